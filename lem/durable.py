@@ -1,0 +1,98 @@
+"""Files that are there whole or not at all, also after a crash.
+
+Every write, fsync and rename that matters raises an audit event (`lem.write`, `lem.fsync`, `lem.rename`,
+`lem.fsync_dir`; see `sys.audit`) just before it happens, so that a test can stop the program, or make the
+call fail, at any one of them without a hook in the program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = ["read_json", "sync_folder", "write_bytes", "write_json", "write_text"]
+
+TEMPORARY_PREFIX = ".lem-tmp-"
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` so that a reader sees the old file or the new one, never a part.
+
+    Temporary file in the same folder, fsync, rename, fsync of the folder: rename(2) is atomic, and only the
+    folder's own fsync makes the new name survive a power cut.
+
+    Raises:
+        OSError: the folder is missing, not writable or full; no temporary file is left behind.
+    """
+    folder = path.parent
+    descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=folder)
+    try:
+        with _closing(descriptor):
+            # mkstemp gives 0600; results are for the lab, so give what an ordinary open() would have given.
+            os.fchmod(descriptor, 0o666 & ~_umask())
+            sys.audit("lem.write", str(path))
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            sys.audit("lem.fsync", str(path))
+            os.fsync(descriptor)
+        sys.audit("lem.rename", str(path))
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    sync_folder(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in UTF-8, whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Replace `path` by `document` as indented JSON, whole or not at all.
+
+    Raises:
+        ValueError: a NaN or an infinity, which JSON does not have.
+        OSError: as `write_bytes`.
+    """
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The document in a JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is not JSON in UTF-8 (`json.JSONDecodeError` and `UnicodeDecodeError` are both one).
+    """
+    return json.loads(path.read_bytes().decode("utf-8"))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut."""
+    sys.audit("lem.fsync_dir", str(folder))
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    with _closing(descriptor):
+        os.fsync(descriptor)
+
+
+@contextlib.contextmanager
+def _closing(descriptor: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,89 @@
+"""Quantities as people read them, and durations as people write them."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = [
+    "format_bytes",
+    "format_duration",
+    "format_energy",
+    "format_power",
+    "format_quantity",
+    "format_rate",
+    "parse_duration",
+]
+
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+")
+_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+_SECONDS_PER = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+JOULES_PER_WATT_HOUR = 3600.0
+
+
+def parse_duration(text: str) -> float:
+    """The seconds in `90s`, `30m`, `6h`, `2d` or a row of them (`1h30m`).
+
+    Raises:
+        ValueError: anything else, and a duration of zero.
+    """
+    stripped = text.strip().lower()
+    if not _DURATION.fullmatch(stripped):
+        raise ValueError(f"{text!r} is not a duration; write it like 90s, 30m, 6h, 2d or 1h30m")
+    seconds = sum(float(number) * _SECONDS_PER[unit] for number, unit in _DURATION_PART.findall(stripped))
+    if seconds <= 0:
+        raise ValueError(f"{text!r} is no time at all")
+    return seconds
+
+
+def format_duration(seconds: float) -> str:
+    """`0.4 s`, `12.3 s`, `4m 05s`, `2h 03m`, `1d 04h`."""
+    if seconds < 0:
+        return "-" + format_duration(-seconds)
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    minutes = round(seconds / 60)
+    if minutes < 24 * 60:
+        return f"{minutes // 60}h {minutes % 60:02d}m"
+    hours = round(seconds / 3600)
+    return f"{hours // 24}d {hours % 24:02d}h"
+
+
+def format_quantity(value: float | None, unit: str = "", digits: int = 4) -> str:
+    """`value` to `digits` significant digits with thousands left plain; an en dash when it was not measured."""
+    if value is None:
+        return "–"
+    text = f"{value:.{digits}g}"
+    if "e" in text and 1e-4 <= abs(value) < 1e15:
+        text = f"{value:.0f}"
+    return f"{text} {unit}" if unit else text
+
+
+def format_energy(energy_j: float | None) -> str:
+    """Joules up to 10 kJ, watt hours above (1 Wh = 3600 J)."""
+    if energy_j is None or abs(energy_j) < 10_000:
+        return format_quantity(energy_j, "J")
+    return format_quantity(energy_j / JOULES_PER_WATT_HOUR, "Wh")
+
+
+def format_power(power_w: float | None) -> str:
+    """Watts."""
+    return format_quantity(power_w, "W")
+
+
+def format_rate(per_s: float | None, unit: str = "tok") -> str:
+    """`unit` per second."""
+    return format_quantity(per_s, f"{unit}/s")
+
+
+def format_bytes(size_b: float | None) -> str:
+    """Bytes with a binary prefix."""
+    if size_b is None:
+        return "–"
+    for prefix in ("", "Ki", "Mi", "Gi"):
+        if abs(size_b) < 1024:
+            return f"{size_b:.0f} B" if not prefix else f"{size_b:.1f} {prefix}B"
+        size_b /= 1024
+    return f"{size_b:.1f} TiB"
