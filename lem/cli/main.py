@@ -1,0 +1,120 @@
+"""The command line: one parser, one place where errors become words and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from typing import TextIO
+
+from lem import __version__, log
+from lem.errors import ExitCode, LemError, exit_code_of
+
+__all__ = ["main"]
+
+# Each module has `add_parser(subparsers)`, which sets `run(args, out, err) -> int`. Only the module of the command
+# at hand is imported, since imports are most of the start-up time.
+COMMANDS = ("campaign", "experiment", "config", "results", "presets", "datasets", "worker")
+
+# What lem reads from the environment; another LEM_ name is a typing error that would silently do nothing.
+VARIABLES = frozenset({"LEM_DATASETS_DIR", "LEM_LOCK_DIR", "LEM_CACHE_DIR"})
+
+
+def main(argv: Sequence[str] | None = None, out: TextIO | None = None, err: TextIO | None = None) -> int:
+    """The exit code of one command line.
+
+    Args:
+        argv: arguments without the program's name; None takes this process's.
+        out, err: where results and messages go; None takes this process's streams.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    out, err = out or sys.stdout, err or sys.stderr
+    console = log.Console(err)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):  # where argparse writes
+            args = _parser(arguments).parse_args(arguments)
+        if getattr(args, "no_color", False):
+            console.is_colour = False
+            os.environ["NO_COLOR"] = "1"  # for every stream that is looked at later
+        log.configure(console, verbosity=-1 if getattr(args, "quiet", False) else getattr(args, "verbose", 0))
+        _warn_of_unknown_variables(console)
+        code: int = args.run(args, out, err)
+        out.flush()
+        return code
+    except SystemExit as stop:  # argparse: --help, --version, usage errors
+        return stop.code if isinstance(stop.code, int) else int(ExitCode.USAGE)
+    except BrokenPipeError:
+        # The reader of stdout is gone (`lem … | head`); keep Python from complaining again when it flushes at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(ExitCode.OK)
+    except LemError as error:
+        _explain(console, error)
+        return exit_code_of(error)
+    except KeyboardInterrupt:
+        return int(ExitCode.SIGINT)
+    except Exception as error:  # the top of the program
+        _report_bug(console, error)
+        return int(ExitCode.BUG)
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lem",
+        description="Measure what LLM inference costs: joules, tokens per second, latency, and how sure that is.",
+        epilog="exit codes: 0 fine · 1 an experiment failed · 2 usage, configuration or host not fit · "
+        "5 locked by another campaign · 70 a bug · 130 SIGINT · 143 SIGTERM",
+    )
+    parser.add_argument("--version", action="version", version=f"lem {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    chosen = next((word for word in arguments if not word.startswith("-")), "")
+    for name in (chosen,) if chosen in COMMANDS else COMMANDS:
+        importlib.import_module(f"lem.cli.{name}").add_parser(subparsers)
+    _add_common(parser)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    """Take the common options before and after the command and its sub-command."""
+    taken = parser._option_string_actions
+    common = (
+        (("--quiet", "-q"), "store_true", "errors and the final summary only"),
+        (("--verbose", "-v"), "count", "show the commands run, copyable; twice: everything"),
+        (("--no-color",), "store_true", "no colour, also on a terminal"),
+    )
+    for names, action, text in common:
+        if not any(name in taken for name in names):
+            parser.add_argument(*names, action=action, default=argparse.SUPPRESS, help=text)
+    for item in parser._actions:
+        if isinstance(item, argparse._SubParsersAction):
+            for child in item.choices.values():
+                _add_common(child)
+
+
+def _warn_of_unknown_variables(console: log.Console) -> None:
+    for name in sorted(os.environ):
+        if name.startswith("LEM_") and name not in VARIABLES:
+            known = ", ".join(sorted(VARIABLES))
+            console.line(f"{console.paint('warning:', 'yellow')} {name} is set, but lem reads no such variable ({known})")
+
+
+def _explain(console: log.Console, error: LemError) -> None:
+    console.close()
+    console.line(f"{console.paint('error:', 'red')} {error.message}")
+    if error.hint:
+        console.line(f"{console.paint('hint:', 'cyan')} {error.hint}")
+
+
+def _report_bug(console: log.Console, error: Exception) -> None:
+    console.close()
+    descriptor, path = tempfile.mkstemp(prefix="lem-bug-", suffix=".log")
+    with open(descriptor, "w", encoding="utf-8") as stream:
+        stream.write(f"lem {__version__}, Python {sys.version}\n")
+        traceback.print_exception(type(error), error, error.__traceback__, file=stream)
+    summary = f"{type(error).__name__}: {error}".splitlines()[0]
+    console.line(f"{console.paint('bug:', 'red')} {log.shorten(summary, 200)} (traceback in {path})")

@@ -1,0 +1,120 @@
+"""What goes to stderr: messages, colour, and one live line on a terminal.
+
+The rest of lem logs with the standard `logging`; this module decides how a person sees it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
+
+__all__ = ["Console", "configure", "is_colour_wanted", "log_to_file", "shorten"]
+
+_COLOURS = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36", "bold": "1", "dim": "2"}
+_CLEAR_LINE = "\r\x1b[2K"
+_LEVEL_COLOUR = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
+
+
+def is_colour_wanted(stream: TextIO, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether to colour: on a terminal, and never under NO_COLOR (any value, no-color.org) or TERM=dumb."""
+    return stream.isatty() and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+
+
+def shorten(text: str, width: int) -> str:
+    """`text` cut to `width` characters with an ellipsis at the end."""
+    return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
+
+
+class Console:
+    """A stream for people: whole lines, and on a terminal one live line below them that is redrawn.
+
+    Attributes:
+        is_colour: colour codes are written.
+        is_live: the live line is drawn; elsewhere `live` does nothing.
+    """
+
+    def __init__(self, stream: TextIO, *, is_colour: bool | None = None, is_live: bool | None = None) -> None:
+        self._stream = stream
+        self._live = ""
+        self.is_colour = is_colour_wanted(stream) if is_colour is None else is_colour
+        redrawing = stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+        self.is_live = redrawing if is_live is None else is_live
+
+    def paint(self, text: str, colour: str) -> str:
+        """`text` in a colour where colour is wanted."""
+        return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if self.is_colour and text else text
+
+    def line(self, text: str = "") -> None:
+        """Write a whole line above the live line."""
+        clear = _CLEAR_LINE if self._live else ""
+        self._write(f"{clear}{text}\n{self._live}")
+
+    def live(self, text: str) -> None:
+        """Replace the live line; '' takes it away."""
+        if not self.is_live:
+            return
+        width = shutil.get_terminal_size().columns - 1
+        self._live = shorten(text, width)
+        self._write(f"{_CLEAR_LINE}{self._live}")
+
+    def close(self) -> None:
+        """Take the live line away."""
+        if self._live:
+            self.live("")
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (BrokenPipeError, ValueError):
+            # Whoever read our messages is gone; the campaign is worth more than telling it so.
+            self.is_live = False
+
+
+class _ConsoleHandler(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            word = record.levelname.lower()
+            message = f"{self._console.paint(word + ':', _LEVEL_COLOUR.get(record.levelno, 'yellow'))} {message}"
+        if not self._console.is_live:
+            message = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {message}"
+        self._console.line(message)
+
+
+def configure(console: Console, *, verbosity: int = 0) -> None:
+    """Send the log of lem to `console`: -1 errors, 0 warnings, 1 the commands run, 2 everything."""
+    level = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG)
+    handler = _ConsoleHandler(console)
+    handler.setLevel(level)
+    root = logging.getLogger("lem")
+    for old in [item for item in root.handlers if isinstance(item, _ConsoleHandler)]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG)
+    root.propagate = False
+
+
+def log_to_file(path: Path) -> logging.Handler:
+    """A handler, already at work, that appends everything with UTC times to a file.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    handler.setLevel(logging.DEBUG)
+    logging.getLogger("lem").addHandler(handler)
+    return handler
