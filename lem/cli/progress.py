@@ -1,0 +1,177 @@
+"""A running campaign, as a person or a program sees it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from lem import log, units
+from lem.orchestration.events import Event, Observer
+
+__all__ = ["JsonProgress", "LineProgress", "QuietProgress", "TerminalProgress", "choose_progress"]
+
+# Phases a person waits for; the others pass in a moment.
+_TOLD_PHASES = {"load": "loading", "warmup": "warming up", "window": "measuring"}
+_PHASE_WORDS = {**_TOLD_PHASES, "prepare": "preparing", "idle": "idle", "cooldown": "cooling down", "write": "writing"}
+_LINE_EVERY_S = 60.0
+
+
+def choose_progress(console: log.Console, out: TextIO, *, is_json: bool, is_quiet: bool) -> Observer:
+    """The observer that fits the streams."""
+    if is_json:
+        return JsonProgress(out)
+    if is_quiet:
+        return QuietProgress(console)
+    return TerminalProgress(console) if console.is_live else LineProgress(console)
+
+
+class JsonProgress:
+    """One JSON object a line on stdout."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "tick":
+            return
+        document = {"event": event.kind, "done": event.done, "total": event.total, "eta_s": event.eta_s, **event.data}
+        self._out.write(json.dumps(document, ensure_ascii=False) + "\n")
+        self._out.flush()
+
+
+class QuietProgress:
+    """Errors alone; the final summary comes from the command."""
+
+    def __init__(self, console: log.Console) -> None:
+        self._console = console
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "experiment_failed":
+            for line in _ending(event, self._console):
+                self._console.line(line)
+
+
+class TerminalProgress:
+    """A line for each experiment that ended, above one live line for the one that runs."""
+
+    def __init__(self, console: log.Console, now: Callable[[], float] = time.time) -> None:
+        self._console = console
+        self._now = now
+        self._state = _State()
+
+    def __call__(self, event: Event) -> None:
+        self._state.update(event)
+        for line in _ending(event, self._console):
+            self._console.line(line)
+        if event.kind == "campaign_finished":
+            self._console.close()
+        else:
+            self._console.live(self._state.describe(event, self._now()))
+
+
+class LineProgress:
+    """A line with the time of day for each change, and one a minute, for logs and pipes."""
+
+    def __init__(
+        self,
+        console: log.Console,
+        now: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = console
+        self._now = now
+        self._monotonic = monotonic
+        self._state = _State()
+        self._told_at = monotonic()
+
+    def __call__(self, event: Event) -> None:
+        self._state.update(event)
+        lines = _ending(event, self._console)
+        is_change = event.kind in ("experiment_started", "gap", "waiting") or (
+            event.kind == "phase" and event.data.get("phase") in _TOLD_PHASES
+        )
+        is_due = event.kind in ("tick", "progress") and self._monotonic() - self._told_at >= _LINE_EVERY_S
+        if not lines and (is_change or is_due):
+            lines = [self._state.describe(event, self._now())]
+        for line in lines:
+            self._told_at = self._monotonic()
+            self._console.line(f"{time.strftime('%H:%M:%S', time.localtime(self._now()))} {line}")
+
+
+class _State:
+    """What the live line says, kept from event to event."""
+
+    def __init__(self) -> None:
+        self.experiment: dict[str, Any] = {}
+        self.activity = ""
+        self.watts: float | None = None
+
+    def update(self, event: Event) -> None:
+        data = event.data
+        if event.kind == "experiment_started":
+            self.experiment = dict(data)
+            self.activity = "starting"
+        elif event.kind == "phase":
+            self.activity = _PHASE_WORDS.get(str(data.get("phase")), str(data.get("phase")))
+        elif event.kind == "progress":
+            self.activity = _with_progress(self.activity, data)
+            self.watts = data.get("power_w")
+        elif event.kind == "gap":
+            self.experiment = {}
+            self.activity = f"gap, at most {units.format_duration(float(data['cap_s']))}"
+        elif event.kind == "waiting":
+            self.experiment = {}
+            self.activity = str(data["text"])
+
+    def describe(self, event: Event, now: float) -> str:
+        parts = [f"[{event.done}/{event.total}]"]
+        if self.experiment:
+            cycle = f"cycle {self.experiment['cycle']}/{self.experiment['cycles']}"
+            parts += [str(self.experiment["config_name"]), str(self.experiment["backend"]), cycle]
+        parts.append(self.activity)
+        if self.watts is not None:
+            parts.append(units.format_power(self.watts))
+        if event.eta_s is not None:
+            parts.append(f"ETA {clock_time(now + event.eta_s, now)}")
+        return parts[0] + " " + " · ".join(part for part in parts[1:] if part)
+
+
+def clock_time(at: float, now: float) -> str:
+    """The local time of day, with the weekday when it is not today."""
+    pattern = "%H:%M" if time.localtime(at)[:3] == time.localtime(now)[:3] else "%a %H:%M"
+    return time.strftime(pattern, time.localtime(at))
+
+
+def _with_progress(activity: str, data: Any) -> str:
+    base = activity.split(" (")[0]
+    done, total = data.get("done"), data.get("total")
+    if total:
+        return f"{base} ({100 * min(done, total) / total:.0f} %)"
+    return f"{base} ({data['text']})" if data.get("text") else base
+
+
+def _ending(event: Event, console: log.Console) -> list[str]:
+    """The lines that say how an experiment or an attempt ended; [] for other events."""
+    data = event.data
+    if event.kind not in ("experiment_completed", "experiment_failed", "experiment_retried", "experiment_interrupted"):
+        return []
+    head = f"[{event.done}/{event.total}]"
+    who = f"{data['config_name']} · cycle {data['cycle']}/{data['cycles']}"
+    if event.kind == "experiment_completed":
+        valid = data.get("valid", True)
+        mark = console.paint("ok", "green") if valid else console.paint("not valid", "yellow")
+        figures = units.format_rate(data.get("output_tok_per_s"))
+        lines = [f"{head} {mark} {who} · {figures} · {units.format_duration(float(data['elapsed_s']))}"]
+        return lines + [f"    {reason}" for reason in data.get("invalid_reasons", ())]
+    if event.kind == "experiment_retried":
+        return [f"{head} {console.paint('again', 'yellow')} {who}: {data['reason']}"]
+    if event.kind == "experiment_interrupted":
+        return [f"{head} {console.paint('interrupted', 'yellow')} {who}"]
+    lines = [f"{head} {console.paint('failed', 'red')} {who}: {data['error']}"]
+    if data.get("hint"):
+        lines.append(f"    hint: {data['hint']}")
+    if data.get("log"):
+        lines.append(f"    log: {data['log']}")
+    return lines
