@@ -38,6 +38,8 @@ class Completion:
         finished_ns: when its last token was there.
         token_times_ns: when each output token was seen, one per id; None where the engine gave no time for them.
         error: why it failed; None when it did not.
+        padding_tok: padding computed in front of this prompt to make its batch rectangular; never input. None
+            where the engine does not tell.
     """
 
     index: int
@@ -46,6 +48,7 @@ class Completion:
     finished_ns: int
     token_times_ns: tuple[int, ...] | None = None
     error: str | None = None
+    padding_tok: int | None = None
 
 
 class RequestQueue(Protocol):
@@ -67,12 +70,18 @@ class EngineReport:
         versions: versions of everything that can change the numbers, e.g. {"torch": "2.13.0+cpu", "cuda": "13.0"}.
         device: `cpu` or `cuda`.
         gpu_uuids: the GPUs in use, `GPU-…` as NVML names them.
-        effective: the engine configuration as found after loading, engine defaults included (JSON values).
+        effective: the engine configuration as found after loading, engine defaults included (JSON values). The
+            options of the backend's section stand under the section's name (`pytorch`), `decoder` and the shared
+            fields under theirs, so that they can be laid beside the requested ones; whatever else there is to
+            know has keys of its own.
         model_revision: the commit of a hub model; None for a local folder.
-        weights_sha256: hash of the weight files as loaded; None where it cannot be had.
+        weights_sha256: hash of the weight files as loaded: SHA-256 over a line `<sha256 of the file>  <name>` for
+            each file in name order; None where it cannot be had.
         model_parameters: number of parameters; None when unknown.
         embedding_parameters: parameters of input and output embeddings; None when unknown.
         warnings: what a person should know about this load.
+        compile_s: part of `load` spent on compiling; None when nothing was compiled.
+        hashing_s: part of `load` spent on hashing the weights, which is no part of loading them.
     """
 
     engine_name: str
@@ -86,6 +95,8 @@ class EngineReport:
     model_parameters: int | None = None
     embedding_parameters: int | None = None
     warnings: tuple[str, ...] = ()
+    compile_s: float | None = None
+    hashing_s: float = 0.0
 
 
 class Backend(Protocol):
