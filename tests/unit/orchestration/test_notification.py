@@ -1,0 +1,86 @@
+"""The webhook against a real HTTP server on the loopback address."""
+
+import http.server
+import json
+import logging
+import socket
+import threading
+
+import pytest
+
+from lem.orchestration.notification import notify
+
+SECRET = "canary-4711"
+
+
+class _Server:
+    def __init__(self, status=204):
+        self.received = []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                length = int(self.headers["Content-Length"])
+                outer.received.append((self.path, self.headers["Content-Type"], json.loads(self.rfile.read(length))))
+                self.send_response(status)
+                self.end_headers()
+
+            def log_message(self, *args):
+                """Keep the test's output clean."""
+
+        self._server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/hook/{SECRET}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def lem_log(caplog):
+    """caplog, also where lem's own logger does not hand on to the root."""
+    logger = logging.getLogger("lem")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_payload_arrives_as_json(lem_log):
+    server = _Server()
+    notify(server.url, {"campaign": "a", "failed": 0}).settle(10)
+    server.close()
+    assert server.received == [(f"/hook/{SECRET}", "application/json", {"campaign": "a", "failed": 0})]
+    assert lem_log.text == ""
+
+
+def test_error_answer_is_a_warning_without_the_url(lem_log):
+    server = _Server(status=500)
+    notify(server.url, {}).settle(10)
+    server.close()
+    assert "500" in lem_log.text
+    assert SECRET not in lem_log.text
+
+
+def test_unreachable_webhook_is_a_warning_without_the_url(lem_log):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    notify(f"http://127.0.0.1:{port}/{SECRET}", {}).settle(10)
+    assert "could not be reached" in lem_log.text
+    assert SECRET not in lem_log.text
+
+
+def test_malformed_url_is_a_warning_without_the_url(lem_log):
+    notify(f"http://[{SECRET}", {}).settle(10)
+    assert "could not be reached" in lem_log.text
+    assert SECRET not in lem_log.text
+
+
+def test_silent_webhook_does_not_hold_the_campaign(lem_log):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        notify(f"http://127.0.0.1:{listener.getsockname()[1]}/{SECRET}", {}).settle(0.01)
+    assert "does not wait" in lem_log.text
+    assert SECRET not in lem_log.text
