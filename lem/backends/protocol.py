@@ -81,7 +81,8 @@ class EngineReport:
         embedding_parameters: parameters of input and output embeddings; None when unknown.
         warnings: what a person should know about this load.
         compile_s: part of `load` spent on compiling; None when nothing was compiled.
-        hashing_s: part of `load` spent on hashing the weights, which is no part of loading them.
+        checks_s: part of `load` spent on trying and identifying what was loaded (a short generation, the hash of the
+            weights), which is no part of loading it.
     """
 
     engine_name: str
@@ -96,7 +97,7 @@ class EngineReport:
     embedding_parameters: int | None = None
     warnings: tuple[str, ...] = ()
     compile_s: float | None = None
-    hashing_s: float = 0.0
+    checks_s: float = 0.0
 
 
 class Backend(Protocol):
