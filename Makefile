@@ -1,0 +1,65 @@
+# Two commands matter: `make demo` and `make test`. Everything they make lies under build/.
+PYTHON ?= python3
+
+TEST_ENV := build/test-env
+TEST_PYTHON := $(TEST_ENV)/bin/python
+DEMO_ENV := build/demo-env
+DEMO_PYTHON ?= $(DEMO_ENV)/bin/python
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench clean distclean test-env demo-env FORCE
+
+help:
+	@echo 'make demo       measure a small campaign with a real transformer on this machine, and show the table'
+	@echo 'make test       run every test this machine can run, and say what it could not run'
+	@echo 'make lem.pyz    build the program into one file'
+	@echo 'make lint       ruff and mypy'
+	@echo 'make format     let ruff lay out the code'
+	@echo 'make bench      print figures of the program itself beside their targets'
+	@echo 'make clean      remove what was built; distclean: the virtual environments too'
+	@echo
+	@echo 'PYTHON=python3.12         the Python to make environments from (3.10 or newer)'
+	@echo 'DEMO_PYTHON=…/bin/python  measure with an environment of your own that has PyTorch and transformers'
+	@echo 'PYTEST_ARGS="-k manifest" passed to pytest by make test'
+
+# Always looked at: a file taken away from lem/ must leave the zip too, and building takes less than a second.
+lem.pyz: FORCE
+	@$(PYTHON) lem.pyz-build/build.py --output $@
+
+demo: lem.pyz demo-env
+	$(DEMO_PYTHON) examples/make_demo_model.py build/demo-model
+	$(DEMO_PYTHON) lem.pyz campaign examples/demo.yaml --executor local --fresh --yes
+
+# An environment named by the caller is taken as it is.
+demo-env:
+ifeq ($(DEMO_PYTHON),$(DEMO_ENV)/bin/python)
+	@$(PYTHON) lem.pyz-build/environment.py $(DEMO_ENV) examples/requirements.txt
+endif
+
+test-env:
+	@$(PYTHON) lem.pyz-build/environment.py $(TEST_ENV) tests/requirements.txt
+
+test: test-env
+	$(TEST_PYTHON) -m pytest $(PYTEST_ARGS)
+
+lint: test-env
+	$(TEST_PYTHON) -m ruff check
+	$(TEST_PYTHON) -m ruff format --check
+	$(TEST_PYTHON) -m mypy
+
+format: test-env
+	$(TEST_PYTHON) -m ruff check --fix
+	$(TEST_PYTHON) -m ruff format
+
+bench: test-env lem.pyz
+	@$(TEST_PYTHON) -m tests.bench
+
+clean:
+	rm -rf lem.pyz build/vendor build/demo-model .mypy_cache .pytest_cache .ruff_cache
+	find lem lem.pyz-build tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf build
+
+FORCE:

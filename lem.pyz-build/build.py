@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+"""Build lem.pyz: the whole program in one file for any CPython 3.10 or newer, the same bytes wherever it is built.
+
+Same bytes means: members in sorted order, one timestamp (SOURCE_DATE_EPOCH, or 1980-01-01, the first that a zip knows),
+fixed modes whatever the umask, and no compression, because zlib and its replacements compress to different bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import io
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+SHEBANG = b"#!/usr/bin/env python3\n"
+VENDOR_LIST = HERE / "vendor.txt"
+
+# A file with another ending is a mistake (an editor's backup, a model left behind), and it says so.
+SHIPPED_SUFFIXES = frozenset({".css", ".html", ".js", ".json", ".jsonl", ".md", ".py", ".txt", ".yaml", ".yml"})
+
+# The wheel of this one platform is taken whatever machine builds; see vendor.txt.
+WHEEL_PLATFORM = (
+    "--only-binary=:all:",
+    "--implementation=cp",
+    "--python-version=3.10",
+    "--abi=cp310",
+    "--platform=manylinux2014_x86_64",
+)
+DOWNLOAD_TIMEOUT_S = 600
+
+ENTRY = '''\
+"""Start of lem.pyz; readable by the old Pythons that lem/__main__.py turns away."""
+import sys
+
+from lem.__main__ import run
+
+sys.exit(run())
+'''
+VENDOR_INIT = '"""Third-party code, kept apart from an engine\'s own copies; versions in LICENSES/vendor.txt."""\n'
+
+
+class BuildError(Exception):
+    """What stops the build, in words for the person who builds."""
+
+
+@dataclass(frozen=True)
+class Pin:
+    """One line of vendor.txt."""
+
+    name: str
+    version: str
+    sha256: str
+
+
+def main() -> int:
+    """The exit code of the build."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "lem.pyz", help="the file to write (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=ROOT / "build" / "vendor",
+        help="folder of downloaded wheels, reused while their hashes are those of vendor.txt (default: %(default)s)",
+    )
+    args = parser.parse_args()
+    try:
+        members = {**own_members(ROOT), **vendor_members(vendor_wheels(args.cache))}
+        data = pack(members, timestamp(os.environ.get("SOURCE_DATE_EPOCH")))
+        replace_file(args.output, data)
+    except (BuildError, OSError) as error:
+        print(f"lem.pyz: {error}", file=sys.stderr)
+        return 1
+    print(f"{hashlib.sha256(data).hexdigest()}  {args.output.name} ({len(members)} files, {len(data) / 1e6:.1f} MB)")
+    return 0
+
+
+def own_members(root: Path) -> dict[str, bytes]:
+    """The project's own files by their name in the zip.
+
+    Raises:
+        BuildError: a file in `lem` that nobody decided to ship.
+    """
+    members = {"__main__.py": ENTRY.encode(), "LICENSE": (root / "LICENSE").read_bytes()}
+    for path in sorted((root / "lem").rglob("*")):
+        name = path.relative_to(root)
+        is_left_out = any(part == "__pycache__" or part.startswith(".") for part in name.parts)
+        if path.is_dir() or is_left_out or name.parts[:2] == ("lem", "_vendor"):
+            continue
+        if path.suffix not in SHIPPED_SUFFIXES:
+            raise BuildError(
+                f"{name}: a file of this kind is not part of the program; remove it, or name its kind in build.py"
+            )
+        members[name.as_posix()] = path.read_bytes()
+    return members
+
+
+def vendor_members(wheels: Mapping[str, Path]) -> dict[str, bytes]:
+    """The vendored modules and their licences by their name in the zip."""
+    members = {"lem/_vendor/__init__.py": VENDOR_INIT.encode(), "LICENSES/vendor.txt": VENDOR_LIST.read_bytes()}
+    with zipfile.ZipFile(wheels["pyyaml"]) as wheel:
+        for name in wheel.namelist():
+            # Without cyaml.py `yaml` says by itself that it has no C loader; with it, it would look for one in an
+            # engine's own copy of PyYAML.
+            if re.fullmatch(r"yaml/\w+\.py", name) and name != "yaml/cyaml.py":
+                members[f"lem/_vendor/{name}"] = wheel.read(name)
+            elif name.endswith(".dist-info/licenses/LICENSE"):
+                members["LICENSES/PyYAML.txt"] = wheel.read(name)
+    with zipfile.ZipFile(wheels["nvidia-ml-py"]) as wheel:
+        source = wheel.read("pynvml.py")
+    members["lem/_vendor/pynvml.py"] = source
+    members["LICENSES/nvidia-ml-py.txt"] = leading_comment(source)
+    missing = {"lem/_vendor/yaml/__init__.py", "LICENSES/PyYAML.txt"} - set(members)
+    if missing:
+        raise BuildError(
+            f"the wheel of PyYAML has another layout than the one known here: no {', '.join(sorted(missing))}"
+        )
+    return members
+
+
+def leading_comment(source: bytes) -> bytes:
+    """The comment that a module begins with, which is where nvidia-ml-py has its licence.
+
+    Raises:
+        BuildError: the module begins with something else.
+    """
+    lines = []
+    for line in source.decode("utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("#").removeprefix(" ").rstrip())
+    text = "\n".join(lines).strip("\n") + "\n"
+    if "Copyright" not in text:
+        raise BuildError("nvidia-ml-py no longer begins with its licence; see where it went before shipping it")
+    return text.encode("utf-8")
+
+
+def vendor_wheels(cache: Path) -> dict[str, Path]:
+    """The wheel of each line of vendor.txt, downloaded when the cache has none with that hash.
+
+    Raises:
+        BuildError: they cannot be downloaded, or are not the files that vendor.txt names.
+    """
+    pins = read_pins(VENDOR_LIST.read_text(encoding="utf-8"))
+    found = find_wheels(pins, cache)
+    if len(found) < len(pins):
+        cache.mkdir(parents=True, exist_ok=True)
+        command = [*pip_command(cache), "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command += ["--require-hashes", *WHEEL_PLATFORM, f"--dest={cache}", f"--requirement={VENDOR_LIST}"]
+        try:
+            code = subprocess.run(command, check=False, timeout=DOWNLOAD_TIMEOUT_S).returncode
+        except subprocess.TimeoutExpired as error:
+            raise BuildError(f"pip did not finish within {DOWNLOAD_TIMEOUT_S} s") from error
+        if code != 0:
+            raise BuildError("pip could not download what vendor.txt names (its message is above)")
+        found = find_wheels(pins, cache)
+    if len(found) < len(pins):
+        raise BuildError(f"{cache} does not hold every file that vendor.txt names; remove the folder and try again")
+    return found
+
+
+def find_wheels(pins: tuple[Pin, ...], folder: Path) -> dict[str, Path]:
+    """The files in `folder` that have the hash of a pin, by the pin's name."""
+    by_hash = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in sorted(folder.glob("*.whl"))}
+    return {pin.name: by_hash[pin.sha256] for pin in pins if pin.sha256 in by_hash}
+
+
+def read_pins(text: str) -> tuple[Pin, ...]:
+    """The pins in a vendor list.
+
+    Raises:
+        BuildError: a line that pins no version or no hash.
+    """
+    pins = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line or line.startswith("#"):
+            continue
+        match = re.fullmatch(r"([\w.-]+)==([\w.]+) --hash=sha256:([0-9a-f]{64})", line)
+        if match is None:
+            raise BuildError(f"vendor.txt:{number}: NAME==VERSION --hash=sha256:… is due, got {line!r}")
+        pins.append(Pin(*match.groups()))
+    return tuple(pins)
+
+
+def pip_command(cache: Path) -> list[str]:
+    """How to run pip: this Python's, or one in an environment of its own, since Debian's Python comes without.
+
+    Raises:
+        BuildError: there is no pip and none can be made.
+    """
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip"]
+    folder = cache / "pip-env"
+    if not (folder / "bin" / "pip").exists():
+        try:
+            venv.create(folder, clear=True, with_pip=True)
+        except subprocess.CalledProcessError as error:
+            raise BuildError("pip is needed: apt-get install python3-venv (or python3-pip)") from error
+    return [str(folder / "bin" / "python"), "-m", "pip"]
+
+
+def timestamp(source_date_epoch: str | None) -> tuple[int, int, int, int, int, int]:
+    """Year to second of every member: SOURCE_DATE_EPOCH in UTC, else the first moment a zip can name.
+
+    Raises:
+        BuildError: SOURCE_DATE_EPOCH is not a number of seconds.
+    """
+    first = (1980, 1, 1, 0, 0, 0)
+    if not source_date_epoch:
+        return first
+    try:
+        moment = time.gmtime(int(source_date_epoch))
+    except ValueError as error:
+        raise BuildError(f"SOURCE_DATE_EPOCH={source_date_epoch}: seconds since 1970 are due") from error
+    return max(first, (moment.tm_year, moment.tm_mon, moment.tm_mday, moment.tm_hour, moment.tm_min, moment.tm_sec))
+
+
+def pack(members: Mapping[str, bytes], date_time: tuple[int, int, int, int, int, int]) -> bytes:
+    """The executable zip."""
+    buffer = io.BytesIO()
+    buffer.write(SHEBANG)
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(members):
+            info = zipfile.ZipInfo(name, date_time)
+            info.create_system = 3  # Unix, whose modes these are
+            info.external_attr = 0o100644 << 16
+            archive.writestr(info, members[name])
+    return buffer.getvalue()
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put `data` in the place of `path` at once: a running lem.pyz keeps the file it was started from."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with open(descriptor, "wb") as stream:
+            stream.write(data)
+            os.fchmod(descriptor, 0o755)  # whatever the umask
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())
