@@ -1,7 +1,8 @@
 """The result record: what `result.json` holds, shared by the worker that writes it and the host that reads it.
 
 A value that was not measured is None and has a reason in `null_reasons` of its section; zero is only ever observed.
-On disk a section is an object with its fields, and `<field>_null_reason` beside each null.
+On disk a section is an object with its fields, and `<field>_null_reason` beside each null. What is written can be
+read back, and what is read is whole: both directions check every name, type and reason, and refuse NaN and infinity.
 
 Schema history:
     1: first version.
@@ -10,6 +11,8 @@ Schema history:
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -20,6 +23,7 @@ from typing import Any
 from lem import durable
 
 __all__ = [
+    "OBSERVATIONS_NEEDED",
     "SCHEMA_VERSION",
     "Carbon",
     "Compute",
@@ -45,6 +49,11 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 
+# Fewer observations than this leave a percentile to one or two values, so it is None.
+OBSERVATIONS_NEEDED = types.MappingProxyType({"p90": 10, "p95": 20, "p99": 100})
+
+_REASON = "_null_reason"
+
 
 class RecordError(ValueError):
     """A document that is not a whole record of this schema."""
@@ -52,7 +61,7 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class Distribution:
-    """Percentiles of one latency in seconds; p95 needs 20 and p99 100 observations, else None."""
+    """Percentiles of one latency in seconds; None where `OBSERVATIONS_NEEDED` were not there."""
 
     mean: float
     p50: float
@@ -61,10 +70,27 @@ class Distribution:
     p99: float | None
     n: int
 
+    @property
+    def null_reasons(self) -> Mapping[str, str]:
+        """Why percentiles are None: always too few observations."""
+        return {
+            name: f"needs {needed} observations, there are {self.n}"
+            for name, needed in OBSERVATIONS_NEEDED.items()
+            if getattr(self, name) is None
+        }
+
 
 @dataclass(frozen=True)
 class Identity:
-    """Which experiment this is. `experiment_id` names one configuration in one cycle; `config_hash` the configuration."""
+    """Which attempt this is.
+
+    Attributes:
+        experiment_id: one configuration in one cycle; names the folder.
+        config_name, config_hash: the configuration, for people and for programs.
+        cycle_index, order_index: from 0.
+        attempt: from 1.
+        shuffle_seed: None when the order was not shuffled.
+    """
 
     experiment_id: str
     config_name: str
@@ -81,6 +107,16 @@ class Identity:
     shuffle_seed: int | None
     start_utc: str
     lem_version: str
+
+    @property
+    def key(self) -> tuple[str, str, str, int, int]:
+        """What no two results share: run, host, experiment, cycle, attempt."""
+        return (self.run_id, self.host, self.experiment_id, self.cycle_index, self.attempt)
+
+    @property
+    def null_reasons(self) -> Mapping[str, str]:
+        """Why there is no shuffle seed."""
+        return {} if self.shuffle_seed is not None else {"shuffle_seed": "the order was not shuffled"}
 
 
 @dataclass(frozen=True)
@@ -99,7 +135,13 @@ class Validity:
 
 @dataclass(frozen=True)
 class Window:
-    """The measured window and what stood around it. `traffic_mode` is `closed_batch`, `poisson`, `constant` or `closed`."""
+    """The measured window and what stood around it.
+
+    Attributes:
+        traffic_mode: `closed_batch`, `poisson`, `constant` or `closed`.
+        window_repeats: how often the prompt set was run to fill the window.
+        gap_s, gap_end_reason: the gap before this experiment.
+    """
 
     traffic_mode: str
     window_s: float
@@ -303,7 +345,8 @@ def encode_record(record: Record) -> dict[str, Any]:
     """The record as JSON values, `schema_version` first.
 
     Raises:
-        RecordError: a value is None and its section gives no reason, or a reason stands beside a value.
+        RecordError: a value is None and its section gives no reason, a reason stands beside a value, or a value has
+            another type than declared (NaN and infinity are no numbers here).
     """
     document: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
     for item in dataclasses.fields(record):
@@ -313,7 +356,8 @@ def encode_record(record: Record) -> dict[str, Any]:
         elif dataclasses.is_dataclass(value):
             document[item.name] = _encode_section(value, item.name)
         else:
-            document[item.name] = _plain(value)
+            document[item.name] = _plain(value, item.name)
+    decode_record(document)  # The writer knows best what to do about a wrong type, so it meets it, not the reader.
     return document
 
 
@@ -321,26 +365,24 @@ def decode_record(document: Any) -> Record:
     """The record in a JSON document.
 
     Raises:
-        RecordError: another schema version, a missing or unknown field, or a value of the wrong type.
+        RecordError: another schema version, a missing or unknown field, a null without a reason, or a value of the
+            wrong type.
     """
     if not isinstance(document, dict):
         raise RecordError("a record is a JSON object")
     if document.get("schema_version") != SCHEMA_VERSION:
         raise RecordError(f"schema_version is {document.get('schema_version')!r}, this lem reads {SCHEMA_VERSION}")
-    hints = typing.get_type_hints(Record)
-    names = {item.name for item in dataclasses.fields(Record)}
-    _check_names("record", set(document) - {"schema_version"}, names)
+    hints = _hints(Record)
+    _check_names("record", set(document) - {"schema_version"}, set(hints))
     values: dict[str, Any] = {}
-    for name in names:
+    for name, hint in hints.items():
         value = document[name]
         if name == "gpus":
             if not isinstance(value, list):
-                raise RecordError("gpus: a list is due")
+                raise RecordError(f"gpus: a list is due, got {_shown(value)}")
             values[name] = tuple(_decode_section(Gpu, gpu, f"gpus[{index}]") for index, gpu in enumerate(value))
-        elif dataclasses.is_dataclass(hints[name]):
-            values[name] = _decode_section(hints[name], value, name)
         else:
-            values[name] = _convert(hints[name], value, name)
+            values[name] = _convert(hint, value, name)
     return Record(**values)
 
 
@@ -365,45 +407,56 @@ def read_record(path: Path) -> Record:
         document = durable.read_json(path)
     except ValueError as error:
         raise RecordError(f"not JSON: {error}") from error
-    return decode_record(document)
+    except RecursionError as error:  # the decoder's answer to garbage like ten thousand opening brackets
+        raise RecordError("not a record: nested too deeply") from error
+    try:
+        return decode_record(document)
+    except RecursionError as error:
+        raise RecordError("not a record: nested too deeply") from error
 
 
 def _encode_section(section: Any, where: str) -> dict[str, Any]:
-    reasons = dict(getattr(section, "null_reasons", {}))
-    has_reasons = any(item.name == "null_reasons" for item in dataclasses.fields(section))
+    reasons = dict(section.null_reasons)
     out: dict[str, Any] = {}
     for item in dataclasses.fields(section):
         if item.name == "null_reasons":
             continue
         value = getattr(section, item.name)
+        path = f"{where}.{item.name}"
+        out[item.name] = _encode_section(value, path) if isinstance(value, Distribution) else _plain(value, path)
         reason = reasons.pop(item.name, None)
-        out[item.name] = _encode_section(value, f"{where}.{item.name}") if isinstance(value, Distribution) else _plain(value)
-        if value is None and has_reasons:
-            if not reason:
-                raise RecordError(f"{where}.{item.name} is null without a reason")
-            out[f"{item.name}_null_reason"] = reason
+        if value is None:
+            out[item.name + _REASON] = reason
         elif reason is not None:
-            raise RecordError(f"{where}.{item.name} has a value and a reason for having none")
+            raise RecordError(f"{path} has a value and a reason for having none: {_shown(reason)}")
     if reasons:
-        raise RecordError(f"{where}: reasons for unknown fields {sorted(reasons)}")
+        raise RecordError(f"{where}: reasons for unknown fields {', '.join(sorted(reasons))}")
     return out
 
 
-def _decode_section(kind: type, value: Any, where: str) -> Any:
+def _decode_section(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
-        raise RecordError(f"{where}: an object is due")
-    hints = typing.get_type_hints(kind)
-    names = {item.name for item in dataclasses.fields(kind)} - {"null_reasons"}
+        raise RecordError(f"{where}: an object is due, got {_shown(value)}")
+    hints = dict(_hints(kind))
+    keeps_reasons = hints.pop("null_reasons", None) is not None
     reasons = {key[: -len(_REASON)]: text for key, text in value.items() if key.endswith(_REASON)}
     plain = {key: item for key, item in value.items() if not key.endswith(_REASON)}
-    _check_names(where, set(plain), names)
-    out = {name: _convert(hints[name], plain[name], f"{where}.{name}") for name in names}
-    if "null_reasons" in hints:
-        out["null_reasons"] = reasons
-    return kind(**out)
+    _check_names(where, set(plain), set(hints))
+    for name, item in plain.items():
+        if item is None and not (isinstance(reasons.get(name), str) and reasons[name]):
+            raise RecordError(f"{where}.{name} is null without a reason")
+    for name in reasons:
+        if plain.get(name, name) is not None:
+            raise RecordError(f"{where}.{name}: a reason for being null stands beside a value, or beside nothing")
+    out = {name: _convert(hint, plain[name], f"{where}.{name}") for name, hint in hints.items()}
+    return kind(**out, null_reasons=reasons) if keeps_reasons else kind(**out)
 
 
-_REASON = "_null_reason"
+@functools.cache
+def _hints(kind: Any) -> Mapping[str, Any]:
+    """Names and types of the fields; resolving annotations costs more than all the rest of decoding."""
+    hints = typing.get_type_hints(kind)
+    return {item.name: hints[item.name] for item in dataclasses.fields(kind)}
 
 
 def _check_names(where: str, found: set[str], expected: set[str]) -> None:
@@ -414,6 +467,7 @@ def _check_names(where: str, found: set[str], expected: set[str]) -> None:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the declared type `hint` wants it."""
     origin = typing.get_origin(hint)
     if origin is types.UnionType or origin is typing.Union:
         if value is None:
@@ -421,27 +475,47 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         (inner,) = (item for item in typing.get_args(hint) if item is not type(None))
         return _convert(inner, value, where)
     if dataclasses.is_dataclass(hint):
-        return _decode_section(typing.cast(type, hint), value, where)
+        return _decode_section(hint, value, where)
     if hint is Any:
-        return value
+        return _plain(value, where)
     if origin is tuple:
         if not isinstance(value, list):
-            raise RecordError(f"{where}: a list is due")
+            raise RecordError(f"{where}: a list is due, got {_shown(value)}")
         return tuple(_convert(typing.get_args(hint)[0], item, where) for item in value)
-    if origin is not None:  # Mapping[...]
+    if origin is not None:  # Mapping[…]
         if not isinstance(value, dict):
-            raise RecordError(f"{where}: an object is due")
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+            raise RecordError(f"{where}: an object is due, got {_shown(value)}")
+        inner = typing.get_args(hint)[1]
+        return {key: _convert(inner, item, f"{where}.{key}") for key, item in value.items()}
+    return _scalar(hint, value, where)
+
+
+def _scalar(kind: type[Any], value: Any, where: str) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise RecordError(f"{where}: {hint.__name__} is due, got {value!r}")
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise RecordError(f"{where}: {kind.__name__} is due, got {_shown(value)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecordError(f"{where}: a finite number is due, got {value}")
     return value
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, where: str) -> Any:
+    """`value` as JSON values."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise RecordError(f"{where}: a finite number is due, got {value}")
+        return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    raise RecordError(f"{where}: {type(value).__name__} has no form in JSON")
+
+
+def _shown(value: Any) -> str:
+    """`value` in a message: a damaged file can hold anything of any length."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"

@@ -1,0 +1,338 @@
+"""What the cycles of one configuration say together: one value a cycle, and both intervals over the cycles."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lem.record import Record, RecordError, decode_record
+from lem.results.bootstrap import BootstrapResult, bootstrap_ci, check_confidence
+from lem.results.statistics import LogTInterval, bootstrap_coverage_label, log_t_interval
+
+__all__ = [
+    "METRICS",
+    "SHARED_LOAD",
+    "AllAttempts",
+    "ConfigAggregate",
+    "Metric",
+    "MetricEstimate",
+    "aggregate_campaign_results",
+    "aggregate_config",
+]
+
+# Simulated: with 1 % between loads and 0.5 % between runs, a 95 % t interval over cycles that share one load covers
+# 64, 43 and 27 % at 3, 5 and 10 cycles.
+SHARED_LOAD = "cycles share an engine load (reuse: campaign), so they are no replicates: no interval"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a record that is aggregated.
+
+    Attributes:
+        name: its name here and in JSON.
+        group: `energy`, `throughput`, `tokens` or `latency`.
+        unit: SI, as people write it.
+        section, field: where it stands in the record.
+        percentile: which percentile of a distribution; None for a plain number.
+    """
+
+    name: str
+    group: str
+    unit: str
+    section: str
+    field: str
+    percentile: str | None = None
+
+    def read(self, record: Record) -> tuple[float | None, str]:
+        """The value in a record, and the reason where it is None."""
+        holder = getattr(record, self.section)
+        value = getattr(holder, self.field)
+        if value is None:
+            return None, str(holder.null_reasons.get(self.field, "no reason given"))
+        if self.percentile is None:
+            return float(value), ""
+        quantile = getattr(value, self.percentile)
+        return quantile, "" if quantile is not None else str(value.null_reasons[self.percentile])
+
+
+def _latency_metrics() -> Iterable[Metric]:
+    for kind in ("ttft", "tpot", "itl", "e2e", "queue"):
+        for percentile in ("p50", "p95"):
+            yield Metric(f"{kind}_{percentile}_s", "latency", "s", "latency", f"{kind}_s", percentile)
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("gpu_energy_j", "energy", "J", "energy", "gpu_energy_j"),
+    Metric("gpu_energy_net_j", "energy", "J", "energy", "gpu_energy_net_j"),
+    Metric("cpu_package_energy_j", "energy", "J", "energy", "cpu_package_energy_j"),
+    Metric("energy_per_output_tok_j", "energy", "J/tok", "efficiency", "energy_per_output_tok_j"),
+    Metric("energy_per_total_tok_j", "energy", "J/tok", "efficiency", "energy_per_total_tok_j"),
+    Metric("energy_per_request_j", "energy", "J", "efficiency", "energy_per_request_j"),
+    Metric("output_tok_per_s", "throughput", "tok/s", "throughput", "output_tok_per_s"),
+    Metric("total_tok_per_s", "throughput", "tok/s", "throughput", "total_tok_per_s"),
+    Metric("requests_per_s", "throughput", "1/s", "throughput", "requests_per_s"),
+    Metric("input_tok", "tokens", "tok", "work", "input_tok"),
+    Metric("output_tok", "tokens", "tok", "work", "output_tok"),
+    *_latency_metrics(),
+)
+
+
+@dataclass(frozen=True)
+class AllAttempts:
+    """An estimate over every attempt, invalid ones too: shown beside the valid one, never instead of it."""
+
+    mean: float
+    geometric_mean: float | None
+    n_cycles: int
+    n_attempts: int
+
+
+@dataclass(frozen=True)
+class MetricEstimate:
+    """One metric over the cycles of a configuration.
+
+    Attributes:
+        metric: which.
+        values: one a cycle that measured it, in the order of the cycles.
+        bootstrap: arithmetic mean with the percentile bootstrap interval; None when no cycle measured it.
+        t_log: geometric mean with the Student t interval on log values; None when no cycle measured it.
+        all_attempts: where it differs from the estimate over valid attempts.
+        null_reason: why no cycle measured it.
+        warning: what is missing or not to be relied on.
+    """
+
+    metric: Metric
+    values: tuple[float, ...]
+    bootstrap: BootstrapResult | None
+    t_log: LogTInterval | None
+    all_attempts: AllAttempts | None = None
+    null_reason: str | None = None
+    warning: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The estimate as JSON values; an interval says its kind and what it covers."""
+        document: dict[str, Any] = {"unit": self.metric.unit, "n": len(self.values), "values": list(self.values)}
+        document["bootstrap"] = None
+        document["t_log"] = None
+        if self.bootstrap is not None and self.t_log is not None:
+            coverage = bootstrap_coverage_label(self.bootstrap.n_samples, self.bootstrap.confidence)
+            document["bootstrap"] = {
+                "method": "percentile bootstrap of the arithmetic mean",
+                "true_coverage": coverage if self.bootstrap.ci_lower is not None else None,
+                **dataclasses.asdict(self.bootstrap),
+            }
+            document["t_log"] = {
+                "method": "Student t on log values around the geometric mean",
+                **dataclasses.asdict(self.t_log),
+            }
+        document["all_attempts"] = dataclasses.asdict(self.all_attempts) if self.all_attempts else None
+        document["null_reason"] = self.null_reason
+        document["warning"] = self.warning
+        return document
+
+
+@dataclass(frozen=True)
+class ConfigAggregate:
+    """One configuration over its cycles.
+
+    Attributes:
+        config_name: its name.
+        n_cycles: cycles with a valid result; they are what the estimates stand on.
+        n_results, n_invalid: results looked at, and how many of them are invalid.
+        n_failed: experiments that gave no result.
+        invalid_reasons, warnings: text to how many results carry it.
+        energy_sources: how energy was measured; `tdp_estimate` is an estimate and must be shown as one.
+        is_load_shared: cycles share an engine load, so there is no interval.
+        metrics: estimates by the metric's name.
+    """
+
+    config_name: str
+    n_cycles: int
+    n_results: int
+    n_invalid: int
+    n_failed: int
+    invalid_reasons: Mapping[str, int]
+    warnings: Mapping[str, int]
+    energy_sources: tuple[str, ...]
+    is_load_shared: bool
+    metrics: Mapping[str, MetricEstimate]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The aggregate as JSON values, metrics in their groups: `["throughput"]["output_tok_per_s"]`."""
+        document: dict[str, Any] = {
+            item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "metrics"
+        }
+        document["invalid_reasons"] = dict(self.invalid_reasons)
+        document["warnings"] = dict(self.warnings)
+        document["energy_sources"] = list(self.energy_sources)
+        document["no_interval_reason"] = SHARED_LOAD if self.is_load_shared else None
+        for estimate in self.metrics.values():
+            document.setdefault(estimate.metric.group, {})[estimate.metric.name] = estimate.to_dict()
+        return document
+
+
+def aggregate_campaign_results(
+    results: Mapping[str, Sequence[Record | Mapping[str, Any] | None]], confidence: float = 0.95
+) -> dict[str, dict[str, Any]]:
+    """The aggregate of each configuration as JSON values, by configuration name.
+
+    Each has `n_cycles` and, under `energy`, `throughput`, `tokens` and `latency`, every metric with its values by
+    cycle, the `bootstrap` interval of the mean and the `t_log` interval of the geometric mean.
+
+    Args:
+        results: per configuration its results of all cycles and attempts: records, or documents as `result.json`
+            holds them; None stands for an experiment that failed without a result.
+        confidence: of both intervals.
+
+    Raises:
+        RecordError: a document that is not a whole record.
+        ValueError: a confidence outside (0, 1).
+    """
+    return {name: aggregate_config(name, items, confidence).to_dict() for name, items in results.items()}
+
+
+def aggregate_config(
+    config_name: str, results: Sequence[Record | Mapping[str, Any] | None], confidence: float = 0.95, n_failed: int = 0
+) -> ConfigAggregate:
+    """The aggregate of one configuration.
+
+    Only valid attempts count, and of each cycle the last of them: one cycle is one value, since attempts within it
+    share everything that varies between cycles. Where one cycle holds the experiment several times, their mean counts.
+
+    Raises:
+        RecordError, ValueError: as `aggregate_campaign_results`.
+    """
+    check_confidence(confidence)
+    records = _distinct(_as_record(config_name, index, item) for index, item in enumerate(results) if item is not None)
+    attempts = _by_cycle(records)
+    used = {cycle: chosen for cycle, members in attempts.items() if (chosen := _last_valid(members))}
+    is_load_shared = _share_a_load(used)
+    return ConfigAggregate(
+        config_name=config_name,
+        n_cycles=len(used),
+        n_results=len(records),
+        n_invalid=sum(not record.validity.valid for record in records),
+        n_failed=n_failed + sum(item is None for item in results),
+        invalid_reasons=_count(reason for record in records for reason in record.validity.invalid_reasons),
+        warnings={
+            **_count(text for record in records for text in record.validity.warnings),
+            **dict.fromkeys(_mixture_warnings(records), len(records)),
+        },
+        energy_sources=tuple(sorted({record.energy.energy_source or "" for record in records} - {""})),
+        is_load_shared=is_load_shared,
+        metrics={
+            metric.name: _estimate(metric, used, attempts, confidence, is_load_shared=is_load_shared)
+            for metric in METRICS
+        },
+    )
+
+
+_Cycle = tuple[str, str, int]
+_Cycles = Mapping[_Cycle, Sequence[Record]]
+
+
+def _as_record(config_name: str, index: int, item: Record | Mapping[str, Any]) -> Record:
+    if isinstance(item, Record):
+        return item
+    try:
+        return decode_record(dict(item))
+    except (RecordError, TypeError, ValueError) as error:
+        raise RecordError(f"{config_name}: result {index + 1}: {error}") from error
+
+
+def _distinct(records: Iterable[Record]) -> tuple[Record, ...]:
+    """The records without identical duplicates, as two copies of one folder bring them."""
+    kept: dict[tuple[str, str, str, int, int], list[Record]] = {}
+    for record in records:
+        same = kept.setdefault(record.identity.key, [])
+        if record not in same:
+            same.append(record)
+    return tuple(record for same in kept.values() for record in same)
+
+
+def _by_cycle(records: Iterable[Record]) -> _Cycles:
+    cycles: dict[_Cycle, list[Record]] = {}
+    for record in records:
+        identity = record.identity
+        cycles.setdefault((identity.run_id, identity.host, identity.cycle_index), []).append(record)
+    return dict(sorted(cycles.items()))
+
+
+def _last_valid(members: Sequence[Record]) -> tuple[Record, ...]:
+    """The last valid attempt of each experiment in a cycle."""
+    last: dict[str, list[Record]] = {}
+    for record in members:
+        if not record.validity.valid:
+            continue
+        same = last.setdefault(record.identity.experiment_id, [])
+        if same and record.identity.attempt > same[0].identity.attempt:
+            same.clear()
+        if not same or record.identity.attempt == same[0].identity.attempt:
+            same.append(record)
+    return tuple(record for same in last.values() for record in same)
+
+
+def _share_a_load(cycles: _Cycles) -> bool:
+    loads = [
+        {(record.identity.host, record.validity.engine_load_id) for record in members if record.validity.engine_load_id}
+        for members in cycles.values()
+    ]
+    return sum(map(len, loads)) > len(set().union(*loads))
+
+
+def _mixture_warnings(records: Sequence[Record]) -> Iterable[str]:
+    for identities, what, consequence in (
+        ({record.identity.config_hash for record in records}, "configurations", "the estimate mixes them"),
+        ({record.identity.host for record in records}, "hosts", "cycles of one host are alike, intervals too narrow"),
+        ({record.identity.run_id for record in records}, "runs", "cycles of one run are alike, intervals too narrow"),
+    ):
+        if len(identities) > 1:
+            yield f"results of {len(identities)} {what} under one name: {consequence}"
+
+
+def _estimate(
+    metric: Metric, used: _Cycles, attempts: _Cycles, confidence: float, *, is_load_shared: bool
+) -> MetricEstimate:
+    values = _cycle_values(metric, used)
+    all_attempts = _all_attempts(metric, attempts, values)
+    reasons = _count(
+        reason for members in used.values() for record in members for reason in (metric.read(record)[1],) if reason
+    )
+    said = "; ".join(reasons)
+    if not values:
+        null_reason = said or "no valid result"
+        return MetricEstimate(metric, (), None, None, all_attempts, null_reason)
+    bootstrap = bootstrap_ci(values, confidence=confidence)
+    t_log = log_t_interval(values, confidence)
+    if is_load_shared and len(values) > 1:
+        bootstrap = dataclasses.replace(bootstrap, ci_lower=None, ci_upper=None, warning=SHARED_LOAD)
+        t_log = dataclasses.replace(t_log, ci_lower=None, ci_upper=None, warning=t_log.warning or SHARED_LOAD)
+    warning = f"measured in {len(values)} of {len(used)} cycles: {said}" if len(values) < len(used) else None
+    return MetricEstimate(metric, values, bootstrap, t_log, all_attempts, None, warning)
+
+
+def _cycle_values(metric: Metric, cycles: _Cycles) -> tuple[float, ...]:
+    """One value a cycle: the mean over its records that measured the metric."""
+    measured = (
+        [value for record in members if (value := metric.read(record)[0]) is not None] for members in cycles.values()
+    )
+    return tuple(statistics.fmean(values) for values in measured if values)
+
+
+def _all_attempts(metric: Metric, attempts: _Cycles, valid_values: tuple[float, ...]) -> AllAttempts | None:
+    values = _cycle_values(metric, attempts)
+    if not values or values == valid_values:
+        return None
+    n_attempts = sum(metric.read(record)[0] is not None for members in attempts.values() for record in members)
+    geometric = math.exp(statistics.fmean(map(math.log, values))) if min(values) > 0 else None
+    return AllAttempts(statistics.fmean(values), geometric, len(values), n_attempts)
+
+
+def _count(texts: Iterable[str]) -> dict[str, int]:
+    return dict(collections.Counter(texts))
