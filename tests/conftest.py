@@ -1,0 +1,47 @@
+"""Skips what this machine cannot run, and says so where nobody overlooks it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tests.needs import NEEDS, is_ci, missing
+
+
+def pytest_sessionstart() -> None:
+    """Refuse to start in CI without what CI must have: a skip there would look like a success."""
+    if not is_ci():
+        return
+    lacking = [f"{name}: {missing(name)}" for name, need in NEEDS.items() if need.is_mandatory and missing(name)]
+    if lacking:
+        raise pytest.UsageError("CI=true, and this is missing:\n  " + "\n  ".join(lacking))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that needs what is not here."""
+    for marker in item.iter_markers("needs"):
+        for name in marker.args:
+            if name not in NEEDS:
+                pytest.fail(f"{name!r} is not in tests/needs.py: {', '.join(NEEDS)}", pytrace=False)
+            reason = missing(name)
+            if reason is not None:
+                pytest.skip(reason)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List what could not run, and why, most tests first."""
+    reasons = Counter(_reason(report) for report in terminalreporter.getreports("skipped"))
+    if not reasons:
+        return
+    count = sum(reasons.values())
+    terminalreporter.section(f"NOT RUN ON THIS MACHINE: {count} tests", sep="!", yellow=True, bold=True)
+    for reason, number in reasons.most_common():
+        terminalreporter.line(f"{number:5d}  {reason}", yellow=True)
+
+
+def _reason(report: object) -> str:
+    """The reason of a skip, which pytest keeps as (file, line, "Skipped: reason")."""
+    longrepr = getattr(report, "longrepr", None)
+    text = str(longrepr[2] if isinstance(longrepr, tuple) else longrepr)
+    return text.removeprefix("Skipped: ")

@@ -1,0 +1,121 @@
+"""What tests need beyond Python and the packages of tests/requirements.txt, and whether this machine has it.
+
+A test names what it needs with `@pytest.mark.needs("cuda")`; conftest.py skips it where that is missing and lists it
+at the end of the run. With CI=true a missing mandatory need fails the whole run.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+__all__ = ["NEEDS", "Need", "is_ci", "missing"]
+
+PROBE_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something a test cannot run without.
+
+    Attributes:
+        probe: what is missing and how to get it, in words; None when it is there.
+        is_mandatory: CI has it, so a run there that lacks it is a failure.
+    """
+
+    probe: Callable[[], str | None]
+    is_mandatory: bool
+
+
+def is_ci(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is a run of the project's CI."""
+    return environ.get("CI", "").lower() in {"1", "true"}
+
+
+@functools.cache
+def missing(name: str) -> str | None:
+    """What is missing of the need `name`; None when it is there.
+
+    Raises:
+        KeyError: there is no such need.
+    """
+    return NEEDS[name].probe()
+
+
+def _package(name: str) -> Callable[[], str | None]:
+    def probe() -> str | None:
+        if importlib.util.find_spec(name) is not None:
+            return None
+        return f"the package {name} is not installed in this environment (make test installs it)"
+
+    return probe
+
+
+def _cuda() -> str | None:
+    # The device files say it without importing torch, which takes seconds.
+    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists():
+        return "no NVIDIA GPU on this machine"
+    if importlib.util.find_spec("torch") is None:
+        return "a GPU is here, but PyTorch is not installed"
+    import torch
+
+    return None if torch.cuda.is_available() else f"a GPU is here, but PyTorch {torch.__version__} cannot use it"
+
+
+def _docker() -> str | None:
+    if shutil.which("docker") is None:
+        return "no docker command on this machine"
+    for command, remedy in (
+        (["docker", "info"], "the Docker daemon does not answer"),
+        (["docker", "compose", "version"], "the Compose plugin of Docker is not installed"),
+    ):
+        if subprocess.run(command, capture_output=True, timeout=PROBE_TIMEOUT_S, check=False).returncode != 0:
+            return remedy
+    return None
+
+
+def _checkout() -> str | None:
+    command = ["git", "rev-parse", "--is-inside-work-tree"]
+    if shutil.which("git") is None:
+        return "no git command on this machine"
+    folder = Path(__file__).parent
+    answer = subprocess.run(command, cwd=folder, capture_output=True, timeout=PROBE_TIMEOUT_S, check=False)
+    return None if answer.returncode == 0 else "this copy of the project is not a git checkout"
+
+
+def _other_pythons() -> str | None:
+    from tests.pythons import find_pythons
+
+    found = {python.version[:2] for python in find_pythons() if python.is_supported}
+    return None if len(found) > 1 else "only one version of CPython from 3.10 on is on this machine"
+
+
+def _old_python() -> str | None:
+    from tests.pythons import find_pythons
+
+    return (
+        None
+        if any(not python.is_supported for python in find_pythons())
+        else "no CPython before 3.10 is on this machine"
+    )
+
+
+NEEDS: Mapping[str, Need] = MappingProxyType(
+    {
+        "torch": Need(_package("torch"), is_mandatory=True),
+        "transformers": Need(_package("transformers"), is_mandatory=True),
+        "datasets": Need(_package("datasets"), is_mandatory=True),
+        "checkout": Need(_checkout, is_mandatory=True),
+        "other_pythons": Need(_other_pythons, is_mandatory=False),
+        "old_python": Need(_old_python, is_mandatory=False),
+        "cuda": Need(_cuda, is_mandatory=False),
+        "docker": Need(_docker, is_mandatory=False),
+    }
+)
