@@ -1,0 +1,218 @@
+"""Imports run downward only. Read with ast, so an import inside a function counts like one at the top."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 60
+
+# What each layer may stand on beside itself and `lem` (the version); a layer is a module or a folder of lem/.
+FOUNDATION = frozenset({"errors", "process", "log", "units", "durable"})
+STANDS_ON: dict[str, frozenset[str]] = {
+    **dict.fromkeys(FOUNDATION, FOUNDATION),
+    "config": FOUNDATION,
+    "record": FOUNDATION,
+    "meters": FOUNDATION | {"config", "record"},
+    "backends": FOUNDATION | {"config", "record"},
+    "experiment": FOUNDATION | {"config", "record", "meters", "backends"},
+    "results": FOUNDATION | {"config", "record"},
+    "orchestration": FOUNDATION | {"config", "record", "meters", "backends", "experiment", "results"},
+}
+STANDS_ON["cli"] = STANDS_ON["orchestration"] | {"orchestration"}
+STANDS_ON["__main__"] = STANDS_ON["cli"] | {"cli"}
+
+# Third-party packages, and where each is at home. An engine is what `load` imports: never at the top of a module.
+TORCH = frozenset({"torch", "transformers"})
+THIRD_PARTY: dict[str, frozenset[str]] = {
+    "lem.backends.pytorch": TORCH,
+    "lem.experiment.prompts": frozenset({"datasets"}),
+    "lem.config.yamlfile": frozenset({"yaml"}),
+    "lem.meters": frozenset({"pynvml"}),
+}
+CONTAINER_SIDE = ("experiment", "meters", "backends")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement; `is_late` when it runs only with the function it stands in."""
+
+    importer: str
+    target: str
+    line: int
+    is_late: bool
+
+    def __str__(self) -> str:
+        return f"{self.importer} line {self.line} imports {self.target}"
+
+
+def modules() -> dict[str, Path]:
+    """Every module of lem by its dotted name."""
+    found = {}
+    for path in sorted((ROOT / "lem").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if "_vendor" not in parts:
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports_of(name: str) -> Iterator[Import]:
+    """The imports of a module of lem."""
+    return imports_in(MODULES[name].read_text(encoding="utf-8"), name)
+
+
+def imports_in(source: str, importer: str) -> Iterator[Import]:
+    """The imports of a source text: `from lem import durable` counts as one of lem.durable."""
+    tree = ast.parse(source)
+    late = {
+        inner
+        for outer in ast.walk(tree)
+        if isinstance(outer, (ast.FunctionDef, ast.AsyncFunctionDef)) or _is_type_checking(outer)
+        for inner in ast.walk(outer)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            targets = [_target(node.module or f"relative to {importer}", alias.name) for alias in node.names]
+        else:
+            continue
+        for target in targets:
+            yield Import(importer, target, node.lineno, node in late)
+
+
+def _target(module: str, name: str) -> str:
+    """`from lem import durable` imports a module, `from lem.errors import UserError` a name from one."""
+    dotted = f"{module}.{name}"
+    return dotted if dotted in MODULES or module == "lem._vendor" else module
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+
+
+def layer_of(name: str) -> str:
+    """`config` for lem.config.schema; empty for lem itself."""
+    return name.removeprefix("lem").lstrip(".").split(".")[0]
+
+
+def third_party_of(name: str) -> frozenset[str]:
+    """What a module may import beside the standard library and lem."""
+    return frozenset().union(*(packages for home, packages in THIRD_PARTY.items() if _is_within(name, home)))
+
+
+def _is_within(name: str, home: str) -> bool:
+    return name == home or name.startswith(f"{home}.")
+
+
+def closure(name: str) -> set[str]:
+    """Every module of lem that is imported with `name`, at once or later."""
+    reached: set[str] = set()
+    waiting = [name]
+    while waiting:
+        current = waiting.pop()
+        if current in reached:
+            continue
+        reached.add(current)
+        waiting += [item.target for item in imports_of(current) if item.target in MODULES]
+        if "." in current:
+            waiting.append(current.rpartition(".")[0])
+    return reached
+
+
+def test_an_import_is_seen_wherever_it_stands() -> None:
+    source = """
+import os.path, json
+from lem import __version__, durable
+from lem._vendor import yaml
+if TYPE_CHECKING:
+    import torch
+def f():
+    try:
+        from torch.nn import functional
+    except ImportError:
+        import lem.cli.main
+"""
+    seen = {(item.target, item.is_late) for item in imports_in(source, "lem.example")}
+    early = {"os.path", "json", "lem", "lem.durable", "lem._vendor.yaml"}
+    late = {"torch", "torch.nn", "lem.cli.main"}
+    assert seen == {(name, False) for name in early} | {(name, True) for name in late}
+
+
+def test_every_module_belongs_to_a_layer() -> None:
+    assert {layer_of(name) for name in MODULES} - {""} <= set(STANDS_ON)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_run_downward(name: str) -> None:
+    layer = layer_of(name)
+    allowed = STANDS_ON.get(layer, frozenset()) | {layer, "", "_vendor"}
+    own = [item for item in imports_of(name) if item.target.split(".")[0] == "lem"]
+    upward = [str(item) for item in own if layer_of(item.target) not in allowed]
+    assert not upward
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_third_party_code_is_imported_only_where_it_is_at_home(name: str) -> None:
+    strangers = []
+    for item in imports_of(name):
+        top, _, rest = item.target.partition(".")
+        if top == "lem":
+            top = rest.split(".")[1] if rest.startswith("_vendor.") else ""
+        if top and top not in sys.stdlib_module_names and top not in third_party_of(name):
+            strangers.append(str(item))
+    assert not strangers
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_engines_are_imported_when_a_backend_loads(name: str) -> None:
+    early = [str(item) for item in imports_of(name) if item.target.split(".")[0] in TORCH and not item.is_late]
+    assert not early
+
+
+def test_only_process_imports_subprocess() -> None:
+    importers = {item.importer for name in MODULES for item in imports_of(name) if item.target == "subprocess"}
+    assert importers == {"lem.process"}
+
+
+@pytest.mark.parametrize("layer", CONTAINER_SIDE)
+def test_container_side_reads_no_yaml_not_even_through_others(layer: str) -> None:
+    for name in MODULES:
+        if layer_of(name) == layer:
+            readers = [item for module in closure(name) for item in imports_of(module) if "yaml" in item.target]
+            assert not readers, f"{name} leads to {readers[0]}"
+
+
+def test_container_side_starts_with_the_standard_library_alone() -> None:
+    names = [name for name in MODULES if layer_of(name) in CONTAINER_SIDE]
+    assert names
+    loaded = loaded_after(f"import importlib\nfor name in {names!r}: importlib.import_module(name)")
+    assert set(names) <= loaded
+    assert not {name for name in loaded if "yaml" in name.split(".")}
+
+
+def test_help_imports_no_engine_and_nothing_that_measures() -> None:
+    loaded = loaded_after("import io, lem.cli.main\nlem.cli.main.main(['--help'], io.StringIO(), io.StringIO())")
+    assert "lem.cli.main" in loaded
+    assert not {name for name in loaded if layer_of(name) in CONTAINER_SIDE and name.startswith("lem.")}
+    assert not {name for name in loaded if name.split(".")[0] in {*TORCH, "numpy"} or "yaml" in name.split(".")}
+
+
+def loaded_after(program: str) -> set[str]:
+    """The modules that a Python without site-packages has loaded after running a program."""
+    code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{program}\nprint(*sys.modules, sep='\\n')"
+    finished = subprocess.run(
+        [sys.executable, "-I", "-S", "-B", "-c", code], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    return set(finished.stdout.split())
