@@ -1,0 +1,124 @@
+"""The fault injector itself, on the program's own durable writes in processes of their own."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.doubles.fault_injector import VARIABLE, Fault, process_of, read_journal
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 60
+
+# Writes two files durably and says which calls failed.
+PROGRAM = """
+import sys
+from pathlib import Path
+from tests.doubles import fault_injector
+from lem import durable
+fault_injector.install()
+sys.argv[1:] = sys.argv[2:]
+for name in ("a", "b"):
+    try:
+        durable.write_text(Path(name), name)
+    except OSError as error:
+        print(name, error.errno)
+"""
+
+
+def run(folder: Path, fault: Fault | None, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environ.pop(VARIABLE, None)
+    if fault is not None:
+        environ[VARIABLE] = fault.to_json()
+    command = [sys.executable, "-c", PROGRAM, "-", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environ, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {"journal"}
+
+
+def test_without_a_fault_nothing_is_written_down(tmp_path: Path) -> None:
+    assert run(tmp_path, None).returncode == 0
+    assert files_in(tmp_path) == {"a", "b"}
+    assert read_journal(tmp_path / "journal") == ()
+
+
+def test_counting_lists_every_point_of_a_run_in_order(tmp_path: Path) -> None:
+    finished = run(tmp_path, Fault(str(tmp_path / "journal")))
+    assert (finished.returncode, finished.stdout) == (0, "")
+    entries = read_journal(tmp_path / "journal")
+    assert [entry.event for entry in entries] == ["lem.write", "lem.fsync", "lem.rename", "lem.fsync_dir"] * 2
+    assert [entry.detail for entry in entries[:3]] == ["a"] * 3
+    assert {(entry.process, entry.action) for entry in entries} == {("host", "")}
+
+
+@pytest.mark.parametrize(
+    ("event", "nth", "left"),
+    [
+        ("lem.write", 1, set()),
+        ("lem.rename", 1, set()),
+        ("lem.fsync_dir", 1, {"a"}),
+        ("lem.rename", 2, {"a"}),
+        ("lem.fsync_dir", 2, {"a", "b"}),
+    ],
+)
+def test_kill_stops_the_program_just_before_the_call(tmp_path: Path, event: str, nth: int, left: set[str]) -> None:
+    finished = run(tmp_path, Fault(str(tmp_path / "journal"), "host", event, nth, "kill"))
+    assert finished.returncode == -signal.SIGKILL
+    assert {name for name in files_in(tmp_path) if not name.startswith(".lem-tmp-")} == left
+    last = read_journal(tmp_path / "journal")[-1]
+    assert (last.event, last.action) == (event, "kill")
+
+
+def test_term_asks_the_program_to_stop(tmp_path: Path) -> None:
+    finished = run(tmp_path, Fault(str(tmp_path / "journal"), "host", "lem.fsync", 2, "term"))
+    assert finished.returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(("action", "code"), [("enospc", errno.ENOSPC), ("eacces", errno.EACCES), ("eio", errno.EIO)])
+def test_failing_call_is_an_ordinary_error_and_the_program_goes_on(tmp_path: Path, action: str, code: int) -> None:
+    finished = run(tmp_path, Fault(str(tmp_path / "journal"), "host", "lem.fsync", 1, action))
+    assert (finished.returncode, finished.stdout) == (0, f"a {code}\n")
+    assert files_in(tmp_path) == {"b"}
+
+
+def test_fault_happens_once_over_all_processes_of_a_run(tmp_path: Path) -> None:
+    fault = Fault(str(tmp_path / "journal"), "engine", "lem.write", 3, "enospc")
+    outputs = [run(tmp_path, fault, "worker", "--engine").stdout for _ in range(3)]
+    assert outputs == ["", f"a {errno.ENOSPC}\n", ""]
+
+
+def test_events_of_another_process_do_not_count(tmp_path: Path) -> None:
+    fault = Fault(str(tmp_path / "journal"), "engine", "lem.write", 1, "kill")
+    assert [run(tmp_path, fault).returncode, run(tmp_path, fault, "worker").returncode] == [0, 0]
+    assert run(tmp_path, fault, "worker", "--engine").returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("argv", "process"),
+    [
+        (["lem", "campaign", "worker.yaml"], "host"),
+        (["lem"], "host"),
+        (["lem", "worker"], "supervisor"),
+        (["lem", "worker", "--engine", "3"], "engine"),
+    ],
+)
+def test_process_is_told_by_its_command_line(argv: list[str], process: str) -> None:
+    assert process_of(argv) == process
+
+
+@pytest.mark.parametrize("fields", [{"event": "lem.wirte"}, {"nth": 0}, {"action": "sigkill"}, {"process": ""}])
+def test_fault_that_could_never_happen_is_refused(fields: dict[str, object]) -> None:
+    good = {"journal": "j", "process": "host", "event": "lem.write", "nth": 1, "action": "kill"}
+    with pytest.raises(ValueError, match="are due"):
+        Fault(**{**good, **fields})  # type: ignore[arg-type]
