@@ -1,0 +1,72 @@
+"""Which weights were loaded: their files, their hash, the commit of a hub model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+__all__ = ["commit_of", "hash_weights", "weight_files"]
+
+# In the order in which transformers looks for them: whole or in parts, safetensors before pickles.
+_WHOLE = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
+_IN_PARTS = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SEARCH_ORDER = (_WHOLE[0], _IN_PARTS[0], _WHOLE[1], _IN_PARTS[1], *_WHOLE[2:])
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_BLOCK_B = 1 << 22
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The files transformers reads the weights from, by name; () when the folder has none that is known.
+
+    Raises:
+        OSError, ValueError: the index of weights in parts cannot be read.
+    """
+    for name in _SEARCH_ORDER:
+        path = folder / name
+        if not path.is_file():
+            continue
+        if name in _WHOLE:
+            return (path,)
+        parts = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+        return tuple(folder / part for part in sorted(set(parts)))
+    return ()
+
+
+def hash_weights(files: Iterable[Path], name_of: dict[Path, str] | None = None) -> str | None:
+    """SHA-256 over a line `<sha256 of the file>  <name>` for each file in name order; None for no files.
+
+    The whole of every file is read, about a second a GB from a warm page cache, which a load leaves behind. Large files in
+    the hub's cache are not read: there a file is a link to a blob that is named by its SHA-256.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    names = {path: (name_of or {}).get(path, path.name) for path in files}
+    if not names:
+        return None
+    digest = hashlib.sha256()
+    for path, name in sorted(names.items(), key=lambda item: item[1]):
+        digest.update(f"{_hash_file(path)}  {name}\n".encode())
+    return digest.hexdigest()
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of a folder in the hub's cache (`…/snapshots/<commit>`); None for any other folder."""
+    is_snapshot = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name)
+    return folder.name if is_snapshot else None
+
+
+def _hash_file(path: Path) -> str:
+    blob = path.resolve()
+    if path.is_symlink() and blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
+        return blob.name
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_B):
+            digest.update(block)
+    return digest.hexdigest()
