@@ -1,0 +1,205 @@
+"""One campaign at a time: `flock` on a file per campaign and per GPU.
+
+The kernel lets go of a lock when its holder ends, however it ends, so there are no stale locks: the file stays and
+means nothing by itself. It names its last holder, for the one who is refused. It is never removed: another process
+may have it open, and would then hold a lock on a file that nobody else finds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lem.errors import LockedError, UserError
+
+__all__ = ["Holder", "LockTarget", "default_gpu_lock_folder", "hold_locks", "lock_targets", "read_holder"]
+
+CAMPAIGN_LOCK_NAME = "campaign.lock"
+LOCK_FOLDER_VARIABLE = "LEM_LOCK_DIR"
+
+# More than this is not what we wrote.
+_HOLDER_MAX_B = 4096
+
+# No child process inherits the lock, and no link that anybody could have put there is followed.
+_OPEN_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock: process, host, campaign, and since when (UTC)."""
+
+    pid: int
+    host: str
+    campaign: str
+    since: str
+
+    def describe(self) -> str:
+        """`pid 4711 on node3, campaign demo, since 2026-07-14T10:00:00Z`."""
+        return f"pid {self.pid} on {self.host}, campaign {self.campaign}, since {self.since}"
+
+
+@dataclass(frozen=True)
+class LockTarget:
+    """A lock file and what it stands for, e.g. `GPU GPU-1b2c…`."""
+
+    path: Path
+    what: str
+
+
+def default_gpu_lock_folder(environ: Mapping[str, str]) -> Path:
+    """The folder of the GPU locks: `LEM_LOCK_DIR`, or one that every user of this host shares."""
+    chosen = environ.get(LOCK_FOLDER_VARIABLE)
+    if chosen:
+        return Path(chosen)
+    # /run/lock is where the FHS puts locks; it is not writable for ordinary users everywhere.
+    shared = Path("/run/lock")
+    return (shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())) / "lem"
+
+
+def lock_targets(
+    state_folder: Path, campaign_name: str, gpu_uuids: Iterable[str], gpu_lock_folder: Path
+) -> tuple[LockTarget, ...]:
+    """What a campaign locks, in the order to lock it: itself, then its GPUs sorted by UUID.
+
+    One order for everybody is what keeps two campaigns from each holding what the other wants. The CPU is not
+    locked: a campaign without GPUs excludes only itself.
+
+    Args:
+        state_folder: `<state_dir>/<campaign>`, where the manifest is.
+    """
+    campaign = LockTarget(state_folder / CAMPAIGN_LOCK_NAME, f"campaign {campaign_name}")
+    gpus = (LockTarget(gpu_lock_folder / f"{_file_name(uuid)}.lock", f"GPU {uuid}") for uuid in sorted(set(gpu_uuids)))
+    return (campaign, *gpus)
+
+
+@contextlib.contextmanager
+def hold_locks(targets: Sequence[LockTarget], holder: Holder) -> Iterator[None]:
+    """Hold all the locks within the block, or none.
+
+    The descriptors are closed on exec, so no child process inherits a lock and keeps it beyond this process.
+
+    Raises:
+        LockedError: another process holds one of them; names its pid, host and campaign.
+        UserError: a lock file cannot be opened or made.
+    """
+    with contextlib.ExitStack() as stack:
+        for target in targets:
+            descriptor = _open(target)
+            stack.callback(os.close, descriptor)
+            _check_file(descriptor, target)
+            _lock(descriptor, target)
+            _write_holder(descriptor, holder)
+        yield
+
+
+def read_holder(path: Path) -> Holder | None:
+    """The holder that a lock file names, be it alive or not; None when it names none."""
+    try:
+        data = path.read_bytes()[:_HOLDER_MAX_B]
+    except OSError:
+        return None
+    return _decode_holder(data)
+
+
+def _lock(descriptor: int, target: LockTarget) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        # The holder may just have taken it and not yet have written who it is.
+        holder = _decode_holder(os.pread(descriptor, _HOLDER_MAX_B, 0))
+        who = holder.describe() if holder else "a process that has not said yet who it is"
+        raise LockedError(
+            f"{target.what} is locked by {who}",
+            f"wait until it ends, or stop it; the lock is {target.path} and goes with its holder",
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"cannot lock {target.path}: {error.strerror}",
+            "choose a folder on a file system with flock: io.state_dir, and LEM_LOCK_DIR for the GPUs",
+        ) from error
+
+
+def _open(target: LockTarget) -> int:
+    try:
+        _make_folder(target.path.parent)
+        return _open_or_create(target.path)
+    except OSError as error:
+        raise UserError(
+            f"cannot open the lock of {target.what}, {target.path}: {error.strerror}",
+            "make the folder writable, or choose another: io.state_dir for the campaign, LEM_LOCK_DIR for the GPUs",
+        ) from error
+
+
+def _check_file(descriptor: int, target: LockTarget) -> None:
+    """In a folder that all may write, refuse what somebody put there for us to write through."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+        raise UserError(f"the lock of {target.what}, {target.path}, is not an ordinary file", "remove it")
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.is_dir():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+        if folder.parent in (Path("/run/lock"), Path(tempfile.gettempdir())):
+            # Every user of the host locks the same GPUs: as open, and as sticky, as the folder it lies in.
+            folder.chmod(0o1777)
+
+
+def _open_or_create(path: Path) -> int:
+    # Not O_CREAT at once: in a sticky folder that all may write, Linux refuses O_CREAT on another user's file
+    # (fs.protected_regular), though opening it is allowed.
+    with contextlib.suppress(FileNotFoundError):
+        return _open_existing(path)
+    with contextlib.suppress(FileExistsError):
+        return _create(path)
+    # Another process made it in between, and lock files are never removed.
+    return _open_existing(path)
+
+
+def _open_existing(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | _OPEN_FLAGS)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+    # flock needs no right to write; who holds it then stays untold.
+    return os.open(path, os.O_RDONLY | _OPEN_FLAGS)
+
+
+def _create(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, 0o666)
+    with contextlib.suppress(PermissionError):
+        os.fchmod(descriptor, 0o666)
+    return descriptor
+
+
+def _write_holder(descriptor: int, holder: Holder) -> None:
+    data = (json.dumps(asdict(holder), ensure_ascii=False) + "\n").encode("utf-8")
+    # Only a courtesy to others: a lock file open for reading alone, or a full disk, is no reason not to run.
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, data, 0)
+
+
+def _decode_holder(data: bytes) -> Holder | None:
+    try:
+        return Holder(**json.loads(data.decode("utf-8")))
+    except (ValueError, TypeError):
+        return None
+
+
+def _file_name(uuid: str) -> str:
+    """A GPU's UUID as a file name; it comes from the driver, or from a person."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", uuid)
