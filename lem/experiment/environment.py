@@ -1,0 +1,180 @@
+"""Host, engine and model: everything that can change the numbers, and a fingerprint of what makes runs incomparable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lem.backends.protocol import EngineReport
+from lem.config.experiment_config import ExperimentConfig
+from lem.meters.gpus import find_driver
+from lem.record import Environment
+
+__all__ = ["HostFacts", "describe_environment", "differing_options", "fingerprint_of", "read_host"]
+
+_NOT_LOOKED_FOR = "this version of lem does not look for them yet: they come with the energy meters"
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """The machine, as Linux describes it.
+
+    Attributes:
+        os: name and version of the distribution.
+        cpu: model name.
+        cpu_count: logical CPUs that this process may run on.
+        memory_b: main memory; None where /proc does not tell.
+        governor: frequency governors in use, usually one; None where the kernel shows none.
+    """
+
+    os: str
+    kernel: str
+    cpu: str
+    cpu_count: int
+    memory_b: int | None
+    governor: str | None
+
+
+def read_host(root: Path = Path("/")) -> HostFacts:
+    """The machine this runs on.
+
+    Args:
+        root: where `etc`, `proc` and `sys` are.
+    """
+    return HostFacts(
+        os=_read_os(root),
+        kernel=platform.release(),
+        cpu=_read_cpu(root),
+        cpu_count=len(os.sched_getaffinity(0)),
+        memory_b=_read_memory(root),
+        governor=_read_governor(root),
+    )
+
+
+def describe_environment(
+    host: HostFacts, report: EngineReport, config: ExperimentConfig, *, executor: str, image: str | None
+) -> Environment:
+    """The environment section of the record."""
+    versions = {"python": platform.python_version(), **report.versions}
+    driver = find_driver() if report.gpu_uuids else None
+    if driver is not None:
+        versions["driver"] = driver
+    reasons = {
+        "other_gpu_processes": _NOT_LOOKED_FOR if report.gpu_uuids else "no GPU in use",
+        "vbios": _NOT_LOOKED_FOR if report.gpu_uuids else "no GPU in use",
+    }
+    optional = {
+        "memory_b": (host.memory_b, "/proc/meminfo does not tell"),
+        "governor": (host.governor, "the kernel shows no frequency governor, as in most virtual machines"),
+        "image": (image, "not run in a container"),
+        "model_revision": (report.model_revision, "the model is a local folder, or the engine does not tell"),
+        "weights_sha256": (report.weights_sha256, "the engine does not tell which weight files it read"),
+    }
+    reasons.update({name: reason for name, (value, reason) in optional.items() if value is None})
+    return Environment(
+        fingerprint=fingerprint_of(host, report, versions, image),
+        executor=executor,
+        os=host.os,
+        kernel=host.kernel,
+        cpu=host.cpu,
+        cpu_count=host.cpu_count,
+        memory_b=host.memory_b,
+        governor=host.governor,
+        image=image,
+        engine_name=report.engine_name,
+        engine_version=report.engine_version,
+        versions=versions,
+        device=report.device,
+        gpu_uuids=report.gpu_uuids,
+        vbios=None,
+        model_revision=report.model_revision,
+        weights_sha256=report.weights_sha256,
+        other_gpu_processes=None,
+        engine_effective=report.effective,
+        engine_differs=differing_options(config, report.effective),
+        null_reasons=reasons,
+    )
+
+
+def fingerprint_of(host: HostFacts, report: EngineReport, versions: Mapping[str, str], image: str | None) -> str:
+    """16 hex over what makes two runs incomparable: image, engine and its libraries, driver, GPUs, and the CPU.
+
+    Left out is what an experiment chooses (its options) and what changes without mattering (kernel, free memory).
+    """
+    parts = {
+        "image": image,
+        "engine": [report.engine_name, report.engine_version],
+        "versions": dict(versions),
+        "device": report.device,
+        "gpu_uuids": sorted(report.gpu_uuids),
+        "cpu": [host.cpu, host.cpu_count],
+    }
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def differing_options(config: ExperimentConfig, effective: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """{option: [requested, effective]} of the options that the engine reports under the same name with another value.
+
+    Options that were not given differ from nothing: they are the engine's own defaults.
+    """
+    requested = config.to_dict()
+    wanted = {**_flatten(requested, ""), **_flatten(requested.get(config.backend) or {}, "")}
+    found = _flatten(effective, "")
+    return {
+        name: [value, found[name]]
+        for name, value in sorted(wanted.items())
+        if value is not None and name in found and found[name] != value
+    }
+
+
+def _flatten(value: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            out.update(_flatten(item, f"{prefix}{key}."))
+        else:
+            out[f"{prefix}{key}"] = list(item) if isinstance(item, tuple) else item
+    return out
+
+
+def _read_os(root: Path) -> str:
+    for line in _lines(root / "etc/os-release"):
+        if line.startswith("PRETTY_NAME="):
+            return line.removeprefix("PRETTY_NAME=").strip().strip("\"'")
+    return platform.system()
+
+
+def _read_cpu(root: Path) -> str:
+    wanted = ("model name", "Model", "cpu model")  # x86; Raspberry and others; MIPS
+    for line in _lines(root / "proc/cpuinfo"):
+        key, _, value = line.partition(":")
+        if key.strip() in wanted and value.strip():
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _read_memory(root: Path) -> int | None:
+    for line in _lines(root / "proc/meminfo"):
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) * 1024  # "kB" there means KiB
+    return None
+
+
+def _read_governor(root: Path) -> str | None:
+    files = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor")
+    found = {line.strip() for file in files for line in _lines(file)}
+    return ", ".join(sorted(found)) or None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,282 @@
+"""Prompts as text: from files, and to and from `prompts.jsonl` in a result folder.
+
+Host and worker share this module: the host resolves prompts of files and synthetic ones before a run, so that the worker
+needs no path of the host; hub datasets are resolved by the worker, where the `datasets` package is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lem import durable
+from lem.config.experiment_config import ExperimentConfig, FilePrompts, SyntheticPrompts
+from lem.errors import ConfigurationError
+from lem.experiment.synthetic import BUNDLED, SyntheticPlan, generate
+
+__all__ = [
+    "PROMPTS_FILENAME",
+    "Prompt",
+    "PromptError",
+    "ResolvedPrompts",
+    "fingerprint",
+    "is_resolved_on_host",
+    "read_prompt_file",
+    "read_prompts",
+    "resolve_on_host",
+    "text_of_record",
+    "write_prompts",
+]
+
+PROMPTS_FILENAME = "prompts.jsonl"
+MAX_LISTED_PROBLEMS = 10
+# A file above this is a data set put in by mistake; prompts are held in memory, on the host too.
+MAX_FILE_B = 256 * 1024 * 1024
+
+
+class PromptError(ConfigurationError):
+    """Prompts that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as text.
+
+    Attributes:
+        input_tokens: exact length in tokens to cut or extend it to; None leaves it as it is.
+        output_tokens: bound on the tokens to generate for it; None takes the experiment's.
+    """
+
+    prompt: str
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class ResolvedPrompts:
+    """Prompts and where they came from.
+
+    Attributes:
+        source: for the record: kind, path or name, revision, sha256 over the contents, count, and what chose them.
+        warnings: what a person should know about them.
+    """
+
+    prompts: tuple[Prompt, ...]
+    source: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
+
+
+def is_resolved_on_host(config: ExperimentConfig) -> bool:
+    """Whether the prompts need neither a hub nor the `datasets` package."""
+    return config.dataset is None and (
+        config.prompts is None or isinstance(config.prompts, (FilePrompts, SyntheticPrompts))
+    )
+
+
+def resolve_on_host(config: ExperimentConfig) -> ResolvedPrompts | None:
+    """The prompts of an experiment; None for a dataset, which the worker resolves.
+
+    Without `dataset` and `prompts` it is the bundled synthetic set, and the source says so.
+
+    Raises:
+        PromptError: a file that cannot be read or holds no usable prompts.
+    """
+    if not is_resolved_on_host(config):
+        return None
+    if isinstance(config.prompts, FilePrompts):
+        prompts = read_prompt_file(Path(config.prompts.path))
+    else:
+        prompts = tuple(
+            Prompt(item.text, item.input_tokens, item.output_tokens) for item in generate(_synthetic_plan(config))
+        )
+    return ResolvedPrompts(prompts, describe(config, prompts))
+
+
+def describe(config: ExperimentConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """The source of prompts that were resolved on the host, for the record."""
+    contents = {"revision": None, "sha256": fingerprint(prompts), "count": len(prompts)}
+    if isinstance(config.prompts, FilePrompts):
+        return {"kind": "file", "path": str(config.prompts.path), **contents}
+    plan = _synthetic_plan(config)
+    kind = "bundled" if config.prompts is None else "synthetic"
+    return {
+        "kind": kind,
+        "name": kind,
+        **contents,
+        "input_tokens": plan.input_tokens,
+        "output_tokens": plan.output_tokens,
+        "distribution": plan.distribution,
+        "seed": plan.seed,
+    }
+
+
+def fingerprint(prompts: Iterable[Prompt]) -> str:
+    """SHA-256 over the contents of prompts in their order; the file they lay in and its format leave no trace."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(_line(prompt))
+    return digest.hexdigest()
+
+
+def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
+    """Write `prompts.jsonl` into a result folder, whole or not at all.
+
+    Raises:
+        OSError: as `durable.write_bytes`.
+    """
+    durable.write_bytes(folder / PROMPTS_FILENAME, b"".join(_line(prompt) for prompt in prompts))
+
+
+def read_prompts(folder: Path) -> tuple[Prompt, ...] | None:
+    """The prompts in the `prompts.jsonl` of a result folder; None where there is none.
+
+    Raises:
+        PromptError: the file is there and is not one that `write_prompts` wrote.
+    """
+    path = folder / PROMPTS_FILENAME
+    return read_prompt_file(path) if path.is_file() else None
+
+
+def read_prompt_file(path: Path) -> tuple[Prompt, ...]:
+    """The prompts of a text file, one a line, or of a `.jsonl` file.
+
+    A line of `.jsonl` is an object with `prompt`, or with `messages` (or ShareGPT's `conversations`), and may bound its
+    own `input_tokens` and `output_tokens`; a JSON string is a prompt too.
+
+    Raises:
+        PromptError: no such file, not UTF-8, empty, or lines that are blank or malformed, each with its number.
+    """
+    text = _read_text(path)
+    lines = text.split("\n")
+    if lines and lines[-1] == "":
+        del lines[-1]
+    if not lines:
+        raise PromptError(f"{path}: no prompts in it, the file is empty", "put one prompt on each line")
+    parse = _parse_json_line if path.suffix.lower() in (".jsonl", ".ndjson") else _parse_text_line
+    return _parse_lines(path, lines, parse)
+
+
+def text_of_record(record: Any) -> str:
+    """The prompt in an object with `prompt`, `messages` or `conversations`, or in a plain string.
+
+    Messages are joined in their order up to the last turn of the user, blank lines between them: no chat template is
+    applied, since it would be another one for every model. Of `conversations` (ShareGPT) it is the first human turn.
+
+    Raises:
+        ValueError: there is no text in it; the message says what was due.
+    """
+    if isinstance(record, str):
+        return _some_text(record, "prompt")
+    if not isinstance(record, Mapping):
+        raise ValueError(f"an object is due, got {type(record).__name__}")
+    if "prompt" in record:
+        return _some_text(record["prompt"], "prompt")
+    if "messages" in record:
+        return _text_of_messages(record["messages"])
+    if "conversations" in record:
+        return _first_human_turn(record["conversations"])
+    raise ValueError("it has neither 'prompt' nor 'messages'")
+
+
+def _synthetic_plan(config: ExperimentConfig) -> SyntheticPlan:
+    chosen = config.prompts
+    if not isinstance(chosen, SyntheticPrompts):
+        return BUNDLED
+    return SyntheticPlan(
+        input_tokens=chosen.input_tokens,
+        output_tokens=chosen.output_tokens,
+        sample_size=chosen.sample_size,
+        seed=chosen.seed,
+        distribution=chosen.distribution,
+    )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_FILE_B:
+            raise PromptError(f"{path}: {path.stat().st_size} bytes of prompts, at most {MAX_FILE_B} are read")
+        data = path.read_bytes()
+    except OSError as error:
+        raise PromptError(f"{path}: cannot be read: {error.strerror}", "check prompts.path") from error
+    try:
+        # A byte order mark and Windows line ends are how an editor saved the file, not part of a prompt.
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise PromptError(f"{path}:{line}: not UTF-8", "save the file as UTF-8 text") from error
+
+
+def _parse_lines(path: Path, lines: Sequence[str], parse: Callable[[str], Prompt]) -> tuple[Prompt, ...]:
+    prompts: list[Prompt] = []
+    problems: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompts.append(parse(line))
+        except ValueError as error:
+            problems.append(f"{path}:{number}: {error}")
+    if problems:
+        listed = problems[:MAX_LISTED_PROBLEMS]
+        if len(problems) > len(listed):
+            listed.append(f"and {len(problems) - len(listed)} more lines")
+        raise PromptError("\n".join(listed), "each line must hold one prompt; delete or mend these lines")
+    return tuple(prompts)
+
+
+def _parse_text_line(line: str) -> Prompt:
+    return Prompt(_some_text(line, "line"))
+
+
+def _parse_json_line(line: str) -> Prompt:
+    if not line.strip():
+        raise ValueError("the line is blank")
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+    bounds = record if isinstance(record, dict) else {}
+    return Prompt(text_of_record(record), _bound(bounds, "input_tokens"), _bound(bounds, "output_tokens"))
+
+
+def _bound(record: Mapping[str, Any], key: str) -> int | None:
+    value = record.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{key}: a whole number from 1 on is due, got {value!r}")
+    return value
+
+
+def _some_text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{what}: text is due, got {type(value).__name__}")
+    if not value.strip():
+        raise ValueError(f"the {what} is blank")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"the {what} holds half of a surrogate pair, which is no character")
+    return value
+
+
+def _text_of_messages(messages: Any) -> str:
+    if not isinstance(messages, list) or not messages or not all(isinstance(item, Mapping) for item in messages):
+        raise ValueError("messages: a list of objects with role and content is due")
+    last_user = max((index for index, item in enumerate(messages) if item.get("role") == "user"), default=None)
+    if last_user is None:
+        raise ValueError("messages: none has the role 'user'")
+    return "\n\n".join(_some_text(item.get("content"), "content of a message") for item in messages[: last_user + 1])
+
+
+def _first_human_turn(turns: Any) -> str:
+    if isinstance(turns, list):
+        for turn in turns:
+            if isinstance(turn, Mapping) and turn.get("from", turn.get("role")) in ("human", "user"):
+                return _some_text(turn.get("value", turn.get("content")), "first human turn")
+    raise ValueError("conversations: there is no human turn")
+
+
+def _line(prompt: Prompt) -> bytes:
+    record = {"prompt": prompt.prompt, "input_tokens": prompt.input_tokens, "output_tokens": prompt.output_tokens}
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n"

@@ -1,0 +1,154 @@
+"""Warm-up: work of the measured kind until its speed has settled, on prompts that are not measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from lem.backends.protocol import Completion, TokenRequest
+from lem.config.experiment_config import WarmupConfig
+from lem.experiment.clock import Clock, seconds_between
+from lem.experiment.encoding import DisjointRequests
+
+__all__ = ["WarmupOutcome", "has_settled", "skipped_warmup", "warm_up"]
+
+
+@dataclass(frozen=True)
+class WarmupOutcome:
+    """What warm-up did.
+
+    Attributes:
+        elapsed_s: None when it is disabled.
+        converged: None when that was not asked.
+        null_reason: why `elapsed_s` or `converged` is None.
+        step_s: duration of the last step; None without one.
+    """
+
+    prompts: int
+    elapsed_s: float | None
+    converged: bool | None
+    null_reason: str | None
+    step_s: float | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def skipped_warmup() -> WarmupOutcome:
+    """The outcome of no warm-up."""
+    return WarmupOutcome(0, None, None, "warm-up is disabled (warmup.enabled: false)")
+
+
+def warm_up(
+    source: DisjointRequests,
+    width: int,
+    settings: WarmupConfig,
+    run_step: Callable[[Sequence[TokenRequest]], Sequence[Completion]],
+    clock: Clock,
+    report: Callable[[int], None],
+) -> WarmupOutcome:
+    """The outcome of warming up in steps of `width` requests at once, the concurrency of the measurement.
+
+    At least `min_prompts` and twice the width are run; then steps follow until the seconds for each output token have
+    settled over the last `window_size` steps. The caps are the time and `max_prompts`, the latter never before
+    `window_size` steps were run (else a wide batch could never be said to have settled). At a cap `converged` is False.
+
+    Args:
+        run_step: runs requests as the measurement will and gives their completions.
+        report: told the number of prompts run so far.
+    """
+    limits = _Limits.of(settings, width)
+    steps = _Steps()
+    begin_ns = clock.monotonic_ns()
+    converged = False
+    while True:
+        requests = source.take(width)
+        step_ns = clock.monotonic_ns()
+        completions = run_step(requests)
+        now_ns = clock.monotonic_ns()
+        steps.add(completions, len(requests), seconds_between(step_ns, now_ns))
+        report(steps.prompts)
+        if steps.prompts >= limits.floor:
+            converged = settings.convergence_detection and has_settled(steps.costs, settings)
+            if converged or steps.prompts >= limits.cap:
+                break
+        if seconds_between(begin_ns, now_ns) >= settings.timeout_seconds:
+            break
+    return WarmupOutcome(
+        prompts=steps.prompts,
+        elapsed_s=seconds_between(begin_ns, now_ns),
+        converged=converged if settings.convergence_detection else None,
+        null_reason=None if settings.convergence_detection else "warmup.convergence_detection is off",
+        step_s=steps.last_s,
+        warnings=(*_convergence_warning(converged, steps, settings), *steps.warnings(source.is_disjoint, limits.floor)),
+    )
+
+
+def has_settled(costs: Sequence[float], settings: WarmupConfig) -> bool:
+    """Whether the last `window_size` values vary by less than `cv_threshold` (standard deviation / mean)."""
+    variation = _variation(costs, settings)
+    return variation is not None and variation < settings.cv_threshold
+
+
+def _variation(costs: Sequence[float], settings: WarmupConfig) -> float | None:
+    last = costs[-settings.window_size :]
+    mean = statistics.fmean(last) if last else 0.0
+    if len(last) < settings.window_size or mean == 0:
+        return None
+    return statistics.stdev(last) / mean
+
+
+@dataclass(frozen=True)
+class _Limits:
+    floor: int
+    cap: int
+
+    @classmethod
+    def of(cls, settings: WarmupConfig, width: int) -> _Limits:
+        floor = max(settings.min_prompts, 2 * width)
+        if not settings.convergence_detection:
+            return cls(floor, floor)
+        return cls(floor, max(settings.max_prompts, floor, settings.window_size * width))
+
+
+@dataclass
+class _Steps:
+    costs: list[float] = field(default_factory=list)
+    prompts: int = 0
+    last_s: float | None = None
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, completions: Sequence[Completion], prompts: int, elapsed_s: float) -> None:
+        self.prompts += prompts
+        self.last_s = elapsed_s
+        self.failures += [item.error for item in completions if item.error is not None]
+        # For each token, since free output lengths and the rest of a prompt set make steps of unequal work.
+        self.costs.append(elapsed_s / max(1, sum(len(item.output_ids) for item in completions)))
+
+    def warnings(self, is_disjoint: bool, floor: int) -> tuple[str, ...]:
+        found = []
+        if self.failures:
+            found.append(
+                f"{len(self.failures)} of {self.prompts} warm-up requests failed, the first with: {self.failures[0]}"
+            )
+        if self.prompts < floor:
+            found.append(
+                f"warm-up ran out of time after {self.prompts} of at least {floor} prompts; raise warmup.timeout_seconds"
+            )
+        if not is_disjoint:
+            found.append("some warm-up prompts equal measured ones: the measured ones leave no others of their lengths")
+        return tuple(found)
+
+
+def _convergence_warning(converged: bool, steps: _Steps, settings: WarmupConfig) -> tuple[str, ...]:
+    if converged or not settings.convergence_detection:
+        return ()
+    variation = _variation(steps.costs, settings)
+    seen = (
+        "too few steps to tell"
+        if variation is None
+        else f"variation {variation:.1%}, due below {settings.cv_threshold:.1%}"
+    )
+    return (
+        f"warm-up did not settle in {len(steps.costs)} steps of {steps.prompts} prompts ({seen}); "
+        "raise warmup.max_prompts or warmup.timeout_seconds",
+    )
