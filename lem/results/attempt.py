@@ -1,0 +1,176 @@
+"""The folder of one attempt: its name, its files, and what to say when the disk refuses them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lem import durable
+from lem.errors import InfrastructureError, UserError
+
+__all__ = [
+    "CONFIG_FILE",
+    "LOG_FILE",
+    "PROMPTS_FILE",
+    "RESULT_FILE",
+    "AttemptFolder",
+    "attempt_number",
+    "check_name",
+    "is_name",
+    "make_folder",
+    "reason_of",
+    "remedy_for",
+    "stopping_campaign",
+]
+
+CONFIG_FILE = "config.json"
+PROMPTS_FILE = "prompts.jsonl"
+RESULT_FILE = "result.json"
+LOG_FILE = "log.txt"
+
+CONFIG_SCHEMA_VERSION = 1
+
+# One path component that is the same on every file system, is hidden from nobody, and leads nowhere else.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,254}")
+_ATTEMPT = re.compile(r"attempt-([1-9][0-9]{0,8})")
+
+
+@dataclass(frozen=True)
+class AttemptFolder:
+    """A new folder for one attempt.
+
+    Attributes:
+        path: where it is.
+        number: which attempt, from 1.
+    """
+
+    path: Path
+    number: int
+
+    @property
+    def result_path(self) -> Path:
+        """Where the worker writes the result, last."""
+        return self.path / RESULT_FILE
+
+    @property
+    def log_path(self) -> Path:
+        """Where the engine's own output goes."""
+        return self.path / LOG_FILE
+
+    def write_config(self, requested: Mapping[str, Any], resolved: Mapping[str, Any]) -> Path:
+        """The `config.json` written.
+
+        Args:
+            requested: the configuration as it was given, `${VAR}` unexpanded.
+            resolved: `ExperimentConfig.to_dict()`, with every default.
+
+        Raises:
+            InfrastructureError: it cannot be written.
+            ValueError: a value that JSON does not have.
+        """
+        path = self.path / CONFIG_FILE
+        document = {"schema_version": CONFIG_SCHEMA_VERSION, "requested": requested, "resolved": resolved}
+        with stopping_campaign(path):
+            durable.write_json(path, document)
+        return path
+
+    def write_prompts(self, prompts: Iterable[Mapping[str, Any]]) -> Path:
+        """The `prompts.jsonl` written, one object a line.
+
+        Args:
+            prompts: each `{"prompt": str, "input_tokens": int | None, "output_tokens": int | None}`: an exact length
+                to cut or extend to, and a bound on the output of its own.
+
+        Raises:
+            InfrastructureError: it cannot be written.
+            UserError: a prompt that is not Unicode text.
+        """
+        path = self.path / PROMPTS_FILE
+        data = b"".join(_prompt_line(number, prompt) for number, prompt in enumerate(prompts, 1))
+        with stopping_campaign(path):
+            durable.write_bytes(path, data)
+        return path
+
+
+def attempt_number(name: str) -> int | None:
+    """The number in the name of an attempt's folder; None for another name."""
+    match = _ATTEMPT.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` can name a folder of campaign, run or experiment, and cannot leave the one it stands in."""
+    return _NAME.fullmatch(text) is not None
+
+
+def check_name(text: str, what: str) -> str:
+    """`text`, where `is_name`.
+
+    Raises:
+        UserError: empty, too long, or with anything but letters, digits and `. _ = + -`, letter or digit first.
+    """
+    if not is_name(text):
+        raise UserError(
+            f"{what} {text[:80]!r} cannot name a results folder",
+            "use letters, digits and . _ = + - (at most 255, a letter or digit first)",
+        )
+    return text
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its missing parents, their names safe against a power cut.
+
+    Raises:
+        OSError: a file stands in the way, or a parent is not writable.
+    """
+    missing: list[Path] = []
+    while not folder.is_dir():
+        missing.append(folder)
+        if folder.parent == folder:
+            break
+        folder = folder.parent
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        durable.sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def stopping_campaign(path: Path) -> Iterator[None]:
+    """Turn a failed write at `path` into the error that stops a campaign with the rest pending."""
+    try:
+        yield
+    except OSError as error:
+        hint = remedy_for(error) + "; then go on with --resume"
+        raise InfrastructureError(f"results: {path}: {reason_of(error)}", hint) from error
+
+
+def reason_of(error: OSError) -> str:
+    """What the disk said, in words."""
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return "a file stands where a folder is due"
+    return (error.strerror or str(error) or type(error).__name__).lower()
+
+
+def remedy_for(error: OSError) -> str:
+    """What a person can do about it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space, or name a folder on another disk with --results-dir"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "make it writable for you, or name another folder with --results-dir"
+    return "name another folder with --results-dir"
+
+
+def _prompt_line(number: int, prompt: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(dict(prompt), ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"prompt {number} is not Unicode text: it holds half of a surrogate pair",
+            "write the whole character instead of a lone \\ud800 to \\udfff",
+        ) from error

@@ -1,0 +1,258 @@
+"""Where results lie, and which of them can be used.
+
+`<results_dir>/<campaign>/<run_id>/<exp_id>/attempt-N/` holds `config.json`, `prompts.jsonl`, `result.json`, `log.txt`
+and what else an attempt leaves; every file but the log is there whole or not at all. A folder is never written twice:
+an attempt takes the next free number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lem import durable
+from lem.errors import UserError
+from lem.record import Identity, Record, RecordError, read_record
+from lem.results.attempt import (
+    RESULT_FILE,
+    AttemptFolder,
+    attempt_number,
+    check_name,
+    is_name,
+    make_folder,
+    reason_of,
+    remedy_for,
+    stopping_campaign,
+)
+
+__all__ = ["Problem", "Repository", "Scan", "StoredResult", "list_campaigns"]
+
+# Room for the files of some attempts; with less, a campaign would end soon after it began.
+_PROBE_B = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class StoredResult:
+    """A whole result in its place."""
+
+    path: Path
+    record: Record
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An attempt without a result that can be used, or a folder that cannot be read.
+
+    Attributes:
+        path: the file or folder.
+        kind: `missing` (the attempt failed, was interrupted or still runs), `half-written` (its write was cut off),
+            `corrupt` (no record of this schema), `foreign` (the record of another experiment), `unreadable`.
+        message: what was found.
+    """
+
+    path: Path
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a folder holds: the results that can be used, and everything that only stands in the place of one."""
+
+    results: tuple[StoredResult, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+
+class Repository:
+    """The results of one campaign.
+
+    Attributes:
+        folder: `<results_dir>/<campaign>`.
+    """
+
+    def __init__(self, results_dir: Path, campaign: str) -> None:
+        """Take the slug of a campaign's name; nothing is read or written yet.
+
+        Raises:
+            UserError: the slug cannot name a folder.
+        """
+        self.folder = results_dir / check_name(campaign, "campaign")
+
+    def check_writable(self) -> None:
+        """Make the campaign's folder and see that there is room in it, before anything is measured.
+
+        Raises:
+            UserError: it cannot be made or written, or the disk is full.
+        """
+        try:
+            make_folder(self.folder)
+            with tempfile.TemporaryFile(dir=self.folder) as probe:  # without a name: no crash leaves it behind
+                sys.audit("lem.write", str(self.folder))
+                probe.write(bytes(_PROBE_B))
+                probe.flush()
+                os.fsync(probe.fileno())
+        except OSError as error:
+            raise UserError(f"results folder {self.folder}: {reason_of(error)}", remedy_for(error)) from error
+
+    def prepare_attempt(self, run_id: str, exp_id: str) -> AttemptFolder:
+        """A new folder for the next attempt at an experiment; earlier ones are left as they are.
+
+        Raises:
+            UserError: a name that cannot name a folder.
+            InfrastructureError: the folder cannot be made.
+        """
+        folder = self._experiment_folder(run_id, exp_id)
+        with stopping_campaign(folder):
+            make_folder(folder)
+            number = max(_attempt_numbers(folder), default=0)
+            while True:
+                number += 1
+                path = folder / f"attempt-{number}"
+                with contextlib.suppress(FileExistsError):  # another process was quicker
+                    path.mkdir()
+                    durable.sync_folder(folder)
+                    return AttemptFolder(path, number)
+
+    def find_attempts(self, run_id: str, exp_id: str) -> tuple[StoredResult, ...]:
+        """Every whole result of an experiment, oldest first; what is not whole is left out.
+
+        Raises:
+            UserError: a name that cannot name a folder.
+        """
+        found = _experiment_items(self._experiment_folder(run_id, exp_id))
+        return tuple(item for item in found if isinstance(item, StoredResult))
+
+    def find_whole(self, run_id: str, exp_id: str) -> StoredResult | None:
+        """The result that counts for an experiment: its last valid one, else its last whole one; None without any.
+
+        Raises:
+            UserError: a name that cannot name a folder.
+        """
+        whole = self.find_attempts(run_id, exp_id)
+        valid = [result for result in whole if result.record.validity.valid]
+        return next(reversed(valid or whole), None)
+
+    def run_ids(self) -> tuple[str, ...]:
+        """The runs, oldest first; () where there is no folder.
+
+        Raises:
+            UserError: the folder cannot be read.
+        """
+        return _listed(self.folder)
+
+    def scan(self, run_id: str | None = None) -> Scan:
+        """Everything in the campaign's folder, or in one run of it; damage is a value here and never raised.
+
+        Raises:
+            UserError: a run_id that cannot name a folder.
+        """
+        found = tuple(self._items() if run_id is None else _run_items(self.folder / check_name(run_id, "run")))
+        return Scan(
+            tuple(item for item in found if isinstance(item, StoredResult)),
+            tuple(item for item in found if isinstance(item, Problem)),
+        )
+
+    def _items(self) -> Iterator[StoredResult | Problem]:
+        for run in _subfolders(self.folder):
+            yield from (run,) if isinstance(run, Problem) else _run_items(run)
+
+    def _experiment_folder(self, run_id: str, exp_id: str) -> Path:
+        return self.folder / check_name(run_id, "run") / check_name(exp_id, "experiment")
+
+
+def list_campaigns(results_dir: Path) -> tuple[str, ...]:
+    """The campaigns with a results folder, by name; () where there is no folder.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    return _listed(results_dir)
+
+
+def _run_items(folder: Path) -> Iterator[StoredResult | Problem]:
+    for experiment in _subfolders(folder):
+        yield from (experiment,) if isinstance(experiment, Problem) else _experiment_items(experiment)
+
+
+def _experiment_items(folder: Path) -> Iterator[StoredResult | Problem]:
+    try:
+        numbers = sorted(_attempt_numbers(folder))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        yield Problem(folder, "unreadable", reason_of(error))
+        return
+    for number in numbers:
+        yield _read_attempt(folder, number)
+
+
+def _read_attempt(folder: Path, number: int) -> StoredResult | Problem:
+    attempt = folder / f"attempt-{number}"
+    path = attempt / RESULT_FILE
+    try:
+        record = read_record(path)
+    except FileNotFoundError:
+        return _describe_missing(attempt)
+    except OSError as error:
+        return Problem(path, "unreadable", reason_of(error))
+    except RecordError as error:
+        return Problem(path, "corrupt", str(error))
+    strange = _differences(record.identity, folder, number)
+    return Problem(path, "foreign", strange) if strange else StoredResult(path, record)
+
+
+def _describe_missing(attempt: Path) -> Problem:
+    try:
+        is_cut_off = any(item.name.startswith(durable.TEMPORARY_PREFIX) for item in attempt.iterdir())
+    except OSError as error:
+        return Problem(attempt, "unreadable", reason_of(error))
+    if is_cut_off:
+        return Problem(attempt, "half-written", f"no {RESULT_FILE}: writing was cut off")
+    return Problem(attempt, "missing", f"no {RESULT_FILE}: the attempt failed, was interrupted, or still runs")
+
+
+def _differences(identity: Identity, folder: Path, number: int) -> str:
+    """How a record contradicts the place it lies in; empty when it does not."""
+    pairs = (
+        ("run", identity.run_id, folder.parent.name),
+        ("experiment", identity.experiment_id, folder.name),
+        ("attempt", identity.attempt, number),
+    )
+    return ", ".join(f"it says {what} {said}, not {due}" for what, said, due in pairs if said != due)
+
+
+def _attempt_numbers(folder: Path) -> list[int]:
+    """The numbers taken, in no order; a file in place of a folder takes its number too."""
+    numbers = (attempt_number(item.name) for item in folder.iterdir())
+    return [number for number in numbers if number is not None]
+
+
+def _subfolders(folder: Path) -> Iterator[Path | Problem]:
+    """The folders inside, by name; a problem where they cannot be listed."""
+    try:
+        names = _folder_names(folder)
+    except OSError as error:
+        yield Problem(folder, "unreadable", reason_of(error))
+        return
+    for name in names:
+        yield folder / name
+
+
+def _folder_names(folder: Path) -> tuple[str, ...]:
+    try:
+        with os.scandir(folder) as items:
+            return tuple(sorted(item.name for item in items if is_name(item.name) and item.is_dir()))
+    except FileNotFoundError:
+        return ()
+
+
+def _listed(folder: Path) -> tuple[str, ...]:
+    try:
+        return _folder_names(folder)
+    except OSError as error:
+        raise UserError(f"results folder {folder}: {reason_of(error)}") from error
