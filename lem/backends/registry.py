@@ -8,12 +8,19 @@ from types import MappingProxyType
 from lem.backends.protocol import Backend
 from lem.errors import EngineError
 
-__all__ = ["BACKEND_MODULES", "create_backend"]
+__all__ = ["BACKEND_DISTRIBUTIONS", "BACKEND_MODULES", "create_backend"]
 
 # Each module has `create() -> Backend`. Engines are imported by the backend's `load`, never before.
 BACKEND_MODULES = MappingProxyType(
     {
         "pytorch": "lem.backends.pytorch",
+    }
+)
+
+# The distributions each needs, so that a host can be told what it lacks before anything is measured.
+BACKEND_DISTRIBUTIONS = MappingProxyType(
+    {
+        "pytorch": ("torch", "transformers"),
     }
 )
 
