@@ -1,0 +1,400 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lem.errors import UserError
+from lem.orchestration.manifest import (
+    STATUSES,
+    Attempt,
+    CampaignManifest,
+    CampaignManifestEntry,
+    ManifestManager,
+    decode_manifest,
+    encode_manifest,
+)
+
+
+class FakeNow:
+    """A clock that moves on by a second each time it is asked."""
+
+    def __init__(self) -> None:
+        self.moment = datetime(2026, 7, 14, 10, 0, 0, tzinfo=timezone.utc)
+
+    def __call__(self) -> datetime:
+        self.moment += timedelta(seconds=1)
+        return self.moment
+
+
+def entry(number: int = 0, **fields: Any) -> CampaignManifestEntry:
+    values = {
+        "exp_id": f"exp-{number}",
+        "config_name": f"config-{number}",
+        "config_path": f"configs/config-{number}.yaml",
+        "config_hash": f"{number:016x}",
+        "backend": "pytorch",
+        "container": None,
+        "cycle_index": 0,
+    }
+    return CampaignManifestEntry(**{**values, **fields})
+
+
+def manifest_of(*statuses: str) -> CampaignManifest:
+    entries = [entry(number, status=status) for number, status in enumerate(statuses)]
+    return manager_at(Path("nowhere")).create_manifest("0123abcd", "demo", "f00d", entries)
+
+
+def manager_at(folder: Path) -> ManifestManager:
+    return ManifestManager(folder / "demo" / "campaign_manifest.json", now=FakeNow())
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> ManifestManager:
+    return manager_at(tmp_path)
+
+
+# The data
+
+
+def test_a_new_entry_is_pending_and_has_nothing() -> None:
+    new = entry()
+    assert new.status == "pending"
+    assert (new.result_path, new.started_at, new.completed_at, new.error) == (None, None, None, None)
+    assert new.retry_count == 0
+    assert new.attempts == ()
+    assert new.next_attempt == 1
+
+
+def test_counts_by_status() -> None:
+    manifest = manifest_of("pending", "pending", "running", "completed", "completed", "completed", "failed", "skipped")
+    assert manifest.pending_count == 2
+    assert manifest.completed_count == 3
+    assert manifest.failed_count == 1
+    assert manifest.total_experiments == 8
+    assert manifest.progress_fraction == pytest.approx(3 / 8)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "is_complete"),
+    [
+        (("completed",), True),
+        (("completed", "skipped"), True),
+        (("skipped",), True),
+        (("completed", "pending"), False),
+        (("completed", "running"), False),
+        (("completed", "failed"), False),
+    ],
+)
+def test_complete_when_every_one_is_completed_or_skipped(statuses: tuple[str, ...], is_complete: bool) -> None:
+    assert manifest_of(*statuses).is_complete is is_complete
+
+
+def test_nothing_planned_is_no_progress_and_no_error() -> None:
+    assert manifest_of().progress_fraction == 0.0
+    assert manifest_of().get_remaining() == []
+
+
+def test_remaining_are_pending_and_failed_in_order() -> None:
+    manifest = manifest_of("failed", "completed", "pending", "running", "skipped", "failed")
+    assert [item.exp_id for item in manifest.get_remaining()] == ["exp-0", "exp-2", "exp-5"]
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_by_status_finds_each_status(status: str) -> None:
+    (found,) = manifest_of(*STATUSES).get_by_status(status)
+    assert found.status == status
+
+
+def test_by_status_of_an_absent_status_is_empty() -> None:
+    assert manifest_of("pending").get_by_status("failed") == []
+
+
+def test_update_changes_the_fields_named_and_no_others() -> None:
+    manifest = manifest_of("pending", "pending")
+    updated = manifest.update_entry("exp-1", status="failed", error="out of memory", retry_count=1)
+    assert updated is manifest.experiments[1]
+    assert updated == entry(1, status="failed", error="out of memory", retry_count=1)
+    assert manifest.experiments[0] == entry(0)
+
+
+def test_update_finds_an_entry_after_the_list_was_reordered() -> None:
+    manifest = manifest_of("pending", "pending")
+    manifest.update_entry("exp-0", error="first")
+    manifest.experiments.reverse()
+    assert manifest.update_entry("exp-0", status="running").exp_id == "exp-0"
+
+
+def test_update_of_an_unknown_experiment_names_it() -> None:
+    with pytest.raises(KeyError, match="exp-9"):
+        manifest_of("pending").update_entry("exp-9", status="running")
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [({"error": "x", "statsu": "running"}, AttributeError), ({"error": "x", "status": "done"}, ValueError)],
+)
+def test_a_wrong_update_changes_nothing(fields: dict[str, str], error: type[Exception]) -> None:
+    manifest = manifest_of("pending")
+    with pytest.raises(error):
+        manifest.update_entry("exp-0", **fields)
+    assert manifest.experiments[0] == entry(0)
+
+
+def test_an_entry_takes_times_and_paths_as_they_are_at_hand() -> None:
+    found = entry(started_at=datetime(2026, 7, 14, 12, tzinfo=timezone(timedelta(hours=2))), result_path=Path("a/b"))
+    assert found.started_at == "2026-07-14T10:00:00.000000Z"
+    assert found.result_path == "a/b"
+
+
+def test_attempts_are_kept_by_number() -> None:
+    found = entry()
+    for attempt in (Attempt(1), Attempt(2), Attempt(1, error="interrupted")):
+        found.put_attempt(attempt)
+    assert found.attempts == (Attempt(1, error="interrupted"), Attempt(2))
+    assert found.next_attempt == 3
+
+
+# The file
+
+
+def test_round_trip(manager: ManifestManager) -> None:
+    entries = [
+        entry(0, status="completed", result_path="r/result.json", started_at="a", completed_at="b", retry_count=2),
+        entry(1, status="failed", error='tabs\tquotes" and ünïcode\n', container="demo-vllm-1", host="node3"),
+        entry(2, attempts=[Attempt(1, valid=False, result_path="x"), Attempt(2, error="died", log_path="log.txt")]),
+        entry(3, cycle_index=4, order_index=7),
+    ]
+    manifest = manager.create_manifest("0123abcd", "Démo", "f00d", entries)
+    manifest.run_id = "20260714T100000Z-1f3a"
+    manifest.shuffle_seed = 42
+    manifest.environment = {"driver": "580.1", "gpu_uuids": ["GPU-1"], "image": None}
+    manifest.notes.append({"kind": "environment_change"})
+    manager.save(manifest)
+    assert manager.load() == manifest
+    assert manager.load("0123abcd") == manifest
+
+
+def test_round_trip_of_nothing(manager: ManifestManager) -> None:
+    manifest = manager.create_manifest("0123abcd", "demo", "f00d", [])
+    manager.save(manifest)
+    assert manager.load() == manifest
+
+
+def test_create_counts_and_dates_but_writes_nothing(manager: ManifestManager) -> None:
+    manifest = manager.create_manifest("0123abcd", "demo", "f00d", [entry(0), entry(1)])
+    assert manifest.total_experiments == 2
+    assert manifest.created_at == manifest.updated_at == "2026-07-14T10:00:01.000000Z"
+    assert not manager.exists()
+
+
+def test_save_makes_parents_sets_updated_at_and_leaves_no_temporary_file(manager: ManifestManager) -> None:
+    manifest = manager.create_manifest("0123abcd", "demo", "f00d", [entry()])
+    created_at = manifest.created_at
+    manager.save(manifest)
+    manager.save(manifest)
+    assert manifest.updated_at > manifest.created_at == created_at
+    assert [path.name for path in manager.manifest_path.parent.iterdir()] == ["campaign_manifest.json"]
+
+
+def test_every_change_since_the_last_save_is_saved(manager: ManifestManager) -> None:
+    manifest = manager.create_manifest("0123abcd", "demo", "f00d", [entry(0), entry(1)])
+    manager.save(manifest)
+    for change in (
+        {"status": "running"},
+        {"error": "x"},
+        {"attempts": [Attempt(1)]},
+        {"status": "completed", "error": None},
+    ):
+        manifest.update_entry("exp-1", **change)
+        manager.save(manifest)
+        assert manager.load() == manifest
+    manifest.experiments[0].error = "set without update_entry"
+    manifest.experiments[0].put_attempt(Attempt(1))
+    manager.save(manifest)
+    assert manager.load() == manifest
+
+
+def test_the_file_begins_with_its_schema_version_and_has_a_line_an_entry(manager: ManifestManager) -> None:
+    manager.save(manager.create_manifest("0123abcd", "demo", "f00d", [entry(0), entry(1)]))
+    text = manager.manifest_path.read_text()
+    assert next(iter(json.loads(text))) == "schema_version"
+    assert sum('"exp_id"' in line for line in text.splitlines()) == 2
+
+
+def test_exists(manager: ManifestManager) -> None:
+    assert not manager.exists()
+    manager.save(manager.create_manifest("0123abcd", "demo", "f00d", []))
+    assert manager.exists()
+
+
+def test_a_missing_manifest_is_none_without_a_warning(
+    manager: ManifestManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert manager.load() is None
+    assert manager.load_strict() is None
+    assert caplog.records == []
+
+
+def whole() -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(encode_manifest(manifest_of("pending", "completed")))
+    return document
+
+
+BROKEN = {
+    "empty": b"",
+    "truncated": encode_manifest(manifest_of("pending", "pending"))[:-20],
+    "binary": b"\x80\x04\x95\xff\x00",
+    "not an object": b"[]",
+    "null": b"null",
+    "another file": b'{"name": "x"}',
+    "newer schema": json.dumps({**whole(), "schema_version": 2}).encode(),
+    "older schema": json.dumps({**whole(), "schema_version": 0}).encode(),
+    "unknown field": json.dumps({**whole(), "surprise": 1}).encode(),
+    "missing field": json.dumps({key: value for key, value in whole().items() if key != "config_hash"}).encode(),
+    "mistyped field": json.dumps({**whole(), "total_experiments": "2"}).encode(),
+    "true for a number": json.dumps({**whole(), "total_experiments": True}).encode(),
+    "entry is no object": json.dumps({**whole(), "experiments": [1]}).encode(),
+    "entry without status": encode_manifest(manifest_of("pending")).replace(b'"status": "pending", ', b""),
+    "unknown status": encode_manifest(manifest_of("pending")).replace(b'"pending"', b'"done"'),
+    "broken attempt": encode_manifest(manifest_of("pending")).replace(b'"attempts": []', b'"attempts": [{}]'),
+    "same experiment twice": json.dumps({**whole(), "experiments": whole()["experiments"][:1] * 2}).encode(),
+    "thousands of brackets": b'{"schema_version": 1, "experiments": ' + b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_a_broken_manifest_is_none_with_a_warning_and_an_error_for_the_command_line(
+    manager: ManifestManager, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    manager.manifest_path.parent.mkdir()
+    manager.manifest_path.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert manager.load() is None
+    (warning,) = caplog.records
+    assert str(manager.manifest_path) in warning.getMessage()
+    with pytest.raises(UserError) as error:
+        manager.load_strict()
+    assert str(manager.manifest_path) in error.value.message
+    assert "--fresh" in error.value.hint
+    assert manager.manifest_path.read_bytes() == content
+
+
+def test_a_manifest_of_a_newer_lem_says_so(manager: ManifestManager) -> None:
+    manager.manifest_path.parent.mkdir()
+    manager.manifest_path.write_bytes(BROKEN["newer schema"])
+    with pytest.raises(UserError, match="newer lem"):
+        manager.load_strict()
+
+
+def test_a_folder_in_the_place_of_the_manifest_is_broken(manager: ManifestManager) -> None:
+    manager.manifest_path.mkdir(parents=True)
+    assert manager.load() is None
+    with pytest.raises(UserError, match="cannot be read"):
+        manager.load_strict()
+
+
+def test_another_campaigns_manifest_is_broken_for_this_one(manager: ManifestManager) -> None:
+    manager.save(manager.create_manifest("0123abcd", "demo", "f00d", []))
+    assert manager.load("ffffffff") is None
+    with pytest.raises(UserError, match="another campaign, 'demo'"):
+        manager.load_strict("ffffffff")
+
+
+def test_a_save_that_fails_keeps_the_manifest_of_before(manager: ManifestManager) -> None:
+    manifest = manager.create_manifest("0123abcd", "demo", "f00d", [entry()])
+    manager.save(manifest)
+    before = manager.manifest_path.read_bytes()
+    manifest.environment["made of"] = object()
+    with pytest.raises(TypeError):
+        manager.save(manifest)
+    assert manager.manifest_path.read_bytes() == before
+    assert len(list(manager.manifest_path.parent.iterdir())) == 1
+
+
+def test_config_change_is_seen_by_its_hash(manager: ManifestManager) -> None:
+    manifest = manager.create_manifest("0123abcd", "demo", "f00d", [])
+    assert not manager.check_config_changed(manifest, "f00d")
+    assert manager.check_config_changed(manifest, "beef")
+
+
+def test_set_aside_keeps_every_old_manifest(tmp_path: Path) -> None:
+    at = datetime(2026, 7, 14, 10, tzinfo=timezone.utc)
+    manager = ManifestManager(tmp_path / "campaign_manifest.json", now=lambda: at)
+    assert manager.set_aside() is None
+    for number in range(3):
+        manager.manifest_path.write_text(str(number))
+        assert manager.set_aside() is not None
+        assert not manager.exists()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "campaign_manifest.20260714T100000Z.json": "0",
+        "campaign_manifest.20260714T100000Z-2.json": "1",
+        "campaign_manifest.20260714T100000Z-3.json": "2",
+    }
+
+
+def test_leftovers_of_a_killed_save_are_removed_and_nothing_else(manager: ManifestManager) -> None:
+    manager.remove_leftovers()
+    manager.save(manager.create_manifest("0123abcd", "demo", "f00d", []))
+    (manager.manifest_path.parent / ".lem-tmp-abc").write_text("half")
+    (manager.manifest_path.parent / "lem.log").write_text("log")
+    manager.remove_leftovers()
+    assert {path.name for path in manager.manifest_path.parent.iterdir()} == {"campaign_manifest.json", "lem.log"}
+
+
+# The audit event
+
+
+class Transitions:
+    """The `lem.transition` events since it was made; audit hooks cannot be taken off, so it listens to its own path."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+        self.is_on = True
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.is_on and event in ("lem.transition", "lem.write"):
+            self.seen.append(arguments if event == "lem.transition" else ("written",))
+
+
+def test_a_status_change_is_announced_before_it_is_saved(manager: ManifestManager) -> None:
+    manifest = manager.create_manifest("0123abcd", "demo", "f00d", [entry(0), entry(1)])
+    manager.save(manifest)
+    transitions = Transitions()
+    manifest.update_entry("exp-1", status="running")
+    manager.save(manifest)
+    manifest.update_entry("exp-1", error="no transition")
+    manager.save(manifest)
+    transitions.is_on = False
+    assert transitions.seen == [("exp-1", "pending", "running"), ("written",), ("written",)]
+
+
+def test_a_transition_is_announced_from_what_was_loaded(manager: ManifestManager) -> None:
+    manager.save(manager.create_manifest("0123abcd", "demo", "f00d", [entry(0, status="running")]))
+    other = ManifestManager(manager.manifest_path)
+    manifest = other.load_strict()
+    assert manifest is not None
+    transitions = Transitions()
+    manifest.update_entry("exp-0", status="pending")
+    other.save(manifest)
+    transitions.is_on = False
+    assert transitions.seen[0] == ("exp-0", "running", "pending")
+
+
+def test_entries_are_compared_by_their_fields_alone() -> None:
+    first, second = entry(), entry()
+    first.encode()
+    assert first == second
+    assert dataclasses.replace(first, error="x").encode() != first.encode()
+
+
+def test_decode_is_the_inverse_of_encode() -> None:
+    manifest = manifest_of(*STATUSES)
+    assert decode_manifest(json.loads(encode_manifest(manifest))) == manifest
