@@ -250,10 +250,10 @@ _HEAD_NAMES = tuple(item.name for item in dataclasses.fields(CampaignManifest) i
 def encode_manifest(manifest: CampaignManifest) -> bytes:
     """The manifest as JSON in UTF-8, schema version first and one line an entry."""
     head = {"schema_version": SCHEMA_VERSION, **{name: getattr(manifest, name) for name in _HEAD_NAMES}}
-    lines = [b"  " + _encode(name) + b": " + _encode(value) for name, value in head.items()]
-    entries = b",\n    ".join([entry.encode() for entry in manifest.experiments])
-    lines.append(b'  "experiments": [' + (b"\n    " + entries + b"\n  " if entries else b"") + b"]")
-    return b"{\n" + b",\n".join(lines) + b"\n}\n"
+    lines = b"".join([b"  " + _encode(name) + b": " + _encode(value) + b",\n" for name, value in head.items()])
+    entries = b",\n".join([b"    " + entry.encode() for entry in manifest.experiments])
+    # In one join: of 10,000 entries every copy costs milliseconds.
+    return b"".join([b"{\n", lines, b'  "experiments": [\n', entries, b"\n  ]\n}\n"])
 
 
 def decode_manifest(document: Any) -> CampaignManifest:
