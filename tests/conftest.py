@@ -6,16 +6,13 @@ from collections import Counter
 
 import pytest
 
-from tests.needs import NEEDS, is_ci, missing
+from tests.needs import NEEDS, is_ci, lacking, missing
 
 
 def pytest_sessionstart() -> None:
     """Refuse to start in CI without what CI must have: a skip there would look like a success."""
-    if not is_ci():
-        return
-    lacking = [f"{name}: {missing(name)}" for name, need in NEEDS.items() if need.is_mandatory and missing(name)]
-    if lacking:
-        raise pytest.UsageError("CI=true, and this is missing:\n  " + "\n  ".join(lacking))
+    if is_ci() and (lines := lacking(NEEDS)):
+        raise pytest.UsageError("CI=true, and this is missing:\n  " + "\n  ".join(lines))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-__all__ = ["NEEDS", "Need", "is_ci", "missing"]
+__all__ = ["NEEDS", "Need", "is_ci", "lacking", "missing"]
 
 PROBE_TIMEOUT_S = 60
 
@@ -47,6 +47,12 @@ def missing(name: str) -> str | None:
         KeyError: there is no such need.
     """
     return NEEDS[name].probe()
+
+
+def lacking(needs: Mapping[str, Need]) -> tuple[str, ...]:
+    """A line for each mandatory need that is missing."""
+    reasons = {name: need.probe() for name, need in needs.items() if need.is_mandatory}
+    return tuple(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None)
 
 
 def _package(name: str) -> Callable[[], str | None]:

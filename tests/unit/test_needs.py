@@ -1,0 +1,69 @@
+"""What a machine cannot run is skipped and said; in CI a mandatory need that is missing is told by name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.needs import NEEDS, Need, is_ci, lacking
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 120
+
+
+def run_pytest(folder: Path, source: str) -> subprocess.CompletedProcess[str]:
+    """Pytest with the project's conftest on one file."""
+    test = folder / "test_example.py"
+    test.write_text(source, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(folder)]
+    command += ["-p", "tests.conftest", "-p", "no:cacheprovider", "--noconftest", str(test)]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+
+
+def test_every_skip_is_listed_at_the_end_with_its_reason(tmp_path: Path) -> None:
+    source = """
+import pytest
+def test_that_runs(): pass
+@pytest.mark.skipif(True, reason="no such machine")
+def test_first(): raise AssertionError
+def test_second(): pytest.skip("no such machine")
+"""
+    finished = run_pytest(tmp_path, source)
+    assert finished.returncode == 0, finished.stdout
+    summary = finished.stdout[finished.stdout.index("NOT RUN ON THIS MACHINE: 2 tests") :]
+    assert "    2  no such machine" in summary
+    assert "1 passed, 2 skipped" in summary
+
+
+def test_nothing_is_listed_when_everything_ran(tmp_path: Path) -> None:
+    finished = run_pytest(tmp_path, "def test_that_runs(): pass\n")
+    assert finished.returncode == 0, finished.stdout
+    assert "NOT RUN" not in finished.stdout
+
+
+def test_need_that_nobody_declared_fails(tmp_path: Path) -> None:
+    finished = run_pytest(tmp_path, "import pytest\n@pytest.mark.needs('warp drive')\ndef test_it(): pass\n")
+    assert finished.returncode == 1
+    assert "'warp drive' is not in tests/needs.py" in finished.stdout
+
+
+def test_only_mandatory_needs_are_lacking() -> None:
+    needs = {
+        "engine": Need(lambda: "not installed", is_mandatory=True),
+        "gpu": Need(lambda: "no GPU", is_mandatory=False),
+        "python": Need(lambda: None, is_mandatory=True),
+    }
+    assert lacking(needs) == ("engine: not installed",)
+
+
+def test_ci_is_told_by_its_variable() -> None:
+    assert [is_ci({"CI": text}) for text in ("true", "1", "false", "")] == [True, True, False, False]
+    assert not is_ci({})
+
+
+def test_every_probe_answers_on_this_machine() -> None:
+    answers = {name: need.probe() for name, need in NEEDS.items()}
+    assert all(answer is None or answer for answer in answers.values())
