@@ -8,6 +8,7 @@ __all__ = [
     "format_bytes",
     "format_duration",
     "format_energy",
+    "format_latency",
     "format_power",
     "format_quantity",
     "format_rate",
@@ -76,6 +77,17 @@ def format_power(power_w: float | None) -> str:
 def format_rate(per_s: float | None, unit: str = "tok") -> str:
     """`unit` per second."""
     return format_quantity(per_s, f"{unit}/s")
+
+
+def format_latency(latency_s: float | None) -> str:
+    """Microseconds, milliseconds or seconds, whichever gives a number from 1 on, always with 4 digits."""
+    if latency_s is None:
+        return format_quantity(None)
+    size = abs(latency_s)
+    factor, unit = (1.0, "s") if size >= 1 else (1e3, "ms") if size >= 1e-3 else (1e6, "µs")
+    value = latency_s * factor
+    digits = f"{value:#.4g}" if 0 < abs(value) < 9999.5 else f"{value:.0f}"
+    return f"{digits.rstrip('.')} {unit}"
 
 
 def format_bytes(size_b: float | None) -> str:

@@ -1,0 +1,113 @@
+"""A campaign's results in one value: what the final table, its JSON and other views are made from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from lem.record import Record
+from lem.results.aggregation import ConfigAggregate, aggregate_config
+
+__all__ = ["SINGLE_CYCLE", "CampaignSummary", "summarise", "summary_document"]
+
+SCHEMA_VERSION = 1
+
+SINGLE_CYCLE = "Single cycle: use --cycles 3+ for confidence intervals"
+
+
+@dataclass(frozen=True)
+class CampaignSummary:
+    """What a campaign found.
+
+    Attributes:
+        campaign_name: as the person named it; with several, joined by commas.
+        run_ids, hosts: where the results come from.
+        confidence: of every interval.
+        shared: settings that all configurations have in common, by their label.
+        configurations: in the order in which they ran first, those without any result last.
+    """
+
+    campaign_name: str
+    run_ids: tuple[str, ...]
+    hosts: tuple[str, ...]
+    confidence: float
+    shared: Mapping[str, str]
+    configurations: tuple[ConfigAggregate, ...]
+
+    @property
+    def is_single_cycle(self) -> bool:
+        """There are results, and no configuration has more than one cycle."""
+        return max((item.n_cycles for item in self.configurations), default=0) == 1
+
+
+def summarise(
+    records: Iterable[Record], *, failed: Mapping[str, int] | None = None, confidence: float = 0.95
+) -> CampaignSummary:
+    """The summary of the results of one campaign.
+
+    Args:
+        records: all whole results, valid or not, of all attempts.
+        failed: per configuration name, how many experiments gave no result.
+        confidence: of every interval.
+    """
+    kept = sorted(records, key=lambda record: (record.identity.order_index, record.identity.cycle_index))
+    failed = failed or {}
+    by_name: dict[str, list[Record]] = {}
+    for record in kept:
+        by_name.setdefault(record.identity.config_name, []).append(record)
+    for name in failed:
+        by_name.setdefault(name, [])
+    return CampaignSummary(
+        campaign_name=", ".join(_distinct(kept, lambda record: record.identity.campaign_name)),
+        run_ids=_distinct(kept, lambda record: record.identity.run_id),
+        hosts=_distinct(kept, lambda record: record.identity.host),
+        confidence=confidence,
+        shared=_shared_settings(kept),
+        configurations=tuple(
+            aggregate_config(name, members, confidence, failed.get(name, 0)) for name, members in by_name.items()
+        ),
+    )
+
+
+def summary_document(summary: CampaignSummary) -> dict[str, Any]:
+    """The summary as JSON values."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **{item.name: getattr(summary, item.name) for item in dataclasses.fields(summary)},
+        "shared": dict(summary.shared),
+        "run_ids": list(summary.run_ids),
+        "hosts": list(summary.hosts),
+        "note": SINGLE_CYCLE if summary.is_single_cycle else None,
+        "configurations": [item.to_dict() for item in summary.configurations],
+    }
+
+
+# Settings worth a place in the heading of a table. What varies between configurations is in their names already.
+_SETTINGS: Mapping[str, Callable[[Record], Any]] = {
+    "backend": lambda record: record.identity.backend,
+    "model": lambda record: _short_model(record.identity.model),
+    "precision": lambda record: record.requested.get("fp_precision"),
+    "device": lambda record: record.environment.device,
+    "traffic": lambda record: record.window.traffic_mode.replace("_", " "),
+}
+
+
+def _shared_settings(records: Sequence[Record]) -> dict[str, str]:
+    shared = {}
+    for label, read in _SETTINGS.items():
+        found = _distinct(records, lambda record, read=read: str(read(record) or ""))  # type: ignore[misc]
+        if len(found) == 1 and found[0]:
+            shared[label] = found[0]
+    return shared
+
+
+def _short_model(model: str) -> str:
+    """The model's name; of a local folder its last part, since the way to it says nothing."""
+    return PurePath(model).name if model.startswith((".", "/", "~")) else model
+
+
+def _distinct(records: Sequence[Record], read: Callable[[Record], str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(map(read, records)))

@@ -1,0 +1,265 @@
+"""The final table of a campaign, as people read it; at most 80 columns where names and numbers let it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from lem import units
+from lem.results.aggregation import SHARED_LOAD, AllAttempts, ConfigAggregate, MetricEstimate
+from lem.results.layout import Column, NameShortener, columns, paint, printable, wrapped
+from lem.results.statistics import bootstrap_coverage_label
+from lem.results.summary import SINGLE_CYCLE, CampaignSummary
+
+__all__ = ["render_summary"]
+
+_NAME_WIDTH = 36
+_NONE = "–"
+_SIGNIFICANT = 4
+_NAMES_SHOWN = 4
+
+
+def render_summary(summary: CampaignSummary, *, is_colour: bool = False, width: int = 80) -> str:
+    """The table as text that ends in a newline.
+
+    Per configuration the output throughput and, where it was measured, the energy per output token: geometric mean
+    with its t interval and beside it the bootstrap interval, each named with what it covers; then latency and how
+    many results are valid; then everything that weakens the numbers.
+    """
+    return _Table(summary, is_colour, width).render()
+
+
+class _Table:
+    def __init__(self, summary: CampaignSummary, is_colour: bool, width: int) -> None:
+        self._summary = summary
+        self._configurations = summary.configurations
+        self._is_colour = is_colour
+        self._width = width
+        self._shortener = NameShortener([item.config_name for item in summary.configurations], _NAME_WIDTH)
+
+    def render(self) -> str:
+        if not self._configurations:
+            return "No results.\n"
+        blocks = (
+            self._heading(),
+            self._estimates("output_tok_per_s", "Output throughput, tok/s"),
+            self._estimates("energy_per_output_tok_j", self._energy_heading()),
+            self._outcomes(),
+            self._notes(),
+            self._warnings(),
+            [SINGLE_CYCLE] if self._summary.is_single_cycle else [],
+        )
+        return "\n".join("\n".join(block) + "\n" for block in blocks if block)
+
+    def _heading(self) -> list[str]:
+        summary = self._summary
+        runs = f"run {summary.run_ids[0]}" if len(summary.run_ids) == 1 else f"{len(summary.run_ids)} runs"
+        cycles = {item.n_cycles for item in self._configurations}
+        most = _plural(max(cycles), "cycle")
+        title = [
+            summary.campaign_name,
+            runs if summary.run_ids else "",
+            _plural(len(self._configurations), "configuration"),
+            most if len(cycles) == 1 else f"up to {most}",
+        ]
+        lines = [self._paint(line, "bold") for line in wrapped(_listed(title), self._width)]
+        shared = _listed([*summary.shared.values(), *(summary.hosts if len(summary.hosts) == 1 else ())])
+        for text in (shared, self._shortener.explanation):
+            lines += [self._paint(line, "dim") for line in wrapped(text, self._width)] if text else []
+        return lines
+
+    def _estimates(self, metric: str, heading: str) -> list[str]:
+        """One metric of every configuration with both intervals; nothing when nobody measured it."""
+        estimates = [item.metrics[metric] for item in self._configurations]
+        if not any(estimate.values or estimate.all_attempts for estimate in estimates):
+            return []
+        percent = f"{100 * self._summary.confidence:g} %"
+        decimals = _common_decimals(estimates)
+        names: list[str] = []
+        cells: list[tuple[str, ...]] = []
+        for item, estimate in zip(self._configurations, estimates, strict=True):
+            names.append(self._shortener(item.config_name))
+            cells.append(_estimate_cells(estimate, decimals))
+            if estimate.all_attempts is not None:
+                names.append("  with invalid attempts")
+                cells.append(_all_attempts_cells(estimate.all_attempts, decimals))
+        headings = ("n", "geom.\nmean", f"{percent}\nt interval", "bootstrap\ninterval")
+        table = [Column(text, tuple(row[index] for row in cells)) for index, text in enumerate(headings)]
+        return self._headed(columns(heading, names, table, self._width), n_heads=2)
+
+    def _energy_heading(self) -> str:
+        sources = {source for item in self._configurations for source in item.energy_sources}
+        label = "Energy per output token, J"
+        return label + "\n(an estimate from TDP)" if "tdp_estimate" in sources else label
+
+    def _outcomes(self) -> list[str]:
+        """Latency, and how many results there are of which kind."""
+        names = [self._shortener(item.config_name) for item in self._configurations]
+        table = [
+            Column(f"{label}\np50", tuple(_latency_cell(item.metrics[metric]) for item in self._configurations))
+            for label, metric in _LATENCIES
+            if any(item.metrics[metric].values for item in self._configurations)
+        ]
+        counts: tuple[tuple[str, Callable[[ConfigAggregate], int]], ...] = (
+            ("valid", lambda item: item.n_results - item.n_invalid),
+            ("invalid", lambda item: item.n_invalid),
+            ("failed", lambda item: item.n_failed),
+        )
+        table += [Column(label, tuple(str(count(item)) for item in self._configurations)) for label, count in counts]
+        has_latency = len(table) > len(counts)
+        heading = "Latency, results" if has_latency else "Results"
+        return self._headed(columns(heading, names, table, self._width), n_heads=1 + has_latency)
+
+    def _notes(self) -> list[str]:
+        """What the numbers are, and why some are missing."""
+        notes = [*self._interval_notes()]
+        if any(not source.startswith("tdp") for item in self._configurations for source in item.energy_sources):
+            notes.append("Energy: board sensors carry ±5 % per card; compare configurations on one card, not cards.")
+        for label, metric in (*_LATENCIES, ("Energy per output token", "energy_per_output_tok_j")):
+            notes += self._why_null(label, metric)
+        lines = [line for note in notes for line in wrapped(note, self._width, "  ")]
+        return [self._paint(line, "dim") for line in lines]
+
+    def _interval_notes(self) -> Iterable[str]:
+        percent = f"{100 * self._summary.confidence:g} %"
+        shared = [item for item in self._configurations if item.is_load_shared]
+        if shared:
+            yield f"No interval{self._of(shared, 'for')}: {SHARED_LOAD.removesuffix(': no interval')}."
+        sizes = sorted({item.n_cycles for item in self._configurations if item.n_cycles > 1 and item not in shared})
+        if sizes:
+            yield (
+                f"t interval: Student t on the logs of n cycles, around their geometric mean; it covers {percent} "
+                "at any n."
+            )
+            yield (
+                f"Bootstrap interval: percentiles of the resampled arithmetic mean, {percent} in name; "
+                f"{_coverage(sizes, self._summary.confidence)}."
+            )
+
+    def _why_null(self, label: str, metric: str) -> Iterable[str]:
+        """One line a reason; a configuration without a valid result has said so already."""
+        measurable = [item for item in self._configurations if item.n_cycles]
+        by_reason: dict[str, list[ConfigAggregate]] = {}
+        for item in measurable:
+            if not item.metrics[metric].values:
+                by_reason.setdefault(item.metrics[metric].null_reason or "", []).append(item)
+        for reason, members in by_reason.items():
+            of = "" if len(members) == len(measurable) else self._of(members, "for")
+            yield f"{label}: not measured{of}: {reason}."
+
+    def _warnings(self) -> list[str]:
+        lines: list[str] = []
+        for attribute, lead, style in (("invalid_reasons", "invalid: ", "red"), ("warnings", "warning: ", "yellow")):
+            for text, members in self._by_text(attribute).items():
+                count = sum(getattr(item, attribute)[text] for item in members)
+                total = _plural(sum(item.n_results for item in members), "result")
+                lines += self._labelled(lead, f"{text} ({count} of {total}{self._of(members, 'of')})", style)
+        empty = [item for item in self._configurations if not item.n_cycles]
+        if empty:
+            lines += self._labelled("no valid result: ", self._names(empty), "red")
+        return lines
+
+    def _labelled(self, lead: str, text: str, style: str) -> list[str]:
+        first, *rest = wrapped(text, self._width, lead)
+        label = lead.rstrip()
+        return [self._paint(label, style) + first[len(label) :], *rest]
+
+    def _by_text(self, attribute: str) -> dict[str, list[ConfigAggregate]]:
+        found: dict[str, list[ConfigAggregate]] = {}
+        for item in self._configurations:
+            for text in getattr(item, attribute):
+                found.setdefault(text, []).append(item)
+        return found
+
+    def _of(self, members: Sequence[ConfigAggregate], preposition: str) -> str:
+        """Which configurations something is said about; empty when it is all."""
+        if len(members) == len(self._configurations):
+            return ""
+        return f" {preposition} {self._names(members)}"
+
+    def _names(self, members: Sequence[ConfigAggregate]) -> str:
+        shown = [self._shortener(item.config_name) for item in members[:_NAMES_SHOWN]]
+        left = len(members) - len(shown)
+        return "; ".join(shown) + (f" and {left} more" if left else "")
+
+    def _headed(self, lines: list[str], n_heads: int) -> list[str]:
+        return [self._paint(line, "bold") for line in lines[:n_heads]] + lines[n_heads:]
+
+    def _paint(self, text: str, style: str) -> str:
+        return paint(text, style, is_colour=self._is_colour)
+
+
+_LATENCIES = (("TTFT", "ttft_p50_s"), ("e2e", "e2e_p50_s"))
+
+
+def _estimate_cells(estimate: MetricEstimate, decimals: int | None) -> tuple[str, ...]:
+    bootstrap, t_log = estimate.bootstrap, estimate.t_log
+    if bootstrap is None or t_log is None:
+        return ("0", _NONE, _NONE, _NONE)
+    return (
+        str(len(estimate.values)),
+        _number(t_log.geometric_mean, decimals),
+        _interval(t_log.ci_lower, t_log.ci_upper, decimals),
+        _interval(bootstrap.ci_lower, bootstrap.ci_upper, decimals),
+    )
+
+
+def _all_attempts_cells(estimate: AllAttempts, decimals: int | None) -> tuple[str, ...]:
+    return (str(estimate.n_cycles), _number(estimate.geometric_mean, decimals), "", "")
+
+
+def _latency_cell(estimate: MetricEstimate) -> str:
+    """The geometric mean over the cycles of their medians."""
+    return units.format_latency(estimate.t_log.geometric_mean if estimate.t_log else None)
+
+
+def _common_decimals(estimates: Sequence[MetricEstimate]) -> int | None:
+    """How many decimals all numbers of a table get; None when they differ so much that each needs its own.
+
+    Enough for four significant digits of the smallest, and more where an interval would else look like a point.
+    """
+    values = [value for estimate in estimates for value in estimate.values if value > 0]
+    if not values or max(values) > 30 * min(values):
+        return None
+    decimals = max(0, _SIGNIFICANT - 1 - math.floor(math.log10(min(values))))
+    intervals = [
+        (item.ci_lower, item.ci_upper)
+        for estimate in estimates
+        for item in (estimate.t_log, estimate.bootstrap)
+        if item
+    ]
+    for _ in range(3):
+        if any(
+            low is not None and high is not None and low < high and _number(low, decimals) == _number(high, decimals)
+            for low, high in intervals
+        ):
+            decimals += 1
+    return decimals
+
+
+def _number(value: float | None, decimals: int | None) -> str:
+    if value is None:
+        return _NONE
+    return units.format_quantity(value) if decimals is None else f"{value:.{decimals}f}"
+
+
+def _interval(lower: float | None, upper: float | None, decimals: int | None) -> str:
+    if lower is None or upper is None:
+        return _NONE
+    return f"{_number(lower, decimals)} – {_number(upper, decimals)}"
+
+
+def _coverage(sizes: Sequence[int], confidence: float) -> str:
+    labels = {size: bootstrap_coverage_label(size, confidence) for size in sizes}
+    if None in labels.values():
+        return "it truly covers less"
+    said = ", ".join(f"{label} with {_plural(size, 'cycle')}" for size, label in labels.items())
+    return f"it truly covers {said}"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _listed(parts: Iterable[str]) -> str:
+    return " · ".join(printable(part) for part in parts if part)
