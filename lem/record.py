@@ -371,7 +371,9 @@ def decode_record(document: Any) -> Record:
     if not isinstance(document, dict):
         raise RecordError("a record is a JSON object")
     if document.get("schema_version") != SCHEMA_VERSION:
-        raise RecordError(f"schema_version is {document.get('schema_version')!r}, this lem reads {SCHEMA_VERSION}")
+        raise RecordError(
+            f"schema_version is {_shown(document.get('schema_version'))}, this lem reads {SCHEMA_VERSION}"
+        )
     hints = _hints(Record)
     _check_names("record", set(document) - {"schema_version"}, set(hints))
     values: dict[str, Any] = {}
@@ -447,7 +449,7 @@ def _decode_section(kind: Any, value: Any, where: str) -> Any:
             raise RecordError(f"{where}.{name} is null without a reason")
     for name in reasons:
         if plain.get(name, name) is not None:
-            raise RecordError(f"{where}.{name}: a reason for being null stands beside a value, or beside nothing")
+            raise RecordError(f"{where}: {_shown(name + _REASON)} stands beside a value, or beside nothing")
     out = {name: _convert(hint, plain[name], f"{where}.{name}") for name, hint in hints.items()}
     return kind(**out, null_reasons=reasons) if keeps_reasons else kind(**out)
 
@@ -461,8 +463,8 @@ def _hints(kind: Any) -> Mapping[str, Any]:
 
 def _check_names(where: str, found: set[str], expected: set[str]) -> None:
     if found != expected:
-        missing, unknown = sorted(expected - found), sorted(found - expected)
-        parts = [f"missing {', '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(unknown)}"] * bool(unknown)
+        parts = [f"missing {', '.join(sorted(expected - found))}"] * bool(expected - found)
+        parts += [f"unknown {', '.join(map(_shown, sorted(found - expected)[:5]))}"] * bool(found - expected)
         raise RecordError(f"{where}: {'; '.join(parts)}")
 
 
@@ -516,6 +518,6 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """`value` in a message: a damaged file can hold anything of any length."""
+    """`value` in a message: a damaged file can hold anything, of any length, that does anything to a terminal."""
     text = repr(value)
     return text if len(text) <= 80 else text[:79] + "…"

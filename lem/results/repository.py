@@ -7,6 +7,7 @@ an attempt takes the next free number.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import sys
@@ -19,6 +20,7 @@ from lem import durable
 from lem.errors import UserError
 from lem.record import Identity, Record, RecordError, read_record
 from lem.results.attempt import (
+    CONFIG_FILE,
     RESULT_FILE,
     AttemptFolder,
     attempt_number,
@@ -30,7 +32,7 @@ from lem.results.attempt import (
     stopping_campaign,
 )
 
-__all__ = ["Problem", "Repository", "Scan", "StoredResult", "list_campaigns"]
+__all__ = ["Problem", "Repository", "Scan", "StoredResult", "count_failed", "list_campaigns"]
 
 # Room for the files of some attempts; with less, a campaign would end soon after it began.
 _PROBE_B = 1024 * 1024
@@ -50,6 +52,7 @@ class Problem:
 
     Attributes:
         path: the file or folder.
+        run_id, exp_id: of the experiment it belongs to; empty where a folder above cannot be read.
         kind: `missing` (the attempt failed, was interrupted or still runs), `half-written` (its write was cut off),
             `corrupt` (no record of this schema), `foreign` (the record of another experiment), `unreadable`.
         message: what was found.
@@ -58,6 +61,8 @@ class Problem:
     path: Path
     kind: str
     message: str
+    run_id: str = ""
+    exp_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,14 @@ class Repository:
         """
         return _listed(self.folder)
 
+    def experiment_ids(self, run_id: str) -> tuple[str, ...]:
+        """The experiments of a run that were begun, by name; () where there is no folder.
+
+        Raises:
+            UserError: a run_id that cannot name a folder, or a folder that cannot be read.
+        """
+        return _listed(self.folder / check_name(run_id, "run"))
+
     def scan(self, run_id: str | None = None) -> Scan:
         """Everything in the campaign's folder, or in one run of it; damage is a value here and never raised.
 
@@ -174,6 +187,36 @@ def list_campaigns(results_dir: Path) -> tuple[str, ...]:
     return _listed(results_dir)
 
 
+def count_failed(scan: Scan) -> dict[str, int]:
+    """Per configuration name, how many experiments have attempts and no whole result."""
+    whole = {(item.record.identity.run_id, item.record.identity.experiment_id) for item in scan.results}
+    names = {_configuration_of(item.record.identity.experiment_id): item.record.identity for item in scan.results}
+    failed: dict[tuple[str, str], str] = {}
+    for problem in scan.problems:
+        key = (problem.run_id, problem.exp_id)
+        if problem.exp_id and key not in whole and key not in failed:
+            known = names.get(_configuration_of(problem.exp_id))
+            failed[key] = known.config_name if known else _configured_name(problem) or problem.exp_id
+    return dict(collections.Counter(failed.values()))
+
+
+def _configuration_of(exp_id: str) -> str:
+    """The part of an experiment's name that all its cycles share."""
+    return exp_id.rpartition("-c")[0]
+
+
+def _configured_name(problem: Problem) -> str | None:
+    """The name in the `config.json` beside a missing result; None where there is none to be read."""
+    folder = problem.path if problem.path.is_dir() else problem.path.parent
+    try:
+        document = durable.read_json(folder / CONFIG_FILE)
+    except (OSError, ValueError, RecursionError):
+        return None
+    resolved = document.get("resolved") if isinstance(document, dict) else None
+    name = resolved.get("config_name") if isinstance(resolved, dict) else None
+    return name if isinstance(name, str) else None
+
+
 def _run_items(folder: Path) -> Iterator[StoredResult | Problem]:
     for experiment in _subfolders(folder):
         yield from (experiment,) if isinstance(experiment, Problem) else _experiment_items(experiment)
@@ -185,7 +228,7 @@ def _experiment_items(folder: Path) -> Iterator[StoredResult | Problem]:
     except FileNotFoundError:
         return
     except OSError as error:
-        yield Problem(folder, "unreadable", reason_of(error))
+        yield _problem(folder, folder, "unreadable", reason_of(error))
         return
     for number in numbers:
         yield _read_attempt(folder, number)
@@ -197,23 +240,28 @@ def _read_attempt(folder: Path, number: int) -> StoredResult | Problem:
     try:
         record = read_record(path)
     except FileNotFoundError:
-        return _describe_missing(attempt)
+        return _describe_missing(folder, attempt)
     except OSError as error:
-        return Problem(path, "unreadable", reason_of(error))
+        return _problem(folder, path, "unreadable", reason_of(error))
     except RecordError as error:
-        return Problem(path, "corrupt", str(error))
+        return _problem(folder, path, "corrupt", str(error))
     strange = _differences(record.identity, folder, number)
-    return Problem(path, "foreign", strange) if strange else StoredResult(path, record)
+    return _problem(folder, path, "foreign", strange) if strange else StoredResult(path, record)
 
 
-def _describe_missing(attempt: Path) -> Problem:
+def _describe_missing(folder: Path, attempt: Path) -> Problem:
     try:
         is_cut_off = any(item.name.startswith(durable.TEMPORARY_PREFIX) for item in attempt.iterdir())
     except OSError as error:
-        return Problem(attempt, "unreadable", reason_of(error))
+        return _problem(folder, attempt, "unreadable", reason_of(error))
     if is_cut_off:
-        return Problem(attempt, "half-written", f"no {RESULT_FILE}: writing was cut off")
-    return Problem(attempt, "missing", f"no {RESULT_FILE}: the attempt failed, was interrupted, or still runs")
+        return _problem(folder, attempt, "half-written", f"no {RESULT_FILE}: writing was cut off")
+    said = f"no {RESULT_FILE}: the attempt failed, was interrupted, or still runs"
+    return _problem(folder, attempt, "missing", said)
+
+
+def _problem(experiment: Path, path: Path, kind: str, message: str) -> Problem:
+    return Problem(path, kind, message, experiment.parent.name, experiment.name)
 
 
 def _differences(identity: Identity, folder: Path, number: int) -> str:
@@ -223,7 +271,7 @@ def _differences(identity: Identity, folder: Path, number: int) -> str:
         ("experiment", identity.experiment_id, folder.name),
         ("attempt", identity.attempt, number),
     )
-    return ", ".join(f"it says {what} {said}, not {due}" for what, said, due in pairs if said != due)
+    return ", ".join(f"it says {what} {str(said)!r:.80}, not {due}" for what, said, due in pairs if said != due)
 
 
 def _attempt_numbers(folder: Path) -> list[int]:

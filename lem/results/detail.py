@@ -1,0 +1,109 @@
+"""One result as people read it: what was measured, how, and why what is missing is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from lem import units
+from lem.record import Distribution, Record
+from lem.results.layout import Column, columns, paint, wrapped
+
+__all__ = ["render_record"]
+
+_LABEL_WIDTH = 12
+_PERCENTILES = ("mean", "p50", "p90", "p95", "p99")
+
+
+def render_record(record: Record, *, is_colour: bool = False, width: int = 80) -> str:
+    """The result as text that ends in a newline; the whole of it is in its JSON."""
+    identity = record.identity
+    title = f"{identity.config_name} · cycle {identity.cycle_index + 1} · attempt {identity.attempt}"
+    where = f"{identity.campaign_name} · run {identity.run_id} · {identity.host} · {identity.start_utc}"
+    lines = [paint(line, "bold", is_colour=is_colour) for line in wrapped(title, width)]
+    lines += [paint(line, "dim", is_colour=is_colour) for line in wrapped(where, width)]
+    lines.append("")
+    for label, text in _facts(record):
+        lines += wrapped(text, width, label.ljust(_LABEL_WIDTH))
+    lines += ["", *_latency_lines(record, width)]
+    for text in record.validity.warnings:
+        first, *rest = wrapped(text, width, "warning: ")
+        lines += [paint("warning:", "yellow", is_colour=is_colour) + first[len("warning:") :], *rest]
+    return "\n".join(lines) + "\n"
+
+
+def _facts(record: Record) -> Iterable[tuple[str, str]]:
+    validity, window, work, environment = record.validity, record.window, record.work, record.environment
+    yield "valid", "yes" if validity.valid else "no: " + "; ".join(validity.invalid_reasons)
+    yield "model", f"{record.identity.model} on {record.identity.backend}"
+    yield "engine", f"{environment.engine_name} {environment.engine_version} on {environment.device}"
+    yield "load", _load(record)
+    yield "warm-up", _warmup(record)
+    repeats = "once" if window.window_repeats == 1 else f"{window.window_repeats} times"
+    mode = window.traffic_mode.replace("_", " ")
+    yield "window", f"{units.format_duration(window.window_s)}, {mode}, all prompts {repeats}"
+    requests = f"{work.requests_ok} requests, {work.requests_failed} failed"
+    yield "work", f"{requests}; {work.input_tok} tokens in, {work.output_tok} out ({work.token_source})"
+    yield "throughput", _throughput(record)
+    yield "energy", _energy(record)
+    yield (
+        "memory",
+        _or_reason(record.compute.peak_memory_b, units.format_bytes, record.compute.null_reasons.get("peak_memory_b")),
+    )
+
+
+def _load(record: Record) -> str:
+    validity, window = record.validity, record.window
+    took = _or_reason(window.load_s, units.format_duration, window.null_reasons.get("load_s"))
+    return f"{took}, {'engine reused' if validity.engine_reused else 'fresh engine'} {validity.engine_load_id}"
+
+
+def _warmup(record: Record) -> str:
+    window = record.window
+    took = _or_reason(window.warmup_s, units.format_duration, window.null_reasons.get("warmup_s"))
+    converged = {True: ", converged", False: ", not converged", None: ""}[record.validity.warmup_converged]
+    return f"{took}, {window.warmup_prompts} prompts{converged}"
+
+
+def _throughput(record: Record) -> str:
+    throughput = record.throughput
+    output = _or_reason(throughput.output_tok_per_s, units.format_rate, throughput.null_reasons.get("output_tok_per_s"))
+    if throughput.total_tok_per_s is None or throughput.requests_per_s is None:
+        return f"output {output}"
+    total, requests = units.format_rate(throughput.total_tok_per_s), f"{throughput.requests_per_s:.4g} requests/s"
+    return f"output {output}, with input {total}, {requests}"
+
+
+def _energy(record: Record) -> str:
+    energy, efficiency = record.energy, record.efficiency
+    if energy.gpu_energy_j is None:
+        return _or_reason(None, units.format_energy, energy.null_reasons.get("gpu_energy_j"))
+    per_tok = efficiency.energy_per_output_tok_j
+    estimate = " (an estimate)" if energy.energy_source == "tdp_estimate" else ""
+    parts = [f"{units.format_energy(energy.gpu_energy_j)}{estimate}"]
+    parts += [f"{per_tok:.4g} J per output token"] if per_tok is not None else []
+    return ", ".join([*parts, f"by {energy.energy_source}"])
+
+
+def _latency_lines(record: Record, width: int) -> list[str]:
+    latency = record.latency
+    kinds = {name: getattr(latency, f"{name}_s") for name in ("ttft", "tpot", "itl", "e2e", "queue")}
+    seen: dict[str, Distribution] = {name: value for name, value in kinds.items() if value is not None}
+    lines: list[str] = []
+    if seen:
+        table = [
+            Column(name, tuple(units.format_latency(getattr(value, name)) for value in seen.values()))
+            for name in _PERCENTILES
+        ]
+        table.append(Column("n", tuple(str(value.n) for value in seen.values())))
+        lines = columns("latency", list(seen), table, width)
+    by_reason: dict[str, list[str]] = {}
+    for name, value in kinds.items():
+        if value is None:
+            by_reason.setdefault(latency.null_reasons.get(f"{name}_s", ""), []).append(name)
+    for reason, names in by_reason.items():
+        lines += wrapped(f"{', '.join(names)}: not measured: {reason}", width)
+    return lines
+
+
+def _or_reason(value: float | None, form: Callable[[float], str], reason: str | None) -> str:
+    return form(value) if value is not None else f"not measured: {reason}"
