@@ -70,8 +70,8 @@ class DisjointRequests:
     """Requests of the same shapes as given ones with other ids, for warm-up; as many as are asked for.
 
     Lengths and bounds are those of the given requests, in their order, over and over. The ids are drawn from all the
-    given prompts, so that they are ids the model knows; a leading id that all prompts share is kept. They share no longer
-    prefix than chance gives, so warm-up leaves nothing in a prefix cache that the measured prompts would find.
+    given prompts, so that they are ids the model knows; a leading id that all prompts share is kept. They share no
+    longer prefix than chance gives, so warm-up leaves nothing in a prefix cache that the measured prompts would find.
 
     Attributes:
         is_disjoint: every request made so far differs from every given one.
@@ -133,10 +133,12 @@ def _warnings(count: int, truncated: int, bounded: int, config: ExperimentConfig
     warnings = []
     if truncated:
         warnings.append(
-            f"{truncated} of {count} prompts were cut to max_input_tokens ({config.max_input_tokens}); raise it to run them whole"
+            f"{truncated} of {count} prompts were cut to max_input_tokens ({config.max_input_tokens}); "
+            "raise it to run them whole"
         )
     if bounded:
         warnings.append(
-            f"{bounded} of {count} prompts ask for more output than max_output_tokens ({config.max_output_tokens}), which holds"
+            f"{bounded} of {count} prompts ask for more output than max_output_tokens ({config.max_output_tokens}) "
+            "allows; raise it to let them have it"
         )
     return tuple(warnings)

@@ -6,6 +6,7 @@ time to first token; (end-to-end - TTFT) / (output tokens - 1); time between two
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,4 +126,4 @@ def _tpot_s(request: RequestTimes) -> float:
 
 def _gaps_s(request: RequestTimes) -> list[float]:
     times = request.token_times_ns or ()
-    return [seconds_between(earlier, later) for earlier, later in zip(times, times[1:], strict=False)]
+    return [seconds_between(earlier, later) for earlier, later in itertools.pairwise(times)]

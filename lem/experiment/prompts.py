@@ -1,7 +1,7 @@
 """Prompts as text: from files, and to and from `prompts.jsonl` in a result folder.
 
-Host and worker share this module: the host resolves prompts of files and synthetic ones before a run, so that the worker
-needs no path of the host; hub datasets are resolved by the worker, where the `datasets` package is.
+Host and worker share this module: the host resolves prompts of files and synthetic ones before a run, so that the
+worker needs no path of the host; hub datasets are resolved by the worker, where the `datasets` package is.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ __all__ = [
     "Prompt",
     "PromptError",
     "ResolvedPrompts",
+    "describe",
     "fingerprint",
     "is_resolved_on_host",
     "read_prompt_file",
@@ -88,16 +89,28 @@ def resolve_on_host(config: ExperimentConfig) -> ResolvedPrompts | None:
     if not is_resolved_on_host(config):
         return None
     if isinstance(config.prompts, FilePrompts):
-        prompts = read_prompt_file(Path(config.prompts.path))
+        prompts = read_prompt_file(Path(config.prompts.path))[: config.prompts.sample_size]
     else:
         prompts = tuple(
             Prompt(item.text, item.input_tokens, item.output_tokens) for item in generate(_synthetic_plan(config))
         )
-    return ResolvedPrompts(prompts, describe(config, prompts))
+    return describe(config, prompts)
 
 
-def describe(config: ExperimentConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """The source of prompts that were resolved on the host, for the record."""
+def describe(config: ExperimentConfig, prompts: tuple[Prompt, ...]) -> ResolvedPrompts:
+    """Prompts that were resolved on the host, with their source for the record.
+
+    Where a file holds fewer than `sample_size`, all of them are taken and a warning says so: a repeated prompt would
+    meet a warm prefix cache.
+    """
+    warnings: tuple[str, ...] = ()
+    if isinstance(config.prompts, FilePrompts) and len(prompts) < (config.prompts.sample_size or 0):
+        asked = f"{config.prompts.sample_size} prompts were asked for and there are {len(prompts)}"
+        warnings = (f"{config.prompts.path}: {asked}",)
+    return ResolvedPrompts(prompts, _source_of(config, prompts), warnings)
+
+
+def _source_of(config: ExperimentConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
     contents = {"revision": None, "sha256": fingerprint(prompts), "count": len(prompts)}
     if isinstance(config.prompts, FilePrompts):
         return {"kind": "file", "path": str(config.prompts.path), **contents}
@@ -216,7 +229,7 @@ def _parse_lines(path: Path, lines: Sequence[str], parse: Callable[[str], Prompt
     for number, line in enumerate(lines, start=1):
         try:
             prompts.append(parse(line))
-        except ValueError as error:
+        except ValueError as error:  # noqa: PERF203 (every bad line is to be named)
             problems.append(f"{path}:{number}: {error}")
     if problems:
         listed = problems[:MAX_LISTED_PROBLEMS]

@@ -23,7 +23,7 @@ LOGNORMAL_SIGMA = 0.5
 LOGNORMAL_CUT = 4.0
 
 # Everyday words, so that a tokenizer trained on text needs one token or more for each: a text of n words has n tokens.
-WORDS = (
+_WORDS = (
     "the a one some each this that these those any of in on at by for from with about into over under after before "
     "between through during and or but because while if when where how why river mountain village harbour winter "
     "summer morning evening teacher farmer engineer doctor sailor painter child neighbour bridge window garden kitchen "
@@ -33,7 +33,8 @@ WORDS = (
     "carry build write read count measure compare explain describe follow return begin finish change keep find lose "
     "travel work speak listen remember learn teach grow fall rise turn hold bring send show "
     "is was has had will would could should may must often never always almost perhaps however therefore again"
-).split()  # noqa: SIM905
+)
+WORDS = tuple(_WORDS.split())
 SENTENCE_MIN_WORDS = 6
 SENTENCE_MAX_WORDS = 14
 

@@ -1,10 +1,10 @@
 """Traffic: requests that arrive while the engine works.
 
-An arrival is a moment, not an act. In the open loop the moments are drawn beforehand from rate and seed, and a request is
-there for the engine from its moment on, whatever the engine is doing; latency counts from that moment. No thread hands
-requests over: it would share the interpreter with the engine, run late whenever the engine computes, and hide exactly the
-waiting that is to be measured ("coordinated omission", Tene 2013). In the closed loop a request arrives when the answer
-before it is handed in.
+An arrival is a moment, not an act. In the open loop the moments follow from rate and seed alone, and a request is there
+for the engine from its moment on, whatever the engine is doing; latency counts from that moment. No thread hands
+requests over: it would share the interpreter with the engine, run late whenever the engine computes, and hide exactly
+the waiting that is to be measured ("coordinated omission", Tene 2013). In the closed loop a request arrives when an
+answer is handed in.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class TrafficPlan:
 
 
 def arrival_offsets_s(mode: str, target_qps: float, rng: random.Random) -> Iterator[float]:
-    """Seconds from the start to each arrival, without end: evenly spaced, or a Poisson process from exponential gaps."""
+    """Seconds from the start to each arrival, without end: evenly spaced, or a Poisson process (exponential gaps)."""
     if mode == "constant":
         for index in itertools.count():
             yield index / target_qps
@@ -76,9 +76,10 @@ def measure_traffic(
 ) -> MeasuredWindow:
     """The window of steady traffic, opened and closed under load.
 
-    Requests arrive from the start; the window opens once as many were completed as were ever there at the same time (one
-    turnover), at the latest after `ramp_limit_s`. It lasts `min_window_s` and until every prompt has been offered (open loop) or
-    answered (closed loop) once in it. Then nothing more is handed out, and what the engine is working on is finished.
+    Requests arrive from the start; the window opens once as many were completed as were ever there at the same time
+    (one turnover), at the latest after `ramp_limit_s`. It lasts `min_window_s` and as long as it takes to offer (open
+    loop) or answer (closed loop) as many requests as there are prompts. Then nothing more is handed out, and what the
+    engine is working on is finished.
 
     Args:
         report: told the number of requests completed so far.
@@ -252,10 +253,11 @@ class TrafficQueue:
     def _warnings(self) -> tuple[str, ...]:
         if self._has_turned_over:
             return ()
-        return (
-            f"the window opened after {self._plan.ramp_limit_s:.1f} s of ramp, before as many requests were completed as "
-            "were there at once: it may hold the start of the load",
+        text = (
+            f"the window opened after {self._plan.ramp_limit_s:.1f} s of ramp, before as many requests were completed "
+            "as were there at once: it may hold the start of the load"
         )
+        return (text,)
 
 
 @dataclass(frozen=True)
@@ -314,15 +316,16 @@ class _Books:
         return are_alike(first, len(inside) - first), None
 
     def _backlog_warning(self, arrived_ns: Sequence[int], finished: int) -> tuple[str, ...]:
-        """More arrivals than completions, by more than a tenth and than chance (two standard deviations of a Poisson count)."""
+        """Whether arrivals exceed completions by more than a tenth, and than two deviations of a Poisson count."""
         arrived = sum(1 for time_ns in arrived_ns if self._holds(time_ns))
         growth = arrived - finished
         if self.mode not in OPEN_MODES or growth <= max(0.1 * arrived, 2 * math.sqrt(arrived)):
             return ()
-        return (
-            f"the offered load is above what the engine can do: {arrived} requests arrived and {finished} were completed in the "
-            "window, so queue times grow with its length; lower traffic_simulation.target_qps",
+        text = (
+            f"the offered load is above what the engine can do: {arrived} requests arrived, {finished} were completed "
+            "in the window, so queue times grow with its length; lower traffic_simulation.target_qps"
         )
+        return (text,)
 
 
 def _times(completion: Completion) -> Iterator[int]:

@@ -49,8 +49,9 @@ def warm_up(
     """The outcome of warming up in steps of `width` requests at once, the concurrency of the measurement.
 
     At least `min_prompts` and twice the width are run; then steps follow until the seconds for each output token have
-    settled over the last `window_size` steps. The caps are the time and `max_prompts`, the latter never before
-    `window_size` steps were run (else a wide batch could never be said to have settled). At a cap `converged` is False.
+    settled over the last `window_size` steps. The caps are the time (0 is none) and `max_prompts`, the latter never
+    before `window_size` steps were run, else a wide batch could never be said to have settled. At a cap `converged` is
+    False.
 
     Args:
         run_step: runs requests as the measurement will and gives their completions.
@@ -71,7 +72,7 @@ def warm_up(
             converged = settings.convergence_detection and has_settled(steps.costs, settings)
             if converged or steps.prompts >= limits.cap:
                 break
-        if seconds_between(begin_ns, now_ns) >= settings.timeout_seconds:
+        if settings.timeout_seconds and seconds_between(begin_ns, now_ns) >= settings.timeout_seconds:
             break
     return WarmupOutcome(
         prompts=steps.prompts,
@@ -132,7 +133,8 @@ class _Steps:
             )
         if self.prompts < floor:
             found.append(
-                f"warm-up ran out of time after {self.prompts} of at least {floor} prompts; raise warmup.timeout_seconds"
+                f"warm-up ran out of time after {self.prompts} of at least {floor} prompts; "
+                "raise warmup.timeout_seconds"
             )
         if not is_disjoint:
             found.append("some warm-up prompts equal measured ones: the measured ones leave no others of their lengths")
@@ -148,7 +150,8 @@ def _convergence_warning(converged: bool, steps: _Steps, settings: WarmupConfig)
         if variation is None
         else f"variation {variation:.1%}, due below {settings.cv_threshold:.1%}"
     )
-    return (
+    text = (
         f"warm-up did not settle in {len(steps.costs)} steps of {steps.prompts} prompts ({seen}); "
-        "raise warmup.max_prompts or warmup.timeout_seconds",
+        "raise warmup.max_prompts or warmup.timeout_seconds"
     )
+    return (text,)

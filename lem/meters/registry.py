@@ -1,4 +1,4 @@
-"""The energy meters there are: none yet. What cannot be measured is null with its reason; what demands it is refused."""
+"""The energy meters there are: none yet. Energy is null with its reason, and an experiment that demands it refused."""
 
 from __future__ import annotations
 

@@ -1,0 +1,218 @@
+"""Prompts from data sets: a local folder first, then the hub through the `datasets` package and its cache."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from lem.config.experiment_config import DATASET_ALIASES, ExperimentConfig, HuggingFacePrompts
+from lem.experiment.dataset_files import DATASETS_VARIABLE, Row, dataset_error, files_of, find_local, read_rows
+from lem.experiment.prompts import Prompt, ResolvedPrompts, fingerprint, text_of_record
+from lem.experiment.synthetic import shuffled
+
+__all__ = ["DatasetChoice", "choice_of", "find_files", "resolve_dataset"]
+
+_logger = logging.getLogger(__name__)
+
+# Looked for in this order when no column is named.
+TEXT_COLUMNS = ("prompt", "text", "instruction", "question", "messages", "conversations", "input", "query", "content")
+
+_COMMIT = re.compile(r"(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])")
+
+
+# The one file to read of a repository that holds several unlike ones.
+DATA_FILES: Mapping[str, str] = MappingProxyType(
+    {"anon8231489123/ShareGPT_Vicuna_unfiltered": "ShareGPT_V3_unfiltered_cleaned_split.json"}
+)
+
+
+@dataclass(frozen=True)
+class DatasetChoice:
+    """What to take from which data set.
+
+    Attributes:
+        name: as the experiment names it, an alias or a hub name.
+        column: None looks for one of the usual names.
+        sample_size: None takes every row.
+        seed: of the shuffle; None shuffles differently each time.
+    """
+
+    name: str
+    hub_name: str
+    subset: str | None
+    split: str
+    column: str | None
+    sample_size: int | None
+    is_shuffled: bool = False
+    seed: int | None = None
+
+
+def choice_of(config: ExperimentConfig) -> DatasetChoice:
+    """The data set an experiment asks for, aliases resolved; what it gives explicitly wins over the alias.
+
+    Raises:
+        ValueError: it asks for none.
+    """
+    chosen: Any = config.dataset if config.dataset is not None else config.prompts
+    if config.dataset is None and not isinstance(chosen, HuggingFacePrompts):
+        raise ValueError("the experiment takes no prompts from a data set")
+    name = chosen.dataset if isinstance(chosen, HuggingFacePrompts) else chosen.name
+    subset = chosen.subset if isinstance(chosen, HuggingFacePrompts) else None
+    alias = DATASET_ALIASES.get(name)
+    return DatasetChoice(
+        name=name,
+        hub_name=name if alias is None else alias.path,
+        subset=subset or (alias and alias.subset) or None,
+        split=chosen.split or (alias.split if alias else "train"),
+        column=chosen.column or (alias.column if alias else None),
+        sample_size=chosen.sample_size,
+        is_shuffled=isinstance(chosen, HuggingFacePrompts) and chosen.shuffle,
+        seed=chosen.seed if isinstance(chosen, HuggingFacePrompts) else None,
+    )
+
+
+def resolve_dataset(
+    config: ExperimentConfig, environ: Mapping[str, str], secrets: Mapping[str, str]
+) -> ResolvedPrompts:
+    """The prompts of an experiment's data set, with its source, revision and hash.
+
+    Without `shuffle` the first rows are taken. Rows without text are skipped and counted. Where there are fewer than
+    `sample_size`, all of them are taken and a warning says so: a repeated prompt would meet a warm prefix cache.
+
+    Args:
+        environ: LEM_DATASETS_DIR is read from it; the hub's own variables (HF_HOME, HF_HUB_OFFLINE) by its package.
+        secrets: HF_TOKEN, for data sets that ask for one.
+
+    Raises:
+        EngineError: kind `prompts`; permanent unless the network may be to blame.
+    """
+    choice = choice_of(config)
+    files = find_files(choice, environ)
+    if files:
+        rows: Iterable[Row] = read_rows(files)
+        source: dict[str, Any] = {"kind": "local", "path": ", ".join(str(file) for file in files), "revision": None}
+    else:
+        rows, revision = _load_from_hub(choice, secrets.get("HF_TOKEN"))
+        source = {"kind": "hub", "revision": revision}
+    prompts, warnings = _draw(rows, choice)
+    source.update(
+        name=choice.name,
+        hub_name=choice.hub_name,
+        subset=choice.subset,
+        split=choice.split,
+        column=choice.column,
+        shuffle_seed=choice.seed if choice.is_shuffled else None,
+        sha256=fingerprint(prompts),
+        count=len(prompts),
+    )
+    return ResolvedPrompts(prompts, source, warnings)
+
+
+def find_files(choice: DatasetChoice, environ: Mapping[str, str]) -> tuple[Path, ...]:
+    """The files of a data set that is a file or folder itself, or lies in the folder LEM_DATASETS_DIR; else ().
+
+    Raises:
+        EngineError: kind `prompts`, the variable names no folder, or one whose files cannot be told apart.
+    """
+    own = Path(choice.name)
+    if choice.name == choice.hub_name and own.exists():
+        return files_of(own, choice.subset, choice.split)
+    setting = environ.get(DATASETS_VARIABLE)
+    if not setting:
+        return ()
+    folder = Path(setting)
+    if not folder.is_dir():
+        raise dataset_error(
+            f"{DATASETS_VARIABLE}={setting}: no such folder", "set it to a folder of data sets, or unset it"
+        )
+    return find_local(folder, tuple(dict.fromkeys((choice.name, choice.hub_name))), choice.subset, choice.split)
+
+
+def _load_from_hub(choice: DatasetChoice, token: str | None) -> tuple[Iterable[Row], str | None]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise dataset_error(
+            f"data set {choice.name}: the `datasets` package is not installed in the engine's Python",
+            f"pip install datasets there, or put a copy of {choice.hub_name} into the folder {DATASETS_VARIABLE} names",
+        ) from error
+    data_file = DATA_FILES.get(choice.hub_name)
+    failures = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
+    try:
+        loaded = datasets.load_dataset(
+            choice.hub_name,
+            choice.subset,
+            split=choice.split,
+            data_files=None if data_file is None else {choice.split: data_file},
+            token=token,
+        )
+    except failures as error:
+        is_offline = isinstance(error, ConnectionError)
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        raise dataset_error(
+            f"data set {choice.name} ({choice.hub_name}, split {choice.split}): {first_line}",
+            f"check name, subset, split and network; or put a copy into the folder {DATASETS_VARIABLE} names",
+            is_permanent=not is_offline,
+        ) from error
+    return loaded, _revision_of(loaded)
+
+
+def _revision_of(loaded: Any) -> str | None:
+    """The commit of a hub data set; `datasets` keeps it in the names of what it downloaded and of its cache."""
+    names = [*(loaded.info.download_checksums or {}), *(item["filename"] for item in loaded.cache_files)]
+    return next((found.group() for name in names if (found := _COMMIT.search(str(name)))), None)
+
+
+def _draw(rows: Iterable[Row], choice: DatasetChoice) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
+    texts: list[str] = []
+    skipped = 0
+    for row in rows:
+        if not choice.is_shuffled and len(texts) == choice.sample_size:
+            break
+        text = _text_of(row, choice)
+        if text is None:
+            skipped += 1
+        else:
+            texts.append(text)
+    if not texts:
+        raise dataset_error(f"data set {choice.name}: no prompts in it", "choose another column or split")
+    if choice.is_shuffled:
+        texts = shuffled(texts, choice.seed)
+    wanted = choice.sample_size
+    chosen = tuple(Prompt(text) for text in texts[:wanted])
+    warnings = []
+    if skipped:
+        warnings.append(f"data set {choice.name}: {skipped} rows without text were skipped")
+    if wanted is not None and len(chosen) < wanted:
+        warnings.append(f"data set {choice.name}: {wanted} prompts were asked for and there are {len(chosen)}")
+    return chosen, tuple(warnings)
+
+
+def _text_of(row: Row, choice: DatasetChoice) -> str | None:
+    """The prompt in a row; None when there is no text in it."""
+    if isinstance(row, str):
+        return row if row.strip() else None
+    column = choice.column or next((name for name in TEXT_COLUMNS if name in row), None)
+    if column is None or column not in row:
+        wanted = f"no column {column!r}" if column else "no column that usually holds text"
+        raise dataset_error(
+            f"data set {choice.name}: {wanted}; it has {', '.join(sorted(row))}", "name one of them as dataset.column"
+        )
+    value = row[column]
+    if value is None or value == "":
+        return None
+    key = column if column in ("messages", "conversations") else "prompt"
+    if isinstance(value, list) and key == "prompt":
+        raise dataset_error(
+            f"data set {choice.name}: column {column!r} holds lists, not text", "name another as dataset.column"
+        )
+    try:
+        return text_of_record({key: value})
+    except ValueError as error:
+        _logger.debug("data set %s: a row was skipped: %s", choice.name, error)
+        return None

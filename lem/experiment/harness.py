@@ -1,0 +1,256 @@
+"""One attempt at one experiment: prompts, engine, warm-up, window, record."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from lem import durable
+from lem.backends.protocol import Backend, Completion, TokenRequest
+from lem.config.experiment_config import ExperimentConfig
+from lem.errors import ConfigurationError, EngineError
+from lem.experiment.channel import RunRequest
+from lem.experiment.clock import NS_PER_S, Clock, SystemClock
+from lem.experiment.datasets import resolve_dataset
+from lem.experiment.encoding import DisjointRequests, EncodedPrompts, encode_prompts
+from lem.experiment.environment import read_host
+from lem.experiment.prompts import (
+    ResolvedPrompts,
+    describe,
+    is_resolved_on_host,
+    read_prompts,
+    resolve_on_host,
+    write_prompts,
+)
+from lem.experiment.recording import Findings, compose_record
+from lem.experiment.residency import ResidentEngine
+from lem.experiment.traffic import TrafficPlan, measure_traffic, serve_all
+from lem.experiment.warmup import WarmupOutcome, skipped_warmup, warm_up
+from lem.experiment.window import MeasuredWindow, Output, measure_batch
+from lem.meters.registry import energy_reasons
+from lem.record import Record
+
+__all__ = ["OUTPUTS_FILENAME", "Clock", "Reporter", "SystemClock", "run_experiment"]
+
+CONFIG_FILENAME = "config.json"
+OUTPUTS_FILENAME = "outputs.jsonl"
+
+# In this option a backend says how many requests it runs at once.
+WIDTH_OPTIONS = ("batch_size", "max_num_seqs", "max_batch_size")
+
+# A ramp must hold a few turns of requests; one turn takes about as long as a step of the warm-up.
+RAMP_STEPS = 3
+REPORT_EVERY_S = 1.0
+
+
+class Reporter(Protocol):
+    """Whoever wants to know how far the experiment is."""
+
+    def phase(self, name: str) -> None:
+        """A phase of `channel.PHASES` begins."""
+
+    def progress(self, done: int, total: int | None, text: str) -> None:
+        """How much of the phase is done."""
+
+
+def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Reporter, clock: Clock) -> Record:
+    """The record of one attempt; the caller writes it, as the last file of the result folder.
+
+    `prompts.jsonl` is written where the host left none, and `outputs.jsonl` when asked for. The engine is left loaded;
+    whether it stays is its keeper's business.
+
+    Raises:
+        EngineError: kind `option`, `meter`, `prompts`, `model`, `out_of_memory`, `channel` or `engine`.
+        OSError: a file cannot be written.
+    """
+    start_utc = clock.utc_now()
+    reporter.phase("prepare")
+    folder = Path(request.result_dir)
+    requested = _read_requested(folder)
+    config = _read_config(request.config)
+    reasons = energy_reasons(config)
+    resolved = _resolve_prompts(config, folder, request.secrets)
+    host = read_host()
+
+    if not engine.is_resident(request.engine_key):
+        reporter.phase("load")
+    residence = engine.ensure(config, request.engine_key, request.secrets)
+    backend = residence.backend
+
+    reporter.phase("idle")
+    encoded = encode_prompts(resolved.prompts, backend.encode, config)
+    reporter.phase("warmup")
+    warmup = _warm_up(backend, encoded, config, clock, reporter)
+    reporter.phase("window")
+    backend.reset_peak_memory()
+    measured = _measure(backend, encoded, config, warmup, clock, reporter)
+    peak_memory_b = backend.peak_memory_b()
+    reporter.phase("cooldown")
+
+    reporter.phase("write")
+    if config.save_outputs:
+        _write_outputs(folder, measured.outputs, backend.decode)
+    return compose_record(
+        Findings(
+            request=request,
+            config=config,
+            requested=requested,
+            start_utc=start_utc,
+            host=host,
+            residence=residence,
+            prompts=resolved,
+            encoded=encoded,
+            warmup=warmup,
+            measured=measured,
+            peak_memory_b=peak_memory_b,
+            energy_reasons=reasons,
+        )
+    )
+
+
+def _read_requested(folder: Path) -> Mapping[str, Any]:
+    """The configuration as the user wrote it, `${VAR}` unexpanded, from the `config.json` that the host wrote."""
+    path = folder / CONFIG_FILENAME
+    try:
+        document = durable.read_json(path)
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{path}: cannot be read: {error}", kind="channel") from error
+    requested = document.get("requested") if isinstance(document, dict) else None
+    if not isinstance(requested, dict):
+        raise EngineError(f"{path}: it does not hold the requested configuration", kind="channel")
+    return requested
+
+
+def _read_config(resolved: Mapping[str, Any]) -> ExperimentConfig:
+    try:
+        return ExperimentConfig.from_dict(resolved)
+    except ConfigurationError as error:
+        raise EngineError(error.message, error.hint, kind="option", is_permanent=True) from error
+
+
+def _resolve_prompts(config: ExperimentConfig, folder: Path, secrets: Mapping[str, str]) -> ResolvedPrompts:
+    """The prompts the host left in the result folder, else those of the data set, which are then left there."""
+    try:
+        is_given = is_resolved_on_host(config)
+        found = read_prompts(folder) if is_given else None
+        if found is not None:
+            return describe(config, found)
+        resolved = resolve_on_host(config) if is_given else None
+    except ConfigurationError as error:
+        raise EngineError(error.message, error.hint, kind="prompts", is_permanent=True) from error
+    if resolved is None:
+        resolved = resolve_dataset(config, os.environ, secrets)
+    write_prompts(folder, resolved.prompts)
+    return resolved
+
+
+def _warm_up(
+    backend: Backend, encoded: EncodedPrompts, config: ExperimentConfig, clock: Clock, reporter: Reporter
+) -> WarmupOutcome:
+    if not config.warmup.enabled:
+        return skipped_warmup()
+    source = DisjointRequests(encoded.requests, seed=config.random_seed or 0)
+    report = _Progress(reporter, clock, lambda done: (done, None, "warm-up prompts"))
+    width = _width(config, len(encoded.requests))
+    return warm_up(source, width, config.warmup, _step_runner(backend, config), clock, report)
+
+
+def _step_runner(
+    backend: Backend, config: ExperimentConfig
+) -> Callable[[Sequence[TokenRequest]], Sequence[Completion]]:
+    """How requests are run in warm-up: as in the window."""
+    if config.traffic_simulation.enabled:
+        return functools.partial(serve_all, backend)
+
+    def run_step(requests: Sequence[TokenRequest]) -> Sequence[Completion]:
+        completions = backend.generate(requests, observe_tokens=config.streaming)
+        backend.synchronize()
+        return completions
+
+    return run_step
+
+
+def _measure(
+    backend: Backend,
+    encoded: EncodedPrompts,
+    config: ExperimentConfig,
+    warmup: WarmupOutcome,
+    clock: Clock,
+    reporter: Reporter,
+) -> MeasuredWindow:
+    count = len(encoded.requests)
+    traffic = config.traffic_simulation
+    if traffic.enabled:
+        plan = TrafficPlan(
+            mode=traffic.mode,
+            target_qps=traffic.target_qps,
+            concurrency=traffic.concurrency,
+            seed=config.random_seed if traffic.seed is None else traffic.seed,
+            min_window_s=config.measurement.min_window_sec,
+            ramp_limit_s=max(config.measurement.min_window_sec, RAMP_STEPS * (warmup.step_s or 0.0)),
+        )
+        report = _Progress(reporter, clock, lambda done: (done, None, "requests"))
+        return measure_traffic(backend, encoded.requests, plan, clock, report)
+
+    def describe_pass(done: int) -> tuple[int, int | None, str]:
+        before = (done - 1) // count
+        return done - before * count, count, "requests" if before == 0 else f"requests, pass {before + 1}"
+
+    return measure_batch(
+        backend,
+        encoded.requests,
+        min_window_s=config.measurement.min_window_sec,
+        observe_tokens=config.streaming,
+        clock=clock,
+        report=_Progress(reporter, clock, describe_pass),
+    )
+
+
+def _width(config: ExperimentConfig, prompts: int) -> int:
+    """How many requests the measurement runs at once."""
+    traffic = config.traffic_simulation
+    if traffic.enabled and traffic.mode == "closed":
+        return traffic.concurrency
+    if config.streaming and not traffic.enabled:
+        return 1
+    widths = (getattr(config.section, name, None) for name in WIDTH_OPTIONS)
+    return min(next((width for width in widths if width is not None), 1), prompts)
+
+
+class _Progress:
+    """Reports at most once a second: reporting is not what is being measured."""
+
+    def __init__(
+        self, reporter: Reporter, clock: Clock, describe_done: Callable[[int], tuple[int, int | None, str]]
+    ) -> None:
+        self._reporter = reporter
+        self._clock = clock
+        self._describe = describe_done
+        self._next_ns = clock.monotonic_ns()
+
+    def __call__(self, done: int) -> None:
+        now_ns = self._clock.monotonic_ns()
+        if now_ns >= self._next_ns:
+            self._next_ns = now_ns + round(REPORT_EVERY_S * NS_PER_S)
+            self._reporter.progress(*self._describe(done))
+
+
+def _write_outputs(folder: Path, outputs: Sequence[Output], decode: Callable[[Sequence[int]], str]) -> None:
+    lines = [
+        json.dumps(
+            {
+                "index": output.prompt_index,
+                "input_tok": output.input_tok,
+                "output_tok": len(output.output_ids),
+                "output_ids": list(output.output_ids),
+                "text": decode(output.output_ids),
+            },
+            ensure_ascii=False,
+        )
+        for output in outputs
+    ]
+    durable.write_text(folder / OUTPUTS_FILENAME, "".join(f"{line}\n" for line in lines))

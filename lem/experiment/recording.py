@@ -1,0 +1,272 @@
+"""The record from what was found: figures worked out, and a reason beside everything that was not measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, TypeVar
+
+from lem import __version__
+from lem.backends.protocol import EngineReport
+from lem.config.experiment_config import ExperimentConfig
+from lem.errors import EngineError
+from lem.experiment.channel import RunRequest
+from lem.experiment.encoding import EncodedPrompts
+from lem.experiment.engine_log import redact
+from lem.experiment.environment import HostFacts, describe_environment
+from lem.experiment.latency import latency_of
+from lem.experiment.prompts import ResolvedPrompts
+from lem.experiment.residency import Residence
+from lem.experiment.warmup import WarmupOutcome
+from lem.experiment.window import MeasuredWindow
+from lem.meters.gpus import find_gpus
+from lem.record import (
+    Carbon,
+    Compute,
+    Efficiency,
+    Energy,
+    Gpu,
+    Identity,
+    Idle,
+    Record,
+    Throughput,
+    Validity,
+    Window,
+    Work,
+    decode_record,
+    encode_record,
+)
+
+__all__ = ["Findings", "compose_record"]
+
+# measurement.md, step 5: more failed requests than this and the window is not one of the load that was meant.
+MAX_FAILED_RATIO = 0.01
+
+_NO_ENERGY = "no energy was measured"
+_S = TypeVar("_S", Energy, Idle, Efficiency, Throughput)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that one attempt found.
+
+    Attributes:
+        requested: the configuration as written, `${VAR}` unexpanded.
+        energy_reasons: why each field of energy is null, from `meters.registry`.
+    """
+
+    request: RunRequest
+    config: ExperimentConfig
+    requested: Mapping[str, Any]
+    start_utc: datetime
+    host: HostFacts
+    residence: Residence
+    prompts: ResolvedPrompts
+    encoded: EncodedPrompts
+    warmup: WarmupOutcome
+    measured: MeasuredWindow
+    peak_memory_b: int | None
+    energy_reasons: Mapping[str, str]
+
+
+def compose_record(found: Findings) -> Record:
+    """The record, in which no secret of the request stands.
+
+    Raises:
+        EngineError: kind `channel`, the host left out part of the identity.
+    """
+    report = found.residence.report
+    record = Record(
+        identity=_identity(found),
+        validity=_validity(found),
+        window=_window(found),
+        energy=_empty(Energy, found.energy_reasons),
+        gpus=_gpus(report, found.energy_reasons),
+        idle=_empty(Idle, found.energy_reasons),
+        work=_work(found),
+        throughput=_throughput(found.measured),
+        latency=latency_of(found.measured.requests),
+        compute=_compute(found.measured, report, found.peak_memory_b),
+        efficiency=_empty(Efficiency, {}, _NO_ENERGY),
+        carbon=_carbon(found.config),
+        environment=describe_environment(
+            found.host, report, found.config, executor=found.request.executor, image=found.request.image
+        ),
+        requested=found.requested,
+        extra_metadata=_metadata(found),
+    )
+    return _redact(record, found.request.secrets)
+
+
+def _identity(found: Findings) -> Identity:
+    start_utc = found.start_utc.astimezone(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    try:
+        return Identity(**found.request.identity, start_utc=start_utc, lem_version=__version__)
+    except TypeError as error:
+        raise EngineError(f"run: identity: {error}", kind="channel") from error
+
+
+def _validity(found: Findings) -> Validity:
+    measured, report = found.measured, found.residence.report
+    invalid, notes = _judge(measured)
+    reasons = {
+        name: reason
+        for name, value, reason in (
+            ("warmup_converged", found.warmup.converged, found.warmup.null_reason),
+            ("steady", measured.steady, measured.steady_null_reason),
+        )
+        if value is None and reason is not None
+    }
+    warnings = (
+        *report.warnings,
+        *found.prompts.warnings,
+        *found.encoded.warnings,
+        *found.warmup.warnings,
+        *measured.warnings,
+        *notes,
+    )
+    return Validity(
+        valid=not invalid,
+        invalid_reasons=invalid,
+        warnings=tuple(dict.fromkeys(warnings)),
+        warmup_converged=found.warmup.converged,
+        steady=measured.steady,
+        engine_reused=found.residence.is_reused,
+        engine_load_id=found.residence.load_id,
+        null_reasons=reasons,
+    )
+
+
+def _judge(measured: MeasuredWindow) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Why the window is invalid, and what else is to be known of its requests."""
+    invalid: list[str] = []
+    notes: list[str] = []
+    failed, total = len(measured.failures), len(measured.failures) + len(measured.requests)
+    if failed:
+        text = f"{failed} of {total} requests failed, the first with: {measured.failures[0]}"
+        (invalid if failed > MAX_FAILED_RATIO * total else notes).append(text)
+    if measured.output_tok == 0:
+        invalid.append("the engine made no output tokens")
+    return tuple(invalid), tuple(notes)
+
+
+def _window(found: Findings) -> Window:
+    load_s, warmup_s = found.residence.load_s, found.warmup.elapsed_s
+    request = found.request
+    optional = {
+        "warmup_s": (warmup_s, found.warmup.null_reason or "warm-up did not run"),
+        "load_s": (load_s, f"the engine was loaded before (load {found.residence.load_id})"),
+        "gap_s": (request.gap_s, "the host told of no gap before this experiment"),
+        "gap_end_reason": (request.gap_end_reason, "the host told of no gap before this experiment"),
+    }
+    return Window(
+        traffic_mode=found.measured.traffic_mode,
+        window_s=found.measured.window_s,
+        window_repeats=found.measured.repeats,
+        warmup_s=warmup_s,
+        warmup_prompts=found.warmup.prompts,
+        load_s=load_s,
+        gap_s=request.gap_s,
+        gap_end_reason=request.gap_end_reason,
+        null_reasons={name: reason for name, (value, reason) in optional.items() if value is None},
+    )
+
+
+def _work(found: Findings) -> Work:
+    measured = found.measured
+    return Work(
+        requests_ok=len(measured.requests),
+        requests_failed=len(measured.failures),
+        input_tok=measured.input_tok,
+        output_tok=measured.output_tok,
+        padding_tok=None,
+        token_source="engine_ids",  # noqa: S106 (no password)
+        prompt_source=found.prompts.source,
+        null_reasons={"padding_tok": "the engine does not tell how much padding it computed on; input never holds any"},
+    )
+
+
+def _throughput(measured: MeasuredWindow) -> Throughput:
+    window_s = measured.window_s
+    if window_s <= 0:
+        return _empty(Throughput, {}, "the window took no time that the clock could tell")
+    return Throughput(
+        output_tok_per_s=measured.output_tok / window_s,
+        total_tok_per_s=(measured.input_tok + measured.output_tok) / window_s,
+        requests_per_s=len(measured.requests) / window_s,
+    )
+
+
+def _compute(measured: MeasuredWindow, report: EngineReport, peak_memory_b: int | None) -> Compute:
+    """Forward passes only: 2 FLOPs for each non-embedding parameter and token (Kaplan et al. 2020, section 2.1).
+
+    Attention over the context is left out, and parameters that a token does not use (experts) are counted in.
+    """
+    parameters, embeddings = report.model_parameters, report.embedding_parameters
+    reasons: dict[str, str] = {}
+    flops = method = confidence = None
+    if parameters is None:
+        why = "the engine does not tell the number of parameters"
+        reasons.update(dict.fromkeys(("flops_total", "flops_method", "flops_confidence", "model_parameters"), why))
+    else:
+        flops = 2.0 * (parameters - (embeddings or 0)) * (measured.input_tok + measured.output_tok)
+        counted = "all parameters (embeddings unknown)" if embeddings is None else "non-embedding parameters"
+        method = f"2 x {counted} x (input + output tokens)"
+        confidence = "low" if embeddings is None else "medium"
+    if peak_memory_b is None:
+        reasons["peak_memory_b"] = f"the engine does not tell the peak of its memory on {report.device}"
+    return Compute(
+        flops_total=flops,
+        flops_method=method,
+        flops_confidence=confidence,
+        model_parameters=parameters,
+        peak_memory_b=peak_memory_b,
+        null_reasons=reasons,
+    )
+
+
+def _carbon(config: ExperimentConfig) -> Carbon:
+    given = {
+        "grid_g_per_kwh": config.measurement.grid_g_per_kwh,
+        "pue": config.measurement.pue,
+        "price_per_kwh": config.measurement.price_per_kwh,
+    }
+    reasons = {name: f"measurement.{name} is not given" for name, value in given.items() if value is None}
+    return Carbon(**given, null_reasons={**reasons, "co2e_g": _NO_ENERGY, "cost": _NO_ENERGY})
+
+
+def _gpus(report: EngineReport, reasons: Mapping[str, str]) -> tuple[Gpu, ...]:
+    names = {gpu.uuid: gpu.name for gpu in find_gpus()} if report.gpu_uuids else {}
+    null_reasons = {item.name: reasons[item.name] for item in dataclasses.fields(Gpu) if item.name in reasons}
+    return tuple(Gpu(uuid, names.get(uuid, "unknown"), null_reasons=null_reasons) for uuid in report.gpu_uuids)
+
+
+def _metadata(found: Findings) -> Mapping[str, Any]:
+    """The user's metadata as written: a reference to the environment stays a reference."""
+    written = found.requested.get("extra_metadata")
+    return written if isinstance(written, dict) else found.config.extra_metadata
+
+
+def _empty(section: type[_S], reasons: Mapping[str, str], otherwise: str = "") -> _S:
+    """A section in which nothing was measured."""
+    names = [item.name for item in dataclasses.fields(section) if item.name != "null_reasons"]
+    values: dict[str, Any] = dict.fromkeys(names)
+    return section(**values, null_reasons={name: reasons.get(name, otherwise) for name in names})
+
+
+def _redact(record: Record, secrets: Mapping[str, str]) -> Record:
+    """The record with every secret blotted out, wherever an engine's message or option may have carried it."""
+    words = sorted(filter(None, secrets.values()), key=len, reverse=True)
+    return decode_record(_blot(encode_record(record), words)) if words else record
+
+
+def _blot(value: Any, words: Sequence[str]) -> Any:
+    if isinstance(value, str):
+        return redact(value, words)
+    if isinstance(value, dict):
+        return {redact(key, words): _blot(item, words) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_blot(item, words) for item in value]
+    return value
