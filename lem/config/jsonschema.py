@@ -39,6 +39,8 @@ def section_schema(section: type[Section]) -> dict[str, Any]:
     ]
     if required:
         schema["required"] = required
+    if section.alternative is not None:
+        return {"anyOf": [schema, {**section_schema(section.alternative), "required": []}]}
     if section.shorthand is not None:
         return {"anyOf": [{"type": "string", "minLength": 1}, schema]}
     return schema

@@ -148,11 +148,13 @@ class Section:
         aliases: other names of options, old or short.
         switch: a truth value that must be given where another option of the section is, since an option under a
             switch that is off by default would silently do nothing.
+        alternative: another section whose options may be written in the place of this one's (see `rewrite`).
     """
 
     shorthand: ClassVar[str | None] = None
     aliases: ClassVar[Mapping[str, str]] = types.MappingProxyType({})
     switch: ClassVar[str | None] = None
+    alternative: ClassVar[type[Section] | None] = None
 
     def __post_init__(self) -> None:
         sink = Sink()

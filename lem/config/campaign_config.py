@@ -1,0 +1,392 @@
+"""A campaign: which experiments to run, how often, in which order, and what to do around them."""
+
+# ruff: noqa: RUF009 - `option` makes a dataclass field, as `dataclasses.field` does
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lem import units
+from lem.config.backend_config import BACKENDS
+from lem.config.experiment_config import DatasetConfig, ExperimentConfig, ModelConfig
+from lem.config.merging import nest, put
+from lem.config.problems import Problem, nearest
+from lem.config.schema import Items, Section, check_partial, declared, option
+
+__all__ = [
+    "WEEKDAYS",
+    "CampaignColdStartConfig",
+    "CampaignConfig",
+    "CampaignDaemonConfig",
+    "CampaignExecutionConfig",
+    "CampaignExperimentEntry",
+    "CampaignGridConfig",
+    "CampaignHealthCheckConfig",
+    "CampaignIOConfig",
+    "CampaignNotificationConfig",
+    "CampaignScheduleConfig",
+    "generate_campaign_id",
+    "slug_of",
+]
+
+WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+_DAY_GROUPS = {"weekdays": WEEKDAYS[:5], "weekends": WEEKDAYS[5:]}
+_TIME = re.compile(r"([01][0-9]|2[0-3]):[0-5][0-9]")
+_MAX_SLUG = 64
+
+
+def generate_campaign_id(name: str) -> str:
+    """The first 8 hex digits of the MD5 of a campaign's name."""
+    return hashlib.md5(name.encode("utf-8"), usedforsecurity=False).hexdigest()[:8]
+
+
+def slug_of(name: str) -> str:
+    """The name in the letters `[a-z0-9][a-z0-9_-]*`, for files, units and projects.
+
+    A name of which nothing is left, or too much, is told by its campaign id.
+    """
+    slug = re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_")
+    if not slug:
+        return f"campaign-{generate_campaign_id(name)}"
+    if len(slug) > _MAX_SLUG:
+        return f"{slug[: _MAX_SLUG - 9].rstrip('-_')}-{generate_campaign_id(name)}"
+    return slug
+
+
+def _check_time(text: str) -> str | None:
+    return None if _TIME.fullmatch(text) else f"a time HH:MM from 00:00 to 23:59 is due, got {text!r}"
+
+
+def _check_duration(text: str) -> str | None:
+    try:
+        units.parse_duration(text)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _check_file_name(text: str) -> str | None:
+    return f"a file name without a folder is due, got {text!r}" if Path(text).name != text else None
+
+
+def _check_url(text: str) -> str | None:
+    # The URL is a secret, so the complaint does not repeat it.
+    return None if re.match(r"https?://[^/\s]+", text) else "a URL that begins with http:// or https:// is due"
+
+
+@dataclass(frozen=True)
+class CampaignGridConfig(Section):
+    """Experiments as the product of axes: backends, models, shared options, and options of each backend."""
+
+    backends: tuple[str, ...] = option(
+        description="The backends to run.", choices=BACKENDS, min_items=1, is_unique=True, takes_scalar=True
+    )
+    models: tuple[Any, ...] | None = option(
+        None, description="The models to run; null takes the campaign's.", min_items=1, takes_scalar=True
+    )
+    shared: Mapping[str, Any] = option(
+        {}, description="Axes: an option of every experiment, its name dotted where nested, and the list of its values."
+    )
+    backend_overrides: Mapping[str, Mapping[str, Any]] = option(
+        {},
+        description="For a backend, options of its section: a value, or a list of values as an axis of that backend.",
+    )
+
+    def derive(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        axes = given.get("shared", {})
+        return {
+            "shared": {axis: value if isinstance(value, tuple) else Items((value,)) for axis, value in axes.items()}
+        }
+
+    def check(self) -> Iterator[Problem]:
+        for index, model in enumerate(self.models or ()):
+            yield from check_partial(ExperimentConfig, {"model": model}, ("models", index))
+        for axis, values in self.shared.items():
+            yield from self._check_shared_axis(axis, values)
+        for backend, overrides in self.backend_overrides.items():
+            yield from self._check_overrides(backend, overrides)
+
+    def _check_shared_axis(self, axis: str, values: tuple[Any, ...]) -> Iterator[Problem]:
+        path = ("shared", axis)
+        top = axis.partition(".")[0]
+        if axis in ("backend", "model", "model_name", "model.name"):
+            yield Problem(path, "is not a shared axis", f"grid.{'backends' if axis == 'backend' else 'models'}")
+        elif top in BACKENDS and set(self.backends) != {top}:
+            yield Problem(
+                path, f"is an option of {top} alone; write it under grid.backend_overrides.{top}", is_about_key=True
+            )
+        else:
+            yield from _check_axis(ExperimentConfig, axis, values, path)
+
+    def _check_overrides(self, backend: str, overrides: Mapping[str, Any]) -> Iterator[Problem]:
+        path = ("backend_overrides", backend)
+        if backend not in self.backends:
+            near = None if backend in BACKENDS else nearest(backend, self.backends)
+            message = f"is not in grid.backends, which has {', '.join(self.backends)}"
+            yield Problem(path, message, near, is_about_key=True)
+            return
+        section = declared(ExperimentConfig)[backend].sections[0]
+        for key, value in overrides.items():
+            values = value if isinstance(value, tuple) else (value,)
+            yield from _check_axis(section, key, values, (*path, key))
+
+
+def _check_axis(
+    section: type[Section], axis: str, values: tuple[Any, ...], path: tuple[str | int, ...]
+) -> Iterator[Problem]:
+    """What is wrong with an axis: its name, or each of its values."""
+    if not values:
+        yield Problem(path, "has no values, so nothing would run; leave the axis out")
+    for index, value in enumerate(values):
+        for problem in check_partial(section, nest(axis, value)):
+            if problem.is_about_key and len(problem.path) <= axis.count(".") + 1:
+                yield Problem(path, "is not an option", problem.suggestion, is_about_key=True)
+                return
+            yield Problem((*path, index), problem.message, problem.suggestion)
+
+
+@dataclass(frozen=True)
+class CampaignExperimentEntry(Section):
+    """One experiment: a file with overrides, or the experiment itself written in place."""
+
+    alternative: ClassVar[type[Section] | None] = ExperimentConfig
+
+    config: str | None = option(None, description="Experiment file, relative to the campaign file.")
+    overrides: Mapping[str, Any] = option({}, description="Options laid over the file, nested or with dotted names.")
+    inline: Mapping[str, Any] | None = option(None, description="The experiment itself, when there is no file.")
+
+    @classmethod
+    def rewrite(cls, mapping: Mapping[Any, Any]) -> Mapping[Any, Any]:
+        return mapping if not mapping or set(mapping) & set(declared(cls)) else {"inline": mapping}
+
+    @property
+    def override_mapping(self) -> dict[str, Any]:
+        """The overrides with dotted names nested."""
+        out: dict[str, Any] = {}
+        for key, value in self.overrides.items():
+            out = put(ExperimentConfig, out, key, value)
+        return out
+
+    def check(self) -> Iterator[Problem]:
+        if (self.config is None) == (self.inline is None):
+            yield Problem((), "a config file or an experiment written in place is due, and not both")
+        if self.inline is not None:
+            if self.overrides:
+                yield Problem(("overrides",), "has no effect without config", is_about_key=True)
+            yield from check_partial(ExperimentConfig, self.inline)
+        for key, value in self.overrides.items():
+            for problem in check_partial(ExperimentConfig, nest(key, value)):
+                yield dataclasses.replace(problem, path=("overrides", *problem.path))
+
+
+@dataclass(frozen=True)
+class CampaignExecutionConfig(Section):
+    """How often, in which order, and how long to wait."""
+
+    cycles: int = option(
+        3, description="How often every experiment is run; intervals need 3 or more.", minimum=1, maximum=20
+    )
+    structure: str = option(
+        "interleaved",
+        description="Order: interleaved ABC ABC; shuffled within each cycle; grouped AAA BBB.",
+        choices=("interleaved", "shuffled", "grouped"),
+    )
+    warmup_prompts: int = option(
+        5, description="Default of an experiment's warmup.min_prompts.", minimum=0, maximum=200, unit="prompts"
+    )
+    warmup_timeout_seconds: float = option(
+        30.0, description="Default of an experiment's warmup.timeout_seconds.", minimum=0, unit="s"
+    )
+    config_gap_seconds: float = option(
+        60.0,
+        description="Longest wait between experiments; ends once the device is back at idle temperature and power.",
+        minimum=0,
+        unit="s",
+    )
+    cycle_gap_seconds: float = option(
+        300.0, description="Longest wait between cycles, in place of the other.", minimum=0, unit="s"
+    )
+    load_timeout_seconds: float = option(1800.0, description="Time to load an engine.", above=0, unit="s")
+    experiment_timeout_seconds: float = option(
+        3600.0, description="Time for an experiment once loaded.", above=0, unit="s"
+    )
+    silence_timeout_seconds: float = option(600.0, description="Time without any sign of progress.", above=0, unit="s")
+    reuse: str = option(
+        "cycle",
+        description="How long an engine stays loaded. cycle: cycles are independent; campaign: faster, but no interval "
+        "over cycles; none: every experiment loads.",
+        choices=("cycle", "campaign", "none"),
+    )
+    seed: int = option(42, description="Seed of the shuffled order.", minimum=0)
+
+
+@dataclass(frozen=True)
+class CampaignScheduleConfig(Section):
+    """When to start."""
+
+    at: str | None = option(None, description="Time of day, the host's.", check=_check_time, form="a time HH:MM")
+    days: tuple[str, ...] | None = option(
+        None,
+        description="Days; null is any.",
+        choices=(*WEEKDAYS, *_DAY_GROUPS),
+        takes_scalar=True,
+        min_items=1,
+    )
+
+    def check(self) -> Iterator[Problem]:
+        if self.at is None:
+            yield Problem(("at",), "is required in a schedule: a time HH:MM", is_about_key=True)
+
+    @property
+    def weekdays(self) -> frozenset[int]:
+        """The days as `datetime.weekday()` counts them, 0 for Monday; all of them when none is named."""
+        names = {day for name in self.days or WEEKDAYS for day in _DAY_GROUPS.get(name, (name,))}
+        return frozenset(WEEKDAYS.index(name) for name in names)
+
+
+@dataclass(frozen=True)
+class CampaignHealthCheckConfig(Section):
+    """Looks at the containers between experiments."""
+
+    enabled: bool = option(True, description="Look.")
+    interval_experiments: int = option(
+        0, description="Experiments between looks; 0 looks once a cycle.", minimum=0, unit="experiments"
+    )
+    gpu_memory_threshold_pct: float = option(
+        90.0, description="GPU memory in use, by others, that is unhealthy.", minimum=50, maximum=100, unit="%"
+    )
+    restart_on_failure: bool = option(True, description="Restart an unhealthy container; false only logs it.")
+    max_restarts: int = option(3, description="Restarts of a container in a campaign.", minimum=0)
+
+
+@dataclass(frozen=True)
+class CampaignColdStartConfig(Section):
+    """Start cold every time."""
+
+    force_cold_start: bool = option(False, description="End the worker after each experiment.")
+    restart_container: bool = option(False, description="Recreate the container too.")
+
+
+@dataclass(frozen=True)
+class CampaignDaemonConfig(Section):
+    """Run again and again."""
+
+    switch: ClassVar[str | None] = "enabled"
+
+    enabled: bool = option(False, description="Stay and repeat.")
+    at: str | None = option(None, description="Time of day of the first run.", check=_check_time, form="a time HH:MM")
+    interval: str | None = option(
+        None,
+        description="From the end of a run to the next: 90s, 30m, 6h, 2d.",
+        check=_check_duration,
+        form="a duration",
+    )
+    total_duration: str | None = option(
+        None, description="Stop after this long.", check=_check_duration, form="a duration"
+    )
+    quiet: bool = option(True, description="Log to a file in the state folder instead of the screen.")
+
+    @property
+    def interval_seconds(self) -> float | None:
+        """The interval in seconds; None when unset."""
+        return None if self.interval is None else units.parse_duration(self.interval)
+
+    @property
+    def total_duration_seconds(self) -> float | None:
+        """The total duration in seconds; None when unset."""
+        return None if self.total_duration is None else units.parse_duration(self.total_duration)
+
+
+@dataclass(frozen=True)
+class CampaignIOConfig(Section):
+    """Files and folders, relative to the working directory."""
+
+    results_dir: str = option("results", description="Folder of results.")
+    configs_dir: str = option("configs", description="Folder of the experiments that a grid generates.")
+    state_dir: str = option(".state", description="Folder of the manifest and the log.")
+    manifest_filename: str = option(
+        "campaign_manifest.json", description="Name of the manifest.", check=_check_file_name, form="a file name"
+    )
+    compose_file: str | None = option(
+        None, description="Compose file; null tries docker-compose.yml, docker/docker-compose.yml, the packaged one."
+    )
+    env_file: str | None = option(None, description="File of environment variables for compose.")
+
+    @property
+    def manifest_path(self) -> Path:
+        """The manifest in the state folder; a run puts the campaign's own folder between the two."""
+        return Path(self.state_dir) / self.manifest_filename
+
+
+@dataclass(frozen=True)
+class CampaignNotificationConfig(Section):
+    """A message when a campaign ends."""
+
+    webhook_url: str | None = option(
+        None, description="Where to post JSON.", check=_check_url, form="a URL", secret=True
+    )
+    on: tuple[str, ...] = option(
+        ("complete", "failure"), description="When to post.", choices=("complete", "failure"), takes_scalar=True
+    )
+
+
+@dataclass(frozen=True)
+class CampaignConfig(Section):
+    """A campaign, validated and with every default filled in."""
+
+    aliases: ClassVar[Mapping[str, str]] = {"model_name": "model"}
+
+    campaign_name: str = option(description="Name of the campaign; made of it are names of files and units.")
+    model: ModelConfig | None = option(None, description="Model of every experiment that names none.")
+    dataset: DatasetConfig | None = option(None, description="Dataset of every experiment that has no prompts.")
+    num_samples: int | None = option(
+        None,
+        description="Prompts of every experiment that sets no sample_size.",
+        minimum=1,
+        maximum=1_000_000,
+        unit="prompts",
+    )
+    configs: tuple[str, ...] = option(
+        (), description="Experiment files, relative to the campaign file.", takes_scalar=True
+    )
+    grid: CampaignGridConfig | None = option(None, description="Experiments as the product of axes.")
+    experiments: tuple[CampaignExperimentEntry, ...] = option((), description="Experiments one by one.")
+    execution: CampaignExecutionConfig = option(CampaignExecutionConfig(), description="How often and in which order.")
+    schedule: CampaignScheduleConfig | None = option(None, description="When to start.")
+    health_check: CampaignHealthCheckConfig = option(CampaignHealthCheckConfig(), description="Looks at containers.")
+    cold_start: CampaignColdStartConfig = option(CampaignColdStartConfig(), description="Start cold every time.")
+    daemon: CampaignDaemonConfig | None = option(None, description="Run again and again.")
+    io: CampaignIOConfig = option(CampaignIOConfig(), description="Files and folders.")
+    notification: CampaignNotificationConfig = option(CampaignNotificationConfig(), description="A message at the end.")
+
+    def check(self) -> Iterator[Problem]:
+        if not self.configs and self.grid is None and not self.experiments:
+            yield Problem((), "nothing to run: at least one of configs, grid, experiments is due")
+
+    @property
+    def campaign_id(self) -> str:
+        """As `generate_campaign_id`."""
+        return generate_campaign_id(self.campaign_name)
+
+    @property
+    def slug(self) -> str:
+        """As `slug_of`."""
+        return slug_of(self.campaign_name)
+
+    @staticmethod
+    def generate_campaign_id(name: str) -> str:
+        """As the function of that name."""
+        return generate_campaign_id(name)
+
+    def get_config_paths(self) -> list[Path]:
+        """The experiment files named, those of `configs` first, as written."""
+        return [Path(name) for name in (*self.configs, *(entry.config for entry in self.experiments if entry.config))]
+
+    def get_config_names(self) -> list[str]:
+        """The names of the experiment files, without folder and ending."""
+        return [path.stem for path in self.get_config_paths()]

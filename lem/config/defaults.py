@@ -1,0 +1,71 @@
+"""What a campaign says for all its experiments, filled into each one that does not say it itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lem.config.campaign_config import CampaignConfig
+from lem.config.experiment_config import ExperimentConfig, WarmupConfig
+from lem.config.merging import canonical
+from lem.config.schema import Section, declared
+
+__all__ = ["with_campaign_defaults"]
+
+# As many as the campaign asks for of what is otherwise the bundled set (lem.experiment.synthetic.BUNDLED).
+_BUNDLED_LENGTH = 128
+
+
+def with_campaign_defaults(campaign: CampaignConfig, experiment: Mapping[str, Any]) -> dict[str, Any]:
+    """The experiment, as a plain mapping, with the campaign's model, dataset, num_samples and warm-up filled in."""
+    out = canonical(ExperimentConfig, experiment)
+    if campaign.model is not None:
+        _fill_named(out, "model", given(campaign.model))
+    if campaign.dataset is not None and out.get("prompts") is None:
+        _fill_named(out, "dataset", given(campaign.dataset))
+    if campaign.num_samples is not None:
+        _fill_sample_size(out, campaign.num_samples)
+    _fill_warmup(out, campaign)
+    return out
+
+
+def given(section: Section) -> dict[str, Any]:
+    """The options of a section that differ from their defaults."""
+    options = declared(type(section))
+    return {name: value for name, value in section.to_dict().items() if value != options[name].option.default}
+
+
+def _fill_named(out: dict[str, Any], key: str, default: dict[str, Any]) -> None:
+    """Fill in a section that has a name; what belongs to another name is not mixed in."""
+    if key not in out:
+        out[key] = default
+    elif isinstance(out[key], dict) and "name" not in out[key]:
+        out[key] = {**default, **out[key]}
+
+
+def _fill_sample_size(out: dict[str, Any], num_samples: int) -> None:
+    for key in ("dataset", "prompts"):
+        source = out.get(key)
+        if isinstance(source, dict):
+            source.setdefault("sample_size", num_samples)
+    if out.get("dataset") is None and out.get("prompts") is None:
+        longest = out.get("max_input_tokens")
+        length = min(_BUNDLED_LENGTH, longest) if isinstance(longest, int) and longest > 0 else _BUNDLED_LENGTH
+        out["prompts"] = {
+            "type": "synthetic",
+            "input_tokens": length,
+            "sample_size": num_samples,
+            "distribution": "lognormal",
+        }
+
+
+def _fill_warmup(out: dict[str, Any], campaign: CampaignConfig) -> None:
+    warmup = out.setdefault("warmup", {})
+    if not isinstance(warmup, dict):
+        return  # for validation to refuse
+    if "min_prompts" not in warmup:
+        prompts = campaign.execution.warmup_prompts
+        warmup["min_prompts"] = prompts
+        if prompts > declared(WarmupConfig)["max_prompts"].option.default:
+            warmup.setdefault("max_prompts", prompts)
+    warmup.setdefault("timeout_seconds", campaign.execution.warmup_timeout_seconds)

@@ -1,0 +1,101 @@
+"""The options there are, for programs: every one by its dotted name, from its declaration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lem.config.backend_config import BACKENDS
+from lem.config.campaign_config import CampaignConfig, CampaignGridConfig, CampaignHealthCheckConfig
+from lem.config.experiment_config import ExperimentConfig
+from lem.config.kinds import Bounds
+from lem.config.schema import REQUIRED, Declared, Section, walk
+from lem.errors import ConfigurationError
+
+__all__ = [
+    "get_campaign_grid_params",
+    "get_campaign_health_check_params",
+    "get_campaign_params",
+    "get_experiment_params",
+]
+
+
+def get_campaign_params() -> dict[str, dict[str, Any]]:
+    """Every option of a campaign by dotted name (`execution.cycles`).
+
+    Each is a dict of `type`, `default`, `required`, `bounds`, `choices`, `unit`, `description`, `backends`, `reload`,
+    `variants`. Bounds are a dict in the words of JSON Schema, None where there are none.
+    """
+    return _describe_all(CampaignConfig)
+
+
+def get_campaign_grid_params() -> dict[str, dict[str, Any]]:
+    """Every option of a grid by dotted name (`grid.backends`), as `get_campaign_params`."""
+    return _describe_all(CampaignGridConfig, "grid")
+
+
+def get_campaign_health_check_params() -> dict[str, dict[str, Any]]:
+    """Every option of the health check by dotted name, as `get_campaign_params`."""
+    return _describe_all(CampaignHealthCheckConfig, "health_check")
+
+
+def get_experiment_params(backend: str | None = None) -> dict[str, dict[str, Any]]:
+    """Every option of an experiment by dotted name, as `get_campaign_params`.
+
+    Args:
+        backend: leave out what this backend does not honour; None keeps the options of all.
+
+    Raises:
+        ConfigurationError: there is no such backend.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ConfigurationError(f"there is no backend {backend!r}", f"one of: {', '.join(BACKENDS)}")
+    found = _describe_all(ExperimentConfig)
+    return {
+        key: entry
+        for key, entry in found.items()
+        if backend is None or entry["backends"] is None or backend in entry["backends"]
+    }
+
+
+def _describe_all(section: type[Section], prefix: str = "") -> dict[str, dict[str, Any]]:
+    out: dict[str, dict[str, Any]] = {}
+    for key, item, owner in walk(section, prefix):
+        entry = _describe(item)
+        kind = walk_variant(owner)
+        entry["variants"] = [kind] if kind is not None else None
+        known = out.get(key)
+        if known is None:
+            out[key] = entry
+        else:  # another variant of `prompts` has an option of this name
+            known["variants"] = [*known["variants"], *entry["variants"]]
+            if known["choices"] and entry["choices"]:
+                known["choices"] = [*known["choices"], *entry["choices"]]
+                known["default"], known["required"] = None, True
+            if known["description"] != entry["description"]:
+                known["description"] = f"{known['description']} {entry['description']}"
+    return out
+
+
+def walk_variant(section: type[Section]) -> str | None:
+    """The `type` under which a section is one of several; None for one that stands alone."""
+    from lem.config.schema import declared
+
+    item = declared(section).get("type")
+    return str(item.option.default) if item is not None else None
+
+
+def _describe(item: Declared) -> dict[str, Any]:
+    declaration = item.option
+    bounds: Bounds = declaration.bounds
+    is_required = declaration.default is REQUIRED
+    return {
+        "type": item.kind.label,
+        "default": None if is_required else item.kind.dump(item.default()),
+        "required": is_required,
+        "bounds": bounds.json_schema() or None,
+        "choices": list(declaration.choices) or None,
+        "unit": declaration.unit,
+        "description": declaration.description,
+        "backends": None if declaration.backends is None else list(declaration.backends),
+        "reload": declaration.is_reload,
+    }

@@ -1,0 +1,113 @@
+"""Named starting points for an experiment; a file and the command line win over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from lem.config.problems import nearest
+from lem.errors import ConfigurationError
+
+__all__ = ["PRESETS", "Preset", "find_preset"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Values of an experiment under a name.
+
+    Attributes:
+        values: as an experiment file would have them.
+    """
+
+    name: str
+    description: str
+    values: Mapping[str, Any]
+
+
+def _preset(
+    name: str, description: str, tokens: tuple[int, int], backend: str | None = None, **options: Any
+) -> tuple[str, Preset]:
+    values: dict[str, Any] = {
+        "max_input_tokens": tokens[0],
+        "max_output_tokens": tokens[1],
+        "decoder": {"preset": "deterministic"},  # all are greedy, so that two runs do the same work
+    }
+    if backend is not None:
+        values.update({"backend": backend, backend: options})
+    return name, Preset(name, description, MappingProxyType(values))
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    dict(
+        (
+            _preset("quick-test", "Short prompts and outputs, to see that everything works.", (64, 32)),
+            _preset("benchmark", "Long prompts and outputs, for numbers to compare.", (2048, 512)),
+            _preset("throughput", "Medium lengths, for tokens per second.", (512, 256)),
+            _preset(
+                "vllm-throughput",
+                "vLLM with many requests at a time, chunked prefill and prefix caching.",
+                (2048, 512),
+                "vllm",
+                max_num_seqs=256,
+                enable_chunked_prefill=True,
+                enable_prefix_caching=True,
+            ),
+            _preset(
+                "vllm-speculative",
+                "vLLM drafting 5 tokens at a time from n-grams of the prompt.",
+                (2048, 256),
+                "vllm",
+                speculative={"method": "ngram", "num_tokens": 5, "prompt_lookup_max": 4},
+            ),
+            _preset(
+                "vllm-memory-efficient", "vLLM with an fp8 key-value cache.", (4096, 512), "vllm", kv_cache_dtype="fp8"
+            ),
+            _preset(
+                "vllm-low-latency",
+                "vLLM with few requests at a time and no CUDA graphs.",
+                (512, 128),
+                "vllm",
+                max_num_seqs=32,
+                enforce_eager=True,
+            ),
+            _preset(
+                "pytorch-optimized",
+                "transformers with flash attention 2, compiled.",
+                (2048, 512),
+                "pytorch",
+                attn_implementation="flash_attention_2",
+                torch_compile="default",
+            ),
+            _preset(
+                "pytorch-speculative",
+                "transformers drafting 5 tokens at a time from n-grams of the prompt.",
+                (2048, 256),
+                "pytorch",
+                assisted_generation={"num_tokens": 5},
+            ),
+            _preset(
+                "pytorch-compatible",
+                "transformers with eager attention, which runs every model.",
+                (512, 128),
+                "pytorch",
+                attn_implementation="eager",
+            ),
+        )
+    )
+)
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    found = PRESETS.get(name)
+    if found is not None:
+        return found
+    near = nearest(name, list(PRESETS))
+    remedy = f" (did you mean '{near}'?)" if near else ""
+    raise ConfigurationError(f"--preset {name}: there is no such preset{remedy}", f"one of: {', '.join(PRESETS)}")
