@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code; the folder holds the model afterwards."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the model goes")
-    parser.add_argument("--size", choices=tuple(SHAPES), default="demo", help="demo: about 21 M parameters; tiny: for tests")
+    parser.add_argument("--size", choices=tuple(SHAPES), default="demo", help="demo has 21 M parameters, tiny 0.2 M")
     options = parser.parse_args(argv)
     recipe = describe_recipe(SHAPES[options.size])
     if is_made(options.folder, recipe):

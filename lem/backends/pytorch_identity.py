@@ -40,8 +40,8 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 def hash_weights(files: Iterable[Path], name_of: dict[Path, str] | None = None) -> str | None:
     """SHA-256 over a line `<sha256 of the file>  <name>` for each file in name order; None for no files.
 
-    The whole of every file is read, about a second a GB from a warm page cache, which a load leaves behind. Large files in
-    the hub's cache are not read: there a file is a link to a blob that is named by its SHA-256.
+    The whole of every file is read, about a second a GB from a warm page cache, which a load leaves behind. Large
+    files in the hub's cache are not read: there a file is a link to a blob that is named by its SHA-256.
 
     Raises:
         OSError: a file cannot be read.

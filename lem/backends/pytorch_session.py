@@ -1,0 +1,208 @@
+"""A model in memory and the experiments that run on it, one after another. Imports torch and transformers."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+
+import torch
+import transformers
+from transformers import GenerationConfig
+
+from lem.backends.protocol import Completion, EngineReport, RequestQueue, TokenRequest
+from lem.backends.pytorch_batching import plan_batches
+from lem.backends.pytorch_device import pick_gpu, visible_gpus
+from lem.backends.pytorch_generation import BatchRunner
+from lem.backends.pytorch_loading import load_model, set_assistant
+from lem.backends.pytorch_options import EngineFacts, batch_rules, generation_settings, section_of
+from lem.backends.pytorch_refusals import check_options
+from lem.backends.pytorch_report import (
+    GENERATION_META,
+    count_embedding_parameters,
+    describe_effective,
+    find_versions,
+    hash_loaded_weights,
+)
+from lem.backends.pytorch_sources import explained
+from lem.backends.pytorch_trial import Trial, try_out
+from lem.config.experiment_config import ExperimentConfig
+from lem.errors import EngineError
+
+__all__ = ["Session", "free_memory"]
+
+NS_PER_S = 1_000_000_000
+
+
+class Session:
+    """A loaded model with the experiment that is set up on it."""
+
+    def __init__(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> None:
+        """Load.
+
+        Raises:
+            OptionRefused, EngineError: as `Backend.load`.
+        """
+        transformers.utils.logging.disable_progress_bar()
+        self._token = secrets.get("HF_TOKEN") or None
+        self._uuids = visible_gpus(torch)
+        self._facts = self._find_facts(config)
+        check_options(config, self._facts)
+        if self._facts.gpu_index is not None:
+            torch.cuda.set_device(self._facts.gpu_index)
+        self._engine_key = config.engine_key()
+        self._loaded = load_model(config, self._facts, self._token)
+        self._compile(config)
+        trial_s = self._set_up(config)
+        self._compile_s = trial_s if section_of(config).torch_compile else None
+        began_ns = time.monotonic_ns()
+        with explained(f"weights of {config.model.name}"):
+            self._weights_sha256 = hash_loaded_weights(self._loaded)
+        hashing_s = (time.monotonic_ns() - began_ns) / NS_PER_S
+        self._checks_s = hashing_s if self._compile_s is not None else hashing_s + trial_s
+
+    def configure(self, config: ExperimentConfig) -> None:
+        """Set another experiment up on the same model.
+
+        Raises:
+            OptionRefused: as `Backend.configure`.
+        """
+        if config.engine_key() != self._engine_key:
+            raise EngineError("this experiment needs another engine load than the one that is there")
+        check_options(config, self._facts)
+        set_assistant(self._loaded, config, self._facts, self._token)
+        self._set_up(config)
+
+    def report(self) -> EngineReport:
+        """What is loaded and in effect."""
+        loaded, gpu_index = self._loaded, self._facts.gpu_index
+        versions = dict(self._facts.versions)
+        if gpu_index is not None:
+            versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+        return EngineReport(
+            engine_name="transformers",
+            engine_version=versions["transformers"],
+            versions=versions,
+            device=self._facts.device,
+            gpu_uuids=() if gpu_index is None else (self._uuids[gpu_index],),
+            effective=describe_effective(self._config, loaded, self._runner.settings, self._trial),
+            model_revision=loaded.source.commit,
+            weights_sha256=self._weights_sha256,
+            model_parameters=int(loaded.model.num_parameters()),
+            embedding_parameters=count_embedding_parameters(loaded.model),
+            warnings=(*loaded.warnings, *self._trial.warnings),
+            compile_s=self._compile_s,
+            checks_s=self._checks_s,
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids as the tokenizer makes them, special ones included."""
+        ids: list[int] = self._loaded.tokenizer.encode(text, verbose=False)
+        known = int(self._loaded.model.get_input_embeddings().weight.shape[0])
+        if ids and max(ids) >= known:
+            raise EngineError(
+                f"the tokenizer makes id {max(ids)}, the model knows ids below {known}",
+                "set model.tokenizer to the one the model was trained with",
+                kind="model",
+                is_permanent=True,
+            )
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of the ids, special ones left out."""
+        text: str = self._loaded.tokenizer.decode(
+            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def generate(self, requests: Sequence[TokenRequest], *, observe_tokens: bool) -> list[Completion]:
+        """A completion for each request."""
+        self._seed(requests)
+        batches = [(request,) for request in requests] if observe_tokens else plan_batches(requests, self._rules)
+        return [completion for batch in batches for completion in self._runner.run(batch, observe=observe_tokens)]
+
+    def serve(self, queue: RequestQueue) -> None:
+        """Work the queue off, as many requests at a time as there are and a batch holds."""
+        self._seed(())
+        while waiting := queue.take(self._rules.batch_size):
+            for batch in plan_batches(waiting, self._rules):
+                for completion in self._runner.run(batch, observe=True):
+                    queue.complete(completion)
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self._facts.gpu_index is not None:
+            torch.cuda.synchronize(self._facts.gpu_index)
+
+    def reset_peak_memory(self) -> None:
+        """Start a new peak."""
+        if self._facts.gpu_index is not None:
+            torch.cuda.reset_peak_memory_stats(self._facts.gpu_index)
+
+    def peak_memory_b(self) -> int | None:
+        """Bytes in tensors at the peak, model included; None on the CPU."""
+        if self._facts.gpu_index is None:
+            return None
+        return int(torch.cuda.max_memory_allocated(self._facts.gpu_index))
+
+    def _find_facts(self, config: ExperimentConfig) -> EngineFacts:
+        gpu_index = pick_gpu(config.gpus, self._uuids)
+        return EngineFacts(
+            find_versions(),
+            "cpu" if gpu_index is None else "cuda",
+            gpu_index,
+            # Asking for them imports the compiler, which takes a second.
+            tuple(torch.compiler.list_backends(exclude_tags=())) if section_of(config).torch_compile else (),
+            tuple(name for name in vars(GenerationConfig()) if name not in GENERATION_META),
+        )
+
+    def _compile(self, config: ExperimentConfig) -> None:
+        section = section_of(config)
+        if not section.torch_compile:
+            return
+        from torch._dynamo import config as dynamo_config
+        from torch._dynamo.utils import counters
+
+        torch.compiler.reset()
+        counters.clear()
+        # Past its limit of shapes dynamo goes on uncompiled without a word; an experiment is to fail instead.
+        dynamo_config.fail_on_recompile_limit_hit = True
+        backend = section.torch_compile_backend or "inductor"
+        forward = self._loaded.model.forward
+        self._loaded.model.forward = torch.compile(forward, mode=section.torch_compile, backend=backend)
+
+    def _set_up(self, config: ExperimentConfig) -> float:
+        """Seconds the trial took."""
+        section = section_of(config)
+        self._config = config
+        self._rules = batch_rules(config)
+        self._runner = BatchRunner(self._loaded, generation_settings(config, self._loaded.tokens))
+        began_ns = time.monotonic_ns()
+        self._trial: Trial = try_out(self._runner, section, self._facts)
+        if config.random_seed is None:
+            # PyTorch starts every process with the same seed.
+            torch.seed()
+        return (time.monotonic_ns() - began_ns) / NS_PER_S
+
+    def _seed(self, requests: Sequence[TokenRequest]) -> None:
+        """Seed by the experiment and the first request: the same requests draw the same numbers, others do not."""
+        if self._config.random_seed is not None:
+            torch.manual_seed(self._config.random_seed + (requests[0].index if requests else 0))
+
+
+def free_memory(failure: BaseException | None = None) -> None:
+    """Give back what a dropped session held, compiled code included.
+
+    Args:
+        failure: what kept a session from being made; the frames of its traceback still hold the weights.
+    """
+    while failure is not None:
+        traceback.clear_frames(failure.__traceback__)
+        failure = failure.__cause__ or failure.__context__
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
