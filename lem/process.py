@@ -1,4 +1,4 @@
-"""Other programs: the only module that imports `subprocess`."""
+"""Other programs: the only module that imports `subprocess`; and what Linux tells about processes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,44 @@ import os
 import shlex
 import signal
 import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from lem.errors import UserError
 
-__all__ = ["Child", "Finished", "copyable", "kill_group", "run", "spawn"]
+__all__ = [
+    "DEVNULL",
+    "PIPE",
+    "Child",
+    "Finished",
+    "ProcessId",
+    "TimeoutExpired",
+    "adopt_orphans",
+    "copyable",
+    "descendants",
+    "describe_exit",
+    "die_with_parent",
+    "identify",
+    "kill_group",
+    "pipes",
+    "run",
+    "spawn",
+]
 
 _logger = logging.getLogger(__name__)
 
 Child = subprocess.Popen  # with binary pipes, as `spawn` makes it
 PIPE = subprocess.PIPE
 DEVNULL = subprocess.DEVNULL
+TimeoutExpired = subprocess.TimeoutExpired
+
+TIMEOUT_CODE = 124  # as timeout(1) reports it
+
+# linux/prctl.h
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass(frozen=True)
@@ -32,12 +56,14 @@ class Finished:
         argv: the command.
         code: its exit code, negative for a signal; 124 when it ran past its timeout and was killed.
         stdout, stderr: what it wrote, decoded as UTF-8 with replacement.
+        has_timed_out: it was killed at its timeout.
     """
 
     argv: tuple[str, ...]
     code: int
     stdout: str
     stderr: str
+    has_timed_out: bool = False
 
 
 def copyable(argv: Sequence[str]) -> str:
@@ -55,23 +81,40 @@ def run(
 ) -> Finished:
     """The finished program; a failing exit code is a value here, not an error.
 
+    It runs in a process group of its own, which is killed with all that it started when the timeout is reached or
+    when an exception (a signal's) comes in between.
+
     Raises:
         UserError: the program is not there or cannot be started.
     """
-    _logger.info("$ %s", copyable(argv))
     child = spawn(argv, env=env, cwd=cwd, new_session=True)
+    has_timed_out = False
     try:
         stdout, stderr = child.communicate(stdin, timeout=timeout_s)
-        code = child.returncode
     except subprocess.TimeoutExpired:
-        kill_group(child.pid, grace_s=0)
-        stdout, stderr = child.communicate()
-        code = 124
+        has_timed_out = True
+        stdout, stderr = _kill_and_collect(child)
     except BaseException:
-        kill_group(child.pid, grace_s=0)
-        child.wait()
+        _kill_and_collect(child)
         raise
-    return Finished(tuple(argv), code, stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace"))
+    code = TIMEOUT_CODE if has_timed_out else child.returncode
+    return Finished(
+        tuple(argv), code, stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace"), has_timed_out
+    )
+
+
+def _kill_and_collect(child: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
+    """What a child and its group wrote until they were killed."""
+    kill_group(child.pid)
+    try:
+        return child.communicate(timeout=1)
+    except subprocess.TimeoutExpired as late:
+        # Something that left the group holds the pipes; it is not waited for.
+        for pipe in (child.stdin, child.stdout, child.stderr):
+            if pipe is not None:
+                pipe.close()
+        child.wait()
+        return late.stdout or b"", late.stderr or b""
 
 
 def spawn(
@@ -95,10 +138,11 @@ def spawn(
     Raises:
         UserError: the program is not there or cannot be started.
     """
-    _logger.debug("$ %s", copyable(argv))
+    _logger.info("$ %s", copyable(argv))
     try:
         return subprocess.Popen(
             list(argv),
+            bufsize=0,
             env=None if env is None else dict(env),
             cwd=cwd,
             stdin=stdin,
@@ -108,34 +152,124 @@ def spawn(
             pass_fds=tuple(pass_fds),
         )
     except FileNotFoundError as error:
+        if error.filename is not None and cwd is not None and error.filename == str(cwd):
+            raise UserError(f"{cwd}: no such folder to run {argv[0]} in") from error
         raise UserError(f"{argv[0]}: no such program", "install it, or put its folder on PATH") from error
     except OSError as error:
         raise UserError(f"{argv[0]}: cannot be started: {error.strerror}") from error
 
 
-def is_group_alive(pgid: int) -> bool:
-    """Whether any process of the group is left (a zombie that nobody reaped counts)."""
-    try:
-        os.killpg(pgid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def pipes(child: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    """The pipes to stdin and from stdout of a child that was started with both."""
+    if child.stdin is None or child.stdout is None:
+        raise ValueError("the child was started without pipes")
+    return child.stdin, child.stdout
 
 
-def kill_group(pgid: int, *, grace_s: float) -> None:
-    """End a whole process group: TERM, `grace_s` seconds, KILL.
+def kill_group(pgid: int) -> None:
+    """Send KILL to a process group; one that is gone already is fine.
 
-    A zombie keeps its group; the caller reaps its own child and the group is gone.
+    The caller knows that the group is the one it means: it has not reaped the group's leader yet, or has compared
+    its `ProcessId`. Reaping is left to the caller, so that an exit status is not lost.
     """
-    if grace_s > 0:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(pgid, signal.SIGTERM)
-        deadline = time.monotonic() + grace_s
-        while is_group_alive(pgid) and time.monotonic() < deadline:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pgid, os.WNOHANG)
-            time.sleep(0.02)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pgid, signal.SIGKILL)
+
+
+def describe_exit(code: int) -> str:
+    """`was killed by SIGKILL` or `ended with exit code 3`, from a code as `subprocess` gives it."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
+
+
+@dataclass(frozen=True)
+class ProcessId:
+    """One process, also when its number is used again: a number and when that process was started.
+
+    Attributes:
+        pid: the number.
+        started_ticks: start time in clock ticks since boot, field 22 of /proc/PID/stat (proc_pid_stat(5)).
+    """
+
+    pid: int
+    started_ticks: int
+
+    def is_running(self) -> bool:
+        """Whether the process is there and no zombie."""
+        found = _read_stat(self.pid)
+        return found is not None and found.started_ticks == self.started_ticks and found.state not in "ZX"
+
+
+def identify(pid: int) -> ProcessId | None:
+    """The process that has this number now; None when there is none."""
+    found = _read_stat(pid)
+    return None if found is None else ProcessId(pid, found.started_ticks)
+
+
+def descendants(pid: int) -> tuple[int, ...]:
+    """Children of a process, their children and so on; zombies left out.
+
+    Raises:
+        OSError: there is no /proc here.
+    """
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").iterdir():
+        found = _read_stat(int(folder.name)) if folder.name.isdigit() else None
+        if found is not None and found.state not in "ZX":
+            children.setdefault(found.parent, []).append(int(folder.name))
+    reached: list[int] = []
+    todo = [pid]
+    while todo:
+        below = children.get(todo.pop(), [])
+        reached += below
+        todo += below
+    return tuple(reached)
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel send KILL to this process when its parent dies (PR_SET_PDEATHSIG, prctl(2)).
+
+    The kernel acts whatever this process does, also while it holds the interpreter's lock or sits in a driver. It
+    watches the thread that started this process, so that has to be the parent's main thread.
+
+    Args:
+        parent_pid: who the parent is meant to be; when that one died before the call, this process exits.
+    """
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(128 + signal.SIGKILL)
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of descendants whose own parent dies (PR_SET_CHILD_SUBREAPER, prctl(2))."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _prctl(option: int, value: int) -> None:
+    import ctypes  # only workers need it
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"prctl({option}): {os.strerror(code)}")
+
+
+@dataclass(frozen=True)
+class _Stat:
+    state: str
+    parent: int
+    started_ticks: int
+
+
+def _read_stat(pid: int) -> _Stat | None:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
+    # The second field is the program's name in parentheses and may hold blanks and parentheses itself.
+    fields = text[text.rindex(")") + 2 :].split()
+    return _Stat(state=fields[0], parent=int(fields[1]), started_ticks=int(fields[19]))

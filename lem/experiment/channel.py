@@ -1,26 +1,90 @@
 """The worker channel: JSON lines between the host and a worker, one object a line, versioned by `hello`.
 
 Host to worker: `run`, `unload`, `quit`; end of file means quit.
-Worker to host: `hello`, `phase`, `progress`, `heartbeat`, `result`, `error`, `unloaded`.
+Worker to host: `hello`, `engine`, `phase`, `progress`, `heartbeat`, `result`, `error`, `unloaded`.
+
+    hello      protocol, lem_version, pid, python
+    engine     pgid, started_ticks: an engine process was started; both null when it is gone
+    phase      exp_id, phase
+    progress   exp_id, done, total (or null), text
+    heartbeat
+    result     exp_id, valid, engine_load_id, engine_reused, summary
+    error      exp_id (null when it belongs to no experiment), kind, message, hint, permanent, phase (or null),
+               engine_lost: the engine will be loaded afresh, in a new process
+    unloaded
+
+The supervisor and its engine process speak the same lines over a pair of pipes of their own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType, NoneType
 from typing import Any
 
-__all__ = ["PHASES", "PROTOCOL_VERSION", "ChannelError", "RunRequest", "decode_line", "encode_line"]
+__all__ = [
+    "LOADING_PHASES",
+    "PHASES",
+    "PROTOCOL_VERSION",
+    "ChannelError",
+    "LineBuffer",
+    "Outbox",
+    "RunRequest",
+    "decode_line",
+    "decode_report",
+    "encode_line",
+]
 
 PROTOCOL_VERSION = 1
 
 # In order; `load` is skipped when the engine is reused.
 PHASES = ("prepare", "load", "idle", "warmup", "window", "cooldown", "write")
 
+# The phases that `load_timeout_seconds` bounds; `experiment_timeout_seconds` bounds the rest.
+LOADING_PHASES = ("prepare", "load")
+
 # A line longer than this is garbage, not a message; prompts travel as files.
 MAX_LINE_B = 8 * 1024 * 1024
+
+# What a pipe holds on Linux, and so the most that one read can bring.
+READ_B = 64 * 1024
+
+# The fields of a run that are relied on before the experiment is looked at.
+_REQUEST_FIELDS: Mapping[str, type] = MappingProxyType(
+    {"config": dict, "identity": dict, "secrets": dict, "result_dir": str, "engine_key": str, "keep_engine": bool}
+)
+
+# What a worker's messages must hold; more is allowed.
+_REPORT_FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = MappingProxyType(
+    {
+        "hello": {"protocol": (int,), "lem_version": (str,), "pid": (int,), "python": (str,)},
+        "engine": {"pgid": (int, NoneType), "started_ticks": (int, NoneType)},
+        "phase": {"exp_id": (str,), "phase": (str,)},
+        "progress": {"exp_id": (str,), "done": (int,), "total": (int, NoneType), "text": (str,)},
+        "heartbeat": {},
+        "result": {
+            "exp_id": (str,),
+            "valid": (bool,),
+            "engine_load_id": (str,),
+            "engine_reused": (bool,),
+            "summary": (dict,),
+        },
+        "error": {
+            "exp_id": (str, NoneType),
+            "kind": (str,),
+            "message": (str,),
+            "hint": (str,),
+            "permanent": (bool,),
+            "phase": (str, NoneType),
+            "engine_lost": (bool,),
+        },
+        "unloaded": {},
+    }
+)
 
 
 class ChannelError(ValueError):
@@ -54,6 +118,11 @@ class RunRequest:
     image: str | None = None
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
+    @property
+    def exp_id(self) -> str:
+        """The experiment's id, which every message about it carries."""
+        return str(self.identity["experiment_id"])
+
     def to_message(self) -> dict[str, Any]:
         """The `run` message."""
         return {"type": "run", **dataclasses.asdict(self)}
@@ -63,18 +132,28 @@ class RunRequest:
         """The request in a `run` message.
 
         Raises:
-            ChannelError: a field is missing or unknown.
+            ChannelError: a field is missing, unknown or of another type.
         """
-        fields = {key: value for key, value in message.items() if key != "type"}
+        fields = {"secrets": {}, **{key: value for key, value in message.items() if key != "type"}}
         try:
-            return cls(**fields)
+            request = cls(**fields)
         except TypeError as error:
             raise ChannelError(f"run: {error}") from error
+        for name, kind in _REQUEST_FIELDS.items():
+            if not isinstance(fields[name], kind):
+                raise ChannelError(f"run: {name} is of the wrong type")
+        if "experiment_id" not in request.identity:
+            raise ChannelError("run: identity has no experiment_id")
+        return request
 
 
 def encode_line(message: Mapping[str, Any]) -> bytes:
-    """The message as one line."""
-    return json.dumps(message, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8") + b"\n"
+    """The message as one line, in ASCII, so that a path that is not UTF-8 survives as its escapes.
+
+    Raises:
+        ValueError: a NaN or an infinity, which JSON does not have.
+    """
+    return json.dumps(message, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
 
 
 def decode_line(line: bytes) -> dict[str, Any]:
@@ -90,3 +169,88 @@ def decode_line(line: bytes) -> dict[str, Any]:
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
         raise ChannelError(f"not a message: {line[:120]!r}")
     return message
+
+
+def decode_report(line: bytes) -> dict[str, Any]:
+    """The message of a worker in one line, with every field that its type must have.
+
+    Raises:
+        ChannelError: anything else.
+    """
+    message = decode_line(line)
+    due = _REPORT_FIELDS.get(message["type"])
+    if due is None:
+        raise ChannelError(f"no message of a worker: {line[:120]!r}")
+    for name, kinds in due.items():
+        value = message.get(name, _MISSING)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise ChannelError(f"{message['type']}: {name} is missing or of the wrong type: {line[:120]!r}")
+    return message
+
+
+_MISSING = object()
+
+
+class LineBuffer:
+    """Bytes in, whole lines out."""
+
+    def __init__(self, max_line_b: int = MAX_LINE_B) -> None:
+        self._max_line_b = max_line_b
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The lines that `data` completes, without their ends; blank ones are left out.
+
+        Raises:
+            ChannelError: a line longer than any message.
+        """
+        self._buffer += data
+        lines: list[bytes] = []
+        if b"\n" in data:
+            *lines, rest = bytes(self._buffer).split(b"\n")
+            self._buffer = bytearray(rest)
+        if len(self._buffer) > self._max_line_b:
+            raise ChannelError(f"a line of more than {self._max_line_b} bytes: {bytes(self._buffer[:120])!r}")
+        return [line for line in lines if line.strip()]
+
+
+class Outbox:
+    """Messages on their way into a descriptor that is never waited for."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self._buffer = bytearray()
+        os.set_blocking(descriptor, False)
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether something waits until the descriptor can be written."""
+        return bool(self._buffer)
+
+    def put(self, message: Mapping[str, Any], *, is_droppable: bool = False) -> None:
+        """Send a message, or keep it until `flush`; a droppable one is dropped when others wait already.
+
+        Raises:
+            BrokenPipeError: nobody reads the other end any more.
+        """
+        if is_droppable and self._buffer:
+            return
+        self._buffer += encode_line(message)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what the descriptor takes now.
+
+        Raises:
+            BrokenPipeError: nobody reads the other end any more.
+        """
+        while self._buffer:
+            try:
+                written = os.write(self.descriptor, self._buffer)
+            except BlockingIOError:
+                return
+            del self._buffer[:written]
+
+    def drop(self) -> None:
+        """Forget what was not written."""
+        self._buffer.clear()

@@ -1,0 +1,34 @@
+"""`lem worker`: the side of lem that runs next to the engine; started by `lem campaign`, not by people."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, TextIO
+
+from lem.errors import UserError
+
+if TYPE_CHECKING:
+    # argparse has no public name for it.
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
+
+__all__ = ["add_parser"]
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the command to the command line; without help text, since no person types it."""
+    parser = subparsers.add_parser("worker", description=__doc__)
+    parser.add_argument("--engine", action="store_true", help="be the engine process of a worker")
+    parser.add_argument("--control-fd", type=int, metavar="N", help="descriptor to read orders from")
+    parser.add_argument("--message-fd", type=int, metavar="N", help="descriptor to write messages to")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001 - as every command is called
+    """The exit code of a worker or of its engine process."""
+    from lem.experiment.worker import run_engine_process, run_supervisor
+
+    if not args.engine:
+        return run_supervisor()
+    if args.control_fd is None or args.message_fd is None:
+        raise UserError("worker --engine needs --control-fd and --message-fd", "start `lem worker`, which gives them")
+    return run_engine_process(args.control_fd, args.message_fd)

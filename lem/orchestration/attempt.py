@@ -1,0 +1,170 @@
+"""One attempt at an experiment as the host follows it: what it is told, how long it waits, how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lem.errors import EngineError
+from lem.experiment.channel import LOADING_PHASES, ChannelError, RunRequest
+from lem.units import format_duration
+
+__all__ = ["Outcome", "Timeouts", "Watch", "WorkerEvent", "event_of", "lost", "outcome_of"]
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long to wait for a worker, in seconds.
+
+    Attributes:
+        load_s: for everything up to the loaded engine.
+        experiment_s: for everything after that.
+        silence_s: for the next phase or progress.
+        heartbeat_s: for anything at all; a supervisor that lives says something every 5 s.
+    """
+
+    load_s: float = 1800.0
+    experiment_s: float = 3600.0
+    silence_s: float = 600.0
+    heartbeat_s: float = 120.0
+
+
+@dataclass(frozen=True)
+class WorkerEvent:
+    """Something that the worker told while an experiment runs.
+
+    Attributes:
+        kind: `phase`, `progress` or `heartbeat`.
+        phase: the phase the experiment is in; None before the first.
+        done, total, text: how far the phase is; total None when it has no known end.
+    """
+
+    kind: str
+    exp_id: str
+    phase: str | None
+    done: int = 0
+    total: int | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one attempt ended. The measurement itself is in `result.json`.
+
+    Attributes:
+        error: why there is no result; None when there is one.
+        phase: the phase it failed in.
+        log_tail: the last lines that the engine printed; empty for a result.
+        is_engine_lost: after an error, the engine has to be loaded again.
+        valid, engine_load_id, engine_reused, summary: of a result.
+    """
+
+    exp_id: str
+    error: EngineError | None = None
+    phase: str | None = None
+    log_tail: str = ""
+    is_engine_lost: bool = False
+    valid: bool = False
+    engine_load_id: str | None = None
+    engine_reused: bool | None = None
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """`result` or `error`."""
+        return "result" if self.error is None else "error"
+
+
+class Watch:
+    """The deadlines of one experiment; pure, the time is an argument."""
+
+    def __init__(self, timeouts: Timeouts, now: float) -> None:
+        self._timeouts = timeouts
+        self.phase: str | None = None
+        self._is_loading = True
+        self._phase_until = now + timeouts.load_s
+        self._sign_until = now + timeouts.silence_s
+        self._byte_until = now + timeouts.heartbeat_s
+
+    def heard(self, message: Mapping[str, Any], now: float) -> None:
+        """Take note of a message."""
+        self._byte_until = now + self._timeouts.heartbeat_s
+        if message["type"] in ("phase", "progress"):
+            self._sign_until = now + self._timeouts.silence_s
+        if message["type"] == "phase":
+            self.phase = message["phase"]
+            if self._is_loading and self.phase not in LOADING_PHASES:
+                self._is_loading = False
+                self._phase_until = now + self._timeouts.experiment_s
+
+    @property
+    def next_deadline(self) -> float:
+        """When the next of the deadlines passes."""
+        return min(self._phase_until, self._sign_until, self._byte_until)
+
+    def expired(self, now: float) -> EngineError | None:
+        """The deadline that has passed, as the error that it means."""
+        where = f"in phase {self.phase or 'start'}"
+        if now >= self._phase_until:
+            limit, key = (
+                (self._timeouts.load_s, "load_timeout_seconds")
+                if self._is_loading
+                else (self._timeouts.experiment_s, "experiment_timeout_seconds")
+            )
+            what = "the engine was not loaded" if self._is_loading else "the experiment was not done"
+            return EngineError(
+                f"{what} after {format_duration(limit)} ({where})",
+                f"raise execution.{key} if it needs longer",
+                kind="timeout",
+            )
+        if now >= self._sign_until:
+            return EngineError(
+                f"the engine gave no sign of progress for {format_duration(self._timeouts.silence_s)} ({where})",
+                "raise execution.silence_timeout_seconds if it needs longer; the log ends with where it was",
+                kind="silent",
+            )
+        if now >= self._byte_until:
+            silence = format_duration(self._timeouts.heartbeat_s)
+            return EngineError(f"the worker sent no heartbeat for {silence} ({where})", kind="channel")
+        return None
+
+
+def outcome_of(request: RunRequest, message: Mapping[str, Any]) -> Outcome:
+    """The outcome in a worker's `result` or `error`.
+
+    Raises:
+        ChannelError: it is the answer to something else.
+    """
+    if message["exp_id"] != request.exp_id:
+        raise ChannelError(f"an answer to {message['exp_id']}: {message.get('message', message['type'])}")
+    if message["type"] == "result":
+        return Outcome(
+            request.exp_id,
+            valid=message["valid"],
+            engine_load_id=message["engine_load_id"],
+            engine_reused=message["engine_reused"],
+            summary=message["summary"],
+        )
+    error = EngineError(message["message"], message["hint"], kind=message["kind"], is_permanent=message["permanent"])
+    return replace(
+        lost(request, error),
+        phase=message["phase"],
+        log_tail=str(message.get("log_tail", "")),
+        is_engine_lost=message["engine_lost"],
+    )
+
+
+def lost(request: RunRequest, error: EngineError) -> Outcome:
+    """The outcome of an attempt whose worker was lost."""
+    return Outcome(request.exp_id, error=error, is_engine_lost=True)
+
+
+def event_of(request: RunRequest, message: Mapping[str, Any], phase: str | None) -> WorkerEvent | None:
+    """The event in a worker's message; None when it is about nothing that happens to this experiment."""
+    kind = message["type"]
+    if kind == "heartbeat" or (kind == "phase" and message["exp_id"] == request.exp_id):
+        return WorkerEvent(kind, request.exp_id, phase)
+    if kind == "progress" and message["exp_id"] == request.exp_id:
+        return WorkerEvent(kind, request.exp_id, phase, message["done"], message["total"], message["text"])
+    return None

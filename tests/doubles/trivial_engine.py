@@ -1,0 +1,244 @@
+"""A backend without an engine: it takes a prompt's bytes for its tokens and answers with bytes that follow from them.
+
+It keeps to `lem.backends.protocol` in everything, and does what LEMTEST_ENGINE_SCRIPT says beside that: JSON with
+
+    token_s           seconds a token takes (0)
+    failing_requests  indices of requests that fail by themselves ([])
+    rules             what to do where, in order ([]); each an object with
+        at     `load`, `configure`, `generate`, `serve` or `unload`
+        do     `print` text              on every way to fd 1: print, os.write, and a child's echo
+               `sleep` seconds
+               `hang`                    for ever, giving the interpreter's lock back
+               `hold_gil`                for ever, without giving it back
+               `refuse` text             OptionRefused
+               `fail` kind, permanent    EngineError
+               `crash` text              an exception that is no EngineError
+               `exit` code               at once, as a library may
+               `signal` number           to itself
+               `spawn` own_session       start a child that stays
+        when   {dotted option: value}    only for experiments that are configured like that
+        once   a file                    only if it is not there, and then it is: the first time, in whatever process
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lem.backends.protocol import Completion, EngineReport, RequestQueue, TokenRequest
+from lem.config.experiment_config import ExperimentConfig
+from lem.errors import EngineError, OptionRefused
+
+__all__ = ["VARIABLE", "TrivialEngine", "answer", "create"]
+
+VARIABLE = "LEMTEST_ENGINE_SCRIPT"
+
+
+def create() -> TrivialEngine:
+    """A backend with nothing loaded, as scripted by the environment."""
+    return TrivialEngine(json.loads(os.environ.get(VARIABLE, "{}")))
+
+
+def answer(request: TokenRequest) -> tuple[int, ...]:
+    """The tokens generated for a request: as many as allowed, each following from the prompt and its own place."""
+    seed = hashlib.sha256(repr(request.token_ids).encode()).digest()
+    return tuple(seed[place % len(seed)] ^ (place & 0xFF) for place in range(request.max_output_tokens))
+
+
+class TrivialEngine:
+    """The backend."""
+
+    name = "pytorch"
+
+    def __init__(self, script: Mapping[str, Any]) -> None:
+        self._token_s = float(script.get("token_s", 0.0))
+        self._failing = frozenset(script.get("failing_requests", ()))
+        self._rules: Sequence[Mapping[str, Any]] = script.get("rules", ())
+        self._config: ExperimentConfig | None = None
+
+    def load(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> EngineReport:
+        self._obey_rules("load", config, secrets)
+        self._config = config
+        return _report(config)
+
+    def configure(self, config: ExperimentConfig) -> EngineReport:
+        self._loaded()
+        self._obey_rules("configure", config)
+        self._config = config
+        return _report(config)
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return bytes(token_ids).decode("latin-1")
+
+    def generate(self, requests: Sequence[TokenRequest], *, observe_tokens: bool) -> list[Completion]:
+        config = self._loaded()
+        self._obey_rules("generate", config)
+        width = 1 if observe_tokens else self._batch_size
+        completions: list[Completion] = []
+        for first in range(0, len(requests), width):
+            batch = requests[first : first + width]
+            completions += [_without_token_times(item, observe_tokens) for item in self._run(batch)]
+        return completions
+
+    def serve(self, queue: RequestQueue) -> None:
+        config = self._loaded()
+        self._obey_rules("serve", config)
+        while batch := queue.take(self._batch_size):
+            for completion in self._run(batch):
+                queue.complete(completion)
+
+    def synchronize(self) -> None:
+        self._loaded()
+
+    def reset_peak_memory(self) -> None:
+        self._loaded()
+
+    def peak_memory_b(self) -> int | None:
+        return None
+
+    def unload(self) -> None:
+        if self._config is not None:
+            self._obey_rules("unload", self._config)
+        self._config = None
+
+    @property
+    def _batch_size(self) -> int:
+        return int(getattr(self._loaded().section, "batch_size", None) or 1)
+
+    def _loaded(self) -> ExperimentConfig:
+        if self._config is None:
+            raise EngineError("the trivial engine is not loaded")
+        return self._config
+
+    def _run(self, batch: Sequence[TokenRequest]) -> list[Completion]:
+        """One token after the other for the whole batch; each request is done with its own last token."""
+        started_ns = time.monotonic_ns()
+        times: list[int] = []
+        for _ in range(max(request.max_output_tokens for request in batch)):
+            _pause(self._token_s)
+            times.append(time.monotonic_ns())
+        longest = max(len(request.token_ids) for request in batch)
+        return [self._complete(request, started_ns, times, longest - len(request.token_ids)) for request in batch]
+
+    def _complete(self, request: TokenRequest, started_ns: int, times: Sequence[int], padding: int) -> Completion:
+        if request.index in self._failing:
+            return Completion(request.index, (), started_ns, times[0], error="it was told to fail")
+        seen = tuple(times[: request.max_output_tokens])
+        return Completion(request.index, answer(request), started_ns, seen[-1], seen, padding_tok=padding)
+
+    def _obey_rules(self, at: str, config: ExperimentConfig, secrets: Mapping[str, str] | None = None) -> None:
+        for rule in self._rules:
+            if rule["at"] == at and _applies(rule, config):
+                _ACTIONS[rule["do"]]({**rule, "secrets": secrets or {}})
+
+
+def _without_token_times(completion: Completion, observe_tokens: bool) -> Completion:
+    """A batch of a closed set tells no token times, as engines that return when all is done."""
+    if observe_tokens:
+        return completion
+    return Completion(
+        completion.index,
+        completion.output_ids,
+        completion.started_ns,
+        completion.finished_ns,
+        error=completion.error,
+        padding_tok=completion.padding_tok,
+    )
+
+
+def _report(config: ExperimentConfig) -> EngineReport:
+    return EngineReport(
+        engine_name="trivial",
+        engine_version="1",
+        versions={"python": platform.python_version()},
+        device="cpu",
+        effective={"pytorch": {"batch_size": getattr(config.section, "batch_size", None)}},
+        model_parameters=1_000,
+        embedding_parameters=100,
+    )
+
+
+def _applies(rule: Mapping[str, Any], config: ExperimentConfig) -> bool:
+    options = config.to_dict()
+    for dotted, value in rule.get("when", {}).items():
+        found: Any = options
+        for part in dotted.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        if found != value:
+            return False
+    if "once" not in rule:
+        return True
+    try:
+        os.close(os.open(rule["once"], os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _pause(seconds: float) -> None:
+    if seconds > 0:
+        threading.Event().wait(seconds)
+
+
+def _print(rule: Mapping[str, Any]) -> None:
+    # {secret} stands for a secret, which a careless engine may print.
+    text = str(rule["text"]).replace("{secret}", next(iter(rule["secrets"].values()), ""))
+    print(f"print: {text}", flush=True)
+    os.write(1, f"write: {text}\n".encode())
+    subprocess.run(["echo", f"child: {text}"], check=True)
+
+
+def _hold_gil(rule: Mapping[str, Any]) -> None:
+    # PyDLL, unlike CDLL, keeps the interpreter's lock during the call.
+    ctypes.PyDLL(None).sleep(int(rule.get("seconds", 10_000)))
+
+
+def _refuse(rule: Mapping[str, Any]) -> None:
+    raise OptionRefused(str(rule.get("text", "the trivial engine refuses this option")))
+
+
+def _fail(rule: Mapping[str, Any]) -> None:
+    raise EngineError(
+        str(rule.get("text", "the trivial engine was told to fail")),
+        kind=str(rule.get("kind", "engine")),
+        is_permanent=bool(rule.get("permanent", False)),
+    )
+
+
+def _crash(rule: Mapping[str, Any]) -> None:
+    raise RuntimeError(str(rule.get("text", "the trivial engine was told to crash")))
+
+
+def _spawn(rule: Mapping[str, Any]) -> None:
+    """Start a child that inherits everything and stays; print its number."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import signal; signal.pause()"], start_new_session=bool(rule.get("own_session"))
+    )
+    print(f"spawned {child.pid}", flush=True)
+
+
+_ACTIONS = {
+    "print": _print,
+    "sleep": lambda rule: _pause(float(rule["seconds"])),
+    "hang": lambda _rule: threading.Event().wait(),
+    "hold_gil": _hold_gil,
+    "refuse": _refuse,
+    "fail": _fail,
+    "crash": _crash,
+    "exit": lambda rule: os._exit(int(rule.get("code", 1))),
+    "signal": lambda rule: os.kill(os.getpid(), int(rule.get("number", signal.SIGKILL))),
+    "spawn": _spawn,
+}
