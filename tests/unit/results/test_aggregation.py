@@ -1,0 +1,238 @@
+"""Aggregates over cycles: what counts, what is left out, and when there is no interval."""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+import pytest
+
+from lem.record import Record, RecordError, encode_record
+from lem.results.aggregation import SHARED_LOAD, ConfigAggregate, aggregate_campaign_results, aggregate_config
+from tests.records import NO_METER, NO_TOKEN_TIMES, make_record
+
+
+def cycles(*rates: float, **fields: object) -> list[Record]:
+    return [
+        make_record(cycle=cycle, output_tok_per_s=rate, **fields)  # type: ignore[arg-type]
+        for cycle, rate in enumerate(rates)
+    ]
+
+
+def rates_of(aggregate: ConfigAggregate) -> tuple[float, ...]:
+    return aggregate.metrics["output_tok_per_s"].values
+
+
+def test_each_configuration_has_its_cycles_and_both_intervals_in_every_group() -> None:
+    results = {"small": cycles(100, 102, 98), "large": cycles(50, 51, config_name="large", config_hash="f" * 16)}
+    aggregates = aggregate_campaign_results(results)
+    assert {name: item["n_cycles"] for name, item in aggregates.items()} == {"small": 3, "large": 2}
+    throughput = aggregates["small"]["throughput"]["output_tok_per_s"]
+    assert throughput["values"] == [100, 102, 98]
+    assert throughput["unit"] == "tok/s"
+    assert throughput["bootstrap"]["mean"] == pytest.approx(100)
+    assert throughput["bootstrap"]["ci_lower"] < 100 < throughput["bootstrap"]["ci_upper"]
+    assert throughput["t_log"]["geometric_mean"] == pytest.approx(statistics.geometric_mean([100, 102, 98]))
+    assert throughput["t_log"]["ci_lower"] < throughput["bootstrap"]["ci_lower"]
+    for group, metric in (("tokens", "output_tok"), ("latency", "e2e_p50_s"), ("throughput", "requests_per_s")):
+        assert aggregates["small"][group][metric]["bootstrap"]["n_samples"] == 3
+        assert aggregates["small"][group][metric]["t_log"]["n_samples"] == 3
+
+
+def test_energy_has_both_intervals_where_it_was_measured() -> None:
+    records = [make_record(cycle=cycle, energy_per_output_tok_j=value) for cycle, value in enumerate((0.5, 0.52, 0.51))]
+    energy = aggregate_campaign_results({"small": records})["small"]["energy"]["gpu_energy_j"]
+    assert energy["values"] == pytest.approx([500, 520, 510])
+    assert energy["bootstrap"]["mean"] == pytest.approx(510)
+    assert energy["t_log"]["ci_upper"] > 520
+
+
+def test_the_interval_says_which_it_is_and_what_it_covers() -> None:
+    throughput = aggregate_campaign_results({"small": cycles(100, 102, 98)})["small"]["throughput"]["output_tok_per_s"]
+    assert "bootstrap" in throughput["bootstrap"]["method"]
+    assert throughput["bootstrap"]["true_coverage"] == "75 %"
+    assert "Student t" in throughput["t_log"]["method"]
+
+
+def test_the_aggregate_is_ready_for_json() -> None:
+    aggregates = aggregate_campaign_results({"small": [*cycles(100, 102), None], "none": []})
+    assert json.loads(json.dumps(aggregates, allow_nan=False)) == aggregates
+
+
+def test_decoded_documents_count_like_records() -> None:
+    records = cycles(100, 102, 98)
+    documents = [json.loads(json.dumps(encode_record(record))) for record in records]
+    assert aggregate_campaign_results({"small": documents}) == aggregate_campaign_results({"small": records})
+
+
+def test_a_document_that_is_no_record_is_refused_with_its_place() -> None:
+    with pytest.raises(RecordError, match="small: result 2: schema_version is None"):
+        aggregate_campaign_results({"small": [make_record(), {"output_tok_per_s": 5}]})
+
+
+def test_confidence_widens_both_intervals() -> None:
+    wide = aggregate_config("small", cycles(100, 102, 98, 101), 0.99).metrics["output_tok_per_s"]
+    narrow = aggregate_config("small", cycles(100, 102, 98, 101), 0.5).metrics["output_tok_per_s"]
+    for one, other in ((wide.bootstrap, narrow.bootstrap), (wide.t_log, narrow.t_log)):
+        assert one is not None
+        assert other is not None
+        assert (one.ci_upper or 0) > (other.ci_upper or 0)
+        assert one.confidence == 0.99
+
+
+def test_a_confidence_outside_zero_and_one_is_refused_even_without_results() -> None:
+    with pytest.raises(ValueError, match="confidence"):
+        aggregate_campaign_results({"small": []}, confidence=95)
+
+
+def test_no_configurations_have_no_aggregates() -> None:
+    assert aggregate_campaign_results({}) == {}
+
+
+def test_a_metric_measured_nowhere_carries_its_reason() -> None:
+    aggregate = aggregate_campaign_results({"small": cycles(100, 102)})["small"]
+    assert aggregate["energy"]["gpu_energy_j"]["null_reason"] == NO_METER
+    assert aggregate["energy"]["gpu_energy_j"]["bootstrap"] is None
+    assert aggregate["latency"]["ttft_p50_s"]["null_reason"] == NO_TOKEN_TIMES
+    assert aggregate["latency"]["e2e_p95_s"]["null_reason"] == "needs 20 observations, there are 8"
+
+
+def test_a_metric_measured_in_some_cycles_says_in_how_many() -> None:
+    records = [*cycles(100, 102), make_record(cycle=2, ttft_p50_s=0.01)]
+    ttft = aggregate_config("small", records).metrics["ttft_p50_s"]
+    assert ttft.values == (0.01,)
+    assert ttft.warning == f"measured in 1 of 3 cycles: {NO_TOKEN_TIMES}"
+
+
+def test_failed_experiments_are_left_out_and_counted() -> None:
+    aggregate = aggregate_config("small", [*cycles(100, 102), None, None], n_failed=1)
+    assert rates_of(aggregate) == (100, 102)
+    assert (aggregate.n_cycles, aggregate.n_results, aggregate.n_failed) == (2, 2, 3)
+
+
+def test_invalid_results_are_left_out_and_counted() -> None:
+    throttled = make_record(cycle=2, output_tok_per_s=60, is_valid=False, invalid_reasons=("thermal slowdown",))
+    aggregate = aggregate_config("small", [*cycles(100, 102), throttled])
+    assert rates_of(aggregate) == (100, 102)
+    assert (aggregate.n_cycles, aggregate.n_results, aggregate.n_invalid) == (2, 3, 1)
+    assert aggregate.invalid_reasons == {"thermal slowdown": 1}
+
+
+def test_the_estimate_over_all_attempts_stands_beside_the_valid_one() -> None:
+    throttled = make_record(cycle=2, output_tok_per_s=60, is_valid=False)
+    every = aggregate_config("small", [*cycles(100, 102), throttled]).metrics["output_tok_per_s"].all_attempts
+    assert every is not None
+    assert every.mean == pytest.approx((100 + 102 + 60) / 3)
+    assert (every.n_cycles, every.n_attempts) == (3, 3)
+
+
+def test_an_invalid_attempt_counts_within_its_cycle() -> None:
+    throttled = make_record(cycle=1, attempt=1, output_tok_per_s=60, is_valid=False)
+    again = make_record(cycle=1, attempt=2, output_tok_per_s=100)
+    every = aggregate_config("small", [make_record(), throttled, again]).metrics["output_tok_per_s"].all_attempts
+    assert every is not None
+    assert every.mean == pytest.approx((100 + 80) / 2)
+    assert (every.n_cycles, every.n_attempts) == (2, 3)
+
+
+def test_valid_attempts_alone_need_no_second_estimate() -> None:
+    assert aggregate_config("small", cycles(100, 102)).metrics["output_tok_per_s"].all_attempts is None
+
+
+def test_of_a_cycle_the_last_valid_attempt_counts() -> None:
+    attempts = [
+        make_record(attempt=2, output_tok_per_s=102),
+        make_record(attempt=1, output_tok_per_s=101),
+        make_record(attempt=3, output_tok_per_s=10, is_valid=False),
+        make_record(attempt=10, output_tok_per_s=5, is_valid=False),
+    ]
+    assert rates_of(aggregate_config("small", attempts)) == (102,)
+
+
+def test_experiments_repeated_in_one_cycle_are_one_value() -> None:
+    twice = make_record(cycle=0, config_hash="f" * 16, output_tok_per_s=110)
+    aggregate = aggregate_config("small", [*cycles(100, 102), twice])
+    assert rates_of(aggregate) == (105, 102)
+    assert any("2 configurations" in warning for warning in aggregate.warnings)
+
+
+def test_identical_duplicates_count_once() -> None:
+    records = cycles(100, 102, 98)
+    assert aggregate_config("small", [*records, *records]) == aggregate_config("small", records)
+
+
+def test_cycles_that_share_an_engine_load_have_no_interval() -> None:
+    aggregate = aggregate_config("small", cycles(100, 102, 98, load_id="one"))
+    estimate = aggregate.metrics["output_tok_per_s"]
+    assert aggregate.is_load_shared
+    assert estimate.bootstrap is not None
+    assert estimate.t_log is not None
+    for interval in (estimate.bootstrap, estimate.t_log):
+        assert {interval.ci_lower, interval.ci_upper} == {None}
+        assert interval.warning == SHARED_LOAD
+    assert estimate.bootstrap.mean == pytest.approx(100)
+    document = aggregate.to_dict()
+    assert document["no_interval_reason"] == SHARED_LOAD
+    assert document["throughput"]["output_tok_per_s"]["bootstrap"]["true_coverage"] is None
+
+
+def test_two_of_three_cycles_that_share_a_load_are_enough() -> None:
+    records = [
+        make_record(cycle=0, load_id="one"),
+        make_record(cycle=1, load_id="one"),
+        make_record(cycle=2, load_id="b"),
+    ]
+    assert aggregate_config("small", records).is_load_shared
+
+
+def test_a_load_shared_with_an_attempt_that_does_not_count_is_no_matter() -> None:
+    records = [
+        make_record(cycle=0, load_id="one"),
+        make_record(cycle=1, load_id="one", is_valid=False),
+        make_record(cycle=1, attempt=2, load_id="two"),
+    ]
+    assert not aggregate_config("small", records).is_load_shared
+
+
+def test_a_load_of_the_same_name_on_another_host_is_another_load() -> None:
+    records = [make_record(host="a", load_id="1"), make_record(host="b", load_id="1")]
+    assert not aggregate_config("small", records).is_load_shared
+
+
+def test_one_cycle_has_a_value_and_no_interval() -> None:
+    estimate = aggregate_config("small", cycles(100)).metrics["output_tok_per_s"]
+    assert estimate.bootstrap is not None
+    assert estimate.t_log is not None
+    assert (estimate.bootstrap.mean, estimate.bootstrap.ci_lower, estimate.t_log.ci_lower) == (100, None, None)
+
+
+def test_a_metric_observed_as_zero_is_zero_and_has_no_geometric_mean() -> None:
+    estimate = aggregate_config("small", cycles(0.0, 0.0, 3.0)).metrics["output_tok_per_s"]
+    assert estimate.values == (0, 0, 3)
+    assert estimate.t_log is not None
+    assert estimate.t_log.geometric_mean is None
+    assert "zero or negative" in (estimate.t_log.warning or "")
+
+
+def test_without_any_valid_result_everything_is_null_with_a_reason() -> None:
+    aggregate = aggregate_config("small", [make_record(is_valid=False)])
+    assert aggregate.n_cycles == 0
+    assert aggregate.metrics["output_tok_per_s"].null_reason == "no valid result"
+    assert aggregate.metrics["output_tok_per_s"].all_attempts is not None
+
+
+def test_results_of_several_hosts_or_runs_under_one_name_are_warned_about() -> None:
+    aggregate = aggregate_config("small", [make_record(), make_record(host="b"), make_record(run_id="later")])
+    assert aggregate.n_cycles == 3
+    assert any("2 hosts" in warning for warning in aggregate.warnings)
+    assert any("2 runs" in warning for warning in aggregate.warnings)
+
+
+def test_warnings_of_the_records_are_counted() -> None:
+    records = [make_record(cycle=0, warnings=("slow",)), make_record(cycle=1, warnings=("slow", "hot"))]
+    assert aggregate_config("small", records).warnings == {"slow": 2, "hot": 1}
+
+
+def test_the_sources_of_energy_are_kept_so_that_an_estimate_can_be_shown_as_one() -> None:
+    records = [make_record(energy_per_output_tok_j=0.5, energy_source="tdp_estimate")]
+    assert aggregate_campaign_results({"small": records})["small"]["energy_sources"] == ["tdp_estimate"]

@@ -1,0 +1,149 @@
+"""Files that are whole or not there, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lem import durable
+from tests.faulty_disk import failing, watching
+
+EVENTS_BEFORE_THE_NAME_CHANGES = ("lem.write", "lem.fsync", "lem.rename")
+
+
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    root = Path(durable.__file__).parents[1]
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_written_file_holds_the_bytes(tmp_path: Path) -> None:
+    durable.write_bytes(tmp_path / "a", b"\x00one")
+    assert (tmp_path / "a").read_bytes() == b"\x00one"
+
+
+def test_a_file_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    durable.write_text(path, "longer than the new one")
+    durable.write_text(path, "neu: ü")
+    assert path.read_text(encoding="utf-8") == "neu: ü"
+
+
+def test_json_round_trips(tmp_path: Path) -> None:
+    document = {"b": [1, 2.5, None, True, "ü"], "a": {}}
+    durable.write_json(tmp_path / "a.json", document)
+    assert durable.read_json(tmp_path / "a.json") == document
+
+
+def test_json_keeps_the_order_of_its_keys(tmp_path: Path) -> None:
+    durable.write_json(tmp_path / "a.json", {"schema_version": 1, "a": 2})
+    assert (tmp_path / "a.json").read_text(encoding="utf-8").startswith('{\n  "schema_version": 1')
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_json_does_not_have_is_refused_and_nothing_written(tmp_path: Path, value: float) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        durable.write_json(tmp_path / "a.json", {"value": value})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("data", [b"{", b"\xff\xfe\x00", b""])
+def test_reading_what_is_no_json_is_a_value_error(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(data)
+    with pytest.raises(ValueError):  # noqa: PT011 - JSONDecodeError and UnicodeDecodeError have no words in common
+        durable.read_json(tmp_path / "a.json")
+
+
+def test_permissions_are_those_of_an_ordinary_file(tmp_path: Path) -> None:
+    durable.write_bytes(tmp_path / "a", b"")
+    (tmp_path / "b").write_bytes(b"")
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == stat.S_IMODE((tmp_path / "b").stat().st_mode)
+
+
+def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        durable.write_bytes(tmp_path / "nowhere" / "a", b"")
+
+
+@pytest.mark.parametrize("event", EVENTS_BEFORE_THE_NAME_CHANGES)
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
+def test_a_failure_leaves_the_old_file_and_no_temporary_one(tmp_path: Path, event: str, code: int) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with failing(event, code), pytest.raises(OSError) as caught:  # noqa: PT011 - the errno is looked at
+        durable.write_bytes(path, b"new")
+    assert caught.value.errno == code
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("event", EVENTS_BEFORE_THE_NAME_CHANGES)
+def test_a_failure_of_a_first_write_leaves_nothing(tmp_path: Path, event: str) -> None:
+    with failing(event), pytest.raises(OSError, match="space"):
+        durable.write_bytes(tmp_path / "a", b"new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_folder_sync_leaves_the_new_file_whole(tmp_path: Path) -> None:
+    with failing("lem.fsync_dir"), pytest.raises(OSError, match="space"):
+        durable.write_bytes(tmp_path / "a", b"new")
+    assert {item.name: item.read_bytes() for item in tmp_path.iterdir()} == {"a": b"new"}
+
+
+def test_a_reader_never_sees_a_part(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    seen: list[tuple[str, bytes]] = []
+    with watching(lambda event: seen.append((event, path.read_bytes()))):
+        durable.write_bytes(path, b"new")
+    assert seen == [("lem.write", b"old"), ("lem.fsync", b"old"), ("lem.rename", b"old"), ("lem.fsync_dir", b"new")]
+
+
+def test_a_disk_that_fills_up_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:
+    """A real partial write: the limit on the size of files lets the kernel take the beginning only."""
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    code = """
+import resource, sys
+from pathlib import Path
+from lem import durable
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    durable.write_bytes(Path(sys.argv[1]), bytes(100_000))
+except OSError as error:
+    print(error.errno)
+"""
+    assert run_python(code, str(path)).stdout.strip() == str(errno.EFBIG)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("event", [*EVENTS_BEFORE_THE_NAME_CHANGES, "lem.fsync_dir"])
+def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path: Path, event: str) -> None:
+    path = tmp_path / "a.json"
+    durable.write_json(path, ["old"])
+    code = """
+import os, signal, sys
+from pathlib import Path
+from lem import durable
+sys.addaudithook(lambda event, _: event == sys.argv[2] and os.kill(os.getpid(), signal.SIGKILL))
+durable.write_json(Path(sys.argv[1]), ["new"])
+"""
+    assert run_python(code, str(path), event).returncode == -signal.SIGKILL
+    assert json.loads(path.read_bytes()) == (["new"] if event == "lem.fsync_dir" else ["old"])
+    strangers = [item.name for item in tmp_path.iterdir() if item != path]
+    assert all(name.startswith(durable.TEMPORARY_PREFIX) for name in strangers)
