@@ -26,7 +26,10 @@ sys.path.insert(0, sys.argv[1])
 import lem
 names = [module.name for module in pkgutil.walk_packages(lem.__path__, "lem.") if module.name != "lem.__main__"]
 for name in names:
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:  # a helper of a backend that stands on its engine
+        assert name.startswith("lem.backends.") and error.name in {"torch", "transformers"}, error
 from lem._vendor import yaml
 assert yaml.safe_load("a: [1, 2]") == {"a": [1, 2]}
 assert yaml.__with_libyaml__ is False

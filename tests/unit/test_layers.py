@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from lem.backends.registry import BACKEND_MODULES
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 60
@@ -29,13 +33,24 @@ STANDS_ON: dict[str, frozenset[str]] = {
 STANDS_ON["cli"] = STANDS_ON["orchestration"] | {"orchestration"}
 STANDS_ON["__main__"] = STANDS_ON["cli"] | {"cli"}
 
-# Third-party packages, and where each is at home. An engine is what `load` imports: never at the top of a module.
-TORCH = frozenset({"torch", "transformers"})
-THIRD_PARTY: dict[str, frozenset[str]] = {
-    "lem.backends.pytorch": TORCH,
-    "lem.experiment.prompts": frozenset({"datasets"}),
-    "lem.config.yamlfile": frozenset({"yaml"}),
-    "lem.meters": frozenset({"pynvml"}),
+# Third-party packages, and the modules where each is at home (a pattern of names).
+ENGINES = {
+    r"lem\.backends\.pytorch(_\w+)?": {
+        "accelerate",
+        "bitsandbytes",
+        "huggingface_hub",
+        "peft",
+        "safetensors",
+        "tokenizers",
+        "torch",
+        "transformers",
+    },
+}
+THIRD_PARTY = {
+    **ENGINES,
+    r"lem\.experiment\.dataset(s|_files)": {"datasets"},
+    r"lem\.config\.yamlfile": {"yaml"},
+    r"lem\.meters\..*": {"pynvml"},
 }
 CONTAINER_SIDE = ("experiment", "meters", "backends")
 
@@ -66,9 +81,10 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def imports_of(name: str) -> Iterator[Import]:
+@functools.cache
+def imports_of(name: str) -> tuple[Import, ...]:
     """The imports of a module of lem."""
-    return imports_in(MODULES[name].read_text(encoding="utf-8"), name)
+    return tuple(imports_in(MODULES[name].read_text(encoding="utf-8"), name))
 
 
 def imports_in(source: str, importer: str) -> Iterator[Import]:
@@ -106,17 +122,20 @@ def layer_of(name: str) -> str:
     return name.removeprefix("lem").lstrip(".").split(".")[0]
 
 
-def third_party_of(name: str) -> frozenset[str]:
+def third_party_of(name: str) -> set[str]:
     """What a module may import beside the standard library and lem."""
-    return frozenset().union(*(packages for home, packages in THIRD_PARTY.items() if _is_within(name, home)))
+    return {package for home, packages in THIRD_PARTY.items() if re.fullmatch(home, name) for package in packages}
 
 
-def _is_within(name: str, home: str) -> bool:
-    return name == home or name.startswith(f"{home}.")
+def packages_of(item: Import) -> set[str]:
+    """The third-party package of an import, vendored or not; empty for lem and the standard library."""
+    parts = item.target.split(".")
+    top = parts[2] if parts[:2] == ["lem", "_vendor"] and len(parts) > 2 else parts[0]
+    return {top} - sys.stdlib_module_names - {"lem"}
 
 
-def closure(name: str) -> set[str]:
-    """Every module of lem that is imported with `name`, at once or later."""
+def closure(name: str, *, is_late_counted: bool = True) -> set[str]:
+    """Every module of lem that is imported with `name`, at once or later; or at once only."""
     reached: set[str] = set()
     waiting = [name]
     while waiting:
@@ -124,7 +143,8 @@ def closure(name: str) -> set[str]:
         if current in reached:
             continue
         reached.add(current)
-        waiting += [item.target for item in imports_of(current) if item.target in MODULES]
+        imports = [item for item in imports_of(current) if is_late_counted or not item.is_late]
+        waiting += [item.target for item in imports if item.target in MODULES]
         if "." in current:
             waiting.append(current.rpartition(".")[0])
     return reached
@@ -164,20 +184,21 @@ def test_imports_run_downward(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_third_party_code_is_imported_only_where_it_is_at_home(name: str) -> None:
-    strangers = []
-    for item in imports_of(name):
-        top, _, rest = item.target.partition(".")
-        if top == "lem":
-            top = rest.split(".")[1] if rest.startswith("_vendor.") else ""
-        if top and top not in sys.stdlib_module_names and top not in third_party_of(name):
-            strangers.append(str(item))
-    assert not strangers
+    assert not [str(item) for item in imports_of(name) if packages_of(item) - third_party_of(name)]
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_engines_are_imported_when_a_backend_loads(name: str) -> None:
-    early = [str(item) for item in imports_of(name) if item.target.split(".")[0] in TORCH and not item.is_late]
-    assert not early
+def imports_an_engine(name: str) -> bool:
+    """Whether importing a module, and nothing more, imports an engine."""
+    engines = set().union(*ENGINES.values())
+    reached = (item for module in closure(name, is_late_counted=False) for item in imports_of(module))
+    return any(packages_of(item) & engines for item in reached if not item.is_late)
+
+
+def test_engines_are_imported_when_a_backend_loads() -> None:
+    """Helpers of a backend may stand on its engine; the backend, which the registry names, and all others may not."""
+    early = {name for name in MODULES if imports_an_engine(name)}
+    assert all(any(re.fullmatch(home, name) for home in ENGINES) for name in early)
+    assert not early & set(BACKEND_MODULES.values())
 
 
 def test_only_process_imports_subprocess() -> None:
@@ -194,8 +215,8 @@ def test_container_side_reads_no_yaml_not_even_through_others(layer: str) -> Non
 
 
 def test_container_side_starts_with_the_standard_library_alone() -> None:
-    names = [name for name in MODULES if layer_of(name) in CONTAINER_SIDE]
-    assert names
+    names = [name for name in MODULES if layer_of(name) in CONTAINER_SIDE and not imports_an_engine(name)]
+    assert set(BACKEND_MODULES.values()) <= set(names)
     loaded = loaded_after(f"import importlib\nfor name in {names!r}: importlib.import_module(name)")
     assert set(names) <= loaded
     assert not {name for name in loaded if "yaml" in name.split(".")}
@@ -205,7 +226,9 @@ def test_help_imports_no_engine_and_nothing_that_measures() -> None:
     loaded = loaded_after("import io, lem.cli.main\nlem.cli.main.main(['--help'], io.StringIO(), io.StringIO())")
     assert "lem.cli.main" in loaded
     assert not {name for name in loaded if layer_of(name) in CONTAINER_SIDE and name.startswith("lem.")}
-    assert not {name for name in loaded if name.split(".")[0] in {*TORCH, "numpy"} or "yaml" in name.split(".")}
+    assert not {
+        name for name in loaded if name.split(".")[0] in {"numpy", "torch", "transformers"} or "yaml" in name.split(".")
+    }
 
 
 def loaded_after(program: str) -> set[str]:
