@@ -68,17 +68,18 @@ def _show(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     item, exp_id = _resolve(args.results_dir, args.id)
     scan = _scan(args.results_dir, item)
     if exp_id is None:
-        _show_run(args, scan, out, err)
+        _show_run(args, item, scan, out, err)
     else:
         _show_experiment(args, scan, exp_id, out, err)
 
 
-def _show_run(args: argparse.Namespace, scan: Scan, out: TextIO, err: TextIO) -> None:
+def _show_run(args: argparse.Namespace, item: _Run, scan: Scan, out: TextIO, err: TextIO) -> None:
     from lem.results.repository import count_failed
     from lem.results.summary import summarise, summary_document
     from lem.results.table import render_summary
 
-    summary = summarise((result.record for result in scan.results), failed=count_failed(scan))
+    records = (result.record for result in scan.results)
+    summary = summarise(records, failed=count_failed(scan), campaign_name=item.campaign, run_id=item.run_id)
     if args.json:
         _write_json(out, {**summary_document(summary), "problems": _problem_documents(scan.problems)})
         return
@@ -194,7 +195,10 @@ def _problem_documents(problems: Iterable[Problem]) -> list[dict[str, str]]:
 
 
 def _tell(err: TextIO, problems: Sequence[Problem]) -> None:
-    err.writelines(f"{problem.kind}: {problem.path}: {problem.message}\n" for problem in problems[:_PROBLEMS_SHOWN])
+    from lem.results.layout import printable
+
+    texts = (f"{problem.kind}: {problem.path}: {problem.message}" for problem in problems[:_PROBLEMS_SHOWN])
+    err.writelines(printable(text) + "\n" for text in texts)
     if len(problems) > _PROBLEMS_SHOWN:
         err.write(f"and {len(problems) - _PROBLEMS_SHOWN} more: --json lists all\n")
 

@@ -25,6 +25,7 @@ def render_record(record: Record, *, is_colour: bool = False, width: int = 80) -
     for label, text in _facts(record):
         lines += wrapped(text, width, label.ljust(_LABEL_WIDTH))
     lines += ["", *_latency_lines(record, width)]
+    lines += [""] if record.validity.warnings else []
     for text in record.validity.warnings:
         first, *rest = wrapped(text, width, "warning: ")
         lines += [paint("warning:", "yellow", is_colour=is_colour) + first[len("warning:") :], *rest]
@@ -53,8 +54,10 @@ def _facts(record: Record) -> Iterable[tuple[str, str]]:
 
 def _load(record: Record) -> str:
     validity, window = record.validity, record.window
+    if validity.engine_reused:
+        return f"none, engine reused: {validity.engine_load_id}"
     took = _or_reason(window.load_s, units.format_duration, window.null_reasons.get("load_s"))
-    return f"{took}, {'engine reused' if validity.engine_reused else 'fresh engine'} {validity.engine_load_id}"
+    return f"{took}, fresh engine: {validity.engine_load_id}"
 
 
 def _warmup(record: Record) -> str:

@@ -44,13 +44,19 @@ class CampaignSummary:
 
 
 def summarise(
-    records: Iterable[Record], *, failed: Mapping[str, int] | None = None, confidence: float = 0.95
+    records: Iterable[Record],
+    *,
+    failed: Mapping[str, int] | None = None,
+    campaign_name: str = "",
+    run_id: str = "",
+    confidence: float = 0.95,
 ) -> CampaignSummary:
     """The summary of the results of one campaign.
 
     Args:
         records: all whole results, valid or not, of all attempts.
         failed: per configuration name, how many experiments gave no result.
+        campaign_name, run_id: what to call a campaign of which there is no result that says it.
         confidence: of every interval.
     """
     kept = sorted(records, key=lambda record: (record.identity.order_index, record.identity.cycle_index))
@@ -61,8 +67,8 @@ def summarise(
     for name in failed:
         by_name.setdefault(name, [])
     return CampaignSummary(
-        campaign_name=", ".join(_distinct(kept, lambda record: record.identity.campaign_name)),
-        run_ids=_distinct(kept, lambda record: record.identity.run_id),
+        campaign_name=", ".join(_distinct(kept, lambda record: record.identity.campaign_name)) or campaign_name,
+        run_ids=_distinct(kept, lambda record: record.identity.run_id) or ((run_id,) if run_id else ()),
         hosts=_distinct(kept, lambda record: record.identity.host),
         confidence=confidence,
         shared=_shared_settings(kept),

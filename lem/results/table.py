@@ -55,7 +55,7 @@ class _Table:
         summary = self._summary
         runs = f"run {summary.run_ids[0]}" if len(summary.run_ids) == 1 else f"{len(summary.run_ids)} runs"
         cycles = {item.n_cycles for item in self._configurations}
-        most = _plural(max(cycles), "cycle")
+        most = _plural(max(cycles), "cycle") if max(cycles) else "no valid result"
         title = [
             summary.campaign_name,
             runs if summary.run_ids else "",
@@ -113,6 +113,8 @@ class _Table:
     def _notes(self) -> list[str]:
         """What the numbers are, and why some are missing."""
         notes = [*self._interval_notes()]
+        if any(item.metrics[metric].values for item in self._configurations for _, metric in _LATENCIES):
+            notes.append("Latency: median over the requests of a cycle, geometric mean over the cycles.")
         if any(not source.startswith("tdp") for item in self._configurations for source in item.energy_sources):
             notes.append("Energy: board sensors carry ±5 % per card; compare configurations on one card, not cards.")
         for label, metric in (*_LATENCIES, ("Energy per output token", "energy_per_output_tok_j")):

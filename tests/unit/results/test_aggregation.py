@@ -208,7 +208,7 @@ def test_one_cycle_has_a_value_and_no_interval() -> None:
 
 def test_a_metric_observed_as_zero_is_zero_and_has_no_geometric_mean() -> None:
     estimate = aggregate_config("small", cycles(0.0, 0.0, 3.0)).metrics["output_tok_per_s"]
-    assert estimate.values == (0, 0, 3)
+    assert list(estimate.values) == [0.0, 0.0, 3.0]
     assert estimate.t_log is not None
     assert estimate.t_log.geometric_mean is None
     assert "zero or negative" in (estimate.t_log.warning or "")

@@ -1,0 +1,91 @@
+"""Columns and names of a table that must stay readable whatever stands in it."""
+
+from __future__ import annotations
+
+import pytest
+
+from lem.results.layout import Column, NameShortener, columns, paint, printable, text_width, wrapped
+
+LONG = [f"pytorch-tiny-llama-batch_size={size}-max_output_tokens=128-cpu" for size in (1, 16)]
+
+
+def test_numbers_end_in_one_column_and_names_begin_in_one() -> None:
+    assert columns("name", ["a", "bcd"], [Column("n", ("1", "200")), Column("mean\ntok/s", ("3.5", "10.25"))], 80) == [
+        "            mean",
+        "name    n  tok/s",
+        "a       1    3.5",
+        "bcd   200  10.25",
+    ]
+
+
+def test_a_long_name_is_wrapped_after_a_separator_into_the_room_that_is_left() -> None:
+    lines = columns("name", ["batch_size=1, max_output_tokens=32"], [Column("value", ("1" * 10,))], 36)
+    assert lines == [
+        "name                         value",
+        "batch_size=1,           1111111111",
+        "  max_output_tokens=32",
+    ]
+    assert max(map(text_width, lines)) <= 36
+
+
+def test_a_word_longer_than_the_column_is_cut_and_nothing_lost() -> None:
+    lines = columns("name", ["x" * 50], [Column("value", ("1",))], 30)
+    assert max(map(text_width, lines)) <= 30
+    assert sum(line.count("x") for line in lines) == 50
+
+
+def test_numbers_are_never_cut_where_the_table_cannot_fit() -> None:
+    lines = columns("name", ["a name"], [Column("value", ("1" * 70,))], 60)
+    assert lines[1] == "a name  " + "1" * 70
+
+
+def test_wide_letters_take_two_columns() -> None:
+    lines = columns("name", ["模型", "ab"], [Column("n", ("1", "2"))], 80)
+    assert [text_width(line) for line in lines] == [7, 7, 7]
+
+
+def test_names_that_fit_are_shown_as_they_are() -> None:
+    shortener = NameShortener(["demo-a", "demo-b"], 20)
+    assert (shortener("demo-a"), shortener.explanation) == ("demo-a", "")
+
+
+def test_names_that_do_not_fit_lose_what_they_share_and_it_is_said_once() -> None:
+    shortener = NameShortener(LONG, 30)
+    assert [shortener(name) for name in LONG] == ["…batch_size=1-…", "…batch_size=16-…"]
+    assert shortener.explanation == (
+        "Every name begins with “pytorch-tiny-llama-” and ends with “max_output_tokens=128-cpu”."
+    )
+
+
+def test_words_are_never_cut_by_what_names_share() -> None:
+    shortener = NameShortener(["a-long-prefix-of-names-batch_size=16", "a-long-prefix-of-names-batch_size=1"], 10)
+    assert shortener.prefix == "a-long-prefix-of-names-"
+    assert shortener.suffix == ""
+
+
+@pytest.mark.parametrize("names", [["one-very-long-name-alone"], ["same-long-name", "same-long-name"], []])
+def test_one_name_alone_loses_nothing(names: list[str]) -> None:
+    assert NameShortener(names, 5).explanation == ""
+
+
+def test_every_name_keeps_something_of_its_own() -> None:
+    names = ["shared-prefix-of-names", "shared-prefix-of-names-more"]
+    shortener = NameShortener(names, 10)
+    assert len({shortener(name) for name in names}) == 2
+    assert all(shortener(name).strip("…") for name in names)
+
+
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    assert printable("a\x1b[2J\x07b\n c") == "a�[2J�b c"
+    assert "\x1b" not in "".join(wrapped("red \x1b[31m", 80, "note: "))
+
+
+def test_notes_are_wrapped_under_their_label() -> None:
+    assert wrapped("one two three four", 16, "note: ") == ["note: one two", "      three four"]
+    assert wrapped("", 20, "note: ") == ["note:"]
+
+
+def test_colour_is_written_only_where_it_is_wanted() -> None:
+    assert paint("x", "bold", is_colour=True) == "\x1b[1mx\x1b[0m"
+    assert paint("x", "bold", is_colour=False) == "x"
+    assert paint("", "bold", is_colour=True) == ""

@@ -1,0 +1,310 @@
+"""The results folder: nothing is overwritten, nothing leaves it, and damage has a name."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lem.errors import InfrastructureError, UserError
+from lem.record import Record, write_record
+from lem.results.attempt import AttemptFolder
+from lem.results.repository import Repository, Scan, count_failed, list_campaigns
+from tests.faulty_disk import failing
+from tests.records import make_record
+
+RUN = "20260714T100000Z-3fa1"
+EXPERIMENT = "0123456789ab-c1"
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    return Repository(tmp_path / "results", "demo")
+
+
+def store(repository: Repository, record: Record) -> AttemptFolder:
+    """A result where the worker would leave it; its attempt is the folder's number."""
+    attempt = repository.prepare_attempt(record.identity.run_id, record.identity.experiment_id)
+    write_record(attempt.result_path, record)
+    return attempt
+
+
+def kinds(scan: Scan) -> list[str]:
+    return [problem.kind for problem in scan.problems]
+
+
+def test_the_first_attempt_is_number_one_in_its_place(repository: Repository, tmp_path: Path) -> None:
+    attempt = repository.prepare_attempt(RUN, EXPERIMENT)
+    assert attempt.number == 1
+    assert attempt.path == tmp_path / "results" / "demo" / RUN / EXPERIMENT / "attempt-1"
+    assert attempt.path.is_dir()
+    assert attempt.result_path == attempt.path / "result.json"
+    assert attempt.log_path == attempt.path / "log.txt"
+
+
+def test_every_attempt_takes_the_next_number_and_leaves_the_others_alone(repository: Repository) -> None:
+    first = store(repository, make_record())
+    before = first.result_path.read_bytes()
+    assert [repository.prepare_attempt(RUN, EXPERIMENT).number for _ in range(2)] == [2, 3]
+    assert first.result_path.read_bytes() == before
+
+
+def test_a_number_that_was_taken_is_not_taken_again_after_a_gap(repository: Repository) -> None:
+    folder = repository.prepare_attempt(RUN, EXPERIMENT).path.parent
+    (folder / "attempt-7").mkdir()
+    (folder / "attempt-9").write_text("a file that somebody left")
+    (folder / "attempt-x").mkdir()
+    (folder / "attempt-012").mkdir()
+    assert repository.prepare_attempt(RUN, EXPERIMENT).number == 10
+
+
+def test_attempts_are_ordered_by_number_not_by_text(repository: Repository) -> None:
+    for number in range(1, 12):
+        store(repository, make_record(attempt=number))
+    attempts = [result.record.identity.attempt for result in repository.find_attempts(RUN, EXPERIMENT)]
+    assert attempts == list(range(1, 12))
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/b", "/abs", "-x", ".hidden", "a\0b", "a\nb", "ü", "a" * 256, "a\\b"]
+)
+def test_a_name_cannot_leave_the_results_folder(tmp_path: Path, name: str) -> None:
+    repository = Repository(tmp_path, "demo")
+    for act in (
+        lambda: Repository(tmp_path, name),
+        lambda: repository.prepare_attempt(name, EXPERIMENT),
+        lambda: repository.prepare_attempt(RUN, name),
+        lambda: repository.find_whole(RUN, name),
+        lambda: repository.scan(name),
+        lambda: repository.experiment_ids(name),
+    ):
+        with pytest.raises(UserError, match="cannot name a results folder"):
+            act()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_config_and_prompts_are_written_whole(repository: Repository) -> None:
+    attempt = repository.prepare_attempt(RUN, EXPERIMENT)
+    config = attempt.write_config({"model": "${MODEL}"}, {"model": {"name": "tiny"}})
+    assert json.loads(config.read_text(encoding="utf-8")) == {
+        "schema_version": 1,
+        "requested": {"model": "${MODEL}"},
+        "resolved": {"model": {"name": "tiny"}},
+    }
+    prompts: list[dict[str, Any]] = [
+        {"prompt": "Grüße\nund mehr", "input_tokens": None, "output_tokens": 5},
+        {"prompt": "", "input_tokens": 3, "output_tokens": None},
+    ]
+    lines = attempt.write_prompts(prompts).read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == prompts
+    assert sorted(item.name for item in attempt.path.iterdir()) == ["config.json", "prompts.jsonl"]
+
+
+def test_a_prompt_that_is_not_unicode_is_refused_by_its_number(repository: Repository) -> None:
+    attempt = repository.prepare_attempt(RUN, EXPERIMENT)
+    with pytest.raises(UserError, match="prompt 2 is not Unicode text"):
+        attempt.write_prompts([{"prompt": "fine"}, {"prompt": "half \ud800"}])
+    assert list(attempt.path.iterdir()) == []
+
+
+@pytest.mark.parametrize("event", ["lem.write", "lem.fsync", "lem.rename", "lem.fsync_dir"])
+def test_a_disk_that_is_full_in_the_middle_stops_the_campaign_with_the_remedy(
+    repository: Repository, event: str
+) -> None:
+    attempt = repository.prepare_attempt(RUN, EXPERIMENT)
+    with failing(event, errno.ENOSPC):
+        for act in (lambda: attempt.write_config({}, {}), lambda: attempt.write_prompts([{"prompt": "a"}])):
+            with pytest.raises(InfrastructureError, match="no space left on device") as caught:
+                act()
+            assert "--resume" in caught.value.hint
+
+
+def test_a_folder_that_cannot_be_made_in_the_middle_stops_the_campaign(repository: Repository, tmp_path: Path) -> None:
+    (tmp_path / "results").write_text("in the way")
+    with pytest.raises(InfrastructureError, match="a file stands where a folder is due"):
+        repository.prepare_attempt(RUN, EXPERIMENT)
+
+
+def test_a_failed_attempt_folder_is_not_taken_by_the_next(repository: Repository) -> None:
+    repository.prepare_attempt(RUN, EXPERIMENT)
+    with failing("lem.fsync_dir"), pytest.raises(InfrastructureError):
+        repository.prepare_attempt(RUN, EXPERIMENT)
+    assert repository.prepare_attempt(RUN, EXPERIMENT).number == 3
+
+
+def test_a_writable_folder_is_made_and_left_empty(repository: Repository) -> None:
+    repository.check_writable()
+    repository.check_writable()
+    assert list(repository.folder.iterdir()) == []
+
+
+def test_nothing_is_made_before_it_is_needed(repository: Repository, tmp_path: Path) -> None:
+    assert repository.find_whole(RUN, EXPERIMENT) is None
+    assert repository.run_ids() == ()
+    assert repository.scan() == Scan()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["results", "results/demo"])
+def test_a_file_in_place_of_the_results_folder_is_told_before_the_start(
+    repository: Repository, tmp_path: Path, where: str
+) -> None:
+    (tmp_path / where).parent.mkdir(exist_ok=True)
+    (tmp_path / where).write_text("in the way")
+    with pytest.raises(UserError, match="a file stands where a folder is due") as caught:
+        repository.check_writable()
+    assert "--results-dir" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "remedy"), [(errno.ENOSPC, "no space", "free"), (errno.EROFS, "read-only", "writable")]
+)
+def test_a_folder_that_is_full_or_read_only_is_told_before_the_start(
+    repository: Repository, code: int, said: str, remedy: str
+) -> None:
+    with failing("lem.write", code), pytest.raises(UserError, match=said) as caught:
+        repository.check_writable()
+    assert remedy in caught.value.hint
+    assert list(repository.folder.iterdir()) == []
+
+
+def test_a_folder_where_nobody_may_write_is_told_before_the_start() -> None:
+    """In /sys even root makes no folder, so this is a real refusal whoever runs it."""
+    with pytest.raises(UserError, match=r"not permitted|permission denied|read-only") as caught:
+        Repository(Path("/sys"), "demo").check_writable()
+    assert "writable" in caught.value.hint
+
+
+def test_a_whole_result_is_found_for_adoption(repository: Repository) -> None:
+    record = make_record()
+    attempt = store(repository, record)
+    found = repository.find_whole(RUN, EXPERIMENT)
+    assert found is not None
+    assert (found.path, found.record) == (attempt.result_path, record)
+
+
+def test_the_last_valid_attempt_is_found_before_a_later_invalid_one(repository: Repository) -> None:
+    for attempt, is_valid in ((1, True), (2, True), (3, False)):
+        store(repository, make_record(attempt=attempt, is_valid=is_valid))
+    found = repository.find_whole(RUN, EXPERIMENT)
+    assert found is not None
+    assert found.record.identity.attempt == 2
+
+
+def test_without_a_valid_attempt_the_last_whole_one_is_found(repository: Repository) -> None:
+    for attempt in (1, 2):
+        store(repository, make_record(attempt=attempt, is_valid=False))
+    repository.prepare_attempt(RUN, EXPERIMENT)
+    found = repository.find_whole(RUN, EXPERIMENT)
+    assert found is not None
+    assert found.record.identity.attempt == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        make_record(run_id="another-run"),
+        make_record(cycle=1),
+        make_record(config_hash="f" * 16),
+        make_record(attempt=2),
+    ],
+    ids=["run", "cycle", "configuration", "attempt"],
+)
+def test_the_record_of_another_experiment_is_foreign_and_never_adopted(repository: Repository, other: Record) -> None:
+    write_record(repository.prepare_attempt(RUN, EXPERIMENT).result_path, other)
+    assert repository.find_whole(RUN, EXPERIMENT) is None
+    scan = repository.scan(RUN)
+    assert (scan.results, kinds(scan)) == ((), ["foreign"])
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\x00\xff\xfe\x80", b"[" * 100_000, b"{}", b'"text"'], ids=repr)
+def test_a_result_that_is_no_record_is_corrupt_and_never_raised(repository: Repository, data: bytes) -> None:
+    attempt = repository.prepare_attempt(RUN, EXPERIMENT)
+    attempt.result_path.write_bytes(data)
+    assert repository.find_whole(RUN, EXPERIMENT) is None
+    problem = repository.scan().problems[0]
+    assert (problem.kind, problem.path) == ("corrupt", attempt.result_path)
+    assert (problem.run_id, problem.exp_id) == (RUN, EXPERIMENT)
+
+
+def test_a_truncated_result_is_corrupt_and_an_earlier_one_still_counts(repository: Repository) -> None:
+    store(repository, make_record())
+    second = store(repository, make_record(attempt=2))
+    whole = second.result_path.read_bytes()
+    second.result_path.write_bytes(whole[: len(whole) // 2])
+    found = repository.find_whole(RUN, EXPERIMENT)
+    assert found is not None
+    assert found.record.identity.attempt == 1
+    assert kinds(repository.scan()) == ["corrupt"]
+
+
+def test_an_attempt_without_a_result_is_missing(repository: Repository) -> None:
+    repository.prepare_attempt(RUN, EXPERIMENT).write_config({}, {})
+    assert kinds(repository.scan()) == ["missing"]
+
+
+def test_a_write_that_was_cut_off_is_half_written(repository: Repository) -> None:
+    attempt = repository.prepare_attempt(RUN, EXPERIMENT)
+    (attempt.path / ".lem-tmp-abc").write_bytes(b'{"schema')
+    assert kinds(repository.scan()) == ["half-written"]
+    assert repository.find_whole(RUN, EXPERIMENT) is None
+
+
+def test_a_folder_or_file_in_the_wrong_place_is_unreadable(repository: Repository) -> None:
+    attempt = repository.prepare_attempt(RUN, EXPERIMENT)
+    attempt.result_path.mkdir()
+    (attempt.path.parent / "attempt-2").write_text("no folder")
+    assert kinds(repository.scan()) == ["unreadable", "unreadable"]
+
+
+def test_a_file_in_place_of_the_campaign_is_a_problem_of_the_scan(tmp_path: Path) -> None:
+    (tmp_path / "demo").write_text("no folder")
+    assert kinds(Repository(tmp_path, "demo").scan()) == ["unreadable"]
+    assert kinds(Repository(tmp_path, "demo").scan(RUN)) == ["unreadable"]
+    with pytest.raises(UserError, match="file stands where a folder is due"):
+        Repository(tmp_path, "demo").run_ids()
+
+
+def test_a_scan_sees_every_run_and_a_scan_of_a_run_only_that(repository: Repository) -> None:
+    for run_id in ("run-a", "run-b"):
+        for cycle in (0, 1):
+            store(repository, make_record(run_id=run_id, cycle=cycle))
+    assert repository.run_ids() == ("run-a", "run-b")
+    assert repository.experiment_ids("run-a") == ("0123456789ab-c1", "0123456789ab-c2")
+    assert len(repository.scan().results) == 4
+    assert {result.record.identity.run_id for result in repository.scan("run-b").results} == {"run-b"}
+
+
+def test_what_is_no_folder_of_results_is_passed_over(repository: Repository) -> None:
+    store(repository, make_record())
+    (repository.folder / "notes.txt").write_text("mine")
+    (repository.folder / ".cache").mkdir()
+    (repository.folder / RUN / "README").write_text("mine")
+    assert len(repository.scan().results) == 1
+    assert repository.scan().problems == ()
+
+
+def test_campaigns_are_listed_by_name(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        Repository(tmp_path, name).check_writable()
+    assert list_campaigns(tmp_path) == ("a", "b")
+    assert list_campaigns(tmp_path / "nowhere") == ()
+
+
+def test_experiments_without_a_whole_result_are_counted_by_configuration(repository: Repository) -> None:
+    store(repository, make_record(config_name="small"))
+    repository.prepare_attempt(RUN, EXPERIMENT)  # failed once more: it has a result all the same
+    repository.prepare_attempt(RUN, "0123456789ab-c2")  # another cycle of `small`
+    repository.prepare_attempt(RUN, "0123456789ab-c2")
+    repository.prepare_attempt(RUN, "ffffffffffff-c1").write_config({}, {"config_name": "large"})
+    repository.prepare_attempt(RUN, "eeeeeeeeeeee-c1")  # nothing tells its name
+    assert count_failed(repository.scan()) == {"small": 1, "large": 1, "eeeeeeeeeeee-c1": 1}
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b'{"resolved": 5}', b'{"resolved": {"config_name": null}}', b"\xff"])
+def test_a_damaged_configuration_leaves_the_experiments_own_name(repository: Repository, data: bytes) -> None:
+    (repository.prepare_attempt(RUN, EXPERIMENT).path / "config.json").write_bytes(data)
+    assert count_failed(repository.scan()) == {EXPERIMENT: 1}

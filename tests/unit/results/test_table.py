@@ -1,0 +1,202 @@
+"""The final table, as a person reads it in a terminal of 80 columns; golden files in tests/golden/results."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from lem.record import Record
+from lem.results.layout import text_width
+from lem.results.summary import SINGLE_CYCLE, CampaignSummary, summarise, summary_document
+from lem.results.table import render_summary
+from tests.goldens import assert_golden
+from tests.records import make_record
+
+# Deviations of the cycles from their middle, so that the intervals have a width.
+NOISE = (0.0, 0.012, -0.009, 0.004, -0.006)
+
+GRID = {
+    "batch_size=1, max_output_tokens=32": (111.3, 0.302),
+    "batch_size=1, max_output_tokens=128": (142.1, 1.204),
+    "batch_size=4, max_output_tokens=32": (274.9, 0.305),
+    "batch_size=4, max_output_tokens=128": (308.4, 1.211),
+}
+
+
+def campaign(
+    *,
+    n_cycles: int = 3,
+    prefix: str = "",
+    grid: Mapping[str, tuple[float, float]] = GRID,
+    joules: float | None = None,
+    **fields: Any,
+) -> list[Record]:
+    return [
+        make_record(
+            config_name=prefix + name,
+            config_hash=f"{number:016x}",
+            cycle=cycle,
+            order=cycle * len(grid) + number,
+            output_tok_per_s=rate * (1 + NOISE[(cycle + number) % len(NOISE)]),
+            e2e_p50_s=e2e * (1 - NOISE[cycle]),
+            energy_per_output_tok_j=None if joules is None else joules / rate * (1 + NOISE[cycle]),
+            **fields,
+        )
+        for cycle in range(n_cycles)
+        for number, (name, (rate, e2e)) in enumerate(grid.items())
+    ]
+
+
+def with_trouble() -> list[Record]:
+    first = next(iter(GRID))
+    warned = make_record(
+        config_name=first,
+        config_hash=f"{0:016x}",
+        cycle=1,
+        attempt=2,
+        order=20,
+        output_tok_per_s=112.0,
+        warnings=("warm-up did not converge within 50 prompts: the first requests of the window may be slow",),
+    )
+    throttled = make_record(
+        config_name=first,
+        config_hash=f"{0:016x}",
+        cycle=2,
+        attempt=2,
+        order=21,
+        is_valid=False,
+        invalid_reasons=("thermal slowdown for 3.2 s of the window",),
+        output_tok_per_s=80,
+    )
+    never = make_record(
+        config_name="batch_size=64, max_output_tokens=128",
+        config_hash="f" * 16,
+        order=22,
+        is_valid=False,
+        invalid_reasons=("5 of 10 requests failed",),
+        output_tok_per_s=500,
+    )
+    return [*campaign(), warned, throttled, never]
+
+
+SUMMARIES: dict[str, CampaignSummary] = {
+    "three_cycles": summarise(campaign()),
+    "single_cycle": summarise(campaign(n_cycles=1)),
+    "two_cycles": summarise(campaign(n_cycles=2)),
+    "energy_and_long_names": summarise(campaign(prefix="pytorch-tiny-llama-", joules=60.0, ttft_p50_s=0.0123)),
+    "energy_estimate": summarise(campaign(joules=60.0, energy_source="tdp_estimate")),
+    "shared_load": summarise(campaign(load_id="one")),
+    "trouble": summarise(with_trouble(), failed={"batch_size=4, max_output_tokens=32": 1, "batch_size=256": 3}),
+    "unlike_magnitudes": summarise(campaign(grid={"tiny": (12345.6, 0.0004), "huge": (0.0123, 45.0)})),
+    "nothing": summarise([]),
+    "all_failed": summarise([], failed={"small": 3}, campaign_name="demo", run_id="20260714T100000Z-3fa1"),
+    "ninety_percent": summarise(campaign(n_cycles=4), confidence=0.9),
+}
+
+
+@pytest.mark.parametrize("name", SUMMARIES)
+def test_the_table_is_the_golden_one(name: str) -> None:
+    assert_golden(f"results/{name}.txt", render_summary(SUMMARIES[name]))
+
+
+@pytest.mark.parametrize("name", SUMMARIES)
+def test_the_table_fits_80_columns(name: str) -> None:
+    assert max(map(text_width, render_summary(SUMMARIES[name]).splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", SUMMARIES)
+def test_colour_changes_nothing_but_colour(name: str) -> None:
+    coloured = render_summary(SUMMARIES[name], is_colour=True)
+    assert re.sub(r"\x1b\[[0-9]*m", "", coloured) == render_summary(SUMMARIES[name])
+
+
+def test_headings_are_bold_in_colour() -> None:
+    assert render_summary(SUMMARIES["three_cycles"], is_colour=True).startswith("\x1b[1mdemo")
+
+
+def test_lines_do_not_end_in_blanks_and_the_text_ends_in_one_newline() -> None:
+    text = render_summary(SUMMARIES["trouble"])
+    assert [line for line in text.splitlines() if line != line.rstrip()] == []
+    assert text.endswith("\n")
+    assert not text.endswith("\n\n")
+
+
+def test_both_intervals_stand_there_and_each_says_which_it_is() -> None:
+    text = render_summary(SUMMARIES["three_cycles"])
+    assert "t interval: Student t on the logs" in text
+    assert "Bootstrap interval: percentiles" in text
+    assert "75 % with 3 cycles" in text
+
+
+def test_the_true_coverage_is_named_for_every_number_of_cycles() -> None:
+    records = [record for record in campaign(n_cycles=3) if record.identity.order_index != 8]
+    text = " ".join(render_summary(summarise(records)).split())
+    assert "it truly covers 50 % with 2 cycles, 75 % with 3 cycles" in text
+
+
+def test_a_single_cycle_says_how_to_get_intervals() -> None:
+    assert SINGLE_CYCLE in render_summary(SUMMARIES["single_cycle"]).splitlines()
+    assert summary_document(SUMMARIES["single_cycle"])["note"] == SINGLE_CYCLE
+
+
+@pytest.mark.parametrize("name", ["three_cycles", "two_cycles", "nothing", "all_failed"])
+def test_other_campaigns_do_not(name: str) -> None:
+    assert SINGLE_CYCLE not in render_summary(SUMMARIES[name])
+    assert summary_document(SUMMARIES[name])["note"] is None
+
+
+def test_an_interval_that_is_narrow_is_not_shown_as_a_point() -> None:
+    grid = {"steady": (100.0, 0.1)}
+    records = [
+        make_record(config_name=name, cycle=cycle, output_tok_per_s=100 + cycle * 0.004)
+        for name in grid
+        for cycle in range(3)
+    ]
+    row = next(line for line in render_summary(summarise(records)).splitlines() if line.startswith("steady"))
+    bounds = re.findall(r"[0-9.]+", row)[2:]
+    assert bounds[0] != bounds[1]
+    assert bounds[2] != bounds[3]
+
+
+def test_constant_cycles_have_an_interval_of_no_width() -> None:
+    records = [make_record(config_name="steady", cycle=cycle) for cycle in range(3)]
+    assert "100.0 – 100.0  100.0 – 100.0" in render_summary(summarise(records))
+
+
+def test_configurations_stand_in_the_order_they_ran() -> None:
+    records = list(reversed(campaign()))
+    assert [item.config_name for item in summarise(records).configurations] == list(GRID)
+
+
+def test_what_varies_is_not_called_shared() -> None:
+    records = [make_record(), make_record(config_name="b", config_hash="b" * 16, requested={"fp_precision": "float16"})]
+    shared = summarise(records).shared
+    assert shared == {"backend": "pytorch", "model": "tiny-llama", "device": "cpu", "traffic": "closed batch"}
+
+
+def test_a_hub_model_keeps_its_organisation() -> None:
+    assert summarise([make_record(model="org/model")]).shared["model"] == "org/model"
+
+
+def test_the_document_holds_what_the_table_shows() -> None:
+    document = summary_document(SUMMARIES["trouble"])
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert document["schema_version"] == 1
+    assert document["campaign_name"] == "demo"
+    assert document["run_ids"] == ["20260714T100000Z-3fa1"]
+    by_name = {item["config_name"]: item for item in document["configurations"]}
+    assert by_name["batch_size=256"]["n_failed"] == 3
+    first = by_name["batch_size=1, max_output_tokens=32"]
+    assert (first["n_cycles"], first["n_invalid"]) == (3, 1)
+    assert first["throughput"]["output_tok_per_s"]["all_attempts"]["n_cycles"] == 3
+    assert first["energy"]["energy_per_output_tok_j"]["null_reason"]
+
+
+def test_a_name_that_steers_terminals_is_made_harmless() -> None:
+    text = render_summary(summarise([make_record(config_name="a\x1b]0;title\x07", warnings=("\x1b[2J",))]))
+    assert "\x1b" not in text
+    assert "\x07" not in text
