@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -90,11 +90,14 @@ class CampaignGridConfig(Section):
         None, description="The models to run; null takes the campaign's.", min_items=1, takes_scalar=True
     )
     shared: Mapping[str, Any] = option(
-        {}, description="Axes: an option of every experiment, its name dotted where nested, and the list of its values."
+        {},
+        description="Axes: an option of every experiment, its name dotted where nested, and the list of its values.",
+        dotted_after=0,
     )
     backend_overrides: Mapping[str, Mapping[str, Any]] = option(
         {},
         description="For a backend, options of its section: a value, or a list of values as an axis of that backend.",
+        dotted_after=1,
     )
 
     def derive(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -103,37 +106,39 @@ class CampaignGridConfig(Section):
             "shared": {axis: value if isinstance(value, tuple) else Items((value,)) for axis, value in axes.items()}
         }
 
-    def check(self) -> Iterator[Problem]:
-        for index, model in enumerate(self.models or ()):
+    @classmethod
+    def check_given(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
+        backends = given.get("backends", BACKENDS)
+        for index, model in enumerate(given.get("models") or ()):
             yield from check_partial(ExperimentConfig, {"model": model}, ("models", index))
-        for axis, values in self.shared.items():
-            yield from self._check_shared_axis(axis, values)
-        for backend, overrides in self.backend_overrides.items():
-            yield from self._check_overrides(backend, overrides)
+        for axis, values in given.get("shared", {}).items():
+            yield from _check_shared_axis(backends, axis, values if isinstance(values, tuple) else (values,))
+        for backend, overrides in given.get("backend_overrides", {}).items():
+            yield from _check_overrides(backends, backend, overrides)
 
-    def _check_shared_axis(self, axis: str, values: tuple[Any, ...]) -> Iterator[Problem]:
-        path = ("shared", axis)
-        top = axis.partition(".")[0]
-        if axis in ("backend", "model", "model_name", "model.name"):
-            yield Problem(path, "is not a shared axis", f"grid.{'backends' if axis == 'backend' else 'models'}")
-        elif top in BACKENDS and set(self.backends) != {top}:
-            yield Problem(
-                path, f"is an option of {top} alone; write it under grid.backend_overrides.{top}", is_about_key=True
-            )
-        else:
-            yield from _check_axis(ExperimentConfig, axis, values, path)
 
-    def _check_overrides(self, backend: str, overrides: Mapping[str, Any]) -> Iterator[Problem]:
-        path = ("backend_overrides", backend)
-        if backend not in self.backends:
-            near = None if backend in BACKENDS else nearest(backend, self.backends)
-            message = f"is not in grid.backends, which has {', '.join(self.backends)}"
-            yield Problem(path, message, near, is_about_key=True)
-            return
-        section = declared(ExperimentConfig)[backend].sections[0]
-        for key, value in overrides.items():
-            values = value if isinstance(value, tuple) else (value,)
-            yield from _check_axis(section, key, values, (*path, key))
+def _check_shared_axis(backends: Sequence[str], axis: str, values: tuple[Any, ...]) -> Iterator[Problem]:
+    path = ("shared", axis)
+    top = axis.partition(".")[0]
+    if axis in ("backend", "model", "model_name", "model.name"):
+        proper = "grid.backends" if axis == "backend" else "grid.models"
+        yield Problem(path, f"is not a shared axis; it is {proper}", is_about_key=True)
+    elif top in BACKENDS and set(backends) != {top}:
+        remedy = f"write it under grid.backend_overrides.{top}"
+        yield Problem(path, f"is an option of {top} alone; {remedy}", is_about_key=True)
+    else:
+        yield from _check_axis(ExperimentConfig, axis, values, path)
+
+
+def _check_overrides(backends: Sequence[str], backend: str, overrides: Mapping[str, Any]) -> Iterator[Problem]:
+    path = ("backend_overrides", backend)
+    if backend not in backends:
+        near = None if backend in BACKENDS else nearest(backend, backends)
+        yield Problem(path, f"is not in grid.backends, which has {', '.join(backends)}", near, is_about_key=True)
+        return
+    section = declared(ExperimentConfig)[backend].sections[0]
+    for key, value in overrides.items():
+        yield from _check_axis(section, key, value if isinstance(value, tuple) else (value,), (*path, key))
 
 
 def _check_axis(
@@ -155,6 +160,7 @@ class CampaignExperimentEntry(Section):
     """One experiment: a file with overrides, or the experiment itself written in place."""
 
     alternative: ClassVar[type[Section] | None] = ExperimentConfig
+    stranger_remedy: ClassVar[str] = "options laid over the file go under overrides"
 
     config: str | None = option(None, description="Experiment file, relative to the campaign file.")
     overrides: Mapping[str, Any] = option({}, description="Options laid over the file, nested or with dotted names.")
@@ -164,24 +170,27 @@ class CampaignExperimentEntry(Section):
     def rewrite(cls, mapping: Mapping[Any, Any]) -> Mapping[Any, Any]:
         return mapping if not mapping or set(mapping) & set(declared(cls)) else {"inline": mapping}
 
-    @property
-    def override_mapping(self) -> dict[str, Any]:
+    @staticmethod
+    def nest_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
         """The overrides with dotted names nested."""
         out: dict[str, Any] = {}
-        for key, value in self.overrides.items():
+        for key, value in overrides.items():
             out = put(ExperimentConfig, out, key, value)
         return out
+
+    @classmethod
+    def check_given(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
+        if given.get("inline") is not None:
+            yield from check_partial(ExperimentConfig, given["inline"])
+        for key, value in given.get("overrides", {}).items():
+            for problem in check_partial(ExperimentConfig, nest(key, value)):
+                yield dataclasses.replace(problem, path=("overrides", *problem.path))
 
     def check(self) -> Iterator[Problem]:
         if (self.config is None) == (self.inline is None):
             yield Problem((), "a config file or an experiment written in place is due, and not both")
-        if self.inline is not None:
-            if self.overrides:
-                yield Problem(("overrides",), "has no effect without config", is_about_key=True)
-            yield from check_partial(ExperimentConfig, self.inline)
-        for key, value in self.overrides.items():
-            for problem in check_partial(ExperimentConfig, nest(key, value)):
-                yield dataclasses.replace(problem, path=("overrides", *problem.path))
+        if self.inline is not None and self.overrides:
+            yield Problem(("overrides",), "has no effect without config", is_about_key=True)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lem.config.campaign_config import CampaignConfig
@@ -15,10 +15,25 @@ __all__ = ["with_campaign_defaults"]
 # As many as the campaign asks for of what is otherwise the bundled set (lem.experiment.synthetic.BUNDLED).
 _BUNDLED_LENGTH = 128
 
+# Options of a campaign, and those of an experiment that they stand for.
+_RIVALS = {
+    "model": ("model",),
+    "dataset": ("dataset", "prompts"),
+    "num_samples": ("dataset.sample_size", "prompts.sample_size"),
+    "execution.warmup_prompts": ("warmup.min_prompts",),
+    "execution.warmup_timeout_seconds": ("warmup.timeout_seconds",),
+}
 
-def with_campaign_defaults(campaign: CampaignConfig, experiment: Mapping[str, Any]) -> dict[str, Any]:
-    """The experiment, as a plain mapping, with the campaign's model, dataset, num_samples and warm-up filled in."""
-    out = canonical(ExperimentConfig, experiment)
+
+def with_campaign_defaults(
+    campaign: CampaignConfig, experiment: Mapping[str, Any], forced: Collection[str] = ()
+) -> dict[str, Any]:
+    """The experiment, as a plain mapping, with the campaign's model, dataset, num_samples and warm-up filled in.
+
+    Args:
+        forced: options of the campaign, by dotted name, that win over the experiment's own: those of the command line.
+    """
+    out = _without_forced(canonical(ExperimentConfig, experiment), forced)
     if campaign.model is not None:
         _fill_named(out, "model", given(campaign.model))
     if campaign.dataset is not None and out.get("prompts") is None:
@@ -26,6 +41,19 @@ def with_campaign_defaults(campaign: CampaignConfig, experiment: Mapping[str, An
     if campaign.num_samples is not None:
         _fill_sample_size(out, campaign.num_samples)
     _fill_warmup(out, campaign)
+    return out
+
+
+def _without_forced(out: dict[str, Any], forced: Collection[str]) -> dict[str, Any]:
+    """Take out what the command line says otherwise."""
+    for key, rivals in _RIVALS.items():
+        if not any(name == key or name.startswith(f"{key}.") for name in forced):
+            continue
+        for section, _, option in (rival.partition(".") for rival in rivals):
+            if not option:
+                out.pop(section, None)
+            elif isinstance(out.get(section), dict):
+                out[section].pop(option, None)
     return out
 
 

@@ -358,9 +358,9 @@ class ExperimentConfig(Section):
             return self.config_name
         return f"{self.model.name.rstrip('/').rpartition('/')[2] or self.model.name}-{self.backend}"
 
-    def identity(self) -> dict[str, Any]:
+    def make_identity(self) -> dict[str, Any]:
         """What can change a measured number, the chosen backend's section filled in, as plain JSON values."""
-        out = super().identity()
+        out = super().make_identity()
         for backend in BACKENDS:
             if backend != self.backend:
                 del out[backend]
@@ -369,7 +369,8 @@ class ExperimentConfig(Section):
 
     def engine_key(self) -> str:
         """12 hex digits over everything whose change needs another engine load."""
-        options = _reload_options(self)
+        options: dict[str, Any] = {name: getattr(self, name) for name in _RELOADING if name != "model"}
+        options["model"] = _reload_options(self.model)
         options[self.backend] = {**_reload_options(self.section), **self._derived_engine_options()}
         text = json.dumps(options, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode("utf-8")).hexdigest()[:_ENGINE_KEY_LENGTH]
@@ -390,17 +391,16 @@ class ExperimentConfig(Section):
 _DEFAULT_PYTORCH, _DEFAULT_VLLM, _DEFAULT_TENSORRT = PyTorchConfig(), VllmConfig(), TensorRTConfig()
 
 
+_RELOADING = tuple(name for name, item in declared(ExperimentConfig).items() if item.option.is_reload)
+
+
 def _reload_options(section: Section) -> dict[str, Any]:
     """The options of a section, nested ones included, whose change needs a reload."""
     out: dict[str, Any] = {}
     for name, item in declared(type(section)).items():
         value = getattr(section, name)
-        if name in BACKENDS:
-            continue
-        if isinstance(value, Section):
-            nested = _reload_options(value)
-            if nested:
-                out[name] = nested
-        elif item.option.is_reload:
+        if item.option.is_reload:
             out[name] = item.kind.dump(value)
+        elif isinstance(value, Section):
+            out[name] = _reload_options(value)
     return out

@@ -71,14 +71,15 @@ class Bounds:
 
     def complaint(self, value: float) -> str | None:
         """What is wrong with a value; None when it lies within."""
+        got = f"{value:.0f}" if value == value // 1 else value
         if self.minimum is not None and value < self.minimum:
-            return f"must be at least {self.minimum:g}, got {value}"
+            return f"must be at least {self.minimum:g}, got {got}"
         if self.above is not None and value <= self.above:
-            return f"must be above {self.above:g}, got {value}"
+            return f"must be above {self.above:g}, got {got}"
         if self.maximum is not None and value > self.maximum:
-            return f"must be at most {self.maximum:g}, got {value}"
+            return f"must be at most {self.maximum:g}, got {got}"
         if self.below is not None and value >= self.below:
-            return f"must be below {self.below:g}, got {value}"
+            return f"must be below {self.below:g}, got {got}"
         return None
 
     def __str__(self) -> str:

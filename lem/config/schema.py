@@ -67,10 +67,7 @@ REQUIRED: Any = _Marker("REQUIRED")
 # The default of every field, so that what was given can be told from what was left out.
 _UNSET: Any = _Marker("UNSET")
 _OPTION = "lem.option"
-# By class, filled when a class is first used (functools.cache would do, but mypy takes the hash of a class for that of
-# its instances).
-_DECLARED: dict[Any, Mapping[str, Declared]] = {}
-_DEFAULTS: dict[Any, dict[str, Any]] = {}
+_IDENTITY = "_identity"
 
 
 @dataclass(frozen=True)
@@ -91,6 +88,7 @@ class Option:
         form: what a text must look like, in words ("HH:MM").
         takes_scalar, takes_integer: a single value is a list of one; an integer is taken as text.
         min_items, is_unique: of a list.
+        dotted_after: so many keys into a mapping, keys are dotted names of options; None where they are plain.
     """
 
     default: Any
@@ -108,6 +106,7 @@ class Option:
     takes_integer: bool = False
     min_items: int = 0
     is_unique: bool = False
+    dotted_after: int | None = None
 
 
 def option(
@@ -149,12 +148,14 @@ class Section:
         switch: a truth value that must be given where another option of the section is, since an option under a
             switch that is off by default would silently do nothing.
         alternative: another section whose options may be written in the place of this one's (see `rewrite`).
+        stranger_remedy: where an option of `alternative` goes when it is written among this one's.
     """
 
     shorthand: ClassVar[str | None] = None
     aliases: ClassVar[Mapping[str, str]] = types.MappingProxyType({})
     switch: ClassVar[str | None] = None
     alternative: ClassVar[type[Section] | None] = None
+    stranger_remedy: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         sink = Sink()
@@ -165,6 +166,7 @@ class Section:
                 given[item.name] = item.kind.read(value, (item.name,), sink)
             elif item.option.default is REQUIRED:
                 sink.add((item.name,), "is required", is_about_key=True)
+        _note_given(type(self), given, (), sink)
         if not sink.problems:
             _fill(self, given, (), sink)
         sink.raise_if_any()
@@ -186,8 +188,18 @@ class Section:
         values = self.__dict__
         return {name: item.kind.dump(values[name]) for name, item in declared(type(self)).items()}
 
-    def identity(self) -> dict[str, Any]:
-        """The options that can change a measured number, as plain JSON values."""
+    def identity(self) -> Mapping[str, Any]:
+        """The options that can change a measured number, as plain JSON values that nobody may change.
+
+        Worked out once: thousands of experiments of a grid share the sections they leave alone.
+        """
+        known: Mapping[str, Any] | None = self.__dict__.get(_IDENTITY)
+        if known is None:
+            known = self.__dict__[_IDENTITY] = self.make_identity()
+        return known
+
+    def make_identity(self) -> dict[str, Any]:
+        """As `identity`, every time anew."""
         values = self.__dict__
         return {
             name: item.kind.identity(values[name])
@@ -203,6 +215,11 @@ class Section:
     def derive(self, given: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG002
         """Values that follow from those given, which win over defaults."""
         return {}
+
+    @classmethod
+    def check_given(cls, given: Mapping[str, Any]) -> Iterator[Problem]:  # noqa: ARG003
+        """What is wrong with the options given that are right so far, whatever is wrong with others."""
+        yield from ()
 
     def check(self) -> Iterator[Problem]:
         """What is wrong between options that are each right; paths are relative to the section."""
@@ -300,20 +317,46 @@ class Declared:
         return (kind.section,) if isinstance(kind, SectionKind) else ()
 
 
+@dataclass(frozen=True)
+class _Compiled:
+    """What is asked of a section again and again, worked out once: a grid makes thousands of them."""
+
+    options: Mapping[str, Declared]
+    defaults: Mapping[str, Any]
+    mutable: tuple[str, ...]
+    required: tuple[str, ...]
+    checks_given: bool
+
+
+# By class, filled when a class is first used (functools.cache would do, but mypy takes the hash of a class for that of
+# its instances).
+_COMPILED: dict[Any, _Compiled] = {}
+
+
 def declared(section: type[Section]) -> Mapping[str, Declared]:
     """The options of a section by name, in order."""
-    known = _DECLARED.get(section)
-    return _declare(section) if known is None else known
+    return _compiled(section).options
 
 
-def _declare(section: type[Section]) -> Mapping[str, Declared]:
+def _compiled(section: type[Section]) -> _Compiled:
+    known = _COMPILED.get(section)
+    if known is not None:
+        return known
     hints = typing.get_type_hints(section)
-    out: dict[str, Declared] = {}
+    options: dict[str, Declared] = {}
     for item in dataclasses.fields(typing.cast(Any, section)):
         declaration = item.metadata[_OPTION]
         kind = _kind_of(hints[item.name], declaration)
-        out[item.name] = Declared(item.name, declaration, kind, isinstance(kind, NullableKind))
-    return _DECLARED.setdefault(section, types.MappingProxyType(out))
+        options[item.name] = Declared(item.name, declaration, kind, isinstance(kind, NullableKind))
+    defaults = {name: item.default() for name, item in options.items()}
+    compiled = _Compiled(
+        options=types.MappingProxyType(options),
+        defaults=types.MappingProxyType(defaults),
+        mutable=tuple(name for name, value in defaults.items() if isinstance(value, dict)),
+        required=tuple(name for name, value in defaults.items() if value is REQUIRED),
+        checks_given="check_given" in vars(section),
+    )
+    return _COMPILED.setdefault(section, compiled)
 
 
 def read_section(section: type[Section], value: Any, path: Path, sink: Sink) -> Any:
@@ -339,6 +382,7 @@ def read_section(section: type[Section], value: Any, path: Path, sink: Sink) -> 
     if sink.is_partial:
         return INVALID if len(sink.problems) > before else value
     _note_missing(section, given, path, sink)
+    _note_given(section, given, path, sink)
     if len(sink.problems) > before:
         return INVALID
     instance = object.__new__(section)
@@ -385,20 +429,24 @@ def _bare(kind: Kind) -> Kind:
     return kind.inner if isinstance(kind, NullableKind) else kind
 
 
-def _defaults(section: type[Section]) -> dict[str, Any]:
-    known = _DEFAULTS.get(section)
-    if known is None:
-        known = _DEFAULTS.setdefault(section, {name: item.default() for name, item in declared(section).items()})
-    return known
-
-
 def _fill(instance: Section, given: Mapping[str, Any], path: Path, sink: Sink) -> None:
     """Give an instance its values, then hold them against each other."""
-    values = {name: dict(value) if type(value) is dict else value for name, value in _defaults(type(instance)).items()}
+    compiled = _compiled(type(instance))
+    values = instance.__dict__  # around the freeze: this is still its construction
+    values.update(compiled.defaults)
+    for name in compiled.mutable:
+        values[name] = {}
     values.update(given)
-    instance.__dict__.update(values)  # around the freeze: this is still its construction
-    instance.__dict__.update(instance.derive(given))
+    values.update(instance.derive(given))
     for problem in instance.check():
+        sink.problems.append(dataclasses.replace(problem, path=(*path, *problem.path)))
+
+
+def _note_given(section: type[Section], given: Mapping[str, Any], path: Path, sink: Sink) -> None:
+    if not _compiled(section).checks_given:
+        return
+    valid = {name: value for name, value in given.items() if value is not INVALID}
+    for problem in section.check_given(valid):
         sink.problems.append(dataclasses.replace(problem, path=(*path, *problem.path)))
 
 
@@ -410,6 +458,8 @@ def _note_unknown(section: type[Section], key: Any, path: Path, sink: Sink) -> N
     message = "unknown key"
     if near is None and "." in key and find_option(section, key) is not None:
         message = f"unknown key; nest it: {' '.join(f'{part}:' for part in key.split('.'))} …"
+    elif section.alternative is not None and find_option(section.alternative, key) is not None:
+        message, near = f"unknown key; {section.stranger_remedy}", None
     sink.add((*path, key), message, near, is_about_key=True)
 
 
@@ -420,8 +470,8 @@ def _elsewhere(section: type[Section], key: str) -> str | None:
 
 
 def _note_missing(section: type[Section], given: Mapping[str, Any], path: Path, sink: Sink) -> None:
-    for name, item in declared(section).items():
-        if item.option.default is REQUIRED and name not in given:
+    for name in _compiled(section).required:
+        if name not in given:
             sink.add((*path, name), "is required", is_about_key=True)
     switch = section.switch
     if switch is not None and given and switch not in given:

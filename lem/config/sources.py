@@ -1,0 +1,242 @@
+"""Where every value of a configuration was written, so that a problem can be shown in its place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any
+
+from lem.config.merging import canonical, leaves, merge
+from lem.config.problems import ConfigProblems, Path, Problem, dotted
+from lem.config.scalars import as_written
+from lem.config.schema import Section
+
+__all__ = ["Document", "FileProblems", "Layer", "Mark", "Place", "Source"]
+
+MAX_SHOWN_PROBLEMS = 100
+MAX_SHOWN_LINE = 100
+
+# Names under which an option may have been written instead of its own.
+_OTHER_NAMES = {"model": ("model_name",)}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A position in a file, from 1."""
+
+    line: int
+    column: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a problem is shown: a file with a position in it, or a source that is no file."""
+
+    label: str
+    mark: Mark | None = None
+    line: str = ""
+
+    def __str__(self) -> str:
+        return self.label if self.mark is None else f"{self.label}:{self.mark.line}:{self.mark.column}"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A file as read: plain values and where they stand.
+
+    Attributes:
+        name: as the person named it.
+        path: to read it, and for what lies beside it.
+        tree: plain data; text in which `${VAR}` was expanded is `Expanded`.
+        keys, values: where the key and the value of a path begin.
+        problems: what is wrong whatever the options are: duplicate keys, unset variables.
+    """
+
+    name: str
+    path: FilePath
+    lines: tuple[str, ...] = ()
+    tree: Any = None
+    keys: Mapping[Path, Mark] = field(default_factory=dict)
+    values: Mapping[Path, Mark] = field(default_factory=dict)
+    problems: tuple[tuple[Mark, Problem], ...] = ()
+
+    @property
+    def located(self) -> list[tuple[Place, Problem]]:
+        """The problems with their places."""
+        return [(self.at(mark), problem) for mark, problem in self.problems]
+
+    def at(self, mark: Mark | None) -> Place:
+        """A position in this file as a place."""
+        if mark is None:
+            return Place(self.name)
+        return Place(self.name, mark, self.lines[mark.line - 1] if mark.line <= len(self.lines) else "")
+
+    def find(self, path: Path, *, is_about_key: bool) -> tuple[int, Mark | None]:
+        """How many parts of a path were found in the file, and where the last of them stands."""
+        at: Path = ()
+        found = 0
+        while found < len(path):
+            step = self._step(at, path[found:])
+            if step is None:
+                break
+            at, taken = step
+            found += taken
+        marks = self.keys if is_about_key and found == len(path) else self.values
+        return found, marks.get(at, self.values.get(at))
+
+    def _step(self, at: Path, rest: Path) -> tuple[Path, int] | None:
+        """One step down: under the name itself, another name of it, or several parts written as one dotted key."""
+        for name in (rest[0], *_OTHER_NAMES.get(str(rest[0]), ())):
+            if (*at, name) in self.values:
+                return (*at, name), 1
+        for count in range(2, len(rest) + 1):
+            joined = ".".join(str(part) for part in rest[:count])
+            if (*at, joined) in self.values:
+                return (*at, joined), count
+        return None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One source of values, laid over others.
+
+    Attributes:
+        kind: `command line`, `file`, `preset` or `default`.
+        label: what to call it: the file's name, `--set a.b=c`, `preset benchmark`.
+        mapping: the values, as the section they are for has them.
+        document: the file they come from; None when it is none.
+        prefix: where in the document the mapping stands.
+    """
+
+    kind: str
+    label: str
+    mapping: Mapping[str, Any]
+    document: Document | None = None
+    prefix: Path = ()
+
+
+class FileProblems(ConfigProblems):
+    """Problems with the places they stand in; the message shows the lines.
+
+    Attributes:
+        located: the problems with their places, in the order of the message.
+    """
+
+    def __init__(self, located: Iterable[tuple[Place, Problem]]) -> None:
+        # The same thing may be found twice: in a campaign, and in the experiment it is part of.
+        unique = list(
+            {(place, item.message if place.mark else str(item)): (place, item) for place, item in located}.values()
+        )
+        self.located = tuple(sorted(unique, key=_order(unique)))
+        count = len(self.located)
+        head = "1 problem in the configuration" if count == 1 else f"{count} problems in the configuration"
+        shown = [render(place, problem) for place, problem in self.located[:MAX_SHOWN_PROBLEMS]]
+        if count > len(shown):
+            shown.append(f"and {count - len(shown)} more")
+        super().__init__((problem for _, problem in self.located), "\n".join([f"{head}:", *shown]))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Layers over each other, and what they make.
+
+    Attributes:
+        section: what the values are for.
+        layers: the lowest first.
+        mapping: the layers merged, not yet validated.
+        origins: for each value given, the number of the layer that has the last word on it.
+        main: which document problems are laid to that have no place of their own.
+    """
+
+    section: type[Section]
+    layers: tuple[Layer, ...] = ()
+    mapping: Mapping[str, Any] = field(default_factory=dict)
+    origins: Mapping[Path, int] = field(default_factory=dict)
+    main: Document | None = None
+
+    def over(self, layer: Layer) -> Source:
+        """The source with another layer on top."""
+        mapping = merge(self.section, self.mapping, layer.mapping)
+        given = {path for path, _ in leaves(canonical(self.section, layer.mapping))}
+        number = len(self.layers)
+        origins = {
+            path: number if path in given else self.origins[path]
+            for path, _ in leaves(mapping)
+            if path in given or path in self.origins
+        }
+        return dataclasses.replace(self, layers=(*self.layers, layer), mapping=mapping, origins=origins)
+
+    @property
+    def unexpanded(self) -> dict[str, Any]:
+        """What was given, as it was written, with `${VAR}` unexpanded; records hold this."""
+        written: dict[str, Any] = as_written(self.mapping)
+        return written
+
+    def layer_of(self, path: Path) -> Layer | None:
+        """The layer that gave the value at a path, or the value that holds it; None for a default."""
+        for length in range(len(path), 0, -1):
+            number = self.origins.get(path[:length])
+            if number is not None:
+                return self.layers[number]
+        return None
+
+    def place(self, path: Path, *, is_about_key: bool = False) -> Place:
+        """Where a path was written; the nearest place above it when it was not."""
+        best: tuple[int, Place] | None = None
+        for layer in reversed(self.layers):
+            found, place = _place_in(layer, path, is_about_key=is_about_key)
+            if found and (best is None or found > best[0]):
+                best = (found, place)
+        if best is not None:
+            return best[1]
+        return Place(self.main.name if self.main is not None else dotted(path))
+
+    def folder_of(self, path: Path) -> FilePath:
+        """The folder that a relative file name at a path is relative to: its file's, or the working directory."""
+        layer = self.layer_of(path)
+        return layer.document.path.parent if layer is not None and layer.document is not None else FilePath()
+
+    def locate(self, problems: Iterable[Problem]) -> list[tuple[Place, Problem]]:
+        """The problems with their places."""
+        return [(self.place(item.path, is_about_key=item.is_about_key), item) for item in problems]
+
+    def error(self, problems: Iterable[Problem]) -> FileProblems:
+        """The problems as an error to raise."""
+        return FileProblems(self.locate(problems))
+
+
+def render(place: Place, problem: Problem) -> str:
+    """The problem with its place, then the line with a caret under the column."""
+    text = f"{place}: {problem}"
+    if place.mark is None or not place.line.strip():
+        return text
+    begin = max(0, place.mark.column - MAX_SHOWN_LINE // 2) if len(place.line) > MAX_SHOWN_LINE else 0
+    shown = place.line[begin : begin + MAX_SHOWN_LINE].replace("\t", " ").rstrip()
+    gutter = f"{place.mark.line:5d} | "
+    return f"{text}\n{gutter}{shown}\n{' ' * (len(gutter) - 2)}| {' ' * (place.mark.column - 1 - begin)}^"
+
+
+def _place_in(layer: Layer, path: Path, *, is_about_key: bool) -> tuple[int, Place]:
+    document = layer.document
+    if document is None:
+        node: Any = layer.mapping
+        found = 0
+        while found < len(path) and isinstance(node, Mapping) and path[found] in node:
+            node, found = node[path[found]], found + 1
+        return found, Place(layer.label)
+    found, mark = document.find((*layer.prefix, *path), is_about_key=is_about_key)
+    found -= len(layer.prefix)
+    return found, document.at(mark)
+
+
+def _order(located: list[tuple[Place, Problem]]) -> Any:
+    """Files in the order they turned up, problems by line and column; those without a place come first."""
+    labels = list(dict.fromkeys(place.label for place, _ in located))
+
+    def key(item: tuple[Place, Problem]) -> tuple[int, int, int]:
+        mark = item[0].mark or Mark(0, 0)
+        return labels.index(item[0].label), mark.line, mark.column
+
+    return key
