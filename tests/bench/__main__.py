@@ -1,0 +1,246 @@
+"""Figures of the program itself beside their targets: `make bench`.
+
+Each is measured where it is made: CPU time and memory of a process by the kernel's own account of it, what takes part
+in a campaign inside that campaign. Where a target is a ratio both sides are measured in turn, in this one run.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from lem.config.campaign_config import CampaignGridConfig
+from lem.orchestration.grid import expand_campaign_grid, validate_campaign_grid
+from lem.orchestration.manifest import CampaignManifestEntry, ManifestManager
+
+ROOT = Path(__file__).resolve().parents[2]
+PYZ = ROOT / "lem.pyz"
+STARTS = 21
+SAVES = 25
+WARM_EXPERIMENTS = (2, 22)
+TIMEOUT_S = 300
+
+# Runs lem.pyz as Python would, then says what the host process itself took (its children left out).
+HOST = """
+import json, resource, runpy, sys, time
+report = sys.argv[1]
+sys.argv = sys.argv[2:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as stop:
+    code = stop.code
+memory_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+json.dump({"code": code, "cpu_s": time.process_time(), "memory_kib": memory_kib}, open(report, "w"))
+"""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table; `target` is what the value must not exceed."""
+
+    name: str
+    value: float
+    unit: str
+    target: float
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.value <= self.target else "OVER"
+        return f"{self.name:<52}{self.value:>10.2f} {self.unit:<6}{self.target:>10.2f}  {verdict}"
+
+
+def main() -> int:
+    """0; a figure above its target is shown as such, for a person to judge on a machine that may be busy."""
+    print(f"{'figure':<52}{'value':>10} {'unit':<6}{'target':>10}")
+    for measure in (start_up, grid, manifest, host_of_a_campaign):
+        for figure in measure():
+            print(figure, flush=True)
+    return 0
+
+
+def start_up() -> Iterator[Figure]:
+    """CPU time and memory of `lem.pyz --help`, beside a Python that does nothing."""
+    nothing, helping = [sys.executable, "-c", "pass"], [sys.executable, str(PYZ), "--help"]
+    pairs = [(process_cost(nothing), process_cost(helping)) for _ in range(STARTS)]
+    unit_ms = 1000 * statistics.median(nothing.cpu_s for nothing, _ in pairs)
+    help_ms = 1000 * statistics.median(helping.cpu_s for _, helping in pairs)
+    yield Figure("python -c pass, CPU time (the unit)", unit_ms, "ms", float("inf"))
+    yield Figure("lem.pyz --help, CPU time", help_ms, "ms", 60 + 5 * unit_ms)
+    yield Figure("lem.pyz --help, CPU time in units", help_ms / unit_ms, "units", 5 + 60 / unit_ms)
+    memory_mib = statistics.median(helping.memory_kib for _, helping in pairs) / 1024
+    yield Figure("lem.pyz --help, memory", memory_mib, "MiB", 25)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a finished process took."""
+
+    cpu_s: float
+    memory_kib: int
+
+
+def process_cost(command: list[str]) -> Cost:
+    """CPU time and peak memory of a process, from wait4.
+
+    Raises:
+        RuntimeError: it fails.
+    """
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise RuntimeError(f"{command} fails with {process.returncode}")
+    return Cost(usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
+
+
+def grid() -> Iterator[Figure]:
+    """Expansion and validation of 10,000 experiments."""
+    shared = {
+        "max_output_tokens": list(range(1, 101)),
+        "max_input_tokens": list(range(101, 111)),
+        "decoder.temperature": [value / 10 for value in range(1, 11)],
+    }
+    config = CampaignGridConfig(backends=("pytorch",), models=("model",), shared=shared)
+    begin_s = time.process_time()
+    result = validate_campaign_grid(expand_campaign_grid(config))
+    elapsed_s = time.process_time() - begin_s
+    assert len(result.valid_configs) == 10_000, result.summary
+    yield Figure("grid of 10,000: expansion and validation, CPU time", elapsed_s, "s", 1)
+
+
+def manifest() -> Iterator[Figure]:
+    """One transition: an entry is changed and the manifest saved, until it is on disk."""
+    for count, target_ms in ((1_000, 10), (10_000, 100)):
+        with tempfile.TemporaryDirectory() as folder:
+            elapsed_s = transition_time(Path(folder), count)
+        yield Figure(f"manifest of {count:,}: one transition", 1000 * elapsed_s, "ms", target_ms)
+
+
+def transition_time(folder: Path, count: int) -> float:
+    """Median seconds of a transition in a manifest of so many entries."""
+    manager = ManifestManager(folder / "campaign_manifest.json")
+    entries = [
+        CampaignManifestEntry(
+            exp_id=f"{index:012x}-c1",
+            config_name=f"model-pytorch-{index}",
+            config_path=f"configs/bench/model-pytorch-{index}.yaml",
+            config_hash=f"{index:016x}",
+            backend="pytorch",
+            container=None,
+            cycle_index=0,
+            order_index=index,
+        )
+        for index in range(count)
+    ]
+    state = manager.create_manifest("0" * 8, "bench", "0" * 16, entries)
+    manager.save(state)
+    statuses = ("running", "completed")
+
+    def transition(index: int) -> None:
+        state.update_entry(entries[index // 2].exp_id, status=statuses[index % 2])
+        manager.save(state)
+
+    return statistics.median(timed(functools.partial(transition, index)) for index in range(SAVES))
+
+
+def timed(work: Callable[[], None]) -> float:
+    """Seconds that it takes."""
+    begin_s = time.perf_counter()
+    work()
+    return time.perf_counter() - begin_s
+
+
+def host_of_a_campaign() -> Iterator[Figure]:
+    """What the host costs beside the worker, with an engine that answers at once and stays loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        few, many = (run_host(Path(folder) / str(count), count) for count in WARM_EXPERIMENTS)
+    more = WARM_EXPERIMENTS[1] - WARM_EXPERIMENTS[0]
+    yield Figure("host, CPU time an experiment (warm)", 1000 * (many.cpu_s - few.cpu_s) / more, "ms", 10)
+    yield Figure("host, from a result written to the next one's start", 1000 * many.turn_s, "ms", 10)
+    yield Figure("host process of a campaign, memory", many.memory_kib / 1024, "MiB", 60)
+
+
+@dataclass(frozen=True)
+class HostCost:
+    """What the host process of a campaign took, its workers left out.
+
+    Attributes:
+        turn_s: median over experiments of the time from the event that one is completed to the first phase of the next.
+    """
+
+    cpu_s: float
+    memory_kib: int
+    turn_s: float
+
+
+def run_host(folder: Path, experiments: int) -> HostCost:
+    """What it takes to run a campaign of so many experiments that share one engine load.
+
+    Raises:
+        RuntimeError: the campaign fails.
+    """
+    folder.mkdir()
+    (folder / "bench.yaml").write_text(campaign_text(experiments), encoding="utf-8")
+    (folder / "prompts.txt").write_text("one two three\nfour five\n", encoding="utf-8")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("LEM")}
+    environ |= {"PYTHONPATH": str(ROOT / "tests" / "doubles"), "LEM_LOCK_DIR": str(folder)}
+    command = [sys.executable, "-c", HOST, "host.json", str(PYZ), "campaign", "bench.yaml", "--executor", "local"]
+    with open(folder / "errors", "wb") as errors:
+        process = subprocess.Popen(
+            [*command, "--fresh", "--yes", "--json"], cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=errors
+        )
+        turn_s = turn_time(process.stdout) if process.stdout else 0.0
+        process.wait(TIMEOUT_S)
+    report = json.loads((folder / "host.json").read_text(encoding="utf-8"))
+    if report["code"] != 0:
+        raise RuntimeError(f"the campaign fails with {report['code']}:\n{(folder / 'errors').read_text()[-2000:]}")
+    return HostCost(report["cpu_s"], report["memory_kib"], turn_s)
+
+
+def turn_time(lines: IO[bytes]) -> float:
+    """Median of the seconds from a completed experiment to the first phase of the next, as events come in."""
+    turns_s: list[float] = []
+    completed_s: float | None = None
+    for line in lines:
+        event = json.loads(line)["event"]
+        if event == "phase" and completed_s is not None:
+            turns_s.append(time.perf_counter() - completed_s)
+            completed_s = None
+        elif event == "experiment_completed":
+            completed_s = time.perf_counter()
+    return statistics.median(turns_s) if turns_s else 0.0
+
+
+def campaign_text(experiments: int) -> str:
+    """A campaign of so many experiments in one cycle, with one engine key: only the batch size differs."""
+    return f"""\
+campaign_name: bench
+model: trivial
+grid:
+  backends: [pytorch]
+  shared:
+    max_output_tokens: [8]
+    min_output_tokens: [8]
+    ignore_eos: [true]
+    gpus: [[]]
+    warmup.enabled: [false]
+    measurement.min_window_sec: [0.01]
+    prompts: [{{type: file, path: prompts.txt}}]
+  backend_overrides:
+    pytorch:
+      batch_size: {list(range(1, experiments + 1))}
+execution: {{cycles: 1, config_gap_seconds: 0, cycle_gap_seconds: 0}}
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
