@@ -17,6 +17,12 @@ _NAME_WIDTH = 36
 _NONE = "–"
 _SIGNIFICANT = 4
 _NAMES_SHOWN = 4
+_ESTIMATE = "tdp_estimate"
+# A terminal can say it is 0 columns wide, and lines over 120 are hard to read.
+_WIDTHS = (72, 120)
+
+_LATENCIES = (("TTFT", "ttft_p50_s"), ("e2e", "e2e_p50_s"))
+_INTERVALS = (("Output throughput", "output_tok_per_s"), ("Energy per output token", "energy_per_output_tok_j"))
 
 
 def render_summary(summary: CampaignSummary, *, is_colour: bool = False, width: int = 80) -> str:
@@ -34,7 +40,7 @@ class _Table:
         self._summary = summary
         self._configurations = summary.configurations
         self._is_colour = is_colour
-        self._width = width
+        self._width = min(max(width, _WIDTHS[0]), _WIDTHS[1])
         self._shortener = NameShortener([item.config_name for item in summary.configurations], _NAME_WIDTH)
 
     def render(self) -> str:
@@ -43,7 +49,7 @@ class _Table:
         blocks = (
             self._heading(),
             self._estimates("output_tok_per_s", "Output throughput, tok/s"),
-            self._estimates("energy_per_output_tok_j", self._energy_heading()),
+            self._estimates("energy_per_output_tok_j", "Energy per output token, J" + self._energy_origin()),
             self._outcomes(),
             self._notes(),
             self._warnings(),
@@ -81,16 +87,21 @@ class _Table:
             names.append(self._shortener(item.config_name))
             cells.append(_estimate_cells(estimate, decimals))
             if estimate.all_attempts is not None:
-                names.append("  with invalid attempts")
+                names.append("  over all attempts")
                 cells.append(_all_attempts_cells(estimate.all_attempts, decimals))
         headings = ("n", "geom.\nmean", f"{percent}\nt interval", "bootstrap\ninterval")
         table = [Column(text, tuple(row[index] for row in cells)) for index, text in enumerate(headings)]
         return self._headed(columns(heading, names, table, self._width), n_heads=2)
 
-    def _energy_heading(self) -> str:
-        sources = {source for item in self._configurations for source in item.energy_sources}
-        label = "Energy per output token, J"
-        return label + "\n(an estimate from TDP)" if "tdp_estimate" in sources else label
+    def _energy_origin(self) -> str:
+        """What stands under the heading of energy where it was not measured but estimated."""
+        sources = self._energy_sources()
+        if _ESTIMATE not in sources:
+            return ""
+        return "\n(an estimate from TDP)" if len(sources) == 1 else "\n(partly an estimate from TDP)"
+
+    def _energy_sources(self) -> set[str]:
+        return {source for item in self._configurations for source in item.energy_sources}
 
     def _outcomes(self) -> list[str]:
         """Latency, and how many results there are of which kind."""
@@ -115,10 +126,10 @@ class _Table:
         notes = [*self._interval_notes()]
         if any(item.metrics[metric].values for item in self._configurations for _, metric in _LATENCIES):
             notes.append("Latency: median over the requests of a cycle, geometric mean over the cycles.")
-        if any(not source.startswith("tdp") for item in self._configurations for source in item.energy_sources):
+        if self._energy_sources() - {_ESTIMATE}:
             notes.append("Energy: board sensors carry ±5 % per card; compare configurations on one card, not cards.")
-        for label, metric in (*_LATENCIES, ("Energy per output token", "energy_per_output_tok_j")):
-            notes += self._why_null(label, metric)
+        for label, metric in (*_LATENCIES, *_INTERVALS):
+            notes += self._gaps(label, metric)
         lines = [line for note in notes for line in wrapped(note, self._width, "  ")]
         return [self._paint(line, "dim") for line in lines]
 
@@ -127,7 +138,9 @@ class _Table:
         shared = [item for item in self._configurations if item.is_load_shared]
         if shared:
             yield f"No interval{self._of(shared, 'for')}: {SHARED_LOAD.removesuffix(': no interval')}."
-        sizes = sorted({item.n_cycles for item in self._configurations if item.n_cycles > 1 and item not in shared})
+        sizes = sorted(
+            {item.n_cycles for item in self._configurations if item.n_cycles > 1 and not item.is_load_shared}
+        )
         if sizes:
             yield (
                 f"t interval: Student t on the logs of n cycles, around their geometric mean; it covers {percent} "
@@ -138,16 +151,16 @@ class _Table:
                 f"{_coverage(sizes, self._summary.confidence)}."
             )
 
-    def _why_null(self, label: str, metric: str) -> Iterable[str]:
-        """One line a reason; a configuration without a valid result has said so already."""
+    def _gaps(self, label: str, metric: str) -> Iterable[str]:
+        """Why numbers are missing, one line a reason; a configuration without a valid result has said so already."""
         measurable = [item for item in self._configurations if item.n_cycles]
         by_reason: dict[str, list[ConfigAggregate]] = {}
         for item in measurable:
-            if not item.metrics[metric].values:
-                by_reason.setdefault(item.metrics[metric].null_reason or "", []).append(item)
+            for reason in _gaps_of(item.metrics[metric]):
+                by_reason.setdefault(reason, []).append(item)
         for reason, members in by_reason.items():
             of = "" if len(members) == len(measurable) else self._of(members, "for")
-            yield f"{label}: not measured{of}: {reason}."
+            yield f"{label}{of}: {reason.rstrip('.')}."
 
     def _warnings(self) -> list[str]:
         lines: list[str] = []
@@ -191,7 +204,13 @@ class _Table:
         return paint(text, style, is_colour=self._is_colour)
 
 
-_LATENCIES = (("TTFT", "ttft_p50_s"), ("e2e", "e2e_p50_s"))
+def _gaps_of(estimate: MetricEstimate) -> Iterable[str]:
+    if estimate.null_reason is not None:
+        yield f"not measured: {estimate.null_reason}"
+    if estimate.warning is not None:
+        yield estimate.warning
+    if estimate.t_log is not None and estimate.t_log.geometric_mean is None and estimate.t_log.warning is not None:
+        yield estimate.t_log.warning
 
 
 def _estimate_cells(estimate: MetricEstimate, decimals: int | None) -> tuple[str, ...]:

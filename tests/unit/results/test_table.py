@@ -196,6 +196,39 @@ def test_the_document_holds_what_the_table_shows() -> None:
     assert first["energy"]["energy_per_output_tok_j"]["null_reason"]
 
 
+def test_a_value_without_a_geometric_mean_says_why() -> None:
+    records = [make_record(cycle=cycle, output_tok_per_s=rate) for cycle, rate in enumerate((0.0, 1.0, 2.0))]
+    text = " ".join(render_summary(summarise(records)).split())
+    assert "Output throughput: 1 of 3 values are zero or negative: no geometric mean" in text
+
+
+def test_a_value_measured_in_some_cycles_says_in_how_many() -> None:
+    records = [make_record(cycle=0, ttft_p50_s=0.01), make_record(cycle=1)]
+    assert "TTFT: measured in 1 of 2 cycles: the engine gave no time" in render_summary(summarise(records))
+
+
+def test_a_mixture_of_measured_and_estimated_energy_says_so() -> None:
+    records = [
+        make_record(energy_per_output_tok_j=0.5),
+        make_record(cycle=1, energy_per_output_tok_j=0.5, energy_source="tdp_estimate"),
+    ]
+    assert "(partly an estimate from TDP)" in render_summary(summarise(records))
+
+
+@pytest.mark.parametrize("width", [0, 20, 72, 80, 200])
+def test_a_terminal_of_any_width_gets_a_table(width: int) -> None:
+    lines = render_summary(SUMMARIES["trouble"], width=width).splitlines()
+    assert max(map(text_width, lines)) <= max(72, min(width, 120))
+
+
+def test_a_thousand_configurations_are_summarised_in_names_of_their_own() -> None:
+    records = [
+        make_record(config_name=f"c{n}", config_hash=f"{n:016x}", order=n, warnings=("slow",)) for n in range(1000)
+    ]
+    text = render_summary(summarise(records))
+    assert "warning: slow (1000 of 1000 results)" in text.splitlines()
+
+
 def test_a_name_that_steers_terminals_is_made_harmless() -> None:
     text = render_summary(summarise([make_record(config_name="a\x1b]0;title\x07", warnings=("\x1b[2J",))]))
     assert "\x1b" not in text
