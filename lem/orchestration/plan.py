@@ -1,0 +1,293 @@
+"""What a campaign will run: every experiment in its order, and what was left out and why."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig
+from lem.config.defaults import with_campaign_defaults
+from lem.config.experiment_config import ExperimentConfig
+from lem.config.loading import ExperimentDraft
+from lem.config.rules import Gpu
+from lem.config.scalars import as_written
+from lem.experiment.prompts import resolve_on_host
+from lem.orchestration.grid import (
+    GridValidationIssue,
+    count_reasons,
+    expand_campaign_grid,
+    validate_named,
+)
+from lem.orchestration.identity import (
+    PromptResolver,
+    campaign_config_hash,
+    config_hash,
+    experiment_id,
+    prompts_fingerprint,
+)
+from lem.orchestration.manifest import CampaignManifestEntry
+from lem.orchestration.naming import distinct_names, file_stem, name_configurations
+from lem.orchestration.order import (
+    ExpectedTime,
+    GapKind,
+    expected_time,
+    gaps_before,
+    loads_engine,
+    order_experiments,
+)
+
+__all__ = ["CampaignExperiment", "Plan", "build_plan"]
+
+
+@dataclass(frozen=True)
+class CampaignExperiment:
+    """One configuration in one cycle.
+
+    Attributes:
+        exp_id: unique in the plan.
+        config_dict: the configuration as given, the campaign's values filled in; text may remember its `${VAR}`.
+        config_path: its file; for a generated one where `generated.write_configs` writes it.
+        is_generated: it comes from a grid or was written in the campaign, so it has no file of its own.
+        cycle_index: from 0.
+        order_index: its place in the plan, from 0.
+        container: the service it runs in; None outside containers.
+    """
+
+    exp_id: str
+    config_name: str
+    config: ExperimentConfig
+    config_dict: Mapping[str, Any]
+    config_path: str
+    config_hash: str
+    engine_key: str
+    cycle_index: int
+    order_index: int
+    is_generated: bool = False
+    container: str | None = None
+    manifest_entry: CampaignManifestEntry | None = None
+
+    @property
+    def backend(self) -> str:
+        """The engine."""
+        return self.config.backend
+
+    @property
+    def requested(self) -> dict[str, Any]:
+        """The configuration as it was written, `${VAR}` unexpanded, for records."""
+        written: dict[str, Any] = as_written(self.config_dict)
+        return written
+
+    def new_entry(self) -> CampaignManifestEntry:
+        """A pending entry of a manifest."""
+        return CampaignManifestEntry(
+            exp_id=self.exp_id,
+            config_name=self.config_name,
+            config_path=self.config_path,
+            config_hash=self.config_hash,
+            backend=self.backend,
+            container=self.container,
+            cycle_index=self.cycle_index,
+            order_index=self.order_index,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The experiments of a campaign in the order to run, and what became of the others.
+
+    Questions about time and loads take a part of the plan, such as what a resume leaves; all of it when not given.
+
+    Attributes:
+        total_generated: configurations before validation; cycles do not count.
+        filtered: an error for each configuration left out.
+        warnings: about those that are in; several may be about one.
+        config_hash: of the campaign (`identity.campaign_config_hash`).
+    """
+
+    experiments: tuple[CampaignExperiment, ...]
+    total_generated: int
+    filtered: tuple[GridValidationIssue, ...]
+    warnings: tuple[GridValidationIssue, ...]
+    execution: CampaignExecutionConfig
+    is_cold: bool
+    config_hash: str
+
+    @property
+    def shuffle_seed(self) -> int | None:
+        """The seed of the order; None where nothing is shuffled."""
+        return self.execution.seed if self.execution.structure == "shuffled" else None
+
+    @property
+    def configurations(self) -> tuple[CampaignExperiment, ...]:
+        """One experiment for each configuration, in the order they first run."""
+        return tuple({item.config_hash: item for item in reversed(self.experiments)}.values())[::-1]
+
+    @property
+    def summary(self) -> str:
+        """`Generated N experiments (M filtered, W warnings)`, before cycles."""
+        return (
+            f"Generated {self.total_generated} experiments "
+            f"({len(self.filtered)} filtered, {len(self.warnings)} warnings)"
+        )
+
+    @property
+    def filtered_by_reason(self) -> list[tuple[str, int]]:
+        """How many configurations were left out for each reason, the most frequent first."""
+        return count_reasons(self.filtered)
+
+    @property
+    def warnings_by_reason(self) -> list[tuple[str, int]]:
+        """How many configurations each warning is about, the most frequent first."""
+        return count_reasons(self.warnings)
+
+    def loads(self, part: Sequence[CampaignExperiment] | None = None) -> list[bool]:
+        """Whether each experiment loads an engine; the sum is what a run will cost."""
+        return loads_engine(self._part(part), reuse=self.execution.reuse, is_cold=self.is_cold)
+
+    def gap_kinds(self, part: Sequence[CampaignExperiment] | None = None) -> list[GapKind | None]:
+        """The gap before each experiment; None before the first."""
+        return gaps_before(self._part(part), self.execution.structure)
+
+    def gap_cap_s(self, kind: GapKind | None) -> float:
+        """The most seconds a gap takes."""
+        if kind is None:
+            return 0.0
+        return self.execution.cycle_gap_seconds if kind == "cycle" else self.execution.config_gap_seconds
+
+    def expected_time(
+        self,
+        measured_by_config: Mapping[str, float],
+        load_by_engine: Mapping[str, float],
+        part: Sequence[CampaignExperiment] | None = None,
+    ) -> ExpectedTime:
+        """The time it will take, from earlier experiments; as `order.expected_time`."""
+        return expected_time(
+            self._part(part),
+            loads=self.loads(part),
+            gaps_s=sum(map(self.gap_cap_s, self.gap_kinds(part))),
+            measured_by_config=measured_by_config,
+            load_by_engine=load_by_engine,
+        )
+
+    def _part(self, part: Sequence[CampaignExperiment] | None) -> Sequence[CampaignExperiment]:
+        return self.experiments if part is None else part
+
+
+def build_plan(
+    campaign: CampaignConfig,
+    drafts: Sequence[ExperimentDraft] = (),
+    *,
+    preset: Mapping[str, Any] | None = None,
+    forced: Collection[str] = (),
+    resolve_prompts: PromptResolver = resolve_on_host,
+    gpus: Sequence[Gpu] | None = None,
+) -> Plan:
+    """The plan of a campaign: the experiments it names and those of its grid, validated, in every cycle.
+
+    Args:
+        drafts, preset, forced: as `yamlfile.load_campaign` gives them: the experiments of `configs` and `experiments`,
+            the values a grid starts from, and the campaign's options that win over the experiments' own.
+        resolve_prompts: called once for each different source of prompts.
+        gpus: of the host that will run it, for warnings; None when unknown.
+
+    Raises:
+        ConfigurationError: prompts that cannot be used.
+    """
+    candidates = _collect(campaign, drafts, preset or {}, forced)
+    validation = validate_named([(item.name, item.config_dict) for item in candidates], gpus)
+    configurations, repeated = _identify(candidates, validation.configs, resolve_prompts)
+    execution = campaign.execution
+    ordered = order_experiments(
+        configurations,
+        engine_key=lambda item: item.engine_key,
+        cycles=execution.cycles,
+        structure=execution.structure,
+        seed=execution.seed,
+    )
+    return Plan(
+        experiments=tuple(_place(item, cycle, index) for index, (item, cycle) in enumerate(ordered)),
+        total_generated=len(candidates),
+        filtered=validation.filtered,
+        warnings=(*validation.warnings, *repeated),
+        execution=execution,
+        is_cold=campaign.cold_start.force_cold_start or campaign.cold_start.restart_container,
+        config_hash=campaign_config_hash(campaign, [item.config_hash for item in configurations]),
+    )
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A configuration before validation."""
+
+    name: str
+    config_dict: dict[str, Any]
+    path: str
+    is_generated: bool
+
+
+@dataclass(frozen=True)
+class _Configuration:
+    """A configuration that runs."""
+
+    candidate: _Candidate
+    config: ExperimentConfig
+    config_hash: str
+    engine_key: str
+
+
+def _collect(
+    campaign: CampaignConfig, drafts: Sequence[ExperimentDraft], preset: Mapping[str, Any], forced: Collection[str]
+) -> list[_Candidate]:
+    """The experiments named, then those of the grid, each with a name and a path of its own."""
+    expanded = [] if campaign.grid is None else expand_campaign_grid(campaign.grid, preset)
+    unnamed = iter(name_configurations([draft.mapping for draft in drafts if draft.name is None]))
+    names = [draft.name or next(unnamed) for draft in drafts] + name_configurations(expanded)
+    config_dicts = [dict(draft.mapping) for draft in drafts]
+    config_dicts += [with_campaign_defaults(campaign, item, forced) for item in expanded]
+    names = distinct_names(names, config_dicts)
+    folder = Path(campaign.io.configs_dir) / campaign.slug
+    stems = distinct_names([file_stem(name) for name in names], config_dicts)
+    files = [draft.path for draft in drafts] + [None] * len(expanded)
+    return [
+        _Candidate(name, config_dict, str(file or folder / f"{stem}.yaml"), file is None)
+        for name, config_dict, stem, file in zip(names, config_dicts, stems, files, strict=True)
+    ]
+
+
+def _identify(
+    candidates: Sequence[_Candidate], configs: Sequence[ExperimentConfig | None], resolve_prompts: PromptResolver
+) -> tuple[list[_Configuration], list[GridValidationIssue]]:
+    """The valid configurations with their hashes, each once, and a warning for each one that was there already."""
+    prompts: dict[Any, dict[str, Any]] = {}
+    found: dict[str, _Configuration] = {}
+    repeated = []
+    for candidate, config in zip(candidates, configs, strict=True):
+        if config is None:
+            continue
+        source = (config.dataset, config.prompts)
+        if source not in prompts:
+            prompts[source] = prompts_fingerprint(config, resolve_prompts)
+        digest = config_hash(config, prompts[source])
+        if digest in found:
+            same = f"is the same experiment as {found[digest].candidate.name}, and runs once"
+            repeated.append(GridValidationIssue(candidate.name, same, "warning"))
+        else:
+            found[digest] = _Configuration(candidate, config, digest, config.engine_key())
+    return list(found.values()), repeated
+
+
+def _place(item: _Configuration, cycle: int, index: int) -> CampaignExperiment:
+    return CampaignExperiment(
+        exp_id=experiment_id(item.config_hash, cycle),
+        config_name=item.candidate.name,
+        config=item.config,
+        config_dict=item.candidate.config_dict,
+        config_path=item.candidate.path,
+        config_hash=item.config_hash,
+        engine_key=item.engine_key,
+        cycle_index=cycle,
+        order_index=index,
+        is_generated=item.candidate.is_generated,
+    )
