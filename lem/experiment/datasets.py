@@ -152,12 +152,13 @@ def _load_from_hub(choice: DatasetChoice, token: str | None) -> tuple[Iterable[R
             token=token,
         )
     except failures as error:
-        is_offline = isinstance(error, ConnectionError)
+        # Told to stay offline, it would fail the same way again.
+        may_pass = isinstance(error, ConnectionError) and not datasets.config.HF_HUB_OFFLINE
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise dataset_error(
             f"data set {choice.name} ({choice.hub_name}, split {choice.split}): {first_line}",
             f"check name, subset, split and network; or put a copy into the folder {DATASETS_VARIABLE} names",
-            is_permanent=not is_offline,
+            is_permanent=not may_pass,
         ) from error
     return loaded, _revision_of(loaded)
 

@@ -120,21 +120,30 @@ def fingerprint_of(host: HostFacts, report: EngineReport, versions: Mapping[str,
 
 
 def differing_options(config: ExperimentConfig, effective: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """{option: [requested, effective]} of the options that the engine reports under the same name with another value.
+    """{dotted option: [requested, effective]} of the options that the engine reports with another value.
 
-    Options that were not given differ from nothing: they are the engine's own defaults.
+    An option left to the engine differs from nothing. Nor does a default that does not apply (effective None), such as
+    top_p under greedy decoding: nobody asked for it.
     """
-    requested = config.to_dict()
-    wanted = {**_flatten(requested, ""), **_flatten(requested.get(config.backend) or {}, "")}
-    found = _flatten(effective, "")
+    wanted = _options_of(config)
+    defaults = _options_of(ExperimentConfig.from_dict({"model": config.model.name, "backend": config.backend}))
+    found = _flatten(effective)
     return {
         name: [value, found[name]]
         for name, value in sorted(wanted.items())
-        if value is not None and name in found and found[name] != value
+        if value is not None
+        and name in found
+        and found[name] != value
+        and not (found[name] is None and defaults.get(name) == value)
     }
 
 
-def _flatten(value: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def _options_of(config: ExperimentConfig) -> dict[str, Any]:
+    """Every option by its dotted name, the backend's defaults included where its section was left out."""
+    return _flatten({**config.to_dict(), config.backend: config.section.to_dict()})
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, Mapping):

@@ -12,14 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lem.experiment.clock import seconds_between
-from lem.record import Distribution, Latency
+from lem.record import OBSERVATIONS_NEEDED, Distribution, Latency
 
 __all__ = ["RequestTimes", "distribute", "latency_of", "percentile"]
-
-# A percentile p is given from 1 / (1 - p) observations on: below, it would be the slowest request under another name.
-MIN_FOR_P90 = 10
-MIN_FOR_P95 = 20
-MIN_FOR_P99 = 100
 
 _NO_REQUEST = "no request was completed in the window"
 _NO_ARRIVALS = "the requests of a closed batch are all there at the start; none waits for its turn by arriving"
@@ -68,17 +63,21 @@ def percentile(sorted_values: Sequence[float], fraction: float) -> float:
 
 
 def distribute(values: Sequence[float]) -> Distribution | None:
-    """Mean and percentiles of values in seconds; None of none; p90, p95 and p99 from 10, 20 and 100 values on."""
+    """Mean and percentiles of values in seconds; None of none; a percentile is None below `OBSERVATIONS_NEEDED`."""
     if not values:
         return None
     ordered = sorted(values)
     n = len(ordered)
+
+    def above(name: str, fraction: float) -> float | None:
+        return percentile(ordered, fraction) if n >= OBSERVATIONS_NEEDED[name] else None
+
     return Distribution(
         mean=math.fsum(ordered) / n,
         p50=percentile(ordered, 0.50),
-        p90=percentile(ordered, 0.90) if n >= MIN_FOR_P90 else None,
-        p95=percentile(ordered, 0.95) if n >= MIN_FOR_P95 else None,
-        p99=percentile(ordered, 0.99) if n >= MIN_FOR_P99 else None,
+        p90=above("p90", 0.90),
+        p95=above("p95", 0.95),
+        p99=above("p99", 0.99),
         n=n,
     )
 

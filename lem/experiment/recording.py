@@ -44,6 +44,7 @@ __all__ = ["Findings", "compose_record"]
 # measurement.md, step 5: more failed requests than this and the window is not one of the load that was meant.
 MAX_FAILED_RATIO = 0.01
 
+_NO_PADDING = "the engine does not tell how much padding it computed on; input never holds any"
 _NO_ENERGY = "no energy was measured"
 _S = TypeVar("_S", Energy, Idle, Efficiency, Throughput)
 
@@ -181,10 +182,10 @@ def _work(found: Findings) -> Work:
         requests_failed=len(measured.failures),
         input_tok=measured.input_tok,
         output_tok=measured.output_tok,
-        padding_tok=None,
+        padding_tok=measured.padding_tok,
         token_source="engine_ids",  # noqa: S106 (no password)
         prompt_source=found.prompts.source,
-        null_reasons={"padding_tok": "the engine does not tell how much padding it computed on; input never holds any"},
+        null_reasons={} if measured.padding_tok is not None else {"padding_tok": _NO_PADDING},
     )
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from lem.backends.protocol import Backend, Completion, TokenRequest
 from lem.errors import EngineError
 from lem.experiment.clock import NS_PER_S, Clock, seconds_between
-from lem.experiment.window import MeasuredWindow, Output, are_alike, check_completion, times_of
+from lem.experiment.window import MeasuredWindow, Output, are_alike, check_completion, padding_of, times_of
 
 __all__ = ["PreparedQueue", "TrafficPlan", "TrafficQueue", "arrival_offsets_s", "measure_traffic", "serve_all"]
 
@@ -278,6 +278,7 @@ class _Books:
     ) -> MeasuredWindow:
         finished = [pair for pair in answered if self._holds(pair[1].finished_ns)]
         good = [(arrival, item) for arrival, item in finished if item.error is None]
+        prefilled = self._prefilled(answered)
         steady, reason = self._compare_halves(answered)
         return MeasuredWindow(
             traffic_mode=self.mode,
@@ -286,8 +287,9 @@ class _Books:
             repeats=max(1, len(finished) // self.prompt_count),
             requests=tuple(times_of(item, arrival.arrived_ns) for arrival, item in good),
             failures=(*(item.error for _, item in finished if item.error is not None), *lost),
-            input_tok=self._count_input(answered),
+            input_tok=sum(len(arrival.request.token_ids) for arrival, _ in prefilled),
             output_tok=sum(1 for time_ns in _token_times(answered) if self._holds(time_ns)),
+            padding_tok=padding_of([item for _, item in prefilled]),
             steady=steady,
             steady_null_reason=reason,
             outputs=tuple(
@@ -299,13 +301,13 @@ class _Books:
     def _holds(self, time_ns: int) -> bool:
         return self.opened_ns < time_ns <= self.closed_ns
 
-    def _count_input(self, answered: Sequence[tuple[_Arrival, Completion]]) -> int:
-        """Input tokens of the requests whose first output token was seen in the window: when prefill was done."""
-        return sum(
-            len(arrival.request.token_ids)
+    def _prefilled(self, answered: Sequence[tuple[_Arrival, Completion]]) -> list[tuple[_Arrival, Completion]]:
+        """The requests whose input counts: those whose first output token, the end of prefill, was in the window."""
+        return [
+            (arrival, item)
             for arrival, item in answered
             if item.error is None and self._holds(next(_times(item), item.finished_ns))
-        )
+        ]
 
     def _compare_halves(self, answered: Sequence[tuple[_Arrival, Completion]]) -> tuple[bool | None, str | None]:
         middle_ns = (self.opened_ns + self.closed_ns) // 2

@@ -17,6 +17,7 @@ __all__ = [
     "are_alike",
     "check_completion",
     "measure_batch",
+    "padding_of",
     "times_of",
 ]
 
@@ -45,6 +46,7 @@ class MeasuredWindow:
         requests: the completed requests that count.
         failures: the error of each failed request that counts.
         input_tok, output_tok: tokens of requests that did not fail, padding left out.
+        padding_tok: padding computed in front of the prompts behind `input_tok`; None where the engine does not tell.
         steady: whether its halves are alike; None with its reason where there is nothing to compare.
         outputs: the answers to keep: of the first pass, or of the requests that count under traffic.
     """
@@ -57,6 +59,7 @@ class MeasuredWindow:
     failures: tuple[str, ...]
     input_tok: int
     output_tok: int
+    padding_tok: int | None
     steady: bool | None
     steady_null_reason: str | None
     outputs: tuple[Output, ...]
@@ -118,6 +121,12 @@ def times_of(completion: Completion, arrived_ns: int | None) -> RequestTimes:
     )
 
 
+def padding_of(completions: Sequence[Completion]) -> int | None:
+    """The padding of all the completions; None as soon as one does not tell."""
+    told = [item.padding_tok for item in completions if item.padding_tok is not None]
+    return sum(told) if len(told) == len(completions) else None
+
+
 def check_completion(completion: Completion) -> None:
     """Refuse times that would make figures up.
 
@@ -160,6 +169,7 @@ def _add_up(requests: Sequence[TokenRequest], passes: Sequence[_Pass]) -> Measur
         failures=tuple(item.error for item in everything if item.error is not None),
         input_tok=sum(len(by_index[item.index].token_ids) for item in good),
         output_tok=sum(item.output_tok for item in passes),
+        padding_tok=padding_of(good),
         steady=steady,
         steady_null_reason=reason,
         outputs=tuple(
