@@ -11,21 +11,23 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 
-_watchers: list[Callable[[str], None]] = []
+Watcher = Callable[[str, str], None]
+
+_watchers: list[Watcher] = []
 
 
-def _hook(event: str, _arguments: tuple[object, ...]) -> None:
+def _hook(event: str, arguments: tuple[object, ...]) -> None:
     if _watchers and event.startswith("lem."):
         for watcher in tuple(_watchers):
-            watcher(event)
+            watcher(event, str(arguments[0]))
 
 
 sys.addaudithook(_hook)
 
 
 @contextlib.contextmanager
-def watching(watcher: Callable[[str], None]) -> Iterator[None]:
-    """Call `watcher` with the name of each operation just before it happens; what it raises fails the operation."""
+def watching(watcher: Watcher) -> Iterator[None]:
+    """Call `watcher` with kind and path of each operation just before it happens; what it raises fails it."""
     _watchers.append(watcher)
     try:
         yield
@@ -37,7 +39,7 @@ def watching(watcher: Callable[[str], None]) -> Iterator[None]:
 def failing(event: str, code: int = errno.ENOSPC) -> Iterator[None]:
     """Let every operation of that kind fail."""
 
-    def fail(happening: str) -> None:
+    def fail(happening: str, _path: str) -> None:
         if happening == event:
             raise OSError(code, os.strerror(code))
 

@@ -108,7 +108,7 @@ def test_a_reader_never_sees_a_part(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"old")
     seen: list[tuple[str, bytes]] = []
-    with watching(lambda event: seen.append((event, path.read_bytes()))):
+    with watching(lambda event, _: seen.append((event, path.read_bytes()))):
         durable.write_bytes(path, b"new")
     assert seen == [("lem.write", b"old"), ("lem.fsync", b"old"), ("lem.rename", b"old"), ("lem.fsync_dir", b"new")]
 

@@ -176,6 +176,10 @@ def test_cycles_that_share_an_engine_load_have_no_interval() -> None:
     assert document["throughput"]["output_tok_per_s"]["bootstrap"]["true_coverage"] is None
 
 
+def test_values_stand_in_the_order_of_the_cycles() -> None:
+    assert rates_of(aggregate_config("small", list(reversed(cycles(100, 102, 98))))) == (100, 102, 98)
+
+
 def test_two_of_three_cycles_that_share_a_load_are_enough() -> None:
     records = [
         make_record(cycle=0, load_id="one"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from lem.errors import InfrastructureError, UserError
 from lem.record import Record, write_record
 from lem.results.attempt import AttemptFolder
 from lem.results.repository import Repository, Scan, count_failed, list_campaigns
-from tests.faulty_disk import failing
+from tests.faulty_disk import failing, watching
 from tests.records import make_record
 
+ROOT = Path(__file__).resolve().parents[3]
 RUN = "20260714T100000Z-3fa1"
 EXPERIMENT = "0123456789ab-c1"
 
@@ -133,6 +136,36 @@ def test_a_failed_attempt_folder_is_not_taken_by_the_next(repository: Repository
     with failing("lem.fsync_dir"), pytest.raises(InfrastructureError):
         repository.prepare_attempt(RUN, EXPERIMENT)
     assert repository.prepare_attempt(RUN, EXPERIMENT).number == 3
+
+
+def test_every_new_folder_is_made_safe_in_its_parent(repository: Repository, tmp_path: Path) -> None:
+    synced: list[str] = []
+    with watching(lambda event, path: synced.append(path) if event == "lem.fsync_dir" else None):
+        attempt = repository.prepare_attempt(RUN, EXPERIMENT)
+    assert synced == [str(path) for path in reversed(attempt.path.parents) if path.is_relative_to(tmp_path)]
+    with watching(lambda event, path: synced.append(path)):
+        repository.prepare_attempt(RUN, EXPERIMENT)
+    assert synced[-1] == str(attempt.path.parent)
+    assert len(synced) == 6
+
+
+def test_a_disk_without_room_is_told_before_the_start(tmp_path: Path) -> None:
+    """A real refusal by the kernel: the limit on the size of files stands for a disk that is nearly full."""
+    code = """
+import resource, sys
+from pathlib import Path
+from lem.errors import UserError
+from lem.results.repository import Repository
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    Repository(Path(sys.argv[1]), "demo").check_writable()
+except UserError as error:
+    print(error.message)
+"""
+    argv = [sys.executable, "-c", code, str(tmp_path)]
+    finished = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert finished.stdout == f"results folder {tmp_path / 'demo'}: file too large\n"
+    assert list((tmp_path / "demo").iterdir()) == []
 
 
 def test_a_writable_folder_is_made_and_left_empty(repository: Repository) -> None:
