@@ -166,7 +166,15 @@ def _quantization(section: PyTorchConfig) -> Any:
 def _add_adapter(loaded: LoadedModel, name: str, token: str | None) -> Source:
     source = locate(name, marker="adapter_config.json", revision=None, token=token, option="model.adapter")
     with explained(f"model.adapter: {name}"):
-        loaded.model.load_adapter(source.name, adapter_kwargs={"token": token, "revision": source.commit})
+        info = loaded.model.load_adapter(source.name, adapter_kwargs={"token": token, "revision": source.commit})
+    strays = sorted({*(getattr(info, "missing_keys", None) or ()), *(getattr(info, "unexpected_keys", None) or ())})
+    if strays:
+        raise EngineError(
+            f"model.adapter: {name} does not fit {loaded.source.name}: {len(strays)} weights, among them {strays[0]}",
+            "name the model that the adapter was trained on",
+            kind="model",
+            is_permanent=True,
+        )
     loaded.model.eval()
     return source
 

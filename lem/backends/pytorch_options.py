@@ -1,4 +1,4 @@
-"""What an experiment asks of transformers, in the words of `generate`. Imports no engine: what is found of it are facts."""
+"""What an experiment asks of transformers, in the words of `generate`; imports no engine."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = [
     "assistant_settings",
     "batch_rules",
     "generation_settings",
+    "idle_options",
     "is_assisted",
-    "is_greedy",
     "section_of",
 ]
 
@@ -85,9 +85,11 @@ def is_assisted(section: PyTorchConfig) -> bool:
     return section.assisted_generation.model is not None or section.assisted_generation.num_tokens is not None
 
 
-def is_greedy(config: ExperimentConfig) -> bool:
-    """Whether the likeliest token is always taken: temperature 0 is the limit of ever sharper sampling."""
-    return not config.decoder.do_sample or config.decoder.temperature == 0
+def idle_options(config: ExperimentConfig) -> tuple[str, ...]:
+    """What the experiment asks for in vain, in words; the rules across fields tell of the decoder's own values."""
+    if section_of(config).min_p is not None and config.decoder.is_greedy:
+        return ("pytorch.min_p has no effect under greedy decoding",)
+    return ()
 
 
 def batch_rules(config: ExperimentConfig) -> BatchRules:
@@ -110,7 +112,7 @@ def generation_settings(config: ExperimentConfig, tokens: SpecialTokens) -> dict
     """
     section, decoder = section_of(config), config.decoder
     settings: dict[str, Any] = {
-        "do_sample": not is_greedy(config),
+        "do_sample": not config.decoder.is_greedy,
         "repetition_penalty": decoder.repetition_penalty,
         "pad_token_id": tokens.pad_id,
         "eos_token_id": None if config.ignore_eos or not tokens.end_ids else list(tokens.end_ids),
@@ -125,6 +127,9 @@ def generation_settings(config: ExperimentConfig, tokens: SpecialTokens) -> dict
         settings |= {
             name: getattr(section.beam_search, name) for name in ("num_beams", "length_penalty", "early_stopping")
         }
+    if section.torch_compile:
+        # With a static cache on a GPU transformers would compile once more, in a mode of its own.
+        settings["disable_compile"] = True
     if section.assisted_generation.model is None:
         settings["prompt_lookup_num_tokens"] = section.assisted_generation.num_tokens
     settings |= {name: value for name, value in section.extra.items() if name not in ASSISTANT_ARGUMENTS}

@@ -88,7 +88,7 @@ def check_options(config: ExperimentConfig, facts: EngineFacts) -> None:
         *_batching(config, section),
         *_compilation(section, facts),
         *_caching(section, facts),
-        *_decoding(config, section),
+        *_decoding(section),
         *_extra(section, facts),
     ]
     if refusals:
@@ -97,8 +97,6 @@ def check_options(config: ExperimentConfig, facts: EngineFacts) -> None:
 
 
 def _placement(config: ExperimentConfig, section: PyTorchConfig, facts: EngineFacts) -> Iterator[_Refusal]:
-    if len(config.gpus or ()) > 1:
-        yield _Refusal("gpus", "one GPU at most: sharding over several was not tried on a machine that has them")
     if config.model.adapter is not None and (lack := facts.lacks("peft")):
         yield _Refusal("model.adapter", lack)
     if section.low_cpu_mem_usage is False and facts.release >= (5, 0):
@@ -135,9 +133,6 @@ def _batching(config: ExperimentConfig, section: PyTorchConfig) -> Iterator[_Ref
     budget = section.max_tokens_per_batch
     if budget is None:
         return
-    if section.batch_size == 1:
-        reason = f"does nothing with batch_size 1, the most requests in a {section.batching_strategy} batch"
-        yield _Refusal("pytorch.max_tokens_per_batch", reason)
     largest = config.max_input_tokens + config.max_output_tokens
     if budget < largest:
         reason = f"one request can take {largest} (max_input_tokens + max_output_tokens), got {budget}"
@@ -168,10 +163,7 @@ def _caching(section: PyTorchConfig, facts: EngineFacts) -> Iterator[_Refusal]:
         yield _Refusal("pytorch.cache_implementation", f"{name} moves the cache from GPU to CPU, where it is already")
 
 
-def _decoding(config: ExperimentConfig, section: PyTorchConfig) -> Iterator[_Refusal]:
-    is_timed = config.streaming or config.traffic_simulation.enabled
-    if section.beam_search.enabled and is_timed:
-        yield _Refusal("pytorch.beam_search", "a beam has no tokens to time before it ends: no streaming, no traffic")
+def _decoding(section: PyTorchConfig) -> Iterator[_Refusal]:
     if not is_assisted(section):
         return
     if section.beam_search.enabled:
@@ -205,8 +197,8 @@ def _needs(name: str, section: PyTorchConfig) -> Iterator[str]:
         yield "cache_implementation: static"
     if name == "cache_config" and cache != "quantized":
         yield "cache_implementation: quantized"
-    if name == "disable_compile" and "static" not in cache:
-        yield "cache_implementation: static, the only cache for which transformers compiles by itself"
+    if name == "disable_compile" and ("static" not in cache or section.torch_compile):
+        yield "cache_implementation: static, for which transformers compiles by itself on a GPU, alone"
     has_model = section.assisted_generation.model is not None
     if name == "max_matching_ngram_size" and (has_model or not is_assisted(section)):
         yield "assisted_generation.num_tokens alone, which looks n-grams up in the prompt"

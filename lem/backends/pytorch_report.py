@@ -124,7 +124,8 @@ def _section(
     section: PyTorchConfig, loaded: LoadedModel, generation: Mapping[str, Any], trial: Trial
 ) -> dict[str, Any]:
     model = loaded.model
-    quantization = getattr(model.config, "quantization_config", None)
+    is_4bit = bool(getattr(model, "is_loaded_in_4bit", False))
+    quantization = getattr(model.config, "quantization_config", None) if is_4bit else None
     assistant = loaded.assistant.generation_config if loaded.assistant is not None else None
     has_beams = generation["num_beams"] > 1
     return {
@@ -135,7 +136,7 @@ def _section(
         "cache_implementation": trial.cache,
         # Since transformers 5 the only way there is.
         "low_cpu_mem_usage": True if section.low_cpu_mem_usage is None else section.low_cpu_mem_usage,
-        "load_in_4bit": bool(getattr(model, "is_loaded_in_4bit", False)),
+        "load_in_4bit": is_4bit,
         "load_in_8bit": bool(getattr(model, "is_loaded_in_8bit", False)),
         **{
             name: _plain(getattr(quantization, name, None))

@@ -17,7 +17,7 @@ from lem.backends.pytorch_batching import plan_batches
 from lem.backends.pytorch_device import pick_gpu, visible_gpus
 from lem.backends.pytorch_generation import BatchRunner
 from lem.backends.pytorch_loading import load_model, set_assistant
-from lem.backends.pytorch_options import EngineFacts, batch_rules, generation_settings, section_of
+from lem.backends.pytorch_options import EngineFacts, batch_rules, generation_settings, idle_options, section_of
 from lem.backends.pytorch_refusals import check_options
 from lem.backends.pytorch_report import (
     GENERATION_META,
@@ -34,6 +34,7 @@ from lem.errors import EngineError
 __all__ = ["Session", "free_memory"]
 
 NS_PER_S = 1_000_000_000
+RECOMPILE_LIMIT = 64
 
 
 class Session:
@@ -72,8 +73,13 @@ class Session:
         if config.engine_key() != self._engine_key:
             raise EngineError("this experiment needs another engine load than the one that is there")
         check_options(config, self._facts)
+        # What an experiment finds must not depend on the one before: neither the shapes it compiled for, nor the
+        # memory it left cut up, nor the length of its static cache, which transformers goes on using.
+        vars(self._loaded.model).pop("_previous_max_cache_length", None)
+        free_memory()
         set_assistant(self._loaded, config, self._facts, self._token)
-        self._set_up(config)
+        trial_s = self._set_up(config)
+        self._compile_s = trial_s if section_of(config).torch_compile else None
 
     def report(self) -> EngineReport:
         """What is loaded and in effect."""
@@ -92,7 +98,7 @@ class Session:
             weights_sha256=self._weights_sha256,
             model_parameters=int(loaded.model.num_parameters()),
             embedding_parameters=count_embedding_parameters(loaded.model),
-            warnings=(*loaded.warnings, *self._trial.warnings),
+            warnings=(*loaded.warnings, *self._trial.warnings, *idle_options(self._config)),
             compile_s=self._compile_s,
             checks_s=self._checks_s,
         )
@@ -163,11 +169,10 @@ class Session:
         if not section.torch_compile:
             return
         from torch._dynamo import config as dynamo_config
-        from torch._dynamo.utils import counters
 
-        torch.compiler.reset()
-        counters.clear()
-        # Past its limit of shapes dynamo goes on uncompiled without a word; an experiment is to fail instead.
+        # Past its limit of shapes (8) dynamo goes on uncompiled without a word. Batches of one and of more, with and
+        # without padding, prefill and decode are 8 already; beyond a higher limit an experiment fails instead.
+        dynamo_config.recompile_limit = RECOMPILE_LIMIT
         dynamo_config.fail_on_recompile_limit_hit = True
         backend = section.torch_compile_backend or "inductor"
         forward = self._loaded.model.forward

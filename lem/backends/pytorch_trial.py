@@ -20,6 +20,9 @@ from lem.errors import EngineError, OptionRefused
 
 __all__ = ["Trial", "try_out"]
 
+# CUDA graphs warm up, record and replay: a fault of theirs shows after a few steps.
+OUTPUT_TOKENS = 8
+
 # What transformers, torch.compile and the packages they call raise over options they cannot take together.
 _FAILURES = (
     AssertionError,
@@ -49,19 +52,20 @@ class Trial:
 
 
 def try_out(runner: BatchRunner, section: PyTorchConfig, facts: EngineFacts) -> Trial:
-    """Generate two tokens for one request, or for two of different lengths where batches are formed.
+    """Generate a few tokens for one request, or for two of different lengths where batches are formed.
 
     Raises:
         OptionRefused: the engine cannot honour the options, or does something else than they say.
         EngineError: kind `out_of_memory`.
     """
+    graphs_before = _compiled_graphs() if section.torch_compile else 0
     with _transformers_warnings() as heard:
         try:
             output = runner.try_out(_requests(runner, min(section.batch_size, 2)))
         except _FAILURES as error:
             if is_out_of_memory(error):
                 hint = "use a smaller model or batch, or a lower fp_precision"
-                text = f"out of memory on two tokens: {shortened(error)}"
+                text = f"out of memory on {OUTPUT_TOKENS} tokens: {shortened(error)}"
                 raise EngineError(text, hint, kind="out_of_memory", is_permanent=True) from error
             raise _refusal(error, section, facts) from error
     cache = _cache_in(output)
@@ -70,7 +74,7 @@ def try_out(runner: BatchRunner, section: PyTorchConfig, facts: EngineFacts) -> 
         raise OptionRefused(f"pytorch.cache_implementation: {facts} made a cache of the kind {cache}, not {wanted}")
     if section.use_cache is not None and section.use_cache != (cache is not None):
         raise OptionRefused(f"pytorch.use_cache: {facts} worked with a cache of the kind {cache}")
-    if section.torch_compile and not _compiled_graphs():
+    if section.torch_compile and _compiled_graphs() == graphs_before:
         raise OptionRefused(f"pytorch.torch_compile: {facts} compiled nothing of this model")
     return Trial(cache, tuple(dict.fromkeys(heard)))
 
@@ -79,7 +83,7 @@ def _requests(runner: BatchRunner, rows: int) -> tuple[TokenRequest, ...]:
     """Requests of ids that no model lacks, of different lengths so that padding is tried as well."""
     ends = frozenset(runner.loaded.tokens.end_ids)
     ids = tuple([token for token in range(8) if token not in ends][:4])
-    return tuple(TokenRequest(row, ids[row:], 2, 2) for row in range(rows))
+    return tuple(TokenRequest(row, ids[row:], OUTPUT_TOKENS, OUTPUT_TOKENS) for row in range(rows))
 
 
 def _cache_in(output: Any) -> str | None:
@@ -105,7 +109,9 @@ def _refusal(error: BaseException, section: PyTorchConfig, facts: EngineFacts) -
     default = type(section)().to_dict()
     changed = ", ".join(f"{name}: {value}" for name, value in given.items() if value != default[name])
     text = f"{facts} cannot generate with {changed or 'this model'}: {type(error).__name__}: {shortened(error)}"
-    hint = "torch.compile needs a C++ compiler on the CPU, and Triton on a GPU" if section.torch_compile else ""
+    hint = ""
+    if section.torch_compile:
+        hint = "torch.compile needs a C++ compiler on the CPU, Triton on a GPU; reduce-overhead needs a static cache"
     return OptionRefused(text, hint)
 
 
