@@ -357,7 +357,6 @@ class CampaignConfig(Section):
         None,
         description="Prompts of every experiment that sets no sample_size.",
         minimum=1,
-        maximum=1_000_000,
         unit="prompts",
     )
     configs: tuple[str, ...] = option(

@@ -8,10 +8,11 @@ from lem.config.backend_config import BACKENDS
 from lem.config.campaign_config import CampaignConfig, CampaignGridConfig, CampaignHealthCheckConfig
 from lem.config.experiment_config import ExperimentConfig
 from lem.config.kinds import Bounds
-from lem.config.schema import REQUIRED, Declared, Section, walk
+from lem.config.schema import REQUIRED, Declared, Section, declared, walk
 from lem.errors import ConfigurationError
 
 __all__ = [
+    "describe",
     "get_campaign_grid_params",
     "get_campaign_health_check_params",
     "get_campaign_params",
@@ -60,8 +61,8 @@ def get_experiment_params(backend: str | None = None) -> dict[str, dict[str, Any
 def _describe_all(section: type[Section], prefix: str = "") -> dict[str, dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
     for key, item, owner in walk(section, prefix):
-        entry = _describe(item)
-        kind = walk_variant(owner)
+        entry = describe(item)
+        kind = _variant_of(owner)
         entry["variants"] = [kind] if kind is not None else None
         known = out.get(key)
         if known is None:
@@ -76,15 +77,14 @@ def _describe_all(section: type[Section], prefix: str = "") -> dict[str, dict[st
     return out
 
 
-def walk_variant(section: type[Section]) -> str | None:
+def _variant_of(section: type[Section]) -> str | None:
     """The `type` under which a section is one of several; None for one that stands alone."""
-    from lem.config.schema import declared
-
     item = declared(section).get("type")
     return str(item.option.default) if item is not None else None
 
 
-def _describe(item: Declared) -> dict[str, Any]:
+def describe(item: Declared) -> dict[str, Any]:
+    """What is declared about an option; as `get_campaign_params`, but for `variants`."""
     declaration = item.option
     bounds: Bounds = declaration.bounds
     is_required = declaration.default is REQUIRED

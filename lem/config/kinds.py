@@ -71,22 +71,22 @@ class Bounds:
 
     def complaint(self, value: float) -> str | None:
         """What is wrong with a value; None when it lies within."""
-        got = f"{value:.0f}" if value == value // 1 else value
+        got = _plain(value)
         if self.minimum is not None and value < self.minimum:
-            return f"must be at least {self.minimum:g}, got {got}"
+            return f"must be at least {_plain(self.minimum)}, got {got}"
         if self.above is not None and value <= self.above:
-            return f"must be above {self.above:g}, got {got}"
+            return f"must be above {_plain(self.above)}, got {got}"
         if self.maximum is not None and value > self.maximum:
-            return f"must be at most {self.maximum:g}, got {got}"
+            return f"must be at most {_plain(self.maximum)}, got {got}"
         if self.below is not None and value >= self.below:
-            return f"must be below {self.below:g}, got {got}"
+            return f"must be below {_plain(self.below)}, got {got}"
         return None
 
     def __str__(self) -> str:
         if self.minimum is not None and self.maximum is not None:
-            return f"{self.minimum:g}–{self.maximum:g}"
+            return f"{_plain(self.minimum)}–{_plain(self.maximum)}"
         limits = (("≥", self.minimum), (">", self.above), ("≤", self.maximum), ("<", self.below))
-        return ", ".join(f"{sign} {limit:g}" for sign, limit in limits if limit is not None)
+        return ", ".join(f"{sign} {_plain(limit)}" for sign, limit in limits if limit is not None)
 
     def json_schema(self) -> dict[str, Any]:
         """The limits in the words of JSON Schema."""
@@ -420,6 +420,11 @@ class AnyKind(Kind):
 
 _LIST_OF_ANY = ListKind(AnyKind())
 _MAPPING_OF_ANY = MapKind(AnyKind())
+
+
+def _plain(number: float) -> str:
+    """A number without exponent or needless decimals."""
+    return f"{number:.0f}" if number == number // 1 else str(number)
 
 
 def _word(choice: Any) -> str:

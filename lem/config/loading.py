@@ -12,20 +12,21 @@ from pathlib import Path as FilePath
 from typing import Any, Generic, Protocol, TypeVar
 
 from lem.config.campaign_config import CampaignConfig, CampaignExperimentEntry
-from lem.config.defaults import with_campaign_defaults
+from lem.config.defaults import given, with_campaign_defaults
 from lem.config.experiment_config import ExperimentConfig
 from lem.config.kinds import MapKind, NullableKind
 from lem.config.merging import leaves
 from lem.config.presets import find_preset
 from lem.config.problems import ConfigProblems, Path, Problem, dotted
 from lem.config.schema import Section, declared
-from lem.config.sources import Document, FileProblems, Layer, Place, Source
+from lem.config.sources import Document, FileProblems, Layer, Place, Source, is_secret
 from lem.errors import ConfigurationError
 
 __all__ = [
     "ExperimentDraft",
     "Loaded",
     "Reader",
+    "complete_campaign",
     "load_campaign",
     "load_campaign_of_files",
     "load_experiment",
@@ -123,6 +124,12 @@ def load_campaign_of_files(
     mapping = {"campaign_name": name, "configs": [str(path) for path in paths]}
     source = Source(CampaignConfig).over(Layer("command line", "the command line", mapping))
     return _finish_campaign(reader, _with_sets(reader, source, sets), [], preset)
+
+
+def complete_campaign(reader: Reader, campaign: CampaignConfig) -> Loaded[CampaignConfig]:
+    """A campaign made in Python; as `yamlfile.complete_campaign`."""
+    source = Source(CampaignConfig).over(Layer("file", campaign.campaign_name, given(campaign)))
+    return _finish_campaign(reader, source, [], None)
 
 
 def load_experiment(reader: Reader, path: FilePath, sets: Sets, preset: str | None) -> Loaded[ExperimentConfig]:
@@ -285,20 +292,25 @@ def _preset_source(section: type[Section], preset: str | None) -> Source:
 
 def _with_sets(reader: Reader, source: Source, sets: Sets) -> Source:
     for item in sets:
-        key, value, label = _parse_set(reader, item)
-        mapping = _nest_option(source.section, key, value)
-        source = source.over(Layer("command line", label, mapping))
+        key, value, label = _parse_set(reader, source.section, item)
+        source = source.over(Layer("command line", label, _nest_option(source.section, key, value)))
     return source
 
 
-def _parse_set(reader: Reader, item: str | tuple[str, Any]) -> tuple[str, Any, str]:
+def _parse_set(reader: Reader, section: type[Section], item: str | tuple[str, Any]) -> tuple[str, Any, str]:
     if not isinstance(item, str):
-        return (*item, f"--set {item[0]}={item[1]}")
+        key, value = item
+        return key, value, _set_label(section, key, str(value))
     key, equals, text = item.partition("=")
-    label = f"--set {item}"
-    if not equals or not all(key.strip().split(".")):
-        raise ConfigurationError(f"{label}: KEY=VALUE is due", "for example --set execution.cycles=5")
-    return key.strip(), reader.parse(text, label), label
+    key = key.strip()
+    if not equals or not all(key.split(".")):
+        raise ConfigurationError(f"--set {item}: KEY=VALUE is due", "for example --set execution.cycles=5")
+    label = _set_label(section, key, text)
+    return key, reader.parse(text, label), label
+
+
+def _set_label(section: type[Section], key: str, text: str) -> str:
+    return f"--set {key}={'(hidden)' if is_secret(section, tuple(key.split('.'))) else text}"
 
 
 def _nest_option(section: type[Section], key: str, value: Any) -> dict[str, Any]:

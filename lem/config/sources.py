@@ -11,9 +11,9 @@ from typing import Any
 from lem.config.merging import canonical, leaves, merge
 from lem.config.problems import ConfigProblems, Path, Problem, dotted
 from lem.config.scalars import as_written
-from lem.config.schema import Section
+from lem.config.schema import Section, find_option
 
-__all__ = ["Document", "FileProblems", "Layer", "Mark", "Place", "Source"]
+__all__ = ["Document", "FileProblems", "Layer", "Mark", "Place", "Source", "is_secret"]
 
 MAX_SHOWN_PROBLEMS = 100
 MAX_SHOWN_LINE = 100
@@ -130,12 +130,13 @@ class FileProblems(ConfigProblems):
             {(place, item.message if place.mark else str(item)): (place, item) for place, item in located}.values()
         )
         self.located = tuple(sorted(unique, key=_order(unique)))
-        count = len(self.located)
-        head = "1 problem in the configuration" if count == 1 else f"{count} problems in the configuration"
         shown = [render(place, problem) for place, problem in self.located[:MAX_SHOWN_PROBLEMS]]
+        count = len(self.located)
         if count > len(shown):
             shown.append(f"and {count - len(shown)} more")
-        super().__init__((problem for _, problem in self.located), "\n".join([f"{head}:", *shown]))
+        if count > 1:
+            shown.insert(0, f"{count} problems in the configuration:")
+        super().__init__((problem for _, problem in self.located), "\n".join(shown))
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,8 @@ class Source:
 
     def locate(self, problems: Iterable[Problem]) -> list[tuple[Place, Problem]]:
         """The problems with their places."""
-        return [(self.place(item.path, is_about_key=item.is_about_key), item) for item in problems]
+        located = [(self.place(item.path, is_about_key=item.is_about_key), item) for item in problems]
+        return [(_hidden(place) if is_secret(self.section, item.path) else place, item) for place, item in located]
 
     def error(self, problems: Iterable[Problem]) -> FileProblems:
         """The problems as an error to raise."""
@@ -216,6 +218,16 @@ def render(place: Place, problem: Problem) -> str:
     shown = place.line[begin : begin + MAX_SHOWN_LINE].replace("\t", " ").rstrip()
     gutter = f"{place.mark.line:5d} | "
     return f"{text}\n{gutter}{shown}\n{' ' * (len(gutter) - 2)}| {' ' * (place.mark.column - 1 - begin)}^"
+
+
+def is_secret(section: type[Section], path: Path) -> bool:
+    """Whether a path leads to an option that is never shown."""
+    found = find_option(section, ".".join(part for part in path if isinstance(part, str)))
+    return found is not None and found.option.is_secret
+
+
+def _hidden(place: Place) -> Place:
+    return dataclasses.replace(place, line="")
 
 
 def _place_in(layer: Layer, path: Path, *, is_about_key: bool) -> tuple[int, Place]:

@@ -26,11 +26,19 @@ try:
 except ImportError:  # an installation has PyYAML beside lem, not inside it
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
-__all__ = ["load_campaign", "load_campaign_of_files", "load_experiment", "load_mapping", "parse_value", "read_document"]
+__all__ = [
+    "complete_campaign",
+    "load_campaign",
+    "load_campaign_of_files",
+    "load_experiment",
+    "load_mapping",
+    "parse_value",
+    "read_document",
+]
 
 MAX_FILE_B = 16 * 1024 * 1024
 MAX_DEPTH = 64
-MAX_VALUES = 500_000
+MAX_VALUES = 200_000
 
 _PLAIN = "lem:plain"
 _TEXT = "tag:yaml.org,2002:str"
@@ -67,6 +75,15 @@ def load_campaign_of_files(
 ) -> Loaded[CampaignConfig]:
     """A campaign made of experiment files; as `load_campaign`."""
     return loading.load_campaign_of_files(_Reader(environ), name, [FilePath(path) for path in paths], sets, preset)
+
+
+def complete_campaign(campaign: CampaignConfig, environ: Mapping[str, str] = os.environ) -> Loaded[CampaignConfig]:
+    """A campaign made in Python, with the experiment files it names, relative to the working directory, validated.
+
+    Raises:
+        FileProblems, ConfigurationError: as `load_campaign`.
+    """
+    return loading.complete_campaign(_Reader(environ), campaign)
 
 
 def load_experiment(
@@ -152,7 +169,7 @@ def _read_text(text: str, name: str, path: FilePath, environ: Mapping[str, str])
     try:
         node = _Loader(text).single_node()
     except yaml.YAMLError as error:
-        raise FileProblems([_syntax_problem(error, name, lines)]) from error
+        raise FileProblems([_syntax_problem(error, name, text)]) from error
     builder = _Builder(environ)
     tree = builder.build(node, ()) if node is not None else None
     return Document(name, path, lines, tree, builder.keys, builder.values, tuple(builder.problems))
@@ -273,11 +290,15 @@ def _mark(node: Any) -> Mark:
     return Mark(node.start_mark.line + 1, node.start_mark.column + 1)
 
 
-def _syntax_problem(error: Any, name: str, lines: Sequence[str]) -> tuple[Place, Problem]:
+def _syntax_problem(error: Any, name: str, text: str) -> tuple[Place, Problem]:
     """PyYAML's words, with the remedy of what people run into."""
     if isinstance(error, yaml.reader.ReaderError):
-        return Place(name), Problem((), f"holds the character {error.character!r}, which no YAML may")
-    mark = error.problem_mark or error.context_mark
+        before = text[: error.position]
+        mark = Mark(before.count("\n") + 1, error.position - before.rfind("\n"))
+        return Place(name, mark), Problem(
+            (), f"holds the control character U+{ord(text[error.position]):04X}; take it out"
+        )
+    mark = _mark_of(error)
     message = str(error.problem or error.context)
     remedies = {
         "'\\t'": "indent with spaces, never with tabs",
@@ -287,10 +308,16 @@ def _syntax_problem(error: Any, name: str, lines: Sequence[str]) -> tuple[Place,
         "undefined alias": "quote a text that begins with *",
         "block end": "check the indentation",
     }
-    remedy = next((text for words, text in remedies.items() if words in f"{message} {error.context or ''}"), "")
-    text = message if isinstance(error, _TooMuch) else f"not YAML: {message}"
-    problem = Problem((), f"{text}; {remedy}" if remedy else text)
-    if mark is None:
-        return Place(name), problem
-    line = lines[mark.line] if mark.line < len(lines) else ""
-    return Place(name, Mark(mark.line + 1, mark.column + 1), line), problem
+    remedy = next((advice for words, advice in remedies.items() if words in f"{message} {error.context or ''}"), "")
+    complaint = message if isinstance(error, _TooMuch) else f"not YAML: {message}"
+    lines = text.splitlines()
+    line = lines[mark.line - 1] if mark.line <= len(lines) else ""
+    return Place(name, mark, line), Problem((), f"{complaint}; {remedy}" if remedy else complaint)
+
+
+def _mark_of(error: Any) -> Mark:
+    """Where an error is; where it began when it shows only at the end, as a quote that is not closed does."""
+    mark = error.problem_mark or error.context_mark
+    if "unexpected end of stream" in str(error.problem) and error.context_mark is not None:
+        mark = error.context_mark
+    return Mark(mark.line + 1, mark.column + 1)

@@ -1,0 +1,128 @@
+"""YAML written for people: a commented file to start from, and a resolved configuration with its provenance.
+
+Only what lem itself writes, so no YAML library is needed: scalars, one-line lists and nested mappings.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lem.config.backend_config import BACKENDS
+from lem.config.campaign_config import CampaignConfig
+from lem.config.experiment_config import ExperimentConfig
+from lem.config.introspection import describe
+from lem.config.kinds import ListKind, NullableKind
+from lem.config.reference import describe_bounds, wrap
+from lem.config.scalars import resolve_plain
+from lem.config.schema import Declared, Section, declared
+
+__all__ = ["campaign_template", "experiment_template", "render_yaml", "yaml_scalar"]
+
+MAX_COMMENT_COLUMN = 48
+
+# Words that YAML 1.1 readers take for something else are quoted, although lem itself would read them as text.
+_PLAIN_TEXT = re.compile(r"[A-Za-z./_][A-Za-z0-9 ./_+@=-]*")
+_OLD_WORDS = frozenset({"y", "n", "yes", "no", "on", "off"})
+
+_CAMPAIGN_EXAMPLE: Mapping[str, Any] = {
+    "campaign_name": "my-campaign",
+    "model": "gpt2",
+    "grid": {"backends": ["pytorch"], "shared": {"max_output_tokens": [64, 128]}},
+    "execution": {"cycles": 3},
+}
+_AXES: Mapping[str, Mapping[str, Any]] = {
+    "pytorch": {"batch_size": [1, 8]},
+    "vllm": {"max_num_seqs": [64, 256]},
+    "tensorrt": {"max_batch_size": [8, 32]},
+}
+
+
+def campaign_template(backend: str = "pytorch") -> str:
+    """A campaign to start from: a small grid, everything else as a comment with its default."""
+    grid = {
+        "backends": [backend],
+        "shared": {"max_output_tokens": [64, 128]},
+        "backend_overrides": {backend: _AXES[backend]},
+    }
+    head = "A campaign for lem. What is commented out shows the default."
+    return _template(CampaignConfig, {**_CAMPAIGN_EXAMPLE, "grid": grid}, head, frozenset())
+
+
+def experiment_template(backend: str = "pytorch") -> str:
+    """An experiment to start from."""
+    example = {"model": "gpt2", "backend": backend, "max_output_tokens": 128}
+    head = "An experiment for lem. What is commented out shows the default."
+    return _template(ExperimentConfig, example, head, frozenset(BACKENDS) - {backend})
+
+
+def render_yaml(tree: Mapping[str, Any], comments: Mapping[tuple[str, ...], str]) -> str:
+    """Plain data as YAML, with a comment at the end of the line where there is one."""
+    lines = list(_lines(tree, comments, ()))
+    widest = max((len(text) for text, comment in lines if comment and len(text) <= MAX_COMMENT_COLUMN), default=0)
+    return "".join(f"{text.ljust(widest)}  # {comment}\n" if comment else f"{text}\n" for text, comment in lines)
+
+
+def yaml_scalar(value: Any) -> str:
+    """A value on one line of YAML, which every reader reads alike."""
+    if isinstance(value, str):
+        is_plain = _PLAIN_TEXT.fullmatch(value) and value == value.strip() and isinstance(resolve_plain(value), str)
+        return value if is_plain and value.lower() not in _OLD_WORDS else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{yaml_scalar(key)}: {yaml_scalar(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(yaml_scalar(item) for item in value) + "]"
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return f"{value:.1f}"
+    return json.dumps(value)
+
+
+def _lines(
+    tree: Mapping[str, Any], comments: Mapping[tuple[str, ...], str], path: tuple[str, ...]
+) -> Iterator[tuple[str, str]]:
+    indent = "  " * len(path)
+    for key, value in tree.items():
+        where = (*path, key)
+        if isinstance(value, Mapping) and value and where not in comments:
+            yield f"{indent}{yaml_scalar(key)}:", ""
+            yield from _lines(value, comments, where)
+        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
+            yield f"{indent}{yaml_scalar(key)}:", comments.get(where, "")
+            for item in value:
+                yield f"{indent}  - {yaml_scalar(item)}", ""
+        else:
+            yield f"{indent}{yaml_scalar(key)}: {yaml_scalar(value)}", comments.get(where, "")
+
+
+def _template(section: type[Section], example: Mapping[str, Any], head: str, left_out: frozenset[str]) -> str:
+    lines = [f"# {head}", "# Check it with: lem config validate FILE", ""]
+    for name, item in declared(section).items():
+        if name not in left_out:
+            lines += [*_option_lines(name, item, example.get(name), 0), ""]
+    return "\n".join(lines)
+
+
+def _option_lines(name: str, item: Declared, example: Any, depth: int, *, is_out: bool = False) -> Iterator[str]:
+    """An option with what it does above it; commented out, `#name: value`, unless the example has a value for it."""
+    is_out = is_out or example is None
+    indent = "  " * depth
+    head = f"{indent}{'#' if is_out else ''}{name}:"
+    yield from wrap(_told(item), f"{indent}# ")
+    kind = item.kind.inner if isinstance(item.kind, NullableKind) else item.kind
+    section = item.sections[0] if len(item.sections) == 1 and not isinstance(kind, ListKind) else None
+    if section is not None and section.shorthand is None:
+        yield head
+        for key, inner in declared(section).items():
+            yield from _option_lines(key, inner, (example or {}).get(key), depth + 1, is_out=is_out)
+    elif isinstance(example, Mapping):
+        yield head
+        yield from (text for text, _ in _lines(example, {}, ("",) * (depth + 1)))
+    else:
+        yield f"{head} {yaml_scalar(example if example is not None else describe(item)['default'])}"
+
+
+def _told(item: Declared) -> str:
+    limits = "" if item.sections else describe_bounds(describe(item))
+    return f"{item.option.description} [{limits}]" if limits else item.option.description
