@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None, out: TextIO | None = None, err: Text
         return exit_code_of(error)
     except KeyboardInterrupt:
         return int(ExitCode.SIGINT)
-    except Exception as error:  # the top of the program
+    except Exception as error:  # noqa: BLE001 - the top of the program
         _report_bug(console, error)
         return int(ExitCode.BUG)
 
@@ -81,7 +81,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     """Take the common options before and after the command and its sub-command."""
-    taken = parser._option_string_actions
+    # argparse has no public way to look at what a parser has.
+    taken = parser._option_string_actions  # noqa: SLF001
     common = (
         (("--quiet", "-q"), "store_true", "errors and the final summary only"),
         (("--verbose", "-v"), "count", "show the commands run, copyable; twice: everything"),
@@ -90,8 +91,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     for names, action, text in common:
         if not any(name in taken for name in names):
             parser.add_argument(*names, action=action, default=argparse.SUPPRESS, help=text)
-    for item in parser._actions:
-        if isinstance(item, argparse._SubParsersAction):
+    for item in parser._actions:  # noqa: SLF001
+        if isinstance(item, argparse._SubParsersAction):  # noqa: SLF001
             for child in item.choices.values():
                 _add_common(child)
 
@@ -99,8 +100,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def _warn_of_unknown_variables(console: log.Console) -> None:
     for name in sorted(os.environ):
         if name.startswith("LEM_") and name not in VARIABLES:
-            known = ", ".join(sorted(VARIABLES))
-            console.line(f"{console.paint('warning:', 'yellow')} {name} is set, but lem reads no such variable ({known})")
+            label, known = console.paint("warning:", "yellow"), ", ".join(sorted(VARIABLES))
+            console.line(f"{label} {name} is set, but lem reads no such variable ({known})")
 
 
 def _explain(console: log.Console, error: LemError) -> None:

@@ -155,6 +155,8 @@ def _with_progress(activity: str, data: Any) -> str:
 def _ending(event: Event, console: log.Console) -> list[str]:
     """The lines that say how an experiment or an attempt ended; [] for other events."""
     data = event.data
+    if event.kind == "note":
+        return [str(data["text"])]
     if event.kind not in ("experiment_completed", "experiment_failed", "experiment_retried", "experiment_interrupted"):
         return []
     head = f"[{event.done}/{event.total}]"

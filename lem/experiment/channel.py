@@ -3,7 +3,7 @@
 Host to worker: `run`, `unload`, `quit`; end of file means quit.
 Worker to host: `hello`, `engine`, `phase`, `progress`, `heartbeat`, `result`, `error`, `unloaded`.
 
-    hello      protocol, lem_version, pid, python
+    hello      protocol, lem_version, pid, environment: what the worker stands on, by name
     engine     pgid, started_ticks: an engine process was started; both null when it is gone
     phase      exp_id, phase
     progress   exp_id, done, total (or null), text
@@ -61,7 +61,7 @@ _REQUEST_FIELDS: Mapping[str, type] = MappingProxyType(
 # What a worker's messages must hold; more is allowed.
 _REPORT_FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = MappingProxyType(
     {
-        "hello": {"protocol": (int,), "lem_version": (str,), "pid": (int,), "python": (str,)},
+        "hello": {"protocol": (int,), "lem_version": (str,), "pid": (int,), "environment": (dict,)},
         "engine": {"pgid": (int, NoneType), "started_ticks": (int, NoneType)},
         "phase": {"exp_id": (str,), "phase": (str,)},
         "progress": {"exp_id": (str,), "done": (int,), "total": (int, NoneType), "text": (str,)},
@@ -164,7 +164,7 @@ def decode_line(line: bytes) -> dict[str, Any]:
     """
     try:
         message = json.loads(line.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ChannelError(f"not a message: {line[:120]!r}") from error
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
         raise ChannelError(f"not a message: {line[:120]!r}")

@@ -12,7 +12,6 @@ import errno
 import os
 import selectors
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,6 +32,7 @@ from lem.experiment.channel import (
 )
 from lem.experiment.engine_child import EndStep, EngineChild, read_available
 from lem.experiment.engine_log import EngineLog, redact
+from lem.experiment.probe import probe_environment
 from lem.process import describe_exit
 
 __all__ = ["HEARTBEAT_S", "Supervisor", "supervise"]
@@ -86,14 +86,19 @@ class Supervisor:
         self._exit_code: int | None = None
         self._heartbeat_at = 0.0
         self._printed_at = 0.0
-        self._selector = selectors.DefaultSelector()
+        self._selector = selectors.PollSelector()  # a stdin that is a file, which epoll refuses, ends at once
 
     def run(self) -> int:
         """The exit code, once the host is gone or wants no more, and the engine process has ended."""
         self._selector.register(self._host_in, selectors.EVENT_READ, self._read_host)
         self._selector.register(self._wakeup, selectors.EVENT_READ, self._read_signals)
-        hello: dict[str, Any] = {"lem_version": __version__, "pid": os.getpid(), "python": sys.version.split()[0]}
-        self._tell("hello", protocol=PROTOCOL_VERSION, **hello)
+        self._tell(
+            "hello",
+            protocol=PROTOCOL_VERSION,
+            lem_version=__version__,
+            pid=os.getpid(),
+            environment=probe_environment(),
+        )
         self._heartbeat_at = time.monotonic() + HEARTBEAT_S
         while self._exit_code is None or self._engine is not None:
             for key, _ in self._selector.select(self._wait_s()):
@@ -119,7 +124,7 @@ class Supervisor:
 
     # The host
 
-    def _tell(self, kind: str, *, is_droppable: bool = False, **fields: Any) -> None:
+    def _tell(self, kind: str, /, *, is_droppable: bool = False, **fields: Any) -> None:
         try:
             self._host.put({"type": kind, **fields}, is_droppable=is_droppable)
         except BrokenPipeError:

@@ -39,13 +39,13 @@ def notify(url: str, payload: Mapping[str, Any]) -> Notification:
 
 def _post(url: str, payload: dict[str, Any]) -> None:
     try:
-        request = urllib.request.Request(
+        request = urllib.request.Request(  # noqa: S310 - the scheme is checked with the configuration
             url,
             data=json.dumps(payload, ensure_ascii=False).encode("utf-8"),
             headers={"Content-Type": "application/json", "User-Agent": "lem"},
             method="POST",
         )
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310 - the scheme is checked with the configuration
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310
             answer.read(1)
     except urllib.error.HTTPError as error:
         _logger.warning("the webhook answered %s", error.code)

@@ -56,7 +56,7 @@ class StopRequest:
     def installed(self) -> Iterator[StopRequest]:
         """Answer SIGINT and SIGTERM within the block; to be entered on the main thread."""
 
-        def handle(signum: int, frame: FrameType | None) -> None:
+        def handle(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a handler gets both
             self.request(signum)
 
         before = {item: signal.signal(item, handle) for item in _SIGNALS}

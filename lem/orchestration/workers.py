@@ -43,6 +43,9 @@ class Worker:
     Everything but the command is the same wherever the worker runs. A worker in a container is opened by an argv that
     runs it there; since its process numbers mean nothing here, `shares_pids` is False, and `backstop` is called when
     it may have outlived the loss of the channel.
+
+    Attributes:
+        environment: what the worker stands on, by name; empty until it was opened.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Worker:
         self._connection: WorkerConnection | None = None
         self._engine: process.ProcessId | None = None
         self._resident_key: str | None = None
+        self.environment: Mapping[str, Any] = {}
 
     @property
     def is_open(self) -> bool:
@@ -163,6 +167,7 @@ class Worker:
             if hello is None:
                 raise _did_not_start(self._command, f"it said nothing for {format_duration(timeout_s)}")
             _check_hello(hello)
+            self.environment = hello["environment"]
         except (ChannelError, EOFError) as error:
             connection.wait_until_gone(time.monotonic() + 1)  # what it says on stderr may come last
             unavailable = _did_not_start(self._command, connection.stderr_tail() or str(error))

@@ -1,0 +1,95 @@
+"""A plan as people read it before they start it."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+
+from lem import units
+from lem.config.campaign_config import CampaignConfig
+from lem.orchestration.plan import CampaignExperiment, Plan
+from lem.results.layout import Column, columns, paint
+
+__all__ = ["render_findings", "render_plan"]
+
+_WIDTH = 80
+_REASONS_SHOWN = 10
+_ORDER_SHOWN = 30
+
+
+def render_findings(plan: Plan, *, is_colour: bool = False) -> str:
+    """What was generated, and why experiments were filtered or warned about, grouped by reason."""
+    lines = [plan.summary]
+    lines += _reasons(paint("filtered:", "red", is_colour=is_colour), plan.filtered_by_reason)
+    lines += _reasons(paint("warning:", "yellow", is_colour=is_colour), plan.warnings_by_reason)
+    return "\n".join(lines) + "\n"
+
+
+def render_plan(
+    plan: Plan,
+    campaign: CampaignConfig,
+    place: str,
+    *,
+    measured_by_config: Mapping[str, float],
+    load_by_engine: Mapping[str, float],
+) -> str:
+    """The plan: configurations, order, engine loads, expected time, and where it runs.
+
+    Args:
+        place: the executor and why it was chosen.
+        measured_by_config, load_by_engine: seconds that earlier experiments took, as `Plan.expected_time`.
+    """
+    execution = campaign.execution
+    loads = plan.loads()
+    facts = {
+        "campaign": f"{campaign.campaign_name} ({campaign.campaign_id})",
+        "experiments": f"{len(plan.configurations)} configurations × {execution.cycles} cycles "
+        f"= {len(plan.experiments)}",
+        "order": execution.structure + (f", seed {plan.shuffle_seed}" if plan.shuffle_seed is not None else ""),
+        "engine loads": f"{sum(loads)} (reuse: {'none, cold start' if plan.is_cold else execution.reuse})",
+        "expected time": _expected(plan, measured_by_config, load_by_engine),
+        "runs on": place,
+        "results in": f"{campaign.io.results_dir}/{campaign.slug}",
+    }
+    width = max(map(len, facts)) + 2
+    lines = [line for name, text in facts.items() for line in _fact(name, text, width)]
+    lines += ["", *_order(plan.experiments, loads, plan)]
+    return "\n".join(lines) + "\n"
+
+
+def _reasons(label: str, reasons: Sequence[tuple[str, int]]) -> Iterable[str]:
+    for reason, count in reasons[:_REASONS_SHOWN]:
+        yield f"{label} {reason}" + (f" × {count}" if count > 1 else "")
+    if len(reasons) > _REASONS_SHOWN:
+        yield f"{label} and {len(reasons) - _REASONS_SHOWN} more reasons"
+
+
+def _fact(name: str, text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=f"{name + ':':<{width}}", subsequent_indent=" " * width)
+
+
+def _expected(plan: Plan, measured_by_config: Mapping[str, float], load_by_engine: Mapping[str, float]) -> str:
+    expected = plan.expected_time(measured_by_config, load_by_engine)
+    gaps = f"gaps at most {units.format_duration(expected.gaps_s)}"
+    if expected.measured_s is None or expected.loading_s is None or expected.total_s is None:
+        return f"unknown before the first run; {gaps}"
+    guess = "" if expected.is_complete else ", partly guessed from other configurations"
+    return (
+        f"about {units.format_duration(expected.total_s)} (measuring {units.format_duration(expected.measured_s)}, "
+        f"loading {units.format_duration(expected.loading_s)}, {gaps}{guess})"
+    )
+
+
+def _order(experiments: Sequence[CampaignExperiment], loads: Sequence[bool], plan: Plan) -> list[str]:
+    shown = experiments[:_ORDER_SHOWN]
+    gaps = [plan.gap_cap_s(kind) for kind in plan.gap_kinds()]
+    table = [
+        Column("cycle", tuple(str(item.cycle_index + 1) for item in shown)),
+        Column("backend", tuple(item.backend for item in shown)),
+        Column("engine", tuple("load" if is_load else "reuse" for is_load in loads[: len(shown)])),
+        Column("gap before", tuple(units.format_duration(gap) if gap else "–" for gap in gaps[: len(shown)])),
+    ]
+    lines = columns("experiment", [item.config_name for item in shown], table, _WIDTH)
+    if len(experiments) > len(shown):
+        lines = [*lines, f"and {len(experiments) - len(shown)} more"]
+    return list(lines)

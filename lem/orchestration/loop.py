@@ -1,0 +1,216 @@
+"""The loop over the experiments of a campaign: gap, attempt, and again where that helps."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from lem.config.campaign_config import CampaignConfig
+from lem.errors import InfrastructureError, Interrupted
+from lem.orchestration.attempt import WorkerEvent
+from lem.orchestration.events import Event, Observer
+from lem.orchestration.gaps import INTERRUPTED as GAP_INTERRUPTED
+from lem.orchestration.gaps import GapOutcome, keep_gap
+from lem.orchestration.manifest import COMPLETED, FAILED, RUNNING, Attempt, CampaignManifest, utc_text
+from lem.orchestration.order import GapKind, gaps_before, loads_engine
+from lem.orchestration.plan import CampaignExperiment
+from lem.orchestration.resume import interrupt_entry
+from lem.orchestration.session import Measurement, Session
+from lem.orchestration.stop import StopRequest
+
+__all__ = ["ExperimentLoop", "Stopped"]
+
+# An experiment that fails, or whose result is not valid, is tried once more inside its cycle.
+MAX_TRIES = 2
+
+
+class Stopped(enum.Enum):
+    """Why a loop ended before its end."""
+
+    SIGNAL = "signal"
+    DEADLINE = "deadline"
+    FAIL_FAST = "fail_fast"
+    INFRASTRUCTURE = "infrastructure"
+
+
+@dataclass
+class ExperimentLoop:
+    """Runs experiments one after another and writes every step into the manifest.
+
+    Attributes:
+        save: writes the manifest.
+        is_cold: every experiment gets a worker of its own.
+        is_fail_fast: the first failed experiment ends the loop.
+    """
+
+    campaign: CampaignConfig
+    manifest: CampaignManifest
+    save: Callable[[], None]
+    session: Session
+    observe: Observer
+    stop: StopRequest
+    now: Callable[[], datetime]
+    monotonic: Callable[[], float]
+    is_cold: bool = False
+    is_fail_fast: bool = False
+    _durations: list[float] = field(default_factory=list)
+    _remaining: int = 0
+
+    def run(self, experiments: Sequence[CampaignExperiment], deadline_s: float | None) -> Stopped | None:
+        """Why it ended early; None when every experiment had its turn.
+
+        Raises:
+            InfrastructureError: what experiments stand on is gone; the rest stays pending.
+            Interrupted: a second signal came, or one that broke off an attempt.
+        """
+        execution = self.campaign.execution
+        gaps = gaps_before(experiments, execution.structure)
+        loads = loads_engine(experiments, reuse=execution.reuse, is_cold=self.is_cold)
+        for index, experiment in enumerate(experiments):
+            self._remaining = len(experiments) - index
+            if self.stop.is_set():
+                return Stopped.SIGNAL
+            if deadline_s is not None and self.monotonic() >= deadline_s:
+                return Stopped.DEADLINE
+            started_s = self.monotonic()
+            gap = self._keep_gap(gaps[index])
+            if gap is not None and gap.reason == GAP_INTERRUPTED:
+                return Stopped.SIGNAL
+            is_kept = index + 1 < len(experiments) and not loads[index + 1]
+            has_failed = not self._run_experiment(experiment, keep_engine=is_kept, gap=gap)
+            self._durations.append(self.monotonic() - started_s)
+            if self.is_cold:
+                self.session.end_workers()
+            if has_failed and self.is_fail_fast:
+                return Stopped.FAIL_FAST
+        return None
+
+    def tell(self, kind: str, **data: Any) -> None:
+        """Tell the observer, with how far the campaign is."""
+        self.observe(Event(kind, self._done(), self.manifest.total_experiments, self._eta_s(), data))
+
+    def _keep_gap(self, kind: GapKind | None) -> GapOutcome | None:
+        if kind is None:
+            return None
+        execution = self.campaign.execution
+        cap_s = execution.cycle_gap_seconds if kind == "cycle" else execution.config_gap_seconds
+        if cap_s > 0:
+            self.tell("gap", gap=kind, cap_s=cap_s)
+        return keep_gap(cap_s, is_recovered=None, monotonic=self.monotonic, wait=self.stop.wait)
+
+    def _run_experiment(self, experiment: CampaignExperiment, *, keep_engine: bool, gap: GapOutcome | None) -> bool:
+        """Whether there is a result."""
+        self.tell("experiment_started", **self._who(experiment))
+        started_s = self.monotonic()
+        measurements: list[Measurement] = []
+        while True:
+            measurement = self._attempt(experiment, keep_engine=keep_engine, gap=gap)
+            measurements.append(measurement)
+            reason = _reason_to_try_again(measurement)
+            if reason is None or len(measurements) == MAX_TRIES:
+                break
+            self._update(experiment, measurement.attempt)
+            self.save()
+            self.tell("experiment_retried", **self._who(experiment), reason=reason)
+        return self._settle(experiment, measurements, self.monotonic() - started_s)
+
+    def _attempt(self, experiment: CampaignExperiment, *, keep_engine: bool, gap: GapOutcome | None) -> Measurement:
+        entry = self.manifest.get_entry(experiment.exp_id)
+        folder = self.session.prepare(experiment)
+        started_at = utc_text(self.now())
+        entry.put_attempt(Attempt(folder.number, started_at=started_at, host=entry.host))
+        entry.status, entry.error, entry.started_at = RUNNING, None, entry.started_at or started_at
+        entry.retry_count = len(entry.attempts) - 1
+        self.save()
+        try:
+            return self.session.measure(experiment, folder, keep_engine=keep_engine, gap=gap, on_event=self._pass_on)
+        except (Interrupted, InfrastructureError) as error:
+            interrupt_entry(entry)
+            if isinstance(error, Interrupted):
+                self.tell("experiment_interrupted", **self._who(experiment))
+            else:
+                entry.error = error.message
+            self.save()
+            raise
+
+    def _settle(self, experiment: CampaignExperiment, measurements: Sequence[Measurement], elapsed_s: float) -> bool:
+        """Write down what the attempts came to; whether there is a result."""
+        last = measurements[-1]
+        entry = self._update(experiment, last.attempt)
+        results = [item for item in measurements if item.record is not None]
+        best = next((item for item in results if item.attempt.valid), results[-1] if results else None)
+        entry.completed_at = last.attempt.completed_at
+        if best is not None:
+            entry.status, entry.error, entry.result_path = COMPLETED, None, best.attempt.result_path
+        else:
+            entry.status, entry.error = FAILED, last.attempt.error
+        self.save()
+        self._tell_end(experiment, best or last, elapsed_s)
+        return best is not None
+
+    def _tell_end(self, experiment: CampaignExperiment, measurement: Measurement, elapsed_s: float) -> None:
+        who, record = self._who(experiment), measurement.record
+        if record is not None:
+            self.tell(
+                "experiment_completed",
+                **who,
+                valid=record.validity.valid,
+                invalid_reasons=list(record.validity.invalid_reasons),
+                output_tok_per_s=record.throughput.output_tok_per_s,
+                elapsed_s=elapsed_s,
+                result=measurement.attempt.result_path,
+            )
+            return
+        error = measurement.error
+        self.tell(
+            "experiment_failed",
+            **who,
+            error=measurement.attempt.error,
+            error_kind=error.kind if error else None,
+            hint=error.hint if error else "",
+            log=measurement.attempt.log_path,
+            log_tail=measurement.log_tail,
+            elapsed_s=elapsed_s,
+        )
+
+    def _update(self, experiment: CampaignExperiment, attempt: Attempt) -> Any:
+        entry = self.manifest.get_entry(experiment.exp_id)
+        entry.put_attempt(attempt)
+        return entry
+
+    def _pass_on(self, event: WorkerEvent) -> None:
+        if event.kind == "phase":
+            self.tell("phase", exp_id=event.exp_id, phase=event.phase)
+        elif event.kind == "progress":
+            self.tell("progress", exp_id=event.exp_id, done=event.done, total=event.total, text=event.text)
+        else:
+            self.tell("tick")
+
+    def _who(self, experiment: CampaignExperiment) -> dict[str, Any]:
+        return {
+            "exp_id": experiment.exp_id,
+            "config_name": experiment.config_name,
+            "backend": experiment.backend,
+            "cycle": experiment.cycle_index + 1,
+            "cycles": self.campaign.execution.cycles,
+        }
+
+    def _done(self) -> int:
+        return sum(entry.status in (COMPLETED, FAILED) for entry in self.manifest.experiments)
+
+    def _eta_s(self) -> float | None:
+        if not self._durations:
+            return None
+        return self._remaining * sum(self._durations) / len(self._durations)
+
+
+def _reason_to_try_again(measurement: Measurement) -> str | None:
+    """Why another attempt may end differently; None when it would not, or there is a valid result."""
+    if measurement.error is not None:
+        return None if measurement.error.is_permanent else measurement.error.message
+    if measurement.record is not None and not measurement.record.validity.valid:
+        return "; ".join(measurement.record.validity.invalid_reasons)
+    return None
