@@ -27,6 +27,7 @@ __all__ = [
     "Loaded",
     "Reader",
     "complete_campaign",
+    "kind_of",
     "load_campaign",
     "load_campaign_of_files",
     "load_experiment",
@@ -150,9 +151,10 @@ def load_mapping(reader: Reader, path: FilePath) -> Loaded[dict[str, Any]]:
     return Loaded(dict(source.mapping), origins, source)
 
 
-def is_campaign(mapping: Mapping[str, Any]) -> bool:
-    """Whether a file has options that only a campaign has."""
-    return bool(_CAMPAIGN_ONLY & set(mapping))
+def kind_of(reader: Reader, path: FilePath) -> str:
+    """`campaign` or `experiment`, by whether a file has options that only a campaign has."""
+    source, _ = _read_file(reader, path, ExperimentConfig)
+    return "campaign" if _CAMPAIGN_ONLY & set(source.mapping) else "experiment"
 
 
 def _finish_campaign(reader: Reader, source: Source, found: Located, preset: str | None) -> Loaded[CampaignConfig]:

@@ -28,6 +28,7 @@ except ImportError:  # an installation has PyYAML beside lem, not inside it
 
 __all__ = [
     "complete_campaign",
+    "kind_of",
     "load_campaign",
     "load_campaign_of_files",
     "load_experiment",
@@ -99,6 +100,15 @@ def load_experiment(
 def load_mapping(path: FilePath | str, environ: Mapping[str, str] = os.environ) -> Loaded[dict[str, Any]]:
     """An experiment file with what it inherits, its options not yet validated; as `load_campaign`."""
     return loading.load_mapping(_Reader(environ), FilePath(path))
+
+
+def kind_of(path: FilePath | str, environ: Mapping[str, str] = os.environ) -> str:
+    """`campaign` or `experiment`, by the options in a file.
+
+    Raises:
+        ConfigurationError: a file that cannot be read, or is not YAML.
+    """
+    return loading.kind_of(_Reader(environ), FilePath(path))
 
 
 def read_document(path: FilePath, environ: Mapping[str, str]) -> Document:

@@ -1,0 +1,251 @@
+"""`lem config`: look at configuration files, and at the options there are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TextIO
+
+from lem.errors import ConfigurationError, ExitCode
+from lem.log import is_colour_wanted
+
+if TYPE_CHECKING:
+    from lem.config.loading import Loaded
+    from lem.config.problems import Path
+    from lem.config.schema import Section
+
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
+
+__all__ = ["add_parser", "run"]
+
+KINDS = ("campaign", "experiment")
+_RED, _RESET = "\x1b[31m", "\x1b[0m"
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add `config` and its actions to the command line."""
+    parser = subparsers.add_parser("config", help="check, show and write configuration files", description=__doc__)
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    validate = actions.add_parser("validate", help="everything that is wrong with files, at once")
+    validate.add_argument("files", nargs="+", metavar="FILE", help="campaign or experiment files")
+    validate.set_defaults(run=run, action=_validate)
+    show = actions.add_parser("show", help="a file with every default, and where each value comes from")
+    show.add_argument("file", metavar="FILE", help="a campaign or experiment file")
+    show.set_defaults(run=run, action=_show)
+    for action in (validate, show):
+        action.add_argument("--preset", metavar="NAME", help="values that experiments start from (lem presets)")
+        action.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key; may be repeated")
+    new = actions.add_parser("new", help="a commented file to start from, on stdout")
+    new.add_argument("--backend", default="pytorch", metavar="NAME", help="the backend to write it for")
+    new.set_defaults(run=run, action=_new)
+    schema = actions.add_parser("schema", help="JSON Schema, for editors that check YAML while you type")
+    schema.set_defaults(run=run, action=_schema)
+    for action in (new, schema):
+        action.add_argument("kind", nargs="?", choices=KINDS, default="campaign", help="default: campaign")
+    fields = actions.add_parser("fields", help="every option: type, default, bounds, what it does")
+    fields.add_argument("kind", nargs="?", choices=KINDS, help="default: both")
+    fields.add_argument("--backend", metavar="NAME", help="only what this backend honours")
+    fields.add_argument("--markdown", action="store_true", help="the page docs/configuration.md")
+    fields.set_defaults(run=run, action=_fields)
+    for action in (validate, show, fields):
+        action.add_argument("--json", action="store_true", help="one JSON document on stdout")
+
+
+def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
+    """The exit code: 2 where a file is not valid."""
+    code: int = args.action(args, out, err)
+    return code
+
+
+def _validate(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
+    reports = []
+    for file in args.files:
+        try:
+            report = _report(file, args)
+        except ConfigurationError as error:
+            report = {"file": file, "valid": False, "problems": _problem_documents(error)}
+            if not args.json:
+                _complain(error, err)
+        reports.append(report)
+        if report["valid"] and not args.json:
+            out.write(_told(report))
+    if args.json:
+        _write_json(out, reports)
+    return int(ExitCode.OK if all(report["valid"] for report in reports) else ExitCode.USAGE)
+
+
+def _report(file: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What is to say about a valid file."""
+    from lem.config import rules, yamlfile
+    from lem.orchestration.plan import build_plan
+
+    if yamlfile.kind_of(file) == "experiment":
+        experiment = yamlfile.load_experiment(file, args.set, args.preset).config
+        warnings = [str(item) for item in rules.check(experiment)]
+        return {"file": file, "kind": "experiment", "valid": True, "name": experiment.name, "warnings": warnings}
+    loaded = yamlfile.load_campaign(file, args.set, args.preset)
+    plan = build_plan(loaded.config, loaded.drafts, preset=loaded.preset, forced=loaded.forced)
+    if not plan.experiments:
+        reasons = "; ".join(f"{reason} × {count}" for reason, count in plan.filtered_by_reason)
+        raise ConfigurationError(f"{file}: no valid experiment is left: {reasons}")
+    return {
+        "file": file,
+        "kind": "campaign",
+        "valid": True,
+        "name": loaded.config.campaign_name,
+        "summary": plan.summary,
+        "filtered": [f"{reason} × {count}" for reason, count in plan.filtered_by_reason],
+        "warnings": [f"{reason} × {count}" for reason, count in plan.warnings_by_reason],
+    }
+
+
+def _told(report: Mapping[str, Any]) -> str:
+    lines = [f"{report['file']}: valid {report['kind']} {report['name']}"]
+    if "summary" in report:
+        lines.append(f"  {report['summary']}")
+    lines += [f"  filtered: {reason}" for reason in report.get("filtered", ())]
+    lines += [f"  warning: {warning}" for warning in report["warnings"]]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _complain(error: ConfigurationError, err: TextIO) -> None:
+    word = f"{_RED}error:{_RESET}" if is_colour_wanted(err) else "error:"
+    err.write(f"{word} {error.message}\n")
+    if error.hint:
+        err.write(f"hint: {error.hint}\n")
+
+
+def _problem_documents(error: ConfigurationError) -> list[dict[str, Any]]:
+    from lem.config.problems import dotted
+    from lem.config.sources import FileProblems
+
+    if not isinstance(error, FileProblems):
+        return [{"message": error.message, "hint": error.hint}]
+    return [
+        {
+            "at": place.label,
+            "line": None if place.mark is None else place.mark.line,
+            "column": None if place.mark is None else place.mark.column,
+            "key": dotted(problem.path),
+            "message": problem.message,
+            "suggestion": problem.suggestion,
+        }
+        for place, problem in error.located
+    ]
+
+
+def _show(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
+    from lem.config import yamlfile
+    from lem.config.merging import leaves
+    from lem.config.template import render_yaml
+
+    kind = yamlfile.kind_of(args.file)
+    loaded: Loaded[Any] = (
+        yamlfile.load_campaign(args.file, args.set, args.preset)
+        if kind == "campaign"
+        else yamlfile.load_experiment(args.file, args.set, args.preset)
+    )
+    tree = _without_secrets(loaded.config.to_dict(), loaded)
+    origins = {path: _origin(loaded, path) for path, _ in leaves(tree)}
+    if args.json:
+        from lem.config.problems import dotted
+
+        provenance = {
+            dotted(path): {"from": loaded.provenance.get(dotted(path), "default"), "at": at}
+            for path, at in origins.items()
+        }
+        _write_json(out, {"kind": kind, "config": tree, "provenance": provenance})
+    else:
+        comments = {tuple(map(str, path)): at or loaded.provenance[_key(path)] for path, at in origins.items()}
+        out.write(render_yaml(tree, comments))
+    return int(ExitCode.OK)
+
+
+def _key(path: Path) -> str:
+    from lem.config.problems import dotted
+
+    return dotted(path)
+
+
+def _origin(loaded: Loaded[Any], path: Path) -> str | None:
+    """The place a value was written in, `c.yaml:12`; None for a default and for what a preset of the decoder gives."""
+    layer = loaded.source.layer_of(path)
+    if layer is None:
+        return None
+    place = loaded.source.place(path)
+    return place.label if place.mark is None else f"{place.label}:{place.mark.line}"
+
+
+def _without_secrets(tree: dict[str, Any], loaded: Loaded[Any]) -> dict[str, Any]:
+    """The configuration with secrets as they were written, when that was `${VAR}`, else hidden."""
+    from lem.config.merging import leaves, merge
+    from lem.config.sources import is_secret
+
+    section: type[Section] = type(loaded.config)
+    written = dict(leaves(loaded.source.unexpanded))
+    for path, value in list(leaves(tree)):
+        if value is not None and is_secret(section, path):
+            shown = written.get(path)
+            nested: Any = shown if isinstance(shown, str) and shown.startswith("${") else "(hidden)"
+            for part in reversed(path):
+                nested = {part: nested}
+            tree = merge(section, tree, nested)
+    return tree
+
+
+def _new(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
+    from lem.config.template import campaign_template, experiment_template
+
+    _check_backend(args.backend)
+    out.write(campaign_template(args.backend) if args.kind == "campaign" else experiment_template(args.backend))
+    return int(ExitCode.OK)
+
+
+def _schema(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
+    from lem.config.campaign_config import CampaignConfig
+    from lem.config.experiment_config import ExperimentConfig
+    from lem.config.jsonschema import document_schema
+
+    section = CampaignConfig if args.kind == "campaign" else ExperimentConfig
+    _write_json(out, document_schema(section, f"lem {args.kind}"))
+    return int(ExitCode.OK)
+
+
+def _fields(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
+    from lem.config.introspection import get_campaign_params, get_experiment_params
+    from lem.config.reference import render_page, render_text
+
+    if args.markdown:
+        out.write(render_page())
+        return int(ExitCode.OK)
+    if args.backend is not None:
+        _check_backend(args.backend)
+    kinds = (args.kind,) if args.kind else KINDS if args.backend is None else ("experiment",)
+    found = {
+        kind: get_campaign_params() if kind == "campaign" else get_experiment_params(args.backend) for kind in kinds
+    }
+    if args.json:
+        _write_json(out, found)
+        return int(ExitCode.OK)
+    for kind, params in found.items():
+        if len(found) > 1:
+            out.write(f"{kind.upper()}\n\n")
+        out.write(render_text(params) + "\n")
+    return int(ExitCode.OK)
+
+
+def _check_backend(name: str) -> None:
+    from lem.config.backend_config import BACKENDS
+    from lem.config.problems import nearest
+
+    if name not in BACKENDS:
+        near = nearest(name, BACKENDS)
+        remedy = f" (did you mean '{near}'?)" if near else ""
+        raise ConfigurationError(
+            f"--backend {name}: there is no such backend{remedy}", f"one of: {', '.join(BACKENDS)}"
+        )
+
+
+def _write_json(out: TextIO, document: Any) -> None:
+    out.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
