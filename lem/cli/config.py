@@ -157,15 +157,18 @@ def _show(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
         }
         _write_json(out, {"kind": kind, "config": tree, "provenance": provenance})
     else:
-        comments = {tuple(map(str, path)): at or loaded.provenance[_key(path)] for path, at in origins.items()}
+        comments = {tuple(map(str, path)): _comment(loaded, path, at) for path, at in origins.items()}
         out.write(render_yaml(tree, comments))
     return int(ExitCode.OK)
 
 
-def _key(path: Path) -> str:
+def _comment(loaded: Loaded[Any], path: Path, at: str | None) -> str:
     from lem.config.problems import dotted
 
-    return dotted(path)
+    origin = loaded.provenance.get(dotted(path), "default")
+    if origin == "preset" and at is None:
+        return f"decoder.preset {loaded.config.decoder.preset}"
+    return origin if at is None or origin == "command line" else at
 
 
 def _origin(loaded: Loaded[Any], path: Path) -> str | None:

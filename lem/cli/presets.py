@@ -48,5 +48,5 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
             text = f"{tokens:<10}{preset.description}"
             indent = " " * (width + 10)
             out.write(textwrap.fill(f"{preset.name:<{width}}{text}", _WIDTH, subsequent_indent=indent) + "\n")
-        out.write("\nTokens are input/output at most; all decode greedily. lem presets NAME shows one in full.\n")
+        out.write("\nTokens: input/output at most. All decode greedily. lem presets NAME shows one.\n")
     return int(ExitCode.OK)

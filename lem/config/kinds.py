@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -232,6 +233,8 @@ class TextKind(Kind):
     def read(self, value: Any, path: Path, sink: Sink) -> Any:
         if isinstance(value, int) and not isinstance(value, bool) and self._is_integer_text:
             value = str(value)
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
         if not isinstance(value, str):
             remedy = f'; in quotes it is text: "{value}"' if isinstance(value, (int, float)) else ""
             if isinstance(value, bool):

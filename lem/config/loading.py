@@ -218,7 +218,8 @@ class _Drafts:
 
     def _in_place(self, entry: Mapping[str, Any], path: Path) -> ExperimentDraft | None:
         layer = self._source.layer_of(path[:1])
-        source = dataclasses.replace(_preset_source(ExperimentConfig, self._preset), main=self._source.main)
+        start = _preset_source(ExperimentConfig, self._preset)
+        source = dataclasses.replace(start, main=self._source.main, prefix=path)
         if layer is not None:
             inline = entry.get("inline", entry)
             source = source.over(

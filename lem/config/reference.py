@@ -63,7 +63,7 @@ def render_text(params: Mapping[str, Entry]) -> str:
     blocks = []
     for name, entry in params.items():
         facts = "; ".join(part for part in (entry["type"], describe_default(entry), describe_bounds(entry)) if part)
-        notes = _notes(entry)
+        notes = _notes(name, entry)
         text = " ".join([entry["description"], *notes])
         head = [f"{name}  {facts}"] if len(name) + len(facts) + 2 <= WIDTH else [name, *wrap(facts, "      ")]
         blocks.append("\n".join([*head, *wrap(text, "    "), ""]))
@@ -109,16 +109,16 @@ def _table(params: Mapping[str, Entry]) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for name, entry in params.items():
         default = "required" if entry["required"] else f"`{plain_word(entry['default'])}`"
-        text = " ".join([entry["description"], *_notes(entry)])
+        text = " ".join([entry["description"], *_notes(name, entry)])
         cells = (f"`{name}`", entry["type"], default, describe_bounds(entry), text)
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _notes(entry: Entry) -> list[str]:
+def _notes(name: str, entry: Entry) -> list[str]:
     notes = []
     if entry["variants"]:
         notes.append(f"With type {' or '.join(entry['variants'])}.")
-    if entry["backends"] and set(entry["backends"]) != set(BACKENDS):
+    if entry["backends"] and name.partition(".")[0] not in BACKENDS:
         notes.append(f"Honoured by {', '.join(entry['backends'])}.")
     if entry["reload"]:
         notes.append("Changing it reloads the engine.")

@@ -126,9 +126,7 @@ class FileProblems(ConfigProblems):
 
     def __init__(self, located: Iterable[tuple[Place, Problem]]) -> None:
         # The same thing may be found twice: in a campaign, and in the experiment it is part of.
-        unique = list(
-            {(place, item.message if place.mark else str(item)): (place, item) for place, item in located}.values()
-        )
+        unique = _without_repeats(located)
         self.located = tuple(sorted(unique, key=_order(unique)))
         shown = [render(place, problem) for place, problem in self.located[:MAX_SHOWN_PROBLEMS]]
         count = len(self.located)
@@ -149,6 +147,7 @@ class Source:
         mapping: the layers merged, not yet validated.
         origins: for each value given, the number of the layer that has the last word on it.
         main: which document problems are laid to that have no place of their own.
+        prefix: where all this stands in what the person wrote, for naming options.
     """
 
     section: type[Section]
@@ -156,6 +155,7 @@ class Source:
     mapping: Mapping[str, Any] = field(default_factory=dict)
     origins: Mapping[Path, int] = field(default_factory=dict)
     main: Document | None = None
+    prefix: Path = ()
 
     def over(self, layer: Layer) -> Source:
         """The source with another layer on top."""
@@ -202,7 +202,13 @@ class Source:
     def locate(self, problems: Iterable[Problem]) -> list[tuple[Place, Problem]]:
         """The problems with their places."""
         located = [(self.place(item.path, is_about_key=item.is_about_key), item) for item in problems]
-        return [(_hidden(place) if is_secret(self.section, item.path) else place, item) for place, item in located]
+        return [
+            (
+                dataclasses.replace(place, line="") if is_secret(self.section, item.path) else place,
+                dataclasses.replace(item, path=(*self.prefix, *item.path)),
+            )
+            for place, item in located
+        ]
 
     def error(self, problems: Iterable[Problem]) -> FileProblems:
         """The problems as an error to raise."""
@@ -226,10 +232,6 @@ def is_secret(section: type[Section], path: Path) -> bool:
     return found is not None and found.option.is_secret
 
 
-def _hidden(place: Place) -> Place:
-    return dataclasses.replace(place, line="")
-
-
 def _place_in(layer: Layer, path: Path, *, is_about_key: bool) -> tuple[int, Place]:
     document = layer.document
     if document is None:
@@ -241,6 +243,13 @@ def _place_in(layer: Layer, path: Path, *, is_about_key: bool) -> tuple[int, Pla
     found, mark = document.find((*layer.prefix, *path), is_about_key=is_about_key)
     found -= len(layer.prefix)
     return found, document.at(mark)
+
+
+def _without_repeats(located: Iterable[tuple[Place, Problem]]) -> list[tuple[Place, Problem]]:
+    seen: dict[tuple[Place, str], tuple[Place, Problem]] = {}
+    for place, problem in located:
+        seen.setdefault((place, problem.message if place.mark else str(problem)), (place, problem))
+    return list(seen.values())
 
 
 def _order(located: list[tuple[Place, Problem]]) -> Any:
