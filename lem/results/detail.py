@@ -72,7 +72,10 @@ def _throughput(record: Record) -> str:
     output = _or_reason(throughput.output_tok_per_s, units.format_rate, throughput.null_reasons.get("output_tok_per_s"))
     if throughput.total_tok_per_s is None or throughput.requests_per_s is None:
         return f"output {output}"
-    total, requests = units.format_rate(throughput.total_tok_per_s), f"{throughput.requests_per_s:.4g} requests/s"
+    total, requests = (
+        units.format_rate(throughput.total_tok_per_s),
+        units.format_quantity(throughput.requests_per_s, "requests/s"),
+    )
     return f"output {output}, with input {total}, {requests}"
 
 

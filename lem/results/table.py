@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from lem import units
 from lem.results.aggregation import SHARED_LOAD, AllAttempts, ConfigAggregate, MetricEstimate
@@ -17,6 +19,7 @@ _NAME_WIDTH = 36
 _NONE = "–"
 _SIGNIFICANT = 4
 _NAMES_SHOWN = 4
+_NUMBER = re.compile(r"[0-9]+(?:[.][0-9]+)?")
 _ESTIMATE = "tdp_estimate"
 # A terminal can say it is 0 columns wide, and lines over 120 are hard to read.
 _WIDTHS = (72, 120)
@@ -33,6 +36,15 @@ def render_summary(summary: CampaignSummary, *, is_colour: bool = False, width: 
     many results are valid; then everything that weakens the numbers.
     """
     return _Table(summary, is_colour, width).render()
+
+
+class _Alike(NamedTuple):
+    """A warning, or several that differ in their numbers, of which `text` is the first."""
+
+    text: str
+    is_varied: bool
+    n_results: int
+    members: Sequence[ConfigAggregate]
 
 
 class _Table:
@@ -165,10 +177,11 @@ class _Table:
     def _warnings(self) -> list[str]:
         lines: list[str] = []
         for attribute, lead, style in (("invalid_reasons", "invalid: ", "red"), ("warnings", "warning: ", "yellow")):
-            for text, members in self._by_text(attribute).items():
-                count = sum(getattr(item, attribute)[text] for item in members)
-                total = _plural(sum(item.n_results for item in members), "result")
-                lines += self._labelled(lead, f"{text} ({count} of {total}{self._of(members, 'of')})", style)
+            for alike in self._alike(attribute):
+                total = _plural(sum(item.n_results for item in alike.members), "result")
+                where = f"{alike.n_results} of {total}{self._of(alike.members, 'of')}"
+                text = f"{alike.text} ({where}{'; numbers differ' if alike.is_varied else ''})"
+                lines += self._labelled(lead, text, style)
         empty = [item for item in self._configurations if not item.n_cycles]
         if empty:
             lines += self._labelled("no valid result: ", self._names(empty), "red")
@@ -179,12 +192,19 @@ class _Table:
         label = lead.rstrip()
         return [self._paint(label, style) + first[len(label) :], *rest]
 
-    def _by_text(self, attribute: str) -> dict[str, list[ConfigAggregate]]:
-        found: dict[str, list[ConfigAggregate]] = {}
+    def _alike(self, attribute: str) -> Iterable[_Alike]:
+        """Texts that differ in nothing but numbers, each kind once."""
+        found: dict[str, list[tuple[ConfigAggregate, str, int]]] = {}
         for item in self._configurations:
-            for text in getattr(item, attribute):
-                found.setdefault(text, []).append(item)
-        return found
+            for text, count in getattr(item, attribute).items():
+                found.setdefault(_NUMBER.sub("#", text), []).append((item, text, count))
+        for entries in found.values():
+            yield _Alike(
+                text=entries[0][1],
+                is_varied=len({text for _, text, _ in entries}) > 1,
+                n_results=sum(count for *_, count in entries),
+                members=list({item.config_name: item for item, *_ in entries}.values()),
+            )
 
     def _of(self, members: Sequence[ConfigAggregate], preposition: str) -> str:
         """Which configurations something is said about; empty when it is all."""

@@ -1,0 +1,180 @@
+"""`lem experiment`: one experiment, here and now."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from lem import log
+from lem.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from lem.config.campaign_config import CampaignConfig
+    from lem.config.experiment_config import ExperimentConfig
+    from lem.config.loading import Loaded
+    from lem.orchestration.campaign import CampaignOutcome
+    from lem.orchestration.plan import Plan
+    from lem.record import Record
+
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
+
+__all__ = ["add_parser", "run"]
+
+# Options that stand for one key of the file: their value wins over the file's.
+_KEYS = {
+    "model": "model.name",
+    "dataset": "dataset.name",
+    "warmup_prompts": "warmup.min_prompts",
+    "warmup_timeout": "warmup.timeout_seconds",
+    "results_dir": "io.results_dir",
+    "cycles": "num_cycles",
+}
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add `experiment` to the command line."""
+    parser = subparsers.add_parser(
+        "experiment", help="run one experiment here and now", description="Run one experiment here and now."
+    )
+    parser.add_argument("file", metavar="FILE", help="an experiment file")
+    parser.add_argument("--preset", metavar="NAME", help="values to start from (lem presets)")
+    parser.add_argument("--model", "-m", metavar="NAME", help="another model")
+    parser.add_argument("--dataset", "-d", metavar="NAME", help="another dataset")
+    parser.add_argument("--sample-size", "-n", type=int, metavar="N", help="prompts")
+    parser.add_argument("--cycles", "-c", type=int, metavar="N", help="how often (num_cycles)")
+    parser.add_argument("--warmup-prompts", type=int, metavar="N", help="prompts of warm-up, at least")
+    parser.add_argument("--warmup-timeout", type=float, metavar="S", help="seconds of warm-up, at most")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key; may be repeated")
+    parser.add_argument("--results-dir", "-o", metavar="DIR", help="folder of the results")
+    parser.add_argument("--python", metavar="PROGRAM", help="Python that has the engine")
+    parser.add_argument("--dry-run", action="store_true", help="show what would run and end; nothing is written")
+    parser.add_argument("--yes", "-y", action="store_true", help="do not ask; an experiment never does")
+    parser.add_argument("--json", action="store_true", help="one JSON document with the records on stdout")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
+    """The exit code of interface.md."""
+    from lem.cli.plan_view import render_findings
+
+    loaded = _load(args)
+    with tempfile.TemporaryDirectory(prefix="lem-experiment-") as state_dir:
+        campaign = _as_campaign(loaded, Path(args.file), state_dir)
+        plan = _plan(campaign, loaded, Path(args.file), args)
+        if plan.warnings and not getattr(args, "quiet", False):
+            err.write(render_findings(plan, is_colour=log.is_colour_wanted(err)))
+        if args.dry_run:
+            out.write(_describe(plan, campaign, args))
+            return int(ExitCode.OK)
+        outcome = _measure(args, campaign, plan, err)
+        _show(args, campaign, outcome, out)
+    if outcome.signum is not None:
+        return 128 + outcome.signum
+    return int(ExitCode.EXPERIMENT_FAILED if outcome.error or outcome.manifest.failed_count else ExitCode.OK)
+
+
+def _load(args: argparse.Namespace) -> Loaded[ExperimentConfig]:
+    from lem.config.yamlfile import load_experiment
+
+    sets: list[str | tuple[str, Any]] = [
+        (key, getattr(args, name)) for name, key in _KEYS.items() if getattr(args, name) is not None
+    ]
+    return load_experiment(args.file, [*sets, *args.set], args.preset)
+
+
+def _as_campaign(loaded: Loaded[ExperimentConfig], file: Path, state_dir: str) -> CampaignConfig:
+    """The experiment as a campaign of one configuration without gaps, whose manifest nobody needs afterwards."""
+    from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig, CampaignIOConfig
+
+    config = loaded.config
+    return CampaignConfig(
+        campaign_name=config.config_name or file.stem,
+        configs=(str(file),),
+        execution=CampaignExecutionConfig(cycles=config.num_cycles, config_gap_seconds=0, cycle_gap_seconds=0),
+        io=CampaignIOConfig(results_dir=config.io.results_dir or "results", state_dir=state_dir),
+    )
+
+
+def _plan(campaign: CampaignConfig, loaded: Loaded[ExperimentConfig], file: Path, args: argparse.Namespace) -> Plan:
+    from lem.config.campaign_config import CampaignConfig
+    from lem.config.defaults import with_campaign_defaults
+    from lem.config.loading import ExperimentDraft
+    from lem.meters.gpus import find_gpus
+    from lem.orchestration.plan import build_plan
+
+    mapping = loaded.source.mapping
+    if args.sample_size is not None:
+        chosen = CampaignConfig(campaign_name="experiment", configs=(str(file),), num_samples=args.sample_size)
+        mapping = with_campaign_defaults(chosen, mapping, {"num_samples"})
+    plan = build_plan(campaign, [ExperimentDraft(mapping, loaded.source, file)], gpus=find_gpus() or None)
+    if not plan.experiments:
+        raise UserError("; ".join(reason for reason, _ in plan.filtered_by_reason), "mend the experiment file")
+    return plan
+
+
+def _measure(args: argparse.Namespace, campaign: CampaignConfig, plan: Plan, err: TextIO) -> CampaignOutcome:
+    from lem.cli.progress import choose_progress
+    from lem.orchestration.campaign import CampaignRunner
+    from lem.orchestration.stop import StopRequest
+    from lem.orchestration.workers import LocalExecutor
+
+    console = log.Console(err)
+    is_quiet = getattr(args, "quiet", False)
+    log.configure(console, verbosity=-1 if is_quiet else getattr(args, "verbose", 0))
+    stop = StopRequest()
+    runner = CampaignRunner(
+        campaign,
+        plan=plan,
+        executor=LocalExecutor(args.python),
+        observe=choose_progress(console, err, is_json=False, is_quiet=is_quiet),
+        stop=stop,
+    )
+    try:
+        with stop.installed():
+            return runner.run()
+    finally:
+        console.close()
+
+
+def _show(args: argparse.Namespace, campaign: CampaignConfig, outcome: CampaignOutcome, out: TextIO) -> None:
+    from lem.record import encode_record
+    from lem.results.detail import render_record
+    from lem.results.repository import Repository
+    from lem.results.summary import summarise
+    from lem.results.table import render_summary
+
+    run_id = str(outcome.manifest.run_id)
+    results = Repository(Path(campaign.io.results_dir), campaign.slug).scan(run_id).results
+    records: list[Record] = [result.record for result in results]
+    if args.json:
+        document = {
+            "run_id": run_id,
+            "results": [{"path": str(item.path), "record": encode_record(item.record)} for item in results],
+            "errors": [entry.error for entry in outcome.manifest.experiments if entry.error],
+        }
+        out.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        return
+    width = shutil.get_terminal_size().columns if out.isatty() else 80
+    is_colour = log.is_colour_wanted(out)
+    if len(records) == 1:
+        out.write(render_record(records[0], is_colour=is_colour, width=width))
+    elif records:
+        summary = summarise(records, campaign_name=campaign.campaign_name, run_id=run_id)
+        out.write(render_summary(summary, is_colour=is_colour, width=width))
+    if results:
+        out.write("\n" + "".join(f"{item.path}\n" for item in results))
+
+
+def _describe(plan: Plan, campaign: CampaignConfig, args: argparse.Namespace) -> str:
+    from lem.orchestration.generated import encode_config
+    from lem.orchestration.workers import LocalExecutor
+
+    python = LocalExecutor(args.python).python
+    return (
+        f"{campaign.campaign_name}: {len(plan.experiments)} × in {python}, results in "
+        f"{campaign.io.results_dir}/{campaign.slug}\n{encode_config(plan.experiments[0].config.to_dict())}"
+    )
