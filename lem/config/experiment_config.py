@@ -129,7 +129,7 @@ class SyntheticPrompts(Section):
         minimum=1,
         unit="tokens",
     )
-    sample_size: int = option(32, description="Prompts to make.", minimum=1, unit="prompts")
+    sample_size: int = option(32, description="Prompts to make; 32 when not given.", minimum=1, unit="prompts")
     seed: int = option(42, description="Seed of the text and the lengths.", minimum=0)
     distribution: str = option(
         "fixed", description="Of the lengths around the chosen ones.", choices=("fixed", "uniform", "lognormal")

@@ -61,20 +61,20 @@ def get_experiment_params(backend: str | None = None) -> dict[str, dict[str, Any
 def _describe_all(section: type[Section], prefix: str = "") -> dict[str, dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
     for key, item, owner in walk(section, prefix):
-        entry = describe(item)
-        kind = _variant_of(owner)
-        entry["variants"] = [kind] if kind is not None else None
-        known = out.get(key)
-        if known is None:
-            out[key] = entry
-        else:  # another variant of `prompts` has an option of this name
-            known["variants"] = [*known["variants"], *entry["variants"]]
-            if known["choices"] and entry["choices"]:
-                known["choices"] = [*known["choices"], *entry["choices"]]
-                known["default"], known["required"] = None, True
-            if known["description"] != entry["description"]:
-                known["description"] = f"{known['description']} {entry['description']}"
+        variant = _variant_of(owner)
+        entry = {**describe(item), "variants": None if variant is None else [variant]}
+        out[key] = entry if key not in out else _join_variants(out[key], entry)
     return out
+
+
+def _join_variants(known: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """An option that several variants have, such as `prompts.sample_size`, as one."""
+    joined = {**known, "variants": [*known["variants"], *entry["variants"]]}
+    if known["choices"]:  # `type` itself, which tells the variants apart
+        joined.update(choices=[*known["choices"], *entry["choices"]], default=None, required=True)
+    if entry["description"] not in known["description"]:
+        joined["description"] = f"{known['description']} {entry['variants'][0]}: {entry['description']}"
+    return joined
 
 
 def _variant_of(section: type[Section]) -> str | None:
