@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lem.config.experiment_config import DATASET_ALIASES, ExperimentConfig, HuggingFacePrompts
+from lem.config.experiment_config import DATASET_ALIASES, DatasetConfig, ExperimentConfig, HuggingFacePrompts
 from lem.experiment.dataset_files import DATASETS_VARIABLE, Row, dataset_error, files_of, find_local, read_rows
 from lem.experiment.prompts import Prompt, ResolvedPrompts, fingerprint, text_of_record
 from lem.experiment.synthetic import shuffled
 
-__all__ = ["DatasetChoice", "choice_of", "find_files", "resolve_dataset"]
+__all__ = ["DatasetChoice", "choice_of", "choice_of_name", "find_files", "is_in_hub_cache", "resolve_dataset"]
 
 _logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class DatasetChoice:
     subset: str | None
     split: str
     column: str | None
-    sample_size: int | None
+    sample_size: int | None = None
     is_shuffled: bool = False
     seed: int | None = None
 
@@ -58,22 +58,24 @@ def choice_of(config: ExperimentConfig) -> DatasetChoice:
     Raises:
         ValueError: it asks for none.
     """
-    chosen: Any = config.dataset if config.dataset is not None else config.prompts
-    if config.dataset is None and not isinstance(chosen, HuggingFacePrompts):
-        raise ValueError("the experiment takes no prompts from a data set")
-    name = chosen.dataset if isinstance(chosen, HuggingFacePrompts) else chosen.name
-    subset = chosen.subset if isinstance(chosen, HuggingFacePrompts) else None
+    chosen = config.dataset if config.dataset is not None else config.prompts
+    if isinstance(chosen, HuggingFacePrompts):
+        choice = choice_of_name(chosen.dataset, chosen.subset, chosen.split, chosen.column)
+        return replace(choice, sample_size=chosen.sample_size, is_shuffled=chosen.shuffle, seed=chosen.seed)
+    if isinstance(chosen, DatasetConfig):
+        choice = choice_of_name(chosen.name, None, chosen.split, chosen.column)
+        return replace(choice, sample_size=chosen.sample_size)
+    raise ValueError("the experiment takes no prompts from a data set")
+
+
+def choice_of_name(
+    name: str, subset: str | None = None, split: str | None = None, column: str | None = None
+) -> DatasetChoice:
+    """All of a data set, by alias or hub name; what is given wins over the alias."""
     alias = DATASET_ALIASES.get(name)
-    return DatasetChoice(
-        name=name,
-        hub_name=name if alias is None else alias.path,
-        subset=subset or (alias and alias.subset) or None,
-        split=chosen.split or (alias.split if alias else "train"),
-        column=chosen.column or (alias.column if alias else None),
-        sample_size=chosen.sample_size,
-        is_shuffled=isinstance(chosen, HuggingFacePrompts) and chosen.shuffle,
-        seed=chosen.seed if isinstance(chosen, HuggingFacePrompts) else None,
-    )
+    if alias is None:
+        return DatasetChoice(name, name, subset, split or "train", column)
+    return DatasetChoice(name, alias.path, subset or alias.subset, split or alias.split, column or alias.column)
 
 
 def resolve_dataset(
@@ -131,6 +133,14 @@ def find_files(choice: DatasetChoice, environ: Mapping[str, str]) -> tuple[Path,
             f"{DATASETS_VARIABLE}={setting}: no such folder", "set it to a folder of data sets, or unset it"
         )
     return find_local(folder, tuple(dict.fromkeys((choice.name, choice.hub_name))), choice.subset, choice.split)
+
+
+def is_in_hub_cache(choice: DatasetChoice, environ: Mapping[str, str]) -> bool:
+    """Whether files of a hub data set lie in the hub's cache (HF_HUB_CACHE, HF_HOME), so that no network is needed."""
+    cache_home = environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    home = Path(environ.get("HF_HOME") or Path(cache_home) / "huggingface")
+    cache = Path(environ.get("HF_HUB_CACHE") or home / "hub")
+    return any((cache / f"datasets--{choice.hub_name.replace('/', '--')}" / "snapshots").glob("*/*"))
 
 
 def _load_from_hub(choice: DatasetChoice, token: str | None) -> tuple[Iterable[Row], str | None]:

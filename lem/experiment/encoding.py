@@ -69,9 +69,9 @@ def encode_prompts(
 class DisjointRequests:
     """Requests of the same shapes as given ones with other ids, for warm-up; as many as are asked for.
 
-    Lengths and bounds are those of the given requests, in their order, over and over. The ids are drawn from all the
-    given prompts, so that they are ids the model knows; a leading id that all prompts share is kept. They share no
-    longer prefix than chance gives, so warm-up leaves nothing in a prefix cache that the measured prompts would find.
+    A shape is a length in tokens with the bounds on the output. The ids are drawn from all the given prompts, so that
+    they are ids the model knows; a leading id that all prompts share is kept. They share no longer prefix than chance
+    gives, so warm-up leaves nothing in a prefix cache that the measured prompts would find.
 
     Attributes:
         is_disjoint: every request made so far differs from every given one.
@@ -84,16 +84,30 @@ class DisjointRequests:
         self._measured = frozenset(request.token_ids for request in requests)
         self._made: set[tuple[int, ...]] = set()
         self._count = 0
+        self._place = 0
         has_leader = len({request.token_ids[0] for request in requests}) == 1 and len(requests) > 1
         self._leader = 1 if has_leader and all(len(request.token_ids) > 1 for request in requests) else 0
         self._pool = [token for request in requests for token in request.token_ids[self._leader :]]
 
     def take(self, count: int) -> list[TokenRequest]:
-        """The next `count` requests, their indices running on."""
-        return [self._next() for _ in range(count)]
+        """Requests of the given shapes in their order, going on where the last call stopped, over and over."""
+        shapes = [self._shapes[(self._place + step) % len(self._shapes)] for step in range(count)]
+        self._place += count
+        return [self._make(shape) for shape in shapes]
 
-    def _next(self) -> TokenRequest:
-        shape = self._shapes[self._count % len(self._shapes)]
+    def take_typical(self, count: int) -> list[TokenRequest]:
+        """Requests whose shapes are spread evenly over the given ones by length: the same shapes at every call."""
+        return [self._make(shape) for shape in self._typical(count)]
+
+    def is_typical(self, requests: Sequence[TokenRequest]) -> bool:
+        """Whether requests have the shapes that `take_typical` gives for as many."""
+        return sorted(map(_shape_of, requests)) == [_shape_of(shape) for shape in self._typical(len(requests))]
+
+    def _typical(self, count: int) -> list[TokenRequest]:
+        ordered = sorted(self._shapes, key=_shape_of)
+        return [ordered[(2 * step + 1) * len(ordered) // (2 * count)] for step in range(count)]
+
+    def _make(self, shape: TokenRequest) -> TokenRequest:
         ids = self._other_ids(shape.token_ids)
         self.is_disjoint = self.is_disjoint and ids not in self._measured
         self._made.add(ids)
@@ -113,6 +127,10 @@ class DisjointRequests:
 
     def _draw(self) -> int:
         return self._pool[int(self._rng.random() * len(self._pool))]
+
+
+def _shape_of(request: TokenRequest) -> tuple[int, int, int]:
+    return len(request.token_ids), request.max_output_tokens, request.min_output_tokens
 
 
 def _common_leader(encode: Callable[[str], Sequence[int]]) -> int:

@@ -48,10 +48,11 @@ def warm_up(
 ) -> WarmupOutcome:
     """The outcome of warming up in steps of `width` requests at once, the concurrency of the measurement.
 
-    At least `min_prompts` and twice the width are run; then steps follow until the seconds for each output token have
-    settled over the last `window_size` steps. The caps are the time (0 is none) and `max_prompts`, the latter never
-    before `window_size` steps were run, else a wide batch could never be said to have settled. At a cap `converged` is
-    False.
+    First come at least `min_prompts` and twice the width, of the measured shapes in their order. Then come steps of the
+    same typical shapes each, until the seconds for each output token have settled over the last `window_size` of them:
+    only steps of equal shapes can be compared. The caps are the time (0 is none) and `max_prompts`, the latter never
+    before `window_size` typical steps were run, else a wide batch could never be said to have settled. At a cap
+    `converged` is False.
 
     Args:
         run_step: runs requests as the measurement will and gives their completions.
@@ -62,15 +63,15 @@ def warm_up(
     begin_ns = clock.monotonic_ns()
     converged = False
     while True:
-        requests = source.take(width)
+        requests = source.take(width) if steps.prompts < limits.floor else source.take_typical(width)
         step_ns = clock.monotonic_ns()
         completions = run_step(requests)
         now_ns = clock.monotonic_ns()
-        steps.add(completions, len(requests), seconds_between(step_ns, now_ns))
+        steps.add(width, completions, seconds_between(step_ns, now_ns), is_comparable=source.is_typical(requests))
         report(steps.prompts)
         if steps.prompts >= limits.floor:
             converged = settings.convergence_detection and has_settled(steps.costs, settings)
-            if converged or steps.prompts >= limits.cap:
+            if converged or steps.prompts + width > limits.cap:
                 break
         if settings.timeout_seconds and seconds_between(begin_ns, now_ns) >= settings.timeout_seconds:
             break
@@ -108,7 +109,7 @@ class _Limits:
         floor = max(settings.min_prompts, 2 * width)
         if not settings.convergence_detection:
             return cls(floor, floor)
-        return cls(floor, max(settings.max_prompts, floor, settings.window_size * width))
+        return cls(floor, max(settings.max_prompts, floor + settings.window_size * width))
 
 
 @dataclass
@@ -118,12 +119,13 @@ class _Steps:
     last_s: float | None = None
     failures: list[str] = field(default_factory=list)
 
-    def add(self, completions: Sequence[Completion], prompts: int, elapsed_s: float) -> None:
+    def add(self, prompts: int, completions: Sequence[Completion], elapsed_s: float, *, is_comparable: bool) -> None:
         self.prompts += prompts
         self.last_s = elapsed_s
         self.failures += [item.error for item in completions if item.error is not None]
-        # For each token, since free output lengths and the rest of a prompt set make steps of unequal work.
-        self.costs.append(elapsed_s / max(1, sum(len(item.output_ids) for item in completions)))
+        if is_comparable:
+            # For each token, since free output lengths make steps of unequal work.
+            self.costs.append(elapsed_s / max(1, sum(len(item.output_ids) for item in completions)))
 
     def warnings(self, is_disjoint: bool, floor: int) -> tuple[str, ...]:
         found = []
@@ -151,7 +153,7 @@ def _convergence_warning(converged: bool, steps: _Steps, settings: WarmupConfig)
         else f"variation {variation:.1%}, due below {settings.cv_threshold:.1%}"
     )
     text = (
-        f"warm-up did not settle in {len(steps.costs)} steps of {steps.prompts} prompts ({seen}); "
+        f"warm-up did not settle in {steps.prompts} prompts ({seen}); "
         "raise warmup.max_prompts or warmup.timeout_seconds"
     )
     return (text,)

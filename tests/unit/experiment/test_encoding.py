@@ -96,6 +96,19 @@ def test_disjoint_requests_have_the_shapes_of_the_given_ones_over_and_over() -> 
     assert [item.index for item in made] == [0, 1, 2, 3, 4]
 
 
+def test_typical_requests_are_spread_over_the_lengths_and_always_the_same() -> None:
+    given = [request(index, *range(1, length + 1)) for index, length in enumerate((90, 10, 50, 30, 70))]
+    source = DisjointRequests(given, seed=1)
+    assert [len(item.token_ids) for item in source.take_typical(1)] == [50]
+    assert [len(item.token_ids) for item in source.take_typical(2)] == [30, 70]
+    assert [len(item.token_ids) for item in source.take_typical(5)] == [10, 30, 50, 70, 90]
+    assert [len(item.token_ids) for item in source.take_typical(10)] == [10, 10, 30, 30, 50, 50, 70, 70, 90, 90]
+    assert source.is_typical(source.take_typical(2))
+    assert not source.is_typical(source.take(2))
+    assert source.take_typical(1) != source.take_typical(1), "other ids each time"
+    assert len(source.take(1)[0].token_ids) == 50, "which does not move the place in the order"
+
+
 def test_disjoint_requests_differ_from_every_given_one_and_from_each_other() -> None:
     given = [request(index, 1, index + 2, index + 3, index + 4) for index in range(20)]
     source = DisjointRequests(given, seed=1)

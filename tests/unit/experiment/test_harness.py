@@ -65,7 +65,9 @@ class Bench:
 
     def run(self, requested: Mapping[str, Any] | None = None, **given: Any) -> Record:
         """The record of an experiment; `given` are fields of the request, all else options of the experiment."""
-        fields = {name: given.pop(name) for name in ("secrets", "gap_s", "gap_end_reason", "identity") if name in given}
+        fields: dict[str, Any] = {
+            name: given.pop(name) for name in ("secrets", "gap_s", "gap_end_reason", "identity") if name in given
+        }
         config = ExperimentConfig.from_dict({"model": "any", "warmup": {"enabled": False}, **given})
         durable.write_json(self.folder / "config.json", {"requested": requested or {"model": "any"}})
         whole: dict[str, Any] = {

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,11 +15,11 @@ from tests.unit.experiment.timed_backend import SteppedClock, TimedBackend, make
 def run(
     backend: TimedBackend, width: int = 1, report: Callable[[int], None] = lambda _: None, **settings: Any
 ) -> WarmupOutcome:
-    def run_step(requests: list[TokenRequest]) -> list[Completion]:
+    def run_step(requests: Sequence[TokenRequest]) -> list[Completion]:
         return backend.generate(requests, observe_tokens=False)
 
     source = DisjointRequests(make_requests(6), seed=3)
-    return warm_up(source, width, WarmupConfig(**settings), run_step, backend.clock, report)  # type: ignore[arg-type]
+    return warm_up(source, width, WarmupConfig(**settings), run_step, backend.clock, report)
 
 
 def test_steady_engine_settles_once_the_window_is_full() -> None:
@@ -57,11 +57,18 @@ def test_cap_on_prompts_is_kept_and_told() -> None:
     assert "did not settle" in found.warnings[0]
 
 
+def test_cap_on_prompts_is_not_passed_by_part_of_a_batch() -> None:
+    erratic = TimedBackend(SteppedClock(), width=3, slow_down=lambda batches: 1.0 + batches % 2)
+    found = run(erratic, width=3, max_prompts=26)
+    assert found.converged is False
+    assert found.prompts == 24
+
+
 def test_cap_on_time_is_kept_and_told() -> None:
     found = run(TimedBackend(SteppedClock(), token_ms=1000.0), timeout_seconds=5.0)
     assert found.converged is False
     assert found.prompts == 2
-    assert any("too few steps" in warning for warning in found.warnings)
+    assert any("too few steps to tell" in warning for warning in found.warnings)
     assert any("ran out of time after 2 of at least 5" in warning for warning in found.warnings)
 
 
@@ -74,7 +81,25 @@ def test_time_of_zero_is_no_limit() -> None:
 def test_wide_batches_run_enough_steps_to_be_judged() -> None:
     found = run(TimedBackend(SteppedClock(), width=20), width=20, max_prompts=50, window_size=5)
     assert found.converged is True
-    assert found.prompts == 100
+    assert found.prompts == 5 * 20
+
+
+def test_prompts_of_unlike_lengths_are_compared_on_equal_steps() -> None:
+    clock = SteppedClock()
+    backend = TimedBackend(clock)
+    lengths = (3, 400, 20, 90, 7, 250)
+    unlike = [TokenRequest(index, tuple(range(length)), 4) for index, length in enumerate(lengths)]
+
+    def run_step(requests: Sequence[TokenRequest]) -> list[Completion]:
+        clock.advance_ms(sum(len(request.token_ids) for request in requests))  # prefill by length
+        return backend.generate(requests, observe_tokens=False)
+
+    found = warm_up(DisjointRequests(unlike, seed=1), 1, WarmupConfig(), run_step, clock, lambda _: None)
+    ran = [len(batch[0].token_ids) for batch in backend.batches]
+    assert found.converged is True
+    assert ran[:5] == list(lengths[:5]), "the measured shapes first"
+    assert set(ran[5:]) == {90}, "then the one in the middle, until it has settled"
+    assert ran.count(90) == 5
 
 
 def test_without_detection_convergence_is_null_with_its_reason() -> None:

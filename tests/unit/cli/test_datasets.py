@@ -1,0 +1,58 @@
+"""`lem datasets`: every alias, and where it is found."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from lem.cli.datasets import add_parser
+from lem.config.experiment_config import DATASET_ALIASES
+
+
+def datasets(*argv: str, **environ: str) -> tuple[int, str, str]:
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    args = parser.parse_args(["datasets", *argv])
+    out, err = io.StringIO(), io.StringIO()
+    return args.run(args, out, err, environ), out.getvalue(), err.getvalue()
+
+
+def places(**environ: str) -> dict[str, dict[str, Any]]:
+    code, out, err = datasets("--json", **environ)
+    assert (code, err) == (0, "")
+    return {line["alias"]: line for line in json.loads(out)}
+
+
+def test_every_alias_is_listed_with_what_it_stands_for(tmp_path: Path) -> None:
+    code, out, err = datasets(HF_HOME=str(tmp_path))
+    rows = [line.split() for line in out.splitlines()]
+    assert code == 0
+    assert [row[0] for row in rows[1:]] == list(DATASET_ALIASES)
+    assert rows[-1] == ["mmlu", "cais/mmlu", "(all)", "test", "question", "hub"]
+    assert "downloaded when first used" in err
+
+
+def test_a_data_set_in_the_folder_is_found_there(tmp_path: Path) -> None:
+    (tmp_path / "alpaca.jsonl").write_text('{"instruction": "x"}\n')
+    found = places(LEM_DATASETS_DIR=str(tmp_path), HF_HOME=str(tmp_path))
+    assert (found["alpaca"]["place"], found["alpaca"]["detail"]) == ("folder", str(tmp_path / "alpaca.jsonl"))
+    assert found["gsm8k"]["place"] == "hub"
+
+
+def test_a_data_set_in_the_cache_of_the_hub_is_found_there(tmp_path: Path) -> None:
+    snapshot = tmp_path / "hub" / "datasets--cais--mmlu" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "test.parquet").write_bytes(b"")
+    assert places(HF_HOME=str(tmp_path))["mmlu"]["place"] == "cache"
+    assert places(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HOME="/nowhere")["mmlu"]["place"] == "cache"
+    assert places(XDG_CACHE_HOME=str(tmp_path))["mmlu"]["place"] == "hub"
+
+
+def test_what_cannot_be_used_says_why(tmp_path: Path) -> None:
+    (tmp_path / "gsm8k").mkdir()
+    found = places(LEM_DATASETS_DIR=str(tmp_path), HF_HOME=str(tmp_path))["gsm8k"]
+    assert found["place"] == "unusable"
+    assert "no data file in it" in found["detail"]
