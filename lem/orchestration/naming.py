@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lem.config.scalars import Expanded
+
 __all__ = ["distinct_names", "file_stem", "name_configurations"]
 
 # Leaves room for `.yaml` and a temporary name in the 255 bytes of a file name, and for a column of a table.
@@ -37,7 +39,7 @@ def name_configurations(config_dicts: Sequence[Mapping[str, Any]]) -> list[str]:
     no two alike.
     """
     flat = [_flatten(config) for config in config_dicts]
-    models = {_text(options.get(_MODEL)) for options in flat}
+    models = {str(options[_MODEL]) for options in flat if options.get(_MODEL)}
     keys = [key for key in _varying(flat) if key not in _IGNORED]
     labels = _labels(keys)
     shown_models = _short_models(models) if not keys or len(models) > 1 else {}
@@ -104,7 +106,7 @@ def _short_models(models: set[str]) -> dict[str, str]:
 
 
 def _name(options: Flat, labels: Mapping[tuple[str, ...], str], models: Mapping[str, str]) -> str:
-    model = models.get(_text(options.get(_MODEL)))
+    model = models.get(str(options.get(_MODEL)))
     parts = [_clean(_text(options.get(_BACKEND, "pytorch"))), *([model] if model else [])]
     parts += [
         _value(options[key]) if key in _SELF_EXPLAINING and options[key] else label + _value(options[key])
@@ -137,7 +139,9 @@ def _value(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value as YAML writes it."""
+    """A value as YAML writes it; `${VAR}` as it was written, since what it holds may be a secret."""
+    if isinstance(value, Expanded):
+        return value.written
     if isinstance(value, str):
         return str(value)
     return _PLAIN_TEXTS[value] if value is None or isinstance(value, bool) else str(value)

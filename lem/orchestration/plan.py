@@ -243,13 +243,13 @@ def _collect(
     """The experiments named, then those of the grid, each with a name and a path of its own."""
     expanded = [] if campaign.grid is None else expand_campaign_grid(campaign.grid, preset)
     unnamed = iter(name_configurations([draft.mapping for draft in drafts if draft.name is None]))
-    names = [draft.name or next(unnamed) for draft in drafts] + name_configurations(expanded)
-    config_dicts = [dict(draft.mapping) for draft in drafts]
-    config_dicts += [with_campaign_defaults(campaign, item, forced) for item in expanded]
+    of_grid = [with_campaign_defaults(campaign, item, forced) for item in expanded]
+    names = [draft.name or next(unnamed) for draft in drafts] + name_configurations(of_grid)
+    config_dicts = [*(dict(draft.mapping) for draft in drafts), *of_grid]
     names = distinct_names(names, config_dicts)
     folder = Path(campaign.io.configs_dir) / campaign.slug
     stems = distinct_names([file_stem(name) for name in names], config_dicts)
-    files = [draft.path for draft in drafts] + [None] * len(expanded)
+    files = [draft.path for draft in drafts] + [None] * len(of_grid)
     return [
         _Candidate(name, config_dict, str(file or folder / f"{stem}.yaml"), file is None)
         for name, config_dict, stem, file in zip(names, config_dicts, stems, files, strict=True)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from lem.config.scalars import Expanded
 from lem.orchestration.naming import distinct_names, file_stem, name_configurations
 
 
@@ -55,6 +56,11 @@ def test_a_path_is_named_by_its_last_part_and_a_list_by_its_items() -> None:
         {"prompts": {"type": "file", "path": "/data/c.txt"}, "gpus": []},
     )
     assert found == ["pytorch-path=a_b.txt-gpus=0+1", "pytorch-path=c.txt-gpus=none"]
+
+
+def test_what_a_variable_holds_is_in_no_name() -> None:
+    secret = Expanded("secret", "${TOKEN}", is_plain=False)
+    assert names({"pytorch": {"extra": {"key": secret}}}, {}) == ["pytorch-key=_TOKEN_", "pytorch"]
 
 
 def test_names_that_come_out_alike_are_told_apart_by_content_whatever_the_order() -> None:
