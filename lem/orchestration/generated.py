@@ -11,6 +11,7 @@ from lem import durable
 from lem.config.scalars import Expanded, simple
 from lem.errors import UserError
 from lem.orchestration.plan import CampaignExperiment
+from lem.results.attempt import make_folder
 
 __all__ = ["encode_config", "write_configs"]
 
@@ -48,7 +49,7 @@ def _write(path: Path, content: str) -> bool:
         if path.read_bytes() == content.encode("utf-8"):
             return False
     except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
     durable.write_text(path, content)
     return True
 

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lem.errors import LockedError, UserError
+from lem.results.attempt import make_folder
 
 __all__ = ["Holder", "LockTarget", "default_gpu_lock_folder", "hold_locks", "lock_targets", "read_holder"]
 
@@ -149,11 +150,10 @@ def _check_file(descriptor: int, target: LockTarget) -> None:
 def _make_folder(folder: Path) -> None:
     if folder.is_dir():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir()
-        if folder.parent in (Path("/run/lock"), Path(tempfile.gettempdir())):
-            # Every user of the host locks the same GPUs: as open, and as sticky, as the folder it lies in.
+    make_folder(folder)
+    if folder.parent in (Path("/run/lock"), Path(tempfile.gettempdir())):
+        # Every user of the host locks the same GPUs: as open, and as sticky, as the folder it lies in.
+        with contextlib.suppress(PermissionError):  # another user was faster
             folder.chmod(0o1777)
 
 

@@ -28,6 +28,7 @@ from lem.orchestration.manifest_entries import (
     utc_now,
     utc_text,
 )
+from lem.results.attempt import make_folder
 
 __all__ = [
     "COMPLETED",
@@ -90,7 +91,7 @@ class ManifestManager:
             if status != before:
                 sys.audit("lem.transition", exp_id, before, status)
         manifest.updated_at = utc_text(self._now())
-        self.manifest_path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.manifest_path.parent)
         durable.write_bytes(self.manifest_path, encode_manifest(manifest))
         self._saved_statuses = statuses
 
