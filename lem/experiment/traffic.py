@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 from lem.backends.protocol import Backend, Completion, TokenRequest
 from lem.errors import EngineError
 from lem.experiment.clock import NS_PER_S, Clock, seconds_between
-from lem.experiment.window import MeasuredWindow, Output, are_alike, check_completion, padding_of, times_of
+from lem.experiment.steady import Arrival, SteadyBooks
+from lem.experiment.window import MeasuredWindow, check_completion
 
 __all__ = ["PreparedQueue", "TrafficPlan", "TrafficQueue", "arrival_offsets_s", "measure_traffic", "serve_all"]
 
@@ -119,13 +120,6 @@ class PreparedQueue:
             self.completions.append(completion)
 
 
-@dataclass(frozen=True)
-class _Arrival:
-    request: TokenRequest
-    prompt_index: int
-    arrived_ns: int
-
-
 class TrafficQueue:
     """A `RequestQueue` of requests that arrive by time or by completion, and the window over them. Thread-safe."""
 
@@ -137,15 +131,16 @@ class TrafficQueue:
         self._clock = clock
         self._report = report
         self._changed = threading.Condition()
-        self._waiting: deque[_Arrival] = deque()
-        self._in_flight: dict[int, _Arrival] = {}
-        self._answered: list[tuple[_Arrival, Completion]] = []
+        self._waiting: deque[Arrival] = deque()
+        self._in_flight: dict[int, Arrival] = {}
+        self._answered: list[tuple[Arrival, Completion]] = []
         self._arrived_ns: list[int] = []
         self._peak = 0
         self._begin_ns = clock.monotonic_ns()
         self._opened_ns: int | None = None
         self._closed_ns: int | None = None
         self._answered_inside = 0
+        self._succeeded = 0
         self._has_turned_over = False
         self._offsets_s = arrival_offsets_s(plan.mode, plan.target_qps, random.Random(plan.seed))
         self._next_ns = self._draw_next()
@@ -178,6 +173,7 @@ class TrafficQueue:
                 raise EngineError(f"the backend answered request {completion.index}, which it did not have (any more)")
             self._answered.append((arrival, completion))
             self._answered_inside += self._opened_ns is not None and completion.finished_ns > self._opened_ns
+            self._succeeded += completion.error is None
             answered = len(self._answered)
             now_ns = self._clock.monotonic_ns()
             self._advance(now_ns)
@@ -196,7 +192,9 @@ class TrafficQueue:
             now_ns = self._clock.monotonic_ns()
             if self._opened_ns is None or self._closed_ns is None or not self._is_over(now_ns):
                 raise EngineError("the backend stopped serving before the window had closed")
-            books = _Books(self._plan.mode, self._opened_ns, self._closed_ns, len(self._prompts))
+            books = SteadyBooks(
+                self._plan.mode, self._plan.is_open, self._opened_ns, self._closed_ns, len(self._prompts)
+            )
             lost = [f"request {index}: the backend gave no answer" for index in sorted(self._in_flight)]
             return books.add_up(self._answered, self._arrived_ns, lost, self._warnings())
 
@@ -206,7 +204,9 @@ class TrafficQueue:
             while self._next_ns <= now_ns and (self._closed_ns is None or self._next_ns <= self._closed_ns):
                 self._arrive(self._next_ns)
                 self._next_ns = self._draw_next()
-        if self._opened_ns is None:
+        if self._fails_as_a_whole() and not self._is_over(now_ns):
+            self._opened_ns, self._closed_ns, self._has_turned_over = self._begin_ns, now_ns, True
+        elif self._opened_ns is None:
             self._has_turned_over = len(self._answered) >= max(1, self._peak)
             if self._has_turned_over or seconds_between(self._begin_ns, now_ns) >= self._plan.ramp_limit_s:
                 self._open(now_ns)
@@ -214,6 +214,10 @@ class TrafficQueue:
             is_long_enough = seconds_between(self._opened_ns, now_ns) >= self._plan.min_window_s
             if is_long_enough and self._answered_inside >= len(self._prompts):
                 self._closed_ns = now_ns
+
+    def _fails_as_a_whole(self) -> bool:
+        """Whether every prompt failed; going on would only pile up failures, as fast as the engine makes them."""
+        return self._succeeded == 0 and len(self._answered) >= max(len(self._prompts), self._peak)
 
     def _open(self, now_ns: int) -> None:
         self._opened_ns = now_ns
@@ -228,7 +232,7 @@ class TrafficQueue:
         index = len(self._arrived_ns)
         prompt_index = index % len(self._prompts)
         self._arrived_ns.append(arrived_ns)
-        self._waiting.append(_Arrival(replace(self._prompts[prompt_index], index=index), prompt_index, arrived_ns))
+        self._waiting.append(Arrival(replace(self._prompts[prompt_index], index=index), prompt_index, arrived_ns))
         self._peak = max(self._peak, len(self._waiting) + len(self._in_flight))
 
     def _hand_out(self, limit: int) -> tuple[TokenRequest, ...]:
@@ -258,90 +262,3 @@ class TrafficQueue:
             "as were there at once: it may hold the start of the load"
         )
         return (text,)
-
-
-@dataclass(frozen=True)
-class _Books:
-    """What counts in a window; an instant is in it after its opening and up to its closing."""
-
-    mode: str
-    opened_ns: int
-    closed_ns: int
-    prompt_count: int
-
-    def add_up(
-        self,
-        answered: Sequence[tuple[_Arrival, Completion]],
-        arrived_ns: Sequence[int],
-        lost: Sequence[str],
-        warnings: tuple[str, ...],
-    ) -> MeasuredWindow:
-        finished = [pair for pair in answered if self._holds(pair[1].finished_ns)]
-        good = [(arrival, item) for arrival, item in finished if item.error is None]
-        prefilled = self._prefilled(answered)
-        steady, reason = self._compare_halves(answered)
-        return MeasuredWindow(
-            traffic_mode=self.mode,
-            opened_ns=self.opened_ns,
-            closed_ns=self.closed_ns,
-            repeats=max(1, len(finished) // self.prompt_count),
-            requests=tuple(times_of(item, arrival.arrived_ns) for arrival, item in good),
-            failures=(*(item.error for _, item in finished if item.error is not None), *lost),
-            input_tok=sum(len(arrival.request.token_ids) for arrival, _ in prefilled),
-            output_tok=sum(1 for time_ns in _token_times(answered) if self._holds(time_ns)),
-            padding_tok=padding_of([item for _, item in prefilled]),
-            steady=steady,
-            steady_null_reason=reason,
-            outputs=tuple(
-                Output(arrival.prompt_index, len(arrival.request.token_ids), item.output_ids) for arrival, item in good
-            ),
-            warnings=(*warnings, *self._backlog_warning(arrived_ns, len(finished)), *_untimed_warning(answered)),
-        )
-
-    def _holds(self, time_ns: int) -> bool:
-        return self.opened_ns < time_ns <= self.closed_ns
-
-    def _prefilled(self, answered: Sequence[tuple[_Arrival, Completion]]) -> list[tuple[_Arrival, Completion]]:
-        """The requests whose input counts: those whose first output token, the end of prefill, was in the window."""
-        return [
-            (arrival, item)
-            for arrival, item in answered
-            if item.error is None and self._holds(next(_times(item), item.finished_ns))
-        ]
-
-    def _compare_halves(self, answered: Sequence[tuple[_Arrival, Completion]]) -> tuple[bool | None, str | None]:
-        middle_ns = (self.opened_ns + self.closed_ns) // 2
-        inside = [time_ns for time_ns in _token_times(answered) if self._holds(time_ns)]
-        if not inside:
-            return None, "no output tokens to compare"
-        first = sum(1 for time_ns in inside if time_ns <= middle_ns)
-        return are_alike(first, len(inside) - first), None
-
-    def _backlog_warning(self, arrived_ns: Sequence[int], finished: int) -> tuple[str, ...]:
-        """Whether arrivals exceed completions by more than a tenth, and than two deviations of a Poisson count."""
-        arrived = sum(1 for time_ns in arrived_ns if self._holds(time_ns))
-        growth = arrived - finished
-        if self.mode not in OPEN_MODES or growth <= max(0.1 * arrived, 2 * math.sqrt(arrived)):
-            return ()
-        text = (
-            f"the offered load is above what the engine can do: {arrived} requests arrived, {finished} were completed "
-            "in the window, so queue times grow with its length; lower traffic_simulation.target_qps"
-        )
-        return (text,)
-
-
-def _times(completion: Completion) -> Iterator[int]:
-    """When each output token was there; untimed tokens when the request was finished."""
-    if completion.token_times_ns is not None:
-        return iter(completion.token_times_ns)
-    return itertools.repeat(completion.finished_ns, len(completion.output_ids))
-
-
-def _token_times(answered: Sequence[tuple[_Arrival, Completion]]) -> Iterator[int]:
-    return (time_ns for _, item in answered if item.error is None for time_ns in _times(item))
-
-
-def _untimed_warning(answered: Sequence[tuple[_Arrival, Completion]]) -> tuple[str, ...]:
-    if all(item.token_times_ns is not None for _, item in answered if item.error is None and item.output_ids):
-        return ()
-    return ("the engine gave no time for each token: tokens count when their request was finished",)
