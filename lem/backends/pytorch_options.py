@@ -132,7 +132,7 @@ def generation_settings(config: ExperimentConfig, tokens: SpecialTokens) -> dict
         settings["disable_compile"] = True
     if section.assisted_generation.model is None:
         settings["prompt_lookup_num_tokens"] = section.assisted_generation.num_tokens
-    settings |= {name: value for name, value in section.extra.items() if name not in ASSISTANT_ARGUMENTS}
+    settings |= {name: value for name, value in _extra(section).items() if name not in ASSISTANT_ARGUMENTS}
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -149,4 +149,10 @@ def assistant_settings(section: PyTorchConfig) -> dict[str, Any]:
             "num_assistant_tokens_schedule": "constant",
             "assistant_confidence_threshold": 0.0,
         }
-    return settings | {name: value for name, value in section.extra.items() if name in ASSISTANT_ARGUMENTS}
+    return settings | {name: value for name, value in _extra(section).items() if name in ASSISTANT_ARGUMENTS}
+
+
+def _extra(section: PyTorchConfig) -> dict[str, Any]:
+    """The extra arguments as JSON has them: a section freezes lists into tuples, which transformers does not take."""
+    extra: dict[str, Any] = section.to_dict()["extra"]
+    return extra

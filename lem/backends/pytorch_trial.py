@@ -5,6 +5,7 @@ Imports torch and transformers.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ def try_out(runner: BatchRunner, section: PyTorchConfig, facts: EngineFacts) -> 
 def _requests(runner: BatchRunner, rows: int) -> tuple[TokenRequest, ...]:
     """Requests of ids that no model lacks, of different lengths so that padding is tried as well."""
     ends = frozenset(runner.loaded.tokens.end_ids)
-    ids = tuple([token for token in range(8) if token not in ends][:4])
+    ids = tuple(itertools.islice((token for token in itertools.count() if token not in ends), 4))
     return tuple(TokenRequest(row, ids[row:], OUTPUT_TOKENS, OUTPUT_TOKENS) for row in range(rows))
 
 

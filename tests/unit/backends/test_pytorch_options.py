@@ -92,6 +92,7 @@ def test_an_assistant_is_left_to_transformers_without_a_number() -> None:
 
 
 def test_extra_arguments_go_to_whoever_reads_them() -> None:
+    # A list stays a list: transformers takes no tuple for one.
     extra = {"suppress_tokens": [5], "assistant_confidence_threshold": 0.2}
     options = {"assisted_generation": {"model": "small"}, "extra": extra}
     assert settings(pytorch=options)["suppress_tokens"] == [5]

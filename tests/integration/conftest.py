@@ -1,0 +1,27 @@
+"""The tiny model that integration tests run, made once a session from the text in the repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.needs import missing
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama of 0.2 M parameters and its tokenizer; not to be written to."""
+    for name in ("torch", "transformers"):
+        reason = missing(name)
+        if reason is not None:
+            pytest.skip(reason)
+    import torch
+
+    from examples.make_demo_model import main
+
+    # A second thread saves a model this small nothing, and waits for a core that other work holds.
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    assert main([str(folder), "--size", "tiny"]) == 0
+    return folder

@@ -1,0 +1,76 @@
+"""Experiments on the tiny model, and the requests they answer, for the tests of the pytorch backend."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lem.backends.protocol import Completion, TokenRequest
+from lem.backends.pytorch import PyTorchBackend
+from lem.config.experiment_config import ExperimentConfig
+
+GREEDY = {"preset": "deterministic"}
+SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+LENGTHS = (9, 3, 14, 1, 6)
+
+
+def experiment(model: Path, /, **options: Any) -> ExperimentConfig:
+    """An experiment on the CPU in float32, greedy unless told otherwise."""
+    given: dict[str, Any] = {
+        "model": str(model),
+        "gpus": [],
+        "fp_precision": "float32",
+        "decoder": GREEDY,
+        "max_input_tokens": 32,
+        "max_output_tokens": 16,
+    }
+    return ExperimentConfig.from_dict({**given, **options})
+
+
+def prompts(lengths: Iterable[int] = LENGTHS, maximum: int = 16, minimum: int = 0) -> list[TokenRequest]:
+    """Requests of these lengths, each prompt another one."""
+    return [
+        TokenRequest(index, tuple(100 + 31 * index + 7 * place for place in range(length)), maximum, minimum)
+        for index, length in enumerate(lengths)
+    ]
+
+
+@contextmanager
+def loaded(config: ExperimentConfig) -> Iterator[PyTorchBackend]:
+    """The backend with the model of an experiment, unloaded afterwards."""
+    backend = PyTorchBackend()
+    backend.load(config, {})
+    try:
+        yield backend
+    finally:
+        backend.unload()
+
+
+def answers(
+    backend: PyTorchBackend, requests: Sequence[TokenRequest], *, observe_tokens: bool = False
+) -> list[Completion]:
+    """The completions in the order of the requests, none of them failed."""
+    completions = sorted(
+        backend.generate(requests, observe_tokens=observe_tokens), key=lambda completion: completion.index
+    )
+    assert [completion.index for completion in completions] == sorted(request.index for request in requests)
+    assert [completion.error for completion in completions] == [None] * len(completions)
+    return completions
+
+
+def outputs(backend: PyTorchBackend, requests: Sequence[TokenRequest]) -> list[tuple[int, ...]]:
+    """The ids generated, in the order of the requests."""
+    return [completion.output_ids for completion in answers(backend, requests)]
+
+
+def copy_model(model: Path, folder: Path, **generation_config: Any) -> Path:
+    """A copy of the model with other values in its generation config."""
+    shutil.copytree(model, folder)
+    path = folder / "generation_config.json"
+    values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**values, **generation_config}), encoding="utf-8")
+    return folder

@@ -1,0 +1,532 @@
+"""The pytorch backend on a real model: tokens are counted as generated, timed as seen, and equal to bare `generate`."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import logging
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lem.backends.protocol import Completion, TokenRequest
+from lem.backends.pytorch import PyTorchBackend, create
+from lem.errors import EngineError, OptionRefused
+from tests.integration.pytorch_experiments import (
+    LENGTHS,
+    SAMPLING,
+    answers,
+    copy_model,
+    experiment,
+    loaded,
+    outputs,
+    prompts,
+)
+
+pytestmark = [pytest.mark.needs("torch"), pytest.mark.needs("transformers")]
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def backend(tiny_model: Path) -> Iterator[PyTorchBackend]:
+    with loaded(experiment(tiny_model)) as there:
+        yield there
+
+
+class Arrivals:
+    """A queue whose requests arrive in groups: the next group is there once the one before is answered."""
+
+    def __init__(self, *groups: list[TokenRequest]) -> None:
+        self.taken: list[int] = []
+        self.completions: list[Completion] = []
+        self._groups = [list(group) for group in groups]
+
+    def take(self, limit: int) -> tuple[TokenRequest, ...]:
+        while self._groups and not self._groups[0]:
+            self._groups.pop(0)
+        if not self._groups:
+            return ()
+        group = self._groups[0]
+        found = tuple(group.pop(0) for _ in range(min(limit, len(group))))
+        self.taken.append(len(found))
+        return found
+
+    def complete(self, completion: Completion) -> None:
+        self.completions.append(completion)
+
+
+def bare_generate(model: Path, requests: list[TokenRequest], **options: Any) -> list[tuple[int, ...]]:
+    """What `generate` makes of each request alone, called as its manual says."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    bare = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    found = []
+    for request in requests:
+        ids = torch.tensor([request.token_ids])
+        generated = bare.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=request.max_output_tokens,
+            **{"do_sample": False, "pad_token_id": 0, **options},
+        )
+        found.append(tuple(generated[0, ids.shape[1] :].tolist()))
+    return found
+
+
+def end_after(backend: PyTorchBackend, place: int) -> int:
+    """A token that the first prompt's greedy output has at this place and not before."""
+    output = outputs(backend, prompts())[0]
+    assert output[place] not in output[:place]
+    return output[place]
+
+
+# Tokens
+
+
+def test_greedy_tokens_are_those_of_bare_generate(backend: PyTorchBackend, tiny_model: Path) -> None:
+    backend.configure(experiment(tiny_model))
+    assert outputs(backend, prompts()) == bare_generate(tiny_model, prompts())
+
+
+@pytest.mark.parametrize("strategy", ["static", "sorted_static", "dynamic", "sorted_dynamic"])
+def test_a_batch_of_different_lengths_gives_the_tokens_of_each_alone(
+    backend: PyTorchBackend, tiny_model: Path, strategy: str
+) -> None:
+    backend.configure(experiment(tiny_model))
+    alone = outputs(backend, prompts())
+    budget = 100 if strategy.endswith("dynamic") else None
+    batches = {"batch_size": 4, "batching_strategy": strategy, "max_tokens_per_batch": budget}
+    backend.configure(experiment(tiny_model, pytorch=batches))
+    assert outputs(backend, prompts()) == alone
+
+
+def test_padding_is_counted_beside_the_input(backend: PyTorchBackend, tiny_model: Path) -> None:
+    backend.configure(experiment(tiny_model, pytorch={"batch_size": len(LENGTHS)}))
+    padding = [completion.padding_tok for completion in answers(backend, prompts())]
+    assert padding == [max(LENGTHS) - length for length in LENGTHS]
+    backend.configure(experiment(tiny_model))
+    assert {completion.padding_tok for completion in answers(backend, prompts())} == {0}
+
+
+def test_output_ends_with_its_end_and_what_fills_the_row_up_is_not_counted(
+    backend: PyTorchBackend, tiny_model: Path, tmp_path: Path
+) -> None:
+    end = end_after(backend, 5)
+    model = copy_model(tiny_model, tmp_path / "model", eos_token_id=[end, 2])
+    with loaded(experiment(model, pytorch={"batch_size": len(LENGTHS)})) as ending:
+        found = outputs(ending, prompts())
+        assert ending.configure(experiment(model)).effective["eos_token_ids"] == [end, 2]
+    assert found[0] == outputs(backend, prompts())[0][:6]
+    assert found[0][-1] == end
+    assert all(end not in output[:-1] for output in found)
+    assert max(len(output) for output in found) == 16  # the others went on meanwhile
+
+
+def test_an_end_that_is_ignored_does_not_end(backend: PyTorchBackend, tiny_model: Path, tmp_path: Path) -> None:
+    whole = outputs(backend, prompts())
+    model = copy_model(tiny_model, tmp_path / "model", eos_token_id=end_after(backend, 5))
+    options = {"pytorch": {"batch_size": len(LENGTHS)}, "ignore_eos": True}
+    with loaded(experiment(model, **options)) as ignoring:
+        assert outputs(ignoring, prompts()) == whole
+
+
+def test_no_output_ends_before_its_least_length(backend: PyTorchBackend, tiny_model: Path, tmp_path: Path) -> None:
+    model = copy_model(tiny_model, tmp_path / "model", eos_token_id=end_after(backend, 3))
+    with loaded(experiment(model, min_output_tokens=10)) as there:
+        assert len(outputs(there, prompts(minimum=0))[0]) == 4
+        assert len(outputs(there, prompts(minimum=10))[0]) >= 10
+
+
+def test_rows_of_a_batch_keep_bounds_of_their_own(backend: PyTorchBackend, tiny_model: Path, tmp_path: Path) -> None:
+    whole = outputs(backend, prompts())
+    end = end_after(backend, 3)
+    model = copy_model(tiny_model, tmp_path / "model", eos_token_id=end)
+    first = prompts()[0]
+    requests = [
+        TokenRequest(0, first.token_ids, 16),
+        TokenRequest(1, first.token_ids, 2),
+        TokenRequest(2, first.token_ids, 16, 16),
+        TokenRequest(3, first.token_ids[:4], 9, 9),
+    ]
+    with loaded(experiment(model, pytorch={"batch_size": 4})) as there:
+        batched = outputs(there, requests)
+        there.configure(experiment(model))
+        assert outputs(there, requests) == batched
+    assert batched[0] == whole[0][:4]
+    assert batched[1] == whole[0][:2]
+    assert [len(output) for output in batched] == [4, 2, 16, 9]
+    assert end not in batched[2]
+
+
+def test_one_output_token_is_one(backend: PyTorchBackend, tiny_model: Path) -> None:
+    backend.configure(experiment(tiny_model, pytorch={"batch_size": 3}))
+    assert {len(output) for output in outputs(backend, prompts(maximum=1))} == {1}
+
+
+def test_a_request_beyond_the_positions_of_the_model_fails_alone(backend: PyTorchBackend, tiny_model: Path) -> None:
+    backend.configure(experiment(tiny_model, pytorch={"batch_size": 3}))
+    requests = [*prompts((5, 6)), TokenRequest(2, tuple([5] * 500), 16)]
+    by_index = {item.index: item for item in backend.generate(requests, observe_tokens=False)}
+    assert by_index[0].error is None
+    assert by_index[1].error is None
+    assert "512 positions" in (by_index[2].error or "")
+    assert by_index[2].output_ids == ()
+
+
+def test_text_becomes_ids_and_ids_text(backend: PyTorchBackend) -> None:
+    ids = backend.encode("The harbour at first light")
+    assert ids[0] == 1  # begin of sequence, as this tokenizer wants it
+    assert backend.decode(ids) == "The harbour at first light"
+    assert backend.decode([*backend.encode("Heat."), 2, 0, 0]) == "Heat."
+
+
+def test_text_longer_than_the_model_is_not_cut(backend: PyTorchBackend) -> None:
+    assert len(backend.encode("harbour " * 900)) > 512
+
+
+# What a model brings along
+
+
+def test_the_models_own_generation_config_changes_nothing_and_is_recorded(
+    backend: PyTorchBackend, tiny_model: Path, tmp_path: Path
+) -> None:
+    own = {"do_sample": True, "temperature": 0.1, "max_length": 7, "num_beams": 3, "repetition_penalty": 9.0}
+    model = copy_model(tiny_model, tmp_path / "model", **own, suppress_tokens=[5, 6], no_repeat_ngram_size=2)
+    with loaded(experiment(model)) as there:
+        effective = there.configure(experiment(model)).effective
+        assert outputs(there, prompts()) == outputs(backend, prompts())
+    assert effective["generation_left_out"] == {**own, "suppress_tokens": [5, 6], "no_repeat_ngram_size": 2}
+    assert effective["generation"]["num_beams"] == 1
+    assert "suppress_tokens" not in effective["generation"]
+
+
+def test_transformers_warns_about_nothing(tiny_model: Path, recwarn: pytest.WarningsRecorder) -> None:
+    heard: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    # A warning that was given once in this process would be swallowed.
+    for name in ("warning_once", "warning_advice"):
+        clear = getattr(getattr(logging.Logger, name, None), "cache_clear", None)
+        if clear is not None:
+            clear()
+    listener = Listener(logging.WARNING)
+    logging.getLogger("transformers").addHandler(listener)
+    try:
+        with loaded(experiment(tiny_model, pytorch={"batch_size": 3})) as there:
+            answers(there, prompts())
+            answers(there, prompts((3,), minimum=4), observe_tokens=True)
+            there.configure(experiment(tiny_model, decoder=SAMPLING, ignore_eos=True))
+            answers(there, prompts(minimum=16))
+    finally:
+        logging.getLogger("transformers").removeHandler(listener)
+    assert heard == []
+    assert [str(warning.message) for warning in recwarn if "transformers" in warning.filename] == []
+
+
+# Seeds
+
+
+def test_equal_seeds_draw_equal_tokens_whatever_ran_before(backend: PyTorchBackend, tiny_model: Path) -> None:
+    config = experiment(tiny_model, decoder=SAMPLING, random_seed=7, pytorch={"batch_size": 2})
+    backend.configure(config)
+    first = outputs(backend, prompts())
+    outputs(backend, prompts((4, 4)))
+    assert outputs(backend, prompts()) == first
+    with loaded(config) as again:
+        assert outputs(again, prompts()) == first
+
+
+def test_another_seed_draws_other_tokens(backend: PyTorchBackend, tiny_model: Path) -> None:
+    found = []
+    for seed in (7, 8):
+        backend.configure(experiment(tiny_model, decoder=SAMPLING, random_seed=seed))
+        found.append(outputs(backend, prompts()))
+    assert found[0] != found[1]
+
+
+def test_requests_measured_one_by_one_do_not_all_draw_the_same(backend: PyTorchBackend, tiny_model: Path) -> None:
+    backend.configure(experiment(tiny_model, decoder=SAMPLING, random_seed=7))
+    same = [TokenRequest(index, prompts()[0].token_ids, 16) for index in range(2)]
+    assert outputs(backend, same[:1]) != outputs(backend, same[1:])
+
+
+def test_without_a_seed_each_run_draws_its_own(backend: PyTorchBackend, tiny_model: Path) -> None:
+    unseeded = experiment(tiny_model, decoder=SAMPLING, random_seed=None)
+    found = []
+    for _ in range(2):
+        # The process starts where every process of PyTorch starts.
+        import torch
+
+        torch.manual_seed(0)
+        backend.configure(unseeded)
+        found.append(outputs(backend, prompts()))
+    assert found[0] != found[1]
+
+
+# Times
+
+
+def test_every_token_of_a_request_alone_has_its_time(backend: PyTorchBackend, tiny_model: Path) -> None:
+    backend.configure(experiment(tiny_model, pytorch={"batch_size": 4}))
+    completions = answers(backend, prompts(), observe_tokens=True)
+    for completion in completions:
+        times = completion.token_times_ns
+        assert times is not None
+        assert len(times) == len(completion.output_ids) == 16
+        assert list(times) == sorted(set(times))  # each later than the one before
+        assert completion.started_ns < times[0]
+        assert completion.finished_ns == times[-1]
+        assert completion.padding_tok == 0
+    ordered = sorted(completions, key=lambda completion: completion.started_ns)
+    assert all(one.finished_ns <= other.started_ns for one, other in itertools.pairwise(ordered))
+
+
+def test_tokens_that_are_not_watched_have_no_times(backend: PyTorchBackend, tiny_model: Path) -> None:
+    backend.configure(experiment(tiny_model, pytorch={"batch_size": 4}))
+    completions = answers(backend, prompts())
+    assert {completion.token_times_ns for completion in completions} == {None}
+    assert all(completion.started_ns < completion.finished_ns for completion in completions)
+
+
+def test_watching_changes_no_token(backend: PyTorchBackend, tiny_model: Path) -> None:
+    backend.configure(experiment(tiny_model))
+    watched = [completion.output_ids for completion in answers(backend, prompts(), observe_tokens=True)]
+    assert watched == outputs(backend, prompts())
+
+
+# Traffic
+
+
+def test_a_queue_is_worked_off_in_batches_of_what_has_arrived(backend: PyTorchBackend, tiny_model: Path) -> None:
+    backend.configure(experiment(tiny_model, pytorch={"batch_size": 3}))
+    requests = prompts((9, 3, 14, 1, 6))
+    queue = Arrivals(requests[:4], requests[4:])
+    backend.serve(queue)
+    assert queue.taken == [3, 1, 1]
+    assert [completion.output_ids for completion in sorted(queue.completions, key=lambda item: item.index)] == outputs(
+        backend, requests
+    )
+
+
+def test_rows_that_run_together_have_their_times_together(backend: PyTorchBackend, tiny_model: Path) -> None:
+    backend.configure(experiment(tiny_model, pytorch={"batch_size": 3}))
+    short = TokenRequest(1, prompts()[1].token_ids, 4)
+    queue = Arrivals([prompts()[0], short])
+    backend.serve(queue)
+    long_times, short_times = (item.token_times_ns for item in sorted(queue.completions, key=lambda item: item.index))
+    assert long_times is not None
+    assert short_times is not None
+    assert len(long_times) == 16
+    assert short_times == long_times[:4]
+    ended = next(item for item in queue.completions if item.index == 1)
+    assert ended.finished_ns == short_times[-1]  # not when the batch was done
+
+
+def test_a_queue_that_is_closed_and_empty_is_no_work(backend: PyTorchBackend) -> None:
+    queue = Arrivals()
+    backend.serve(queue)
+    assert queue.completions == []
+
+
+# What is reported
+
+
+def test_the_report_says_what_was_loaded(tiny_model: Path) -> None:
+    import torch
+    import transformers
+
+    backend = create()
+    report = backend.load(experiment(tiny_model), {})
+    backend.unload()
+    assert (report.engine_name, report.engine_version) == ("transformers", transformers.__version__)
+    assert report.versions["torch"] == torch.__version__
+    assert report.device == "cpu"
+    assert report.gpu_uuids == ()
+    # Llama: embeddings in and out, per layer attention (q, k, v, o), three matrices and two norms, one norm at the end.
+    hidden, intermediate, vocabulary, key_value = 64, 128, 1000, 32
+    layer = 2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * intermediate + 2 * hidden
+    assert report.embedding_parameters == 2 * vocabulary * hidden
+    assert report.model_parameters == report.embedding_parameters + 2 * layer + hidden
+    assert report.model_revision is None
+    assert report.weights_sha256 is not None
+    assert report.compile_s is None
+    assert report.checks_s > 0
+    assert report.warnings == ()
+    json.dumps(report.effective, allow_nan=False)
+
+
+def test_the_weight_hash_is_that_of_the_files(tiny_model: Path) -> None:
+    import hashlib
+
+    backend = create()
+    found = backend.load(experiment(tiny_model), {}).weights_sha256
+    backend.unload()
+    digest = hashlib.sha256((tiny_model / "model.safetensors").read_bytes()).hexdigest()
+    assert found == hashlib.sha256(f"{digest}  model.safetensors\n".encode()).hexdigest()
+
+
+def test_the_effective_options_have_the_shape_of_the_requested_ones(backend: PyTorchBackend, tiny_model: Path) -> None:
+    config = experiment(tiny_model, pytorch={"batch_size": 2})
+    effective = backend.configure(config).effective
+    assert effective["pytorch"].keys() == config.section.to_dict().keys()
+    assert effective["decoder"].keys() <= config.decoder.to_dict().keys()
+    assert effective["pytorch"]["batch_size"] == 2
+    assert effective["pytorch"]["attn_implementation"] == "sdpa"  # the engine's own default
+    assert effective["pytorch"]["cache_implementation"] == "dynamic"
+    assert effective["fp_precision"] == "float32"
+    assert effective["generation"]["max_new_tokens"] == 16
+
+
+def test_weights_have_the_precision_asked_for(tiny_model: Path) -> None:
+    with loaded(experiment(tiny_model, fp_precision="bfloat16")) as there:
+        report = there.configure(experiment(tiny_model, fp_precision="bfloat16"))
+        assert report.effective["fp_precision"] == "bfloat16"
+        assert len(outputs(there, prompts())[0]) == 16
+
+
+def test_the_cpu_tells_no_peak_of_device_memory(backend: PyTorchBackend) -> None:
+    backend.reset_peak_memory()
+    backend.synchronize()
+    assert backend.peak_memory_b() is None
+
+
+# Life
+
+
+def test_unloading_frees_the_model(tiny_model: Path) -> None:
+    backend = PyTorchBackend()
+    backend.load(experiment(tiny_model), {})
+    assert backend._session is not None
+    model = weakref.ref(backend._session._loaded.model)
+    answers(backend, prompts())
+    backend.unload()
+    assert model() is None
+    with pytest.raises(EngineError, match="no model is loaded"):
+        backend.encode("text")
+    backend.unload()
+
+
+def test_loading_again_frees_what_was_there(tiny_model: Path) -> None:
+    backend = PyTorchBackend()
+    backend.load(experiment(tiny_model), {})
+    assert backend._session is not None
+    model = weakref.ref(backend._session._loaded.model)
+    backend.load(experiment(tiny_model), {})
+    assert model() is None
+    backend.unload()
+
+
+def test_a_load_that_fails_late_leaves_nothing_behind(tiny_model: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    gc.collect()
+    before = sum(type(item) is LlamaForCausalLM for item in gc.get_objects())
+    backend = PyTorchBackend()
+    # The quantized cache needs a package that is not here, which shows when the model is there already.
+    with pytest.raises(OptionRefused) as caught:
+        backend.load(experiment(tiny_model, pytorch={"cache_implementation": "quantized"}), {})
+    assert "cache_implementation: quantized" in caught.value.message
+    assert sum(type(item) is LlamaForCausalLM for item in gc.get_objects()) == before
+
+
+def test_a_cache_that_does_not_fit_is_out_of_memory_at_load(tiny_model: Path) -> None:
+    options = {"cache_implementation": "static", "extra": {"max_cache_len": 10**12}}
+    with pytest.raises(EngineError, match="out of memory") as caught:
+        PyTorchBackend().load(experiment(tiny_model, pytorch=options), {})
+    assert caught.value.kind == "out_of_memory"
+    assert caught.value.is_permanent
+
+
+def test_an_experiment_that_needs_another_load_is_not_configured(backend: PyTorchBackend, tiny_model: Path) -> None:
+    with pytest.raises(EngineError, match="another engine load"):
+        backend.configure(experiment(tiny_model, fp_precision="bfloat16"))
+
+
+def test_an_experiment_after_a_refused_one_runs(backend: PyTorchBackend, tiny_model: Path) -> None:
+    with pytest.raises(OptionRefused):
+        backend.configure(experiment(tiny_model, pytorch={"extra": {"zebra": 1}}))
+    backend.configure(experiment(tiny_model))
+    assert len(outputs(backend, prompts())) == len(LENGTHS)
+
+
+def test_a_static_cache_is_as_long_as_its_own_experiment_needs(tiny_model: Path) -> None:
+    long = experiment(tiny_model, pytorch={"cache_implementation": "static", "extra": {"max_cache_len": 400}})
+    short = experiment(tiny_model, pytorch={"cache_implementation": "static"})
+    with loaded(long) as there:
+        assert there._session is not None
+        model = there._session._loaded.model
+        answers(there, prompts())
+        assert model._previous_max_cache_length == 400
+        there.configure(short)
+        answers(there, prompts())
+        assert model._previous_max_cache_length < 40
+
+
+def test_the_engine_is_not_imported_before_a_load() -> None:
+    code = (
+        "import sys\n"
+        "from lem.backends.registry import create_backend\n"
+        "assert create_backend('pytorch').name == 'pytorch'\n"
+        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_python_without_the_engine_says_so_and_how_to_get_it() -> None:
+    code = (
+        "from lem.backends.registry import create_backend\n"
+        "from lem.config.experiment_config import ExperimentConfig\n"
+        "from lem.errors import EngineError\n"
+        "try:\n"
+        "    create_backend('pytorch').load(ExperimentConfig.from_dict({'model': 'm'}), {})\n"
+        "except EngineError as error:\n"
+        "    print(error.message, error.hint, error.is_permanent)"
+    )
+    # -S leaves out site-packages, and with it the engine.
+    command = [sys.executable, "-S", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "needs torch and transformers" in done.stdout
+    assert "pip install torch transformers" in done.stdout
+    assert done.stdout.strip().endswith("True")
+
+
+# On a GPU
+
+
+@pytest.mark.needs("cuda")
+def test_a_gpu_is_used_named_and_measured(tiny_model: Path) -> None:
+    import torch
+
+    backend = create()
+    report = backend.load(experiment(tiny_model, gpus=None), {})
+    assert report.device == "cuda"
+    assert report.gpu_uuids[0].startswith("GPU-")
+    backend.reset_peak_memory()
+    backend.generate(prompts(), observe_tokens=False)
+    backend.synchronize()
+    peak_b = backend.peak_memory_b()
+    assert peak_b is not None
+    assert peak_b > 4 * (report.model_parameters or 0)
+    backend.unload()
+    assert torch.cuda.memory_allocated() == 0
+    assert backend.load(experiment(tiny_model, gpus=list(report.gpu_uuids)), {}).gpu_uuids == report.gpu_uuids
+    backend.unload()
+
+
+@pytest.mark.needs("cuda")
+def test_a_gpu_gives_the_tokens_of_the_cpu(backend: PyTorchBackend, tiny_model: Path) -> None:
+    backend.configure(experiment(tiny_model))
+    with loaded(experiment(tiny_model, gpus=["0"], pytorch={"batch_size": 3})) as there:
+        assert outputs(there, prompts()) == outputs(backend, prompts())

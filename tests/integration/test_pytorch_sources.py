@@ -1,0 +1,244 @@
+"""Models, tokenizers, revisions and adapters: what is loaded, and what a person reads when it is not there."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lem.backends.protocol import EngineReport
+from lem.backends.pytorch import PyTorchBackend
+from lem.errors import EngineError, LemError, OptionRefused
+from tests.integration.pytorch_experiments import copy_model, experiment, loaded, outputs, prompts
+
+pytestmark = [pytest.mark.needs("torch"), pytest.mark.needs("transformers")]
+
+ROOT = Path(__file__).parents[2]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+# Loads in a process of its own: offline mode and the place of the cache are read when the hub's package is imported.
+LOAD = """
+import json, sys
+from lem.backends.pytorch import PyTorchBackend
+from lem.config.experiment_config import ExperimentConfig
+from lem.errors import EngineError
+config = ExperimentConfig.from_dict({"gpus": [], "fp_precision": "float32", **json.loads(sys.argv[1])})
+try:
+    report = PyTorchBackend().load(config, {"HF_TOKEN": "hf_verysecret"})
+except EngineError as error:
+    found = {"kind": error.kind, "message": error.message, "hint": error.hint, "is_permanent": error.is_permanent}
+else:
+    found = {"revision": report.model_revision, "weights": report.weights_sha256, "effective": report.effective}
+print(json.dumps(found))
+"""
+
+
+def failure(model: Path | str, **options: Any) -> EngineError:
+    """Why a model does not load; it would fail the same way again."""
+    with pytest.raises(EngineError) as caught:
+        PyTorchBackend().load(experiment(Path("unused"), **{"model": str(model), **options}), {})
+    assert caught.value.is_permanent
+    return caught.value
+
+
+def load_offline(cache: Path, config: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """What a process without network makes of a load, and everything it printed."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)}
+    command = [sys.executable, "-c", LOAD, json.dumps(config)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr
+
+
+def broken_copy(tiny_model: Path, folder: Path, *, without: str = "", **contents: str) -> Path:
+    """A copy of the model that lacks a file, or has others of these contents."""
+    shutil.copytree(tiny_model, folder)
+    if without:
+        (folder / without).unlink()
+    for name, content in contents.items():
+        (folder / name.replace("__", ".")).write_text(content, encoding="utf-8")
+    return folder
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_none(tmp_path: Path) -> None:
+    error = failure(tmp_path / "nowhere")
+    assert error.kind == "model"
+    assert "there is no folder" in error.message
+    assert str(Path.cwd()) in error.hint
+
+
+def test_a_folder_that_holds_no_model_is_said_to_hold_none(tmp_path: Path) -> None:
+    error = failure(tmp_path)
+    assert error.kind == "model"
+    assert "has no config.json" in error.message
+    assert "save_pretrained" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        ({"without": "model.safetensors"}, "no file named model.safetensors"),
+        ({"model__safetensors": "short"}, "model: "),
+        ({"config__json": "{"}, "not a valid JSON file"),
+        ({"config__json": '{"model_type": "nonesuch"}'}, "nonesuch"),
+        ({"config__json": '{"model_type": "t5"}'}, "AutoModelForCausalLM"),
+        ({"tokenizer__json": "{}"}, "tokenizer of "),
+    ],
+)
+def test_a_model_that_is_not_whole_or_not_known_is_an_error_of_the_model(
+    tiny_model: Path, tmp_path: Path, broken: dict[str, str], words: str
+) -> None:
+    error = failure(broken_copy(tiny_model, tmp_path / "model", **broken))
+    assert error.kind == "model"
+    assert words in error.message
+    assert error.hint
+    assert "\n" not in error.message
+
+
+def test_weights_of_another_shape_are_an_error_of_the_model(tiny_model: Path, tmp_path: Path) -> None:
+    values = json.loads((tiny_model / "config.json").read_text(encoding="utf-8"))
+    model = broken_copy(tiny_model, tmp_path / "model", config__json=json.dumps({**values, "hidden_size": 128}))
+    assert failure(model).kind == "model"
+
+
+def test_weights_that_the_checkpoint_lacks_are_warned_about(tiny_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = broken_copy(tiny_model, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    backend = PyTorchBackend()
+    report = backend.load(experiment(model), {})
+    backend.unload()
+    assert "made up at random" in report.warnings[0]
+    assert "lm_head.weight" in report.warnings[0]
+
+
+def test_code_of_a_model_is_not_run_unless_it_is_trusted(tiny_model: Path, tmp_path: Path) -> None:
+    values = json.loads((tiny_model / "config.json").read_text(encoding="utf-8"))
+    values |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    marker = tmp_path / "ran"
+    code = f"open({str(marker)!r}, 'w').close()\nclass Config: ...\nclass Model: ...\n"
+    model = broken_copy(tiny_model, tmp_path / "model", config__json=json.dumps(values), own__py=code)
+    error = failure(model)
+    assert "trust_remote_code: true" in error.hint
+    assert not marker.exists()
+
+
+def test_a_folder_has_no_revision(tiny_model: Path) -> None:
+    with pytest.raises(OptionRefused, match=r"model\.revision: v2"):
+        PyTorchBackend().load(experiment(tiny_model, model={"name": str(tiny_model), "revision": "v2"}), {})
+
+
+def test_a_tokenizer_of_its_own_is_used(tiny_model: Path, tmp_path: Path) -> None:
+    text = (tiny_model / "tokenizer.json").read_text(encoding="utf-8")
+    values = json.loads(text)
+    values["post_processor"] = None  # no begin of sequence any more
+    other = broken_copy(tiny_model, tmp_path / "other", tokenizer__json=json.dumps(values))
+    with loaded(experiment(tiny_model)) as there:
+        own = there.encode("Heat.")
+    with loaded(experiment(tiny_model, model={"name": str(tiny_model), "tokenizer": str(other)})) as there:
+        assert there.encode("Heat.") == own[1:]
+
+
+def test_a_tokenizer_of_another_model_is_told_by_its_ids(tiny_model: Path, tmp_path: Path) -> None:
+    values = json.loads((tiny_model / "tokenizer.json").read_text(encoding="utf-8"))
+    values["added_tokens"].append(
+        {
+            "id": 5000,
+            "content": "<far>",
+            "special": False,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
+    )
+    values["model"]["vocab"]["<far>"] = 5000
+    other = broken_copy(tiny_model, tmp_path / "other", tokenizer__json=json.dumps(values))
+    config = experiment(tiny_model, model={"name": str(tiny_model), "tokenizer": str(other)})
+    with loaded(config) as there, pytest.raises(EngineError, match="id 5000, the model knows ids below 1000"):
+        there.encode("<far>")
+
+
+def test_a_model_that_is_nowhere_says_where_it_was_looked_for(tmp_path: Path) -> None:
+    found, printed = load_offline(tmp_path, {"model": "nobody/nothing"})
+    assert found["kind"] == "model"
+    assert found["is_permanent"] is True
+    assert "nobody/nothing" in found["message"]
+    assert "HF_HUB_OFFLINE" in found["hint"]
+    assert str(ROOT) in found["hint"]  # it could have been a folder
+    assert "hf_verysecret" not in printed
+
+
+def test_a_model_of_the_hub_is_reported_with_its_commit_and_the_hash_of_its_blobs(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    cached = tmp_path / "models--acme--tiny"
+    snapshot = cached / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(COMMIT, encoding="ascii")
+    (cached / "blobs").mkdir()
+    for path in tiny_model.iterdir():
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.copyfile(path, cached / "blobs" / digest)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / digest)
+    found, printed = load_offline(tmp_path, {"model": "acme/tiny"})
+    assert found["revision"] == COMMIT
+    digest = hashlib.sha256((tiny_model / "model.safetensors").read_bytes()).hexdigest()
+    assert found["weights"] == hashlib.sha256(f"{digest}  model.safetensors\n".encode()).hexdigest()
+    assert "hf_verysecret" not in printed + json.dumps(found)
+    absent, _ = load_offline(tmp_path, {"model": {"name": "acme/tiny", "revision": "v2"}})
+    assert absent["kind"] == "model"
+
+
+def test_an_adapter_changes_the_output_or_is_refused_with_the_remedy(tiny_model: Path, tmp_path: Path) -> None:
+    adapted = experiment(tiny_model, model={"name": str(tiny_model), "adapter": str(tmp_path / "lora")})
+    if importlib.util.find_spec("peft") is None:
+        with pytest.raises(OptionRefused, match=r"model\.adapter: needs peft"):
+            PyTorchBackend().load(adapted, {})
+        return
+    plain = make_adapter(tiny_model, tmp_path / "lora")
+    with loaded(adapted) as there:
+        assert outputs(there, prompts()) != outputs_of(tiny_model)
+        assert there.configure(adapted).weights_sha256 != plain.weights_sha256
+
+
+def make_adapter(model: Path, folder: Path) -> EngineReport:
+    """Save an adapter with random weights; the report of the model without it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora).save_pretrained(folder)
+    backend = PyTorchBackend()
+    report = backend.load(experiment(model), {})
+    backend.unload()
+    return report
+
+
+def outputs_of(model: Path) -> list[tuple[int, ...]]:
+    """What the model answers without an adapter."""
+    with loaded(experiment(model)) as there:
+        return outputs(there, prompts())
+
+
+def test_copies_of_a_model_answer_alike(tiny_model: Path, tmp_path: Path) -> None:
+    # What the tests above rest on.
+    assert outputs_of(copy_model(tiny_model, tmp_path / "copy")) == outputs_of(tiny_model)
+
+
+def test_errors_of_models_are_errors_of_lem() -> None:
+    assert issubclass(EngineError, LemError)
