@@ -152,7 +152,7 @@ def spawn(
             pass_fds=tuple(pass_fds),
         )
     except FileNotFoundError as error:
-        if error.filename is not None and cwd is not None and error.filename == str(cwd):
+        if cwd is not None and not cwd.is_dir():
             raise UserError(f"{cwd}: no such folder to run {argv[0]} in") from error
         raise UserError(f"{argv[0]}: no such program", "install it, or put its folder on PATH") from error
     except OSError as error:

@@ -6,9 +6,11 @@ or group it moves to.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import select
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +22,7 @@ __all__ = ["Marker", "children_of", "wait_for", "wait_until_ended"]
 T = TypeVar("T")
 
 VARIABLE = "LEMTEST_MARKER"
-PATIENCE_S = 60.0
+PATIENCE_S = 40.0
 _POLL_S = 0.02
 
 
@@ -50,6 +52,12 @@ class Marker:
             if not wait_until_ended(pids[0], deadline - time.monotonic()):
                 return tuple(f"{pid}: {_command(pid)}" for pid in pids)
         return ()
+
+    def kill(self) -> None:
+        """Kill those that are there, for a test that has failed."""
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def pid_of(self, *words: str) -> int:
         """The one process whose command line has all of the words, and whose parent's has not, once it is there."""

@@ -51,7 +51,7 @@ class EngineChild:
     """
 
     def __init__(self, patience_s: Mapping[EndStep, float] = PATIENCE_S) -> None:
-        """Start one; to be called on the main thread, whose end the kernel takes for that of the process.
+        """Start one.
 
         Raises:
             UserError: it cannot be started.

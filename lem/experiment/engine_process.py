@@ -46,7 +46,7 @@ class MessageWriter:
         self._descriptor = descriptor
         self._lock = threading.Lock()
 
-    def send(self, kind: str, **fields: Any) -> None:
+    def send(self, kind: str, /, **fields: Any) -> None:
         """Send a message."""
         view = memoryview(encode_line({"type": kind, **fields}))
         with self._lock:

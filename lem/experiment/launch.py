@@ -1,9 +1,10 @@
 """How this copy of lem is started in another process, under this Python or another one.
 
-As a script (`python …/lem/experiment/launch.py worker`) it runs the lem that it lies in and leaves the import path
+As a script (`python lem/experiment/launch.py worker`) it runs the lem that it lies in and leaves the import path
 as it found it: an engine finds its own packages there and none of those that happen to lie beside lem.
 """
 
+import runpy
 import sys
 from pathlib import Path
 
@@ -38,6 +39,4 @@ if __name__ in ("__main__", "__mp_main__"):
     _import_own_package()
 
 if __name__ == "__main__":
-    from lem.__main__ import run
-
-    sys.exit(run())
+    runpy.run_module("lem", run_name="__main__")  # as `python -m lem` does

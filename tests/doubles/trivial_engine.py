@@ -10,11 +10,13 @@ It keeps to `lem.backends.protocol` in everything, and does what LEMTEST_ENGINE_
                `sleep` seconds
                `hang`                    for ever, giving the interpreter's lock back
                `hold_gil`                for ever, without giving it back
+               `ignore_term`             from here on
                `refuse` text             OptionRefused
                `fail` kind, permanent    EngineError
                `crash` text              an exception that is no EngineError
                `exit` code               at once, as a library may
                `signal` number           to itself
+               `shell` command           and wait for it
                `spawn` own_session       start a child that stays
         when   {dotted option: value}    only for experiments that are configured like that
         once   a file                    only if it is not there, and then it is: the first time, in whatever process
@@ -142,7 +144,9 @@ class TrivialEngine:
     def _obey_rules(self, at: str, config: ExperimentConfig, secrets: Mapping[str, str] | None = None) -> None:
         for rule in self._rules:
             if rule["at"] == at and _applies(rule, config):
-                _ACTIONS[rule["do"]]({**rule, "secrets": secrets or {}})
+                # {secret} stands for a secret, which a careless engine may print or put into an error.
+                secret = next(iter((secrets or {}).values()), "")
+                _ACTIONS[rule["do"]]({**rule, "text": str(rule.get("text", "as scripted")).replace("{secret}", secret)})
 
 
 def _without_token_times(completion: Completion, observe_tokens: bool) -> Completion:
@@ -194,32 +198,34 @@ def _pause(seconds: float) -> None:
 
 
 def _print(rule: Mapping[str, Any]) -> None:
-    # {secret} stands for a secret, which a careless engine may print.
-    text = str(rule["text"]).replace("{secret}", next(iter(rule["secrets"].values()), ""))
+    text = rule["text"]
     print(f"print: {text}", flush=True)
     os.write(1, f"write: {text}\n".encode())
     subprocess.run(["echo", f"child: {text}"], check=True)
 
 
-def _hold_gil(rule: Mapping[str, Any]) -> None:
-    # PyDLL, unlike CDLL, keeps the interpreter's lock during the call.
-    ctypes.PyDLL(None).sleep(int(rule.get("seconds", 10_000)))
+def _hold_gil(_rule: Mapping[str, Any]) -> None:
+    # PyDLL, unlike CDLL, keeps the interpreter's lock during the call; a mutex that is locked twice is waited for for
+    # ever, and unlike sleep(3) no signal breaks that off. A mutex of zeros is an unlocked one.
+    libc, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
 
 
 def _refuse(rule: Mapping[str, Any]) -> None:
-    raise OptionRefused(str(rule.get("text", "the trivial engine refuses this option")))
+    raise OptionRefused(rule["text"])
 
 
 def _fail(rule: Mapping[str, Any]) -> None:
     raise EngineError(
-        str(rule.get("text", "the trivial engine was told to fail")),
+        rule["text"],
         kind=str(rule.get("kind", "engine")),
         is_permanent=bool(rule.get("permanent", False)),
     )
 
 
 def _crash(rule: Mapping[str, Any]) -> None:
-    raise RuntimeError(str(rule.get("text", "the trivial engine was told to crash")))
+    raise RuntimeError(rule["text"])
 
 
 def _spawn(rule: Mapping[str, Any]) -> None:
@@ -235,10 +241,12 @@ _ACTIONS = {
     "sleep": lambda rule: _pause(float(rule["seconds"])),
     "hang": lambda _rule: threading.Event().wait(),
     "hold_gil": _hold_gil,
+    "ignore_term": lambda _rule: signal.signal(signal.SIGTERM, signal.SIG_IGN),
     "refuse": _refuse,
     "fail": _fail,
     "crash": _crash,
     "exit": lambda rule: os._exit(int(rule.get("code", 1))),
     "signal": lambda rule: os.kill(os.getpid(), int(rule.get("number", signal.SIGKILL))),
+    "shell": lambda rule: subprocess.run(["sh", "-c", str(rule["command"])], check=True),
     "spawn": _spawn,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,9 +21,8 @@ TOKEN = "hf_a_token_of_somebody"
 
 @pytest.fixture
 def rig(tmp_path: Path) -> Iterator[Rig]:
-    rig = Rig(tmp_path)
-    yield rig
-    assert rig.marker.survivors() == ()
+    with Rig.leaving_nothing(tmp_path) as rig:
+        yield rig
 
 
 def test_hello_comes_first_and_says_who_speaks(rig: Rig):
@@ -32,7 +31,7 @@ def test_hello_comes_first_and_says_who_speaks(rig: Rig):
     assert worker.hello["protocol"] == PROTOCOL_VERSION
     assert worker.hello["lem_version"] == __version__
     assert worker.hello["pid"] == worker.child.pid
-    assert worker.hello["environment"]["python"] == sys.version.split()[0]
+    assert worker.hello["environment"]["python"] == platform.python_version()
     assert worker.close() == 0
 
 

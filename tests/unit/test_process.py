@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from lem import process
+from lem.errors import UserError
+from tests.processes import Marker, wait_until_ended
+
+STAY = "import signal; signal.pause()"
+
+
+def test_a_failing_exit_code_is_a_value():
+    finished = process.run([sys.executable, "-c", "print('out'); exit(3)"], timeout_s=60)
+
+    assert (finished.code, finished.stdout, finished.stderr) == (3, "out\n", "")
+    assert not finished.has_timed_out
+
+
+def test_stdin_reaches_the_program_and_bytes_that_are_no_text_are_replaced():
+    finished = process.run(["cat"], timeout_s=60, stdin=b"caf\xe9")
+
+    assert finished.stdout == "caf�"
+
+
+def test_environment_is_the_one_given():
+    finished = process.run(["env"], timeout_s=60, env={"ONLY": "this"})
+
+    assert finished.stdout == "ONLY=this\n"
+
+
+def test_a_signal_is_a_negative_code():
+    finished = process.run(["sh", "-c", "kill -KILL $$"], timeout_s=60)
+
+    assert finished.code == -signal.SIGKILL
+
+
+def test_at_the_timeout_the_program_and_what_it_started_are_killed():
+    marker = Marker()
+    script = "sleep 1000 & echo started; wait"
+
+    finished = process.run(["sh", "-c", script], timeout_s=0.3, env=marker.environ())
+
+    assert finished.has_timed_out
+    assert finished.code == 124
+    assert marker.survivors() == ()
+
+
+def test_output_before_the_timeout_is_kept():
+    # The timeout only has to come after the echo, which another machine may be slow to reach: the longer the safer.
+    finished = process.run(["sh", "-c", "echo before; exec sleep 1000"], timeout_s=1.0)
+
+    assert finished.stdout == "before\n"
+
+
+def test_a_process_that_left_the_group_is_not_waited_for():
+    marker = Marker()
+    escaped = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {STAY!r}], start_new_session=True)"
+
+    finished = process.run([sys.executable, "-c", f"{escaped}; {STAY}"], timeout_s=1.0, env=marker.environ())
+
+    assert finished.has_timed_out
+    for pid in marker.pids():
+        os.kill(pid, signal.SIGKILL)
+    assert marker.survivors() == ()
+
+
+def test_a_program_that_is_not_there_is_an_error_for_people():
+    with pytest.raises(UserError, match="no-such-program: no such program"):
+        process.run(["no-such-program"], timeout_s=1)
+
+
+def test_a_folder_that_is_not_there_is_not_blamed_on_the_program(tmp_path: Path):
+    with pytest.raises(UserError, match="no such folder to run true in"):
+        process.run(["true"], timeout_s=1, cwd=tmp_path / "missing")
+
+
+def test_a_file_that_is_no_program_is_an_error_for_people(tmp_path: Path):
+    (tmp_path / "text").write_text("no program")
+
+    with pytest.raises(UserError, match="cannot be started: Permission denied"):
+        process.run([str(tmp_path / "text")], timeout_s=1)
+
+
+def test_an_exception_in_between_leaves_nothing_behind():
+    marker = Marker()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            process.run(["sh", "-c", "kill -USR1 $PPID; sleep 1000"], timeout_s=60, env=marker.environ())
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+    assert marker.survivors() == ()
+
+
+def test_killing_a_group_leaves_the_exit_status_to_the_caller():
+    child = process.spawn(["sleep", "1000"], new_session=True)
+
+    process.kill_group(child.pid)
+
+    assert child.wait() == -signal.SIGKILL
+    process.kill_group(child.pid)  # gone already: nothing to do, and no error
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(0, "ended with exit code 0"), (3, "ended with exit code 3"), (-9, "was killed by SIGKILL")],
+)
+def test_exits_are_told_in_words(code: int, words: str):
+    assert process.describe_exit(code) == words
+
+
+def test_a_process_is_known_by_more_than_its_number():
+    child = process.spawn(["sleep", "1000"], new_session=True)
+    identity = process.identify(child.pid)
+
+    assert identity is not None
+    assert identity.is_running()
+    assert not process.ProcessId(child.pid, identity.started_ticks + 1).is_running()
+
+    child.kill()
+    assert wait_until_ended(child.pid)
+    assert not identity.is_running()  # a zombie runs no more
+    child.wait()
+    assert not identity.is_running()
+    assert process.identify(child.pid) is None
+
+
+def test_descendants_are_found_across_sessions():
+    script = "setsid sleep 1000 & echo started; wait"
+    child = process.spawn(["sh", "-c", script], new_session=True)
+    _, stdout = process.pipes(child)
+    assert stdout.readline() == b"started\n"
+
+    below = process.descendants(child.pid)
+
+    assert len(below) == 1
+    assert child.pid in process.descendants(os.getpid())
+    for pid in (child.pid, *below):
+        os.kill(pid, signal.SIGKILL)
+        assert wait_until_ended(pid)
+    child.wait()
