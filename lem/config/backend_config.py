@@ -251,7 +251,7 @@ class VllmSpeculativeConfig(Section):
     def check(self) -> Iterator[Problem]:
         given = [name for name, value in self.to_dict().items() if value is not None]
         if given and self.model is None and self.method is None:
-            yield Problem((given[0],), "has no effect without speculative.method (such as ngram) or speculative.model")
+            yield Problem((given[0],), "has no effect without method (such as ngram) or model beside it")
         low, high = self.prompt_lookup_min, self.prompt_lookup_max
         if low is not None and high is not None and low > high:
             yield Problem(("prompt_lookup_min",), f"{low} is above prompt_lookup_max, which is {high}")

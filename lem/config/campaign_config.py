@@ -71,7 +71,8 @@ def _check_duration(text: str) -> str | None:
 
 
 def _check_file_name(text: str) -> str | None:
-    return f"a file name without a folder is due, got {text!r}" if Path(text).name != text else None
+    is_name = Path(text).name == text and text not in (".", "..")
+    return None if is_name else f"a file name without a folder is due, got {text!r}"
 
 
 def _check_url(text: str) -> str | None:

@@ -6,7 +6,7 @@ Reading YAML is handed in (`yamlfile` does it), so that nothing else here needs 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, Generic, Protocol, TypeVar
@@ -138,7 +138,7 @@ def load_experiment(reader: Reader, path: FilePath, sets: Sets, preset: str | No
     source, found = _read_file(reader, path, ExperimentConfig, preset)
     source = _with_sets(reader, source, sets)
     config, problems = _validate(ExperimentConfig, source)
-    _raise_if_any([*found, *problems])
+    _raise_if_any(found, problems)
     assert config is not None  # noqa: S101 - without problems there is one
     return Loaded(config, _provenance(config, source), source)
 
@@ -162,7 +162,7 @@ def _finish_campaign(reader: Reader, source: Source, found: Located, preset: str
     config, problems = _validate(CampaignConfig, source)
     loaded = None if config is None else Loaded(config, _provenance(config, source), source, preset=start)
     drafts, more = _Drafts(reader, source, loaded, preset).collect()
-    _raise_if_any([*found, *problems, *more])
+    _raise_if_any(found, [*problems, *more])
     assert loaded is not None  # noqa: S101 - without problems there is one
     return dataclasses.replace(loaded, drafts=tuple(drafts))
 
@@ -343,8 +343,10 @@ def _validate(section: type[S], source: Source) -> tuple[S | None, Located]:
         return None, source.locate(error.problems)
 
 
-def _raise_if_any(found: Iterable[tuple[Place, Problem]]) -> None:
-    located = list(found)
+def _raise_if_any(found: Located, problems: Sequence[tuple[Place, Problem]] = ()) -> None:
+    """Raise what was found; what validation says about a value that could not even be read is left out."""
+    unread = {place for place, _ in found if place.mark is not None}
+    located = [*found, *(item for item in problems if item[0] not in unread)]
     if located:
         raise FileProblems(located)
 

@@ -180,7 +180,7 @@ def _sampling_warnings(decoder: DecoderConfig) -> Iterator[Problem]:
             yield Problem(("decoder", ignored[0]), f"{' and '.join(ignored)} have no effect under greedy decoding")
     elif decoder.temperature != 1 and decoder.top_p != 1:
         yield Problem(
-            ("decoder", "top_p"), "temperature and top_p are both set; they compound, and most vary one of them"
+            ("decoder", "top_p"), "temperature and top_p are both set; vary one of them, since their effects compound"
         )
 
 

@@ -454,12 +454,13 @@ def _note_unknown(section: type[Section], key: Any, path: Path, sink: Sink) -> N
     if not isinstance(key, str):
         sink.add(path, f"a key must be text, got {describe(key)}")
         return
-    near = nearest(key, [*declared(section), *section.aliases]) or _elsewhere(section, key)
-    message = "unknown key"
-    if near is None and "." in key and find_option(section, key) is not None:
-        message = f"unknown key; nest it: {' '.join(f'{part}:' for part in key.split('.'))} …"
+    if "." in key and find_option(section, key) is not None:
+        message, near = f"unknown key; nest it: {' '.join(f'{part}:' for part in key.split('.'))} …", None
     elif section.alternative is not None and find_option(section.alternative, key) is not None:
         message, near = f"unknown key; {section.stranger_remedy}", None
+    else:
+        message = "unknown key"
+        near = nearest(key, [*declared(section), *section.aliases]) or _elsewhere(section, key)
     sink.add((*path, key), message, near, is_about_key=True)
 
 

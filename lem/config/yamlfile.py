@@ -316,6 +316,7 @@ def _syntax_problem(error: Any, name: str, text: str) -> tuple[Place, Problem]:
         "cannot start any token": "quote a text that begins with such a character",
         "single document": "one file holds one configuration; take out the line ---",
         "undefined alias": "quote a text that begins with *",
+        "but got '{'": "quote a text that holds a brace, such as ${NAME}, inside brackets",
         "block end": "check the indentation",
     }
     remedy = next((advice for words, advice in remedies.items() if words in f"{message} {error.context or ''}"), "")

@@ -1,0 +1,168 @@
+"""`lem config` and `lem presets`, as a person at a terminal meets them."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from lem.cli.main import main
+from tests.goldens import assert_golden
+
+EXPERIMENT = "model: ${MODEL_OF_TEST:-gpt2}\ndecoder: {preset: creative, top_p: 0.5}\n"
+CAMPAIGN = """\
+campaign_name: demo
+model: gpt2
+grid:
+  backends: [pytorch, tensorrt]
+  shared: {fp_precision: [float16, float32]}
+  backend_overrides: {pytorch: {batch_size: [1, 4]}}
+execution: {cycles: 2}
+notification: {webhook_url: "https://host/hunter2"}
+"""
+
+
+def lem(*argv: str) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    code = main(list(argv), out, err)
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "e.yaml").write_text(EXPERIMENT, encoding="utf-8")
+    (tmp_path / "c.yaml").write_text(CAMPAIGN, encoding="utf-8")
+    (tmp_path / "bad.yaml").write_text("model: gpt2\nbackend: cuda\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_valid_files_are_told_with_their_warnings_and_what_is_filtered():
+    code, out, err = lem("config", "validate", "e.yaml", "c.yaml")
+    assert (code, err) == (0, "")
+    assert_golden("config/validate.txt", out)
+
+
+def test_all_files_are_looked_at_although_one_is_not_valid():
+    code, out, err = lem("config", "validate", "bad.yaml", "nothing.yaml", "e.yaml")
+    assert code == 2
+    assert out.startswith("e.yaml: valid experiment gpt2-pytorch\n")
+    assert err.startswith("error: bad.yaml:2:10: backend: 'cuda' is not one of pytorch, vllm, tensorrt\n")
+    assert "error: nothing.yaml: no such file\nhint: " in err
+
+
+def test_a_campaign_of_which_nothing_is_left_is_not_valid(folder: Path):
+    (folder / "c.yaml").write_text(CAMPAIGN.replace("model: gpt2\n", ""), encoding="utf-8")
+    code, _, err = lem("config", "validate", "c.yaml")
+    assert code == 2
+    assert "c.yaml: no valid experiment is left: no model" in err
+
+
+def test_validation_as_json():
+    code, out, err = lem("config", "validate", "bad.yaml", "e.yaml", "--json")
+    assert (code, err) == (2, "")
+    bad, good = json.loads(out)
+    assert bad == {
+        "file": "bad.yaml",
+        "valid": False,
+        "problems": [
+            {
+                "at": "bad.yaml",
+                "line": 2,
+                "column": 10,
+                "key": "backend",
+                "message": "'cuda' is not one of pytorch, vllm, tensorrt",
+                "suggestion": None,
+            }
+        ],
+    }
+    assert (good["valid"], good["kind"], good["name"]) == (True, "experiment", "gpt2-pytorch")
+
+
+def test_a_resolved_experiment_with_where_each_value_comes_from():
+    code, out, err = lem("config", "show", "e.yaml", "--set", "gpus=[]", "--preset", "pytorch-optimized")
+    assert (code, err) == (0, "")
+    assert_golden("config/show_experiment.txt", out)
+
+
+def test_a_resolved_campaign_hides_its_secret():
+    code, out, _ = lem("config", "show", "c.yaml")
+    assert code == 0
+    assert "hunter2" not in out
+    assert_golden("config/show_campaign.txt", out)
+
+
+def test_what_is_shown_can_be_read_again(folder: Path):
+    _, out, _ = lem("config", "show", "e.yaml")
+    (folder / "again.yaml").write_text(out, encoding="utf-8")
+    code, again, _ = lem("config", "show", "again.yaml", "--json")
+    assert code == 0
+    assert json.loads(again)["config"] == json.loads(lem("config", "show", "e.yaml", "--json")[1])["config"]
+
+
+def test_show_as_json():
+    document = json.loads(lem("config", "show", "c.yaml", "--json")[1])
+    assert document["kind"] == "campaign"
+    assert document["config"]["execution"]["cycles"] == 2
+    assert document["provenance"]["execution.cycles"] == {"from": "file", "at": "c.yaml:7"}
+    assert document["provenance"]["execution.seed"] == {"from": "default", "at": None}
+    assert document["config"]["notification"]["webhook_url"] == "(hidden)"
+
+
+def test_a_secret_from_a_variable_is_shown_as_written(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOOK_OF_TEST", "https://host/hunter2")
+    text = CAMPAIGN.replace("https://host/hunter2", "${HOOK_OF_TEST}")
+    (folder / "c.yaml").write_text(text, encoding="utf-8")
+    out = lem("config", "show", "c.yaml")[1]
+    assert "hunter2" not in out
+    assert '"${HOOK_OF_TEST}"' in out
+
+
+@pytest.mark.parametrize("backend", ["pytorch", "vllm", "tensorrt"])
+@pytest.mark.parametrize("kind", ["campaign", "experiment"])
+def test_a_new_file_is_valid(folder: Path, kind: str, backend: str):
+    code, out, _ = lem("config", "new", kind, "--backend", backend)
+    assert code == 0
+    (folder / "new.yaml").write_text(out, encoding="utf-8")
+    assert lem("config", "validate", "new.yaml")[0] == 0
+
+
+def test_an_unknown_backend_is_refused_with_the_nearest():
+    for command in (("new",), ("fields",)):
+        code, _, err = lem("config", *command, "--backend", "vlm")
+        assert code == 2
+        assert "did you mean 'vllm'?" in err
+
+
+def test_schema_is_json():
+    assert json.loads(lem("config", "schema")[1])["title"] == "lem campaign"
+    assert json.loads(lem("config", "schema", "experiment")[1])["title"] == "lem experiment"
+
+
+def test_fields_of_one_kind_of_both_and_of_a_backend():
+    both = lem("config", "fields")[1]
+    assert both.startswith("CAMPAIGN\n\ncampaign_name  text; required\n")
+    assert "\nEXPERIMENT\n\n" in both
+    of_vllm = lem("config", "fields", "--backend", "vllm")[1]
+    assert "vllm.max_num_seqs  integer; default 256; ≥ 1, requests\n    Requests worked on at a time." in of_vllm
+    assert "pytorch.batch_size" not in of_vllm
+    assert set(json.loads(lem("config", "fields", "campaign", "--json")[1])) == {"campaign"}
+
+
+def test_presets_fit_a_terminal():
+    code, out, _ = lem("presets")
+    assert code == 0
+    assert max(len(line) for line in out.splitlines()) <= 80
+    assert_golden("config/presets.txt", out)
+
+
+def test_one_preset_as_a_file_has_it():
+    assert lem("presets", "vllm-low-latency")[1] == (
+        "# vllm-low-latency: vLLM with few requests at a time and no CUDA graphs.\n"
+        "max_input_tokens: 512\nmax_output_tokens: 128\ndecoder:\n  preset: deterministic\n"
+        "backend: vllm\nvllm:\n  max_num_seqs: 32\n  enforce_eager: true\n"
+    )
+    assert list(json.loads(lem("presets", "quick-test", "--json")[1])) == ["quick-test"]
+    assert lem("presets", "nothing")[0] == 2

@@ -1,0 +1,183 @@
+"""Strict YAML: what is read as written, what is refused, and every kind of file that is no configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lem.config.sources import Document
+from lem.config.yamlfile import parse_value, read_document
+from lem.errors import ConfigurationError
+
+
+def read(tmp_path: Path, content: str | bytes, environ: Mapping[str, str] | None = None) -> Document:
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    return read_document(path, environ or {})
+
+
+def refusal(tmp_path: Path, content: str | bytes) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        read(tmp_path, content)
+    assert "Traceback" not in caught.value.message
+    return caught.value.message.replace(str(tmp_path / "c.yaml"), "c.yaml")
+
+
+def problems(tmp_path: Path, content: str, environ: Mapping[str, str] | None = None) -> list[str]:
+    located = read(tmp_path, content, environ).located
+    return [f"{place.mark}: {problem}".replace("Mark(", "(") for place, problem in located]
+
+
+def test_yaml_1_1_surprises_are_read_as_written(tmp_path: Path):
+    text = "no: yes\nat: 12:30\nrate: 1e3\nsize: 010\ncount: 1_000\nday: 2024-01-01\non: off\nnull: ~\nquoted: '1'\n"
+    assert read(tmp_path, text).tree == {
+        "no": "yes",
+        "at": "12:30",
+        "rate": 1000.0,
+        "size": "010",
+        "count": "1_000",
+        "day": "2024-01-01",
+        "on": "off",
+        "null": None,
+        "quoted": "1",
+    }
+
+
+def test_keys_are_text_whatever_they_look_like(tmp_path: Path):
+    assert read(tmp_path, "1: a\ntrue: b\n1.5: c\n~: d\n").tree == {"1": "a", "true": "b", "1.5": "c", "~": "d"}
+
+
+def test_positions_of_keys_and_values(tmp_path: Path):
+    document = read(tmp_path, "a:\n  b: [1, {c: x}]\n")
+    assert (document.keys["a", "b"].line, document.keys["a", "b"].column) == (2, 3)
+    assert (document.values["a", "b"].line, document.values["a", "b"].column) == (2, 6)
+    assert (document.values["a", "b", 1, "c"].line, document.values["a", "b", 1, "c"].column) == (2, 14)
+
+
+def test_every_duplicate_key_is_found_with_its_line(tmp_path: Path):
+    assert problems(tmp_path, "a: 1\nb: {c: 1, c: 2}\na: 2\na: 3\n") == [
+        "(line=2, column=11): b.c: duplicate key, first on line 2",
+        "(line=3, column=1): a: duplicate key, first on line 1",
+        "(line=4, column=1): a: duplicate key, first on line 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: !!python/object:os.system x\n", "a: the tag !!python/object:os.system is not read"),
+        ("a: !thing x\n", "a: the tag !thing is not read"),
+        ("a: !!int '3'\n", "a: the tag !!int is not read"),
+        ("b: &x {c: 1}\na:\n  <<: *x\n", "a.<<: merge keys are not read; use _extends"),
+        ("? [a]\n: b\n", "a key must be plain text"),
+        ("a: &x [*x]\n", "a[0]: an alias (*name) of what it is part of"),
+        ('a: "\\ud800"\n', "a: holds half of a surrogate pair"),
+        ("a: ${NOPE}\n", "a: the environment variable NOPE is not set; set it or write ${NOPE:-default}"),
+        ("a: ${NO\n", "a: '${' without ${NAME} or ${NAME:-default}"),
+    ],
+)
+def test_what_strict_yaml_leaves_out(tmp_path: Path, text: str, problem: str):
+    (found,) = problems(tmp_path, text)
+    assert problem in found
+
+
+def test_an_alias_that_repeats_a_value_is_read(tmp_path: Path):
+    assert read(tmp_path, "a: &x {b: 1}\nc: *x\n").tree == {"a": {"b": 1}, "c": {"b": 1}}
+
+
+def test_an_explicit_text_tag_is_read(tmp_path: Path):
+    assert read(tmp_path, "a: !!str 5\n").tree == {"a": "5"}
+
+
+def test_variables_expand_and_remember_what_was_written(tmp_path: Path):
+    document = read(tmp_path, 'a: "${A}"\nb: ${B:-x}\nc: ["$${A}"]\n', {"A": "1"})
+    assert document.tree == {"a": "1", "b": "x", "c": ["${A}"]}
+    assert document.tree["a"].written == "${A}"
+
+
+def test_an_alias_bomb_is_defused(tmp_path: Path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    (found,) = problems(tmp_path, "\n".join(lines))
+    assert "more than 200000 values; do aliases (*name) multiply?" in found
+
+
+@pytest.mark.parametrize(
+    "text", ["a: " + "[" * 5000, "a: " + "{a: " * 5000, "\n".join(" " * n + "a:" for n in range(500))]
+)
+def test_deep_nesting_is_refused(tmp_path: Path, text: str):
+    assert "nested more than 64 deep" in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\0\1\2", "c.yaml: is binary, a YAML file is due"),
+        (b"\x89PNG\r\n\x1a\n", "c.yaml:1: is not UTF-8 (byte 0x89)"),
+        ("a: 1\nb: é\n".encode("latin-1"), "c.yaml:2: is not UTF-8 (byte 0xe9)"),
+        ("a: 1\n".encode("utf-16"), "c.yaml: is UTF-16"),
+        ("a:\n\tb: 1\n", "c.yaml:2:1: not YAML: found character '\\t' that cannot start any token; indent with spaces"),
+        ("a: b: c\n", "c.yaml:1:5: not YAML: mapping values are not allowed here; quote a text that holds ': '"),
+        ("a: @x\n", "c.yaml:1:4: not YAML: found character '@' that cannot start any token; quote a text"),
+        ("a: *x\n", "c.yaml:1:4: not YAML: found undefined alias 'x'; quote a text that begins with *"),
+        ("a: 'x\n\n", "c.yaml:1:4: not YAML: found unexpected end of stream"),
+        ("a: [1\nb: 2\n", "c.yaml:2:2: not YAML: expected ',' or ']', but got ':'"),
+        ("a: [${B}]\n", "c.yaml:1:6: not YAML: expected ',' or ']', but got '{'; quote a text that holds a brace"),
+        ("a: 1\n---\nb: 2\n", "c.yaml:2:1: not YAML: but found another document; one file holds one configuration"),
+        ('a: 1\nb: "\x07"\n', "c.yaml:2:5: holds the control character U+0007; take it out"),
+    ],
+)
+def test_what_is_no_yaml_is_told_with_its_place(tmp_path: Path, content: str | bytes, message: str):
+    assert refusal(tmp_path, content).startswith(message)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path: Path):
+    assert read(tmp_path, b"\xef\xbb\xbfa: 1\r\nb: x\r\n").tree == {"a": 1, "b": "x"}
+
+
+def test_a_missing_file_a_folder_and_an_unreadable_file(tmp_path: Path):
+    with pytest.raises(ConfigurationError, match="no such file"):
+        read_document(tmp_path / "nothing.yaml", {})
+    with pytest.raises(ConfigurationError, match="is a folder"):
+        read_document(tmp_path, {})
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        read_document(tmp_path / "c.yaml" / "d.yaml" if _make(tmp_path / "c.yaml") else tmp_path, {})
+    if os.geteuid() != 0:  # root reads everything
+        (tmp_path / "c.yaml").chmod(0)
+        with pytest.raises(ConfigurationError, match="cannot be read: Permission denied"):
+            read_document(tmp_path / "c.yaml", {})
+
+
+def _make(path: Path) -> bool:
+    path.write_text("a: 1\n", encoding="utf-8")
+    return True
+
+
+def test_a_file_that_is_far_too_large_is_not_parsed(tmp_path: Path):
+    assert "more than 16 MiB" in refusal(tmp_path, b"# " + b"x" * (16 * 2**20))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("5", 5),
+        ("[float16, bfloat16]", ["float16", "bfloat16"]),
+        ("no", "no"),
+        ("", None),
+        ("{a: 1}", {"a": 1}),
+        ("'5'", "5"),
+        ("${A}", "x"),
+    ],
+)
+def test_values_of_the_command_line_are_the_same_yaml(text: str, value: Any):
+    assert parse_value(text, {"A": "x"}, "--set k=v") == value
+
+
+@pytest.mark.parametrize("text", ["[1", "a: b: c", "@x", "{a: 1, a: 2}", "${NOPE}"])
+def test_a_value_that_is_none_is_told_with_its_option(text: str):
+    with pytest.raises(ConfigurationError, match=r"^--set k=v"):
+        parse_value(text, {}, "--set k=v")
