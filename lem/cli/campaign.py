@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import logging
-import os
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lem import log
-from lem.errors import ExitCode, InfrastructureError, UserError
+from lem.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
     from lem.config.campaign_config import CampaignConfig
     from lem.config.loading import Loaded
-    from lem.orchestration.campaign import CampaignOutcome
     from lem.orchestration.plan import Plan
-    from lem.orchestration.stop import StopRequest
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
 
@@ -52,6 +43,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "campaign",
         help="run a campaign file, or several experiment files as one",
         description="Run a campaign file, or several experiment files with --campaign-name.",
+        allow_abbrev=False,  # the resume command is made of the words as they were written
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="a campaign file; or experiment files")
     parser.add_argument("--campaign-name", metavar="NAME", help="make a campaign of this name of experiment files")
@@ -92,10 +84,11 @@ def _add_place(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_course(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
+    beginning = group.add_mutually_exclusive_group()
+    beginning.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=None, help="go on with an unfinished campaign"
     )
-    group.add_argument("--fresh", action="store_true", help="set an earlier manifest aside and start anew")
+    beginning.add_argument("--fresh", action="store_true", help="set an earlier manifest aside and start anew")
     group.add_argument(
         "--allow-environment-change", action="store_true", help="resume although engine, driver or GPU changed"
     )
@@ -109,20 +102,25 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """The exit code of interface.md."""
     from lem.meters.gpus import find_gpus
     from lem.orchestration.plan import build_plan
+    from lem.orchestration.preflight import check_supported, with_unused_options
 
     loaded = _load(args)
     campaign = loaded.config
     plan = build_plan(campaign, loaded.drafts, preset=loaded.preset, forced=loaded.forced, gpus=find_gpus() or None)
+    plan = with_unused_options(plan)
     _announce(plan, args, err)
     if not plan.experiments:
         raise UserError("no valid experiment is left", "lem campaign --dry-run lists each reason; nothing was run")
     if args.validate_only:
         return int(ExitCode.OK)
     _check_executor(args)
+    check_supported(campaign)
     if args.dry_run:
         out.write(_describe_plan(plan, campaign, args))
         return int(ExitCode.OK)
-    return _Command(args, campaign, plan, out, err).execute()
+    from lem.cli.campaign_run import CampaignCommand
+
+    return CampaignCommand(args, campaign, plan, out, err).execute()
 
 
 def _load(args: argparse.Namespace) -> Loaded[CampaignConfig]:
@@ -179,208 +177,3 @@ def _earlier_times(plan: Plan, campaign: CampaignConfig) -> tuple[dict[str, floa
 def _check_executor(args: argparse.Namespace) -> None:
     if args.executor == "docker":
         raise UserError("--executor docker is not part of this version of lem", "use --executor local, or leave it out")
-
-
-class _Command:
-    """One `lem campaign` that measures."""
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        campaign: CampaignConfig,
-        plan: Plan,
-        out: TextIO,
-        err: TextIO,
-    ) -> None:
-        self._args = args
-        self._campaign = campaign
-        self._plan = plan
-        self._out = out
-        self._err = err
-        daemon = campaign.daemon
-        self._is_daemon = daemon is not None and daemon.enabled
-        self._is_quiet = getattr(args, "quiet", False) or (daemon is not None and self._is_daemon and daemon.quiet)
-        self._console = log.Console(err)
-
-    def execute(self) -> int:
-        """The exit code."""
-        from lem.orchestration.daemon import Scheduler
-        from lem.orchestration.manifest import utc_now
-        from lem.orchestration.stop import StopRequest
-
-        log.configure(self._console, verbosity=-1 if self._is_quiet else getattr(self._args, "verbose", 0))
-        stop = StopRequest()
-        with stop.installed(), self._log_file():
-            scheduler = Scheduler(self._campaign, stop, self._say, utc_now, time.monotonic)
-            outcome = scheduler.run(lambda before, deadline_s: self._run_once(stop, before, deadline_s))
-        if stop.signum is not None:
-            return 128 + stop.signum
-        if outcome is None or self._is_daemon:
-            return int(ExitCode.OK)
-        return _exit_code(outcome)
-
-    def _say(self, text: str) -> None:
-        logging.getLogger("lem.campaign").info("%s", text)
-        if not self._args.json:
-            self._console.line(text)
-
-    def _run_once(self, stop: StopRequest, runs_before: int, deadline_s: float | None) -> CampaignOutcome:
-        from lem.cli.progress import choose_progress
-        from lem.orchestration.campaign import CampaignRunner, RunOptions
-        from lem.orchestration.workers import LocalExecutor
-
-        progress = choose_progress(self._console, self._out, is_json=self._args.json, is_quiet=self._is_quiet)
-        runner = CampaignRunner(
-            self._campaign,
-            plan=self._plan,
-            executor=LocalExecutor(self._args.python),
-            observe=progress,
-            stop=stop,
-            options=RunOptions(
-                wish=self._wish(runs_before),
-                is_yes=self._args.yes,
-                ask=self._ask if _is_somebody_there() else None,
-                is_environment_change_allowed=self._args.allow_environment_change,
-                is_fail_fast=self._args.fail_fast,
-            ),
-        )
-        try:
-            outcome = runner.run(deadline_s=deadline_s)
-        finally:
-            self._console.close()
-        self._conclude(outcome)
-        return outcome
-
-    def _wish(self, runs_before: int) -> Any:
-        from lem.orchestration.opening import Wish
-
-        if self._args.fresh or self._args.resume is False or runs_before:
-            return Wish.FRESH
-        return Wish.RESUME if self._args.resume else Wish.UNSAID
-
-    def _ask(self, question: str) -> bool:
-        self._err.write(f"{question} [Y/n] ")
-        self._err.flush()
-        return sys.stdin.readline().strip().lower() in ("", "y", "yes")
-
-    def _conclude(self, outcome: CampaignOutcome) -> None:
-        """Say how the run ended, to people and to the webhook."""
-        notification = self._notify(outcome)
-        self._show_results(outcome)
-        for line in self._closing_lines(outcome):
-            self._console.line(line)
-        if notification is not None and not self._is_daemon:
-            notification.settle(_WEBHOOK_PATIENCE_S)
-
-    def _show_results(self, outcome: CampaignOutcome) -> None:
-        from lem.results.summary import summarise, summary_document
-        from lem.results.table import render_summary
-
-        summary = summarise(
-            _records(self._campaign, outcome),
-            failed=_failed_by_name(outcome),
-            campaign_name=self._campaign.campaign_name,
-            run_id=str(outcome.manifest.run_id),
-        )
-        if self._args.json:
-            document = {"event": "summary", **summary_document(summary)}
-            self._out.write(json.dumps(document, ensure_ascii=False) + "\n")
-        elif summary.configurations:
-            self._console.line()
-            width = os.get_terminal_size(self._out.fileno()).columns if self._out.isatty() else 80
-            self._out.write(render_summary(summary, is_colour=log.is_colour_wanted(self._out), width=width))
-        self._out.flush()
-
-    def _closing_lines(self, outcome: CampaignOutcome) -> Iterator[str]:
-        manifest, paint = outcome.manifest, self._console.paint
-        left = len(manifest.get_remaining())
-        counts = f"{manifest.completed_count} completed, {manifest.failed_count} failed, {left} left"
-        folder = Path(self._campaign.io.results_dir) / self._campaign.slug / str(manifest.run_id)
-        yield f"{counts}; results in {folder}"
-        if outcome.error is not None:
-            yield f"{paint('error:', 'red')} {outcome.error.message}"
-            if outcome.error.hint:
-                yield f"{paint('hint:', 'cyan')} {outcome.error.hint}"
-        if outcome.stopped is not None or manifest.failed_count:
-            why = "stopped" if outcome.stopped is not None else "some failed"
-            yield f"{why}; go on with: {self._resume_command()}"
-
-    def _resume_command(self) -> str:
-        """The same command again, with --resume and without what contradicts it."""
-        from lem.process import copyable
-
-        dropped = ("--fresh", "--no-resume", "--resume", "--yes", "-y")
-        words = [word for word in sys.argv[1:] if word not in dropped]
-        start = [sys.executable, sys.argv[0]] if sys.argv[0].endswith((".pyz", ".py")) else ["lem"]
-        if sys.argv[0].endswith("__main__.py"):
-            start = [sys.executable, "-m", "lem"]
-        return copyable([*start, *words, "--resume"])
-
-    def _notify(self, outcome: CampaignOutcome) -> Any:
-        from lem.orchestration.loop import Stopped
-        from lem.orchestration.notification import notify
-
-        chosen = self._campaign.notification
-        if chosen.webhook_url is None or outcome.stopped is Stopped.SIGNAL:
-            return None
-        manifest = outcome.manifest
-        is_failure = outcome.error is not None or manifest.failed_count > 0
-        if ("failure" if is_failure else "complete") not in chosen.on:
-            return None
-        payload = {
-            "event": "failure" if is_failure else "complete",
-            "campaign": manifest.campaign_name,
-            "campaign_id": manifest.campaign_id,
-            "run_id": manifest.run_id,
-            "completed": manifest.completed_count,
-            "failed": manifest.failed_count,
-            "remaining": len(manifest.get_remaining()),
-            "error": None if outcome.error is None else outcome.error.message,
-        }
-        return notify(chosen.webhook_url, payload)
-
-    @contextlib.contextmanager
-    def _log_file(self) -> Iterator[None]:
-        """In quiet mode everything goes to `<state_dir>/<campaign>/lem.log`."""
-        if not self._is_quiet:
-            yield
-            return
-        path = Path(self._campaign.io.state_dir) / self._campaign.slug / "lem.log"
-        try:
-            handler = log.log_to_file(path)
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}", "choose another io.state_dir") from error
-        try:
-            yield
-        finally:
-            logging.getLogger("lem").removeHandler(handler)
-            handler.close()
-
-
-_WEBHOOK_PATIENCE_S = 3.0
-
-
-def _is_somebody_there() -> bool:
-    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
-
-
-def _exit_code(outcome: CampaignOutcome) -> int:
-    if isinstance(outcome.error, InfrastructureError):
-        return int(outcome.error.exit_code)
-    return int(ExitCode.EXPERIMENT_FAILED if outcome.manifest.failed_count else ExitCode.OK)
-
-
-def _records(campaign: CampaignConfig, outcome: CampaignOutcome) -> list[Any]:
-    """The whole results of the experiments that are in the plan."""
-    from lem.results.repository import Repository
-
-    planned = {entry.exp_id for entry in outcome.manifest.experiments if entry.status != "skipped"}
-    scan = Repository(Path(campaign.io.results_dir), campaign.slug).scan(str(outcome.manifest.run_id))
-    return [item.record for item in scan.results if item.record.identity.experiment_id in planned]
-
-
-def _failed_by_name(outcome: CampaignOutcome) -> dict[str, int]:
-    failed: dict[str, int] = {}
-    for entry in outcome.manifest.get_by_status("failed"):
-        failed[entry.config_name] = failed.get(entry.config_name, 0) + 1
-    return failed

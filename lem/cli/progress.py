@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import time
 from collections.abc import Callable
 from typing import Any, TextIO
@@ -10,7 +12,15 @@ from typing import Any, TextIO
 from lem import log, units
 from lem.orchestration.events import Event, Observer
 
-__all__ = ["JsonProgress", "LineProgress", "QuietProgress", "TerminalProgress", "choose_progress"]
+__all__ = [
+    "JsonProgress",
+    "LineProgress",
+    "LogProgress",
+    "QuietProgress",
+    "TerminalProgress",
+    "choose_progress",
+    "give_up_stream",
+]
 
 # Phases a person waits for; the others pass in a moment.
 _TOLD_PHASES = {"load": "loading", "warmup": "warming up", "window": "measuring"}
@@ -27,6 +37,13 @@ def choose_progress(console: log.Console, out: TextIO, *, is_json: bool, is_quie
     return TerminalProgress(console) if console.is_live else LineProgress(console)
 
 
+def give_up_stream(stream: TextIO) -> None:
+    """Let what is still written to a stream go nowhere: its reader is gone, the campaign goes on."""
+    descriptor = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(descriptor, stream.fileno())
+    os.close(descriptor)
+
+
 class JsonProgress:
     """One JSON object a line on stdout."""
 
@@ -37,8 +54,11 @@ class JsonProgress:
         if event.kind == "tick":
             return
         document = {"event": event.kind, "done": event.done, "total": event.total, "eta_s": event.eta_s, **event.data}
-        self._out.write(json.dumps(document, ensure_ascii=False) + "\n")
-        self._out.flush()
+        try:
+            self._out.write(json.dumps(document, ensure_ascii=False) + "\n")
+            self._out.flush()
+        except BrokenPipeError:
+            give_up_stream(self._out)
 
 
 class QuietProgress:
@@ -67,8 +87,33 @@ class TerminalProgress:
             self._console.line(line)
         if event.kind == "campaign_finished":
             self._console.close()
-        else:
+        elif event.kind != "note":
             self._console.live(self._state.describe(event, self._now()))
+
+
+class _Lines:
+    """What to say in lines: each change, and once a minute how it goes."""
+
+    def __init__(self, console: log.Console | None, now: Callable[[], float], monotonic: Callable[[], float]) -> None:
+        self._console = console
+        self._now = now
+        self._monotonic = monotonic
+        self._state = _State()
+        self._told_at = monotonic()
+
+    def of(self, event: Event) -> list[str]:
+        """The lines for an event; [] for none."""
+        self._state.update(event)
+        lines = _ending(event, self._console)
+        is_change = event.kind in ("experiment_started", "gap") or (
+            event.kind == "phase" and event.data.get("phase") in _TOLD_PHASES
+        )
+        is_due = event.kind in ("tick", "progress") and self._monotonic() - self._told_at >= _LINE_EVERY_S
+        if not lines and (is_change or is_due):
+            lines = [self._state.describe(event, self._now())]
+        if lines:
+            self._told_at = self._monotonic()
+        return lines
 
 
 class LineProgress:
@@ -82,22 +127,28 @@ class LineProgress:
     ) -> None:
         self._console = console
         self._now = now
-        self._monotonic = monotonic
-        self._state = _State()
-        self._told_at = monotonic()
+        self._lines = _Lines(console, now, monotonic)
 
     def __call__(self, event: Event) -> None:
-        self._state.update(event)
-        lines = _ending(event, self._console)
-        is_change = event.kind in ("experiment_started", "gap", "waiting") or (
-            event.kind == "phase" and event.data.get("phase") in _TOLD_PHASES
-        )
-        is_due = event.kind in ("tick", "progress") and self._monotonic() - self._told_at >= _LINE_EVERY_S
-        if not lines and (is_change or is_due):
-            lines = [self._state.describe(event, self._now())]
-        for line in lines:
-            self._told_at = self._monotonic()
+        for line in self._lines.of(event):
             self._console.line(f"{time.strftime('%H:%M:%S', time.localtime(self._now()))} {line}")
+
+
+class LogProgress:
+    """The same lines for the log, which has times of its own."""
+
+    def __init__(
+        self,
+        logger: logging.Logger,
+        now: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._logger = logger
+        self._lines = _Lines(None, now, monotonic)
+
+    def __call__(self, event: Event) -> None:
+        for line in self._lines.of(event):
+            self._logger.info("%s", line)
 
 
 class _State:
@@ -121,9 +172,6 @@ class _State:
         elif event.kind == "gap":
             self.experiment = {}
             self.activity = f"gap, at most {units.format_duration(float(data['cap_s']))}"
-        elif event.kind == "waiting":
-            self.experiment = {}
-            self.activity = str(data["text"])
 
     def describe(self, event: Event, now: float) -> str:
         parts = [f"[{event.done}/{event.total}]"]
@@ -144,17 +192,21 @@ def clock_time(at: float, now: float) -> str:
     return time.strftime(pattern, time.localtime(at))
 
 
+def _unpainted(text: str, _colour: str) -> str:
+    return text
+
+
 def _with_progress(activity: str, data: Any) -> str:
     base = activity.split(" (")[0]
-    done, total = data.get("done"), data.get("total")
+    done, total = data.get("phase_done"), data.get("phase_total")
     if total:
         return f"{base} ({100 * min(done, total) / total:.0f} %)"
     return f"{base} ({data['text']})" if data.get("text") else base
 
 
-def _ending(event: Event, console: log.Console) -> list[str]:
+def _ending(event: Event, console: log.Console | None) -> list[str]:
     """The lines that say how an experiment or an attempt ended; [] for other events."""
-    data = event.data
+    data, paint = event.data, console.paint if console is not None else _unpainted
     if event.kind == "note":
         return [str(data["text"])]
     if event.kind not in ("experiment_completed", "experiment_failed", "experiment_retried", "experiment_interrupted"):
@@ -163,15 +215,15 @@ def _ending(event: Event, console: log.Console) -> list[str]:
     who = f"{data['config_name']} · cycle {data['cycle']}/{data['cycles']}"
     if event.kind == "experiment_completed":
         valid = data.get("valid", True)
-        mark = console.paint("ok", "green") if valid else console.paint("not valid", "yellow")
+        mark = paint("ok", "green") if valid else paint("not valid", "yellow")
         figures = units.format_rate(data.get("output_tok_per_s"))
         lines = [f"{head} {mark} {who} · {figures} · {units.format_duration(float(data['elapsed_s']))}"]
         return lines + [f"    {reason}" for reason in data.get("invalid_reasons", ())]
     if event.kind == "experiment_retried":
-        return [f"{head} {console.paint('again', 'yellow')} {who}: {data['reason']}"]
+        return [f"{head} {paint('again', 'yellow')} {who}: {data['reason']}"]
     if event.kind == "experiment_interrupted":
-        return [f"{head} {console.paint('interrupted', 'yellow')} {who}"]
-    lines = [f"{head} {console.paint('failed', 'red')} {who}: {data['error']}"]
+        return [f"{head} {paint('interrupted', 'yellow')} {who}"]
+    lines = [f"{head} {paint('failed', 'red')} {who}: {data['error']}"]
     if data.get("hint"):
         lines.append(f"    hint: {data['hint']}")
     if data.get("log"):

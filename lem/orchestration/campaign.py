@@ -8,33 +8,30 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
 from lem.config.campaign_config import CampaignConfig
 from lem.config.yamlfile import complete_campaign
-from lem.errors import InfrastructureError, Interrupted, LemError, UserError
-from lem.experiment.probe import missing_distributions
-from lem.meters.gpus import find_gpus
+from lem.errors import InfrastructureError, LemError, UserError
 from lem.orchestration import resume
-from lem.orchestration.events import Event, Observer
+from lem.orchestration.events import Observer
 from lem.orchestration.generated import write_configs
 from lem.orchestration.identity import make_run_id
-from lem.orchestration.locks import Holder, default_gpu_lock_folder, hold_locks, lock_targets
-from lem.orchestration.loop import ExperimentLoop, Stopped
+from lem.orchestration.locks import Holder, LockTarget, default_gpu_lock_folder, hold_locks, lock_targets
+from lem.orchestration.loop import CampaignOutcome, ExperimentLoop
 from lem.orchestration.manifest import (
-    FAILED,
-    PENDING,
     CampaignManifest,
     CampaignManifestEntry,
     ManifestManager,
     utc_now,
     utc_text,
 )
-from lem.orchestration.opening import Opening, Wish, choose_opening
+from lem.orchestration.opening import Opening, RunOptions, Wish, choose_opening, go_on_with
 from lem.orchestration.plan import CampaignExperiment, Plan, build_plan
+from lem.orchestration.preflight import check_supported, find_environment, gpus_of
 from lem.orchestration.session import RunIdentity, Session
 from lem.orchestration.stop import StopRequest
 from lem.orchestration.workers import Executor, LocalExecutor
@@ -45,49 +42,9 @@ __all__ = ["CampaignExperiment", "CampaignOutcome", "CampaignRunner", "RunOption
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """What the command line says about this run alone.
-
-    Attributes:
-        wish: resume, start afresh, or neither said.
-        is_yes: do not ask.
-        ask: puts a yes-or-no question to a person; None when nobody is there.
-        is_environment_change_allowed: resume although engine, driver or GPU are others.
-        is_fail_fast: stop after the first experiment that fails.
-    """
-
-    wish: Wish = Wish.UNSAID
-    is_yes: bool = False
-    ask: Callable[[str], bool] | None = None
-    is_environment_change_allowed: bool = False
-    is_fail_fast: bool = False
-
-
-@dataclass(frozen=True)
-class CampaignOutcome:
-    """How a run of a campaign ended.
-
-    Attributes:
-        manifest: as it was last written.
-        stopped: why it ended before its end; None when it did not.
-        error: what stood in the way, when something did.
-        signum: the signal that ended it.
-    """
-
-    manifest: CampaignManifest
-    stopped: Stopped | None = None
-    error: LemError | None = None
-    signum: int | None = None
-
-
-def _ignore(event: Event) -> None:
-    """Tell nobody."""
-
-
 @dataclass
 class CampaignRunner:
-    """Plans a campaign and runs it.
+    """Plans a campaign and runs it, once or again and again.
 
     Attributes:
         campaign: what to run.
@@ -99,12 +56,13 @@ class CampaignRunner:
     campaign: CampaignConfig
     plan: Plan | None = None
     executor: Executor | None = None
-    observe: Observer = _ignore
+    observe: Observer = lambda _event: None
     stop: StopRequest = field(default_factory=StopRequest)
-    options: RunOptions = RunOptions()
+    options: RunOptions = field(default_factory=RunOptions)
     now: Callable[[], datetime] = utc_now
     monotonic: Callable[[], float] = time.monotonic
     host: str = field(default_factory=socket.gethostname)
+    _is_reserved: bool = field(default=False, init=False)
 
     def generate_execution_order(self) -> list[CampaignExperiment]:
         """Every experiment of every cycle, in the order to run."""
@@ -114,7 +72,7 @@ class CampaignRunner:
         """The same of the grid alone; [] without a grid.
 
         Raises:
-            ConfigurationError: none of the grid's experiments is valid.
+            ConfigurationError: prompts that cannot be used.
         """
         if self.campaign.grid is None:
             return []
@@ -151,6 +109,43 @@ class CampaignRunner:
         """Whether every experiment gets a worker of its own."""
         return self.campaign.cold_start.force_cold_start or self.campaign.cold_start.restart_container
 
+    @contextlib.contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Hold the campaign's lock within the block, so that nobody else runs it between two runs either.
+
+        Raises:
+            UserError: the state folder cannot be written.
+            LockedError: another process runs the campaign.
+        """
+        with hold_locks(self._locks(())[:1], self._holder()):
+            self._is_reserved = True
+            try:
+                yield
+            finally:
+                self._is_reserved = False
+
+    def settle_opening(self) -> None:
+        """Find out now, and ask now, how the next run is to begin; to be called within `reserved`.
+
+        Raises:
+            UserError: as `choose_opening`.
+        """
+        opening, _ = self._choose_opening(self._manager())
+        self.options = replace(self.options, wish=Wish.RESUME if opening is Opening.RESUME else Wish.FRESH)
+
+    def check(self) -> None:
+        """See that the campaign can run here: results can be written, and every backend has its engine.
+
+        Raises:
+            UserError: it cannot.
+            Interrupted: a stop was asked for.
+        """
+        plan = self._planned()
+        check_supported(self.campaign)
+        self._repository().check_writable()
+        with self._session(self.create_manifest(())) as session:
+            find_environment(session, plan.experiments)
+
     def run(self, *, deadline_s: float | None = None) -> CampaignOutcome:
         """How the run ended; results and manifest are on disk.
 
@@ -160,141 +155,127 @@ class CampaignRunner:
         Raises:
             UserError: it cannot begin: folders, manifest, environment, no backend.
             LockedError: another campaign runs, under this name or on these GPUs.
+            Interrupted: a stop was asked for before it had begun, or a second time.
         """
         plan = self._planned()
-        self._check_supported()
-        state_folder = self._state_folder()
-        repository = Repository(Path(self.campaign.io.results_dir), self.campaign.slug)
+        check_supported(self.campaign)
+        repository = self._repository()
         repository.check_writable()
-        gpus = _gpus_of(plan)
-        targets = lock_targets(state_folder, self.campaign.campaign_name, gpus, default_gpu_lock_folder(os.environ))
-        holder = Holder(os.getpid(), self.host, self.campaign.campaign_name, utc_text(self.now()))
-        with hold_locks(targets, holder):
+        with contextlib.ExitStack() as stack:
+            if not self._is_reserved:
+                stack.enter_context(self.reserved())
+            stack.enter_context(hold_locks(self._locks(gpus_of(plan))[1:], self._holder()))
             return self._run_locked(plan, repository, deadline_s)
 
     def _run_locked(self, plan: Plan, repository: Repository, deadline_s: float | None) -> CampaignOutcome:
         manager = self._manager()
         manager.remove_leftovers()
-        order = list(plan.experiments)
-        manifest = self._open_manifest(manager, repository, order)
-        executor = self.executor or LocalExecutor()
-        session = self._session(manifest, repository, executor)
-        with _ending(session):
-            if manifest.get_remaining():
-                self._check_environment(session, manifest, plan)
-            with _disk_errors(manager):
+        opening, manifest, told = self._open_manifest(manager, repository, plan)
+        with self._session(manifest) as session:
+            remaining = self.apply_resume_filter(manifest, plan.experiments)
+            self._check_environment(session, manifest, remaining)
+            with _saving(manager, UserError, "make room or make the folder writable"):
                 write_configs(plan.configurations)
+                aside = manager.set_aside() if opening is Opening.FRESH else None
                 manager.save(manifest)
-            remaining = self.apply_resume_filter(manifest, order)
-            loop = ExperimentLoop(
-                campaign=self.campaign,
-                manifest=manifest,
-                save=lambda: _save(manager, manifest),
-                session=session,
-                observe=self.observe,
-                stop=self.stop,
-                now=self.now,
-                monotonic=self.monotonic,
-                is_cold=self.should_cold_start(),
-                is_fail_fast=self.options.is_fail_fast,
+            if aside is not None:
+                told = (f"The manifest of before is now {aside}",)
+            loop = self._loop(manager, manifest, session)
+            loop.tell(
+                "campaign_started",
+                campaign=manifest.campaign_name,
+                run_id=manifest.run_id,
+                opening=opening.value,
+                remaining=len(remaining),
+                manifest=str(manager.manifest_path),
+                results=str(repository.folder),
             )
-            return self._outcome(loop, remaining, deadline_s)
+            for text in told:
+                loop.tell("note", text=text)
+            outcome = loop.run_to_end(remaining, deadline_s)
+        loop.tell("campaign_finished", stopped=outcome.stopped.value if outcome.stopped else None)
+        return outcome
 
-    def _outcome(
-        self, loop: ExperimentLoop, remaining: Sequence[CampaignExperiment], deadline_s: float | None
-    ) -> CampaignOutcome:
-        manifest = loop.manifest
-        loop.tell("campaign_started", run_id=manifest.run_id, remaining=len(remaining))
-        stopped, error, signum = None, None, None
-        try:
-            stopped = loop.run(remaining, deadline_s)
-            signum = self.stop.signum
-        except Interrupted as interrupted:
-            stopped, signum = Stopped.SIGNAL, interrupted.signum
-        except InfrastructureError as infrastructure:
-            stopped, error = Stopped.INFRASTRUCTURE, infrastructure
-        loop.tell("campaign_finished", stopped=stopped.value if stopped else None)
-        return CampaignOutcome(manifest, stopped, error, signum if stopped is Stopped.SIGNAL else None)
+    def _loop(self, manager: ManifestManager, manifest: CampaignManifest, session: Session) -> ExperimentLoop:
+        def save() -> None:
+            with _saving(manager, InfrastructureError, "make room, then go on with --resume; what is measured is kept"):
+                manager.save(manifest)
+
+        return ExperimentLoop(
+            campaign=self.campaign,
+            manifest=manifest,
+            save=save,
+            session=session,
+            observe=self.observe,
+            stop=self.stop,
+            now=self.now,
+            monotonic=self.monotonic,
+            is_cold=self.should_cold_start(),
+            is_fail_fast=self.options.is_fail_fast,
+        )
 
     def _open_manifest(
-        self, manager: ManifestManager, repository: Repository, order: Sequence[CampaignExperiment]
-    ) -> CampaignManifest:
-        options = self.options
-        opening, manifest = choose_opening(
-            manager, self.campaign.campaign_id, options.wish, is_yes=options.is_yes, ask=options.ask
-        )
+        self, manager: ManifestManager, repository: Repository, plan: Plan
+    ) -> tuple[Opening, CampaignManifest, tuple[str, ...]]:
+        """How it begins, the manifest, not yet saved, and what to tell a person about it."""
+        opening, manifest = self._choose_opening(manager)
         if opening is Opening.FRESH or manifest is None:
-            with _disk_errors(manager):
-                aside = manager.set_aside()
-            if aside is not None:
-                _logger.info("the manifest of before is now %s", aside)
-            return self.create_manifest(order)
-        config_hash = self._planned().config_hash
-        is_changed = manager.check_config_changed(manifest, config_hash)
-        change = resume.apply_plan(manifest, self._new_entries(order), config_hash)
-        if is_changed:
-            self._note(manifest, change.describe())
-        found = resume.reconcile(manifest, lambda entry: _results_of(repository, manifest, entry))
-        for exp_id in found.lost:
-            _logger.warning("%s: %s; it runs again", exp_id, manifest.get_entry(exp_id).error)
-        for exp_id in found.adopted:
-            _logger.info("%s: its result was whole and is adopted", exp_id)
-        self._note(manifest, resume.resume_text(manifest))
-        for entry in manifest.get_by_status(FAILED):
-            entry.status = PENDING  # its turn comes again; until then it counts as neither
-        return manifest
-
-    def _note(self, manifest: CampaignManifest, text: str) -> None:
-        self.observe(Event("note", manifest.completed_count, manifest.total_experiments, data={"text": text}))
-
-    def _session(self, manifest: CampaignManifest, repository: Repository, executor: Executor) -> Session:
-        identity = RunIdentity(
-            campaign_id=manifest.campaign_id,
-            campaign_name=manifest.campaign_name,
-            run_id=str(manifest.run_id),
-            host=self.host,
-            shuffle_seed=manifest.shuffle_seed,
+            return Opening.FRESH, self.create_manifest(plan.experiments), ()
+        told = go_on_with(
+            manifest,
+            self._new_entries(plan.experiments),
+            repository,
+            config_hash=plan.config_hash,
+            shuffle_seed=plan.shuffle_seed,
         )
-        execution = self.campaign.execution
-        return Session(executor, repository, identity, execution, stop=self.stop, now=self.now)
+        return opening, manifest, told
 
-    def _check_environment(self, session: Session, manifest: CampaignManifest, plan: Plan) -> None:
+    def _choose_opening(self, manager: ManifestManager) -> tuple[Opening, CampaignManifest | None]:
+        options = self.options
+        return choose_opening(manager, self.campaign.campaign_id, options.wish, is_yes=options.is_yes, ask=options.ask)
+
+    def _session(self, manifest: CampaignManifest) -> Session:
+        return Session(
+            self.executor or LocalExecutor(),
+            self._repository(),
+            RunIdentity.of(manifest, self.host),
+            self.campaign.execution,
+            stop=self.stop,
+            now=self.now,
+        )
+
+    def _check_environment(
+        self, session: Session, manifest: CampaignManifest, remaining: Sequence[CampaignExperiment]
+    ) -> None:
         """Start the workers and see that they have their engines, the same ones as before."""
-        current: dict[str, object] = {}
-        for backend in dict.fromkeys(item.backend for item in plan.experiments):
-            environment = session.open(backend)
-            missing = missing_distributions(backend, environment)
-            if missing:
-                raise UserError(
-                    f"backend {backend} cannot run here: {', '.join(missing)} is not installed "
-                    f"in this Python ({environment.get('python')})",
-                    f"pip install {' '.join(missing)}, or name a Python that has them with --python",
-                )
-            current.update({f"{backend}.{name}": value for name, value in environment.items()})
+        current = find_environment(session, remaining)
         lines = resume.adopt_environment(
             manifest, current, is_change_allowed=self.options.is_environment_change_allowed, now=self.now()
         )
         for line in lines:
             _logger.warning("the environment changed: %s", line)
 
-    def _check_supported(self) -> None:
-        """Refuse what only containers can do."""
-        if self.campaign.cold_start.restart_container:
-            raise UserError(
-                "cold_start.restart_container needs the docker executor, and these experiments run in this Python",
-                "use cold_start.force_cold_start, which starts a new worker for each experiment",
-            )
-
     def _planned(self) -> Plan:
         if self.plan is None:
             self.plan = build_plan(self.campaign, complete_campaign(self.campaign).drafts)
         return self.plan
+
+    def _repository(self) -> Repository:
+        return Repository(Path(self.campaign.io.results_dir), self.campaign.slug)
 
     def _state_folder(self) -> Path:
         return Path(self.campaign.io.state_dir) / self.campaign.slug
 
     def _manager(self) -> ManifestManager:
         return ManifestManager(self._state_folder() / self.campaign.io.manifest_filename, now=self.now)
+
+    def _locks(self, gpus: Sequence[str]) -> tuple[LockTarget, ...]:
+        """The campaign's own, then the GPUs'."""
+        folder = default_gpu_lock_folder(os.environ)
+        return lock_targets(self._state_folder(), self.campaign.campaign_name, gpus, folder)
+
+    def _holder(self) -> Holder:
+        return Holder(os.getpid(), self.host, self.campaign.campaign_name, utc_text(self.now()))
 
     def _new_entries(self, order: Sequence[CampaignExperiment]) -> list[CampaignManifestEntry]:
         entries = [item.new_entry() for item in order]
@@ -303,54 +284,11 @@ class CampaignRunner:
         return entries
 
 
-def _results_of(
-    repository: Repository, manifest: CampaignManifest, entry: CampaignManifestEntry
-) -> list[resume.FoundResult]:
-    return [
-        resume.FoundResult(
-            attempt=stored.record.identity.attempt,
-            path=str(stored.path),
-            valid=stored.record.validity.valid,
-            host=stored.record.identity.host,
-        )
-        for stored in repository.find_attempts(str(manifest.run_id), entry.exp_id)
-    ]
-
-
-def _gpus_of(plan: Plan) -> tuple[str, ...]:
-    """The UUIDs of the GPUs that a plan uses; a name that is not found here is the worker's to refuse."""
-    present = find_gpus()
-    by_name: Mapping[str, str] = {str(gpu.index): gpu.uuid for gpu in present} | {gpu.uuid: gpu.uuid for gpu in present}
-    chosen: set[str] = set()
-    for experiment in plan.experiments:
-        named = ("0",) if experiment.config.gpus is None else experiment.config.gpus
-        chosen.update(by_name[name] for name in named if name in by_name)
-    return tuple(sorted(chosen))
-
-
-def _save(manager: ManifestManager, manifest: CampaignManifest) -> None:
-    with _disk_errors(manager):
-        manager.save(manifest)
-
-
 @contextlib.contextmanager
-def _disk_errors(manager: ManifestManager) -> Iterator[None]:
+def _saving(manager: ManifestManager, kind: type[LemError], remedy: str) -> Iterator[None]:
+    """Turn a failed write into an error of that kind."""
     try:
         yield
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise InfrastructureError(
-            f"cannot write {error.filename or manager.manifest_path}: {reason}",
-            "make room or make the folder writable, then go on with --resume; what is measured is kept",
-        ) from error
-
-
-@contextlib.contextmanager
-def _ending(session: Session) -> Iterator[None]:
-    """End the workers with the block: politely, or at once when an error or a second signal leaves it."""
-    try:
-        yield
-    except BaseException:
-        session.kill_workers()
-        raise
-    session.end_workers()
+        raise kind(f"cannot write {error.filename or manager.manifest_path}: {reason}", remedy) from error

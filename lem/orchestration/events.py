@@ -14,9 +14,9 @@ class Event:
     """Something that happened.
 
     Attributes:
-        kind: `campaign_started`, `note`, `waiting`, `gap`, `experiment_started`, `phase`, `progress`,
-            `experiment_retried`, `experiment_completed`, `experiment_failed`, `experiment_interrupted`, `tick`,
-            `campaign_finished`.
+        kind: `campaign_started`, `note` (text for a person), `gap`, `experiment_started`, `phase`, `progress`,
+            `experiment_retried`, `experiment_completed`, `experiment_failed`, `experiment_interrupted`, `tick`
+            (nothing new), `campaign_finished`.
         done, total: experiments ended and planned.
         eta_s: seconds to the end, from the experiments measured so far; None before there is one.
         data: what belongs to the kind, as JSON values.

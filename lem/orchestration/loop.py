@@ -9,10 +9,9 @@ from datetime import datetime
 from typing import Any
 
 from lem.config.campaign_config import CampaignConfig
-from lem.errors import InfrastructureError, Interrupted
+from lem.errors import InfrastructureError, Interrupted, LemError
 from lem.orchestration.attempt import WorkerEvent
 from lem.orchestration.events import Event, Observer
-from lem.orchestration.gaps import INTERRUPTED as GAP_INTERRUPTED
 from lem.orchestration.gaps import GapOutcome, keep_gap
 from lem.orchestration.manifest import COMPLETED, FAILED, RUNNING, Attempt, CampaignManifest, utc_text
 from lem.orchestration.order import GapKind, gaps_before, loads_engine
@@ -21,7 +20,7 @@ from lem.orchestration.resume import interrupt_entry
 from lem.orchestration.session import Measurement, Session
 from lem.orchestration.stop import StopRequest
 
-__all__ = ["ExperimentLoop", "Stopped"]
+__all__ = ["CampaignOutcome", "ExperimentLoop", "Stopped"]
 
 # An experiment that fails, or whose result is not valid, is tried once more inside its cycle.
 MAX_TRIES = 2
@@ -34,6 +33,23 @@ class Stopped(enum.Enum):
     DEADLINE = "deadline"
     FAIL_FAST = "fail_fast"
     INFRASTRUCTURE = "infrastructure"
+
+
+@dataclass(frozen=True)
+class CampaignOutcome:
+    """How a run of a campaign ended.
+
+    Attributes:
+        manifest: as it was last written.
+        stopped: why it ended before its end; None when it did not.
+        error: what stood in the way, when something did.
+        signum: the signal that asked it to stop.
+    """
+
+    manifest: CampaignManifest
+    stopped: Stopped | None = None
+    error: LemError | None = None
+    signum: int | None = None
 
 
 @dataclass
@@ -58,9 +74,24 @@ class ExperimentLoop:
     is_fail_fast: bool = False
     _durations: list[float] = field(default_factory=list)
     _remaining: int = 0
+    _since_s: float | None = None
 
-    def run(self, experiments: Sequence[CampaignExperiment], deadline_s: float | None) -> Stopped | None:
+    def run_to_end(self, experiments: Sequence[CampaignExperiment], deadline_s: float | None) -> CampaignOutcome:
+        """How it ended, also where something came in between."""
+        stopped, error = None, None
+        try:
+            stopped = self.run(experiments, deadline_s)
+        except Interrupted:
+            stopped = Stopped.SIGNAL
+        except InfrastructureError as infrastructure:
+            stopped, error = Stopped.INFRASTRUCTURE, infrastructure
+        return CampaignOutcome(self.manifest, stopped, error, self.stop.signum)
+
+    def run(self, experiments: Sequence[CampaignExperiment], deadline_s: float | None = None) -> Stopped | None:
         """Why it ended early; None when every experiment had its turn.
+
+        Args:
+            deadline_s: no experiment begins after it, on the clock of `monotonic`.
 
         Raises:
             InfrastructureError: what experiments stand on is gone; the rest stays pending.
@@ -70,33 +101,38 @@ class ExperimentLoop:
         gaps = gaps_before(experiments, execution.structure)
         loads = loads_engine(experiments, reuse=execution.reuse, is_cold=self.is_cold)
         for index, experiment in enumerate(experiments):
-            self._remaining = len(experiments) - index
-            if self.stop.is_set():
-                return Stopped.SIGNAL
-            if deadline_s is not None and self.monotonic() >= deadline_s:
-                return Stopped.DEADLINE
-            started_s = self.monotonic()
-            gap = self._keep_gap(gaps[index])
-            if gap is not None and gap.reason == GAP_INTERRUPTED:
-                return Stopped.SIGNAL
+            self._remaining, self._since_s = len(experiments) - index, self.monotonic()
+            stopped = self._why_stop(deadline_s)
+            if stopped is not None:
+                return stopped
+            gap = self._keep_gap(gaps[index], deadline_s)
+            stopped = self._why_stop(deadline_s)
+            if stopped is not None:
+                return stopped
             is_kept = index + 1 < len(experiments) and not loads[index + 1]
-            has_failed = not self._run_experiment(experiment, keep_engine=is_kept, gap=gap)
-            self._durations.append(self.monotonic() - started_s)
+            has_result = self._run_experiment(experiment, keep_engine=is_kept, gap=gap)
             if self.is_cold:
                 self.session.end_workers()
-            if has_failed and self.is_fail_fast:
+            if self.is_fail_fast and not has_result:
                 return Stopped.FAIL_FAST
         return None
+
+    def _why_stop(self, deadline_s: float | None) -> Stopped | None:
+        if self.stop.is_set():
+            return Stopped.SIGNAL
+        return Stopped.DEADLINE if deadline_s is not None and self.monotonic() >= deadline_s else None
 
     def tell(self, kind: str, **data: Any) -> None:
         """Tell the observer, with how far the campaign is."""
         self.observe(Event(kind, self._done(), self.manifest.total_experiments, self._eta_s(), data))
 
-    def _keep_gap(self, kind: GapKind | None) -> GapOutcome | None:
+    def _keep_gap(self, kind: GapKind | None, deadline_s: float | None) -> GapOutcome | None:
         if kind is None:
             return None
         execution = self.campaign.execution
         cap_s = execution.cycle_gap_seconds if kind == "cycle" else execution.config_gap_seconds
+        if deadline_s is not None:
+            cap_s = min(cap_s, deadline_s - self.monotonic())
         if cap_s > 0:
             self.tell("gap", gap=kind, cap_s=cap_s)
         return keep_gap(cap_s, is_recovered=None, monotonic=self.monotonic, wait=self.stop.wait)
@@ -124,15 +160,14 @@ class ExperimentLoop:
         entry.put_attempt(Attempt(folder.number, started_at=started_at, host=entry.host))
         entry.status, entry.error, entry.started_at = RUNNING, None, entry.started_at or started_at
         entry.retry_count = len(entry.attempts) - 1
-        self.save()
         try:
+            self.save()
             return self.session.measure(experiment, folder, keep_engine=keep_engine, gap=gap, on_event=self._pass_on)
         except (Interrupted, InfrastructureError) as error:
             interrupt_entry(entry)
-            if isinstance(error, Interrupted):
-                self.tell("experiment_interrupted", **self._who(experiment))
-            else:
+            if not isinstance(error, Interrupted):
                 entry.error = error.message
+            self.tell("experiment_interrupted", **self._who(experiment), reason=entry.error)
             self.save()
             raise
 
@@ -148,6 +183,9 @@ class ExperimentLoop:
         else:
             entry.status, entry.error = FAILED, last.attempt.error
         self.save()
+        if self._since_s is not None:
+            self._durations.append(self.monotonic() - self._since_s)
+        self._remaining, self._since_s = self._remaining - 1, None
         self._tell_end(experiment, best or last, elapsed_s)
         return best is not None
 
@@ -185,7 +223,7 @@ class ExperimentLoop:
         if event.kind == "phase":
             self.tell("phase", exp_id=event.exp_id, phase=event.phase)
         elif event.kind == "progress":
-            self.tell("progress", exp_id=event.exp_id, done=event.done, total=event.total, text=event.text)
+            self.tell("progress", exp_id=event.exp_id, phase_done=event.done, phase_total=event.total, text=event.text)
         else:
             self.tell("tick")
 
@@ -202,9 +240,12 @@ class ExperimentLoop:
         return sum(entry.status in (COMPLETED, FAILED) for entry in self.manifest.experiments)
 
     def _eta_s(self) -> float | None:
+        """What the experiments left take at the mean of those before, less what the one at hand has had of it."""
         if not self._durations:
             return None
-        return self._remaining * sum(self._durations) / len(self._durations)
+        mean_s = sum(self._durations) / len(self._durations)
+        elapsed_s = 0.0 if self._since_s is None else self.monotonic() - self._since_s
+        return self._remaining * mean_s - min(elapsed_s, mean_s)
 
 
 def _reason_to_try_again(measurement: Measurement) -> str | None:

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from lem.errors import UserError
-from lem.orchestration.manifest import CampaignManifest, ManifestManager
-from lem.orchestration.resume import resume_text
+from lem.orchestration import resume
+from lem.orchestration.manifest import (
+    COMPLETED,
+    FAILED,
+    PENDING,
+    SKIPPED,
+    CampaignManifest,
+    CampaignManifestEntry,
+    ManifestManager,
+)
+from lem.results.repository import Repository
 
-__all__ = ["Opening", "Wish", "choose_opening"]
+__all__ = ["SAY_WHICH", "Opening", "RunOptions", "Wish", "choose_opening", "go_on_with"]
+
+_logger = logging.getLogger(__name__)
+
+SAY_WHICH = "say --resume to go on with it, or --fresh to set it aside and start anew"
 
 
 class Wish(enum.Enum):
@@ -18,6 +33,25 @@ class Wish(enum.Enum):
     RESUME = "--resume"
     FRESH = "--fresh"
     UNSAID = ""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line says about this run alone.
+
+    Attributes:
+        wish: resume, start afresh, or neither said.
+        is_yes: do not ask.
+        ask: puts a yes-or-no question to a person; None when nobody is there.
+        is_environment_change_allowed: resume although engine, driver or GPU are others.
+        is_fail_fast: stop after the first experiment that fails.
+    """
+
+    wish: Wish = Wish.UNSAID
+    is_yes: bool = False
+    ask: Callable[[str], bool] | None = None
+    is_environment_change_allowed: bool = False
+    is_fail_fast: bool = False
 
 
 class Opening(enum.Enum):
@@ -57,7 +91,56 @@ def choose_opening(
         return Opening.FRESH, None
     if is_yes:
         return Opening.RESUME, manifest
-    found = f"campaign {manifest.campaign_name} is not finished ({resume_text(manifest)})"
+    # An experiment that was running when its process died is still to be run, too.
+    remaining = sum(entry.status not in (COMPLETED, SKIPPED) for entry in manifest.experiments)
+    counts = f"{manifest.completed_count} completed, {manifest.failed_count} failed"
+    found = f"campaign {manifest.campaign_name} is not finished: {remaining} remaining ({counts})"
     if ask is None:
-        raise UserError(found, "say --resume to go on with it, or --fresh to set it aside and start anew")
-    return (Opening.RESUME, manifest) if ask(f"{found}. Go on with it?") else (Opening.FRESH, None)
+        raise UserError(found, SAY_WHICH)
+    question = f"{found}. Go on with it? (n sets it aside and starts anew)"
+    return (Opening.RESUME, manifest) if ask(question) else (Opening.FRESH, None)
+
+
+def go_on_with(
+    manifest: CampaignManifest,
+    planned: Sequence[CampaignManifestEntry],
+    repository: Repository,
+    *,
+    config_hash: str,
+    shuffle_seed: int | None,
+) -> tuple[str, ...]:
+    """What to tell about a manifest that was set right: it holds the plan of now, and what lies on disk.
+
+    Args:
+        planned: an entry for each planned experiment, as for a new manifest.
+        config_hash, shuffle_seed: of the plan.
+    """
+    told = []
+    is_changed = manifest.config_hash != config_hash
+    change = resume.apply_plan(manifest, planned, config_hash)
+    manifest.shuffle_seed = shuffle_seed
+    if is_changed:
+        told.append(change.describe())
+    found = resume.reconcile(manifest, lambda entry: _results_of(repository, manifest, entry))
+    for exp_id in found.lost:
+        _logger.warning("%s: %s; it runs again", exp_id, manifest.get_entry(exp_id).error)
+    if found.adopted:
+        told.append(f"{len(found.adopted)} whole results that the manifest had missed are adopted")
+    told.append(resume.resume_text(manifest))
+    for entry in manifest.get_by_status(FAILED):
+        entry.status = PENDING  # its turn comes again; until then it counts as neither
+    return tuple(told)
+
+
+def _results_of(
+    repository: Repository, manifest: CampaignManifest, entry: CampaignManifestEntry
+) -> list[resume.FoundResult]:
+    return [
+        resume.FoundResult(
+            attempt=stored.record.identity.attempt,
+            path=str(stored.path),
+            valid=stored.record.validity.valid,
+            host=stored.record.identity.host,
+        )
+        for stored in repository.find_attempts(str(manifest.run_id), entry.exp_id)
+    ]

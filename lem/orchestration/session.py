@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lem.config.campaign_config import CampaignExecutionConfig
-from lem.errors import EngineError, InfrastructureError
+from lem.errors import EngineError, InfrastructureError, Interrupted, UserError
 from lem.experiment.channel import RunRequest
 from lem.experiment.prompts import resolve_on_host
 from lem.orchestration.attempt import Outcome, Timeouts, WorkerEvent
 from lem.orchestration.gaps import GapOutcome
-from lem.orchestration.manifest import Attempt, utc_text
+from lem.orchestration.identity import config_hash, prompts_fingerprint
+from lem.orchestration.manifest import Attempt, CampaignManifest, utc_text
 from lem.orchestration.plan import CampaignExperiment
 from lem.orchestration.stop import StopRequest
 from lem.orchestration.workers import Executor
@@ -42,6 +43,11 @@ class RunIdentity:
     host: str
     shuffle_seed: int | None
 
+    @classmethod
+    def of(cls, manifest: CampaignManifest, host: str) -> RunIdentity:
+        """The identity of the run in a manifest."""
+        return cls(manifest.campaign_id, manifest.campaign_name, str(manifest.run_id), host, manifest.shuffle_seed)
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -61,7 +67,7 @@ class Measurement:
 
 
 class Session:
-    """The worker of a run, and the attempts made in it."""
+    """The workers of a run, ended with the block it is entered for, and the attempts made in them."""
 
     def __init__(
         self,
@@ -98,11 +104,10 @@ class Session:
         return worker.environment
 
     def prepare(self, experiment: CampaignExperiment) -> AttemptFolder:
-        """A new attempt folder with the configuration and, where the host resolves them, the prompts.
+        """A new attempt folder with the configuration.
 
         Raises:
             InfrastructureError: it cannot be written.
-            EngineError: kind `prompts`, the prompts cannot be had.
         """
         folder = self._repository.prepare_attempt(self._identity.run_id, experiment.exp_id)
         folder.write_config(experiment.requested, experiment.config.to_dict())
@@ -124,10 +129,8 @@ class Session:
             InfrastructureError: no worker can be had, or the results folder is full.
         """
         started_at = utc_text(self._now())
-        self._write_prompts(experiment, folder)
-        worker = self._executor.worker_for(experiment.backend)
         request = self._request(experiment, folder, keep_engine=keep_engine, gap=gap)
-        outcome = worker.run(request, on_event, self._timeouts, self._stop)
+        outcome = self._run(experiment, folder, request, on_event)
         record, error = self._result_of(outcome, folder, experiment)
         attempt = Attempt(
             number=folder.number,
@@ -145,17 +148,55 @@ class Session:
         """End every worker with whatever it has loaded; the next attempt starts another."""
         self._executor.stop()
 
-    def kill_workers(self) -> None:
-        """End every worker without waiting for it to do so by itself."""
-        self._executor.kill()
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End the workers: politely, or at once when an error leaves the block or a signal insists."""
+        if kind is not None:
+            self._executor.kill()
+            return
+        try:
+            self._executor.stop()
+        except Interrupted:
+            self._executor.kill()
+
+    def _run(
+        self,
+        experiment: CampaignExperiment,
+        folder: AttemptFolder,
+        request: RunRequest,
+        on_event: Callable[[WorkerEvent], None],
+    ) -> Outcome:
+        try:
+            self._write_prompts(experiment, folder)
+        except UserError as error:
+            unusable = EngineError(error.message, error.hint, kind="prompts", is_permanent=True)
+            return Outcome(experiment.exp_id, error=unusable)
+        try:
+            return self._executor.worker_for(experiment.backend).run(request, on_event, self._timeouts, self._stop)
+        except UserError as error:  # the program that ran before is gone
+            raise InfrastructureError(error.message, error.hint) from error
 
     def _write_prompts(self, experiment: CampaignExperiment, folder: AttemptFolder) -> None:
+        """Write the prompts down where the host resolves them.
+
+        Raises:
+            UserError: they cannot be had, or are not those that the experiment was planned with.
+        """
         resolved = resolve_on_host(experiment.config)
-        if resolved is not None:
-            folder.write_prompts(
-                {"prompt": item.prompt, "input_tokens": item.input_tokens, "output_tokens": item.output_tokens}
-                for item in resolved.prompts
+        if resolved is None:
+            return
+        fingerprint = prompts_fingerprint(experiment.config, lambda _config: resolved)
+        if config_hash(experiment.config, fingerprint) != experiment.config_hash:
+            raise UserError(
+                f"the prompts have changed since the campaign was planned: {resolved.source.get('path')}",
+                "leave them as they are while a campaign runs; --resume plans it again with the new ones",
             )
+        folder.write_prompts(
+            {"prompt": item.prompt, "input_tokens": item.input_tokens, "output_tokens": item.output_tokens}
+            for item in resolved.prompts
+        )
 
     def _request(
         self, experiment: CampaignExperiment, folder: AttemptFolder, *, keep_engine: bool, gap: GapOutcome | None

@@ -43,7 +43,7 @@ def test_live_line_names_experiment_backend_cycle_phase_and_end(stream):
     show = TerminalProgress(log.Console(stream), now=lambda: NOON)
     show(_started(eta_s=3600))
     show(Event("phase", 3, 12, 3600, {"phase": "window"}))
-    show(Event("progress", 3, 12, 3600, {"done": 5, "total": 10, "power_w": 312.4}))
+    show(Event("progress", 3, 12, 3600, {"phase_done": 5, "phase_total": 10, "power_w": 312.4}))
     last = stream.getvalue().split("\r\x1b[2K")[-1]
     assert last == "[3/12] gpt2-b4 · pytorch · cycle 2/3 · measuring (50 %) · 312.4 W · ETA 13:00"
 
@@ -57,7 +57,7 @@ def test_live_line_is_cut_to_the_width(stream):
 def test_no_watts_where_no_meter_told_them(stream):
     show = TerminalProgress(log.Console(stream), now=lambda: NOON)
     show(_started())
-    show(Event("progress", 3, 12, None, {"done": 5, "total": 10}))
+    show(Event("progress", 3, 12, None, {"phase_done": 5, "phase_total": 10}))
     assert " W" not in stream.getvalue()
 
 
@@ -73,7 +73,7 @@ def test_off_a_terminal_each_change_is_a_line_with_its_time():
     show = LineProgress(log.Console(stream), now=lambda: NOON, monotonic=_Clock())
     show(_started())
     show(Event("phase", 3, 12, None, {"phase": "window"}))
-    show(Event("progress", 3, 12, None, {"done": 1, "total": 2}))
+    show(Event("progress", 3, 12, None, {"phase_done": 1, "phase_total": 2}))
     show(Event("experiment_completed", 4, 12, None, {**WHO, "valid": True, "output_tok_per_s": 99.5, "elapsed_s": 61}))
     assert stream.getvalue().splitlines() == [
         "12:00:00 [3/12] gpt2-b4 · pytorch · cycle 2/3 · starting",

@@ -53,8 +53,8 @@ def test_a_person_is_asked(tmp_path, answer, opening):
         asked.append(question)
         return answer
 
-    assert _choose(_manager(tmp_path, "completed", "pending"), ask=ask) is opening
-    assert "1 remaining (1 completed, 0 failed)" in asked[0]
+    assert _choose(_manager(tmp_path, "completed", "running", "failed", "skipped"), ask=ask) is opening
+    assert "2 remaining (1 completed, 1 failed)" in asked[0]
 
 
 def test_an_unreadable_manifest_stops_everything_but_a_fresh_start(tmp_path):

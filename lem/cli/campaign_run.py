@@ -1,0 +1,213 @@
+"""A `lem campaign` that measures: waiting, running, telling, and the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import select
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from lem import log
+from lem.cli.conclusion import (
+    closing_lines,
+    exit_code_of_outcome,
+    message_of_error,
+    message_of_outcome,
+    resume_command,
+    show_results,
+)
+from lem.cli.progress import LogProgress, choose_progress
+from lem.config.campaign_config import CampaignConfig
+from lem.errors import ExitCode, Interrupted, LemError, UserError
+from lem.orchestration.campaign import CampaignOutcome, CampaignRunner
+from lem.orchestration.daemon import Course, Scheduler
+from lem.orchestration.events import Event
+from lem.orchestration.manifest import utc_now
+from lem.orchestration.notification import Notification, notify
+from lem.orchestration.opening import SAY_WHICH, RunOptions, Wish
+from lem.orchestration.plan import Plan
+from lem.orchestration.stop import StopRequest
+from lem.orchestration.workers import LocalExecutor
+
+__all__ = ["CampaignCommand"]
+
+_logger = logging.getLogger("lem.campaign")
+
+_WEBHOOK_PATIENCE_S = 3.0
+
+
+class CampaignCommand:
+    """One command, which may run its campaign again and again."""
+
+    def __init__(
+        self, args: argparse.Namespace, campaign: CampaignConfig, plan: Plan, out: TextIO, err: TextIO
+    ) -> None:
+        daemon = campaign.daemon
+        self._args = args
+        self._campaign = campaign
+        self._plan = plan
+        self._out = out
+        self._err = err
+        self._is_daemon = daemon is not None and daemon.enabled
+        self._is_told_quiet = bool(getattr(args, "quiet", False))
+        self._is_quiet = self._is_told_quiet or (daemon is not None and daemon.enabled and daemon.quiet)
+        self._console = log.Console(err)
+        if getattr(args, "no_color", False):
+            self._console.is_colour = False
+        self._stop = StopRequest()
+        self._progress = choose_progress(self._console, out, is_json=args.json, is_quiet=self._is_quiet)
+        self._log_progress: LogProgress | None = None
+        self._notification: Notification | None = None
+        self._has_waited = False
+
+    def execute(self) -> int:
+        """The exit code.
+
+        Raises:
+            LemError: the campaign, or the next run of it, cannot begin.
+        """
+        log.configure(self._console, verbosity=-1 if self._is_quiet else getattr(self._args, "verbose", 0))
+        runner = self._runner()
+        try:
+            with self._stop.installed(), runner.reserved(), self._log_file():
+                course = self._run(runner)
+        finally:
+            self._console.close()
+            if self._notification is not None:
+                self._notification.settle(_WEBHOOK_PATIENCE_S)
+            self._stop.close()
+        if self._stop.signum is not None:
+            return 128 + self._stop.signum
+        if course.is_time_up or course.outcome is None:
+            return int(ExitCode.OK)
+        return exit_code_of_outcome(course.outcome)
+
+    def _runner(self) -> CampaignRunner:
+        args = self._args
+        wish = Wish.RESUME if args.resume else Wish.UNSAID
+        if args.fresh or args.resume is False:
+            wish = Wish.FRESH
+        return CampaignRunner(
+            self._campaign,
+            plan=self._plan,
+            executor=LocalExecutor(args.python),
+            observe=self._tell_event,
+            stop=self._stop,
+            options=RunOptions(
+                wish=wish,
+                is_yes=args.yes,
+                ask=self._ask if _is_somebody_there() else None,
+                is_environment_change_allowed=args.allow_environment_change,
+                is_fail_fast=args.fail_fast,
+            ),
+        )
+
+    def _run(self, runner: CampaignRunner) -> Course:
+        scheduler = Scheduler(self._campaign, self._stop, self._say, utc_now, time.monotonic)
+        # What a person has to answer or to mend is better known now than when it is time.
+        runner.settle_opening()
+        if scheduler.starts_later:
+            runner.check()
+            self._has_waited = True
+        course = scheduler.run(lambda deadline_s: self._run_once(runner, deadline_s))
+        if course.outcome is None:
+            self._console.line("stopped before the campaign began")
+        return course
+
+    def _run_once(self, runner: CampaignRunner, deadline_s: float | None) -> CampaignOutcome:
+        try:
+            outcome = runner.run(deadline_s=deadline_s)
+        except LemError as error:
+            if self._is_quiet:  # else it is on the screen alone
+                _logger.info("error: %s", error.message)
+            if self._has_waited and not isinstance(error, Interrupted):
+                self._notify(message_of_error(self._campaign, error))
+            raise
+        finally:
+            self._console.close()
+        self._conclude(outcome)
+        # A daemon's next run is a new one, whatever became of this one, and nobody need be there to be asked.
+        runner.options = replace(runner.options, wish=Wish.FRESH)
+        self._has_waited = True
+        return outcome
+
+    def _conclude(self, outcome: CampaignOutcome) -> None:
+        """Say how a run ended, to people and to the webhook."""
+        self._notify(message_of_outcome(self._campaign, outcome))
+        if not self._is_quiet and not self._args.json:
+            self._console.line()
+        show_results(self._campaign, outcome, self._out, is_json=self._args.json)
+        lines = [*closing_lines(self._campaign, outcome, self._console)]
+        if outcome.stopped is not None or outcome.manifest.failed_count:
+            why = "stopped" if outcome.stopped is not None else "some failed"
+            lines.append(f"{why}; go on with: {resume_command(sys.orig_argv)}")
+        for line in lines:
+            self._console.line(line)
+            if self._is_quiet:
+                _logger.info("%s", line)
+
+    def _notify(self, message: dict[str, Any] | None) -> None:
+        url = self._campaign.notification.webhook_url
+        if url is not None and message is not None:
+            self._notification = notify(url, message)
+
+    def _tell_event(self, event: Event) -> None:
+        self._progress(event)
+        if self._log_progress is not None:
+            self._log_progress(event)
+
+    def _say(self, text: str) -> None:
+        """Say when a run begins, or why none does; on the screen also where a daemon is quiet by itself."""
+        self._tell_event(Event("note", 0, len(self._plan.experiments), data={"text": text}))
+        if self._is_quiet and not self._is_told_quiet and not self._args.json:
+            self._console.line(text)
+
+    def _ask(self, question: str) -> bool:
+        """The answer of a person at the terminal."""
+        answers = {"": True, "y": True, "yes": True, "n": False, "no": False}
+        while True:
+            self._err.write(f"{question} [Y/n] ")
+            self._err.flush()
+            # A signal does not end a read by itself, so wait for either.
+            select.select([sys.stdin, self._stop], [], [])
+            if self._stop.signum is not None:
+                self._console.line()
+                raise Interrupted(self._stop.signum)
+            line = sys.stdin.readline()
+            if not line:
+                self._console.line()
+                raise UserError("no answer", SAY_WHICH)
+            answer = answers.get(line.strip().lower())
+            if answer is not None:
+                return answer
+
+    @contextlib.contextmanager
+    def _log_file(self) -> Iterator[None]:
+        """In quiet mode everything goes to `<state_dir>/<campaign>/lem.log`."""
+        if not self._is_quiet:
+            yield
+            return
+        path = Path(self._campaign.io.state_dir) / self._campaign.slug / "lem.log"
+        try:
+            handler = log.log_to_file(path)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}", "choose another io.state_dir") from error
+        if not self._is_told_quiet and not self._args.json:
+            self._console.line(f"quiet: what happens is written to {path}")
+        self._log_progress = LogProgress(_logger)
+        _logger.info("%s", self._plan.summary)
+        try:
+            yield
+        finally:
+            logging.getLogger("lem").removeHandler(handler)
+            handler.close()
+
+
+def _is_somebody_there() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()

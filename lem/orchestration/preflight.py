@@ -1,0 +1,84 @@
+"""Whether a campaign can run here, looked at before anything is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lem.config.campaign_config import CampaignConfig
+from lem.errors import UserError
+from lem.experiment.probe import missing_distributions
+from lem.meters.gpus import find_gpus
+from lem.orchestration.grid import GridValidationIssue
+from lem.orchestration.plan import CampaignExperiment, Plan
+from lem.orchestration.session import Session
+from lem.orchestration.workers import WorkerUnavailable
+
+__all__ = ["check_supported", "find_environment", "gpus_of", "with_unused_options"]
+
+
+def check_supported(campaign: CampaignConfig) -> None:
+    """Refuse what only containers can do.
+
+    Raises:
+        UserError: the campaign asks for it.
+    """
+    if campaign.cold_start.restart_container:
+        raise UserError(
+            "cold_start.restart_container needs the docker executor, and these experiments run in this Python",
+            "use cold_start.force_cold_start, which starts a new worker for each experiment",
+        )
+
+
+def find_environment(session: Session, experiments: Sequence[CampaignExperiment]) -> dict[str, Any]:
+    """What the workers of these experiments stand on, by name; they are started for it.
+
+    Raises:
+        UserError: a worker cannot be started, or lacks its engine.
+        Interrupted: a stop was asked for.
+    """
+    found: dict[str, Any] = {}
+    for backend in dict.fromkeys(item.backend for item in experiments):
+        try:
+            environment = session.open(backend)
+        except WorkerUnavailable as error:  # nothing has run yet: this host is not fit, and no experiment has failed
+            raise UserError(error.message, error.hint) from error
+        missing = missing_distributions(backend, environment)
+        if missing:
+            raise UserError(
+                f"backend {backend} cannot run here: {', '.join(missing)} is not installed "
+                f"in this Python ({environment.get('python')})",
+                f"pip install {' '.join(missing)}, or name a Python that has them with --python",
+            )
+        found.update({f"{backend}.{name}": value for name, value in environment.items()})
+    return found
+
+
+def gpus_of(plan: Plan) -> tuple[str, ...]:
+    """The UUIDs of the GPUs that a plan uses; a name that is not found here is the worker's to refuse."""
+    present = find_gpus()
+    by_name: Mapping[str, str] = {str(gpu.index): gpu.uuid for gpu in present} | {gpu.uuid: gpu.uuid for gpu in present}
+    chosen: set[str] = set()
+    for experiment in plan.configurations:
+        named = ("0",) if experiment.config.gpus is None else experiment.config.gpus
+        chosen.update(by_name[name] for name in named if name in by_name)
+    return tuple(sorted(chosen))
+
+
+def with_unused_options(plan: Plan) -> Plan:
+    """The plan with a warning for each option that `lem experiment` alone looks at."""
+    issues = [issue for item in plan.configurations for issue in _unused_options(item)]
+    return dataclasses.replace(plan, warnings=(*plan.warnings, *issues))
+
+
+def _unused_options(item: CampaignExperiment) -> list[GridValidationIssue]:
+    options = {
+        "num_cycles": (item.config.num_cycles != 1, "execution.cycles"),
+        "io.results_dir": (item.config.io.results_dir is not None, "the campaign's io.results_dir"),
+    }
+    return [
+        GridValidationIssue(item.config_name, f"{name} is for lem experiment; here {instead} decides", "warning")
+        for name, (is_set, instead) in options.items()
+        if is_set
+    ]
