@@ -94,9 +94,9 @@ class Rig:
             config.to_dict(), identity, str(result_dir), config.engine_key(), keep_engine, secrets=secrets or {}
         )
 
-    def start(self, stdin: int = process.PIPE) -> process.Child[bytes]:
+    def start(self, command: Sequence[str] = COMMAND, stdin: int = process.PIPE) -> process.Child[bytes]:
         """A worker process."""
-        child = process.spawn(COMMAND, env=self.environ(), stdin=stdin, stderr=2, new_session=True)
+        child = process.spawn(command, env=self.environ(), stdin=stdin, stderr=2, new_session=True)
         self.started.append(child)
         return child
 
@@ -108,8 +108,8 @@ class Rig:
 class RawWorker:
     """A worker whose channel the test reads and writes itself."""
 
-    def __init__(self, rig: Rig) -> None:
-        self.child = rig.start()
+    def __init__(self, rig: Rig, command: Sequence[str] = COMMAND) -> None:
+        self.child = rig.start(command)
         self._stdin, self._stdout = process.pipes(self.child)
         self._lines = LineBuffer()
         self._messages: deque[dict[str, Any]] = deque()

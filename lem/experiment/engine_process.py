@@ -84,9 +84,16 @@ def serve_pipes(control_fd: int, message_fd: int) -> int:
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     signal.signal(signal.SIGTERM, _leave)
     faulthandler.enable()
-    # The log of an engine that hung then ends with where it did, also when it never gives the lock back.
+    return serve(control_fd, MessageWriter(message_fd), ResidentEngine(), _run_traced, SystemClock())
+
+
+def _run_traced(request: RunRequest, engine: ResidentEngine, reporter: Reporter, clock: Clock) -> Record:
+    """Run an experiment whose log ends with where it was should it be ended, also while it holds Python's lock."""
     faulthandler.register(signal.SIGTERM, chain=True)
-    return serve(control_fd, MessageWriter(message_fd), ResidentEngine(), run_experiment, SystemClock())
+    try:
+        return run_experiment(request, engine, reporter, clock)
+    finally:
+        faulthandler.unregister(signal.SIGTERM)
 
 
 def serve(control_fd: int, writer: MessageWriter, engine: ResidentEngine, run_experiment: Harness, clock: Clock) -> int:

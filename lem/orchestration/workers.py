@@ -28,8 +28,8 @@ DEATH_TIMEOUT_S = 5.0
 
 # The supervisor gives its engine 5 s after TERM and 12 s after hanging up; see `engine_child.PATIENCE_S`.
 STOP_TIMEOUT_S = 25.0
-# The guardian kills at once when the supervisor is gone, and gives what it killed 10 s to go.
-KILL_TIMEOUT_S = 12.0
+# The guardian kills everything as soon as the supervisor is gone; after this it is taken to be stopped or stuck.
+KILL_TIMEOUT_S = 3.0
 _POLL_S = 0.02
 
 

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+from lem.experiment.channel import ChannelError, RunRequest
+from lem.orchestration.attempt import Timeouts, Watch, WorkerEvent, event_of, lost, outcome_of
+
+TIMEOUTS = Timeouts(load_s=100.0, experiment_s=50.0, silence_s=30.0, heartbeat_s=20.0)
+REQUEST = RunRequest({}, {"experiment_id": "e"}, "/results/e", "key", True)
+
+HEARTBEAT = {"type": "heartbeat"}
+RESULT = {
+    "type": "result",
+    "exp_id": "e",
+    "valid": True,
+    "engine_load_id": "load-1",
+    "engine_reused": False,
+    "summary": {"output_tok": 8},
+}
+ERROR = {
+    "type": "error",
+    "exp_id": "e",
+    "kind": "out_of_memory",
+    "message": "does not fit",
+    "hint": "ask for less",
+    "permanent": True,
+    "phase": "load",
+    "engine_lost": True,
+    "log_tail": "last words",
+}
+
+
+def phase(name: str) -> dict[str, str]:
+    return {"type": "phase", "exp_id": "e", "phase": name}
+
+
+def progress(done: int) -> dict[str, object]:
+    return {"type": "progress", "exp_id": "e", "done": done, "total": 9, "text": "requests"}
+
+
+def kept_alive(watch: Watch, *messages: Mapping[str, object], until: float, start: float = 0.0) -> None:
+    """Tell the watch something every 10 s from a start until a moment, all of the messages at once."""
+    now = start
+    while now < until:
+        for message in messages:
+            watch.heard(message, now)
+        now += 10.0
+
+
+def kind_at(watch: Watch, now: float) -> str | None:
+    error = watch.expired(now)
+    return None if error is None else error.kind
+
+
+def test_nothing_is_late_before_its_time():
+    watch = Watch(TIMEOUTS, 0.0)
+
+    assert watch.next_deadline == 20.0
+    assert watch.expired(19.9) is None
+
+
+def test_a_worker_that_says_nothing_at_all_is_lost_after_the_heartbeats_are_due():
+    watch = Watch(TIMEOUTS, 0.0)
+
+    error = watch.expired(20.0)
+
+    assert error is not None
+    assert error.kind == "channel"
+    assert "20.0 s" in error.message
+
+
+def test_heartbeats_are_no_sign_of_progress():
+    watch = Watch(TIMEOUTS, 0.0)
+    kept_alive(watch, HEARTBEAT, until=30.0)
+
+    error = watch.expired(30.0)
+
+    assert error is not None
+    assert error.kind == "silent"
+    assert "silence_timeout_seconds" in error.hint
+    assert error.is_permanent is False
+
+
+@pytest.mark.parametrize("sign", [phase("prepare"), progress(1)])
+def test_phases_and_progress_are_signs_of_progress(sign: Mapping[str, object]):
+    watch = Watch(TIMEOUTS, 0.0)
+    kept_alive(watch, HEARTBEAT, until=25.0)
+    watch.heard(sign, 25.0)
+    kept_alive(watch, HEARTBEAT, until=55.0, start=30.0)
+
+    assert kind_at(watch, 54.9) is None
+    assert kind_at(watch, 55.0) == "silent"
+
+
+def test_loading_has_a_time_of_its_own():
+    watch = Watch(TIMEOUTS, 0.0)
+    watch.heard(phase("load"), 1.0)
+    kept_alive(watch, progress(1), until=100.0)
+
+    assert kind_at(watch, 99.9) is None
+    error = watch.expired(100.0)
+    assert error is not None
+    assert error.kind == "timeout"
+    assert "load_timeout_seconds" in error.hint
+    assert "phase load" in error.message
+
+
+def test_the_rest_has_its_time_from_the_end_of_the_load_whatever_phases_follow():
+    watch = Watch(TIMEOUTS, 0.0)
+    kept_alive(watch, progress(1), until=90.0)
+    watch.heard(phase("idle"), 90.0)
+    kept_alive(watch, phase("window"), until=140.0, start=90.0)
+
+    assert kind_at(watch, 139.9) is None
+    error = watch.expired(140.0)
+    assert error is not None
+    assert error.kind == "timeout"
+    assert "experiment_timeout_seconds" in error.hint
+
+
+def test_a_result_is_an_outcome():
+    outcome = outcome_of(REQUEST, RESULT)
+
+    assert outcome.kind == "result"
+    assert outcome.valid is True
+    assert (outcome.engine_load_id, outcome.engine_reused, outcome.summary) == ("load-1", False, {"output_tok": 8})
+
+
+def test_an_error_is_an_outcome_with_all_that_the_worker_said():
+    outcome = outcome_of(REQUEST, ERROR)
+
+    assert outcome.kind == "error"
+    assert outcome.error is not None
+    assert (outcome.error.kind, outcome.error.message, outcome.error.hint) == (
+        "out_of_memory",
+        "does not fit",
+        "ask for less",
+    )
+    assert outcome.error.is_permanent is True
+    assert (outcome.phase, outcome.log_tail, outcome.is_engine_lost) == ("load", "last words", True)
+
+
+@pytest.mark.parametrize("message", [{**RESULT, "exp_id": "other"}, {**ERROR, "exp_id": None}])
+def test_an_answer_to_something_else_is_none(message: dict[str, object]):
+    with pytest.raises(ChannelError, match="an answer to"):
+        outcome_of(REQUEST, message)
+
+
+def test_a_lost_worker_took_its_engine_along():
+    error = outcome_of(REQUEST, ERROR).error
+    assert error is not None
+
+    assert lost(REQUEST, error).is_engine_lost is True
+
+
+def test_events_are_told_of_this_experiment_alone():
+    assert event_of(REQUEST, phase("load"), "load") == WorkerEvent("phase", "e", "load")
+    assert event_of(REQUEST, progress(3), "window") == WorkerEvent("progress", "e", "window", 3, 9, "requests")
+    assert event_of(REQUEST, HEARTBEAT, "window") == WorkerEvent("heartbeat", "e", "window")
+    assert event_of(REQUEST, {**phase("load"), "exp_id": "other"}, "load") is None
+    assert event_of(REQUEST, {"type": "engine", "pgid": 1, "started_ticks": 1}, None) is None

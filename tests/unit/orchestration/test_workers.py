@@ -1,0 +1,443 @@
+"""Workers as the host runs them: with real processes, and in the end without any."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from lem import __version__, process
+from lem.errors import Interrupted, UserError
+from lem.experiment.channel import PROTOCOL_VERSION
+from lem.experiment.launch import own_command
+from lem.orchestration.stop import StopRequest
+from lem.orchestration.workers import LocalExecutor, Timeouts, Worker, WorkerEvent, WorkerUnavailable
+from tests.processes import children_of
+from tests.pythons import Python, find_pythons
+from tests.worker_rig import COMMAND, Rig
+
+ROOT = Path(__file__).resolve().parents[3]
+PATIENT = Timeouts(load_s=100.0, experiment_s=100.0, silence_s=100.0, heartbeat_s=100.0)
+HANG = {"at": "generate", "do": "hang"}
+
+HELLO = {"type": "hello", "protocol": PROTOCOL_VERSION, "lem_version": __version__, "pid": 1, "environment": {}}
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    with Rig.leaving_nothing(tmp_path) as rig:
+        yield rig
+
+
+@pytest.fixture
+def stop() -> Iterator[StopRequest]:
+    stop = StopRequest()
+    yield stop
+    stop.close()
+
+
+class Events(list[WorkerEvent]):
+    """What was told, and something to do when a phase begins."""
+
+    def __init__(self, phase: str = "", then: Callable[[], object] | None = None) -> None:
+        super().__init__()
+        self._phase = phase
+        self._then = then
+
+    def __call__(self, event: WorkerEvent) -> None:
+        self.append(event)
+        if event.kind == "phase" and event.phase == self._phase and self._then is not None:
+            self._then()
+
+
+def real_worker(rig: Rig, command: Sequence[str] = COMMAND) -> Worker:
+    return Worker(command, env=rig.environ())
+
+
+def resident_key(worker: Worker) -> str | None:
+    return worker.resident_engine_key
+
+
+def scripted_worker(rig: Rig, *lines: object, then: str = "") -> Worker:
+    """A worker that says hello, and lines after it got an order, and then does something."""
+    said = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    script = (
+        "import os, signal, sys, time\n"
+        f"print({json.dumps(json.dumps(HELLO))}, flush=True)\n"
+        "sys.stdin.readline()\n"
+        f"for line in {said!r}: print(line, flush=True)\n"
+        f"{then or 'sys.stdin.read()'}\n"
+    )
+    return Worker((sys.executable, "-c", script), env=rig.environ())
+
+
+def test_an_experiment_ends_with_a_result_and_tells_its_phases(rig: Rig):
+    worker, events = real_worker(rig), Events()
+
+    outcome = worker.run(rig.request("e"), events, PATIENT)
+
+    assert outcome.kind == "result"
+    assert outcome.exp_id == "e"
+    assert [event.phase for event in events if event.kind == "phase"][-1] == "write"
+    assert (rig.folder / "e" / "result.json").exists()
+    worker.stop()
+
+
+def test_the_engine_is_reused_until_it_is_unloaded_or_another_is_due(rig: Rig):
+    worker = real_worker(rig)
+    first, again, other, third, fourth = (
+        rig.request("e1"),
+        rig.request("e2"),
+        rig.request("e3", fp_precision="float32"),
+        rig.request("e4", fp_precision="float32", keep_engine=False),
+        rig.request("e5", fp_precision="float32"),
+    )
+
+    reused = [worker.run(request, Events(), PATIENT).engine_reused for request in (first, again, other)]
+    assert reused == [False, True, False]
+    assert resident_key(worker) == other.engine_key
+
+    worker.unload()
+    assert resident_key(worker) is None
+    assert len(rig.marker.pids()) == 1  # the supervisor alone
+
+    assert worker.run(third, Events(), PATIENT).engine_reused is False
+    assert resident_key(worker) is None
+    assert worker.run(fourth, Events(), PATIENT).engine_reused is False
+    worker.stop()
+
+
+def test_a_failed_experiment_leaves_a_worker_that_can_run_the_next(rig: Rig):
+    rig.rules = [{"at": "load", "do": "fail", "kind": "out_of_memory", "permanent": True, "when": {"gpus": []}}]
+    worker = real_worker(rig)
+
+    outcome = worker.run(rig.request("e1", gpus=[]), Events(), PATIENT)
+
+    assert outcome.error is not None
+    assert (outcome.error.kind, outcome.error.is_permanent, outcome.phase) == ("out_of_memory", True, "load")
+    assert worker.resident_engine_key is None
+    assert worker.run(rig.request("e2"), Events(), PATIENT).kind == "result"
+    worker.stop()
+
+
+def test_a_load_that_hangs_ends_at_its_timeout_and_leaves_nothing(rig: Rig):
+    rig.rules = [{"at": "load", "do": "hang"}]
+    worker = real_worker(rig)
+
+    outcome = worker.run(rig.request("e"), Events(), Timeouts(load_s=1.0))
+
+    assert outcome.error is not None
+    assert outcome.error.kind == "timeout"
+    assert outcome.is_engine_lost
+    assert not worker.is_open
+    assert rig.marker.pids() == ()
+
+
+def test_an_experiment_that_takes_too_long_ends_at_its_timeout(rig: Rig):
+    rig.token_s = 1000.0
+    worker = real_worker(rig)
+
+    outcome = worker.run(rig.request("e"), Events(), Timeouts(experiment_s=0.5))
+
+    assert outcome.error is not None
+    assert outcome.error.kind == "timeout"
+    assert "experiment_timeout_seconds" in outcome.error.hint
+    assert rig.marker.pids() == ()
+
+
+def test_an_engine_without_progress_is_silent_and_the_next_run_has_a_new_worker(rig: Rig):
+    rig.rules = [{**HANG, "when": {"max_output_tokens": 8}}]
+    worker = real_worker(rig)
+
+    # Heartbeats come every 5 s and must not count.
+    outcome = worker.run(rig.request("e1", max_output_tokens=8), Events(), Timeouts(silence_s=6.0))
+
+    assert outcome.error is not None
+    assert (outcome.error.kind, outcome.phase) == ("silent", "window")
+    assert rig.marker.pids() == ()
+    assert "trivial_engine.py" in rig.log_of("e1")  # where it hung
+    assert worker.run(rig.request("e2"), Events(), PATIENT).kind == "result"
+    worker.stop()
+
+
+def test_a_worker_that_says_nothing_at_all_is_given_up(rig: Rig):
+    worker = scripted_worker(rig)
+
+    outcome = worker.run(rig.request("e"), Events(), Timeouts(heartbeat_s=0.5))
+
+    assert outcome.error is not None
+    assert outcome.error.kind == "channel"
+    assert rig.marker.pids() == ()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Loading weights: 100%",
+        {"type": "unheard"},
+        {"type": "result", "exp_id": "e"},
+        {"type": "error", "exp_id": "other", "kind": "", "message": "", "hint": "", "permanent": False, "phase": None}
+        | {"engine_lost": False},
+    ],
+    ids=["text", "unknown", "incomplete", "of another"],
+)
+def test_garbage_on_the_channel_is_an_error_and_ends_the_worker(rig: Rig, line: object):
+    worker = scripted_worker(rig, line)
+
+    outcome = worker.run(rig.request("e"), Events(), PATIENT)
+
+    assert outcome.error is not None
+    assert outcome.error.kind == "channel"
+    assert not worker.is_open
+    assert rig.marker.pids() == ()
+
+
+def test_a_line_without_end_is_garbage(rig: Rig):
+    worker = scripted_worker(rig, then="sys.stdout.write('x' * 9_000_000); sys.stdin.read()")
+
+    outcome = worker.run(rig.request("e"), Events(), PATIENT)
+
+    assert outcome.error is not None
+    assert outcome.error.kind == "channel"
+    assert rig.marker.pids() == ()
+
+
+def test_a_worker_that_dies_is_told_with_what_it_said(rig: Rig):
+    worker = scripted_worker(rig, then="print('no space', file=sys.stderr); os.kill(os.getpid(), signal.SIGABRT)")
+
+    outcome = worker.run(rig.request("e"), Events(), PATIENT)
+
+    assert outcome.error is not None
+    assert outcome.error.kind == "died"
+    assert outcome.error.message == "the worker was killed by SIGABRT, saying: no space"
+    assert not worker.is_open
+
+
+def test_a_worker_that_goes_without_a_word_is_an_outcome(rig: Rig):
+    outcome = scripted_worker(rig, then="pass").run(rig.request("e"), Events(), PATIENT)
+
+    assert outcome.error is not None
+    assert outcome.error.message == "the worker ended with exit code 0"
+
+
+def test_a_killed_supervisor_is_an_outcome_and_takes_its_engine_along(rig: Rig):
+    rig.rules = [HANG]
+    worker = real_worker(rig)
+    events = Events("window", lambda: os.kill(rig.marker.pid_of("worker"), signal.SIGKILL))
+
+    outcome = worker.run(rig.request("e"), events, PATIENT)
+
+    assert outcome.error is not None
+    assert (outcome.error.kind, outcome.error.message) == ("died", "the worker was killed by SIGKILL")
+    assert rig.marker.pids() == ()
+
+
+def test_a_stopped_guardian_does_not_save_an_engine_whose_supervisor_died(rig: Rig):
+    rig.rules = [HANG]
+    worker = real_worker(rig)
+
+    def stop_guardian_and_kill_supervisor() -> None:
+        supervisor = rig.marker.pid_of("worker")
+        (guardian,) = children_of(supervisor)
+        os.kill(guardian, signal.SIGSTOP)
+        os.kill(supervisor, signal.SIGKILL)
+
+    outcome = worker.run(rig.request("e"), Events("window", stop_guardian_and_kill_supervisor), PATIENT)
+
+    assert outcome.error is not None
+    assert outcome.error.kind == "died"
+    assert rig.marker.survivors() == ()
+
+
+def test_a_stop_ends_the_experiment_and_the_worker(rig: Rig, stop: StopRequest):
+    rig.rules = [HANG]
+    worker = real_worker(rig)
+
+    with pytest.raises(Interrupted) as caught:
+        worker.run(rig.request("e"), Events("window", lambda: stop.request(signal.SIGTERM)), PATIENT, stop)
+
+    assert caught.value.signum == signal.SIGTERM
+    assert not worker.is_open
+    assert rig.marker.pids() == ()
+
+
+@contextlib.contextmanager
+def alarm_asks(stop: StopRequest) -> Iterator[None]:
+    """Let SIGALRM do what a Ctrl-C does."""
+    before = signal.signal(signal.SIGALRM, lambda *_: stop.request(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_signal_wakes_a_host_that_waits(rig: Rig, stop: StopRequest):
+    rig.rules = [HANG]
+    worker = real_worker(rig)
+    events = Events("window", lambda: signal.setitimer(signal.ITIMER_REAL, 0.5))
+
+    with alarm_asks(stop), pytest.raises(Interrupted):
+        worker.run(rig.request("e"), events, PATIENT, stop)
+
+    assert rig.marker.pids() == ()
+
+
+def test_a_second_signal_kills_at_once(rig: Rig, stop: StopRequest):
+    rig.rules = [{"at": "generate", "do": "ignore_term"}, {"at": "generate", "do": "hold_gil"}]
+    worker = real_worker(rig)
+    events = Events("window", lambda: signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5))
+
+    try:
+        with alarm_asks(stop), pytest.raises(Interrupted):
+            worker.run(rig.request("e"), events, PATIENT, stop)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    assert not worker.is_open
+    assert rig.marker.survivors() == ()
+
+
+def test_an_error_of_the_listener_leaves_no_worker(rig: Rig):
+    worker = real_worker(rig)
+
+    def fail() -> None:
+        raise OSError("the terminal is gone")
+
+    with pytest.raises(OSError, match="terminal"):
+        worker.run(rig.request("e"), Events("load", fail), PATIENT)
+
+    assert not worker.is_open
+    assert rig.marker.survivors() == ()
+
+
+def test_kill_is_at_once_and_leaves_nothing(rig: Rig):
+    worker = real_worker(rig)
+    worker.run(rig.request("e"), Events(), PATIENT)
+
+    worker.kill()
+
+    assert not worker.is_open
+    assert rig.marker.pids() == ()
+    worker.kill()  # nothing to do
+    worker.stop()
+
+
+@pytest.mark.parametrize(
+    "hello", [{**HELLO, "protocol": PROTOCOL_VERSION + 1}, {**HELLO, "lem_version": "0.0.0"}], ids=["protocol", "lem"]
+)
+def test_another_version_of_lem_is_refused(rig: Rig, hello: dict[str, object]):
+    script = f"import sys; print({json.dumps(json.dumps(hello))}, flush=True); sys.stdin.read()"
+    worker = Worker((sys.executable, "-c", script), env=rig.environ())
+
+    with pytest.raises(WorkerUnavailable, match="the worker is lem") as caught:
+        worker.open()
+
+    assert "lem.pyz" in caught.value.hint
+    assert not worker.is_open
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("import sys; sys.exit('lem needs Python 3.10 or newer')", "lem needs Python 3.10 or newer"),
+        ("print('Welcome to this container!')", "not a message: b'Welcome"),
+        ("pass", "closed the channel"),
+        ("""print('{"type":"heartbeat"}')""", "heartbeat came before hello"),
+    ],
+)
+def test_a_worker_that_does_not_start_is_told_with_why(rig: Rig, script: str, reason: str):
+    worker = Worker((sys.executable, "-c", script), env=rig.environ())
+
+    with pytest.raises(WorkerUnavailable) as caught:
+        worker.open()
+
+    assert reason in caught.value.message
+    assert sys.executable in caught.value.hint
+    assert not worker.is_open
+
+
+def test_a_worker_that_never_says_hello_is_given_up(rig: Rig):
+    worker = Worker((sys.executable, "-c", "import sys; sys.stdin.read()"), env=rig.environ())
+
+    with pytest.raises(WorkerUnavailable, match="said nothing"):
+        worker.open(timeout_s=0.3)
+
+
+def test_what_may_be_left_elsewhere_is_looked_after_only_when_the_worker_did_not_end_by_itself(rig: Rig):
+    calls: list[str] = []
+    worker = Worker(COMMAND, env=rig.environ(), shares_pids=False, backstop=lambda: calls.append("backstop"))
+
+    worker.open()
+    worker.stop()
+    assert calls == []
+
+    worker.open()
+    worker.kill()
+    assert calls == ["backstop"]
+
+
+def test_a_request_larger_than_a_pipe_arrives_whole(rig: Rig):
+    worker = real_worker(rig)
+
+    outcome = worker.run(rig.request("e", extra_metadata={"note": "x" * 1_000_000}), Events(), PATIENT)
+
+    assert outcome.kind == "result"
+    worker.stop()
+
+
+def test_a_killed_host_leaves_nothing(rig: Rig):
+    rig.rules = [HANG, {"at": "load", "do": "spawn", "own_session": True}]
+    request = json.dumps(rig.request("e").to_message())
+    script = (
+        "import json\n"
+        "from lem.experiment.channel import RunRequest\n"
+        "from lem.orchestration.workers import LocalExecutor, Timeouts\n"
+        f"request = RunRequest.from_message(json.loads({request!r}))\n"
+        "worker = LocalExecutor().worker_for('pytorch')\n"
+        "worker.run(request, lambda event: print(event.phase, flush=True), Timeouts())\n"
+    )
+    host = process.spawn(
+        (sys.executable, "-c", script), env={**rig.environ(), "PYTHONPATH": f"{ROOT}:{rig.environ()['PYTHONPATH']}"}
+    )
+    _, stdout = process.pipes(host)
+    while stdout.readline() != b"window\n":
+        assert host.poll() is None
+
+    host.kill()
+
+    host.communicate()
+    assert rig.marker.survivors() == ()
+
+
+@pytest.mark.parametrize("python", [item for item in find_pythons() if item.is_supported], ids=str)
+def test_the_same_worker_runs_under_another_python(rig: Rig, python: Python):
+    worker = real_worker(rig, (*own_command(str(python.path)), "worker"))
+
+    assert worker.run(rig.request("e"), Events(), PATIENT).kind == "result"
+    assert worker.environment["python"] == str(python)
+    worker.stop()
+    assert rig.log_of("e") == ""  # nothing to warn of, and an idle engine leaves without a word
+
+
+def test_the_local_executor_takes_the_python_it_is_told():
+    assert LocalExecutor("python3").python == shutil.which("python3")
+    assert LocalExecutor().python == sys.executable
+
+
+def test_one_worker_serves_every_backend_of_the_local_executor():
+    executor = LocalExecutor()
+
+    assert executor.worker_for("pytorch") is executor.worker_for("vllm")
+    assert executor.workers() == (executor.worker_for("pytorch"),)
+
+
+def test_a_python_that_is_not_there_is_an_error_for_people():
+    with pytest.raises(UserError, match="--python /no/such/python"):
+        LocalExecutor("/no/such/python")
