@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from lem import log, units
@@ -26,6 +27,7 @@ __all__ = [
 _TOLD_PHASES = {"load": "loading", "warmup": "warming up", "window": "measuring"}
 _PHASE_WORDS = {**_TOLD_PHASES, "prepare": "preparing", "idle": "idle", "cooldown": "cooling down", "write": "writing"}
 _LINE_EVERY_S = 60.0
+_NAME_AT_LEAST = 12
 
 
 def choose_progress(console: log.Console, out: TextIO, *, is_json: bool, is_quiet: bool) -> Observer:
@@ -88,7 +90,8 @@ class TerminalProgress:
         if event.kind == "campaign_finished":
             self._console.close()
         elif event.kind != "note":
-            self._console.live(self._state.describe(event, self._now()))
+            width = shutil.get_terminal_size().columns - 1
+            self._console.live(self._state.describe(event, self._now(), width))
 
 
 class _Lines:
@@ -156,34 +159,53 @@ class _State:
 
     def __init__(self) -> None:
         self.experiment: dict[str, Any] = {}
-        self.activity = ""
+        self.phase = self.activity = ""
         self.watts: float | None = None
 
     def update(self, event: Event) -> None:
         data = event.data
         if event.kind == "experiment_started":
             self.experiment = dict(data)
-            self.activity = "starting"
+            self.phase = self.activity = "starting"
         elif event.kind == "phase":
-            self.activity = _PHASE_WORDS.get(str(data.get("phase")), str(data.get("phase")))
+            self.phase = self.activity = _PHASE_WORDS.get(str(data.get("phase")), str(data.get("phase")))
         elif event.kind == "progress":
-            self.activity = _with_progress(self.activity, data)
+            self.activity = f"{self.phase} {_count(data)}".rstrip()
             self.watts = data.get("power_w")
         elif event.kind == "gap":
             self.experiment = {}
             self.activity = f"gap, at most {units.format_duration(float(data['cap_s']))}"
 
-    def describe(self, event: Event, now: float) -> str:
+    def describe(self, event: Event, now: float, width: int | None = None) -> str:
+        """The line; where it would be wider than `width`, the name of the experiment gives way."""
+        name = str(self.experiment.get("config_name", ""))
+        line = self._join(event, now, name)
+        if width is not None and len(line) > width:
+            line = self._join(event, now, _squeeze(name, max(len(name) - (len(line) - width), _NAME_AT_LEAST)))
+        return line
+
+    def _join(self, event: Event, now: float, name: str) -> str:
         parts = [f"[{event.done}/{event.total}]"]
         if self.experiment:
-            cycle = f"cycle {self.experiment['cycle']}/{self.experiment['cycles']}"
-            parts += [str(self.experiment["config_name"]), str(self.experiment["backend"]), cycle]
+            parts += [
+                name,
+                str(self.experiment["backend"]),
+                f"cycle {self.experiment['cycle']}/{self.experiment['cycles']}",
+            ]
         parts.append(self.activity)
         if self.watts is not None:
             parts.append(units.format_power(self.watts))
         if event.eta_s is not None:
             parts.append(f"ETA {clock_time(now + event.eta_s, now)}")
         return parts[0] + " " + " · ".join(part for part in parts[1:] if part)
+
+
+def _squeeze(name: str, width: int) -> str:
+    """The name with its middle left out; what tells names apart stands at their ends."""
+    if len(name) <= width:
+        return name
+    head = (width - 1) // 3
+    return f"{name[:head]}…{name[len(name) - (width - 1 - head) :]}"
 
 
 def clock_time(at: float, now: float) -> str:
@@ -196,12 +218,12 @@ def _unpainted(text: str, _colour: str) -> str:
     return text
 
 
-def _with_progress(activity: str, data: Any) -> str:
-    base = activity.split(" (")[0]
+def _count(data: Mapping[str, Any]) -> str:
+    """How far a phase is: `5/32 requests`."""
     done, total = data.get("phase_done"), data.get("phase_total")
-    if total:
-        return f"{base} ({100 * min(done, total) / total:.0f} %)"
-    return f"{base} ({data['text']})" if data.get("text") else base
+    if done is None:
+        return ""
+    return f"{done}/{total} {data.get('text', '')}" if total else f"{done} {data.get('text', '')}"
 
 
 def _ending(event: Event, console: log.Console | None) -> list[str]:

@@ -97,7 +97,7 @@ def choose_opening(
     found = f"campaign {manifest.campaign_name} is not finished: {remaining} remaining ({counts})"
     if ask is None:
         raise UserError(found, SAY_WHICH)
-    question = f"{found}. Go on with it? (n sets it aside and starts anew)"
+    question = f"{found}\nGo on with it? (n sets it aside and starts anew)"
     return (Opening.RESUME, manifest) if ask(question) else (Opening.FRESH, None)
 
 

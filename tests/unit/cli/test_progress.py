@@ -45,13 +45,33 @@ def test_live_line_names_experiment_backend_cycle_phase_and_end(stream):
     show(Event("phase", 3, 12, 3600, {"phase": "window"}))
     show(Event("progress", 3, 12, 3600, {"phase_done": 5, "phase_total": 10, "power_w": 312.4}))
     last = stream.getvalue().split("\r\x1b[2K")[-1]
-    assert last == "[3/12] gpt2-b4 · pytorch · cycle 2/3 · measuring (50 %) · 312.4 W · ETA 13:00"
+    assert last == "[3/12] gpt2-b4 · pytorch · cycle 2/3 · measuring 5/10 · 312.4 W · ETA 13:00"
 
 
-def test_live_line_is_cut_to_the_width(stream):
+def test_a_long_name_gives_way_on_the_live_line(stream):
     show = TerminalProgress(log.Console(stream), now=lambda: NOON)
-    show(Event("experiment_started", 0, 1, None, {**WHO, "config_name": "x" * 200}))
-    assert len(stream.getvalue().split("\r\x1b[2K")[-1]) == 79
+    name = "pytorch-" + "x" * 200 + "-b64"
+    show(Event("experiment_started", 0, 1, 3600, {**WHO, "config_name": name}))
+    last = stream.getvalue().split("\r\x1b[2K")[-1]
+    assert len(last) == 79
+    assert last.startswith("[0/1] pytorch-")
+    assert last.endswith("…" + "x" * 14 + "-b64 · pytorch · cycle 2/3 · starting · ETA 13:00")
+
+
+def test_the_live_line_is_cut_where_even_that_does_not_help(stream, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    show = TerminalProgress(log.Console(stream), now=lambda: NOON)
+    show(_started())
+    assert stream.getvalue().split("\r\x1b[2K")[-1] == "[3/12] gpt2-b4 · pytorch · c…"
+
+
+def test_progress_without_an_end_is_a_count(stream):
+    show = TerminalProgress(log.Console(stream), now=lambda: NOON)
+    show(_started())
+    show(Event("phase", 3, 12, None, {"phase": "warmup"}))
+    show(Event("progress", 3, 12, None, {"phase_done": 5, "phase_total": None, "text": "prompts"}))
+    show(Event("progress", 3, 12, None, {"phase_done": 6, "phase_total": None, "text": "prompts"}))
+    assert stream.getvalue().endswith(" · warming up 6 prompts")
 
 
 def test_no_watts_where_no_meter_told_them(stream):
