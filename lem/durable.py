@@ -71,9 +71,13 @@ def read_json(path: Path) -> Any:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is not JSON in UTF-8 (`json.JSONDecodeError` and `UnicodeDecodeError` are both one).
+        ValueError: the file is not JSON in UTF-8 (`json.JSONDecodeError` and `UnicodeDecodeError` are both one), or
+            nested deeper than the parser goes.
     """
-    return json.loads(path.read_bytes().decode("utf-8"))
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -149,6 +149,7 @@ class Window:
     warmup_s: float | None
     warmup_prompts: int
     load_s: float | None
+    compile_s: float | None
     gap_s: float | None
     gap_end_reason: str | None
     null_reasons: Mapping[str, str] = field(default_factory=dict)
@@ -409,8 +410,6 @@ def read_record(path: Path) -> Record:
         document = durable.read_json(path)
     except ValueError as error:
         raise RecordError(f"not JSON: {error}") from error
-    except RecursionError as error:  # the decoder's answer to garbage like ten thousand opening brackets
-        raise RecordError("not a record: nested too deeply") from error
     try:
         return decode_record(document)
     except RecursionError as error:

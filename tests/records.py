@@ -93,7 +93,10 @@ def make_record(
             engine_reused=False,
             engine_load_id=f"{run_id}-{config_hash}-{cycle}-{attempt}" if load_id is None else load_id,
         ),
-        window=Window("closed_batch", 10.0, 3, 1.5, 5, 0.8, 0.4, "temperature and power are back"),
+        window=reasons(
+            Window("closed_batch", 10.0, 3, 1.5, 5, 0.8, None, 0.4, "temperature and power are back"),
+            "nothing was compiled for this experiment",
+        ),
         energy=_energy(energy_per_output_tok_j, energy_source),
         gpus=(),
         idle=reasons(Idle(), NO_METER),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lem.config.experiment_config import ExperimentConfig
 
-__all__ = ["Backend", "Completion", "EngineReport", "RequestQueue", "TokenRequest"]
+__all__ = ["Backend", "Completion", "EngineReport", "OnProgress", "RequestQueue", "TokenRequest", "say_nothing"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,13 @@ class EngineReport:
     checks_s: float = 0.0
 
 
+OnProgress = Callable[[int], None]
+
+
+def say_nothing(done: int) -> None:
+    """Tell nobody how many requests are done."""
+
+
 class Backend(Protocol):
     """An engine behind one module; at most one engine is resident in a process."""
 
@@ -126,11 +133,15 @@ class Backend(Protocol):
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of output ids, special tokens left out."""
 
-    def generate(self, requests: Sequence[TokenRequest], *, observe_tokens: bool) -> list[Completion]:
+    def generate(
+        self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
+    ) -> list[Completion]:
         """Run a closed set of requests in batches of the engine's own making; one completion a request, any order.
 
         Args:
             observe_tokens: measure each request alone, with the time of each token.
+            on_progress: is told now and then how many of the requests are done; without it a long set looks like
+                an engine that hangs.
 
         Raises:
             EngineError: the engine failed as a whole; a single failed request is a completion with an error.

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lem.backends.protocol import Backend, Completion, EngineReport, RequestQueue, TokenRequest
+from lem.backends.protocol import Backend, Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError
 
@@ -47,8 +47,10 @@ class PyTorchBackend:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._there.decode(token_ids)
 
-    def generate(self, requests: Sequence[TokenRequest], *, observe_tokens: bool) -> list[Completion]:
-        return self._there.generate(requests, observe_tokens=observe_tokens)
+    def generate(
+        self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
+    ) -> list[Completion]:
+        return self._there.generate(requests, observe_tokens=observe_tokens, on_progress=on_progress)
 
     def serve(self, queue: RequestQueue) -> None:
         self._there.serve(queue)

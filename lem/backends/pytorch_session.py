@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
-from lem.backends.protocol import Completion, EngineReport, RequestQueue, TokenRequest
+from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest
 from lem.backends.pytorch_batching import plan_batches
 from lem.backends.pytorch_device import pick_gpu, visible_gpus
 from lem.backends.pytorch_generation import BatchRunner
@@ -123,11 +123,17 @@ class Session:
         )
         return text
 
-    def generate(self, requests: Sequence[TokenRequest], *, observe_tokens: bool) -> list[Completion]:
+    def generate(
+        self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress
+    ) -> list[Completion]:
         """A completion for each request."""
         self._seed(requests)
         batches = [(request,) for request in requests] if observe_tokens else plan_batches(requests, self._rules)
-        return [completion for batch in batches for completion in self._runner.run(batch, observe=observe_tokens)]
+        completions: list[Completion] = []
+        for batch in batches:
+            completions += self._runner.run(batch, observe=observe_tokens)
+            on_progress(len(completions))
+        return completions
 
     def serve(self, queue: RequestQueue) -> None:
         """Work the queue off, as many requests at a time as there are and a batch holds."""

@@ -193,12 +193,12 @@ def _measure(
             min_window_s=config.measurement.min_window_sec,
             ramp_limit_s=max(config.measurement.min_window_sec, RAMP_STEPS * (warmup.step_s or 0.0)),
         )
-        report = _Progress(reporter, clock, lambda done: (done, None, "requests"))
+        report = _Progress(reporter, clock, lambda done: (done, None, f"{done} requests"))
         return measure_traffic(backend, encoded.requests, plan, clock, report)
 
     def describe_pass(done: int) -> tuple[int, int | None, str]:
-        before = (done - 1) // count
-        return done - before * count, count, "requests" if before == 0 else f"requests, pass {before + 1}"
+        # How often the set will be repeated is known when the window is long enough, so only the first pass has an end.
+        return done, count if done <= count else None, f"{done} requests"
 
     return measure_batch(
         backend,

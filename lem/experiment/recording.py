@@ -156,9 +156,12 @@ def _judge(measured: MeasuredWindow) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def _window(found: Findings) -> Window:
     load_s, warmup_s = found.residence.load_s, found.warmup.elapsed_s
     request = found.request
+    # An engine that is reused was compiled with its load, or anew for this experiment: only the latter is this one's.
+    compile_s = found.residence.report.compile_s
     optional = {
         "warmup_s": (warmup_s, found.warmup.null_reason or "warm-up did not run"),
         "load_s": (load_s, f"the engine was loaded before (load {found.residence.load_id})"),
+        "compile_s": (compile_s, "nothing was compiled for this experiment"),
         "gap_s": (request.gap_s, "the host told of no gap before this experiment"),
         "gap_end_reason": (request.gap_end_reason, "the host told of no gap before this experiment"),
     }
@@ -169,6 +172,7 @@ def _window(found: Findings) -> Window:
         warmup_s=warmup_s,
         warmup_prompts=found.warmup.prompts,
         load_s=load_s,
+        compile_s=compile_s,
         gap_s=request.gap_s,
         gap_end_reason=request.gap_end_reason,
         null_reasons={name: reason for name, (value, reason) in optional.items() if value is None},

@@ -29,7 +29,8 @@ class Residence(NamedTuple):
     Attributes:
         backend: the engine.
         report: what was loaded, with the options in effect for this experiment.
-        load_s: seconds that `Backend.load` took, less `EngineReport.checks_s`; None when the engine was there already.
+        load_s: seconds that `Backend.load` took, less `EngineReport.checks_s` and `compile_s`; None when the engine was
+            there already.
         is_reused: it was loaded for an earlier experiment.
         load_id: which load it is.
     """
@@ -85,6 +86,7 @@ class ResidentEngine:
             _give_up(backend)
             raise
         load_s = seconds_between(started_ns, self._clock.monotonic_ns()) - report.checks_s
+        load_s -= report.compile_s or 0.0
         self._backend, self._engine_key, self._load_id = backend, engine_key, self._new_load_id()
         return Residence(backend, report, load_s, False, self._load_id)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from lem.backends.protocol import Backend, Completion, TokenRequest
+from lem.backends.protocol import Backend, Completion, OnProgress, TokenRequest
 from lem.errors import EngineError
 from lem.experiment.clock import Clock, seconds_between
 from lem.experiment.latency import RequestTimes
@@ -95,10 +95,8 @@ def measure_batch(
     backend.synchronize()
     opened_ns = begin_ns = clock.monotonic_ns()
     while True:
-        completions: list[Completion] = []
-        for group in [[request] for request in requests] if observe_tokens else [requests]:
-            completions += backend.generate(group, observe_tokens=observe_tokens)
-            report(len(passes) * len(requests) + len(completions))
+        told = _counting_on(len(passes) * len(requests), report)
+        completions = backend.generate(requests, observe_tokens=observe_tokens, on_progress=told)
         backend.synchronize()
         end_ns = clock.monotonic_ns()
         passes.append(_Pass(begin_ns, end_ns, completions))
@@ -107,6 +105,11 @@ def measure_batch(
             break
         begin_ns = end_ns
     return _add_up(requests, passes)
+
+
+def _counting_on(before: int, report: Callable[[int], None]) -> OnProgress:
+    """Reports what a pass has done as the total of all passes."""
+    return lambda done: report(before + done)
 
 
 def are_alike(first: float, second: float) -> bool:

@@ -119,7 +119,7 @@ class ManifestManager:
             return None
         except OSError as error:
             raise self._unusable(f"cannot be read: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:  # the latter: brackets in brackets, thousands deep
+        except ValueError as error:
             raise self._unusable(f"is broken: {error}") from error
         if campaign_id is not None and manifest.campaign_id != campaign_id:
             raise self._unusable(f"belongs to another campaign, {manifest.campaign_name!r}")

@@ -57,7 +57,8 @@ def _load(record: Record) -> str:
     if validity.engine_reused:
         return f"none, engine reused: {validity.engine_load_id}"
     took = _or_reason(window.load_s, units.format_duration, window.null_reasons.get("load_s"))
-    return f"{took}, fresh engine: {validity.engine_load_id}"
+    compiled = "" if window.compile_s is None else f", compiled in {units.format_duration(window.compile_s)}"
+    return f"{took}{compiled}, fresh engine: {validity.engine_load_id}"
 
 
 def _warmup(record: Record) -> str:

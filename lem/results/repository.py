@@ -210,7 +210,7 @@ def _configured_name(problem: Problem) -> str | None:
     folder = problem.path if problem.path.is_dir() else problem.path.parent
     try:
         document = durable.read_json(folder / CONFIG_FILE)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return None
     resolved = document.get("resolved") if isinstance(document, dict) else None
     name = resolved.get("config_name") if isinstance(resolved, dict) else None

@@ -37,7 +37,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lem.backends.protocol import Completion, EngineReport, RequestQueue, TokenRequest
+from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError, OptionRefused
 
@@ -85,7 +85,9 @@ class TrivialEngine:
     def decode(self, token_ids: Sequence[int]) -> str:
         return bytes(token_ids).decode("latin-1")
 
-    def generate(self, requests: Sequence[TokenRequest], *, observe_tokens: bool) -> list[Completion]:
+    def generate(
+        self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
+    ) -> list[Completion]:
         config = self._loaded()
         self._obey_rules("generate", config)
         width = 1 if observe_tokens else self._batch_size
@@ -93,6 +95,7 @@ class TrivialEngine:
         for first in range(0, len(requests), width):
             batch = requests[first : first + width]
             completions += [_without_token_times(item, observe_tokens) for item in self._run(batch)]
+            on_progress(len(completions))
         return completions
 
     def serve(self, queue: RequestQueue) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from lem.backends.protocol import Completion, TokenRequest
+from lem.backends.protocol import Completion, OnProgress, TokenRequest, say_nothing
 from lem.errors import EngineError
 from lem.experiment.window import MeasuredWindow, are_alike, measure_batch
 from tests.unit.experiment.timed_backend import SteppedClock, TimedBackend, make_requests
@@ -107,8 +107,10 @@ def test_answers_of_the_first_pass_are_kept_in_order() -> None:
 class TamperingBackend(TimedBackend):
     """Changes what it hands in."""
 
-    def generate(self, requests: Sequence[TokenRequest], *, observe_tokens: bool) -> list[Completion]:
-        return self.tamper(super().generate(requests, observe_tokens=observe_tokens))
+    def generate(
+        self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
+    ) -> list[Completion]:
+        return self.tamper(super().generate(requests, observe_tokens=observe_tokens, on_progress=on_progress))
 
     def tamper(self, completions: list[Completion]) -> list[Completion]:
         raise NotImplementedError

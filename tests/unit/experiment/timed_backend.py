@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 
-from lem.backends.protocol import Completion, EngineReport, RequestQueue, TokenRequest
+from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
 from lem.config.experiment_config import ExperimentConfig
 
 START_UTC = datetime(2026, 1, 2, 3, 4, 5, 678_000, tzinfo=timezone.utc)
@@ -86,12 +86,15 @@ class TimedBackend:
     def decode(self, token_ids: Sequence[int]) -> str:
         return " ".join(f"t{token}" for token in token_ids)
 
-    def generate(self, requests: Sequence[TokenRequest], *, observe_tokens: bool) -> list[Completion]:
+    def generate(
+        self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
+    ) -> list[Completion]:
         self.calls.append("generate")
         width = 1 if observe_tokens else self.width
         out: list[Completion] = []
         for begin in range(0, len(requests), width):
             out += self._run(tuple(requests[begin : begin + width]), is_timed=observe_tokens)
+            on_progress(len(out))
         return out
 
     def serve(self, queue: RequestQueue) -> None:
