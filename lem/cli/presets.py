@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import textwrap
 from typing import TYPE_CHECKING, TextIO
 
 from lem.errors import ExitCode
@@ -31,6 +30,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001
     """The exit code; 2 for a preset that there is not."""
+    import textwrap
+
     from lem.config.presets import PRESETS, find_preset
     from lem.config.template import render_yaml
 

@@ -26,8 +26,6 @@ __all__ = [
 
 BACKENDS = ("pytorch", "vllm", "tensorrt")
 
-PYTORCH, VLLM, TENSORRT = ("pytorch",), ("vllm",), ("tensorrt",)
-
 _MEMORY_SIZE = re.compile(r"[0-9]+(\.[0-9]+)? ?([KMG]i?B)")
 
 
@@ -41,16 +39,15 @@ class BeamSearchConfig(Section):
 
     switch: ClassVar[str | None] = "enabled"
 
-    enabled: bool = option(False, description="Decode with beams.", backends=PYTORCH)
-    num_beams: int | None = option(None, description="Number of beams.", minimum=2, maximum=64, backends=PYTORCH)
+    enabled: bool = option(False, description="Decode with beams.")
+    num_beams: int | None = option(None, description="Number of beams.", minimum=2, maximum=64)
     length_penalty: float | None = option(
-        None, description="Above 0 favours long outputs, below 0 short ones.", minimum=-10, maximum=10, backends=PYTORCH
+        None, description="Above 0 favours long outputs, below 0 short ones.", minimum=-10, maximum=10
     )
     early_stopping: bool | str | None = option(
         None,
         description="Stop when as many candidates as beams are complete; never: only when no better one can come.",
         choices=(False, True, "never"),
-        backends=PYTORCH,
     )
 
     def check(self) -> Iterator[Problem]:
@@ -62,15 +59,12 @@ class BeamSearchConfig(Section):
 class AssistedGenerationConfig(Section):
     """Speculative decoding of `generate`: a small model drafts, the model checks."""
 
-    model: str | None = option(
-        None, description="The drafting model: a name or a folder.", reload=True, backends=PYTORCH
-    )
+    model: str | None = option(None, description="The drafting model: a name or a folder.", reload=True)
     num_tokens: int | None = option(
         None,
         description="Tokens to draft at a time; without a model they are looked up in the prompt (n-grams).",
         minimum=1,
         maximum=64,
-        backends=PYTORCH,
     )
 
 
@@ -83,27 +77,23 @@ class PyTorchConfig(Section):
         description="Requests in a batch; with a dynamic strategy the most.",
         minimum=1,
         unit="requests",
-        backends=PYTORCH,
     )
     batching_strategy: str = option(
         "static",
         description="How requests are put together: as they come or by a budget of tokens; sorted by length first.",
         choices=("static", "dynamic", "sorted_static", "sorted_dynamic"),
-        backends=PYTORCH,
     )
     max_tokens_per_batch: int | None = option(
         None,
         description="Budget of a dynamic batch: its rows times its longest prompt and output, padding included.",
         minimum=1,
         unit="tokens",
-        backends=PYTORCH,
     )
     parallelism_strategy: str | None = option(
         None,
         description="How a model is spread over several GPUs. Refused: it was never run on two GPUs.",
         choices=("device_map", "tensor_parallel"),
         reload=True,
-        backends=PYTORCH,
     )
     parallelism_degree: int | None = option(
         None,
@@ -111,50 +101,42 @@ class PyTorchConfig(Section):
         minimum=1,
         unit="GPUs",
         reload=True,
-        backends=PYTORCH,
     )
     load_in_4bit: bool | None = option(
-        None, description="Quantize weights to 4 bit while loading (bitsandbytes).", reload=True, backends=PYTORCH
+        None, description="Quantize weights to 4 bit while loading (bitsandbytes).", reload=True
     )
     load_in_8bit: bool | None = option(
-        None, description="Quantize weights to 8 bit while loading (bitsandbytes).", reload=True, backends=PYTORCH
+        None, description="Quantize weights to 8 bit while loading (bitsandbytes).", reload=True
     )
     bnb_4bit_compute_dtype: str | None = option(
         None,
         description="Type that 4-bit weights are computed in.",
         choices=("float16", "bfloat16", "float32"),
         reload=True,
-        backends=PYTORCH,
     )
-    bnb_4bit_quant_type: str | None = option(
-        None, description="The 4-bit type.", choices=("nf4", "fp4"), reload=True, backends=PYTORCH
-    )
+    bnb_4bit_quant_type: str | None = option(None, description="The 4-bit type.", choices=("nf4", "fp4"), reload=True)
     bnb_4bit_use_double_quant: bool | None = option(
-        None, description="Quantize the constants of 4-bit quantization too.", reload=True, backends=PYTORCH
+        None, description="Quantize the constants of 4-bit quantization too.", reload=True
     )
     attn_implementation: str | None = option(
         None,
         description="Implementation of attention.",
         choices=("sdpa", "flash_attention_2", "eager"),
         reload=True,
-        backends=PYTORCH,
     )
     torch_compile: bool | str = option(
         False,
         description="Compile the model, in this mode of torch.compile.",
         choices=(False, "default", "reduce-overhead", "max-autotune"),
         reload=True,
-        backends=PYTORCH,
     )
-    torch_compile_backend: str | None = option(
-        None, description="Backend of torch.compile.", reload=True, backends=PYTORCH
-    )
-    use_cache: bool | None = option(None, description="Keep keys and values of earlier tokens.", backends=PYTORCH)
+    torch_compile_backend: str | None = option(None, description="Backend of torch.compile.", reload=True)
+    use_cache: bool | None = option(None, description="Keep keys and values of earlier tokens.")
     cache_implementation: str | None = option(
-        None, description="Kind of key-value cache, as transformers names it (dynamic, static, …).", backends=PYTORCH
+        None, description="Kind of key-value cache, as transformers names it (dynamic, static, …)."
     )
     low_cpu_mem_usage: bool | None = option(
-        None, description="Load weights without a second copy in CPU memory.", reload=True, backends=PYTORCH
+        None, description="Load weights without a second copy in CPU memory.", reload=True
     )
     max_memory: Mapping[str, str] | None = option(
         None,
@@ -162,25 +144,21 @@ class PyTorchConfig(Section):
         check=_check_memory_size,
         form="a size like 10GiB",
         reload=True,
-        backends=PYTORCH,
     )
     min_p: float | None = option(
         None,
         description="Drop tokens less likely than this share of the likeliest.",
         minimum=0,
         maximum=1,
-        backends=PYTORCH,
     )
     no_repeat_ngram_size: int | None = option(
-        None, description="No n-gram of this size occurs twice; 0 is off.", minimum=0, unit="tokens", backends=PYTORCH
+        None, description="No n-gram of this size occurs twice; 0 is off.", minimum=0, unit="tokens"
     )
-    beam_search: BeamSearchConfig = option(BeamSearchConfig(), description="Beam search.", backends=PYTORCH)
+    beam_search: BeamSearchConfig = option(BeamSearchConfig(), description="Beam search.")
     assisted_generation: AssistedGenerationConfig = option(
-        AssistedGenerationConfig(), description="Speculative decoding.", backends=PYTORCH
+        AssistedGenerationConfig(), description="Speculative decoding."
     )
-    extra: Mapping[str, Any] = option(
-        {}, description="Further options, passed to `generate` as they are.", backends=PYTORCH
-    )
+    extra: Mapping[str, Any] = option({}, description="Further options, passed to `generate` as they are.")
 
     def check(self) -> Iterator[Problem]:
         if self.load_in_4bit and self.load_in_8bit:
@@ -217,13 +195,13 @@ class VllmAttentionConfig(Section):
     """Attention of vLLM."""
 
     backend: str | None = option(
-        None, description="Attention backend, as vLLM names it (FLASH_ATTN, FLASHINFER, …).", reload=True, backends=VLLM
+        None, description="Attention backend, as vLLM names it (FLASH_ATTN, FLASHINFER, …).", reload=True
     )
     flash_version: int | None = option(
-        None, description="Version of flash attention.", minimum=2, maximum=4, reload=True, backends=VLLM
+        None, description="Version of flash attention.", minimum=2, maximum=4, reload=True
     )
     disable_sliding_window: bool | None = option(
-        None, description="Attend to the whole context even where the model has a window.", reload=True, backends=VLLM
+        None, description="Attend to the whole context even where the model has a window.", reload=True
     )
 
 
@@ -231,21 +209,19 @@ class VllmAttentionConfig(Section):
 class VllmSpeculativeConfig(Section):
     """Speculative decoding of vLLM."""
 
-    model: str | None = option(None, description="The drafting model.", reload=True, backends=VLLM)
+    model: str | None = option(None, description="The drafting model.", reload=True)
     num_tokens: int | None = option(
-        None, description="Tokens to draft at a time.", minimum=1, maximum=64, unit="tokens", reload=True, backends=VLLM
+        None, description="Tokens to draft at a time.", minimum=1, maximum=64, unit="tokens", reload=True
     )
-    method: str | None = option(
-        None, description="How to draft, as vLLM names it (ngram, eagle, …).", reload=True, backends=VLLM
-    )
+    method: str | None = option(None, description="How to draft, as vLLM names it (ngram, eagle, …).", reload=True)
     prompt_lookup_min: int | None = option(
-        None, description="Shortest n-gram to look up.", minimum=1, unit="tokens", reload=True, backends=VLLM
+        None, description="Shortest n-gram to look up.", minimum=1, unit="tokens", reload=True
     )
     prompt_lookup_max: int | None = option(
-        None, description="Longest n-gram to look up.", minimum=1, unit="tokens", reload=True, backends=VLLM
+        None, description="Longest n-gram to look up.", minimum=1, unit="tokens", reload=True
     )
     draft_tp_size: int | None = option(
-        None, description="GPUs to spread the drafting model over.", minimum=1, unit="GPUs", reload=True, backends=VLLM
+        None, description="GPUs to spread the drafting model over.", minimum=1, unit="GPUs", reload=True
     )
 
     def check(self) -> Iterator[Problem]:
@@ -263,11 +239,9 @@ class VllmLoraConfig(Section):
 
     switch: ClassVar[str | None] = "enabled"
 
-    enabled: bool = option(False, description="Make room for LoRA adapters.", reload=True, backends=VLLM)
-    max_loras: int | None = option(None, description="Adapters in one batch.", minimum=1, reload=True, backends=VLLM)
-    max_rank: int | None = option(
-        None, description="Highest rank of an adapter.", minimum=1, reload=True, backends=VLLM
-    )
+    enabled: bool = option(False, description="Make room for LoRA adapters.", reload=True)
+    max_loras: int | None = option(None, description="Adapters in one batch.", minimum=1, reload=True)
+    max_rank: int | None = option(None, description="Highest rank of an adapter.", minimum=1, reload=True)
 
 
 @dataclass(frozen=True)
@@ -275,10 +249,10 @@ class VllmConfig(Section):
     """Options of the vllm backend, checked against the engine's own arguments when it loads."""
 
     max_num_seqs: int = option(
-        256, description="Requests worked on at a time.", minimum=1, unit="requests", reload=True, backends=VLLM
+        256, description="Requests worked on at a time.", minimum=1, unit="requests", reload=True
     )
     max_num_batched_tokens: int | None = option(
-        None, description="Tokens in one step.", minimum=1, unit="tokens", reload=True, backends=VLLM
+        None, description="Tokens in one step.", minimum=1, unit="tokens", reload=True
     )
     max_model_len: int | None = option(
         None,
@@ -286,72 +260,59 @@ class VllmConfig(Section):
         minimum=1,
         unit="tokens",
         reload=True,
-        backends=VLLM,
     )
     gpu_memory_utilization: float = option(
-        0.9, description="Share of GPU memory to take.", minimum=0.5, maximum=0.99, reload=True, backends=VLLM
+        0.9, description="Share of GPU memory to take.", minimum=0.5, maximum=0.99, reload=True
     )
     swap_space: float | None = option(
-        None, description="CPU swap space of older engines.", minimum=0, unit="GiB", reload=True, backends=VLLM
+        None, description="CPU swap space of older engines.", minimum=0, unit="GiB", reload=True
     )
     cpu_offload_gb: float | None = option(
-        None, description="Weights to keep in CPU memory.", minimum=0, unit="GiB", reload=True, backends=VLLM
+        None, description="Weights to keep in CPU memory.", minimum=0, unit="GiB", reload=True
     )
     tensor_parallel_size: int | None = option(
-        None, description="GPUs to spread each layer over.", minimum=1, unit="GPUs", reload=True, backends=VLLM
+        None, description="GPUs to spread each layer over.", minimum=1, unit="GPUs", reload=True
     )
     pipeline_parallel_size: int | None = option(
-        None, description="GPUs to spread the layers over.", minimum=1, unit="GPUs", reload=True, backends=VLLM
+        None, description="GPUs to spread the layers over.", minimum=1, unit="GPUs", reload=True
     )
     distributed_backend: str | None = option(
-        None, description="What runs the processes of several GPUs.", choices=("mp", "ray"), reload=True, backends=VLLM
+        None, description="What runs the processes of several GPUs.", choices=("mp", "ray"), reload=True
     )
-    enable_prefix_caching: bool | None = option(
-        None, description="Keep what prompts have in common.", reload=True, backends=VLLM
-    )
-    enable_chunked_prefill: bool | None = option(
-        None, description="Split long prefills over steps.", reload=True, backends=VLLM
-    )
-    enforce_eager: bool | None = option(None, description="No CUDA graphs.", reload=True, backends=VLLM)
+    enable_prefix_caching: bool | None = option(None, description="Keep what prompts have in common.", reload=True)
+    enable_chunked_prefill: bool | None = option(None, description="Split long prefills over steps.", reload=True)
+    enforce_eager: bool | None = option(None, description="No CUDA graphs.", reload=True)
     disable_custom_all_reduce: bool | None = option(
-        None, description="All-reduce by NCCL instead of vLLM's own.", reload=True, backends=VLLM
+        None, description="All-reduce by NCCL instead of vLLM's own.", reload=True
     )
     kv_cache_dtype: str | None = option(
-        None, description="Type of the key-value cache.", choices=("auto", "fp8"), reload=True, backends=VLLM
+        None, description="Type of the key-value cache.", choices=("auto", "fp8"), reload=True
     )
     block_size: int | None = option(
-        None, description="Block of the key-value cache.", minimum=1, unit="tokens", reload=True, backends=VLLM
+        None, description="Block of the key-value cache.", minimum=1, unit="tokens", reload=True
     )
-    load_format: str | None = option(
-        None, description="Format of the weights, as vLLM names it.", reload=True, backends=VLLM
-    )
+    load_format: str | None = option(None, description="Format of the weights, as vLLM names it.", reload=True)
     quantization: str | None = option(
         None,
         description="Quantization the engine found accepts (awq, gptq, fp8, marlin, …).",
         reload=True,
-        backends=VLLM,
     )
     min_p: float | None = option(
         None,
         description="Drop tokens less likely than this share of the likeliest.",
         minimum=0,
         maximum=1,
-        backends=VLLM,
     )
     logprobs: int | None = option(
-        None, description="Log probabilities to return for each token.", minimum=0, maximum=20, backends=VLLM
+        None, description="Log probabilities to return for each token.", minimum=0, maximum=20
     )
     logit_bias: Mapping[str, float] | None = option(
-        None, description="Bias of tokens by their id.", minimum=-100, maximum=100, backends=VLLM
+        None, description="Bias of tokens by their id.", minimum=-100, maximum=100
     )
-    attention: VllmAttentionConfig = option(VllmAttentionConfig(), description="Attention.", backends=VLLM)
-    speculative: VllmSpeculativeConfig = option(
-        VllmSpeculativeConfig(), description="Speculative decoding.", backends=VLLM
-    )
-    lora: VllmLoraConfig = option(VllmLoraConfig(), description="LoRA adapters.", backends=VLLM)
-    extra: Mapping[str, Any] = option(
-        {}, description="Further options, passed to the engine as they are.", reload=True, backends=VLLM
-    )
+    attention: VllmAttentionConfig = option(VllmAttentionConfig(), description="Attention.")
+    speculative: VllmSpeculativeConfig = option(VllmSpeculativeConfig(), description="Speculative decoding.")
+    lora: VllmLoraConfig = option(VllmLoraConfig(), description="LoRA adapters.")
+    extra: Mapping[str, Any] = option({}, description="Further options, passed to the engine as they are.", reload=True)
 
     def check(self) -> Iterator[Problem]:
         for key in self.logit_bias or {}:
@@ -363,29 +324,21 @@ class VllmConfig(Section):
 class TensorRTCalibrationConfig(Section):
     """Calibration of a quantization."""
 
-    dataset: str | None = option(None, description="Dataset to calibrate on.", reload=True, backends=TENSORRT)
-    split: str | None = option(None, description="Its split.", reload=True, backends=TENSORRT)
-    num_samples: int | None = option(
-        None, description="Samples to take.", minimum=1, unit="prompts", reload=True, backends=TENSORRT
-    )
-    max_length: int | None = option(
-        None, description="Longest sample.", minimum=1, unit="tokens", reload=True, backends=TENSORRT
-    )
+    dataset: str | None = option(None, description="Dataset to calibrate on.", reload=True)
+    split: str | None = option(None, description="Its split.", reload=True)
+    num_samples: int | None = option(None, description="Samples to take.", minimum=1, unit="prompts", reload=True)
+    max_length: int | None = option(None, description="Longest sample.", minimum=1, unit="tokens", reload=True)
 
 
 @dataclass(frozen=True)
 class TensorRTConfig(Section):
     """Options of the tensorrt backend (the `LLM` API of TensorRT-LLM)."""
 
-    engine_path: str | None = option(None, description="A folder with a built engine.", reload=True, backends=TENSORRT)
-    engine_cache_dir: str | None = option(
-        None, description="Where built engines are kept.", reload=True, backends=TENSORRT
-    )
-    force_rebuild: bool | None = option(
-        None, description="Build even where the cache has the engine.", reload=True, backends=TENSORRT
-    )
+    engine_path: str | None = option(None, description="A folder with a built engine.", reload=True)
+    engine_cache_dir: str | None = option(None, description="Where built engines are kept.", reload=True)
+    force_rebuild: bool | None = option(None, description="Build even where the cache has the engine.", reload=True)
     max_batch_size: int = option(
-        8, description="Requests worked on at a time.", minimum=1, unit="requests", reload=True, backends=TENSORRT
+        8, description="Requests worked on at a time.", minimum=1, unit="requests", reload=True
     )
     max_input_len: int | None = option(
         None,
@@ -393,7 +346,6 @@ class TensorRTConfig(Section):
         minimum=1,
         unit="tokens",
         reload=True,
-        backends=TENSORRT,
     )
     max_output_len: int | None = option(
         None,
@@ -401,56 +353,47 @@ class TensorRTConfig(Section):
         minimum=1,
         unit="tokens",
         reload=True,
-        backends=TENSORRT,
     )
-    max_num_tokens: int | None = option(
-        None, description="Tokens in one step.", minimum=1, unit="tokens", reload=True, backends=TENSORRT
-    )
+    max_num_tokens: int | None = option(None, description="Tokens in one step.", minimum=1, unit="tokens", reload=True)
     builder_opt_level: int | None = option(
-        None, description="How hard the builder optimises.", minimum=0, maximum=5, reload=True, backends=TENSORRT
+        None, description="How hard the builder optimises.", minimum=0, maximum=5, reload=True
     )
     tp_size: int | None = option(
-        None, description="GPUs to spread each layer over.", minimum=1, unit="GPUs", reload=True, backends=TENSORRT
+        None, description="GPUs to spread each layer over.", minimum=1, unit="GPUs", reload=True
     )
     pp_size: int | None = option(
-        None, description="GPUs to spread the layers over.", minimum=1, unit="GPUs", reload=True, backends=TENSORRT
+        None, description="GPUs to spread the layers over.", minimum=1, unit="GPUs", reload=True
     )
     quantization: str | None = option(
         None,
         description="Quantization of the weights.",
         choices=("none", "fp8", "int8_sq", "int8_weight_only", "int4_awq", "int4_gptq"),
         reload=True,
-        backends=TENSORRT,
     )
     calibration: TensorRTCalibrationConfig = option(
-        TensorRTCalibrationConfig(), description="Calibration of the quantization.", backends=TENSORRT
+        TensorRTCalibrationConfig(), description="Calibration of the quantization."
     )
     kv_cache_type: str | None = option(
-        None, description="Type of the key-value cache, as the engine names it.", reload=True, backends=TENSORRT
+        None, description="Type of the key-value cache, as the engine names it.", reload=True
     )
-    enable_chunked_context: bool | None = option(
-        None, description="Split long prefills over steps.", reload=True, backends=TENSORRT
-    )
-    enable_kv_cache_reuse: bool | None = option(
-        None, description="Keep what prompts have in common.", reload=True, backends=TENSORRT
-    )
+    enable_chunked_context: bool | None = option(None, description="Split long prefills over steps.", reload=True)
+    enable_kv_cache_reuse: bool | None = option(None, description="Keep what prompts have in common.", reload=True)
     gpu_memory_utilization: float = option(
         0.9,
         description="Share of free GPU memory for the key-value cache.",
         minimum=0.5,
         maximum=0.99,
         reload=True,
-        backends=TENSORRT,
     )
-    draft_model: str | None = option(None, description="The drafting model.", reload=True, backends=TENSORRT)
+    draft_model: str | None = option(None, description="The drafting model.", reload=True)
     num_draft_tokens: int | None = option(
-        None, description="Tokens to draft at a time.", minimum=1, unit="tokens", reload=True, backends=TENSORRT
+        None, description="Tokens to draft at a time.", minimum=1, unit="tokens", reload=True
     )
     extra_build_args: Mapping[str, Any] = option(
-        {}, description="Further options of the build, passed as they are.", reload=True, backends=TENSORRT
+        {}, description="Further options of the build, passed as they are.", reload=True
     )
     extra_runtime_args: Mapping[str, Any] = option(
-        {}, description="Further options of the engine, passed as they are.", reload=True, backends=TENSORRT
+        {}, description="Further options of the engine, passed as they are.", reload=True
     )
 
     def check(self) -> Iterator[Problem]:

@@ -82,7 +82,11 @@ class ModelConfig(Section):
     name: str = option(description="Name on the hub, or a local folder.", reload=True)
     revision: str | None = option(None, description="Commit, tag or branch.", reload=True)
     tokenizer: str | None = option(None, description="Tokenizer, where it is not the model's own.", reload=True)
-    adapter: str | None = option(None, description="LoRA adapter: a name on the hub or a local folder.", reload=True)
+    adapter: str | None = option(
+        None,
+        description="LoRA adapter: a name on the hub or a local folder.",
+        reload=True,
+    )
     trust_remote_code: bool = option(False, description="Run code that comes with the model.", reload=True)
 
 

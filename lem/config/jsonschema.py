@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lem.config.kinds import ListKind, NullableKind
+from lem.config.containers import ListKind, NullableKind
 from lem.config.schema import REQUIRED, Declared, Section, declared
 
 __all__ = ["document_schema", "section_schema"]

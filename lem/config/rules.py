@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from lem.config.backend_config import PyTorchConfig, TensorRTConfig, VllmConfig
+from lem.config.backend_config import BACKENDS, PyTorchConfig, TensorRTConfig, VllmConfig
 from lem.config.problems import Path, Problem, dotted, nearest
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def errors(config: ExperimentConfig) -> Iterator[Problem]:
         yield Problem(
             ("min_output_tokens",), f"{config.min_output_tokens} is above max_output_tokens, {config.max_output_tokens}"
         )
-    for backend in ("pytorch", "vllm", "tensorrt"):
+    for backend in BACKENDS:
         if backend != config.backend and getattr(config, backend) is not None:
             yield Problem((backend,), f"has no effect: the backend is {config.backend}", is_about_key=True)
     warmup = config.warmup
@@ -110,8 +110,6 @@ def _backend_errors(config: ExperimentConfig) -> Iterator[Problem]:
             yield Problem(("fp_precision",), "tensorrt needs float16 or bfloat16")
         if config.gpus == ():
             yield Problem(("gpus",), "tensorrt needs a GPU")
-        if config.model.adapter is not None:
-            yield Problem(("model", "adapter"), "is not honoured by tensorrt")
     if isinstance(section, PyTorchConfig):
         if config.gpus is not None and len(config.gpus) > 1:
             yield Problem(("gpus",), f"pytorch runs on one GPU, {len(config.gpus)} are named")

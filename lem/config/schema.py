@@ -13,25 +13,13 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from lem.config.kinds import (
-    INVALID,
-    AnyKind,
-    BoolKind,
-    Bounds,
-    ChoiceKind,
-    FloatKind,
-    IntKind,
-    Items,
-    Kind,
-    ListKind,
-    MapKind,
-    NullableKind,
-    TextKind,
-)
+from lem.config.containers import AnyKind, Items, ListKind, MapKind, NullableKind
+from lem.config.kinds import INVALID, BoolKind, ChoiceKind, FloatKind, IntKind, Kind, TextKind
+from lem.config.options import REQUIRED, UNSET, Option, option, option_of
 from lem.config.problems import ConfigProblems, Path, Problem, Sink, describe, dotted, nearest
 
 __all__ = [
@@ -55,88 +43,7 @@ __all__ = [
 S = TypeVar("S", bound="Section")
 
 
-class _Marker:
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __repr__(self) -> str:
-        return self._name
-
-
-REQUIRED: Any = _Marker("REQUIRED")
-# The default of every field, so that what was given can be told from what was left out.
-_UNSET: Any = _Marker("UNSET")
-_OPTION = "lem.option"
 _IDENTITY = "_identity"
-
-
-@dataclass(frozen=True)
-class Option:
-    """What is declared about an option beside its type.
-
-    Attributes:
-        default: REQUIRED, a value, or a `Section`.
-        description: one or two sentences for people.
-        bounds: limits of a number, or of each number in a list.
-        choices: the only values there are; () when open.
-        unit: of a number, as SI or words.
-        backends: which backends honour it; None for all.
-        is_reload: changing it needs another engine load.
-        is_identity: it can change a measured number.
-        is_secret: never shown or logged.
-        check: says what is wrong with a text, or None.
-        form: what a text must look like, in words ("HH:MM").
-        takes_scalar, takes_integer: a single value is a list of one; an integer is taken as text.
-        min_items, is_unique: of a list.
-        dotted_after: so many keys into a mapping, keys are dotted names of options; None where they are plain.
-    """
-
-    default: Any
-    description: str
-    bounds: Bounds = Bounds()  # noqa: RUF009 - frozen
-    choices: tuple[Any, ...] = ()
-    unit: str | None = None
-    backends: tuple[str, ...] | None = None
-    is_reload: bool = False
-    is_identity: bool = True
-    is_secret: bool = False
-    check: Callable[[str], str | None] | None = None
-    form: str = ""
-    takes_scalar: bool = False
-    takes_integer: bool = False
-    min_items: int = 0
-    is_unique: bool = False
-    dotted_after: int | None = None
-
-
-def option(
-    default: Any = REQUIRED,
-    *,
-    description: str,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    choices: Iterable[Any] = (),
-    backends: Iterable[str] | None = None,
-    reload: bool = False,
-    identity: bool = True,
-    secret: bool = False,
-    **rest: Any,
-) -> Any:
-    """A dataclass field that declares an option; the rest is as in `Option`."""
-    declaration = Option(
-        default,
-        description,
-        Bounds(minimum, maximum, above, below),
-        tuple(choices),
-        backends=None if backends is None else tuple(backends),
-        is_reload=reload,
-        is_identity=identity,
-        is_secret=secret,
-        **rest,
-    )
-    return dataclasses.field(default=_UNSET, metadata={_OPTION: declaration})
 
 
 class Section:
@@ -162,7 +69,7 @@ class Section:
         given: dict[str, Any] = {}
         for item in declared(type(self)).values():
             value = self.__dict__[item.name]
-            if value is not _UNSET:
+            if value is not UNSET:
                 given[item.name] = item.kind.read(value, (item.name,), sink)
             elif item.option.default is REQUIRED:
                 sink.add((item.name,), "is required", is_about_key=True)
@@ -345,7 +252,7 @@ def _compiled(section: type[Section]) -> _Compiled:
     hints = typing.get_type_hints(section)
     options: dict[str, Declared] = {}
     for item in dataclasses.fields(typing.cast(Any, section)):
-        declaration = item.metadata[_OPTION]
+        declaration = option_of(item)
         kind = _kind_of(hints[item.name], declaration)
         options[item.name] = Declared(item.name, declaration, kind, isinstance(kind, NullableKind))
     defaults = {name: item.default() for name, item in options.items()}
@@ -413,16 +320,23 @@ def find_option(section: type[Section], key: str) -> Declared | None:
     return found
 
 
-def walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Declared, type[Section]]]:
-    """Every option that is not itself a section, with its dotted name and the section it stands in."""
+def walk(
+    section: type[Section], prefix: str = "", backends: tuple[str, ...] | None = None
+) -> Iterator[tuple[str, Declared, type[Section]]]:
+    """Every option that is not itself a section, with its dotted name and the section it stands in.
+
+    An option without `backends` of its own has those of the option it is nested in.
+    """
     for name, item in declared(section).items():
         key = f"{prefix}.{name}" if prefix else name
+        honouring = item.option.backends or backends
         if not item.sections:
-            yield key, item, section
+            declaration = dataclasses.replace(item.option, backends=honouring)
+            yield key, dataclasses.replace(item, option=declaration), section
             continue
         inner = f"{key}[]" if isinstance(_bare(item.kind), ListKind) else key
         for nested in item.sections:
-            yield from walk(nested, inner)
+            yield from walk(nested, inner, honouring)
 
 
 def _bare(kind: Kind) -> Kind:

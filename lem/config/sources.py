@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
@@ -11,7 +12,7 @@ from typing import Any
 from lem.config.merging import canonical, leaves, merge
 from lem.config.problems import ConfigProblems, Path, Problem, dotted
 from lem.config.scalars import as_written
-from lem.config.schema import Section, find_option
+from lem.config.schema import Section, find_option, walk
 
 __all__ = ["Document", "FileProblems", "Layer", "Mark", "Place", "Source", "is_secret"]
 
@@ -218,7 +219,7 @@ class Source:
 def render(place: Place, problem: Problem) -> str:
     """The problem with its place, then the line with a caret under the column."""
     text = f"{place}: {problem}"
-    if place.mark is None or not place.line.strip():
+    if place.mark is None or not place.line.strip() or any(name in place.line for name in _secret_names()):
         return text
     begin = max(0, place.mark.column - MAX_SHOWN_LINE // 2) if len(place.line) > MAX_SHOWN_LINE else 0
     shown = place.line[begin : begin + MAX_SHOWN_LINE].replace("\t", " ").rstrip()
@@ -230,6 +231,14 @@ def is_secret(section: type[Section], path: Path) -> bool:
     """Whether a path leads to an option that is never shown."""
     found = find_option(section, ".".join(part for part in path if isinstance(part, str)))
     return found is not None and found.option.is_secret
+
+
+@functools.cache
+def _secret_names() -> tuple[str, ...]:
+    """Names of options never shown; a line that holds one may hold its value."""
+    from lem.config.campaign_config import CampaignConfig
+
+    return tuple(key.rpartition(".")[2] for key, item, _ in walk(CampaignConfig) if item.option.is_secret)
 
 
 def _place_in(layer: Layer, path: Path, *, is_about_key: bool) -> tuple[int, Place]:

@@ -12,9 +12,9 @@ from typing import Any
 
 from lem.config.backend_config import BACKENDS
 from lem.config.campaign_config import CampaignConfig
+from lem.config.containers import ListKind, NullableKind
 from lem.config.experiment_config import ExperimentConfig
 from lem.config.introspection import describe
-from lem.config.kinds import ListKind, NullableKind
 from lem.config.reference import describe_bounds, wrap
 from lem.config.scalars import resolve_plain
 from lem.config.schema import Declared, Section, declared

@@ -7,8 +7,16 @@ from typing import Any
 
 import pytest
 
+from lem.config.campaign_config import CampaignConfig
 from lem.config.sources import FileProblems
-from lem.config.yamlfile import kind_of, load_campaign, load_campaign_of_files, load_experiment, load_mapping
+from lem.config.yamlfile import (
+    complete_campaign,
+    kind_of,
+    load_campaign,
+    load_campaign_of_files,
+    load_experiment,
+    load_mapping,
+)
 from lem.errors import ConfigurationError
 from tests.goldens import assert_golden
 
@@ -181,6 +189,11 @@ def test_a_secret_is_shown_neither_from_a_file_nor_from_the_command_line(folder:
     write(folder, c="campaign_name: x\ngrid: {backends: [pytorch]}\nnotification: {webhook_url: hunter2}\n")
     message = refusal(load_campaign, "c.yaml")
     assert message == "c.yaml:3:29: notification.webhook_url: a URL that begins with http:// or https:// is due"
+    write(folder, c="campaign_name: x\ngrid: 3\nnotification: {on: x, webhook_url: https://hunter2}\n")
+    assert "hunter2" not in refusal(load_campaign, "c.yaml")
+    write(folder, c="notification: {webhook_url: https://hunter2}}\n")
+    assert "hunter2" not in refusal(load_campaign, "c.yaml")
+    write(folder, c="campaign_name: x\ngrid: {backends: [pytorch]}\n")
     message = refusal(load_campaign, "c.yaml", ["notification.webhook_url=hunter3"])
     assert message.startswith("--set notification.webhook_url=(hidden): ")
     assert "hunter" not in message
@@ -231,6 +244,23 @@ def test_drafts_are_the_experiments_a_campaign_names_in_order(folder: Path):
     assert [draft.mapping["max_output_tokens"] for draft in drafts] == [1, 1, 2, 3]
     assert [draft.mapping["model"]["name"] for draft in drafts] == ["opt", "opt", "opt", "gpt2"]
     assert drafts[2].validate().decoder.temperature == 0.3
+
+
+def test_a_campaign_made_in_python_has_the_same_drafts(folder: Path):
+    write(folder, a="model: opt\n")
+    campaign = CampaignConfig.from_dict(
+        {
+            "campaign_name": "x",
+            "configs": ["a.yaml"],
+            "experiments": [{"config": "a.yaml", "overrides": {"streaming": True}}, {"model": "gpt2"}],
+        }
+    )
+    drafts = [draft.validate() for draft in complete_campaign(campaign).drafts]
+    assert [(config.model.name, config.streaming) for config in drafts] == [
+        ("opt", False),
+        ("opt", True),
+        ("gpt2", False),
+    ]
 
 
 def test_a_preset_is_below_the_files_of_a_campaign(folder: Path):
