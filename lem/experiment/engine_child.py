@@ -94,8 +94,9 @@ class EngineChild:
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send it a message; one that is gone already is found out when it is reaped."""
-        with contextlib.suppress(BrokenPipeError):
-            self.control.put(message)
+        if not self._has_hung_up:
+            with contextlib.suppress(BrokenPipeError):
+                self.control.put(message)
 
     def end(self, step: EndStep, now: float) -> None:
         """Start to end it with this step, or go on to it when an earlier one is being waited for."""
@@ -145,6 +146,7 @@ class EngineChild:
     def _hang_up(self) -> None:
         if not self._has_hung_up:
             self._has_hung_up = True
+            self.control.drop()  # the number of the descriptor is somebody else's from here on
             os.close(self.control.descriptor)
 
 

@@ -13,7 +13,7 @@ REDACTED = b"[redacted]"
 # A secret shorter than this is a word that may stand in a log for another reason.
 SHORTEST_SECRET = 6
 
-TAIL_LINES = 20
+TAIL_LINES = 30
 _TAIL_B = 8 * 1024
 
 

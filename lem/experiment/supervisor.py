@@ -102,7 +102,8 @@ class Supervisor:
         self._heartbeat_at = time.monotonic() + HEARTBEAT_S
         while self._exit_code is None or self._engine is not None:
             for key, _ in self._selector.select(self._wait_s()):
-                key.data()
+                if self._selector.get_map().get(key.fd) is key:  # not given up on account of another one
+                    key.data()
             self._tick()
             self._watch_writers()
         return self._exit_code
@@ -143,6 +144,8 @@ class Supervisor:
             self._obey_or_refuse(line)
 
     def _obey_or_refuse(self, line: bytes) -> None:
+        if self._exit_code is not None:
+            return
         try:
             self._obey(decode_line(line))
         except ChannelError as error:
@@ -364,5 +367,5 @@ class Supervisor:
 
 def _death_hint(code: int) -> str:
     if code == -signal.SIGKILL:
-        return "nobody but the kernel kills like that unasked: it was out of memory (see dmesg); ask for less"
+        return "this is usually the kernel, out of memory (see dmesg): ask for less of it"
     return "the last lines of the log say where it was"

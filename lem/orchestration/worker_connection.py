@@ -87,6 +87,10 @@ class WorkerConnection:
                 raise EOFError("the worker closed the channel")
             self._messages += [decode_report(line) for line in self._lines.feed(data)]
 
+    def has_ended(self) -> bool:
+        """Whether the worker is gone already."""
+        return self._child.poll() is not None
+
     def hang_up(self) -> None:
         """Close the worker's stdin, which makes it end its engine and itself."""
         self._outbox.drop()
@@ -107,7 +111,7 @@ class WorkerConnection:
 
     def end(self) -> bool:
         """Kill the worker if it is still there, and give everything back; whether it had ended by itself."""
-        has_ended = self._child.poll() is not None
+        has_ended = self.has_ended()
         if not has_ended:
             process.kill_group(self._child.pid)
             self._child.wait()

@@ -99,6 +99,9 @@ class Worker:
             Interrupted: a stop was asked for; the worker was ended.
             WorkerUnavailable, UserError: as `open`.
         """
+        if self._connection is not None and self._connection.has_ended():
+            _logger.warning("the worker ended between two experiments; another one is started")
+            self.kill()
         connection = self._connection or self._open(stop, OPEN_TIMEOUT_S)
         self._resident_key = None
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lem import __version__
-from lem.experiment.channel import PHASES, PROTOCOL_VERSION
+from lem.experiment.channel import PHASES, PROTOCOL_VERSION, encode_line
 from lem.record import read_record
 from tests.processes import children_of, wait_until_ended
 from tests.worker_rig import RawWorker, Rig
@@ -115,12 +115,13 @@ def test_unload_is_answered_when_the_engine_process_is_gone(rig: Rig):
     worker.close()
 
 
-def test_quit_ends_the_worker(rig: Rig):
+def test_quit_ends_the_worker_and_what_comes_after_is_not_done(rig: Rig):
     worker = RawWorker(rig)
 
-    worker.send({"type": "quit"})
+    worker.send_raw(encode_line({"type": "quit"}) + encode_line(rig.request("e").to_message()))
 
     assert worker.child.wait() == 0
+    assert not (rig.folder / "e" / "log.txt").exists()
     worker.close()
 
 
@@ -227,7 +228,8 @@ def test_an_engine_that_dies_is_told_with_how_and_its_last_lines(rig: Rig, rule:
 
     assert (error["exp_id"], error["kind"], error["permanent"], error["engine_lost"]) == ("e1", "died", False, True)
     assert error["message"] == f"the engine process {how} in phase window"
-    assert "child: last words" in error["log_tail"]
+    assert "child: last words" in rig.log_of("e1")
+    assert rig.log_of("e1").rstrip().endswith(error["log_tail"])
     assert worker.until("result", exp_id="e2")["engine_reused"] is False
     worker.close()
 

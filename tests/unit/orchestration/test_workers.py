@@ -19,7 +19,7 @@ from lem.experiment.channel import PROTOCOL_VERSION
 from lem.experiment.launch import own_command
 from lem.orchestration.stop import StopRequest
 from lem.orchestration.workers import LocalExecutor, Timeouts, Worker, WorkerEvent, WorkerUnavailable
-from tests.processes import children_of
+from tests.processes import children_of, wait_until_ended
 from tests.pythons import Python, find_pythons
 from tests.worker_rig import COMMAND, Rig
 
@@ -237,6 +237,18 @@ def test_a_killed_supervisor_is_an_outcome_and_takes_its_engine_along(rig: Rig):
     assert outcome.error is not None
     assert (outcome.error.kind, outcome.error.message) == ("died", "the worker was killed by SIGKILL")
     assert rig.marker.pids() == ()
+
+
+def test_a_worker_that_died_between_two_experiments_costs_none_of_them(rig: Rig):
+    worker = real_worker(rig)
+    worker.run(rig.request("e1"), Events(), PATIENT)
+    supervisor = rig.marker.pid_of("worker")
+
+    os.kill(supervisor, signal.SIGKILL)
+    assert wait_until_ended(supervisor)
+
+    assert worker.run(rig.request("e2"), Events(), PATIENT).engine_reused is False
+    worker.stop()
 
 
 def test_a_stopped_guardian_does_not_save_an_engine_whose_supervisor_died(rig: Rig):
