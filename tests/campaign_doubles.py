@@ -1,0 +1,257 @@
+"""A campaign without processes: a clock that waits move, a stop on that clock, and workers that answer as told.
+
+Everything above the worker is real: plan, locks, manifest, result folders and records on disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+from lem.config.campaign_config import (
+    CampaignConfig,
+    CampaignExecutionConfig,
+    CampaignGridConfig,
+    CampaignIOConfig,
+)
+from lem.errors import EngineError, Interrupted
+from lem.experiment.channel import RunRequest
+from lem.orchestration.campaign import CampaignRunner
+from lem.orchestration.events import Event
+from lem.orchestration.manifest import CampaignManifest, ManifestManager
+from lem.orchestration.stop import StopRequest
+from lem.orchestration.workers import Outcome, Timeouts, Worker, WorkerEvent
+from lem.record import write_record
+from tests.records import make_record
+
+__all__ = ["ENVIRONMENT", "Answer", "FakeClock", "FakeExecutor", "FakeStop", "FakeWorker", "Place", "make_campaign"]
+
+ENVIRONMENT: Mapping[str, Any] = {
+    "python": "3.11.7",
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "driver": None,
+    "gpus": [],
+}
+
+Answer = "str | EngineError | Exception | Callable[[RunRequest], Answer]"
+"""`ok`, `invalid` (a result that is not valid), `none` (says there is a result, and there is none), an error."""
+
+
+class FakeClock:
+    """Time that passes only while something waits or runs; it starts at noon, UTC."""
+
+    def __init__(self, start: datetime = datetime(2026, 7, 14, 12, tzinfo=timezone.utc)) -> None:
+        self.elapsed_s = 0.0
+        self._start = start
+
+    def now(self) -> datetime:
+        return self._start + timedelta(seconds=self.elapsed_s)
+
+    def monotonic(self) -> float:
+        return 1000.0 + self.elapsed_s
+
+
+class FakeStop(StopRequest):
+    """A stop whose waits move the clock, and for which a signal may come at a second of it."""
+
+    def __init__(self, clock: FakeClock, signal_at_s: float = float("inf"), signum: int = 2) -> None:
+        super().__init__()
+        self.waits: list[float] = []
+        self._clock = clock
+        self._signal_at_s = signal_at_s
+        self._signum = signum
+
+    def wait(self, seconds: float) -> bool:
+        self.waits.append(seconds)
+        if not self.is_set():
+            self.pass_time(seconds)
+        return self.is_set()
+
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass; what comes before its end happens."""
+        end_s = self._clock.elapsed_s + seconds
+        if end_s >= self._signal_at_s:
+            end_s = max(self._signal_at_s, self._clock.elapsed_s)
+            self._signal_at_s = float("inf")
+            self.request(self._signum)
+        self._clock.elapsed_s = end_s
+
+
+class FakeWorker(Worker):
+    """Answers the attempts at each configuration one after the other, the last answer for ever."""
+
+    def __init__(
+        self,
+        clock: FakeClock,
+        answers: Mapping[str, Sequence[Any]],
+        environment: Mapping[str, Any] = ENVIRONMENT,
+        run_s: float = 10.0,
+    ) -> None:
+        super().__init__(())
+        self.requests: list[RunRequest] = []
+        self.opened = 0
+        self._is_there = False
+        self._clock = clock
+        self._answers = {name: list(items) for name, items in answers.items()}
+        self._found = environment
+        self._run_s = run_s
+
+    def open(self, stop: Any = None, timeout_s: float = 0.0) -> None:
+        self.opened += not self._is_there
+        self._is_there = True
+        self.environment = self._found
+
+    def run(
+        self,
+        request: RunRequest,
+        on_event: Callable[[WorkerEvent], None],
+        timeouts: Timeouts,
+        stop: Any = None,
+    ) -> Outcome:
+        self.open()
+        self.requests.append(request)
+        on_event(WorkerEvent("phase", request.exp_id, "window"))
+        if isinstance(stop, FakeStop):
+            stop.pass_time(self._run_s)
+            if stop.signum is not None:
+                raise Interrupted(stop.signum)
+        answer = self._next_answer(str(request.identity["config_name"]))
+        return self._obey(answer(request) if callable(answer) else answer, request)
+
+    def stop(self) -> None:
+        self._is_there = False
+
+    def kill(self) -> None:
+        self._is_there = False
+
+    def _next_answer(self, name: str) -> Any:
+        answers = self._answers.get(name, ["ok"])
+        return answers.pop(0) if len(answers) > 1 else answers[0]
+
+    def _obey(self, answer: Any, request: RunRequest) -> Outcome:
+        if isinstance(answer, EngineError):
+            return Outcome(request.exp_id, error=answer, log_tail="last words")
+        if isinstance(answer, BaseException):
+            raise answer
+        if answer != "none":
+            write_result(request, is_valid=answer == "ok")
+        return Outcome(request.exp_id, valid=answer == "ok", engine_load_id="load-1", engine_reused=False)
+
+
+def write_result(request: RunRequest, *, is_valid: bool = True, **identity: Any) -> None:
+    """Leave the result that a worker would."""
+    record = make_record(is_valid=is_valid, invalid_reasons=() if is_valid else ("it was too hot",))
+    known = {
+        item.name: request.identity[item.name]
+        for item in dataclasses.fields(record.identity)
+        if item.name in request.identity
+    }
+    identified = dataclasses.replace(record, identity=dataclasses.replace(record.identity, **{**known, **identity}))
+    write_record(Path(request.result_dir) / "result.json", identified)
+
+
+class FakeExecutor:
+    """One worker for every backend."""
+
+    name = "local"
+
+    def __init__(self, worker: FakeWorker) -> None:
+        self.worker = worker
+        self.ended = 0
+        self.killed = 0
+
+    def worker_for(self, backend: str) -> Worker:
+        return self.worker
+
+    def workers(self) -> tuple[Worker, ...]:
+        return (self.worker,)
+
+    def stop(self) -> None:
+        self.ended += 1
+        self.worker.stop()
+
+    def kill(self) -> None:
+        self.killed += 1
+        self.worker.kill()
+
+
+def make_campaign(folder: Path, *, outputs: Sequence[int] = (4, 8), **changes: Any) -> CampaignConfig:
+    """A campaign with a configuration for each bound on the output; `execution` are keywords of its section."""
+    execution = {"cycles": 2, "config_gap_seconds": 0, "cycle_gap_seconds": 0, **changes.pop("execution", {})}
+    shared = {"max_output_tokens": list(outputs), "gpus": [[]], **changes.pop("shared", {})}
+    return CampaignConfig(
+        **{
+            "campaign_name": "demo",
+            "model": "none",
+            "grid": CampaignGridConfig(backends=("pytorch",), shared=shared),
+            "execution": CampaignExecutionConfig(**execution),
+            "io": CampaignIOConfig(
+                results_dir=str(folder / "results"),
+                configs_dir=str(folder / "configs"),
+                state_dir=str(folder / "state"),
+            ),
+            **changes,
+        }
+    )
+
+
+class Place:
+    """A folder, and what ran there: events, worker, clock."""
+
+    def __init__(self, folder: Path, *, signal_at_s: float = float("inf")) -> None:
+        self.folder = folder
+        self.clock = FakeClock()
+        self.stop = FakeStop(self.clock, signal_at_s)
+        self.events: list[Event] = []
+        self.executor = FakeExecutor(FakeWorker(self.clock, {}))
+
+    def runner(
+        self,
+        campaign: CampaignConfig,
+        answers: Mapping[str, Sequence[Any]] | None = None,
+        *,
+        environment: Mapping[str, Any] = ENVIRONMENT,
+        **more: Any,
+    ) -> CampaignRunner:
+        """A runner with a new worker that answers like that."""
+        self.executor = FakeExecutor(FakeWorker(self.clock, answers or {}, environment))
+        return CampaignRunner(
+            campaign,
+            executor=self.executor,
+            observe=self.events.append,
+            stop=self.stop,
+            now=self.clock.now,
+            monotonic=self.clock.monotonic,
+            host="here",
+            **more,
+        )
+
+    @property
+    def requests(self) -> list[RunRequest]:
+        """What the last worker was asked."""
+        return self.executor.worker.requests
+
+    def asked(self) -> list[tuple[str, int, int]]:
+        """Name, cycle (from 1) and attempt of each request."""
+        return [
+            (str(item.identity["config_name"]), item.identity["cycle_index"] + 1, item.identity["attempt"])
+            for item in self.requests
+        ]
+
+    def manifest(self) -> CampaignManifest:
+        """As it is on disk."""
+        manifest = ManifestManager(self.folder / "state" / "demo" / "campaign_manifest.json").load_strict()
+        assert manifest is not None
+        return manifest
+
+    def kinds(self) -> list[str]:
+        """The events, without those of the progress inside an experiment."""
+        return [event.kind for event in self.events if event.kind not in ("phase", "progress", "tick")]
+
+    def told(self, kind: str) -> list[Mapping[str, Any]]:
+        """The data of the events of a kind."""
+        return [event.data for event in self.events if event.kind == kind]
