@@ -165,7 +165,9 @@ class CampaignExperimentEntry(Section):
 
     config: str | None = option(None, description="Experiment file, relative to the campaign file.")
     overrides: Mapping[str, Any] = option({}, description="Options laid over the file, nested or with dotted names.")
-    inline: Mapping[str, Any] | None = option(None, description="The experiment itself, when there is no file.")
+    inline: Mapping[str, Any] | None = option(
+        None, description="The experiment, when there is no file. Its options may also stand here without this key."
+    )
 
     @classmethod
     def rewrite(cls, mapping: Mapping[Any, Any]) -> Mapping[Any, Any]:

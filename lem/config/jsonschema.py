@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lem.config.containers import ListKind, NullableKind
+from lem.config.containers import ListKind
 from lem.config.schema import REQUIRED, Declared, Section, declared
 
 __all__ = ["document_schema", "section_schema"]
@@ -55,7 +55,7 @@ def _option_schema(item: Declared) -> dict[str, Any]:
         notes.append(f"Honoured by {', '.join(item.option.backends)}.")
     schema = {"description": " ".join(notes), **schema}
     default = item.option.default
-    kind = item.kind.inner if isinstance(item.kind, NullableKind) else item.kind
+    kind = item.kind_of_value
     if (
         default is not REQUIRED
         and not isinstance(default, Section)

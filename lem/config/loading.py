@@ -12,7 +12,7 @@ from pathlib import Path as FilePath
 from typing import Any, Generic, TypeVar
 
 from lem.config.campaign_config import CampaignConfig
-from lem.config.containers import MapKind, NullableKind
+from lem.config.containers import MapKind
 from lem.config.defaults import given
 from lem.config.drafts import DraftCollector, ExperimentDraft
 from lem.config.experiment_config import ExperimentConfig
@@ -154,8 +154,7 @@ def _nest_option(section: type[Section], key: str, value: Any) -> dict[str, Any]
         item = options.get(part)
         if item is None:
             break
-        kind = item.kind.inner if isinstance(item.kind, NullableKind) else item.kind
-        if isinstance(kind, MapKind) and item.option.dotted_after is not None:
+        if isinstance(item.kind_of_value, MapKind) and item.option.dotted_after is not None:
             split = index + 1 + item.option.dotted_after
             parts = [*parts[:split], *([".".join(parts[split:])] if parts[split:] else [])]
             break

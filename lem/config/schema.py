@@ -206,12 +206,16 @@ class Declared:
     name: str
     option: Option
     kind: Kind
-    is_nullable: bool
 
     def default(self) -> Any:
         """The default value; a fresh one where it could be changed."""
         value = self.option.default
         return dict(value) if isinstance(value, dict) else Items(value) if isinstance(value, (list, tuple)) else value
+
+    @property
+    def kind_of_value(self) -> Kind:
+        """The kind of a value that is not null."""
+        return self.kind.inner if isinstance(self.kind, NullableKind) else self.kind
 
     @property
     def sections(self) -> tuple[type[Section], ...]:
@@ -253,8 +257,7 @@ def _compiled(section: type[Section]) -> _Compiled:
     options: dict[str, Declared] = {}
     for item in dataclasses.fields(typing.cast(Any, section)):
         declaration = option_of(item)
-        kind = _kind_of(hints[item.name], declaration)
-        options[item.name] = Declared(item.name, declaration, kind, isinstance(kind, NullableKind))
+        options[item.name] = Declared(item.name, declaration, _kind_of(hints[item.name], declaration))
     defaults = {name: item.default() for name, item in options.items()}
     compiled = _Compiled(
         options=types.MappingProxyType(options),
@@ -334,13 +337,9 @@ def walk(
             declaration = dataclasses.replace(item.option, backends=honouring)
             yield key, dataclasses.replace(item, option=declaration), section
             continue
-        inner = f"{key}[]" if isinstance(_bare(item.kind), ListKind) else key
+        inner = f"{key}[]" if isinstance(item.kind_of_value, ListKind) else key
         for nested in item.sections:
             yield from walk(nested, inner, honouring)
-
-
-def _bare(kind: Kind) -> Kind:
-    return kind.inner if isinstance(kind, NullableKind) else kind
 
 
 def _fill(instance: Section, given: Mapping[str, Any], path: Path, sink: Sink) -> None:

@@ -19,9 +19,6 @@ __all__ = ["Document", "FileProblems", "Layer", "Mark", "Place", "Source", "is_s
 MAX_SHOWN_PROBLEMS = 100
 MAX_SHOWN_LINE = 100
 
-# Names under which an option may have been written instead of its own.
-_OTHER_NAMES = {"model": ("model_name",)}
-
 
 @dataclass(frozen=True)
 class Mark:
@@ -89,7 +86,7 @@ class Document:
 
     def _step(self, at: Path, rest: Path) -> tuple[Path, int] | None:
         """One step down: under the name itself, another name of it, or several parts written as one dotted key."""
-        for name in (rest[0], *_OTHER_NAMES.get(str(rest[0]), ())):
+        for name in (rest[0], *_other_names().get(str(rest[0]), ())):
             if (*at, name) in self.values:
                 return (*at, name), 1
         for count in range(2, len(rest) + 1):
@@ -186,6 +183,11 @@ class Source:
 
     def place(self, path: Path, *, is_about_key: bool = False) -> Place:
         """Where a path was written; the nearest place above it when it was not."""
+        owner = self.layer_of(path)
+        if owner is not None:
+            found, place = _place_in(owner, path, is_about_key=is_about_key)
+            if found:
+                return place
         best: tuple[int, Place] | None = None
         for layer in reversed(self.layers):
             found, place = _place_in(layer, path, is_about_key=is_about_key)
@@ -231,6 +233,17 @@ def is_secret(section: type[Section], path: Path) -> bool:
     """Whether a path leads to an option that is never shown."""
     found = find_option(section, ".".join(part for part in path if isinstance(part, str)))
     return found is not None and found.option.is_secret
+
+
+@functools.cache
+def _other_names() -> Mapping[str, tuple[str, ...]]:
+    """Names under which options of an experiment may have been written instead of their own."""
+    from lem.config.experiment_config import ExperimentConfig
+
+    names: dict[str, tuple[str, ...]] = {}
+    for alias, name in ExperimentConfig.aliases.items():
+        names[name] = (*names.get(name, ()), alias)
+    return names
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from typing import Any
 
 from lem.config.backend_config import BACKENDS
 from lem.config.campaign_config import CampaignConfig
-from lem.config.containers import ListKind, NullableKind
+from lem.config.containers import ListKind
 from lem.config.experiment_config import ExperimentConfig
 from lem.config.introspection import describe
 from lem.config.reference import describe_bounds, wrap
@@ -110,8 +110,8 @@ def _option_lines(name: str, item: Declared, example: Any, depth: int, *, is_out
     indent = "  " * depth
     head = f"{indent}{'#' if is_out else ''}{name}:"
     yield from wrap(_told(item), f"{indent}# ")
-    kind = item.kind.inner if isinstance(item.kind, NullableKind) else item.kind
-    section = item.sections[0] if len(item.sections) == 1 and not isinstance(kind, ListKind) else None
+    is_list = isinstance(item.kind_of_value, ListKind)
+    section = item.sections[0] if len(item.sections) == 1 and not is_list else None
     if section is not None and section.shorthand is None:
         yield head
         for key, inner in declared(section).items():

@@ -127,7 +127,10 @@ def parse_value(text: str, environ: Mapping[str, str], label: str) -> Any:
     Raises:
         ConfigurationError: it is not one; `label` names it.
     """
-    document = _read_text(text, label, FilePath(), environ)
+    try:
+        document = _read_text(text, label, FilePath(), environ)
+    except FileProblems as error:  # a position within a word of the command line tells nobody anything
+        raise FileProblems((Place(label), problem) for _, problem in error.located) from error
     if document.problems:
         raise FileProblems((Place(label), problem) for _, problem in document.problems)
     return document.tree

@@ -135,6 +135,14 @@ def test_a_problem_in_an_inherited_file_is_told_there(folder: Path):
     assert refusal(load_experiment, "e.yaml").startswith("base.yaml:3:12: streaming: true or false is due")
 
 
+def test_a_problem_is_told_where_the_value_in_force_was_written(folder: Path):
+    write(folder, base="model: gpt2\ngpus: [0, 1]\n", e="_extends: base.yaml\ngpus: first\n")
+    assert refusal(load_experiment, "e.yaml").startswith("e.yaml:2:7: gpus: an index like 0")
+    write(folder, e="_extends: base.yaml\n")
+    assert refusal(load_experiment, "e.yaml", ["gpus=first"]).startswith("--set gpus=first: gpus: an index")
+    assert refusal(load_experiment, "e.yaml").startswith("base.yaml:2:7: gpus: pytorch runs on one GPU")
+
+
 def test_an_overridden_value_of_an_inherited_file_is_not_held_against_it(folder: Path):
     write(folder, base="model: gpt2\nstreaming: maybe\n", e="_extends: base.yaml\nstreaming: true\n")
     assert load_experiment("e.yaml").config.streaming is True
@@ -177,7 +185,7 @@ def test_sets_of_every_shape(folder: Path):
         ("=3", "--set =3: KEY=VALUE is due"),
         ("execution..cycles=3", "--set execution..cycles=3: KEY=VALUE is due"),
         ("execution=3", "--set execution=3: execution: a mapping is due, got the number 3"),
-        ("execution.cycles=[3", "--set execution.cycles=[3:1:3: not YAML"),
+        ("execution.cycles=[3", "--set execution.cycles=[3: not YAML: expected"),
     ],
 )
 def test_sets_that_are_refused(folder: Path, item: str, message: str):
