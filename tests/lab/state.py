@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 from tests.lab.engine import engine_version, own_engine
+from tests.lab.environments import is_filled
 from tests.lab.image import RECIPE, image_recipe
 from tests.lab.packages import compose_version
-from tests.lab.places import BACKENDS, BASE_IMAGE, COMPOSE_FILES, MODELS, RECIPES, Places
+from tests.lab.places import BACKENDS, BASE_IMAGE, COMPOSE_FILES, MODELS, Places
 
 __all__ = ["lacking", "report"]
 
@@ -26,11 +26,8 @@ def _missing(places: Places) -> Iterator[str]:
     if compose_version() is None:
         yield "the docker command has no Compose plugin from 2.17 on"
     for backend in BACKENDS:
-        requirements = RECIPES / f"requirements-{backend}.txt"
-        stamp = places.environment(backend) / "requirements.sha256"
-        wanted = hashlib.sha256(requirements.read_bytes()).hexdigest()
-        if not stamp.is_file() or stamp.read_text(encoding="ascii").strip() != wanted:
-            yield f"{places.environment(backend)} does not hold what {requirements.name} pins"
+        if not is_filled(places, backend):
+            yield f"{places.environment(backend)} does not hold what requirements-{backend}.txt pins"
     for size in MODELS:
         if not (places.models / size / "config.json").is_file():
             yield f"no model in {places.models / size}"
