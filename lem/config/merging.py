@@ -12,7 +12,7 @@ from typing import Any
 from lem.config.problems import Path
 from lem.config.schema import Section, declared
 
-__all__ = ["canonical", "fill", "leaves", "merge", "nest", "put"]
+__all__ = ["canonical", "leaves", "merge", "nest", "put"]
 
 
 def canonical(section: type[Section] | None, mapping: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,11 +51,6 @@ def merge(section: type[Section] | None, base: Mapping[str, Any], over: Mapping[
 def put(section: type[Section], mapping: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     """The mapping with the option of a dotted name set: `put(ExperimentConfig, c, "decoder.preset", "factual")`."""
     return merge(section, mapping, nest(key, value))
-
-
-def fill(section: type[Section], mapping: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The mapping with `defaults` where it says nothing."""
-    return merge(section, defaults, mapping)
 
 
 def nest(key: str, value: Any) -> dict[str, Any]:
