@@ -125,7 +125,7 @@ def go_on_with(
     for exp_id in found.lost:
         _logger.warning("%s: %s; it runs again", exp_id, manifest.get_entry(exp_id).error)
     if found.adopted:
-        told.append(f"{len(found.adopted)} whole results that the manifest had missed are adopted")
+        told.append(f"Whole results that the manifest had missed: {len(found.adopted)}, adopted")
     told.append(resume.resume_text(manifest))
     for entry in manifest.get_by_status(FAILED):
         entry.status = PENDING  # its turn comes again; until then it counts as neither
