@@ -22,10 +22,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tests.doubles.fault_injector import ACTIONS, SIGNALS, Fault, read_journal
-from tests.faults.sandbox import EXPERIMENTS, Outcome, Sandbox
+from tests.faults.sandbox import EXPERIMENTS, Outcome, Sandbox, copy_program
 
 __all__ = [
     "Moment",
@@ -38,6 +39,9 @@ __all__ = [
     "try_moment",
     "try_point",
 ]
+
+# Of the faults that cost something, this many are shown with their folder.
+SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Verdict:
         case: the fault, exactly.
         has_happened: it struck before the campaign was over.
         lost: results that were whole after the fault and are not there, or not the same, after the resume.
-        partial: results that are there and not whole, after the fault or after the resume.
+        partial: results or manifest that are there and not whole, after the fault or after the resume.
         duplicates: experiments with more than one result at the end.
         incomplete: experiments without a result, or not marked completed, at the end.
         processes_left: processes alive after the fault or after the resume.
@@ -90,13 +94,16 @@ class Verdict:
         return not (self.lost or self.partial or self.duplicates or self.incomplete or self.processes_left)
 
 
-def enumerate_points(folder: Path) -> tuple[tuple[Point, ...], float]:
+Case = Callable[[Sandbox], Verdict]
+
+
+def enumerate_points(folder: Path, program: Path) -> tuple[tuple[Point, ...], float]:
     """The points of an undisturbed campaign in their order, and the seconds it took.
 
     Raises:
         RuntimeError: the undisturbed campaign fails.
     """
-    sandbox = Sandbox(folder)
+    sandbox = Sandbox(folder, program)
     begin = time.monotonic()
     code = sandbox.run("--fresh", fault=Fault(str(sandbox.journal)))
     elapsed_s = time.monotonic() - begin
@@ -112,9 +119,8 @@ def enumerate_points(folder: Path) -> tuple[tuple[Point, ...], float]:
     return tuple(points), elapsed_s
 
 
-def try_point(point: Point, action: str, folder: Path) -> Verdict:
+def try_point(point: Point, action: str, sandbox: Sandbox) -> Verdict:
     """What the fault cost at that point."""
-    sandbox = Sandbox(folder)
     fault = Fault(str(sandbox.journal), point.process, point.event, point.nth, action)
     code = sandbox.run("--fresh", fault=fault)
     has_happened = any(entry.action for entry in read_journal(sandbox.journal))
@@ -122,9 +128,8 @@ def try_point(point: Point, action: str, folder: Path) -> Verdict:
     return _resume_and_judge(sandbox, f"{point.process} {action}", case, code, has_happened)
 
 
-def try_moment(moment: Moment, folder: Path) -> Verdict:
+def try_moment(moment: Moment, sandbox: Sandbox) -> Verdict:
     """What SIGKILL at that moment cost; a process that is not there yet is waited for."""
-    sandbox = Sandbox(folder)
     started = sandbox.start("--fresh")
     deadline = time.monotonic() + moment.after_s
     victim = None
@@ -171,15 +176,15 @@ def _incomplete(outcome: Outcome) -> int:
     return EXPERIMENTS - min(len(experiments), outcome.statuses.count("completed"))
 
 
-def try_all(cases: Sequence[Callable[[Path], Verdict]], folder: Path, *, jobs: int) -> list[Verdict]:
+def try_all(cases: Sequence[Case], folder: Path, program: Path, *, jobs: int) -> list[Verdict]:
     """The verdict of each case, each in a folder of its own; folders of good ones are removed."""
 
-    def work(numbered: tuple[int, Callable[[Path], Verdict]]) -> Verdict:
+    def work(numbered: tuple[int, Case]) -> Verdict:
         number, case = numbered
-        own = folder / f"{number:04d}"
-        verdict = case(own)
+        sandbox = Sandbox(folder / f"{number:04d}", program)
+        verdict = case(sandbox)
         if verdict.is_good:
-            shutil.rmtree(own)
+            shutil.rmtree(sandbox.folder)
         return verdict
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -232,16 +237,18 @@ def main() -> int:
     if not set(actions) <= set(ACTIONS):
         parser.error(f"--actions: some of {', '.join(ACTIONS)}")
     folder = Path(tempfile.mkdtemp(prefix="lem-faults-"))
-    points, elapsed_s = enumerate_points(folder / "undisturbed")
+    program = copy_program(folder / "program")
+    points, elapsed_s = enumerate_points(folder / "undisturbed", program)
     print(f"{len(points)} points in a campaign of {EXPERIMENTS} experiments, {elapsed_s:.1f} s undisturbed", flush=True)
-    pairs = [pair for action in actions for pair in spread(points, [action])]
-    cases = [point_case(point, action) for point, action in pairs]
-    cases += [moment_case(moment) for moment in random_moments(args.moments, elapsed_s, random.Random(args.seed))]
-    verdicts = try_all(cases, folder, jobs=args.jobs)
+    cases = [partial(try_point, point, action) for name in actions for point, action in spread(points, [name])]
+    moments = random_moments(args.moments, elapsed_s, random.Random(args.seed))
+    verdicts = try_all([*cases, *(partial(try_moment, moment) for moment in moments)], folder, program, jobs=args.jobs)
     print(format_table(verdicts))
     bad = [verdict for verdict in verdicts if not verdict.is_good]
-    for verdict in bad:
+    for verdict in bad[:SHOWN]:
         print(verdict)
+    if not bad:
+        shutil.rmtree(folder)
     return 1 if bad else 0
 
 
@@ -249,16 +256,6 @@ def random_moments(count: int, elapsed_s: float, rng: random.Random) -> list[Mom
     """Moments spread over the time a campaign takes, the processes in turn."""
     processes = itertools.cycle(("host", "supervisor", "guardian", "engine"))
     return [Moment(next(processes), rng.uniform(0.0, elapsed_s)) for _ in range(count)]
-
-
-def point_case(point: Point, action: str) -> Callable[[Path], Verdict]:
-    """`try_point`, waiting for its folder."""
-    return lambda folder: try_point(point, action, folder)
-
-
-def moment_case(moment: Moment) -> Callable[[Path], Verdict]:
-    """`try_moment`, waiting for its folder."""
-    return lambda folder: try_moment(moment, folder)
 
 
 if __name__ == "__main__":

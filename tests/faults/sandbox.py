@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lem.errors import UserError
 from lem.orchestration.manifest import ManifestManager
 from lem.record import RecordError, read_record
 from tests.doubles.fault_injector import VARIABLE, Fault, process_of
 
-__all__ = ["CAMPAIGN", "EXPERIMENTS", "Outcome", "Sandbox", "Started"]
+__all__ = ["CAMPAIGN", "EXPERIMENTS", "Outcome", "Sandbox", "Started", "copy_program"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,11 +33,12 @@ END_TIMEOUT_S = 30
 CYCLES, CONFIGURATIONS = 2, 2
 EXPERIMENTS = CYCLES * CONFIGURATIONS
 
+MANIFEST = ".state/faults/campaign_manifest.json"
+
 # The least that passes through every kind of write and transition. The trivial engine generates at once.
 CAMPAIGN = f"""\
 campaign_name: faults
 model: trivial
-configs: []
 grid:
   backends: [pytorch]
   shared:
@@ -42,7 +46,7 @@ grid:
     warmup.enabled: [false]
     measurement.min_window_sec: [0.02]
     prompts: [{{type: file, path: prompts.txt}}]
-    gpus: [[[]]]
+    gpus: [[]]
 execution: {{cycles: {CYCLES}, config_gap_seconds: 0, cycle_gap_seconds: 0}}
 """
 
@@ -52,9 +56,9 @@ class Outcome:
     """What a folder holds after a run.
 
     Attributes:
-        statuses: of the manifest's entries; () without a manifest.
+        statuses: of the manifest's entries; () without a whole manifest.
         results: whole results by their path in the folder, with their bytes.
-        partial: results that are there and not whole.
+        partial: results, and the manifest, where they are there and not whole.
         duplicates: experiments with more than one whole result.
     """
 
@@ -64,11 +68,21 @@ class Outcome:
     duplicates: tuple[str, ...]
 
 
+def copy_program(folder: Path) -> Path:
+    """A copy of lem and of the trivial engine: hundreds of runs are one program, whatever is edited meanwhile."""
+    leave_out = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "lem", folder / "lem", ignore=leave_out)
+    shutil.copytree(ROOT / "tests" / "doubles", folder / "doubles", ignore=leave_out)
+    return folder
+
+
 class Sandbox:
     """One campaign and its folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, program: Path) -> None:
+        """Write the campaign; `program` is what `copy_program` made."""
         self.folder = folder
+        self.program = program
         self.mark = uuid.uuid4().hex
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "prompts.txt").write_text("one two three\nfour five\n", encoding="utf-8")
@@ -83,8 +97,9 @@ class Sandbox:
         """The campaign, started; its output goes to a file."""
         environ = {
             **{name: value for name, value in os.environ.items() if not name.startswith("LEM")},
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "doubles")]),
+            "PYTHONPATH": os.pathsep.join([str(self.program), str(self.program / "doubles")]),
             "LEM_LOCK_DIR": str(self.folder / "locks"),
+            "PYTHONDONTWRITEBYTECODE": "",  # compiling lem anew would be most of what a run takes
             MARK: self.mark,
         }
         if fault is not None:
@@ -103,7 +118,7 @@ class Sandbox:
         return self.start(*options, fault=fault).wait()
 
     def processes(self) -> dict[str, int]:
-        """Pids of living processes of this sandbox: host, supervisor, engine, and guardian (the parent of the engine)."""
+        """Pids of living processes of this sandbox: host, supervisor, engine, guardian (the engine's parent)."""
         found: dict[str, int] = {}
         engines: set[int] = set()
         for pid, argv in sorted(self._living()):
@@ -126,24 +141,24 @@ class Sandbox:
         return len(left)
 
     def look(self) -> Outcome:
-        """What the folder holds, read by the program's own codecs.
-
-        Raises:
-            UserError: the manifest is broken, which no fault may bring about.
-        """
-        manifest = ManifestManager(self.folder / ".state" / "faults" / "campaign_manifest.json").load_strict()
+        """What the folder holds, read by the program's own codecs."""
         results: dict[str, bytes] = {}
         partial: list[str] = []
-        experiments: list[str] = []
+        experiments: Counter[str] = Counter()
         for path in sorted((self.folder / "results").rglob("result.json")):
             name = str(path.relative_to(self.folder))
             try:
-                experiments.append(read_record(path).identity.experiment_id)
+                experiments[read_record(path).identity.experiment_id] += 1
                 results[name] = path.read_bytes()
             except RecordError:
                 partial.append(name)
-        duplicates = tuple(sorted({name for name in experiments if experiments.count(name) > 1}))
-        statuses = tuple(entry.status for entry in manifest.experiments) if manifest else ()
+        statuses: tuple[str, ...] = ()
+        try:
+            manifest = ManifestManager(self.folder / MANIFEST).load_strict()
+            statuses = tuple(entry.status for entry in manifest.experiments) if manifest else ()
+        except UserError:
+            partial.append(MANIFEST)
+        duplicates = tuple(sorted(name for name, count in experiments.items() if count > 1))
         return Outcome(statuses, results, tuple(partial), duplicates)
 
     def _living(self) -> Iterator[tuple[int, list[str]]]:
