@@ -16,8 +16,9 @@ __all__ = ["RECIPE", "image_recipe", "provide_image", "remove_image"]
 
 BUILD_TIMEOUT_S = 900
 SUITE = "bookworm"
-# libnuma1 is what the CPU build of vLLM links to.
-INCLUDED = ("python3", "libnuma1", "ca-certificates")
+# libnuma1 is what the CPU build of vLLM links to; torch.compile, which vLLM uses unless told otherwise, writes C++ that
+# includes Python.h.
+INCLUDED = ("python3", "libnuma1", "ca-certificates", "g++", "libpython3-dev")
 LEFT_OUT = ("./var/cache/apt/archives/*.deb", "./var/lib/apt/lists/*", "./var/log/*")
 # Raise it when the way the image is made changes.
 REVISION = "1"

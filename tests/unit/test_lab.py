@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import yaml
 
+from examples.make_demo_model import SHAPES
 from lem.durable import write_json
 from lem.errors import UserError
 from lem.process import identify
 from tests.lab.engine import RECORD, own_engine
 from tests.lab.environments import adapt_vllm, is_filled
-from tests.lab.places import BACKENDS, COMPOSE_FILES, Places, digest
+from tests.lab.make_model import widen
+from tests.lab.places import BACKENDS, COMPOSE_FILES, MODELS, Places, digest
 from tests.lab.steps import must, step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +113,14 @@ def test_environment_without_its_stamp_is_not_filled(tmp_path: Path) -> None:
     places.environment("pytorch").mkdir(parents=True)
     (places.environment("pytorch") / "requirements.sha256").write_text("of other requirements\n", encoding="ascii")
     assert not is_filled(places, "pytorch")
+
+
+@pytest.mark.parametrize("size", MODELS)
+def test_heads_are_wide_enough_for_vllm_and_weights_as_many(size: str) -> None:
+    before, after = SHAPES[size], widen(SHAPES[size])
+    assert after.hidden // after.heads >= 32
+    assert after.hidden // after.heads * after.key_value_heads == before.hidden // before.heads * before.key_value_heads
+    assert after.heads % after.key_value_heads == 0
 
 
 def test_failing_program_is_told_with_its_last_lines() -> None:
