@@ -192,7 +192,8 @@ def read_pins(text: str) -> tuple[Pin, ...]:
         match = re.fullmatch(r"([\w.-]+)==([\w.]+) --hash=sha256:([0-9a-f]{64})", line)
         if match is None:
             raise BuildError(f"vendor.txt:{number}: NAME==VERSION --hash=sha256:… is due, got {line!r}")
-        pins.append(Pin(*match.groups()))
+        name, version, sha256 = match.groups()
+        pins.append(Pin(name.lower(), version, sha256))
     return tuple(pins)
 
 
