@@ -89,7 +89,7 @@ class TerminalProgress:
             self._console.line(line)
         if event.kind == "campaign_finished":
             self._console.close()
-        elif event.kind != "note":
+        elif event.kind not in ("note", "campaign_started"):
             width = shutil.get_terminal_size().columns - 1
             self._console.live(self._state.describe(event, self._now(), width))
 

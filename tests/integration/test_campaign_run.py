@@ -1,0 +1,187 @@
+"""A whole campaign: what it leaves on disk, and what it shows to people, programs, logs and terminals."""
+
+import http.server
+import json
+import os
+import re
+import subprocess
+import threading
+
+import pytest
+
+from tests.campaign_rig import EIGHT, FOUR, CampaignRig, campaign_text
+
+SECRET, TOKEN = "canary-webhook-4711", "canary-token-4712"
+
+
+@pytest.fixture
+def rig(tmp_path):
+    with CampaignRig(tmp_path).cleaned() as rig:
+        yield rig
+
+
+class _Webhook:
+    def __init__(self):
+        self.received: list[tuple[str, dict[str, object]]] = []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                outer.received.append((self.path, json.loads(body)))
+                self.send_response(204)
+                self.end_headers()
+
+            def log_message(self, *args):
+                """Keep the test's output clean."""
+
+        self._server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/{SECRET}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def webhook():
+    server = _Webhook()
+    yield server
+    server.close()
+
+
+def test_a_campaign_leaves_a_whole_manifest_whole_results_and_a_table(rig):
+    ended = rig.run("--yes", "--structure", "shuffled", "--seed", "7")
+    assert ended.code == 0, ended.err
+    rig.assert_no_process_left()
+    manifest, records = rig.manifest(), rig.records()
+    assert manifest.is_complete
+    assert manifest.shuffle_seed == 7
+    assert manifest.environment["pytorch.torch"]
+    assert [entry.cycle_index for entry in manifest.experiments] == [0, 0, 1, 1]
+    for entry, record in zip(manifest.experiments, records, strict=True):
+        assert entry.result_path is not None
+        assert (rig.folder / entry.result_path).parent.parent.name == entry.exp_id == record.identity.experiment_id
+        assert (entry.config_name, entry.config_hash) == (record.identity.config_name, record.identity.config_hash)
+        assert record.identity.run_id == manifest.run_id
+        assert record.identity.shuffle_seed == 7
+        assert record.validity.valid
+        assert json.loads((rig.folder / entry.config_path).read_text())["config_name"] == entry.config_name
+        assert entry.started_at is not None
+        assert entry.completed_at is not None
+        assert manifest.created_at <= entry.started_at <= entry.completed_at <= manifest.updated_at
+    # Each cycle loads once, whatever order the seed gave.
+    loads = [record.validity.engine_load_id for record in records]
+    assert loads[0] == loads[1] != loads[2] == loads[3]
+    assert [record.validity.engine_reused for record in records] == [False, True, False, True]
+    assert "t interval" in ended.out
+    assert "Bootstrap interval" in ended.out
+    assert FOUR in ended.out
+    lines = ended.err.splitlines()
+    assert lines[0] == "Generated 2 experiments (0 filtered, 0 warnings)"
+    done = [line for line in lines if " ok " in line]
+    assert len(done) == 4
+    assert re.fullmatch(rf"\d\d:\d\d:\d\d \[4/4\] ok ({FOUR}|{EIGHT}) · cycle 2/2 · .* tok/s · [\d.]+ s", done[-1])
+    assert lines[-1] == f"4 completed, 0 failed, 0 left; results in results/demo/{manifest.run_id}"
+    assert "\x1b" not in ended.err + ended.out
+
+
+def test_each_engine_process_of_a_cold_campaign_is_a_new_one_in_a_new_worker(rig):
+    rig.write(campaign_text(cycles=1))
+    rules = [{"at": "load", "do": "shell", "command": "echo $PPID >> pids"}]
+    ended = rig.run("--yes", "-v", "--force-cold-start", rules=rules)
+    assert ended.code == 0, ended.err
+    assert len(set((rig.folder / "pids").read_text().split())) == 2
+    assert len({record.validity.engine_load_id for record in rig.records()}) == 2
+    # -v shows each command that is run; the one for the look at the environment serves the first experiment.
+    assert len(re.findall(r"\$ .*launch\.py worker", ended.err)) == 2
+
+
+def test_no_secret_is_in_argv_files_or_output_and_the_webhook_hears_of_the_end(rig, webhook):
+    rig.write(campaign_text(cycles=1, more="notification: {webhook_url: '${HOOK}'}\n"))
+    snapshot = "for f in /proc/[0-9]*/cmdline; do tr '\\0' ' ' < $f; echo; done > argv 2>/dev/null; true"
+    rules = [
+        {"at": "load", "do": "print", "text": "the token is {secret}"},
+        {"at": "generate", "do": "shell", "command": snapshot},
+    ]
+    ended = rig.run("--yes", "-vv", rules=rules, HOOK=webhook.url, HF_TOKEN=TOKEN)
+    assert ended.code == 0, ended.err
+    assert "lem/experiment/launch.py worker" in (rig.folder / "argv").read_text(errors="replace")
+    everything = {**rig.tree(), "stdout": ended.out.encode(), "stderr": ended.err.encode()}
+    for secret in (SECRET, TOKEN, webhook.url):
+        assert [name for name, content in everything.items() if secret.encode() in content] == []
+    (path, message), *others = webhook.received
+    assert others == []
+    assert path == f"/{SECRET}"
+    run_id = rig.manifest().run_id
+    assert message == {
+        "event": "complete",
+        "campaign": "demo",
+        "campaign_id": rig.manifest().campaign_id,
+        "run_id": run_id,
+        "completed": 2,
+        "failed": 0,
+        "remaining": 0,
+        "error": None,
+    }
+
+
+def test_quiet_shows_the_summary_alone_and_logs_the_rest(rig):
+    rig.write(campaign_text(cycles=1))
+    ended = rig.run("--yes", "-q")
+    assert ended.code == 0
+    assert ended.err.splitlines() == [f"2 completed, 0 failed, 0 left; results in results/demo/{rig.manifest().run_id}"]
+    assert "Single cycle: use --cycles 3+ for confidence intervals" in ended.out
+    log = (rig.folder / ".state" / "demo" / "lem.log").read_text()
+    assert "Generated 2 experiments (0 filtered, 0 warnings)" in log
+    assert re.search(
+        rf"^\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\dZ INFO lem\.campaign: \[1/2\] ok {FOUR} · cycle 1/1", log, re.MULTILINE
+    )
+    assert "2 completed, 0 failed, 0 left" in log
+
+
+def test_a_reader_of_the_events_that_goes_away_does_not_end_the_campaign(rig):
+    rig.write(campaign_text(cycles=1))
+    reader, writer = os.pipe()
+    with open(rig.folder / "stderr", "wb") as err:
+        process = subprocess.Popen(
+            rig.command("--yes", "--json"), cwd=rig.folder, env=rig.environ(), stdout=writer, stderr=err
+        )
+    os.close(writer)
+    first = os.read(reader, 10)
+    os.close(reader)
+    assert process.wait(120) == 0
+    assert first.startswith(b'{"event"')
+    assert rig.statuses() == ["completed", "completed"]
+
+
+def _screens(shown):
+    """What stood on the live line, one after the other, without colours."""
+    plain = re.sub(r"\x1b\[\d*m", "", shown)
+    return [part.split("\r\n")[-1] for part in plain.split("\r\x1b[2K")[1:]]
+
+
+def test_on_a_terminal_there_is_one_live_line_below_the_lines_that_stay(rig):
+    rig.write(campaign_text(cycles=1, config_gap_seconds=0.2))
+    terminal = rig.terminal("--yes")
+    assert terminal.wait() == 0, terminal.shown
+    live = _screens(terminal.shown)
+    assert live[0] == f"[0/2] {FOUR} · pytorch · cycle 1/1 · starting"
+    assert max(map(len, live)) <= 79
+    assert any("measuring" in line for line in live)
+    assert any(re.fullmatch(r"\[1/2\] gap, at most 0\.2 s · ETA .*", line) for line in live)
+    assert any(re.search(r"cycle 1/1 · .* · ETA \d\d:\d\d", line) for line in live)
+    shown = terminal.shown
+    assert f"\x1b[32mok\x1b[0m {EIGHT} · cycle 1/1" in shown
+    assert "\x1b[" not in re.sub(r"\x1b\[(2K|\d*m)", "", shown)
+    # Nothing of the live line is left before the table and the last words.
+    assert shown.index("Single cycle") > shown.rindex("\r\x1b[2K")
+    assert shown.rstrip().endswith(f"results in results/demo/{rig.manifest().run_id}")
+
+
+def test_a_terminal_without_colour_gets_none(rig):
+    rig.write(campaign_text(outputs=(4,), cycles=1))
+    terminal = rig.terminal("--yes", "--no-color")
+    assert terminal.wait() == 0
+    assert "\x1b" not in terminal.shown
