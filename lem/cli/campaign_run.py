@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import select
 import sys
 import time
@@ -75,7 +76,7 @@ class CampaignCommand:
         log.configure(self._console, verbosity=-1 if self._is_quiet else getattr(self._args, "verbose", 0))
         runner = self._runner()
         try:
-            with self._stop.installed(), runner.reserved(), self._log_file():
+            with self._stop.installed(self._acknowledge), runner.reserved(), self._log_file():
                 course = self._run(runner)
         finally:
             self._console.close()
@@ -167,6 +168,14 @@ class CampaignCommand:
         self._tell_event(Event("note", 0, len(self._plan.experiments), data={"text": text}))
         if self._is_quiet and not self._is_told_quiet and not self._args.json:
             self._console.line(text)
+
+    def _acknowledge(self) -> None:
+        """Say at once that a signal was heard: what runs may take some seconds to end."""
+        if self._is_told_quiet:
+            return
+        clear = "\r\x1b[2K" if self._console.is_live else ""
+        with contextlib.suppress(OSError):  # nobody reads any more, or the stream has no descriptor
+            os.write(self._err.fileno(), f"{clear}stopping; a second signal kills what runs at once\n".encode())
 
     def _ask(self, question: str) -> bool:
         """The answer of a person at the terminal."""

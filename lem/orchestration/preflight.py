@@ -47,8 +47,8 @@ def find_environment(session: Session, experiments: Sequence[CampaignExperiment]
         missing = missing_distributions(backend, environment)
         if missing:
             raise UserError(
-                f"backend {backend} cannot run here: {', '.join(missing)} is not installed "
-                f"in this Python ({environment.get('python')})",
+                f"backend {backend} cannot run here: this Python ({environment.get('python')}) "
+                f"has no {' and no '.join(missing)}",
                 f"pip install {' '.join(missing)}, or name a Python that has them with --python",
             )
         found.update({f"{backend}.{name}": value for name, value in environment.items()})

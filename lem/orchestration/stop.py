@@ -6,7 +6,7 @@ import contextlib
 import os
 import select
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from lem.errors import Interrupted
@@ -53,11 +53,17 @@ class StopRequest:
         os.write(self._writer, b"!")
 
     @contextlib.contextmanager
-    def installed(self) -> Iterator[StopRequest]:
-        """Answer SIGINT and SIGTERM within the block; to be entered on the main thread."""
+    def installed(self, acknowledge: Callable[[], None] | None = None) -> Iterator[StopRequest]:
+        """Answer SIGINT and SIGTERM within the block; to be entered on the main thread.
+
+        Args:
+            acknowledge: called at the first signal, wherever the program stands; it must not touch buffered streams.
+        """
 
         def handle(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a handler gets both
             self.request(signum)
+            if acknowledge is not None:
+                acknowledge()
 
         before = {item: signal.signal(item, handle) for item in _SIGNALS}
         try:

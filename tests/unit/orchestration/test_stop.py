@@ -44,6 +44,17 @@ def test_second_signal_raises_with_its_exit_code(stop):
     assert caught.value.code == 143
 
 
+def test_first_signal_alone_is_acknowledged(stop):
+    heard = []
+    with stop.installed(lambda: heard.append(stop.signum)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.sigtimedwait([], 1)
+    assert heard == [signal.SIGTERM]
+
+
 def test_wait_ends_at_once_when_the_stop_comes_from_another_thread(stop):
     threading.Thread(target=stop.request, args=(signal.SIGTERM,)).start()
     assert stop.wait(1000) is True

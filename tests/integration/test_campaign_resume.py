@@ -1,0 +1,105 @@
+"""Going on after the host was killed, and who may run at the same time."""
+
+import os
+import re
+import signal
+import socket
+import sys
+
+import pytest
+
+from tests.campaign_rig import CampaignRig, campaign_text
+
+HANG_AT_EIGHT = {"at": "generate", "do": "hang", "when": {"max_output_tokens": 8}}
+
+
+@pytest.fixture
+def rig(tmp_path):
+    with CampaignRig(tmp_path).cleaned() as rig:
+        yield rig
+
+
+def test_a_killed_campaign_is_resumed_and_every_experiment_is_measured_once(rig):
+    running = rig.start("--yes", "--json", rules=[HANG_AT_EIGHT])
+    running.wait_for_event("phase", phase="window", done=1)
+    # While it runs nobody else may run it, and the error says who does.
+    second = rig.run("--yes")
+    assert second.code == 5
+    holder = f"pid {running.process.pid} on {socket.gethostname()}, campaign demo"
+    assert holder in second.err
+    running.send(signal.SIGKILL)
+    assert running.wait().code == -signal.SIGKILL
+    rig.assert_no_process_left()
+    assert rig.statuses() == ["completed", "running", "pending", "pending"]
+    (kept,) = rig.results().items()
+    run_id = rig.manifest().run_id
+    # Off a terminal nobody can be asked, and nothing is decided for a person.
+    unsaid = rig.run()
+    assert unsaid.code == 2
+    assert "demo is not finished: 3 remaining (1 completed, 0 failed)" in unsaid.err
+    assert "--resume" in unsaid.err
+    assert "--fresh" in unsaid.err
+    assert rig.statuses() == ["completed", "running", "pending", "pending"]
+    resumed = rig.run("--resume")
+    assert resumed.code == 0, resumed.err
+    assert "Resuming: 3 remaining (1 completed, 0 failed)" in resumed.err
+    manifest = rig.manifest()
+    assert (manifest.run_id, manifest.is_complete) == (run_id, True)
+    assert kept in rig.results().items()
+    assert len({record.identity.experiment_id for record in rig.records()}) == len(rig.records()) == 4
+    assert [record.identity.attempt for record in rig.records()] == [1, 2, 1, 1]
+
+
+def test_a_completed_campaign_shows_its_table_again_and_measures_nothing(rig):
+    rig.write(campaign_text(outputs=(4,), cycles=2))
+    assert rig.run("--yes").code == 0
+    results, run_id = rig.results(), rig.manifest().run_id
+    again = rig.run("--resume", "-v")
+    assert again.code == 0
+    assert "Resuming: 0 remaining (2 completed, 0 failed)" in again.err
+    assert "worker" not in again.err
+    assert "t interval" in again.out
+    assert (rig.results(), rig.manifest().run_id) == (results, run_id)
+
+
+def test_another_environment_is_refused_unless_it_is_allowed_and_then_recorded(rig):
+    rig.write(campaign_text(outputs=(4,), cycles=2))
+    rule = {"at": "load", "do": "refuse", "once": "refused"}
+    assert rig.run("--yes", rules=[rule]).code == 1
+    path = rig.folder / ".state" / "demo" / "campaign_manifest.json"
+    text = path.read_text()
+    older = re.sub(r'("pytorch\.torch": )"[^"]*"', r'\1"1.0"', text)
+    assert older != text
+    path.write_text(older)
+    refused = rig.run("--resume")
+    assert refused.code == 2
+    assert "pytorch.torch: 1.0 before" in refused.err
+    assert "--allow-environment-change" in refused.err
+    assert path.read_text() == older
+    allowed = rig.run("--resume", "--allow-environment-change")
+    assert allowed.code == 0, allowed.err
+    assert rig.manifest().notes[0]["kind"] == "environment_change"
+    assert rig.statuses() == ["completed", "completed"]
+
+
+def test_a_python_without_the_engine_is_refused_with_the_remedy(rig):
+    # -S: a Python that has no site-packages, and so no torch.
+    wrapper = rig.folder / "bare-python"
+    wrapper.write_text(f'#!/bin/sh\nexec {os.path.realpath(sys.executable)} -S "$@"\n')
+    wrapper.chmod(0o755)
+    ended = rig.run("--yes", "--python", "./bare-python")
+    assert ended.code == 2
+    assert "backend pytorch cannot run here: this Python (" in ended.err
+    assert "has no torch and no transformers" in ended.err
+    assert "pip install torch transformers" in ended.err
+    rig.assert_no_process_left()
+    assert not (rig.folder / ".state" / "demo" / "campaign_manifest.json").exists()
+
+
+def test_a_python_that_is_no_python_is_refused(rig):
+    assert "no such program" in (ended := rig.run("--yes", "--python", "nothing")).err
+    assert ended.code == 2
+    ended = rig.run("--yes", "--python", "/bin/false")
+    assert ended.code == 2
+    assert "the worker did not start" in ended.err
+    assert "Traceback" not in ended.err
