@@ -150,7 +150,7 @@ class ExperimentLoop:
                 break
             self._update(experiment, measurement.attempt)
             self.save()
-            self.tell("experiment_retried", **self._who(experiment), reason=reason)
+            self.tell("experiment_retried", **self._who(experiment), reason=reason, **_why(measurement))
         return self._settle(experiment, measurements, self.monotonic() - started_s)
 
     def _attempt(self, experiment: CampaignExperiment, *, keep_engine: bool, gap: GapOutcome | None) -> Measurement:
@@ -202,17 +202,8 @@ class ExperimentLoop:
                 result=measurement.attempt.result_path,
             )
             return
-        error = measurement.error
-        self.tell(
-            "experiment_failed",
-            **who,
-            error=measurement.attempt.error,
-            error_kind=error.kind if error else None,
-            hint=error.hint if error else "",
-            log=measurement.attempt.log_path,
-            log_tail=measurement.log_tail,
-            elapsed_s=elapsed_s,
-        )
+        error = measurement.attempt.error
+        self.tell("experiment_failed", **who, error=error, **_why(measurement), elapsed_s=elapsed_s)
 
     def _update(self, experiment: CampaignExperiment, attempt: Attempt) -> Any:
         entry = self.manifest.get_entry(experiment.exp_id)
@@ -246,6 +237,17 @@ class ExperimentLoop:
         mean_s = sum(self._durations) / len(self._durations)
         elapsed_s = 0.0 if self._since_s is None else self.monotonic() - self._since_s
         return self._remaining * mean_s - min(elapsed_s, mean_s)
+
+
+def _why(measurement: Measurement) -> dict[str, Any]:
+    """What a person needs to look into an attempt."""
+    error = measurement.error
+    return {
+        "error_kind": error.kind if error else None,
+        "hint": error.hint if error else "",
+        "log": measurement.attempt.log_path,
+        "log_tail": measurement.log_tail,
+    }
 
 
 def _reason_to_try_again(measurement: Measurement) -> str | None:

@@ -1,0 +1,38 @@
+"""A daemon in real time, for some seconds."""
+
+import re
+
+import pytest
+
+from tests.campaign_rig import CampaignRig, campaign_text
+
+DAEMON = "daemon: {enabled: true, interval: 1s, total_duration: 8s}\n"
+
+
+@pytest.fixture
+def rig(tmp_path):
+    with CampaignRig(tmp_path).cleaned() as rig:
+        yield rig
+
+
+def test_a_daemon_repeats_under_new_run_ids_until_its_time_is_up_and_ends_well(rig):
+    rig.write(campaign_text(outputs=(4,), cycles=1, more=DAEMON))
+    ended = rig.run("--yes")
+    assert ended.code == 0, ended.err
+    rig.assert_no_process_left()
+    runs = sorted(path.name for path in (rig.folder / "results" / "demo").iterdir())
+    assert len(runs) >= 2
+    assert len(rig.results()) == len(runs)
+    assert rig.manifest().run_id == runs[-1]
+    aside = list((rig.folder / ".state" / "demo").glob("campaign_manifest.2*.json"))
+    assert len(aside) == len(runs) - 1
+    # A daemon is quiet unless told otherwise: what happens goes to the log, when it runs is on the screen.
+    lines = ended.err.splitlines()
+    assert "quiet: what happens is written to .state/demo/lem.log" in lines
+    assert "Daemon: next run of the campaign in 1.0 s" in lines
+    assert f"Daemon: total duration 8s reached, stopping after {len(runs)} cycles" in lines
+    assert not any("starting" in line for line in lines)
+    log = (rig.folder / ".state" / "demo" / "lem.log").read_text()
+    assert len(re.findall(r"\[1/1\] ok", log)) == len(runs)
+    assert f"Daemon: total duration 8s reached, stopping after {len(runs)} cycles" in log
+    assert ended.out.count("Single cycle: use --cycles 3+ for confidence intervals") == len(runs)

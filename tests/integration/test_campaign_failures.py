@@ -1,0 +1,139 @@
+"""Engines and disks that fail in every way: what is measured is kept, what may work again is tried, the rest told."""
+
+import os
+import signal
+from typing import Any
+
+import pytest
+
+from tests.campaign_rig import CampaignRig, campaign_text
+from tests.doubles.fault_injector import VARIABLE, Fault, read_journal
+
+
+@pytest.fixture
+def rig(tmp_path):
+    with CampaignRig(tmp_path).cleaned() as rig:
+        yield rig
+
+
+def _at(outputs, at, do, **more):
+    return {"at": at, "do": do, "when": {"max_output_tokens": outputs}, **more}
+
+
+def test_each_failure_has_its_own_end_and_the_rest_of_the_campaign_goes_on(rig):
+    rig.write(campaign_text(outputs=(1, 2, 3, 4, 5, 6, 7), cycles=1, reuse="none"))
+    rules = [
+        _at(1, "load", "refuse", text="torch_compile is not for this engine"),
+        _at(2, "load", "fail", text="out of memory", kind="out_of_memory", permanent=True),
+        _at(3, "load", "crash", text="a library broke"),
+        _at(4, "generate", "crash", text="broke once", once="crashed"),
+        _at(5, "generate", "signal", number=signal.SIGKILL, once="killed"),
+        _at(6, "generate", "print", text='{"type": "result"} is printed by engines too'),
+    ]
+    ended = rig.run("--yes", "--json", rules=rules)
+    assert ended.code == 1
+    rig.assert_no_process_left()
+    events = ended.events()
+    failed = {event["config_name"]: event for event in events if event["event"] == "experiment_failed"}
+    names = [f"pytorch-max_output_tokens={outputs}" for outputs in range(1, 8)]
+    assert sorted(failed) == names[:3]
+    assert failed[names[0]]["error"] == "torch_compile is not for this engine"
+    assert failed[names[0]]["error_kind"] == "option"
+    assert failed[names[1]]["error_kind"] == "out_of_memory"
+    assert "a library broke" in failed[names[2]]["error"]
+    assert "RuntimeError: a library broke" in (rig.folder / failed[names[2]]["log"]).read_text()
+    retried = [event["config_name"] for event in events if event["event"] == "experiment_retried"]
+    assert retried == [names[2], names[3], names[4]]
+    entries = {entry.config_name: entry for entry in rig.manifest().experiments}
+    assert [entries[name].status for name in names] == ["failed"] * 3 + ["completed"] * 4
+    assert [entries[name].retry_count for name in names] == [0, 0, 1, 1, 1, 0, 0]
+    assert "SIGKILL" in str(entries[names[4]].attempts[0].error)
+    # What an engine prints goes to the experiment's log, wherever it wrote it.
+    log = (rig.folder / str(entries[names[5]].attempts[0].log_path)).read_text()
+    assert [line.split(":")[0] for line in log.splitlines() if "printed by engines" in line][:3] == [
+        "print",
+        "write",
+        "child",
+    ]
+    assert events[-1]["event"] == "summary"
+    assert "4 completed, 3 failed, 0 left" in ended.err
+    assert "some failed; go on with: " in ended.err
+
+
+def test_engines_that_hang_or_fall_silent_are_ended_and_tried_again(rig):
+    """Three campaigns side by side, since each has to wait for its timeout."""
+    cases: dict[str, tuple[dict[str, Any], str, str, str]] = {
+        "load": ({"load_timeout_seconds": 6}, "load", "timeout", "load_timeout_seconds"),
+        "window": ({"experiment_timeout_seconds": 4}, "generate", "timeout", "experiment_timeout_seconds"),
+        "silent": ({"silence_timeout_seconds": 5}, "generate", "silent", "silence_timeout_seconds"),
+    }
+    running = {}
+    for name, (limit, at, _, _) in cases.items():
+        text = campaign_text(outputs=(4,), cycles=1, **limit).replace("campaign_name: demo", f"campaign_name: {name}")
+        folder = rig.folder / name
+        folder.mkdir()
+        case = CampaignRig(folder, text)
+        rules = [{"at": at, "do": "hang", "once": "hung"}]
+        running[name] = case, case.start("--yes", "--json", rules=rules, LEMTEST_MARKER=rig.marker.value)
+    for name, (case, process) in running.items():
+        ended = process.wait()
+        assert ended.code == 0, (name, ended)
+        (retried,) = [event for event in ended.events() if event["event"] == "experiment_retried"]
+        _, _, kind, option = cases[name]
+        (entry,) = case.manifest(name).experiments
+        assert entry.status == "completed"
+        assert [attempt.valid for attempt in entry.attempts] == [None, True]
+        assert (retried["error_kind"], option in retried["hint"]) == (kind, True)
+    rig.assert_no_process_left()
+
+
+@pytest.mark.parametrize("victim", ["supervisor", "engine"])
+def test_a_worker_that_is_killed_is_replaced_and_the_experiment_tried_again(rig, victim):
+    rig.write(campaign_text(outputs=(4,), cycles=1))
+    rules = [{"at": "generate", "do": "hang", "once": "hung"}]
+    running = rig.start("--yes", "--json", rules=rules)
+    running.wait_for_event("phase", phase="window")
+    os.kill(_pid_of(rig, victim), signal.SIGKILL)
+    ended = running.wait()
+    assert ended.code == 0, ended.err
+    rig.assert_no_process_left()
+    (entry,) = rig.manifest().experiments
+    assert (entry.status, entry.retry_count) == ("completed", 1)
+    assert "SIGKILL" in str(entry.attempts[0].error)
+
+
+def _pid_of(rig, victim):
+    if victim == "supervisor":
+        return rig.marker.pid_of("worker")
+    return rig.marker.pid_of("worker", "--engine")
+
+
+@pytest.mark.parametrize(
+    ("process", "nth", "where"), [("engine", 2, "result.json"), ("host", 12, "campaign_manifest.json")]
+)
+def test_a_full_disk_stops_with_the_rest_pending_and_the_resume_completes_it(rig, process, nth, where):
+    fault = Fault(str(rig.folder / "journal"), process, "lem.write", nth, "enospc")
+    ended = rig.run("--yes", **{VARIABLE: fault.to_json()})
+    struck = [entry.detail for entry in read_journal(rig.folder / "journal") if entry.action]
+    assert [path.endswith(where) for path in struck] == [True]
+    assert ended.code == 1
+    rig.assert_no_process_left()
+    assert "no space left on device" in ended.err.lower()
+    assert "--resume" in ended.err
+    assert "stopped; go on with: " in ended.err
+    assert "Traceback" not in ended.err
+    kept = rig.results()
+    assert 0 < len(kept) < 4
+    resumed = rig.run("--resume")
+    assert resumed.code == 0, resumed.err
+    assert rig.statuses() == ["completed"] * 4
+    assert kept.items() <= rig.results().items()
+    assert len(rig.results()) == 4
+
+
+def test_fail_fast_ends_after_the_first_failure(rig):
+    ended = rig.run("--yes", "--fail-fast", rules=[_at(4, "load", "refuse", text="not for this engine")])
+    assert ended.code == 1
+    assert rig.statuses() == ["failed", "pending", "pending", "pending"]
+    assert "0 completed, 1 failed, 3 left" in ended.err
+    assert "stopped; go on with: " in ended.err
