@@ -70,7 +70,7 @@ def _fact(name: str, text: str, width: int) -> list[str]:
 
 def _expected(plan: Plan, measured_by_config: Mapping[str, float], load_by_engine: Mapping[str, float]) -> str:
     expected = plan.expected_time(measured_by_config, load_by_engine)
-    gaps = f"gaps at most {units.format_duration(expected.gaps_s)}"
+    gaps = f"gaps at most {units.format_duration(expected.gaps_s)}" if expected.gaps_s else "no gaps"
     if expected.measured_s is None or expected.loading_s is None or expected.total_s is None:
         return f"unknown before the first run; {gaps}"
     guess = "" if expected.is_complete else ", partly guessed from other configurations"

@@ -1,0 +1,164 @@
+"""How a run ended, as it is told."""
+
+import io
+import json
+import shlex
+
+import pytest
+
+from lem import log
+from lem.cli.conclusion import (
+    closing_lines,
+    exit_code_of_outcome,
+    message_of_error,
+    message_of_outcome,
+    resume_command,
+    show_results,
+)
+from lem.config.campaign_config import CampaignNotificationConfig
+from lem.errors import EngineError, InfrastructureError, OptionRefused, UserError
+from lem.orchestration.loop import CampaignOutcome, Stopped
+from lem.orchestration.manifest import CampaignManifest, CampaignManifestEntry
+from lem.orchestration.opening import RunOptions, Wish
+from tests.campaign_doubles import Place, make_campaign
+
+HOOK = "http://localhost/secret"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setenv("LEM_LOCK_DIR", str(tmp_path / "locks"))
+    return Place(tmp_path)
+
+
+def _outcome(*statuses, stopped=None, error=None):
+    entries = [
+        CampaignManifestEntry(f"e{index}", "n", "p", "h", "pytorch", None, 0, status)
+        for index, status in enumerate(statuses)
+    ]
+    manifest = CampaignManifest("id", "demo", "", "", "hash", len(entries), entries, run_id="20260714T100000Z-3fa1")
+    return CampaignOutcome(manifest, stopped, error)
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (["/usr/bin/python3", "lem.pyz", "campaign", "c.yaml"], "/usr/bin/python3 lem.pyz campaign c.yaml --resume"),
+        (["python3", "-I", "-S", "lem.pyz", "campaign", "c.yaml"], "python3 -I -S lem.pyz campaign c.yaml --resume"),
+        (["python", "-m", "lem", "campaign", "--fresh", "c.yaml"], "python -m lem campaign c.yaml --resume"),
+        (["python", "lem.pyz", "campaign", "c.yaml", "--resume", "-y"], "python lem.pyz campaign c.yaml -y --resume"),
+        (["python", "lem.pyz", "campaign", "c.yaml", "--no-resume"], "python lem.pyz campaign c.yaml --resume"),
+        (["python", "lem.pyz", "campaign", "-q", "--", "-c.yaml"], "python lem.pyz campaign -q --resume -- -c.yaml"),
+        (
+            ["python", "lem.pyz", "campaign", "my file.yaml", "--set", "a=[1, 2]"],
+            "python lem.pyz campaign 'my file.yaml' --set 'a=[1, 2]' --resume",
+        ),
+    ],
+)
+def test_the_resume_command_is_the_one_that_was_typed_with_resume(words, command):
+    assert resume_command(words) == command
+    assert shlex.split(command).count("--resume") == 1
+
+
+def test_a_script_on_the_path_is_called_by_its_name(tmp_path, monkeypatch):
+    script = tmp_path / "lem"
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert resume_command(["/venv/bin/python", str(script), "campaign", "c.yaml"]) == "lem campaign c.yaml --resume"
+    elsewhere = resume_command(["/venv/bin/python", "/elsewhere/lem", "campaign", "c.yaml"])
+    assert elsewhere == "/venv/bin/python /elsewhere/lem campaign c.yaml --resume"
+
+
+def test_what_was_interrupted_or_is_running_is_left(tmp_path):
+    campaign = make_campaign(tmp_path)
+    outcome = _outcome("completed", "failed", "pending", "running", "skipped")
+    (line,) = closing_lines(campaign, outcome, log.Console(io.StringIO()))
+    assert line == f"1 completed, 1 failed, 2 left; results in {tmp_path}/results/demo/20260714T100000Z-3fa1"
+
+
+def test_what_stood_in_the_way_is_told_with_its_remedy(tmp_path):
+    outcome = _outcome("pending", error=InfrastructureError("the disk is full", "make room"))
+    lines = [*closing_lines(make_campaign(tmp_path), outcome, log.Console(io.StringIO()))]
+    assert lines[1:] == ["error: the disk is full", "hint: make room"]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"),
+    [
+        (_outcome("completed", "skipped"), 0),
+        (_outcome("completed", "failed"), 1),
+        (_outcome("completed", "pending", error=InfrastructureError("the disk is full")), 1),
+        (_outcome("completed", "pending", stopped=Stopped.DEADLINE), 0),
+        (_outcome(), 0),
+    ],
+)
+def test_the_exit_code_says_whether_something_failed(outcome, code):
+    assert exit_code_of_outcome(outcome) == code
+
+
+def _message(tmp_path, outcome, on=("complete", "failure")):
+    notification = CampaignNotificationConfig(webhook_url=HOOK, on=on)
+    return message_of_outcome(make_campaign(tmp_path, notification=notification), outcome)
+
+
+def test_a_webhook_hears_of_completion_and_of_failure(tmp_path):
+    complete = _message(tmp_path, _outcome("completed", "completed"))
+    assert complete is not None
+    assert (complete["event"], complete["completed"], complete["remaining"]) == ("complete", 2, 0)
+    failed = _message(tmp_path, _outcome("completed", "failed"))
+    assert failed is not None
+    assert (failed["event"], failed["failed"], failed["remaining"]) == ("failure", 1, 1)
+    stopped = _message(tmp_path, _outcome("pending", stopped=Stopped.INFRASTRUCTURE, error=InfrastructureError("full")))
+    assert stopped is not None
+    assert (stopped["event"], stopped["error"]) == ("failure", "full")
+    assert HOOK not in json.dumps([complete, failed, stopped])
+
+
+def test_a_webhook_hears_only_what_it_asked_for_and_nothing_of_a_person_who_stops_it(tmp_path):
+    assert _message(tmp_path, _outcome("completed"), on=("failure",)) is None
+    assert _message(tmp_path, _outcome("failed"), on=("complete",)) is None
+    assert _message(tmp_path, _outcome("pending", stopped=Stopped.SIGNAL)) is None
+    campaign = make_campaign(tmp_path, notification=CampaignNotificationConfig(webhook_url=HOOK, on=("complete",)))
+    assert message_of_error(campaign, UserError("not writable")) is None
+
+
+def test_a_run_that_cannot_begin_is_a_failure(tmp_path):
+    message = message_of_error(make_campaign(tmp_path), UserError("not writable"))
+    assert message is not None
+    assert (message["event"], message["error"], message["run_id"]) == ("failure", "not writable", None)
+
+
+def _shown(campaign, outcome, *, is_json=False):
+    out = io.StringIO()
+    show_results(campaign, outcome, out, is_json=is_json)
+    return out.getvalue()
+
+
+def test_the_table_holds_the_results_of_this_run_and_of_the_plan_alone(place):
+    place.runner(make_campaign(place.folder, outputs=(4, 8))).run()
+    place.clock.elapsed_s += 60
+    outcome = place.runner(make_campaign(place.folder), options=RunOptions(wish=Wish.FRESH)).run()
+    document = json.loads(_shown(make_campaign(place.folder), outcome, is_json=True))
+    assert (document["event"], len(document["run_ids"])) == ("summary", 1)
+    assert [item["n_cycles"] for item in document["configurations"]] == [2, 2]
+    edited = make_campaign(place.folder, outputs=(8,))
+    outcome = place.runner(edited, options=RunOptions(wish=Wish.RESUME)).run()
+    text = _shown(edited, outcome)
+    assert "max_output_tokens=8" in text
+    assert "max_output_tokens=4" not in text
+
+
+def test_a_configuration_that_only_failed_is_in_the_table(place):
+    campaign = make_campaign(place.folder)
+    refused = OptionRefused("no")
+    outcome = place.runner(campaign, {"pytorch-max_output_tokens=8": [refused]}).run()
+    text = _shown(campaign, outcome)
+    assert "no valid result: pytorch-max_output_tokens=8" in text
+
+
+def test_without_any_result_there_is_no_table(place):
+    campaign = make_campaign(place.folder)
+    full = EngineError("full", kind="full")
+    outcome = place.runner(campaign, {"pytorch-max_output_tokens=4": [full]}).run()
+    assert _shown(campaign, outcome) == ""
