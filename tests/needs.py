@@ -87,6 +87,14 @@ def _docker() -> str | None:
     return None
 
 
+def _lab() -> str | None:
+    from tests.lab.places import Places
+    from tests.lab.state import lacking as lacking_of
+
+    lines = lacking_of(Places.of())
+    return f"the lab is not up (python3 -m tests.lab up brings it): {'; '.join(lines)}" if lines else None
+
+
 def _checkout() -> str | None:
     command = ["git", "rev-parse", "--is-inside-work-tree"]
     if shutil.which("git") is None:
@@ -123,5 +131,6 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "old_python": Need(_old_python, is_mandatory=False),
         "cuda": Need(_cuda, is_mandatory=False),
         "docker": Need(_docker, is_mandatory=False),
+        "lab": Need(_lab, is_mandatory=True),
     }
 )

@@ -1,0 +1,165 @@
+"""The lab as it stands: real containers of the compose file and its CPU overlay, real engines on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.lab.places import COMPOSE_FILES, Places
+
+pytestmark = [pytest.mark.needs("lab"), pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 300
+OWNER = 4711  # a user that neither the host nor the image has
+
+# Small enough for any machine; the cache is capped by the compose file.
+GENERATE_WITH_VLLM = """
+import json, sys, vllm
+from importlib.metadata import version
+engine = vllm.LLM(model=sys.argv[1], dtype="float32", max_model_len=64, enforce_eager=True, disable_log_stats=True)
+sampling = vllm.SamplingParams(max_tokens=5, min_tokens=5, temperature=0, ignore_eos=True)
+(answer,) = engine.generate(["The sea is"], sampling)
+print(json.dumps({"tokens": len(answer.outputs[0].token_ids), "version": version("vllm")}))
+"""
+
+IMPORT_PYTORCH = """
+import json, os, sys, torch, transformers
+print(json.dumps({"torch": torch.__version__, "transformers": transformers.__version__, "uid": os.getuid()}))
+"""
+
+
+@dataclass(frozen=True)
+class Project:
+    """One compose project on the lab."""
+
+    name: str
+    variables: Mapping[str, str]
+
+    def compose(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        files = [word for path in COMPOSE_FILES for word in ("-f", str(path))]
+        return subprocess.run(
+            ["docker", "compose", *files, "-p", self.name, *arguments],
+            env={**os.environ, **self.variables},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+
+    def python(self, service: str, program: str, *arguments: str) -> dict[str, object]:
+        """The object that a program prints on a line of its own, among the lines of its engine."""
+        finished = self.compose("exec", "-T", service, "python3", "-I", "-c", program, *arguments)
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        (line,) = [line for line in finished.stdout.splitlines() if line.startswith("{")]
+        answer: dict[str, object] = json.loads(line)
+        return answer
+
+    def containers(self) -> list[str]:
+        command = ["docker", "ps", "-aq", "--filter", f"label=com.docker.compose.project={self.name}"]
+        return subprocess.check_output(command, text=True, timeout=TIMEOUT_S).split()
+
+
+def project(folder: Path, **variables: str) -> Project:
+    """A project of its own, with folders for results and lem.pyz that any user may use."""
+    for name in ("pyz", "results"):
+        (folder / name).mkdir(exist_ok=True)
+    (folder / "results").chmod(0o777)
+    own = {"LEM_PYZ_DIR": str(folder / "pyz"), "LEM_RESULTS_DIR": str(folder / "results")}
+    own |= {"LEM_UID": str(OWNER), "LEM_GID": str(OWNER), "HF_HUB_OFFLINE": "1"}
+    return Project(f"lemtest-{secrets.token_hex(4)}", {**Places.of().variables(), **own, **variables})
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    started = project(tmp_path_factory.mktemp("lab"))
+    try:
+        finished = started.compose("up", "-d", "--wait", "pytorch", "vllm")
+        assert finished.returncode == 0, finished.stderr
+        yield started
+    finally:
+        finished = started.compose("down", "--timeout", "5")
+        assert finished.returncode == 0, finished.stderr
+        assert started.containers() == []
+
+
+def test_second_up_finds_everything_there() -> None:
+    command = [sys.executable, "-m", "tests.lab", "up"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert finished.returncode == 0, finished.stderr
+    outcomes = [line for line in finished.stdout.splitlines() if line.startswith("  ") and not line.endswith("…")]
+    assert len(outcomes) >= len(("engine", "compose", "image", "pytorch", "tiny", "demo", "vllm"))
+    assert [line for line in outcomes if "there already" not in line] == []
+
+
+def test_only_the_services_asked_for_run(running: Project) -> None:
+    lines = running.compose("ps", "--services", "--status", "running").stdout.split()
+    assert sorted(lines) == ["pytorch", "vllm"]
+
+
+def test_pytorch_runs_as_the_caller_with_the_pinned_versions(running: Project) -> None:
+    found = running.python("pytorch", IMPORT_PYTORCH)
+    pins = (ROOT / "tests/lab/requirements-pytorch.txt").read_text(encoding="utf-8")
+    assert found["uid"] == OWNER
+    assert f"torch=={str(found['torch']).partition('+')[0]}\n" in pins
+    assert f"transformers=={found['transformers']}\n" in pins
+
+
+def test_vllm_generates(running: Project) -> None:
+    found = running.python("vllm", GENERATE_WITH_VLLM, "/opt/huggingface/tiny")
+    assert found == {"tokens": 5, "version": "0.32.0+cpu"}
+
+
+def test_engines_leave_no_process_behind(running: Project) -> None:
+    finished = running.compose("top", "vllm")
+    commands = [line for line in finished.stdout.splitlines() if "python" in line]
+    assert finished.returncode == 0, finished.stderr
+    assert commands == []
+
+
+def test_results_belong_to_the_caller_and_have_the_same_path_on_both_sides(running: Project) -> None:
+    path = Path(running.variables["LEM_RESULTS_DIR"]) / "result.json"
+    finished = running.compose("exec", "-T", "pytorch", "touch", str(path))
+    assert finished.returncode == 0, finished.stderr
+    assert (path.stat().st_uid, path.stat().st_gid) == (OWNER, OWNER)
+
+
+def test_lem_pyz_and_packages_cannot_be_written(running: Project) -> None:
+    for folder in ("/opt/lem", running.variables["LEM_CPU_PACKAGES_TARGET"]):
+        finished = running.compose("exec", "-T", "-u", "0", "pytorch", "touch", f"{folder}/x")
+        assert finished.returncode != 0
+        assert "Read-only file system" in finished.stderr
+
+
+def test_code_of_the_program_inside_is_passed_on(running: Project) -> None:
+    assert running.compose("exec", "-T", "pytorch", "sh", "-c", "exit 37").returncode == 37
+
+
+def test_folder_that_is_missing_is_refused_and_not_made(tmp_path: Path) -> None:
+    started = project(tmp_path, LEM_PYZ_DIR=str(tmp_path / "nowhere"))
+    try:
+        finished = started.compose("up", "-d", "pytorch")
+        assert finished.returncode != 0
+        assert "nowhere" in finished.stderr
+        assert not (tmp_path / "nowhere").exists()
+    finally:
+        started.compose("down")
+
+
+def test_image_that_is_missing_is_not_pulled(tmp_path: Path) -> None:
+    started = project(tmp_path, LEM_PYTORCH_IMAGE="lem-no-such-image:1")
+    try:
+        finished = started.compose("up", "-d", "pytorch")
+        assert finished.returncode != 0
+        assert "No such image: lem-no-such-image:1" in finished.stderr
+    finally:
+        started.compose("down")
