@@ -71,8 +71,9 @@ class Console:
         try:
             self._stream.write(text)
             self._stream.flush()
-        except (BrokenPipeError, ValueError):
-            # Whoever read our messages is gone; the campaign is worth more than telling it so.
+        except (OSError, ValueError):
+            # Whoever read our messages is gone, pipe or terminal (EIO), or their file is full; a campaign is worth more
+            # than its messages.
             self.is_live = False
 
 

@@ -172,6 +172,11 @@ class Terminal:
         os.close(self._master)
         return self.process.wait(RUN_TIMEOUT_S)
 
+    def close(self) -> int:
+        """Take the terminal away, as when its window is closed; the exit code of the command."""
+        os.close(self._master)
+        return self.process.wait(RUN_TIMEOUT_S)
+
     def _read(self, deadline: float) -> bool:
         if not select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))[0]:
             return False

@@ -52,8 +52,8 @@ def show_results(campaign: CampaignConfig, outcome: CampaignOutcome, out: TextIO
     try:
         out.write(text)
         out.flush()
-    except BrokenPipeError:
-        give_up_stream(out)
+    except OSError as error:
+        give_up_stream(out, error)
 
 
 def closing_lines(campaign: CampaignConfig, outcome: CampaignOutcome, console: log.Console) -> Iterator[str]:

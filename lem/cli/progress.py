@@ -23,6 +23,8 @@ __all__ = [
     "give_up_stream",
 ]
 
+_logger = logging.getLogger(__name__)
+
 # Phases a person waits for; the others pass in a moment.
 _TOLD_PHASES = {"load": "loading", "warmup": "warming up", "window": "measuring"}
 _PHASE_WORDS = {**_TOLD_PHASES, "prepare": "preparing", "idle": "idle", "cooldown": "cooling down", "write": "writing"}
@@ -39,8 +41,9 @@ def choose_progress(console: log.Console, out: TextIO, *, is_json: bool, is_quie
     return TerminalProgress(console) if console.is_live else LineProgress(console)
 
 
-def give_up_stream(stream: TextIO) -> None:
-    """Let what is still written to a stream go nowhere: its reader is gone, the campaign goes on."""
+def give_up_stream(stream: TextIO, error: OSError) -> None:
+    """Let what is still written to a stream go nowhere: its reader is gone or its disk full, the campaign goes on."""
+    _logger.warning("nothing more is written to stdout: %s", error.strerror or error)
     descriptor = os.open(os.devnull, os.O_WRONLY)
     os.dup2(descriptor, stream.fileno())
     os.close(descriptor)
@@ -59,8 +62,8 @@ class JsonProgress:
         try:
             self._out.write(json.dumps(document, ensure_ascii=False) + "\n")
             self._out.flush()
-        except BrokenPipeError:
-            give_up_stream(self._out)
+        except OSError as error:
+            give_up_stream(self._out, error)
 
 
 class QuietProgress:

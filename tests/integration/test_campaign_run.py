@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from tests.campaign_rig import EIGHT, FOUR, CampaignRig, campaign_text
+from tests.campaign_rig import EIGHT, FOUR, CampaignRig, Terminal, campaign_text
 
 SECRET, TOKEN = "canary-webhook-4711", "canary-token-4712"
 
@@ -154,6 +154,26 @@ def test_a_reader_of_the_events_that_goes_away_does_not_end_the_campaign(rig):
     assert process.wait(120) == 0
     assert first.startswith(b'{"event"')
     assert rig.statuses() == ["completed", "completed"]
+
+
+def test_a_terminal_that_goes_away_does_not_end_a_campaign_that_ignores_hangups(rig):
+    rig.write(campaign_text(cycles=1, config_gap_seconds=0.2))
+    command = ["sh", "-c", "trap '' HUP; exec \"$@\"", "sh", *rig.command("--yes")]
+    terminal = Terminal(command, rig.folder, rig.environ())
+    terminal.read_until("cycle 1/1")
+    assert terminal.close() == 0
+    assert rig.statuses() == ["completed", "completed"]
+
+
+@pytest.mark.parametrize("options", [["--json"], []])
+def test_results_that_cannot_be_shown_are_kept_and_that_is_said(rig, options):
+    rig.write(campaign_text(outputs=(4,), cycles=1))
+    with open("/dev/full", "wb") as full, open(rig.folder / "stderr", "wb") as err:
+        command = rig.command("--yes", *options)
+        process = subprocess.run(command, cwd=rig.folder, env=rig.environ(), stdout=full, stderr=err, check=False)
+    assert process.returncode == 0
+    assert "nothing more is written to stdout: No space left on device" in (rig.folder / "stderr").read_text()
+    assert rig.statuses() == ["completed"]
 
 
 def _screens(shown):
