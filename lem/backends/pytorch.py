@@ -28,8 +28,15 @@ class PyTorchBackend:
     def load(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> EngineReport:
         self.unload()
         _require_packages()
-        from lem.backends.pytorch_session import Session, free_memory
-
+        try:
+            from lem.backends.pytorch_session import Session, free_memory
+        except (ImportError, OSError) as error:
+            raise EngineError(
+                f"PyTorch or transformers cannot be imported by {sys.executable}: {error}",
+                "do their versions fit each other, and are the libraries they need there?",
+                kind="engine",
+                is_permanent=True,
+            ) from error
         try:
             self._session = Session(config, secrets)
         except BaseException as error:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 from lem.errors import EngineError
 
-__all__ = ["pick_gpu", "visible_gpus"]
+__all__ = ["idle_gpu", "pick_gpu", "visible_gpus"]
 
 
 def visible_gpus(torch: ModuleType) -> tuple[str, ...]:
@@ -19,6 +20,13 @@ def visible_gpus(torch: ModuleType) -> tuple[str, ...]:
         return ()
     count: int = torch.cuda.device_count()
     return tuple(f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(count))
+
+
+def idle_gpu(gpus: Sequence[str] | None, uuids: Sequence[str], devices: Path = Path("/dev")) -> tuple[str, ...]:
+    """A warning where the CPU is used for want of a GPU that PyTorch can use, though the machine has one."""
+    if gpus is None and not uuids and any(devices.glob("nvidia[0-9]*")):
+        return ("this machine has a GPU that this PyTorch cannot use (a CPU build, or no driver): the CPU is measured",)
+    return ()
 
 
 def pick_gpu(gpus: Sequence[str] | None, uuids: Sequence[str]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -40,8 +41,8 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 def hash_weights(files: Iterable[Path], name_of: dict[Path, str] | None = None) -> str | None:
     """SHA-256 over a line `<sha256 of the file>  <name>` for each file in name order; None for no files.
 
-    The whole of every file is read, about a second a GB from a warm page cache, which a load leaves behind. Large
-    files in the hub's cache are not read: there a file is a link to a blob that is named by its SHA-256.
+    The whole of every file is read, about a second a GB from a warm page cache, which a load leaves behind, and once
+    a process. Large files in the hub's cache are not read: there a file is a link to a blob named by its SHA-256.
 
     Raises:
         OSError: a file cannot be read.
@@ -65,6 +66,13 @@ def _hash_file(path: Path) -> str:
     blob = path.resolve()
     if path.is_symlink() and blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
         return blob.name
+    found = blob.stat()
+    return _read_hash(blob, found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@functools.lru_cache(maxsize=4096)
+def _read_hash(path: Path, size: int, mtime_ns: int, inode: int) -> str:  # noqa: ARG001
+    """Read once a process: every cycle loads the same weights again."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK_B):

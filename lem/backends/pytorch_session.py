@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest
 from lem.backends.pytorch_batching import plan_batches
-from lem.backends.pytorch_device import pick_gpu, visible_gpus
+from lem.backends.pytorch_device import idle_gpu, pick_gpu, visible_gpus
 from lem.backends.pytorch_generation import BatchRunner
 from lem.backends.pytorch_loading import load_model, set_assistant
 from lem.backends.pytorch_options import EngineFacts, batch_rules, generation_settings, idle_options, section_of
@@ -98,7 +98,12 @@ class Session:
             weights_sha256=self._weights_sha256,
             model_parameters=int(loaded.model.num_parameters()),
             embedding_parameters=count_embedding_parameters(loaded.model),
-            warnings=(*loaded.warnings, *self._trial.warnings, *idle_options(self._config)),
+            warnings=(
+                *idle_gpu(self._config.gpus, self._uuids),
+                *loaded.warnings,
+                *self._trial.warnings,
+                *idle_options(self._config),
+            ),
             compile_s=self._compile_s,
             checks_s=self._checks_s,
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 from lem.backends.protocol import TokenRequest
 from lem.backends.pytorch_generation import BatchRunner
-from lem.backends.pytorch_options import EngineFacts
+from lem.backends.pytorch_options import EngineFacts, is_assisted
 from lem.backends.pytorch_sources import is_out_of_memory, shortened
 from lem.config.backend_config import PyTorchConfig
 from lem.errors import EngineError, OptionRefused
@@ -62,7 +62,7 @@ def try_out(runner: BatchRunner, section: PyTorchConfig, facts: EngineFacts) -> 
     graphs_before = _compiled_graphs() if section.torch_compile else 0
     with _transformers_warnings() as heard:
         try:
-            output = runner.try_out(_requests(runner, min(section.batch_size, 2)))
+            output = runner.try_out(_requests(runner, section))
         except _FAILURES as error:
             if is_out_of_memory(error):
                 hint = "use a smaller model or batch, or a lower fp_precision"
@@ -80,11 +80,13 @@ def try_out(runner: BatchRunner, section: PyTorchConfig, facts: EngineFacts) -> 
     return Trial(cache, tuple(dict.fromkeys(heard)))
 
 
-def _requests(runner: BatchRunner, rows: int) -> tuple[TokenRequest, ...]:
+def _requests(runner: BatchRunner, section: PyTorchConfig) -> tuple[TokenRequest, ...]:
     """Requests of ids that no model lacks, of different lengths so that padding is tried as well."""
     ends = frozenset(runner.loaded.tokens.end_ids)
     ids = tuple(itertools.islice((token for token in itertools.count() if token not in ends), 4))
-    return tuple(TokenRequest(row, ids[row:], OUTPUT_TOKENS, OUTPUT_TOKENS) for row in range(rows))
+    # Transformers 4 takes no least length beside a draft.
+    minimum = 0 if is_assisted(section) else OUTPUT_TOKENS
+    return tuple(TokenRequest(row, ids[row:], OUTPUT_TOKENS, minimum) for row in range(min(section.batch_size, 2)))
 
 
 def _cache_in(output: Any) -> str | None:

@@ -98,7 +98,7 @@ def test_second_up_finds_everything_there() -> None:
     assert finished.returncode == 0, finished.stderr
     outcomes = [line for line in finished.stdout.splitlines() if line.startswith("  ") and not line.endswith("…")]
     assert len(outcomes) >= len(("engine", "compose", "image", "pytorch", "tiny", "demo", "vllm"))
-    assert [line for line in outcomes if "there already" not in line] == []
+    assert [line for line in outcomes if "nothing to do" not in line] == []
 
 
 def test_only_the_services_asked_for_run(running: Project) -> None:

@@ -108,6 +108,16 @@ def test_a_batch_of_different_lengths_gives_the_tokens_of_each_alone(
     assert outputs(backend, prompts()) == alone
 
 
+def test_the_id_that_padding_has_counts_where_a_prompt_holds_it(backend: PyTorchBackend, tiny_model: Path) -> None:
+    # Without a mask of its own `generate` takes every such id for padding.
+    requests = [TokenRequest(0, (0, 7, 0, 0, 9), 16), TokenRequest(1, (8, 0), 16)]
+    backend.configure(experiment(tiny_model))
+    alone = outputs(backend, requests)
+    backend.configure(experiment(tiny_model, pytorch={"batch_size": 2}))
+    assert outputs(backend, requests) == alone
+    assert alone[0] != outputs(backend, [TokenRequest(0, (0, 7, 9), 16)])[0]
+
+
 def test_padding_is_counted_beside_the_input(backend: PyTorchBackend, tiny_model: Path) -> None:
     backend.configure(experiment(tiny_model, pytorch={"batch_size": len(LENGTHS)}))
     padding = [completion.padding_tok for completion in answers(backend, prompts())]
@@ -164,6 +174,17 @@ def test_rows_of_a_batch_keep_bounds_of_their_own(backend: PyTorchBackend, tiny_
     assert batched[1] == whole[0][:2]
     assert [len(output) for output in batched] == [4, 2, 16, 9]
     assert end not in batched[2]
+
+
+def test_a_batch_is_done_when_every_row_is_at_its_own_end(
+    backend: PyTorchBackend, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = copy_model(tiny_model, tmp_path / "model", eos_token_id=end_after(backend, 3))
+    # The row that may have 16 tokens ends after 4 and the other after 2: there is no fifth step.
+    requests = [prompts()[0], TokenRequest(1, prompts()[1].token_ids, 2)]
+    with loaded(experiment(model, pytorch={"batch_size": 2})) as there:
+        assert there._session is not None
+        assert [len(row) for row in there._session._runner._generate(requests, None)] == [4, 4]
 
 
 def test_one_output_token_is_one(backend: PyTorchBackend, tiny_model: Path) -> None:
@@ -388,10 +409,11 @@ def test_the_effective_options_have_the_shape_of_the_requested_ones(backend: PyT
     assert effective["generation"]["max_new_tokens"] == 16
 
 
-def test_weights_have_the_precision_asked_for(tiny_model: Path) -> None:
-    with loaded(experiment(tiny_model, fp_precision="bfloat16")) as there:
-        report = there.configure(experiment(tiny_model, fp_precision="bfloat16"))
-        assert report.effective["fp_precision"] == "bfloat16"
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_weights_have_the_precision_asked_for(tiny_model: Path, precision: str) -> None:
+    with loaded(experiment(tiny_model, fp_precision=precision)) as there:
+        report = there.configure(experiment(tiny_model, fp_precision=precision))
+        assert report.effective["fp_precision"] == precision
         assert len(outputs(there, prompts())[0]) == 16
 
 
@@ -520,7 +542,8 @@ def test_a_gpu_is_used_named_and_measured(tiny_model: Path) -> None:
     assert peak_b is not None
     assert peak_b > 4 * (report.model_parameters or 0)
     backend.unload()
-    assert torch.cuda.memory_allocated() == 0
+    # The weights are gone; what cuBLAS works in stays.
+    assert torch.cuda.memory_allocated() < 2**26
     assert backend.load(experiment(tiny_model, gpus=list(report.gpu_uuids)), {}).gpu_uuids == report.gpu_uuids
     backend.unload()
 

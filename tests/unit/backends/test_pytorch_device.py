@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from lem.backends.pytorch_device import pick_gpu
+from lem.backends.pytorch_device import idle_gpu, pick_gpu
 from lem.errors import EngineError
 
 UUIDS = ("GPU-8d2f1c00-0000-0000-0000-000000000001", "GPU-8d2f77aa-0000-0000-0000-000000000002")
@@ -45,3 +47,13 @@ def test_a_gpu_named_on_a_machine_without_one_is_an_error_that_names_driver_and_
 def test_a_shortened_uuid_of_two_gpus_is_refused() -> None:
     with pytest.raises(EngineError, match="stands for several"):
         pick_gpu(("GPU-8d2f",), UUIDS)
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_told(tmp_path: Path) -> None:
+    assert idle_gpu(None, (), tmp_path) == ()
+    (tmp_path / "nvidiactl").touch()
+    assert idle_gpu(None, (), tmp_path) == ()
+    (tmp_path / "nvidia0").touch()
+    assert "cannot use" in idle_gpu(None, (), tmp_path)[0]
+    assert idle_gpu((), (), tmp_path) == ()  # the CPU was asked for
+    assert idle_gpu(None, UUIDS, tmp_path) == ()

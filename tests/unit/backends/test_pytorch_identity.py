@@ -63,6 +63,14 @@ def test_one_changed_byte_changes_the_hash_and_the_folder_does_not(tmp_path: Pat
     assert hash_weights([here / "weights"]) != hash_weights([other / "weights"])
 
 
+def test_a_file_that_changed_since_it_was_hashed_is_read_again(tmp_path: Path) -> None:
+    path = write(tmp_path, weights=b"first") / "weights"
+    first = hash_weights([path])
+    replacement = write(tmp_path, other=b"other") / "other"
+    replacement.replace(path)
+    assert hash_weights([path]) != first
+
+
 def test_a_large_file_of_the_hubs_cache_is_taken_at_the_name_of_its_blob(tmp_path: Path) -> None:
     content = b"weights"
     digest = hashlib.sha256(content).hexdigest()
