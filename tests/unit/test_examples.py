@@ -1,0 +1,45 @@
+"""The examples are valid as they stand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lem.config.experiment_config import ExperimentConfig
+from lem.config.yamlfile import load_campaign
+from lem.orchestration.grid import expand_campaign_grid, validate_campaign_grid
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def demo() -> list[ExperimentConfig]:
+    campaign = load_campaign(EXAMPLES / "demo.yaml").config
+    assert campaign.grid is not None
+    found = validate_campaign_grid(expand_campaign_grid(campaign.grid, {"model": campaign.model}))
+    assert not found.filtered_configs
+    assert not found.warnings
+    return [ExperimentConfig.from_dict(config) for config in found.valid_configs]
+
+
+def test_the_demo_is_two_batch_sizes_by_two_output_lengths_by_three_cycles(demo: list[ExperimentConfig]) -> None:
+    campaign = load_campaign(EXAMPLES / "demo.yaml").config
+    assert campaign.execution.cycles == 3
+    assert {(config.section.to_dict()["batch_size"], config.max_output_tokens) for config in demo} == {
+        (1, 16),
+        (1, 48),
+        (4, 16),
+        (4, 48),
+    }
+
+
+def test_the_demo_loads_one_engine_a_cycle_and_all_do_the_same_work(demo: list[ExperimentConfig]) -> None:
+    assert len({config.engine_key() for config in demo}) == 1
+    assert all(config.ignore_eos and config.decoder.is_greedy for config in demo)
+
+
+def test_the_demo_measures_the_model_that_the_makefile_makes(demo: list[ExperimentConfig]) -> None:
+    makefile = (EXAMPLES.parent / "Makefile").read_text(encoding="utf-8")
+    assert {config.model.name for config in demo} == {"build/demo-model"}
+    assert "examples/make_demo_model.py build/demo-model" in makefile
