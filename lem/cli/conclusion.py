@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from lem import log
 from lem.cli.progress import give_up_stream
 from lem.config.campaign_config import CampaignConfig
+from lem.config.schema import walk
 from lem.errors import ExitCode, LemError
 from lem.orchestration.loop import CampaignOutcome, Stopped
 from lem.process import copyable
@@ -79,9 +80,18 @@ def resume_command(words: Sequence[str]) -> str:
     script = Path(words[1]) if len(words) > 1 else Path()
     if script.name == "lem" and shutil.which("lem") == str(script):
         words = ["lem", *words[2:]]
-    kept = [word for word in words if word not in ("--fresh", "--resume", "--no-resume")]
+    kept = [_without_secret(word) for word in words if word not in ("--fresh", "--resume", "--no-resume")]
     kept.insert(kept.index("--") if "--" in kept else len(kept), "--resume")
     return copyable(kept)
+
+
+def _without_secret(word: str) -> str:
+    """The word, with `(hidden)` for the value of an override that sets a secret; a person has it and can put it back."""
+    start = "--set=" if word.startswith("--set=") else ""
+    key, sign, _ = word[len(start) :].partition("=")
+    secrets = [name for name, item, _ in walk(CampaignConfig) if item.option.is_secret]
+    is_secret = any(name == key or name.startswith(f"{key}.") for name in secrets)
+    return f"{start}{key}=(hidden)" if sign and is_secret else word
 
 
 def message_of_outcome(campaign: CampaignConfig, outcome: CampaignOutcome) -> dict[str, Any] | None:

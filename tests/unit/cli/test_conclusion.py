@@ -60,6 +60,21 @@ def test_the_resume_command_is_the_one_that_was_typed_with_resume(words, command
     assert shlex.split(command).count("--resume") == 1
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--set", f"notification.webhook_url={HOOK}"],
+        [f"--set=notification.webhook_url={HOOK}"],
+        ["--set", f"notification={{webhook_url: {HOOK}}}"],
+    ],
+)
+def test_the_resume_command_repeats_no_secret(words):
+    command = resume_command(["python", "lem.pyz", "campaign", "c.yaml", *words])
+    assert HOOK not in command
+    assert "=(hidden)" in command
+    assert command.endswith(" --resume")
+
+
 def test_a_script_on_the_path_is_called_by_its_name(tmp_path, monkeypatch):
     script = tmp_path / "lem"
     script.write_text("#!/bin/sh\n")
