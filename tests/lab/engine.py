@@ -23,6 +23,8 @@ __all__ = ["Engine", "engine_version", "own_engine", "remove_containers", "remov
 START_TIMEOUT_S = 90
 STOP_TIMEOUT_S = 60
 DOCKER_TIMEOUT_S = 120
+# Sockets are made below it, and their names may not be long.
+EXEC_ROOT = Path("/run/lem-lab")
 RECORD = "dockerd.json"
 LOG = "dockerd.log"
 LOG_LINES_SHOWN = 15
@@ -71,10 +73,9 @@ def start_engine(places: Places) -> None:
 def _start(places: Places) -> ProcessId:
     """A dockerd that says it is ready, in a session of its own, so that it outlives this program."""
     places.engine.mkdir(parents=True, exist_ok=True)
-    # Relative to nothing: a path in the state folder, short enough for a socket's name whatever the lab's folder is.
     notices = Path(f"/run/lem-lab-{os.getpid()}.notify")
     command = ["dockerd", f"--host=unix://{SOCKET}", f"--data-root={places.engine / 'data'}"]
-    command += ["--exec-root=/run/lem-lab", "--pidfile=/run/lem-lab.pid"]
+    command += [f"--exec-root={EXEC_ROOT}", "--pidfile=/run/lem-lab.pid"]
     path = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
     log = places.engine / LOG
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, log.open("wb") as sink:
@@ -167,6 +168,7 @@ def stop_engine(places: Places) -> None:
             os.killpg(engine.process.pid, signal.SIGKILL)
             raise UserError(f"dockerd did not end within {STOP_TIMEOUT_S} s and was killed; {_tail(engine.log)}")
         (places.engine / RECORD).unlink(missing_ok=True)
+        _remove_unmounted(EXEC_ROOT)
         current.outcome = f"ended process {engine.process.pid}"
     return None
 
@@ -178,8 +180,12 @@ def remove_data(places: Places) -> None:
             return current.skip("none is there")
         if own_engine(places):
             raise UserError("the lab's dockerd still runs", "lab down stops it")
-        mounts = [line.split()[1] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
-        if inside := [mount for mount in mounts if Path(mount).is_relative_to(places.engine)]:
-            raise UserError(f"still mounted: {inside[0]}", "end what uses it, then `umount` it")
-        shutil.rmtree(places.engine)
+        _remove_unmounted(places.engine)
     return None
+
+
+def _remove_unmounted(folder: Path) -> None:
+    mounts = [line.split()[1] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
+    if inside := [mount for mount in mounts if Path(mount).is_relative_to(folder)]:
+        raise UserError(f"still mounted: {inside[0]}", "end what uses it, then `umount` it")
+    shutil.rmtree(folder, ignore_errors=True)

@@ -73,6 +73,8 @@ def _bootstrap(tarball: Path) -> None:
             ["tar", "--create", "--numeric-owner", f"--file={partial}", *left_out, f"--directory={root}", "."],
             timeout_s=BUILD_TIMEOUT_S,
         )
+        for outdated in tarball.parent.glob("*.tar"):
+            outdated.unlink()
         partial.replace(tarball)
     finally:
         partial.unlink(missing_ok=True)

@@ -23,8 +23,8 @@ class Step:
         self.outcome = "done"
 
     def skip(self, why: str) -> None:
-        """Say that the result was there."""
-        self.outcome = f"there already: {why}"
+        """Say why there was nothing to do."""
+        self.outcome = f"nothing to do, {why}"
 
 
 @contextlib.contextmanager

@@ -131,7 +131,7 @@ def test_failing_program_is_told_with_its_last_lines() -> None:
 def test_step_tells_its_outcome_and_duration(capsys: pytest.CaptureFixture[str]) -> None:
     with step("engine") as current:
         current.skip("it answers")
-    assert re.fullmatch(r"  engine …\n  engine: there already: it answers \(\d+\.\d s\)\n", capsys.readouterr().out)
+    assert re.fullmatch(r"  engine …\n  engine: nothing to do, it answers \(\d+\.\d s\)\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("name", ["pytorch", "vllm", "tensorrt"])
