@@ -6,7 +6,7 @@ Worker to host: `hello`, `engine`, `phase`, `progress`, `heartbeat`, `result`, `
     hello      protocol, lem_version, pid, environment: what the worker stands on, by name
     engine     pgid, started_ticks: an engine process was started; both null when it is gone
     phase      exp_id, phase
-    progress   exp_id, done, total (or null), text
+    progress   exp_id, done, total (or null), text; while an engine loads, a line that it printed, one a second at most
     heartbeat
     result     exp_id, valid, engine_load_id, engine_reused, summary
     error      exp_id (null when it belongs to no experiment), kind, message, hint, permanent, phase (or null),
