@@ -20,8 +20,8 @@ __all__ = ["add_parser", "run"]
 
 # Options that stand for one key of the file: their value wins over the file's.
 _KEYS = {
-    "model": "model.name",
-    "dataset": "dataset.name",
+    "model": "model",
+    "dataset": "dataset",
     "sample_size": "num_samples",
     "cycles": "execution.cycles",
     "structure": "execution.structure",

@@ -26,8 +26,8 @@ __all__ = ["add_parser", "run"]
 
 # Options that stand for one key of the file: their value wins over the file's.
 _KEYS = {
-    "model": "model.name",
-    "dataset": "dataset.name",
+    "model": "model",
+    "dataset": "dataset",
     "warmup_prompts": "warmup.min_prompts",
     "warmup_timeout": "warmup.timeout_seconds",
     "results_dir": "io.results_dir",

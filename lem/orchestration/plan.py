@@ -11,8 +11,9 @@ from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig
 from lem.config.defaults import with_campaign_defaults
 from lem.config.experiment_config import ExperimentConfig
 from lem.config.loading import ExperimentDraft
+from lem.config.merging import canonical
 from lem.config.rules import Gpu
-from lem.config.scalars import as_written
+from lem.config.scalars import as_written, restore_references
 from lem.experiment.prompts import resolve_on_host
 from lem.orchestration.grid import (
     GridValidationIssue,
@@ -78,6 +79,13 @@ class CampaignExperiment:
         """The configuration as it was written, `${VAR}` unexpanded, for records."""
         written: dict[str, Any] = as_written(self.config_dict)
         return written
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The configuration with every default, `${VAR}` unexpanded, for records."""
+        given = canonical(ExperimentConfig, self.config_dict)
+        resolved: dict[str, Any] = restore_references(self.config.to_dict(), given)
+        return resolved
 
     def new_entry(self) -> CampaignManifestEntry:
         """A pending entry of a manifest."""

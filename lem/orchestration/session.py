@@ -110,7 +110,7 @@ class Session:
             InfrastructureError: it cannot be written.
         """
         folder = self._repository.prepare_attempt(self._identity.run_id, experiment.exp_id)
-        folder.write_config(experiment.requested, experiment.config.to_dict())
+        folder.write_config(experiment.requested, experiment.resolved)
         return folder
 
     def measure(

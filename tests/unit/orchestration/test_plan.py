@@ -213,6 +213,8 @@ def test_a_record_holds_what_was_written_and_not_what_a_variable_held(
     (item,) = plan(configs=[str(tmp_path / "v.yaml")]).configurations
     assert item.config.model.name == "org/secret-model"
     assert item.requested["model"] == {"name": "org/${WHICH}"}
+    assert item.resolved["model"] == {**item.config.to_dict()["model"], "name": "org/${WHICH}"}
+    assert item.resolved["max_output_tokens"] == item.config.max_output_tokens
 
 
 def test_a_new_entry_says_what_is_planned() -> None:
