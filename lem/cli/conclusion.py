@@ -86,7 +86,7 @@ def resume_command(words: Sequence[str]) -> str:
 
 
 def _without_secret(word: str) -> str:
-    """The word, with `(hidden)` for the value of an override that sets a secret; a person has it and can put it back."""
+    """The word, with `(hidden)` for a secret that it sets; the person who typed it can put it back."""
     start = "--set=" if word.startswith("--set=") else ""
     key, sign, _ = word[len(start) :].partition("=")
     secrets = [name for name, item, _ in walk(CampaignConfig) if item.option.is_secret]

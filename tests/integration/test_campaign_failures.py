@@ -8,6 +8,7 @@ import pytest
 
 from tests.campaign_rig import CampaignRig, campaign_text
 from tests.doubles.fault_injector import VARIABLE, Fault, read_journal
+from tests.webhook import serving_webhook
 
 
 @pytest.fixture
@@ -131,9 +132,14 @@ def test_a_full_disk_stops_with_the_rest_pending_and_the_resume_completes_it(rig
     assert len(rig.results()) == 4
 
 
-def test_fail_fast_ends_after_the_first_failure(rig):
-    ended = rig.run("--yes", "--fail-fast", rules=[_at(4, "load", "refuse", text="not for this engine")])
+def test_fail_fast_ends_after_the_first_failure_and_the_webhook_hears_of_it(rig):
+    rig.write(campaign_text(more="notification: {webhook_url: '${HOOK}', on: failure}\n"))
+    rules = [_at(4, "load", "refuse", text="not for this engine")]
+    with serving_webhook() as hook:
+        ended = rig.run("--yes", "--fail-fast", rules=rules, HOOK=hook.url)
+        _, _, message = hook.next()
     assert ended.code == 1
+    assert (message["event"], message["failed"], message["remaining"]) == ("failure", 1, 4)
     assert rig.statuses() == ["failed", "pending", "pending", "pending"]
     assert "0 completed, 1 failed, 3 left" in ended.err
     assert "stopped; go on with: " in ended.err

@@ -1,17 +1,16 @@
 """A whole campaign: what it leaves on disk, and what it shows to people, programs, logs and terminals."""
 
-import http.server
 import json
 import os
 import re
 import subprocess
-import threading
 
 import pytest
 
 from tests.campaign_rig import EIGHT, FOUR, CampaignRig, Terminal, campaign_text
+from tests.webhook import SECRET, serving_webhook
 
-SECRET, TOKEN = "canary-webhook-4711", "canary-token-4712"
+TOKEN = "canary-token-4712"
 
 
 @pytest.fixture
@@ -20,35 +19,10 @@ def rig(tmp_path):
         yield rig
 
 
-class _Webhook:
-    def __init__(self):
-        self.received: list[tuple[str, dict[str, object]]] = []
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                outer.received.append((self.path, json.loads(body)))
-                self.send_response(204)
-                self.end_headers()
-
-            def log_message(self, *args):
-                """Keep the test's output clean."""
-
-        self._server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/{SECRET}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self):
-        self._server.shutdown()
-        self._server.server_close()
-
-
 @pytest.fixture
 def webhook():
-    server = _Webhook()
-    yield server
-    server.close()
+    with serving_webhook() as hook:
+        yield hook
 
 
 def test_a_campaign_leaves_a_whole_manifest_whole_results_and_a_table(rig):
@@ -111,9 +85,9 @@ def test_no_secret_is_in_argv_files_or_output_and_the_webhook_hears_of_the_end(r
     everything = {**rig.tree(), "stdout": ended.out.encode(), "stderr": ended.err.encode()}
     for secret in (SECRET, TOKEN, webhook.url):
         assert [name for name, content in everything.items() if secret.encode() in content] == []
-    (path, message), *others = webhook.received
-    assert others == []
-    assert path == f"/{SECRET}"
+    path, _, message = webhook.next()
+    assert not webhook.has_more
+    assert path == f"/hook/{SECRET}"
     run_id = rig.manifest().run_id
     assert message == {
         "event": "complete",

@@ -144,6 +144,8 @@ def test_a_signal_while_waiting_for_the_schedule_measures_nothing(rig):
     rig.write(campaign_text(more=f"schedule: {{at: '{at}'}}\n"))
     running = rig.start("--yes")
     running.wait_for_text(f"Schedule: waiting until {at} to start campaign")
+    # Nobody else may begin it in the meantime.
+    assert rig.run("--yes").code == 5
     running.send(signal.SIGTERM)
     ended = running.wait()
     assert ended.code == 143

@@ -1,40 +1,12 @@
 """The webhook against a real HTTP server on the loopback address."""
 
-import http.server
-import json
 import logging
 import socket
-import threading
 
 import pytest
 
 from lem.orchestration.notification import notify
-
-SECRET = "canary-4711"
-
-
-class _Server:
-    def __init__(self, status=204):
-        self.received = []
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                length = int(self.headers["Content-Length"])
-                outer.received.append((self.path, self.headers["Content-Type"], json.loads(self.rfile.read(length))))
-                self.send_response(status)
-                self.end_headers()
-
-            def log_message(self, *args):
-                """Keep the test's output clean."""
-
-        self._server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/hook/{SECRET}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self):
-        self._server.shutdown()
-        self._server.server_close()
+from tests.webhook import SECRET, serving_webhook
 
 
 @pytest.fixture
@@ -47,17 +19,15 @@ def lem_log(caplog):
 
 
 def test_payload_arrives_as_json(lem_log):
-    server = _Server()
-    notify(server.url, {"campaign": "a", "failed": 0}).settle(10)
-    server.close()
-    assert server.received == [(f"/hook/{SECRET}", "application/json", {"campaign": "a", "failed": 0})]
+    with serving_webhook() as hook:
+        notify(hook.url, {"campaign": "a", "failed": 0}).settle(10)
+        assert hook.next() == (f"/hook/{SECRET}", "application/json", {"campaign": "a", "failed": 0})
     assert lem_log.text == ""
 
 
 def test_error_answer_is_a_warning_without_the_url(lem_log):
-    server = _Server(status=500)
-    notify(server.url, {}).settle(10)
-    server.close()
+    with serving_webhook(status=500) as hook:
+        notify(hook.url, {}).settle(10)
     assert "500" in lem_log.text
     assert SECRET not in lem_log.text
 

@@ -1,0 +1,69 @@
+"""A webhook on the loopback address that keeps what it is told."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tests.processes import PATIENCE_S
+
+__all__ = ["SECRET", "Webhook", "serving_webhook"]
+
+SECRET = "canary-webhook-4711"
+
+
+class Webhook:
+    """The server; its URL holds the secret."""
+
+    def __init__(self, status: int = 204) -> None:
+        self._received: queue.Queue[tuple[str, str, dict[str, Any]]] = queue.Queue()
+        received = self._received
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                received.put((self.path, self.headers["Content-Type"], json.loads(body)))
+                self.send_response(status)
+                self.end_headers()
+
+            def log_message(self, *args: Any) -> None:
+                """Keep the test's output clean."""
+
+        self._server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/hook/{SECRET}"
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    def next(self) -> tuple[str, str, dict[str, Any]]:
+        """Path, content type and content of the next message, once it is there.
+
+        Raises:
+            queue.Empty: none came in time.
+        """
+        return self._received.get(timeout=PATIENCE_S)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there is a message that was not taken yet."""
+        return not self._received.empty()
+
+    def close(self) -> None:
+        """End the server."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+@contextmanager
+def serving_webhook(status: int = 204) -> Iterator[Webhook]:
+    """A webhook that answers with a status."""
+    hook = Webhook(status)
+    try:
+        yield hook
+    finally:
+        hook.close()
