@@ -19,10 +19,43 @@ __all__ = ["main"]
 
 # Each module has `add_parser(subparsers)`, which sets `run(args, out, err) -> int`. Only the module of the command
 # at hand is imported, since imports are most of the start-up time.
-COMMANDS = ("campaign", "experiment", "config", "results", "presets", "datasets", "worker")
+COMMANDS = (
+    "campaign",
+    "experiment",
+    "config",
+    "results",
+    "presets",
+    "datasets",
+    "gpus",
+    "doctor",
+    "compose",
+    "worker",
+)
 
 # What lem reads from the environment; another LEM_ name is a typing error that would silently do nothing.
-VARIABLES = frozenset({"LEM_DATASETS_DIR", "LEM_LOCK_DIR", "LEM_CACHE_DIR"})
+VARIABLES = frozenset({"LEM_DATASETS_DIR", "LEM_LOCK_DIR", "LEM_CACHE_DIR", "LEM_WORKER_MARK"})
+
+# What the compose file that lem brings along, and its CPU overlay, let a person choose.
+COMPOSE_VARIABLES = frozenset(
+    {
+        "LEM_CPU_LIMIT",
+        "LEM_CPU_PACKAGES_TARGET",
+        "LEM_HEALTHCHECK_INTERVAL",
+        "LEM_MEMORY_LIMIT",
+        "LEM_MODEL_CACHE",
+        "LEM_MODEL_CACHE_READ_ONLY",
+        "LEM_PIDS_LIMIT",
+        "LEM_PYTORCH_IMAGE",
+        "LEM_PYTORCH_PACKAGES",
+        "LEM_SHM_SIZE",
+        "LEM_TENSORRT_IMAGE",
+        "LEM_TENSORRT_PACKAGES",
+        "LEM_VLLM_CPU_LIMIT",
+        "LEM_VLLM_IMAGE",
+        "LEM_VLLM_KVCACHE_GIB",
+        "LEM_VLLM_PACKAGES",
+    }
+)
 
 
 def main(argv: Sequence[str] | None = None, out: TextIO | None = None, err: TextIO | None = None) -> int:
@@ -99,7 +132,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _warn_of_unknown_variables(console: log.Console) -> None:
     for name in sorted(os.environ):
-        if name.startswith("LEM_") and name not in VARIABLES:
+        if name.startswith("LEM_") and name not in VARIABLES | COMPOSE_VARIABLES:
             label, known = console.paint("warning:", "yellow"), ", ".join(sorted(VARIABLES))
             console.line(f"{label} {name} is set, but lem reads no such variable ({known})")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, TextIO
 
-from lem.errors import UserError
+from lem.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
     # argparse has no public name for it.
@@ -20,6 +20,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--engine", action="store_true", help="be the engine process of a worker")
     parser.add_argument("--control-fd", type=int, metavar="N", help="descriptor to read orders from")
     parser.add_argument("--message-fd", type=int, metavar="N", help="descriptor to write messages to")
+    parser.add_argument("--end-marked", metavar="MARK", help="end what is left of the worker that bears this mark")
+    parser.add_argument("--tether", nargs=argparse.REMAINDER, metavar="WORD", help="run this command until stdin ends")
     parser.set_defaults(run=run)
 
 
@@ -27,6 +29,14 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
     """The exit code of a worker or of its engine process."""
     from lem.experiment.worker import run_engine_process, run_supervisor
 
+    if args.end_marked is not None:
+        from lem.experiment.leftovers import end_marked
+
+        return int(ExitCode.EXPERIMENT_FAILED if end_marked(args.end_marked) else ExitCode.OK)
+    if args.tether is not None:
+        from lem.experiment.tether import run_tethered
+
+        return run_tethered(args.tether)
     if not args.engine:
         return run_supervisor()
     if args.control_fd is None or args.message_fd is None:

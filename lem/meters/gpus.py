@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["GpuFacts", "find_driver", "find_gpus"]
+__all__ = ["GpuFacts", "find_driver", "find_gpus", "open_nvml", "text_of"]
 
 
 @dataclass(frozen=True)
@@ -30,45 +30,55 @@ class GpuFacts:
 
 
 def find_gpus() -> tuple[GpuFacts, ...]:
-    """The GPUs of this host in NVML's order; () without a driver."""
-    with _nvml() as nvml:
-        if nvml is None:
+    """The GPUs of this host in NVML's order; () without a driver. A GPU that is lost is left out."""
+    with open_nvml() as nvml:
+        if isinstance(nvml, str):
             return ()
-        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-        return tuple(
-            GpuFacts(
-                index=index,
-                uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
-                name=_text(nvml.nvmlDeviceGetName(handle)),
-                memory_b=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
-                compute_capability=tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle)),
-            )
-            for index, handle in enumerate(handles)
-        )
+        found = []
+        with contextlib.suppress(nvml.NVMLError):
+            for index in range(nvml.nvmlDeviceGetCount()):
+                with contextlib.suppress(nvml.NVMLError):
+                    found.append(_facts(nvml, index))
+        return tuple(found)
+
+
+def _facts(nvml: Any, index: int) -> GpuFacts:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    return GpuFacts(
+        index=index,
+        uuid=text_of(nvml.nvmlDeviceGetUUID(handle)),
+        name=text_of(nvml.nvmlDeviceGetName(handle)),
+        memory_b=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
+        compute_capability=tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle)),
+    )
 
 
 def find_driver() -> str | None:
     """The version of the NVIDIA driver, `580.65.06`; None without one."""
-    with _nvml() as nvml:
-        return None if nvml is None else _text(nvml.nvmlSystemGetDriverVersion())
+    with open_nvml() as nvml:
+        if not isinstance(nvml, str):
+            with contextlib.suppress(nvml.NVMLError):
+                return text_of(nvml.nvmlSystemGetDriverVersion())
+    return None
 
 
 @contextlib.contextmanager
-def _nvml() -> Iterator[Any]:
-    """pynvml, initialised; None where the library or the driver is missing."""
+def open_nvml() -> Iterator[Any]:
+    """pynvml, initialised; or, as a text, why there is none: no library, no driver."""
     nvml = _import_pynvml()
     if nvml is None:
-        yield None
+        yield "pynvml is not installed"
         return
     try:
         nvml.nvmlInit()
-    except nvml.NVMLError:
-        yield None
+    except nvml.NVMLError as error:
+        yield str(error)
         return
     try:
         yield nvml
     finally:
-        nvml.nvmlShutdown()
+        with contextlib.suppress(nvml.NVMLError):
+            nvml.nvmlShutdown()
 
 
 def _import_pynvml() -> Any:
@@ -78,5 +88,6 @@ def _import_pynvml() -> Any:
     return None
 
 
-def _text(value: str | bytes) -> str:
+def text_of(value: str | bytes) -> str:
+    """A text of NVML, which older versions of pynvml give as bytes."""
     return value.decode() if isinstance(value, bytes) else value

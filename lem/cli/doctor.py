@@ -1,0 +1,80 @@
+"""`lem doctor`: whether this host is fit for a campaign, and what to do where it is not."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from lem import log
+from lem.errors import ExitCode
+
+if TYPE_CHECKING:
+    from lem.orchestration.doctor import Verdict
+
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
+
+__all__ = ["add_parser", "run"]
+
+_WIDTH = 100
+_STYLES = {"ok": "bold", "warning": "yellow", "failed": "red", "skipped": "dim"}
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add `doctor` to the command line."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="check that this host is fit, with what to do where it is not",
+        description="Check that campaigns can run in containers here. Exit code 0 when they can, else 2.",
+    )
+    parser.add_argument(
+        "--backend", action="append", default=[], metavar="NAME", help="a backend that has to be there; may be repeated"
+    )
+    parser.add_argument("--compose-file", metavar="FILE", help="compose file; several with colons between them")
+    parser.add_argument("--env-file", type=Path, metavar="FILE", help="environment file for compose")
+    parser.add_argument("--results-dir", "-o", type=Path, default=Path("results"), metavar="DIR", help="of results")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001 - as every command is called
+    """The exit code: 2 when a campaign in containers cannot run here."""
+    from lem.orchestration.doctor import CHECKS, Host, examine
+
+    host = Host(
+        folder=Path.cwd(),
+        compose_file=args.compose_file,
+        env_file=args.env_file,
+        backends=tuple(args.backend),
+        results_dir=args.results_dir,
+    )
+    verdict = examine(host, CHECKS)
+    out.write(_as_json(verdict) if args.json else _as_text(verdict, is_colour=log.is_colour_wanted(out)))
+    return int(ExitCode.OK if verdict.is_ok else ExitCode.USAGE)
+
+
+def _as_json(verdict: Verdict) -> str:
+    checks = [{"name": name, **dataclasses.asdict(item)} for name, item in verdict.findings.items()]
+    return json.dumps({"schema_version": 1, "ok": verdict.is_ok, "checks": checks}, indent=2) + "\n"
+
+
+def _as_text(verdict: Verdict, *, is_colour: bool) -> str:
+    from lem.results.layout import paint
+
+    width = max(map(len, verdict.findings)) + 2
+    indent = " " * (width + 9)
+    lines = []
+    for name, item in verdict.findings.items():
+        status = paint(f"{item.status:<9}", _STYLES[item.status], is_colour=is_colour)
+        text = textwrap.wrap(item.message, _WIDTH - len(indent), break_on_hyphens=False) or [""]
+        lines.append(f"{name:<{width}}{status}{text[0]}")
+        lines += [f"{indent}{line}" for line in text[1:]]
+        if item.remedy and item.status != "ok":
+            lines += textwrap.wrap(f"→ {item.remedy}", _WIDTH, initial_indent=indent, subsequent_indent=f"{indent}  ")
+    failed = [name for name, item in verdict.findings.items() if item.status == "failed"]
+    lines.append("")
+    lines.append(f"not fit: {', '.join(failed)}" if failed else "this host is fit for campaigns in containers")
+    return "\n".join(lines) + "\n"

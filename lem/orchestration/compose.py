@@ -1,0 +1,207 @@
+"""`docker compose` for one project: versions 2.17 to 5, whose outputs differ."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lem.orchestration.docker import CALL_TIMEOUT_S, ContainerError, Docker, explain
+from lem.process import Finished
+
+__all__ = ["OLDEST_COMPOSE", "Compose", "ContainerState", "Service", "decode_states", "parse_version"]
+
+OLDEST_COMPOSE = (2, 17)
+
+# From here on a value of an override can replace a list instead of adding to it (the !override tag).
+REPLACES_LISTS = (2, 24, 4)
+
+
+@dataclass(frozen=True)
+class ContainerState:
+    """A container of the project, as `ps` tells.
+
+    Attributes:
+        state: `running`, `exited`, `paused`, `restarting`, `created`, `dead`.
+        health: of the engine's own probe: `healthy`, `unhealthy`, `starting`, or empty.
+    """
+
+    service: str
+    state: str
+    container_id: str = ""
+    exit_code: int = 0
+    health: str = ""
+
+    def describe(self) -> str:
+        """`exited with code 137`."""
+        return f"exited with code {self.exit_code}" if self.state in ("exited", "dead") else self.state
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the compose files say of a service.
+
+    Attributes:
+        image: its name; None when it is only built.
+        has_gpu: a GPU is reserved for it.
+    """
+
+    name: str
+    image: str | None
+    has_gpu: bool
+
+
+@dataclass(frozen=True)
+class Compose:
+    """The calls of `docker compose` for one project.
+
+    Attributes:
+        files: later ones are laid over earlier ones.
+        folder: project directory, when it is not the folder of the first file.
+        env_file: variables for the files.
+    """
+
+    docker: Docker = field(repr=False)
+    project: str
+    files: tuple[Path, ...]
+    folder: Path | None = None
+    env_file: Path | None = None
+
+    def arguments(self, *words: str) -> tuple[str, ...]:
+        """The words after `docker`."""
+        options = [word for file in self.files for word in ("--file", str(file))]
+        if self.folder is not None:
+            options += ["--project-directory", str(self.folder)]
+        if self.env_file is not None:
+            options += ["--env-file", str(self.env_file)]
+        return ("compose", "--project-name", self.project, *options, *words)
+
+    def call(self, *words: str, timeout_s: float = CALL_TIMEOUT_S) -> Finished:
+        """A finished call; a failing one is a value.
+
+        Raises:
+            ContainerError: kind `docker`.
+        """
+        return self.docker.call(self.arguments(*words), timeout_s=timeout_s)
+
+    def must(self, *words: str, doing: str, timeout_s: float = CALL_TIMEOUT_S) -> str:
+        """What a call printed.
+
+        Raises:
+            ContainerError: it failed.
+        """
+        return self.docker.must(self.arguments(*words), doing, timeout_s=timeout_s)
+
+    def version(self) -> tuple[int, ...]:
+        """The version of the plugin.
+
+        Raises:
+            ContainerError: kind `docker` or `compose`: there is none, or it is too old.
+        """
+        finished = self.docker.call(("compose", "version", "--short"))
+        found = parse_version(finished.stdout) if finished.code == 0 else None
+        if found is None:
+            # Without the plugin `docker` sees a flag of its own, and each version of it says so in another way.
+            error = explain(finished, "looking for docker compose", otherwise="compose")
+            hint = error.hint if error.kind == "compose" and "install" in error.hint else _INSTALL_COMPOSE
+            raise ContainerError(error.message, hint, kind="compose")
+        if found < OLDEST_COMPOSE:
+            raise ContainerError(
+                f"docker compose {'.'.join(map(str, found))} is too old: 2.17 is due", _INSTALL_COMPOSE, kind="compose"
+            )
+        return found
+
+    def services(self) -> Mapping[str, Service]:
+        """The services of the files, by name.
+
+        Raises:
+            ContainerError: kind `compose_file`, the files are not valid, or a variable that they need is not set.
+        """
+        finished = self.call("config", "--format", "json")
+        if finished.code != 0:
+            error = explain(finished, f"reading {self._names()}", otherwise="compose_file")
+            if error.kind not in ("compose_file", "container"):
+                raise error
+            raise ContainerError(error.message, "mend the file; lem compose prints one that works", kind="compose_file")
+        try:
+            services = json.loads(finished.stdout)["services"]
+            return {name: Service(name, item.get("image"), _has_gpu(item)) for name, item in services.items()}
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ContainerError(
+                f"`docker compose config` answered something else than a project: {finished.stdout[:120]!r}",
+                "is docker compose 2.17 or newer?",
+                kind="compose",
+            ) from error
+
+    def states(self) -> Mapping[str, ContainerState]:
+        """The containers of the project by their service; those that ended included.
+
+        Raises:
+            ContainerError: the engine cannot be asked.
+        """
+        printed = self.must("ps", "--all", "--format", "json", doing=f"looking at project {self.project}")
+        return {item.service: item for item in decode_states(printed)}
+
+    def _names(self) -> str:
+        return ", ".join(map(str, self.files))
+
+
+_INSTALL_COMPOSE = "install Docker Compose 2.17 or newer: apt-get install docker-compose-plugin, or docker-compose-v2"
+
+
+def parse_version(text: str) -> tuple[int, ...] | None:
+    """The numbers of a version in any of the ways that Compose prints it; None when there is none.
+
+    >>> parse_version("Docker Compose version v2.17.2-desktop.1")
+    (2, 17, 2)
+    """
+    match = re.search(r"v?(\d+)\.(\d+)(?:\.(\d+))?", text)
+    return tuple(int(part) for part in match.groups() if part is not None) if match else None
+
+
+def decode_states(text: str) -> tuple[ContainerState, ...]:
+    """The containers that `ps --format json` printed: one array before Compose 2.21, an object a line since.
+
+    Raises:
+        ContainerError: kind `compose`, the text is neither.
+    """
+    try:
+        return tuple(
+            ContainerState(
+                service=str(item["Service"]),
+                state=str(item["State"]).lower(),
+                container_id=str(item.get("ID", "")),
+                exit_code=int(item.get("ExitCode") or 0),
+                health=str(item.get("Health") or "").lower(),
+            )
+            for item in _objects(text)
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ContainerError(
+            f"`docker compose ps` printed something that is not known: {text[:120]!r}",
+            "versions 2.17 to 5 are known",
+            kind="compose",
+        ) from error
+
+
+def _objects(text: str) -> Iterator[Mapping[str, Any]]:
+    for line in text.splitlines() if not text.lstrip().startswith("[") else [text]:
+        if line.strip():
+            found = json.loads(line)
+            yield from found if isinstance(found, list) else [] if found is None else [found]
+
+
+def _has_gpu(service: Mapping[str, Any]) -> bool:
+    """Whether a resolved service asks for a GPU, in any of the ways there are."""
+    reservations = ((service.get("deploy") or {}).get("resources") or {}).get("reservations") or {}
+    wanted: Sequence[Mapping[str, Any]] = reservations.get("devices") or ()
+    if service.get("runtime") == "nvidia" or service.get("gpus"):
+        return True
+    if any("gpu" in (item.get("capabilities") or ()) or item.get("driver") in ("nvidia", "cdi") for item in wanted):
+        return True
+    devices = service.get("devices") or ()
+    names = (str(item.get("source", "")) if isinstance(item, Mapping) else str(item) for item in devices)
+    return any(name.startswith(("nvidia.com/gpu", "/dev/nvidia")) for name in names)

@@ -1,0 +1,206 @@
+"""The Docker client: how it is called, and what it complains of in words that say what to do."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lem import process
+from lem.errors import UserError
+from lem.process import Finished
+
+__all__ = ["ContainerError", "Docker", "explain"]
+
+CALL_TIMEOUT_S = 30.0
+
+# How much of what the client said goes into a message.
+_SAID_WIDTH = 400
+
+
+class ContainerError(UserError, RuntimeError):
+    """Containers cannot be had, or did not do what they were told.
+
+    Attributes:
+        kind: a short stable word: `docker`, `compose`, `compose_file`, `daemon`, `rights`, `image`, `gpu`, `mount`,
+            `disk`, `service`, `timeout`, `container`.
+    """
+
+    def __init__(self, message: str, hint: str = "", *, kind: str = "container") -> None:
+        super().__init__(message, hint)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class _Complaint:
+    """What the client or the engine says when one thing is missing."""
+
+    kind: str
+    pattern: str
+    message: str
+    hint: str
+
+
+# In order: the first that matches counts. The texts are those of Docker 20.10 to 29 and Compose 2.17 to 5.
+_COMPLAINTS = (
+    _Complaint(
+        "compose",
+        r"is not a docker command|unknown command: docker compose|unknown shorthand flag: 'p' in -p",
+        "the docker command has no Compose plugin",
+        "install it: apt-get install docker-compose-plugin (docker.com's packages) or docker-compose-v2 (Ubuntu's)",
+    ),
+    _Complaint(
+        "rights",
+        r"permission denied while trying to connect to the (Docker daemon socket|docker API)",
+        "this user may not talk to the Docker engine",
+        "usermod -aG docker USER and log in again (that is as good as root), or use rootless Docker",
+    ),
+    _Complaint(
+        "daemon",
+        r"Cannot connect to the Docker daemon|failed to connect to the docker API|Is the docker daemon running"
+        r"|error during connect|connection reset by peer|unexpected EOF",
+        "the Docker engine does not answer",
+        "start it: systemctl start docker; with DOCKER_HOST or a context set, see that it names the right one",
+    ),
+    _Complaint(
+        "gpu",
+        r"could not select device driver|unknown or invalid runtime name|nvidia-container-cli|nvidia-container-runtime"
+        r"|CDI device|CDI spec|GPU vendor from CDI|libnvidia-ml",
+        "the Docker engine cannot give a container the GPU",
+        "install the NVIDIA Container Toolkit, then: nvidia-ctk runtime configure --runtime=docker and restart Docker;"
+        " without a GPU, lay docker/docker-compose.cpu.yml over the compose file",
+    ),
+    _Complaint(
+        "image",
+        r"No such image|pull access denied|manifest (unknown|for .* not found)|not found locally|image .* not found",
+        "an image is missing",
+        "docker compose pull or build it beforehand; nothing is pulled while a campaign runs",
+    ),
+    _Complaint(
+        "mount",
+        r"bind source path does not exist|invalid mount config",
+        "a folder to mount is not there",
+        "make it, or set the variable of the compose file that names it",
+    ),
+    _Complaint("disk", r"no space left on device", "the disk of the Docker engine is full", "docker system prune"),
+    _Complaint(
+        "service",
+        r"no such service",
+        "the compose file has no such service",
+        "a backend runs in the service of its name; lem compose prints a file that has them all",
+    ),
+)
+
+
+def explain(finished: Finished, doing: str, otherwise: str = "container") -> ContainerError:
+    """The error that a failed call means.
+
+    Args:
+        doing: what was being done, `starting pytorch`.
+        otherwise: the kind of an error that nothing else is known about.
+    """
+    said = _gist(finished.stderr) or _gist(finished.stdout)
+    if finished.has_timed_out:
+        return ContainerError(
+            f"{doing}: `{process.copyable(finished.argv)}` did not end in time" + (f": {said}" if said else ""),
+            "try it by hand; is the machine or its disk overloaded?",
+            kind="timeout",
+        )
+    for complaint in _COMPLAINTS:
+        if re.search(complaint.pattern, finished.stderr):
+            return ContainerError(f"{doing}: {complaint.message}: {said}", complaint.hint, kind=complaint.kind)
+    said = said or process.describe_exit(finished.code)
+    return ContainerError(f"{doing}: {said}", f"try by hand: {process.copyable(finished.argv)}", kind=otherwise)
+
+
+def _gist(text: str) -> str:
+    """The lines that tell what went wrong: those after Compose's list of what it did so far."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"(?i)error|.*\berror response from daemon", line)]
+    chosen = " ".join(errors or lines[-1:])
+    return chosen if len(chosen) <= _SAID_WIDTH else f"{chosen[: _SAID_WIDTH - 1]}…"
+
+
+@dataclass(frozen=True)
+class Docker:
+    """The docker command of this machine.
+
+    Attributes:
+        env: its whole environment.
+    """
+
+    env: Mapping[str, str] = field(repr=False)
+
+    def call(self, arguments: Sequence[str], *, timeout_s: float = CALL_TIMEOUT_S) -> Finished:
+        """A finished call; a failing one is a value.
+
+        Raises:
+            ContainerError: kind `docker`, there is no docker command.
+        """
+        try:
+            return process.run(("docker", *arguments), timeout_s=timeout_s, env=self.env)
+        except UserError as error:
+            raise ContainerError(
+                f"the docker command cannot be run: {error.message}",
+                "install Docker Engine (https://docs.docker.com/engine/install/), or run with --executor local",
+                kind="docker",
+            ) from error
+
+    def must(self, arguments: Sequence[str], doing: str, *, timeout_s: float = CALL_TIMEOUT_S) -> str:
+        """What a call printed.
+
+        Raises:
+            ContainerError: it failed.
+        """
+        finished = self.call(arguments, timeout_s=timeout_s)
+        if finished.code != 0:
+            raise explain(finished, doing)
+        return finished.stdout
+
+    def info(self) -> Mapping[str, Any]:
+        """What the engine says of itself, `docker info`.
+
+        Raises:
+            ContainerError: kind `docker`, `daemon` or `rights`.
+        """
+        finished = self.call(("info", "--format", "{{json .}}"))
+        found = decode_object(finished.stdout)
+        # A client that reaches no engine still describes itself, and some of its versions then exit with 0.
+        if finished.code != 0 or not found.get("ServerVersion"):
+            raise explain(finished, "looking for the Docker engine", otherwise="daemon")
+        return found
+
+    def image_id(self, image: str) -> str | None:
+        """The id of an image that the engine has; None when it has none of that name.
+
+        Raises:
+            ContainerError: the engine cannot be asked.
+        """
+        finished = self.call(("image", "inspect", "--format", "{{.Id}}", image))
+        if finished.code == 0:
+            return finished.stdout.strip() or None
+        error = explain(finished, f"looking for image {image}")
+        if error.kind == "image":
+            return None
+        raise error
+
+    def was_out_of_memory(self, container: str) -> bool:
+        """Whether the kernel killed a process of a container for want of memory; False when nobody knows."""
+        finished = self.call(("inspect", "--format", "{{.State.OOMKilled}}", container))
+        return finished.code == 0 and finished.stdout.strip() == "true"
+
+    def pids(self, container: str) -> frozenset[int]:
+        """The processes of a running container as the host numbers them; empty when they cannot be had."""
+        finished = self.call(("top", container, "-o", "pid"))
+        return frozenset(int(line) for line in finished.stdout.split() if line.isdecimal())
+
+
+def decode_object(text: str) -> Mapping[str, Any]:
+    """The JSON object in a text; {} when it is none."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

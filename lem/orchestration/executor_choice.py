@@ -1,0 +1,158 @@
+"""Where a campaign runs: in containers or in a Python of this machine, and why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lem.config.campaign_config import CampaignConfig
+from lem.errors import UserError
+from lem.experiment.probe import missing_distributions, probe_environment
+from lem.meters.gpus import GpuFacts, find_gpus
+from lem.orchestration.compose import Compose
+from lem.orchestration.compose_files import find_compose_files
+from lem.orchestration.compose_project import ComposeProject
+from lem.orchestration.docker import ContainerError, Docker
+from lem.orchestration.docker_executor import DockerExecutor
+from lem.orchestration.mounts import local_mounts
+from lem.orchestration.plan import Plan
+from lem.orchestration.workers import Executor, LocalExecutor
+
+__all__ = ["ExecutorChoice", "choose_executor", "docker_executor"]
+
+
+@dataclass(frozen=True)
+class ExecutorChoice:
+    """An executor that was chosen, and is made when it is needed.
+
+    Attributes:
+        name: `docker` or `local`.
+        description: where that is, and why it was chosen, for the plan.
+    """
+
+    name: str
+    description: str
+    make: Callable[[], Executor] = field(repr=False)
+
+
+def choose_executor(
+    wish: str,
+    campaign: CampaignConfig,
+    plan: Plan,
+    *,
+    python: str | None = None,
+    folder: Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> ExecutorChoice:
+    """The executor that was asked for; for `auto` docker where a backend is not installed here and an engine is.
+
+    Args:
+        python: the Python of the local executor; naming one asks for that executor.
+        folder: where relative paths start; None is the working directory.
+
+    Raises:
+        UserError: the wish cannot be granted.
+    """
+    backends = tuple(dict.fromkeys(item.backend for item in plan.experiments))
+    where = folder or Path.cwd()
+    if wish == "docker" and python is not None:
+        raise UserError("--python is for the local executor", "leave out --python, or --executor docker")
+    if wish == "docker":
+        return _docker(campaign, plan, backends, where, environ, "asked for")
+    if wish == "local" or python is not None:
+        return _local(python, "asked for")
+    found = probe_environment()
+    missing = {name: missing_distributions(name, found) for name in backends}
+    lacking = [f"{name} ({', '.join(items)})" for name, items in missing.items() if items]
+    if not lacking:
+        return _local(None, f"chosen: {', '.join(backends)} can be imported here")
+    absent = f"not installed here: {', '.join(lacking)}"
+    try:
+        docker = Docker(environ)
+        docker.info()
+        Compose(docker, "lem", ()).version()
+        find_compose_files(campaign.io.compose_file, where, environ)
+    except ContainerError as error:
+        return _local(None, f"chosen though {absent}, for want of containers: {error.message}")
+    return _docker(campaign, plan, backends, where, environ, f"chosen: {absent}")
+
+
+def docker_executor(
+    campaign: CampaignConfig,
+    plan: Plan,
+    *,
+    folder: Path,
+    environ: Mapping[str, str] = os.environ,
+    gpus: Sequence[GpuFacts] | None = None,
+) -> DockerExecutor:
+    """The containers of a campaign, none of them started.
+
+    Args:
+        folder: where relative paths start.
+        gpus: of this host; None looks.
+
+    Raises:
+        ContainerError: a compose file that is named is not there.
+    """
+    backends = tuple(dict.fromkeys(item.backend for item in plan.experiments))
+    present = find_gpus() if gpus is None else gpus
+    uuids = {str(gpu.index): gpu.uuid for gpu in present} | {gpu.uuid: gpu.uuid for gpu in present}
+    configs = {name: [item.config for item in plan.configurations if item.backend == name] for name in backends}
+    named = {name: _gpus_named([item.gpus for item in items], uuids) for name, items in configs.items()}
+    env_file = campaign.io.env_file
+    project = ComposeProject(
+        name=f"lem-{campaign.slug}",
+        files=find_compose_files(campaign.io.compose_file, folder, environ),
+        state_folder=(folder / campaign.io.state_dir / campaign.slug).absolute(),
+        working_dir=folder.absolute(),
+        results_dir=(folder / campaign.io.results_dir).absolute(),
+        env_file=None if env_file is None else (folder / env_file).absolute(),
+        mounts_of={name: local_mounts(items) for name, items in configs.items()},
+        gpus_of={name: value for name, value in named.items() if value is not None},
+        environ=environ,
+    )
+    return DockerExecutor(
+        project,
+        backends,
+        campaign.campaign_name,
+        health=campaign.health_check,
+        gpu_uuids=uuids,
+        is_recreating=campaign.cold_start.restart_container,
+    )
+
+
+def _gpus_named(wishes: Sequence[tuple[str, ...] | None], uuids: Mapping[str, str]) -> tuple[str, ...] | None:
+    """The UUIDs of the GPUs that experiments name; () when all of them name the CPU, None when nobody knows."""
+    if wishes and all(wish == () for wish in wishes):
+        return ()
+    names = {name for wish in wishes for name in (("0",) if wish is None else wish)}
+    found = {uuid for key, uuid in uuids.items() for name in names if key == name or _is_short_for(name, uuid)}
+    return tuple(sorted(found)) or None
+
+
+def _is_short_for(name: str, uuid: str) -> bool:
+    return name.upper().startswith("GPU-") and uuid.lower().startswith(name.lower())
+
+
+def _local(python: str | None, reason: str) -> ExecutorChoice:
+    executor = LocalExecutor(python)
+    return ExecutorChoice("local", f"local, {executor.python} ({reason})", lambda: executor)
+
+
+def _docker(
+    campaign: CampaignConfig,
+    plan: Plan,
+    backends: Sequence[str],
+    folder: Path,
+    environ: Mapping[str, str],
+    reason: str,
+) -> ExecutorChoice:
+    files = find_compose_files(campaign.io.compose_file, folder, environ)
+    services = f"services {', '.join(backends)} of {files.describe()}"
+    return ExecutorChoice(
+        "docker",
+        f"docker, {services} ({reason})",
+        lambda: docker_executor(campaign, plan, folder=folder, environ=environ),
+    )
