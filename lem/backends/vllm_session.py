@@ -1,0 +1,250 @@
+"""An engine in memory and the experiments that run on it, one after another. Imports vLLM."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.inputs import TokensPrompt
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind
+
+from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
+from lem.backends.vllm_effective import describe_effective
+from lem.backends.vllm_failures import explain_load_failure, explain_request_failure, explain_run_failure
+from lem.backends.vllm_loading import (
+    ENGINE_ERRORS,
+    REQUEST_ERRORS,
+    LoadedEngine,
+    close_engine,
+    find_facts,
+    load_engine,
+    visible_devices,
+)
+from lem.backends.vllm_options import EngineFacts, idle_options, sampling_settings, section_of, seed_of
+from lem.backends.vllm_refusals import check_options
+from lem.backends.vllm_report import compile_seconds, find_versions, identify
+from lem.backends.vllm_stepping import StepLoop
+from lem.config.experiment_config import ExperimentConfig
+from lem.errors import EngineError, OptionRefused
+
+try:
+    from vllm.inputs import tokens_input
+except ImportError:  # older versions take what a person would write
+    tokens_input = None
+
+__all__ = ["Session"]
+
+NS_PER_S = 1_000_000_000
+TRIAL_TOKENS = 2
+
+# What SamplingParams sets to its neutral value under greedy decoding, as it should.
+_NOT_GREEDY = frozenset({"top_k", "top_p", "min_p"})
+
+
+class Session:
+    """A loaded engine with the experiment that is set up on it."""
+
+    def __init__(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> None:
+        """Load.
+
+        Raises:
+            OptionRefused, EngineError: as `Backend.load`.
+        """
+        self._facts = find_facts()
+        check_options(config, self._facts)
+        self._engine_key = config.engine_key()
+        with visible_devices(config) as uuids:
+            self._loaded = load_engine(config, self._facts, secrets.get("HF_TOKEN") or None)
+        self._loaded.uuids = uuids
+        began_ns = time.monotonic_ns()
+        try:
+            self._set_up(config)
+            self._identity = identify(self._loaded)
+        except BaseException:
+            self.close()
+            raise
+        self._checks_s = (time.monotonic_ns() - began_ns) / NS_PER_S
+        self._compile_s = compile_seconds(self._loaded)
+
+    def configure(self, config: ExperimentConfig) -> None:
+        """Set another experiment up on the same engine.
+
+        Raises:
+            OptionRefused: as `Backend.configure`.
+        """
+        if config.engine_key() != self._engine_key:
+            raise EngineError("this experiment needs another engine load than the one that is there")
+        check_options(config, self._facts)
+        self._set_up(config)
+        # Compiled with the load, for experiments of before as well.
+        self._compile_s = None
+
+    def report(self) -> EngineReport:
+        """What is loaded and in effect."""
+        loaded, identity = self._loaded, self._identity
+        return EngineReport(
+            engine_name="vllm",
+            engine_version=self._facts.version,
+            versions=find_versions(self._facts.device),
+            device=self._facts.device,
+            gpu_uuids=loaded.uuids,
+            effective={
+                **describe_effective(self._config, loaded.config, self._sampling, self._facts),
+                "multiprocessing": loaded.is_concurrent,
+            },
+            model_revision=loaded.source.commit,
+            weights_sha256=identity.weights_sha256,
+            model_parameters=identity.parameters,
+            embedding_parameters=identity.embedding_parameters,
+            warnings=idle_options(self._config),
+            compile_s=self._compile_s,
+            checks_s=self._checks_s,
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids as the tokenizer makes them, special ones included."""
+        ids: list[int] = list(self._tokenizer.encode(text))
+        known = int(self._loaded.config.model_config.get_vocab_size())
+        if ids and max(ids) >= known:
+            raise EngineError(
+                f"the tokenizer makes id {max(ids)}, the model knows ids below {known}",
+                "set model.tokenizer to the one the model was trained with",
+                kind="model",
+                is_permanent=True,
+            )
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of the ids, special ones left out."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def generate(
+        self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress
+    ) -> list[Completion]:
+        """A completion for each request."""
+        self._forget_prompts()
+        run = self._loop.run_alone if observe_tokens else self._loop.run_closed
+        try:
+            return run(requests, on_progress)
+        except ENGINE_ERRORS as error:
+            raise explain_run_failure(error, self._loaded.output.text, self._facts) from error
+
+    def serve(self, queue: RequestQueue) -> None:
+        """Work the queue off; requests join the running batch as they arrive."""
+        self._forget_prompts()
+        try:
+            self._loop.serve(queue, is_salted=self._is_forgetful)
+        except ENGINE_ERRORS as error:
+            raise explain_run_failure(error, self._loaded.output.text, self._facts) from error
+
+    def close(self) -> None:
+        """End the engine and its processes."""
+        close_engine(self._loaded)
+
+    @property
+    def _tokenizer(self) -> Any:
+        return self._loaded.engine.get_tokenizer()
+
+    @property
+    def _is_forgetful(self) -> bool:
+        """Whether a prompt that comes again must be computed again.
+
+        The set of prompts is repeated until a window is long enough. Served from the prefix cache the repeats would
+        measure something else, unless the experiment asks for just that.
+        """
+        is_caching = bool(self._loaded.config.cache_config.enable_prefix_caching)
+        return is_caching and section_of(self._config).enable_prefix_caching is not True
+
+    def _forget_prompts(self) -> None:
+        if self._is_forgetful and self._loaded.engine.reset_prefix_cache() is False:
+            raise EngineError("vLLM could not empty its prefix cache, though it has no requests")
+
+    def _set_up(self, config: ExperimentConfig) -> None:
+        self._config = config
+        forms = _Forms(config, self._loaded)
+        self._sampling = forms.check_sampling(self._facts)
+        self._loop = StepLoop(self._loaded.engine, forms, is_concurrent=self._loaded.is_concurrent)
+        if self._loaded.config.cache_config.enable_prefix_caching:
+            # Not even what is measured with a cache starts with that of another experiment.
+            self._loaded.engine.reset_prefix_cache()
+        self._try_out(forms.longest)
+
+    def _try_out(self, longest: int) -> None:
+        """A few tokens for one request: what vLLM has against an option it says to a request.
+
+        Raises:
+            OptionRefused: it takes no request under these options.
+            EngineError: the engine failed.
+        """
+        output_tok = min(TRIAL_TOKENS, longest - 1)
+        if output_tok < 1:
+            raise OptionRefused(f"vllm.max_model_len: {longest} leaves no room for prompt and output")
+        try:
+            (tried,) = self._loop.run_closed((TokenRequest(0, (1,), output_tok, output_tok),), say_nothing)
+        except ENGINE_ERRORS as error:
+            raise explain_load_failure(error, self._loaded.output.text, self._config, self._facts) from error
+        if tried.error is not None:
+            raise explain_request_failure(tried.error, self._config, self._facts)
+
+
+class _Forms:
+    """Requests of one experiment in vLLM's own types."""
+
+    rejections = REQUEST_ERRORS
+
+    def __init__(self, config: ExperimentConfig, loaded: LoadedEngine) -> None:
+        self._config = config
+        self._settings = sampling_settings(config)
+        self._made: dict[tuple[int, int, bool], SamplingParams] = {}
+        self.longest = int(loaded.config.model_config.max_model_len)
+        adapter = loaded.adapter
+        self.adapter = None if adapter is None else LoRARequest("adapter", 1, str(adapter.folder))
+
+    def check_sampling(self, facts: EngineFacts) -> dict[str, Any]:
+        """The fields of SamplingParams in effect.
+
+        Raises:
+            OptionRefused: vLLM does not take a value, or puts another in its place.
+        """
+        try:
+            made = SamplingParams(**self._settings)
+        except REQUEST_ERRORS as error:
+            raise explain_request_failure(str(error), self._config, facts) from error
+        for name, wanted in self._settings.items():
+            found = getattr(made, name)
+            is_left_out = name == "top_k" and {wanted, found} <= {-1, 0}
+            if found != wanted and not is_left_out:
+                raise OptionRefused(f"{facts} changed what was asked for: {name}: {wanted} became {found}")
+        names = (*self._settings, *_NOT_GREEDY, "logit_bias", "presence_penalty", "frequency_penalty")
+        return {name: getattr(made, name) for name in dict.fromkeys(names)}
+
+    def prompt(self, token_ids: Sequence[int], salt: str | None) -> Any:
+        """A prompt of ids."""
+        if tokens_input is not None:
+            return tokens_input(list(token_ids), cache_salt=salt)
+        prompt = TokensPrompt(prompt_token_ids=list(token_ids))
+        if salt is not None:
+            prompt["cache_salt"] = salt
+        return prompt
+
+    def parameters(self, request: TokenRequest, *, is_observed: bool) -> SamplingParams:
+        """Made once for all requests that share them, since vLLM copies them; a seed is a request's own."""
+        seed = seed_of(self._config, request.index)
+        if seed is not None:
+            return self._make(request, seed, is_observed)
+        key = (request.max_output_tokens, request.min_output_tokens, is_observed)
+        if key not in self._made:
+            self._made[key] = self._make(request, None, is_observed)
+        return self._made[key]
+
+    def _make(self, request: TokenRequest, seed: int | None, is_observed: bool) -> SamplingParams:
+        return SamplingParams(
+            **self._settings,
+            max_tokens=request.max_output_tokens,
+            min_tokens=request.min_output_tokens,
+            seed=seed,
+            output_kind=RequestOutputKind.DELTA if is_observed else RequestOutputKind.FINAL_ONLY,
+        )
