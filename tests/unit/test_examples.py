@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from lem.config import rules
 from lem.config.experiment_config import ExperimentConfig
-from lem.config.yamlfile import load_campaign
+from lem.config.yamlfile import load_campaign, load_experiment
 from lem.orchestration.grid import expand_campaign_grid, validate_campaign_grid
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -28,9 +29,9 @@ def test_the_demo_is_two_batch_sizes_by_two_output_lengths_by_three_cycles(demo:
     assert campaign.execution.cycles == 3
     assert {(config.section.to_dict()["batch_size"], config.max_output_tokens) for config in demo} == {
         (1, 16),
-        (1, 48),
+        (1, 32),
         (4, 16),
-        (4, 48),
+        (4, 32),
     }
 
 
@@ -43,3 +44,10 @@ def test_the_demo_measures_the_model_that_the_makefile_makes(demo: list[Experime
     makefile = (EXAMPLES.parent / "Makefile").read_text(encoding="utf-8")
     assert {config.model.name for config in demo} == {"build/demo-model"}
     assert "examples/make_demo_model.py build/demo-model" in makefile
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.yaml") if path.name != "demo.yaml"))
+def test_an_experiment_is_valid_and_nothing_is_wrong_with_it(name: str) -> None:
+    config = load_experiment(EXAMPLES / name).config
+    assert rules.check(config) == ()
+    assert config.model.name == "build/demo-model"
