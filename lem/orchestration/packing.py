@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import io
@@ -75,6 +76,7 @@ def _own_archive() -> Path | None:
     return None if archive is None else Path(archive).absolute()
 
 
+@functools.cache  # of what this process was started from
 def _pack_sources() -> bytes:
     """A zip of the package in the folder that it runs from, with the modules it needs; the same bytes every time."""
     members = {"__main__.py": _ENTRY.encode(), **_package_members(Path(lem.__path__[0]), "lem")}

@@ -1,0 +1,227 @@
+"""A `docker` command without an engine: what it is asked goes to a file, and what it answers comes from one.
+
+It stands where the real client stands, on PATH, so everything of lem runs as it is. Its texts and outputs are those
+that Docker 20.10 and Compose 2.17, 2.26 and 5 print. `exec` runs lem on this machine, in the place of a container.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER_VARIABLE = "FAKE_DOCKER_DIR"
+PYZ = "/opt/lem/lem.pyz"
+
+NO_DAEMON = "Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?"
+NO_RIGHTS = (
+    "permission denied while trying to connect to the Docker daemon socket at unix:///var/run/docker.sock: "
+    'Get "http://%2Fvar%2Frun%2Fdocker.sock/v1.24/info": dial unix /var/run/docker.sock: connect: permission denied'
+)
+NO_PLUGIN = "docker: 'compose' is not a docker command.\nSee 'docker --help'"
+NO_GPU = 'Error response from daemon: could not select device driver "nvidia" with capabilities: [[gpu]]'
+
+
+@dataclass(frozen=True)
+class FakeDocker:
+    """The test's side: how the engine is, and what was asked of it."""
+
+    folder: Path
+
+    @classmethod
+    def install(cls, folder: Path, **state: Any) -> FakeDocker:
+        """A docker command in `folder`/bin whose engine has these traits beside the usual ones."""
+        fake = cls(folder)
+        (folder / "bin").mkdir(parents=True)
+        command = folder / "bin" / "docker"
+        command.write_text(f"#!{sys.executable} -I\nimport runpy\nrunpy.run_path({__file__!r}, run_name='__main__')\n")
+        command.chmod(command.stat().st_mode | stat.S_IXUSR)
+        usual = {"services": {"pytorch": {"image": "img"}, "vllm": {"image": "img"}}, "images": ["img"]}
+        fake.write({**usual, "containers": {}, "compose": "2.26.1-4", **state})
+        return fake
+
+    def environ(self, **more: str) -> dict[str, str]:
+        """An environment in which `docker` is this one."""
+        path = f"{self.folder / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("COMPOSE_")}
+        return {**kept, "PATH": path, FOLDER_VARIABLE: str(self.folder), **more}
+
+    def read(self) -> dict[str, Any]:
+        """How the engine is now."""
+        state: dict[str, Any] = json.loads((self.folder / "state.json").read_text())
+        return state
+
+    def write(self, state: Mapping[str, Any]) -> None:
+        """Have the engine be so."""
+        temporary = self.folder / f"state.{os.getpid()}"
+        temporary.write_text(json.dumps(state))
+        temporary.replace(self.folder / "state.json")
+
+    def change(self, **traits: Any) -> None:
+        """Change some traits."""
+        self.write({**self.read(), **traits})
+
+    def calls(self) -> list[list[str]]:
+        """The words of every call, in order."""
+        path = self.folder / "calls.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def compose_calls(self, word: str) -> list[list[str]]:
+        """Calls of one sub-command of compose, from that word on."""
+        found = [_split(call[1:])[1] for call in self.calls() if call[:1] == ["compose"]]
+        return [words for words in found if words[:1] == [word]]
+
+
+def _split(words: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """The options of `docker compose`, each of which takes a value, and the rest."""
+    options: dict[str, list[str]] = {}
+    while words and words[0].startswith("--"):
+        options.setdefault(words[0], []).append(words[1])
+        words = words[2:]
+    return options, words
+
+
+class Refused(Exception):
+    """What the command says before it fails."""
+
+    def __init__(self, text: str, code: int = 1) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class Command:
+    """The command's side."""
+
+    def __init__(self, fake: FakeDocker) -> None:
+        self.fake = fake
+        self.state = fake.read()
+
+    def run(self, words: list[str]) -> int:
+        with (self.fake.folder / "calls.jsonl").open("a") as stream:
+            stream.write(json.dumps(words) + "\n")
+        if words[0] == "compose":
+            if self.state["compose"] is None:
+                raise Refused(NO_PLUGIN)
+            return self.compose(words[1:])
+        self.need_engine()
+        return int(getattr(self, words[0])(words[1:]) or 0)
+
+    def need_engine(self) -> None:
+        if self.state.get("daemon") == "down":
+            raise Refused(NO_DAEMON)
+        if self.state.get("daemon") == "forbidden":
+            raise Refused(NO_RIGHTS)
+
+    def info(self, words: list[str]) -> None:
+        found = {"ServerVersion": "20.10.24", "Runtimes": self.state.get("runtimes", {"runc": {}})}
+        print(json.dumps({**found, "DockerRootDir": str(self.fake.folder)}))
+
+    def image(self, words: list[str]) -> None:
+        if words[-1] not in self.state["images"]:
+            raise Refused(f"Error response from daemon: No such image: {words[-1]}:latest")
+        print(f"sha256:{words[-1]}")
+
+    def top(self, words: list[str]) -> None:
+        print("PID", *self.state.get("pids", {}).get(words[0], []), sep="\n")
+
+    def inspect(self, words: list[str]) -> None:
+        print("true" if words[-1] in self.state.get("out_of_memory", []) else "false")
+
+    def compose(self, words: list[str]) -> int:
+        options, (name, *rest) = _split(words)
+        if name == "version":
+            print(self.state["compose"])
+            return 0
+        for file in options.get("--file", []):
+            if not Path(file).is_file():
+                raise Refused(f"open {file}: no such file or directory", 14)
+        if self.state.get("invalid"):
+            raise Refused(self.state["invalid"], 15)
+        if name != "config":
+            self.need_engine()
+        return int(getattr(self, f"compose_{name}")([word for word in rest if word != "--"]) or 0)
+
+    def compose_config(self, words: list[str]) -> None:
+        print(json.dumps({"name": "p", "services": self.state["services"]}, indent=2))
+
+    def compose_ps(self, words: list[str]) -> None:
+        found = [self.describe(name, item) for name, item in self.state["containers"].items()]
+        if self.state["compose"].lstrip("v").startswith(("2.17", "2.18", "2.19", "2.20")):
+            print(json.dumps(found))
+        else:
+            print(*map(json.dumps, found), sep="\n")
+
+    def describe(self, name: str, item: Mapping[str, Any]) -> dict[str, Any]:
+        command = '"sleep infinity"'
+        return {"ID": f"id-{name}", "Name": f"p-{name}-1", "Command": command, "Service": name, "Publishers": None, **item}
+
+    def compose_up(self, words: list[str]) -> None:
+        names = [word for word in words if word in self.state["services"]]
+        if self.state.get("no_gpu_runtime") and any("deploy" in self.state["services"][name] for name in names):
+            print(" Container p-vllm-1  Starting", file=sys.stderr)
+            raise Refused(NO_GPU)
+        self.put(names, self.state.get("after_up", "running"))
+
+    def compose_restart(self, words: list[str]) -> None:
+        if self.state.get("restart_fails"):
+            raise Refused("Error response from daemon: Cannot restart container: it hangs")
+        self.put(words[-1:], self.state.get("after_restart", "running"))
+
+    def compose_kill(self, words: list[str]) -> None:
+        self.put(words[-1:], "exited")
+
+    def compose_down(self, words: list[str]) -> None:
+        self.fake.change(containers={})
+
+    def compose_logs(self, words: list[str]) -> None:
+        print(self.state.get("logs", ""))
+
+    def put(self, names: list[str], state: str) -> None:
+        item = {"State": state, "ExitCode": 137 if state == "exited" else 0, "Health": ""}
+        self.fake.change(containers={**self.state["containers"], **dict.fromkeys(names, item)})
+        if state == "running":
+            self.fake.change(silent=[name for name in self.state.get("silent", []) if name not in names])
+
+    def compose_exec(self, words: list[str]) -> int:
+        variables = {}
+        words = [word for word in words if word != "-T"]
+        while words[0] == "--env":
+            name, _, value = words[1].partition("=")
+            variables[name], words = value, words[2:]
+        service, program, arguments = words[0], words[1:4], words[4:]
+        if self.state["containers"].get(service, {}).get("State") != "running":
+            raise Refused(f'service "{service}" is not running')
+        if program != ["python3", "-u", PYZ]:
+            raise Refused(f"{program}: not there", 127)
+        if service in self.state.get("silent", []):
+            raise Refused("OCI runtime exec failed: exec failed", 126)
+        if arguments[:1] == ["gpus"]:
+            nothing = {"gpus": [], "driver": None, "error": "NVML Shared Library Not Found"}
+            print(json.dumps(self.state.get("gpus", {}).get(service, nothing)))
+            return 0
+        launch = Path(__file__).parents[2] / "lem" / "experiment" / "launch.py"
+        # A session of its own: killing the client of the real one reaches nothing inside either.
+        return subprocess.call(
+            [sys.executable, "-u", str(launch), *arguments],
+            env={**os.environ, **variables, **self.worker_environ()},
+            start_new_session=True,
+        )
+
+    def worker_environ(self) -> dict[str, str]:
+        """The trivial engine stands in for every real one."""
+        return {"PYTHONPATH": str(Path(__file__).parent)}
+
+
+if __name__ == "__main__":
+    try:
+        code = Command(FakeDocker(Path(os.environ[FOLDER_VARIABLE]))).run(sys.argv[1:])
+    except Refused as refusal:
+        print(refusal, file=sys.stderr)
+        code = refusal.code
+    sys.exit(code)

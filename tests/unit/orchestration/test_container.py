@@ -1,0 +1,440 @@
+"""The manager of containers against a scripted `docker` command; the real engine is in tests/integration."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lem.errors import UserError
+from lem.orchestration.compose import ContainerState, decode_states, parse_version
+from lem.orchestration.container import ContainerError, ContainerHealthStatus, ContainerManager
+from lem.orchestration.packing import PYZ_NAME
+from tests.doubles.fake_docker import FakeDocker
+
+GIB = 1024**3
+GPU = {"driver": "nvidia", "count": -1, "capabilities": ["gpu"]}
+WITH_GPU = {"image": "img", "deploy": {"resources": {"reservations": {"devices": [GPU]}}}}
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> FakeDocker:
+    return FakeDocker.install(tmp_path / "docker")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A project folder with a compose file; the scripted command says what is in it."""
+    path = tmp_path / "project"
+    path.mkdir()
+    (path / "docker-compose.yml").write_text("services: {}\n")
+    return path
+
+
+def manager(fake: FakeDocker, folder: Path, **environ: str) -> ContainerManager:
+    cache = str(folder.parent / "cache")
+    return ContainerManager(project_dir=folder, environ=fake.environ(LEM_CACHE_DIR=cache, **environ))
+
+
+def reading(used_b: int, *processes: tuple[int, int | None], error: str | None = None) -> dict[str, Any]:
+    """What NVML says of one GPU of 10 GiB."""
+    gpu = {
+        "index": 0,
+        "uuid": "GPU-1",
+        "name": "Test GPU",
+        "memory_total_b": 10 * GIB,
+        "memory_used_b": used_b,
+        "processes": [{"pid": pid, "memory_b": memory_b} for pid, memory_b in processes],
+    }
+    return {"gpus": [] if error else [gpu], "driver": "1", "error": error}
+
+
+def started(fake: FakeDocker, folder: Path, *services: str) -> ContainerManager:
+    found = manager(fake, folder)
+    found.start_services(services)
+    return found
+
+
+# What is missing is told, each with its remedy
+
+
+@pytest.mark.parametrize(
+    ("state", "kind", "remedy"),
+    [
+        ({"daemon": "down"}, "daemon", "systemctl start docker"),
+        ({"daemon": "forbidden"}, "rights", "usermod"),
+        ({"compose": None}, "compose", "install"),
+        ({"compose": "2.16.0"}, "compose", "2.17"),
+        ({"invalid": "validating c.yml: services.a Additional property imag is not allowed"}, "compose_file", "mend"),
+        ({"invalid": "yaml: line 2: did not find expected node content"}, "compose_file", "mend"),
+        ({"invalid": "error while interpolating services.a.image: required variable NOPE"}, "compose_file", "mend"),
+        ({"services": {"web": {"image": "img"}}}, "service", "lem compose"),
+        ({"images": []}, "image", "docker pull img"),
+        ({"services": {"pytorch": {"build": "."}}}, "image", "build"),
+        ({"services": {"pytorch": WITH_GPU}, "no_gpu_runtime": True}, "gpu", "NVIDIA Container Toolkit"),
+    ],
+)
+def test_what_is_missing_is_told_with_its_remedy(
+    fake: FakeDocker, folder: Path, state: dict[str, Any], kind: str, remedy: str
+) -> None:
+    fake.change(**state)
+    with pytest.raises(RuntimeError) as caught:
+        manager(fake, folder).start_services(["pytorch"])
+    assert isinstance(caught.value, ContainerError)
+    assert caught.value.kind == kind
+    assert remedy in caught.value.hint
+
+
+def test_no_docker_command_is_told(fake: FakeDocker, folder: Path, tmp_path: Path) -> None:
+    environ = {"PATH": str(tmp_path / "empty"), "HOME": str(tmp_path)}
+    with pytest.raises(ContainerError) as caught:
+        ContainerManager(project_dir=folder, environ=environ).start_services(["pytorch"])
+    assert caught.value.kind == "docker"
+    assert "--executor local" in caught.value.hint
+
+
+def test_a_compose_file_that_is_not_there_is_told(fake: FakeDocker, folder: Path) -> None:
+    with pytest.raises(ContainerError, match=r"nope\.yml: no such compose file") as caught:
+        ContainerManager("nope.yml", folder, environ=fake.environ()).start_services(["pytorch"])
+    assert caught.value.kind == "compose_file"
+
+
+def test_an_error_of_containers_is_one_a_person_can_fix() -> None:
+    assert issubclass(ContainerError, UserError)
+    assert issubclass(ContainerError, RuntimeError)
+
+
+# Outputs of Compose 2.17 to 5
+
+PS_2_17 = (
+    '[{"ID":"3e1","Name":"p-vllm-1","Command":"sleep infinity","Project":"p","Service":"vllm","State":"running",'
+    '"Health":"","ExitCode":0,"Publishers":null},{"ID":"9c0","Name":"p-pytorch-1","Command":"sleep infinity",'
+    '"Project":"p","Service":"pytorch","State":"exited","Health":"","ExitCode":137,"Publishers":null}]\n'
+)
+PS_2_26 = (
+    '{"Command":"\\"sleep infinity\\"","CreatedAt":"2026-11-20 08:28:22 +0000 UTC","ExitCode":0,"Health":"","ID":"3e1",'
+    '"Image":"img","Labels":"com.docker.compose.oneoff=False","LocalVolumes":"0","Mounts":"/tmp","Name":"p-vllm-1",'
+    '"Names":"p-vllm-1","Networks":"p_default","Ports":"","Project":"p","Publishers":null,"RunningFor":"1 second ago",'
+    '"Service":"vllm","Size":"0B","State":"running","Status":"Up 1 second"}\n'
+    '{"ExitCode":137,"Health":"","ID":"9c0","Name":"p-pytorch-1","Service":"pytorch","State":"exited"}\n'
+)
+
+
+@pytest.mark.parametrize("printed", [PS_2_17, PS_2_26, PS_2_26.replace("\n", "\r\n")])
+def test_ps_is_understood_as_an_array_and_as_lines(printed: str) -> None:
+    one, two = decode_states(printed)
+    assert one == ContainerState("vllm", "running", "3e1")
+    assert (two.service, two.describe()) == ("pytorch", "exited with code 137")
+
+
+@pytest.mark.parametrize("printed", ["", "\n", "[]\n", "null\n"])
+def test_ps_of_an_empty_project_is_empty(printed: str) -> None:
+    assert decode_states(printed) == ()
+
+
+@pytest.mark.parametrize("printed", ["NAME  STATE\n", '{"State": "running"}', '[{"Service": 1, "State": 2'])
+def test_ps_that_prints_something_else_is_refused(printed: str) -> None:
+    with pytest.raises(ContainerError):
+        decode_states(printed)
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("2.17.0\n", (2, 17, 0)),
+        ("v2.17.2-desktop.1", (2, 17, 2)),
+        ("2.26.1-4\n", (2, 26, 1)),
+        ("Docker Compose version v2.39.4", (2, 39, 4)),
+        ("5.0.1", (5, 0, 1)),
+        ("dev", None),
+    ],
+)
+def test_versions_are_read_in_every_form(text: str, version: tuple[int, ...] | None) -> None:
+    assert parse_version(text) == version
+
+
+@pytest.mark.parametrize("compose", ["2.17.3", "v2.20.2", "2.26.1-4", "5.0.1"])
+def test_every_version_is_driven_alike(fake: FakeDocker, folder: Path, compose: str) -> None:
+    fake.change(compose=compose)
+    found = started(fake, folder, "vllm")
+    assert found.is_service_running("vllm")
+    assert not found.is_service_running("pytorch")
+
+
+# Starting, and what containers are given
+
+
+def test_only_the_backends_asked_for_are_started(fake: FakeDocker, folder: Path) -> None:
+    started(fake, folder, "vllm")
+    (words,) = fake.compose_calls("up")
+    assert words == ["up", "--detach", "--no-build", "vllm"]
+    assert list(fake.read()["containers"]) == ["vllm"]
+
+
+def test_a_service_that_ends_at_once_is_an_error_with_what_it_printed(fake: FakeDocker, folder: Path) -> None:
+    fake.change(after_up="exited", logs="exec: python3 not found")
+    with pytest.raises(RuntimeError, match="exited with code 137.*python3 not found"):
+        manager(fake, folder).start_services(["vllm"])
+
+
+def test_without_waiting_nothing_is_asked(fake: FakeDocker, folder: Path) -> None:
+    manager(fake, folder).start_services(["vllm"], wait=False)
+    assert fake.compose_calls("exec") == []
+
+
+def override(fake: FakeDocker) -> str:
+    """The override file of the last call."""
+    words = fake.calls()[-1]
+    return Path([words[place + 1] for place, word in enumerate(words) if word == "--file"][-1]).read_text()
+
+
+def test_the_override_gives_folders_and_no_secret(fake: FakeDocker, folder: Path) -> None:
+    environ = {"HF_TOKEN": "hf_planted", "LEM_WEBHOOK": "https://planted"}
+    manager(fake, folder, **environ).start_services(["vllm"])
+    text = override(fake)
+    assert "planted" not in text
+    assert "planted" not in json.dumps(fake.calls())
+    (service,) = json.loads(text.partition("\n")[2])["services"].values()
+    mounts = {item["target"]: item for item in service["volumes"]}
+    assert all(item["bind"] == {"create_host_path": False} for item in mounts.values())
+    assert {path: item["read_only"] for path, item in mounts.items()} == {
+        "/opt/lem": True,
+        str(folder): True,
+        str(folder / "results"): False,
+    }
+    assert (folder / "results").is_dir()
+    assert service["pull_policy"] == "never"
+    assert service["environment"]["HOME"] == "/tmp"
+    assert service["environment"]["USER"]
+    assert "deploy" not in service
+
+
+def test_the_folder_of_the_pyz_is_mounted_and_holds_it_alone(fake: FakeDocker, folder: Path) -> None:
+    manager(fake, folder).start_services(["vllm"])
+    (service,) = json.loads(override(fake).partition("\n")[2])["services"].values()
+    source = next(Path(item["source"]) for item in service["volumes"] if item["target"] == "/opt/lem")
+    assert [path.name for path in source.iterdir()] == [PYZ_NAME]
+
+
+# Running experiments
+
+
+def test_an_experiment_runs_with_its_arguments_and_its_variables_are_in_no_argv(
+    fake: FakeDocker, folder: Path
+) -> None:
+    found = started(fake, folder, "pytorch")
+    output, code = found.execute_experiment("pytorch", "nope.yaml", ["--cycles", "2"], {"HF_TOKEN": "hf_planted"})
+    words = fake.compose_calls("exec")[-1]
+    assert words[words.index("experiment") :] == ["experiment", "nope.yaml", "--yes", "--cycles", "2"]
+    assert "hf_planted" not in json.dumps(fake.calls())
+    assert code == 2
+    assert "nope.yaml" in output
+
+
+def test_an_experiment_that_could_not_run_is_a_message_and_1(fake: FakeDocker, folder: Path) -> None:
+    found = started(fake, folder, "pytorch")
+    message, code = found.execute_experiment("vllm", "a.yaml")
+    assert (code, "not running" in message) == (1, True)
+    shutil.rmtree(fake.folder / "bin")
+    assert found.execute_experiment("pytorch", "a.yaml")[1] == 1
+
+
+# Health
+
+
+def test_a_service_without_a_gpu_is_healthy_when_it_answers(fake: FakeDocker, folder: Path) -> None:
+    status = started(fake, folder, "vllm").check_health("vllm")
+    assert status == ContainerHealthStatus("vllm", healthy=True, reason=status.reason)
+    assert status.gpu_memory_used_gb is None
+    assert status.gpu_memory_total_gb is None
+
+
+def test_no_answer_is_unhealthy(fake: FakeDocker, folder: Path) -> None:
+    found = started(fake, folder, "vllm")
+    fake.change(silent=["vllm"])
+    status = found.check_health("vllm")
+    assert not status.healthy
+    assert "exec failed" in status.reason
+
+
+@pytest.mark.parametrize(
+    ("containers", "reason"),
+    [({}, "no container"), ({"vllm": {"State": "exited", "ExitCode": 137}}, "exited with code 137")],
+)
+def test_a_container_that_does_not_run_is_unhealthy(
+    fake: FakeDocker, folder: Path, containers: dict[str, Any], reason: str
+) -> None:
+    found = started(fake, folder, "vllm")
+    fake.change(containers=containers)
+    status = found.check_health("vllm")
+    assert not status.healthy
+    assert reason in status.reason
+
+
+def test_an_engine_that_is_gone_is_unhealthy_and_no_error(fake: FakeDocker, folder: Path) -> None:
+    found = started(fake, folder, "vllm")
+    fake.change(daemon="down")
+    assert not found.check_health("vllm").healthy
+    assert not found.is_service_running("vllm")
+
+
+@pytest.fixture
+def with_gpu(fake: FakeDocker, folder: Path) -> ContainerManager:
+    fake.change(services={"vllm": WITH_GPU}, gpus={"vllm": reading(GIB)})
+    return started(fake, folder, "vllm")
+
+
+@pytest.mark.parametrize(
+    ("used_b", "threshold_pct", "healthy"),
+    [(8 * GIB, 90.0, True), (9 * GIB, 90.0, False), (10 * GIB, 90.0, False), (6 * GIB, 50.0, False)],
+)
+def test_memory_in_use_is_held_against_the_threshold(
+    fake: FakeDocker, with_gpu: ContainerManager, used_b: int, threshold_pct: float, healthy: bool
+) -> None:
+    fake.change(gpus={"vllm": reading(used_b)})
+    status = with_gpu.check_health("vllm", threshold_pct)
+    assert status.healthy is healthy
+    assert status.gpu_memory_used_gb == pytest.approx(used_b / 1e9)
+    assert status.gpu_memory_total_gb == pytest.approx(10 * GIB / 1e9)
+
+
+@pytest.mark.parametrize("memory_b", [int(9.4 * GIB), None])
+def test_memory_of_the_own_worker_does_not_count(
+    fake: FakeDocker, with_gpu: ContainerManager, memory_b: int | None
+) -> None:
+    fake.change(gpus={"vllm": reading(int(9.5 * GIB), (4711, memory_b))}, pids={"id-vllm": [4710, 4711]})
+    assert not with_gpu.check_health("vllm").healthy, "no worker is open: it is a leftover"
+    worker = with_gpu.open_worker("vllm")
+    worker.open()
+    try:
+        assert with_gpu.check_health("vllm").healthy
+    finally:
+        worker.stop()
+    assert not with_gpu.check_health("vllm").healthy
+
+
+def test_memory_of_others_counts_beside_the_own_worker(fake: FakeDocker, with_gpu: ContainerManager) -> None:
+    fake.change(
+        gpus={"vllm": reading(int(9.9 * GIB), (4711, GIB // 2), (99, int(9.4 * GIB)))}, pids={"id-vllm": [4711]}
+    )
+    worker = with_gpu.open_worker("vllm")
+    worker.open()
+    try:
+        status = with_gpu.check_health("vllm")
+    finally:
+        worker.stop()
+    assert not status.healthy
+    assert "99" in status.reason
+
+
+@pytest.mark.parametrize("error", ["Unknown Error", "GPU is lost", "Not Found", "Driver Not Loaded"])
+def test_a_gpu_lost_in_a_running_container_is_recognised(
+    fake: FakeDocker, with_gpu: ContainerManager, error: str
+) -> None:
+    fake.change(gpus={"vllm": reading(0, error=error)})
+    status = with_gpu.check_health("vllm")
+    assert not status.healthy
+    assert "lost" in status.reason
+    assert error in status.reason
+    assert status.gpu_memory_used_gb is None
+
+
+def test_a_container_that_sees_no_gpu_though_one_is_reserved_has_lost_it(
+    fake: FakeDocker, with_gpu: ContainerManager
+) -> None:
+    fake.change(gpus={"vllm": {"gpus": [], "driver": "1", "error": None}})
+    assert "lost" in with_gpu.check_health("vllm").reason
+
+
+# Restarts
+
+
+def test_a_restart_is_enough_where_it_helps(fake: FakeDocker, folder: Path) -> None:
+    found = started(fake, folder, "vllm")
+    fake.change(silent=["vllm"])
+    assert found.restart_service("vllm") is True
+    assert len(fake.compose_calls("restart")) == 1
+    assert len(fake.compose_calls("up")) == 1, "the start"
+
+
+@pytest.mark.parametrize("state", [{"restart_fails": True}, {"after_restart": "exited"}])
+def test_a_container_that_a_restart_does_not_help_is_replaced(
+    fake: FakeDocker, folder: Path, state: dict[str, Any]
+) -> None:
+    found = started(fake, folder, "vllm")
+    fake.change(silent=["vllm"], **state)
+    assert found.restart_service("vllm") is True
+    assert "--force-recreate" in fake.compose_calls("up")[-1]
+
+
+def test_a_service_that_nothing_helps_is_not_restarted(fake: FakeDocker, folder: Path) -> None:
+    found = started(fake, folder, "vllm")
+    fake.change(after_restart="exited", after_up="exited")
+    assert found.restart_service("vllm") is False
+
+
+def test_a_healthy_service_is_left_alone(fake: FakeDocker, folder: Path) -> None:
+    found = started(fake, folder, "vllm")
+    assert found.check_and_recover("vllm") is True
+    assert fake.compose_calls("restart") == []
+    assert found.restarts.get("vllm", 0) == 0
+
+
+def test_restarts_are_counted_over_the_campaign_and_for_each_service(fake: FakeDocker, folder: Path) -> None:
+    found = started(fake, folder, "vllm", "pytorch")
+    for _ in range(2):
+        fake.change(silent=["vllm"])
+        assert found.check_and_recover("vllm", max_restarts=2) is True
+    fake.change(silent=["vllm", "pytorch"])
+    assert found.check_and_recover("vllm", max_restarts=2) is False
+    assert found.check_and_recover("pytorch", max_restarts=2) is True
+    assert found.restarts == {"vllm": 2, "pytorch": 1}
+
+
+def test_restarts_are_used_up_while_nothing_helps(fake: FakeDocker, folder: Path) -> None:
+    found = started(fake, folder, "vllm")
+    fake.change(silent=["vllm"], after_restart="exited", after_up="exited")
+    assert found.check_and_recover("vllm", max_restarts=2) is False
+    assert len(fake.compose_calls("restart")) == 2
+
+
+def test_no_restarts_allowed_means_none(fake: FakeDocker, folder: Path) -> None:
+    found = started(fake, folder, "vllm")
+    fake.change(silent=["vllm"])
+    assert found.check_and_recover("vllm", max_restarts=0) is False
+    assert fake.compose_calls("restart") == []
+
+
+# The end
+
+
+def test_the_context_takes_everything_down(fake: FakeDocker, folder: Path) -> None:
+    with manager(fake, folder) as found:
+        found.start_services(["vllm"])
+    assert fake.read()["containers"] == {}
+    (words,) = fake.compose_calls("down")
+    assert words == ["down", "--remove-orphans", "--timeout", "30"]
+
+
+def test_a_teardown_that_fails_hides_no_error(fake: FakeDocker, folder: Path) -> None:
+    with pytest.raises(ValueError, match="the one to see"), manager(fake, folder) as found:
+        found.start_services(["vllm"])
+        fake.change(daemon="down")
+        raise ValueError("the one to see")
+
+
+def test_another_manager_sees_what_one_left(fake: FakeDocker, folder: Path) -> None:
+    started(fake, folder, "vllm")
+    later = manager(fake, folder)
+    assert later.is_service_running("vllm")
+    later.teardown(timeout=3)
+    assert fake.compose_calls("down")[-1][-1] == "3"
+
+
+def test_a_manager_that_is_only_made_asks_nothing(fake: FakeDocker, folder: Path) -> None:
+    manager(fake, folder)
+    ContainerManager()
+    assert fake.calls() == []
