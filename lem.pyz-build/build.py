@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ WHEEL_PLATFORM = (
     "--abi=cp310",
     "--platform=manylinux2014_x86_64",
 )
-DOWNLOAD_TIMEOUT_S = 600
+PIP_TIMEOUT_S = 600
 
 ENTRY = '''\
 """Start of lem.pyz; readable by the old Pythons that lem/__main__.py turns away."""
@@ -162,9 +161,9 @@ def vendor_wheels(cache: Path) -> dict[str, Path]:
         command = [*pip_command(cache), "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         command += ["--require-hashes", *WHEEL_PLATFORM, f"--dest={cache}", f"--requirement={VENDOR_LIST}"]
         try:
-            code = subprocess.run(command, check=False, timeout=DOWNLOAD_TIMEOUT_S).returncode
+            code = subprocess.run(command, check=False, timeout=PIP_TIMEOUT_S).returncode
         except subprocess.TimeoutExpired as error:
-            raise BuildError(f"pip did not finish within {DOWNLOAD_TIMEOUT_S} s") from error
+            raise BuildError(f"pip did not finish within {PIP_TIMEOUT_S} s") from error
         if code != 0:
             raise BuildError("pip could not download what vendor.txt names (its message is above)")
         found = find_wheels(pins, cache)
@@ -207,10 +206,10 @@ def pip_command(cache: Path) -> list[str]:
         return [sys.executable, "-m", "pip"]
     folder = cache / "pip-env"
     if not (folder / "bin" / "pip").exists():
-        try:
-            venv.create(folder, clear=True, with_pip=True)
-        except subprocess.CalledProcessError as error:
-            raise BuildError("pip is needed: apt-get install python3-venv (or python3-pip)") from error
+        # As a program of its own: Debian's venv module, without ensurepip, ends the one that calls it.
+        command = [sys.executable, "-m", "venv", "--clear", str(folder)]
+        if subprocess.run(command, check=False, timeout=PIP_TIMEOUT_S).returncode != 0:
+            raise BuildError("pip is needed to fetch what vendor.txt names: apt-get install python3-venv")
     return [str(folder / "bin" / "python"), "-m", "pip"]
 
 
