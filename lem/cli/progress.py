@@ -178,6 +178,8 @@ class _State:
         elif event.kind == "gap":
             self.experiment = {}
             self.activity = f"gap, at most {units.format_duration(float(data['cap_s']))}"
+        elif event.kind == "tick" and "left_s" in data:
+            self.activity = f"gap, at most {units.format_duration(float(data['left_s']))} more"
 
     def describe(self, event: Event, now: float, width: int | None = None) -> str:
         """The line; where it would be wider than `width`, the name of the experiment gives way."""

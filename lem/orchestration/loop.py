@@ -25,6 +25,9 @@ __all__ = ["CampaignOutcome", "ExperimentLoop", "Stopped"]
 # An experiment that fails, or whose result is not valid, is tried once more inside its cycle.
 MAX_TRIES = 2
 
+# How often a wait is told, as often as a worker sends heartbeats.
+_TICK_S = 5.0
+
 
 class Stopped(enum.Enum):
     """Why a loop ended before its end."""
@@ -135,7 +138,16 @@ class ExperimentLoop:
             cap_s = min(cap_s, deadline_s - self.monotonic())
         if cap_s > 0:
             self.tell("gap", gap=kind, cap_s=cap_s)
-        return keep_gap(cap_s, is_recovered=None, monotonic=self.monotonic, wait=self.stop.wait)
+        return keep_gap(cap_s, is_recovered=None, monotonic=self.monotonic, wait=self._wait)
+
+    def _wait(self, seconds: float) -> bool:
+        """Sleep, and tell from time to time how long still; whether a stop was asked for."""
+        until_s = self.monotonic() + seconds
+        while (left_s := until_s - self.monotonic()) > 0:
+            self.tell("tick", left_s=left_s)
+            if self.stop.wait(min(left_s, _TICK_S)):
+                return True
+        return self.stop.is_set()
 
     def _run_experiment(self, experiment: CampaignExperiment, *, keep_engine: bool, gap: GapOutcome | None) -> bool:
         """Whether there is a result."""

@@ -113,6 +113,16 @@ def test_off_a_terminal_a_long_phase_speaks_once_a_minute():
     assert len(stream.getvalue().splitlines()) - before == 2
 
 
+def test_a_gap_counts_down_on_the_live_line(stream):
+    show = TerminalProgress(log.Console(stream), now=lambda: NOON)
+    show(Event("gap", 1, 2, None, {"gap": "cycle", "cap_s": 300.0}))
+    show(Event("tick", 1, 2, None, {"left_s": 245.0}))
+    assert [part for part in stream.getvalue().split("\r\x1b[2K") if part] == [
+        "[1/2] gap, at most 5m 00s",
+        "[1/2] gap, at most 4m 05s more",
+    ]
+
+
 def test_a_failure_tells_error_remedy_and_log_even_when_quiet():
     stream = io.StringIO()
     data = {**WHO, "error": "out of memory", "hint": "a smaller batch", "log": "results/log.txt"}
@@ -143,8 +153,8 @@ def test_json_is_one_object_a_line():
 
 
 def test_the_stream_decides_the_kind(stream):
-    terminal, pipe = log.Console(stream), log.Console(io.StringIO())
-    assert isinstance(choose_progress(terminal, pipe, is_json=False, is_quiet=False), TerminalProgress)
-    assert isinstance(choose_progress(pipe, pipe, is_json=False, is_quiet=False), LineProgress)
-    assert isinstance(choose_progress(terminal, pipe, is_json=True, is_quiet=True), JsonProgress)
-    assert isinstance(choose_progress(terminal, pipe, is_json=False, is_quiet=True), QuietProgress)
+    terminal, pipe, out = log.Console(stream), log.Console(io.StringIO()), io.StringIO()
+    assert isinstance(choose_progress(terminal, out, is_json=False, is_quiet=False), TerminalProgress)
+    assert isinstance(choose_progress(pipe, out, is_json=False, is_quiet=False), LineProgress)
+    assert isinstance(choose_progress(terminal, out, is_json=True, is_quiet=True), JsonProgress)
+    assert isinstance(choose_progress(terminal, out, is_json=False, is_quiet=True), QuietProgress)

@@ -65,13 +65,19 @@ def test_a_warm_campaign_keeps_its_worker(place):
 def test_the_cycle_gap_takes_the_place_of_the_configuration_gap(place):
     gaps = {"config_gap_seconds": 5, "cycle_gap_seconds": 30}
     place.runner(make_campaign(place.folder, execution=gaps)).run()
-    assert place.stop.waits == [5.0, 30.0, 5.0]
+    assert sum(place.stop.waits) == 40.0
     assert [request.gap_s for request in place.requests] == [None, 5.0, 30.0, 5.0]
     assert [(data["gap"], data["cap_s"]) for data in place.told("gap")] == [
         ("configuration", 5.0),
         ("cycle", 30.0),
         ("configuration", 5.0),
     ]
+
+
+def test_a_gap_is_told_while_it_lasts(place):
+    campaign = make_campaign(place.folder, execution={"cycles": 1, "config_gap_seconds": 12})
+    place.runner(campaign).run()
+    assert [data["left_s"] for data in place.told("tick")] == [12.0, 7.0, 2.0]
 
 
 def test_a_signal_in_a_gap_starts_nothing_more(tmp_path):
