@@ -19,7 +19,20 @@ from lem.backends.pytorch_loading import LoadedModel
 from lem.backends.pytorch_sources import is_out_of_memory, shortened
 from lem.errors import EngineError
 
-__all__ = ["BatchRunner", "TokenClock", "engine_settings"]
+__all__ = ["GENERATE_FAILURES", "BatchRunner", "TokenClock", "engine_settings"]
+
+# What `generate`, torch.compile and the packages they call raise over what they are given or what they run on.
+GENERATE_FAILURES = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    IndexError,
+    KeyError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class TokenClock(BaseStreamer):  # type: ignore[misc]  # transformers is not looked into
@@ -101,7 +114,7 @@ class BatchRunner:
         clock = TokenClock(len(fitting), time.monotonic_ns) if observe else None
         try:
             generated = self._generate(fitting, clock)
-        except (RuntimeError, ValueError, MemoryError) as error:
+        except GENERATE_FAILURES as error:
             if not is_out_of_memory(error):
                 raise EngineError(f"generate failed: {type(error).__name__}: {shortened(error)}") from error
             problem = f"out of memory in a batch of {len(fitting)}: {shortened(error)}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lem.backends.protocol import TokenRequest
-from lem.backends.pytorch_generation import BatchRunner
+from lem.backends.pytorch_generation import GENERATE_FAILURES, BatchRunner
 from lem.backends.pytorch_options import EngineFacts, is_assisted
 from lem.backends.pytorch_sources import is_out_of_memory, shortened
 from lem.config.backend_config import PyTorchConfig
@@ -24,18 +24,6 @@ __all__ = ["Trial", "try_out"]
 # CUDA graphs warm up, record and replay: a fault of theirs shows after a few steps.
 OUTPUT_TOKENS = 8
 
-# What transformers, torch.compile and the packages they call raise over options they cannot take together.
-_FAILURES = (
-    AssertionError,
-    AttributeError,
-    ImportError,
-    IndexError,
-    KeyError,
-    MemoryError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 _CACHE_NAMES = {"DynamicCache": "dynamic", "StaticCache": "static", "QuantizedCache": "quantized"}
 
 
@@ -63,7 +51,7 @@ def try_out(runner: BatchRunner, section: PyTorchConfig, facts: EngineFacts) -> 
     with _transformers_warnings() as heard:
         try:
             output = runner.try_out(_requests(runner, section))
-        except _FAILURES as error:
+        except GENERATE_FAILURES as error:
             if is_out_of_memory(error):
                 hint = "use a smaller model or batch, or a lower fp_precision"
                 text = f"out of memory on {OUTPUT_TOKENS} tokens: {shortened(error)}"

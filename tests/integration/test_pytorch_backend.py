@@ -202,6 +202,45 @@ def test_a_request_beyond_the_positions_of_the_model_fails_alone(backend: PyTorc
     assert by_index[2].output_ids == ()
 
 
+def test_an_engine_that_fails_on_a_batch_fails_in_words(backend: PyTorchBackend, tiny_model: Path) -> None:
+    backend.configure(experiment(tiny_model))
+    with pytest.raises(EngineError, match="generate failed: IndexError"):
+        backend.generate([TokenRequest(0, (5, 1000), 4)], observe_tokens=False)  # ids of this model end at 999
+    assert len(outputs(backend, prompts())) == len(LENGTHS)
+
+
+class Exhausted:
+    """A model with no memory left for more than one row."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def generate(self, **arguments: Any) -> Any:
+        import torch
+
+        if len(arguments["input_ids"]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return self._model.generate(**arguments)
+
+
+def test_a_batch_that_runs_out_of_memory_fails_its_requests_and_no_others(tiny_model: Path) -> None:
+    with loaded(experiment(tiny_model, pytorch={"batch_size": 2})) as there:
+        assert there._session is not None
+        there._session._loaded.model = Exhausted(there._session._loaded.model)
+        by_index = {item.index: item for item in there.generate(prompts((5, 6, 7)), observe_tokens=False)}
+    assert "out of memory in a batch of 2" in (by_index[0].error or "")
+    assert "out of memory in a batch of 2" in (by_index[1].error or "")
+    assert by_index[2].error is None
+    assert len(by_index[2].output_ids) == 16
+
+
+def test_progress_is_told_batch_by_batch(backend: PyTorchBackend, tiny_model: Path) -> None:
+    backend.configure(experiment(tiny_model, pytorch={"batch_size": 2}))
+    told: list[int] = []
+    backend.generate(prompts(), observe_tokens=False, on_progress=told.append)
+    assert told == [2, 4, 5]
+
+
 def test_text_becomes_ids_and_ids_text(backend: PyTorchBackend) -> None:
     ids = backend.encode("The harbour at first light")
     assert ids[0] == 1  # begin of sequence, as this tokenizer wants it
