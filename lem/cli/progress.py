@@ -224,11 +224,11 @@ def _unpainted(text: str, _colour: str) -> str:
 
 
 def _count(data: Mapping[str, Any]) -> str:
-    """How far a phase is: `5/32 requests`."""
-    done, total = data.get("phase_done"), data.get("phase_total")
-    if done is None:
-        return ""
-    return f"{done}/{total} {data.get('text', '')}" if total else f"{done} {data.get('text', '')}"
+    """How far a phase is: `5/32`, or in words where it has no known end."""
+    done, total, text = data.get("phase_done"), data.get("phase_total"), str(data.get("text", ""))
+    if done is None or total:
+        return f"{done}/{total}" if total else text
+    return text if str(done) in text else f"{done} {text}"
 
 
 def _ending(event: Event, console: log.Console | None) -> list[str]:

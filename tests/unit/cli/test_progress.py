@@ -43,7 +43,7 @@ def test_live_line_names_experiment_backend_cycle_phase_and_end(stream):
     show = TerminalProgress(log.Console(stream), now=lambda: NOON)
     show(_started(eta_s=3600))
     show(Event("phase", 3, 12, 3600, {"phase": "window"}))
-    show(Event("progress", 3, 12, 3600, {"phase_done": 5, "phase_total": 10, "power_w": 312.4}))
+    show(Event("progress", 3, 12, 3600, {"phase_done": 5, "phase_total": 10, "text": "5 requests", "power_w": 312.4}))
     last = stream.getvalue().split("\r\x1b[2K")[-1]
     assert last == "[3/12] gpt2-b4 · pytorch · cycle 2/3 · measuring 5/10 · 312.4 W · ETA 13:00"
 
@@ -72,6 +72,8 @@ def test_progress_without_an_end_is_a_count(stream):
     show(Event("progress", 3, 12, None, {"phase_done": 5, "phase_total": None, "text": "prompts"}))
     show(Event("progress", 3, 12, None, {"phase_done": 6, "phase_total": None, "text": "prompts"}))
     assert stream.getvalue().endswith(" · warming up 6 prompts")
+    show(Event("progress", 3, 12, None, {"phase_done": 7, "phase_total": None, "text": "7 requests"}))
+    assert stream.getvalue().endswith(" · warming up 7 requests")
 
 
 def test_no_watts_where_no_meter_told_them(stream):
