@@ -163,6 +163,8 @@ class FakeExecutor:
         self.worker = worker
         self.ended = 0
         self.killed = 0
+        self.looked_after = 0
+        self.closed = 0
 
     def worker_for(self, backend: str) -> Worker:
         return self.worker
@@ -177,6 +179,12 @@ class FakeExecutor:
     def kill(self) -> None:
         self.killed += 1
         self.worker.kill()
+
+    def look_after(self, tell: Callable[[str], None]) -> None:
+        self.looked_after += 1
+
+    def close(self) -> None:
+        self.closed += 1
 
 
 def make_campaign(folder: Path, *, outputs: Sequence[int] = (4, 8), **changes: Any) -> CampaignConfig:
