@@ -12,6 +12,7 @@ from lem.errors import ExitCode, UserError
 if TYPE_CHECKING:
     from lem.config.campaign_config import CampaignConfig
     from lem.config.loading import Loaded
+    from lem.orchestration.executor_choice import ExecutorChoice
     from lem.orchestration.plan import Plan
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
@@ -101,6 +102,7 @@ def _add_course(group: argparse._ArgumentGroup) -> None:
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """The exit code of interface.md."""
     from lem.meters.gpus import find_gpus
+    from lem.orchestration.executor_choice import choose_executor
     from lem.orchestration.plan import build_plan
     from lem.orchestration.preflight import check_supported, with_unused_options
 
@@ -113,14 +115,14 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         raise UserError("no valid experiment is left", "lem campaign --dry-run lists each reason; nothing was run")
     if args.validate_only:
         return int(ExitCode.OK)
-    _check_executor(args)
-    check_supported(campaign)
+    choice = choose_executor(args.executor, campaign, plan, python=args.python)
+    check_supported(campaign, choice.name)
     if args.dry_run:
-        out.write(_describe_plan(plan, campaign, args))
+        out.write(_describe_plan(plan, campaign, choice))
         return int(ExitCode.OK)
     from lem.cli.campaign_run import CampaignCommand
 
-    return CampaignCommand(args, campaign, plan, out, err).execute()
+    return CampaignCommand(args, campaign, plan, choice, out, err).execute()
 
 
 def _load(args: argparse.Namespace) -> Loaded[CampaignConfig]:
@@ -147,15 +149,11 @@ def _announce(plan: Plan, args: argparse.Namespace, err: TextIO) -> None:
     err.flush()
 
 
-def _describe_plan(plan: Plan, campaign: CampaignConfig, args: argparse.Namespace) -> str:
+def _describe_plan(plan: Plan, campaign: CampaignConfig, choice: ExecutorChoice) -> str:
     from lem.cli.plan_view import render_plan
-    from lem.orchestration.workers import LocalExecutor
 
     measured, loads = _earlier_times(plan, campaign)
-    python = LocalExecutor(args.python).python
-    why = "asked for" if args.executor == "local" or args.python else "chosen: this version of lem has no other"
-    place = f"local, {python} ({why})"
-    return render_plan(plan, campaign, place, measured_by_config=measured, load_by_engine=loads)
+    return render_plan(plan, campaign, choice.describe(), measured_by_config=measured, load_by_engine=loads)
 
 
 def _earlier_times(plan: Plan, campaign: CampaignConfig) -> tuple[dict[str, float], dict[str, float]]:
@@ -172,8 +170,3 @@ def _earlier_times(plan: Plan, campaign: CampaignConfig) -> tuple[dict[str, floa
             if window.load_s is not None:
                 loads[engines[digest]] = window.load_s
     return measured, loads
-
-
-def _check_executor(args: argparse.Namespace) -> None:
-    if args.executor == "docker":
-        raise UserError("--executor docker is not part of this version of lem", "use --executor local, or leave it out")

@@ -29,12 +29,12 @@ from lem.errors import ExitCode, Interrupted, LemError, UserError
 from lem.orchestration.campaign import CampaignOutcome, CampaignRunner
 from lem.orchestration.daemon import Course, Scheduler
 from lem.orchestration.events import Event
+from lem.orchestration.executor_choice import ExecutorChoice
 from lem.orchestration.manifest import utc_now
 from lem.orchestration.notification import Notification, notify
 from lem.orchestration.opening import SAY_WHICH, RunOptions, Wish
 from lem.orchestration.plan import Plan
 from lem.orchestration.stop import StopRequest
-from lem.orchestration.workers import LocalExecutor
 
 __all__ = ["CampaignCommand"]
 
@@ -47,12 +47,19 @@ class CampaignCommand:
     """One command, which may run its campaign again and again."""
 
     def __init__(
-        self, args: argparse.Namespace, campaign: CampaignConfig, plan: Plan, out: TextIO, err: TextIO
+        self,
+        args: argparse.Namespace,
+        campaign: CampaignConfig,
+        plan: Plan,
+        choice: ExecutorChoice,
+        out: TextIO,
+        err: TextIO,
     ) -> None:
         daemon = campaign.daemon
         self._args = args
         self._campaign = campaign
         self._plan = plan
+        self._choice = choice
         self._out = out
         self._err = err
         self._is_daemon = daemon is not None and daemon.enabled
@@ -97,7 +104,7 @@ class CampaignCommand:
         return CampaignRunner(
             self._campaign,
             plan=self._plan,
-            executor=LocalExecutor(args.python),
+            executor=self._choice.make(),
             observe=self._tell_event,
             stop=self._stop,
             options=RunOptions(

@@ -30,6 +30,7 @@ from lem.orchestration.manifest import (
     utc_text,
 )
 from lem.orchestration.opening import Opening, RunOptions, Wish, choose_opening, go_on_with
+from lem.orchestration.order import GapKind
 from lem.orchestration.plan import CampaignExperiment, Plan, build_plan
 from lem.orchestration.preflight import check_supported, find_environment, gpus_of
 from lem.orchestration.session import RunIdentity, Session
@@ -105,6 +106,11 @@ class CampaignRunner:
         every = check.interval_experiments
         return check.enabled and every > 0 and experiment_index > 0 and experiment_index % every == 0
 
+    def is_check_due(self, experiment_index: int, gap: GapKind | None) -> bool:
+        """Whether containers are looked at before an experiment: when a cycle or block begins, and every so many."""
+        begins = gap != "configuration"
+        return self.campaign.health_check.enabled and (begins or self.should_health_check(experiment_index))
+
     def should_cold_start(self) -> bool:
         """Whether every experiment gets a worker of its own."""
         return self.campaign.cold_start.force_cold_start or self.campaign.cold_start.restart_container
@@ -141,7 +147,7 @@ class CampaignRunner:
             Interrupted: a stop was asked for.
         """
         plan = self._planned()
-        check_supported(self.campaign)
+        check_supported(self.campaign, self._executor_name())
         self._repository().check_writable()
         with self._session(self.create_manifest(())) as session:
             find_environment(session, plan.experiments)
@@ -158,7 +164,7 @@ class CampaignRunner:
             Interrupted: a stop was asked for before it had begun, or a second time.
         """
         plan = self._planned()
-        check_supported(self.campaign)
+        check_supported(self.campaign, self._executor_name())
         repository = self._repository()
         repository.check_writable()
         with contextlib.ExitStack() as stack:
@@ -212,6 +218,7 @@ class CampaignRunner:
             monotonic=self.monotonic,
             is_cold=self.should_cold_start(),
             is_fail_fast=self.options.is_fail_fast,
+            is_check_due=self.is_check_due,
         )
 
     def _open_manifest(
@@ -255,6 +262,9 @@ class CampaignRunner:
         for line in lines:
             _logger.warning("the environment changed: %s", line)
 
+    def _executor_name(self) -> str:
+        return LocalExecutor.name if self.executor is None else self.executor.name
+
     def _planned(self) -> Plan:
         if self.plan is None:
             self.plan = build_plan(self.campaign, complete_campaign(self.campaign).drafts)
@@ -281,6 +291,7 @@ class CampaignRunner:
         entries = [item.new_entry() for item in order]
         for entry in entries:
             entry.host = self.host
+            entry.container = entry.backend if self._executor_name() == "docker" else None
         return entries
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,12 +31,21 @@ class ExecutorChoice:
 
     Attributes:
         name: `docker` or `local`.
-        description: where that is, and why it was chosen, for the plan.
+        place: where that is.
+        reason: why it was chosen.
+        make: makes it.
+        detail: more about the place, which takes a moment to find out.
     """
 
     name: str
-    description: str
+    place: str
+    reason: str
     make: Callable[[], Executor] = field(repr=False)
+    detail: Callable[[], str] = field(default=lambda: "", repr=False)
+
+    def describe(self) -> str:
+        """All of it, for the plan."""
+        return ", ".join(filter(None, (self.name, self.place, self.detail()))) + f" ({self.reason})"
 
 
 def choose_executor(
@@ -63,6 +74,8 @@ def choose_executor(
         return _docker(campaign, plan, backends, where, environ, "asked for")
     if wish == "local" or python is not None:
         return _local(python, "asked for")
+    if campaign.cold_start.restart_container:
+        return _docker(campaign, plan, backends, where, environ, "chosen: cold_start.restart_container needs it")
     found = probe_environment()
     missing = {name: missing_distributions(name, found) for name in backends}
     lacking = [f"{name} ({', '.join(items)})" for name, items in missing.items() if items]
@@ -101,17 +114,10 @@ def docker_executor(
     uuids = {str(gpu.index): gpu.uuid for gpu in present} | {gpu.uuid: gpu.uuid for gpu in present}
     configs = {name: [item.config for item in plan.configurations if item.backend == name] for name in backends}
     named = {name: _gpus_named([item.gpus for item in items], uuids) for name, items in configs.items()}
-    env_file = campaign.io.env_file
-    project = ComposeProject(
-        name=f"lem-{campaign.slug}",
-        files=find_compose_files(campaign.io.compose_file, folder, environ),
-        state_folder=(folder / campaign.io.state_dir / campaign.slug).absolute(),
-        working_dir=folder.absolute(),
-        results_dir=(folder / campaign.io.results_dir).absolute(),
-        env_file=None if env_file is None else (folder / env_file).absolute(),
+    project = dataclasses.replace(
+        _project(campaign, folder, environ, state_folder=folder / campaign.io.state_dir / campaign.slug),
         mounts_of={name: local_mounts(items) for name, items in configs.items()},
         gpus_of={name: value for name, value in named.items() if value is not None},
-        environ=environ,
     )
     return DockerExecutor(
         project,
@@ -120,6 +126,22 @@ def docker_executor(
         health=campaign.health_check,
         gpu_uuids=uuids,
         is_recreating=campaign.cold_start.restart_container,
+    )
+
+
+def _project(
+    campaign: CampaignConfig, folder: Path, environ: Mapping[str, str], *, state_folder: Path
+) -> ComposeProject:
+    env_file = campaign.io.env_file
+    return ComposeProject(
+        # Not the slug alone: a person may have a project of that name, which would be taken down with ours.
+        name=f"lem-{campaign.slug}",
+        files=find_compose_files(campaign.io.compose_file, folder, environ),
+        state_folder=state_folder.absolute(),
+        working_dir=folder.absolute(),
+        results_dir=(folder / campaign.io.results_dir).absolute(),
+        env_file=None if env_file is None else (folder / env_file).absolute(),
+        environ=environ,
     )
 
 
@@ -138,7 +160,7 @@ def _is_short_for(name: str, uuid: str) -> bool:
 
 def _local(python: str | None, reason: str) -> ExecutorChoice:
     executor = LocalExecutor(python)
-    return ExecutorChoice("local", f"local, {executor.python} ({reason})", lambda: executor)
+    return ExecutorChoice("local", executor.python, reason, lambda: executor)
 
 
 def _docker(
@@ -153,6 +175,20 @@ def _docker(
     services = f"services {', '.join(backends)} of {files.describe()}"
     return ExecutorChoice(
         "docker",
-        f"docker, {services} ({reason})",
-        lambda: docker_executor(campaign, plan, folder=folder, environ=environ),
+        services,
+        reason,
+        make=lambda: docker_executor(campaign, plan, folder=folder, environ=environ),
+        detail=lambda: _images(campaign, backends, folder, environ),
     )
+
+
+def _images(campaign: CampaignConfig, backends: Sequence[str], folder: Path, environ: Mapping[str, str]) -> str:
+    """The image of each service, or why that cannot be said; nothing is written for it that stays."""
+    with tempfile.TemporaryDirectory(prefix="lem-plan-") as scratch:
+        try:
+            project = _project(campaign, folder, environ, state_folder=Path(scratch))
+            services = project.described()
+        except ContainerError as error:
+            return f"images unknown: {error.message}"
+    named = {name: services[name].image for name in backends if name in services}
+    return "images " + ", ".join(f"{image or 'none'} ({name})" for name, image in named.items())

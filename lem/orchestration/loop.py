@@ -63,6 +63,8 @@ class ExperimentLoop:
         save: writes the manifest.
         is_cold: every experiment gets a worker of its own.
         is_fail_fast: the first failed experiment ends the loop.
+        is_check_due: whether what the workers run in is looked at before the experiment at a place of the order (from
+            0), which has this gap before it.
     """
 
     campaign: CampaignConfig
@@ -75,6 +77,7 @@ class ExperimentLoop:
     monotonic: Callable[[], float]
     is_cold: bool = False
     is_fail_fast: bool = False
+    is_check_due: Callable[[int, GapKind | None], bool] = lambda _index, _gap: False
     _durations: list[float] = field(default_factory=list)
     _remaining: int = 0
     _since_s: float | None = None
@@ -112,6 +115,8 @@ class ExperimentLoop:
             stopped = self._why_stop(deadline_s)
             if stopped is not None:
                 return stopped
+            if self.is_check_due(index, gaps[index]):
+                self.session.look_after(lambda text: self.tell("note", text=text))
             is_kept = index + 1 < len(experiments) and not loads[index + 1]
             has_result = self._run_experiment(experiment, keep_engine=is_kept, gap=gap)
             if self.is_cold:

@@ -18,13 +18,13 @@ from lem.orchestration.workers import WorkerUnavailable
 __all__ = ["check_supported", "find_environment", "gpus_of", "with_unused_options"]
 
 
-def check_supported(campaign: CampaignConfig) -> None:
-    """Refuse what only containers can do.
+def check_supported(campaign: CampaignConfig, executor_name: str) -> None:
+    """Refuse what only containers can do, where there are none.
 
     Raises:
         UserError: the campaign asks for it.
     """
-    if campaign.cold_start.restart_container:
+    if campaign.cold_start.restart_container and executor_name != "docker":
         raise UserError(
             "cold_start.restart_container needs the docker executor, and these experiments run in this Python",
             "use cold_start.force_cold_start, which starts a new worker for each experiment",
@@ -46,13 +46,23 @@ def find_environment(session: Session, experiments: Sequence[CampaignExperiment]
             raise UserError(error.message, error.hint) from error
         missing = missing_distributions(backend, environment)
         if missing:
-            raise UserError(
-                f"backend {backend} cannot run here: this Python ({environment.get('python')}) "
-                f"has no {' and no '.join(missing)}",
-                f"pip install {' '.join(missing)}, or name a Python that has them with --python",
-            )
+            raise _lacking(session, backend, missing, environment)
         found.update({f"{backend}.{name}": value for name, value in environment.items()})
     return found
+
+
+def _lacking(session: Session, backend: str, missing: Sequence[str], environment: Mapping[str, Any]) -> UserError:
+    """The error of a worker that lacks its engine."""
+    lacks = f"Python ({environment.get('python')}) has no {' and no '.join(missing)}"
+    if session.executor_name == "docker":
+        return UserError(
+            f"backend {backend} cannot run in service {backend}: its {lacks}",
+            "name an image that has it in the compose file; lem compose prints one with images that do",
+        )
+    return UserError(
+        f"backend {backend} cannot run here: this {lacks}",
+        f"pip install {' '.join(missing)}, or name a Python that has them with --python",
+    )
 
 
 def gpus_of(plan: Plan) -> tuple[str, ...]:

@@ -144,6 +144,23 @@ class Session:
         )
         return Measurement(attempt, record, error, outcome.log_tail)
 
+    @property
+    def executor_name(self) -> str:
+        """Where the workers run: `local` or `docker`."""
+        return self._executor.name
+
+    def look_after(self, tell: Callable[[str], None]) -> None:
+        """See that what the workers run in is healthy, and mend it; never while one measures.
+
+        Raises:
+            InfrastructureError: it is not, and cannot be mended.
+            Interrupted: a stop was asked for.
+        """
+        try:
+            self._executor.look_after(tell)
+        except UserError as error:  # what was there when the campaign began is gone
+            raise InfrastructureError(error.message, error.hint) from error
+
     def end_workers(self) -> None:
         """End every worker with whatever it has loaded; the next attempt starts another."""
         self._executor.stop()
@@ -152,8 +169,14 @@ class Session:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """End the workers: politely, or at once when an error leaves the block or a signal insists."""
-        if kind is not None:
+        """End the workers, politely, or at once when an error leaves the block or a signal insists; and their place."""
+        try:
+            self._end(is_at_once=kind is not None)
+        finally:
+            self._executor.close()
+
+    def _end(self, *, is_at_once: bool) -> None:
+        if is_at_once:
             self._executor.kill()
             return
         try:

@@ -291,6 +291,17 @@ class Executor(Protocol):
     def kill(self) -> None:
         """End every worker with its engine at once."""
 
+    def look_after(self, tell: Callable[[str], None]) -> None:
+        """See that what the workers run in is healthy, and mend it, between two experiments.
+
+        Raises:
+            InfrastructureError, UserError: it is not, and cannot be mended.
+            Interrupted: a stop was asked for.
+        """
+
+    def close(self) -> None:
+        """Take down what the workers ran in, once they were stopped or killed."""
+
 
 class LocalExecutor:
     """One worker on this machine, under this Python or another, for every backend."""
@@ -327,3 +338,9 @@ class LocalExecutor:
     def kill(self) -> None:
         """End the worker with its engine at once."""
         self._worker.kill()
+
+    def look_after(self, tell: Callable[[str], None]) -> None:
+        """Nothing: a worker that is lost is replaced when it is needed."""
+
+    def close(self) -> None:
+        """Nothing: the worker ran in nothing of its own."""

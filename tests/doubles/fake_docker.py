@@ -159,7 +159,14 @@ class Command:
 
     def describe(self, name: str, item: Mapping[str, Any]) -> dict[str, Any]:
         command = '"sleep infinity"'
-        return {"ID": f"id-{name}", "Name": f"p-{name}-1", "Command": command, "Service": name, "Publishers": None, **item}
+        return {
+            "ID": f"id-{name}",
+            "Name": f"p-{name}-1",
+            "Command": command,
+            "Service": name,
+            "Publishers": None,
+            **item,
+        }
 
     def compose_up(self, words: list[str]) -> None:
         names = [word for word in words if word in self.state["services"]]

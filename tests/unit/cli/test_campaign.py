@@ -125,12 +125,9 @@ def test_experiment_files_make_a_campaign_with_a_name(here):
     assert "--campaign-name" in nameless.err
 
 
-def test_what_there_is_no_docker_executor_for_is_refused(here):
-    ended = _run("c.yaml", "--executor", "docker", "--dry-run")
-    assert ended.code == 2
-    assert "--executor docker is not part of this version" in ended.err
+def test_what_needs_containers_is_refused_without_them(here):
     _write(campaign_text(more="cold_start: {restart_container: true}\n"))
-    ended = _run("c.yaml", "--dry-run")
+    ended = _run("c.yaml", "--executor", "local", "--dry-run")
     assert ended.code == 2
     assert "cold_start.force_cold_start" in ended.err
 

@@ -176,7 +176,7 @@ def test_only_the_backends_asked_for_are_started(fake: FakeDocker, folder: Path)
 
 def test_a_service_that_ends_at_once_is_an_error_with_what_it_printed(fake: FakeDocker, folder: Path) -> None:
     fake.change(after_up="exited", logs="exec: python3 not found")
-    with pytest.raises(RuntimeError, match="exited with code 137.*python3 not found"):
+    with pytest.raises(RuntimeError, match=r"exited with code 137.*python3 not found"):
         manager(fake, folder).start_services(["vllm"])
 
 
@@ -222,9 +222,7 @@ def test_the_folder_of_the_pyz_is_mounted_and_holds_it_alone(fake: FakeDocker, f
 # Running experiments
 
 
-def test_an_experiment_runs_with_its_arguments_and_its_variables_are_in_no_argv(
-    fake: FakeDocker, folder: Path
-) -> None:
+def test_an_experiment_runs_with_its_arguments_and_its_variables_are_in_no_argv(fake: FakeDocker, folder: Path) -> None:
     found = started(fake, folder, "pytorch")
     output, code = found.execute_experiment("pytorch", "nope.yaml", ["--cycles", "2"], {"HF_TOKEN": "hf_planted"})
     words = fake.compose_calls("exec")[-1]
