@@ -27,7 +27,7 @@ from lem.orchestration.workers import Outcome, Timeouts, Worker, WorkerEvent
 from lem.record import write_record
 from tests.records import make_record
 
-__all__ = ["ENVIRONMENT", "Answer", "FakeClock", "FakeExecutor", "FakeStop", "FakeWorker", "Place", "make_campaign"]
+__all__ = ["ENVIRONMENT", "FakeClock", "FakeExecutor", "FakeStop", "FakeWorker", "Place", "make_campaign"]
 
 ENVIRONMENT: Mapping[str, Any] = {
     "python": "3.11.7",
@@ -36,9 +36,6 @@ ENVIRONMENT: Mapping[str, Any] = {
     "driver": None,
     "gpus": [],
 }
-
-Answer = "str | EngineError | Exception | Callable[[RunRequest], Answer]"
-"""`ok`, `invalid` (a result that is not valid), `none` (says there is a result, and there is none), an error."""
 
 
 class FakeClock:
@@ -82,7 +79,11 @@ class FakeStop(StopRequest):
 
 
 class FakeWorker(Worker):
-    """Answers the attempts at each configuration one after the other, the last answer for ever."""
+    """Answers the attempts at each configuration one after the other, the last answer for ever.
+
+    An answer is `ok`, `invalid` (a result that is not valid), `none` (says there is a result, and there is none), an
+    `EngineError` to report, another exception to raise, or a function of the request that gives one of these.
+    """
 
     def __init__(
         self,
