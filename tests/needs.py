@@ -87,6 +87,10 @@ def _docker() -> str | None:
     return None
 
 
+def _gcc() -> str | None:
+    return None if shutil.which("gcc") else "no gcc on this machine, which builds the NVML double"
+
+
 def _lab() -> str | None:
     from tests.lab.places import Places
     from tests.lab.state import lacking as lacking_of
@@ -131,6 +135,7 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "old_python": Need(_old_python, is_mandatory=False),
         "cuda": Need(_cuda, is_mandatory=False),
         "docker": Need(_docker, is_mandatory=False),
+        "gcc": Need(_gcc, is_mandatory=False),
         "lab": Need(_lab, is_mandatory=True),
     }
 )
