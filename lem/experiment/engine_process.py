@@ -84,6 +84,8 @@ def serve_pipes(control_fd: int, message_fd: int) -> int:
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     signal.signal(signal.SIGTERM, _leave)
     faulthandler.enable()
+    # CUDA counts the fastest GPU first by default, NVML by PCI bus: an index must mean the same GPU to both.
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     return serve(control_fd, MessageWriter(message_fd), ResidentEngine(), _run_traced, SystemClock())
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["GpuFacts", "find_driver", "find_gpus", "open_nvml", "text_of"]
+__all__ = ["GpuFacts", "find_driver", "find_gpus", "open_nvml", "text_of", "visible_gpus"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,25 @@ def _facts(nvml: Any, index: int) -> GpuFacts:
         memory_b=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
         compute_capability=tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle)),
     )
+
+
+def visible_gpus(present: Sequence[GpuFacts], environ: Mapping[str, str]) -> tuple[GpuFacts, ...]:
+    """The GPUs as an engine counts them from 0: those of CUDA_VISIBLE_DEVICES in its order, all of them without it.
+
+    NVML knows nothing of that variable. As in CUDA, an entry that names no GPU hides itself and all behind it. CUDA's
+    own order is that of NVML under CUDA_DEVICE_ORDER=PCI_BUS_ID, which lem sets for its engines.
+    """
+    named = environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return tuple(present)
+    visible: list[GpuFacts] = []
+    for name in (part.strip() for part in named.split(",")):
+        is_index = name.isdecimal()
+        found = [gpu for gpu in present if (str(gpu.index) == name if is_index else gpu.uuid.startswith(name or "-"))]
+        if len(found) != 1:
+            break
+        visible.append(found[0])
+    return tuple(visible)
 
 
 def find_driver() -> str | None:

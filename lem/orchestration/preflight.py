@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lem.config.campaign_config import CampaignConfig
 from lem.errors import UserError
 from lem.experiment.probe import missing_distributions
-from lem.meters.gpus import find_gpus
+from lem.meters.gpus import find_gpus, visible_gpus
 from lem.orchestration.grid import GridValidationIssue
 from lem.orchestration.plan import CampaignExperiment, Plan
 from lem.orchestration.session import Session
@@ -67,8 +68,8 @@ def _lacking(session: Session, backend: str, missing: Sequence[str], environment
 
 def gpus_of(plan: Plan) -> tuple[str, ...]:
     """The UUIDs of the GPUs that a plan uses; a name that is not found here is the worker's to refuse."""
-    present = find_gpus()
-    by_name: Mapping[str, str] = {str(gpu.index): gpu.uuid for gpu in present} | {gpu.uuid: gpu.uuid for gpu in present}
+    visible = visible_gpus(find_gpus(), os.environ)
+    by_name = {str(index): gpu.uuid for index, gpu in enumerate(visible)} | {gpu.uuid: gpu.uuid for gpu in visible}
     chosen: set[str] = set()
     for experiment in plan.configurations:
         named = ("0",) if experiment.config.gpus is None else experiment.config.gpus
