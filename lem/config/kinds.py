@@ -24,6 +24,9 @@ class _Invalid:
 
 INVALID: Any = _Invalid()
 
+# More would not be read, and what is above 10**308 cannot be formatted at all.
+MAX_SHOWN_DIGITS = 15
+
 # What YAML 1.1 took for a truth value.
 _TRUTHS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 
@@ -251,7 +254,9 @@ class ChoiceKind(Kind):
 
 
 def _plain(number: float) -> str:
-    """A number without exponent or needless decimals."""
+    """A number without exponent or needless decimals; of one that nobody reads, how long it is."""
+    if abs(number) >= 10**MAX_SHOWN_DIGITS:
+        return f"a number of more than {MAX_SHOWN_DIGITS} digits"
     return f"{number:.0f}" if number == number // 1 else str(number)
 
 

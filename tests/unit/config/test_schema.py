@@ -192,6 +192,13 @@ def test_an_integer_with_a_fraction_is_refused():
     assert problems_of({"engine": "e", "low": 1.5}) == ["low: an integer is due, got the number 1.5"]
 
 
+@pytest.mark.parametrize("value", [10**20, 10**350, -(10**5000)], ids=["long", "no float", "no text"])
+def test_a_number_out_of_bounds_is_refused_however_long_it_is(value: int):
+    (found,) = problems_of({"engine": {"name": "e", "threads": value}})
+    bound = "at least 1" if value < 0 else "at most 64"
+    assert found == f"engine.threads: must be {bound}, got a number of more than 15 digits"
+
+
 def test_items_of_lists_and_mappings_are_checked_one_by_one():
     found = problems_of({"engine": "e", "sizes": [1, 0, "x"], "tags": ["a", "a"], "weights": {"a": 2, 5: 1}})
     assert found == [
