@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 __all__ = [
+    "LONGEST_S",
     "format_bytes",
     "format_duration",
     "format_energy",
@@ -20,12 +21,15 @@ _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 _SECONDS_PER = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 JOULES_PER_WATT_HOUR = 3600.0
 
+# A hundred years, the longest that anything here waits: beyond 292 years the system's timers overflow.
+LONGEST_S = 36_500 * 86_400.0
+
 
 def parse_duration(text: str) -> float:
     """The seconds in `90s`, `30m`, `6h`, `2d` or a row of them (`1h30m`).
 
     Raises:
-        ValueError: anything else, and a duration of zero.
+        ValueError: anything else, a duration of zero, and one of over `LONGEST_S`.
     """
     stripped = text.strip().lower()
     if not _DURATION.fullmatch(stripped):
@@ -33,6 +37,8 @@ def parse_duration(text: str) -> float:
     seconds = sum(float(number) * _SECONDS_PER[unit] for number, unit in _DURATION_PART.findall(stripped))
     if seconds <= 0:
         raise ValueError(f"{text!r} is no time at all")
+    if seconds > LONGEST_S:
+        raise ValueError(f"{text!r} is over a hundred years")
     return seconds
 
 

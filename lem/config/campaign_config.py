@@ -218,10 +218,15 @@ class CampaignExecutionConfig(Section):
         60.0,
         description="Longest wait between experiments; ends once the device is back at idle temperature and power.",
         minimum=0,
+        maximum=units.LONGEST_S,
         unit="s",
     )
     cycle_gap_seconds: float = option(
-        300.0, description="Longest wait between cycles, in place of the other.", minimum=0, unit="s"
+        300.0,
+        description="Longest wait between cycles, in place of the other.",
+        minimum=0,
+        maximum=units.LONGEST_S,
+        unit="s",
     )
     load_timeout_seconds: float = option(1800.0, description="Time to load an engine.", above=0, unit="s")
     experiment_timeout_seconds: float = option(

@@ -220,10 +220,22 @@ class WarmupConfig(Section):
     cv_threshold: float = option(
         0.05, description="Settled: standard deviation over mean of the last latencies is below.", above=0, maximum=1
     )
-    min_prompts: int = option(5, description="Prompts at least.", minimum=0, maximum=200, unit="prompts")
-    max_prompts: int = option(50, description="Prompts at most.", minimum=1, maximum=200, unit="prompts")
+    min_prompts: int = option(
+        5,
+        description="Prompts at least, and never less than twice the concurrency.",
+        minimum=0,
+        maximum=200,
+        unit="prompts",
+    )
+    max_prompts: int = option(
+        50,
+        description="Prompts at most, unless window_size steps of the measured concurrency take more.",
+        minimum=1,
+        maximum=200,
+        unit="prompts",
+    )
     window_size: int = option(5, description="Latencies looked at.", minimum=3, maximum=20, unit="prompts")
-    timeout_seconds: float = option(30.0, description="Time at most.", minimum=0, unit="s")
+    timeout_seconds: float = option(30.0, description="Time at most; 0 sets no limit.", minimum=0, unit="s")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ def test_durations_are_read(text: str, seconds: float) -> None:
     assert units.parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "10", "h", "1 h 30", "-5m", "5m!", "0s", "0h0m", "1w", "five minutes"])
+@pytest.mark.parametrize(
+    "text", ["", "10", "h", "1 h 30", "-5m", "5m!", "0s", "0h0m", "1w", "five minutes", "36501d", f"{10**400}h"]
+)
 def test_what_is_no_duration_is_refused_by_name(text: str) -> None:
     with pytest.raises(ValueError, match=repr(text).replace("(", r"\(")):
         units.parse_duration(text)

@@ -132,8 +132,8 @@ def test_sections_of_a_campaign_default_to_their_own_defaults():
         (CampaignExecutionConfig, "structure", ("interleaved", "shuffled", "grouped"), ("random", "", None, 1)),
         (CampaignExecutionConfig, "warmup_prompts", (0, 200), (-1, 201)),
         (CampaignExecutionConfig, "warmup_timeout_seconds", (0, 1.5), (-0.1, float("inf"))),
-        (CampaignExecutionConfig, "config_gap_seconds", (0, 1e6), (-1, "60s")),
-        (CampaignExecutionConfig, "cycle_gap_seconds", (0,), (-1,)),
+        (CampaignExecutionConfig, "config_gap_seconds", (0, 1e6), (-1, "60s", 1e300)),
+        (CampaignExecutionConfig, "cycle_gap_seconds", (0,), (-1, 1e300)),
         (CampaignExecutionConfig, "load_timeout_seconds", (0.1,), (0, -1)),
         (CampaignExecutionConfig, "experiment_timeout_seconds", (0.1,), (0,)),
         (CampaignExecutionConfig, "silence_timeout_seconds", (0.1,), (0,)),
@@ -148,7 +148,7 @@ def test_sections_of_a_campaign_default_to_their_own_defaults():
         (CampaignNotificationConfig, "on", (["failure"], "complete", []), (["sometimes"],)),
         (CampaignDaemonConfig, "at", ("00:00", "23:59", None), ("24:00", "7:30", "noon", 730)),
         (CampaignDaemonConfig, "interval", ("90s", "30m", "6h", "2d", "1h30m"), ("6", "6 hours", "", "0s", 6)),
-        (CampaignDaemonConfig, "total_duration", ("48h",), ("-1h",)),
+        (CampaignDaemonConfig, "total_duration", ("48h",), ("-1h", "99999999999d")),
     ],
 )
 def test_bounds(kind: type, option: str, accepted: tuple[Any, ...], refused: tuple[Any, ...]):
