@@ -13,16 +13,16 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-SERVED = "lem.backends.pytorch"
+SERVED = frozenset({"lem.backends.pytorch", "lem.backends.vllm"})
 
 
 class _TrivialEngineFinder:
-    """Finds the trivial engine where the program looks for the PyTorch backend."""
+    """Finds the trivial engine where the program looks for a backend."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != SERVED:
+        if name not in SERVED:
             return None
         return importlib.util.spec_from_file_location(name, Path(__file__).with_name("trivial_engine.py"))
 

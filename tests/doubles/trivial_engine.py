@@ -16,8 +16,10 @@ It keeps to `lem.backends.protocol` in everything, and does what LEMTEST_ENGINE_
                `crash` text              an exception that is no EngineError
                `exit` code               at once, as a library may
                `signal` number           to itself
+               `allocate` bytes          and keep them, each page written to
                `shell` command           and wait for it
                `spawn` own_session       start a child that stays
+               `allocate` bytes          and keep them
         when   {dotted option: value}    only for experiments that are configured like that
         once   a file                    only if it is not there, and then it is: the first time, in whatever process
 """
@@ -44,6 +46,7 @@ from lem.errors import EngineError, OptionRefused
 __all__ = ["VARIABLE", "TrivialEngine", "answer", "create"]
 
 VARIABLE = "LEMTEST_ENGINE_SCRIPT"
+_STEP_B = 4 * 1024 * 1024
 
 
 def create() -> TrivialEngine:
@@ -172,7 +175,7 @@ def _report(config: ExperimentConfig) -> EngineReport:
         engine_version="1",
         versions={"python": platform.python_version()},
         device="cpu",
-        effective={"pytorch": {"batch_size": getattr(config.section, "batch_size", None)}},
+        effective={config.backend: {"batch_size": getattr(config.section, "batch_size", None)}},
         model_parameters=1_000,
         embedding_parameters=100,
     )
@@ -231,12 +234,30 @@ def _crash(rule: Mapping[str, Any]) -> None:
     raise RuntimeError(rule["text"])
 
 
+_allocated: list[bytearray] = []
+
+
+def _allocate(rule: Mapping[str, Any]) -> None:
+    # In steps, as an engine does: a limit is met on the way, and not by one request that the kernel refuses.
+    for _ in range(int(rule["bytes"]) // _STEP_B):
+        _allocated.append(bytearray(b"x") * _STEP_B)
+
+
 def _spawn(rule: Mapping[str, Any]) -> None:
     """Start a child that inherits everything and stays; print its number."""
     child = subprocess.Popen(
         [sys.executable, "-c", "import signal; signal.pause()"], start_new_session=bool(rule.get("own_session"))
     )
     print(f"spawned {child.pid}", flush=True)
+
+
+_HOARD: list[bytearray] = []
+
+
+def _allocate(rule: Mapping[str, Any]) -> None:
+    """Take memory and write to it, a little at a time, so that the kernel has to find it."""
+    chunk_b = 16 * 1024**2
+    _HOARD.extend(bytearray(b"x" * chunk_b) for _ in range(0, int(rule["bytes"]), chunk_b))
 
 
 _ACTIONS = {
@@ -250,6 +271,8 @@ _ACTIONS = {
     "crash": _crash,
     "exit": lambda rule: os._exit(int(rule.get("code", 1))),
     "signal": lambda rule: os.kill(os.getpid(), int(rule.get("number", signal.SIGKILL))),
+    "allocate": _allocate,
     "shell": lambda rule: subprocess.run(["sh", "-c", str(rule["command"])], check=True),
     "spawn": _spawn,
+    "allocate": _allocate,
 }

@@ -43,9 +43,14 @@ def build_library(folder: Path = BUILD_FOLDER) -> Path:
 
 @dataclass(frozen=True)
 class NvmlDouble:
-    """A script, and how a process is made to see it."""
+    """A script, and how a process is made to see it.
+
+    Attributes:
+        more: files that are read after the script where they are there, as those of one container alone.
+    """
 
     script: Path
+    more: tuple[str, ...] = ()
 
     def say(self, *lines: str) -> None:
         """Have every process see this from its next call on; no reader meets half a script."""
@@ -54,9 +59,13 @@ class NvmlDouble:
         fresh.chmod(0o644)
         fresh.replace(self.script)
 
+    def variables(self) -> dict[str, str]:
+        """What makes NVML this one."""
+        return {"LD_LIBRARY_PATH": str(build_library()), SCRIPT_VARIABLE: ":".join([str(self.script), *self.more])}
+
     def environ(self, base: Mapping[str, str] = os.environ) -> dict[str, str]:
         """An environment in which NVML is this one."""
-        return {**base, "LD_LIBRARY_PATH": str(build_library()), SCRIPT_VARIABLE: str(self.script)}
+        return {**base, **self.variables()}
 
     @staticmethod
     def gpu(*, used_b: int = 0, total_b: int = 80_000_000_000, processes: Sequence[tuple[int, int]] = ()) -> list[str]:

@@ -12,9 +12,11 @@
  *   lost 2.5 15                         from 2.5 s after the script was written on, every call about a GPU fails with
  *                                       15 (GPU is lost), or with another code
  *
- * Without a script there is no driver. A line that is not understood is told on stderr, and every call then fails.
+ * The variable may name several files, with colons between them, which are read in their order as if they were one; those
+ * after the first may be missing. Without a script there is no driver. A line that is not understood is told on stderr, and every call then fails.
  * The structures and numbers are those of NVIDIA's nvml.h, version 12.
  */
+#define _DEFAULT_SOURCE /* strsep */
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -37,8 +39,7 @@ typedef struct {
     unsigned long long total, used;
     unsigned int processes;
     Process process[MAX_PROCESSES];
-    double lost_after_s;
-    int lost_code;
+    int lost_code; /* SUCCESS while it is there */
 } Gpu;
 
 typedef struct {
@@ -48,7 +49,7 @@ typedef struct {
     Gpu gpu[MAX_GPUS];
     unsigned int failures;
     struct { char function[TEXT]; int code; } failure[MAX_FAILURES];
-    double age_s;
+    double age_s; /* of the file that is being read */
 } Script;
 
 static int initialised; /* how often, less shutdowns */
@@ -93,23 +94,15 @@ static int take(Script *script, char *line, int *chosen)
             gpu->process[gpu->processes++] = (Process){(unsigned)atoi(first),
                 *rest && *rest != '-' ? strtoull(rest, NULL, 10) : NOT_AVAILABLE, ~0U, ~0U};
         else if (!strcmp(word, "lost"))
-            gpu->lost_after_s = atof(first), gpu->lost_code = *rest ? atoi(rest) : GPU_IS_LOST;
+            gpu->lost_code = script->age_s < atof(first) ? SUCCESS : *rest ? atoi(rest) : GPU_IS_LOST;
         else
             return 0;
     }
     return 1;
 }
 
-static int load(Script *script)
+static void set_usual(Script *script)
 {
-    const char *path = getenv("LEMTEST_NVML_SCRIPT");
-    FILE *file = path ? fopen(path, "r") : NULL;
-    struct stat status;
-    struct timespec now;
-    char line[512];
-    int chosen = -1, code = SUCCESS;
-    if (!file)
-        return DRIVER_NOT_LOADED;
     memset(script, 0, sizeof *script);
     strcpy(script->driver, "580.65.06");
     script->cuda = 13000;
@@ -120,8 +113,18 @@ static int load(Script *script)
         snprintf(gpu->uuid, TEXT, "GPU-00000000-0000-4000-8000-%012d", index);
         gpu->major = 9;
         gpu->total = 80000000000ULL;
-        gpu->lost_after_s = -1;
     }
+}
+
+static int read_file(Script *script, const char *path, int is_due)
+{
+    FILE *file = fopen(path, "r");
+    struct stat status;
+    struct timespec now;
+    char line[512];
+    int chosen = -1, code = SUCCESS;
+    if (!file)
+        return is_due ? DRIVER_NOT_LOADED : SUCCESS;
     fstat(fileno(file), &status);
     clock_gettime(CLOCK_REALTIME, &now);
     script->age_s = (double)(now.tv_sec - status.st_mtim.tv_sec) + (now.tv_nsec - status.st_mtim.tv_nsec) / 1e9;
@@ -134,6 +137,22 @@ static int load(Script *script)
         }
     }
     fclose(file);
+    return code;
+}
+
+static int load(Script *script)
+{
+    const char *paths = getenv("LEMTEST_NVML_SCRIPT");
+    char copy[4096], *rest = copy, *path;
+    int code = SUCCESS, is_first = 1;
+    set_usual(script);
+    if (!paths || !*paths || strlen(paths) >= sizeof copy)
+        return DRIVER_NOT_LOADED;
+    strcpy(copy, paths);
+    while (code == SUCCESS && (path = strsep(&rest, ":"))) {
+        code = read_file(script, path, is_first);
+        is_first = 0;
+    }
     return code;
 }
 
@@ -171,7 +190,7 @@ static int begin_for_gpu(Script *script, const char *function, void *handle, Gpu
     if (index >= script->count)
         return INVALID_ARGUMENT;
     *gpu = &script->gpu[index];
-    return (*gpu)->lost_after_s >= 0 && script->age_s >= (*gpu)->lost_after_s ? (*gpu)->lost_code : SUCCESS;
+    return (*gpu)->lost_code;
 }
 
 static int give_text(const char *text, char *out, unsigned int length)

@@ -1,0 +1,149 @@
+"""A campaign in real containers, whose engine is the trivial one: what goes wrong in it goes wrong for real."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.campaign_rig import CampaignRig
+from tests.lab.places import BASE_IMAGE
+
+__all__ = ["ContainerRig", "compose_text", "container_campaign"]
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCKER_TIMEOUT_S = 120
+VARIABLE = "LEMTEST_CONTAINER_RIG"
+
+# What a worker looks for before it says that a backend can run.
+DISTRIBUTIONS = ("torch", "transformers", "vllm")
+
+
+def container_campaign(
+    name: str = "demo",
+    *,
+    backends: Sequence[str] = ("pytorch",),
+    outputs: Sequence[int] = (4, 8),
+    more: str = "",
+    **execution: Any,
+) -> str:
+    """A campaign of as little as there can be; `more` is YAML at the top, `execution` its section."""
+    chosen = {"cycles": 1, "config_gap_seconds": 0, "cycle_gap_seconds": 0, **execution}
+    return (
+        f"campaign_name: {name}\n"
+        "model: none\n"
+        "grid:\n"
+        f"  backends: {list(backends)}\n"
+        "  shared:\n"
+        f"    max_output_tokens: {list(outputs)}\n"
+        "    warmup.enabled: [false]\n"
+        "    measurement.min_window_sec: [0.01]\n"
+        "    prompts: [{type: synthetic, input_tokens: 3, sample_size: 2}]\n"
+        f"execution: {json.dumps(chosen)}\n"
+    ) + more
+
+
+def compose_text(folder: Path, name: str, *, image: str = BASE_IMAGE, limit: str = "") -> str:
+    """A compose file whose services have the base image, the trivial engine, and names for what it stands in for."""
+    service = {
+        "image": image,
+        "entrypoint": ["sleep", "infinity"],
+        "init": True,
+        "environment": {
+            "PYTHONPATH": "/doubles:/distributions",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "LEMTEST_ENGINE_SCRIPT": "${LEMTEST_ENGINE_SCRIPT:-}",
+            VARIABLE: name,
+        },
+        "volumes": [
+            {"type": "bind", "source": str(ROOT / "tests" / "doubles"), "target": "/doubles", "read_only": True},
+            {"type": "bind", "source": str(folder / "distributions"), "target": "/distributions", "read_only": True},
+        ],
+        # As in docker/docker-compose.yml: without it, what swaps is not killed but slow.
+        **({"mem_limit": limit, "memswap_limit": limit} if limit else {}),
+    }
+    return json.dumps({"services": {"pytorch": service, "vllm": service}}, indent=2)
+
+
+class ContainerRig(CampaignRig):
+    """One folder with a campaign and a compose file, and the containers of it."""
+
+    def __init__(self, folder: Path, text: str | None = None, *, image: str = BASE_IMAGE, limit: str = "") -> None:
+        super().__init__(folder, container_campaign() if text is None else text)
+        self.name = secrets.token_hex(6)
+        for distribution in DISTRIBUTIONS:
+            metadata = folder / "distributions" / f"{distribution}-1.0.dist-info"
+            metadata.mkdir(parents=True)
+            (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+        self.write(compose_text(folder, self.name, image=image, limit=limit), "docker-compose.yml")
+
+    def environ(self, rules: Sequence[Mapping[str, Any]] = (), **more: str) -> dict[str, str]:
+        """As for any campaign; no other compose file is meant, and no pyz is left in the user's cache."""
+        found = super().environ(rules, LEM_CACHE_DIR=str(self.folder / "cache"))
+        return {**{key: value for key, value in found.items() if not key.startswith("COMPOSE_")}, **more}
+
+    def command(self, *options: str, file: str = "c.yaml") -> list[str]:
+        """`lem campaign` in containers."""
+        return super().command("--executor", "docker", *options, file=file)
+
+    def containers(self, *, is_all: bool = False) -> dict[str, str]:
+        """The ids of this rig's containers that run (or of all) by service."""
+        words = ["ps", "--no-trunc", *(["--all"] if is_all else [])]
+        words += ["--filter", f"label=com.docker.compose.project.working_dir={self.folder}"]
+        lines = docker(*words, "--format", '{{.Label "com.docker.compose.service"}} {{.ID}}').splitlines()
+        return {line.split()[0]: line.split()[1] for line in lines}
+
+    def workers_inside(self) -> list[str]:
+        """The command lines of what lem started in the containers, as this machine sees them."""
+        mine = f"{VARIABLE}={self.name}".encode()
+        found = []
+        for folder in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if folder.name.isdigit():
+                    environ = (folder / "environ").read_bytes().split(b"\0")
+                    if mine in environ and any(item.startswith(b"LEM_WORKER_MARK=") for item in environ):
+                        found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        return found
+
+    def assert_nothing_inside(self, patience_s: float = 10.0) -> None:
+        """Fail when something that lem started in a container is still there after a while."""
+        deadline = time.monotonic() + patience_s
+        while (left := self.workers_inside()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert left == []
+
+    @contextlib.contextmanager
+    def cleaned(self) -> Iterator[ContainerRig]:
+        """Leave no process, container or network behind."""
+        try:
+            yield self
+        finally:
+            self.marker.kill()
+            label = f"label=com.docker.compose.project.working_dir={self.folder}"
+            if left := list(self.containers(is_all=True).values()):
+                projects = docker("ps", "-a", "--filter", label, "--format", '{{.Label "com.docker.compose.project"}}')
+                docker("rm", "--force", "--volumes", *left)
+                for project in set(projects.split()):
+                    networks = docker("network", "ls", "-q", "--filter", f"label=com.docker.compose.project={project}")
+                    for network in networks.split():
+                        docker("network", "rm", network)
+
+
+def docker(*words: str, environ: Mapping[str, str] | None = None) -> str:
+    """What a docker command printed."""
+    finished = subprocess.run(
+        ["docker", *words],
+        env=dict(environ or os.environ),
+        capture_output=True,
+        text=True,
+        timeout=DOCKER_TIMEOUT_S,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout

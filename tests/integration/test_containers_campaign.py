@@ -1,0 +1,126 @@
+"""Campaigns in real containers, with the trivial engine in them: what they leave, and that they leave nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.campaign_rig import EIGHT, FOUR
+from tests.container_rig import ContainerRig, container_campaign, docker
+
+pytestmark = [pytest.mark.needs("lab"), pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def rig(tmp_path):
+    with ContainerRig(tmp_path).cleaned() as rig:
+        yield rig
+
+
+def test_two_backends_take_turns_in_containers_of_their_own(rig):
+    rig.write(container_campaign(backends=("pytorch", "vllm"), cycles=2, structure="shuffled"))
+    ended = rig.run("--yes", "--json")
+    assert ended.code == 0, ended.err
+    assert rig.statuses() == ["completed"] * 8
+    entries = rig.manifest().experiments
+    assert {entry.container for entry in entries} == {"pytorch", "vllm"}
+    assert all(entry.container == entry.backend for entry in entries)
+    image = docker("image", "inspect", "--format", "{{.Id}}", "lem-lab-base").strip()
+    for record in rig.records():
+        assert (record.environment.executor, record.environment.image) == ("docker", image)
+    assert rig.containers(is_all=True) == {}
+    rig.assert_nothing_inside()
+    rig.assert_no_process_left()
+
+
+def test_results_belong_to_the_caller_and_secrets_are_nowhere(rig):
+    running = rig.start("--yes", "--json", HF_TOKEN="hf_planted_token", rules=[{"at": "generate", "do": "hang"}])
+    running.wait_for_event("phase", phase="window")
+    commands = [
+        path.read_bytes()
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if path.parent.name != str(os.getpid()) and path.exists()
+    ]
+    configured = docker("inspect", *rig.containers().values())
+    running.send(15)
+    assert running.wait().code == 143
+    assert not [item for item in commands if b"hf_planted_token" in item]
+    assert "hf_planted_token" not in configured
+    for path in rig.folder.rglob("*"):
+        if path.is_file():
+            assert b"hf_planted_token" not in path.read_bytes(), path
+        assert (path.stat().st_uid, path.stat().st_gid) == (os.getuid(), os.getgid()), path
+
+
+def test_a_model_that_is_a_folder_is_seen_by_the_path_it_has_here(rig, tmp_path):
+    model = rig.folder / "a model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    seen = rig.folder / "results" / "seen"
+    rules = [{"at": "load", "do": "shell", "command": f"cat 'a model/config.json' '{model}/config.json' > '{seen}'"}]
+    rig.write(container_campaign(outputs=(4,)).replace("model: none", "model: a model"))
+    ended = rig.run("--yes", rules=rules)
+    assert ended.code == 0, ended.err
+    assert seen.read_text() == "{}{}"
+
+
+def test_the_containers_of_a_cold_start_are_new_ones(rig):
+    rig.write(container_campaign(cycles=2, more="cold_start: {restart_container: true}\n"))
+    hosts = rig.folder / "results" / "hosts"
+    rules = [{"at": "load", "do": "shell", "command": f"cat /etc/hostname >> '{hosts}'"}]
+    ended = rig.run("--yes", rules=rules)
+    assert ended.code == 0, ended.err
+    assert len(set(hosts.read_text().split())) == 4
+    assert not any(record.validity.engine_reused for record in rig.records())
+
+
+def test_a_forced_cold_start_keeps_the_container_and_loads_each_time(rig):
+    hosts = rig.folder / "results" / "hosts"
+    rules = [{"at": "load", "do": "shell", "command": f"cat /etc/hostname >> '{hosts}'"}]
+    ended = rig.run("--yes", "--force-cold-start", rules=rules)
+    assert ended.code == 0, ended.err
+    assert len(hosts.read_text().split()) == 2
+    assert len(set(hosts.read_text().split())) == 1
+
+
+def test_two_campaigns_on_one_project_exclude_each_other(rig, tmp_path):
+    running = rig.start("--yes", "--json", rules=[{"at": "generate", "do": "hang"}])
+    running.wait_for_event("phase", phase="window")
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    rival = ContainerRig(other)
+    ended = rival.run("--yes", LEM_LOCK_DIR=str(rig.folder / "locks"))
+    assert ended.code == 5
+    assert "compose project lem-demo is locked by pid" in ended.err
+    assert list(rig.containers()) == ["pytorch"], "the containers of the first one are left alone"
+    running.send(15)
+    assert running.wait().code == 143
+
+
+def test_the_plan_says_where_it_would_run_and_writes_nothing(rig):
+    before = rig.tree()
+    ended = rig.run("--dry-run")
+    assert ended.code == 0, ended.err
+    text = " ".join(ended.out.split())
+    assert "docker, services pytorch of" in text
+    assert "lem-lab-base (pytorch)" in text
+    assert rig.tree() == before
+    assert rig.containers(is_all=True) == {}
+
+
+def test_a_resume_goes_on_in_new_containers(rig):
+    stuck = {"at": "generate", "do": "hang", "when": {"max_output_tokens": 8}}
+    running = rig.start("--yes", "--json", rules=[stuck])
+    running.wait_for_event("phase", phase="window", done=1)
+    running.send(2)
+    assert running.wait().code == 130
+    assert rig.statuses() == ["completed", "pending"]
+    assert rig.containers(is_all=True) == {}
+    ended = rig.run("--yes", "--resume", "--json")
+    assert ended.code == 0, ended.err
+    assert rig.statuses() == ["completed", "completed"]
+    summary = json.loads(ended.out.splitlines()[-1])
+    assert {FOUR, EIGHT} <= set(json.dumps(summary).split('"'))
