@@ -149,6 +149,17 @@ def test_a_gpu_is_not_lost_before_its_time(double):
     assert gpu["name"] == "NVIDIA Double"
 
 
+def test_a_second_file_is_laid_over_the_first_where_it_is_there(tmp_path):
+    double = NvmlDouble(tmp_path / "nvml", more=(str(tmp_path / "second"), str(tmp_path / "missing")))
+    double.say("memory_used 5", "name First")
+    assert _ask(double)["gpus"][0]["memory"][1] == 5
+    (tmp_path / "second").write_text("memory_used 6\n")
+    (gpu,) = _ask(double)["gpus"]
+    assert (gpu["memory"][1], gpu["name"]) == (6, "First")
+    (tmp_path / "second").write_text("lost 0 999\n")
+    assert _ask(double)["gpus"] == ["NVMLError_Unknown: Unknown Error"]
+
+
 def test_a_running_process_sees_what_the_script_says_now(double):
     double.say("memory_used 5")
     command = [sys.executable, "-c", LOST_MEANWHILE]

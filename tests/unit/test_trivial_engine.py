@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import resource
 from collections import deque
+from pathlib import Path
 
 import pytest
 
@@ -116,3 +118,17 @@ def test_a_rule_can_apply_once_in_all_processes(tmp_path):
     with pytest.raises(EngineError):
         TrivialEngine({"rules": [rule]}).load(CONFIG, {})
     TrivialEngine({"rules": [rule]}).load(CONFIG, {})
+
+
+def test_it_can_take_memory_and_keep_it():
+    before = _resident_b()
+    engine = loaded(rules=[{"at": "generate", "do": "allocate", "bytes": 64 * 1024 * 1024}])
+
+    engine.generate(REQUESTS, observe_tokens=False)
+
+    assert _resident_b() - before > 48 * 1024 * 1024
+
+
+def _resident_b() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize()
