@@ -8,6 +8,7 @@ call fail, at any one of them without a hook in the program.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json", "sync_folder", "write_bytes", "write_json", "write_text"]
+__all__ = ["read_json", "sync_folder", "utf8", "write_bytes", "write_json", "write_text"]
 
 TEMPORARY_PREFIX = ".lem-tmp-"
 
@@ -51,9 +52,17 @@ def write_bytes(path: Path, data: bytes) -> None:
     sync_folder(folder)
 
 
+def utf8(text: str) -> bytes:
+    """The text in UTF-8, and what that cannot hold as JSON and YAML escape it, so that they read it back.
+
+    It cannot hold half a surrogate pair, which is what Python makes of a byte of a file name that is no UTF-8.
+    """
+    return text.encode("utf-8", "backslashreplace")
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in UTF-8, whole or not at all."""
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, utf8(text))
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -81,11 +90,16 @@ def read_json(path: Path) -> Any:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
+    """Make the names in `folder` survive a power cut, where its file system can."""
     sys.audit("lem.fsync_dir", str(folder))
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     with _closing(descriptor):
-        os.fsync(descriptor)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            # fsync(2): the file system has no such thing for folders, as some network ones; files are synced there too.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
 
 
 @contextlib.contextmanager

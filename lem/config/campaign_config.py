@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lem import units
+from lem import durable, units
 from lem.config.backend_config import BACKENDS
 from lem.config.experiment_config import DatasetConfig, ExperimentConfig, ModelConfig
 from lem.config.merging import nest, put
@@ -42,7 +42,7 @@ _MAX_SLUG = 64
 
 def generate_campaign_id(name: str) -> str:
     """The first 8 hex digits of the MD5 of a campaign's name."""
-    return hashlib.md5(name.encode("utf-8"), usedforsecurity=False).hexdigest()[:8]
+    return hashlib.md5(durable.utf8(name), usedforsecurity=False).hexdigest()[:8]
 
 
 def slug_of(name: str) -> str:

@@ -46,7 +46,7 @@ def encode_config(config_dict: Mapping[str, Any]) -> str:
 
 def _write(path: Path, content: str) -> bool:
     try:
-        if path.read_bytes() == content.encode("utf-8"):
+        if path.read_bytes() == durable.utf8(content):
             return False
     except FileNotFoundError:
         make_folder(path.parent)

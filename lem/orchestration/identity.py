@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
+from lem import durable
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment_config import ExperimentConfig, SyntheticPrompts
 from lem.experiment.prompts import ResolvedPrompts
@@ -112,4 +113,4 @@ def campaign_config_hash(campaign: CampaignConfig, config_hashes: Sequence[str])
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(canonical_json(value).encode("utf-8")).hexdigest()[:CONFIG_HASH_LENGTH]
+    return hashlib.sha256(durable.utf8(canonical_json(value))).hexdigest()[:CONFIG_HASH_LENGTH]

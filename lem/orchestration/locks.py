@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lem import durable
 from lem.errors import LockedError, UserError
 from lem.results.attempt import make_folder
 
@@ -186,7 +187,7 @@ def _create(path: Path) -> int:
 
 
 def _write_holder(descriptor: int, holder: Holder) -> None:
-    data = (json.dumps(asdict(holder), ensure_ascii=False) + "\n").encode("utf-8")
+    data = durable.utf8(json.dumps(asdict(holder), ensure_ascii=False) + "\n")
     # Only a courtesy to others: a lock file open for reading alone, or a full disk, is no reason not to run.
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)

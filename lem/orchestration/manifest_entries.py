@@ -9,6 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from lem import durable
+
 __all__ = [
     "COMPLETED",
     "FAILED",
@@ -32,7 +34,7 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 def encode_json(value: Any) -> bytes:
     """The value as one line of JSON in UTF-8."""
-    return _ENCODER.encode(value).encode("utf-8")
+    return durable.utf8(_ENCODER.encode(value))
 
 
 def utc_text(moment: datetime) -> str:

@@ -49,6 +49,28 @@ def test_json_round_trips(tmp_path: Path) -> None:
     assert durable.read_json(tmp_path / "a.json") == document
 
 
+def test_a_file_name_that_is_no_utf8_survives_in_json(tmp_path: Path) -> None:
+    document = {"path": os.fsdecode(b"results-\xff/\xc3\xbc")}
+    durable.write_json(tmp_path / "a.json", document)
+    assert durable.read_json(tmp_path / "a.json") == document
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "path": "results-\\udcff/ü"\n}\n'
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that cannot sync a folder: /proc")
+def test_a_file_system_that_cannot_sync_a_folder_is_taken_as_it_is() -> None:
+    with pytest.raises(OSError, match="Invalid argument"):
+        sync_by_itself(Path("/proc/self"))
+    durable.sync_folder(Path("/proc/self"))
+
+
+def sync_by_itself(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def test_json_keeps_the_order_of_its_keys(tmp_path: Path) -> None:
     durable.write_json(tmp_path / "a.json", {"schema_version": 1, "a": 2})
     assert (tmp_path / "a.json").read_text(encoding="utf-8").startswith('{\n  "schema_version": 1')

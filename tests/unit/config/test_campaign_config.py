@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +364,12 @@ def test_campaign_id_is_the_beginning_of_the_md5_of_the_name():
     assert generate_campaign_id("test") == expected
     assert CampaignConfig.generate_campaign_id("test") == expected
     assert generate_campaign_id("tëst") != expected
+
+
+def test_a_name_of_bytes_that_are_no_utf8_has_an_id_and_a_slug():
+    odd, other = (campaign(campaign_name=os.fsdecode(name)) for name in (b"d\xe9mo", b"d\xe8mo"))
+    assert len({odd.campaign_id, other.campaign_id, generate_campaign_id("démo")}) == 3
+    assert odd.slug == "d-mo"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,18 @@ def test_a_variable_stays_a_variable_and_its_value_stays_out(tmp_path: Path, mon
     assert again.model.name == "/home-of-somebody/small"
     assert again.max_output_tokens == 12
     assert load_experiment(two.config_path).config.extra_metadata == {"literal": "${TOKEN}"}
+
+
+def test_a_value_that_is_no_utf8_is_written(tmp_path: Path) -> None:
+    campaign = CampaignConfig(
+        campaign_name="demo",
+        model=os.fsdecode(b"m-\xff"),
+        grid={"backends": ["pytorch"]},
+        io={"configs_dir": str(tmp_path)},
+    )
+    configurations = build_plan(campaign).configurations
+    assert [write_configs(configurations), write_configs(configurations)] == [1, 0]
+    assert '"m-\\udcff"' in Path(configurations[0].config_path).read_text(encoding="utf-8")
 
 
 def test_text_that_looks_like_a_variable_is_not_one() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
@@ -29,6 +30,11 @@ def config(**options: Any) -> ExperimentConfig:
 def identity(**options: Any) -> str:
     experiment = config(**options)
     return config_hash(experiment, prompts_fingerprint(experiment, resolve_on_host))
+
+
+def test_a_model_in_a_folder_that_is_no_utf8_has_an_identity_of_its_own() -> None:
+    names = [os.fsdecode(name) for name in (b"m-\xff", b"m-\xfe", b"m")]
+    assert len({identity(model=name) for name in names}) == 3
 
 
 def test_canonical_json_knows_no_order_of_keys() -> None:

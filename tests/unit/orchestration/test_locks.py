@@ -56,6 +56,16 @@ def test_a_holder_that_has_not_said_who_it_is_still_refuses(tmp_path: Path) -> N
             pytest.fail("locked twice")
 
 
+def test_a_holder_is_named_whatever_its_campaign_is_called(tmp_path: Path) -> None:
+    odd = Holder(pid=1, host="node3", campaign=os.fsdecode(b"d\xe9mo ") + "ü", since="2026-07-14T11:00:00Z")
+    with (
+        hold_locks([target(tmp_path)], odd),
+        pytest.raises(LockedError, match=odd.campaign),
+        hold_locks([target(tmp_path)], ME),
+    ):
+        pytest.fail("locked twice")
+
+
 def test_a_lock_is_free_after_the_block_and_its_file_means_nothing(tmp_path: Path) -> None:
     with hold_locks([target(tmp_path)], ME):
         pass

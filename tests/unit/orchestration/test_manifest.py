@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import sys
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -179,6 +180,14 @@ def test_round_trip(manager: ManifestManager) -> None:
     manager.save(manifest)
     assert manager.load() == manifest
     assert manager.load("0123abcd") == manifest
+
+
+def test_round_trip_of_a_path_that_is_no_utf8(manager: ManifestManager) -> None:
+    path = os.fsdecode(b"results-\xff/result.json")
+    manager.save(manager.create_manifest("0123abcd", "demo", "f00d", [entry(result_path=path)]))
+    loaded = manager.load()
+    assert loaded is not None
+    assert loaded.experiments[0].result_path == path
 
 
 def test_round_trip_of_nothing(manager: ManifestManager) -> None:
