@@ -16,7 +16,6 @@ It keeps to `lem.backends.protocol` in everything, and does what LEMTEST_ENGINE_
                `crash` text              an exception that is no EngineError
                `exit` code               at once, as a library may
                `signal` number           to itself
-               `allocate` bytes          and keep them, each page written to
                `shell` command           and wait for it
                `spawn` own_session       start a child that stays
                `allocate` bytes          and keep them
@@ -46,7 +45,6 @@ from lem.errors import EngineError, OptionRefused
 __all__ = ["VARIABLE", "TrivialEngine", "answer", "create"]
 
 VARIABLE = "LEMTEST_ENGINE_SCRIPT"
-_STEP_B = 4 * 1024 * 1024
 
 
 def create() -> TrivialEngine:
@@ -234,15 +232,6 @@ def _crash(rule: Mapping[str, Any]) -> None:
     raise RuntimeError(rule["text"])
 
 
-_allocated: list[bytearray] = []
-
-
-def _allocate(rule: Mapping[str, Any]) -> None:
-    # In steps, as an engine does: a limit is met on the way, and not by one request that the kernel refuses.
-    for _ in range(int(rule["bytes"]) // _STEP_B):
-        _allocated.append(bytearray(b"x") * _STEP_B)
-
-
 def _spawn(rule: Mapping[str, Any]) -> None:
     """Start a child that inherits everything and stays; print its number."""
     child = subprocess.Popen(
@@ -271,7 +260,6 @@ _ACTIONS = {
     "crash": _crash,
     "exit": lambda rule: os._exit(int(rule.get("code", 1))),
     "signal": lambda rule: os.kill(os.getpid(), int(rule.get("number", signal.SIGKILL))),
-    "allocate": _allocate,
     "shell": lambda rule: subprocess.run(["sh", "-c", str(rule["command"])], check=True),
     "spawn": _spawn,
     "allocate": _allocate,

@@ -32,7 +32,8 @@ for index in range(said["count"] if isinstance(said["count"], int) else 0):
     if isinstance(handle, str):
         said["gpus"].append(handle)
         continue
-    memory, second = ask(pynvml.nvmlDeviceGetMemoryInfo, handle), ask(pynvml.nvmlDeviceGetMemoryInfo, handle, pynvml.nvmlMemory_v2)
+    memory = ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
+    second = ask(pynvml.nvmlDeviceGetMemoryInfo, handle, pynvml.nvmlMemory_v2)
     processes = ask(pynvml.nvmlDeviceGetComputeRunningProcesses, handle)
     uuid = ask(pynvml.nvmlDeviceGetUUID, handle)
     said["gpus"].append({
