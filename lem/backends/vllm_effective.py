@@ -67,7 +67,9 @@ _PARTS = (
     "optimization_level",
 )
 # Fields that say where or by what name, and differ from load to load without meaning anything; and secrets.
-_NOISE = re.compile(r"token$|port|_ip$|addr|path|_dir$|uuid|hash$|rank|hf_config|hf_text_config|^model$|^tokenizer$|served_model|^seed$")
+_NOISE = re.compile(
+    r"token$|port|_ip$|addr|path|_dir$|uuid|hash$|rank|hf_config|hf_text_config|^model$|^tokenizer$|served_model|^seed$"
+)
 _MAX_ITEMS = 64
 _LEVELS = 3
 _ABSENT = object()
@@ -91,11 +93,11 @@ def refuse_differences(config: ExperimentConfig, vllm_config: Any, facts: Engine
     """
     effective = effective_options(config, vllm_config)
     wanted = {name: value for name, value in given_options(config).items() if name not in SAMPLING_OPTIONS}
-    # For these, `auto` means that the engine decides.
     differing = {
         f"vllm.{name}": (value, effective[name])
         for name, value in wanted.items()
-        if not _is_same(value, effective[name]) and value != "auto"
+        # `auto` means that the engine decides.
+        if value != "auto" and not _is_same(value, effective[name])
     }
     for name, value in extra_of(config).items():
         found = _find(vllm_config, name)
@@ -104,6 +106,8 @@ def refuse_differences(config: ExperimentConfig, vllm_config: Any, facts: Engine
     dtype = _plain(vllm_config.model_config.dtype)
     if dtype != config.fp_precision:
         differing["fp_precision"] = (config.fp_precision, dtype)
+    if "attention.disable_sliding_window" in wanted and not _has_window(vllm_config):
+        differing["vllm.attention.disable_sliding_window"] = (True, "nothing, since the model has no such window")
     if differing:
         listed = "; ".join(f"{name}: {wanted} became {found}" for name, (wanted, found) in differing.items())
         raise OptionRefused(f"{facts} changed what was asked for: {listed}", "ask for what it does, or leave it out")
@@ -167,6 +171,11 @@ def _find(vllm_config: Any, name: str) -> Any:
     parts = (getattr(vllm_config, part, None) for part in _PARTS)
     found = [getattr(part, name) for part in parts if part is not None and hasattr(part, name)]
     return found[0] if len(found) == 1 else _ABSENT
+
+
+def _has_window(vllm_config: Any) -> bool:
+    text_config = getattr(vllm_config.model_config, "hf_text_config", None)
+    return getattr(text_config, "sliding_window", None) is not None
 
 
 def _is_same(wanted: Any, found: Any) -> bool:

@@ -9,12 +9,11 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from lem.backends.vllm_options import EngineFacts, extra_of, given_options
-from lem.config.backend_config import VllmConfig
+from lem.backends.vllm_options import ARGUMENTS, NESTED_ARGUMENTS, EngineFacts, extra_of, given_options
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError, OptionRefused
 
-__all__ = ["explain_load_failure", "explain_request_failure", "explain_run_failure"]
+__all__ = ["OPTION_OF_PARAMETER", "explain_load_failure", "explain_request_failure", "explain_run_failure"]
 
 MAX_TEXT = 400
 
@@ -40,23 +39,11 @@ _ERROR_LINE = re.compile(
     r"^(?:\([^)]*\)\s*)*(?:ERROR\s[^\]]*\]\s*)?"
     r"(?P<name>(?:\w+\.)*\w*(?:Error|Exception))(?:: (?P<words>.*))?$"
 )
-# The same configuration brings these again.
-_LASTING = frozenset(
-    {
-        "AssertionError",
-        "AttributeError",
-        "ImportError",
-        "IndexError",
-        "KeyError",
-        "ModuleNotFoundError",
-        "NotImplementedError",
-        "TypeError",
-        "ValidationError",
-        "ValueError",
-        "VLLMValidationError",
-    }
-)
-_OPTION_OF_PARAMETER: Mapping[str, str] = MappingProxyType(
+# What vLLM says no with; the same configuration brings these again.
+_REFUSALS = frozenset({"AssertionError", "NotImplementedError", "ValidationError", "ValueError", "VLLMValidationError"})
+# pydantic wraps the words of a check into a report on its input.
+_WRAPPING = re.compile(r"^\d+ validation errors? for \w+\s+(Value error, )?|\s*\[type=\w+, input_value=.*$")
+OPTION_OF_PARAMETER: Mapping[str, str] = MappingProxyType(
     {
         "temperature": "decoder.temperature",
         "top_p": "decoder.top_p",
@@ -92,11 +79,11 @@ def explain_load_failure(
         return _error(
             f"{facts}: its process {process} was ended by signal {signal} while loading", hint, "engine", False
         )
-    is_lasting = name in _LASTING
     if _NO_SUCH_MODEL.search(text):
         hint = "is it a causal language model, whole, of a kind that this build of vLLM knows?"
         return _error(f"{facts} cannot load {config.model.name}: {text}", hint, "model")
-    changed = _changed_options(config)
+    is_lasting = name in _REFUSALS
+    changed = _options_behind(text, config)
     if is_lasting and changed:
         return OptionRefused(f"{facts} cannot load {config.model.name} with {changed}: {text}", "leave one of them out")
     return _error(f"{facts} cannot load {config.model.name}: {text}", "see the log", "engine", is_lasting)
@@ -107,8 +94,8 @@ def explain_request_failure(words: str, config: ExperimentConfig, facts: EngineF
     words = shortened(words)
     named = _PARAMETER.search(words)
     told = named["name"] if named else words.lower()
-    options = [option for word, option in _OPTION_OF_PARAMETER.items() if word in told]
-    listed = " or ".join(options) or _changed_options(config) or "these options"
+    options = [option for word, option in OPTION_OF_PARAMETER.items() if word in told]
+    listed = " or ".join(options) or _options_behind(words, config) or "these options"
     return OptionRefused(f"{facts} cannot honour {listed}: {words}", "change the value, or leave the option out")
 
 
@@ -140,11 +127,23 @@ def _cause(error: BaseException, output: str) -> tuple[str, str]:
         if told:
             # The process that failed first tells the cause; those that waited for it fail after it.
             name, words = told[0]["name"].rpartition(".")[2], told[0]["words"] or ""
-    return name, shortened(words)
+    return name, shortened(_WRAPPING.sub("", " ".join(words.split())))
 
 
-def _changed_options(config: ExperimentConfig) -> str:
+def _options_behind(words: str, config: ExperimentConfig) -> str:
+    """The options that an error is about, going by their names in its words; else all that were given."""
     default = ExperimentConfig.from_dict({"model": config.model.name, "backend": "vllm"})
-    plain = given_options(default) | dict(VllmConfig().extra)
+    plain = given_options(default)
     given = {**given_options(config), **{f"extra.{name}": value for name, value in extra_of(config).items()}}
-    return ", ".join(f"vllm.{name}: {value}" for name, value in given.items() if plain.get(name) != value)
+    changed = {name: value for name, value in given.items() if plain.get(name) != value}
+    told = _spaced(words)
+    named = [name for name in changed if _spaced(name.rpartition(".")[2]) in told or _spaced(_argument(name)) in told]
+    return ", ".join(f"vllm.{name}: {changed[name]}" for name in named or changed)
+
+
+def _argument(option: str) -> str:
+    return NESTED_ARGUMENTS[option][1] if option in NESTED_ARGUMENTS else ARGUMENTS.get(option, option)
+
+
+def _spaced(words: str) -> str:
+    return re.sub(r"[\W_]+", " ", words.lower())

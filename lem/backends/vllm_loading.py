@@ -176,8 +176,7 @@ def visible_devices(config: ExperimentConfig) -> Iterator[tuple[str, ...]]:
         raise EngineError(f"gpus: this process has started CUDA already, with other GPUs first than {config.gpus}")
     variable = str(current_platform.device_control_env_var)
     names = (os.environ.get(variable) or ",".join(map(str, range(len(there))))).split(",")
-    # NVML counts the GPUs in the order of the bus, and vLLM with it.
-    wanted = {variable: ",".join(names[index] for index in chosen), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    wanted = {variable: ",".join(names[index] for index in chosen)}
     with _environment({} if config.gpus is None else wanted):
         section = section_of(config)
         degree = (section.tensor_parallel_size or 1) * (section.pipeline_parallel_size or 1)

@@ -13,7 +13,12 @@ from vllm.sampling_params import RequestOutputKind
 
 from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
 from lem.backends.vllm_effective import describe_effective
-from lem.backends.vllm_failures import explain_load_failure, explain_request_failure, explain_run_failure
+from lem.backends.vllm_failures import (
+    OPTION_OF_PARAMETER,
+    explain_load_failure,
+    explain_request_failure,
+    explain_run_failure,
+)
 from lem.backends.vllm_loading import (
     ENGINE_ERRORS,
     REQUEST_ERRORS,
@@ -40,9 +45,6 @@ __all__ = ["Session"]
 NS_PER_S = 1_000_000_000
 TRIAL_TOKENS = 2
 
-# What SamplingParams sets to its neutral value under greedy decoding, as it should.
-_NOT_GREEDY = frozenset({"top_k", "top_p", "min_p"})
-
 
 class Session:
     """A loaded engine with the experiment that is set up on it."""
@@ -55,6 +57,7 @@ class Session:
         """
         self._facts = find_facts()
         check_options(config, self._facts)
+        check_sampling(config, self._facts)
         self._engine_key = config.engine_key()
         with visible_devices(config) as uuids:
             self._loaded = load_engine(config, self._facts, secrets.get("HF_TOKEN") or None)
@@ -165,7 +168,7 @@ class Session:
     def _set_up(self, config: ExperimentConfig) -> None:
         self._config = config
         forms = _Forms(config, self._loaded)
-        self._sampling = forms.check_sampling(self._facts)
+        self._sampling = check_sampling(config, self._facts)
         self._loop = StepLoop(self._loaded.engine, forms, is_concurrent=self._loaded.is_concurrent)
         if self._loaded.config.cache_config.enable_prefix_caching:
             # Not even what is measured with a cache starts with that of another experiment.
@@ -203,24 +206,6 @@ class _Forms:
         adapter = loaded.adapter
         self.adapter = None if adapter is None else LoRARequest("adapter", 1, str(adapter.folder))
 
-    def check_sampling(self, facts: EngineFacts) -> dict[str, Any]:
-        """The fields of SamplingParams in effect.
-
-        Raises:
-            OptionRefused: vLLM does not take a value, or puts another in its place.
-        """
-        try:
-            made = SamplingParams(**self._settings)
-        except REQUEST_ERRORS as error:
-            raise explain_request_failure(str(error), self._config, facts) from error
-        for name, wanted in self._settings.items():
-            found = getattr(made, name)
-            is_left_out = name == "top_k" and {wanted, found} <= {-1, 0}
-            if found != wanted and not is_left_out:
-                raise OptionRefused(f"{facts} changed what was asked for: {name}: {wanted} became {found}")
-        names = (*self._settings, *_NOT_GREEDY, "logit_bias", "presence_penalty", "frequency_penalty")
-        return {name: getattr(made, name) for name in dict.fromkeys(names)}
-
     def prompt(self, token_ids: Sequence[int], salt: str | None) -> Any:
         """A prompt of ids."""
         if tokens_input is not None:
@@ -248,3 +233,25 @@ class _Forms:
             seed=seed,
             output_kind=RequestOutputKind.DELTA if is_observed else RequestOutputKind.FINAL_ONLY,
         )
+
+
+def check_sampling(config: ExperimentConfig, facts: EngineFacts) -> dict[str, Any]:
+    """The fields of SamplingParams in effect.
+
+    Raises:
+        OptionRefused: vLLM does not take a value, or puts another in its place.
+    """
+    settings = sampling_settings(config)
+    try:
+        made = SamplingParams(**settings)
+    except REQUEST_ERRORS as error:
+        raise explain_request_failure(str(error), config, facts) from error
+    for name, wanted in settings.items():
+        found = getattr(made, name)
+        is_all_tokens = name == "top_k" and {wanted, found} <= {-1, 0}
+        if found != wanted and not is_all_tokens:
+            raise OptionRefused(
+                f"{facts} changed what was asked for: {OPTION_OF_PARAMETER.get(name, name)}: {wanted} became {found}"
+            )
+    names = (*settings, "top_k", "top_p", "min_p", "logit_bias", "presence_penalty", "frequency_penalty")
+    return {name: getattr(made, name) for name in dict.fromkeys(names)}
