@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import os
 import sys
@@ -12,8 +13,9 @@ import traceback
 from collections.abc import Sequence
 from typing import TextIO
 
-from lem import __version__, log
-from lem.errors import ExitCode, LemError, exit_code_of
+from lem import __version__, durable, log
+from lem.cli.streams import prepare_streams
+from lem.errors import ExitCode, LemError, UserError, exit_code_of
 
 __all__ = ["main"]
 
@@ -57,6 +59,9 @@ COMPOSE_VARIABLES = frozenset(
     }
 )
 
+# What a stream says that leads to a full disk or a terminal that is gone. An error of a file names the file.
+_STREAM_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+
 
 def main(argv: Sequence[str] | None = None, out: TextIO | None = None, err: TextIO | None = None) -> int:
     """The exit code of one command line.
@@ -66,25 +71,15 @@ def main(argv: Sequence[str] | None = None, out: TextIO | None = None, err: Text
         out, err: where results and messages go; None takes this process's streams.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    prepare_streams()
     out, err = out or sys.stdout, err or sys.stderr
     console = log.Console(err)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):  # where argparse writes
-            args = _parser(arguments).parse_args(arguments)
-        if getattr(args, "no_color", False):
-            console.is_colour = False
-            os.environ["NO_COLOR"] = "1"  # for every stream that is looked at later
-        log.configure(console, verbosity=-1 if getattr(args, "quiet", False) else getattr(args, "verbose", 0))
-        _warn_of_unknown_variables(console)
-        code: int = args.run(args, out, err)
+        code = _execute(arguments, console, out, err)
         out.flush()
         return code
-    except SystemExit as stop:  # argparse: --help, --version, usage errors
-        return stop.code if isinstance(stop.code, int) else int(ExitCode.USAGE)
-    except BrokenPipeError:
-        # The reader of stdout is gone (`lem … | head`); keep Python from complaining again when it flushes at exit.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of stdout is gone: `lem … | head`
+        _give_up(out)
         return int(ExitCode.OK)
     except LemError as error:
         _explain(console, error)
@@ -92,8 +87,35 @@ def main(argv: Sequence[str] | None = None, out: TextIO | None = None, err: Text
     except KeyboardInterrupt:
         return int(ExitCode.SIGINT)
     except Exception as error:  # noqa: BLE001 - the top of the program
+        if isinstance(error, OSError) and error.filename is None and error.errno in _STREAM_ERRORS:
+            _explain(console, UserError(f"the output cannot be written: {os.strerror(error.errno).lower()}"))
+            _give_up(out)
+            return int(ExitCode.USAGE)
         _report_bug(console, error)
         return int(ExitCode.BUG)
+
+
+def _execute(arguments: list[str], console: log.Console, out: TextIO, err: TextIO) -> int:
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):  # where argparse writes
+            args = _parser(arguments).parse_args(arguments)
+    except SystemExit as stop:  # argparse: --help, --version, usage errors
+        return stop.code if isinstance(stop.code, int) else int(ExitCode.USAGE)
+    if getattr(args, "no_color", False):
+        console.is_colour = False
+        os.environ["NO_COLOR"] = "1"  # for every stream that is looked at later
+    log.configure(console, verbosity=-1 if getattr(args, "quiet", False) else getattr(args, "verbose", 0))
+    _warn_of_unknown_variables(console)
+    code: int = args.run(args, out, err)
+    return code
+
+
+def _give_up(out: TextIO) -> None:
+    """Let what is left for stdout go nowhere, or Python would complain of it again when it flushes at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, out.fileno())
+        os.close(nothing)
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
@@ -146,9 +168,14 @@ def _explain(console: log.Console, error: LemError) -> None:
 
 def _report_bug(console: log.Console, error: Exception) -> None:
     console.close()
-    descriptor, path = tempfile.mkstemp(prefix="lem-bug-", suffix=".log")
-    with open(descriptor, "w", encoding="utf-8") as stream:
-        stream.write(f"lem {__version__}, Python {sys.version}\n")
-        traceback.print_exception(type(error), error, error.__traceback__, file=stream)
+    told = f"lem {__version__}, Python {sys.version}\n{''.join(traceback.format_exception(error))}"
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="lem-bug-", suffix=".log")
+        with open(descriptor, "wb") as stream:
+            stream.write(durable.utf8(told))
+        where = f" (traceback in {path})"
+    except OSError:
+        console.line(told)
+        where = ""
     summary = f"{type(error).__name__}: {error}".splitlines()[0]
-    console.line(f"{console.paint('bug:', 'red')} {log.shorten(summary, 200)} (traceback in {path})")
+    console.line(f"{console.paint('bug:', 'red')} {log.shorten(summary, 200)}{where}")

@@ -1,0 +1,124 @@
+"""The top of the program, with streams as shells and terminals hand them over, in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+CAMPAIGN = 'campaign_name: "Größe ≥ 日本 🎉"\nmodel: none\ngrid: {backends: [pytorch]}\nexecution: {cycles: 1}\n'
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(CAMPAIGN, encoding="utf-8")
+    return tmp_path
+
+
+def lem(*words: str, redirection: str = "", **environ: str) -> subprocess.CompletedProcess[bytes]:
+    """A `lem` started by a shell; what it writes comes back as bytes."""
+    return subprocess.run(
+        ["/bin/sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-m", "lem", *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environ},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("words", [("--help",), ("config", "validate", "c.yaml"), ("campaign", "c.yaml", "--dry-run")])
+def test_a_stream_that_cannot_hold_a_character_gets_its_escape(words: tuple[str, ...]) -> None:
+    ended = lem(*words, PYTHONIOENCODING="ascii")
+    assert (ended.returncode, b"bug:" in ended.stderr) == (0, False)
+    assert b"\\u" in ended.stdout + ended.stderr
+    (ended.stdout + ended.stderr).decode("ascii")
+
+
+def test_json_is_json_in_every_encoding() -> None:
+    ended = lem("config", "validate", "--json", "c.yaml", PYTHONIOENCODING="iso8859-1")
+    (report,) = json.loads(ended.stdout.decode("iso8859-1"))
+    assert report["name"] == "Größe ≥ 日本 🎉"
+    assert "Größe".encode("iso8859-1") in ended.stdout
+
+
+def test_a_file_name_that_is_no_utf8_can_be_told(folder: Path) -> None:
+    odd = os.fsdecode(b"c-\xff.yaml")
+    (folder / "c.yaml").rename(folder / odd)
+    ended = lem("config", "validate", odd)
+    assert (ended.returncode, ended.stdout.split(b":")[0]) == (0, b"c-\\udcff.yaml")
+
+
+@pytest.mark.parametrize(
+    ("closed", "is_heard"),
+    [("<&-", True), ("2>&-", True), (">&-", False), (">&- 2>&-", False), ("<&- >&- 2>&-", False)],
+)
+def test_a_closed_stream_is_one_that_nobody_reads(closed: str, is_heard: bool) -> None:
+    ended = lem("campaign", "c.yaml", "--dry-run", redirection=closed)
+    assert (ended.returncode, b"bug:" in ended.stderr) == (0, False)
+    assert (b"experiments:" in ended.stdout) == is_heard
+
+
+def test_no_file_takes_the_descriptor_of_a_closed_stream() -> None:
+    code = (
+        "import os, lem.cli.main, sys\n"
+        "assert lem.cli.main.main(['presets']) == 0\n"
+        "os.write(os.open('opened-later', os.O_WRONLY | os.O_CREAT), b'file\\n')\n"
+        "os.write(1, b'for stdout\\n')\n"
+        "os.write(2, b'for stderr\\n')\n"
+    )
+    command = ["/bin/sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-c", code]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=60)
+    assert Path("opened-later").read_text(encoding="utf-8") == "file\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full: /dev/full")
+@pytest.mark.parametrize("words", [("presets",), ("config", "fields")])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_stdout_is_an_error_in_words(words: tuple[str, ...], unbuffered: str) -> None:
+    ended = lem(*words, redirection=">/dev/full", PYTHONUNBUFFERED=unbuffered)
+    assert ended.stderr == b"error: the output cannot be written: no space left on device\n"
+    assert ended.returncode == 2
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(
+        [sys.executable, "-m", "lem", "config", "fields"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=60,
+        check=False,
+    )
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_a_bug_is_told_where_no_file_can_be_written(folder: Path) -> None:
+    code = (
+        "import sys, tempfile, lem.cli.main\n"
+        "tempfile.tempdir = '/nowhere/at/all'\n"
+        "sys.modules['lem.cli.presets'] = object()\n"  # a command without `add_parser`
+        "sys.exit(lem.cli.main.main(['presets']))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 70
+    assert "Traceback" in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("bug: AttributeError: ")
