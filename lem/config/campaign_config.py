@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _DAY_GROUPS = {"weekdays": WEEKDAYS[:5], "weekends": WEEKDAYS[5:]}
 _TIME = re.compile(r"([01][0-9]|2[0-3]):[0-5][0-9]")
 _MAX_SLUG = 64
+
+# Twelve days of measuring at 10 s each. A plan of so many takes 0.4 GB; the product of a few long axes takes all there is.
+MAX_EXPERIMENTS = 100_000
 
 
 def generate_campaign_id(name: str) -> str:
@@ -116,6 +120,17 @@ class CampaignGridConfig(Section):
             yield from _check_shared_axis(backends, axis, values if isinstance(values, tuple) else (values,))
         for backend, overrides in given.get("backend_overrides", {}).items():
             yield from _check_overrides(backends, backend, overrides)
+
+    def check(self) -> Iterator[Problem]:
+        count = sum(map(self._count, self.backends))
+        if count > MAX_EXPERIMENTS:
+            remedy = "take values out, or make several campaigns"
+            yield Problem((), f"makes {count:,} experiments, and at most {MAX_EXPERIMENTS:,} are planned; {remedy}")
+
+    def _count(self, backend: str) -> int:
+        """The experiments of one backend."""
+        axes = [*self.shared.values(), *self.backend_overrides.get(backend, {}).values()]
+        return math.prod(len(values) for values in (self.models or (None,), *axes) if isinstance(values, tuple))
 
 
 def _check_shared_axis(backends: Sequence[str], axis: str, values: tuple[Any, ...]) -> Iterator[Problem]:

@@ -355,6 +355,20 @@ def test_days_of_a_schedule():
     assert complaint(CampaignScheduleConfig, at="08:00", days=[]).startswith("days: ")
 
 
+def test_a_grid_of_more_experiments_than_anybody_runs_is_refused_before_it_is_expanded():
+    wide = {axis: list(range(1, 101)) for axis in ("max_input_tokens", "max_output_tokens", "random_seed")}
+    sizes = [1, 2, 4]
+    overrides = {"pytorch": {"batch_size": sizes, "min_p": 0.1}, "vllm": {"logprobs": 1}}
+    found = complaint(CampaignGridConfig, backends=["pytorch", "vllm"], shared=wide, backend_overrides=overrides)
+    assert found.startswith("makes 4,000,000 experiments, and at most 100,000 are planned;")
+    some = {axis: wide[axis] for axis in ("max_input_tokens", "max_output_tokens")}
+    CampaignGridConfig(backends=["pytorch"], models=["a", "b", "c"], shared=some, backend_overrides={})
+    found = complaint(
+        CampaignGridConfig, backends=["pytorch"], models=[f"m{number}" for number in range(11)], shared=some
+    )
+    assert found.startswith("makes 110,000 experiments")
+
+
 # Names, ids and paths
 
 
