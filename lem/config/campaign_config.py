@@ -40,7 +40,7 @@ _DAY_GROUPS = {"weekdays": WEEKDAYS[:5], "weekends": WEEKDAYS[5:]}
 _TIME = re.compile(r"([01][0-9]|2[0-3]):[0-5][0-9]")
 _MAX_SLUG = 64
 
-# Twelve days of measuring at 10 s each. A plan of so many takes 0.4 GB; the product of a few long axes takes all there is.
+# Twelve days of measuring at 10 s each. A plan of so many takes 0.4 GB; the product of a few long axes, all there is.
 MAX_EXPERIMENTS = 100_000
 
 
