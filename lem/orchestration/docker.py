@@ -186,10 +186,18 @@ class Docker:
             return None
         raise error
 
-    def was_out_of_memory(self, container: str) -> bool:
-        """Whether the kernel killed a process of a container for want of memory; False when nobody knows."""
-        finished = self.call(("inspect", "--format", "{{.State.OOMKilled}}", container))
-        return finished.code == 0 and finished.stdout.strip() == "true"
+    def was_out_of_memory(self, container: str, since_s: float, until_s: float) -> bool:
+        """Whether the kernel killed a process of a container for want of memory; False when nobody knows.
+
+        The state of a container tells that of its first process alone, or of any process ever, as Docker is old or new.
+
+        Args:
+            since_s, until_s: between these moments, in seconds since 1970; it returns when the second has passed.
+        """
+        span = ("--since", f"{since_s:.3f}", "--until", f"{until_s:.3f}")
+        which = ("--filter", f"container={container}", "--filter", "event=oom", "--format", "{{.Status}}")
+        finished = self.call(("events", *span, *which))
+        return finished.code == 0 and bool(finished.stdout.strip())
 
     def pids(self, container: str) -> frozenset[int]:
         """The processes of a running container as the host numbers them; empty when they cannot be had."""

@@ -35,6 +35,9 @@ FREE_TIMEOUT_S = 30.0
 TEARDOWN_S = 10.0
 _POLL_S = 0.2
 
+# How much later than the death of a process the engine may tell why.
+_NEWS_DELAY_S = 1.0
+
 
 class ContainerLost(InfrastructureError):
     """A container that does not come back; the rest of the campaign stays pending."""
@@ -61,6 +64,7 @@ class DockerExecutor:
     _workers: dict[str, ContainerWorker] = field(default_factory=dict, init=False)
     _stale: set[str] = field(default_factory=set, init=False)
     _suspect: set[str] = field(default_factory=set, init=False)
+    _begun_s: dict[str, float] = field(default_factory=dict, init=False)
     _held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False)
 
     @property
@@ -205,6 +209,7 @@ class DockerExecutor:
     def adapt(self, service: str, request: RunRequest) -> RunRequest:
         """The request with the image, and with GPUs named by UUID: their numbers are others inside."""
         services = self.manager.services
+        self._begun_s[service] = time.time()
         config = dict(request.config)
         if self.gpu_uuids and services.has_gpu(service):
             named = ("0",) if config.get("gpus") is None else config["gpus"]
@@ -234,15 +239,17 @@ class DockerExecutor:
 
     def _start(self) -> ContainerManager:
         manager = ContainerManager(project=self.project)
-        self._held.enter_context(hold_locks([self._lock()], self._holder()))
-        try:
-            # A container that an earlier run left behind may hold anything.
-            manager.start_services(self.backends, recreate=True)
-        except BaseException:
-            with contextlib.suppress(Interrupted):
-                manager.teardown(TEARDOWN_S)
-            self._held.close()
-            raise
+        with contextlib.ExitStack() as held:
+            held.enter_context(hold_locks([self._lock()], self._holder()))
+            manager.prepare(self.backends)  # what is missing is told before there is anything to take down
+            try:
+                # A container that an earlier run left behind may hold anything.
+                manager.start_services(self.backends, recreate=True)
+            except BaseException:
+                with contextlib.suppress(Interrupted):
+                    manager.teardown(TEARDOWN_S)
+                raise
+            self._held.enter_context(held.pop_all())
         return manager
 
     def _lock(self) -> LockTarget:
@@ -274,8 +281,9 @@ class DockerExecutor:
 
     def _explain_death(self, service: str, outcome: Outcome) -> Outcome:
         """The outcome of an attempt whose engine died, with what the Docker engine knows about that."""
-        error = outcome.error
-        if error is None or not self.manager.services.was_out_of_memory(service):
+        error, until_s = outcome.error, time.time() + _NEWS_DELAY_S
+        since_s = self._begun_s.get(service, until_s)
+        if error is None or not self.manager.services.was_out_of_memory(service, since_s, until_s):
             return outcome
         explained = EngineError(
             f"{error.message}; the container ran out of memory",

@@ -78,10 +78,10 @@ class Services:
         state = self.state(service)
         return frozenset() if state is None else self.compose.docker.pids(state.container_id)
 
-    def was_out_of_memory(self, service: str) -> bool:
-        """Whether the kernel killed something in a service's container for want of memory."""
+    def was_out_of_memory(self, service: str, since_s: float, until_s: float) -> bool:
+        """Whether the kernel killed something in a service's container for want of memory; as `Docker`'s."""
         state = self.state(service)
-        return state is not None and self.compose.docker.was_out_of_memory(state.container_id)
+        return state is not None and self.compose.docker.was_out_of_memory(state.container_id, since_s, until_s)
 
     # Starting and ending
 

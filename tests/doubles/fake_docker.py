@@ -130,8 +130,12 @@ class Command:
     def top(self, words: list[str]) -> None:
         print("PID", *self.state.get("pids", {}).get(words[0], []), sep="\n")
 
-    def inspect(self, words: list[str]) -> None:
-        print("true" if words[-1] in self.state.get("out_of_memory", []) else "false")
+    def events(self, words: list[str]) -> None:
+        since_s, until_s = (float(words[words.index(name) + 1]) for name in ("--since", "--until"))
+        wanted = words[words.index("--filter") + 1].partition("=")[2]
+        for container, at_s in self.state.get("out_of_memory", []):
+            if container == wanted and since_s <= at_s <= until_s:
+                print("oom")
 
     def compose(self, words: list[str]) -> int:
         options, (name, *rest) = _split(words)
