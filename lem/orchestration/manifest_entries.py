@@ -105,11 +105,6 @@ class CampaignManifestEntry:
         self.__dict__[name] = _checked(name, value)
         self.__dict__.pop("_line", None)
 
-    @property
-    def next_attempt(self) -> int:
-        """The number of the attempt to come: above all before it, so that no result folder is used twice."""
-        return max((attempt.number for attempt in self.attempts), default=0) + 1
-
     def put_attempt(self, attempt: Attempt) -> None:
         """Add an attempt, or put it in the place of the one with its number."""
         others = [item for item in self.attempts if item.number != attempt.number]

@@ -82,10 +82,10 @@ class CampaignExperiment:
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """The configuration with every default, `${VAR}` unexpanded, for records."""
+        """The configuration with every default and its name in this campaign, `${VAR}` unexpanded, for records."""
         given = canonical(ExperimentConfig, self.config_dict)
         resolved: dict[str, Any] = restore_references(self.config.to_dict(), given)
-        return resolved
+        return resolved if resolved["config_name"] else {**resolved, "config_name": self.config_name}
 
     def new_entry(self) -> CampaignManifestEntry:
         """A pending entry of a manifest."""

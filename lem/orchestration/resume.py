@@ -151,7 +151,7 @@ def _record_result(entry: CampaignManifestEntry, result: FoundResult) -> None:
 def _settle(entry: CampaignManifestEntry) -> bool:
     """Complete the experiment if its results suffice; whether they do."""
     results = [attempt for attempt in entry.attempts if attempt.result_path is not None]
-    chosen = next((attempt for attempt in results if attempt.valid), results[-1])
+    chosen = next((attempt for attempt in reversed(results) if attempt.valid), results[-1])
     if not chosen.valid and len(results) < MAX_INVALID_RESULTS:
         return False
     entry.status, entry.error = COMPLETED, None

@@ -132,16 +132,6 @@ class Repository:
         found = _experiment_items(self._experiment_folder(run_id, exp_id))
         return tuple(item for item in found if isinstance(item, StoredResult))
 
-    def find_whole(self, run_id: str, exp_id: str) -> StoredResult | None:
-        """The result that counts for an experiment: its last valid one, else its last whole one; None without any.
-
-        Raises:
-            UserError: a name that cannot name a folder.
-        """
-        whole = self.find_attempts(run_id, exp_id)
-        valid = [result for result in whole if result.record.validity.valid]
-        return next(reversed(valid or whole), None)
-
     def run_ids(self) -> tuple[str, ...]:
         """The runs, oldest first; () where there is no folder.
 
@@ -196,13 +186,14 @@ def count_failed(scan: Scan) -> dict[str, int]:
         key = (problem.run_id, problem.exp_id)
         if problem.exp_id and key not in whole and key not in failed:
             known = names.get(_configuration_of(problem.exp_id))
-            failed[key] = known.config_name if known else _configured_name(problem) or problem.exp_id
+            named = known.config_name if known else _configured_name(problem)
+            failed[key] = named or _configuration_of(problem.exp_id)
     return dict(collections.Counter(failed.values()))
 
 
 def _configuration_of(exp_id: str) -> str:
     """The part of an experiment's name that all its cycles share."""
-    return exp_id.rpartition("-c")[0]
+    return exp_id.rpartition("-c")[0] or exp_id
 
 
 def _configured_name(problem: Problem) -> str | None:

@@ -70,7 +70,6 @@ def test_a_new_entry_is_pending_and_has_nothing() -> None:
     assert (new.result_path, new.started_at, new.completed_at, new.error) == (None, None, None, None)
     assert new.retry_count == 0
     assert new.attempts == ()
-    assert new.next_attempt == 1
 
 
 def test_counts_by_status() -> None:
@@ -159,7 +158,6 @@ def test_attempts_are_kept_by_number() -> None:
     for attempt in (Attempt(1), Attempt(2), Attempt(1, error="interrupted")):
         found.put_attempt(attempt)
     assert found.attempts == (Attempt(1, error="interrupted"), Attempt(2))
-    assert found.next_attempt == 3
 
 
 # The file

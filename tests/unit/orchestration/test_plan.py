@@ -217,6 +217,12 @@ def test_a_record_holds_what_was_written_and_not_what_a_variable_held(
     assert item.resolved["max_output_tokens"] == item.config.max_output_tokens
 
 
+def test_a_record_holds_the_name_that_an_experiment_was_given() -> None:
+    items = plan(grid=grid(1, 2)).configurations
+    assert [item.resolved["config_name"] for item in items] == [item.config_name for item in items]
+    assert all("config_name" not in item.requested for item in items)
+
+
 def test_a_new_entry_says_what_is_planned() -> None:
     item = plan(grid=grid(1), execution={"cycles": 2}).experiments[1]
     entry = item.new_entry()

@@ -70,7 +70,6 @@ def test_a_completed_experiment_without_its_result_runs_again() -> None:
     assert (found.status, found.result_path, found.completed_at) == ("pending", None, None)
     assert found.error == "result missing or broken: attempt-1/result.json"
     assert found.attempts[0].result_path is None
-    assert found.next_attempt == 2
 
 
 def test_a_completed_experiment_that_lost_its_result_has_an_older_valid_one() -> None:
@@ -88,7 +87,6 @@ def test_a_running_experiment_was_interrupted_and_runs_again() -> None:
     (found,) = manifest.experiments
     assert (found.status, found.error) == ("pending", "interrupted")
     assert found.attempts == (Attempt(1, started_at="then", error="interrupted"),)
-    assert found.next_attempt == 2
 
 
 @pytest.mark.parametrize("status", ["running", "pending", "failed"])
@@ -106,7 +104,6 @@ def test_a_missed_result_without_any_attempt_is_adopted_too() -> None:
     manifest = manifest_of(entry())
     reconcile(manifest, on_disk(result()))
     assert manifest.experiments[0].status == "completed"
-    assert manifest.experiments[0].next_attempt == 2
 
 
 def test_a_missed_result_that_is_not_valid_is_kept_and_measured_again() -> None:
@@ -122,6 +119,12 @@ def test_a_second_result_that_is_not_valid_stands() -> None:
     first = Attempt(1, result_path=result(1).path, valid=False)
     manifest = manifest_of(entry(status="running", attempts=[first, Attempt(2)]))
     assert reconcile(manifest, on_disk(result(1, valid=False), result(2, valid=False))).adopted == ("a",)
+    assert manifest.experiments[0].result_path == "attempt-2/result.json"
+
+
+def test_of_valid_results_the_last_is_chosen_as_the_tables_do() -> None:
+    manifest = manifest_of(entry(status="running"))
+    reconcile(manifest, on_disk(result(2), result(1), result(3, valid=False)))
     assert manifest.experiments[0].result_path == "attempt-2/result.json"
 
 
