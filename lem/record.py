@@ -139,7 +139,8 @@ class Window:
 
     Attributes:
         traffic_mode: `closed_batch`, `poisson`, `constant` or `closed`.
-        window_repeats: how often the prompt set was run to fill the window.
+        window_repeats: how often the prompt set was run to fill the window; under traffic requests completed over
+            prompts, rounded down.
         gap_s, gap_end_reason: the gap before this experiment.
     """
 

@@ -55,7 +55,7 @@ class SteadyBooks:
             traffic_mode=self.mode,
             opened_ns=self.opened_ns,
             closed_ns=self.closed_ns,
-            repeats=max(1, len(finished) // self.prompt_count),
+            repeats=len(finished) // self.prompt_count,
             requests=tuple(times_of(item, arrival.arrived_ns) for arrival, item in good),
             failures=(*(item.error for _, item in finished if item.error is not None), *lost),
             input_tok=sum(len(arrival.request.token_ids) for arrival, _ in prefilled),

@@ -42,7 +42,7 @@ class MeasuredWindow:
     """The work between two stamps of CLOCK_MONOTONIC.
 
     Attributes:
-        repeats: how often the prompt set was run.
+        repeats: how often the prompt set was run; under traffic how often as many requests as prompts were completed.
         requests: the completed requests that count.
         failures: the error of each failed request that counts.
         input_tok, output_tok: tokens of requests that did not fail, padding left out.

@@ -39,9 +39,11 @@ def _facts(record: Record) -> Iterable[tuple[str, str]]:
     yield "engine", f"{environment.engine_name} {environment.engine_version} on {environment.device}"
     yield "load", _load(record)
     yield "warm-up", _warmup(record)
-    repeats = "once" if window.window_repeats == 1 else f"{window.window_repeats} times"
-    mode = window.traffic_mode.replace("_", " ")
-    yield "window", f"{units.format_duration(window.window_s)}, {mode}, all prompts {repeats}"
+    repeats = {0: "not every prompt once", 1: "all prompts once"}.get(
+        window.window_repeats, f"all prompts {window.window_repeats} times"
+    )
+    mode, steady = window.traffic_mode.replace("_", " "), ", not steady" if validity.steady is False else ""
+    yield "window", f"{units.format_duration(window.window_s)}, {mode}, {repeats}{steady}"
     requests = f"{work.requests_ok} requests, {work.requests_failed} failed"
     yield "work", f"{requests}; {work.input_tok} tokens in, {work.output_tok} out ({work.token_source})"
     yield "throughput", _throughput(record)

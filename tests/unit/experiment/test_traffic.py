@@ -106,6 +106,12 @@ def test_open_loop_latency_counts_from_the_scheduled_time() -> None:
     ] == [(0, 0, 14), (10, 14, 28), (20, 28, 42)]
 
 
+def test_a_prompt_set_that_was_not_gone_through_is_not_said_to_have_been() -> None:
+    overloaded = open_loop(100.0, ramp_limit_s=0.0, min_window_s=0.05)
+    found = measure(TimedBackend(SteppedClock(), width=1), overloaded, make_requests(4))
+    assert (len(found.requests), found.repeats) == (3, 0)
+
+
 def test_an_idle_engine_waits_for_the_next_arrival() -> None:
     found = measure(TimedBackend(SteppedClock()), open_loop(1.0, min_window_s=3.0))
     assert all(item.started_ns == item.arrived_ns for item in found.requests)

@@ -49,6 +49,18 @@ def test_colour_changes_nothing_but_colour() -> None:
     assert re.sub(r"\x1b\[[0-9]*m", "", coloured) == render_record(RECORDS["detail_invalid"])
 
 
+@pytest.mark.parametrize(("repeats", "said"), [(0, "not every prompt once"), (1, "all prompts once"), (2, "2 times")])
+def test_the_window_says_how_often_the_prompts_were_run_and_that_it_was_not_steady(repeats: int, said: str) -> None:
+    record = make_record()
+    record = dataclasses.replace(
+        record,
+        window=dataclasses.replace(record.window, window_repeats=repeats),
+        validity=dataclasses.replace(record.validity, steady=False),
+    )
+    (line,) = (text for text in render_record(record).splitlines() if text.startswith("window"))
+    assert line.endswith(f"{said}, not steady")
+
+
 def test_an_estimate_is_called_one() -> None:
     assert "(an estimate)" in render_record(RECORDS["detail_estimate"])
     assert "estimate" not in render_record(RECORDS["detail_energy"])
