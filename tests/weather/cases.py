@@ -1,0 +1,299 @@
+"""The weathers: what is done to a campaign in its containers, and what lem has to say and to do."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.campaign_rig import Ended, Running
+from tests.doubles.nvml.library import NvmlDouble
+from tests.weather.proxy import EngineProxy
+from tests.weather.rig import LOCAL_NVML, SERVICE, ContainerRig
+from tests.weather.verdict import VICTIM, Case
+
+__all__ = ["CASES"]
+
+MIB = 1024 * 1024
+
+# The supervisor is the worker that is not the engine. Its own stdout leads elsewhere, since libraries print; the
+# channel is among the pipes that it writes to.
+GARBAGE = """
+import os
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    try:
+        words = open(f"/proc/{pid}/cmdline").read().split(chr(0))
+        if words[3:5] != ["worker", ""]:
+            continue
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            path = f"/proc/{pid}/fd/{name}"
+            flags = int(open(f"/proc/{pid}/fdinfo/{name}").read().split()[3], 8)
+            if os.readlink(path).startswith("pipe:") and flags & os.O_ACCMODE == os.O_WRONLY:
+                os.write(os.open(path, os.O_WRONLY), b"Welcome to this image!" + bytes([10]))
+    except OSError:
+        continue
+"""
+
+
+def _at(at: str, do: str, **more: Any) -> dict[str, Any]:
+    """A rule for the experiment in the middle."""
+    return {"at": at, "do": do, "when": {"max_output_tokens": VICTIM}, **more}
+
+
+def _engine(*rules: Mapping[str, Any], once: bool = False, **options: Any) -> Callable[[ContainerRig], Ended]:
+    """An engine that does that."""
+
+    def strike(rig: ContainerRig) -> Ended:
+        rig.options.update(options)
+        rig.be(
+            *({**rule, "once": str(rig.shared / f"once-{index}")} if once else rule for index, rule in enumerate(rules))
+        )
+        return rig.run("--yes", "--json")
+
+    return strike
+
+
+def _measuring(act: Callable[[ContainerRig, Running], None], **options: Any) -> Callable[[ContainerRig], Ended]:
+    """Something that happens while the experiment in the middle is measured, the first time."""
+
+    def strike(rig: ContainerRig) -> Ended:
+        rig.options.update(options)
+        rig.be(_at("generate", "hang", once=str(rig.shared / "hung")))
+        running = rig.start("--yes", "--json")
+        running.wait_for_event("phase", phase="window", done=1)
+        act(rig, running)
+        return running.wait()
+
+    return strike
+
+
+def _stubborn(at: str, act: Callable[[ContainerRig, Running], None]) -> Callable[[ContainerRig], Ended]:
+    """Something that happens while an engine loads or generates that neither hears TERM nor lets Python run."""
+
+    def strike(rig: ContainerRig) -> Ended:
+        phase = "load" if at == "load" else "window"
+        rig.be(*(_at(at, do) for do in ("ignore_term", "hold_gil")))
+        running = rig.start("--yes", "--json")
+        running.wait_for_event("phase", phase=phase, done=1)
+        act(rig, running)
+        return running.wait()
+
+    return strike
+
+
+def _with(**variables: str) -> Callable[[ContainerRig], Ended]:
+    """A machine whose environment is that."""
+
+    def strike(rig: ContainerRig) -> Ended:
+        rig.variables.update(variables)
+        return rig.run("--yes", "--json")
+
+    return strike
+
+
+def _no_file(rig: ContainerRig) -> Ended:
+    rig.override.unlink()
+    return rig.run("--yes", "--json")
+
+
+def _bad_file(rig: ContainerRig) -> Ended:
+    rig.override.write_text(f"services:\n  {SERVICE}:\n    enviroment: {{}}\n", encoding="utf-8")
+    return rig.run("--yes", "--json")
+
+
+def _lose_engine(rig: ContainerRig) -> Ended:
+    with tempfile.TemporaryDirectory(prefix="lem-") as folder:  # the path of a socket has to be short
+        proxy = EngineProxy(Path(folder) / "docker.sock")
+        rig.variables["DOCKER_HOST"] = proxy.host
+        return _measuring(lambda _rig, _running: proxy.lose())(rig)
+
+
+def _kill_container(rig: ContainerRig, _running: Running) -> None:
+    rig.docker("kill", rig.container())
+
+
+def _pause_container(rig: ContainerRig, _running: Running) -> None:
+    rig.docker("pause", rig.container())
+
+
+def _send(*signums: int) -> Callable[[ContainerRig, Running], None]:
+    """Signals to lem, each after it has said that it heard the one before."""
+
+    def act(_rig: ContainerRig, running: Running) -> None:
+        for number, signum in enumerate(signums):
+            if number:
+                running.wait_for_text("a second signal kills")
+            running.send(signum)
+
+    return act
+
+
+def _garbage_at_start(rig: ContainerRig) -> Ended:
+    folder = rig.shared / "garbage"
+    folder.mkdir()
+    text = (
+        "import os, sys\n"
+        "if 'worker' in sys.orig_argv and '--engine' not in sys.orig_argv:\n"
+        "    os.write(1, b'Welcome to this image!\\n')\n"
+    )
+    (folder / "usercustomize.py").write_text(text, encoding="utf-8")
+    rig.be(python_path=[str(folder)])
+    return rig.run("--yes", "--json")
+
+
+def _fill(rig: ContainerRig) -> Ended:
+    results = rig.folder / "results"
+    results.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "weather", str(results)], check=True, timeout=10)
+    filling = f"head -c 20000000 /dev/zero > {results}/filling 2>/dev/null || true"
+    rig.be(_at("generate", "shell", command=filling))
+    return rig.run("--yes", "--json")
+
+
+def _empty(rig: ContainerRig) -> None:
+    (rig.folder / "results" / "filling").unlink()
+
+
+def _two(rig: ContainerRig) -> Ended:
+    """The one that came second, from another folder; the first is left in peace."""
+    other = ContainerRig(rig.folder / "other", name=rig.name)
+    other.variables["LEM_LOCK_DIR"] = str(rig.folder / "locks")
+    gate = rig.shared / "gate"
+    rig.be(_at("generate", "shell", command=f"until [ -e {gate} ]; do sleep 0.1; done"))
+    first = rig.start("--yes", "--json")
+    first.wait_for_event("phase", phase="window", done=1)
+    ended = other.run("--yes", "--json")
+    gate.touch()
+    assert first.wait().code == 0
+    return ended
+
+
+def _gpu(rule: Mapping[str, Any]) -> Callable[[ContainerRig], Ended]:
+    """A container with a GPU, to which something happens that a new container cures."""
+
+    def strike(rig: ContainerRig) -> Ended:
+        rig.give_gpu(*NvmlDouble.gpu(used_b=2_000_000_000))
+        rig.be(rule)
+        return rig.run("--yes", "--json")
+
+    return strike
+
+
+def _once_inside(at: str, line: str, when: int) -> dict[str, Any]:
+    command = f"[ -e {LOCAL_NVML}.once ] || echo {line} > {LOCAL_NVML}; touch {LOCAL_NVML}.once"
+    return {"at": at, "do": "shell", "command": command, "when": {"max_output_tokens": when}}
+
+
+CHECKED_OFTEN = "health_check: {interval_experiments: 1}\n"
+AT_RESUME = r"Resuming: 2 remaining \(1 completed, 0 failed\)"
+BRIEF = {"silence_timeout_seconds": 5}
+
+CASES: tuple[Case, ...] = (
+    Case(
+        "daemon down",
+        _with(DOCKER_HOST="unix:///nowhere/docker.sock"),
+        "^error: .*Docker engine does not answer",
+        2,
+        None,
+    ),
+    Case("daemon lost in the middle", _lose_engine, "Docker engine does not answer", 1, "pending", stops=True),
+    Case(
+        "image missing",
+        _with(LEM_PYTORCH_IMAGE="lem-no-such-image:1"),
+        "^error: image lem-no-such-image:1 .* not there",
+        2,
+        None,
+    ),
+    Case("compose file missing", _no_file, "^error: .*weather.yml: no such compose file", 2, None),
+    Case("compose file invalid", _bad_file, "^error: .*enviroment", 2, None),
+    Case("container killed", _measuring(_kill_container), "SIGKILL|exit code 137|code 137", 0, "completed"),
+    Case("container paused", _measuring(_pause_container), "no sign of progress", 0, "completed", execution=BRIEF),
+    Case(
+        "container out of memory",
+        _engine(_at("generate", "allocate", bytes=600 * MIB), mem_limit="192m", memswap_limit="192m"),
+        "ran out of memory",
+        1,
+        "failed",
+    ),
+    Case(
+        "container out of memory at load",
+        _engine(_at("load", "allocate", bytes=600 * MIB), mem_limit="192m", memswap_limit="192m"),
+        "ran out of memory",
+        1,
+        "failed",
+        execution={"reuse": "none"},
+    ),
+    Case(
+        "engine raises at load",
+        _engine(_at("load", "crash", text="no such kernel")),
+        "no such kernel",
+        1,
+        "failed",
+        execution={"reuse": "none"},
+    ),
+    Case("engine raises in the middle", _engine(_at("generate", "crash", text="broke")), "broke", 1, "failed"),
+    Case(
+        "worker falls silent",
+        _engine(_at("generate", "hold_gil"), once=True),
+        "no sign of progress",
+        0,
+        "completed",
+        execution=BRIEF,
+    ),
+    Case(
+        "worker prints garbage",
+        _engine(_at("generate", "shell", command=f"python3 -c '{GARBAGE}'; sleep 10"), once=True),
+        "talks nonsense",
+        0,
+        "completed",
+    ),
+    Case("worker prints garbage at its start", _garbage_at_start, "Welcome to this image", 2, None),
+    Case("engine prints garbage", _engine(_at("generate", "print", text="{]")), "3 completed", 0, "completed"),
+    Case(
+        "host killed while the engine loads",
+        _stubborn("load", _send(signal.SIGKILL)),
+        AT_RESUME,
+        -9,
+        "running",
+        stops=True,
+        execution={"reuse": "none"},
+    ),
+    Case(
+        "host killed while it generates",
+        _stubborn("generate", _send(signal.SIGKILL)),
+        AT_RESUME,
+        -9,
+        "running",
+        stops=True,
+    ),
+    Case("Ctrl-C", _measuring(_send(signal.SIGINT)), "stopped; go on with", 130, "pending", stops=True),
+    Case(
+        "Ctrl-C twice",
+        _stubborn("generate", _send(signal.SIGINT, signal.SIGINT)),
+        "stopped; go on with",
+        130,
+        "pending",
+        stops=True,
+    ),
+    Case("disk full in the results", _fill, "(?i)no space left on device", 1, "pending", stops=True, clear=_empty),
+    Case("two campaigns on one project", _two, "^error: compose project .* locked", 5, "completed"),
+    Case(
+        "GPU lost in a running container",
+        _gpu(_once_inside("generate", "lost 0 999", VICTIM)),
+        "the GPU is lost: NVML says Unknown Error",
+        0,
+        "completed",
+        top=CHECKED_OFTEN,
+    ),
+    Case(
+        "GPU memory held by others",
+        _gpu(_once_inside("generate", "memory_used 79000000000", 4)),
+        "unhealthy and is restarted: 99 % of the memory of GPU 0",
+        0,
+        "completed",
+        top=CHECKED_OFTEN,
+    ),
+)
