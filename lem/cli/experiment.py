@@ -72,6 +72,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
             return int(ExitCode.OK)
         outcome = _measure(args, campaign, plan, err)
         _show(args, campaign, outcome, out)
+        if outcome.error is not None:  # its hint is about resuming, which an experiment does not
+            err.write(f"error: {outcome.error.message}\n")
     if outcome.signum is not None:
         return 128 + outcome.signum
     return int(ExitCode.EXPERIMENT_FAILED if outcome.error or outcome.manifest.failed_count else ExitCode.OK)
@@ -151,10 +153,13 @@ def _show(args: argparse.Namespace, campaign: CampaignConfig, outcome: CampaignO
     results = Repository(Path(campaign.io.results_dir), campaign.slug).scan(run_id).results
     records: list[Record] = [result.record for result in results]
     if args.json:
+        errors = [entry.error for entry in outcome.manifest.experiments if entry.error]
+        if outcome.error is not None and outcome.error.message not in errors:
+            errors.append(outcome.error.message)
         document = {
             "run_id": run_id,
             "results": [{"path": str(item.path), "record": encode_record(item.record)} for item in results],
-            "errors": [entry.error for entry in outcome.manifest.experiments if entry.error],
+            "errors": errors,
         }
         out.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
         return
@@ -173,8 +178,9 @@ def _describe(plan: Plan, campaign: CampaignConfig, args: argparse.Namespace) ->
     from lem.orchestration.generated import encode_config
     from lem.orchestration.workers import LocalExecutor
 
-    python = LocalExecutor(args.python).python
-    return (
-        f"{campaign.campaign_name}: {len(plan.experiments)} × in {python}, results in "
-        f"{campaign.io.results_dir}/{campaign.slug}\n{encode_config(plan.experiments[0].config.to_dict())}"
-    )
+    name, cycles, config = campaign.campaign_name, len(plan.experiments), plan.experiments[0].config.to_dict()
+    python, results_dir = LocalExecutor(args.python).python, f"{campaign.io.results_dir}/{campaign.slug}"
+    if args.json:
+        document = {"name": name, "cycles": cycles, "python": python, "results_dir": results_dir, "config": config}
+        return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    return f"{name}: {cycles} × in {python}, results in {results_dir}\n{encode_config(config)}"
