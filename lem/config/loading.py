@@ -33,7 +33,6 @@ __all__ = [
     "load_campaign",
     "load_campaign_of_files",
     "load_experiment",
-    "load_mapping",
 ]
 
 C = TypeVar("C")
@@ -70,7 +69,10 @@ class Loaded(Generic[C]):
 def load_campaign(reader: Reader, path: FilePath, sets: Sets, preset: str | None) -> Loaded[CampaignConfig]:
     """A campaign and the experiment files it names; as `yamlfile.load_campaign`."""
     source, found = read_file(reader, path, CampaignConfig)
-    return _finish_campaign(reader, _with_sets(reader, source, sets), found, preset)
+    hint = f"{path} is an experiment: lem experiment {path}, or --campaign-name NAME to make a campaign of it"
+    if not source.mapping or _CAMPAIGN_ONLY & set(source.mapping):
+        hint = ""
+    return _finish_campaign(reader, _with_sets(reader, source, sets), found, preset, hint)
 
 
 def load_campaign_of_files(
@@ -91,19 +93,12 @@ def complete_campaign(reader: Reader, campaign: CampaignConfig) -> Loaded[Campai
 def load_experiment(reader: Reader, path: FilePath, sets: Sets, preset: str | None) -> Loaded[ExperimentConfig]:
     """An experiment; as `yamlfile.load_experiment`."""
     source, found = read_file(reader, path, ExperimentConfig, preset)
+    hint = f"{path} is a campaign: lem campaign {path}" if "campaign_name" in source.mapping else ""
     source = _with_sets(reader, source, sets)
     config, problems = _validate(ExperimentConfig, source)
-    _raise_if_any(found, problems)
+    _raise_if_any(found, problems, hint)
     assert config is not None  # noqa: S101 - without problems there is one
     return Loaded(config, _provenance(config, source), source)
-
-
-def load_mapping(reader: Reader, path: FilePath) -> Loaded[dict[str, Any]]:
-    """An experiment that is not yet validated; as `yamlfile.load_mapping`."""
-    source, found = read_file(reader, path, ExperimentConfig)
-    _raise_if_any(found)
-    origins = {dotted(key): source.layers[number].kind for key, number in source.origins.items()}
-    return Loaded(dict(source.mapping), origins, source)
 
 
 def kind_of(reader: Reader, path: FilePath) -> str:
@@ -112,13 +107,15 @@ def kind_of(reader: Reader, path: FilePath) -> str:
     return "campaign" if _CAMPAIGN_ONLY & set(source.mapping) else "experiment"
 
 
-def _finish_campaign(reader: Reader, source: Source, found: Located, preset: str | None) -> Loaded[CampaignConfig]:
+def _finish_campaign(
+    reader: Reader, source: Source, found: Located, preset: str | None, hint: str = ""
+) -> Loaded[CampaignConfig]:
     start = find_preset(preset).values if preset is not None else {}
     config, problems = _validate(CampaignConfig, source)
     loaded = None if config is None else Loaded(config, _provenance(config, source), source, preset=start)
     forced = frozenset() if loaded is None else loaded.forced
     drafts, more = DraftCollector(reader, source, config, forced=forced, preset=preset).collect()
-    _raise_if_any(found, [*problems, *more])
+    _raise_if_any(found, [*problems, *more], hint)
     assert loaded is not None  # noqa: S101 - without problems there is one
     return dataclasses.replace(loaded, drafts=tuple(drafts))
 
@@ -172,12 +169,12 @@ def _validate(section: type[S], source: Source) -> tuple[S | None, Located]:
         return None, source.locate(error.problems)
 
 
-def _raise_if_any(found: Located, problems: Sequence[tuple[Place, Problem]] = ()) -> None:
+def _raise_if_any(found: Located, problems: Sequence[tuple[Place, Problem]], hint: str = "") -> None:
     """Raise what was found; what validation says about a value that could not even be read is left out."""
     unread = {place for place, _ in found if place.mark is not None}
     located = [*found, *(item for item in problems if item[0] not in unread)]
     if located:
-        raise FileProblems(located)
+        raise FileProblems(located, hint)
 
 
 def _provenance(config: Section, source: Source) -> dict[str, str]:

@@ -122,7 +122,7 @@ class FileProblems(ConfigProblems):
         located: the problems with their places, in the order of the message.
     """
 
-    def __init__(self, located: Iterable[tuple[Place, Problem]]) -> None:
+    def __init__(self, located: Iterable[tuple[Place, Problem]], hint: str = "") -> None:
         # The same thing may be found twice: in a campaign, and in the experiment it is part of.
         unique = _without_repeats(located)
         self.located = tuple(sorted(unique, key=_order(unique)))
@@ -132,7 +132,7 @@ class FileProblems(ConfigProblems):
             shown.append(f"and {count - len(shown)} more")
         if count > 1:
             shown.insert(0, f"{count} problems in the configuration:")
-        super().__init__((problem for _, problem in self.located), "\n".join(shown))
+        super().__init__((problem for _, problem in self.located), "\n".join(shown), hint)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ __all__ = [
     "load_campaign",
     "load_campaign_of_files",
     "load_experiment",
-    "load_mapping",
     "parse_value",
     "read_document",
 ]
@@ -95,11 +94,6 @@ def load_experiment(
 ) -> Loaded[ExperimentConfig]:
     """An experiment file, validated; as `load_campaign`."""
     return loading.load_experiment(_Reader(environ), FilePath(path), sets, preset)
-
-
-def load_mapping(path: FilePath | str, environ: Mapping[str, str] = os.environ) -> Loaded[dict[str, Any]]:
-    """An experiment file with what it inherits, its options not yet validated; as `load_campaign`."""
-    return loading.load_mapping(_Reader(environ), FilePath(path))
 
 
 def kind_of(path: FilePath | str, environ: Mapping[str, str] = os.environ) -> str:

@@ -15,7 +15,6 @@ from lem.config.yamlfile import (
     load_campaign,
     load_campaign_of_files,
     load_experiment,
-    load_mapping,
 )
 from lem.errors import ConfigurationError
 from tests.goldens import assert_golden
@@ -313,11 +312,22 @@ def test_a_campaign_of_files(folder: Path):
     assert refusal(load_campaign_of_files, "many", ["nothing.yaml"]).endswith("nothing.yaml: no such file")
 
 
-def test_a_mapping_is_loaded_without_looking_at_its_options(folder: Path):
-    write(folder, base="model: gpt2\n", a="_extends: base.yaml\nnonsense: 1\n")
-    loaded = load_mapping("a.yaml")
-    assert loaded.config == {"model": {"name": "gpt2"}, "nonsense": 1}
-    assert loaded.provenance == {"model.name": "file", "nonsense": "file"}
+@pytest.mark.parametrize(
+    ("load", "text", "hint"),
+    [
+        (load_experiment, "campaign_name: c\nmodel: gpt2\n", "f.yaml is a campaign: lem campaign f.yaml"),
+        (load_experiment, "model: gpt2\nbackend: cuda\n", ""),
+        (load_experiment, "model: gpt2\nexecution: {cycles: 3}\n", ""),
+        (load_campaign, "model: gpt2\n", "f.yaml is an experiment: lem experiment f.yaml, or --campaign-name NAME"),
+        (load_campaign, "campaign_name: c\nexecution: {cycles: 0}\n", ""),
+    ],
+)
+def test_a_file_of_the_other_kind_is_told_with_the_command_for_it(folder: Path, load: Any, text: str, hint: str):
+    write(folder, f=text)
+    with pytest.raises(ConfigurationError) as caught:
+        load("f.yaml")
+    assert caught.value.hint.startswith(hint)
+    assert bool(caught.value.hint) == bool(hint)
 
 
 @pytest.mark.parametrize(
