@@ -14,7 +14,6 @@ import json
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,10 @@ __all__ = ["Holder", "LockTarget", "default_gpu_lock_folder", "hold_locks", "loc
 
 CAMPAIGN_LOCK_NAME = "campaign.lock"
 LOCK_FOLDER_VARIABLE = "LEM_LOCK_DIR"
+
+RUN_LOCK = Path("/run/lock")
+# Not `tempfile.gettempdir()`: TMPDIR is another one for each user, or each job.
+TMP = Path("/tmp")  # noqa: S108 - what is made in it is checked
 
 # More than this is not what we wrote.
 _HOLDER_MAX_B = 4096
@@ -57,14 +60,21 @@ class LockTarget:
     what: str
 
 
-def default_gpu_lock_folder(environ: Mapping[str, str]) -> Path:
-    """The folder of the GPU locks: `LEM_LOCK_DIR`, or one that every user of this host shares."""
+def default_gpu_lock_folder(environ: Mapping[str, str], run_lock: Path = RUN_LOCK) -> Path:
+    """The folder of the GPU locks: `LEM_LOCK_DIR`, or one that is the same for every user of this host.
+
+    Args:
+        run_lock: where the FHS puts locks. It is not open to all everywhere, and then not even root takes it, who
+            would not meet the others there.
+    """
     chosen = environ.get(LOCK_FOLDER_VARIABLE)
     if chosen:
         return Path(chosen)
-    # /run/lock is where the FHS puts locks; it is not writable for ordinary users everywhere.
-    shared = Path("/run/lock")
-    return (shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())) / "lem"
+    try:
+        is_open_to_all = bool(run_lock.stat().st_mode & stat.S_IWOTH)
+    except OSError:
+        is_open_to_all = False
+    return (run_lock if is_open_to_all else TMP) / "lem"
 
 
 def lock_targets(
@@ -152,7 +162,7 @@ def _make_folder(folder: Path) -> None:
     if folder.is_dir():
         return
     make_folder(folder)
-    if folder.parent in (Path("/run/lock"), Path(tempfile.gettempdir())):
+    if folder.parent in (RUN_LOCK, TMP):
         # Every user of the host locks the same GPUs: as open, and as sticky, as the folder it lies in.
         with contextlib.suppress(PermissionError):  # another user was faster
             folder.chmod(0o1777)

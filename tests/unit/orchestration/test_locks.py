@@ -203,3 +203,13 @@ def test_nobody_is_named_by_a_missing_or_foreign_file(tmp_path: Path) -> None:
 def test_the_environment_chooses_the_folder_of_the_gpu_locks(tmp_path: Path) -> None:
     assert locks.default_gpu_lock_folder({"LEM_LOCK_DIR": str(tmp_path)}) == tmp_path
     assert locks.default_gpu_lock_folder({}).name == "lem"
+
+
+def test_every_user_of_a_host_finds_the_same_gpu_locks(open_folder: Path) -> None:
+    # The folder of temporary files is another one for each user, or each job, that has a TMPDIR.
+    for mode, due in ((0o1777, open_folder / "lem"), (0o755, Path("/tmp/lem"))):
+        open_folder.chmod(mode)
+        assert locks.default_gpu_lock_folder({"TMPDIR": "/var/tmp"}, open_folder) == due
+        with ordinary_user():
+            assert locks.default_gpu_lock_folder({}, open_folder) == due
+    assert locks.default_gpu_lock_folder({}, open_folder / "missing") == Path("/tmp/lem")
