@@ -15,7 +15,7 @@ from lem.config.backend_config import BACKENDS, PyTorchConfig, TensorRTConfig, V
 from lem.config.problems import Path, Problem, dotted, nearest
 
 if TYPE_CHECKING:
-    from lem.config.experiment_config import DecoderConfig, ExperimentConfig
+    from lem.config.experiment_config import DecoderConfig, ExperimentConfig, TrafficConfig
 
 __all__ = ["Gpu", "RuleFinding", "check", "errors", "parallel_degree", "parameters_by_name"]
 
@@ -154,6 +154,7 @@ def parameters_by_name(name: str) -> float | None:
 
 def _warnings(config: ExperimentConfig) -> Iterator[Problem]:
     yield from _sampling_warnings(config.decoder)
+    yield from _traffic_warnings(config.traffic_simulation)
     yield from _engine_warnings(config)
     degree = parallel_degree(config)
     if degree > 1:
@@ -175,11 +176,21 @@ def _sampling_warnings(decoder: DecoderConfig) -> Iterator[Problem]:
             if getattr(decoder, name) not in idle
         ]
         if ignored:
-            yield Problem(("decoder", ignored[0]), f"{' and '.join(ignored)} have no effect under greedy decoding")
+            have = "has" if len(ignored) == 1 else "have"
+            yield Problem(("decoder", ignored[0]), f"{' and '.join(ignored)} {have} no effect under greedy decoding")
     elif decoder.temperature != 1 and decoder.top_p != 1:
         yield Problem(
             ("decoder", "top_p"), "temperature and top_p are both set; vary one of them, since their effects compound"
         )
+
+
+def _traffic_warnings(traffic: TrafficConfig) -> Iterator[Problem]:
+    """What was set for the other kind of traffic; an experiment whose mode is an axis of a grid may have both."""
+    if traffic.enabled:
+        unused = {"target_qps": 1.0, "seed": None} if traffic.mode == "closed" else {"concurrency": 1}
+        for name, default in unused.items():
+            if getattr(traffic, name) != default:
+                yield Problem(("traffic_simulation", name), f"has no effect with mode: {traffic.mode}")
 
 
 def _engine_warnings(config: ExperimentConfig) -> Iterator[Problem]:

@@ -145,7 +145,19 @@ def test_a_plain_experiment_has_no_findings():
         ),
         (
             {"decoder": {"preset": "deterministic", "top_k": 10}},
-            "decoder.top_k: top_k have no effect under greedy decoding",
+            "decoder.top_k: top_k has no effect under greedy decoding",
+        ),
+        (
+            {"traffic_simulation": {"enabled": True, "mode": "closed", "target_qps": 5}},
+            "traffic_simulation.target_qps: has no effect with mode: closed",
+        ),
+        (
+            {"traffic_simulation": {"enabled": True, "mode": "closed", "seed": 5}},
+            "traffic_simulation.seed: has no effect with mode: closed",
+        ),
+        (
+            {"traffic_simulation": {"enabled": True, "mode": "constant", "concurrency": 8}},
+            "traffic_simulation.concurrency: has no effect with mode: constant",
         ),
         ({"decoder": {"preset": "creative"}}, "decoder.top_p: temperature and top_p are both set"),
         ({"pytorch": {"cache_implementation": "static"}}, "pytorch.cache_implementation: a static cache is sized"),
