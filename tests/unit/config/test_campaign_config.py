@@ -362,7 +362,7 @@ def test_a_grid_of_more_experiments_than_anybody_runs_is_refused_before_it_is_ex
     found = complaint(CampaignGridConfig, backends=["pytorch", "vllm"], shared=wide, backend_overrides=overrides)
     assert found.startswith("makes 4,000,000 experiments, and at most 100,000 are planned;")
     some = {axis: wide[axis] for axis in ("max_input_tokens", "max_output_tokens")}
-    CampaignGridConfig(backends=["pytorch"], models=["a", "b", "c"], shared=some, backend_overrides={})
+    CampaignGridConfig(backends=("pytorch",), models=("a", "b", "c"), shared=some)
     found = complaint(
         CampaignGridConfig, backends=["pytorch"], models=[f"m{number}" for number in range(11)], shared=some
     )

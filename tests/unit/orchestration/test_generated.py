@@ -94,11 +94,13 @@ def test_a_variable_stays_a_variable_and_its_value_stays_out(tmp_path: Path, mon
 
 
 def test_a_value_that_is_no_utf8_is_written(tmp_path: Path) -> None:
-    campaign = CampaignConfig(
-        campaign_name="demo",
-        model=os.fsdecode(b"m-\xff"),
-        grid={"backends": ["pytorch"]},
-        io={"configs_dir": str(tmp_path)},
+    campaign = CampaignConfig.from_dict(
+        {
+            "campaign_name": "demo",
+            "model": os.fsdecode(b"m-\xff"),
+            "grid": {"backends": ["pytorch"]},
+            "io": {"configs_dir": str(tmp_path)},
+        }
     )
     configurations = build_plan(campaign).configurations
     assert [write_configs(configurations), write_configs(configurations)] == [1, 0]
