@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.campaign_rig import Ended, Running
 from tests.doubles.nvml.library import NvmlDouble
+from tests.processes import wait_for
 from tests.weather.proxy import EngineProxy
 from tests.weather.rig import LOCAL_NVML, SERVICE, ContainerRig
 from tests.weather.verdict import VICTIM, Case
@@ -119,6 +120,28 @@ def _pause_container(rig: ContainerRig, _running: Running) -> None:
     rig.docker("pause", rig.container())
 
 
+def _remove_container(rig: ContainerRig, _running: Running) -> None:
+    rig.docker("rm", "--force", rig.container())
+
+
+def _kill_in_gap(rig: ContainerRig) -> Ended:
+    running = rig.start("--yes", "--json")
+    running.wait_for_event("gap", gap="configuration")
+    rig.docker("kill", rig.container())
+    return running.wait()
+
+
+def _interrupt_start(rig: ContainerRig) -> Ended:
+    """Ctrl-C as soon as there is a container, which does not answer yet."""
+    rig.be()
+    running = rig.start("--yes", "--json")
+    wait_for(lambda: rig.containers() or None)
+    running.send(signal.SIGINT)
+    ended = running.wait()
+    assert rig.containers() == []
+    return ended
+
+
 def _send(*signums: int) -> Callable[[ContainerRig, Running], None]:
     """Signals to lem, each after it has said that it heard the one before."""
 
@@ -210,6 +233,15 @@ CASES: tuple[Case, ...] = (
     Case("compose file missing", _no_file, "^error: .*weather.yml: no such compose file", 2, None),
     Case("compose file invalid", _bad_file, "^error: .*enviroment", 2, None),
     Case("container killed", _measuring(_kill_container), "SIGKILL|exit code 137|code 137", 0, "completed"),
+    Case("container removed", _measuring(_remove_container), "SIGKILL|code 137", 0, "completed"),
+    Case(
+        "container killed in a gap",
+        _kill_in_gap,
+        "the worker ended between two experiments",
+        0,
+        "completed",
+        execution={"config_gap_seconds": 2},
+    ),
     Case("container paused", _measuring(_pause_container), "no sign of progress", 0, "completed", execution=BRIEF),
     Case(
         "container out of memory",
@@ -270,6 +302,7 @@ CASES: tuple[Case, ...] = (
         stops=True,
     ),
     Case("Ctrl-C", _measuring(_send(signal.SIGINT)), "stopped; go on with", 130, "pending", stops=True),
+    Case("Ctrl-C while containers start", _interrupt_start, "interrupted|stopped", 130, None),
     Case(
         "Ctrl-C twice",
         _stubborn("generate", _send(signal.SIGINT, signal.SIGINT)),

@@ -13,7 +13,7 @@ from typing import Any
 from tests.campaign_rig import Ended
 from tests.weather.rig import ContainerRig
 
-__all__ = ["VICTIM", "Case", "Verdict", "format_table", "judge"]
+__all__ = ["VICTIM", "Case", "Verdict", "find_wrongs", "format_table", "judge", "what_it_said"]
 
 # The output tokens by which the experiment in the middle is known, which the weather strikes.
 VICTIM = 8
@@ -75,14 +75,14 @@ def judge(case: Case, folder: Path) -> Verdict:
         ended = case.strike(rig)
         left = list(rig.workers_left())
         before = _statuses(rig)
-        problems = list(_wrong(case, ended, before))
+        problems = list(find_wrongs(case, ended, before))
         case.clear(rig)
         rig.variables.clear()
         rig.options.clear()
         rig.be()
         again = rig.run("--yes" if before is None else "--resume", "--yes")
         left += rig.workers_left()
-        said = _what_it_said(case, ended) or _what_it_said(case, again)
+        said = what_it_said(case, ended) or what_it_said(case, again)
         if said is None:
             problems.append(f"nothing like {case.says!r} in: {ended.err[-3000:]} {list(_told(ended))}")
         after = _statuses(rig) or {}
@@ -115,7 +115,8 @@ def _statuses(rig: ContainerRig) -> dict[str, str] | None:
     return {entry.config_name: entry.status for entry in rig.manifest().experiments}
 
 
-def _wrong(case: Case, ended: Ended, statuses: Mapping[str, str] | None) -> Iterator[str]:
+def find_wrongs(case: Case, ended: Ended, statuses: Mapping[str, str] | None) -> Iterator[str]:
+    """What is not as the case wants it when the struck campaign has ended; the statuses are by configuration."""
     if ended.code != case.code:
         yield f"exit code {ended.code} where {case.code} is due: {ended.err[-3000:]}"
     if "Traceback" in ended.err:
@@ -133,8 +134,8 @@ def _wrong(case: Case, ended: Ended, statuses: Mapping[str, str] | None) -> Iter
         yield f"others suffered: {statuses}"
 
 
-def _what_it_said(case: Case, ended: Ended) -> str | None:
-    """The line that explains the weather."""
+def what_it_said(case: Case, ended: Ended) -> str | None:
+    """The line that explains the weather; None when there is none."""
     for line in (*_told(ended), *ended.err.splitlines()):
         if re.search(case.says, line):
             return line.strip()
