@@ -31,7 +31,6 @@ __all__ = ["ContainerLost", "DockerExecutor"]
 
 _logger = logging.getLogger(__name__)
 
-FREE_TIMEOUT_S = 30.0
 TEARDOWN_S = 10.0
 _POLL_S = 0.2
 
@@ -51,6 +50,7 @@ class DockerExecutor:
         backends: those that will be needed; each runs in the service of its name.
         gpu_uuids: by the number that lem, and so a configuration, calls a GPU.
         is_recreating: a container is replaced before it is used again after `stop`.
+        free_timeout_s: how long the GPU may take to be free once the engine that held it is gone.
     """
 
     project: ComposeProject
@@ -59,6 +59,7 @@ class DockerExecutor:
     health: CampaignHealthCheckConfig = field(default_factory=CampaignHealthCheckConfig)
     gpu_uuids: Mapping[str, str] = field(default_factory=dict)
     is_recreating: bool = False
+    free_timeout_s: float = 30.0
     name: str = field(default="docker", init=False)
     _manager: ContainerManager | None = field(default=None, init=False)
     _workers: dict[str, ContainerWorker] = field(default_factory=dict, init=False)
@@ -262,7 +263,7 @@ class DockerExecutor:
     def _becomes_free(self, service: str, others: Iterable[str], stop: Stop | None) -> bool:
         """Whether, within a while, no process of the other containers is on the GPUs that a service sees."""
         services = self.manager.services
-        deadline = time.monotonic() + FREE_TIMEOUT_S
+        deadline = time.monotonic() + self.free_timeout_s
         while True:
             if stop is not None and stop.signum is not None:
                 raise Interrupted(stop.signum)

@@ -134,7 +134,7 @@ class Command:
         since_s, until_s = (float(words[words.index(name) + 1]) for name in ("--since", "--until"))
         wanted = words[words.index("--filter") + 1].partition("=")[2]
         for container, at_s in self.state.get("out_of_memory", []):
-            if container == wanted and since_s <= at_s <= until_s:
+            if container == wanted and (at_s is None or since_s <= at_s <= until_s):
                 print("oom")
 
     def compose(self, words: list[str]) -> int:

@@ -124,3 +124,37 @@ def test_a_resume_goes_on_in_new_containers(rig):
     assert rig.statuses() == ["completed", "completed"]
     summary = json.loads(ended.out.splitlines()[-1])
     assert {FOUR, EIGHT} <= set(json.dumps(summary).split('"'))
+
+
+def once(rig, rule, name):
+    """The rule, for the first time alone; the file that says so lies where the container can write."""
+    (rig.folder / "results").mkdir(exist_ok=True)
+    return {**rule, "once": str(rig.folder / "results" / name)}
+
+
+def test_restarts_that_are_used_up_stop_the_campaign_with_the_rest_pending(rig):
+    rig.write(container_campaign(outputs=(4, 8, 12), more="health_check: {max_restarts: 1}\n"))
+    hang = {"at": "generate", "do": "hang"}
+    rules = [once(rig, {**hang, "when": {"max_output_tokens": value}}, str(value)) for value in (4, 8)]
+    running = rig.start("--yes", "--json", rules=rules)
+    for name in (FOUR, EIGHT):
+        started = running.wait_for_event("experiment_started", config_name=name)
+        running.wait_for_event("phase", phase="window", exp_id=started["exp_id"])
+        docker("kill", rig.containers()["pytorch"])
+    ended = running.wait()
+    assert ended.code == 1
+    assert "does not come back after 1 restarts" in ended.err
+    assert rig.statuses() == ["completed", "pending", "pending"]
+    assert rig.run("--yes", "--resume").code == 0
+    assert set(rig.statuses()) == {"completed"}
+
+
+def test_a_failure_that_would_come_again_is_not_tried_again(rig):
+    refuse = {"at": "load", "do": "fail", "text": "no such model", "kind": "model", "permanent": True}
+    rig.write(container_campaign(outputs=(4, 8, 12), reuse="none"))
+    ended = rig.run("--yes", rules=[{**refuse, "when": {"max_output_tokens": 8}}])
+    assert ended.code == 1, ended.err
+    assert rig.statuses() == ["completed", "failed", "completed"]
+    (attempt,) = rig.manifest().experiments[1].attempts
+    assert "no such model" in str(attempt.error)
+    assert (rig.folder / str(attempt.log_path)).is_file()

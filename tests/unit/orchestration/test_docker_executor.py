@@ -1,0 +1,311 @@
+"""Experiments in containers against a scripted `docker` command, whose `exec` starts real workers on this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lem.config.campaign_config import CampaignHealthCheckConfig
+from lem.errors import InfrastructureError, LockedError
+from lem.experiment.channel import RunRequest
+from lem.orchestration.attempt import Outcome, Timeouts
+from lem.orchestration.compose_files import find_compose_files
+from lem.orchestration.compose_project import ComposeProject
+from lem.orchestration.docker import ContainerError
+from lem.orchestration.docker_executor import ContainerLost, DockerExecutor
+from lem.record import read_record
+from tests.doubles.fake_docker import FakeDocker
+from tests.worker_rig import Rig
+
+PATIENT = Timeouts(load_s=100.0, experiment_s=100.0, silence_s=100.0, heartbeat_s=100.0)
+UUID = "GPU-11111111-2222"
+GPU = {"image": "img", "deploy": {"resources": {"reservations": {"devices": [{"capabilities": ["gpu"]}]}}}}
+
+
+def reading(*pids: int, error: str | None = None) -> dict[str, Any]:
+    processes = [{"pid": pid, "memory_b": None} for pid in pids]
+    memory = {"memory_total_b": 100, "memory_used_b": 1}
+    gpu = {"index": 0, "uuid": UUID, "name": "Test GPU", "processes": processes, **memory}
+    return {"gpus": [] if error else [gpu], "driver": "1", "error": error}
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    (tmp_path / "work").mkdir()
+    with Rig.leaving_nothing(tmp_path / "work") as rig:
+        yield rig
+
+
+class Place:
+    """One test's scripted docker, and executors of one project."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.root = rig.folder.parent
+        self.fake = FakeDocker.install(self.root / "docker")
+        (self.root / "docker-compose.yml").write_text("services: {}\n")
+        self.executors: list[DockerExecutor] = []
+
+    def executor(self, *backends: str, **more: Any) -> DockerExecutor:
+        cache = {"LEM_CACHE_DIR": str(self.root / "cache"), "LEM_LOCK_DIR": str(self.root / "locks")}
+        environ = {**self.rig.environ(), **self.fake.environ(**cache)}
+        environ |= {key: value for key, value in self.rig.environ().items() if key.startswith("LEMTEST")}
+        project = ComposeProject(
+            name="lem-demo",
+            files=find_compose_files(None, self.root, {}),
+            state_folder=self.root / "state",
+            working_dir=self.root,
+            results_dir=self.root / "results",
+            environ=environ,
+        )
+        executor = DockerExecutor(project, backends or ("pytorch",), "demo", **more)
+        self.executors.append(executor)
+        return executor
+
+    def request(self, name: str, backend: str = "pytorch", **options: Any) -> RunRequest:
+        return self.rig.request(name, backend=backend, **options)
+
+
+@pytest.fixture
+def place(rig: Rig) -> Iterator[Place]:
+    place = Place(rig)
+    yield place
+    for executor in place.executors:
+        executor.kill()
+        executor.close()
+
+
+def run(executor: DockerExecutor, request: RunRequest, backend: str = "pytorch") -> Outcome:
+    return executor.worker_for(backend).run(request, lambda _event: None, PATIENT)
+
+
+def rule(at: str, command: str) -> Mapping[str, Any]:
+    return {"at": at, "do": "shell", "command": command}
+
+
+def test_all_backends_are_started_once_in_new_containers_and_taken_down_at_the_end(place: Place) -> None:
+    executor = place.executor("pytorch", "vllm")
+    assert place.fake.calls() == [], "nothing before it is needed"
+    worker = executor.worker_for("pytorch")
+    worker.open()
+    executor.worker_for("vllm").open()
+    (words,) = place.fake.compose_calls("up")
+    assert words == ["up", "--detach", "--no-build", "--force-recreate", "pytorch", "vllm"]
+    assert executor.worker_for("pytorch") is worker
+    assert worker.environment["image"] == "sha256:img"
+    executor.stop()
+    executor.close()
+    assert place.fake.read()["containers"] == {}
+    assert executor.workers() == ()
+
+
+def test_an_executor_that_was_closed_begins_anew(place: Place) -> None:
+    executor = place.executor()
+    for _ in range(2):
+        executor.worker_for("pytorch").open()
+        executor.stop()
+        executor.close()
+    assert len(place.fake.compose_calls("up")) == 2
+
+
+def test_closing_what_was_never_started_asks_nothing(place: Place) -> None:
+    executor = place.executor()
+    executor.stop()
+    executor.kill()
+    executor.close()
+    assert place.fake.calls() == []
+
+
+def test_the_record_says_docker_and_the_image(place: Place) -> None:
+    request = place.request("one", keep_engine=False)
+    assert run(place.executor(), request).error is None
+    record = read_record(Path(request.result_dir) / "result.json")
+    assert record.environment.image == "sha256:img"
+
+
+def test_one_project_is_for_one_campaign_at_a_time(place: Place) -> None:
+    first, second = place.executor(), place.executor()
+    first.worker_for("pytorch")
+    with pytest.raises(LockedError, match=r"compose project lem-demo is locked by pid \d+ .*campaign demo"):
+        second.worker_for("pytorch")
+    assert place.fake.read()["containers"], "those of the first are left alone"
+    first.close()
+    second.worker_for("pytorch")
+
+
+def test_a_start_that_fails_leaves_nothing_and_no_lock(place: Place) -> None:
+    place.fake.change(after_up="exited")
+    with pytest.raises(ContainerError, match="does not answer"):
+        place.executor().worker_for("pytorch")
+    assert place.fake.read()["containers"] == {}
+    place.fake.change(after_up="running")
+    place.executor().worker_for("pytorch").open()
+
+
+def test_one_engine_is_loaded_at_a_time(place: Place) -> None:
+    log = place.root / "log"
+    place.rig.rules = [rule(at, f"echo {at} >> '{log}'") for at in ("load", "unload")]
+    executor = place.executor("pytorch", "vllm")
+    assert run(executor, place.request("one")).error is None
+    assert executor.worker_for("pytorch").resident_engine_key is not None
+    assert run(executor, place.request("two", "vllm"), "vllm").error is None
+    assert executor.worker_for("pytorch").resident_engine_key is None
+    assert log.read_text().split() == ["load", "unload", "load"]
+
+
+def test_a_gpu_that_the_other_container_holds_is_waited_for_and_then_freed(place: Place) -> None:
+    place.fake.change(
+        services={"pytorch": GPU, "vllm": GPU},
+        gpus={"pytorch": reading(), "vllm": reading(4711)},
+        pids={"id-pytorch": [4711], "id-vllm": [4712]},
+    )
+    executor = place.executor("pytorch", "vllm", free_timeout_s=0.5)
+    assert run(executor, place.request("one")).error is None
+    with pytest.raises(ContainerLost, match=r"still held by the containers of pytorch"):
+        run(executor, place.request("two", "vllm"), "vllm")
+    assert place.fake.compose_calls("up")[-1][-1] == "pytorch", "its container was replaced"
+    place.fake.change(gpus={"pytorch": reading(), "vllm": reading(99)})
+    executor.worker_for("pytorch").open()
+    assert run(executor, place.request("three", "vllm"), "vllm").error is None, "99 is nobody of ours"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "seen"), [(None, [UUID]), (["0"], [UUID]), ([UUID], [UUID]), (["GPU-9"], ["GPU-9"]), ([], [])]
+)
+def test_gpus_are_named_by_uuid_inside(place: Place, gpus: list[str] | None, seen: list[str]) -> None:
+    place.fake.change(services={"pytorch": GPU}, gpus={"pytorch": reading()})
+    executor = place.executor(gpu_uuids={"0": UUID, UUID: UUID})
+    executor.worker_for("pytorch")
+    assert executor.adapt("pytorch", place.request("one", gpus=gpus)).config["gpus"] == seen
+
+
+def test_a_service_without_a_gpu_is_told_of_none(place: Place) -> None:
+    executor = place.executor(gpu_uuids={"0": UUID, UUID: UUID})
+    executor.worker_for("pytorch")
+    assert executor.adapt("pytorch", place.request("one")).config["gpus"] is None
+
+
+def test_a_result_is_not_valid_when_the_gpu_was_lost_meanwhile(place: Place) -> None:
+    lost = json.dumps({**place.fake.read(), "gpus": {"pytorch": reading(error="Unknown Error")}})
+    state = place.root / "docker" / "state.json"
+    (place.root / "lost.json").write_text(lost)
+    place.fake.change(services={"pytorch": GPU}, gpus={"pytorch": reading()})
+    services, containers = place.fake.read()["services"], {"pytorch": {"State": "running", "ExitCode": 0}}
+    (place.root / "lost.json").write_text(
+        json.dumps({**json.loads(lost), "services": services, "containers": containers})
+    )
+    place.rig.rules = [rule("generate", f"cp '{place.root}/lost.json' '{state}'")]
+    executor = place.executor()
+    request = place.request("one")
+    outcome = run(executor, request)
+    assert (outcome.error, outcome.valid, outcome.is_engine_lost) == (None, False, True)
+    record = read_record(Path(request.result_dir) / "result.json")
+    assert not record.validity.valid
+    assert any("Unknown Error" in reason for reason in record.validity.invalid_reasons)
+    # The container is made well before it is used again.
+    place.rig.rules = []
+    place.fake.change(gpus={"pytorch": reading()})
+    assert executor.worker_for("pytorch").is_open is False
+
+
+def test_a_container_that_ended_between_two_experiments_is_restarted(place: Place) -> None:
+    executor = place.executor()
+    worker = executor.worker_for("pytorch")
+    worker.open()
+    worker.stop()
+    place.fake.change(containers={"pytorch": {"State": "exited", "ExitCode": 137}})
+    assert run(executor, place.request("one")).error is None
+    assert len(place.fake.compose_calls("restart")) == 1
+
+
+@pytest.mark.parametrize(
+    "health", [CampaignHealthCheckConfig(max_restarts=0), CampaignHealthCheckConfig(restart_on_failure=False)]
+)
+def test_a_container_that_may_not_be_restarted_stops_the_campaign(
+    place: Place, health: CampaignHealthCheckConfig
+) -> None:
+    executor = place.executor(health=health)
+    worker = executor.worker_for("pytorch")
+    place.fake.change(containers={"pytorch": {"State": "exited", "ExitCode": 137}})
+    with pytest.raises(
+        InfrastructureError, match=r"does not come back after 0 restarts.*exited with code 137"
+    ) as caught:
+        worker.open()
+    assert "--resume" in caught.value.hint
+    assert place.fake.compose_calls("restart") == []
+
+
+def test_containers_are_replaced_before_they_are_used_again_where_that_is_wanted(place: Place) -> None:
+    executor = place.executor(is_recreating=True)
+    executor.worker_for("pytorch").open()
+    executor.stop()
+    before = len(place.fake.compose_calls("up"))
+    executor.worker_for("pytorch").open()
+    assert [words for words in place.fake.compose_calls("up")[before:] if "--force-recreate" in words]
+    executor.worker_for("pytorch").open()
+    assert len(place.fake.compose_calls("up")) == before + 1
+
+
+def test_health_is_looked_at_and_mended(place: Place) -> None:
+    executor, told = place.executor(), list[str]()
+    executor.worker_for("pytorch").open()
+    executor.look_after(told.append)
+    assert told == []
+    place.fake.change(silent=["pytorch"])
+    executor.look_after(told.append)
+    assert len(told) == 2
+    assert "exec failed" in told[0]
+    assert told[1] == "pytorch is healthy again"
+    assert run(executor, place.request("one")).error is None
+
+
+def test_health_that_is_only_logged_restarts_nothing(place: Place) -> None:
+    executor = place.executor(health=CampaignHealthCheckConfig(restart_on_failure=False))
+    told = list[str]()
+    executor.worker_for("pytorch")
+    place.fake.change(silent=["pytorch"])
+    executor.look_after(told.append)
+    assert "restart_on_failure is off" in told[0]
+    assert place.fake.compose_calls("restart") == []
+
+
+def test_health_that_cannot_be_mended_stops_the_campaign(place: Place) -> None:
+    executor = place.executor(health=CampaignHealthCheckConfig(max_restarts=1))
+    executor.worker_for("pytorch")
+    place.fake.change(silent=["pytorch"], after_restart="exited", after_up="exited")
+    with pytest.raises(ContainerLost):
+        executor.look_after(lambda _text: None)
+
+
+@pytest.mark.parametrize(("at", "is_permanent"), [("load", True), ("generate", False)])
+def test_an_engine_killed_for_want_of_memory_is_told_as_that(place: Place, at: str, is_permanent: bool) -> None:
+    place.rig.rules = [{"at": at, "do": "signal", "number": 9}]
+    place.fake.change(out_of_memory=[("id-pytorch", None)])
+    error = run(place.executor(), place.request("one")).error
+    assert error is not None
+    assert (error.kind, error.is_permanent) == ("out_of_memory", is_permanent)
+    assert "LEM_MEMORY_LIMIT" in error.hint
+
+
+def test_a_worker_that_is_killed_is_looked_for_inside(place: Place) -> None:
+    executor = place.executor()
+    executor.worker_for("pytorch").open()
+    executor.kill()
+    words = place.fake.compose_calls("exec")[-1]
+    assert words[-2] == "--end-marked"
+    (opened,) = [call for call in place.fake.compose_calls("exec") if call[-1] == "worker"]
+    assert f"LEM_WORKER_MARK={words[-1]}" in opened
+    assert place.rig.marker.survivors() == ()
+
+
+def test_what_cannot_be_ended_inside_ends_with_its_container(place: Place) -> None:
+    executor = place.executor()
+    executor.worker_for("pytorch").open()
+    place.fake.change(silent=["pytorch"])
+    executor.kill()
+    assert len(place.fake.compose_calls("kill")) == 1
+    assert "--force-recreate" in place.fake.compose_calls("up")[-1]
