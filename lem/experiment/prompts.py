@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,8 +211,11 @@ def _synthetic_plan(config: ExperimentConfig) -> SyntheticPlan:
 
 def _read_text(path: Path) -> str:
     try:
-        if path.stat().st_size > MAX_FILE_B:
-            raise PromptError(f"{path}: {path.stat().st_size} bytes of prompts, at most {MAX_FILE_B} are read")
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise PromptError(f"{path}: cannot be read: not a file", "check prompts.path")
+        if found.st_size > MAX_FILE_B:
+            raise PromptError(f"{path}: {found.st_size} bytes of prompts, at most {MAX_FILE_B} are read")
         data = path.read_bytes()
     except OSError as error:
         raise PromptError(f"{path}: cannot be read: {error.strerror}", "check prompts.path") from error

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +135,18 @@ def test_binary_file_is_refused_with_the_line(tmp_path: Path) -> None:
         read_prompt_file(write(tmp_path, "p.txt", b"fine\n\xff\xfe\x00"))
 
 
-@pytest.mark.parametrize("name", ["missing.txt", "."])
+@pytest.mark.parametrize("name", ["missing.txt", ".", "/dev/null", "pipe"])
 def test_a_path_that_is_no_readable_file_is_refused(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "pipe")  # prompts are read again for every attempt, which a pipe cannot give
     with pytest.raises(PromptError, match="cannot be read"):
         read_prompt_file(tmp_path / name)
+
+
+def test_a_file_too_large_for_prompts_is_refused_unread(tmp_path: Path) -> None:
+    path = write(tmp_path, "p.txt", "")
+    os.truncate(path, 2**40)
+    with pytest.raises(PromptError, match=r"p\.txt: 1099511627776 bytes of prompts, at most 268435456 are read"):
+        read_prompt_file(path)
 
 
 def test_prompt_errors_are_configuration_errors() -> None:
