@@ -243,7 +243,12 @@ def _gpu_warnings(config: ExperimentConfig, gpus: Sequence[Gpu], model_parameter
 def _used_gpus(config: ExperimentConfig, gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
     if config.gpus is None:
         return tuple(gpus[: parallel_degree(config)])
-    return tuple(gpu for gpu in gpus if str(gpu.index) in config.gpus or gpu.uuid in config.gpus)
+    return tuple(gpu for gpu in gpus if any(_names(name, gpu) for name in config.gpus))
+
+
+def _names(name: str, gpu: Gpu) -> bool:
+    """Whether a GPU is meant: by its index, or its UUID, also shortened as CUDA takes it."""
+    return name == str(gpu.index) or (not name.isdecimal() and gpu.uuid.lower().startswith(name.lower()))
 
 
 def _capabilities_needed(config: ExperimentConfig) -> Iterator[tuple[Path, tuple[int, int], str]]:

@@ -186,6 +186,15 @@ def test_a_checkpoint_named_as_quantized_is_not_warned_about():
     assert warnings(model="org/Llama-AWQ", backend="vllm", vllm={"quantization": "awq"}) == []
 
 
+@pytest.mark.parametrize("name", ["0", "GPU-8c7a11ee", "GPU-8C7A"])
+def test_a_gpu_is_known_by_index_and_by_uuid_also_shortened(name: str):
+    old = Gpu("Tesla V100", (7, 0), 16 * 10**9, index=0, uuid="GPU-8c7a11ee")
+    new = Gpu(index=1, uuid="GPU-90")
+    options: dict[str, Any] = {"backend": "tensorrt"}
+    assert len(warnings(old, new, gpus=[name], **options)) == 1
+    assert warnings(old, new, gpus=["GPU-9"], **options) == []
+
+
 def test_findings_have_severity_and_path():
     (finding,) = rules.check(experiment(decoder={"preset": "creative"}))
     assert (finding.severity, finding.path) == ("warning", ("decoder", "top_p"))
