@@ -122,8 +122,19 @@ def _wrap_name(name: str, width: int) -> list[str]:
             lines.append(indent)
         lines[-1] += token
         while text_width(lines[-1].rstrip()) > width:  # one word longer than the column
-            lines[-1:] = [lines[-1][:width], indent + lines[-1][width:]]
+            fitting = _fitting(lines[-1], width)
+            lines[-1:] = [lines[-1][:fitting], indent + lines[-1][fitting:]]
     return [line.rstrip() for line in lines]
+
+
+def _fitting(text: str, width: int) -> int:
+    """How many characters of `text` fit in `width` columns."""
+    used = 0
+    for index, character in enumerate(text):
+        used += text_width(character)
+        if used > width:
+            return index
+    return len(text)
 
 
 def _shared_ends(names: Sequence[Sequence[str]]) -> tuple[str, str]:

@@ -89,3 +89,15 @@ def test_colour_is_written_only_where_it_is_wanted() -> None:
     assert paint("x", "bold", is_colour=True) == "\x1b[1mx\x1b[0m"
     assert paint("x", "bold", is_colour=False) == "x"
     assert paint("", "bold", is_colour=True) == ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["x" * 90, "日本" * 30, "e\u0301" * 90, "ab" + "日" * 45, "日" * 5],
+    ids=["narrow", "wide", "combining", "both", "short"],
+)
+def test_one_word_longer_than_its_column_is_broken_where_the_columns_end(name: str) -> None:
+    lines = columns("name", [name], [Column("n", ("1",))], 40)
+    assert max(map(text_width, lines)) <= 40
+    assert all(line.strip() for line in lines)
+    assert "".join("".join(line.split()) for line in lines[1:]).replace("1", "", 1) == name
