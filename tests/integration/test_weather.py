@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
+from tests.processes import wait_for
 from tests.weather.cases import CASES
 from tests.weather.driver import judge_all
+from tests.weather.rig import ContainerRig
 from tests.weather.verdict import format_table
 
 pytestmark = [pytest.mark.needs("lab", "gcc"), pytest.mark.timeout(600)]
@@ -29,3 +34,45 @@ def test_weather_costs_no_more_than_what_it_struck(verdicts, name):
     assert verdict.problems == ()
     assert verdict.resumed[0] == verdict.resumed[1] > 0
     assert verdict.left == 0
+
+
+SCRIPT = """
+import sys
+from lem.orchestration.container import ContainerManager
+
+manager = ContainerManager(sys.argv[1], project_dir=sys.argv[2])
+manager.start_services(["pytorch"])
+print(manager.project.name, flush=True)
+manager.execute_experiment("pytorch", "e.yaml")
+"""
+
+EXPERIMENT = """
+model: none
+max_output_tokens: 4
+gpus: []
+warmup: {enabled: false}
+measurement: {min_window_sec: 0.01}
+prompts: {type: synthetic, input_tokens: 3, sample_size: 2}
+"""
+
+
+def test_a_script_that_is_killed_leaves_nothing_of_the_experiment_that_it_runs(tmp_path):
+    with ContainerRig(tmp_path).cleaned() as rig:
+        (tmp_path / "e.yaml").write_text(EXPERIMENT, encoding="utf-8")
+        reached = rig.shared / "reached"
+        rig.be(
+            {"at": "generate", "do": "spawn", "own_session": True},
+            {"at": "generate", "do": "ignore_term"},
+            {"at": "generate", "do": "shell", "command": f"touch {reached}"},
+            {"at": "generate", "do": "hold_gil"},
+        )
+        command = [sys.executable, "-c", SCRIPT, rig.compose_files, str(tmp_path)]
+        with subprocess.Popen(command, env=rig.environ(), stdout=subprocess.PIPE, text=True) as script:
+            assert script.stdout is not None
+            rig.project = script.stdout.readline().strip()
+            wait_for(lambda: reached.exists() or None)
+            assert len(rig.pids_inside()) > 4
+            script.kill()
+        assert rig.workers_left(10) == ()
+        (container,) = rig.containers()
+        assert rig.docker("inspect", "--format", "{{.State.Status}}", container) == "running"

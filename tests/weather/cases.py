@@ -72,11 +72,15 @@ def _measuring(act: Callable[[ContainerRig, Running], None], **options: Any) -> 
 
 
 def _stubborn(at: str, act: Callable[[ContainerRig, Running], None]) -> Callable[[ContainerRig], Ended]:
-    """Something that happens while an engine loads or generates that neither hears TERM nor lets Python run."""
+    """Something that happens while an engine loads or generates that neither hears TERM nor lets Python run.
+
+    It has a child in a session of its own, too, as engines have.
+    """
 
     def strike(rig: ContainerRig) -> Ended:
         phase = "load" if at == "load" else "window"
-        rig.be(*(_at(at, do) for do in ("ignore_term", "hold_gil")))
+        child = _at(at, "spawn", own_session=True)
+        rig.be(child, *(_at(at, do) for do in ("ignore_term", "hold_gil")))
         running = rig.start("--yes", "--json")
         running.wait_for_event("phase", phase=phase, done=1)
         act(rig, running)
@@ -140,6 +144,11 @@ def _interrupt_start(rig: ContainerRig) -> Ended:
     ended = running.wait()
     assert rig.containers() == []
     return ended
+
+
+def _kill_all(rig: ContainerRig, _running: Running) -> None:
+    """As systemd does it: lem and every client of docker at one stroke."""
+    rig.marker.kill()
 
 
 def _send(*signums: int) -> Callable[[ContainerRig, Running], None]:
@@ -210,6 +219,22 @@ def _once_inside(at: str, line: str, when: int) -> dict[str, Any]:
     return {"at": at, "do": "shell", "command": command, "when": {"max_output_tokens": when}}
 
 
+def _for_good(line: str) -> Callable[[ContainerRig], Ended]:
+    """A GPU to which something happens in the middle that no container cures."""
+
+    def strike(rig: ContainerRig) -> Ended:
+        rig.give_gpu(*NvmlDouble.gpu(used_b=2_000_000_000))
+        rig.be(_at("generate", "shell", command=f"echo {line} >> {rig.nvml.script}"))
+        return rig.run("--yes", "--json")
+
+    return strike
+
+
+def _mend_gpu(rig: ContainerRig) -> None:
+    rig.nvml.say(*NvmlDouble.gpu(used_b=2_000_000_000))
+
+
+ONE_RESTART = "health_check: {interval_experiments: 1, max_restarts: 1}\n"
 CHECKED_OFTEN = "health_check: {interval_experiments: 1}\n"
 AT_RESUME = r"Resuming: 2 remaining \(1 completed, 0 failed\)"
 BRIEF = {"silence_timeout_seconds": 5}
@@ -301,6 +326,14 @@ CASES: tuple[Case, ...] = (
         "running",
         stops=True,
     ),
+    Case(
+        "host and its docker clients killed",
+        _stubborn("generate", _kill_all),
+        AT_RESUME,
+        -9,
+        "running",
+        stops=True,
+    ),
     Case("Ctrl-C", _measuring(_send(signal.SIGINT)), "stopped; go on with", 130, "pending", stops=True),
     Case("Ctrl-C while containers start", _interrupt_start, "interrupted|stopped", 130, None),
     Case(
@@ -328,5 +361,25 @@ CASES: tuple[Case, ...] = (
         0,
         "completed",
         top=CHECKED_OFTEN,
+    ),
+    Case(
+        "GPU lost for good",
+        _for_good("lost 0"),
+        "does not come back after 1 restarts: the GPU is lost: NVML says GPU is lost",
+        1,
+        "pending",
+        stops=True,
+        clear=_mend_gpu,
+        top=ONE_RESTART,
+    ),
+    Case(
+        "GPU memory held by others for good",
+        _for_good("memory_used 79000000000"),
+        "does not come back after 1 restarts: 99 % of the memory",
+        1,
+        "completed",
+        stops=True,
+        clear=_mend_gpu,
+        top=ONE_RESTART,
     ),
 )

@@ -61,8 +61,7 @@ class ContainerRig(CampaignRig):
 
     def text(self, outputs: Sequence[int], *, top: str = "", **execution: Any) -> str:
         """The campaign: a configuration for each number of output tokens, one cycle unless told otherwise."""
-        files = ":".join(map(str, (*COMPOSE_FILES, self.override)))
-        more = f"io: {{compose_file: '{files}'}}\n{top}"
+        more = f"io: {{compose_file: '{self.compose_files}'}}\n{top}"
         text = campaign_text(outputs=outputs, more=more, **{"cycles": 1, **execution})
         return text.replace("campaign_name: demo", f"campaign_name: {self.name}")
 
@@ -70,6 +69,11 @@ class ContainerRig(CampaignRig):
     def override(self) -> Path:
         """The compose file that puts the doubles into the service."""
         return self.shared.parent / "weather.yml"
+
+    @property
+    def compose_files(self) -> str:
+        """The lab's files and the override, as COMPOSE_FILE has them."""
+        return ":".join(map(str, (*COMPOSE_FILES, self.override)))
 
     def be(self, *rules: Mapping[str, Any], python_path: Sequence[str] = (), token_s: float = 0.0) -> None:
         """Have the engine follow these rules from the next container on; without any it is good weather."""
@@ -122,8 +126,7 @@ class ContainerRig(CampaignRig):
 
     def manager(self) -> ContainerManager:
         """The containers as a script of a person's own would use them, in a project of this rig."""
-        files = ":".join(map(str, (*COMPOSE_FILES, self.override)))
-        project = bare_project(files, self.folder, self.environ())
+        project = bare_project(self.compose_files, self.folder, self.environ())
         return ContainerManager(project=dataclasses.replace(project, name=self.project))
 
     def command(self, *options: str, file: str = "c.yaml") -> list[str]:
