@@ -213,7 +213,7 @@ class Command:
         if service in self.state.get("silent", []):
             raise Refused("OCI runtime exec failed: exec failed", 126)
         if arguments[:1] == ["gpus"]:
-            nothing = {"gpus": [], "driver": None, "error": "NVML Shared Library Not Found"}
+            nothing: dict[str, Any] = {"gpus": [], "driver": None, "error": "NVML Shared Library Not Found"}
             print(json.dumps(self.state.get("gpus", {}).get(service, nothing)))
             return 0
         launch = Path(__file__).parents[2] / "lem" / "experiment" / "launch.py"

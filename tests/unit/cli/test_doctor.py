@@ -1,0 +1,192 @@
+"""`lem doctor`, `lem compose` and `lem gpus`: what they print, and the exit code."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lem.cli.main import main
+from lem.meters.gpu_state import GpuProcess, GpuReading, GpuState
+from lem.orchestration.compose_files import packaged_compose_file
+from lem.orchestration.doctor import CHECKS, Finding, Host, examine
+from tests.doubles.fake_docker import FakeDocker
+
+GPU = {"image": "img", "deploy": {"resources": {"reservations": {"devices": [{"capabilities": ["gpu"]}]}}}}
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> FakeDocker:
+    return FakeDocker.install(tmp_path / "docker", services={"pytorch": {"image": "img"}})
+
+
+def host(fake: FakeDocker, **more: Any) -> Host:
+    (fake.folder / "dev").mkdir(exist_ok=True)
+    environ = fake.environ(LEM_CACHE_DIR=str(fake.folder / "cache"))
+    return Host(folder=fake.folder, environ=environ, device_folder=fake.folder / "dev", **more)
+
+
+def look(found: Host) -> dict[str, Finding]:
+    return dict(examine(found, CHECKS).findings)
+
+
+def with_gpu(fake: FakeDocker, *pids: int, error: str | None = None) -> Host:
+    """A machine with one GPU, as the kernel and NVML show it."""
+    found = host(fake)
+    (fake.folder / "dev" / "nvidia0").touch()
+    processes = tuple(GpuProcess(pid, None) for pid in pids)
+    gpus = () if error else (GpuState(0, "GPU-1", "Test GPU", 100, 1, processes),)
+    found.__dict__["gpus"] = GpuReading(gpus, None if error else "580.1", error)
+    return found
+
+
+def test_a_machine_that_is_fit_is_told_so(fake: FakeDocker) -> None:
+    findings = look(host(fake))
+    assert list(findings) == [check.name for check in CHECKS]
+    assert {item.status for item in findings.values()} <= {"ok", "skipped", "warning"}
+    assert "20.10.24" in findings["engine"].message
+    assert "2.26.1" in findings["compose"].message
+    assert "pytorch" in findings["compose_file"].message
+    assert examine(host(fake), CHECKS).is_ok
+
+
+@pytest.mark.parametrize(
+    ("state", "name", "remedy"),
+    [
+        ({"daemon": "down"}, "engine", "systemctl start docker"),
+        ({"daemon": "forbidden"}, "engine", "usermod"),
+        ({"compose": None}, "compose", "install"),
+        ({"compose": "2.10.0"}, "compose", "2.17"),
+        ({"invalid": "yaml: line 2: did not find expected node content"}, "compose_file", "mend"),
+        ({"images": []}, "images", "pull"),
+        ({"services": {"pytorch": GPU}}, "gpu_runtime", "docker-compose.cpu.yml"),
+    ],
+)
+def test_what_is_missing_is_told_with_its_remedy(
+    fake: FakeDocker, state: dict[str, Any], name: str, remedy: str
+) -> None:
+    fake.change(**state)
+    finding = look(host(fake))[name]
+    assert finding.status == "failed"
+    assert remedy in finding.remedy
+    assert not examine(host(fake), CHECKS).is_ok
+
+
+def test_without_a_docker_command_the_rest_is_looked_at_all_the_same(tmp_path: Path) -> None:
+    found = Host(folder=tmp_path, environ={"PATH": str(tmp_path)})
+    findings = look(found)
+    assert findings["engine"].status == "failed"
+    assert "install Docker" in findings["engine"].remedy
+    assert findings["disk"].status in ("ok", "warning")
+
+
+def test_an_image_that_nobody_named_is_a_warning_while_another_is_there(fake: FakeDocker) -> None:
+    fake.change(services={"pytorch": {"image": "img"}, "vllm": {"image": "huge"}})
+    assert look(host(fake))["images"].status == "warning"
+    assert look(host(fake, backends=("pytorch",)))["images"].status == "ok"
+    finding = look(host(fake, backends=("vllm",)))["images"]
+    assert (finding.status, "huge (vllm)" in finding.message) == ("failed", True)
+
+
+def test_a_backend_without_a_service_is_told(fake: FakeDocker) -> None:
+    assert "no service tensorrt" in look(host(fake, backends=("tensorrt",)))["compose_file"].message
+
+
+@pytest.mark.parametrize(
+    ("engine", "status"),
+    [({}, "failed"), ({"runtimes": {"nvidia": {}}}, "ok")],
+)
+def test_a_gpu_needs_a_runtime(fake: FakeDocker, engine: dict[str, Any], status: str) -> None:
+    fake.change(services={"pytorch": GPU}, **engine)
+    finding = look(with_gpu(fake))["gpu_runtime"]
+    assert finding.status == status
+    assert ("NVIDIA Container Toolkit" in finding.remedy) is (status == "failed")
+
+
+def test_a_driver_that_does_not_answer_is_told(fake: FakeDocker) -> None:
+    finding = look(with_gpu(fake, error="Driver/library version mismatch"))["driver"]
+    assert finding.status == "failed"
+    assert "mismatch" in finding.message
+    assert "reboot" in finding.remedy
+    assert "580.1" in look(with_gpu(fake))["driver"].message
+
+
+def test_who_computes_on_the_gpus_is_told(fake: FakeDocker) -> None:
+    finding = look(with_gpu(fake, 4711))["gpu_processes"]
+    assert (finding.status, "4711 on GPU 0" in finding.message) == ("warning", True)
+    assert look(with_gpu(fake))["gpu_processes"].status == "ok"
+
+
+def test_a_folder_that_is_a_file_is_told(fake: FakeDocker) -> None:
+    (fake.folder / "results").write_text("")
+    assert look(host(fake))["rights"].status == "failed"
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_told(fake: FakeDocker) -> None:
+    (fake.folder / "results").mkdir(mode=0o555)
+    assert look(host(fake))["rights"].status == "failed"
+
+
+# The commands
+
+
+def run(*words: str) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    return main(words, out, err), out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def here(fake: FakeDocker, monkeypatch: pytest.MonkeyPatch) -> FakeDocker:
+    for name, value in fake.environ().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("COMPOSE_FILE", raising=False)
+    monkeypatch.chdir(fake.folder)
+    return fake
+
+
+def test_the_document_says_ok_and_lists_the_checks(here: FakeDocker) -> None:
+    code, out, _ = run("doctor", "--json")
+    document = json.loads(out)
+    assert (code, document["ok"]) == (0, True)
+    assert [item["name"] for item in document["checks"]] == [check.name for check in CHECKS]
+    assert set(document["checks"][0]) == {"name", "status", "message", "remedy"}
+    here.change(daemon="down")
+    code, out, _ = run("doctor", "--json")
+    assert (code, json.loads(out)["ok"]) == (2, False)
+
+
+def test_the_text_says_what_to_do(here: FakeDocker) -> None:
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert out.endswith("this host is fit for campaigns in containers\n")
+    here.change(images=[])
+    code, out, _ = run("doctor", "--backend", "pytorch")
+    assert code == 2
+    assert "→ pull, build or load it" in " ".join(out.split())
+    assert out.endswith("not fit: images\n")
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_nothing_is_left_behind(here: FakeDocker) -> None:
+    before = sorted(here.folder.rglob("*"))
+    run("doctor")
+    assert [path for path in sorted(here.folder.rglob("*")) if path not in before] == [here.folder / "calls.jsonl"]
+
+
+def test_the_compose_file_is_printed_as_it_is() -> None:
+    assert run("compose") == (0, packaged_compose_file(), "")
+
+
+def test_what_the_gpus_are_doing_can_be_read_back() -> None:
+    code, out, _ = run("gpus", "--json")
+    reading = json.loads(out)
+    assert code == 0
+    assert reading["schema_version"] == 1
+    del reading["schema_version"]
+    assert json.loads(json.dumps(GpuReading.from_dict(reading).to_dict())) == reading
+    assert run("gpus")[0] == 0

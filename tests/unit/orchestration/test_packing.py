@@ -1,0 +1,100 @@
+"""The lem.pyz that containers run, packed from the folder that lem runs from here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from lem import __version__
+from lem.errors import UserError
+from lem.orchestration.packing import cache_folder, provide_pyz
+from tests.pythons import find_pythons
+
+ROOT = Path(__file__).resolve().parents[3]
+TIMEOUT_S = 60
+
+
+@pytest.fixture(scope="module")
+def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return provide_pyz({"LEM_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))})
+
+
+def ask(python: str, pyz: Path, *arguments: str) -> str:
+    # -I -S: nothing that is installed here helps.
+    command = [python, "-I", "-S", str(pyz), *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, cwd=pyz.parent)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_it_runs_with_nothing_installed(pyz: Path) -> None:
+    for python in [item for item in find_pythons() if item.is_supported]:
+        assert ask(str(python.path), pyz, "--version") == f"lem {__version__}\n"
+
+
+def test_it_reads_yaml_and_asks_nvml_on_its_own(pyz: Path, tmp_path: Path) -> None:
+    (tmp_path / "e.yaml").write_text("model: gpt2\n")
+    ask(sys.executable, pyz, "config", "validate", str(tmp_path / "e.yaml"))
+    reading = json.loads(ask(sys.executable, pyz, "gpus", "--json"))
+    assert reading["error"] != "pynvml is not installed"
+
+
+def test_it_holds_the_compose_file_and_nothing_compiled(pyz: Path) -> None:
+    text = ask(sys.executable, pyz, "compose")
+    assert text == (ROOT / "docker" / "docker-compose.yml").read_text()
+    names = zipfile.ZipFile(pyz).namelist()
+    assert not [name for name in names if name.endswith((".pyc", ".so")) or "__pycache__" in name]
+
+
+def test_it_lies_alone_in_a_folder_that_everybody_can_read(pyz: Path) -> None:
+    assert [path.name for path in pyz.parent.iterdir()] == ["lem.pyz"]
+    assert stat.S_IMODE(pyz.parent.stat().st_mode) & 0o555 == 0o555
+    assert stat.S_IMODE(pyz.stat().st_mode) & 0o444 == 0o444
+
+
+def test_the_same_program_is_packed_once_into_the_same_bytes(pyz: Path, tmp_path: Path) -> None:
+    again = provide_pyz({"LEM_CACHE_DIR": str(pyz.parents[2])})
+    assert again == pyz
+    elsewhere = provide_pyz({"LEM_CACHE_DIR": str(tmp_path)})
+    assert elsewhere.parent.name == pyz.parent.name
+    assert elsewhere.read_bytes() == pyz.read_bytes()
+
+
+def test_a_zip_that_runs_is_copied_as_it_is(pyz: Path, tmp_path: Path) -> None:
+    own = tmp_path / "my-lem.pyz"
+    shutil.copy(pyz, own)
+    program = (
+        f"import sys; sys.path.insert(0, {str(own)!r})\n"
+        "from lem.orchestration.packing import provide_pyz\n"
+        f"print(provide_pyz({{'LEM_CACHE_DIR': {str(tmp_path / 'cache')!r}}}))\n"
+    )
+    command = [sys.executable, "-I", "-S", "-c", program]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True).stdout.strip()
+    assert Path(printed).read_bytes() == own.read_bytes()
+    assert Path(printed).name == "lem.pyz"
+
+
+def test_a_cache_that_cannot_be_written_is_told_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as caught:
+        provide_pyz({"LEM_CACHE_DIR": str(tmp_path / "file")})
+    assert "LEM_CACHE_DIR" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("environ", "folder"),
+    [
+        ({"LEM_CACHE_DIR": "/a"}, "/a"),
+        ({"XDG_CACHE_HOME": "/x"}, "/x/lem"),
+        ({}, str(Path("~/.cache/lem").expanduser())),
+    ],
+)
+def test_the_cache_is_where_it_is_told_to_be(environ: dict[str, str], folder: str) -> None:
+    assert str(cache_folder(environ)) == folder
