@@ -282,15 +282,26 @@ class DockerExecutor:
 
     def _explain_death(self, service: str, outcome: Outcome) -> Outcome:
         """The outcome of an attempt whose engine died, with what the Docker engine knows about that."""
-        error, until_s = outcome.error, time.time() + _NEWS_DELAY_S
-        since_s = self._begun_s.get(service, until_s)
-        if error is None or not self.manager.services.was_out_of_memory(service, since_s, until_s):
+        error, services = outcome.error, self.manager.services
+        if error is None:
             return outcome
+        until_s = time.time() + _NEWS_DELAY_S
+        if services.was_out_of_memory(service, self._begun_s.get(service, until_s), until_s):
+            explained = EngineError(
+                f"{error.message}; the container ran out of memory",
+                "raise its limit (LEM_MEMORY_LIMIT, mem_limit in the compose file), or ask the engine for less",
+                kind="out_of_memory",
+                is_permanent=outcome.phase in LOADING_PHASES,
+            )
+            return dataclasses.replace(outcome, error=explained)
+        state = services.state(service)
+        if state is not None and state.state == "running":
+            return outcome
+        how = "it was removed" if state is None else state.describe()
         explained = EngineError(
-            f"{error.message}; the container ran out of memory",
-            "raise its limit (LEM_MEMORY_LIMIT, mem_limit in the compose file), or ask the engine for less",
-            kind="out_of_memory",
-            is_permanent=outcome.phase in LOADING_PHASES,
+            f"{error.message}; its container does not run any more: {how}",
+            "somebody ended the container, not lem: docker events --since 1h tells when",
+            kind=error.kind,
         )
         return dataclasses.replace(outcome, error=explained)
 

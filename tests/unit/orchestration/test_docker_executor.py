@@ -212,6 +212,28 @@ def test_a_result_is_not_valid_when_the_gpu_was_lost_meanwhile(place: Place) -> 
     assert executor.worker_for("pytorch").is_open is False
 
 
+@pytest.mark.parametrize(
+    ("containers", "text"),
+    [
+        ({"pytorch": {"State": "exited", "ExitCode": 137}}, "does not run any more: exited with code 137"),
+        ({}, "does not run any more: it was removed"),
+        ({"pytorch": {"State": "running", "ExitCode": 0}}, None),
+    ],
+)
+def test_a_death_is_put_down_to_a_container_that_ended(
+    place: Place, containers: Mapping[str, Any], text: str | None
+) -> None:
+    then = place.root / "then.json"
+    then.write_text(json.dumps({**place.fake.read(), "containers": containers}))
+    state = place.root / "docker" / "state.json"
+    place.rig.rules = [rule("generate", f"cp '{then}' '{state}'"), {"at": "generate", "do": "signal", "number": 9}]
+    error = run(place.executor(), place.request("one")).error
+    assert error is not None
+    assert error.kind == "died"
+    assert ("container" in error.message) is (text is not None)
+    assert (text or "SIGKILL") in error.message
+
+
 def test_a_container_that_ended_between_two_experiments_is_restarted(place: Place) -> None:
     executor = place.executor()
     worker = executor.worker_for("pytorch")
