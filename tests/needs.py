@@ -135,7 +135,7 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "old_python": Need(_old_python, is_mandatory=False),
         "cuda": Need(_cuda, is_mandatory=False),
         "docker": Need(_docker, is_mandatory=False),
-        "gcc": Need(_gcc, is_mandatory=False),
+        "gcc": Need(_gcc, is_mandatory=True),
         "lab": Need(_lab, is_mandatory=True),
     }
 )
