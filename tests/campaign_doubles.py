@@ -165,6 +165,7 @@ class FakeExecutor:
         self.ended = 0
         self.killed = 0
         self.looked_after = 0
+        self.look_error: Exception | None = None
         self.closed = 0
 
     def worker_for(self, backend: str) -> Worker:
@@ -183,6 +184,8 @@ class FakeExecutor:
 
     def look_after(self, tell: Callable[[str], None]) -> None:
         self.looked_after += 1
+        if self.look_error is not None:
+            raise self.look_error
 
     def close(self) -> None:
         self.closed += 1

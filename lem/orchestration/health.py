@@ -12,8 +12,8 @@ __all__ = ["ContainerHealthStatus", "gpu_loss", "holders", "judge"]
 _GB = 1e9
 _MAX_SHOWN = 4
 
-# What NVML says in a container from which the GPU was taken away, or on a host where it fell off the bus.
-_LOST = ("unknown error", "gpu is lost", "not found", "no permission", "insufficient permissions")
+# What NVML says in a container from which the GPU was taken away while it ran.
+_LOST = frozenset({"Unknown Error", "Not Found", "Insufficient Permissions"})
 _LOST_HINT = (
     "systemctl daemon-reload on the host takes GPUs from containers that got them by the legacy hook; "
     "with CDI (nvidia-ctk cdi generate) it does not"
@@ -42,8 +42,8 @@ def gpu_loss(reading: GpuReading) -> str | None:
     A reading that failed in a way that is not known is a loss too: what cannot be read cannot be measured.
     """
     if reading.error is not None:
-        is_known = any(text in reading.error.lower() for text in _LOST)
-        return f"the GPU is lost: NVML says {reading.error} in the container" + (f" ({_LOST_HINT})" if is_known else "")
+        hint = f" ({_LOST_HINT})" if reading.error in _LOST else ""
+        return f"the GPU is lost: NVML says {reading.error} in the container{hint}"
     return None if reading.gpus else "the GPU is lost: NVML sees none in the container"
 
 

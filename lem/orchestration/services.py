@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import logging
+import secrets
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -194,7 +195,8 @@ class Services:
         Raises:
             UserError: there is no docker command.
         """
-        command = self.exec_command(service, "worker", "--tether", *arguments)
+        mark = secrets.token_hex(8)
+        command = self.exec_command(service, "worker", "--tether", *arguments, variables={MARK_VARIABLE: mark})
         with contextlib.ExitStack() as stack:
             output = stack.enter_context(tempfile.TemporaryFile())
             child = process.spawn(
@@ -212,6 +214,8 @@ class Services:
             try:
                 code = child.wait(EXPERIMENT_TIMEOUT_S)
             except process.TimeoutExpired:
+                process.kill_group(child.pid)
+                self.clear(service, mark)
                 return f"it did not end within {EXPERIMENT_TIMEOUT_S:.0f} s", 1
             output.seek(0)
             return output.read().decode("utf-8", "replace"), code
