@@ -13,9 +13,9 @@ from tests.weather.driver import judge_all
 from tests.weather.rig import ContainerRig
 from tests.weather.verdict import format_table
 
-pytestmark = [pytest.mark.needs("lab", "gcc"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.needs("lab", "gcc"), pytest.mark.timeout(1200)]  # the first waits for all
 
-JOBS = 3
+JOBS = 4
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Every weather in one table: what happened to a campaign in real containers, and what lem made of it.
 
-    python -m tests.weather [--jobs 3] [NAME …]
+    python -m tests.weather [--jobs 4] [NAME …]
 
 A name is a part of a weather's; without any, all of them. Needs the lab (tests/lab/README.md) and root.
 """
@@ -24,7 +24,7 @@ def main() -> int:
     """0 when every weather went well, 1 otherwise, 2 without a lab; the table on stdout."""
     parser = argparse.ArgumentParser(prog="tests.weather", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="a part of the name of a weather")
-    parser.add_argument("--jobs", type=int, default=3, help="campaigns at a time (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=4, help="campaigns at a time (%(default)s)")
     args = parser.parse_args()
     reason = missing("lab") or missing("gcc")
     if reason is not None:

@@ -308,7 +308,6 @@ CASES: tuple[Case, ...] = (
         "completed",
     ),
     Case("worker prints garbage at its start", _garbage_at_start, "Welcome to this image", 2, None),
-    Case("engine prints garbage", _engine(_at("generate", "print", text="{]")), "3 completed", 0, "completed"),
     Case(
         "host killed while the engine loads",
         _stubborn("load", _send(signal.SIGKILL)),

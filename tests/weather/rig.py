@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import json
@@ -98,6 +99,7 @@ class ContainerRig(CampaignRig):
         """Have the service ask for a GPU, and NVML inside it say these lines."""
         with contextlib.suppress(FileExistsError):
             GPU_DEVICE.symlink_to("/dev/null")
+            atexit.register(GPU_DEVICE.unlink, missing_ok=True)
         self.nvml.say(*lines)
         self.has_gpu = True
         self.be()
