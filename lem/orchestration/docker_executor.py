@@ -15,10 +15,11 @@ from typing import Any
 
 from lem.config.campaign_config import CampaignHealthCheckConfig
 from lem.errors import EngineError, InfrastructureError, Interrupted
-from lem.experiment.channel import LOADING_PHASES, RunRequest
+from lem.experiment.channel import RunRequest
 from lem.orchestration.attempt import Outcome
 from lem.orchestration.compose_project import ComposeProject
 from lem.orchestration.container import ContainerManager, new_mark
+from lem.orchestration.container_death import explain_death
 from lem.orchestration.container_worker import ContainerWorker, mark_invalid
 from lem.orchestration.docker import ContainerError
 from lem.orchestration.health import gpu_loss, holders
@@ -33,9 +34,6 @@ _logger = logging.getLogger(__name__)
 
 TEARDOWN_S = 10.0
 _POLL_S = 0.2
-
-# How much later than the death of a process the engine may tell why.
-_NEWS_DELAY_S = 1.0
 
 
 class ContainerLost(InfrastructureError):
@@ -224,7 +222,7 @@ class DockerExecutor:
             ContainerError: the engine cannot be asked.
         """
         if outcome.error is not None and outcome.error.kind == "died":
-            outcome = self._explain_death(service, outcome)
+            outcome = explain_death(self.manager.services, service, outcome, self._begun_s.get(service))
         if not self.manager.services.has_gpu(service):
             return outcome
         lost = self._gpu_loss(service)
@@ -279,31 +277,6 @@ class DockerExecutor:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(_POLL_S)
-
-    def _explain_death(self, service: str, outcome: Outcome) -> Outcome:
-        """The outcome of an attempt whose engine died, with what the Docker engine knows about that."""
-        error, services = outcome.error, self.manager.services
-        if error is None:
-            return outcome
-        until_s = time.time() + _NEWS_DELAY_S
-        if services.was_out_of_memory(service, self._begun_s.get(service, until_s), until_s):
-            explained = EngineError(
-                f"{error.message}; the container ran out of memory",
-                "raise its limit (LEM_MEMORY_LIMIT, mem_limit in the compose file), or ask the engine for less",
-                kind="out_of_memory",
-                is_permanent=outcome.phase in LOADING_PHASES,
-            )
-            return dataclasses.replace(outcome, error=explained)
-        state = services.state(service)
-        if state is not None and state.state == "running":
-            return outcome
-        how = "it was removed" if state is None else state.describe()
-        explained = EngineError(
-            f"{error.message}; its container does not run any more: {how}",
-            "somebody ended the container, not lem: docker events --since 1h tells when",
-            kind=error.kind,
-        )
-        return dataclasses.replace(outcome, error=explained)
 
     def _gpu_loss(self, service: str) -> str | None:
         try:

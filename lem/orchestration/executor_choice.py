@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lem.config.campaign_config import CampaignConfig
+from lem.config.campaign_config import CampaignConfig, CampaignHealthCheckConfig
 from lem.errors import UserError
 from lem.experiment.probe import missing_distributions, probe_environment
-from lem.meters.gpus import GpuFacts, find_gpus
+from lem.meters.gpus import GpuFacts, find_gpus, is_name_of
 from lem.orchestration.compose import Compose
 from lem.orchestration.compose_files import find_compose_files
 from lem.orchestration.compose_project import ComposeProject
@@ -23,6 +24,8 @@ from lem.orchestration.plan import Plan
 from lem.orchestration.workers import Executor, LocalExecutor
 
 __all__ = ["ExecutorChoice", "choose_executor", "docker_executor"]
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,26 +73,39 @@ def choose_executor(
     where = folder or Path.cwd()
     if wish == "docker" and python is not None:
         raise UserError("--python is for the local executor", "leave out --python, or --executor docker")
-    if wish == "docker":
-        return _docker(campaign, plan, backends, where, environ, "asked for")
     if wish == "local" or python is not None:
         return _local(python, "asked for")
+    if wish == "docker":
+        return _docker(campaign, plan, backends, where, environ, "asked for")
     if campaign.cold_start.restart_container:
         return _docker(campaign, plan, backends, where, environ, "chosen: cold_start.restart_container needs it")
+    absent = _not_installed(backends)
+    if not absent:
+        return _local(None, f"chosen: {', '.join(backends)} can be imported here")
+    problem = _no_containers(campaign, where, environ)
+    if problem is not None:
+        return _local(None, f"chosen though {absent}, for want of containers: {problem}")
+    return _docker(campaign, plan, backends, where, environ, f"chosen: {absent}")
+
+
+def _not_installed(backends: Sequence[str]) -> str:
+    """Which backends this Python lacks, in words; empty when none."""
     found = probe_environment()
     missing = {name: missing_distributions(name, found) for name in backends}
     lacking = [f"{name} ({', '.join(items)})" for name, items in missing.items() if items]
-    if not lacking:
-        return _local(None, f"chosen: {', '.join(backends)} can be imported here")
-    absent = f"not installed here: {', '.join(lacking)}"
+    return f"not installed here: {', '.join(lacking)}" if lacking else ""
+
+
+def _no_containers(campaign: CampaignConfig, folder: Path, environ: Mapping[str, str]) -> str | None:
+    """Why no container can be had; None when an engine, the plugin and the compose file are there."""
     try:
         docker = Docker(environ)
         docker.info()
         Compose(docker, "lem", ()).version()
-        find_compose_files(campaign.io.compose_file, where, environ)
+        find_compose_files(campaign.io.compose_file, folder, environ)
     except ContainerError as error:
-        return _local(None, f"chosen though {absent}, for want of containers: {error.message}")
-    return _docker(campaign, plan, backends, where, environ, f"chosen: {absent}")
+        return error.message
+    return None
 
 
 def docker_executor(
@@ -150,12 +166,19 @@ def _gpus_named(wishes: Sequence[tuple[str, ...] | None], uuids: Mapping[str, st
     if wishes and all(wish == () for wish in wishes):
         return ()
     names = {name for wish in wishes for name in (("0",) if wish is None else wish)}
-    found = {uuid for key, uuid in uuids.items() for name in names if key == name or _is_short_for(name, uuid)}
+    found = {uuid for key, uuid in uuids.items() for name in names if key == name or is_name_of(name, uuid)}
     return tuple(sorted(found)) or None
 
 
-def _is_short_for(name: str, uuid: str) -> bool:
-    return name.upper().startswith("GPU-") and uuid.lower().startswith(name.lower())
+def _tell_what_needs_containers(campaign: CampaignConfig) -> None:
+    """Warn of options that the local executor does nothing with."""
+    options = {
+        "io.compose_file": campaign.io.compose_file is not None,
+        "io.env_file": campaign.io.env_file is not None,
+        "health_check": campaign.health_check != CampaignHealthCheckConfig(),
+    }
+    for name in (name for name, is_set in options.items() if is_set):
+        _logger.warning("%s has no effect: it is about containers, and these experiments run in this Python", name)
 
 
 def _local(python: str | None, reason: str) -> ExecutorChoice:
