@@ -92,6 +92,13 @@ class _ConsoleHandler(logging.Handler):
         self._console.line(message)
 
 
+class _FileHandler(logging.FileHandler):
+    """Goes on in silence when the disk is full: the campaign is worth more than its log."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is logging's
+        """Drop the message."""
+
+
 def configure(console: Console, *, verbosity: int = 0) -> None:
     """Send the log of lem to `console`: -1 errors, 0 warnings, 1 the commands run, 2 everything."""
     level = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG)
@@ -112,7 +119,8 @@ def log_to_file(path: Path) -> logging.Handler:
         OSError: the file cannot be opened.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    # A path that is no UTF-8 is told with its bytes escaped.
+    handler = _FileHandler(path, encoding="utf-8", errors="backslashreplace")
     formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)

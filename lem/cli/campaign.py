@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -101,6 +103,7 @@ def _add_course(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """The exit code of interface.md."""
+    from lem.cli.plan_view import plan_document
     from lem.meters.gpus import find_gpus
     from lem.orchestration.executor_choice import choose_executor
     from lem.orchestration.plan import build_plan
@@ -114,15 +117,24 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     if not plan.experiments:
         raise UserError("no valid experiment is left", "lem campaign --dry-run lists each reason; nothing was run")
     if args.validate_only:
+        if args.json:
+            _write_document(out, plan_document(plan))
         return int(ExitCode.OK)
     choice = choose_executor(args.executor, campaign, plan, python=args.python)
     check_supported(campaign, choice.name)
+    if args.dry_run and args.json:
+        _write_document(out, {**plan_document(plan), "executor": choice.name, "place": choice.describe()})
+        return int(ExitCode.OK)
     if args.dry_run:
         out.write(_describe_plan(plan, campaign, choice))
         return int(ExitCode.OK)
     from lem.cli.campaign_run import CampaignCommand
 
     return CampaignCommand(args, campaign, plan, choice, out, err).execute()
+
+
+def _write_document(out: TextIO, document: Mapping[str, Any]) -> None:
+    out.write(json.dumps(document, indent=2) + "\n")
 
 
 def _load(args: argparse.Namespace) -> Loaded[CampaignConfig]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from lem import units
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.plan import CampaignExperiment, Plan
 from lem.results.layout import Column, columns, paint
 
-__all__ = ["render_findings", "render_plan"]
+__all__ = ["plan_document", "render_findings", "render_plan"]
 
 _WIDTH = 80
 _REASONS_SHOWN = 10
@@ -55,6 +56,30 @@ def render_plan(
     lines = [line for name, text in facts.items() for line in _fact(name, text, width)]
     lines += ["", *_order(plan.experiments, loads, plan)]
     return "\n".join(lines) + "\n"
+
+
+def plan_document(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON values."""
+    gaps = [plan.gap_cap_s(kind) for kind in plan.gap_kinds()]
+    return {
+        "generated": plan.total_generated,
+        "filtered": [{"reason": reason, "count": count} for reason, count in plan.filtered_by_reason],
+        "warnings": [{"reason": reason, "count": count} for reason, count in plan.warnings_by_reason],
+        "engine_loads": sum(plan.loads()),
+        "shuffle_seed": plan.shuffle_seed,
+        "experiments": [
+            {
+                "exp_id": item.exp_id,
+                "config_name": item.config_name,
+                "backend": item.backend,
+                "cycle_index": item.cycle_index,
+                "order_index": item.order_index,
+                "loads_engine": is_load,
+                "gap_cap_s": gap_s,
+            }
+            for item, is_load, gap_s in zip(plan.experiments, plan.loads(), gaps, strict=True)
+        ],
+    }
 
 
 def _reasons(label: str, reasons: Sequence[tuple[str, int]]) -> Iterable[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["GpuFacts", "find_driver", "find_gpus", "open_nvml", "text_of", "visible_gpus"]
+__all__ = ["GpuFacts", "find_driver", "find_gpus", "is_name_of", "open_nvml", "text_of", "visible_gpus"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ def _facts(nvml: Any, index: int) -> GpuFacts:
     )
 
 
+def is_name_of(name: str, uuid: str) -> bool:
+    """Whether `name` is that UUID, or it shortened as CUDA takes it."""
+    return name.upper().startswith("GPU-") and uuid.lower().startswith(name.lower())
+
+
 def visible_gpus(present: Sequence[GpuFacts], environ: Mapping[str, str]) -> tuple[GpuFacts, ...]:
     """The GPUs as an engine counts them from 0: those of CUDA_VISIBLE_DEVICES in its order, all of them without it.
 
@@ -65,7 +70,7 @@ def visible_gpus(present: Sequence[GpuFacts], environ: Mapping[str, str]) -> tup
     visible: list[GpuFacts] = []
     for name in (part.strip() for part in named.split(",")):
         is_index = name.isdecimal()
-        found = [gpu for gpu in present if (str(gpu.index) == name if is_index else gpu.uuid.startswith(name or "-"))]
+        found = [gpu for gpu in present if (str(gpu.index) == name if is_index else is_name_of(name, gpu.uuid))]
         if len(found) != 1:
             break
         visible.append(found[0])

@@ -185,7 +185,7 @@ class CampaignRunner:
                 aside = manager.set_aside() if opening is Opening.FRESH else None
                 manager.save(manifest)
             if aside is not None:
-                told = (f"The manifest of before is now {aside}",)
+                told = (*told, f"The manifest of before is now {aside}")
             loop = self._loop(manager, manifest, session)
             loop.tell(
                 "campaign_started",
@@ -227,7 +227,9 @@ class CampaignRunner:
         """How it begins, the manifest, not yet saved, and what to tell a person about it."""
         opening, manifest = self._choose_opening(manager)
         if opening is Opening.FRESH or manifest is None:
-            return Opening.FRESH, self.create_manifest(plan.experiments), ()
+            is_missed = self.options.wish is Wish.RESUME
+            told: tuple[str, ...] = (f"Nothing to resume: no manifest at {manager.manifest_path}",) if is_missed else ()
+            return Opening.FRESH, self.create_manifest(plan.experiments), told
         told = go_on_with(
             manifest,
             self._new_entries(plan.experiments),

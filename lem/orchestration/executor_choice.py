@@ -13,7 +13,7 @@ from pathlib import Path
 from lem.config.campaign_config import CampaignConfig, CampaignHealthCheckConfig
 from lem.errors import UserError
 from lem.experiment.probe import missing_distributions, probe_environment
-from lem.meters.gpus import GpuFacts, find_gpus, is_name_of
+from lem.meters.gpus import GpuFacts, find_gpus, visible_gpus, is_name_of
 from lem.orchestration.compose import Compose
 from lem.orchestration.compose_files import find_compose_files
 from lem.orchestration.compose_project import ComposeProject
@@ -74,11 +74,14 @@ def choose_executor(
     if wish == "docker" and python is not None:
         raise UserError("--python is for the local executor", "leave out --python, or --executor docker")
     if wish == "local" or python is not None:
+        _tell_what_needs_containers(campaign)
         return _local(python, "asked for")
     if wish == "docker":
         return _docker(campaign, plan, backends, where, environ, "asked for")
     if campaign.cold_start.restart_container:
         return _docker(campaign, plan, backends, where, environ, "chosen: cold_start.restart_container needs it")
+    if campaign.io.compose_file is not None or campaign.io.env_file is not None:
+        return _docker(campaign, plan, backends, where, environ, "chosen: a file for compose is named")
     absent = _not_installed(backends)
     if not absent:
         return _local(None, f"chosen: {', '.join(backends)} can be imported here")
@@ -126,8 +129,9 @@ def docker_executor(
         ContainerError: a compose file that is named is not there.
     """
     backends = tuple(dict.fromkeys(item.backend for item in plan.experiments))
-    present = find_gpus() if gpus is None else gpus
-    uuids = {str(gpu.index): gpu.uuid for gpu in present} | {gpu.uuid: gpu.uuid for gpu in present}
+    # A number means here what it means to a local engine.
+    visible = visible_gpus(find_gpus() if gpus is None else gpus, environ)
+    uuids = {str(number): gpu.uuid for number, gpu in enumerate(visible)} | {gpu.uuid: gpu.uuid for gpu in visible}
     configs = {name: [item.config for item in plan.configurations if item.backend == name] for name in backends}
     named = {name: _gpus_named([item.gpus for item in items], uuids) for name, items in configs.items()}
     project = dataclasses.replace(

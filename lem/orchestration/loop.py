@@ -168,7 +168,22 @@ class ExperimentLoop:
             self._update(experiment, measurement.attempt)
             self.save()
             self.tell("experiment_retried", **self._who(experiment), reason=reason, **_why(measurement))
+            gap = self._gap_before_retry(experiment)
         return self._settle(experiment, measurements, self.monotonic() - started_s)
+
+    def _gap_before_retry(self, experiment: CampaignExperiment) -> GapOutcome | None:
+        """The gap before another try, which follows an attempt as any experiment follows another.
+
+        Raises:
+            Interrupted: a stop was asked for in it; the experiment is pending again.
+        """
+        gap = self._keep_gap("configuration", None)
+        if self.stop.signum is not None:
+            interrupt_entry(self.manifest.get_entry(experiment.exp_id))
+            self.tell("experiment_interrupted", **self._who(experiment), reason=None)
+            self.save()
+            raise Interrupted(self.stop.signum)
+        return gap
 
     def _attempt(self, experiment: CampaignExperiment, *, keep_engine: bool, gap: GapOutcome | None) -> Measurement:
         entry = self.manifest.get_entry(experiment.exp_id)

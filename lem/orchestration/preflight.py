@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lem.config.campaign_config import CampaignConfig
+from lem.config.experiment_config import BaselineConfig, TimeseriesConfig
 from lem.errors import UserError
 from lem.experiment.probe import missing_distributions
-from lem.meters.gpus import find_gpus, visible_gpus
+from lem.meters.gpus import find_gpus, is_name_of, visible_gpus
 from lem.orchestration.grid import GridValidationIssue
 from lem.orchestration.plan import CampaignExperiment, Plan
 from lem.orchestration.session import Session
@@ -62,23 +63,27 @@ def _lacking(session: Session, backend: str, missing: Sequence[str], environment
         )
     return UserError(
         f"backend {backend} cannot run here: this {lacks}",
-        f"pip install {' '.join(missing)}, or name a Python that has them with --python",
+        f"pip install {' '.join(missing)}, name a Python that has them with --python, or use a container (lem doctor)",
     )
 
 
 def gpus_of(plan: Plan) -> tuple[str, ...]:
     """The UUIDs of the GPUs that a plan uses; a name that is not found here is the worker's to refuse."""
     visible = visible_gpus(find_gpus(), os.environ)
-    by_name = {str(index): gpu.uuid for index, gpu in enumerate(visible)} | {gpu.uuid: gpu.uuid for gpu in visible}
     chosen: set[str] = set()
     for experiment in plan.configurations:
         named = ("0",) if experiment.config.gpus is None else experiment.config.gpus
-        chosen.update(by_name[name] for name in named if name in by_name)
+        chosen.update(
+            gpu.uuid
+            for index, gpu in enumerate(visible)
+            for name in named
+            if name == str(index) or is_name_of(name, gpu.uuid)
+        )
     return tuple(sorted(chosen))
 
 
 def with_unused_options(plan: Plan) -> Plan:
-    """The plan with a warning for each option that `lem experiment` alone looks at."""
+    """The plan with a warning for each option that does nothing in a campaign."""
     issues = [issue for item in plan.configurations for issue in _unused_options(item)]
     return dataclasses.replace(plan, warnings=(*plan.warnings, *issues))
 
@@ -88,8 +93,16 @@ def _unused_options(item: CampaignExperiment) -> list[GridValidationIssue]:
         "num_cycles": (item.config.num_cycles != 1, "execution.cycles"),
         "io.results_dir": (item.config.io.results_dir is not None, "the campaign's io.results_dir"),
     }
-    return [
-        GridValidationIssue(item.config_name, f"{name} is for lem experiment; here {instead} decides", "warning")
-        for name, (is_set, instead) in options.items()
-        if is_set
+    unused = [
+        f"{name} is for lem experiment; here {instead} decides" for name, (is_set, instead) in options.items() if is_set
     ]
+    unmeasured = {
+        "baseline": (item.config.baseline, BaselineConfig()),
+        "timeseries": (item.config.timeseries, TimeseriesConfig()),
+    }
+    unused += [
+        f"{name} has no effect: this version of lem has no energy meter"
+        for name, (section, default) in unmeasured.items()
+        if section != default
+    ]
+    return [GridValidationIssue(item.config_name, reason, "warning") for reason in unused]

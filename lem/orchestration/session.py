@@ -236,7 +236,7 @@ class Session:
                 "run_id": identity.run_id,
                 "host": identity.host,
                 "backend": experiment.backend,
-                "model": config.model.name,
+                "model": experiment.resolved["model"]["name"],
                 "cycle_index": experiment.cycle_index,
                 "order_index": experiment.order_index,
                 "attempt": folder.number,

@@ -52,9 +52,7 @@ def test_a_reader_that_went_away_does_not_end_the_program():
     log.Console(Gone()).line("news")
 
 
-@pytest.mark.parametrize(
-    ("verbosity", "seen"), [(-1, "e"), (0, "we"), (1, "iwe"), (2, "diwe")]
-)
+@pytest.mark.parametrize(("verbosity", "seen"), [(-1, "e"), (0, "we"), (1, "iwe"), (2, "diwe")])
 def test_verbosity_chooses_what_is_told(verbosity, seen):
     stream = io.StringIO()
     log.configure(log.Console(stream), verbosity=verbosity)
@@ -76,3 +74,13 @@ def test_a_log_file_takes_everything(tmp_path):
 def test_shorten_marks_what_it_cut():
     assert log.shorten("abcdef", 6) == "abcdef"
     assert log.shorten("abcdef", 4) == "abc…"
+
+
+def test_a_log_file_holds_names_that_are_no_utf_8_and_survives_a_full_disk(tmp_path, capsys):
+    handler = log.log_to_file(tmp_path / "lem.log")
+    logging.getLogger("lem.test").info("%s", "r\udcff")
+    handler.stream.close()  # whatever is written now fails, as on a full disk
+    logging.getLogger("lem.test").info("lost")
+    logging.getLogger("lem").removeHandler(handler)
+    assert "r\\udcff" in (tmp_path / "lem.log").read_text()
+    assert "Traceback" not in capsys.readouterr().err

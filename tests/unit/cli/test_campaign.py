@@ -269,3 +269,14 @@ def test_the_manifest_of_another_campaign_is_refused(here):
     assert ended.code == 2
     assert "belongs to another campaign, 'DEMO'" in ended.err
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("how", ["--dry-run", "--validate-only"])
+def test_a_plan_is_one_json_document_when_asked(here, how):
+    ended = _run("c.yaml", how, "--executor", "local", "--json")
+    document = json.loads(ended.out)
+    assert ended.code == 0
+    assert (document["generated"], document["filtered"], document["warnings"]) == (2, [], [])
+    assert [item["order_index"] for item in document["experiments"]] == list(range(len(document["experiments"])))
+    assert document["experiments"][0]["loads_engine"] is True
+    assert ("place" in document) == (how == "--dry-run")

@@ -22,6 +22,7 @@ PRESENT = tuple(GpuFacts(index, f"GPU-{letter * 4}", "card", 2**34, (9, 0)) for 
         ("", ""),
         ("-1", ""),
         ("0,7,1", "a"),  # as CUDA: what follows an entry that names no GPU is hidden too
+        ("gpu-BB", "b"),
         ("GPU-,1", ""),  # stands for several
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,22 @@ def test_each_service_sees_its_own_models(tmp_path: Path) -> None:
     assert {name: [item.source for item in items] for name, items in mounts.items()} == {
         name: [path] for name, path in models.items()
     }
+
+
+def test_a_compose_file_that_is_named_is_used(fake: FakeDocker) -> None:
+    io = CampaignIOConfig(compose_file=str(fake.folder / "docker-compose.yml"))
+    Path(str(io.compose_file)).write_text("services: {}\n")
+    choice = choose(fake, campaign("pytorch", io=io))
+    assert choice.name == "docker"
+    assert "a file for compose is named" in choice.describe()
+
+
+def test_what_is_about_containers_is_told_to_do_nothing_here(
+    fake: FakeDocker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("lem"), "propagate", True)
+    found = campaign("pytorch", io={"env_file": "gpu.env"}, health_check={"enabled": False})
+    assert choose(fake, found, "local").name == "local"
+    assert "io.env_file has no effect" in caplog.text
+    assert "health_check has no effect" in caplog.text
+    assert "compose_file" not in caplog.text

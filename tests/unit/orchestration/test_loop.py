@@ -343,3 +343,22 @@ def test_the_worker_is_told_all_that_the_record_will_say(place):
         "prompts.jsonl",
         "result.json",
     ]
+
+
+def test_the_gap_before_another_try_is_its_own_and_recorded_as_such(place):
+    execution = {"cycles": 1, "config_gap_seconds": 7}
+    place.runner(make_campaign(place.folder, execution=execution), {EIGHT: ["invalid", "ok"]}).run()
+    assert [(item.identity["attempt"], item.gap_s) for item in place.requests] == [(1, None), (1, 7.0), (2, 7.0)]
+    place.requests.clear()
+    place.runner(make_campaign(place.folder, execution=execution), {FOUR: ["invalid", "ok"]}).run()
+    assert [item.gap_s for item in place.requests] == [None, 7.0, 7.0]
+
+
+def test_a_stop_in_the_gap_before_another_try_leaves_the_experiment_pending(tmp_path, monkeypatch):
+    monkeypatch.setenv("LEM_LOCK_DIR", str(tmp_path / "locks"))
+    place = Place(tmp_path, signal_at_s=30)
+    execution = {"cycles": 1, "config_gap_seconds": 1000}
+    outcome = place.runner(make_campaign(place.folder, execution=execution), {FOUR: ["invalid"]}).run()
+    assert (outcome.stopped, outcome.signum) == (Stopped.SIGNAL, signal.SIGINT)
+    assert _statuses(place) == ["pending", "pending"]
+    assert place.asked() == [(FOUR, 1, 1)]
