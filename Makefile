@@ -6,12 +6,14 @@ TEST_PYTHON := $(TEST_ENV)/bin/python
 DEMO_ENV := build/demo-env
 DEMO_PYTHON ?= $(DEMO_ENV)/bin/python
 PYTEST_ARGS ?=
+CAMPAIGN_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean distclean test-env demo-env FORCE
+.PHONY: help demo demo-containers test lint format bench clean distclean test-env demo-env FORCE
 
 help:
 	@echo 'make demo       measure a small campaign with a real transformer on this machine, and show the table'
+	@echo 'make demo-containers  PyTorch and vLLM in containers of their own, on the lab (Debian 12, root; tests/lab/README.md)'
 	@echo 'make test       run every test this machine can run, and say what it could not run'
 	@echo 'make lem.pyz    build the program into one file'
 	@echo 'make lint       ruff and mypy'
@@ -30,6 +32,13 @@ lem.pyz: FORCE
 demo: lem.pyz demo-env
 	$(DEMO_PYTHON) examples/make_demo_model.py build/demo-model
 	$(DEMO_PYTHON) lem.pyz campaign examples/demo.yaml --executor local --fresh --yes
+
+# The lab is a Docker Engine with CPU builds of both engines; bringing it up the first time takes some minutes.
+demo-containers: lem.pyz demo-env
+	$(DEMO_PYTHON) examples/make_demo_model.py build/demo-model
+	$(PYTHON) -m tests.lab up
+	eval "$$($(PYTHON) -m tests.lab env)" && \
+	  $(PYTHON) lem.pyz campaign examples/two-backends.yaml --executor docker --fresh --yes $(CAMPAIGN_ARGS)
 
 # An environment named by the caller is taken as it is.
 demo-env:

@@ -13,7 +13,7 @@ from pathlib import Path
 from lem.config.campaign_config import CampaignConfig, CampaignHealthCheckConfig
 from lem.errors import UserError
 from lem.experiment.probe import missing_distributions, probe_environment
-from lem.meters.gpus import GpuFacts, find_gpus, visible_gpus, is_name_of
+from lem.meters.gpus import GpuFacts, find_gpus, is_name_of, visible_gpus
 from lem.orchestration.compose import Compose
 from lem.orchestration.compose_files import find_compose_files
 from lem.orchestration.compose_project import ComposeProject
