@@ -133,6 +133,8 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "checkout": Need(_checkout, is_mandatory=True),
         "other_pythons": Need(_other_pythons, is_mandatory=False),
         "old_python": Need(_old_python, is_mandatory=False),
+        # `make test` runs in an environment without it; there the lab's Python runs what needs it.
+        "vllm": Need(_package("vllm"), is_mandatory=False),
         "cuda": Need(_cuda, is_mandatory=False),
         "docker": Need(_docker, is_mandatory=False),
         "gcc": Need(_gcc, is_mandatory=True),

@@ -10,11 +10,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lem.backends.vllm_options import SAMPLING_OPTIONS, EngineFacts, extra_of, given_options, section_of
+from lem.backends.vllm_options import SAMPLING_OPTIONS, EngineFacts, extra_of, given_options, section_of, seed_of
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import OptionRefused
 
-__all__ = ["describe_effective", "effective_options", "refuse_differences"]
+__all__ = ["describe_effective", "effective_options", "refuse_differences", "refuse_seeds"]
 
 # Where each option stands in vLLM's VllmConfig; the first place that is there counts.
 _OFFLOAD = ("offload_config.uva.cpu_offload_gb", "cache_config.cpu_offload_gb")
@@ -111,6 +111,28 @@ def refuse_differences(config: ExperimentConfig, vllm_config: Any, facts: Engine
     if differing:
         listed = "; ".join(f"{name}: {wanted} became {found}" for name, (wanted, found) in differing.items())
         raise OptionRefused(f"{facts} changed what was asked for: {listed}", "ask for what it does, or leave it out")
+
+
+def refuse_seeds(config: ExperimentConfig, vllm_config: Any, facts: EngineFacts, *, can_rewind: bool) -> None:
+    """Refuse seeds of requests where they would end the engine.
+
+    When a step holds a part of a prompt, the token drawn after it is thrown away and the request's random generator is
+    set back, which torch's generators for CPUs cannot be (seen with vLLM 0.32.0 and torch 2.13).
+
+    Args:
+        can_rewind: the generators of this torch can be set back on this device.
+
+    Raises:
+        OptionRefused: names random_seed and the version.
+    """
+    scheduler = vllm_config.scheduler_config
+    fits = scheduler.max_num_seqs * vllm_config.model_config.max_model_len <= scheduler.max_num_batched_tokens
+    is_split = scheduler.enable_chunked_prefill and not fits
+    if seed_of(config, 0) is not None and is_split and not can_rewind:
+        raise OptionRefused(
+            f"random_seed: {config.random_seed}: {facts} fails where it samples with a seed and splits a prompt",
+            "decode greedily, set random_seed to null, or vllm.enable_chunked_prefill to false",
+        )
 
 
 def describe_effective(

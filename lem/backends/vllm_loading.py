@@ -37,6 +37,7 @@ __all__ = [
     "ENGINE_ERRORS",
     "REQUEST_ERRORS",
     "LoadedEngine",
+    "can_rewind",
     "close_engine",
     "find_facts",
     "load_engine",
@@ -129,9 +130,9 @@ def load_engine(config: ExperimentConfig, facts: EngineFacts, token: str | None)
     is_concurrent = bool(envs.VLLM_ENABLE_V1_MULTIPROCESSING)
     output = ChildOutput()
     try:
-        with output.inherited() if is_concurrent else contextlib.nullcontext():
+        with output.inherited():
             engine = LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
-    except ENGINE_ERRORS as error:
+    except Exception as error:  # vLLM raises Exception itself where a worker of its own has failed
         raise explain_load_failure(error, output.text, config, facts) from error
     loaded = LoadedEngine(engine, source, adapter, output, is_concurrent)
     try:
@@ -156,6 +157,17 @@ def close_engine(loaded: LoadedEngine) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory
 
         cleanup_dist_env_and_memory()
+
+
+def can_rewind(device: str) -> bool:
+    """Whether random generators on this device can be set back to where they were."""
+    if device != "cpu":
+        return True
+    try:
+        torch.Generator(device).get_offset()
+    except RuntimeError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
 from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
-from lem.backends.vllm_effective import describe_effective
+from lem.backends.vllm_effective import describe_effective, refuse_seeds
 from lem.backends.vllm_failures import (
     OPTION_OF_PARAMETER,
     explain_load_failure,
@@ -23,6 +23,7 @@ from lem.backends.vllm_loading import (
     ENGINE_ERRORS,
     REQUEST_ERRORS,
     LoadedEngine,
+    can_rewind,
     close_engine,
     find_facts,
     load_engine,
@@ -169,6 +170,7 @@ class Session:
         self._config = config
         forms = _Forms(config, self._loaded)
         self._sampling = check_sampling(config, self._facts)
+        refuse_seeds(config, self._loaded.config, self._facts, can_rewind=can_rewind(self._facts.device))
         self._loop = StepLoop(self._loaded.engine, forms, is_concurrent=self._loaded.is_concurrent)
         if self._loaded.config.cache_config.enable_prefix_caching:
             # Not even what is measured with a cache starts with that of another experiment.

@@ -25,3 +25,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     assert main([str(folder), "--size", "tiny"]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def wide_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with heads as wide as vLLM takes them on the CPU; not to be written to."""
+    reason = missing("vllm")
+    if reason is not None:
+        pytest.skip(reason)
+    from tests.lab.make_model import main
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    assert main(folder, "tiny") == 0
+    return folder

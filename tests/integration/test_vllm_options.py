@@ -1,0 +1,502 @@
+"""Every option of the vllm section does something that can be seen in a real engine, or is refused.
+
+`CHECKS` has one entry an option; an option that is declared and not in it fails the first test. Checks that need the
+same engine stand together: a load takes seconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lem.backends.protocol import EngineReport, TokenRequest
+from lem.backends.vllm import VllmBackend
+from lem.config.backend_config import VllmConfig
+from lem.config.schema import walk
+from lem.errors import EngineError, OptionRefused
+from tests.integration.vllm_experiments import SAMPLING, answers, experiment, outputs, prompts
+
+pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(600)]
+
+# Small steps and blocks, so that what the engine does shows with short prompts.
+BASE = {"max_num_batched_tokens": 16, "max_num_seqs": 4, "block_size": 32}
+ASKED = {
+    **BASE,
+    "max_num_seqs": 2,
+    "max_model_len": 90,
+    "enable_prefix_caching": True,
+    "distributed_backend": "mp",
+    "kv_cache_dtype": "fp8",
+    "attention": {"backend": "CPU_ATTN"},
+}
+DIFFERENT = {
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 96,
+    "block_size": 64,
+    "enable_prefix_caching": False,
+    "enable_chunked_prefill": False,
+}
+LENGTHS = {"max_input_tokens": 80}
+UNSEEDED = {"decoder": SAMPLING, "random_seed": None}
+# Longer than two blocks of 32, so that two of them can be found again.
+LONG = TokenRequest(0, tuple(range(100, 170)), 1, 1)
+
+
+class Bench:
+    """One engine at a time on which sections are tried."""
+
+    def __init__(self, model: Path, scratch: Path) -> None:
+        self.model = model
+        self.scratch = scratch
+        self.backend = VllmBackend()
+        self._engine_key = ""
+
+    def set_up(self, section: dict[str, Any], **options: Any) -> EngineReport:
+        """Have an engine with a section: the one that is there, or another."""
+        config = experiment(self.model, section, **{**LENGTHS, **options})
+        if config.engine_key() == self._engine_key:
+            return self.backend.configure(config)
+        self._engine_key = ""
+        report = self.backend.load(config, {})
+        self._engine_key = config.engine_key()
+        return report
+
+    def reload(self, section: dict[str, Any], **options: Any) -> EngineReport:
+        """Have an engine of its own, with the environment as it is now."""
+        self._engine_key = ""
+        return self.set_up(section, **options)
+
+    def outputs(self, section: dict[str, Any], **options: Any) -> list[tuple[int, ...]]:
+        """What is generated under a section."""
+        self.set_up(section, **options)
+        return outputs(self.backend, prompts())
+
+    def steps(self, *requests: TokenRequest) -> int:
+        """How many steps the engine makes for some requests."""
+        told: list[int] = []
+        self.backend.generate(requests, observe_tokens=False, on_progress=told.append)
+        return len(told)
+
+    @functools.cached_property
+    def expected(self) -> list[tuple[int, ...]]:
+        """What is generated under the base, greedily."""
+        return self.outputs(BASE)
+
+    def refusal(self, section: dict[str, Any], *, is_early: bool = True, **options: Any) -> str:
+        """Why a load under a section is refused; it names the version.
+
+        Args:
+            is_early: before the engine begins to load, so that the one that is there can stay.
+        """
+        backend = VllmBackend() if is_early else self.backend
+        self._engine_key = self._engine_key if is_early else ""
+        with pytest.raises(OptionRefused) as caught:
+            backend.load(experiment(self.model, section, **{**LENGTHS, **options}), {})
+        assert "vLLM 0." in caught.value.message
+        return caught.value.message
+
+
+@pytest.fixture(scope="module")
+def bench(wide_tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # Without a bound vLLM wants most of the memory there is.
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        there = Bench(wide_tiny_model, tmp_path_factory.mktemp("vllm"))
+        yield there
+        there.backend.unload()
+
+
+# Without a load
+
+
+def gone_with_older_engines(bench: Bench) -> None:
+    assert "no swap space" in bench.refusal({"swap_space": 1})
+
+
+def nothing_is_offloaded_on_the_cpu(bench: Bench) -> None:
+    assert "vllm.cpu_offload_gb" in bench.refusal({"cpu_offload_gb": 1})
+
+
+def several_workers_need_several_nodes(bench: Bench) -> None:
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        assert f"vllm.{name}: 2" in bench.refusal({name: 2}, gpus=None)
+
+
+def custom_all_reduce_needs_several_gpus(bench: Bench) -> None:
+    assert "vllm.disable_custom_all_reduce" in bench.refusal({"disable_custom_all_reduce": True})
+
+
+def quantization_is_judged_by_the_engine(bench: Bench) -> None:
+    assert "vllm.quantization: awq" in bench.refusal({"quantization": "awq"})
+    assert "vllm.quantization: nonsense" in bench.refusal({"quantization": "nonsense"})
+
+
+def flash_version_needs_a_gpu(bench: Bench) -> None:
+    assert "vllm.attention.flash_version" in bench.refusal({"attention": {"flash_version": 3}})
+
+
+def sliding_window_must_be_there(bench: Bench) -> None:
+    assert "no such window" in bench.refusal({"attention": {"disable_sliding_window": True}}, is_early=False)
+
+
+# One engine
+
+
+def max_num_batched_tokens_bounds_a_step(bench: Bench) -> None:
+    report = bench.set_up(BASE)
+    assert report.effective["vllm"]["max_num_batched_tokens"] == 16
+    assert bench.steps(LONG) == 5  # 70 tokens, 16 at a time
+
+
+def min_p_drops_the_unlikely(bench: Bench) -> None:
+    # No token but the likeliest is as likely as the likeliest.
+    assert bench.outputs({**BASE, "min_p": 1.0}, **UNSEEDED) == bench.expected
+    assert bench.outputs(BASE, **UNSEEDED) != bench.expected
+    assert "min_p" in bench.set_up({**BASE, "min_p": 0.5}).warnings[0]
+
+
+def logprobs_are_asked_of_the_engine(bench: Bench) -> None:
+    seen: list[Any] = []
+    report = bench.set_up({**BASE, "logprobs": 3})
+    session = bench.backend._session
+    assert session is not None
+    step = session._loaded.engine.step
+
+    def watched() -> Any:
+        outputs = step()
+        seen.extend(outputs)
+        return outputs
+
+    session._loaded.engine.step = watched
+    try:
+        answers(bench.backend, prompts())
+    finally:
+        session._loaded.engine.step = step
+    assert {len(place) >= 3 for output in seen for place in output.outputs[0].logprobs} == {True}
+    assert report.effective["vllm"]["logprobs"] == 3
+
+
+def logit_bias_pushes_a_token(bench: Bench) -> None:
+    assert {*bench.outputs({**BASE, "logit_bias": {"5": 100}})[0]} == {5}
+    assert bench.set_up({**BASE, "logit_bias": {"5": 100}}).effective["vllm"]["logit_bias"] == {"5": 100.0}
+    with pytest.raises(OptionRefused, match=r"vllm\.logit_bias: .*out-of-vocab"):
+        bench.set_up({**BASE, "logit_bias": {"5000": 1}})
+
+
+# Another
+
+
+def max_num_seqs_bounds_what_runs_at_once(bench: Bench) -> None:
+    def at_once(section: dict[str, Any]) -> int:
+        bench.set_up(section)
+        spans = [(item.started_ns, item.finished_ns) for item in answers(bench.backend, prompts())]
+        return max(sum(start <= moment < end for start, end in spans) for moment, _end in spans)
+
+    assert at_once(ASKED) == 2
+
+
+def max_model_len_bounds_a_request(bench: Bench) -> None:
+    report = bench.set_up(ASKED)
+    assert report.effective["vllm"]["max_model_len"] == 90
+    requests = [TokenRequest(0, LONG.token_ids, 20), TokenRequest(1, LONG.token_ids, 21)]
+    fits, too_long = sorted(
+        bench.backend.generate(requests, observe_tokens=False), key=lambda completion: completion.index != 0
+    )[:2]
+    assert {fits.error is None, too_long.error is None} == {True, False}
+    assert "90" in str(fits.error or too_long.error)
+
+
+def prefix_caching_keeps_what_is_asked_to_be_kept(bench: Bench) -> None:
+    bench.set_up(ASKED)
+    assert [bench.steps(LONG) for _ in range(2)] == [5, 1]  # two blocks of 32 are found again
+    assert [bench.steps(LONG) for _ in range(2)] == [1, 1]
+
+
+def prompts_are_forgotten_between_repeats_otherwise(bench: Bench) -> None:
+    report = bench.set_up(BASE)
+    assert report.effective["vllm"]["enable_prefix_caching"] is True  # vLLM's own default
+    assert [bench.steps(LONG) for _ in range(3)] == [5, 5, 5]
+
+
+def distributed_backend_is_what_runs_the_worker(bench: Bench) -> None:
+    assert bench.set_up(ASKED).effective["vllm"]["distributed_backend"] == "mp"
+    assert any("Worker" in process.name for process in multiprocessing.active_children())
+    bench.set_up(BASE)
+    assert not any("Worker" in process.name for process in multiprocessing.active_children())
+    assert "vllm.distributed_backend: ray" in bench.refusal({"distributed_backend": "ray"})
+
+
+def kv_cache_dtype_changes_rounding(bench: Bench) -> None:
+    assert bench.set_up(ASKED).effective["vllm"]["kv_cache_dtype"] == "fp8"
+    assert bench.outputs(ASKED) != bench.expected
+
+
+def attention_backend_is_the_one_asked(bench: Bench) -> None:
+    assert bench.set_up(ASKED).effective["vllm"]["attention"]["backend"] == "CPU_ATTN"
+    assert "vllm.attention.backend" in bench.refusal({"attention": {"backend": "FLASH_ATTN"}})
+
+
+# A third
+
+
+def chunked_prefill_splits_what_does_not_fit(bench: Bench) -> None:
+    def is_split(section: dict[str, Any]) -> bool:
+        """Whether the second of two prompts, too long together for one step, starts with the first."""
+        bench.set_up(section)
+        length = section["max_num_batched_tokens"] * 2 // 3
+        first, second = answers(bench.backend, prompts((length, length), maximum=2))
+        return first.started_ns == second.started_ns
+
+    assert not is_split(DIFFERENT)
+    assert is_split(BASE)
+
+
+def prefix_caching_can_be_off(bench: Bench) -> None:
+    assert bench.set_up(DIFFERENT).effective["vllm"]["enable_prefix_caching"] is False
+
+
+def load_format_decides_on_the_weights(bench: Bench) -> None:
+    assert bench.outputs({**BASE, "load_format": "dummy"}) != bench.expected
+    assert "vllm.load_format: zebra" in bench.refusal({"load_format": "zebra"}, is_early=False)
+
+
+def gpu_memory_utilization_is_what_the_engine_has(bench: Bench) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        assert "VLLM_CPU_KVCACHE_SPACE decides" in bench.refusal({"gpu_memory_utilization": 0.5})
+        patch.delenv("VLLM_CPU_KVCACHE_SPACE")
+        report = bench.reload({**BASE, "gpu_memory_utilization": 0.5})
+        assert report.effective["vllm"]["gpu_memory_utilization"] == 0.5
+        # More than the share is there for is refused by vLLM itself.
+        with pytest.raises(EngineError) as caught:
+            bench.reload({**BASE, "gpu_memory_utilization": 0.99})
+        assert caught.value.kind == "out_of_memory"
+
+
+def block_size_is_what_the_engine_has(bench: Bench) -> None:
+    assert bench.set_up(DIFFERENT).effective["vllm"]["block_size"] == 64
+    assert "vllm.block_size: 16" in bench.refusal({"block_size": 16}, is_early=False)
+
+
+def eager_is_not_compiled(bench: Bench) -> None:
+    effective = bench.set_up(BASE).effective
+    assert effective["vllm"]["enforce_eager"] is True
+    assert effective["engine"]["compilation_config"]["mode"] == "NONE"
+    # That the default compiles is seen with the engine in a process of its own.
+
+
+# Engines with partners
+
+
+def a_drafting_model_drafts_the_tokens_asked_for(bench: Bench) -> None:
+    speculative = {"model": str(bench.model), "num_tokens": 3, "method": "draft_model", "draft_tp_size": 1}
+    expected = bench.expected
+    report = bench.set_up({"speculative": speculative})
+    assert {**report.effective["vllm"]["speculative"], **speculative} == report.effective["vllm"]["speculative"]
+    found = answers(bench.backend, prompts(), observe_tokens=True)
+    assert [completion.output_ids for completion in found] == expected
+    # The model drafts for itself and is always right: three drafted tokens and one of its own a step.
+    times = found[0].token_times_ns
+    assert times is not None
+    assert [times.count(moment) for moment in sorted(set(times))] == [1, 4, 4, 4, 3]
+    assert "vllm.speculative.draft_tp_size: 2" in bench.refusal({"speculative": {**speculative, "draft_tp_size": 2}})
+
+
+def an_adapter_changes_what_is_generated(bench: Bench) -> None:
+    expected = bench.expected
+    adapter = make_adapter(bench.model, bench.scratch / "adapter", rank=16)
+    section = {"lora": {"enabled": True, "max_loras": 1, "max_rank": 16}}
+    report = bench.set_up(section, model={"name": str(bench.model), "adapter": str(adapter)})
+    assert report.effective["vllm"]["lora"] == {"enabled": True, "max_loras": 1, "max_rank": 16}
+    assert outputs(bench.backend, prompts()) != expected
+
+
+def room_for_adapters_is_made_as_asked(bench: Bench) -> None:
+    expected = bench.expected
+    report = bench.set_up({"lora": {"enabled": True, "max_loras": 2, "max_rank": 8}})
+    assert report.effective["vllm"]["lora"] == {"enabled": True, "max_loras": 2, "max_rank": 8}
+    assert outputs(bench.backend, prompts()) == expected
+    adapter = make_adapter(bench.model, bench.scratch / "large", rank=16)
+    config = experiment(
+        bench.model,
+        {"lora": {"enabled": True, "max_rank": 8}},
+        model={"name": str(bench.model), "adapter": str(adapter)},
+    )
+    bench._engine_key = ""
+    with pytest.raises(EngineError, match="rank"):
+        bench.backend.load(config, {})
+
+
+def extra_arguments_reach_the_engine(bench: Bench) -> None:
+    section = {"extra": {"stream_interval": 4}}
+    report = bench.set_up(section)
+    assert report.effective["engine"]["scheduler_config"]["stream_interval"] == 4
+    # Tokens come four at a time, and are counted one by one.
+    (found,) = answers(bench.backend, prompts((5,), maximum=10), observe_tokens=True)
+    times = found.token_times_ns
+    assert times is not None
+    assert [times.count(moment) for moment in sorted(set(times))] == [1, 4, 4, 1]
+    assert "did you mean stream_interval" in bench.refusal({"extra": {"stream_intervall": 4}})
+    assert "True became False" in bench.refusal({"extra": {"async_scheduling": True}}, is_early=False)
+
+
+def ngrams_are_looked_up_in_the_prompt(bench: Bench) -> None:
+    """In a process of its own, as by default: what vLLM compiles to look n-grams up disturbs a later load in this."""
+    request = predictable_request(bench)
+    expected = outputs(bench.backend, [request])
+    speculative = {"method": "ngram", "num_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        report = bench.reload({"speculative": speculative})
+    assert report.effective["multiprocessing"] is True
+    effective = report.effective["vllm"]["speculative"]
+    assert {name: effective[name] for name in speculative} == speculative
+    (found,) = answers(bench.backend, [request], observe_tokens=True)
+    assert [found.output_ids] == expected
+    assert found.token_times_ns is not None
+    assert len(set(found.token_times_ns)) < len(found.output_ids)
+
+
+def predictable_request(bench: Bench) -> TokenRequest:
+    """A request whose answer begins with what stands in the prompt behind its last token."""
+    bench.set_up(BASE)
+    plain = [TokenRequest(index, tuple(100 + index + 13 * place for place in range(6)), 3) for index in range(100)]
+    candidates = [
+        TokenRequest(request.index, (request.token_ids[-1], *answer, *request.token_ids), 8)
+        for request, answer in zip(plain, outputs(bench.backend, plain), strict=True)
+    ]
+    found = zip(candidates, outputs(bench.backend, candidates), strict=True)
+    return next(request for request, answer in found if answer[:2] == request.token_ids[1:3])
+
+
+CHECKS: dict[str, Callable[[Bench], None]] = {
+    "swap_space": gone_with_older_engines,
+    "cpu_offload_gb": nothing_is_offloaded_on_the_cpu,
+    "tensor_parallel_size": several_workers_need_several_nodes,
+    "pipeline_parallel_size": several_workers_need_several_nodes,
+    "disable_custom_all_reduce": custom_all_reduce_needs_several_gpus,
+    "quantization": quantization_is_judged_by_the_engine,
+    "attention.flash_version": flash_version_needs_a_gpu,
+    "attention.disable_sliding_window": sliding_window_must_be_there,
+    "max_num_batched_tokens": max_num_batched_tokens_bounds_a_step,
+    "min_p": min_p_drops_the_unlikely,
+    "logprobs": logprobs_are_asked_of_the_engine,
+    "logit_bias": logit_bias_pushes_a_token,
+    "enforce_eager": eager_is_not_compiled,
+    "max_num_seqs": max_num_seqs_bounds_what_runs_at_once,
+    "max_model_len": max_model_len_bounds_a_request,
+    "enable_prefix_caching": prefix_caching_keeps_what_is_asked_to_be_kept,
+    "kv_cache_dtype": kv_cache_dtype_changes_rounding,
+    "attention.backend": attention_backend_is_the_one_asked,
+    "distributed_backend": distributed_backend_is_what_runs_the_worker,
+    "enable_chunked_prefill": chunked_prefill_splits_what_does_not_fit,
+    "block_size": block_size_is_what_the_engine_has,
+    "load_format": load_format_decides_on_the_weights,
+    "gpu_memory_utilization": gpu_memory_utilization_is_what_the_engine_has,
+    "speculative.model": a_drafting_model_drafts_the_tokens_asked_for,
+    "speculative.num_tokens": a_drafting_model_drafts_the_tokens_asked_for,
+    "speculative.draft_tp_size": a_drafting_model_drafts_the_tokens_asked_for,
+    "lora.enabled": an_adapter_changes_what_is_generated,
+    "lora.max_loras": room_for_adapters_is_made_as_asked,
+    "lora.max_rank": room_for_adapters_is_made_as_asked,
+    "extra": extra_arguments_reach_the_engine,
+    "speculative.method": ngrams_are_looked_up_in_the_prompt,
+    "speculative.prompt_lookup_min": ngrams_are_looked_up_in_the_prompt,
+    "speculative.prompt_lookup_max": ngrams_are_looked_up_in_the_prompt,
+}
+
+
+def make_adapter(model: Path, folder: Path, *, rank: int) -> Path:
+    """A LoRA adapter for the tiny model that changes its answers."""
+    import torch
+    from safetensors.torch import save_file
+
+    shape = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    hidden, heads = shape["hidden_size"], shape["num_attention_heads"] * shape["head_dim"]
+    random = torch.Generator().manual_seed(7)
+    weights = {}
+    for layer in range(shape["num_hidden_layers"]):
+        stem = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        weights[f"{stem}.lora_A.weight"] = torch.randn(rank, hidden, generator=random)
+        weights[f"{stem}.lora_B.weight"] = torch.randn(heads, rank, generator=random)
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+def test_every_declared_option_is_checked_here() -> None:
+    assert set(CHECKS) == {key for key, _item, _section in walk(VllmConfig)}
+
+
+# The order of CHECKS, each check once.
+@pytest.mark.parametrize("check", list(dict.fromkeys(CHECKS.values())), ids=lambda check: check.__name__)
+def test_the_option_takes_effect_or_is_refused(check: Callable[[Bench], None], bench: Bench) -> None:
+    check(bench)
+
+
+@pytest.mark.parametrize("check", [prompts_are_forgotten_between_repeats_otherwise, prefix_caching_can_be_off])
+def test_prefix_caching(check: Callable[[Bench], None], bench: Bench) -> None:
+    check(bench)
+
+
+@pytest.mark.parametrize("decoder", [{"top_k": 1}, {"top_p": 1e-6}])
+def test_sampling_sharpened_to_the_limit_is_greedy(bench: Bench, decoder: dict[str, Any]) -> None:
+    assert bench.outputs(BASE, random_seed=None, decoder={**SAMPLING, **decoder}) == bench.expected
+
+
+def test_a_low_temperature_is_nearly_greedy(bench: Bench) -> None:
+    greedy = bench.outputs(DIFFERENT)
+
+    def likeness(temperature: float) -> int:
+        sampled = bench.outputs(DIFFERENT, decoder={**SAMPLING, "temperature": temperature})
+        return sum(one[0] == other[0] for one, other in zip(sampled, greedy, strict=True))
+
+    assert likeness(0.01) > likeness(2.0)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "told"),
+    [
+        ({"temperature": 0.005}, "decoder.temperature: 0.005 became 0.01"),
+        ({"top_p": 0.0}, "decoder.top_p"),
+    ],
+)
+def test_a_sampling_value_that_vllm_does_not_take_is_refused(bench: Bench, decoder: dict[str, Any], told: str) -> None:
+    assert told in bench.refusal(BASE, decoder=decoder)
+
+
+def test_repetition_is_penalised(bench: Bench) -> None:
+    decoder = {"preset": "deterministic", "repetition_penalty": 1.5}
+    assert bench.outputs(BASE, decoder=decoder) != bench.expected
+    effective = bench.set_up(BASE, decoder=decoder).effective
+    assert effective["decoder"]["repetition_penalty"] == 1.5
+
+
+def test_seeds_are_refused_where_they_would_end_the_engine(bench: Bench) -> None:
+    bench.set_up(BASE)
+    with pytest.raises(OptionRefused, match=r"random_seed: 42: vLLM .*splits a prompt") as caught:
+        bench.set_up(BASE, decoder=SAMPLING)
+    assert "null" in caught.value.hint
+
+
+def test_a_seed_draws_the_same_again_in_whatever_company(bench: Bench) -> None:
+    sampled = bench.outputs(DIFFERENT, decoder=SAMPLING)
+    assert bench.outputs(DIFFERENT, decoder=SAMPLING) == sampled
+    assert outputs(bench.backend, prompts()[:2]) == sampled[:2]
+    assert bench.outputs(DIFFERENT, decoder=SAMPLING, random_seed=43) != sampled
+    unseeded = bench.outputs(DIFFERENT, **UNSEEDED)
+    assert bench.outputs(DIFFERENT, **UNSEEDED) != unseeded
+
+
+def test_another_engine_key_needs_a_reload(bench: Bench) -> None:
+    bench.set_up(BASE)
+    with pytest.raises(EngineError, match="another engine load"):
+        bench.backend.configure(experiment(bench.model, {**BASE, "max_num_seqs": 3}, **LENGTHS))

@@ -1,0 +1,76 @@
+"""The vllm backend as it runs by default: the engine compiles, in processes of its own, and leaves none of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import pytest
+
+from lem.backends.vllm import VllmBackend
+from lem.errors import EngineError
+from tests.integration.vllm_experiments import Arrivals, answers, experiment, outputs, prompts
+
+pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(600)]
+
+
+def test_the_default_engine_compiles_in_processes_of_its_own_and_leaves_none(wide_tiny_model: Path) -> None:
+    """And a token of the hub is found in none of them."""
+    before = processes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        config = experiment(wide_tiny_model, {"enforce_eager": None})
+        backend = VllmBackend()
+        report = backend.load(config, {"HF_TOKEN": "hf_planted_in_a_test"})
+        try:
+            started = processes() - before
+            assert started
+            for pid in started:
+                assert b"hf_planted_in_a_test" not in read(pid, "environ") + read(pid, "cmdline")
+            assert report.effective["multiprocessing"] is True
+            assert report.effective["vllm"]["enforce_eager"] is False
+            assert report.effective["engine"]["compilation_config"]["mode"] != "NONE"
+            arrivals = Arrivals(prompts()[:2], prompts()[2:])
+            backend.serve(arrivals)
+            assert all(item.error is None for item in arrivals.completions)
+            found = answers(backend, prompts(), observe_tokens=True)
+            assert all(len(item.token_times_ns or ()) == len(item.output_ids) > 0 for item in found)
+            assert [item.output_ids for item in found] == outputs(backend, prompts())
+        finally:
+            backend.unload()
+    assert not processes() - before
+
+
+def processes() -> set[int]:
+    """The living processes that descend from this one, without Python's own helper, which stays until the end."""
+    parents: dict[int, int] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            with contextlib.suppress(OSError):
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                is_helper = b"resource_tracker" in read(int(folder.name), "cmdline")
+                if fields[0] != "Z" and not is_helper:
+                    parents[int(folder.name)] = int(fields[1])
+    found = {os.getpid()}
+    while grown := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= grown
+    return found - {os.getpid()}
+
+
+def read(pid: int, name: str) -> bytes:
+    return Path(f"/proc/{pid}/{name}").read_bytes()
+
+
+def test_a_failure_in_the_engines_process_is_told_with_its_cause(wide_tiny_model: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+        config = experiment(
+            wide_tiny_model, {"gpu_memory_utilization": 0.99, "extra": {"num_gpu_blocks_override": None}}
+        )
+        with pytest.raises(EngineError) as caught:
+            VllmBackend().load(config, {})
+    assert (caught.value.kind, caught.value.is_permanent) == ("out_of_memory", True)
+    assert "See root cause above" not in caught.value.message

@@ -1,0 +1,95 @@
+"""Experiments on the tiny model, and the requests they answer, for the tests of the vllm backend."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lem.backends.protocol import Completion, EngineReport, TokenRequest
+from lem.backends.vllm import VllmBackend
+from lem.config.experiment_config import ExperimentConfig
+
+GREEDY = {"preset": "deterministic"}
+SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+LENGTHS = (9, 3, 14, 1, 6)
+
+# A few MB of cache are enough here; without a bound vLLM takes most of the memory there is.
+BLOCKS = {"num_gpu_blocks_override": 64}
+
+
+def experiment(model: Path, section: dict[str, Any] | None = None, /, **options: Any) -> ExperimentConfig:
+    """An experiment on the CPU in float32, greedy and uncompiled unless told otherwise."""
+    given: dict[str, Any] = {
+        "model": str(model),
+        "backend": "vllm",
+        "gpus": [],
+        "fp_precision": "float32",
+        "decoder": GREEDY,
+        "max_input_tokens": 32,
+        "max_output_tokens": 16,
+    }
+    own = {"enforce_eager": True, **(section or {})}
+    own["extra"] = {**BLOCKS, **own.get("extra", {})}
+    return ExperimentConfig.from_dict({**given, **options, "vllm": own})
+
+
+def prompts(lengths: Iterable[int] = LENGTHS, maximum: int = 16, minimum: int = 0) -> list[TokenRequest]:
+    """Requests of these lengths, each prompt another one."""
+    return [
+        TokenRequest(index, tuple(100 + (31 * index + 7 * place) % 800 for place in range(length)), maximum, minimum)
+        for index, length in enumerate(lengths)
+    ]
+
+
+@contextmanager
+def loaded(config: ExperimentConfig) -> Iterator[tuple[VllmBackend, EngineReport]]:
+    """The backend with the model of an experiment, unloaded afterwards."""
+    backend = VllmBackend()
+    report = backend.load(config, {})
+    try:
+        yield backend, report
+    finally:
+        backend.unload()
+
+
+def answers(
+    backend: VllmBackend, requests: Sequence[TokenRequest], *, observe_tokens: bool = False
+) -> list[Completion]:
+    """The completions in the order of the requests, none of them failed."""
+    completions = sorted(
+        backend.generate(requests, observe_tokens=observe_tokens), key=lambda completion: completion.index
+    )
+    assert [completion.index for completion in completions] == sorted(request.index for request in requests)
+    assert [completion.error for completion in completions] == [None] * len(completions)
+    return completions
+
+
+def outputs(backend: VllmBackend, requests: Sequence[TokenRequest]) -> list[tuple[int, ...]]:
+    """The ids generated, in the order of the requests."""
+    return [completion.output_ids for completion in answers(backend, requests)]
+
+
+class Arrivals:
+    """A queue whose requests arrive in groups: the next group is there once the one before is answered."""
+
+    def __init__(self, *groups: Sequence[TokenRequest]) -> None:
+        self.completions: list[Completion] = []
+        self._groups = [list(group) for group in groups]
+        self._answered = threading.Condition()
+
+    def take(self, limit: int) -> tuple[TokenRequest, ...]:
+        with self._answered:
+            assert self._answered.wait_for(lambda: len(self.completions) == self._taken, timeout=60)
+            group = self._groups.pop(0) if self._groups else []
+            self._taken += len(group)
+            return tuple(group)
+
+    _taken = 0
+
+    def complete(self, completion: Completion) -> None:
+        with self._answered:
+            self.completions.append(completion)
+            self._answered.notify()
