@@ -79,6 +79,7 @@ def test_shorten_marks_what_it_cut():
 def test_a_log_file_holds_names_that_are_no_utf_8_and_survives_a_full_disk(tmp_path, capsys):
     handler = log.log_to_file(tmp_path / "lem.log")
     assert isinstance(handler, logging.FileHandler)
+    assert handler.stream is not None
     logging.getLogger("lem.test").info("%s", "r\udcff")
     handler.stream.close()  # whatever is written now fails, as on a full disk
     logging.getLogger("lem.test").info("lost")
