@@ -65,9 +65,10 @@ ENGINE_ERRORS: tuple[type[Exception], ...] = (
     ValueError,
 )
 
-# Beside its own, what decides on threads and on where caches lie.
+# Beside its own, what decides on threads, devices and compilation.
 _VARIABLES = ("VLLM_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TORCHINDUCTOR_", "NCCL_")
 _SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
+_PLACE_WORDS = ("_DIR", "_PATH", "_ROOT")
 # Copies of weights in other formats, which would be fetched for nothing.
 _SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "onnx/*")
@@ -104,7 +105,7 @@ def find_facts() -> EngineFacts:
     variables = {
         name: value
         for name, value in sorted(os.environ.items())
-        if name.startswith(_VARIABLES) and not any(word in name for word in _SECRET_WORDS)
+        if name.startswith(_VARIABLES) and not any(word in name for word in (*_SECRET_WORDS, *_PLACE_WORDS))
     }
     return EngineFacts(
         version=str(vllm.__version__),
