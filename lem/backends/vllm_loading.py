@@ -1,4 +1,4 @@
-"""Make a vLLM engine as an experiment asks. Imports vLLM, torch and the hub's client."""
+"""Make a vLLM engine as an experiment asks. Imports vLLM and torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ import os
 import secrets as random_source
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import vllm
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub import constants as hub_constants
 from vllm import envs, exceptions
 from vllm.config import AttentionConfig, SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -24,8 +21,9 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from lem.backends.checkpoints import OTHER_WEIGHTS, WEIGHTS, fetch
 from lem.backends.pytorch_device import pick_gpu
-from lem.backends.pytorch_sources import Source, explained, locate
+from lem.backends.pytorch_sources import Source
 from lem.backends.vllm_effective import refuse_differences
 from lem.backends.vllm_failures import explain_load_failure
 from lem.backends.vllm_options import EngineFacts, Places, engine_arguments, section_of
@@ -69,9 +67,6 @@ ENGINE_ERRORS: tuple[type[Exception], ...] = (
 _VARIABLES = ("VLLM_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TORCHINDUCTOR_", "NCCL_")
 _SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 _PLACE_WORDS = ("_DIR", "_PATH", "_ROOT")
-# Copies of weights in other formats, which would be fetched for nothing.
-_SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
-_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "onnx/*")
 _SEED_BITS = 31
 
 
@@ -221,41 +216,16 @@ def _fetch_all(config: ExperimentConfig, token: str | None) -> tuple[Source, Sou
     """Model, adapter, and where all that vLLM is to read lies."""
     model, section = config.model, section_of(config)
     is_other_format = section.load_format not in {None, "auto", "safetensors"}
-    ignored = ("original/*",) if is_other_format else _OTHER_WEIGHTS
+    ignored = ("original/*",) if is_other_format else OTHER_WEIGHTS
 
-    def fetch(name: str | None, marker: str, option: str, revision: str | None = None) -> Source | None:
-        if name is None:
-            return None
-        skipped = (*_SAFETENSORS, *_OTHER_WEIGHTS) if option == "model.tokenizer" else ignored
-        return _fetch(name, marker, option, revision, token, skipped)
+    def fetch_named(name: str | None, marker: str, option: str, skipped: Sequence[str] = ignored) -> Source | None:
+        return None if name is None else fetch(name, marker=marker, option=option, token=token, ignored=skipped)
 
-    source = _fetch(model.name, "config.json", "model", model.revision, token, ignored)
-    adapter = fetch(model.adapter, "adapter_config.json", "model.adapter")
-    tokenizer = fetch(model.tokenizer, "tokenizer_config.json", "model.tokenizer")
-    drafter = fetch(section.speculative.model, "config.json", "vllm.speculative.model")
+    source = fetch(
+        model.name, marker="config.json", option="model", revision=model.revision, token=token, ignored=ignored
+    )
+    adapter = fetch_named(model.adapter, "adapter_config.json", "model.adapter")
+    tokenizer = fetch_named(model.tokenizer, "tokenizer_config.json", "model.tokenizer", WEIGHTS)
+    drafter = fetch_named(section.speculative.model, "config.json", "vllm.speculative.model")
     folders = [None if found is None else str(found.folder) for found in (tokenizer, drafter)]
     return source, adapter, Places(str(source.folder), *folders)
-
-
-def _fetch(
-    name: str, marker: str, option: str, revision: str | None, token: str | None, ignored: Sequence[str]
-) -> Source:
-    """Where a model lies, all of it on this machine.
-
-    vLLM is given folders, never names of a hub: its own downloads take the token from the environment, which its
-    processes would then carry around, and a folder says which commit it is.
-
-    Raises:
-        EngineError: kind `model`.
-        OptionRefused: a revision of a folder.
-    """
-    source = locate(name, marker=marker, revision=revision, token=token, option=option)
-    if source.commit is None:
-        return source
-    with explained(f"{option}: {name}"):
-        if not hub_constants.HF_HUB_OFFLINE:
-            files = HfApi(token=token).list_repo_files(name, revision=source.commit)
-            if not any(file.endswith(".safetensors") for file in files) and option != "model.tokenizer":
-                ignored = ("original/*",)
-        folder = snapshot_download(name, revision=source.commit, token=token, ignore_patterns=list(ignored))
-    return dataclasses.replace(source, folder=Path(folder))

@@ -11,6 +11,7 @@ from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
+from lem.backends.checkpoints import identify
 from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
 from lem.backends.vllm_effective import describe_effective, refuse_seeds
 from lem.backends.vllm_failures import (
@@ -31,7 +32,7 @@ from lem.backends.vllm_loading import (
 )
 from lem.backends.vllm_options import EngineFacts, idle_options, sampling_settings, section_of, seed_of
 from lem.backends.vllm_refusals import check_options
-from lem.backends.vllm_report import compile_seconds, find_versions, identify
+from lem.backends.vllm_report import compile_seconds, find_versions
 from lem.backends.vllm_stepping import StepLoop
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError, OptionRefused
@@ -66,7 +67,7 @@ class Session:
         began_ns = time.monotonic_ns()
         try:
             self._set_up(config)
-            self._identity = identify(self._loaded)
+            self._identity = identify(self._loaded.source, self._loaded.adapter)
         except BaseException:
             self.close()
             raise

@@ -45,8 +45,9 @@ ENGINES = {
         "torch",
         "transformers",
     },
-    r"lem\.backends\.vllm(_\w+)?": {"huggingface_hub", "torch", "transformers", "vllm"},
-    r"lem\.backends\.tensorrt(_\w+)?": {"huggingface_hub", "tensorrt_llm", "torch", "transformers"},
+    r"lem\.backends\.checkpoints": {"huggingface_hub", "torch", "transformers"},
+    r"lem\.backends\.vllm(_\w+)?": {"torch", "vllm"},
+    r"lem\.backends\.tensorrt(_\w+)?": {"tensorrt_llm", "torch"},
 }
 THIRD_PARTY = {
     **ENGINES,
