@@ -1,32 +1,33 @@
-"""lem's window beside vLLM's own offline benchmark: the same model, prompts, settings and kind of engine.
+"""lem's window beside vLLM's own offline benchmark: the same engine, prompts and settings.
 
     PYTHON_WITH_VLLM -m tests.bench.offline MODEL_FOLDER [PAIRS]
 
-Each side has an engine of its own in processes of its own, as by default: here `vllm.benchmarks.throughput`, the code
-behind `vllm bench throughput`, there lem's backend under `measure_batch`. They are run in turn, in the order ABBA. What
-is printed is the ratio of their throughputs with its 95 % t interval on logs over the pairs. Both sample without a
-seed, as that benchmark does, and neither turns tokens into text.
+One engine is loaded, by lem's backend and in processes of its own, as by default. On one side lem's `measure_batch`
+drives it; on the other `vllm.benchmarks.throughput`, the code behind `vllm bench throughput`, does, through an `LLM`
+that was given this engine instead of making its own: two loads of the same thing differ by more than is looked for
+here. The sides are run in turn, in the order ABBA. What is printed is the ratio of their throughputs with its 95 % t
+interval on logs over the pairs. Both sample without a seed, as that benchmark does, and neither turns tokens into text.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
+from lem.backends.protocol import TokenRequest
+from lem.backends.vllm import VllmBackend
 from lem.config.experiment_config import ExperimentConfig
+from lem.experiment.clock import SystemClock
+from lem.experiment.window import measure_batch
 from lem.results.statistics import log_t_interval
 
-ROOT = Path(__file__).resolve().parents[2]
 PAIRS = 20
 PROMPTS, INPUT_TOK, OUTPUT_TOK, SEQUENCES = 64, 64, 64, 32
 TARGET = 0.97
-# GiB; without a bound vLLM takes most of the memory there is, twice.
+# GiB; without a bound vLLM takes most of the memory there is.
 CACHE_GIB = "1"
 
 Measure = Callable[[], float]
@@ -35,18 +36,15 @@ Measure = Callable[[], float]
 
 def main() -> int:
     """0; the ratio is for a person to judge on a machine that may be busy."""
-    if sys.argv[1] == "--side":
-        return answer(SIDES[sys.argv[2]](sys.argv[3]))
     model = sys.argv[1]
     pairs = int(sys.argv[2]) if len(sys.argv) > 2 else PAIRS
-    with side("lem", model) as ours, side("vllm", model) as theirs:
-        ours(), theirs()  # the first run of each is slower
-        ratios = []
-        for index in range(pairs):
-            first, second = (ours, theirs) if index % 2 == 0 else (theirs, ours)
-            rates = {first: first(), second: second()}
-            ratios.append(rates[ours] / rates[theirs])
-            print(f"pair {index + 1}: lem {rates[ours]:.1f}, vLLM {rates[theirs]:.1f} tok/s", flush=True)
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CACHE_GIB)
+    backend = VllmBackend()
+    backend.load(experiment(model), {})
+    try:
+        ratios = compare(lem_side(backend), vllm_side(backend, model), pairs)
+    finally:
+        backend.unload()
     interval = log_t_interval(ratios)
     print(
         f"throughput, lem over vLLM's own offline benchmark: {interval.geometric_mean:.4f} "
@@ -55,58 +53,21 @@ def main() -> int:
     return 0
 
 
-@contextmanager
-def side(name: str, model: str) -> Iterator[Measure]:
-    """A side in a process of its own, its engine loaded."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "tests.bench.offline", "--side", name, model],
-        cwd=ROOT,
-        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": CACHE_GIB, "HF_HUB_OFFLINE": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert child.stdin is not None
-    assert child.stdout is not None
-    told, asked = child.stdout, child.stdin
-
-    def measure() -> float:
-        print("run", file=asked, flush=True)
-        return float(json.loads(told.readline()))
-
-    try:
-        assert json.loads(told.readline()) == "ready"
-        yield measure
-    finally:
-        child.stdin.close()
-        child.wait(timeout=120)
+def compare(ours: Measure, theirs: Measure, pairs: int) -> list[float]:
+    """The ratio of each pair, the sides in the order ABBA."""
+    ours(), theirs()  # the first run of each is slower
+    ratios = []
+    for index in range(pairs):
+        first, second = (ours, theirs) if index % 2 == 0 else (theirs, ours)
+        rates = {first: first(), second: second()}
+        ratios.append(rates[ours] / rates[theirs])
+        print(f"pair {index + 1}: lem {rates[ours]:.1f}, vLLM {rates[theirs]:.1f} tok/s", flush=True)
+    return ratios
 
 
-def answer(measure: Measure) -> int:
-    """Exit code of a side: a figure for each line that comes, until no more do. vLLM prints, so it gets no stdout."""
-    with told_on_stdout() as told:
-        print(json.dumps("ready"), file=told, flush=True)
-        for _line in sys.stdin:
-            print(json.dumps(measure()), file=told, flush=True)
-    return 0
-
-
-@contextmanager
-def told_on_stdout() -> Iterator[IO[str]]:
-    """The pipe that was stdout when this process began."""
-    with os.fdopen(_STDOUT, "w") as told:
-        yield told
-
-
-def lem_side(model: str) -> Measure:
-    """lem's backend and its closed window."""
-    from lem.backends.registry import create_backend
-    from lem.experiment.clock import SystemClock
-    from lem.experiment.window import measure_batch
-
-    backend = create_backend("vllm")
-    backend.load(experiment(model), {})
-    requests = [_request(index, ids) for index, ids in enumerate(prompts())]
+def lem_side(backend: VllmBackend) -> Measure:
+    """lem's closed window."""
+    requests = [TokenRequest(index, tuple(ids), OUTPUT_TOK) for index, ids in enumerate(prompts())]
 
     def measure() -> float:
         measured = measure_batch(
@@ -119,27 +80,18 @@ def lem_side(model: str) -> Measure:
     return measure
 
 
-def _request(index: int, ids: list[int]) -> Any:
-    from lem.backends.protocol import TokenRequest
-
-    return TokenRequest(index, tuple(ids), OUTPUT_TOK)
-
-
-def vllm_side(model: str) -> Measure:
-    """vLLM's offline benchmark as it is, on the engine arguments that lem ends up with."""
+def vllm_side(backend: VllmBackend, model: str) -> Measure:
+    """vLLM's offline benchmark as it is."""
     from vllm import LLM
     from vllm.benchmarks.datasets import SampleRequest
     from vllm.benchmarks.throughput import _run_vllm_requests
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
 
-    arguments = EngineArgs(
-        model=model,
-        dtype="float32",
-        max_model_len=INPUT_TOK + OUTPUT_TOK,
-        max_num_seqs=SEQUENCES,
-        gpu_memory_utilization=0.9,
-    )
-    llm = LLM.from_engine_args(arguments)
+    assert backend._session is not None
+    engine: Any = backend._session._loaded.engine
+    with mock.patch.object(LLMEngine, "from_engine_args", return_value=engine):
+        llm = LLM.from_engine_args(EngineArgs(model=model, dtype="float32"))
     requests = [
         SampleRequest(prompt={"prompt_token_ids": ids}, prompt_len=INPUT_TOK, expected_output_len=OUTPUT_TOK)
         for ids in prompts()
@@ -162,7 +114,6 @@ def experiment(model: str) -> ExperimentConfig:
             "model": model,
             "backend": "vllm",
             "fp_precision": "float32",
-            "gpus": [],
             "ignore_eos": True,
             "max_input_tokens": INPUT_TOK,
             "max_output_tokens": OUTPUT_TOK,
@@ -178,12 +129,5 @@ def prompts() -> list[list[int]]:
     return [[3 + (31 * index + 7 * place) % 1400 for place in range(INPUT_TOK)] for index in range(PROMPTS)]
 
 
-SIDES = {"lem": lem_side, "vllm": vllm_side}
-_STDOUT = -1
-
 if __name__ == "__main__":
-    # Before anything is imported that prints.
-    _STDOUT = os.dup(1)
-    if "--side" in sys.argv:
-        os.dup2(2, 1)
     sys.exit(main())
