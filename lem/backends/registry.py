@@ -15,6 +15,7 @@ BACKEND_MODULES = MappingProxyType(
     {
         "pytorch": "lem.backends.pytorch",
         "vllm": "lem.backends.vllm",
+        "tensorrt": "lem.backends.tensorrt",
     }
 )
 
@@ -23,6 +24,7 @@ BACKEND_DISTRIBUTIONS = MappingProxyType(
     {
         "pytorch": ("torch", "transformers"),
         "vllm": ("vllm",),
+        "tensorrt": ("tensorrt_llm",),
     }
 )
 

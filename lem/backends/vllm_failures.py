@@ -127,6 +127,8 @@ def _cause(error: BaseException, output: str) -> tuple[str, str]:
         if told:
             # The process that failed first tells the cause; those that waited for it fail after it.
             name, words = told[0]["name"].rpartition(".")[2], told[0]["words"] or ""
+        elif name == "EngineDeadError":
+            words = "its process ended without a word, as one does that the kernel kills for its memory"
     return name, shortened(_WRAPPING.sub("", " ".join(words.split())))
 
 

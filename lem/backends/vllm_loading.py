@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import multiprocessing
+import multiprocessing.connection
 import os
 import secrets as random_source
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,15 +45,16 @@ __all__ = [
     "visible_devices",
 ]
 
-# vLLM's own errors have a base of their own in newer versions; in older ones they are Python's.
-_OWN_ERRORS: tuple[type[Exception], ...] = tuple(
-    found
-    for found in (getattr(exceptions, name, None) for name in ("VLLMError", "VLLMValidationError"))
-    if isinstance(found, type)
-)
-REQUEST_ERRORS: tuple[type[Exception], ...] = (*_OWN_ERRORS, ValueError)
+
+def _own_errors(*names: str) -> tuple[type[Exception], ...]:
+    """The errors that are vLLM's own, as far as this version has them: older ones raise Python's."""
+    found = (getattr(exceptions, name, None) for name in names)
+    return tuple(error for error in found if isinstance(error, type))
+
+
+REQUEST_ERRORS: tuple[type[Exception], ...] = (*_own_errors("VLLMClientError", "VLLMValidationError"), ValueError)
 ENGINE_ERRORS: tuple[type[Exception], ...] = (
-    *_OWN_ERRORS,
+    *_own_errors("VLLMError", "VLLMValidationError"),
     AssertionError,
     AttributeError,
     EngineDeadError,
@@ -79,6 +83,8 @@ class LoadedEngine:
         source, adapter: where the weights came from.
         output: what the engine's processes print.
         is_concurrent: the engine runs in processes of its own.
+        ending: set before its processes are ended on purpose.
+        gone: set once one of them is not there any more.
         uuids: the GPUs in use.
     """
 
@@ -87,6 +93,8 @@ class LoadedEngine:
     adapter: Source | None
     output: ChildOutput
     is_concurrent: bool
+    ending: threading.Event = field(default_factory=threading.Event)
+    gone: threading.Event = field(default_factory=threading.Event)
     uuids: tuple[str, ...] = ()
 
     @property
@@ -131,6 +139,7 @@ def load_engine(config: ExperimentConfig, facts: EngineFacts, token: str | None)
     except Exception as error:  # vLLM raises Exception itself where a worker of its own has failed
         raise explain_load_failure(error, output.text, config, facts) from error
     loaded = LoadedEngine(engine, source, adapter, output, is_concurrent)
+    _watch(loaded)
     try:
         refuse_differences(config, loaded.config, facts)
     except BaseException:
@@ -141,8 +150,8 @@ def load_engine(config: ExperimentConfig, facts: EngineFacts, token: str | None)
 
 def close_engine(loaded: LoadedEngine) -> None:
     """End the engine's processes and give back what it held here."""
-    engine = loaded.engine
-    loaded.engine = None
+    loaded.ending.set()
+    engine, loaded.engine = loaded.engine, None
     engine.engine_core.shutdown()
     renderer = getattr(engine, "renderer", None)
     if renderer is not None and hasattr(renderer, "shutdown"):
@@ -153,6 +162,31 @@ def close_engine(loaded: LoadedEngine) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory
 
         cleanup_dist_env_and_memory()
+
+
+def _watch(loaded: LoadedEngine) -> None:
+    """Tell whoever waits for the engine when its process is killed, as the kernel does when memory runs out.
+
+    vLLM 0.32.0 tells of an engine that fails, but of one that is killed only to those who ask afterwards: a step or a
+    call that is waiting for it would wait for ever.
+    """
+    client, children = loaded.engine.engine_core, multiprocessing.active_children()
+    if not loaded.is_concurrent or not children:
+        return
+
+    def wait_for_the_end() -> None:
+        multiprocessing.connection.wait([child.sentinel for child in children])
+        loaded.gone.set()
+        if loaded.ending.is_set():
+            return
+        for answer in list(getattr(client, "utility_results", {}).values()):
+            if not answer.done():
+                answer.set_exception(EngineDeadError())
+        outputs = getattr(client, "outputs_queue", None)
+        if outputs is not None:
+            outputs.put_nowait(EngineDeadError())
+
+    threading.Thread(target=wait_for_the_end, name="engine watch", daemon=True).start()
 
 
 def can_rewind(device: str) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vllm import SamplingParams
@@ -130,20 +131,16 @@ class Session:
         self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress
     ) -> list[Completion]:
         """A completion for each request."""
-        self._forget_prompts()
         run = self._loop.run_alone if observe_tokens else self._loop.run_closed
-        try:
+        with self._explained():
+            self._forget_prompts()
             return run(requests, on_progress)
-        except ENGINE_ERRORS as error:
-            raise explain_run_failure(error, self._loaded.output.text, self._facts) from error
 
     def serve(self, queue: RequestQueue) -> None:
         """Work the queue off; requests join the running batch as they arrive."""
-        self._forget_prompts()
-        try:
+        with self._explained():
+            self._forget_prompts()
             self._loop.serve(queue, is_salted=self._is_forgetful)
-        except ENGINE_ERRORS as error:
-            raise explain_run_failure(error, self._loaded.output.text, self._facts) from error
 
     def close(self) -> None:
         """End the engine and its processes."""
@@ -162,6 +159,17 @@ class Session:
         """
         is_caching = bool(self._loaded.config.cache_config.enable_prefix_caching)
         return is_caching and section_of(self._config).enable_prefix_caching is not True
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Raises what a failure of the engine means."""
+        loaded = self._loaded
+        if loaded.gone.is_set():
+            raise EngineError(f"{self._facts}: the engine's process has ended, see the log")
+        try:
+            yield
+        except ENGINE_ERRORS as error:
+            raise explain_run_failure(error, loaded.output.text, self._facts) from error
 
     def _forget_prompts(self) -> None:
         if self._is_forgetful and self._loaded.engine.reset_prefix_cache() is False:

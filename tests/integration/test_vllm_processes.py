@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
+from lem.backends.protocol import Completion
 from lem.backends.vllm import VllmBackend
 from lem.errors import EngineError
 from tests.integration.vllm_experiments import Arrivals, answers, experiment, outputs, prompts
@@ -38,9 +40,27 @@ def test_the_default_engine_compiles_in_processes_of_its_own_and_leaves_none(wid
             found = answers(backend, prompts(), observe_tokens=True)
             assert all(len(item.token_times_ns or ()) == len(item.output_ids) > 0 for item in found)
             assert [item.output_ids for item in found] == outputs(backend, prompts())
+            assert_told_at_once_when_killed(backend, started)
         finally:
             backend.unload()
     assert not processes() - before
+
+
+def assert_told_at_once_when_killed(backend: VllmBackend, started: set[int]) -> None:
+    """An engine that is gone is no failure of single requests, and nobody waits for it."""
+
+    class Killing(Arrivals):
+        def complete(self, completion: Completion) -> None:
+            super().complete(completion)
+            for pid in started:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(EngineError, match="ended without a word") as caught:
+        backend.serve(Killing(prompts()[:1], prompts()[1:]))
+    assert (caught.value.kind, caught.value.is_permanent) == ("engine", False)
+    with pytest.raises(EngineError, match="process has ended"):
+        backend.generate(prompts(), observe_tokens=False)
 
 
 def processes() -> set[int]:

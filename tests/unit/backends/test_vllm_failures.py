@@ -130,5 +130,7 @@ def test_an_engine_that_dies_while_it_generates_may_be_tried_again() -> None:
     )
     assert "RuntimeError: device-side assert" in explained.message
     assert (explained.kind, explained.is_permanent) == ("engine", False)
+    explained = explain_run_failure(error, "INFO nothing of use", FACTS)
+    assert "ended without a word" in explained.message
     explained = explain_run_failure(error, "torch.OutOfMemoryError: CUDA out of memory.", FACTS)
     assert (explained.kind, explained.is_permanent) == ("out_of_memory", False)

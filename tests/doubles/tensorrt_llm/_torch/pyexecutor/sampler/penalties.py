@@ -1,0 +1,1 @@
+"""It is there: this version knows penalties."""
