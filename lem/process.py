@@ -8,7 +8,8 @@ import os
 import shlex
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -87,20 +88,59 @@ def run(
     Raises:
         UserError: the program is not there or cannot be started.
     """
-    child = spawn(argv, env=env, cwd=cwd, new_session=True)
+    starting = _Starting(lambda: spawn(argv, env=env, cwd=cwd, new_session=True))
     has_timed_out = False
     try:
+        child = starting.result()
         stdout, stderr = child.communicate(stdin, timeout=timeout_s)
     except subprocess.TimeoutExpired:
         has_timed_out = True
         stdout, stderr = _kill_and_collect(child)
     except BaseException:
-        _kill_and_collect(child)
+        starting.undo()
         raise
     code = TIMEOUT_CODE if has_timed_out else child.returncode
     return Finished(
         tuple(argv), code, stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace"), has_timed_out
     )
+
+
+class _Starting:
+    """A child that is being started in a thread of its own.
+
+    `subprocess.Popen` loses a child it has started when the exception of a signal's handler strikes inside it.
+    Handlers run in the main thread only, so here none can.
+    """
+
+    def __init__(self, start: Callable[[], subprocess.Popen[bytes]]) -> None:
+        self._start = start
+        self._child: subprocess.Popen[bytes] | None = None
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="start of a program")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._child = self._start()
+        except Exception as error:  # handed to whoever asks for the child
+            self._error = error
+
+    def result(self) -> subprocess.Popen[bytes]:
+        """The started child.
+
+        Raises:
+            UserError: it could not be started.
+        """
+        self._thread.join()
+        if self._child is None:
+            raise self._error or UserError("the program was not started")
+        return self._child
+
+    def undo(self) -> None:
+        """Kill the child, if there is one, with all that it started."""
+        self._thread.join()
+        if self._child is not None:
+            _kill_and_collect(self._child)
 
 
 def _kill_and_collect(child: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
