@@ -92,10 +92,11 @@ def run(
     has_timed_out = False
     try:
         child = starting.result()
-        stdout, stderr = child.communicate(stdin, timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        has_timed_out = True
-        stdout, stderr = _kill_and_collect(child)
+        try:
+            stdout, stderr = child.communicate(stdin, timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            has_timed_out = True
+            stdout, stderr = _kill_and_collect(child)
     except BaseException:
         starting.undo()
         raise
@@ -122,7 +123,7 @@ class _Starting:
     def _run(self) -> None:
         try:
             self._child = self._start()
-        except Exception as error:  # handed to whoever asks for the child
+        except (UserError, ValueError, subprocess.SubprocessError) as error:  # for whoever asks for the child
             self._error = error
 
     def result(self) -> subprocess.Popen[bytes]:

@@ -158,12 +158,21 @@ class Window:
 
 @dataclass(frozen=True)
 class Energy:
-    """Energy of the window in joules, gross; net is gross less loaded idle over the same time."""
+    """Energy of the window in joules, gross; net is gross less loaded idle over the same time.
+
+    Attributes:
+        external_energy_j: what a meter of the user's own, at the machine's plug for instance, says of the window.
+        energy_source: the meter that efficiency and carbon stand on: `nvml_counter`, `power_instant_integral`,
+            `power_average_integral`, `rapl`, `tdp_estimate` or `external_csv`.
+        energy_scope: what that meter sees: `gpu`, `module`, `cpu_package`, `machine`.
+        energy_crosscheck_ratio: integrated power over the counter's energy.
+    """
 
     gpu_energy_j: float | None = None
     gpu_energy_net_j: float | None = None
     cpu_package_energy_j: float | None = None
     dram_energy_j: float | None = None
+    external_energy_j: float | None = None
     load_energy_j: float | None = None
     warmup_energy_j: float | None = None
     prefill_energy_j: float | None = None
@@ -203,11 +212,16 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Idle:
-    """Power at rest: before the load, with the engine loaded, and loaded after the window."""
+    """Power at rest: before the load, with the engine loaded, and loaded after the window.
+
+    Attributes:
+        baseline_age_s: how long before this experiment the loaded idle was measured; 0 when in it.
+    """
 
     idle_bare_power_w: float | None = None
     idle_loaded_power_w: float | None = None
     idle_loaded_post_power_w: float | None = None
+    baseline_age_s: float | None = None
     null_reasons: Mapping[str, str] = field(default_factory=dict)
 
 

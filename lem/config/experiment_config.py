@@ -271,7 +271,14 @@ class MeasurementConfig(Section):
         choices=("auto", "nvml", "rapl", "tdp_estimate", "none"),
     )
     phases: bool = option(False, description="Energy of prefill and decode apart, by differenced runs.")
-    external_csv: str | None = option(None, description="Readings of an external meter: time and watts.")
+    cpu_tdp_w: float | None = option(
+        None,
+        description="Design power of all CPU packages, for energy: tdp_estimate; null asks the kernel.",
+        minimum=1,
+        maximum=10000,
+        unit="W",
+    )
+    external_csv: str | None = option(None, description="Readings of an external meter: UTC time, watts.")
     grid_g_per_kwh: float | None = option(None, description="Carbon intensity of the grid.", minimum=0, unit="g/kWh")
     pue: float | None = option(None, description="Power usage effectiveness of the site.", minimum=1, maximum=10)
     price_per_kwh: float | None = option(None, description="Price of energy, in any currency.", minimum=0, unit="1/kWh")

@@ -55,7 +55,7 @@ SHARED_OPTIONS = """
     warmup.{enabled convergence_detection cv_threshold min_prompts max_prompts window_size timeout_seconds}
     baseline.{enabled required duration_sec cache_ttl_sec sample_interval_ms}
     timeseries.{enabled save sample_interval_ms}
-    measurement.{min_window_sec energy phases external_csv grid_g_per_kwh pue price_per_kwh}
+    measurement.{min_window_sec energy phases cpu_tdp_w external_csv grid_g_per_kwh pue price_per_kwh}
     io.{results_dir}
 """
 

@@ -1,0 +1,299 @@
+"""The sample log: everything that the meters of one attempt read, on CLOCK_MONOTONIC.
+
+While it is written it is a file of JSON lines: a header, then one row a line, in the order in which they were read.
+Rows are lists, the kind first. The finished log of a result (`samples.jsonl.gz`) holds the same lines after one with
+the marks, so that every figure of the record can be worked out again from it alone.
+
+Schema history:
+    1: first version.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lem import durable
+
+__all__ = [
+    "FINISHED_FILENAME",
+    "PART_FILENAME",
+    "SAMPLES_SCHEMA",
+    "CounterChange",
+    "CpuLoad",
+    "GpuHeader",
+    "GpuSample",
+    "Mark",
+    "MeterError",
+    "ProcessesSeen",
+    "RaplReading",
+    "RaplZone",
+    "SampleHeader",
+    "SampleLog",
+    "SampleLogError",
+    "encode_header",
+    "encode_row",
+    "read_finished",
+    "read_part",
+    "write_finished",
+]
+
+SAMPLES_SCHEMA = 1
+PART_FILENAME = "samples.part"
+FINISHED_FILENAME = "samples.jsonl.gz"
+
+
+class SampleLogError(ValueError):
+    """A file that is not a sample log of this schema."""
+
+
+@dataclass(frozen=True)
+class GpuHeader:
+    """What does not change about a GPU while it is sampled.
+
+    Attributes:
+        energy_scope: `gpu`, or `module` where the driver answers only for GPU and CPU together.
+        power_source: where `GpuSample.power_w` comes from: `instant` (field 186) or `average` (over 1 s on some
+            boards); None when neither can be read.
+        counter_error, power_error: why the energy counter, or power, cannot be read; None when it can.
+    """
+
+    index: int
+    uuid: str
+    name: str
+    driver: str
+    vbios: str | None = None
+    power_limit_w: float | None = None
+    persistence_mode: bool | None = None
+    mig_mode: bool | None = None
+    energy_scope: str = "gpu"
+    power_source: str | None = None
+    counter_error: str | None = None
+    power_error: str | None = None
+
+
+@dataclass(frozen=True)
+class RaplZone:
+    """A powercap zone; `domain` is `package`, `dram` or another name of the kernel's; it wraps at `max_uj`."""
+
+    name: str
+    domain: str
+    max_uj: int
+
+
+@dataclass(frozen=True)
+class SampleHeader:
+    """Who sampled what, and the one pair of clocks that lets outside logs be aligned.
+
+    Attributes:
+        started_ns, started_utc: CLOCK_MONOTONIC and UTC at the same moment.
+        gpu_error, rapl_error: why no GPU, or no zone, is sampled; None when some are.
+        cpu_tdp_w, cpu_tdp_source: the power the CPU packages are designed for, and who says so.
+    """
+
+    started_ns: int
+    started_utc: str
+    host: str
+    interval_ms: int
+    gpus: tuple[GpuHeader, ...] = ()
+    gpu_error: str | None = None
+    zones: tuple[RaplZone, ...] = ()
+    rapl_error: str | None = None
+    cpu_tdp_w: float | None = None
+    cpu_tdp_source: str | None = None
+
+
+@dataclass(frozen=True)
+class CounterChange:
+    """A new value of an energy counter: it changed after `before_ns`, the last poll with the old one, until `at_ns`.
+
+    The first row of a GPU has `before_ns == at_ns`: when that value came is not known.
+    """
+
+    gpu: int
+    before_ns: int
+    at_ns: int
+    energy_mj: int
+
+
+@dataclass(frozen=True)
+class GpuSample:
+    """One look at a GPU; what could not be read is None. `event_mask` has the bits of nvmlClocksEventReasons."""
+
+    gpu: int
+    at_ns: int
+    power_w: float | None = None
+    temp_c: float | None = None
+    sm_clock_hz: float | None = None
+    util_ratio: float | None = None
+    memory_b: int | None = None
+    event_mask: int | None = None
+
+
+@dataclass(frozen=True)
+class RaplReading:
+    """A powercap counter, raw."""
+
+    zone: int
+    at_ns: int
+    energy_uj: int
+
+
+@dataclass(frozen=True)
+class CpuLoad:
+    """The share of all CPU time that was busy since the reading before, 0 to 1; the first row of a log has none."""
+
+    at_ns: int
+    busy_ratio: float | None
+
+
+@dataclass(frozen=True)
+class ProcessesSeen:
+    """The processes with a compute context on a GPU, as the host numbers them; a row whenever they change."""
+
+    gpu: int
+    at_ns: int
+    pids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MeterError:
+    """A reading that failed; `meter` is `gpu0.counter`, `gpu0.power`, `rapl.package-0` …"""
+
+    at_ns: int
+    meter: str
+    message: str
+
+
+Row = CounterChange | GpuSample | RaplReading | CpuLoad | ProcessesSeen | MeterError
+
+_KINDS: Mapping[str, type[Row]] = {
+    "c": CounterChange,
+    "s": GpuSample,
+    "r": RaplReading,
+    "l": CpuLoad,
+    "p": ProcessesSeen,
+    "e": MeterError,
+}
+_LETTERS = {kind: letter for letter, kind in _KINDS.items()}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something that lasted from `opened_ns` to `closed_ns`; see `lem.meters.marks`."""
+
+    name: str
+    opened_ns: int
+    closed_ns: int
+
+
+@dataclass(frozen=True)
+class SampleLog:
+    """A sample log, its rows by kind, each kind in the order of time."""
+
+    header: SampleHeader
+    counters: tuple[CounterChange, ...] = ()
+    samples: tuple[GpuSample, ...] = ()
+    rapl: tuple[RaplReading, ...] = ()
+    loads: tuple[CpuLoad, ...] = ()
+    processes: tuple[ProcessesSeen, ...] = ()
+    errors: tuple[MeterError, ...] = ()
+
+    def rows(self) -> Iterator[Row]:
+        """Every row, ordered by time."""
+        groups: tuple[Sequence[Row], ...] = (
+            self.counters, self.samples, self.rapl, self.loads, self.processes, self.errors,
+        )  # fmt: skip
+        return iter(sorted((row for group in groups for row in group), key=lambda row: row.at_ns))
+
+
+def encode_header(header: SampleHeader) -> str:
+    """The header as a line without its end."""
+    return _dump({"schema_version": SAMPLES_SCHEMA, **dataclasses.asdict(header)})
+
+
+def encode_row(row: Row) -> str:
+    """The row as a line without its end."""
+    values = [getattr(row, item.name) for item in dataclasses.fields(row)]
+    return _dump([_LETTERS[type(row)], *values])
+
+
+def read_part(path: Path) -> SampleLog:
+    """The log that is being written, as far as it is whole.
+
+    Raises:
+        SampleLogError: it is not a sample log, or has no header yet.
+        OSError: it cannot be read.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last end of line is still being written
+    return _decode(line.decode("utf-8") for line in lines)
+
+
+def write_finished(path: Path, log: SampleLog, marks: Sequence[Mark]) -> None:
+    """Write the finished log, whole or not at all; equal logs give equal bytes.
+
+    Raises:
+        OSError: as `durable.write_bytes`.
+    """
+    first = _dump({"marks": [dataclasses.astuple(mark) for mark in marks]})
+    lines = [first, encode_header(log.header), *(encode_row(row) for row in log.rows())]
+    text = "".join(f"{line}\n" for line in lines)
+    durable.write_bytes(path, gzip.compress(text.encode("utf-8"), mtime=0))
+
+
+def read_finished(path: Path) -> tuple[SampleLog, tuple[Mark, ...]]:
+    """A finished log and its marks.
+
+    Raises:
+        SampleLogError: it is not a finished sample log.
+        OSError: it cannot be read.
+    """
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode("utf-8").splitlines()
+        marks = tuple(Mark(*item) for item in json.loads(lines[0])["marks"])
+    except (EOFError, IndexError, KeyError, TypeError, ValueError, gzip.BadGzipFile) as error:
+        raise SampleLogError(f"{path}: not a finished sample log: {error}") from error
+    return _decode(lines[1:]), marks
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def _decode(lines: Iterable[str]) -> SampleLog:
+    found: dict[str, list[Any]] = {letter: [] for letter in _KINDS}
+    header: SampleHeader | None = None
+    try:
+        for line in lines:
+            value = json.loads(line)
+            if header is None:
+                header = _decode_header(value)
+                continue
+            letter, *values = value
+            found[letter].append(_decode_row(letter, values))
+    except (KeyError, TypeError, ValueError) as error:
+        raise SampleLogError(f"not a sample log: {error!r}") from error
+    if header is None:
+        raise SampleLogError("not a sample log: it has no header")
+    return SampleLog(header, *(tuple(found[letter]) for letter in "csrlpe"))
+
+
+def _decode_header(document: Mapping[str, Any]) -> SampleHeader:
+    values = dict(document)
+    if values.pop("schema_version") != SAMPLES_SCHEMA:
+        raise ValueError(f"schema_version {document['schema_version']!r}, this lem reads {SAMPLES_SCHEMA}")
+    values["gpus"] = tuple(GpuHeader(**gpu) for gpu in values["gpus"])
+    values["zones"] = tuple(RaplZone(**zone) for zone in values["zones"])
+    return SampleHeader(**values)
+
+
+def _decode_row(letter: str, values: Sequence[Any]) -> Row:
+    if letter == "p":
+        gpu, at_ns, pids = values
+        return ProcessesSeen(gpu, at_ns, tuple(pids))
+    return _KINDS[letter](*values)
