@@ -8,7 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["GpuFacts", "find_driver", "find_gpus", "is_name_of", "open_nvml", "text_of", "visible_gpus"]
+__all__ = [
+    "GpuFacts",
+    "find_driver",
+    "find_gpus",
+    "is_name_of",
+    "named_gpus",
+    "open_nvml",
+    "text_of",
+    "visible_gpus",
+]
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,19 @@ def visible_gpus(present: Sequence[GpuFacts], environ: Mapping[str, str]) -> tup
             break
         visible.append(found[0])
     return tuple(visible)
+
+
+def named_gpus(names: Sequence[str] | None, visible: Sequence[GpuFacts]) -> tuple[GpuFacts, ...]:
+    """The GPUs that an experiment's `gpus` names, in the order of `visible`; None is the first one, where there is one.
+
+    A name that is not found is the engine's to refuse.
+    """
+    wanted = ("0",) if names is None else names
+    return tuple(
+        gpu
+        for number, gpu in enumerate(visible)
+        if any(name == str(number) or is_name_of(name, gpu.uuid) for name in wanted)
+    )
 
 
 def find_driver() -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from lem.config.campaign_config import CampaignConfig, CampaignHealthCheckConfig
 from lem.errors import UserError
 from lem.experiment.probe import missing_distributions, probe_environment
-from lem.meters.gpus import GpuFacts, find_gpus, is_name_of, visible_gpus
+from lem.meters.gpus import GpuFacts, find_gpus, named_gpus, visible_gpus
 from lem.orchestration.compose import Compose
 from lem.orchestration.compose_files import find_compose_files
 from lem.orchestration.compose_project import ComposeProject
@@ -133,7 +133,7 @@ def docker_executor(
     visible = visible_gpus(find_gpus() if gpus is None else gpus, environ)
     uuids = {str(number): gpu.uuid for number, gpu in enumerate(visible)} | {gpu.uuid: gpu.uuid for gpu in visible}
     configs = {name: [item.config for item in plan.configurations if item.backend == name] for name in backends}
-    named = {name: _gpus_named([item.gpus for item in items], uuids) for name, items in configs.items()}
+    named = {name: _gpus_named([item.gpus for item in items], visible) for name, items in configs.items()}
     project = dataclasses.replace(
         _project(campaign, folder, environ, state_folder=folder / campaign.io.state_dir / campaign.slug),
         mounts_of={name: local_mounts(items) for name, items in configs.items()},
@@ -165,13 +165,11 @@ def _project(
     )
 
 
-def _gpus_named(wishes: Sequence[tuple[str, ...] | None], uuids: Mapping[str, str]) -> tuple[str, ...] | None:
+def _gpus_named(wishes: Sequence[tuple[str, ...] | None], visible: Sequence[GpuFacts]) -> tuple[str, ...] | None:
     """The UUIDs of the GPUs that experiments name; () when all of them name the CPU, None when nobody knows."""
     if wishes and all(wish == () for wish in wishes):
         return ()
-    names = {name for wish in wishes for name in (("0",) if wish is None else wish)}
-    found = {uuid for key, uuid in uuids.items() for name in names if key == name or is_name_of(name, uuid)}
-    return tuple(sorted(found)) or None
+    return tuple(sorted({gpu.uuid for wish in wishes for gpu in named_gpus(wish, visible)})) or None
 
 
 def _tell_what_needs_containers(campaign: CampaignConfig) -> None:

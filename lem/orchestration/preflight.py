@@ -11,7 +11,7 @@ from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment_config import BaselineConfig, TimeseriesConfig
 from lem.errors import UserError
 from lem.experiment.probe import missing_distributions
-from lem.meters.gpus import find_gpus, is_name_of, visible_gpus
+from lem.meters.gpus import find_gpus, named_gpus, visible_gpus
 from lem.orchestration.grid import GridValidationIssue
 from lem.orchestration.plan import CampaignExperiment, Plan
 from lem.orchestration.session import Session
@@ -70,15 +70,7 @@ def _lacking(session: Session, backend: str, missing: Sequence[str], environment
 def gpus_of(plan: Plan) -> tuple[str, ...]:
     """The UUIDs of the GPUs that a plan uses; a name that is not found here is the worker's to refuse."""
     visible = visible_gpus(find_gpus(), os.environ)
-    chosen: set[str] = set()
-    for experiment in plan.configurations:
-        named = ("0",) if experiment.config.gpus is None else experiment.config.gpus
-        chosen.update(
-            gpu.uuid
-            for index, gpu in enumerate(visible)
-            for name in named
-            if name == str(index) or is_name_of(name, gpu.uuid)
-        )
+    chosen = {gpu.uuid for item in plan.configurations for gpu in named_gpus(item.config.gpus, visible)}
     return tuple(sorted(chosen))
 
 
