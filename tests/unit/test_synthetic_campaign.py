@@ -1,0 +1,139 @@
+"""Synthetic campaigns: what they leave is what lem reads, and what is true of them is in the records."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+
+from lem.meters.marks import WINDOW
+from lem.meters.samples import FINISHED_FILENAME, read_finished
+from lem.orchestration.manifest import COMPLETED, FAILED, PENDING, RUNNING, ManifestManager
+from lem.record import decode_record, encode_record
+from lem.results.repository import Repository, count_failed
+from tests.synthetic_campaign import Campaign, Configuration, Written, sweep
+
+TWO = (
+    Configuration("pytorch", backend="pytorch", energy_per_output_tok_j=0.5, output_tok_per_s=900, ttft_s=0.2),
+    Configuration("vllm", energy_per_output_tok_j=0.2, throttled_cycles=(1,), failed_cycles=(2,)),
+)
+SMALL = Campaign(TWO, cycles=3, window_s=5)
+
+
+def read_tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def repository_of(written: Written) -> Repository:
+    return Repository(written.results_dir, written.campaign)
+
+
+def test_what_is_written_is_what_the_repository_reads(tmp_path: Path) -> None:
+    written = SMALL.write(tmp_path)
+    scan = repository_of(written).scan(written.run_id)
+    assert {item.record.identity.key: item.record for item in scan.results} == {
+        record.identity.key: record for record in SMALL.records()
+    }
+    assert count_failed(scan) == {"vllm": 1}
+    assert {problem.kind for problem in scan.problems} == {"missing"}
+
+
+def test_the_manifest_names_every_experiment_and_what_became_of_it(tmp_path: Path) -> None:
+    written = SMALL.write(tmp_path)
+    manifest = ManifestManager(written.manifest_path).load_strict()
+    assert manifest is not None
+    assert (manifest.total_experiments, manifest.run_id) == (6, written.run_id)
+    assert [entry.status for entry in manifest.experiments] == [COMPLETED] * 5 + [FAILED]
+    throttled = manifest.experiments[3]
+    assert [attempt.valid for attempt in throttled.attempts] == [False, True]
+    assert throttled.result_path
+    assert Path(throttled.result_path).is_file()
+    assert manifest.experiments[5].error == TWO[1].error
+
+
+def test_the_same_description_leaves_the_same_bytes(tmp_path: Path) -> None:
+    SMALL.write(tmp_path / "a")
+    SMALL.write(tmp_path / "b")
+    left, right = read_tree(tmp_path / "a"), read_tree(tmp_path / "b")
+    manifest = ".state/demo/campaign_manifest.json"
+    assert left[manifest].replace(b"/a/", b"/b/") == right[manifest]
+    assert {**left, manifest: b""} == {**right, manifest: b""}
+
+
+def test_every_record_is_whole() -> None:
+    campaign = dataclasses.replace(
+        SMALL,
+        configurations=(
+            *TWO,
+            Configuration("none", batch_size=1, energy_per_output_tok_j=None),
+            Configuration("guess", batch_size=2, energy_source="tdp_estimate"),
+        ),
+        is_reused=True,
+        gpu_count=2,
+    )
+    for record in campaign.records():
+        assert decode_record(encode_record(record)) == record
+
+
+def test_without_noise_the_record_says_what_is_true() -> None:
+    quiet = dataclasses.replace(SMALL, load_sd=0, run_sd=0)
+    for record in quiet.records():
+        truth = next(item for item in TWO if item.name == record.identity.config_name)
+        if record.validity.valid:
+            assert record.efficiency.energy_per_output_tok_j == truth.energy_per_output_tok_j
+            assert record.throughput.output_tok_per_s == truth.output_tok_per_s
+        energy_j = record.energy.gpu_energy_j
+        assert energy_j is not None
+        assert record.efficiency.energy_per_output_tok_j == pytest.approx(energy_j / record.work.output_tok)
+
+
+def test_the_noise_is_as_large_as_it_was_told() -> None:
+    campaign = Campaign((TWO[0],), cycles=400, load_sd=0.01, run_sd=0.005)
+    logs = [math.log(record.efficiency.energy_per_output_tok_j or 0) for record in campaign.records()]
+    assert statistics.stdev(logs) == pytest.approx(math.hypot(0.01, 0.005), rel=0.1)
+
+
+def test_a_reused_engine_shares_its_load_over_the_cycles() -> None:
+    records = dataclasses.replace(SMALL, configurations=TWO[:1], is_reused=True, run_sd=0).records()
+    assert len({record.validity.engine_load_id for record in records}) == 1
+    assert len({record.efficiency.energy_per_output_tok_j for record in records}) == 1
+    assert [record.validity.engine_reused for record in records] == [False, True, True]
+
+
+def test_a_cell_keeps_its_noise_when_another_configuration_comes() -> None:
+    alone = dataclasses.replace(SMALL, configurations=TWO[:1]).records()
+    beside = [record for record in SMALL.records() if record.identity.config_name == "pytorch"]
+    assert [record.efficiency for record in alone] == [record.efficiency for record in beside]
+
+
+def test_the_counter_in_the_log_comes_to_the_energy_of_the_record(tmp_path: Path) -> None:
+    written = SMALL.write(tmp_path)
+    for item in repository_of(written).scan().results:
+        log, marks = read_finished(item.path.parent / FINISHED_FILENAME)
+        window = next(mark for mark in marks if mark.name == WINDOW)
+        inside = [row for row in log.counters if window.opened_ns <= row.at_ns <= window.closed_ns]
+        slope_w = (inside[-1].energy_mj - inside[0].energy_mj) / 1e3 / ((inside[-1].at_ns - inside[0].at_ns) / 1e9)
+        energy_j = slope_w * item.record.window.window_s
+        assert energy_j == pytest.approx(item.record.energy.gpu_energy_j, rel=1e-4)
+
+
+def test_a_campaign_that_was_stopped_has_one_experiment_running_and_the_rest_pending(tmp_path: Path) -> None:
+    written = dataclasses.replace(SMALL, stop_after=2).write(tmp_path)
+    manifest = ManifestManager(written.manifest_path).load_strict()
+    assert manifest is not None
+    statuses = [entry.status for entry in manifest.experiments]
+    assert statuses == [COMPLETED] * 2 + [RUNNING] + [PENDING] * 3
+    assert len(repository_of(written).scan().results) == 2
+
+
+def test_a_sweep_has_as_many_experiments_as_asked_for(tmp_path: Path) -> None:
+    campaign = sweep(30, cycles=3)
+    assert len(repository_of(campaign.write(tmp_path)).scan().results) == 30
+
+
+def test_the_same_experiment_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="same experiment"):
+        Campaign((TWO[0], dataclasses.replace(TWO[0], name="other")))
