@@ -1,0 +1,289 @@
+"""Energy between two moments, from whatever a meter told: pure sums over the rows of a sample log.
+
+Every meter becomes a `Curve`: the energy since some moment, known at knots and straight between them. What cannot be
+said raises `NotMeasured` with a reason for people, which ends as the `_null_reason` of a field.
+"""
+
+from __future__ import annotations
+
+import statistics
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from lem.meters.samples import CounterChange, CpuLoad, GpuSample, RaplReading
+
+__all__ = [
+    "HOLE_PERIODS",
+    "NS_PER_S",
+    "ClosedWindow",
+    "Curve",
+    "Hole",
+    "NotMeasured",
+    "Span",
+    "counter_curve",
+    "load_curve",
+    "power_curve",
+    "rapl_curve",
+    "update_period_s",
+]
+
+NS_PER_S = 1_000_000_000
+
+# measurement.md, step 1: a hole longer than three sampling periods voids an integration.
+HOLE_PERIODS = 3
+
+# No CPU package takes so much: a zone that was not read for as long as this would need to wrap may have wrapped twice.
+_MOST_PACKAGE_W = 1000.0
+
+
+class NotMeasured(Exception):
+    """A figure that cannot be had; the text says why, to a person."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """From one moment of CLOCK_MONOTONIC to a later one."""
+
+    opened_ns: int
+    closed_ns: int
+
+    @property
+    def seconds(self) -> float:
+        """Its length."""
+        return (self.closed_ns - self.opened_ns) / NS_PER_S
+
+    def overlap_ns(self, other: Span) -> int:
+        """How much of it lies in the other."""
+        return max(0, min(self.closed_ns, other.closed_ns) - max(self.opened_ns, other.opened_ns))
+
+
+@dataclass(frozen=True)
+class ClosedWindow:
+    """A window that idles on both sides: work begins with it and has ended when it ends.
+
+    Attributes:
+        before, after: the guards; the work has not begun, or is over, and nothing else goes on.
+        idle_power_w: power at rest with the engine loaded, where a guard is too short to tell its own; None if unknown.
+    """
+
+    window: Span
+    before: Span
+    after: Span
+    idle_power_w: float | None = None
+
+
+@dataclass(frozen=True)
+class Hole:
+    """A stretch over which a curve says nothing, and why."""
+
+    span: Span
+    reason: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Energy since some moment, at knots.
+
+    Attributes:
+        what: the meter, in reasons.
+        earliest_ns, latest_ns: each knot lies between the two; `at_ns` is the best guess.
+        energy_j: at each knot; never falling.
+        holes: where it says nothing; knots on both sides of a hole have no energy in common.
+    """
+
+    what: str
+    earliest_ns: tuple[int, ...]
+    at_ns: tuple[float, ...]
+    latest_ns: tuple[int, ...]
+    energy_j: tuple[float, ...]
+    holes: tuple[Hole, ...] = ()
+
+    def between_j(self, span: Span) -> float:
+        """The energy of the span, both edges interpolated between knots.
+
+        A naive difference of the values read at the edges of 1 s is off by up to 9 % with an update every 0.1 s, since
+        each value is up to one update old (measurement.md, Energy).
+
+        Raises:
+            NotMeasured: a hole in the span, or an edge beyond the first or last knot.
+        """
+        first, last = self._place(span.opened_ns), self._place(span.closed_ns)
+        self._check_whole(Span(int(self.at_ns[first - 1]), int(self.at_ns[last])))
+        return self._interpolate(last, span.closed_ns) - self._interpolate(first, span.opened_ns)
+
+    def closed_j(self, closed: ClosedWindow) -> float:
+        """The energy of a window with idle guards, from knots inside the guards less what the guards themselves took.
+
+        A knot in idle time that is misplaced by a poll costs idle power over that time; under load it would cost the
+        load's. An edge whose guard holds no knot is interpolated.
+
+        Raises:
+            NotMeasured: as `between_j`.
+        """
+        opening_ns, opening_j = self._opening(closed)
+        closing_ns, closing_j = self._closing(closed)
+        self._check_whole(Span(int(opening_ns), int(closing_ns)))
+        return closing_j - opening_j
+
+    def mean_power_w(self, span: Span) -> float:
+        """The mean power over the span, as `between_j`."""
+        return self.between_j(span) / span.seconds
+
+    def guard_power_w(self, guard: Span) -> float | None:
+        """The power between the first and the last knot that lie wholly in the guard; None with fewer than two."""
+        inside = self._inside(guard)
+        if len(inside) < 2:
+            return None
+        first, last = inside[0], inside[-1]
+        return (self.energy_j[last] - self.energy_j[first]) / (self.at_ns[last] - self.at_ns[first]) * NS_PER_S
+
+    def count_in(self, span: Span) -> int:
+        """How many knots lie in the span."""
+        return len(self._inside(span))
+
+    def uncertainty_s(self, at_ns: int) -> float:
+        """How far the knots around a moment may lie from where they are taken to be."""
+        place = self._place(at_ns)
+        return max((self.latest_ns[i] - self.earliest_ns[i]) / 2 / NS_PER_S for i in (place - 1, place))
+
+    def _opening(self, closed: ClosedWindow) -> tuple[float, float]:
+        """A knot's time, and the energy at the window's opening."""
+        opened_ns = closed.window.opened_ns
+        inside = self._inside(Span(closed.before.opened_ns, opened_ns))
+        power_w = self._rest_power_w(closed.before, closed)
+        if not inside or power_w is None:
+            place = self._place(opened_ns)
+            return self.at_ns[place - 1], self._interpolate(place, opened_ns)
+        knot = inside[-1]
+        return self.at_ns[knot], self.energy_j[knot] + power_w * (opened_ns - self.at_ns[knot]) / NS_PER_S
+
+    def _closing(self, closed: ClosedWindow) -> tuple[float, float]:
+        """A knot's time, and the energy at the window's closing."""
+        closed_ns = closed.window.closed_ns
+        inside = self._inside(Span(closed_ns, closed.after.closed_ns))
+        power_w = self._rest_power_w(closed.after, closed)
+        if not inside or power_w is None:
+            place = self._place(closed_ns)
+            return self.at_ns[place], self._interpolate(place, closed_ns)
+        knot = inside[0]
+        return self.at_ns[knot], self.energy_j[knot] - power_w * (self.at_ns[knot] - closed_ns) / NS_PER_S
+
+    def _rest_power_w(self, guard: Span, closed: ClosedWindow) -> float | None:
+        own_w = self.guard_power_w(guard)
+        return closed.idle_power_w if own_w is None else own_w
+
+    def _inside(self, span: Span) -> range:
+        """The knots that lie in the span wherever in their bounds they are."""
+        return range(bisect_left(self.earliest_ns, span.opened_ns), bisect_right(self.latest_ns, span.closed_ns))
+
+    def _place(self, at_ns: int) -> int:
+        """The first knot at or behind a moment that has one before it.
+
+        Raises:
+            NotMeasured: the moment lies beyond the first or the last knot.
+        """
+        if len(self.at_ns) < 2:
+            raise NotMeasured(f"{self.what} was read {len(self.at_ns)} times, two are needed")
+        if at_ns < self.at_ns[0]:
+            raise NotMeasured(f"{self.what} was first read {(self.at_ns[0] - at_ns) / NS_PER_S:.3f} s too late")
+        if at_ns > self.at_ns[-1]:
+            raise NotMeasured(f"{self.what} was last read {(at_ns - self.at_ns[-1]) / NS_PER_S:.3f} s too early")
+        return max(1, bisect_left(self.at_ns, at_ns))
+
+    def _interpolate(self, place: int, at_ns: int) -> float:
+        before_ns, after_ns = self.at_ns[place - 1], self.at_ns[place]
+        share = (at_ns - before_ns) / (after_ns - before_ns)
+        return self.energy_j[place - 1] + share * (self.energy_j[place] - self.energy_j[place - 1])
+
+    def _check_whole(self, span: Span) -> None:
+        for hole in self.holes:
+            if hole.span.overlap_ns(span):
+                raise NotMeasured(hole.reason)
+
+
+def counter_curve(changes: Iterable[CounterChange], gpu: int, what: str) -> Curve:
+    """The energy counter of one GPU of the log.
+
+    `nvmlDeviceGetTotalEnergyConsumption` counts millijoules since the driver was loaded (NVML reference), so a value
+    that falls means that it was loaded anew. A change lies between two polls; where polling had stalled, it still
+    came at most one update period before it was seen.
+    """
+    rows = [row for row in changes if row.gpu == gpu and row.before_ns < row.at_ns]
+    spacings = [after.at_ns - before.at_ns for before, after in pairwise(rows)]
+    longest_ns = statistics.median(spacings) if spacings else float("inf")
+    earliest = [max(row.before_ns, int(row.at_ns - min(longest_ns, row.at_ns))) for row in rows]
+    energy_j, holes = [0.0] * len(rows), []
+    for place, (before, after) in enumerate(pairwise(rows), start=1):
+        step_mj = after.energy_mj - before.energy_mj
+        if step_mj < 0:
+            fall = f"fell from {before.energy_mj} to {after.energy_mj} mJ: the driver was loaded anew"
+            holes.append(Hole(Span(before.at_ns, after.at_ns), f"{what} {fall}"))
+        energy_j[place] = energy_j[place - 1] + max(step_mj, 0) / 1000
+    at_ns = tuple((low + row.at_ns) / 2 for low, row in zip(earliest, rows, strict=True))
+    return Curve(what, tuple(earliest), at_ns, tuple(row.at_ns for row in rows), tuple(energy_j), tuple(holes))
+
+
+def power_curve(samples: Iterable[GpuSample], gpu: int, period_s: float, what: str) -> Curve:
+    """The integral of a GPU's sampled power by trapezoids; more than three periods without a sample are a hole."""
+    rows = [(row.at_ns, row.power_w) for row in samples if row.gpu == gpu and row.power_w is not None]
+    energy_j, holes = [0.0] * len(rows), []
+    for place, ((before_ns, before_w), (after_ns, after_w)) in enumerate(pairwise(rows), start=1):
+        length_s = (after_ns - before_ns) / NS_PER_S
+        if length_s > HOLE_PERIODS * period_s:
+            text = f"{what} was not read for {length_s:.2f} s, more than {HOLE_PERIODS} periods of {period_s:g} s"
+            holes.append(Hole(Span(before_ns, after_ns), text))
+        energy_j[place] = energy_j[place - 1] + (before_w + after_w) / 2 * length_s
+    return _exact(what, [at_ns for at_ns, _ in rows], energy_j, holes)
+
+
+def rapl_curve(readings: Iterable[RaplReading], zone: int, max_uj: int, what: str) -> Curve:
+    """A powercap zone, its wraps at `max_energy_range_uj` undone (Linux, Documentation/power/powercap).
+
+    Where it was not read for as long as it may need to wrap twice, the wraps cannot be counted.
+    """
+    rows = [row for row in readings if row.zone == zone]
+    energy_j, holes = [0.0] * len(rows), []
+    for place, (before, after) in enumerate(pairwise(rows), start=1):
+        length_s = (after.at_ns - before.at_ns) / NS_PER_S
+        if length_s * _MOST_PACKAGE_W > max_uj / 1e6:
+            text = f"{what} was not read for {length_s:.0f} s, in which it may have wrapped more than once"
+            holes.append(Hole(Span(before.at_ns, after.at_ns), text))
+        step_uj = after.energy_uj - before.energy_uj
+        energy_j[place] = energy_j[place - 1] + (step_uj if step_uj >= 0 else step_uj + max_uj) / 1e6
+    return _exact(what, [row.at_ns for row in rows], energy_j, holes)
+
+
+def load_curve(loads: Sequence[CpuLoad], design_power_w: float, what: str) -> Curve:
+    """An estimate and no measurement: the design power of the CPU times the share of its time that was busy."""
+    rows = [row for place, row in enumerate(loads) if place == 0 or row.busy_ratio is not None]
+    energy_j = [0.0] * len(rows)
+    for place, (before, after) in enumerate(pairwise(rows), start=1):
+        busy_s = (after.busy_ratio or 0.0) * (after.at_ns - before.at_ns) / NS_PER_S
+        energy_j[place] = energy_j[place - 1] + design_power_w * busy_s
+    return _exact(what, [row.at_ns for row in rows], energy_j, [])
+
+
+def update_period_s(changes: Iterable[CounterChange], gpu: int, span: Span) -> float:
+    """How often the counter of a GPU was brought up to date in the span, which must have been under load.
+
+    The mean spacing of the changes, without those beyond one and a half times the median: there, one was missed. The
+    resolution of the counter is set by this (20 to 100 ms seen, 500 ms a documented default).
+
+    Raises:
+        NotMeasured: fewer than three changes.
+    """
+    rows = [row for row in changes if row.gpu == gpu and row.before_ns < row.at_ns]
+    at_ns = [row.at_ns for row in rows if span.opened_ns <= row.at_ns <= span.closed_ns]
+    spacings = [after - before for before, after in pairwise(at_ns)]
+    if len(spacings) < 2:
+        raise NotMeasured("the counter changed fewer than three times in the window")
+    usual_ns = statistics.median(spacings)
+    return statistics.fmean(item for item in spacings if item <= 1.5 * usual_ns) / NS_PER_S
+
+
+def _exact(what: str, at_ns: Sequence[int], energy_j: Sequence[float], holes: Sequence[Hole]) -> Curve:
+    """A curve whose knots lie where they were read."""
+    times = tuple(at_ns)
+    return Curve(what, times, times, times, tuple(energy_j), tuple(holes))

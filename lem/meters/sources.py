@@ -1,0 +1,237 @@
+"""What gives the energy of an experiment: chosen once, from its configuration and from what the sampler can read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from lem.config.experiment_config import ExperimentConfig
+from lem.meters.registry import MeterRefused
+from lem.meters.samples import GpuHeader, SampleHeader
+
+__all__ = [
+    "AVERAGE_POWER",
+    "COUNTER",
+    "EXTERNAL",
+    "INSTANT_POWER",
+    "RAPL",
+    "TDP_ESTIMATE",
+    "Sources",
+    "choose_sources",
+]
+
+# The names that `record.Energy.energy_source` can have.
+COUNTER: Final = "nvml_counter"
+INSTANT_POWER: Final = "power_instant_integral"
+AVERAGE_POWER: Final = "power_average_integral"
+RAPL: Final = "rapl"
+TDP_ESTIMATE: Final = "tdp_estimate"
+EXTERNAL: Final = "external_csv"
+
+_NOT_WANTED = "energy is not measured (measurement.energy: none)"
+_ON_CPU = "the experiment runs on the CPU"
+_LEAVE_AT_AUTO = "leave measurement.energy at auto; energy is then null in the record, with this reason"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Which meter each kind of energy comes from.
+
+    Attributes:
+        gpus: the places in `SampleHeader.gpus` of the GPUs the experiment runs on, in its order; rows of the log
+            name a GPU by that place.
+        gpu_method: `nvml_counter`, `power_instant_integral`, `power_average_integral`, or None.
+        cpu_method: `rapl`, `tdp_estimate`, or None.
+        is_external: a file of the user's own meter was named.
+        primary: the `energy_source` that efficiency and carbon stand on; None when there is none.
+        scope: what the primary sees: `gpu`, `module`, `cpu_package`, `machine`.
+        sample_period_s, idle_period_s: how often power is looked at in the window, and at rest.
+        reasons: why there is no meter, by `gpu`, `cpu`, `dram`, `external`, `primary`.
+        missing_uuids: GPUs of the experiment that the sampler does not see.
+    """
+
+    gpus: tuple[int, ...]
+    gpu_method: str | None
+    cpu_method: str | None
+    is_external: bool
+    primary: str | None
+    scope: str | None
+    sample_period_s: float
+    idle_period_s: float
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    missing_uuids: tuple[str, ...] = ()
+
+    @property
+    def is_estimate(self) -> bool:
+        """Whether the primary is no measurement."""
+        return self.primary == TDP_ESTIMATE
+
+
+def choose_sources(
+    config: ExperimentConfig,
+    header: SampleHeader,
+    gpu_uuids: Sequence[str],
+    is_cpu: bool,
+    *,
+    foreign: Mapping[str, Sequence[int]] | None = None,
+) -> Sources:
+    """The meters of an experiment.
+
+    Args:
+        gpu_uuids: the GPUs it runs on.
+        foreign: {uuid: pids} of compute processes of others that are there before it begins.
+
+    Raises:
+        MeterRefused: it demands energy that cannot be measured here; an accepted option must take effect.
+    """
+    wanted = config.measurement.energy
+    gpus, missing = _places(header, gpu_uuids)
+    chosen = [header.gpus[place] for place in gpus]
+    why_no_gpu = _why_no_gpu(wanted, header, gpu_uuids, is_cpu, missing, foreign or {})
+    gpu_method = None
+    if why_no_gpu is None:
+        gpu_method, why_no_gpu = _gpu_method(chosen)
+    if wanted == "nvml" and gpu_method != COUNTER:
+        raise MeterRefused(f"measurement.energy: nvml: {why_no_gpu or _why_no_counter(chosen)}", _LEAVE_AT_AUTO)
+    cpu_method, why_no_cpu = _cpu_method(wanted, header, config.measurement.cpu_tdp_w)
+    is_external = config.measurement.external_csv is not None
+    gpu_scope = "module" if any(gpu.energy_scope == "module" for gpu in chosen) else "gpu"
+    primary, scope = _primary(wanted, gpu_method, cpu_method, is_external, is_cpu, gpu_scope)
+    reasons = {
+        "gpu": why_no_gpu,
+        "cpu": why_no_cpu,
+        "dram": why_no_cpu or _why_no_dram(cpu_method, header),
+        "external": None if is_external else "measurement.external_csv is not given",
+        "primary": None if primary else why_no_cpu if is_cpu else why_no_gpu,
+    }
+    sources = Sources(
+        gpus=gpus,
+        gpu_method=gpu_method,
+        cpu_method=cpu_method,
+        is_external=is_external,
+        primary=primary,
+        scope=scope,
+        sample_period_s=config.timeseries.sample_interval_ms / 1000,
+        idle_period_s=config.baseline.sample_interval_ms / 1000,
+        reasons={name: reason for name, reason in reasons.items() if reason is not None},
+        missing_uuids=missing,
+    )
+    _refuse_demands(config, sources)
+    return sources
+
+
+def _places(header: SampleHeader, gpu_uuids: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    known = {gpu.uuid: place for place, gpu in enumerate(header.gpus)}
+    return (
+        tuple(known[uuid] for uuid in gpu_uuids if uuid in known),
+        tuple(uuid for uuid in gpu_uuids if uuid not in known),
+    )
+
+
+def _why_no_gpu(
+    wanted: str,
+    header: SampleHeader,
+    gpu_uuids: Sequence[str],
+    is_cpu: bool,
+    missing: Sequence[str],
+    foreign: Mapping[str, Sequence[int]],
+) -> str | None:
+    """Why the energy of the GPUs is not even asked for; None when it is."""
+    if wanted == "none":
+        return _NOT_WANTED
+    if is_cpu or not gpu_uuids:
+        return _ON_CPU
+    if wanted in ("rapl", "tdp_estimate"):
+        return f"another meter was asked for (measurement.energy: {wanted})"
+    if missing:
+        return f"{', '.join(missing)} cannot be read: {header.gpu_error or 'the sampler does not see it'}"
+    for gpu in header.gpus:
+        if gpu.uuid in gpu_uuids and gpu.mig_mode:
+            return f"{gpu.uuid} is cut into MIG instances, and its meters are those of the whole board"
+    for uuid in gpu_uuids:
+        if foreign.get(uuid):
+            pids = ", ".join(str(pid) for pid in foreign[uuid])
+            return f"{uuid} is also used by another program (process {pids}), whose energy cannot be told apart"
+    return None
+
+
+def _gpu_method(gpus: Sequence[GpuHeader]) -> tuple[str | None, str | None]:
+    """The best method that every GPU has: several are summed only when all were read, and in the same way."""
+    if all(gpu.counter_error is None for gpu in gpus):
+        return COUNTER, None
+    if all(gpu.power_error is None and gpu.power_source == "instant" for gpu in gpus):
+        return INSTANT_POWER, None
+    if all(gpu.power_error is None and gpu.power_source is not None for gpu in gpus):
+        return AVERAGE_POWER, None
+    return None, f"{_why_no_counter(gpus)}; {_why_no_power(gpus)}"
+
+
+def _why_no_counter(gpus: Sequence[GpuHeader]) -> str:
+    told = [f"{gpu.uuid}: {gpu.counter_error}" for gpu in gpus if gpu.counter_error is not None]
+    return f"the energy counter cannot be read: {'; '.join(told)}"
+
+
+def _why_no_power(gpus: Sequence[GpuHeader]) -> str:
+    told = [f"{gpu.uuid}: {gpu.power_error or 'not told'}" for gpu in gpus if gpu.power_error or not gpu.power_source]
+    return f"nor can power: {'; '.join(told)}"
+
+
+def _cpu_method(wanted: str, header: SampleHeader, user_tdp_w: float | None) -> tuple[str | None, str | None]:
+    if wanted == "none":
+        return None, _NOT_WANTED
+    if wanted == "tdp_estimate":
+        if user_tdp_w is None and header.cpu_tdp_w is None:
+            raise MeterRefused(
+                "measurement.energy: tdp_estimate: the design power of this CPU is not known",
+                "give measurement.cpu_tdp_w, the sum over all packages in watts",
+            )
+        return TDP_ESTIMATE, None
+    if any(zone.domain == "package" for zone in header.zones):
+        return RAPL, None
+    why = header.rapl_error or "the kernel shows no package in /sys/class/powercap"
+    if wanted == "rapl":
+        raise MeterRefused(f"measurement.energy: rapl: {why}", _LEAVE_AT_AUTO)
+    return None, why
+
+
+def _why_no_dram(cpu_method: str | None, header: SampleHeader) -> str | None:
+    if cpu_method == TDP_ESTIMATE:
+        return "the design power of a CPU says nothing of its memory"
+    has_dram = any(zone.domain == "dram" for zone in header.zones)
+    return None if has_dram else "the kernel shows no energy counter of the memory"
+
+
+def _primary(
+    wanted: str, gpu_method: str | None, cpu_method: str | None, is_external: bool, is_cpu: bool, gpu_scope: str
+) -> tuple[str | None, str | None]:
+    """The meter that counts, and what it sees.
+
+    The CPU's energy stands for the whole of an experiment only on a CPU, or where it was asked for by name.
+    """
+    if gpu_method is not None:
+        return gpu_method, gpu_scope
+    if cpu_method is not None and (is_cpu or wanted in ("rapl", "tdp_estimate")):
+        return cpu_method, "cpu_package"
+    if is_external:
+        return EXTERNAL, "machine"
+    return None, None
+
+
+def _refuse_demands(config: ExperimentConfig, sources: Sources) -> None:
+    """Refuse what was asked for and cannot be.
+
+    Raises:
+        MeterRefused: energy by phases, or a baseline, without a meter that could tell them.
+    """
+    has_meter = sources.primary not in (None, EXTERNAL)
+    why = sources.reasons.get("primary", "there is only measurement.external_csv")
+    if config.measurement.phases and not has_meter:
+        raise MeterRefused(
+            f"measurement.phases: true: nothing here can tell the energy of a phase: {why}",
+            "leave measurement.phases out",
+        )
+    if config.baseline.required and not has_meter:
+        raise MeterRefused(
+            f"baseline.required: true: nothing here can tell power at rest: {why}", "leave baseline.required out"
+        )
