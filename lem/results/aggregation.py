@@ -23,6 +23,7 @@ __all__ = [
     "MetricEstimate",
     "aggregate_campaign_results",
     "aggregate_config",
+    "used_records",
 ]
 
 # Simulated: with 1 % between loads and 0.5 % between runs, a 95 % t interval over cycles that share one load covers
@@ -231,6 +232,12 @@ def aggregate_config(
             for metric in METRICS
         },
     )
+
+
+def used_records(records: Iterable[Record]) -> tuple[Record, ...]:
+    """The records of one configuration that its estimates stand on: of each cycle the last valid attempt."""
+    attempts = _by_cycle(_distinct(records))
+    return tuple(record for members in attempts.values() for record in _last_valid(members))
 
 
 _Cycle = tuple[str, str, int]
