@@ -93,6 +93,8 @@ def _section(config: ExperimentConfig, arguments: Any) -> dict[str, Any]:
 
 
 def _is_same(wanted: Any, found: Any) -> bool:
+    if wanted == "auto":
+        return True  # whatever it became is what was asked for
     if isinstance(wanted, str) and isinstance(found, str):
         return wanted.lower() == found.lower()
     return bool(wanted == found)

@@ -19,6 +19,7 @@ __all__ = [
     "cache_arguments",
     "draft_arguments",
     "engine_arguments",
+    "gpus_needed",
     "idle_options",
     "lengths_of",
     "sampling_settings",
@@ -48,6 +49,9 @@ CACHE_ARGUMENTS: Mapping[str, str] = MappingProxyType(
 # What belongs to the flow in which an engine is built beforehand.
 BUILD_OPTIONS = ("engine_path", "engine_cache_dir", "force_rebuild", "builder_opt_level", "extra_build_args")
 DRAFT_OPTIONS = ("draft_model", "num_draft_tokens")
+
+# Arguments that help where they are known: lem bounds requests itself, and can do without the engine's times.
+_HELPFUL = frozenset({"max_input_len", "return_perf_metrics"})
 
 # Draft models go by one of these names, depending on the version.
 DRAFT_MODEL_ARGUMENTS = ("speculative_model", "speculative_model_dir")
@@ -90,7 +94,14 @@ def lengths_of(config: ExperimentConfig) -> tuple[int, int]:
     return section.max_input_len or config.max_input_tokens, section.max_output_len or config.max_output_tokens
 
 
-def engine_arguments(config: ExperimentConfig, model: str, tokenizer: str | None) -> dict[str, Any]:
+def gpus_needed(config: ExperimentConfig) -> int:
+    """The GPUs that one copy of the model is spread over."""
+    section = section_of(config)
+    along_context = runtime_extra(config).get("context_parallel_size") or 1
+    return (section.tp_size or 1) * (section.pp_size or 1) * int(along_context)
+
+
+def engine_arguments(config: ExperimentConfig, model: str, tokenizer: str | None, facts: EngineFacts) -> dict[str, Any]:
     """Keywords of LLM, without the configurations that are objects of their own.
 
     Args:
@@ -111,7 +122,8 @@ def engine_arguments(config: ExperimentConfig, model: str, tokenizer: str | None
         arguments["tokenizer"] = tokenizer
     given = {ARGUMENTS[name]: getattr(section, name) for name in ARGUMENTS}
     arguments |= {name: value for name, value in given.items() if value is not None}
-    return arguments | runtime_extra(config)
+    unknown = _HELPFUL - facts.arguments
+    return {name: value for name, value in arguments.items() if name not in unknown} | runtime_extra(config)
 
 
 def runtime_extra(config: ExperimentConfig) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 from lem.backends.tensorrt_options import (
     ARGUMENTS,
@@ -26,10 +25,13 @@ from lem.config.backend_config import TensorRTCalibrationConfig
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import OptionRefused
 
-__all__ = ["check_options", "check_quantization", "quantization_of"]
+__all__ = ["TYPE_KEYS", "Refusal", "check_options", "refuse"]
 
 _BUILDING = "belongs to the flow that builds engines; the PyTorch flow, which is TensorRT-LLM's default, builds none"
 _CALIBRATING = "the PyTorch flow quantizes nothing; calibrate when the checkpoint is made (NVIDIA ModelOpt)"
+
+# Under either name a configuration of transformers tells the type of the weights.
+TYPE_KEYS = ("dtype", "torch_dtype")
 
 # Arguments of LLM that an option decides.
 _OWNED = MappingProxyType(
@@ -58,20 +60,11 @@ _REFUSED = MappingProxyType(
     }
 )
 
-# How a checkpoint names its quantization (hf_quant_config.json of ModelOpt, quantization_config of transformers).
-_ALGORITHMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "fp8": ("fp8",),
-        "int8_sq": ("w8a8_sq", "smoothquant"),
-        "int8_weight_only": ("w8a16",),
-        "int4_awq": ("w4a16_awq", "awq"),
-        "int4_gptq": ("w4a16_gptq", "gptq"),
-    }
-)
-
 
 @dataclass(frozen=True)
-class _Refusal:
+class Refusal:
+    """An option, and why it cannot be honoured."""
+
     option: str
     reason: str
 
@@ -82,9 +75,10 @@ def check_options(config: ExperimentConfig, facts: EngineFacts) -> None:
     Raises:
         OptionRefused: names each option, the version found, and why.
     """
-    _raise(
+    refuse(
         [
             *_building(config),
+            *_adapter(config),
             *_unknown(config, facts),
             *_sampling(config, facts),
             *_extra(config, facts),
@@ -93,41 +87,34 @@ def check_options(config: ExperimentConfig, facts: EngineFacts) -> None:
     )
 
 
-def check_quantization(config: ExperimentConfig, found: str | None, facts: EngineFacts) -> None:
-    """Refuse a checkpoint that is quantized otherwise than asked for.
-
-    Args:
-        found: how the checkpoint names its quantization; None for one that has none.
+def refuse(
+    refusals: list[Refusal], facts: EngineFacts, hint: str = "leave the option out, or change what it needs"
+) -> None:
+    """Raise what there is to refuse, all of it at once.
 
     Raises:
-        OptionRefused: names both.
+        OptionRefused: names each option, the version found, and why.
     """
-    wanted = section_of(config).quantization
-    if wanted is None:
-        return
-    algorithms = _ALGORITHMS.get(wanted, ())
-    if (found is None) != (wanted == "none") or (found is not None and not found.lower().startswith(algorithms)):
-        what = "not quantized" if found is None else f"quantized to {found}"
-        reason = f"{config.model.name} is {what}, and the PyTorch flow takes checkpoints as they are"
-        _raise([_Refusal("tensorrt.quantization", f"{wanted}: {reason}")], facts)
-
-
-def _raise(refusals: list[_Refusal], facts: EngineFacts) -> None:
     if refusals:
         listed = "; ".join(f"{refusal.option}: {refusal.reason}" for refusal in refusals)
-        raise OptionRefused(f"{facts} cannot honour {listed}", "leave the option out, or change what it needs")
+        raise OptionRefused(f"{facts} cannot honour {listed}", hint)
 
 
-def _building(config: ExperimentConfig) -> Iterator[_Refusal]:
+def _building(config: ExperimentConfig) -> Iterator[Refusal]:
     section = section_of(config)
     for name in BUILD_OPTIONS:
         if getattr(section, name) not in (None, {}):
-            yield _Refusal(f"tensorrt.{name}", _BUILDING)
+            yield Refusal(f"tensorrt.{name}", _BUILDING)
     if section.calibration != TensorRTCalibrationConfig():
-        yield _Refusal("tensorrt.calibration", _CALIBRATING)
+        yield Refusal("tensorrt.calibration", _CALIBRATING)
 
 
-def _unknown(config: ExperimentConfig, facts: EngineFacts) -> Iterator[_Refusal]:
+def _adapter(config: ExperimentConfig) -> Iterator[Refusal]:
+    if config.model.adapter is not None:
+        yield Refusal("model.adapter", "adapters were not yet run with this backend; merge it into the checkpoint")
+
+
+def _unknown(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
     """Options whose argument this version does not have."""
     section = section_of(config)
     for options, known, where in (
@@ -136,30 +123,35 @@ def _unknown(config: ExperimentConfig, facts: EngineFacts) -> Iterator[_Refusal]
     ):
         for name, argument in options.items():
             if getattr(section, name) is not None and argument not in known:
-                yield _Refusal(f"tensorrt.{name}", f"{where} has no {argument}")
+                yield Refusal(f"tensorrt.{name}", f"{where} has no {argument}")
     if section.draft_model is not None and not facts.draft_arguments & {*DRAFT_MODEL_ARGUMENTS}:
-        yield _Refusal("tensorrt.draft_model", "DraftTargetDecodingConfig has no argument for a model")
+        yield Refusal("tensorrt.draft_model", "DraftTargetDecodingConfig has no argument for a model")
 
 
-def _sampling(config: ExperimentConfig, facts: EngineFacts) -> Iterator[_Refusal]:
+def _sampling(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
     decoder = config.decoder
     for name in sorted(sampling_settings(config).keys() - facts.sampling_arguments):
-        yield _Refusal(f"decoder.{name}", f"SamplingParams has no {name}")
+        yield Refusal(f"decoder.{name}", f"SamplingParams has no {name}")
     if not decoder.is_greedy and config.random_seed is not None:
-        yield _Refusal(
+        yield Refusal(
             "random_seed",
             "its sampler draws for all requests of a batch from one generator, so seeds of requests do nothing; "
             "decode greedily, or set random_seed to null",
         )
     if decoder.repetition_penalty != 1.0 and not facts.has_penalties:
-        yield _Refusal("decoder.repetition_penalty", "the sampler of this version knows no penalties")
+        yield Refusal("decoder.repetition_penalty", "the sampler of this version knows no penalties")
 
 
-def _extra(config: ExperimentConfig, facts: EngineFacts) -> Iterator[_Refusal]:
-    for name in runtime_extra(config):
+def _extra(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
+    extra = runtime_extra(config)
+    for name in extra:
         reason = _reason_against(name, facts)
         if reason is not None:
-            yield _Refusal(f"tensorrt.extra_runtime_args.{name}", reason)
+            yield Refusal(f"tensorrt.extra_runtime_args.{name}", reason)
+    overriding = extra.get("model_kwargs")
+    for key in TYPE_KEYS:
+        if isinstance(overriding, Mapping) and key in overriding:
+            yield Refusal(f"tensorrt.extra_runtime_args.model_kwargs.{key}", "is set by fp_precision")
 
 
 def _reason_against(name: str, facts: EngineFacts) -> str | None:
@@ -175,18 +167,3 @@ def _reason_against(name: str, facts: EngineFacts) -> str | None:
 def _nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, sorted(known), 1)
     return f" (did you mean {close[0]}?)" if close else ""
-
-
-def quantization_of(documents: Mapping[str, Any]) -> str | None:
-    """How a checkpoint names its quantization; None for one that has none.
-
-    Args:
-        documents: its JSON files by name: `hf_quant_config.json` (ModelOpt) and `config.json` (transformers).
-    """
-    modelopt = documents.get("hf_quant_config.json") or {}
-    algorithm = (modelopt.get("quantization") or {}).get("quant_algo")
-    if algorithm:
-        return str(algorithm)
-    own = (documents.get("config.json") or {}).get("quantization_config") or {}
-    name = own.get("quant_algo") or own.get("quant_method")
-    return str(name) if name else None

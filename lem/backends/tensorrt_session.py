@@ -7,11 +7,9 @@ import dataclasses
 import gc
 import importlib.metadata
 import importlib.util
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import tensorrt_llm
@@ -23,18 +21,20 @@ from lem.backends.checkpoints import WEIGHTS, fetch, identify
 from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
 from lem.backends.pytorch_device import visible_gpus
 from lem.backends.pytorch_sources import Source
+from lem.backends.tensorrt_checkpoint import check_checkpoint, documents_of
 from lem.backends.tensorrt_effective import describe_effective, refuse_differences
 from lem.backends.tensorrt_options import (
     EngineFacts,
     cache_arguments,
     draft_arguments,
     engine_arguments,
+    gpus_needed,
     idle_options,
     lengths_of,
     sampling_settings,
     section_of,
 )
-from lem.backends.tensorrt_refusals import check_options, check_quantization, quantization_of
+from lem.backends.tensorrt_refusals import check_options
 from lem.backends.tensorrt_serving import Server
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError, OptionRefused
@@ -173,9 +173,9 @@ def _load(config: ExperimentConfig, facts: EngineFacts, token: str | None) -> tu
     """Where the model lies, and the engine."""
     model, drafter = config.model, section_of(config).draft_model
     source = fetch(model.name, marker="config.json", option="model", revision=model.revision, token=token)
-    check_quantization(config, quantization_of(_documents(source.folder)), facts)
+    check_checkpoint(config, documents_of(source.folder), facts)
     tokenizer = _fetch_tokenizer(model.tokenizer, token)
-    arguments = engine_arguments(config, str(source.folder), tokenizer)
+    arguments = engine_arguments(config, str(source.folder), tokenizer, facts)
     if drafter is not None:
         drafter = str(fetch(drafter, marker="config.json", option="tensorrt.draft_model", token=token).folder)
     try:
@@ -261,23 +261,17 @@ def _visible_gpus(config: ExperimentConfig, find_gpus: FindGpus) -> Iterator[tup
             # CUDA hides a name that stands for nothing, and all behind it.
             missing = config.gpus[len(found)]
             raise EngineError(f"gpus: {missing} is not there", is_permanent=True, kind="option")
-        section = section_of(config)
-        yield found[: (section.tp_size or 1) * (section.pp_size or 1)]
+        needed = gpus_needed(config)
+        if needed > len(found):
+            what = f"the model is to be spread over {needed} GPUs, and {len(found)} can be seen"
+            hint = "change tensorrt.tp_size, pp_size or gpus"
+            raise EngineError(f"tensorrt.tp_size: {what}", hint, is_permanent=True, kind="option")
+        yield found[:needed]
     finally:
         if before is None:
             os.environ.pop(GPU_VARIABLE, None)
         else:
             os.environ[GPU_VARIABLE] = before
-
-
-def _documents(folder: Path) -> dict[str, Any]:
-    found = {}
-    for name in ("hf_quant_config.json", "config.json"):
-        path = folder / name
-        if path.is_file():
-            with contextlib.suppress(ValueError):
-                found[name] = json.loads(path.read_text(encoding="utf-8"))
-    return found
 
 
 def _find_versions() -> dict[str, str]:

@@ -324,19 +324,31 @@ class VllmConfig(Section):
 class TensorRTCalibrationConfig(Section):
     """Calibration of a quantization."""
 
-    dataset: str | None = option(None, description="Dataset to calibrate on.", reload=True)
-    split: str | None = option(None, description="Its split.", reload=True)
-    num_samples: int | None = option(None, description="Samples to take.", minimum=1, unit="prompts", reload=True)
-    max_length: int | None = option(None, description="Longest sample.", minimum=1, unit="tokens", reload=True)
+    dataset: str | None = option(
+        None, description="Dataset to calibrate on. Refused: calibrate when the checkpoint is made.", reload=True
+    )
+    split: str | None = option(None, description="Its split. Refused.", reload=True)
+    num_samples: int | None = option(
+        None, description="Samples to take. Refused.", minimum=1, unit="prompts", reload=True
+    )
+    max_length: int | None = option(None, description="Longest sample. Refused.", minimum=1, unit="tokens", reload=True)
 
 
 @dataclass(frozen=True)
 class TensorRTConfig(Section):
-    """Options of the tensorrt backend (the `LLM` API of TensorRT-LLM)."""
+    """Options of the tensorrt backend (`LLM` of TensorRT-LLM in its PyTorch flow); it awaits a run on hardware."""
 
-    engine_path: str | None = option(None, description="A folder with a built engine.", reload=True)
-    engine_cache_dir: str | None = option(None, description="Where built engines are kept.", reload=True)
-    force_rebuild: bool | None = option(None, description="Build even where the cache has the engine.", reload=True)
+    engine_path: str | None = option(
+        None, description="A folder with a built engine. Refused: the PyTorch flow builds none.", reload=True
+    )
+    engine_cache_dir: str | None = option(
+        None, description="Where built engines are kept. Refused: the PyTorch flow builds none.", reload=True
+    )
+    force_rebuild: bool | None = option(
+        None,
+        description="Build even where the cache has the engine. Refused: the PyTorch flow builds none.",
+        reload=True,
+    )
     max_batch_size: int = option(
         8, description="Requests worked on at a time.", minimum=1, unit="requests", reload=True
     )
@@ -356,7 +368,11 @@ class TensorRTConfig(Section):
     )
     max_num_tokens: int | None = option(None, description="Tokens in one step.", minimum=1, unit="tokens", reload=True)
     builder_opt_level: int | None = option(
-        None, description="How hard the builder optimises.", minimum=0, maximum=5, reload=True
+        None,
+        description="How hard the builder optimises. Refused: the PyTorch flow builds none.",
+        minimum=0,
+        maximum=5,
+        reload=True,
     )
     tp_size: int | None = option(
         None, description="GPUs to spread each layer over.", minimum=1, unit="GPUs", reload=True
@@ -366,7 +382,7 @@ class TensorRTConfig(Section):
     )
     quantization: str | None = option(
         None,
-        description="Quantization of the weights.",
+        description="Quantization that the checkpoint must have; the PyTorch flow quantizes nothing.",
         choices=("none", "fp8", "int8_sq", "int8_weight_only", "int4_awq", "int4_gptq"),
         reload=True,
     )
@@ -390,10 +406,10 @@ class TensorRTConfig(Section):
         None, description="Tokens to draft at a time.", minimum=1, unit="tokens", reload=True
     )
     extra_build_args: Mapping[str, Any] = option(
-        {}, description="Further options of the build, passed as they are.", reload=True
+        {}, description="Further options of the build. Refused: the PyTorch flow builds none.", reload=True
     )
     extra_runtime_args: Mapping[str, Any] = option(
-        {}, description="Further options of the engine, passed as they are.", reload=True
+        {}, description="Further options of the engine (arguments of its LLM), passed as they are.", reload=True
     )
 
     def check(self) -> Iterator[Problem]:

@@ -47,6 +47,7 @@ class TorchLlmArgs(Strict):
         "revision": None,
         "tokenizer_revision": None,
         "pipeline_parallel_size": 1,
+        "context_parallel_size": 1,
         "kv_cache_config": KvCacheConfig(),
         "enable_chunked_prefill": False,
         "speculative_config": None,

@@ -47,7 +47,7 @@ class Bench:
         self.folder = folder
         self.engines = engines
         self.backend = TensorRTBackend(find_gpus=lambda: GPUS)
-        self.write("config.json", {"model_type": "of no kind that is known"})
+        self.write("config.json", {"model_type": "of no kind that is known", "dtype": "float16"})
 
     def write(self, name: str, document: dict[str, Any]) -> None:
         self.folder.mkdir(exist_ok=True)
@@ -299,6 +299,30 @@ def test_a_gpu_that_is_not_there_is_told(bench: Bench) -> None:
     assert (caught.value.kind, caught.value.is_permanent) == ("option", True)
     with pytest.raises(EngineError, match="needs a GPU"):
         TensorRTBackend(tuple).load(bench.experiment(), {})
+
+
+def test_more_gpus_than_can_be_seen_are_refused_by_name(bench: Bench) -> None:
+    with pytest.raises(EngineError, match="spread over 4 GPUs, and 2 can be seen") as caught:
+        bench.load({"tp_size": 2, "extra_runtime_args": {"context_parallel_size": 2}})
+    assert (caught.value.kind, caught.value.is_permanent) == ("option", True)
+    assert bench.load({"extra_runtime_args": {"context_parallel_size": 2}}).gpu_uuids == GPUS
+
+
+def test_what_is_left_to_the_engine_may_become_anything(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorrt_llm.llmapi import KvCacheConfig
+
+    init = KvCacheConfig.__init__
+    monkeypatch.setattr(
+        KvCacheConfig, "__init__", lambda self, **given: init(self, **{**given, "dtype": "fp8"}), raising=True
+    )
+    assert bench.load({"kv_cache_type": "auto"}).effective["tensorrt"]["kv_cache_type"] == "fp8"
+    assert "tensorrt.kv_cache_type: nvfp4 became fp8" in bench.refusal({"kv_cache_type": "nvfp4"})
+
+
+def test_a_checkpoint_of_another_type_is_refused_before_it_is_loaded(bench: Bench) -> None:
+    loads = len(bench.engines)
+    assert "fp_precision: bfloat16" in bench.refusal({}, fp_precision="bfloat16")
+    assert len(bench.engines) == loads
 
 
 def test_too_little_memory_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

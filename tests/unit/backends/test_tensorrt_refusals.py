@@ -7,8 +7,14 @@ from typing import Any
 
 import pytest
 
-from lem.backends.tensorrt_options import EngineFacts, cache_arguments, engine_arguments, sampling_settings
-from lem.backends.tensorrt_refusals import check_options, check_quantization, quantization_of
+from lem.backends.tensorrt_options import (
+    EngineFacts,
+    cache_arguments,
+    engine_arguments,
+    gpus_needed,
+    sampling_settings,
+)
+from lem.backends.tensorrt_refusals import check_options
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import OptionRefused
 
@@ -25,6 +31,9 @@ FACTS = EngineFacts(
             "attn_backend",
             "stream_interval",
             "backend",
+            "max_input_len",
+            "model_kwargs",
+            "return_perf_metrics",
         }
     ),
     cache_arguments=frozenset({"free_gpu_memory_fraction", "enable_block_reuse", "dtype"}),
@@ -73,6 +82,11 @@ def experiment(section: dict[str, Any] | None = None, **options: Any) -> Experim
         ),
         ({"extra_runtime_args": {"backend": "tensorrt"}}, "tensorrt.extra_runtime_args.backend", "PyTorch flow"),
         ({"extra_runtime_args": {"quant_config": 1}}, "tensorrt.extra_runtime_args.quant_config", "quantized already"),
+        (
+            {"extra_runtime_args": {"model_kwargs": {"torch_dtype": "float32"}}},
+            "tensorrt.extra_runtime_args.model_kwargs.torch_dtype",
+            "is set by fp_precision",
+        ),
     ],
 )
 def test_an_option_is_refused_with_version_and_reason(section: dict[str, Any], option: str, reason: str) -> None:
@@ -112,53 +126,16 @@ def test_seeds_of_requests_are_refused_since_the_sampler_has_one_generator() -> 
     check_options(experiment(decoder=decoder, random_seed=None), FACTS)
 
 
+def test_an_adapter_is_refused_since_no_request_would_use_it() -> None:
+    with pytest.raises(OptionRefused, match=r"model\.adapter: .*merge it into the checkpoint"):
+        check_options(experiment(model={"name": "m", "adapter": "a"}), FACTS)
+
+
 def test_penalties_need_a_sampler_that_knows_them() -> None:
     config = experiment(decoder={"preset": "deterministic", "repetition_penalty": 1.2})
     check_options(config, FACTS)
     with pytest.raises(OptionRefused, match=r"decoder\.repetition_penalty: the sampler of this version"):
         check_options(config, dataclasses.replace(FACTS, has_penalties=False))
-
-
-@pytest.mark.parametrize(
-    ("wanted", "found", "is_good"),
-    [
-        (None, None, True),
-        (None, "FP8", True),
-        ("none", None, True),
-        ("none", "FP8", False),
-        ("fp8", "FP8", True),
-        ("fp8", "FP8_BLOCK_SCALES", True),
-        ("fp8", None, False),
-        ("fp8", "W4A16_AWQ", False),
-        ("int4_awq", "W4A16_AWQ", True),
-        ("int4_awq", "awq", True),
-        ("int4_gptq", "gptq", True),
-        ("int8_sq", "W8A8_SQ_PER_CHANNEL", True),
-        ("int8_weight_only", "W8A16", True),
-    ],
-)
-def test_a_checkpoint_must_be_quantized_as_asked_for(wanted: str | None, found: str | None, is_good: bool) -> None:
-    config = experiment({} if wanted is None else {"quantization": wanted})
-    if is_good:
-        check_quantization(config, found, FACTS)
-        return
-    with pytest.raises(OptionRefused, match=r"tensorrt\.quantization") as caught:
-        check_quantization(config, found, FACTS)
-    assert ("not quantized" if found is None else found) in caught.value.message
-
-
-@pytest.mark.parametrize(
-    ("documents", "found"),
-    [
-        ({}, None),
-        ({"config.json": {"model_type": "llama"}}, None),
-        ({"config.json": {"quantization_config": {"quant_method": "awq"}}}, "awq"),
-        ({"hf_quant_config.json": {"quantization": {"quant_algo": "FP8"}}, "config.json": {}}, "FP8"),
-        ({"hf_quant_config.json": {"quantization": {"quant_algo": None}}}, None),
-    ],
-)
-def test_a_checkpoint_tells_its_quantization(documents: dict[str, Any], found: str | None) -> None:
-    assert quantization_of(documents) == found
 
 
 def test_options_become_documented_arguments() -> None:
@@ -170,7 +147,7 @@ def test_options_become_documented_arguments() -> None:
         "enable_chunked_context": True,
         "extra_runtime_args": {"attn_backend": "FLASHINFER"},
     }
-    made = engine_arguments(experiment(section, max_input_tokens=10, max_output_tokens=5), "/m", None)
+    made = engine_arguments(experiment(section, max_input_tokens=10, max_output_tokens=5), "/m", None, FACTS)
     assert made == {
         "model": "/m",
         "dtype": "float16",
@@ -185,6 +162,18 @@ def test_options_become_documented_arguments() -> None:
         "enable_chunked_prefill": True,
         "attn_backend": "FLASHINFER",
     }
+
+
+def test_what_lem_can_do_without_is_left_out_where_it_is_unknown() -> None:
+    facts = dataclasses.replace(FACTS, arguments=FACTS.arguments - {"max_input_len", "return_perf_metrics"})
+    made = engine_arguments(experiment(), "/m", None, facts)
+    assert set(made) == {"model", "dtype", "trust_remote_code", "max_seq_len", "max_batch_size"}
+
+
+def test_every_kind_of_parallelism_takes_gpus() -> None:
+    assert gpus_needed(experiment()) == 1
+    assert gpus_needed(experiment({"tp_size": 2, "pp_size": 3})) == 6
+    assert gpus_needed(experiment({"tp_size": 2, "extra_runtime_args": {"context_parallel_size": 2}})) == 4
 
 
 def test_prompts_are_not_kept_unless_that_is_asked_for() -> None:

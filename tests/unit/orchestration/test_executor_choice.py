@@ -57,6 +57,15 @@ def test_what_is_not_installed_here_runs_in_containers(fake: FakeDocker) -> None
     assert executor.project.name == "lem-my-demo"
 
 
+def test_tensorrt_runs_in_its_container(fake: FakeDocker) -> None:
+    found = campaign("tensorrt")
+    fake.change(services={"tensorrt": {"image": "trt"}})
+    choice = choose(fake, found)
+    assert choice.name == "docker"
+    assert "not installed here: tensorrt (tensorrt_llm)" in choice.describe()
+    assert "trt (tensorrt)" in choice.describe()
+
+
 @pytest.mark.parametrize("state", [{"daemon": "down"}, {"compose": None}])
 def test_without_an_engine_it_is_here_and_says_why(fake: FakeDocker, state: dict[str, Any]) -> None:
     fake.change(**state)
