@@ -24,6 +24,7 @@ __all__ = [
     "FINISHED_FILENAME",
     "PART_FILENAME",
     "SAMPLES_SCHEMA",
+    "ClockPair",
     "CounterChange",
     "CpuLoad",
     "GpuHeader",
@@ -57,13 +58,14 @@ class GpuHeader:
     """What does not change about a GPU while it is sampled.
 
     Attributes:
+        index: NVML's; None where NVML does not see the GPU that was asked for.
         energy_scope: `gpu`, or `module` where the driver answers only for GPU and CPU together.
         power_source: where `GpuSample.power_w` comes from: `instant` (field 186) or `average` (over 1 s on some
             boards); None when neither can be read.
         counter_error, power_error: why the energy counter, or power, cannot be read; None when it can.
     """
 
-    index: int
+    index: int | None
     uuid: str
     name: str
     driver: str
@@ -88,7 +90,7 @@ class RaplZone:
 
 @dataclass(frozen=True)
 class SampleHeader:
-    """Who sampled what, and the one pair of clocks that lets outside logs be aligned.
+    """Who sampled what, and the first pair of clocks that lets outside logs be aligned.
 
     Attributes:
         started_ns, started_utc: CLOCK_MONOTONIC and UTC at the same moment.
@@ -163,14 +165,25 @@ class ProcessesSeen:
 
 @dataclass(frozen=True)
 class MeterError:
-    """A reading that failed; `meter` is `gpu0.counter`, `gpu0.power`, `rapl.package-0` …"""
+    """A reading that failed; `meter` is `gpu0.counter`, `gpu0.power`, `rapl.package-0` …
+
+    The number is the GPU's place in the header, as in every other row.
+    """
 
     at_ns: int
     meter: str
     message: str
 
 
-Row = CounterChange | GpuSample | RaplReading | CpuLoad | ProcessesSeen | MeterError
+@dataclass(frozen=True)
+class ClockPair:
+    """CLOCK_MONOTONIC and UTC at the same moment again; the header has the first pair."""
+
+    at_ns: int
+    utc: str
+
+
+Row = CounterChange | GpuSample | RaplReading | CpuLoad | ProcessesSeen | MeterError | ClockPair
 
 _KINDS: Mapping[str, type[Row]] = {
     "c": CounterChange,
@@ -179,6 +192,7 @@ _KINDS: Mapping[str, type[Row]] = {
     "l": CpuLoad,
     "p": ProcessesSeen,
     "e": MeterError,
+    "t": ClockPair,
 }
 _LETTERS = {kind: letter for letter, kind in _KINDS.items()}
 
@@ -203,11 +217,12 @@ class SampleLog:
     loads: tuple[CpuLoad, ...] = ()
     processes: tuple[ProcessesSeen, ...] = ()
     errors: tuple[MeterError, ...] = ()
+    clocks: tuple[ClockPair, ...] = ()
 
     def rows(self) -> Iterator[Row]:
         """Every row, ordered by time."""
         groups: tuple[Sequence[Row], ...] = (
-            self.counters, self.samples, self.rapl, self.loads, self.processes, self.errors,
+            self.counters, self.samples, self.rapl, self.loads, self.processes, self.errors, self.clocks,
         )  # fmt: skip
         return iter(sorted((row for group in groups for row in group), key=lambda row: row.at_ns))
 
@@ -280,7 +295,7 @@ def _decode(lines: Iterable[str]) -> SampleLog:
         raise SampleLogError(f"not a sample log: {error!r}") from error
     if header is None:
         raise SampleLogError("not a sample log: it has no header")
-    return SampleLog(header, *(tuple(found[letter]) for letter in "csrlpe"))
+    return SampleLog(header, *(tuple(found[letter]) for letter in "csrlpet"))
 
 
 def _decode_header(document: Mapping[str, Any]) -> SampleHeader:

@@ -1,0 +1,166 @@
+"""RAPL: the energy counters of CPU packages and memory, as Linux shows them under /sys/class/powercap.
+
+AMD's processors appear there under Intel's name too. A counter is in microjoules and starts again from 0 when it
+passes `max_energy_range_uj` [Linux, Documentation/power/powercap/powercap.rst]. Since CVE-2020-8694 (2020) only root
+may read them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lem.meters.samples import RaplZone
+
+__all__ = ["PACKAGE", "POWERCAP", "RaplCounter", "RaplFound", "ZoneFolder", "find_rapl", "zone_folders"]
+
+POWERCAP = Path("/sys/class/powercap")
+PACKAGE = "package"
+
+_ZONE = re.compile(r"(?P<kind>[\w-]*rapl[\w-]*):(?P<numbers>\d+(?::\d+)*)")
+
+_RIGHTS_REMEDY = (
+    "run lem as root, or let everybody read them until the next boot: sudo chmod a+r {root}/*rapl*:*/energy_uj"
+)
+_ABSENT_REMEDY = (
+    "virtual machines and containers have none: sample on the host; on hardware, sudo modprobe intel_rapl_msr"
+)
+
+
+@dataclass(frozen=True)
+class ZoneFolder:
+    """A zone as the kernel shows it, whether or not its counter may be read.
+
+    Attributes:
+        name: the kernel's, those of the zones above it before it: `package-0`, `package-0/dram`.
+        domain: `package`, `dram`, `core`, `uncore`, `psys` (the whole machine, packages included) …
+    """
+
+    folder: Path
+    name: str
+    domain: str
+
+
+@dataclass(frozen=True)
+class RaplCounter:
+    """A counter that can be read."""
+
+    zone: RaplZone
+    path: Path
+
+    def read_uj(self) -> int:
+        """What it says now, in microjoules.
+
+        Raises:
+            OSError, ValueError: it cannot be read any more, or says no number.
+        """
+        return int(self.path.read_bytes())
+
+
+@dataclass(frozen=True)
+class RaplFound:
+    """The counters that can be read, and what keeps others from it.
+
+    Attributes:
+        error: why there is none, or why the whole CPU cannot be summed up; None when it can.
+        remedy: what to do about `error`.
+        missing: (name, why) of the zones other than packages that cannot be read.
+    """
+
+    counters: tuple[RaplCounter, ...] = ()
+    error: str | None = None
+    remedy: str = ""
+    missing: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def explained(self) -> str | None:
+        """The error with its remedy."""
+        return None if self.error is None else f"{self.error}; {self.remedy}"
+
+
+def find_rapl(root: Path = POWERCAP) -> RaplFound:
+    """The counters below `root`.
+
+    Packages count together or not at all, and so do the zones of any other domain: a sum over some of them would look
+    like the whole.
+    """
+    zones = zone_folders(root)
+    if not any(zone.domain == PACKAGE for zone in zones):
+        return RaplFound(error=f"no RAPL package in {root}", remedy=_ABSENT_REMEDY)
+    opened = {zone: _open_counter(zone) for zone in zones}
+    failed = {zone: error for zone, error in opened.items() if not isinstance(error, RaplCounter)}
+    packages = {zone.name: error for zone, error in failed.items() if zone.domain == PACKAGE}
+    if packages:
+        return _unreadable(root, packages)
+    incomplete = {zone.domain for zone in failed}
+    return RaplFound(
+        tuple(item for item in opened.values() if isinstance(item, RaplCounter) and item.zone.domain not in incomplete),
+        missing=tuple((zone.name, _why(error)) for zone, error in failed.items()),
+    )
+
+
+def zone_folders(root: Path = POWERCAP) -> tuple[ZoneFolder, ...]:
+    """The RAPL zones below `root`, each after the one it lies in.
+
+    A package can be reached in two ways, by registers and by memory (`intel-rapl-mmio`); it is listed once.
+    """
+    found: dict[tuple[str, tuple[int, ...]], tuple[Path, str]] = {}
+    for folder in _list(root):
+        match = _ZONE.fullmatch(folder.name)
+        name = _read_name(folder) if match else None
+        if match and name:
+            numbers = tuple(int(number) for number in match["numbers"].split(":"))
+            found[match["kind"], numbers] = (folder, name)
+    kinds = sorted({kind for kind, _ in found}, key=lambda kind: ("mmio" in kind, kind))
+    zones: dict[str, ZoneFolder] = {}
+    for kind, numbers in sorted(found, key=lambda key: (kinds.index(key[0]), key[1])):
+        folder, name = found[kind, numbers]
+        above = [found[kind, numbers[:size]][1] for size in range(1, len(numbers)) if (kind, numbers[:size]) in found]
+        full_name = "/".join([*above, name])
+        # `package-0`, on processors of several dies `package-0-die-1`.
+        domain = PACKAGE if name.startswith(PACKAGE) else name
+        zones.setdefault(full_name, ZoneFolder(folder, full_name, domain))
+    return tuple(zones.values())
+
+
+def _list(root: Path) -> list[Path]:
+    try:
+        return sorted(root.iterdir())
+    except OSError:
+        return []
+
+
+def _read_name(folder: Path) -> str | None:
+    """The name of a zone; None where it has none, as where Docker has laid an empty folder over powercap."""
+    try:
+        return (folder / "name").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
+
+
+def _open_counter(zone: ZoneFolder) -> RaplCounter | OSError | ValueError:
+    try:
+        max_uj = int((zone.folder / "max_energy_range_uj").read_bytes())
+        counter = RaplCounter(RaplZone(zone.name, zone.domain, max_uj), zone.folder / "energy_uj")
+        counter.read_uj()
+    except (OSError, ValueError) as error:
+        return error
+    return counter
+
+
+def _unreadable(root: Path, failed: Mapping[str, OSError | ValueError]) -> RaplFound:
+    names, error = ", ".join(failed), next(iter(failed.values()))
+    if isinstance(error, PermissionError):
+        text = f"the RAPL counters ({names}) may not be read by user {os.getuid()}"
+        return RaplFound(error=text, remedy=_RIGHTS_REMEDY.format(root=root))
+    return RaplFound(
+        error=f"the RAPL counters ({names}) cannot be read: {_why(error)}",
+        remedy="dmesg may say more; without them CPU energy is null",
+    )
+
+
+def _why(error: OSError | ValueError) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else f"no number: {error}"
