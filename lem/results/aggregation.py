@@ -12,6 +12,8 @@ from typing import Any
 
 from lem.record import Record, RecordError, decode_record
 from lem.results.bootstrap import BootstrapResult, bootstrap_ci, check_confidence
+from lem.results.cycles import Cycles, by_cycle, cycle_values, distinct, share_a_load, used_cycles, used_records
+from lem.results.metrics import METRICS, Metric
 from lem.results.statistics import LogTInterval, bootstrap_coverage_label, log_t_interval
 
 __all__ = [
@@ -29,59 +31,6 @@ __all__ = [
 # Simulated: with 1 % between loads and 0.5 % between runs, a 95 % t interval over cycles that share one load covers
 # 64, 43 and 27 % at 3, 5 and 10 cycles.
 SHARED_LOAD = "cycles share an engine load (reuse: campaign), so they are no replicates: no interval"
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One number of a record that is aggregated.
-
-    Attributes:
-        name: its name here and in JSON.
-        group: `energy`, `throughput`, `tokens` or `latency`.
-        unit: SI, as people write it.
-        section, field: where it stands in the record.
-        percentile: which percentile of a distribution; None for a plain number.
-    """
-
-    name: str
-    group: str
-    unit: str
-    section: str
-    field: str
-    percentile: str | None = None
-
-    def read(self, record: Record) -> tuple[float | None, str]:
-        """The value in a record, and the reason where it is None."""
-        holder = getattr(record, self.section)
-        value = getattr(holder, self.field)
-        if value is None:
-            return None, str(holder.null_reasons.get(self.field, "no reason given"))
-        if self.percentile is None:
-            return float(value), ""
-        quantile = getattr(value, self.percentile)
-        return quantile, "" if quantile is not None else str(value.null_reasons[self.percentile])
-
-
-def _latency_metrics() -> Iterable[Metric]:
-    for kind in ("ttft", "tpot", "itl", "e2e", "queue"):
-        for percentile in ("p50", "p95"):
-            yield Metric(f"{kind}_{percentile}_s", "latency", "s", "latency", f"{kind}_s", percentile)
-
-
-METRICS: tuple[Metric, ...] = (
-    Metric("gpu_energy_j", "energy", "J", "energy", "gpu_energy_j"),
-    Metric("gpu_energy_net_j", "energy", "J", "energy", "gpu_energy_net_j"),
-    Metric("cpu_package_energy_j", "energy", "J", "energy", "cpu_package_energy_j"),
-    Metric("energy_per_output_tok_j", "energy", "J/tok", "efficiency", "energy_per_output_tok_j"),
-    Metric("energy_per_total_tok_j", "energy", "J/tok", "efficiency", "energy_per_total_tok_j"),
-    Metric("energy_per_request_j", "energy", "J", "efficiency", "energy_per_request_j"),
-    Metric("output_tok_per_s", "throughput", "tok/s", "throughput", "output_tok_per_s"),
-    Metric("total_tok_per_s", "throughput", "tok/s", "throughput", "total_tok_per_s"),
-    Metric("requests_per_s", "throughput", "1/s", "throughput", "requests_per_s"),
-    Metric("input_tok", "tokens", "tok", "work", "input_tok"),
-    Metric("output_tok", "tokens", "tok", "work", "output_tok"),
-    *_latency_metrics(),
-)
 
 
 @dataclass(frozen=True)
@@ -210,10 +159,10 @@ def aggregate_config(
         RecordError, ValueError: as `aggregate_campaign_results`.
     """
     check_confidence(confidence)
-    records = _distinct(_as_record(config_name, index, item) for index, item in enumerate(results) if item is not None)
-    attempts = _by_cycle(records)
-    used = {cycle: chosen for cycle, members in attempts.items() if (chosen := _last_valid(members))}
-    is_load_shared = _share_a_load(used)
+    records = distinct(_as_record(config_name, index, item) for index, item in enumerate(results) if item is not None)
+    attempts = by_cycle(records)
+    used = used_cycles(attempts)
+    is_load_shared = share_a_load(used)
     return ConfigAggregate(
         config_name=config_name,
         n_cycles=len(used),
@@ -234,16 +183,6 @@ def aggregate_config(
     )
 
 
-def used_records(records: Iterable[Record]) -> tuple[Record, ...]:
-    """The records of one configuration that its estimates stand on: of each cycle the last valid attempt."""
-    attempts = _by_cycle(_distinct(records))
-    return tuple(record for members in attempts.values() for record in _last_valid(members))
-
-
-_Cycle = tuple[str, str, int]
-_Cycles = Mapping[_Cycle, Sequence[Record]]
-
-
 def _as_record(config_name: str, index: int, item: Record | Mapping[str, Any]) -> Record:
     if isinstance(item, Record):
         return item
@@ -251,46 +190,6 @@ def _as_record(config_name: str, index: int, item: Record | Mapping[str, Any]) -
         return decode_record(dict(item))
     except (RecordError, TypeError, ValueError) as error:
         raise RecordError(f"{config_name}: result {index + 1}: {error}") from error
-
-
-def _distinct(records: Iterable[Record]) -> tuple[Record, ...]:
-    """The records without identical duplicates, as two copies of one folder bring them."""
-    kept: dict[tuple[str, str, str, int, int], list[Record]] = {}
-    for record in records:
-        same = kept.setdefault(record.identity.key, [])
-        if record not in same:
-            same.append(record)
-    return tuple(record for same in kept.values() for record in same)
-
-
-def _by_cycle(records: Iterable[Record]) -> _Cycles:
-    cycles: dict[_Cycle, list[Record]] = {}
-    for record in records:
-        identity = record.identity
-        cycles.setdefault((identity.run_id, identity.host, identity.cycle_index), []).append(record)
-    return dict(sorted(cycles.items()))
-
-
-def _last_valid(members: Sequence[Record]) -> tuple[Record, ...]:
-    """The last valid attempt of each experiment in a cycle."""
-    last: dict[str, list[Record]] = {}
-    for record in members:
-        if not record.validity.valid:
-            continue
-        same = last.setdefault(record.identity.experiment_id, [])
-        if same and record.identity.attempt > same[0].identity.attempt:
-            same.clear()
-        if not same or record.identity.attempt == same[0].identity.attempt:
-            same.append(record)
-    return tuple(record for same in last.values() for record in same)
-
-
-def _share_a_load(cycles: _Cycles) -> bool:
-    loads = [
-        {(record.identity.host, record.validity.engine_load_id) for record in members if record.validity.engine_load_id}
-        for members in cycles.values()
-    ]
-    return sum(map(len, loads)) > len(set().union(*loads))
 
 
 def _mixture_warnings(records: Sequence[Record]) -> Iterable[str]:
@@ -304,9 +203,9 @@ def _mixture_warnings(records: Sequence[Record]) -> Iterable[str]:
 
 
 def _estimate(
-    metric: Metric, used: _Cycles, attempts: _Cycles, confidence: float, *, is_load_shared: bool
+    metric: Metric, used: Cycles, attempts: Cycles, confidence: float, *, is_load_shared: bool
 ) -> MetricEstimate:
-    values = _cycle_values(metric, used)
+    values = tuple(cycle_values(metric, used).values())
     all_attempts = _all_attempts(metric, attempts, values)
     reasons = _count(
         reason for members in used.values() for record in members for reason in (metric.read(record)[1],) if reason
@@ -324,16 +223,8 @@ def _estimate(
     return MetricEstimate(metric, values, bootstrap, t_log, all_attempts, None, warning)
 
 
-def _cycle_values(metric: Metric, cycles: _Cycles) -> tuple[float, ...]:
-    """One value a cycle: the mean over its records that measured the metric."""
-    measured = (
-        [value for record in members if (value := metric.read(record)[0]) is not None] for members in cycles.values()
-    )
-    return tuple(statistics.fmean(values) for values in measured if values)
-
-
-def _all_attempts(metric: Metric, attempts: _Cycles, valid_values: tuple[float, ...]) -> AllAttempts | None:
-    values = _cycle_values(metric, attempts)
+def _all_attempts(metric: Metric, attempts: Cycles, valid_values: tuple[float, ...]) -> AllAttempts | None:
+    values = tuple(cycle_values(metric, attempts).values())
     if not values or values == valid_values:
         return None
     n_attempts = sum(metric.read(record)[0] is not None for members in attempts.values() for record in members)
