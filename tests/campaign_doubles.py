@@ -82,7 +82,8 @@ class FakeWorker(Worker):
     """Answers the attempts at each configuration one after the other, the last answer for ever.
 
     An answer is `ok`, `invalid` (a result that is not valid), `none` (says there is a result, and there is none), an
-    `EngineError` to report, another exception to raise, or a function of the request that gives one of these.
+    `EngineError` to report, another exception to raise, a number (a result with that throughput), or a function of the
+    request that gives one of these.
     """
 
     def __init__(
@@ -138,14 +139,17 @@ class FakeWorker(Worker):
             return Outcome(request.exp_id, error=answer, log_tail="last words")
         if isinstance(answer, BaseException):
             raise answer
+        is_valid = answer == "ok" or isinstance(answer, float)
         if answer != "none":
-            write_result(request, is_valid=answer == "ok")
-        return Outcome(request.exp_id, valid=answer == "ok", engine_load_id="load-1", engine_reused=False)
+            write_result(request, is_valid=is_valid, rate=answer if isinstance(answer, float) else 100.0)
+        return Outcome(request.exp_id, valid=is_valid, engine_load_id="load-1", engine_reused=False)
 
 
-def write_result(request: RunRequest, *, is_valid: bool = True, **identity: Any) -> None:
+def write_result(request: RunRequest, *, is_valid: bool = True, rate: float = 100.0, **identity: Any) -> None:
     """Leave the result that a worker would."""
-    record = make_record(is_valid=is_valid, invalid_reasons=() if is_valid else ("it was too hot",))
+    reasons = () if is_valid else ("it was too hot",)
+    load_id = f"load {request.exp_id} {request.identity['attempt']}"
+    record = make_record(is_valid=is_valid, invalid_reasons=reasons, output_tok_per_s=rate, load_id=load_id)
     known = {
         item.name: request.identity[item.name]
         for item in dataclasses.fields(record.identity)

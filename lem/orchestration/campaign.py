@@ -16,13 +16,14 @@ from pathlib import Path
 from lem.config.campaign_config import CampaignConfig
 from lem.config.yamlfile import complete_campaign
 from lem.errors import InfrastructureError, LemError, UserError
-from lem.orchestration import resume
+from lem.orchestration import resume, topup
 from lem.orchestration.events import Observer
 from lem.orchestration.generated import write_configs
 from lem.orchestration.identity import make_run_id
 from lem.orchestration.locks import Holder, LockTarget, default_gpu_lock_folder, hold_locks, lock_targets
-from lem.orchestration.loop import CampaignOutcome, ExperimentLoop
+from lem.orchestration.loop import CampaignOutcome, ExperimentLoop, Stopped
 from lem.orchestration.manifest import (
+    SKIPPED,
     CampaignManifest,
     CampaignManifestEntry,
     ManifestManager,
@@ -31,11 +32,13 @@ from lem.orchestration.manifest import (
 )
 from lem.orchestration.opening import Opening, RunOptions, Wish, choose_opening, go_on_with
 from lem.orchestration.order import GapKind
-from lem.orchestration.plan import CampaignExperiment, Plan, build_plan
+from lem.orchestration.plan import CampaignExperiment, Plan, build_plan, prolong_plan
 from lem.orchestration.preflight import check_supported, find_environment, gpus_of
 from lem.orchestration.session import RunIdentity, Session
 from lem.orchestration.stop import StopRequest
 from lem.orchestration.workers import Executor, LocalExecutor
+from lem.record import Record
+from lem.results.precision import write_stopping_rule
 from lem.results.repository import Repository
 
 __all__ = ["CampaignExperiment", "CampaignOutcome", "CampaignRunner", "RunOptions"]
@@ -81,15 +84,7 @@ class CampaignRunner:
 
     def create_manifest(self, execution_order: Sequence[CampaignExperiment]) -> CampaignManifest:
         """A new manifest with a new run_id, not yet saved."""
-        manifest = self._manager().create_manifest(
-            self.campaign.campaign_id,
-            self.campaign.campaign_name,
-            self._planned().config_hash,
-            self._new_entries(execution_order),
-        )
-        manifest.run_id = make_run_id(self.now(), random.SystemRandom())
-        manifest.shuffle_seed = self._planned().shuffle_seed
-        return manifest
+        return self._manifest_of(replace(self._planned(), experiments=tuple(execution_order)))
 
     def apply_resume_filter(
         self, manifest: CampaignManifest, execution_order: Sequence[CampaignExperiment]
@@ -165,6 +160,9 @@ class CampaignRunner:
         """
         plan = self._planned()
         check_supported(self.campaign, self._executor_name())
+        if self.options.until is not None:
+            topup.check_rule(self.campaign, self.options.until)
+            plan = self._prolonged(plan, self.options.until.least_cycles)
         repository = self._repository()
         repository.check_writable()
         with contextlib.ExitStack() as stack:
@@ -176,7 +174,7 @@ class CampaignRunner:
     def _run_locked(self, plan: Plan, repository: Repository, deadline_s: float | None) -> CampaignOutcome:
         manager = self._manager()
         manager.remove_leftovers()
-        opening, manifest, told = self._open_manifest(manager, repository, plan)
+        opening, manifest, plan, told = self._open_manifest(manager, repository, plan)
         with self._session(manifest) as session:
             remaining = self.apply_resume_filter(manifest, plan.experiments)
             self._check_environment(session, manifest, remaining)
@@ -199,8 +197,75 @@ class CampaignRunner:
             for text in told:
                 loop.tell("note", text=text)
             outcome = loop.run_to_end(remaining, deadline_s)
+            if self.options.until is not None:
+                outcome = self._top_up(loop, plan, outcome, deadline_s, has_run=bool(remaining))
         loop.tell("campaign_finished", stopped=outcome.stopped.value if outcome.stopped else None)
         return outcome
+
+    def _top_up(
+        self, loop: ExperimentLoop, plan: Plan, outcome: CampaignOutcome, deadline_s: float | None, *, has_run: bool
+    ) -> CampaignOutcome:
+        """How the run ended, after cycles were added to it for as long as the rule says.
+
+        Args:
+            outcome: of the cycles planned.
+            has_run: experiments ran in this session, so that a gap is due before the next.
+        """
+        rule, manifest, run_id = self.options.until, loop.manifest, str(loop.manifest.run_id)
+        if rule is None:
+            raise ValueError("no rule to add cycles by")
+        try:
+            write_stopping_rule(self._repository().folder / run_id, rule)
+            while outcome.stopped is None:
+                cycles = plan.execution.cycles
+                decision = topup.decide(self._records_of(manifest), rule, cycles)
+                loop.tell("note", text=decision.text)
+                outcome = replace(outcome, remark=decision.text)
+                stopped = loop.why_stop(deadline_s) if decision.is_due else None
+                if stopped is not None or not decision.is_due:
+                    return replace(outcome, stopped=stopped, signum=self.stop.signum)
+                plan = self._prolonged(plan, cycles + 1)
+                added = self._add_experiments(manifest, plan, decision.text)
+                if not has_run:
+                    self._check_environment(loop.session, manifest, added)
+                loop.save()
+                loop.campaign = topup.with_cycles(self.campaign, cycles + 1)
+                outcome = loop.run_to_end(added, deadline_s, "cycle" if has_run else None)
+                has_run = True
+        except InfrastructureError as error:
+            return replace(outcome, stopped=Stopped.INFRASTRUCTURE, error=error)
+        return outcome
+
+    def _add_experiments(self, manifest: CampaignManifest, plan: Plan, reason: str) -> list[CampaignExperiment]:
+        """The experiments that the plan has beyond the manifest, which has them now too."""
+        resume.apply_plan(manifest, self._new_entries(plan.experiments), plan.config_hash)
+        topup.note_cycles(manifest, plan.execution.cycles, utc_text(self.now()), reason)
+        last = [item for item in plan.experiments if item.cycle_index == plan.execution.cycles - 1]
+        return self.apply_resume_filter(manifest, last)
+
+    def _manifest_of(self, plan: Plan) -> CampaignManifest:
+        """A new manifest of a plan, with a new run_id."""
+        manifest = self._manager().create_manifest(
+            self.campaign.campaign_id,
+            self.campaign.campaign_name,
+            plan.config_hash,
+            self._new_entries(plan.experiments),
+        )
+        manifest.run_id = self.options.run_id or make_run_id(self.now(), random.SystemRandom())
+        manifest.shuffle_seed = plan.shuffle_seed
+        return manifest
+
+    def _records_of(self, manifest: CampaignManifest) -> list[Record]:
+        """The whole results of the run that are in its plan."""
+        planned = {entry.exp_id for entry in manifest.experiments if entry.status != SKIPPED}
+        scan = self._repository().scan(str(manifest.run_id))
+        return [item.record for item in scan.results if item.record.identity.experiment_id in planned]
+
+    def _prolonged(self, plan: Plan, cycles: int) -> Plan:
+        """The plan with at least so many cycles."""
+        if plan.execution.cycles >= cycles:
+            return plan
+        return prolong_plan(plan, topup.with_cycles(self.campaign, cycles))
 
     def _loop(self, manager: ManifestManager, manifest: CampaignManifest, session: Session) -> ExperimentLoop:
         def save() -> None:
@@ -223,13 +288,14 @@ class CampaignRunner:
 
     def _open_manifest(
         self, manager: ManifestManager, repository: Repository, plan: Plan
-    ) -> tuple[Opening, CampaignManifest, tuple[str, ...]]:
-        """How it begins, the manifest, not yet saved, and what to tell a person about it."""
+    ) -> tuple[Opening, CampaignManifest, Plan, tuple[str, ...]]:
+        """How it begins, the manifest, not yet saved, the plan it has, and what to tell a person about it."""
         opening, manifest = self._choose_opening(manager)
         if opening is Opening.FRESH or manifest is None:
             is_missed = self.options.wish is Wish.RESUME
             told: tuple[str, ...] = (f"Nothing to resume: no manifest at {manager.manifest_path}",) if is_missed else ()
-            return Opening.FRESH, self.create_manifest(plan.experiments), told
+            return Opening.FRESH, self._manifest_of(plan), plan, told
+        plan = self._prolonged(plan, topup.added_cycles(manifest))
         told = go_on_with(
             manifest,
             self._new_entries(plan.experiments),
@@ -237,11 +303,18 @@ class CampaignRunner:
             config_hash=plan.config_hash,
             shuffle_seed=plan.shuffle_seed,
         )
-        return opening, manifest, told
+        return opening, manifest, plan, told
 
     def _choose_opening(self, manager: ManifestManager) -> tuple[Opening, CampaignManifest | None]:
         options = self.options
-        return choose_opening(manager, self.campaign.campaign_id, options.wish, is_yes=options.is_yes, ask=options.ask)
+        return choose_opening(
+            manager,
+            self.campaign.campaign_id,
+            options.wish,
+            is_yes=options.is_yes,
+            ask=options.ask,
+            run_id=options.run_id,
+        )
 
     def _session(self, manifest: CampaignManifest) -> Session:
         return Session(

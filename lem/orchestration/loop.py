@@ -47,12 +47,14 @@ class CampaignOutcome:
         stopped: why it ended before its end; None when it did not.
         error: what stood in the way, when something did.
         signum: the signal that asked it to stop.
+        remark: what became of a top-up; empty without one.
     """
 
     manifest: CampaignManifest
     stopped: Stopped | None = None
     error: LemError | None = None
     signum: int | None = None
+    remark: str = ""
 
 
 @dataclass
@@ -82,37 +84,54 @@ class ExperimentLoop:
     _remaining: int = 0
     _since_s: float | None = None
 
-    def run_to_end(self, experiments: Sequence[CampaignExperiment], deadline_s: float | None) -> CampaignOutcome:
+    def run_to_end(
+        self,
+        experiments: Sequence[CampaignExperiment],
+        deadline_s: float | None,
+        first_gap: GapKind | None = None,
+    ) -> CampaignOutcome:
         """How it ended, also where something came in between."""
         stopped, error = None, None
         try:
-            stopped = self.run(experiments, deadline_s)
+            stopped = self.run(experiments, deadline_s, first_gap)
         except Interrupted:
             stopped = Stopped.SIGNAL
         except InfrastructureError as infrastructure:
             stopped, error = Stopped.INFRASTRUCTURE, infrastructure
         return CampaignOutcome(self.manifest, stopped, error, self.stop.signum)
 
-    def run(self, experiments: Sequence[CampaignExperiment], deadline_s: float | None = None) -> Stopped | None:
+    def why_stop(self, deadline_s: float | None) -> Stopped | None:
+        """Why nothing more is begun now; None when it may be."""
+        if self.stop.is_set():
+            return Stopped.SIGNAL
+        return Stopped.DEADLINE if deadline_s is not None and self.monotonic() >= deadline_s else None
+
+    def run(
+        self,
+        experiments: Sequence[CampaignExperiment],
+        deadline_s: float | None = None,
+        first_gap: GapKind | None = None,
+    ) -> Stopped | None:
         """Why it ended early; None when every experiment had its turn.
 
         Args:
             deadline_s: no experiment begins after it, on the clock of `monotonic`.
+            first_gap: the gap before the first of them, where others ran before in the same session.
 
         Raises:
             InfrastructureError: what experiments stand on is gone; the rest stays pending.
             Interrupted: a second signal came, or one that broke off an attempt.
         """
         execution = self.campaign.execution
-        gaps = gaps_before(experiments, execution.structure)
+        gaps = [first_gap, *gaps_before(experiments, execution.structure)[1:]]
         loads = loads_engine(experiments, reuse=execution.reuse, is_cold=self.is_cold)
         for index, experiment in enumerate(experiments):
             self._remaining, self._since_s = len(experiments) - index, self.monotonic()
-            stopped = self._why_stop(deadline_s)
+            stopped = self.why_stop(deadline_s)
             if stopped is not None:
                 return stopped
             gap = self._keep_gap(gaps[index], deadline_s)
-            stopped = self._why_stop(deadline_s)
+            stopped = self.why_stop(deadline_s)
             if stopped is not None:
                 return stopped
             if self.is_check_due(index, gaps[index]):
@@ -124,11 +143,6 @@ class ExperimentLoop:
             if self.is_fail_fast and not has_result:
                 return Stopped.FAIL_FAST
         return None
-
-    def _why_stop(self, deadline_s: float | None) -> Stopped | None:
-        if self.stop.is_set():
-            return Stopped.SIGNAL
-        return Stopped.DEADLINE if deadline_s is not None and self.monotonic() >= deadline_s else None
 
     def tell(self, kind: str, **data: Any) -> None:
         """Tell the observer, with how far the campaign is."""

@@ -18,6 +18,7 @@ from lem.orchestration.manifest import (
     CampaignManifestEntry,
     ManifestManager,
 )
+from lem.results.precision import StoppingRule
 from lem.results.repository import Repository
 
 __all__ = ["SAY_WHICH", "Opening", "RunOptions", "Wish", "choose_opening", "go_on_with"]
@@ -45,6 +46,9 @@ class RunOptions:
         ask: puts a yes-or-no question to a person; None when nobody is there.
         is_environment_change_allowed: resume although engine, driver or GPU are others.
         is_fail_fast: stop after the first experiment that fails.
+        run_id: of a run that was planned for several hosts; None for a run of its own.
+        until: add cycles by this rule; None runs as many as the campaign has.
+        go_on: the command that goes on with the campaign, for whoever finds it stopped; empty when unknown.
     """
 
     wish: Wish = Wish.UNSAID
@@ -52,6 +56,9 @@ class RunOptions:
     ask: Callable[[str], bool] | None = None
     is_environment_change_allowed: bool = False
     is_fail_fast: bool = False
+    run_id: str | None = None
+    until: StoppingRule | None = None
+    go_on: str = ""
 
 
 class Opening(enum.Enum):
@@ -68,6 +75,7 @@ def choose_opening(
     *,
     is_yes: bool,
     ask: Callable[[str], bool] | None,
+    run_id: str | None = None,
 ) -> tuple[Opening, CampaignManifest | None]:
     """How to begin, and the manifest to go on with.
 
@@ -76,6 +84,7 @@ def choose_opening(
     Args:
         is_yes: resume without asking.
         ask: puts a yes-or-no question to a person; None when nobody is there.
+        run_id: of the run that was planned, which is gone on with wherever it stands; another one is set aside.
 
     Raises:
         UserError: the manifest cannot be used, or nobody is there to say what to do with an unfinished one.
@@ -85,7 +94,11 @@ def choose_opening(
     manifest = manager.load_strict(campaign_id)
     if manifest is None:
         return Opening.FRESH, None
-    if wish is Wish.RESUME:
+    if run_id is not None and manifest.run_id != run_id:
+        if wish is Wish.RESUME:
+            raise UserError(f"{manager.manifest_path} is of run {manifest.run_id}, the plan of run {run_id}", SAY_WHICH)
+        return Opening.FRESH, None
+    if wish is Wish.RESUME or run_id is not None:
         return Opening.RESUME, manifest
     if manifest.is_complete:
         return Opening.FRESH, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from lem.orchestration.order import (
     order_experiments,
 )
 
-__all__ = ["CampaignExperiment", "Plan", "build_plan"]
+__all__ = ["CampaignExperiment", "Plan", "build_plan", "prolong_plan"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ class Plan:
         filtered: an error for each configuration left out.
         warnings: about those that are in; several may be about one.
         config_hash: of the campaign (`identity.campaign_config_hash`).
+        given: the configurations that run, in the order they were given, of which every cycle's order is made.
     """
 
     experiments: tuple[CampaignExperiment, ...]
@@ -121,6 +122,7 @@ class Plan:
     execution: CampaignExecutionConfig
     is_cold: bool
     config_hash: str
+    given: tuple[_Configuration, ...] = ()
 
     @property
     def shuffle_seed(self) -> int | None:
@@ -207,21 +209,31 @@ def build_plan(
     validation = validate_named([(item.name, item.config_dict) for item in candidates], gpus)
     configurations, repeated = _identify(candidates, validation.configs, resolve_prompts)
     execution = campaign.execution
-    ordered = order_experiments(
-        configurations,
-        engine_key=lambda item: item.engine_key,
-        cycles=execution.cycles,
-        structure=execution.structure,
-        seed=execution.seed,
-    )
     return Plan(
-        experiments=tuple(_place(item, cycle, index) for index, (item, cycle) in enumerate(ordered)),
+        experiments=_in_order(configurations, execution),
         total_generated=len(candidates),
         filtered=validation.filtered,
         warnings=(*validation.warnings, *repeated),
         execution=execution,
         is_cold=campaign.cold_start.force_cold_start or campaign.cold_start.restart_container,
         config_hash=campaign_config_hash(campaign, [item.config_hash for item in configurations]),
+        given=tuple(configurations),
+    )
+
+
+def prolong_plan(plan: Plan, campaign: CampaignConfig) -> Plan:
+    """The plan of the same configurations in as many cycles as the campaign now has.
+
+    An interleaved or shuffled plan keeps the experiments it has, each at its place: cycles are added at the end.
+
+    Args:
+        campaign: that of the plan, with other `execution.cycles`.
+    """
+    return replace(
+        plan,
+        experiments=_in_order(plan.given, campaign.execution),
+        execution=campaign.execution,
+        config_hash=campaign_config_hash(campaign, [item.config_hash for item in plan.given]),
     )
 
 
@@ -284,6 +296,19 @@ def _identify(
         else:
             found[digest] = _Configuration(candidate, config, digest, config.engine_key())
     return list(found.values()), repeated
+
+
+def _in_order(
+    configurations: Sequence[_Configuration], execution: CampaignExecutionConfig
+) -> tuple[CampaignExperiment, ...]:
+    ordered = order_experiments(
+        configurations,
+        engine_key=lambda item: item.engine_key,
+        cycles=execution.cycles,
+        structure=execution.structure,
+        seed=execution.seed,
+    )
+    return tuple(_place(item, cycle, index) for index, (item, cycle) in enumerate(ordered))
 
 
 def _place(item: _Configuration, cycle: int, index: int) -> CampaignExperiment:
