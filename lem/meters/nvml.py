@@ -83,6 +83,11 @@ class NvmlMeter:
         self.header = self._look()
 
     @property
+    def is_known(self) -> bool:
+        """Whether NVML knows the GPU, or knew it once."""
+        return self._handle is not None
+
+    @property
     def has_counter(self) -> bool:
         """Whether the energy counter can be read."""
         return self._read_counter is not None

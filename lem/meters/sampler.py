@@ -1,0 +1,269 @@
+"""The sampler: a process that reads every meter on a schedule and appends what they say to a log.
+
+It is a process of its own, so that neither an engine that holds the interpreter's lock nor a host that waits for a
+container delays a reading. It keeps absolute times, and what it missed stays missing: a hole in the log is true.
+Counters are polled often, since an energy counter is only as fine as the moment at which its change is seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from lem.errors import LemError
+from lem.meters.cpu_load import PROC_STAT, CpuLoadMeter, find_tdp
+from lem.meters.gpu_watch import Complaints, GpuWatch
+from lem.meters.nvml import NvmlMeter
+from lem.meters.rapl import POWERCAP, find_rapl
+from lem.meters.samples import ClockPair, CpuLoad, RaplReading, Row, SampleHeader, encode_header, encode_row
+
+__all__ = ["COUNTER_POLL_MS", "SampleFileError", "SamplerClock", "SamplerOptions", "SamplerOwner", "run_sampler"]
+
+# A fifth of the shortest update period seen is fine enough, and costs less than half a percent of one CPU.
+COUNTER_POLL_MS = 20
+
+SHORTEST_INTERVAL_MS = 10
+LONGEST_INTERVAL_MS = 60_000
+
+_NS_PER_MS = 1_000_000
+_SECOND_NS = 1_000 * _NS_PER_MS
+_CLOCK_PAIR_NS = 10 * _SECOND_NS
+
+
+class SampleFileError(LemError):
+    """The log cannot be written."""
+
+
+class SamplerClock(Protocol):
+    """The clock of one machine."""
+
+    def monotonic_ns(self) -> int:
+        """CLOCK_MONOTONIC in nanoseconds."""
+
+    def utc_now(self) -> datetime:
+        """The time of day with its zone."""
+
+
+class SamplerOwner(Protocol):
+    """Who started the sampler."""
+
+    def wait(self, until_ns: int) -> Sequence[str] | None:
+        """The orders that came before that moment, perhaps none; returns as soon as there is one.
+
+        None when it wants an end, or is gone.
+        """
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """What to sample.
+
+    Attributes:
+        output: the log, which must not be there yet.
+        gpus: UUIDs; () for none.
+        interval_ms: from one look at a GPU to the next; its counter is polled every `COUNTER_POLL_MS`.
+        tdp_w: design power of all CPU packages, as the user gives it.
+    """
+
+    output: Path
+    gpus: tuple[str, ...] = ()
+    interval_ms: int = 100
+    tdp_w: float | None = None
+
+
+def run_sampler(
+    options: SamplerOptions,
+    nvml: Any,
+    clock: SamplerClock,
+    owner: SamplerOwner,
+    *,
+    rapl_root: Path = POWERCAP,
+    proc_stat: Path = PROC_STAT,
+) -> None:
+    """Sample until the owner wants an end.
+
+    Args:
+        nvml: pynvml, initialised; or, as a text, why there is none.
+
+    Raises:
+        SampleFileError: the log cannot be written, or is gone.
+    """
+    with _SampleFile.created(options.output) as file:
+        sampler = _Sampler(options, nvml, clock, rapl_root, proc_stat)
+        file.append([encode_header(sampler.header)])
+        file.append_rows(sampler.everything())
+        while (orders := owner.wait(sampler.next_ns)) is not None:
+            told = [row for order in orders for row in sampler.obey(order)]
+            file.append_rows([*told, *sampler.due()])
+            file.check()
+        file.append_rows([*sampler.everything(), sampler.clock_pair()])
+
+
+class _Schedule:
+    """Moments at a fixed distance, counted from the first one: a late one delays none of the others."""
+
+    def __init__(self, first_ns: int, period_ns: int) -> None:
+        self.next_ns = first_ns + period_ns
+        self._period_ns = period_ns
+
+    def is_due(self, now_ns: int) -> bool:
+        """Whether the moment has come; those that were missed together with it are given up."""
+        if now_ns < self.next_ns:
+            return False
+        self.next_ns += ((now_ns - self.next_ns) // self._period_ns + 1) * self._period_ns
+        return True
+
+
+class _Sampler:
+    """The meters and their schedules."""
+
+    def __init__(
+        self, options: SamplerOptions, nvml: Any, clock: SamplerClock, rapl_root: Path, proc_stat: Path
+    ) -> None:
+        self._clock = clock
+        self._complaints = Complaints()
+        meters = () if isinstance(nvml, str) else tuple(NvmlMeter(nvml, name) for name in options.gpus)
+        self._gpus = [GpuWatch(meter, place, clock, self._complaints) for place, meter in enumerate(meters)]
+        self._rapl = find_rapl(rapl_root)
+        self._load = CpuLoadMeter(proc_stat)
+        tdp_w, tdp_source = find_tdp(options.tdp_w, rapl_root)
+        started_ns, started_utc = self._clocks()
+        self.header = SampleHeader(
+            started_ns=started_ns,
+            started_utc=started_utc,
+            host=platform.node(),
+            interval_ms=options.interval_ms,
+            gpus=tuple(meter.header for meter in meters),
+            gpu_error=_why_no_gpu(options, nvml),
+            zones=tuple(counter.zone for counter in self._rapl.counters),
+            rapl_error=self._rapl.explained,
+            cpu_tdp_w=tdp_w,
+            cpu_tdp_source=tdp_source,
+        )
+        self._polls = _Schedule(started_ns, COUNTER_POLL_MS * _NS_PER_MS)
+        self._samples = _Schedule(started_ns, options.interval_ms * _NS_PER_MS)
+        self._seconds = _Schedule(started_ns, _SECOND_NS)
+        self._clock_pairs = _Schedule(started_ns, _CLOCK_PAIR_NS)
+
+    @property
+    def next_ns(self) -> int:
+        """When something is due next."""
+        if not self._gpus:
+            return self._seconds.next_ns
+        return min(self._polls.next_ns, self._samples.next_ns, self._seconds.next_ns)
+
+    def obey(self, order: str) -> list[Row]:
+        """Do what the owner says: `interval N`, in milliseconds from now on. What is not understood is in the rows."""
+        word, _, value = order.strip().partition(" ")
+        now_ns = self._clock.monotonic_ns()
+        if word == "interval" and value.isdecimal() and SHORTEST_INTERVAL_MS <= int(value) <= LONGEST_INTERVAL_MS:
+            self._samples = _Schedule(now_ns, int(value) * _NS_PER_MS)
+            return []
+        return self._complaints.of("orders", now_ns, f"not understood: {order.strip()}")
+
+    def due(self) -> list[Row]:
+        """The rows of what is due by now."""
+        now_ns = self._clock.monotonic_ns()
+        rows: list[Row] = []
+        if self._polls.is_due(now_ns):
+            rows += [row for gpu in self._gpus for row in gpu.poll()]
+        if self._samples.is_due(now_ns):
+            rows += [row for gpu in self._gpus for row in gpu.sample()]
+        if self._seconds.is_due(now_ns):
+            rows += self._each_second()
+        if self._clock_pairs.is_due(now_ns):
+            rows.append(self.clock_pair())
+        return rows
+
+    def everything(self) -> list[Row]:
+        """A row of each meter, for the log's start and end."""
+        rows = [row for gpu in self._gpus for row in (*gpu.poll(), *gpu.sample())]
+        return [*rows, *self._each_second()]
+
+    def clock_pair(self) -> ClockPair:
+        """The two clocks now."""
+        return ClockPair(*self._clocks())
+
+    def _each_second(self) -> list[Row]:
+        rows = [row for gpu in self._gpus for row in (*gpu.revive(), *gpu.look_at_processes())]
+        return [*rows, *self._read_rapl(), *self._read_load()]
+
+    def _read_rapl(self) -> Iterator[Row]:
+        for place, counter in enumerate(self._rapl.counters):
+            meter = f"rapl.{counter.zone.name}"
+            opened_ns = self._clock.monotonic_ns()
+            try:
+                energy_uj = counter.read_uj()
+            except (OSError, ValueError) as error:
+                yield from self._complaints.of(meter, opened_ns, str(error))
+                continue
+            self._complaints.withdraw(meter)
+            yield RaplReading(place, (opened_ns + self._clock.monotonic_ns()) // 2, energy_uj)
+        for name, why in self._rapl.missing:
+            yield from self._complaints.of(f"rapl.{name}", self._clock.monotonic_ns(), why)
+
+    def _read_load(self) -> Iterator[Row]:
+        at_ns = self._clock.monotonic_ns()
+        try:
+            yield CpuLoad(at_ns, self._load.read())
+        except (OSError, ValueError) as error:
+            yield from self._complaints.of("cpu_load", at_ns, str(error))
+
+    def _clocks(self) -> tuple[int, str]:
+        opened_ns = self._clock.monotonic_ns()
+        utc = self._clock.utc_now()
+        return (opened_ns + self._clock.monotonic_ns()) // 2, utc.isoformat()
+
+
+def _why_no_gpu(options: SamplerOptions, nvml: Any) -> str | None:
+    if not options.gpus:
+        return "no GPU was to be sampled"
+    return f"NVML is not there: {nvml}" if isinstance(nvml, str) else None
+
+
+class _SampleFile:
+    """The log; every call writes whole lines at once."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self._path = path
+        self._descriptor = descriptor
+
+    @classmethod
+    @contextlib.contextmanager
+    def created(cls, path: Path) -> Iterator[_SampleFile]:
+        """A new file, readable by all: host and container may run as different users."""
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            os.fchmod(descriptor, 0o644)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        try:
+            yield cls(path, descriptor)
+        finally:
+            os.close(descriptor)
+
+    def append_rows(self, rows: Sequence[Row]) -> None:
+        self.append([encode_row(row) for row in rows])
+
+    def append(self, lines: Sequence[str]) -> None:
+        view = memoryview("".join(f"{line}\n" for line in lines).encode("utf-8"))
+        try:
+            while view:
+                view = view[os.write(self._descriptor, view) :]
+        except OSError as error:
+            raise _cannot_write(self._path, error) from error
+
+    def check(self) -> None:
+        """See that the file has a name yet: what is written to a file that was removed is lost."""
+        if os.fstat(self._descriptor).st_nlink == 0:
+            raise SampleFileError(f"{self._path}: the sample log was removed while it was written")
+
+
+def _cannot_write(path: Path, error: OSError) -> SampleFileError:
+    return SampleFileError(f"{path}: the sample log cannot be written: {error.strerror}", "make room, or write access")
