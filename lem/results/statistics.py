@@ -1,4 +1,4 @@
-"""Student t intervals on log values, paired ratios, Holm's correction: what a few cycles can bear.
+"""Student t intervals on log values, Holm's correction: what a few cycles can bear.
 
 Times, rates and energies are positive and vary by percentages, so their logs are closer to normal than they are; the
 mean of logs is the log of the geometric mean, and its t interval covers what it says at every number of cycles.
@@ -18,11 +18,9 @@ from lem.results.bootstrap import check_confidence
 __all__ = [
     "BOOTSTRAP_COVERAGE",
     "LogTInterval",
-    "PairedRatio",
     "bootstrap_coverage_label",
     "holm",
     "log_t_interval",
-    "paired_log_ratio",
     "regularized_incomplete_beta",
     "student_t_cdf",
     "student_t_quantile",
@@ -57,26 +55,6 @@ class LogTInterval:
     warning: str | None = None
 
 
-@dataclass(frozen=True)
-class PairedRatio:
-    """How much larger one thing is than another, from pairs measured in the same cycle.
-
-    Attributes:
-        ratio: geometric mean of the ratios of the pairs.
-        ci_lower, ci_upper: t interval of the ratio; None for one pair.
-        p_value: two-sided, of the true ratio being 1; None for one pair.
-        n_pairs: how many pairs there were.
-        confidence: of the interval.
-    """
-
-    ratio: float
-    ci_lower: float | None
-    ci_upper: float | None
-    p_value: float | None
-    n_pairs: int
-    confidence: float
-
-
 def log_t_interval(samples: Sequence[float], confidence: float = 0.95) -> LogTInterval:
     """The geometric mean of `samples` with its t interval on log values.
 
@@ -102,37 +80,6 @@ def log_t_interval(samples: Sequence[float], confidence: float = 0.95) -> LogTIn
         return LogTInterval(value, value, value, n, confidence)
     centre, half = _t_interval([math.log(value) for value in samples], confidence)
     return LogTInterval(math.exp(centre), math.exp(centre - half), math.exp(centre + half), n, confidence)
-
-
-def paired_log_ratio(
-    numerators: Sequence[float], denominators: Sequence[float], confidence: float = 0.95
-) -> PairedRatio:
-    """The ratio of two things measured in the same cycles, pair by pair, since cycles are blocks.
-
-    What a whole cycle shares (a warm room, another driver state) divides out of each pair; with 2 % drift between
-    cycles and 0.5 % noise a true 1 % effect is found in 66 % of campaigns of 5 cycles so, unpaired in 2 %.
-
-    Raises:
-        ValueError: lists of different lengths, no pairs, a value that is not positive and finite.
-    """
-    check_confidence(confidence)
-    if len(numerators) != len(denominators):
-        raise ValueError(f"{len(numerators)} numerators and {len(denominators)} denominators are no pairs")
-    if not numerators:
-        raise ValueError("no pairs: there is no ratio of nothing")
-    _refuse_infinite([*numerators, *denominators])
-    if min(*numerators, *denominators) <= 0:
-        raise ValueError("a ratio needs positive values on both sides")
-    logs = [math.log(above / below) for above, below in zip(numerators, denominators, strict=True)]
-    n = len(logs)
-    centre = statistics.fmean(logs)
-    if n == 1:
-        return PairedRatio(math.exp(centre), None, None, None, 1, confidence)
-    error = statistics.stdev(logs) / math.sqrt(n)
-    score = -abs(centre) / error if error else (-math.inf if centre else 0.0)
-    p_value = 2 * student_t_cdf(score, n - 1)
-    centre, half = _t_interval(logs, confidence)
-    return PairedRatio(math.exp(centre), math.exp(centre - half), math.exp(centre + half), p_value, n, confidence)
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Student t, intervals on logs, paired ratios and Holm, against values that do not come from this code."""
+"""Student t, intervals on logs and Holm, against values that do not come from this code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from lem.results.statistics import (
     bootstrap_coverage_label,
     holm,
     log_t_interval,
-    paired_log_ratio,
     regularized_incomplete_beta,
     student_t_cdf,
     student_t_quantile,
@@ -190,53 +189,3 @@ def test_holm_of_one_or_none_changes_nothing() -> None:
 def test_what_is_no_p_value_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="p value"):
         holm([0.5, value])
-
-
-def test_a_ratio_is_taken_pair_by_pair() -> None:
-    """Cycles drift by 20 %, the ratio does not: paired it is sharp."""
-    slow = [100.0, 120.0, 80.0, 110.0]
-    fast = [slow[0] * 1.02, slow[1] * 1.021, slow[2] * 1.019, slow[3] * 1.02]
-    ratio = paired_log_ratio(fast, slow)
-    assert ratio.ratio == pytest.approx(1.02, abs=1e-4)
-    assert 1.018 < (ratio.ci_lower or 0) < (ratio.ci_upper or 0) < 1.022
-    assert (ratio.p_value or 1) < 1e-4
-    assert ratio.n_pairs == 4
-
-
-def test_a_ratio_of_one_is_not_significant() -> None:
-    ratio = paired_log_ratio([100.0, 101.0, 99.0], [101.0, 100.0, 99.0])
-    assert (ratio.p_value or 0) > 0.5
-    assert (ratio.ci_lower or 9) < 1 < (ratio.ci_upper or 0)
-
-
-def test_the_p_value_is_that_of_the_t_test() -> None:
-    """Log ratios 1, 2, 3: t = 2 / (1 / sqrt 3) = 3.464 at 2 degrees, whose closed form gives p."""
-    t = 2 * math.sqrt(3)
-    expected = 2 * (0.5 - t / (2 * math.sqrt(2 + t * t)))
-    assert paired_log_ratio([math.e, math.e**2, math.e**3], [1.0, 1.0, 1.0]).p_value == pytest.approx(expected)
-
-
-def test_the_ratio_turned_round_is_the_inverse() -> None:
-    one, other = paired_log_ratio([2.0, 3.0], [1.0, 1.4]), paired_log_ratio([1.0, 1.4], [2.0, 3.0])
-    assert one.ratio == pytest.approx(1 / other.ratio)
-    assert one.ci_lower == pytest.approx(1 / (other.ci_upper or 0))
-
-
-def test_one_pair_has_a_ratio_and_no_interval() -> None:
-    ratio = paired_log_ratio([2.0], [1.0])
-    assert ratio.ratio == pytest.approx(2.0)
-    assert (ratio.ci_lower, ratio.ci_upper, ratio.p_value) == (None, None, None)
-
-
-def test_pairs_that_never_differ_are_equal_for_sure() -> None:
-    ratio = paired_log_ratio([5.0, 6.0], [5.0, 6.0])
-    assert (ratio.ratio, ratio.p_value) == (1.0, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("above", "below", "said"),
-    [([1.0], [1.0, 2.0], "no pairs"), ([], [], "no pairs"), ([0.0], [1.0], "positive"), ([math.inf], [1.0], "finite")],
-)
-def test_what_is_no_pair_is_refused(above: list[float], below: list[float], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        paired_log_ratio(above, below)
