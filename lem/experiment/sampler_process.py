@@ -1,0 +1,153 @@
+"""A sampler as a child process: started, told and ended without ever waiting for it.
+
+Used by the host beside a worker, and by the supervisor where the host cannot read the meters. What the sampler reads
+goes through its file alone, so the engine's process knows nothing of it but a path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+from lem import process
+from lem.errors import UserError
+from lem.experiment.clock import Clock
+
+__all__ = ["SamplerProcess", "wait_until_ready"]
+
+_POLL_S = 0.02
+_SAID_MAX_B = 4096
+
+
+class SamplerProcess:
+    """A sampler, which ends with the process that holds this object.
+
+    Attributes:
+        output: the log that it writes.
+    """
+
+    def __init__(self, child: process.Child[bytes], output: Path, said: IO[bytes]) -> None:
+        """Take a child over; use `start`."""
+        self._child = child
+        self.output = output
+        self._said = said
+
+    @classmethod
+    def start(
+        cls,
+        command: Sequence[str],
+        output: Path,
+        gpus: Sequence[str] = (),
+        interval_ms: int = 100,
+        tdp_w: float | None = None,
+    ) -> SamplerProcess:
+        """A sampler that was started; it has the header of its log written a moment later, see `wait_until_ready`.
+
+        Args:
+            command: what runs this lem, see `lem.experiment.launch.own_command`.
+            output: the log, which must not be there yet.
+            gpus: their UUIDs; () for none.
+            interval_ms: from one look at a GPU to the next.
+            tdp_w: the user's design power of all CPU packages.
+
+        Raises:
+            UserError: the command cannot be started.
+        """
+        words = [*command, "worker", "--sampler", "--output", str(output), "--interval-ms", str(interval_ms)]
+        words += [word for gpu in gpus for word in ("--gpu", gpu)]
+        words += [] if tdp_w is None else ["--tdp", repr(tdp_w)]
+        # A file, not a pipe: a library that talks a lot must not make the sampler wait for a reader.
+        try:
+            said = tempfile.TemporaryFile(prefix="lem-sampler-")  # noqa: SIM115 - the sampler and this object hold it
+        except OSError as error:
+            raise UserError(f"{tempfile.gettempdir()}: no temporary file can be made: {error.strerror}") from error
+        try:
+            child = process.spawn(
+                words, stdin=process.PIPE, stdout=process.DEVNULL, stderr=said.fileno(), new_session=True
+            )
+        except BaseException:
+            said.close()
+            raise
+        if child.stdin is not None:
+            os.set_blocking(child.stdin.fileno(), False)
+        return cls(child, output, said)
+
+    @property
+    def pid(self) -> int:
+        """Its process number."""
+        return self._child.pid
+
+    def is_running(self) -> bool:
+        """Whether it is still there."""
+        return self._child.poll() is None
+
+    def set_interval(self, interval_ms: int) -> None:
+        """Look at the GPUs every so often from now on; one that is gone is told nothing."""
+        stdin = self._child.stdin
+        if stdin is not None and not stdin.closed:
+            # The pipe is full only when the sampler has hung through thousands of orders.
+            with contextlib.suppress(BrokenPipeError, BlockingIOError):
+                os.write(stdin.fileno(), f"interval {interval_ms}\n".encode())
+
+    def hang_up(self) -> None:
+        """Have it write its last rows and end; returns at once."""
+        stdin = self._child.stdin
+        if stdin is not None and not stdin.closed:
+            stdin.close()
+
+    def stop(self, timeout_s: float) -> int:
+        """Its exit code as `subprocess` gives it, once it has ended; it is killed when that takes longer."""
+        self.hang_up()
+        try:
+            self._child.wait(timeout_s)
+        except process.TimeoutExpired:
+            self.kill()
+        return self._child.wait()
+
+    def kill(self) -> None:
+        """End it at once, without its last rows."""
+        if self._child.poll() is None:
+            process.kill_group(self._child.pid)
+        self.hang_up()
+
+    def said(self) -> str:
+        """The last of what it wrote to stderr: why it ended, where it could say so."""
+        size = os.fstat(self._said.fileno()).st_size
+        data = os.pread(self._said.fileno(), _SAID_MAX_B, max(0, size - _SAID_MAX_B))
+        return data.decode("utf-8", "replace").strip()
+
+    def death(self) -> str | None:
+        """How it ended, and what it said; None while it runs."""
+        code = self._child.poll()
+        if code is None:
+            return None
+        said = self.said()
+        return f"the sampler {process.describe_exit(code)}" + (f", saying: {said}" if said else "")
+
+
+def wait_until_ready(path: Path, deadline_ns: int, is_alive: Callable[[], bool], clock: Clock) -> bool:
+    """Whether the log has its header by then; what is read there is read with `lem.meters.samples.read_part`.
+
+    Args:
+        deadline_ns: on the clock's CLOCK_MONOTONIC.
+        is_alive: whether the sampler is, as far as the caller can tell; waiting ends when it is not.
+    """
+    while True:
+        was_alive = is_alive()  # before the file is looked at: it may write the header and end in between
+        if _has_header(path):
+            return True
+        if not was_alive or clock.monotonic_ns() >= deadline_ns:
+            return False
+        clock.sleep(_POLL_S)
+
+
+def _has_header(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.readline().endswith(b"\n")
+    except FileNotFoundError:
+        return False
