@@ -154,7 +154,7 @@ def _open_counter(zone: ZoneFolder) -> RaplCounter | OSError | ValueError:
 def _unreadable(root: Path, failed: Mapping[str, OSError | ValueError]) -> RaplFound:
     names, error = ", ".join(failed), next(iter(failed.values()))
     if isinstance(error, PermissionError):
-        text = f"the RAPL counters ({names}) may not be read by user {os.getuid()}"
+        text = f"the RAPL counters ({names}) may not be read by user {os.geteuid()}"
         return RaplFound(error=text, remedy=_RIGHTS_REMEDY.format(root=root))
     return RaplFound(
         error=f"the RAPL counters ({names}) cannot be read: {_why(error)}",
