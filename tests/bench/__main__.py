@@ -22,6 +22,10 @@ from typing import IO
 from lem.config.campaign_config import CampaignGridConfig
 from lem.orchestration.grid import expand_campaign_grid, validate_campaign_grid
 from lem.orchestration.manifest import CampaignManifestEntry, ManifestManager
+from tests.bench.containers import containers, dispatch
+from tests.bench.figure import HEADER, Figure
+from tests.lab.places import Places
+from tests.needs import missing
 
 ROOT = Path(__file__).resolve().parents[2]
 PYZ = ROOT / "lem.pyz"
@@ -29,6 +33,14 @@ STARTS = 21
 SAVES = 25
 WARM_EXPERIMENTS = (2, 22)
 TIMEOUT_S = 300
+
+# Pairs of runs, which need a machine to themselves for some minutes.
+BESIDE = """
+Beside others, in ABBA pairs, for some minutes on a machine that does nothing else:
+  a bare loop around `generate` of transformers:
+    {python} -m tests.bench.bare
+  vLLM's own offline benchmark, once the lab is up:
+    {lab}/environments/vllm/bin/python -m tests.bench.offline {lab}/models/demo"""
 
 # Runs lem.pyz as Python would, then says what the host process itself took (its children left out).
 HOST = """
@@ -44,29 +56,25 @@ json.dump({"code": code, "cpu_s": time.process_time(), "memory_kib": memory_kib}
 """
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One line of the table; `target` is what the value must not exceed, None for a figure others are measured by."""
-
-    name: str
-    value: float
-    unit: str
-    target: float | None
-
-    def __str__(self) -> str:
-        line = f"{self.name:<52}{self.value:>10.2f} {self.unit:<6}"
-        if self.target is None:
-            return line.rstrip()
-        return f"{line}{self.target:>10.2f}  {'ok' if self.value <= self.target else 'OVER'}"
-
-
 def main() -> int:
     """0; a figure above its target is shown as such, for a person to judge on a machine that may be busy."""
-    print(f"{'figure':<52}{'value':>10} {'unit':<6}{'target':>10}")
+    print(HEADER)
     for measure in (start_up, grid, manifest, host_of_a_campaign):
-        for figure in measure():
-            print(figure, flush=True)
+        show(measure())
+    reason = missing("docker") or missing("lab")
+    if reason is None:
+        show(dispatch())
+        show(containers())
+    print(BESIDE.format(python=sys.executable, lab=Places.of().folder))
+    if reason is not None:
+        print(f"\nLEFT OUT: every figure about containers, for {reason}")
     return 0
+
+
+def show(figures: Iterator[Figure]) -> None:
+    """Print each as soon as it is known."""
+    for figure in figures:
+        print(figure, flush=True)
 
 
 def start_up() -> Iterator[Figure]:
