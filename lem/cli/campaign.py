@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lem.config.loading import Loaded
     from lem.orchestration.executor_choice import ExecutorChoice
     from lem.orchestration.plan import Plan
+    from lem.results.precision import StoppingRule, Target
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
 
@@ -95,6 +96,19 @@ def _add_course(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--allow-environment-change", action="store_true", help="resume although engine, driver or GPU changed"
     )
+    group.add_argument(
+        "--until",
+        type=_target,
+        metavar="ci=2%[:METRIC]",
+        help="add whole cycles, 5 at least, until every configuration's interval is that narrow",
+    )
+    group.add_argument("--max-cycles", type=int, metavar="N", help="with --until: this many cycles at most (20)")
+    group.add_argument(
+        "--budget",
+        type=_duration,
+        metavar="8h",
+        help="begin nothing after this time; what runs finishes; exit code 124",
+    )
     group.add_argument("--dry-run", action="store_true", help="show the plan and end; nothing is written")
     group.add_argument("--validate-only", action="store_true", help="validate and end; nothing is written")
     group.add_argument("--yes", "-y", action="store_true", help="do not ask; an unfinished campaign is resumed")
@@ -110,7 +124,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     from lem.orchestration.preflight import check_supported, with_unused_options
 
     loaded = _load(args)
-    campaign = loaded.config
+    campaign, rule = _with_rule(args, loaded.config)
     plan = build_plan(campaign, loaded.drafts, preset=loaded.preset, forced=loaded.forced, gpus=find_gpus() or None)
     plan = with_unused_options(plan)
     _announce(plan, args, err)
@@ -126,11 +140,46 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         _write_document(out, {**plan_document(plan), "executor": choice.name, "place": choice.describe()})
         return int(ExitCode.OK)
     if args.dry_run:
-        out.write(_describe_plan(plan, campaign, choice))
+        out.write(_describe_plan(plan, campaign, choice, rule, args.budget))
         return int(ExitCode.OK)
     from lem.cli.campaign_run import CampaignCommand
 
     return CampaignCommand(args, campaign, plan, choice, out, err).execute()
+
+
+def _target(text: str) -> Target:
+    from lem.results.precision import parse_target
+
+    try:
+        return parse_target(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _duration(text: str) -> float:
+    from lem.units import parse_duration
+
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _with_rule(args: argparse.Namespace, campaign: CampaignConfig) -> tuple[CampaignConfig, StoppingRule | None]:
+    """The campaign with at least as many cycles as a top-up begins with, and the rule of the top-up."""
+    from lem.orchestration.topup import check_rule, make_rule, with_cycles
+
+    if campaign.daemon is not None and campaign.daemon.enabled and args.budget is not None:
+        raise UserError("--budget and a daemon exclude each other", "give the daemon a total_duration")
+    if args.until is None:
+        if args.max_cycles is not None:
+            raise UserError("--max-cycles bounds --until, which is not given", "use --cycles for a fixed number")
+        return campaign, None
+    if getattr(args, "shard", None) is not None or getattr(args, "plan", None) is not None:
+        raise UserError("--until looks at one host's results, and a part of a plan is not the campaign's")
+    rule = make_rule(args.until, args.max_cycles)
+    check_rule(campaign, rule)
+    return with_cycles(campaign, rule.least_cycles), rule
 
 
 def _write_document(out: TextIO, document: Mapping[str, Any]) -> None:
@@ -161,11 +210,25 @@ def _announce(plan: Plan, args: argparse.Namespace, err: TextIO) -> None:
     err.flush()
 
 
-def _describe_plan(plan: Plan, campaign: CampaignConfig, choice: ExecutorChoice) -> str:
+def _describe_plan(
+    plan: Plan, campaign: CampaignConfig, choice: ExecutorChoice, rule: StoppingRule | None, budget_s: float | None
+) -> str:
     from lem.cli.plan_view import render_plan
+    from lem.orchestration.plan import prolong_plan
+    from lem.orchestration.topup import with_cycles
 
     measured, loads = _earlier_times(plan, campaign)
-    return render_plan(plan, campaign, choice.describe(), measured_by_config=measured, load_by_engine=loads)
+    longest = None if rule is None else prolong_plan(plan, with_cycles(campaign, rule.most_cycles))
+    return render_plan(
+        plan,
+        campaign,
+        choice.describe(),
+        measured_by_config=measured,
+        load_by_engine=loads,
+        rule=rule,
+        longest=longest,
+        budget_s=budget_s,
+    )
 
 
 def _earlier_times(plan: Plan, campaign: CampaignConfig) -> tuple[dict[str, float], dict[str, float]]:

@@ -30,17 +30,22 @@ from lem.orchestration.campaign import CampaignOutcome, CampaignRunner
 from lem.orchestration.daemon import Course, Scheduler
 from lem.orchestration.events import Event
 from lem.orchestration.executor_choice import ExecutorChoice
+from lem.orchestration.loop import Stopped
 from lem.orchestration.manifest import utc_now
 from lem.orchestration.notification import Notification, notify
 from lem.orchestration.opening import SAY_WHICH, RunOptions, Wish
 from lem.orchestration.plan import Plan
 from lem.orchestration.stop import StopRequest
+from lem.orchestration.topup import make_rule
+from lem.results.precision import StoppingRule, Target
 
 __all__ = ["CampaignCommand"]
 
 _logger = logging.getLogger("lem.campaign")
 
 _WEBHOOK_PATIENCE_S = 3.0
+
+_WHY_STOPPED = {Stopped.DEADLINE: "the time is up"}
 
 
 class CampaignCommand:
@@ -113,8 +118,14 @@ class CampaignCommand:
                 ask=self._ask if _is_somebody_there() else None,
                 is_environment_change_allowed=args.allow_environment_change,
                 is_fail_fast=args.fail_fast,
+                until=self._rule(),
+                go_on=resume_command(sys.orig_argv),
             ),
         )
+
+    def _rule(self) -> StoppingRule | None:
+        until: Target | None = self._args.until
+        return None if until is None else make_rule(until, self._args.max_cycles)
 
     def _run(self, runner: CampaignRunner) -> Course:
         scheduler = Scheduler(self._campaign, self._stop, self._say, utc_now, time.monotonic)
@@ -129,6 +140,8 @@ class CampaignCommand:
         return course
 
     def _run_once(self, runner: CampaignRunner, deadline_s: float | None) -> CampaignOutcome:
+        if self._args.budget is not None:  # never with a daemon's own
+            deadline_s = time.monotonic() + self._args.budget
         try:
             outcome = runner.run(deadline_s=deadline_s)
         except LemError as error:
@@ -153,7 +166,7 @@ class CampaignCommand:
         show_results(self._campaign, outcome, self._out, is_json=self._args.json)
         lines = [*closing_lines(self._campaign, outcome, self._console)]
         if outcome.stopped is not None or outcome.manifest.failed_count:
-            why = "stopped" if outcome.stopped is not None else "some failed"
+            why = _WHY_STOPPED.get(outcome.stopped, "stopped") if outcome.stopped is not None else "some failed"
             lines.append(f"{why}; go on with: {resume_command(sys.orig_argv)}")
         for line in lines:
             self._console.line(line)

@@ -17,6 +17,7 @@ from lem.errors import ExitCode, LemError
 from lem.orchestration.loop import CampaignOutcome, Stopped
 from lem.process import copyable
 from lem.record import Record
+from lem.results.precision import read_stopping_rule
 from lem.results.repository import Repository
 from lem.results.summary import CampaignSummary, summarise, summary_document
 from lem.results.table import render_summary
@@ -37,6 +38,8 @@ def exit_code_of_outcome(outcome: CampaignOutcome) -> int:
     """The exit code of a run that no signal ended."""
     if outcome.error is not None:
         return int(outcome.error.exit_code)
+    if outcome.stopped is Stopped.DEADLINE:
+        return int(ExitCode.BUDGET)
     return int(ExitCode.EXPERIMENT_FAILED if outcome.manifest.failed_count else ExitCode.OK)
 
 
@@ -63,6 +66,8 @@ def closing_lines(campaign: CampaignConfig, outcome: CampaignOutcome, console: l
     counted = [entry.status for entry in manifest.experiments if entry.status != "skipped"]
     left = len(counted) - manifest.completed_count - manifest.failed_count
     folder = Path(campaign.io.results_dir) / campaign.slug / str(manifest.run_id)
+    if outcome.remark:
+        yield outcome.remark
     yield f"{manifest.completed_count} completed, {manifest.failed_count} failed, {left} left; results in {folder}"
     if outcome.error is not None:
         yield f"{console.paint('error:', 'red')} {outcome.error.message}"
@@ -128,6 +133,7 @@ def _summarise(campaign: CampaignConfig, outcome: CampaignOutcome) -> CampaignSu
         failed=_failed_by_name(outcome),
         campaign_name=campaign.campaign_name,
         run_id=str(outcome.manifest.run_id),
+        stopping=read_stopping_rule(Path(campaign.io.results_dir) / campaign.slug / str(outcome.manifest.run_id)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from lem import units
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.plan import CampaignExperiment, Plan
 from lem.results.layout import Column, columns, paint
+from lem.results.precision import StoppingRule
 
 __all__ = ["plan_document", "render_findings", "render_plan"]
 
@@ -33,13 +35,19 @@ def render_plan(
     *,
     measured_by_config: Mapping[str, float],
     load_by_engine: Mapping[str, float],
+    rule: StoppingRule | None = None,
+    longest: Plan | None = None,
+    budget_s: float | None = None,
 ) -> str:
     """The plan: configurations, order, engine loads, expected time, and where it runs.
 
     Args:
         place: the executor and why it was chosen.
         measured_by_config, load_by_engine: seconds that earlier experiments took, as `Plan.expected_time`.
+        rule, longest: by which cycles are added, and the plan with all that can be.
+        budget_s: seconds after which nothing is begun.
     """
+    times = (measured_by_config, load_by_engine)
     execution = campaign.execution
     loads = plan.loads()
     facts = {
@@ -48,7 +56,8 @@ def render_plan(
         f"= {len(plan.experiments)}",
         "order": execution.structure + (f", seed {plan.shuffle_seed}" if plan.shuffle_seed is not None else ""),
         "engine loads": f"{sum(loads)} (reuse: {'none, cold start' if plan.is_cold else execution.reuse})",
-        "expected time": _expected(plan, measured_by_config, load_by_engine),
+        "expected time": _expected(plan, *times),
+        **_bounds(plan, *times, rule, longest, budget_s),
         "runs on": place,
         "results in": f"{campaign.io.results_dir}/{campaign.slug}",
     }
@@ -103,6 +112,43 @@ def _expected(plan: Plan, measured_by_config: Mapping[str, float], load_by_engin
         f"about {units.format_duration(expected.total_s)} (measuring {units.format_duration(expected.measured_s)}, "
         f"loading {units.format_duration(expected.loading_s)}, {gaps}{guess})"
     )
+
+
+def _bounds(
+    plan: Plan,
+    measured_by_config: Mapping[str, float],
+    load_by_engine: Mapping[str, float],
+    rule: StoppingRule | None,
+    longest: Plan | None,
+    budget_s: float | None,
+) -> dict[str, str]:
+    """How a top-up or a budget lets it end later or earlier."""
+    facts = {}
+    if rule is not None and longest is not None:
+        most = _expected(longest, measured_by_config, load_by_engine)
+        facts["top-up"] = f"{rule.describe()}; at most {most.removeprefix('about ')}"
+    if budget_s is not None:
+        facts["budget"] = (
+            f"{units.format_duration(budget_s)}, {_fitting(plan, measured_by_config, load_by_engine, budget_s)}"
+        )
+    return facts
+
+
+def _fitting(
+    plan: Plan, measured_by_config: Mapping[str, float], load_by_engine: Mapping[str, float], budget_s: float
+) -> str:
+    """How many of the first experiments are begun within the budget; the one then running finishes."""
+    total = plan.expected_time(measured_by_config, load_by_engine).total_s
+    if total is None:
+        return "and how much of the plan fits is not known before the first run"
+    if total <= budget_s:
+        return "in which all of the plan fits"
+
+    def time_before(place: int) -> float:
+        return plan.expected_time(measured_by_config, load_by_engine, plan.experiments[:place]).total_s or 0.0
+
+    begun = bisect.bisect_left(range(len(plan.experiments)), budget_s, key=time_before)
+    return f"in which about {begun} of {len(plan.experiments)} experiments are begun; --resume goes on with the rest"
 
 
 def _order(experiments: Sequence[CampaignExperiment], loads: Sequence[bool], plan: Plan) -> list[str]:

@@ -74,12 +74,19 @@ def _show(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
 
 
 def _show_run(args: argparse.Namespace, item: _Run, scan: Scan, out: TextIO, err: TextIO) -> None:
+    from lem.results.precision import read_stopping_rule
     from lem.results.repository import count_failed
     from lem.results.summary import summarise, summary_document
     from lem.results.table import render_summary
 
     records = (result.record for result in scan.results)
-    summary = summarise(records, failed=count_failed(scan), campaign_name=item.campaign, run_id=item.run_id)
+    summary = summarise(
+        records,
+        failed=count_failed(scan),
+        campaign_name=item.campaign,
+        run_id=item.run_id,
+        stopping=read_stopping_rule(args.results_dir / item.campaign / item.run_id),
+    )
     if args.json:
         _write_json(out, {**summary_document(summary), "problems": _problem_documents(scan.problems)})
         return

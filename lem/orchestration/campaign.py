@@ -199,7 +199,8 @@ class CampaignRunner:
             outcome = loop.run_to_end(remaining, deadline_s)
             if self.options.until is not None:
                 outcome = self._top_up(loop, plan, outcome, deadline_s, has_run=bool(remaining))
-        loop.tell("campaign_finished", stopped=outcome.stopped.value if outcome.stopped else None)
+        remark = {"remark": outcome.remark} if outcome.remark else {}
+        loop.tell("campaign_finished", stopped=outcome.stopped.value if outcome.stopped else None, **remark)
         return outcome
 
     def _top_up(
@@ -219,7 +220,8 @@ class CampaignRunner:
             while outcome.stopped is None:
                 cycles = plan.execution.cycles
                 decision = topup.decide(self._records_of(manifest), rule, cycles)
-                loop.tell("note", text=decision.text)
+                if decision.is_due:
+                    loop.tell("note", text=decision.text)
                 outcome = replace(outcome, remark=decision.text)
                 stopped = loop.why_stop(deadline_s) if decision.is_due else None
                 if stopped is not None or not decision.is_due:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lem.record import Record
 from lem.results.aggregation import ConfigAggregate, aggregate_config
+from lem.results.precision import StoppingRule, stopping_document
 
 __all__ = ["SINGLE_CYCLE", "CampaignSummary", "summarise", "summary_document"]
 
@@ -28,6 +29,7 @@ class CampaignSummary:
         confidence: of every interval.
         shared: settings that all configurations have in common, by their label.
         configurations: in the order in which they ran first, those without any result last.
+        stopping: by which rule cycles were added; None where their number was fixed.
     """
 
     campaign_name: str
@@ -36,6 +38,7 @@ class CampaignSummary:
     confidence: float
     shared: Mapping[str, str]
     configurations: tuple[ConfigAggregate, ...]
+    stopping: StoppingRule | None = None
 
     @property
     def is_single_cycle(self) -> bool:
@@ -50,6 +53,7 @@ def summarise(
     campaign_name: str = "",
     run_id: str = "",
     confidence: float = 0.95,
+    stopping: StoppingRule | None = None,
 ) -> CampaignSummary:
     """The summary of the results of one campaign.
 
@@ -58,6 +62,7 @@ def summarise(
         failed: per configuration name, how many experiments gave no result.
         campaign_name, run_id: what to call a campaign of which there is no result that says it.
         confidence: of every interval.
+        stopping: as `precision.read_stopping_rule` finds it beside the results.
     """
     kept = sorted(records, key=lambda record: (record.identity.order_index, record.identity.cycle_index))
     failed = failed or {}
@@ -75,6 +80,7 @@ def summarise(
         configurations=tuple(
             aggregate_config(name, members, confidence, failed.get(name, 0)) for name, members in by_name.items()
         ),
+        stopping=stopping,
     )
 
 
@@ -86,6 +92,7 @@ def summary_document(summary: CampaignSummary) -> dict[str, Any]:
         "shared": dict(summary.shared),
         "run_ids": list(summary.run_ids),
         "hosts": list(summary.hosts),
+        "stopping": None if summary.stopping is None else stopping_document(summary.stopping),
         "note": SINGLE_CYCLE if summary.is_single_cycle else None,
         "configurations": [item.to_dict() for item in summary.configurations],
     }

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from lem import units
 from lem.results.aggregation import SHARED_LOAD, AllAttempts, ConfigAggregate, MetricEstimate
 from lem.results.layout import Column, NameShortener, columns, paint, printable, wrapped
+from lem.results.precision import UNACCOUNTED
 from lem.results.statistics import bootstrap_coverage_label
 from lem.results.summary import SINGLE_CYCLE, CampaignSummary
 
@@ -162,6 +163,8 @@ class _Table:
                 f"Bootstrap interval: percentiles of the resampled arithmetic mean, {percent} in name; "
                 f"{_coverage(sizes, self._summary.confidence)}."
             )
+        if self._summary.stopping is not None:
+            yield f"Cycles were added {self._summary.stopping.describe()}: {UNACCOUNTED}."
 
     def _gaps(self, label: str, metric: str) -> Iterable[str]:
         """Why numbers are missing, one line a reason; a configuration without a valid result has said so already."""

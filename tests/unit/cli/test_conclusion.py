@@ -104,7 +104,7 @@ def test_what_stood_in_the_way_is_told_with_its_remedy(tmp_path):
         (_outcome("completed", "skipped"), 0),
         (_outcome("completed", "failed"), 1),
         (_outcome("completed", "pending", error=InfrastructureError("the disk is full")), 1),
-        (_outcome("completed", "pending", stopped=Stopped.DEADLINE), 0),
+        (_outcome("completed", "pending", stopped=Stopped.DEADLINE), 124),
         (_outcome(), 0),
     ],
 )

@@ -1,0 +1,97 @@
+"""How narrow intervals are, the rule that is kept beside results, and what the table says of it."""
+
+import json
+
+import pytest
+
+from lem.results.precision import (
+    STOPPING_FILE,
+    UNACCOUNTED,
+    StoppingRule,
+    Target,
+    half_width_ratio,
+    measure_precision,
+    read_stopping_rule,
+    write_stopping_rule,
+)
+from lem.results.statistics import log_t_interval
+from lem.results.summary import summarise, summary_document
+from lem.results.table import render_summary
+from tests.bench.stopping import coverage
+from tests.records import make_record
+
+RULE = StoppingRule(Target(0.02), 5, 20)
+
+
+def _records(rates, **more):
+    return [make_record(cycle=cycle, output_tok_per_s=rate, **more) for cycle, rate in enumerate(rates)]
+
+
+def test_the_half_width_is_that_of_the_interval_over_the_mean():
+    # Logs ±0.01 around 0, n = 2: t(0.975, 1) · 0.01·√2 / √2 = 12.706 · 0.01.
+    interval = log_t_interval([100 * 2.718281828459045**0.01, 100 / 2.718281828459045**0.01])
+    assert half_width_ratio(interval) == pytest.approx(2.718281828459045**0.12706 - 1, rel=1e-4)
+
+
+def test_one_value_has_no_width():
+    assert half_width_ratio(log_t_interval([100.0])) is None
+
+
+def test_a_target_splits_configurations_into_narrow_and_wide():
+    narrow = _records([100, 100.5, 99.5, 100, 100], config_name="narrow")
+    wide = _records([90, 110, 90, 110, 100], config_name="wide", config_hash="f" * 16)
+    report = measure_precision([*narrow, *wide], Target(0.02))
+    assert [item.config_name for item in report.narrow] == ["narrow"]
+    assert [item.config_name for item in report.wide] == ["wide"]
+
+
+def test_the_last_valid_attempt_of_a_cycle_is_what_counts():
+    records = _records([100, 100.5, 99.5, 100, 100])
+    records.append(make_record(cycle=4, attempt=2, is_valid=False, output_tok_per_s=500.0))
+    assert measure_precision(records, Target(0.02)).narrow[0].n_cycles == 5
+
+
+def test_values_of_zero_have_no_interval_and_never_will():
+    report = measure_precision(_records([0.0, 1.0, 1.0, 1.0, 1.0]), Target(0.02))
+    assert report.wide == ()
+    assert "zero or negative" in report.without[0][1]
+
+
+def test_a_rule_comes_back_as_it_was_written(tmp_path):
+    write_stopping_rule(tmp_path / "run", RULE)
+    assert read_stopping_rule(tmp_path / "run") == RULE
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"target": {"half_width": "x", "metric": null}}'])
+def test_a_broken_rule_is_told_and_is_none(tmp_path, caplog, content):
+    (tmp_path / STOPPING_FILE).write_text(content)
+    assert read_stopping_rule(tmp_path) is None
+    assert "broken" in caplog.text
+
+
+def test_the_table_says_that_its_intervals_do_not_account_for_the_stopping():
+    shown = " ".join(render_summary(summarise(_records([100, 101, 102, 103, 104]), stopping=RULE)).split())
+    assert "until every interval is within ±2 % (5 cycles at least, 20 at most)" in shown
+    assert UNACCOUNTED in shown
+
+
+def test_a_table_of_a_fixed_number_of_cycles_does_not_speak_of_it():
+    assert "account" not in render_summary(summarise(_records([100, 101, 102, 103, 104])))
+
+
+def test_the_rule_is_in_the_json_of_a_summary():
+    document = json.loads(json.dumps(summary_document(summarise(_records([100, 101]), stopping=RULE))))
+    assert document["stopping"] == {
+        "target": {"half_width": 0.02, "metric": None},
+        "least_cycles": 5,
+        "most_cycles": 20,
+    }
+
+
+@pytest.mark.parametrize(("ratio", "least", "most"), [(0.25, 0.94, 0.96), (2.0, 0.90, 0.935), (5.0, 0.94, 0.96)])
+def test_the_coverage_told_is_the_simulated_one(ratio, least, most):
+    assert least < coverage(ratio, 3000)[0] < most
+
+
+def test_a_fixed_seed_gives_the_same_simulation():
+    assert coverage(1.0, 50) == coverage(1.0, 50)
