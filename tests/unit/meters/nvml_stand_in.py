@@ -17,6 +17,7 @@ _NAMES = {
     3: "Not Supported",
     4: "Insufficient Permissions",
     6: "Not Found",
+    10: "Timeout",
     13: "Function Not Found",
     15: "GPU is lost",
 }
