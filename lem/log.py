@@ -13,16 +13,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
-__all__ = ["Console", "configure", "is_colour_wanted", "log_to_file", "shorten"]
+__all__ = ["Console", "configure", "is_colour_wanted", "is_journal", "log_to_file", "shorten"]
 
 _COLOURS = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36", "bold": "1", "dim": "2"}
 _CLEAR_LINE = "\r\x1b[2K"
+# Levels of syslog(3), which the journal takes from `<N>` at the beginning of a line (sd-daemon(3)).
+_PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 _LEVEL_COLOUR = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
 
 
 def is_colour_wanted(stream: TextIO, environ: Mapping[str, str] = os.environ) -> bool:
     """Whether to colour: on a terminal, and never under NO_COLOR (any value, no-color.org) or TERM=dumb."""
     return stream.isatty() and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+
+
+def is_journal(stream: TextIO, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the stream goes to systemd's journal: JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
+    named = environ.get("JOURNAL_STREAM", "")
+    if not named:
+        return False
+    try:
+        found = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return named == f"{found.st_dev}:{found.st_ino}"
 
 
 def shorten(text: str, width: int) -> str:
@@ -36,6 +50,7 @@ class Console:
     Attributes:
         is_colour: colour codes are written.
         is_live: the live line is drawn; elsewhere `live` does nothing.
+        is_journal: every line begins with its priority for systemd's journal.
     """
 
     def __init__(self, stream: TextIO, *, is_colour: bool | None = None, is_live: bool | None = None) -> None:
@@ -44,14 +59,18 @@ class Console:
         self.is_colour = is_colour_wanted(stream) if is_colour is None else is_colour
         redrawing = stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
         self.is_live = redrawing if is_live is None else is_live
+        self.is_journal = is_journal(stream)
 
     def paint(self, text: str, colour: str) -> str:
         """`text` in a colour where colour is wanted."""
         return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if self.is_colour and text else text
 
-    def line(self, text: str = "") -> None:
-        """Write a whole line above the live line."""
+    def line(self, text: str = "", level: int = logging.INFO) -> None:
+        """Write a whole line above the live line; `level`, of `logging`, is for the journal."""
         clear = _CLEAR_LINE if self._live else ""
+        if self.is_journal:
+            priority = next((number for least, number in _PRIORITIES if level >= least), 7)
+            text = "\n".join(f"<{priority}>{line}" for line in text.split("\n"))
         self._write(f"{clear}{text}\n{self._live}")
 
     def live(self, text: str) -> None:
@@ -87,9 +106,9 @@ class _ConsoleHandler(logging.Handler):
         if record.levelno >= logging.WARNING:
             word = record.levelname.lower()
             message = f"{self._console.paint(word + ':', _LEVEL_COLOUR.get(record.levelno, 'yellow'))} {message}"
-        if not self._console.is_live:
+        if not self._console.is_live and not self._console.is_journal:  # the journal has times of its own
             message = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {message}"
-        self._console.line(message)
+        self._console.line(message, record.levelno)
 
 
 class _FileHandler(logging.FileHandler):

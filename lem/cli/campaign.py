@@ -12,6 +12,7 @@ from lem import log
 from lem.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
+    from lem.cli.fleet import FleetPart
     from lem.config.campaign_config import CampaignConfig
     from lem.config.loading import Loaded
     from lem.orchestration.executor_choice import ExecutorChoice
@@ -54,6 +55,7 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_overrides(parser.add_argument_group("what to run (wins over the file)"))
     _add_place(parser.add_argument_group("where to run and to write"))
     _add_course(parser.add_argument_group("how to begin and to end"))
+    _add_fleet(parser.add_argument_group("on several hosts"))
     parser.add_argument("--json", action="store_true", help="one JSON object a line on stdout for each event")
     parser.set_defaults(run=run)
 
@@ -115,6 +117,14 @@ def _add_course(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--fail-fast", action="store_true", help="end after the first experiment that fails")
 
 
+def _add_fleet(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--shard", metavar="I/N", help="run the part of host I of N alone")
+    group.add_argument("--plan", type=Path, metavar="PLAN", help="take the part from this stored plan")
+    group.add_argument("--write-plan", type=Path, metavar="PLAN", help="divide the campaign, store the plan, and end")
+    group.add_argument("--hosts", metavar="A,B,…", help="names of the hosts, for --write-plan")
+    group.add_argument("--replicate", action="store_true", help="with --write-plan: every host runs all of it")
+
+
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """The exit code of interface.md."""
     from lem.cli.plan_view import plan_document
@@ -130,6 +140,11 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     _announce(plan, args, err)
     if not plan.experiments:
         raise UserError("no valid experiment is left", "lem campaign --dry-run lists each reason; nothing was run")
+    if args.write_plan is not None:
+        from lem.cli.fleet import store_plan
+
+        return store_plan(args, campaign, plan, _earlier_times(plan, campaign)[0], out)
+    plan, part = _part(args, plan)
     if args.validate_only:
         if args.json:
             _write_document(out, plan_document(plan))
@@ -144,7 +159,15 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         return int(ExitCode.OK)
     from lem.cli.campaign_run import CampaignCommand
 
-    return CampaignCommand(args, campaign, plan, choice, out, err).execute()
+    return CampaignCommand(args, campaign, plan, choice, out, err, part).execute()
+
+
+def _part(args: argparse.Namespace, plan: Plan) -> tuple[Plan, FleetPart | None]:
+    if args.shard is None and args.plan is None and args.hosts is None and not args.replicate:
+        return plan, None
+    from lem.cli.fleet import own_part
+
+    return own_part(args, plan)
 
 
 def _target(text: str) -> Target:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import select
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -23,7 +24,8 @@ from lem.cli.conclusion import (
     resume_command,
     show_results,
 )
-from lem.cli.progress import LogProgress, choose_progress
+from lem.cli.fleet import FleetPart
+from lem.cli.progress import LogProgress, StatusProgress, choose_progress
 from lem.config.campaign_config import CampaignConfig
 from lem.errors import ExitCode, Interrupted, LemError, UserError
 from lem.orchestration.campaign import CampaignOutcome, CampaignRunner
@@ -35,6 +37,7 @@ from lem.orchestration.manifest import utc_now
 from lem.orchestration.notification import Notification, notify
 from lem.orchestration.opening import SAY_WHICH, RunOptions, Wish
 from lem.orchestration.plan import Plan
+from lem.orchestration.service_manager import ServiceManager
 from lem.orchestration.stop import StopRequest
 from lem.orchestration.topup import make_rule
 from lem.results.precision import StoppingRule, Target
@@ -59,8 +62,10 @@ class CampaignCommand:
         choice: ExecutorChoice,
         out: TextIO,
         err: TextIO,
+        part: FleetPart | None = None,
     ) -> None:
         daemon = campaign.daemon
+        self._part = part or FleetPart()
         self._args = args
         self._campaign = campaign
         self._plan = plan
@@ -76,6 +81,8 @@ class CampaignCommand:
         self._stop = StopRequest()
         self._progress = choose_progress(self._console, out, is_json=args.json, is_quiet=self._is_quiet)
         self._log_progress: LogProgress | None = None
+        self._service = ServiceManager.of()
+        self._status = StatusProgress(self._service)
         self._notification: Notification | None = None
         self._has_waited = False
 
@@ -120,7 +127,9 @@ class CampaignCommand:
                 is_fail_fast=args.fail_fast,
                 until=self._rule(),
                 go_on=resume_command(sys.orig_argv),
+                run_id=self._part.run_id,
             ),
+            host=self._part.host or socket.gethostname(),
         )
 
     def _rule(self) -> StoppingRule | None:
@@ -133,6 +142,7 @@ class CampaignCommand:
         runner.settle_opening()
         if scheduler.starts_later:
             runner.check()
+            self._service.ready()
             self._has_waited = True
         course = scheduler.run(lambda deadline_s: self._run_once(runner, deadline_s))
         if course.outcome is None:
@@ -154,7 +164,7 @@ class CampaignCommand:
             self._console.close()
         self._conclude(outcome)
         # A daemon's next run is a new one, whatever became of this one, and nobody need be there to be asked.
-        runner.options = replace(runner.options, wish=Wish.FRESH)
+        runner.options = replace(runner.options, wish=Wish.FRESH, run_id=None)
         self._has_waited = True
         return outcome
 
@@ -180,6 +190,7 @@ class CampaignCommand:
 
     def _tell_event(self, event: Event) -> None:
         self._progress(event)
+        self._status(event)
         if self._log_progress is not None:
             self._log_progress(event)
 
@@ -191,6 +202,7 @@ class CampaignCommand:
 
     def _acknowledge(self) -> None:
         """Say at once that a signal was heard: what runs may take some seconds to end."""
+        self._service.stopping()
         if self._is_told_quiet:
             return
         clear = "\r\x1b[2K" if self._console.is_live else ""

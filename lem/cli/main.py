@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import importlib
+import logging
 import os
 import sys
 import tempfile
@@ -31,6 +32,8 @@ COMMANDS = (
     "gpus",
     "doctor",
     "compose",
+    "merge",
+    "bundle",
     "worker",
 )
 
@@ -156,14 +159,14 @@ def _warn_of_unknown_variables(console: log.Console) -> None:
     for name in sorted(os.environ):
         if name.startswith("LEM_") and name not in VARIABLES | COMPOSE_VARIABLES:
             label, known = console.paint("warning:", "yellow"), ", ".join(sorted(VARIABLES))
-            console.line(f"{label} {name} is set, but lem reads no such variable ({known})")
+            console.line(f"{label} {name} is set, but lem reads no such variable ({known})", logging.WARNING)
 
 
 def _explain(console: log.Console, error: LemError) -> None:
     console.close()
-    console.line(f"{console.paint('error:', 'red')} {error.message}")
+    console.line(f"{console.paint('error:', 'red')} {error.message}", logging.ERROR)
     if error.hint:
-        console.line(f"{console.paint('hint:', 'cyan')} {error.hint}")
+        console.line(f"{console.paint('hint:', 'cyan')} {error.hint}", logging.ERROR)
 
 
 def _report_bug(console: log.Console, error: Exception) -> None:
@@ -178,4 +181,4 @@ def _report_bug(console: log.Console, error: Exception) -> None:
         console.line(told)
         where = ""
     summary = f"{type(error).__name__}: {error}".splitlines()[0]
-    console.line(f"{console.paint('bug:', 'red')} {log.shorten(summary, 200)}{where}")
+    console.line(f"{console.paint('bug:', 'red')} {log.shorten(summary, 200)}{where}", logging.CRITICAL)

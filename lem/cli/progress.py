@@ -12,15 +12,18 @@ from typing import Any, TextIO
 
 from lem import log, units
 from lem.orchestration.events import Event, Observer
+from lem.orchestration.service_manager import ServiceManager
 
 __all__ = [
     "JsonProgress",
     "LineProgress",
     "LogProgress",
     "QuietProgress",
+    "StatusProgress",
     "TerminalProgress",
     "choose_progress",
     "give_up_stream",
+    "level_of",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -75,7 +78,7 @@ class QuietProgress:
     def __call__(self, event: Event) -> None:
         if event.kind == "experiment_failed":
             for line in _ending(event, self._console):
-                self._console.line(line)
+                self._console.line(line, level_of(event))
 
 
 class TerminalProgress:
@@ -89,7 +92,7 @@ class TerminalProgress:
     def __call__(self, event: Event) -> None:
         self._state.update(event)
         for line in _ending(event, self._console):
-            self._console.line(line)
+            self._console.line(line, level_of(event))
         if event.kind == "campaign_finished":
             self._console.close()
         elif event.kind not in ("note", "campaign_started"):
@@ -137,7 +140,9 @@ class LineProgress:
 
     def __call__(self, event: Event) -> None:
         for line in self._lines.of(event):
-            self._console.line(f"{time.strftime('%H:%M:%S', time.localtime(self._now()))} {line}")
+            # The journal has times of its own.
+            clock = "" if self._console.is_journal else time.strftime("%H:%M:%S ", time.localtime(self._now()))
+            self._console.line(f"{clock}{line}", level_of(event))
 
 
 class LogProgress:
@@ -155,6 +160,34 @@ class LogProgress:
     def __call__(self, event: Event) -> None:
         for line in self._lines.of(event):
             self._logger.info("%s", line)
+
+
+class StatusProgress:
+    """The live line for systemd: what `systemctl status` shows; and readiness when the campaign has begun."""
+
+    def __init__(self, manager: ServiceManager, now: Callable[[], float] = time.time) -> None:
+        self._manager = manager
+        self._now = now
+        self._state = _State()
+
+    def __call__(self, event: Event) -> None:
+        self._state.update(event)
+        if event.kind == "campaign_started":
+            self._manager.ready()
+        elif event.kind == "note":
+            self._manager.status(str(event.data["text"]))
+        elif event.kind == "campaign_finished":
+            self._manager.status(f"[{event.done}/{event.total}] finished")
+        else:
+            self._manager.status(self._state.describe(event, self._now()))
+
+
+def level_of(event: Event) -> int:
+    """How much an event matters, as a level of `logging`."""
+    if event.kind == "experiment_failed":
+        return logging.ERROR
+    is_odd = event.kind in ("experiment_retried", "experiment_interrupted") or not event.data.get("valid", True)
+    return logging.WARNING if is_odd else logging.INFO
 
 
 class _State:

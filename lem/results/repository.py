@@ -2,17 +2,20 @@
 
 `<results_dir>/<campaign>/<run_id>/<exp_id>/attempt-N/` holds `config.json`, `prompts.jsonl`, `result.json`, `log.txt`
 and what else an attempt leaves; every file but the log is there whole or not at all. A folder is never written twice:
-an attempt takes the next free number.
+an attempt takes the next free number. In merged results (`lem merge`) the folder of an experiment also names its host,
+`<exp_id>+<host>`. A host is a block: where several hosts of a run have one configuration, each host's results are read as a
+configuration of their own, `<config_name> @ <host>`, and are never pooled.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +35,17 @@ from lem.results.attempt import (
     stopping_campaign,
 )
 
-__all__ = ["Problem", "Repository", "Scan", "StoredResult", "count_failed", "list_campaigns"]
+__all__ = [
+    "Problem",
+    "Repository",
+    "Scan",
+    "StoredResult",
+    "count_failed",
+    "experiment_folder_name",
+    "list_campaigns",
+]
+
+_HOST_MARK = "+"  # in no exp_id, which is hex digits and a cycle
 
 # Room for the files of some attempts; with less, a campaign would end soon after it began.
 _PROBE_B = 1024 * 1024
@@ -156,7 +169,7 @@ class Repository:
         """
         found = tuple(self._items() if run_id is None else _run_items(self.folder / check_name(run_id, "run")))
         return Scan(
-            tuple(item for item in found if isinstance(item, StoredResult)),
+            _apart_by_host([item for item in found if isinstance(item, StoredResult)]),
             tuple(item for item in found if isinstance(item, Problem)),
         )
 
@@ -175,6 +188,34 @@ def list_campaigns(results_dir: Path) -> tuple[str, ...]:
         UserError: the folder cannot be read.
     """
     return _listed(results_dir)
+
+
+def experiment_folder_name(exp_id: str, host: str) -> str:
+    """The folder of an experiment in merged results.
+
+    Raises:
+        UserError: the host's name cannot name a folder.
+    """
+    return check_name(f"{exp_id}{_HOST_MARK}{host}", "host")
+
+
+def _exp_id_of(folder_name: str) -> str:
+    return folder_name.partition(_HOST_MARK)[0]
+
+
+def _apart_by_host(results: Sequence[StoredResult]) -> tuple[StoredResult, ...]:
+    """The results, those of a configuration that several hosts ran under a name for each host."""
+    hosts: dict[tuple[str, str], set[str]] = {}
+    keyed = [((item.record.identity.run_id, item.record.identity.config_hash), item) for item in results]
+    for key, item in keyed:
+        hosts.setdefault(key, set()).add(item.record.identity.host)
+    return tuple(item if len(hosts[key]) == 1 else _named_by_host(item) for key, item in keyed)
+
+
+def _named_by_host(item: StoredResult) -> StoredResult:
+    identity = item.record.identity
+    named = dataclasses.replace(identity, config_name=f"{identity.config_name} @ {identity.host}")
+    return StoredResult(item.path, dataclasses.replace(item.record, identity=named))
 
 
 def count_failed(scan: Scan) -> dict[str, int]:
@@ -252,14 +293,14 @@ def _describe_missing(folder: Path, attempt: Path) -> Problem:
 
 
 def _problem(experiment: Path, path: Path, kind: str, message: str) -> Problem:
-    return Problem(path, kind, message, experiment.parent.name, experiment.name)
+    return Problem(path, kind, message, experiment.parent.name, _exp_id_of(experiment.name))
 
 
 def _differences(identity: Identity, folder: Path, number: int) -> str:
     """How a record contradicts the place it lies in; empty when it does not."""
     pairs = (
         ("run", identity.run_id, folder.parent.name),
-        ("experiment", identity.experiment_id, folder.name),
+        ("experiment", identity.experiment_id, _exp_id_of(folder.name)),
         ("attempt", identity.attempt, number),
     )
     return ", ".join(f"it says {what} {str(said)!r:.80}, not {due}" for what, said, due in pairs if said != due)

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 
 import pytest
 
@@ -86,3 +87,25 @@ def test_a_log_file_holds_names_that_are_no_utf_8_and_survives_a_full_disk(tmp_p
     logging.getLogger("lem").removeHandler(handler)
     assert "r\\udcff" in (tmp_path / "lem.log").read_text()
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_journal_gets_a_priority_a_line_and_no_clock(tmp_path, monkeypatch):
+    with (tmp_path / "journal").open("w+") as stream:
+        found = os.fstat(stream.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino}")
+        console = log.Console(stream)
+        console.line("one\ntwo")
+        log.configure(console, verbosity=0)
+        logging.getLogger("lem.test").warning("careful")
+        logging.getLogger("lem.test").error("broken")
+        stream.seek(0)
+        assert stream.read() == "<6>one\n<6>two\n<4>warning: careful\n<3>error: broken\n"
+
+
+def test_a_stream_that_left_the_journal_has_no_priorities(tmp_path, monkeypatch):
+    monkeypatch.setenv("JOURNAL_STREAM", "1:2")
+    with (tmp_path / "file").open("w+") as stream:
+        log.Console(stream).line("one")
+        stream.seek(0)
+        assert stream.read() == "one\n"
+    assert not log.is_journal(io.StringIO())

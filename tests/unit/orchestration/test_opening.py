@@ -72,3 +72,15 @@ def test_another_campaigns_manifest_is_refused(tmp_path):
     manager = _manager(tmp_path, "completed")
     with pytest.raises(UserError, match="belongs to another campaign"):
         choose_opening(manager, "other", Wish.RESUME, is_yes=True, ask=None)
+
+
+def test_a_planned_run_is_gone_on_with_and_another_one_set_aside(tmp_path):
+    manager = _manager(tmp_path)
+    manifest = manager.create_manifest("id", "demo", "hash", [])
+    manifest.run_id = "planned"
+    manager.save(manifest)
+    choose = {"is_yes": True, "ask": None}
+    assert choose_opening(manager, "id", Wish.UNSAID, **choose, run_id="planned")[0] is Opening.RESUME
+    assert choose_opening(manager, "id", Wish.UNSAID, **choose, run_id="another")[0] is Opening.FRESH
+    with pytest.raises(UserError, match="is of run planned"):
+        choose_opening(manager, "id", Wish.RESUME, **choose, run_id="another")

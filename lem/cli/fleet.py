@@ -1,0 +1,85 @@
+"""A campaign on several hosts, from the command line: storing a plan, and taking one host's part of it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TextIO
+
+from lem.config.campaign_config import CampaignConfig
+from lem.errors import ExitCode, UserError
+from lem.orchestration.identity import make_run_id
+from lem.orchestration.manifest import utc_now
+from lem.orchestration.plan import Plan
+from lem.orchestration.shards import make_fleet_plan, parse_shard, part_of_plan, take_part
+from lem.results.fleet_plan import FleetPlan, read_plan, write_plan
+from lem.units import format_duration
+
+__all__ = ["FleetPart", "own_part", "store_plan"]
+
+
+@dataclass(frozen=True)
+class FleetPart:
+    """What a host's results carry so that they belong to one run of all hosts; None where no plan is stored."""
+
+    run_id: str | None = None
+    host: str | None = None
+
+
+def store_plan(
+    args: argparse.Namespace, campaign: CampaignConfig, plan: Plan, measured_by_config: Mapping[str, float], out: TextIO
+) -> int:
+    """Divide the campaign over the hosts, store the plan and show it; the exit code.
+
+    Raises:
+        UserError: the hosts are not named well, or the plan cannot be stored.
+    """
+    if args.shard is not None or args.plan is not None:
+        raise UserError("--write-plan makes a plan; --plan and --shard use one", "give one or the other")
+    hosts = [name.strip() for name in (args.hosts or "").split(",") if name.strip()]
+    fleet_plan = make_fleet_plan(
+        plan,
+        hosts,
+        campaign_id=campaign.campaign_id,
+        campaign_name=campaign.campaign_name,
+        run_id=make_run_id(utc_now(), random.SystemRandom()),
+        is_replicated=args.replicate,
+        measured_by_config=measured_by_config,
+    )
+    write_plan(args.write_plan, fleet_plan)
+    if args.json:
+        out.write(json.dumps(dataclasses.asdict(fleet_plan), indent=2) + "\n")
+    else:
+        out.write("\n".join(_described(fleet_plan)) + "\n")
+    return int(ExitCode.OK)
+
+
+def _described(plan: FleetPlan) -> list[str]:
+    lines = [f"run {plan.run_id}, {plan.mode}, {len(plan.experiments)} experiments on {len(plan.hosts)} hosts"]
+    anchors = {item.config_name for item in plan.experiments if item.config_hash == plan.anchor}
+    lines += [f"anchor, on every host: {name}" for name in anchors]
+    for number, host in enumerate(plan.hosts, start=1):
+        expected = "" if host.expected_s is None else f", about {format_duration(host.expected_s)}"
+        lines.append(f"{number}/{len(plan.hosts)} {host.name}: {len(host.exp_ids)} experiments{expected}")
+    return lines
+
+
+def own_part(args: argparse.Namespace, plan: Plan) -> tuple[Plan, FleetPart]:
+    """The part of the plan that this host runs.
+
+    Raises:
+        UserError: the options contradict each other, or the stored plan is not of this campaign.
+    """
+    if args.hosts is not None or args.replicate:
+        raise UserError("--hosts and --replicate are for --write-plan", "add --write-plan PLAN, or leave them out")
+    if args.plan is not None and args.shard is None:
+        raise UserError("--plan needs --shard I/N", "the plan names its hosts: the first of two is --shard 1/2")
+    index, count = parse_shard(args.shard)
+    if args.plan is None:
+        return part_of_plan(plan, index, count), FleetPart()
+    stored = read_plan(args.plan)
+    return take_part(plan, stored, index, count), FleetPart(stored.run_id, stored.part(index).name)

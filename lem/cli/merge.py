@@ -1,0 +1,142 @@
+"""`lem merge`: results of several hosts as one campaign."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from lem.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from lem.results.fleet_plan import FleetPlan
+    from lem.results.merge import AnchorCheck, Gathered, Matrix
+
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
+
+__all__ = ["add_parser", "run"]
+
+_WIDTH = 100
+_SHOWN = 10
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add `merge` to the command line."""
+    parser = subparsers.add_parser(
+        "merge",
+        help="make one campaign of the results of several hosts",
+        description="Copy the results of several hosts into one folder: identical ones once, conflicts refused. A host "
+        "is a block, so nothing is pooled over hosts. Exit code 1 when planned results are lacking.",
+    )
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="DIR", help="of a host: results, or a folder with them"
+    )
+    parser.add_argument("--output", "-o", type=Path, required=True, metavar="DIR", help="results folder to merge into")
+    parser.add_argument("--campaign", metavar="NAME", help="which campaign, where the folders hold several")
+    parser.add_argument("--plan", type=Path, metavar="PLAN", help="the stored plan: its run alone, and what is lacking")
+    parser.add_argument(
+        "--anchor-tolerance",
+        type=_percent,
+        default=0.05,
+        metavar="P%",
+        help="how far apart hosts may be in the anchor of the plan (default: 5%%)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.set_defaults(run=run)
+
+
+def _percent(text: str) -> float:
+    try:
+        value = float(text.removesuffix("%")) / 100
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no percentage, such as 5%")
+    return value
+
+
+def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
+    """The exit code: 1 when planned results are lacking."""
+    from lem.results.fleet_plan import SHARD, read_plan
+    from lem.results.merge import check_anchor, completeness, gather, write_merged
+
+    plan = None if args.plan is None else read_plan(args.plan)
+    # What was merged before is one more source: it is kept, and must not contradict what comes now.
+    known = [args.output] if args.output.is_dir() else []
+    gathered = gather([*known, *args.folders], campaign=args.campaign, plan=plan)
+    if not gathered.results:
+        raise UserError(f"no whole result of campaign {gathered.campaign} in these folders; nothing was merged")
+    anchor_hash = plan.anchor if plan is not None and plan.mode == SHARD else None
+    anchor = check_anchor(gathered.results, anchor_hash, args.anchor_tolerance)
+    matrix = completeness(gathered, plan)
+    new = write_merged(gathered, args.output)
+    if args.json:
+        out.write(json.dumps(_document(gathered, matrix, anchor, new), indent=2) + "\n")
+    else:
+        out.write("\n".join(_lines(gathered, matrix, anchor, new, args.output, plan)) + "\n")
+        _tell_problems(gathered, err)
+    return int(ExitCode.EXPERIMENT_FAILED if matrix.lacking else ExitCode.OK)
+
+
+def _document(gathered: Gathered, matrix: Matrix, anchor: AnchorCheck, new: int) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "campaign": gathered.campaign,
+        "results": len(gathered.results),
+        "new": new,
+        "hosts": list(matrix.hosts),
+        "configurations": {
+            name: {
+                host: dataclasses.asdict(cell)
+                for host, cell in zip(matrix.hosts, cells, strict=True)
+                if cell.planned or cell.present
+            }
+            for name, cells in matrix.rows.items()
+        },
+        "lacking": [{"host": host, "exp_id": exp_id} for host, exp_id in matrix.lacking],
+        "anchor": dataclasses.asdict(anchor),
+        "problems": [
+            {"path": str(item.path), "kind": item.kind, "message": item.message} for item in gathered.problems
+        ],
+        "foreign_runs": list(gathered.foreign_runs),
+    }
+
+
+def _lines(
+    gathered: Gathered, matrix: Matrix, anchor: AnchorCheck, new: int, output: Path, plan: FleetPlan | None
+) -> list[str]:
+    from lem.results.layout import Column, columns
+
+    table = [
+        Column(host, tuple(cells[index].text for cells in matrix.rows.values()))
+        for index, host in enumerate(matrix.hosts)
+    ]
+    lines = [*columns("configuration", list(matrix.rows), table, _WIDTH), ""]
+    if plan is not None and plan.anchor is not None:
+        lines.append(_anchor_line(anchor))
+    if gathered.foreign_runs:
+        lines.append(f"left out, since they are of other runs than the plan: {', '.join(gathered.foreign_runs)}")
+    if matrix.lacking:
+        shown = ", ".join(f"{exp_id} ({host})" for host, exp_id in matrix.lacking[:_SHOWN])
+        more = f" and {len(matrix.lacking) - _SHOWN} more" if len(matrix.lacking) > _SHOWN else ""
+        lines.append(f"lacking: {shown}{more}")
+    lines.append(f"{len(gathered.results)} results of {len(matrix.hosts)} hosts in {output}, {new} of them new")
+    return lines
+
+
+def _anchor_line(anchor: AnchorCheck) -> str:
+    if anchor.spread is None:
+        return "anchor: fewer than two hosts have a valid result of it, so nobody knows whether the hosts are alike"
+    values = ", ".join(f"{host} {value:.4g} {anchor.unit}" for host, value in anchor.by_host.items())
+    return f"anchor: hosts are within {100 * anchor.spread:.1f} % in {anchor.metric} ({values})"
+
+
+def _tell_problems(gathered: Gathered, err: TextIO) -> None:
+    from lem.results.layout import printable
+
+    texts = (f"left out, {item.kind}: {item.path}: {item.message}" for item in gathered.problems[:_SHOWN])
+    err.writelines(printable(text) + "\n" for text in texts)
+    if len(gathered.problems) > _SHOWN:
+        err.write(f"and {len(gathered.problems) - _SHOWN} more: --json lists all\n")

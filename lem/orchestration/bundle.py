@@ -1,0 +1,239 @@
+"""What a host without network needs, in one folder with checksums: lem.pyz, images, models, packages.
+
+`lem-airgap-<version>/{pyz,images,models,debs,wheels}` with `manifest.json`, `SHA256SUMS` of everything, and
+`SHA256SUMS.sig`, a detached signature by ssh-keygen(1). The key to trust travels apart.
+
+Schema history of manifest.json:
+    1: first version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import json
+import re
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from lem import __version__, durable
+from lem.errors import UserError
+from lem.orchestration.packing import PYZ_NAME, provide_pyz
+from lem.process import run
+from lem.results.attempt import reason_of, remedy_for
+
+__all__ = ["Contents", "Signer", "make_bundle", "verify_bundle"]
+
+SCHEMA_VERSION = 1
+SUMS, SIGNATURE, MANIFEST = "SHA256SUMS", "SHA256SUMS.sig", "manifest.json"
+NAMESPACE = "lem-bundle"
+
+_SAVE_TIMEOUT_S = 3600.0
+_TOOL_TIMEOUT_S = 120.0
+_CHUNK_B = 1 << 20
+_SHOWN = 5
+_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a bundle beside lem.pyz.
+
+    Attributes:
+        images: names of images of the Docker engine here.
+        models: folders of models, each kept under its own name.
+        debs, wheels: files of packages.
+    """
+
+    images: tuple[str, ...] = ()
+    models: tuple[Path, ...] = ()
+    debs: tuple[Path, ...] = ()
+    wheels: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Signer:
+    """Whose signature is trusted: a file of allowed signers (ssh-keygen(1)) and the name to look for in it."""
+
+    allowed_signers: Path
+    identity: str
+
+
+def make_bundle(folder: Path, contents: Contents, *, sign_key: Path | None = None) -> Path:
+    """The bundle made in `folder`, whole or not there.
+
+    Raises:
+        UserError: one is there, something that was named is not, or the disk refuses.
+    """
+    target = folder / f"lem-airgap-{__version__}"
+    if target.exists():
+        raise UserError(f"{target} is there already", "a bundle is never changed: choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=durable.TEMPORARY_PREFIX, dir=folder))
+        try:
+            _fill(scratch, contents)
+            _write_sums(scratch)
+            if sign_key is not None:
+                _sign(scratch, sign_key)
+            scratch.chmod(0o755)
+            scratch.rename(target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        durable.sync_folder(folder)
+    except OSError as error:
+        raise UserError(f"{error.filename or target}: {reason_of(error)}", remedy_for(error)) from error
+    return target
+
+
+def _fill(scratch: Path, contents: Contents) -> None:
+    for name in ("pyz", "images", "models", "debs", "wheels"):
+        (scratch / name).mkdir()
+    shutil.copyfile(provide_pyz(), scratch / "pyz" / PYZ_NAME)
+    images = [_save_image(name, scratch / "images") for name in contents.images]
+    for model in contents.models:
+        if not model.is_dir():
+            raise UserError(f"model {model}: no such folder", "a pinned snapshot is a folder of files")
+        # Snapshots of the hub are links into a folder of blobs: a bundle holds what they lead to.
+        shutil.copytree(model, scratch / "models" / model.name, symlinks=False)
+    for kind, files in (("debs", contents.debs), ("wheels", contents.wheels)):
+        for file in files:
+            shutil.copyfile(file, scratch / kind / file.name)
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "lem_version": __version__,
+        "images": images,
+        "models": sorted(model.name for model in contents.models),
+        "debs": sorted(file.name for file in contents.debs),
+        "wheels": sorted(file.name for file in contents.wheels),
+    }
+    durable.write_json(scratch / MANIFEST, document)
+
+
+def _save_image(name: str, folder: Path) -> dict[str, Any]:
+    """Save an image, compressed by gzip (Docker 20.10 loads nothing newer), and say how it is known."""
+    file = folder / (re.sub(r"[^A-Za-z0-9._-]+", "-", name) + ".tar.gz")
+    with tempfile.TemporaryDirectory(prefix=durable.TEMPORARY_PREFIX, dir=folder) as scratch_name:
+        saved = Path(scratch_name) / "image.tar"
+        ended = run(["docker", "save", "--output", str(saved), name], timeout_s=_SAVE_TIMEOUT_S)
+        if ended.code != 0:
+            raise UserError(f"image {name} cannot be saved: {ended.stderr.strip()}", f"docker pull {name}")
+        ids = _image_ids(saved)
+        # Without a time and a name in it, the same image gives the same bytes.
+        with saved.open("rb") as source, file.open("wb") as sink, gzip.GzipFile("", "wb", 6, sink, mtime=0) as packed:
+            shutil.copyfileobj(source, packed, _CHUNK_B)
+    return {"name": name, "file": f"images/{file.name}", "ids": ids}
+
+
+def _image_ids(saved: Path) -> dict[str, str | None]:
+    """By which IDs an engine knows the image once it is loaded: overlay2 by its configuration's digest, containerd's
+    store by its manifest's, which only newer engines save.
+    """
+    with tarfile.open(saved) as archive:
+        config = json.loads(_member(archive, "manifest.json"))[0]["Config"]
+        manifest = None
+        with contextlib.suppress(KeyError):
+            manifest = json.loads(_member(archive, "index.json"))["manifests"][0]["digest"]
+    return {"overlay2": f"sha256:{PurePosixPath(config).name.removesuffix('.json')}", "containerd": manifest}
+
+
+def _member(archive: tarfile.TarFile, name: str) -> bytes:
+    stream: IO[bytes] | None = archive.extractfile(name)
+    if stream is None:
+        raise KeyError(name)
+    return stream.read()
+
+
+def _write_sums(scratch: Path) -> None:
+    lines = [f"{_digest(scratch / name)}  {name}\n" for name in _files(scratch)]
+    durable.write_text(scratch / SUMS, "".join(lines))
+
+
+def _sign(scratch: Path, key: Path) -> None:
+    ended = run(
+        ["ssh-keygen", "-Y", "sign", "-f", str(key), "-n", NAMESPACE, str(scratch / SUMS)], timeout_s=_TOOL_TIMEOUT_S
+    )
+    if ended.code != 0:
+        raise UserError(
+            f"the bundle cannot be signed with {key}: {ended.stderr.strip()}", "ssh-keygen -t ed25519 makes a key"
+        )
+
+
+def verify_bundle(folder: Path, signer: Signer | None) -> dict[str, Any]:
+    """The manifest of a bundle of which every byte is as it was made.
+
+    Args:
+        signer: who must have signed it; None checks the sums alone.
+
+    Raises:
+        UserError: it is not whole, not signed by the signer, or another file lies in it.
+    """
+    try:
+        if signer is not None:
+            _verify_signature(folder, signer)
+        sums = _read_sums(folder)
+        present = set(_files(folder)) - {SUMS, SIGNATURE}
+        if lost := sorted(set(sums) - present):
+            raise UserError(f"bundle {folder}: lacks {_some(lost)}", "bring it over again")
+        if strange := sorted(present - set(sums)):
+            raise UserError(f"bundle {folder}: {_some(strange)} is in no list of its sums", "bring it over again")
+        if changed := [name for name, digest in sums.items() if _digest(folder / name) != digest]:
+            raise UserError(f"bundle {folder}: changed since it was made: {_some(changed)}", "bring it over again")
+        manifest: dict[str, Any] = durable.read_json(folder / MANIFEST)
+    except OSError as error:
+        raise UserError(f"bundle {error.filename or folder}: {reason_of(error)}") from error
+    except ValueError as error:
+        raise UserError(f"bundle {folder}: {MANIFEST} is broken: {error}") from error
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(
+            f"bundle {folder}: its schema is {manifest.get('schema_version')}, this lem reads {SCHEMA_VERSION}"
+        )
+    return manifest
+
+
+def _verify_signature(folder: Path, signer: Signer) -> None:
+    if not (folder / SIGNATURE).is_file():
+        raise UserError(f"bundle {folder}: it is not signed", "lem bundle make --sign-key KEY")
+    command = ["ssh-keygen", "-Y", "verify", "-f", str(signer.allowed_signers), "-I", signer.identity]
+    command += ["-n", NAMESPACE, "-s", str(folder / SIGNATURE)]
+    ended = run(command, timeout_s=_TOOL_TIMEOUT_S, stdin=(folder / SUMS).read_bytes())
+    if ended.code != 0:
+        said = (ended.stderr or ended.stdout).strip()
+        raise UserError(f"bundle {folder}: no valid signature of {signer.identity}: {said}", "trust no byte of it")
+
+
+def _read_sums(folder: Path) -> dict[str, str]:
+    sums = {}
+    for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
+        found = _LINE.fullmatch(line)
+        if found is None:
+            raise UserError(f"bundle {folder}: {SUMS} has a line that is no sum: {line[:80]!r}")
+        sums[found[2]] = found[1]
+    return sums
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """The names of all files below, with `/`; a link is refused, since it can lead out of the bundle."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            raise UserError(f"bundle {folder}: {path.relative_to(folder)} is a link", "bring it over again")
+        if path.is_file():
+            yield path.relative_to(folder).as_posix()
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_B):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

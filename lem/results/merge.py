@@ -1,0 +1,281 @@
+"""Results of several hosts as one campaign.
+
+`<output>/<campaign>/<run_id>/<exp_id>+<host>/attempt-N/` holds byte for byte what a host wrote. Nothing is pooled
+over hosts: a host is a block (see `repository`). What is merged already counts as one more source, so merging again
+adds what is new and changes nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lem import durable
+from lem.errors import UserError
+from lem.record import Record
+from lem.results.attempt import make_folder, reason_of, remedy_for
+from lem.results.fleet_plan import FleetPlan
+from lem.results.repository import Problem, Repository, StoredResult, experiment_folder_name, list_campaigns
+
+__all__ = ["AnchorCheck", "Cell", "Gathered", "Matrix", "check_anchor", "completeness", "gather", "write_merged"]
+
+_SHOWN = 5
+_METRICS = (
+    ("energy_per_output_tok_j", "J/tok", lambda record: record.efficiency.energy_per_output_tok_j),
+    ("output_tok_per_s", "tok/s", lambda record: record.throughput.output_tok_per_s),
+)
+
+Key = tuple[str, str, str, int, int]
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What the folders hold together.
+
+    Attributes:
+        campaign: the slug.
+        results: each once, by run, experiment, host and attempt.
+        problems: attempts without a result that can be used; they are left out and named.
+        duplicates: results that were found more than once, and identical.
+        foreign_runs: runs that the plan is not of; they are left out.
+    """
+
+    campaign: str
+    results: tuple[StoredResult, ...]
+    problems: tuple[Problem, ...]
+    duplicates: int = 0
+    foreign_runs: tuple[str, ...] = ()
+
+
+def gather(folders: Sequence[Path], *, campaign: str | None = None, plan: FleetPlan | None = None) -> Gathered:
+    """The results in the folders, each once.
+
+    Args:
+        folders: of one host each: a results folder, or a folder with `results` in it.
+        campaign: which, where they hold several.
+        plan: its run alone counts.
+
+    Raises:
+        UserError: no folder, no campaign, several, or two results of one key that differ.
+    """
+    results_dirs = [_results_dir(folder) for folder in folders]
+    slug = campaign or _only_campaign(results_dirs)
+    found: dict[Key, StoredResult] = {}
+    digests: dict[Key, str] = {}
+    conflicts: list[str] = []
+    problems: list[Problem] = []
+    duplicates, foreign = 0, set()
+    for folder in results_dirs:
+        scan = Repository(folder, slug).scan()
+        problems += [item for item in scan.problems if plan is None or item.run_id in ("", plan.run_id)]
+        for item in scan.results:
+            identity = item.record.identity
+            if plan is not None and identity.run_id != plan.run_id:
+                foreign.add(identity.run_id)
+                continue
+            digest = hashlib.sha256(item.path.read_bytes()).hexdigest()
+            known = digests.setdefault(identity.key, digest)
+            if known != digest:
+                conflicts.append(f"{found[identity.key].path} and {item.path}")
+            elif identity.key in found:
+                duplicates += 1
+            else:
+                found[identity.key] = item
+    if conflicts:
+        raise UserError(
+            f"{len(conflicts)} results have one key and differ, such as {'; '.join(conflicts[:_SHOWN])}",
+            "one of each is not what its host measured, or two hosts have one name; nothing was merged",
+        )
+    ordered = sorted(found.items(), key=lambda entry: (entry[1].record.identity.order_index, entry[0]))
+    return Gathered(slug, tuple(item for _, item in ordered), tuple(problems), duplicates, tuple(sorted(foreign)))
+
+
+def _results_dir(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder", "give the folder of each host: lem merge DIR… --output DIR")
+    inner = folder / "results"
+    return inner if inner.is_dir() else folder
+
+
+def _only_campaign(results_dirs: Iterable[Path]) -> str:
+    names = sorted({name for folder in results_dirs for name in list_campaigns(folder)})
+    if not names:
+        raise UserError(
+            "no campaign in these folders", "each is to hold results/<campaign>/<run>/…, or <campaign>/<run>/…"
+        )
+    if len(names) > 1:
+        raise UserError(
+            f"these folders hold several campaigns: {', '.join(names[:_SHOWN])}", "choose one: --campaign NAME"
+        )
+    return names[0]
+
+
+@dataclass(frozen=True)
+class AnchorCheck:
+    """How alike the hosts are, by the configuration that all of them ran.
+
+    Attributes:
+        metric, unit: what was compared; empty where nothing could be.
+        by_host: geometric mean over the valid results of each host.
+        spread: largest over smallest, less one; None with fewer than two hosts.
+    """
+
+    metric: str = ""
+    unit: str = ""
+    by_host: Mapping[str, float] = field(default_factory=dict)
+    spread: float | None = None
+
+
+def check_anchor(results: Sequence[StoredResult], anchor: str | None, tolerance: float) -> AnchorCheck:
+    """How alike the hosts are.
+
+    Args:
+        anchor: the config_hash; None where there is none, and then nothing is compared.
+        tolerance: the largest spread under which results of these hosts may stand in one table, as a ratio.
+
+    Raises:
+        UserError: the hosts differ by more.
+    """
+    records = [item.record for item in results if item.record.identity.config_hash == anchor]
+    records = [record for record in records if record.validity.valid]
+    for metric, unit, read in _METRICS:
+        by_host = _geometric_means(records, read)
+        if by_host is None:
+            continue
+        spread = max(by_host.values()) / min(by_host.values()) - 1 if len(by_host) > 1 else None
+        if spread is not None and spread > tolerance:
+            values = ", ".join(f"{host} {value:.4g} {unit}" for host, value in by_host.items())
+            raise UserError(
+                f"the hosts differ by {100 * spread:.1f} % in {metric} of the anchor, more than {100 * tolerance:g} %: "
+                + values,
+                "they are not alike enough for one table: replicate the campaign on each, or raise --anchor-tolerance",
+            )
+        return AnchorCheck(metric, unit, by_host, spread)
+    return AnchorCheck()
+
+
+def _geometric_means(records: Sequence[Record], read: object) -> dict[str, float] | None:
+    """By host; None where a record lacks the value, since means over different cycles do not compare."""
+    values: dict[str, list[float]] = {}
+    for record in records:
+        value = read(record)  # type: ignore[operator]
+        if value is None or value <= 0:
+            return None
+        values.setdefault(record.identity.host, []).append(math.log(value))
+    return {host: math.exp(sum(logs) / len(logs)) for host, logs in sorted(values.items())} or None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One configuration on one host: how many of its cycles have a result, a valid one, and how many were planned."""
+
+    planned: int
+    present: int
+    valid: int
+
+    @property
+    def text(self) -> str:
+        """`3/3`, with what is not valid; `–` where nothing was planned."""
+        if not self.planned:
+            return "–"
+        odd = self.present - self.valid
+        return f"{self.present}/{self.planned}" + (f" ({odd} not valid)" if odd else "")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Which results are there: configurations by hosts.
+
+    Attributes:
+        rows: by the configuration's name, a cell for each host.
+        lacking: host and exp_id of each experiment that was planned and has no result.
+    """
+
+    hosts: tuple[str, ...]
+    rows: Mapping[str, tuple[Cell, ...]]
+    lacking: tuple[tuple[str, str], ...]
+
+
+def completeness(gathered: Gathered, plan: FleetPlan | None) -> Matrix:
+    """Which results are there, of those planned; without a plan of those that any host has or began."""
+    due = _planned(plan) if plan is not None else _seen(gathered)
+    present: dict[tuple[str, str], bool] = {}
+    for item in gathered.results:
+        identity = item.record.identity
+        key = (identity.host, identity.experiment_id)
+        present[key] = present.get(key, False) or item.record.validity.valid
+    hosts = tuple(dict.fromkeys(host for host, _ in due))
+    names = dict.fromkeys(due.values())
+    rows = {}
+    for name in names:
+        keys = {host: [key for key, value in due.items() if value == name and key[0] == host] for host in hosts}
+        rows[name] = tuple(
+            Cell(
+                len(keys[host]),
+                sum(key in present for key in keys[host]),
+                sum(present.get(key, False) for key in keys[host]),
+            )
+            for host in hosts
+        )
+    return Matrix(hosts, rows, tuple(key for key in due if key not in present))
+
+
+def _planned(plan: FleetPlan) -> dict[tuple[str, str], str]:
+    names = {item.exp_id: item.config_name for item in plan.experiments}
+    return {(host.name, exp_id): names[exp_id] for host in plan.hosts for exp_id in host.exp_ids}
+
+
+def _seen(gathered: Gathered) -> dict[tuple[str, str], str]:
+    """Experiments with a result, on the host that has it; what was only begun has no host that is known."""
+    found = {}
+    for item in gathered.results:
+        identity = item.record.identity
+        found[identity.host, identity.experiment_id] = identity.config_name.removesuffix(f" @ {identity.host}")
+    return found
+
+
+def write_merged(gathered: Gathered, output: Path) -> int:
+    """How many attempts were new; each is copied whole or not at all.
+
+    Raises:
+        UserError: the output cannot be written, or a file cannot be read.
+    """
+    new = 0
+    try:
+        for item in gathered.results:
+            identity = item.record.identity
+            target = (
+                output
+                / gathered.campaign
+                / identity.run_id
+                / experiment_folder_name(identity.experiment_id, identity.host)
+                / item.path.parent.name
+            )
+            if target.exists():
+                continue
+            make_folder(target.parent)
+            _copy_folder(item.path.parent, target)
+            new += 1
+    except OSError as error:
+        raise UserError(f"{error.filename or output}: {reason_of(error)}", remedy_for(error)) from error
+    return new
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    """Copy the files of an attempt, and give the folder its name when all of them are there."""
+    scratch = Path(tempfile.mkdtemp(prefix=durable.TEMPORARY_PREFIX, dir=target.parent))
+    try:
+        for path in sorted(source.iterdir()):
+            if path.is_file() and not path.is_symlink() and not path.name.startswith(durable.TEMPORARY_PREFIX):
+                shutil.copyfile(path, scratch / path.name)
+        scratch.chmod(0o755)
+        scratch.rename(target)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    durable.sync_folder(target.parent)

@@ -1,0 +1,125 @@
+"""A campaign on several hosts, each played by a folder: one plan, its parts, the merge; and what systemd hears."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.campaign_rig import CampaignRig, campaign_text
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    """A controller and two hosts with the same campaign file."""
+    rigs = []
+    for name in ("controller", "one", "two"):
+        (tmp_path / name).mkdir()
+        rigs.append(CampaignRig(tmp_path / name, campaign_text(outputs=(4, 8, 16))))
+    yield rigs
+    for rig in rigs:
+        rig.marker.kill()
+
+
+def _lem(rig: CampaignRig, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lem", *map(str, words)]
+    return subprocess.run(command, cwd=rig.folder, env=rig.environ(), capture_output=True, text=True, check=False)
+
+
+def _store_plan(rig: CampaignRig, *options: str) -> Path:
+    path = rig.folder / "plan.json"
+    ended = rig.run("--write-plan", str(path), "--hosts", "one,two", *options)
+    assert ended.code == 0, ended.err
+    return path
+
+
+def test_parts_of_one_plan_merge_to_one_run_and_a_second_start_does_nothing(hosts):
+    controller, one, two = hosts
+    plan = _store_plan(controller)
+    run_id = json.loads(plan.read_text())["run_id"]
+    for number, rig in ((1, one), (2, two)):
+        part = ["--plan", str(plan), "--shard", f"{number}/2", "--executor", "local", "--yes"]
+        ended = rig.run(*part)
+        assert ended.code == 0, ended.err
+        before = rig.results()
+        assert rig.run(*part).code == 0
+        assert rig.results() == before
+    assert {record.identity.run_id for record in one.records() + two.records()} == {run_id}
+    assert {record.identity.host for record in one.records()} == {"one"}
+    assert [len(one.records()), len(two.records())] == [4, 4]  # the anchor and one more, twice
+
+    merged = _lem(
+        controller, "merge", one.folder, two.folder, "-o", "all", "--plan", plan, "--anchor-tolerance", "1e9%", "--json"
+    )
+    assert merged.returncode == 0, merged.stderr
+    document = json.loads(merged.stdout)
+    assert (document["results"], document["lacking"], document["problems"]) == (8, [], [])
+    shown = _lem(controller, "results", "show", "demo", "-o", "all")
+    assert "@ one" in shown.stdout
+    assert "@ two" in shown.stdout
+
+
+def test_a_replicated_campaign_is_run_whole_by_every_host(hosts):
+    controller, one, _ = hosts
+    plan = _store_plan(controller, "--replicate")
+    assert one.run("--plan", str(plan), "--shard", "1/2", "--executor", "local", "--yes").code == 0
+    assert len(one.records()) == 6
+
+
+def test_a_new_plan_begins_a_new_run_beside_the_old_one(hosts):
+    _, one, _ = hosts
+    first = _store_plan(one)
+    assert one.run("--plan", str(first), "--shard", "1/2", "--executor", "local", "--yes").code == 0
+    first.rename(one.folder / "first.json")
+    second = _store_plan(one)
+    assert one.run("--plan", str(second), "--shard", "1/2", "--executor", "local", "--yes").code == 0
+    assert len({record.identity.run_id for record in one.records()}) == 2
+
+
+def test_parts_without_a_stored_plan_are_told_by_numbers_alone(hosts):
+    _, one, two = hosts
+    for number, rig in ((1, one), (2, two)):
+        ended = rig.run("--shard", f"{number}/2", "--executor", "local", "--yes")
+        assert ended.code == 0, ended.err
+    ids = [{record.identity.experiment_id for record in rig.records()} for rig in (one, two)]
+    assert len(ids[0] | ids[1]) == 6
+    assert len(ids[0] & ids[1]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--plan", "none.json"], "--plan needs --shard"),
+        (["--plan", "none.json", "--shard", "1/2"], "no such file"),
+        (["--shard", "3/2"], "I/N is due"),
+        (["--hosts", "a,b"], "are for --write-plan"),
+        (["--write-plan", "p.json"], "at least one is due"),
+        (["--write-plan", "p.json", "--hosts", "a,a"], "each once"),
+        (["--write-plan", "p.json", "--hosts", "a", "--shard", "1/2"], "one or the other"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_and_nothing_is_written(hosts, options, said):
+    before = hosts[1].tree()
+    ended = hosts[1].run(*options)
+    assert (ended.code, hosts[1].tree()) == (2, before)
+    assert said in ended.err
+
+
+def test_systemd_hears_of_readiness_and_progress(hosts, tmp_path):
+    rig = hosts[1]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.bind(str(tmp_path / "notify"))
+        channel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        running = rig.start("--executor", "local", "--yes", NOTIFY_SOCKET=str(tmp_path / "notify"))
+        heard = []
+        channel.settimeout(60)
+        while not heard or not heard[-1].endswith("finished"):
+            heard.append(channel.recv(4096).decode())
+        assert running.wait().code == 0
+    assert heard.count("READY=1") == 1
+    assert any("measuring" in line for line in heard[heard.index("READY=1") :])
+    assert heard[-1] == "STATUS=[6/6] finished"

@@ -1,0 +1,191 @@
+"""`lem merge`: identical results once, conflicts refused, a host is a block, and what is lacking is told."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from lem.cli.main import main
+from lem.record import Record, write_record
+from lem.results.fleet_plan import FleetPlan, HostPart, PlannedExperiment, write_plan
+from lem.results.repository import Repository
+from tests.records import make_record
+
+RUN = "20260714T100000Z-3fa1"
+ANCHOR, OTHER = "a" * 16, "b" * 16
+
+
+def lem(*argv: str | Path) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    code = main([str(word) for word in argv], out, err)
+    return code, out.getvalue(), err.getvalue()
+
+
+def store(folder: Path, record: Record) -> Path:
+    attempt = Repository(folder / "results", "demo").prepare_attempt(
+        record.identity.run_id, record.identity.experiment_id
+    )
+    (attempt.path / "log.txt").write_text(f"on {record.identity.host}\n")
+    write_record(attempt.result_path, record)
+    return attempt.result_path
+
+
+def anchor(host: str, cycle: int = 0, **more: object) -> Record:
+    return make_record(config_name="short", config_hash=ANCHOR, host=host, cycle=cycle, **more)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> tuple[Path, Path]:
+    """Two hosts that ran an anchor, and one of them another configuration."""
+    for host in ("gpu1", "gpu2"):
+        for cycle in (0, 1):
+            store(tmp_path / host, anchor(host, cycle, output_tok_per_s=100.0 if host == "gpu1" else 102.0))
+    store(tmp_path / "gpu2", make_record(config_name="long", config_hash=OTHER, host="gpu2"))
+    return tmp_path / "gpu1", tmp_path / "gpu2"
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    experiments = [PlannedExperiment(f"{ANCHOR[:12]}-c{cycle + 1}", "short", ANCHOR, cycle) for cycle in (0, 1)]
+    experiments += [PlannedExperiment(f"{OTHER[:12]}-c{cycle + 1}", "long", OTHER, cycle) for cycle in (0, 1)]
+    ids = tuple(item.exp_id for item in experiments)
+    parts = (HostPart("gpu1", ids[:2]), HostPart("gpu2", ids))
+    stored = FleetPlan("fe01ce2a", "demo", "c" * 16, RUN, "shard", ANCHOR, tuple(experiments), parts)
+    write_plan(tmp_path / "plan.json", stored)
+    return tmp_path / "plan.json"
+
+
+def results_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("result.json"))
+
+
+def test_results_keep_their_bytes_and_their_host(tmp_path: Path, hosts: tuple[Path, Path]) -> None:
+    code, out, _ = lem("merge", *hosts, "--output", tmp_path / "all")
+    assert code == 0
+    assert "5 results of 2 hosts" in out
+    folder = tmp_path / "all" / "demo" / RUN
+    assert results_below(folder) == [
+        f"{ANCHOR[:12]}-c1+gpu1/attempt-1/result.json",
+        f"{ANCHOR[:12]}-c1+gpu2/attempt-1/result.json",
+        f"{ANCHOR[:12]}-c2+gpu1/attempt-1/result.json",
+        f"{ANCHOR[:12]}-c2+gpu2/attempt-1/result.json",
+        f"{OTHER[:12]}-c1+gpu2/attempt-1/result.json",
+    ]
+    source = hosts[1] / "results" / "demo" / RUN / f"{OTHER[:12]}-c1" / "attempt-1"
+    target = folder / f"{OTHER[:12]}-c1+gpu2" / "attempt-1"
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == {
+        path.name: path.read_bytes() for path in target.iterdir()
+    }
+
+
+def test_a_host_is_a_block_for_every_reader(tmp_path: Path, hosts: tuple[Path, Path]) -> None:
+    lem("merge", *hosts, "--output", tmp_path / "all")
+    code, out, _ = lem("results", "show", "demo", "-o", tmp_path / "all", "--json")
+    assert code == 0
+    found = {item["config_name"]: item["n_cycles"] for item in json.loads(out)["configurations"]}
+    assert found == {"short @ gpu1": 2, "short @ gpu2": 2, "long": 1}
+
+
+def test_merging_again_changes_nothing_and_identical_results_count_once(
+    tmp_path: Path, hosts: tuple[Path, Path]
+) -> None:
+    lem("merge", *hosts, "--output", tmp_path / "all")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "all").rglob("*")}
+    code, out, _ = lem("merge", *hosts, hosts[0], "--output", tmp_path / "all")
+    assert (code, "0 of them new" in out) == (0, True)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "all").rglob("*")} == before
+
+
+def test_two_results_of_one_key_that_differ_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    for name, rate in (("one", 100.0), ("two", 101.0)):
+        store(tmp_path / name, anchor("localhost", output_tok_per_s=rate))
+    code, _, err = lem("merge", tmp_path / "one", tmp_path / "two", "--output", tmp_path / "all")
+    assert code == 2
+    assert "one key and differ" in err
+    assert not (tmp_path / "all").exists()
+
+
+def test_a_damaged_result_is_named_and_left_out(tmp_path: Path, hosts: tuple[Path, Path]) -> None:
+    broken = hosts[0] / "results" / "demo" / RUN / f"{ANCHOR[:12]}-c1" / "attempt-1" / "result.json"
+    broken.write_bytes(broken.read_bytes()[:-40])
+    code, out, err = lem("merge", *hosts, "--output", tmp_path / "all")
+    assert (code, "4 results" in out) == (0, True)
+    assert f"left out, corrupt: {broken}" in err
+    assert len(results_below(tmp_path / "all")) == 4
+
+
+def test_hosts_that_differ_in_the_anchor_are_refused(tmp_path: Path, hosts: tuple[Path, Path], plan: Path) -> None:
+    code, _, err = lem("merge", *hosts, "--output", tmp_path / "all", "--plan", plan, "--anchor-tolerance", "1.5%")
+    assert code == 2
+    assert "differ by 2.0 % in output_tok_per_s" in err
+    assert not (tmp_path / "all").exists()
+
+
+def test_energy_is_compared_before_speed(tmp_path: Path, plan: Path) -> None:
+    for host, energy in (("gpu1", 1.0), ("gpu2", 1.2)):
+        store(tmp_path / host, anchor(host, energy_per_output_tok_j=energy))
+    code, _, err = lem("merge", tmp_path / "gpu1", tmp_path / "gpu2", "--output", tmp_path / "all", "--plan", plan)
+    assert code == 2
+    assert "20.0 % in energy_per_output_tok_j" in err
+
+
+def test_what_the_plan_has_and_nobody_measured_is_lacking(tmp_path: Path, hosts: tuple[Path, Path], plan: Path) -> None:
+    code, out, _ = lem("merge", *hosts, "--output", tmp_path / "all", "--plan", plan, "--json")
+    document = json.loads(out)
+    assert code == 1
+    assert document["lacking"] == [{"host": "gpu2", "exp_id": f"{OTHER[:12]}-c2"}]
+    assert document["configurations"]["long"] == {"gpu2": {"planned": 2, "present": 1, "valid": 1}}
+    assert document["anchor"]["spread"] == pytest.approx(0.02)
+    _, table, _ = lem("merge", *hosts, "--output", tmp_path / "all", "--plan", plan)
+    assert ["long", "–", "1/2"] in [line.split() for line in table.splitlines()]
+    assert f"lacking: {OTHER[:12]}-c2 (gpu2)" in table
+
+
+def test_a_host_that_brought_nothing_is_lacking_altogether(
+    tmp_path: Path, hosts: tuple[Path, Path], plan: Path
+) -> None:
+    code, out, _ = lem("merge", hosts[0], "--output", tmp_path / "all", "--plan", plan)
+    assert code == 1
+    assert "nobody knows whether the hosts are alike" in out
+    assert ["short", "2/2", "0/2"] in [line.split() for line in out.splitlines()]
+
+
+def test_another_run_is_left_out_and_told(tmp_path: Path, hosts: tuple[Path, Path], plan: Path) -> None:
+    store(hosts[0], anchor("gpu1", run_id="20260101T000000Z-aaaa"))
+    _, out, _ = lem("merge", *hosts, "--output", tmp_path / "all", "--plan", plan)
+    assert "of other runs than the plan: 20260101T000000Z-aaaa" in out
+    assert len(results_below(tmp_path / "all")) == 5
+
+
+def test_a_link_in_a_result_is_not_followed(tmp_path: Path, hosts: tuple[Path, Path]) -> None:
+    folder = hosts[0] / "results" / "demo" / RUN / f"{ANCHOR[:12]}-c1" / "attempt-1"
+    (folder / "samples.jsonl.gz").symlink_to("/etc/hostname")
+    lem("merge", *hosts, "--output", tmp_path / "all")
+    names = {path.name for path in (tmp_path / "all").rglob("*") if path.is_file()}
+    assert names == {"result.json", "log.txt"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere"], "no such folder"),
+        (["empty"], "no campaign"),
+        (["two"], "several campaigns: demo, other"),
+        (["two", "--campaign", "third"], "no whole result of campaign third"),
+        (["two", "--anchor-tolerance", "much"], "no percentage"),
+    ],
+)
+def test_bad_input_is_refused(tmp_path: Path, words: list[str], said: str) -> None:
+    (tmp_path / "empty").mkdir()
+    for campaign in ("demo", "other"):
+        record = make_record()
+        attempt = Repository(tmp_path / "two", campaign).prepare_attempt(RUN, record.identity.experiment_id)
+        write_record(attempt.result_path, record)
+    words = [str(tmp_path / words[0]), *words[1:]]
+    code, _, err = lem("merge", *words, "--output", tmp_path / "all")
+    assert code == 2
+    assert said in err
+    assert not (tmp_path / "all").exists()

@@ -1,0 +1,113 @@
+"""A bundle is whole and signed, or it is refused: one changed byte is enough."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lem.errors import UserError
+from lem.orchestration.bundle import Contents, Signer, make_bundle, verify_bundle
+
+needs_ssh = pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="no ssh-keygen on this machine")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LEM_CACHE_DIR", str(tmp_path / "cache"))
+    model = tmp_path / "snapshot"
+    (model / "deep").mkdir(parents=True)
+    (tmp_path / "blob").write_text("weights")
+    (model / "deep" / "weights").symlink_to(tmp_path / "blob")
+    wheel = tmp_path / "a-1-py3-none-any.whl"
+    wheel.write_bytes(b"wheel")
+    return make_bundle(tmp_path / "made", Contents(models=(model,), wheels=(wheel,)))
+
+
+def test_a_bundle_holds_the_program_and_what_was_named(bundle: Path) -> None:
+    manifest = verify_bundle(bundle, None)
+    assert bundle.name.startswith("lem-airgap-")
+    assert (manifest["models"], manifest["wheels"]) == (["snapshot"], ["a-1-py3-none-any.whl"])
+    assert (bundle / "models" / "snapshot" / "deep" / "weights").read_text() == "weights"
+    assert not (bundle / "models" / "snapshot" / "deep" / "weights").is_symlink()
+    assert (bundle / "pyz" / "lem.pyz").stat().st_size > 100_000
+    assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
+
+
+def test_sums_are_what_sha256sum_reads(bundle: Path) -> None:
+    checked = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=bundle, check=False)
+    assert checked.returncode == 0
+
+
+def test_a_bundle_is_never_changed(bundle: Path) -> None:
+    with pytest.raises(UserError, match="is there already"):
+        make_bundle(bundle.parent, Contents())
+
+
+def test_one_changed_byte_is_found(bundle: Path) -> None:
+    file = bundle / "models" / "snapshot" / "deep" / "weights"
+    file.write_text("weighty")
+    with pytest.raises(UserError, match="changed since it was made: models/snapshot/deep/weights"):
+        verify_bundle(bundle, None)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "pyz" / "lem.pyz").unlink(), "lacks pyz/lem.pyz"),
+        (lambda folder: (folder / "debs" / "more.deb").write_text(""), "debs/more.deb is in no list"),
+        (lambda folder: (folder / "link").symlink_to("/etc/passwd"), "link is a link"),
+        (lambda folder: (folder / "SHA256SUMS").write_text("nonsense\n"), "no sum"),
+        (lambda folder: (folder / "SHA256SUMS").unlink(), "no such file"),
+    ],
+)
+def test_what_is_missing_or_added_is_found(bundle: Path, damage, said: str) -> None:
+    damage(bundle)
+    with pytest.raises(UserError, match=said):
+        verify_bundle(bundle, None)
+
+
+def test_what_is_named_and_not_there_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        make_bundle(tmp_path / "made", Contents(models=(tmp_path / "none",)))
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def _key(folder: Path, name: str) -> Path:
+    command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", str(folder / name)]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+    return folder / name
+
+
+@needs_ssh
+def test_a_signature_holds_for_its_signer_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEM_CACHE_DIR", str(tmp_path / "cache"))
+    key, other = _key(tmp_path, "lab"), _key(tmp_path, "other")
+    folder = make_bundle(tmp_path / "made", Contents(), sign_key=key)
+    allowed = tmp_path / "allowed_signers"
+    allowed.write_text("lab@example.org " + key.with_suffix(".pub").read_text())
+    assert verify_bundle(folder, Signer(allowed, "lab@example.org"))["schema_version"] == 1
+    allowed.write_text("lab@example.org " + other.with_suffix(".pub").read_text())
+    with pytest.raises(UserError, match=r"no valid signature of lab@example\.org"):
+        verify_bundle(folder, Signer(allowed, "lab@example.org"))
+
+
+@needs_ssh
+def test_sums_made_anew_do_not_pass_for_signed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEM_CACHE_DIR", str(tmp_path / "cache"))
+    key = _key(tmp_path, "lab")
+    folder = make_bundle(tmp_path / "made", Contents(), sign_key=key)
+    allowed = tmp_path / "allowed_signers"
+    allowed.write_text("lab@example.org " + key.with_suffix(".pub").read_text())
+    sums = folder / "SHA256SUMS"
+    sums.write_text(sums.read_text().replace("0", "1"))
+    with pytest.raises(UserError, match="no valid signature"):
+        verify_bundle(folder, Signer(allowed, "lab@example.org"))
+
+
+@needs_ssh
+def test_an_unsigned_bundle_is_refused_where_a_signer_is_due(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not signed"):
+        verify_bundle(bundle, Signer(tmp_path / "allowed", "lab@example.org"))

@@ -1,0 +1,142 @@
+"""A campaign is divided the same way by everybody, and a host runs its part of the stored plan and nothing else."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lem.config.yamlfile import load_campaign
+from lem.errors import UserError
+from lem.orchestration.plan import Plan, build_plan
+from lem.orchestration.shards import divide, make_fleet_plan, parse_shard, part_of_plan, take_part
+from lem.results.fleet_plan import FleetPlan, read_plan, write_plan
+
+RUN = "20260714T100000Z-3fa1"
+
+
+def plan(*outputs: int, cycles: int = 2) -> Plan:
+    grid = {"backends": ["pytorch"], "shared": {"max_output_tokens": list(outputs)}}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        json.dump({"campaign_name": "demo", "model": "gpt2", "grid": grid, "execution": {"cycles": cycles}}, file)
+        file.flush()
+        loaded = load_campaign(file.name)
+    return build_plan(loaded.config, loaded.drafts)
+
+
+def fleet(found: Plan, *hosts: str, **options: Any) -> FleetPlan:
+    return make_fleet_plan(found, hosts, campaign_id="fe01ce2a", campaign_name="demo", run_id=RUN, **options)
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/2/3", "-1/2", "1/0", ""])
+def test_a_shard_is_one_of_so_many(text: str) -> None:
+    assert parse_shard("2/3") == (2, 3)
+    with pytest.raises(UserError, match="I/N is due"):
+        parse_shard(text)
+
+
+def test_longest_first_on_the_host_with_least_to_do() -> None:
+    anchor, parts = divide({"a": 1, "b": 8, "c": 5, "d": 4, "e": 3}, 2)
+    assert anchor == "a"
+    assert [sorted(part) for part in parts] == [["a", "b", "e"], ["a", "c", "d"]]
+
+
+def test_a_single_host_has_everything_and_no_anchor() -> None:
+    assert divide({"a": 1, "b": 2}, 1) == (None, (frozenset({"a", "b"}),))
+
+
+def test_more_hosts_than_configurations_leaves_some_with_the_anchor_alone() -> None:
+    _, parts = divide({"a": 1, "b": 2}, 3)
+    assert [sorted(part) for part in parts] == [["a", "b"], ["a"], ["a"]]
+
+
+def test_cycles_of_a_configuration_stay_on_one_host_and_the_cheapest_runs_everywhere() -> None:
+    found = plan(4, 64, 512)
+    stored = fleet(found, "gpu1", "gpu2")
+    digests = {item.exp_id: item.config_hash for item in stored.experiments}
+    hosts_of: dict[str, set[str]] = {}
+    for host in stored.hosts:
+        for exp_id in host.exp_ids:
+            hosts_of.setdefault(digests[exp_id], set()).add(host.name)
+    cheapest = found.configurations[0].config_hash
+    assert stored.anchor == cheapest
+    assert {digest: len(hosts) for digest, hosts in hosts_of.items()} == {
+        item.config_hash: 2 if item.config_hash == cheapest else 1 for item in found.configurations
+    }
+    assert sorted(len(host.exp_ids) for host in stored.hosts) == [4, 4]
+
+
+def test_earlier_results_decide_what_is_long() -> None:
+    found = plan(4, 64, 512)
+    short, middle, long = (item.config_hash for item in found.configurations)
+    stored = fleet(found, "gpu1", "gpu2", measured_by_config={short: 90.0, middle: 10.0, long: 20.0})
+    assert stored.anchor == middle
+    assert [host.expected_s for host in stored.hosts] == [200.0, 60.0]
+
+
+def test_replicated_every_host_has_everything() -> None:
+    stored = fleet(plan(4, 64), "gpu1", "gpu2", is_replicated=True)
+    assert stored.anchor is None
+    assert [len(host.exp_ids) for host in stored.hosts] == [4, 4]
+
+
+@pytest.mark.parametrize("hosts", [(), ("gpu1", "gpu1")])
+def test_hosts_are_named_and_named_once(hosts: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match="each once"):
+        fleet(plan(4), *hosts)
+
+
+def test_parts_without_a_stored_plan_cover_the_campaign() -> None:
+    found = plan(4, 64, 128, 512)
+    parts = [part_of_plan(found, index, 2) for index in (1, 2)]
+    ids = [{item.exp_id for item in part.experiments} for part in parts]
+    assert ids[0] | ids[1] == {item.exp_id for item in found.experiments}
+    assert {item.rpartition("-")[0] for item in ids[0] & ids[1]} == {found.configurations[0].config_hash[:12]}
+
+
+def test_a_part_keeps_the_order_of_the_campaign_and_its_hash() -> None:
+    found = plan(4, 64, 128)
+    part = take_part(found, fleet(found, "gpu1", "gpu2"), 1, 2)
+    assert part.config_hash == found.config_hash
+    assert [item.order_index for item in part.experiments] == sorted(item.order_index for item in part.experiments)
+    assert 0 < len(part.experiments) < len(found.experiments)
+
+
+def test_a_plan_of_another_state_of_the_campaign_is_refused() -> None:
+    stored = fleet(plan(4, 64), "gpu1", "gpu2")
+    with pytest.raises(UserError, match="another state"):
+        take_part(plan(4, 65), stored, 1, 2)
+    with pytest.raises(UserError, match="for 2 hosts, not for 3"):
+        take_part(plan(4, 64), stored, 1, 3)
+
+
+def test_a_stored_plan_is_read_back_and_never_overwritten(tmp_path: Path) -> None:
+    stored = fleet(plan(4, 64), "gpu1", "gpu2")
+    write_plan(tmp_path / "plan.json", stored)
+    assert read_plan(tmp_path / "plan.json") == stored
+    with pytest.raises(UserError, match="never changed"):
+        write_plan(tmp_path / "plan.json", stored)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema_version": 9}, "schema"),
+        ({"mode": "both"}, "mode"),
+        ({"hosts": []}, "at least one"),
+        ({"run_id": "../up"}, "cannot name a folder"),
+        ({"extra": 1}, "fields"),
+        ({"experiments": []}, "no experiment of the plan"),
+        ({"hosts": [{"name": "gpu1", "exp_ids": [], "expected_s": None}]}, "given to no host"),
+        ({"hosts": "gpu1"}, "a list is due"),
+    ],
+)
+def test_a_broken_plan_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    path = tmp_path / "plan.json"
+    write_plan(path, fleet(plan(4, 64), "gpu1", "gpu2"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=said):
+        read_plan(path)
