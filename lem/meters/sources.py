@@ -49,6 +49,7 @@ class Sources:
         sample_period_s, idle_period_s: how often power is looked at in the window, and at rest.
         reasons: why there is no meter, by `gpu`, `cpu`, `dram`, `external`, `primary`.
         missing_uuids: GPUs of the experiment that the sampler does not see.
+        cpu_tdp_w: the design power of all packages, as the user says, else as the kernel does.
     """
 
     gpus: tuple[int, ...]
@@ -61,6 +62,7 @@ class Sources:
     idle_period_s: float
     reasons: Mapping[str, str] = field(default_factory=dict)
     missing_uuids: tuple[str, ...] = ()
+    cpu_tdp_w: float | None = None
 
     @property
     def is_estimate(self) -> bool:
@@ -116,6 +118,7 @@ def choose_sources(
         idle_period_s=config.baseline.sample_interval_ms / 1000,
         reasons={name: reason for name, reason in reasons.items() if reason is not None},
         missing_uuids=missing,
+        cpu_tdp_w=header.cpu_tdp_w if config.measurement.cpu_tdp_w is None else config.measurement.cpu_tdp_w,
     )
     _refuse_demands(config, sources)
     return sources

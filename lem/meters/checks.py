@@ -1,0 +1,195 @@
+"""What makes a window doubtful or void: implausible energy, clocks that were slowed, other programs, change under way.
+
+Everything here follows measurement.md, steps 5 and 6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from itertools import pairwise
+
+from lem.meters.attempt_log import AttemptLog
+from lem.meters.integrate import HOLE_PERIODS, NS_PER_S, Curve, NotMeasured, Span
+from lem.meters.samples import GpuHeader, SampleLog
+
+__all__ = [
+    "CROSSCHECK_TOLERANCE",
+    "INVALID_BITS",
+    "REST_TOLERANCE",
+    "STEADY_TOLERANCE",
+    "check_plausible",
+    "crosscheck_ratio",
+    "foreign_pids",
+    "is_power_steady",
+    "meter_warnings",
+    "sample_gap_max_s",
+    "slowdowns",
+]
+
+# Board power may overshoot its limit for a moment, and a limit is kept to a few percent.
+_LIMIT_MARGIN = 1.2
+CROSSCHECK_TOLERANCE = 0.05
+REST_TOLERANCE = 0.05
+STEADY_TOLERANCE = 0.02
+
+# nvmlClocksEventReasons (NVML reference); an experiment in which one of them was seen is invalid.
+INVALID_BITS = {
+    0x8: "hardware slowdown",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "hardware power brake",
+}
+
+# How far a power sensor lags: field 186 by a tenth of a second at most, an average over 1 s by that (Yang et al.).
+_LAG_S = {"instant": 0.2, "average": 1.2}
+_LEAST_CHECKED_S = 1.0
+
+# With fewer updates than this in each half, one update more or less looks like a change of power.
+_UPDATES_A_HALF = 10
+
+
+def check_plausible(energy_j: float, window: Span, gpu: GpuHeader) -> None:
+    """Nothing, where the energy of a GPU can be true: 0 < ΔE ≤ 1.2 × power limit × Δt.
+
+    A module draws more than its GPU's limit, so there only the sign is looked at.
+
+    Raises:
+        NotMeasured: it cannot.
+    """
+    if energy_j <= 0:
+        raise NotMeasured(f"{energy_j:.4g} J over {window.seconds:.3f} s cannot be: no GPU that is on draws nothing")
+    if gpu.power_limit_w is None or gpu.energy_scope != "gpu":
+        return
+    most_j = _LIMIT_MARGIN * gpu.power_limit_w * window.seconds
+    if energy_j > most_j:
+        limit = f"{_LIMIT_MARGIN} x {gpu.power_limit_w:g} W x {window.seconds:.3f} s"
+        raise NotMeasured(f"{energy_j:.4g} J cannot be: the power limit allows {most_j:.4g} J ({limit})")
+
+
+def crosscheck_ratio(attempt: AttemptLog) -> float:
+    """Integrated power over the counter's energy of all GPUs, over the part of the window in which both see the load.
+
+    The first moments are left out, since a sensor of power lags behind. A sensor that looks 25 of every 100 ms (A100,
+    H100) can be off by itself on load with a rhythm (Yang et al., SC24): a deviation is a warning and no verdict.
+
+    Raises:
+        NotMeasured: one of the two cannot be had over that part.
+    """
+    window = attempt.window
+    integrated_j = counted_j = 0.0
+    for number, place in enumerate(attempt.sources.gpus):
+        lag_s = _LAG_S.get(attempt.log.header.gpus[place].power_source or "", max(_LAG_S.values()))
+        inner = Span(window.opened_ns + round(lag_s * NS_PER_S), window.closed_ns)
+        if inner.seconds < _LEAST_CHECKED_S:
+            raise NotMeasured(f"a window of {window.seconds:.2f} s is too short to compare counter and power")
+        counted_j += attempt.gpu_curve(number).between_j(inner)
+        integrated_j += attempt.gpu_power_curve(number).between_j(inner)
+    if counted_j <= 0:
+        raise NotMeasured("the energy counter stood still")
+    return integrated_j / counted_j
+
+
+def is_power_steady(attempt: AttemptLog, window_repeats: int) -> bool:
+    """Whether both halves of the window drew power alike, to 2 %.
+
+    In a closed window the halves are whole passes over the prompts, of which an odd middle one is left out: a pass
+    alike in both, with its prefill and its decode, is what can be compared.
+
+    Raises:
+        NotMeasured: there is nothing to compare, or the meter is too coarse.
+    """
+    window, curves = attempt.window, attempt.primary_curves()
+    length_ns = window.closed_ns - window.opened_ns
+    half_ns = length_ns // 2
+    if not attempt.is_steady_mode:
+        if window_repeats < 2:
+            raise NotMeasured("one pass over the prompt set: there is no second to compare it with")
+        half_ns = length_ns * (window_repeats // 2) // window_repeats
+    halves = (
+        Span(window.opened_ns, window.opened_ns + half_ns),
+        Span(window.closed_ns - half_ns, window.closed_ns),
+    )
+    if any(curve.count_in(half) < _UPDATES_A_HALF for curve in curves for half in halves):
+        raise NotMeasured(f"fewer than {_UPDATES_A_HALF} readings of the meter in each half")
+    first_w, second_w = (sum(curve.mean_power_w(half) for curve in curves) for half in halves)
+    return abs(first_w - second_w) < STEADY_TOLERANCE * (first_w + second_w) / 2
+
+
+def slowdowns(attempt: AttemptLog, span: Span, what: str = "window") -> Iterator[str]:
+    """One sentence for every bit and GPU that makes the span invalid."""
+    for place in attempt.sources.gpus:
+        rows = [
+            row for row in attempt.log.samples if row.gpu == place and span.opened_ns <= row.at_ns <= span.closed_ns
+        ]
+        for bit, name in INVALID_BITS.items():
+            seen = sum(bool((row.event_mask or 0) & bit) for row in rows)
+            if seen:
+                uuid = attempt.log.header.gpus[place].uuid
+                yield f"{uuid}: {name} ({bit:#x}) in {seen} of {len(rows)} samples of the {what}"
+
+
+def foreign_pids(log: SampleLog, place: int, span: Span, own_pids: Collection[int] | None) -> tuple[int, ...]:
+    """Processes on a GPU during the span that are not the experiment's, as the host numbers them.
+
+    Without `own_pids` those that appear within the span: an experiment starts no process in its window.
+    """
+    before: set[int] = set()
+    within: set[int] = set()
+    for row in log.processes:
+        if row.gpu != place or row.at_ns > span.closed_ns:
+            continue
+        if row.at_ns <= span.opened_ns:
+            before = set(row.pids)
+        else:
+            within |= set(row.pids)
+    found = within - before if own_pids is None else (within | before) - set(own_pids)
+    return tuple(sorted(found))
+
+
+def sample_gap_max_s(attempt: AttemptLog) -> float:
+    """The longest time in the window without a reading of what is sampled: a GPU's state, else the CPU's meter.
+
+    Raises:
+        NotMeasured: nothing was sampled in the window.
+    """
+    window, log = attempt.window, attempt.log
+    if attempt.sources.gpus:
+        series = [[row.at_ns for row in log.samples if row.gpu == place] for place in attempt.sources.gpus]
+    else:
+        zones = range(len(log.header.zones))
+        series = [[row.at_ns for row in log.rapl if row.zone == zone] for zone in zones]
+        series = series if any(series) else [[row.at_ns for row in log.loads]]
+    return max(_longest_gap_s(times, window) for times in series)
+
+
+def meter_warnings(attempt: AttemptLog, gap_s: float | None, curves: tuple[Curve, ...]) -> Iterator[str]:
+    """What failed or was late in the window; a missing sample is a warning in the result."""
+    window, period_s = attempt.window, attempt.sources.sample_period_s
+    failed: dict[str, list[str]] = {}
+    for error in attempt.log.errors:
+        if window.opened_ns <= error.at_ns <= window.closed_ns:
+            failed.setdefault(error.meter, []).append(error.message)
+    for meter, messages in failed.items():
+        yield f"{meter} could not be read in the window: {messages[-1]}"
+    if attempt.sources.gpus and gap_s is not None and gap_s > HOLE_PERIODS * period_s:
+        yield (
+            f"nothing was sampled for {gap_s:.2f} s of the window, more than {HOLE_PERIODS} periods of {period_s:g} s: "
+            "integrated power and the cross-check are void"
+        )
+    for curve in curves:
+        for at_ns in (window.opened_ns, window.closed_ns):
+            spacing_s = curve.spacing_s(at_ns)
+            if spacing_s > 0.2 * window.seconds:
+                yield (
+                    f"{curve.what} was read {spacing_s:.2f} s apart around an edge of a window of "
+                    f"{window.seconds:.2f} s: its energy is uncertain"
+                )
+                break
+
+
+def _longest_gap_s(times: list[int], window: Span) -> float:
+    inside = [at_ns for at_ns in times if window.opened_ns < at_ns < window.closed_ns]
+    if not inside:
+        raise NotMeasured("nothing was sampled in the window")
+    edges = [window.opened_ns, *inside, window.closed_ns]
+    return max(after - before for before, after in pairwise(edges)) / NS_PER_S

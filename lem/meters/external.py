@@ -1,0 +1,154 @@
+"""A meter of the user's own, at the machine's plug for instance: a CSV of UTC times and watts."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from itertools import pairwise
+from pathlib import Path
+
+from lem.meters.integrate import HOLE_PERIODS, NS_PER_S, Curve, Hole, NotMeasured, Span
+from lem.meters.registry import MeterRefused
+from lem.meters.samples import SampleLog
+
+__all__ = ["ExternalReadings", "external_energy_j", "read_external"]
+
+_FORM = "two columns are due: UTC time (2026-07-14T10:00:00Z, or seconds since 1970) and watts"
+
+# Seconds since 1970 of the years 2001 and 2286; numbers beyond are milliseconds, or no times at all.
+_EPOCH_S = (1e9, 1e10)
+
+
+@dataclass(frozen=True)
+class ExternalReadings:
+    """The readings, in the order of time.
+
+    Attributes:
+        source: the file, as messages name it.
+        at_utc_s: seconds since 1970.
+        power_w: watts.
+    """
+
+    source: str
+    at_utc_s: tuple[float, ...]
+    power_w: tuple[float, ...]
+
+
+def read_external(path: Path) -> ExternalReadings:
+    """The readings in a CSV file of UTC time and watts; a first line of names is skipped.
+
+    A time is ISO 8601 (without a zone it is UTC) or seconds since 1970. Further columns are not looked at.
+
+    Raises:
+        MeterRefused: it cannot be read, or a line is no reading; the line is named.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not text in UTF-8"
+        raise MeterRefused(
+            f"measurement.external_csv: {path}: {reason}", "name a CSV file of UTC time, watts"
+        ) from error
+    return _parse(text, str(path))
+
+
+def external_energy_j(readings: ExternalReadings, log: SampleLog, span: Span) -> float:
+    """The energy of the span by trapezoids, the two clocks aligned by the log's nearest pair.
+
+    Raises:
+        NotMeasured: the readings do not cover the span, or have a hole in it.
+    """
+    at_ns = [_monotonic_ns(at_s, log, span) for at_s in readings.at_utc_s]
+    if len(at_ns) < 2 or at_ns[0] > span.opened_ns or at_ns[-1] < span.closed_ns:
+        raise NotMeasured(f"{readings.source} does not cover the window: {_coverage(at_ns, span)}")
+    usual_ns = statistics.median(after - before for before, after in pairwise(at_ns))
+    energy_j, holes = [0.0] * len(at_ns), []
+    for place, (before, after) in enumerate(pairwise(range(len(at_ns))), start=1):
+        length_ns = at_ns[after] - at_ns[before]
+        mean_w = (readings.power_w[before] + readings.power_w[after]) / 2
+        energy_j[place] = energy_j[place - 1] + mean_w * length_ns / NS_PER_S
+        if length_ns > HOLE_PERIODS * usual_ns:
+            text = f"{readings.source} has a hole of {length_ns / NS_PER_S:.1f} s in the window"
+            holes.append(Hole(Span(at_ns[before], at_ns[after]), text))
+    times = tuple(at_ns)
+    return Curve(readings.source, times, times, times, tuple(energy_j), tuple(holes)).between_j(span)
+
+
+def _parse(text: str, source: str) -> ExternalReadings:
+    times: list[float] = []
+    powers: list[float] = []
+    delimiter = ";" if ";" in text and "," not in text.partition("\n")[0] else ","
+    rows = csv.reader(text.splitlines(), delimiter=delimiter)
+    for cells in rows:
+        where = f"measurement.external_csv: {source}:{rows.line_num}"
+        if not any(cell.strip() for cell in cells):
+            continue
+        if not times and rows.line_num == 1 and not _is_reading(cells):
+            continue
+        at_s, power_w = _reading(cells, where)
+        if times and at_s <= times[-1]:
+            raise MeterRefused(
+                f"{where}: {cells[0].strip()!r:.80} is not later than the line before", "sort it by time"
+            )
+        times.append(at_s)
+        powers.append(power_w)
+    return ExternalReadings(source, tuple(times), tuple(powers))
+
+
+def _is_reading(cells: list[str]) -> bool:
+    """Whether a first line is no line of names: something in it is a time or a number."""
+    return any(_number(cell) is not None or _time(cell) is not None for cell in cells[:2])
+
+
+def _reading(cells: list[str], where: str) -> tuple[float, float]:
+    if len(cells) < 2:
+        raise MeterRefused(f"{where}: {','.join(cells)!r:.80} has one column", _FORM)
+    at_s, power_w = _time(cells[0]), _number(cells[1])
+    if at_s is None:
+        raise MeterRefused(f"{where}: {cells[0].strip()!r:.80} is no UTC time", _FORM)
+    if power_w is None or power_w < 0:
+        raise MeterRefused(f"{where}: {cells[1].strip()!r:.80} is no power in watts", _FORM)
+    return at_s, power_w
+
+
+def _time(cell: str) -> float | None:
+    number = _number(cell)
+    if number is not None:
+        return number if _EPOCH_S[0] <= number < _EPOCH_S[1] else None
+    text = cell.strip()
+    try:
+        # Before Python 3.11 fromisoformat() knows no Z.
+        moment = datetime.fromisoformat(text[:-1] + "+00:00" if text[-1:] in ("Z", "z") else text)
+    except ValueError:
+        return None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+
+
+def _number(cell: str) -> float | None:
+    try:
+        value = float(cell)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _monotonic_ns(at_utc_s: float, log: SampleLog, span: Span) -> int:
+    """A UTC time on CLOCK_MONOTONIC, by the pair of clocks nearest to the span: UTC may have been set meanwhile."""
+    pairs = [(log.header.started_ns, log.header.started_utc), *((pair.at_ns, pair.utc) for pair in log.clocks)]
+    at_ns, utc = min(pairs, key=lambda pair: abs(pair[0] - span.opened_ns))
+    known_s = _time(utc)
+    if known_s is None:
+        raise NotMeasured(f"the sample log has no UTC time to align with: {utc!r}")
+    return at_ns + round((at_utc_s - known_s) * NS_PER_S)
+
+
+def _coverage(at_ns: list[int], span: Span) -> str:
+    if not at_ns:
+        return "it has no reading"
+    late_s, early_s = (at_ns[0] - span.opened_ns) / NS_PER_S, (span.closed_ns - at_ns[-1]) / NS_PER_S
+    told = [f"it begins {late_s:.1f} s after the window opened"] * (late_s > 0)
+    told += [f"it ends {early_s:.1f} s before the window closed"] * (early_s > 0)
+    return " and ".join(told) or "it has one reading"
