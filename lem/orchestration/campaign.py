@@ -17,6 +17,7 @@ from lem.config.campaign_config import CampaignConfig
 from lem.config.yamlfile import complete_campaign
 from lem.errors import InfrastructureError, LemError, UserError
 from lem.orchestration import resume, topup
+from lem.orchestration.activity import ACTIVITY_NAME, ActivityWriter
 from lem.orchestration.events import Observer
 from lem.orchestration.generated import write_configs
 from lem.orchestration.identity import make_run_id
@@ -175,7 +176,7 @@ class CampaignRunner:
         manager = self._manager()
         manager.remove_leftovers()
         opening, manifest, plan, told = self._open_manifest(manager, repository, plan)
-        with self._session(manifest) as session:
+        with contextlib.ExitStack() as stack, self._session(manifest) as session:
             remaining = self.apply_resume_filter(manifest, plan.experiments)
             self._check_environment(session, manifest, remaining)
             with _saving(manager, UserError, "make room or make the folder writable"):
@@ -184,7 +185,9 @@ class CampaignRunner:
                 manager.save(manifest)
             if aside is not None:
                 told = (*told, f"The manifest of before is now {aside}")
-            loop = self._loop(manager, manifest, session)
+            activity = self._activity(manifest)
+            stack.enter_context(activity.ending_on_error())
+            loop = self._loop(manager, manifest, session, activity)
             loop.tell(
                 "campaign_started",
                 campaign=manifest.campaign_name,
@@ -199,6 +202,8 @@ class CampaignRunner:
             outcome = loop.run_to_end(remaining, deadline_s)
             if self.options.until is not None:
                 outcome = self._top_up(loop, plan, outcome, deadline_s, has_run=bool(remaining))
+        message = outcome.error.message if outcome.error else outcome.remark
+        activity.end(outcome.stopped.value if outcome.stopped else None, message)
         remark = {"remark": outcome.remark} if outcome.remark else {}
         loop.tell("campaign_finished", stopped=outcome.stopped.value if outcome.stopped else None, **remark)
         return outcome
@@ -269,7 +274,20 @@ class CampaignRunner:
             return plan
         return prolong_plan(plan, topup.with_cycles(self.campaign, cycles))
 
-    def _loop(self, manager: ManifestManager, manifest: CampaignManifest, session: Session) -> ExperimentLoop:
+    def _activity(self, manifest: CampaignManifest) -> ActivityWriter:
+        return ActivityWriter(
+            self._state_folder() / ACTIVITY_NAME,
+            str(manifest.run_id),
+            self._holder(),
+            self.observe,
+            now=self.now,
+            monotonic=self.monotonic,
+            go_on=self.options.go_on,
+        )
+
+    def _loop(
+        self, manager: ManifestManager, manifest: CampaignManifest, session: Session, observe: Observer
+    ) -> ExperimentLoop:
         def save() -> None:
             with _saving(manager, InfrastructureError, "make room, then go on with --resume; what is measured is kept"):
                 manager.save(manifest)
@@ -279,7 +297,7 @@ class CampaignRunner:
             manifest=manifest,
             save=save,
             session=session,
-            observe=self.observe,
+            observe=observe,
             stop=self.stop,
             now=self.now,
             monotonic=self.monotonic,
