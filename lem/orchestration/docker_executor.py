@@ -177,8 +177,9 @@ class DockerExecutor:
             return
         reason = manager.check_health(service, health.gpu_memory_threshold_pct).reason
         used = manager.restarts.get(service, 0)
+        tried = f"does not come back after {used} restart{'s' if used > 1 else ''}"
         raise ContainerLost(
-            f"the container of {service} does not come back after {used} restarts: {reason}",
+            f"the container of {service} {tried if used else 'may not be restarted'}: {reason}",
             "lem doctor shows what is missing; then go on with --resume",
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from tests.campaign_rig import EIGHT, FOUR
 from tests.container_rig import ContainerRig, container_campaign, docker
+from tests.webhook import SECRET, serving_webhook
 
 pytestmark = [pytest.mark.needs("lab"), pytest.mark.timeout(600)]
 
@@ -37,22 +39,41 @@ def test_two_backends_take_turns_in_containers_of_their_own(rig):
 
 
 def test_results_belong_to_the_caller_and_secrets_are_nowhere(rig):
-    running = rig.start("--yes", "--json", HF_TOKEN="hf_planted_token", rules=[{"at": "generate", "do": "hang"}])
-    running.wait_for_event("phase", phase="window")
-    commands = [
-        path.read_bytes()
-        for path in Path("/proc").glob("[0-9]*/cmdline")
-        if path.parent.name != str(os.getpid()) and path.exists()
-    ]
-    configured = docker("inspect", *rig.containers().values())
-    running.send(15)
-    assert running.wait().code == 143
-    assert not [item for item in commands if b"hf_planted_token" in item]
-    assert "hf_planted_token" not in configured
+    planted = ("hf_planted_token", SECRET)
+    with serving_webhook() as webhook:
+        # By name it would stand in no file at all; written out it must not go further than the user's own file.
+        rig.write(container_campaign(more=f"notification: {{webhook_url: '{webhook.url}'}}\n"))
+        options = ("--yes", "--json", "-vv")
+        running = rig.start(*options, HF_TOKEN=planted[0], rules=[{"at": "generate", "do": "hang"}])
+        running.wait_for_event("phase", phase="window")
+        commands = command_lines()
+        configured = docker("inspect", *rig.containers().values())
+        running.send(15)
+        stopped = running.wait()
+        assert stopped.code == 143
+        ended = rig.run(*options, "--resume", HF_TOKEN=planted[0])
+        assert ended.code == 0, ended.err
+        path, _kind, message = webhook.next()
+        assert SECRET in path
+    assert any("worker" in line for line in commands), "the container's processes are looked at too"
+    for secret in planted:
+        assert not [line for line in commands if secret in line]
+        assert secret not in configured
+        assert secret not in stopped.out + stopped.err + ended.out + ended.err + json.dumps(message)
+        for path in rig.folder.rglob("*"):
+            if path.is_file() and path.name != "c.yaml":
+                assert secret.encode() not in path.read_bytes(), path
     for path in rig.folder.rglob("*"):
-        if path.is_file():
-            assert b"hf_planted_token" not in path.read_bytes(), path
         assert (path.stat().st_uid, path.stat().st_gid) == (os.getuid(), os.getgid()), path
+
+
+def command_lines():
+    """What every process of this machine was started with; those in containers are among them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return found
 
 
 def test_a_model_that_is_a_folder_is_seen_by_the_path_it_has_here(rig, tmp_path):
@@ -143,7 +164,7 @@ def test_restarts_that_are_used_up_stop_the_campaign_with_the_rest_pending(rig):
         docker("kill", rig.containers()["pytorch"])
     ended = running.wait()
     assert ended.code == 1
-    assert "does not come back after 1 restarts" in ended.err
+    assert "does not come back after 1 restart: " in ended.err
     assert rig.statuses() == ["completed", "pending", "pending"]
     assert rig.run("--yes", "--resume").code == 0
     assert set(rig.statuses()) == {"completed"}

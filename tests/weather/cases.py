@@ -364,7 +364,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "GPU lost for good",
         _for_good("lost 0"),
-        "does not come back after 1 restarts: the GPU is lost: NVML says GPU is lost",
+        "does not come back after 1 restart: the GPU is lost: NVML says GPU is lost",
         1,
         "pending",
         stops=True,
@@ -374,7 +374,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "GPU memory held by others for good",
         _for_good("memory_used 79000000000"),
-        "does not come back after 1 restarts: 99 % of the memory",
+        "does not come back after 1 restart: 99 % of the memory",
         1,
         "completed",
         stops=True,
