@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 from lem.record import Record
 from lem.results.aggregation import ConfigAggregate, aggregate_config
 from lem.results.precision import StoppingRule, stopping_document
+from lem.results.settings import headline_settings, shared_settings
 
 __all__ = ["SINGLE_CYCLE", "CampaignSummary", "summarise", "summary_document"]
 
@@ -76,7 +76,7 @@ def summarise(
         run_ids=_distinct(kept, lambda record: record.identity.run_id) or ((run_id,) if run_id else ()),
         hosts=_distinct(kept, lambda record: record.identity.host),
         confidence=confidence,
-        shared=_shared_settings(kept),
+        shared=shared_settings(map(headline_settings, kept)),
         configurations=tuple(
             aggregate_config(name, members, confidence, failed.get(name, 0)) for name, members in by_name.items()
         ),
@@ -96,30 +96,6 @@ def summary_document(summary: CampaignSummary) -> dict[str, Any]:
         "note": SINGLE_CYCLE if summary.is_single_cycle else None,
         "configurations": [item.to_dict() for item in summary.configurations],
     }
-
-
-# Settings worth a place in the heading of a table. What varies between configurations is in their names already.
-_SETTINGS: Mapping[str, Callable[[Record], Any]] = {
-    "backend": lambda record: record.identity.backend,
-    "model": lambda record: _short_model(record.identity.model),
-    "precision": lambda record: record.requested.get("fp_precision"),
-    "device": lambda record: record.environment.device,
-    "traffic": lambda record: record.window.traffic_mode.replace("_", " "),
-}
-
-
-def _shared_settings(records: Sequence[Record]) -> dict[str, str]:
-    shared = {}
-    for label, read in _SETTINGS.items():
-        found = _distinct(records, lambda record, read=read: str(read(record) or ""))  # type: ignore[misc]
-        if len(found) == 1 and found[0]:
-            shared[label] = found[0]
-    return shared
-
-
-def _short_model(model: str) -> str:
-    """The model's name; of a local folder its last part, since the way to it says nothing."""
-    return PurePath(model).name if model.startswith((".", "/", "~")) else model
 
 
 def _distinct(records: Sequence[Record], read: Callable[[Record], str]) -> tuple[str, ...]:

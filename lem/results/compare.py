@@ -1,0 +1,341 @@
+"""Configurations of one run against a baseline, or of two runs over an anchor: ratios, and what may be said of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lem.record import Record
+from lem.results.aggregation import SHARED_LOAD, ConfigAggregate, aggregate_config
+from lem.results.comparability import Obstacle, blocking_reason, find_obstacles
+from lem.results.cycles import Cycles, by_cycle, cycle_values, distinct, used_cycles
+from lem.results.effect import Effect, paired_effect
+from lem.results.gate import Gate, Judgement, judge
+from lem.results.metrics import METRICS, Metric
+from lem.results.settings import settings_of
+from lem.results.statistics import holm
+
+__all__ = [
+    "SIGNIFICANCE",
+    "AnchorFinding",
+    "Comparison",
+    "Pair",
+    "Row",
+    "RunResults",
+    "Subject",
+    "compare_configurations",
+    "exclusion_reason",
+    "find_effect",
+    "finished",
+    "gather",
+    "metrics_to_show",
+]
+
+# A finding is told as one below this, after Holm.
+SIGNIFICANCE = 0.05
+
+_DEFAULT_METRICS = ("energy_per_output_tok_j", "output_tok_per_s", "ttft_p50_s", "e2e_p50_s")
+_SHOWN_CAUSES = 2
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One configuration in one run.
+
+    Attributes:
+        name, config_hash: of the configuration.
+        run_id: of the run.
+        cycles: the records its figures stand on.
+        aggregate: its figures.
+        settings: by label, as `settings_of`.
+    """
+
+    name: str
+    config_hash: str
+    run_id: str
+    cycles: Cycles
+    aggregate: ConfigAggregate
+    settings: Mapping[str, str]
+
+    @property
+    def used(self) -> tuple[Record, ...]:
+        """The records its figures stand on, cycle by cycle."""
+        return tuple(record for members in self.cycles.values() for record in members)
+
+    @property
+    def n_excluded(self) -> int:
+        """Attempts that were invalid and experiments that gave no result."""
+        return self.aggregate.n_invalid + self.aggregate.n_failed
+
+    def mean(self, metric: Metric) -> float | None:
+        """The geometric mean over the cycles."""
+        t_log = self.aggregate.metrics[metric.name].t_log
+        return t_log.geometric_mean if t_log else None
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """The configurations of one run, in the order in which they ran first."""
+
+    campaign_name: str
+    run_id: str
+    subjects: tuple[Subject, ...]
+
+    def find(self, name: str) -> Subject | None:
+        """The configuration of that name."""
+        return next((item for item in self.subjects if item.name == name), None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Two configurations in one metric.
+
+    Attributes:
+        means: geometric means of baseline and other.
+        effect: other over baseline; None with `reason`.
+        raw_ratio: ratio of the means, where `effect` is taken over an anchor.
+        all_attempts_ratio: over every attempt, invalid ones too, where it differs.
+        reason: why there is no effect, no interval, or no verdict.
+        p_adjusted: two-sided, of no difference, after Holm over the whole comparison.
+    """
+
+    metric: Metric
+    means: tuple[float | None, float | None]
+    effect: Effect | None
+    raw_ratio: float | None = None
+    all_attempts_ratio: float | None = None
+    reason: str = ""
+    p_adjusted: float | None = None
+    judgement: Judgement | None = None
+
+    @property
+    def is_found(self) -> bool:
+        """A difference was found."""
+        return self.p_adjusted is not None and self.p_adjusted < SIGNIFICANCE
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two configurations: `other` is set against `baseline`."""
+
+    baseline: Subject
+    other: Subject
+    obstacles: tuple[Obstacle, ...]
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class AnchorFinding:
+    """The configuration that two runs have in common, and what became of it from one to the other.
+
+    Attributes:
+        name: empty where there is none.
+        ratios: by metric name, later over earlier.
+        tolerance: the largest change of it that is taken for one between days.
+        reason: why there is none.
+    """
+
+    name: str
+    ratios: Mapping[str, float]
+    tolerance: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that `lem compare` shows.
+
+    Attributes:
+        runs: one, or two of which the second is set against the first.
+        anchor: of two runs; None for one.
+        pairs: the first's baseline is that of all when there is one run.
+        metrics: in the order in which they are shown.
+        n_compared: how many p values Holm adjusted together.
+        notes: what else to know, such as configurations without a counterpart.
+    """
+
+    runs: tuple[RunResults, ...]
+    pairs: tuple[Pair, ...]
+    metrics: tuple[Metric, ...]
+    gates: tuple[Gate, ...]
+    confidence: float
+    anchor: AnchorFinding | None = None
+    n_compared: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def gather(
+    records: Iterable[Record], failed: Mapping[str, int] | None = None, *, confidence: float = 0.95
+) -> RunResults:
+    """The configurations of one run.
+
+    Args:
+        records: all its whole results, valid or not, of all attempts.
+        failed: per configuration name, how many experiments gave no result.
+
+    Raises:
+        ValueError: no records.
+    """
+    kept = sorted(distinct(records), key=lambda record: (record.identity.order_index, record.identity.cycle_index))
+    if not kept:
+        raise ValueError("no records: there is nothing to compare")
+    by_name: dict[str, list[Record]] = {}
+    for record in kept:
+        by_name.setdefault(record.identity.config_name, []).append(record)
+    subjects = tuple(
+        Subject(
+            name=name,
+            config_hash=members[0].identity.config_hash,
+            run_id=members[0].identity.run_id,
+            cycles=used_cycles(by_cycle(members)),
+            aggregate=aggregate_config(name, members, confidence, (failed or {}).get(name, 0)),
+            settings=settings_of(members[0]),
+        )
+        for name, members in by_name.items()
+    )
+    return RunResults(kept[0].identity.campaign_name, kept[0].identity.run_id, subjects)
+
+
+def compare_configurations(
+    run: RunResults,
+    baseline: Subject,
+    others: Sequence[Subject],
+    *,
+    metrics: Sequence[Metric] = (),
+    gates: Sequence[Gate] = (),
+    confidence: float = 0.95,
+) -> Comparison:
+    """Each of `others` against `baseline`, paired within cycles.
+
+    Args:
+        metrics: what to compare; none takes those of the gates, and without gates what people look at first.
+    """
+    chosen = metrics_to_show(metrics, gates, [baseline, *others])
+    pairs = [_pair(baseline, other, chosen) for other in others]
+    return finished(Comparison((run,), tuple(pairs), chosen, tuple(gates), confidence))
+
+
+def metrics_to_show(
+    metrics: Sequence[Metric], gates: Sequence[Gate], subjects: Sequence[Subject]
+) -> tuple[Metric, ...]:
+    """What was asked for and what is gated; without either what people look at first, as far as it was measured."""
+    asked = tuple(dict.fromkeys((*(gate.metric for gate in gates), *metrics)))
+    if asked:
+        return asked
+    usual = [metric for metric in METRICS if metric.name in _DEFAULT_METRICS]
+    measured = [item for item in usual if any(subject.mean(item) is not None for subject in subjects)]
+    return tuple(measured or usual[:1])
+
+
+def find_effect(metric: Metric, baseline: Subject, other: Subject) -> tuple[Effect | None, str]:
+    """The ratio of two configurations of one run, and why it or its error is missing; empty when neither is."""
+    below, above = (cycle_values(metric, item.cycles) for item in (baseline, other))
+    shared = [cycle for cycle in below if cycle in above]
+    if not shared:
+        return None, _no_pairs(metric, baseline, other)
+    if min(*below.values(), *above.values()) <= 0:
+        return None, "a value is zero or negative, which has no ratio"
+    effect = paired_effect([above[cycle] for cycle in shared], [below[cycle] for cycle in shared])
+    if len(shared) > 1 and (baseline.aggregate.is_load_shared or other.aggregate.is_load_shared):
+        return effect.without_error(), SHARED_LOAD
+    return effect, "one cycle has no interval: use --cycles 3+" if len(shared) == 1 else ""
+
+
+def exclusion_reason(*subjects: Subject) -> str:
+    """Why no verdict can be given between configurations of which unequally much was excluded; else empty.
+
+    What throttles or fails is a finding about a configuration: what is left of it is not what the other is.
+    """
+    if len({item.n_excluded for item in subjects}) < 2:
+        return ""
+    told = "; ".join(f"{item.n_excluded} of {item.name}{_causes(item)}" for item in subjects)
+    return f"unequally much was excluded as invalid or failed: {told}"
+
+
+def finished(comparison: Comparison) -> Comparison:
+    """The comparison with p values adjusted over all of its rows, and the judgements of its gates."""
+    open_rows = [
+        (pair_index, row_index, row.effect.p_value)
+        for pair_index, pair in enumerate(comparison.pairs)
+        for row_index, row in enumerate(pair.rows)
+        if not row.reason and row.effect is not None and row.effect.p_value is not None
+    ]
+    adjusted = holm([p_value for *_, p_value in open_rows])
+    p_of = {(pair, row): value for (pair, row, _), value in zip(open_rows, adjusted, strict=True)}
+    judged = _judgements(comparison)
+    pairs = tuple(
+        dataclasses.replace(
+            pair,
+            rows=tuple(
+                dataclasses.replace(row, p_adjusted=p_of.get((index, place)), judgement=judged.get((index, place)))
+                for place, row in enumerate(pair.rows)
+            ),
+        )
+        for index, pair in enumerate(comparison.pairs)
+    )
+    return dataclasses.replace(comparison, pairs=pairs, n_compared=len(open_rows))
+
+
+def _judgements(comparison: Comparison) -> dict[tuple[int, int], Judgement]:
+    gates = {gate.metric: gate for gate in comparison.gates}
+    asked = [
+        ((pair_index, row_index), (gates[row.metric], row.effect, row.reason))
+        for pair_index, pair in enumerate(comparison.pairs)
+        for row_index, row in enumerate(pair.rows)
+        if row.metric in gates
+    ]
+    found = judge([question for _, question in asked], confidence=comparison.confidence)
+    return {place: judgement for (place, _), judgement in zip(asked, found, strict=True)}
+
+
+def _pair(baseline: Subject, other: Subject, metrics: Sequence[Metric]) -> Pair:
+    obstacles = find_obstacles(baseline.used, other.used)
+    excluded = exclusion_reason(baseline, other)
+    rows = []
+    for metric in metrics:
+        effect, reason = find_effect(metric, baseline, other)
+        blocking = blocking_reason(obstacles, metric.group)
+        rows.append(
+            Row(
+                metric=metric,
+                means=(baseline.mean(metric), other.mean(metric)),
+                effect=effect,
+                all_attempts_ratio=_all_attempts_ratio(metric, baseline, other),
+                reason=(reason if effect is None else "") or blocking or excluded or reason,
+            )
+        )
+    return Pair(baseline, other, obstacles, tuple(rows))
+
+
+def _all_attempts_ratio(metric: Metric, baseline: Subject, other: Subject) -> float | None:
+    """The ratio of the means over all attempts; None where all attempts are those that count."""
+    estimates = [item.aggregate.metrics[metric.name] for item in (baseline, other)]
+    if not any(estimate.all_attempts for estimate in estimates):
+        return None
+    means = [
+        estimate.all_attempts.geometric_mean
+        if estimate.all_attempts
+        else estimate.t_log.geometric_mean
+        if estimate.t_log
+        else None
+        for estimate in estimates
+    ]
+    return means[1] / means[0] if means[0] and means[1] else None
+
+
+def _no_pairs(metric: Metric, baseline: Subject, other: Subject) -> str:
+    for subject in (baseline, other):
+        estimate = subject.aggregate.metrics[metric.name]
+        if estimate.null_reason:
+            return f"not measured for {subject.name}: {estimate.null_reason}"
+    return "no cycle has a valid result of both"
+
+
+def _causes(subject: Subject) -> str:
+    causes = [f"{reason} × {count}" for reason, count in subject.aggregate.invalid_reasons.items()]
+    if subject.aggregate.n_failed:
+        causes.append(f"no result × {subject.aggregate.n_failed}")
+    more = len(causes) - _SHOWN_CAUSES
+    text = "; ".join(causes[:_SHOWN_CAUSES]) + (f" and {more} more" if more > 0 else "")
+    return f" ({text})" if text else ""
