@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import subprocess
 import sys
+import time
 
 import pytest
 
 from tests.doubles.nvml.library import NvmlDouble, build_library
+from tests.doubles.nvml.traces import (
+    NS_PER_S,
+    Counter,
+    Events,
+    GpuProcess,
+    GpuTrace,
+    Level,
+    Load,
+    Point,
+    PowerSignal,
+    Ripple,
+    Sensor,
+    Thermal,
+    Trace,
+    random_trace,
+)
 
 pytestmark = pytest.mark.needs("gcc")
 
@@ -205,3 +224,395 @@ def test_the_library_is_built_once_for_each_source(tmp_path):
     before = library.stat()
     assert build_library(tmp_path) == folder
     assert library.stat() == before
+
+
+METER = """
+import ctypes, json, os, sys, time
+import pynvml
+
+pynvml.nvmlInit()
+
+def ask(function, *arguments):
+    try:
+        return function(*arguments)
+    except pynvml.NVMLError as error:
+        return str(error)
+
+def field(handle, name, kind, scope=0):
+    (value,) = pynvml.nvmlDeviceGetFieldValues(handle, [(name, scope)])
+    return ask(pynvml._nvmlCheckReturn, value.nvmlReturn) if value.nvmlReturn else getattr(value.value, kind)
+
+def utilisation(handle):
+    rates = pynvml.nvmlDeviceGetUtilizationRates(handle)
+    return rates.gpu
+
+def stamped(function, *arguments):
+    before_ns = time.monotonic_ns()
+    said = ask(function, *arguments)
+    return [before_ns, said, time.monotonic_ns()]
+
+def look(index):
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    return {
+        "counter": stamped(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle),
+        "energy": stamped(field, handle, pynvml.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION, "ullVal"),
+        "module_energy": stamped(field, handle, pynvml.NVML_FI_DEV_ENERGY, "ullVal", 1),
+        "instant": stamped(field, handle, pynvml.NVML_FI_DEV_POWER_INSTANT, "uiVal"),
+        "module_instant": stamped(field, handle, pynvml.NVML_FI_DEV_POWER_INSTANT, "uiVal", 1),
+        "average": stamped(pynvml.nvmlDeviceGetPowerUsage, handle),
+        "field_average": stamped(field, handle, pynvml.NVML_FI_DEV_POWER_AVERAGE, "uiVal"),
+        "temp": stamped(pynvml.nvmlDeviceGetTemperatureV, handle, pynvml.NVML_TEMPERATURE_GPU),
+        "events": stamped(pynvml.nvmlDeviceGetCurrentClocksEventReasons, handle),
+        "sm_clock": stamped(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
+        "memory_clock": stamped(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),
+        "utilisation": stamped(utilisation, handle),
+        "pids": stamped(lambda: [item.pid for item in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]),
+        "limit": stamped(pynvml.nvmlDeviceGetPowerManagementLimit, handle),
+        "enforced_limit": stamped(pynvml.nvmlDeviceGetEnforcedPowerLimit, handle),
+        "field_limit": stamped(field, handle, pynvml.NVML_FI_DEV_POWER_CURRENT_LIMIT, "uiVal"),
+        "persistence": stamped(pynvml.nvmlDeviceGetPersistenceMode, handle),
+        "mig": stamped(pynvml.nvmlDeviceGetMigMode, handle),
+        "vbios": stamped(pynvml.nvmlDeviceGetVbiosVersion, handle),
+        "bus": stamped(lambda: pynvml.nvmlDeviceGetPciInfo(handle).busId),
+    }
+"""
+
+AT_TIMES = (
+    METER
+    + """
+looks = []
+for now_ns in json.loads(sys.argv[2]):
+    with open(sys.argv[1] + ".new", "w") as file:
+        file.write(f"now {now_ns}\\n")
+    os.replace(sys.argv[1] + ".new", sys.argv[1])
+    looks.append([look(index) for index in range(pynvml.nvmlDeviceGetCount())])
+json.dump(looks, sys.stdout)
+"""
+)
+
+# Real time: enough looks to see some updates, however long they take.
+NOW = METER + "json.dump([[look(0)] for _ in range(200)], sys.stdout)"
+
+# The same, with an engine of its own that works meanwhile.
+WORKING = (
+    METER
+    + """
+def be(state):
+    with open(sys.argv[1], "a") as file:
+        file.write(f"{time.monotonic_ns()} {state}\\n")
+
+looks = []
+for number in range(300):
+    if number in (50, 150):
+        be(1)
+    if number in (100, 250):
+        be(0)
+    looks.append([look(0)])
+json.dump(looks, sys.stdout)
+"""
+)
+
+ORIGIN_NS = 7_000 * NS_PER_S
+EVERYTHING = PowerSignal(
+    points=(Point(1.0, 80.0), Point(2.0, 120.0), Point(2.0, 30.0), Point(9.0, 60.0)),
+    levels=(Level(0.5, 90.0), Level(2.0, 400.0, 0.05), Level(5.0, 300.0, 0.0), Level(8.0, 95.0, 1.5)),
+    ripples=(Ripple(2.0, 8.0, 40.0, 10.0, 0.3), Ripple(2.5, 7.0, 15.0, 20.0, 1.1)),
+)
+RICH = GpuTrace(
+    uuid="GPU-rich",
+    name="NVIDIA H200 NVL",
+    signal=EVERYTHING,
+    counter=Counter(0.1, 0.03, 0.017, lag_s=0.02, offset_mj=123_456_789_012, gain=1.02, seed=77, resets_s=(6.21,)),
+    instant=Sensor(0.025, 0.1, jitter_s=0.01, phase_s=0.03, lag_s=0.015, quantum_w=0.5, noise_w=3.0, seed=5),
+    thermal=Thermal(27.0, 0.09, 1.5),
+    events=(Events(3.0, 4.0, 0x40), Events(3.5, 6.0, 0x4)),
+    sm_clocks_mhz=((0.0, 1980), (3.0, 1410)),
+    utilisation_percent=((0.0, 0), (2.0, 97), (8.0, 3)),
+    processes=(GpuProcess(11, 5_000), GpuProcess(12, 6_000, 2.0, 8.0)),
+    power_limit_w=600.0,
+    more=("enforced_limit 550",),
+)
+COARSE = GpuTrace(
+    signal=PowerSignal(points=(Point(0.0, 200.0),)),
+    counter=Counter(0.5, resolution_mj=1_000),
+    instant=Sensor(0.1, 0.1),
+    temp_c=61,
+    persistence=False,
+)
+SCRIPTED = Trace(ORIGIN_NS, (RICH, COARSE))
+
+
+def _look_at(tmp_path, trace, times_ns, **options):
+    now = tmp_path / "now"
+    double = NvmlDouble(tmp_path / "nvml", more=(str(now),), **options)
+    double.say(*trace.lines())
+    finished = _run(double, AT_TIMES, str(now), json.dumps(list(times_ns)))
+    assert finished.stderr == ""
+    return [[{key: said for key, (_, said, _) in gpu.items()} for gpu in gpus] for gpus in json.loads(finished.stdout)]
+
+
+def test_the_library_says_what_its_twin_says_at_every_time(tmp_path):
+    times_ns = [ORIGIN_NS + 47_000_001 * number for number in range(-40, 260)]
+    for at_ns, looks in zip(times_ns, _look_at(tmp_path, SCRIPTED, times_ns), strict=True):
+        for gpu, look in enumerate(looks):
+            assert look["counter"] == look["energy"] == SCRIPTED.counter_mj(at_ns, gpu)
+            assert look["instant"] == round(1000 * SCRIPTED.instant_w(at_ns, gpu))
+            assert look["average"] == look["field_average"] == round(1000 * SCRIPTED.average_w(at_ns, gpu))
+            assert look["temp"] == SCRIPTED.temp_c(at_ns, gpu)
+            assert look["events"] == SCRIPTED.event_mask(at_ns, gpu)
+            assert look["sm_clock"] == SCRIPTED.sm_clock_mhz(at_ns, gpu)
+            assert look["utilisation"] == SCRIPTED.utilisation_percent(at_ns, gpu)
+            assert look["pids"] == list(SCRIPTED.pids(at_ns, gpu))
+
+
+@pytest.mark.parametrize("mode", ["closed", "steady"])
+def test_the_library_replays_random_traces(tmp_path, mode):
+    window = (ORIGIN_NS, ORIGIN_NS + 10 * NS_PER_S)
+    times_ns = [ORIGIN_NS + 173_000_001 * number for number in range(-40, 100)]
+    for seed in range(3):
+        trace = random_trace(seed, 0.1, with_window=window, mode=mode)
+        for at_ns, (look,) in zip(times_ns, _look_at(tmp_path, trace, times_ns), strict=True):
+            assert look["counter"] == trace.counter_mj(at_ns)
+            assert look["instant"] == round(1000 * trace.instant_w(at_ns))
+            assert look["temp"] == trace.temp_c(at_ns)
+
+
+def test_the_library_follows_the_log_of_an_engine(tmp_path):
+    states = [(1.0, 1), (2.5, 0.4), (2.6, 0), (4.0, 1), (7.0, 0)]
+    text = "".join(f"{ORIGIN_NS + round(at * NS_PER_S)} {state}\n" for at, state in states)
+    log = tmp_path / "load"
+    load = Load(str(log), 85.0, 410.0, 0.05, 0.3, ripples=((30.0, 10.0, 0.2), (12.0, 20.0, 0.0)), events=0x4)
+    trace = Trace(ORIGIN_NS, (GpuTrace(load=load, counter=Counter(0.1, 0.02, seed=3), thermal=Thermal(tau_s=0.3)),))
+    log.write_text(f"{text}{ORIGIN_NS + 8 * NS_PER_S} 1")  # a line that is still being written
+    times_ns = [ORIGIN_NS + 31_000_001 * number for number in range(-10, 290)]
+    worked = trace.after_load({0: text})
+    for at_ns, (look,) in zip(times_ns, _look_at(tmp_path, trace, times_ns), strict=True):
+        assert look["counter"] == worked.counter_mj(at_ns)
+        assert look["instant"] == round(1000 * worked.instant_w(at_ns))
+        assert look["temp"] == worked.temp_c(at_ns)
+        assert look["events"] == worked.event_mask(at_ns)
+        assert look["utilisation"] == worked.utilisation_percent(at_ns)
+
+
+def test_an_engine_that_wrote_nothing_idles(tmp_path):
+    trace = Trace(ORIGIN_NS, (GpuTrace(load=Load(str(tmp_path / "missing"), 85.0, 410.0)),))
+    ((look,),) = _look_at(tmp_path, trace, [ORIGIN_NS + 5 * NS_PER_S])
+    assert (look["instant"], look["utilisation"]) == (85_000, 0)
+    assert look["counter"] == trace.after_load({}).counter_mj(ORIGIN_NS + 5 * NS_PER_S)
+
+
+def _bounds(trace, key, before_ns, after_ns):
+    """The least and the most that the twin says between the two stamps: what it says is constant between its ticks."""
+    gpu = trace.gpus[0]
+    ticks = (gpu.counter if key == "counter" else gpu.instant).ticks
+    inside_s = ticks.between(trace.seconds(before_ns), trace.seconds(after_ns))
+    # A tick's time is a fraction of a ns.
+    times_ns = [before_ns, after_ns, *(trace.nanoseconds(at_s) + 1 for at_s in inside_s)]
+    said = [trace.counter_mj(at) if key == "counter" else round(1000 * trace.instant_w(at)) for at in times_ns]
+    return min(said), max(said)
+
+
+def test_in_real_time_it_says_what_its_twin_says_between_the_stamps(tmp_path):
+    signal = PowerSignal(
+        points=(Point(0.0, 90.0), Point(3600.0, 400.0)), ripples=(Ripple(-math.inf, math.inf, 30.0, 20.0),)
+    )
+    counter = Counter(0.003, 0.001, seed=4)
+    gpu = GpuTrace(signal=signal, counter=counter, instant=Sensor(0.002, 0.004, jitter_s=0.002, seed=8))
+    trace = Trace(time.monotonic_ns(), (gpu,))
+    double = NvmlDouble(tmp_path / "nvml")
+    double.say(*trace.lines())
+    looks = [gpu for (gpu,) in json.loads(_run(double, NOW).stdout)]
+    for look in looks:
+        for key in ("counter", "instant"):
+            before_ns, said, after_ns = look[key]
+            least, most = _bounds(trace, key, before_ns, after_ns)
+            assert least <= said <= most
+    assert len({look["counter"][1] for look in looks}) > 3
+
+
+def test_in_real_time_it_follows_an_engine_and_its_counter_never_falls(tmp_path):
+    load = Load(str(tmp_path / "load"), 80.0, 400.0, 0.005, 0.01)
+    trace = Trace(time.monotonic_ns(), (GpuTrace(load=load, counter=Counter(0.001)),))
+    double = NvmlDouble(tmp_path / "nvml")
+    double.say(*trace.lines())
+    counts = [gpu["counter"] for (gpu,) in json.loads(_run(double, WORKING, load.path).stdout)]
+    values = [said for _, said, _ in counts]
+    assert values == sorted(values)
+    states = [line.split()[1] for line in (tmp_path / "load").read_text().splitlines()]
+    assert states == ["1", "0", "1", "0"]
+    worked = trace.after_load()
+    for before_ns, said, after_ns in counts:
+        assert worked.counter_mj(before_ns) - 1 <= said <= worked.counter_mj(after_ns) + 1
+
+
+def test_a_counter_that_was_told_before_an_engine_wrote_does_not_fall(tmp_path):
+    now, log = tmp_path / "now", tmp_path / "load"
+    trace = Trace(ORIGIN_NS, (GpuTrace(load=Load(str(log), 80.0, 400.0), counter=Counter(0.5, resets_s=(9.0,))),))
+    double = NvmlDouble(tmp_path / "nvml", more=(str(now),))
+    double.say(*trace.lines())
+    log.write_text(f"{ORIGIN_NS} 1\n")
+    program = f"""
+import pynvml
+pynvml.nvmlInit()
+handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+def at(seconds):
+    open({str(now)!r}, "w").write(f"now {{{ORIGIN_NS} + round(seconds * 1e9)}}")
+    return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+print(at(2.0))
+open({str(log)!r}, "a").write("{ORIGIN_NS + NS_PER_S} 0\\n")
+print(at(2.6), at(8.0), at(9.1))
+"""
+    said = [int(word) for word in _run(double, program).stdout.split()]
+    offset_mj = 1_000_000_000
+    assert said == [offset_mj + 800_000, offset_mj + 800_000, offset_mj + 400_000 + 560_000, 0]
+
+
+def test_what_does_not_change_is_told_as_scripted(tmp_path):
+    rich, coarse = _look_at(tmp_path, SCRIPTED, [ORIGIN_NS])[0]
+    assert (rich["limit"], rich["enforced_limit"], rich["field_limit"]) == (600_000, 550_000, 550_000)
+    assert (coarse["limit"], coarse["enforced_limit"]) == (700_000, 700_000)
+    assert [rich["persistence"], coarse["persistence"]] == [1, 0]
+    assert [rich["mig"], rich["vbios"], rich["memory_clock"]] == [[0, 0], "96.00.00.00.01", 2619]
+    assert [rich["bus"], coarse["bus"]] == ["00000000:01:00.0", "00000000:02:00.0"]
+
+
+def test_meters_that_are_not_there_are_not_supported(tmp_path):
+    bare = GpuTrace(signal=EVERYTHING, counter=None, instant=None, average=None)
+    ((look,),) = _look_at(tmp_path, Trace(ORIGIN_NS, (bare,)), [ORIGIN_NS])
+    for key in ("counter", "energy", "instant", "average", "field_average"):
+        assert look[key] == "Not Supported"
+    assert look["temp"] == 40
+
+
+def test_a_gpu_whose_power_was_not_described_has_no_meter(tmp_path):
+    double = NvmlDouble(tmp_path / "nvml")
+    double.say("count 1")
+    (look,) = json.loads(_run(double, METER + "json.dump([look(0)], sys.stdout)").stdout)
+    for key in ("counter", "energy", "instant", "average"):
+        assert look[key][1] == "Not Supported"
+
+
+def test_a_module_is_metered_as_a_whole_alone(tmp_path):
+    trace = Trace(ORIGIN_NS, (GpuTrace(signal=EVERYTHING, scope="module"), GpuTrace(signal=EVERYTHING)))
+    at_ns = ORIGIN_NS + 3 * NS_PER_S
+    module, gpu = _look_at(tmp_path, trace, [at_ns])[0]
+    assert [module[key] for key in ("counter", "energy", "instant", "average")] == ["Not Supported"] * 4
+    assert module["module_energy"] == gpu["counter"] == trace.counter_mj(at_ns)
+    assert module["module_instant"] == gpu["instant"]
+    assert [gpu["module_energy"], gpu["module_instant"]] == ["Not Supported"] * 2
+
+
+def test_mig_is_on_or_unknown_as_told(tmp_path):
+    trace = Trace(ORIGIN_NS, (GpuTrace(signal=EVERYTHING, mig=True), GpuTrace(signal=EVERYTHING, mig=None)))
+    sliced, old = _look_at(tmp_path, trace, [ORIGIN_NS])[0]
+    assert (sliced["mig"], sliced["utilisation"]) == ([1, 1], "Not Supported")
+    assert isinstance(sliced["counter"], int)
+    assert (old["mig"], old["utilisation"]) == ("Not Supported", 0)
+
+
+def test_a_failure_is_of_one_gpu_and_of_its_time(tmp_path):
+    denied = dataclasses.replace(COARSE, more=("fail nvmlDeviceGetTotalEnergyConsumption 4 10 20", "fail_field 186 3"))
+    trace = Trace(ORIGIN_NS, (denied, COARSE))
+    times_ns = [ORIGIN_NS + seconds * NS_PER_S for seconds in (9, 10, 20)]
+    looks = _look_at(tmp_path, trace, times_ns)
+    assert [isinstance(gpus[0]["counter"], int) for gpus in looks] == [True, False, True]
+    assert looks[1][0]["counter"] == "Insufficient Permissions"
+    assert [gpu["instant"] for gpu in looks[0]] == ["Not Supported", 200_000]
+    assert all(isinstance(gpus[1]["counter"], int) for gpus in looks)
+
+
+def test_a_function_takes_its_time_as_told(tmp_path):
+    trace = Trace(ORIGIN_NS, (dataclasses.replace(COARSE, more=("delay nvmlDeviceGetPowerUsage 0.05",)),))
+    double = NvmlDouble(tmp_path / "nvml")
+    double.say(*trace.lines())
+    (look,) = json.loads(_run(double, METER + "json.dump([look(0)], sys.stdout)").stdout)
+    before_ns, said, after_ns = look["average"]
+    assert said == 200_000
+    assert after_ns - before_ns >= 50_000_000
+
+
+def test_functions_that_an_older_library_lacks_are_not_found(tmp_path):
+    lacking = ("nvmlDeviceGetTemperatureV", "nvmlDeviceGetTotalEnergyConsumption")
+    ((look,),) = _look_at(tmp_path, Trace(ORIGIN_NS, (COARSE,)), [ORIGIN_NS], without=lacking)
+    assert look["temp"] == look["counter"] == "Function Not Found"
+    assert look["instant"] == 200_000
+
+
+def test_functions_that_nvml_calls_deprecated_are_missing(double):
+    double.say(*NvmlDouble.gpu())
+    program = """
+import pynvml
+pynvml.nvmlInit()
+handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+for ask in (lambda: pynvml.nvmlDeviceGetTemperature(handle, 0),
+            lambda: pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)):
+    try:
+        ask()
+    except pynvml.NVMLError as error:
+        print(error)
+"""
+    assert _run(double, program).stdout == "Function Not Found\n" * 2
+
+
+def test_a_structure_of_another_version_is_refused(double):
+    double.say(*NvmlDouble.gpu())
+    program = """
+import ctypes, pynvml
+pynvml.nvmlInit()
+handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+temperature = pynvml.c_nvmlTemperature_v1_t(version=pynvml.nvmlTemperature_v1, sensorType=0)
+call = pynvml.nvmlLib.nvmlDeviceGetTemperatureV
+print(call(handle, ctypes.byref(temperature)), temperature.temperature)
+temperature.version = 0x0200000C
+print(call(handle, ctypes.byref(temperature)))
+temperature.version, temperature.sensorType = pynvml.nvmlTemperature_v1, 9
+print(call(handle, ctypes.byref(temperature)))
+memory = pynvml.c_nvmlMemory_v2_t(version=pynvml.nvmlMemory_v2 + 1)
+print(pynvml.nvmlLib.nvmlDeviceGetMemoryInfo_v2(handle, ctypes.byref(memory)))
+"""
+    assert _run(double, program).stdout.split() == ["0", "30", "25", "2", "25"]
+
+
+def test_several_fields_are_read_at_once_each_with_its_own_success(double):
+    double.say("count 1", "point 0 100", "fail_field 186 4")
+    program = """
+import pynvml
+pynvml.nvmlInit()
+handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+values = pynvml.nvmlDeviceGetFieldValues(handle, [186, (185, 0), 83, 1])
+print([(value.fieldId, value.nvmlReturn, value.valueType) for value in values])
+print(values[1].value.uiVal, all(value.timestamp > 1_600_000_000_000_000 for value in values))
+"""
+    said = _run(double, program).stdout.splitlines()
+    assert said == ["[(186, 4, 0), (185, 0, 1), (83, 0, 3), (1, 3, 1)]", "100000 True"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "point 1",
+        "point a 1",
+        "level 5 1 1 x",
+        "ripple 0 1 5 0",
+        "counter perod 0.1",
+        "counter period 0",
+        "counter period",
+        "instant window 0",
+        "load /tmp/a 1 2 3",
+        "events 0 1",
+        "reset",
+        "scope both",
+        "fail nvmlDeviceGetPowerUsage",
+        "process",
+        "temperature warm",
+    ],
+)
+def test_a_line_with_other_values_is_not_understood(double, line):
+    double.say("count 1", line)
+    assert f"not understood: {line}" in _run(double, "import pynvml; pynvml.nvmlInit()").stderr
+
+
+def test_points_and_levels_come_in_the_order_of_time(double):
+    for word in ("point", "level"):
+        double.say(f"{word} 2 1", f"{word} 1 1")
+        assert f"not understood: {word} 1 1" in _run(double, "import pynvml; pynvml.nvmlInit()").stderr

@@ -14,29 +14,41 @@ __all__ = ["LIBRARY_NAME", "SCRIPT_VARIABLE", "NvmlDouble", "build_library"]
 LIBRARY_NAME = "libnvidia-ml.so.1"
 SCRIPT_VARIABLE = "LEMTEST_NVML_SCRIPT"
 
-SOURCE = Path(__file__).with_name("nvml.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("nvml.c", "power.c", "script.c", "sensors.c"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("power.h", "script.h", "sensors.h"))
 BUILD_FOLDER = Path(__file__).resolve().parents[3] / "build" / "nvml-double"
 BUILD_TIMEOUT_S = 120
-OPTIONS = ("-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", f"-Wl,-soname,{LIBRARY_NAME}")
+# Contracted sums would round otherwise than those of the twin in Python.
+OPTIONS = ("-std=gnu11", "-shared", "-fPIC", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
 
 
-def build_library(folder: Path = BUILD_FOLDER) -> Path:
-    """The folder that holds the library, for LD_LIBRARY_PATH; it is built once for each text of its source.
+def build_library(folder: Path = BUILD_FOLDER, without: Sequence[str] = ()) -> Path:
+    """The folder that holds the library, for LD_LIBRARY_PATH; it is built once for each text of its sources.
+
+    Args:
+        without: functions that it lacks, as a driver older than them does.
 
     Raises:
         RuntimeError: the compiler refuses.
         FileNotFoundError: there is no gcc.
     """
-    digest = hashlib.sha256(" ".join(OPTIONS).encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    # What is named is stronger than what a pattern takes in.
+    exports = f"{{ global: nvml*; local: {' '.join(f'{name};' for name in without)} *; }};\n"
+    text = b"".join(path.read_bytes() for path in (*SOURCES, *HEADERS))
+    digest = hashlib.sha256(" ".join([*OPTIONS, exports]).encode() + text).hexdigest()[:16]
     place = folder / digest
     library = place / LIBRARY_NAME
     if not library.exists():
         place.mkdir(parents=True, exist_ok=True)
         fresh = place / f"{LIBRARY_NAME}.{os.getpid()}"
-        command = ["gcc", *OPTIONS, "-o", str(fresh), str(SOURCE)]
+        script = place / f"exports.{os.getpid()}"
+        script.write_text(exports, encoding="ascii")
+        link = (f"-Wl,-soname,{LIBRARY_NAME}", f"-Wl,--version-script,{script}")
+        command = ["gcc", *OPTIONS, *link, "-o", str(fresh), *map(str, SOURCES), "-lm"]
         finished = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False)
         if finished.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}: {finished.stderr}")
+        script.unlink()
         fresh.replace(library)
     return place
 
@@ -47,10 +59,12 @@ class NvmlDouble:
 
     Attributes:
         more: files that are read after the script where they are there, as those of one container alone.
+        without: functions that the library lacks.
     """
 
     script: Path
     more: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
     def say(self, *lines: str) -> None:
         """Have every process see this from its next call on; no reader meets half a script."""
@@ -61,7 +75,10 @@ class NvmlDouble:
 
     def variables(self) -> dict[str, str]:
         """What makes NVML this one."""
-        return {"LD_LIBRARY_PATH": str(build_library()), SCRIPT_VARIABLE: ":".join([str(self.script), *self.more])}
+        return {
+            "LD_LIBRARY_PATH": str(build_library(without=self.without)),
+            SCRIPT_VARIABLE: ":".join([str(self.script), *self.more]),
+        }
 
     def environ(self, base: Mapping[str, str] = os.environ) -> dict[str, str]:
         """An environment in which NVML is this one."""

@@ -4,175 +4,78 @@
  * word and its values; `#` begins a comment. Lines before the first `gpu` hold for every GPU, later ones for that one.
  *
  *   driver 580.65.06                    count 1                       cuda 13000
+ *   origin 123456789000                 the time, in ns of CLOCK_MONOTONIC, from which the script's seconds count
+ *   now 123456789000                    time stands still there
  *   gpu 0                               the lines that follow are about this one
- *   name NVIDIA Double                  uuid GPU-…                    capability 9 0
+ *   name NVIDIA Double                  uuid GPU-…                    capability 9 0          vbios 96.00.00.00.01
  *   memory_total 80000000000            memory_used 2000000000        bytes, what processes hold included
- *   process 1234 5000000                pid and bytes; `-` for bytes where the driver does not tell
- *   fail nvmlDeviceGetMemoryInfo 999    this function answers with this error; nvmlInit is a function too
+ *   process 1234 5000000 [10 20]        pid and bytes, `-` where the driver does not tell; from one time to another
+ *   fail nvmlDeviceGetMemoryInfo 999 [10 20]    this function answers with this error; nvmlInit is a function too
+ *   fail_field 186 3                    this field does, among those of nvmlDeviceGetFieldValues
+ *   delay nvmlDeviceGetPowerUsage 0.5 [10 20]   this function takes so many seconds
  *   lost 2.5 15                         from 2.5 s after the script was written on, every call about a GPU fails with
  *                                       15 (GPU is lost), or with another code
  *
+ * What it draws, in W, is the sum of these (power.h); without any of these and of its meters it has no meter:
+ *   point 0 80                          straight lines from one to the next; two at one time are a step
+ *   level 10 400 0.05                   from 10 s on it nears 400 W with this time constant; the first holds before it, too
+ *   ripple 10 20 30 10 0.5              from 10 to 20 s: 30 W of 10 Hz, phase 0.5
+ *   load /path 80 400 0.05 0.1          idle, busy, time constants of rise and fall: as the file says, to which an engine
+ *                                       appends lines `<ns of CLOCK_MONOTONIC> <how busy, 0 to 1>`; instead of levels.
+ *                                       A line had better be there before its time has come
+ *   load_ripple 30 10 0.5               while it is busy            load_events 0x4          these clock-event bits, too
+ * Its meters (sensors.h), each a word and pairs of a key and a number, or `none` where NVML says Not Supported:
+ *   counter period 0.1 jitter 0 phase 0 lag 0 resolution 1 offset 1e9 gain 1 seed 0          reset 12.5
+ *   instant window 0.025 period 0.1 jitter 0 phase 0 lag 0 quantum 0.001 noise 0 gain 1 seed 0     fields 186
+ *   average window 1 …                                                            nvmlDeviceGetPowerUsage and field 185
+ *   scope module                        only the module is metered: energy and power at scope 1 of fields 191, 185, 186
+ * Its state:
+ *   temperature 30                      thermal 28 0.08 20          ambient, degrees per W, time constant
+ *   events 10 12.5 0x40                 clock-event bits from one time to another
+ *   sm_clock 0 1980                     since when, MHz             memory_clock 2619
+ *   utilisation 0 50                    since when, percent; of a load it follows without being told
+ *   power_limit 700                     enforced_limit 650          persistence 1            mig 0, 1 or none
+ *
  * The variable may name several files, with colons between them, which are read in their order as if they were one; those
  * after the first may be missing. Without a script there is no driver. A line that is not understood is told on stderr, and every call then fails.
- * The structures and numbers are those of NVIDIA's nvml.h, version 12.
+ * The structures and numbers are those of NVIDIA's nvml.h, version 12. Functions that it calls deprecated are missing.
  */
-#define _DEFAULT_SOURCE /* strsep */
-#include <stddef.h>
+#include "script.h"
+
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <time.h>
 
-enum { SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7,
-       DRIVER_NOT_LOADED = 9, GPU_IS_LOST = 15, VERSION_MISMATCH = 25 };
-enum { MAX_GPUS = 8, MAX_PROCESSES = 32, MAX_FAILURES = 16, TEXT = 96 };
-#define NOT_AVAILABLE (~0ULL)
+enum { FIELD_ENERGY_OF_GPU = 83, FIELD_POWER_AVERAGE = 185, FIELD_POWER_INSTANT = 186, FIELD_LIMIT = 190, FIELD_ENERGY = 191 };
+enum { SCOPE_GPU = 0, SCOPE_MODULE = 1 };
+enum { TYPE_UNSIGNED_INT = 1, TYPE_UNSIGNED_LONG_LONG = 3 };
+enum { CLOCK_MEMORY = 2, CLOCKS = 4, FEATURE_DISABLED = 0, FEATURE_ENABLED = 1 };
 
-typedef struct { unsigned int pid; unsigned long long memory; unsigned int instance, compute_instance; } Process;
 typedef struct { unsigned long long total, free, used; } Memory;
 typedef struct { unsigned int version; unsigned long long total, reserved, free, used; } MemoryV2;
-
+typedef struct { unsigned int version, sensor; int temperature; } TemperatureV1;
+typedef struct { unsigned int gpu, memory; } Utilisation;
 typedef struct {
-    char name[TEXT], uuid[TEXT];
-    int major, minor;
-    unsigned long long total, used;
-    unsigned int processes;
-    Process process[MAX_PROCESSES];
-    int lost_code; /* SUCCESS while it is there */
-} Gpu;
-
+    char legacy_id[16];
+    unsigned int domain, bus, device, device_id, subsystem_id;
+    char id[32];
+} Pci;
 typedef struct {
-    char driver[TEXT];
-    int cuda;
-    unsigned int count;
-    Gpu gpu[MAX_GPUS];
-    unsigned int failures;
-    struct { char function[TEXT]; int code; } failure[MAX_FAILURES];
-    double age_s; /* of the file that is being read */
-} Script;
+    unsigned int field, scope;
+    long long timestamp, latency_us;
+    unsigned int type, code;
+    union { double number; unsigned int unsigned_int; unsigned long long unsigned_long_long; } value;
+} FieldValue;
 
 static int initialised; /* how often, less shutdowns */
-
-/* Take a line in; 0 when it is not understood. `chosen` is the GPU it is about, -1 for all. */
-static int take(Script *script, char *line, int *chosen)
-{
-    char word[TEXT] = "", first[TEXT] = "", rest[TEXT] = "";
-    line[strcspn(line, "#\r\n")] = 0;
-    if (sscanf(line, " %95s %95s %95[^\n]", word, first, rest) < 1)
-        return 1;
-    if (!strcmp(word, "driver"))
-        return strcpy(script->driver, first), 1;
-    if (!strcmp(word, "cuda"))
-        return script->cuda = atoi(first), 1;
-    if (!strcmp(word, "count"))
-        return script->count = (unsigned)atoi(first), script->count <= MAX_GPUS;
-    if (!strcmp(word, "gpu"))
-        return *chosen = atoi(first), *chosen >= 0 && *chosen < MAX_GPUS;
-    if (!strcmp(word, "fail")) {
-        if (script->failures == MAX_FAILURES || !*rest)
-            return 0;
-        strcpy(script->failure[script->failures].function, first);
-        script->failure[script->failures++].code = atoi(rest);
-        return 1;
-    }
-    for (int index = 0; index < MAX_GPUS; index++) {
-        Gpu *gpu = &script->gpu[index];
-        if (*chosen >= 0 && *chosen != index)
-            continue;
-        if (!strcmp(word, "name"))
-            snprintf(gpu->name, TEXT, "%.40s%s%.50s", first, *rest ? " " : "", rest);
-        else if (!strcmp(word, "uuid"))
-            strcpy(gpu->uuid, first);
-        else if (!strcmp(word, "capability"))
-            gpu->major = atoi(first), gpu->minor = atoi(rest);
-        else if (!strcmp(word, "memory_total"))
-            gpu->total = strtoull(first, NULL, 10);
-        else if (!strcmp(word, "memory_used"))
-            gpu->used = strtoull(first, NULL, 10);
-        else if (!strcmp(word, "process") && gpu->processes < MAX_PROCESSES)
-            gpu->process[gpu->processes++] = (Process){(unsigned)atoi(first),
-                *rest && *rest != '-' ? strtoull(rest, NULL, 10) : NOT_AVAILABLE, ~0U, ~0U};
-        else if (!strcmp(word, "lost"))
-            gpu->lost_code = script->age_s < atof(first) ? SUCCESS : *rest ? atoi(rest) : GPU_IS_LOST;
-        else
-            return 0;
-    }
-    return 1;
-}
-
-static void set_usual(Script *script)
-{
-    memset(script, 0, sizeof *script);
-    strcpy(script->driver, "580.65.06");
-    script->cuda = 13000;
-    script->count = 1;
-    for (int index = 0; index < MAX_GPUS; index++) {
-        Gpu *gpu = &script->gpu[index];
-        strcpy(gpu->name, "NVIDIA Double");
-        snprintf(gpu->uuid, TEXT, "GPU-00000000-0000-4000-8000-%012d", index);
-        gpu->major = 9;
-        gpu->total = 80000000000ULL;
-    }
-}
-
-static int read_file(Script *script, const char *path, int is_due)
-{
-    FILE *file = fopen(path, "r");
-    struct stat status;
-    struct timespec now;
-    char line[512];
-    int chosen = -1, code = SUCCESS;
-    if (!file)
-        return is_due ? DRIVER_NOT_LOADED : SUCCESS;
-    fstat(fileno(file), &status);
-    clock_gettime(CLOCK_REALTIME, &now);
-    script->age_s = (double)(now.tv_sec - status.st_mtim.tv_sec) + (now.tv_nsec - status.st_mtim.tv_nsec) / 1e9;
-    while (fgets(line, sizeof line, file)) {
-        char copy[sizeof line];
-        strcpy(copy, line);
-        if (!take(script, line, &chosen)) {
-            fprintf(stderr, "%s: not understood: %s", path, copy);
-            code = INVALID_ARGUMENT;
-        }
-    }
-    fclose(file);
-    return code;
-}
-
-static int load(Script *script)
-{
-    const char *paths = getenv("LEMTEST_NVML_SCRIPT");
-    char copy[4096], *rest = copy, *path;
-    int code = SUCCESS, is_first = 1;
-    set_usual(script);
-    if (!paths || !*paths || strlen(paths) >= sizeof copy)
-        return DRIVER_NOT_LOADED;
-    strcpy(copy, paths);
-    while (code == SUCCESS && (path = strsep(&rest, ":"))) {
-        code = read_file(script, path, is_first);
-        is_first = 0;
-    }
-    return code;
-}
-
-/* Whether a function of the script is this one, with or without the version at its end. */
-static int is_named(const char *written, const char *function)
-{
-    size_t length = strlen(written);
-    return !strncmp(written, function, length) && (!function[length] || !strncmp(function + length, "_v", 2));
-}
 
 /* The script, or why this function fails. */
 static int begin(Script *script, const char *function)
 {
-    int code = load(script);
-    if (code != SUCCESS)
-        return code;
-    for (unsigned int index = 0; index < script->failures; index++)
-        if (is_named(script->failure[index].function, function))
-            return script->failure[index].code;
-    return SUCCESS;
+    int code = load_script(script);
+    return code != SUCCESS ? code : fare(script, function, ANY_GPU);
 }
 
 static int begin_initialised(Script *script, const char *function)
@@ -190,7 +93,7 @@ static int begin_for_gpu(Script *script, const char *function, void *handle, Gpu
     if (index >= script->count)
         return INVALID_ARGUMENT;
     *gpu = &script->gpu[index];
-    return (*gpu)->lost_code;
+    return (*gpu)->lost_code != SUCCESS ? (*gpu)->lost_code : fare(script, function, (int)index);
 }
 
 static int give_text(const char *text, char *out, unsigned int length)
@@ -355,12 +258,279 @@ int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned int *count, P
     Gpu *gpu;
     unsigned int room = *count;
     int code = begin_for_gpu(&script, __func__, handle, &gpu);
+    double at = time_of(&script);
     if (code != SUCCESS)
         return code;
-    *count = gpu->processes;
-    if (gpu->processes > room)
-        return INSUFFICIENT_SIZE;
-    if (gpu->processes)
-        memcpy(processes, gpu->process, gpu->processes * sizeof *processes);
+    *count = 0;
+    for (unsigned int k = 0; k < gpu->processes; k++)
+        if (gpu->process[k].from <= at && at < gpu->process[k].to) {
+            if (*count < room)
+                processes[*count] = gpu->process[k].process;
+            ++*count;
+        }
+    return *count > room ? INSUFFICIENT_SIZE : SUCCESS;
+}
+
+/* A counter's value, once told, stays: an engine may have written of a change just after it was asked for. */
+static unsigned long long keep_counter(const Script *script, const Gpu *gpu, double tick, unsigned long long value)
+{
+    static struct { long long origin; double tick, begun; unsigned long long value; } told[MAX_GPUS];
+    size_t index = (size_t)(gpu - script->gpu);
+    double begun = -INFINITY;
+    if (!*gpu->load.path)
+        return value;
+    for (unsigned int k = 0; k < gpu->counter.resets; k++)
+        if (gpu->counter.reset[k] <= tick)
+            begun = fmax(begun, gpu->counter.reset[k]);
+    if (told[index].origin == script->origin && told[index].begun == begun && told[index].tick <= tick
+        && told[index].value > value)
+        value = told[index].value;
+    told[index].origin = script->origin, told[index].begun = begun;
+    told[index].tick = tick, told[index].value = value;
+    return value;
+}
+
+static int give_energy(const Script *script, const Gpu *gpu, unsigned long long *energy)
+{
+    double at = time_of(script), busy, tick;
+    void *owned;
+    if (!gpu->has_power || !gpu->counter.is_there)
+        return NOT_SUPPORTED;
+    Signal signal = signal_of(script, gpu, at, &busy, &owned);
+    *energy = read_counter(&gpu->counter, &signal, at, &tick);
+    *energy = keep_counter(script, gpu, tick, *energy);
+    free(owned);
+    return SUCCESS;
+}
+
+static int give_power(const Script *script, const Gpu *gpu, const Sensor *sensor, unsigned int *power)
+{
+    double at = time_of(script), busy;
+    void *owned;
+    if (!gpu->has_power || !sensor->is_there)
+        return NOT_SUPPORTED;
+    Signal signal = signal_of(script, gpu, at, &busy, &owned);
+    *power = read_sensor(sensor, &signal, at);
+    free(owned);
+    return SUCCESS;
+}
+
+int nvmlDeviceGetTotalEnergyConsumption(void *handle, unsigned long long *energy)
+{
+    Script script;
+    Gpu *gpu;
+    int code = begin_for_gpu(&script, __func__, handle, &gpu);
+    if (code == SUCCESS)
+        code = gpu->is_module ? NOT_SUPPORTED : give_energy(&script, gpu, energy);
+    return code;
+}
+
+int nvmlDeviceGetPowerUsage(void *handle, unsigned int *power)
+{
+    Script script;
+    Gpu *gpu;
+    int code = begin_for_gpu(&script, __func__, handle, &gpu);
+    if (code == SUCCESS)
+        code = gpu->is_module ? NOT_SUPPORTED : give_power(&script, gpu, &gpu->average, power);
+    return code;
+}
+
+static unsigned int limit_of(const Gpu *gpu, int is_enforced)
+{
+    return (unsigned int)((is_enforced && gpu->enforced_limit > 0 ? gpu->enforced_limit : gpu->power_limit) * 1000 + 0.5);
+}
+
+static int give_field(const Script *script, const Gpu *gpu, FieldValue *field)
+{
+    unsigned int due = gpu->is_module ? SCOPE_MODULE : SCOPE_GPU;
+    for (unsigned int k = 0; k < gpu->fields; k++)
+        if (gpu->field[k].field == field->field)
+            return gpu->field[k].code;
+    field->type = TYPE_UNSIGNED_INT;
+    switch (field->field) {
+    case FIELD_LIMIT:
+        field->value.unsigned_int = limit_of(gpu, 1);
+        return SUCCESS;
+    case FIELD_POWER_AVERAGE:
+    case FIELD_POWER_INSTANT:
+        return field->scope != due ? NOT_SUPPORTED
+            : give_power(script, gpu, field->field == FIELD_POWER_INSTANT ? &gpu->instant : &gpu->average,
+                         &field->value.unsigned_int);
+    case FIELD_ENERGY_OF_GPU:
+    case FIELD_ENERGY:
+        field->type = TYPE_UNSIGNED_LONG_LONG;
+        return field->scope != due || (gpu->is_module && field->field == FIELD_ENERGY_OF_GPU)
+            ? NOT_SUPPORTED : give_energy(script, gpu, &field->value.unsigned_long_long);
+    default:
+        return NOT_SUPPORTED;
+    }
+}
+
+/* Each field has its own success; the call as a whole fails only where NVML does not get as far as them. */
+int nvmlDeviceGetFieldValues(void *handle, int count, FieldValue *fields)
+{
+    Script script;
+    Gpu *gpu;
+    struct timespec now;
+    int code = begin_for_gpu(&script, __func__, handle, &gpu);
+    if (code != SUCCESS)
+        return code;
+    if (count < 1 || !fields)
+        return INVALID_ARGUMENT;
+    clock_gettime(CLOCK_REALTIME, &now);
+    for (int k = 0; k < count; k++) {
+        fields[k].timestamp = now.tv_sec * 1000000LL + now.tv_nsec / 1000;
+        fields[k].latency_us = 0;
+        fields[k].code = (unsigned int)give_field(&script, gpu, &fields[k]);
+    }
+    return SUCCESS;
+}
+
+int nvmlDeviceGetPowerManagementLimit(void *handle, unsigned int *limit)
+{
+    Script script;
+    Gpu *gpu;
+    int code = begin_for_gpu(&script, __func__, handle, &gpu);
+    if (code == SUCCESS)
+        *limit = limit_of(gpu, 0);
+    return code;
+}
+
+int nvmlDeviceGetEnforcedPowerLimit(void *handle, unsigned int *limit)
+{
+    Script script;
+    Gpu *gpu;
+    int code = begin_for_gpu(&script, __func__, handle, &gpu);
+    if (code == SUCCESS)
+        *limit = limit_of(gpu, 1);
+    return code;
+}
+
+int nvmlDeviceGetTemperatureV(void *handle, TemperatureV1 *temperature)
+{
+    Script script;
+    Gpu *gpu;
+    void *owned;
+    double at, busy, degrees;
+    int code = begin_for_gpu(&script, __func__, handle, &gpu);
+    if (code != SUCCESS)
+        return code;
+    if (temperature->version != (sizeof *temperature | 1U << 24))
+        return VERSION_MISMATCH;
+    if (temperature->sensor != 0)
+        return INVALID_ARGUMENT;
+    at = time_of(&script);
+    Signal signal = signal_of(&script, gpu, at, &busy, &owned);
+    degrees = gpu->temperature;
+    if (gpu->thermal_tau > 0)
+        degrees = gpu->ambient + gpu->per_watt * power_smoothed(&signal, at, gpu->thermal_tau);
+    temperature->temperature = (int)floor(degrees + 0.5);
+    free(owned);
+    return SUCCESS;
+}
+
+/* The last value since then; the first holds before it, too. */
+static double step_of(const Step *steps, unsigned int count, double at, double without)
+{
+    double value = count ? steps[0].value : without;
+    for (unsigned int k = 0; k < count; k++)
+        if (steps[k].at <= at)
+            value = steps[k].value;
+    return value;
+}
+
+int nvmlDeviceGetCurrentClocksEventReasons(void *handle, unsigned long long *reasons)
+{
+    Script script;
+    Gpu *gpu;
+    void *owned;
+    double at, busy;
+    int code = begin_for_gpu(&script, __func__, handle, &gpu);
+    if (code != SUCCESS)
+        return code;
+    at = time_of(&script);
+    signal_of(&script, gpu, at, &busy, &owned);
+    free(owned);
+    *reasons = busy > 0 ? gpu->load.events : 0;
+    for (unsigned int k = 0; k < gpu->events; k++)
+        if (gpu->event[k].from <= at && at < gpu->event[k].to)
+            *reasons |= gpu->event[k].mask;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetUtilizationRates(void *handle, Utilisation *utilisation)
+{
+    Script script;
+    Gpu *gpu;
+    void *owned;
+    double at, busy;
+    int code = begin_for_gpu(&script, __func__, handle, &gpu);
+    if (code != SUCCESS)
+        return code;
+    if (gpu->mig == FEATURE_ENABLED) /* as NVML's reference says */
+        return NOT_SUPPORTED;
+    at = time_of(&script);
+    signal_of(&script, gpu, at, &busy, &owned);
+    free(owned);
+    utilisation->gpu = (unsigned int)floor(step_of(gpu->utilisation, gpu->utilisations, at, 100 * busy) + 0.5);
+    utilisation->memory = utilisation->gpu / 2;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetClockInfo(void *handle, unsigned int type, unsigned int *clock)
+{
+    Script script;
+    Gpu *gpu;
+    int code = begin_for_gpu(&script, __func__, handle, &gpu);
+    if (code == SUCCESS && type >= CLOCKS)
+        return INVALID_ARGUMENT;
+    if (code == SUCCESS)
+        *clock = (unsigned int)(type == CLOCK_MEMORY ? gpu->memory_clock
+            : step_of(gpu->sm_clock, gpu->sm_clocks, time_of(&script), 1980));
+    return code;
+}
+
+int nvmlDeviceGetPersistenceMode(void *handle, unsigned int *mode)
+{
+    Script script;
+    Gpu *gpu;
+    int code = begin_for_gpu(&script, __func__, handle, &gpu);
+    if (code == SUCCESS)
+        *mode = gpu->persistence ? FEATURE_ENABLED : FEATURE_DISABLED;
+    return code;
+}
+
+int nvmlDeviceGetMigMode(void *handle, unsigned int *current, unsigned int *pending)
+{
+    Script script;
+    Gpu *gpu;
+    int code = begin_for_gpu(&script, __func__, handle, &gpu);
+    if (code == SUCCESS && gpu->mig == UNKNOWN)
+        return NOT_SUPPORTED;
+    if (code == SUCCESS)
+        *current = *pending = (unsigned int)gpu->mig;
+    return code;
+}
+
+int nvmlDeviceGetVbiosVersion(void *handle, char *version, unsigned int length)
+{
+    Script script;
+    Gpu *gpu;
+    int code = begin_for_gpu(&script, __func__, handle, &gpu);
+    return code != SUCCESS ? code : give_text(gpu->vbios, version, length);
+}
+
+int nvmlDeviceGetPciInfo_v3(void *handle, Pci *pci)
+{
+    Script script;
+    Gpu *gpu;
+    int code = begin_for_gpu(&script, __func__, handle, &gpu);
+    if (code != SUCCESS)
+        return code;
+    memset(pci, 0, sizeof *pci);
+    pci->bus = (unsigned int)(gpu - script.gpu) + 1;
+    pci->device_id = 0x233510de;
+    snprintf(pci->legacy_id, sizeof pci->legacy_id, "0000:%02X:00.0", pci->bus & 0xFF);
+    snprintf(pci->id, sizeof pci->id, "00000000:%02X:00.0", pci->bus & 0xFF);
     return SUCCESS;
 }

@@ -79,20 +79,32 @@ class Trace:
         """What the GPU truly draws then."""
         return self._signal(gpu).power_w(self.seconds(at_ns))
 
-    def counter_mj(self, at_ns: int, gpu: int = 0) -> int | None:
-        """What the energy counter says then; None without one."""
+    def counter_mj(self, at_ns: int, gpu: int = 0) -> int:
+        """What the energy counter says then.
+
+        Raises:
+            ValueError: the GPU has none.
+        """
         counter = self.gpus[gpu].counter
-        return counter.read_mj(self._signal(gpu), self.seconds(at_ns)) if counter else None
+        if counter is None:
+            raise ValueError(f"GPU {gpu} has no energy counter")
+        return counter.read_mj(self._signal(gpu), self.seconds(at_ns))
 
-    def instant_w(self, at_ns: int, gpu: int = 0) -> float | None:
-        """What field 186 says then, in mW as NVML does; None without it."""
-        sensor = self.gpus[gpu].instant
-        return sensor.read_mw(self._signal(gpu), self.seconds(at_ns)) / 1000 if sensor else None
+    def instant_w(self, at_ns: int, gpu: int = 0) -> float:
+        """What field 186 says then, to the milliwatt.
 
-    def average_w(self, at_ns: int, gpu: int = 0) -> float | None:
-        """What `nvmlDeviceGetPowerUsage` says then; None without it."""
-        sensor = self.gpus[gpu].average
-        return sensor.read_mw(self._signal(gpu), self.seconds(at_ns)) / 1000 if sensor else None
+        Raises:
+            ValueError: the GPU does not have it.
+        """
+        return self._read_w(self.gpus[gpu].instant, at_ns, gpu)
+
+    def average_w(self, at_ns: int, gpu: int = 0) -> float:
+        """What `nvmlDeviceGetPowerUsage` says then.
+
+        Raises:
+            ValueError: the GPU does not have it.
+        """
+        return self._read_w(self.gpus[gpu].average, at_ns, gpu)
 
     def temp_c(self, at_ns: int, gpu: int = 0) -> int:
         """What the temperature sensor says then, whole degrees."""
@@ -126,6 +138,11 @@ class Trace:
     def nanoseconds(self, at_s: float) -> int:
         """A time of the GPUs on CLOCK_MONOTONIC."""
         return self.origin_ns + round(at_s * NS_PER_S)
+
+    def _read_w(self, sensor: Sensor | None, at_ns: int, gpu: int) -> float:
+        if sensor is None:
+            raise ValueError(f"GPU {gpu} has no such power sensor")
+        return sensor.read_mw(self._signal(gpu), self.seconds(at_ns)) / 1000
 
     def _signal(self, gpu: int) -> PowerSignal:
         if self.gpus[gpu].load is not None:
@@ -231,18 +248,22 @@ def _changes(trace: Trace, gpu: int, polls: Sequence[int]) -> list[CounterChange
     before_ns = polls[0] if polls else 0
     for at_ns in polls if trace.gpus[gpu].counter else ():
         value = trace.counter_mj(at_ns, gpu)
-        if value is not None and (not rows or value != rows[-1].energy_mj):
+        if not rows or value != rows[-1].energy_mj:
             rows.append(CounterChange(gpu, before_ns, at_ns, value))
         before_ns = at_ns
     return rows
 
 
 def _sample(trace: Trace, gpu: int, at_ns: int) -> GpuSample:
-    power_w = trace.instant_w(at_ns, gpu)
+    power_w = None
+    if trace.gpus[gpu].instant:
+        power_w = trace.instant_w(at_ns, gpu)
+    elif trace.gpus[gpu].average:
+        power_w = trace.average_w(at_ns, gpu)
     return GpuSample(
         gpu=gpu,
         at_ns=at_ns,
-        power_w=trace.average_w(at_ns, gpu) if power_w is None else power_w,
+        power_w=power_w,
         temp_c=float(trace.temp_c(at_ns, gpu)),
         sm_clock_hz=trace.sm_clock_mhz(at_ns, gpu) * 1e6,
         util_ratio=None if trace.gpus[gpu].mig else trace.utilisation_percent(at_ns, gpu) / 100,
