@@ -25,7 +25,7 @@ _PROBLEMS_SHOWN = 10
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Add `results list` and `results show` to the command line."""
+    """Add `results list`, `results show` and `results recompute` to the command line."""
     parser = subparsers.add_parser("results", help="list and show what was measured", description=__doc__)
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     listing = actions.add_parser("list", help="every run in the results folder")
@@ -33,7 +33,10 @@ def add_parser(subparsers: Subparsers) -> None:
     showing = actions.add_parser("show", help="one run as a table, or one experiment in full")
     showing.add_argument("id", metavar="ID", help="a run, RUN/EXPERIMENT, an experiment, or a campaign (its last run)")
     showing.set_defaults(run=run, action=_show)
-    for action in (listing, showing):
+    again = actions.add_parser("recompute", help="work every energy figure out again from the samples")
+    again.add_argument("id", metavar="ID", help="as for show; 1 is the exit code when a figure does not agree")
+    again.set_defaults(run=run, action=_recompute)
+    for action in (listing, showing, again):
         action.add_argument(
             "--results-dir", "-o", type=Path, default=Path("results"), metavar="DIR", help="default: results"
         )
@@ -42,8 +45,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """The exit code; 0 also where results are damaged, which is told."""
-    args.action(args, out, err)
-    return int(ExitCode.OK)
+    return int(args.action(args, out, err) or ExitCode.OK)
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,23 @@ def _show_experiment(args: argparse.Namespace, scan: Scan, exp_id: str, out: Tex
     ]
     out.write("\n".join(texts) if texts else f"{exp_id}: no whole result\n")
     _tell(err, problems)
+
+
+def _recompute(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
+    from lem.cli.recompute import document_of, recompute_result, write_outcomes
+
+    item, exp_id = _resolve(args.results_dir, args.id)
+    scan = _scan(args.results_dir, item)
+    results = [result for result in scan.results if exp_id in (None, result.record.identity.experiment_id)]
+    problems = [problem for problem in scan.problems if exp_id in (None, problem.exp_id)]
+    outcomes = [recompute_result(result) for result in results]
+    if args.json:
+        documents = [document_of(outcome) for outcome in outcomes]
+        _write_json(out, {"results": documents, "problems": _problem_documents(problems)})
+    else:
+        write_outcomes(out, outcomes)
+        _tell(err, problems)
+    return int(ExitCode.OK if all(outcome.is_good for outcome in outcomes) else ExitCode.EXPERIMENT_FAILED)
 
 
 def _with_path(text: str, result: StoredResult) -> str:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from lem.meters.integrate import NotMeasured
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from lem.record import Carbon, Efficiency, Energy, Gpu, Idle
 
 __all__ = ["Figures"]
 
 _Value = TypeVar("_Value")
-_Section = TypeVar("_Section", bound="DataclassInstance")
+_Section = TypeVar("_Section", Carbon, Efficiency, Energy, Gpu, Idle)
 
 
 class Figures:

@@ -1,0 +1,151 @@
+"""Every energy figure of a record worked out again from its sample log, and whether it agrees with the recorded one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lem.config.experiment_config import ExperimentConfig
+from lem.meters import marks as names
+from lem.meters.attempt_log import Baselines, span_of
+from lem.meters.efficiency import carbon_of, efficiency_of
+from lem.meters.energy import EnergyFindings, measure
+from lem.meters.external import ExternalReadings
+from lem.meters.samples import Mark, SampleLog
+from lem.meters.sources import EXTERNAL, Sources, choose_sources
+from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Record
+
+__all__ = ["Difference", "Recomputed", "has_energy", "recompute"]
+
+_Section = Energy | Idle | Gpu | Efficiency | Carbon
+
+# The same sums over the same rows: what differs by more than rounding was not worked out from them.
+_TOLERANCE = 1e-9
+
+# What another meter told, or nothing measured: left out of the comparison where the CSV is no longer there.
+_FROM_CSV = ("energy.external_energy_j",)
+_FROM_CSV_AS_PRIMARY = ("energy.energy_source", "energy.energy_scope", "efficiency.", "carbon.")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A figure that does not agree, by its place in the record: `energy.gpu_energy_j`, `gpus[0].power_max_w`."""
+
+    field: str
+    recorded: Any
+    recomputed: Any
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """What the sample log says of a record.
+
+    Attributes:
+        compared: how many figures were.
+        differences: those that do not agree.
+        notes: what could not be compared, and why.
+    """
+
+    compared: int
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every figure that was compared is the recorded one."""
+        return not self.differences
+
+
+def recompute(
+    record: Record,
+    config: ExperimentConfig,
+    log: SampleLog,
+    marks: Sequence[Mark],
+    external: ExternalReadings | None = None,
+) -> Recomputed:
+    """The figures of the log beside those of the record.
+
+    Args:
+        external: the readings of the user's own meter, where they are still to be had.
+
+    Raises:
+        MeterRefused: the log has no meter that the configuration demands; it is not the log of this record.
+    """
+    sources = _sources(record, config, log, marks)
+    findings = measure(
+        log,
+        marks,
+        sources,
+        _baselines(record),
+        is_steady_mode=config.traffic_simulation.enabled,
+        window_repeats=record.window.window_repeats,
+        external=external,
+    )
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    if sources.is_external and external is None and record.energy.external_energy_j is not None:
+        left_out = _FROM_CSV + (_FROM_CSV_AS_PRIMARY if sources.primary == EXTERNAL else ())
+        notes = (f"not compared, since {config.measurement.external_csv} cannot be read: {', '.join(left_out)}",)
+    pairs = [item for item in _pairs(record, config, findings) if not item.field.startswith(left_out or ("\0",))]
+    return Recomputed(len(pairs), tuple(item for item in pairs if not _is_same(item.recorded, item.recomputed)), notes)
+
+
+def has_energy(record: Record) -> bool:
+    """Whether the record holds a figure that comes from meters."""
+    sections: tuple[Energy | Idle | Gpu, ...] = (record.energy, record.idle, *record.gpus)
+    return any(
+        getattr(section, item.name) is not None
+        for section in sections
+        for item in dataclasses.fields(section)
+        if item.name not in ("uuid", "name", "null_reasons")
+    )
+
+
+def _sources(record: Record, config: ExperimentConfig, log: SampleLog, marks: Sequence[Mark]) -> Sources:
+    uuids = record.environment.gpu_uuids
+    foreign = {} if record.validity.engine_reused else _there_before_load(log, marks)
+    return choose_sources(config, log.header, uuids, is_cpu=not uuids, foreign=foreign)
+
+
+def _there_before_load(log: SampleLog, marks: Sequence[Mark]) -> dict[str, tuple[int, ...]]:
+    """{uuid: pids} of the processes on each GPU before the engine was loaded; they are not the engine's."""
+    load = span_of(marks, names.LOAD)
+    rows = [row for row in log.processes if load is not None and row.at_ns <= load.opened_ns]
+    return {log.header.gpus[row.gpu].uuid: row.pids for row in rows}
+
+
+def _baselines(record: Record) -> Baselines:
+    """Power at rest as the record has it, for what was measured before this experiment; marks come first."""
+    idle = record.idle
+    return Baselines(idle.idle_bare_power_w, idle.idle_loaded_power_w, idle.baseline_age_s)
+
+
+def _pairs(record: Record, config: ExperimentConfig, found: EnergyFindings) -> Iterator[Difference]:
+    efficiency = efficiency_of(found.primary_j, record.work, found.primary_null_reason)
+    carbon = carbon_of(found.primary_j, config.measurement, found.primary_null_reason)
+    sections: list[tuple[str, _Section, _Section]] = [
+        ("energy", record.energy, found.energy),
+        ("idle", record.idle, found.idle),
+        ("efficiency", record.efficiency, efficiency),
+        ("carbon", record.carbon, carbon),
+    ]
+    by_uuid = {gpu.uuid: gpu for gpu in found.gpus}
+    for place, gpu in enumerate(record.gpus):
+        if gpu.uuid in by_uuid:
+            sections.append((f"gpus[{place}]", gpu, by_uuid[gpu.uuid]))
+        else:
+            yield Difference(f"gpus[{place}].uuid", gpu.uuid, None)
+    for section, recorded, recomputed in sections:
+        for item in dataclasses.fields(recorded):
+            if item.name not in ("null_reasons", "name"):
+                where = f"{section}.{item.name}"
+                yield Difference(where, getattr(recorded, item.name), getattr(recomputed, item.name))
+
+
+def _is_same(recorded: Any, recomputed: Any) -> bool:
+    if isinstance(recorded, float) and isinstance(recomputed, (int, float)):
+        return math.isclose(recorded, recomputed, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+    return bool(recorded == recomputed)
