@@ -1,27 +1,39 @@
-"""`lem gpus`: the GPUs that can be seen from here, their memory and who holds it."""
+"""`lem gpus`: the GPUs that can be seen from here, their memory, who holds it, and what energy can be measured."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import textwrap
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
 from lem.errors import ExitCode
 
 if TYPE_CHECKING:
+    from lem.meters.capabilities import CpuCapability
     from lem.meters.gpu_state import GpuState
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
 
 __all__ = ["add_parser", "run"]
 
+PROBE_S = 5.0
+PROBE_CHANGES = 40
+
 _GIB = 1024**3
+_WIDTH = 110
 
 
 def add_parser(subparsers: Subparsers) -> None:
     """Add `gpus` to the command line."""
     parser = subparsers.add_parser(
-        "gpus", help="list the GPUs, their memory and who holds it", description="List the GPUs that NVML sees."
+        "gpus",
+        help="list the GPUs, their memory, who holds it, and what energy can be measured",
+        description="List the GPUs that NVML sees, and which meters of GPUs and CPUs can be read.",
+    )
+    parser.add_argument(
+        "--probe", action="store_true", help=f"look for up to {PROBE_S:g} s how often the energy counters change"
     )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.set_defaults(run=run)
@@ -29,26 +41,48 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001 - as every command is called
     """The exit code; 0 also where there is no GPU."""
+    from lem.experiment.clock import SystemClock
+    from lem.meters.capabilities import find_capabilities
     from lem.meters.gpu_state import read_gpus
+    from lem.meters.gpus import open_nvml
 
-    reading = read_gpus()
+    probe_s = PROBE_S if args.probe else 0.0
+    with open_nvml() as nvml:
+        reading = read_gpus()
+        found = find_capabilities(nvml, SystemClock(), probe_s=probe_s, enough=PROBE_CHANGES)
     if args.json:
-        out.write(json.dumps({"schema_version": 1, **reading.to_dict()}) + "\n")
+        document = {"schema_version": 1, **reading.to_dict(), "energy": found.to_dict()}
+        out.write(json.dumps(document) + "\n")
         return int(ExitCode.OK)
-    out.writelines(_describe(gpu) for gpu in reading.gpus)
+    energy = {gpu.meter.uuid: gpu.describe() for gpu in found.gpus}
+    out.writelines(_describe(gpu, energy.get(gpu.uuid, ())) for gpu in reading.gpus)
     if reading.error is not None:
         out.write(f"NVML: {reading.error}\n")
     elif not reading.gpus:
         out.write("no GPU\n")
     elif reading.driver:
         out.write(f"driver {reading.driver}\n")
+    out.writelines(f"{line}\n" for line in _describe_cpu(found.cpu))
     return int(ExitCode.OK)
 
 
-def _describe(gpu: GpuState) -> str:
+def _describe(gpu: GpuState, energy: tuple[str, ...]) -> str:
     used, total = gpu.memory_used_b / _GIB, gpu.memory_total_b / _GIB
     lines = [f"{gpu.index}  {gpu.name}  {gpu.uuid}  {used:.1f} of {total:.1f} GiB in use"]
+    for text in energy:
+        lines += textwrap.wrap(text, _WIDTH, initial_indent="   ", subsequent_indent="     ", break_on_hyphens=False)
     for item in gpu.processes:
         held = "" if item.memory_b is None else f", {item.memory_b / _GIB:.1f} GiB"
         lines.append(f"   process {item.pid}{held}")
     return "".join(f"{line}\n" for line in lines)
+
+
+def _describe_cpu(cpu: CpuCapability) -> Iterator[str]:
+    if cpu.rapl_error is None:
+        yield f"CPU energy by RAPL: {', '.join(cpu.zones)}"
+        yield from (f"   cannot be read: {text}" for text in cpu.missing)
+    else:
+        yield f"no CPU energy: {cpu.rapl_error}"
+        yield f"   → {cpu.rapl_remedy}"
+    if cpu.tdp_w is not None:
+        yield f"CPU design power: {cpu.tdp_w:g} W, by the {cpu.tdp_source}"

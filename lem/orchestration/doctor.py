@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from lem.errors import UserError
+from lem.experiment.clock import SystemClock
+from lem.meters.capabilities import Capabilities, find_capabilities
 from lem.meters.gpu_state import GpuReading, read_gpus
+from lem.meters.gpus import open_nvml
+from lem.meters.rapl import POWERCAP
 from lem.orchestration.compose import Compose, Service
 from lem.orchestration.compose_files import find_compose_files
 from lem.orchestration.compose_project import ComposeProject
 from lem.orchestration.docker import ContainerError, Docker
+from lem.orchestration.energy_checks import PROBE_S, look_at_cpu_energy, look_at_gpu_energy
+from lem.orchestration.findings import FAILED, OK, SKIPPED, WARNING, Finding
 
 __all__ = ["CHECKS", "Check", "Finding", "Host", "Verdict", "examine"]
-
-OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
 
 # A campaign's results are small; images and models are not.
 LEAST_DISK_B = 1 * 1024**3
@@ -30,20 +34,6 @@ ENOUGH_DISK_B = 10 * 1024**3
 _CLOCK_UNSYNCHRONISED = 5  # TIME_ERROR, adjtimex(2)
 _TIMEX_SIZE_B = 512  # struct timex has 208 bytes on 64-bit Linux
 _MAX_SHOWN = 4
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check came to.
-
-    Attributes:
-        status: `ok`, `warning`, `failed`, or `skipped` where it does not apply or something before it failed.
-        remedy: what to do about it; empty when there is nothing to do.
-    """
-
-    status: str
-    message: str
-    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,6 +65,7 @@ class Host:
     state_dir: Path = Path(".state")
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
     device_folder: Path = Path("/dev")
+    rapl_root: Path = POWERCAP
 
     @functools.cached_property
     def engine(self) -> Mapping[str, Any]:
@@ -123,6 +114,12 @@ class Host:
     def gpus(self) -> GpuReading:
         """The GPUs as NVML sees them."""
         return read_gpus()
+
+    @functools.cached_property
+    def capabilities(self) -> Capabilities:
+        """The meters of energy, each energy counter looked at for a moment."""
+        with open_nvml() as nvml:
+            return find_capabilities(nvml, SystemClock(), probe_s=PROBE_S, rapl_root=self.rapl_root)
 
     @property
     def has_gpu_device(self) -> bool:
@@ -234,6 +231,14 @@ def _check_foreign_processes(host: Host) -> Finding:
     return Finding(WARNING, f"processes compute on the GPUs: {shown}", "end them, or measure on another GPU")
 
 
+def _check_gpu_energy(host: Host) -> Finding:
+    return look_at_gpu_energy(host.capabilities)
+
+
+def _check_cpu_energy(host: Host) -> Finding:
+    return look_at_cpu_energy(host.capabilities.cpu)
+
+
 def _check_rights(host: Host) -> Finding:
     for folder in (host.folder / host.results_dir, host.folder / host.state_dir):
         there = _existing(folder)
@@ -293,6 +298,8 @@ CHECKS: Sequence[Check] = (
     Check("driver", _check_driver),
     Check("gpu_runtime", _check_gpu_runtime),
     Check("gpu_processes", _check_foreign_processes),
+    Check("gpu_energy", _check_gpu_energy),
+    Check("cpu_energy", _check_cpu_energy),
     Check("rights", _check_rights),
     Check("disk", _check_disk),
     Check("clock", _check_clock),

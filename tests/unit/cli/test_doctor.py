@@ -15,6 +15,7 @@ from lem.meters.gpu_state import GpuProcess, GpuReading, GpuState
 from lem.orchestration.compose_files import packaged_compose_file
 from lem.orchestration.doctor import CHECKS, Finding, Host, examine
 from tests.doubles.fake_docker import FakeDocker
+from tests.doubles.powercap import Powercap
 
 GPU = {"image": "img", "deploy": {"resources": {"reservations": {"devices": [{"capabilities": ["gpu"]}]}}}}
 
@@ -27,7 +28,13 @@ def fake(tmp_path: Path) -> FakeDocker:
 def host(fake: FakeDocker, **more: Any) -> Host:
     (fake.folder / "dev").mkdir(exist_ok=True)
     environ = fake.environ(LEM_CACHE_DIR=str(fake.folder / "cache"))
-    return Host(folder=fake.folder, environ=environ, device_folder=fake.folder / "dev", **more)
+    return Host(
+        folder=fake.folder,
+        environ=environ,
+        device_folder=fake.folder / "dev",
+        rapl_root=fake.folder / "powercap",
+        **more,
+    )
 
 
 def look(found: Host) -> dict[str, Finding]:
@@ -121,6 +128,15 @@ def test_who_computes_on_the_gpus_is_told(fake: FakeDocker) -> None:
     assert look(with_gpu(fake))["gpu_processes"].status == "ok"
 
 
+def test_counters_of_the_cpu_are_looked_for(fake: FakeDocker) -> None:
+    finding = look(host(fake))["cpu_energy"]
+    assert (finding.status, "no RAPL package" in finding.message) == ("warning", True)
+    assert finding.remedy
+    Powercap.server(fake.folder / "powercap").make(0)
+    finding = look(host(fake))["cpu_energy"]
+    assert (finding.status, "package-1/dram" in finding.message) == ("ok", True)
+
+
 def test_a_folder_that_is_a_file_is_told(fake: FakeDocker) -> None:
     (fake.folder / "results").write_text("")
     assert look(host(fake))["rights"].status == "failed"
@@ -186,7 +202,7 @@ def test_what_the_gpus_are_doing_can_be_read_back() -> None:
     code, out, _ = run("gpus", "--json")
     reading = json.loads(out)
     assert code == 0
-    assert reading["schema_version"] == 1
-    del reading["schema_version"]
+    assert reading.pop("schema_version") == 1
+    assert set(reading.pop("energy")) == {"gpus", "gpu_error", "cpu"}
     assert json.loads(json.dumps(GpuReading.from_dict(reading).to_dict())) == reading
     assert run("gpus")[0] == 0

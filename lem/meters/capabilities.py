@@ -1,0 +1,200 @@
+"""What energy can be measured here: which meters answer, how fine they are, and what to do about those that do not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from lem.meters.cpu_load import find_tdp
+from lem.meters.gpu_watch import Complaints, GpuWatch, Stamps
+from lem.meters.integrate import NotMeasured, Span, update_period_s
+from lem.meters.nvml import NvmlMeter, gpu_uuids
+from lem.meters.rapl import POWERCAP, find_rapl
+from lem.meters.samples import CounterChange, GpuHeader
+
+__all__ = ["Capabilities", "CpuCapability", "GpuCapability", "ProbeClock", "find_capabilities", "probe_periods"]
+
+# Shorter than a tenth of the shortest update period seen (20 ms).
+_POLL_S = 0.002
+_NS_PER_S = 1_000_000_000
+
+
+class ProbeClock(Stamps, Protocol):
+    """A clock that can wait."""
+
+    def sleep(self, duration_s: float) -> None:
+        """Wait."""
+
+
+@dataclass(frozen=True)
+class GpuCapability:
+    """What can be measured of a GPU.
+
+    Attributes:
+        meter: what its meters say of themselves; an error holds its remedy.
+        counter_update_period_s: of its energy counter, as seen; None when nobody looked, or too few changes came.
+        probe_error: why it was not seen though somebody looked.
+    """
+
+    meter: GpuHeader
+    counter_update_period_s: float | None = None
+    probe_error: str | None = None
+
+    @property
+    def source(self) -> str | None:
+        """What its energy comes from, as `record.Energy.energy_source` has it; None for nothing."""
+        if self.meter.counter_error is None:
+            return "nvml_counter"
+        return None if self.meter.power_source is None else f"power_{self.meter.power_source}_integral"
+
+    def describe(self) -> tuple[str, ...]:
+        """It in words, a line each."""
+        meter = self.meter
+        lines = [self._counter_text()]
+        if meter.power_error is not None:
+            lines.append(meter.power_error)
+        else:
+            is_instant = meter.power_source == "instant"
+            lines.append("power: " + ("of the moment" if is_instant else "an average, over 1 s on some GPUs"))
+        if meter.power_limit_w is not None:
+            lines[-1] += f", limit {meter.power_limit_w:g} W"
+        if meter.energy_scope == "module":
+            lines.append("energy and power are those of the whole module, CPU included")
+        if meter.persistence_mode is False:
+            lines.append("persistence mode is off: idle power is higher while somebody looks; nvidia-smi -pm 1")
+        return tuple(lines)
+
+    def _counter_text(self) -> str:
+        meter = self.meter
+        if meter.counter_error is not None:
+            stead = " (power is integrated instead, and the record says so)" if meter.power_error is None else ""
+            return f"{meter.counter_error}{stead}"
+        if self.counter_update_period_s is not None:
+            return f"energy counter, brought up to date every {self.counter_update_period_s * 1e3:.0f} ms"
+        return "energy counter" + ("" if self.probe_error is None else f"; {self.probe_error}")
+
+
+@dataclass(frozen=True)
+class CpuCapability:
+    """What can be measured of the CPUs.
+
+    Attributes:
+        zones: of RAPL, that can be read.
+        rapl_error, rapl_remedy: why there is none, and what to do about it.
+        missing: zones other than packages that cannot be read, each with why.
+        tdp_w, tdp_source: the design power of all packages, for `measurement.energy: tdp_estimate`.
+    """
+
+    zones: tuple[str, ...] = ()
+    rapl_error: str | None = None
+    rapl_remedy: str = ""
+    missing: tuple[str, ...] = ()
+    tdp_w: float | None = None
+    tdp_source: str | None = None
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What energy can be measured on this machine.
+
+    Attributes:
+        gpu_error: why there is no GPU to measure; None when there is one.
+    """
+
+    cpu: CpuCapability
+    gpus: tuple[GpuCapability, ...] = ()
+    gpu_error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """They as JSON values."""
+        gpus = [
+            {
+                **dataclasses.asdict(gpu.meter),
+                "energy_source": gpu.source,
+                "counter_update_period_s": gpu.counter_update_period_s,
+                "probe_error": gpu.probe_error,
+            }
+            for gpu in self.gpus
+        ]
+        return {"gpus": gpus, "gpu_error": self.gpu_error, "cpu": dataclasses.asdict(self.cpu)}
+
+
+def find_capabilities(
+    nvml: Any,
+    clock: ProbeClock,
+    *,
+    probe_s: float = 0.0,
+    enough: int = 6,
+    tdp_w: float | None = None,
+    rapl_root: Path = POWERCAP,
+) -> Capabilities:
+    """What can be measured here.
+
+    Args:
+        nvml: pynvml, initialised; or, as a text, why there is none.
+        probe_s: how long to look at the energy counters to see how often they change; 0 for not at all.
+        enough: changes of every counter after which the looking ends sooner.
+        tdp_w: `measurement.cpu_tdp_w`.
+    """
+    rapl = find_rapl(rapl_root)
+    design_w, design_source = find_tdp(tdp_w, rapl_root)
+    cpu = CpuCapability(
+        zones=tuple(counter.zone.name for counter in rapl.counters),
+        rapl_error=rapl.error,
+        rapl_remedy=rapl.remedy,
+        missing=tuple(f"{name}: {why}" for name, why in rapl.missing),
+        tdp_w=design_w,
+        tdp_source=design_source,
+    )
+    if isinstance(nvml, str):
+        return Capabilities(cpu, gpu_error=f"NVML is not there: {nvml}")
+    uuids = gpu_uuids(nvml)
+    meters = [NvmlMeter(nvml, uuid) for uuid in uuids if uuid is not None]
+    lost = [_lost(index) for index, uuid in enumerate(uuids) if uuid is None]
+    periods = probe_periods(meters, clock, probe_s, enough) if probe_s > 0 else [None] * len(meters)
+    found = [_capability(meter, period) for meter, period in zip(meters, periods, strict=True)]
+    gpus = sorted([*found, *lost], key=lambda gpu: -1 if gpu.meter.index is None else gpu.meter.index)
+    return Capabilities(cpu, tuple(gpus), None if gpus else "NVML sees no GPU")
+
+
+def probe_periods(
+    meters: Sequence[NvmlMeter], clock: ProbeClock, probe_s: float, enough: int
+) -> list[float | NotMeasured | None]:
+    """The update period of each energy counter in seconds, or why it was not seen; None where there is no counter.
+
+    The counters are looked at together for `probe_s`, or until each has changed `enough` times.
+    """
+    watches = [GpuWatch(meter, place, clock, Complaints()) for place, meter in enumerate(meters)]
+    changes: list[CounterChange] = []
+    opened_ns = clock.monotonic_ns()
+    closes_ns = opened_ns + round(probe_s * _NS_PER_S)
+    wanted = [place for place, meter in enumerate(meters) if meter.has_counter]
+    while (now_ns := clock.monotonic_ns()) < closes_ns:
+        changes += [row for watch in watches for row in watch.poll() if isinstance(row, CounterChange)]
+        seen = [row.gpu for row in changes]
+        if all(seen.count(place) > enough for place in wanted):
+            break
+        clock.sleep(_POLL_S)
+    span = Span(opened_ns, max(now_ns, opened_ns + 1))
+    return [_period(changes, place, span) if meter.has_counter else None for place, meter in enumerate(meters)]
+
+
+def _period(changes: Sequence[CounterChange], place: int, span: Span) -> float | NotMeasured:
+    try:
+        return update_period_s(changes, place, span)
+    except NotMeasured:
+        return NotMeasured(f"it changed fewer than three times in {span.seconds:.1f} s")
+
+
+def _capability(meter: NvmlMeter, period: float | NotMeasured | None) -> GpuCapability:
+    if isinstance(period, NotMeasured):
+        return GpuCapability(meter.header, probe_error=str(period))
+    return GpuCapability(meter.header, period)
+
+
+def _lost(index: int) -> GpuCapability:
+    text = "the GPU does not answer; dmesg says why (Xid), reset it or reboot"
+    return GpuCapability(GpuHeader(index, "unknown", "unknown", "unknown", counter_error=text, power_error=text))
