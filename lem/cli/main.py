@@ -27,6 +27,7 @@ COMMANDS = (
     "experiment",
     "config",
     "results",
+    "compare",
     "presets",
     "datasets",
     "gpus",
@@ -126,6 +127,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         prog="lem",
         description="Measure what LLM inference costs: joules, tokens per second, latency, and how sure that is.",
         epilog="exit codes: 0 fine · 1 an experiment failed · 2 usage, configuration or host not fit · "
+        "3 a gate found a regression · 4 a gate is inconclusive under --strict · "
         "5 locked by another campaign · 70 a bug · 130 SIGINT · 143 SIGTERM",
     )
     parser.add_argument("--version", action="version", version=f"lem {__version__}")

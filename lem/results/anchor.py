@@ -23,6 +23,7 @@ from lem.results.compare import (
     find_effect,
     finished,
     metrics_to_show,
+    without_result,
 )
 from lem.results.effect import Effect, anchored_effect
 from lem.results.gate import Gate
@@ -33,6 +34,7 @@ __all__ = ["ANCHOR_TOLERANCE", "compare_runs"]
 # Between days an unchanged configuration moves by about 1 %; what moves it by more is no day.
 ANCHOR_TOLERANCE = 0.05
 
+_OWN_ANCHOR = "it is the only configuration that both runs measured unchanged, and no anchor for itself"
 _NO_ANCHOR = (
     "no configuration is common to both runs and unchanged, so what separates two days cannot be told from what "
     "separates two configurations; measure one that did not change in both"
@@ -66,7 +68,8 @@ def compare_runs(
     pairs = tuple(_pair(pair, anchors, shown, tolerance) for pair in matched)
     finding = _finding(anchors, shown, tolerance)
     runs = (before, after)
-    return finished(Comparison(runs, pairs, shown, tuple(gates), confidence, finding, notes=tuple(notes)))
+    missing = (*notes, *(() if chosen else without_result(before, after)))
+    return finished(Comparison(runs, pairs, shown, tuple(gates), confidence, finding, missing=missing))
 
 
 _Anchors = tuple[Subject, Subject] | None
@@ -136,10 +139,10 @@ def _pair(subjects: tuple[Subject, Subject], anchors: _Anchors, metrics: Sequenc
         raw = _raw(metric, before, after)
         if anchors is not None and is_anchored:
             effect, reason = _over_anchor(metric, subjects, anchors, tolerance)
+            blocking = blocking_reason(obstacles, metric.group) or exclusion_reason(before, after, *anchors)
         else:
-            what = "it is the only configuration in both, and cannot be its own anchor" if anchors else _NO_ANCHOR
-            effect, reason = (None if raw is None else Effect(raw, None, None, _counts(subjects)), what)
-        blocking = blocking_reason(obstacles, metric.group) or exclusion_reason(before, after, *(anchors or ()))
+            effect = None if raw is None else Effect(raw, None, None, _counts(subjects))
+            reason, blocking = (_OWN_ANCHOR if anchors else _NO_ANCHOR), ""
         rows.append(
             Row(
                 metric=metric,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from lem.errors import ExitCode
 from lem.record import Record
 from lem.results.aggregation import SHARED_LOAD, ConfigAggregate, aggregate_config
 from lem.results.comparability import Obstacle, blocking_reason, find_obstacles
 from lem.results.cycles import Cycles, by_cycle, cycle_values, distinct, used_cycles
 from lem.results.effect import Effect, paired_effect
-from lem.results.gate import Gate, Judgement, judge
+from lem.results.gate import Gate, Judgement, Verdict, judge
 from lem.results.metrics import METRICS, Metric
 from lem.results.settings import settings_of
 from lem.results.statistics import holm
@@ -28,8 +29,10 @@ __all__ = [
     "exclusion_reason",
     "find_effect",
     "finished",
+    "gate_code",
     "gather",
     "metrics_to_show",
+    "without_result",
 ]
 
 # A finding is told as one below this, after Holm.
@@ -76,11 +79,16 @@ class Subject:
 
 @dataclass(frozen=True)
 class RunResults:
-    """The configurations of one run, in the order in which they ran first."""
+    """The configurations of one run, in the order in which they ran first.
+
+    Attributes:
+        failed: those without any result, and how many experiments of each failed.
+    """
 
     campaign_name: str
     run_id: str
     subjects: tuple[Subject, ...]
+    failed: Mapping[str, int] = field(default_factory=dict)
 
     def find(self, name: str) -> Subject | None:
         """The configuration of that name."""
@@ -152,7 +160,7 @@ class Comparison:
         pairs: the first's baseline is that of all when there is one run.
         metrics: in the order in which they are shown.
         n_compared: how many p values Holm adjusted together.
-        notes: what else to know, such as configurations without a counterpart.
+        missing: what could not be compared: configurations without a result or a counterpart.
     """
 
     runs: tuple[RunResults, ...]
@@ -162,7 +170,16 @@ class Comparison:
     confidence: float
     anchor: AnchorFinding | None = None
     n_compared: int = 0
-    notes: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+
+
+def gate_code(comparison: Comparison, *, is_strict: bool) -> ExitCode:
+    """What the gates end with: a confirmed regression, something undecided where that counts, or fine."""
+    verdicts = [row.judgement.verdict for pair in comparison.pairs for row in pair.rows if row.judgement]
+    if Verdict.WORSE in verdicts:
+        return ExitCode.REGRESSION
+    is_open = Verdict.INCONCLUSIVE in verdicts or not verdicts or bool(comparison.missing)
+    return ExitCode.INCONCLUSIVE if comparison.gates and is_strict and is_open else ExitCode.OK
 
 
 def gather(
@@ -194,7 +211,8 @@ def gather(
         )
         for name, members in by_name.items()
     )
-    return RunResults(kept[0].identity.campaign_name, kept[0].identity.run_id, subjects)
+    lost = {name: count for name, count in (failed or {}).items() if name not in by_name}
+    return RunResults(kept[0].identity.campaign_name, kept[0].identity.run_id, subjects, lost)
 
 
 def compare_configurations(
@@ -213,7 +231,16 @@ def compare_configurations(
     """
     chosen = metrics_to_show(metrics, gates, [baseline, *others])
     pairs = [_pair(baseline, other, chosen) for other in others]
-    return finished(Comparison((run,), tuple(pairs), chosen, tuple(gates), confidence))
+    return finished(Comparison((run,), tuple(pairs), chosen, tuple(gates), confidence, missing=without_result(run)))
+
+
+def without_result(*runs: RunResults) -> tuple[str, ...]:
+    """A line for each configuration of which there is no result at all."""
+    return tuple(
+        f"no result at all: {name} in {run.run_id} ({count} failed)"
+        for run in runs
+        for name, count in run.failed.items()
+    )
 
 
 def metrics_to_show(
