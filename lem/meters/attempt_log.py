@@ -17,7 +17,7 @@ from lem.meters.integrate import (
     rapl_curve,
 )
 from lem.meters.samples import Mark, SampleLog
-from lem.meters.sources import COUNTER, RAPL, TDP_ESTIMATE, Sources
+from lem.meters.sources import COUNTER, RAPL, SENSOR_LAG_S, TDP_ESTIMATE, Sources
 
 __all__ = ["AttemptLog", "Baselines", "span_of"]
 
@@ -103,7 +103,8 @@ class AttemptLog:
         if gpu.power_error is not None:
             raise NotMeasured(f"power of {gpu.uuid} cannot be read: {gpu.power_error}")
         period_s = max(self.sources.sample_period_s, self.sources.idle_period_s if at_rest else 0.0)
-        curve = power_curve(self.log.samples, place, period_s, f"power of {gpu.uuid}")
+        lag_s = SENSOR_LAG_S.get(gpu.power_source or "", 0.0)
+        curve = power_curve(self.log.samples, place, period_s, f"power of {gpu.uuid}", lag_s)
         return self._checked(curve, f"gpu{place}.power")
 
     def cpu_curves(self, domain: str) -> tuple[Curve, ...]:

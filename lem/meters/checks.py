@@ -11,6 +11,7 @@ from itertools import pairwise
 from lem.meters.attempt_log import AttemptLog
 from lem.meters.integrate import HOLE_PERIODS, NS_PER_S, Curve, NotMeasured, Span
 from lem.meters.samples import GpuHeader, SampleLog
+from lem.meters.sources import SENSOR_LAG_S
 
 __all__ = [
     "CROSSCHECK_TOLERANCE",
@@ -40,8 +41,7 @@ INVALID_BITS = {
     0x80: "hardware power brake",
 }
 
-# How far a power sensor lags: field 186 by a tenth of a second at most, an average over 1 s by that (Yang et al.).
-_LAG_S = {"instant": 0.2, "average": 1.2}
+# A comparison over less than this says nothing.
 _LEAST_CHECKED_S = 1.0
 
 # With fewer updates than this in each half, one update more or less looks like a change of power.
@@ -78,7 +78,7 @@ def crosscheck_ratio(attempt: AttemptLog) -> float:
     window = attempt.window
     integrated_j = counted_j = 0.0
     for number, place in enumerate(attempt.sources.gpus):
-        lag_s = _LAG_S.get(attempt.log.header.gpus[place].power_source or "", max(_LAG_S.values()))
+        lag_s = SENSOR_LAG_S.get(attempt.log.header.gpus[place].power_source or "", max(SENSOR_LAG_S.values()))
         inner = Span(window.opened_ns + round(lag_s * NS_PER_S), window.closed_ns)
         if inner.seconds < _LEAST_CHECKED_S:
             raise NotMeasured(f"a window of {window.seconds:.2f} s is too short to compare counter and power")

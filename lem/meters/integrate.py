@@ -98,6 +98,7 @@ class Curve:
         earliest_ns, latest_ns: each knot lies between the two; `at_ns` is the best guess.
         energy_j: at each knot; never falling.
         holes: where it says nothing; knots on both sides of a hole have no energy in common.
+        lag_s: by how much the meter may lag behind; until then after a window it still tells of the window.
     """
 
     what: str
@@ -106,6 +107,7 @@ class Curve:
     latest_ns: tuple[int, ...]
     energy_j: tuple[float, ...]
     holes: tuple[Hole, ...] = ()
+    lag_s: float = 0.0
 
     def between_j(self, span: Span) -> float:
         """The energy of the span, both edges interpolated between knots.
@@ -174,8 +176,8 @@ class Curve:
     def _closing(self, closed: ClosedWindow) -> tuple[float, float]:
         """A knot's time, and the energy at the window's closing."""
         closed_ns = closed.window.closed_ns
-        within = self._inside(closed.window)
-        behind = self._inside(Span(closed_ns, closed.after.closed_ns))
+        within = self._inside(closed.window) if not self.lag_s else ()
+        behind = self._inside(Span(closed_ns + round(self.lag_s * NS_PER_S), closed.after.closed_ns))
         own_w = self.guard_power_w(closed.after)
         rest_w = closed.idle_power_w if own_w is None else own_w
         if len(within) < 2:
@@ -252,8 +254,12 @@ def counter_curve(changes: Iterable[CounterChange], gpu: int, what: str) -> Curv
     return Curve(what, tuple(earliest), at_ns, tuple(row.at_ns for row in rows), tuple(energy_j), tuple(holes))
 
 
-def power_curve(samples: Iterable[GpuSample], gpu: int, period_s: float, what: str) -> Curve:
-    """The integral of a GPU's sampled power by trapezoids; more than three periods without a sample are a hole."""
+def power_curve(samples: Iterable[GpuSample], gpu: int, period_s: float, what: str, lag_s: float = 0.0) -> Curve:
+    """The integral of a GPU's sampled power by trapezoids; more than three periods without a sample are a hole.
+
+    A sensor that sees 25 of every 100 ms (A100, H100) aliases load with a rhythm near 10 Hz, and no sum over its
+    samples undoes that (Yang et al., SC24).
+    """
     rows = [(row.at_ns, row.power_w) for row in samples if row.gpu == gpu and row.power_w is not None]
     energy_j, holes = [0.0] * len(rows), []
     for place, ((before_ns, before_w), (after_ns, after_w)) in enumerate(pairwise(rows), start=1):
@@ -262,7 +268,7 @@ def power_curve(samples: Iterable[GpuSample], gpu: int, period_s: float, what: s
             text = f"{what} was not read for {length_s:.2f} s, more than {HOLE_PERIODS} periods of {period_s:g} s"
             holes.append(Hole(Span(before_ns, after_ns), text))
         energy_j[place] = energy_j[place - 1] + (before_w + after_w) / 2 * length_s
-    return _exact(what, [at_ns for at_ns, _ in rows], energy_j, holes)
+    return _exact(what, [at_ns for at_ns, _ in rows], energy_j, holes, lag_s)
 
 
 def rapl_curve(readings: Iterable[RaplReading], zone: int, max_uj: int, what: str) -> Curve:
@@ -310,7 +316,9 @@ def update_period_s(changes: Iterable[CounterChange], gpu: int, span: Span) -> f
     return statistics.fmean(item for item in spacings if item <= 1.5 * usual_ns) / NS_PER_S
 
 
-def _exact(what: str, at_ns: Sequence[int], energy_j: Sequence[float], holes: Sequence[Hole]) -> Curve:
+def _exact(
+    what: str, at_ns: Sequence[int], energy_j: Sequence[float], holes: Sequence[Hole], lag_s: float = 0.0
+) -> Curve:
     """A curve whose knots lie where they were read."""
     times = tuple(at_ns)
-    return Curve(what, times, times, times, tuple(energy_j), tuple(holes))
+    return Curve(what, times, times, times, tuple(energy_j), tuple(holes), lag_s)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Final
 
 from lem.config.experiment_config import ExperimentConfig
-from lem.meters.registry import MeterRefused
+from lem.meters.refusal import MeterRefused
 from lem.meters.samples import GpuHeader, SampleHeader
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "EXTERNAL",
     "INSTANT_POWER",
     "RAPL",
+    "SENSOR_LAG_S",
     "TDP_ESTIMATE",
     "Sources",
     "choose_sources",
@@ -28,6 +30,10 @@ AVERAGE_POWER: Final = "power_average_integral"
 RAPL: Final = "rapl"
 TDP_ESTIMATE: Final = "tdp_estimate"
 EXTERNAL: Final = "external_csv"
+
+# How far `GpuSample.power_w` may lag behind: field 186 is brought up to date every 100 ms from at most the 100 ms
+# before; `nvmlDeviceGetPowerUsage` is a mean over 1 s on GA10x, Ada and Hopper (Yang et al., SC24; NVML reference).
+SENSOR_LAG_S: Final = MappingProxyType({"instant": 0.2, "average": 1.1})
 
 _NOT_WANTED = "energy is not measured (measurement.energy: none)"
 _ON_CPU = "the experiment runs on the CPU"
@@ -63,6 +69,14 @@ class Sources:
     reasons: Mapping[str, str] = field(default_factory=dict)
     missing_uuids: tuple[str, ...] = ()
     cpu_tdp_w: float | None = None
+
+    @property
+    def least_guard_s(self) -> float:
+        """How long a guard must be for integrated power: until the sensor tells of it alone, and two samples more."""
+        lag_s = {INSTANT_POWER: SENSOR_LAG_S["instant"], AVERAGE_POWER: SENSOR_LAG_S["average"]}.get(
+            self.gpu_method or ""
+        )
+        return 0.0 if lag_s is None else lag_s + 2 * self.sample_period_s
 
     @property
     def is_estimate(self) -> bool:
