@@ -1,0 +1,136 @@
+"""A real sampler reads the NVML double through pynvml, as it would a driver; what the double does is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from lem.experiment.launch import own_command
+from lem.meters.samples import SampleLog, read_part
+from tests.doubles.nvml.library import NvmlDouble
+from tests.doubles.nvml.traces import Counter, Events, GpuProcess, GpuTrace, Level, PowerSignal, Ripple, Trace
+from tests.processes import wait_for
+
+pytestmark = pytest.mark.needs("gcc")
+
+TIMEOUT_S = 60.0
+COMMAND = own_command(sys.executable)
+
+
+@pytest.fixture
+def double(tmp_path: Path) -> NvmlDouble:
+    return NvmlDouble(tmp_path / "nvml")
+
+
+def sample(double: NvmlDouble, trace: Trace, changes: int = 0, *more: str) -> SampleLog:
+    """What a sampler logs of the trace until it has seen so many changes of every counter."""
+    double.say(*trace.lines(), *more)
+    output = double.script.with_name("samples.part")
+    words = [word for gpu in trace.gpus for word in ("--gpu", gpu.uuid)]
+    command = [*COMMAND, "worker", "--sampler", "--output", str(output), *words]
+    with subprocess.Popen(command, env=double.environ(), stdin=subprocess.PIPE) as sampler:
+        wait_for(lambda: (output.exists() and output.read_bytes().count(b"\n") > 1) or None)
+        wait_for(lambda: has_changed(read_part(output), changes, len(trace.gpus)) or None)
+    assert sampler.returncode == 0
+    return read_part(output)
+
+
+def has_changed(log: SampleLog, changes: int, gpus: int) -> bool:
+    return changes == 0 or all(len(changes_of(log, place)) > changes for place in range(gpus))
+
+
+def changes_of(log: SampleLog, place: int) -> list[tuple[int, int]]:
+    return [(row.at_ns, row.energy_mj) for row in log.counters if row.gpu == place]
+
+
+def test_every_row_is_what_the_gpu_did_at_that_time(double: NvmlDouble) -> None:
+    now_ns = time.monotonic_ns()
+    busy = PowerSignal(levels=(Level(0.0, 80.0), Level(2.0, 420.0, 0.3)), ripples=(Ripple(2.0, 60.0, 40.0, 10.0),))
+    first = GpuTrace(
+        uuid="GPU-first",
+        signal=busy,
+        counter=Counter(period_s=0.04),
+        temp_c=47,
+        events=(Events(-10.0, 600.0, 0x4),),
+        sm_clocks_mhz=((0.0, 1755),),
+        utilisation_percent=((0.0, 63),),
+        memory_used_b=3_000_000_000,
+        processes=(GpuProcess(4711), GpuProcess(12)),
+        power_limit_w=650.0,
+    )
+    second = GpuTrace(uuid="GPU-second", signal=PowerSignal(levels=(Level(0.0, 111.0),)), counter=Counter(period_s=0.1))
+    trace = Trace(now_ns - 2_000_000_000, (first, second))
+    log = sample(double, trace, 15)
+    for place in range(2):
+        rows = changes_of(log, place)
+        for (before_ns, _), (_, energy_mj), (after_ns, _) in zip(rows, rows[1:], rows[2:], strict=False):
+            assert trace.counter_mj(before_ns, place) <= energy_mj <= trace.counter_mj(after_ns, place)
+        assert all(later > earlier for (_, earlier), (_, later) in pairwise(rows))
+    seen = [row for row in log.samples if row.gpu == 0]
+    assert {(row.temp_c, row.sm_clock_hz, row.util_ratio, row.memory_b, row.event_mask) for row in seen} == {
+        (47.0, 1.755e9, 0.63, 3_000_000_000, 0x4)
+    }
+    assert {row.power_w for row in log.samples if row.gpu == 1} == {111.0}
+    assert {row.pids for row in log.processes if row.gpu == 0} == {(12, 4711)}
+    assert [gpu.uuid for gpu in log.header.gpus] == ["GPU-first", "GPU-second"]
+    assert (log.header.gpus[0].power_limit_w, log.header.gpus[0].power_source) == (650.0, "instant")
+    assert log.errors == ()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "more", "found", "words"),
+    [
+        (GpuTrace(), (), ("gpu", "instant", True), ""),
+        (GpuTrace(counter=None), (), ("gpu", "instant", False), "does not support it"),
+        (GpuTrace(instant=None), (), ("gpu", "average", True), ""),
+        (GpuTrace(scope="module"), (), ("module", "instant", True), ""),
+        (GpuTrace(mig=True), (), ("gpu", None, False), "whole board"),
+        (GpuTrace(), ("fail nvmlDeviceGetTotalEnergyConsumption 4",), ("gpu", "instant", False), "run lem as root"),
+        (GpuTrace(), ("fail nvmlDeviceGetFieldValues 13",), ("gpu", "average", True), ""),
+        (GpuTrace(), ("lost 0",), ("gpu", None, False), "dmesg"),
+    ],
+)
+def test_what_a_driver_tells_is_in_the_header(
+    double: NvmlDouble, gpu: GpuTrace, more: tuple[str, ...], found: tuple[str, str | None, bool], words: str
+) -> None:
+    trace = Trace(time.monotonic_ns(), (dataclasses.replace(gpu, uuid="GPU-x"),))
+    log = sample(double, trace, 0, *more)
+    (header,) = log.header.gpus
+    assert (header.energy_scope, header.power_source, header.counter_error is None) == found
+    assert words in (header.counter_error or "")
+    assert bool(log.counters) is found[2]
+    assert {row.power_w is not None for row in log.samples} <= {found[1] is not None}
+
+
+def test_the_gpus_are_listed_with_how_fine_their_counters_are(double: NvmlDouble) -> None:
+    gpus = (
+        GpuTrace(uuid="GPU-fine", counter=Counter(period_s=0.02), signal=PowerSignal(levels=(Level(0.0, 90.0),))),
+        GpuTrace(uuid="GPU-none", counter=None, persistence=False),
+    )
+    double.say(*Trace(time.monotonic_ns(), gpus).lines())
+    document = json.loads(_gpus(double, "--json", "--probe"))["energy"]
+    fine, none = document["gpus"]
+    assert (fine["energy_source"], none["energy_source"]) == ("nvml_counter", "power_instant_integral")
+    assert fine["counter_update_period_s"] >= 0.01
+    assert none["counter_update_period_s"] is None
+    text = " ".join(_gpus(double).split())
+    assert "GPU-fine" in text
+    assert "energy counter power: of the moment" in text
+    assert "power is integrated instead" in text
+    assert "nvidia-smi -pm 1" in text
+
+
+def _gpus(double: NvmlDouble, *words: str) -> str:
+    command = [*COMMAND, "gpus", *words]
+    finished = subprocess.run(
+        command, env=double.environ(), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert (finished.returncode, finished.stderr) == (0, "")
+    return finished.stdout
