@@ -1,0 +1,157 @@
+"""`lem report`: one campaign as one HTML file that needs nothing beside itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from lem import durable
+from lem.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from lem.record import Record
+    from lem.results.report.content import Report, TraceNote
+    from lem.results.report.trace import Trace
+    from lem.results.repository import Scan, StoredResult
+
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
+
+__all__ = ["add_parser", "run"]
+
+_FILENAME = "report.html"
+_PROBLEMS_SHOWN = 10
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add `report` to the command line."""
+    parser = subparsers.add_parser("report", help="one self-contained HTML file", description=__doc__)
+    parser.add_argument("campaign", metavar="CAMPAIGN", help="a campaign (its last run), or a run")
+    parser.add_argument(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help=f"where to write it, - for stdout (default: {_FILENAME} in the campaign's folder)",
+    )
+    parser.add_argument("--results-dir", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+    parser.add_argument("--json", action="store_true", help="what was written as one JSON document on stdout")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
+    """The exit code; 0 also where results are damaged, which the page and stderr tell."""
+    from lem.results.report.page import render_report
+    from lem.results.repository import Repository
+
+    if args.json and args.output == "-":
+        raise UserError("--json and --output - both want stdout", "name a file for the page")
+    campaign, run_id = _resolve(args.results_dir, args.campaign)
+    scan = Repository(args.results_dir, campaign).scan(run_id)
+    report = _compose(scan, campaign, run_id)
+    text = render_report(report)
+    _tell(err, scan)
+    if args.output == "-":
+        out.write(text)
+        return int(ExitCode.OK)
+    path = Path(args.output) if args.output else args.results_dir / campaign / _FILENAME
+    _write(path, text)
+    if args.json:
+        document = {
+            "path": str(path),
+            "bytes": len(text.encode("utf-8")),
+            "campaign": campaign,
+            "run_id": run_id,
+            "problems": [{"path": str(p.path), "kind": p.kind, "message": p.message} for p in scan.problems],
+        }
+        out.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    else:
+        out.write(f"{path}\n")
+    return int(ExitCode.OK)
+
+
+def _compose(scan: Scan, campaign: str, run_id: str) -> Report:
+    from lem.results.report.content import compose
+    from lem.results.report.loading import failed_settings, select_traced
+    from lem.results.repository import count_failed
+
+    logs = _with_log(scan.results)
+    traces, notes = _traces(select_traced(logs))
+    return compose(
+        [item.record for item in scan.results],
+        problems=scan.problems,
+        failed=count_failed(scan),
+        failed_settings=failed_settings(scan),
+        traces=traces,
+        trace_notes=notes,
+        n_logs=len(logs),
+        campaign_name=campaign,
+        run_id=run_id,
+    )
+
+
+def _with_log(results: Sequence[StoredResult]) -> tuple[StoredResult, ...]:
+    from lem.meters.samples import FINISHED_FILENAME
+
+    return tuple(item for item in results if (item.path.parent / FINISHED_FILENAME).is_file())
+
+
+def _traces(results: Sequence[StoredResult]) -> tuple[list[tuple[Record, Trace]], list[TraceNote]]:
+    """What the logs show; a log that cannot be used is named and left out."""
+    from lem.cli.report_traces import trace_of
+    from lem.meters.samples import FINISHED_FILENAME, SampleLogError, read_finished
+    from lem.results.report.content import TraceNote
+
+    traces, notes = [], []
+    for item in results:
+        path = item.path.parent / FINISHED_FILENAME
+        try:
+            traces.append((item.record, trace_of(*read_finished(path))))
+        except (SampleLogError, OSError, IndexError, TypeError, ValueError) as error:
+            message = str(error).removeprefix(f"{path}: ")
+            notes.append(TraceNote("/".join(path.parts[-4:]), message))
+    return traces, notes
+
+
+def _resolve(results_dir: Path, wanted: str) -> tuple[str, str]:
+    """The campaign and the run that are meant.
+
+    Raises:
+        UserError: nothing has that name, or several have.
+    """
+    from lem.results.repository import Repository, list_campaigns
+
+    runs = [
+        (name, run_id) for name in list_campaigns(results_dir) for run_id in Repository(results_dir, name).run_ids()
+    ]
+    of_campaign = [item for item in runs if item[0] == wanted]
+    if of_campaign:
+        return of_campaign[-1]
+    found = [item for item in runs if item[1] == wanted]
+    found = found or [item for item in runs if wanted and item[1].startswith(wanted)]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise UserError(f"no campaign or run {wanted!r} in {results_dir}", "lem results list shows what is there")
+    names = ", ".join(run_id for _, run_id in found[:5])
+    raise UserError(f"{wanted!r} can mean {names}{' and more' if len(found) > 5 else ''}", "name one of them in full")
+
+
+def _write(path: Path, text: str) -> None:
+    from lem.results.attempt import reason_of
+
+    try:
+        durable.write_text(path, text)
+    except OSError as error:
+        raise UserError(f"report: {path}: {reason_of(error)}", "name another file with --output") from error
+
+
+def _tell(err: TextIO, scan: Scan) -> None:
+    from lem.results.layout import printable
+
+    damaged = [problem for problem in scan.problems if problem.kind != "missing"]
+    lines = (f"left out: {problem.kind}: {problem.path}: {problem.message}" for problem in damaged[:_PROBLEMS_SHOWN])
+    err.writelines(printable(line) + "\n" for line in lines)
+    if len(damaged) > _PROBLEMS_SHOWN:
+        err.write(f"and {len(damaged) - _PROBLEMS_SHOWN} more: the page names them\n")

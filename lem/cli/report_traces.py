@@ -1,0 +1,130 @@
+"""Sample logs as the report draws them: phases, lines thinned, the times in which a GPU was slowed down."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+
+from lem.meters.samples import GpuSample, Mark, RaplReading, SampleLog
+from lem.results.report.trace import POWER, TEMPERATURE, Band, Phase, Series, Spell, Trace, thin
+
+__all__ = ["trace_of"]
+
+_NS = 1_000_000_000
+_BUCKETS = 260
+_RAPL_INTERVAL_S = 1.0
+_HOLE_INTERVALS = 3
+
+# Bits of nvmlClocksEventReasons: those that void a measurement, and the power limit, which is normal.
+_FAULTS = {0x8: "hardware slowdown", 0x20: "thermal slowdown", 0x40: "hardware thermal slowdown", 0x80: "power brake"}
+_CAP = (0x4, "at the power limit")
+
+_Points = list[tuple[float, float]]
+
+
+def trace_of(log: SampleLog, marks: Sequence[Mark]) -> Trace:
+    """What a sample log shows over time, in seconds from its first mark."""
+    ordered = sorted(marks, key=lambda mark: (mark.opened_ns, mark.closed_ns))
+    zero_ns = ordered[0].opened_ns if ordered else log.header.started_ns
+
+    def seconds(at_ns: int) -> float:
+        return (at_ns - zero_ns) / _NS
+
+    interval_s = log.header.interval_ms / 1000
+    by_gpu: dict[int, list[GpuSample]] = {}
+    for sample in log.samples:
+        by_gpu.setdefault(sample.gpu, []).append(sample)
+    names = {gpu.index: f"GPU {gpu.index} {gpu.name}" for gpu in log.header.gpus}
+    powers: list[_Points] = []
+    series: list[Series] = []
+    for gpu, samples in sorted(by_gpu.items()):
+        power = [(seconds(item.at_ns), item.power_w) for item in samples if item.power_w is not None]
+        powers.append(power)
+        series.append(_series(names.get(gpu, f"GPU {gpu}"), POWER, power, interval_s, len(by_gpu)))
+    packages = _package_powers(log, seconds)
+    for name, power in packages.items():
+        series.append(_series(name, POWER, power, _RAPL_INTERVAL_S, len(packages)))
+    for gpu, samples in sorted(by_gpu.items()):
+        temperature = [(seconds(item.at_ns), item.temp_c) for item in samples if item.temp_c is not None]
+        series.append(_series(names.get(gpu, f"GPU {gpu}"), TEMPERATURE, temperature, interval_s, len(by_gpu)))
+    spells = [spell for samples in by_gpu.values() for spell in _spells(samples, seconds, interval_s)]
+    counted = powers if any(powers) else list(packages.values())
+    return Trace(
+        bands=tuple(Band(mark.name, seconds(mark.opened_ns), seconds(mark.closed_ns)) for mark in ordered),
+        series=tuple(item for item in series if any(item.points)),
+        spells=tuple(sorted(spells, key=lambda spell: (spell.begin_s, spell.reason))),
+        phases=tuple(_phase(mark, seconds, counted, series, spells) for mark in ordered),
+        interval_s=interval_s if by_gpu else _RAPL_INTERVAL_S,
+    )
+
+
+def _series(label: str, quantity: str, points: _Points, interval_s: float, n_lines: int) -> Series:
+    buckets = max(_BUCKETS // max(n_lines, 1), 60)
+    return Series(label, quantity, thin(points, buckets, _HOLE_INTERVALS * interval_s))
+
+
+def _package_powers(log: SampleLog, seconds: Callable[[int], float]) -> dict[str, _Points]:
+    """Mean power of each CPU package between two readings of its counter, which may have wrapped between them."""
+    found: dict[str, _Points] = {}
+    before: dict[int, RaplReading] = {}
+    for reading in log.rapl:
+        last = before.get(reading.zone)
+        before[reading.zone] = reading
+        zone = log.header.zones[reading.zone]
+        if last is None or zone.domain != "package" or reading.at_ns <= last.at_ns:
+            continue
+        rise_uj = reading.energy_uj - last.energy_uj
+        rise_uj += zone.max_uj if rise_uj < 0 else 0
+        power_w = rise_uj * 1e-6 / ((reading.at_ns - last.at_ns) / _NS)
+        found.setdefault(f"CPU {zone.name}", []).append((seconds(reading.at_ns), power_w))
+    return found
+
+
+def _spells(samples: Sequence[GpuSample], seconds: Callable[[int], float], interval_s: float) -> Iterable[Spell]:
+    """The times in which a bit was set, each until the next sample; pauses of a few samples are bridged."""
+    for mask, reason in (*_FAULTS.items(), _CAP):
+        begin: float | None = None
+        end = 0.0
+        for index, sample in enumerate(samples):
+            if not (sample.event_mask or 0) & mask:
+                continue
+            at = seconds(sample.at_ns)
+            if begin is not None and at - end > _HOLE_INTERVALS * interval_s:
+                yield Spell(begin, end, mask != _CAP[0], reason)
+                begin = None
+            begin = at if begin is None else begin
+            following = seconds(samples[index + 1].at_ns) if index + 1 < len(samples) else at + interval_s
+            end = min(following, at + _HOLE_INTERVALS * interval_s)
+        if begin is not None:
+            yield Spell(begin, end, mask != _CAP[0], reason)
+
+
+def _phase(
+    mark: Mark,
+    seconds: Callable[[int], float],
+    powers: Sequence[_Points],
+    series: Sequence[Series],
+    spells: Sequence[Spell],
+) -> Phase:
+    """One phase in numbers; power is the sum over the devices."""
+    begin, end = seconds(mark.opened_ns), seconds(mark.closed_ns)
+    inside = [[value for at, value in points if begin <= at <= end] for points in powers]
+    is_known = bool(inside) and all(inside)
+    temperatures = [
+        point[1]
+        for item in series
+        if item.quantity == TEMPERATURE
+        for point in item.points
+        if point and begin <= point[0] <= end
+    ]
+    throttled = sum(max(0.0, min(end, s.end_s) - max(begin, s.begin_s)) for s in spells if s.is_fault)
+    return Phase(
+        name=mark.name,
+        begin_s=begin,
+        length_s=end - begin,
+        power_mean_w=sum(map(statistics.fmean, inside)) if is_known else None,
+        power_max_w=sum(map(max, inside)) if is_known else None,
+        temp_min_c=min(temperatures, default=None),
+        temp_max_c=max(temperatures, default=None),
+        throttled_s=throttled if is_known else None,
+    )

@@ -1,0 +1,251 @@
+"""What the page is made from: the configurations in the order of their merit, with what the plots need of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lem.record import Record
+from lem.results.aggregation import METRICS, ConfigAggregate, Metric, used_records
+from lem.results.layout import NameShortener, printable, text_width
+from lem.results.report.drawing import GROUPS_MAX
+from lem.results.report.trace import Trace
+from lem.results.repository import Problem
+from lem.results.summary import CampaignSummary, summarise
+
+__all__ = ["ESTIMATE", "Entry", "FailedSettings", "Report", "TraceNote", "compose", "flat_settings"]
+
+ESTIMATE = "tdp_estimate"
+_BY_NAME = {metric.name: metric for metric in METRICS}
+_LABEL_WIDTH = 34
+
+# What a requested configuration holds beside what can change its numbers.
+_NO_SETTINGS = frozenset({"config_name", "extra_metadata", "io"})
+# What configurations are grouped by, in colour and shape, when there are too many for one each.
+_GROUPINGS = ("backend", "model.name", "fp_precision")
+
+
+@dataclass(frozen=True)
+class FailedSettings:
+    """The settings of a configuration of which there is no result at all."""
+
+    name: str
+    settings: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class TraceNote:
+    """An experiment whose power over time is not shown, and why."""
+
+    path: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A configuration on the page.
+
+    Attributes:
+        number: from 1, in the order of merit.
+        label: its name without what all names share, short enough for a plot.
+        aggregate: both intervals of every metric.
+        records: all its results.
+        used: those that the estimates stand on.
+        settings: of its requested configuration, by dotted name.
+        group: which colour and shape.
+    """
+
+    number: int
+    name: str
+    label: str
+    aggregate: ConfigAggregate
+    records: tuple[Record, ...]
+    used: tuple[Record, ...]
+    settings: Mapping[str, str]
+    group: int
+
+    @property
+    def is_estimate(self) -> bool:
+        """Whether its energy was not measured but worked out from the design power of the CPU."""
+        return ESTIMATE in self.aggregate.energy_sources
+
+    @property
+    def has_energy(self) -> bool:
+        """Whether a valid result has energy per output token."""
+        return bool(self.aggregate.metrics["energy_per_output_tok_j"].values)
+
+    def centre(self, metric: str) -> float | None:
+        """The geometric mean over the cycles."""
+        interval = self.aggregate.metrics[metric].t_log
+        return interval.geometric_mean if interval else None
+
+    def span(self, metric: str) -> tuple[float, float] | None:
+        """The t interval; None where there is none."""
+        interval = self.aggregate.metrics[metric].t_log
+        if interval is None or interval.ci_lower is None or interval.ci_upper is None:
+            return None
+        return interval.ci_lower, interval.ci_upper
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is on the page.
+
+    Attributes:
+        headline: the metric that the verdict is about: energy per output token, or throughput where nobody measured
+            energy.
+        entries: best first; those without a value last.
+        groups: what each colour and shape stands for; () where there is but one.
+        grouped_by: in words.
+        traces: power over time of some experiments, by their key.
+        n_logs: how many experiments have a sample log.
+    """
+
+    summary: CampaignSummary
+    headline: Metric
+    entries: tuple[Entry, ...]
+    records: tuple[Record, ...]
+    problems: tuple[Problem, ...]
+    failed_settings: tuple[FailedSettings, ...]
+    groups: tuple[str, ...]
+    grouped_by: str
+    traces: tuple[tuple[Record, Trace], ...]
+    trace_notes: tuple[TraceNote, ...]
+    n_logs: int
+
+    @property
+    def has_energy(self) -> bool:
+        """Whether the page is about energy."""
+        return self.headline.group == "energy"
+
+    @property
+    def estimate_note(self) -> str:
+        """What to put beside every axis of energy where some of it is an estimate; else empty."""
+        estimated = [entry.is_estimate for entry in self.entries if entry.has_energy]
+        if not any(estimated):
+            return ""
+        return " (estimate from TDP)" if all(estimated) else " (partly an estimate from TDP)"
+
+
+def compose(
+    records: Sequence[Record],
+    *,
+    problems: Sequence[Problem] = (),
+    failed: Mapping[str, int] | None = None,
+    failed_settings: Sequence[FailedSettings] = (),
+    traces: Sequence[tuple[Record, Trace]] = (),
+    trace_notes: Sequence[TraceNote] = (),
+    n_logs: int = 0,
+    campaign_name: str = "",
+    run_id: str = "",
+) -> Report:
+    """The content of the page from the results of one campaign.
+
+    Args:
+        records: all whole results, valid or not, of all attempts.
+        problems: what stands in the place of results.
+        failed: per configuration name, how many experiments gave no result.
+        failed_settings: of configurations that appear in no record.
+        traces, trace_notes, n_logs: as in `Report`.
+        campaign_name, run_id: what to call a campaign of which there is no result that says it.
+    """
+    summary = summarise(records, failed=failed, campaign_name=campaign_name, run_id=run_id)
+    headline = _headline(summary)
+    by_name: dict[str, list[Record]] = {item.config_name: [] for item in summary.configurations}
+    for record in sorted(records, key=_moment):
+        by_name[record.identity.config_name].append(record)
+    known = {item.name: item.settings for item in failed_settings}
+    settings = {name: flat_settings(found[0].requested) if found else known.get(name, {})
+                for name, found in by_name.items()}  # fmt: skip
+    grouped_by, group_of, groups = _grouping(list(by_name), settings)
+    shortened = NameShortener(list(by_name), _LABEL_WIDTH)
+    entries = tuple(
+        Entry(
+            number=number,
+            name=printable(item.config_name),
+            label=_cut(shortened(item.config_name)),
+            aggregate=item,
+            records=tuple(by_name[item.config_name]),
+            used=used_records(by_name[item.config_name]),
+            settings=settings[item.config_name],
+            group=group_of[item.config_name],
+        )
+        for number, item in enumerate(_by_merit(summary.configurations, headline), 1)
+    )
+    return Report(
+        summary=summary,
+        headline=headline,
+        entries=_with_groups_of_merit(entries) if grouped_by == "configuration" else entries,
+        records=tuple(sorted(records, key=_moment)),
+        problems=tuple(problems),
+        failed_settings=tuple(failed_settings),
+        groups=tuple(entry.label for entry in entries) if grouped_by == "configuration" else groups,
+        grouped_by=grouped_by,
+        traces=tuple(traces),
+        trace_notes=tuple(trace_notes),
+        n_logs=n_logs,
+    )
+
+
+def flat_settings(requested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """A requested configuration by dotted names, each value as text; names and metadata left out."""
+    found: dict[str, str] = {}
+    for key, value in requested.items():
+        if not prefix and key in _NO_SETTINGS:
+            continue
+        if isinstance(value, Mapping) and value:
+            found |= flat_settings(value, f"{prefix}{key}.")
+        else:
+            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            found[f"{prefix}{key}"] = printable(shown)
+    return found
+
+
+def _headline(summary: CampaignSummary) -> Metric:
+    energy = "energy_per_output_tok_j"
+    estimates = [item.metrics[energy] for item in summary.configurations]
+    is_measured = any(estimate.values or estimate.all_attempts for estimate in estimates)
+    return _BY_NAME[energy if is_measured else "output_tok_per_s"]
+
+
+def _by_merit(configurations: Iterable[ConfigAggregate], metric: Metric) -> list[ConfigAggregate]:
+    sign = 1 if metric.group == "energy" else -1
+
+    def merit(item: ConfigAggregate) -> tuple[bool, float]:
+        interval = item.metrics[metric.name].t_log
+        value = interval.geometric_mean if interval else None
+        return value is None, 0.0 if value is None else sign * value
+
+    return sorted(configurations, key=merit)
+
+
+def _grouping(
+    names: Sequence[str], settings: Mapping[str, Mapping[str, str]]
+) -> tuple[str, Mapping[str, int], tuple[str, ...]]:
+    """What the colours mean: each configuration, or a setting that has few values; else all look the same."""
+    if len(names) <= GROUPS_MAX:
+        return "configuration", {name: index for index, name in enumerate(names)}, tuple(names)
+    for key in (*_GROUPINGS, *sorted({key for item in settings.values() for key in item})):
+        values = tuple(dict.fromkeys(settings[name].get(key, "not given") for name in names))
+        if 2 <= len(values) <= GROUPS_MAX:
+            return key, {name: values.index(settings[name].get(key, "not given")) for name in names}, values
+    return "", dict.fromkeys(names, 0), ()
+
+
+def _with_groups_of_merit(entries: Sequence[Entry]) -> tuple[Entry, ...]:
+    return tuple(replace(entry, group=index) for index, entry in enumerate(entries))
+
+
+def _cut(name: str) -> str:
+    """The name, its middle left out where it is longer than a plot has room for."""
+    if text_width(name) <= _LABEL_WIDTH:
+        return name
+    keep = _LABEL_WIDTH // 2 - 1
+    return f"{name[:keep]}…{name[-keep:]}"
+
+
+def _moment(record: Record) -> tuple[str, str, int, int, int]:
+    identity = record.identity
+    return (identity.run_id, identity.host, identity.order_index, identity.cycle_index, identity.attempt)

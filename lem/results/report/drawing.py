@@ -1,0 +1,134 @@
+"""The parts of a plot: axes, markers of several colours and shapes, and the figure around it all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from lem.results.report.markup import Markup, details, join, number_text, scroller, tag
+from lem.results.report.scales import Scale, tick_text
+
+__all__ = [
+    "GROUPS_MAX",
+    "circle_path",
+    "cross_path",
+    "figure",
+    "horizontal_axis",
+    "legend",
+    "marker_path",
+    "no_figure",
+    "plot",
+    "text",
+    "vertical_axis",
+]
+
+# The colours of Okabe and Ito are the classes g0 to g7 of the style sheet; each has a shape of its own, since colour
+# alone is not seen by everyone. [Okabe, Ito 2008, "Color universal design"]
+GROUPS_MAX = 8
+_SIZE = 4.5
+_SHAPES = (
+    "m-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0z",
+    "m-4 -4h8v8h-8z",
+    "m0 -5.2l5 8.8h-10z",
+    "m0 -5.6l5 5.6l-5 5.6l-5 -5.6z",
+    "m0 5.2l5 -8.8h-10z",
+    "m-1.6 -5h3.2v3.4h3.4v3.2h-3.4v3.4h-3.2v-3.4h-3.4v-3.2h3.4z",
+    "m-2.6 -4.6h5.2l2.6 4.6l-2.6 4.6h-5.2l-2.6 -4.6z",
+    "m0 -5.6l1.6 3.8l4 .4l-3 2.7l.9 4l-3.5 -2.1l-3.5 2.1l.9 -4l-3 -2.7l4 -.4z",
+)
+
+
+def marker_path(group: int, places: Iterable[tuple[float, float]]) -> str:
+    """The path of markers in the shape of a group."""
+    shape = _SHAPES[group % GROUPS_MAX]
+    return "".join(f"M{number_text(x)} {number_text(y)}{shape}" for x, y in places)
+
+
+def circle_path(places: Iterable[tuple[float, float]]) -> str:
+    """The path of dots: lines of no length, which round ends make visible, so that a thousand take few bytes."""
+    return "".join(f"M{number_text(x)} {number_text(y)}h0" for x, y in places)
+
+
+def cross_path(places: Iterable[tuple[float, float]], arm: float = 3.5) -> str:
+    """The path of diagonal crosses."""
+    a, b = number_text(arm), number_text(2 * arm)
+    return "".join(f"M{number_text(x)} {number_text(y)}m-{a} -{a}l{b} {b}m0 -{b}l-{b} {b}" for x, y in places)
+
+
+def text(x: float, y: float, content: str, class_: str | None = None, anchor: str | None = None) -> Markup:
+    """A line of text."""
+    return tag("text", content, x=x, y=y, class_=class_, text_anchor=anchor)
+
+
+def horizontal_axis(scale: Scale, y: float, top: float, label: str, *, count: int = 6, suffix: str = "") -> Markup:
+    """The axis below a plot at `y`, its grid lines up to `top`, its name below."""
+    grid, labels = [], []
+    for value in scale.ticks(count):
+        x = scale(value)
+        grid.append(f"M{number_text(x)} {number_text(top)}V{number_text(y)}")
+        labels.append(text(x, y + 16, tick_text(value) + suffix, anchor="middle"))
+    middle = (scale.begin + scale.end) / 2
+    name = text(middle, y + 36, label, "axis", "middle") if label else Markup()
+    return join([tag("path", d="".join(grid), class_="grid"), *labels, name])
+
+
+def vertical_axis(scale: Scale, x: float, right: float, label: str, *, count: int = 6, suffix: str = "") -> Markup:
+    """The axis at the left of a plot, its grid lines to `right`, its name above."""
+    grid, labels = [], []
+    for value in scale.ticks(count):
+        y = scale(value)
+        grid.append(f"M{number_text(x)} {number_text(y)}H{number_text(right)}")
+        labels.append(text(x - 6, y + 4, tick_text(value) + suffix, anchor="end"))
+    name = text(4, min(scale.begin, scale.end) - 10, label, "axis") if label else Markup()
+    return join([tag("path", d="".join(grid), class_="grid"), *labels, name])
+
+
+def plot(
+    identifier: str, title: str, description: str, size: tuple[float, float], *content: Markup, class_: str = "plot"
+) -> Markup:
+    """A drawing with its title and description, for those who see it and those who do not."""
+    width, height = map(number_text, size)
+    return tag(
+        "svg",
+        tag("title", title, id=f"{identifier}-title"),
+        tag("desc", description, id=f"{identifier}-desc"),
+        *content,
+        class_=class_,
+        role="img",
+        aria_labelledby=f"{identifier}-title",
+        aria_describedby=f"{identifier}-desc",
+        viewBox=f"0 0 {width} {height}",
+        width=width,
+        height=height,
+    )
+
+
+def figure(
+    identifier: str, heading: str, drawing: Markup, caption: Sequence[str], data: Markup, *, is_wide: bool = False
+) -> Markup:
+    """A plot with its heading, what to know about it, and its data table folded away below."""
+    return tag(
+        "figure",
+        tag("h3", heading),
+        scroller(f"Plot: {heading}", drawing, "scroll drawing"),
+        tag("figcaption", *(item if isinstance(item, Markup) else tag("p", item) for item in caption)),
+        details(f"Data table: {heading}", scroller(f"Data table: {heading}", data)),
+        id=identifier,
+        class_="wide" if is_wide else None,
+    )
+
+
+def no_figure(identifier: str, heading: str, reason: str) -> Markup:
+    """What stands in the place of a plot that cannot be drawn."""
+    return tag("figure", tag("h3", heading), tag("p", reason, class_="absent"), id=identifier)
+
+
+def legend(names: Sequence[str]) -> Markup:
+    """What each colour and shape means; nothing where there is but one."""
+    if len(names) < 2:
+        return Markup()
+    items = []
+    for group, name in enumerate(names):
+        mark = tag("path", d=marker_path(group, [(7, 7)]), class_=f"m g{group}")
+        swatch = tag("svg", mark, viewBox="0 0 14 14", width="14", height="14", aria_hidden="true", class_="swatch")
+        items.append(tag("li", swatch, name))
+    return tag("ul", *items, class_="legend")

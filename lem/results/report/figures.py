@@ -1,0 +1,89 @@
+"""Numbers as they stand in the tables of the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from lem import units
+from lem.results.aggregation import MetricEstimate
+from lem.results.report.markup import Cell, Markup, join, tag
+
+__all__ = ["NOT_MEASURED", "absent", "decimals_of", "interval_cells", "latency_cell", "number", "number_cell", "plural",
+           "signed_percent"]  # fmt: skip
+
+NOT_MEASURED = "not measured"
+_SIGNIFICANT = 4
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 cycle`, `5 cycles`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def number(value: float, decimals: int | None) -> str:
+    """The value with so many decimals; with four significant digits where that is None."""
+    return units.format_quantity(value) if decimals is None else f"{value:.{decimals}f}"
+
+
+def signed_percent(ratio: float) -> str:
+    """`+1.2 %` for 0.012."""
+    return f"{100 * ratio:+.2f} %".replace("-", "\N{MINUS SIGN}")
+
+
+def decimals_of(values: Iterable[float]) -> int | None:
+    """How many decimals all numbers of a column get; None when they differ so much that each needs its own."""
+    known = [value for value in values if value > 0]
+    if not known or max(known) > 30 * min(known):
+        return None
+    return max(0, _SIGNIFICANT - 1 - math.floor(math.log10(min(known))))
+
+
+def absent(reason: str | None) -> Cell:
+    """The cell of a number that is not there, with its reason for those who look closer."""
+    text = f"{NOT_MEASURED}: {reason}" if reason else NOT_MEASURED
+    return Cell(tag("span", NOT_MEASURED, class_="absent", title=text), None, is_number=True)
+
+
+def number_cell(value: float | None, decimals: int | None = None, reason: str | None = None) -> Cell:
+    """A number, or that it was not measured."""
+    return absent(reason) if value is None else Cell(number(value, decimals), value, is_number=True)
+
+
+def latency_cell(value_s: float | None, reason: str | None = None) -> Cell:
+    """A latency with its unit."""
+    return absent(reason) if value_s is None else Cell(units.format_latency(value_s), value_s, is_number=True)
+
+
+def interval_cells(estimate: MetricEstimate, decimals: int | None, *, is_estimate: bool = False) -> tuple[Cell, ...]:
+    """The geometric mean, its t interval and the bootstrap interval."""
+    t_log, bootstrap = estimate.t_log, estimate.bootstrap
+    every = estimate.all_attempts
+    notes: list[Markup] = []
+    if every is not None and every.geometric_mean is not None:
+        notes.append(tag("small", f"all attempts {number(every.geometric_mean, decimals)}"))
+    if t_log is None or bootstrap is None or t_log.geometric_mean is None:
+        reason = estimate.null_reason or (t_log.warning if t_log else None)
+        lacking = tag("span", NOT_MEASURED, class_="absent", title=reason)
+        return (Cell(join([lacking, *notes]), None, is_number=True), _no_interval(reason), _no_interval(reason))
+    if is_estimate:
+        notes.insert(0, tag("small", "estimate", class_="tag estimate"))
+    shown = join([number(t_log.geometric_mean, decimals), *notes])
+    return (
+        Cell(shown, t_log.geometric_mean, is_number=True),
+        _interval(t_log.ci_lower, t_log.ci_upper, decimals, t_log.warning),
+        _interval(bootstrap.ci_lower, bootstrap.ci_upper, decimals, bootstrap.warning),
+    )
+
+
+def _interval(low: float | None, high: float | None, decimals: int | None, warning: str | None) -> Cell:
+    if low is None or high is None:
+        return _no_interval(warning)
+    more = decimals
+    while more is not None and low < high and number(low, more) == number(high, more) and more < 9:
+        more += 1
+    return Cell(f"{number(low, more)} – {number(high, more)}", high - low, is_number=True)
+
+
+def _no_interval(reason: str | None) -> Cell:
+    return Cell(tag("span", "none", class_="absent", title=reason or None), None, is_number=True)

@@ -1,0 +1,269 @@
+"""The headline metric over two axes of the grid."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lem import units
+from lem.results.report.content import Entry, Report
+from lem.results.report.drawing import figure, no_figure, plot, text
+from lem.results.report.figures import plural
+from lem.results.report.markup import Markup, table, tag
+from lem.results.report.scales import fitting_scale
+
+__all__ = ["heatmap_section"]
+
+_CELL = (74.0, 34.0)
+_TOP = 62.0
+_MOST = 24
+_FACETS = 6
+_NOT_GIVEN = "not given"
+# The option of each backend that bounds how many requests are computed together: one axis, where backends differ.
+_BATCH = {
+    "pytorch.batch_size": "batch_size",
+    "vllm.max_num_seqs": "max_num_seqs",
+    "tensorrt.max_batch_size": "max_batch_size",
+}
+# One hue from light to dark, so that order is seen without a key and without colour.
+_LIGHT, _DARK = (222, 235, 247), (8, 48, 107)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which settings are the axes, with their values in order, and what else varies."""
+
+    across: str
+    up: str
+    across_values: tuple[str, ...]
+    up_values: tuple[str, ...]
+    others: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A configuration with or without a result."""
+
+    name: str
+    settings: Mapping[str, str]
+    entry: Entry | None
+
+
+def heatmap_section(report: Report) -> Markup:
+    """A map for each value of what else varies, where these are few; else one with the best in each cell."""
+    named = _named(report)
+    plan = _plan([item.settings for item in named])
+    heading = "Energy per output token over the grid" if report.has_energy else "Output throughput over the grid"
+    if plan is None:
+        reason = "Fewer than two settings vary over the configurations, so there is no grid to draw."
+        return no_figure("grid", heading, reason)
+    values = [value for item in named if (value := _value(item, report)) is not None]
+    if not values:
+        return no_figure("grid", heading, "No configuration has a valid result.")
+    facets: dict[tuple[str, ...], list[_Named]] = {}
+    for item in named:
+        facets.setdefault(tuple(item.settings.get(key, _NOT_GIVEN) for key in plan.others), []).append(item)
+    if len(facets) > _FACETS:
+        facets = {(): named}
+    limits = (min(values), max(values))
+    figures = []
+    for number, (chosen, members) in enumerate(sorted(facets.items()), 1):
+        where = ", ".join(f"{_short(key)} {value}" for key, value in zip(plan.others, chosen, strict=False))
+        identifier = f"grid-{number}" if len(facets) > 1 else "grid"
+        title = f"{heading}: {where}" if chosen and where else heading
+        figures.append(_figure(identifier, title, plan, members, limits, report))
+    return tag("div", *figures, class_="pair" if len(figures) > 1 else None)
+
+
+def _named(report: Report) -> list[_Named]:
+    found = [_Named(entry.name, entry.settings, entry) for entry in report.entries if entry.settings]
+    known = {item.name for item in found}
+    found += [_Named(item.name, item.settings, None) for item in report.failed_settings if item.name not in known]
+    used = sorted({key for item in found for key in item.settings} & set(_BATCH))
+    if len(used) < 2:
+        return found
+    axis = " / ".join(_BATCH[key] for key in used)
+    return [
+        replace(item, settings={axis if key in _BATCH else key: value for key, value in item.settings.items()})
+        for item in found
+    ]
+
+
+def _plan(settings: Sequence[Mapping[str, str]]) -> _Plan | None:
+    """The two settings whose combinations are there most, with the most cells."""
+    keys = sorted({key for item in settings for key in item})
+    values = {key: _ordered({item.get(key, _NOT_GIVEN) for item in settings}) for key in keys}
+    varied = _without_doubles({key: found for key, found in values.items() if 1 < len(found) <= _MOST}, settings)
+
+    def worth(pair: tuple[str, str]) -> tuple[float, int, int]:
+        cells = {(item.get(pair[0], _NOT_GIVEN), item.get(pair[1], _NOT_GIVEN)) for item in settings}
+        size = len(values[pair[0]]) * len(values[pair[1]])
+        is_absent = sum(_NOT_GIVEN in values[key] for key in pair)
+        return (len(cells) / size > 0.5, -is_absent, len(cells))
+
+    pairs = list(itertools.combinations(varied, 2))
+    if not pairs:
+        return None
+    across, up = max(pairs, key=worth)
+    if len(values[up]) > len(values[across]):
+        across, up = up, across
+    others = tuple(key for key in varied if key not in (across, up))
+    return _Plan(across, up, values[across], values[up], others)
+
+
+def _without_doubles(varied: Mapping[str, tuple[str, ...]], settings: Sequence[Mapping[str, str]]) -> list[str]:
+    """The settings without those that say the same as another: a backend, and an option only it has."""
+    kept: dict[frozenset[frozenset[int]], str] = {}
+    for key in sorted(varied, key=lambda name: (_NOT_GIVEN in varied[name], name)):
+        parts: dict[str, set[int]] = {}
+        for index, item in enumerate(settings):
+            parts.setdefault(item.get(key, _NOT_GIVEN), set()).add(index)
+        kept.setdefault(frozenset(map(frozenset, parts.values())), key)
+    return list(kept.values())
+
+
+def _ordered(values: Iterable[str]) -> tuple[str, ...]:
+    """Numbers by size, then texts by name."""
+
+    def place(value: str) -> tuple[int, float, str]:
+        is_number = re.fullmatch(r"-?[0-9]+([.][0-9]+)?([eE]-?[0-9]+)?", value) is not None
+        return (0, float(value), value) if is_number else (1, 0.0, value)
+
+    return tuple(sorted(values, key=place))
+
+
+def _value(item: _Named, report: Report) -> float | None:
+    return item.entry.centre(report.headline.name) if item.entry else None
+
+
+def _figure(
+    identifier: str,
+    heading: str,
+    plan: _Plan,
+    members: Sequence[_Named],
+    limits: tuple[float, float],
+    report: Report,
+) -> Markup:
+    cells = _cells(plan, members)
+    left = 24 + 7.2 * max(len(value) for value in (*plan.up_values, _short(plan.up)))
+    left = min(left, 190.0)
+    width = max(left + _CELL[0] * len(plan.across_values) + 16, 280)
+    bottom = _TOP + _CELL[1] * len(plan.up_values)
+    parts: list[Markup] = [
+        _hatch(identifier),
+        text(left, 18, f"{_short(plan.across)} →", "axis"),
+        text(left - 10, _TOP - 10, f"{_short(plan.up)} ↓", "axis", "end"),
+    ]
+    for column, value in enumerate(plan.across_values):
+        parts.append(text(left + _CELL[0] * (column + 0.5), _TOP - 10, _clip(value, 11), anchor="middle"))
+    for row, up in enumerate(plan.up_values):
+        y = _TOP + _CELL[1] * row
+        parts.append(text(left - 10, y + _CELL[1] / 2 + 4, _clip(up, 22), anchor="end"))
+        for column, across in enumerate(plan.across_values):
+            place = (left + _CELL[0] * column, y)
+            parts.append(_cell(cells.get((across, up), []), place, limits, identifier, report))
+    description = (
+        f"{_short(plan.across)} across, {_short(plan.up)} down; darker is "
+        f"{'more energy' if report.has_energy else 'more throughput'}; hatched cells have no valid result."
+    )
+    drawing = plot(identifier, heading, description, (width, bottom + 12), *parts, class_="plot small")
+    return figure(identifier, heading, drawing, _caption(cells, report), _data(plan, cells, report))
+
+
+def _cells(plan: _Plan, members: Sequence[_Named]) -> dict[tuple[str, str], list[_Named]]:
+    found: dict[tuple[str, str], list[_Named]] = {}
+    for item in members:
+        key = (item.settings.get(plan.across, _NOT_GIVEN), item.settings.get(plan.up, _NOT_GIVEN))
+        found.setdefault(key, []).append(item)
+    return found
+
+
+def _best(items: Sequence[_Named], report: Report) -> tuple[_Named, float] | None:
+    measured = [(item, value) for item in items if (value := _value(item, report)) is not None]
+    if not measured:
+        return None
+    return (min if report.has_energy else max)(measured, key=lambda pair: pair[1])
+
+
+def _cell(
+    items: Sequence[_Named], place: tuple[float, float], limits: tuple[float, float], identifier: str, report: Report
+) -> Markup:
+    x, y = place
+    width, height = _CELL[0] - 2, _CELL[1] - 2
+    if not items:
+        return tag("rect", x=x, y=y, width=width, height=height, class_="empty")
+    best = _best(items, report)
+    middle = (x + width / 2, y + height / 2 + 4)
+    if best is None:
+        hatch = tag("rect", x=x, y=y, width=width, height=height, class_="failed", fill=f"url(#{identifier}-hatch)")
+        back = tag("rect", x=middle[0] - 23, y=middle[1] - 13, width=46, height=18, class_="plate")
+        return tag("g", tag("title", _tooltip(items)), hatch, back, text(*middle, "failed", anchor="middle"))
+    scale = fitting_scale(limits, 0.0, 1.0)
+    share = scale(best[1])
+    rgb = [round(light + share * (dark - light)) for light, dark in zip(_LIGHT, _DARK, strict=True)]
+    fill = "#" + "".join(f"{part:02x}" for part in rgb)
+    mark = "†" if _is_partial(items) else ""
+    return tag(
+        "g",
+        tag("title", _tooltip(items)),
+        tag("rect", x=x, y=y, width=width, height=height, fill=fill),
+        text(*middle, units.format_quantity(best[1], digits=3) + mark, _ink(rgb), "middle"),
+    )
+
+
+def _ink(rgb: Sequence[int]) -> str:
+    """The class of text that can be read on a colour: by relative luminance as WCAG 2 defines it."""
+    parts = [value / 255 for value in rgb]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "on-light" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "on-dark"
+
+
+def _is_partial(items: Sequence[_Named]) -> bool:
+    return any(item.entry is None or item.entry.aggregate.n_failed or item.entry.aggregate.n_invalid for item in items)
+
+
+def _tooltip(items: Sequence[_Named]) -> str:
+    return ", ".join(f"{item.entry.number} {item.name}" if item.entry else item.name for item in items[:4])
+
+
+def _hatch(identifier: str) -> Markup:
+    line = tag("path", d="M-2 2L2 -2M0 8L8 0M6 10L10 6", class_="hatch")
+    pattern = tag("pattern", line, id=f"{identifier}-hatch", width="8", height="8", patternUnits="userSpaceOnUse")
+    return tag("defs", pattern)
+
+
+def _caption(cells: Mapping[tuple[str, str], Sequence[_Named]], report: Report) -> list[str]:
+    unit = "J per output token" + report.estimate_note if report.has_energy else "output tok/s"
+    lines = [f"Geometric means, {unit}; darker is more. Hatched: every attempt failed or was invalid."]
+    crowd = max(map(len, cells.values()))
+    if crowd > 1:
+        lines.append(f"Up to {plural(crowd, 'configuration')} share a cell: it shows the best of them.")
+    if any(_is_partial(items) and _best(items, report) for items in cells.values()):
+        lines.append("†: some attempts of this cell failed or were invalid.")
+    return lines
+
+
+def _data(plan: _Plan, cells: Mapping[tuple[str, str], Sequence[_Named]], report: Report) -> Markup:
+    rows: list[list[str]] = []
+    for up in plan.up_values:
+        row = [up]
+        for across in plan.across_values:
+            items = cells.get((across, up), [])
+            best = _best(items, report)
+            row.append(units.format_quantity(best[1]) if best else "failed" if items else "not in the grid")
+        rows.append(row)
+    head = [f"{_short(plan.up)} \\ {_short(plan.across)}", *plan.across_values]
+    return table(f"{_short(plan.up)} down, {_short(plan.across)} across", head, rows)
+
+
+def _short(key: str) -> str:
+    """The setting's name without the section that repeats a backend or says `name`."""
+    return key.removesuffix(".name").rpartition(".")[2] if key.count(".") else key
+
+
+def _clip(value: str, width: int) -> str:
+    tail = value.rpartition("/")[2]
+    return tail if len(tail) <= width else f"{tail[: width - 1]}…"

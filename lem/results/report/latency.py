@@ -1,0 +1,140 @@
+"""Latencies: the percentiles of every configuration, and so the shape of their distributions."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+
+from lem.record import OBSERVATIONS_NEEDED, Distribution
+from lem.results.report.content import Entry, Report
+from lem.results.report.drawing import circle_path, figure, horizontal_axis, no_figure, plot, text
+from lem.results.report.figures import latency_cell
+from lem.results.report.markup import Cell, Markup, details, join, number_text, table, tag
+from lem.results.report.scales import Scale, fitting_scale
+
+__all__ = ["latency_section"]
+
+_WIDTH, _LEFT, _RIGHT, _TOP, _ROW = 760.0, 250.0, 744.0, 14.0, 22.0
+_PER_PLOT = 40
+_KINDS = {
+    "ttft_s": "Time to first token",
+    "tpot_s": "Time per output token",
+    "itl_s": "Time between tokens",
+    "e2e_s": "End to end",
+    "queue_s": "Time in the queue",
+}
+_LEVELS = ("p50", "p90", "p95", "p99")
+
+_Percentiles = dict[str, float]
+
+
+def latency_section(report: Report) -> Markup:
+    """A figure for each kind that any configuration has, and why the others are not there."""
+    parts, absences = [], []
+    for kind, name in _KINDS.items():
+        found = {entry.number: _percentiles(entry, kind) for entry in report.entries}
+        if any(found.values()):
+            parts.append(_figures(kind, name, report.entries, found))
+        else:
+            absences.append(tag("li", f"{name}: not measured: {_reason(report, kind)}"))
+    if not parts:
+        parts.append(no_figure("latency", "Latency percentiles", "No latency was measured."))
+    left_out = tag("ul", *absences, class_="absent") if absences else Markup()
+    return join([tag("div", *parts, class_="pair"), left_out])
+
+
+def _percentiles(entry: Entry, kind: str) -> _Percentiles:
+    """The geometric mean over the cycles of each percentile that all of them have."""
+    seen: list[Distribution] = [value for record in entry.used if (value := getattr(record.latency, kind)) is not None]
+    found: _Percentiles = {}
+    for level in ("mean", *_LEVELS):
+        values = [getattr(item, level) for item in seen]
+        if values and all(value is not None and value > 0 for value in values):
+            found[level] = math.exp(statistics.fmean(map(math.log, values)))
+    return found
+
+
+def _reason(report: Report, kind: str) -> str:
+    reasons = (record.latency.null_reasons.get(kind) for record in report.records)
+    return "; ".join(dict.fromkeys(reason for reason in reasons if reason)) or "no valid result"
+
+
+def _figures(kind: str, name: str, entries: Sequence[Entry], found: dict[int, _Percentiles]) -> Markup:
+    values = [value for item in found.values() for value in item.values()]
+    scale = fitting_scale(values, _LEFT, _RIGHT)
+    pages = [entries[at : at + _PER_PLOT] for at in range(0, len(entries), _PER_PLOT)]
+    drawn = [_figure(kind, name, page, found, scale, number) for number, page in enumerate(pages)]
+    folded = [
+        details(f"{name}: configurations {page[0].number} to {page[-1].number}", content)
+        for page, content in zip(pages[1:], drawn[1:], strict=True)
+    ]
+    return tag("div", drawn[0], *folded)
+
+
+def _figure(
+    kind: str, name: str, entries: Sequence[Entry], found: dict[int, _Percentiles], scale: Scale, page: int
+) -> Markup:
+    identifier = f"latency-{kind.removesuffix('_s')}" + (f"-{page + 1}" if page else "")
+    height = _TOP + _ROW * len(entries)
+    rows = [
+        _row(entry, found[entry.number], kind, _TOP + _ROW * (index + 0.5), scale)
+        for index, entry in enumerate(entries)
+    ]
+    drawing = plot(
+        identifier,
+        name,
+        f"A row for each of {len(entries)} configurations: a tick at the median, bars that thin out to the 90th, 95th "
+        "and 99th percentile, a ring at the mean, a small dot for the median of each cycle.",
+        (_WIDTH, height + 46),
+        horizontal_axis(scale, height, _TOP, f"{name}, s", count=5),
+        *rows,
+    )
+    caption = [
+        "Tick: median. Bars, thick to thin: to p90, p95, p99. Ring: mean. Small dots: the median of each cycle.",
+        f"p95 needs {OBSERVATIONS_NEEDED['p95']} requests, p99 {OBSERVATIONS_NEEDED['p99']}. Geometric means over cycles.",
+    ]
+    return figure(identifier, f"{name}, percentiles", drawing, caption, _data(name, kind, entries, found))
+
+
+def _row(entry: Entry, found: _Percentiles, kind: str, y: float, scale: Scale) -> Markup:
+    parts = [text(_LEFT - 12, y + 4, f"{entry.number}  {entry.label}", anchor="end")]
+    if "p50" not in found:
+        said = "not measured" if entry.used else "no valid result"
+        return tag("g", *parts, text(_LEFT + 8, y + 4, said, "absent"), class_=f"g{entry.group}")
+    before = found["p50"]
+    for level, height in (("p90", 9.0), ("p95", 5.0), ("p99", 2.0)):
+        if level in found:
+            left, right = scale(before), scale(found[level])
+            parts.append(tag("rect", x=left, y=y - height / 2, width=max(right - left, 0.3), height=height, class_="q"))
+            before = found[level]
+    middle = number_text(scale(found["p50"]))
+    parts.append(tag("path", d=f"M{middle} {number_text(y - 8)}V{number_text(y + 8)}", class_="mean"))
+    medians = [value.p50 for record in entry.used if (value := getattr(record.latency, kind)) is not None]
+    parts.append(tag("path", d=circle_path((scale(value), y) for value in medians), class_="dots small"))
+    if "mean" in found:
+        parts.append(tag("circle", cx=scale(found["mean"]), cy=y, r=3.4, class_="ring"))
+    return tag("g", *parts, class_=f"g{entry.group}")
+
+
+def _data(name: str, kind: str, entries: Sequence[Entry], found: dict[int, _Percentiles]) -> Markup:
+    head = ["No.", "Configuration", "Mean", *_LEVELS, "Requests"]
+    rows = [[*_cells(entry, found[entry.number], kind)] for entry in entries]
+    return table(f"{name}, percentiles", head, rows, row_head=1)
+
+
+def _cells(entry: Entry, found: _Percentiles, kind: str) -> Iterable[Cell | str]:
+    seen = [value for record in entry.used if (value := getattr(record.latency, kind)) is not None]
+    count = sum(item.n for item in seen)
+    fewest = min((item.n for item in seen), default=0)
+    yield str(entry.number)
+    yield entry.label
+    for level in ("mean", *_LEVELS):
+        needed = OBSERVATIONS_NEEDED.get(level, 1)
+        few = f"needs {needed} requests, there are {fewest}" if seen and fewest < needed else None
+        yield latency_cell(found.get(level), few or next(_null_reasons(entry, kind), None))
+    yield Cell(str(count) if seen else "0", count, is_number=True) if seen else Cell("none", None, is_number=True)
+
+
+def _null_reasons(entry: Entry, kind: str) -> Iterator[str]:
+    return iter([*dict.fromkeys(filter(None, (item.latency.null_reasons.get(kind) for item in entry.records)))])

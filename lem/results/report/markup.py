@@ -1,0 +1,127 @@
+"""HTML and SVG as text: what is not `Markup` is escaped, so a hostile name cannot become an element."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lem.results.layout import printable
+
+__all__ = ["Cell", "Markup", "details", "escape", "join", "number_text", "scroller", "table", "tag"]
+
+Value = str | float | None
+
+_VOID = frozenset({"meta", "br", "circle", "line", "path", "rect", "use"})
+
+
+class Markup(str):
+    """Text that is markup already."""
+
+    __slots__ = ()
+
+
+def escape(text: str) -> Markup:
+    """The text as content or value of an attribute, on one line, what cannot be printed replaced."""
+    return Markup(html.escape(printable(text)))
+
+
+def join(parts: Iterable[str], separator: str = "") -> Markup:
+    """The parts in a row, each escaped unless it is markup."""
+    return Markup(separator.join(part if isinstance(part, Markup) else escape(part) for part in parts))
+
+
+def number_text(value: float) -> str:
+    """A coordinate with at most one decimal, as short as it can be written."""
+    text = f"{value:.1f}"
+    text = text.removesuffix(".0")
+    return "0" if text == "-0" else text
+
+
+def tag(name: str, /, *children: str, **attributes: Value) -> Markup:
+    """An element; `class_` is the attribute `class`, `data_v` is `data-v`, an attribute of None is left out."""
+    parts = [name]
+    for key, value in attributes.items():
+        if value is None:
+            continue
+        text = value if isinstance(value, str) else number_text(value)
+        parts.append(f'{key.rstrip("_").replace("_", "-")}="{text if isinstance(text, Markup) else escape(text)}"')
+    head = " ".join(parts)
+    if name in _VOID and not children:
+        return Markup(f"<{head}/>" if name not in ("meta", "br") else f"<{head}>")
+    return Markup(f"<{head}>{join(children)}</{name}>")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table: what is shown, and the number it is sorted by where that is another thing.
+
+    Attributes:
+        text: escaped unless it is markup.
+        value: what sorting looks at; None sorts last where `is_number`.
+        is_number: set to the right, and compared as a number.
+    """
+
+    text: str
+    value: float | None = None
+    is_number: bool = False
+
+    def render(self, *, is_sortable: bool) -> Markup:
+        """The element."""
+        shown = None
+        if is_sortable and self.is_number:
+            shown = "" if self.value is None else repr(float(self.value))
+        return tag("td", self.text, class_="n" if self.is_number else None, data_v=shown)
+
+
+def table(
+    caption: str,
+    head: Sequence[str],
+    rows: Iterable[Sequence[Cell | str]],
+    *,
+    row_head: int | None = 0,
+    sorted_by: tuple[int, str] | None = None,
+    class_: str | None = None,
+) -> Markup:
+    """A table; with `sorted_by` (column, `ascending` or `descending`) one that people can sort.
+
+    Args:
+        caption: for those who hear the page; hidden from sight.
+        head: a text for each column.
+        rows: cells, or texts for plain ones.
+        row_head: the column that names the row; None for a table without.
+        sorted_by: the order in which the rows come.
+        class_: beside the one of sortable tables.
+    """
+    is_sortable = sorted_by is not None
+    heads = [
+        tag("th", text, scope="col", aria_sort=sorted_by[1] if sorted_by and sorted_by[0] == index else None)
+        for index, text in enumerate(head)
+    ]
+    lines = []
+    for row in rows:
+        cells = []
+        for index, cell in enumerate(row):
+            if index == row_head:
+                cells.append(tag("th", cell.text if isinstance(cell, Cell) else cell, scope="row"))
+            else:
+                cells.append((cell if isinstance(cell, Cell) else Cell(cell)).render(is_sortable=is_sortable))
+        lines.append(tag("tr", *cells))
+    classes = " ".join(filter(None, (class_, "sortable" if is_sortable else None))) or None
+    return tag(
+        "table",
+        tag("caption", caption, class_="unseen"),
+        tag("thead", tag("tr", *heads)),
+        tag("tbody", join(lines, "\n")),
+        class_=classes,
+    )
+
+
+def scroller(label: str, content: Markup, class_: str = "scroll") -> Markup:
+    """A box that scrolls by itself where its content is wider than the page, with the keyboard too."""
+    return tag("div", content, class_=class_, role="region", aria_label=label, tabindex="0")
+
+
+def details(summary: str, *content: Markup, is_open: bool = False) -> Markup:
+    """Something folded away behind a line of text."""
+    return tag("details", tag("summary", summary), *content, open="" if is_open else None)

@@ -1,0 +1,203 @@
+"""The beginning of the page: what weakens the numbers, the verdict, and the table of all configurations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import PurePath
+
+from lem.results.aggregation import SHARED_LOAD, MetricEstimate
+from lem.results.report.content import Entry, Report
+from lem.results.report.figures import decimals_of, interval_cells, latency_cell, plural
+from lem.results.report.markup import Cell, Markup, details, escape, join, scroller, table, tag
+from lem.results.report.verdict import verdict_of
+from lem.results.statistics import bootstrap_coverage_label
+from lem.results.summary import SINGLE_CYCLE
+
+__all__ = ["overview_table", "validity_section", "verdict_section"]
+
+_NUMBER = re.compile(r"[0-9]+(?:[.][0-9]+)?")
+_SHOWN = 8
+_PROBLEMS_SHOWN = 200
+_KINDS = {
+    "missing": "without a result",
+    "half-written": "half-written",
+    "corrupt": "corrupt",
+    "foreign": "foreign",
+    "unreadable": "unreadable",
+}
+
+
+def validity_section(report: Report) -> Markup:
+    """How many results can be used, and everything that weakens them."""
+    items = [*_findings(report)]
+    shown = [tag("ul", *items[:_SHOWN], class_="findings")] if items else []
+    if len(items) > _SHOWN:
+        rest = tag("ul", *items[_SHOWN:], class_="findings")
+        shown.append(details(f"{len(items) - _SHOWN} more", rest))
+    if not items:
+        shown.append(tag("p", "Nothing weakens these numbers that lem looks for."))
+    return join([_tiles(report), *shown, _problems(report)])
+
+
+def verdict_section(report: Report) -> Markup:
+    """The answer in a sentence, and how far it goes."""
+    verdict = verdict_of(report)
+    return tag("div", tag("p", verdict.sentence, class_="verdict"), *(tag("p", text) for text in verdict.remarks))
+
+
+def overview_table(report: Report) -> Markup:
+    """Every configuration with both intervals, best first, and what the intervals mean."""
+    metrics = [("energy_per_output_tok_j", "J/tok" + report.estimate_note)] if report.has_energy else []
+    metrics += [("output_tok_per_s", "tok/s")]
+    columns = {name: [entry.aggregate.metrics[name] for entry in report.entries] for name, _ in metrics}
+    decimals = {name: decimals_of(_centres(estimates)) for name, estimates in columns.items()}
+    latencies = [
+        (label, name)
+        for label, name in (("TTFT p50", "ttft_p50_s"), ("End to end p50", "e2e_p50_s"))
+        if any(entry.aggregate.metrics[name].values for entry in report.entries)
+    ]
+    head = ["No.", "Configuration"]
+    for name, unit in metrics:
+        short = "Energy per output token" if name == "energy_per_output_tok_j" else "Output throughput"
+        head += [f"{short}, {unit}", "95 % t interval", "bootstrap interval"]
+    head += [*(label for label, _ in latencies), "Cycles", "Notes"]
+    rows: list[list[Cell | str]] = []
+    for entry in report.entries:
+        row: list[Cell | str] = [Cell(str(entry.number), entry.number, is_number=True), Cell(_name(entry))]
+        for name, _ in metrics:
+            estimate = entry.aggregate.metrics[name]
+            is_estimate = entry.is_estimate and name.startswith("energy")
+            row += interval_cells(estimate, decimals[name], is_estimate=is_estimate)
+        for _, name in latencies:
+            row.append(latency_cell(entry.centre(name), entry.aggregate.metrics[name].null_reason))
+        row += [Cell(str(entry.aggregate.n_cycles), entry.aggregate.n_cycles, is_number=True), Cell(_badges(entry))]
+        rows.append(row)
+    order = "ascending" if report.has_energy else "descending"
+    caption = f"Every configuration of {report.summary.campaign_name}, sortable by each column"
+    content = table(caption, head, rows, row_head=1, sorted_by=(2, order), class_="overview")
+    return join([scroller("Table of all configurations", content), *(tag("p", text) for text in _explanations(report))])
+
+
+def _centres(estimates: Iterable[MetricEstimate]) -> Iterable[float]:
+    return (item.t_log.geometric_mean for item in estimates if item.t_log and item.t_log.geometric_mean)
+
+
+def _name(entry: Entry) -> Markup:
+    swatch = tag("i", class_=f"dot g{entry.group}")
+    return join([swatch, escape(entry.name)])
+
+
+def _badges(entry: Entry) -> Markup:
+    aggregate = entry.aggregate
+    found = [
+        (aggregate.n_failed, f"{aggregate.n_failed} failed", "bad"),
+        (aggregate.n_invalid, f"{aggregate.n_invalid} invalid", "bad"),
+        (aggregate.is_load_shared, "shared load", "bad"),
+        (any(record.validity.steady is False for record in entry.used), "not steady", "warn"),
+        (len(aggregate.warnings), plural(len(aggregate.warnings), "warning"), "warn"),
+    ]
+    return join([tag("span", text, class_=f"tag {kind}") for is_there, text, kind in found if is_there], " ")
+
+
+def _tiles(report: Report) -> Markup:
+    aggregates = [entry.aggregate for entry in report.entries]
+    results = sum(item.n_results for item in aggregates)
+    invalid = sum(item.n_invalid for item in aggregates)
+    failed = sum(item.n_failed for item in aggregates)
+    damaged = sum(problem.kind != "missing" for problem in report.problems)
+    figures = (
+        (f"{results - invalid} of {results}", "results valid", "bad" if invalid else "good"),
+        (str(invalid), "invalid", "bad" if invalid else "good"),
+        (str(failed), "experiments failed", "bad" if failed else "good"),
+        (str(damaged), "files left out", "bad" if damaged else "good"),
+    )
+    return tag(
+        "ul", *(tag("li", tag("b", value), " ", label, class_=kind) for value, label, kind in figures), class_="tiles"
+    )
+
+
+def _findings(report: Report) -> Iterable[Markup]:
+    lacking = [entry for entry in report.entries if not entry.aggregate.n_cycles]
+    if lacking:
+        yield _finding("bad", "no valid result", _members(lacking, report))
+    for attribute, label, kind in (("invalid_reasons", "invalid", "bad"), ("warnings", "warning", "warn")):
+        for text, count, members in _alike(report.entries, attribute):
+            total = sum(entry.aggregate.n_results for entry in members)
+            yield _finding(kind, label, f"{text} ({count} of {plural(total, 'result')}: {_members(members, report)})")
+    shared = [entry for entry in report.entries if entry.aggregate.is_load_shared]
+    if shared:
+        yield _finding("bad", "no interval", f"{SHARED_LOAD} ({_members(shared, report)})")
+    if report.summary.is_single_cycle:
+        yield _finding("warn", "warning", SINGLE_CYCLE)
+    estimated = [entry for entry in report.entries if entry.is_estimate]
+    if estimated:
+        said = "energy is an estimate from the design power (TDP) of the CPU and its load, not a measurement"
+        yield _finding("warn", "estimate", f"{said} ({_members(estimated, report)})")
+    if not report.has_energy and report.entries:
+        reasons = dict.fromkeys(
+            entry.aggregate.metrics["energy_per_output_tok_j"].null_reason or "" for entry in report.entries
+        )
+        said = "; ".join(filter(None, reasons)) or "no reason given"
+        yield _finding("warn", "no energy", f"not measured: {said}. The page is about throughput instead.")
+
+
+def _finding(kind: str, label: str, text: str) -> Markup:
+    return tag("li", tag("span", label, class_=f"tag {kind}"), " ", text)
+
+
+def _alike(entries: Sequence[Entry], attribute: str) -> Iterable[tuple[str, int, list[Entry]]]:
+    """Texts that differ in nothing but numbers, each kind once: the first, of how many results, whose."""
+    found: dict[str, list[tuple[Entry, str, int]]] = {}
+    for entry in entries:
+        for text, count in getattr(entry.aggregate, attribute).items():
+            found.setdefault(_NUMBER.sub("#", text), []).append((entry, text, count))
+    for same in found.values():
+        is_varied = len({text for _, text, _ in same}) > 1
+        text = same[0][1] + ("; numbers differ" if is_varied else "")
+        yield text, sum(count for *_, count in same), list({entry.number: entry for entry, *_ in same}.values())
+
+
+def _members(members: Sequence[Entry], report: Report) -> str:
+    if len(members) == len(report.entries):
+        return "all configurations" if len(members) > 1 else "the only configuration"
+    shown = ", ".join(f"{entry.number} {entry.label}" for entry in members[:4])
+    return shown + (f" and {len(members) - 4} more" if len(members) > 4 else "")
+
+
+def _problems(report: Report) -> Markup:
+    """What was left out, by name: a page that is silent about damage is taken for a whole one."""
+    if not report.problems:
+        return Markup()
+    counts = {kind: sum(problem.kind == kind for problem in report.problems) for kind in _KINDS}
+    said = ", ".join(f"{count} {_KINDS[kind]}" for kind, count in counts.items() if count)
+    rows = [
+        [problem.kind, "/".join(PurePath(problem.path).parts[-4:]), problem.message]
+        for problem in report.problems[:_PROBLEMS_SHOWN]
+    ]
+    content = table("Attempts that were left out", ["Kind", "File", "What was found"], rows, row_head=None)
+    left = len(report.problems) - len(rows)
+    more = tag("p", f"And {left} more: lem results list --json names all.") if left else Markup()
+    label = f"Left out: {plural(len(report.problems), 'attempt')} ({said})"
+    is_open = any(problem.kind != "missing" for problem in report.problems) and len(rows) <= _SHOWN
+    return details(label, scroller("Attempts that were left out", content), more, is_open=is_open)
+
+
+def _explanations(report: Report) -> Iterable[str]:
+    sizes = sorted({entry.aggregate.n_cycles for entry in report.entries if entry.aggregate.n_cycles > 1})
+    covers = [(size, bootstrap_coverage_label(size, report.summary.confidence)) for size in sizes]
+    said = ", ".join(f"{label} with {plural(size, 'cycle')}" for size, label in covers if label)
+    if not sizes:
+        return
+    yield (
+        "Means are geometric, over the cycles of a configuration. The t interval is Student's, on log values: it "
+        "covers 95 % at any number of cycles. The bootstrap interval is that of the arithmetic mean, 95 % in name"
+        + (f"; it truly covers {said}." if said else ".")
+    )
+    every = any(
+        entry.aggregate.metrics[name].all_attempts
+        for entry in report.entries
+        for name in ("energy_per_output_tok_j", "output_tok_per_s")
+    )
+    if every:
+        yield "“All attempts” is the mean with invalid results counted in: shown where it differs, never used instead."
