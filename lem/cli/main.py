@@ -27,6 +27,7 @@ COMMANDS = (
     "experiment",
     "config",
     "results",
+    "report",
     "compare",
     "presets",
     "datasets",
