@@ -538,20 +538,72 @@ def test_functions_that_an_older_library_lacks_are_not_found(tmp_path):
     assert look["instant"] == 200_000
 
 
-def test_functions_that_nvml_calls_deprecated_are_missing(double):
-    double.say(*NvmlDouble.gpu())
+def test_the_deprecated_names_say_what_the_new_ones_say(double):
+    double.say("count 1", "temperature 44", "events -1 1e9 0x44")
     program = """
 import pynvml
 pynvml.nvmlInit()
 handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-for ask in (lambda: pynvml.nvmlDeviceGetTemperature(handle, 0),
-            lambda: pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)):
+print(pynvml.nvmlDeviceGetTemperature(handle, 0), pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
+"""
+    assert _run(double, program).stdout.split() == ["44", "68"]
+
+
+def test_every_function_about_a_gpu_may_fail_for_a_time(tmp_path):
+    gone = dataclasses.replace(COARSE, more=("fail * 15 10 20",))
+    double = NvmlDouble(tmp_path / "nvml", more=(str(tmp_path / "now"),))
+    double.say(*Trace(ORIGIN_NS, (COARSE, gone)).lines())
+    said = []
+    for seconds in (9, 10, 20):
+        (tmp_path / "now").write_text(f"now {ORIGIN_NS + seconds * NS_PER_S}\n")
+        said.append(_ask(double)["gpus"])
+    assert [gpus[1] == "NVMLError_GpuIsLost: GPU is lost" for gpus in said] == [False, True, False]
+    assert all(gpus[0]["name"] == "NVIDIA Double" for gpus in said)
+
+
+def test_an_instance_has_a_handle_and_no_meters(double):
+    trace = Trace(ORIGIN_NS, (COARSE, GpuTrace(signal=EVERYTHING, mig=True, instances=("MIG-a", "MIG-b"))))
+    double.say(*trace.lines())
+    program = """
+import pynvml
+pynvml.nvmlInit()
+handle = pynvml.nvmlDeviceGetHandleByUUID("MIG-b")
+print(pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetIndex(handle))
+for ask in (pynvml.nvmlDeviceGetTotalEnergyConsumption, pynvml.nvmlDeviceGetPowerUsage, pynvml.nvmlDeviceGetMigMode):
     try:
-        ask()
+        ask(handle)
+    except pynvml.NVMLError as error:
+        print(error)
+try:
+    pynvml.nvmlDeviceGetHandleByUUID("MIG-c")
+except pynvml.NVMLError as error:
+    print(error)
+"""
+    assert _run(double, program).stdout.splitlines() == ["MIG-b 1", *["Not Supported"] * 3, "Not Found"]
+
+
+def test_a_gpu_may_be_virtual(double):
+    double.say("count 2", "gpu 1", "virtualization 2")
+    program = """
+import pynvml
+pynvml.nvmlInit()
+print(*(pynvml.nvmlDeviceGetVirtualizationMode(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in (0, 1)))
+"""
+    assert _run(double, program).stdout.split() == ["0", "2"]
+
+
+def test_there_is_no_gpu_beyond_the_last(double):
+    double.say("count 2")
+    program = """
+import pynvml
+pynvml.nvmlInit()
+for index in (2, 8, 9, 4_000_000_000):
+    try:
+        pynvml.nvmlDeviceGetHandleByIndex(index)
     except pynvml.NVMLError as error:
         print(error)
 """
-    assert _run(double, program).stdout == "Function Not Found\n" * 2
+    assert _run(double, program).stdout == "Invalid Argument\n" * 4
 
 
 def test_a_structure_of_another_version_is_refused(double):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from datetime import datetime
 
 import pytest
 
@@ -232,6 +233,26 @@ def test_a_gpu_without_meters_is_logged_without_figures():
     assert (log.header.gpus[0].power_source, log.header.gpus[0].counter_error) == ("average", "Not Supported")
     blind = simulate_log(_trace(SUM, instant=None, average=None), *WINDOW)
     assert (blind.samples[0].power_w, blind.header.gpus[0].power_error) == (None, "Not Supported")
+
+
+def test_a_board_cut_into_instances_is_logged_without_meters():
+    log = simulate_log(_trace(SUM, mig=True), *WINDOW)
+    assert (log.counters, log.samples[0].power_w, log.samples[0].util_ratio) == ((), None, None)
+    assert (log.header.gpus[0].mig_mode, log.header.gpus[0].counter_error) == (True, "MIG is on")
+
+
+def test_a_module_is_logged_as_one():
+    log = simulate_log(_trace(SUM, scope="module", instant=None), *WINDOW)
+    assert (log.header.gpus[0].energy_scope, log.header.gpus[0].power_source) == ("module", None)
+    assert log.counters
+
+
+def test_clocks_are_paired_every_ten_seconds():
+    log = simulate_log(_trace(SUM), _at(0.0), _at(25.0))
+    pairs = [(log.header.started_ns, log.header.started_utc), *((pair.at_ns, pair.utc) for pair in log.clocks)]
+    assert [at_ns for at_ns, _ in pairs] == [_at(0.0), _at(10.0), _at(20.0), _at(25.0)]
+    seconds = [datetime.fromisoformat(utc).second for _, utc in pairs]
+    assert seconds == [0, 10, 20, 25]
 
 
 def test_several_gpus_are_logged_each_with_its_own_figures():

@@ -99,6 +99,7 @@ class GpuTrace:
             NVML answers "Not Supported".
         thermal: None for a constant `temp_c`.
         sm_clocks_mhz, utilisation_percent: (since, value); without the latter it is 100 × how busy the load is.
+        instances: UUIDs of its MIG instances.
         mig: None when NVML answers "Not Supported".
         scope: `gpu`, or `module` where only energy and power of the module (fields 185, 186, 191 at scope 1) are told.
         more: further lines of its script, such as `fail nvmlDeviceGetPowerUsage 4`.
@@ -120,6 +121,7 @@ class GpuTrace:
     power_limit_w: float = 700.0
     persistence: bool = True
     mig: bool | None = False
+    instances: tuple[str, ...] = ()
     scope: str = "gpu"
     vbios: str = "96.00.00.00.01"
     memory_total_b: int = 80_000_000_000
@@ -146,6 +148,7 @@ class GpuTrace:
         lines += [f"utilisation {since_s!r} {percent}" for since_s, percent in self.utilisation_percent]
         lines += [f"memory_clock {self.memory_clock_mhz}", f"power_limit {self.power_limit_w!r}"]
         lines += [f"persistence {int(self.persistence)}", f"mig {'none' if self.mig is None else int(self.mig)}"]
+        lines += [f"instance {uuid}" for uuid in self.instances]
         lines += [f"scope {self.scope}", f"vbios {self.vbios}"]
         lines += [f"memory_total {self.memory_total_b}", f"memory_used {self.memory_used_b}"]
         lines += [f"process {held.pid} {held.memory_b} {held.from_s!r} {held.to_s!r}" for held in self.processes]

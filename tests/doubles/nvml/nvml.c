@@ -10,7 +10,8 @@
  *   name NVIDIA Double                  uuid GPU-…                    capability 9 0          vbios 96.00.00.00.01
  *   memory_total 80000000000            memory_used 2000000000        bytes, what processes hold included
  *   process 1234 5000000 [10 20]        pid and bytes, `-` where the driver does not tell; from one time to another
- *   fail nvmlDeviceGetMemoryInfo 999 [10 20]    this function answers with this error; nvmlInit is a function too
+ *   fail nvmlDeviceGetMemoryInfo 999 [10 20]    this function answers with this error, or `*`, every one about
+ *                                       the GPU; nvmlInit is a function too. From one time to another, if told
  *   fail_field 186 3                    this field does, among those of nvmlDeviceGetFieldValues
  *   delay nvmlDeviceGetPowerUsage 0.5 [10 20]   this function takes so many seconds
  *   lost 2.5 15                         from 2.5 s after the script was written on, every call about a GPU fails with
@@ -26,7 +27,7 @@
  *   load_ripple 30 10 0.5               while it is busy            load_events 0x4          these clock-event bits, too
  * Its meters (sensors.h), each a word and pairs of a key and a number, or `none` where NVML says Not Supported:
  *   counter period 0.1 jitter 0 phase 0 lag 0 resolution 1 offset 1e9 gain 1 seed 0          reset 12.5
- *   instant window 0.025 period 0.1 jitter 0 phase 0 lag 0 quantum 0.001 noise 0 gain 1 seed 0     fields 186
+ *   instant window 0.025 period 0.1 jitter 0 phase 0 lag 0 quantum 0.001 noise 0 gain 1 seed 0     field 186
  *   average window 1 …                                                            nvmlDeviceGetPowerUsage and field 185
  *   scope module                        only the module is metered: energy and power at scope 1 of fields 191, 185, 186
  * Its state:
@@ -35,10 +36,12 @@
  *   sm_clock 0 1980                     since when, MHz             memory_clock 2619
  *   utilisation 0 50                    since when, percent; of a load it follows without being told
  *   power_limit 700                     enforced_limit 650          persistence 1            mig 0, 1 or none
+ *   instance MIG-…                      a MIG instance of it, which has a handle and no meters
+ *   virtualization 2                    a virtual GPU
  *
  * The variable may name several files, with colons between them, which are read in their order as if they were one; those
  * after the first may be missing. Without a script there is no driver. A line that is not understood is told on stderr, and every call then fails.
- * The structures and numbers are those of NVIDIA's nvml.h, version 12. Functions that it calls deprecated are missing.
+ * The structures and numbers are those of NVIDIA's nvml.h, version 12.
  */
 #include "script.h"
 
@@ -83,15 +86,33 @@ static int begin_initialised(Script *script, const char *function)
     return initialised > 0 ? begin(script, function) : UNINITIALIZED;
 }
 
-/* A handle is the index and one. */
+/* A handle is the index and one; that of an instance has the instance's number, from one, above. */
+static void *handle_of(size_t index, size_t instance) { return (void *)(index + 1 + instance * (MAX_GPUS + 1)); }
+static size_t gpu_of(const void *handle) { return (size_t)handle % (MAX_GPUS + 1) - 1; }
+static size_t instance_of(const void *handle) { return (size_t)handle / (MAX_GPUS + 1); }
+
+/* What NVML tells of a MIG instance; the meters are those of the whole board. */
+static int is_for_instances(const char *function)
+{
+    static const char *const functions[] = {"nvmlDeviceGetHandleByUUID", "nvmlDeviceGetName", "nvmlDeviceGetUUID",
+        "nvmlDeviceGetIndex", "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetMemoryInfo_v2",
+        "nvmlDeviceGetComputeRunningProcesses_v3", "nvmlDeviceGetCudaComputeCapability"};
+    for (size_t k = 0; k < sizeof functions / sizeof *functions; k++)
+        if (!strcmp(functions[k], function))
+            return 1;
+    return 0;
+}
+
 static int begin_for_gpu(Script *script, const char *function, void *handle, Gpu **gpu)
 {
     int code = begin_initialised(script, function);
-    size_t index = (size_t)handle - 1;
+    size_t index = gpu_of(handle);
     if (code != SUCCESS)
         return code;
-    if (index >= script->count)
+    if (index >= script->count || instance_of(handle) > script->gpu[index].instances)
         return INVALID_ARGUMENT;
+    if (instance_of(handle) && !is_for_instances(function))
+        return NOT_SUPPORTED;
     *gpu = &script->gpu[index];
     return (*gpu)->lost_code != SUCCESS ? (*gpu)->lost_code : fare(script, function, (int)index);
 }
@@ -175,7 +196,9 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned int index, void **handle)
 {
     Script script;
     Gpu *gpu;
-    *handle = (void *)((size_t)index + 1);
+    if (index >= MAX_GPUS)
+        return INVALID_ARGUMENT;
+    *handle = handle_of(index, 0);
     return begin_for_gpu(&script, __func__, *handle, &gpu);
 }
 
@@ -186,12 +209,15 @@ int nvmlDeviceGetHandleByUUID(const char *uuid, void **handle)
     int code = begin_initialised(&script, __func__);
     if (code != SUCCESS)
         return code;
-    for (unsigned int index = 0; index < script.count; index++)
-        if (!strcmp(script.gpu[index].uuid, uuid)) {
-            *handle = (void *)((size_t)index + 1);
-            return begin_for_gpu(&script, __func__, *handle, &gpu);
-        }
-    return NOT_FOUND;
+    *handle = NULL;
+    for (unsigned int index = 0; index < script.count; index++) {
+        if (!strcmp(script.gpu[index].uuid, uuid))
+            *handle = handle_of(index, 0);
+        for (unsigned int k = 0; k < script.gpu[index].instances; k++)
+            if (!strcmp(script.gpu[index].instance[k], uuid))
+                *handle = handle_of(index, k + 1);
+    }
+    return *handle ? begin_for_gpu(&script, __func__, *handle, &gpu) : NOT_FOUND;
 }
 
 int nvmlDeviceGetIndex(void *handle, unsigned int *index)
@@ -217,7 +243,9 @@ int nvmlDeviceGetUUID(void *handle, char *uuid, unsigned int length)
     Script script;
     Gpu *gpu;
     int code = begin_for_gpu(&script, __func__, handle, &gpu);
-    return code != SUCCESS ? code : give_text(gpu->uuid, uuid, length);
+    if (code != SUCCESS)
+        return code;
+    return give_text(instance_of(handle) ? gpu->instance[instance_of(handle) - 1] : gpu->uuid, uuid, length);
 }
 
 int nvmlDeviceGetCudaComputeCapability(void *handle, int *major, int *minor)
@@ -406,12 +434,21 @@ int nvmlDeviceGetEnforcedPowerLimit(void *handle, unsigned int *limit)
     return code;
 }
 
+static int read_temperature(const Script *script, const Gpu *gpu)
+{
+    double at = time_of(script), busy, degrees = gpu->temperature;
+    void *owned;
+    Signal signal = signal_of(script, gpu, at, &busy, &owned);
+    if (gpu->thermal_tau > 0)
+        degrees = gpu->ambient + gpu->per_watt * power_smoothed(&signal, at, gpu->thermal_tau);
+    free(owned);
+    return (int)floor(degrees + 0.5);
+}
+
 int nvmlDeviceGetTemperatureV(void *handle, TemperatureV1 *temperature)
 {
     Script script;
     Gpu *gpu;
-    void *owned;
-    double at, busy, degrees;
     int code = begin_for_gpu(&script, __func__, handle, &gpu);
     if (code != SUCCESS)
         return code;
@@ -419,14 +456,21 @@ int nvmlDeviceGetTemperatureV(void *handle, TemperatureV1 *temperature)
         return VERSION_MISMATCH;
     if (temperature->sensor != 0)
         return INVALID_ARGUMENT;
-    at = time_of(&script);
-    Signal signal = signal_of(&script, gpu, at, &busy, &owned);
-    degrees = gpu->temperature;
-    if (gpu->thermal_tau > 0)
-        degrees = gpu->ambient + gpu->per_watt * power_smoothed(&signal, at, gpu->thermal_tau);
-    temperature->temperature = (int)floor(degrees + 0.5);
-    free(owned);
+    temperature->temperature = read_temperature(&script, gpu);
     return SUCCESS;
+}
+
+/* Deprecated, as the one for the reasons below. */
+int nvmlDeviceGetTemperature(void *handle, unsigned int sensor, unsigned int *temperature)
+{
+    Script script;
+    Gpu *gpu;
+    int code = begin_for_gpu(&script, __func__, handle, &gpu);
+    if (code == SUCCESS && sensor != 0)
+        return INVALID_ARGUMENT;
+    if (code == SUCCESS)
+        *temperature = (unsigned int)read_temperature(&script, gpu);
+    return code;
 }
 
 /* The last value since then; the first holds before it, too. */
@@ -439,23 +483,38 @@ static double step_of(const Step *steps, unsigned int count, double at, double w
     return value;
 }
 
+static unsigned long long read_reasons(const Script *script, const Gpu *gpu)
+{
+    unsigned long long reasons;
+    double at = time_of(script), busy;
+    void *owned;
+    signal_of(script, gpu, at, &busy, &owned);
+    free(owned);
+    reasons = busy > 0 ? gpu->load.events : 0;
+    for (unsigned int k = 0; k < gpu->events; k++)
+        if (gpu->event[k].from <= at && at < gpu->event[k].to)
+            reasons |= gpu->event[k].mask;
+    return reasons;
+}
+
 int nvmlDeviceGetCurrentClocksEventReasons(void *handle, unsigned long long *reasons)
 {
     Script script;
     Gpu *gpu;
-    void *owned;
-    double at, busy;
     int code = begin_for_gpu(&script, __func__, handle, &gpu);
-    if (code != SUCCESS)
-        return code;
-    at = time_of(&script);
-    signal_of(&script, gpu, at, &busy, &owned);
-    free(owned);
-    *reasons = busy > 0 ? gpu->load.events : 0;
-    for (unsigned int k = 0; k < gpu->events; k++)
-        if (gpu->event[k].from <= at && at < gpu->event[k].to)
-            *reasons |= gpu->event[k].mask;
-    return SUCCESS;
+    if (code == SUCCESS)
+        *reasons = read_reasons(&script, gpu);
+    return code;
+}
+
+int nvmlDeviceGetCurrentClocksThrottleReasons(void *handle, unsigned long long *reasons)
+{
+    Script script;
+    Gpu *gpu;
+    int code = begin_for_gpu(&script, __func__, handle, &gpu);
+    if (code == SUCCESS)
+        *reasons = read_reasons(&script, gpu);
+    return code;
 }
 
 int nvmlDeviceGetUtilizationRates(void *handle, Utilisation *utilisation)
@@ -509,6 +568,16 @@ int nvmlDeviceGetMigMode(void *handle, unsigned int *current, unsigned int *pend
         return NOT_SUPPORTED;
     if (code == SUCCESS)
         *current = *pending = (unsigned int)gpu->mig;
+    return code;
+}
+
+int nvmlDeviceGetVirtualizationMode(void *handle, unsigned int *mode)
+{
+    Script script;
+    Gpu *gpu;
+    int code = begin_for_gpu(&script, __func__, handle, &gpu);
+    if (code == SUCCESS)
+        *mode = gpu->virtualization;
     return code;
 }
 

@@ -43,9 +43,13 @@ class Ripple:
 
     def energy_j(self, at_s: float) -> float:
         """The integral from time 0."""
-        return self._integral(at_s) - self._integral(0.0)
+        return self._integral(at_s) - self._at_zero_j
 
-    @property
+    @cached_property
+    def _at_zero_j(self) -> float:
+        return self._integral(0.0)
+
+    @cached_property
     def _omega(self) -> float:
         return 2.0 * math.pi * self.frequency_hz
 

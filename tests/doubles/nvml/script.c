@@ -166,6 +166,8 @@ static int take_state(Gpu *gpu, const Line *line)
         return line->count == 1 && (gpu->persistence = n[0] != 0, 1);
     if (!strcmp(word, "mig"))
         return gpu->mig = strcmp(line->first, "none") ? atoi(line->first) != 0 : UNKNOWN, 1;
+    if (!strcmp(word, "virtualization"))
+        return line->count == 1 && (gpu->virtualization = (unsigned)n[0], 1);
     if (!strcmp(word, "fail_field")) {
         if (line->count != 2 || gpu->fields == MAX_FIELDS)
             return 0;
@@ -183,6 +185,8 @@ static int take_identity(Gpu *gpu, const Line *line, double age_s)
         snprintf(gpu->name, TEXT, "%.90s", line->rest + strspn(line->rest, " \t"));
     else if (!strcmp(word, "uuid"))
         snprintf(gpu->uuid, TEXT, "%.90s", line->first);
+    else if (!strcmp(word, "instance"))
+        return gpu->instances < MAX_INSTANCES && snprintf(gpu->instance[gpu->instances++], TEXT, "%.90s", line->first);
     else if (!strcmp(word, "vbios"))
         snprintf(gpu->vbios, TEXT, "%.90s", line->first);
     else if (!strcmp(word, "capability"))
@@ -326,10 +330,12 @@ double time_of(const Script *script)
     return (double)((script->now ? script->now : now.tv_sec * 1000000000LL + now.tv_nsec) - script->origin) / 1e9;
 }
 
-/* Whether a function of the script is this one, with or without the version at its end. */
+/* Whether a function of the script is this one, with or without the version at its end; `*` is every one. */
 static int is_named(const char *written, const char *function)
 {
     size_t length = strlen(written);
+    if (!strcmp(written, "*"))
+        return 1;
     return !strncmp(written, function, length) && (!function[length] || !strncmp(function + length, "_v", 2));
 }
 

@@ -15,9 +15,11 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from lem.meters.samples import (
+    ClockPair,
     CounterChange,
     GpuHeader,
     GpuSample,
@@ -180,7 +182,7 @@ def simulate_log(
     Args:
         poll_jitter_ms: every poll is late by up to that; more than `poll_ms` makes no sense.
         gaps: (from, to) during which the sampler sleeps.
-        zones: RAPL zones, read once a second.
+        zones: RAPL zones, read once a second; pairs of clocks come every ten.
     """
     jitter = random.Random(seed)
     step_ns = round(poll_ms * 1e6)
@@ -196,12 +198,18 @@ def simulate_log(
             RaplReading(index, at_ns, zone.energy_uj(at_ns)) for at_ns in seconds for index, zone in enumerate(zones)
         ),
         processes=tuple(row for gpu in range(len(trace.gpus)) for row in _processes(trace, gpu, seconds)),
+        clocks=tuple(ClockPair(at_ns, _utc(at_ns, start_ns)) for at_ns in _every(polls, 10 * NS_PER_S)[1:]),
     )
     return dataclasses.replace(
         log,
         counters=tuple(sorted(log.counters, key=lambda row: row.at_ns)),
         processes=tuple(sorted(log.processes, key=lambda row: row.at_ns)),
     )
+
+
+def _utc(at_ns: int, start_ns: int) -> str:
+    """The time of day then, in a log that was begun as 2026 was."""
+    return (datetime(2026, 1, 1, tzinfo=timezone.utc) + timedelta(microseconds=(at_ns - start_ns) / 1000)).isoformat()
 
 
 def _every(polls: Sequence[int], interval_ns: int) -> list[int]:
@@ -216,7 +224,7 @@ def _every(polls: Sequence[int], interval_ns: int) -> list[int]:
 def _header(trace: Trace, start_ns: int, interval_ms: int, zones: Sequence[Zone]) -> SampleHeader:
     return SampleHeader(
         started_ns=start_ns,
-        started_utc="2026-01-01T00:00:00.000Z",
+        started_utc=_utc(start_ns, start_ns),
         host="double",
         interval_ms=interval_ms,
         gpus=tuple(_gpu_header(trace, index, gpu) for index, gpu in enumerate(trace.gpus)),
@@ -227,6 +235,8 @@ def _header(trace: Trace, start_ns: int, interval_ms: int, zones: Sequence[Zone]
 
 
 def _gpu_header(trace: Trace, index: int, gpu: GpuTrace) -> GpuHeader:
+    source = _power_source(gpu)
+    missing = "MIG is on" if gpu.mig else "Not Supported"
     return GpuHeader(
         index=index,
         uuid=gpu.uuid or f"GPU-00000000-0000-4000-8000-{index:012d}",
@@ -235,31 +245,46 @@ def _gpu_header(trace: Trace, index: int, gpu: GpuTrace) -> GpuHeader:
         vbios=gpu.vbios,
         power_limit_w=gpu.power_limit_w,
         persistence_mode=gpu.persistence,
-        mig_mode=gpu.mig,
+        mig_mode=bool(gpu.mig),
         energy_scope=gpu.scope,
-        power_source="instant" if gpu.instant else "average" if gpu.average else None,
-        counter_error=None if gpu.counter else "Not Supported",
-        power_error=None if gpu.instant or gpu.average else "Not Supported",
+        power_source=source,
+        counter_error=None if gpu.counter and not gpu.mig else missing,
+        power_error=None if source else missing,
     )
 
 
+def _power_source(gpu: GpuTrace) -> str | None:
+    """What a sampler takes; a board that is cut into instances has nothing for it, a module no average."""
+    if gpu.mig:
+        return None
+    if gpu.instant:
+        return "instant"
+    return "average" if gpu.average and gpu.scope == "gpu" else None
+
+
 def _changes(trace: Trace, gpu: int, polls: Sequence[int]) -> list[CounterChange]:
+    counter = trace.gpus[gpu].counter
+    if counter is None or trace.gpus[gpu].mig or not polls:
+        return []
     rows: list[CounterChange] = []
-    before_ns = polls[0] if polls else 0
-    for at_ns in polls if trace.gpus[gpu].counter else ():
-        value = trace.counter_mj(at_ns, gpu)
-        if not rows or value != rows[-1].energy_mj:
-            rows.append(CounterChange(gpu, before_ns, at_ns, value))
-        before_ns = at_ns
+    before_ns, before = polls[0], None
+    for at_ns in polls:
+        at_s = trace.seconds(at_ns)
+        # What brings a new value: an update, or a reset.
+        state = counter.ticks.last(at_s), sum(reset_s <= at_s for reset_s in counter.resets_s)
+        if state != before:
+            value = trace.counter_mj(at_ns, gpu)
+            if not rows or value != rows[-1].energy_mj:
+                rows.append(CounterChange(gpu, before_ns, at_ns, value))
+        before_ns, before = at_ns, state
     return rows
 
 
 def _sample(trace: Trace, gpu: int, at_ns: int) -> GpuSample:
+    source = _power_source(trace.gpus[gpu])
     power_w = None
-    if trace.gpus[gpu].instant:
-        power_w = trace.instant_w(at_ns, gpu)
-    elif trace.gpus[gpu].average:
-        power_w = trace.average_w(at_ns, gpu)
+    if source is not None:
+        power_w = trace.instant_w(at_ns, gpu) if source == "instant" else trace.average_w(at_ns, gpu)
     return GpuSample(
         gpu=gpu,
         at_ns=at_ns,
