@@ -215,12 +215,16 @@ class Idle:
     """Power at rest: before the load, with the engine loaded, and loaded after the window.
 
     Attributes:
+        idle_bare_temp_c, idle_loaded_temp_c: mean temperature of the hottest GPU meanwhile, where it was measured
+            in this experiment.
         baseline_age_s: how long before this experiment the loaded idle was measured; 0 when in it.
     """
 
     idle_bare_power_w: float | None = None
     idle_loaded_power_w: float | None = None
     idle_loaded_post_power_w: float | None = None
+    idle_bare_temp_c: float | None = None
+    idle_loaded_temp_c: float | None = None
     baseline_age_s: float | None = None
     null_reasons: Mapping[str, str] = field(default_factory=dict)
 

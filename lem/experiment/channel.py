@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType, NoneType
 from typing import Any
@@ -104,6 +104,11 @@ class RunRequest:
         gap_s, gap_end_reason: the gap that came before, for the record.
         executor: `local` or `docker`.
         image: image id of the container; None without one.
+        samples_path: the log that a sampler writes, as the worker sees it; None where nothing is sampled.
+        is_sampler_due: the host cannot read the meters, so the worker starts that sampler.
+        sampled_gpus: UUIDs of the GPUs to sample.
+        meter_errors: {"gpu": why, "rapl": why} of meters that the host knows cannot be read.
+        baselines: fields of `meters.attempt_log.Baselines` that the host knows.
         secrets: {"HF_TOKEN": …}; never on argv, never in a file.
     """
 
@@ -116,6 +121,11 @@ class RunRequest:
     gap_end_reason: str | None = None
     executor: str = "local"
     image: str | None = None
+    samples_path: str | None = None
+    is_sampler_due: bool = False
+    sampled_gpus: Sequence[str] = ()
+    meter_errors: Mapping[str, str] = field(default_factory=dict)
+    baselines: Mapping[str, float | None] = field(default_factory=dict)
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
@@ -135,6 +145,7 @@ class RunRequest:
             ChannelError: a field is missing, unknown or of another type.
         """
         fields = {"secrets": {}, **{key: value for key, value in message.items() if key != "type"}}
+        fields["sampled_gpus"] = tuple(fields.get("sampled_gpus", ()))
         try:
             request = cls(**fields)
         except TypeError as error:

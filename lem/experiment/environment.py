@@ -18,8 +18,6 @@ from lem.record import Environment
 
 __all__ = ["HostFacts", "describe_environment", "differing_options", "fingerprint_of", "read_host"]
 
-_NOT_LOOKED_FOR = "this version of lem does not look for them yet: they come with the energy meters"
-
 
 @dataclass(frozen=True)
 class HostFacts:
@@ -41,6 +39,22 @@ class HostFacts:
     governor: str | None
 
 
+@dataclass(frozen=True)
+class GpuSurroundings:
+    """What the sampler told of the GPUs in use beside their figures.
+
+    Attributes:
+        vbios: of each GPU.
+        other_processes: `process 4711 on GPU-…` for what else computed there before the engine was loaded; () when
+            nothing did.
+        null_reason: why either is None.
+    """
+
+    vbios: tuple[str, ...] | None = None
+    other_processes: tuple[str, ...] | None = None
+    null_reason: str = "no GPU in use"
+
+
 def read_host(root: Path = Path("/")) -> HostFacts:
     """The machine this runs on.
 
@@ -58,25 +72,29 @@ def read_host(root: Path = Path("/")) -> HostFacts:
 
 
 def describe_environment(
-    host: HostFacts, report: EngineReport, config: ExperimentConfig, *, executor: str, image: str | None
+    host: HostFacts,
+    report: EngineReport,
+    config: ExperimentConfig,
+    *,
+    executor: str,
+    image: str | None,
+    gpus: GpuSurroundings | None = None,
 ) -> Environment:
     """The environment section of the record."""
     versions = {"python": platform.python_version(), **report.versions}
     driver = find_driver() if report.gpu_uuids else None
     if driver is not None:
         versions["driver"] = driver
-    reasons = {
-        "other_gpu_processes": _NOT_LOOKED_FOR if report.gpu_uuids else "no GPU in use",
-        "vbios": _NOT_LOOKED_FOR if report.gpu_uuids else "no GPU in use",
-    }
+    seen = gpus or GpuSurroundings()
     optional = {
+        "other_gpu_processes": (seen.other_processes, seen.null_reason),
+        "vbios": (seen.vbios, seen.null_reason),
         "memory_b": (host.memory_b, "/proc/meminfo does not tell"),
         "governor": (host.governor, "the kernel shows no frequency governor, as in most virtual machines"),
         "image": (image, "not run in a container"),
         "model_revision": (report.model_revision, "the model is a local folder, or the engine does not tell"),
         "weights_sha256": (report.weights_sha256, "the engine does not tell which weight files it read"),
     }
-    reasons.update({name: reason for name, (value, reason) in optional.items() if value is None})
     return Environment(
         fingerprint=fingerprint_of(host, report, versions, image),
         executor=executor,
@@ -92,13 +110,13 @@ def describe_environment(
         versions=versions,
         device=report.device,
         gpu_uuids=report.gpu_uuids,
-        vbios=None,
+        vbios=seen.vbios,
         model_revision=report.model_revision,
         weights_sha256=report.weights_sha256,
-        other_gpu_processes=None,
+        other_gpu_processes=seen.other_processes,
         engine_effective=report.effective,
         engine_differs=differing_options(config, report.effective),
-        null_reasons=reasons,
+        null_reasons={name: reason for name, (value, reason) in optional.items() if value is None},
     )
 
 

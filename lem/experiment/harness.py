@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -18,6 +20,7 @@ from lem.experiment.clock import NS_PER_S, Clock, SystemClock
 from lem.experiment.datasets import resolve_dataset
 from lem.experiment.encoding import DisjointRequests, EncodedPrompts, encode_prompts
 from lem.experiment.environment import read_host
+from lem.experiment.metering import Metering, open_metering
 from lem.experiment.prompts import (
     ResolvedPrompts,
     describe,
@@ -31,7 +34,7 @@ from lem.experiment.residency import ResidentEngine
 from lem.experiment.traffic import TrafficPlan, measure_traffic, serve_all
 from lem.experiment.warmup import WarmupOutcome, skipped_warmup, warm_up
 from lem.experiment.window import MeasuredWindow, Output, measure_batch
-from lem.meters.registry import energy_reasons
+from lem.meters import marks
 from lem.record import Record
 
 __all__ = ["OUTPUTS_FILENAME", "Clock", "Reporter", "SystemClock", "run_experiment"]
@@ -72,26 +75,37 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
     folder = Path(request.result_dir)
     requested = _read_requested(folder)
     config = _read_config(request.config)
-    reasons = energy_reasons(config)
+    is_resident = engine.is_resident(request.engine_key)
+    metering = open_metering(request, config, is_resident=is_resident, clock=clock, reporter=reporter)
     resolved = _resolve_prompts(config, folder, request.secrets)
     host = read_host()
 
-    if not engine.is_resident(request.engine_key):
+    if not is_resident:
+        metering.rest_bare()
         reporter.phase("load")
-    residence = engine.ensure(config, request.engine_key, request.secrets)
+    with metering.during(marks.LOAD) if not is_resident else contextlib.nullcontext():
+        residence = engine.ensure(config, request.engine_key, request.secrets)
     backend = residence.backend
+    metering.choose(residence.report.gpu_uuids)
 
     reporter.phase("idle")
     encoded = encode_prompts(resolved.prompts, backend.encode, config)
+    metering.rest_loaded()
     reporter.phase("warmup")
-    warmup = _warm_up(backend, encoded, config, clock, reporter)
+    with metering.during(marks.WARMUP) if config.warmup.enabled else contextlib.nullcontext():
+        warmup = _warm_up(backend, encoded, config, clock, reporter)
+    engine.own_pids = metering.know_own_processes(engine.own_pids)
     reporter.phase("window")
     backend.reset_peak_memory()
-    measured = _measure(backend, encoded, config, warmup, clock, reporter)
+    measured = _measure(backend, encoded, config, warmup, metering, reporter)
     peak_memory_b = backend.peak_memory_b()
     reporter.phase("cooldown")
+    if request.keep_engine:
+        metering.rest_after()
 
     reporter.phase("write")
+    is_steady_mode = config.traffic_simulation.enabled
+    energy = metering.close(folder, measured, is_steady_mode=is_steady_mode)
     if config.save_outputs:
         _write_outputs(folder, measured.outputs, backend.decode)
     return compose_record(
@@ -107,7 +121,8 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
             warmup=warmup,
             measured=measured,
             peak_memory_b=peak_memory_b,
-            energy_reasons=reasons,
+            energy=energy,
+            surroundings=metering.surroundings(residence.report.gpu_uuids),
         )
     )
 
@@ -179,10 +194,11 @@ def _measure(
     encoded: EncodedPrompts,
     config: ExperimentConfig,
     warmup: WarmupOutcome,
-    clock: Clock,
+    metering: Metering,
     reporter: Reporter,
 ) -> MeasuredWindow:
-    count = len(encoded.requests)
+    clock = metering.clock
+    min_window_s = metering.window_floor_s()
     traffic = config.traffic_simulation
     if traffic.enabled:
         plan = TrafficPlan(
@@ -190,24 +206,35 @@ def _measure(
             target_qps=traffic.target_qps,
             concurrency=traffic.concurrency,
             seed=config.random_seed if traffic.seed is None else traffic.seed,
-            min_window_s=config.measurement.min_window_sec,
-            ramp_limit_s=max(config.measurement.min_window_sec, RAMP_STEPS * (warmup.step_s or 0.0)),
+            min_window_s=min_window_s,
+            ramp_limit_s=max(min_window_s, RAMP_STEPS * (warmup.step_s or 0.0)),
         )
         report = _Progress(reporter, clock, lambda done: (done, None, f"{done} requests"))
-        return measure_traffic(backend, encoded.requests, plan, clock, report)
+        return metering.measure_steady(lambda: measure_traffic(backend, encoded.requests, plan, clock, report))
 
-    def describe_pass(done: int) -> tuple[int, int | None, str]:
-        # How often the set will be repeated is known when the window is long enough, so only the first pass has an end.
-        return done, count if done <= count else None, f"{done} requests"
+    def run(requests: Sequence[TokenRequest], what: str) -> MeasuredWindow:
+        # How often the set will be repeated is known when the window is long enough: only the first pass has an end.
+        def describe_pass(done: int) -> tuple[int, int | None, str]:
+            return done, len(requests) if done <= len(requests) else None, f"{done} {what}"
 
-    return measure_batch(
-        backend,
-        encoded.requests,
-        min_window_s=config.measurement.min_window_sec,
-        observe_tokens=config.streaming,
-        clock=clock,
-        report=_Progress(reporter, clock, describe_pass),
-    )
+        return measure_batch(
+            backend,
+            requests,
+            min_window_s=min_window_s,
+            observe_tokens=config.streaming,
+            clock=clock,
+            report=_Progress(reporter, clock, describe_pass),
+        )
+
+    measured = metering.measure_closed(lambda: run(encoded.requests, "requests"))
+    if config.measurement.phases:
+        metering.measure_prefill(lambda: run([_prefill_of(item) for item in encoded.requests], "prefills"))
+    return measured
+
+
+def _prefill_of(request: TokenRequest) -> TokenRequest:
+    """The request for its prefill alone, which ends with the first output token."""
+    return dataclasses.replace(request, max_output_tokens=1, min_output_tokens=min(1, request.min_output_tokens))
 
 
 def _width(config: ExperimentConfig, prompts: int) -> int:

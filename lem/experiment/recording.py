@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any, TypeVar
+from typing import Any
 
 from lem import __version__
 from lem.backends.protocol import EngineReport
@@ -15,21 +14,17 @@ from lem.errors import EngineError
 from lem.experiment.channel import RunRequest
 from lem.experiment.encoding import EncodedPrompts
 from lem.experiment.engine_log import redact
-from lem.experiment.environment import HostFacts, describe_environment
+from lem.experiment.environment import GpuSurroundings, HostFacts, describe_environment
 from lem.experiment.latency import latency_of
 from lem.experiment.prompts import ResolvedPrompts
 from lem.experiment.residency import Residence
 from lem.experiment.warmup import WarmupOutcome
 from lem.experiment.window import MeasuredWindow
-from lem.meters.gpus import find_gpus
+from lem.meters.efficiency import carbon_of, efficiency_of
+from lem.meters.energy import EnergyFindings
 from lem.record import (
-    Carbon,
     Compute,
-    Efficiency,
-    Energy,
-    Gpu,
     Identity,
-    Idle,
     Record,
     Throughput,
     Validity,
@@ -45,8 +40,6 @@ __all__ = ["Findings", "compose_record"]
 MAX_FAILED_RATIO = 0.01
 
 _NO_PADDING = "the engine does not tell how much padding it computed on; input never holds any"
-_NO_ENERGY = "no energy was measured"
-_S = TypeVar("_S", Energy, Idle, Efficiency, Throughput)
 
 
 @dataclass(frozen=True)
@@ -55,7 +48,7 @@ class Findings:
 
     Attributes:
         requested: the configuration as written, `${VAR}` unexpanded.
-        energy_reasons: why each field of energy is null, from `meters.registry`.
+        energy, surroundings: what the meters tell.
     """
 
     request: RunRequest
@@ -69,7 +62,8 @@ class Findings:
     warmup: WarmupOutcome
     measured: MeasuredWindow
     peak_memory_b: int | None
-    energy_reasons: Mapping[str, str]
+    energy: EnergyFindings
+    surroundings: GpuSurroundings
 
 
 def compose_record(found: Findings) -> Record:
@@ -78,22 +72,27 @@ def compose_record(found: Findings) -> Record:
     Raises:
         EngineError: kind `channel`, the host left out part of the identity.
     """
-    report = found.residence.report
+    report, energy, work = found.residence.report, found.energy, _work(found)
     record = Record(
         identity=_identity(found),
         validity=_validity(found),
         window=_window(found),
-        energy=_empty(Energy, found.energy_reasons),
-        gpus=_gpus(report, found.energy_reasons),
-        idle=_empty(Idle, found.energy_reasons),
-        work=_work(found),
+        energy=energy.energy,
+        gpus=energy.gpus,
+        idle=energy.idle,
+        work=work,
         throughput=_throughput(found.measured),
         latency=latency_of(found.measured.requests),
         compute=_compute(found.measured, report, found.peak_memory_b),
-        efficiency=_empty(Efficiency, {}, _NO_ENERGY),
-        carbon=_carbon(found.config),
+        efficiency=efficiency_of(energy.primary_j, work, energy.primary_null_reason),
+        carbon=carbon_of(energy.primary_j, found.config.measurement, energy.primary_null_reason),
         environment=describe_environment(
-            found.host, report, found.config, executor=found.request.executor, image=found.request.image
+            found.host,
+            report,
+            found.config,
+            executor=found.request.executor,
+            image=found.request.image,
+            gpus=found.surroundings,
         ),
         requested=found.requested,
         extra_metadata=_metadata(found),
@@ -110,13 +109,15 @@ def _identity(found: Findings) -> Identity:
 
 
 def _validity(found: Findings) -> Validity:
-    measured, report = found.measured, found.residence.report
-    invalid, notes = _judge(measured)
+    measured, report, energy = found.measured, found.residence.report, found.energy
+    failed, notes = _judge(measured)
+    invalid = (*failed, *energy.invalid_reasons)
+    steady, unsteady_notes = _steadiness(measured, energy)
     reasons = {
         name: reason
         for name, value, reason in (
             ("warmup_converged", found.warmup.converged, found.warmup.null_reason),
-            ("steady", measured.steady, measured.steady_null_reason),
+            ("steady", steady, measured.steady_null_reason),
         )
         if value is None and reason is not None
     }
@@ -127,17 +128,31 @@ def _validity(found: Findings) -> Validity:
         *found.warmup.warnings,
         *measured.warnings,
         *notes,
+        *unsteady_notes,
+        *energy.warnings,
     )
     return Validity(
         valid=not invalid,
         invalid_reasons=invalid,
         warnings=tuple(dict.fromkeys(warnings)),
         warmup_converged=found.warmup.converged,
-        steady=measured.steady,
+        steady=steady,
         engine_reused=found.residence.is_reused,
         engine_load_id=found.residence.load_id,
         null_reasons=reasons,
     )
+
+
+def _steadiness(measured: MeasuredWindow, energy: EnergyFindings) -> tuple[bool | None, tuple[str, ...]]:
+    """Whether the window was one state, in throughput and, where it is known, in power; and which of them was not."""
+    apart = [
+        what
+        for what, is_alike in (("throughput", measured.steady), ("power", energy.power_steady))
+        if is_alike is False
+    ]
+    if apart:
+        return False, (f"the halves of the window differ by 2 % or more in {' and '.join(apart)}",)
+    return measured.steady, ()
 
 
 def _judge(measured: MeasuredWindow) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -196,7 +211,10 @@ def _work(found: Findings) -> Work:
 def _throughput(measured: MeasuredWindow) -> Throughput:
     window_s = measured.window_s
     if window_s <= 0:
-        return _empty(Throughput, {}, "the window took no time that the clock could tell")
+        why = "the window took no time that the clock could tell"
+        return Throughput(
+            None, None, None, dict.fromkeys(("output_tok_per_s", "total_tok_per_s", "requests_per_s"), why)
+        )
     return Throughput(
         output_tok_per_s=measured.output_tok / window_s,
         total_tok_per_s=(measured.input_tok + measured.output_tok) / window_s,
@@ -232,33 +250,10 @@ def _compute(measured: MeasuredWindow, report: EngineReport, peak_memory_b: int 
     )
 
 
-def _carbon(config: ExperimentConfig) -> Carbon:
-    given = {
-        "grid_g_per_kwh": config.measurement.grid_g_per_kwh,
-        "pue": config.measurement.pue,
-        "price_per_kwh": config.measurement.price_per_kwh,
-    }
-    reasons = {name: f"measurement.{name} is not given" for name, value in given.items() if value is None}
-    return Carbon(**given, null_reasons={**reasons, "co2e_g": _NO_ENERGY, "cost": _NO_ENERGY})
-
-
-def _gpus(report: EngineReport, reasons: Mapping[str, str]) -> tuple[Gpu, ...]:
-    names = {gpu.uuid: gpu.name for gpu in find_gpus()} if report.gpu_uuids else {}
-    null_reasons = {item.name: reasons[item.name] for item in dataclasses.fields(Gpu) if item.name in reasons}
-    return tuple(Gpu(uuid, names.get(uuid, "unknown"), null_reasons=null_reasons) for uuid in report.gpu_uuids)
-
-
 def _metadata(found: Findings) -> Mapping[str, Any]:
     """The user's metadata as written: a reference to the environment stays a reference."""
     written = found.requested.get("extra_metadata")
     return written if isinstance(written, dict) else found.config.extra_metadata
-
-
-def _empty(section: type[_S], reasons: Mapping[str, str], otherwise: str = "") -> _S:
-    """A section in which nothing was measured."""
-    names = [item.name for item in dataclasses.fields(section) if item.name != "null_reasons"]
-    values: dict[str, Any] = dict.fromkeys(names)
-    return section(**values, null_reasons={name: reasons.get(name, otherwise) for name in names})
 
 
 def _redact(record: Record, secrets: Mapping[str, str]) -> Record:

@@ -43,7 +43,11 @@ class Residence(NamedTuple):
 
 
 class ResidentEngine:
-    """At most one loaded engine, with the key of the options that would need a reload."""
+    """At most one loaded engine, with the key of the options that would need a reload.
+
+    Attributes:
+        own_pids: its processes on the GPUs as a sampler numbers them; None while nobody has looked.
+    """
 
     def __init__(
         self,
@@ -57,6 +61,7 @@ class ResidentEngine:
         self._backend: Backend | None = None
         self._engine_key: str | None = None
         self._load_id = ""
+        self.own_pids: frozenset[int] | None = None
 
     @property
     def engine_key(self) -> str | None:
@@ -92,7 +97,7 @@ class ResidentEngine:
 
     def unload(self) -> None:
         """Give up what is loaded; nothing counts as loaded afterwards, also when the engine fails at it."""
-        backend, self._backend, self._engine_key = self._backend, None, None
+        backend, self._backend, self._engine_key, self.own_pids = self._backend, None, None, None
         if backend is not None:
             backend.unload()
 

@@ -49,6 +49,7 @@ class MeasuredWindow:
         padding_tok: padding computed in front of the prompts behind `input_tok`; None where the engine does not tell.
         steady: whether its halves are alike; None with its reason where there is nothing to compare.
         outputs: the answers to keep: of the first pass, or of the requests that count under traffic.
+        passes_ns: when each pass over the prompt set began and ended; () under traffic.
     """
 
     traffic_mode: str
@@ -64,6 +65,7 @@ class MeasuredWindow:
     steady_null_reason: str | None
     outputs: tuple[Output, ...]
     warnings: tuple[str, ...] = ()
+    passes_ns: tuple[tuple[int, int], ...] = ()
 
     @property
     def window_s(self) -> float:
@@ -180,6 +182,7 @@ def _add_up(requests: Sequence[TokenRequest], passes: Sequence[_Pass]) -> Measur
             for item in sorted(passes[0].completions, key=lambda item: item.index)
             if item.error is None
         ),
+        passes_ns=tuple((item.begin_ns, item.end_ns) for item in passes),
     )
 
 

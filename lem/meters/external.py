@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from lem.meters.integrate import HOLE_PERIODS, NS_PER_S, Curve, Hole, NotMeasured, Span
-from lem.meters.registry import MeterRefused
+from lem.meters.refusal import MeterRefused
 from lem.meters.samples import SampleLog
 
 __all__ = ["ExternalReadings", "external_energy_j", "read_external"]

@@ -35,6 +35,7 @@ from lem.orchestration.opening import Opening, RunOptions, Wish, choose_opening,
 from lem.orchestration.order import GapKind
 from lem.orchestration.plan import CampaignExperiment, Plan, build_plan, prolong_plan
 from lem.orchestration.preflight import check_supported, find_environment, gpus_of
+from lem.orchestration.sampling import HostMeters
 from lem.orchestration.session import RunIdentity, Session
 from lem.orchestration.stop import StopRequest
 from lem.orchestration.workers import Executor, LocalExecutor
@@ -56,6 +57,7 @@ class CampaignRunner:
         plan: the experiments; made of the campaign when not given.
         executor: where they run; this Python when not given.
         observe: is told what happens.
+        meters: of this host; looked for when not given.
     """
 
     campaign: CampaignConfig
@@ -67,6 +69,7 @@ class CampaignRunner:
     now: Callable[[], datetime] = utc_now
     monotonic: Callable[[], float] = time.monotonic
     host: str = field(default_factory=socket.gethostname)
+    meters: HostMeters | None = None
     _is_reserved: bool = field(default=False, init=False)
 
     def generate_execution_order(self) -> list[CampaignExperiment]:
@@ -344,7 +347,14 @@ class CampaignRunner:
             self.campaign.execution,
             stop=self.stop,
             now=self.now,
+            meters=self._host_meters(),
         )
+
+    def _host_meters(self) -> HostMeters:
+        """The meters of this host; what they have learned of its devices holds for every run."""
+        if self.meters is None:
+            self.meters = HostMeters.found()
+        return self.meters
 
     def _check_environment(
         self, session: Session, manifest: CampaignManifest, remaining: Sequence[CampaignExperiment]

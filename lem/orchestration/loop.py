@@ -157,7 +157,10 @@ class ExperimentLoop:
             cap_s = min(cap_s, deadline_s - self.monotonic())
         if cap_s > 0:
             self.tell("gap", gap=kind, cap_s=cap_s)
-        return keep_gap(cap_s, is_recovered=None, monotonic=self.monotonic, wait=self._wait)
+        if cap_s <= 0:
+            return keep_gap(cap_s, is_recovered=None, monotonic=self.monotonic, wait=self._wait)
+        with self.session.watching_recovery() as is_recovered:
+            return keep_gap(cap_s, is_recovered=is_recovered, monotonic=self.monotonic, wait=self._wait)
 
     def _wait(self, seconds: float) -> bool:
         """Sleep, and tell from time to time how long still; whether a stop was asked for."""

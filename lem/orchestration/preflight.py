@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lem.config.campaign_config import CampaignConfig
-from lem.config.experiment_config import BaselineConfig, TimeseriesConfig
 from lem.errors import UserError
 from lem.experiment.probe import missing_distributions
 from lem.meters.gpus import find_gpus, named_gpus, visible_gpus
@@ -87,14 +86,5 @@ def _unused_options(item: CampaignExperiment) -> list[GridValidationIssue]:
     }
     unused = [
         f"{name} is for lem experiment; here {instead} decides" for name, (is_set, instead) in options.items() if is_set
-    ]
-    unmeasured = {
-        "baseline": (item.config.baseline, BaselineConfig()),
-        "timeseries": (item.config.timeseries, TimeseriesConfig()),
-    }
-    unused += [
-        f"{name} has no effect: this version of lem has no energy meter"
-        for name, (section, default) in unmeasured.items()
-        if section != default
     ]
     return [GridValidationIssue(item.config_name, reason, "warning") for reason in unused]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -15,10 +16,11 @@ from lem.errors import EngineError, InfrastructureError, Interrupted, UserError
 from lem.experiment.channel import RunRequest
 from lem.experiment.prompts import resolve_on_host
 from lem.orchestration.attempt import Outcome, Timeouts, WorkerEvent
-from lem.orchestration.gaps import GapOutcome
+from lem.orchestration.gaps import GapOutcome, RecoveryProbe
 from lem.orchestration.identity import config_hash, prompts_fingerprint
 from lem.orchestration.manifest import Attempt, CampaignManifest, utc_text
 from lem.orchestration.plan import CampaignExperiment
+from lem.orchestration.sampling import HostMeters
 from lem.orchestration.stop import StopRequest
 from lem.orchestration.workers import Executor
 from lem.record import Record, RecordError, read_record
@@ -78,9 +80,11 @@ class Session:
         *,
         stop: StopRequest,
         now: Callable[[], datetime],
+        meters: HostMeters,
         environ: Mapping[str, str] = os.environ,
     ) -> None:
         self._executor = executor
+        self._meters = meters
         self._repository = repository
         self._identity = identity
         self._timeouts = Timeouts(
@@ -132,6 +136,7 @@ class Session:
         request = self._request(experiment, folder, keep_engine=keep_engine, gap=gap)
         outcome = self._run(experiment, folder, request, on_event)
         record, error = self._result_of(outcome, folder, experiment)
+        self._meters.note(record, request)
         attempt = Attempt(
             number=folder.number,
             result_path=str(folder.result_path) if record is not None else None,
@@ -148,6 +153,10 @@ class Session:
     def executor_name(self) -> str:
         """Where the workers run: `local` or `docker`."""
         return self._executor.name
+
+    def watching_recovery(self) -> contextlib.AbstractContextManager[RecoveryProbe | None]:
+        """Whether the devices are back at rest, within the block, as a gap asks; None where nothing can tell."""
+        return self._meters.watching()
 
     def look_after(self, tell: Callable[[str], None]) -> None:
         """See that what the workers run in is healthy, and mend it; never while one measures.
@@ -197,7 +206,14 @@ class Session:
             unusable = EngineError(error.message, error.hint, kind="prompts", is_permanent=True)
             return Outcome(experiment.exp_id, error=unusable)
         try:
-            return self._executor.worker_for(experiment.backend).run(request, on_event, self._timeouts, self._stop)
+            worker = self._executor.worker_for(experiment.backend)
+            with self._meters.attending(experiment.config, request) as attendance:
+
+                def pass_on(event: WorkerEvent) -> None:
+                    attendance.follow(event)
+                    on_event(event)
+
+                return worker.run(attendance.request, pass_on, self._timeouts, self._stop)
         except UserError as error:  # the program that ran before is gone
             raise InfrastructureError(error.message, error.hint) from error
 

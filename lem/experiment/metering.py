@@ -1,0 +1,394 @@
+"""The meters beside one experiment: what is waited for, what is marked in the sample log, and the figures at the end.
+
+A sampler in another process writes the log. Here it is only read, before and after the window, never in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from lem.config.experiment_config import ExperimentConfig
+from lem.errors import EngineError
+from lem.experiment.channel import RunRequest
+from lem.experiment.clock import NS_PER_S, Clock, seconds_between
+from lem.experiment.environment import GpuSurroundings
+from lem.experiment.sampler_process import wait_until_ready
+from lem.experiment.window import MeasuredWindow
+from lem.meters import marks
+from lem.meters.attempt_log import Baselines, span_of
+from lem.meters.energy import EnergyFindings, mean_power_w, measure
+from lem.meters.external import read_external
+from lem.meters.integrate import NotMeasured, Span, update_period_s
+from lem.meters.samples import (
+    FINISHED_FILENAME,
+    Mark,
+    ProcessesSeen,
+    SampleHeader,
+    SampleLog,
+    SampleLogError,
+    read_part,
+    write_finished,
+)
+from lem.meters.sources import COUNTER, EXTERNAL, RAPL, TDP_ESTIMATE, Sources, choose_sources
+
+__all__ = ["Metering", "NothingSampled", "PartFile", "SampleSource", "open_metering"]
+
+_logger = logging.getLogger(__name__)
+
+_NO_SAMPLER = "the host started no sampler"
+
+READY_TIMEOUT_S = 30.0
+
+# measurement.md, step 2: power is at rest once its mean over 10 s moves by less than 2 %; waited for 60 s at most.
+SETTLE_WINDOW_S = 10.0
+SETTLE_TOLERANCE = 0.02
+SETTLE_CAP_S = 60.0
+
+# A guard holds two updates of the slowest counter; before that is known, of one that is documented to be this slow.
+GUARD_PERIODS = 2
+UNKNOWN_PERIOD_S = 0.5
+
+# The sampler reads powercap zones and the load of the CPU so often.
+SLOW_PERIOD_S = 1.0
+
+# A window holds at least so many updates of the counter.
+WINDOW_UPDATES = 100
+
+# A slow meter was last read up to a second ago.
+_EDGE_NS = 1_500_000_000
+
+# How far a sampler may lag behind before what it has written so far is taken for all.
+_LAG_S = 5.0
+_POLL_S = 0.02
+_REPORT_S = 1.0
+
+
+class SampleSource(Protocol):
+    """Where the sample log is read from."""
+
+    def read(self) -> SampleLog:
+        """The log as far as it is written."""
+
+
+class Reporter(Protocol):
+    """Whoever wants to know how far a wait is."""
+
+    def progress(self, done: int, total: int | None, text: str) -> None:
+        """How much of the phase is done."""
+
+
+@dataclass(frozen=True)
+class NothingSampled:
+    """No sampler runs; the header says why."""
+
+    header: SampleHeader
+
+    def read(self) -> SampleLog:
+        """A log without rows."""
+        return SampleLog(self.header)
+
+
+@dataclass(frozen=True)
+class PartFile:
+    """The file that a sampler is writing."""
+
+    path: Path
+
+    def read(self) -> SampleLog:
+        """The log as far as it is written.
+
+        Raises:
+            EngineError: kind `meter`, it cannot be read.
+        """
+        try:
+            return read_part(self.path)
+        except (OSError, SampleLogError) as error:
+            raise EngineError(f"{self.path}: the samples cannot be read: {error}", kind="meter") from error
+
+
+def open_metering(
+    request: RunRequest, config: ExperimentConfig, *, is_resident: bool, clock: Clock, reporter: Reporter
+) -> Metering:
+    """The meters of an attempt, ready to be read.
+
+    Args:
+        is_resident: its engine is loaded already, so that what is on the GPU now may be its own.
+
+    Raises:
+        MeterRefused: the configuration demands energy that cannot be measured here.
+        EngineError: kind `meter`, the sampler that was promised does not write.
+    """
+    source = open_source(request, clock)
+    baselines = Baselines(**request.baselines) if config.baseline.enabled else Baselines()
+    log = source.read()
+    foreign = {} if is_resident else _processes(log.processes, log.header)
+    metering = Metering(source, config, baselines, foreign, clock, reporter)
+    metering.choose([gpu.uuid for gpu in log.header.gpus])
+    return metering
+
+
+def open_source(request: RunRequest, clock: Clock) -> SampleSource:
+    """Where the samples of an attempt are read, once the sampler writes.
+
+    Raises:
+        EngineError: kind `meter`, it does not.
+    """
+    if request.samples_path is None:
+        errors = request.meter_errors
+        header = SampleHeader(
+            started_ns=clock.monotonic_ns(),
+            started_utc=clock.utc_now().isoformat(),
+            host=str(request.identity.get("host", "")),
+            interval_ms=0,
+            gpu_error=errors.get("gpu", _NO_SAMPLER),
+            rapl_error=errors.get("rapl", _NO_SAMPLER),
+        )
+        return NothingSampled(header)
+    path = Path(request.samples_path)
+    deadline_ns = clock.monotonic_ns() + round(READY_TIMEOUT_S * NS_PER_S)
+    if not wait_until_ready(path, deadline_ns, lambda: True, clock):
+        raise EngineError(f"{path}: no sampler has written there for {READY_TIMEOUT_S:g} s", kind="meter")
+    return PartFile(path)
+
+
+@dataclass
+class Metering:
+    """What the meters are asked in the course of one attempt.
+
+    Attributes:
+        baselines: what the host knows of power at rest.
+        foreign: {uuid: pids} of compute processes that were there before the engine.
+        sources: what gives the energy; chosen again when the engine says which GPUs it runs on.
+        marks: set so far.
+        own_pids: the engine's processes as the sampler numbers them; None while that is not known.
+    """
+
+    source: SampleSource
+    config: ExperimentConfig
+    baselines: Baselines
+    foreign: Mapping[str, tuple[int, ...]]
+    clock: Clock
+    reporter: Reporter
+    marks: list[Mark] = field(default_factory=list)
+    own_pids: frozenset[int] | None = None
+    _sources: Sources | None = None
+
+    @property
+    def sources(self) -> Sources:
+        """What gives the energy."""
+        if self._sources is None:
+            raise RuntimeError("sources were not chosen")
+        return self._sources
+
+    def choose(self, gpu_uuids: Sequence[str]) -> None:
+        """Choose what gives the energy of an experiment on these GPUs; without any it runs on the CPU.
+
+        Raises:
+            MeterRefused: the configuration demands energy that cannot be measured here.
+        """
+        self._sources = choose_sources(
+            self.config, self.source.read().header, gpu_uuids, is_cpu=not gpu_uuids, foreign=self.foreign
+        )
+
+    @contextlib.contextmanager
+    def during(self, name: str) -> Iterator[None]:
+        """Mark what happens within the block."""
+        opened_ns = self.clock.monotonic_ns()
+        yield
+        self.marks.append(Mark(name, opened_ns, self.clock.monotonic_ns()))
+
+    # Power at rest
+
+    def rest_bare(self) -> None:
+        """Measure power without an engine, unless it is known."""
+        if self._has_rest and self.baselines.bare_power_w is None:
+            with self.during(marks.IDLE_BARE):
+                self._rest(self.config.baseline.duration_sec, "idle without an engine")
+
+    def rest_loaded(self) -> None:
+        """Measure power with the engine loaded, unless it is known: once it has settled, or after a minute."""
+        if not self._has_rest or self.baselines.loaded_power_w is not None:
+            return
+        begin_ns = self.clock.monotonic_ns()
+        duration_s = self.config.baseline.duration_sec
+        self._rest(2 * SETTLE_WINDOW_S, "settling")
+        while not self._has_settled() and self._seconds_since(begin_ns) < SETTLE_CAP_S:
+            self._rest(_REPORT_S, "settling")
+        # What it has settled over was rest already.
+        settled_ns = self.clock.monotonic_ns() - round(min(SETTLE_WINDOW_S, duration_s) * NS_PER_S)
+        self._rest(duration_s - SETTLE_WINDOW_S, "idle with the engine loaded")
+        self.marks.append(Mark(marks.IDLE_LOADED, settled_ns, self.clock.monotonic_ns()))
+
+    def rest_after(self) -> None:
+        """Measure power with the engine loaded once more, after the window."""
+        if self._has_rest:
+            with self.during(marks.IDLE_POST):
+                self._rest(self.config.baseline.duration_sec, "idle after the window")
+
+    @property
+    def _has_rest(self) -> bool:
+        """Whether power at rest is wanted, and a meter tells it; an estimate from load has none."""
+        is_told = self.sources.primary not in (None, EXTERNAL, TDP_ESTIMATE)
+        return is_told and self.config.baseline.enabled
+
+    def _rest(self, duration_s: float, text: str) -> None:
+        until_ns = self.clock.monotonic_ns() + round(max(0.0, duration_s) * NS_PER_S)
+        total = math.ceil(duration_s)
+        while (left_s := seconds_between(self.clock.monotonic_ns(), until_ns)) > 0:
+            self.reporter.progress(max(0, total - math.ceil(left_s)), total, f"s {text}")
+            self.clock.sleep(min(left_s, _REPORT_S))
+
+    def _has_settled(self) -> bool:
+        now_ns, length_ns = self.clock.monotonic_ns(), round(SETTLE_WINDOW_S * NS_PER_S)
+        self._catch_up(now_ns)
+        log = self.source.read()
+        try:
+            last_w = mean_power_w(log, self.sources, Span(now_ns - length_ns, now_ns - _EDGE_NS))
+            before_w = mean_power_w(log, self.sources, Span(now_ns - 2 * length_ns, now_ns - length_ns))
+        except NotMeasured:
+            return False
+        return abs(last_w - before_w) < SETTLE_TOLERANCE * before_w
+
+    # The window
+
+    def window_floor_s(self) -> float:
+        """The least length of the window: as configured, and long enough for the counter."""
+        least_s = self.config.measurement.min_window_sec
+        if self.sources.gpu_method != COUNTER:
+            return least_s
+        return max(least_s, WINDOW_UPDATES * self._counter_period_s())
+
+    def measure_closed(self, run: Callable[[], MeasuredWindow]) -> MeasuredWindow:
+        """What a closed batch was measured to be, with idle guards around it."""
+        measured = self._between_guards(marks.GUARD_BEFORE, run, marks.GUARD_AFTER)
+        self.marks.append(Mark(marks.WINDOW, measured.opened_ns, measured.closed_ns))
+        return measured
+
+    def measure_prefill(self, run: Callable[[], MeasuredWindow]) -> None:
+        """Mark passes over the prompts for their prefill alone, with guards of their own."""
+        measured = self._between_guards(marks.PREFILL_GUARD_BEFORE, run, marks.PREFILL_GUARD_AFTER)
+        self.marks += [Mark(marks.PREFILL, *edges) for edges in measured.passes_ns]
+
+    def measure_steady(self, run: Callable[[], MeasuredWindow]) -> MeasuredWindow:
+        """What a window under load was measured to be."""
+        measured = run()
+        self.marks.append(Mark(marks.WINDOW, measured.opened_ns, measured.closed_ns))
+        self._rest(self._guard_s, "guard")  # the reading that closes the window comes after its end
+        return measured
+
+    def _between_guards(self, before: str, run: Callable[[], MeasuredWindow], after: str) -> MeasuredWindow:
+        opened_ns = self.clock.monotonic_ns()
+        self._rest(self._guard_s, "guard")
+        measured = run()
+        self.marks.append(Mark(before, opened_ns, measured.opened_ns))
+        self._rest(self._guard_s, "guard")
+        self.marks.append(Mark(after, measured.closed_ns, self.clock.monotonic_ns()))
+        return measured
+
+    @property
+    def _guard_s(self) -> float:
+        """Two updates of the slowest meter in use; 0 without one."""
+        return GUARD_PERIODS * self._slowest_period_s()
+
+    def know_own_processes(self, known: frozenset[int] | None) -> frozenset[int] | None:
+        """The engine's processes: as known since its load, else those that came with it.
+
+        To be asked when the engine has worked, before the window.
+        """
+        self.own_pids = known
+        if known is None and not isinstance(self.source, NothingSampled):
+            self._catch_up(self.clock.monotonic_ns())
+            log = self.source.read()
+            there = {pid for pids in _processes(log.processes, log.header).values() for pid in pids}
+            self.own_pids = frozenset(there - {pid for pids in self.foreign.values() for pid in pids})
+        return self.own_pids
+
+    def _slowest_period_s(self) -> float:
+        """The longest time between two readings of a meter that is used; 0 without one."""
+        methods = (self.sources.gpu_method, self.sources.cpu_method)
+        periods = [0.0]
+        if COUNTER in methods:
+            periods.append(self._counter_period_s())
+        elif self.sources.gpu_method is not None:
+            periods.append(self.sources.sample_period_s)
+        if RAPL in methods or TDP_ESTIMATE in methods:
+            periods.append(SLOW_PERIOD_S)
+        return max(periods)
+
+    def _counter_period_s(self) -> float:
+        """How often the slowest counter was brought up to date under the load of the warm-up."""
+        warmup = span_of(self.marks, marks.WARMUP)
+        if warmup is None:
+            return UNKNOWN_PERIOD_S
+        log = self.source.read()
+        try:
+            return max(update_period_s(log.counters, place, warmup) for place in self.sources.gpus)
+        except NotMeasured:
+            return UNKNOWN_PERIOD_S
+
+    # The end
+
+    def close(self, folder: Path, measured: MeasuredWindow, *, is_steady_mode: bool) -> EnergyFindings:
+        """The figures of the attempt; the log they come from is kept in its folder where that is wanted.
+
+        Raises:
+            MeterRefused: the file of the user's own meter cannot be read.
+            OSError: the log cannot be written.
+        """
+        self._catch_up(self.clock.monotonic_ns())
+        log = self.source.read()
+        path = self.config.measurement.external_csv
+        if self.config.timeseries.save and (path is not None or not isinstance(self.source, NothingSampled)):
+            write_finished(folder / FINISHED_FILENAME, log, self.marks)
+        return measure(
+            log,
+            self.marks,
+            self.sources,
+            self.baselines,
+            is_steady_mode=is_steady_mode,
+            window_repeats=measured.repeats,
+            external=None if path is None else read_external(Path(path)),
+            own_pids=self.own_pids,
+        )
+
+    def surroundings(self, gpu_uuids: Sequence[str]) -> GpuSurroundings:
+        """What the sampler told of these GPUs beside their figures."""
+        if not gpu_uuids:
+            return GpuSurroundings()
+        header = self.source.read().header
+        seen = {gpu.uuid: gpu for gpu in header.gpus}
+        if any(uuid not in seen for uuid in gpu_uuids):
+            return GpuSurroundings(null_reason=header.gpu_error or "the sampler does not see the GPUs in use")
+        vbios = tuple(seen[uuid].vbios or "" for uuid in gpu_uuids)
+        others = tuple(f"process {pid} on {uuid}" for uuid in gpu_uuids for pid in self.foreign.get(uuid, ()))
+        return GpuSurroundings(vbios if all(vbios) else None, others, "the driver does not tell")
+
+    def _catch_up(self, until_ns: int) -> None:
+        """Wait until the sampler has written what it read up to a moment; one that lags too far is not waited for."""
+        if isinstance(self.source, NothingSampled):
+            return
+        while (latest_ns := _latest_ns(self.source.read())) < until_ns:
+            if self._seconds_since(until_ns) > _LAG_S:
+                _logger.warning("the sampler is %.1f s behind", seconds_between(latest_ns, until_ns))
+                return
+            self.clock.sleep(_POLL_S)
+
+    def _seconds_since(self, moment_ns: int) -> float:
+        return seconds_between(moment_ns, self.clock.monotonic_ns())
+
+
+def _processes(rows: Sequence[ProcessesSeen], header: SampleHeader) -> dict[str, tuple[int, ...]]:
+    """{uuid: pids} as they were last seen."""
+    return {header.gpus[row.gpu].uuid: row.pids for row in rows}
+
+
+def _latest_ns(log: SampleLog) -> int:
+    """When the last row was read."""
+    groups: tuple[Sequence[object], ...] = (log.counters, log.samples, log.rapl, log.loads)
+    return max((getattr(rows[-1], "at_ns", 0) for rows in groups if rows), default=log.header.started_ns)
