@@ -129,9 +129,11 @@ class Campaign:
         cycle_sd: what all experiments of a cycle share (a warm room).
         load_sd: what all attempts with one engine load share; under `is_reused` that is all cycles.
         run_sd: of each attempt alone.
-        drift: log of energy per token gained from the first experiment of the order to the last.
+        drift: log of energy per token gained from the first experiment to the last; what is told as true is in the
+            middle.
         day_sd: what the whole run shares, drawn from `seed` and `run_id`.
         invalid_probability: chance of each attempt to be invalid by a foreign process; such a one is rerun once.
+        invalid_shift: log of energy per token that an invalid attempt has too much.
         is_reused: `execution.reuse: campaign`.
         structure: `interleaved`, `shuffled` or `grouped`.
         gpu_count, gpu_serial: how many cards and from which on; other serials are other cards of the kind.
@@ -150,6 +152,7 @@ class Campaign:
     drift: float = 0.0
     day_sd: float = 0.0
     invalid_probability: float = 0.0
+    invalid_shift: float = 0.0
     is_reused: bool = False
     structure: str = "interleaved"
     run_id: str = "20260714T100000Z-3fa1"
@@ -247,7 +250,7 @@ class Campaign:
         )
         log = sum(sd * self._random(quantity, *where).gauss(0, 1) for sd, where in deviations if sd)
         if quantity == "energy":
-            log += self.drift * experiment.order / total
+            log += self.drift * (experiment.order / total - 0.5)
         return math.exp(log)
 
     def _invalid_count(self, experiment: Experiment) -> int:
@@ -274,6 +277,7 @@ class Campaign:
         joules = configuration.energy_per_output_tok_j
         is_throttled = attempt == 1 and experiment.cycle in configuration.throttled_cycles
         slowed = 0.7 if is_throttled else 1.0
+        shift = 1.0 if is_valid else math.exp(self.invalid_shift)
         return make_run_record(
             Run(
                 identity=self._identity(experiment, attempt),
@@ -281,7 +285,7 @@ class Campaign:
                 requested=requested,
                 energy_per_output_tok_j=None
                 if joules is None
-                else joules * self._factor("energy", experiment, attempt) / math.sqrt(slowed),
+                else joules * self._factor("energy", experiment, attempt) / math.sqrt(slowed) * shift,
                 output_tok_per_s=configuration.output_tok_per_s * slowed * self._factor("speed", experiment, attempt),
                 is_valid=is_valid,
                 is_throttled=is_throttled,

@@ -98,11 +98,12 @@ class _Thing:
 
 def _compare(args: argparse.Namespace, err: TextIO, metrics: Sequence[Metric], gates: Sequence[Gate]) -> Comparison:
     from lem.results.anchor import compare_runs
-    from lem.results.compare import compare_configurations
+    from lem.results.compare import candidate_metrics, compare_configurations
 
     things = _things(args.results_dir, args.things)
     runs = list(dict.fromkeys(thing.where for thing in things))
-    found = [_gather(item, err) for item in runs]
+    candidates = candidate_metrics(metrics, gates)
+    found = [_gather(item, candidates, err) for item in runs]
     if len(runs) == 1:
         _refuse_anchor(args)
         baseline, others = _sides(found[0], [item.configuration for item in things], args.baseline)
@@ -188,7 +189,7 @@ def _names_in(where: SelectedRun) -> set[str]:
     return {item.record.identity.config_name for item in where.scan().results}
 
 
-def _gather(where: SelectedRun, err: TextIO) -> RunResults:
+def _gather(where: SelectedRun, metrics: Sequence[Metric], err: TextIO) -> RunResults:
     from lem.results.compare import gather
     from lem.results.repository import count_failed
 
@@ -198,7 +199,7 @@ def _gather(where: SelectedRun, err: TextIO) -> RunResults:
         raise UserError(
             f"run {where.run_id} of {where.campaign} has no whole result", "lem results list shows what is there"
         )
-    return gather((item.record for item in scan.results), count_failed(scan))
+    return gather((item.record for item in scan.results), count_failed(scan), metrics=metrics)
 
 
 def _sides(

@@ -148,7 +148,11 @@ def aggregate_campaign_results(
 
 
 def aggregate_config(
-    config_name: str, results: Sequence[Record | Mapping[str, Any] | None], confidence: float = 0.95, n_failed: int = 0
+    config_name: str,
+    results: Sequence[Record | Mapping[str, Any] | None],
+    confidence: float = 0.95,
+    n_failed: int = 0,
+    metrics: Sequence[Metric] = METRICS,
 ) -> ConfigAggregate:
     """The aggregate of one configuration.
 
@@ -178,7 +182,7 @@ def aggregate_config(
         is_load_shared=is_load_shared,
         metrics={
             metric.name: _estimate(metric, used, attempts, confidence, is_load_shared=is_load_shared)
-            for metric in METRICS
+            for metric in metrics
         },
     )
 

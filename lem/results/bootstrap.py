@@ -7,6 +7,7 @@ It is what many tools print, and at the few cycles a campaign has it is too narr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import random
 import statistics
@@ -61,8 +62,7 @@ def bootstrap_ci(
     if min(values) == max(values):
         # Rounding in a mean of equal values would otherwise make it differ from them.
         return BootstrapResult(values[0], 0.0, values[0], values[0], n, confidence, warning)
-    generator = random.Random(seed)
-    means = sorted(statistics.fmean(generator.choices(values, k=n)) for _ in range(n_iterations))
+    means = sorted(statistics.fmean([values[index] for index in row]) for row in _resamples(n, n_iterations, seed))
     return BootstrapResult(
         mean=statistics.fmean(values),
         std=statistics.stdev(values),
@@ -103,6 +103,13 @@ def check_confidence(confidence: float) -> None:
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}, a value between 0 and 1 is due, for example 0.95")
+
+
+@functools.lru_cache(maxsize=8)
+def _resamples(n: int, n_iterations: int, seed: int) -> tuple[tuple[int, ...], ...]:
+    """Which values each resample takes; the same for all metrics and configurations with as many cycles."""
+    generator = random.Random(seed)
+    return tuple(tuple(generator.choices(range(n), k=n)) for _ in range(n_iterations))
 
 
 def _checked(samples: Iterable[float]) -> list[float]:

@@ -25,6 +25,7 @@ __all__ = [
     "Row",
     "RunResults",
     "Subject",
+    "candidate_metrics",
     "compare_configurations",
     "exclusion_reason",
     "find_effect",
@@ -183,13 +184,18 @@ def gate_code(comparison: Comparison, *, is_strict: bool) -> ExitCode:
 
 
 def gather(
-    records: Iterable[Record], failed: Mapping[str, int] | None = None, *, confidence: float = 0.95
+    records: Iterable[Record],
+    failed: Mapping[str, int] | None = None,
+    *,
+    confidence: float = 0.95,
+    metrics: Sequence[Metric] = METRICS,
 ) -> RunResults:
     """The configurations of one run.
 
     Args:
         records: all its whole results, valid or not, of all attempts.
         failed: per configuration name, how many experiments gave no result.
+        metrics: those that will be compared; of thousands of experiments all of them take seconds.
 
     Raises:
         ValueError: no records.
@@ -206,7 +212,7 @@ def gather(
             config_hash=members[0].identity.config_hash,
             run_id=members[0].identity.run_id,
             cycles=used_cycles(by_cycle(members)),
-            aggregate=aggregate_config(name, members, confidence, (failed or {}).get(name, 0)),
+            aggregate=aggregate_config(name, members, confidence, (failed or {}).get(name, 0), metrics),
             settings=settings_of(members[0]),
         )
         for name, members in by_name.items()
@@ -247,12 +253,17 @@ def metrics_to_show(
     metrics: Sequence[Metric], gates: Sequence[Gate], subjects: Sequence[Subject]
 ) -> tuple[Metric, ...]:
     """What was asked for and what is gated; without either what people look at first, as far as it was measured."""
+    candidates = candidate_metrics(metrics, gates)
+    if metrics or gates:
+        return candidates
+    measured = tuple(item for item in candidates if any(subject.mean(item) is not None for subject in subjects))
+    return measured or candidates[:1]
+
+
+def candidate_metrics(metrics: Sequence[Metric], gates: Sequence[Gate]) -> tuple[Metric, ...]:
+    """What was asked for and what is gated; without either what people look at first."""
     asked = tuple(dict.fromkeys((*(gate.metric for gate in gates), *metrics)))
-    if asked:
-        return asked
-    usual = [metric for metric in METRICS if metric.name in _DEFAULT_METRICS]
-    measured = [item for item in usual if any(subject.mean(item) is not None for subject in subjects)]
-    return tuple(measured or usual[:1])
+    return asked or tuple(metric for metric in METRICS if metric.name in _DEFAULT_METRICS)
 
 
 def find_effect(metric: Metric, baseline: Subject, other: Subject) -> tuple[Effect | None, str]:
