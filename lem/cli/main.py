@@ -25,6 +25,7 @@ __all__ = ["main"]
 COMMANDS = (
     "campaign",
     "experiment",
+    "status",
     "config",
     "results",
     "report",

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,16 @@ from lem import durable
 from lem.errors import LockedError, UserError
 from lem.results.attempt import make_folder
 
-__all__ = ["Holder", "LockTarget", "default_gpu_lock_folder", "hold_locks", "lock_targets", "read_holder"]
+__all__ = [
+    "CAMPAIGN_LOCK_NAME",
+    "Holder",
+    "LockTarget",
+    "default_gpu_lock_folder",
+    "hold_locks",
+    "is_locked",
+    "lock_targets",
+    "read_holder",
+]
 
 CAMPAIGN_LOCK_NAME = "campaign.lock"
 LOCK_FOLDER_VARIABLE = "LEM_LOCK_DIR"
@@ -33,6 +43,10 @@ TMP = Path("/tmp")  # noqa: S108 - what is made in it is checked
 
 # More than this is not what we wrote.
 _HOLDER_MAX_B = 4096
+
+# `is_locked` holds a free lock for some microseconds; whoever meets it there tries again.
+_TRIES = 3
+_TRY_AGAIN_S = 0.02
 
 # No child process inherits the lock, and no link that anybody could have put there is followed.
 _OPEN_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
@@ -122,9 +136,45 @@ def read_holder(path: Path) -> Holder | None:
     return _decode_holder(data)
 
 
+def is_locked(path: Path) -> bool | None:
+    """Whether a process holds the lock; None where that cannot be found out. Nothing is written.
+
+    flock has no way to ask, so a free lock is shared for a moment; that others look does not matter to it.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | _OPEN_FLAGS)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return None
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _take(descriptor: int) -> None:
+    """Take the lock.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    for _ in range(_TRIES - 1):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(_TRY_AGAIN_S)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _lock(descriptor: int, target: LockTarget) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _take(descriptor)
     except BlockingIOError as error:
         # The holder may just have taken it and not yet have written who it is.
         holder = _decode_holder(os.pread(descriptor, _HOLDER_MAX_B, 0))

@@ -20,7 +20,7 @@ class _Written:
     def __init__(self, folder):
         self.folder = folder
         self.clock = FakeClock()
-        self.passed = []
+        self.passed: list[Event] = []
         self.writer = ActivityWriter(
             folder / ACTIVITY_NAME,
             "run-1",
@@ -112,6 +112,7 @@ def test_a_campaign_that_ran_to_its_end_has_said_so(tmp_path, monkeypatch):
     place = Place(tmp_path)
     place.runner(make_campaign(tmp_path), options=RunOptions(go_on="again")).run()
     activity = read_activity(tmp_path / "state" / "demo")
+    assert activity is not None
     assert (activity.doing, activity.stopped, activity.go_on) == ("ended", None, "again")
     assert activity.run_id == place.manifest().run_id
 
@@ -120,7 +121,9 @@ def test_a_campaign_that_was_stopped_has_said_so(tmp_path, monkeypatch):
     monkeypatch.setenv("LEM_LOCK_DIR", str(tmp_path / "locks"))
     place = Place(tmp_path, signal_at_s=15)
     place.runner(make_campaign(tmp_path)).run()
-    assert read_activity(tmp_path / "state" / "demo").stopped == "signal"
+    activity = read_activity(tmp_path / "state" / "demo")
+    assert activity is not None
+    assert activity.stopped == "signal"
 
 
 def test_nothing_but_the_file_is_left(written):

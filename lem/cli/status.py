@@ -1,0 +1,104 @@
+"""`lem status`: how campaigns are, from their files alone, while one runs and after it crashed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from lem.errors import ExitCode, UserError
+from lem.log import is_colour_wanted
+
+if TYPE_CHECKING:
+    from lem.orchestration.status import CampaignStatus, Onlooker
+
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
+
+__all__ = ["add_parser", "run"]
+
+_WIDTHS = (72, 120)
+_WIDTH = 80
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add `status` to the command line."""
+    parser = subparsers.add_parser("status", help="how campaigns are, also after a crash", description=__doc__)
+    parser.add_argument(
+        "campaign", nargs="?", metavar="CAMPAIGN", help="a campaign's name, its file, or its state folder; default: all"
+    )
+    parser.add_argument("--state-dir", type=Path, default=Path(".state"), metavar="DIR", help="default: .state")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout: a list without CAMPAIGN")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
+    """The exit code: 0 however the campaigns are, 2 where there is no such campaign."""
+    from lem.cli.status_view import Eyes, render_status, render_statuses, status_document
+    from lem.orchestration.manifest import utc_now
+    from lem.orchestration.status import Onlooker, boot_time, find_folders, read_status
+
+    onlooker = Onlooker(utc_now(), socket.gethostname(), boot_time())
+    eyes = Eyes(onlooker.now, width=_width(out), is_colour=is_colour_wanted(out))
+    if args.campaign is not None:
+        status = _find(args.state_dir, args.campaign, onlooker)
+        if args.json:
+            _write(out, status_document(status))
+        else:
+            out.write(render_status(status, eyes))
+        return int(ExitCode.OK)
+    statuses = [read_status(folder, onlooker) for folder in find_folders(args.state_dir)]
+    if args.json:
+        _write(out, [status_document(item) for item in statuses])
+    elif statuses:
+        out.write(render_statuses(statuses, eyes))
+    else:
+        err.write(f"no campaigns in {args.state_dir}\n")
+    return int(ExitCode.OK)
+
+
+def _find(state_dir: Path, wanted: str, onlooker: Onlooker) -> CampaignStatus:
+    """The status of the campaign that is meant.
+
+    Raises:
+        UserError: there is none.
+    """
+    from lem.config.campaign_config import slug_of
+    from lem.orchestration.status import find_folders, find_manifest, read_status
+
+    given = Path(wanted)
+    if given.suffix in (".yaml", ".yml") and given.is_file():
+        return _of_file(given, onlooker)
+    if given.is_dir() and find_manifest(given) is not None:
+        return read_status(given, onlooker)
+    folders = {folder.name: folder for folder in find_folders(state_dir)}
+    try:
+        slug = slug_of(wanted)
+    except ValueError:
+        slug = wanted
+    folder = folders.get(wanted) or folders.get(slug)
+    if folder is None:
+        there = f"there: {', '.join(folders)}" if folders else "nothing is there"
+        raise UserError(f"no campaign {wanted!r} in {state_dir} ({there})", "name the folder with --state-dir")
+    return read_status(folder, onlooker)
+
+
+def _of_file(path: Path, onlooker: Onlooker) -> CampaignStatus:
+    from lem.config.yamlfile import load_campaign
+    from lem.orchestration.status import read_status
+
+    campaign = load_campaign(str(path)).config
+    folder = Path(campaign.io.state_dir) / campaign.slug
+    return read_status(folder, onlooker, folder / campaign.io.manifest_filename)
+
+
+def _write(out: TextIO, document: object) -> None:
+    out.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _width(out: TextIO) -> int:
+    if not out.isatty():
+        return _WIDTH
+    return min(max(shutil.get_terminal_size().columns, _WIDTHS[0]), _WIDTHS[1])

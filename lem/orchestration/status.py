@@ -1,0 +1,300 @@
+"""How a campaign is, from its files alone: while another process runs it, and after that process is gone."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+from lem.config.campaign_config import CampaignIOConfig
+from lem.errors import UserError
+from lem.orchestration.activity import Activity, read_activity
+from lem.orchestration.locks import CAMPAIGN_LOCK_NAME, Holder, is_locked, read_holder
+from lem.orchestration.manifest import (
+    COMPLETED,
+    FAILED,
+    PENDING,
+    RUNNING,
+    SKIPPED,
+    CampaignManifest,
+    CampaignManifestEntry,
+    ManifestManager,
+)
+
+__all__ = [
+    "STATES",
+    "CampaignStatus",
+    "Onlooker",
+    "boot_time",
+    "find_folders",
+    "find_manifest",
+    "parse_utc",
+    "read_status",
+]
+
+STATES = ("running", "waiting", "done", "failed", "stopped", "crashed", "unreadable", "none")
+
+MANIFEST_NAME = CampaignIOConfig().manifest_filename
+
+# A worker sends a heartbeat every 5 s, and each makes the campaign say that it is there.
+SILENCE_S = 60.0
+
+_ENDINGS = {
+    "signal": "a signal stopped it",
+    "deadline": "the time it was given was up",
+    "fail_fast": "an experiment failed, and --fail-fast was given",
+    "infrastructure": "what experiments stand on is gone",
+    "error": "it could not go on",
+}
+
+
+@dataclass(frozen=True)
+class Onlooker:
+    """Who looks, and when.
+
+    Attributes:
+        host: its name, as `socket.gethostname`.
+        booted_at: when it was started; None when unknown.
+    """
+
+    now: datetime
+    host: str
+    booted_at: datetime | None = None
+
+
+@dataclass(frozen=True)
+class CampaignStatus:
+    """How a campaign is.
+
+    Attributes:
+        folder: its state folder.
+        state: of `STATES`: `waiting` holds the lock between runs or before the first, `failed` had every experiment its
+            turn, `stopped` said that it ended early, `crashed` did not, `none` has no manifest.
+        reason: why it is so, where the state does not say it; for `unreadable` what is wrong with the manifest.
+        hint: what to do about it.
+        manifest: None where there is none, or it cannot be read.
+        activity: what its last process did; None when unknown.
+        holder: who holds the lock; None where nobody does.
+        left_s: seconds to the end, or that a resume would take; None while nothing tells.
+    """
+
+    name: str
+    folder: Path
+    state: str
+    reason: str = ""
+    hint: str = ""
+    manifest: CampaignManifest | None = None
+    activity: Activity | None = None
+    holder: Holder | None = None
+    left_s: float | None = None
+
+    def count(self, status: str) -> int:
+        """How many experiments have that status."""
+        return 0 if self.manifest is None else len(self.manifest.get_by_status(status))
+
+    @property
+    def n_planned(self) -> int:
+        """Experiments in the plan."""
+        return 0 if self.manifest is None else len(self.manifest.experiments) - self.count(SKIPPED)
+
+    @property
+    def n_left(self) -> int:
+        """Experiments that have not had their turn, the running one among them."""
+        return self.count(PENDING) + self.count(RUNNING)
+
+    @property
+    def n_invalid(self) -> int:
+        """Completed experiments whose result is not valid."""
+        return 0 if self.manifest is None else sum(map(is_invalid, self.manifest.experiments))
+
+
+def is_invalid(entry: CampaignManifestEntry) -> bool:
+    """Whether the result that counts is not valid."""
+    return entry.status == COMPLETED and any(
+        attempt.result_path == entry.result_path and attempt.valid is False for attempt in entry.attempts
+    )
+
+
+def find_folders(state_dir: Path) -> tuple[Path, ...]:
+    """The state folders of campaigns, by name.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    try:
+        folders = sorted(path for path in state_dir.iterdir() if path.is_dir())
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise UserError(f"state folder {state_dir}: {(error.strerror or str(error)).lower()}") from error
+    return tuple(path for path in folders if find_manifest(path) is not None or (path / CAMPAIGN_LOCK_NAME).exists())
+
+
+def find_manifest(folder: Path) -> Path | None:
+    """The manifest in a state folder, also where the campaign calls it otherwise; None when there is none."""
+    usual = folder / MANIFEST_NAME
+    if usual.exists():
+        return usual
+    # One that was set aside has a second dot in its name: `campaign_manifest.20260714T100000Z.json`.
+    others = sorted(path for path in folder.glob("*.json") if path.stem.count(".") == 0)
+    return others[0] if others else None
+
+
+def boot_time(stat_file: Path = Path("/proc/stat")) -> datetime | None:
+    """When this host was started (proc(5), `btime`); None when the kernel does not say."""
+    try:
+        lines = stat_file.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("btime ")]
+    return datetime.fromtimestamp(int(found[0]), timezone.utc) if found and found[0].isdigit() else None
+
+
+def parse_utc(label: str | None) -> datetime | None:
+    """The moment of a UTC label; None for what is none."""
+    try:
+        moment = datetime.fromisoformat((label or "").replace("Z", "+00:00"))
+    except ValueError:
+        return None
+    return moment if moment.tzinfo is not None else None
+
+
+def read_status(folder: Path, onlooker: Onlooker, manifest_path: Path | None = None) -> CampaignStatus:
+    """How the campaign in a state folder is. Nothing is written.
+
+    Args:
+        manifest_path: where its manifest is; found in the folder when not given.
+    """
+    is_held = is_locked(folder / CAMPAIGN_LOCK_NAME)
+    holder = read_holder(folder / CAMPAIGN_LOCK_NAME)
+    path = manifest_path or find_manifest(folder) or folder / MANIFEST_NAME
+    try:
+        manifest = ManifestManager(path).load_strict()
+    except UserError as error:
+        return CampaignStatus(folder.name, folder, "unreadable", error.message, error.hint)
+    name = manifest.campaign_name if manifest else holder.campaign if holder else folder.name
+    if is_held:
+        return _of_held(name, folder, onlooker, manifest, holder)
+    if manifest is None:
+        return CampaignStatus(name, folder, "none", f"no manifest at {path}: it never began to measure")
+    return _of_free(name, folder, onlooker, manifest, holder)
+
+
+def _of_held(
+    name: str, folder: Path, onlooker: Onlooker, manifest: CampaignManifest | None, holder: Holder | None
+) -> CampaignStatus:
+    activity = _activity_of(folder, manifest)
+    if activity is not None and holder is not None and activity.pid != holder.pid:
+        activity = None  # of the process before this one
+    has_ended = activity is not None and activity.doing == "ended"
+    if has_ended or (activity is None and (manifest is None or not _has_begun(manifest, holder))):
+        reason = "it has not begun to measure: it waits for its time, is starting, or asks something"
+        if has_ended:
+            reason = "its run ended; it waits for the next one, or is ending"
+        return CampaignStatus(name, folder, "waiting", reason, "", manifest, activity, holder)
+    reason, hint = "", ""
+    silent_s = _seconds_since(activity.updated_at, onlooker) if activity is not None else None
+    if activity is not None and silent_s is not None and silent_s > SILENCE_S:
+        reason = f"nothing was heard of it since {_short(activity.updated_at)}: it hangs, or the machine slept"
+        hint = f"see whether process {activity.pid} on {activity.host} still works; it may be waiting for a disk"
+    left_s = _left_s(activity, manifest, onlooker)
+    return CampaignStatus(name, folder, "running", reason, hint, manifest, activity, holder, left_s)
+
+
+def _has_begun(manifest: CampaignManifest, holder: Holder | None) -> bool:
+    """Whether an experiment runs that was begun since the lock was taken, not by a process before."""
+    since = holder.since if holder else ""
+    return any(
+        attempt.started_at is not None and attempt.started_at >= since
+        for entry in manifest.get_by_status(RUNNING)
+        for attempt in entry.attempts
+    )
+
+
+def _of_free(
+    name: str, folder: Path, onlooker: Onlooker, manifest: CampaignManifest, holder: Holder | None
+) -> CampaignStatus:
+    activity = _activity_of(folder, manifest)
+    left_s = estimate_left_s(manifest)
+    has_not_ended = activity is not None and activity.doing != "ended"
+    if manifest.get_by_status(RUNNING) or has_not_ended:
+        reason, hint = _why_crashed(manifest, activity, holder, onlooker)
+        return CampaignStatus(name, folder, "crashed", reason, hint, manifest, activity, None, left_s)
+    is_cut_off = activity is not None and activity.stopped is not None
+    if is_cut_off or manifest.get_by_status(PENDING):
+        said = _ENDINGS.get(activity.stopped or "", "") if activity is not None else ""
+        more = activity.message if activity is not None else ""
+        reason = ": ".join(text for text in (said, more) if text)
+        return CampaignStatus(name, folder, "stopped", reason, "", manifest, activity, None, left_s)
+    state = "done" if manifest.is_complete else "failed"
+    remark = activity.message if activity is not None else ""
+    return CampaignStatus(name, folder, state, remark, "", manifest, activity, None, left_s or None)
+
+
+def _activity_of(folder: Path, manifest: CampaignManifest | None) -> Activity | None:
+    """What the last process did, where it was a process of this run."""
+    activity = read_activity(folder)
+    if activity is None or manifest is None or activity.run_id != manifest.run_id:
+        return None
+    return activity
+
+
+def _why_crashed(
+    manifest: CampaignManifest, activity: Activity | None, holder: Holder | None, onlooker: Onlooker
+) -> tuple[str, str]:
+    """Why nobody runs what is said to run, and what to do."""
+    last_sign = max(manifest.updated_at, activity.updated_at if activity else "")
+    host = activity.host if activity else holder.host if holder else None
+    pid = activity.pid if activity else holder.pid if holder else None
+    who = "its process" if pid is None else f"process {pid}"
+    if host is not None and host != onlooker.host:
+        sign = f"nobody holds its lock here; its last sign was {_short(last_sign)}"
+        return f"it ran on {host}, and this is {onlooker.host}: {sign}", f"see on {host} whether {who} still runs"
+    moment = parse_utc(last_sign)
+    if moment is not None and onlooker.booted_at is not None and moment < onlooker.booted_at:
+        booted = f"{onlooker.booted_at:%Y-%m-%dT%H:%M:%SZ}"
+        return f"the host was restarted at {booted}; its last sign was {_short(last_sign)}", ""
+    return (
+        f"{who} ended without a word after {_short(last_sign)}: killed, out of memory, or a bug",
+        "the kernel's log (dmesg, journalctl -k) names what it killed",
+    )
+
+
+def _short(label: str) -> str:
+    """A UTC label to the second."""
+    return f"{label[:19]}Z"
+
+
+def _left_s(activity: Activity | None, manifest: CampaignManifest | None, onlooker: Onlooker) -> float | None:
+    """Seconds to the end: what the process said last, less what has passed; else from the manifest."""
+    if activity is not None and activity.eta_s is not None:
+        return max(0.0, activity.eta_s - (_seconds_since(activity.updated_at, onlooker) or 0.0))
+    return None if manifest is None else estimate_left_s(manifest)
+
+
+def estimate_left_s(manifest: CampaignManifest) -> float | None:
+    """Seconds that the experiments left take, gaps in it; None before two have ended.
+
+    The median time from one end to the next, which a night between two sessions does not move.
+    """
+    ends = sorted(_ends(manifest.experiments))
+    n_left = sum(entry.status in (PENDING, RUNNING) for entry in manifest.experiments)
+    if not n_left:
+        return 0.0
+    if len(ends) < 2:
+        return None
+    steps_s = [(later - earlier) / timedelta(seconds=1) for earlier, later in itertools.pairwise(ends)]
+    return n_left * statistics.median(steps_s)
+
+
+def _ends(entries: Sequence[CampaignManifestEntry]) -> list[datetime]:
+    moments = (parse_utc(entry.completed_at) for entry in entries if entry.status in (COMPLETED, FAILED))
+    return [moment for moment in moments if moment is not None]
+
+
+def _seconds_since(label: str, onlooker: Onlooker) -> float | None:
+    moment = parse_utc(label)
+    return None if moment is None else (onlooker.now - moment) / timedelta(seconds=1)

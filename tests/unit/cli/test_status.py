@@ -1,0 +1,228 @@
+"""`lem status`: what people and programs see of campaigns that run, ended, or crashed."""
+
+import io
+import json
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+
+from lem.cli.main import main
+from lem.cli.status_view import Eyes, render_status, render_statuses
+from lem.orchestration.activity import Activity
+from lem.orchestration.locks import Holder
+from lem.orchestration.manifest import Attempt, CampaignManifest, CampaignManifestEntry
+from lem.orchestration.status import CampaignStatus
+from tests.campaign_doubles import Place, make_campaign
+from tests.goldens import assert_golden
+
+NOW = datetime(2026, 7, 14, 12, 30, tzinfo=timezone.utc)
+EYES = Eyes(NOW, timezone.utc)
+HOLDER = Holder(4711, "lab1", "demo", "2026-07-14T10:00:00.000000Z")
+NAMES = ("pytorch-float16-batch_size=8", "vllm-float16-max_num_seqs=256", "vllm-float16-max_num_seqs=512")
+LOG = "results/demo/20260714T100000Z-3fa1/29a3920c1781-c1/attempt-2/log.txt"
+
+
+def _entry(config, cycle, status, **more):
+    at = f"2026-07-14T1{cycle}:0{config}:00.000000Z"
+    attempts = more.pop("attempts", None) or (Attempt(1, result_path="r", valid=True, started_at=at, log_path=LOG),)
+    return CampaignManifestEntry(
+        exp_id=f"{config}-c{cycle + 1}",
+        config_name=NAMES[config],
+        config_path="",
+        config_hash="",
+        backend="vllm",
+        container=None,
+        cycle_index=cycle,
+        status=status,
+        attempts=() if status == "pending" else attempts,
+        result_path="r" if status == "completed" else None,
+        **more,
+    )
+
+
+def _manifest(running="running"):
+    out_of_memory = "out of memory while the engine was loaded: 139 GiB of 141 GiB are in use by another process"
+    invalid = (Attempt(1, result_path="r", valid=False),)
+    return CampaignManifest(
+        campaign_id="fe01ce2a",
+        campaign_name="Demo of backends",
+        created_at="2026-07-14T10:00:00.000000Z",
+        updated_at="2026-07-14T12:29:00.000000Z",
+        config_hash="",
+        total_experiments=9,
+        run_id="20260714T100000Z-3fa1",
+        experiments=[
+            _entry(0, 0, "completed"),
+            _entry(1, 0, "completed", attempts=invalid),
+            _entry(2, 0, "failed", error=out_of_memory),
+            _entry(0, 1, "completed"),
+            _entry(1, 1, running),
+            *(_entry(config, 2, "pending") for config in range(3)),
+            _entry(2, 1, "skipped"),
+        ],
+        notes=[{"kind": "environment_change", "at": "", "changes": ["driver: 570.1 before, 580.2 now"]}],
+    )
+
+
+def _activity(**changes):
+    known = {
+        "run_id": "20260714T100000Z-3fa1",
+        "pid": 4711,
+        "host": "lab1",
+        "started_at": "2026-07-14T10:00:00.000000Z",
+        "updated_at": "2026-07-14T12:29:58.000000Z",
+        "go_on": "lem campaign c.yaml --resume",
+        "cwd": "/home/ada/my bench",
+        "doing": "experiment",
+        "since": "2026-07-14T12:26:55.000000Z",
+        "exp_id": "1-c2",
+        "config_name": NAMES[1],
+        "phase": "window",
+        "phase_done": 12,
+        "phase_total": 100,
+    }
+    return Activity(**{**known, **changes})
+
+
+def _status(state, **more):
+    given = {"manifest": _manifest(), "activity": _activity(), **more}
+    return CampaignStatus("Demo of backends", Path(".state/demo"), state, **given)
+
+
+CRASH = "process 4711 ended without a word after 2026-07-14T12:29:58Z: killed, out of memory, or a bug"
+BROKEN = "the manifest .state/demo/campaign_manifest.json is broken: Expecting value: line 1 column 1 (char 0)"
+
+
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("running", _status("running", holder=HOLDER, left_s=2100.0)),
+        ("crashed", _status("crashed", reason=CRASH, hint="the kernel's log names what it killed", left_s=2100.0)),
+        (
+            "gap",
+            _status(
+                "running",
+                manifest=_manifest("pending"),
+                activity=_activity(doing="gap", exp_id=None, phase=None, gap_ends_in_s=290.0),
+                holder=HOLDER,
+            ),
+        ),
+        (
+            "stopped",
+            _status(
+                "stopped",
+                manifest=_manifest("pending"),
+                activity=_activity(doing="ended", stopped="signal", exp_id=None),
+                reason="a signal stopped it",
+                left_s=100_000.0,
+            ),
+        ),
+        ("unknown_phase", _status("running", activity=None, holder=HOLDER, left_s=None)),
+        (
+            "unreadable",
+            _status("unreadable", manifest=None, activity=None, reason=BROKEN, hint="--fresh sets it aside"),
+        ),
+    ],
+)
+def test_a_campaign_as_it_is_shown(name, status):
+    assert_golden(f"status/{name}.txt", render_status(status, EYES))
+
+
+def test_all_campaigns_as_they_are_shown():
+    statuses = [
+        _status("running", holder=HOLDER, left_s=2100.0),
+        _status("crashed", reason=CRASH, left_s=10.0),
+        _status("unreadable", manifest=None, activity=None, reason=BROKEN),
+        _status(
+            "running", holder=HOLDER, left_s=100_000.0, reason="nothing was heard of it since 2026-07-14T10:00:00Z"
+        ),
+    ]
+    assert_golden("status/all.txt", render_statuses(statuses, EYES))
+
+
+def test_nothing_is_wider_than_the_screen_but_a_command():
+    for state in ("running", "crashed"):
+        lines = render_status(_status(state, reason=CRASH, holder=HOLDER), EYES).splitlines()
+        assert max(len(line) for line in lines if "lem campaign" not in line) <= 80
+
+
+def test_colour_only_where_it_is_wanted():
+    status = _status("crashed", reason=CRASH)
+    assert "\x1b[31m" in render_status(status, Eyes(NOW, timezone.utc, is_colour=True))
+    assert "\x1b" not in render_status(status, EYES)
+
+
+def test_a_day_that_is_not_today_is_named():
+    assert EYES.clock(NOW - timedelta(days=1)) == "07-13 12:30"
+
+
+# --- the command
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.setenv("LEM_LOCK_DIR", str(tmp_path / "locks"))
+    monkeypatch.chdir(tmp_path)
+    place = Place(tmp_path)
+    place.runner(make_campaign(tmp_path)).run()
+    return place
+
+
+def _lem(*words):
+    out, err = io.StringIO(), io.StringIO()
+    return main(["status", *words], out, err), out.getvalue(), err.getvalue()
+
+
+def test_every_campaign_of_the_folder_has_a_line(here):
+    code, out, err = _lem("--state-dir", "state")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0].split() == ["campaign", "state", "done", "failed", "left", "ETA", "last", "sign"]
+    assert out.splitlines()[1].split()[:5] == ["demo", "done", "4", "0", "0"]
+
+
+def test_a_folder_without_campaigns_says_so(here):
+    assert _lem() == (0, "", "no campaigns in .state\n")
+    assert _lem("--json") == (0, "[]\n", "")
+
+
+@pytest.mark.parametrize("name", ["demo", "Demo", "state/demo"])
+def test_a_campaign_may_be_named_or_its_folder(here, name):
+    code, out, _ = _lem(name, "--state-dir", "state")
+    assert (code, out.splitlines()[0].split(" · ")[:2]) == (0, ["demo", "done"])
+
+
+def test_a_campaign_may_be_named_by_its_file(here):
+    (here.folder / "c.yaml").write_text(
+        "campaign_name: demo\nmodel: none\ngrid: {backends: [pytorch]}\nio: {state_dir: state}\n"
+    )
+    code, out, _ = _lem("c.yaml")
+    assert (code, out.splitlines()[0].split(" · ")[:2]) == (0, ["demo", "done"])
+
+
+def test_a_campaign_that_is_not_there_is_told_with_those_that_are(here):
+    code, out, err = _lem("other", "--state-dir", "state")
+    assert (code, out) == (2, "")
+    assert "no campaign 'other' in state (there: demo)" in err
+
+
+def test_as_json_every_experiment_is_there(here):
+    code, out, _ = _lem("demo", "--state-dir", "state", "--json")
+    document = json.loads(out)
+    assert (code, document["state"], document["completed"], document["left"]) == (0, "done", 4, 0)
+    assert [(item["cycle"], item["status"]) for item in document["experiments"]] == [
+        (1, "completed"),
+        (1, "completed"),
+        (2, "completed"),
+        (2, "completed"),
+    ]
+    assert document["activity"]["doing"] == "ended"
+
+
+def test_damage_in_one_campaign_does_not_hide_the_others(here):
+    broken = here.folder / "state" / "broken"
+    broken.mkdir()
+    (broken / "campaign_manifest.json").write_text("{")
+    code, out, _ = _lem("--state-dir", "state")
+    assert code == 0
+    assert [line.split()[:2] for line in out.splitlines()[1:3]] == [["broken", "unreadable"], ["demo", "done"]]

@@ -1,0 +1,258 @@
+"""How a campaign is, told from what lies in its folder: every state, and what it is told apart by."""
+
+import dataclasses
+import fcntl
+import json
+import os
+from datetime import datetime, timedelta, timezone
+
+import pytest
+
+from lem.errors import EngineError
+from lem.orchestration.activity import ACTIVITY_NAME, Activity
+from lem.orchestration.locks import CAMPAIGN_LOCK_NAME, Holder, hold_locks, is_locked, lock_targets
+from lem.orchestration.manifest import ManifestManager
+from lem.orchestration.opening import RunOptions
+from lem.orchestration.status import Onlooker, boot_time, estimate_left_s, find_folders, parse_utc, read_status
+from tests.campaign_doubles import FakeClock, Place, make_campaign
+
+NOON = FakeClock().now()
+HERE = Onlooker(NOON + timedelta(minutes=2), "here")
+PID = 4711
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setenv("LEM_LOCK_DIR", str(tmp_path / "locks"))
+    return Place(tmp_path)
+
+
+@pytest.fixture
+def folder(place):
+    return place.folder / "state" / "demo"
+
+
+def _change(folder, **changes):
+    """Change what the last process said."""
+    path = folder / ACTIVITY_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _break_off(folder, status="running"):
+    """Make the manifest what a process leaves that is killed in its last experiment."""
+    manager = ManifestManager(folder / "campaign_manifest.json", now=FakeClock().now)
+    manifest = manager.load_strict()
+    assert manifest is not None
+    manifest.experiments[-1].status = status
+    manager.save(manifest)
+    _change(folder, doing="experiment", phase="window", exp_id=manifest.experiments[-1].exp_id, pid=PID)
+
+
+def _held(folder, pid=PID, since="2026-07-14T11:59:00.000000Z"):
+    return hold_locks(lock_targets(folder, "demo", (), folder)[:1], Holder(pid, "here", "demo", since))
+
+
+def test_a_campaign_that_ran_to_its_end_is_done(place, folder):
+    place.runner(make_campaign(place.folder)).run()
+    status = read_status(folder, HERE)
+    assert (status.state, status.reason, status.n_left) == ("done", "", 0)
+
+
+def test_one_in_which_all_had_their_turn_and_some_failed_has_failed(place, folder):
+    error = EngineError("no such option", is_permanent=True)
+    place.runner(make_campaign(place.folder), {"pytorch-max_output_tokens=4": [error]}).run()
+    status = read_status(folder, HERE)
+    assert (status.state, status.count("failed"), status.n_left) == ("failed", 2, 0)
+
+
+def test_one_that_a_signal_ended_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("LEM_LOCK_DIR", str(tmp_path / "locks"))
+    place = Place(tmp_path, signal_at_s=15)
+    place.runner(make_campaign(tmp_path), options=RunOptions(go_on="again")).run()
+    status = read_status(tmp_path / "state" / "demo", HERE)
+    assert (status.state, status.reason, status.n_left) == ("stopped", "a signal stopped it", 3)
+
+
+def test_one_whose_time_was_up_says_so(place, folder):
+    place.runner(make_campaign(place.folder)).run(deadline_s=place.clock.monotonic() + 15)
+    assert read_status(folder, HERE).reason == "the time it was given was up"
+
+
+def test_one_that_is_begun_and_nobody_runs_has_crashed(place, folder):
+    place.runner(make_campaign(place.folder)).run()
+    _break_off(folder)
+    status = read_status(folder, HERE)
+    assert status.state == "crashed"
+    assert status.reason.startswith(f"process {PID} ended without a word after 2026-07-14T12:00:40Z")
+
+
+def test_one_that_was_killed_in_a_gap_has_crashed_too(place, folder):
+    place.runner(make_campaign(place.folder)).run()
+    _break_off(folder, "pending")
+    _change(folder, doing="gap")
+    assert read_status(folder, HERE).state == "crashed"
+
+
+def test_a_restart_of_the_host_is_named_as_the_reason(place, folder):
+    place.runner(make_campaign(place.folder)).run()
+    _break_off(folder)
+    status = read_status(folder, dataclasses.replace(HERE, booted_at=NOON + timedelta(seconds=50)))
+    assert status.reason == "the host was restarted at 2026-07-14T12:00:50Z; its last sign was 2026-07-14T12:00:40Z"
+
+
+def test_of_another_host_it_is_said_that_this_one_cannot_know(place, folder):
+    place.runner(make_campaign(place.folder)).run()
+    _break_off(folder)
+    status = read_status(folder, Onlooker(HERE.now, "elsewhere"))
+    assert status.reason.startswith("it ran on here, and this is elsewhere")
+
+
+def test_a_crash_is_found_without_what_the_process_said(place, folder):
+    place.runner(make_campaign(place.folder)).run()
+    _break_off(folder)
+    (folder / ACTIVITY_NAME).unlink()
+    assert read_status(folder, HERE).state == "crashed"
+
+
+def test_what_an_earlier_run_said_is_not_taken_for_this_one(place, folder):
+    place.runner(make_campaign(place.folder)).run()
+    _change(folder, run_id="another", doing="experiment")
+    assert read_status(folder, HERE).state == "done"
+
+
+def test_with_its_lock_held_it_is_running_and_says_where_it_is(place, folder):
+    place.runner(make_campaign(place.folder)).run()
+    _break_off(folder)
+    _change(folder, eta_s=100.0, updated_at="2026-07-14T12:01:50.000000Z")
+    with _held(folder):
+        status = read_status(folder, HERE)
+    assert (status.state, status.reason) == ("running", "")
+    assert status.holder == Holder(PID, "here", "demo", "2026-07-14T11:59:00.000000Z")
+    assert status.left_s == 90.0  # ten of them have passed
+
+
+def test_one_that_has_said_nothing_for_long_is_suspected(place, folder):
+    place.runner(make_campaign(place.folder)).run()
+    _break_off(folder)
+    with _held(folder):
+        status = read_status(folder, Onlooker(NOON + timedelta(minutes=30), "here"))
+    assert status.state == "running"
+    assert status.reason.startswith("nothing was heard of it since")
+
+
+def test_between_two_runs_it_waits(place, folder):
+    place.runner(make_campaign(place.folder)).run()
+    _change(folder, pid=PID)
+    with _held(folder):
+        assert read_status(folder, HERE).state == "waiting"
+
+
+def test_a_new_process_over_what_a_crash_left_has_not_begun(place, folder):
+    place.runner(make_campaign(place.folder)).run()
+    _break_off(folder)
+    with _held(folder, pid=PID + 1, since="2026-07-14T12:01:00.000000Z"):
+        status = read_status(folder, HERE)
+    assert status.state == "waiting"
+    assert "not begun" in status.reason
+
+
+def test_without_a_manifest_it_waits_while_held_and_is_nothing_otherwise(folder):
+    with _held(folder):
+        assert read_status(folder, HERE).state == "waiting"
+    assert read_status(folder, HERE).state == "none"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema_version": 99}'])
+def test_a_broken_manifest_is_told(folder, content):
+    folder.mkdir(parents=True)
+    (folder / "campaign_manifest.json").write_text(content)
+    status = read_status(folder, HERE)
+    assert status.state == "unreadable"
+    assert "campaign_manifest.json" in status.reason
+
+
+def test_invalid_results_are_counted_among_the_done(place, folder):
+    place.runner(make_campaign(place.folder), {"pytorch-max_output_tokens=4": ["invalid"]}).run()
+    status = read_status(folder, HERE)
+    assert (status.count("completed"), status.n_invalid) == (4, 2)
+
+
+def test_looking_changes_nothing(place, folder):
+    place.runner(make_campaign(place.folder)).run()
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    read_status(folder, HERE)
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
+
+
+def test_folders_of_campaigns_are_told_from_others(place, folder):
+    place.runner(make_campaign(place.folder)).run()
+    (place.folder / "state" / "something-else").mkdir()
+    (place.folder / "state" / "a-file").write_text("")
+    assert find_folders(place.folder / "state") == (folder,)
+    assert find_folders(place.folder / "nowhere") == ()
+
+
+def test_a_manifest_of_another_name_is_found_and_one_set_aside_is_not(place, folder):
+    place.runner(make_campaign(place.folder)).run()
+    (folder / "campaign_manifest.json").rename(folder / "mine.json")
+    assert read_status(folder, HERE).state == "done"
+    (folder / "mine.json").rename(folder / "mine.20260714T100000Z.json")
+    assert read_status(folder, HERE).state == "none"
+
+
+# --- the estimate
+
+
+def _manifest_with_ends(place, seconds, n_left):
+    place.runner(make_campaign(place.folder, execution={"cycles": (len(seconds) + n_left) // 2})).run()
+    manifest = place.manifest()
+    for entry, second in zip(manifest.experiments, seconds, strict=False):
+        entry.completed_at = NOON + timedelta(seconds=second)
+    for entry in manifest.experiments[len(seconds) :]:
+        entry.status = "pending"
+    return manifest
+
+
+def test_what_is_left_takes_as_long_as_the_usual_step_from_end_to_end(place):
+    # A night lies between the third and the fourth.
+    assert estimate_left_s(_manifest_with_ends(place, [0, 60, 120, 40000, 40060], 3)) == 180.0
+
+
+def test_one_end_gives_no_estimate(place):
+    assert estimate_left_s(_manifest_with_ends(place, [10], 3)) is None
+
+
+# --- locks, clocks
+
+
+def test_a_lock_is_seen_while_it_is_held_and_no_longer(folder):
+    assert is_locked(folder / CAMPAIGN_LOCK_NAME) is False
+    with _held(folder):
+        assert is_locked(folder / CAMPAIGN_LOCK_NAME) is True
+    assert is_locked(folder / CAMPAIGN_LOCK_NAME) is False
+
+
+def test_two_may_look_at_once(folder):
+    with _held(folder):
+        pass
+    descriptor = os.open(folder / CAMPAIGN_LOCK_NAME, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    assert is_locked(folder / CAMPAIGN_LOCK_NAME) is False
+    os.close(descriptor)
+
+
+def test_the_boot_time_is_the_kernels(tmp_path):
+    (tmp_path / "stat").write_text("cpu 1 2 3\nbtime 1783987200\nprocesses 5\n")
+    assert boot_time(tmp_path / "stat") == datetime(2026, 7, 14, tzinfo=timezone.utc)
+    assert boot_time(tmp_path / "nothing") is None
+    (tmp_path / "stat").write_text("cpu 1 2 3\n")
+    assert boot_time(tmp_path / "stat") is None
+
+
+@pytest.mark.parametrize("label", [None, "", "yesterday", "2026-07-14T12:00:00"])
+def test_what_is_no_utc_label_is_no_moment(label):
+    assert parse_utc(label) is None
+
+
+def test_an_activity_has_a_value_for_every_field_by_default():
+    assert Activity("run", 1, "here", "", "").doing == "starting"
