@@ -132,6 +132,7 @@ class _Sampler:
         self._complaints = Complaints()
         meters = () if isinstance(nvml, str) else tuple(NvmlMeter(nvml, name) for name in options.gpus)
         self._gpus = [GpuWatch(meter, place, clock, self._complaints) for place, meter in enumerate(meters)]
+        self._has_counter = any(meter.has_counter for meter in meters)
         self._rapl = find_rapl(rapl_root)
         self._load = CpuLoadMeter(proc_stat)
         tdp_w, tdp_source = find_tdp(options.tdp_w, rapl_root)
@@ -156,9 +157,10 @@ class _Sampler:
     @property
     def next_ns(self) -> int:
         """When something is due next."""
-        if not self._gpus:
-            return self._seconds.next_ns
-        return min(self._polls.next_ns, self._samples.next_ns, self._seconds.next_ns)
+        schedules = [self._seconds]
+        schedules += [self._samples] if self._gpus else []
+        schedules += [self._polls] if self._has_counter else []
+        return min(schedule.next_ns for schedule in schedules)
 
     def obey(self, order: str) -> list[Row]:
         """Do what the owner says: `interval N`, in milliseconds from now on. What is not understood is in the rows."""

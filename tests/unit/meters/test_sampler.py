@@ -71,6 +71,7 @@ class Rig:
     gpus: tuple[str, ...] = ("GPU-a",)
     interval_ms: int = 100
     clock: FakeClock = field(default_factory=FakeClock)
+    owner: type[ScriptedOwner] = ScriptedOwner
 
     @property
     def output(self) -> Path:
@@ -85,7 +86,7 @@ class Rig:
     ) -> SampleLog:
         """What it logged from 0 to `end_s`; times in the log count from there."""
         options = SamplerOptions(self.output, self.gpus, self.interval_ms, tdp_w)
-        owner = ScriptedOwner(self.clock, end_s, list(events), late_s)
+        owner = self.owner(self.clock, end_s, list(events), late_s)
         self.start_ns = owner.start_ns
         (self.folder / "stat").write_text("cpu 1 2 3 4 5 6 7 8 9 10\n")
         run_sampler(
@@ -367,10 +368,35 @@ def test_a_disk_that_is_full_ends_the_sampler_and_what_was_written_can_be_read(r
     assert len(read_part(rig.output).samples) > 10
 
 
-def test_rows_of_one_moment_are_written_at_once(rig: Rig) -> None:
-    sizes: list[int] = []
-    rig.run(1.0, *((step * 0.05, lambda: sizes.append(rig.output.read_bytes()[-1])) for step in range(1, 20)))
-    assert set(sizes) == {ord("\n")}
+def writes_so_far() -> int:
+    """How often this process has called write(2) (proc_pid_io(5))."""
+    lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith("syscw")).split()[1])
+
+
+@pytest.mark.skipif(not os.access("/proc/self/io", os.R_OK), reason="this kernel does not count writes")
+def test_the_rows_of_one_moment_are_one_write(rig: Rig) -> None:
+    rig.counts(300.0, 0.1)
+    before = writes_so_far()
+    log = rig.run(1.0)
+    assert len(log.counters) + len(log.samples) > 20
+    assert writes_so_far() - before == 13  # the rig's own file, header, first rows, 9 moments, last rows
+
+
+def test_a_gpu_without_a_counter_wakes_nobody_to_poll_it(rig: Rig) -> None:
+    assert isinstance(rig.nvml, FakeNvml)
+    rig.nvml.failures[COUNTER] = 3
+    woken = 0
+
+    class Watcher(ScriptedOwner):
+        def wait(self, until_ns: int) -> Sequence[str] | None:
+            nonlocal woken
+            woken += 1
+            return super().wait(until_ns)
+
+    rig.owner = Watcher
+    rig.run(1.0)
+    assert woken == 10
 
 
 def test_an_error_of_a_gpu_bears_its_place_in_the_header(rig: Rig) -> None:
