@@ -378,7 +378,7 @@ def test_the_library_replays_random_traces(tmp_path, mode):
 
 
 def test_the_library_follows_the_log_of_an_engine(tmp_path):
-    states = [(1.0, 1), (2.5, 0.4), (2.6, 0), (4.0, 1), (7.0, 0)]
+    states = [(0.2, 0), (1.0, 1), (1.02, 1), (2.5, 0.4), (2.6, 0), (4.0, 1), (7.0, 0)]
     text = "".join(f"{ORIGIN_NS + round(at * NS_PER_S)} {state}\n" for at, state in states)
     log = tmp_path / "load"
     load = Load(str(log), 85.0, 410.0, 0.05, 0.3, ripples=((30.0, 10.0, 0.2), (12.0, 20.0, 0.0)), events=0x4)

@@ -54,6 +54,15 @@ def test_energy_is_the_integral_of_power(signal):
     assert signal.energy_j(from_s, to_s) == pytest.approx(summed_j, abs=350.0 * width_s)
 
 
+def test_a_ripple_is_a_sine_whose_phase_counts_from_time_zero():
+    ripple = Ripple(0.3, 2.0, 40.0, 10.0, 0.4)
+    assert ripple.power_w(0.5125) == pytest.approx(40.0 * math.sin(2 * math.pi * 10.0 * 0.5125 + 0.4))
+    assert (ripple.power_w(0.29), ripple.power_w(2.0)) == (0.0, 0.0)
+    steps = 10_000
+    summed_j = sum(ripple.power_w(0.5 + 0.03 * (step + 0.5) / steps) for step in range(steps)) * 0.03 / steps
+    assert PowerSignal(ripples=(ripple,)).energy_j(0.5, 0.53) == pytest.approx(summed_j, rel=1e-6)
+
+
 @pytest.mark.parametrize("signal", [LINE, LEVELS, RIPPLES, SUM], ids=["line", "levels", "ripples", "sum"])
 def test_energy_of_two_parts_is_that_of_the_whole(signal):
     whole = signal.energy_j(-1.0, 6.0)
@@ -156,6 +165,14 @@ def test_an_engine_that_has_written_nothing_idles(tmp_path):
     assert trace.after_load().energy_j(*WINDOW) == pytest.approx(800.0)
     (tmp_path / "load").write_text(f"{_at(5.0)} 1\n")
     assert trace.after_load().energy_j(*WINDOW) == pytest.approx(2400.0)
+
+
+def test_a_state_that_is_told_again_changes_nothing():
+    load = Load("missing", idle_w=80.0, busy_w=400.0, rise_tau_s=0.1, fall_tau_s=0.5, ripples=((40.0, 10.0, 0.0),))
+    trace = Trace(ORIGIN_NS, (GpuTrace(load=load),))
+    once = trace.after_load({0: f"{_at(1.0)} 1\n{_at(3.0)} 0\n"})
+    again = trace.after_load({0: f"{_at(0.5)} 0\n{_at(1.0)} 1\n{_at(1.05)} 1\n{_at(3.0)} 0\n{_at(3.1)} 0\n"})
+    assert again == once
 
 
 def test_a_load_ripples_while_it_is_busy():

@@ -44,18 +44,27 @@ class Load:
 
     def levels(self, text: str, origin_ns: int) -> tuple[tuple[Level, ...], tuple[Ripple, ...]]:
         """What the log of the engine says about power."""
-        states = [(int(ns), float(busy)) for ns, busy in (line.split() for line in text.splitlines())]
-        before, levels, ripples = 0.0, [Level(0.0, self.idle_w)], []
-        if states:
-            levels = [Level((states[0][0] - origin_ns) / NS_PER_S, self.idle_w)]
-        for place, (at_ns, busy) in enumerate(states):
-            at_s = (at_ns - origin_ns) / NS_PER_S
+        levels, ripples = [Level(0.0, self.idle_w)], []
+        for start_s, end_s, before, busy in _changes_of(text, origin_ns):
+            if len(levels) == 1:
+                levels = [Level(start_s, self.idle_w)]
             tau_s = self.rise_tau_s if busy > before else self.fall_tau_s
-            levels.append(Level(at_s, self.idle_w + busy * (self.busy_w - self.idle_w), tau_s))
-            end_s = (states[place + 1][0] - origin_ns) / NS_PER_S if place + 1 < len(states) else math.inf
-            ripples += [Ripple(at_s, end_s, busy * watts, hz, phase) for watts, hz, phase in self.ripples if busy > 0]
-            before = busy
+            levels.append(Level(start_s, self.idle_w + busy * (self.busy_w - self.idle_w), tau_s))
+            ripples += [
+                Ripple(start_s, end_s, busy * watts, hz, phase) for watts, hz, phase in self.ripples if busy > 0
+            ]
         return tuple(levels), tuple(ripples)
+
+
+def _changes_of(text: str, origin_ns: int) -> list[tuple[float, float, float, float]]:
+    """(from, to, how busy before, how busy then) wherever the log of an engine tells another state than before."""
+    changes, before = [], 0.0
+    for ns, state in (line.split() for line in text.splitlines()):
+        if float(state) != before:
+            changes.append(((int(ns) - origin_ns) / NS_PER_S, before, float(state)))
+            before = float(state)
+    ends_s = [*(start_s for start_s, _, _ in changes[1:]), math.inf]
+    return [(start_s, end_s, old, new) for (start_s, old, new), end_s in zip(changes, ends_s, strict=False)]
 
 
 @dataclass(frozen=True)

@@ -392,7 +392,7 @@ Signal signal_of(const Script *script, const Gpu *gpu, double at, double *busy, 
     while (lines-- && (line = strsep(&rest, "\n"))) {
         long long ns;
         double next;
-        if (sscanf(line, "%lld %lf", &ns, &next) != 2)
+        if (sscanf(line, "%lld %lf", &ns, &next) != 2 || next == state)
             continue;
         double since = (double)(ns - script->origin) / 1e9;
         if (signal.levels == 1)
