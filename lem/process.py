@@ -91,7 +91,7 @@ def run(
     starting = _Starting(lambda: spawn(argv, env=env, cwd=cwd, new_session=True))
     has_timed_out = False
     try:
-        child = starting.result()
+        child = starting.begin()
         try:
             stdout, stderr = child.communicate(stdin, timeout=timeout_s)
         except subprocess.TimeoutExpired:
@@ -110,36 +110,42 @@ class _Starting:
     """A child that is being started in a thread of its own.
 
     `subprocess.Popen` loses a child it has started when the exception of a signal's handler strikes inside it.
-    Handlers run in the main thread only, so here none can.
+    Handlers run in the main thread only, so here none can. Wherever one strikes outside, `undo` leaves no child.
     """
 
     def __init__(self, start: Callable[[], subprocess.Popen[bytes]]) -> None:
         self._start = start
         self._child: subprocess.Popen[bytes] | None = None
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="start of a program")
-        self._thread.start()
+        self._is_undone = False
+        self._is_at_it = threading.Lock()
 
-    def _run(self) -> None:
-        try:
-            self._child = self._start()
-        except (UserError, ValueError, subprocess.SubprocessError) as error:  # for whoever asks for the child
-            self._error = error
-
-    def result(self) -> subprocess.Popen[bytes]:
+    def begin(self) -> subprocess.Popen[bytes]:
         """The started child.
 
         Raises:
             UserError: it could not be started.
         """
-        self._thread.join()
+        thread = threading.Thread(target=self._run, name="start of a program")
+        thread.start()
+        thread.join()
         if self._child is None:
             raise self._error or UserError("the program was not started")
         return self._child
 
+    def _run(self) -> None:
+        with self._is_at_it:
+            if self._is_undone:
+                return
+            try:
+                self._child = self._start()
+            except (UserError, ValueError, subprocess.SubprocessError) as error:  # for whoever asks for the child
+                self._error = error
+
     def undo(self) -> None:
-        """Kill the child, if there is one, with all that it started."""
-        self._thread.join()
+        """Kill the child, if there is one, with all that it started; a thread that comes later starts none."""
+        with self._is_at_it:
+            self._is_undone = True
         if self._child is not None:
             _kill_and_collect(self._child)
 

@@ -8,6 +8,7 @@ import pytest
 
 from tests.campaign_rig import CampaignRig, campaign_text
 from tests.doubles.fault_injector import VARIABLE, Fault, read_journal
+from tests.processes import wait_for
 from tests.webhook import serving_webhook
 
 
@@ -64,9 +65,10 @@ def test_each_failure_has_its_own_end_and_the_rest_of_the_campaign_goes_on(rig):
 def test_engines_that_hang_or_fall_silent_are_ended_and_tried_again(rig):
     """Three campaigns side by side, since each has to wait for its timeout."""
     cases: dict[str, tuple[dict[str, Any], str, str, str]] = {
-        "load": ({"load_timeout_seconds": 6}, "load", "timeout", "load_timeout_seconds"),
-        "window": ({"experiment_timeout_seconds": 4}, "generate", "timeout", "experiment_timeout_seconds"),
-        "silent": ({"silence_timeout_seconds": 5}, "generate", "silent", "silence_timeout_seconds"),
+        # Long enough for the second attempt, which does nothing, also on a machine that is busy.
+        "load": ({"load_timeout_seconds": 15}, "load", "timeout", "load_timeout_seconds"),
+        "window": ({"experiment_timeout_seconds": 15}, "generate", "timeout", "experiment_timeout_seconds"),
+        "silent": ({"silence_timeout_seconds": 15}, "generate", "silent", "silence_timeout_seconds"),
     }
     running = {}
     for name, (limit, at, _, _) in cases.items():
@@ -94,6 +96,7 @@ def test_a_worker_that_is_killed_is_replaced_and_the_experiment_tried_again(rig,
     rules = [{"at": "generate", "do": "hang", "once": "hung"}]
     running = rig.start("--yes", "--json", rules=rules)
     running.wait_for_event("phase", phase="window")
+    wait_for(lambda: (rig.folder / "hung").exists() or None)  # else the next attempt hangs, for the first time
     os.kill(_pid_of(rig, victim), signal.SIGKILL)
     ended = running.wait()
     assert ended.code == 0, ended.err

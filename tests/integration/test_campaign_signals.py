@@ -8,6 +8,7 @@ from datetime import datetime
 import pytest
 
 from tests.campaign_rig import EIGHT, CampaignRig, campaign_text
+from tests.processes import wait_for
 
 HANG_AT_EIGHT = {"at": "generate", "do": "hang", "when": {"max_output_tokens": 8}}
 
@@ -76,9 +77,10 @@ def test_a_signal_in_a_gap_ends_it_at_once(rig):
 
 def test_a_second_signal_kills_what_does_not_go(rig):
     # An engine that neither answers TERM nor gives the interpreter back is waited for, until somebody insists.
-    rules = [{"at": "generate", "do": "ignore_term"}, {"at": "generate", "do": "hold_gil"}]
+    announce = {"at": "generate", "do": "shell", "command": "touch stubborn"}
+    rules = [{"at": "generate", "do": "ignore_term"}, announce, {"at": "generate", "do": "hold_gil"}]
     running = rig.start("--yes", "--json", rules=rules)
-    running.wait_for_event("phase", phase="window")
+    wait_for(lambda: (rig.folder / "stubborn").exists() or None)
     running.send(signal.SIGINT)
     running.wait_for_text("a second signal kills")
     running.send(signal.SIGINT)

@@ -11,6 +11,7 @@ import pytest
 
 from tests.campaign_rig import EIGHT, FOUR
 from tests.container_rig import ContainerRig, container_campaign, docker
+from tests.processes import wait_for
 from tests.webhook import SECRET, serving_webhook
 
 pytestmark = [pytest.mark.needs("lab"), pytest.mark.timeout(600)]
@@ -161,6 +162,8 @@ def test_restarts_that_are_used_up_stop_the_campaign_with_the_rest_pending(rig):
     for name in (FOUR, EIGHT):
         started = running.wait_for_event("experiment_started", config_name=name)
         running.wait_for_event("phase", phase="window", exp_id=started["exp_id"])
+        mark = rig.folder / "results" / name.rpartition("=")[2]
+        wait_for(lambda mark=mark: mark.exists() or None)  # else the next attempt hangs, for the first time
         docker("kill", rig.containers()["pytorch"])
     ended = running.wait()
     assert ended.code == 1

@@ -62,9 +62,11 @@ def _measuring(act: Callable[[ContainerRig, Running], None], **options: Any) -> 
 
     def strike(rig: ContainerRig) -> Ended:
         rig.options.update(options)
-        rig.be(_at("generate", "hang", once=str(rig.shared / "hung")))
+        hung = rig.shared / "hung"
+        rig.be(_at("generate", "hang", once=str(hung)))
         running = rig.start("--yes", "--json")
         running.wait_for_event("phase", phase="window", done=1)
+        wait_for(lambda: hung.exists() or None)  # else the next attempt hangs, for the first time
         act(rig, running)
         return running.wait()
 
@@ -237,7 +239,8 @@ def _mend_gpu(rig: ContainerRig) -> None:
 ONE_RESTART = "health_check: {interval_experiments: 1, max_restarts: 1}\n"
 CHECKED_OFTEN = "health_check: {interval_experiments: 1}\n"
 AT_RESUME = r"Resuming: 2 remaining \(1 completed, 0 failed\)"
-BRIEF = {"silence_timeout_seconds": 5}
+# Long enough for a worker to start while three other weathers keep the machine busy.
+BRIEF = {"silence_timeout_seconds": 12}
 
 CASES: tuple[Case, ...] = (
     Case(

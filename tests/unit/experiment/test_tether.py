@@ -127,7 +127,7 @@ def test_the_command_says_whether_something_is_left(marker: Marker) -> None:
     child = marked(marker, "three")
     finished = subprocess.run([*WORKER, "--end-marked", "three"], env=dict(os.environ), check=False)
     assert finished.returncode == 0
-    assert wait_until_ended(child.pid, 5)
+    assert wait_until_ended(child.pid)
     child.wait()
 
 

@@ -314,12 +314,19 @@ def test_secrets_reach_the_engine_and_no_file_and_no_command_line(rig: Rig):
 
 
 def test_while_an_engine_loads_what_it_prints_is_progress(rig: Rig):
-    rig.rules = [{"at": "load", "do": "print", "text": "Loading shards 50%"}]
+    go_on = rig.folder / "go on"
+    os.mkfifo(go_on)
+    rig.rules = [
+        {"at": "load", "do": "print", "text": "Loading shards 50%"},
+        # Else the load may be over before the supervisor reads what was printed.
+        {"at": "load", "do": "shell", "command": f"read word < '{go_on}'"},
+    ]
     worker = RawWorker(rig)
 
     worker.send(rig.request("e").to_message())
 
     assert "Loading shards 50%" in worker.until("progress", exp_id="e")["text"]
+    go_on.write_text("now\n")
     worker.until("result")
     worker.close()
 

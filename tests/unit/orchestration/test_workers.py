@@ -19,7 +19,7 @@ from lem.experiment.channel import PROTOCOL_VERSION
 from lem.experiment.launch import own_command
 from lem.orchestration.stop import StopRequest
 from lem.orchestration.workers import LocalExecutor, Timeouts, Worker, WorkerEvent, WorkerUnavailable
-from tests.processes import children_of, wait_until_ended
+from tests.processes import children_of, wait_for, wait_until_ended
 from tests.pythons import Python, find_pythons
 from tests.worker_rig import COMMAND, Rig
 
@@ -281,12 +281,22 @@ def test_a_stop_ends_the_experiment_and_the_worker(rig: Rig, stop: StopRequest):
 
 
 @contextlib.contextmanager
-def alarm_asks(stop: StopRequest) -> Iterator[None]:
-    """Let SIGALRM do what a Ctrl-C does."""
-    before = signal.signal(signal.SIGALRM, lambda *_: stop.request(signal.SIGINT))
+def alarms_ask(stop: StopRequest, times: int = 1) -> Iterator[None]:
+    """Let SIGALRM do what a Ctrl-C does; the first one sets the timer for the next, and so on."""
+    left = times
+
+    def ask(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+        stop.request(signal.SIGINT)
+
+    before = signal.signal(signal.SIGALRM, ask)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # none may come once its handler is gone
         signal.signal(signal.SIGALRM, before)
 
 
@@ -295,22 +305,24 @@ def test_a_signal_wakes_a_host_that_waits(rig: Rig, stop: StopRequest):
     worker = real_worker(rig)
     events = Events("window", lambda: signal.setitimer(signal.ITIMER_REAL, 0.5))
 
-    with alarm_asks(stop), pytest.raises(Interrupted):
+    with alarms_ask(stop), pytest.raises(Interrupted):
         worker.run(rig.request("e"), events, PATIENT, stop)
 
     assert rig.marker.pids() == ()
 
 
 def test_a_second_signal_kills_at_once(rig: Rig, stop: StopRequest):
-    rig.rules = [{"at": "generate", "do": "ignore_term"}, {"at": "generate", "do": "hold_gil"}]
+    is_stubborn = rig.folder / "stubborn"
+    announce = {"at": "generate", "do": "shell", "command": f"touch '{is_stubborn}'"}
+    rig.rules = [{"at": "generate", "do": "ignore_term"}, announce, {"at": "generate", "do": "hold_gil"}]
     worker = real_worker(rig)
-    events = Events("window", lambda: signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5))
 
-    try:
-        with alarm_asks(stop), pytest.raises(Interrupted):
-            worker.run(rig.request("e"), events, PATIENT, stop)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+    def ask_soon() -> None:
+        wait_for(lambda: is_stubborn.exists() or None)
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+
+    with alarms_ask(stop, times=2), pytest.raises(Interrupted):
+        worker.run(rig.request("e"), Events("window", ask_soon), PATIENT, stop)
 
     assert not worker.is_open
     assert rig.marker.survivors() == ()
