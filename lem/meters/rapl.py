@@ -114,9 +114,8 @@ def zone_folders(root: Path = POWERCAP) -> tuple[ZoneFolder, ...]:
         if match and name:
             numbers = tuple(int(number) for number in match["numbers"].split(":"))
             found[match["kind"], numbers] = (folder, name)
-    kinds = sorted({kind for kind, _ in found}, key=lambda kind: ("mmio" in kind, kind))
     zones: dict[str, ZoneFolder] = {}
-    for kind, numbers in sorted(found, key=lambda key: (kinds.index(key[0]), key[1])):
+    for kind, numbers in sorted(found):  # `intel-rapl` comes before `intel-rapl-mmio`
         folder, name = found[kind, numbers]
         above = [found[kind, numbers[:size]][1] for size in range(1, len(numbers)) if (kind, numbers[:size]) in found]
         full_name = "/".join([*above, name])
