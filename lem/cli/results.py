@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from lem.cli.results_export import add_arguments as add_export_arguments
 from lem.errors import ExitCode, UserError
 from lem.log import is_colour_wanted
 
@@ -25,8 +26,8 @@ _PROBLEMS_SHOWN = 10
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Add `results list`, `results show` and `results recompute` to the command line."""
-    parser = subparsers.add_parser("results", help="list and show what was measured", description=__doc__)
+    """Add the actions of `lem results` to the command line."""
+    parser = subparsers.add_parser("results", help="list, show and export what was measured", description=__doc__)
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     listing = actions.add_parser("list", help="every run in the results folder")
     listing.set_defaults(run=run, action=_list)
@@ -36,6 +37,9 @@ def add_parser(subparsers: Subparsers) -> None:
     again = actions.add_parser("recompute", help="work every energy figure out again from the samples")
     again.add_argument("id", metavar="ID", help="as for show; 1 is the exit code when a figure does not agree")
     again.set_defaults(run=run, action=_recompute)
+    exporting = actions.add_parser("export", help="the records as CSV, JSON or Markdown, one row an experiment")
+    add_export_arguments(exporting)
+    exporting.set_defaults(run=run, action=_export)
     for action in (listing, showing, again):
         action.add_argument(
             "--results-dir", "-o", type=Path, default=Path("results"), metavar="DIR", help="default: results"
@@ -73,6 +77,28 @@ def _show(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
         _show_run(args, item, scan, out, err)
     else:
         _show_experiment(args, scan, exp_id, out, err)
+
+
+def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
+    from lem.cli.results_export import export
+
+    wanted = [_resolve(args.results_dir, name) for name in args.ids]
+    if not args.ids:
+        wanted = [(item, None) for item in _runs(args.results_dir)]
+    found: dict[Path, StoredResult] = {}
+    problems: dict[Path, Problem] = {}
+    for item, exp_id in wanted:
+        scan = _scan(args.results_dir, item)
+        found |= {it.path: it for it in scan.results if exp_id in (None, it.record.identity.experiment_id)}
+        problems |= {it.path: it for it in scan.problems if exp_id in (None, it.exp_id)}
+    export(args, found.values(), out)
+    _tell(err, [problem for problem in problems.values() if problem.kind != "missing"])
+    whole = {(it.record.identity.run_id, it.record.identity.experiment_id) for it in found.values()}
+    without = {(it.run_id, it.exp_id) for it in problems.values()} - whole
+    if without:
+        err.write(
+            f"left out, since there is no whole result: {len(without)} of {len(without) + len(whole)} experiments\n"
+        )
 
 
 def _show_run(args: argparse.Namespace, item: _Run, scan: Scan, out: TextIO, err: TextIO) -> None:
