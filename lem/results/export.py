@@ -1,0 +1,295 @@
+"""Records as flat rows for other programs: one row an experiment, the same columns in the same order for all.
+
+A column is named as the record's field is, with its unit; what a section repeats has a prefix (`gpu0_energy_j`,
+`ttft_p50_s`), what people name themselves a dotted one (`requested.fp_precision`). Fixed columns come first, those of
+GPUs and of what was requested last, so that a wider campaign only adds columns at the end. The same results give the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import difflib
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lem.errors import UserError
+from lem.record import Distribution, Gpu, Record
+from lem.results.cycles import used_records
+from lem.results.layout import printable
+
+__all__ = ["FORMATS", "SUMMARY_COLUMNS", "Exported", "Table", "make_table", "render", "with_columns"]
+
+FORMATS = ("csv", "json", "jsonl", "markdown")
+
+# What a Markdown table shows when no columns are named: with all of them nobody could read it.
+SUMMARY_COLUMNS = (
+    "config_name",
+    "cycle_index",
+    "attempt",
+    "valid",
+    "output_tok_per_s",
+    "energy_per_output_tok_j",
+    "gpu_energy_j",
+    "ttft_p50_s",
+    "e2e_p50_s",
+    "window_s",
+)
+
+_SECTIONS = ("validity", "window", "energy", "idle", "work", "throughput")
+_LATER_SECTIONS = ("compute", "efficiency", "carbon", "environment")
+_LATENCIES = ("ttft_s", "tpot_s", "itl_s", "e2e_s", "queue_s")
+_DISTRIBUTION = tuple(item.name for item in dataclasses.fields(Distribution))
+_GPU = tuple(item.name for item in dataclasses.fields(Gpu) if item.name != "null_reasons")
+_NOT_FOR_THIS_ONE = "not given for this experiment"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A record and where it lies.
+
+    Attributes:
+        path: of `result.json`, relative to the results folder.
+    """
+
+    path: str
+    record: Record
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of the same columns.
+
+    Attributes:
+        columns: their names, in order.
+        rows: for each a value by column, JSON values.
+        reasons: for each row why a value is None, by column.
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[Mapping[str, Any], ...]
+    reasons: tuple[Mapping[str, str], ...]
+
+
+def make_table(results: Iterable[Exported], *, is_every_attempt: bool = False) -> Table:
+    """The rows of the results, in the order of campaign, run, host and execution.
+
+    Args:
+        is_every_attempt: a row for each attempt; else for each experiment the one that counts: its last valid attempt,
+            or the last where none is valid. `used` says which ones estimates stand on.
+    """
+    known = sorted(results, key=_place)
+    used = _used_keys(item.record for item in known)
+    chosen = known if is_every_attempt else _one_an_experiment(known, used)
+    cells = [dict(_cells(item, is_used=_key(item.record) in used)) for item in chosen]
+    columns = _ordered_columns(cells)
+    rows, reasons = [], []
+    for row in cells:
+        rows.append({name: row[name][0] if name in row else None for name in columns})
+        found = {name: row[name][1] if name in row else _NOT_FOR_THIS_ONE for name in columns}
+        reasons.append({name: reason for name, reason in found.items() if rows[-1][name] is None})
+    return Table(columns, tuple(rows), tuple(reasons))
+
+
+def with_columns(table: Table, names: Sequence[str]) -> Table:
+    """The table with these columns alone, in this order.
+
+    Raises:
+        UserError: there is no such column.
+    """
+    known = set(table.columns)
+    for name in names:
+        if name not in known and table.rows:
+            near = difflib.get_close_matches(name, table.columns, 1)
+            raise UserError(
+                f"no column {name!r}", f"did you mean {near[0]}?" if near else "the CSV's first line names all"
+            )
+    return Table(
+        tuple(names),
+        tuple({name: row.get(name) for name in names} for row in table.rows),
+        tuple({name: why for name, why in reasons.items() if name in names} for reasons in table.reasons),
+    )
+
+
+def render(table: Table, form: str) -> str:
+    """The table as text that ends in a newline.
+
+    Raises:
+        ValueError: no such format.
+    """
+    renderers: Mapping[str, Callable[[Table], str]] = {
+        "csv": _as_csv,
+        "json": _as_json,
+        "jsonl": _as_json_lines,
+        "markdown": _as_markdown,
+    }
+    if form not in renderers:
+        raise ValueError(f"{form!r} is none of {', '.join(FORMATS)}")
+    return renderers[form](table)
+
+
+_Key = tuple[str, str, str, int, int]
+_Cell = tuple[str, tuple[Any, str]]
+
+
+def _key(record: Record) -> _Key:
+    return record.identity.key
+
+
+def _place(item: Exported) -> tuple[Any, ...]:
+    identity = item.record.identity
+    return (
+        identity.campaign_name,
+        identity.run_id,
+        identity.host,
+        identity.order_index,
+        identity.cycle_index,
+        identity.experiment_id,
+        identity.attempt,
+        item.path,
+    )
+
+
+def _used_keys(records: Iterable[Record]) -> set[_Key]:
+    """The results that estimates stand on."""
+    by_name: dict[tuple[str, str, str], list[Record]] = {}
+    for record in records:
+        identity = record.identity
+        by_name.setdefault((identity.run_id, identity.host, identity.config_name), []).append(record)
+    return {_key(record) for members in by_name.values() for record in used_records(members)}
+
+
+def _one_an_experiment(results: Sequence[Exported], used: set[_Key]) -> list[Exported]:
+    chosen: dict[tuple[str, str, str, int], Exported] = {}
+    for item in results:
+        key = _key(item.record)
+        before = chosen.get(key[:4])
+        if before is None or _key(before.record) not in used:
+            chosen[key[:4]] = item
+    return list(chosen.values())
+
+
+def _cells(item: Exported, *, is_used: bool) -> Iterator[_Cell]:
+    """Every value with its column, and why it is None."""
+    record = item.record
+    yield "result", (item.path, "")
+    yield from _section(record.identity)
+    yield "used", (is_used, "")
+    for name in _SECTIONS:
+        yield from _section(getattr(record, name))
+    for name in _LATENCIES:
+        yield from _distribution(name, record)
+    for name in _LATER_SECTIONS:
+        yield from _section(getattr(record, name))
+    for index, gpu in enumerate(record.gpus):
+        for name, cell in _section(gpu):
+            yield f"gpu{index}_{name}", cell
+    yield from _dotted("requested", record.requested)
+    yield from _dotted("extra_metadata", record.extra_metadata)
+
+
+def _section(section: Any) -> Iterator[_Cell]:
+    for item in dataclasses.fields(section):
+        if item.name != "null_reasons":
+            value = getattr(section, item.name)
+            yield item.name, (_plain(value), section.null_reasons.get(item.name, "") if value is None else "")
+
+
+def _distribution(name: str, record: Record) -> Iterator[_Cell]:
+    """`ttft_s` as `ttft_mean_s`, `ttft_p50_s` and so on, and `ttft_n`."""
+    distribution: Distribution | None = getattr(record.latency, name)
+    stem = name.removesuffix("_s")
+    for part in _DISTRIBUTION:
+        column = f"{stem}_n" if part == "n" else f"{stem}_{part}_s"
+        if distribution is None:
+            yield column, (None, record.latency.null_reasons.get(name, ""))
+        else:
+            yield column, (getattr(distribution, part), distribution.null_reasons.get(part, ""))
+
+
+def _dotted(prefix: str, mapping: Mapping[str, Any]) -> Iterator[_Cell]:
+    for name, value in sorted(mapping.items()):
+        path = f"{prefix}.{name}"
+        if isinstance(value, Mapping) and value:
+            yield from _dotted(path, value)
+        else:
+            yield path, (_plain(value), "given as null")
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _ordered_columns(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The fixed columns as they come, then GPUs by number, then what was requested by name."""
+    seen = dict.fromkeys(name for row in rows for name in row)
+    fixed = [name for name in seen if _gpu_number(name) is None and "." not in name]
+    gpus = sorted({number for name in seen if (number := _gpu_number(name)) is not None})
+    dotted = sorted(name for name in seen if "." in name)
+    return (*fixed, *(f"gpu{number}_{name}" for number in gpus for name in _GPU), *dotted)
+
+
+def _gpu_number(column: str) -> int | None:
+    head = column.split("_", 1)[0].removeprefix("gpu")
+    return int(head) if column.startswith("gpu") and head.isdecimal() else None
+
+
+def _as_csv(table: Table) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(table.columns)
+    writer.writerows([_cell_text(row[name]) for name in table.columns] for row in table.rows)
+    return out.getvalue()
+
+
+def _as_json(table: Table) -> str:
+    return json.dumps(_documents(table), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _as_json_lines(table: Table) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in _documents(table))
+
+
+def _documents(table: Table) -> list[dict[str, Any]]:
+    return [{**row, "null_reasons": dict(reasons)} for row, reasons in zip(table.rows, table.reasons, strict=True)]
+
+
+def _as_markdown(table: Table) -> str:
+    if not table.columns:
+        return ""
+    is_number = [
+        any(isinstance(row[name], (int, float)) for row in table.rows)
+        and all(row[name] is None or isinstance(row[name], (int, float)) for row in table.rows)
+        for name in table.columns
+    ]
+    lines = [_markdown_row(table.columns), _markdown_row(["---:" if right else "---" for right in is_number])]
+    lines += [_markdown_row([_markdown_cell(row[name]) for name in table.columns]) for row in table.rows]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _markdown_cell(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else _cell_text(value)
+    return printable(text).replace("\\", "\\\\").replace("|", "\\|")
+
+
+def _cell_text(value: Any) -> str:
+    """A value in one cell: text as it is, lists of texts joined, everything nested as JSON; None is empty."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return "; ".join(value)
+    # A float as the shortest text that reads back as the same one.
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False)

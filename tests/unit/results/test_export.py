@@ -1,0 +1,166 @@
+"""Records as rows: the same columns for all, the same bytes for the same results, nothing lost and nothing invented."""
+
+import csv
+import dataclasses
+import io
+import json
+
+import pytest
+
+from lem.errors import UserError
+from lem.record import encode_record
+from lem.results.export import FORMATS, SUMMARY_COLUMNS, Exported, make_table, render, with_columns
+from tests.goldens import assert_golden
+from tests.records import make_gpu, make_record
+
+
+def _exported(*records):
+    return [
+        Exported(f"demo/{item.identity.run_id}/{item.identity.experiment_id}/attempt-{item.identity.attempt}", item)
+        for item in records
+    ]
+
+
+def _fixed():
+    """Two configurations, one of them with a first attempt that was not valid and a GPU."""
+    hot = ("GPU-1: thermal slowdown for 15.6 s of the window",)
+    vllm = {"config_name": "vllm-bfloat16", "config_hash": "f" * 16, "energy_per_output_tok_j": 0.25, "order": 1}
+    return [
+        make_record(config_name="pytorch | bfloat16", warnings=("one", "another"), n_requests=25),
+        dataclasses.replace(make_record(**vllm, is_valid=False, invalid_reasons=hot), gpus=(make_gpu(),)),
+        dataclasses.replace(make_record(**vllm, attempt=2, ttft_p50_s=0.0625), gpus=(make_gpu(),)),
+    ]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_fixed_results_in_every_format(form):
+    table = make_table(_exported(*_fixed()), is_every_attempt=True)
+    if form == "markdown":
+        table = with_columns(table, SUMMARY_COLUMNS)
+    assert_golden(f"export/all_attempts.{form}", render(table, form))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_order_in_which_results_are_found_does_not_matter(form):
+    results = _exported(*_fixed())
+    assert render(make_table(results), form) == render(make_table(results[::-1]), form)
+
+
+def test_a_csv_reads_back_to_the_very_numbers():
+    record = make_record(output_tok_per_s=0.1 + 0.2, energy_per_output_tok_j=1e-17)
+    (row,) = csv.DictReader(io.StringIO(render(make_table(_exported(record)), "csv")))
+    assert float(row["output_tok_per_s"]) == 0.1 + 0.2
+    assert float(row["energy_per_output_tok_j"]) == 1e-17
+    assert (row["valid"], row["cycle_index"], row["gpu_energy_net_j"]) == ("true", "0", "")
+
+
+def test_texts_with_commas_quotes_and_lines_survive_a_csv():
+    record = make_record(config_name='a,"b"\nc', warnings=("one", "two; three"))
+    (row,) = csv.DictReader(io.StringIO(render(make_table(_exported(record)), "csv"), newline=""))
+    assert (row["config_name"], row["warnings"]) == ('a,"b"\nc', "one; two; three")
+
+
+def test_json_says_why_a_value_is_missing():
+    (row,) = json.loads(render(make_table(_exported(make_record())), "json"))
+    assert row["gpu_energy_j"] is None
+    assert row["null_reasons"]["gpu_energy_j"] == "no energy meter was used"
+    assert row["null_reasons"]["ttft_p50_s"] == "the engine gave no time for each token"
+    assert row["null_reasons"]["e2e_p99_s"] == "needs 100 observations, there are 8"
+    missing = {name for name, value in row.items() if value is None}
+    assert set(row["null_reasons"]) == missing
+    assert all(row["null_reasons"].values())
+
+
+def test_every_number_of_a_record_is_in_its_row():
+    record = dataclasses.replace(make_record(energy_per_output_tok_j=0.5, ttft_p50_s=0.1), gpus=(make_gpu(),))
+    (row,) = json.loads(render(make_table(_exported(record)), "json"))
+    document = encode_record(record)
+    for section in ("identity", "validity", "window", "energy", "idle", "work", "throughput", "efficiency", "carbon"):
+        for name, value in document[section].items():
+            if not name.endswith("_null_reason"):
+                assert row[name] == value
+    assert row["ttft_mean_s"] == document["latency"]["ttft_s"]["mean"]
+    assert row["ttft_n"] == document["latency"]["ttft_s"]["n"]
+    assert row["gpu0_power_mean_w"] == 412.5
+    assert row["requested.max_output_tokens"] == 32
+    assert row["extra_metadata.note"] == "Grüße"
+    assert row["versions"] == {"python": "3.11.7", "torch": "2.13.0"}
+
+
+def test_no_two_fields_of_a_record_have_one_column():
+    record = make_record()
+    sections = [getattr(record, item.name) for item in dataclasses.fields(record)]
+    names = [
+        item.name
+        for section in sections
+        if dataclasses.is_dataclass(section)
+        for item in dataclasses.fields(section)
+        if item.name != "null_reasons"
+    ]
+    assert len(names) == len(set(names))
+
+
+def test_an_experiment_is_one_row_its_last_valid_attempt():
+    records = [
+        make_record(attempt=1, is_valid=False),
+        make_record(attempt=2),
+        make_record(attempt=3, is_valid=False),
+    ]
+    (row,) = make_table(_exported(*records)).rows
+    assert (row["attempt"], row["used"]) == (2, True)
+
+
+def test_without_a_valid_attempt_the_last_one_stands_and_is_not_used():
+    records = [make_record(attempt=number, is_valid=False) for number in (1, 2)]
+    (row,) = make_table(_exported(*records)).rows
+    assert (row["attempt"], row["valid"], row["used"]) == (2, False, False)
+
+
+def test_every_attempt_is_a_row_when_asked():
+    records = [make_record(attempt=1, is_valid=False), make_record(attempt=2)]
+    rows = make_table(_exported(*records), is_every_attempt=True).rows
+    assert [(row["attempt"], row["used"]) for row in rows] == [(1, False), (2, True)]
+
+
+def test_a_wider_result_adds_columns_at_the_end_alone():
+    narrow = make_record()
+    wide = dataclasses.replace(
+        make_record(cycle=1, requested={"fp_precision": "float16", "vllm": {"max_num_seqs": 8}}), gpus=(make_gpu(),)
+    )
+    before, after = make_table(_exported(narrow)).columns, make_table(_exported(narrow, wide)).columns
+    fixed = [name for name in before if "." not in name]
+    assert list(after[: len(fixed)]) == fixed
+    rest = after[len(fixed) :]
+    assert rest[0] == "gpu0_uuid"
+    assert [name for name in rest if "." in name] == sorted(name for name in rest if "." in name)
+
+
+def test_what_one_result_has_and_another_has_not_is_empty_and_says_so():
+    other = make_record(cycle=1, requested={"fp_precision": "float16", "vllm": {"max_num_seqs": 8}})
+    table = make_table(_exported(make_record(), other))
+    assert table.rows[0]["requested.vllm.max_num_seqs"] is None
+    assert table.reasons[0]["requested.vllm.max_num_seqs"] == "not given for this experiment"
+    assert table.rows[1]["requested.vllm.max_num_seqs"] == 8
+
+
+def test_no_results_are_an_empty_table():
+    table = make_table([])
+    assert [render(table, form) for form in FORMATS] == ["\n", "[]\n", "", ""]
+
+
+def test_columns_are_those_named_in_that_order():
+    table = with_columns(make_table(_exported(make_record())), ["valid", "config_name"])
+    assert render(table, "csv") == "valid,config_name\ntrue,small\n"
+
+
+def test_a_column_that_is_not_there_is_told_with_the_nearest():
+    with pytest.raises(UserError) as caught:
+        with_columns(make_table(_exported(make_record())), ["output_tok_pers"])
+    assert caught.value.hint == "did you mean output_tok_per_s?"
+
+
+def test_markdown_keeps_its_columns_whatever_a_name_holds():
+    table = with_columns(
+        make_table(_exported(make_record(config_name="a|b\n\x1b[31mc"))), ["config_name", "cycle_index"]
+    )
+    assert render(table, "markdown").splitlines()[-1] == "| a\\|b �[31mc | 0 |"
