@@ -1,0 +1,584 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from lem.config.experiment_config import ExperimentConfig
+from lem.meters import marks as names
+from lem.meters.efficiency import carbon_of, efficiency_of
+from lem.meters.energy import Baselines, mean_power_w, measure
+from lem.meters.external import ExternalReadings
+from lem.meters.integrate import NotMeasured, Span
+from lem.meters.samples import CpuLoad, Mark, MeterError, ProcessesSeen
+from lem.record import Work
+from tests.doubles.nvml.traces import Counter, Events, GpuProcess, Level, Sensor
+from tests.doubles.powercap import Zone
+from tests.scripted_attempt import (
+    BARE_W,
+    IDLE_W,
+    LEVELS,
+    LOAD_W,
+    LOADING_W,
+    ORIGIN_NS,
+    PREFILL_W,
+    Attempt,
+    at,
+    config,
+    cpu_attempt,
+    gpu_attempt,
+)
+
+WINDOW_J = 10 * LOAD_W
+STEADY_MARKS = (Mark(names.WINDOW, at(16), at(24)),)
+
+
+def package(number: int = 0, *, name: str = "package", max_uj: int = 262_143_328_850, begins_uj: int = 0) -> Zone:
+    """40 W at rest, 140 W in the window."""
+    powers = ((0, 40.0), (at(15), 140.0), (at(25), 40.0))
+    label = f"{name}-{number}" if name == "package" else name
+    return Zone(f"intel-rapl:{number}", label, powers, max_uj=max_uj, begins_uj=begins_uj, begins_ns=at(-2))
+
+
+# Gross and net
+
+
+def test_the_energy_of_a_closed_window_is_that_of_the_work_alone() -> None:
+    found = gpu_attempt().measured()
+    assert found.energy.gpu_energy_j == pytest.approx(WINDOW_J, rel=0.002)
+    assert found.primary_j == found.energy.gpu_energy_j
+    assert (found.energy.energy_source, found.energy.energy_scope) == ("nvml_counter", "gpu")
+    assert (found.invalid_reasons, found.warnings) == ((), ())
+
+
+def test_net_is_gross_less_the_loaded_idle_by_the_same_meter() -> None:
+    energy = gpu_attempt().measured().energy
+    assert energy.gpu_energy_j is not None
+    assert energy.gpu_energy_net_j == pytest.approx(energy.gpu_energy_j - 10 * IDLE_W, rel=0.003)
+
+
+def test_net_without_a_power_at_rest_is_null_with_a_reason() -> None:
+    energy = gpu_attempt().without(names.IDLE_LOADED).measured().energy
+    assert energy.gpu_energy_j == pytest.approx(WINDOW_J, rel=0.002)
+    assert energy.gpu_energy_net_j is None
+    assert "power at rest" in energy.null_reasons["gpu_energy_net_j"]
+
+
+def test_a_steady_window_is_cut_out_of_the_load() -> None:
+    attempt = dataclasses.replace(gpu_attempt(), marks=STEADY_MARKS)
+    assert attempt.measured(is_steady_mode=True).energy.gpu_energy_j == pytest.approx(8 * LOAD_W, rel=0.003)
+
+
+def test_load_and_warmup_have_energies_of_their_own() -> None:
+    energy = gpu_attempt().measured().energy
+    assert energy.load_energy_j == pytest.approx(3 * LOADING_W, rel=0.03)
+    assert energy.warmup_energy_j == pytest.approx(2 * LOAD_W, rel=0.03)
+
+
+def test_what_did_not_happen_is_null_with_a_reason() -> None:
+    energy = gpu_attempt().without(names.LOAD, names.WARMUP).measured().energy
+    assert (energy.load_energy_j, energy.warmup_energy_j) == (None, None)
+    assert energy.null_reasons["load_energy_j"] == "nothing was loaded for this experiment"
+    assert energy.null_reasons["warmup_energy_j"] == "there was no warm-up"
+
+
+def test_every_null_has_a_reason() -> None:
+    attempts = [gpu_attempt(), gpu_attempt().without(*{mark.name for mark in gpu_attempt().marks}), cpu_attempt()]
+    for attempt in attempts:
+        found = attempt.measured()
+        for section in (found.energy, found.idle, *found.gpus):
+            fields = [item.name for item in dataclasses.fields(section) if item.name != "null_reasons"]
+            empty = {name for name in fields if getattr(section, name) is None}
+            assert set(section.null_reasons) == empty
+            assert all(section.null_reasons.values())
+
+
+def test_a_log_without_the_windows_mark_gives_no_energy() -> None:
+    found = gpu_attempt().without(names.WINDOW).measured()
+    assert found.primary_j is None
+    assert found.primary_null_reason == "the sample log has no mark of the window"
+
+
+# Several GPUs
+
+
+def test_several_gpus_are_summed() -> None:
+    found = gpu_attempt(2).measured()
+    assert found.energy.gpu_energy_j == pytest.approx(2 * WINDOW_J, rel=0.002)
+    assert [gpu.energy_j for gpu in found.gpus] == [pytest.approx(WINDOW_J, rel=0.002)] * 2
+
+
+def test_the_sum_is_null_as_soon_as_one_was_not_read() -> None:
+    attempt = gpu_attempt(2)
+    counters = tuple(row for row in attempt.log.counters if row.gpu == 0)
+    errors = (MeterError(at(1), "gpu1.counter", "GPU is lost"),)
+    found = attempt.with_log(counters=counters, errors=errors).measured()
+    assert found.energy.gpu_energy_j is None
+    assert found.gpus[0].energy_j == pytest.approx(WINDOW_J, rel=0.002)
+    assert found.gpus[1].energy_j is None
+    assert "GPU is lost" in found.energy.null_reasons["gpu_energy_j"]
+
+
+def test_a_gpu_the_sampler_does_not_see_stands_in_the_record() -> None:
+    attempt = gpu_attempt()
+    sources = dataclasses.replace(
+        attempt.sources(), gpus=(), gpu_method=None, primary=None, missing_uuids=("GPU-9",), reasons={
+            **attempt.sources().reasons, "gpu": "lost", "primary": "lost"},
+    )  # fmt: skip
+    found = measure(attempt.log, attempt.marks, sources, Baselines(), is_steady_mode=False, window_repeats=1)
+    assert [gpu.uuid for gpu in found.gpus] == ["GPU-9"]
+    assert found.gpus[0].null_reasons["energy_j"] == "lost"
+    assert found.primary_null_reason == "lost"
+
+
+# What a GPU was like
+
+
+def test_the_section_of_a_gpu() -> None:
+    (gpu,) = gpu_attempt(sm_clocks_mhz=((0.0, 1000), (20.0, 2000)), temp_c=55).measured().gpus
+    assert gpu.power_mean_w == pytest.approx(LOAD_W, rel=0.002)
+    assert gpu.power_max_w == pytest.approx(LOAD_W)
+    assert gpu.power_limit_w == 700.0
+    assert gpu.sm_clock_mean_hz == pytest.approx(1.5e9, rel=0.01)
+    assert (gpu.temp_start_c, gpu.temp_end_c, gpu.temp_max_c) == (55.0, 55.0, 55.0)
+    assert (gpu.throttle_power_s, gpu.throttle_thermal_s, gpu.event_reasons_mask) == (0.0, 0.0, 0)
+    assert (gpu.persistence_mode, gpu.mig_mode, gpu.mem_peak_b) == (True, False, 1000)
+    assert gpu.null_reasons == {}
+
+
+def test_a_mean_counts_each_sample_for_the_time_it_stands_for() -> None:
+    attempt = gpu_attempt(sm_clocks_mhz=((0.0, 1000), (20.0, 2000)))
+    rows = [row for row in attempt.log.samples if row.at_ns < at(20) or row.at_ns % 300_000_000 < 100_000_000]
+    (gpu,) = attempt.with_log(samples=tuple(rows)).measured().gpus
+    assert gpu.sm_clock_mean_hz == pytest.approx(1.5e9, rel=0.02)
+
+
+def test_what_a_driver_does_not_tell_is_null() -> None:
+    attempt = gpu_attempt().with_gpu_header(power_limit_w=None, mig_mode=None)
+    rows = tuple(dataclasses.replace(row, util_ratio=None, event_mask=None) for row in attempt.log.samples)
+    (gpu,) = attempt.with_log(samples=rows).measured().gpus
+    assert gpu.energy_j is not None
+    for field in ("power_limit_w", "mig_mode", "util_mean_ratio", "event_reasons_mask", "throttle_power_s"):
+        assert getattr(gpu, field) is None
+        assert gpu.null_reasons[field] == "the driver does not tell"
+
+
+# Clock events
+
+
+@pytest.mark.parametrize(
+    ("bit", "name"),
+    [(0x8, "hardware slowdown"), (0x20, "software thermal"), (0x40, "hardware thermal"), (0x80, "power brake")],
+)
+def test_a_slowdown_in_the_window_makes_it_invalid(bit: int, name: str) -> None:
+    found = gpu_attempt(events=(Events(18.0, 19.0, bit),)).measured()
+    (reason,) = found.invalid_reasons
+    assert name in reason
+    assert hex(bit) in reason
+    assert found.energy.gpu_energy_j is not None
+    (gpu,) = found.gpus
+    assert gpu.event_reasons_mask == bit
+    assert gpu.throttle_thermal_s == pytest.approx(1.0 if bit in (0x20, 0x40) else 0.0, abs=0.11)
+
+
+def test_a_slowdown_before_or_after_the_window_does_not() -> None:
+    found = gpu_attempt(events=(Events(12.0, 14.9, 0x40), Events(25.1, 30.0, 0x8))).measured()
+    assert found.invalid_reasons == ()
+    assert found.gpus[0].event_reasons_mask == 0
+
+
+def test_the_software_power_cap_is_normal_and_its_time_is_told() -> None:
+    found = gpu_attempt(events=(Events(16.0, 20.0, 0x4),)).measured()
+    assert (found.invalid_reasons, found.warnings) == ((), ())
+    assert found.gpus[0].throttle_power_s == pytest.approx(4.0, abs=0.11)
+
+
+# Other programs
+
+
+def test_a_process_that_appears_in_the_window_makes_it_invalid() -> None:
+    own = GpuProcess(100)
+    found = gpu_attempt(processes=(own, GpuProcess(4711, from_s=17.0, to_s=19.0))).measured()
+    (reason,) = found.invalid_reasons
+    assert "another program computed (process 4711)" in reason
+
+
+def test_a_process_that_is_there_all_along_is_foreign_once_the_own_ones_are_known() -> None:
+    attempt = gpu_attempt(processes=(GpuProcess(100), GpuProcess(4711)))
+    assert attempt.measured().invalid_reasons == ()
+    assert attempt.measured(own_pids={100, 4711}).invalid_reasons == ()
+    assert "process 4711" in attempt.measured(own_pids={100}).invalid_reasons[0]
+
+
+def test_a_process_that_is_gone_before_the_window_does_not_matter() -> None:
+    attempt = gpu_attempt(processes=(GpuProcess(100), GpuProcess(4711, to_s=13.0), GpuProcess(4712, from_s=26.0)))
+    assert attempt.measured(own_pids={100}).invalid_reasons == ()
+
+
+def test_an_own_process_that_is_seen_again_in_the_window_is_not_foreign() -> None:
+    attempt = gpu_attempt()
+    rows = (ProcessesSeen(0, at(1), (100,)), ProcessesSeen(0, at(20), (100,)))
+    assert attempt.with_log(processes=rows).measured().invalid_reasons == ()
+
+
+# Resets, limits, MIG, scope
+
+
+def test_counter_reset_gives_null_energy() -> None:
+    found = gpu_attempt(counter=Counter(phase_s=0.037, resets_s=(20.0,))).measured()
+    assert found.energy.gpu_energy_j is None
+    assert "the driver was loaded anew" in found.energy.null_reasons["gpu_energy_j"]
+    assert found.primary_j is None
+    assert found.energy.energy_source is None
+
+
+def test_energy_beyond_the_power_limit_is_null_with_the_sum() -> None:
+    found = gpu_attempt().with_gpu_header(power_limit_w=200.0).measured()
+    assert found.gpus[0].energy_j is None
+    assert "1.2 x 200 W x 10.000 s" in found.energy.null_reasons["gpu_energy_j"]
+    assert found.gpus[0].power_mean_w == pytest.approx(LOAD_W, rel=0.02)
+
+
+def test_energy_up_to_a_fifth_beyond_the_limit_is_believed() -> None:
+    assert gpu_attempt().with_gpu_header(power_limit_w=251.0).measured().primary_j is not None
+
+
+def test_a_counter_that_stands_still_gives_null() -> None:
+    levels = tuple(Level(level.at_s, 0.0 if level.at_s >= 14 else level.target_w) for level in LEVELS)
+    found = gpu_attempt(levels=levels).measured()
+    assert found.primary_j is None
+
+
+def test_mig_leaves_energy_null_and_the_rest_of_the_section_there() -> None:
+    found = gpu_attempt(mig=True).measured()
+    assert found.energy.gpu_energy_j is None
+    assert "MIG" in found.energy.null_reasons["gpu_energy_j"]
+    assert (found.gpus[0].mig_mode, found.gpus[0].temp_max_c) == (True, 40.0)
+    assert "MIG" in found.gpus[0].null_reasons["energy_j"]
+
+
+def test_the_energy_of_a_module_is_named_and_not_held_to_the_gpus_limit() -> None:
+    found = gpu_attempt(scope="module").with_gpu_header(power_limit_w=200.0).measured()
+    assert found.energy.energy_scope == "module"
+    assert found.energy.gpu_energy_j == pytest.approx(WINDOW_J, rel=0.002)
+    assert any("whole module" in warning for warning in found.warnings)
+
+
+# Counter and power
+
+
+def test_without_a_counter_power_is_integrated_and_says_so() -> None:
+    attempt = gpu_attempt(counter=None)
+    marks = [mark for mark in attempt.marks if mark.name not in (names.GUARD_BEFORE, names.GUARD_AFTER)]
+    marks += [Mark(names.GUARD_BEFORE, at(14.5), at(15)), Mark(names.GUARD_AFTER, at(25), at(25.5))]
+    found = dataclasses.replace(attempt, marks=tuple(marks)).measured()
+    assert found.energy.energy_source == "power_instant_integral"
+    assert found.primary_j == pytest.approx(WINDOW_J, rel=0.01)
+    assert found.energy.energy_crosscheck_ratio is None
+    assert found.energy.counter_update_period_s is None
+
+
+def test_average_power_is_named_as_such() -> None:
+    found = dataclasses.replace(gpu_attempt(counter=None, instant=None), marks=STEADY_MARKS).measured(
+        is_steady_mode=True
+    )
+    assert found.energy.energy_source == "power_average_integral"
+
+
+def test_counter_and_power_that_agree_are_told_by_their_ratio() -> None:
+    energy = gpu_attempt().measured().energy
+    assert energy.energy_crosscheck_ratio == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize(("gain", "is_told"), [(1.03, False), (1.07, True), (0.93, True)])
+def test_counter_and_power_more_than_five_percent_apart_are_a_warning(gain: float, is_told: bool) -> None:
+    found = gpu_attempt(instant=Sensor(gain=gain)).measured()
+    assert found.energy.energy_crosscheck_ratio == pytest.approx(gain, abs=0.01)
+    assert any("of the counter's energy" in warning for warning in found.warnings) == is_told
+    assert found.invalid_reasons == ()
+
+
+def test_a_sensor_that_averages_over_a_second_is_no_reason_for_a_warning() -> None:
+    found = gpu_attempt(instant=None).measured()
+    assert found.energy.energy_crosscheck_ratio == pytest.approx(1.0, abs=0.01)
+    assert found.warnings == ()
+
+
+def test_a_hole_voids_the_crosscheck_and_not_the_counter() -> None:
+    found = gpu_attempt(gaps=[(18.0, 19.5)]).measured()
+    assert found.energy.gpu_energy_j == pytest.approx(WINDOW_J, rel=0.002)
+    assert found.energy.energy_crosscheck_ratio is None
+    assert "not read for 1.6" in found.energy.null_reasons["energy_crosscheck_ratio"]
+    assert found.energy.sample_gap_max_s == pytest.approx(1.5, abs=0.15)
+    assert any("nothing was sampled for 1.5" in warning for warning in found.warnings)
+
+
+def test_a_sampler_that_slept_over_an_edge_is_a_warning() -> None:
+    found = gpu_attempt(gaps=[(23.0, 27.0)]).measured()
+    assert any("around an edge" in warning for warning in found.warnings)
+
+
+def test_a_meter_that_failed_in_the_window_is_a_warning() -> None:
+    errors = (MeterError(at(1), "gpu0.power", "early"), MeterError(at(20), "gpu0.power", "Unknown Error"))
+    assert gpu_attempt().with_log(errors=errors).measured().warnings == (
+        "gpu0.power could not be read in the window: Unknown Error",
+    )
+
+
+@pytest.mark.parametrize("period_s", [0.02, 0.1, 0.5])
+def test_the_update_period_is_calibrated_under_load(period_s: float) -> None:
+    energy = gpu_attempt(counter=Counter(period_s=period_s, phase_s=0.003)).measured().energy
+    assert energy.counter_update_period_s == pytest.approx(period_s, rel=0.01)
+
+
+# Power at rest
+
+
+def test_power_at_rest_is_read_where_it_is_marked() -> None:
+    idle = gpu_attempt().measured().idle
+    assert idle.idle_bare_power_w == pytest.approx(BARE_W, rel=0.01)
+    assert idle.idle_loaded_power_w == pytest.approx(IDLE_W, rel=0.01)
+    assert idle.idle_loaded_post_power_w == pytest.approx(IDLE_W, rel=0.01)
+    assert idle.baseline_age_s == 0.0
+
+
+def test_a_baseline_from_before_stands_where_nothing_is_marked() -> None:
+    attempt = gpu_attempt(2).without(names.IDLE_BARE, names.IDLE_LOADED)
+    found = attempt.measured(baselines=Baselines(bare_power_w=121.0, loaded_power_w=141.0, age_s=900.0))
+    assert found.energy.gpu_energy_j is not None
+    assert found.idle.idle_bare_power_w == 121.0
+    assert (found.idle.idle_loaded_power_w, found.idle.baseline_age_s) == (141.0, 900.0)
+    assert found.energy.gpu_energy_net_j == pytest.approx(found.energy.gpu_energy_j - 1410)
+
+
+def test_a_mark_comes_before_a_baseline_from_before() -> None:
+    idle = gpu_attempt().measured(baselines=Baselines(1.0, 1.0, 900.0)).idle
+    assert idle.idle_loaded_power_w == pytest.approx(IDLE_W, rel=0.01)
+    assert idle.baseline_age_s == 0.0
+
+
+@pytest.mark.parametrize(("after_w", "is_told"), [(IDLE_W * 1.03, False), (IDLE_W * 1.08, True), (IDLE_W * 0.9, True)])
+def test_power_at_rest_that_moved_by_more_than_five_percent_is_a_warning(after_w: float, is_told: bool) -> None:
+    found = gpu_attempt(levels=(*LEVELS, Level(29.0, after_w))).measured()
+    assert any("power at rest" in warning for warning in found.warnings) == is_told
+
+
+def test_mean_power_for_whoever_waits_until_it_rests() -> None:
+    attempt = gpu_attempt(2)
+    assert mean_power_w(attempt.log, attempt.sources(), Span(at(8), at(11))) == pytest.approx(2 * IDLE_W, rel=0.01)
+    with pytest.raises(NotMeasured):
+        mean_power_w(attempt.log, attempt.sources(), Span(at(30), at(99)))
+
+
+# Steadiness
+
+
+def rising(watts_at_the_end: float) -> tuple[Level, ...]:
+    return tuple(sorted((*LEVELS, Level(20.0, watts_at_the_end)), key=lambda level: level.at_s))
+
+
+@pytest.mark.parametrize(("second_half_w", "is_steady"), [(LOAD_W * 1.015, True), (LOAD_W * 1.03, False)])
+def test_halves_two_percent_apart_are_not_steady(second_half_w: float, is_steady: bool) -> None:
+    attempt = dataclasses.replace(gpu_attempt(levels=rising(second_half_w)), marks=STEADY_MARKS)
+    assert attempt.measured(is_steady_mode=True).power_steady is is_steady
+
+
+def test_halves_of_a_closed_window_are_whole_passes() -> None:
+    attempt = gpu_attempt(levels=rising(LOAD_W * 1.2))
+    assert attempt.measured(window_repeats=2).power_steady is False
+    # Three passes: the middle one, in which power rose, belongs to neither half; the outer ones still differ.
+    assert attempt.measured(window_repeats=3).power_steady is False
+    once = attempt.measured(window_repeats=1)
+    assert once.power_steady is None
+    assert once.power_steady_null_reason is not None
+    assert "one pass" in once.power_steady_null_reason
+
+
+def test_the_middle_one_of_three_passes_is_not_compared() -> None:
+    bump = (*LEVELS, Level(18.4, LOAD_W * 2), Level(19.6, LOAD_W))
+    attempt = gpu_attempt(levels=sorted(bump, key=lambda level: level.at_s))
+    assert attempt.measured(window_repeats=3).power_steady is True
+    assert attempt.measured(window_repeats=2).power_steady is False
+
+
+def test_a_meter_too_coarse_for_halves_says_so() -> None:
+    found = gpu_attempt(counter=Counter(period_s=1.0)).measured()
+    assert found.power_steady is None
+    assert found.power_steady_null_reason is not None
+    assert "fewer than 10" in found.power_steady_null_reason
+
+
+# Prefill and decode
+
+
+def test_prefill_is_differenced_from_the_whole() -> None:
+    energy = gpu_attempt(has_prefill=True).measured(window_repeats=4).energy
+    assert energy.gpu_energy_j is not None
+    assert energy.prefill_energy_j is not None
+    assert energy.prefill_energy_j == pytest.approx(4 * PREFILL_W, rel=0.02)
+    assert energy.decode_energy_j == pytest.approx(energy.gpu_energy_j - energy.prefill_energy_j)
+    assert energy.phase_method is not None
+    assert "1 pass of prefill alone" in energy.phase_method
+
+
+def test_each_pass_of_prefill_alone_has_a_mark() -> None:
+    attempt = gpu_attempt(has_prefill=True).without(names.PREFILL)
+    halves = (Mark(names.PREFILL, at(27), at(27.5)), Mark(names.PREFILL, at(27.5), at(28)))
+    energy = dataclasses.replace(attempt, marks=attempt.marks + halves).measured(window_repeats=4).energy
+    assert energy.prefill_energy_j == pytest.approx(2 * PREFILL_W, rel=0.02)
+
+
+def phases_null_reason(attempt: Attempt, **arguments: Any) -> str:
+    energy = attempt.measured(**arguments).energy
+    assert (energy.prefill_energy_j, energy.decode_energy_j, energy.phase_method) == (None, None, None)
+    reasons = {energy.null_reasons[name] for name in ("prefill_energy_j", "decode_energy_j", "phase_method")}
+    (reason,) = reasons
+    return reason
+
+
+def test_phases_are_null_with_a_reason_where_they_cannot_be_told() -> None:
+    assert "measurement.phases" in phases_null_reason(gpu_attempt())
+    attempt = gpu_attempt(has_prefill=True)
+    assert "traffic" in phases_null_reason(attempt, is_steady_mode=True)
+    assert "no part of the window's" in phases_null_reason(attempt, window_repeats=9)
+
+
+@pytest.mark.parametrize(("from_s", "what"), [(17.0, "window"), (27.0, "window of prefill alone")])
+def test_phases_need_both_windows_valid(from_s: float, what: str) -> None:
+    attempt = gpu_attempt(has_prefill=True, events=(Events(from_s, from_s + 0.5, 0x40),))
+    assert phases_null_reason(attempt).endswith(f"samples of the {what}")
+
+
+# CPU
+
+
+def test_on_a_cpu_packages_and_memory_are_summed() -> None:
+    found = cpu_attempt(package(0), package(1), package(2, name="dram"), package(3, name="psys")).measured()
+    assert found.energy.cpu_package_energy_j == pytest.approx(2800, rel=0.001)
+    assert found.energy.dram_energy_j == pytest.approx(1400, rel=0.001)
+    assert found.primary_j == pytest.approx(4200, rel=0.001)
+    assert (found.energy.energy_source, found.energy.energy_scope) == ("rapl", "cpu_package")
+    assert found.idle.idle_loaded_power_w == pytest.approx(120, rel=0.01)
+    assert found.gpus == ()
+    assert found.energy.null_reasons["gpu_energy_j"] == "the experiment runs on the CPU"
+
+
+def test_rapl_that_wraps_in_the_window_is_no_loss() -> None:
+    max_uj = 65_532_610_987
+    found = cpu_attempt(package(max_uj=max_uj, begins_uj=max_uj - 1_200_000_000)).measured()
+    assert found.primary_j == pytest.approx(1400, rel=0.001)
+
+
+def test_packages_that_were_not_all_read_are_not_summed() -> None:
+    attempt = cpu_attempt(package(0), package(1))
+    rows = tuple(row for row in attempt.log.rapl if row.zone == 0)
+    errors = (MeterError(at(1), "rapl.package-1", "Permission denied"),)
+    found = attempt.with_log(rapl=rows, errors=errors).measured()
+    assert found.energy.cpu_package_energy_j is None
+    assert "Permission denied" in found.energy.null_reasons["cpu_package_energy_j"]
+
+
+def test_rapl_stands_beside_a_gpu_and_not_for_it() -> None:
+    found = gpu_attempt(zones=(package(), package(2, name="dram"))).measured()
+    assert found.primary_j == found.energy.gpu_energy_j
+    assert found.energy.cpu_package_energy_j == pytest.approx(1400, rel=0.1)
+
+
+def test_an_estimate_is_labelled() -> None:
+    loads = [CpuLoad(at(-1), None), *(CpuLoad(at(second), 0.9 if 15 < second <= 25 else 0.1) for second in range(35))]
+    attempt = cpu_attempt().with_log(loads=tuple(loads))
+    found = attempt.measured(options={"measurement": {"energy": "tdp_estimate", "cpu_tdp_w": 200}})
+    assert found.primary_j == pytest.approx(1800, rel=0.01)
+    assert found.energy.energy_source == "tdp_estimate"
+    assert any("estimate" in warning for warning in found.warnings)
+
+
+# The user's own meter
+
+
+def plug(power_w: float, begin_s: float = 0.0, end_s: float = 34.0) -> ExternalReadings:
+    origin_utc_s = 1767225600.0 + 1.0  # 2026-01-01, when the double's log begins, a second before the script
+    times = [origin_utc_s + begin_s + second for second in range(int(end_s - begin_s) + 1)]
+    return ExternalReadings("plug.csv", tuple(times), (power_w,) * len(times))
+
+
+def test_the_users_own_meter_stands_beside_the_gpus() -> None:
+    found = gpu_attempt().measured(options={"measurement": {"external_csv": "plug.csv"}}, external=plug(500))
+    assert found.energy.external_energy_j == pytest.approx(5000)
+    assert found.energy.energy_source == "nvml_counter"
+
+
+def test_the_users_own_meter_counts_where_nothing_else_does() -> None:
+    options = {"measurement": {"external_csv": "plug.csv"}}
+    found = cpu_attempt().measured(options=options, external=plug(500))
+    assert found.primary_j == pytest.approx(5000)
+    assert found.energy.energy_scope == "machine"
+    missing = cpu_attempt().measured(options=options, external=plug(500, begin_s=18))
+    assert missing.primary_j is None
+    assert missing.primary_null_reason is not None
+    assert "does not cover the window" in missing.primary_null_reason
+
+
+def test_energy_that_is_not_wanted_is_null_and_the_gpu_is_still_described() -> None:
+    found = gpu_attempt().measured(options={"measurement": {"energy": "none"}})
+    assert found.energy.null_reasons["gpu_energy_j"] == "energy is not measured (measurement.energy: none)"
+    assert found.gpus[0].temp_max_c == 40.0
+    assert found.primary_null_reason == "energy is not measured (measurement.energy: none)"
+
+
+# Quotients
+
+
+def work(**changes: Any) -> Work:
+    return Work(**{"requests_ok": 10, "requests_failed": 0, "input_tok": 500, "output_tok": 1500, "padding_tok": 0,
+                   "token_source": "engine_ids", "prompt_source": {}, **changes})  # fmt: skip
+
+
+def test_energy_per_unit_of_work() -> None:
+    found = efficiency_of(3000.0, work())
+    assert (found.energy_per_output_tok_j, found.energy_per_total_tok_j) == (2.0, 1.5)
+    assert (found.energy_per_request_j, found.output_tok_per_j) == (300.0, 0.5)
+    assert found.null_reasons == {}
+
+
+def test_a_zero_denominator_is_null() -> None:
+    found = efficiency_of(3000.0, work(requests_ok=0, input_tok=0, output_tok=0))
+    assert found.energy_per_output_tok_j is None
+    assert found.energy_per_total_tok_j is None
+    assert found.energy_per_request_j is None
+    assert found.null_reasons["energy_per_output_tok_j"] == "the window holds no output tokens"
+    assert found.output_tok_per_j == 0.0
+
+
+def test_without_energy_there_is_no_efficiency() -> None:
+    found = efficiency_of(None, work(), "the driver was loaded anew")
+    assert set(found.null_reasons.values()) == {"the driver was loaded anew"}
+    assert len(found.null_reasons) == 4
+
+
+def carbon(primary_j: float | None, **measurement: float) -> Any:
+    loaded: ExperimentConfig = config(measurement=measurement)
+    return carbon_of(primary_j, loaded.measurement, "no meter")
+
+
+def test_carbon_and_cost_follow_from_the_users_figures() -> None:
+    found = carbon(7.2e6, grid_g_per_kwh=300, pue=1.5, price_per_kwh=0.2)
+    assert found.co2e_g == pytest.approx(2 * 1.5 * 300)
+    assert found.cost == pytest.approx(2 * 1.5 * 0.2)
+    assert found.null_reasons == {}
+
+
+def test_nothing_is_assumed_about_grid_site_or_price() -> None:
+    assert carbon(7.2e6, pue=1.5, price_per_kwh=0.2).null_reasons == {
+        "grid_g_per_kwh": "measurement.grid_g_per_kwh is not given",
+        "co2e_g": "measurement.grid_g_per_kwh is not given",
+    }
+    without_site = carbon(7.2e6, grid_g_per_kwh=300)
+    assert without_site.co2e_g is None
+    assert "measurement.pue is not given" in without_site.null_reasons["co2e_g"]
+    assert carbon(None, grid_g_per_kwh=300, pue=1.5).null_reasons["co2e_g"] == "no meter"
+
+
+def test_the_script_is_on_its_clock() -> None:
+    assert at(0) == ORIGIN_NS
