@@ -1,0 +1,194 @@
+"""`lem compare`, as a person or a pipeline meets it: both streams and the exit code, in tests/golden/compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lem.cli.main import main
+from lem.results.layout import text_width
+from tests.goldens import assert_golden
+from tests.synthetic_campaign import Campaign, Configuration
+
+PYTORCH = Configuration("pytorch-bfloat16", backend="pytorch", energy_per_output_tok_j=0.5, output_tok_per_s=900)
+VLLM = Configuration("vllm-bfloat16", energy_per_output_tok_j=0.205, output_tok_per_s=2200, ttft_s=0.12)
+FLOAT16 = Configuration("vllm-float16", precision="float16", energy_per_output_tok_j=0.2052, output_tok_per_s=2190)
+LARGE = Configuration("vllm-bfloat16-64", batch_size=64, energy_per_output_tok_j=0.216, output_tok_per_s=2300)
+BASE = Campaign((PYTORCH, VLLM, FLOAT16, LARGE), cycle_sd=0.01, load_sd=0.005, has_samples=False)
+LONG = tuple(
+    dataclasses.replace(item, name=f"{item.name}-max_num_batched_tokens=8192-enable_prefix_caching=false-seed={index}")
+    for index, item in enumerate((VLLM, FLOAT16))
+)
+
+# Each lies in a results folder of its own, so that one does not change what another finds.
+CAMPAIGNS: dict[str, tuple[Campaign, ...]] = {
+    "demo": (BASE,),
+    "two": (dataclasses.replace(BASE, configurations=(PYTORCH, VLLM)),),
+    "long": (dataclasses.replace(BASE, configurations=LONG),),
+    "single": (dataclasses.replace(BASE, cycles=1),),
+    "reused": (dataclasses.replace(BASE, is_reused=True),),
+    "estimate": (
+        dataclasses.replace(
+            BASE,
+            configurations=tuple(dataclasses.replace(item, energy_source="tdp_estimate") for item in (PYTORCH, VLLM)),
+        ),
+    ),
+    "no-meter": (
+        dataclasses.replace(
+            BASE,
+            configurations=tuple(dataclasses.replace(item, energy_per_output_tok_j=None) for item in (PYTORCH, VLLM)),
+        ),
+    ),
+    "trouble": (
+        dataclasses.replace(
+            BASE,
+            configurations=(
+                PYTORCH,
+                dataclasses.replace(VLLM, throttled_cycles=(1, 3)),
+                dataclasses.replace(FLOAT16, failed_cycles=(0, 1, 2, 3, 4)),
+                dataclasses.replace(LARGE, prompts="b" * 64, options={"max_output_tokens": 64}),
+            ),
+        ),
+    ),
+    "days": (
+        dataclasses.replace(BASE, name="before", day_sd=0.01),
+        dataclasses.replace(
+            BASE,
+            name="after",
+            run_id="20260801T100000Z-0b0b",
+            day_sd=0.01,
+            driver="580.65",
+            gpu_serial=7,
+            configurations=(PYTORCH, dataclasses.replace(VLLM, energy_per_output_tok_j=0.23), FLOAT16),
+        ),
+    ),
+    "strangers": (
+        dataclasses.replace(BASE, name="before", configurations=(PYTORCH,)),
+        dataclasses.replace(BASE, name="after", run_id="20260801T100000Z-0b0b", configurations=(VLLM,)),
+    ),
+}
+
+# name of the golden file: where, and the words after `lem compare`
+CASES: dict[str, tuple[str, list[str]]] = {
+    "all": ("demo", ["demo"]),
+    "two_configurations": ("demo", ["demo", "pytorch-bfloat16", "vllm-bfloat16"]),
+    "two_without_campaign": ("two", ["pytorch-bfloat16", "vllm-bfloat16"]),
+    "another_baseline": ("demo", ["demo", "--baseline", "vllm-bfloat16", "--metric", "energy"]),
+    "gate_of_many": ("demo", ["demo", "--baseline", "vllm-bfloat16", "--gate", "energy=3%", "--gate", "throughput=2%"]),
+    "gate_strict": ("demo", ["demo", "vllm-bfloat16", "vllm-float16", "--gate", "energy=0.5%", "--strict"]),
+    "gate_markdown": ("demo", ["demo", "vllm-bfloat16", "vllm-bfloat16-64", "--gate", "energy=3%", "--markdown"]),
+    "long_names": ("long", ["demo", "--gate", "energy=3%"]),
+    "single_cycle": ("single", ["demo", "--metric", "energy"]),
+    "shared_load": ("reused", ["demo", "--gate", "energy=3%"]),
+    "estimate": ("estimate", ["demo", "--metric", "energy"]),
+    "no_meter": ("no-meter", ["demo"]),
+    "no_meter_gate": ("no-meter", ["demo", "--gate", "energy=3%", "--strict"]),
+    "trouble": ("trouble", ["demo", "--gate", "energy=3%", "--strict"]),
+    "trouble_markdown": ("trouble", ["demo", "--markdown"]),
+    "anchored": ("days", ["before", "after", "--gate", "energy=3%"]),
+    "anchored_markdown": ("days", ["before", "after", "--gate", "energy=3%", "--markdown"]),
+    "anchored_pair": ("days", ["before/vllm-bfloat16", "20260801/vllm-bfloat16"]),
+    "anchor_named": ("days", ["before", "after", "--anchor", "vllm-float16", "--metric", "energy"]),
+    "anchor_moved": ("days", ["before", "after", "--anchor", "vllm-bfloat16", "--metric", "energy"]),
+    "strangers": ("strangers", ["before", "after", "--gate", "energy=3%", "--strict"]),
+    "unknown_campaign": ("demo", ["dmo"]),
+    "unknown_configuration": ("demo", ["demo", "pytorch"]),
+    "ambiguous": ("demo", ["demo", "vllm", "pytorch"]),
+    "unknown_metric": ("demo", ["demo", "--gate", "energi=3%"]),
+    "strict_without_gate": ("demo", ["demo", "--strict"]),
+    "same_run_twice": ("demo", ["demo", "demo"]),
+    "anchor_within_a_run": ("demo", ["demo", "--anchor", "pytorch-bfloat16"]),
+    "run_and_configuration": ("days", ["before", "after/vllm-bfloat16"]),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The results folder of each group of campaigns."""
+    folders = {}
+    for name, campaigns in CAMPAIGNS.items():
+        folder = tmp_path_factory.mktemp(name)
+        for campaign in campaigns:
+            folders[name] = campaign.write(folder).results_dir
+    return folders
+
+
+def lem(folder: Path, *words: str) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    code = main(["compare", *words, "--results-dir", str(folder)], out, err)
+    return code, out.getvalue(), err.getvalue().replace(str(folder), "results")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_streams_are_the_golden_ones(case: str, places: dict[str, Path]) -> None:
+    place, words = CASES[case]
+    code, out, err = lem(places[place], *words)
+    shown = " ".join(words)
+    assert_golden(f"compare/{case}.txt", f"$ lem compare {shown}\n{out}--- stderr\n{err}--- exit {code}\n")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "--markdown" not in CASES[case][1]])
+def test_the_text_fits_80_columns(case: str, places: dict[str, Path]) -> None:
+    place, words = CASES[case]
+    _, out, _ = lem(places[place], *words)
+    assert [line for line in out.splitlines() if text_width(line) > 80 or line != line.rstrip()] == []
+
+
+def test_the_document_holds_what_the_text_shows(places: dict[str, Path]) -> None:
+    code, out, err = lem(places["demo"], "demo", "--baseline", "vllm-bfloat16", "--gate", "energy=3%", "--json")
+    document = json.loads(out)
+    text = lem(places["demo"], "demo", "--baseline", "vllm-bfloat16", "--gate", "energy=3%")[1]
+    assert (document["exit_code"], document["schema_version"], err) == (code, 1, "")
+    assert document["sentence"] in " ".join(text.split())
+    pair = next(item for item in document["pairs"] if item["other"]["config_name"] == "pytorch-bfloat16")
+    energy = pair["metrics"]["energy_per_output_tok_j"]
+    assert energy["ratio"] == pytest.approx(0.5 / 0.205, rel=0.02)
+    assert energy["ci_lower"] < energy["ratio"] < energy["ci_upper"]
+    assert energy["p_value"] <= energy["p_holm"] < 0.001
+    assert energy["gate"] == {"threshold": 0.03, "verdict": "worse", "reason": None, "further_cycles": None}
+    assert code == 3
+
+
+def test_the_document_of_two_runs_names_its_anchor(places: dict[str, Path]) -> None:
+    document = json.loads(lem(places["days"], "before", "after", "--json")[1])
+    assert document["anchor"]["name"] == "pytorch-bfloat16"
+    assert [run["campaign_name"] for run in document["runs"]] == ["before", "after"]
+    assert document["missing"] == ["only in 20260714T100000Z-3fa1: vllm-bfloat16-64"]
+
+
+def test_damaged_results_are_named_and_left_out(tmp_path: Path) -> None:
+    written = dataclasses.replace(BASE, configurations=(PYTORCH, VLLM)).write(tmp_path)
+    results = sorted(written.results_dir.rglob("result.json"))
+    results[0].write_text("{", encoding="utf-8")
+    results[1].write_bytes(results[2].read_bytes())
+    code, out, err = lem(written.results_dir, "demo")
+    assert code == 0
+    assert "pytorch-bfloat16" in out
+    assert [line.split(":")[0] for line in err.splitlines()] == ["corrupt", "foreign"]
+
+
+def test_a_name_from_a_file_does_not_steer_the_terminal_or_markdown(tmp_path: Path) -> None:
+    evil = dataclasses.replace(VLLM, name="\x1b[31mred|<b>x</b>_y_")
+    folder = dataclasses.replace(BASE, configurations=(PYTORCH, evil)).write(tmp_path).results_dir
+    assert "\x1b" not in lem(folder, "demo")[1]
+    markdown = lem(folder, "demo", "--markdown")[1]
+    assert "\x1b" not in markdown
+    assert not re.search(r"(?<!\\)<b>|(?<!\\)\|<|[^\\]_y", markdown)
+
+
+def test_a_campaign_of_one_configuration_says_that_there_is_nothing_to_compare(tmp_path: Path) -> None:
+    folder = dataclasses.replace(BASE, configurations=(VLLM,)).write(tmp_path).results_dir
+    code, out, err = lem(folder, "demo")
+    assert (code, out) == (2, "")
+    assert "nothing to be compared with but itself" in err
+
+
+def test_a_gate_given_twice_is_refused(places: dict[str, Path]) -> None:
+    code, _, err = lem(places["demo"], "demo", "--gate", "energy=3%", "--gate", "energy_per_output_tok_j=5%")
+    assert code == 2
+    assert "the same metric" in err

@@ -1,0 +1,319 @@
+"""Comparisons of configurations and of runs: pairs, what forbids a verdict, anchors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+from scipy import stats
+
+from lem.errors import ExitCode, UserError
+from lem.results.aggregation import SHARED_LOAD
+from lem.results.anchor import compare_runs
+from lem.results.compare import (
+    Comparison,
+    Row,
+    RunResults,
+    candidate_metrics,
+    compare_configurations,
+    gate_code,
+    gather,
+)
+from lem.results.gate import Verdict, parse_gate, parse_metric
+from lem.results.statistics import holm
+from tests.synthetic_campaign import Campaign, Configuration
+
+ENERGY = parse_metric("energy")
+THROUGHPUT = parse_metric("throughput")
+GATE = parse_gate("energy=3%")
+METRICS = candidate_metrics((), ())
+
+SLOW = Configuration("pytorch", backend="pytorch", energy_per_output_tok_j=0.5, output_tok_per_s=900)
+FAST = Configuration("vllm", energy_per_output_tok_j=0.2, output_tok_per_s=2200)
+WIDE = Configuration("vllm-wide", batch_size=64, energy_per_output_tok_j=0.19, output_tok_per_s=2300)
+DEMO = Campaign((SLOW, FAST, WIDE), cycle_sd=0.02, has_samples=False)
+LATER = "20260801T100000Z-0b0b"
+
+
+def run_of(campaign: Campaign = DEMO, **changes: Any) -> RunResults:
+    return gather(dataclasses.replace(campaign, **changes).records(), metrics=METRICS)
+
+
+def compared(run: RunResults, **options: Any) -> Comparison:
+    options = {"metrics": (ENERGY, THROUGHPUT), **options}
+    return compare_configurations(run, run.subjects[0], run.subjects[1:], **options)
+
+
+def row_of(comparison: Comparison, name: str = "vllm", metric: Any = ENERGY) -> Row:
+    pair = next(item for item in comparison.pairs if item.other.name == name)
+    return next(row for row in pair.rows if row.metric is metric)
+
+
+def two(**changes: Any) -> Campaign:
+    """The later run: same configurations, vllm changed."""
+    return dataclasses.replace(DEMO, **{"run_id": LATER, "day_sd": 0.01, **changes})
+
+
+def test_configurations_are_paired_within_cycles() -> None:
+    run = run_of()
+    values = {
+        subject.name: [math.log(value) for value in subject.aggregate.metrics[ENERGY.name].values]
+        for subject in run.subjects
+    }
+    expected = stats.ttest_rel(values["vllm"], values["pytorch"])
+    effect = row_of(compared(run)).effect
+    assert effect is not None
+    assert effect.p_value == pytest.approx(expected.pvalue, rel=1e-6)
+    bounds = expected.confidence_interval(0.95)
+    assert effect.interval() == pytest.approx((math.exp(bounds.low), math.exp(bounds.high)))
+    assert effect.ratio == pytest.approx(0.4, rel=0.03)
+
+
+def test_only_cycles_of_both_are_pairs() -> None:
+    run = run_of(configurations=(SLOW, dataclasses.replace(FAST, failed_cycles=(1, 3))))
+    effect = row_of(compared(run)).effect
+    assert effect is not None
+    assert effect.n_cycles == (3,)
+
+
+def test_p_values_are_adjusted_over_all_comparisons() -> None:
+    comparison = compared(run_of())
+    rows = [row for pair in comparison.pairs for row in pair.rows]
+    assert comparison.n_compared == len(rows) == 4
+    expected = holm([row.effect.p_value for row in rows if row.effect and row.effect.p_value is not None])
+    assert [row.p_adjusted for row in rows] == list(expected)
+
+
+def test_what_was_not_measured_has_its_reason_and_the_rest_is_compared() -> None:
+    comparison = compared(run_of(configurations=(SLOW, dataclasses.replace(FAST, energy_per_output_tok_j=None))))
+    assert row_of(comparison).effect is None
+    assert "not measured for vllm: no energy was measured" in row_of(comparison).reason
+    assert row_of(comparison, metric=THROUGHPUT).is_found
+
+
+def test_metrics_nobody_measured_are_not_shown_unless_asked_for() -> None:
+    run = run_of(configurations=(SLOW, FAST))
+    shown = compare_configurations(run, run.subjects[0], run.subjects[1:]).metrics
+    assert [metric.name for metric in shown] == ["energy_per_output_tok_j", "output_tok_per_s", "e2e_p50_s"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"throttled_cycles": (2,)}, "thermal slowdown"),
+        ({"invalid_attempts": {2: 2}}, "another process used the GPU"),
+        ({"failed_cycles": (4,)}, "no result"),
+    ],
+)
+def test_unequal_exclusions_allow_no_verdict(change: dict[str, Any], said: str) -> None:
+    configurations = (SLOW, dataclasses.replace(FAST, **change), WIDE)
+    campaign = dataclasses.replace(DEMO, configurations=configurations)
+    failed = {"vllm": len(change.get("failed_cycles", ()))}
+    comparison = compared(gather(campaign.records(), failed), gates=(GATE,))
+    row = row_of(comparison)
+    assert row.effect is not None
+    assert "unequally much was excluded" in row.reason
+    assert said in row.reason
+    assert row.p_adjusted is None
+    assert row.judgement is not None
+    assert row.judgement.verdict is Verdict.INCONCLUSIVE
+    assert row_of(comparison, "vllm-wide").is_found
+
+
+def test_equal_exclusions_allow_a_verdict() -> None:
+    configurations = tuple(dataclasses.replace(item, invalid_attempts={1: 1}) for item in (SLOW, FAST))
+    row = row_of(compared(run_of(configurations=configurations)))
+    assert row.is_found
+    assert row.all_attempts_ratio is not None
+
+
+def test_cycles_that_share_a_load_have_a_ratio_without_an_interval() -> None:
+    comparison = compared(run_of(is_reused=True), gates=(GATE,))
+    row = row_of(comparison)
+    assert row.effect is not None
+    assert (row.effect.interval(), row.p_adjusted, row.reason) == (None, None, SHARED_LOAD)
+    assert gate_code(comparison, is_strict=True) is ExitCode.INCONCLUSIVE
+
+
+def test_one_cycle_has_a_ratio_and_says_how_to_get_more() -> None:
+    row = row_of(compared(run_of(cycles=1)))
+    assert row.effect is not None
+    assert "--cycles 3+" in row.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompts": "b" * 64}, "other prompts: synthetic aaaaaaaa against synthetic bbbbbbbb"),
+        ({"options": {"max_output_tokens": 64}}, "other output lengths: 128 against 64 tokens a request"),
+        ({"output_tok_ratio": 0.8}, "other output lengths"),
+        ({"energy_source": "power_instant_integral"}, "other energy meter: nvml_counter against power_instant"),
+    ],
+)
+def test_what_is_not_comparable_is_said_and_allows_no_verdict(change: dict[str, Any], said: str) -> None:
+    comparison = compared(run_of(configurations=(SLOW, dataclasses.replace(FAST, **change))))
+    (obstacle,) = comparison.pairs[0].obstacles
+    assert said in obstacle.text
+    assert row_of(comparison).p_adjusted is None
+    assert row_of(comparison).effect is not None
+
+
+def test_another_energy_meter_leaves_throughput_comparable() -> None:
+    comparison = compared(run_of(configurations=(SLOW, dataclasses.replace(FAST, energy_source="rapl"))))
+    assert row_of(comparison, metric=THROUGHPUT).is_found
+
+
+def test_gates_are_judged_and_end_with_their_codes() -> None:
+    same = dataclasses.replace(FAST, name="same", batch_size=33)
+    worse = dataclasses.replace(FAST, name="worse", batch_size=34, energy_per_output_tok_j=0.23)
+    run = run_of(configurations=(FAST, same, worse), cycles=8, load_sd=0.003)
+    comparison = compared(run, metrics=(), gates=(GATE,))
+    assert [row.judgement.verdict for pair in comparison.pairs for row in pair.rows if row.judgement] == [
+        Verdict.WITHIN,
+        Verdict.WORSE,
+    ]
+    assert gate_code(comparison, is_strict=False) is ExitCode.REGRESSION
+    fine = compare_configurations(run, run.subjects[0], run.subjects[1:2], gates=(GATE,))
+    assert gate_code(fine, is_strict=True) is ExitCode.OK
+
+
+def test_an_inconclusive_gate_counts_only_where_it_is_asked_to() -> None:
+    near = dataclasses.replace(FAST, name="near", batch_size=33, energy_per_output_tok_j=0.206)
+    comparison = compared(run_of(configurations=(FAST, near)), gates=(GATE,))
+    assert gate_code(comparison, is_strict=False) is ExitCode.OK
+    assert gate_code(comparison, is_strict=True) is ExitCode.INCONCLUSIVE
+
+
+def test_a_configuration_without_any_result_is_missing() -> None:
+    run = gather(dataclasses.replace(DEMO, configurations=(SLOW, FAST)).records(), {"gone": 5})
+    comparison = compared(run, gates=(GATE,))
+    assert comparison.missing == (f"no result at all: gone in {DEMO.run_id} (5 failed)",)
+    assert gate_code(comparison, is_strict=True) is ExitCode.INCONCLUSIVE
+
+
+def test_records_in_any_order_and_twice_compare_the_same() -> None:
+    records = DEMO.records()
+    assert compared(gather(reversed([*records, *records]))) == compared(gather(records))
+
+
+def test_nothing_cannot_be_compared() -> None:
+    with pytest.raises(ValueError, match="no records"):
+        gather([])
+
+
+# -- two runs
+
+
+def test_runs_are_compared_over_the_first_unchanged_configuration() -> None:
+    changed = dataclasses.replace(FAST, energy_per_output_tok_j=0.22)
+    comparison = compare_runs(run_of(), run_of(two(configurations=(SLOW, changed, WIDE))), metrics=(ENERGY,))
+    assert comparison.anchor is not None
+    assert comparison.anchor.name == "pytorch"
+    row = row_of(comparison)
+    assert row.effect is not None
+    assert row.effect.ratio == pytest.approx(1.1, rel=0.02)
+    assert row.is_found
+    assert not row_of(comparison, "vllm-wide").is_found
+
+
+def test_the_effect_over_an_anchor_is_welchs_of_the_log_ratios() -> None:
+    runs = (run_of(), run_of(two()))
+    logs = []
+    for run in runs:
+        anchor, subject = (run.subjects[index].aggregate.metrics[ENERGY.name].values for index in (0, 1))
+        logs.append([math.log(above / below) for above, below in zip(subject, anchor, strict=True)])
+    expected = stats.ttest_ind(logs[1], logs[0], equal_var=False)
+    effect = row_of(compare_runs(*runs, metrics=(ENERGY,))).effect
+    assert effect is not None
+    assert effect.p_value == pytest.approx(expected.pvalue, rel=1e-6)
+
+
+def test_without_a_common_configuration_the_verdict_is_inconclusive_and_says_why() -> None:
+    other = dataclasses.replace(FAST, options={"max_input_tokens": 100})
+    comparison = compare_runs(
+        run_of(configurations=(FAST,)), run_of(two(configurations=(other,))), metrics=(ENERGY,), gates=(GATE,)
+    )
+    row = row_of(comparison)
+    assert row.raw_ratio == pytest.approx(1, rel=0.05)
+    assert row.p_adjusted is None
+    assert row.judgement is not None
+    assert row.judgement.verdict is Verdict.INCONCLUSIVE
+    assert "no configuration is common to both runs and unchanged" in row.judgement.reason
+    assert comparison.anchor is not None
+    assert comparison.anchor.name == ""
+
+
+def test_an_anchor_that_moved_by_more_than_the_tolerance_allows_no_verdict() -> None:
+    hot = tuple(
+        dataclasses.replace(item, energy_per_output_tok_j=1.1 * (item.energy_per_output_tok_j or 0))
+        for item in (SLOW, FAST)
+    )
+    before, after = run_of(configurations=(SLOW, FAST)), run_of(two(configurations=hot))
+    assert "the anchor pytorch itself changed" in row_of(compare_runs(before, after, metrics=(ENERGY,))).reason
+    assert row_of(compare_runs(before, after, metrics=(ENERGY,), tolerance=0.2)).reason == ""
+
+
+def test_an_anchor_whose_engine_changed_is_none_unless_it_is_named() -> None:
+    def updated(run: Campaign) -> RunResults:
+        records = [
+            dataclasses.replace(
+                record,
+                environment=dataclasses.replace(
+                    record.environment, versions={**record.environment.versions, "torch": "2.14.0"}
+                ),
+            )
+            for record in run.records()
+        ]
+        return gather(records)
+
+    before, after = run_of(), updated(two())
+    unanchored = compare_runs(before, after, metrics=(ENERGY,))
+    assert unanchored.anchor is not None
+    assert unanchored.anchor.name == ""
+    named = compare_runs(before, after, anchor="pytorch", metrics=(ENERGY,))
+    assert named.anchor is not None
+    assert named.anchor.name == "pytorch"
+    with pytest.raises(UserError, match="no configuration 'none' is the same in both runs"):
+        compare_runs(before, after, anchor="none")
+
+
+def test_other_cards_are_told_and_divide_out_over_an_anchor() -> None:
+    comparison = compare_runs(run_of(), run_of(two(gpu_serial=9, driver="580.1")), metrics=(ENERGY,))
+    told = [(item.text.split(":")[0], item.is_blocking) for item in comparison.pairs[0].obstacles]
+    assert told == [("other cards", False), ("other driver", False)]
+    assert row_of(comparison).p_adjusted is not None
+
+
+def test_another_model_of_card_allows_no_verdict_even_over_an_anchor() -> None:
+    comparison = compare_runs(run_of(), run_of(two(gpu_name="NVIDIA A100", gpu_serial=9)), metrics=(ENERGY,))
+    assert row_of(comparison).p_adjusted is None
+    assert "other GPUs: NVIDIA H200 against NVIDIA A100" in row_of(comparison).reason
+
+
+def test_unequal_exclusions_of_the_anchor_allow_no_verdict() -> None:
+    hot = dataclasses.replace(SLOW, throttled_cycles=(0,))
+    comparison = compare_runs(run_of(), run_of(two(configurations=(hot, FAST, WIDE))), metrics=(ENERGY,))
+    assert "unequally much was excluded" in row_of(comparison).reason
+
+
+def test_configurations_without_a_counterpart_are_named() -> None:
+    other = Configuration("new", batch_size=7)
+    comparison = compare_runs(
+        run_of(),
+        run_of(two(configurations=(SLOW, FAST, other, dataclasses.replace(other, name="newer", batch_size=8)))),
+    )
+    assert comparison.missing == (f"only in {DEMO.run_id}: vllm-wide", f"only in {LATER}: new, newer")
+
+
+def test_the_only_ones_left_are_each_others_counterpart() -> None:
+    changed = dataclasses.replace(FAST, name="vllm-new", batch_size=48)
+    comparison = compare_runs(run_of(configurations=(SLOW, FAST)), run_of(two(configurations=(SLOW, changed))))
+    assert [(pair.baseline.name, pair.other.name) for pair in comparison.pairs] == [("vllm", "vllm-new")]
+    assert comparison.missing == ()
+
+
+def test_the_only_common_configuration_is_no_anchor_for_itself() -> None:
+    comparison = compare_runs(run_of(configurations=(FAST,)), run_of(two(configurations=(FAST,))), metrics=(ENERGY,))
+    assert "no anchor for itself" in row_of(comparison).reason
