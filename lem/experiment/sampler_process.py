@@ -9,18 +9,28 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from lem import process
 from lem.errors import UserError
 from lem.experiment.clock import Clock
 
-__all__ = ["SamplerProcess", "wait_until_ready"]
+__all__ = ["SamplerProcess", "interval_ms", "wait_until_ready"]
+
+# In these phases power at rest is measured.
+RESTING_PHASES = frozenset({"prepare", "load", "idle", "cooldown"})
 
 _POLL_S = 0.02
 _SAID_MAX_B = 4096
+_DEATH_S = 2.0
+
+
+def interval_ms(config: Mapping[str, Any], phase: str) -> int:
+    """From one look at a GPU to the next, in a phase of an experiment (`ExperimentConfig.to_dict`)."""
+    section = config["baseline" if phase in RESTING_PHASES else "timeseries"]
+    return int(section["sample_interval_ms"])
 
 
 class SamplerProcess:
@@ -99,14 +109,17 @@ class SamplerProcess:
         if stdin is not None and not stdin.closed:
             stdin.close()
 
-    def stop(self, timeout_s: float) -> int:
-        """Its exit code as `subprocess` gives it, once it has ended; it is killed when that takes longer."""
+    def stop(self, timeout_s: float) -> int | None:
+        """Its exit code as `subprocess` gives it, once it has ended; it is killed when that takes longer.
+
+        None for one that cannot even be killed, since it sits in a driver; it ends when the driver lets it go.
+        """
         self.hang_up()
-        try:
-            self._child.wait(timeout_s)
-        except process.TimeoutExpired:
+        for patience_s in (timeout_s, _DEATH_S):
+            with contextlib.suppress(process.TimeoutExpired):
+                return self._child.wait(patience_s)
             self.kill()
-        return self._child.wait()
+        return None
 
     def kill(self) -> None:
         """End it at once, without its last rows."""
