@@ -85,10 +85,10 @@ def write_outcomes(out: TextIO, outcomes: Sequence[Outcome]) -> None:
 
     for outcome in outcomes:
         identity, found = outcome.result.record.identity, outcome.recomputed
-        name = f"{identity.experiment_id} attempt {identity.attempt}"
-        said = f"{outcome.status} ({found.compared} figures)" if found else outcome.status
+        name = f"{identity.experiment_id} attempt {identity.attempt} ({identity.config_name})"
+        said = f"{outcome.status}, {found.compared} figures" if found else outcome.status
         told = f": {outcome.message}" if outcome.message else ""
-        out.write(printable(f"{name}  {identity.config_name}  {said}{told}") + "\n")
+        out.write(printable(f"{name}: {said}{told}") + "\n")
         for item in found.differences if found else ():
             was, now = _shown(item.recorded), _shown(item.recomputed)
             out.write(printable(f"  {item.field}: recorded {was}, the samples say {now}") + "\n")
@@ -111,7 +111,7 @@ def _read_config(folder: Path) -> Any:
 def _read_external(path: str | None) -> ExternalReadings | None:
     """The readings of the user's own meter; None where they cannot be read any more, which the outcome tells."""
     from lem.meters.external import read_external
-    from lem.meters.registry import MeterRefused
+    from lem.meters.refusal import MeterRefused
 
     try:
         return None if path is None else read_external(Path(path))

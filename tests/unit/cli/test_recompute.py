@@ -1,0 +1,128 @@
+"""`lem results recompute`: from the files of the attempts alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lem import durable
+from lem.cli.main import main
+from lem.meters.efficiency import carbon_of, efficiency_of
+from lem.meters.samples import FINISHED_FILENAME, write_finished
+from lem.record import Record, write_record
+from lem.results.repository import Repository
+from tests.records import make_record
+from tests.scripted_attempt import config, gpu_attempt
+
+RUN = "20260714T100000Z-3fa1"
+ATTEMPT = gpu_attempt()
+
+
+def lem(*argv: str) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    code = main(["results", "recompute", *argv], out, err)
+    return code, out.getvalue(), err.getvalue()
+
+
+def measured_record(cycle: int) -> Record:
+    record = make_record(run_id=RUN, cycle=cycle)
+    found = ATTEMPT.measured(window_repeats=record.window.window_repeats)
+    return dataclasses.replace(
+        record,
+        energy=found.energy,
+        gpus=found.gpus,
+        idle=found.idle,
+        efficiency=efficiency_of(found.primary_j, record.work),
+        carbon=carbon_of(found.primary_j, config().measurement),
+        environment=dataclasses.replace(record.environment, gpu_uuids=ATTEMPT.uuids),
+    )
+
+
+def store(results_dir: Path, record: Record, *, has_samples: bool = True) -> Path:
+    identity = record.identity
+    folder = Repository(results_dir, "demo").prepare_attempt(identity.run_id, identity.experiment_id).path
+    durable.write_json(folder / "config.json", {"schema_version": 1, "requested": {}, "resolved": config().to_dict()})
+    if has_samples:
+        write_finished(folder / FINISHED_FILENAME, ATTEMPT.log, ATTEMPT.marks)
+    write_record(folder / "result.json", record)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for cycle in range(2):
+        store(tmp_path, measured_record(cycle))
+    return tmp_path
+
+
+def documents(folder: Path, wanted: str) -> list[dict[str, Any]]:
+    _, out, _ = lem(wanted, "-o", str(folder), "--json")
+    found: list[dict[str, Any]] = json.loads(out)["results"]
+    return found
+
+
+def test_results_that_agree_say_so(folder: Path) -> None:
+    code, out, err = lem("demo", "-o", str(folder))
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert [line.partition("(small): ")[2].partition(",")[0] for line in lines[:2]] == ["agrees", "agrees"]
+    assert lines[2] == "2 of 2 results agree with their samples"
+
+
+def test_one_experiment_can_be_asked_for(folder: Path) -> None:
+    exp_id = measured_record(1).identity.experiment_id
+    assert [item["experiment_id"] for item in documents(folder, exp_id)] == [exp_id]
+    assert len(documents(folder, RUN)) == 2
+
+
+def test_a_result_that_differs_is_shown_and_is_the_exit_code(folder: Path) -> None:
+    record = measured_record(2)
+    store(folder, dataclasses.replace(record, energy=dataclasses.replace(record.energy, gpu_energy_j=1.5)))
+    code, out, _ = lem("demo", "-o", str(folder))
+    assert code == 1
+    assert "energy.gpu_energy_j: recorded 1.5, the samples say " in out
+    assert out.splitlines()[-1] == "2 of 3 results agree with their samples"
+    (bad,) = [item for item in documents(folder, "demo") if item["status"] == "differs"]
+    assert [item["field"] for item in bad["differences"]] == ["energy.gpu_energy_j"]
+
+
+def test_energy_without_samples_cannot_be_worked_out_again(folder: Path) -> None:
+    store(folder, measured_record(2), has_samples=False)
+    code, out, _ = lem("demo", "-o", str(folder))
+    assert code == 1
+    assert f"impossible: there is no {FINISHED_FILENAME}" in out
+
+
+def test_a_result_without_energy_or_samples_is_no_contradiction(folder: Path) -> None:
+    store(folder, make_record(run_id=RUN, cycle=2), has_samples=False)
+    code, out, _ = lem("demo", "-o", str(folder))
+    assert code == 0
+    assert "unmeasured: no energy was measured" in out
+
+
+@pytest.mark.parametrize("name", ["config.json", FINISHED_FILENAME])
+def test_a_damaged_file_is_told(folder: Path, name: str) -> None:
+    (store(folder, measured_record(2)) / name).write_bytes(b"{}")
+    code, out, _ = lem("demo", "-o", str(folder))
+    assert code == 1
+    assert "impossible: " in out
+    assert name in out
+
+
+def test_a_result_that_is_not_whole_is_told_too(folder: Path) -> None:
+    (store(folder, measured_record(2)) / "result.json").unlink()
+    code, out, err = lem("demo", "-o", str(folder))
+    assert code == 0
+    assert "2 of 2" in out
+    assert err.startswith("missing: ")
+
+
+def test_what_is_not_there_is_a_usage_error(folder: Path) -> None:
+    code, _, err = lem("nothing", "-o", str(folder))
+    assert code == 2
+    assert "no run or experiment 'nothing'" in err
