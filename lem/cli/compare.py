@@ -191,15 +191,18 @@ def _names_in(where: SelectedRun) -> set[str]:
 
 def _gather(where: SelectedRun, metrics: Sequence[Metric], err: TextIO) -> RunResults:
     from lem.results.compare import gather
+    from lem.results.precision import read_stopping_rule
     from lem.results.repository import count_failed
 
     scan = where.scan()
-    tell_problems(err, scan.problems)
+    # An attempt without a result is counted in the comparison.
+    tell_problems(err, [problem for problem in scan.problems if problem.kind != "missing"])
     if not scan.results:
         raise UserError(
             f"run {where.run_id} of {where.campaign} has no whole result", "lem results list shows what is there"
         )
-    return gather((item.record for item in scan.results), count_failed(scan), metrics=metrics)
+    stopping = read_stopping_rule(where.results_dir / where.campaign / where.run_id)
+    return gather((item.record for item in scan.results), count_failed(scan), metrics=metrics, stopping=stopping)
 
 
 def _sides(

@@ -13,7 +13,9 @@ from lem.results.comparability import Obstacle, blocking_reason, find_obstacles
 from lem.results.cycles import Cycles, by_cycle, cycle_values, distinct, used_cycles
 from lem.results.effect import Effect, paired_effect
 from lem.results.gate import Gate, Judgement, Verdict, judge
+from lem.results.layout import without_numbers
 from lem.results.metrics import METRICS, Metric
+from lem.results.precision import StoppingRule
 from lem.results.settings import settings_of
 from lem.results.statistics import holm
 
@@ -84,12 +86,14 @@ class RunResults:
 
     Attributes:
         failed: those without any result, and how many experiments of each failed.
+        stopping: by which rule cycles were added; None where their number was fixed.
     """
 
     campaign_name: str
     run_id: str
     subjects: tuple[Subject, ...]
     failed: Mapping[str, int] = field(default_factory=dict)
+    stopping: StoppingRule | None = None
 
     def find(self, name: str) -> Subject | None:
         """The configuration of that name."""
@@ -189,6 +193,7 @@ def gather(
     *,
     confidence: float = 0.95,
     metrics: Sequence[Metric] = METRICS,
+    stopping: StoppingRule | None = None,
 ) -> RunResults:
     """The configurations of one run.
 
@@ -196,6 +201,7 @@ def gather(
         records: all its whole results, valid or not, of all attempts.
         failed: per configuration name, how many experiments gave no result.
         metrics: those that will be compared; of thousands of experiments all of them take seconds.
+        stopping: as `precision.read_stopping_rule` finds it beside the results.
 
     Raises:
         ValueError: no records.
@@ -218,7 +224,7 @@ def gather(
         for name, members in by_name.items()
     )
     lost = {name: count for name, count in (failed or {}).items() if name not in by_name}
-    return RunResults(kept[0].identity.campaign_name, kept[0].identity.run_id, subjects, lost)
+    return RunResults(kept[0].identity.campaign_name, kept[0].identity.run_id, subjects, lost, stopping)
 
 
 def compare_configurations(
@@ -256,7 +262,7 @@ def metrics_to_show(
     candidates = candidate_metrics(metrics, gates)
     if metrics or gates:
         return candidates
-    measured = tuple(item for item in candidates if any(subject.mean(item) is not None for subject in subjects))
+    measured = tuple(item for item in candidates if sum(subject.mean(item) is not None for subject in subjects) > 1)
     return measured or candidates[:1]
 
 
@@ -371,7 +377,11 @@ def _no_pairs(metric: Metric, baseline: Subject, other: Subject) -> str:
 
 
 def _causes(subject: Subject) -> str:
-    causes = [f"{reason} × {count}" for reason, count in subject.aggregate.invalid_reasons.items()]
+    alike: dict[str, tuple[str, int]] = {}
+    for reason, count in subject.aggregate.invalid_reasons.items():
+        first, before = alike.get(without_numbers(reason), (reason, 0))
+        alike[without_numbers(reason)] = (first, before + count)
+    causes = [f"{reason} × {count}" for reason, count in alike.values()]
     if subject.aggregate.n_failed:
         causes.append(f"no result × {subject.aggregate.n_failed}")
     more = len(causes) - _SHOWN_CAUSES

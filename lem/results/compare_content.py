@@ -12,6 +12,7 @@ from lem.results.compare import SIGNIFICANCE, Comparison, Pair, Row, RunResults,
 from lem.results.gate import MOST_FURTHER_CYCLES, Gate, Judgement, Verdict
 from lem.results.layout import Column
 from lem.results.metrics import Metric
+from lem.results.precision import UNACCOUNTED
 from lem.results.settings import differing_settings, shared_settings
 
 __all__ = ["Content", "Table", "content_of", "headline", "run_label"]
@@ -112,23 +113,35 @@ def _sentence(comparison: Comparison, pair: Pair, row: Row) -> str:
 
 def _sentence_of_many(comparison: Comparison, metric: Metric, rows: Sequence[tuple[Pair, Row]]) -> str:
     label = _lowered(metric.label)
-    sides = {side: [item for item in rows if _side(metric, item[1]) == side] for side in ("better", "worse")}
-    open_rows = len(rows) - sum(map(len, sides.values()))
-    counted = f"of {len(rows)} configurations {len(sides['better'])} better, {len(sides['worse'])} worse"
-    if not sides["better"] and not sides["worse"]:
-        baseline = "the baseline" if comparison.anchor else comparison.pairs[0].baseline.name
-        return f"None of {len(rows)} configurations was found to differ from {baseline} in {label}."
+    sides: dict[str, list[tuple[Pair, Row]]] = {
+        "better": [],
+        "worse": [],
+        "not told apart": [],
+        "without a verdict": [],
+    }
+    for pair, row in rows:
+        sides[_side(metric, row)].append((pair, row))
+    against = "the run before" if comparison.anchor else comparison.pairs[0].baseline.name
+    judged = len(rows) - len(sides["without a verdict"])
+    if not judged:
+        return f"No verdict on {label} for any of {len(rows)} configurations against {against}."
     # The best, as far as it is better; else the worst, so that bad news is not left to the table.
     side = "better" if sides["better"] else "worse"
+    if not sides[side]:
+        left = f", {len(rows) - judged} without a verdict" if judged < len(rows) else ""
+        return f"None of {judged} configurations was found to differ from {against} in {label}{left}."
     pair, row = min(sides[side], key=lambda item: _goodness(metric, item[1]) * (-1 if side == "better" else 1))
     baseline, other = _labels(comparison, pair)
     answer = f"{other} {metric.relation.format(_times(comparison, row))} {baseline}{_interval_words(comparison, row)}"
-    return f"{answer}; {counted} than the baseline, {open_rows} not told apart."
+    counts = ", ".join(f"{len(found)} {words}" for words, found in sides.items() if found)
+    return f"{answer}; of {len(rows)} configurations {counts}."
 
 
 def _side(metric: Metric, row: Row) -> str:
+    if row.p_adjusted is None:
+        return "without a verdict"
     if not row.is_found:
-        return "open"
+        return "not told apart"
     return "better" if _goodness(metric, row) > 0 else "worse"
 
 
@@ -178,7 +191,9 @@ def _within_lines(
 ) -> Iterable[_Line]:
     baseline = comparison.pairs[0].baseline
     estimate = baseline.aggregate.metrics[metric.name]
-    yield baseline.name, (str(len(estimate.values)), _mean(metric, baseline.mean(metric)), "1", "baseline", "", "")
+    mean = baseline.mean(metric)
+    reference = ("1", "baseline") if mean is not None else (_NONE, "")
+    yield baseline.name, (str(len(estimate.values)), _mean(metric, mean), *reference, "", "")
     for pair, row in rows:
         n = len(pair.other.aggregate.metrics[metric.name].values)
         yield pair.other.name, (str(n), _mean(metric, row.means[1]), *_effect_cells(comparison, row, decimals))
@@ -303,13 +318,19 @@ def _obstacles(comparison: Comparison) -> Iterable[str]:
 def _reasons(comparison: Comparison) -> Iterable[str]:
     told = {item.text for pair in comparison.pairs for item in pair.obstacles}
     said = headline(comparison)
-    found: dict[str, dict[str, None]] = {}
+    names: dict[tuple[str, str], dict[str, None]] = {}
+    metrics: dict[tuple[str, str], dict[Metric, None]] = {}
     for pair in comparison.pairs:
         for row in pair.rows:
             if row.reason and row.reason not in told and row.reason not in said:
-                found.setdefault(row.reason, {})[pair.other.name] = None
-    for reason, names in found.items():
-        yield f"no verdict{_of(comparison, list(names))}: {reason}"
+                key = ("no verdict" if row.effect else "not compared", row.reason)
+                names.setdefault(key, {})[pair.other.name] = None
+                metrics.setdefault(key, {})[row.metric] = None
+    for key, found in metrics.items():
+        labels = ", ".join(_lowered(metric.label) for metric in found) if len(found) < len(comparison.metrics) else ""
+        what, reason = key
+        about = f" in {labels}" if labels else ""
+        yield f"{what}{about}{_of(comparison, list(names[key]))}: {reason}"
 
 
 def _gate_line(comparison: Comparison, gate: Gate) -> str:
@@ -358,6 +379,10 @@ def _notes(comparison: Comparison) -> Iterable[str]:
         yield from _anchor_notes(comparison)
     elif any(metric.group == "energy" for metric in comparison.metrics) and not _is_all_estimated(comparison):
         yield "Energy: board sensors carry ±5 % per card, which divides out on one card."
+    for run in comparison.runs:
+        if run.stopping is not None:
+            of = f" in {run_label(comparison, run)}" if len(comparison.runs) > 1 else ""
+            yield f"Cycles were added{of} {run.stopping.describe()}: {UNACCOUNTED}."
     yield from comparison.missing
 
 

@@ -14,6 +14,9 @@ __all__ = ["comparison_document", "render_markdown", "render_text"]
 
 SCHEMA_VERSION = 1
 
+# Stands for a blank at which no line may end: before a unit.
+_FIRM = "␠"
+
 # A terminal can say it is 0 columns wide, and lines over 120 are hard to read.
 _WIDTHS = (72, 120)
 _NAME_ROOM = 24
@@ -33,7 +36,7 @@ def render_text(comparison: Comparison, *, is_colour: bool = False, width: int =
 
     blocks = [
         said(content.obstacles, "red"),
-        painted(wrapped(content.headline, width), "bold") + said(content.gates) + said(content.reasons, "yellow"),
+        painted(_wrapped(content.headline, width), "bold") + said(content.gates) + said(content.reasons, "yellow"),
         painted([*wrapped(content.title, width), *(wrapped(content.shared, width) if content.shared else ())], "dim"),
         *(_text_table(table, width, painted) for table in _narrow_tables(content, width)),
         said(content.notes, "dim"),
@@ -121,10 +124,15 @@ def _row_document(row: Row, confidence: float) -> dict[str, Any]:
     }
 
 
+def _wrapped(text: str, width: int) -> list[str]:
+    firm = text.replace(" %", f"{_FIRM}%").replace(" ×", f"{_FIRM}×")
+    return [line.replace(_FIRM, " ") for line in wrapped(firm, width)]
+
+
 def _hanging(text: str, width: int) -> list[str]:
     """The text wrapped, what it is about at the left."""
-    first, *rest = wrapped(text, width - 2)
-    return [first, *(line for part in rest for line in wrapped(part, width, "  "))]
+    first, *rest = _wrapped(text, width - 2)
+    return [first, *(f"  {line}" for line in rest)]
 
 
 def _narrow_tables(content: Content, width: int) -> list[Table]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from lem import units
 from lem.results.aggregation import SHARED_LOAD, AllAttempts, ConfigAggregate, MetricEstimate
-from lem.results.layout import Column, NameShortener, columns, paint, printable, wrapped
+from lem.results.layout import Column, NameShortener, columns, paint, printable, without_numbers, wrapped
 from lem.results.precision import UNACCOUNTED
 from lem.results.statistics import bootstrap_coverage_label
 from lem.results.summary import SINGLE_CYCLE, CampaignSummary
@@ -20,7 +19,6 @@ _NAME_WIDTH = 36
 _NONE = "–"
 _SIGNIFICANT = 4
 _NAMES_SHOWN = 4
-_NUMBER = re.compile(r"[0-9]+(?:[.][0-9]+)?")
 _ESTIMATE = "tdp_estimate"
 # A terminal can say it is 0 columns wide, and lines over 120 are hard to read.
 _WIDTHS = (72, 120)
@@ -200,7 +198,7 @@ class _Table:
         found: dict[str, list[tuple[ConfigAggregate, str, int]]] = {}
         for item in self._configurations:
             for text, count in getattr(item, attribute).items():
-                found.setdefault(_NUMBER.sub("#", text), []).append((item, text, count))
+                found.setdefault(without_numbers(text), []).append((item, text, count))
         for entries in found.values():
             yield _Alike(
                 text=entries[0][1],
