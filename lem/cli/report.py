@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,19 +77,17 @@ def _compose(scan: Scan, campaign: str, run_id: str) -> Report:
     from lem.results.report.loading import failed_settings, select_traced
     from lem.results.repository import count_failed
 
-    logs = _with_log(scan.results)
-    traces, notes = _traces(select_traced(logs))
-    return compose(
+    report = compose(
         [item.record for item in scan.results],
         problems=scan.problems,
         failed=count_failed(scan),
         failed_settings=failed_settings(scan),
-        traces=traces,
-        trace_notes=notes,
-        n_logs=len(logs),
         campaign_name=campaign,
         run_id=run_id,
     )
+    logs = _with_log(scan.results)
+    traces, notes = _traces(select_traced(report.entries, logs))
+    return dataclasses.replace(report, traces=tuple(traces), trace_notes=tuple(notes), n_logs=len(logs))
 
 
 def _with_log(results: Sequence[StoredResult]) -> tuple[StoredResult, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lem.record import Record
 from lem.results.aggregation import METRICS, ConfigAggregate, Metric, used_records
-from lem.results.layout import NameShortener, printable, text_width
+from lem.results.layout import printable, text_width
 from lem.results.report.drawing import GROUPS_MAX
 from lem.results.report.trace import Trace
 from lem.results.repository import Problem
@@ -19,7 +20,11 @@ __all__ = ["ESTIMATE", "Entry", "FailedSettings", "Report", "TraceNote", "compos
 
 ESTIMATE = "tdp_estimate"
 _BY_NAME = {metric.name: metric for metric in METRICS}
-_LABEL_WIDTH = 34
+_LABEL_WIDTH = 32
+# Names stand in every table: with many configurations they are most of the page.
+_MANY, _LABEL_WIDTH_OF_MANY = 300, 20
+# As in `layout`: names are cut after these.
+_TOKEN = re.compile(r"[^-,/;:|· ]*[-,/;:|· ]*")
 
 # What a requested configuration holds beside what can change its numbers.
 _NO_SETTINGS = frozenset({"config_name", "extra_metadata", "io"})
@@ -99,7 +104,7 @@ class Report:
         entries: best first; those without a value last.
         groups: what each colour and shape stands for; () where there is but one.
         grouped_by: in words.
-        traces: power over time of some experiments, by their key.
+        traces, trace_notes: power over time of some experiments, and which others could not be read.
         n_logs: how many experiments have a sample log.
     """
 
@@ -111,9 +116,9 @@ class Report:
     failed_settings: tuple[FailedSettings, ...]
     groups: tuple[str, ...]
     grouped_by: str
-    traces: tuple[tuple[Record, Trace], ...]
-    trace_notes: tuple[TraceNote, ...]
-    n_logs: int
+    traces: tuple[tuple[Record, Trace], ...] = ()
+    trace_notes: tuple[TraceNote, ...] = ()
+    n_logs: int = 0
 
     @property
     def has_energy(self) -> bool:
@@ -135,9 +140,6 @@ def compose(
     problems: Sequence[Problem] = (),
     failed: Mapping[str, int] | None = None,
     failed_settings: Sequence[FailedSettings] = (),
-    traces: Sequence[tuple[Record, Trace]] = (),
-    trace_notes: Sequence[TraceNote] = (),
-    n_logs: int = 0,
     campaign_name: str = "",
     run_id: str = "",
 ) -> Report:
@@ -148,7 +150,6 @@ def compose(
         problems: what stands in the place of results.
         failed: per configuration name, how many experiments gave no result.
         failed_settings: of configurations that appear in no record.
-        traces, trace_notes, n_logs: as in `Report`.
         campaign_name, run_id: what to call a campaign of which there is no result that says it.
     """
     summary = summarise(records, failed=failed, campaign_name=campaign_name, run_id=run_id)
@@ -160,12 +161,12 @@ def compose(
     settings = {name: flat_settings(found[0].requested) if found else known.get(name, {})
                 for name, found in by_name.items()}  # fmt: skip
     grouped_by, group_of, groups = _grouping(list(by_name), settings)
-    shortened = NameShortener(list(by_name), _LABEL_WIDTH)
+    labels = _labels(list(by_name))
     entries = tuple(
         Entry(
             number=number,
             name=printable(item.config_name),
-            label=_cut(shortened(item.config_name)),
+            label=labels[item.config_name],
             aggregate=item,
             records=tuple(by_name[item.config_name]),
             used=used_records(by_name[item.config_name]),
@@ -183,9 +184,6 @@ def compose(
         failed_settings=tuple(failed_settings),
         groups=tuple(entry.label for entry in entries) if grouped_by == "configuration" else groups,
         grouped_by=grouped_by,
-        traces=tuple(traces),
-        trace_notes=tuple(trace_notes),
-        n_logs=n_logs,
     )
 
 
@@ -238,11 +236,24 @@ def _with_groups_of_merit(entries: Sequence[Entry]) -> tuple[Entry, ...]:
     return tuple(replace(entry, group=index) for index, entry in enumerate(entries))
 
 
-def _cut(name: str) -> str:
-    """The name, its middle left out where it is longer than a plot has room for."""
-    if text_width(name) <= _LABEL_WIDTH:
-        return name
-    keep = _LABEL_WIDTH // 2 - 1
+def _labels(names: Sequence[str]) -> dict[str, str]:
+    """Names short enough for a plot: what all of them share goes first, then the keys of `key=value`."""
+    width = _LABEL_WIDTH if len(names) <= _MANY else _LABEL_WIDTH_OF_MANY
+    tokens = {name: [token for token in _TOKEN.findall(printable(name)) if token] for name in names}
+    common = set.intersection(*map(set, tokens.values())) if len(names) > 1 else set()
+    labels = {}
+    for name in names:
+        whole = [*tokens[name]]
+        own = [token for token in whole if token not in common] or whole
+        values = [token.partition("=")[2] or token for token in own]
+        forms = ("".join(form).rstrip("-,/;:|· ") for form in (whole, own, values))
+        labels[name] = next((form for form in forms if text_width(form) <= width), _cut("".join(values), width))
+    return labels
+
+
+def _cut(name: str, width: int) -> str:
+    """The name, its middle left out."""
+    keep = width // 2 - 1
     return f"{name[:keep]}…{name[-keep:]}"
 
 

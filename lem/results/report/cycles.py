@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from lem.record import Record
 from lem.results.aggregation import METRICS, Metric
 from lem.results.report.content import Entry, Report
-from lem.results.report.drawing import circle_path, cross_path, figure, horizontal_axis, no_figure, plot, text
+from lem.results.report.drawing import (
+    circle_path,
+    cross_path,
+    figure,
+    horizontal_axis,
+    no_figure,
+    plot,
+    row_labels,
+    text,
+)
 from lem.results.report.figures import number_cell
 from lem.results.report.markup import Cell, Markup, details, number_text, table, tag
 from lem.results.report.scales import Scale, fitting_scale
 
 __all__ = ["cycles_section"]
 
-_WIDTH, _LEFT, _RIGHT, _TOP, _ROW = 760.0, 250.0, 744.0, 14.0, 22.0
+# Two drawings side by side: the values, and how far each is from its configuration's mean, which values of
+# configurations that differ by much would hide.
+_WIDTH, _TOP, _ROW = 640.0, 14.0, 22.0
+_VALUES, _SHARES = (252.0, 378.0), (404.0, 626.0)
+_REACH_MAX = 50.0
 _PER_PLOT = 40
 _METRICS = {metric.name: metric for metric in METRICS}
 _TITLES = {
@@ -32,6 +45,14 @@ def cycles_section(report: Report) -> Markup:
     return tag("div", *parts, class_="pair")
 
 
+@dataclass(frozen=True)
+class _Scales:
+    """Of the values, and of their differences in percent."""
+
+    values: Scale
+    shares: Scale
+
+
 def _figures(metric: Metric, report: Report) -> Iterable[Markup]:
     """One figure, and for many configurations the others folded away behind it."""
     label, heading = _TITLES[metric.name]
@@ -40,9 +61,10 @@ def _figures(metric: Metric, report: Report) -> Iterable[Markup]:
     if not values:
         yield no_figure(f"cycles-{metric.name}", heading, "No result has a value.")
         return
-    scale = fitting_scale(values, _LEFT, _RIGHT)
+    reach = _reach(metric, report.entries)
+    scales = _Scales(fitting_scale(values, *_VALUES), Scale(-reach, reach, *_SHARES))
     pages = [report.entries[at : at + _PER_PLOT] for at in range(0, len(report.entries), _PER_PLOT)]
-    figures = [_figure(metric, label, heading, entries, scale, page) for page, entries in enumerate(pages)]
+    figures = [_figure(metric, label, heading, entries, scales, page) for page, entries in enumerate(pages)]
     folded = [
         details(f"{heading}: configurations {entries[0].number} to {entries[-1].number}", drawn)
         for entries, drawn in zip(pages[1:], figures[1:], strict=True)
@@ -50,50 +72,110 @@ def _figures(metric: Metric, report: Report) -> Iterable[Markup]:
     yield tag("div", figures[0], *folded)
 
 
-def _figure(metric: Metric, label: str, heading: str, entries: Sequence[Entry], scale: Scale, page: int) -> Markup:
+def _reach(metric: Metric, entries: Sequence[Entry]) -> float:
+    """The largest difference in percent that is drawn to scale."""
+    found = [1.0]
+    for entry in entries:
+        centre, span = entry.centre(metric.name), entry.span(metric.name)
+        if centre:
+            known = [*_values(metric, entry, is_used=True), *(span or ())]
+            found += [abs(100 * (value / centre - 1)) for value in known]
+    return min(1.08 * max(found), _REACH_MAX)
+
+
+def _figure(metric: Metric, label: str, heading: str, entries: Sequence[Entry], scales: _Scales, page: int) -> Markup:
     identifier = f"cycles-{metric.name}" + (f"-{page + 1}" if page else "")
-    height = _TOP + _ROW * len(entries)
-    rows = [_row(metric, entry, _TOP + _ROW * (index + 0.5), scale) for index, entry in enumerate(entries)]
+    bottom = _TOP + _ROW * len(entries)
+    rows = [_row(metric, entry, _TOP + _ROW * (index + 0.5)) for index, entry in enumerate(entries)]
     drawing = plot(
         identifier,
         heading,
-        f"A row for each of {len(entries)} configurations: a dot for every valid cycle, a diagonal cross for every "
-        "invalid attempt, a bar for the t interval with a tick at the geometric mean.",
-        (_WIDTH, height + 46),
-        horizontal_axis(scale, height, _TOP, label, count=5),
-        *rows,
+        f"A row for each of {len(entries)} configurations, the values at the left and their difference from the mean "
+        "at the right: a dot for every valid cycle, a diagonal cross for every invalid attempt, a bar for the t "
+        "interval with a tick at the geometric mean.",
+        (_WIDTH, bottom + 46),
+        horizontal_axis(scales.values, bottom, _TOP, label, count=2),
+        horizontal_axis(scales.shares, bottom, _TOP, "Difference from its mean, %", count=5),
+        row_labels([(row.entry.number, row.entry.label, row.y) for row in rows], _VALUES[0]),
+        *_layers(rows, scales),
     )
-    caption = ["Dot: a valid cycle. ×: an invalid attempt, left out. Bar and tick: 95 % t interval, geometric mean."]
+    caption = [
+        "Dot: a valid cycle. ×: an invalid attempt, left out; at the edge when further off.",
+        "Bar: 95 % t interval. Tick: geometric mean.",
+    ]
     return figure(identifier, heading, drawing, caption, _data(metric, label, entries))
 
 
-def _row(metric: Metric, entry: Entry, y: float, scale: Scale) -> Markup:
+@dataclass(frozen=True)
+class _Row:
+    """A configuration at a height: its values that count, those left out, and mean and interval of the former."""
+
+    entry: Entry
+    y: float
+    counted: tuple[float, ...]
+    left_out: tuple[float, ...]
+    centre: float | None
+    span: tuple[float, float] | None
+
+
+def _row(metric: Metric, entry: Entry, y: float) -> _Row:
+    counted, left_out = (tuple(_values(metric, entry, is_used=is_used)) for is_used in (True, False))
+    return _Row(entry, y, counted, left_out, entry.centre(metric.name), entry.span(metric.name))
+
+
+def _layers(rows: Sequence[_Row], scales: _Scales) -> Iterable[Markup]:
+    """Bars, ticks, dots and crosses of all rows, one path for each group: a thousand rows must take few bytes."""
+    places = [place for row in rows for place in _places(row, scales)]
+    for group in sorted({row.entry.group for row in rows}):
+        own = [place for place in places if place.group == group]
+        spans = (
+            f"M{number_text(place.low)} {number_text(place.y)}H{number_text(place.high)}"
+            for place in own
+            if place.low is not None and place.high is not None
+        )
+        dots = circle_path((x, place.y) for place in own for x in place.dots)
+        yield tag("path", d="".join(spans), class_=f"bar g{group}")
+        yield tag("path", d=dots, class_=f"dots g{group}")
+    ticks = (f"M{number_text(x)} {number_text(place.y - 8)}v16" for place in places if (x := place.tick) is not None)
+    yield tag("path", d="".join(ticks), class_="mean")
+    yield tag("path", d=cross_path((x, place.y) for place in places for x in place.crosses), class_="out")
+    for row in rows:
+        if row.centre is None:
+            said = "not measured" if row.entry.used else "no valid result"
+            yield text(_SHARES[0] + 8, row.y + 4, said, "absent")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What is drawn of a row on one of its two scales."""
+
+    group: int
+    y: float
+    dots: tuple[float, ...]
+    crosses: tuple[float, ...]
+    tick: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+def _places(row: _Row, scales: _Scales) -> Iterable[_Place]:
+    group, centre = row.entry.group, row.centre
+    if centre is None:
+        yield _Place(group, row.y, (), tuple(map(scales.values, row.left_out)))
+        return
+
+    def share(value: float) -> float:
+        return scales.shares(100 * (value / centre - 1))
+
+    for place in (scales.values, share):
+        low, high = map(place, row.span) if row.span else (None, None)
+        dots, crosses = tuple(map(place, row.counted)), tuple(map(place, row.left_out))
+        yield _Place(group, row.y, dots, crosses, place(centre), low, high)
+
+
+def _values(metric: Metric, entry: Entry, *, is_used: bool) -> Iterable[float]:
     used = {record.identity.key for record in entry.used}
-    counted = [(value, True) for value in _values(metric, entry.records, used, is_used=True)]
-    left_out = [(value, False) for value in _values(metric, entry.records, used, is_used=False)]
-    parts = [text(_LEFT - 12, y + 4, f"{entry.number}  {entry.label}", anchor="end")]
-    span, centre = entry.span(metric.name), entry.centre(metric.name)
-    if span:
-        low, high = scale(span[0]), scale(span[1])
-        parts.append(tag("path", d=f"M{number_text(low)} {number_text(y)}H{number_text(high)}", class_="bar"))
-    if centre is not None:
-        x = number_text(scale(centre))
-        parts.append(tag("path", d=f"M{x} {number_text(y - 8)}V{number_text(y + 8)}", class_="mean"))
-    else:
-        reason = entry.aggregate.metrics[metric.name].null_reason
-        parts.append(text(_LEFT + 8, y + 4, "not measured" if entry.used else "no valid result", "absent"))
-        parts.append(tag("title", reason) if reason else Markup())
-    if counted:
-        parts.append(tag("path", d=circle_path((scale(value), y) for value, _ in counted), class_="dots"))
-    if left_out:
-        parts.append(tag("path", d=cross_path((scale(value), y) for value, _ in left_out), class_="out"))
-    return tag("g", *parts, class_=f"g{entry.group}")
-
-
-def _values(
-    metric: Metric, records: Sequence[Record], used: set[tuple[str, str, str, int, int]], *, is_used: bool
-) -> Iterable[float]:
-    for record in records:
+    for record in entry.records:
         value, _ = metric.read(record)
         if value is not None and (record.identity.key in used) == is_used:
             yield value

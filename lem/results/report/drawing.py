@@ -17,6 +17,8 @@ __all__ = [
     "marker_path",
     "no_figure",
     "plot",
+    "ring_path",
+    "row_labels",
     "text",
     "vertical_axis",
 ]
@@ -48,6 +50,13 @@ def circle_path(places: Iterable[tuple[float, float]]) -> str:
     return "".join(f"M{number_text(x)} {number_text(y)}h0" for x, y in places)
 
 
+def ring_path(places: Iterable[tuple[float, float]]) -> str:
+    """The path of small circles."""
+    return "".join(
+        f"M{number_text(x - 3.4)} {number_text(y)}a3.4 3.4 0 1 0 6.8 0a3.4 3.4 0 1 0-6.8 0" for x, y in places
+    )
+
+
 def cross_path(places: Iterable[tuple[float, float]], arm: float = 3.5) -> str:
     """The path of diagonal crosses."""
     a, b = number_text(arm), number_text(2 * arm)
@@ -56,7 +65,7 @@ def cross_path(places: Iterable[tuple[float, float]], arm: float = 3.5) -> str:
 
 def text(x: float, y: float, content: str, class_: str | None = None, anchor: str | None = None) -> Markup:
     """A line of text."""
-    return tag("text", content, x=x, y=y, class_=class_, text_anchor=anchor)
+    return tag("text", content, x=x or None, y=y, class_=class_, text_anchor=anchor)
 
 
 def horizontal_axis(scale: Scale, y: float, top: float, label: str, *, count: int = 6, suffix: str = "") -> Markup:
@@ -80,6 +89,18 @@ def vertical_axis(scale: Scale, x: float, right: float, label: str, *, count: in
         labels.append(text(x - 6, y + 4, tick_text(value) + suffix, anchor="end"))
     name = text(4, min(scale.begin, scale.end) - 10, label, "axis") if label else Markup()
     return join([tag("path", d="".join(grid), class_="grid"), *labels, name])
+
+
+def row_labels(rows: Sequence[tuple[int, str, float]], right: float) -> Markup:
+    """The number at the left of each row, and the name before its drawing begins at `right`."""
+    numbers = [text(0, y + 4, str(number)) for number, _, y in rows]
+    names = [text(0, y + 4, label) for _, label, y in rows]
+    return join(
+        [
+            tag("g", *numbers, class_="keys", transform="translate(22)"),
+            tag("g", *names, class_="names", transform=f"translate({number_text(right - 10)})"),
+        ]
+    )
 
 
 def plot(

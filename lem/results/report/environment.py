@@ -237,8 +237,8 @@ def _cautions(report: Report) -> Iterable[str]:
     if report.has_energy:
         yield (
             "What ±5 % between cards means: the power sensor of each board reads up to 5 % too high or low, always "
-            "the same way. Configurations measured on one card share its error, so their ratios are fair. Two cards may "
-            "differ by 10 % on the same work without any difference between them: absolute joules, and comparisons "
+            "the same way. Configurations measured on one card share its error, so their ratios are fair. Two cards "
+            "may differ by 10 % on the same work without any difference between them: absolute joules, and comparisons "
             "between cards, carry that on top of the intervals shown here, which only say how much repeats vary."
         )
     if any(entry.is_estimate for entry in report.entries):

@@ -56,7 +56,7 @@ def latency_cell(value_s: float | None, reason: str | None = None) -> Cell:
 
 
 def interval_cells(estimate: MetricEstimate, decimals: int | None, *, is_estimate: bool = False) -> tuple[Cell, ...]:
-    """The geometric mean, its t interval and the bootstrap interval."""
+    """The geometric mean, and below each other its t interval and the bootstrap interval."""
     t_log, bootstrap = estimate.t_log, estimate.bootstrap
     every = estimate.all_attempts
     notes: list[Markup] = []
@@ -65,25 +65,27 @@ def interval_cells(estimate: MetricEstimate, decimals: int | None, *, is_estimat
     if t_log is None or bootstrap is None or t_log.geometric_mean is None:
         reason = estimate.null_reason or (t_log.warning if t_log else None)
         lacking = tag("span", NOT_MEASURED, class_="absent", title=reason)
-        return (Cell(join([lacking, *notes]), None, is_number=True), _no_interval(reason), _no_interval(reason))
+        return (Cell(join([lacking, *notes]), None, is_number=True), Cell("", None, is_number=True))
     if is_estimate:
         notes.insert(0, tag("small", "estimate", class_="tag estimate"))
     shown = join([number(t_log.geometric_mean, decimals), *notes])
-    return (
-        Cell(shown, t_log.geometric_mean, is_number=True),
-        _interval(t_log.ci_lower, t_log.ci_upper, decimals, t_log.warning),
-        _interval(bootstrap.ci_lower, bootstrap.ci_upper, decimals, bootstrap.warning),
-    )
+    if t_log.ci_lower is None and bootstrap.ci_lower is None:
+        why = None if t_log.n_samples == 1 else t_log.warning or bootstrap.warning
+        none = tag("span", "no interval", class_="absent", title=why)
+        return (Cell(shown, t_log.geometric_mean, is_number=True), Cell(none, None, is_number=True))
+    rows = [
+        ("t", _interval(t_log.ci_lower, t_log.ci_upper, decimals)),
+        ("bootstrap", _interval(bootstrap.ci_lower, bootstrap.ci_upper, decimals)),
+    ]
+    both = join([tag("div", tag("span", kind, class_="kind"), Markup(" "), text) for kind, text in rows])
+    width = None if t_log.ci_lower is None or t_log.ci_upper is None else t_log.ci_upper - t_log.ci_lower
+    return (Cell(shown, t_log.geometric_mean, is_number=True), Cell(both, width, is_number=True))
 
 
-def _interval(low: float | None, high: float | None, decimals: int | None, warning: str | None) -> Cell:
+def _interval(low: float | None, high: float | None, decimals: int | None) -> str:
     if low is None or high is None:
-        return _no_interval(warning)
+        return "none"
     more = decimals
     while more is not None and low < high and number(low, more) == number(high, more) and more < 9:
         more += 1
-    return Cell(f"{number(low, more)} – {number(high, more)}", high - low, is_number=True)
-
-
-def _no_interval(reason: str | None) -> Cell:
-    return Cell(tag("span", "none", class_="absent", title=reason or None), None, is_number=True)
+    return f"{number(low, more)} – {number(high, more)}"

@@ -28,7 +28,7 @@ _BATCH = {
     "tensorrt.max_batch_size": "max_batch_size",
 }
 # One hue from light to dark, so that order is seen without a key and without colour.
-_LIGHT, _DARK = (222, 235, 247), (8, 48, 107)
+_RAMP = ((226, 238, 248), (90, 162, 207), (8, 48, 107))
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,7 @@ def _figure(
     report: Report,
 ) -> Markup:
     cells = _cells(plan, members)
-    left = 24 + 7.2 * max(len(value) for value in (*plan.up_values, _short(plan.up)))
-    left = min(left, 190.0)
+    left = 34 + 7.6 * max(min(len(value), 22) for value in (*plan.up_values, _short(plan.up)))
     width = max(left + _CELL[0] * len(plan.across_values) + 16, 280)
     bottom = _TOP + _CELL[1] * len(plan.up_values)
     parts: list[Markup] = [
@@ -202,15 +201,21 @@ def _cell(
         return tag("g", tag("title", _tooltip(items)), hatch, back, text(*middle, "failed", anchor="middle"))
     scale = fitting_scale(limits, 0.0, 1.0)
     share = scale(best[1])
-    rgb = [round(light + share * (dark - light)) for light, dark in zip(_LIGHT, _DARK, strict=True)]
+    lower, upper = (_RAMP[0], _RAMP[1]) if share < 0.5 else (_RAMP[1], _RAMP[2])
+    rest = 2 * share - (share >= 0.5)
+    rgb = [round(low + rest * (high - low)) for low, high in zip(lower, upper, strict=True)]
     fill = "#" + "".join(f"{part:02x}" for part in rgb)
     mark = "†" if _is_partial(items) else ""
     return tag(
         "g",
         tag("title", _tooltip(items)),
         tag("rect", x=x, y=y, width=width, height=height, fill=fill),
-        text(*middle, units.format_quantity(best[1], digits=3) + mark, _ink(rgb), "middle"),
+        text(*middle, _three_digits(best[1]) + mark, _ink(rgb), "middle"),
     )
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:#.3g}".rstrip(".") if 1e-3 <= abs(value) < 1000 else units.format_quantity(value)
 
 
 def _ink(rgb: Sequence[int]) -> str:

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 
 from lem.record import OBSERVATIONS_NEEDED, Distribution
 from lem.results.report.content import Entry, Report
-from lem.results.report.drawing import circle_path, figure, horizontal_axis, no_figure, plot, text
+from lem.results.report.drawing import (
+    circle_path,
+    figure,
+    horizontal_axis,
+    no_figure,
+    plot,
+    ring_path,
+    row_labels,
+    text,
+)
 from lem.results.report.figures import latency_cell
-from lem.results.report.markup import Cell, Markup, details, join, number_text, table, tag
+from lem.results.report.markup import Cell, Markup, details, join, number_text, scroller, table, tag
 from lem.results.report.scales import Scale, fitting_scale
 
 __all__ = ["latency_section"]
 
-_WIDTH, _LEFT, _RIGHT, _TOP, _ROW = 760.0, 250.0, 744.0, 14.0, 22.0
+_WIDTH, _LEFT, _RIGHT, _TOP, _ROW = 640.0, 252.0, 626.0, 14.0, 22.0
 _PER_PLOT = 40
+_DRAWN = 200
 _KINDS = {
     "ttft_s": "Time to first token",
     "tpot_s": "Time per output token",
@@ -37,10 +48,10 @@ def latency_section(report: Report) -> Markup:
         if any(found.values()):
             parts.append(_figures(kind, name, report.entries, found))
         else:
-            absences.append(tag("li", f"{name}: not measured: {_reason(report, kind)}"))
+            absences.append(tag("p", f"{name}: not measured: {_reason(report, kind)}"))
     if not parts:
         parts.append(no_figure("latency", "Latency percentiles", "No latency was measured."))
-    left_out = tag("ul", *absences, class_="absent") if absences else Markup()
+    left_out = tag("div", *absences, class_="absent") if absences else Markup()
     return join([tag("div", *parts, class_="pair"), left_out])
 
 
@@ -63,13 +74,22 @@ def _reason(report: Report, kind: str) -> str:
 def _figures(kind: str, name: str, entries: Sequence[Entry], found: dict[int, _Percentiles]) -> Markup:
     values = [value for item in found.values() for value in item.values()]
     scale = fitting_scale(values, _LEFT, _RIGHT)
-    pages = [entries[at : at + _PER_PLOT] for at in range(0, len(entries), _PER_PLOT)]
+    drawn_entries = entries[:_DRAWN]
+    pages = [drawn_entries[at : at + _PER_PLOT] for at in range(0, len(drawn_entries), _PER_PLOT)]
     drawn = [_figure(kind, name, page, found, scale, number) for number, page in enumerate(pages)]
     folded = [
         details(f"{name}: configurations {page[0].number} to {page[-1].number}", content)
         for page, content in zip(pages[1:], drawn[1:], strict=True)
     ]
-    return tag("div", drawn[0], *folded)
+    return tag("div", drawn[0], *folded, _undrawn(kind, name, entries[_DRAWN:], found))
+
+
+def _undrawn(kind: str, name: str, entries: Sequence[Entry], found: dict[int, _Percentiles]) -> Markup:
+    """The table of the configurations after those that are drawn."""
+    if not entries:
+        return Markup()
+    label = f"{name}: configurations {entries[0].number} to {entries[-1].number}, as a table alone"
+    return details(label, scroller(label, _data(name, kind, entries, found)))
 
 
 def _figure(
@@ -77,44 +97,57 @@ def _figure(
 ) -> Markup:
     identifier = f"latency-{kind.removesuffix('_s')}" + (f"-{page + 1}" if page else "")
     height = _TOP + _ROW * len(entries)
-    rows = [
-        _row(entry, found[entry.number], kind, _TOP + _ROW * (index + 0.5), scale)
-        for index, entry in enumerate(entries)
-    ]
+    rows = [(entry, found[entry.number], _TOP + _ROW * (index + 0.5)) for index, entry in enumerate(entries)]
     drawing = plot(
         identifier,
         name,
         f"A row for each of {len(entries)} configurations: a tick at the median, bars that thin out to the 90th, 95th "
         "and 99th percentile, a ring at the mean, a small dot for the median of each cycle.",
         (_WIDTH, height + 46),
-        horizontal_axis(scale, height, _TOP, f"{name}, s", count=5),
-        *rows,
+        horizontal_axis(scale, height, _TOP, f"{name}, s", count=4),
+        row_labels([(entry.number, entry.label, y) for entry, _, y in rows], _LEFT),
+        *_bars(rows, scale),
+        *_centres(rows, kind, scale),
     )
     caption = [
         "Tick: median. Bars, thick to thin: to p90, p95, p99. Ring: mean. Small dots: the median of each cycle.",
-        f"p95 needs {OBSERVATIONS_NEEDED['p95']} requests, p99 {OBSERVATIONS_NEEDED['p99']}. Geometric means over cycles.",
+        "p95 needs {p95} requests, p99 {p99}. Geometric means over the cycles.".format_map(OBSERVATIONS_NEEDED),
     ]
     return figure(identifier, f"{name}, percentiles", drawing, caption, _data(name, kind, entries, found))
 
 
-def _row(entry: Entry, found: _Percentiles, kind: str, y: float, scale: Scale) -> Markup:
-    parts = [text(_LEFT - 12, y + 4, f"{entry.number}  {entry.label}", anchor="end")]
-    if "p50" not in found:
-        said = "not measured" if entry.used else "no valid result"
-        return tag("g", *parts, text(_LEFT + 8, y + 4, said, "absent"), class_=f"g{entry.group}")
-    before = found["p50"]
-    for level, height in (("p90", 9.0), ("p95", 5.0), ("p99", 2.0)):
-        if level in found:
-            left, right = scale(before), scale(found[level])
-            parts.append(tag("rect", x=left, y=y - height / 2, width=max(right - left, 0.3), height=height, class_="q"))
-            before = found[level]
-    middle = number_text(scale(found["p50"]))
-    parts.append(tag("path", d=f"M{middle} {number_text(y - 8)}V{number_text(y + 8)}", class_="mean"))
-    medians = [value.p50 for record in entry.used if (value := getattr(record.latency, kind)) is not None]
-    parts.append(tag("path", d=circle_path((scale(value), y) for value in medians), class_="dots small"))
-    if "mean" in found:
-        parts.append(tag("circle", cx=scale(found["mean"]), cy=y, r=3.4, class_="ring"))
-    return tag("g", *parts, class_=f"g{entry.group}")
+_Row = tuple[Entry, _Percentiles, float]
+
+
+def _bars(rows: Sequence[_Row], scale: Scale) -> Iterable[Markup]:
+    """From percentile to percentile, one path for each group and thickness: a thousand rows must take few bytes."""
+    for group in sorted({entry.group for entry, _, _ in rows}):
+        for low, high in itertools.pairwise(_LEVELS):
+            parts = [
+                f"M{number_text(scale(found[low]))} {number_text(y)}H{number_text(scale(found[high]))}"
+                for entry, found, y in rows
+                if entry.group == group and low in found and high in found
+            ]
+            if parts:
+                yield tag("path", d="".join(parts), class_=f"g{group} to-{high}")
+
+
+def _centres(rows: Sequence[_Row], kind: str, scale: Scale) -> Iterable[Markup]:
+    """Medians, means, and the median of each cycle; or that there is none."""
+    known = [(entry, found, y) for entry, found, y in rows if "p50" in found]
+    ticks = "".join(f"M{number_text(scale(found['p50']))} {number_text(y - 8)}v16" for _, found, y in known)
+    yield tag("path", d=ticks, class_="mean")
+    medians = [
+        (scale(value.p50), y)
+        for entry, _, y in known
+        for record in entry.used
+        if (value := getattr(record.latency, kind)) is not None
+    ]
+    yield tag("path", d=circle_path(medians), class_="dots small")
+    yield tag("path", d=ring_path((scale(found["mean"]), y) for _, found, y in known if "mean" in found), class_="ring")
+    for entry, found, y in rows:
+        if "p50" not in found:
+            yield text(_LEFT + 8, y + 4, "not measured" if entry.used else "no valid result", "absent")
 
 
 def _data(name: str, kind: str, entries: Sequence[Entry], found: dict[int, _Percentiles]) -> Markup:

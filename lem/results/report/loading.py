@@ -8,8 +8,7 @@ from pathlib import Path
 from lem import durable
 from lem.record import Record
 from lem.results.attempt import CONFIG_FILE
-from lem.results.cycles import used_records
-from lem.results.report.content import FailedSettings, flat_settings
+from lem.results.report.content import Entry, FailedSettings, flat_settings
 from lem.results.repository import Problem, Scan, StoredResult
 
 __all__ = ["TRACES_SHOWN", "failed_settings", "select_traced"]
@@ -32,24 +31,22 @@ def failed_settings(scan: Scan) -> tuple[FailedSettings, ...]:
     return tuple(found.values())
 
 
-def select_traced(results: Sequence[StoredResult], limit: int = TRACES_SHOWN) -> tuple[StoredResult, ...]:
+def select_traced(
+    entries: Sequence[Entry], results: Sequence[StoredResult], limit: int = TRACES_SHOWN
+) -> tuple[StoredResult, ...]:
     """The results whose power over time is drawn: some that were invalid or throttled, then one a configuration.
 
-    All of them when there are few enough.
+    All of them when there are few enough; else configurations in the order of their merit.
     """
     if len(results) <= limit:
         return tuple(results)
     faulty = [item for item in results if not item.record.validity.valid or _is_throttled(item.record)]
     chosen = faulty[:_FAULTY_FIRST]
-    by_name: dict[str, list[StoredResult]] = {}
-    for item in results:
-        by_name.setdefault(item.record.identity.config_name, []).append(item)
-    for members in by_name.values():
-        if len(chosen) >= limit:
-            break
-        keys = [record.identity.key for record in used_records(item.record for item in members)]
-        first = next((item for item in members if item.record.identity.key in keys[:1]), None)
-        if first is not None and first not in chosen:
+    by_key = {item.record.identity.key: item for item in results}
+    for entry in entries:
+        own = (by_key[record.identity.key] for record in entry.used if record.identity.key in by_key)
+        first = next(own, None)
+        if len(chosen) < limit and first is not None and first not in chosen:
             chosen.append(first)
     return tuple(chosen)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lem.results.layout import printable
 
-__all__ = ["Cell", "Markup", "details", "escape", "join", "number_text", "scroller", "table", "tag"]
+__all__ = ["Cell", "Markup", "breakable", "details", "escape", "join", "number_text", "scroller", "table", "tag"]
 
 Value = str | float | None
 
+_TOKEN = re.compile(r"[^-_,/;:|·=.@]+[-_,/;:|·=.@]*|[-_,/;:|·=.@]+")
 _VOID = frozenset({"meta", "br", "circle", "line", "path", "rect", "use"})
 
 
@@ -24,6 +26,11 @@ class Markup(str):
 def escape(text: str) -> Markup:
     """The text as content or value of an attribute, on one line, what cannot be printed replaced."""
     return Markup(html.escape(printable(text)))
+
+
+def breakable(name: str) -> Markup:
+    """A name that may be broken after its separators, rather than inside a word."""
+    return Markup("<wbr>".join(html.escape(token) for token in _TOKEN.findall(printable(name))))
 
 
 def join(parts: Iterable[str], separator: str = "") -> Markup:
@@ -67,11 +74,13 @@ class Cell:
     is_number: bool = False
 
     def render(self, *, is_sortable: bool) -> Markup:
-        """The element."""
-        shown = None
-        if is_sortable and self.is_number:
-            shown = "" if self.value is None else repr(float(self.value))
-        return tag("td", self.text, class_="n" if self.is_number else None, data_v=shown)
+        """The element, without the end tag and quotes that it does not need: a large page has tens of thousands."""
+        content = self.text if isinstance(self.text, Markup) else escape(self.text)
+        if not self.is_number:
+            return Markup(f"<td class=t>{content}")
+        if not is_sortable:
+            return Markup(f"<td>{content}")
+        return Markup(f'<td data-v="{"" if self.value is None else f"{self.value:.7g}"}">{content}')
 
 
 def table(
@@ -103,10 +112,11 @@ def table(
         cells = []
         for index, cell in enumerate(row):
             if index == row_head:
-                cells.append(tag("th", cell.text if isinstance(cell, Cell) else cell, scope="row"))
+                text = cell.text if isinstance(cell, Cell) else cell
+                cells.append(Markup(f"<th scope=row>{text if isinstance(text, Markup) else escape(text)}"))
             else:
                 cells.append((cell if isinstance(cell, Cell) else Cell(cell)).render(is_sortable=is_sortable))
-        lines.append(tag("tr", *cells))
+        lines.append(Markup(f"<tr>{join(cells)}"))
     classes = " ".join(filter(None, (class_, "sortable" if is_sortable else None))) or None
     return tag(
         "table",

@@ -13,12 +13,12 @@ from lem.results.report.content import Report
 from lem.results.report.drawing import circle_path, figure, horizontal_axis, no_figure, plot, vertical_axis
 from lem.results.report.figures import number_cell, plural, signed_percent
 from lem.results.report.markup import Cell, Markup, join, number_text, table, tag
-from lem.results.report.scales import Scale, fitting_scale
+from lem.results.report.scales import Scale
 
 __all__ = ["drift_findings", "order_section"]
 
-_SIZE = (760.0, 300.0)
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 744.0, 34.0, 252.0
+_SIZE = (640.0, 300.0)
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 626.0, 34.0, 252.0
 _METRICS = {metric.name: metric for metric in METRICS}
 _NAMES = {"energy_per_output_tok_j": "Energy per output token", "output_tok_per_s": "Output throughput"}
 
@@ -87,10 +87,8 @@ def _figure(metric: Metric, report: Report) -> Markup:
         return no_figure(identifier, heading, reason)
     shares = [100 * math.expm1(log) for log in relative_to_own_mean(observations)]
     reach = max(100 * DRIFT_FLAGGED, *map(abs, shares)) * 1.1
-    x_scale = fitting_scale([place.order for place in places], _LEFT, _RIGHT)
-    x_scale = Scale(x_scale.low, x_scale.high, _LEFT, _RIGHT)
+    x_scale = Scale(0, places[-1].order + 1, _LEFT, _RIGHT)
     y_scale = Scale(-reach, reach, _BOTTOM, _TOP)
-    flag = "Flagged: " if drift.is_flagged else ""
     estimate = report.estimate_note if metric.group == "energy" else ""
     drawing = plot(
         identifier,
@@ -105,8 +103,8 @@ def _figure(metric: Metric, report: Report) -> Markup:
         _fitted(drift, x_scale, y_scale, places),
     )
     caption = [
-        tag("p", tag("strong", flag), f"{name} {_said(drift)}.", class_="flagged" if drift.is_flagged else None),
-        f"Shaded: the ±{100 * DRIFT_FLAGGED:g} % within which drift is not flagged.",
+        tag("p", tag("span", "flagged", class_="tag bad") if drift.is_flagged else "", f"{name} {_said(drift)}."),
+        f"Flagged when the line rises or falls by more than the height of the shaded band, {100 * DRIFT_FLAGGED:g} %.",
     ]
     return figure(identifier, heading, drawing, caption, _data(places, shares, name))
 

@@ -9,7 +9,8 @@ from pathlib import PurePath
 from lem.results.aggregation import SHARED_LOAD, MetricEstimate
 from lem.results.report.content import Entry, Report
 from lem.results.report.figures import decimals_of, interval_cells, latency_cell, plural
-from lem.results.report.markup import Cell, Markup, details, escape, join, scroller, table, tag
+from lem.results.report.markup import Cell, Markup, breakable, details, join, scroller, table, tag
+from lem.results.report.order import drift_findings
 from lem.results.report.verdict import verdict_of
 from lem.results.statistics import bootstrap_coverage_label
 from lem.results.summary import SINGLE_CYCLE
@@ -60,8 +61,8 @@ def overview_table(report: Report) -> Markup:
     head = ["No.", "Configuration"]
     for name, unit in metrics:
         short = "Energy per output token" if name == "energy_per_output_tok_j" else "Output throughput"
-        head += [f"{short}, {unit}", "95 % t interval", "bootstrap interval"]
-    head += [*(label for label, _ in latencies), "Cycles", "Notes"]
+        head += [f"{short}, {unit}", "95 % intervals"]
+    head += [*(label for label, _ in latencies), "Cycles"]
     rows: list[list[Cell | str]] = []
     for entry in report.entries:
         row: list[Cell | str] = [Cell(str(entry.number), entry.number, is_number=True), Cell(_name(entry))]
@@ -71,7 +72,7 @@ def overview_table(report: Report) -> Markup:
             row += interval_cells(estimate, decimals[name], is_estimate=is_estimate)
         for _, name in latencies:
             row.append(latency_cell(entry.centre(name), entry.aggregate.metrics[name].null_reason))
-        row += [Cell(str(entry.aggregate.n_cycles), entry.aggregate.n_cycles, is_number=True), Cell(_badges(entry))]
+        row.append(Cell(str(entry.aggregate.n_cycles), entry.aggregate.n_cycles, is_number=True))
         rows.append(row)
     order = "ascending" if report.has_energy else "descending"
     caption = f"Every configuration of {report.summary.campaign_name}, sortable by each column"
@@ -85,7 +86,8 @@ def _centres(estimates: Iterable[MetricEstimate]) -> Iterable[float]:
 
 def _name(entry: Entry) -> Markup:
     swatch = tag("i", class_=f"dot g{entry.group}")
-    return join([swatch, escape(entry.name)])
+    badges = _badges(entry)
+    return join([swatch, breakable(entry.name), tag("div", badges) if badges else Markup()])
 
 
 def _badges(entry: Entry) -> Markup:
@@ -97,7 +99,7 @@ def _badges(entry: Entry) -> Markup:
         (any(record.validity.steady is False for record in entry.used), "not steady", "warn"),
         (len(aggregate.warnings), plural(len(aggregate.warnings), "warning"), "warn"),
     ]
-    return join([tag("span", text, class_=f"tag {kind}") for is_there, text, kind in found if is_there], " ")
+    return join([tag("span", text, class_=f"tag {kind}") for is_there, text, kind in found if is_there])
 
 
 def _tiles(report: Report) -> Markup:
@@ -113,7 +115,7 @@ def _tiles(report: Report) -> Markup:
         (str(damaged), "files left out", "bad" if damaged else "good"),
     )
     return tag(
-        "ul", *(tag("li", tag("b", value), " ", label, class_=kind) for value, label, kind in figures), class_="tiles"
+        "ul", *(tag("li", tag("b", value), label, class_=kind) for value, label, kind in figures), class_="tiles"
     )
 
 
@@ -128,6 +130,8 @@ def _findings(report: Report) -> Iterable[Markup]:
     shared = [entry for entry in report.entries if entry.aggregate.is_load_shared]
     if shared:
         yield _finding("bad", "no interval", f"{SHARED_LOAD} ({_members(shared, report)})")
+    for text in drift_findings(report):
+        yield _finding("warn", "drift", text)
     if report.summary.is_single_cycle:
         yield _finding("warn", "warning", SINGLE_CYCLE)
     estimated = [entry for entry in report.entries if entry.is_estimate]
@@ -143,7 +147,7 @@ def _findings(report: Report) -> Iterable[Markup]:
 
 
 def _finding(kind: str, label: str, text: str) -> Markup:
-    return tag("li", tag("span", label, class_=f"tag {kind}"), " ", text)
+    return tag("li", tag("span", label, class_=f"tag {kind}"), text)
 
 
 def _alike(entries: Sequence[Entry], attribute: str) -> Iterable[tuple[str, int, list[Entry]]]:

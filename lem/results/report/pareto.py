@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 540.0, 34.0, 372.0
 # Beyond this many, only the points of the frontier are numbered and tell their names.
 _NAMED = 24
 _SHOWN = 12
+# Where a number may stand beside its point, the best side first.
+_SIDES = ((1.0, 0.0), (-1.0, 0.0), (0.7, -0.8), (-0.7, -0.8), (0.7, 0.8), (-0.7, 0.8), (0.0, -1.0), (0.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def _figure(identifier: str, heading: str, across: _Axis, up: _Axis, report: Rep
         _SIZE,
         horizontal_axis(x_scale, _BOTTOM, _TOP, across.label),
         vertical_axis(y_scale, _LEFT, _RIGHT, up.label + estimate),
-        _better(across, up),
+        text(_RIGHT, _TOP - 10, _better(across, up), "hint", "end"),
         _drawn(points, set(front), x_scale, y_scale),
     )
     return figure(identifier, heading, drawing, _caption(points, best), _data(points, set(front), across, up))
@@ -159,19 +162,23 @@ def _drawn(points: Sequence[_Point], front: set[int], x_scale: Scale, y_scale: S
             )
         )
     named = points if len(points) <= _NAMED else best[:_NAMED]
-    parts += _numbers([(x_scale(point.x), y_scale(point.y), str(point.entry.number)) for point in named])
+    places = [(x_scale(point.x), y_scale(point.y)) for point in points]
+    parts += _numbers([(x_scale(point.x), y_scale(point.y), str(point.entry.number)) for point in named], places)
     return join(parts)
 
 
-def _numbers(places: Sequence[tuple[float, float, str]]) -> Iterable[Markup]:
-    """Numbers beside their points; one that would lie on another is moved to a free side, or left out."""
+def _numbers(points: Sequence[tuple[float, float, str]], markers: Sequence[tuple[float, float]]) -> Iterable[Markup]:
+    """Numbers beside their points, where each is nearer to its own than to others; left out where there is no room."""
     taken: list[tuple[float, float]] = []
-    for x, y, number in places:
-        for dx, dy in ((9, -8), (9, 16), (-9, -8), (-9, 16)):
-            place = (x + dx, y + dy)
-            if all(abs(place[0] - other[0]) > 14 or abs(place[1] - other[1]) > 12 for other in taken):
-                taken.append(place)
-                yield text(*place, number, "key", "end" if dx < 0 else None)
+    for x, y, number in points:
+        half = 3.6 * len(number)
+        for dx, dy in _SIDES:
+            centre = (x + dx * (9 + half), y + dy * 13)
+            reach = math.dist(centre, (x, y))
+            is_clear = all(math.dist(centre, other) > reach + 2 for other in markers if other != (x, y))
+            if is_clear and all(abs(centre[0] - a) > 2 * half + 3 or abs(centre[1] - b) > 13 for a, b in taken):
+                taken.append(centre)
+                yield text(centre[0], centre[1] + 4, number, "key", "middle")
                 break
 
 
@@ -187,13 +194,11 @@ def _cross(point: _Point, x_scale: Scale, y_scale: Scale) -> str:
     return "".join(parts)
 
 
-def _better(across: _Axis, up: _Axis) -> Markup:
-    """An arrow into the corner that everybody wants."""
+def _better(across: _Axis, up: _Axis) -> str:
+    """The corner that everybody wants."""
     is_left, is_low = across.is_less_better, up.is_less_better
-    x, y = (_LEFT + 10 if is_left else _RIGHT - 10), (_BOTTOM - 10 if is_low else _TOP + 16)
     arrow = {(True, True): "↙", (False, True): "↘", (True, False): "↖", (False, False): "↗"}[is_left, is_low]
-    content = f"{arrow} better" if is_left else f"better {arrow}"
-    return text(x, y, content, "hint", None if is_left else "end")
+    return f"better: {arrow} {'lower' if is_low else 'upper'} {'left' if is_left else 'right'}"
 
 
 def _caption(points: Sequence[_Point], best: Sequence[_Point]) -> list[str]:

@@ -15,7 +15,7 @@ from lem.results.report.trace import POWER, TEMPERATURE, Band, Series, Trace
 
 __all__ = ["traces_section"]
 
-_WIDTH, _LEFT, _RIGHT, _TOP = 760.0, 58.0, 744.0, 56.0
+_WIDTH, _LEFT, _RIGHT, _TOP = 640.0, 58.0, 626.0, 56.0
 _POWER_HEIGHT, _TEMPERATURE_HEIGHT, _BETWEEN = 170.0, 90.0, 40.0
 _FIRST = 4
 _NAMES = {
@@ -171,7 +171,14 @@ def _spells(trace: Trace, time: Scale, bottom: float) -> Iterable[Markup]:
     for spell in trace.spells:
         left, right = time(spell.begin_s), time(spell.end_s)
         kind = "fault" if spell.is_fault else "cap"
-        bar = tag("rect", x=left, y=_TOP - 2, width=max(right - left, 1.5), height=5.0, class_=f"spell {kind}")
+        bar = tag(
+            "rect",
+            x=left,
+            y=_TOP - 2 if spell.is_fault else _TOP + 5,
+            width=max(right - left, 1.5),
+            height=5.0,
+            class_=f"spell {kind}",
+        )
         yield tag("g", tag("title", f"{spell.reason}, {units.format_duration(spell.end_s - spell.begin_s)}"), bar)
         if spell.is_fault:
             yield tag("path", d=f"M{number_text(left)} {number_text(_TOP)}V{number_text(bottom)}", class_="fault-line")
@@ -182,7 +189,7 @@ def _caption(record: Record, trace: Trace, bands: Sequence[Band]) -> list[str]:
     reasons: dict[str, float] = {}
     for spell in trace.spells:
         reasons[spell.reason] = reasons.get(spell.reason, 0.0) + spell.end_s - spell.begin_s
-    lines += [f"{reason}: {units.format_duration(length)}." for reason, length in sorted(reasons.items())]
+    lines += [f"{reason.capitalize()}: {units.format_duration(length)}." for reason, length in sorted(reasons.items())]
     if record.window.gap_s and bands:
         why = f": {record.window.gap_end_reason}" if record.window.gap_end_reason else ""
         lines.append(f"The gap before it ended after {units.format_duration(record.window.gap_s)}{why}.")
