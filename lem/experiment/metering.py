@@ -208,6 +208,9 @@ class Metering:
     def rest_bare(self) -> None:
         """Measure power without an engine, unless it is known."""
         if self._has_rest and self.baselines.bare_power_w is None:
+            self._rest(
+                self._guard_s, "idle without an engine"
+            )  # a meter is first read a moment after the sampler's start
             with self.during(marks.IDLE_BARE):
                 self._rest(self.config.baseline.duration_sec, "idle without an engine")
 
@@ -230,6 +233,7 @@ class Metering:
         if self._has_rest:
             with self.during(marks.IDLE_POST):
                 self._rest(self.config.baseline.duration_sec, "idle after the window")
+            self._rest(self._guard_s, "idle after the window")  # the reading that closes it comes after its end
 
     @property
     def _has_rest(self) -> bool:

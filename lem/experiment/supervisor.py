@@ -33,6 +33,7 @@ from lem.experiment.channel import (
 from lem.experiment.engine_child import EndStep, EngineChild, read_available
 from lem.experiment.engine_log import EngineLog, redact
 from lem.experiment.probe import probe_environment
+from lem.experiment.worker_sampler import WorkerSampler
 from lem.process import describe_exit
 
 __all__ = ["HEARTBEAT_S", "Supervisor", "supervise"]
@@ -79,6 +80,7 @@ class Supervisor:
         self._engine: EngineChild | None = None
         self._engine_lines = LineBuffer()
         self._log: EngineLog | None = None
+        self._sampler = WorkerSampler()
         self._request: RunRequest | None = None  # what the host waits for
         self._is_handed_on = False  # the engine process has it
         self._phase: str | None = None
@@ -100,6 +102,12 @@ class Supervisor:
             environment=probe_environment(),
         )
         self._heartbeat_at = time.monotonic() + HEARTBEAT_S
+        try:
+            return self._serve()
+        finally:
+            self._sampler.kill()
+
+    def _serve(self) -> int:
         while self._exit_code is None or self._engine is not None:
             for key, _ in self._selector.select(self._wait_s()):
                 if self._selector.get_map().get(key.fd) is key:  # not given up on account of another one
@@ -119,6 +127,7 @@ class Supervisor:
         if now >= self._heartbeat_at:
             self._heartbeat_at = now + HEARTBEAT_S
             self._tell("heartbeat", is_droppable=True)
+        self._sampler.reap()
         if self._engine is not None:
             self._engine.tick(now)
             self._look_after(self._engine)
@@ -227,6 +236,7 @@ class Supervisor:
             return  # `_engine_ended` comes back here
         try:
             self._open_log(request)
+            self._sampler.begin(request)
             engine = self._engine or self._new_engine()
         except (OSError, UserError) as error:
             kind = "full" if isinstance(error, OSError) and error.errno in _DISK_FULL else "engine"
@@ -293,10 +303,12 @@ class Supervisor:
         kind = message.pop("type")
         if kind == "phase":
             self._phase = message["phase"]
+            self._sampler.follow(request, message["phase"])
         if kind not in ("result", "error"):
             self._tell(kind, is_droppable=kind == "progress", **message)
             return
         self._drain_output(engine)  # the log is whole before the host hears of it
+        self._sampler.end()
         if kind == "error":
             message["log_tail"] = self._log.tail if self._log else ""
         self._request = None
@@ -309,6 +321,7 @@ class Supervisor:
     def _answer_error(self, *, kind: str, message: str, hint: str = "", engine_lost: bool) -> None:
         """Answer the experiment that the host waits for, if there is one, with an error."""
         request, self._request = self._request, None
+        self._sampler.end()
         if request is not None:
             message = redact(message, request.secrets.values())
             self._tell_error(request.exp_id, kind=kind, message=message, hint=hint, engine_lost=engine_lost)

@@ -214,7 +214,14 @@ class DockerExecutor:
         if self.gpu_uuids and services.has_gpu(service):
             named = ("0",) if config.get("gpus") is None else config["gpus"]
             config["gpus"] = [self.gpu_uuids.get(str(name), str(name)) for name in named]
-        return dataclasses.replace(request, config=config, image=services.images.get(service))
+        return dataclasses.replace(
+            request,
+            config=config,
+            image=services.images.get(service),
+            # A container without a GPU has nothing to sample that this host has not.
+            is_sampler_due=request.is_sampler_due and services.has_gpu(service),
+            samples_path=None if request.is_sampler_due and not services.has_gpu(service) else request.samples_path,
+        )
 
     def settle(self, service: str, request: RunRequest, outcome: Outcome) -> Outcome:
         """The outcome, its result marked as not valid when the container lost its GPU meanwhile.

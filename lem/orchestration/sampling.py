@@ -18,7 +18,7 @@ from pathlib import Path
 from lem.config.experiment_config import ExperimentConfig
 from lem.experiment.channel import RunRequest
 from lem.experiment.launch import own_command
-from lem.experiment.sampler_process import SamplerProcess
+from lem.experiment.sampler_process import SamplerProcess, interval_ms
 from lem.meters.gpus import find_gpus, named_gpus, open_nvml, visible_gpus
 from lem.meters.rapl import find_rapl
 from lem.meters.samples import PART_FILENAME, SampleLog, SampleLogError, read_part
@@ -30,9 +30,6 @@ from lem.record import Record
 __all__ = ["Attendance", "HostMeters", "has_recovered"]
 
 _logger = logging.getLogger(__name__)
-
-# In these phases power at rest is measured.
-RESTING_PHASES = frozenset({"prepare", "load", "idle", "cooldown"})
 
 # measurement.md, step 7: within these of the reference, here for as long as the sensors take to tell.
 RECOVERED_TEMP_C = 3.0
@@ -55,19 +52,12 @@ class Attendance:
     """
 
     request: RunRequest
-    config: ExperimentConfig
     sampler: SamplerProcess | None = None
 
     def follow(self, event: WorkerEvent) -> None:
         """Sample as the phase wants it."""
         if self.sampler is not None and event.kind == "phase" and event.phase is not None:
-            self.sampler.set_interval(interval_ms(self.config, event.phase))
-
-
-def interval_ms(config: ExperimentConfig, phase: str) -> int:
-    """From one look at a GPU to the next, in a phase of an experiment."""
-    section = config.baseline if phase in RESTING_PHASES else config.timeseries
-    return section.sample_interval_ms
+            self.sampler.set_interval(interval_ms(self.request.config, event.phase))
 
 
 @dataclass
@@ -115,18 +105,16 @@ class HostMeters:
         is_wanted = config.measurement.energy != "none" or config.timeseries.enabled
         if is_wanted and self._has_something_to_read(config, gpus):
             request = dataclasses.replace(request, samples_path=str(path), sampled_gpus=gpus)
-            with self._sampling(path, gpus, interval_ms(config, "prepare"), config.measurement.cpu_tdp_w) as sampler:
-                yield Attendance(request, config, sampler)
+            with self._sampling(
+                path, gpus, interval_ms(request.config, "prepare"), config.measurement.cpu_tdp_w
+            ) as sampler:
+                yield Attendance(request, sampler)
             return
         is_due = is_wanted and request.executor == "docker" and not gpus and config.gpus != ()
+        errors = self._errors() if is_wanted else {"gpu": _NOT_WANTED, "rapl": _NOT_WANTED}
+        path_seen = str(path) if is_due else None
         yield Attendance(
-            dataclasses.replace(
-                request,
-                samples_path=str(path) if is_due else None,
-                is_sampler_due=is_due,
-                meter_errors=self._errors() if is_wanted else {"gpu": _NOT_WANTED, "rapl": _NOT_WANTED},
-            ),
-            config,
+            dataclasses.replace(request, samples_path=path_seen, is_sampler_due=is_due, meter_errors=errors)
         )
         path.unlink(missing_ok=True)
 

@@ -3,6 +3,9 @@
 It keeps to `lem.backends.protocol` in everything, and does what LEMTEST_ENGINE_SCRIPT says beside that: JSON with
 
     token_s           seconds a token takes (0)
+    gpus              UUIDs of the GPUs it says it runs on ([]: the CPU)
+    load_log          a file to which it writes `<monotonic ns> <1 or 0>` when it begins and ends to work, for the
+                      NVML double
     failing_requests  indices of requests that fail by themselves ([])
     rules             what to do where, in order ([]); each an object with
         at     `load`, `configure`, `generate`, `serve` or `unload`
@@ -65,6 +68,8 @@ class TrivialEngine:
 
     def __init__(self, script: Mapping[str, Any]) -> None:
         self._token_s = float(script.get("token_s", 0.0))
+        self._gpus = tuple(script.get("gpus", ()))
+        self._load_log: str | None = script.get("load_log")
         self._failing = frozenset(script.get("failing_requests", ()))
         self._rules: Sequence[Mapping[str, Any]] = script.get("rules", ())
         self._config: ExperimentConfig | None = None
@@ -72,13 +77,13 @@ class TrivialEngine:
     def load(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> EngineReport:
         self._obey_rules("load", config, secrets)
         self._config = config
-        return _report(config)
+        return _report(config, self._gpus)
 
     def configure(self, config: ExperimentConfig) -> EngineReport:
         self._loaded()
         self._obey_rules("configure", config)
         self._config = config
-        return _report(config)
+        return _report(config, self._gpus)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -131,13 +136,23 @@ class TrivialEngine:
 
     def _run(self, batch: Sequence[TokenRequest]) -> list[Completion]:
         """One token after the other for the whole batch; each request is done with its own last token."""
-        started_ns = time.monotonic_ns()
+        started_ns = self._say_busy(1)
         times: list[int] = []
         for _ in range(max(request.max_output_tokens for request in batch)):
             _pause(self._token_s)
             times.append(time.monotonic_ns())
+        self._say_busy(0)
         longest = max(len(request.token_ids) for request in batch)
         return [self._complete(request, started_ns, times, longest - len(request.token_ids)) for request in batch]
+
+    def _say_busy(self, state: int) -> int:
+        """The time of a change, which is also written down where that is wanted."""
+        now_ns = time.monotonic_ns()
+        if self._load_log is not None:
+            descriptor = os.open(self._load_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            os.write(descriptor, f"{now_ns} {state}\n".encode())
+            os.close(descriptor)
+        return now_ns
 
     def _complete(self, request: TokenRequest, started_ns: int, times: Sequence[int], padding: int) -> Completion:
         if request.index in self._failing:
@@ -167,12 +182,13 @@ def _without_token_times(completion: Completion, observe_tokens: bool) -> Comple
     )
 
 
-def _report(config: ExperimentConfig) -> EngineReport:
+def _report(config: ExperimentConfig, gpus: tuple[str, ...]) -> EngineReport:
     return EngineReport(
         engine_name="trivial",
         engine_version="1",
         versions={"python": platform.python_version()},
-        device="cpu",
+        device="cuda" if gpus else "cpu",
+        gpu_uuids=gpus,
         effective={config.backend: {"batch_size": getattr(config.section, "batch_size", None)}},
         model_parameters=1_000,
         embedding_parameters=100,

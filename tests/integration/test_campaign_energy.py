@@ -1,0 +1,145 @@
+"""Energy through a whole campaign: the real sampler on NVML's double, an engine that tells it when it is busy."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lem.meters import marks
+from lem.meters.samples import FINISHED_FILENAME, PART_FILENAME, read_finished
+from lem.record import Record
+from tests.campaign_rig import CampaignRig, Ended
+from tests.doubles.nvml.library import NvmlDouble
+from tests.doubles.nvml.traces import Counter, GpuTrace, Load, Thermal, Trace
+
+
+pytestmark = pytest.mark.needs("gcc")
+
+UUID = "GPU-11111111-2222-3333-4444-555555555555"
+IDLE_W, BUSY_W = 80.0, 350.0
+
+
+@dataclass
+class MeteredRig:
+    """A campaign beside one GPU of the double."""
+
+    rig: CampaignRig
+    gpu: GpuTrace
+
+    @property
+    def trace(self) -> Trace:
+        return Trace(1, (self.gpu,))
+
+    @property
+    def load_log(self) -> Path:
+        return self.rig.folder / "load"
+
+    def run(self, *options: str, **experiment: Any) -> Ended:
+        self.load_log.touch()
+        double = NvmlDouble(self.rig.folder / "nvml")
+        double.say(*self.trace.lines())
+        script = {"gpus": [UUID], "load_log": str(self.load_log), "token_s": 0.01}
+        self.rig.write(campaign(**experiment))
+        variables = double.variables()
+        return self.rig.run(*options, **variables, LEMTEST_ENGINE_SCRIPT=json.dumps(script))
+
+    def true_j(self, record_path: Path, name: str = marks.WINDOW) -> float:
+        _, found = read_finished(record_path.with_name(FINISHED_FILENAME))
+        spans = [(mark.opened_ns, mark.closed_ns) for mark in found if mark.name == name]
+        assert len(spans) == 1, found
+        return self.trace.after_load({0: self.load_log.read_text()}).energy_j(*spans[0])
+
+    def results(self) -> list[tuple[Path, Record]]:
+        paths = sorted((self.rig.folder / "results").rglob("result.json"))
+        by_path = {path: record for path, record in zip(paths, self.rig.records(), strict=True)}
+        return sorted(by_path.items(), key=lambda item: item[1].identity.order_index)
+
+
+def campaign(*, cycles: int = 2, gap_s: float = 0.0, **experiment: Any) -> str:
+    shared = {
+        "gpus": [["0"]],
+        "measurement": [{"min_window_sec": 1.0}],
+        "prompts": [{"type": "synthetic", "input_tokens": 3, "sample_size": 4}],
+        "max_output_tokens": [8],
+        "warmup": [{"timeout_seconds": 1.0}],
+        "baseline": [{"duration_sec": 1.0}],
+        **{name: [value] for name, value in experiment.items()},
+    }
+    return (
+        "campaign_name: demo\nmodel: none\ngrid:\n  backends: [pytorch]\n"
+        f"  shared: {json.dumps(shared)}\n"
+        f"execution: {json.dumps({'cycles': cycles, 'config_gap_seconds': gap_s, 'cycle_gap_seconds': gap_s})}\n"
+    )
+
+
+@pytest.fixture
+def metered(tmp_path: Path) -> Iterator[MeteredRig]:
+    load = Load(str(tmp_path / "load"), IDLE_W, BUSY_W)
+    gpu = GpuTrace(uuid=UUID, load=load, counter=Counter(period_s=0.02), thermal=Thermal(tau_s=1.0))
+    with CampaignRig(tmp_path).cleaned() as rig:
+        yield MeteredRig(rig, gpu)
+
+
+def test_a_campaign_measures_the_energy_that_was_drawn(metered: MeteredRig) -> None:
+    ended = metered.run("--yes")
+    assert ended.code == 0, ended.err
+    metered.rig.assert_no_process_left()
+    results = metered.results()
+    assert len(results) == 2
+    for path, record in results:
+        assert record.validity.valid, record.validity.invalid_reasons
+        assert record.energy.energy_source == "nvml_counter"
+        assert record.energy.gpu_energy_j == pytest.approx(metered.true_j(path), rel=0.02)
+        assert record.idle.idle_loaded_power_w == pytest.approx(IDLE_W, rel=0.02)
+        assert record.gpus[0].uuid == UUID
+        assert not path.with_name(PART_FILENAME).exists()
+    first, second = (record for _, record in results)
+    assert first.idle.baseline_age_s == 0
+    assert second.idle.baseline_age_s is not None
+    assert second.idle.baseline_age_s > 0
+    assert second.idle.idle_loaded_power_w == first.idle.idle_loaded_power_w
+    assert "J" in ended.out
+
+
+def test_every_figure_is_worked_out_again_from_the_samples(metered: MeteredRig) -> None:
+    assert metered.run("--yes", cycles=1, baseline={"enabled": False}).code == 0
+    command = [sys.executable, "-m", "lem", "results", "recompute", "demo"]
+    environ = {**metered.rig.environ(), "COLUMNS": "80"}
+    again = subprocess.run(
+        command, cwd=metered.rig.folder, env=environ, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+
+
+def test_a_gap_ends_when_the_device_is_back_at_its_reference(metered: MeteredRig) -> None:
+    ended = metered.run("--yes", gap_s=600.0)
+    assert ended.code == 0, ended.err
+    _, second = (record for _, record in metered.results())
+    assert second.window.gap_end_reason == "device back at its reference temperature and power"
+    assert second.window.gap_s is not None
+    assert second.window.gap_s < 600
+
+
+def test_energy_that_is_demanded_and_cannot_be_read_is_refused(metered: MeteredRig) -> None:
+    metered.gpu = GpuTrace(uuid=UUID, load=metered.gpu.load, more=("fail nvmlDeviceGetTotalEnergyConsumption 4",))
+    ended = metered.run("--yes", measurement={"min_window_sec": 1.0, "energy": "nvml"}, cycles=1)
+    assert ended.code == 1
+    assert "energy counter cannot be read" in ended.err
+    metered.rig.assert_no_process_left()
+
+
+def test_no_sampler_starts_where_nothing_can_be_measured(tmp_path: Path) -> None:
+    with CampaignRig(tmp_path).cleaned() as rig:
+        ended = rig.run("-v", "--yes")
+        assert ended.code == 0, ended.err
+        assert "--sampler" not in ended.err or os.access("/sys/class/powercap/intel-rapl:0/energy_uj", os.R_OK)
+        records = rig.records()
+        assert all(record.energy.gpu_energy_j is None for record in records)
