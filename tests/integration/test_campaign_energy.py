@@ -15,11 +15,10 @@ import pytest
 
 from lem.meters import marks
 from lem.meters.samples import FINISHED_FILENAME, PART_FILENAME, read_finished
-from lem.record import Record
-from tests.campaign_rig import CampaignRig, Ended
+from lem.record import Record, read_record
+from tests.campaign_rig import CampaignRig, Ended, Running
 from tests.doubles.nvml.library import NvmlDouble
 from tests.doubles.nvml.traces import Counter, GpuTrace, Load, Thermal, Trace
-
 
 pytestmark = pytest.mark.needs("gcc")
 
@@ -48,8 +47,9 @@ class MeteredRig:
         double.say(*self.trace.lines())
         script = {"gpus": [UUID], "load_log": str(self.load_log), "token_s": 0.01}
         self.rig.write(campaign(**experiment))
-        variables = double.variables()
-        return self.rig.run(*options, **variables, LEMTEST_ENGINE_SCRIPT=json.dumps(script))
+        command = self.rig.command(*options)
+        environ = {**self.rig.environ(), **double.variables(), "LEMTEST_ENGINE_SCRIPT": json.dumps(script)}
+        return Running(command, self.rig.folder, environ).wait()
 
     def true_j(self, record_path: Path, name: str = marks.WINDOW) -> float:
         _, found = read_finished(record_path.with_name(FINISHED_FILENAME))
@@ -59,8 +59,7 @@ class MeteredRig:
 
     def results(self) -> list[tuple[Path, Record]]:
         paths = sorted((self.rig.folder / "results").rglob("result.json"))
-        by_path = {path: record for path, record in zip(paths, self.rig.records(), strict=True)}
-        return sorted(by_path.items(), key=lambda item: item[1].identity.order_index)
+        return sorted(((path, read_record(path)) for path in paths), key=lambda item: item[1].identity.order_index)
 
 
 def campaign(*, cycles: int = 2, gap_s: float = 0.0, **experiment: Any) -> str:
