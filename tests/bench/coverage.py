@@ -162,7 +162,7 @@ def gate_verdicts(
 
 def false_differences_between_days(cycles: int, n_campaigns: int = N_CAMPAIGNS) -> tuple[Coverage, Coverage]:
     """How often two runs of the same, 1 % between their days, are found to differ: naively, and over an anchor."""
-    quiet = dataclasses.replace(NOISY, day_sd=0.01, cycle_sd=0, load_sd=0.005, drift=0, invalid_probability=0)
+    quiet = dataclasses.replace(NOISY, day_sd=0.01, cycle_sd=0, load_sd=0, drift=0, invalid_probability=0)
     before = simulated(n_campaigns, (1.0, 1.0), campaign=quiet, cycles=cycles, run_id="20260714T100000Z-0001")
     after = simulated(n_campaigns, (1.0, 1.0), campaign=quiet, cycles=cycles, run_id="20260715T100000Z-0002")
     naive, anchored = [], []
@@ -191,7 +191,7 @@ def figures(n_campaigns: int = N_CAMPAIGNS) -> Iterable[Figure]:
     yield _expected("a true 1 % found, 2 % between cycles, 5 cycles", found_effects(1.01, 5, n_campaigns), 0.66)
     yield from _gate_figures(n_campaigns)
     naive, anchored = false_differences_between_days(5, n_campaigns)
-    yield Figure("two days, no difference: a naive test finds one", naive.share, None)
+    yield _expected("two days, no difference: a naive test finds one", naive, 0.58)
     yield _expected("two days, no difference: over an anchor", anchored, 0.05)
 
 
