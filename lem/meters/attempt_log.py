@@ -143,10 +143,19 @@ class AttemptLog:
         Raises:
             NotMeasured: as `Curve`.
         """
+        closed = self._closed(curve, window, guards, share)
+        return curve.between_j(window) if closed is None else curve.closed_j(closed)
+
+    def closing_doubt_j(self, curve: Curve) -> float:
+        """By how much the energy of the window may be off for how it ended; 0 for one that ended under load."""
+        closed = self._closed(curve, self.window, (names.GUARD_BEFORE, names.GUARD_AFTER), None)
+        return 0.0 if closed is None else curve.closing_doubt_j(closed)
+
+    def _closed(self, curve: Curve, window: Span, guards: tuple[str, str], share: float | None) -> ClosedWindow | None:
         before, after = (self.span(name) for name in guards)
         if self.is_steady_mode or before is None or after is None:
-            return curve.between_j(window)
-        return curve.closed_j(ClosedWindow(window, before, after, self._rest_power_w(curve, share)))
+            return None
+        return ClosedWindow(window, before, after, self._rest_power_w(curve, share))
 
     def _rest_power_w(self, curve: Curve, share: float | None) -> float | None:
         rest = self.span(names.IDLE_LOADED)

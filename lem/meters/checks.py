@@ -44,6 +44,10 @@ INVALID_BITS = {
 # A comparison over less than this says nothing.
 _LEAST_CHECKED_S = 1.0
 
+# More than this share of a window's time between two readings, or of its energy in doubt, is worth a warning.
+_EDGE_GAP = 0.2
+_EDGE_DOUBT = 0.03
+
 # With fewer updates than this in each half, one update more or less looks like a change of power.
 _UPDATES_A_HALF = 10
 
@@ -177,14 +181,15 @@ def meter_warnings(attempt: AttemptLog, gap_s: float | None, curves: tuple[Curve
             "integrated power and the cross-check are void"
         )
     for curve in curves:
-        for at_ns in (window.opened_ns, window.closed_ns):
-            spacing_s = curve.spacing_s(at_ns)
-            if spacing_s > 0.2 * window.seconds:
-                yield (
-                    f"{curve.what} was read {spacing_s:.2f} s apart around an edge of a window of "
-                    f"{window.seconds:.2f} s: its energy is uncertain"
-                )
-                break
+        spacing_s = max(curve.spacing_s(window.opened_ns), curve.spacing_s(window.closed_ns))
+        doubt_j = attempt.closing_doubt_j(curve)
+        if spacing_s > _EDGE_GAP * window.seconds:
+            yield (
+                f"{curve.what} was read {spacing_s:.2f} s apart around an edge of a window of {window.seconds:.2f} s: "
+                "its energy is uncertain"
+            )
+        elif doubt_j > _EDGE_DOUBT * curve.between_j(window):
+            yield f"{curve.what}: how the window ended leaves {doubt_j:.3g} J in doubt; a longer window would tell"
 
 
 def _longest_gap_s(times: list[int], window: Span) -> float:

@@ -90,6 +90,16 @@ class Hole:
 
 
 @dataclass(frozen=True)
+class _View:
+    """The energy at a window's closing as seen from one side: from which knot, and with what power up to there."""
+
+    knot_ns: float
+    energy_j: float
+    power_w: float
+    variance: float = 0.0
+
+
+@dataclass(frozen=True)
 class Curve:
     """Energy since some moment, at knots.
 
@@ -139,6 +149,11 @@ class Curve:
         self._check_whole(Span(int(opening_ns), int(closing_ns)))
         return closing_j - opening_j
 
+    def closing_doubt_j(self, closed: ClosedWindow) -> float:
+        """How far the two views on the window's closing lie apart; 0 with one alone."""
+        inside, outside = self._seen_from_inside(closed), self._seen_from_outside(closed)
+        return abs(outside.energy_j - inside.energy_j) if inside and outside else 0.0
+
     def mean_power_w(self, span: Span) -> float:
         """The mean power over the span, as `between_j`."""
         return self.between_j(span) / span.seconds
@@ -175,29 +190,41 @@ class Curve:
 
     def _closing(self, closed: ClosedWindow) -> tuple[float, float]:
         """A knot's time, and the energy at the window's closing."""
+        inside, outside = self._seen_from_inside(closed), self._seen_from_outside(closed)
+        if inside is None or outside is None:
+            view = inside or outside or self._interpolated(closed.window.closed_ns)
+            return view.knot_ns, view.energy_j
+        outside_variance = (_RELAXES_S * (inside.power_w - outside.power_w)) ** 2
+        total = inside.variance + outside_variance
+        share = outside_variance / total if total > 0 else 0.0
+        energy_j = min(outside.energy_j, share * inside.energy_j + (1 - share) * outside.energy_j)
+        return outside.knot_ns, energy_j
+
+    def _interpolated(self, at_ns: int) -> _View:
+        place = self._place(at_ns)
+        return _View(self.at_ns[place], self._interpolate(place, at_ns), self._power_w(place - 1, place))
+
+    def _seen_from_inside(self, closed: ClosedWindow) -> _View | None:
+        """The energy at the closing by the last two knots of the window; None without them, or where they lag."""
+        within = self._inside(closed.window)
+        if self.lag_s or len(within) < 2:
+            return None
+        last = within[-1]
+        power_w, left_s = self._power_w(last - 1, last), (closed.window.closed_ns - self.at_ns[last]) / NS_PER_S
+        placed_s = (self.latest_ns[last] - self.earliest_ns[last]) / NS_PER_S / math.sqrt(12)  # sd of a uniform one
+        variance = (power_w * placed_s) ** 2 + (_LOAD_CHANGES * power_w * left_s) ** 2
+        return _View(self.at_ns[last], self.energy_j[last] + power_w * left_s, power_w, variance)
+
+    def _seen_from_outside(self, closed: ClosedWindow) -> _View | None:
+        """The energy at the closing by the first knot of the guard; None without it, or without a power at rest."""
         closed_ns = closed.window.closed_ns
-        within = self._inside(closed.window) if not self.lag_s else ()
         behind = self._inside(Span(closed_ns + round(self.lag_s * NS_PER_S), closed.after.closed_ns))
         own_w = self.guard_power_w(closed.after)
-        rest_w = closed.idle_power_w if own_w is None else own_w
-        if len(within) < 2:
-            if not behind or rest_w is None:
-                place = self._place(closed_ns)
-                return self.at_ns[place], self._interpolate(place, closed_ns)
-            knot = behind[0]
-            return self.at_ns[knot], self.energy_j[knot] - rest_w * (self.at_ns[knot] - closed_ns) / NS_PER_S
-        last = within[-1]
-        load_w, left_s = self._power_w(last - 1, last), (closed_ns - self.at_ns[last]) / NS_PER_S
-        inner_j = self.energy_j[last] + load_w * left_s
-        if not behind or rest_w is None:
-            return self.at_ns[last], inner_j
-        first = behind[0]
-        outer_j = self.energy_j[first] - rest_w * (self.at_ns[first] - closed_ns) / NS_PER_S
-        placed_s = (self.latest_ns[last] - self.earliest_ns[last]) / NS_PER_S / math.sqrt(12)  # sd of a uniform one
-        inner_variance = (load_w * placed_s) ** 2 + (_LOAD_CHANGES * load_w * left_s) ** 2
-        outer_variance = (_RELAXES_S * (load_w - rest_w)) ** 2
-        share = outer_variance / (inner_variance + outer_variance) if outer_variance > 0 else 0.0
-        return self.at_ns[first], min(outer_j, share * inner_j + (1 - share) * outer_j)
+        power_w = closed.idle_power_w if own_w is None else own_w
+        if not behind or power_w is None:
+            return None
+        since_s = (self.at_ns[behind[0]] - closed_ns) / NS_PER_S
+        return _View(self.at_ns[behind[0]], self.energy_j[behind[0]] - power_w * since_s, power_w)
 
     def _power_w(self, first: int, last: int) -> float:
         """The mean power between two knots."""

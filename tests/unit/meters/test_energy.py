@@ -320,6 +320,16 @@ def test_a_sampler_that_slept_over_an_edge_is_a_warning() -> None:
     assert any("around an edge" in warning for warning in found.warnings)
 
 
+def test_an_end_that_looks_otherwise_from_inside_than_from_outside_is_a_warning() -> None:
+    levels = sorted((*LEVELS, Level(24.35, IDLE_W)), key=lambda level: level.at_s)
+    attempt = gpu_attempt(levels=levels, counter=Counter(period_s=1.0, phase_s=0.3))
+    guards = (Mark(names.GUARD_BEFORE, at(14), at(15)), Mark(names.GUARD_AFTER, at(25), at(27)))
+    marks = attempt.without(names.GUARD_BEFORE, names.GUARD_AFTER).marks + guards
+    found = dataclasses.replace(attempt, marks=marks).measured()
+    assert any("in doubt" in warning for warning in found.warnings)
+    assert found.primary_j == pytest.approx(WINDOW_J - 0.65 * (LOAD_W - IDLE_W), rel=0.01)
+
+
 def test_a_meter_that_failed_in_the_window_is_a_warning() -> None:
     errors = (MeterError(at(1), "gpu0.power", "early"), MeterError(at(20), "gpu0.power", "Unknown Error"))
     assert gpu_attempt().with_log(errors=errors).measured().warnings == (

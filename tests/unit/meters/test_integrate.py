@@ -133,6 +133,20 @@ def test_what_the_device_took_to_relax_is_not_counted_to_the_window() -> None:
         assert curve.closed_j(closed_window(0.25, 60.0)) < 3000 + 9.6 - 2
 
 
+def test_work_that_ends_unevenly_is_bounded_by_what_the_guard_shows() -> None:
+    def uneven_j(at_s: float) -> float:
+        return stepped_j(at_s) - 240 * min(max(at_s - 19.6, 0), 0.4)  # it fell to rest 0.4 s before it was over
+
+    curve = counter_curve(counted(uneven_j, every(0.5, 25, 0.05)), 0, "c")
+    assert curve.closed_j(closed_window(1.05, 60.0)) == pytest.approx(3000 - 96, rel=0.005)
+    assert curve.closing_doubt_j(closed_window(1.05, 60.0)) == pytest.approx(96, rel=0.15)
+
+
+def test_a_window_whose_readings_end_with_it_is_seen_from_inside() -> None:
+    curve = counter_curve(counted(stepped_j, every(0.1, 19.99, 0.03)), 0, "c")
+    assert curve.closed_j(closed_window(0.3, 60.0)) == pytest.approx(3000, rel=0.002)
+
+
 def test_a_warmup_that_relaxes_in_the_guard_is_not_taken_for_rest() -> None:
     def after_warmup_j(at_s: float) -> float:
         return stepped_j(at_s) + 30 * min(1.0, max(0.0, (at_s - 9.8) / 0.05))
