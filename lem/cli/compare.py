@@ -201,7 +201,7 @@ def _gather(where: SelectedRun, metrics: Sequence[Metric], err: TextIO) -> RunRe
         raise UserError(
             f"run {where.run_id} of {where.campaign} has no whole result", "lem results list shows what is there"
         )
-    stopping = read_stopping_rule(where.results_dir / where.campaign / where.run_id)
+    stopping = read_stopping_rule(where.folder)
     return gather((item.record for item in scan.results), count_failed(scan), metrics=metrics, stopping=stopping)
 
 

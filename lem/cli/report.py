@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from lem import durable
+from lem.cli.selection import problem_documents, resolve_run, write_json
 from lem.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
@@ -44,12 +44,12 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """The exit code; 0 also where results are damaged, which the page and stderr tell."""
     from lem.results.report.page import render_report
-    from lem.results.repository import Repository
 
     if args.json and args.output == "-":
         raise UserError("--json and --output - both want stdout", "name a file for the page")
-    campaign, run_id = _resolve(args.results_dir, args.campaign)
-    scan = Repository(args.results_dir, campaign).scan(run_id)
+    chosen = resolve_run(args.results_dir, args.campaign)
+    campaign, run_id = chosen.campaign, chosen.run_id
+    scan = chosen.scan()
     report = _compose(scan, campaign, run_id)
     text = render_report(report)
     _tell(err, scan)
@@ -64,9 +64,9 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
             "bytes": len(text.encode("utf-8")),
             "campaign": campaign,
             "run_id": run_id,
-            "problems": [{"path": str(p.path), "kind": p.kind, "message": p.message} for p in scan.problems],
+            "problems": problem_documents(scan.problems),
         }
-        out.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        write_json(out, document)
     else:
         out.write(f"{path}\n")
     return int(ExitCode.OK)
@@ -111,30 +111,6 @@ def _traces(results: Sequence[StoredResult]) -> tuple[list[tuple[Record, Trace]]
             message = str(error).removeprefix(f"{path}: ")
             notes.append(TraceNote("/".join(path.parts[-4:]), message))
     return traces, notes
-
-
-def _resolve(results_dir: Path, wanted: str) -> tuple[str, str]:
-    """The campaign and the run that are meant.
-
-    Raises:
-        UserError: nothing has that name, or several have.
-    """
-    from lem.results.repository import Repository, list_campaigns
-
-    runs = [
-        (name, run_id) for name in list_campaigns(results_dir) for run_id in Repository(results_dir, name).run_ids()
-    ]
-    of_campaign = [item for item in runs if item[0] == wanted]
-    if of_campaign:
-        return of_campaign[-1]
-    found = [item for item in runs if item[1] == wanted]
-    found = found or [item for item in runs if wanted and item[1].startswith(wanted)]
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise UserError(f"no campaign or run {wanted!r} in {results_dir}", "lem results list shows what is there")
-    names = ", ".join(run_id for _, run_id in found[:5])
-    raise UserError(f"{wanted!r} can mean {names}{' and more' if len(found) > 5 else ''}", "name one of them in full")
 
 
 def _write(path: Path, text: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -14,7 +14,17 @@ from lem.errors import UserError
 if TYPE_CHECKING:
     from lem.results.repository import Problem, Scan
 
-__all__ = ["SelectedRun", "find_run", "list_runs", "resolve_run", "tell_problems", "terminal_width", "write_json"]
+__all__ = [
+    "SelectedRun",
+    "find_run",
+    "list_runs",
+    "problem_documents",
+    "resolve_experiment",
+    "resolve_run",
+    "tell_problems",
+    "terminal_width",
+    "write_json",
+]
 
 _WIDTH = 80
 _PROBLEMS_SHOWN = 10
@@ -33,6 +43,17 @@ class SelectedRun:
         from lem.results.repository import Repository
 
         return Repository(self.results_dir, self.campaign).scan(self.run_id)
+
+    def experiment_ids(self) -> tuple[str, ...]:
+        """The experiments that were begun, by name."""
+        from lem.results.repository import Repository
+
+        return Repository(self.results_dir, self.campaign).experiment_ids(self.run_id)
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.results_dir / self.campaign / self.run_id
 
 
 def list_runs(results_dir: Path) -> tuple[SelectedRun, ...]:
@@ -62,9 +83,7 @@ def find_run(runs: Sequence[SelectedRun], wanted: str) -> SelectedRun | None:
     found = [item for item in runs if item.run_id == wanted]
     found = found or [item for item in runs if wanted and item.run_id.startswith(wanted)]
     if len(found) > 1:
-        names = ", ".join(item.run_id for item in found[:5])
-        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-        raise UserError(f"{wanted!r} can mean {names}{more}", "name one of them in full")
+        raise _ambiguous(wanted, [item.run_id for item in found])
     return found[0] if found else None
 
 
@@ -80,6 +99,38 @@ def resolve_run(results_dir: Path, wanted: str) -> SelectedRun:
     return found
 
 
+def resolve_experiment(results_dir: Path, wanted: str) -> tuple[SelectedRun, str | None]:
+    """The run that a word means, and the experiment in it; None for the whole run.
+
+    Raises:
+        UserError: nothing has that name, or several have.
+    """
+    runs = list_runs(results_dir)
+    campaign_runs = [item for item in runs if item.campaign == wanted]
+    if campaign_runs:
+        return campaign_runs[-1], None
+    candidates: list[tuple[str, SelectedRun, str | None]] = []
+    for item in runs:
+        candidates.append((item.run_id, item, None))
+        for exp_id in item.experiment_ids():
+            candidates += [(exp_id, item, exp_id), (f"{item.run_id}/{exp_id}", item, exp_id)]
+    found = [candidate for candidate in candidates if candidate[0] == wanted]
+    found = found or [candidate for candidate in candidates if wanted and candidate[0].startswith(wanted)]
+    # `RUN/` begins the name of each of its experiments, as `RUN` does: the shorter meaning is meant.
+    runs_found = [candidate for candidate in found if candidate[2] is None]
+    distinct = {(item, exp_id) for _, item, exp_id in (runs_found or found)}
+    if len(distinct) == 1:
+        return distinct.pop()
+    if not distinct:
+        raise UserError(f"no run or experiment {wanted!r} in {results_dir}", "lem results list shows what is there")
+    raise _ambiguous(wanted, [run.run_id if exp_id is None else f"{run.run_id}/{exp_id}" for run, exp_id in distinct])
+
+
+def problem_documents(problems: Iterable[Problem]) -> list[dict[str, str]]:
+    """What could not be used, as JSON values."""
+    return [{"path": str(item.path), "kind": item.kind, "message": item.message} for item in problems]
+
+
 def tell_problems(err: TextIO, problems: Sequence[Problem]) -> None:
     """Name what could not be used, a line each."""
     from lem.results.layout import printable
@@ -87,7 +138,7 @@ def tell_problems(err: TextIO, problems: Sequence[Problem]) -> None:
     texts = (f"{problem.kind}: {problem.path}: {problem.message}" for problem in problems[:_PROBLEMS_SHOWN])
     err.writelines(printable(text) + "\n" for text in texts)
     if len(problems) > _PROBLEMS_SHOWN:
-        err.write(f"and {len(problems) - _PROBLEMS_SHOWN} more: lem results show --json lists all\n")
+        err.write(f"and {len(problems) - _PROBLEMS_SHOWN} more: --json lists all\n")
 
 
 def write_json(out: TextIO, document: Any) -> None:
@@ -98,3 +149,9 @@ def write_json(out: TextIO, document: Any) -> None:
 def terminal_width(out: TextIO) -> int:
     """The columns of a terminal, 80 for anything else."""
     return max(_WIDTH, shutil.get_terminal_size().columns) if out.isatty() else _WIDTH
+
+
+def _ambiguous(wanted: str, names: Iterable[str]) -> UserError:
+    found = sorted(names)
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    return UserError(f"{wanted!r} can mean {', '.join(found[:5])}{more}", "name one of them in full")
