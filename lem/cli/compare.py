@@ -12,6 +12,7 @@ from lem.cli.selection import (
     SelectedRun,
     find_run,
     list_runs,
+    problem_documents,
     tell_problems,
     terminal_width,
     write_json,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lem.results.compare import Comparison, RunResults, Subject
     from lem.results.gate import Gate
     from lem.results.metrics import Metric
+    from lem.results.repository import Problem
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
 
@@ -77,10 +79,14 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     if args.strict and not gates:
         raise UserError("--strict is about gates, and there is none", "add for example --gate energy=3%")
     metrics = [parse_metric(text) for text in args.metric]
-    comparison = _compare(args, err, metrics, gates)
+    problems: list[Problem] = []
+    comparison = _compare(args, problems, metrics, gates)
+    # An attempt without a result is counted in the comparison.
+    tell_problems(err, [problem for problem in problems if problem.kind != "missing"])
     code = gate_code(comparison, is_strict=args.strict)
     if args.json:
-        write_json(out, {**comparison_document(comparison), "exit_code": int(code)})
+        document = {**comparison_document(comparison), "problems": problem_documents(problems)}
+        write_json(out, {**document, "exit_code": int(code)})
     elif args.markdown:
         out.write(render_markdown(comparison))
     else:
@@ -96,14 +102,16 @@ class _Thing:
     configuration: str | None = None
 
 
-def _compare(args: argparse.Namespace, err: TextIO, metrics: Sequence[Metric], gates: Sequence[Gate]) -> Comparison:
+def _compare(
+    args: argparse.Namespace, problems: list[Problem], metrics: Sequence[Metric], gates: Sequence[Gate]
+) -> Comparison:
     from lem.results.anchor import compare_runs
     from lem.results.compare import candidate_metrics, compare_configurations
 
     things = _things(args.results_dir, args.things)
     runs = list(dict.fromkeys(thing.where for thing in things))
     candidates = candidate_metrics(metrics, gates)
-    found = [_gather(item, candidates, err) for item in runs]
+    found = [_gather(item, candidates, problems) for item in runs]
     if len(runs) == 1:
         _refuse_anchor(args)
         baseline, others = _sides(found[0], [item.configuration for item in things], args.baseline)
@@ -189,14 +197,13 @@ def _names_in(where: SelectedRun) -> set[str]:
     return {item.record.identity.config_name for item in where.scan().results}
 
 
-def _gather(where: SelectedRun, metrics: Sequence[Metric], err: TextIO) -> RunResults:
+def _gather(where: SelectedRun, metrics: Sequence[Metric], problems: list[Problem]) -> RunResults:
     from lem.results.compare import gather
     from lem.results.precision import read_stopping_rule
     from lem.results.repository import count_failed
 
     scan = where.scan()
-    # An attempt without a result is counted in the comparison.
-    tell_problems(err, [problem for problem in scan.problems if problem.kind != "missing"])
+    problems += scan.problems
     if not scan.results:
         raise UserError(
             f"run {where.run_id} of {where.campaign} has no whole result", "lem results list shows what is there"
