@@ -26,6 +26,7 @@ COMMANDS = (
     "campaign",
     "experiment",
     "status",
+    "check",
     "config",
     "results",
     "report",

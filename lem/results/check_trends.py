@@ -1,0 +1,253 @@
+"""What weakens a campaign as a whole: drift, order, and too few cycles for what it is to tell apart."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+
+from lem.record import Record
+from lem.results.compare import RunResults, Subject, find_effect
+from lem.results.drift import Drift, Observation, drift_of
+from lem.results.findings import Finding, Found, percent
+from lem.results.gate import cycles_to_settle
+from lem.results.metrics import METRICS, Metric
+from lem.results.precision import MOST_CYCLES, half_width_ratio
+from lem.results.statistics import student_t_quantile
+
+__all__ = ["check_trends", "position_effect", "primary_metric"]
+
+# Wider than this is no measurement of a few percent, whatever it is compared with.
+_WIDE = 0.05
+_LEAST_CYCLES = 3
+_PAIRS_SHOWN = 5
+_ROUNDS = 100
+
+_ENERGY, _THROUGHPUT = "energy_per_output_tok_j", "output_tok_per_s"
+_BY_NAME = {metric.name: metric for metric in METRICS}
+
+
+def check_trends(run: RunResults) -> Found:
+    """Everything about the campaign as a whole."""
+    yield from _drift(run)
+    yield from _order(run)
+    yield from _cycles(run)
+    yield from _pairs(run)
+
+
+def primary_metric(run: RunResults) -> Metric:
+    """Energy per output token where every configuration with a result has it, else the output throughput."""
+    measured = [item.mean(_BY_NAME[_ENERGY]) is not None for item in run.subjects if item.cycles]
+    return _BY_NAME[_ENERGY if measured and all(measured) else _THROUGHPUT]
+
+
+def position_effect(run: RunResults, metric: Metric) -> Drift | None:
+    """How a metric moves from the first place within a cycle to the last, whichever configuration stands there.
+
+    Least squares of log values on the place, with a mean for each configuration and for each cycle.
+
+    Returns:
+        None where places and configurations cannot be told apart: the order is the same in every cycle.
+    """
+    rows = [
+        (subject.name, record, math.log(value))
+        for subject in run.subjects
+        for record in subject.used
+        if (value := metric.read(record)[0]) is not None and value > 0
+    ]
+    places = _places([record for _, record, _ in rows])
+    steps = [float(places[record.identity.key]) for _, record, _ in rows]
+    names, cycles = [name for name, *_ in rows], [record.identity.cycle_index for _, record, _ in rows]
+    groups: tuple[Sequence[object], ...] = (names, cycles)
+    steps, logs = _without_means(steps, groups), _without_means([log for *_, log in rows], groups)
+    squares = math.fsum(step * step for step in steps)
+    freedom = len(rows) - len(set(names)) - len(set(cycles))
+    if squares < 1e-6 or freedom < 1:
+        return None
+    slope = math.fsum(step * log for step, log in zip(steps, logs, strict=True)) / squares
+    left = math.fsum((log - slope * step) ** 2 for step, log in zip(steps, logs, strict=True))
+    length = max(places.values())
+    half = student_t_quantile(0.975, freedom) * math.sqrt(left / freedom / squares) * length
+    total = slope * length
+    return Drift(math.expm1(total), math.expm1(total - half), math.expm1(total + half), len(rows))
+
+
+def _drift(run: RunResults) -> Found:
+    for name in (_ENERGY, _THROUGHPUT):
+        metric = _BY_NAME[name]
+        drift = drift_of(_observations(run, metric))
+        if drift is None or not drift.is_flagged:
+            continue
+        sure = "" if drift.is_told_from_zero else ", which chance could make too"
+        yield Finding(
+            "drift",
+            drift.is_told_from_zero,
+            f"{metric.label} {_moved(drift)} from the first experiment to the last{_interval(drift)}{sure}",
+            "lengthen the gaps, use structure: shuffled, and see what warms up; ratios within cycles suffer least",
+        )
+
+
+def _order(run: RunResults) -> Found:
+    used = [record for subject in run.subjects for record in subject.used]
+    if len([item for item in run.subjects if item.used]) < 2:
+        return
+    orders = _orders(used)
+    if _is_grouped(used):
+        yield Finding(
+            "grouped",
+            True,
+            "each configuration ran in a block of its own, so a drift would look like a difference",
+            "use structure: interleaved or shuffled",
+        )
+        return
+    if len(orders) > 1 and len(set(orders)) == 1:
+        yield Finding(
+            "same_order",
+            False,
+            "the order is the same in every cycle: what one leaves behind, heat say, always meets the same one",
+            "use structure: shuffled, which lem check can then look at",
+        )
+        return
+    effect = position_effect(run, primary_metric(run))
+    if effect is not None and effect.is_flagged:
+        sure = "" if effect.is_told_from_zero else ", which chance could make too"
+        yield Finding(
+            "order_effect",
+            effect.is_told_from_zero,
+            f"{primary_metric(run).label} {_moved(effect)} from the first place within a cycle to the last"
+            f"{_interval(effect)}{sure}",
+            "lengthen execution.config_gap_seconds, so that nothing is left of the experiment before",
+        )
+
+
+def _cycles(run: RunResults) -> Found:
+    few = tuple(item.name for item in run.subjects if 0 < item.aggregate.n_cycles < _LEAST_CYCLES)
+    if few:
+        most = max(item.aggregate.n_cycles for item in run.subjects if item.name in few)
+        what = "one cycle has no interval" if most == 1 else "an interval of two cycles is 13 standard errors wide"
+        yield Finding("few_cycles", True, what, "use --cycles 5, or --until ci=2%", few)
+    metric = primary_metric(run)
+    wide = {}
+    for subject in run.subjects:
+        t_log = subject.aggregate.metrics[metric.name].t_log
+        half = half_width_ratio(t_log) if t_log is not None and subject.name not in few else None
+        if half is not None and half > _WIDE:
+            wide[subject.name] = half
+    if wide:
+        yield Finding(
+            "wide_interval",
+            True,
+            f"the interval of {_lowered(metric)} is up to ±{percent(max(wide.values()))} wide",
+            "add cycles: lem campaign … --resume --until ci=2%; or find what makes cycles differ",
+            tuple(wide),
+        )
+
+
+def _pairs(run: RunResults) -> Found:
+    """Neighbours in rank that the cycles cannot tell apart."""
+    metric = primary_metric(run)
+    ranked = sorted((item for item in run.subjects if item.mean(metric)), key=lambda item: item.mean(metric) or 0.0)
+    open_pairs = [found for pair in itertools.pairwise(ranked) if (found := _open_pair(metric, *pair)) is not None]
+    yield from open_pairs[:_PAIRS_SHOWN]
+    if len(open_pairs) > _PAIRS_SHOWN:
+        text = f"{len(open_pairs) - _PAIRS_SHOWN} more pairs of neighbours cannot be told apart"
+        yield Finding("indistinguishable", False, text, "lem compare lists them")
+
+
+def _open_pair(metric: Metric, lower: Subject, upper: Subject) -> Finding | None:
+    effect, reason = find_effect(metric, lower, upper)
+    interval = effect.interval() if effect is not None and not reason else None
+    if effect is None or interval is None or not interval[0] <= 1 <= interval[1]:
+        return None
+    further, n_cycles = cycles_to_settle(effect, 0.0), min(effect.n_cycles)
+    low, high = (f"{100 * (bound - 1):+.2g}" for bound in interval)
+    text = (
+        f"{upper.name} has {percent(effect.ratio - 1)} more {_lowered(metric)} than {lower.name} "
+        f"(95 % {low} to {high} %), which {n_cycles} cycles cannot tell from none"
+    )
+    both = (lower.name, upper.name)
+    if further is not None and n_cycles + further <= MOST_CYCLES:
+        total = n_cycles + further
+        remedy = f"{further} more would, if it stays: lem campaign … --resume --cycles {total}"
+        return Finding("too_few_cycles", True, text, remedy, both)
+    return Finding("indistinguishable", False, text, f"nor would {MOST_CYCLES}: take them as equal", both)
+
+
+def _observations(run: RunResults, metric: Metric) -> list[Observation]:
+    return [
+        Observation(subject.name, record.identity.order_index, value)
+        for subject in run.subjects
+        for record in subject.used
+        if (value := metric.read(record)[0]) is not None and value > 0
+    ]
+
+
+def _places(records: Sequence[Record]) -> dict[tuple[str, str, str, int, int], int]:
+    """The place of each experiment within its cycle, from 0."""
+    by_cycle: dict[int, list[Record]] = {}
+    for record in records:
+        by_cycle.setdefault(record.identity.cycle_index, []).append(record)
+    return {
+        record.identity.key: place
+        for members in by_cycle.values()
+        for place, record in enumerate(sorted(members, key=_order_index))
+    }
+
+
+def _orders(records: Sequence[Record]) -> list[tuple[str, ...]]:
+    """The configurations of each whole cycle in the order in which they ran."""
+    by_cycle: dict[int, list[Record]] = {}
+    for record in records:
+        by_cycle.setdefault(record.identity.cycle_index, []).append(record)
+    most = max(map(len, by_cycle.values()), default=0)
+    return [
+        tuple(item.identity.config_name for item in sorted(members, key=_order_index))
+        for members in by_cycle.values()
+        if len(members) == most
+    ]
+
+
+def _is_grouped(records: Sequence[Record]) -> bool:
+    """Whether the cycles of each configuration follow one another, with nothing in between."""
+    names = [item.identity.config_name for item in sorted(records, key=_order_index)]
+    blocks = sum(1 for _ in itertools.groupby(names))
+    return blocks == len(set(names)) < len(names)
+
+
+def _order_index(record: Record) -> int:
+    return record.identity.order_index
+
+
+def _without_means(values: Sequence[float], groups: Sequence[Sequence[object]]) -> list[float]:
+    """The values less the means of each grouping, taken off in turn until nothing is left of them."""
+    left = list(values)
+    for _ in range(_ROUNDS):
+        before = left
+        for labels in groups:
+            left = _less_means(left, labels)
+        if max((abs(one - two) for one, two in zip(before, left, strict=True)), default=0.0) < 1e-12:
+            break
+    return left
+
+
+def _less_means(values: Sequence[float], labels: Sequence[object]) -> list[float]:
+    members: dict[object, list[float]] = {}
+    for value, label in zip(values, labels, strict=True):
+        members.setdefault(label, []).append(value)
+    means = {label: statistics.fmean(items) for label, items in members.items()}
+    return [value - means[label] for value, label in zip(values, labels, strict=True)]
+
+
+def _moved(drift: Drift) -> str:
+    return f"{'rises' if drift.change > 0 else 'falls'} by {percent(abs(drift.change))}"
+
+
+def _interval(drift: Drift) -> str:
+    if drift.ci_lower is None or drift.ci_upper is None:
+        return ""
+    return f" (95 % {100 * drift.ci_lower:+.2g} to {100 * drift.ci_upper:+.2g} %)"
+
+
+def _lowered(metric: Metric) -> str:
+    return metric.label[0].lower() + metric.label[1:]

@@ -1,0 +1,61 @@
+"""One thing that weakens a campaign's numbers, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from lem.record import Record
+from lem.results.compare import RunResults, Subject
+
+__all__ = ["Finding", "Found", "among_results", "percent"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found.
+
+    Attributes:
+        kind: a short stable word.
+        is_weak: numbers or verdicts are not to be relied on for it; else it is something to know about them.
+        text: what, with its figures.
+        remedy: what to do.
+        configurations: whom it concerns; () for the campaign as a whole.
+    """
+
+    kind: str
+    is_weak: bool
+    text: str
+    remedy: str
+    configurations: tuple[str, ...] = ()
+
+
+Found = Iterable[Finding]
+
+
+def among_results(
+    run: RunResults,
+    kind: str,
+    what: str,
+    remedy: str,
+    concerns: Callable[[Record], bool],
+    *,
+    is_weak: bool = True,
+    of: Callable[[Subject], Sequence[Record]] = lambda subject: subject.used,
+) -> Found:
+    """A finding about the results for which `concerns` holds, with how many they are; none where there are none.
+
+    Args:
+        of: the results of a configuration that are looked at.
+    """
+    looked_at = {subject.name: of(subject) for subject in run.subjects}
+    counts = {name: sum(map(concerns, records)) for name, records in looked_at.items()}
+    concerned = tuple(name for name, count in counts.items() if count)
+    if concerned:
+        total = sum(len(looked_at[name]) for name in concerned)
+        yield Finding(kind, is_weak, f"{what} in {sum(counts.values())} of {total} results", remedy, concerned)
+
+
+def percent(share: float) -> str:
+    """`1.2 %`, `0.03 %`."""
+    return f"{100 * share:.2g} %" if abs(share) < 0.1 else f"{100 * share:.0f} %"
