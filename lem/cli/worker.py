@@ -53,14 +53,14 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
 
 
 def _run_sampler(args: argparse.Namespace, err: TextIO) -> int:
-    from lem.meters.sampler import LONGEST_INTERVAL_MS, SHORTEST_INTERVAL_MS, SamplerOptions
+    from lem.meters.sampler import LONGEST_INTERVAL_MS, SHORTEST_INTERVAL_MS, SamplerOptions, is_interval
     from lem.meters.sampler_owner import run_sampler_process
 
     if args.output is None:
         raise UserError("worker --sampler needs --output", "name the log that it is to write")
-    if not SHORTEST_INTERVAL_MS <= args.interval_ms <= LONGEST_INTERVAL_MS:
+    if not is_interval(args.interval_ms):
         raise UserError(
-            f"--interval-ms {args.interval_ms}: not from {SHORTEST_INTERVAL_MS} to {LONGEST_INTERVAL_MS}",
+            f"--interval-ms {args.interval_ms}: neither 0 nor from {SHORTEST_INTERVAL_MS} to {LONGEST_INTERVAL_MS}",
             "100 is usual",
         )
     return run_sampler_process(SamplerOptions(args.output, tuple(args.gpu), args.interval_ms, args.tdp), err)

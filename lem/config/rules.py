@@ -101,6 +101,7 @@ def errors(config: ExperimentConfig) -> Iterator[Problem]:
             yield Problem(("warmup", name), f"{getattr(warmup, name)} is above max_prompts, {warmup.max_prompts}")
     yield from _backend_errors(config)
     yield from _prompt_errors(config)
+    yield from _measurement_errors(config)
 
 
 def _backend_errors(config: ExperimentConfig) -> Iterator[Problem]:
@@ -121,6 +122,23 @@ def _backend_errors(config: ExperimentConfig) -> Iterator[Problem]:
     if config.gpus is not None and degree > max(len(config.gpus), 1):
         path = (config.backend, "tensor_parallel_size" if config.backend == "vllm" else "tp_size")
         yield Problem(path, f"{degree} GPUs are needed, {len(config.gpus)} named in gpus")
+
+
+def _measurement_errors(config: ExperimentConfig) -> Iterator[Problem]:
+    """What is asked of the meters and contradicts something else that is."""
+    measurement = config.measurement
+    if measurement.phases and config.traffic_simulation.enabled:
+        yield Problem(
+            ("measurement", "phases"), "needs a closed batch: under traffic prefill and decode run at the same time"
+        )
+    if measurement.energy == "none":
+        demands = {("measurement", "phases"): measurement.phases, ("baseline", "required"): config.baseline.required}
+        for path in (path for path, is_demanded in demands.items() if is_demanded):
+            yield Problem(path, "needs energy, and measurement.energy is none")
+    if config.baseline.required and not config.baseline.enabled:
+        yield Problem(("baseline", "required"), "needs baseline.enabled")
+    if measurement.cpu_tdp_w is not None and measurement.energy != "tdp_estimate":
+        yield Problem(("measurement", "cpu_tdp_w"), f"has no effect with measurement.energy: {measurement.energy}")
 
 
 def _prompt_errors(config: ExperimentConfig) -> Iterator[Problem]:

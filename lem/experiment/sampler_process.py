@@ -28,9 +28,10 @@ _DEATH_S = 2.0
 
 
 def interval_ms(config: Mapping[str, Any], phase: str) -> int:
-    """From one look at a GPU to the next, in a phase of an experiment (`ExperimentConfig.to_dict`)."""
-    section = config["baseline" if phase in RESTING_PHASES else "timeseries"]
-    return int(section["sample_interval_ms"])
+    """From one look at a GPU to the next, 0 for none, in a phase of an experiment (`ExperimentConfig.to_dict`)."""
+    if phase in RESTING_PHASES:
+        return int(config["baseline"]["sample_interval_ms"])
+    return int(config["timeseries"]["sample_interval_ms"]) if config["timeseries"]["enabled"] else 0
 
 
 class SamplerProcess:

@@ -23,7 +23,15 @@ from lem.meters.nvml import NvmlMeter
 from lem.meters.rapl import POWERCAP, find_rapl
 from lem.meters.samples import ClockPair, CpuLoad, RaplReading, Row, SampleHeader, encode_header, encode_row
 
-__all__ = ["COUNTER_POLL_MS", "SampleFileError", "SamplerClock", "SamplerOptions", "SamplerOwner", "run_sampler"]
+__all__ = [
+    "COUNTER_POLL_MS",
+    "SampleFileError",
+    "SamplerClock",
+    "SamplerOptions",
+    "SamplerOwner",
+    "is_interval",
+    "run_sampler",
+]
 
 # As short as the shortest update period seen (20 to 100 ms); 50 wakings a second cost about 1 % of one CPU.
 COUNTER_POLL_MS = 20
@@ -67,7 +75,7 @@ class SamplerOptions:
     Attributes:
         output: the log, which must not be there yet.
         gpus: UUIDs; () for none.
-        interval_ms: from one look at a GPU to the next; its counter is polled every `COUNTER_POLL_MS`.
+        interval_ms: from one look at a GPU to the next, 0 for none; its counter is polled every `COUNTER_POLL_MS`.
         tdp_w: design power of all CPU packages, as the user gives it.
     """
 
@@ -122,6 +130,15 @@ class _Schedule:
         return True
 
 
+def is_interval(interval_ms: int) -> bool:
+    """Whether GPUs can be looked at so often; 0 is never."""
+    return interval_ms == 0 or SHORTEST_INTERVAL_MS <= interval_ms <= LONGEST_INTERVAL_MS
+
+
+def _schedule_of_looks(first_ns: int, interval_ms: int) -> _Schedule | None:
+    return _Schedule(first_ns, interval_ms * _NS_PER_MS) if interval_ms else None
+
+
 class _Sampler:
     """The meters and their schedules."""
 
@@ -150,7 +167,7 @@ class _Sampler:
             cpu_tdp_source=tdp_source,
         )
         self._polls = _Schedule(started_ns, COUNTER_POLL_MS * _NS_PER_MS)
-        self._samples = _Schedule(started_ns, options.interval_ms * _NS_PER_MS)
+        self._samples = _schedule_of_looks(started_ns, options.interval_ms)
         self._seconds = _Schedule(started_ns, _SECOND_NS)
         self._clock_pairs = _Schedule(started_ns, _CLOCK_PAIR_NS)
 
@@ -158,7 +175,7 @@ class _Sampler:
     def next_ns(self) -> int:
         """When something is due next."""
         schedules = [self._seconds]
-        schedules += [self._samples] if self._gpus else []
+        schedules += [self._samples] if self._gpus and self._samples is not None else []
         schedules += [self._polls] if self._has_counter else []
         return min(schedule.next_ns for schedule in schedules)
 
@@ -166,8 +183,8 @@ class _Sampler:
         """Do what the owner says: `interval N`, in milliseconds from now on. What is not understood is in the rows."""
         word, _, value = order.strip().partition(" ")
         now_ns = self._clock.monotonic_ns()
-        if word == "interval" and value.isdecimal() and SHORTEST_INTERVAL_MS <= int(value) <= LONGEST_INTERVAL_MS:
-            self._samples = _Schedule(now_ns, int(value) * _NS_PER_MS)
+        if word == "interval" and value.isdecimal() and is_interval(int(value)):
+            self._samples = _schedule_of_looks(now_ns, int(value))
             return []
         return self._complaints.of("orders", now_ns, f"not understood: {order.strip()}")
 
@@ -177,7 +194,7 @@ class _Sampler:
         rows: list[Row] = []
         if self._polls.is_due(now_ns):
             rows += [row for gpu in self._gpus for row in gpu.poll()]
-        if self._samples.is_due(now_ns):
+        if self._samples is not None and self._samples.is_due(now_ns):
             rows += [row for gpu in self._gpus for row in gpu.sample()]
         if self._seconds.is_due(now_ns):
             rows += self._each_second()
@@ -187,7 +204,9 @@ class _Sampler:
 
     def everything(self) -> list[Row]:
         """A row of each meter, for the log's start and end."""
-        rows = [row for gpu in self._gpus for row in (*gpu.poll(), *gpu.sample())]
+        rows = [row for gpu in self._gpus for row in gpu.poll()]
+        if self._samples is not None:
+            rows += [row for gpu in self._gpus for row in gpu.sample()]
         return [*rows, *self._each_second()]
 
     def clock_pair(self) -> ClockPair:

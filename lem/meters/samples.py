@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ __all__ = [
     "encode_row",
     "read_finished",
     "read_part",
+    "read_tail",
     "write_finished",
 ]
 
@@ -247,6 +249,18 @@ def read_part(path: Path) -> SampleLog:
     """
     lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last end of line is still being written
     return _decode(line.decode("utf-8") for line in lines)
+
+
+def read_tail(path: Path, most_b: int = 8192) -> list[Row]:
+    """The rows in the last bytes of a log that is being written; [] where there is none, or it holds something else."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - most_b))
+            lines = file.read().split(b"\n")[1:-1]  # the first may have lost its beginning, the last its end
+        return [_decode_row(letter, values) for letter, *values in map(json.loads, lines)]
+    except (OSError, KeyError, TypeError, ValueError):
+        return []
 
 
 def write_finished(path: Path, log: SampleLog, marks: Sequence[Mark]) -> None:

@@ -38,6 +38,7 @@ class WorkerEvent:
         kind: `phase`, `progress` or `heartbeat`.
         phase: the phase the experiment is in; None before the first.
         done, total, text: how far the phase is; total None when it has no known end.
+        power_w: what the GPUs of the experiment draw; None where nobody looks.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class WorkerEvent:
     done: int = 0
     total: int | None = None
     text: str = ""
+    power_w: float | None = None
 
 
 @dataclass(frozen=True)

@@ -263,7 +263,15 @@ class ExperimentLoop:
         if event.kind == "phase":
             self.tell("phase", exp_id=event.exp_id, phase=event.phase)
         elif event.kind == "progress":
-            self.tell("progress", exp_id=event.exp_id, phase_done=event.done, phase_total=event.total, text=event.text)
+            done, total = event.done, event.total
+            self.tell(
+                "progress",
+                exp_id=event.exp_id,
+                phase_done=done,
+                phase_total=total,
+                text=event.text,
+                power_w=event.power_w,
+            )
         else:
             self.tell("tick")
 

@@ -54,8 +54,10 @@ class Mount:
 def local_mounts(configs: Iterable[ExperimentConfig]) -> tuple[Mount, ...]:
     """A mount for each local folder or file that experiments name as a model or in an option of their backend.
 
+    Of the file of an external meter it is the folder, since a file that is replaced would go on being seen as it was.
     A snapshot of a model hub is a folder of links to files that lie beside it, so what links lead to comes along.
     """
+    configs = tuple(configs)
     named = {item for config in configs for item in _named_paths(config)}
     found: dict[Mount, None] = {}
     for name, is_written in sorted(named):
@@ -67,6 +69,10 @@ def local_mounts(configs: Iterable[ExperimentConfig]) -> tuple[Mount, ...]:
         target = f"{CONTAINER_HOME}/{name[2:]}" if name.startswith("~/") else str(path.absolute())
         found[Mount(path.absolute(), target, is_read_only=not is_written)] = None
         found.update(dict.fromkeys(_linked(path)))
+    for config in configs:
+        if config.measurement.external_csv is not None:
+            readings = Path(config.measurement.external_csv).expanduser().absolute()
+            found[Mount.in_place(readings.parent)] = None
     return without_nested(found)
 
 

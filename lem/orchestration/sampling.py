@@ -21,7 +21,7 @@ from lem.experiment.launch import own_command
 from lem.experiment.sampler_process import SamplerProcess, interval_ms
 from lem.meters.gpus import find_gpus, named_gpus, open_nvml, visible_gpus
 from lem.meters.rapl import find_rapl
-from lem.meters.samples import PART_FILENAME, SampleLog, SampleLogError, read_part
+from lem.meters.samples import PART_FILENAME, GpuSample, SampleLog, SampleLogError, read_part, read_tail
 from lem.orchestration.attempt import WorkerEvent
 from lem.orchestration.baselines import BARE, BaselineBook, Reference
 from lem.orchestration.gaps import RecoveryProbe
@@ -54,10 +54,24 @@ class Attendance:
     request: RunRequest
     sampler: SamplerProcess | None = None
 
-    def follow(self, event: WorkerEvent) -> None:
-        """Sample as the phase wants it."""
-        if self.sampler is not None and event.kind == "phase" and event.phase is not None:
+    def follow(self, event: WorkerEvent) -> WorkerEvent:
+        """The event with the power that is drawn now; and sample as a phase that begins wants it."""
+        if self.sampler is None:
+            return event
+        if event.kind == "phase" and event.phase is not None:
             self.sampler.set_interval(interval_ms(self.request.config, event.phase))
+        if event.kind == "progress" and self.request.sampled_gpus:
+            return dataclasses.replace(event, power_w=_power_now_w(self.sampler.output))
+        return event
+
+
+def _power_now_w(path: Path) -> float | None:
+    """The sum of what the GPUs drew when they were last looked at; None where the log's end does not tell."""
+    latest: dict[int, float] = {}
+    for row in read_tail(path):
+        if isinstance(row, GpuSample) and row.power_w is not None:
+            latest[row.gpu] = row.power_w
+    return sum(latest.values()) if latest else None
 
 
 @dataclass

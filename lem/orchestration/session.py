@@ -210,8 +210,7 @@ class Session:
             with self._meters.attending(experiment.config, request) as attendance:
 
                 def pass_on(event: WorkerEvent) -> None:
-                    attendance.follow(event)
-                    on_event(event)
+                    on_event(attendance.follow(event))
 
                 return worker.run(attendance.request, pass_on, self._timeouts, self._stop)
         except UserError as error:  # the program that ran before is gone

@@ -123,6 +123,23 @@ def errors(**options: Any) -> list[str]:
             {"backend": "tensorrt", "tensorrt": {"num_draft_tokens": 3}},
             "tensorrt.num_draft_tokens: has no effect alone: draft_model and num_draft_tokens belong together",
         ),
+        (
+            {"measurement": {"phases": True}, "traffic_simulation": {"enabled": True}},
+            "measurement.phases: needs a closed batch: under traffic prefill and decode run at the same time",
+        ),
+        (
+            {"measurement": {"phases": True, "energy": "none"}},
+            "measurement.phases: needs energy, and measurement.energy is none",
+        ),
+        (
+            {"baseline": {"required": True}, "measurement": {"energy": "none"}},
+            "baseline.required: needs energy, and measurement.energy is none",
+        ),
+        ({"baseline": {"required": True, "enabled": False}}, "baseline.required: needs baseline.enabled"),
+        (
+            {"measurement": {"cpu_tdp_w": 65}},
+            "measurement.cpu_tdp_w: has no effect with measurement.energy: auto",
+        ),
     ],
 )
 def test_what_cannot_run_as_written_is_refused(options: dict[str, Any], error: str):

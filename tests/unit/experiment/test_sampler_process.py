@@ -145,7 +145,7 @@ def test_it_prints_nothing_on_stdout(output: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--output", "x", "--interval-ms", "0"), "--interval-ms 0: not from 10 to 60000"),
+        (("--output", "x", "--interval-ms", "5"), "--interval-ms 5: neither 0 nor from 10 to 60000"),
         ((), "worker --sampler needs --output"),
     ],
 )

@@ -169,12 +169,21 @@ def test_the_interval_changes_when_the_owner_says_so_and_the_counter_is_polled_a
 
 
 @pytest.mark.parametrize(
-    "order", ["interval", "interval 0", "interval -5", "interval 10.5", "hello 3", "interval 999999"]
+    "order", ["interval", "interval 5", "interval -5", "interval 10.5", "hello 3", "interval 999999"]
 )
 def test_an_order_that_is_not_understood_changes_nothing_and_is_told(rig: Rig, order: str) -> None:
     log = rig.run(0.5, (0.25, order))
     assert len(log.samples) == 6
     assert errors_of(log) == [("orders", f"not understood: {order}")]
+
+
+def test_no_gpu_is_looked_at_while_the_owner_wants_none_and_the_counter_is_polled_as_before(rig: Rig) -> None:
+    rig.counts(joule_per_s=100.0, period_s=0.1)
+    log = rig.run(2.0, (0.45, "interval 0"), (1.45, "interval 100"))
+    times = [rig.since_start_s(row.at_ns) for row in log.samples]
+    assert not [time for time in times if 0.45 < time < 1.45]
+    assert max(times) == 2.0
+    assert [row for row in log.counters if 0.5 < rig.since_start_s(row.at_ns) < 1.4]
 
 
 def test_everything_slow_is_read_once_a_second(rig: Rig) -> None:

@@ -107,3 +107,8 @@ def test_a_folder_both_read_and_written_is_written() -> None:
     read, written = Mount(Path("/a"), "/a"), Mount(Path("/a"), "/a", is_read_only=False)
     assert without_nested([read, written]) == (written,)
     assert without_nested([written, read]) == (written,)
+
+
+def test_the_folder_of_an_external_meter_s_file_is_seen_at_its_place(here: Path) -> None:
+    found = targets(config(measurement={"external_csv": "meter/watts.csv"}))
+    assert found == {f"{here}/meter": True}
