@@ -17,7 +17,7 @@ from lem.results.report.drawing import (
     row_labels,
     text,
 )
-from lem.results.report.figures import number_cell
+from lem.results.report.figures import count_cell, number_cell
 from lem.results.report.markup import Cell, Markup, details, number_text, table, tag
 from lem.results.report.scales import Scale, fitting_scale
 
@@ -56,7 +56,6 @@ class _Scales:
 def _figures(metric: Metric, report: Report) -> Iterable[Markup]:
     """One figure, and for many configurations the others folded away behind it."""
     label, heading = _TITLES[metric.name]
-    label += report.estimate_note if metric.group == "energy" else ""
     values = [value for record in report.records if (value := metric.read(record)[0]) is not None]
     if not values:
         yield no_figure(f"cycles-{metric.name}", heading, "No result has a value.")
@@ -94,16 +93,22 @@ def _figure(metric: Metric, label: str, heading: str, entries: Sequence[Entry], 
         "at the right: a dot for every valid cycle, a diagonal cross for every invalid attempt, a bar for the t "
         "interval with a tick at the geometric mean.",
         (_WIDTH, bottom + 46),
-        horizontal_axis(scales.values, bottom, _TOP, label, count=2),
+        horizontal_axis(scales.values, bottom, _TOP, label, count=3),
         horizontal_axis(scales.shares, bottom, _TOP, "Difference from its mean, %", count=5),
-        row_labels([(row.entry.number, row.entry.label, row.y) for row in rows], _VALUES[0]),
+        row_labels([(row.entry.number, _label(row.entry, metric), row.y) for row in rows], _VALUES[0]),
         *_layers(rows, scales),
     )
     caption = [
         "Dot: a valid cycle. ×: an invalid attempt, left out; at the edge when further off.",
         "Bar: 95 % t interval. Tick: geometric mean.",
     ]
+    if any(entry.is_estimate for entry in entries) and metric.group == "energy":
+        caption.append("(est.): an estimate from the design power (TDP) of the CPU, not a measurement.")
     return figure(identifier, heading, drawing, caption, _data(metric, label, entries))
+
+
+def _label(entry: Entry, metric: Metric) -> str:
+    return f"{entry.label} (est.)" if entry.is_estimate and metric.group == "energy" else entry.label
 
 
 @dataclass(frozen=True)
@@ -190,6 +195,8 @@ def _data(metric: Metric, label: str, entries: Sequence[Entry]) -> Markup:
             value, reason = metric.read(record)
             identity = record.identity
             counts = "yes" if identity.key in used else "no, invalid" if not record.validity.valid else "no"
-            cycle, attempt = str(identity.cycle_index + 1), str(identity.attempt)
-            rows.append([str(entry.number), entry.label, cycle, attempt, number_cell(value, reason=reason), counts])
+            numbers = [count_cell(identity.cycle_index + 1), count_cell(identity.attempt)]
+            rows.append(
+                [count_cell(entry.number), _label(entry, metric), *numbers, number_cell(value, reason=reason), counts]
+            )
     return table(f"{label}, every attempt", head, rows, row_head=1)

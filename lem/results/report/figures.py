@@ -9,8 +9,18 @@ from lem import units
 from lem.results.aggregation import MetricEstimate
 from lem.results.report.markup import Cell, Markup, join, tag
 
-__all__ = ["NOT_MEASURED", "absent", "decimals_of", "interval_cells", "latency_cell", "number", "number_cell", "plural",
-           "signed_percent"]  # fmt: skip
+__all__ = [
+    "NOT_MEASURED",
+    "absent",
+    "count_cell",
+    "decimals_of",
+    "interval_cells",
+    "latency_cell",
+    "number",
+    "number_cell",
+    "plural",
+    "signed_percent",
+]
 
 NOT_MEASURED = "not measured"
 _SIGNIFICANT = 4
@@ -43,6 +53,11 @@ def absent(reason: str | None) -> Cell:
     """The cell of a number that is not there, with its reason for those who look closer."""
     text = f"{NOT_MEASURED}: {reason}" if reason else NOT_MEASURED
     return Cell(tag("span", NOT_MEASURED, class_="absent", title=text), None, is_number=True)
+
+
+def count_cell(count: int) -> Cell:
+    """A whole number."""
+    return Cell(str(count), count, is_number=True)
 
 
 def number_cell(value: float | None, decimals: int | None = None, reason: str | None = None) -> Cell:

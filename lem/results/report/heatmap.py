@@ -11,7 +11,7 @@ from lem import units
 from lem.results.report.content import Entry, Report
 from lem.results.report.drawing import figure, no_figure, plot, text
 from lem.results.report.figures import plural
-from lem.results.report.markup import Markup, table, tag
+from lem.results.report.markup import Cell, Markup, table, tag
 from lem.results.report.scales import fitting_scale
 
 __all__ = ["heatmap_section"]
@@ -252,13 +252,14 @@ def _caption(cells: Mapping[tuple[str, str], Sequence[_Named]], report: Report) 
 
 
 def _data(plan: _Plan, cells: Mapping[tuple[str, str], Sequence[_Named]], report: Report) -> Markup:
-    rows: list[list[str]] = []
+    rows: list[list[Cell | str]] = []
     for up in plan.up_values:
-        row = [up]
+        row: list[Cell | str] = [up]
         for across in plan.across_values:
             items = cells.get((across, up), [])
             best = _best(items, report)
-            row.append(units.format_quantity(best[1]) if best else "failed" if items else "not in the grid")
+            shown = units.format_quantity(best[1]) if best else "failed" if items else "not in the grid"
+            row.append(Cell(shown, None, is_number=True))
         rows.append(row)
     head = [f"{_short(plan.up)} \\ {_short(plan.across)}", *plan.across_values]
     return table(f"{_short(plan.up)} down, {_short(plan.across)} across", head, rows)

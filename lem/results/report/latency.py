@@ -19,7 +19,7 @@ from lem.results.report.drawing import (
     row_labels,
     text,
 )
-from lem.results.report.figures import latency_cell
+from lem.results.report.figures import count_cell, latency_cell
 from lem.results.report.markup import Cell, Markup, details, join, number_text, scroller, table, tag
 from lem.results.report.scales import Scale, fitting_scale
 
@@ -104,7 +104,7 @@ def _figure(
         f"A row for each of {len(entries)} configurations: a tick at the median, bars that thin out to the 90th, 95th "
         "and 99th percentile, a ring at the mean, a small dot for the median of each cycle.",
         (_WIDTH, height + 46),
-        horizontal_axis(scale, height, _TOP, f"{name}, s", count=4),
+        horizontal_axis(scale, height, _TOP, f"{name}, s", count=5),
         row_labels([(entry.number, entry.label, y) for entry, _, y in rows], _LEFT),
         *_bars(rows, scale),
         *_centres(rows, kind, scale),
@@ -160,13 +160,13 @@ def _cells(entry: Entry, found: _Percentiles, kind: str) -> Iterable[Cell | str]
     seen = [value for record in entry.used if (value := getattr(record.latency, kind)) is not None]
     count = sum(item.n for item in seen)
     fewest = min((item.n for item in seen), default=0)
-    yield str(entry.number)
+    yield count_cell(entry.number)
     yield entry.label
     for level in ("mean", *_LEVELS):
         needed = OBSERVATIONS_NEEDED.get(level, 1)
         few = f"needs {needed} requests, there are {fewest}" if seen and fewest < needed else None
         yield latency_cell(found.get(level), few or next(_null_reasons(entry, kind), None))
-    yield Cell(str(count) if seen else "0", count, is_number=True) if seen else Cell("none", None, is_number=True)
+    yield count_cell(count) if seen else Cell("none", None, is_number=True)
 
 
 def _null_reasons(entry: Entry, kind: str) -> Iterator[str]:

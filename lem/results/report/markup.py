@@ -13,7 +13,7 @@ __all__ = ["Cell", "Markup", "breakable", "details", "escape", "join", "number_t
 
 Value = str | float | None
 
-_TOKEN = re.compile(r"[^-_,/;:|·=.@]+[-_,/;:|·=.@]*|[-_,/;:|·=.@]+")
+_TOKEN = re.compile(r"[^-,/;:|·@]+[-,/;:|·@]*|[-,/;:|·@]+")
 _VOID = frozenset({"meta", "br", "circle", "line", "path", "rect", "use"})
 
 
@@ -73,9 +73,14 @@ class Cell:
     value: float | None = None
     is_number: bool = False
 
+    @property
+    def content(self) -> Markup:
+        """What is shown."""
+        return self.text if isinstance(self.text, Markup) else escape(self.text)
+
     def render(self, *, is_sortable: bool) -> Markup:
         """The element, without the end tag and quotes that it does not need: a large page has tens of thousands."""
-        content = self.text if isinstance(self.text, Markup) else escape(self.text)
+        content = self.content
         if not self.is_number:
             return Markup(f"<td class=t>{content}")
         if not is_sortable:
@@ -103,19 +108,24 @@ def table(
         class_: beside the one of sortable tables.
     """
     is_sortable = sorted_by is not None
+    kept = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in rows]
+    numbers = {index for index, cell in enumerate(kept[0]) if cell.is_number} if kept else set()
     heads = [
-        tag("th", text, scope="col", aria_sort=sorted_by[1] if sorted_by and sorted_by[0] == index else None)
+        tag(
+            "th",
+            text,
+            scope="col",
+            class_="n" if index in numbers else None,
+            aria_sort=sorted_by[1] if sorted_by and sorted_by[0] == index else None,
+        )
         for index, text in enumerate(head)
     ]
     lines = []
-    for row in rows:
-        cells = []
-        for index, cell in enumerate(row):
-            if index == row_head:
-                text = cell.text if isinstance(cell, Cell) else cell
-                cells.append(Markup(f"<th scope=row>{text if isinstance(text, Markup) else escape(text)}"))
-            else:
-                cells.append((cell if isinstance(cell, Cell) else Cell(cell)).render(is_sortable=is_sortable))
+    for row in kept:
+        cells = [
+            Markup(f"<th scope=row>{cell.content}") if index == row_head else cell.render(is_sortable=is_sortable)
+            for index, cell in enumerate(row)
+        ]
         lines.append(Markup(f"<tr>{join(cells)}"))
     classes = " ".join(filter(None, (class_, "sortable" if is_sortable else None))) or None
     return tag(

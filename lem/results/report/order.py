@@ -11,7 +11,7 @@ from lem.results.aggregation import METRICS, Metric
 from lem.results.drift import DRIFT_FLAGGED, Drift, Observation, drift_of, relative_to_own_mean
 from lem.results.report.content import Report
 from lem.results.report.drawing import circle_path, figure, horizontal_axis, no_figure, plot, vertical_axis
-from lem.results.report.figures import number_cell, plural, signed_percent
+from lem.results.report.figures import count_cell, number_cell, plural, signed_percent
 from lem.results.report.markup import Cell, Markup, join, number_text, table, tag
 from lem.results.report.scales import Scale
 
@@ -138,10 +138,10 @@ def _data(places: Sequence[_Place], shares: Sequence[float], name: str) -> Marku
     head = ["Place", "No.", "Configuration", "Cycle", name, "Difference"]
     rows: list[list[Cell | str]] = [
         [
-            Cell(str(place.order), place.order, is_number=True),
-            str(place.number),
+            count_cell(place.order),
+            count_cell(place.number),
             place.label,
-            str(place.record.identity.cycle_index + 1),
+            count_cell(place.record.identity.cycle_index + 1),
             number_cell(place.value),
             Cell(f"{share:+.2f} %", share, is_number=True),
         ]

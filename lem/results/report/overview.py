@@ -8,7 +8,7 @@ from pathlib import PurePath
 
 from lem.results.aggregation import SHARED_LOAD, MetricEstimate
 from lem.results.report.content import Entry, Report
-from lem.results.report.figures import decimals_of, interval_cells, latency_cell, plural
+from lem.results.report.figures import count_cell, decimals_of, interval_cells, latency_cell, plural
 from lem.results.report.markup import Cell, Markup, breakable, details, join, scroller, table, tag
 from lem.results.report.order import drift_findings
 from lem.results.report.verdict import verdict_of
@@ -19,6 +19,8 @@ __all__ = ["overview_table", "validity_section", "verdict_section"]
 
 _NUMBER = re.compile(r"[0-9]+(?:[.][0-9]+)?")
 _SHOWN = 8
+# A longer table scrolls in a box of its own, so that the plots stay in reach.
+_TALL_FROM = 40
 _PROBLEMS_SHOWN = 200
 _KINDS = {
     "missing": "without a result",
@@ -65,19 +67,22 @@ def overview_table(report: Report) -> Markup:
     head += [*(label for label, _ in latencies), "Cycles"]
     rows: list[list[Cell | str]] = []
     for entry in report.entries:
-        row: list[Cell | str] = [Cell(str(entry.number), entry.number, is_number=True), Cell(_name(entry))]
+        row: list[Cell | str] = [count_cell(entry.number), Cell(_name(entry))]
         for name, _ in metrics:
             estimate = entry.aggregate.metrics[name]
             is_estimate = entry.is_estimate and name.startswith("energy")
             row += interval_cells(estimate, decimals[name], is_estimate=is_estimate)
         for _, name in latencies:
             row.append(latency_cell(entry.centre(name), entry.aggregate.metrics[name].null_reason))
-        row.append(Cell(str(entry.aggregate.n_cycles), entry.aggregate.n_cycles, is_number=True))
+        row.append(count_cell(entry.aggregate.n_cycles))
         rows.append(row)
     order = "ascending" if report.has_energy else "descending"
     caption = f"Every configuration of {report.summary.campaign_name}, sortable by each column"
     content = table(caption, head, rows, row_head=1, sorted_by=(2, order), class_="overview")
-    return join([scroller("Table of all configurations", content), *(tag("p", text) for text in _explanations(report))])
+    class_ = "scroll tall" if len(rows) > _TALL_FROM else "scroll"
+    return join(
+        [scroller("Table of all configurations", content, class_), *(tag("p", text) for text in _explanations(report))]
+    )
 
 
 def _centres(estimates: Iterable[MetricEstimate]) -> Iterable[float]:

@@ -18,7 +18,7 @@ from lem.results.report.drawing import (
     text,
     vertical_axis,
 )
-from lem.results.report.figures import number_cell, plural
+from lem.results.report.figures import count_cell, number_cell, plural
 from lem.results.report.markup import Cell, Markup, join, number_text, table, tag
 from lem.results.report.scales import Scale, fitting_scale
 
@@ -217,7 +217,7 @@ def _data(points: Sequence[_Point], front: set[int], across: _Axis, up: _Axis) -
     head = ["No.", "Configuration", across.label, "95 % t interval", up.label, "95 % t interval", "On the frontier"]
     rows = []
     for index, point in enumerate(points):
-        row: list[Cell | str] = [str(point.entry.number), point.entry.label]
+        row: list[Cell | str] = [count_cell(point.entry.number), point.entry.label]
         row += [number_cell(point.x), _span(point.x_span), number_cell(point.y), _span(point.y_span)]
         rows.append([*row, "yes" if index in front else "no"])
     return table(f"{up.label} against {across.label}", head, rows, row_head=1)

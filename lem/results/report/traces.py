@@ -16,7 +16,7 @@ from lem.results.report.trace import POWER, TEMPERATURE, Band, Series, Trace
 __all__ = ["traces_section"]
 
 _WIDTH, _LEFT, _RIGHT, _TOP = 640.0, 58.0, 626.0, 56.0
-_POWER_HEIGHT, _TEMPERATURE_HEIGHT, _BETWEEN = 170.0, 90.0, 40.0
+_POWER_HEIGHT, _TEMPERATURE_HEIGHT, _BETWEEN = 170.0, 90.0, 46.0
 _FIRST = 4
 _NAMES = {
     "idle_bare": "idle, bare",
@@ -151,7 +151,7 @@ def _panel(
     names = [text(_LEFT + 4, top + 12 + 13 * index, item.label, f"hint g{index % 8} named") for index, item in
              enumerate(series)] if len(series) > 1 else []  # fmt: skip
     axis = vertical_axis(scale, _LEFT, _RIGHT, "", count=4 if is_from_zero else 3)
-    y = top - 24 if top == _TOP else top - 10
+    y = top - 24 if top == _TOP else top - 16
     return join([axis, text(4, y, label, "axis"), *lines, *names])
 
 
