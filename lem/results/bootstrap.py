@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import functools
 import math
 import random
 import statistics
@@ -109,13 +108,6 @@ def check_confidence(confidence: float) -> None:
 @functools.lru_cache(maxsize=8)
 def _resamples(n: int, n_iterations: int, seed: int) -> tuple[tuple[int, ...], ...]:
     """Which values each resample takes; the same for all metrics and configurations with as many cycles."""
-    generator = random.Random(seed)
-    return tuple(tuple(generator.choices(range(n), k=n)) for _ in range(n_iterations))
-
-
-@functools.lru_cache(maxsize=4)
-def _resamples(n: int, n_iterations: int, seed: int) -> tuple[tuple[int, ...], ...]:
-    """Which of `n` samples each resample takes: the same for all metrics, and drawing them is most of the work."""
     generator = random.Random(seed)
     return tuple(tuple(generator.choices(range(n), k=n)) for _ in range(n_iterations))
 
