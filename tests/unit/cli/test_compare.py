@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 
 from lem.cli.main import main
+from lem.results.compare import compare_configurations, gather
+from lem.results.compare_view import render_text
+from lem.results.gate import parse_gate
 from lem.results.layout import text_width
+from lem.results.precision import StoppingRule, parse_target, write_stopping_rule
 from tests.goldens import assert_golden
 from tests.synthetic_campaign import Campaign, Configuration
 
@@ -192,3 +196,32 @@ def test_a_gate_given_twice_is_refused(places: dict[str, Path]) -> None:
     code, _, err = lem(places["demo"], "demo", "--gate", "energy=3%", "--gate", "energy_per_output_tok_j=5%")
     assert code == 2
     assert "the same metric" in err
+
+
+def test_cycles_that_were_added_are_told_of(tmp_path: Path) -> None:
+    written = dataclasses.replace(BASE, configurations=(PYTORCH, VLLM)).write(tmp_path)
+    rule = StoppingRule(parse_target("ci=2%"), 5, 20)
+    write_stopping_rule(written.results_dir / written.campaign / written.run_id, rule)
+    out = " ".join(lem(written.results_dir, "demo")[1].split())
+    assert "Cycles were added until every interval is within ±2 %" in out
+    assert "do not account for that" in out
+
+
+def test_colour_changes_nothing_but_colour() -> None:
+    run = gather(BASE.records())
+    comparison = compare_configurations(run, run.subjects[0], run.subjects[1:], gates=[parse_gate("energy=3%")])
+    coloured = render_text(comparison, is_colour=True)
+    assert "\x1b[1m" in coloured
+    assert re.sub(r"\x1b\[[0-9]*m", "", coloured) == render_text(comparison)
+
+
+def test_a_value_of_zero_has_no_ratio(tmp_path: Path) -> None:
+    folder = dataclasses.replace(BASE, configurations=(PYTORCH, VLLM)).write(tmp_path).results_dir
+    for path in folder.rglob("result.json"):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["identity"]["config_name"] == VLLM.name and document["identity"]["cycle_index"] == 2:
+            document["throughput"]["output_tok_per_s"] = 0
+            path.write_text(json.dumps(document), encoding="utf-8")
+    code, out, _ = lem(folder, "demo", "--metric", "throughput", "--gate", "throughput=3%", "--strict")
+    assert code == 4
+    assert "a value is zero or negative" in out
