@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,15 @@ def _lab() -> str | None:
     return f"the lab is not up (python3 -m tests.lab up brings it): {'; '.join(lines)}" if lines else None
 
 
+def _fleet() -> str | None:
+    for program, package in (("ssh", "openssh-client"), ("ssh-keygen", "openssh-client")):
+        if shutil.which(program) is None:
+            return f"no {program} command on this machine (apt-get install {package})"
+    if not Path(sys.executable).with_name("ansible-playbook").exists():
+        return "ansible-core is not installed in this environment (make test installs it on Python 3.11 and later)"
+    return _lab()
+
+
 def _checkout() -> str | None:
     command = ["git", "rev-parse", "--is-inside-work-tree"]
     if shutil.which("git") is None:
@@ -139,5 +149,7 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "docker": Need(_docker, is_mandatory=False),
         "gcc": Need(_gcc, is_mandatory=True),
         "lab": Need(_lab, is_mandatory=True),
+        # Hosts that are containers of the lab, and Ansible to reach them.
+        "fleet": Need(_fleet, is_mandatory=True),
     }
 )

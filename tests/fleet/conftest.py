@@ -1,0 +1,53 @@
+"""Hosts that all tests of the fleet share, bare when the first of them begins."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.fleet.controller import Controller
+from tests.fleet.hosts import Host, start_host
+from tests.needs import missing
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """A controller, two hosts on a network and one without, and what was on them when they were bare."""
+
+    controller: Controller
+    gpu1: Host
+    gpu2: Host
+    island: Host
+    bare_files: dict[str, dict[str, str]]
+
+
+@pytest.fixture(scope="session")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """The fleet."""
+    reason = missing("fleet")
+    if reason is not None:
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("fleet")
+    key = folder / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    pyz = folder / "lem.pyz"
+    builder = [sys.executable, str(ROOT / "lem.pyz-build" / "build.py"), "--output", str(pyz)]
+    subprocess.run(builder, check=True, stdout=subprocess.DEVNULL, env=os.environ)
+    hosts: list[Host] = []
+    try:
+        for name in ("gpu1", "gpu2", "island"):  # one by one, so that those that are there are removed
+            hosts += [start_host(name, key, has_network=name != "island")]
+        controller = Controller(folder, key, pyz)
+        controller.know(*hosts[:2])
+        yield Fleet(controller, *hosts, {host.name: host.files() for host in hosts})
+    finally:
+        for host in hosts:
+            host.remove()

@@ -1,0 +1,170 @@
+"""Hosts for Ansible: containers with systemd as PID 1, sshd, and a Docker Engine of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.lab.places import BASE_IMAGE, PACKAGES_TARGET, Places
+
+__all__ = ["DOUBLES", "MODEL", "PATIENCE_S", "Host", "host_image", "start_host", "wait_for"]
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+COMPOSE_PLUGIN = Path("/usr/local/lib/docker/cli-plugins/docker-compose")
+LABEL = "lem.fleet.recipe"
+
+# What a host sees of this machine, read-only: the engine's packages, a tiny model, and the trivial engine.
+DOUBLES = "/opt/lem-doubles"
+MODEL = "/opt/lem-models/tiny"
+
+# Nothing is measured by it: it ends a test that would never end.
+PATIENCE_S = 240.0
+
+CAPABILITIES = ("SYS_ADMIN", "NET_ADMIN", "SYS_NICE", "SYS_PTRACE", "MKNOD")
+
+
+def docker(*words: str, stdin: bytes = b"", timeout_s: float = 600) -> str:
+    """What `docker` wrote to stdout."""
+    ended = subprocess.run(["docker", *words], input=stdin, capture_output=True, timeout=timeout_s, check=False)
+    assert ended.returncode == 0, f"docker {' '.join(words)}: {ended.stderr.decode(errors='replace')}"
+    return ended.stdout.decode(errors="replace")
+
+
+def wait_for(what: str, look: Callable[[], bool]) -> None:
+    """Return once it is so.
+
+    Raises:
+        AssertionError: it did not become so in a time that means it never will.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while not look():
+        assert time.monotonic() < deadline, f"not within {PATIENCE_S:.0f} s: {what}"
+        time.sleep(0.25)
+
+
+def host_image() -> str:
+    """The image of a host, made on the lab's base image when it is not there."""
+    base = docker("image", "inspect", BASE_IMAGE, "--format", "{{.Id}}").strip()
+    recipe = hashlib.sha256((HERE / "Dockerfile").read_bytes() + base.encode()).hexdigest()[:16]
+    name = f"lem-lab-host:{recipe}"
+    if docker("images", "--quiet", name):
+        return name
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(HERE / "Dockerfile", folder)
+        shutil.copy(COMPOSE_PLUGIN, folder)
+        docker("build", "--network", "host", "--label", f"{LABEL}={recipe}", "--tag", name, folder, timeout_s=1200)
+    return name
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host of the fleet.
+
+    Attributes:
+        name: in the inventory.
+        container: its name in the engine of the lab.
+        has_network: whether anything but `docker exec` reaches it.
+    """
+
+    name: str
+    container: str
+    has_network: bool
+
+    def run(self, *words: str, stdin: bytes = b"") -> str:
+        """What a command on the host, as root, wrote to stdout."""
+        return docker("exec", "--interactive", self.container, *words, stdin=stdin)
+
+    def answers(self, *words: str) -> bool:
+        """Whether a command on the host ends well."""
+        command = ["docker", "exec", self.container, *words]
+        return subprocess.run(command, capture_output=True, timeout=120, check=False).returncode == 0
+
+    def read(self, path: str) -> str:
+        """A file on the host."""
+        return self.run("cat", path)
+
+    def show(self, unit: str, prop: str) -> str:
+        """A property of a unit."""
+        return self.run("systemctl", "show", "--value", f"--property={prop}", unit).strip()
+
+    def results(self, campaign: str) -> dict[str, str]:
+        """Every `result.json` of a campaign by its path, with its checksum and when it was written."""
+        folder = f"/var/lib/lem/{campaign}/results"
+        script = (
+            f"cd {folder} 2>/dev/null && find . -name result.json -printf '%p %T@ ' -exec sha256sum {{}} ';' || true"
+        )
+        lines = self.run("sh", "-c", script).splitlines()
+        return {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
+
+    def files(self) -> dict[str, str]:
+        """Every file and folder that the host itself has, with its mode and size, and where links lead."""
+        lines = self.run("find", "/", "-xdev", "-printf", r"%p\t%y %m %u %l\n").splitlines()
+        return dict(line.split("\t", 1) for line in lines)
+
+    def variables(self, key: Path, known_hosts: Path) -> dict[str, object]:
+        """What the inventory says of it."""
+        options = (
+            f"-o StrictHostKeyChecking=no -o UserKnownHostsFile={known_hosts} -o ControlPath={known_hosts.parent}/%C"
+        )
+        found: dict[str, object] = {"ansible_user": "deployer", "ansible_ssh_private_key_file": str(key)}
+        if self.has_network:
+            found |= {"ansible_host": "127.0.0.1", "ansible_port": self._port()}
+        else:
+            # A host without network still has a stdin: sshd speaks over it, and nothing else comes in.
+            options += f" -o ProxyCommand='docker exec -i {self.container} /usr/sbin/sshd -i'"
+        return {**found, "ansible_ssh_common_args": options}
+
+    def _port(self) -> int:
+        return int(docker("port", self.container, "22/tcp").split(":")[1])
+
+    def kill(self) -> None:
+        """Pull the plug."""
+        docker("kill", self.container)
+
+    def start(self) -> None:
+        """Switch it on."""
+        docker("start", self.container)
+        self.wait_until_up()
+
+    def wait_until_up(self) -> None:
+        """Return when systemd has started everything."""
+        wait_for(f"{self.name} is up", lambda: self.answers("systemctl", "is-system-running", "--wait"))
+
+    def remove(self) -> None:
+        """Take it away with all that it has."""
+        docker("rm", "--force", "--volumes", self.container)
+
+
+def start_host(name: str, key: Path, *, has_network: bool = True, more: Sequence[str] = ()) -> Host:
+    """A bare host that lets the key's owner in."""
+    places = Places.of()
+    container = f"lem-fleet-{os.getpid()}-{name}"
+    words = ["run", "--detach", "--name", container, "--hostname", name, "--cgroupns=host"]
+    words += ["--volume", "/sys/fs/cgroup:/sys/fs/cgroup:rw", "--volume", "/var/lib/docker"]
+    words += ["--tmpfs", "/run", "--tmpfs", "/tmp:exec"]
+    words += [word for name in CAPABILITIES for word in ("--cap-add", name)]
+    words += ["--security-opt", "seccomp=unconfined", "--security-opt", "apparmor=unconfined"]
+    words += ["--volume", f"{places.packages('pytorch')}:{PACKAGES_TARGET}:ro"]
+    words += ["--volume", f"{places.models / 'tiny'}:{MODEL}:ro", "--volume", f"{ROOT / 'tests/doubles'}:{DOUBLES}:ro"]
+    words += ["--publish", "127.0.0.1::22"] if has_network else ["--network", "none"]
+    docker(*words, *more, host_image())
+    host = Host(name, container, has_network)
+    host.wait_until_up()
+    script = "cat > ~deployer/.ssh/authorized_keys && chown deployer: ~deployer/.ssh/authorized_keys"
+    host.run("bash", "-c", script, stdin=key.with_suffix(".pub").read_bytes())
+    return host
+
+
+def inventory(hosts: Sequence[Host], key: Path, folder: Path) -> str:
+    """An inventory of the hosts, which is JSON and so YAML."""
+    named = {host.name: host.variables(key, folder / "known_hosts") for host in hosts}
+    return json.dumps({"lem": {"hosts": named}}, indent=2)

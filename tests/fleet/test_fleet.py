@@ -1,0 +1,346 @@
+"""The fleet on real hosts, in the order of a lab's life: from bare hosts over campaigns to none of it left.
+
+The tests share hosts and stand in order: each finds what the one before it left.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from typing import Any
+
+import pytest
+
+from tests.fleet.hosts import DOUBLES, MODEL, Host, docker, wait_for
+
+pytestmark = [pytest.mark.needs("fleet"), pytest.mark.timeout(1200)]
+
+# The trivial engine measures nothing, so hosts are never alike in it.
+ANY = "1e9%"
+HOLD = "/var/lib/lem-hold"
+
+
+def environment(*rules: dict[str, Any]) -> dict[str, str]:
+    """The environment of a unit that runs the trivial engine by these rules."""
+    return {"PYTHONPATH": DOUBLES, "LEMTEST_ENGINE_SCRIPT": json.dumps({"rules": list(rules)})}
+
+
+def trivial(*rules: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The variables of a campaign on the trivial engine."""
+    return {
+        "lem_campaign_executor": "local",
+        "lem_campaign_environment": environment(*rules),
+        "lem_campaign_poll_seconds": 1,
+        "lem_fleet_anchor_tolerance": ANY,
+        **more,
+    }
+
+
+def held(when: dict[str, Any]) -> dict[str, Any]:
+    """A rule by which an experiment goes on only when the host's hold is lifted."""
+    command = f"while [ -e {HOLD} ]; do sleep 0.1; done"
+    return {"at": "generate", "do": "shell", "command": command, "when": when}
+
+
+def unit(name: str) -> str:
+    return f"lem-campaign@{name}.service"
+
+
+def entries(host: Host, campaign: str) -> dict[str, str]:
+    """The status of each experiment in a host's manifest."""
+    text = host.read(f"/var/lib/lem/{campaign}/.state/{campaign}/campaign_manifest.json")
+    return {item["exp_id"]: item["status"] for item in json.loads(text)["experiments"]}
+
+
+# From bare
+
+
+def test_check_mode_on_bare_hosts_is_clean_and_changes_nothing(fleet):
+    ended = fleet.controller.must("site", "--check", "--diff")
+    assert ended.changed("gpu1", "gpu2") > 0
+    for host in (fleet.gpu1, fleet.gpu2):
+        assert not host.answers("test", "-e", "/opt/lem")
+        assert not host.answers("id", "lem")
+
+
+def test_bare_hosts_are_provisioned_and_a_second_run_changes_nothing(fleet):
+    assert fleet.controller.must("site").changed("gpu1", "gpu2") > 0
+    assert fleet.controller.must("site").changed("gpu1", "gpu2") == 0
+    for host in (fleet.gpu1, fleet.gpu2):
+        (release,) = host.run("ls", "/opt/lem/releases").split()
+        assert host.run("python3", "-I", f"/opt/lem/releases/{release}/lem.pyz", "--version").startswith("lem ")
+
+
+def test_check_mode_on_provisioned_hosts_finds_nothing_to_do(fleet):
+    assert fleet.controller.must("site", "--check", "--diff").changed("gpu1", "gpu2") == 0
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"lem_preflight_state_mib": "much"}, "much"),
+        ({"lem_preflight_state_mib": 10**9}, "MiB are due"),
+        ({"lem_preflight_gpu_runtime": True}, "containers cannot have a GPU here"),
+        (
+            {"lem_python": "/opt/old-python"},
+            r"lem needs Python 3\.10 or newer; lem_python is /opt/old-python,\s+which\s+is 3\.9\.18",
+        ),
+        ({"lem_python": "/opt/no-python"}, "does not run here"),
+    ],
+)
+def test_a_host_that_is_not_fit_is_refused_before_anything_changes(fleet, variables, said):
+    script = "printf '#!/bin/sh\\necho 3.9.18\\n' > /opt/old-python && chmod 755 /opt/old-python"
+    fleet.gpu1.run("sh", "-c", script)
+    before = fleet.gpu1.files()
+    ended = fleet.controller.play("site", "--limit", "gpu1,localhost", **variables)
+    fleet.gpu1.run("rm", "-f", "/opt/old-python")
+    assert ended.code != 0
+    assert re.search(said, ended.text), ended.text[-3000:]
+    assert ended.counts("gpu1")["changed"] == 0
+    before.pop("/opt/old-python")
+    after = fleet.gpu1.files()
+    assert {path for path in before.keys() ^ after.keys() if path.startswith(("/opt", "/etc"))} == set()
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, "lem_campaign_file=… names the campaign"),
+        ({"lem_campaign_file": "@broken", "lem_fleet_mode": "shard"}, "unknown key"),
+        ({"lem_campaign_file": "@good", "lem_fleet_mode": "both"}, "shard or replicate"),
+    ],
+)
+def test_errors_of_a_campaign_are_found_before_any_host_is_touched(fleet, variables, said):
+    files = {
+        "@broken": fleet.controller.write_campaign("broken", more={"exekution": {}}),
+        "@good": fleet.controller.write_campaign("good"),
+    }
+    ended = fleet.controller.play(
+        "run_campaign", **{name: files.get(value, value) for name, value in variables.items()}
+    )
+    assert ended.code != 0
+    assert said in ended.text
+    assert "gpu1" not in ended.text
+
+
+# Campaigns
+
+
+def test_a_campaign_is_split_over_hosts_and_a_second_call_does_nothing(fleet):
+    controller = fleet.controller
+    campaign = controller.write_campaign("split", outputs=(4, 8, 16), more={"model": MODEL})
+    given = {
+        "lem_campaign_file": campaign,
+        "lem_campaign_executor": "local",
+        "lem_campaign_poll_seconds": 1,
+        "lem_fleet_anchor_tolerance": ANY,
+    }
+    ended = controller.must("run_campaign", **given)
+    merged = controller.merged("split")
+    assert len(merged) == 8, ended.text[-4000:]  # three configurations and the anchor once more, twice
+    assert {name.split("+")[1].split("/")[0] for name in merged} == {"gpu1", "gpu2"}
+    engines = {json.loads(text)["environment"]["engine_name"] for text in merged.values()}
+    assert engines == {"transformers"}
+    plan = (controller.fleet_dir / "split" / "plan.json").read_bytes()
+
+    before = [host.results("split") for host in (fleet.gpu1, fleet.gpu2)]
+    again = controller.must("run_campaign", **given)
+    assert [host.results("split") for host in (fleet.gpu1, fleet.gpu2)] == before
+    assert controller.merged("split") == merged
+    assert (controller.fleet_dir / "split" / "plan.json").read_bytes() == plan
+    assert ", 0 of them new" in again.text
+
+
+def test_what_arrived_is_kept_and_a_second_call_does_only_what_lacks(fleet):
+    """Replicated; one host fails at one configuration, the other is killed in the middle."""
+    controller = fleet.controller
+    campaign = controller.write_campaign("twice")
+    fails = {"at": "generate", "do": "fail", "text": "on purpose", "permanent": True, "when": {"max_output_tokens": 8}}
+    fleet.gpu2.run("touch", HOLD)
+    rules = {"gpu1": environment(fails), "gpu2": environment(held({"max_output_tokens": 8}))}
+    given = trivial(
+        lem_campaign_file=campaign,
+        lem_fleet_mode="replicate",
+        fleet_rules=rules,
+        lem_campaign_environment="{{ fleet_rules[inventory_hostname] }}",
+        lem_campaign_poll_times=8,
+    )
+    first = controller.play("run_campaign", **given)
+    assert first.code != 0
+    assert "gpu2: still runs" in first.text
+    assert "gpu1: failed" in first.text
+    assert "results are lacking" in first.text
+    arrived = controller.merged("twice")
+    assert len([name for name in arrived if "+gpu1/" in name]) == 2
+    assert arrived, first.text[-3000:]
+
+    fleet.gpu2.kill()
+    missing_host = controller.play("run_campaign", **{**given, "lem_campaign_environment": environment()})
+    assert missing_host.code != 0
+    assert "gpu2: unreachable" in missing_host.text
+    merged = controller.merged("twice")
+    assert len([name for name in merged if "+gpu1/" in name]) == 4
+    assert arrived.items() <= merged.items()
+
+    fleet.gpu2.start()
+    fleet.gpu2.run("rm", "-f", HOLD)
+    controller.know(fleet.gpu1, fleet.gpu2)  # its port is another one
+    before = fleet.gpu1.results("twice")
+    kept = fleet.gpu2.results("twice")
+    controller.must(
+        "run_campaign", **{**given, "lem_campaign_environment": environment(), "lem_campaign_poll_times": 200}
+    )
+    assert fleet.gpu1.results("twice") == before
+    assert kept.items() <= fleet.gpu2.results("twice").items()
+    assert len(controller.merged("twice")) == 8
+    shown = controller.lem("results", "show", "twice", "-o", controller.fleet_dir / "twice" / "merged")
+    assert "@ gpu1" in shown.stdout
+    assert "@ gpu2" in shown.stdout
+
+
+def test_a_timer_starts_a_campaign_and_stopping_keeps_what_is_measured(fleet):
+    controller, host = fleet.controller, fleet.gpu1
+    campaign = controller.write_campaign("nightly", cycles=1)
+    host.run("touch", HOLD)
+    given = trivial(
+        held({"max_output_tokens": 8}), lem_campaign_file=campaign, lem_campaign_calendar="*-*-* *:*:0/2 UTC"
+    )
+    controller.must("schedule_campaign", "--limit", "gpu1,localhost", **given)
+    wait_for("the timer has fired", lambda: len(host.results("nightly")) == 1)
+    # READY came after preflight, and STATUS says how far it is.
+    wait_for("it waits", lambda: "measuring" in host.show(unit("nightly"), "StatusText"))
+    assert host.show(unit("nightly"), "ActiveState") == "active"
+    begun = host.show(unit("nightly"), "InvocationID")
+    fired = host.show("lem-campaign@nightly.timer", "LastTriggerUSec")
+    wait_for(
+        "the timer has elapsed again",
+        lambda: host.show("lem-campaign@nightly.timer", "NextElapseUSecRealtime") != fired,
+    )
+    assert host.show(unit("nightly"), "InvocationID") == begun
+
+    refused = controller.play("uninstall", "--limit", "gpu1")
+    assert refused.code != 0
+    assert "a campaign runs here" in refused.text
+    changed = controller.play("schedule_campaign", "--limit", "gpu1,localhost", **trivial(lem_campaign_file=campaign))
+    assert changed.code != 0
+    assert "a campaign runs here" in changed.text
+
+    controller.must("stop_campaign", "--limit", "gpu1", lem_campaign_name="nightly", lem_campaign_stop_timer=True)
+    assert host.show(unit("nightly"), "ActiveState") == "inactive"
+    assert host.show(unit("nightly"), "ExecMainStatus") == "143"
+    assert sorted(entries(host, "nightly").values()) == ["completed", "pending"]
+    assert "interrupted" in host.read("/var/lib/lem/nightly/.state/nightly/campaign_manifest.json")
+    kept = host.results("nightly")
+
+    host.run("rm", "-f", HOLD)
+    host.run("systemctl", "start", unit("nightly"))
+    wait_for("it has ended", lambda: host.show(unit("nightly"), "ActiveState") == "inactive")
+    assert host.show(unit("nightly"), "ExecMainStatus") == "0"
+    assert sorted(entries(host, "nightly").values()) == ["completed", "completed"]
+    assert kept.items() <= host.results("nightly").items()
+    assert len({path.split("/")[2] for path in host.results("nightly")}) == 1  # one run
+    priorities = host.run("journalctl", "-u", unit("nightly"), "-o", "json", "--output-fields=PRIORITY,MESSAGE")
+    said = [json.loads(line) for line in priorities.splitlines()]
+    assert {item["PRIORITY"] for item in said if "interrupted" in str(item["MESSAGE"])} == {"4"}
+
+
+# Without network
+
+
+@pytest.fixture(scope="module")
+def bundle(fleet, tmp_path_factory):
+    """A signed bundle with an image and a model, the lock of the image, and what to trust."""
+    folder = tmp_path_factory.mktemp("bundle")
+    (folder / "root").mkdir()
+    (folder / "root" / "hello").write_text("hello\n")
+    subprocess.run(["tar", "-C", str(folder / "root"), "-cf", str(folder / "root.tar"), "."], check=True)
+    docker("import", str(folder / "root.tar"), "lem-fleet-probe:1")
+    identity = docker("image", "inspect", "lem-fleet-probe:1", "--format", "{{.Id}}").strip()
+    lock = {"probe": {"tag": "lem-fleet-probe:1", "digest": None, "ids": {"overlay2": identity, "containerd": None}}}
+    (folder / "lock.json").write_text(json.dumps({"schema_version": 1, "images": lock}))
+    (folder / "model").mkdir()
+    (folder / "model" / "weights").write_text("weights")
+    key = fleet.controller.key
+    (folder / "allowed").write_text(f"lab {key.with_suffix('.pub').read_text()}")
+    variables = {
+        "lem_bundle_make_in": str(folder / "made"),
+        "lem_bundle_images": ["lem-fleet-probe:1"],
+        "lem_bundle_models": [str(folder / "model")],
+        "lem_bundle_sign_key": str(key),
+        "lem_bundle_allowed_signers": str(folder / "allowed"),
+        "lem_bundle_identity": "lab",
+        "lem_images_wanted": ["probe"],
+        "lem_images_lock_file": str(folder / "lock.json"),
+    }
+    fleet.controller.must("airgap_bundle", **variables)
+    docker("image", "rm", "lem-fleet-probe:1")
+    (made,) = (folder / "made").iterdir()
+    return folder, {**variables, "lem_bundle_dir": str(made)}
+
+
+def test_a_bundle_with_one_changed_byte_touches_no_host(fleet, bundle):
+    folder, variables = bundle
+    fleet.controller.know(fleet.island)
+    spoiled = folder / "spoiled"
+    shutil.copytree(variables["lem_bundle_dir"], spoiled)
+    weights = spoiled / "models" / "model" / "weights"
+    weights.write_text("weightz")
+    ended = fleet.controller.play("site", **{**variables, "lem_bundle_dir": str(spoiled)})
+    assert ended.code != 0
+    assert "changed since it was made: models/model/weights" in ended.text
+    assert "island" not in ended.text
+
+
+def test_an_image_with_another_id_is_refused(fleet, bundle):
+    folder, variables = bundle
+    fleet.controller.know(fleet.island)
+    lock = json.loads((folder / "lock.json").read_text())
+    lock["images"]["probe"]["ids"]["overlay2"] = "sha256:" + "0" * 64
+    (folder / "other.json").write_text(json.dumps(lock))
+    given = {**variables, "lem_images_lock_file": str(folder / "other.json")}
+    ended = fleet.controller.play("site", **given)
+    assert ended.code != 0
+    assert "the lock says sha256:000" in ended.text
+    assert not fleet.island.answers("test", "-e", "/opt/lem")
+
+
+def test_a_host_without_network_installs_from_a_bundle_and_runs_a_campaign(fleet, bundle):
+    _, variables = bundle
+    controller, host = fleet.controller, fleet.island
+    controller.know(host)
+    assert "lo" in host.run("ls", "/sys/class/net").split()
+    controller.must("site", **variables)
+    assert controller.must("site", **variables).changed("island") == 0
+    assert host.run("docker", "image", "inspect", "lem-fleet-probe:1", "--format", "{{.Id}}").startswith("sha256:")
+    assert host.read("/var/lib/lem-models/model/weights") == "weights"
+    controller.must("run_campaign", **trivial(lem_campaign_file=controller.write_campaign("alone")))
+    assert len(controller.merged("alone")) == 4
+
+
+# The end
+
+# What an installation is to leave behind, and what a host does by itself all the time.
+_LEFT = re.compile(
+    r"/(var/(log|tmp|lib/(systemd|docker|containerd|sudo|private)|cache/(ldconfig|debconf))|etc/[g-]?(passwd|group|shadow|gshadow)-?"
+    r"|etc/(gshadow|sub[ug]id)-?|home/deployer/\.(ansible|ssh)|root|var/lib/lem-hold)(/|$)"
+)
+
+
+def test_uninstalling_leaves_what_it_names_and_nothing_else(fleet):
+    controller = fleet.controller
+    controller.know(fleet.gpu1, fleet.gpu2)
+    results = fleet.gpu1.results("split")
+    controller.must("uninstall", "--limit", "gpu1")
+    assert fleet.gpu1.results("split") == results
+    assert not fleet.gpu1.answers("test", "-e", "/opt/lem")
+
+    controller.must("uninstall", "--limit", "gpu2", lem_uninstall_results=True)
+    before, after = fleet.bare_files["gpu2"], fleet.gpu2.files()
+    changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+    assert sorted(path for path in changed if not _LEFT.match(path)) == []
+    assert controller.must("uninstall", lem_uninstall_results=True).changed("gpu2") == 0
