@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lem.config.experiment_config import ExperimentConfig
+from lem.experiment.channel import RunRequest
+from lem.meters.samples import GpuHeader, GpuSample, SampleHeader, SampleLog
+from lem.orchestration.attempt import WorkerEvent
+from lem.orchestration.baselines import Reference
+from lem.orchestration.sampling import Attendance, HostMeters, has_recovered
+
+REFERENCE = Reference(power_w=100.0, temp_c=40.0)
+S = 1_000_000_000
+
+
+def log(*samples: tuple[float, float | None, float | None], gpus: int = 1) -> SampleLog:
+    """A log of (second, watts, degrees), the same for every GPU."""
+    header = SampleHeader(0, "", "", 100, tuple(GpuHeader(n, f"GPU-{n}", "", "") for n in range(gpus)))
+    rows = (
+        GpuSample(gpu, round(at_s * S), power_w, temp_c) for at_s, power_w, temp_c in samples for gpu in range(gpus)
+    )
+    return SampleLog(header, samples=tuple(rows))
+
+
+def steadily(power_w: float | None, temp_c: float | None, gpus: int = 1) -> SampleLog:
+    return log(*((second / 2, power_w, temp_c) for second in range(10)), gpus=gpus)
+
+
+@pytest.mark.parametrize(
+    ("power_w", "temp_c", "answer"),
+    [
+        (100.0, 40.0, True),
+        (104.9, 43.0, True),
+        (105.5, 40.0, False),
+        (100.0, 43.5, False),
+        (60.0, 20.0, True),  # no gap would bring that up again
+        (None, 40.0, None),
+        (100.0, None, None),
+    ],
+)
+def test_a_device_is_back_within_three_degrees_and_five_percent(
+    power_w: float | None, temp_c: float | None, answer: bool | None
+) -> None:
+    assert has_recovered(steadily(power_w, temp_c), REFERENCE) is answer
+
+
+def test_a_device_is_back_when_it_has_been_so_for_some_seconds() -> None:
+    assert has_recovered(log((0.0, 100.0, 40.0), (1.0, 100.0, 40.0)), REFERENCE) is None
+    hot = log((0.0, 100.0, 40.0), (2.0, 300.0, 60.0), (3.0, 100.0, 40.0), (4.0, 100.0, 40.0))
+    assert has_recovered(hot, REFERENCE) is False
+
+
+def test_power_of_several_gpus_counts_together_and_the_hottest_for_all() -> None:
+    assert has_recovered(steadily(50.0, 40.0, gpus=2), REFERENCE) is True
+    assert has_recovered(steadily(60.0, 40.0, gpus=2), REFERENCE) is False
+
+
+def test_without_a_sensor_of_temperature_at_the_reference_power_decides() -> None:
+    assert has_recovered(steadily(100.0, None), Reference(100.0, None)) is True
+
+
+def request(folder: Path, config: ExperimentConfig, executor: str) -> RunRequest:
+    identity = {"experiment_id": "e"}
+    return RunRequest(config.to_dict(), identity, str(folder), "key", keep_engine=True, executor=executor)
+
+
+def attend(folder: Path, executor: str, **options: Any) -> Attendance:
+    """An attempt on a host that can read nothing."""
+    meters = HostMeters(gpu_error="no driver", rapl_error="no powercap", command=("false",))
+    config = ExperimentConfig.from_dict({"model": "any", **options})
+    with meters.attending(config, request(folder, config, executor)) as attendance:
+        return attendance
+
+
+def test_where_nothing_can_be_read_no_sampler_runs_and_the_worker_is_told_why(tmp_path: Path) -> None:
+    attendance = attend(tmp_path, "local")
+    assert attendance.sampler is None
+    assert (attendance.request.samples_path, attendance.request.is_sampler_due) == (None, False)
+    assert attendance.request.meter_errors == {"gpu": "no driver", "rapl": "no powercap"}
+
+
+def test_a_worker_in_a_container_samples_what_the_host_may_not_see(tmp_path: Path) -> None:
+    asked = attend(tmp_path, "docker").request
+    assert asked.is_sampler_due
+    assert asked.samples_path == str(tmp_path / "samples.part")
+
+
+def test_a_container_that_computes_on_the_cpu_has_nothing_more_to_see(tmp_path: Path) -> None:
+    assert not attend(tmp_path, "docker", gpus=[]).request.is_sampler_due
+
+
+def test_nothing_is_sampled_where_nothing_is_wanted(tmp_path: Path) -> None:
+    options = {"measurement": {"energy": "none"}, "timeseries": {"enabled": False}}
+    asked = attend(tmp_path, "docker", **options).request
+    assert not asked.is_sampler_due
+    assert set(asked.meter_errors) == {"gpu", "rapl"}
+
+
+def test_what_the_host_learned_is_told_to_the_worker(tmp_path: Path) -> None:
+    assert attend(tmp_path, "local").request.baselines == {
+        "bare_power_w": None,
+        "loaded_power_w": None,
+        "age_s": None,
+    }
+
+
+def test_an_event_passes_unchanged_where_nobody_samples(tmp_path: Path) -> None:
+    event = WorkerEvent("progress", "e", "window", 1, 2)
+    assert attend(tmp_path, "local").follow(event) == event
+
+
+def test_a_gap_is_not_watched_before_anything_was_measured() -> None:
+    with HostMeters(gpu_error=None, rapl_error=None, command=("false",)).watching() as probe:
+        assert probe is None
