@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from lem.meters import marks as names
 from lem.meters.integrate import (
@@ -49,6 +49,7 @@ class AttemptLog:
     sources: Sources
     baselines: Baselines
     is_steady_mode: bool
+    _known: dict[tuple[str, int, bool], Curve] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def window(self) -> Span:
@@ -88,9 +89,12 @@ class AttemptLog:
             raise NotMeasured(self.sources.reasons["gpu"])
         if self.sources.gpu_method != COUNTER:
             return self.gpu_power_curve(number, at_rest=at_rest)
-        place = self.sources.gpus[number]
-        what = f"the energy counter of {self.log.header.gpus[place].uuid}"
-        return self._checked(counter_curve(self.log.counters, place, what), f"gpu{place}.counter")
+        key = (COUNTER, number, False)
+        if key not in self._known:
+            place = self.sources.gpus[number]
+            what = f"the energy counter of {self.log.header.gpus[place].uuid}"
+            self._known[key] = self._checked(counter_curve(self.log.counters, place, what), f"gpu{place}.counter")
+        return self._known[key]
 
     def gpu_power_curve(self, number: int, *, at_rest: bool = False) -> Curve:
         """The integral of one GPU's power.
@@ -102,10 +106,13 @@ class AttemptLog:
         gpu = self.log.header.gpus[place]
         if gpu.power_error is not None:
             raise NotMeasured(f"power of {gpu.uuid} cannot be read: {gpu.power_error}")
-        period_s = max(self.sources.sample_period_s, self.sources.idle_period_s if at_rest else 0.0)
-        lag_s = SENSOR_LAG_S.get(gpu.power_source or "", 0.0)
-        curve = power_curve(self.log.samples, place, period_s, f"power of {gpu.uuid}", lag_s)
-        return self._checked(curve, f"gpu{place}.power")
+        key = ("power", number, at_rest)
+        if key not in self._known:
+            period_s = max(self.sources.sample_period_s, self.sources.idle_period_s if at_rest else 0.0)
+            lag_s = SENSOR_LAG_S.get(gpu.power_source or "", 0.0)
+            curve = power_curve(self.log.samples, place, period_s, f"power of {gpu.uuid}", lag_s)
+            self._known[key] = self._checked(curve, f"gpu{place}.power")
+        return self._known[key]
 
     def cpu_curves(self, domain: str) -> tuple[Curve, ...]:
         """The energy of every zone of a domain, `package` or `dram`.
@@ -173,9 +180,9 @@ class AttemptLog:
 
     def _checked(self, curve: Curve, meter: str) -> Curve:
         """The curve, unless the meter hardly said anything; then what it said instead is the reason."""
-        if len(curve.at_ns) >= 2:
-            return curve
         said = [error.message for error in self.log.errors if error.meter == meter]
+        if len(curve.at_ns) >= 2:
+            return replace(curve, said=said[-1]) if said else curve
         raise NotMeasured(f"{curve.what} cannot be read: {said[-1]}" if said else f"{curve.what} was never read twice")
 
 

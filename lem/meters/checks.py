@@ -5,13 +5,14 @@ Everything here follows measurement.md, steps 5 and 6.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterator
 from itertools import pairwise
 
 from lem.meters.attempt_log import AttemptLog
 from lem.meters.integrate import HOLE_PERIODS, NS_PER_S, Curve, NotMeasured, Span
 from lem.meters.samples import GpuHeader, SampleLog
-from lem.meters.sources import SENSOR_LAG_S
+from lem.meters.sources import COUNTER, SENSOR_LAG_S
 
 __all__ = [
     "CROSSCHECK_TOLERANCE",
@@ -48,8 +49,10 @@ _LEAST_CHECKED_S = 1.0
 _EDGE_GAP = 0.2
 _EDGE_DOUBT = 0.03
 
-# With fewer updates than this in each half, one update more or less looks like a change of power.
+# With fewer updates of a counter than this in each half, one more or less looks like a change of power; what is read at
+# a known moment needs fewer.
 _UPDATES_A_HALF = 10
+_READINGS_A_HALF = 3
 
 
 def check_plausible(energy_j: float, window: Span, gpu: GpuHeader) -> None:
@@ -113,8 +116,9 @@ def is_power_steady(attempt: AttemptLog, window_repeats: int) -> bool:
         Span(window.opened_ns, window.opened_ns + half_ns),
         Span(window.closed_ns - half_ns, window.closed_ns),
     )
-    if any(curve.count_in(half) < _UPDATES_A_HALF for curve in curves for half in halves):
-        raise NotMeasured(f"fewer than {_UPDATES_A_HALF} readings of the meter in each half")
+    needed = _UPDATES_A_HALF if attempt.sources.primary == COUNTER else _READINGS_A_HALF
+    if any(curve.count_in(half) < needed for curve in curves for half in halves):
+        raise NotMeasured(f"fewer than {needed} readings of the meter in each half")
     first_w, second_w = (sum(curve.mean_power_w(half) for curve in curves) for half in halves)
     return abs(first_w - second_w) < STEADY_TOLERANCE * (first_w + second_w) / 2
 
@@ -166,7 +170,7 @@ def sample_gap_max_s(attempt: AttemptLog) -> float:
     return max(_longest_gap_s(times, window) for times in series)
 
 
-def meter_warnings(attempt: AttemptLog, gap_s: float | None, curves: tuple[Curve, ...]) -> Iterator[str]:
+def meter_warnings(attempt: AttemptLog, gap_s: float | None) -> Iterator[str]:
     """What failed or was late in the window; a missing sample is a warning in the result."""
     window, period_s = attempt.window, attempt.sources.sample_period_s
     failed: dict[str, list[str]] = {}
@@ -180,16 +184,22 @@ def meter_warnings(attempt: AttemptLog, gap_s: float | None, curves: tuple[Curve
             f"nothing was sampled for {gap_s:.2f} s of the window, more than {HOLE_PERIODS} periods of {period_s:g} s: "
             "integrated power and the cross-check are void"
         )
-    for curve in curves:
-        spacing_s = max(curve.spacing_s(window.opened_ns), curve.spacing_s(window.closed_ns))
-        doubt_j = attempt.closing_doubt_j(curve)
-        if spacing_s > _EDGE_GAP * window.seconds:
-            yield (
-                f"{curve.what} was read {spacing_s:.2f} s apart around an edge of a window of {window.seconds:.2f} s: "
-                "its energy is uncertain"
-            )
-        elif doubt_j > _EDGE_DOUBT * curve.between_j(window):
-            yield f"{curve.what}: how the window ended leaves {doubt_j:.3g} J in doubt; a longer window would tell"
+    with contextlib.suppress(NotMeasured):  # then the energy is null for that reason, and nothing of it in doubt
+        for curve in attempt.primary_curves():
+            yield from _edge_warnings(attempt, curve, window)
+
+
+def _edge_warnings(attempt: AttemptLog, curve: Curve, window: Span) -> Iterator[str]:
+    spacing_s = max(curve.spacing_s(window.opened_ns), curve.spacing_s(window.closed_ns))
+    if spacing_s > _EDGE_GAP * window.seconds:
+        yield (
+            f"{curve.what} was read {spacing_s:.2f} s apart around an edge of a window of {window.seconds:.2f} s: "
+            "its energy is uncertain"
+        )
+        return
+    doubt_j = attempt.closing_doubt_j(curve)
+    if doubt_j > _EDGE_DOUBT * curve.between_j(window):
+        yield f"{curve.what}: how the window ended leaves {doubt_j:.3g} J in doubt; a longer window would tell"
 
 
 def _longest_gap_s(times: list[int], window: Span) -> float:

@@ -276,9 +276,5 @@ def _warnings(attempt: AttemptLog, energy: Figures, idle: Figures) -> tuple[str,
         change = f"{before_w:.4g} W to {after_w:.4g} W ({100 * (after_w / before_w - 1):+.1f} %)"
         found.append(f"power at rest with the engine loaded went from {change}: the net energy is uncertain")
     if attempt.span(names.WINDOW) is not None:
-        try:
-            curves = attempt.primary_curves()
-            found += meter_warnings(attempt, energy.values["sample_gap_max_s"], curves)
-        except NotMeasured:
-            found += meter_warnings(attempt, energy.values["sample_gap_max_s"], ())
+        found += meter_warnings(attempt, energy.values["sample_gap_max_s"])
     return tuple(found)

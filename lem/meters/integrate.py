@@ -108,6 +108,7 @@ class Curve:
         earliest_ns, latest_ns: each knot lies between the two; `at_ns` is the best guess.
         energy_j: at each knot; never falling.
         holes: where it says nothing; knots on both sides of a hole have no energy in common.
+        said: what the meter said when it could not be read; empty when it always could.
         lag_s: by how much the meter may lag behind; until then after a window it still tells of the window.
     """
 
@@ -118,6 +119,7 @@ class Curve:
     energy_j: tuple[float, ...]
     holes: tuple[Hole, ...] = ()
     lag_s: float = 0.0
+    said: str = ""
 
     def between_j(self, span: Span) -> float:
         """The energy of the span, both edges interpolated between knots.
@@ -205,12 +207,17 @@ class Curve:
         return _View(self.at_ns[place], self._interpolate(place, at_ns), self._power_w(place - 1, place))
 
     def _seen_from_inside(self, closed: ClosedWindow) -> _View | None:
-        """The energy at the closing by the last two knots of the window; None without them, or where they lag."""
+        """The energy at the closing by the last two knots of the window; None without them, or where they lag.
+
+        Power is taken to go on for an update that was missed, and no longer.
+        """
         within = self._inside(closed.window)
         if self.lag_s or len(within) < 2:
             return None
         last = within[-1]
         power_w, left_s = self._power_w(last - 1, last), (closed.window.closed_ns - self.at_ns[last]) / NS_PER_S
+        if left_s > 2 * (self.at_ns[last] - self.at_ns[last - 1]) / NS_PER_S:
+            return None
         placed_s = (self.latest_ns[last] - self.earliest_ns[last]) / NS_PER_S / math.sqrt(12)  # sd of a uniform one
         variance = (power_w * placed_s) ** 2 + (_LOAD_CHANGES * power_w * left_s) ** 2
         return _View(self.at_ns[last], self.energy_j[last] + power_w * left_s, power_w, variance)
@@ -240,12 +247,13 @@ class Curve:
         Raises:
             NotMeasured: the moment lies beyond the first or the last knot.
         """
+        told = f" ({self.said})" if self.said else ""
         if len(self.at_ns) < 2:
-            raise NotMeasured(f"{self.what} was read {len(self.at_ns)} times, two are needed")
+            raise NotMeasured(f"{self.what} was read {len(self.at_ns)} times, two are needed{told}")
         if at_ns < self.at_ns[0]:
-            raise NotMeasured(f"{self.what} was first read {(self.at_ns[0] - at_ns) / NS_PER_S:.3f} s too late")
+            raise NotMeasured(f"{self.what} was first read {(self.at_ns[0] - at_ns) / NS_PER_S:.3f} s too late{told}")
         if at_ns > self.at_ns[-1]:
-            raise NotMeasured(f"{self.what} was last read {(at_ns - self.at_ns[-1]) / NS_PER_S:.3f} s too early")
+            raise NotMeasured(f"{self.what} was last read {(at_ns - self.at_ns[-1]) / NS_PER_S:.3f} s too early{told}")
         return max(1, bisect_left(self.at_ns, at_ns))
 
     def _interpolate(self, place: int, at_ns: int) -> float:

@@ -121,6 +121,16 @@ def test_the_sum_is_null_as_soon_as_one_was_not_read() -> None:
     assert "GPU is lost" in found.energy.null_reasons["gpu_energy_j"]
 
 
+def test_a_counter_that_is_lost_in_the_window_says_why() -> None:
+    attempt = gpu_attempt()
+    counters = tuple(row for row in attempt.log.counters if row.at_ns < at(20))
+    errors = (MeterError(at(20), "gpu0.counter", "GPU is lost"),)
+    found = attempt.with_log(counters=counters, errors=errors).measured()
+    assert found.primary_null_reason is not None
+    assert found.primary_null_reason.endswith("s too early (GPU is lost)")
+    assert found.warnings == ("gpu0.counter could not be read in the window: GPU is lost",)
+
+
 def test_a_gpu_the_sampler_does_not_see_stands_in_the_record() -> None:
     attempt = gpu_attempt()
     sources = dataclasses.replace(
@@ -418,6 +428,11 @@ def test_a_meter_too_coarse_for_halves_says_so() -> None:
     assert found.power_steady is None
     assert found.power_steady_null_reason is not None
     assert "fewer than 10" in found.power_steady_null_reason
+
+
+def test_rapl_read_once_a_second_is_enough_to_compare_halves() -> None:
+    attempt = dataclasses.replace(cpu_attempt(package()), marks=(Mark(names.WINDOW, at(15.5), at(24.5)),))
+    assert attempt.measured(is_steady_mode=True).power_steady is True
 
 
 # Prefill and decode
