@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 import statistics
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -17,6 +18,8 @@ from lem.meters.samples import SampleLog
 __all__ = ["ExternalReadings", "external_energy_j", "read_external"]
 
 _FORM = "two columns are due: UTC time (2026-07-14T10:00:00Z, or seconds since 1970) and watts"
+
+_FRACTION = re.compile(r"\.(\d+)")
 
 # Seconds since 1970 of the years 2001 and 2286; numbers beyond are milliseconds, or no times at all.
 _EPOCH_S = (1e9, 1e10)
@@ -118,9 +121,9 @@ def _time(cell: str) -> float | None:
     number = _number(cell)
     if number is not None:
         return number if _EPOCH_S[0] <= number < _EPOCH_S[1] else None
-    text = cell.strip()
+    # Before Python 3.11 fromisoformat() knows no Z, and fractions of three or six digits alone.
+    text = _FRACTION.sub(lambda found: f".{found[1][:6]:0<6}", cell.strip())
     try:
-        # Before Python 3.11 fromisoformat() knows no Z.
         moment = datetime.fromisoformat(text[:-1] + "+00:00" if text[-1:] in ("Z", "z") else text)
     except ValueError:
         return None

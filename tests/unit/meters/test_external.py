@@ -40,6 +40,8 @@ def test_the_readings_are_integrated_over_the_window_on_the_logs_clock(file: Pat
         "time,watts\n" + lines(),
         "\ufeff" + lines(),
         lines().replace("Z", ""),
+        lines().replace("Z", ".0Z"),
+        lines().replace("Z", ".000000000Z"),
         lines().replace("Z", "+00:00"),
         lines().replace("T10", "T12").replace("Z", "+02:00"),
         lines().replace("T", " ").replace(",", ", "),
