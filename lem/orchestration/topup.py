@@ -96,6 +96,7 @@ def decide(records: Iterable[Record], rule: StoppingRule, cycles: int) -> Decisi
     left_out = f"; without an interval, and left out: {_listed(without)}" if without else ""
     if not found.wide:
         said = f"every interval is within {what} after {cycles} cycles" if found.narrow else "no cycle is added"
+        said += "" if found.narrow or found.without else ", since there is no result to look at"
         return Decision(False, f"Top-up: {said}{left_out}")
     wide = _listed([item.describe() for item in sorted(found.wide, key=_width, reverse=True)])
     if cycles >= rule.most_cycles:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lem.record import Record
 from lem.results.check_results import check_results
-from lem.results.check_trends import check_trends
+from lem.results.check_trends import TREND_METRICS, check_trends
 from lem.results.compare import RunResults, gather
 from lem.results.findings import Finding, Found
 from lem.results.precision import UNACCOUNTED, StoppingRule
@@ -62,7 +62,7 @@ def check_run(
         stopping: the rule by which cycles were added.
         campaign_name, run_id: what to call a run of which there is no result that says it.
     """
-    run = gather(records, failed) if records else None
+    run = gather(records, failed, metrics=TREND_METRICS) if records else None
     found = [*_damage(problems), *_failures(failed or {})]
     if run is None:
         found.append(
