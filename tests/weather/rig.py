@@ -76,11 +76,15 @@ class ContainerRig(CampaignRig):
         """The lab's files and the override, as COMPOSE_FILE has them."""
         return ":".join(map(str, (*COMPOSE_FILES, self.override)))
 
-    def be(self, *rules: Mapping[str, Any], python_path: Sequence[str] = (), token_s: float = 0.0) -> None:
+    def be(
+        self, *rules: Mapping[str, Any], python_path: Sequence[str] = (), token_s: float = 0.0, **script: Any
+    ) -> None:
         """Have the engine follow these rules from the next container on; without any it is good weather."""
         environment = {
             "PYTHONPATH": ":".join([str(DOUBLES), *python_path]),
-            "LEMTEST_ENGINE_SCRIPT": json.dumps({"token_s": token_s, "rules": list(rules)}).replace("$", "$$"),
+            "LEMTEST_ENGINE_SCRIPT": json.dumps({"token_s": token_s, "rules": list(rules), **script}).replace(
+                "$", "$$"
+            ),
             "LEMTEST_MARKER": self.inside.value,
         }
         mounts = [(DOUBLES, True), (self.shared, False)]
