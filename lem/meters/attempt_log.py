@@ -6,16 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from lem.meters import marks as names
-from lem.meters.integrate import (
-    ClosedWindow,
-    Curve,
-    NotMeasured,
-    Span,
-    counter_curve,
-    load_curve,
-    power_curve,
-    rapl_curve,
-)
+from lem.meters.curve import ClosedWindow, Curve, NotMeasured, Span
+from lem.meters.integrate import counter_curve, load_curve, power_curve, rapl_curve
 from lem.meters.samples import Mark, SampleLog
 from lem.meters.sources import COUNTER, RAPL, SENSOR_LAG_S, TDP_ESTIMATE, Sources
 

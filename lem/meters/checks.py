@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterator
 from itertools import pairwise
 
 from lem.meters.attempt_log import AttemptLog
-from lem.meters.integrate import HOLE_PERIODS, NS_PER_S, Curve, NotMeasured, Span
+from lem.meters.curve import NS_PER_S, Curve, NotMeasured, Span
+from lem.meters.integrate import HOLE_PERIODS
 from lem.meters.samples import GpuHeader, SampleLog
 from lem.meters.sources import COUNTER, SENSOR_LAG_S
 

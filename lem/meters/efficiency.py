@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lem.config.experiment_config import MeasurementConfig
+from lem.meters.curve import NotMeasured
 from lem.meters.figures import Figures
-from lem.meters.integrate import NotMeasured
 from lem.record import Carbon, Efficiency, Work
 from lem.units import JOULES_PER_WATT_HOUR
 

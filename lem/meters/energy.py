@@ -18,10 +18,11 @@ from lem.meters.checks import (
     sample_gap_max_s,
     slowdowns,
 )
+from lem.meters.curve import Curve, NotMeasured, Span
 from lem.meters.external import ExternalReadings, external_energy_j
 from lem.meters.figures import Figures
 from lem.meters.gpu_section import describe_gpu, describe_unseen_gpu, samples_in
-from lem.meters.integrate import Curve, NotMeasured, Span, update_period_s
+from lem.meters.integrate import update_period_s
 from lem.meters.phases import split_phases
 from lem.meters.samples import Mark, SampleLog
 from lem.meters.sources import COUNTER, EXTERNAL, Sources

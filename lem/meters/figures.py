@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from lem.meters.integrate import NotMeasured
+from lem.meters.curve import NotMeasured
 from lem.record import Carbon, Efficiency, Energy, Gpu, Idle
 
 __all__ = ["Figures"]

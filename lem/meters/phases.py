@@ -5,8 +5,8 @@ from __future__ import annotations
 from lem.meters import marks as names
 from lem.meters.attempt_log import AttemptLog
 from lem.meters.checks import slowdowns
+from lem.meters.curve import NotMeasured, Span
 from lem.meters.figures import Figures
-from lem.meters.integrate import NotMeasured, Span
 
 __all__ = ["split_phases"]
 

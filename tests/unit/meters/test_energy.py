@@ -7,10 +7,10 @@ import pytest
 
 from lem.config.experiment_config import ExperimentConfig
 from lem.meters import marks as names
+from lem.meters.curve import NotMeasured, Span
 from lem.meters.efficiency import carbon_of, efficiency_of
 from lem.meters.energy import Baselines, mean_power_w, measure
 from lem.meters.external import ExternalReadings
-from lem.meters.integrate import NotMeasured, Span
 from lem.meters.samples import CpuLoad, Mark, MeterError, ProcessesSeen
 from lem.record import Energy, Gpu, Idle, Work
 from tests.doubles.nvml.traces import Counter, Events, GpuProcess, Level, Sensor

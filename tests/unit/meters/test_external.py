@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from lem.meters.curve import NS_PER_S, NotMeasured, Span
 from lem.meters.external import external_energy_j, read_external
-from lem.meters.integrate import NS_PER_S, NotMeasured, Span
 from lem.meters.refusal import MeterRefused
 from lem.meters.samples import ClockPair, SampleHeader, SampleLog
 
