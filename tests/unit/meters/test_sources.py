@@ -140,7 +140,6 @@ DEAF = gpu(counter_error="No Permission", power_error="No Permission", power_sou
         (header(), (), {"energy": "tdp_estimate"}, "design power of this CPU is not known"),
         (header(), (), {"phases": True}, NO_RIGHTS),
         (header(), (), {"phases": True, "external_csv": "plug.csv"}, "only measurement.external_csv"),
-        (header(gpu()), ("GPU-0",), {"phases": True, "energy": "none"}, "measurement.energy: none"),
     ],
 )
 def test_a_demand_that_cannot_be_met_is_refused_for_good(
