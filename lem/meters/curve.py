@@ -133,7 +133,13 @@ class Curve:
         return abs(outside.energy_j - inside.energy_j) if inside and outside else 0.0
 
     def mean_power_w(self, span: Span) -> float:
-        """The mean power over the span, as `between_j`."""
+        """The mean power over the span.
+
+        Raises:
+            NotMeasured: as `between_j`, or the span has no length.
+        """
+        if span.closed_ns <= span.opened_ns:
+            raise NotMeasured(f"{self.what}: no time at all was marked")
         return self.between_j(span) / span.seconds
 
     def guard_power_w(self, guard: Span) -> float | None:

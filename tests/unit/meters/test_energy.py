@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from lem.config.experiment_config import ExperimentConfig
 from lem.meters import marks as names
 from lem.meters.curve import NotMeasured, Span
 from lem.meters.efficiency import carbon_of, efficiency_of
-from lem.meters.energy import Baselines, mean_power_w, measure
+from lem.meters.energy import Baselines, EnergyFindings, mean_power_w, measure
 from lem.meters.external import ExternalReadings
 from lem.meters.samples import CpuLoad, Mark, MeterError, ProcessesSeen
 from lem.record import Energy, Gpu, Idle, Work
@@ -83,16 +85,44 @@ def test_what_did_not_happen_is_null_with_a_reason() -> None:
     assert energy.null_reasons["warmup_energy_j"] == "there was no warm-up"
 
 
+def assert_nulls_have_reasons(found: EnergyFindings) -> None:
+    sections: tuple[Energy | Idle | Gpu, ...] = (found.energy, found.idle, *found.gpus)
+    for section in sections:
+        fields = [item.name for item in dataclasses.fields(section) if item.name != "null_reasons"]
+        assert set(section.null_reasons) == {name for name in fields if getattr(section, name) is None}
+        assert all(section.null_reasons.values())
+
+
 def test_every_null_has_a_reason() -> None:
     attempts = [gpu_attempt(), gpu_attempt().without(*{mark.name for mark in gpu_attempt().marks}), cpu_attempt()]
     for attempt in attempts:
-        found = attempt.measured()
-        sections: tuple[Energy | Idle | Gpu, ...] = (found.energy, found.idle, *found.gpus)
-        for section in sections:
-            fields = [item.name for item in dataclasses.fields(section) if item.name != "null_reasons"]
-            empty = {name for name in fields if getattr(section, name) is None}
-            assert set(section.null_reasons) == empty
-            assert all(section.null_reasons.values())
+        assert_nulls_have_reasons(attempt.measured())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_a_sampler_missed_every_null_has_a_reason_and_nothing_breaks(seed: int) -> None:
+    chance = random.Random(seed)
+    attempt = gpu_attempt(2, has_prefill=True, zones=(package(),)) if seed % 2 else cpu_attempt(package())
+
+    def thinned(rows: Sequence[Any]) -> tuple[Any, ...]:
+        lost = chance.choice((0.0, 0.0, 0.01, 0.5, 1.0))
+        from_ns = at(chance.uniform(-1, 60))
+        until_ns = from_ns + chance.randrange(10**10)
+        return tuple(row for row in rows if chance.random() >= lost and not from_ns <= row.at_ns <= until_ns)
+
+    rows = {name: thinned(getattr(attempt.log, name)) for name in ("counters", "samples", "rapl", "processes")}
+    marks = tuple(
+        dataclasses.replace(mark, closed_ns=chance.choice((mark.closed_ns, mark.closed_ns, mark.opened_ns)))
+        for mark in attempt.marks
+        if chance.random() > 0.1
+    )
+    found = (
+        dataclasses.replace(attempt, marks=marks)
+        .with_log(**rows)
+        .measured(is_steady_mode=chance.random() < 0.3, own_pids=chance.choice((None, {1})))
+    )
+    assert_nulls_have_reasons(found)
+    assert (found.primary_j is None) == (found.primary_null_reason is not None)
 
 
 def test_a_log_without_the_windows_mark_gives_no_energy() -> None:
