@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lem.config.campaign_config import CampaignConfig
     from lem.config.loading import Loaded
     from lem.orchestration.executor_choice import ExecutorChoice
+    from lem.orchestration.order import Prices
     from lem.orchestration.plan import Plan
     from lem.results.precision import StoppingRule, Target
 
@@ -127,7 +128,7 @@ def _add_fleet(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """The exit code of interface.md."""
-    from lem.cli.plan_view import plan_document
+    from lem.cli.plan_view import expected_document, plan_document
     from lem.meters.gpus import find_gpus
     from lem.orchestration.executor_choice import choose_executor
     from lem.orchestration.plan import build_plan
@@ -143,7 +144,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     if args.write_plan is not None:
         from lem.cli.fleet import store_plan
 
-        return store_plan(args, campaign, plan, _earlier_times(plan, campaign)[0], out)
+        return store_plan(args, campaign, plan, _prices(plan, campaign).measured_by_config, out)
     plan, part = _part(args, plan)
     if args.validate_only:
         if args.json:
@@ -152,7 +153,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     choice = choose_executor(args.executor, campaign, plan, python=args.python)
     check_supported(campaign, choice.name)
     if args.dry_run and args.json:
-        _write_document(out, {**plan_document(plan), "executor": choice.name, "place": choice.describe()})
+        document = {**plan_document(plan), "expected_s": expected_document(plan, _prices(plan, campaign))}
+        _write_document(out, {**document, "executor": choice.name, "place": choice.describe()})
         return int(ExitCode.OK)
     if args.dry_run:
         out.write(_describe_plan(plan, campaign, choice, rule, args.budget))
@@ -240,31 +242,26 @@ def _describe_plan(
     from lem.orchestration.plan import prolong_plan
     from lem.orchestration.topup import with_cycles
 
-    measured, loads = _earlier_times(plan, campaign)
     longest = None if rule is None else prolong_plan(plan, with_cycles(campaign, rule.most_cycles))
     return render_plan(
         plan,
         campaign,
         choice.describe(),
-        measured_by_config=measured,
-        load_by_engine=loads,
+        _prices(plan, campaign),
         rule=rule,
         longest=longest,
         budget_s=budget_s,
     )
 
 
-def _earlier_times(plan: Plan, campaign: CampaignConfig) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds that experiments of this plan and loads of its engines took before; the latest counts."""
+def _prices(plan: Plan, campaign: CampaignConfig) -> Prices:
+    """What experiments of this plan, loads of its engines and gaps took before."""
+    from lem.orchestration.order import Prices
     from lem.results.repository import Repository
+    from lem.results.timing import earlier_times
 
     engines = {item.config_hash: item.engine_key for item in plan.configurations}
-    measured: dict[str, float] = {}
-    loads: dict[str, float] = {}
-    for result in Repository(Path(campaign.io.results_dir), campaign.slug).scan().results:
-        digest, window = result.record.identity.config_hash, result.record.window
-        if digest in engines:
-            measured[digest] = (window.warmup_s or 0.0) + window.window_s
-            if window.load_s is not None:
-                loads[engines[digest]] = window.load_s
-    return measured, loads
+    scan = Repository(Path(campaign.io.results_dir), campaign.slug).scan()
+    found = earlier_times(item.record for item in scan.results if item.record.identity.config_hash in engines)
+    loads = {engines[digest]: load_s for digest, load_s in found.load.items()}
+    return Prices(found.measured, loads, found.gap)

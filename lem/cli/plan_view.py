@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import bisect
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lem import units
 from lem.config.campaign_config import CampaignConfig
+from lem.orchestration.order import Prices
 from lem.orchestration.plan import CampaignExperiment, Plan
 from lem.results.layout import Column, columns, paint
 from lem.results.precision import StoppingRule
 
-__all__ = ["plan_document", "render_findings", "render_plan"]
+__all__ = ["expected_document", "plan_document", "render_findings", "render_plan"]
 
 _WIDTH = 80
 _REASONS_SHOWN = 10
@@ -32,9 +34,8 @@ def render_plan(
     plan: Plan,
     campaign: CampaignConfig,
     place: str,
+    prices: Prices,
     *,
-    measured_by_config: Mapping[str, float],
-    load_by_engine: Mapping[str, float],
     rule: StoppingRule | None = None,
     longest: Plan | None = None,
     budget_s: float | None = None,
@@ -43,11 +44,10 @@ def render_plan(
 
     Args:
         place: the executor and why it was chosen.
-        measured_by_config, load_by_engine: seconds that earlier experiments took, as `Plan.expected_time`.
+        prices: what earlier experiments took.
         rule, longest: by which cycles are added, and the plan with all that can be.
         budget_s: seconds after which nothing is begun.
     """
-    times = (measured_by_config, load_by_engine)
     execution = campaign.execution
     loads = plan.loads()
     facts = {
@@ -56,8 +56,8 @@ def render_plan(
         f"= {len(plan.experiments)}",
         "order": execution.structure + (f", seed {plan.shuffle_seed}" if plan.shuffle_seed is not None else ""),
         "engine loads": f"{sum(loads)} (reuse: {'none, cold start' if plan.is_cold else execution.reuse})",
-        "expected time": _expected(plan, *times),
-        **_bounds(plan, *times, rule, longest, budget_s),
+        "expected time": _expected(plan, prices),
+        **_bounds(plan, prices, rule, longest, budget_s),
         "runs on": place,
         "results in": f"{campaign.io.results_dir}/{campaign.slug}",
     }
@@ -91,6 +91,19 @@ def plan_document(plan: Plan) -> dict[str, Any]:
     }
 
 
+def expected_document(plan: Plan, prices: Prices) -> dict[str, Any]:
+    """What the plan is expected to take, in seconds, as JSON values; None where no earlier result tells."""
+    expected = plan.expected_time(prices)
+    return {
+        "total": expected.total_s,
+        "measuring": expected.measured_s,
+        "loading": expected.loading_s,
+        "gaps": expected.gaps_s,
+        "gaps_at_most": plan.expected_time(replace(prices, gap_s=None)).gaps_s,
+        "is_complete": expected.is_complete,
+    }
+
+
 def _reasons(label: str, reasons: Sequence[tuple[str, int]]) -> Iterable[str]:
     for reason, count in reasons[:_REASONS_SHOWN]:
         yield f"{label} {reason}" + (f" × {count}" if count > 1 else "")
@@ -102,9 +115,8 @@ def _fact(name: str, text: str, width: int) -> list[str]:
     return textwrap.wrap(text, _WIDTH, initial_indent=f"{name + ':':<{width}}", subsequent_indent=" " * width)
 
 
-def _expected(plan: Plan, measured_by_config: Mapping[str, float], load_by_engine: Mapping[str, float]) -> str:
-    expected = plan.expected_time(measured_by_config, load_by_engine)
-    gaps = f"gaps at most {units.format_duration(expected.gaps_s)}" if expected.gaps_s else "no gaps"
+def _expected(plan: Plan, prices: Prices) -> str:
+    expected, gaps = plan.expected_time(prices), _gaps(plan, prices)
     if expected.measured_s is None or expected.loading_s is None or expected.total_s is None:
         return f"unknown before the first run; {gaps}"
     guess = "" if expected.is_complete else ", partly guessed from other configurations"
@@ -114,10 +126,18 @@ def _expected(plan: Plan, measured_by_config: Mapping[str, float], load_by_engin
     )
 
 
+def _gaps(plan: Plan, prices: Prices) -> str:
+    """`gaps 4m 00s, at most 20m 00s`: as long as before, and as long as they may be."""
+    usual_s, most_s = plan.expected_time(prices).gaps_s, plan.expected_time(replace(prices, gap_s=None)).gaps_s
+    if not most_s:
+        return "no gaps"
+    usual = f"gaps {units.format_duration(usual_s)}, at most" if usual_s < most_s else "gaps at most"
+    return f"{usual} {units.format_duration(most_s)}"
+
+
 def _bounds(
     plan: Plan,
-    measured_by_config: Mapping[str, float],
-    load_by_engine: Mapping[str, float],
+    prices: Prices,
     rule: StoppingRule | None,
     longest: Plan | None,
     budget_s: float | None,
@@ -125,27 +145,23 @@ def _bounds(
     """How a top-up or a budget lets it end later or earlier."""
     facts = {}
     if rule is not None and longest is not None:
-        most = _expected(longest, measured_by_config, load_by_engine)
+        most = _expected(longest, prices)
         facts["top-up"] = f"{rule.describe()}; at most {most.removeprefix('about ')}"
     if budget_s is not None:
-        facts["budget"] = (
-            f"{units.format_duration(budget_s)}, {_fitting(plan, measured_by_config, load_by_engine, budget_s)}"
-        )
+        facts["budget"] = f"{units.format_duration(budget_s)}, {_fitting(plan, prices, budget_s)}"
     return facts
 
 
-def _fitting(
-    plan: Plan, measured_by_config: Mapping[str, float], load_by_engine: Mapping[str, float], budget_s: float
-) -> str:
+def _fitting(plan: Plan, prices: Prices, budget_s: float) -> str:
     """How many of the first experiments are begun within the budget; the one then running finishes."""
-    total = plan.expected_time(measured_by_config, load_by_engine).total_s
+    total = plan.expected_time(prices).total_s
     if total is None:
         return "and how much of the plan fits is not known before the first run"
     if total <= budget_s:
         return "in which all of the plan fits"
 
     def time_before(place: int) -> float:
-        return plan.expected_time(measured_by_config, load_by_engine, plan.experiments[:place]).total_s or 0.0
+        return plan.expected_time(prices, plan.experiments[:place]).total_s or 0.0
 
     begun = bisect.bisect_left(range(len(plan.experiments)), budget_s, key=time_before)
     return f"in which about {begun} of {len(plan.experiments)} experiments are begun; --resume goes on with the rest"

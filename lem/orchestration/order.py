@@ -5,10 +5,19 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
-__all__ = ["ExpectedTime", "GapKind", "Placed", "expected_time", "gaps_before", "loads_engine", "order_experiments"]
+__all__ = [
+    "ExpectedTime",
+    "GapKind",
+    "Placed",
+    "Prices",
+    "expected_time",
+    "gaps_before",
+    "loads_engine",
+    "order_experiments",
+]
 
 T = TypeVar("T")
 
@@ -93,11 +102,26 @@ def loads_engine(experiments: Sequence[Placed], *, reuse: str, is_cold: bool = F
 
 
 @dataclass(frozen=True)
+class Prices:
+    """What earlier experiments took, in seconds.
+
+    Attributes:
+        measured_by_config: an experiment beside its load, by config_hash.
+        load_by_engine: a load, by engine_key.
+        gap_s: a gap, which ends early once the device is back; None where none was kept: then each takes its cap.
+    """
+
+    measured_by_config: Mapping[str, float] = field(default_factory=dict)
+    load_by_engine: Mapping[str, float] = field(default_factory=dict)
+    gap_s: float | None = None
+
+
+@dataclass(frozen=True)
 class ExpectedTime:
     """How long experiments will take, in seconds; None where no earlier result tells.
 
     Attributes:
-        gaps_s: at most: a gap may end early.
+        gaps_s: all gaps.
         is_complete: every experiment's own time is known from an earlier result, not taken from others.
     """
 
@@ -119,8 +143,7 @@ def expected_time(
     *,
     loads: Sequence[bool],
     gaps_s: float,
-    measured_by_config: Mapping[str, float],
-    load_by_engine: Mapping[str, float],
+    prices: Prices,
 ) -> ExpectedTime:
     """The time that experiments will take, from what earlier ones took.
 
@@ -128,10 +151,9 @@ def expected_time(
 
     Args:
         loads: as `loads_engine`.
-        gaps_s: all gaps together, at their caps.
-        measured_by_config: seconds of an experiment beside its load (warm-up, window and the rest), by config_hash.
-        load_by_engine: seconds of a load, by engine_key.
+        gaps_s: all gaps together.
     """
+    measured_by_config, load_by_engine = prices.measured_by_config, prices.load_by_engine
     loading = [item for item, is_load in zip(experiments, loads, strict=True) if is_load]
     return ExpectedTime(
         measured_s=_sum_known([item.config_hash for item in experiments], measured_by_config),

@@ -33,6 +33,7 @@ from lem.orchestration.naming import distinct_names, file_stem, name_configurati
 from lem.orchestration.order import (
     ExpectedTime,
     GapKind,
+    Prices,
     expected_time,
     gaps_before,
     loads_engine,
@@ -166,19 +167,14 @@ class Plan:
             return 0.0
         return self.execution.cycle_gap_seconds if kind == "cycle" else self.execution.config_gap_seconds
 
-    def expected_time(
-        self,
-        measured_by_config: Mapping[str, float],
-        load_by_engine: Mapping[str, float],
-        part: Sequence[CampaignExperiment] | None = None,
-    ) -> ExpectedTime:
+    def expected_time(self, prices: Prices, part: Sequence[CampaignExperiment] | None = None) -> ExpectedTime:
         """The time it will take, from earlier experiments; as `order.expected_time`."""
+        caps_s = map(self.gap_cap_s, self.gap_kinds(part))
         return expected_time(
             self._part(part),
             loads=self.loads(part),
-            gaps_s=sum(map(self.gap_cap_s, self.gap_kinds(part))),
-            measured_by_config=measured_by_config,
-            load_by_engine=load_by_engine,
+            gaps_s=sum(cap_s if prices.gap_s is None else min(cap_s, prices.gap_s) for cap_s in caps_s),
+            prices=prices,
         )
 
     def _part(self, part: Sequence[CampaignExperiment] | None) -> Sequence[CampaignExperiment]:

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,7 @@ def _status(rig, *words):
 
 
 def _status_document(rig):
-    document: dict = json.loads(_status(rig, "demo", "--json"))
+    document: dict[str, Any] = json.loads(_status(rig, "demo", "--json"))
     return document
 
 

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from lem.cli.plan_view import render_findings, render_plan
+from lem.cli.plan_view import expected_document, render_findings, render_plan
 from lem.orchestration.grid import GridValidationIssue
+from lem.orchestration.order import Prices
 from lem.orchestration.plan import build_plan
 from tests.campaign_doubles import make_campaign
 
@@ -19,17 +20,14 @@ def _issues(*reasons, severity="warning"):
     return tuple(GridValidationIssue(f"c{index}", reason, severity) for index, reason in enumerate(reasons))
 
 
-def _render(campaign, measured=None, loads=None, place="local, python3 (asked for)"):
+def _render(campaign, measured=None, loads=None, gap=None, place="local, python3 (asked for)"):
     plan = build_plan(campaign)
-    return render_plan(
-        plan,
-        campaign,
-        place,
-        measured_by_config=dict.fromkeys((item.config_hash for item in plan.configurations), measured)
-        if measured
-        else {},
-        load_by_engine=dict.fromkeys((item.engine_key for item in plan.configurations), loads) if loads else {},
+    prices = Prices(
+        dict.fromkeys((item.config_hash for item in plan.configurations), measured) if measured else {},
+        dict.fromkeys((item.engine_key for item in plan.configurations), loads) if loads else {},
+        gap,
     )
+    return render_plan(plan, campaign, place, prices)
 
 
 def test_findings_are_the_counts_and_each_reason_once(campaign):
@@ -89,16 +87,27 @@ def test_the_time_comes_from_earlier_results(campaign):
     assert "about 9m 20s (measuring 2m 00s, loading 20.0 s, gaps at most 7m 00s)" in text
 
 
+def test_gaps_are_priced_as_they_were_before(campaign):
+    text = " ".join(_render(campaign, measured=30.0, loads=10.0, gap=15.0).split())
+    assert "about 3m 05s (measuring 2m 00s, loading 20.0 s, gaps 45.0 s, at most 7m 00s)" in text
+
+
+def test_the_expected_time_is_a_document_too(campaign):
+    plan = build_plan(campaign)
+    assert expected_document(plan, Prices(gap_s=15.0)) == {
+        "total": None,
+        "measuring": None,
+        "loading": None,
+        "gaps": 45.0,
+        "gaps_at_most": 420.0,
+        "is_complete": False,
+    }
+
+
 def test_a_time_that_is_partly_guessed_says_so(campaign):
     plan = build_plan(campaign)
     first = plan.configurations[0]
-    text = render_plan(
-        plan,
-        campaign,
-        "local",
-        measured_by_config={first.config_hash: 30.0},
-        load_by_engine={first.engine_key: 10.0},
-    )
+    text = render_plan(plan, campaign, "local", Prices({first.config_hash: 30.0}, {first.engine_key: 10.0}))
     assert "partly guessed from other configurations" in " ".join(text.split())
 
 

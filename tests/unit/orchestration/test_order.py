@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from lem.orchestration.order import ExpectedTime, expected_time, gaps_before, loads_engine, order_experiments
+from lem.orchestration.order import ExpectedTime, Prices, expected_time, gaps_before, loads_engine, order_experiments
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,7 @@ def test_expected_time_is_the_sum_of_what_earlier_ones_took() -> None:
         planned,
         loads=loads_engine(planned, reuse="cycle"),
         gaps_s=30.0,
-        measured_by_config={"A": 10.0, "B": 20.0},
-        load_by_engine={"A": 1.0, "B": 2.0},
+        prices=Prices({"A": 10.0, "B": 20.0}, {"A": 1.0, "B": 2.0}),
     )
     assert found == ExpectedTime(measured_s=60.0, loading_s=6.0, gaps_s=30.0, is_complete=True)
     assert found.total_s == 96.0
@@ -151,18 +150,17 @@ def test_the_mean_of_the_known_stands_for_what_never_ran() -> None:
         planned,
         loads=[True, False, False],
         gaps_s=0.0,
-        measured_by_config={"A": 10.0, "B": 20.0},
-        load_by_engine={"A": 1.0},
+        prices=Prices({"A": 10.0, "B": 20.0}, {"A": 1.0}),
     )
     assert found == ExpectedTime(measured_s=45.0, loading_s=1.0, gaps_s=0.0, is_complete=False)
 
 
 def test_without_earlier_results_only_the_gaps_are_known() -> None:
-    found = expected_time(experiments("A1"), loads=[True], gaps_s=5.0, measured_by_config={}, load_by_engine={})
+    found = expected_time(experiments("A1"), loads=[True], gaps_s=5.0, prices=Prices())
     assert found == ExpectedTime(measured_s=None, loading_s=None, gaps_s=5.0, is_complete=False)
     assert found.total_s is None
 
 
 def test_nothing_left_takes_no_time() -> None:
-    found = expected_time([], loads=[], gaps_s=0.0, measured_by_config={}, load_by_engine={})
+    found = expected_time([], loads=[], gaps_s=0.0, prices=Prices())
     assert found.total_s == 0.0

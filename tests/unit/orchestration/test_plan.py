@@ -15,6 +15,7 @@ from lem.config.yamlfile import load_campaign
 from lem.errors import ConfigurationError
 from lem.experiment.prompts import ResolvedPrompts, resolve_on_host
 from lem.orchestration.grid import NO_MODEL
+from lem.orchestration.order import Prices
 from lem.orchestration.plan import Plan, build_plan
 
 
@@ -287,10 +288,15 @@ def test_gaps_and_expected_time_of_the_whole_and_of_a_part() -> None:
     assert found.gap_kinds() == [None, "configuration", "cycle", "configuration"]
     measured = {item.config_hash: 1000.0 for item in found.configurations}
     load_s = {item.engine_key: 5.0 for item in found.configurations}
-    assert found.expected_time(measured, load_s).total_s == 4000 + 2 * 5 + 10 + 100 + 10
+    assert found.expected_time(Prices(measured, load_s)).total_s == 4000 + 2 * 5 + 10 + 100 + 10
     part = found.experiments[1:3]
     assert found.gap_kinds(part) == [None, "cycle"]
-    assert found.expected_time(measured, load_s, part).total_s == 2000 + 2 * 5 + 100
+    assert found.expected_time(Prices(measured, load_s), part).total_s == 2000 + 2 * 5 + 100
+
+
+def test_a_gap_is_expected_to_take_what_it_took_before_and_never_more_than_its_cap() -> None:
+    found = plan(grid=grid(1, 2), execution={"cycles": 2, "config_gap_seconds": 10, "cycle_gap_seconds": 100})
+    assert found.expected_time(Prices(gap_s=40.0)).gaps_s == 10 + 40 + 10
 
 
 # Resume
