@@ -13,6 +13,7 @@ from lem.backends.protocol import Completion
 from lem.backends.vllm import VllmBackend
 from lem.errors import EngineError
 from tests.integration.vllm_experiments import Arrivals, answers, experiment, outputs, prompts
+from tests.processes import wait_for
 
 pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(600)]
 
@@ -28,7 +29,7 @@ def test_the_default_engine_compiles_in_processes_of_its_own_and_leaves_none(wid
         report = backend.load(config, {"HF_TOKEN": "hf_planted_in_a_test"})
         try:
             started = processes() - before
-            assert started
+            assert any(read(pid, "environ") for pid in started)
             for pid in started:
                 assert b"hf_planted_in_a_test" not in read(pid, "environ") + read(pid, "cmdline")
             assert report.effective["multiprocessing"] is True
@@ -43,7 +44,7 @@ def test_the_default_engine_compiles_in_processes_of_its_own_and_leaves_none(wid
             assert_told_at_once_when_killed(backend, started)
         finally:
             backend.unload()
-    assert not processes() - before
+    wait_for(lambda: None if processes() - before else True)
 
 
 def assert_told_at_once_when_killed(backend: VllmBackend, started: set[int]) -> None:
@@ -80,7 +81,11 @@ def processes() -> set[int]:
 
 
 def read(pid: int, name: str) -> bytes:
-    return Path(f"/proc/{pid}/{name}").read_bytes()
+    """What /proc tells of a process; nothing of one that has ended, as those that compile soon have."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 def test_a_failure_in_the_engines_process_is_told_with_its_cause(wide_tiny_model: Path) -> None:
