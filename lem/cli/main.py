@@ -130,8 +130,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         prog="lem",
         description="Measure what LLM inference costs: joules, tokens per second, latency, and how sure that is.",
         epilog="exit codes: 0 fine · 1 an experiment failed · 2 usage, configuration or host not fit · "
-        "3 a gate found a regression · 4 a gate is inconclusive under --strict · "
-        "5 locked by another campaign · 70 a bug · 130 SIGINT · 143 SIGTERM",
+        "3 a gate found a regression · 4 a gate is inconclusive under --strict, or lem check finds numbers weak · "
+        "5 locked by another campaign · 124 time budget reached · 70 a bug · 130 SIGINT · 143 SIGTERM",
     )
     parser.add_argument("--version", action="version", version=f"lem {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
