@@ -9,9 +9,9 @@ import contextlib
 from collections.abc import Collection, Iterator
 from itertools import pairwise
 
+from lem.meters import marks as names
 from lem.meters.attempt_log import AttemptLog
-from lem.meters.curve import NS_PER_S, Curve, NotMeasured, Span
-from lem.meters.integrate import HOLE_PERIODS
+from lem.meters.curve import HOLE_PERIODS, NS_PER_S, Curve, NotMeasured, Span
 from lem.meters.samples import GpuHeader, SampleLog
 from lem.meters.sources import COUNTER, SENSOR_LAG_S
 
@@ -46,8 +46,7 @@ INVALID_BITS = {
 # A comparison over less than this says nothing.
 _LEAST_CHECKED_S = 1.0
 
-# More than this share of a window's time between two readings, or of its energy in doubt, is worth a warning.
-_EDGE_GAP = 0.2
+# More than this share of a window's energy in doubt is worth a warning.
 _EDGE_DOUBT = 0.03
 
 # With fewer updates of a counter than this in each half, one more or less looks like a change of power; what is read at
@@ -185,6 +184,10 @@ def meter_warnings(attempt: AttemptLog, gap_s: float | None) -> Iterator[str]:
             f"nothing was sampled for {gap_s:.2f} s of the window, more than {HOLE_PERIODS} periods of {period_s:g} s: "
             "integrated power and the cross-check are void"
         )
+    after = attempt.span(names.GUARD_AFTER)
+    least_s = attempt.sources.least_guard_s
+    if not attempt.is_steady_mode and after is not None and after.seconds < least_s:
+        yield f"a guard of {after.seconds:.2f} s is too short for the lag of the power sensor: {least_s:.2f} s is due"
     with contextlib.suppress(NotMeasured):  # then the energy is null for that reason, and nothing of it in doubt
         for curve in attempt.primary_curves():
             yield from _edge_warnings(attempt, curve, window)
@@ -192,12 +195,8 @@ def meter_warnings(attempt: AttemptLog, gap_s: float | None) -> Iterator[str]:
 
 def _edge_warnings(attempt: AttemptLog, curve: Curve, window: Span) -> Iterator[str]:
     spacing_s = max(curve.spacing_s(window.opened_ns), curve.spacing_s(window.closed_ns))
-    if spacing_s > _EDGE_GAP * window.seconds:
-        yield (
-            f"{curve.what} was read {spacing_s:.2f} s apart around an edge of a window of {window.seconds:.2f} s: "
-            "its energy is uncertain"
-        )
-        return
+    if spacing_s > HOLE_PERIODS * curve.usual_spacing_s:
+        yield f"{curve.what} was not read for {spacing_s:.2f} s around an edge of the window"
     doubt_j = attempt.closing_doubt_j(curve)
     if doubt_j > _EDGE_DOUBT * curve.between_j(window):
         yield f"{curve.what}: how the window ended leaves {doubt_j:.3g} J in doubt; a longer window would tell"

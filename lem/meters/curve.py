@@ -7,12 +7,21 @@ said raises `NotMeasured` with a reason for people, which ends as the `_null_rea
 from __future__ import annotations
 
 import math
+import statistics
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
-__all__ = ["NS_PER_S", "ClosedWindow", "Curve", "Hole", "NotMeasured", "Span"]
+__all__ = ["HOLE_PERIODS", "NS_PER_S", "ClosedWindow", "Curve", "Hole", "NotMeasured", "Span"]
 
 NS_PER_S = 1_000_000_000
+
+# measurement.md, step 1: a hole longer than three sampling periods voids an integration.
+HOLE_PERIODS = 3
+
+# Energy interpolated over more than this share of a span is no measurement of it any more.
+_MOST_OF_SPAN = 0.05
 
 # How the two views on a window's end are weighed: power within one update stays within so much of that of the update
 # before, and a device nears rest within about so long. Over 200 random traces (tests/bench/energy_error.py) halving or
@@ -104,10 +113,12 @@ class Curve:
         each value is up to one update old (measurement.md, Energy).
 
         Raises:
-            NotMeasured: a hole in the span, or an edge beyond the first or last knot.
+            NotMeasured: a hole in the span, or an edge that lies beyond the first or last knot, or where the meter was
+                not read for a while: a cumulative counter needs its edges, but it needs them.
         """
         first, last = self._place(span.opened_ns), self._place(span.closed_ns)
         self._check_whole(Span(int(self.at_ns[first - 1]), int(self.at_ns[last])))
+        self._check_edges(span, span.opened_ns, span.closed_ns)
         return self._interpolate(last, span.closed_ns) - self._interpolate(first, span.opened_ns)
 
     def closed_j(self, closed: ClosedWindow) -> float:
@@ -160,6 +171,11 @@ class Curve:
         place = self._place(at_ns)
         return (self.at_ns[place] - self.at_ns[place - 1]) / NS_PER_S
 
+    @cached_property
+    def usual_spacing_s(self) -> float:
+        """How far apart knots usually lie; there are two at least."""
+        return statistics.median(after - before for before, after in pairwise(self.at_ns)) / NS_PER_S
+
     def _opening(self, closed: ClosedWindow) -> tuple[float, float]:
         """A knot's time, and the energy at the window's opening."""
         opened_ns = closed.window.opened_ns
@@ -168,6 +184,7 @@ class Curve:
         known_w = [item for item in (self.guard_power_w(closed.before), closed.idle_power_w) if item is not None]
         if not inside or not known_w:
             place = self._place(opened_ns)
+            self._check_edges(closed.window, opened_ns)
             return self.at_ns[place - 1], self._interpolate(place, opened_ns)
         knot = inside[-1]
         return self.at_ns[knot], self.energy_j[knot] + min(known_w) * (opened_ns - self.at_ns[knot]) / NS_PER_S
@@ -176,7 +193,7 @@ class Curve:
         """A knot's time, and the energy at the window's closing."""
         inside, outside = self._seen_from_inside(closed), self._seen_from_outside(closed)
         if inside is None or outside is None:
-            view = inside or outside or self._interpolated(closed.window.closed_ns)
+            view = inside or outside or self._interpolated(closed.window)
             return view.knot_ns, view.energy_j
         outside_variance = (_RELAXES_S * (inside.power_w - outside.power_w)) ** 2
         total = inside.variance + outside_variance
@@ -184,9 +201,10 @@ class Curve:
         energy_j = min(outside.energy_j, share * inside.energy_j + (1 - share) * outside.energy_j)
         return outside.knot_ns, energy_j
 
-    def _interpolated(self, at_ns: int) -> _View:
-        place = self._place(at_ns)
-        return _View(self.at_ns[place], self._interpolate(place, at_ns), self._power_w(place - 1, place))
+    def _interpolated(self, window: Span) -> _View:
+        place = self._place(window.closed_ns)
+        self._check_edges(window, window.closed_ns)
+        return _View(self.at_ns[place], self._interpolate(place, window.closed_ns), self._power_w(place - 1, place))
 
     def _seen_from_inside(self, closed: ClosedWindow) -> _View | None:
         """The energy at the closing by the last two knots of the window; None without them, or where they lag.
@@ -242,6 +260,11 @@ class Curve:
         before_ns, after_ns = self.at_ns[place - 1], self.at_ns[place]
         share = (at_ns - before_ns) / (after_ns - before_ns)
         return self.energy_j[place - 1] + share * (self.energy_j[place] - self.energy_j[place - 1])
+
+    def _check_edges(self, span: Span, *edges_ns: int) -> None:
+        gap_s = max(self.spacing_s(at_ns) for at_ns in edges_ns)
+        if gap_s > HOLE_PERIODS * self.usual_spacing_s and gap_s > _MOST_OF_SPAN * span.seconds:
+            raise NotMeasured(f"{self.what} was not read for {gap_s:.2f} s around an edge of {span.seconds:.2f} s")
 
     def _check_whole(self, span: Span) -> None:
         for hole in self.holes:

@@ -11,8 +11,7 @@ from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
 
-from lem.meters.curve import NS_PER_S, Curve, Hole, NotMeasured, Span
-from lem.meters.integrate import HOLE_PERIODS
+from lem.meters.curve import HOLE_PERIODS, NS_PER_S, Curve, Hole, NotMeasured, Span
 from lem.meters.refusal import MeterRefused
 from lem.meters.samples import SampleLog
 

@@ -8,9 +8,8 @@ from itertools import pairwise
 
 from lem.meters.attempt_log import AttemptLog
 from lem.meters.checks import check_plausible
-from lem.meters.curve import NS_PER_S, NotMeasured, Span
+from lem.meters.curve import HOLE_PERIODS, NS_PER_S, NotMeasured, Span
 from lem.meters.figures import Figures
-from lem.meters.integrate import HOLE_PERIODS
 from lem.meters.marks import WINDOW
 from lem.meters.samples import GpuHeader, GpuSample
 from lem.record import Gpu

@@ -6,11 +6,10 @@ import statistics
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from lem.meters.curve import NS_PER_S, Curve, Hole, NotMeasured, Span
+from lem.meters.curve import HOLE_PERIODS, NS_PER_S, Curve, Hole, NotMeasured, Span
 from lem.meters.samples import CounterChange, CpuLoad, GpuSample, RaplReading
 
 __all__ = [
-    "HOLE_PERIODS",
     "NotMeasured",
     "Span",
     "counter_curve",
@@ -19,9 +18,6 @@ __all__ = [
     "rapl_curve",
     "update_period_s",
 ]
-
-# measurement.md, step 1: a hole longer than three sampling periods voids an integration.
-HOLE_PERIODS = 3
 
 # No CPU package takes so much: a zone that was not read for as long as this would need to wrap may have wrapped twice.
 _MOST_PACKAGE_W = 1000.0

@@ -355,9 +355,22 @@ def test_a_hole_voids_the_crosscheck_and_not_the_counter() -> None:
     assert any("nothing was sampled for 1.6" in warning for warning in found.warnings)
 
 
-def test_a_sampler_that_slept_over_an_edge_is_a_warning() -> None:
+def test_a_counter_whose_edge_was_slept_over_gives_no_energy() -> None:
     found = gpu_attempt(gaps=[(23.0, 27.0)]).measured()
-    assert any("around an edge" in warning for warning in found.warnings)
+    assert found.primary_null_reason is not None
+    assert "was not read for 4.0" in found.primary_null_reason
+    assert "around an edge of 10.00 s" in found.primary_null_reason
+
+
+def test_a_counter_that_slept_a_little_at_an_edge_is_a_warning() -> None:
+    found = dataclasses.replace(gpu_attempt(gaps=[(15.9, 16.25)]), marks=STEADY_MARKS).measured(is_steady_mode=True)
+    assert found.energy.gpu_energy_j == pytest.approx(8 * LOAD_W, rel=0.01)
+    assert any("around an edge of the window" in warning for warning in found.warnings)
+
+
+def test_a_guard_shorter_than_the_lag_of_the_power_sensor_is_a_warning() -> None:
+    assert any("too short for the lag" in warning for warning in gpu_attempt(counter=None).measured().warnings)
+    assert not any("too short for the lag" in warning for warning in gpu_attempt().measured().warnings)
 
 
 def test_an_end_that_looks_otherwise_from_inside_than_from_outside_is_a_warning() -> None:
