@@ -11,6 +11,7 @@ from lem import units
 from lem.orchestration.activity import Activity
 from lem.orchestration.manifest import COMPLETED, FAILED, RUNNING, SKIPPED, CampaignManifestEntry
 from lem.orchestration.status import CampaignStatus, is_invalid, parse_utc
+from lem.orchestration.topup import TOP_UP_NOTE
 from lem.process import copyable
 from lem.results.layout import Column, NameShortener, columns, paint, printable, wrapped
 
@@ -163,10 +164,17 @@ def _facts(status: CampaignStatus, eyes: Eyes) -> list[str]:
     facts = list(_doing(status, eyes))
     facts += [("why", status.reason)] if status.reason else []
     facts += [("remedy", status.hint)] if status.hint else []
-    for note in status.manifest.notes if status.manifest is not None else []:
+    for note in _notes(status):
         text = note.get("reason") or "; ".join(map(str, note.get("changes") or []))
         facts.append(("note", text if note.get("reason") else f"{str(note.get('kind')).replace('_', ' ')}: {text}"))
     return [line for name, text in facts for line in _fact(name, text, eyes)]
+
+
+def _notes(status: CampaignStatus) -> list[dict[str, Any]]:
+    """What a resume did that a reader must know, and of the cycles added the last."""
+    notes = status.manifest.notes if status.manifest is not None else []
+    added = [note for note in notes if note.get("kind") == TOP_UP_NOTE]
+    return [note for note in notes if note not in added[:-1]]
 
 
 def _doing(status: CampaignStatus, eyes: Eyes) -> Iterable[tuple[str, str]]:

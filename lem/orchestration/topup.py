@@ -18,9 +18,9 @@ from lem.results.precision import (
     measure_precision,
 )
 
-__all__ = ["Decision", "added_cycles", "check_rule", "decide", "make_rule", "note_cycles", "with_cycles"]
+__all__ = ["TOP_UP_NOTE", "Decision", "added_cycles", "check_rule", "decide", "make_rule", "note_cycles", "with_cycles"]
 
-_NOTE = "top_up"
+TOP_UP_NOTE = "top_up"
 _SHOWN = 3
 
 
@@ -106,13 +106,13 @@ def decide(records: Iterable[Record], rule: StoppingRule, cycles: int) -> Decisi
 
 def added_cycles(manifest: CampaignManifest) -> int:
     """The number of cycles that top-ups have brought a campaign to; 0 without any."""
-    notes = (note for note in manifest.notes if note.get("kind") == _NOTE)
+    notes = (note for note in manifest.notes if note.get("kind") == TOP_UP_NOTE)
     return max((note["cycles"] for note in notes if isinstance(note.get("cycles"), int)), default=0)
 
 
 def note_cycles(manifest: CampaignManifest, cycles: int, at: str, reason: str) -> None:
     """Keep in the manifest that a cycle was added, so that a resume has it too."""
-    manifest.notes.append({"at": at, "kind": _NOTE, "cycles": cycles, "reason": reason})
+    manifest.notes.append({"at": at, "kind": TOP_UP_NOTE, "cycles": cycles, "reason": reason})
 
 
 def _width(item: Precision) -> float:

@@ -26,7 +26,8 @@ _ESTIMATE = "tdp_estimate"
 
 # Warnings of records that a check here, or its own sentence, says already.
 _TOLD = re.compile(
-    r"integrated power is|power at rest|energy is an estimate|warm-up did not settle|results of \d+ configurations"
+    r"integrated power is|power at rest|energy is an estimate|warm-up did not settle|the halves of the window differ|"
+    r"results of \d+ configurations"
 )
 _NUMBER = re.compile(r"[0-9]+(?:[.][0-9]+)?")
 

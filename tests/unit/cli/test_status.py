@@ -153,6 +153,15 @@ def test_colour_only_where_it_is_wanted():
     assert "\x1b" not in render_status(status, EYES)
 
 
+def test_of_the_cycles_added_the_last_is_told():
+    manifest = _manifest()
+    manifest.notes += [{"kind": "top_up", "cycles": number, "reason": f"cycle {number} is added"} for number in (6, 7)]
+    shown = render_status(_status("running", manifest=manifest), EYES)
+    assert "cycle 7 is added" in shown
+    assert "cycle 6 is added" not in shown
+    assert "driver: 570.1 before" in shown
+
+
 def test_a_day_that_is_not_today_is_named():
     assert EYES.clock(NOW - timedelta(days=1)) == "07-13 12:30"
 
