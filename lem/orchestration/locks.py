@@ -15,7 +15,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ __all__ = [
     "is_locked",
     "lock_targets",
     "read_holder",
+    "take",
 ]
 
 CAMPAIGN_LOCK_NAME = "campaign.lock"
@@ -158,8 +159,8 @@ def is_locked(path: Path) -> bool | None:
     return False
 
 
-def _take(descriptor: int) -> None:
-    """Take the lock.
+def take(descriptor: int, wait: Callable[[float], None] = time.sleep) -> None:
+    """Take the lock of an open file, in more than one try: `is_locked` may have it for a moment.
 
     Raises:
         BlockingIOError: another process holds it.
@@ -168,13 +169,13 @@ def _take(descriptor: int) -> None:
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
-        time.sleep(_TRY_AGAIN_S)
+        wait(_TRY_AGAIN_S)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _lock(descriptor: int, target: LockTarget) -> None:
     try:
-        _take(descriptor)
+        take(descriptor)
     except BlockingIOError as error:
         # The holder may just have taken it and not yet have written who it is.
         holder = _decode_holder(os.pread(descriptor, _HOLDER_MAX_B, 0))

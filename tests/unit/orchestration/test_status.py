@@ -10,7 +10,7 @@ import pytest
 
 from lem.errors import EngineError
 from lem.orchestration.activity import ACTIVITY_NAME, Activity
-from lem.orchestration.locks import CAMPAIGN_LOCK_NAME, Holder, hold_locks, is_locked, lock_targets
+from lem.orchestration.locks import CAMPAIGN_LOCK_NAME, Holder, hold_locks, is_locked, lock_targets, take
 from lem.orchestration.manifest import ManifestManager
 from lem.orchestration.opening import RunOptions
 from lem.orchestration.status import Onlooker, boot_time, estimate_left_s, find_folders, parse_utc, read_status
@@ -239,6 +239,29 @@ def test_two_may_look_at_once(folder):
     fcntl.flock(descriptor, fcntl.LOCK_SH)
     assert is_locked(folder / CAMPAIGN_LOCK_NAME) is False
     os.close(descriptor)
+
+
+@pytest.mark.parametrize("tries_before", [0, 1, 2])
+def test_a_look_that_meets_the_taking_of_a_lock_does_not_refuse_it(folder, tries_before):
+    with _held(folder):
+        pass
+    looker, taker = (os.open(folder / CAMPAIGN_LOCK_NAME, os.O_RDWR) for _ in range(2))
+    fcntl.flock(looker, fcntl.LOCK_SH)
+    waits: list[float] = []
+
+    def look_away(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == tries_before:
+            fcntl.flock(looker, fcntl.LOCK_UN)
+
+    if tries_before:
+        take(taker, look_away)
+        assert is_locked(folder / CAMPAIGN_LOCK_NAME) is True
+    else:
+        with pytest.raises(BlockingIOError):
+            take(taker, look_away)
+    os.close(looker)
+    os.close(taker)
 
 
 def test_the_boot_time_is_the_kernels(tmp_path):
