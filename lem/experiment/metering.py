@@ -22,9 +22,10 @@ from lem.experiment.sampler_process import wait_until_ready
 from lem.experiment.window import MeasuredWindow
 from lem.meters import marks
 from lem.meters.attempt_log import Baselines, span_of
+from lem.meters.curve import NotMeasured, Span
 from lem.meters.energy import EnergyFindings, mean_power_w, measure
 from lem.meters.external import read_external
-from lem.meters.integrate import NotMeasured, Span, update_period_s
+from lem.meters.integrate import update_period_s
 from lem.meters.samples import (
     FINISHED_FILENAME,
     Mark,
@@ -297,8 +298,8 @@ class Metering:
 
     @property
     def _guard_s(self) -> float:
-        """Two updates of the slowest meter in use; 0 without one."""
-        return GUARD_PERIODS * self._slowest_period_s()
+        """Two updates of the slowest meter in use, and as long as a sensor lags behind; 0 without any."""
+        return max(GUARD_PERIODS * self._slowest_period_s(), self.sources.least_guard_s)
 
     def know_own_processes(self, known: frozenset[int] | None) -> frozenset[int] | None:
         """The engine's processes: as known since its load, else those that came with it.

@@ -9,9 +9,9 @@ from lem.backends.protocol import Backend, Completion, OnProgress, TokenRequest
 from lem.errors import EngineError
 from lem.experiment.clock import Clock, seconds_between
 from lem.experiment.latency import RequestTimes
+from lem.meters.checks import STEADY_TOLERANCE
 
 __all__ = [
-    "STEADY_TOLERANCE",
     "MeasuredWindow",
     "Output",
     "are_alike",
@@ -20,9 +20,6 @@ __all__ = [
     "padding_of",
     "times_of",
 ]
-
-# Two halves of a window that differ by this much or more were not one steady state (measurement.md, step 5).
-STEADY_TOLERANCE = 0.02
 
 CLOSED_BATCH = "closed_batch"
 _ONE_PASS = "one pass over the prompt set: there is no second to compare it with"  # noqa: S105

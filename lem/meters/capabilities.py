@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lem.meters.cpu_load import find_tdp
+from lem.meters.curve import NotMeasured, Span
 from lem.meters.gpu_watch import Complaints, GpuWatch, Stamps
-from lem.meters.integrate import NotMeasured, Span, update_period_s
+from lem.meters.integrate import update_period_s
 from lem.meters.nvml import NvmlMeter, gpu_uuids
 from lem.meters.rapl import POWERCAP, find_rapl
 from lem.meters.samples import CounterChange, GpuHeader

@@ -265,6 +265,8 @@ def _invalid_reasons(attempt: AttemptLog, own_pids: Collection[int] | None) -> t
 
 def _warnings(attempt: AttemptLog, energy: Figures, idle: Figures) -> tuple[str, ...]:
     found = []
+    if attempt.sources.gpus and not attempt.sources.is_watched:
+        found.append("nobody looked whether clocks were slowed down (timeseries.enabled: false)")
     if attempt.sources.is_estimate and energy.values["cpu_package_energy_j"] is not None:
         found.append("energy is an estimate from the CPU's design power and its load, not a measurement")
     if attempt.sources.scope == "module":

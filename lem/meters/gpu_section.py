@@ -44,6 +44,8 @@ def describe_gpu(attempt: AttemptLog, number: int) -> Gpu:
     window = attempt.span(WINDOW)
     looks = _looks(attempt, place, window) if window else []
     nothing = header.power_error if header.power_error and not looks else "nothing was sampled in the window"
+    if not attempt.sources.is_watched:
+        nothing = "GPUs were not looked at in the window (timeseries.enabled: false)"
     _fill_energy(figures, attempt, number, looks, nothing)
     _fill_looks(figures, looks, nothing)
     return figures.section(Gpu)

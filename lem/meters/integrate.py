@@ -10,8 +10,6 @@ from lem.meters.curve import HOLE_PERIODS, NS_PER_S, Curve, Hole, NotMeasured, S
 from lem.meters.samples import CounterChange, CpuLoad, GpuSample, RaplReading
 
 __all__ = [
-    "NotMeasured",
-    "Span",
     "counter_curve",
     "load_curve",
     "power_curve",

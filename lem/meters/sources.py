@@ -54,6 +54,7 @@ class Sources:
         scope: what the primary sees: `gpu`, `module`, `cpu_package`, `machine`.
         sample_period_s, idle_period_s: how often power is looked at in the window, and at rest.
         reasons: why there is no meter, by `gpu`, `cpu`, `dram`, `external`, `primary`.
+        is_watched: GPUs are looked at in the window, and not only their counters read.
         missing_uuids: GPUs of the experiment that the sampler does not see.
         cpu_tdp_w: the design power of all packages, as the user says, else as the kernel does.
     """
@@ -68,6 +69,7 @@ class Sources:
     idle_period_s: float
     reasons: Mapping[str, str] = field(default_factory=dict)
     missing_uuids: tuple[str, ...] = ()
+    is_watched: bool = True
     cpu_tdp_w: float | None = None
 
     @property
@@ -107,7 +109,7 @@ def choose_sources(
     why_no_gpu = _why_no_gpu(wanted, header, gpu_uuids, is_cpu, missing, foreign or {})
     gpu_method = None
     if why_no_gpu is None:
-        gpu_method, why_no_gpu = _gpu_method(chosen)
+        gpu_method, why_no_gpu = _gpu_method(chosen, is_watched=config.timeseries.enabled)
     if wanted == "nvml" and gpu_method != COUNTER:
         raise MeterRefused(f"measurement.energy: nvml: {why_no_gpu or _why_no_counter(chosen)}", _LEAVE_AT_AUTO)
     cpu_method, why_no_cpu = _cpu_method(wanted, header, config.measurement.cpu_tdp_w)
@@ -132,6 +134,7 @@ def choose_sources(
         idle_period_s=config.baseline.sample_interval_ms / 1000,
         reasons={name: reason for name, reason in reasons.items() if reason is not None},
         missing_uuids=missing,
+        is_watched=config.timeseries.enabled,
         cpu_tdp_w=header.cpu_tdp_w if config.measurement.cpu_tdp_w is None else config.measurement.cpu_tdp_w,
     )
     _refuse_demands(config, sources)
@@ -173,10 +176,12 @@ def _why_no_gpu(
     return None
 
 
-def _gpu_method(gpus: Sequence[GpuHeader]) -> tuple[str | None, str | None]:
+def _gpu_method(gpus: Sequence[GpuHeader], *, is_watched: bool) -> tuple[str | None, str | None]:
     """The best method that every GPU has: several are summed only when all were read, and in the same way."""
     if all(gpu.counter_error is None for gpu in gpus):
         return COUNTER, None
+    if not is_watched:
+        return None, f"{_why_no_counter(gpus)}; power is not looked at (timeseries.enabled: false)"
     if all(gpu.power_error is None and gpu.power_source == "instant" for gpu in gpus):
         return INSTANT_POWER, None
     if all(gpu.power_error is None and gpu.power_source is not None for gpu in gpus):

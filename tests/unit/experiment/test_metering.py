@@ -278,6 +278,26 @@ def test_samples_are_kept_only_where_that_is_wanted(meter: Meter) -> None:
     assert record.energy.gpu_energy_j is not None
 
 
+def test_without_a_time_series_there_is_the_counter_alone(meter: Meter) -> None:
+    record = meter.run(timeseries={"enabled": False})
+    assert record.energy.energy_source == "nvml_counter"
+    assert any("clocks" in warning for warning in record.validity.warnings)
+    meter.gpu = dataclasses.replace(meter.gpu, counter=None)
+    with pytest.raises(MeterRefused, match=r"timeseries\.enabled: false"):
+        meter.run(timeseries={"enabled": False}, measurement={**QUICK, "energy": "nvml"})
+
+
+def test_guards_of_integrated_power_outlast_the_lag_of_its_sensor(tmp_path: Path) -> None:
+    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), counter=None)
+    meter = Meter(tmp_path, gpu)
+    record = meter.run()
+    assert record.energy.energy_source == "power_instant_integral"
+    spans = meter.marked()
+    assert (spans[marks.GUARD_BEFORE][1] - spans[marks.GUARD_BEFORE][0]) / 1e9 == pytest.approx(0.4, rel=0.05)
+    # A sensor that is read every 100 ms sees each edge of a window of 3 s to that.
+    assert record.energy.gpu_energy_j == pytest.approx(meter.true_j(), rel=0.04)
+
+
 def test_a_sampler_that_never_writes_is_an_error_with_its_file(meter: Meter) -> None:
     meter.is_sampling = False
     with pytest.raises(EngineError, match=PART_FILENAME) as caught:
