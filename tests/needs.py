@@ -88,6 +88,14 @@ def _docker() -> str | None:
     return None
 
 
+def _chromium() -> str | None:
+    from tests.browser import find_chromium
+
+    if find_chromium() is None:
+        return "no Chromium on this machine (Debian: apt-get install chromium)"
+    return _package("playwright")()
+
+
 def _gcc() -> str | None:
     return None if shutil.which("gcc") else "no gcc on this machine, which builds the NVML double"
 
@@ -147,6 +155,7 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "vllm": Need(_package("vllm"), is_mandatory=False),
         "cuda": Need(_cuda, is_mandatory=False),
         "docker": Need(_docker, is_mandatory=False),
+        "chromium": Need(_chromium, is_mandatory=True),
         "gcc": Need(_gcc, is_mandatory=True),
         "lab": Need(_lab, is_mandatory=True),
         # Hosts that are containers of the lab, and Ansible to reach them.

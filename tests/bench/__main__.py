@@ -24,6 +24,7 @@ from lem.orchestration.grid import expand_campaign_grid, validate_campaign_grid
 from lem.orchestration.manifest import CampaignManifestEntry, ManifestManager
 from tests.bench.containers import containers, dispatch
 from tests.bench.figure import HEADER, Figure
+from tests.bench.report import report
 from tests.lab.places import Places
 from tests.needs import missing
 
@@ -61,11 +62,15 @@ def main() -> int:
     print(HEADER)
     for measure in (start_up, grid, manifest, host_of_a_campaign):
         show(measure())
+    if (no_browser := missing("chromium")) is None:
+        show(report())
     reason = missing("docker") or missing("lab")
     if reason is None:
         show(dispatch())
         show(containers())
     print(BESIDE.format(python=sys.executable, lab=Places.of().folder))
+    if no_browser is not None:
+        print(f"\nLEFT OUT: every figure about the report, for {no_browser}")
     if reason is not None:
         print(f"\nLEFT OUT: every figure about containers, for {reason}")
     return 0

@@ -139,7 +139,7 @@ def table(
 
 def scroller(label: str, content: Markup, class_: str = "scroll") -> Markup:
     """A box that scrolls by itself where its content is wider than the page, with the keyboard too."""
-    return tag("div", content, class_=class_, role="region", aria_label=label, tabindex="0")
+    return tag("div", content, class_=class_, role="group", aria_label=label, tabindex="0")
 
 
 def details(summary: str, *content: Markup, is_open: bool = False) -> Markup:

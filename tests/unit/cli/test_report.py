@@ -1,0 +1,167 @@
+"""`lem report`: the file it writes, damage named and left out, sample logs drawn."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from lem.cli.main import main
+from lem.cli.report_traces import trace_of
+from lem.meters.samples import GpuSample, Mark, RaplReading, RaplZone, SampleHeader, SampleLog
+from lem.results.report.trace import POWER, TEMPERATURE
+from tests.synthetic_campaign import Campaign, Configuration, Written
+
+NS = 1_000_000_000
+
+
+def lem(*argv: str) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    code = main(["report", *argv], out, err)
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Written:
+    configurations = (
+        Configuration("fast", batch_size=32, throttled_cycles=(1,)),
+        Configuration("slow", backend="pytorch", batch_size=8, energy_per_output_tok_j=0.9, failed_cycles=(0,)),
+    )
+    return Campaign(configurations, cycles=2, window_s=3, requests=32).write(tmp_path)
+
+
+def attempts(written: Written) -> list[Path]:
+    return sorted((written.results_dir / written.campaign / written.run_id).glob("*/attempt-*"))
+
+
+def test_a_campaign_becomes_one_file_beside_its_runs(written: Written) -> None:
+    code, out, err = lem("demo", "--results-dir", str(written.results_dir))
+    path = written.results_dir / "demo" / "report.html"
+    assert (code, out, err) == (0, f"{path}\n", "")
+    page = path.read_text(encoding="utf-8")
+    assert page.startswith("<!DOCTYPE html>")
+    assert page.count('id="trace-') >= 4
+    assert lem("demo", "--results-dir", str(written.results_dir))[0] == 0
+    assert path.read_text(encoding="utf-8") == page, "the same results give the same bytes"
+
+
+def test_a_run_is_named_in_full_or_by_its_beginning(written: Written, tmp_path: Path) -> None:
+    for wanted in (written.run_id, written.run_id[:10]):
+        code, out, _ = lem(wanted, "--results-dir", str(written.results_dir), "-o", str(tmp_path / "page.html"))
+        assert (code, out) == (0, f"{tmp_path / 'page.html'}\n")
+
+
+def test_the_last_run_of_a_campaign_is_meant(written: Written) -> None:
+    later = Campaign((Configuration("later"),), run_id="20260801T100000Z-0000", cycles=2, window_s=3, has_samples=False)
+    later.write(written.results_dir.parent)
+    _, page, _ = lem("demo", "--results-dir", str(written.results_dir), "-o", "-")
+    assert "run 20260801T100000Z-0000" in page
+    assert "slow" not in page
+
+
+def test_an_unknown_campaign_is_a_usage_error(written: Written) -> None:
+    code, out, err = lem("nobody", "--results-dir", str(written.results_dir))
+    assert (code, out) == (2, "")
+    assert "no campaign or run 'nobody'" in err
+
+
+def test_a_place_that_cannot_be_written_is_told_with_a_remedy(written: Written) -> None:
+    code, _, err = lem(
+        "demo", "--results-dir", str(written.results_dir), "-o", str(attempts(written)[0] / "log.txt" / "x")
+    )
+    assert code == 2
+    assert "--output" in err
+
+
+def test_json_says_what_was_written_and_left_out(written: Written, tmp_path: Path) -> None:
+    (attempts(written)[0] / "result.json").write_text("{", encoding="utf-8")
+    path = tmp_path / "page.html"
+    code, out, _ = lem("demo", "--results-dir", str(written.results_dir), "-o", str(path), "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert document["path"] == str(path)
+    assert document["bytes"] == path.stat().st_size
+    assert {"corrupt", "missing"} == {problem["kind"] for problem in document["problems"]}
+
+
+def test_damage_is_named_and_left_out(written: Written) -> None:
+    whole = [path / "result.json" for path in attempts(written) if (path / "result.json").exists()]
+    assert len(whole) >= 4
+    whole[0].write_text('{"schema_version": 1', encoding="utf-8")
+    whole[1].write_text(whole[2].read_text(encoding="utf-8"), encoding="utf-8")
+    whole[2].unlink()
+    (whole[2].parent / ".lem-cut-off").write_bytes(b"{")
+    code, page, err = lem("demo", "--results-dir", str(written.results_dir), "-o", "-")
+    assert code == 0
+    for kind in ("corrupt", "foreign"):
+        assert f"left out: {kind}: " in err
+        assert f"<td class=t>{kind}" in page
+    assert page.count("result.json") >= 2
+
+
+@pytest.mark.parametrize("content", [b"", b"no gzip", b"\x1f\x8b\x08\x00broken"])
+def test_a_sample_log_that_cannot_be_read_is_named(written: Written, content: bytes) -> None:
+    logs = [path / "samples.jsonl.gz" for path in attempts(written) if (path / "samples.jsonl.gz").exists()]
+    logs[0].write_bytes(content)
+    code, page, _ = lem("demo", "--results-dir", str(written.results_dir), "-o", "-")
+    assert code == 0
+    assert "Not shown: " in page
+    assert page.count('<svg class="plot" role="img" aria-labelledby="trace-') == len(logs) - 1
+
+
+def make_log(power_w: float = 300.0, masks: tuple[int, ...] = ()) -> tuple[SampleLog, list[Mark]]:
+    """Ten seconds at ten readings a second, idle then window; masks from the first reading of the window on."""
+    samples = [
+        GpuSample(
+            gpu=0,
+            at_ns=NS + index * NS // 10,
+            power_w=power_w if index >= 50 else 60.0,
+            temp_c=40.0 + index / 10,
+            event_mask=masks[index - 50] if 50 <= index < 50 + len(masks) else 0,
+        )
+        for index in range(100)
+    ]
+    header = SampleHeader(NS, "2026-07-14T10:00:00.000Z", "lab1", 100)
+    marks = [Mark("window", 6 * NS, 11 * NS), Mark("idle_loaded", NS, 6 * NS)]
+    return SampleLog(header, samples=tuple(samples)), marks
+
+
+def test_phases_come_in_order_with_their_power_and_temperature() -> None:
+    trace = trace_of(*make_log())
+    assert [(band.name, band.begin_s, band.end_s) for band in trace.bands] == [
+        ("idle_loaded", 0.0, 5.0),
+        ("window", 5.0, 10.0),
+    ]
+    window = trace.phases[1]
+    assert (window.power_mean_w, window.power_max_w, window.throttled_s) == (300.0, 300.0, 0.0)
+    assert window.temp_min_c == pytest.approx(45, abs=0.1)
+    assert {series.quantity for series in trace.series} == {POWER, TEMPERATURE}
+
+
+def test_throttling_lasts_from_reading_to_reading_and_the_power_limit_is_no_fault() -> None:
+    trace = trace_of(*make_log(masks=(0x40,) * 10 + (0,) * 10 + (0x4,) * 5))
+    assert [(spell.reason, spell.is_fault) for spell in trace.spells] == [
+        ("hardware thermal slowdown", True),
+        ("at the power limit", False),
+    ]
+    assert trace.spells[0].end_s - trace.spells[0].begin_s == pytest.approx(1.0)
+    assert trace.phases[1].throttled_s == pytest.approx(1.0)
+
+
+def test_a_package_counter_that_wraps_still_gives_its_power() -> None:
+    zones = (RaplZone("package-0", "package", 10_000_000), RaplZone("dram", "dram", 10_000_000))
+    counts = [4_000_000, 9_000_000, 4_000_000]
+    rapl = tuple(RaplReading(0, (index + 1) * NS, count) for index, count in enumerate(counts))
+    header = SampleHeader(NS, "2026-07-14T10:00:00.000Z", "lab1", 100, zones=zones)
+    trace = trace_of(SampleLog(header, rapl=rapl), [Mark("window", NS, 4 * NS)])
+    assert [(series.label, series.points) for series in trace.series] == [("CPU package-0", ((1.0, 5.0), (2.0, 5.0)))]
+    assert trace.phases[0].power_mean_w == 5.0
+    assert trace.phases[0].temp_max_c is None
+
+
+def test_a_log_without_readings_is_an_empty_trace() -> None:
+    header = SampleHeader(NS, "2026-07-14T10:00:00.000Z", "lab1", 100, gpu_error="no GPU")
+    trace = trace_of(SampleLog(header), [])
+    assert (trace.series, trace.bands, trace.phases) == ((), (), ())

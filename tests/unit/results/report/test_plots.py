@@ -1,0 +1,105 @@
+"""What the plots show: the frontier, the axes of the grid, thinned lines."""
+
+from __future__ import annotations
+
+import random
+
+from lem.results.report.content import FailedSettings, Report, compose
+from lem.results.report.heatmap import heatmap_section
+from lem.results.report.order import drift_findings, order_section
+from lem.results.report.pareto import frontier, pareto_section
+from lem.results.report.trace import thin
+from tests.synthetic_campaign import Campaign, Configuration
+
+
+def make_report(*configurations: Configuration, cycles: int = 3, drift: float = 0.0, **failed: int) -> Report:
+    campaign = Campaign(configurations, cycles=cycles, drift=drift, has_samples=False)
+    return compose(campaign.records(), failed=failed)
+
+
+def grid(**changes: tuple[int, ...]) -> tuple[Configuration, ...]:
+    return tuple(
+        Configuration(
+            f"{backend}-{batch}",
+            backend=backend,
+            batch_size=batch,
+            energy_per_output_tok_j=cost / batch,
+            invalid_attempts=dict.fromkeys(range(3), 2) if changes.get(f"{backend}_{batch}") else {},
+        )
+        for backend, cost in (("pytorch", 2.0), ("vllm", 1.0))
+        for batch in (1, 2, 4)
+    )
+
+
+def test_the_frontier_is_what_no_other_beats() -> None:
+    noise = random.Random(3)
+    costs = [(noise.random(), noise.random()) for _ in range(200)]
+    expected = {
+        index for index, (x, y) in enumerate(costs) if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in costs)
+    }
+    assert set(frontier(costs)) == expected
+    assert frontier([]) == ()
+
+
+def test_equal_points_are_all_on_the_frontier_and_ties_in_one_are_not() -> None:
+    assert set(frontier([(1, 1), (1, 1), (1, 2), (2, 1)])) == {0, 1}
+
+
+def test_dominated_configurations_are_grey_and_the_table_says_so() -> None:
+    section = pareto_section(
+        make_report(
+            Configuration("good", energy_per_output_tok_j=0.1, output_tok_per_s=1000),
+            Configuration("bad", backend="pytorch", energy_per_output_tok_j=0.2, output_tok_per_s=500),
+        )
+    )
+    assert 'class="m grey"' in section
+    throughput = section[: section.index("pareto-latency")]
+    assert throughput.count("<td class=t>yes") == 1
+    assert throughput.count("<td class=t>no") == 1
+    assert "On the frontier: 1 good." in throughput
+
+
+def test_the_grid_is_drawn_over_the_two_axes_that_cross() -> None:
+    section = heatmap_section(make_report(*grid()))
+    assert "batch_size / max_num_seqs →" in section
+    assert "backend ↓" in section
+    assert section.count("<rect") == 6
+    assert "url(#grid-hatch)" not in section
+
+
+def test_cells_without_a_valid_result_are_hatched_whether_they_left_a_record_or_not() -> None:
+    configurations = grid(vllm_4=(1,))
+    report = make_report(*configurations[1:])
+    lost = make_report(configurations[0]).entries[0]
+    failed = (FailedSettings(lost.name, lost.settings),)
+    records = [record for entry in report.entries for record in entry.records]
+    section = heatmap_section(compose(records, failed={lost.name: 3}, failed_settings=failed))
+    assert section.count("url(#grid-hatch)") == 2
+    assert section.count("<td>failed") == 2
+
+
+def test_without_two_axes_there_is_no_grid() -> None:
+    assert "no grid to draw" in heatmap_section(make_report(Configuration("alone")))
+
+
+def test_drift_is_flagged_above_one_percent_and_not_below() -> None:
+    pair = (Configuration("a", batch_size=1), Configuration("b", batch_size=2))
+    steady = Campaign(pair, cycles=8, load_sd=0, run_sd=1e-4, drift=0.005, has_samples=False)
+    drifting = Campaign(pair, cycles=8, load_sd=0, run_sd=1e-4, drift=0.02, has_samples=False)
+    assert list(drift_findings(compose(steady.records()))) == []
+    (finding,) = drift_findings(compose(drifting.records()))
+    assert finding.startswith("Energy per output token drifts by +2.0")
+    assert "flagged" in order_section(compose(drifting.records()))
+
+
+def test_thinning_keeps_peaks_and_holes() -> None:
+    points = [(float(index), 1.0) for index in range(1000)]
+    points[500] = (500.0, 9.0)
+    thinned = thin(points, 50, hole_s=3)
+    assert len(thinned) <= 100
+    assert (500.0, 9.0) in thinned
+    assert None not in thinned
+    with_hole = thin([*points[:300], *points[400:]], 50, hole_s=3)
+    assert with_hole.count(None) == 1
+    assert thin([], 50, hole_s=3) == ()
+    assert thin([(1.0, 2.0)], 50, hole_s=3) == ((1.0, 2.0),)
