@@ -25,7 +25,12 @@ def _exported(*records):
 def _fixed():
     """Two configurations, one of them with a first attempt that was not valid and a GPU."""
     hot = ("GPU-1: thermal slowdown for 15.6 s of the window",)
-    vllm: dict[str, Any] = {"config_name": "vllm-bfloat16", "config_hash": "f" * 16, "energy_per_output_tok_j": 0.25, "order": 1}
+    vllm: dict[str, Any] = {
+        "config_name": "vllm-bfloat16",
+        "config_hash": "f" * 16,
+        "energy_per_output_tok_j": 0.25,
+        "order": 1,
+    }
     return [
         make_record(config_name="pytorch | bfloat16", warnings=("one", "another"), n_requests=25),
         dataclasses.replace(make_record(**vllm, is_valid=False, invalid_reasons=hot), gpus=(make_gpu(),)),
