@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.fleet.controller import Controller
-from tests.fleet.hosts import Host, start_host
+from tests.fleet.hosts import NETWORK, Host, docker, start_host
 from tests.needs import missing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +42,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     builder = [sys.executable, str(ROOT / "lem.pyz-build" / "build.py"), "--output", str(pyz)]
     subprocess.run(builder, check=True, stdout=subprocess.DEVNULL, env=os.environ)
     hosts: list[Host] = []
+    docker("network", "create", NETWORK)
     try:
         for name in ("gpu1", "gpu2", "island"):  # one by one, so that those that are there are removed
             hosts += [start_host(name, key, has_network=name != "island")]
@@ -51,3 +52,4 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     finally:
         for host in hosts:
             host.remove()
+        docker("network", "rm", NETWORK)

@@ -15,12 +15,14 @@ from pathlib import Path
 
 from tests.lab.places import BASE_IMAGE, PACKAGES_TARGET, Places
 
-__all__ = ["DOUBLES", "MODEL", "PATIENCE_S", "Host", "host_image", "start_host", "wait_for"]
+__all__ = ["DOUBLES", "MODEL", "NETWORK", "PATIENCE_S", "Host", "docker", "host_image", "start_host", "wait_for"]
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 COMPOSE_PLUGIN = Path("/usr/local/lib/docker/cli-plugins/docker-compose")
 LABEL = "lem.fleet.recipe"
+# Of their own, so that nobody else's containers are on it.
+NETWORK = f"lem-fleet-{os.getpid()}"
 
 # What a host sees of this machine, read-only: the engine's packages, a tiny model, and the trivial engine.
 DOUBLES = "/opt/lem-doubles"
@@ -155,12 +157,16 @@ def start_host(name: str, key: Path, *, has_network: bool = True, more: Sequence
     words += ["--security-opt", "seccomp=unconfined", "--security-opt", "apparmor=unconfined"]
     words += ["--volume", f"{places.packages('pytorch')}:{PACKAGES_TARGET}:ro"]
     words += ["--volume", f"{places.models / 'tiny'}:{MODEL}:ro", "--volume", f"{ROOT / 'tests/doubles'}:{DOUBLES}:ro"]
-    words += ["--publish", "127.0.0.1::22"] if has_network else ["--network", "none"]
-    docker(*words, *more, host_image())
+    words += ["--network", NETWORK, "--publish", "127.0.0.1::22"] if has_network else ["--network", "none"]
     host = Host(name, container, has_network)
-    host.wait_until_up()
     script = "cat > ~deployer/.ssh/authorized_keys && chown deployer: ~deployer/.ssh/authorized_keys"
-    host.run("bash", "-c", script, stdin=key.with_suffix(".pub").read_bytes())
+    try:
+        docker(*words, *more, host_image())
+        host.wait_until_up()
+        host.run("bash", "-c", script, stdin=key.with_suffix(".pub").read_bytes())
+    except BaseException:
+        host.remove()
+        raise
     return host
 
 
