@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
@@ -47,12 +48,12 @@ def trace_of(log: SampleLog, marks: Sequence[Mark]) -> Trace:
     for gpu, samples in sorted(by_gpu.items()):
         temperature = [(seconds(item.at_ns), item.temp_c) for item in samples if item.temp_c is not None]
         series.append(_series(names.get(gpu, f"GPU {gpu}"), TEMPERATURE, temperature, interval_s, len(by_gpu)))
-    spells = [spell for samples in by_gpu.values() for spell in _spells(samples, seconds, interval_s)]
+    spells = _together(spell for samples in by_gpu.values() for spell in _spells(samples, seconds, interval_s))
     counted = powers if any(powers) else list(packages.values())
     return Trace(
         bands=tuple(Band(mark.name, seconds(mark.opened_ns), seconds(mark.closed_ns)) for mark in ordered),
         series=tuple(item for item in series if any(item.points)),
-        spells=tuple(sorted(spells, key=lambda spell: (spell.begin_s, spell.reason))),
+        spells=tuple(spells),
         phases=tuple(_phase(mark, seconds, counted, series, spells) for mark in ordered),
         interval_s=interval_s if by_gpu else _RAPL_INTERVAL_S,
     )
@@ -97,6 +98,18 @@ def _spells(samples: Sequence[GpuSample], seconds: Callable[[int], float], inter
             end = min(following, at + _HOLE_INTERVALS * interval_s)
         if begin is not None:
             yield Spell(begin, end, mask != _CAP[0], reason)
+
+
+def _together(spells: Iterable[Spell]) -> list[Spell]:
+    """The spells of all GPUs, each kind once where they overlap: time is counted once, however many were slowed."""
+    found: list[Spell] = []
+    for spell in sorted(spells, key=lambda item: (item.reason, item.begin_s)):
+        last = found[-1] if found else None
+        if last is not None and last.reason == spell.reason and spell.begin_s <= last.end_s:
+            found[-1] = dataclasses.replace(last, end_s=max(last.end_s, spell.end_s))
+        else:
+            found.append(spell)
+    return sorted(found, key=lambda item: (item.begin_s, item.reason))
 
 
 def _phase(

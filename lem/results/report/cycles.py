@@ -12,6 +12,7 @@ from lem.results.report.drawing import (
     cross_path,
     figure,
     horizontal_axis,
+    label_room,
     no_figure,
     plot,
     row_labels,
@@ -26,8 +27,9 @@ __all__ = ["cycles_section"]
 # Two drawings side by side: the values, and how far each is from its configuration's mean, which values of
 # configurations that differ by much would hide.
 _WIDTH, _TOP, _ROW = 640.0, 14.0, 22.0
-_VALUES, _SHARES = (252.0, 378.0), (404.0, 626.0)
+_BETWEEN, _RIGHT = 26.0, 626.0
 _REACH_MAX = 50.0
+_VALUES_SHARE = 0.38
 _PER_PLOT = 40
 _METRICS = {metric.name: metric for metric in METRICS}
 _TITLES = {
@@ -47,10 +49,11 @@ def cycles_section(report: Report) -> Markup:
 
 @dataclass(frozen=True)
 class _Scales:
-    """Of the values, and of their differences in percent."""
+    """Of the values, and of their differences in percent; and where the first begins."""
 
     values: Scale
     shares: Scale
+    begin: float
 
 
 def _figures(metric: Metric, report: Report) -> Iterable[Markup]:
@@ -61,7 +64,9 @@ def _figures(metric: Metric, report: Report) -> Iterable[Markup]:
         yield no_figure(f"cycles-{metric.name}", heading, "No result has a value.")
         return
     reach = _reach(metric, report.entries)
-    scales = _Scales(fitting_scale(values, *_VALUES), Scale(-reach, reach, *_SHARES))
+    begin = label_room(_label(entry, metric) for entry in report.entries)
+    middle = begin + _VALUES_SHARE * (_RIGHT - begin)
+    scales = _Scales(fitting_scale(values, begin, middle), Scale(-reach, reach, middle + _BETWEEN, _RIGHT), begin)
     pages = [report.entries[at : at + _PER_PLOT] for at in range(0, len(report.entries), _PER_PLOT)]
     figures = [_figure(metric, label, heading, entries, scales, page) for page, entries in enumerate(pages)]
     folded = [
@@ -95,7 +100,7 @@ def _figure(metric: Metric, label: str, heading: str, entries: Sequence[Entry], 
         (_WIDTH, bottom + 46),
         horizontal_axis(scales.values, bottom, _TOP, label, count=3),
         horizontal_axis(scales.shares, bottom, _TOP, "Difference from its mean, %", count=5),
-        row_labels([(row.entry.number, _label(row.entry, metric), row.y) for row in rows], _VALUES[0]),
+        row_labels([(row.entry.number, _label(row.entry, metric), row.y) for row in rows], scales.begin),
         *_layers(rows, scales),
     )
     caption = [
@@ -147,7 +152,7 @@ def _layers(rows: Sequence[_Row], scales: _Scales) -> Iterable[Markup]:
     for row in rows:
         if row.centre is None:
             said = "not measured" if row.entry.used else "no valid result"
-            yield text(_SHARES[0] + 8, row.y + 4, said, "absent")
+            yield text(scales.shares.begin + 8, row.y + 4, said, "absent")
 
 
 @dataclass(frozen=True)

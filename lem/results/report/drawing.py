@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
+from lem.results.layout import text_width
 from lem.results.report.markup import Markup, details, join, number_text, scroller, tag
 from lem.results.report.scales import Scale, tick_text
 
@@ -13,12 +15,16 @@ __all__ = [
     "cross_path",
     "figure",
     "horizontal_axis",
+    "key_list",
+    "label_room",
     "legend",
+    "line_legend",
     "marker_path",
     "no_figure",
     "plot",
     "ring_path",
     "row_labels",
+    "swatch",
     "text",
     "vertical_axis",
 ]
@@ -26,7 +32,7 @@ __all__ = [
 # The colours of Okabe and Ito are the classes g0 to g7 of the style sheet; each has a shape of its own, since colour
 # alone is not seen by everyone. [Okabe, Ito 2008, "Color universal design"]
 GROUPS_MAX = 8
-_SIZE = 4.5
+_DIGIT_WIDTH, _LETTER_WIDTH = 7.6, 6.7
 _SHAPES = (
     "m-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0z",
     "m-4 -4h8v8h-8z",
@@ -69,10 +75,15 @@ def text(x: float, y: float, content: str, class_: str | None = None, anchor: st
 
 
 def horizontal_axis(scale: Scale, y: float, top: float, label: str, *, count: int = 6, suffix: str = "") -> Markup:
-    """The axis below a plot at `y`, its grid lines up to `top`, its name below."""
+    """The axis below a plot at `y`, its grid lines up to `top`, its name below; ticks without room are left out."""
     grid, labels = [], []
+    free_from = -math.inf
     for value in scale.ticks(count):
         x = scale(value)
+        half = _DIGIT_WIDTH * len(tick_text(value) + suffix) / 2
+        if x - half < free_from:
+            continue
+        free_from = x + half + _DIGIT_WIDTH
         grid.append(f"M{number_text(x)} {number_text(top)}V{number_text(y)}")
         labels.append(text(x, y + 16, tick_text(value) + suffix, anchor="middle"))
     middle = (scale.begin + scale.end) / 2
@@ -101,6 +112,11 @@ def row_labels(rows: Sequence[tuple[int, str, float]], right: float) -> Markup:
             tag("g", *names, class_="names", transform=f"translate({number_text(right - 10)})"),
         ]
     )
+
+
+def label_room(labels: Iterable[str]) -> float:
+    """Where the drawing of rows with these names may begin."""
+    return 50 + _LETTER_WIDTH * max(map(text_width, labels), default=0)
 
 
 def plot(
@@ -147,9 +163,25 @@ def legend(names: Sequence[str]) -> Markup:
     """What each colour and shape means; nothing where there is but one."""
     if len(names) < 2:
         return Markup()
-    items = []
-    for group, name in enumerate(names):
-        mark = tag("path", d=marker_path(group, [(7, 7)]), class_=f"m g{group}")
-        swatch = tag("svg", mark, viewBox="0 0 14 14", width="14", height="14", aria_hidden="true", class_="swatch")
-        items.append(tag("li", swatch, name))
-    return tag("ul", *items, class_="legend")
+    marks = [tag("path", d=marker_path(group, [(7, 7)]), class_=f"m g{group}") for group in range(len(names))]
+    return key_list([(swatch(mark), name) for mark, name in zip(marks, names, strict=True)])
+
+
+def line_legend(names: Sequence[str]) -> Markup:
+    """What each line means, by colour and dashes; nothing where there is but one."""
+    if len(names) < 2:
+        return Markup()
+    lines = [tag("path", d="M0 7h28", class_=f"line g{index % GROUPS_MAX}") for index in range(len(names))]
+    return key_list([(swatch(line, 28), name) for line, name in zip(lines, names, strict=True)])
+
+
+def swatch(mark: Markup, width: int = 14) -> Markup:
+    """A mark as it stands in a legend; the name beside it says what it is."""
+    return tag(
+        "svg", mark, viewBox=f"0 0 {width} 14", width=str(width), height="14", aria_hidden="true", class_="swatch"
+    )
+
+
+def key_list(items: Iterable[tuple[Markup, str]]) -> Markup:
+    """A legend of swatches and names."""
+    return tag("ul", *(tag("li", mark, name) for mark, name in items), class_="legend")

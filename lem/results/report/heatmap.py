@@ -19,6 +19,7 @@ __all__ = ["heatmap_section"]
 _CELL = (74.0, 34.0)
 _TOP = 62.0
 _MOST = 24
+_HALF_PAGE = 600
 _FACETS = 6
 _NOT_GIVEN = "not given"
 # The option of each backend that bounds how many requests are computed together: one axis, where backends differ.
@@ -168,7 +169,8 @@ def _figure(
         f"{'more energy' if report.has_energy else 'more throughput'}; hatched cells have no valid result."
     )
     drawing = plot(identifier, heading, description, (width, bottom + 12), *parts, class_="plot small")
-    return figure(identifier, heading, drawing, _caption(cells, report), _data(plan, cells, report))
+    is_wide = width > _HALF_PAGE
+    return figure(identifier, heading, drawing, _caption(cells, report), _data(plan, cells, report), is_wide=is_wide)
 
 
 def _cells(plan: _Plan, members: Sequence[_Named]) -> dict[tuple[str, str], list[_Named]]:

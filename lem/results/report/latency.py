@@ -13,6 +13,7 @@ from lem.results.report.drawing import (
     circle_path,
     figure,
     horizontal_axis,
+    label_room,
     no_figure,
     plot,
     ring_path,
@@ -25,7 +26,7 @@ from lem.results.report.scales import Scale, fitting_scale
 
 __all__ = ["latency_section"]
 
-_WIDTH, _LEFT, _RIGHT, _TOP, _ROW = 640.0, 252.0, 626.0, 14.0, 22.0
+_WIDTH, _RIGHT, _TOP, _ROW = 640.0, 626.0, 14.0, 22.0
 _PER_PLOT = 40
 _DRAWN = 200
 _KINDS = {
@@ -73,7 +74,7 @@ def _reason(report: Report, kind: str) -> str:
 
 def _figures(kind: str, name: str, entries: Sequence[Entry], found: dict[int, _Percentiles]) -> Markup:
     values = [value for item in found.values() for value in item.values()]
-    scale = fitting_scale(values, _LEFT, _RIGHT)
+    scale = fitting_scale(values, label_room(entry.label for entry in entries), _RIGHT)
     drawn_entries = entries[:_DRAWN]
     pages = [drawn_entries[at : at + _PER_PLOT] for at in range(0, len(drawn_entries), _PER_PLOT)]
     drawn = [_figure(kind, name, page, found, scale, number) for number, page in enumerate(pages)]
@@ -105,7 +106,7 @@ def _figure(
         "and 99th percentile, a ring at the mean, a small dot for the median of each cycle.",
         (_WIDTH, height + 46),
         horizontal_axis(scale, height, _TOP, f"{name}, s", count=5),
-        row_labels([(entry.number, entry.label, y) for entry, _, y in rows], _LEFT),
+        row_labels([(entry.number, entry.label, y) for entry, _, y in rows], scale.begin),
         *_bars(rows, scale),
         *_centres(rows, kind, scale),
     )
@@ -147,7 +148,7 @@ def _centres(rows: Sequence[_Row], kind: str, scale: Scale) -> Iterable[Markup]:
     yield tag("path", d=ring_path((scale(found["mean"]), y) for _, found, y in known if "mean" in found), class_="ring")
     for entry, found, y in rows:
         if "p50" not in found:
-            yield text(_LEFT + 8, y + 4, "not measured" if entry.used else "no valid result", "absent")
+            yield text(scale.begin + 8, y + 4, "not measured" if entry.used else "no valid result", "absent")
 
 
 def _data(name: str, kind: str, entries: Sequence[Entry], found: dict[int, _Percentiles]) -> Markup:

@@ -7,7 +7,17 @@ from collections.abc import Iterable, Sequence
 from lem import units
 from lem.record import Record
 from lem.results.report.content import Report
-from lem.results.report.drawing import figure, horizontal_axis, no_figure, plot, text, vertical_axis
+from lem.results.report.drawing import (
+    figure,
+    horizontal_axis,
+    key_list,
+    line_legend,
+    no_figure,
+    plot,
+    swatch,
+    text,
+    vertical_axis,
+)
 from lem.results.report.figures import NOT_MEASURED, plural
 from lem.results.report.markup import Cell, Markup, details, join, number_text, table, tag
 from lem.results.report.scales import Scale, fitting_scale
@@ -58,20 +68,17 @@ def traces_section(report: Report) -> Markup:
 
 def _key() -> Markup:
     """What the shades mean."""
-    items = []
+    items: list[tuple[Markup, str]] = []
     for name, label in (("load", "load"), ("idle_loaded", "idle"), ("warmup", "warm-up"), ("guard_before", "guard"),
                         ("window", "window"), ("gap", "gap")):  # fmt: skip
-        items.append(_swatch(f"band {name}", label))
-    items.append(_swatch("spell fault", "throttled"))
-    items.append(_swatch("spell cap", "at the power limit"))
-    return tag("ul", *items, class_="legend")
+        items.append((_shade(f"band {name}"), label))
+    items.append((_shade("spell fault"), "throttled"))
+    items.append((_shade("spell cap"), "at the power limit"))
+    return key_list(items)
 
 
-def _swatch(class_: str, label: str) -> Markup:
-    mark = tag("rect", x=1.0, y=1.0, width=12.0, height=12.0, class_=class_)
-    return tag(
-        "li", tag("svg", mark, viewBox="0 0 14 14", width="14", height="14", aria_hidden="true", class_="swatch"), label
-    )
+def _shade(class_: str) -> Markup:
+    return swatch(tag("rect", x=1.0, y=1.0, width=12.0, height=12.0, class_=class_))
 
 
 def _figure(number: int, record: Record, trace: Trace) -> Markup:
@@ -112,7 +119,8 @@ def _figure(number: int, record: Record, trace: Trace) -> Markup:
         *_spells(trace, time, bottom),
         horizontal_axis(time, bottom, bottom, "Time, s", count=8),
     )
-    return figure(identifier, heading, drawing, _caption(record, trace, bands), _data(trace, bands))
+    names = line_legend([item.label for item in power or temperature])
+    return figure(identifier, heading, drawing, [names, *_caption(record, trace, bands)], _data(trace, bands))
 
 
 def _with_gap(bands: Sequence[Band], gap_s: float | None) -> tuple[Band, ...]:
@@ -148,11 +156,9 @@ def _panel(
     scale = fitting_scale(values, bottom, top, is_from_zero=is_from_zero)
     scale = Scale(scale.low, scale.high, scale.begin, scale.end)
     lines = [tag("path", d=_line(item, time, scale), class_=f"line g{index % 8}") for index, item in enumerate(series)]
-    names = [text(_LEFT + 4, top + 12 + 13 * index, item.label, f"hint g{index % 8} named") for index, item in
-             enumerate(series)] if len(series) > 1 else []  # fmt: skip
     axis = vertical_axis(scale, _LEFT, _RIGHT, "", count=4 if is_from_zero else 3)
     y = top - 24 if top == _TOP else top - 16
-    return join([axis, text(4, y, label, "axis"), *lines, *names])
+    return join([axis, text(4, y, label, "axis"), *lines])
 
 
 def _line(series: Series, time: Scale, scale: Scale) -> str:
