@@ -16,7 +16,7 @@ help:
 	@echo 'make demo-containers  PyTorch and vLLM in containers of their own, on the lab (Debian 12, root; tests/lab/README.md)'
 	@echo 'make test       run every test this machine can run, and say what it could not run'
 	@echo 'make lem.pyz    build the program into one file'
-	@echo 'make lint       ruff and mypy'
+	@echo 'make lint       ruff and mypy; yamllint, ansible-lint and systemd-analyze for the fleet'
 	@echo 'make format     let ruff lay out the code'
 	@echo 'make bench      print figures of the program itself beside their targets'
 	@echo 'make clean      remove what was built; distclean: the virtual environments too'
@@ -56,6 +56,7 @@ lint: test-env
 	$(TEST_PYTHON) -m ruff check
 	$(TEST_PYTHON) -m ruff format --check
 	$(TEST_PYTHON) -m mypy
+	$(TEST_PYTHON) -m tests.fleet.lint
 
 format: test-env
 	$(TEST_PYTHON) -m ruff check --fix
