@@ -16,6 +16,7 @@ from lem.errors import EngineError, InfrastructureError, Interrupted, UserError
 from lem.experiment.channel import RunRequest
 from lem.experiment.prompts import resolve_on_host
 from lem.orchestration.attempt import Outcome, Timeouts, WorkerEvent
+from lem.orchestration.credentials import SECRET_VARIABLES, find_secrets
 from lem.orchestration.gaps import GapOutcome, RecoveryProbe
 from lem.orchestration.identity import config_hash, prompts_fingerprint
 from lem.orchestration.manifest import Attempt, CampaignManifest, utc_text
@@ -30,9 +31,6 @@ from lem.results.repository import Repository
 __all__ = ["SECRET_VARIABLES", "Measurement", "RunIdentity", "Session"]
 
 _logger = logging.getLogger(__name__)
-
-# What an engine may need and nobody may read: it travels in the `run` message alone.
-SECRET_VARIABLES = ("HF_TOKEN",)
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class Session:
         )
         self._stop = stop
         self._now = now
-        self._secrets = {name: environ[name] for name in SECRET_VARIABLES if environ.get(name)}
+        self._secrets = find_secrets(environ)
 
     def open(self, backend: str) -> Mapping[str, Any]:
         """What the worker of a backend stands on; the worker is started when there is none.

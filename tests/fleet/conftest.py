@@ -48,7 +48,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
             hosts += [start_host(name, key, has_network=name != "island")]
         controller = Controller(folder, key, pyz)
         controller.know(*hosts[:2])
-        yield Fleet(controller, *hosts, {host.name: host.files() for host in hosts})
+        gpu1, gpu2, island = hosts
+        yield Fleet(controller, gpu1, gpu2, island, {host.name: host.files() for host in hosts})
     finally:
         for host in hosts:
             host.remove()

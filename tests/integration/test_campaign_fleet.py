@@ -115,7 +115,7 @@ def test_systemd_hears_of_readiness_and_progress(hosts, tmp_path):
         channel.bind(str(tmp_path / "notify"))
         channel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         running = rig.start("--executor", "local", "--yes", NOTIFY_SOCKET=str(tmp_path / "notify"))
-        heard = []
+        heard: list[str] = []
         channel.settimeout(60)
         while not heard or not heard[-1].endswith("finished"):
             heard.append(channel.recv(4096).decode())
