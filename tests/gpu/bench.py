@@ -1,0 +1,124 @@
+"""What steps work with: a GPU, an engine process on it, samplers, and the time that is left."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lem.experiment.clock import SystemClock
+from lem.experiment.launch import own_command
+from lem.experiment.sampler_process import SamplerProcess, wait_until_ready
+from lem.meters.samples import SampleLog, read_part
+from tests.gpu.engine_client import Engine
+from tests.gpu.extent import Extent
+from tests.gpu.finding import LeftOut
+from tests.gpu.rehearsed import Rehearsal
+
+__all__ = ["Bench", "Sampled"]
+
+INTERVAL_MS = 100
+_READY_S = 30.0
+_STOP_S = 10.0
+
+
+@dataclass
+class Sampled:
+    """A stretch of time with a sampler beside it."""
+
+    path: Path
+
+    def log(self) -> SampleLog:
+        """Its samples; whole once the stretch is over.
+
+        Raises:
+            LeftOut: the energy counter cannot be read.
+        """
+        log = read_part(self.path)
+        error = log.header.gpus[0].counter_error
+        if error is not None:
+            raise LeftOut(error)
+        return log
+
+
+@dataclass
+class Bench:
+    """What steps work with.
+
+    Attributes:
+        out: the folder of everything that is kept.
+        models: the folder of the models, which are too large to be kept.
+        uuid: the GPU.
+        environ: the environment of programs that measure.
+        rehearsal: the double that stands for a GPU; None on a machine with one.
+    """
+
+    out: Path
+    models: Path
+    extent: Extent
+    uuid: str
+    environ: Mapping[str, str]
+    rehearsal: Rehearsal | None = None
+    clock: SystemClock = field(default_factory=SystemClock)
+    begun_s: float = field(default_factory=time.monotonic)
+    versions: dict[str, str] = field(default_factory=dict)
+    _engine: Engine | None = None
+
+    def left_s(self) -> float:
+        """Seconds until no step begins any more."""
+        return self.extent.limit_s - (time.monotonic() - self.begun_s)
+
+    def rest(self, duration_s: float) -> None:
+        """Leave the device alone."""
+        self.clock.sleep(duration_s)
+
+    @property
+    def samples(self) -> Path:
+        """The folder of sample logs."""
+        return self.out / "samples"
+
+    @contextlib.contextmanager
+    def sampling(self, name: str, interval_ms: int = INTERVAL_MS) -> Iterator[Sampled]:
+        """A sampler of lem's within the block.
+
+        Raises:
+            RuntimeError: it does not write.
+        """
+        self.samples.mkdir(parents=True, exist_ok=True)
+        path = self.samples / f"{name}.part"
+        path.unlink(missing_ok=True)
+        sampler = SamplerProcess.start(own_command(sys.executable), path, (self.uuid,), interval_ms)
+        try:
+            deadline_ns = self.clock.monotonic_ns() + round(_READY_S * 1e9)
+            if not wait_until_ready(path, deadline_ns, sampler.is_running, self.clock):
+                raise RuntimeError(f"the sampler does not write {path}: {sampler.death() or sampler.said()}")
+            yield Sampled(path)
+            died = sampler.death()
+            if died is not None:
+                raise RuntimeError(died)
+        finally:
+            sampler.stop(_STOP_S)
+
+    def engine(self) -> Engine:
+        """The engine process, started when it is not there.
+
+        Raises:
+            EngineFailed: it does not come up.
+            RuntimeError: it works on another GPU than the one that is sampled.
+        """
+        if self._engine is None or not self._engine.is_running():
+            rehearsed = None if self.rehearsal is None else (self.uuid, self.rehearsal.load_log)
+            self._engine = Engine(self.out / "engine.log", rehearsed)
+            self.versions |= self._engine.versions
+            if self._engine.uuid != self.uuid:
+                raise RuntimeError(f"PyTorch works on {self._engine.uuid}, sampled is {self.uuid}")
+        return self._engine
+
+    def close_engine(self) -> None:
+        """End the engine process, so that nothing but what is measured is on the GPU."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None

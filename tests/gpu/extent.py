@@ -1,0 +1,166 @@
+"""How long and how much, for a machine with a GPU and for rehearsals without one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["FULL", "QUICK", "REHEARSAL", "REHEARSAL_QUICK", "Configuration", "Extent", "extent_of"]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One of the campaign.
+
+    Attributes:
+        model: a name in `tests.gpu.models.SHAPES`.
+        prompts: so few that one pass over them takes seconds: a window ends with a whole pass.
+    """
+
+    model: str
+    batch: int
+    prompts: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-batch{self.batch}"
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Lengths in seconds and numbers of everything.
+
+    Attributes:
+        settle_s: until power is at rest after a change.
+        idle_s: a look at power at rest.
+        probe_s: a look at the meters every 2 ms.
+        guard_s: idle around a window.
+        part_s, parts: so many windows of this length beside one as long as all of them.
+        waves: (period, about how long) of each square wave.
+        pairs, pair_s: runs with and without a sampler, each so long.
+        beside_s: the window that `zeus` reads as well.
+        baseline_s: power at rest within the campaign; None leaves it out.
+        limit_s: no step begins, and the campaign ends, when so much time has gone.
+    """
+
+    configurations: tuple[Configuration, ...]
+    cycles: int
+    window_s: float
+    warmup_s: float
+    baseline_s: float | None
+    input_tok: int
+    output_tok: int
+    settle_s: float
+    idle_s: float
+    probe_s: float
+    guard_s: float
+    part_s: float
+    parts: int
+    waves: tuple[tuple[float, float], ...]
+    pairs: int
+    pair_s: float
+    beside_s: float
+    limit_s: float
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models of the campaign, each once; the first is the one that other steps use."""
+        return tuple(dict.fromkeys(item.model for item in self.configurations))
+
+
+_SMALL = (Configuration("llama-1b", 1, 2), Configuration("llama-1b", 16, 16))
+
+# Meant for ten minutes a command, the campaign last: what it does not get done is resumed by a second call. What a
+# GPU takes for all this was never measured.
+FULL = Extent(
+    configurations=(*_SMALL, Configuration("llama-8b", 16, 16)),
+    cycles=3,
+    window_s=10.0,
+    warmup_s=8.0,
+    baseline_s=3.0,
+    input_tok=128,
+    output_tok=64,
+    settle_s=8.0,
+    idle_s=8.0,
+    probe_s=4.0,
+    guard_s=1.5,
+    part_s=10.0,
+    parts=3,
+    waves=((0.05, 5.0), (0.1, 5.0), (0.25, 5.0), (1.0, 6.0), (4.0, 8.0)),
+    pairs=8,
+    pair_s=2.5,
+    beside_s=10.0,
+    limit_s=530.0,
+)
+
+QUICK = Extent(
+    configurations=_SMALL,
+    cycles=2,
+    window_s=5.0,
+    warmup_s=4.0,
+    baseline_s=1.0,
+    input_tok=64,
+    output_tok=32,
+    settle_s=4.0,
+    idle_s=4.0,
+    probe_s=2.0,
+    guard_s=1.0,
+    part_s=3.0,
+    parts=3,
+    waves=((0.1, 2.0), (1.0, 3.0)),
+    pairs=3,
+    pair_s=1.5,
+    beside_s=5.0,
+    limit_s=530.0,
+)
+
+_TINY = (Configuration("tiny", 1, 2), Configuration("tiny", 4, 4))
+
+# The same steps against the NVML double, whose meters are those of a GPU in real time.
+REHEARSAL = Extent(
+    configurations=(*_TINY, Configuration("tiny-deep", 4, 4)),
+    cycles=3,
+    window_s=1.0,
+    warmup_s=1.0,
+    baseline_s=1.0,
+    input_tok=8,
+    output_tok=8,
+    settle_s=1.0,
+    idle_s=1.0,
+    probe_s=1.0,
+    guard_s=0.5,
+    part_s=1.0,
+    parts=3,
+    waves=((0.1, 1.0), (1.0, 2.0)),
+    pairs=4,
+    pair_s=0.5,
+    beside_s=1.0,
+    limit_s=530.0,
+)
+
+REHEARSAL_QUICK = Extent(
+    configurations=_TINY,
+    cycles=1,
+    window_s=0.3,
+    warmup_s=0.2,
+    baseline_s=None,
+    input_tok=8,
+    output_tok=8,
+    settle_s=0.2,
+    idle_s=0.8,
+    probe_s=0.6,
+    guard_s=0.3,
+    part_s=0.6,
+    parts=3,
+    waves=((0.1, 1.0), (0.5, 1.0)),
+    pairs=2,
+    pair_s=0.2,
+    beside_s=0.8,
+    limit_s=530.0,
+)
+
+
+def extent_of(*, is_rehearsal: bool, is_quick: bool) -> Extent:
+    """The extent of a run."""
+    if is_rehearsal:
+        return REHEARSAL_QUICK if is_quick else REHEARSAL
+    return QUICK if is_quick else FULL

@@ -1,0 +1,26 @@
+"""Has every Python with this folder on PYTHONPATH run the pytorch backend on the CPU as if on the double's GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+SERVED = "lem.backends.pytorch"
+
+
+class _RehearsedBackendFinder:
+    """Finds the backend that pretends where the program looks for the one that does not."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != SERVED:
+            return None
+        return importlib.util.spec_from_file_location(name, Path(__file__).with_name("rehearsed_backend.py"))
+
+
+sys.meta_path.insert(0, _RehearsedBackendFinder())

@@ -1,0 +1,201 @@
+"""A campaign as a person runs it, by `lem campaign` with the pytorch backend."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lem import process
+from lem.record import Record
+from lem.results.repository import Repository
+from lem.results.statistics import log_t_interval
+from tests.gpu.bench import Bench
+from tests.gpu.extent import Configuration, Extent
+from tests.gpu.finding import Finding
+
+__all__ = ["CAMPAIGN", "Campaign", "document"]
+
+CAMPAIGN = "gpu"
+FILENAME = "campaign.yaml"
+STOP_S, RECOMPUTE_S = 30.0, 120.0
+INTERRUPTED = 130
+CUT_SHORT = "; time was up: run again with --only campaign, and it is resumed"
+CROSSCHECK = "within 5 % of 1, else a warning"
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """Configurations × cycles; what a call has not got done, the next with the same folder resumes."""
+
+    name: str = "campaign"
+    title: str = "A campaign (pytorch backend, closed batches)"
+
+    def run(self, bench: Bench) -> Iterator[Finding]:
+        extent = bench.extent
+        bench.close_engine()
+        bench.rest(min(2.0, extent.settle_s))
+        ended = _run(bench)
+        records = read_records(bench.out)
+        if not records:
+            raise RuntimeError(f"no result; the campaign ended with {ended}, see {bench.out / 'campaign.log'}")
+        planned = extent.cycles * len(extent.configurations)
+        note = f"{len(records)} attempts; {planned} experiments planned" + (CUT_SHORT if ended == INTERRUPTED else "")
+        yield Finding("lem campaign, exit code", float(ended), "", note, "0")
+        for item in extent.configurations:
+            yield from _figures(item.name, [r for r in records if r.identity.config_name == item.name], extent)
+        yield from _at_rest(records)
+        yield _agreement(bench)
+
+
+def document(extent: Extent, models: Path) -> dict[str, Any]:
+    """The campaign file."""
+    return {
+        "campaign_name": CAMPAIGN,
+        "model": str(models / extent.models[0]),
+        "experiments": [_experiment(item, extent, models) for item in extent.configurations],
+        "execution": {
+            "cycles": extent.cycles,
+            "config_gap_seconds": min(5.0, extent.settle_s),
+            "cycle_gap_seconds": min(5.0, extent.settle_s),
+        },
+    }
+
+
+def _experiment(item: Configuration, extent: Extent, models: Path) -> dict[str, Any]:
+    baseline = {"enabled": False} if extent.baseline_s is None else {"duration_sec": extent.baseline_s}
+    return {
+        "config_name": item.name,
+        "model": str(models / item.model),
+        "backend": "pytorch",
+        "fp_precision": "bfloat16",
+        "ignore_eos": True,
+        "max_input_tokens": extent.input_tok,
+        "max_output_tokens": extent.output_tok,
+        "min_output_tokens": extent.output_tok,
+        "decoder": {"preset": "deterministic"},
+        "prompts": {"type": "synthetic", "input_tokens": extent.input_tok, "sample_size": item.prompts},
+        "measurement": {"min_window_sec": extent.window_s},
+        "warmup": {"timeout_seconds": extent.warmup_s},
+        "baseline": baseline,
+        "pytorch": {"batch_size": item.batch},
+    }
+
+
+def _run(bench: Bench) -> int:
+    """The exit code of `lem campaign`, which is interrupted when time is up: it keeps what it has."""
+    text = json.dumps(document(bench.extent, bench.models), indent=1)  # JSON is YAML
+    (bench.out / FILENAME).write_text(text + "\n", encoding="utf-8")
+    has_begun = (bench.out / ".state" / CAMPAIGN).is_dir()
+    command = _lem("campaign", FILENAME, "--executor", "local", "--yes", "--no-color")
+    with (bench.out / "campaign.log").open("ab") as log:
+        child = process.spawn(
+            [*command, *(["--resume"] if has_begun else [])],
+            env={**bench.environ, "LEM_LOCK_DIR": str(bench.out / "locks"), "HF_HUB_OFFLINE": "1"},
+            cwd=bench.out,
+            stdin=process.DEVNULL,
+            stdout=log.fileno(),
+            stderr=log.fileno(),
+            new_session=True,
+        )
+        try:
+            return child.wait(max(1.0, bench.left_s()))
+        except process.TimeoutExpired:
+            print("  time is up: the campaign is interrupted and keeps what it has", flush=True)
+            return INTERRUPTED
+        finally:
+            if child.poll() is None:
+                child.send_signal(signal.SIGINT)
+                with contextlib.suppress(process.TimeoutExpired):
+                    child.wait(STOP_S)
+                process.kill_group(child.pid)
+
+
+def _lem(*words: str) -> list[str]:
+    return [sys.executable, "-m", "lem", *words]
+
+
+def read_records(out: Path) -> list[Record]:
+    """The records of the latest run, as it was planned."""
+    repository = Repository(out / "results", CAMPAIGN)
+    runs = repository.run_ids()
+    found = repository.scan(runs[-1]).results if runs else ()
+    records = [item.record for item in found]
+    return sorted(records, key=lambda record: (record.identity.order_index, record.identity.attempt))
+
+
+def _figures(name: str, records: Sequence[Record], extent: Extent) -> Iterator[Finding]:
+    valid = [record for record in records if record.validity.valid]
+    reasons = sorted({reason for record in records for reason in record.validity.invalid_reasons})
+    note = f"of {len(records)} attempts, {extent.cycles} cycles planned" + "".join(f"; {text}" for text in reasons)
+    yield Finding(f"{name}: valid attempts", float(len(valid)), "", note)
+    for text, unit, pick in (
+        ("energy per output token", "J", lambda record: record.efficiency.energy_per_output_tok_j),
+        ("output throughput", "tok/s", lambda record: record.throughput.output_tok_per_s),
+        ("mean power", "W", lambda record: record.gpus[0].power_mean_w if record.gpus else None),
+    ):
+        yield _estimate(f"{name}: {text}", unit, valid, pick)
+    ratios = [record.energy.energy_crosscheck_ratio for record in valid]
+    told = [ratio for ratio in ratios if ratio is not None]
+    text = f"{name}: integrated power over counter"
+    if told:
+        yield Finding(text, statistics.fmean(told), "", f"{min(told):.4f} to {max(told):.4f}", CROSSCHECK)
+    else:
+        yield Finding(text, None, "", _why(valid, "energy_crosscheck_ratio"))
+    periods = [1e3 * item for record in valid if (item := record.energy.counter_update_period_s) is not None]
+    if periods:
+        yield Finding(f"{name}: counter update period", statistics.fmean(periods), "ms", "in the window")
+
+
+def _estimate(name: str, unit: str, records: Sequence[Record], pick: Callable[[Record], float | None]) -> Finding:
+    """The geometric mean over cycles with its t interval."""
+    values = [value for record in records if (value := pick(record)) is not None]
+    if not values:
+        return Finding(name, None, unit, _why(records, "gpu_energy_j"))
+    interval = log_t_interval(values)
+    note = f"{len(values)} cycles"
+    if interval.ci_lower is not None and interval.ci_upper is not None:
+        note += f", 95 % t interval {interval.ci_lower:.4g} to {interval.ci_upper:.4g}"
+    return Finding(name, interval.geometric_mean, unit, note, details={"values": values})
+
+
+def _why(records: Sequence[Record], field: str) -> str:
+    """The reason for a field that no record has."""
+    reasons = {record.energy.null_reasons.get(field, "not told") for record in records}
+    return "; ".join(sorted(reasons)) or "no valid attempt"
+
+
+def _at_rest(records: Sequence[Record]) -> Iterator[Finding]:
+    """Power at rest as the campaign found it, by the experiments that looked themselves."""
+    bare = [record.idle.idle_bare_power_w for record in records if record.idle.idle_bare_power_w is not None]
+    text = "power at rest, bare"
+    yield (
+        Finding(text, bare[0], "W", "as the campaign found it")
+        if bare
+        else _no_rest(text, "idle_bare_power_w", records)
+    )
+    models = {Path(record.identity.model).name: record for record in reversed(records)}
+    for model in sorted(models):
+        text, found = f"power at rest, {model} loaded", models[model].idle.idle_loaded_power_w
+        if found is None:
+            yield _no_rest(text, "idle_loaded_power_w", (models[model],))
+        else:
+            yield Finding(text, found, "W", "as the campaign found it")
+
+
+def _no_rest(text: str, field: str, records: Sequence[Record]) -> Finding:
+    reasons = {record.idle.null_reasons.get(field, "not told") for record in records}
+    return Finding(text, None, "W", "; ".join(sorted(reasons)))
+
+
+def _agreement(bench: Bench) -> Finding:
+    """Whether every figure follows from the samples."""
+    ended = process.run(_lem("results", "recompute", CAMPAIGN), timeout_s=RECOMPUTE_S, env=bench.environ, cwd=bench.out)
+    said = [line.strip() for line in (ended.stdout or ended.stderr).splitlines() if line.strip()]
+    return Finding("lem results recompute, exit code", float(ended.code), "", said[-1] if said else "", "0")

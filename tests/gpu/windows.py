@@ -1,0 +1,62 @@
+"""Energy of windows of work, by the curves that lem's own figures come from."""
+
+from __future__ import annotations
+
+from lem.meters.curve import ClosedWindow, Span
+from lem.meters.integrate import counter_curve, power_curve
+from lem.meters.samples import GpuSample, SampleLog
+from tests.gpu.load import Busy
+
+__all__ = ["COUNTER", "counted_j", "integrated_j", "naive_j", "rested_w", "span_of", "thinned"]
+
+COUNTER = "the energy counter"
+NS_PER_S = 1_000_000_000
+
+
+def span_of(busy: Busy) -> Span:
+    """Its span."""
+    return Span(busy.opened_ns, busy.closed_ns)
+
+
+def counted_j(log: SampleLog, busy: Busy, guard_s: float) -> float:
+    """The energy of a window with idle guards, by the counter, as in a closed batch.
+
+    Raises:
+        NotMeasured: the log does not tell.
+    """
+    guard_ns = round(guard_s * NS_PER_S)
+    before = Span(busy.opened_ns - guard_ns, busy.opened_ns)
+    after = Span(busy.closed_ns, busy.closed_ns + guard_ns)
+    return counter_curve(log.counters, 0, COUNTER).closed_j(ClosedWindow(span_of(busy), before, after))
+
+
+def naive_j(log: SampleLog, busy: Busy) -> float:
+    """What a program gets that reads the counter once before and once after."""
+    values = [
+        [row.energy_mj for row in log.counters if row.at_ns <= edge_ns][-1]
+        for edge_ns in (busy.opened_ns, busy.closed_ns)
+    ]
+    return (values[1] - values[0]) / 1000
+
+
+def integrated_j(log: SampleLog, busy: Busy, period_s: float) -> float:
+    """The integral of sampled power over a window.
+
+    Raises:
+        NotMeasured: the log does not tell.
+    """
+    return power_curve(log.samples, 0, period_s, "power").between_j(span_of(busy))
+
+
+def rested_w(log: SampleLog, span: Span) -> float:
+    """Mean power over a span without work, by the counter.
+
+    Raises:
+        NotMeasured: the log does not tell.
+    """
+    return counter_curve(log.counters, 0, COUNTER).mean_power_w(span)
+
+
+def thinned(log: SampleLog, every: int) -> tuple[GpuSample, ...]:
+    """Every so-manieth sample."""
+    return log.samples[::every]
