@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from lem import durable
-from lem.cli.selection import problem_documents, resolve_run, write_json
+from lem.cli.selection import SelectedRun, problem_documents, resolve_run, write_json
 from lem.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     chosen = resolve_run(args.results_dir, args.campaign)
     campaign, run_id = chosen.campaign, chosen.run_id
     scan = chosen.scan()
-    report = _compose(scan, campaign, run_id)
+    report = _compose(scan, chosen)
     text = render_report(report)
     _tell(err, scan)
     if args.output == "-":
@@ -72,7 +72,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     return int(ExitCode.OK)
 
 
-def _compose(scan: Scan, campaign: str, run_id: str) -> Report:
+def _compose(scan: Scan, chosen: SelectedRun) -> Report:
+    from lem.results.precision import read_stopping_rule
     from lem.results.report.content import compose
     from lem.results.report.loading import failed_settings, select_traced
     from lem.results.repository import count_failed
@@ -82,8 +83,9 @@ def _compose(scan: Scan, campaign: str, run_id: str) -> Report:
         problems=scan.problems,
         failed=count_failed(scan),
         failed_settings=failed_settings(scan),
-        campaign_name=campaign,
-        run_id=run_id,
+        stopping=read_stopping_rule(chosen.folder),
+        campaign_name=chosen.campaign,
+        run_id=chosen.run_id,
     )
     logs = _with_log(scan.results)
     traces, notes = _traces(select_traced(report.entries, logs))

@@ -45,8 +45,10 @@ def trace_of(log: SampleLog, marks: Sequence[Mark]) -> Trace:
     packages = _package_powers(log, seconds)
     for name, power in packages.items():
         series.append(_series(name, POWER, power, _RAPL_INTERVAL_S, len(packages)))
+    temperatures: _Points = []
     for gpu, samples in sorted(by_gpu.items()):
         temperature = [(seconds(item.at_ns), item.temp_c) for item in samples if item.temp_c is not None]
+        temperatures += temperature
         series.append(_series(names.get(gpu, f"GPU {gpu}"), TEMPERATURE, temperature, interval_s, len(by_gpu)))
     spells = _together(spell for samples in by_gpu.values() for spell in _spells(samples, seconds, interval_s))
     counted = powers if any(powers) else list(packages.values())
@@ -54,7 +56,7 @@ def trace_of(log: SampleLog, marks: Sequence[Mark]) -> Trace:
         bands=tuple(Band(mark.name, seconds(mark.opened_ns), seconds(mark.closed_ns)) for mark in ordered),
         series=tuple(item for item in series if any(item.points)),
         spells=tuple(spells),
-        phases=tuple(_phase(mark, seconds, counted, series, spells) for mark in ordered),
+        phases=tuple(_phase(mark, seconds, counted, temperatures, spells) for mark in ordered),
         interval_s=interval_s if by_gpu else _RAPL_INTERVAL_S,
     )
 
@@ -116,20 +118,14 @@ def _phase(
     mark: Mark,
     seconds: Callable[[int], float],
     powers: Sequence[_Points],
-    series: Sequence[Series],
+    temperatures: _Points,
     spells: Sequence[Spell],
 ) -> Phase:
     """One phase in numbers; power is the sum over the devices."""
     begin, end = seconds(mark.opened_ns), seconds(mark.closed_ns)
-    inside = [[value for at, value in points if begin <= at <= end] for points in powers]
+    inside = [[value for at, value in points if begin <= at < end] for points in powers]
     is_known = bool(inside) and all(inside)
-    temperatures = [
-        point[1]
-        for item in series
-        if item.quantity == TEMPERATURE
-        for point in item.points
-        if point and begin <= point[0] <= end
-    ]
+    degrees = [value for at, value in temperatures if begin <= at < end]
     throttled = sum(max(0.0, min(end, s.end_s) - max(begin, s.begin_s)) for s in spells if s.is_fault)
     return Phase(
         name=mark.name,
@@ -137,7 +133,7 @@ def _phase(
         length_s=end - begin,
         power_mean_w=sum(map(statistics.fmean, inside)) if is_known else None,
         power_max_w=sum(map(max, inside)) if is_known else None,
-        temp_min_c=min(temperatures, default=None),
-        temp_max_c=max(temperatures, default=None),
+        temp_min_c=min(degrees, default=None),
+        temp_max_c=max(degrees, default=None),
         throttled_s=throttled if is_known else None,
     )

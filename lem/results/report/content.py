@@ -10,7 +10,10 @@ from typing import Any
 
 from lem.record import Record
 from lem.results.aggregation import METRICS, ConfigAggregate, Metric, used_records
+from lem.results.check import check_run
+from lem.results.findings import Finding
 from lem.results.layout import printable, text_width
+from lem.results.precision import StoppingRule
 from lem.results.report.drawing import GROUPS_MAX
 from lem.results.report.trace import Trace
 from lem.results.repository import Problem
@@ -99,6 +102,7 @@ class Report:
     """Everything that is on the page.
 
     Attributes:
+        findings: what `lem check` says of the results.
         headline: the metric that the verdict is about: energy per output token, or throughput where nobody measured
             energy.
         entries: best first; those without a value last.
@@ -109,6 +113,7 @@ class Report:
     """
 
     summary: CampaignSummary
+    findings: tuple[Finding, ...]
     headline: Metric
     entries: tuple[Entry, ...]
     records: tuple[Record, ...]
@@ -140,6 +145,7 @@ def compose(
     problems: Sequence[Problem] = (),
     failed: Mapping[str, int] | None = None,
     failed_settings: Sequence[FailedSettings] = (),
+    stopping: StoppingRule | None = None,
     campaign_name: str = "",
     run_id: str = "",
 ) -> Report:
@@ -150,9 +156,11 @@ def compose(
         problems: what stands in the place of results.
         failed: per configuration name, how many experiments gave no result.
         failed_settings: of configurations that appear in no record.
+        stopping: the rule by which cycles were added; None where their number was fixed.
         campaign_name, run_id: what to call a campaign of which there is no result that says it.
     """
-    summary = summarise(records, failed=failed, campaign_name=campaign_name, run_id=run_id)
+    check = check_run(records, failed=failed, problems=problems, stopping=stopping)
+    summary = summarise(records, failed=failed, campaign_name=campaign_name, run_id=run_id, stopping=stopping)
     headline = _headline(summary)
     by_name: dict[str, list[Record]] = {item.config_name: [] for item in summary.configurations}
     for record in sorted(records, key=_moment):
@@ -177,6 +185,7 @@ def compose(
     )
     return Report(
         summary=summary,
+        findings=check.findings,
         headline=headline,
         entries=_with_groups_of_merit(entries) if grouped_by == "configuration" else entries,
         records=tuple(sorted(records, key=_moment)),

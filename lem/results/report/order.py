@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lem.record import Record
@@ -15,7 +15,7 @@ from lem.results.report.figures import count_cell, number_cell, plural, signed_p
 from lem.results.report.markup import Cell, Markup, join, number_text, table, tag
 from lem.results.report.scales import Scale
 
-__all__ = ["drift_findings", "order_section"]
+__all__ = ["order_section"]
 
 _SIZE = (640.0, 300.0)
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 626.0, 34.0, 252.0
@@ -38,14 +38,6 @@ class _Place:
 def order_section(report: Report) -> Markup:
     """A plot of each headline metric, in percent of its configuration's own mean."""
     return tag("div", *(_figure(_METRICS[name], report) for name in _shown(report)), class_="pair")
-
-
-def drift_findings(report: Report) -> Iterable[str]:
-    """What is to be said of drift at the top of the page; nothing where none is flagged."""
-    for name in _shown(report):
-        drift = drift_of(_observations(_places(_METRICS[name], report)))
-        if drift is not None and drift.is_flagged:
-            yield f"{_NAMES[name]} {_said(drift)}"
 
 
 def _shown(report: Report) -> tuple[str, ...]:

@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
-from lem.results.aggregation import SHARED_LOAD, MetricEstimate
+from lem.results.aggregation import MetricEstimate
+from lem.results.precision import UNACCOUNTED
 from lem.results.report.content import Entry, Report
 from lem.results.report.figures import count_cell, decimals_of, interval_cells, latency_cell, plural
 from lem.results.report.markup import Cell, Markup, breakable, details, join, scroller, table, tag
-from lem.results.report.order import drift_findings
+from lem.results.report.more_figures import more_figures
 from lem.results.report.verdict import verdict_of
 from lem.results.statistics import bootstrap_coverage_label
-from lem.results.summary import SINGLE_CYCLE
 
 __all__ = ["overview_table", "validity_section", "verdict_section"]
 
@@ -22,6 +22,8 @@ _SHOWN = 8
 # A longer table scrolls in a box of its own, so that the plots stay in reach.
 _TALL_FROM = 40
 _PROBLEMS_SHOWN = 200
+# Findings that the verdict, the invalid results at the top and the plots tell already.
+_TOLD_ELSEWHERE = frozenset({"indistinguishable", "unequal_exclusions", "invalid"})
 _KINDS = {
     "missing": "without a result",
     "half-written": "half-written",
@@ -81,7 +83,11 @@ def overview_table(report: Report) -> Markup:
     content = table(caption, head, rows, row_head=1, sorted_by=(2, order), class_="overview")
     class_ = "scroll tall" if len(rows) > _TALL_FROM else "scroll"
     return join(
-        [scroller("Table of all configurations", content, class_), *(tag("p", text) for text in _explanations(report))]
+        [
+            scroller("Table of all configurations", content, class_),
+            *(tag("p", text) for text in _explanations(report)),
+            more_figures(report),
+        ]
     )
 
 
@@ -125,24 +131,20 @@ def _tiles(report: Report) -> Markup:
 
 
 def _findings(report: Report) -> Iterable[Markup]:
-    lacking = [entry for entry in report.entries if not entry.aggregate.n_cycles]
-    if lacking:
-        yield _finding("bad", "no valid result", _members(lacking, report))
-    for attribute, label, kind in (("invalid_reasons", "invalid", "bad"), ("warnings", "warning", "warn")):
-        for text, count, members in _alike(report.entries, attribute):
-            total = sum(entry.aggregate.n_results for entry in members)
-            yield _finding(kind, label, f"{text} ({count} of {plural(total, 'result')}: {_members(members, report)})")
-    shared = [entry for entry in report.entries if entry.aggregate.is_load_shared]
-    if shared:
-        yield _finding("bad", "no interval", f"{SHARED_LOAD} ({_members(shared, report)})")
-    for text in drift_findings(report):
-        yield _finding("warn", "drift", text)
-    if report.summary.is_single_cycle:
-        yield _finding("warn", "warning", SINGLE_CYCLE)
-    estimated = [entry for entry in report.entries if entry.is_estimate]
-    if estimated:
-        said = "energy is an estimate from the design power (TDP) of the CPU and its load, not a measurement"
-        yield _finding("warn", "estimate", f"{said} ({_members(estimated, report)})")
+    """Why results are invalid, then what `lem check` finds, each with what to do about it."""
+    for text, count, members in _alike(report.entries):
+        total = sum(entry.aggregate.n_results for entry in members)
+        yield _finding("bad", "invalid", f"{text} ({count} of {plural(total, 'result')}: {_members(members, report)})")
+    by_name = {entry.aggregate.config_name: entry for entry in report.entries}
+    for item in report.findings:
+        if item.kind in _TOLD_ELSEWHERE:
+            continue
+        members = sorted(
+            (by_name[name] for name in item.configurations if name in by_name), key=lambda entry: entry.number
+        )
+        concerned = f" ({_members(members, report)})" if members and len(report.entries) > 1 else ""
+        kind, label = "bad" if item.is_weak else "warn", item.kind.replace("_", " ")
+        yield _finding(kind, label, f"{item.text}{concerned}", item.remedy)
     if not report.has_energy and report.entries:
         reasons = dict.fromkeys(
             entry.aggregate.metrics["energy_per_output_tok_j"].null_reason or "" for entry in report.entries
@@ -151,15 +153,16 @@ def _findings(report: Report) -> Iterable[Markup]:
         yield _finding("warn", "no energy", f"not measured: {said}. The page is about throughput instead.")
 
 
-def _finding(kind: str, label: str, text: str) -> Markup:
-    return tag("li", tag("span", label, class_=f"tag {kind}"), text)
+def _finding(kind: str, label: str, text: str, remedy: str = "") -> Markup:
+    what_to_do = tag("div", f"→ {remedy}", class_="remedy") if remedy else Markup()
+    return tag("li", tag("span", label, class_=f"tag {kind}"), text, what_to_do)
 
 
-def _alike(entries: Sequence[Entry], attribute: str) -> Iterable[tuple[str, int, list[Entry]]]:
-    """Texts that differ in nothing but numbers, each kind once: the first, of how many results, whose."""
+def _alike(entries: Sequence[Entry]) -> Iterable[tuple[str, int, list[Entry]]]:
+    """Why results are invalid, each kind once, whatever its numbers: the first text, of how many results, whose."""
     found: dict[str, list[tuple[Entry, str, int]]] = {}
     for entry in entries:
-        for text, count in getattr(entry.aggregate, attribute).items():
+        for text, count in entry.aggregate.invalid_reasons.items():
             found.setdefault(_NUMBER.sub("#", text), []).append((entry, text, count))
     for same in found.values():
         is_varied = len({text for _, text, _ in same}) > 1
@@ -196,6 +199,8 @@ def _explanations(report: Report) -> Iterable[str]:
     sizes = sorted({entry.aggregate.n_cycles for entry in report.entries if entry.aggregate.n_cycles > 1})
     covers = [(size, bootstrap_coverage_label(size, report.summary.confidence)) for size in sizes]
     said = ", ".join(f"{label} with {plural(size, 'cycle')}" for size, label in covers if label)
+    if report.summary.stopping is not None:
+        yield f"Cycles were added {report.summary.stopping.describe()}: {UNACCOUNTED}."
     if not sizes:
         return
     yield (

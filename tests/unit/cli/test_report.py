@@ -134,10 +134,18 @@ def test_phases_come_in_order_with_their_power_and_temperature() -> None:
         ("idle_loaded", 0.0, 5.0),
         ("window", 5.0, 10.0),
     ]
-    window = trace.phases[1]
+    idle, window = trace.phases
+    assert (idle.power_mean_w, idle.power_max_w) == (60.0, 60.0)
     assert (window.power_mean_w, window.power_max_w, window.throttled_s) == (300.0, 300.0, 0.0)
     assert window.temp_min_c == pytest.approx(45, abs=0.1)
     assert {series.quantity for series in trace.series} == {POWER, TEMPERATURE}
+
+
+def test_a_phase_of_two_readings_has_its_own_power_and_temperature() -> None:
+    log, _ = make_log()
+    guard = Mark("guard_before", 6 * NS, 6 * NS + NS // 5)
+    (phase,) = trace_of(log, [guard]).phases
+    assert (phase.power_mean_w, phase.temp_min_c, phase.temp_max_c) == (300.0, 45.0, 45.1)
 
 
 def test_throttling_lasts_from_reading_to_reading_and_the_power_limit_is_no_fault() -> None:

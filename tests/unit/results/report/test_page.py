@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from lem.record import Record
+from lem.results.precision import StoppingRule, parse_target
 from lem.results.report.content import Report, compose
 from lem.results.report.page import render_report
 from lem.results.repository import Problem
@@ -177,7 +178,7 @@ def test_an_estimate_is_called_one_wherever_it_is_shown() -> None:
     assert text.count("partly an estimate from TDP") >= 4
     assert "estimated (est.)" in text
     assert '<small class="tag estimate">estimate</small>' in page
-    assert "not a measurement" in text
+    assert "design power (TDP)" in text
 
 
 def test_no_results_and_no_valid_results_are_pages_too() -> None:
@@ -221,6 +222,27 @@ def test_the_verdict_is_paired_and_corrected() -> None:
     )
     assert re.search(r"It uses 0\.[45]\d+ × the energy per output token of “hungry”", text)
     assert "Holm-adjusted p &lt; 0.001" in text
+
+
+def test_what_lem_check_finds_stands_at_the_top_with_what_to_do() -> None:
+    text = text_of(page_of([make_record(cycle=0)]))
+    assert "few cycles one cycle has no interval → use --cycles 5, or --until ci=2%" in text
+    assert text.index("few cycles") < text.index("makes the most") if "makes the most" in text else True
+
+
+def test_net_energy_stands_beside_gross_and_is_not_it() -> None:
+    page = page_of(small().records())
+    start = page.index("More figures of every configuration")
+    heads, row = page[start:].split("<tr>")[1:3]
+    assert "Net energy per output token, J" in heads
+    net = float(row.split("<td>")[2])
+    assert 0 < net < 0.21
+
+
+def test_cycles_added_until_an_interval_was_narrow_are_said_to_be() -> None:
+    rule = StoppingRule(parse_target("ci=2%"), least_cycles=5, most_cycles=8)
+    text = text_of(page_of(small().records(), stopping=rule))
+    assert "Cycles were added" in text
 
 
 def test_not_measured_is_never_zero() -> None:
