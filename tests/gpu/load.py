@@ -39,7 +39,9 @@ class Busy:
 class Load(Protocol):
     """Work."""
 
-    uuid: str
+    @property
+    def uuid(self) -> str:
+        """The GPU."""
 
     def work_until(self, until_ns: int) -> int:
         """Work, and wait for the device; how much was done."""

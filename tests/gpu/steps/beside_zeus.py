@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import time
 from collections.abc import Iterator
@@ -54,13 +55,13 @@ def _monitor(uuid: str) -> Any:
         LeftOut: there is no zeus that can be imported.
     """
     try:
-        from zeus.monitor import ZeusMonitor
+        monitors: Any = importlib.import_module("zeus.monitor")
     except ImportError as error:
         raise LeftOut(f"zeus cannot be imported ({error}); README.md says how to bring it along") from error
     if not any(gpu.uuid == uuid for gpu in find_gpus()):
         raise LeftOut("NVML does not see the GPU any more")
     # The driver chose the first visible GPU, which is 0 to zeus.
-    return ZeusMonitor(gpu_indices=[0], cpu_indices=[])
+    return monitors.ZeusMonitor(gpu_indices=[0], cpu_indices=[])
 
 
 def _has_metadata() -> bool:
