@@ -3,8 +3,8 @@
 `<results_dir>/<campaign>/<run_id>/<exp_id>/attempt-N/` holds `config.json`, `prompts.jsonl`, `result.json`, `log.txt`
 and what else an attempt leaves; every file but the log is there whole or not at all. A folder is never written twice:
 an attempt takes the next free number. In merged results (`lem merge`) the folder of an experiment also names its host,
-`<exp_id>+<host>`. A host is a block: where several hosts of a run have one configuration, each host's results are read as a
-configuration of their own, `<config_name> @ <host>`, and are never pooled.
+`<exp_id>+<host>`. A host is a block: where several hosts of a run have one configuration, each host's results are read
+as a configuration of their own, `<config_name> @ <host>`, and are never pooled.
 """
 
 from __future__ import annotations

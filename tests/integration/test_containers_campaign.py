@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 from pathlib import Path
@@ -21,6 +22,10 @@ pytestmark = [pytest.mark.needs("lab"), pytest.mark.timeout(600)]
 def rig(tmp_path):
     with ContainerRig(tmp_path).cleaned() as rig:
         yield rig
+
+
+def _found(path: Path) -> bool | None:
+    return path.exists() or None
 
 
 def test_two_backends_take_turns_in_containers_of_their_own(rig):
@@ -163,7 +168,7 @@ def test_restarts_that_are_used_up_stop_the_campaign_with_the_rest_pending(rig):
         started = running.wait_for_event("experiment_started", config_name=name)
         running.wait_for_event("phase", phase="window", exp_id=started["exp_id"])
         mark = rig.folder / "results" / name.rpartition("=")[2]
-        wait_for(lambda mark=mark: mark.exists() or None)  # else the next attempt hangs, for the first time
+        wait_for(functools.partial(_found, mark))  # else the next attempt hangs, for the first time
         docker("kill", rig.containers()["pytorch"])
     ended = running.wait()
     assert ended.code == 1

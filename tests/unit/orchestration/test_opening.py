@@ -1,5 +1,7 @@
 """Nothing that was measured is thrown away without being asked about."""
 
+import functools
+
 import pytest
 
 from lem.errors import UserError
@@ -79,8 +81,8 @@ def test_a_planned_run_is_gone_on_with_and_another_one_set_aside(tmp_path):
     manifest = manager.create_manifest("id", "demo", "hash", [])
     manifest.run_id = "planned"
     manager.save(manifest)
-    choose = {"is_yes": True, "ask": None}
-    assert choose_opening(manager, "id", Wish.UNSAID, **choose, run_id="planned")[0] is Opening.RESUME
-    assert choose_opening(manager, "id", Wish.UNSAID, **choose, run_id="another")[0] is Opening.FRESH
+    choose = functools.partial(choose_opening, manager, "id", is_yes=True, ask=None)
+    assert choose(Wish.UNSAID, run_id="planned")[0] is Opening.RESUME
+    assert choose(Wish.UNSAID, run_id="another")[0] is Opening.FRESH
     with pytest.raises(UserError, match="is of run planned"):
-        choose_opening(manager, "id", Wish.RESUME, **choose, run_id="another")
+        choose(Wish.RESUME, run_id="another")
