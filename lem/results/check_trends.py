@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from lem.record import Record
 from lem.results.compare import RunResults, Subject, find_effect
-from lem.results.drift import Drift, Observation, drift_of
+from lem.results.drift import Drift, Observation, change_of, drift_of
 from lem.results.findings import Finding, Found, percent
 from lem.results.gate import cycles_to_settle
 from lem.results.metrics import METRICS, Metric
@@ -73,7 +73,7 @@ def position_effect(run: RunResults, metric: Metric) -> Drift | None:
     length = max(places.values())
     half = student_t_quantile(0.975, freedom) * math.sqrt(left / freedom / squares) * length
     total = slope * length
-    return Drift(math.expm1(total), math.expm1(total - half), math.expm1(total + half), len(rows))
+    return Drift(change_of(total), change_of(total - half), change_of(total + half), len(rows))
 
 
 def _drift(run: RunResults) -> Found:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from lem.results.statistics import student_t_quantile
 
-__all__ = ["DRIFT_FLAGGED", "Drift", "Observation", "drift_of", "relative_to_own_mean"]
+__all__ = ["DRIFT_FLAGGED", "Drift", "Observation", "change_of", "drift_of", "relative_to_own_mean"]
 
 # measurement.md: flagged above 1 % over the campaign.
 DRIFT_FLAGGED = 0.01
+_LARGEST_LOG = 700.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Drift:
     def is_told_from_zero(self) -> bool:
         """Whether the interval leaves out no change."""
         return self.ci_lower is not None and self.ci_upper is not None and not self.ci_lower <= 0 <= self.ci_upper
+
+
+def change_of(log_ratio: float) -> float:
+    """The change as a share that a log of a ratio means; what no float can hold is the largest that one can."""
+    return math.expm1(min(log_ratio, _LARGEST_LOG))
 
 
 def relative_to_own_mean(observations: Sequence[Observation]) -> tuple[float, ...]:
@@ -87,5 +93,5 @@ def drift_of(observations: Sequence[Observation]) -> Drift | None:
         half = student_t_quantile(0.975, freedom) * math.sqrt(left / freedom / squares) * length
     total = slope * length
     if half is None:
-        return Drift(math.expm1(total), None, None, len(kept))
-    return Drift(math.expm1(total), math.expm1(total - half), math.expm1(total + half), len(kept))
+        return Drift(change_of(total), None, None, len(kept))
+    return Drift(change_of(total), change_of(total - half), change_of(total + half), len(kept))

@@ -151,7 +151,7 @@ def _layers(rows: Sequence[_Row], scales: _Scales) -> Iterable[Markup]:
     yield tag("path", d=cross_path((x, place.y) for place in places for x in place.crosses), class_="out")
     for row in rows:
         if row.centre is None:
-            said = "not measured" if row.entry.used else "no valid result"
+            said = "no geometric mean" if row.counted else "not measured" if row.entry.used else "no valid result"
             yield text(scales.shares.begin + 8, row.y + 4, said, "absent")
 
 
@@ -171,7 +171,8 @@ class _Place:
 def _places(row: _Row, scales: _Scales) -> Iterable[_Place]:
     group, centre = row.entry.group, row.centre
     if centre is None:
-        yield _Place(group, row.y, (), tuple(map(scales.values, row.left_out)))
+        dots, crosses = tuple(map(scales.values, row.counted)), tuple(map(scales.values, row.left_out))
+        yield _Place(group, row.y, dots, crosses)
         return
 
     def share(value: float) -> float:

@@ -79,7 +79,8 @@ def interval_cells(estimate: MetricEstimate, decimals: int | None, *, is_estimat
         notes.append(tag("small", f"all attempts {number(every.geometric_mean, decimals)}"))
     if t_log is None or bootstrap is None or t_log.geometric_mean is None:
         reason = estimate.null_reason or (t_log.warning if t_log else None)
-        lacking = tag("span", NOT_MEASURED, class_="absent", title=reason)
+        said = "no geometric mean" if estimate.values else NOT_MEASURED  # a zero was measured
+        lacking = tag("span", said, class_="absent", title=reason)
         return (Cell(join([lacking, *notes]), None, is_number=True), Cell("", None, is_number=True))
     if is_estimate:
         notes.insert(0, tag("small", "estimate", class_="tag estimate"))

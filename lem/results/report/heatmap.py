@@ -199,8 +199,8 @@ def _cell(
     middle = (x + width / 2, y + height / 2 + 4)
     if best is None:
         hatch = tag("rect", x=x, y=y, width=width, height=height, class_="failed", fill=f"url(#{identifier}-hatch)")
-        back = tag("rect", x=middle[0] - 23, y=middle[1] - 13, width=46, height=18, class_="plate")
-        return tag("g", tag("title", _tooltip(items)), hatch, back, text(*middle, "failed", anchor="middle"))
+        back = tag("rect", x=middle[0] - 28, y=middle[1] - 13, width=56, height=18, class_="plate")
+        return tag("g", tag("title", _tooltip(items)), hatch, back, text(*middle, _lacking(items), anchor="middle"))
     scale = fitting_scale(limits, 0.0, 1.0)
     share = scale(best[1])
     lower, upper = (_RAMP[0], _RAMP[1]) if share < 0.5 else (_RAMP[1], _RAMP[2])
@@ -214,6 +214,11 @@ def _cell(
         tag("rect", x=x, y=y, width=width, height=height, fill=fill),
         text(*middle, _three_digits(best[1]) + mark, _ink(rgb), "middle"),
     )
+
+
+def _lacking(items: Sequence[_Named]) -> str:
+    """What stands in a cell without a value."""
+    return "no value" if any(item.entry and item.entry.used for item in items) else "failed"
 
 
 def _three_digits(value: float) -> str:
@@ -260,7 +265,7 @@ def _data(plan: _Plan, cells: Mapping[tuple[str, str], Sequence[_Named]], report
         for across in plan.across_values:
             items = cells.get((across, up), [])
             best = _best(items, report)
-            shown = units.format_quantity(best[1]) if best else "failed" if items else "not in the grid"
+            shown = units.format_quantity(best[1]) if best else _lacking(items) if items else "not in the grid"
             row.append(Cell(shown, None, is_number=True))
         rows.append(row)
     head = [f"{_short(plan.up)} \\ {_short(plan.across)}", *plan.across_values]

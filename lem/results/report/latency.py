@@ -57,13 +57,17 @@ def latency_section(report: Report) -> Markup:
 
 
 def _percentiles(entry: Entry, kind: str) -> _Percentiles:
-    """The geometric mean over the cycles of each percentile that all of them have."""
+    """The mean over the cycles of each percentile that all of them have; geometric unless one is zero."""
     seen: list[Distribution] = [value for record in entry.used if (value := getattr(record.latency, kind)) is not None]
     found: _Percentiles = {}
     for level in ("mean", *_LEVELS):
         values = [getattr(item, level) for item in seen]
-        if values and all(value is not None and value > 0 for value in values):
-            found[level] = math.exp(statistics.fmean(map(math.log, values)))
+        if values and None not in values:
+            # A queue can be empty: then a time is 0, and has no log.
+            is_positive = min(values) > 0
+            found[level] = (
+                math.exp(statistics.fmean(map(math.log, values))) if is_positive else statistics.fmean(values)
+            )
     return found
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lem.record import Record
 from lem.results.aggregation import METRICS, Metric
-from lem.results.drift import DRIFT_FLAGGED, Drift, Observation, drift_of, relative_to_own_mean
+from lem.results.drift import DRIFT_FLAGGED, Drift, Observation, change_of, drift_of, relative_to_own_mean
 from lem.results.report.content import Report
 from lem.results.report.drawing import circle_path, figure, horizontal_axis, no_figure, plot, vertical_axis
 from lem.results.report.figures import count_cell, number_cell, plural, signed_percent
@@ -77,7 +76,7 @@ def _figure(metric: Metric, report: Report) -> Markup:
     if drift is None:
         reason = "No configuration has two valid cycles, so nothing can be compared over time."
         return no_figure(identifier, heading, reason)
-    shares = [100 * math.expm1(log) for log in relative_to_own_mean(observations)]
+    shares = [100 * change_of(log) for log in relative_to_own_mean(observations)]
     reach = max(100 * DRIFT_FLAGGED, *map(abs, shares)) * 1.1
     x_scale = Scale(0, places[-1].order + 1, _LEFT, _RIGHT)
     y_scale = Scale(-reach, reach, _BOTTOM, _TOP)

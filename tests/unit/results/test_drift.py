@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from lem.results.drift import Observation, drift_of, relative_to_own_mean
+from lem.results.drift import Observation, change_of, drift_of, relative_to_own_mean
 
 LEVELS = {"a": 1.0, "b": 20.0, "c": 300.0}
 
@@ -66,3 +66,9 @@ def test_two_values_give_a_change_without_an_interval() -> None:
 def test_each_value_is_set_against_its_own_configuration() -> None:
     logs = relative_to_own_mean([Observation("a", 0, 1.0), Observation("b", 1, 9.0), Observation("a", 2, 4.0)])
     assert logs == pytest.approx((-math.log(2), 0.0, math.log(2)))
+
+
+def test_a_change_beyond_all_measure_is_no_overflow() -> None:
+    assert change_of(1e6) > 1e300
+    assert change_of(-1e6) == -1.0
+    assert change_of(0.0) == 0.0

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
+
 from lem.record import Record
 from lem.results.precision import StoppingRule, parse_target
 from lem.results.report.content import Report, compose
@@ -253,3 +255,41 @@ def test_not_measured_is_never_zero() -> None:
     assert 'data-v=""' in row
     assert "not measured" in row
     assert ">0<" not in row
+
+
+def strange(record: Record, noise: random.Random) -> Record:
+    """The record with some of its values gone, zero, tiny or huge."""
+    sections = {}
+    for name in ("throughput", "efficiency", "energy", "idle", "window"):
+        section = getattr(record, name)
+        changes, lost = {}, dict(section.null_reasons)
+        for item in dataclasses.fields(section):
+            value = getattr(section, item.name)
+            is_optional = "None" in str(item.type)
+            if isinstance(value, float) and noise.random() < 0.4:
+                choices = [0.0, 1e-12, 1e15, -1.0 if "net" in item.name else 0.5, *([None] if is_optional else [])]
+                changes[item.name] = noise.choice(choices)
+                if changes[item.name] is None:
+                    lost[item.name] = "lost"
+        sections[name] = dataclasses.replace(section, **changes, null_reasons=lost)
+    return dataclasses.replace(record, **sections)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_whatever_the_records_hold_there_is_a_page(seed: int) -> None:
+    noise = random.Random(seed)
+    configurations = tuple(
+        Configuration(f"{noise.choice('abc')}-{index}", batch_size=index + 1, ttft_s=noise.choice((None, 0.1)))
+        for index in range(noise.randint(1, 12))
+    )
+    records = Campaign(configurations, cycles=noise.randint(1, 4), has_samples=False).records()
+    page = page_of([strange(record, noise) for record in records if noise.random() < 0.8])
+    read(page)
+    assert not re.search(r"\b(nan|inf)\b", text_of(page[page.index("<body>") : page.index("<script>")]))
+    assert not re.search(r'="[^"]*\b(nan|inf)\b', page[page.index("<main>") :])
+
+
+def test_a_zero_that_was_measured_is_no_missing_value() -> None:
+    records = [make_record(cycle=cycle, output_tok_per_s=0.0 if cycle == 1 else 100.0) for cycle in range(3)]
+    text = text_of(page_of(records))
+    assert "no geometric mean" in text
