@@ -78,6 +78,7 @@ def _validate(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
 def _report(file: str, args: argparse.Namespace) -> dict[str, Any]:
     """What is to say about a valid file."""
     from lem.config import rules, yamlfile
+    from lem.config.problems import Problem
     from lem.orchestration.plan import build_plan
 
     if yamlfile.kind_of(file) == "experiment":
@@ -88,7 +89,8 @@ def _report(file: str, args: argparse.Namespace) -> dict[str, Any]:
     plan = build_plan(loaded.config, loaded.drafts, preset=loaded.preset, forced=loaded.forced)
     if not plan.experiments:
         reasons = "; ".join(f"{reason} × {count}" for reason, count in plan.filtered_by_reason)
-        raise ConfigurationError(f"{file}: no valid experiment is left: {reasons}")
+        first = next((key for key in ("grid", "experiments", "configs") if getattr(loaded.config, key)), "configs")
+        raise loaded.source.error([Problem((first,), f"no valid experiment is left: {reasons}", is_about_key=True)])
     return {
         "file": file,
         "kind": "campaign",

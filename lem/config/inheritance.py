@@ -39,7 +39,7 @@ def read_file(
     while following is not None:
         document = reader.read(following)
         if not isinstance(document.tree, Mapping):
-            raise FileProblems([(Place(document.name), Problem((), _not_a_mapping(document.tree)))])
+            raise FileProblems([(document.at(document.top), Problem((), _not_a_mapping(document.tree)))])
         documents.append(document)
         found.extend(document.located)
         following = _base_of(documents, found)

@@ -65,6 +65,11 @@ class Document:
         """The problems with their places."""
         return [(self.at(mark), problem) for mark, problem in self.problems]
 
+    @property
+    def top(self) -> Mark:
+        """Where the configuration begins, or the file where it holds none."""
+        return self.values.get((), Mark(1, 1))
+
     def at(self, mark: Mark | None) -> Place:
         """A position in this file as a place."""
         if mark is None:
@@ -195,7 +200,7 @@ class Source:
                 best = (found, place)
         if best is not None:
             return best[1]
-        return Place(self.main.name if self.main is not None else dotted(path))
+        return Place(dotted(path)) if self.main is None else self.main.at(self.main.top)
 
     def folder_of(self, path: Path) -> FilePath:
         """The folder that a relative file name at a path is relative to: its file's, or the working directory."""

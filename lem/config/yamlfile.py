@@ -157,18 +157,25 @@ def _text_of(path: FilePath) -> str:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigurationError(f"{path}: cannot be read: {reason}") from error
     if len(data) > MAX_FILE_B:
-        raise ConfigurationError(f"{path}: more than {MAX_FILE_B // 2**20} MiB, which is no configuration")
+        raise _no_text(path, data, 0, f"more than {MAX_FILE_B // 2**20} MiB, which is no configuration")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ConfigurationError(f"{path}: is UTF-16", "save it as UTF-8")
+        raise _no_text(path, data, 0, "is UTF-16", "save it as UTF-8")
     if b"\0" in data:
-        raise ConfigurationError(f"{path}: is binary, a YAML file is due")
+        raise _no_text(path, data, data.index(b"\0"), "is binary, a YAML file is due")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigurationError(
-            f"{path}:{line}: is not UTF-8 (byte 0x{data[error.start]:02x})", "save it as UTF-8"
-        ) from error
+        # The mark of UTF-8 at the beginning is left out of what the error counts in.
+        begin = error.start + len(data) - len(error.object)
+        raise _no_text(path, data, begin, f"is not UTF-8 (byte 0x{data[begin]:02x})", "save it as UTF-8") from error
+
+
+def _no_text(path: FilePath, data: bytes, offset: int, message: str, hint: str = "") -> FileProblems:
+    """What is wrong with the byte at an offset."""
+    before = data[:offset]
+    column = len(before[before.rfind(b"\n") + 1 :].decode("utf-8", "replace")) + 1
+    place = Place(str(path), Mark(before.count(b"\n") + 1, column))
+    return FileProblems([(place, Problem((), message))], hint)
 
 
 def _read_text(text: str, name: str, path: FilePath, environ: Mapping[str, str]) -> Document:

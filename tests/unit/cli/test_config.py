@@ -57,7 +57,7 @@ def test_a_campaign_of_which_nothing_is_left_is_not_valid(folder: Path):
     (folder / "c.yaml").write_text(CAMPAIGN.replace("model: gpt2\n", ""), encoding="utf-8")
     code, _, err = lem("config", "validate", "c.yaml")
     assert code == 2
-    assert "c.yaml: no valid experiment is left: no model" in err
+    assert "c.yaml:2:1: grid: no valid experiment is left: no model" in err
 
 
 def test_validation_as_json():

@@ -348,10 +348,10 @@ def test_campaigns_and_experiments_are_told_apart(folder: Path, text: str, kind:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "e.yaml: is empty; a configuration is due (`lem config new` writes one to start from)"),
-        ("# nothing\n", "e.yaml: is empty"),
-        ("- a\n", "e.yaml: a mapping (key: value) is due at the top, got a list"),
-        ("hello\n", "e.yaml: a mapping (key: value) is due at the top, got plain text"),
+        ("", "e.yaml:1:1: is empty; a configuration is due (`lem config new` writes one to start from)"),
+        ("# nothing\n", "e.yaml:1:1: is empty"),
+        ("- a\n", "e.yaml:1:1: a mapping (key: value) is due at the top, got a list"),
+        ("hello\n", "e.yaml:1:1: a mapping (key: value) is due at the top, got plain text"),
     ],
 )
 def test_files_without_a_mapping(folder: Path, text: str, message: str):

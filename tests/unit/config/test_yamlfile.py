@@ -116,10 +116,11 @@ def test_deep_nesting_is_refused(tmp_path: Path, text: str):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\0\1\2", "c.yaml: is binary, a YAML file is due"),
-        (b"\x89PNG\r\n\x1a\n", "c.yaml:1: is not UTF-8 (byte 0x89)"),
-        ("a: 1\nb: é\n".encode("latin-1"), "c.yaml:2: is not UTF-8 (byte 0xe9)"),
-        ("a: 1\n".encode("utf-16"), "c.yaml: is UTF-16"),
+        (b"\0\1\2", "c.yaml:1:1: is binary, a YAML file is due"),
+        (b"\x89PNG\r\n\x1a\n", "c.yaml:1:1: is not UTF-8 (byte 0x89)"),
+        ("a: 1\nb: é\n".encode("latin-1"), "c.yaml:2:4: is not UTF-8 (byte 0xe9)"),
+        (b"\xef\xbb\xbfa: \xff\n", "c.yaml:1:5: is not UTF-8 (byte 0xff)"),
+        ("a: 1\n".encode("utf-16"), "c.yaml:1:1: is UTF-16"),
         ("a:\n\tb: 1\n", "c.yaml:2:1: not YAML: found character '\\t' that cannot start any token; indent with spaces"),
         ("a: b: c\n", "c.yaml:1:5: not YAML: mapping values are not allowed here; quote a text that holds ': '"),
         ("a: @x\n", "c.yaml:1:4: not YAML: found character '@' that cannot start any token; quote a text"),
