@@ -57,7 +57,7 @@ def run_steps(
             continue
         if is_over:
             sections.append(Section(step.name, step.title, LEFT_OUT, message="the run was cut off before"))
-        elif bench.left_s() < LEAST_S:
+        elif bench.left_s() < LEAST_S and not step.is_brief:
             text = f"no time: the limit is {bench.extent.limit_s:g} s (run again with --only {step.name})"
             sections.append(Section(step.name, step.title, LEFT_OUT, message=text))
         else:

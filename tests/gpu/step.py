@@ -22,6 +22,10 @@ class Step(Protocol):
     def title(self) -> str:
         """For people."""
 
+    @property
+    def is_brief(self) -> bool:
+        """Whether it only reads what is there, so that it is gone through when time is over, too."""
+
     def run(self, bench: Bench) -> Iterator[Finding]:
         """Findings, each as soon as it is known.
 

@@ -24,6 +24,7 @@ class Additivity:
 
     name: str = "additivity"
     title: str = "Additivity of windows"
+    is_brief: bool = False
 
     def run(self, bench: Bench) -> Iterator[Finding]:
         extent, engine = bench.extent, bench.engine()

@@ -25,6 +25,7 @@ class BesideZeus:
 
     name: str = "zeus"
     title: str = "The same window by zeus"
+    is_brief: bool = False
 
     def run(self, bench: Bench) -> Iterator[Finding]:
         monitor = _monitor(bench.uuid)

@@ -36,6 +36,7 @@ class Campaign:
 
     name: str = "campaign"
     title: str = "A campaign (pytorch backend, closed batches)"
+    is_brief: bool = False
 
     def run(self, bench: Bench) -> Iterator[Finding]:
         extent = bench.extent

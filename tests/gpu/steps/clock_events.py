@@ -29,6 +29,7 @@ class ClockEvents:
 
     name: str = "events"
     title: str = "Clock events, temperature and clocks seen"
+    is_brief: bool = True
 
     def run(self, bench: Bench) -> Iterator[Finding]:
         samples = list(_samples(bench))

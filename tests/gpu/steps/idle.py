@@ -19,6 +19,7 @@ class Idle:
 
     name: str = "idle"
     title: str = "Power at rest (energy counter)"
+    is_brief: bool = False
 
     def run(self, bench: Bench) -> Iterator[Finding]:
         bench.close_engine()

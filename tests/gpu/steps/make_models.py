@@ -24,6 +24,7 @@ class MakeModels:
 
     name: str = "models"
     title: str = "Models with random weights"
+    is_brief: bool = False
 
     def run(self, bench: Bench) -> Iterator[Finding]:
         for shape in bench.extent.models:

@@ -29,6 +29,7 @@ class Meters:
 
     name: str = "meters"
     title: str = "Update periods of the meters"
+    is_brief: bool = False
 
     def run(self, bench: Bench) -> Iterator[Finding]:
         engine, probe_s = bench.engine(), bench.extent.probe_s

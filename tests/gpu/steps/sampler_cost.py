@@ -23,6 +23,7 @@ class SamplerCost:
 
     name: str = "sampler-cost"
     title: str = "Cost of the sampler"
+    is_brief: bool = False
 
     def run(self, bench: Bench) -> Iterator[Finding]:
         extent, first = bench.extent, bench.extent.models[0]

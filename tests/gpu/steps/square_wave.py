@@ -26,6 +26,7 @@ class SquareWave:
 
     name: str = "square-wave"
     title: str = "A load that swings: integrated power over the counter"
+    is_brief: bool = False
 
     def run(self, bench: Bench) -> Iterator[Finding]:
         engine, guard_s = bench.engine(), bench.extent.guard_s
