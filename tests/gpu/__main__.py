@@ -23,7 +23,7 @@ from lem.meters.samples import GpuHeader
 from tests.gpu.bench import Bench
 from tests.gpu.engine_client import ROOT
 from tests.gpu.extent import extent_of
-from tests.gpu.finding import CUT_OFF, FAILED, Section
+from tests.gpu.finding import CUT_OFF, FAILED, LEFT_OUT, Section
 from tests.gpu.registry import STEPS
 from tests.gpu.rehearsed import Rehearsal
 from tests.gpu.report import FIGURES, MARKDOWN, Head, read_sections, table, write
@@ -96,7 +96,9 @@ def _run(bench: Bench, head: Head, only: Sequence[str], steps: Sequence[Step] = 
         return dataclasses.replace(head, versions=versions), tuple(kept[s.name] for s in steps if s.name in kept)
 
     def keep(section: Section) -> None:
-        kept[section.step] = section
+        # What an earlier call found out is worth more than that there was no time for it in this one.
+        if section.status != LEFT_OUT or section.step not in kept:
+            kept[section.step] = section
         write(bench.out, *now())
 
     found: list[Section] = []

@@ -1,0 +1,140 @@
+"""What goes through the steps for a machine with a GPU, and its table; the steps themselves are rehearsed elsewhere."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lem.meters.samples import GpuHeader
+from tests.gpu.bench import Bench
+from tests.gpu.extent import FULL, QUICK, REHEARSAL, REHEARSAL_QUICK, Extent
+from tests.gpu.finding import CUT_OFF, DONE, FAILED, LEFT_OUT, Finding, LeftOut, Section
+from tests.gpu.models import SHAPES
+from tests.gpu.registry import STEPS
+from tests.gpu.report import REHEARSED, Head, markdown, read_sections, shown, table, write
+from tests.gpu.run import cut_off_by_signals, run_steps
+
+GPU = GpuHeader(0, "GPU-1", "Some GPU", "580.1", vbios="96.1", power_limit_w=700.0, persistence_mode=True)
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """A step that finds one thing, then does something else."""
+
+    name: str
+    error: BaseException | None = None
+    signum: int | None = None
+    is_brief: bool = False
+
+    @property
+    def title(self) -> str:
+        return f"Title of {self.name}"
+
+    def run(self, bench: Bench) -> Iterator[Finding]:
+        yield Finding(f"of {self.name}", 1.5, "W")
+        if self.signum is not None:
+            os.kill(os.getpid(), self.signum)
+        if self.error is not None:
+            raise self.error
+
+
+def bench(folder: Path, limit_s: float = 1000.0) -> Bench:
+    return Bench(folder, folder, Extent(**{**vars(QUICK), "limit_s": limit_s}), "GPU-1", {})
+
+
+def go_through(folder: Path, *steps: Scripted, limit_s: float = 1000.0) -> tuple[list[Section], list[Section]]:
+    """What they came to, and what was told meanwhile."""
+    told: list[Section] = []
+    with cut_off_by_signals():
+        return run_steps(steps, bench(folder, limit_s), told.append), told
+
+
+def test_a_step_that_fails_is_named_and_the_next_goes_on(tmp_path: Path) -> None:
+    found, _ = go_through(tmp_path, Scripted("one", OSError("no room")), Scripted("two"))
+    assert [section.status for section in found] == [FAILED, DONE]
+    assert found[0].message == "OSError: no room"
+    assert [item.name for item in found[0].findings] == ["of one"]
+    assert "OSError" in (tmp_path / "one.traceback").read_text()
+
+
+def test_a_step_that_has_nothing_to_do_says_why(tmp_path: Path) -> None:
+    found, _ = go_through(tmp_path, Scripted("one", LeftOut("no such package")))
+    assert (found[0].status, found[0].message) == (LEFT_OUT, "no such package")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_and_keeps_what_was_found(tmp_path: Path, signum: int) -> None:
+    found, told = go_through(tmp_path, Scripted("one"), Scripted("two", signum=signum), Scripted("three"))
+    assert [section.status for section in found] == [DONE, CUT_OFF, LEFT_OUT]
+    assert [item.value for item in found[1].findings] == [1.5]
+    assert told[-1].step == "three"
+    assert signal.getsignal(signum) is not signal.SIG_IGN
+
+
+def test_a_finding_is_told_before_its_step_has_ended(tmp_path: Path) -> None:
+    _, told = go_through(tmp_path, Scripted("one"))
+    assert [(section.status, len(section.findings)) for section in told] == [(CUT_OFF, 1), (DONE, 1)]
+
+
+def test_no_step_begins_when_time_is_over_but_those_that_only_read(tmp_path: Path) -> None:
+    found, _ = go_through(tmp_path, Scripted("one"), Scripted("two", is_brief=True), limit_s=0.0)
+    assert [section.status for section in found] == [LEFT_OUT, DONE]
+    assert "--only one" in found[0].message
+
+
+def test_the_table_names_everything_that_was_not_found() -> None:
+    sections = (
+        Section("a", "First", DONE, (Finding("x | y", None, "J", "nothing read", "at most 1"),)),
+        Section("b", "Second", FAILED, (), "OSError: no room"),
+    )
+    head = Head(GPU, "2026-01-01 10:00 UTC", "full", is_rehearsal=False, versions={"torch": "2.11"})
+    for page in (table(head, sections), markdown(head, sections)):
+        assert "Some GPU, driver 580.1, VBIOS 96.1, power limit 700 W, persistence mode on" in page
+        assert "torch 2.11" in page
+        assert "nothing read" in page
+        assert "at most 1" in page
+        assert "Second — failed: OSError: no room" in page.replace("**", "")
+        assert REHEARSED not in page
+    assert "x \\| y" in markdown(head, sections)
+
+
+def test_a_rehearsal_says_so_first() -> None:
+    head = Head(GPU, "2026-01-01 10:00 UTC", "full", is_rehearsal=True)
+    assert markdown(head, ()).startswith(REHEARSED)
+    assert table(head, ()).strip().startswith(REHEARSED)
+
+
+def test_what_is_kept_is_read_again(tmp_path: Path) -> None:
+    sections = (Section("a", "First", DONE, (Finding("x", 1.25, "J", details={"values": [1, 2]}),), took_s=2.0),)
+    assert read_sections(tmp_path) == ()
+    write(tmp_path, Head(GPU, "2026-01-01 10:00 UTC", "full", is_rehearsal=True), sections)
+    assert read_sections(tmp_path) == sections
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "–"), (0.0, "0"), (0.99371, "0.9937"), (349.66, "349.7"), (8030.261248, "8030")]
+)
+def test_values_are_shown_with_four_digits(value: float | None, text: str) -> None:
+    assert shown(value) == text
+
+
+@pytest.mark.parametrize("extent", [FULL, QUICK, REHEARSAL, REHEARSAL_QUICK])
+def test_every_extent_names_models_that_can_be_made(extent: Extent) -> None:
+    assert set(extent.models) <= set(SHAPES)
+    names = [item.name for item in extent.configurations]
+    assert len(set(names)) == len(names)
+
+
+def test_the_whole_campaign_is_three_configurations_by_three_cycles() -> None:
+    assert [item.name for item in FULL.configurations] == ["llama-1b-batch1", "llama-1b-batch16", "llama-8b-batch16"]
+    assert FULL.cycles == 3
+
+
+def test_steps_have_names_of_their_own() -> None:
+    names = [step.name for step in STEPS]
+    assert len(set(names)) == len(names)
