@@ -14,6 +14,7 @@ __all__ = [
     "absent",
     "count_cell",
     "decimals_of",
+    "four_digits",
     "interval_cells",
     "latency_cell",
     "number",
@@ -34,6 +35,11 @@ def plural(count: int, noun: str) -> str:
 def number(value: float, decimals: int | None) -> str:
     """The value with so many decimals; with four significant digits where that is None."""
     return units.format_quantity(value) if decimals is None else f"{value:.{decimals}f}"
+
+
+def four_digits(value: float) -> str:
+    """The value with four significant digits, zeros at its end included."""
+    return f"{value:#.4g}".rstrip(".") if 1e-3 <= abs(value) < 1e4 else units.format_quantity(value)
 
 
 def signed_percent(ratio: float) -> str:

@@ -96,6 +96,7 @@ def table(
     row_head: int | None = 0,
     sorted_by: tuple[int, str] | None = None,
     class_: str | None = None,
+    best: int | None = None,
 ) -> Markup:
     """A table; with `sorted_by` (column, `ascending` or `descending`) one that people can sort.
 
@@ -106,6 +107,7 @@ def table(
         row_head: the column that names the row; None for a table without.
         sorted_by: the order in which the rows come.
         class_: beside the one of sortable tables.
+        best: the row that stands out.
     """
     is_sortable = sorted_by is not None
     kept = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in rows]
@@ -121,12 +123,12 @@ def table(
         for index, text in enumerate(head)
     ]
     lines = []
-    for row in kept:
+    for number, row in enumerate(kept):
         cells = [
             Markup(f"<th scope=row>{cell.content}") if index == row_head else cell.render(is_sortable=is_sortable)
             for index, cell in enumerate(row)
         ]
-        lines.append(Markup(f"<tr>{join(cells)}"))
+        lines.append(Markup(f"<tr{' class=best' if number == best else ''}>{join(cells)}"))
     classes = " ".join(filter(None, (class_, "sortable" if is_sortable else None))) or None
     return tag(
         "table",

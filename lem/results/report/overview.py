@@ -12,10 +12,10 @@ from lem.results.report.content import Entry, Report
 from lem.results.report.figures import count_cell, decimals_of, interval_cells, latency_cell, plural
 from lem.results.report.markup import Cell, Markup, breakable, details, join, scroller, table, tag
 from lem.results.report.more_figures import more_figures
-from lem.results.report.verdict import verdict_of
+from lem.results.report.verdict import Verdict, verdict_of
 from lem.results.statistics import bootstrap_coverage_label
 
-__all__ = ["overview_table", "validity_section", "verdict_section"]
+__all__ = ["results_section", "validity_section"]
 
 _NUMBER = re.compile(r"[0-9]+(?:[.][0-9]+)?")
 _SHOWN = 8
@@ -23,7 +23,7 @@ _SHOWN = 8
 _TALL_FROM = 40
 _PROBLEMS_SHOWN = 200
 # Findings that the verdict, the invalid results at the top and the plots tell already.
-_TOLD_ELSEWHERE = frozenset({"indistinguishable", "unequal_exclusions", "invalid"})
+_TOLD_ELSEWHERE = frozenset({"damaged", "indistinguishable", "unequal_exclusions", "invalid"})
 _KINDS = {
     "missing": "without a result",
     "half-written": "half-written",
@@ -45,13 +45,17 @@ def validity_section(report: Report) -> Markup:
     return join([_tiles(report), *shown, _problems(report)])
 
 
-def verdict_section(report: Report) -> Markup:
-    """The answer in a sentence, and how far it goes."""
+def results_section(report: Report) -> Markup:
+    """The answer in a sentence, how far it goes, and the table it stands on."""
     verdict = verdict_of(report)
+    return join([_answer(verdict), _overview(report, has_winner=verdict.has_winner)])
+
+
+def _answer(verdict: Verdict) -> Markup:
     return tag("div", tag("p", verdict.sentence, class_="verdict"), *(tag("p", text) for text in verdict.remarks))
 
 
-def overview_table(report: Report) -> Markup:
+def _overview(report: Report, *, has_winner: bool) -> Markup:
     """Every configuration with both intervals, best first, and what the intervals mean."""
     metrics = [("energy_per_output_tok_j", "J/tok" + report.estimate_note)] if report.has_energy else []
     metrics += [("output_tok_per_s", "tok/s")]
@@ -80,7 +84,9 @@ def overview_table(report: Report) -> Markup:
         rows.append(row)
     order = "ascending" if report.has_energy else "descending"
     caption = f"Every configuration of {report.summary.campaign_name}, sortable by each column"
-    content = table(caption, head, rows, row_head=1, sorted_by=(2, order), class_="overview")
+    content = table(
+        caption, head, rows, row_head=1, sorted_by=(2, order), class_="overview", best=0 if has_winner else None
+    )
     class_ = "scroll tall" if len(rows) > _TALL_FROM else "scroll"
     return join(
         [
@@ -135,6 +141,11 @@ def _findings(report: Report) -> Iterable[Markup]:
     for text, count, members in _alike(report.entries):
         total = sum(entry.aggregate.n_results for entry in members)
         yield _finding("bad", "invalid", f"{text} ({count} of {plural(total, 'result')}: {_members(members, report)})")
+    damaged = sum(problem.kind != "missing" for problem in report.problems)
+    for item in report.findings:
+        if item.kind == "damaged":
+            text = f"{plural(damaged, 'result')} cannot be used, and left out: named below"
+            yield _finding("bad", "damaged", text, item.remedy)
     by_name = {entry.aggregate.config_name: entry for entry in report.entries}
     for item in report.findings:
         if item.kind in _TOLD_ELSEWHERE:
@@ -196,7 +207,7 @@ def _problems(report: Report) -> Markup:
 
 
 def _explanations(report: Report) -> Iterable[str]:
-    sizes = sorted({entry.aggregate.n_cycles for entry in report.entries if entry.aggregate.n_cycles > 1})
+    sizes = sorted({entry.aggregate.n_cycles for entry in report.entries if entry.span(report.headline.name)})
     covers = [(size, bootstrap_coverage_label(size, report.summary.confidence)) for size in sizes]
     said = ", ".join(f"{label} with {plural(size, 'cycle')}" for size, label in covers if label)
     if report.summary.stopping is not None:

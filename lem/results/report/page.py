@@ -14,9 +14,9 @@ from lem.results.report.environment import environment_section, methods_section
 from lem.results.report.figures import plural
 from lem.results.report.heatmap import heatmap_section
 from lem.results.report.latency import latency_section
-from lem.results.report.markup import Markup, join, tag
+from lem.results.report.markup import Markup, tag
 from lem.results.report.order import order_section
-from lem.results.report.overview import overview_table, validity_section, verdict_section
+from lem.results.report.overview import results_section, validity_section
 from lem.results.report.pareto import pareto_section
 from lem.results.report.traces import traces_section
 
@@ -68,7 +68,7 @@ def _body(report: Report) -> Iterable[Markup]:
     yield tag("header", *_heading(report), tag("nav", tag("ul", *items), aria_label="Parts of this page"))
     parts = [
         _section("validity", "Validity", validity_section(report)),
-        _section("results", "Results", join([verdict_section(report), overview_table(report)])),
+        _section("results", "Results", results_section(report)),
         *(_section(name, title, make(report)) for name, title, make in sections),
     ]
     yield tag("main", *parts)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lem import units
 from lem.results.aggregation import Metric
 from lem.results.compare import Row, RunResults, Subject, compare_configurations
 from lem.results.cycles import by_cycle, distinct, used_cycles
 from lem.results.effect import Effect
 from lem.results.report.content import Entry, Report
-from lem.results.report.figures import plural
+from lem.results.report.figures import four_digits, plural
 
 __all__ = ["Verdict", "verdict_of"]
 
@@ -25,10 +24,12 @@ class Verdict:
     Attributes:
         sentence: what can be said.
         remarks: how, and what could not be said and why.
+        has_winner: the first configuration was told apart from the next.
     """
 
     sentence: str
     remarks: tuple[str, ...] = ()
+    has_winner: bool = False
 
 
 def verdict_of(report: Report) -> Verdict:
@@ -56,7 +57,7 @@ def verdict_of(report: Report) -> Verdict:
         remarks = compared
         sentence = f"{found} That is its estimate alone: no verdict on the next best."
     remarks += [*_told(told, len(others)), *_refused(refused), *_lacking(report)]
-    return Verdict(sentence, tuple(remarks))
+    return Verdict(sentence, tuple(remarks), has_winner=is_next_told and told[0][1].is_found)
 
 
 def _rows(first: Entry, others: Sequence[Entry], metric: Metric) -> list[Row]:
@@ -143,8 +144,8 @@ def _within(effect: Effect) -> str:
 
 
 def _figure(entry: Entry, metric: Metric) -> str:
-    value, span = entry.centre(metric.name), entry.span(metric.name)
+    value, span = entry.centre(metric.name) or 0.0, entry.span(metric.name)
     unit = "J" if metric.group == "energy" else "tok/s"
     estimate = ", an estimate from TDP" if metric.group == "energy" and entry.is_estimate else ""
-    interval = f" (95 % {units.format_quantity(span[0])} – {units.format_quantity(span[1])})" if span else ""
-    return f"{units.format_quantity(value)} {unit}{interval}{estimate}, {plural(entry.aggregate.n_cycles, 'cycle')}"
+    interval = f" (95 % {four_digits(span[0])} – {four_digits(span[1])})" if span else ""
+    return f"{four_digits(value)} {unit}{interval}{estimate}, {plural(entry.aggregate.n_cycles, 'cycle')}"

@@ -293,3 +293,18 @@ def test_a_zero_that_was_measured_is_no_missing_value() -> None:
     records = [make_record(cycle=cycle, output_tok_per_s=0.0 if cycle == 1 else 100.0) for cycle in range(3)]
     text = text_of(page_of(records))
     assert "no geometric mean" in text
+
+
+def test_a_row_stands_out_only_where_the_verdict_holds() -> None:
+    pair = (Configuration("a", energy_per_output_tok_j=0.2), Configuration("b", backend="pytorch"))
+    told = page_of(Campaign(pair, cycles=5, has_samples=False).records())
+    untold = page_of(Campaign(pair, cycles=1, has_samples=False).records())
+    assert (told.count("<tr class=best>"), untold.count("<tr class=best>")) == (1, 0)
+
+
+def test_the_page_does_not_depend_on_where_the_results_lie() -> None:
+    pages = {
+        page_of([make_record()], problems=[Problem(Path(f"{folder}/demo/r/e/a/result.json"), "corrupt", "x", "r", "e")])
+        for folder in ("/one/results", "results", "/an/other/place")
+    }
+    assert len(pages) == 1
