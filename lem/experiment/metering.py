@@ -29,11 +29,10 @@ from lem.meters.integrate import update_period_s
 from lem.meters.samples import (
     FINISHED_FILENAME,
     Mark,
-    ProcessesSeen,
+    PartReader,
     SampleHeader,
     SampleLog,
     SampleLogError,
-    read_part,
     write_finished,
 )
 from lem.meters.sources import COUNTER, EXTERNAL, RAPL, TDP_ESTIMATE, Sources, choose_sources
@@ -95,11 +94,13 @@ class NothingSampled:
         return SampleLog(self.header)
 
 
-@dataclass(frozen=True)
 class PartFile:
     """The file that a sampler is writing."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        """Read from its beginning on."""
+        self.path = path
+        self._reader = PartReader(path)
 
     def read(self) -> SampleLog:
         """The log as far as it is written.
@@ -108,7 +109,7 @@ class PartFile:
             EngineError: kind `meter`, it cannot be read.
         """
         try:
-            return read_part(self.path)
+            return self._reader.read()
         except (OSError, SampleLogError) as error:
             raise EngineError(f"{self.path}: the samples cannot be read: {error}", kind="meter") from error
 
@@ -127,10 +128,10 @@ def open_metering(
     """
     source = open_source(request, clock)
     baselines = Baselines(**request.baselines) if config.baseline.enabled else Baselines()
-    log = source.read()
-    foreign = {} if is_resident else _processes(log.processes, log.header)
-    metering = Metering(source, config, baselines, foreign, clock, reporter)
-    metering.choose([gpu.uuid for gpu in log.header.gpus])
+    metering = Metering(source, config, baselines, {}, clock, reporter)
+    if not is_resident:
+        metering.foreign = metering.look_at_processes()
+    metering.choose([gpu.uuid for gpu in source.read().header.gpus])
     return metering
 
 
@@ -207,13 +208,21 @@ class Metering:
     # Power at rest
 
     def rest_bare(self) -> None:
-        """Measure power without an engine, unless it is known."""
-        if self._has_rest and self.baselines.bare_power_w is None:
-            self._rest(
-                self._guard_s, "idle without an engine"
-            )  # a meter is first read a moment after the sampler's start
+        """Measure power without an engine, unless it is known; what is on the GPUs when it ends is not the engine's.
+
+        Raises:
+            MeterRefused: the configuration demands energy, and another program has come meanwhile.
+        """
+        is_due = self._has_rest and self.baselines.bare_power_w is None
+        if is_due:
+            text = "idle without an engine"
+            self._rest(self._guard_s, text)  # a meter is first read a moment after the sampler's start
             with self.during(marks.IDLE_BARE):
-                self._rest(self.config.baseline.duration_sec, "idle without an engine")
+                self._rest(self.config.baseline.duration_sec, text)
+            self._rest(self._guard_s, text)  # what closes it is read at rest too
+        if is_due or self.foreign:
+            self.foreign = self.look_at_processes()
+            self.choose([gpu.uuid for gpu in self.source.read().header.gpus])
 
     def rest_loaded(self) -> None:
         """Measure power with the engine loaded, unless it is known: once it has settled, or after a minute."""
@@ -228,13 +237,14 @@ class Metering:
         settled_ns = self.clock.monotonic_ns() - round(min(SETTLE_WINDOW_S, duration_s) * NS_PER_S)
         self._rest(duration_s - SETTLE_WINDOW_S, "idle with the engine loaded")
         self.marks.append(Mark(marks.IDLE_LOADED, settled_ns, self.clock.monotonic_ns()))
+        self._rest(self._guard_s, "idle with the engine loaded")  # what closes it is read at rest too
 
     def rest_after(self) -> None:
         """Measure power with the engine loaded once more, after the window."""
         if self._has_rest:
             with self.during(marks.IDLE_POST):
                 self._rest(self.config.baseline.duration_sec, "idle after the window")
-            self._rest(self._guard_s, "idle after the window")  # the reading that closes it comes after its end
+            self._rest(self._guard_s, "idle after the window")  # what closes it is read at rest too
 
     @property
     def _has_rest(self) -> bool:
@@ -282,17 +292,19 @@ class Metering:
 
     def measure_steady(self, run: Callable[[], MeasuredWindow]) -> MeasuredWindow:
         """What a window under load was measured to be."""
+        guard_s = self._guard_s  # found before the window: behind it there is an hour's log to read
         measured = run()
         self.marks.append(Mark(marks.WINDOW, measured.opened_ns, measured.closed_ns))
-        self._rest(self._guard_s, "guard")  # the reading that closes the window comes after its end
+        self._rest(guard_s, "guard")  # the reading that closes the window comes after its end
         return measured
 
     def _between_guards(self, before: str, run: Callable[[], MeasuredWindow], after: str) -> MeasuredWindow:
+        guard_s = self._guard_s  # found before the guards, in which nothing else goes on
         opened_ns = self.clock.monotonic_ns()
-        self._rest(self._guard_s, "guard")
+        self._rest(guard_s, "guard")
         measured = run()
         self.marks.append(Mark(before, opened_ns, measured.opened_ns))
-        self._rest(self._guard_s, "guard")
+        self._rest(guard_s, "guard")
         self.marks.append(Mark(after, measured.closed_ns, self.clock.monotonic_ns()))
         return measured
 
@@ -308,11 +320,20 @@ class Metering:
         """
         self.own_pids = known
         if known is None and not isinstance(self.source, NothingSampled):
-            self._catch_up(self.clock.monotonic_ns())
-            log = self.source.read()
-            there = {pid for pids in _processes(log.processes, log.header).values() for pid in pids}
+            there = {pid for pids in self.look_at_processes().values() for pid in pids}
             self.own_pids = frozenset(there - {pid for pids in self.foreign.values() for pid in pids})
         return self.own_pids
+
+    def look_at_processes(self) -> dict[str, tuple[int, ...]]:
+        """{uuid: pids} of the processes that compute on the sampled GPUs, as seen from now on.
+
+        The sampler looks once a second. What it saw before may be an engine that has ended since, or not yet the one
+        that has begun.
+        """
+        header = self.source.read().header
+        if header.gpus:
+            self._catch_up(self.clock.monotonic_ns(), lambda log: log.loads)  # written right after the processes
+        return {header.gpus[row.gpu].uuid: row.pids for row in self.source.read().processes}
 
     def _slowest_period_s(self) -> float:
         """The longest time between two readings of a meter that is used; 0 without one."""
@@ -374,11 +395,15 @@ class Metering:
         others = tuple(f"process {pid} on {uuid}" for uuid in gpu_uuids for pid in self.foreign.get(uuid, ()))
         return GpuSurroundings(vbios if all(vbios) else None, others, "the driver does not tell")
 
-    def _catch_up(self, until_ns: int) -> None:
-        """Wait until the sampler has written what it read up to a moment; one that lags too far is not waited for."""
+    def _catch_up(self, until_ns: int, rows_of: Callable[[SampleLog], Sequence[object]] | None = None) -> None:
+        """Wait until the sampler has written what it read up to a moment; one that lags too far is not waited for.
+
+        Args:
+            rows_of: those to wait for; None for any.
+        """
         if isinstance(self.source, NothingSampled):
             return
-        while (latest_ns := _latest_ns(self.source.read())) < until_ns:
+        while (latest_ns := _latest_ns(self.source.read(), rows_of)) < until_ns:
             if self._seconds_since(until_ns) > _LAG_S:
                 _logger.warning("the sampler is %.1f s behind", seconds_between(latest_ns, until_ns))
                 return
@@ -388,12 +413,9 @@ class Metering:
         return seconds_between(moment_ns, self.clock.monotonic_ns())
 
 
-def _processes(rows: Sequence[ProcessesSeen], header: SampleHeader) -> dict[str, tuple[int, ...]]:
-    """{uuid: pids} as they were last seen."""
-    return {header.gpus[row.gpu].uuid: row.pids for row in rows}
-
-
-def _latest_ns(log: SampleLog) -> int:
-    """When the last row was read."""
-    groups: tuple[Sequence[object], ...] = (log.counters, log.samples, log.rapl, log.loads)
+def _latest_ns(log: SampleLog, rows_of: Callable[[SampleLog], Sequence[object]] | None) -> int:
+    """When the last of these rows was read."""
+    groups: Sequence[Sequence[object]] = (
+        (log.counters, log.samples, log.rapl, log.loads) if rows_of is None else (rows_of(log),)
+    )
     return max((getattr(rows[-1], "at_ns", 0) for rows in groups if rows), default=log.header.started_ns)

@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ __all__ = [
     "GpuSample",
     "Mark",
     "MeterError",
+    "PartReader",
     "ProcessesSeen",
     "RaplReading",
     "RaplZone",
@@ -112,7 +114,7 @@ class SampleHeader:
     cpu_tdp_source: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CounterChange:
     """A new value of an energy counter: it changed after `before_ns`, the last poll with the old one, until `at_ns`.
 
@@ -125,7 +127,7 @@ class CounterChange:
     energy_mj: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class GpuSample:
     """One look at a GPU; what could not be read is None. `event_mask` has the bits of nvmlClocksEventReasons."""
 
@@ -139,7 +141,7 @@ class GpuSample:
     event_mask: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RaplReading:
     """A powercap counter, raw."""
 
@@ -148,7 +150,7 @@ class RaplReading:
     energy_uj: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CpuLoad:
     """The share of all CPU time that was busy since the reading before, 0 to 1; the first row of a log has none."""
 
@@ -156,7 +158,7 @@ class CpuLoad:
     busy_ratio: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ProcessesSeen:
     """The processes with a compute context on a GPU, as the host numbers them; a row whenever they change."""
 
@@ -165,7 +167,7 @@ class ProcessesSeen:
     pids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MeterError:
     """A reading that failed; `meter` is `gpu0.counter`, `gpu0.power`, `rapl.package-0` …
 
@@ -177,7 +179,7 @@ class MeterError:
     message: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ClockPair:
     """CLOCK_MONOTONIC and UTC at the same moment again; the header has the first pair."""
 
@@ -197,6 +199,7 @@ _KINDS: Mapping[str, type[Row]] = {
     "t": ClockPair,
 }
 _LETTERS = {kind: letter for letter, kind in _KINDS.items()}
+_VALUES = {kind: attrgetter(*(item.name for item in dataclasses.fields(kind))) for kind in _LETTERS}
 
 
 @dataclass(frozen=True)
@@ -236,8 +239,36 @@ def encode_header(header: SampleHeader) -> str:
 
 def encode_row(row: Row) -> str:
     """The row as a line without its end."""
-    values = [getattr(row, item.name) for item in dataclasses.fields(row)]
-    return _dump([_LETTERS[type(row)], *values])
+    kind = type(row)
+    return _dump([_LETTERS[kind], *_VALUES[kind](row)])
+
+
+class PartReader:
+    """A log that is being written, every row of which is read once: an hour of many GPUs is half a million of them."""
+
+    def __init__(self, path: Path) -> None:
+        """Read from its beginning on; the log is only ever added to."""
+        self._path = path
+        self._offset = 0
+        self._rows = _Rows()
+        self._log: SampleLog | None = None
+
+    def read(self) -> SampleLog:
+        """The log as far as it is whole by now.
+
+        Raises:
+            SampleLogError: it is not a sample log, or has no header yet.
+            OSError: it cannot be read.
+        """
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        size = data.rfind(b"\n") + 1  # what follows the last end of line is still being written
+        if size or self._log is None:
+            self._rows.take(line.decode("utf-8") for line in data[:size].split(b"\n")[:-1])
+            self._offset += size
+            self._log = self._rows.log()
+        return self._log
 
 
 def read_part(path: Path) -> SampleLog:
@@ -247,8 +278,7 @@ def read_part(path: Path) -> SampleLog:
         SampleLogError: it is not a sample log, or has no header yet.
         OSError: it cannot be read.
     """
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last end of line is still being written
-    return _decode(line.decode("utf-8") for line in lines)
+    return PartReader(path).read()
 
 
 def read_tail(path: Path, most_b: int = 8192) -> list[Row]:
@@ -272,7 +302,7 @@ def write_finished(path: Path, log: SampleLog, marks: Sequence[Mark]) -> None:
     first = _dump({"marks": [dataclasses.astuple(mark) for mark in marks]})
     lines = [first, encode_header(log.header), *(encode_row(row) for row in log.rows())]
     text = "".join(f"{line}\n" for line in lines)
-    durable.write_bytes(path, gzip.compress(text.encode("utf-8"), mtime=0))
+    durable.write_bytes(path, gzip.compress(text.encode("utf-8"), compresslevel=6, mtime=0))
 
 
 def read_finished(path: Path) -> tuple[SampleLog, tuple[Mark, ...]]:
@@ -295,21 +325,34 @@ def _dump(value: Any) -> str:
 
 
 def _decode(lines: Iterable[str]) -> SampleLog:
-    found: dict[str, list[Any]] = {letter: [] for letter in _KINDS}
-    header: SampleHeader | None = None
-    try:
-        for line in lines:
-            value = json.loads(line)
-            if header is None:
-                header = _decode_header(value)
-                continue
-            letter, *values = value
-            found[letter].append(_decode_row(letter, values))
-    except (KeyError, TypeError, ValueError) as error:
-        raise SampleLogError(f"not a sample log: {error!r}") from error
-    if header is None:
-        raise SampleLogError("not a sample log: it has no header")
-    return SampleLog(header, *(tuple(found[letter]) for letter in "csrlpet"))
+    rows = _Rows()
+    rows.take(lines)
+    return rows.log()
+
+
+class _Rows:
+    """The rows of a log, by kind, as its lines come."""
+
+    def __init__(self) -> None:
+        self._header: SampleHeader | None = None
+        self._found: dict[str, list[Any]] = {letter: [] for letter in _KINDS}
+
+    def take(self, lines: Iterable[str]) -> None:
+        try:
+            for line in lines:
+                value = json.loads(line)
+                if self._header is None:
+                    self._header = _decode_header(value)
+                    continue
+                letter, *values = value
+                self._found[letter].append(_decode_row(letter, values))
+        except (KeyError, TypeError, ValueError) as error:
+            raise SampleLogError(f"not a sample log: {error!r}") from error
+
+    def log(self) -> SampleLog:
+        if self._header is None:
+            raise SampleLogError("not a sample log: it has no header")
+        return SampleLog(self._header, *(tuple(self._found[letter]) for letter in "csrlpet"))
 
 
 def _decode_header(document: Mapping[str, Any]) -> SampleHeader:

@@ -10,6 +10,7 @@ from datetime import datetime, timedelta, timezone
 from lem.meters.samples import (
     ClockPair,
     CounterChange,
+    CpuLoad,
     GpuHeader,
     GpuSample,
     ProcessesSeen,
@@ -42,7 +43,8 @@ def simulate_log(
     Args:
         poll_jitter_ms: every poll is late by up to that; more than `poll_ms` makes no sense.
         gaps: (from, to) during which the sampler sleeps.
-        zones: RAPL zones, read once a second; pairs of clocks come every ten.
+        zones: RAPL zones, read once a second, as is the load of a CPU that does nothing; pairs of clocks come every
+            ten.
     """
     jitter = random.Random(seed)
     step_ns = round(poll_ms * 1e6)
@@ -57,6 +59,7 @@ def simulate_log(
         rapl=tuple(
             RaplReading(index, at_ns, zone.energy_uj(at_ns)) for at_ns in seconds for index, zone in enumerate(zones)
         ),
+        loads=tuple(CpuLoad(at_ns, 0.0 if number else None) for number, at_ns in enumerate(seconds)),
         processes=tuple(row for gpu in range(len(trace.gpus)) for row in _processes(trace, gpu, seconds)),
         clocks=tuple(ClockPair(at_ns, _utc(at_ns, start_ns)) for at_ns in _every(polls, 10 * NS_PER_S)[1:]),
     )

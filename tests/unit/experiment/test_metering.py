@@ -20,7 +20,16 @@ from lem.experiment.prompts import write_prompts
 from lem.experiment.residency import ResidentEngine
 from lem.meters import marks
 from lem.meters.refusal import MeterRefused
-from lem.meters.samples import FINISHED_FILENAME, PART_FILENAME, encode_header, encode_row, read_finished
+from lem.meters.samples import (
+    FINISHED_FILENAME,
+    PART_FILENAME,
+    CpuLoad,
+    ProcessesSeen,
+    Row,
+    encode_header,
+    encode_row,
+    read_finished,
+)
 from lem.record import Record, encode_record
 from tests.doubles.nvml.traces import Counter, GpuProcess, GpuTrace, Load, Trace, simulate_log
 from tests.unit.experiment.test_harness import IDENTITY, PROMPTS, Listener
@@ -73,6 +82,7 @@ class Meter:
     clock: SampledClock = field(default_factory=SampledClock)
     listener: Listener = field(default_factory=Listener)
     is_sampling: bool = True
+    written_ns: int = -1
 
     def __post_init__(self) -> None:
         report = EngineReport("timed", "1", {}, "cuda", (UUID,), model_parameters=10, embedding_parameters=1)
@@ -88,16 +98,30 @@ class Meter:
         return whole.after_load({0: "\n".join(self.engine.states)})
 
     def write(self) -> None:
-        if self.is_sampling:
-            log = simulate_log(self.trace, self.begun_ns, self.clock.monotonic_ns())
-            lines = [encode_header(log.header), *(encode_row(row) for row in log.rows())]
-            (self.folder / PART_FILENAME).write_text("".join(f"{line}\n" for line in lines))
+        """Add what a sampler has read since; what it reads once a second is read at whole seconds alone."""
+        if not self.is_sampling:
+            return
+        now_ns = self.clock.monotonic_ns()
+        log = simulate_log(self.trace, self.begun_ns, now_ns)
+        rows = [row for row in log.rows() if row.at_ns > self.written_ns and self.is_time_for(row)]
+        lines = [encode_row(row) for row in rows]
+        if self.written_ns < 0:
+            lines.insert(0, encode_header(log.header))
+        self.written_ns = now_ns
+        with (self.folder / PART_FILENAME).open("a") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+
+    def is_time_for(self, row: Row) -> bool:
+        is_slow = isinstance(row, (CpuLoad, ProcessesSeen))
+        return not is_slow or (row.at_ns - self.begun_ns) % 1_000_000_000 < 20_000_000
 
     def run(self, **options: Any) -> Record:
         config = ExperimentConfig.from_dict(
             {"model": "any", "warmup": {"enabled": False}, "measurement": QUICK, "baseline": SHORT_IDLE, **options}
         )
         durable.write_json(self.folder / "config.json", {"requested": {"model": "any"}})
+        (self.folder / PART_FILENAME).unlink(missing_ok=True)
+        self.written_ns = -1
         self.write()
         request = RunRequest(
             config=config.to_dict(),
@@ -240,7 +264,7 @@ def test_a_foreign_process_is_refused_where_energy_is_demanded(tmp_path: Path) -
 
 
 def test_the_engine_s_own_process_is_none_of_others(tmp_path: Path) -> None:
-    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), processes=(GpuProcess(ENGINE_PID, from_s=6.0),))
+    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), processes=(GpuProcess(ENGINE_PID, from_s=9.0),))
     meter = Meter(tmp_path, gpu)
     first = meter.run()
     assert first.validity.valid, first.validity.invalid_reasons
@@ -251,6 +275,38 @@ def test_the_engine_s_own_process_is_none_of_others(tmp_path: Path) -> None:
     assert second.validity.engine_reused
     assert second.validity.valid, second.validity.invalid_reasons
     assert second.energy.gpu_energy_j == pytest.approx(meter.true_j(), rel=0.002)
+
+
+def test_an_engine_that_was_loaded_between_two_looks_at_the_gpu_is_none_of_others(tmp_path: Path) -> None:
+    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), processes=(GpuProcess(ENGINE_PID, from_s=4.005),))
+    meter = Meter(tmp_path, gpu)
+    meter.clock.advance_ms(310)  # the load ends at 4.01 s, just after the look at 4 s
+    record = meter.run(baseline={"enabled": False})
+    assert meter.resident.own_pids == frozenset({ENGINE_PID})
+    assert record.validity.valid, record.validity.invalid_reasons
+
+
+def test_a_process_that_ends_as_the_experiment_begins_is_no_foreign_one(tmp_path: Path) -> None:
+    engine_before = GpuProcess(76, to_s=0.4)
+    meter = Meter(tmp_path, GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), processes=(engine_before,)))
+    meter.clock.advance_ms(300)
+    record = meter.run(measurement={**QUICK, "energy": "nvml"}, baseline={"enabled": False})
+    assert record.energy.gpu_energy_j == pytest.approx(meter.true_j(), rel=0.002)
+    assert record.environment.other_gpu_processes == ()
+
+
+def test_a_process_that_comes_before_the_load_is_a_foreign_one(tmp_path: Path) -> None:
+    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), processes=(GpuProcess(77, from_s=4.0),))
+    record = Meter(tmp_path, gpu).run()
+    assert record.energy.gpu_energy_j is None
+    assert "process 77" in record.energy.null_reasons["gpu_energy_j"]
+
+
+def test_power_at_rest_holds_nothing_of_the_work_that_follows_it(tmp_path: Path) -> None:
+    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), counter=Counter(period_s=0.5))
+    meter = Meter(tmp_path, gpu)
+    idle = meter.run(warmup={"enabled": True, "timeout_seconds": 5.0}, baseline={"duration_sec": 2.0}).idle
+    assert idle.idle_loaded_power_w == pytest.approx(IDLE_W, rel=0.001)
 
 
 def test_a_process_that_comes_in_the_window_makes_it_invalid(tmp_path: Path) -> None:
