@@ -96,6 +96,13 @@ def _chromium() -> str | None:
     return _package("playwright")()
 
 
+def _program(name: str) -> Callable[[], str | None]:
+    def probe() -> str | None:
+        return None if shutil.which(name) else f"no {name} on this machine (apt-get install {name})"
+
+    return probe
+
+
 def _gcc() -> str | None:
     return None if shutil.which("gcc") else "no gcc on this machine, which builds the NVML double"
 
@@ -157,6 +164,8 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "docker": Need(_docker, is_mandatory=False),
         "chromium": Need(_chromium, is_mandatory=True),
         "gcc": Need(_gcc, is_mandatory=True),
+        "zsh": Need(_program("zsh"), is_mandatory=False),
+        "fish": Need(_program("fish"), is_mandatory=False),
         "lab": Need(_lab, is_mandatory=True),
         # Hosts that are containers of the lab, and Ansible to reach them.
         "fleet": Need(_fleet, is_mandatory=True),

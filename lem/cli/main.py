@@ -18,7 +18,7 @@ from lem import __version__, durable, log
 from lem.cli.streams import prepare_streams
 from lem.errors import ExitCode, LemError, UserError, exit_code_of
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 # Each module has `add_parser(subparsers)`, which sets `run(args, out, err) -> int`. Only the module of the command
 # at hand is imported, since imports are most of the start-up time.
@@ -29,8 +29,8 @@ COMMANDS = (
     "check",
     "config",
     "results",
-    "report",
     "compare",
+    "report",
     "presets",
     "datasets",
     "gpus",
@@ -38,6 +38,7 @@ COMMANDS = (
     "compose",
     "merge",
     "bundle",
+    "completion",
     "worker",
 )
 
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None, out: TextIO | None = None, err: Text
 def _execute(arguments: list[str], console: log.Console, out: TextIO, err: TextIO) -> int:
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):  # where argparse writes
-            args = _parser(arguments).parse_args(arguments)
+            args = make_parser(arguments).parse_args(arguments)
     except SystemExit as stop:  # argparse: --help, --version, usage errors
         return stop.code if isinstance(stop.code, int) else int(ExitCode.USAGE)
     if getattr(args, "no_color", False):
@@ -125,7 +126,8 @@ def _give_up(out: TextIO) -> None:
         os.close(nothing)
 
 
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of a command line: with the one command that it names, or with all of them."""
     parser = argparse.ArgumentParser(
         prog="lem",
         description="Measure what LLM inference costs: joules, tokens per second, latency, and how sure that is.",

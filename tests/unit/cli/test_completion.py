@@ -1,0 +1,165 @@
+"""`lem completion`: what the shells themselves make of the scripts."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lem.cli.completion import Command, commands_of
+from lem.cli.main import COMMANDS, main, make_parser
+
+TIMEOUT_S = 120
+ENVIRON = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", "TERM": "dumb"}
+
+
+def script(shell: str) -> str:
+    out = io.StringIO()
+    assert main(["completion", shell], out, io.StringIO()) == 0
+    return out.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A working directory with a file and a folder in it, and the scripts beside it."""
+    for shell in ("bash", "zsh", "fish"):
+        (tmp_path / f"lem.{shell}").write_text(script(shell), encoding="utf-8")
+    work = tmp_path / "work"
+    (work / "mine").mkdir(parents=True)
+    (work / "my campaign.yaml").touch()
+    (work / "my-plan.json").touch()
+    return work
+
+
+def in_bash(line: str, folder: Path) -> list[str]:
+    """What bash offers at the end of a line, which it has split as it does."""
+    words = line.replace("=", " = ").split(" ")
+    code = (
+        f"source ../lem.bash; complete -p lem | grep -q -- '-F _lem lem$' || exit 9; compopt() {{ :; }}\n"
+        f"COMP_WORDS=({' '.join(map(shlex.quote, words))}); COMP_CWORD={len(words) - 1}\n"
+        'COMPREPLY=(); _lem; printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    return said_by(["bash", "--norc", "--noprofile", "-c", code], folder)
+
+
+def in_fish(line: str, folder: Path) -> list[str]:
+    code = f"source ../lem.fish; complete -C {shlex.quote(line)}"
+    return [found.partition("\t")[0] for found in said_by(["fish", "--no-config", "-c", code], folder)]
+
+
+def said_by(command: list[str], folder: Path) -> list[str]:
+    environ = {**ENVIRON, "HOME": str(folder.parent)}
+    ended = subprocess.run(
+        command, cwd=folder, env=environ, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return [found for found in ended.stdout.splitlines() if found]
+
+
+def in_zsh(line: str, folder: Path) -> str:
+    """The line after Tab, in a zsh on a terminal; it writes down what it has before it leaves."""
+    (folder.parent / ".zshrc").write_text(
+        "autoload -Uz compinit; compinit -u -D\nsource ../lem.zsh\n"
+        "keep() { print -r -- $BUFFER > ../buffer; exit 0 }\nzle -N keep\nbindkey '^X' keep\n"
+    )
+    ours, theirs = pty.openpty()
+    environ = {**ENVIRON, "HOME": str(folder.parent), "ZDOTDIR": str(folder.parent)}
+    os.write(ours, f"{line}\t\x18".encode())  # in order, whenever zsh gets to it
+    child = subprocess.Popen(
+        ["zsh", "-d", "-i"], cwd=folder, env=environ, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    try:
+        while os.read(ours, 4096):
+            pass
+    except OSError:  # EIO: zsh has left its terminal
+        pass
+    finally:
+        child.wait(TIMEOUT_S)
+        os.close(ours)
+    return (folder.parent / "buffer").read_text().rstrip("\n")
+
+
+def test_the_tree_holds_every_command_for_people() -> None:
+    found = {command.path for command in commands_of(make_parser(()))}
+    assert {path[0] for path in found if path} == set(COMMANDS) - {"worker"}
+    assert {("results", "export"), ("config", "validate")} <= found
+
+
+def test_the_tree_knows_values() -> None:
+    commands = {command.path: command for command in commands_of(make_parser(()))}
+    executor = option_of(commands["campaign",], "--executor")
+    assert executor.value is not None
+    assert executor.value.choices == ("auto", "docker", "local")
+    assert option_of(commands["campaign",], "--fresh").value is None
+    assert option_of(commands["campaign",], "--set").is_repeatable
+
+
+def option_of(command: Command, name: str):
+    return next(option for option in command.options if name in option.names)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_script_is_the_same_each_time(shell: str) -> None:
+    assert script(shell) == script(shell) != ""
+
+
+CASES = [
+    ("lem camp", ["campaign"]),
+    ("lem results ", ["export", "list", "recompute", "show"]),
+    ("lem results exp", ["export"]),
+    ("lem -q config va", ["validate"]),
+    ("lem campaign --executor ", ["auto", "docker", "local"]),
+    ("lem campaign c.yaml --structure sh", ["shuffled"]),
+    ("lem completion ", ["bash", "fish", "zsh"]),
+    ("lem results export --form", ["--format"]),
+    ("lem campaign --model ", []),
+    ("lem worker --eng", []),
+]
+
+
+@pytest.mark.parametrize(("line", "offered"), CASES)
+def test_bash_offers_what_fits(folder: Path, line: str, offered: list[str]) -> None:
+    assert sorted(in_bash(line, folder)) == offered
+
+
+@pytest.mark.needs("fish")
+@pytest.mark.parametrize(("line", "offered"), CASES)
+def test_fish_offers_what_fits(folder: Path, line: str, offered: list[str]) -> None:
+    assert sorted(in_fish(line, folder)) == offered
+
+
+def test_bash_offers_files_folders_and_what_follows_an_equals_sign(folder: Path) -> None:
+    assert sorted(in_bash("lem campaign my", folder)) == ["my campaign.yaml", "my-plan.json"]
+    assert in_bash("lem campaign --results-dir m", folder) == ["mine"]
+    assert in_bash("lem campaign --executor=lo", folder) == ["local"]
+
+
+@pytest.mark.needs("fish")
+def test_fish_offers_files_and_folders(folder: Path) -> None:
+    assert {"my campaign.yaml", "my-plan.json"} <= set(in_fish("lem campaign my", folder))
+    assert in_fish("lem campaign --results-dir m", folder) == ["mine/"]
+
+
+@pytest.mark.needs("zsh")
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("lem camp", "lem campaign "),
+        ("lem results exp", "lem results export "),
+        ("lem -q config va", "lem -q config validate "),
+        ("lem campaign --executor lo", "lem campaign --executor local "),
+        ("lem campaign c.yaml --structure sh", "lem campaign c.yaml --structure shuffled "),
+        ("lem results export --form", "lem results export --format "),
+        ("lem campaign --results-dir m", "lem campaign --results-dir mine/"),
+        ("lem campaign my\\ c", "lem campaign my\\ campaign.yaml "),
+        ("lem worker --eng", "lem worker --eng"),
+    ],
+)
+def test_zsh_completes_what_fits(folder: Path, line: str, completed: str) -> None:
+    assert in_zsh(line, folder) == completed
