@@ -53,9 +53,20 @@ MAX_LINE_B = 8 * 1024 * 1024
 # What a pipe holds on Linux, and so the most that one read can bring.
 READ_B = 64 * 1024
 
-# The fields of a run that are relied on before the experiment is looked at.
-_REQUEST_FIELDS: Mapping[str, type] = MappingProxyType(
-    {"config": dict, "identity": dict, "secrets": dict, "result_dir": str, "engine_key": str, "keep_engine": bool}
+# What a run must hold before its experiment is looked at.
+_REQUEST_FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
+    {
+        "config": (dict,),
+        "identity": (dict,),
+        "result_dir": (str,),
+        "engine_key": (str,),
+        "keep_engine": (bool,),
+        "samples_path": (str, NoneType),
+        "sampled_gpus": (list, tuple),
+        "meter_errors": (dict,),
+        "baselines": (dict,),
+        "secrets": (dict,),
+    }
 )
 
 # What a worker's messages must hold; more is allowed.
@@ -108,7 +119,7 @@ class RunRequest:
         is_sampler_due: the host cannot read the meters, so the worker starts that sampler.
         sampled_gpus: UUIDs of the GPUs to sample.
         meter_errors: {"gpu": why, "rapl": why} of meters that the host knows cannot be read.
-        baselines: fields of `meters.attempt_log.Baselines` that the host knows.
+        baselines: what the host knows of power at rest: fields of `meters.attempt_log.Baselines` by `energy_source`.
         secrets: {"HF_TOKEN": …}; never on argv, never in a file.
     """
 
@@ -125,7 +136,7 @@ class RunRequest:
     is_sampler_due: bool = False
     sampled_gpus: Sequence[str] = ()
     meter_errors: Mapping[str, str] = field(default_factory=dict)
-    baselines: Mapping[str, float | None] = field(default_factory=dict)
+    baselines: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
@@ -145,14 +156,14 @@ class RunRequest:
             ChannelError: a field is missing, unknown or of another type.
         """
         fields = {"secrets": {}, **{key: value for key, value in message.items() if key != "type"}}
-        fields["sampled_gpus"] = tuple(fields.get("sampled_gpus", ()))
         try:
             request = cls(**fields)
         except TypeError as error:
             raise ChannelError(f"run: {error}") from error
-        for name, kind in _REQUEST_FIELDS.items():
-            if not isinstance(fields[name], kind):
+        for name, kinds in _REQUEST_FIELDS.items():
+            if not isinstance(getattr(request, name), kinds):
                 raise ChannelError(f"run: {name} is of the wrong type")
+        request = dataclasses.replace(request, sampled_gpus=tuple(request.sampled_gpus))
         if "experiment_id" not in request.identity:
             raise ChannelError("run: identity has no experiment_id")
         return request

@@ -127,7 +127,8 @@ def open_metering(
         EngineError: kind `meter`, the sampler that was promised does not write.
     """
     source = open_source(request, clock)
-    baselines = Baselines(**request.baselines) if config.baseline.enabled else Baselines()
+    known = request.baselines if config.baseline.enabled else {}
+    baselines = {by: Baselines(**fields) for by, fields in known.items()}
     metering = Metering(source, config, baselines, {}, clock, reporter)
     if not is_resident:
         metering.foreign = metering.look_at_processes()
@@ -164,7 +165,7 @@ class Metering:
     """What the meters are asked in the course of one attempt.
 
     Attributes:
-        baselines: what the host knows of power at rest.
+        known_baselines: what the host knows of power at rest, by what measured it (`energy_source`).
         foreign: {uuid: pids} of compute processes that were there before the engine.
         sources: what gives the energy; chosen again when the engine says which GPUs it runs on.
         marks: set so far.
@@ -173,7 +174,7 @@ class Metering:
 
     source: SampleSource
     config: ExperimentConfig
-    baselines: Baselines
+    known_baselines: Mapping[str, Baselines]
     foreign: Mapping[str, tuple[int, ...]]
     clock: Clock
     reporter: Reporter
@@ -187,6 +188,11 @@ class Metering:
         if self._sources is None:
             raise RuntimeError("sources were not chosen")
         return self._sources
+
+    @property
+    def baselines(self) -> Baselines:
+        """What the host knows of power at rest by the meter that counts."""
+        return self.known_baselines.get(self.sources.primary or "", Baselines())
 
     def choose(self, gpu_uuids: Sequence[str]) -> None:
         """Choose what gives the energy of an experiment on these GPUs; without any it runs on the CPU.

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lem.meters.energy import Baselines
+from lem.meters.sources import AVERAGE_POWER, COUNTER, INSTANT_POWER
 from lem.record import Record
 
 __all__ = ["BARE", "BaselineBook", "Reference"]
 
 # The state of a device without an engine; with one, the state is the engine's key.
 BARE = ""
+
+# What these tell is the power of GPUs, which is what a gap watches.
+_OF_GPUS = frozenset({COUNTER, INSTANT_POWER, AVERAGE_POWER})
 
 
 @dataclass(frozen=True)
@@ -22,21 +27,28 @@ class Reference:
     temp_c: float | None
 
 
+class _Place(NamedTuple):
+    """What rested, how, and by which meter: the power of a GPU says nothing of that of a CPU."""
+
+    gpus: tuple[str, ...]
+    state: str
+    source: str
+
+
 @dataclass(frozen=True)
 class _Entry:
-    source: str
     power_w: float
     measured_s: float
 
 
 @dataclass
 class BaselineBook:
-    """What is known of power at rest, by the devices and the engine that is loaded on them.
+    """What is known of power at rest, by the devices, the engine that is loaded on them, and the meter.
 
     Times are seconds of one monotonic clock.
     """
 
-    _entries: dict[tuple[tuple[str, ...], str], _Entry] = field(default_factory=dict)
+    _entries: dict[_Place, _Entry] = field(default_factory=dict)
     _references: dict[tuple[tuple[str, ...], str], Reference] = field(default_factory=dict)
 
     def note(self, record: Record, engine_key: str, now_s: float) -> None:
@@ -45,29 +57,36 @@ class BaselineBook:
         if source is None:
             return
         if idle.idle_bare_power_w is not None and not record.validity.engine_reused:
-            self._put(gpus, BARE, source, idle.idle_bare_power_w, idle.idle_bare_temp_c, now_s)
+            self._put(_Place(gpus, BARE, source), idle.idle_bare_power_w, idle.idle_bare_temp_c, now_s)
         if idle.idle_loaded_power_w is not None and idle.baseline_age_s == 0.0:
-            self._put(gpus, engine_key, source, idle.idle_loaded_power_w, idle.idle_loaded_temp_c, now_s)
+            self._put(_Place(gpus, engine_key, source), idle.idle_loaded_power_w, idle.idle_loaded_temp_c, now_s)
 
-    def known(self, gpus: Sequence[str], engine_key: str, *, ttl_s: float, now_s: float) -> Baselines:
-        """The baselines of these devices that are not older than `ttl_s`."""
-        bare, loaded = (self._fresh(gpus, state, ttl_s, now_s) for state in (BARE, engine_key))
-        return Baselines(
-            bare_power_w=None if bare is None else bare.power_w,
-            loaded_power_w=None if loaded is None else loaded.power_w,
-            age_s=None if loaded is None else now_s - loaded.measured_s,
-        )
+    def known(self, gpus: Sequence[str], engine_key: str, *, ttl_s: float, now_s: float) -> dict[str, Baselines]:
+        """The baselines of these devices that are not older than `ttl_s`, by what measured them (`energy_source`)."""
+        found = {}
+        for source in dict.fromkeys(place.source for place in self._entries):
+            places = (_Place(tuple(gpus), state, source) for state in (BARE, engine_key))
+            bare, loaded = (self._fresh(place, ttl_s, now_s) for place in places)
+            if bare is not None or loaded is not None:
+                found[source] = Baselines(
+                    bare_power_w=None if bare is None else bare.power_w,
+                    loaded_power_w=None if loaded is None else loaded.power_w,
+                    age_s=None if loaded is None else now_s - loaded.measured_s,
+                )
+        return found
 
     def reference(self, gpus: Sequence[str], state: str) -> Reference | None:
-        """What the devices were like at their first baseline in this state."""
+        """What the devices were like at their first baseline in this state; None where no meter of theirs told."""
         return self._references.get((tuple(gpus), state))
 
-    def _put(
-        self, gpus: tuple[str, ...], state: str, source: str, power_w: float, temp_c: float | None, now_s: float
-    ) -> None:
-        self._entries[gpus, state] = _Entry(source, power_w, now_s)
-        self._references.setdefault((gpus, state), Reference(power_w, temp_c))
+    def _put(self, place: _Place, power_w: float, temp_c: float | None, now_s: float) -> None:
+        entry = self._entries.get(place)
+        if entry is not None and entry.power_w == power_w:
+            return  # to the last bit what was handed on: not measured again, so as old as before
+        self._entries[place] = _Entry(power_w, now_s)
+        if place.source in _OF_GPUS:
+            self._references.setdefault((place.gpus, place.state), Reference(power_w, temp_c))
 
-    def _fresh(self, gpus: Sequence[str], state: str, ttl_s: float, now_s: float) -> _Entry | None:
-        entry = self._entries.get((tuple(gpus), state))
+    def _fresh(self, place: _Place, ttl_s: float, now_s: float) -> _Entry | None:
+        entry = self._entries.get(place)
         return entry if entry is not None and now_s - entry.measured_s <= ttl_s else None

@@ -172,9 +172,11 @@ class HostMeters:
         named = {"gpu": self.gpu_error, "rapl": self.rapl_error}
         return {name: error for name, error in named.items() if error is not None}
 
-    def _baselines(self, config: ExperimentConfig, gpus: tuple[str, ...], engine_key: str) -> dict[str, float | None]:
-        ttl_s = config.baseline.cache_ttl_sec
-        return dataclasses.asdict(self.book.known(gpus, engine_key, ttl_s=ttl_s, now_s=self.monotonic()))
+    def _baselines(
+        self, config: ExperimentConfig, gpus: tuple[str, ...], engine_key: str
+    ) -> dict[str, dict[str, float | None]]:
+        known = self.book.known(gpus, engine_key, ttl_s=config.baseline.cache_ttl_sec, now_s=self.monotonic())
+        return {source: dataclasses.asdict(baselines) for source, baselines in known.items()}
 
     @contextlib.contextmanager
     def _sampling(

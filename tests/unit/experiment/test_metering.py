@@ -77,7 +77,7 @@ class Meter:
     gpu: GpuTrace = field(
         default_factory=lambda: GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), counter=Counter(period_s=0.1))
     )
-    baselines: Mapping[str, float | None] = field(default_factory=dict)
+    baselines: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     keep_engine: bool = True
     clock: SampledClock = field(default_factory=SampledClock)
     listener: Listener = field(default_factory=Listener)
@@ -198,10 +198,17 @@ def test_a_power_that_never_settles_is_waited_for_a_minute(meter: Meter) -> None
 
 def test_baselines_that_the_host_knows_are_not_measured_again(tmp_path: Path) -> None:
     known = {"bare_power_w": 70.0, "loaded_power_w": 91.0, "age_s": 120.0}
-    meter = Meter(tmp_path, baselines=known)
+    meter = Meter(tmp_path, baselines={"nvml_counter": known})
     idle = meter.run().idle
     assert (idle.idle_bare_power_w, idle.idle_loaded_power_w, idle.baseline_age_s) == (70.0, 91.0, 120.0)
     assert not {marks.IDLE_BARE, marks.IDLE_LOADED} & set(meter.marked())
+
+
+def test_a_baseline_of_another_meter_stands_for_nothing(tmp_path: Path) -> None:
+    known = {"bare_power_w": 20.0, "loaded_power_w": 21.0, "age_s": 120.0}
+    idle = Meter(tmp_path, baselines={"rapl": known}).run().idle
+    assert idle.idle_loaded_power_w == pytest.approx(IDLE_W, rel=0.01)
+    assert idle.baseline_age_s == 0
 
 
 def test_no_baseline_is_measured_where_none_is_wanted(meter: Meter) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from lem.meters.attempt_log import Baselines
+from lem.meters.sources import COUNTER
 from lem.orchestration.baselines import BARE, BaselineBook, Reference
 from lem.record import Idle, Record
 from tests.records import make_record
@@ -37,28 +38,42 @@ MEASURED = record(
 def test_what_was_measured_is_known_until_it_is_too_old():
     book = BaselineBook()
     book.note(MEASURED, KEY, now_s=100.0)
-    assert book.known(GPUS, KEY, ttl_s=60, now_s=130.0) == Baselines(70.0, 95.0, 30.0)
-    assert book.known(GPUS, KEY, ttl_s=60, now_s=161.0) == Baselines()
+    assert book.known(GPUS, KEY, ttl_s=60, now_s=130.0) == {COUNTER: Baselines(70.0, 95.0, 30.0)}
+    assert book.known(GPUS, KEY, ttl_s=60, now_s=161.0) == {}
 
 
 def test_another_engine_has_the_bare_baseline_alone():
     book = BaselineBook()
     book.note(MEASURED, KEY, now_s=100.0)
-    assert book.known(GPUS, "key-2", ttl_s=60, now_s=100.0) == Baselines(bare_power_w=70.0)
-    assert book.known(("GPU-b",), KEY, ttl_s=60, now_s=100.0) == Baselines()
+    assert book.known(GPUS, "key-2", ttl_s=60, now_s=100.0) == {COUNTER: Baselines(bare_power_w=70.0)}
+    assert book.known(("GPU-b",), KEY, ttl_s=60, now_s=100.0) == {}
 
 
 def test_a_baseline_that_was_handed_on_does_not_become_young_again():
     book = BaselineBook()
     book.note(MEASURED, KEY, now_s=100.0)
-    book.note(record(idle_loaded_power_w=95.0, baseline_age_s=50.0), KEY, now_s=150.0)
-    assert book.known(GPUS, KEY, ttl_s=60, now_s=170.0) == Baselines()
+    book.note(record(idle_bare_power_w=70.0, idle_loaded_power_w=95.0, baseline_age_s=50.0), KEY, now_s=150.0)
+    assert book.known(GPUS, KEY, ttl_s=60, now_s=170.0) == {}
+
+
+def test_what_one_meter_told_is_not_known_of_another():
+    book = BaselineBook()
+    book.note(MEASURED, KEY, now_s=100.0)
+    book.note(record(source="rapl", idle_loaded_power_w=40.0, baseline_age_s=0.0), KEY, now_s=110.0)
+    known = book.known(GPUS, KEY, ttl_s=60, now_s=110.0)
+    assert known == {COUNTER: Baselines(70.0, 95.0, 10.0), "rapl": Baselines(None, 40.0, 0.0)}
+
+
+def test_what_a_cpu_takes_is_no_reference_for_gpus():
+    book = BaselineBook()
+    book.note(dataclasses.replace(MEASURED, energy=record(source="rapl").energy), KEY, now_s=100.0)
+    assert book.reference(GPUS, KEY) is None
 
 
 def test_nothing_is_learned_where_nothing_was_measured():
     book = BaselineBook()
     book.note(record(source=None), KEY, now_s=0.0)
-    assert book.known(GPUS, KEY, ttl_s=60, now_s=0.0) == Baselines()
+    assert book.known(GPUS, KEY, ttl_s=60, now_s=0.0) == {}
 
 
 def test_the_reference_is_the_first_baseline_of_a_state():

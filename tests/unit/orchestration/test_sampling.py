@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from lem.meters.samples import GpuHeader, GpuSample, SampleHeader, SampleLog
 from lem.orchestration.attempt import WorkerEvent
 from lem.orchestration.baselines import Reference
 from lem.orchestration.sampling import Attendance, HostMeters, has_recovered
+from lem.record import Idle
+from tests.records import make_record
 
 REFERENCE = Reference(power_w=100.0, temp_c=40.0)
 S = 1_000_000_000
@@ -100,11 +103,17 @@ def test_nothing_is_sampled_where_nothing_is_wanted(tmp_path: Path) -> None:
 
 
 def test_what_the_host_learned_is_told_to_the_worker(tmp_path: Path) -> None:
-    assert attend(tmp_path, "local").request.baselines == {
-        "bare_power_w": None,
-        "loaded_power_w": None,
-        "age_s": None,
-    }
+    clock = iter((100.0, 160.0))
+    meters = HostMeters("no driver", "no powercap", command=("false",), monotonic=lambda: next(clock))
+    config = ExperimentConfig.from_dict({"model": "any"})
+    asked = request(tmp_path, config, "local")
+    base = make_record()
+    idle = Idle(70.0, 95.0, None, 35.0, 41.0, 0.0, {"idle_loaded_post_power_w": "the engine left"})
+    energy = dataclasses.replace(base.energy, energy_source="rapl")
+    environment = dataclasses.replace(base.environment, gpu_uuids=())
+    meters.note(dataclasses.replace(base, idle=idle, energy=energy, environment=environment), asked)
+    with meters.attending(config, asked) as attendance:
+        assert attendance.request.baselines == {"rapl": {"bare_power_w": 70.0, "loaded_power_w": 95.0, "age_s": 60.0}}
 
 
 def test_an_event_passes_unchanged_where_nobody_samples(tmp_path: Path) -> None:
