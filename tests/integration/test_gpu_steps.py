@@ -25,8 +25,9 @@ pytestmark = pytest.mark.needs("gcc", "torch", "transformers")
 
 TIMEOUT_S = 240
 
-# A machine that is busy with something else reads the meters late, which these short windows cannot make good.
-NEAR = 0.1
+# A machine that is busy with something else reads the meters late, by tenths of a second at times, which windows of one
+# second cannot make good; how exact figures are is tested elsewhere, without waiting.
+NEAR, ABOUT = 0.2, 0.5
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,11 @@ class Rehearsed:
         return {section["step"]: section for section in document["sections"]}
 
     def finding(self, step: str, name: str) -> Mapping[str, Any]:
-        """The one whose name begins like that."""
-        found = [item for item in self.sections[step]["findings"] if item["name"].startswith(name)]
-        assert len(found) == 1, [item["name"] for item in self.sections[step]["findings"]]
+        """The one whose name is that, or the one that begins like that."""
+        findings = self.sections[step]["findings"]
+        found = [item for item in findings if item["name"] == name]
+        found = found or [item for item in findings if item["name"].startswith(name)]
+        assert len(found) == 1, [item["name"] for item in findings]
         return dict(found[0])
 
     def true_j(self, window: Mapping[str, Any]) -> float:
@@ -97,16 +100,16 @@ def test_power_at_rest_is_what_the_device_draws(rehearsed: Rehearsed) -> None:
 def test_update_periods_are_those_of_the_meters(rehearsed: Rehearsed) -> None:
     for when in ("at rest", "under load"):
         counter = rehearsed.finding("meters", f"counter {when}")["value"]
-        assert counter == pytest.approx(1e3 * COUNTER_PERIOD_S, rel=0.2)
+        assert counter == pytest.approx(1e3 * COUNTER_PERIOD_S, rel=ABOUT)
         sensor = rehearsed.finding("meters", f"power sensor {when}")["value"]
-        assert sensor == pytest.approx(1e3 * SENSOR_PERIOD_S, rel=0.2)
+        assert sensor == pytest.approx(1e3 * SENSOR_PERIOD_S, rel=ABOUT)
 
 
 def test_windows_add_up_and_hold_what_was_drawn(rehearsed: Rehearsed) -> None:
     found = rehearsed.finding("additivity", "energy of")
     assert found["value"] == pytest.approx(1.0, rel=NEAR)
     windows: Sequence[Mapping[str, Any]] = [*found["details"]["parts"], found["details"]["whole"]]
-    assert len(windows) == 4
+    assert len(windows) == 3
     for window, counted_j in zip(windows, found["details"]["counted_j"], strict=True):
         assert counted_j == pytest.approx(rehearsed.true_j(window), rel=NEAR)
         assert counted_j == pytest.approx(BUSY_W * (window["closed_ns"] - window["opened_ns"]) / 1e9, rel=NEAR)
