@@ -24,8 +24,9 @@ from lem.meters import marks
 from lem.meters.attempt_log import Baselines, span_of
 from lem.meters.curve import NotMeasured, Span
 from lem.meters.energy import EnergyFindings, mean_power_w, measure
-from lem.meters.external import read_external
+from lem.meters.external import ExternalReadings, is_short_of, read_external
 from lem.meters.integrate import update_period_s
+from lem.meters.refusal import MeterRefused
 from lem.meters.samples import (
     FINISHED_FILENAME,
     Mark,
@@ -62,6 +63,9 @@ WINDOW_UPDATES = 100
 
 # A slow meter was last read up to a second ago.
 _EDGE_NS = 1_500_000_000
+
+# A meter of the user's own writes its readings some time after they were taken.
+_EXTERNAL_LAG_S = 10.0
 
 # How far a sampler may lag behind before what it has written so far is taken for all.
 _LAG_S = 5.0
@@ -126,6 +130,8 @@ def open_metering(
         MeterRefused: the configuration demands energy that cannot be measured here.
         EngineError: kind `meter`, the sampler that was promised does not write.
     """
+    if config.measurement.external_csv is not None:
+        read_external(Path(config.measurement.external_csv))  # refused now, not after an hour
     source = open_source(request, clock)
     known = request.baselines if config.baseline.enabled else {}
     baselines = {by: Baselines(**fields) for by, fields in known.items()}
@@ -370,12 +376,12 @@ class Metering:
         """The figures of the attempt; the log they come from is kept in its folder where that is wanted.
 
         Raises:
-            MeterRefused: the file of the user's own meter cannot be read.
             OSError: the log cannot be written.
         """
         self._catch_up(self.clock.monotonic_ns())
         log = self.source.read()
         path = self.config.measurement.external_csv
+        external = None if path is None else self._external_readings(Path(path), log, measured)
         if self.config.timeseries.save and (path is not None or not isinstance(self.source, NothingSampled)):
             write_finished(folder / FINISHED_FILENAME, log, self.marks)
         return measure(
@@ -385,9 +391,28 @@ class Metering:
             self.baselines,
             is_steady_mode=is_steady_mode,
             window_repeats=measured.repeats,
-            external=None if path is None else read_external(Path(path)),
+            external=external,
             own_pids=self.own_pids,
         )
+
+    def _external_readings(self, path: Path, log: SampleLog, measured: MeasuredWindow) -> ExternalReadings:
+        """What the user's own meter told, waited for as long as it has not told of the window's end.
+
+        A file that cannot be read any more costs its own figure and not the whole measurement.
+        """
+        begin_ns = self.clock.monotonic_ns()
+        while True:
+            try:
+                readings = read_external(path)
+                if not is_short_of(readings, log, Span(measured.opened_ns, measured.closed_ns)):
+                    return readings
+            except MeterRefused as error:
+                return ExternalReadings(str(path), error=error.message)
+            except NotMeasured:
+                return readings
+            if self._seconds_since(begin_ns) >= _EXTERNAL_LAG_S:
+                return readings
+            self._rest(_REPORT_S, f"waiting for {path.name}")
 
     def surroundings(self, gpu_uuids: Sequence[str]) -> GpuSurroundings:
         """What the sampler told of these GPUs beside their figures."""

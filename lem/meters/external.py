@@ -15,7 +15,7 @@ from lem.meters.curve import HOLE_PERIODS, NS_PER_S, Curve, Hole, NotMeasured, S
 from lem.meters.refusal import MeterRefused
 from lem.meters.samples import SampleLog
 
-__all__ = ["ExternalReadings", "external_energy_j", "read_external"]
+__all__ = ["ExternalReadings", "external_energy_j", "is_short_of", "read_external"]
 
 _FORM = "two columns are due: UTC time (2026-07-14T10:00:00Z, or seconds since 1970) and watts"
 
@@ -33,23 +33,26 @@ class ExternalReadings:
         source: the file, as messages name it.
         at_utc_s: seconds since 1970.
         power_w: watts.
+        error: why the file could not be read; empty when it could.
     """
 
     source: str
-    at_utc_s: tuple[float, ...]
-    power_w: tuple[float, ...]
+    at_utc_s: tuple[float, ...] = ()
+    power_w: tuple[float, ...] = ()
+    error: str = ""
 
 
 def read_external(path: Path) -> ExternalReadings:
     """The readings in a CSV file of UTC time and watts; a first line of names is skipped.
 
-    A time is ISO 8601 (without a zone it is UTC) or seconds since 1970. Further columns are not looked at.
+    A time is ISO 8601 (without a zone it is UTC) or seconds since 1970. Further columns are not looked at, nor is a last
+    line that is no reading and has no end: it is still being written.
 
     Raises:
         MeterRefused: it cannot be read, or a line is no reading; the line is named.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not text in UTF-8"
         raise MeterRefused(
@@ -62,9 +65,12 @@ def external_energy_j(readings: ExternalReadings, log: SampleLog, span: Span) ->
     """The energy of the span by trapezoids, the two clocks aligned by the log's nearest pair.
 
     Raises:
-        NotMeasured: the readings do not cover the span, or have a hole in it.
+        NotMeasured: the readings do not cover the span, or have a hole in it, or could not be read.
     """
-    at_ns = [_monotonic_ns(at_s, log, span) for at_s in readings.at_utc_s]
+    if readings.error:
+        raise NotMeasured(readings.error)
+    known_ns, known_s = _nearest_pair(log, span)
+    at_ns = [known_ns + round((at_s - known_s) * NS_PER_S) for at_s in readings.at_utc_s]
     if len(at_ns) < 2 or at_ns[0] > span.opened_ns or at_ns[-1] < span.closed_ns:
         raise NotMeasured(f"{readings.source} does not cover the window: {_coverage(at_ns, span)}")
     usual_ns = statistics.median(after - before for before, after in pairwise(at_ns))
@@ -80,18 +86,34 @@ def external_energy_j(readings: ExternalReadings, log: SampleLog, span: Span) ->
     return Curve(readings.source, times, times, times, tuple(energy_j), tuple(holes)).between_j(span)
 
 
+def is_short_of(readings: ExternalReadings, log: SampleLog, span: Span) -> bool:
+    """Whether the readings end before the span does: their meter may yet tell of it.
+
+    Raises:
+        NotMeasured: the clocks cannot be aligned.
+    """
+    known_ns, known_s = _nearest_pair(log, span)
+    return not readings.at_utc_s or known_ns + (readings.at_utc_s[-1] - known_s) * NS_PER_S < span.closed_ns
+
+
 def _parse(text: str, source: str) -> ExternalReadings:
     times: list[float] = []
     powers: list[float] = []
     delimiter = ";" if ";" in text and "," not in text.partition("\n")[0] else ","
-    rows = csv.reader(text.splitlines(), delimiter=delimiter)
+    lines = text.splitlines()
+    rows = csv.reader(lines, delimiter=delimiter)
     for cells in rows:
         where = f"measurement.external_csv: {source}:{rows.line_num}"
         if not any(cell.strip() for cell in cells):
             continue
         if not times and rows.line_num == 1 and not _is_reading(cells):
             continue
-        at_s, power_w = _reading(cells, where)
+        try:
+            at_s, power_w = _reading(cells, where)
+        except MeterRefused:
+            if rows.line_num == len(lines) and not text.endswith("\n"):
+                break
+            raise
         if times and at_s <= times[-1]:
             raise MeterRefused(
                 f"{where}: {cells[0].strip()!r:.80} is not later than the line before", "sort it by time"
@@ -138,14 +160,14 @@ def _number(cell: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _monotonic_ns(at_utc_s: float, log: SampleLog, span: Span) -> int:
-    """A UTC time on CLOCK_MONOTONIC, by the pair of clocks nearest to the span: UTC may have been set meanwhile."""
+def _nearest_pair(log: SampleLog, span: Span) -> tuple[int, float]:
+    """CLOCK_MONOTONIC in ns and UTC in seconds at one moment, the nearest to the span: UTC may have been set since."""
     pairs = [(log.header.started_ns, log.header.started_utc), *((pair.at_ns, pair.utc) for pair in log.clocks)]
     at_ns, utc = min(pairs, key=lambda pair: abs(pair[0] - span.opened_ns))
     known_s = _time(utc)
     if known_s is None:
         raise NotMeasured(f"the sample log has no UTC time to align with: {utc!r}")
-    return at_ns + round((at_utc_s - known_s) * NS_PER_S)
+    return at_ns, known_s
 
 
 def _coverage(at_ns: list[int], span: Span) -> str:

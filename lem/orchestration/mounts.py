@@ -71,8 +71,10 @@ def local_mounts(configs: Iterable[ExperimentConfig]) -> tuple[Mount, ...]:
         found.update(dict.fromkeys(_linked(path)))
     for config in configs:
         if config.measurement.external_csv is not None:
-            readings = Path(config.measurement.external_csv).expanduser().absolute()
-            found[Mount.in_place(readings.parent)] = None
+            name = config.measurement.external_csv
+            folder = Path(name).expanduser().absolute().parent
+            target = f"{CONTAINER_HOME}/{name[2:]}".rpartition("/")[0] if name.startswith("~/") else str(folder)
+            found[Mount(folder, target)] = None
     return without_nested(found)
 
 

@@ -39,6 +39,7 @@ UUID = "GPU-11111111-2222-3333-4444-555555555555"
 IDLE_W, BUSY_W = 90.0, 410.0
 ENGINE_PID = 4711
 QUICK = {"min_window_sec": 3.0}
+NEW_YEAR_S = 1767225600  # 2026-01-01T00:00:00Z, when simulated logs begin
 SHORT_IDLE = {"duration_sec": 5.0}
 
 
@@ -390,3 +391,55 @@ def test_one_second_of_rest_after_another_is_told(meter: Meter) -> None:
     assert "s idle without an engine" in told
     assert "s settling" in told
     assert told.index("s settling") < told.index("s idle after the window")
+
+
+PLUG_W = 500.0
+
+
+def plug(folder: Path, until_s: float) -> Path:
+    """The readings of a meter at the plug, one a second, from the begin of a log of 2026 on."""
+    path = folder / "plug.csv"
+    path.write_text("".join(f"{NEW_YEAR_S + second},{PLUG_W}\n" for second in range(-1, round(until_s))))
+    return path
+
+
+def with_plug(path: Path, **options: Any) -> dict[str, Any]:
+    return {"measurement": {**QUICK, "external_csv": str(path)}, "baseline": {"enabled": False}, **options}
+
+
+def test_a_meter_at_the_plug_that_writes_late_is_waited_for(meter: Meter) -> None:
+    path = plug(meter.folder, 3)
+
+    def write() -> None:
+        Meter.write(meter)
+        plug(meter.folder, (meter.clock.monotonic_ns() - meter.begun_ns) / 1e9 - 4)
+
+    meter.clock.write = write
+    record = meter.run(**with_plug(path))
+    assert record.energy.external_energy_j == pytest.approx(PLUG_W * record.window.window_s, rel=0.001)
+
+
+def test_a_meter_at_the_plug_that_stopped_costs_its_own_figure_alone(meter: Meter) -> None:
+    record = meter.run(**with_plug(plug(meter.folder, 4)))
+    assert record.energy.external_energy_j is None
+    assert "before the window closed" in record.energy.null_reasons["external_energy_j"]
+    assert record.energy.gpu_energy_j is not None
+
+
+def test_readings_that_are_lost_cost_their_own_figure_alone(meter: Meter) -> None:
+    path = plug(meter.folder, 4)
+
+    def write() -> None:
+        Meter.write(meter)
+        path.write_text("time,watts\nnow,much\n")
+
+    meter.clock.write = write
+    record = meter.run(**with_plug(path))
+    assert "'now' is no UTC time" in record.energy.null_reasons["external_energy_j"]
+    assert record.energy.gpu_energy_j is not None
+
+
+def test_readings_that_are_not_there_are_refused_before_the_load(meter: Meter) -> None:
+    with pytest.raises(MeterRefused, match="external_csv"):
+        meter.run(**with_plug(meter.folder / "nowhere.csv"))
+    assert "load" not in meter.engine.calls

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lem.meters.curve import NS_PER_S, NotMeasured, Span
-from lem.meters.external import external_energy_j, read_external
+from lem.meters.external import ExternalReadings, external_energy_j, is_short_of, read_external
 from lem.meters.refusal import MeterRefused
 from lem.meters.samples import ClockPair, SampleHeader, SampleLog
 
@@ -101,6 +101,33 @@ def test_readings_that_do_not_cover_the_window_give_nothing(file: Path, edges: t
     file.write_text(lines())
     with pytest.raises(NotMeasured, match=said):
         external_energy_j(read_external(file), LOG, window(*edges))
+
+
+@pytest.mark.parametrize("begun", ["2026-07-14T10:00:3", "2026-07-14T10:00:30Z", "2026-07-14T10:00:30Z,"])
+def test_a_last_line_that_is_still_being_written_is_not_looked_at(file: Path, begun: str) -> None:
+    file.write_text(lines() + begun)
+    assert len(read_external(file).at_utc_s) == 30
+    file.write_text(lines() + begun + "\n")
+    with pytest.raises(MeterRefused, match=f"{file.name}:31"):
+        read_external(file)
+
+
+def test_readings_that_end_before_the_window_may_yet_come(file: Path) -> None:
+    file.write_text(lines())
+    readings = read_external(file)
+    assert [is_short_of(readings, LOG, window(1, closed_s)) for closed_s in (28, 29, 29.5)] == [False, False, True]
+    assert is_short_of(ExternalReadings("plug.csv"), LOG, window(1, 2))
+
+
+def test_a_file_that_could_not_be_read_gives_nothing_and_says_why() -> None:
+    with pytest.raises(NotMeasured, match="no such file"):
+        external_energy_j(ExternalReadings("plug.csv", error="no such file"), LOG, window(1, 2))
+
+
+def test_a_home_directory_is_that_of_the_user(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_text(lines())
+    monkeypatch.setenv("HOME", str(file.parent))
+    assert read_external(Path("~/plug.csv")).at_utc_s == read_external(file).at_utc_s
 
 
 def test_a_file_without_readings_gives_nothing(file: Path) -> None:

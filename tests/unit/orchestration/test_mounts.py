@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lem.config.experiment_config import ExperimentConfig
-from lem.orchestration.mounts import Mount, local_mounts, without_nested
+from lem.orchestration.mounts import CONTAINER_HOME, Mount, local_mounts, without_nested
 
 
 @pytest.fixture
@@ -112,3 +112,4 @@ def test_a_folder_both_read_and_written_is_written() -> None:
 def test_the_folder_of_an_external_meter_s_file_is_seen_at_its_place(here: Path) -> None:
     found = targets(config(measurement={"external_csv": "meter/watts.csv"}))
     assert found == {f"{here}/meter": True}
+    assert targets(config(measurement={"external_csv": "~/meter/watts.csv"})) == {f"{CONTAINER_HOME}/meter": True}
