@@ -85,9 +85,15 @@ class Controller:
         return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=120, check=False)
 
     def write_campaign(
-        self, name: str, *, outputs: Sequence[int] = (4, 8), cycles: int = 2, more: Mapping[str, Any] | None = None
+        self,
+        name: str,
+        *,
+        outputs: Sequence[int] = (4, 8),
+        cycles: int = 2,
+        more: Mapping[str, Any] | None = None,
+        **axes: Any,
     ) -> str:
-        """The path of a campaign file of as little as there can be."""
+        """The path of a campaign file of as little as there can be; `more` at its top, `axes` in its grid."""
         shared = {
             "max_output_tokens": list(outputs),
             "warmup.enabled": [False],
@@ -96,6 +102,7 @@ class Controller:
             "fp_precision": ["float32"],
             "prompts": [{"type": "synthetic", "input_tokens": 3, "sample_size": 2}],
             "gpus": [[]],
+            **axes,
         }
         document = {
             "campaign_name": name,

@@ -13,13 +13,19 @@ from typing import Any
 
 import pytest
 
+from lem.record import decode_record
+from tests.doubles.nvml.gpus import GpuTrace, Load
+from tests.doubles.nvml.library import build_library
+from tests.doubles.nvml.sensors import Counter
+from tests.doubles.nvml.traces import Trace
 from tests.fleet.hosts import DOUBLES, MODEL, Host, docker, wait_for
 
-pytestmark = [pytest.mark.needs("fleet"), pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.needs("fleet", "gcc"), pytest.mark.timeout(1200)]
 
 # The trivial engine measures nothing, so hosts are never alike in it.
 ANY = "1e9%"
 HOLD = "/var/lib/lem-hold"
+GPU = "GPU-11111111-2222-3333-4444-555555555555"
 
 
 def environment(*rules: dict[str, Any]) -> dict[str, str]:
@@ -153,7 +159,8 @@ def test_a_campaign_is_split_over_hosts_and_a_second_call_does_nothing(fleet):
     assert [host.results("split") for host in (fleet.gpu1, fleet.gpu2)] == before
     assert controller.merged("split") == merged
     assert (controller.fleet_dir / "split" / "plan.json").read_bytes() == plan
-    assert again.changed("gpu1", "gpu2", "localhost") == 0
+    # The units are started, and find nothing to do.
+    assert [again.changed(name) for name in ("gpu1", "gpu2", "localhost")] == [1, 1, 0]
 
 
 def test_what_arrived_is_kept_and_a_second_call_does_only_what_lacks(fleet):
@@ -309,11 +316,35 @@ def test_a_host_without_network_installs_from_a_bundle_and_runs_a_campaign(fleet
     controller.know(host)
     assert "lo" in host.run("ls", "/sys/class/net").split()
     controller.must("site", **variables)
-    assert controller.must("site", **variables).changed("island") == 0
     assert host.run("docker", "image", "inspect", "lem-fleet-probe:1", "--format", "{{.Id}}").startswith("sha256:")
     assert host.read("/var/lib/lem-models/model/weights") == "weights"
-    controller.must("run_campaign", **trivial(lem_campaign_file=controller.write_campaign("alone")))
-    assert len(controller.merged("alone")) == 4
+    controller.must("run_campaign", **metered_campaign(controller, host))
+    records = [decode_record(json.loads(text)) for text in controller.merged("alone").values()]
+    assert len(records) == 2
+    assert {record.energy.energy_source for record in records} == {"nvml_counter"}
+    assert all((record.energy.gpu_energy_j or 0) > 0 for record in records)
+
+
+def metered_campaign(controller, host: Host) -> dict[str, Any]:
+    """The variables of a campaign that measures the energy of a GPU, which is NVML's double on the host."""
+    library = build_library() / "libnvidia-ml.so.1"
+    trace = Trace(
+        1, (GpuTrace(uuid=GPU, load=Load("/opt/lem-nvml/load", 80.0, 350.0), counter=Counter(period_s=0.02)),)
+    )
+    host.run("mkdir", "-p", "/opt/lem-nvml")
+    host.run("sh", "-c", "cat > /opt/lem-nvml/libnvidia-ml.so.1", stdin=library.read_bytes())
+    host.run("sh", "-c", "cat > /opt/lem-nvml/script", stdin="".join(f"{line}\n" for line in trace.lines()).encode())
+    campaign = controller.write_campaign(
+        "alone", outputs=(4,), **{"gpus": [["0"]], "measurement.min_window_sec": [1.0], "measurement.energy": ["nvml"]}
+    )
+    variables = trivial(lem_campaign_file=campaign)
+    variables["lem_campaign_environment"] = {
+        "PYTHONPATH": DOUBLES,
+        "LEMTEST_ENGINE_SCRIPT": json.dumps({"gpus": [GPU], "token_s": 0.01}),
+        "LD_LIBRARY_PATH": "/opt/lem-nvml",
+        "LEMTEST_NVML_SCRIPT": "/opt/lem-nvml/script",
+    }
+    return variables
 
 
 # The end
