@@ -512,7 +512,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def _scalar(kind: type[Any], value: Any, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise RecordError(f"{where}: a finite number is due, got {_shown(value)}") from error
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise RecordError(f"{where}: {kind.__name__} is due, got {_shown(value)}")
     if isinstance(value, float) and not math.isfinite(value):

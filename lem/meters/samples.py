@@ -14,6 +14,7 @@ import dataclasses
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lem import durable
+from lem.jsontypes import build, build_from
 
 __all__ = [
     "FINISHED_FILENAME",
@@ -199,6 +201,9 @@ _KINDS: Mapping[str, type[Row]] = {
     "t": ClockPair,
 }
 _LETTERS = {kind: letter for letter, kind in _KINDS.items()}
+# More than weeks of samples; what unpacks to more is no log of lem's.
+_MOST_B = 1 << 30
+
 _VALUES = {kind: attrgetter(*(item.name for item in dataclasses.fields(kind))) for kind in _LETTERS}
 
 
@@ -250,7 +255,7 @@ class PartReader:
         """Read from its beginning on; the log is only ever added to."""
         self._path = path
         self._offset = 0
-        self._rows = _Rows()
+        self._rows = _Rows(path, first=1)
         self._log: SampleLog | None = None
 
     def read(self) -> SampleLog:
@@ -265,7 +270,7 @@ class PartReader:
             data = file.read()
         size = data.rfind(b"\n") + 1  # what follows the last end of line is still being written
         if size or self._log is None:
-            self._rows.take(line.decode("utf-8") for line in data[:size].split(b"\n")[:-1])
+            self._rows.take(data[:size].split(b"\n")[:-1])
             self._offset += size
             self._log = self._rows.log()
         return self._log
@@ -289,7 +294,7 @@ def read_tail(path: Path, most_b: int = 8192) -> list[Row]:
             file.seek(max(0, size - most_b))
             lines = file.read().split(b"\n")[1:-1]  # the first may have lost its beginning, the last its end
         return [_decode_row(letter, values) for letter, *values in map(json.loads, lines)]
-    except (OSError, KeyError, TypeError, ValueError):
+    except (OSError, RecursionError, TypeError, ValueError):
         return []
 
 
@@ -313,59 +318,87 @@ def read_finished(path: Path) -> tuple[SampleLog, tuple[Mark, ...]]:
         OSError: it cannot be read.
     """
     try:
-        lines = gzip.decompress(path.read_bytes()).decode("utf-8").splitlines()
-        marks = tuple(Mark(*item) for item in json.loads(lines[0])["marks"])
-    except (EOFError, IndexError, KeyError, TypeError, ValueError, gzip.BadGzipFile) as error:
+        with gzip.open(path) as file:
+            lines = file.read(_MOST_B).splitlines()
+        marks = _decode_marks(json.loads(lines[0]) if lines else None)
+    except (EOFError, RecursionError, ValueError, gzip.BadGzipFile, zlib.error) as error:
         raise SampleLogError(f"{path}: not a finished sample log: {error}") from error
-    return _decode(lines[1:]), marks
+    rows = _Rows(path, first=2)
+    rows.take(lines[1:])
+    return rows.log(), marks
 
 
 def _dump(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def _decode(lines: Iterable[str]) -> SampleLog:
-    rows = _Rows()
-    rows.take(lines)
-    return rows.log()
-
-
 class _Rows:
-    """The rows of a log, by kind, as its lines come."""
+    """The rows of a log, by kind, as its lines come.
 
-    def __init__(self) -> None:
+    Attributes:
+        first: the number of the header's line in the file.
+    """
+
+    def __init__(self, path: Path, first: int) -> None:
+        self._path = path
+        self._next = first
         self._header: SampleHeader | None = None
+        self._places: dict[str, int] = {}
         self._found: dict[str, list[Any]] = {letter: [] for letter in _KINDS}
 
-    def take(self, lines: Iterable[str]) -> None:
+    def take(self, lines: Iterable[bytes]) -> None:
         try:
             for line in lines:
                 value = json.loads(line)
                 if self._header is None:
-                    self._header = _decode_header(value)
-                    continue
-                letter, *values = value
-                self._found[letter].append(_decode_row(letter, values))
-        except (KeyError, TypeError, ValueError) as error:
-            raise SampleLogError(f"not a sample log: {error!r}") from error
+                    self._take_header(value)
+                else:
+                    self._take_row(*value)
+                self._next += 1
+        except (RecursionError, TypeError, ValueError) as error:
+            raise SampleLogError(f"{self._path}:{self._next}: not a sample log: {error}") from error
 
     def log(self) -> SampleLog:
         if self._header is None:
-            raise SampleLogError("not a sample log: it has no header")
+            raise SampleLogError(f"{self._path}: not a sample log: it has no header")
         return SampleLog(self._header, *(tuple(self._found[letter]) for letter in "csrlpet"))
 
+    def _take_header(self, document: Any) -> None:
+        header = self._header = _decode_header(document)
+        self._places = {"c": len(header.gpus), "s": len(header.gpus), "p": len(header.gpus), "r": len(header.zones)}
 
-def _decode_header(document: Mapping[str, Any]) -> SampleHeader:
-    values = dict(document)
-    if values.pop("schema_version") != SAMPLES_SCHEMA:
-        raise ValueError(f"schema_version {document['schema_version']!r}, this lem reads {SAMPLES_SCHEMA}")
-    values["gpus"] = tuple(GpuHeader(**gpu) for gpu in values["gpus"])
-    values["zones"] = tuple(RaplZone(**zone) for zone in values["zones"])
-    return SampleHeader(**values)
+    def _take_row(self, letter: Any, *values: Any) -> None:
+        row = _decode_row(letter, values)
+        if letter in self._places and not 0 <= values[0] < self._places[letter]:
+            raise ValueError(f"a row of device {values[0]}, which the header does not have")
+        self._found[letter].append(row)
 
 
-def _decode_row(letter: str, values: Sequence[Any]) -> Row:
-    if letter == "p":
-        gpu, at_ns, pids = values
-        return ProcessesSeen(gpu, at_ns, tuple(pids))
-    return _KINDS[letter](*values)
+def _decode_header(document: Any) -> SampleHeader:
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if version != SAMPLES_SCHEMA:
+        raise ValueError(f"schema_version {version!r:.40}, this lem reads {SAMPLES_SCHEMA}")
+    values = {name: value for name, value in document.items() if name != "schema_version"}
+    for name, kind in (("gpus", GpuHeader), ("zones", RaplZone)):
+        if isinstance(values.get(name), list):
+            values[name] = tuple(build_from(kind, item, name) for item in values[name])
+    header = build_from(SampleHeader, values, "header")
+    if header.interval_ms < 1:
+        raise ValueError(f"interval_ms is {header.interval_ms}")
+    return header
+
+
+def _decode_marks(document: Any) -> tuple[Mark, ...]:
+    marks = document.get("marks") if isinstance(document, dict) else None
+    if not isinstance(marks, list) or not all(isinstance(item, list) for item in marks):
+        raise ValueError("it does not begin with marks")
+    return tuple(build(Mark, item) for item in marks)
+
+
+def _decode_row(letter: Any, values: Sequence[Any]) -> Row:
+    kind = _KINDS.get(letter) if isinstance(letter, str) else None
+    if kind is None:
+        raise ValueError(f"no kind of row: {letter!r:.40}")
+    if kind is ProcessesSeen and len(values) == 3 and isinstance(values[2], list):
+        values = (*values[:2], tuple(pid for pid in values[2] if isinstance(pid, int)))
+    return build(kind, values)

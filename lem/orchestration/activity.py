@@ -13,14 +13,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from lem import durable
 from lem.errors import LemError
+from lem.jsontypes import build_from
 from lem.orchestration.events import Event, Observer
 from lem.orchestration.locks import Holder
 from lem.orchestration.manifest import utc_text
@@ -140,23 +140,12 @@ def read_activity(folder: Path) -> Activity | None:
             document = json.loads(stream.read(_SIZE_MAX_B).decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(document, Mapping) or document.get("schema_version") != SCHEMA_VERSION:
+    if not isinstance(document, dict) or document.pop("schema_version", None) != SCHEMA_VERSION:
         return None
-    values = {name: value for name, value in document.items() if name != "schema_version"}
-    return Activity(**values) if _is_typed(values) else None
-
-
-def _is_typed(values: Mapping[str, Any]) -> bool:
-    texts = ("run_id", "host", "started_at", "updated_at", "go_on", "cwd", "doing", "since", "message")
-    numbers = ("phase_done", "phase_total", "gap_ends_in_s", "eta_s")
-    others = ("exp_id", "config_name", "phase", "stopped")
-    return (
-        values.keys() == {item.name for item in dataclasses.fields(Activity)}
-        and isinstance(values["pid"], int)
-        and all(isinstance(values[name], str) for name in texts)
-        and all(isinstance(values[name], (int, float, type(None))) for name in numbers)
-        and all(isinstance(values[name], (str, type(None))) for name in others)
-    )
+    try:
+        return build_from(Activity, document, "activity")
+    except ValueError:
+        return None
 
 
 def _changed(activity: Activity, event: Event, at: str) -> Activity:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from lem import durable
 from lem.errors import LockedError, UserError
+from lem.jsontypes import build_from
 from lem.results.attempt import make_folder
 
 __all__ = [
@@ -257,8 +258,8 @@ def _write_holder(descriptor: int, holder: Holder) -> None:
 
 def _decode_holder(data: bytes) -> Holder | None:
     try:
-        return Holder(**json.loads(data.decode("utf-8")))
-    except (ValueError, TypeError):
+        return build_from(Holder, json.loads(data), "holder")
+    except (RecursionError, ValueError):
         return None
 
 

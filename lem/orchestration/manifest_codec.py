@@ -7,11 +7,9 @@ Schema history:
 from __future__ import annotations
 
 import dataclasses
-import functools
-import types
-import typing
 from typing import Any
 
+from lem.jsontypes import typed_fields
 from lem.orchestration.manifest_entries import Attempt, CampaignManifest, CampaignManifestEntry, encode_json
 
 __all__ = ["SCHEMA_VERSION", "decode_manifest", "encode_manifest"]
@@ -43,7 +41,7 @@ def decode_manifest(document: Any) -> CampaignManifest:
         by = "a newer lem" if version > SCHEMA_VERSION else "another lem"
         raise ValueError(f"it was written by {by}: schema_version is {version}, this lem reads {SCHEMA_VERSION}")
     values = {name: value for name, value in document.items() if name != "schema_version"}
-    manifest = CampaignManifest(**_typed(CampaignManifest, values, "manifest"))
+    manifest = CampaignManifest(**typed_fields(CampaignManifest, values, "manifest"))
     manifest.experiments = [
         _decode_entry(entry, f"experiments[{index}]") for index, entry in enumerate(manifest.experiments)
     ]
@@ -53,37 +51,12 @@ def decode_manifest(document: Any) -> CampaignManifest:
 
 
 def _decode_entry(value: Any, where: str) -> CampaignManifestEntry:
-    values = _typed(CampaignManifestEntry, value, where)
+    values = typed_fields(CampaignManifestEntry, value, where)
     values["attempts"] = [
-        Attempt(**_typed(Attempt, attempt, f"{where}.attempts[{index}]"))
+        Attempt(**typed_fields(Attempt, attempt, f"{where}.attempts[{index}]"))
         for index, attempt in enumerate(values["attempts"])
     ]
     try:
         return CampaignManifestEntry(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def _typed(kind: type, value: Any, where: str) -> dict[str, Any]:
-    """A copy of the object, which has exactly the fields of `kind`, each of a right type."""
-    types_of = _json_types(kind)
-    if not isinstance(value, dict) or value.keys() != types_of.keys():
-        raise ValueError(f"{where}: an object with the fields {', '.join(types_of)} is due")
-    for name, item in value.items():
-        if type(item) not in types_of[name]:
-            raise ValueError(f"{where}.{name}: {item!r} has the wrong type")
-    return dict(value)
-
-
-@functools.cache
-def _json_types(kind: type) -> dict[str, tuple[type, ...]]:
-    """What JSON may hold for each field of a dataclass."""
-    hints = typing.get_type_hints(kind)
-    return {item.name: _plain_types(hints[item.name]) for item in dataclasses.fields(kind)}
-
-
-def _plain_types(hint: Any) -> tuple[type, ...]:
-    if isinstance(hint, types.UnionType):
-        return tuple(plain for part in typing.get_args(hint) for plain in _plain_types(part))
-    origin = typing.get_origin(hint) or hint
-    return (list,) if origin is tuple else (origin,)

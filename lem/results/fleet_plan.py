@@ -13,6 +13,7 @@ from typing import Any
 
 from lem import durable
 from lem.errors import UserError
+from lem.jsontypes import build, build_from, typed_fields
 from lem.results.attempt import is_name, reason_of, remedy_for
 
 __all__ = [
@@ -120,20 +121,23 @@ def read_plan(path: Path) -> FleetPlan:
 def _decode(document: Any) -> FleetPlan:
     if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(f"not a plan of schema {SCHEMA_VERSION}")
-    values = _fields(FleetPlan, {name: value for name, value in document.items() if name != "schema_version"}, "plan")
-    experiments = tuple(
-        PlannedExperiment(**_fields(PlannedExperiment, item, f"experiments[{index}]"))
-        for index, item in enumerate(_list(values["experiments"], "experiments"))
+    values = typed_fields(
+        FleetPlan, {name: item for name, item in document.items() if name != "schema_version"}, "plan"
     )
-    hosts = tuple(_host(item, f"hosts[{index}]") for index, item in enumerate(_list(values["hosts"], "hosts")))
+    experiments = tuple(
+        build_from(PlannedExperiment, item, f"experiments[{index}]") for index, item in enumerate(values["experiments"])
+    )
+    hosts = tuple(_host(item, f"hosts[{index}]") for index, item in enumerate(values["hosts"]))
     plan = FleetPlan(**{**values, "experiments": experiments, "hosts": hosts})
     _check(plan)
     return plan
 
 
 def _host(item: Any, where: str) -> HostPart:
-    values = _fields(HostPart, item, where)
-    return HostPart(**{**values, "exp_ids": tuple(_list(values["exp_ids"], f"{where}.exp_ids"))})
+    values = typed_fields(HostPart, item, where)
+    if not all(isinstance(exp_id, str) for exp_id in values["exp_ids"]):
+        raise ValueError(f"{where}.exp_ids: a list of texts is due")
+    return build(HostPart, [*{**values, "exp_ids": tuple(values["exp_ids"])}.values()])
 
 
 def _check(plan: FleetPlan) -> None:
@@ -142,7 +146,7 @@ def _check(plan: FleetPlan) -> None:
     if plan.mode not in MODES:
         raise ValueError(f"mode {plan.mode!r} is none of {', '.join(MODES)}")
     for text in (plan.run_id, *names, *known):
-        if not is_name(str(text)):
+        if not is_name(text):
             raise ValueError(f"{text!r} cannot name a folder")
     if len(set(names)) != len(names) or not names:
         raise ValueError("hosts: at least one, and each once")
@@ -151,16 +155,3 @@ def _check(plan: FleetPlan) -> None:
             raise ValueError(f"host {host.name} is given {strange[0]!r}, which is no experiment of the plan")
     if not known <= {exp_id for host in plan.hosts for exp_id in host.exp_ids}:
         raise ValueError("an experiment is given to no host")
-
-
-def _fields(kind: type, value: Any, where: str) -> dict[str, Any]:
-    names = {item.name for item in dataclasses.fields(kind)}
-    if not isinstance(value, dict) or set(value) != names:
-        raise ValueError(f"{where}: an object with the fields {', '.join(sorted(names))} is due")
-    return value
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"{where}: a list is due")
-    return value

@@ -9,6 +9,7 @@ import pytest
 from lem.meters.samples import (
     CounterChange,
     CpuLoad,
+    GpuHeader,
     PartReader,
     SampleHeader,
     SampleLogError,
@@ -17,7 +18,7 @@ from lem.meters.samples import (
     read_part,
 )
 
-HEADER = SampleHeader(1, "2026-01-01T00:00:00+00:00", "host", 100)
+HEADER = SampleHeader(1, "2026-01-01T00:00:00+00:00", "host", 100, (GpuHeader(0, "GPU-1", "H200", "575"),))
 
 
 def add(path: Path, text: str) -> None:

@@ -131,7 +131,7 @@ def test_a_stored_plan_is_read_back_and_never_overwritten(tmp_path: Path) -> Non
         ({"extra": 1}, "fields"),
         ({"experiments": []}, "no experiment of the plan"),
         ({"hosts": [{"name": "gpu1", "exp_ids": [], "expected_s": None}]}, "given to no host"),
-        ({"hosts": "gpu1"}, "a list is due"),
+        ({"hosts": "gpu1"}, "plan.hosts: .gpu1. has the wrong type"),
     ],
 )
 def test_a_broken_plan_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
