@@ -28,6 +28,7 @@ from typing import Any
 
 __all__ = [
     "LOADING_PHASES",
+    "LOAD_PHASE",
     "PHASES",
     "PROTOCOL_VERSION",
     "ChannelError",
@@ -45,7 +46,8 @@ PROTOCOL_VERSION = 1
 PHASES = ("prepare", "load", "idle", "warmup", "window", "cooldown", "write")
 
 # The phases that `load_timeout_seconds` bounds; `experiment_timeout_seconds` bounds the rest.
-LOADING_PHASES = ("prepare", "load")
+LOAD_PHASE = "load"
+LOADING_PHASES = ("prepare", LOAD_PHASE)
 
 # A line longer than this is garbage, not a message; prompts travel as files.
 MAX_LINE_B = 8 * 1024 * 1024

@@ -400,19 +400,16 @@ class Metering:
 
         A file that cannot be read any more costs its own figure and not the whole measurement.
         """
+        window = Span(measured.opened_ns, measured.closed_ns)
         begin_ns = self.clock.monotonic_ns()
-        while True:
-            try:
+        try:
+            readings = read_external(path)
+            while is_short_of(readings, log, window) and self._seconds_since(begin_ns) < _EXTERNAL_LAG_S:
+                self._rest(_REPORT_S, f"waiting for {path.name}")
                 readings = read_external(path)
-                if not is_short_of(readings, log, Span(measured.opened_ns, measured.closed_ns)):
-                    return readings
-            except MeterRefused as error:
-                return ExternalReadings(str(path), error=error.message)
-            except NotMeasured:
-                return readings
-            if self._seconds_since(begin_ns) >= _EXTERNAL_LAG_S:
-                return readings
-            self._rest(_REPORT_S, f"waiting for {path.name}")
+        except MeterRefused as error:
+            return ExternalReadings(str(path), error=error.message)
+        return readings
 
     def surroundings(self, gpu_uuids: Sequence[str]) -> GpuSurroundings:
         """What the sampler told of these GPUs beside their figures."""

@@ -45,8 +45,8 @@ class ExternalReadings:
 def read_external(path: Path) -> ExternalReadings:
     """The readings in a CSV file of UTC time and watts; a first line of names is skipped.
 
-    A time is ISO 8601 (without a zone it is UTC) or seconds since 1970. Further columns are not looked at, nor is a last
-    line that is no reading and has no end: it is still being written.
+    A time is ISO 8601 (without a zone it is UTC) or seconds since 1970. Further columns are not looked at, nor is a
+    last line that is no reading and has no end: it is still being written.
 
     Raises:
         MeterRefused: it cannot be read, or a line is no reading; the line is named.
@@ -87,12 +87,11 @@ def external_energy_j(readings: ExternalReadings, log: SampleLog, span: Span) ->
 
 
 def is_short_of(readings: ExternalReadings, log: SampleLog, span: Span) -> bool:
-    """Whether the readings end before the span does: their meter may yet tell of it.
-
-    Raises:
-        NotMeasured: the clocks cannot be aligned.
-    """
-    known_ns, known_s = _nearest_pair(log, span)
+    """Whether the readings end before the span does: their meter may yet tell of it."""
+    try:
+        known_ns, known_s = _nearest_pair(log, span)
+    except NotMeasured:
+        return False
     return not readings.at_utc_s or known_ns + (readings.at_utc_s[-1] - known_s) * NS_PER_S < span.closed_ns
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lem.errors import EngineError
-from lem.experiment.channel import LOADING_PHASES, ChannelError, RunRequest
+from lem.experiment.channel import LOAD_PHASE, LOADING_PHASES, ChannelError, RunRequest
 from lem.units import format_duration
 
 __all__ = ["Outcome", "Timeouts", "Watch", "WorkerEvent", "event_of", "lost", "outcome_of"]
@@ -18,13 +18,15 @@ class Timeouts:
     """How long to wait for a worker, in seconds.
 
     Attributes:
-        load_s: for everything up to the loaded engine.
+        load_s: for the load of the engine.
+        rest_s: on top of that for what comes before the load, in which power at rest is measured.
         experiment_s: for everything after that.
         silence_s: for the next phase or progress.
         heartbeat_s: for anything at all; a supervisor that lives says something every 5 s.
     """
 
     load_s: float = 1800.0
+    rest_s: float = 0.0
     experiment_s: float = 3600.0
     silence_s: float = 600.0
     heartbeat_s: float = 120.0
@@ -85,7 +87,7 @@ class Watch:
         self._timeouts = timeouts
         self.phase: str | None = None
         self._is_loading = True
-        self._phase_until = now + timeouts.load_s
+        self._phase_until = now + timeouts.load_s + timeouts.rest_s
         self._sign_until = now + timeouts.silence_s
         self._byte_until = now + timeouts.heartbeat_s
 
@@ -95,8 +97,10 @@ class Watch:
         if message["type"] in ("phase", "progress"):
             self._sign_until = now + self._timeouts.silence_s
         if message["type"] == "phase":
-            self.phase = message["phase"]
-            if self._is_loading and self.phase not in LOADING_PHASES:
+            before, self.phase = self.phase, message["phase"]
+            if self.phase == LOAD_PHASE != before:
+                self._phase_until = now + self._timeouts.load_s
+            elif self._is_loading and self.phase not in LOADING_PHASES:
                 self._is_loading = False
                 self._phase_until = now + self._timeouts.experiment_s
 
@@ -114,6 +118,7 @@ class Watch:
                 if self._is_loading
                 else (self._timeouts.experiment_s, "experiment_timeout_seconds")
             )
+            limit += self._timeouts.rest_s if self._is_loading and self.phase != LOAD_PHASE else 0.0
             what = "the engine was not loaded" if self._is_loading else "the experiment was not done"
             return EngineError(
                 f"{what} after {format_duration(limit)} ({where})",

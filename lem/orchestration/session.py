@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ from lem.results.repository import Repository
 __all__ = ["SECRET_VARIABLES", "Measurement", "RunIdentity", "Session"]
 
 _logger = logging.getLogger(__name__)
+
+# What the meters need before a load beside power at rest: a sampler that starts, two looks at the GPUs, two guards.
+METERS_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -210,9 +213,14 @@ class Session:
                 def pass_on(event: WorkerEvent) -> None:
                     on_event(attendance.follow(event))
 
-                return worker.run(attendance.request, pass_on, self._timeouts, self._stop)
+                return worker.run(attendance.request, pass_on, self._timeouts_of(experiment), self._stop)
         except UserError as error:  # the program that ran before is gone
             raise InfrastructureError(error.message, error.hint) from error
+
+    def _timeouts_of(self, experiment: CampaignExperiment) -> Timeouts:
+        """The limits, with the time that power at rest takes before the load."""
+        baseline = experiment.config.baseline
+        return replace(self._timeouts, rest_s=METERS_S + (baseline.duration_sec if baseline.enabled else 0.0))
 
     def _write_prompts(self, experiment: CampaignExperiment, folder: AttemptFolder) -> None:
         """Write the prompts down where the host resolves them.

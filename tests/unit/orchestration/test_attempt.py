@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -97,14 +98,25 @@ def test_phases_and_progress_are_signs_of_progress(sign: Mapping[str, object]):
 def test_loading_has_a_time_of_its_own():
     watch = Watch(TIMEOUTS, 0.0)
     watch.heard(phase("load"), 1.0)
-    kept_alive(watch, progress(1), until=100.0)
+    kept_alive(watch, progress(1), phase("load"), until=100.0)
 
-    assert kind_at(watch, 99.9) is None
-    error = watch.expired(100.0)
+    assert kind_at(watch, 100.9) is None
+    error = watch.expired(101.0)
     assert error is not None
     assert error.kind == "timeout"
     assert "load_timeout_seconds" in error.hint
     assert "phase load" in error.message
+
+
+def test_power_at_rest_before_the_load_is_no_part_of_it():
+    watch = Watch(replace(TIMEOUTS, rest_s=45.0), 0.0)
+    kept_alive(watch, phase("prepare"), until=140.0)
+    assert kind_at(watch, 144.0) is None
+    assert "2m 25s (in phase prepare)" in str(watch.expired(145.0))
+    watch.heard(phase("load"), 144.0)
+    kept_alive(watch, progress(1), start=144.0, until=240.0)
+    assert kind_at(watch, 243.0) is None
+    assert "1m 40s (in phase load)" in str(watch.expired(244.0))
 
 
 def test_the_rest_has_its_time_from_the_end_of_the_load_whatever_phases_follow():
