@@ -120,7 +120,12 @@ def _add_course(group: argparse._ArgumentGroup) -> None:
 
 def _add_fleet(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--shard", metavar="I/N", help="run the part of host I of N alone")
-    group.add_argument("--plan", type=Path, metavar="PLAN", help="take the part from this stored plan")
+    group.add_argument(
+        "--plan",
+        type=Path,
+        metavar="PLAN",
+        help="take the part from this stored plan; with --write-plan: divide what lacks of it in --results-dir",
+    )
     group.add_argument("--write-plan", type=Path, metavar="PLAN", help="divide the campaign, store the plan, and end")
     group.add_argument("--hosts", metavar="A,B,…", help="names of the hosts, for --write-plan")
     group.add_argument("--replicate", action="store_true", help="with --write-plan: every host runs all of it")

@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TextIO
 
 from lem.config.campaign_config import CampaignConfig
@@ -15,8 +16,17 @@ from lem.errors import ExitCode, UserError
 from lem.orchestration.identity import make_run_id
 from lem.orchestration.manifest import utc_now
 from lem.orchestration.plan import Plan
-from lem.orchestration.shards import make_fleet_plan, parse_shard, part_of_plan, take_part
+from lem.orchestration.shards import (
+    check_same,
+    costs_of,
+    make_fleet_plan,
+    parse_shard,
+    part_of_plan,
+    plan_anew,
+    take_part,
+)
 from lem.results.fleet_plan import FleetPlan, read_plan, write_plan
+from lem.results.repository import Repository
 from lem.units import format_duration
 
 __all__ = ["FleetPart", "own_part", "store_plan"]
@@ -38,17 +48,13 @@ def store_plan(
     Raises:
         UserError: the hosts are not named well, or the plan cannot be stored.
     """
-    if args.shard is not None or args.plan is not None:
-        raise UserError("--write-plan makes a plan; --plan and --shard use one", "give one or the other")
+    if args.shard is not None:
+        raise UserError("--write-plan makes a plan, --shard runs a part of one", "give one or the other")
     hosts = [name.strip() for name in (args.hosts or "").split(",") if name.strip()]
-    fleet_plan = make_fleet_plan(
-        plan,
-        hosts,
-        campaign_id=campaign.campaign_id,
-        campaign_name=campaign.campaign_name,
-        run_id=make_run_id(utc_now(), random.SystemRandom()),
-        is_replicated=args.replicate,
-        measured_by_config=measured_by_config,
+    fleet_plan = (
+        _new_plan(args, campaign, plan, hosts, measured_by_config)
+        if args.plan is None
+        else _plan_of_what_lacks(args, campaign, plan, hosts, measured_by_config)
     )
     write_plan(args.write_plan, fleet_plan)
     if args.json:
@@ -56,6 +62,32 @@ def store_plan(
     else:
         out.write("\n".join(_described(fleet_plan)) + "\n")
     return int(ExitCode.OK)
+
+
+def _new_plan(
+    args: argparse.Namespace, campaign: CampaignConfig, plan: Plan, hosts: list[str], measured: Mapping[str, float]
+) -> FleetPlan:
+    return make_fleet_plan(
+        plan,
+        hosts,
+        campaign_id=campaign.campaign_id,
+        campaign_name=campaign.campaign_name,
+        run_id=make_run_id(utc_now(), random.SystemRandom()),
+        is_replicated=args.replicate,
+        measured_by_config=measured,
+    )
+
+
+def _plan_of_what_lacks(
+    args: argparse.Namespace, campaign: CampaignConfig, plan: Plan, hosts: list[str], measured: Mapping[str, float]
+) -> FleetPlan:
+    """The plan of `--plan` with what lacks, by the merged results, divided over these hosts."""
+    stored = read_plan(args.plan)
+    check_same(plan, stored)
+    scan = Repository(Path(campaign.io.results_dir), campaign.slug).scan(stored.run_id)
+    identities = [item.record.identity for item in scan.results]
+    present = {(identity.host, identity.experiment_id) for identity in identities}
+    return plan_anew(stored, hosts, present, costs_of(plan.configurations, measured))
 
 
 def _described(plan: FleetPlan) -> list[str]:

@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import UserError
 from lem.orchestration.plan import CampaignExperiment, Plan
 from lem.results.fleet_plan import REPLICATE, SHARD, FleetPlan, HostPart, PlannedExperiment
 
-__all__ = ["divide", "make_fleet_plan", "parse_shard", "part_of_plan", "take_part"]
+__all__ = [
+    "check_same",
+    "costs_of",
+    "divide",
+    "make_fleet_plan",
+    "parse_shard",
+    "part_of_plan",
+    "plan_anew",
+    "take_part",
+]
 
 _SHARD = re.compile(r"([0-9]{1,5})/([0-9]{1,5})")
 
@@ -75,7 +84,7 @@ def make_fleet_plan(
     """
     if not hosts or len(set(hosts)) != len(hosts):
         raise UserError(f"hosts {', '.join(hosts) or '(none)'}: at least one is due, and each once")
-    costs = _costs(plan.configurations, measured_by_config or {})
+    costs = costs_of(plan.configurations, measured_by_config or {})
     anchor, parts = (None, (frozenset(costs),) * len(hosts)) if is_replicated else divide(costs, len(hosts))
     cycles = plan.execution.cycles
     is_measured = bool(measured_by_config)
@@ -101,9 +110,63 @@ def make_fleet_plan(
     )
 
 
+def plan_anew(
+    stored: FleetPlan,
+    hosts: Sequence[str],
+    present: Collection[tuple[str, str]],
+    costs: Mapping[str, float] | None = None,
+) -> FleetPlan:
+    """A plan of the same run for these hosts, in which what lacks and was another host's is divided among them.
+
+    What a host has measured stays its own. A configuration of which anything lacks on a host that is not among these
+    is run by one of them in all its cycles, so that no interval mixes hosts.
+
+    Args:
+        present: host and exp_id of each experiment that has a result.
+        costs: by config_hash, how long a configuration takes; all the same when not given.
+
+    Raises:
+        UserError: no host, one twice, or every host runs everything.
+    """
+    if not hosts or len(set(hosts)) != len(hosts):
+        raise UserError(f"hosts {', '.join(hosts) or '(none)'}: at least one is due, and each once")
+    if stored.mode == REPLICATE:
+        raise UserError("in a replicated campaign nobody can do another host's part", "call the playbook again instead")
+    hash_of = {item.exp_id: item.config_hash for item in stored.experiments}
+    parts = {host.name: {hash_of[exp_id] for exp_id in host.exp_ids} for host in stored.hosts}
+    lost: set[str] = set()
+    for host in stored.hosts:
+        if host.name not in hosts:
+            lacking = {hash_of[exp_id] for exp_id in host.exp_ids if (host.name, exp_id) not in present}
+            lost |= lacking - {stored.anchor}
+            parts[host.name] -= lacking
+    chosen = {name: parts.get(name, set()) | ({stored.anchor} if stored.anchor else set()) for name in hosts}
+    cost = {digest: (costs or {}).get(digest, 1.0) for digest in hash_of.values()}
+    loads = {
+        name: sum(
+            cost[hash_of[exp_id]] for exp_id in hash_of if hash_of[exp_id] in part and (name, exp_id) not in present
+        )
+        for name, part in chosen.items()
+    }
+    cycles = {digest: sum(other == digest for other in hash_of.values()) for digest in lost}
+    for digest in sorted(lost, key=lambda item: (-cost[item], item)):
+        least = min(chosen, key=lambda name: loads[name])
+        chosen[least].add(digest)
+        loads[least] += cost[digest] * cycles[digest]
+    kept = {host.name: parts[host.name] for host in stored.hosts if host.name not in hosts}
+    return dataclasses.replace(
+        stored,
+        hosts=tuple(
+            HostPart(name, tuple(exp_id for exp_id in hash_of if hash_of[exp_id] in part))
+            for name, part in [*chosen.items(), *kept.items()]
+            if part or name in chosen
+        ),
+    )
+
+
 def part_of_plan(plan: Plan, index: int, count: int) -> Plan:
     """The part of a plan that needs no stored one: every host that knows the campaign divides it the same way."""
-    _, parts = divide(_costs(plan.configurations, {}), count)
+    _, parts = divide(costs_of(plan.configurations, {}), count)
     return _reduced(plan, [item for item in plan.experiments if item.config_hash in parts[index - 1]])
 
 
@@ -113,23 +176,32 @@ def take_part(plan: Plan, fleet_plan: FleetPlan, index: int, count: int | None) 
     Raises:
         UserError: the stored plan is not of this campaign, or not for so many hosts.
     """
-    if fleet_plan.config_hash != plan.config_hash:
-        raise UserError(
-            f"the stored plan is of another state of the campaign ({fleet_plan.config_hash}, here {plan.config_hash})",
-            "the campaign file, the files that it names and the options must be those that the plan was made with",
-        )
+    check_same(plan, fleet_plan)
     if count is not None and count != len(fleet_plan.hosts):
         raise UserError(f"the stored plan is for {len(fleet_plan.hosts)} hosts, not for {count}")
     chosen = set(fleet_plan.part(index).exp_ids)
     return _reduced(plan, [item for item in plan.experiments if item.exp_id in chosen])
 
 
+def check_same(plan: Plan, stored: FleetPlan) -> None:
+    """See that a stored plan is of this campaign.
+
+    Raises:
+        UserError: it is not.
+    """
+    if stored.config_hash != plan.config_hash:
+        raise UserError(
+            f"the stored plan is of another state of the campaign ({stored.config_hash}, here {plan.config_hash})",
+            "the campaign file, the files that it names and the options must be those that the plan was made with",
+        )
+
+
 def _reduced(plan: Plan, experiments: Sequence[CampaignExperiment]) -> Plan:
     return dataclasses.replace(plan, experiments=tuple(experiments))
 
 
-def _costs(configurations: Sequence[CampaignExperiment], measured: Mapping[str, float]) -> dict[str, float]:
-    """What each configuration costs: in seconds where earlier results tell of some, else in tokens."""
+def costs_of(configurations: Sequence[CampaignExperiment], measured: Mapping[str, float]) -> dict[str, float]:
+    """By config_hash, what each configuration costs: in seconds where earlier results tell of some, else in tokens."""
     work = {item.config_hash: _work(item.config) for item in configurations}
     known = [measured[digest] / work[digest] for digest in work if digest in measured]
     scale = sum(known) / len(known) if known else 1.0

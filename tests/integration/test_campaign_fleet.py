@@ -80,6 +80,28 @@ def test_a_new_plan_begins_a_new_run_beside_the_old_one(hosts):
     assert len({record.identity.run_id for record in one.records()}) == 2
 
 
+def test_what_a_lost_host_lacks_is_planned_anew_for_the_others(hosts):
+    controller, one, two = hosts
+    plan = _store_plan(controller)
+    part = ["--executor", "local", "--yes"]
+    assert one.run("--plan", str(plan), "--shard", "1/2", *part).code == 0
+    merge = ["-o", "results", "--anchor-tolerance", "1e9%", "--json"]
+    assert _lem(controller, "merge", one.folder, *merge, "--plan", plan).returncode == 1
+
+    anew = controller.folder / "anew.json"
+    ended = controller.run("--write-plan", str(anew), "--plan", str(plan), "--hosts", "one,three")
+    assert ended.code == 0, ended.err
+    before = one.results()
+    for number, rig in ((1, one), (2, two)):
+        assert rig.run("--plan", str(anew), "--shard", f"{number}/2", *part).code == 0
+    assert before.items() <= one.results().items()
+    assert {record.identity.host for record in two.records()} == {"three"}
+    ended = _lem(controller, "merge", one.folder, two.folder, *merge, "--plan", anew)
+    assert ended.returncode == 0, ended.stdout
+    assert len({item["exp_id"] for item in json.loads(anew.read_text())["experiments"]}) == 6
+    assert json.loads(ended.stdout)["lacking"] == []
+
+
 def test_parts_without_a_stored_plan_are_told_by_numbers_alone(hosts):
     _, one, two = hosts
     for number, rig in ((1, one), (2, two)):
@@ -100,6 +122,7 @@ def test_parts_without_a_stored_plan_are_told_by_numbers_alone(hosts):
         (["--write-plan", "p.json"], "at least one is due"),
         (["--write-plan", "p.json", "--hosts", "a,a"], "each once"),
         (["--write-plan", "p.json", "--hosts", "a", "--shard", "1/2"], "one or the other"),
+        (["--write-plan", "p.json", "--hosts", "a", "--plan", "none.json"], "no such file"),
     ],
 )
 def test_what_makes_no_sense_is_refused_and_nothing_is_written(hosts, options, said):

@@ -12,7 +12,7 @@ import pytest
 from lem.config.yamlfile import load_campaign
 from lem.errors import UserError
 from lem.orchestration.plan import Plan, build_plan
-from lem.orchestration.shards import divide, make_fleet_plan, parse_shard, part_of_plan, take_part
+from lem.orchestration.shards import divide, make_fleet_plan, parse_shard, part_of_plan, plan_anew, take_part
 from lem.results.fleet_plan import FleetPlan, read_plan, write_plan
 
 RUN = "20260714T100000Z-3fa1"
@@ -140,3 +140,41 @@ def test_a_broken_plan_is_refused(tmp_path: Path, change: dict[str, Any], said: 
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UserError, match=said):
         read_plan(path)
+
+
+def _done(stored: FleetPlan, *hosts: str) -> set[tuple[str, str]]:
+    return {(host.name, exp_id) for host in stored.hosts if host.name in hosts for exp_id in host.exp_ids}
+
+
+def test_what_a_lost_host_lacks_goes_to_the_others_and_what_was_measured_stays() -> None:
+    stored = fleet(plan(4, 64, 128, 512), "gpu1", "gpu2", "gpu3")
+    anew = plan_anew(stored, ["gpu1", "gpu2"], _done(stored, "gpu1"))
+    assert (anew.run_id, anew.anchor, anew.experiments) == (stored.run_id, stored.anchor, stored.experiments)
+    assert [host.name for host in anew.hosts] == ["gpu1", "gpu2"]
+    ids = {host.name: set(host.exp_ids) for host in anew.hosts}
+    assert set(stored.hosts[0].exp_ids) <= ids["gpu1"]
+    assert set(stored.hosts[1].exp_ids) <= ids["gpu2"]
+    assert ids["gpu1"] | ids["gpu2"] == {item.exp_id for item in stored.experiments}
+    # The host that is done has least to do.
+    assert ids["gpu1"] - set(stored.hosts[0].exp_ids) == set(stored.hosts[2].exp_ids) - set(stored.hosts[1].exp_ids)
+
+
+def test_a_lost_host_that_was_done_keeps_its_place_in_the_plan() -> None:
+    stored = fleet(plan(4, 64, 128), "gpu1", "gpu2")
+    anew = plan_anew(stored, ["gpu1"], _done(stored, "gpu2"))
+    assert {host.name: host.exp_ids for host in anew.hosts} == {host.name: host.exp_ids for host in stored.hosts}
+
+
+def test_a_configuration_half_measured_by_a_lost_host_is_measured_whole_by_another() -> None:
+    stored = fleet(plan(4, 64, 128), "gpu1", "gpu2")
+    lost = next(exp_id for exp_id in stored.hosts[1].exp_ids if exp_id not in stored.hosts[0].exp_ids)
+    anew = plan_anew(stored, ["gpu1", "gpu3"], _done(stored, "gpu1") | (_done(stored, "gpu2") - {("gpu2", lost)}))
+    cycles = {exp_id for exp_id in stored.hosts[1].exp_ids if exp_id.startswith(lost.rpartition("-")[0])}
+    assert len(cycles) == 2
+    assert [host.name for host in anew.hosts if cycles & set(host.exp_ids)] == ["gpu1"]  # gpu3 has the anchor to do
+    assert cycles <= set(anew.part(1).exp_ids)
+
+
+def test_nobody_does_anothers_part_of_a_replicated_campaign() -> None:
+    with pytest.raises(UserError, match="nobody can do another host's part"):
+        plan_anew(fleet(plan(4, 64), "gpu1", "gpu2", is_replicated=True), ["gpu1"], set())
