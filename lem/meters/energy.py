@@ -214,18 +214,19 @@ def _primary_j(energy: Figures, attempt: AttemptLog) -> float:
 
 
 def _fill_spans(energy: Figures, attempt: AttemptLog) -> None:
-    for field, name, missing in (
-        ("load_energy_j", names.LOAD, "nothing was loaded for this experiment"),
-        ("warmup_energy_j", names.WARMUP, "there was no warm-up"),
+    for field, name, at_rest, missing in (
+        ("load_energy_j", names.LOAD, True, "nothing was loaded for this experiment"),  # sampled as rest is
+        ("warmup_energy_j", names.WARMUP, False, "there was no warm-up"),
     ):
         span = attempt.span(name)
         if span is None:
             energy.leave_out(field, missing)
         else:
-            energy.work_out(
-                field,
-                lambda span=span: sum(curve.between_j(span) for curve in attempt.primary_curves()),  # type: ignore[misc]
-            )
+            energy.work_out(field, lambda span=span, at_rest=at_rest: _primary_span_j(attempt, span, at_rest))  # type: ignore[misc]
+
+
+def _primary_span_j(attempt: AttemptLog, span: Span, at_rest: bool) -> float:
+    return sum(curve.between_j(span) for curve in attempt.primary_curves(at_rest=at_rest))
 
 
 def _fill_meter(energy: Figures, attempt: AttemptLog, primary: Figures) -> None:

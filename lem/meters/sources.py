@@ -164,6 +164,9 @@ def _why_no_gpu(
         return _ON_CPU
     if wanted in ("rapl", "tdp_estimate"):
         return f"another meter was asked for (measurement.energy: {wanted})"
+    cut = [gpu.uuid for gpu in header.gpus if gpu.mig_mode]
+    if missing and cut:  # CUDA calls an instance by a name of its own
+        return f"{', '.join(missing)} is no whole GPU: {', '.join(cut)} is cut into MIG instances, which have no meters"
     if missing:
         return f"{', '.join(missing)} cannot be read: {header.gpu_error or 'the sampler does not see it'}"
     for gpu in header.gpus:

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lem.config.experiment_config import ExperimentConfig
+from lem.errors import UserError
 from lem.experiment.channel import RunRequest
 from lem.experiment.launch import own_command
 from lem.experiment.sampler_process import SamplerProcess, interval_ms
 from lem.meters.gpus import find_gpus, named_gpus, open_nvml, visible_gpus
 from lem.meters.rapl import find_rapl
-from lem.meters.samples import PART_FILENAME, GpuSample, SampleLog, SampleLogError, read_part, read_tail
+from lem.meters.samples import PART_FILENAME, GpuSample, PartReader, SampleLog, SampleLogError, read_tail
 from lem.orchestration.attempt import WorkerEvent
 from lem.orchestration.baselines import BARE, BaselineBook, Reference
 from lem.orchestration.gaps import RecoveryProbe
@@ -127,10 +128,12 @@ class HostMeters:
         is_due = is_wanted and request.executor == "docker" and not gpus and config.gpus != ()
         errors = self._errors() if is_wanted else {"gpu": _NOT_WANTED, "rapl": _NOT_WANTED}
         path_seen = str(path) if is_due else None
-        yield Attendance(
-            dataclasses.replace(request, samples_path=path_seen, is_sampler_due=is_due, meter_errors=errors)
-        )
-        path.unlink(missing_ok=True)
+        try:
+            yield Attendance(
+                dataclasses.replace(request, samples_path=path_seen, is_sampler_due=is_due, meter_errors=errors)
+            )
+        finally:
+            path.unlink(missing_ok=True)  # the worker's, also where the attempt was broken off
 
     def note(self, record: Record | None, request: RunRequest) -> None:
         """Learn from an attempt: what its devices were like at rest, and what is left on them."""
@@ -148,13 +151,18 @@ class HostMeters:
         if self._state is None or reference is None or not self._has_sensors():
             yield None
             return
-        folder = Path(tempfile.mkdtemp(prefix="lem-gap-"))
-        try:
-            path = folder / PART_FILENAME
-            with self._sampling(path, self._state[0], _GAP_INTERVAL_MS, None):
-                yield lambda: _ask(path, reference)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.ExitStack() as stack:
+            probe: RecoveryProbe | None = None
+            try:
+                folder = tempfile.mkdtemp(prefix="lem-gap-")
+                stack.callback(shutil.rmtree, folder, ignore_errors=True)
+                path = Path(folder, PART_FILENAME)
+                stack.enter_context(self._sampling(path, self._state[0], _GAP_INTERVAL_MS, None))
+                reader = PartReader(path)
+                probe = lambda: _ask(reader, reference)  # noqa: E731 - it closes over what was begun here
+            except (OSError, UserError) as error:
+                _logger.warning("the whole gap is kept, since nothing can be sampled in it: %s", error)
+            yield probe
 
     def _has_sensors(self) -> bool:
         """Whether the devices of the last attempt can be watched: GPUs only, since nothing tells how warm a CPU is."""
@@ -194,9 +202,9 @@ class HostMeters:
             path.unlink(missing_ok=True)
 
 
-def _ask(path: Path, reference: Reference) -> bool | None:
+def _ask(reader: PartReader, reference: Reference) -> bool | None:
     try:
-        return has_recovered(read_part(path), reference)
+        return has_recovered(reader.read(), reference)
     except (OSError, SampleLogError):
         return None  # the sampler has not begun, or has ended
 

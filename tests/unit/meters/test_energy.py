@@ -30,6 +30,7 @@ from tests.scripted_attempt import (
     config,
     cpu_attempt,
     gpu_attempt,
+    span,
 )
 
 WINDOW_J = 10 * LOAD_W
@@ -318,6 +319,17 @@ def test_without_a_counter_power_is_integrated_and_says_so() -> None:
     assert found.primary_j == pytest.approx(WINDOW_J, rel=0.01)
     assert found.energy.energy_crosscheck_ratio is None
     assert found.energy.counter_update_period_s is None
+
+
+def test_the_load_is_sampled_as_rest_is() -> None:
+    attempt = gpu_attempt(counter=None)
+    loaded_ns = span(names.LOAD)[1]
+    attempt = attempt.with_log(
+        samples=tuple(row for place, row in enumerate(attempt.log.samples) if place % 10 == 0 or row.at_ns > loaded_ns)
+    )
+    rested = {"baseline": {"sample_interval_ms": 1000}}
+    assert attempt.measured(options=rested).energy.load_energy_j is not None
+    assert "more than 3 periods" in attempt.measured().energy.null_reasons["load_energy_j"]
 
 
 def test_average_power_is_named_as_such() -> None:

@@ -72,6 +72,12 @@ def test_a_mig_instance_has_no_energy_since_the_counter_is_the_boards() -> None:
     assert "MIG" in sources.reasons["gpu"]
 
 
+def test_a_mig_instance_that_cuda_calls_by_its_own_name_is_known_by_the_board_that_is_cut() -> None:
+    sources = choose(header(gpu(mig_mode=True)), "GPU-77")
+    assert "GPU-77 is no whole GPU" in sources.reasons["gpu"]
+    assert "MIG" in sources.reasons["gpu"]
+
+
 def test_a_foreign_process_leaves_no_energy() -> None:
     sources = choose(header(gpu()), "GPU-0", foreign={"GPU-0": (4711,), "GPU-1": (1,)})
     assert sources.primary is None

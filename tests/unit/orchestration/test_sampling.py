@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,35 @@ def test_what_the_host_learned_is_told_to_the_worker(tmp_path: Path) -> None:
 def test_an_event_passes_unchanged_where_nobody_samples(tmp_path: Path) -> None:
     event = WorkerEvent("progress", "e", "window", 1, 2)
     assert attend(tmp_path, "local").follow(event) == event
+
+
+def test_what_a_worker_sampled_goes_with_its_attempt_also_when_that_is_broken_off(tmp_path: Path) -> None:
+    meters = HostMeters(gpu_error="no driver", rapl_error="no powercap", command=("false",))
+    config = ExperimentConfig.from_dict({"model": "any"})
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        meters.attending(config, request(tmp_path, config, "docker")) as attendance,
+    ):
+        Path(str(attendance.request.samples_path)).touch()
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("is_room", [True, False])
+def test_a_gap_that_cannot_be_watched_is_kept_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_room: bool
+) -> None:
+    meters = HostMeters(gpu_error=None, rapl_error=None, command=("/nowhere/lem",))
+    base = make_record()
+    idle = Idle(70.0, 95.0, None, 35.0, 41.0, 0.0, {"idle_loaded_post_power_w": "the engine left"})
+    energy = dataclasses.replace(base.energy, energy_source="nvml_counter")
+    environment = dataclasses.replace(base.environment, gpu_uuids=("GPU-1",))
+    asked = request(tmp_path, ExperimentConfig.from_dict({"model": "any"}), "local")
+    meters.note(dataclasses.replace(base, idle=idle, energy=energy, environment=environment), asked)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path if is_room else tmp_path / "gone"))
+    with meters.watching() as probe:
+        assert probe is None
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_gap_is_not_watched_before_anything_was_measured() -> None:
