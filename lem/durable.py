@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json", "sync_folder", "utf8", "write_bytes", "write_json", "write_text"]
+__all__ = ["name_folder", "read_json", "sync_folder", "utf8", "write_bytes", "write_json", "write_text"]
 
 TEMPORARY_PREFIX = ".lem-tmp-"
 
@@ -87,6 +87,28 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes().decode("utf-8"))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def name_folder(folder: Path, target: Path) -> None:
+    """Give a finished folder its name beside it, so that a crash leaves everything that is in it or no such name.
+
+    Raises:
+        OSError: something is there under that name, or the disk refuses; the folder is as before.
+    """
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _sync_file(Path(parent, name))
+        sync_folder(Path(parent))
+    sys.audit("lem.rename", str(target))
+    folder.rename(target)
+    sync_folder(target.parent)
+
+
+def _sync_file(path: Path) -> None:
+    sys.audit("lem.fsync", str(path))
+    descriptor = os.open(path, os.O_RDONLY)
+    with _closing(descriptor):
+        os.fsync(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

@@ -83,10 +83,9 @@ def make_bundle(folder: Path, contents: Contents, *, sign_key: Path | None = Non
             if sign_key is not None:
                 _sign(scratch, sign_key)
             scratch.chmod(0o755)
-            scratch.rename(target)
+            durable.name_folder(scratch, target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        durable.sync_folder(folder)
     except OSError as error:
         raise UserError(f"{error.filename or target}: {reason_of(error)}", remedy_for(error)) from error
     return target

@@ -11,7 +11,7 @@ import hashlib
 import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from lem.results.repository import Problem, Repository, StoredResult, experiment
 __all__ = ["AnchorCheck", "Cell", "Gathered", "Matrix", "check_anchor", "completeness", "gather", "write_merged"]
 
 _SHOWN = 5
-_METRICS = (
+_METRICS: tuple[tuple[str, str, Callable[[Record], float | None]], ...] = (
     ("energy_per_output_tok_j", "J/tok", lambda record: record.efficiency.energy_per_output_tok_j),
     ("output_tok_per_s", "tok/s", lambda record: record.throughput.output_tok_per_s),
 )
@@ -159,11 +159,11 @@ def check_anchor(results: Sequence[StoredResult], anchor: str | None, tolerance:
     return AnchorCheck()
 
 
-def _geometric_means(records: Sequence[Record], read: object) -> dict[str, float] | None:
+def _geometric_means(records: Sequence[Record], read: Callable[[Record], float | None]) -> dict[str, float] | None:
     """By host; None where a record lacks the value, since means over different cycles do not compare."""
     values: dict[str, list[float]] = {}
     for record in records:
-        value = read(record)  # type: ignore[operator]
+        value = read(record)
         if value is None or value <= 0:
             return None
         values.setdefault(record.identity.host, []).append(math.log(value))
@@ -274,8 +274,6 @@ def _copy_folder(source: Path, target: Path) -> None:
             if path.is_file() and not path.is_symlink() and not path.name.startswith(durable.TEMPORARY_PREFIX):
                 shutil.copyfile(path, scratch / path.name)
         scratch.chmod(0o755)
-        scratch.rename(target)
-    except BaseException:
+        durable.name_folder(scratch, target)
+    finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    durable.sync_folder(target.parent)

@@ -169,3 +169,28 @@ durable.write_json(Path(sys.argv[1]), ["new"])
     assert json.loads(path.read_bytes()) == (["new"] if event == "lem.fsync_dir" else ["old"])
     strangers = [item.name for item in tmp_path.iterdir() if item != path]
     assert all(name.startswith(durable.TEMPORARY_PREFIX) for name in strangers)
+
+
+def test_a_folder_gets_its_name_after_everything_in_it_is_on_disk(tmp_path: Path) -> None:
+    scratch, target = tmp_path / "scratch", tmp_path / "target"
+    (scratch / "inner").mkdir(parents=True)
+    (scratch / "a").write_text("one")
+    (scratch / "inner" / "b").write_text("two")
+    seen: list[tuple[str, str]] = []
+    with watching(lambda event, path: seen.append((event, Path(path).name))):
+        durable.name_folder(scratch, target)
+    assert seen[-2:] == [("lem.rename", "target"), ("lem.fsync_dir", tmp_path.name)]
+    assert {"a", "b", "scratch", "inner"} == {name for _, name in seen[:-2]}
+    assert [(target / "a").read_text(), (target / "inner" / "b").read_text()] == ["one", "two"]
+    assert not scratch.exists()
+
+
+@pytest.mark.parametrize("event", ["lem.fsync", "lem.fsync_dir", "lem.rename"])
+def test_a_folder_that_cannot_be_made_safe_gets_no_name(tmp_path: Path, event: str) -> None:
+    scratch, target = tmp_path / "scratch", tmp_path / "target"
+    scratch.mkdir()
+    (scratch / "a").write_text("one")
+    with failing(event), pytest.raises(OSError, match="No space left"):
+        durable.name_folder(scratch, target)
+    assert not target.exists()
+    assert (scratch / "a").read_text() == "one"
