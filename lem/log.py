@@ -9,11 +9,12 @@ import logging
 import os
 import shutil
 import time
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
-__all__ = ["Console", "configure", "is_colour_wanted", "is_journal", "log_to_file", "shorten"]
+__all__ = ["Console", "configure", "harmless", "is_colour_wanted", "is_journal", "log_to_file", "shorten"]
 
 _COLOURS = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36", "bold": "1", "dim": "2"}
 _CLEAR_LINE = "\r\x1b[2K"
@@ -42,6 +43,13 @@ def is_journal(stream: TextIO, environ: Mapping[str, str] = os.environ) -> bool:
 def shorten(text: str, width: int) -> str:
     """`text` cut to `width` characters with an ellipsis at the end."""
     return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
+
+
+def harmless(text: str) -> str:
+    """`text` without control characters: what a file holds must not steer the terminal that shows it."""
+    if text.isprintable():
+        return text
+    return "".join(char if unicodedata.category(char) not in ("Cc", "Cf") or char in "\n\t" else "�" for char in text)
 
 
 class Console:
@@ -102,7 +110,7 @@ class _ConsoleHandler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
+        message = harmless(record.getMessage())
         if record.levelno >= logging.WARNING:
             word = record.levelname.lower()
             message = f"{self._console.paint(word + ':', _LEVEL_COLOUR.get(record.levelno, 'yellow'))} {message}"

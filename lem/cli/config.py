@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lem.errors import ConfigurationError, ExitCode
-from lem.log import is_colour_wanted
+from lem.log import harmless, is_colour_wanted
 
 if TYPE_CHECKING:
     from lem.config.loading import Loaded
@@ -113,9 +113,9 @@ def _told(report: Mapping[str, Any]) -> str:
 
 def _complain(error: ConfigurationError, err: TextIO) -> None:
     word = f"{_RED}error:{_RESET}" if is_colour_wanted(err) else "error:"
-    err.write(f"{word} {error.message}\n")
+    err.write(f"{word} {harmless(error.message)}\n")
     if error.hint:
-        err.write(f"hint: {error.hint}\n")
+        err.write(f"hint: {harmless(error.hint)}\n")
 
 
 def _problem_documents(error: ConfigurationError) -> list[dict[str, Any]]:

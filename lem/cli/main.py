@@ -171,9 +171,9 @@ def _warn_of_unknown_variables(console: log.Console) -> None:
 
 def _explain(console: log.Console, error: LemError) -> None:
     console.close()
-    console.line(f"{console.paint('error:', 'red')} {error.message}", logging.ERROR)
+    console.line(f"{console.paint('error:', 'red')} {log.harmless(error.message)}", logging.ERROR)
     if error.hint:
-        console.line(f"{console.paint('hint:', 'cyan')} {error.hint}", logging.ERROR)
+        console.line(f"{console.paint('hint:', 'cyan')} {log.harmless(error.hint)}", logging.ERROR)
 
 
 def _report_bug(console: log.Console, error: Exception) -> None:
@@ -188,4 +188,4 @@ def _report_bug(console: log.Console, error: Exception) -> None:
         console.line(told)
         where = ""
     summary = f"{type(error).__name__}: {error}".splitlines()[0]
-    console.line(f"{console.paint('bug:', 'red')} {log.shorten(summary, 200)}{where}", logging.CRITICAL)
+    console.line(f"{console.paint('bug:', 'red')} {log.shorten(log.harmless(summary), 200)}{where}", logging.CRITICAL)

@@ -107,10 +107,10 @@ def _document(gathered: Gathered, matrix: Matrix, anchor: AnchorCheck, new: int)
 def _lines(
     gathered: Gathered, matrix: Matrix, anchor: AnchorCheck, new: int, output: Path, plan: FleetPlan | None
 ) -> list[str]:
-    from lem.results.layout import Column, columns
+    from lem.results.layout import Column, columns, printable
 
     table = [
-        Column(host, tuple(cells[index].text for cells in matrix.rows.values()))
+        Column(printable(host), tuple(cells[index].text for cells in matrix.rows.values()))
         for index, host in enumerate(matrix.hosts)
     ]
     lines = [*columns("configuration", list(matrix.rows), table, _WIDTH), ""]

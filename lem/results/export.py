@@ -244,9 +244,18 @@ def _gpu_number(column: str) -> int | None:
 def _as_csv(table: Table) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(table.columns)
-    writer.writerows([_cell_text(row[name]) for name in table.columns] for row in table.rows)
+    writer.writerow(map(_not_a_formula, table.columns))
+    writer.writerows([_csv_cell(row[name]) for name in table.columns] for row in table.rows)
     return out.getvalue()
+
+
+def _csv_cell(value: Any) -> str:
+    return _cell_text(value) if isinstance(value, (int, float)) else _not_a_formula(_cell_text(value))
+
+
+def _not_a_formula(text: str) -> str:
+    """The text with an apostrophe before it where a spreadsheet would run it: results come from other hosts too."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def _as_json(table: Table) -> str:

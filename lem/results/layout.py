@@ -95,7 +95,7 @@ def columns(heading: str, names: Sequence[str], others: Sequence[Column], width:
     heads = [column.heading.split("\n") for column in others]
     widths = [max(map(text_width, (*head, *column.cells))) for head, column in zip(heads, others, strict=True)]
     room = max(width - sum(widths) - _GAP * len(widths), _NAME_MIN)
-    wrapped_names = [_wrap_name(name, room) for name in names]
+    wrapped_names = [_wrap_name(printable(name), room) for name in names]
     name_width = max(text_width(line) for lines in (*wrapped_names, heading.split("\n")) for line in lines)
     height = max(len(head) for head in (*heads, heading.split("\n")))
     lines = []
