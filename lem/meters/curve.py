@@ -94,6 +94,7 @@ class Curve:
         energy_j: at each knot; never falling.
         holes: where it says nothing; knots on both sides of a hole have no energy in common.
         said: what the meter said when it could not be read; empty when it always could.
+        period_s: how far apart knots may lie where the meter is read on a schedule; 0 for as they usually do.
         lag_s: by how much the meter may lag behind; until then after a window it still tells of the window.
     """
 
@@ -105,6 +106,7 @@ class Curve:
     holes: tuple[Hole, ...] = ()
     lag_s: float = 0.0
     said: str = ""
+    period_s: float = 0.0
 
     def between_j(self, span: Span) -> float:
         """The energy of the span, both edges interpolated between knots.
@@ -263,7 +265,7 @@ class Curve:
 
     def _check_edges(self, span: Span, *edges_ns: int) -> None:
         gap_s = max(self.spacing_s(at_ns) for at_ns in edges_ns)
-        if gap_s > HOLE_PERIODS * self.usual_spacing_s and gap_s > _MOST_OF_SPAN * span.seconds:
+        if gap_s > HOLE_PERIODS * max(self.period_s, self.usual_spacing_s) and gap_s > _MOST_OF_SPAN * span.seconds:
             raise NotMeasured(f"{self.what} was not read for {gap_s:.2f} s around an edge of {span.seconds:.2f} s")
 
     def _check_whole(self, span: Span) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from lem.meters.curve import HOLE_PERIODS, NS_PER_S, Curve, Hole, NotMeasured, Span
@@ -57,7 +58,8 @@ def power_curve(samples: Iterable[GpuSample], gpu: int, period_s: float, what: s
             text = f"{what} was not read for {length_s:.2f} s, more than {HOLE_PERIODS} periods of {period_s:g} s"
             holes.append(Hole(Span(before_ns, after_ns), text))
         energy_j[place] = energy_j[place - 1] + (before_w + after_w) / 2 * length_s
-    return _exact(what, [at_ns for at_ns, _ in rows], energy_j, holes, lag_s)
+    curve = _exact(what, [at_ns for at_ns, _ in rows], energy_j, holes)
+    return replace(curve, lag_s=lag_s, period_s=period_s)
 
 
 def rapl_curve(readings: Iterable[RaplReading], zone: int, max_uj: int, what: str) -> Curve:
@@ -105,9 +107,7 @@ def update_period_s(changes: Iterable[CounterChange], gpu: int, span: Span) -> f
     return statistics.fmean(item for item in spacings if item <= 1.5 * usual_ns) / NS_PER_S
 
 
-def _exact(
-    what: str, at_ns: Sequence[int], energy_j: Sequence[float], holes: Sequence[Hole], lag_s: float = 0.0
-) -> Curve:
+def _exact(what: str, at_ns: Sequence[int], energy_j: Sequence[float], holes: Sequence[Hole]) -> Curve:
     """A curve whose knots lie where they were read."""
     times = tuple(at_ns)
-    return Curve(what, times, times, times, tuple(energy_j), tuple(holes), lag_s)
+    return Curve(what, times, times, times, tuple(energy_j), tuple(holes))

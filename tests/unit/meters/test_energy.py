@@ -321,14 +321,15 @@ def test_without_a_counter_power_is_integrated_and_says_so() -> None:
     assert found.energy.counter_update_period_s is None
 
 
-def test_the_load_is_sampled_as_rest_is() -> None:
+def test_rest_and_load_are_sampled_as_the_baseline_says() -> None:
     attempt = gpu_attempt(counter=None)
     loaded_ns = span(names.LOAD)[1]
     attempt = attempt.with_log(
         samples=tuple(row for place, row in enumerate(attempt.log.samples) if place % 10 == 0 or row.at_ns > loaded_ns)
     )
-    rested = {"baseline": {"sample_interval_ms": 1000}}
-    assert attempt.measured(options=rested).energy.load_energy_j is not None
+    found = attempt.measured(options={"baseline": {"sample_interval_ms": 1000}})
+    assert found.energy.load_energy_j is not None
+    assert found.idle.idle_bare_power_w == pytest.approx(BARE_W, rel=0.1)
     assert "more than 3 periods" in attempt.measured().energy.null_reasons["load_energy_j"]
 
 
