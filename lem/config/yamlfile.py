@@ -290,6 +290,9 @@ class _Builder:
         if any("\ud800" <= character <= "\udfff" for character in value):
             self._note(path, "holds half of a surrogate pair, which is no character")
             return None
+        if "\0" in value:  # no name of a file or a model holds one, and no text is read for anything else
+            self._note(path, "holds the control character U+0000; take it out")
+            return None
         try:
             return expand(value, self._environ, is_plain=is_plain)
         except ExpansionError as error:

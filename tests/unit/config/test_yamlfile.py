@@ -76,6 +76,7 @@ def test_every_duplicate_key_is_found_with_its_line(tmp_path: Path):
         ("? [a]\n: b\n", "a key must be plain text"),
         ("a: &x [*x]\n", "a[0]: an alias (*name) of what it is part of"),
         ('a: "\\ud800"\n', "a: holds half of a surrogate pair"),
+        ('a: "x\\0y"\n', "a: holds the control character U+0000"),
         ("a: ${NOPE}\n", "a: the environment variable NOPE is not set; set it or write ${NOPE:-default}"),
         ("a: ${NO\n", "a: '${' without ${NAME} or ${NAME:-default}"),
     ],

@@ -1,0 +1,113 @@
+"""What one input does: accepted, refused in words that say where, or a find."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from hypothesis import strategies as st
+
+from lem.cli.main import main
+
+__all__ = ["Find", "Outcome", "Ran", "Surface", "Trial", "replaced", "run_lem"]
+
+_LOG = re.compile(r"\(traceback in (.*)\)")
+
+
+class Outcome(enum.Enum):
+    """How an input was taken."""
+
+    ACCEPTED = "accepted"
+    REFUSED = "refused"
+
+
+class Find(AssertionError):
+    """What an input brought to light beside an exception: a bug told by the program, or a refusal without a place.
+
+    Attributes:
+        kind: of `traceback`, `place` (a refusal that does not say where), `escape` (something was written elsewhere).
+    """
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class Trial(Protocol):
+    """One way into the program."""
+
+    def __call__(self, data: bytes, folder: Path, *, is_thorough: bool) -> Outcome:
+        """How the input was taken.
+
+        Args:
+            folder: to work in; everything in it may be changed, and it is the working directory.
+            is_thorough: go every way that reads this input, not only the one that is this input's turn.
+        """
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Where inputs come from outside.
+
+    Attributes:
+        name: names the folder of its cases.
+        make_inputs: the strategy, made when it is needed.
+        share: of all inputs, relative to the other surfaces.
+        in_suite: how many inputs the test suite tries: fewer where one of them takes longer.
+    """
+
+    name: str
+    make_inputs: Callable[[], st.SearchStrategy[bytes]]
+    trial: Trial
+    share: int = 1
+    in_suite: int = 200
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command line came to."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_lem(*words: str, expected: Sequence[int] = (0, 2)) -> Ran:
+    """The command line in this process.
+
+    Raises:
+        Find: it reports a bug, or an exit code that is none of those expected.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    code = main(list(words), out, err)
+    said = err.getvalue()
+    if found := _LOG.search(said):
+        log = Path(found[1])
+        with contextlib.suppress(OSError):
+            said += log.read_text(encoding="utf-8")
+            log.unlink()
+    if code == 70 or "Traceback (most recent call last)" in said:
+        raise Find("traceback", f"lem {' '.join(words)}\n{said}")
+    if code not in expected:
+        raise Find("traceback", f"lem {' '.join(words)} ended with {code}\n{said}")
+    return Ran(code, out.getvalue(), said)
+
+
+@contextlib.contextmanager
+def replaced(path: Path, data: bytes) -> Iterator[None]:
+    """The file with other bytes in it, for the length of the block; a file that was not there is removed again."""
+    before = path.read_bytes() if path.exists() else None
+    path.write_bytes(data)
+    try:
+        yield
+    finally:
+        if before is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.write_bytes(before)
