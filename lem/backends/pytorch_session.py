@@ -164,6 +164,9 @@ class Session:
             return None
         return int(torch.cuda.max_memory_allocated(self._facts.gpu_index))
 
+    def close(self) -> None:
+        """Nothing: what it holds goes with the last reference to it, see `free_memory`."""
+
     def _find_facts(self, config: ExperimentConfig) -> EngineFacts:
         gpu_index = pick_gpu(config.gpus, self._uuids)
         return EngineFacts(

@@ -21,6 +21,7 @@ from lem.backends.checkpoints import WEIGHTS, fetch, identify
 from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
 from lem.backends.pytorch_device import visible_gpus
 from lem.backends.pytorch_sources import Source
+from lem.backends.session_backend import ServedSession
 from lem.backends.tensorrt_checkpoint import check_checkpoint, documents_of
 from lem.backends.tensorrt_effective import describe_effective, refuse_differences
 from lem.backends.tensorrt_options import (
@@ -55,7 +56,7 @@ _FAILURES = (AssertionError, AttributeError, ImportError, LookupError, MemoryErr
 FindGpus = Callable[[], tuple[str, ...]]
 
 
-class Session:
+class Session(ServedSession):
     """A loaded engine with the experiment that is set up on it."""
 
     def __init__(self, config: ExperimentConfig, secrets: Mapping[str, str], find_gpus: FindGpus | None = None) -> None:

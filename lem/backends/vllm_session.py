@@ -14,6 +14,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from lem.backends.checkpoints import identify
 from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
+from lem.backends.session_backend import ServedSession
 from lem.backends.vllm_effective import describe_effective, refuse_seeds
 from lem.backends.vllm_failures import (
     OPTION_OF_PARAMETER,
@@ -49,7 +50,7 @@ NS_PER_S = 1_000_000_000
 TRIAL_TOKENS = 2
 
 
-class Session:
+class Session(ServedSession):
     """A loaded engine with the experiment that is set up on it."""
 
     def __init__(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> None:

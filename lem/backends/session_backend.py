@@ -1,0 +1,163 @@
+"""What every backend does alike: it holds the session of a loaded engine, whose module imports that engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Generic, Protocol, TypeVar
+
+from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
+from lem.config.experiment_config import ExperimentConfig
+from lem.errors import EngineError
+
+__all__ = ["EngineSession", "ServedSession", "SessionBackend", "explain_import"]
+
+
+class EngineSession(Protocol):
+    """A loaded engine, as `Backend` describes it."""
+
+    def configure(self, config: ExperimentConfig) -> None:
+        """Set it up for another experiment."""
+
+    def report(self) -> EngineReport:
+        """What is loaded, with the options in effect."""
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a prompt."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of an answer."""
+
+    def generate(
+        self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress
+    ) -> list[Completion]:
+        """A completion for each request."""
+
+    def serve(self, queue: RequestQueue) -> None:
+        """Work the queue off."""
+
+    def synchronize(self) -> None:
+        """Return when the device has nothing more to do."""
+
+    def reset_peak_memory(self) -> None:
+        """Begin to look for the peak anew."""
+
+    def peak_memory_b(self) -> int | None:
+        """The peak since then, in bytes."""
+
+    def close(self) -> None:
+        """Give up what it holds."""
+
+
+class ServedSession:
+    """The part of a session whose engine runs in processes of its own."""
+
+    def synchronize(self) -> None:
+        """Nothing: a token is handed over once it was read from the device, so the last one ends the work."""
+
+    def reset_peak_memory(self) -> None:
+        """Nothing: the engine takes its memory when it loads, and its processes tell of no peak."""
+
+    def peak_memory_b(self) -> int | None:
+        """None."""
+        return None
+
+
+S = TypeVar("S", bound=EngineSession)
+
+
+class SessionBackend(Generic[S]):
+    """A backend that loads its engine with a session and forgets it with that.
+
+    Attributes:
+        name: as configurations say it.
+        packages: what Python must have.
+        package_hint: how to come by them; `{missing}` and `{python}` stand for themselves.
+    """
+
+    name: str
+    packages: tuple[str, ...]
+    package_hint: str
+
+    def __init__(self) -> None:
+        self._session: S | None = None
+
+    def open_session(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> S:
+        """Import the engine and load it.
+
+        Raises:
+            EngineError: either fails.
+        """
+        raise NotImplementedError
+
+    def load(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> EngineReport:
+        """As `Backend`."""
+        self.unload()
+        self._require_packages()
+        self._session = self.open_session(config, secrets)
+        return self._session.report()
+
+    def configure(self, config: ExperimentConfig) -> EngineReport:
+        """As `Backend`."""
+        self._there.configure(config)
+        return self._there.report()
+
+    def encode(self, text: str) -> list[int]:
+        """As `Backend`."""
+        return self._there.encode(text)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """As `Backend`."""
+        return self._there.decode(token_ids)
+
+    def generate(
+        self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
+    ) -> list[Completion]:
+        """As `Backend`."""
+        return self._there.generate(requests, observe_tokens=observe_tokens, on_progress=on_progress)
+
+    def serve(self, queue: RequestQueue) -> None:
+        """As `Backend`."""
+        self._there.serve(queue)
+
+    def synchronize(self) -> None:
+        """As `Backend`."""
+        self._there.synchronize()
+
+    def reset_peak_memory(self) -> None:
+        """As `Backend`."""
+        self._there.reset_peak_memory()
+
+    def peak_memory_b(self) -> int | None:
+        """As `Backend`."""
+        return self._there.peak_memory_b()
+
+    def unload(self) -> None:
+        """As `Backend`."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
+    @property
+    def _there(self) -> S:
+        if self._session is None:
+            raise EngineError("no model is loaded")
+        return self._session
+
+    def _require_packages(self) -> None:
+        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        if missing:
+            raise EngineError(
+                f"the {self.name} backend needs {' and '.join(missing)}, which {sys.executable} does not have",
+                self.package_hint.format(missing=" ".join(missing), python=sys.executable),
+                kind="engine",
+                is_permanent=True,
+            )
+
+
+def explain_import(what: str, error: Exception, hint: str) -> EngineError:
+    """The error of an engine that is installed and cannot be imported."""
+    return EngineError(
+        f"{what} cannot be imported by {sys.executable}: {error}", hint, kind="engine", is_permanent=True
+    )
