@@ -225,15 +225,16 @@ class Metering:
         Raises:
             MeterRefused: the configuration demands energy, and another program has come meanwhile.
         """
-        is_due = self._has_rest and self.baselines.bare_power_w is None
-        if is_due:
+        if self._has_rest and self.baselines.bare_power_w is None:
             text = "idle without an engine"
             self._rest(self._guard_s, text)  # a meter is first read a moment after the sampler's start
             with self.during(marks.IDLE_BARE):
                 self._rest(self.config.baseline.duration_sec, text)
             self._rest(self._guard_s, text)  # what closes it is read at rest too
-        if is_due or self.foreign:
-            self.foreign = self.look_at_processes()
+        # Prompts may have been fetched for minutes, and a rest takes its time.
+        there = self.look_at_processes()
+        if there != self.foreign:
+            self.foreign = there
             self.choose([gpu.uuid for gpu in self.source.read().header.gpus])
 
     def rest_loaded(self) -> None:

@@ -127,7 +127,9 @@ class Supervisor:
         if now >= self._heartbeat_at:
             self._heartbeat_at = now + HEARTBEAT_S
             self._tell("heartbeat", is_droppable=True)
-        self._sampler.reap()
+        death = self._sampler.reap()
+        if death is not None and self._log is not None:
+            self._log.write(f"{death}\n".encode())
         if self._engine is not None:
             self._engine.tick(now)
             self._look_after(self._engine)

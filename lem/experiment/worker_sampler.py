@@ -19,6 +19,7 @@ class WorkerSampler:
 
     def __init__(self) -> None:
         self._sampler: SamplerProcess | None = None
+        self._is_wanted = False
 
     def begin(self, request: RunRequest) -> None:
         """Sample for an experiment, if that is asked for.
@@ -28,6 +29,7 @@ class WorkerSampler:
         """
         if not request.is_sampler_due or request.samples_path is None:
             return
+        self._is_wanted = True
         seen = visible_gpus(find_gpus(), os.environ)
         self._sampler = SamplerProcess.start(
             own_command(sys.executable),
@@ -44,13 +46,16 @@ class WorkerSampler:
 
     def end(self) -> None:
         """Have it end, which takes a moment."""
+        self._is_wanted = False
         if self._sampler is not None:
             self._sampler.hang_up()
 
-    def reap(self) -> None:
-        """Forget one that has ended."""
-        if self._sampler is not None and not self._sampler.is_running():
+    def reap(self) -> str | None:
+        """How one ended that was wanted yet; it is forgotten."""
+        death = None if self._sampler is None else self._sampler.death()
+        if death is not None:
             self._sampler = None
+        return death if self._is_wanted else None
 
     def kill(self) -> None:
         """End it at once."""

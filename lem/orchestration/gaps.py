@@ -19,7 +19,7 @@ __all__ = [
 # Why a gap ended, as the record's `gap_end_reason` says it.
 RECOVERED = "device back at its reference temperature and power"
 CAP_REACHED = "cap reached before the device was back at its reference"
-NO_SENSORS = "whole gap: no sensors to tell when the device is back"
+NO_SENSORS = "whole gap: no sensor, or no power at rest from before, tells when the device is back"
 NO_GAP = "no gap configured"
 INTERRUPTED = "interrupted"
 

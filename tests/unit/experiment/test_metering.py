@@ -16,6 +16,7 @@ from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError
 from lem.experiment.channel import RunRequest
 from lem.experiment.harness import run_experiment
+from lem.experiment.metering import Metering, PartFile
 from lem.experiment.prompts import write_prompts
 from lem.experiment.residency import ResidentEngine
 from lem.meters import marks
@@ -30,6 +31,7 @@ from lem.meters.samples import (
     encode_row,
     read_finished,
 )
+from lem.meters.sources import COUNTER
 from lem.record import Record, encode_record
 from tests.doubles.nvml.traces import Counter, GpuProcess, GpuTrace, Load, Trace, simulate_log
 from tests.unit.experiment.test_harness import IDENTITY, PROMPTS, Listener
@@ -308,6 +310,19 @@ def test_a_process_that_comes_before_the_load_is_a_foreign_one(tmp_path: Path) -
     record = Meter(tmp_path, gpu).run()
     assert record.energy.gpu_energy_j is None
     assert "process 77" in record.energy.null_reasons["gpu_energy_j"]
+
+
+def test_a_process_that_comes_while_prompts_are_fetched_is_a_foreign_one(meter: Meter) -> None:
+    meter.gpu = dataclasses.replace(meter.gpu, processes=(GpuProcess(77, from_s=20.0),))
+    config = ExperimentConfig.from_dict({"model": "any", "baseline": {"enabled": False}})
+    meter.write()
+    metering = Metering(PartFile(meter.folder / PART_FILENAME), config, {}, {}, meter.clock, meter.listener)
+    metering.choose([UUID])
+    assert metering.sources.gpu_method == COUNTER
+    meter.clock.advance_ms(60_000)
+    metering.rest_bare()
+    assert metering.foreign == {UUID: (77,)}
+    assert "process 77" in metering.sources.reasons["gpu"]
 
 
 def test_power_at_rest_holds_nothing_of_the_work_that_follows_it(tmp_path: Path) -> None:
