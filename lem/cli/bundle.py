@@ -23,10 +23,18 @@ def add_parser(subparsers: Subparsers) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     making = actions.add_parser("make", help="make a bundle: DIR/lem-airgap-VERSION")
     making.add_argument("folder", type=Path, metavar="DIR", help="where to make it")
-    making.add_argument("--image", action="append", default=[], metavar="NAME", help="image of the Docker engine here")
-    making.add_argument("--model", action="append", default=[], type=Path, metavar="DIR", help="folder of a model")
-    making.add_argument("--deb", action="append", default=[], type=Path, metavar="FILE", help="Debian package")
-    making.add_argument("--wheel", action="append", default=[], type=Path, metavar="FILE", help="Python package")
+    making.add_argument(
+        "--image", action="append", default=[], metavar="NAME", help="image of the Docker engine here; may be repeated"
+    )
+    making.add_argument(
+        "--model", action="append", default=[], type=Path, metavar="DIR", help="folder of a model; may be repeated"
+    )
+    making.add_argument(
+        "--deb", action="append", default=[], type=Path, metavar="FILE", help="Debian package; may be repeated"
+    )
+    making.add_argument(
+        "--wheel", action="append", default=[], type=Path, metavar="FILE", help="Python package; may be repeated"
+    )
     making.add_argument("--sign-key", type=Path, metavar="KEY", help="private SSH key to sign with")
     making.set_defaults(run=_make)
     verifying = actions.add_parser("verify", help="check every byte of a bundle, and who signed it")

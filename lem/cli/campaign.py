@@ -79,7 +79,13 @@ def _add_overrides(group: argparse._ArgumentGroup) -> None:
         help="start a new worker for every experiment",
     )
     group.add_argument("--preset", metavar="NAME", help="values that experiments start from (lem presets)")
-    group.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key; may be repeated")
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any option, as execution.cycles=5; may be repeated",
+    )
 
 
 def _add_place(group: argparse._ArgumentGroup) -> None:
@@ -93,7 +99,10 @@ def _add_place(group: argparse._ArgumentGroup) -> None:
 def _add_course(group: argparse._ArgumentGroup) -> None:
     beginning = group.add_mutually_exclusive_group()
     beginning.add_argument(
-        "--resume", action=argparse.BooleanOptionalAction, default=None, help="go on with an unfinished campaign"
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="go on with an unfinished campaign; --no-resume: as --fresh",
     )
     beginning.add_argument("--fresh", action="store_true", help="set an earlier manifest aside and start anew")
     group.add_argument(

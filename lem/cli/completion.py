@@ -23,7 +23,8 @@ _HOW = """\
 bash: lem completion bash > ~/.local/share/bash-completion/completions/lem
 zsh:  lem completion zsh > a folder of $fpath/_lem
 fish: lem completion fish > ~/.config/fish/completions/lem.fish
-or, for this shell alone: eval "$(lem completion bash)", and likewise for the others.
+or, for this shell alone: eval "$(lem completion bash)" (zsh the same),
+lem completion fish | source
 """
 
 
@@ -68,7 +69,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "completion",
         help="let bash, zsh or fish complete the words of lem",
-        description=__doc__,
+        description="Print a script that lets a shell complete lem's commands, options, and values.",
         epilog=_HOW,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -35,7 +35,13 @@ def add_parser(subparsers: Subparsers) -> None:
     show.set_defaults(run=run, action=_show)
     for action in (validate, show):
         action.add_argument("--preset", metavar="NAME", help="values that experiments start from (lem presets)")
-        action.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key; may be repeated")
+        action.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="any option, as execution.cycles=5; may be repeated",
+        )
     new = actions.add_parser("new", help="a commented file to start from, on stdout")
     new.add_argument("--backend", default="pytorch", metavar="NAME", help="the backend to write it for")
     new.set_defaults(run=run, action=_new)

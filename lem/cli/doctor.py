@@ -35,7 +35,9 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--compose-file", metavar="FILE", help="compose file; several with colons between them")
     parser.add_argument("--env-file", type=Path, metavar="FILE", help="environment file for compose")
-    parser.add_argument("--results-dir", "-o", type=Path, default=Path("results"), metavar="DIR", help="of results")
+    parser.add_argument(
+        "--results-dir", "-o", type=Path, default=Path("results"), metavar="DIR", help="default: results"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.set_defaults(run=run)
 

@@ -48,7 +48,13 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--cycles", "-c", type=int, metavar="N", help="how often (num_cycles)")
     parser.add_argument("--warmup-prompts", type=int, metavar="N", help="prompts of warm-up, at least")
     parser.add_argument("--warmup-timeout", type=float, metavar="S", help="seconds of warm-up, at most")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key; may be repeated")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any option, as pytorch.batch_size=8; may be repeated",
+    )
     parser.add_argument("--results-dir", "-o", metavar="DIR", help="folder of the results")
     parser.add_argument("--python", metavar="PROGRAM", help="Python that has the engine")
     parser.add_argument("--dry-run", action="store_true", help="show what would run and end; nothing is written")

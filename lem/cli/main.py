@@ -158,8 +158,14 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(*names, action=action, default=argparse.SUPPRESS, help=text)
     for item in parser._actions:  # noqa: SLF001
         if isinstance(item, argparse._SubParsersAction):  # noqa: SLF001
-            for child in item.choices.values():
+            said = {choice.dest: choice.help for choice in item._choices_actions}  # noqa: SLF001
+            for name, child in item.choices.items():
+                child.description = child.description or _sentence(said.get(name) or "")
                 _add_common(child)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
 def _warn_of_unknown_variables(console: log.Console) -> None:

@@ -31,7 +31,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "is a block, so nothing is pooled over hosts. Exit code 1 when planned results are lacking.",
     )
     parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="DIR", help="of a host: results, or a folder with them"
+        "folders", nargs="+", type=Path, metavar="DIR", help="results folder of a host, or a folder that holds it"
     )
     parser.add_argument("--output", "-o", type=Path, required=True, metavar="DIR", help="results folder to merge into")
     parser.add_argument("--campaign", metavar="NAME", help="which campaign, where the folders hold several")

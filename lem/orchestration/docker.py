@@ -76,7 +76,7 @@ _COMPLAINTS = (
         "image",
         r"No such image|pull access denied|manifest (unknown|for .* not found)|not found locally|image .* not found",
         "an image is missing",
-        "docker compose pull or build it beforehand; nothing is pulled while a campaign runs",
+        "docker pull, build or load it beforehand; nothing is pulled while a campaign runs",
     ),
     _Complaint(
         "mount",
