@@ -3,13 +3,14 @@ PYTHON ?= python3
 
 TEST_ENV := build/test-env
 TEST_PYTHON := $(TEST_ENV)/bin/python
+AUDIT_ENV := build/audit-env
 DEMO_ENV := build/demo-env
 DEMO_PYTHON ?= $(DEMO_ENV)/bin/python
 PYTEST_ARGS ?=
 CAMPAIGN_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-containers test lint format bench clean distclean test-env demo-env FORCE
+.PHONY: help demo demo-containers test lint audit format bench clean distclean test-env demo-env FORCE
 
 help:
 	@echo 'make demo       measure a small campaign with a real transformer on this machine, and show the table'
@@ -17,6 +18,7 @@ help:
 	@echo 'make test       run every test this machine can run, and say what it could not run'
 	@echo 'make lem.pyz    build the program into one file'
 	@echo 'make lint       ruff and mypy; yamllint, ansible-lint and systemd-analyze for the fleet'
+	@echo 'make audit      bandit, and pip-audit of what the program carries (needs PyPI and its database of advisories)'
 	@echo 'make format     let ruff lay out the code'
 	@echo 'make bench      print figures of the program itself beside their targets'
 	@echo 'make clean      remove what was built; distclean: the virtual environments too'
@@ -58,6 +60,12 @@ lint: test-env
 	$(TEST_PYTHON) -m mypy
 	$(TEST_PYTHON) -m tests.fleet.lint
 
+# Not part of CI: a day on which the database cannot be reached, or learns something new, is no fault of a change.
+audit: test-env
+	$(TEST_PYTHON) -m bandit --quiet --configfile pyproject.toml --recursive lem lem.pyz-build examples
+	@$(PYTHON) lem.pyz-build/environment.py $(AUDIT_ENV) tests/requirements-audit.txt
+	$(AUDIT_ENV)/bin/python -m pip_audit --strict --disable-pip --requirement lem.pyz-build/vendor.txt
+
 format: test-env
 	$(TEST_PYTHON) -m ruff check --fix
 	$(TEST_PYTHON) -m ruff format
@@ -66,7 +74,7 @@ bench: test-env lem.pyz
 	@$(TEST_PYTHON) -m tests.bench
 
 clean:
-	rm -rf lem.pyz build/vendor build/demo-model .mypy_cache .pytest_cache .ruff_cache
+	rm -rf lem.pyz build/vendor build/demo-model .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find lem lem.pyz-build tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

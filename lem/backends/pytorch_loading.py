@@ -90,9 +90,10 @@ def set_assistant(loaded: LoadedModel, config: ExperimentConfig, facts: EngineFa
         return
     if loaded.assistant is None or loaded.assistant_name != name:
         source = locate(name, marker="config.json", revision=None, token=token, option="assisted_generation.model")
-        access = {"token": token, "trust_remote_code": config.model.trust_remote_code}
+        is_trusted = config.model.trust_remote_code
+        access = {"token": token, "trust_remote_code": is_trusted, "revision": source.commit}
         with explained(f"assisted_generation.model: {name}"):
-            options = {**access, **_dtype_option(config, facts), "revision": source.commit}
+            options = {**access, **_dtype_option(config, facts)}
             loaded.assistant = AutoModelForCausalLM.from_pretrained(source.name, **options).to(loaded.device)
             loaded.assistant_name = name
             is_other = _rows(loaded.assistant) != _rows(loaded.model)
