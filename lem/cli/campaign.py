@@ -150,7 +150,14 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
 
     loaded = _load(args)
     campaign, rule = _with_rule(args, loaded.config)
-    plan = build_plan(campaign, loaded.drafts, preset=loaded.preset, forced=loaded.forced, gpus=find_gpus() or None)
+    plan = build_plan(
+        campaign,
+        loaded.drafts,
+        preset=loaded.preset,
+        forced=loaded.forced,
+        source=loaded.source,
+        gpus=find_gpus() or None,
+    )
     plan = with_unused_options(plan)
     _announce(plan, args, err)
     if not plan.experiments:

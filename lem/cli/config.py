@@ -92,7 +92,7 @@ def _report(file: str, args: argparse.Namespace) -> dict[str, Any]:
         warnings = [str(item) for item in rules.check(experiment)]
         return {"file": file, "kind": "experiment", "valid": True, "name": experiment.name, "warnings": warnings}
     loaded = yamlfile.load_campaign(file, args.set, args.preset)
-    plan = build_plan(loaded.config, loaded.drafts, preset=loaded.preset, forced=loaded.forced)
+    plan = build_plan(loaded.config, loaded.drafts, preset=loaded.preset, forced=loaded.forced, source=loaded.source)
     if not plan.experiments:
         reasons = "; ".join(f"{reason} × {count}" for reason, count in plan.filtered_by_reason)
         first = next((key for key in ("grid", "experiments", "configs") if getattr(loaded.config, key)), "configs")

@@ -12,8 +12,11 @@ from lem.config.defaults import with_campaign_defaults
 from lem.config.experiment_config import ExperimentConfig
 from lem.config.loading import ExperimentDraft
 from lem.config.merging import canonical
+from lem.config.problems import Problem
 from lem.config.rules import Gpu
 from lem.config.scalars import as_written, restore_references
+from lem.config.sources import FileProblems, Source
+from lem.errors import ConfigurationError
 from lem.experiment.prompts import resolve_on_host
 from lem.orchestration.grid import (
     GridValidationIssue,
@@ -187,6 +190,7 @@ def build_plan(
     *,
     preset: Mapping[str, Any] | None = None,
     forced: Collection[str] = (),
+    source: Source | None = None,
     resolve_prompts: PromptResolver = resolve_on_host,
     gpus: Sequence[Gpu] | None = None,
 ) -> Plan:
@@ -195,13 +199,14 @@ def build_plan(
     Args:
         drafts, preset, forced: as `yamlfile.load_campaign` gives them: the experiments of `configs` and `experiments`,
             the values a grid starts from, and the campaign's options that win over the experiments' own.
+        source: the campaign's, so that what is wrong with prompts of its grid is said in its place.
         resolve_prompts: called once for each different source of prompts.
         gpus: of the host that will run it, for warnings; None when unknown.
 
     Raises:
         ConfigurationError: prompts that cannot be used.
     """
-    candidates = _collect(campaign, drafts, preset or {}, forced)
+    candidates = _collect(campaign, drafts, preset or {}, forced, source)
     validation = validate_named([(item.name, item.config_dict) for item in candidates], gpus)
     configurations, repeated = _identify(candidates, validation.configs, resolve_prompts)
     execution = campaign.execution
@@ -241,6 +246,15 @@ class _Candidate:
     config_dict: dict[str, Any]
     path: str
     is_generated: bool
+    source: Source | None
+    is_of_grid: bool
+
+    def located(self, error: ConfigurationError) -> ConfigurationError:
+        """An error of the prompts with the place where they are named, as far as it is known."""
+        if self.source is None:
+            return error
+        where = ("grid", "shared", "prompts", "path") if self.is_of_grid else ("prompts", "path")
+        return FileProblems(self.source.locate([Problem(where, error.message)]), error.hint)
 
 
 @dataclass(frozen=True)
@@ -254,7 +268,11 @@ class _Configuration:
 
 
 def _collect(
-    campaign: CampaignConfig, drafts: Sequence[ExperimentDraft], preset: Mapping[str, Any], forced: Collection[str]
+    campaign: CampaignConfig,
+    drafts: Sequence[ExperimentDraft],
+    preset: Mapping[str, Any],
+    forced: Collection[str],
+    source: Source | None,
 ) -> list[_Candidate]:
     """The experiments named, then those of the grid, each with a name and a path of its own."""
     expanded = [] if campaign.grid is None else expand_campaign_grid(campaign.grid, preset)
@@ -265,10 +283,10 @@ def _collect(
     names = distinct_names(names, config_dicts)
     folder = Path(campaign.io.configs_dir) / campaign.slug
     stems = distinct_names([file_stem(name) for name in names], config_dicts)
-    files = [draft.path for draft in drafts] + [None] * len(of_grid)
+    origins = [*((draft.path, draft.source, False) for draft in drafts), *[(None, source, True)] * len(of_grid)]
     return [
-        _Candidate(name, config_dict, str(file or folder / f"{stem}.yaml"), file is None)
-        for name, config_dict, stem, file in zip(names, config_dicts, stems, files, strict=True)
+        _Candidate(name, config_dict, str(file or folder / f"{stem}.yaml"), file is None, origin, is_of_grid)
+        for name, config_dict, stem, (file, origin, is_of_grid) in zip(names, config_dicts, stems, origins, strict=True)
     ]
 
 
@@ -284,7 +302,10 @@ def _identify(
             continue
         source = (config.dataset, config.prompts)
         if source not in prompts:
-            prompts[source] = prompts_fingerprint(config, resolve_prompts)
+            try:
+                prompts[source] = prompts_fingerprint(config, resolve_prompts)
+            except ConfigurationError as error:
+                raise candidate.located(error) from error
         digest = config_hash(config, prompts[source])
         if digest in found:
             same = f"is the same experiment as {found[digest].candidate.name}, and runs once"

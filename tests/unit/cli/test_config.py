@@ -166,3 +166,21 @@ def test_one_preset_as_a_file_has_it():
     )
     assert list(json.loads(lem("presets", "quick-test", "--json")[1])) == ["quick-test"]
     assert lem("presets", "nothing")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("rest", "place"),
+    [
+        (
+            "grid:\n  backends: [pytorch]\n  shared:\n    prompts: [{type: file, path: none.txt}]\n",
+            "c.yaml:6:14: grid.shared.prompts.path: ",
+        ),
+        ("experiments:\n- prompts: {type: file, path: none.txt}\n", "c.yaml:4:31: experiments[0].prompts.path: "),
+    ],
+)
+def test_prompts_that_cannot_be_read_are_told_where_they_are_named(folder: Path, rest: str, place: str):
+    (folder / "c.yaml").write_text(f"campaign_name: x\nmodel: gpt2\n{rest}", encoding="utf-8")
+    for words in (("config", "validate"), ("campaign", "--dry-run")):
+        code, _, err = lem(*words, "c.yaml")
+        assert code == 2
+        assert f"error: {place}none.txt: cannot be read" in err
