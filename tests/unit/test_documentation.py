@@ -1,0 +1,116 @@
+"""What can be told of the documentation without running it: links, files, messages, and what each page promises."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lem.config.yamlfile import load_campaign, load_experiment
+from tests.documentation import ROOT, blocks, commands, files, links, pages, prose
+
+ALL_PAGES = (*pages(), *sorted(ROOT.glob("tests/*/README.md")))
+NAMES = [str(page.relative_to(ROOT)) for page in ALL_PAGES]
+TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
+
+_HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+_ENTRY = re.compile(r"^- (?P<messages>`.*?) — ", re.MULTILINE | re.DOTALL)
+_ELLIPSIS = "…"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in _HEADING.findall(prose(page)))
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_link_within_the_project_leads_somewhere(name: str) -> None:
+    page = ROOT / name
+    dead = []
+    for link in links(page):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        is_there = target.exists() and target.is_relative_to(ROOT)
+        if not is_there or (anchor and anchor not in anchors(target)):
+            dead.append(link)
+    assert dead == []
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    reached, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        reached.add(page)
+        within = [link.partition("#")[0] for link in links(page) if not re.match(r"[a-z]+:", link)]
+        found = {(page.parent / link).resolve() for link in within}
+        waiting += [path for path in found if path.suffix == ".md" and path not in reached]
+    assert {page.name for page in pages() if page not in reached} == set()
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_every_file_that_is_shown_is_valid(page: Path, tmp_path: Path) -> None:
+    for name, block in files(page).items():
+        (tmp_path / name).write_text(block.text, encoding="utf-8")
+    for block in blocks(page):
+        if block.language in ("yaml", "yml"):
+            assert block.file, f"{block}: name the file in a comment above it, or use a block without a language"
+            load = load_campaign if "campaign_name:" in block.text else load_experiment
+            load(tmp_path / block.file)
+
+
+@functools.cache
+def messages() -> tuple[str, ...]:
+    """Every text in the program, with an ellipsis for what is filled in."""
+    found = []
+    for path in sorted((ROOT / "lem").rglob("*.py")):
+        if "_vendor" not in path.parts:
+            found += [_text(node) for node in ast.walk(ast.parse(path.read_bytes())) if _is_text(node)]
+    return tuple(found)
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def _text(node: ast.AST) -> str:
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(part) for part in node.values)
+    return str(node.value) if isinstance(node, ast.Constant) else _ELLIPSIS
+
+
+def explained() -> Iterator[str]:
+    for entry in _ENTRY.finditer(prose(TROUBLESHOOTING)):
+        yield from re.findall(r"`([^`]+)`", " ".join(entry["messages"].split()))
+
+
+def test_every_message_that_is_explained_is_one_of_the_program() -> None:
+    asked = tuple(explained())
+    assert len(asked) > 50
+    lost = []
+    for message in asked:
+        pieces = [re.escape(piece.strip()) for piece in message.split(_ELLIPSIS) if piece.strip()]
+        pattern = re.compile(".*".join(pieces), re.DOTALL)
+        if not any(pattern.search(text) for text in messages()):
+            lost.append(message)
+    assert lost == []
+
+
+def test_commands_are_marked_so_that_they_are_run() -> None:
+    assert all(any(True for _ in commands(page)) for page in pages() if page.name in ("README.md", "campaigns.md"))
+
+
+def test_no_page_names_a_folder_of_somebodys_machine() -> None:
+    found = [
+        f"{page.name}:{number}"
+        for page in pages()
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(r"(^|[\s`(])/(home|root|work|Users|tmp)/", line)
+    ]
+    assert found == []
