@@ -24,6 +24,9 @@ from tests.documentation import ROOT, Command, commands, files, pages
 from tests.processes import Marker
 from tests.synthetic_campaign import Campaign, Configuration
 
+# Executors look for what an engine consists of, though the one that answers here is a double.
+pytestmark = pytest.mark.needs("torch", "transformers")
+
 TIMEOUT_S = 120
 
 # A pattern of commands, and why they are not run here.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import functools
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lem.cli.main import make_parser
 from lem.config.yamlfile import load_campaign, load_experiment
 from tests.documentation import ROOT, blocks, commands, files, links, pages, prose
 
@@ -114,3 +116,21 @@ def test_no_page_names_a_folder_of_somebodys_machine() -> None:
         if re.search(r"(^|[\s`(])/(home|root|work|Users|tmp)/", line)
     ]
     assert found == []
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from parsers(child)
+
+
+def test_every_command_says_what_it_does_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for parser in parsers(make_parser(())):
+        assert parser.description, parser.prog
+        assert [line for line in parser.format_help().splitlines() if len(line) > 80] == [], parser.prog
+        for action in parser._actions:
+            is_told = action.help or isinstance(action, argparse._SubParsersAction)
+            assert is_told, f"{parser.prog}: {action.dest}"
