@@ -99,6 +99,9 @@ def main(argv: Sequence[str] | None = None, out: TextIO | None = None, err: Text
             _explain(console, UserError(f"the output cannot be written: {os.strerror(error.errno).lower()}"))
             _give_up(out)
             return int(ExitCode.USAGE)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # Python asks whether there is such a file
+            _explain(console, UserError(f"{log.shorten(str(error.filename), 80)}: the name is too long for a file"))
+            return int(ExitCode.USAGE)
         _report_bug(console, error)
         return int(ExitCode.BUG)
 

@@ -70,10 +70,17 @@ def _base_of(documents: Sequence[Document], found: Located) -> FilePath | None:
     if base.resolve() in [earlier.path.resolve() for earlier in documents]:
         found.append((place, Problem((EXTENDS,), f"{base} inherits from itself")))
         return None
-    if not base.is_file():
-        found.append((place, Problem((EXTENDS,), f"{base}: no such file")))
+    if not _is_file(base):
+        found.append((place, Problem((EXTENDS,), f"{str(base)[:200]}: no such file")))
         return None
     return base
+
+
+def _is_file(path: FilePath) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long, a folder that is not readable
+        return False
 
 
 def preset_source(section: type[Section], preset: str | None) -> Source:

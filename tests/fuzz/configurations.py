@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lem.config import yamlfile
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment_config import ExperimentConfig
-from tests.fuzz.mutation import bytes_near, text_near, words_near, yaml_near
+from tests.fuzz.mutation import arguments_near, bytes_near, text_near, words_near, yaml_near
 from tests.fuzz.trial import Find, Outcome, Surface, replaced, run_lem
 
 __all__ = ["SURFACES"]
@@ -48,6 +48,21 @@ _GRID: dict[str, Any] = {
     "notification": {"webhook_url": "${HOOK:-https://example.org/x}", "on": ["failure"]},
 }
 _POSITION = re.compile(r"\A(c|e|base)\.yaml:\d+:\d+\Z")
+_COMMANDS = (
+    ("campaign", "c.yaml", "--cycles", "3", "--seed", "7", "--budget", "8h", "--until", "ci=2%", "--max-cycles", "9"),
+    ("campaign", "c.yaml", "--warmup-timeout", "1.5", "--config-gap", "0", "--cycle-gap", "3", "--warmup-prompts", "2"),
+    ("campaign", "e.yaml", "base.yaml", "--campaign-name", "x", "--model", "gpt2", "--sample-size", "4", "--fresh"),
+    ("campaign", "c.yaml", "--shard", "1/2", "--results-dir", "out", "--dataset", "gsm8k", "--preset", "benchmark"),
+    ("results", "show", "demo", "--results-dir", "none"),
+    ("results", "export", "demo", "--columns", "host,model", "--format", "csv", "--results-dir", "none"),
+    ("compare", "a", "b", "--gate", "output_tok_per_s=3%", "--anchor-tolerance", "5%", "--metric", "ttft_p50_s"),
+    ("merge", "none", "--output", "out", "--anchor-tolerance", "5%"),
+    ("status", "demo", "--state-dir", "none"),
+    ("presets", "benchmark"),
+    ("config", "fields", "experiment", "--backend", "vllm"),
+    ("config", "new", "experiment", "--backend", "vllm"),
+    ("experiment", "e.yaml", "--preset", "benchmark", "--set", "streaming=true"),
+)
 _SETS = (
     "execution.cycles=5",
     "grid.shared.fp_precision=[float16]",
@@ -158,6 +173,17 @@ def _try_words(file: str, words: tuple[str, ...]) -> Outcome:
     return Outcome.REFUSED
 
 
+def try_arguments(data: bytes, folder: Path, *, is_thorough: bool) -> Outcome:
+    """The words of a command line that runs nothing."""
+    del is_thorough
+    _write_neighbours(folder)
+    (folder / "c.yaml").write_text(json.dumps(_GRID))
+    words = data.decode("utf-8", "surrogateescape").split("\n")
+    words += {"campaign": ["--dry-run", "--executor", "local"], "experiment": ["--dry-run"]}.get(words[0], [])
+    ran = run_lem(*words)
+    return Outcome.ACCEPTED if ran.code == 0 else Outcome.REFUSED
+
+
 def _demand_place(problem: dict[str, Any]) -> None:
     """See that a problem says which line and column of which file it is about."""
     at = f"{problem.get('at')}:{problem.get('line')}:{problem.get('column')}"
@@ -184,4 +210,5 @@ SURFACES = (
     Surface("yaml-bytes", lambda: bytes_near(*_encoded((*_campaigns(), *_experiments()))), try_file, share=2),
     Surface("named-yaml", lambda: yaml_near(*_experiments()) | st.binary(max_size=40), try_neighbour),
     Surface("set", lambda: words_near(*_SETS), try_sets, share=3),
+    Surface("arguments", lambda: arguments_near(*_COMMANDS), try_arguments, share=2, in_suite=100),
 )

@@ -16,7 +16,17 @@ from typing import Any
 import yaml
 from hypothesis import strategies as st
 
-__all__ = ["as_json", "bytes_near", "gzipped", "json_lines_near", "json_near", "text_near", "words_near", "yaml_near"]
+__all__ = [
+    "arguments_near",
+    "as_json",
+    "bytes_near",
+    "gzipped",
+    "json_lines_near",
+    "json_near",
+    "text_near",
+    "words_near",
+    "yaml_near",
+]
 
 Draw = Any
 Place = tuple["str | int", ...]
@@ -224,6 +234,21 @@ def words_near(draw: Draw, *originals: str) -> bytes:
             value = RAW.get(str(shown), json.dumps(shown) if isinstance(shown, (dict, list)) else _text(shown))
         words.append(f"{'.'.join(parts)}{equals if draw(st.integers(0, 9)) else ''}{value}")
     # No line of an argument, nor NUL: a program is never given one.
+    return "\n".join(word.replace("\n", " ").replace("\x00", "") for word in words).encode("utf-8", "surrogatepass")
+
+
+@st.composite
+def arguments_near(draw: Draw, *originals: Sequence[str]) -> bytes:
+    """The words of a command line near one of the originals, a line each."""
+    words = list(draw(st.sampled_from(originals)))
+    for _ in range(draw(st.integers(1, 2))):
+        place = draw(st.integers(1, len(words) - 1))
+        value = RAW.get(text := _text(draw(_VALUE)), text)
+        words[place : place + 1] = draw(
+            st.sampled_from(([value], [value], [words[place], value], [], [words[place]] * 2))
+        )
+        if len(words) < 2:
+            break
     return "\n".join(word.replace("\n", " ").replace("\x00", "") for word in words).encode("utf-8", "surrogatepass")
 
 

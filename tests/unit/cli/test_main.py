@@ -122,3 +122,16 @@ def test_a_bug_is_told_where_no_file_can_be_written(folder: Path) -> None:
     assert ended.returncode == 70
     assert "Traceback" in ended.stderr
     assert ended.stderr.splitlines()[-1].startswith("bug: AttributeError: ")
+
+
+def test_a_name_that_is_too_long_for_a_file_is_told(folder: Path) -> None:
+    ended = lem("status", "x" * 5000)
+    assert (ended.returncode, b"bug:" in ended.stderr) == (2, False)
+    assert b"x: the name is too long for a file" in ended.stderr.replace("…".encode(), b"x")
+
+
+def test_a_base_whose_name_is_too_long_is_told_where_it_is_named(folder: Path) -> None:
+    (folder / "c.yaml").write_text(f"_extends: {'x' * 5000}\nmodel: gpt2\n", encoding="utf-8")
+    ended = lem("config", "validate", "c.yaml")
+    assert ended.returncode == 2
+    assert b"c.yaml:1:11: _extends: x" in ended.stderr
