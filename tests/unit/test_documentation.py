@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from lem.cli.main import make_parser
 from lem.config.yamlfile import load_campaign, load_experiment
+from lem.record import Record
 from tests.documentation import ROOT, blocks, commands, files, links, pages, prose
 
 ALL_PAGES = (*pages(), *sorted(ROOT.glob("tests/*/README.md")))
@@ -102,6 +104,12 @@ def test_every_message_that_is_explained_is_one_of_the_program() -> None:
         if not any(pattern.search(text) for text in messages()):
             lost.append(message)
     assert lost == []
+
+
+def test_every_section_of_the_record_is_described() -> None:
+    table = prose(ROOT / "docs" / "measurement.md").partition("## The record")[2].partition("\n## ")[0]
+    told = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)))
+    assert told == [item.name for item in dataclasses.fields(Record)]
 
 
 def test_commands_are_marked_so_that_they_are_run() -> None:
