@@ -58,8 +58,10 @@ UNKNOWN_PERIOD_S = 0.5
 # The sampler reads powercap zones and the load of the CPU so often.
 SLOW_PERIOD_S = 1.0
 
-# A window holds at least so many updates of the counter.
+# A window holds at least so many updates of the counter, or of a sensor whose power is integrated; such a sensor is
+# brought up to date every 100 ms at best (Yang et al., SC24).
 WINDOW_UPDATES = 100
+SENSOR_PERIOD_S = 0.1
 
 # A slow meter was last read up to a second ago.
 _EDGE_NS = 1_500_000_000
@@ -286,11 +288,13 @@ class Metering:
     # The window
 
     def window_floor_s(self) -> float:
-        """The least length of the window: as configured, and long enough for the counter."""
+        """The least length of the window: as configured, and long enough for the meter of the GPUs."""
         least_s = self.config.measurement.min_window_sec
-        if self.sources.gpu_method != COUNTER:
+        if self.sources.gpu_method is None:
             return least_s
-        return max(least_s, WINDOW_UPDATES * self._counter_period_s())
+        if self.sources.gpu_method == COUNTER:
+            return max(least_s, WINDOW_UPDATES * self._counter_period_s())
+        return max(least_s, WINDOW_UPDATES * max(SENSOR_PERIOD_S, self.sources.sample_period_s))
 
     def measure_closed(self, run: Callable[[], MeasuredWindow]) -> MeasuredWindow:
         """What a closed batch was measured to be, with idle guards around it."""

@@ -21,6 +21,7 @@ __all__ = [
     "REST_TOLERANCE",
     "STEADY_TOLERANCE",
     "check_plausible",
+    "check_sampled",
     "crosscheck_ratio",
     "foreign_pids",
     "is_power_steady",
@@ -42,6 +43,9 @@ INVALID_BITS = {
     0x40: "hardware thermal slowdown",
     0x80: "hardware power brake",
 }
+
+# An integral over fewer samples may miss a tenth of the window at each edge.
+_LEAST_SAMPLES = 10
 
 # A comparison over less than this says nothing.
 _LEAST_CHECKED_S = 1.0
@@ -71,6 +75,18 @@ def check_plausible(energy_j: float, window: Span, gpu: GpuHeader) -> None:
     if energy_j > most_j:
         limit = f"{_LIMIT_MARGIN} x {gpu.power_limit_w:g} W x {window.seconds:.3f} s"
         raise NotMeasured(f"{energy_j:.4g} J cannot be: the power limit allows {most_j:.4g} J ({limit})")
+
+
+def check_sampled(curve: Curve, window: Span) -> None:
+    """Nothing, where integrated power was looked at often enough: between two samples anything may have been drawn.
+
+    Raises:
+        NotMeasured: it was not.
+    """
+    seen = curve.count_in(window)
+    if seen < _LEAST_SAMPLES:
+        text = f"{curve.what} was read {seen} times in the window of {window.seconds:.2f} s, {_LEAST_SAMPLES} are due"
+        raise NotMeasured(f"{text}: lower timeseries.sample_interval_ms, or raise measurement.min_window_sec")
 
 
 def crosscheck_ratio(attempt: AttemptLog) -> float:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 
 from lem.meters.attempt_log import AttemptLog
-from lem.meters.checks import check_plausible
+from lem.meters.checks import check_plausible, check_sampled
 from lem.meters.curve import HOLE_PERIODS, NS_PER_S, NotMeasured, Span
 from lem.meters.figures import Figures
 from lem.meters.marks import WINDOW
 from lem.meters.samples import GpuHeader, GpuSample
+from lem.meters.sources import COUNTER
 from lem.record import Gpu
 
 __all__ = [
@@ -89,6 +90,8 @@ def _fill_constants(figures: Figures, header: GpuHeader) -> None:
 def _fill_energy(figures: Figures, attempt: AttemptLog, number: int, looks: Sequence[_Look], nothing: str) -> None:
     def energy_j() -> float:
         curve = attempt.gpu_curve(number)
+        if attempt.sources.gpu_method != COUNTER:
+            check_sampled(curve, attempt.window)
         found_j = attempt.window_j(curve, 1 / len(attempt.sources.gpus))
         header = attempt.log.header.gpus[attempt.sources.gpus[number]]
         check_plausible(found_j, attempt.window, header)

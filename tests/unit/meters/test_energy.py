@@ -321,6 +321,14 @@ def test_without_a_counter_power_is_integrated_and_says_so() -> None:
     assert found.energy.counter_update_period_s is None
 
 
+def test_power_that_was_hardly_sampled_in_the_window_is_not_integrated() -> None:
+    attempt = gpu_attempt(counter=None)
+    rare = attempt.with_log(samples=attempt.log.samples[::20])
+    reason = rare.measured(options={"timeseries": {"sample_interval_ms": 2000}}).energy.null_reasons["gpu_energy_j"]
+    assert "6 times in the window of 10.00 s" in reason
+    assert "sample_interval_ms" in reason
+
+
 def test_rest_and_load_are_sampled_as_the_baseline_says() -> None:
     attempt = gpu_attempt(counter=None)
     loaded_ns = span(names.LOAD)[1]
