@@ -336,9 +336,14 @@ class Metering:
         To be asked when the engine has worked, before the window.
         """
         self.own_pids = known
-        if known is None and not isinstance(self.source, NothingSampled):
-            there = {pid for pids in self.look_at_processes().values() for pid in pids}
-            self.own_pids = frozenset(there - {pid for pids in self.foreign.values() for pid in pids})
+        if known is None:
+            asked_ns = self.clock.monotonic_ns()
+            there = self.look_at_processes()
+            log = self.source.read()
+            # One that was not looked at, or could not be, is not known to be free of the engine.
+            if there and _latest_ns(log, _loads) >= asked_ns and len(there) == len(log.header.gpus):
+                others = {pid for pids in self.foreign.values() for pid in pids}
+                self.own_pids = frozenset(pid for pids in there.values() for pid in pids) - others
         return self.own_pids
 
     def look_at_processes(self) -> dict[str, tuple[int, ...]]:
@@ -349,7 +354,7 @@ class Metering:
         """
         header = self.source.read().header
         if header.gpus:
-            self._catch_up(self.clock.monotonic_ns(), lambda log: log.loads)  # written right after the processes
+            self._catch_up(self.clock.monotonic_ns(), _loads)  # written right after the processes
         return {header.gpus[row.gpu].uuid: row.pids for row in self.source.read().processes}
 
     def _slowest_period_s(self) -> float:
@@ -444,6 +449,10 @@ class Metering:
 
     def _seconds_since(self, moment_ns: int) -> float:
         return seconds_between(moment_ns, self.clock.monotonic_ns())
+
+
+def _loads(log: SampleLog) -> Sequence[object]:
+    return log.loads
 
 
 def _latest_ns(log: SampleLog, rows_of: Callable[[SampleLog], Sequence[object]] | None) -> int:

@@ -255,6 +255,7 @@ class Curve:
         if at_ns < self.at_ns[0]:
             raise NotMeasured(f"{self.what} was first read {(self.at_ns[0] - at_ns) / NS_PER_S:.3f} s too late{told}")
         if at_ns > self.at_ns[-1]:
+            told = told or "; the sampler had ended, or hung"
             raise NotMeasured(f"{self.what} was last read {(at_ns - self.at_ns[-1]) / NS_PER_S:.3f} s too early{told}")
         return max(1, bisect_left(self.at_ns, at_ns))
 

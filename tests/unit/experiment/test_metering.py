@@ -332,6 +332,26 @@ def test_power_at_rest_holds_nothing_of_the_work_that_follows_it(tmp_path: Path)
     assert idle.idle_loaded_power_w == pytest.approx(IDLE_W, rel=0.001)
 
 
+def test_an_engine_that_nobody_could_look_at_is_no_foreign_one_in_the_next_experiment(tmp_path: Path) -> None:
+    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), processes=(GpuProcess(ENGINE_PID, from_s=2.0),))
+    meter = Meter(tmp_path, gpu)
+    begin = meter.engine.load
+
+    def load_without_sampler(config: ExperimentConfig, secrets: Mapping[str, str]) -> EngineReport:
+        meter.is_sampling = False
+        return begin(config, secrets)
+
+    meter.engine.load = load_without_sampler  # type: ignore[method-assign]
+    first = meter.run(baseline={"enabled": False})
+    assert first.energy.gpu_energy_j is None
+    assert meter.resident.own_pids is None
+    meter.is_sampling = True
+    second = meter.run(baseline={"enabled": False})
+    assert second.validity.engine_reused
+    assert second.validity.valid, second.validity.invalid_reasons
+    assert meter.resident.own_pids == frozenset({ENGINE_PID})
+
+
 def test_a_process_that_comes_in_the_window_makes_it_invalid(tmp_path: Path) -> None:
     meter = Meter(tmp_path)
     window_opened_s = (meter_window(tmp_path / "dry")[0]) / 1e9

@@ -162,6 +162,15 @@ def test_a_counter_that_is_lost_in_the_window_says_why() -> None:
     assert found.warnings == ("gpu0.counter could not be read in the window: GPU is lost",)
 
 
+def test_a_sampler_that_ends_in_the_window_is_the_reason() -> None:
+    attempt = gpu_attempt()
+    ended_ns = at(20)
+    log = attempt.log
+    rows = {name: tuple(row for row in getattr(log, name) if row.at_ns < ended_ns) for name in ("counters", "samples")}
+    found = attempt.with_log(**rows).measured()
+    assert str(found.primary_null_reason).endswith("s too early; the sampler had ended, or hung")
+
+
 def test_a_gpu_the_sampler_does_not_see_stands_in_the_record() -> None:
     attempt = gpu_attempt()
     sources = dataclasses.replace(
