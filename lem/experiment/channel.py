@@ -165,6 +165,9 @@ class RunRequest:
         for name, kinds in _REQUEST_FIELDS.items():
             if not isinstance(getattr(request, name), kinds):
                 raise ChannelError(f"run: {name} is of the wrong type")
+        texts = (*request.secrets.values(), *request.meter_errors.values(), *request.sampled_gpus)
+        if not all(isinstance(text, str) for text in texts):
+            raise ChannelError("run: secrets, meter_errors and sampled_gpus hold texts")
         request = dataclasses.replace(request, sampled_gpus=tuple(request.sampled_gpus))
         if "experiment_id" not in request.identity:
             raise ChannelError("run: identity has no experiment_id")
