@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import io
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from lem.cli.main import main
 from lem.config import yamlfile
@@ -86,6 +89,48 @@ def test_the_fleet_runs_no_shell() -> None:
     lines = [(path.name, line) for path in FLEET for line in path.read_text(encoding="utf-8").splitlines()]
     modules = ("ansible.builtin.shell:", "ansible.builtin.raw:", "ansible.builtin.expect:")
     assert [item for item in lines if item[1].strip().startswith(modules)] == []
+
+
+def tasks_in(node: Any) -> Iterator[dict[str, Any]]:
+    """Every task of a playbook or role, those in blocks and plays among them."""
+    if isinstance(node, list):
+        for item in node:
+            yield from tasks_in(item)
+    elif isinstance(node, dict):
+        yield node
+        for key in ("tasks", "pre_tasks", "post_tasks", "handlers", "block", "rescue", "always"):
+            yield from tasks_in(node.get(key))
+
+
+def shows_secrets(task: dict[str, Any]) -> bool:
+    """Whether Ansible would print values of secrets with the task's result."""
+    own = {name: value for name, value in task.items() if name not in ("when", "block", "rescue", "always", "tasks")}
+    return "lem_campaign_secrets" in str(own) and own.get("no_log") is not True
+
+
+def test_a_task_that_shows_secrets_is_seen() -> None:
+    task = {"name": "x", "ansible.builtin.copy": {"content": "{{ lem_campaign_secrets.HF_TOKEN }}"}}
+    assert [shows_secrets(item) for item in tasks_in([{"block": [task], "when": "lem_campaign_secrets"}])] == [
+        False,
+        True,
+    ]
+    assert not shows_secrets({**task, "no_log": True})
+
+
+def test_the_fleet_prints_no_secret_and_writes_none_into_a_unit() -> None:
+    files = [path for path in FLEET if path.parent.name in ("tasks", "handlers", "playbooks")]
+    tasks = [task for path in files for task in tasks_in(read_yaml(path))]
+    named = [task for task in tasks if "lem_campaign_secrets" in str(task)]
+    assert named
+    assert [task.get("name") for task in tasks if shows_secrets(task)] == []
+    for path in sorted((ROOT / "roles").rglob("*.j2")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if "lem_campaign_secrets" in line:  # names alone, for systemd to load the values itself
+                assert re.fullmatch(r"\{% for name in lem_campaign_secrets \| sort %\}", line), (path, line)
+
+
+def read_yaml(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
