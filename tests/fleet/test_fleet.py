@@ -6,9 +6,11 @@ The tests share hosts and stand in order: each finds what the one before it left
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,8 @@ from tests.doubles.nvml.traces import Trace
 from tests.fleet.hosts import DOUBLES, MODEL, Host, docker, wait_for
 
 pytestmark = [pytest.mark.needs("fleet", "gcc"), pytest.mark.timeout(1200)]
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # The trivial engine measures nothing, so hosts are never alike in it.
 ANY = "1e9%"
@@ -139,9 +143,13 @@ def test_errors_of_a_campaign_are_found_before_any_host_is_touched(fleet, variab
 
 def test_a_campaign_is_split_over_hosts_and_merged(fleet):
     controller = fleet.controller
-    campaign = controller.write_campaign("split", outputs=(4, 8, 16), more={"model": MODEL})
+    (controller.folder / "texts").mkdir()
+    (controller.folder / "texts" / "prompts.txt").write_text("One line.\nAnd another.\n")
+    prompts = [{"type": "file", "path": "texts/prompts.txt"}]
+    campaign = controller.write_campaign("split", outputs=(4, 8, 16), more={"model": MODEL}, prompts=prompts)
     given = {
-        "lem_campaign_file": campaign,
+        "lem_campaign_file": os.path.relpath(campaign, ROOT),  # from where the playbook is called
+        "lem_campaign_extra_files": ["texts/prompts.txt"],
         "lem_campaign_executor": "local",
         "lem_campaign_poll_seconds": 1,
         "lem_fleet_anchor_tolerance": ANY,
