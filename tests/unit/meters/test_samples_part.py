@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from lem.meters.samples import (
     SampleLogError,
     encode_header,
     encode_row,
+    read_finished,
     read_part,
 )
 
@@ -59,3 +62,45 @@ def test_a_log_without_its_header_yet_is_none(tmp_path: Path) -> None:
         reader.read()
     add(path, "\n")
     assert reader.read().header == HEADER
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('["l",5]', "CpuLoad: 2 values are due"),
+        ('["l","5",null]', "CpuLoad.at_ns: '5' has the wrong type"),
+        ('["c",1,5,6,7]', "a row of device 1, which the header does not have"),
+        ('["r",0,5,6]', "a row of device 0, which the header does not have"),
+        ('["s",-1,5,null,null,null,null,null,null]', "a row of device -1, which the header does not have"),
+        ('["l",5,1e999]', "CpuLoad: inf is more than anything measures"),
+        ('["z"]', "no kind of row: 'z'"),
+        ("[[1]]", "no kind of row: "),
+        ("7", ""),
+        ("[]", ""),
+        ("[" * 100_000, ""),
+    ],
+)
+def test_a_row_that_is_none_is_refused_with_its_line(tmp_path: Path, line: str, said: str) -> None:
+    path = tmp_path / "samples.part"
+    add(path, f"{encode_header(HEADER)}\n{encode_row(CpuLoad(5, None))}\n{line}\n")
+    with pytest.raises(SampleLogError) as found:
+        read_part(path)
+    assert str(found.value).startswith(f"{path}:3: not a sample log: {said}")
+
+
+@pytest.mark.parametrize("change", [{"interval_ms": 0}, {"interval_ms": "1"}, {"gpus": [7]}, {"gpus": None}, {"x": 1}])
+def test_a_header_that_is_none_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    path = tmp_path / "samples.part"
+    add(path, json.dumps({**json.loads(encode_header(HEADER)), **change}) + "\n")
+    with pytest.raises(SampleLogError, match=":1: not a sample log: "):
+        read_part(path)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"no gzip", gzip.compress(b"[]\n"), gzip.compress(b'{"marks":[["a",1]]}\n'), gzip.compress(b"x")[:-9]]
+)
+def test_a_finished_log_that_is_none_is_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "samples.jsonl.gz"
+    path.write_bytes(data)
+    with pytest.raises(SampleLogError, match="not a finished sample log"):
+        read_finished(path)
