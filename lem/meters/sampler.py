@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -277,6 +278,7 @@ class _SampleFile:
     def append(self, lines: Sequence[str]) -> None:
         view = memoryview("".join(f"{line}\n" for line in lines).encode("utf-8"))
         try:
+            sys.audit("lem.write", str(self._path))  # see lem.durable
             while view:
                 view = view[os.write(self._descriptor, view) :]
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import select
 import shutil
@@ -15,13 +16,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from lem.errors import UserError
+from lem.meters.samples import FINISHED_FILENAME, SampleLogError, read_finished
 from lem.orchestration.manifest import ManifestManager
 from lem.record import RecordError, read_record
+from tests.doubles import wall_clock
 from tests.doubles.fault_injector import VARIABLE, Fault, process_of
+from tests.faults.scenarios import Tools
 
-__all__ = ["CAMPAIGN", "EXPERIMENTS", "Outcome", "Sandbox", "Started", "copy_program"]
+__all__ = ["Outcome", "Sandbox", "Setting", "Started", "copy_program"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,25 +35,11 @@ MARK = "LEMTEST_SANDBOX"
 RUN_TIMEOUT_S = 120
 # A supervisor whose host was killed ends its engine: TERM, grace, KILL.
 END_TIMEOUT_S = 30
-CYCLES, CONFIGURATIONS = 2, 2
-EXPERIMENTS = CYCLES * CONFIGURATIONS
-
 MANIFEST = ".state/faults/campaign_manifest.json"
+_JOURNAL = "journal"
 
-# The least that passes through every kind of write and transition. The trivial engine generates at once.
-CAMPAIGN = f"""\
-campaign_name: faults
-model: trivial
-grid:
-  backends: [pytorch]
-  shared:
-    max_output_tokens: [4, 8]
-    warmup.enabled: [false]
-    measurement.min_window_sec: [0.02]
-    prompts: [{{type: file, path: prompts.txt}}]
-    gpus: [[]]
-execution: {{cycles: {CYCLES}, config_gap_seconds: 0, cycle_gap_seconds: 0}}
-"""
+# Root may write to what is read-only, which nobody else may; without that right it is an owner like others.
+_AS_OTHERS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all")
 
 
 @dataclass(frozen=True)
@@ -60,65 +51,109 @@ class Outcome:
         results: whole results by their path in the folder, with their bytes.
         partial: results, and the manifest, where they are there and not whole.
         duplicates: experiments with more than one whole result.
+        durations_s: every duration that the results tell.
     """
 
     statuses: tuple[str, ...]
     results: Mapping[str, bytes]
     partial: tuple[str, ...]
     duplicates: tuple[str, ...]
+    durations_s: tuple[float, ...]
 
 
-def copy_program(folder: Path) -> Path:
-    """A copy of lem and of the trivial engine: hundreds of runs are one program, whatever is edited meanwhile."""
+def copy_program(folder: Path) -> Tools:
+    """A copy of lem and of the doubles: hundreds of runs are one program, whatever is edited meanwhile."""
     leave_out = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "lem", folder / "lem", ignore=leave_out)
     shutil.copytree(ROOT / "tests" / "doubles", folder / "doubles", ignore=leave_out)
-    return folder
+    return Tools(folder, wall_clock.build_library(folder))
+
+
+class Setting(Protocol):
+    """What is tried: `scenarios.Scenario` or `commands.Command`."""
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Of `lem campaign`."""
+
+    def prepare(self, work: Path, rig: Path, tools: Tools) -> dict[str, str]:
+        """Write what lem needs into `work`, and what the doubles need into `rig`; the environment of every process."""
 
 
 class Sandbox:
-    """One campaign and its folder."""
+    """One campaign.
 
-    def __init__(self, folder: Path, program: Path) -> None:
-        """Write the campaign; `program` is what `copy_program` made."""
-        self.folder = folder
-        self.program = program
+    Attributes:
+        folder: in which it runs; nothing but what lem writes is changed there.
+    """
+
+    def __init__(self, folder: Path, tools: Tools, setting: Setting) -> None:
+        """Write the campaign; `tools` is what `copy_program` made."""
+        self.folder, self._rig = folder / "work", folder
+        self.setting = setting
         self.mark = uuid.uuid4().hex
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "prompts.txt").write_text("one two three\nfour five\n", encoding="utf-8")
-        (folder / "faults.yaml").write_text(CAMPAIGN, encoding="utf-8")
+        self._program = tools.program
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._environ = setting.prepare(self.folder, self._rig, tools)
 
     @property
     def journal(self) -> Path:
         """The journal of the faulted run."""
-        return self.folder / "journal"
+        return self._rig / _JOURNAL
+
+    @property
+    def output(self) -> Path:
+        """What every command of this sandbox printed."""
+        return self._rig / "output"
+
+    def fault(self, process: str = "", event: str = "", nth: int = 0, action: str = "") -> Fault:
+        """That fault here; without arguments, only the journal is kept."""
+        return Fault(str(self.journal), process, event, nth, action, root=str(self.folder.resolve()))
 
     def start(self, *options: str, fault: Fault | None = None) -> Started:
         """The campaign, started; its output goes to a file."""
+        command = ["campaign", "faults.yaml", "--yes", "--executor", "local", *self.setting.options, *options]
+        return self.start_lem(*command, fault=fault)
+
+    def start_lem(self, *words: str, fault: Fault | None = None) -> Started:
+        """A command of lem, started; its output goes to a file."""
         environ = {
             **{name: value for name, value in os.environ.items() if not name.startswith("LEM")},
-            "PYTHONPATH": os.pathsep.join([str(self.program), str(self.program / "doubles")]),
+            "PYTHONPATH": os.pathsep.join([str(self._program), str(self._program / "doubles")]),
             "LEM_LOCK_DIR": str(self.folder / "locks"),
+            "LEM_CACHE_DIR": str(self.folder / "cache"),
             "PYTHONDONTWRITEBYTECODE": "",  # compiling lem anew would be most of what a run takes
+            **self._environ,
             MARK: self.mark,
         }
+        command = [sys.executable, "-m", "lem", *words]
         if fault is not None:
             environ[VARIABLE] = fault.to_json()
-        command = [sys.executable, "-m", "lem", "campaign", "faults.yaml", "--yes", "--executor", "local", *options]
-        with open(self.folder / "output", "ab") as output:
-            output.write(f"$ {' '.join(options)} {fault}\n".encode())
+            if fault.action == "readonly" and os.geteuid() == 0:
+                command = [*_AS_OTHERS, *command]
+        with open(self.output, "ab") as output:
+            output.write(f"$ {' '.join(words)} {fault}\n".encode())
             output.flush()
             process = subprocess.Popen(
                 command, cwd=self.folder, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
         return Started(process, self)
 
+    def make_writable(self) -> None:
+        """Take back what a fault did to the folders."""
+        for folder, _, _ in os.walk(self.folder):
+            Path(folder).chmod(0o755)
+
     def run(self, *options: str, fault: Fault | None = None) -> int:
         """The exit code of the campaign, negative for a signal."""
         return self.start(*options, fault=fault).wait()
 
     def processes(self) -> dict[str, int]:
-        """Pids of living processes of this sandbox: host, supervisor, engine, guardian (the engine's parent)."""
+        """Pids of living processes: host, supervisor, guardian (the engine's parent), engine, sampler."""
         found: dict[str, int] = {}
         engines: set[int] = set()
         for pid, argv in sorted(self._living()):
@@ -145,10 +180,13 @@ class Sandbox:
         results: dict[str, bytes] = {}
         partial: list[str] = []
         experiments: Counter[str] = Counter()
+        durations_s: list[float] = []
         for path in sorted((self.folder / "results").rglob("result.json")):
             name = str(path.relative_to(self.folder))
             try:
-                experiments[read_record(path).identity.experiment_id] += 1
+                record = read_record(path)
+                experiments[record.identity.experiment_id] += 1
+                durations_s += _durations_s(dataclasses.asdict(record))
                 results[name] = path.read_bytes()
             except RecordError:
                 partial.append(name)
@@ -159,7 +197,12 @@ class Sandbox:
         except UserError:
             partial.append(MANIFEST)
         duplicates = tuple(sorted(name for name, count in experiments.items() if count > 1))
-        return Outcome(statuses, results, tuple(partial), duplicates)
+        partial += [str(path.relative_to(self.folder)) for path in self._broken_samples()]
+        return Outcome(statuses, results, tuple(partial), duplicates, tuple(durations_s))
+
+    def _broken_samples(self) -> Iterator[Path]:
+        """Sample logs that are there and not whole."""
+        return (path for path in (self.folder / "results").rglob(FINISHED_FILENAME) if not _is_whole_log(path))
 
     def _living(self) -> Iterator[tuple[int, list[str]]]:
         """Pid and command line (without the interpreter) of every process that carries the mark, zombies left out."""
@@ -201,6 +244,27 @@ class Started:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
         return self.process.returncode is not None
+
+
+def _is_whole_log(path: Path) -> bool:
+    try:
+        read_finished(path)
+    except SampleLogError:
+        return False
+    return True
+
+
+def _durations_s(section: Mapping[str, Any]) -> Iterator[float]:
+    """Every number of a record that counts seconds."""
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            is_distribution = name.endswith("_s")
+            named = {f"{key}_s" if is_distribution else key: item for key, item in value.items() if key != "n"}
+            yield from _durations_s(named)
+        elif isinstance(value, (list, tuple)):
+            yield from (found for item in value if isinstance(item, Mapping) for found in _durations_s(item))
+        elif name.endswith("_s") and not name.endswith("per_s") and isinstance(value, (int, float)):
+            yield float(value)
 
 
 def _without_interpreter(words: list[str]) -> list[str]:

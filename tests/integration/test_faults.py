@@ -1,101 +1,178 @@
-"""Every fault on a small campaign: after a resume each experiment is completed exactly once, nothing is left behind."""
+"""Faults where something is written: after a resume each experiment is completed exactly once, nothing is left behind.
+
+Every kind of point is tried here, with one or two of the faults; `python -m tests.faults.driver` tries every point
+with all of them.
+"""
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.doubles.fault_injector import EVENTS
-from tests.faults.driver import (
-    Case,
-    Point,
-    Verdict,
-    enumerate_points,
-    format_table,
-    random_moments,
-    spread,
-    try_all,
-    try_moment,
-    try_point,
-)
-from tests.faults.sandbox import copy_program
+from tests.doubles.fault_injector import DURABLE_EVENTS
+from tests.faults.campaigns import Case, enumerate_points, try_all, try_moment, try_point
+from tests.faults.commands import COMMANDS, Command, command_points, try_command
+from tests.faults.points import Point, random_moments, spread, thin
+from tests.faults.sandbox import Setting, copy_program
+from tests.faults.scenarios import METERED, PLAIN, TOPPED_UP, Scenario, Tools
+from tests.faults.verdict import Verdict, format_table
 
 # Hundreds of campaigns, about a second of CPU time each.
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.timeout(1500), pytest.mark.needs("gcc")]
 
 JOBS = min(8, os.cpu_count() or 2)
-MOMENTS = 20
+MOMENTS = 12
 SEED = 42
+# KILL is tried everywhere.
+OTHERS = ("enospc", "term", "eacces", "clock", "readonly", "eio")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Lab:
-    """The program to try, where to try it, and what an undisturbed campaign passes through."""
+    """The program to try, where to try it, and what undisturbed campaigns pass through."""
 
     folder: Path
-    program: Path
-    points: tuple[Point, ...]
-    elapsed_s: float
+    tools: Tools
+    _points: dict[str, tuple[tuple[Point, ...], float]] = field(default_factory=dict)
+
+    def points(self, scenario: Scenario) -> tuple[Point, ...]:
+        """What a scenario passes through."""
+        return self._enumerated(scenario)[0]
+
+    def elapsed_s(self, scenario: Scenario) -> float:
+        """How long it takes."""
+        return self._enumerated(scenario)[1]
+
+    def _enumerated(self, scenario: Scenario) -> tuple[tuple[Point, ...], float]:
+        if scenario.name not in self._points:
+            folder = self.folder / f"{scenario.name}-undisturbed"
+            self._points[scenario.name] = enumerate_points(folder, self.tools, scenario)
+        return self._points[scenario.name]
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     folder = tmp_path_factory.mktemp("faults")
-    program = copy_program(folder / "program")
-    return Lab(folder, program, *enumerate_points(folder / "undisturbed", program))
+    return Lab(folder, copy_program(folder / "program"))
 
 
-def try_and_show(cases: Sequence[Case], lab: Lab, name: str, capsys: pytest.CaptureFixture[str]) -> list[Verdict]:
-    verdicts = try_all(cases, lab.folder / name, lab.program, jobs=JOBS)
+@pytest.fixture
+def tried(lab: Lab, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Iterator[Trial]:
+    trial = Trial(lab, re.sub(r"\W", "-", request.node.name))
+    yield trial
     with capsys.disabled():
-        print(f"\n\n{format_table(verdicts)}")
-    return verdicts
+        print(f"\n\n{format_table(trial.verdicts)}")
+
+
+@dataclass
+class Trial:
+    """The cases of a test, and what they cost."""
+
+    lab: Lab
+    name: str
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    def run(self, cases: Sequence[Case], setting: Setting) -> None:
+        folder = self.lab.folder / f"{self.name}-{setting.name}"
+        self.verdicts += try_all(cases, folder, self.lab.tools, setting, jobs=JOBS)
+
+    def assert_good(self, count: int) -> None:
+        assert [verdict for verdict in self.verdicts if not verdict.is_good or not verdict.has_happened] == []
+        assert len(self.verdicts) == count
 
 
 def test_a_campaign_passes_through_every_kind_of_event_on_both_sides(lab: Lab) -> None:
-    assert {point.event for point in lab.points if point.process == "host"} == set(EVENTS)
-    assert {point.event for point in lab.points if point.process == "engine"} == set(EVENTS) - {"lem.transition"}
+    points = lab.points(PLAIN)
+    assert {point.event for point in points if point.process == "host"} >= set(DURABLE_EVENTS)
+    assert {point.event for point in points if point.process == "engine"} == set(DURABLE_EVENTS) - {"lem.transition"}
 
 
-def test_kill_at_every_event_costs_nothing(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-    cases = [partial(try_point, point, action) for point, action in spread(lab.points, ["kill"])]
-    verdicts = try_and_show(cases, lab, "kill", capsys)
-    assert [verdict for verdict in verdicts if not verdict.is_good or not verdict.has_happened] == []
-    assert len(verdicts) == len(lab.points)
+def test_between_them_the_campaigns_write_every_file_there_is(lab: Lab) -> None:
+    names = {point.kind[2] for scenario in (PLAIN, TOPPED_UP, METERED) for point in lab.points(scenario)}
+    assert names >= {
+        "campaign_manifest.json",
+        ".lem-tmp-campaign.activity",
+        "campaign.lock",
+        "config.json",
+        "prompts.jsonl",
+        "log.txt",
+        "samples.part",
+        "samples.jsonl.gz",
+        "outputs.jsonl",
+        "result.json",
+        "stopping.json",
+    }
 
 
-def test_failing_call_or_stop_at_every_event_costs_nothing(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-    actions = ["enospc", "term", "eacces", "eio"]
-    cases = [partial(try_point, point, action) for point, action in spread(lab.points, actions)]
-    verdicts = try_and_show(cases, lab, "fail", capsys)
-    assert [verdict for verdict in verdicts if not verdict.is_good or not verdict.has_happened] == []
-    assert len(verdicts) == len(lab.points)
+def test_kill_at_every_kind_of_event_costs_nothing(lab: Lab, tried: Trial) -> None:
+    points = thin(lab.points(PLAIN))
+    tried.run([partial(try_point, point, "kill", PLAIN) for point in points], PLAIN)
+    tried.assert_good(len(points))
 
 
-def test_kill_of_any_process_at_random_moments_costs_nothing(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-    moments = random_moments(MOMENTS, lab.elapsed_s, random.Random(SEED))
-    verdicts = try_and_show([partial(try_moment, moment) for moment in moments], lab, "moments", capsys)
-    assert [verdict for verdict in verdicts if not verdict.is_good] == []
-    assert any(verdict.has_happened for verdict in verdicts)
+def test_failing_call_or_stop_at_every_kind_of_event_costs_nothing(lab: Lab, tried: Trial) -> None:
+    points = thin(lab.points(PLAIN))
+    tried.run([partial(try_point, *pair, PLAIN) for pair in spread(points, OTHERS)], PLAIN)
+    tried.assert_good(len(points))
+
+
+@pytest.mark.parametrize("scenario", [TOPPED_UP, METERED], ids=lambda scenario: scenario.name)
+def test_faults_where_only_other_campaigns_write_cost_nothing(lab: Lab, tried: Trial, scenario: Scenario) -> None:
+    known = {point.kind[1:] for point in lab.points(PLAIN)}
+    points = [point for point in thin(lab.points(scenario)) if point.kind[1:] not in known]
+    tried.run([partial(try_point, *pair, scenario) for pair in spread(points, ("kill", *OTHERS))], scenario)
+    tried.assert_good(len(points))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_faults_in_a_command_that_writes_files_leave_them_whole_or_not_there(
+    lab: Lab, tried: Trial, command: Command
+) -> None:
+    points, due = command_points(lab.folder / f"{command.name}-undisturbed", lab.tools, command)
+    points = thin(points)
+    pairs = spread(points, ("kill", "enospc", "eio"))
+    tried.run([partial(try_command, *pair, command, due) for pair in pairs], command)
+    tried.assert_good(len(points))
+
+
+def test_kill_of_any_process_at_random_moments_costs_nothing(lab: Lab, tried: Trial) -> None:
+    for scenario in (PLAIN, METERED):
+        elapsed_s = lab.elapsed_s(scenario)
+        moments = random_moments(scenario.processes, MOMENTS // 2, elapsed_s, random.Random(SEED))
+        tried.run([partial(try_moment, moment, scenario) for moment in moments], scenario)
+    assert [verdict for verdict in tried.verdicts if not verdict.is_good] == []
+    assert any(verdict.has_happened for verdict in tried.verdicts)
 
 
 def test_program_that_writes_in_place_is_found_out(lab: Lab, tmp_path: Path) -> None:
     """The judge itself: with results written in place a kill leaves a part of one, and the table must say so."""
-    program = copy_program(tmp_path / "program")
-    module = program / "lem" / "durable.py"
+    tools = copy_program(tmp_path / "program")
     atomic, in_place = (
         'sys.audit("lem.fsync", str(path))',
         'path.write_bytes(data[:50]); sys.audit("lem.fsync", str(path))',
     )
-    source = module.read_text(encoding="utf-8")
-    assert atomic in source
-    module.write_text(source.replace(atomic, in_place), encoding="utf-8")
-    points = [point for point in lab.points if (point.process, point.event) == ("engine", "lem.rename")]
-    verdicts = try_all([partial(try_point, points[0], "kill")], tmp_path, program, jobs=1)
+    _edit(tools.program / "lem" / "durable.py", atomic, in_place)
+    points = [point for point in lab.points(PLAIN) if (point.process, point.event) == ("engine", "lem.rename")]
+    verdicts = try_all([partial(try_point, points[0], "kill", PLAIN)], tmp_path, tools, PLAIN, jobs=1)
     assert [verdict.partial > 0 for verdict in verdicts] == [True]
+
+
+def test_program_that_takes_durations_from_the_wall_clock_is_found_out(lab: Lab, tmp_path: Path) -> None:
+    tools = copy_program(tmp_path / "program")
+    _edit(tools.program / "lem" / "experiment" / "clock.py", "return time.monotonic_ns()", "return time.time_ns()")
+    points = [point for point in lab.points(PLAIN) if point.process == "supervisor"]
+    verdicts = try_all([partial(try_point, points[0], "clock", PLAIN)], tmp_path, tools, PLAIN, jobs=1)
+    assert [verdict.wrong_times > 0 for verdict in verdicts] == [True]
+
+
+def _edit(module: Path, before: str, after: str) -> None:
+    source = module.read_text(encoding="utf-8")
+    assert before in source
+    module.write_text(source.replace(before, after), encoding="utf-8")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.doubles import wall_clock
 from tests.doubles.fault_injector import VARIABLE, Fault, process_of, read_journal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +47,22 @@ def run(folder: Path, fault: Fault | None, *arguments: str) -> subprocess.Comple
 
 def files_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {"journal"}
+
+
+def run_code(code: str, folder: Path, **environ: str) -> str:
+    """What Python code prints that has the fault of the environment."""
+    text = f"from tests.doubles import fault_injector\nfault_injector.install()\n{code}"
+    finished = subprocess.run(
+        [sys.executable, "-c", text],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environ},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
 
 
 def test_without_a_fault_nothing_is_written_down(tmp_path: Path) -> None:
@@ -111,6 +129,7 @@ def test_events_of_another_process_do_not_count(tmp_path: Path) -> None:
         (["lem"], "host"),
         (["lem", "worker"], "supervisor"),
         (["lem", "worker", "--engine", "3"], "engine"),
+        (["lem", "worker", "--sampler", "--output", "x"], "sampler"),
     ],
 )
 def test_process_is_told_by_its_command_line(argv: list[str], process: str) -> None:
@@ -122,3 +141,45 @@ def test_fault_that_could_never_happen_is_refused(fields: dict[str, object]) -> 
     good = {"journal": "j", "process": "host", "event": "lem.write", "nth": 1, "action": "kill"}
     with pytest.raises(ValueError, match="are due"):
         Fault(**{**good, **fields})  # type: ignore[arg-type]
+
+
+def test_writes_that_no_durable_step_announces_count_below_the_root(tmp_path: Path) -> None:
+    inside, journal = tmp_path / "inside", tmp_path / "journal"
+    inside.mkdir()
+    code = """
+import os, pathlib
+pathlib.Path("inside/a").write_text("x")
+pathlib.Path("inside/a").read_text()
+pathlib.Path("outside").write_text("x")
+os.mkdir("inside/b"); os.rename("inside/a", "inside/b/a"); os.remove("inside/b/a"); os.rmdir(b"inside/b")
+"""
+    run_code(code, tmp_path, **{VARIABLE: Fault(str(journal), root=str(inside)).to_json()})
+    seen = [(entry.event, Path(entry.detail).name.strip("'")) for entry in read_journal(journal)]
+    expected = [("open", "a"), ("os.mkdir", "b"), ("os.rename", "a"), ("os.remove", "a"), ("os.rmdir", "b")]
+    assert seen == expected
+
+
+def test_a_folder_made_read_only_stays_so(tmp_path: Path) -> None:
+    inside = tmp_path / "inside"
+    (inside / "deep").mkdir(parents=True)
+    fault = Fault(str(tmp_path / "journal"), "host", "open", 1, "readonly", root=str(inside))
+    run_code("open('inside/deep/a', 'w').close()", tmp_path, **{VARIABLE: fault.to_json()})
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (inside, inside / "deep")] == [0o555, 0o555]
+
+
+@pytest.mark.needs("gcc")
+def test_the_wall_clock_goes_back_and_no_other_clock_does(tmp_path: Path) -> None:
+    code = """
+import sys, time
+from datetime import datetime, timezone
+from lem import durable
+from pathlib import Path
+clocks = (time.time, lambda: datetime.now(timezone.utc).timestamp(), time.monotonic)
+before = [clock() for clock in clocks]
+durable.write_text(Path("a"), "x")
+print([round((clock() - at) / 3600) for clock, at in zip(clocks, before)])
+"""
+    library = wall_clock.build_library(tmp_path)
+    fault = Fault(str(tmp_path / "journal"), "host", "lem.rename", 1, "clock")
+    environ = {**wall_clock.prepare(library, tmp_path / "clock"), VARIABLE: fault.to_json()}
+    assert run_code(code, tmp_path, **environ) == "[-1, -1, 0]\n"

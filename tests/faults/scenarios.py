@@ -1,0 +1,130 @@
+"""The campaigns that faults are tried on: between them they pass through every kind of write and transition."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.doubles import wall_clock
+from tests.doubles.nvml.library import NvmlDouble, build_library
+from tests.doubles.nvml.traces import Counter, GpuTrace, Load, Thermal, Trace
+
+__all__ = ["METERED", "PLAIN", "SCENARIOS", "TOPPED_UP", "Scenario", "Tools"]
+
+UUID = "GPU-11111111-2222-3333-4444-555555555555"
+_NVML_SCRIPT, _LOAD_LOG, _CLOCK = "nvml", "load", "clock"
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What is built once for all campaigns.
+
+    Attributes:
+        program: a copy of lem and of the doubles.
+        clock: the library of the wall clock.
+    """
+
+    program: Path
+    clock: Path
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A small campaign, the same each time it is run undisturbed.
+
+    Attributes:
+        experiments: how many it ends with.
+        experiment: what all its experiments have in common.
+        options: of `lem campaign`.
+        is_metered: it runs beside a GPU, which is NVML's double, so samplers run.
+    """
+
+    name: str
+    experiments: int
+    cycles: int
+    outputs: tuple[int, ...]
+    experiment: Mapping[str, Any] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    is_metered: bool = False
+
+    @property
+    def processes(self) -> tuple[str, ...]:
+        """The kinds of process that run it."""
+        return ("host", "supervisor", "guardian", "engine", *(["sampler"] if self.is_metered else []))
+
+    @property
+    def campaign(self) -> str:
+        """The campaign file. The trivial engine generates at once."""
+        shared = {
+            "max_output_tokens": list(self.outputs),
+            "prompts": [{"type": "file", "path": "prompts.txt"}],
+            **{name: [value] for name, value in self.experiment.items()},
+        }
+        execution = {"cycles": self.cycles, "config_gap_seconds": 0, "cycle_gap_seconds": 0}
+        return json.dumps(
+            {
+                "campaign_name": "faults",
+                "model": "trivial",
+                "grid": {"backends": ["pytorch"], "shared": shared},
+                "execution": execution,
+            },
+            indent=2,
+        )
+
+    def prepare(self, work: Path, rig: Path, tools: Tools) -> dict[str, str]:
+        """Write the campaign, and aside what it stands on; the environment in which it runs."""
+        (work / "prompts.txt").write_text("one two three\nfour five\n", encoding="utf-8")
+        (work / "faults.yaml").write_text(self.campaign, encoding="utf-8")
+        environ = wall_clock.prepare(tools.clock, rig / _CLOCK)
+        if not self.is_metered:
+            return environ
+        load_log = rig / _LOAD_LOG
+        load_log.touch()
+        trace = GpuTrace(
+            uuid=UUID, load=Load(str(load_log), 80.0, 350.0), counter=Counter(period_s=0.02), thermal=Thermal(tau_s=1.0)
+        )
+        double = NvmlDouble(rig / _NVML_SCRIPT)
+        double.say(*Trace(1, (trace,)).lines())
+        script = {"gpus": [UUID], "load_log": str(load_log), "token_s": 0.01}
+        return {**environ, **double.variables(), "LEMTEST_ENGINE_SCRIPT": json.dumps(script)}
+
+    def build(self) -> None:
+        """Build what `prepare` then finds, before several of them run at a time."""
+        if self.is_metered:
+            build_library()
+
+
+_AT_ONCE = {"warmup.enabled": False, "measurement.min_window_sec": 0.02, "gpus": []}
+
+PLAIN = Scenario("plain", experiments=4, cycles=2, outputs=(4, 8), experiment=_AT_ONCE)
+
+# No interval is ever that narrow, so a cycle is added, and the next one is the last that may be.
+TOPPED_UP = Scenario(
+    "top-up",
+    experiments=6,
+    cycles=5,
+    outputs=(4,),
+    experiment=_AT_ONCE,
+    options=("--until", "ci=0.0001%:output_tok_per_s", "--max-cycles", "6"),
+)
+
+METERED = Scenario(
+    "metered",
+    experiments=1,
+    cycles=1,
+    outputs=(4,),
+    experiment={
+        "measurement.min_window_sec": 0.2,
+        "gpus": ["0"],
+        # Long enough to see how often the counter changes, which says how long a window has to be.
+        "warmup": {"timeout_seconds": 0.5},
+        "baseline.enabled": False,
+        "save_outputs": True,
+    },
+    is_metered=True,
+)
+
+SCENARIOS = (PLAIN, TOPPED_UP, METERED)

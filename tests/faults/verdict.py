@@ -1,0 +1,65 @@
+"""What a fault cost, and the table of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+__all__ = ["Verdict", "format_table"]
+
+_COLUMNS = ("tried", "struck", "results lost", "partial", "duplicates", "incomplete", "wrong times", "processes left")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one fault cost.
+
+    Attributes:
+        what: the fault, for the table.
+        case: the fault, exactly.
+        has_happened: it struck before the run was over.
+        lost: results that were whole after the fault and are not there, or not the same, after the resume.
+        partial: results, sample logs or manifest that are there and not whole, after the fault or after the resume.
+        duplicates: experiments with more than one result at the end.
+        incomplete: experiments without a result, or not marked completed, at the end.
+        wrong_times: durations in the results that are negative, or longer than everything took.
+        processes_left: processes alive after the fault or after the resume.
+        notes: exit codes, and what else a person needs who looks into it.
+    """
+
+    what: str
+    case: str
+    has_happened: bool
+    lost: int = 0
+    partial: int = 0
+    duplicates: int = 0
+    incomplete: int = 0
+    wrong_times: int = 0
+    processes_left: int = 0
+    notes: str = ""
+
+    @property
+    def costs(self) -> tuple[int, ...]:
+        """Everything that must be 0."""
+        return (self.lost, self.partial, self.duplicates, self.incomplete, self.wrong_times, self.processes_left)
+
+    @property
+    def is_good(self) -> bool:
+        """Nothing was lost, doubled, cut off or left behind."""
+        return not any(self.costs)
+
+
+def format_table(verdicts: Iterable[Verdict]) -> str:
+    """One line a kind of fault, and one for all: how many were tried, and what they cost together."""
+    every = list(verdicts)
+    kinds: dict[str, list[Verdict]] = {}
+    for verdict in every:
+        kinds.setdefault(verdict.what, []).append(verdict)
+    lines = [f"{'fault':<34}" + "".join(f"{name:>{len(name) + 2}}" for name in _COLUMNS)]
+    return "\n".join([*lines, *(_line(what, group) for what, group in sorted(kinds.items())), _line("all", every)])
+
+
+def _line(what: str, group: list[Verdict]) -> str:
+    costs = (sum(column) for column in zip(*(item.costs for item in group), strict=True))
+    sums = (len(group), sum(item.has_happened for item in group), *costs)
+    return f"{what:<34}" + "".join(f"{value:>{len(name) + 2}}" for name, value in zip(_COLUMNS, sums, strict=False))
