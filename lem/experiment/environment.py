@@ -45,8 +45,7 @@ class GpuSurroundings:
 
     Attributes:
         vbios: of each GPU.
-        other_processes: `process 4711 on GPU-…` for what else computed there before the engine was loaded; () when
-            nothing did.
+        other_processes: `process 4711 on GPU-…` for what else computes there; () when nothing does.
         null_reason: why either is None.
     """
 

@@ -430,8 +430,16 @@ class Metering:
         if any(uuid not in seen for uuid in gpu_uuids):
             return GpuSurroundings(null_reason=header.gpu_error or "the sampler does not see the GPUs in use")
         vbios = tuple(seen[uuid].vbios or "" for uuid in gpu_uuids)
-        others = tuple(f"process {pid} on {uuid}" for uuid in gpu_uuids for pid in self.foreign.get(uuid, ()))
-        return GpuSurroundings(vbios if all(vbios) else None, others, "the driver does not tell")
+        own = self.own_pids
+        there = {header.gpus[row.gpu].uuid: row.pids for row in self.source.read().processes}
+        others = tuple(
+            f"process {pid} on {uuid}" for uuid in gpu_uuids for pid in there.get(uuid, ()) if pid not in (own or ())
+        )
+        return GpuSurroundings(
+            vbios if all(vbios) else None,
+            others if own is not None else None,
+            "the driver does not tell" if own is not None else "which processes are the engine's is not known",
+        )
 
     def _catch_up(self, until_ns: int, rows_of: Callable[[SampleLog], Sequence[object]] | None = None) -> None:
         """Wait until the sampler has written what it read up to a moment; one that lags too far is not waited for.

@@ -284,6 +284,7 @@ def test_the_engine_s_own_process_is_none_of_others(tmp_path: Path) -> None:
     second = meter.run()
     assert second.validity.engine_reused
     assert second.validity.valid, second.validity.invalid_reasons
+    assert second.environment.other_gpu_processes == ()
     assert second.energy.gpu_energy_j == pytest.approx(meter.true_j(), rel=0.002)
 
 
@@ -349,6 +350,7 @@ def test_an_engine_that_nobody_could_look_at_is_no_foreign_one_in_the_next_exper
     second = meter.run(baseline={"enabled": False})
     assert second.validity.engine_reused
     assert second.validity.valid, second.validity.invalid_reasons
+    assert second.environment.other_gpu_processes == ()
     assert meter.resident.own_pids == frozenset({ENGINE_PID})
 
 
