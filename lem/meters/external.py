@@ -6,6 +6,7 @@ import csv
 import math
 import re
 import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import pairwise
@@ -100,17 +101,16 @@ def _parse(text: str, source: str) -> ExternalReadings:
     powers: list[float] = []
     delimiter = ";" if ";" in text and "," not in text.partition("\n")[0] else ","
     lines = text.splitlines()
-    rows = csv.reader(lines, delimiter=delimiter)
-    for cells in rows:
-        where = f"measurement.external_csv: {source}:{rows.line_num}"
+    for number, cells in _rows(lines, delimiter, source):
+        where = f"measurement.external_csv: {source}:{number}"
         if not any(cell.strip() for cell in cells):
             continue
-        if not times and rows.line_num == 1 and not _is_reading(cells):
+        if not times and number == 1 and not _is_reading(cells):
             continue
         try:
             at_s, power_w = _reading(cells, where)
         except MeterRefused:
-            if rows.line_num == len(lines) and not text.endswith("\n"):
+            if number == len(lines) and not text.endswith("\n"):
                 break
             raise
         if times and at_s <= times[-1]:
@@ -120,6 +120,16 @@ def _parse(text: str, source: str) -> ExternalReadings:
         times.append(at_s)
         powers.append(power_w)
     return ExternalReadings(source, tuple(times), tuple(powers))
+
+
+def _rows(lines: Sequence[str], delimiter: str, source: str) -> Iterator[tuple[int, list[str]]]:
+    """The cells of each row, and the number of its line."""
+    reader = csv.reader(lines, delimiter=delimiter)
+    try:
+        for cells in reader:
+            yield reader.line_num, cells
+    except csv.Error as error:  # a cell of more than 128 KiB; before Python 3.11 also a NUL
+        raise MeterRefused(f"measurement.external_csv: {source}:{reader.line_num}: {error}", _FORM) from error
 
 
 def _is_reading(cells: list[str]) -> bool:
