@@ -468,7 +468,13 @@ def _decode_section(kind: Any, value: Any, where: str) -> Any:
     for name in reasons:
         if plain.get(name, name) is not None:
             raise RecordError(f"{where}: {_shown(name + _REASON)} stands beside a value, or beside nothing")
-    out = {name: _convert(hint, plain[name], f"{where}.{name}") for name, hint in hints.items()}
+    scalars = _scalars(kind)
+    out = {
+        name: plain[name]
+        if type(plain[name]) in scalars[name] and _is_finite(plain[name])
+        else _convert(hint, plain[name], f"{where}.{name}")
+        for name, hint in hints.items()
+    }
     return kind(**out, null_reasons=reasons) if keeps_reasons else kind(**out)
 
 
@@ -477,6 +483,22 @@ def _hints(kind: Any) -> Mapping[str, Any]:
     """Names and types of the fields; resolving annotations costs more than all the rest of decoding."""
     hints = typing.get_type_hints(kind)
     return {item.name: hints[item.name] for item in dataclasses.fields(kind)}
+
+
+@functools.cache
+def _scalars(kind: Any) -> Mapping[str, tuple[type[Any], ...]]:
+    """Per field the types of values that are as they should be; the rest is looked at closely."""
+    return {name: _scalars_of(hint) for name, hint in _hints(kind).items()}
+
+
+def _scalars_of(hint: Any) -> tuple[type[Any], ...]:
+    is_optional = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    kinds = typing.get_args(hint) if is_optional else (hint,)
+    return tuple(kind for kind in kinds if kind in (str, bool, int, float, types.NoneType))
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) is not float or math.isfinite(value)
 
 
 def _check_names(where: str, found: set[str], expected: set[str]) -> None:

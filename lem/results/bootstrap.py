@@ -6,6 +6,7 @@ It is what many tools print, and at the few cycles a campaign has it is too narr
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
@@ -62,7 +63,7 @@ def bootstrap_ci(
     if min(values) == max(values):
         # Rounding in a mean of equal values would otherwise make it differ from them.
         return BootstrapResult(values[0], 0.0, values[0], values[0], n, confidence, warning)
-    means = sorted(statistics.fmean([values[index] for index in row]) for row in _resamples(n, n_iterations, seed))
+    means = _sorted_means(values, n_iterations, seed)
     return BootstrapResult(
         mean=statistics.fmean(values),
         std=statistics.stdev(values),
@@ -105,11 +106,24 @@ def check_confidence(confidence: float) -> None:
         raise ValueError(f"confidence is {confidence}, a value between 0 and 1 is due, for example 0.95")
 
 
+def _sorted_means(values: list[float], n_iterations: int, seed: int) -> list[float]:
+    """The means of all resamples. A mean does not depend on the order (`fmean` rounds once), so each is taken once."""
+    counted = [
+        (statistics.fmean([values[index] for index in row]), count)
+        for row, count in _resamples(len(values), n_iterations, seed)
+    ]
+    return [mean for mean, count in sorted(counted) for _ in range(count)]
+
+
 @functools.lru_cache(maxsize=8)
-def _resamples(n: int, n_iterations: int, seed: int) -> tuple[tuple[int, ...], ...]:
-    """Which values each resample takes; the same for all metrics and configurations with as many cycles."""
+def _resamples(n: int, n_iterations: int, seed: int) -> tuple[tuple[tuple[int, ...], int], ...]:
+    """Which values each resample takes, in order of place, and how many take the same.
+
+    It is the same for all metrics and configurations with as many cycles; five values have 126 resamples.
+    """
     generator = random.Random(seed)
-    return tuple(tuple(generator.choices(range(n), k=n)) for _ in range(n_iterations))
+    rows = (tuple(sorted(generator.choices(range(n), k=n))) for _ in range(n_iterations))
+    return tuple(collections.Counter(rows).items())
 
 
 def _checked(samples: Iterable[float]) -> list[float]:
