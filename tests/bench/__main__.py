@@ -7,7 +7,6 @@ in a campaign inside that campaign. Where a target is a ratio both sides are mea
 from __future__ import annotations
 
 import functools
-import json
 import os
 import statistics
 import subprocess
@@ -17,14 +16,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from lem.config.campaign_config import CampaignGridConfig
 from lem.orchestration.grid import expand_campaign_grid, validate_campaign_grid
 from lem.orchestration.manifest import CampaignManifestEntry, ManifestManager
 from tests.bench.containers import containers, dispatch
 from tests.bench.figure import HEADER, Figure
+from tests.bench.host import run_host
 from tests.bench.report import report
+from tests.bench.scale import scale
 from tests.lab.places import Places
 from tests.needs import missing
 
@@ -33,7 +33,6 @@ PYZ = ROOT / "lem.pyz"
 STARTS = 21
 SAVES = 25
 WARM_EXPERIMENTS = (2, 22)
-TIMEOUT_S = 300
 
 # Pairs of runs, which need a machine to themselves for some minutes.
 BESIDE = """
@@ -43,24 +42,11 @@ Beside others, in ABBA pairs, for some minutes on a machine that does nothing el
   vLLM's own offline benchmark, once the lab is up:
     {lab}/environments/vllm/bin/python -m tests.bench.offline {lab}/models/demo"""
 
-# Runs lem.pyz as Python would, then says what the host process itself took (its children left out).
-HOST = """
-import json, resource, runpy, sys, time
-report = sys.argv[1]
-sys.argv = sys.argv[2:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit as stop:
-    code = stop.code
-memory_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-json.dump({"code": code, "cpu_s": time.process_time(), "memory_kib": memory_kib}, open(report, "w"))
-"""
-
 
 def main() -> int:
     """0; a figure above its target is shown as such, for a person to judge on a machine that may be busy."""
     print(HEADER)
-    for measure in (start_up, grid, manifest, host_of_a_campaign):
+    for measure in (start_up, grid, manifest, host_of_a_campaign, scale):
         show(measure())
     if (no_browser := missing("chromium")) is None:
         show(report())
@@ -182,79 +168,6 @@ def host_of_a_campaign() -> Iterator[Figure]:
     yield Figure("host, CPU time an experiment (warm)", 1000 * (many.cpu_s - few.cpu_s) / more, "ms", 10)
     yield Figure("host, from a result written to the next one's start", 1000 * many.turn_s, "ms", 10)
     yield Figure("host process of a campaign, memory", many.memory_kib / 1024, "MiB", 60)
-
-
-@dataclass(frozen=True)
-class HostCost:
-    """What the host process of a campaign took, its workers left out.
-
-    Attributes:
-        turn_s: median over experiments of the time from the event that one is completed to the first phase of the next.
-    """
-
-    cpu_s: float
-    memory_kib: int
-    turn_s: float
-
-
-def run_host(folder: Path, experiments: int) -> HostCost:
-    """What it takes to run a campaign of so many experiments that share one engine load.
-
-    Raises:
-        RuntimeError: the campaign fails.
-    """
-    folder.mkdir()
-    (folder / "bench.yaml").write_text(campaign_text(experiments), encoding="utf-8")
-    (folder / "prompts.txt").write_text("one two three\nfour five\n", encoding="utf-8")
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("LEM")}
-    environ |= {"PYTHONPATH": str(ROOT / "tests" / "doubles"), "LEM_LOCK_DIR": str(folder)}
-    command = [sys.executable, "-c", HOST, "host.json", str(PYZ), "campaign", "bench.yaml", "--executor", "local"]
-    with open(folder / "errors", "wb") as errors:
-        process = subprocess.Popen(
-            [*command, "--fresh", "--yes", "--json"], cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=errors
-        )
-        turn_s = turn_time(process.stdout) if process.stdout else 0.0
-        process.wait(TIMEOUT_S)
-    report = json.loads((folder / "host.json").read_text(encoding="utf-8"))
-    if report["code"] != 0:
-        raise RuntimeError(f"the campaign fails with {report['code']}:\n{(folder / 'errors').read_text()[-2000:]}")
-    return HostCost(report["cpu_s"], report["memory_kib"], turn_s)
-
-
-def turn_time(lines: IO[bytes]) -> float:
-    """Median of the seconds from a completed experiment to the first phase of the next, as events come in."""
-    turns_s: list[float] = []
-    completed_s: float | None = None
-    for line in lines:
-        event = json.loads(line)["event"]
-        if event == "phase" and completed_s is not None:
-            turns_s.append(time.perf_counter() - completed_s)
-            completed_s = None
-        elif event == "experiment_completed":
-            completed_s = time.perf_counter()
-    return statistics.median(turns_s) if turns_s else 0.0
-
-
-def campaign_text(experiments: int) -> str:
-    """A campaign of so many experiments in one cycle, with one engine key: only the batch size differs."""
-    return f"""\
-campaign_name: bench
-model: trivial
-grid:
-  backends: [pytorch]
-  shared:
-    max_output_tokens: [8]
-    min_output_tokens: [8]
-    ignore_eos: [true]
-    gpus: [[]]
-    warmup.enabled: [false]
-    measurement.min_window_sec: [0.01]
-    prompts: [{{type: file, path: prompts.txt}}]
-  backend_overrides:
-    pytorch:
-      batch_size: {list(range(1, experiments + 1))}
-execution: {{cycles: 1, config_gap_seconds: 0, cycle_gap_seconds: 0}}
-"""
 
 
 if __name__ == "__main__":

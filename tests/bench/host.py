@@ -1,0 +1,141 @@
+"""The host process of a campaign, with an engine that answers at once: what it costs beside its worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from lem.errors import ExitCode
+
+__all__ = ["HostCost", "command_cost", "run_host"]
+
+ROOT = Path(__file__).resolve().parents[2]
+PYZ = ROOT / "lem.pyz"
+TIMEOUT_S = 600
+
+# Runs lem.pyz as Python would, then says what the host process itself took (its children left out).
+HOST = """
+import json, resource, runpy, sys, time
+report = sys.argv[1]
+sys.argv = sys.argv[2:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as stop:
+    code = stop.code
+memory_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+json.dump({"code": code, "cpu_s": time.process_time(), "memory_kib": memory_kib}, open(report, "w"))
+"""
+
+
+@dataclass(frozen=True)
+class HostCost:
+    """What the host process of a campaign took, its workers left out.
+
+    Attributes:
+        turn_s: median over experiments of the time from the event that one is completed to the first phase of the next.
+        start_s: from its start to the event that the first experiment begins.
+    """
+
+    cpu_s: float
+    memory_kib: int
+    turn_s: float = 0.0
+    start_s: float = 0.0
+
+
+def run_host(folder: Path, experiments: int, *options: str, stop_after: int | None = None) -> HostCost:
+    """What it takes to run a campaign of so many experiments that share one engine load.
+
+    Args:
+        options: of `lem campaign`.
+        stop_after: end it by SIGTERM once so many are completed; `--resume` in the same folder then goes on.
+
+    Raises:
+        RuntimeError: the campaign fails.
+    """
+    folder.mkdir(exist_ok=True)
+    (folder / "bench.yaml").write_text(campaign_text(experiments), encoding="utf-8")
+    (folder / "prompts.txt").write_text("one two three\nfour five\n", encoding="utf-8")
+    words = ["campaign", "bench.yaml", "--executor", "local", *(options or ("--fresh",)), "--yes", "--json"]
+    begin_s = time.perf_counter()
+    with open(folder / "errors", "wb") as errors:
+        process = _start(folder, words, subprocess.PIPE, errors)
+        first_s, turn_s = _follow(process, stop_after)
+        process.wait(TIMEOUT_S)
+    cost = _cost(folder, int(ExitCode.OK) if stop_after is None else int(ExitCode.SIGTERM))
+    return HostCost(cost.cpu_s, cost.memory_kib, turn_s, first_s - begin_s)
+
+
+def command_cost(folder: Path, *words: str) -> HostCost:
+    """What a command of lem takes.
+
+    Raises:
+        RuntimeError: it fails.
+    """
+    with open(folder / "errors", "wb") as errors:
+        _start(folder, words, subprocess.DEVNULL, errors).wait(TIMEOUT_S)
+    return _cost(folder, int(ExitCode.OK))
+
+
+def _start(folder: Path, words: Sequence[str], out: int, errors: IO[bytes]) -> subprocess.Popen[bytes]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("LEM")}
+    environ |= {"PYTHONPATH": str(ROOT / "tests" / "doubles"), "LEM_LOCK_DIR": str(folder)}
+    command = [sys.executable, "-c", HOST, "host.json", str(PYZ), *words]
+    return subprocess.Popen(command, cwd=folder, env=environ, stdout=out, stderr=errors)
+
+
+def _cost(folder: Path, code: int) -> HostCost:
+    report = json.loads((folder / "host.json").read_text(encoding="utf-8"))
+    if report["code"] != code:
+        raise RuntimeError(f"lem fails with {report['code']}:\n{(folder / 'errors').read_text()[-2000:]}")
+    return HostCost(report["cpu_s"], report["memory_kib"])
+
+
+def _follow(process: subprocess.Popen[bytes], stop_after: int | None) -> tuple[float, float]:
+    """When the first experiment began, and the median of the seconds from a completed one to the next one's phase."""
+    turns_s: list[float] = []
+    first_s = 0.0
+    completed_s: float | None = None
+    completed = 0
+    for line in process.stdout or ():
+        event, now_s = json.loads(line)["event"], time.perf_counter()
+        first_s = first_s or (now_s if event == "experiment_started" else 0.0)
+        if event == "phase" and completed_s is not None:
+            turns_s.append(now_s - completed_s)
+            completed_s = None
+        elif event == "experiment_completed":
+            completed_s = now_s
+            completed += 1
+            if completed == stop_after:
+                process.send_signal(signal.SIGTERM)
+    return first_s, statistics.median(turns_s) if turns_s else 0.0
+
+
+def campaign_text(experiments: int) -> str:
+    """A campaign of so many experiments in one cycle, with one engine key: only the batch size differs."""
+    return f"""\
+campaign_name: bench
+model: trivial
+grid:
+  backends: [pytorch]
+  shared:
+    max_output_tokens: [8]
+    min_output_tokens: [8]
+    ignore_eos: [true]
+    gpus: [[]]
+    warmup.enabled: [false]
+    measurement.min_window_sec: [0.01]
+    prompts: [{{type: file, path: prompts.txt}}]
+  backend_overrides:
+    pytorch:
+      batch_size: {list(range(1, experiments + 1))}
+execution: {{cycles: 1, config_gap_seconds: 0, cycle_gap_seconds: 0}}
+"""
