@@ -383,7 +383,7 @@ def _decode_header(document: Any) -> SampleHeader:
         if isinstance(values.get(name), list):
             values[name] = tuple(build_from(kind, item, name) for item in values[name])
     header = build_from(SampleHeader, values, "header")
-    if header.interval_ms < 1:
+    if header.interval_ms < 0:
         raise ValueError(f"interval_ms is {header.interval_ms}")
     return header
 

@@ -12,13 +12,16 @@ from lem.meters.samples import (
     CounterChange,
     CpuLoad,
     GpuHeader,
+    Mark,
     PartReader,
     SampleHeader,
+    SampleLog,
     SampleLogError,
     encode_header,
     encode_row,
     read_finished,
     read_part,
+    write_finished,
 )
 
 HEADER = SampleHeader(1, "2026-01-01T00:00:00+00:00", "host", 100, (GpuHeader(0, "GPU-1", "H200", "575"),))
@@ -88,7 +91,7 @@ def test_a_row_that_is_none_is_refused_with_its_line(tmp_path: Path, line: str, 
     assert str(found.value).startswith(f"{path}:3: not a sample log: {said}")
 
 
-@pytest.mark.parametrize("change", [{"interval_ms": 0}, {"interval_ms": "1"}, {"gpus": [7]}, {"gpus": None}, {"x": 1}])
+@pytest.mark.parametrize("change", [{"interval_ms": -1}, {"interval_ms": "1"}, {"gpus": [7]}, {"gpus": None}, {"x": 1}])
 def test_a_header_that_is_none_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
     path = tmp_path / "samples.part"
     add(path, json.dumps({**json.loads(encode_header(HEADER)), **change}) + "\n")
@@ -104,3 +107,10 @@ def test_a_finished_log_that_is_none_is_refused(tmp_path: Path, data: bytes) -> 
     path.write_bytes(data)
     with pytest.raises(SampleLogError, match="not a finished sample log"):
         read_finished(path)
+
+
+def test_the_log_of_an_attempt_beside_which_no_sampler_ran_can_be_read_again(tmp_path: Path) -> None:
+    # It has the pair of clocks by which a meter of the user's own is aligned.
+    log = SampleLog(SampleHeader(5, "2026-01-01T00:00:00+00:00", "here", 0, gpu_error="no driver"))
+    write_finished(tmp_path / "log", log, [Mark("window", 6, 7)])
+    assert read_finished(tmp_path / "log") == (log, (Mark("window", 6, 7),))
