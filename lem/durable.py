@@ -22,11 +22,15 @@ __all__ = ["name_folder", "read_json", "sync_folder", "utf8", "write_bytes", "wr
 TEMPORARY_PREFIX = ".lem-tmp-"
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
     """Replace `path` by `data` so that a reader sees the old file or the new one, never a part.
 
     Temporary file in the same folder, fsync, rename, fsync of the folder: rename(2) is atomic, and only the
     folder's own fsync makes the new name survive a power cut.
+
+    Args:
+        is_synced: False leaves both fsyncs out, for what is made again where a power cut spoilt it; a disk takes
+            milliseconds for each.
 
     Raises:
         OSError: the folder is missing, not writable or full; no temporary file is left behind.
@@ -41,15 +45,17 @@ def write_bytes(path: Path, data: bytes) -> None:
             view = memoryview(data)
             while view:
                 view = view[os.write(descriptor, view) :]
-            sys.audit("lem.fsync", str(path))
-            os.fsync(descriptor)
+            if is_synced:
+                sys.audit("lem.fsync", str(path))
+                os.fsync(descriptor)
         sys.audit("lem.rename", str(path))
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    sync_folder(folder)
+    if is_synced:
+        sync_folder(folder)
 
 
 def utf8(text: str) -> bytes:

@@ -186,6 +186,9 @@ class FakeExecutor:
         self.killed += 1
         self.worker.kill()
 
+    def clear(self) -> None:
+        """Nothing is left of anything."""
+
     def look_after(self, tell: Callable[[str], None]) -> None:
         self.looked_after += 1
         if self.look_error is not None:

@@ -202,6 +202,8 @@ class CampaignRunner:
             )
             for text in told:
                 loop.tell("note", text=text)
+            if not remaining:
+                session.clear()
             outcome = loop.run_to_end(remaining, deadline_s)
             if self.options.until is not None:
                 outcome = self._top_up(loop, plan, outcome, deadline_s, has_run=bool(remaining))

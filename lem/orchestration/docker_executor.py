@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.config.campaign_config import CampaignHealthCheckConfig
-from lem.errors import EngineError, InfrastructureError, Interrupted
+from lem.errors import EngineError, InfrastructureError, Interrupted, LockedError
 from lem.experiment.channel import RunRequest
 from lem.orchestration.attempt import Outcome
 from lem.orchestration.compose_project import ComposeProject
@@ -125,6 +125,11 @@ class DockerExecutor:
                 manager.teardown(TEARDOWN_S)
         finally:
             self._held.close()
+
+    def clear(self) -> None:
+        """Remove the containers of the project, unless another campaign has them."""
+        with contextlib.suppress(LockedError), hold_locks([self._lock()], self._holder()):
+            ContainerManager(project=self.project).teardown(TEARDOWN_S)
 
     def look_after(self, tell: Callable[[str], None]) -> None:
         """See that every container is healthy, and make well one that is not; never while one measures.

@@ -185,6 +185,10 @@ class Session:
         finally:
             self._executor.close()
 
+    def clear(self) -> None:
+        """Take down what a run that was killed left, where this one has nothing to run."""
+        self._executor.clear()
+
     def _end(self, *, is_at_once: bool) -> None:
         if is_at_once:
             self._executor.kill()

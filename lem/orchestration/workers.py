@@ -302,6 +302,9 @@ class Executor(Protocol):
     def close(self) -> None:
         """Take down what the workers ran in, once they were stopped or killed."""
 
+    def clear(self) -> None:
+        """Take down what a run that was killed left, where this one has nothing to run."""
+
 
 class LocalExecutor:
     """One worker on this machine, under this Python or another, for every backend."""
@@ -344,3 +347,6 @@ class LocalExecutor:
 
     def close(self) -> None:
         """Nothing: the worker ran in nothing of its own."""
+
+    def clear(self) -> None:
+        """Nothing: a worker ends with its host, however that ends."""

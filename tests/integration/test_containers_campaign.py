@@ -12,6 +12,7 @@ import pytest
 
 from tests.campaign_rig import EIGHT, FOUR
 from tests.container_rig import ContainerRig, container_campaign, docker
+from tests.doubles.fault_injector import VARIABLE, Fault
 from tests.processes import wait_for
 from tests.webhook import SECRET, serving_webhook
 
@@ -157,6 +158,18 @@ def once(rig, rule, name):
     """The rule, for the first time alone; the file that says so lies where the container can write."""
     (rig.folder / "results").mkdir(exist_ok=True)
     return {**rule, "once": str(rig.folder / "results" / name)}
+
+
+def test_a_resume_with_nothing_left_to_run_takes_down_what_a_killed_run_left(rig):
+    journal = rig.folder / "journal"
+    # The last of two experiments is measured, and its host dies before it writes that down.
+    fault = Fault(str(journal), "host", "lem.transition", 4, "kill")
+    rig.run("--yes", **{VARIABLE: fault.to_json()})
+    assert rig.containers(is_all=True)
+    resumed = rig.run("--resume")
+    assert resumed.code == 0, resumed.err
+    assert rig.statuses() == ["completed", "completed"]
+    assert rig.containers(is_all=True) == {}
 
 
 def test_restarts_that_are_used_up_stop_the_campaign_with_the_rest_pending(rig):

@@ -194,3 +194,15 @@ def test_a_folder_that_cannot_be_made_safe_gets_no_name(tmp_path: Path, event: s
         durable.name_folder(scratch, target)
     assert not target.exists()
     assert (scratch / "a").read_text() == "one"
+
+
+def test_a_file_that_is_not_synced_is_still_whole_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    seen: list[str] = []
+    with watching(lambda event, _path: seen.append(event)):
+        durable.write_bytes(path, b"one", is_synced=False)
+    assert seen == ["lem.write", "lem.rename"]
+    with failing("lem.rename"), pytest.raises(OSError, match="No space left"):
+        durable.write_bytes(path, b"two", is_synced=False)
+    assert [item.name for item in tmp_path.iterdir()] == ["a"]
+    assert path.read_bytes() == b"one"
