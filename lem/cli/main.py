@@ -9,12 +9,11 @@ import importlib
 import logging
 import os
 import sys
-import tempfile
 import traceback
 from collections.abc import Sequence
 from typing import TextIO
 
-from lem import __version__, durable, log
+from lem import __version__, log
 from lem.cli.streams import prepare_streams
 from lem.errors import ExitCode, LemError, UserError, exit_code_of
 
@@ -186,6 +185,11 @@ def _explain(console: log.Console, error: LemError) -> None:
 
 
 def _report_bug(console: log.Console, error: Exception) -> None:
+    # No other command pays for them.
+    import tempfile
+
+    from lem import durable
+
     console.close()
     told = f"lem {__version__}, Python {sys.version}\n{''.join(traceback.format_exception(error))}"
     try:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from lem import durable
 from lem.cli.selection import SelectedRun, problem_documents, resolve_run, write_json
 from lem.errors import ExitCode, UserError
 
@@ -116,6 +115,7 @@ def _traces(results: Sequence[StoredResult]) -> tuple[list[tuple[Record, Trace]]
 
 
 def _write(path: Path, text: str) -> None:
+    from lem import durable
     from lem.results.attempt import reason_of
 
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -36,6 +35,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """The exit code: 0 however the campaigns are, 2 where there is no such campaign."""
+    import socket
+
     from lem.cli.status_view import Eyes, render_status, render_statuses, status_document
     from lem.orchestration.manifest import utc_now
     from lem.orchestration.status import Onlooker, boot_time, find_folders, read_status

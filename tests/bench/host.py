@@ -42,13 +42,11 @@ class HostCost:
 
     Attributes:
         turn_s: median over experiments of the time from the event that one is completed to the first phase of the next.
-        start_s: from its start to the event that the first experiment begins.
     """
 
     cpu_s: float
     memory_kib: int
     turn_s: float = 0.0
-    start_s: float = 0.0
 
 
 def run_host(folder: Path, experiments: int, *options: str, stop_after: int | None = None) -> HostCost:
@@ -65,13 +63,12 @@ def run_host(folder: Path, experiments: int, *options: str, stop_after: int | No
     (folder / "bench.yaml").write_text(campaign_text(experiments), encoding="utf-8")
     (folder / "prompts.txt").write_text("one two three\nfour five\n", encoding="utf-8")
     words = ["campaign", "bench.yaml", "--executor", "local", *(options or ("--fresh",)), "--yes", "--json"]
-    begin_s = time.perf_counter()
     with open(folder / "errors", "wb") as errors:
         process = _start(folder, words, subprocess.PIPE, errors)
-        first_s, turn_s = _follow(process, stop_after)
+        turn_s = _follow(process, stop_after)
         process.wait(TIMEOUT_S)
     cost = _cost(folder, int(ExitCode.OK) if stop_after is None else int(ExitCode.SIGTERM))
-    return HostCost(cost.cpu_s, cost.memory_kib, turn_s, first_s - begin_s)
+    return HostCost(cost.cpu_s, cost.memory_kib, turn_s)
 
 
 def command_cost(folder: Path, *words: str) -> HostCost:
@@ -99,15 +96,13 @@ def _cost(folder: Path, code: int) -> HostCost:
     return HostCost(report["cpu_s"], report["memory_kib"])
 
 
-def _follow(process: subprocess.Popen[bytes], stop_after: int | None) -> tuple[float, float]:
-    """When the first experiment began, and the median of the seconds from a completed one to the next one's phase."""
+def _follow(process: subprocess.Popen[bytes], stop_after: int | None) -> float:
+    """The median of the seconds from a completed experiment to the next one's first phase."""
     turns_s: list[float] = []
-    first_s = 0.0
     completed_s: float | None = None
     completed = 0
     for line in process.stdout or ():
         event, now_s = json.loads(line)["event"], time.perf_counter()
-        first_s = first_s or (now_s if event == "experiment_started" else 0.0)
         if event == "phase" and completed_s is not None:
             turns_s.append(now_s - completed_s)
             completed_s = None
@@ -116,7 +111,7 @@ def _follow(process: subprocess.Popen[bytes], stop_after: int | None) -> tuple[f
             completed += 1
             if completed == stop_after:
                 process.send_signal(signal.SIGTERM)
-    return first_s, statistics.median(turns_s) if turns_s else 0.0
+    return statistics.median(turns_s) if turns_s else 0.0
 
 
 def campaign_text(experiments: int) -> str:
