@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from tests.doubles import wall_clock
+from tests.doubles.fault_injector import WALL_CLOCK_OFFSET
 from tests.doubles.nvml.library import NvmlDouble, build_library
 from tests.doubles.nvml.traces import Counter, GpuTrace, Load, Thermal, Trace
 
-__all__ = ["METERED", "PLAIN", "SCENARIOS", "TOPPED_UP", "Scenario", "Tools"]
+__all__ = ["METERED", "PLAIN", "SCENARIOS", "STEPPING", "TOPPED_UP", "Scenario", "Tools"]
 
 UUID = "GPU-11111111-2222-3333-4444-555555555555"
 _NVML_SCRIPT, _LOAD_LOG, _CLOCK = "nvml", "load", "clock"
+_HOUR_BACK = "".join(f"\\{byte:03o}" for byte in WALL_CLOCK_OFFSET.pack(-3600))
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Scenario:
         experiment: what all its experiments have in common.
         options: of `lem campaign`.
         is_metered: it runs beside a GPU, which is NVML's double, so samplers run.
+        is_stepping: the wall clock goes back by an hour within each window.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Scenario:
     experiment: Mapping[str, Any] = field(default_factory=dict)
     options: tuple[str, ...] = ()
     is_metered: bool = False
+    is_stepping: bool = False
 
     @property
     def processes(self) -> tuple[str, ...]:
@@ -79,6 +83,11 @@ class Scenario:
         (work / "prompts.txt").write_text("one two three\nfour five\n", encoding="utf-8")
         (work / "faults.yaml").write_text(self.campaign, encoding="utf-8")
         environ = wall_clock.prepare(tools.clock, rig / _CLOCK)
+        if self.is_stepping:
+            # Written in place: a file that is cut short under a mapping is a SIGBUS for its readers.
+            command = f"printf '{_HOUR_BACK}' | dd of={rig / _CLOCK} conv=notrunc status=none"
+            script: dict[str, Any] = {"rules": [{"at": "generate", "do": "shell", "command": command}]}
+            return {**environ, "LEMTEST_ENGINE_SCRIPT": json.dumps(script)}
         if not self.is_metered:
             return environ
         load_log = rig / _LOAD_LOG
@@ -100,6 +109,8 @@ class Scenario:
 _AT_ONCE = {"warmup.enabled": False, "measurement.min_window_sec": 0.02, "gpus": []}
 
 PLAIN = Scenario("plain", experiments=4, cycles=2, outputs=(4, 8), experiment=_AT_ONCE)
+
+STEPPING = Scenario("stepping", experiments=1, cycles=1, outputs=(4,), experiment=_AT_ONCE, is_stepping=True)
 
 # No interval is ever that narrow, so a cycle is added, and the next one is the last that may be.
 TOPPED_UP = Scenario(

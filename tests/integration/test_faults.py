@@ -21,7 +21,7 @@ from tests.faults.campaigns import Case, enumerate_points, try_all, try_moment, 
 from tests.faults.commands import COMMANDS, Command, command_points, try_command
 from tests.faults.points import Point, random_moments, spread, thin
 from tests.faults.sandbox import Setting, copy_program
-from tests.faults.scenarios import METERED, PLAIN, TOPPED_UP, Scenario, Tools
+from tests.faults.scenarios import METERED, PLAIN, STEPPING, TOPPED_UP, Scenario, Tools
 from tests.faults.verdict import Verdict, format_table
 
 # Hundreds of campaigns, about a second of CPU time each.
@@ -164,12 +164,10 @@ def test_program_that_writes_in_place_is_found_out(lab: Lab, tmp_path: Path) -> 
     assert [verdict.partial > 0 for verdict in verdicts] == [True]
 
 
-def test_program_that_takes_durations_from_the_wall_clock_is_found_out(lab: Lab, tmp_path: Path) -> None:
-    tools = copy_program(tmp_path / "program")
-    _edit(tools.program / "lem" / "experiment" / "clock.py", "return time.monotonic_ns()", "return time.time_ns()")
-    points = [point for point in lab.points(PLAIN) if point.process == "supervisor"]
-    verdicts = try_all([partial(try_point, points[0], "clock", PLAIN)], tmp_path, tools, PLAIN, jobs=1)
-    assert [verdict.wrong_times > 0 for verdict in verdicts] == [True]
+def test_a_wall_clock_that_goes_back_within_a_window_changes_no_duration(lab: Lab, tmp_path: Path) -> None:
+    moments = random_moments(("host",), 1, 0.0, random.Random(SEED))
+    verdicts = try_all([partial(try_moment, moments[0], STEPPING)], tmp_path, lab.tools, STEPPING, jobs=1)
+    assert [verdict.is_good for verdict in verdicts] == [True]
 
 
 def _edit(module: Path, before: str, after: str) -> None:
