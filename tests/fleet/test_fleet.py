@@ -212,6 +212,30 @@ def test_what_arrived_is_kept_and_a_second_call_does_only_what_lacks(fleet):
     assert "@ gpu2" in shown.stdout
 
 
+def test_what_a_host_lacks_that_does_not_come_back_is_divided_among_the_others(fleet):
+    controller = fleet.controller
+    given = trivial(lem_campaign_file=controller.write_campaign("lost", outputs=(4, 8, 16)))
+    fleet.gpu2.kill()
+    first = controller.play("run_campaign", **given)
+    assert first.code != 0
+    assert "gpu2: unreachable" in first.text
+    kept = controller.merged("lost")
+    assert {name.split("+")[1].split("/")[0] for name in kept} == {"gpu1"}
+    plan = (controller.fleet_dir / "lost" / "plan.json").read_bytes()
+
+    again = controller.play("run_campaign", **given, lem_fleet_replan=True)
+    merged = controller.merged("lost")
+    assert kept.items() <= merged.items()
+    measured = {json.loads(text)["identity"]["config_name"] for text in merged.values()}
+    assert len(measured) == 3, again.text[-4000:]
+    assert "results are lacking" not in again.text
+    plans = [path.read_bytes() for path in (controller.fleet_dir / "lost").glob("plan.*.json")]
+    assert plans == [plan]
+
+    fleet.gpu2.start()
+    controller.know(fleet.gpu1, fleet.gpu2)
+
+
 def test_a_timer_starts_a_campaign_and_stopping_keeps_what_is_measured(fleet):
     controller, host = fleet.controller, fleet.gpu1
     campaign = controller.write_campaign("nightly", cycles=1)
