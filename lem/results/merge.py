@@ -20,6 +20,7 @@ from lem.errors import UserError
 from lem.record import Record
 from lem.results.attempt import make_folder, reason_of, remedy_for
 from lem.results.fleet_plan import FleetPlan
+from lem.results.precision import read_stopping_rule, write_stopping_rule
 from lem.results.repository import Problem, Repository, StoredResult, experiment_folder_name, list_campaigns
 
 __all__ = ["AnchorCheck", "Cell", "Gathered", "Matrix", "check_anchor", "completeness", "gather", "write_merged"]
@@ -261,9 +262,19 @@ def write_merged(gathered: Gathered, output: Path) -> int:
             make_folder(target.parent)
             _copy_folder(item.path.parent, target)
             new += 1
+        _keep_stopping_rules(gathered, output / gathered.campaign)
     except OSError as error:
         raise UserError(f"{error.filename or output}: {reason_of(error)}", remedy_for(error)) from error
     return new
+
+
+def _keep_stopping_rules(gathered: Gathered, campaign_folder: Path) -> None:
+    """Bring along by which rule cycles were added to a run, since its intervals do not account for that."""
+    for run_folder in dict.fromkeys(item.path.parents[2] for item in gathered.results):
+        rule = read_stopping_rule(run_folder)
+        target = campaign_folder / run_folder.name
+        if rule is not None and read_stopping_rule(target) != rule:
+            write_stopping_rule(target, rule)
 
 
 def _copy_folder(source: Path, target: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from lem.cli.main import main
 from lem.record import Record, write_record
 from lem.results.fleet_plan import FleetPlan, HostPart, PlannedExperiment, write_plan
+from lem.results.precision import StoppingRule, Target, read_stopping_rule, write_stopping_rule
 from lem.results.repository import Repository
 from tests.records import make_record
 
@@ -87,6 +88,13 @@ def test_a_host_is_a_block_for_every_reader(tmp_path: Path, hosts: tuple[Path, P
     assert code == 0
     found = {item["config_name"]: item["n_cycles"] for item in json.loads(out)["configurations"]}
     assert found == {"short @ gpu1": 2, "short @ gpu2": 2, "long": 1}
+
+
+def test_the_rule_by_which_cycles_were_added_comes_along(tmp_path: Path, hosts: tuple[Path, Path]) -> None:
+    rule = StoppingRule(Target(0.02, None), 5, 20)
+    write_stopping_rule(hosts[1] / "results" / "demo" / RUN, rule)
+    lem("merge", *hosts, "--output", tmp_path / "all")
+    assert read_stopping_rule(tmp_path / "all" / "demo" / RUN) == rule
 
 
 def test_merging_again_changes_nothing_and_identical_results_count_once(
