@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -357,9 +358,12 @@ def test_a_log_that_was_removed_ends_the_sampler(rig: Rig) -> None:
         rig.run(1.0, (0.5, rig.output.unlink))
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files() -> Iterator[None]:
-    """No file of this process may grow beyond 4 KiB: as a disk that is full."""
+    """No file of this process may grow beyond 4 KiB within the block: as a disk that is full.
+
+    A block and no fixture: in between, pytest itself writes, and its output may be a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
@@ -370,9 +374,8 @@ def small_files() -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-@pytest.mark.usefixtures("small_files")
 def test_a_disk_that_is_full_ends_the_sampler_and_what_was_written_can_be_read(rig: Rig) -> None:
-    with pytest.raises(SampleFileError, match="cannot be written: File too large"):
+    with pytest.raises(SampleFileError, match="cannot be written: File too large"), small_files():
         rig.run(60.0)
     assert len(read_part(rig.output).samples) > 10
 
