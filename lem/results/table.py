@@ -98,7 +98,7 @@ class _Table:
             names.append(self._shortener(item.config_name))
             cells.append(_estimate_cells(estimate, decimals))
             if estimate.all_attempts is not None:
-                names.append("  over all attempts")
+                names.append("· over all attempts")
                 cells.append(_all_attempts_cells(estimate.all_attempts, decimals))
         headings = ("n", "geom.\nmean", f"{percent}\nt interval", "bootstrap\ninterval")
         table = [Column(text, tuple(row[index] for row in cells)) for index, text in enumerate(headings)]
