@@ -132,6 +132,7 @@ class Docker:
     """
 
     env: Mapping[str, str] = field(repr=False)
+    _oom_kills: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def call(self, arguments: Sequence[str], *, timeout_s: float = CALL_TIMEOUT_S) -> Finished:
         """A finished call; a failing one is a value.
@@ -190,6 +191,8 @@ class Docker:
         """Whether the kernel killed a process of a container for want of memory; False when nobody knows.
 
         The state of a container tells that of its first process alone, or of any process ever, as Docker is old or new.
+        Where the engine sends no event (containerd gives up on control groups of an unusual layout), the kernel's own
+        count in the container tells, by what has come to it since it was last asked.
 
         Args:
             since_s, until_s: between these moments, in seconds since 1970; it returns when the second has passed.
@@ -197,7 +200,19 @@ class Docker:
         span = ("--since", f"{since_s:.3f}", "--until", f"{until_s:.3f}")
         which = ("--filter", f"container={container}", "--filter", "event=oom", "--format", "{{.Status}}")
         finished = self.call(("events", *span, *which))
-        return finished.code == 0 and bool(finished.stdout.strip())
+        before, now = self._oom_kills.get(container, 0), self._count_oom_kills(container)
+        self._oom_kills[container] = now
+        return (finished.code == 0 and bool(finished.stdout.strip())) or now > before
+
+    def _count_oom_kills(self, container: str) -> int:
+        """How many processes of a container the kernel has killed for want of memory; 0 when that cannot be read.
+
+        Linux, Documentation/admin-guide/cgroup-v2.rst (memory.events) and cgroup-v1/memory.rst (memory.oom_control).
+        """
+        files = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
+        words = self.call(("exec", container, "cat", *files)).stdout.split()
+        counts = [value for name, value in pairwise(words) if name == "oom_kill"]
+        return int(counts[0]) if counts and counts[0].isdecimal() else 0
 
     def pids(self, container: str) -> frozenset[int]:
         """The processes of a running container as the host numbers them; empty when they cannot be had."""
