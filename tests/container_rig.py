@@ -7,13 +7,13 @@ import json
 import os
 import secrets
 import subprocess
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.campaign_rig import CampaignRig
 from tests.lab.places import BASE_IMAGE
+from tests.processes import wait_for
 
 __all__ = ["ContainerRig", "compose_text", "container_campaign"]
 
@@ -111,12 +111,15 @@ class ContainerRig(CampaignRig):
                         found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
         return found
 
+    def workers_left_inside(self, patience_s: float) -> list[str]:
+        """What `workers_inside` finds and still does after everybody had time to go."""
+        with contextlib.suppress(TimeoutError):
+            wait_for(lambda: None if self.workers_inside() else True, patience_s)
+        return self.workers_inside()
+
     def assert_nothing_inside(self, patience_s: float = 10.0) -> None:
         """Fail when something that lem started in a container is still there after a while."""
-        deadline = time.monotonic() + patience_s
-        while (left := self.workers_inside()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert left == []
+        assert self.workers_left_inside(patience_s) == []
 
     @contextlib.contextmanager
     def cleaned(self) -> Iterator[ContainerRig]:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from lem.backends.pytorch_options import ASSISTANT_ARGUMENTS, EngineFacts, is_assisted, section_of
+from lem.backends.refusals import Refusal, refuse
 from lem.config.backend_config import PyTorchConfig
 from lem.config.experiment_config import ExperimentConfig
-from lem.errors import OptionRefused
 
 __all__ = ["check_options"]
 
@@ -69,12 +68,6 @@ _REFUSED = MappingProxyType(
 )
 
 
-@dataclass(frozen=True)
-class _Refusal:
-    option: str
-    reason: str
-
-
 def check_options(config: ExperimentConfig, facts: EngineFacts) -> None:
     """Refuse what cannot be honoured here, everything at once; what only a run can tell is tried by the engine.
 
@@ -91,93 +84,91 @@ def check_options(config: ExperimentConfig, facts: EngineFacts) -> None:
         *_decoding(section),
         *_extra(section, facts),
     ]
-    if refusals:
-        listed = "; ".join(f"{refusal.option}: {refusal.reason}" for refusal in refusals)
-        raise OptionRefused(f"{facts} cannot honour {listed}", "leave the option out, or change what it needs")
+    refuse(refusals, facts)
 
 
-def _placement(config: ExperimentConfig, section: PyTorchConfig, facts: EngineFacts) -> Iterator[_Refusal]:
+def _placement(config: ExperimentConfig, section: PyTorchConfig, facts: EngineFacts) -> Iterator[Refusal]:
     if config.model.adapter is not None and (lack := facts.lacks("peft")):
-        yield _Refusal("model.adapter", lack)
+        yield Refusal("model.adapter", lack)
     if section.low_cpu_mem_usage is False and facts.release >= (5, 0):
-        yield _Refusal("pytorch.low_cpu_mem_usage", "false is gone, weights always load without a second copy")
+        yield Refusal("pytorch.low_cpu_mem_usage", "false is gone, weights always load without a second copy")
     if section.low_cpu_mem_usage and facts.release < (5, 0) and (lack := facts.lacks("accelerate")):
-        yield _Refusal("pytorch.low_cpu_mem_usage", lack)
+        yield Refusal("pytorch.low_cpu_mem_usage", lack)
     if section.max_memory is not None:
         yield from _memory_limits(section.max_memory, facts)
 
 
-def _memory_limits(limits: Mapping[str, Any], facts: EngineFacts) -> Iterator[_Refusal]:
+def _memory_limits(limits: Mapping[str, Any], facts: EngineFacts) -> Iterator[Refusal]:
     name = "pytorch.max_memory"
     if facts.device == "cpu":
-        yield _Refusal(name, "it shares a model out between a GPU and the CPU, and no GPU is in use")
+        yield Refusal(name, "it shares a model out between a GPU and the CPU, and no GPU is in use")
         return
     if lack := facts.lacks("accelerate"):
-        yield _Refusal(name, lack)
+        yield Refusal(name, lack)
     others = sorted(str(key) for key in limits if str(key) not in {"cpu", str(facts.gpu_index)})
     if others:
-        yield _Refusal(name, f"knows cpu and the GPU in use ({facts.gpu_index}), got {', '.join(others)}")
+        yield Refusal(name, f"knows cpu and the GPU in use ({facts.gpu_index}), got {', '.join(others)}")
 
 
-def _quantization(section: PyTorchConfig, facts: EngineFacts) -> Iterator[_Refusal]:
+def _quantization(section: PyTorchConfig, facts: EngineFacts) -> Iterator[Refusal]:
     for name in ("load_in_4bit", "load_in_8bit"):
         if not getattr(section, name):
             continue
         if facts.device != "cuda":
-            yield _Refusal(f"pytorch.{name}", "bitsandbytes needs a CUDA GPU")
+            yield Refusal(f"pytorch.{name}", "bitsandbytes needs a CUDA GPU")
         elif lack := facts.lacks("bitsandbytes", "accelerate"):
-            yield _Refusal(f"pytorch.{name}", lack)
+            yield Refusal(f"pytorch.{name}", lack)
 
 
-def _batching(config: ExperimentConfig, section: PyTorchConfig) -> Iterator[_Refusal]:
+def _batching(config: ExperimentConfig, section: PyTorchConfig) -> Iterator[Refusal]:
     budget = section.max_tokens_per_batch
     if budget is None:
         return
     largest = config.max_input_tokens + config.max_output_tokens
     if budget < largest:
         reason = f"one request can take {largest} (max_input_tokens + max_output_tokens), got {budget}"
-        yield _Refusal("pytorch.max_tokens_per_batch", reason)
+        yield Refusal("pytorch.max_tokens_per_batch", reason)
 
 
-def _compilation(section: PyTorchConfig, facts: EngineFacts) -> Iterator[_Refusal]:
+def _compilation(section: PyTorchConfig, facts: EngineFacts) -> Iterator[Refusal]:
     mode, backend = section.torch_compile, section.torch_compile_backend
     if backend is not None and backend not in facts.compile_backends:
         known = ", ".join(facts.compile_backends)
         reason = f"torch.compile knows {known}, got {backend}{_nearest(backend, facts.compile_backends)}"
-        yield _Refusal("pytorch.torch_compile_backend", reason)
+        yield Refusal("pytorch.torch_compile_backend", reason)
     if mode == "reduce-overhead" and facts.device == "cpu":
-        yield _Refusal("pytorch.torch_compile", "reduce-overhead means CUDA graphs, on the CPU it does nothing")
+        yield Refusal("pytorch.torch_compile", "reduce-overhead means CUDA graphs, on the CPU it does nothing")
     if mode not in {False, "default"} and backend not in {None, "inductor"}:
-        yield _Refusal("pytorch.torch_compile", f"{mode} is a mode of the inductor backend, got {backend}")
+        yield Refusal("pytorch.torch_compile", f"{mode} is a mode of the inductor backend, got {backend}")
 
 
-def _caching(section: PyTorchConfig, facts: EngineFacts) -> Iterator[_Refusal]:
+def _caching(section: PyTorchConfig, facts: EngineFacts) -> Iterator[Refusal]:
     name = section.cache_implementation
     if name is None:
         return
     if name not in CACHES:
-        yield _Refusal("pytorch.cache_implementation", f"knows {', '.join(CACHES)}, got {name}{_nearest(name, CACHES)}")
+        yield Refusal("pytorch.cache_implementation", f"knows {', '.join(CACHES)}, got {name}{_nearest(name, CACHES)}")
     if section.use_cache is False:
-        yield _Refusal("pytorch.cache_implementation", "does nothing with use_cache: false")
+        yield Refusal("pytorch.cache_implementation", "does nothing with use_cache: false")
     if name.startswith("offloaded") and facts.device == "cpu":
-        yield _Refusal("pytorch.cache_implementation", f"{name} moves the cache from GPU to CPU, where it is already")
+        yield Refusal("pytorch.cache_implementation", f"{name} moves the cache from GPU to CPU, where it is already")
 
 
-def _decoding(section: PyTorchConfig) -> Iterator[_Refusal]:
+def _decoding(section: PyTorchConfig) -> Iterator[Refusal]:
     if not is_assisted(section):
         return
     if section.beam_search.enabled:
-        yield _Refusal("pytorch.assisted_generation", "goes with greedy decoding and sampling, not with beam_search")
+        yield Refusal("pytorch.assisted_generation", "goes with greedy decoding and sampling, not with beam_search")
     if section.batch_size > 1:
         reason = f"runs one request at a time, got batch_size {section.batch_size}"
-        yield _Refusal("pytorch.assisted_generation", reason)
+        yield Refusal("pytorch.assisted_generation", reason)
 
 
-def _extra(section: PyTorchConfig, facts: EngineFacts) -> Iterator[_Refusal]:
+def _extra(section: PyTorchConfig, facts: EngineFacts) -> Iterator[Refusal]:
     for name in section.extra:
         reason = _reason_against(name, section, facts)
         if reason is not None:
-            yield _Refusal(f"pytorch.extra.{name}", reason)
+            yield Refusal(f"pytorch.extra.{name}", reason)
 
 
 def _reason_against(name: str, section: PyTorchConfig, facts: EngineFacts) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
@@ -67,7 +68,7 @@ class ServedSession:
 S = TypeVar("S", bound=EngineSession)
 
 
-class SessionBackend(Generic[S]):
+class SessionBackend(ABC, Generic[S]):
     """A backend that loads its engine with a session and forgets it with that.
 
     Attributes:
@@ -83,13 +84,13 @@ class SessionBackend(Generic[S]):
     def __init__(self) -> None:
         self._session: S | None = None
 
+    @abstractmethod
     def open_session(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> S:
         """Import the engine and load it.
 
         Raises:
             EngineError: either fails.
         """
-        raise NotImplementedError
 
     def load(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> EngineReport:
         """As `Backend`."""

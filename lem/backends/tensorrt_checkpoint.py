@@ -12,8 +12,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lem.backends.refusals import Refusal, refuse
 from lem.backends.tensorrt_options import EngineFacts, section_of
-from lem.backends.tensorrt_refusals import TYPE_KEYS, Refusal, refuse
+from lem.backends.tensorrt_refusals import TYPE_KEYS
 from lem.config.experiment_config import ExperimentConfig
 
 __all__ = ["check_checkpoint", "documents_of", "quantization_of"]

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
+from lem.backends.refusals import Refusal, refuse
 from lem.backends.tensorrt_options import (
     ARGUMENTS,
     BUILD_OPTIONS,
@@ -23,7 +23,6 @@ from lem.backends.tensorrt_options import (
 )
 from lem.config.backend_config import TensorRTCalibrationConfig
 from lem.config.experiment_config import ExperimentConfig
-from lem.errors import OptionRefused
 
 __all__ = ["TYPE_KEYS", "Refusal", "check_options", "refuse"]
 
@@ -61,14 +60,6 @@ _REFUSED = MappingProxyType(
 )
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """An option, and why it cannot be honoured."""
-
-    option: str
-    reason: str
-
-
 def check_options(config: ExperimentConfig, facts: EngineFacts) -> None:
     """Refuse what cannot be honoured here, everything at once.
 
@@ -85,19 +76,6 @@ def check_options(config: ExperimentConfig, facts: EngineFacts) -> None:
         ],
         facts,
     )
-
-
-def refuse(
-    refusals: list[Refusal], facts: EngineFacts, hint: str = "leave the option out, or change what it needs"
-) -> None:
-    """Raise what there is to refuse, all of it at once.
-
-    Raises:
-        OptionRefused: names each option, the version found, and why.
-    """
-    if refusals:
-        listed = "; ".join(f"{refusal.option}: {refusal.reason}" for refusal in refusals)
-        raise OptionRefused(f"{facts} cannot honour {listed}", hint)
 
 
 def _building(config: ExperimentConfig) -> Iterator[Refusal]:

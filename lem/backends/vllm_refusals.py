@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from types import MappingProxyType
 
+from lem.backends.refusals import Refusal, refuse
 from lem.backends.vllm_options import (
     ARGUMENTS,
     NESTED_ARGUMENTS,
@@ -22,7 +22,6 @@ from lem.backends.vllm_options import (
 )
 from lem.config.backend_config import VllmConfig
 from lem.config.experiment_config import ExperimentConfig
-from lem.errors import OptionRefused
 
 __all__ = ["check_options"]
 
@@ -67,12 +66,6 @@ _WHY_GONE = MappingProxyType(
 _KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
 
-@dataclass(frozen=True)
-class _Refusal:
-    option: str
-    reason: str
-
-
 def check_options(config: ExperimentConfig, facts: EngineFacts) -> None:
     """Refuse what cannot be honoured here, everything at once.
 
@@ -86,70 +79,68 @@ def check_options(config: ExperimentConfig, facts: EngineFacts) -> None:
         *_memory(config, facts),
         *_extra(config, facts),
     ]
-    if refusals:
-        listed = "; ".join(f"{refusal.option}: {refusal.reason}" for refusal in refusals)
-        raise OptionRefused(f"{facts} cannot honour {listed}", "leave the option out, or change what it needs")
+    refuse(refusals, facts)
 
 
-def _device(config: ExperimentConfig, facts: EngineFacts) -> Iterator[_Refusal]:
+def _device(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
     if config.gpus is None:
         return
     if config.gpus and facts.device == "cpu":
-        yield _Refusal("gpus", "this build runs on the CPU alone; name no GPU, or take a build for them")
+        yield Refusal("gpus", "this build runs on the CPU alone; name no GPU, or take a build for them")
     if not config.gpus and facts.device != "cpu":
-        yield _Refusal("gpus", f"this build runs on {facts.device} and not on the CPU, which [] asks for")
+        yield Refusal("gpus", f"this build runs on {facts.device} and not on the CPU, which [] asks for")
 
 
-def _unknown(config: ExperimentConfig, facts: EngineFacts) -> Iterator[_Refusal]:
+def _unknown(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
     """Options whose argument this version does not have."""
     for name in given_options(config):
         if name in ARGUMENTS and ARGUMENTS[name] not in facts.arguments:
-            yield _Refusal(f"vllm.{name}", _WHY_GONE.get(name, f"EngineArgs has no {ARGUMENTS[name]}"))
+            yield Refusal(f"vllm.{name}", _WHY_GONE.get(name, f"EngineArgs has no {ARGUMENTS[name]}"))
         if name in NESTED_ARGUMENTS:
             outer, inner = NESTED_ARGUMENTS[name]
             if outer not in facts.arguments or inner not in facts.nested.get(outer, frozenset()):
-                yield _Refusal(f"vllm.{name}", f"EngineArgs has no {outer}.{inner}")
+                yield Refusal(f"vllm.{name}", f"EngineArgs has no {outer}.{inner}")
 
 
-def _idle_on_cpu(config: ExperimentConfig, facts: EngineFacts) -> Iterator[_Refusal]:
+def _idle_on_cpu(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
     """What vLLM takes on the CPU, and then does nothing with."""
     section = section_of(config)
     if facts.device != "cpu":
         return
     if section.cpu_offload_gb:
-        yield _Refusal("vllm.cpu_offload_gb", "the weights are in CPU memory already")
+        yield Refusal("vllm.cpu_offload_gb", "the weights are in CPU memory already")
     backend = section.attention.backend
     if backend is not None and not backend.upper().startswith(("CPU_", "AMX_")):
-        yield _Refusal("vllm.attention.backend", f"{backend} needs a GPU; vLLM would use its own for the CPU instead")
+        yield Refusal("vllm.attention.backend", f"{backend} needs a GPU; vLLM would use its own for the CPU instead")
     if section.attention.flash_version is not None:
-        yield _Refusal("vllm.attention.flash_version", "flash attention needs a GPU")
+        yield Refusal("vllm.attention.flash_version", "flash attention needs a GPU")
 
 
-def _memory(config: ExperimentConfig, facts: EngineFacts) -> Iterator[_Refusal]:
+def _memory(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
     section = section_of(config)
     if section.disable_custom_all_reduce is not None and _degree(section) == 1:
-        yield _Refusal("vllm.disable_custom_all_reduce", "there is nothing to reduce with tensor_parallel_size 1")
+        yield Refusal("vllm.disable_custom_all_reduce", "there is nothing to reduce with tensor_parallel_size 1")
     if section.gpu_memory_utilization == VllmConfig().gpu_memory_utilization:
         return
     ruling = "extra.kv_cache_memory_bytes" if "kv_cache_memory_bytes" in section.extra else None
     if facts.device == "cpu" and facts.environment.get(_KV_CACHE_VARIABLE):
         ruling = f"the variable {_KV_CACHE_VARIABLE}"
     if ruling is not None:
-        yield _Refusal("vllm.gpu_memory_utilization", f"{ruling} decides on the size of the cache")
+        yield Refusal("vllm.gpu_memory_utilization", f"{ruling} decides on the size of the cache")
 
 
 def _degree(section: VllmConfig) -> int:
     return section.tensor_parallel_size or 1
 
 
-def _extra(config: ExperimentConfig, facts: EngineFacts) -> Iterator[_Refusal]:
+def _extra(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
     taken = {NESTED_ARGUMENTS[name][0]: name for name in given_options(config) if name in NESTED_ARGUMENTS}
     for name in extra_of(config):
         reason = _reason_against(name, facts)
         if reason is None and name in taken:
             reason = f"stands beside vllm.{taken[name]}, which is a part of it; give all of it here or there"
         if reason is not None:
-            yield _Refusal(f"vllm.extra.{name}", reason)
+            yield Refusal(f"vllm.extra.{name}", reason)
 
 
 def _reason_against(name: str, facts: EngineFacts) -> str | None:

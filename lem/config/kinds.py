@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,15 +74,15 @@ class Bounds:
         return {name: limit for name, limit in named.items() if limit is not None}
 
 
-class Kind:
+class Kind(ABC):
     """A kind of value."""
 
     name = "value"  # in the sentence "… is due"
     label = "value"  # in a table
 
+    @abstractmethod
     def read(self, value: Any, path: Path, sink: Sink) -> Any:
         """The normalised value, or INVALID with the problems noted."""
-        raise NotImplementedError
 
     def dump(self, value: Any) -> Any:
         """The value as JSON has it; `read` takes it back."""
@@ -91,9 +92,9 @@ class Kind:
         """What of the value can change a measured number."""
         return self.dump(value)
 
+    @abstractmethod
     def json_schema(self) -> dict[str, Any]:
         """The kind as JSON Schema 2020-12."""
-        raise NotImplementedError
 
     def due(self, value: Any, path: Path, sink: Sink, remedy: str = "", suggestion: str | None = None) -> Any:
         """INVALID, with the problem noted that something else than `value` is due."""

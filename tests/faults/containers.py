@@ -162,11 +162,7 @@ def _inside(rig: ContainerRig) -> dict[str, int]:
 
 def _processes_left(rig: ContainerRig) -> int:
     """How many processes of lem are alive, here and inside, once they had the time to end by themselves."""
-    outside = len(rig.marker.survivors())
-    deadline = time.monotonic() + PATIENCE_S
-    while (inside := rig.workers_inside()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return outside + len(inside)
+    return len(rig.marker.survivors()) + len(rig.workers_left_inside(PATIENCE_S))
 
 
 def _look(rig: ContainerRig) -> _Left:

@@ -8,11 +8,11 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import processes
 from tests.lab.places import BASE_IMAGE, PACKAGES_TARGET, Places
 
 __all__ = ["DOUBLES", "MODEL", "NETWORK", "PATIENCE_S", "Host", "docker", "host_image", "start_host", "wait_for"]
@@ -47,10 +47,10 @@ def wait_for(what: str, look: Callable[[], bool]) -> None:
     Raises:
         AssertionError: it did not become so in a time that means it never will.
     """
-    deadline = time.monotonic() + PATIENCE_S
-    while not look():
-        assert time.monotonic() < deadline, f"not within {PATIENCE_S:.0f} s: {what}"
-        time.sleep(0.25)
+    try:
+        processes.wait_for(lambda: look() or None, PATIENCE_S)
+    except TimeoutError as error:
+        raise AssertionError(f"not within {PATIENCE_S:.0f} s: {what}") from error
 
 
 def host_image() -> str:

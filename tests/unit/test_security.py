@@ -203,7 +203,7 @@ def test_a_run_an_experiment_and_a_host_are_folders_in_their_place_or_refused(tm
 @pytest.fixture
 def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Written:
     """A campaign in a folder deep enough that a way out of it shows; the folder is where commands are run."""
-    folder = tmp_path / "a" / "b" / "work"
+    folder = tmp_path / "a" / "b" / "here"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
     return Campaign((Configuration("one", backend="pytorch"),), cycles=2, has_samples=False).write(Path())
@@ -241,7 +241,7 @@ def test_a_hostile_manifest_leads_nowhere(written: Written, tmp_path: Path, fiel
         code, said = lem(*words)
         assert code in (0, 1, 2), said
     appeared = names_below(tmp_path) - before
-    inside = ("a/b/work/results/demo", "a/b/work/.state/demo", "a/b/work/configs/demo", "a/b/work/configs")
+    inside = ("a/b/here/results/demo", "a/b/here/.state/demo", "a/b/here/configs/demo", "a/b/here/configs")
     assert {path for path in appeared if not path.startswith(inside)} == set()
     assert not Path("/tmp/lem-out-of-folder").exists()
 
@@ -256,7 +256,7 @@ def test_a_hostile_result_is_merged_nowhere_else(written: Written, tmp_path: Pat
     before = names_below(tmp_path)
     code, said = lem("merge", "results", "--output", "merged")
     assert code in (0, 1, 2), said
-    assert {path for path in names_below(tmp_path) - before if not path.startswith("a/b/work/merged")} == set()
+    assert {path for path in names_below(tmp_path) - before if not path.startswith("a/b/here/merged")} == set()
     assert not Path("/tmp/lem-out-of-folder").exists()
 
 

@@ -1,0 +1,34 @@
+"""Refusing options: what a backend cannot honour is told at once, with the version that cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lem.errors import OptionRefused
+
+__all__ = ["Refusal", "refuse"]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An option, and why it cannot be honoured."""
+
+    option: str
+    reason: str
+
+
+def refuse(
+    refusals: Iterable[Refusal], facts: object, hint: str = "leave the option out, or change what it needs"
+) -> None:
+    """Raise what there is to refuse, all of it at once.
+
+    Args:
+        facts: the engine and its version, as a text.
+
+    Raises:
+        OptionRefused: names each option, the version found, and why.
+    """
+    listed = "; ".join(f"{refusal.option}: {refusal.reason}" for refusal in refusals)
+    if listed:
+        raise OptionRefused(f"{facts} cannot honour {listed}", hint)
