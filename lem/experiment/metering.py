@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Protocol
 
 from lem.config.experiment_config import ExperimentConfig
-from lem.errors import EngineError
 from lem.experiment.channel import RunRequest
 from lem.experiment.clock import NS_PER_S, Clock, seconds_between
 from lem.experiment.environment import GpuSurroundings
-from lem.experiment.sampler_process import wait_until_ready
+from lem.experiment.sample_source import NothingSampled, SampleSource, open_source
 from lem.experiment.window import MeasuredWindow
 from lem.meters import marks
 from lem.meters.attempt_log import Baselines, span_of
@@ -30,21 +29,14 @@ from lem.meters.refusal import MeterRefused
 from lem.meters.samples import (
     FINISHED_FILENAME,
     Mark,
-    PartReader,
-    SampleHeader,
     SampleLog,
-    SampleLogError,
     write_finished,
 )
 from lem.meters.sources import COUNTER, EXTERNAL, RAPL, TDP_ESTIMATE, Sources, choose_sources
 
-__all__ = ["Metering", "NothingSampled", "PartFile", "SampleSource", "open_metering"]
+__all__ = ["Metering", "open_metering"]
 
 _logger = logging.getLogger(__name__)
-
-_NO_SAMPLER = "the host started no sampler"
-
-READY_TIMEOUT_S = 30.0
 
 # measurement.md, step 2: power is at rest once its mean over 10 s moves by less than 2 %; waited for 60 s at most.
 SETTLE_WINDOW_S = 10.0
@@ -75,49 +67,11 @@ _POLL_S = 0.02
 _REPORT_S = 1.0
 
 
-class SampleSource(Protocol):
-    """Where the sample log is read from."""
-
-    def read(self) -> SampleLog:
-        """The log as far as it is written."""
-
-
 class Reporter(Protocol):
     """Whoever wants to know how far a wait is."""
 
     def progress(self, done: int, total: int | None, text: str) -> None:
         """How much of the phase is done."""
-
-
-@dataclass(frozen=True)
-class NothingSampled:
-    """No sampler runs; the header says why."""
-
-    header: SampleHeader
-
-    def read(self) -> SampleLog:
-        """A log without rows."""
-        return SampleLog(self.header)
-
-
-class PartFile:
-    """The file that a sampler is writing."""
-
-    def __init__(self, path: Path) -> None:
-        """Read from its beginning on."""
-        self.path = path
-        self._reader = PartReader(path)
-
-    def read(self) -> SampleLog:
-        """The log as far as it is written.
-
-        Raises:
-            EngineError: kind `meter`, it cannot be read.
-        """
-        try:
-            return self._reader.read()
-        except (OSError, SampleLogError) as error:
-            raise EngineError(f"{self.path}: the samples cannot be read: {error}", kind="meter") from error
 
 
 def open_metering(
@@ -142,30 +96,6 @@ def open_metering(
         metering.foreign = metering.look_at_processes()
     metering.choose([gpu.uuid for gpu in source.read().header.gpus])
     return metering
-
-
-def open_source(request: RunRequest, clock: Clock) -> SampleSource:
-    """Where the samples of an attempt are read, once the sampler writes.
-
-    Raises:
-        EngineError: kind `meter`, it does not.
-    """
-    if request.samples_path is None:
-        errors = request.meter_errors
-        header = SampleHeader(
-            started_ns=clock.monotonic_ns(),
-            started_utc=clock.utc_now().isoformat(),
-            host=str(request.identity.get("host", "")),
-            interval_ms=0,
-            gpu_error=errors.get("gpu", _NO_SAMPLER),
-            rapl_error=errors.get("rapl", _NO_SAMPLER),
-        )
-        return NothingSampled(header)
-    path = Path(request.samples_path)
-    deadline_ns = clock.monotonic_ns() + round(READY_TIMEOUT_S * NS_PER_S)
-    if not wait_until_ready(path, deadline_ns, lambda: True, clock):
-        raise EngineError(f"{path}: no sampler has written there for {READY_TIMEOUT_S:g} s", kind="meter")
-    return PartFile(path)
 
 
 @dataclass

@@ -16,9 +16,10 @@ from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError
 from lem.experiment.channel import RunRequest
 from lem.experiment.harness import run_experiment
-from lem.experiment.metering import Metering, PartFile
+from lem.experiment.metering import Metering
 from lem.experiment.prompts import write_prompts
 from lem.experiment.residency import ResidentEngine
+from lem.experiment.sample_source import PartFile
 from lem.meters import marks
 from lem.meters.refusal import MeterRefused
 from lem.meters.samples import (
