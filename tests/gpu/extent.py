@@ -38,6 +38,8 @@ class Extent:
         waves: (period, about how long) of each square wave.
         pairs, pair_s: runs with and without a sampler, each so long.
         beside_s: the window that `zeus` reads as well.
+        options: names of the cases of the step `options`; None for all of them.
+        option_s: the window of each.
         baseline_s: power at rest within the campaign; None leaves it out.
         limit_s: no step begins, and the campaign ends, when so much time has gone.
     """
@@ -59,6 +61,8 @@ class Extent:
     pairs: int
     pair_s: float
     beside_s: float
+    options: tuple[str, ...] | None
+    option_s: float
     limit_s: float
 
     @property
@@ -89,6 +93,8 @@ FULL = Extent(
     pairs=8,
     pair_s=2.5,
     beside_s=10.0,
+    options=None,
+    option_s=3.0,
     limit_s=530.0,
 )
 
@@ -110,6 +116,8 @@ QUICK = Extent(
     pairs=3,
     pair_s=1.5,
     beside_s=5.0,
+    options=("plain", "float16", "8 bit"),
+    option_s=2.0,
     limit_s=530.0,
 )
 
@@ -134,6 +142,8 @@ REHEARSAL = Extent(
     pairs=4,
     pair_s=0.5,
     beside_s=1.0,
+    options=None,
+    option_s=0.5,
     limit_s=530.0,
 )
 
@@ -155,6 +165,8 @@ REHEARSAL_QUICK = Extent(
     pairs=2,
     pair_s=0.2,
     beside_s=0.8,
+    options=("plain", "8 bit"),
+    option_s=0.2,
     limit_s=530.0,
 )
 

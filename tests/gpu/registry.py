@@ -10,6 +10,7 @@ from tests.gpu.steps.clock_events import ClockEvents
 from tests.gpu.steps.idle import Idle
 from tests.gpu.steps.make_models import MakeModels
 from tests.gpu.steps.meters import Meters
+from tests.gpu.steps.options import Options
 from tests.gpu.steps.sampler_cost import SamplerCost
 from tests.gpu.steps.square_wave import SquareWave
 
@@ -24,5 +25,6 @@ STEPS: tuple[Step, ...] = (
     BesideZeus(),
     SamplerCost(),
     Campaign(),
+    Options(),
     ClockEvents(),
 )

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
+from tests.gpu.campaigning import read_records
 from tests.gpu.engine_client import ROOT
 from tests.gpu.finding import DONE, LEFT_OUT
 from tests.gpu.load import Busy
 from tests.gpu.registry import STEPS
 from tests.gpu.rehearsed import BUSY_W, COUNTER_PERIOD_S, IDLE_W, SENSOR_PERIOD_S, UUID, Rehearsal
 from tests.gpu.report import FIGURES, MARKDOWN, REHEARSED
-from tests.gpu.steps.campaign import read_records
+from tests.gpu.steps.campaign import CAMPAIGN
 
 pytestmark = pytest.mark.needs("gcc", "torch", "transformers")
 
@@ -125,7 +126,7 @@ def test_the_counter_sees_the_energy_of_a_load_that_swings(rehearsed: Rehearsed)
 
 
 def test_the_campaign_measures_on_the_gpu_and_recomputes(rehearsed: Rehearsed) -> None:
-    records = read_records(rehearsed.out)
+    records = read_records(rehearsed.out, CAMPAIGN)
     assert [record.identity.config_name for record in records] == ["tiny-batch1", "tiny-batch4"]
     for record in records:
         assert record.validity.valid, record.validity.invalid_reasons
@@ -136,6 +137,13 @@ def test_the_campaign_measures_on_the_gpu_and_recomputes(rehearsed: Rehearsed) -
         assert found == pytest.approx(record.efficiency.energy_per_output_tok_j)
     assert rehearsed.finding("campaign", "lem results recompute")["value"] == 0
     assert rehearsed.finding("campaign", "power at rest, bare")["value"] is None
+
+
+def test_an_option_that_does_not_go_here_is_told_with_its_reason(rehearsed: Rehearsed) -> None:
+    assert rehearsed.finding("options", "plain")["value"] > 0
+    refused = rehearsed.finding("options", "8 bit")
+    assert refused["value"] is None
+    assert "needs a CUDA GPU" in refused["note"]
 
 
 def test_clock_events_under_load_are_told(rehearsed: Rehearsed) -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import signal
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +10,16 @@ from typing import Any
 
 from lem import process
 from lem.record import Record
-from lem.results.repository import Repository
 from lem.results.statistics import log_t_interval
 from tests.gpu.bench import Bench
+from tests.gpu.campaigning import INTERRUPTED, lem, read_records, run_campaign
 from tests.gpu.extent import Configuration, Extent
 from tests.gpu.finding import Finding
 
 __all__ = ["CAMPAIGN", "Campaign", "document"]
 
 CAMPAIGN = "gpu"
-FILENAME = "campaign.yaml"
-STOP_S, RECOMPUTE_S = 30.0, 120.0
-INTERRUPTED = 130
+RECOMPUTE_S = 120.0
 CUT_SHORT = "; time was up: run again with --only campaign, and it is resumed"
 CROSSCHECK = "within 5 % of 1, else a warning"
 
@@ -42,10 +36,10 @@ class Campaign:
         extent = bench.extent
         bench.close_engine()
         bench.rest(min(2.0, extent.settle_s))
-        ended = _run(bench)
-        records = read_records(bench.out)
+        ended = run_campaign(bench, CAMPAIGN, document(extent, bench.models))
+        records = read_records(bench.out, CAMPAIGN)
         if not records:
-            raise RuntimeError(f"no result; the campaign ended with {ended}, see {bench.out / 'campaign.log'}")
+            raise RuntimeError(f"no result; the campaign ended with {ended}, see {bench.out / f'{CAMPAIGN}.log'}")
         planned = extent.cycles * len(extent.configurations)
         note = f"{len(records)} attempts; {planned} experiments planned" + (CUT_SHORT if ended == INTERRUPTED else "")
         yield Finding("lem campaign, exit code", float(ended), "", note, "0")
@@ -87,48 +81,6 @@ def _experiment(item: Configuration, extent: Extent, models: Path) -> dict[str, 
         "baseline": baseline,
         "pytorch": {"batch_size": item.batch},
     }
-
-
-def _run(bench: Bench) -> int:
-    """The exit code of `lem campaign`, which is interrupted when time is up: it keeps what it has."""
-    text = json.dumps(document(bench.extent, bench.models), indent=1)  # JSON is YAML
-    (bench.out / FILENAME).write_text(text + "\n", encoding="utf-8")
-    has_begun = (bench.out / ".state" / CAMPAIGN).is_dir()
-    command = _lem("campaign", FILENAME, "--executor", "local", "--yes", "--no-color")
-    with (bench.out / "campaign.log").open("ab") as log:
-        child = process.spawn(
-            [*command, *(["--resume"] if has_begun else [])],
-            env={**bench.environ, "LEM_LOCK_DIR": str(bench.out / "locks"), "HF_HUB_OFFLINE": "1"},
-            cwd=bench.out,
-            stdin=process.DEVNULL,
-            stdout=log.fileno(),
-            stderr=log.fileno(),
-            new_session=True,
-        )
-        try:
-            return child.wait(max(1.0, bench.left_s()))
-        except process.TimeoutExpired:
-            print("  time is up: the campaign is interrupted and keeps what it has", flush=True)
-            return INTERRUPTED
-        finally:
-            if child.poll() is None:
-                child.send_signal(signal.SIGINT)
-                with contextlib.suppress(process.TimeoutExpired):
-                    child.wait(STOP_S)
-                process.kill_group(child.pid)
-
-
-def _lem(*words: str) -> list[str]:
-    return [sys.executable, "-m", "lem", *words]
-
-
-def read_records(out: Path) -> list[Record]:
-    """The records of the latest run, as it was planned."""
-    repository = Repository(out / "results", CAMPAIGN)
-    runs = repository.run_ids()
-    found = repository.scan(runs[-1]).results if runs else ()
-    records = [item.record for item in found]
-    return sorted(records, key=lambda record: (record.identity.order_index, record.identity.attempt))
 
 
 def _figures(name: str, records: Sequence[Record], extent: Extent) -> Iterator[Finding]:
@@ -197,6 +149,6 @@ def _no_rest(text: str, field: str, records: Sequence[Record]) -> Finding:
 
 def _agreement(bench: Bench) -> Finding:
     """Whether every figure follows from the samples."""
-    ended = process.run(_lem("results", "recompute", CAMPAIGN), timeout_s=RECOMPUTE_S, env=bench.environ, cwd=bench.out)
+    ended = process.run(lem("results", "recompute", CAMPAIGN), timeout_s=RECOMPUTE_S, env=bench.environ, cwd=bench.out)
     said = [line.strip() for line in (ended.stdout or ended.stderr).splitlines() if line.strip()]
     return Finding("lem results recompute, exit code", float(ended.code), "", said[-1] if said else "", "0")
