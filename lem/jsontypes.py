@@ -1,7 +1,7 @@
 """Dataclasses from JSON of unknown origin: exactly their fields, each of its declared type, numbers within bounds.
 
 A file comes from a disk, another host or another version; what is looked at here is relied on by everything behind it.
-`lem.record` has a stricter codec of its own.
+`lem.record_codec` is stricter.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-__all__ = ["build", "build_from", "typed_fields"]
+__all__ = ["build", "build_from", "shown", "typed_fields"]
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ def build(kind: type[T], values: Sequence[Any]) -> T:
         good.add(found)
     for value in values:
         if (type(value) is int or type(value) is float) and not -_MOST < value < _MOST:
-            raise ValueError(f"{kind.__name__}: {_shown(value)} is more than anything measures")
+            raise ValueError(f"{kind.__name__}: {shown(value)} is more than anything measures")
     return kind(*values)
 
 
@@ -70,14 +70,15 @@ def typed_fields(kind: Any, document: Any, where: str) -> dict[str, Any]:
     return {name: document[name] for name in due}
 
 
-def _check_type(allowed: frozenset[type], value: Any, where: str) -> None:
-    if type(value) not in allowed:
-        raise ValueError(f"{where}: {_shown(value)} has the wrong type")
-
-
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """`value` in a message: a damaged file can hold anything, of any length, that does anything to a terminal."""
     text = repr(value)
     return text if len(text) <= 80 else text[:79] + "…"
+
+
+def _check_type(allowed: frozenset[type], value: Any, where: str) -> None:
+    if type(value) not in allowed:
+        raise ValueError(f"{where}: {shown(value)} has the wrong type")
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from lem.orchestration.events import Event
 from lem.orchestration.manifest import CampaignManifest, ManifestManager
 from lem.orchestration.stop import StopRequest
 from lem.orchestration.workers import Outcome, Timeouts, Worker, WorkerEvent
-from lem.record import write_record
+from lem.record_codec import write_record
 from tests.records import make_record
 
 __all__ = ["ENVIRONMENT", "FakeClock", "FakeExecutor", "FakeStop", "FakeWorker", "Place", "make_campaign"]

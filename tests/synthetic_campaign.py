@@ -45,7 +45,8 @@ from lem.orchestration.manifest import (
     encode_manifest,
     utc_text,
 )
-from lem.record import Identity, Record, encode_record
+from lem.record import Identity, Record
+from lem.record_codec import encode_record
 from tests.synthetic_log import LogPlan, make_log
 from tests.synthetic_record import Run, make_run_record
 

@@ -150,7 +150,7 @@ def _measure(args: argparse.Namespace, campaign: CampaignConfig, plan: Plan, err
 
 
 def _show(args: argparse.Namespace, campaign: CampaignConfig, outcome: CampaignOutcome, out: TextIO) -> None:
-    from lem.record import encode_record
+    from lem.record_codec import encode_record
     from lem.results.detail import render_record
     from lem.results.repository import Repository
     from lem.results.summary import summarise

@@ -122,7 +122,7 @@ def _show_run(args: argparse.Namespace, item: SelectedRun, scan: Scan, out: Text
 
 
 def _show_experiment(args: argparse.Namespace, scan: Scan, exp_id: str, out: TextIO, err: TextIO) -> None:
-    from lem.record import encode_record
+    from lem.record_codec import encode_record
     from lem.results.detail import render_record
 
     results = [result for result in scan.results if result.record.identity.experiment_id == exp_id]

@@ -22,17 +22,8 @@ from lem.experiment.warmup import WarmupOutcome
 from lem.experiment.window import MeasuredWindow
 from lem.meters.efficiency import carbon_of, efficiency_of
 from lem.meters.energy import EnergyFindings
-from lem.record import (
-    Compute,
-    Identity,
-    Record,
-    Throughput,
-    Validity,
-    Window,
-    Work,
-    decode_record,
-    encode_record,
-)
+from lem.record import Compute, Identity, Record, Throughput, Validity, Window, Work
+from lem.record_codec import decode_record, encode_record
 
 __all__ = ["Findings", "compose_record"]
 

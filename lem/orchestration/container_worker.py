@@ -12,7 +12,7 @@ from lem.experiment.channel import RunRequest
 from lem.orchestration.attempt import Outcome, Timeouts, WorkerEvent
 from lem.orchestration.worker_connection import Stop, WorkerConnection
 from lem.orchestration.workers import Worker, WorkerUnavailable
-from lem.record import RecordError, read_record, write_record
+from lem.record_codec import RecordError, read_record, write_record
 
 __all__ = ["ContainerWorker", "Keeper", "mark_invalid"]
 

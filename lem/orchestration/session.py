@@ -24,7 +24,8 @@ from lem.orchestration.plan import CampaignExperiment
 from lem.orchestration.sampling import HostMeters
 from lem.orchestration.stop import StopRequest
 from lem.orchestration.workers import Executor
-from lem.record import Record, RecordError, read_record
+from lem.record import Record
+from lem.record_codec import RecordError, read_record
 from lem.results.attempt import AttemptFolder
 from lem.results.repository import Repository
 

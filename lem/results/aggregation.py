@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lem.record import Record, RecordError, decode_record
+from lem.record import Record
+from lem.record_codec import RecordError, decode_record
 from lem.results.bootstrap import BootstrapResult, bootstrap_ci, check_confidence
 from lem.results.cycles import Cycles, by_cycle, cycle_values, distinct, share_a_load, used_cycles, used_records
 from lem.results.metrics import METRICS, Metric

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from lem import durable
 from lem.errors import UserError
-from lem.record import Identity, Record, RecordError, read_record
+from lem.record import Identity, Record
+from lem.record_codec import RecordError, read_record
 from lem.results.attempt import (
     CONFIG_FILE,
     RESULT_FILE,

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lem.record import RecordError, read_record
+from lem.record_codec import RecordError, read_record
 from tests.campaign_rig import Running
 from tests.container_rig import VARIABLE as RIG_VARIABLE
 from tests.container_rig import ContainerRig, container_campaign

@@ -15,7 +15,8 @@ import pytest
 
 from lem.meters import marks
 from lem.meters.samples import FINISHED_FILENAME, PART_FILENAME, read_finished
-from lem.record import Record, read_record
+from lem.record import Record
+from lem.record_codec import read_record
 from tests.campaign_rig import CampaignRig, Ended, Running
 from tests.doubles.nvml.library import NvmlDouble
 from tests.doubles.nvml.traces import Counter, GpuTrace, Load, Thermal, Trace

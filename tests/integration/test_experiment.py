@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lem.record import decode_record
+from lem.record_codec import decode_record
 from tests.campaign_rig import CampaignRig, Running
 
 EXPERIMENT = """\

@@ -20,15 +20,17 @@ TIMEOUT_S = 60
 
 # What each layer may stand on beside itself and `lem` (the version); a layer is a module or a folder of lem/.
 FOUNDATION = frozenset({"errors", "process", "log", "units", "durable", "jsontypes"})
+RECORD = frozenset({"record", "record_codec"})
 STANDS_ON: dict[str, frozenset[str]] = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),
     "config": FOUNDATION,
     "record": FOUNDATION,
-    "meters": FOUNDATION | {"config", "record"},
-    "backends": FOUNDATION | {"config", "record"},
-    "experiment": FOUNDATION | {"config", "record", "meters", "backends"},
-    "results": FOUNDATION | {"config", "record"},
-    "orchestration": FOUNDATION | {"config", "record", "meters", "backends", "experiment", "results"},
+    "record_codec": FOUNDATION | {"record"},
+    "meters": FOUNDATION | {"config"} | RECORD,
+    "backends": FOUNDATION | {"config"} | RECORD,
+    "experiment": FOUNDATION | {"config", "meters", "backends"} | RECORD,
+    "results": FOUNDATION | {"config"} | RECORD,
+    "orchestration": FOUNDATION | {"config", "meters", "backends", "experiment", "results"} | RECORD,
 }
 STANDS_ON["cli"] = STANDS_ON["orchestration"] | {"orchestration"}
 STANDS_ON["__main__"] = STANDS_ON["cli"] | {"cli"}

@@ -12,7 +12,7 @@ import pytest
 from lem.meters.marks import WINDOW
 from lem.meters.samples import FINISHED_FILENAME, read_finished
 from lem.orchestration.manifest import COMPLETED, FAILED, PENDING, RUNNING, ManifestManager
-from lem.record import decode_record, encode_record
+from lem.record_codec import decode_record, encode_record
 from lem.results.repository import Repository, count_failed
 from tests.synthetic_campaign import Campaign, Configuration, Written, sweep
 

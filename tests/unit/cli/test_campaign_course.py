@@ -62,7 +62,7 @@ def _measure_before(folder):
     """Leave a result of each configuration."""
     from lem.config.yamlfile import load_campaign
     from lem.orchestration.plan import build_plan
-    from lem.record import write_record
+    from lem.record_codec import write_record
 
     loaded = load_campaign("c.yaml")
     for item in build_plan(loaded.config, loaded.drafts).configurations:

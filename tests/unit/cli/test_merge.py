@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lem.cli.main import main
-from lem.record import Record, write_record
+from lem.record import Record
+from lem.record_codec import write_record
 from lem.results.fleet_plan import FleetPlan, HostPart, PlannedExperiment, write_plan
 from lem.results.precision import StoppingRule, Target, read_stopping_rule, write_stopping_rule
 from lem.results.repository import Repository

@@ -14,7 +14,8 @@ from lem import durable
 from lem.cli.main import main
 from lem.meters.efficiency import carbon_of, efficiency_of
 from lem.meters.samples import FINISHED_FILENAME, write_finished
-from lem.record import Record, write_record
+from lem.record import Record
+from lem.record_codec import write_record
 from lem.results.repository import Repository
 from tests.records import make_record
 from tests.scripted_attempt import config, gpu_attempt

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lem.cli.main import main
-from lem.record import Record, decode_record, write_record
+from lem.record import Record
+from lem.record_codec import decode_record, write_record
 from lem.results.repository import Repository
 from lem.results.summary import SINGLE_CYCLE
 from tests.records import make_record

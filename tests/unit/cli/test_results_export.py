@@ -6,7 +6,7 @@ import json
 import pytest
 
 from lem.cli.main import main
-from lem.record import write_record
+from lem.record_codec import write_record
 from lem.results.repository import Repository
 from tests.records import make_record
 

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from lem.cli.main import main
-from lem.record import write_record
+from lem.record_codec import write_record
 from lem.results.precision import StoppingRule, Target, write_stopping_rule
 from lem.results.repository import Repository
 from tests.goldens import assert_golden

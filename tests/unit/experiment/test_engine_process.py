@@ -18,7 +18,8 @@ from lem.experiment.clock import Clock, SystemClock
 from lem.experiment.engine_process import MessageWriter, describe_failure, serve
 from lem.experiment.harness import Reporter
 from lem.experiment.residency import ResidentEngine
-from lem.record import Record, read_record
+from lem.record import Record
+from lem.record_codec import read_record
 from tests.doubles.trivial_engine import TrivialEngine
 from tests.records import make_record
 

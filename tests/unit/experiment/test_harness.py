@@ -15,7 +15,8 @@ from lem.experiment.channel import PHASES, RunRequest
 from lem.experiment.harness import run_experiment
 from lem.experiment.prompts import Prompt, read_prompts, write_prompts
 from lem.experiment.residency import ResidentEngine
-from lem.record import Record, decode_record, encode_record
+from lem.record import Record
+from lem.record_codec import decode_record, encode_record
 from tests.unit.experiment.timed_backend import SteppedClock, TimedBackend
 
 IDENTITY = {

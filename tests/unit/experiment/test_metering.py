@@ -33,7 +33,8 @@ from lem.meters.samples import (
     read_finished,
 )
 from lem.meters.sources import COUNTER
-from lem.record import Record, encode_record
+from lem.record import Record
+from lem.record_codec import encode_record
 from tests.doubles.nvml.traces import Counter, GpuProcess, GpuTrace, Load, Trace, simulate_log
 from tests.unit.experiment.test_harness import IDENTITY, PROMPTS, Listener
 from tests.unit.experiment.timed_backend import SteppedClock, TimedBackend

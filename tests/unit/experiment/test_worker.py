@@ -12,7 +12,7 @@ import pytest
 
 from lem import __version__
 from lem.experiment.channel import PHASES, PROTOCOL_VERSION, encode_line
-from lem.record import read_record
+from lem.record_codec import read_record
 from tests.processes import children_of, wait_until_ended
 from tests.worker_rig import RawWorker, Rig
 

@@ -17,7 +17,7 @@ from lem.orchestration.compose_files import find_compose_files
 from lem.orchestration.compose_project import ComposeProject
 from lem.orchestration.docker import ContainerError
 from lem.orchestration.docker_executor import ContainerLost, DockerExecutor
-from lem.record import read_record
+from lem.record_codec import read_record
 from tests.doubles.fake_docker import FakeDocker
 from tests.worker_rig import Rig
 

@@ -7,7 +7,8 @@ import statistics
 
 import pytest
 
-from lem.record import Record, RecordError, encode_record
+from lem.record import Record
+from lem.record_codec import RecordError, encode_record
 from lem.results.aggregation import SHARED_LOAD, ConfigAggregate, aggregate_campaign_results, aggregate_config
 from tests.records import NO_METER, NO_TOKEN_TIMES, make_record
 

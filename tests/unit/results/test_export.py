@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lem.errors import UserError
-from lem.record import encode_record
+from lem.record_codec import encode_record
 from lem.results.export import FORMATS, SUMMARY_COLUMNS, Exported, make_table, render, with_columns
 from tests.goldens import assert_golden
 from tests.records import make_gpu, make_record

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from lem.errors import InfrastructureError, UserError
-from lem.record import Record, write_record
+from lem.record import Record
+from lem.record_codec import write_record
 from lem.results.attempt import AttemptFolder
 from lem.results.repository import Repository, Scan, count_failed, list_campaigns
 from tests.faulty_disk import failing, watching
