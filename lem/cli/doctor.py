@@ -28,7 +28,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "doctor",
         help="check that this host is fit, with what to do where it is not",
-        description="Check that campaigns can run in containers here. Exit code 0 when they can, else 2.",
+        description="Check that campaigns can run in containers here. Exit code 0 when they can, else 2; the last line"
+        " says whether --executor local is left.",
     )
     parser.add_argument(
         "--backend", action="append", default=[], metavar="NAME", help="a backend that has to be there; may be repeated"
@@ -60,7 +61,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
 
 def _as_json(verdict: Verdict) -> str:
     checks = [{"name": name, **dataclasses.asdict(item)} for name, item in verdict.findings.items()]
-    return json.dumps({"schema_version": 1, "ok": verdict.is_ok, "checks": checks}, indent=2) + "\n"
+    document = {"schema_version": 1, "ok": verdict.is_ok, "executors": list(verdict.executors), "checks": checks}
+    return json.dumps(document, indent=2) + "\n"
 
 
 def _as_text(verdict: Verdict, *, is_colour: bool) -> str:
@@ -76,7 +78,14 @@ def _as_text(verdict: Verdict, *, is_colour: bool) -> str:
         lines += [f"{indent}{line}" for line in text[1:]]
         if item.remedy and item.status != "ok":
             lines += textwrap.wrap(f"→ {item.remedy}", _WIDTH, initial_indent=indent, subsequent_indent=f"{indent}  ")
-    failed = [name for name, item in verdict.findings.items() if item.status == "failed"]
-    lines.append("")
-    lines.append(f"not fit: {', '.join(failed)}" if failed else "this host is fit for campaigns in containers")
+    lines += ["", _conclusion(verdict)]
     return "\n".join(lines) + "\n"
+
+
+def _conclusion(verdict: Verdict) -> str:
+    if verdict.is_ok:
+        return "this host is fit for campaigns in containers"
+    failed = ", ".join(verdict.failed)
+    if verdict.is_ok_without_containers:
+        return f"not fit for campaigns in containers: {failed}; fit for --executor local"
+    return f"not fit: {failed}"

@@ -7,7 +7,7 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,14 +38,36 @@ _MAX_SHOWN = 4
 
 @dataclass(frozen=True)
 class Verdict:
-    """The findings of all checks, by name and in order; `is_ok` when none failed."""
+    """What all checks came to.
+
+    Attributes:
+        findings: by the name of the check, in order.
+        container_checks: the names of those that matter to containers alone.
+    """
 
     findings: Mapping[str, Finding]
+    container_checks: frozenset[str] = frozenset()
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """The names of the checks that failed."""
+        return tuple(name for name, item in self.findings.items() if item.status == FAILED)
 
     @property
     def is_ok(self) -> bool:
-        """Whether a campaign can run here."""
-        return all(item.status != FAILED for item in self.findings.values())
+        """Whether a campaign can run in containers here."""
+        return not self.failed
+
+    @property
+    def is_ok_without_containers(self) -> bool:
+        """Whether nothing stands in the way of `--executor local`; which engines its Python has is not looked at."""
+        return self.container_checks.issuperset(self.failed)
+
+    @property
+    def executors(self) -> tuple[str, ...]:
+        """The executors that the host is fit for."""
+        is_fit = {"docker": self.is_ok, "local": self.is_ok_without_containers}
+        return tuple(name for name, is_fit_for_it in is_fit.items() if is_fit_for_it)
 
 
 @dataclass(frozen=True)
@@ -145,10 +167,15 @@ class Host:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing to look at."""
+    """One thing to look at.
+
+    Attributes:
+        is_for_containers: nothing else needs it.
+    """
 
     name: str
     look: Callable[[Host], Finding]
+    is_for_containers: bool = False
 
     def run(self, host: Host) -> Finding:
         """What it came to; what stands in its way is a finding, too."""
@@ -158,9 +185,18 @@ class Check:
             return Finding(FAILED, error.message, error.hint)
 
 
-def examine(host: Host, checks: Iterable[Check]) -> Verdict:
-    """What the checks came to."""
-    return Verdict({check.name: check.run(host) for check in checks})
+def examine(host: Host, checks: Sequence[Check]) -> Verdict:
+    """What the checks came to; what stands in the way of several is told by the first of them alone."""
+    findings: dict[str, Finding] = {}
+    told_by: dict[Finding, str] = {}
+    for check in checks:
+        found = check.run(host)
+        if found in told_by:
+            found = Finding(SKIPPED, f"not looked at, see {told_by[found]}")
+        elif found.status == FAILED:
+            told_by[found] = check.name
+        findings[check.name] = found
+    return Verdict(findings, frozenset(check.name for check in checks if check.is_for_containers))
 
 
 def _check_engine(host: Host) -> Finding:
@@ -291,12 +327,12 @@ def _existing(folder: Path) -> Path:
 
 
 CHECKS: Sequence[Check] = (
-    Check("engine", _check_engine),
-    Check("compose", _check_compose),
-    Check("compose_file", _check_compose_file),
-    Check("images", _check_images),
+    Check("engine", _check_engine, is_for_containers=True),
+    Check("compose", _check_compose, is_for_containers=True),
+    Check("compose_file", _check_compose_file, is_for_containers=True),
+    Check("images", _check_images, is_for_containers=True),
     Check("driver", _check_driver),
-    Check("gpu_runtime", _check_gpu_runtime),
+    Check("gpu_runtime", _check_gpu_runtime, is_for_containers=True),
     Check("gpu_processes", _check_foreign_processes),
     Check("gpu_energy", _check_gpu_energy),
     Check("cpu_energy", _check_cpu_energy),

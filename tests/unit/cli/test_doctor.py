@@ -91,6 +91,29 @@ def test_without_a_docker_command_the_rest_is_looked_at_all_the_same(tmp_path: P
     assert findings["disk"].status in ("ok", "warning")
 
 
+def test_what_stands_in_the_way_of_several_checks_is_told_once(fake: FakeDocker, tmp_path: Path) -> None:
+    without_docker = look(Host(folder=tmp_path, environ={"PATH": str(tmp_path)}))
+    fake.change(daemon="down")
+    without_engine = look(host(fake))
+    fake.change(daemon="up", compose=None)
+    without_compose = look(host(fake))
+    for findings, first, others in (
+        (without_docker, "engine", ("compose", "compose_file", "images", "gpu_runtime")),
+        (without_engine, "engine", ("images",)),
+        (without_compose, "compose", ("compose_file", "images", "gpu_runtime")),
+    ):
+        assert [name for name, item in findings.items() if item.status == "failed"] == [first]
+        assert {findings[name] for name in others} == {Finding("skipped", f"not looked at, see {first}")}
+
+
+def test_a_host_that_lacks_containers_alone_is_fit_for_the_local_executor(fake: FakeDocker) -> None:
+    assert examine(host(fake), CHECKS).executors == ("docker", "local")
+    fake.change(daemon="down")
+    assert examine(host(fake), CHECKS).executors == ("local",)
+    (fake.folder / "results").write_text("")
+    assert examine(host(fake), CHECKS).executors == ()
+
+
 def test_an_image_that_nobody_named_is_a_warning_while_another_is_there(fake: FakeDocker) -> None:
     fake.change(services={"pytorch": {"image": "img"}, "vllm": {"image": "huge"}})
     assert look(host(fake))["images"].status == "warning"
@@ -168,7 +191,7 @@ def here(fake: FakeDocker, monkeypatch: pytest.MonkeyPatch) -> FakeDocker:
 def test_the_document_says_ok_and_lists_the_checks(here: FakeDocker) -> None:
     code, out, _ = run("doctor", "--json")
     document = json.loads(out)
-    assert (code, document["ok"]) == (0, True)
+    assert (code, document["ok"], document["executors"]) == (0, True, ["docker", "local"])
     assert [item["name"] for item in document["checks"]] == [check.name for check in CHECKS]
     assert set(document["checks"][0]) == {"name", "status", "message", "remedy"}
     here.change(daemon="down")
@@ -184,8 +207,10 @@ def test_the_text_says_what_to_do(here: FakeDocker) -> None:
     code, out, _ = run("doctor", "--backend", "pytorch")
     assert code == 2
     assert "→ pull, build or load it" in " ".join(out.split())
-    assert out.endswith("not fit: images\n")
+    assert out.endswith("not fit for campaigns in containers: images; fit for --executor local\n")
     assert max(map(len, out.splitlines())) <= 100
+    (here.folder / "results").write_text("")
+    assert run("doctor", "--backend", "pytorch")[1].endswith("not fit: images, rights\n")
 
 
 def test_nothing_is_left_behind(here: FakeDocker) -> None:
