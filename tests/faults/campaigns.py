@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from tests.doubles.fault_injector import read_journal
 from tests.faults.points import Moment, Point, points_of
 from tests.faults.sandbox import Outcome, Sandbox, Setting
 from tests.faults.scenarios import Scenario, Tools
+from tests.faults.trials import try_each
 from tests.faults.verdict import Verdict
 
 __all__ = ["CampaignFailed", "Case", "enumerate_points", "try_all", "try_moment", "try_point"]
@@ -121,15 +121,9 @@ def _incomplete(outcome: Outcome, scenario: Scenario) -> int:
 
 
 def try_all(cases: Sequence[Case], folder: Path, tools: Tools, setting: Setting, *, jobs: int) -> list[Verdict]:
-    """The verdict of each case, each in a folder of its own; folders of good ones are removed."""
+    """The verdict of each case, in a sandbox of its own."""
 
-    def work(numbered: tuple[int, Case]) -> Verdict:
-        number, case = numbered
-        sandbox = Sandbox(folder / f"{number:04d}", tools, setting)
-        verdict = case(sandbox)
-        if verdict.is_good:
-            shutil.rmtree(sandbox.folder.parent)
-        return verdict
+    def trial(case: Case, place: Path) -> Verdict:
+        return case(Sandbox(place, tools, setting))
 
-    with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(work, enumerate(cases)))
+    return try_each([partial(trial, case) for case in cases], folder, jobs=jobs)

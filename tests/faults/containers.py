@@ -1,40 +1,41 @@
-"""The same faults on a campaign in containers, on the lab: the host at every transition, any process at random moments.
+"""The same faults on a campaign in containers, on the lab.
 
-    python -m tests.faults.containers [--moments 8] [--every-point]
-
-Beside what the local driver counts, no worker may be left in a container once its host is gone, and no container after
-the campaign that went on.
+Beside what is counted elsewhere, no worker may be left in a container once its host is gone, and no container after the
+campaign that went on. The wall clock steps back for lem on the host alone, and a folder is read-only for it alone: in
+a container root may write everywhere.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import json
 import os
 import random
-import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lem.record_codec import RecordError, read_record
-from tests.campaign_rig import Running
+from tests.campaign_rig import Ended, Running
 from tests.container_rig import VARIABLE as RIG_VARIABLE
 from tests.container_rig import ContainerRig, container_campaign
+from tests.doubles import wall_clock
 from tests.doubles.fault_injector import VARIABLE, Fault, process_of, read_journal
-from tests.faults.driver import show
+from tests.faults.campaigns import CampaignFailed
 from tests.faults.points import Moment, Point, points_of, random_moments
+from tests.faults.sandbox import AS_OTHERS
+from tests.faults.scenarios import Tools
+from tests.faults.trials import Trial
 from tests.faults.verdict import Verdict
 from tests.processes import PATIENCE_S
 
-__all__ = ["main", "try_in_containers"]
+__all__ = ["container_moments", "container_points", "kill_in_containers", "try_in_containers"]
 
 OUTPUTS, CYCLES = (4, 8), 2
 EXPERIMENTS = len(OUTPUTS) * CYCLES
@@ -50,86 +51,118 @@ class _Left:
     duplicates: int
 
 
-def main() -> int:
-    """0 when no fault cost anything, 1 otherwise; the table on stdout."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--moments", type=int, default=8, help="random moments of SIGKILL (%(default)s)")
-    parser.add_argument("--every-point", action="store_true", help="every write too, not the transitions alone")
-    parser.add_argument("--seed", type=int, default=42, help="of the random moments (%(default)s)")
-    args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="lem-faults-"))
-    points, elapsed_s = _enumerate(folder / "undisturbed")
-    chosen = [point for point in points if args.every_point or point.event == "lem.transition"]
-    print(f"{len(chosen)} of {len(points)} points of the host, {elapsed_s:.1f} s undisturbed", flush=True)
-    faults: list[Point | Moment] = [
-        *chosen,
-        *random_moments(_PROCESSES, args.moments, elapsed_s, random.Random(args.seed)),
-    ]
-    verdicts = [try_in_containers(folder / f"{number:04d}", fault) for number, fault in enumerate(faults)]
-    is_good = show(verdicts)
-    if is_good:
-        shutil.rmtree(folder)
-    return 0 if is_good else 1
+class _FaultRig(ContainerRig):
+    """A campaign in containers with the fault in every process of it, here and inside, and one program for all."""
+
+    def __init__(self, folder: Path, tools: Tools) -> None:
+        folder.mkdir(parents=True)
+        super().__init__(folder, container_campaign(outputs=OUTPUTS, cycles=CYCLES))
+        self._prefix: tuple[str, ...] = ()
+        self._variables = {
+            "PYTHONPATH": os.pathsep.join([str(tools.program), str(tools.program / "doubles")]),
+            **wall_clock.prepare(tools.clock, folder / "clock"),
+        }
+        # At the same path inside, where a journal is written too.
+        self._shared = folder / "shared"
+        self._shared.mkdir()
+        self.journal = self._shared / "journal"
+        compose = folder / "docker-compose.yml"
+        project = json.loads(compose.read_text(encoding="utf-8"))
+        for service in project["services"].values():
+            service["environment"][VARIABLE] = f"${{{VARIABLE}:-}}"
+            service["volumes"].append({"type": "bind", "source": str(self._shared), "target": str(self._shared)})
+        self.write(json.dumps(project), compose.name)
+
+    def command(self, *options: str, file: str = "c.yaml") -> list[str]:
+        """`lem campaign` in containers, without root's right to write everywhere where that matters."""
+        return [*self._prefix, *super().command(*options, file=file)]
+
+    def environ(self, rules: Sequence[Mapping[str, Any]] = (), **more: str) -> dict[str, str]:
+        """As for any campaign in containers, with the copied program and a clock of its own."""
+        return {**super().environ(rules), **self._variables, **more}
+
+    def begin(self, point: Point | None = None, action: str = "") -> Running:
+        """The campaign, started anew, with that fault, or with a journal alone."""
+        fault = Fault(str(self.journal), root=str(self.folder))
+        if point is not None:
+            fault = replace(fault, process=point.process, event=point.event, nth=point.nth, action=action)
+        self._prefix = AS_OTHERS if action == "readonly" and os.geteuid() == 0 else ()
+        return self.start("--yes", "--fresh", LEMTEST_FAULT=fault.to_json())
+
+    def resume(self) -> Ended:
+        """The campaign, gone on with."""
+        self._prefix = ()
+        return self.run("--resume")
 
 
-def _enumerate(folder: Path) -> tuple[tuple[Point, ...], float]:
-    with _rig(folder) as rig:
-        fault = Fault(str(folder / "journal"))
+def container_points(folder: Path, tools: Tools) -> tuple[tuple[Point, ...], float]:
+    """The points of an undisturbed campaign in containers, and the seconds it took.
+
+    Raises:
+        CampaignFailed: it fails.
+    """
+    with _rig(folder, tools) as rig:
         begin = time.monotonic()
-        ended = rig.run("--yes", "--fresh", **_variables(fault))
+        ended = rig.begin().wait()
         elapsed_s = time.monotonic() - begin
         if ended.code != 0:
-            raise RuntimeError(f"the undisturbed campaign fails with {ended.code}:\n{ended.err}")
-        return points_of(read_journal(folder / "journal")), elapsed_s
+            raise CampaignFailed(f"the undisturbed campaign in containers fails with {ended.code}:\n{ended.err}")
+        return points_of(read_journal(rig.journal)), elapsed_s
 
 
-def try_in_containers(folder: Path, fault: Point | Moment) -> Verdict:
-    """What SIGKILL there cost."""
-    with _rig(folder) as rig:
-        if isinstance(fault, Point):
-            has_happened, case = _kill_at(rig, fault), f"kill at {fault.event} {fault.nth} ({fault.detail})"
-            what = f"containers, {fault.process}: kill"
-        else:
-            has_happened, case = _kill_after(rig, fault), f"SIGKILL to {fault.process} after {fault.after_s:.3f} s"
-            what = f"containers, {fault.process}: kill at random"
-        left = _processes_left(rig)
-        before = _look(rig)
-        resumed = rig.run("--resume")
-        after = _look(rig)
-        return Verdict(
-            what,
-            case,
-            has_happened,
-            lost=sum(after.results.get(name) != data for name, data in before.results.items()),
-            partial=before.partial + after.partial,
-            duplicates=after.duplicates,
-            incomplete=EXPERIMENTS - rig.statuses().count("completed"),
-            processes_left=left + _processes_left(rig) + len(rig.containers(is_all=True)),
-            notes=f"resumed with {resumed.code} {resumed.err[-300:] if resumed.code else ''}",
-        )
+def container_moments(count: int, elapsed_s: float, rng: random.Random, tools: Tools) -> list[Trial]:
+    """SIGKILL at random moments to each kind of process, here and inside."""
+    moments = random_moments(_PROCESSES, count, elapsed_s, rng)
+    return [partial(kill_in_containers, moment, tools=tools) for moment in moments]
+
+
+def try_in_containers(point: Point, action: str, folder: Path, *, tools: Tools) -> Verdict:
+    """What the fault at that point cost."""
+    case = f"{action} at {point.process} {point.event} {point.nth} ({point.detail})"
+    with _rig(folder, tools) as rig:
+        ended = rig.begin(point, action).wait()
+        has_happened = any(entry.action for entry in read_journal(rig.journal))
+        return _resume_and_judge(rig, f"containers, {point.process}: {action}", case, has_happened, str(ended.code))
+
+
+def kill_in_containers(moment: Moment, folder: Path, *, tools: Tools) -> Verdict:
+    """What SIGKILL at that moment cost."""
+    case = f"SIGKILL to {moment.process} after {moment.after_s:.3f} s"
+    with _rig(folder, tools) as rig:
+        has_happened = _kill_after(rig, moment)
+        return _resume_and_judge(rig, f"containers, {moment.process}: kill at random", case, has_happened, "")
+
+
+def _resume_and_judge(rig: _FaultRig, what: str, case: str, has_happened: bool, code: str) -> Verdict:
+    left = _processes_left(rig)
+    for folder, _, _ in os.walk(rig.folder):
+        Path(folder).chmod(0o755)
+    before = _look(rig)
+    resumed = rig.resume()
+    after = _look(rig)
+    return Verdict(
+        what,
+        case,
+        has_happened,
+        lost=sum(after.results.get(name) != data for name, data in before.results.items()),
+        partial=before.partial + after.partial,
+        duplicates=after.duplicates,
+        incomplete=EXPERIMENTS - rig.statuses().count("completed"),
+        processes_left=left + _processes_left(rig) + len(rig.containers(is_all=True)),
+        notes=f"exit codes {code}, {resumed.code} in {rig.folder} {resumed.err[-300:] if resumed.code else ''}",
+    )
 
 
 @contextlib.contextmanager
-def _rig(folder: Path) -> Iterator[ContainerRig]:
-    folder.mkdir(parents=True)
-    with ContainerRig(folder, container_campaign(outputs=OUTPUTS, cycles=CYCLES)).cleaned() as rig:
+def _rig(folder: Path, tools: Tools) -> Iterator[_FaultRig]:
+    rig = _FaultRig(folder, tools)
+    with rig.cleaned():
         yield rig
 
 
-def _variables(fault: Fault) -> dict[str, Any]:
-    return {VARIABLE: fault.to_json()}
-
-
-def _kill_at(rig: ContainerRig, point: Point) -> bool:
-    journal = rig.folder / "journal"
-    fault = Fault(str(journal), point.process, point.event, point.nth, "kill")
-    rig.run("--yes", "--fresh", **_variables(fault))
-    return any(entry.action for entry in read_journal(journal))
-
-
-def _kill_after(rig: ContainerRig, moment: Moment) -> bool:
+def _kill_after(rig: _FaultRig, moment: Moment) -> bool:
     deadline = time.monotonic() + moment.after_s
-    running = rig.start("--yes", "--fresh")
+    running = rig.begin()
     victim = None
     while victim is None or time.monotonic() < deadline:
         if _has_ended(running, max(0.005, deadline - time.monotonic())):
@@ -147,7 +180,7 @@ def _has_ended(running: Running, within_s: float) -> bool:
     return running.process.returncode is not None
 
 
-def _inside(rig: ContainerRig) -> dict[str, int]:
+def _inside(rig: _FaultRig) -> dict[str, int]:
     """Pids of the worker's processes in containers, as this machine sees them."""
     mine = f"{RIG_VARIABLE}={rig.name}".encode()
     found: dict[str, int] = {}
@@ -160,12 +193,12 @@ def _inside(rig: ContainerRig) -> dict[str, int]:
     return found
 
 
-def _processes_left(rig: ContainerRig) -> int:
+def _processes_left(rig: _FaultRig) -> int:
     """How many processes of lem are alive, here and inside, once they had the time to end by themselves."""
     return len(rig.marker.survivors()) + len(rig.workers_left_inside(PATIENCE_S))
 
 
-def _look(rig: ContainerRig) -> _Left:
+def _look(rig: _FaultRig) -> _Left:
     paths = sorted((rig.folder / "results").rglob("result.json"))
     names = [name for name in map(_experiment_of, paths) if name is not None]
     results = {str(path): path.read_bytes() for path in paths}
@@ -178,7 +211,3 @@ def _experiment_of(path: Path) -> str | None:
         return read_record(path).identity.experiment_id
     except RecordError:
         return None
-
-
-if __name__ == "__main__":
-    sys.exit(main())

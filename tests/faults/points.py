@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.doubles.fault_injector import DURABLE_EVENTS, SIGNALS, Entry
 
-__all__ = ["Moment", "Point", "points_of", "random_moments", "spread", "thin"]
+__all__ = ["Moment", "Point", "after_completed", "points_of", "random_moments", "spread", "thin"]
 
 # What is a signal, or happens to the machine, needs no call that could fail.
 WITHOUT_CALL = (*SIGNALS, "clock")
@@ -83,6 +83,12 @@ def thin(points: Sequence[Point]) -> tuple[Point, ...]:
         for point in (group[0], group[len(group) // 2 if name in _VARYING else -1])
     }
     return tuple(point for point in points if point in chosen)
+
+
+def after_completed(points: Sequence[Point], experiments: int) -> tuple[Point, ...]:
+    """Those from the moment on at which so many experiments are completed."""
+    completed = [index for index, point in enumerate(points) if point.detail.endswith(" completed")]
+    return tuple(points[completed[experiments - 1] :] if experiments else points)
 
 
 def spread(points: Iterable[Point], actions: Sequence[str]) -> list[tuple[Point, str]]:

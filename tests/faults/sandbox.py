@@ -26,7 +26,7 @@ from tests.doubles import wall_clock
 from tests.doubles.fault_injector import VARIABLE, Fault, process_of
 from tests.faults.scenarios import Tools
 
-__all__ = ["Outcome", "Sandbox", "Setting", "Started", "copy_program"]
+__all__ = ["AS_OTHERS", "Outcome", "Sandbox", "Setting", "Started", "copy_program"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,7 +39,7 @@ MANIFEST = ".state/faults/campaign_manifest.json"
 _JOURNAL = "journal"
 
 # Root may write to what is read-only, which nobody else may; without that right it is an owner like others.
-_AS_OTHERS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all")
+AS_OTHERS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all")
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Sandbox:
         if fault is not None:
             environ[VARIABLE] = fault.to_json()
             if fault.action == "readonly" and os.geteuid() == 0:
-                command = [*_AS_OTHERS, *command]
+                command = [*AS_OTHERS, *command]
         with open(self.output, "ab") as output:
             output.write(f"$ {' '.join(words)} {fault}\n".encode())
             output.flush()

@@ -43,6 +43,7 @@ class Scenario:
         options: of `lem campaign`.
         is_metered: it runs beside a GPU, which is NVML's double, so samplers run.
         is_stepping: the wall clock goes back by an hour within each window.
+        like_plain: so many experiments at its start write what those of PLAIN do; one fault is tried at a point there.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Scenario:
     options: tuple[str, ...] = ()
     is_metered: bool = False
     is_stepping: bool = False
+    like_plain: int = 0
 
     @property
     def processes(self) -> tuple[str, ...]:
@@ -120,6 +122,7 @@ TOPPED_UP = Scenario(
     outputs=(4,),
     experiment=_AT_ONCE,
     options=("--until", "ci=0.0001%:output_tok_per_s", "--max-cycles", "6"),
+    like_plain=5,
 )
 
 METERED = Scenario(

@@ -1,7 +1,7 @@
 """Faults where something is written: after a resume each experiment is completed exactly once, nothing is left behind.
 
-Every kind of point is tried here, with one or two of the faults; `python -m tests.faults.driver` tries every point
-with all of them.
+Every kind of point is tried here, with one or two of the faults; `python -m tests.faults` tries every point with all of
+them.
 """
 
 from __future__ import annotations
