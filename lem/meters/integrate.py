@@ -18,6 +18,10 @@ __all__ = [
     "update_period_s",
 ]
 
+# Enough updates on either side of one for polls that share no rhythm with the counter to have seen it at every phase:
+# 19 polls of 19 ms, whatever whole number of milliseconds lies between updates.
+_NEIGHBOURS = 10
+
 # No CPU package takes so much: a zone that was not read for as long as this would need to wrap may have wrapped twice.
 _MOST_PACKAGE_W = 1000.0
 
@@ -27,12 +31,14 @@ def counter_curve(changes: Iterable[CounterChange], gpu: int, what: str) -> Curv
 
     `nvmlDeviceGetTotalEnergyConsumption` counts millijoules since the driver was loaded (NVML reference), so a value
     that falls means that it was loaded anew. A change lies between two polls; where polling had stalled, it still
-    came at most one update period before it was seen.
+    came at most one update period before it was seen. Updates are regular (an H200 kept 100.000 ms to within 1 ms over
+    a minute), so the changes around one narrow down when it came.
     """
     rows = [row for row in changes if row.gpu == gpu and row.before_ns < row.at_ns]
     spacings = [after.at_ns - before.at_ns for before, after in pairwise(rows)]
     longest_ns = round(statistics.median(spacings)) if spacings else 0
-    earliest = [max(row.before_ns, row.at_ns - longest_ns) if longest_ns else row.before_ns for row in rows]
+    seen = [(max(row.before_ns, row.at_ns - longest_ns) if longest_ns else row.before_ns, row.at_ns) for row in rows]
+    bounds = _narrowed(seen)
     energy_j, holes = [0.0] * len(rows), []
     for place, (before, after) in enumerate(pairwise(rows), start=1):
         step_mj = after.energy_mj - before.energy_mj
@@ -40,8 +46,37 @@ def counter_curve(changes: Iterable[CounterChange], gpu: int, what: str) -> Curv
             fall = f"fell from {before.energy_mj} to {after.energy_mj} mJ: the driver was loaded anew"
             holes.append(Hole(Span(before.at_ns, after.at_ns), f"{what} {fall}"))
         energy_j[place] = energy_j[place - 1] + max(step_mj, 0) / 1000
-    at_ns = tuple((low + row.at_ns) / 2 for low, row in zip(earliest, rows, strict=True))
-    return Curve(what, tuple(earliest), at_ns, tuple(row.at_ns for row in rows), tuple(energy_j), tuple(holes))
+    at_ns = tuple((low + high) / 2 for low, high in bounds)
+    earliest, latest = tuple(low for low, _ in bounds), tuple(high for _, high in bounds)
+    return Curve(what, earliest, at_ns, latest, tuple(energy_j), tuple(holes))
+
+
+def _narrowed(seen: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """When each change came, (earliest, latest), by its own two polls and by those of its neighbours.
+
+    Regular updates lie on a line, so what bounds one bounds the next ones, a period later each. Where updates are less
+    regular than polls are dense, the neighbours contradict each other; the bounds are then as wide as they do.
+    """
+    if len(seen) <= 2 * _NEIGHBOURS:
+        return list(seen)
+    middles = [(low + high) / 2 for low, high in seen]
+    usual_ns = statistics.median(after - before for before, after in pairwise(middles))
+    if usual_ns < 2 * statistics.median(high - low for low, high in seen):
+        return list(seen)  # polls are too far apart to tell how many updates lie between two changes
+    counts = [0]
+    for before, after in pairwise(middles):
+        counts.append(counts[-1] + max(1, round((after - before) / usual_ns)))
+    begun_ns = seen[0][0]
+    period_ns = statistics.linear_regression(counts, [middle - begun_ns for middle in middles]).slope
+    lows = [low - count * period_ns for (low, _), count in zip(seen, counts, strict=True)]
+    highs = [high - count * period_ns for (_, high), count in zip(seen, counts, strict=True)]
+    bounds = []
+    for place, (low, high) in enumerate(seen):
+        around = slice(max(0, place - _NEIGHBOURS), place + _NEIGHBOURS + 1)
+        since_ns = counts[place] * period_ns
+        first, last = sorted((max(lows[around]) + since_ns, min(highs[around]) + since_ns))
+        bounds.append((round(min(max(first, low), high)), round(max(min(last, high), low))))
+    return bounds
 
 
 def power_curve(samples: Iterable[GpuSample], gpu: int, period_s: float, what: str, lag_s: float = 0.0) -> Curve:
@@ -92,19 +127,20 @@ def load_curve(loads: Sequence[CpuLoad], design_power_w: float, what: str) -> Cu
 def update_period_s(changes: Iterable[CounterChange], gpu: int, span: Span) -> float:
     """How often the counter of a GPU was brought up to date in the span, which must have been under load.
 
-    The mean spacing of the changes, without those beyond one and a half times the median: there, one was missed. The
-    resolution of the counter is set by this (20 to 100 ms seen, 500 ms a documented default).
+    The mean spacing of the changes, without those longer than one and a half times the median by more than polls lie
+    apart: there, one was missed. The resolution of the counter is set by this (20 to 100 ms seen, 500 ms a documented
+    default).
 
     Raises:
         NotMeasured: fewer than three changes.
     """
     rows = [row for row in changes if row.gpu == gpu and row.before_ns < row.at_ns]
-    at_ns = [row.at_ns for row in rows if span.opened_ns <= row.at_ns <= span.closed_ns]
-    spacings = [after - before for before, after in pairwise(at_ns)]
+    rows = [row for row in rows if span.opened_ns <= row.at_ns <= span.closed_ns]
+    spacings = [after.at_ns - before.at_ns for before, after in pairwise(rows)]
     if len(spacings) < 2:
         raise NotMeasured("the counter changed fewer than three times in the window")
-    usual_ns = statistics.median(spacings)
-    return statistics.fmean(item for item in spacings if item <= 1.5 * usual_ns) / NS_PER_S
+    longest_ns = 1.5 * statistics.median(spacings) + statistics.median(row.at_ns - row.before_ns for row in rows)
+    return statistics.fmean(item for item in spacings if item <= longest_ns) / NS_PER_S
 
 
 def _exact(what: str, at_ns: Sequence[int], energy_j: Sequence[float], holes: Sequence[Hole]) -> Curve:

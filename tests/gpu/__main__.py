@@ -29,6 +29,7 @@ from tests.gpu.rehearsed import Rehearsal
 from tests.gpu.report import FIGURES, MARKDOWN, Head, read_sections, table, write
 from tests.gpu.run import CutOff, cut_off_by_signals, run_steps
 from tests.gpu.step import Step
+from tests.gpu.steps.options import CASES
 
 # TERM's exit code by convention, whatever it was that ended the run.
 CUT_OFF_CODE = 143
@@ -49,7 +50,8 @@ def main() -> int:
         print(f"error: {gpu}", file=sys.stderr)
         return 2
     extent = extent_of(is_rehearsal=rehearsal is not None, is_quick=options.quick)
-    extent = dataclasses.replace(extent, limit_s=options.limit_s or extent.limit_s)
+    cases = tuple(options.case) if options.case else extent.options
+    extent = dataclasses.replace(extent, limit_s=options.limit_s or extent.limit_s, options=cases)
     bench = Bench(out, options.models.resolve(), extent, gpu.uuid, _environ(), rehearsal)
     text = "quick" if options.quick else "full"
     head = Head(gpu, f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC", text, rehearsal is not None)
@@ -65,6 +67,7 @@ def _parse() -> argparse.Namespace:
         "--models", type=Path, default=ROOT / "build" / "gpu-models", help="20 GB of models (build/gpu-models)"
     )
     parser.add_argument("--only", action="append", choices=[step.name for step in STEPS], help="may be repeated")
+    parser.add_argument("--case", action="append", choices=list(CASES), help="of the step options; may be repeated")
     parser.add_argument("--limit-s", type=float, help="begin no step after so many seconds (530)")
     return parser.parse_args()
 

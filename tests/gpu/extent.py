@@ -35,6 +35,7 @@ class Extent:
         probe_s: a look at the meters every 2 ms.
         guard_s: idle around a window.
         part_s, parts: so many windows of this length beside one as long as all of them.
+        edges: so many beginnings and ends of a load.
         waves: (period, about how long) of each square wave.
         pairs, pair_s: runs with and without a sampler, each so long.
         beside_s: the window that `zeus` reads as well.
@@ -57,6 +58,7 @@ class Extent:
     guard_s: float
     part_s: float
     parts: int
+    edges: int
     waves: tuple[tuple[float, float], ...]
     pairs: int
     pair_s: float
@@ -89,9 +91,10 @@ FULL = Extent(
     guard_s=1.5,
     part_s=10.0,
     parts=3,
+    edges=6,
     waves=((0.05, 5.0), (0.1, 5.0), (0.25, 5.0), (1.0, 6.0), (4.0, 8.0)),
-    pairs=8,
-    pair_s=2.5,
+    pairs=6,
+    pair_s=2.0,
     beside_s=10.0,
     options=None,
     option_s=3.0,
@@ -112,6 +115,7 @@ QUICK = Extent(
     guard_s=1.0,
     part_s=3.0,
     parts=3,
+    edges=3,
     waves=((0.1, 2.0), (1.0, 3.0)),
     pairs=3,
     pair_s=1.5,
@@ -138,6 +142,7 @@ REHEARSAL = Extent(
     guard_s=0.5,
     part_s=1.0,
     parts=3,
+    edges=3,
     waves=((0.1, 1.0), (1.0, 2.0)),
     pairs=4,
     pair_s=0.5,
@@ -161,6 +166,7 @@ REHEARSAL_QUICK = Extent(
     guard_s=0.3,
     part_s=1.0,
     parts=2,
+    edges=1,
     waves=((0.1, 1.0), (0.5, 1.0)),
     pairs=2,
     pair_s=0.2,

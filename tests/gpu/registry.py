@@ -7,6 +7,7 @@ from tests.gpu.steps.additivity import Additivity
 from tests.gpu.steps.beside_zeus import BesideZeus
 from tests.gpu.steps.campaign import Campaign
 from tests.gpu.steps.clock_events import ClockEvents
+from tests.gpu.steps.edges import Edges
 from tests.gpu.steps.idle import Idle
 from tests.gpu.steps.make_models import MakeModels
 from tests.gpu.steps.meters import Meters
@@ -21,6 +22,7 @@ STEPS: tuple[Step, ...] = (
     Idle(),
     Meters(),
     Additivity(),
+    Edges(),
     SquareWave(),
     BesideZeus(),
     SamplerCost(),

@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 
+from lem.meters.sampler import COUNTER_POLL_MS
 from lem.meters.samples import (
     ClockPair,
     CounterChange,
@@ -31,7 +32,7 @@ def simulate_log(
     start_ns: int,
     end_ns: int,
     *,
-    poll_ms: float = 20.0,
+    poll_ms: float = COUNTER_POLL_MS,
     interval_ms: int = 100,
     poll_jitter_ms: float = 0.0,
     seed: int = 0,
@@ -41,17 +42,22 @@ def simulate_log(
     """What an ideal sampler would log of that trace: it polls from `start_ns` until `end_ns`, and no poll takes time.
 
     Args:
-        poll_jitter_ms: every poll is late by up to that; more than `poll_ms` makes no sense.
-        gaps: (from, to) during which the sampler sleeps.
+        poll_jitter_ms: every look is late by up to that; more than `poll_ms` makes no sense.
+        gaps: (from, to) during which the sampler sleeps; what was due is looked at once when it wakes.
         zones: RAPL zones, read once a second, as is the load of a CPU that does nothing; pairs of clocks come every
             ten.
     """
     jitter = random.Random(seed)
-    step_ns = round(poll_ms * 1e6)
-    polls = [at_ns + round(jitter.random() * poll_jitter_ms * 1e6) for at_ns in range(start_ns, end_ns + 1, step_ns)]
-    polls = [at_ns for at_ns in polls if not any(from_ns <= at_ns < to_ns for from_ns, to_ns in gaps)]
-    ticks = _every(polls, interval_ms * 1_000_000)
-    seconds = _every(polls, NS_PER_S)
+
+    def moments(step_ns: int) -> list[int]:
+        """Of a schedule, each late by a little, or when the sampler wakes."""
+        late = [at_ns + round(jitter.random() * poll_jitter_ms * 1e6) for at_ns in range(start_ns, end_ns + 1, step_ns)]
+        return [at_ns for at_ns in dict.fromkeys(_awake(at_ns, gaps) for at_ns in late) if at_ns <= end_ns]
+
+    polls = moments(round(poll_ms * 1e6))
+    ticks = _ended(moments(interval_ms * 1_000_000), end_ns)
+    seconds = _ended(moments(NS_PER_S), end_ns)
+    pairs = _ended(moments(10 * NS_PER_S), end_ns)
     log = SampleLog(
         header=_header(trace, start_ns, interval_ms, zones),
         counters=tuple(row for gpu in range(len(trace.gpus)) for row in _changes(trace, gpu, polls)),
@@ -61,7 +67,7 @@ def simulate_log(
         ),
         loads=tuple(CpuLoad(at_ns, 0.0 if number else None) for number, at_ns in enumerate(seconds)),
         processes=tuple(row for gpu in range(len(trace.gpus)) for row in _processes(trace, gpu, seconds)),
-        clocks=tuple(ClockPair(at_ns, _utc(at_ns, start_ns)) for at_ns in _every(polls, 10 * NS_PER_S)[1:]),
+        clocks=tuple(ClockPair(at_ns, _utc(at_ns, start_ns)) for at_ns in pairs[1:]),
     )
     return dataclasses.replace(
         log,
@@ -75,13 +81,14 @@ def _utc(at_ns: int, start_ns: int) -> str:
     return (datetime(2026, 1, 1, tzinfo=timezone.utc) + timedelta(microseconds=(at_ns - start_ns) / 1000)).isoformat()
 
 
-def _every(polls: Sequence[int], interval_ns: int) -> list[int]:
-    """The first poll of every interval, and the last one."""
-    chosen: list[int] = []
-    for at_ns in polls:
-        if not chosen or (at_ns - polls[0]) // interval_ns > (chosen[-1] - polls[0]) // interval_ns:
-            chosen.append(at_ns)
-    return chosen if not polls or chosen[-1] == polls[-1] else [*chosen, polls[-1]]
+def _awake(at_ns: int, gaps: Sequence[tuple[int, int]]) -> int:
+    """The moment, or the end of the gap it lies in."""
+    return next((to_ns for from_ns, to_ns in gaps if from_ns <= at_ns < to_ns), at_ns)
+
+
+def _ended(moments: list[int], end_ns: int) -> list[int]:
+    """The moments and the log's end, at which everything but counters is looked at once more."""
+    return moments if moments and moments[-1] == end_ns else [*moments, end_ns]
 
 
 def _header(trace: Trace, start_ns: int, interval_ms: int, zones: Sequence[Zone]) -> SampleHeader:

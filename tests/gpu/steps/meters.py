@@ -13,6 +13,7 @@ from lem.meters.gpu_watch import Complaints, GpuWatch
 from lem.meters.gpus import open_nvml
 from lem.meters.integrate import update_period_s
 from lem.meters.nvml import NvmlMeter
+from lem.meters.sampler import COUNTER_POLL_MS
 from lem.meters.samples import CounterChange
 from tests.gpu.bench import Bench
 from tests.gpu.finding import Finding, LeftOut
@@ -25,7 +26,7 @@ POLL_S = 0.002
 
 @dataclass(frozen=True)
 class Meters:
-    """Changes seen by a poll every 2 ms, beside what lem's sampler makes of its poll every 20 ms."""
+    """Changes seen by a poll every 2 ms, beside what lem's sampler makes of its own."""
 
     name: str = "meters"
     title: str = "Update periods of the meters"
@@ -48,9 +49,8 @@ class Meters:
             yield from _described(seen, "under load")
             try:
                 period_s = update_period_s(sampled.log().counters, 0, seen.span)
-                yield Finding(
-                    "counter under load, as lem's sampler sees it", 1e3 * period_s, "ms", "polled every 20 ms"
-                )
+                note = f"polled every {COUNTER_POLL_MS} ms"
+                yield Finding("counter under load, as lem's sampler sees it", 1e3 * period_s, "ms", note)
             except NotMeasured as error:
                 yield Finding("counter under load, as lem's sampler sees it", None, "ms", str(error))
 
@@ -106,4 +106,4 @@ def _period(what: str, at_ns: Sequence[int], note: str) -> Finding:
     if len(spacings) < 2:
         return Finding(what, None, "ms", f"too few changes: {note}")
     text = f"{note}, {min(spacings):.0f} to {max(spacings):.0f} ms apart"
-    return Finding(what, statistics.median(spacings), "ms", text)
+    return Finding(what, statistics.median(spacings), "ms", text, details={"at_ns": list(at_ns)})

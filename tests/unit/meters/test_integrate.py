@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -53,6 +54,50 @@ def test_the_first_row_is_no_change_since_nobody_knows_when_it_came() -> None:
     changes = [CounterChange(0, ns(5), ns(5), 1000), *counted(lambda at_s: 1 + at_s, every(0.1, 9, 5.05))[1:]]
     curve = counter_curve(changes, 0, "counter")
     assert curve.at_ns[0] > ns(5.05)
+
+
+def seen(times_s: Sequence[float], poll_s: float) -> list[CounterChange]:
+    """Changes at those times, as polls so far apart see them."""
+    polls = [number * poll_s for number in range(int(times_s[-1] / poll_s) + 2)]
+    at = [next(number for number, poll in enumerate(polls) if poll >= time) for time in times_s]
+    return [CounterChange(0, ns(polls[number - 1]), ns(polls[number]), count) for count, number in enumerate(at)]
+
+
+def misplaced_ms(times_s: Sequence[float], poll_s: float) -> list[float]:
+    """By how much knots lie beside their changes; bounds that leave a poll's own are an error."""
+    changes = seen(times_s, poll_s)
+    curve = counter_curve(changes, 0, "counter")
+    for row, low, high in zip(changes, curve.earliest_ns, curve.latest_ns, strict=True):
+        assert row.before_ns <= low <= high <= row.at_ns
+    return [abs(at_ns / 1e6 - 1e3 * at_s) for at_ns, at_s in zip(curve.at_ns, times_s, strict=True)]
+
+
+@pytest.mark.parametrize("period_s", [0.05, 0.1, 0.5])
+def test_polls_out_of_step_with_a_regular_counter_place_its_changes_to_a_millisecond(period_s: float) -> None:
+    times_s = every(period_s, 100 * period_s, 0.0123)
+    assert max(misplaced_ms(times_s, 0.019)) < 1.5
+    # In step they see every change equally late, and nothing tells by how much.
+    assert max(misplaced_ms(times_s, 0.020)) > 1.5
+
+
+def test_changes_less_regular_than_polls_are_dense_are_placed_no_worse_than_by_their_own_polls() -> None:
+    chance = random.Random(5)
+    times_s = [at_s + chance.uniform(-0.03, 0.03) for at_s in every(0.2, 40)]
+    assert max(misplaced_ms(times_s, 0.019)) <= 19
+    assert sum(misplaced_ms(times_s, 0.019)) / len(times_s) < 19 / 2
+
+
+def test_one_update_that_came_late_moves_none_of_the_others_beyond_their_polls() -> None:
+    times_s = every(0.1, 20, 0.0123)
+    late = [at_s + (0.07 if number == 50 else 0) for number, at_s in enumerate(times_s)]
+    assert max(misplaced_ms(late, 0.019)) <= 19
+
+
+def test_updates_about_as_short_as_polls_stay_where_their_polls_saw_them() -> None:
+    times_s = every(0.02, 4, 0.0123)
+    # Two changes may lie between two polls: the second alone is seen.
+    times_s = [before for before, after in itertools.pairwise(times_s) if int(before / 0.019) != int(after / 0.019)]
+    assert max(misplaced_ms(times_s, 0.019)) <= 9.5 + 1e-6
 
 
 @pytest.mark.parametrize(("opened_s", "closed_s", "said"), [(-1, 2, "first read"), (1, 99, "last read")])

@@ -1,0 +1,80 @@
+"""What the energy counter tells of a load that begins and ends at known moments: how far it lags behind."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lem.meters.curve import Curve, Span
+from lem.meters.integrate import counter_curve
+from lem.meters.sampler import COUNTER_POLL_MS
+from tests.gpu.bench import Bench
+from tests.gpu.finding import Finding
+from tests.gpu.load import Busy
+from tests.gpu.windows import COUNTER
+
+__all__ = ["Edges"]
+
+NS_PER_S = 1_000_000_000
+
+# Around an edge power changes for so long, to the slowest counter's eye; beyond it is level for so long.
+SETTLED_S, LEVEL_S = 0.4, 0.5
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Energy that is missing after a beginning, and that comes after an end, as time at the step of power.
+
+    A counter that lags shows the same at both. A device that takes its time to draw its power shows it at the
+    beginning alone, one that takes its time to relax at the end alone.
+    """
+
+    name: str = "edges"
+    title: str = "The counter at the edges of a load"
+    is_brief: bool = False
+
+    def run(self, bench: Bench) -> Iterator[Finding]:
+        extent, engine = bench.extent, bench.engine()
+        engine.stay_busy(extent.settle_s)
+        with bench.sampling("edges") as sampled:
+            bench.rest(SETTLED_S + LEVEL_S)
+            found = []
+            for _ in range(extent.edges):
+                bench.rest(SETTLED_S + LEVEL_S)
+                found.append(engine.stay_busy(2 * (SETTLED_S + LEVEL_S)))
+                bench.rest(SETTLED_S + LEVEL_S)
+            bench.rest(SETTLED_S)  # until the counter has told of the end
+        log = sampled.log()
+        curve = counter_curve(log.counters, 0, COUNTER)
+        bounds = [(high - low) / 1e6 for low, high in zip(curve.earliest_ns, curve.latest_ns, strict=True)]
+        note = f"the median of {len(bounds)}; polled every {COUNTER_POLL_MS} ms"
+        yield Finding("bounds on the moment of an update", statistics.median(bounds), "ms", note)
+        yield _times("missing after a beginning", [_missing_ms(curve, busy) for busy in found])
+        yield _times("left over after an end", [_left_over_ms(curve, busy) for busy in found])
+
+
+def _missing_ms(curve: Curve, busy: Busy) -> float:
+    """By how much less than the load's energy it was, around the load's beginning."""
+    rest_w, load_w, drawn_j = _around(curve, busy.opened_ns)
+    return 1e3 * (SETTLED_S * (rest_w + load_w) - drawn_j) / (load_w - rest_w)
+
+
+def _left_over_ms(curve: Curve, busy: Busy) -> float:
+    """By how much more than the load's energy it was, around the load's end."""
+    load_w, rest_w, drawn_j = _around(curve, busy.closed_ns)
+    return 1e3 * (drawn_j - SETTLED_S * (rest_w + load_w)) / (load_w - rest_w)
+
+
+def _around(curve: Curve, edge_ns: int) -> tuple[float, float, float]:
+    """Power before an edge and after it, and the energy between."""
+    settled_ns, level_ns = round(SETTLED_S * NS_PER_S), round(LEVEL_S * NS_PER_S)
+    first_ns, last_ns = edge_ns - settled_ns, edge_ns + settled_ns
+    before_w = curve.mean_power_w(Span(first_ns - level_ns, first_ns))
+    after_w = curve.mean_power_w(Span(last_ns, last_ns + level_ns))
+    return before_w, after_w, curve.between_j(Span(first_ns, last_ns))
+
+
+def _times(name: str, values_ms: Sequence[float]) -> Finding:
+    note = f"the median of {len(values_ms)}, {min(values_ms):.1f} to {max(values_ms):.1f} ms"
+    return Finding(name, statistics.median(values_ms), "ms", note, "0", {"values": list(values_ms)})
