@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also after a crash.
+"""Files that are there whole or not at all, also after a crash; and what to say when the disk refuses them.
 
 Every write, fsync and rename that matters raises an audit event (`lem.write`, `lem.fsync`, `lem.rename`,
 `lem.fsync_dir`; see `sys.audit`) just before it happens, so that a test can stop the program, or make the
@@ -17,7 +17,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["name_folder", "read_json", "sync_folder", "utf8", "write_bytes", "write_json", "write_text"]
+__all__ = [
+    "make_folder",
+    "name_folder",
+    "read_json",
+    "reason_of",
+    "remedy_for",
+    "sync_folder",
+    "utf8",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]
 
 TEMPORARY_PREFIX = ".lem-tmp-"
 
@@ -95,6 +106,23 @@ def read_json(path: Path) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and its missing parents, their names safe against a power cut.
+
+    Raises:
+        OSError: a file stands in the way, or a parent is not writable.
+    """
+    missing: list[Path] = []
+    while not folder.is_dir():
+        missing.append(folder)
+        if folder.parent == folder:
+            break
+        folder = folder.parent
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
 def name_folder(folder: Path, target: Path) -> None:
     """Give a finished folder its name beside it, so that a crash leaves everything that is in it or no such name.
 
@@ -128,6 +156,23 @@ def sync_folder(folder: Path) -> None:
             # fsync(2): the file system has no such thing for folders, as some network ones; files are synced there too.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
+
+
+def reason_of(error: OSError) -> str:
+    """What the disk said, in words."""
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return "a file stands where a folder is due"
+    return (error.strerror or str(error) or type(error).__name__).lower()
+
+
+def remedy_for(error: OSError, option: str | None = None) -> str:
+    """What a person can do about it; `option` is what names the folder."""
+    with_option = f" with {option}" if option else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"free some space, or name a folder on another disk{with_option}"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"make it writable for you, or name another folder{with_option}"
+    return f"name another folder{with_option}"
 
 
 @contextlib.contextmanager

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from lem.cli.streams import write_json
 from lem.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
@@ -52,7 +52,10 @@ def _make(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: A
     contents = Contents(tuple(args.image), tuple(args.model), tuple(args.deb), tuple(args.wheel))
     path = make_bundle(args.folder, contents, sign_key=args.sign_key)
     signed = "signed" if args.sign_key is not None else "not signed"
-    out.write(json.dumps({"path": str(path)}) + "\n" if args.json else f"{path}, {signed}\n")
+    if args.json:
+        write_json(out, {"path": str(path)})
+    else:
+        out.write(f"{path}, {signed}\n")
     return int(ExitCode.OK)
 
 
@@ -64,7 +67,7 @@ def _verify(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     signer = None if args.identity is None else Signer(args.allowed_signers, args.identity)
     manifest = verify_bundle(args.folder, signer)
     if args.json:
-        out.write(json.dumps(manifest, indent=2) + "\n")
+        write_json(out, manifest)
     elif signer is None:
         err.write("nobody's signature was checked: --allowed-signers FILE --identity NAME\n")
     if not args.json:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lem import log
+from lem.cli.streams import write_json
 from lem.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
@@ -169,13 +168,13 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     plan, part = _part(args, plan)
     if args.validate_only:
         if args.json:
-            _write_document(out, plan_document(plan))
+            write_json(out, plan_document(plan))
         return int(ExitCode.OK)
     choice = choose_executor(args.executor, campaign, plan, python=args.python)
     check_supported(campaign, choice.name)
     if args.dry_run and args.json:
         document = {**plan_document(plan), "expected_s": expected_document(plan, _prices(plan, campaign))}
-        _write_document(out, {**document, "executor": choice.name, "place": choice.describe()})
+        write_json(out, {**document, "executor": choice.name, "place": choice.describe()})
         return int(ExitCode.OK)
     if args.dry_run:
         out.write(_describe_plan(plan, campaign, choice, rule, args.budget))
@@ -226,10 +225,6 @@ def _with_rule(args: argparse.Namespace, campaign: CampaignConfig) -> tuple[Camp
     rule = make_rule(args.until, args.max_cycles)
     check_rule(campaign, rule)
     return with_cycles(campaign, rule.least_cycles), rule
-
-
-def _write_document(out: TextIO, document: Mapping[str, Any]) -> None:
-    out.write(json.dumps(document, indent=2) + "\n")
 
 
 def _load(args: argparse.Namespace) -> Loaded[CampaignConfig]:

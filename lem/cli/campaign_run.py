@@ -27,6 +27,7 @@ from lem.cli.conclusion import (
 from lem.cli.fleet import FleetPart
 from lem.cli.progress import LogProgress, StatusProgress, choose_progress
 from lem.config.campaign_config import CampaignConfig
+from lem.durable import reason_of
 from lem.errors import ExitCode, Interrupted, LemError, UserError
 from lem.orchestration.campaign import CampaignOutcome, CampaignRunner
 from lem.orchestration.daemon import Course, Scheduler
@@ -238,7 +239,7 @@ class CampaignCommand:
         try:
             handler = log.log_to_file(path)
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}", "choose another io.state_dir") from error
+            raise UserError(f"{path}: {reason_of(error)}", "choose another io.state_dir") from error
         if not self._is_told_quiet and not self._args.json:
             self._console.line(f"quiet: what happens is written to {path}")
         self._log_progress = LogProgress(_logger)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lem.cli.selection import SelectedRun, resolve_run, terminal_width, write_json
+from lem.cli.selection import SelectedRun, resolve_run
+from lem.cli.streams import terminal_width, write_json
 from lem.errors import ExitCode
 from lem.log import is_colour_wanted
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, TextIO
 
 from lem.cli.selection import (
     SelectedRun,
+    ambiguous,
     find_run,
     list_runs,
+    nothing_called,
     problem_documents,
     tell_problems,
-    terminal_width,
-    write_json,
 )
+from lem.cli.streams import terminal_width, write_json
 from lem.errors import UserError
 from lem.log import is_colour_wanted
 
@@ -144,12 +145,12 @@ def _things(results_dir: Path, words: Sequence[str]) -> list[_Thing]:
         where = _run_with(runs, words, results_dir)
         return [_Thing(where, word) for word in words]
     if first is None:
-        raise UserError(f"no campaign or run {words[0]!r} in {results_dir}", "lem results list shows what is there")
+        raise nothing_called(words[0], runs, results_dir)
     if first.configuration is None and others and others[0] is None:  # CAMPAIGN A B …
         return [_Thing(first.where, word) for word in words[1:]]
     if any(item is None for item in others):
         word = next(word for word, item in zip(words, things, strict=True) if item is None)
-        raise UserError(f"no campaign or run {word!r} in {results_dir}", "lem results list shows what is there")
+        raise nothing_called(word, runs, results_dir)
     found = [item for item in things if item is not None]
     return _checked(found)
 
@@ -206,7 +207,7 @@ def _gather(where: SelectedRun, metrics: Sequence[Metric], problems: list[Proble
     problems += scan.problems
     if not scan.results:
         raise UserError(
-            f"run {where.run_id} of {where.campaign} has no whole result", "lem results list shows what is there"
+            f"run {where.run_id} of {where.campaign} has no whole result", f"lem check {where.run_id} says why"
         )
     stopping = read_stopping_rule(where.folder)
     return gather((item.record for item in scan.results), count_failed(scan), metrics=metrics, stopping=stopping)
@@ -227,22 +228,28 @@ def _sides(
     return baseline, others
 
 
-def _subject(found: RunResults, wanted: str | None) -> Subject:
+def _subject(found: RunResults, wanted: str) -> Subject:
     """The configuration of that name, or the one whose name or hash begins so.
 
     Raises:
         UserError: there is none, or several.
     """
+    from lem.config.problems import did_you_mean
+
     tests: tuple[Callable[[Subject], bool], ...] = (
         lambda item: item.name == wanted,
-        lambda item: item.name.startswith(wanted or "") or item.config_hash.startswith(wanted or ""),
+        lambda item: item.name.startswith(wanted) or item.config_hash.startswith(wanted),
     )
     for is_meant in tests:
         matching = [item for item in found.subjects if is_meant(item)]
         if len(matching) == 1:
             return matching[0]
-    names = ", ".join(item.name for item in found.subjects)
-    raise UserError(f"run {found.run_id} has no one configuration {wanted!r}", f"it has {names}")
+        if matching:
+            raise ambiguous(wanted, [item.name for item in matching])
+    names = [item.name for item in found.subjects]
+    raise UserError(
+        f"run {found.run_id} has no configuration {wanted!r}{did_you_mean(wanted, names)}", f"it has {', '.join(names)}"
+    )
 
 
 def _refuse_anchor(args: argparse.Namespace) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
+from lem.cli.streams import write_json
 from lem.errors import ConfigurationError, ExitCode
 from lem.log import harmless, is_colour_wanted
 
@@ -77,7 +77,7 @@ def _validate(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         if report["valid"] and not args.json:
             out.write(_told(report))
     if args.json:
-        _write_json(out, reports)
+        write_json(out, reports)
     return int(ExitCode.OK if all(report["valid"] for report in reports) else ExitCode.USAGE)
 
 
@@ -163,7 +163,7 @@ def _show(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
             dotted(path): {"from": loaded.provenance.get(dotted(path), "default"), "at": at}
             for path, at in origins.items()
         }
-        _write_json(out, {"kind": kind, "config": tree, "provenance": provenance})
+        write_json(out, {"kind": kind, "config": tree, "provenance": provenance})
     else:
         comments = {tuple(map(str, path)): _comment(loaded, path, at) for path, at in origins.items()}
         out.write(render_yaml(tree, comments))
@@ -219,7 +219,7 @@ def _schema(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
     from lem.config.jsonschema import document_schema
 
     section = CampaignConfig if args.kind == "campaign" else ExperimentConfig
-    _write_json(out, document_schema(section, f"lem {args.kind}"))
+    write_json(out, document_schema(section, f"lem {args.kind}"))
     return int(ExitCode.OK)
 
 
@@ -237,7 +237,7 @@ def _fields(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
         kind: get_campaign_params() if kind == "campaign" else get_experiment_params(args.backend) for kind in kinds
     }
     if args.json:
-        _write_json(out, found)
+        write_json(out, found)
         return int(ExitCode.OK)
     for kind, params in found.items():
         if len(found) > 1:
@@ -248,15 +248,10 @@ def _fields(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
 
 def _check_backend(name: str) -> None:
     from lem.config.backend_config import BACKENDS
-    from lem.config.problems import nearest
+    from lem.config.problems import did_you_mean
 
     if name not in BACKENDS:
-        near = nearest(name, BACKENDS)
-        remedy = f" (did you mean '{near}'?)" if near else ""
         raise ConfigurationError(
-            f"--backend {name}: there is no such backend{remedy}", f"one of: {', '.join(BACKENDS)}"
+            f"--backend {name}: there is no such backend{did_you_mean(name, BACKENDS)}",
+            f"one of: {', '.join(BACKENDS)}",
         )
-
-
-def _write_json(out: TextIO, document: Any) -> None:
-    out.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")

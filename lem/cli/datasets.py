@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, TextIO
 
+from lem.cli.streams import write_json
 from lem.errors import EngineError, ExitCode
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO, environ: Mapping[str
     """The exit code; 0 also where nothing is found."""
     lines = _find_all(environ)
     if args.json:
-        out.write(json.dumps([asdict(line) for line in lines], indent=2, ensure_ascii=False) + "\n")
+        write_json(out, [asdict(line) for line in lines])
     else:
         out.write(_table(lines))
     if any(line.place == "hub" for line in lines) and not args.json:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lem import log
+from lem.cli.streams import write_json
 from lem.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -55,14 +55,16 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
         results_dir=args.results_dir,
     )
     verdict = examine(host, CHECKS)
-    out.write(_as_json(verdict) if args.json else _as_text(verdict, is_colour=log.is_colour_wanted(out)))
+    if args.json:
+        write_json(out, _document(verdict))
+    else:
+        out.write(_as_text(verdict, is_colour=log.is_colour_wanted(out)))
     return int(ExitCode.OK if verdict.is_ok else ExitCode.USAGE)
 
 
-def _as_json(verdict: Verdict) -> str:
+def _document(verdict: Verdict) -> dict[str, Any]:
     checks = [{"name": name, **dataclasses.asdict(item)} for name, item in verdict.findings.items()]
-    document = {"schema_version": 1, "ok": verdict.is_ok, "executors": list(verdict.executors), "checks": checks}
-    return json.dumps(document, indent=2) + "\n"
+    return {"schema_version": 1, "ok": verdict.is_ok, "executors": list(verdict.executors), "checks": checks}
 
 
 def _as_text(verdict: Verdict, *, is_colour: bool) -> str:

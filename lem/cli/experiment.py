@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lem import log
+from lem.cli.streams import terminal_width, write_json
 from lem.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         if plan.warnings and not getattr(args, "quiet", False):
             err.write(render_findings(plan, is_colour=log.is_colour_wanted(err)))
         if args.dry_run:
-            out.write(_describe(plan, campaign, args))
+            _describe(plan, campaign, args, out)
             return int(ExitCode.OK)
         outcome = _measure(args, campaign, plan, err)
         _show(args, campaign, outcome, out)
@@ -168,10 +167,9 @@ def _show(args: argparse.Namespace, campaign: CampaignConfig, outcome: CampaignO
             "results": [{"path": str(item.path), "record": encode_record(item.record)} for item in results],
             "errors": errors,
         }
-        out.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        write_json(out, document)
         return
-    width = shutil.get_terminal_size().columns if out.isatty() else 80
-    is_colour = log.is_colour_wanted(out)
+    width, is_colour = terminal_width(out), log.is_colour_wanted(out)
     if len(records) == 1:
         out.write(render_record(records[0], is_colour=is_colour, width=width))
     elif records:
@@ -181,7 +179,7 @@ def _show(args: argparse.Namespace, campaign: CampaignConfig, outcome: CampaignO
         out.write("\n" + "".join(f"{item.path}\n" for item in results))
 
 
-def _describe(plan: Plan, campaign: CampaignConfig, args: argparse.Namespace) -> str:
+def _describe(plan: Plan, campaign: CampaignConfig, args: argparse.Namespace, out: TextIO) -> None:
     from lem.orchestration.generated import encode_config
     from lem.orchestration.workers import LocalExecutor
 
@@ -189,5 +187,6 @@ def _describe(plan: Plan, campaign: CampaignConfig, args: argparse.Namespace) ->
     python, results_dir = LocalExecutor(args.python).python, f"{campaign.io.results_dir}/{campaign.slug}"
     if args.json:
         document = {"name": name, "cycles": cycles, "python": python, "results_dir": results_dir, "config": config}
-        return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    return f"{name}: {cycles} × in {python}, results in {results_dir}\n{encode_config(config)}"
+        write_json(out, document)
+    else:
+        out.write(f"{name}: {cycles} × in {python}, results in {results_dir}\n{encode_config(config)}")

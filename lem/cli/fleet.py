@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from lem.cli.streams import write_json
 from lem.config.campaign_config import CampaignConfig
 from lem.errors import ExitCode, UserError
 from lem.orchestration.identity import make_run_id
@@ -58,7 +58,7 @@ def store_plan(
     )
     write_plan(args.write_plan, fleet_plan)
     if args.json:
-        out.write(json.dumps(dataclasses.asdict(fleet_plan), indent=2) + "\n")
+        write_json(out, dataclasses.asdict(fleet_plan))
     else:
         out.write("\n".join(_described(fleet_plan)) + "\n")
     return int(ExitCode.OK)

@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from lem import __version__, log
 from lem.cli.streams import prepare_streams
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None, out: TextIO | None = None, err: Text
 def _execute(arguments: list[str], console: log.Console, out: TextIO, err: TextIO) -> int:
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):  # where argparse writes
-            args = make_parser(arguments).parse_args(arguments)
+            args = _parse(arguments)
     except SystemExit as stop:  # argparse: --help, --version, usage errors
         return stop.code if isinstance(stop.code, int) else int(ExitCode.USAGE)
     if getattr(args, "no_color", False):
@@ -120,6 +120,41 @@ def _execute(arguments: list[str], console: log.Console, out: TextIO, err: TextI
     return code
 
 
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line, taken apart.
+
+    Raises:
+        UserError: it is not written as its command wants it.
+        SystemExit: it asks for help or the version, which was written.
+    """
+    args, unknown = make_parser(arguments).parse_known_args(arguments)
+    if unknown:
+        raise _refuse(args.parser, unknown[0])
+    return args
+
+
+def _refuse(parser: argparse.ArgumentParser, word: str) -> UserError:
+    """What to say of a word that the command at hand has no use for."""
+    from lem.config.problems import did_you_mean
+
+    if not word.startswith("-"):
+        return UserError(f"{parser.prog}: nothing is expected where {word!r} stands", _help_of(parser))
+    name = word.partition("=")[0]
+    options = list(parser._option_string_actions)  # noqa: SLF001 - as in _add_common
+    return UserError(f"{parser.prog}: no option {name!r}{did_you_mean(name, options)}", _help_of(parser))
+
+
+def _help_of(parser: argparse.ArgumentParser) -> str:
+    return f"{parser.prog} --help tells how it is written"
+
+
+class _Parser(argparse.ArgumentParser):
+    """One that tells errors as all of lem does: argparse would put every option there is before them."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}", _help_of(self))
+
+
 def _give_up(out: TextIO) -> None:
     """Let what is left for stdout go nowhere, or Python would complain of it again when it flushes at exit."""
     with contextlib.suppress(OSError, ValueError):
@@ -129,8 +164,12 @@ def _give_up(out: TextIO) -> None:
 
 
 def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser of a command line: with the one command that it names, or with all of them."""
-    parser = argparse.ArgumentParser(
+    """The parser of a command line: with the one command that it names, or with all of them.
+
+    Raises:
+        UserError: the command that it names is none.
+    """
+    parser = _Parser(
         prog="lem",
         description="Measure what LLM inference costs: joules, tokens per second, latency, and how sure that is.",
         epilog="exit codes: 0 fine · 1 an experiment failed · 2 usage, configuration or host not fit · "
@@ -140,7 +179,11 @@ def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lem {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     chosen = next((word for word in arguments if not word.startswith("-")), "")
-    for name in (chosen,) if chosen in COMMANDS else COMMANDS:
+    if chosen and chosen not in COMMANDS:
+        from lem.config.problems import did_you_mean
+
+        raise UserError(f"no command {chosen!r}{did_you_mean(chosen, COMMANDS)}", "lem --help lists them")
+    for name in (chosen,) if chosen else COMMANDS:
         importlib.import_module(f"lem.cli.{name}").add_parser(subparsers)
     _add_common(parser)
     return parser
@@ -163,6 +206,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
             said = {choice.dest: choice.help for choice in item._choices_actions}  # noqa: SLF001
             for name, child in item.choices.items():
                 child.description = child.description or _sentence(said.get(name) or "")
+                child.set_defaults(parser=child)
                 _add_common(child)
 
 

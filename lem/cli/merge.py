@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from lem.cli.streams import write_json
 from lem.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     matrix = completeness(gathered, plan)
     new = write_merged(gathered, args.output)
     if args.json:
-        out.write(json.dumps(_document(gathered, matrix, anchor, new), indent=2) + "\n")
+        write_json(out, _document(gathered, matrix, anchor, new))
     else:
         out.write("\n".join(_lines(gathered, matrix, anchor, new, args.output, plan)) + "\n")
         _tell_problems(gathered, err)

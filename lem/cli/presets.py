@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING, TextIO
 
+from lem.cli.streams import write_json
 from lem.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
     chosen = PRESETS.values() if args.name is None else (find_preset(args.name),)
     if args.json:
         found = {item.name: {"description": item.description, "values": dict(item.values)} for item in chosen}
-        out.write(json.dumps(found, indent=2) + "\n")
+        write_json(out, found)
     elif args.name is not None:
         preset = find_preset(args.name)
         out.write(f"# {preset.name}: {preset.description}\n{render_yaml(preset.values, {})}")

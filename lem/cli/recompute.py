@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from lem.durable import reason_of
 from lem.errors import LemError
 from lem.units import format_quantity
 
@@ -55,7 +56,7 @@ def recompute_result(result: StoredResult) -> Outcome:
             return Outcome(result, "unmeasured", "no energy was measured, and nothing was sampled")
         return Outcome(result, "impossible", f"there is no {name} (samples are kept unless timeseries.save is false)")
     except OSError as error:
-        return Outcome(result, "impossible", f"{error.filename}: {error.strerror}")
+        return Outcome(result, "impossible", f"{error.filename}: {reason_of(error)}")
     except (LemError, SampleLogError, ValueError) as error:
         return Outcome(result, "impossible", str(error))
     return Outcome(result, "agrees" if found.agrees else "differs", "; ".join(found.notes), found)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from lem.cli.selection import SelectedRun, problem_documents, resolve_run, write_json
+from lem.cli.selection import SelectedRun, problem_documents, resolve_run
+from lem.cli.streams import write_json
 from lem.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _traces(results: Sequence[StoredResult]) -> tuple[list[tuple[Record, Trace]]
 
 def _write(path: Path, text: str) -> None:
     from lem import durable
-    from lem.results.attempt import reason_of
+    from lem.durable import reason_of
 
     try:
         durable.write_text(path, text)

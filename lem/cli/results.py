@@ -8,15 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lem.cli.results_export import add_arguments as add_export_arguments
-from lem.cli.selection import (
-    SelectedRun,
-    list_runs,
-    problem_documents,
-    resolve_experiment,
-    tell_problems,
-    terminal_width,
-    write_json,
-)
+from lem.cli.selection import SelectedRun, list_runs, problem_documents, resolve_experiment, tell_problems
+from lem.cli.streams import terminal_width, write_json
 from lem.errors import ExitCode
 from lem.log import is_colour_wanted
 

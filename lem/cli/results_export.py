@@ -65,7 +65,7 @@ def export(args: argparse.Namespace, results: Iterable[StoredResult], out: TextI
 
 def _write(path: Path, text: str) -> None:
     from lem import durable
-    from lem.results.attempt import reason_of
+    from lem.durable import reason_of
 
     try:
         durable.write_bytes(path, durable.utf8(text))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from lem.errors import UserError
 
@@ -16,17 +14,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SelectedRun",
+    "ambiguous",
     "find_run",
     "list_runs",
+    "nothing_called",
     "problem_documents",
     "resolve_experiment",
     "resolve_run",
     "tell_problems",
-    "terminal_width",
-    "write_json",
 ]
 
-_WIDTH = 80
 _PROBLEMS_SHOWN = 10
 
 
@@ -83,7 +80,7 @@ def find_run(runs: Sequence[SelectedRun], wanted: str) -> SelectedRun | None:
     found = [item for item in runs if item.run_id == wanted]
     found = found or [item for item in runs if wanted and item.run_id.startswith(wanted)]
     if len(found) > 1:
-        raise _ambiguous(wanted, [item.run_id for item in found])
+        raise ambiguous(wanted, [item.run_id for item in found])
     return found[0] if found else None
 
 
@@ -93,10 +90,24 @@ def resolve_run(results_dir: Path, wanted: str) -> SelectedRun:
     Raises:
         UserError: nothing has that name, or several have.
     """
-    found = find_run(list_runs(results_dir), wanted)
+    runs = list_runs(results_dir)
+    found = find_run(runs, wanted)
     if found is None:
-        raise UserError(f"no campaign or run {wanted!r} in {results_dir}", "lem results list shows what is there")
+        raise nothing_called(wanted, runs, results_dir)
     return found
+
+
+def nothing_called(wanted: str, runs: Sequence[SelectedRun], results_dir: Path) -> UserError:
+    """What to say of a name that no campaign, run or experiment has."""
+    from lem.config.problems import did_you_mean
+
+    if not runs:
+        return UserError(f"{wanted!r}: there are no results in {results_dir}", "name their folder with --results-dir")
+    campaigns = list(dict.fromkeys(item.campaign for item in runs))
+    suggestion = did_you_mean(wanted, [*campaigns, *(item.run_id for item in runs)])
+    return UserError(
+        f"nothing in {results_dir} is called {wanted!r}{suggestion}", "lem results list shows what is there"
+    )
 
 
 def resolve_experiment(results_dir: Path, wanted: str) -> tuple[SelectedRun, str | None]:
@@ -122,8 +133,8 @@ def resolve_experiment(results_dir: Path, wanted: str) -> tuple[SelectedRun, str
     if len(distinct) == 1:
         return distinct.pop()
     if not distinct:
-        raise UserError(f"no run or experiment {wanted!r} in {results_dir}", "lem results list shows what is there")
-    raise _ambiguous(wanted, [run.run_id if exp_id is None else f"{run.run_id}/{exp_id}" for run, exp_id in distinct])
+        raise nothing_called(wanted, runs, results_dir)
+    raise ambiguous(wanted, [run.run_id if exp_id is None else f"{run.run_id}/{exp_id}" for run, exp_id in distinct])
 
 
 def problem_documents(problems: Iterable[Problem]) -> list[dict[str, str]]:
@@ -141,17 +152,8 @@ def tell_problems(err: TextIO, problems: Sequence[Problem]) -> None:
         err.write(f"and {len(problems) - _PROBLEMS_SHOWN} more: --json lists all\n")
 
 
-def write_json(out: TextIO, document: Any) -> None:
-    """One JSON document on a stream."""
-    out.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def terminal_width(out: TextIO) -> int:
-    """The columns of a terminal, 80 for anything else."""
-    return max(_WIDTH, shutil.get_terminal_size().columns) if out.isatty() else _WIDTH
-
-
-def _ambiguous(wanted: str, names: Iterable[str]) -> UserError:
+def ambiguous(wanted: str, names: Iterable[str]) -> UserError:
+    """What to say of a name that begins several."""
     found = sorted(names)
     more = f" and {len(found) - 5} more" if len(found) > 5 else ""
     return UserError(f"{wanted!r} can mean {', '.join(found[:5])}{more}", "name one of them in full")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from lem.cli.streams import write_json
 from lem.errors import ExitCode, UserError
 from lem.log import is_colour_wanted
 
@@ -46,13 +46,13 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     if args.campaign is not None:
         status = _find(args.state_dir, args.campaign, onlooker)
         if args.json:
-            _write(out, status_document(status))
+            write_json(out, status_document(status))
         else:
             out.write(render_status(status, eyes))
         return int(ExitCode.OK)
     statuses = [read_status(folder, onlooker) for folder in find_folders(args.state_dir)]
     if args.json:
-        _write(out, [status_document(item) for item in statuses])
+        write_json(out, [status_document(item) for item in statuses])
     elif statuses:
         out.write(render_statuses(statuses, eyes))
     else:
@@ -67,6 +67,7 @@ def _find(state_dir: Path, wanted: str, onlooker: Onlooker) -> CampaignStatus:
         UserError: there is none.
     """
     from lem.config.campaign_config import slug_of
+    from lem.config.problems import did_you_mean
     from lem.orchestration.status import find_folders, find_manifest, read_status
 
     given = Path(wanted)
@@ -81,8 +82,11 @@ def _find(state_dir: Path, wanted: str, onlooker: Onlooker) -> CampaignStatus:
         slug = wanted
     folder = folders.get(wanted) or folders.get(slug)
     if folder is None:
+        suggestion = did_you_mean(wanted, list(folders))
         there = f"there: {', '.join(folders)}" if folders else "nothing is there"
-        raise UserError(f"no campaign {wanted!r} in {state_dir} ({there})", "name the folder with --state-dir")
+        raise UserError(
+            f"no campaign {wanted!r} in {state_dir}{suggestion}", f"{there}; --state-dir names another folder"
+        )
     return read_status(folder, onlooker)
 
 
@@ -93,10 +97,6 @@ def _of_file(path: Path, onlooker: Onlooker) -> CampaignStatus:
     campaign = load_campaign(str(path)).config
     folder = Path(campaign.io.state_dir) / campaign.slug
     return read_status(folder, onlooker, folder / campaign.io.manifest_filename)
-
-
-def _write(out: TextIO, document: object) -> None:
-    out.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _width(out: TextIO) -> int:

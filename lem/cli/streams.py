@@ -1,4 +1,4 @@
-"""The standard streams: there, and able to take every text."""
+"""The standard streams: there, able to take every text, and what commands write to them alike."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import io
 import json
 import os
 import sys
+from typing import Any, TextIO
 
-__all__ = ["prepare_streams"]
+__all__ = ["prepare_streams", "terminal_width", "write_json"]
 
 _ESCAPES = "lem.escapes"
+_WIDTH = 80
 
 
 def prepare_streams() -> None:
@@ -26,6 +28,18 @@ def prepare_streams() -> None:
     for stream, own in ((sys.stdout, sys.__stdout__), (sys.stderr, sys.__stderr__)):
         if stream is own and isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=_ESCAPES)
+
+
+def write_json(out: TextIO, document: Any) -> None:
+    """One JSON document on a stream."""
+    out.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def terminal_width(out: TextIO) -> int:
+    """The columns of a terminal, 80 for anything else."""
+    import shutil  # half of what `lem --help` would import
+
+    return max(_WIDTH, shutil.get_terminal_size().columns) if out.isatty() else _WIDTH
 
 
 def _open_nothing(name: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from lem.config.problems import nearest
+from lem.config.problems import did_you_mean
 from lem.errors import ConfigurationError
 
 __all__ = ["PRESETS", "Preset", "find_preset"]
@@ -108,6 +108,6 @@ def find_preset(name: str) -> Preset:
     found = PRESETS.get(name)
     if found is not None:
         return found
-    near = nearest(name, list(PRESETS))
-    remedy = f" (did you mean '{near}'?)" if near else ""
-    raise ConfigurationError(f"--preset {name}: there is no such preset{remedy}", f"one of: {', '.join(PRESETS)}")
+    raise ConfigurationError(
+        f"there is no preset {name!r}{did_you_mean(name, list(PRESETS))}", f"one of: {', '.join(PRESETS)}"
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 from lem.errors import ConfigurationError
 
-__all__ = ["ConfigProblems", "Path", "Problem", "Sink", "describe", "dotted", "nearest"]
+__all__ = ["ConfigProblems", "Path", "Problem", "Sink", "describe", "did_you_mean", "dotted", "nearest"]
 
 Path = tuple["str | int", ...]
 
@@ -35,8 +35,7 @@ class Problem:
 
     def __str__(self) -> str:
         where = f"{dotted(self.path)}: " if self.path else ""
-        remedy = f" (did you mean '{self.suggestion}'?)" if self.suggestion is not None else ""
-        return f"{where}{self.message}{remedy}"
+        return f"{where}{self.message}{_in_brackets(self.suggestion)}"
 
 
 class ConfigProblems(ConfigurationError):
@@ -113,6 +112,15 @@ def nearest(word: str, candidates: Sequence[str], cutoff: float = 0.6) -> str | 
     by_lower = {candidate.lower(): candidate for candidate in candidates}
     found = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=cutoff)
     return by_lower[found[0]] if found else None
+
+
+def did_you_mean(word: str, candidates: Sequence[str]) -> str:
+    """What to put behind a message about a wrong word: ` (did you mean 'vllm'?)`; empty when nothing is near."""
+    return _in_brackets(nearest(word, candidates))
+
+
+def _in_brackets(suggestion: str | None) -> str:
+    return "" if suggestion is None else f" (did you mean '{suggestion}'?)"
 
 
 def _short(value: Any) -> str:

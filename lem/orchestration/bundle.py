@@ -23,10 +23,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from lem import __version__, durable
+from lem.durable import reason_of, remedy_for
 from lem.errors import UserError
 from lem.orchestration.packing import PYZ_NAME, provide_pyz
 from lem.process import run
-from lem.results.attempt import reason_of, remedy_for
 
 __all__ = ["Contents", "Signer", "make_bundle", "verify_bundle"]
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from lem import durable
+from lem.durable import make_folder, reason_of
 from lem.errors import UserError
 from lem.orchestration.compose import REPLACES_LISTS, Compose, Service
 from lem.orchestration.compose_files import ComposeFiles, ServiceOverride, render_override
@@ -17,7 +18,6 @@ from lem.orchestration.docker import ContainerError, Docker
 from lem.orchestration.mounts import Mount, without_nested
 from lem.orchestration.packing import PYZ_NAME, provide_pyz
 from lem.orchestration.services import Services
-from lem.results.attempt import make_folder, reason_of
 
 __all__ = ["PYZ_FOLDER", "ComposeProject"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from lem.durable import reason_of
 from lem.errors import UserError
-from lem.results.attempt import reason_of
 
 __all__ = ["SECRET_VARIABLES", "find_secrets"]
 

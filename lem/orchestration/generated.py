@@ -9,9 +9,9 @@ from typing import Any
 
 from lem import durable
 from lem.config.scalars import Expanded, simple
+from lem.durable import make_folder
 from lem.errors import UserError
 from lem.orchestration.plan import CampaignExperiment
-from lem.results.attempt import make_folder
 
 __all__ = ["encode_config", "write_configs"]
 

@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lem import durable
+from lem.durable import make_folder
 from lem.errors import LockedError, UserError
 from lem.jsontypes import build_from
-from lem.results.attempt import make_folder
 
 __all__ = [
     "CAMPAIGN_LOCK_NAME",

@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from lem import durable
+from lem.durable import make_folder
 from lem.errors import UserError
 from lem.orchestration.manifest_codec import SCHEMA_VERSION, decode_manifest, encode_manifest
 from lem.orchestration.manifest_entries import (
@@ -28,7 +29,6 @@ from lem.orchestration.manifest_entries import (
     utc_now,
     utc_text,
 )
-from lem.results.attempt import make_folder
 
 __all__ = [
     "COMPLETED",

@@ -1,9 +1,8 @@
-"""The folder of one attempt: its name, its files, and what to say when the disk refuses them."""
+"""The folder of one attempt: its name, its files, and the error when the disk refuses them."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lem import durable
+from lem.durable import reason_of, remedy_for
 from lem.errors import InfrastructureError, UserError
 
 __all__ = [
@@ -23,9 +23,6 @@ __all__ = [
     "attempt_number",
     "check_name",
     "is_name",
-    "make_folder",
-    "reason_of",
-    "remedy_for",
     "stopping_campaign",
 ]
 
@@ -123,47 +120,14 @@ def check_name(text: str, what: str) -> str:
     return text
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and its missing parents, their names safe against a power cut.
-
-    Raises:
-        OSError: a file stands in the way, or a parent is not writable.
-    """
-    missing: list[Path] = []
-    while not folder.is_dir():
-        missing.append(folder)
-        if folder.parent == folder:
-            break
-        folder = folder.parent
-    for path in reversed(missing):
-        path.mkdir(exist_ok=True)
-        durable.sync_folder(path.parent)
-
-
 @contextlib.contextmanager
 def stopping_campaign(path: Path) -> Iterator[None]:
     """Turn a failed write at `path` into the error that stops a campaign with the rest pending."""
     try:
         yield
     except OSError as error:
-        hint = remedy_for(error) + "; then go on with --resume"
+        hint = remedy_for(error, "--results-dir") + "; then go on with --resume"
         raise InfrastructureError(f"results: {path}: {reason_of(error)}", hint) from error
-
-
-def reason_of(error: OSError) -> str:
-    """What the disk said, in words."""
-    if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return "a file stands where a folder is due"
-    return (error.strerror or str(error) or type(error).__name__).lower()
-
-
-def remedy_for(error: OSError) -> str:
-    """What a person can do about it."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "free some space, or name a folder on another disk with --results-dir"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "make it writable for you, or name another folder with --results-dir"
-    return "name another folder with --results-dir"
 
 
 def _prompt_line(number: int, prompt: Mapping[str, Any]) -> bytes:

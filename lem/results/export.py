@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import difflib
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lem.config.problems import did_you_mean
 from lem.errors import UserError
 from lem.record import Distribution, Gpu, Record
 from lem.results.cycles import used_records
@@ -104,10 +104,7 @@ def with_columns(table: Table, names: Sequence[str]) -> Table:
     known = set(table.columns)
     for name in names:
         if name not in known and table.rows:
-            near = difflib.get_close_matches(name, table.columns, 1)
-            raise UserError(
-                f"no column {name!r}", f"did you mean {near[0]}?" if near else "the CSV's first line names all"
-            )
+            raise UserError(f"no column {name!r}{did_you_mean(name, table.columns)}", "the CSV's first line names all")
     return Table(
         tuple(names),
         tuple({name: row.get(name) for name in names} for row in table.rows),

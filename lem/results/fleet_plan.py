@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lem import durable
+from lem.durable import reason_of, remedy_for
 from lem.errors import UserError
 from lem.jsontypes import build, build_from, typed_fields
-from lem.results.attempt import is_name, reason_of, remedy_for
+from lem.results.attempt import is_name
 
 __all__ = [
     "REPLICATE",
@@ -99,7 +100,7 @@ def write_plan(path: Path, plan: FleetPlan) -> None:
     try:
         durable.write_json(path, {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(plan)})
     except OSError as error:
-        raise UserError(f"plan {path}: {reason_of(error)}", remedy_for(error)) from error
+        raise UserError(f"plan {path}: {reason_of(error)}", remedy_for(error, "--write-plan")) from error
 
 
 def read_plan(path: Path) -> FleetPlan:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lem.config.problems import did_you_mean
 from lem.errors import UserError
 from lem.results.effect import Effect
 from lem.results.metrics import METRICS, Metric
@@ -102,9 +102,8 @@ def parse_metric(text: str, *, is_for_gate: bool = False) -> Metric:
         return metric
     if any(metric.name == name for metric in METRICS):
         raise UserError(f"metric {name!r} is neither better high nor better low, so no gate can watch it")
-    near = difflib.get_close_matches(name, [*known, *_ALIASES], n=1)
-    suggestion = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"no metric {name!r}", f"{suggestion}known: {', '.join([*_ALIASES, *known])}")
+    names = [*_ALIASES, *known]
+    raise UserError(f"no metric {name!r}{did_you_mean(name, names)}", f"known: {', '.join(names)}")
 
 
 def parse_gate(text: str) -> Gate:

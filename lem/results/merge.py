@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lem import durable
+from lem.durable import make_folder, reason_of, remedy_for
 from lem.errors import UserError
 from lem.record import Record
-from lem.results.attempt import make_folder, reason_of, remedy_for
 from lem.results.fleet_plan import FleetPlan
 from lem.results.precision import read_stopping_rule, write_stopping_rule
 from lem.results.repository import Problem, Repository, StoredResult, experiment_folder_name, list_campaigns
@@ -264,7 +264,7 @@ def write_merged(gathered: Gathered, output: Path) -> int:
             new += 1
         _keep_stopping_rules(gathered, output / gathered.campaign)
     except OSError as error:
-        raise UserError(f"{error.filename or output}: {reason_of(error)}", remedy_for(error)) from error
+        raise UserError(f"{error.filename or output}: {reason_of(error)}", remedy_for(error, "--output")) from error
     return new
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lem import durable
+from lem.durable import make_folder, reason_of
 from lem.record import Record
 from lem.results.aggregation import METRICS, SHARED_LOAD, aggregate_config
-from lem.results.attempt import make_folder, reason_of, stopping_campaign
+from lem.results.attempt import stopping_campaign
 from lem.results.statistics import LogTInterval
 
 __all__ = [

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lem import durable
+from lem.durable import make_folder, reason_of, remedy_for
 from lem.errors import UserError
 from lem.record import Identity, Record
 from lem.record_codec import RecordError, read_record
@@ -30,9 +31,6 @@ from lem.results.attempt import (
     attempt_number,
     check_name,
     is_name,
-    make_folder,
-    reason_of,
-    remedy_for,
     stopping_campaign,
 )
 
@@ -116,7 +114,9 @@ class Repository:
                 probe.flush()
                 os.fsync(probe.fileno())
         except OSError as error:
-            raise UserError(f"results folder {self.folder}: {reason_of(error)}", remedy_for(error)) from error
+            raise UserError(
+                f"results folder {self.folder}: {reason_of(error)}", remedy_for(error, "--results-dir")
+            ) from error
 
     def prepare_attempt(self, run_id: str, exp_id: str) -> AttemptFolder:
         """A new folder for the next attempt at an experiment; earlier ones are left as they are.
@@ -336,4 +336,4 @@ def _listed(folder: Path) -> tuple[str, ...]:
     try:
         return _folder_names(folder)
     except OSError as error:
-        raise UserError(f"results folder {folder}: {reason_of(error)}") from error
+        raise UserError(f"results folder {folder}: {reason_of(error)}", remedy_for(error, "--results-dir")) from error

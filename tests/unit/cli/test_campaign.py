@@ -133,12 +133,22 @@ def test_what_needs_containers_is_refused_without_them(here):
 
 
 @pytest.mark.parametrize(
-    "words", [["--resume", "--fresh"], ["--no-resume", "--fresh"], ["--res"], ["--cycles", "many"], []]
+    ("words", "said"),
+    [
+        (["c.yaml", "--resume", "--fresh"], "--fresh"),
+        (["c.yaml", "--no-resume", "--fresh"], "--fresh"),
+        (["c.yaml", "--res"], "no option '--res'"),
+        (["c.yaml", "--cycles", "many"], "'many'"),
+        ([], "FILE"),
+    ],
 )
-def test_usage_errors_are_told_as_such(here, words):
-    ended = _run(*(["c.yaml", *words] if words else []))
+def test_usage_errors_are_told_in_two_lines(here, words, said):
+    ended = _run(*words)
     assert ended.code == 2
-    assert "usage:" in ended.err
+    error, hint = ended.err.splitlines()
+    assert error.startswith("error: lem campaign: ")
+    assert said in error
+    assert hint == "hint: lem campaign --help tells how it is written"
 
 
 # --- bad input

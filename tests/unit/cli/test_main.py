@@ -124,6 +124,25 @@ def test_a_bug_is_told_where_no_file_can_be_written(folder: Path) -> None:
     assert ended.stderr.splitlines()[-1].startswith("bug: AttributeError: ")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("campain", "c.yaml"), "no command 'campain' (did you mean 'campaign'?)"),
+        (("campaign", "c.yaml", "--cycels=3"), "lem campaign: no option '--cycels' (did you mean '--cycles'?)"),
+        (("config", "show", "--jsn", "c.yaml"), "lem config show: no option '--jsn' (did you mean '--json'?)"),
+        (("datasets", "gsm8k"), "lem datasets: nothing is expected where 'gsm8k' stands"),
+        (("config", "shwo"), "lem config: argument ACTION: invalid choice: 'shwo'"),
+        ((), "lem: the following arguments are required: COMMAND"),
+    ],
+)
+def test_a_word_that_is_wrong_is_named_with_the_command_and_what_was_meant(words: tuple[str, ...], said: str) -> None:
+    ended = lem(*words)
+    assert (ended.returncode, ended.stdout) == (2, b"")
+    error, hint = ended.stderr.decode().splitlines()
+    assert error.startswith(f"error: {said}")
+    assert hint.startswith("hint: lem ")
+
+
 def test_a_name_that_is_too_long_for_a_file_is_told(folder: Path) -> None:
     ended = lem("status", "x" * 5000)
     assert (ended.returncode, b"bug:" in ended.stderr) == (2, False)

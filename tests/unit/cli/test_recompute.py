@@ -126,4 +126,4 @@ def test_a_result_that_is_not_whole_is_told_too(folder: Path) -> None:
 def test_what_is_not_there_is_a_usage_error(folder: Path) -> None:
     code, _, err = lem("nothing", "-o", str(folder))
     assert code == 2
-    assert "no run or experiment 'nothing'" in err
+    assert "is called 'nothing'" in err

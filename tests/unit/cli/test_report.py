@@ -64,7 +64,7 @@ def test_the_last_run_of_a_campaign_is_meant(written: Written) -> None:
 def test_an_unknown_campaign_is_a_usage_error(written: Written) -> None:
     code, out, err = lem("nobody", "--results-dir", str(written.results_dir))
     assert (code, out) == (2, "")
-    assert "no campaign or run 'nobody'" in err
+    assert "is called 'nobody'" in err
 
 
 def test_a_place_that_cannot_be_written_is_told_with_a_remedy(written: Written) -> None:

@@ -154,13 +154,17 @@ def test_an_experiment_known_to_one_run_needs_no_run(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "said"), [("0123456789ab-c1", "can mean"), ("2026", "can mean"), ("nix", "no run or")]
+    ("wanted", "said"), [("0123456789ab-c1", "can mean"), ("2026", "can mean"), ("nix", "is called 'nix'\n")]
 )
 def test_a_name_of_several_or_none_is_a_usage_error_that_lists_them(folder: Path, wanted: str, said: str) -> None:
     code, out, err = lem("show", wanted, "-o", str(folder))
     assert (code, out) == (2, "")
     assert said in err
     assert "hint: " in err
+
+
+def test_a_name_that_was_meant_is_suggested(folder: Path) -> None:
+    assert "is called 'dmo' (did you mean 'demo'?)" in lem("show", "dmo", "-o", str(folder))[2]
 
 
 @pytest.mark.parametrize("wanted", ["", "../demo", "/", "demo/../other"])

@@ -210,9 +210,9 @@ def test_a_campaign_may_be_named_by_its_file(here):
 
 
 def test_a_campaign_that_is_not_there_is_told_with_those_that_are(here):
-    code, out, err = _lem("other", "--state-dir", "state")
+    code, out, err = _lem("dmeo", "--state-dir", "state")
     assert (code, out) == (2, "")
-    assert "no campaign 'other' in state (there: demo)" in err
+    assert "no campaign 'dmeo' in state (did you mean 'demo'?)\nhint: there: demo;" in err
 
 
 def test_as_json_every_experiment_is_there(here):

@@ -165,9 +165,8 @@ def test_what_is_no_gate_is_refused(text: str, said: str) -> None:
 
 
 def test_a_metric_that_was_meant_is_suggested() -> None:
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError, match=r"did you mean 'output_tok_per_s'\?"):
         parse_metric("output_tok_per_sec")
-    assert "did you mean 'output_tok_per_s'?" in refused.value.hint
 
 
 def test_a_metric_without_a_better_side_can_be_compared() -> None:
