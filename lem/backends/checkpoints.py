@@ -6,6 +6,7 @@ Imports torch, transformers and the hub's client.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,13 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub import constants as hub_constants
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lem.backends.pytorch_identity import hash_weights, weight_files
-from lem.backends.pytorch_report import count_embedding_parameters
-from lem.backends.pytorch_sources import Source, explained, locate
+from lem.backends.model_sources import MODEL_FAILURES, Source, explained, locate
+from lem.backends.refusals import shortened
+from lem.backends.weights import count_embedding_parameters, hash_weights
 
 __all__ = ["OTHER_WEIGHTS", "WEIGHTS", "Identity", "fetch", "identify"]
+
+_logger = logging.getLogger(__name__)
 
 # Copies of weights in other formats, which would be fetched for nothing.
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "onnx/*")
@@ -81,24 +84,22 @@ def identify(source: Source, adapter: Source | None = None) -> Identity:
     Raises:
         EngineError: a file of the weights cannot be read.
     """
-    names = {path: path.name for path in weight_files(source.folder)}
-    if adapter is not None:
-        names |= {path: f"adapter/{path.name}" for path in weight_files(adapter.folder)}
     with explained(f"weights of {source.name}"):
-        digest = hash_weights(names, names)
+        digest = hash_weights(source.folder, None if adapter is None else adapter.folder)
     return Identity(digest, *_count_parameters(source.folder))
 
 
 def _count_parameters(folder: Path) -> tuple[int | None, int | None]:
     """Parameters and those of embeddings, of the model as transformers builds it, without memory for its weights.
 
-    The engines do not tell, and their own layers differ: fused, padded, quantized. None for a model that transformers
-    does not know.
+    The engines do not tell, and their own layers differ: fused, padded, quantized. None for a model that this version
+    of transformers cannot build, which need not keep another engine from running it.
     """
     try:
         shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
         return int(model.num_parameters()), count_embedding_parameters(model)
-    except (AttributeError, ImportError, KeyError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError):
+    except (*MODEL_FAILURES, ImportError) as error:
+        _logger.info("transformers cannot count the parameters of %s: %s", folder, shortened(error))
         return None, None

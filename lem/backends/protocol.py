@@ -8,7 +8,19 @@ from typing import Any, Protocol
 
 from lem.config.experiment_config import ExperimentConfig
 
-__all__ = ["Backend", "Completion", "EngineReport", "OnProgress", "RequestQueue", "TokenRequest", "say_nothing"]
+__all__ = [
+    "NS_PER_S",
+    "Backend",
+    "Completion",
+    "EngineReport",
+    "OnProgress",
+    "RequestQueue",
+    "TokenRequest",
+    "say_nothing",
+]
+
+
+NS_PER_S = 1_000_000_000
 
 
 @dataclass(frozen=True)

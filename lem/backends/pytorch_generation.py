@@ -13,10 +13,11 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from lem.backends.model_sources import is_out_of_memory
 from lem.backends.protocol import Completion, TokenRequest
 from lem.backends.pytorch_batching import cut_output, pad_left
 from lem.backends.pytorch_loading import LoadedModel
-from lem.backends.pytorch_sources import is_out_of_memory, shortened
+from lem.backends.refusals import shortened
 from lem.errors import EngineError
 
 __all__ = ["GENERATE_FAILURES", "BatchRunner", "TokenClock", "engine_settings"]

@@ -14,8 +14,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from lem.backends.model_sources import Source, explained, locate
 from lem.backends.pytorch_options import EngineFacts, SpecialTokens, assistant_settings, section_of
-from lem.backends.pytorch_sources import Source, explained, locate, shortened
+from lem.backends.refusals import shortened
 from lem.config.backend_config import PyTorchConfig
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError, OptionRefused

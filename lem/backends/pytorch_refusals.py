@@ -6,8 +6,7 @@ Nothing here imports an engine: what is found of it comes in as facts. What only
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +14,7 @@ from lem.backends.pytorch_options import ASSISTANT_ARGUMENTS, EngineFacts, is_as
 from lem.backends.refusals import Refusal, refuse
 from lem.config.backend_config import PyTorchConfig
 from lem.config.experiment_config import ExperimentConfig
+from lem.config.problems import did_you_mean
 
 __all__ = ["check_options"]
 
@@ -134,7 +134,7 @@ def _compilation(section: PyTorchConfig, facts: EngineFacts) -> Iterator[Refusal
     mode, backend = section.torch_compile, section.torch_compile_backend
     if backend is not None and backend not in facts.compile_backends:
         known = ", ".join(facts.compile_backends)
-        reason = f"torch.compile knows {known}, got {backend}{_nearest(backend, facts.compile_backends)}"
+        reason = f"torch.compile knows {known}, got {backend}{did_you_mean(backend, facts.compile_backends)}"
         yield Refusal("pytorch.torch_compile_backend", reason)
     if mode == "reduce-overhead" and facts.device == "cpu":
         yield Refusal("pytorch.torch_compile", "reduce-overhead means CUDA graphs, on the CPU it does nothing")
@@ -147,7 +147,8 @@ def _caching(section: PyTorchConfig, facts: EngineFacts) -> Iterator[Refusal]:
     if name is None:
         return
     if name not in CACHES:
-        yield Refusal("pytorch.cache_implementation", f"knows {', '.join(CACHES)}, got {name}{_nearest(name, CACHES)}")
+        reason = f"knows {', '.join(CACHES)}, got {name}{did_you_mean(name, CACHES)}"
+        yield Refusal("pytorch.cache_implementation", reason)
     if section.use_cache is False:
         yield Refusal("pytorch.cache_implementation", "does nothing with use_cache: false")
     if name.startswith("offloaded") and facts.device == "cpu":
@@ -177,7 +178,8 @@ def _reason_against(name: str, section: PyTorchConfig, facts: EngineFacts) -> st
     if name in _REFUSED:
         return _REFUSED[name]
     if name not in facts.generate_arguments:
-        return f"generate has no such argument{_nearest(name, {*facts.generate_arguments} - {*_OWNED} - {*_REFUSED})}"
+        usable = sorted({*facts.generate_arguments} - {*_OWNED} - {*_REFUSED})
+        return f"generate has no such argument{did_you_mean(name, usable)}"
     return next((f"does nothing without {need}" for need in _needs(name, section)), None)
 
 
@@ -195,8 +197,3 @@ def _needs(name: str, section: PyTorchConfig) -> Iterator[str]:
         yield "assisted_generation.num_tokens alone, which looks n-grams up in the prompt"
     if name in {*ASSISTANT_ARGUMENTS, "assistant_ensemble_weight", "speculation_type"} and not has_model:
         yield "assisted_generation.model"
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, sorted(known), 1)
-    return f" (did you mean {close[0]}?)" if close else ""

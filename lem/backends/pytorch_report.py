@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
+from lem.backends.effective import describe_decoder, installed_versions, plain
 from lem.backends.pytorch_generation import engine_settings
-from lem.backends.pytorch_identity import hash_weights, weight_files
 from lem.backends.pytorch_loading import LoadedModel
 from lem.backends.pytorch_options import section_of
 from lem.backends.pytorch_trial import Trial
 from lem.config.backend_config import PyTorchConfig
 from lem.config.experiment_config import ExperimentConfig
 
-__all__ = [
-    "GENERATION_META",
-    "count_embedding_parameters",
-    "describe_effective",
-    "find_versions",
-    "hash_loaded_weights",
-]
+__all__ = ["GENERATION_META", "describe_effective", "find_versions"]
 
 # Distributions that can change the numbers, or that an option needs.
 _PACKAGES = (
@@ -43,14 +36,11 @@ _PACKAGES = (
 )
 # Fields of GenerationConfig that say nothing about how tokens are generated.
 GENERATION_META = ("transformers_version", "_from_model_config")
-_SAMPLING = ("temperature", "top_k", "top_p")
 
 
 def find_versions() -> dict[str, str]:
     """The versions of the packages that are installed, by distribution."""
-    found = {name: version for name in _PACKAGES if (version := _version(name)) is not None}
-    found["torch"] = str(torch.__version__)
-    return found
+    return {**installed_versions(_PACKAGES), "torch": str(torch.__version__)}
 
 
 def describe_effective(
@@ -61,7 +51,7 @@ def describe_effective(
     model = loaded.model
     return {
         "pytorch": _section(section_of(config), loaded, generation, trial),
-        "decoder": _decoder(config, generation),
+        "decoder": describe_decoder(config.decoder, generation, is_sampling=bool(generation["do_sample"])),
         "fp_precision": str(model.dtype).removeprefix("torch."),
         "ignore_eos": config.ignore_eos or not loaded.tokens.end_ids,
         "random_seed": config.random_seed,
@@ -80,27 +70,6 @@ def describe_effective(
     }
 
 
-def hash_loaded_weights(loaded: LoadedModel) -> str | None:
-    """Hash of the files the weights came from, an adapter's beside the model's.
-
-    Raises:
-        OSError, ValueError: a file cannot be read.
-    """
-    names = {path: path.name for path in weight_files(loaded.source.folder)}
-    if loaded.adapter is not None:
-        names |= {path: f"adapter/{path.name}" for path in weight_files(loaded.adapter.folder)}
-    return hash_weights(names, names)
-
-
-def count_embedding_parameters(model: Any) -> int:
-    """Parameters of the input embedding, and of the output embedding where it is not the same matrix."""
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    count = int(inputs.weight.numel())
-    if outputs is not None and outputs.weight is not inputs.weight:
-        count += int(outputs.weight.numel())
-    return count
-
-
 def _generation(settings: Mapping[str, Any], config: ExperimentConfig) -> dict[str, Any]:
     """Every field of the generation config that is in effect, the defaults of transformers included."""
     given = engine_settings(settings, config.max_output_tokens, config.min_output_tokens).to_dict()
@@ -109,15 +78,6 @@ def _generation(settings: Mapping[str, Any], config: ExperimentConfig) -> dict[s
     # The lengths of a batch follow from max_new_tokens and its prompts.
     skipped = {*GENERATION_META, "max_length", "min_length"}
     return {name: value for name, value in sorted(both.items()) if value is not None and name not in skipped}
-
-
-def _decoder(config: ExperimentConfig, generation: Mapping[str, Any]) -> dict[str, Any]:
-    """The decoder as it works; None for sampling values that greedy decoding does not look at."""
-    is_sampling = bool(generation["do_sample"])
-    sampling = {name: generation[name] if is_sampling else None for name in _SAMPLING}
-    if not is_sampling and config.decoder.temperature == 0:
-        sampling["temperature"] = 0.0
-    return {"do_sample": is_sampling, **sampling, "repetition_penalty": generation["repetition_penalty"]}
 
 
 def _section(
@@ -139,7 +99,7 @@ def _section(
         "load_in_4bit": is_4bit,
         "load_in_8bit": bool(getattr(model, "is_loaded_in_8bit", False)),
         **{
-            name: _plain(getattr(quantization, name, None))
+            name: plain(getattr(quantization, name, None))
             for name in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
         },
         "min_p": generation.get("min_p"),
@@ -157,14 +117,3 @@ def _section(
             or (generation["num_assistant_tokens"] if assistant is not None else None),
         },
     }
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _plain(value: Any) -> Any:
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value

@@ -12,28 +12,22 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
+from lem.backends.model_sources import explained
 from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest
 from lem.backends.pytorch_batching import plan_batches
-from lem.backends.pytorch_device import idle_gpu, pick_gpu, visible_gpus
 from lem.backends.pytorch_generation import BatchRunner
 from lem.backends.pytorch_loading import load_model, set_assistant
 from lem.backends.pytorch_options import EngineFacts, batch_rules, generation_settings, idle_options, section_of
 from lem.backends.pytorch_refusals import check_options
-from lem.backends.pytorch_report import (
-    GENERATION_META,
-    count_embedding_parameters,
-    describe_effective,
-    find_versions,
-    hash_loaded_weights,
-)
-from lem.backends.pytorch_sources import explained
+from lem.backends.pytorch_report import GENERATION_META, describe_effective, find_versions
 from lem.backends.pytorch_trial import Trial, try_out
+from lem.backends.session_backend import check_ids, check_same_engine, seconds_since
+from lem.backends.torch_gpus import idle_gpu, pick_gpu, visible_gpus
+from lem.backends.weights import count_embedding_parameters, hash_weights
 from lem.config.experiment_config import ExperimentConfig
-from lem.errors import EngineError
 
 __all__ = ["Session", "free_memory"]
 
-NS_PER_S = 1_000_000_000
 RECOMPILE_LIMIT = 64
 
 
@@ -60,8 +54,10 @@ class Session:
         self._compile_s = trial_s if section_of(config).torch_compile else None
         began_ns = time.monotonic_ns()
         with explained(f"weights of {config.model.name}"):
-            self._weights_sha256 = hash_loaded_weights(self._loaded)
-        hashing_s = (time.monotonic_ns() - began_ns) / NS_PER_S
+            adapter = self._loaded.adapter
+            folder = self._loaded.source.folder
+            self._weights_sha256 = hash_weights(folder, None if adapter is None else adapter.folder)
+        hashing_s = seconds_since(began_ns)
         self._checks_s = hashing_s if self._compile_s is not None else hashing_s + trial_s
 
     def configure(self, config: ExperimentConfig) -> None:
@@ -70,8 +66,7 @@ class Session:
         Raises:
             OptionRefused: as `Backend.configure`.
         """
-        if config.engine_key() != self._engine_key:
-            raise EngineError("this experiment needs another engine load than the one that is there")
+        check_same_engine(config, self._engine_key)
         check_options(config, self._facts)
         # What an experiment finds must not depend on the one before: neither the shapes it compiled for, nor the
         # memory it left cut up, nor the length of its static cache, which transformers goes on using.
@@ -111,15 +106,7 @@ class Session:
     def encode(self, text: str) -> list[int]:
         """Token ids as the tokenizer makes them, special ones included."""
         ids: list[int] = self._loaded.tokenizer.encode(text, verbose=False)
-        known = int(self._loaded.model.get_input_embeddings().weight.shape[0])
-        if ids and max(ids) >= known:
-            raise EngineError(
-                f"the tokenizer makes id {max(ids)}, the model knows ids below {known}",
-                "set model.tokenizer to the one the model was trained with",
-                kind="model",
-                is_permanent=True,
-            )
-        return ids
+        return check_ids(ids, int(self._loaded.model.get_input_embeddings().weight.shape[0]))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids, special ones left out."""
@@ -203,7 +190,7 @@ class Session:
         if config.random_seed is None:
             # PyTorch starts every process with the same seed.
             torch.seed()
-        return (time.monotonic_ns() - began_ns) / NS_PER_S
+        return seconds_since(began_ns)
 
     def _seed(self, requests: Sequence[TokenRequest]) -> None:
         """Seed by the experiment and the first request: the same requests draw the same numbers, others do not."""

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from lem.backends.model_sources import is_out_of_memory
 from lem.backends.protocol import TokenRequest
 from lem.backends.pytorch_generation import GENERATE_FAILURES, BatchRunner
 from lem.backends.pytorch_options import EngineFacts, is_assisted
-from lem.backends.pytorch_sources import is_out_of_memory, shortened
+from lem.backends.refusals import shortened
 from lem.config.backend_config import PyTorchConfig
 from lem.errors import EngineError, OptionRefused
 

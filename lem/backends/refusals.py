@@ -1,4 +1,4 @@
-"""Refusing options: what a backend cannot honour is told at once, with the version that cannot."""
+"""What a backend cannot honour, told all at once with the version that cannot; and engines' words in messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from lem.errors import OptionRefused
 
-__all__ = ["Refusal", "refuse"]
+__all__ = ["Refusal", "refuse", "shortened"]
+
+MAX_TEXT = 400
 
 
 @dataclass(frozen=True)
@@ -32,3 +34,9 @@ def refuse(
     listed = "; ".join(f"{refusal.option}: {refusal.reason}" for refusal in refusals)
     if listed:
         raise OptionRefused(f"{facts} cannot honour {listed}", hint)
+
+
+def shortened(said: BaseException | str) -> str:
+    """The first words of an engine's message on one line; the name of an error that has no words."""
+    text = " ".join(str(said).split()) or type(said).__name__
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"

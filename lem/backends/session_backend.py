@@ -1,18 +1,35 @@
-"""What every backend does alike: it holds the session of a loaded engine, whose module imports that engine."""
+"""What every backend and its session do alike. A session is a loaded engine, and its module imports that engine."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
-from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
+from lem.backends.protocol import (
+    NS_PER_S,
+    Completion,
+    EngineReport,
+    OnProgress,
+    RequestQueue,
+    TokenRequest,
+    say_nothing,
+)
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError
 
-__all__ = ["EngineSession", "ServedSession", "SessionBackend", "explain_import"]
+__all__ = [
+    "EngineSession",
+    "ServedSession",
+    "SessionBackend",
+    "check_ids",
+    "check_same_engine",
+    "explain_import",
+    "seconds_since",
+]
 
 
 class EngineSession(Protocol):
@@ -162,3 +179,37 @@ def explain_import(what: str, error: Exception, hint: str) -> EngineError:
     return EngineError(
         f"{what} cannot be imported by {sys.executable}: {error}", hint, kind="engine", is_permanent=True
     )
+
+
+def check_same_engine(config: ExperimentConfig, engine_key: str) -> None:
+    """Refuse an experiment that needs another load than the one of this key.
+
+    Raises:
+        EngineError: it does; whoever keeps the engine should have known.
+    """
+    if config.engine_key() != engine_key:
+        raise EngineError("this experiment needs another engine load than the one that is there")
+
+
+def check_ids(ids: list[int], known: int) -> list[int]:
+    """The token ids of a prompt, all of which the model knows.
+
+    Args:
+        known: how many ids it knows, from 0 on.
+
+    Raises:
+        EngineError: kind `model`, the tokenizer is of another model.
+    """
+    if ids and max(ids) >= known:
+        raise EngineError(
+            f"the tokenizer makes id {max(ids)}, the model knows ids below {known}",
+            "set model.tokenizer to the one the model was trained with",
+            kind="model",
+            is_permanent=True,
+        )
+    return ids
+
+
+def seconds_since(began_ns: int) -> float:
+    """The seconds since a moment of CLOCK_MONOTONIC."""
+    return (time.monotonic_ns() - began_ns) / NS_PER_S

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Mapping
 from typing import Any
 
+from lem.backends.effective import describe_decoder, plain, refuse_changes
 from lem.backends.tensorrt_options import (
     ARGUMENTS,
     CACHE_ARGUMENTS,
@@ -17,7 +17,6 @@ from lem.backends.tensorrt_options import (
     section_of,
 )
 from lem.config.experiment_config import ExperimentConfig
-from lem.errors import OptionRefused
 
 __all__ = ["describe_effective", "refuse_differences"]
 
@@ -25,13 +24,13 @@ _SECRETS = ("token", "key", "secret")
 
 
 def refuse_differences(config: ExperimentConfig, arguments: Any, facts: EngineFacts) -> None:
-    """Refuse the load when the engine has another value than the one asked for: nobody would see that it did.
+    """Refuse the load when TensorRT-LLM has another value than the one asked for.
 
     Args:
         arguments: the engine's own, `LLM.args`.
 
     Raises:
-        OptionRefused: names option, requested and effective value, and the version.
+        OptionRefused: as `refuse_changes`.
     """
     section = section_of(config)
     cache = getattr(arguments, "kv_cache_config", None)
@@ -49,27 +48,15 @@ def refuse_differences(config: ExperimentConfig, arguments: Any, facts: EngineFa
     pairs["tensorrt.num_draft_tokens"] = (section.num_draft_tokens, getattr(drafting, "max_draft_len", None))
     for name, value in runtime_extra(config).items():
         if isinstance(value, (bool, int, float, str)):
-            pairs[f"tensorrt.extra_runtime_args.{name}"] = (value, _plain(getattr(arguments, name, None)))
-    differing = {name: pair for name, pair in pairs.items() if pair[0] is not None and not _is_same(*pair)}
-    if differing:
-        listed = "; ".join(f"{name}: {wanted} became {found}" for name, (wanted, found) in differing.items())
-        raise OptionRefused(f"{facts} changed what was asked for: {listed}", "ask for what it does, or leave it out")
+            pairs[f"tensorrt.extra_runtime_args.{name}"] = (value, plain(getattr(arguments, name, None)))
+    refuse_changes({name: pair for name, pair in pairs.items() if pair[0] is not None}, facts)
 
 
 def describe_effective(config: ExperimentConfig, arguments: Any, sampling: Mapping[str, Any]) -> dict[str, Any]:
     """The engine configuration as it is, as JSON values: the options as they took effect, then the rest."""
-    decoder = config.decoder
-    is_sampling = not decoder.is_greedy
-    values = {name: sampling.get(name) if is_sampling else None for name in ("temperature", "top_k", "top_p")}
-    if not is_sampling and decoder.temperature == 0:
-        values["temperature"] = 0.0
     return {
         "tensorrt": _section(config, arguments),
-        "decoder": {
-            "do_sample": is_sampling,
-            **values,
-            "repetition_penalty": sampling.get("repetition_penalty", 1.0),
-        },
+        "decoder": describe_decoder(config.decoder, sampling, is_sampling=not config.decoder.is_greedy),
         "fp_precision": getattr(arguments, "dtype", None),
         "ignore_eos": config.ignore_eos,
         "random_seed": config.random_seed,
@@ -81,23 +68,15 @@ def describe_effective(config: ExperimentConfig, arguments: Any, sampling: Mappi
 def _section(config: ExperimentConfig, arguments: Any) -> dict[str, Any]:
     section: dict[str, Any] = section_of(config).to_dict()
     longest_input, longest_output = lengths_of(config)
-    section |= {name: _plain(getattr(arguments, argument, None)) for name, argument in ARGUMENTS.items()}
+    section |= {name: plain(getattr(arguments, argument, None)) for name, argument in ARGUMENTS.items()}
     cache = getattr(arguments, "kv_cache_config", None)
-    section |= {name: _plain(getattr(cache, argument, None)) for name, argument in CACHE_ARGUMENTS.items()}
+    section |= {name: plain(getattr(cache, argument, None)) for name, argument in CACHE_ARGUMENTS.items()}
     section |= {"max_input_len": longest_input, "max_output_len": longest_output}
     drafting = getattr(arguments, "speculative_config", None)
     section["num_draft_tokens"] = getattr(drafting, "max_draft_len", None)
     has_drafter = any(getattr(drafting, name, None) is not None for name in DRAFT_MODEL_ARGUMENTS)
     section["draft_model"] = section["draft_model"] if has_drafter else None
     return section
-
-
-def _is_same(wanted: Any, found: Any) -> bool:
-    if wanted == "auto":
-        return True  # whatever it became is what was asked for
-    if isinstance(wanted, str) and isinstance(found, str):
-        return wanted.lower() == found.lower()
-    return bool(wanted == found)
 
 
 def _describe(arguments: Any) -> dict[str, Any]:
@@ -109,20 +88,7 @@ def _describe(arguments: Any) -> dict[str, Any]:
         value = getattr(arguments, name, None)
         fields = getattr(type(value), "model_fields", None)
         if fields is None:
-            out[name] = _plain(value)
+            out[name] = plain(value)
         else:
-            out[name] = {inner: _plain(getattr(value, inner, None)) for inner in sorted(fields)}
+            out[name] = {inner: plain(getattr(value, inner, None)) for inner in sorted(fields)}
     return out
-
-
-def _plain(value: Any) -> Any:
-    """A JSON value; None for what has no short form."""
-    if isinstance(value, enum.Enum):
-        return value.name
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return None

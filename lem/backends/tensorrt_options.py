@@ -14,7 +14,6 @@ __all__ = [
     "ARGUMENTS",
     "BUILD_OPTIONS",
     "CACHE_ARGUMENTS",
-    "DRAFT_OPTIONS",
     "EngineFacts",
     "cache_arguments",
     "draft_arguments",
@@ -48,7 +47,6 @@ CACHE_ARGUMENTS: Mapping[str, str] = MappingProxyType(
 
 # What belongs to the flow in which an engine is built beforehand.
 BUILD_OPTIONS = ("engine_path", "engine_cache_dir", "force_rebuild", "builder_opt_level", "extra_build_args")
-DRAFT_OPTIONS = ("draft_model", "num_draft_tokens")
 
 # Arguments that help where they are known: lem bounds requests itself, and can do without the engine's times.
 _HELPFUL = frozenset({"max_input_len", "return_perf_metrics"})

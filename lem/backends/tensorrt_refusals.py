@@ -6,8 +6,7 @@ Nothing here imports an engine: what is found of it comes in as facts. lem uses 
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 from lem.backends.refusals import Refusal, refuse
@@ -23,8 +22,9 @@ from lem.backends.tensorrt_options import (
 )
 from lem.config.backend_config import TensorRTCalibrationConfig
 from lem.config.experiment_config import ExperimentConfig
+from lem.config.problems import did_you_mean
 
-__all__ = ["TYPE_KEYS", "Refusal", "check_options", "refuse"]
+__all__ = ["TYPE_KEYS", "check_options"]
 
 _BUILDING = "belongs to the flow that builds engines; the PyTorch flow, which is TensorRT-LLM's default, builds none"
 _CALIBRATING = "the PyTorch flow quantizes nothing; calibrate when the checkpoint is made (NVIDIA ModelOpt)"
@@ -138,10 +138,6 @@ def _reason_against(name: str, facts: EngineFacts) -> str | None:
     if name in _REFUSED:
         return _REFUSED[name]
     if name not in facts.arguments:
-        return f"LLM has no such argument{_nearest(name, facts.arguments - _OWNED.keys() - _REFUSED.keys())}"
+        usable = sorted(facts.arguments - _OWNED.keys() - _REFUSED.keys())
+        return f"LLM has no such argument{did_you_mean(name, usable)}"
     return None
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, sorted(known), 1)
-    return f" (did you mean {close[0]}?)" if close else ""

@@ -14,10 +14,10 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 from lem.backends.protocol import Completion, OnProgress, RequestQueue, TokenRequest
+from lem.backends.refusals import shortened
 
 __all__ = ["Engine", "Server"]
 
-NS_PER_S = 1_000_000_000
 _NS_PER_US = 1000
 
 # All that has arrived goes to the engine at once: waiting in its queue is what the engine's scheduler is about.
@@ -113,7 +113,7 @@ class Server:
                 async for part in answer:
                     self._note(part, times_ns)
             except _REJECTIONS as error:
-                answer = _shortened(error)
+                answer = shortened(error)
         queue.complete(self._complete(request, handed_ns, answer, times_ns))
 
     def _follow_alone(self, request: TokenRequest, handed_ns: int, answer: Any) -> Completion:
@@ -123,7 +123,7 @@ class Server:
                 for part in answer:
                     self._note(part, times_ns)
             except _REJECTIONS as error:
-                answer = _shortened(error)
+                answer = shortened(error)
         return self._complete(request, handed_ns, answer, times_ns)
 
     def _wait_for(self, request: TokenRequest, handed_ns: int, answer: Any) -> Completion:
@@ -131,7 +131,7 @@ class Server:
             try:
                 answer = answer.result()
             except _REJECTIONS as error:
-                answer = _shortened(error)
+                answer = shortened(error)
         return self._complete(request, handed_ns, answer, None)
 
     def _hand_over(self, request: TokenRequest, *, streaming: bool) -> Any:
@@ -147,7 +147,7 @@ class Server:
                 {"prompt_token_ids": list(request.token_ids)}, self._parameters(request), streaming=streaming
             )
         except _REJECTIONS as error:
-            return _shortened(error)
+            return shortened(error)
 
     def _note(self, part: Any, times_ns: list[int]) -> None:
         """Give each token that a part of an answer brought the time at which it is here: one, several, or none."""
@@ -190,7 +190,3 @@ def _span(output: Any, handed_ns: int, now_ns: int) -> tuple[int, int]:
         return max(found_ns, handed_ns) if handed_ns - _NS_PER_US <= found_ns <= now_ns else otherwise_ns
 
     return read("first_scheduled_time", handed_ns), read("last_token_time", now_ns)
-
-
-def _shortened(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

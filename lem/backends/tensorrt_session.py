@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import importlib.metadata
 import importlib.util
 import os
 import time
@@ -18,10 +17,11 @@ from tensorrt_llm import LLM, SamplingParams
 from tensorrt_llm.llmapi import DraftTargetDecodingConfig, KvCacheConfig, TorchLlmArgs
 
 from lem.backends.checkpoints import WEIGHTS, fetch, identify
+from lem.backends.effective import installed_versions
+from lem.backends.model_sources import Source
 from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
-from lem.backends.pytorch_device import visible_gpus
-from lem.backends.pytorch_sources import Source
-from lem.backends.session_backend import ServedSession
+from lem.backends.refusals import shortened
+from lem.backends.session_backend import ServedSession, check_same_engine, seconds_since
 from lem.backends.tensorrt_checkpoint import check_checkpoint, documents_of
 from lem.backends.tensorrt_effective import describe_effective, refuse_differences
 from lem.backends.tensorrt_options import (
@@ -37,12 +37,12 @@ from lem.backends.tensorrt_options import (
 )
 from lem.backends.tensorrt_refusals import check_options
 from lem.backends.tensorrt_serving import Server
+from lem.backends.torch_gpus import visible_gpus
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError, OptionRefused
 
 __all__ = ["Session"]
 
-NS_PER_S = 1_000_000_000
 TRIAL_TOKENS = 2
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
 
@@ -86,7 +86,7 @@ class Session(ServedSession):
         except BaseException:
             self.close()
             raise
-        self._checks_s = (time.monotonic_ns() - began_ns) / NS_PER_S
+        self._checks_s = seconds_since(began_ns)
 
     def configure(self, config: ExperimentConfig) -> None:
         """Set another experiment up on the same engine.
@@ -94,8 +94,7 @@ class Session(ServedSession):
         Raises:
             OptionRefused: as `Backend.configure`.
         """
-        if config.engine_key() != self._engine_key:
-            raise EngineError("this experiment needs another engine load than the one that is there")
+        check_same_engine(config, self._engine_key)
         check_options(config, self._facts)
         self._set_up(config)
 
@@ -276,15 +275,11 @@ def _visible_gpus(config: ExperimentConfig, find_gpus: FindGpus) -> Iterator[tup
 
 
 def _find_versions() -> dict[str, str]:
-    found = {"torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+    return {"torch": str(torch.__version__), "cuda": str(torch.version.cuda), **installed_versions(_PACKAGES)}
 
 
 def _explain(error: BaseException, config: ExperimentConfig, facts: EngineFacts) -> EngineError:
-    words = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    words = f"{type(error).__name__}: {shortened(error)}"
     if isinstance(error, MemoryError) or any(mark in words.lower().replace("_", "") for mark in _OUT_OF_MEMORY):
         hint = "use a smaller model, a quantized checkpoint, shorter lengths, or a lower tensorrt.max_batch_size"
         return EngineError(

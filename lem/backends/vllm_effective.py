@@ -6,10 +6,10 @@ import dataclasses
 import enum
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lem.backends.effective import describe_decoder, plain, refuse_changes
 from lem.backends.vllm_options import SAMPLING_OPTIONS, EngineFacts, extra_of, given_options, section_of, seed_of
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import OptionRefused
@@ -70,14 +70,13 @@ _PARTS = (
 _NOISE = re.compile(
     r"token$|port|_ip$|addr|path|_dir$|uuid|hash$|rank|hf_config|hf_text_config|^model$|^tokenizer$|served_model|^seed$"
 )
-_MAX_ITEMS = 64
 _LEVELS = 3
 _ABSENT = object()
 
 
 def effective_options(config: ExperimentConfig, vllm_config: Any) -> dict[str, Any]:
     """{dotted option: value} of the section as vLLM has it; without the options of requests."""
-    found = {name: _plain(_look_up(vllm_config, places)) for name, places in _PLACES.items()}
+    found = {name: plain(_look_up(vllm_config, places)) for name, places in _PLACES.items()}
     found["lora.enabled"] = getattr(vllm_config, "lora_config", None) is not None
     if config.section.to_dict()["speculative"]["model"] is not None and found["speculative.model"] is not None:
         # vLLM has the folder that the name stands for.
@@ -86,31 +85,22 @@ def effective_options(config: ExperimentConfig, vllm_config: Any) -> dict[str, A
 
 
 def refuse_differences(config: ExperimentConfig, vllm_config: Any, facts: EngineFacts) -> None:
-    """Refuse the load when the engine has another value than the one asked for: nobody would see that it did.
+    """Refuse the load when vLLM has another value than the one asked for.
 
     Raises:
-        OptionRefused: names option, requested and effective value, and the version.
+        OptionRefused: as `refuse_changes`.
     """
     effective = effective_options(config, vllm_config)
     wanted = {name: value for name, value in given_options(config).items() if name not in SAMPLING_OPTIONS}
-    differing = {
-        f"vllm.{name}": (value, effective[name])
-        for name, value in wanted.items()
-        # `auto` means that the engine decides.
-        if value != "auto" and not _is_same(value, effective[name])
-    }
+    pairs = {f"vllm.{name}": (value, effective[name]) for name, value in wanted.items()}
     for name, value in extra_of(config).items():
         found = _find(vllm_config, name)
-        if found is not _ABSENT and isinstance(value, (bool, int, float, str)) and not _is_same(value, _plain(found)):
-            differing[f"vllm.extra.{name}"] = (value, _plain(found))
-    dtype = _plain(vllm_config.model_config.dtype)
-    if dtype != config.fp_precision:
-        differing["fp_precision"] = (config.fp_precision, dtype)
+        if found is not _ABSENT and isinstance(value, (bool, int, float, str)):
+            pairs[f"vllm.extra.{name}"] = (value, plain(found))
+    pairs["fp_precision"] = (config.fp_precision, plain(vllm_config.model_config.dtype))
     if "attention.disable_sliding_window" in wanted and not _has_window(vllm_config):
-        differing["vllm.attention.disable_sliding_window"] = (True, "nothing, since the model has no such window")
-    if differing:
-        listed = "; ".join(f"{name}: {wanted} became {found}" for name, (wanted, found) in differing.items())
-        raise OptionRefused(f"{facts} changed what was asked for: {listed}", "ask for what it does, or leave it out")
+        pairs["vllm.attention.disable_sliding_window"] = (True, "nothing, since the model has no such window")
+    refuse_changes(pairs, facts)
 
 
 def refuse_seeds(config: ExperimentConfig, vllm_config: Any, facts: EngineFacts, *, can_rewind: bool) -> None:
@@ -145,11 +135,16 @@ def describe_effective(
     """
     return {
         "vllm": _section(config, vllm_config, sampling),
-        "decoder": _decoder(config, sampling),
-        "fp_precision": _plain(vllm_config.model_config.dtype),
+        "decoder": describe_decoder(
+            # "All tokens" is -1 to vLLM, and 0 here.
+            config.decoder,
+            {**sampling, "top_k": max(sampling["top_k"], 0)},
+            is_sampling=not config.decoder.is_greedy,
+        ),
+        "fp_precision": plain(vllm_config.model_config.dtype),
         "ignore_eos": bool(sampling["ignore_eos"]),
         "random_seed": config.random_seed,
-        "sampling": {name: _plain(value) for name, value in sampling.items()},
+        "sampling": {name: plain(value) for name, value in sampling.items()},
         "engine": {part: _describe(getattr(vllm_config, part, None)) for part in _PARTS},
         "environment": dict(facts.environment),
     }
@@ -165,17 +160,6 @@ def _section(config: ExperimentConfig, vllm_config: Any, sampling: Mapping[str, 
     section["logprobs"] = sampling["logprobs"]
     section["logit_bias"] = {str(token): bias for token, bias in (sampling["logit_bias"] or {}).items()} or None
     return section
-
-
-def _decoder(config: ExperimentConfig, sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """The decoder as it works; None for sampling values that greedy decoding does not look at."""
-    is_sampling = not config.decoder.is_greedy
-    values = {name: sampling[name] if is_sampling else None for name in ("temperature", "top_k", "top_p")}
-    if is_sampling:
-        values["top_k"] = max(sampling["top_k"], 0)
-    elif config.decoder.temperature == 0:
-        values["temperature"] = 0.0
-    return {"do_sample": is_sampling, **values, "repetition_penalty": sampling["repetition_penalty"]}
 
 
 def _look_up(vllm_config: Any, places: tuple[str, ...]) -> Any:
@@ -200,18 +184,12 @@ def _has_window(vllm_config: Any) -> bool:
     return getattr(text_config, "sliding_window", None) is not None
 
 
-def _is_same(wanted: Any, found: Any) -> bool:
-    if isinstance(wanted, str) and isinstance(found, str):
-        return wanted.lower() == found.lower()
-    return bool(wanted == found)
-
-
 def _describe(value: Any, level: int = 0) -> Any:
     """A configuration as JSON values: its plain fields, and those of what it holds."""
     if isinstance(value, enum.Enum):
         return value.name
     if not dataclasses.is_dataclass(value):
-        return _plain(value)
+        return plain(value)
     if level >= _LEVELS:
         return None
     out = {}
@@ -223,19 +201,3 @@ def _describe(value: Any, level: int = 0) -> Any:
         if described is not None or found is None:
             out[item.name] = described
     return out
-
-
-def _plain(value: Any) -> Any:
-    """A JSON value; None for what has no short form."""
-    if isinstance(value, enum.Enum):
-        return value.name
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple, set, frozenset)):
-        items = [_plain(item) for item in (sorted(value, key=str) if isinstance(value, (set, frozenset)) else value)]
-        return items[:_MAX_ITEMS]
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    text = str(value)
-    # torch.float16 and its like; a folder.
-    return text.removeprefix("torch.") if text.startswith("torch.") or isinstance(value, Path) else None

@@ -9,13 +9,12 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from lem.backends.refusals import shortened
 from lem.backends.vllm_options import ARGUMENTS, NESTED_ARGUMENTS, EngineFacts, extra_of, given_options
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError, OptionRefused
 
 __all__ = ["OPTION_OF_PARAMETER", "explain_load_failure", "explain_request_failure", "explain_run_failure"]
-
-MAX_TEXT = 400
 
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|OutOfMemoryError|No available memory for the cache blocks|"
@@ -106,12 +105,6 @@ def explain_run_failure(error: BaseException, output: str, facts: EngineFacts) -
     if _OUT_OF_MEMORY.search(text):
         return _error(f"{facts}: out of memory while generating: {text}", _MEMORY_HINT, "out_of_memory", False)
     return _error(f"{facts} failed while generating: {text}", "see the log", "engine", False)
-
-
-def shortened(text: str) -> str:
-    """The first words of an engine's message on one line."""
-    text = " ".join(text.split())
-    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
 
 
 def _error(message: str, hint: str, kind: str, is_permanent: bool = True) -> EngineError:

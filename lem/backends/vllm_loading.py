@@ -25,8 +25,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from lem.backends.checkpoints import OTHER_WEIGHTS, WEIGHTS, fetch
-from lem.backends.pytorch_device import pick_gpu
-from lem.backends.pytorch_sources import Source
+from lem.backends.model_sources import Source
+from lem.backends.torch_gpus import pick_gpu
 from lem.backends.vllm_effective import refuse_differences
 from lem.backends.vllm_failures import explain_load_failure
 from lem.backends.vllm_options import EngineFacts, Places, engine_arguments, section_of

@@ -6,8 +6,7 @@ the load, by `vllm_effective`.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from types import MappingProxyType
 
 from lem.backends.refusals import Refusal, refuse
@@ -22,6 +21,7 @@ from lem.backends.vllm_options import (
 )
 from lem.config.backend_config import VllmConfig
 from lem.config.experiment_config import ExperimentConfig
+from lem.config.problems import did_you_mean
 
 __all__ = ["check_options"]
 
@@ -153,11 +153,6 @@ def _reason_against(name: str, facts: EngineFacts) -> str | None:
     if name in SAMPLING_OPTIONS:
         return f"is set by vllm.{name}"
     if name not in facts.arguments:
-        usable = facts.arguments - _OWNED.keys() - _REFUSED.keys()
-        return f"EngineArgs has no such field{_nearest(name, usable)}"
+        usable = sorted(facts.arguments - _OWNED.keys() - _REFUSED.keys())
+        return f"EngineArgs has no such field{did_you_mean(name, usable)}"
     return None
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, sorted(known), 1)
-    return f" (did you mean {close[0]}?)" if close else ""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 
 import torch
 
+from lem.backends.effective import installed_versions
 from lem.backends.vllm_loading import LoadedEngine
 
 __all__ = ["compile_seconds", "find_versions"]
@@ -34,8 +34,7 @@ _COMPILATION = re.compile(r"\(compilation: ([0-9.]+) s")
 
 def find_versions(device: str) -> dict[str, str]:
     """The versions of the packages that are installed, by distribution; on a GPU those of CUDA too."""
-    found = {name: version for name in _PACKAGES if (version := _version(name)) is not None}
-    found["torch"] = str(torch.__version__)
+    found = {**installed_versions(_PACKAGES), "torch": str(torch.__version__)}
     if device == "cuda":
         found |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
     return found
@@ -47,10 +46,3 @@ def compile_seconds(loaded: LoadedEngine) -> float | None:
     # An engine in a process of its own writes it into its log and nowhere else.
     told = [float(seconds) for seconds in _COMPILATION.findall(loaded.output.text)]
     return counted or (told[-1] if told else None)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -14,7 +14,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from lem.backends.checkpoints import identify
 from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
-from lem.backends.session_backend import ServedSession
+from lem.backends.session_backend import ServedSession, check_ids, check_same_engine, seconds_since
 from lem.backends.vllm_effective import describe_effective, refuse_seeds
 from lem.backends.vllm_failures import (
     OPTION_OF_PARAMETER,
@@ -46,7 +46,6 @@ except ImportError:  # older versions take what a person would write
 
 __all__ = ["Session"]
 
-NS_PER_S = 1_000_000_000
 TRIAL_TOKENS = 2
 
 
@@ -73,7 +72,7 @@ class Session(ServedSession):
         except BaseException:
             self.close()
             raise
-        self._checks_s = (time.monotonic_ns() - began_ns) / NS_PER_S
+        self._checks_s = seconds_since(began_ns)
         self._compile_s = compile_seconds(self._loaded)
 
     def configure(self, config: ExperimentConfig) -> None:
@@ -82,8 +81,7 @@ class Session(ServedSession):
         Raises:
             OptionRefused: as `Backend.configure`.
         """
-        if config.engine_key() != self._engine_key:
-            raise EngineError("this experiment needs another engine load than the one that is there")
+        check_same_engine(config, self._engine_key)
         check_options(config, self._facts)
         self._set_up(config)
         # Compiled with the load, for experiments of before as well.
@@ -113,16 +111,8 @@ class Session(ServedSession):
 
     def encode(self, text: str) -> list[int]:
         """Token ids as the tokenizer makes them, special ones included."""
-        ids: list[int] = list(self._tokenizer.encode(text))
         known = int(self._loaded.config.model_config.get_vocab_size())
-        if ids and max(ids) >= known:
-            raise EngineError(
-                f"the tokenizer makes id {max(ids)}, the model knows ids below {known}",
-                "set model.tokenizer to the one the model was trained with",
-                kind="model",
-                is_permanent=True,
-            )
-        return ids
+        return check_ids(list(self._tokenizer.encode(text)), known)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids, special ones left out."""

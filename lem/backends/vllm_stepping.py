@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from lem.backends.protocol import Completion, OnProgress, RequestQueue, TokenRequest
+from lem.backends.protocol import NS_PER_S, Completion, OnProgress, RequestQueue, TokenRequest
+from lem.backends.refusals import shortened
 from lem.errors import EngineError
 
 __all__ = ["Engine", "RequestForms", "StepLoop"]
-
-NS_PER_S = 1_000_000_000
 
 # All that has arrived goes to the engine at once: waiting in its queue is what the engine's scheduler is about.
 _TAKE_LIMIT = 1 << 20
@@ -206,7 +205,7 @@ class StepLoop:
             )
         except forms.rejections as error:
             del self._streams[name]
-            return Completion(request.index, (), now_ns, self._clock(), error=" ".join(str(error).split()))
+            return Completion(request.index, (), now_ns, self._clock(), error=shortened(error))
         return None
 
     def _step(self) -> list[Completion]:

@@ -159,7 +159,7 @@ def torch_compile_backend_is_the_one_asked(bench: Bench) -> None:
     with loaded(config) as there:
         assert there.configure(config).effective["pytorch"]["torch_compile_backend"] == "eager"
     options = {"torch_compile": "default", "torch_compile_backend": "aot_eagr"}
-    assert "did you mean aot_eager" in bench.refusal(options)
+    assert "did you mean 'aot_eager'" in bench.refusal(options)
     assert "no effect without torch_compile" in bench.complaint({"torch_compile_backend": "eager"})
 
 

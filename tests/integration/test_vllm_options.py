@@ -342,7 +342,7 @@ def extra_arguments_reach_the_engine(bench: Bench) -> None:
     times = found.token_times_ns
     assert times is not None
     assert [times.count(moment) for moment in sorted(set(times))] == [1, 4, 4, 1]
-    assert "did you mean stream_interval" in bench.refusal({"extra": {"stream_intervall": 4}})
+    assert "did you mean 'stream_interval'" in bench.refusal({"extra": {"stream_intervall": 4}})
     assert "True became False" in bench.refusal({"extra": {"async_scheduling": True}}, is_early=False)
 
 

@@ -47,7 +47,7 @@ ENGINES = {
         "torch",
         "transformers",
     },
-    r"lem\.backends\.checkpoints": {"huggingface_hub", "torch", "transformers"},
+    r"lem\.backends\.(checkpoints|model_sources)": {"huggingface_hub", "safetensors", "torch", "transformers"},
     r"lem\.backends\.vllm(_\w+)?": {"torch", "vllm"},
     r"lem\.backends\.tensorrt(_\w+)?": {"tensorrt_llm", "torch"},
 }

@@ -74,7 +74,7 @@ def experiment(section: dict[str, Any] | None = None, **options: Any) -> Experim
             "when the checkpoint is made",
         ),
         ({"extra_runtime_args": {"zebra": 1}}, "tensorrt.extra_runtime_args.zebra", "no such argument"),
-        ({"extra_runtime_args": {"atn_backend": 1}}, "tensorrt.extra_runtime_args.atn_backend", "mean attn_backend"),
+        ({"extra_runtime_args": {"atn_backend": 1}}, "tensorrt.extra_runtime_args.atn_backend", "mean 'attn_backend'"),
         (
             {"extra_runtime_args": {"max_batch_size": 1}},
             "tensorrt.extra_runtime_args.max_batch_size",

@@ -58,7 +58,7 @@ def experiment(section: dict[str, Any], **options: Any) -> ExperimentConfig:
             "extra.kv_cache_memory_bytes decides",
         ),
         ({"extra": {"zebra": 1}}, GPU, "vllm.extra.zebra", "no such field"),
-        ({"extra": {"stream_intervall": 1}}, GPU, "vllm.extra.stream_intervall", "did you mean stream_interval"),
+        ({"extra": {"stream_intervall": 1}}, GPU, "vllm.extra.stream_intervall", "did you mean 'stream_interval'"),
         ({"extra": {"swap_space": 1}}, GPU, "vllm.extra.swap_space", "is set by vllm.swap_space"),
         ({"extra": {"max_num_seqs": 1}}, GPU, "vllm.extra.max_num_seqs", "is set by vllm.max_num_seqs"),
         ({"extra": {"seed": 1}}, GPU, "vllm.extra.seed", "is set by random_seed"),

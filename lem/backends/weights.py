@@ -1,4 +1,4 @@
-"""Which weights were loaded: their files, their hash, the commit of a hub model."""
+"""Which weights a model has: their files, their hash, their number, the commit of a hub model. Imports no engine."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-__all__ = ["commit_of", "hash_weights", "weight_files"]
+__all__ = ["commit_of", "count_embedding_parameters", "hash_files", "hash_weights", "weight_files"]
 
 # In the order in which transformers looks for them: whole or in parts, safetensors before pickles.
 _WHOLE = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
@@ -38,7 +39,19 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     return ()
 
 
-def hash_weights(files: Iterable[Path], name_of: dict[Path, str] | None = None) -> str | None:
+def hash_weights(folder: Path, adapter: Path | None = None) -> str | None:
+    """The hash of a model's weights, an adapter's beside them; None when the folders have none that are known.
+
+    Raises:
+        OSError, ValueError: a file cannot be read.
+    """
+    names = {path: path.name for path in weight_files(folder)}
+    if adapter is not None:
+        names |= {path: f"adapter/{path.name}" for path in weight_files(adapter)}
+    return hash_files(names)
+
+
+def hash_files(names: Mapping[Path, str]) -> str | None:
     """SHA-256 over a line `<sha256 of the file>  <name>` for each file in name order; None for no files.
 
     The whole of every file is read, about a second a GB from a warm page cache, which a load leaves behind, and once
@@ -47,7 +60,6 @@ def hash_weights(files: Iterable[Path], name_of: dict[Path, str] | None = None) 
     Raises:
         OSError: a file cannot be read.
     """
-    names = {path: (name_of or {}).get(path, path.name) for path in files}
     if not names:
         return None
     digest = hashlib.sha256()
@@ -60,6 +72,19 @@ def commit_of(folder: Path) -> str | None:
     """The commit of a folder in the hub's cache (`…/snapshots/<commit>`); None for any other folder."""
     is_snapshot = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name)
     return folder.name if is_snapshot else None
+
+
+def count_embedding_parameters(model: Any) -> int:
+    """Parameters of the input embedding, and of the output embedding where it is not the same matrix.
+
+    Args:
+        model: as transformers builds it.
+    """
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    count = int(inputs.weight.numel())
+    if outputs is not None and outputs.weight is not inputs.weight:
+        count += int(outputs.weight.numel())
+    return count
 
 
 def _hash_file(path: Path) -> str:

@@ -14,23 +14,30 @@ from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
-from lem.backends.pytorch_identity import commit_of
+from lem.backends.refusals import shortened
+from lem.backends.weights import commit_of
 from lem.errors import EngineError, LemError, OptionRefused
 
-__all__ = ["Source", "explained", "is_out_of_memory", "locate", "shortened"]
+__all__ = ["MODEL_FAILURES", "Source", "explained", "is_out_of_memory", "locate"]
 
-MAX_TEXT = 400
+# A field of another type than declared; older versions of the hub's client check none.
+_StrictError: type[Exception] = getattr(hub_errors, "StrictDataclassError", ValueError)
 
-# What transformers and its helpers raise over a model that is not there, not whole, or not known.
-_FAILURES = (
+# What transformers and its helpers raise over a model that is not there, not whole, or not known. A configuration is
+# read by the code of its model, and each of these was seen with one (transformers 5.23): no heads divide by zero,
+# padding outside of the vocabulary fails an assertion, an unknown name of an activation is a KeyError.
+MODEL_FAILURES = (
+    ArithmeticError,
+    AssertionError,
     AttributeError,
-    KeyError,
+    LookupError,
     OSError,
     RuntimeError,
     SafetensorError,
     TypeError,
     ValueError,
     pickle.UnpicklingError,
+    _StrictError,
 )
 _UNREACHABLE = (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError, TimeoutError)
 
@@ -91,7 +98,7 @@ def explained(what: str) -> Iterator[None]:
         raise
     except ImportError as error:
         raise _no_model(f"{what}: {shortened(error)}", "install the package that it names") from error
-    except (*_FAILURES, MemoryError) as error:
+    except (*MODEL_FAILURES, MemoryError) as error:
         if is_out_of_memory(error):
             raise EngineError(
                 f"{what}: out of memory while loading: {shortened(error)}",
@@ -109,17 +116,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def shortened(error: BaseException) -> str:
-    """The first words of an engine's message on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
-
-
 def _explain(what: str, error: BaseException) -> EngineError:
     causes = tuple(_chain(error))
     text = str(error)
     is_permanent = True
-    if any(isinstance(cause, (hub_errors.GatedRepoError,)) for cause in causes):
+    if any(isinstance(cause, hub_errors.GatedRepoError) for cause in causes):
         hint = "set HF_TOKEN to a token of an account that was given access"
     elif any(isinstance(cause, hub_errors.RevisionNotFoundError) for cause in causes):
         hint = "check model.revision"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lem.backends.pytorch_identity import commit_of, hash_weights, weight_files
+from lem.backends.weights import commit_of, hash_files, hash_weights, weight_files
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -43,7 +43,7 @@ def test_a_whole_file_stands_before_an_index_of_parts(tmp_path: Path) -> None:
 
 def test_no_weights_have_no_hash(tmp_path: Path) -> None:
     assert weight_files(tmp_path) == ()
-    assert hash_weights(()) is None
+    assert hash_weights(tmp_path) is None
 
 
 def test_the_hash_is_over_lines_of_hash_and_name(tmp_path: Path) -> None:
@@ -52,23 +52,23 @@ def test_the_hash_is_over_lines_of_hash_and_name(tmp_path: Path) -> None:
         f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in (("a", b"first"), ("b", b"second"))
     )
     # What `sha256sum a b | sha256sum` prints.
-    assert hash_weights([tmp_path / "b", tmp_path / "a"]) == hashlib.sha256(lines.encode()).hexdigest()
+    assert hash_files({tmp_path / name: name for name in "ba"}) == hashlib.sha256(lines.encode()).hexdigest()
 
 
 def test_one_changed_byte_changes_the_hash_and_the_folder_does_not(tmp_path: Path) -> None:
     here = write(tmp_path / "here", weights=b"0" * 5_000_000)
     there = write(tmp_path / "there", weights=b"0" * 5_000_000)
     other = write(tmp_path / "other", weights=b"0" * 4_999_999 + b"1")
-    assert hash_weights([here / "weights"]) == hash_weights([there / "weights"])
-    assert hash_weights([here / "weights"]) != hash_weights([other / "weights"])
+    assert hash_files({here / "weights": "weights"}) == hash_files({there / "weights": "weights"})
+    assert hash_files({here / "weights": "weights"}) != hash_files({other / "weights": "weights"})
 
 
 def test_a_file_that_changed_since_it_was_hashed_is_read_again(tmp_path: Path) -> None:
     path = write(tmp_path, weights=b"first") / "weights"
-    first = hash_weights([path])
+    first = hash_files({path: "weights"})
     replacement = write(tmp_path, other=b"other") / "other"
     replacement.replace(path)
-    assert hash_weights([path]) != first
+    assert hash_files({path: "weights"}) != first
 
 
 def test_a_large_file_of_the_hubs_cache_is_taken_at_the_name_of_its_blob(tmp_path: Path) -> None:
@@ -78,10 +78,10 @@ def test_a_large_file_of_the_hubs_cache_is_taken_at_the_name_of_its_blob(tmp_pat
     snapshot = write(tmp_path / "snapshots" / COMMIT)
     (snapshot / "model.safetensors").symlink_to(blobs / digest)
     plain = write(tmp_path / "plain", model__safetensors=content)
-    expected = hash_weights(weight_files(plain))
-    assert hash_weights(weight_files(snapshot)) == expected
+    expected = hash_weights(plain)
+    assert hash_weights(snapshot) == expected
     (blobs / digest).write_bytes(b"not read")
-    assert hash_weights(weight_files(snapshot)) == expected
+    assert hash_weights(snapshot) == expected
 
 
 def test_a_link_elsewhere_is_read(tmp_path: Path) -> None:
@@ -90,7 +90,18 @@ def test_a_link_elsewhere_is_read(tmp_path: Path) -> None:
     write(tmp_path / "elsewhere", **{name: b"content"})
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "elsewhere" / name)
     plain = write(tmp_path / "plain", model__safetensors=b"content")
-    assert hash_weights(weight_files(tmp_path)) == hash_weights(weight_files(plain))
+    assert hash_weights(tmp_path) == hash_weights(plain)
+
+
+def test_an_adapter_is_part_of_the_weights(tmp_path: Path) -> None:
+    model = write(tmp_path / "model", model__safetensors=b"model")
+    adapter = write(tmp_path / "adapter", adapter_model__safetensors=b"adapter")
+    lines = "".join(
+        f"{hashlib.sha256(content).hexdigest()}  {name}\n"
+        for name, content in (("adapter/adapter_model.safetensors", b"adapter"), ("model.safetensors", b"model"))
+    )
+    assert hash_weights(model, adapter) == hashlib.sha256(lines.encode()).hexdigest()
+    assert hash_weights(model, adapter) != hash_weights(model)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lem.backends.pytorch_device import idle_gpu, pick_gpu
+from lem.backends.torch_gpus import idle_gpu, pick_gpu
 from lem.errors import EngineError
 
 UUIDS = ("GPU-8d2f1c00-0000-0000-0000-000000000001", "GPU-8d2f77aa-0000-0000-0000-000000000002")
