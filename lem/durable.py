@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "TEMPORARY_PREFIX",
     "make_folder",
     "name_folder",
     "read_json",

@@ -24,6 +24,7 @@ __all__ = [
     "Idle",
     "Latency",
     "Record",
+    "ResultKey",
     "Throughput",
     "Validity",
     "Window",
@@ -32,6 +33,10 @@ __all__ = [
 
 # Fewer observations than this leave a percentile to one or two values, so it is None.
 OBSERVATIONS_NEEDED = types.MappingProxyType({"p90": 10, "p95": 20, "p99": 100})
+
+
+ResultKey = tuple[str, str, str, int, int]
+"""What no two results share: run, host, experiment, cycle, attempt."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,8 @@ class Identity:
     lem_version: str
 
     @property
-    def key(self) -> tuple[str, str, str, int, int]:
-        """What no two results share: run, host, experiment, cycle, attempt."""
+    def key(self) -> ResultKey:
+        """What tells this result from every other."""
         return (self.run_id, self.host, self.experiment_id, self.cycle_index, self.attempt)
 
     @property

@@ -1,10 +1,11 @@
-"""Quantities as people read them, and durations as people write them."""
+"""Quantities and counts as people read them, and durations as people write them."""
 
 from __future__ import annotations
 
 import re
 
 __all__ = [
+    "JOULES_PER_WATT_HOUR",
     "LONGEST_S",
     "format_bytes",
     "format_duration",
@@ -14,6 +15,7 @@ __all__ = [
     "format_quantity",
     "format_rate",
     "parse_duration",
+    "plural",
 ]
 
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+")
@@ -105,3 +107,8 @@ def format_bytes(size_b: float | None) -> str:
             return f"{size_b:.0f} B" if not prefix else f"{size_b:.1f} {prefix}B"
         size_b /= 1024
     return f"{size_b:.1f} TiB"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 cycle`, `5 cycles`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -220,7 +220,7 @@ def _with_rule(args: argparse.Namespace, campaign: CampaignConfig) -> tuple[Camp
         if args.max_cycles is not None:
             raise UserError("--max-cycles bounds --until, which is not given", "use --cycles for a fixed number")
         return campaign, None
-    if getattr(args, "shard", None) is not None or getattr(args, "plan", None) is not None:
+    if args.shard is not None or args.plan is not None:
         raise UserError("--until looks at one host's results, and a part of a plan is not the campaign's")
     rule = make_rule(args.until, args.max_cycles)
     check_rule(campaign, rule)

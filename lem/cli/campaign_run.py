@@ -73,7 +73,6 @@ class CampaignCommand:
         self._choice = choice
         self._out = out
         self._err = err
-        self._is_daemon = daemon is not None and daemon.enabled
         self._is_told_quiet = bool(getattr(args, "quiet", False))
         self._is_quiet = self._is_told_quiet or (daemon is not None and daemon.enabled and daemon.quiet)
         self._console = log.Console(err)

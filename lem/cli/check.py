@@ -11,6 +11,7 @@ from lem.cli.selection import SelectedRun, resolve_run
 from lem.cli.streams import terminal_width, write_json
 from lem.errors import ExitCode
 from lem.log import is_colour_wanted
+from lem.units import plural
 
 if TYPE_CHECKING:
     from lem.results.check import Check
@@ -84,7 +85,7 @@ def render_check(check: Check, *, is_colour: bool = False, width: int = 80) -> s
     names = [item.name for item in check.run.subjects] if check.run is not None else []
     shortener = NameShortener(names, _NAME_WIDTH)
     cycles = max((item.aggregate.n_cycles for item in check.run.subjects), default=0) if check.run is not None else 0
-    counts = f"{_plural(len(names), 'configuration')} · {_plural(cycles, 'cycle')}"
+    counts = f"{plural(len(names), 'configuration')} · {plural(cycles, 'cycle')}"
     title = f"{check.campaign_name} · run {check.run_id} · {counts}"
     lines = [paint(line, "bold", is_colour=is_colour) for line in wrapped(title, width)]
     lines += wrapped(shortener.explanation, width) if shortener.explanation else []
@@ -115,13 +116,9 @@ def _whom(names: Sequence[str], n_all: int) -> str:
 def _conclusion(check: Check) -> str:
     weak = sum(item.is_weak for item in check.findings)
     notes = len(check.findings) - weak
-    noted = f"; {_plural(notes, 'note')}" if notes else ""
-    what = f"{_plural(weak, 'thing')} {'weakens' if weak == 1 else 'weaken'} the numbers"
+    noted = f"; {plural(notes, 'note')}" if notes else ""
+    what = f"{plural(weak, 'thing')} {'weakens' if weak == 1 else 'weaken'} the numbers"
     return f"{what if weak else 'Nothing was found that weakens the numbers'}{noted}."
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _check(where: SelectedRun) -> Check:

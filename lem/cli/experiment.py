@@ -110,7 +110,7 @@ def _as_campaign(loaded: Loaded[ExperimentConfig], file: Path, state_dir: str) -
 def _plan(campaign: CampaignConfig, loaded: Loaded[ExperimentConfig], file: Path, args: argparse.Namespace) -> Plan:
     from lem.config.campaign_config import CampaignConfig
     from lem.config.defaults import with_campaign_defaults
-    from lem.config.loading import ExperimentDraft
+    from lem.config.drafts import ExperimentDraft
     from lem.meters.gpus import find_gpus
     from lem.orchestration.plan import build_plan
 

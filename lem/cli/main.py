@@ -17,7 +17,7 @@ from lem import __version__, log
 from lem.cli.streams import prepare_streams
 from lem.errors import ExitCode, LemError, UserError, exit_code_of
 
-__all__ = ["main", "make_parser"]
+__all__ = ["COMMANDS", "COMPOSE_VARIABLES", "main", "make_parser"]
 
 # Each module has `add_parser(subparsers)`, which sets `run(args, out, err) -> int`. Only the module of the command
 # at hand is imported, since imports are most of the start-up time.

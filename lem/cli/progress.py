@@ -23,7 +23,6 @@ __all__ = [
     "TerminalProgress",
     "choose_progress",
     "give_up_stream",
-    "level_of",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -78,7 +77,7 @@ class QuietProgress:
     def __call__(self, event: Event) -> None:
         if event.kind == "experiment_failed":
             for line in _ending(event, self._console):
-                self._console.line(line, level_of(event))
+                self._console.line(line, _level_of(event))
 
 
 class TerminalProgress:
@@ -92,7 +91,7 @@ class TerminalProgress:
     def __call__(self, event: Event) -> None:
         self._state.update(event)
         for line in _ending(event, self._console):
-            self._console.line(line, level_of(event))
+            self._console.line(line, _level_of(event))
         if event.kind == "campaign_finished":
             self._console.close()
         elif event.kind not in ("note", "campaign_started"):
@@ -142,7 +141,7 @@ class LineProgress:
         for line in self._lines.of(event):
             # The journal has times of its own.
             clock = "" if self._console.is_journal else time.strftime("%H:%M:%S ", time.localtime(self._now()))
-            self._console.line(f"{clock}{line}", level_of(event))
+            self._console.line(f"{clock}{line}", _level_of(event))
 
 
 class LogProgress:
@@ -182,7 +181,7 @@ class StatusProgress:
             self._manager.status(self._state.describe(event, self._now()))
 
 
-def level_of(event: Event) -> int:
+def _level_of(event: Event) -> int:
     """How much an event matters, as a level of `logging`."""
     if event.kind == "experiment_failed":
         return logging.ERROR

@@ -15,7 +15,7 @@ from lem.orchestration.topup import TOP_UP_NOTE
 from lem.process import copyable
 from lem.results.layout import Column, NameShortener, columns, paint, printable, wrapped
 
-__all__ = ["go_on_command", "render_status", "render_statuses", "status_document"]
+__all__ = ["Eyes", "render_status", "render_statuses", "status_document"]
 
 SCHEMA_VERSION = 1
 
@@ -76,13 +76,13 @@ def render_statuses(statuses: Sequence[CampaignStatus], eyes: Eyes) -> str:
 def render_status(status: CampaignStatus, eyes: Eyes) -> str:
     """One campaign: how it is, what runs, what failed and why, each configuration, and how to go on."""
     blocks = [_heading(status, eyes), _facts(status, eyes), _failed(status, eyes), _configurations(status, eyes)]
-    command = go_on_command(status)
+    command = _go_on_command(status)
     if command and status.state in ("crashed", "stopped", "failed"):
         blocks.append(["go on with:", f"  {command}"])
     return "\n".join("\n".join(block) + "\n" for block in blocks if block)
 
 
-def go_on_command(status: CampaignStatus) -> str:
+def _go_on_command(status: CampaignStatus) -> str:
     """The command that goes on with the campaign, to be pasted into a shell; empty when unknown or not needed."""
     if status.activity is None or not status.activity.go_on or status.state in ("running", "waiting", "done"):
         return ""
@@ -110,7 +110,7 @@ def status_document(status: CampaignStatus) -> dict[str, Any]:
         "left_s": status.left_s,
         "holder": None if holder is None else dataclasses.asdict(holder),
         "activity": None if activity is None else dataclasses.asdict(activity),
-        "go_on": go_on_command(status) or None,
+        "go_on": _go_on_command(status) or None,
         "experiments": [] if manifest is None else [_entry_document(entry) for entry in manifest.experiments],
         "notes": [] if manifest is None else manifest.notes,
     }

@@ -14,13 +14,13 @@ from typing import Any, ClassVar
 
 from lem import durable, units
 from lem.config.backend_config import BACKENDS
+from lem.config.containers import Items
 from lem.config.experiment_config import DatasetConfig, ExperimentConfig, ModelConfig
 from lem.config.merging import nest, put
 from lem.config.problems import Problem, nearest
-from lem.config.schema import Items, Section, check_partial, declared, option
+from lem.config.schema import Section, check_partial, declared, option
 
 __all__ = [
-    "WEEKDAYS",
     "CampaignColdStartConfig",
     "CampaignConfig",
     "CampaignDaemonConfig",
@@ -35,8 +35,8 @@ __all__ = [
     "slug_of",
 ]
 
-WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-_DAY_GROUPS = {"weekdays": WEEKDAYS[:5], "weekends": WEEKDAYS[5:]}
+_WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+_DAY_GROUPS = {"weekdays": _WEEKDAYS[:5], "weekends": _WEEKDAYS[5:]}
 _TIME = re.compile(r"([01][0-9]|2[0-3]):[0-5][0-9]")
 _MAX_SLUG = 64
 
@@ -265,7 +265,7 @@ class CampaignScheduleConfig(Section):
     days: tuple[str, ...] | None = option(
         None,
         description="Days; null is any.",
-        choices=(*WEEKDAYS, *_DAY_GROUPS),
+        choices=(*_WEEKDAYS, *_DAY_GROUPS),
         takes_scalar=True,
         min_items=1,
     )
@@ -277,8 +277,8 @@ class CampaignScheduleConfig(Section):
     @property
     def weekdays(self) -> frozenset[int]:
         """The days as `datetime.weekday()` counts them, 0 for Monday; all of them when none is named."""
-        names = {day for name in self.days or WEEKDAYS for day in _DAY_GROUPS.get(name, (name,))}
-        return frozenset(WEEKDAYS.index(name) for name in names)
+        names = {day for name in self.days or _WEEKDAYS for day in _DAY_GROUPS.get(name, (name,))}
+        return frozenset(_WEEKDAYS.index(name) for name in names)
 
 
 @dataclass(frozen=True)

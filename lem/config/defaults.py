@@ -10,7 +10,7 @@ from lem.config.experiment_config import ExperimentConfig, WarmupConfig
 from lem.config.merging import canonical
 from lem.config.schema import Section, declared
 
-__all__ = ["with_campaign_defaults"]
+__all__ = ["given", "with_campaign_defaults"]
 
 # As many as the campaign asks for of what is otherwise the bundled set (lem.experiment.synthetic.BUNDLED).
 _BUNDLED_LENGTH = 128

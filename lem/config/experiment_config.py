@@ -18,7 +18,6 @@ from lem.config.schema import Section, declared, option
 
 __all__ = [
     "DATASET_ALIASES",
-    "DECODER_PRESETS",
     "BaselineConfig",
     "DatasetAlias",
     "DatasetConfig",
@@ -59,7 +58,7 @@ DATASET_ALIASES: Mapping[str, DatasetAlias] = MappingProxyType(
     }
 )
 
-DECODER_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+_DECODER_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "deterministic": MappingProxyType({"temperature": 0.0}),
         "standard": MappingProxyType({"temperature": 1.0, "top_p": 0.95}),
@@ -162,7 +161,7 @@ class DecoderConfig(Section):
         None,
         description="Values to start from; those given beside it win. deterministic: greedy; standard: temperature 1, "
         "top_p 0.95; creative: temperature 0.8, top_p 0.9, repetition_penalty 1.1; factual: temperature 0.3.",
-        choices=tuple(DECODER_PRESETS),
+        choices=tuple(_DECODER_PRESETS),
         identity=False,
     )
     temperature: float = option(1.0, description="0 is greedy.", minimum=0, maximum=2)
@@ -181,7 +180,7 @@ class DecoderConfig(Section):
         return not self.do_sample
 
     def derive(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        preset = DECODER_PRESETS.get(given.get("preset") or "", {})
+        preset = _DECODER_PRESETS.get(given.get("preset") or "", {})
         values = {name: value for name, value in preset.items() if name not in given}
         if "do_sample" not in given:
             # Greedy is what temperature 0 means, also where a temperature given beside the preset replaces that 0.

@@ -8,7 +8,8 @@ from lem.config.backend_config import BACKENDS
 from lem.config.campaign_config import CampaignConfig, CampaignGridConfig, CampaignHealthCheckConfig
 from lem.config.experiment_config import ExperimentConfig
 from lem.config.kinds import Bounds
-from lem.config.schema import REQUIRED, Declared, Section, declared, walk
+from lem.config.options import REQUIRED
+from lem.config.schema import Declared, Section, declared, walk
 from lem.errors import ConfigurationError
 
 __all__ = [

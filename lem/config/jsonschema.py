@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from lem.config.containers import ListKind
-from lem.config.schema import REQUIRED, Declared, Section, declared
+from lem.config.options import REQUIRED
+from lem.config.schema import Declared, Section, declared
 
 __all__ = ["document_schema", "section_schema"]
 

@@ -25,9 +25,7 @@ from lem.config.sources import FileProblems, Layer, Place, Source, is_secret
 from lem.errors import ConfigurationError
 
 __all__ = [
-    "ExperimentDraft",
     "Loaded",
-    "Reader",
     "complete_campaign",
     "kind_of",
     "load_campaign",

@@ -14,16 +14,16 @@ from lem.config.kinds import Bounds
 from lem.config.presets import PRESETS
 from lem.config.schema import Section
 
-__all__ = ["describe_bounds", "describe_default", "plain_word", "render_page", "render_text", "wrap"]
+__all__ = ["describe_bounds", "render_page", "render_text", "wrap"]
 
 Entry = Mapping[str, Any]
 
 WIDTH = 80
 
 
-def describe_default(entry: Entry) -> str:
+def _describe_default(entry: Entry) -> str:
     """The default as YAML writes it, or that there is none."""
-    return "required" if entry["required"] else f"default {plain_word(entry['default'])}"
+    return "required" if entry["required"] else f"default {_plain_word(entry['default'])}"
 
 
 def describe_bounds(entry: Entry) -> str:
@@ -36,13 +36,13 @@ def describe_bounds(entry: Entry) -> str:
         )
         parts.append(str(bounds))
     if entry["choices"]:
-        parts.append(" | ".join(plain_word(choice) for choice in entry["choices"]))
+        parts.append(" | ".join(_plain_word(choice) for choice in entry["choices"]))
     if entry["unit"]:
         parts.append(entry["unit"])
     return ", ".join(parts)
 
 
-def plain_word(value: Any) -> str:
+def _plain_word(value: Any) -> str:
     """A value as YAML writes it on one line."""
     if isinstance(value, str):
         return value
@@ -62,7 +62,7 @@ def render_text(params: Mapping[str, Entry]) -> str:
     """Options for a terminal of 80 columns: name and facts, then what it does."""
     blocks = []
     for name, entry in params.items():
-        facts = "; ".join(part for part in (entry["type"], describe_default(entry), describe_bounds(entry)) if part)
+        facts = "; ".join(part for part in (entry["type"], _describe_default(entry), describe_bounds(entry)) if part)
         notes = _notes(name, entry)
         text = " ".join([entry["description"], *notes])
         head = [f"{name}  {facts}"] if len(name) + len(facts) + 2 <= WIDTH else [name, *wrap(facts, "      ")]
@@ -108,7 +108,7 @@ def _table(params: Mapping[str, Entry]) -> Iterator[str]:
     yield "| option | type | default | constraint | what it does |"
     yield "|---|---|---|---|---|"
     for name, entry in params.items():
-        default = "required" if entry["required"] else f"`{plain_word(entry['default'])}`"
+        default = "required" if entry["required"] else f"`{_plain_word(entry['default'])}`"
         text = " ".join([entry["description"], *_notes(name, entry)])
         cells = (f"`{name}`", entry["type"], default, describe_bounds(entry), text)
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

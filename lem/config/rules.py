@@ -17,7 +17,7 @@ from lem.config.problems import Path, Problem, dotted, nearest
 if TYPE_CHECKING:
     from lem.config.experiment_config import DecoderConfig, ExperimentConfig, TrafficConfig
 
-__all__ = ["Gpu", "RuleFinding", "check", "errors", "parallel_degree", "parameters_by_name"]
+__all__ = ["Gpu", "RuleFinding", "check", "errors", "parameters_by_name"]
 
 # FP8 tensor cores came with Ada (8.9); flash attention 2 and TensorRT-LLM need Ampere (8.0).
 # https://developer.nvidia.com/cuda-gpus, the READMEs of flash-attention and TensorRT-LLM.
@@ -118,7 +118,7 @@ def _backend_errors(config: ExperimentConfig) -> Iterator[Problem]:
             yield Problem(
                 ("pytorch", "beam_search"), "cannot stand with streaming or traffic: beams have no token times"
             )
-    degree = parallel_degree(config)
+    degree = _parallel_degree(config)
     if config.gpus is not None and degree > max(len(config.gpus), 1):
         path = (config.backend, "tensor_parallel_size" if config.backend == "vllm" else "tp_size")
         yield Problem(path, f"{degree} GPUs are needed, {len(config.gpus)} named in gpus")
@@ -151,7 +151,7 @@ def _prompt_errors(config: ExperimentConfig) -> Iterator[Problem]:
             yield Problem(("prompts", name), f"{wanted} is above {limit_name}, {limit}")
 
 
-def parallel_degree(config: ExperimentConfig) -> int:
+def _parallel_degree(config: ExperimentConfig) -> int:
     """The GPUs that one copy of the model is spread over."""
     section = config.section
     if isinstance(section, VllmConfig):
@@ -174,7 +174,7 @@ def _warnings(config: ExperimentConfig) -> Iterator[Problem]:
     yield from _sampling_warnings(config.decoder)
     yield from _traffic_warnings(config.traffic_simulation)
     yield from _engine_warnings(config)
-    degree = parallel_degree(config)
+    degree = _parallel_degree(config)
     if degree > 1:
         yield Problem((config.backend,), f"needs {degree} GPUs")
     dataset = config.dataset
@@ -246,7 +246,7 @@ def _gpu_warnings(config: ExperimentConfig, gpus: Sequence[Gpu], model_parameter
     used = _used_gpus(config, gpus)
     if not used:
         return
-    degree = parallel_degree(config)
+    degree = _parallel_degree(config)
     if degree > len(gpus):
         yield Problem((config.backend,), f"needs {degree} GPUs, this host has {len(gpus)}")
     for path, needed, what in _capabilities_needed(config):
@@ -260,7 +260,7 @@ def _gpu_warnings(config: ExperimentConfig, gpus: Sequence[Gpu], model_parameter
 
 def _used_gpus(config: ExperimentConfig, gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
     if config.gpus is None:
-        return tuple(gpus[: parallel_degree(config)])
+        return tuple(gpus[: _parallel_degree(config)])
     return tuple(gpu for gpu in gpus if any(_names(name, gpu) for name in config.gpus))
 
 

@@ -20,21 +20,15 @@ from typing import Any, ClassVar, TypeVar
 from lem.config.containers import AnyKind, Items, ListKind, MapKind, NullableKind
 from lem.config.kinds import INVALID, BoolKind, ChoiceKind, FloatKind, IntKind, Kind, TextKind
 from lem.config.options import REQUIRED, UNSET, Option, option, option_of
-from lem.config.problems import ConfigProblems, Path, Problem, Sink, describe, dotted, nearest
+from lem.config.problems import Path, Problem, Sink, describe, dotted, nearest
 
 __all__ = [
-    "REQUIRED",
-    "ConfigProblems",
     "Declared",
-    "Items",
-    "Option",
-    "Problem",
     "Section",
     "SectionKind",
     "VariantKind",
     "check_partial",
     "declared",
-    "dotted",
     "find_option",
     "option",
     "walk",

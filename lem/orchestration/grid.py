@@ -9,11 +9,12 @@ from typing import Any
 
 from lem.config.backend_config import BACKENDS
 from lem.config.campaign_config import CampaignGridConfig
+from lem.config.containers import Items
 from lem.config.experiment_config import ExperimentConfig
 from lem.config.merging import canonical, put
 from lem.config.problems import ConfigProblems, Problem
 from lem.config.rules import Gpu, RuleFinding, check
-from lem.config.schema import Items, Section, declared, find_option
+from lem.config.schema import Section, declared, find_option
 from lem.orchestration.naming import name_configurations
 
 __all__ = [

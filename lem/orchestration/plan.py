@@ -9,8 +9,8 @@ from typing import Any
 
 from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig
 from lem.config.defaults import with_campaign_defaults
+from lem.config.drafts import ExperimentDraft
 from lem.config.experiment_config import ExperimentConfig
-from lem.config.loading import ExperimentDraft
 from lem.config.merging import canonical
 from lem.config.problems import Problem
 from lem.config.rules import Gpu

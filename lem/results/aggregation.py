@@ -13,20 +13,17 @@ from typing import Any
 from lem.record import Record
 from lem.record_codec import RecordError, decode_record
 from lem.results.bootstrap import BootstrapResult, bootstrap_ci, check_confidence
-from lem.results.cycles import Cycles, by_cycle, cycle_values, distinct, share_a_load, used_cycles, used_records
+from lem.results.cycles import Cycles, by_cycle, cycle_values, distinct, share_a_load, used_cycles
 from lem.results.metrics import METRICS, Metric
 from lem.results.statistics import LogTInterval, bootstrap_coverage_label, log_t_interval
 
 __all__ = [
-    "METRICS",
     "SHARED_LOAD",
     "AllAttempts",
     "ConfigAggregate",
-    "Metric",
     "MetricEstimate",
     "aggregate_campaign_results",
     "aggregate_config",
-    "used_records",
 ]
 
 # Simulated: with 1 % between loads and 0.5 % between runs, a 95 % t interval over cycles that share one load covers

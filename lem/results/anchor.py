@@ -29,10 +29,10 @@ from lem.results.effect import Effect, anchored_effect
 from lem.results.gate import Gate
 from lem.results.metrics import Metric
 
-__all__ = ["ANCHOR_TOLERANCE", "compare_runs"]
+__all__ = ["compare_runs"]
 
 # Between days an unchanged configuration moves by about 1 %; what moves it by more is no day.
-ANCHOR_TOLERANCE = 0.05
+_TOLERANCE = 0.05
 
 _OWN_ANCHOR = "it is the only configuration that both runs measured unchanged, and no anchor for itself"
 _NO_ANCHOR = (
@@ -47,7 +47,7 @@ def compare_runs(
     *,
     chosen: tuple[Subject, Subject] | None = None,
     anchor: str = "",
-    tolerance: float = ANCHOR_TOLERANCE,
+    tolerance: float = _TOLERANCE,
     metrics: Sequence[Metric] = (),
     gates: Sequence[Gate] = (),
     confidence: float = 0.95,

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["BootstrapResult", "bootstrap_ci", "compute_metric_ci"]
+__all__ = ["BootstrapResult", "bootstrap_ci", "check_confidence", "compute_metric_ci"]
 
 
 @dataclass(frozen=True)

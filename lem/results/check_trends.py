@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from lem.record import Record
+from lem.record import Record, ResultKey
 from lem.results.compare import RunResults, Subject, find_effect
 from lem.results.drift import Drift, Observation, change_of, drift_of
 from lem.results.findings import Finding, Found, percent
@@ -140,7 +140,7 @@ def _cycles(run: RunResults) -> Found:
         yield Finding(
             "wide_interval",
             True,
-            f"the interval of {_lowered(metric)} is up to ±{percent(max(wide.values()))} wide",
+            f"the interval of {metric.lower_label} is up to ±{percent(max(wide.values()))} wide",
             "add cycles: lem campaign … --resume --until ci=2%; or find what makes cycles differ",
             tuple(wide),
         )
@@ -165,7 +165,7 @@ def _open_pair(metric: Metric, lower: Subject, upper: Subject) -> Finding | None
     further, n_cycles = cycles_to_settle(effect, 0.0), min(effect.n_cycles)
     low, high = (f"{100 * (bound - 1):+.2g}" for bound in interval)
     text = (
-        f"{upper.name} has {percent(effect.ratio - 1)} more {_lowered(metric)} than {lower.name} "
+        f"{upper.name} has {percent(effect.ratio - 1)} more {metric.lower_label} than {lower.name} "
         f"(95 % {low} to {high} %), which {n_cycles} cycles cannot tell from none"
     )
     both = (lower.name, upper.name)
@@ -185,7 +185,7 @@ def _observations(run: RunResults, metric: Metric) -> list[Observation]:
     ]
 
 
-def _places(records: Sequence[Record]) -> dict[tuple[str, str, str, int, int], int]:
+def _places(records: Sequence[Record]) -> dict[ResultKey, int]:
     """The place of each experiment within its cycle, from 0."""
     by_cycle: dict[int, list[Record]] = {}
     for record in records:
@@ -249,7 +249,3 @@ def _interval(drift: Drift) -> str:
     if drift.ci_lower is None or drift.ci_upper is None:
         return ""
     return f" (95 % {100 * drift.ci_lower:+.2g} to {100 * drift.ci_upper:+.2g} %)"
-
-
-def _lowered(metric: Metric) -> str:
-    return metric.label[0].lower() + metric.label[1:]

@@ -15,7 +15,7 @@ from lem.results.metrics import Metric
 from lem.results.precision import UNACCOUNTED
 from lem.results.settings import differing_settings, shared_settings
 
-__all__ = ["Content", "Table", "content_of", "headline", "run_label"]
+__all__ = ["Content", "Table", "content_of", "headline"]
 
 _NONE = "–"
 _ESTIMATE = "tdp_estimate"
@@ -91,7 +91,7 @@ def headline(comparison: Comparison) -> str:
     return _sentence_of_many(comparison, lead, rows)
 
 
-def run_label(comparison: Comparison, run: RunResults) -> str:
+def _run_label(comparison: Comparison, run: RunResults) -> str:
     """What a run is called beside the other one: by its campaign where that tells them apart."""
     names = {item.campaign_name for item in comparison.runs}
     return run.campaign_name if len(names) == len(comparison.runs) else run.run_id
@@ -102,7 +102,7 @@ def _sentence(comparison: Comparison, pair: Pair, row: Row) -> str:
     over = f", over the anchor {comparison.anchor.name}" if comparison.anchor and comparison.anchor.name else ""
     if row.p_adjusted is not None and not row.is_found:
         measured = f"{_times(comparison, row)}{_interval_words(comparison, row)}"
-        label = _lowered(row.metric.label)
+        label = row.metric.lower_label
         return f"No difference in {label} between {other} and {baseline} was found: {measured}{over}."
     relation = row.metric.relation.format(_times(comparison, row))
     text = f"{other} {relation} {baseline}{_interval_words(comparison, row)}{over}"
@@ -112,7 +112,7 @@ def _sentence(comparison: Comparison, pair: Pair, row: Row) -> str:
 
 
 def _sentence_of_many(comparison: Comparison, metric: Metric, rows: Sequence[tuple[Pair, Row]]) -> str:
-    label = _lowered(metric.label)
+    label = metric.lower_label
     sides: dict[str, list[tuple[Pair, Row]]] = {
         "better": [],
         "worse": [],
@@ -290,7 +290,7 @@ def _labelled_subjects(comparison: Comparison) -> list[tuple[str, Subject]]:
 def _labels(comparison: Comparison, pair: Pair) -> tuple[str, str]:
     if comparison.anchor is None:
         return pair.baseline.name, pair.other.name
-    before, after = (run_label(comparison, run) for run in comparison.runs)
+    before, after = (_run_label(comparison, run) for run in comparison.runs)
     return f"{pair.baseline.name} in {before}", f"{pair.other.name} in {after}"
 
 
@@ -327,7 +327,7 @@ def _reasons(comparison: Comparison) -> Iterable[str]:
                 names.setdefault(key, {})[pair.other.name] = None
                 metrics.setdefault(key, {})[row.metric] = None
     for key, found in metrics.items():
-        labels = ", ".join(_lowered(metric.label) for metric in found) if len(found) < len(comparison.metrics) else ""
+        labels = ", ".join(metric.lower_label for metric in found) if len(found) < len(comparison.metrics) else ""
         what, reason = key
         about = f" in {labels}" if labels else ""
         yield f"{what}{about}{_of(comparison, list(names[key]))}: {reason}"
@@ -381,7 +381,7 @@ def _notes(comparison: Comparison) -> Iterable[str]:
         yield "Energy: board sensors carry ±5 % per card, which divides out on one card."
     for run in comparison.runs:
         if run.stopping is not None:
-            of = f" in {run_label(comparison, run)}" if len(comparison.runs) > 1 else ""
+            of = f" in {_run_label(comparison, run)}" if len(comparison.runs) > 1 else ""
             yield f"Cycles were added{of} {run.stopping.describe()}: {UNACCOUNTED}."
     yield from comparison.missing
 
@@ -390,7 +390,7 @@ def _anchor_notes(comparison: Comparison) -> Iterable[str]:
     anchor = comparison.anchor
     if anchor is None or not anchor.name:
         return
-    labels = {metric.name: _lowered(metric.label) for metric in comparison.metrics}
+    labels = {metric.name: metric.lower_label for metric in comparison.metrics}
     moved = ", ".join(f"{ratio:.3f} × in {labels[name]}" for name, ratio in anchor.ratios.items())
     yield f"anchor: {anchor.name}, itself {moved}; more than {100 * anchor.tolerance:g} % would allow no verdict."
 
@@ -425,7 +425,3 @@ def _percent(gate: Gate) -> str:
 
 def _comparisons(count: int) -> str:
     return "the one comparison" if count == 1 else f"the {count} comparisons"
-
-
-def _lowered(label: str) -> str:
-    return label if label[:2].isupper() else label[0].lower() + label[1:]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from lem.record import Record
+from lem.record import Record, ResultKey
 from lem.results.metrics import Metric
 
 __all__ = ["Cycle", "Cycles", "by_cycle", "cycle_values", "distinct", "share_a_load", "used_cycles", "used_records"]
@@ -31,7 +31,7 @@ def used_cycles(attempts: Cycles) -> Cycles:
 
 def distinct(records: Iterable[Record]) -> tuple[Record, ...]:
     """The records without identical duplicates, as two copies of one folder bring them."""
-    kept: dict[tuple[str, str, str, int, int], list[Record]] = {}
+    kept: dict[ResultKey, list[Record]] = {}
     for record in records:
         same = kept.setdefault(record.identity.key, [])
         if record not in same:

@@ -18,7 +18,7 @@ from typing import Any
 
 from lem.config.problems import did_you_mean
 from lem.errors import UserError
-from lem.record import Distribution, Gpu, Record
+from lem.record import Distribution, Gpu, Record, ResultKey
 from lem.results.cycles import used_records
 from lem.results.layout import printable
 
@@ -85,7 +85,7 @@ def make_table(results: Iterable[Exported], *, is_every_attempt: bool = False) -
     known = sorted(results, key=_place)
     used = _used_keys(item.record for item in known)
     chosen = known if is_every_attempt else _one_an_experiment(known, used)
-    cells = [dict(_cells(item, is_used=_key(item.record) in used)) for item in chosen]
+    cells = [dict(_cells(item, is_used=item.record.identity.key in used)) for item in chosen]
     columns = _ordered_columns(cells)
     rows, reasons = [], []
     for row in cells:
@@ -129,12 +129,7 @@ def render(table: Table, form: str) -> str:
     return renderers[form](table)
 
 
-_Key = tuple[str, str, str, int, int]
 _Cell = tuple[str, tuple[Any, str]]
-
-
-def _key(record: Record) -> _Key:
-    return record.identity.key
 
 
 def _place(item: Exported) -> tuple[Any, ...]:
@@ -151,21 +146,21 @@ def _place(item: Exported) -> tuple[Any, ...]:
     )
 
 
-def _used_keys(records: Iterable[Record]) -> set[_Key]:
+def _used_keys(records: Iterable[Record]) -> set[ResultKey]:
     """The results that estimates stand on."""
     by_name: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
         identity = record.identity
         by_name.setdefault((identity.run_id, identity.host, identity.config_name), []).append(record)
-    return {_key(record) for members in by_name.values() for record in used_records(members)}
+    return {record.identity.key for members in by_name.values() for record in used_records(members)}
 
 
-def _one_an_experiment(results: Sequence[Exported], used: set[_Key]) -> list[Exported]:
+def _one_an_experiment(results: Sequence[Exported], used: set[ResultKey]) -> list[Exported]:
     chosen: dict[tuple[str, str, str, int], Exported] = {}
     for item in results:
-        key = _key(item.record)
+        key = item.record.identity.key
         before = chosen.get(key[:4])
-        if before is None or _key(before.record) not in used:
+        if before is None or before.record.identity.key not in used:
             chosen[key[:4]] = item
     return list(chosen.values())
 

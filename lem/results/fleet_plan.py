@@ -19,7 +19,6 @@ from lem.results.attempt import is_name
 
 __all__ = [
     "REPLICATE",
-    "SCHEMA_VERSION",
     "SHARD",
     "FleetPlan",
     "HostPart",

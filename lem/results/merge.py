@@ -18,7 +18,7 @@ from pathlib import Path
 from lem import durable
 from lem.durable import make_folder, reason_of, remedy_for
 from lem.errors import UserError
-from lem.record import Record
+from lem.record import Record, ResultKey
 from lem.results.fleet_plan import FleetPlan
 from lem.results.precision import read_stopping_rule, write_stopping_rule
 from lem.results.repository import Problem, Repository, StoredResult, experiment_folder_name, list_campaigns
@@ -30,8 +30,6 @@ _METRICS: tuple[tuple[str, str, Callable[[Record], float | None]], ...] = (
     ("energy_per_output_tok_j", "J/tok", lambda record: record.efficiency.energy_per_output_tok_j),
     ("output_tok_per_s", "tok/s", lambda record: record.throughput.output_tok_per_s),
 )
-
-Key = tuple[str, str, str, int, int]
 
 
 @dataclass(frozen=True)
@@ -66,8 +64,8 @@ def gather(folders: Sequence[Path], *, campaign: str | None = None, plan: FleetP
     """
     results_dirs = [_results_dir(folder) for folder in folders]
     slug = campaign or _only_campaign(results_dirs)
-    found: dict[Key, StoredResult] = {}
-    digests: dict[Key, str] = {}
+    found: dict[ResultKey, StoredResult] = {}
+    digests: dict[ResultKey, str] = {}
     conflicts: list[str] = []
     problems: list[Problem] = []
     duplicates, foreign = 0, set()

@@ -36,6 +36,11 @@ class Metric:
     label: str = ""
     relation: str = ""
 
+    @property
+    def lower_label(self) -> str:
+        """The label within a sentence; an abbreviation keeps its capitals."""
+        return _lowered(self.label)
+
     def read(self, record: Record) -> tuple[float | None, str]:
         """The value in a record, and the reason where it is None."""
         holder = getattr(record, self.section)

@@ -13,8 +13,9 @@ from typing import Any
 from lem import durable
 from lem.durable import make_folder, reason_of
 from lem.record import Record
-from lem.results.aggregation import METRICS, SHARED_LOAD, aggregate_config
+from lem.results.aggregation import SHARED_LOAD, aggregate_config
 from lem.results.attempt import stopping_campaign
+from lem.results.metrics import METRICS
 from lem.results.statistics import LogTInterval
 
 __all__ = [

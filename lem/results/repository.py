@@ -15,9 +15,10 @@ import dataclasses
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lem import durable
 from lem.durable import make_folder, reason_of, remedy_for
@@ -39,6 +40,9 @@ __all__ = [
     "Repository",
     "Scan",
     "StoredResult",
+    "config_beside",
+    "configuration_of",
+    "configured_name",
     "count_failed",
     "experiment_folder_name",
     "list_campaigns",
@@ -222,30 +226,35 @@ def _named_by_host(item: StoredResult) -> StoredResult:
 def count_failed(scan: Scan) -> dict[str, int]:
     """Per configuration name, how many experiments have attempts and no whole result."""
     whole = {(item.record.identity.run_id, item.record.identity.experiment_id) for item in scan.results}
-    names = {_configuration_of(item.record.identity.experiment_id): item.record.identity for item in scan.results}
+    names = {configuration_of(item.record.identity.experiment_id): item.record.identity for item in scan.results}
     failed: dict[tuple[str, str], str] = {}
     for problem in scan.problems:
         key = (problem.run_id, problem.exp_id)
         if problem.exp_id and key not in whole and key not in failed:
-            known = names.get(_configuration_of(problem.exp_id))
-            named = known.config_name if known else _configured_name(problem)
-            failed[key] = named or _configuration_of(problem.exp_id)
+            known = names.get(configuration_of(problem.exp_id))
+            named = known.config_name if known else configured_name(config_beside(problem))
+            failed[key] = named or configuration_of(problem.exp_id)
     return dict(collections.Counter(failed.values()))
 
 
-def _configuration_of(exp_id: str) -> str:
+def configuration_of(exp_id: str) -> str:
     """The part of an experiment's name that all its cycles share."""
     return exp_id.rpartition("-c")[0] or exp_id
 
 
-def _configured_name(problem: Problem) -> str | None:
-    """The name in the `config.json` beside a missing result; None where there is none to be read."""
+def config_beside(problem: Problem) -> Mapping[str, Any]:
+    """What `config.json` beside a missing result holds; empty where there is none to be read."""
     folder = problem.path if problem.path.is_dir() else problem.path.parent
     try:
         document = durable.read_json(folder / CONFIG_FILE)
     except (OSError, ValueError):
-        return None
-    resolved = document.get("resolved") if isinstance(document, dict) else None
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def configured_name(config: Mapping[str, Any]) -> str | None:
+    """The name of the configuration in a `config.json`; None where it has none."""
+    resolved = config.get("resolved")
     name = resolved.get("config_name") if isinstance(resolved, dict) else None
     return name if isinstance(name, str) else None
 

@@ -135,9 +135,9 @@ def student_t_cdf(t: float, df: float) -> float:
     square = t * t
     # x and 1 - x each by its own formula: for small t, 1 - x would lose every digit.
     if square <= df:
-        centre = 0.5 * _beta(0.5, df / 2, square / (df + square), df / (df + square))
+        centre = 0.5 * regularized_incomplete_beta(0.5, df / 2, square / (df + square), df / (df + square))
         return 0.5 + centre if t > 0 else 0.5 - centre
-    tail = 0.5 * _beta(df / 2, 0.5, df / (df + square), square / (df + square))
+    tail = 0.5 * regularized_incomplete_beta(df / 2, 0.5, df / (df + square), square / (df + square))
     return 1 - tail if t > 0 else tail
 
 
@@ -165,21 +165,8 @@ def student_t_quantile(probability: float, df: float) -> float:
     return high if probability < 0.5 else -high
 
 
-def regularized_incomplete_beta(a: float, b: float, x: float) -> float:
-    """I_x(a, b), which rises from 0 at x = 0 to 1 at x = 1.
-
-    Raises:
-        ValueError: x outside [0, 1], or a parameter that is not positive.
-    """
-    if a <= 0 or b <= 0:
-        raise ValueError(f"parameters {a} and {b}; both must be positive")
-    if not 0 <= x <= 1:
-        raise ValueError(f"{x} is outside 0 to 1")
-    return _beta(a, b, x, 1 - x)
-
-
-def _beta(a: float, b: float, x: float, complement: float) -> float:
-    """I_x(a, b) with 1 - x given beside x."""
+def regularized_incomplete_beta(a: float, b: float, x: float, complement: float) -> float:
+    """I_x(a, b), which rises from 0 at x = 0 to 1 at x = 1; `complement` is 1 - x with all its digits."""
     if x == 0 or complement == 0:
         return 0.0 if x == 0 else 1.0
     # The fraction converges fast below the mean of the distribution; above it use I_x(a, b) = 1 - I_{1-x}(b, a).

@@ -12,6 +12,7 @@ from lem.results.layout import Column, NameShortener, columns, paint, printable,
 from lem.results.precision import UNACCOUNTED
 from lem.results.statistics import bootstrap_coverage_label
 from lem.results.summary import SINGLE_CYCLE, CampaignSummary
+from lem.units import plural
 
 __all__ = ["render_summary"]
 
@@ -72,11 +73,11 @@ class _Table:
         summary = self._summary
         runs = f"run {summary.run_ids[0]}" if len(summary.run_ids) == 1 else f"{len(summary.run_ids)} runs"
         cycles = {item.n_cycles for item in self._configurations}
-        most = _plural(max(cycles), "cycle") if max(cycles) else "no valid result"
+        most = plural(max(cycles), "cycle") if max(cycles) else "no valid result"
         title = [
             summary.campaign_name,
             runs if summary.run_ids else "",
-            _plural(len(self._configurations), "configuration"),
+            plural(len(self._configurations), "configuration"),
             most if len(cycles) == 1 else f"up to {most}",
         ]
         lines = [self._paint(line, "bold") for line in wrapped(_listed(title), self._width)]
@@ -179,7 +180,7 @@ class _Table:
         lines: list[str] = []
         for attribute, lead, style in (("invalid_reasons", "invalid: ", "red"), ("warnings", "warning: ", "yellow")):
             for alike in self._alike(attribute):
-                total = _plural(sum(item.n_results for item in alike.members), "result")
+                total = plural(sum(item.n_results for item in alike.members), "result")
                 where = f"{alike.n_results} of {total}{self._of(alike.members, 'of')}"
                 text = f"{alike.text} ({where}{'; numbers differ' if alike.is_varied else ''})"
                 lines += self._labelled(lead, text, style)
@@ -295,12 +296,8 @@ def _coverage(sizes: Sequence[int], confidence: float) -> str:
     labels = {size: bootstrap_coverage_label(size, confidence) for size in sizes}
     if None in labels.values():
         return "it truly covers less"
-    said = ", ".join(f"{label} with {_plural(size, 'cycle')}" for size, label in labels.items())
+    said = ", ".join(f"{label} with {plural(size, 'cycle')}" for size, label in labels.items())
     return f"it truly covers {said}"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _listed(parts: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import pairwise
 
-from lem.record import Record
+from lem.record import Record, ResultKey
 
 __all__ = ["EarlierTimes", "earlier_times"]
 
@@ -44,7 +44,7 @@ def earlier_times(records: Iterable[Record]) -> EarlierTimes:
     loads: dict[str, list[float]] = {}
     for record in known:
         digest = record.identity.config_hash
-        around_s = around.get(_place(record), usual_s)
+        around_s = around.get(record.identity.key, usual_s)
         measured.setdefault(digest, []).append(_inner_s(record) + around_s)
         if record.window.load_s is not None:
             loads.setdefault(digest, []).append(record.window.load_s)
@@ -56,10 +56,7 @@ def earlier_times(records: Iterable[Record]) -> EarlierTimes:
     )
 
 
-_Place = tuple[str, str, str, int, int]
-
-
-def _around(records: Sequence[Record]) -> dict[_Place, float]:
+def _around(records: Sequence[Record]) -> dict[ResultKey, float]:
     """What each experiment took beside load, warm-up and window, where another followed it at once."""
     runs: dict[tuple[str, str], list[Record]] = {}
     for record in records:
@@ -72,7 +69,7 @@ def _around(records: Sequence[Record]) -> dict[_Place, float]:
                 continue
             around_s = whole_s - (following.window.gap_s or 0.0) - (record.window.load_s or 0.0) - _inner_s(record)
             if 0 <= around_s <= _PAUSE_S:
-                found[_place(record)] = around_s
+                found[record.identity.key] = around_s
     return found
 
 
@@ -88,7 +85,3 @@ def _seconds_between(record: Record, following: Record) -> float | None:
     except ValueError:
         return None
     return (end - start) / timedelta(seconds=1) if (start.tzinfo is None) == (end.tzinfo is None) else None
-
-
-def _place(record: Record) -> _Place:
-    return record.identity.key

@@ -9,19 +9,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lem.record import Record
-from lem.results.aggregation import METRICS, ConfigAggregate, Metric, used_records
+from lem.results.aggregation import ConfigAggregate
 from lem.results.check import check_run
+from lem.results.cycles import used_records
 from lem.results.findings import Finding
 from lem.results.layout import printable, text_width
+from lem.results.metrics import METRICS, Metric
 from lem.results.precision import StoppingRule
 from lem.results.report.drawing import GROUPS_MAX
 from lem.results.report.trace import Trace
 from lem.results.repository import Problem
 from lem.results.summary import CampaignSummary, summarise
 
-__all__ = ["ESTIMATE", "Entry", "FailedSettings", "Report", "TraceNote", "compose", "flat_settings"]
+__all__ = ["Entry", "FailedSettings", "Report", "TraceNote", "compose", "flat_settings"]
 
-ESTIMATE = "tdp_estimate"
+_ESTIMATE = "tdp_estimate"
 _BY_NAME = {metric.name: metric for metric in METRICS}
 _LABEL_WIDTH = 32
 # Names stand in every table: with many configurations they are most of the page.
@@ -77,7 +79,7 @@ class Entry:
     @property
     def is_estimate(self) -> bool:
         """Whether its energy was not measured but worked out from the design power of the CPU."""
-        return ESTIMATE in self.aggregate.energy_sources
+        return _ESTIMATE in self.aggregate.energy_sources
 
     @property
     def has_energy(self) -> bool:

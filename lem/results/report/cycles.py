@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lem.results.aggregation import METRICS, Metric
+from lem.results.metrics import METRICS, Metric
 from lem.results.report.content import Entry, Report
 from lem.results.report.drawing import (
     circle_path,

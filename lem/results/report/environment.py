@@ -9,8 +9,9 @@ from typing import Any
 from lem import units
 from lem.record import Environment, Record
 from lem.results.report.content import Report
-from lem.results.report.figures import NOT_MEASURED, plural
+from lem.results.report.figures import NOT_MEASURED
 from lem.results.report.markup import Cell, Markup, details, join, scroller, table, tag
+from lem.units import plural
 
 __all__ = ["environment_section", "methods_section"]
 

@@ -17,9 +17,7 @@ __all__ = [
     "four_digits",
     "interval_cells",
     "latency_cell",
-    "number",
     "number_cell",
-    "plural",
     "signed_percent",
 ]
 
@@ -27,12 +25,7 @@ NOT_MEASURED = "not measured"
 _SIGNIFICANT = 4
 
 
-def plural(count: int, noun: str) -> str:
-    """`1 cycle`, `5 cycles`."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def number(value: float, decimals: int | None) -> str:
+def _number(value: float, decimals: int | None) -> str:
     """The value with so many decimals; with four significant digits where that is None."""
     return units.format_quantity(value) if decimals is None else f"{value:.{decimals}f}"
 
@@ -68,7 +61,7 @@ def count_cell(count: int) -> Cell:
 
 def number_cell(value: float | None, decimals: int | None = None, reason: str | None = None) -> Cell:
     """A number, or that it was not measured."""
-    return absent(reason) if value is None else Cell(number(value, decimals), value, is_number=True)
+    return absent(reason) if value is None else Cell(_number(value, decimals), value, is_number=True)
 
 
 def latency_cell(value_s: float | None, reason: str | None = None) -> Cell:
@@ -82,7 +75,7 @@ def interval_cells(estimate: MetricEstimate, decimals: int | None, *, is_estimat
     every = estimate.all_attempts
     notes: list[Markup] = []
     if every is not None and every.geometric_mean is not None:
-        notes.append(tag("small", f"all attempts {number(every.geometric_mean, decimals)}"))
+        notes.append(tag("small", f"all attempts {_number(every.geometric_mean, decimals)}"))
     if t_log is None or bootstrap is None or t_log.geometric_mean is None:
         reason = estimate.null_reason or (t_log.warning if t_log else None)
         said = "no geometric mean" if estimate.values else NOT_MEASURED  # a zero was measured
@@ -90,7 +83,7 @@ def interval_cells(estimate: MetricEstimate, decimals: int | None, *, is_estimat
         return (Cell(join([lacking, *notes]), None, is_number=True), Cell("", None, is_number=True))
     if is_estimate:
         notes.insert(0, tag("small", "estimate", class_="tag estimate"))
-    shown = join([number(t_log.geometric_mean, decimals), *notes])
+    shown = join([_number(t_log.geometric_mean, decimals), *notes])
     if t_log.ci_lower is None and bootstrap.ci_lower is None:
         why = None if t_log.n_samples == 1 else t_log.warning or bootstrap.warning
         none = tag("span", "no interval", class_="absent", title=why)
@@ -108,6 +101,6 @@ def _interval(low: float | None, high: float | None, decimals: int | None) -> st
     if low is None or high is None:
         return "none"
     more = decimals
-    while more is not None and low < high and number(low, more) == number(high, more) and more < 9:
+    while more is not None and low < high and _number(low, more) == _number(high, more) and more < 9:
         more += 1
-    return f"{number(low, more)} – {number(high, more)}"
+    return f"{_number(low, more)} – {_number(high, more)}"

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from lem import units
 from lem.results.report.content import Entry, Report
 from lem.results.report.drawing import figure, no_figure, plot, text
-from lem.results.report.figures import plural
 from lem.results.report.markup import Cell, Markup, table, tag
 from lem.results.report.scales import fitting_scale
+from lem.units import plural
 
 __all__ = ["heatmap_section"]
 

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from lem import durable
 from lem.record import Record
-from lem.results.attempt import CONFIG_FILE
 from lem.results.report.content import Entry, FailedSettings, flat_settings
-from lem.results.repository import Problem, Scan, StoredResult
+from lem.results.repository import Problem, Scan, StoredResult, config_beside, configuration_of, configured_name
 
-__all__ = ["TRACES_SHOWN", "failed_settings", "select_traced"]
+__all__ = ["failed_settings", "select_traced"]
 
-TRACES_SHOWN = 12
+_TRACES_SHOWN = 12
 _FAULTY_FIRST = 4
 
 
 def failed_settings(scan: Scan) -> tuple[FailedSettings, ...]:
     """The settings of configurations without any whole result, from the `config.json` beside what is missing."""
-    known = {_configuration(item.record.identity.experiment_id) for item in scan.results}
+    known = {configuration_of(item.record.identity.experiment_id) for item in scan.results}
     found: dict[str, FailedSettings] = {}
     for problem in scan.problems:
-        key = _configuration(problem.exp_id)
+        key = configuration_of(problem.exp_id)
         if not problem.exp_id or key in known or key in found:
             continue
         settings = _read_settings(problem, key)
@@ -32,7 +29,7 @@ def failed_settings(scan: Scan) -> tuple[FailedSettings, ...]:
 
 
 def select_traced(
-    entries: Sequence[Entry], results: Sequence[StoredResult], limit: int = TRACES_SHOWN
+    entries: Sequence[Entry], results: Sequence[StoredResult], limit: int = _TRACES_SHOWN
 ) -> tuple[StoredResult, ...]:
     """The results whose power over time is drawn: some that were invalid or throttled, then one a configuration.
 
@@ -55,19 +52,9 @@ def _is_throttled(record: Record) -> bool:
     return any(gpu.throttle_thermal_s for gpu in record.gpus)
 
 
-def _configuration(exp_id: str) -> str:
-    """The part of an experiment's name that all its cycles share."""
-    return exp_id.rpartition("-c")[0] or exp_id
-
-
 def _read_settings(problem: Problem, key: str) -> FailedSettings | None:
-    folder: Path = problem.path if problem.path.is_dir() else problem.path.parent
-    try:
-        document = durable.read_json(folder / CONFIG_FILE)
-    except (OSError, ValueError):
+    config = config_beside(problem)
+    requested = config.get("requested")
+    if not isinstance(requested, dict):
         return None
-    if not isinstance(document, dict) or not isinstance(document.get("requested"), dict):
-        return None
-    resolved = document.get("resolved")
-    name = resolved.get("config_name") if isinstance(resolved, dict) else None
-    return FailedSettings(name if isinstance(name, str) else key, flat_settings(document["requested"]))
+    return FailedSettings(configured_name(config) or key, flat_settings(requested))

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lem.record import Record
-from lem.results.aggregation import METRICS, Metric
 from lem.results.drift import DRIFT_FLAGGED, Drift, Observation, change_of, drift_of, relative_to_own_mean
+from lem.results.metrics import METRICS, Metric
 from lem.results.report.content import Report
 from lem.results.report.drawing import circle_path, figure, horizontal_axis, no_figure, plot, vertical_axis
-from lem.results.report.figures import count_cell, number_cell, plural, signed_percent
+from lem.results.report.figures import count_cell, number_cell, signed_percent
 from lem.results.report.markup import Cell, Markup, join, number_text, table, tag
 from lem.results.report.scales import Scale
+from lem.units import plural
 
 __all__ = ["order_section"]
 

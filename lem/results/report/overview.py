@@ -9,11 +9,12 @@ from pathlib import PurePath
 from lem.results.aggregation import MetricEstimate
 from lem.results.precision import UNACCOUNTED
 from lem.results.report.content import Entry, Report
-from lem.results.report.figures import count_cell, decimals_of, interval_cells, latency_cell, plural
+from lem.results.report.figures import count_cell, decimals_of, interval_cells, latency_cell
 from lem.results.report.markup import Cell, Markup, breakable, details, join, scroller, table, tag
 from lem.results.report.more_figures import more_figures
 from lem.results.report.verdict import Verdict, verdict_of
 from lem.results.statistics import bootstrap_coverage_label
+from lem.units import plural
 
 __all__ = ["results_section", "validity_section"]
 

@@ -11,7 +11,6 @@ from lem import __version__
 from lem.results.report.content import Report
 from lem.results.report.cycles import cycles_section
 from lem.results.report.environment import environment_section, methods_section
-from lem.results.report.figures import plural
 from lem.results.report.heatmap import heatmap_section
 from lem.results.report.latency import latency_section
 from lem.results.report.markup import Markup, tag
@@ -19,6 +18,7 @@ from lem.results.report.order import order_section
 from lem.results.report.overview import results_section, validity_section
 from lem.results.report.pareto import pareto_section
 from lem.results.report.traces import traces_section
+from lem.units import plural
 
 __all__ = ["render_report"]
 

@@ -18,9 +18,10 @@ from lem.results.report.drawing import (
     text,
     vertical_axis,
 )
-from lem.results.report.figures import count_cell, number_cell, plural
+from lem.results.report.figures import count_cell, number_cell
 from lem.results.report.markup import Cell, Markup, join, number_text, table, tag
 from lem.results.report.scales import Scale, fitting_scale
+from lem.units import plural
 
 __all__ = ["pareto_section"]
 

@@ -18,10 +18,11 @@ from lem.results.report.drawing import (
     text,
     vertical_axis,
 )
-from lem.results.report.figures import NOT_MEASURED, plural
+from lem.results.report.figures import NOT_MEASURED
 from lem.results.report.markup import Cell, Markup, details, join, number_text, table, tag
 from lem.results.report.scales import Scale, fitting_scale
 from lem.results.report.trace import POWER, TEMPERATURE, Band, Series, Trace
+from lem.units import plural
 
 __all__ = ["traces_section"]
 

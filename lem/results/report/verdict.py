@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lem.results.aggregation import Metric
 from lem.results.compare import Row, RunResults, Subject, compare_configurations
 from lem.results.cycles import by_cycle, distinct, used_cycles
 from lem.results.effect import Effect
+from lem.results.metrics import Metric
 from lem.results.report.content import Entry, Report
-from lem.results.report.figures import four_digits, plural
+from lem.results.report.figures import four_digits
+from lem.units import plural
 
 __all__ = ["Verdict", "verdict_of"]
 

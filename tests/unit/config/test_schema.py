@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 import pytest
 
+from lem.config.containers import Items
 from lem.config.problems import ConfigProblems, Problem
-from lem.config.schema import Items, Section, check_partial, declared, find_option, option, walk
+from lem.config.schema import Section, check_partial, declared, find_option, option, walk
 from lem.errors import ConfigurationError, ExitCode, exit_code_of
 
 
