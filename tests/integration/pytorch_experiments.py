@@ -1,21 +1,18 @@
-"""Experiments on the tiny model, and the requests they answer, for the tests of the pytorch backend."""
+"""Experiments on the tiny model, and their requests, for the tests of the pytorch backend."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lem.backends.protocol import Completion, TokenRequest
+from lem.backends.protocol import TokenRequest
 from lem.backends.pytorch import PyTorchBackend
 from lem.config.experiment_config import ExperimentConfig
-
-GREEDY = {"preset": "deterministic"}
-SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-LENGTHS = (9, 3, 14, 1, 6)
+from tests.integration.engine_answers import GREEDY, LENGTHS
 
 
 def experiment(model: Path, /, **options: Any) -> ExperimentConfig:
@@ -48,23 +45,6 @@ def loaded(config: ExperimentConfig) -> Iterator[PyTorchBackend]:
         yield backend
     finally:
         backend.unload()
-
-
-def answers(
-    backend: PyTorchBackend, requests: Sequence[TokenRequest], *, observe_tokens: bool = False
-) -> list[Completion]:
-    """The completions in the order of the requests, none of them failed."""
-    completions = sorted(
-        backend.generate(requests, observe_tokens=observe_tokens), key=lambda completion: completion.index
-    )
-    assert [completion.index for completion in completions] == sorted(request.index for request in requests)
-    assert [completion.error for completion in completions] == [None] * len(completions)
-    return completions
-
-
-def outputs(backend: PyTorchBackend, requests: Sequence[TokenRequest]) -> list[tuple[int, ...]]:
-    """The ids generated, in the order of the requests."""
-    return [completion.output_ids for completion in answers(backend, requests)]
 
 
 def copy_model(model: Path, folder: Path, **generation_config: Any) -> Path:

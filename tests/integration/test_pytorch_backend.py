@@ -18,16 +18,8 @@ import pytest
 from lem.backends.protocol import Completion, TokenRequest
 from lem.backends.pytorch import PyTorchBackend, create
 from lem.errors import EngineError, OptionRefused
-from tests.integration.pytorch_experiments import (
-    LENGTHS,
-    SAMPLING,
-    answers,
-    copy_model,
-    experiment,
-    loaded,
-    outputs,
-    prompts,
-)
+from tests.integration.engine_answers import LENGTHS, SAMPLING, answers, outputs
+from tests.integration.pytorch_experiments import copy_model, experiment, loaded, prompts
 
 pytestmark = [pytest.mark.needs("torch"), pytest.mark.needs("transformers")]
 

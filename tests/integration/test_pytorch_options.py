@@ -14,17 +14,11 @@ import pytest
 from lem.backends.protocol import EngineReport, TokenRequest
 from lem.backends.pytorch import PyTorchBackend
 from lem.config.backend_config import PyTorchConfig
-from lem.config.schema import ConfigProblems, walk
+from lem.config.problems import ConfigProblems
+from lem.config.schema import walk
 from lem.errors import OptionRefused
-from tests.integration.pytorch_experiments import (
-    SAMPLING,
-    answers,
-    copy_model,
-    experiment,
-    loaded,
-    outputs,
-    prompts,
-)
+from tests.integration.engine_answers import SAMPLING, answers, outputs
+from tests.integration.pytorch_experiments import copy_model, experiment, loaded, prompts
 
 pytestmark = [pytest.mark.needs("torch"), pytest.mark.needs("transformers")]
 

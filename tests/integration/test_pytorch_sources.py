@@ -17,7 +17,8 @@ import pytest
 from lem.backends.protocol import EngineReport
 from lem.backends.pytorch import PyTorchBackend
 from lem.errors import EngineError, LemError, OptionRefused
-from tests.integration.pytorch_experiments import copy_model, experiment, loaded, outputs, prompts
+from tests.integration.engine_answers import outputs
+from tests.integration.pytorch_experiments import copy_model, experiment, loaded, prompts
 
 pytestmark = [pytest.mark.needs("torch"), pytest.mark.needs("transformers")]
 

@@ -17,16 +17,8 @@ import pytest
 from lem.backends.protocol import Completion, EngineReport, TokenRequest
 from lem.backends.vllm import VllmBackend, create
 from lem.errors import EngineError, OptionRefused
-from tests.integration.vllm_experiments import (
-    BLOCKS,
-    LENGTHS,
-    Arrivals,
-    answers,
-    experiment,
-    loaded,
-    outputs,
-    prompts,
-)
+from tests.integration.engine_answers import LENGTHS, answers, outputs
+from tests.integration.vllm_experiments import BLOCKS, Arrivals, experiment, loaded, prompts
 
 pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(600)]
 

@@ -20,7 +20,8 @@ from lem.backends.vllm import VllmBackend
 from lem.config.backend_config import VllmConfig
 from lem.config.schema import walk
 from lem.errors import EngineError, OptionRefused
-from tests.integration.vllm_experiments import SAMPLING, answers, experiment, outputs, prompts
+from tests.integration.engine_answers import SAMPLING, answers, outputs
+from tests.integration.vllm_experiments import experiment, prompts
 
 pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(600)]
 

@@ -12,7 +12,8 @@ import pytest
 from lem.backends.protocol import Completion
 from lem.backends.vllm import VllmBackend
 from lem.errors import EngineError
-from tests.integration.vllm_experiments import Arrivals, answers, experiment, outputs, prompts
+from tests.integration.engine_answers import answers, outputs
+from tests.integration.vllm_experiments import Arrivals, experiment, prompts
 from tests.processes import wait_for
 
 pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(600)]
@@ -37,7 +38,7 @@ def test_the_default_engine_compiles_in_processes_of_its_own_and_leaves_none(wid
             assert report.effective["engine"]["compilation_config"]["mode"] != "NONE"
             arrivals = Arrivals(prompts()[:2], prompts()[2:])
             backend.serve(arrivals)
-            assert all(item.error is None for item in arrivals.completions)
+            assert [item.error for item in arrivals.completions] == [None] * len(prompts())
             found = answers(backend, prompts(), observe_tokens=True)
             assert all(len(item.token_times_ns or ()) == len(item.output_ids) > 0 for item in found)
             assert [item.output_ids for item in found] == outputs(backend, prompts())

@@ -1,4 +1,4 @@
-"""Experiments on the tiny model, and the requests they answer, for the tests of the vllm backend."""
+"""Experiments on the tiny model, and their requests, for the tests of the vllm backend."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from typing import Any
 from lem.backends.protocol import Completion, EngineReport, TokenRequest
 from lem.backends.vllm import VllmBackend
 from lem.config.experiment_config import ExperimentConfig
-
-GREEDY = {"preset": "deterministic"}
-SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-LENGTHS = (9, 3, 14, 1, 6)
+from tests.integration.engine_answers import GREEDY, LENGTHS
 
 # A few MB of cache are enough here; without a bound vLLM takes most of the memory there is.
 BLOCKS = {"num_gpu_blocks_override": 64}
@@ -53,23 +50,6 @@ def loaded(config: ExperimentConfig) -> Iterator[tuple[VllmBackend, EngineReport
         yield backend, report
     finally:
         backend.unload()
-
-
-def answers(
-    backend: VllmBackend, requests: Sequence[TokenRequest], *, observe_tokens: bool = False
-) -> list[Completion]:
-    """The completions in the order of the requests, none of them failed."""
-    completions = sorted(
-        backend.generate(requests, observe_tokens=observe_tokens), key=lambda completion: completion.index
-    )
-    assert [completion.index for completion in completions] == sorted(request.index for request in requests)
-    assert [completion.error for completion in completions] == [None] * len(completions)
-    return completions
-
-
-def outputs(backend: VllmBackend, requests: Sequence[TokenRequest]) -> list[tuple[int, ...]]:
-    """The ids generated, in the order of the requests."""
-    return [completion.output_ids for completion in answers(backend, requests)]
 
 
 class Arrivals:

@@ -58,14 +58,14 @@ def test_padding_is_neither_input_nor_output() -> None:
 
 def test_without_observation_there_are_no_token_times() -> None:
     found = measure(TimedBackend(SteppedClock()), make_requests(2))
-    assert all(item.token_times_ns is None for item in found.requests)
+    assert [item.token_times_ns for item in found.requests] == [None, None]
 
 
 def test_observed_requests_run_alone_with_their_token_times() -> None:
     backend = TimedBackend(SteppedClock(), width=8)
     found = measure(backend, make_requests(3), observe_tokens=True)
     assert [len(batch) for batch in backend.batches] == [1, 1, 1]
-    assert all(len(item.token_times_ns or ()) == 4 for item in found.requests)
+    assert [len(item.token_times_ns or ()) for item in found.requests] == [4, 4, 4]
 
 
 def test_single_pass_has_nothing_to_compare_with() -> None:

@@ -1,0 +1,26 @@
+"""The requests that the tests of a real engine make, and what it answers them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lem.backends.protocol import Backend, Completion, TokenRequest
+
+__all__ = ["GREEDY", "LENGTHS", "SAMPLING", "answers", "outputs"]
+
+GREEDY = {"preset": "deterministic"}
+SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+LENGTHS = (9, 3, 14, 1, 6)
+
+
+def answers(backend: Backend, requests: Sequence[TokenRequest], *, observe_tokens: bool = False) -> list[Completion]:
+    """The completions in the order of the requests, none of them failed."""
+    found = sorted(backend.generate(requests, observe_tokens=observe_tokens), key=lambda completion: completion.index)
+    assert [completion.index for completion in found] == sorted(request.index for request in requests)
+    assert [completion.error for completion in found] == [None] * len(found)
+    return found
+
+
+def outputs(backend: Backend, requests: Sequence[TokenRequest]) -> list[tuple[int, ...]]:
+    """The ids generated, in the order of the requests."""
+    return [completion.output_ids for completion in answers(backend, requests)]
