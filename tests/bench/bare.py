@@ -24,12 +24,11 @@ from lem.config.experiment_config import ExperimentConfig
 from lem.experiment.clock import SystemClock
 from lem.experiment.prompts import resolve_on_host
 from lem.experiment.window import measure_batch
-from lem.results.statistics import log_t_interval
+from tests.bench.pairs import in_turn, told
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = 20
 PROMPTS, INPUT_TOK, OUTPUT_TOK, BATCH = 8, 32, 32, 4
-TARGET = 0.97
 
 Side = Callable[[], tuple[float, list[list[int]]]]
 """Output tokens per second, and the tokens of each prompt."""
@@ -43,13 +42,10 @@ def main() -> int:
         subprocess.run([sys.executable, str(ROOT / "examples/make_demo_model.py"), str(model)], check=True)
         requests, lem_side = harness_side(model)
         bare_side = loop_side(model, requests)
-        ratios, is_same = compare(lem_side, bare_side, pairs)
-    interval = log_t_interval(ratios)
+        found = list(in_turn(lem_side, bare_side, pairs))
+    is_same = all(ours[1] == theirs[1] for ours, theirs in found)
     print(f"tokens equal: {'yes' if is_same else 'NO'}")
-    print(
-        f"throughput, lem over bare generate: {interval.geometric_mean:.4f} "
-        f"({interval.ci_lower:.4f} to {interval.ci_upper:.4f}, 95 % t interval, {pairs} pairs; target above {TARGET})"
-    )
+    print(told("bare generate", [ours[0] / theirs[0] for ours, theirs in found]))
     return 0 if is_same else 1
 
 
@@ -118,19 +114,6 @@ def loop_side(model: Path, requests: list[TokenRequest]) -> Side:
         return sum(map(len, outputs)) / elapsed_s, outputs
 
     return measure
-
-
-def compare(first: Side, second: Side, pairs: int) -> tuple[list[float], bool]:
-    """The ratio first over second of each pair, the sides in the order ABBA, and whether the tokens were the same."""
-    first(), second()  # the first run of each is slower
-    ratios: list[float] = []
-    is_same = True
-    for index in range(pairs):
-        order = (first, second) if index % 2 == 0 else (second, first)
-        found = {side: side() for side in order}
-        ratios.append(found[first][0] / found[second][0])
-        is_same = is_same and found[first][1] == found[second][1]
-    return ratios, is_same
 
 
 if __name__ == "__main__":
