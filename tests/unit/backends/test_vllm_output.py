@@ -31,9 +31,10 @@ print(sorted(kept.split("\\n")), flush=True)
 """
 
 
-def test_output_is_passed_on_to_where_errors_go_and_kept() -> None:
-    finished = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+def run(program: str) -> subprocess.CompletedProcess[str]:
+    """In a Python of its own, whose output nobody else writes to."""
+    return subprocess.run(
+        [sys.executable, "-c", program],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -41,6 +42,10 @@ def test_output_is_passed_on_to_where_errors_go_and_kept() -> None:
         timeout=60,
         check=True,
     )
+
+
+def test_output_is_passed_on_to_where_errors_go_and_kept() -> None:
+    finished = run(PROGRAM)
     before, after, kept = finished.stdout.splitlines()
     assert (before, after) == ("before", "after")
     assert kept == "['', 'child', 'child error', 'direct', 'inside']"
@@ -57,13 +62,5 @@ with output.inherited():
     print("y" * 200_000)
 print(output.text.count("y"), output.text.splitlines()[1])
 """
-    finished = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
+    finished = run(program)
     assert finished.stdout.split() == ["200000", "end"]
