@@ -7,7 +7,7 @@ import os
 import pytest
 
 from tests.doubles.nvml.library import NvmlDouble
-from tests.weather.rig import LOCAL_NVML, SERVICE, ContainerRig
+from tests.weather.rig import LOCAL_NVML, SERVICE, WeatherRig
 
 pytestmark = [pytest.mark.needs("lab", "gcc"), pytest.mark.timeout(300)]
 
@@ -16,7 +16,7 @@ GB = 1_000_000_000
 
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory):
-    with ContainerRig(tmp_path_factory.mktemp("health")).cleaned() as rig:
+    with WeatherRig(tmp_path_factory.mktemp("health")).cleaned() as rig:
         rig.give_gpu(*NvmlDouble.gpu())
         yield rig
 
@@ -124,7 +124,7 @@ def test_a_container_that_is_paused_or_killed_is_unhealthy_and_recovers(rig, man
 
 
 def test_without_a_gpu_reserved_it_is_healthy_when_it_answers_whatever_nvml_says(tmp_path):
-    with ContainerRig(tmp_path).cleaned() as rig, rig.manager() as manager:
+    with WeatherRig(tmp_path).cleaned() as rig, rig.manager() as manager:
         rig.nvml.say("fail nvmlInit 999")
         manager.start_services([SERVICE])
         status = manager.check_health(SERVICE)

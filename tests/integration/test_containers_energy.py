@@ -10,7 +10,7 @@ import pytest
 from lem.meters import marks
 from lem.meters.samples import FINISHED_FILENAME, PART_FILENAME, read_finished
 from tests.doubles.nvml.traces import Counter, GpuTrace, Load, Trace
-from tests.weather.rig import ContainerRig
+from tests.weather.rig import WeatherRig
 
 pytestmark = [pytest.mark.needs("lab", "gcc"), pytest.mark.timeout(300)]
 
@@ -18,8 +18,8 @@ UUID = "GPU-11111111-2222-3333-4444-555555555555"
 
 
 @pytest.fixture
-def rig(tmp_path: Path) -> Iterator[ContainerRig]:
-    with ContainerRig(tmp_path, outputs=(8,)).cleaned() as rig:
+def rig(tmp_path: Path) -> Iterator[WeatherRig]:
+    with WeatherRig(tmp_path, outputs=(8,)).cleaned() as rig:
         text = (rig.folder / "c.yaml").read_text()
         text = text.replace("gpus: [[]]", "gpus: [['0']]\n    baseline.enabled: [false]")
         rig.write(text.replace("min_window_sec: [0.01]", "min_window_sec: [1.0]"))
@@ -30,12 +30,12 @@ def rig(tmp_path: Path) -> Iterator[ContainerRig]:
         yield rig
 
 
-def trace(rig: ContainerRig) -> Trace:
+def trace(rig: WeatherRig) -> Trace:
     load = Load(str(rig.shared / "load"), idle_w=80.0, busy_w=350.0)
     return Trace(1, (GpuTrace(uuid=UUID, load=load, counter=Counter(period_s=0.02)),))
 
 
-def test_a_worker_in_a_container_samples_what_its_host_cannot_see(rig: ContainerRig) -> None:
+def test_a_worker_in_a_container_samples_what_its_host_cannot_see(rig: WeatherRig) -> None:
     ended = rig.run("--yes", "-v")
     assert ended.code == 0, ended.err
     assert "worker --sampler" not in ended.err, "the commands that the host runs are told"

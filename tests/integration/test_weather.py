@@ -10,7 +10,7 @@ import pytest
 from tests.processes import wait_for
 from tests.weather.cases import CASES
 from tests.weather.driver import judge_all
-from tests.weather.rig import ContainerRig
+from tests.weather.rig import WeatherRig
 from tests.weather.verdict import format_table
 
 pytestmark = [pytest.mark.needs("lab", "gcc"), pytest.mark.timeout(1200)]  # the first waits for all
@@ -57,7 +57,7 @@ prompts: {type: synthetic, input_tokens: 3, sample_size: 2}
 
 
 def test_a_script_that_is_killed_leaves_nothing_of_the_experiment_that_it_runs(tmp_path):
-    with ContainerRig(tmp_path).cleaned() as rig:
+    with WeatherRig(tmp_path).cleaned() as rig:
         (tmp_path / "e.yaml").write_text(EXPERIMENT, encoding="utf-8")
         reached = rig.shared / "reached"
         rig.be(

@@ -13,7 +13,7 @@ from tests.campaign_rig import Ended, Running
 from tests.doubles.nvml.library import NvmlDouble
 from tests.processes import wait_for
 from tests.weather.proxy import EngineProxy
-from tests.weather.rig import LOCAL_NVML, SERVICE, ContainerRig
+from tests.weather.rig import LOCAL_NVML, SERVICE, WeatherRig
 from tests.weather.verdict import VICTIM, Case
 
 __all__ = ["CASES"]
@@ -44,10 +44,10 @@ def _at(at: str, do: str, **more: Any) -> dict[str, Any]:
     return {"at": at, "do": do, "when": {"max_output_tokens": VICTIM}, **more}
 
 
-def _engine(*rules: Mapping[str, Any], once: bool = False, **options: Any) -> Callable[[ContainerRig], Ended]:
+def _engine(*rules: Mapping[str, Any], once: bool = False, **options: Any) -> Callable[[WeatherRig], Ended]:
     """An engine that does that."""
 
-    def strike(rig: ContainerRig) -> Ended:
+    def strike(rig: WeatherRig) -> Ended:
         rig.options.update(options)
         rig.be(
             *({**rule, "once": str(rig.shared / f"once-{index}")} if once else rule for index, rule in enumerate(rules))
@@ -57,10 +57,10 @@ def _engine(*rules: Mapping[str, Any], once: bool = False, **options: Any) -> Ca
     return strike
 
 
-def _measuring(act: Callable[[ContainerRig, Running], None], **options: Any) -> Callable[[ContainerRig], Ended]:
+def _measuring(act: Callable[[WeatherRig, Running], None], **options: Any) -> Callable[[WeatherRig], Ended]:
     """Something that happens while the experiment in the middle is measured, the first time."""
 
-    def strike(rig: ContainerRig) -> Ended:
+    def strike(rig: WeatherRig) -> Ended:
         rig.options.update(options)
         hung = rig.shared / "hung"
         rig.be(_at("generate", "hang", once=str(hung)))
@@ -73,13 +73,13 @@ def _measuring(act: Callable[[ContainerRig, Running], None], **options: Any) -> 
     return strike
 
 
-def _stubborn(at: str, act: Callable[[ContainerRig, Running], None]) -> Callable[[ContainerRig], Ended]:
+def _stubborn(at: str, act: Callable[[WeatherRig, Running], None]) -> Callable[[WeatherRig], Ended]:
     """Something that happens while an engine loads or generates that neither hears TERM nor lets Python run.
 
     It has a child in a session of its own, too, as engines have.
     """
 
-    def strike(rig: ContainerRig) -> Ended:
+    def strike(rig: WeatherRig) -> Ended:
         phase = "load" if at == "load" else "window"
         child = _at(at, "spawn", own_session=True)
         rig.be(child, *(_at(at, do) for do in ("ignore_term", "hold_gil")))
@@ -91,53 +91,53 @@ def _stubborn(at: str, act: Callable[[ContainerRig, Running], None]) -> Callable
     return strike
 
 
-def _with(**variables: str) -> Callable[[ContainerRig], Ended]:
+def _with(**variables: str) -> Callable[[WeatherRig], Ended]:
     """A machine whose environment is that."""
 
-    def strike(rig: ContainerRig) -> Ended:
+    def strike(rig: WeatherRig) -> Ended:
         rig.variables.update(variables)
         return rig.run("--yes", "--json")
 
     return strike
 
 
-def _no_file(rig: ContainerRig) -> Ended:
+def _no_file(rig: WeatherRig) -> Ended:
     rig.override.unlink()
     return rig.run("--yes", "--json")
 
 
-def _bad_file(rig: ContainerRig) -> Ended:
+def _bad_file(rig: WeatherRig) -> Ended:
     rig.override.write_text(f"services:\n  {SERVICE}:\n    enviroment: {{}}\n", encoding="utf-8")
     return rig.run("--yes", "--json")
 
 
-def _lose_engine(rig: ContainerRig) -> Ended:
+def _lose_engine(rig: WeatherRig) -> Ended:
     with tempfile.TemporaryDirectory(prefix="lem-") as folder:  # the path of a socket has to be short
         proxy = EngineProxy(Path(folder) / "docker.sock")
         rig.variables["DOCKER_HOST"] = proxy.host
         return _measuring(lambda _rig, _running: proxy.lose())(rig)
 
 
-def _kill_container(rig: ContainerRig, _running: Running) -> None:
+def _kill_container(rig: WeatherRig, _running: Running) -> None:
     rig.docker("kill", rig.container())
 
 
-def _pause_container(rig: ContainerRig, _running: Running) -> None:
+def _pause_container(rig: WeatherRig, _running: Running) -> None:
     rig.docker("pause", rig.container())
 
 
-def _remove_container(rig: ContainerRig, _running: Running) -> None:
+def _remove_container(rig: WeatherRig, _running: Running) -> None:
     rig.docker("rm", "--force", rig.container())
 
 
-def _kill_in_gap(rig: ContainerRig) -> Ended:
+def _kill_in_gap(rig: WeatherRig) -> Ended:
     running = rig.start("--yes", "--json")
     running.wait_for_event("gap", gap="configuration")
     rig.docker("kill", rig.container())
     return running.wait()
 
 
-def _interrupt_start(rig: ContainerRig) -> Ended:
+def _interrupt_start(rig: WeatherRig) -> Ended:
     """Ctrl-C as soon as there is a container, which does not answer yet."""
     rig.be()
     running = rig.start("--yes", "--json")
@@ -148,15 +148,15 @@ def _interrupt_start(rig: ContainerRig) -> Ended:
     return ended
 
 
-def _kill_all(rig: ContainerRig, _running: Running) -> None:
+def _kill_all(rig: WeatherRig, _running: Running) -> None:
     """As systemd does it: lem and every client of docker at one stroke."""
     rig.marker.kill()
 
 
-def _send(*signums: int) -> Callable[[ContainerRig, Running], None]:
+def _send(*signums: int) -> Callable[[WeatherRig, Running], None]:
     """Signals to lem, each after it has said that it heard the one before."""
 
-    def act(_rig: ContainerRig, running: Running) -> None:
+    def act(_rig: WeatherRig, running: Running) -> None:
         for number, signum in enumerate(signums):
             if number:
                 running.wait_for_text("a second signal kills")
@@ -165,7 +165,7 @@ def _send(*signums: int) -> Callable[[ContainerRig, Running], None]:
     return act
 
 
-def _garbage_at_start(rig: ContainerRig) -> Ended:
+def _garbage_at_start(rig: WeatherRig) -> Ended:
     folder = rig.shared / "garbage"
     folder.mkdir()
     text = (
@@ -178,7 +178,7 @@ def _garbage_at_start(rig: ContainerRig) -> Ended:
     return rig.run("--yes", "--json")
 
 
-def _fill(rig: ContainerRig) -> Ended:
+def _fill(rig: WeatherRig) -> Ended:
     results = rig.folder / "results"
     results.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "weather", str(results)], check=True, timeout=10)
@@ -187,13 +187,13 @@ def _fill(rig: ContainerRig) -> Ended:
     return rig.run("--yes", "--json")
 
 
-def _empty(rig: ContainerRig) -> None:
+def _empty(rig: WeatherRig) -> None:
     (rig.folder / "results" / "filling").unlink()
 
 
-def _two(rig: ContainerRig) -> Ended:
+def _two(rig: WeatherRig) -> Ended:
     """The one that came second, from another folder; the first is left in peace."""
-    other = ContainerRig(rig.folder / "other", name=rig.name)
+    other = WeatherRig(rig.folder / "other", name=rig.name)
     other.variables["LEM_LOCK_DIR"] = str(rig.folder / "locks")
     gate = rig.shared / "gate"
     rig.be(_at("generate", "shell", command=f"until [ -e {gate} ]; do sleep 0.1; done"))
@@ -205,10 +205,10 @@ def _two(rig: ContainerRig) -> Ended:
     return ended
 
 
-def _gpu(rule: Mapping[str, Any]) -> Callable[[ContainerRig], Ended]:
+def _gpu(rule: Mapping[str, Any]) -> Callable[[WeatherRig], Ended]:
     """A container with a GPU, to which something happens that a new container cures."""
 
-    def strike(rig: ContainerRig) -> Ended:
+    def strike(rig: WeatherRig) -> Ended:
         rig.give_gpu(*NvmlDouble.gpu(used_b=2_000_000_000))
         rig.be(rule)
         return rig.run("--yes", "--json")
@@ -221,10 +221,10 @@ def _once_inside(at: str, line: str, when: int) -> dict[str, Any]:
     return {"at": at, "do": "shell", "command": command, "when": {"max_output_tokens": when}}
 
 
-def _for_good(line: str) -> Callable[[ContainerRig], Ended]:
+def _for_good(line: str) -> Callable[[WeatherRig], Ended]:
     """A GPU to which something happens in the middle that no container cures."""
 
-    def strike(rig: ContainerRig) -> Ended:
+    def strike(rig: WeatherRig) -> Ended:
         rig.give_gpu(*NvmlDouble.gpu(used_b=2_000_000_000))
         rig.be(_at("generate", "shell", command=f"echo {line} >> {rig.nvml.script}"))
         return rig.run("--yes", "--json")
@@ -232,7 +232,7 @@ def _for_good(line: str) -> Callable[[ContainerRig], Ended]:
     return strike
 
 
-def _mend_gpu(rig: ContainerRig) -> None:
+def _mend_gpu(rig: WeatherRig) -> None:
     rig.nvml.say(*NvmlDouble.gpu(used_b=2_000_000_000))
 
 

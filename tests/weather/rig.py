@@ -22,7 +22,7 @@ from tests.doubles.nvml.library import NvmlDouble, build_library
 from tests.lab.places import COMPOSE_FILES, Places
 from tests.processes import Marker, wait_until_ended
 
-__all__ = ["LOCAL_NVML", "SERVICE", "ContainerRig"]
+__all__ = ["LOCAL_NVML", "SERVICE", "WeatherRig"]
 
 ROOT = Path(__file__).resolve().parents[2]
 DOUBLES = ROOT / "tests" / "doubles"
@@ -39,7 +39,7 @@ LOCAL_NVML = "/tmp/weather-nvml"
 GPU_DEVICE = Path("/dev/nvidia-lemtest")
 
 
-class ContainerRig(CampaignRig):
+class WeatherRig(CampaignRig):
     """One folder with a campaign that runs in containers of its own.
 
     Attributes:
@@ -179,7 +179,7 @@ class ContainerRig(CampaignRig):
         return tuple(pid for pid in self.inside.pids() if Path(_command(pid).split(" ")[0]).name not in IDLE)
 
     @contextlib.contextmanager
-    def cleaned(self) -> Iterator[ContainerRig]:
+    def cleaned(self) -> Iterator[WeatherRig]:
         """Leave no process and no container behind, however the block ends."""
         try:
             yield self

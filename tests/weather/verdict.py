@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.campaign_rig import Ended
-from tests.weather.rig import ContainerRig
+from tests.weather.rig import WeatherRig
 
 __all__ = ["VICTIM", "Case", "Verdict", "find_wrongs", "format_table", "judge", "what_it_said"]
 
@@ -58,19 +58,19 @@ class Case:
     """
 
     name: str
-    strike: Callable[[ContainerRig], Ended]
+    strike: Callable[[WeatherRig], Ended]
     says: str
     code: int
     victim: str | None
     stops: bool = False
-    clear: Callable[[ContainerRig], None] = lambda _rig: None
+    clear: Callable[[WeatherRig], None] = lambda _rig: None
     top: str = ""
     execution: Mapping[str, Any] = field(default_factory=dict)
 
 
 def judge(case: Case, folder: Path) -> Verdict:
     """What the weather cost, in containers of its own."""
-    rig = ContainerRig(folder, top=case.top, **case.execution)
+    rig = WeatherRig(folder, top=case.top, **case.execution)
     with rig.cleaned():
         ended = case.strike(rig)
         left = list(rig.workers_left())
@@ -109,7 +109,7 @@ def _victim() -> str:
     return f"pytorch-max_output_tokens={VICTIM}"
 
 
-def _statuses(rig: ContainerRig) -> dict[str, str] | None:
+def _statuses(rig: WeatherRig) -> dict[str, str] | None:
     if not rig.has_manifest():
         return None
     return {entry.config_name: entry.status for entry in rig.manifest().experiments}
