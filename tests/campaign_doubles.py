@@ -175,9 +175,6 @@ class FakeExecutor:
     def worker_for(self, backend: str) -> Worker:
         return self.worker
 
-    def workers(self) -> tuple[Worker, ...]:
-        return (self.worker,)
-
     def stop(self) -> None:
         self.ended += 1
         self.worker.stop()

@@ -10,7 +10,8 @@ Worker to host: `hello`, `engine`, `phase`, `progress`, `heartbeat`, `result`, `
     heartbeat
     result     exp_id, valid, engine_load_id, engine_reused, summary
     error      exp_id (null when it belongs to no experiment), kind, message, hint, permanent, phase (or null),
-               engine_lost: the engine will be loaded afresh, in a new process
+               engine_lost: the engine will be loaded afresh, in a new process; log_tail, from the supervisor: the
+               last lines that the engine printed
     unloaded
 
 The supervisor and its engine process speak the same lines over a pair of pipes of their own.

@@ -15,7 +15,7 @@ from lem import process
 from lem.experiment.channel import READ_B, Outbox
 from lem.experiment.launch import own_command
 
-__all__ = ["EndStep", "EngineChild", "engine_command"]
+__all__ = ["EndStep", "EngineChild", "read_available"]
 
 
 class EndStep(enum.IntEnum):

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import time
 from pathlib import Path
 
-__all__ = ["MARK_VARIABLE", "end_marked", "find_marked"]
+__all__ = ["MARK_VARIABLE", "end_marked", "find_marked", "new_mark"]
 
 # Set by whoever starts a worker in a container, where killing `docker compose exec` leaves what it started.
 MARK_VARIABLE = "LEM_WORKER_MARK"
 
 PATIENCE_S = 5.0
 _POLL_S = 0.02
+
+
+def new_mark() -> str:
+    """A mark that no other worker bears."""
+    return secrets.token_hex(8)
 
 
 def end_marked(mark: str, patience_s: float = PATIENCE_S) -> tuple[int, ...]:

@@ -63,11 +63,6 @@ class ResidentEngine:
         self._load_id = ""
         self.own_pids: frozenset[int] | None = None
 
-    @property
-    def engine_key(self) -> str | None:
-        """The key of the loaded engine; None when nothing is loaded."""
-        return self._engine_key
-
     def is_resident(self, engine_key: str) -> bool:
         """Whether `ensure` would reuse what is loaded."""
         return self._backend is not None and self._engine_key == engine_key

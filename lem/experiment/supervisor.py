@@ -36,7 +36,7 @@ from lem.experiment.probe import probe_environment
 from lem.experiment.worker_sampler import WorkerSampler
 from lem.process import describe_exit
 
-__all__ = ["HEARTBEAT_S", "Supervisor", "supervise"]
+__all__ = ["Supervisor", "supervise"]
 
 HEARTBEAT_S = 5.0
 

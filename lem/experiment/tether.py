@@ -12,7 +12,6 @@ import os
 import select
 import signal
 import sys
-import time
 from collections.abc import Mapping, Sequence
 
 from lem import process
@@ -75,9 +74,8 @@ def _end(child: process.Child[bytes]) -> None:
         return
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE_S
     try:
-        child.wait(max(0.0, deadline - time.monotonic()))
+        child.wait(GRACE_S)
     except process.TimeoutExpired:
         process.kill_group(child.pid)
         child.wait()

@@ -13,7 +13,14 @@ from lem import durable
 from lem.orchestration.docker import ContainerError
 from lem.orchestration.mounts import CONTAINER_HOME, Mount
 
-__all__ = ["ComposeFiles", "ServiceOverride", "find_compose_files", "packaged_compose_file", "render_override"]
+__all__ = [
+    "PACKAGED_NAME",
+    "ComposeFiles",
+    "ServiceOverride",
+    "find_compose_files",
+    "packaged_compose_file",
+    "render_override",
+]
 
 PACKAGED_NAME = "docker-compose.yml"
 _TRIED = ("docker-compose.yml", "docker/docker-compose.yml")

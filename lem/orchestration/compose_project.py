@@ -13,13 +13,13 @@ from lem import durable
 from lem.durable import make_folder, reason_of
 from lem.errors import UserError
 from lem.orchestration.compose import REPLACES_LISTS, Compose, Service
-from lem.orchestration.compose_files import ComposeFiles, ServiceOverride, render_override
+from lem.orchestration.compose_files import PACKAGED_NAME, ComposeFiles, ServiceOverride, render_override
 from lem.orchestration.docker import ContainerError, Docker
 from lem.orchestration.mounts import Mount, without_nested
 from lem.orchestration.packing import PYZ_NAME, provide_pyz
 from lem.orchestration.services import Services
 
-__all__ = ["PYZ_FOLDER", "ComposeProject"]
+__all__ = ["ComposeProject"]
 
 _logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class ComposeProject:
         """The services as an earlier start left them, for looking at them and taking them down."""
         override = self.state_folder / OVERRIDE_NAME
         docker = Docker(self._variables(None))
-        files = self.files.paths or (self.state_folder / "docker-compose.yml",)
+        files = self.files.paths or (self.state_folder / PACKAGED_NAME,)
         # Without any file Compose finds the containers by the name of the project alone.
         there = tuple(path for path in (*files, override) if path.is_file())
         return Services(Compose(docker, self.name, there, self.directory, self.env_file), PYZ_FOLDER / PYZ_NAME, {})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from types import TracebackType
 
 from lem.config.campaign_config import slug_of
 from lem.errors import UserError
+from lem.experiment.leftovers import new_mark
 from lem.orchestration.compose_files import find_compose_files
 from lem.orchestration.compose_project import ComposeProject
 from lem.orchestration.docker import ContainerError, explain
@@ -22,7 +22,7 @@ from lem.orchestration.packing import cache_folder
 from lem.orchestration.services import UP_TIMEOUT_S, Services
 from lem.orchestration.workers import Worker
 
-__all__ = ["ContainerError", "ContainerHealthStatus", "ContainerManager", "bare_project", "new_mark"]
+__all__ = ["ContainerError", "ContainerHealthStatus", "ContainerManager", "bare_project"]
 
 _logger = logging.getLogger(__name__)
 
@@ -239,11 +239,6 @@ class ContainerManager:
     def adopt(self, service: str, worker: Worker) -> None:
         """Take note of a worker in a service: what it holds while it is open is lem's own."""
         self._workers.setdefault(service, []).append(worker)
-
-
-def new_mark() -> str:
-    """A mark that no other worker bears."""
-    return secrets.token_hex(8)
 
 
 def bare_project(

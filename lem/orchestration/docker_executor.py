@@ -16,9 +16,10 @@ from typing import Any
 from lem.config.campaign_config import CampaignHealthCheckConfig
 from lem.errors import EngineError, InfrastructureError, Interrupted, LockedError
 from lem.experiment.channel import RunRequest
+from lem.experiment.leftovers import new_mark
 from lem.orchestration.attempt import Outcome
 from lem.orchestration.compose_project import ComposeProject
-from lem.orchestration.container import ContainerManager, new_mark
+from lem.orchestration.container import ContainerManager
 from lem.orchestration.container_death import explain_death
 from lem.orchestration.container_worker import ContainerWorker, mark_invalid
 from lem.orchestration.docker import ContainerError
@@ -97,10 +98,6 @@ class DockerExecutor:
             manager.adopt(backend, worker)
             self._workers[backend] = worker
         return self._workers[backend]
-
-    def workers(self) -> tuple[Worker, ...]:
-        """Every worker that was given out."""
-        return tuple(self._workers.values())
 
     def stop(self) -> None:
         """End every worker with its engine; the containers stay."""

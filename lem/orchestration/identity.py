@@ -23,7 +23,6 @@ __all__ = [
     "canonical_json",
     "config_hash",
     "experiment_id",
-    "generator_version",
     "make_run_id",
     "prompts_fingerprint",
 ]

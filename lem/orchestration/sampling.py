@@ -18,6 +18,7 @@ from pathlib import Path
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import UserError
 from lem.experiment.channel import RunRequest
+from lem.experiment.clock import NS_PER_S
 from lem.experiment.launch import own_command
 from lem.experiment.sampler_process import SamplerProcess, interval_ms
 from lem.meters.gpus import find_gpus, named_gpus, open_nvml, visible_gpus
@@ -39,7 +40,6 @@ RECOVERED_OVER_S = 3.0
 
 _GAP_INTERVAL_MS = 100
 _STOP_TIMEOUT_S = 5.0
-_NS_PER_S = 1_000_000_000
 _NOT_WANTED = "neither energy nor a time series was asked for"
 
 
@@ -217,7 +217,7 @@ def has_recovered(log: SampleLog, reference: Reference) -> bool | None:
     """
     if not log.samples:
         return None
-    since_ns = log.samples[-1].at_ns - round(RECOVERED_OVER_S * _NS_PER_S)
+    since_ns = log.samples[-1].at_ns - round(RECOVERED_OVER_S * NS_PER_S)
     if log.samples[0].at_ns > since_ns:
         return None
     recent = [row for row in log.samples if row.at_ns >= since_ns]

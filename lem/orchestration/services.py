@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import logging
-import secrets
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from lem import process
-from lem.experiment.leftovers import MARK_VARIABLE
+from lem.experiment.leftovers import MARK_VARIABLE, new_mark
 from lem.meters.gpu_state import GpuReading
 from lem.orchestration.compose import Compose, ContainerState, Service
 from lem.orchestration.docker import ContainerError, explain
@@ -195,7 +194,7 @@ class Services:
         Raises:
             UserError: there is no docker command.
         """
-        mark = secrets.token_hex(8)
+        mark = new_mark()
         command = self.exec_command(service, "worker", "--tether", *arguments, variables={MARK_VARIABLE: mark})
         with contextlib.ExitStack() as stack:
             output = stack.enter_context(tempfile.TemporaryFile())

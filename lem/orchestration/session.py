@@ -16,7 +16,7 @@ from lem.errors import EngineError, InfrastructureError, Interrupted, UserError
 from lem.experiment.channel import RunRequest
 from lem.experiment.prompts import resolve_on_host
 from lem.orchestration.attempt import Outcome, Timeouts, WorkerEvent
-from lem.orchestration.credentials import SECRET_VARIABLES, find_secrets
+from lem.orchestration.credentials import find_secrets
 from lem.orchestration.gaps import GapOutcome, RecoveryProbe
 from lem.orchestration.identity import config_hash, prompts_fingerprint
 from lem.orchestration.manifest import Attempt, CampaignManifest, utc_text
@@ -29,7 +29,7 @@ from lem.record_codec import RecordError, read_record
 from lem.results.attempt import AttemptFolder
 from lem.results.repository import Repository
 
-__all__ = ["SECRET_VARIABLES", "Measurement", "RunIdentity", "Session"]
+__all__ = ["Measurement", "RunIdentity", "Session"]
 
 _logger = logging.getLogger(__name__)
 

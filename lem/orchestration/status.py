@@ -25,7 +25,6 @@ from lem.orchestration.manifest import (
 )
 
 __all__ = [
-    "STATES",
     "CampaignStatus",
     "Onlooker",
     "boot_time",

@@ -62,18 +62,12 @@ class Worker:
         self._backstop = backstop
         self._connection: WorkerConnection | None = None
         self._engine: process.ProcessId | None = None
-        self._resident_key: str | None = None
         self.environment: Mapping[str, Any] = {}
 
     @property
     def is_open(self) -> bool:
         """Whether a worker was started and is not known to be lost."""
         return self._connection is not None
-
-    @property
-    def resident_engine_key(self) -> str | None:
-        """Key of the engine that is loaded; None when none is known to be."""
-        return self._resident_key
 
     def open(self, stop: Stop | None = None, timeout_s: float = OPEN_TIMEOUT_S) -> None:
         """Start the worker, unless it is there.
@@ -103,7 +97,6 @@ class Worker:
             _logger.warning("the worker ended between two experiments; another one is started")
             self.kill()
         connection = self._connection or self._open(stop, OPEN_TIMEOUT_S)
-        self._resident_key = None
         try:
             outcome = self._converse(connection, request, on_event, Watch(timeouts, time.monotonic()), stop)
         except ChannelError as error:
@@ -117,8 +110,6 @@ class Worker:
         except BaseException:
             self.kill()
             raise
-        if request.keep_engine and not outcome.is_engine_lost:
-            self._resident_key = request.engine_key
         return outcome
 
     def unload(self, stop: Stop | None = None, timeout_s: float = UNLOAD_TIMEOUT_S) -> None:
@@ -132,7 +123,6 @@ class Worker:
         connection = self._connection
         if connection is None:
             return
-        self._resident_key = None
         deadline = time.monotonic() + timeout_s
         try:
             connection.send({"type": "unload"})
@@ -154,7 +144,6 @@ class Worker:
         """End the worker and its engine at once."""
         connection, self._connection = self._connection, None
         engine, self._engine = self._engine, None
-        self._resident_key = None
         if connection is None:
             return
         has_ended = connection.end()
@@ -282,9 +271,6 @@ class Executor(Protocol):
     def worker_for(self, backend: str) -> Worker:
         """The worker that runs this backend's experiments; the same one as long as this executor is used."""
 
-    def workers(self) -> tuple[Worker, ...]:
-        """Every worker that was given out."""
-
     def stop(self) -> None:
         """End every worker with its engine."""
 
@@ -329,10 +315,6 @@ class LocalExecutor:
     def worker_for(self, backend: str) -> Worker:  # noqa: ARG002 - one worker for all
         """The worker."""
         return self._worker
-
-    def workers(self) -> tuple[Worker, ...]:
-        """The worker."""
-        return (self._worker,)
 
     def stop(self) -> None:
         """End the worker with its engine."""

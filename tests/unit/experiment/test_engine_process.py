@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from lem.config.experiment_config import ExperimentConfig
 from lem.errors import ConfigurationError, EngineError, OptionRefused
 from lem.experiment.channel import PHASES, LineBuffer, RunRequest, decode_report, encode_line
 from lem.experiment.clock import Clock, SystemClock
@@ -143,12 +144,13 @@ def test_a_result_that_cannot_be_written_is_an_error(pipes: Pipes, tmp_path: Pat
 
 def test_quit_unloads_the_engine_and_what_comes_after_is_not_done(pipes: Pipes, tmp_path: Path):
     resident = engine()
+    resident.ensure(ExperimentConfig.from_dict({"model": "m"}), "key", {})
     pipes.order({"type": "quit"}, request_for(tmp_path).to_message())
 
     assert serve(pipes.control, pipes.writer, resident, measuring(make_record()), SystemClock()) == 0
 
     assert pipes.said() == []
-    assert resident.engine_key is None
+    assert not resident.is_resident("key")
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_the_first_experiment_loads_the_engine():
     residence = engine.ensure(CONFIG, "key", {})
 
     assert (residence.is_reused, residence.load_s, residence.load_id) == (False, 2.0, "load-1")
-    assert engine.engine_key == "key"
+    assert engine.is_resident("key")
 
 
 def test_checks_of_what_was_loaded_are_no_part_of_the_load():
@@ -115,7 +115,7 @@ def test_a_load_that_fails_leaves_nothing_on_the_device(do: str):
         engine.ensure(CONFIG, "key", {})
 
     assert machine.on_device == []
-    assert engine.engine_key is None
+    assert not engine.is_resident("key")
 
     machine.rules.clear()
     assert engine.ensure(CONFIG, "key", {}).is_reused is False
@@ -157,7 +157,7 @@ def test_nothing_counts_as_loaded_after_an_unload_that_fails():
     with pytest.raises(RuntimeError):
         engine.unload()
 
-    assert engine.engine_key is None
+    assert not engine.is_resident("key")
     engine.unload()  # nothing to do
 
 
