@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from lem.cli.streams import write_json
 from lem.errors import ExitCode, UserError
 
-if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
-
-__all__ = ["add_parser"]
+__all__ = ["add_arguments"]
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add `bundle make` and `bundle verify` to the command line."""
-    parser = subparsers.add_parser(
-        "bundle", help="gather pyz, images, models, checksums for a host without network", description=__doc__
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem bundle` takes."""
+    parser.description = __doc__
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     making = actions.add_parser("make", help="make a bundle: DIR/lem-airgap-VERSION")
     making.add_argument("folder", type=Path, metavar="DIR", help="where to make it")

@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from lem.orchestration.plan import Plan
     from lem.results.precision import StoppingRule, Target
 
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 # Options that stand for one key of the file: their value wins over the file's.
 _KEYS = {
@@ -42,14 +41,10 @@ _KEYS = {
 }
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add `campaign` to the command line."""
-    parser = subparsers.add_parser(
-        "campaign",
-        help="run a campaign file, or several experiment files as one",
-        description="Run a campaign file, or several experiment files with --campaign-name.",
-        allow_abbrev=False,  # the resume command is made of the words as they were written
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem campaign` takes."""
+    parser.description = "Run a campaign file, or several experiment files with --campaign-name."
+    parser.allow_abbrev = False  # the resume command is made of the words as they were written
     parser.add_argument("files", nargs="+", metavar="FILE", help="a campaign file; or experiment files")
     parser.add_argument("--campaign-name", metavar="NAME", help="make a campaign of this name of experiment files")
     _add_overrides(parser.add_argument_group("what to run (wins over the file)"))

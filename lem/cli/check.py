@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from lem.results.check import Check
     from lem.results.findings import Finding
 
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
 
-__all__ = ["add_parser", "check_document", "render_check", "run"]
+__all__ = ["add_arguments", "check_document", "render_check", "run"]
 
 SCHEMA_VERSION = 1
 
@@ -29,14 +28,14 @@ _NAME_WIDTH = 36
 _WIDEST = 120
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add `check` to the command line."""
-    parser = subparsers.add_parser(
-        "check",
-        help="what weakens a campaign's numbers, and what to do",
-        description="What weakens the numbers of a campaign, each with what to do. WEAK: numbers or verdicts are "
-        "not to be relied on for it; note: something to know about them.",
-        epilog="exit code: 0 with nothing weak, 4 (inconclusive) with something weak, 2 when there is no such campaign",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem check` takes."""
+    parser.description = (
+        "What weakens the numbers of a campaign, each with what to do. WEAK: numbers or verdicts are "
+        "not to be relied on for it; note: something to know about them."
+    )
+    parser.epilog = (
+        "exit code: 0 with nothing weak, 4 (inconclusive) with something weak, 2 when there is no such campaign"
     )
     parser.add_argument("campaign", metavar="CAMPAIGN", help="a campaign (its last run), or a run")
     parser.add_argument(

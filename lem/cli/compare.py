@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from lem.results.metrics import Metric
     from lem.results.repository import Problem
 
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 _THING = """CAMPAIGN: all its configurations against the baseline; CAMPAIGN A B …: B and more against A; two campaigns
 or runs: the second against the first; a configuration alone is CAMPAIGN/CONFIGURATION"""
@@ -38,11 +37,10 @@ _EPILOG = """A campaign means its last run; a run is named by its ID or the begi
 _DEFAULT_TOLERANCE = "5%"
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add `compare` to the command line."""
-    parser = subparsers.add_parser(
-        "compare", help="ratios with intervals; --gate makes a check of it", description=__doc__, epilog=_EPILOG
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem compare` takes."""
+    parser.description = __doc__
+    parser.epilog = _EPILOG
     parser.add_argument("things", nargs="+", metavar="THING", help=_THING)
     parser.add_argument("--baseline", metavar="NAME", help="the configuration to compare with (default: the first)")
     parser.add_argument("--anchor", default="", metavar="NAME", help="of two runs: what both measured unchanged")

@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from lem.errors import ExitCode
 
-if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
-
-__all__ = ["Command", "Option", "Value", "add_parser", "commands_of", "run"]
+__all__ = ["Command", "Option", "Value", "add_arguments", "commands_of", "run"]
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -64,15 +61,11 @@ class Command:
     values: Value | None
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add `completion` to the command line."""
-    parser = subparsers.add_parser(
-        "completion",
-        help="let bash, zsh or fish complete the words of lem",
-        description="Print a script that lets a shell complete lem's commands, options, and values.",
-        epilog=_HOW,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem completion` takes."""
+    parser.description = "Print a script that lets a shell complete lem's commands, options, and values."
+    parser.epilog = _HOW
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
     parser.set_defaults(run=run)
 
@@ -82,7 +75,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
     from lem.cli.completion_scripts import render
     from lem.cli.main import make_parser
 
-    out.write(render(args.shell, tuple(commands_of(make_parser(())))))
+    out.write(render(args.shell, tuple(commands_of(make_parser()))))
     return int(ExitCode.OK)
 
 

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from lem.errors import ExitCode
 
-if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
-
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add `compose` to the command line."""
-    parser = subparsers.add_parser(
-        "compose",
-        help="print the default compose file",
-        description="Print the compose file that campaigns use where there is none: lem compose > docker-compose.yml",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem compose` takes."""
+    parser.description = (
+        "Print the compose file that campaigns use where there is none: lem compose > docker-compose.yml"
     )
     parser.set_defaults(run=run)
 

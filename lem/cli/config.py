@@ -15,17 +15,16 @@ if TYPE_CHECKING:
     from lem.config.problems import Path
     from lem.config.schema import Section
 
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 KINDS = ("campaign", "experiment")
 _RED, _RESET = "\x1b[31m", "\x1b[0m"
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add `config` and its actions to the command line."""
-    parser = subparsers.add_parser("config", help="check, show and write configuration files", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem config` takes."""
+    parser.description = __doc__
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     validate = actions.add_parser("validate", help="everything that is wrong with files, at once")
     validate.add_argument("files", nargs="+", metavar="FILE", help="campaign or experiment files")

@@ -14,9 +14,8 @@ from lem.errors import EngineError, ExitCode
 if TYPE_CHECKING:
     from lem.experiment.datasets import DatasetChoice
 
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 EPILOG = (
     "LEM_DATASETS_DIR names a folder that is looked in first: ALIAS.jsonl (or .json, .csv, .txt, .parquet), or a "
@@ -38,11 +37,10 @@ class _Line:
     detail: str
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add `datasets` to the command line."""
-    parser = subparsers.add_parser(
-        "datasets", help="data sets with a short name, and where they are", description=__doc__, epilog=EPILOG
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem datasets` takes."""
+    parser.description = __doc__
+    parser.epilog = EPILOG
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.set_defaults(run=run)
 

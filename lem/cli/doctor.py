@@ -15,21 +15,18 @@ from lem.errors import ExitCode
 if TYPE_CHECKING:
     from lem.orchestration.doctor import Verdict
 
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 _WIDTH = 100
 _STYLES = {"ok": "bold", "warning": "yellow", "failed": "red", "skipped": "dim"}
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add `doctor` to the command line."""
-    parser = subparsers.add_parser(
-        "doctor",
-        help="check that this host is fit, with what to do where it is not",
-        description="Check that campaigns can run in containers here. Exit code 0 when they can, else 2; the last line"
-        " says whether --executor local is left.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem doctor` takes."""
+    parser.description = (
+        "Check that campaigns can run in containers here. Exit code 0 when they can, else 2; the last line"
+        " says whether --executor local is left."
     )
     parser.add_argument(
         "--backend", action="append", default=[], metavar="NAME", help="a backend that has to be there; may be repeated"

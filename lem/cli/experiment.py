@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from lem.orchestration.plan import Plan
     from lem.record import Record
 
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 # Options that stand for one key of the file: their value wins over the file's.
 _KEYS = {
@@ -33,11 +32,8 @@ _KEYS = {
 }
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add `experiment` to the command line."""
-    parser = subparsers.add_parser(
-        "experiment", help="run one experiment here and now", description="Run one experiment here and now."
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem experiment` takes."""
     parser.add_argument("file", metavar="FILE", help="an experiment file")
     parser.add_argument("--preset", metavar="NAME", help="values to start from (lem presets)")
     parser.add_argument("--model", "-m", metavar="NAME", help="another model")

@@ -14,9 +14,8 @@ if TYPE_CHECKING:
     from lem.meters.capabilities import CpuCapability
     from lem.meters.gpu_state import GpuState
 
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 PROBE_S = 5.0
 PROBE_CHANGES = 40
@@ -25,13 +24,9 @@ _GIB = 1024**3
 _WIDTH = 110
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add `gpus` to the command line."""
-    parser = subparsers.add_parser(
-        "gpus",
-        help="list the GPUs, their memory, who holds it, and what energy can be measured",
-        description="List the GPUs that NVML sees, and which meters of GPUs and CPUs can be read.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem gpus` takes."""
+    parser.description = "List the GPUs that NVML sees, and which meters of GPUs and CPUs can be read."
     parser.add_argument(
         "--probe", action="store_true", help=f"look for up to {PROBE_S:g} s how often the energy counters change"
     )

@@ -10,7 +10,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import types
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn, TextIO
 
 from lem import __version__, log
@@ -19,26 +20,28 @@ from lem.errors import ExitCode, LemError, UserError, exit_code_of
 
 __all__ = ["COMMANDS", "COMPOSE_VARIABLES", "main", "make_parser"]
 
-# Each module has `add_parser(subparsers)`, which sets `run(args, out, err) -> int`. Only the module of the command
-# at hand is imported, since imports are most of the start-up time.
-COMMANDS = (
-    "campaign",
-    "experiment",
-    "status",
-    "check",
-    "config",
-    "results",
-    "compare",
-    "report",
-    "presets",
-    "datasets",
-    "gpus",
-    "doctor",
-    "compose",
-    "merge",
-    "bundle",
-    "completion",
-    "worker",
+# Each has a module with `add_arguments(parser)`, which sets `run(args, out, err) -> int`. Only that of the command at
+# hand is imported, since imports are most of the start-up time. The one without help is for programs, not for people.
+COMMANDS: Mapping[str, str] = types.MappingProxyType(
+    {
+        "campaign": "run a campaign file, or several experiment files as one",
+        "experiment": "run one experiment here and now",
+        "status": "how campaigns are, also after a crash",
+        "check": "what weakens a campaign's numbers, and what to do",
+        "config": "check, show and write configuration files",
+        "results": "list, show and export what was measured",
+        "compare": "ratios with intervals; --gate makes a check of it",
+        "report": "one self-contained HTML file",
+        "presets": "list named starting points, or show one",
+        "datasets": "data sets with a short name, and where they are",
+        "gpus": "list the GPUs, their memory, who holds it, and what energy can be measured",
+        "doctor": "check that this host is fit, with what to do where it is not",
+        "compose": "print the default compose file",
+        "merge": "make one campaign of the results of several hosts",
+        "bundle": "gather pyz, images, models, checksums for a host without network",
+        "completion": "let bash, zsh or fish complete the words of lem",
+        "worker": "",
+    }
 )
 
 # What lem reads from the environment; another LEM_ name is a typing error that would silently do nothing.
@@ -127,7 +130,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         UserError: it is not written as its command wants it.
         SystemExit: it asks for help or the version, which was written.
     """
-    args, unknown = make_parser(arguments).parse_known_args(arguments)
+    named = next((word for word in arguments if not word.startswith("-")), None)
+    if named is not None and named not in COMMANDS:
+        from lem.config.problems import did_you_mean
+
+        raise UserError(f"no command {named!r}{did_you_mean(named, list(COMMANDS))}", "lem --help lists them")
+    args, unknown = make_parser([] if named is None else [named]).parse_known_args(arguments)
     if unknown:
         raise _refuse(args.parser, unknown[0])
     return args
@@ -163,12 +171,8 @@ def _give_up(out: TextIO) -> None:
         os.close(nothing)
 
 
-def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser of a command line: with the one command that it names, or with all of them.
-
-    Raises:
-        UserError: the command that it names is none.
-    """
+def make_parser(names: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
+    """The parser of command lines: it knows all commands, and what those of these names take."""
     parser = _Parser(
         prog="lem",
         description="Measure what LLM inference costs: joules, tokens per second, latency, and how sure that is.",
@@ -178,13 +182,12 @@ def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lem {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    chosen = next((word for word in arguments if not word.startswith("-")), "")
-    if chosen and chosen not in COMMANDS:
-        from lem.config.problems import did_you_mean
-
-        raise UserError(f"no command {chosen!r}{did_you_mean(chosen, COMMANDS)}", "lem --help lists them")
-    for name in (chosen,) if chosen else COMMANDS:
-        importlib.import_module(f"lem.cli.{name}").add_parser(subparsers)
+    parsers = {
+        name: subparsers.add_parser(name, help=text) if text else subparsers.add_parser(name)
+        for name, text in COMMANDS.items()
+    }
+    for name in names:
+        importlib.import_module(f"lem.cli.{name}").add_arguments(parsers[name])
     _add_common(parser)
     return parser
 

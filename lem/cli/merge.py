@@ -14,21 +14,18 @@ if TYPE_CHECKING:
     from lem.results.fleet_plan import FleetPlan
     from lem.results.merge import AnchorCheck, Gathered, Matrix
 
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 _WIDTH = 100
 _SHOWN = 10
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add `merge` to the command line."""
-    parser = subparsers.add_parser(
-        "merge",
-        help="make one campaign of the results of several hosts",
-        description="Copy the results of several hosts into one folder: identical ones once, conflicts refused. A host "
-        "is a block, so nothing is pooled over hosts. Exit code 1 when planned results are lacking.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem merge` takes."""
+    parser.description = (
+        "Copy the results of several hosts into one folder: identical ones once, conflicts refused. A host "
+        "is a block, so nothing is pooled over hosts. Exit code 1 when planned results are lacking."
     )
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="DIR", help="results folder of a host, or a folder that holds it"

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from lem.cli.streams import write_json
 from lem.errors import ExitCode
 
-if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
-
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 _WIDTH = 80
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add `presets` to the command line."""
-    parser = subparsers.add_parser(
-        "presets",
-        help="list named starting points, or show one",
-        description="List presets (--preset NAME), or show one.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem presets` takes."""
+    parser.description = "List presets (--preset NAME), or show one."
     parser.add_argument("name", nargs="?", metavar="NAME", help="show this one's values")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.set_defaults(run=run)

@@ -18,17 +18,16 @@ if TYPE_CHECKING:
     from lem.results.report.trace import Trace
     from lem.results.repository import Scan, StoredResult
 
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 _FILENAME = "report.html"
 _PROBLEMS_SHOWN = 10
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add `report` to the command line."""
-    parser = subparsers.add_parser("report", help="one self-contained HTML file", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem report` takes."""
+    parser.description = __doc__
     parser.add_argument("campaign", metavar="CAMPAIGN", help="a campaign (its last run), or a run")
     parser.add_argument(
         "--output",

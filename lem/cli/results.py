@@ -16,16 +16,15 @@ from lem.log import is_colour_wanted
 if TYPE_CHECKING:
     from lem.results.repository import Problem, Scan, StoredResult
 
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 _WIDTH = 80
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the actions of `lem results` to the command line."""
-    parser = subparsers.add_parser("results", help="list, show and export what was measured", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem results` takes."""
+    parser.description = __doc__
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     listing = actions.add_parser("list", help="every run in the results folder")
     listing.set_defaults(run=run, action=_list)

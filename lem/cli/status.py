@@ -14,17 +14,16 @@ from lem.log import is_colour_wanted
 if TYPE_CHECKING:
     from lem.orchestration.status import CampaignStatus, Onlooker
 
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_arguments", "run"]
 
 _WIDTHS = (72, 120)
 _WIDTH = 80
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add `status` to the command line."""
-    parser = subparsers.add_parser("status", help="how campaigns are, also after a crash", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem status` takes."""
+    parser.description = __doc__
     parser.add_argument(
         "campaign", nargs="?", metavar="CAMPAIGN", help="a campaign's name, its file, or its state folder; default: all"
     )

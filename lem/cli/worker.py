@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from lem.errors import ExitCode, UserError
 
-if TYPE_CHECKING:
-    # argparse has no public name for it.
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001
-
-__all__ = ["add_parser"]
+__all__ = ["add_arguments"]
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Add the command to the command line; without help text, since no person types it."""
-    parser = subparsers.add_parser("worker", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem worker` takes."""
+    parser.description = __doc__
     parser.add_argument("--engine", action="store_true", help="be the engine process of a worker")
     parser.add_argument("--control-fd", type=int, metavar="N", help="descriptor to read orders from")
     parser.add_argument("--message-fd", type=int, metavar="N", help="descriptor to write messages to")

@@ -136,7 +136,7 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 
 def test_every_command_says_what_it_does_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    for parser in parsers(make_parser(())):
+    for parser in parsers(make_parser()):
         assert parser.description, parser.prog
         assert [line for line in parser.format_help().splitlines() if len(line) > 80] == [], parser.prog
         for action in parser._actions:

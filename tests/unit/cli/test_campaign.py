@@ -1,18 +1,12 @@
 """`lem campaign` up to the first process: options, plans, and everything a person may have written wrongly."""
 
-import io
 import json
 import re
 
 import pytest
 
-from lem.cli.main import main
 from tests.campaign_rig import EIGHT, FOUR, campaign_text
-
-
-class _Ended:
-    def __init__(self, code, out, err):
-        self.code, self.out, self.err = code, out, err
+from tests.command_rig import run_lem
 
 
 @pytest.fixture
@@ -25,8 +19,7 @@ def here(tmp_path, monkeypatch):
 
 
 def _run(*words):
-    out, err = io.StringIO(), io.StringIO()
-    return _Ended(main(["campaign", *words], out, err), out.getvalue(), err.getvalue())
+    return run_lem("campaign", *words)
 
 
 def _tree(folder):

@@ -1,12 +1,10 @@
 """`lem campaign --until`, `--max-cycles`, `--budget`: what they are refused for, and what a dry run says of them."""
 
-import io
-
 import pytest
 
-from lem.cli.main import main
 from lem.results.repository import Repository
 from tests.campaign_rig import campaign_text
+from tests.command_rig import run_lem
 from tests.records import make_record
 
 
@@ -19,8 +17,7 @@ def here(tmp_path, monkeypatch):
 
 
 def _run(*words):
-    out, err = io.StringIO(), io.StringIO()
-    return main(["campaign", "c.yaml", "--executor", "local", *words], out, err), out.getvalue(), err.getvalue()
+    return run_lem("campaign", "c.yaml", "--executor", "local", *words)
 
 
 def _dry_run(*words):

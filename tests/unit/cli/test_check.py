@@ -1,14 +1,13 @@
 """`lem check`: what people, programs and shells are told."""
 
 import dataclasses
-import io
 import json
 
 import pytest
 
 from lem.cli.check import render_check
-from lem.cli.main import main
 from lem.results.check import check_run
+from tests.command_rig import run_lem
 from tests.goldens import assert_golden
 from tests.records import make_record
 from tests.synthetic_campaign import Campaign, Configuration
@@ -26,9 +25,8 @@ FINE = Campaign(
 WEAK = dataclasses.replace(FINE, structure="grouped")
 
 
-def _lem(folder, *words):
-    out, err = io.StringIO(), io.StringIO()
-    return main(["check", "--results-dir", str(folder / "results"), *words], out, err), out.getvalue(), err.getvalue()
+def _check(folder, *words):
+    return run_lem("check", "--results-dir", folder / "results", *words)
 
 
 def _trouble():
@@ -75,12 +73,12 @@ def test_colour_only_where_it_is_wanted():
 @pytest.mark.parametrize(("campaign", "code"), [(FINE, 0), (WEAK, 4)])
 def test_the_exit_code_says_whether_something_is_weak(tmp_path, campaign, code):
     campaign.write(tmp_path)
-    assert _lem(tmp_path, "demo")[::2] == (code, "")
+    assert _check(tmp_path, "demo")[::2] == (code, "")
 
 
 def test_notes_alone_are_no_weakness(tmp_path):
     dataclasses.replace(FINE, structure="interleaved").write(tmp_path)
-    code, out, _ = _lem(tmp_path, "demo")
+    code, out, _ = _check(tmp_path, "demo")
     assert code == 0
     assert "note  same order" in out
     assert out.endswith("Nothing was found that weakens the numbers; 1 note.\n")
@@ -88,7 +86,7 @@ def test_notes_alone_are_no_weakness(tmp_path):
 
 def test_as_json_each_finding_is_an_object(tmp_path):
     WEAK.write(tmp_path)
-    code, out, _ = _lem(tmp_path, "demo", "--json")
+    code, out, _ = _check(tmp_path, "demo", "--json")
     document = json.loads(out)
     assert (code, document["weak"], document["results"]) == (4, True, 10)
     assert [(item["kind"], item["weak"]) for item in document["findings"]] == [("grouped", True)]
@@ -96,7 +94,7 @@ def test_as_json_each_finding_is_an_object(tmp_path):
 
 
 def test_a_campaign_that_is_not_there_is_told(tmp_path):
-    code, out, err = _lem(tmp_path, "nothing")
+    code, out, err = _check(tmp_path, "nothing")
     assert (code, out) == (2, "")
     assert "'nothing': there are no results in" in err
 
@@ -105,7 +103,7 @@ def test_a_damaged_result_is_named_and_the_rest_looked_at(tmp_path):
     written = FINE.write(tmp_path)
     path = min(written.results_dir.rglob("result.json"))
     path.write_bytes(path.read_bytes()[:100])
-    code, out, _ = _lem(tmp_path, "demo")
+    code, out, _ = _check(tmp_path, "demo")
     assert code == 4
     assert "damaged" in out
     assert path.parent.parent.name in out.replace("\n", "").replace(" ", "")

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import re
 from pathlib import Path
 
 import pytest
 
-from lem.cli.main import main
 from lem.results.compare import compare_configurations, gather
 from lem.results.compare_view import render_text
 from lem.results.gate import parse_gate
 from lem.results.layout import text_width
 from lem.results.precision import StoppingRule, parse_target, write_stopping_rule
+from tests.command_rig import Said, run_lem
 from tests.goldens import assert_golden
 from tests.synthetic_campaign import Campaign, Configuration
 
@@ -122,16 +121,15 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def lem(folder: Path, *words: str) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    code = main(["compare", *words, "--results-dir", str(folder)], out, err)
-    return code, out.getvalue(), err.getvalue().replace(str(folder), "results")
+def compare(folder: Path, *words: str) -> Said:
+    said = run_lem("compare", *words, "--results-dir", folder)
+    return said._replace(err=said.err.replace(str(folder), "results"))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_both_streams_are_the_golden_ones(case: str, places: dict[str, Path]) -> None:
     place, words = CASES[case]
-    code, out, err = lem(places[place], *words)
+    code, out, err = compare(places[place], *words)
     shown = " ".join(words)
     assert_golden(f"compare/{case}.txt", f"$ lem compare {shown}\n{out}--- stderr\n{err}--- exit {code}\n")
 
@@ -139,14 +137,14 @@ def test_both_streams_are_the_golden_ones(case: str, places: dict[str, Path]) ->
 @pytest.mark.parametrize("case", [case for case in CASES if "--markdown" not in CASES[case][1]])
 def test_the_text_fits_80_columns(case: str, places: dict[str, Path]) -> None:
     place, words = CASES[case]
-    _, out, _ = lem(places[place], *words)
+    _, out, _ = compare(places[place], *words)
     assert [line for line in out.splitlines() if text_width(line) > 80 or line != line.rstrip()] == []
 
 
 def test_the_document_holds_what_the_text_shows(places: dict[str, Path]) -> None:
-    code, out, err = lem(places["demo"], "demo", "--baseline", "vllm-bfloat16", "--gate", "energy=3%", "--json")
+    code, out, err = compare(places["demo"], "demo", "--baseline", "vllm-bfloat16", "--gate", "energy=3%", "--json")
     document = json.loads(out)
-    text = lem(places["demo"], "demo", "--baseline", "vllm-bfloat16", "--gate", "energy=3%")[1]
+    text = compare(places["demo"], "demo", "--baseline", "vllm-bfloat16", "--gate", "energy=3%")[1]
     assert (document["exit_code"], document["schema_version"], err) == (code, 1, "")
     assert document["sentence"] in " ".join(text.split())
     pair = next(item for item in document["pairs"] if item["other"]["config_name"] == "pytorch-bfloat16")
@@ -159,7 +157,7 @@ def test_the_document_holds_what_the_text_shows(places: dict[str, Path]) -> None
 
 
 def test_the_document_of_two_runs_names_its_anchor(places: dict[str, Path]) -> None:
-    document = json.loads(lem(places["days"], "before", "after", "--json")[1])
+    document = json.loads(compare(places["days"], "before", "after", "--json")[1])
     assert document["anchor"]["name"] == "pytorch-bfloat16"
     assert [run["campaign_name"] for run in document["runs"]] == ["before", "after"]
     assert document["missing"] == ["only in 20260714T100000Z-3fa1: vllm-bfloat16-64"]
@@ -170,7 +168,7 @@ def test_damaged_results_are_named_and_left_out(tmp_path: Path) -> None:
     results = sorted(written.results_dir.rglob("result.json"))
     results[0].write_text("{", encoding="utf-8")
     results[1].write_bytes(results[2].read_bytes())
-    code, out, err = lem(written.results_dir, "demo")
+    code, out, err = compare(written.results_dir, "demo")
     assert code == 0
     assert "pytorch-bfloat16" in out
     assert [line.split(":")[0] for line in err.splitlines()] == ["corrupt", "foreign"]
@@ -179,21 +177,21 @@ def test_damaged_results_are_named_and_left_out(tmp_path: Path) -> None:
 def test_a_name_from_a_file_does_not_steer_the_terminal_or_markdown(tmp_path: Path) -> None:
     evil = dataclasses.replace(VLLM, name="\x1b[31mred|<b>x</b>_y_")
     folder = dataclasses.replace(BASE, configurations=(PYTORCH, evil)).write(tmp_path).results_dir
-    assert "\x1b" not in lem(folder, "demo")[1]
-    markdown = lem(folder, "demo", "--markdown")[1]
+    assert "\x1b" not in compare(folder, "demo")[1]
+    markdown = compare(folder, "demo", "--markdown")[1]
     assert "\x1b" not in markdown
     assert not re.search(r"(?<!\\)<b>|(?<!\\)\|<|[^\\]_y", markdown)
 
 
 def test_a_campaign_of_one_configuration_says_that_there_is_nothing_to_compare(tmp_path: Path) -> None:
     folder = dataclasses.replace(BASE, configurations=(VLLM,)).write(tmp_path).results_dir
-    code, out, err = lem(folder, "demo")
+    code, out, err = compare(folder, "demo")
     assert (code, out) == (2, "")
     assert "nothing to be compared with but itself" in err
 
 
 def test_a_gate_given_twice_is_refused(places: dict[str, Path]) -> None:
-    code, _, err = lem(places["demo"], "demo", "--gate", "energy=3%", "--gate", "energy_per_output_tok_j=5%")
+    code, _, err = compare(places["demo"], "demo", "--gate", "energy=3%", "--gate", "energy_per_output_tok_j=5%")
     assert code == 2
     assert "the same metric" in err
 
@@ -202,7 +200,7 @@ def test_cycles_that_were_added_are_told_of(tmp_path: Path) -> None:
     written = dataclasses.replace(BASE, configurations=(PYTORCH, VLLM)).write(tmp_path)
     rule = StoppingRule(parse_target("ci=2%"), 5, 20)
     write_stopping_rule(written.results_dir / written.campaign / written.run_id, rule)
-    out = " ".join(lem(written.results_dir, "demo")[1].split())
+    out = " ".join(compare(written.results_dir, "demo")[1].split())
     assert "Cycles were added until every interval is within ±2 %" in out
     assert "do not account for that" in out
 
@@ -222,6 +220,6 @@ def test_a_value_of_zero_has_no_ratio(tmp_path: Path) -> None:
         if document["identity"]["config_name"] == VLLM.name and document["identity"]["cycle_index"] == 2:
             document["throughput"]["output_tok_per_s"] = 0
             path.write_text(json.dumps(document), encoding="utf-8")
-    code, out, _ = lem(folder, "demo", "--metric", "throughput", "--gate", "throughput=3%", "--strict")
+    code, out, _ = compare(folder, "demo", "--metric", "throughput", "--gate", "throughput=3%", "--strict")
     assert code == 4
     assert "a value is zero or negative" in out

@@ -86,13 +86,13 @@ def in_zsh(line: str, folder: Path) -> str:
 
 
 def test_the_tree_holds_every_command_for_people() -> None:
-    found = {command.path for command in commands_of(make_parser(()))}
+    found = {command.path for command in commands_of(make_parser())}
     assert {path[0] for path in found if path} == set(COMMANDS) - {"worker"}
     assert {("results", "export"), ("config", "validate")} <= found
 
 
 def test_the_tree_knows_values() -> None:
-    commands = {command.path: command for command in commands_of(make_parser(()))}
+    commands = {command.path: command for command in commands_of(make_parser())}
     executor = option_of(commands["campaign",], "--executor")
     assert executor.value is not None
     assert executor.value.choices == ("auto", "docker", "local")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import pytest
 
-from lem.cli.main import main
+from tests.command_rig import run_lem
 from tests.goldens import assert_golden
 
 EXPERIMENT = "model: ${MODEL_OF_TEST:-gpt2}\ndecoder: {preset: creative, top_p: 0.5}\n"
@@ -24,12 +23,6 @@ notification: {webhook_url: "https://host/hunter2"}
 """
 
 
-def lem(*argv: str) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    code = main(list(argv), out, err)
-    return code, out.getvalue(), err.getvalue()
-
-
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -40,13 +33,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_valid_files_are_told_with_their_warnings_and_what_is_filtered():
-    code, out, err = lem("config", "validate", "e.yaml", "c.yaml")
+    code, out, err = run_lem("config", "validate", "e.yaml", "c.yaml")
     assert (code, err) == (0, "")
     assert_golden("config/validate.txt", out)
 
 
 def test_all_files_are_looked_at_although_one_is_not_valid():
-    code, out, err = lem("config", "validate", "bad.yaml", "nothing.yaml", "e.yaml")
+    code, out, err = run_lem("config", "validate", "bad.yaml", "nothing.yaml", "e.yaml")
     assert code == 2
     assert out.startswith("e.yaml: valid experiment gpt2-pytorch\n")
     assert err.startswith("error: bad.yaml:2:10: backend: 'cuda' is not one of pytorch, vllm, tensorrt\n")
@@ -55,13 +48,13 @@ def test_all_files_are_looked_at_although_one_is_not_valid():
 
 def test_a_campaign_of_which_nothing_is_left_is_not_valid(folder: Path):
     (folder / "c.yaml").write_text(CAMPAIGN.replace("model: gpt2\n", ""), encoding="utf-8")
-    code, _, err = lem("config", "validate", "c.yaml")
+    code, _, err = run_lem("config", "validate", "c.yaml")
     assert code == 2
     assert "c.yaml:2:1: grid: no valid experiment is left: no model" in err
 
 
 def test_validation_as_json():
-    code, out, err = lem("config", "validate", "bad.yaml", "e.yaml", "--json")
+    code, out, err = run_lem("config", "validate", "bad.yaml", "e.yaml", "--json")
     assert (code, err) == (2, "")
     bad, good = json.loads(out)
     assert bad == {
@@ -82,28 +75,28 @@ def test_validation_as_json():
 
 
 def test_a_resolved_experiment_with_where_each_value_comes_from():
-    code, out, err = lem("config", "show", "e.yaml", "--set", "gpus=[]", "--preset", "pytorch-optimized")
+    code, out, err = run_lem("config", "show", "e.yaml", "--set", "gpus=[]", "--preset", "pytorch-optimized")
     assert (code, err) == (0, "")
     assert_golden("config/show_experiment.txt", out)
 
 
 def test_a_resolved_campaign_hides_its_secret():
-    code, out, _ = lem("config", "show", "c.yaml")
+    code, out, _ = run_lem("config", "show", "c.yaml")
     assert code == 0
     assert "hunter2" not in out
     assert_golden("config/show_campaign.txt", out)
 
 
 def test_what_is_shown_can_be_read_again(folder: Path):
-    _, out, _ = lem("config", "show", "e.yaml")
+    _, out, _ = run_lem("config", "show", "e.yaml")
     (folder / "again.yaml").write_text(out, encoding="utf-8")
-    code, again, _ = lem("config", "show", "again.yaml", "--json")
+    code, again, _ = run_lem("config", "show", "again.yaml", "--json")
     assert code == 0
-    assert json.loads(again)["config"] == json.loads(lem("config", "show", "e.yaml", "--json")[1])["config"]
+    assert json.loads(again)["config"] == json.loads(run_lem("config", "show", "e.yaml", "--json")[1])["config"]
 
 
 def test_show_as_json():
-    document = json.loads(lem("config", "show", "c.yaml", "--json")[1])
+    document = json.loads(run_lem("config", "show", "c.yaml", "--json")[1])
     assert document["kind"] == "campaign"
     assert document["config"]["execution"]["cycles"] == 2
     assert document["provenance"]["execution.cycles"] == {"from": "file", "at": "c.yaml:7"}
@@ -115,7 +108,7 @@ def test_a_secret_from_a_variable_is_shown_as_written(folder: Path, monkeypatch:
     monkeypatch.setenv("HOOK_OF_TEST", "https://host/hunter2")
     text = CAMPAIGN.replace("https://host/hunter2", "${HOOK_OF_TEST}")
     (folder / "c.yaml").write_text(text, encoding="utf-8")
-    out = lem("config", "show", "c.yaml")[1]
+    out = run_lem("config", "show", "c.yaml")[1]
     assert "hunter2" not in out
     assert '"${HOOK_OF_TEST}"' in out
 
@@ -123,49 +116,49 @@ def test_a_secret_from_a_variable_is_shown_as_written(folder: Path, monkeypatch:
 @pytest.mark.parametrize("backend", ["pytorch", "vllm", "tensorrt"])
 @pytest.mark.parametrize("kind", ["campaign", "experiment"])
 def test_a_new_file_is_valid(folder: Path, kind: str, backend: str):
-    code, out, _ = lem("config", "new", kind, "--backend", backend)
+    code, out, _ = run_lem("config", "new", kind, "--backend", backend)
     assert code == 0
     (folder / "new.yaml").write_text(out, encoding="utf-8")
-    assert lem("config", "validate", "new.yaml")[0] == 0
+    assert run_lem("config", "validate", "new.yaml")[0] == 0
 
 
 def test_an_unknown_backend_is_refused_with_the_nearest():
     for command in (("new",), ("fields",)):
-        code, _, err = lem("config", *command, "--backend", "vlm")
+        code, _, err = run_lem("config", *command, "--backend", "vlm")
         assert code == 2
         assert "did you mean 'vllm'?" in err
 
 
 def test_schema_is_json():
-    assert json.loads(lem("config", "schema")[1])["title"] == "lem campaign"
-    assert json.loads(lem("config", "schema", "experiment")[1])["title"] == "lem experiment"
+    assert json.loads(run_lem("config", "schema")[1])["title"] == "lem campaign"
+    assert json.loads(run_lem("config", "schema", "experiment")[1])["title"] == "lem experiment"
 
 
 def test_fields_of_one_kind_of_both_and_of_a_backend():
-    both = lem("config", "fields")[1]
+    both = run_lem("config", "fields")[1]
     assert both.startswith("CAMPAIGN\n\ncampaign_name  text; required\n")
     assert "\nEXPERIMENT\n\n" in both
-    of_vllm = lem("config", "fields", "--backend", "vllm")[1]
+    of_vllm = run_lem("config", "fields", "--backend", "vllm")[1]
     assert "vllm.max_num_seqs  integer; default 256; ≥ 1, requests\n    Requests worked on at a time." in of_vllm
     assert "pytorch.batch_size" not in of_vllm
-    assert set(json.loads(lem("config", "fields", "campaign", "--json")[1])) == {"campaign"}
+    assert set(json.loads(run_lem("config", "fields", "campaign", "--json")[1])) == {"campaign"}
 
 
 def test_presets_fit_a_terminal():
-    code, out, _ = lem("presets")
+    code, out, _ = run_lem("presets")
     assert code == 0
     assert max(len(line) for line in out.splitlines()) <= 80
     assert_golden("config/presets.txt", out)
 
 
 def test_one_preset_as_a_file_has_it():
-    assert lem("presets", "vllm-low-latency")[1] == (
+    assert run_lem("presets", "vllm-low-latency")[1] == (
         "# vllm-low-latency: vLLM with few requests at a time and no CUDA graphs.\n"
         "max_input_tokens: 512\nmax_output_tokens: 128\ndecoder:\n  preset: deterministic\n"
         "backend: vllm\nvllm:\n  max_num_seqs: 32\n  enforce_eager: true\n"
     )
-    assert list(json.loads(lem("presets", "quick-test", "--json")[1])) == ["quick-test"]
-    assert lem("presets", "nothing")[0] == 2
+    assert list(json.loads(run_lem("presets", "quick-test", "--json")[1])) == ["quick-test"]
+    assert run_lem("presets", "nothing")[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -181,6 +174,6 @@ def test_one_preset_as_a_file_has_it():
 def test_prompts_that_cannot_be_read_are_told_where_they_are_named(folder: Path, rest: str, place: str):
     (folder / "c.yaml").write_text(f"campaign_name: x\nmodel: gpt2\n{rest}", encoding="utf-8")
     for words in (("config", "validate"), ("campaign", "--dry-run")):
-        code, _, err = lem(*words, "c.yaml")
+        code, _, err = run_lem(*words, "c.yaml")
         assert code == 2
         assert f"error: {place}none.txt: cannot be read" in err

@@ -8,14 +8,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lem.cli.datasets import add_parser
+from lem.cli.datasets import add_arguments
 from lem.config.experiment_config import DATASET_ALIASES
 
 
 def datasets(*argv: str, **environ: str) -> tuple[int, str, str]:
     parser = argparse.ArgumentParser()
-    add_parser(parser.add_subparsers())
-    args = parser.parse_args(["datasets", *argv])
+    add_arguments(parser)
+    args = parser.parse_args(argv)
     out, err = io.StringIO(), io.StringIO()
     return args.run(args, out, err, environ), out.getvalue(), err.getvalue()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from lem.cli.main import main
 from lem.meters.gpu_state import GpuProcess, GpuReading, GpuState
 from lem.orchestration.compose_files import packaged_compose_file
 from lem.orchestration.doctor import CHECKS, Finding, Host, examine
+from tests.command_rig import run_lem
 from tests.doubles.fake_docker import FakeDocker
 from tests.doubles.powercap import Powercap
 
@@ -174,11 +173,6 @@ def test_a_folder_that_cannot_be_written_is_told(fake: FakeDocker) -> None:
 # The commands
 
 
-def run(*words: str) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    return main(words, out, err), out.getvalue(), err.getvalue()
-
-
 @pytest.fixture
 def here(fake: FakeDocker, monkeypatch: pytest.MonkeyPatch) -> FakeDocker:
     for name, value in fake.environ().items():
@@ -189,45 +183,45 @@ def here(fake: FakeDocker, monkeypatch: pytest.MonkeyPatch) -> FakeDocker:
 
 
 def test_the_document_says_ok_and_lists_the_checks(here: FakeDocker) -> None:
-    code, out, _ = run("doctor", "--json")
+    code, out, _ = run_lem("doctor", "--json")
     document = json.loads(out)
     assert (code, document["ok"], document["executors"]) == (0, True, ["docker", "local"])
     assert [item["name"] for item in document["checks"]] == [check.name for check in CHECKS]
     assert set(document["checks"][0]) == {"name", "status", "message", "remedy"}
     here.change(daemon="down")
-    code, out, _ = run("doctor", "--json")
+    code, out, _ = run_lem("doctor", "--json")
     assert (code, json.loads(out)["ok"]) == (2, False)
 
 
 def test_the_text_says_what_to_do(here: FakeDocker) -> None:
-    code, out, _ = run("doctor")
+    code, out, _ = run_lem("doctor")
     assert code == 0
     assert out.endswith("this host is fit for campaigns in containers\n")
     here.change(images=[])
-    code, out, _ = run("doctor", "--backend", "pytorch")
+    code, out, _ = run_lem("doctor", "--backend", "pytorch")
     assert code == 2
     assert "→ pull, build or load it" in " ".join(out.split())
     assert out.endswith("not fit for campaigns in containers: images; fit for --executor local\n")
     assert max(map(len, out.splitlines())) <= 100
     (here.folder / "results").write_text("")
-    assert run("doctor", "--backend", "pytorch")[1].endswith("not fit: images, rights\n")
+    assert run_lem("doctor", "--backend", "pytorch")[1].endswith("not fit: images, rights\n")
 
 
 def test_nothing_is_left_behind(here: FakeDocker) -> None:
     before = sorted(here.folder.rglob("*"))
-    run("doctor")
+    run_lem("doctor")
     assert [path for path in sorted(here.folder.rglob("*")) if path not in before] == [here.folder / "calls.jsonl"]
 
 
 def test_the_compose_file_is_printed_as_it_is() -> None:
-    assert run("compose") == (0, packaged_compose_file(), "")
+    assert run_lem("compose") == (0, packaged_compose_file(), "")
 
 
 def test_what_the_gpus_are_doing_can_be_read_back() -> None:
-    code, out, _ = run("gpus", "--json")
+    code, out, _ = run_lem("gpus", "--json")
     reading = json.loads(out)
     assert code == 0
     assert reading.pop("schema_version") == 1
     assert set(reading.pop("energy")) == {"gpus", "gpu_error", "cpu"}
     assert json.loads(json.dumps(GpuReading.from_dict(reading).to_dict())) == reading
-    assert run("gpus")[0] == 0
+    assert run_lem("gpus")[0] == 0

@@ -107,7 +107,7 @@ def test_a_bug_is_told_where_no_file_can_be_written(folder: Path) -> None:
     code = (
         "import sys, tempfile, lem.cli.main\n"
         "tempfile.tempdir = '/nowhere/at/all'\n"
-        "sys.modules['lem.cli.presets'] = object()\n"  # a command without `add_parser`
+        "sys.modules['lem.cli.presets'] = object()\n"  # a command without `add_arguments`
         "sys.exit(lem.cli.main.main(['presets']))\n"
     )
     ended = subprocess.run(
@@ -141,6 +141,27 @@ def test_a_word_that_is_wrong_is_named_with_the_command_and_what_was_meant(words
     error, hint = ended.stderr.decode().splitlines()
     assert error.startswith(f"error: {said}")
     assert hint.startswith("hint: lem ")
+
+
+@pytest.mark.parametrize(
+    ("words", "commands"), [(["--help"], set()), (["--version"], set()), (["presets", "--help"], {"presets"})]
+)
+def test_only_the_module_of_the_command_at_hand_is_imported(words: list[str], commands: set[str]) -> None:
+    code = (
+        "import io, sys\n"
+        "from lem.cli.main import COMMANDS, main\n"
+        f"assert main({words!r}, io.StringIO(), io.StringIO()) == 0\n"
+        "print(*(name for name in COMMANDS if f'lem.cli.{name}' in sys.modules))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert set(ended.stdout.split()) == commands
 
 
 def test_a_name_that_is_too_long_for_a_file_is_told(folder: Path) -> None:

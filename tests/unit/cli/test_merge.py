@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import pytest
 
-from lem.cli.main import main
 from lem.record import Record
 from lem.record_codec import write_record
 from lem.results.fleet_plan import FleetPlan, HostPart, PlannedExperiment, write_plan
 from lem.results.precision import StoppingRule, Target, read_stopping_rule, write_stopping_rule
 from lem.results.repository import Repository
+from tests.command_rig import run_lem
 from tests.records import make_record
 
 RUN = "20260714T100000Z-3fa1"
 ANCHOR, OTHER = "a" * 16, "b" * 16
-
-
-def lem(*argv: str | Path) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    code = main([str(word) for word in argv], out, err)
-    return code, out.getvalue(), err.getvalue()
 
 
 def store(folder: Path, record: Record) -> Path:
@@ -65,7 +58,7 @@ def results_below(folder: Path) -> list[str]:
 
 
 def test_results_keep_their_bytes_and_their_host(tmp_path: Path, hosts: tuple[Path, Path]) -> None:
-    code, out, _ = lem("merge", *hosts, "--output", tmp_path / "all")
+    code, out, _ = run_lem("merge", *hosts, "--output", tmp_path / "all")
     assert code == 0
     assert "5 results of 2 hosts" in out
     folder = tmp_path / "all" / "demo" / RUN
@@ -84,8 +77,8 @@ def test_results_keep_their_bytes_and_their_host(tmp_path: Path, hosts: tuple[Pa
 
 
 def test_a_host_is_a_block_for_every_reader(tmp_path: Path, hosts: tuple[Path, Path]) -> None:
-    lem("merge", *hosts, "--output", tmp_path / "all")
-    code, out, _ = lem("results", "show", "demo", "-o", tmp_path / "all", "--json")
+    run_lem("merge", *hosts, "--output", tmp_path / "all")
+    code, out, _ = run_lem("results", "show", "demo", "-o", tmp_path / "all", "--json")
     assert code == 0
     found = {item["config_name"]: item["n_cycles"] for item in json.loads(out)["configurations"]}
     assert found == {"short @ gpu1": 2, "short @ gpu2": 2, "long": 1}
@@ -94,16 +87,16 @@ def test_a_host_is_a_block_for_every_reader(tmp_path: Path, hosts: tuple[Path, P
 def test_the_rule_by_which_cycles_were_added_comes_along(tmp_path: Path, hosts: tuple[Path, Path]) -> None:
     rule = StoppingRule(Target(0.02, None), 5, 20)
     write_stopping_rule(hosts[1] / "results" / "demo" / RUN, rule)
-    lem("merge", *hosts, "--output", tmp_path / "all")
+    run_lem("merge", *hosts, "--output", tmp_path / "all")
     assert read_stopping_rule(tmp_path / "all" / "demo" / RUN) == rule
 
 
 def test_merging_again_changes_nothing_and_identical_results_count_once(
     tmp_path: Path, hosts: tuple[Path, Path]
 ) -> None:
-    lem("merge", *hosts, "--output", tmp_path / "all")
+    run_lem("merge", *hosts, "--output", tmp_path / "all")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "all").rglob("*")}
-    code, out, _ = lem("merge", *hosts, hosts[0], "--output", tmp_path / "all")
+    code, out, _ = run_lem("merge", *hosts, hosts[0], "--output", tmp_path / "all")
     assert (code, "0 of them new" in out) == (0, True)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "all").rglob("*")} == before
 
@@ -111,7 +104,7 @@ def test_merging_again_changes_nothing_and_identical_results_count_once(
 def test_two_results_of_one_key_that_differ_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     for name, rate in (("one", 100.0), ("two", 101.0)):
         store(tmp_path / name, anchor("localhost", output_tok_per_s=rate))
-    code, _, err = lem("merge", tmp_path / "one", tmp_path / "two", "--output", tmp_path / "all")
+    code, _, err = run_lem("merge", tmp_path / "one", tmp_path / "two", "--output", tmp_path / "all")
     assert code == 2
     assert "one key and differ" in err
     assert not (tmp_path / "all").exists()
@@ -120,14 +113,14 @@ def test_two_results_of_one_key_that_differ_are_refused_and_nothing_is_written(t
 def test_a_damaged_result_is_named_and_left_out(tmp_path: Path, hosts: tuple[Path, Path]) -> None:
     broken = hosts[0] / "results" / "demo" / RUN / f"{ANCHOR[:12]}-c1" / "attempt-1" / "result.json"
     broken.write_bytes(broken.read_bytes()[:-40])
-    code, out, err = lem("merge", *hosts, "--output", tmp_path / "all")
+    code, out, err = run_lem("merge", *hosts, "--output", tmp_path / "all")
     assert (code, "4 results" in out) == (0, True)
     assert f"left out, corrupt: {broken}" in err
     assert len(results_below(tmp_path / "all")) == 4
 
 
 def test_hosts_that_differ_in_the_anchor_are_refused(tmp_path: Path, hosts: tuple[Path, Path], plan: Path) -> None:
-    code, _, err = lem("merge", *hosts, "--output", tmp_path / "all", "--plan", plan, "--anchor-tolerance", "1.5%")
+    code, _, err = run_lem("merge", *hosts, "--output", tmp_path / "all", "--plan", plan, "--anchor-tolerance", "1.5%")
     assert code == 2
     assert "differ by 2.0 % in output_tok_per_s" in err
     assert not (tmp_path / "all").exists()
@@ -136,19 +129,19 @@ def test_hosts_that_differ_in_the_anchor_are_refused(tmp_path: Path, hosts: tupl
 def test_energy_is_compared_before_speed(tmp_path: Path, plan: Path) -> None:
     for host, energy in (("gpu1", 1.0), ("gpu2", 1.2)):
         store(tmp_path / host, anchor(host, energy_per_output_tok_j=energy))
-    code, _, err = lem("merge", tmp_path / "gpu1", tmp_path / "gpu2", "--output", tmp_path / "all", "--plan", plan)
+    code, _, err = run_lem("merge", tmp_path / "gpu1", tmp_path / "gpu2", "--output", tmp_path / "all", "--plan", plan)
     assert code == 2
     assert "20.0 % in energy_per_output_tok_j" in err
 
 
 def test_what_the_plan_has_and_nobody_measured_is_lacking(tmp_path: Path, hosts: tuple[Path, Path], plan: Path) -> None:
-    code, out, _ = lem("merge", *hosts, "--output", tmp_path / "all", "--plan", plan, "--json")
+    code, out, _ = run_lem("merge", *hosts, "--output", tmp_path / "all", "--plan", plan, "--json")
     document = json.loads(out)
     assert code == 1
     assert document["lacking"] == [{"host": "gpu2", "exp_id": f"{OTHER[:12]}-c2"}]
     assert document["configurations"]["long"] == {"gpu2": {"planned": 2, "present": 1, "valid": 1}}
     assert document["anchor"]["spread"] == pytest.approx(0.02)
-    _, table, _ = lem("merge", *hosts, "--output", tmp_path / "all", "--plan", plan)
+    _, table, _ = run_lem("merge", *hosts, "--output", tmp_path / "all", "--plan", plan)
     assert ["long", "–", "1/2"] in [line.split() for line in table.splitlines()]
     assert f"lacking: {OTHER[:12]}-c2 (gpu2)" in table
 
@@ -156,7 +149,7 @@ def test_what_the_plan_has_and_nobody_measured_is_lacking(tmp_path: Path, hosts:
 def test_a_host_that_brought_nothing_is_lacking_altogether(
     tmp_path: Path, hosts: tuple[Path, Path], plan: Path
 ) -> None:
-    code, out, _ = lem("merge", hosts[0], "--output", tmp_path / "all", "--plan", plan)
+    code, out, _ = run_lem("merge", hosts[0], "--output", tmp_path / "all", "--plan", plan)
     assert code == 1
     assert "nobody knows whether the hosts are alike" in out
     assert ["short", "2/2", "0/2"] in [line.split() for line in out.splitlines()]
@@ -164,7 +157,7 @@ def test_a_host_that_brought_nothing_is_lacking_altogether(
 
 def test_another_run_is_left_out_and_told(tmp_path: Path, hosts: tuple[Path, Path], plan: Path) -> None:
     store(hosts[0], anchor("gpu1", run_id="20260101T000000Z-aaaa"))
-    _, out, _ = lem("merge", *hosts, "--output", tmp_path / "all", "--plan", plan)
+    _, out, _ = run_lem("merge", *hosts, "--output", tmp_path / "all", "--plan", plan)
     assert "of other runs than the plan: 20260101T000000Z-aaaa" in out
     assert len(results_below(tmp_path / "all")) == 5
 
@@ -172,7 +165,7 @@ def test_another_run_is_left_out_and_told(tmp_path: Path, hosts: tuple[Path, Pat
 def test_a_link_in_a_result_is_not_followed(tmp_path: Path, hosts: tuple[Path, Path]) -> None:
     folder = hosts[0] / "results" / "demo" / RUN / f"{ANCHOR[:12]}-c1" / "attempt-1"
     (folder / "samples.jsonl.gz").symlink_to("/etc/hostname")
-    lem("merge", *hosts, "--output", tmp_path / "all")
+    run_lem("merge", *hosts, "--output", tmp_path / "all")
     names = {path.name for path in (tmp_path / "all").rglob("*") if path.is_file()}
     assert names == {"result.json", "log.txt"}
 
@@ -194,7 +187,7 @@ def test_bad_input_is_refused(tmp_path: Path, words: list[str], said: str) -> No
         attempt = Repository(tmp_path / "two", campaign).prepare_attempt(RUN, record.identity.experiment_id)
         write_record(attempt.result_path, record)
     words = [str(tmp_path / words[0]), *words[1:]]
-    code, _, err = lem("merge", *words, "--output", tmp_path / "all")
+    code, _, err = run_lem("merge", *words, "--output", tmp_path / "all")
     assert code == 2
     assert said in err
     assert not (tmp_path / "all").exists()

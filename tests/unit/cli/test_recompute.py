@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ from typing import Any
 import pytest
 
 from lem import durable
-from lem.cli.main import main
 from lem.meters.efficiency import carbon_of, efficiency_of
 from lem.meters.samples import FINISHED_FILENAME, write_finished
 from lem.record import Record
 from lem.record_codec import write_record
 from lem.results.repository import Repository
+from tests.command_rig import Said, run_lem
 from tests.records import make_record
 from tests.scripted_attempt import config, gpu_attempt
 
@@ -24,10 +23,8 @@ RUN = "20260714T100000Z-3fa1"
 ATTEMPT = gpu_attempt()
 
 
-def lem(*argv: str) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    code = main(["results", "recompute", *argv], out, err)
-    return code, out.getvalue(), err.getvalue()
+def recompute(*words: str) -> Said:
+    return run_lem("results", "recompute", *words)
 
 
 def measured_record(cycle: int) -> Record:
@@ -62,13 +59,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def documents(folder: Path, wanted: str) -> list[dict[str, Any]]:
-    _, out, _ = lem(wanted, "-o", str(folder), "--json")
+    _, out, _ = recompute(wanted, "-o", str(folder), "--json")
     found: list[dict[str, Any]] = json.loads(out)["results"]
     return found
 
 
 def test_results_that_agree_say_so(folder: Path) -> None:
-    code, out, err = lem("demo", "-o", str(folder))
+    code, out, err = recompute("demo", "-o", str(folder))
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert [line.partition("(small): ")[2].partition(",")[0] for line in lines[:2]] == ["agrees", "agrees"]
@@ -84,7 +81,7 @@ def test_one_experiment_can_be_asked_for(folder: Path) -> None:
 def test_a_result_that_differs_is_shown_and_is_the_exit_code(folder: Path) -> None:
     record = measured_record(2)
     store(folder, dataclasses.replace(record, energy=dataclasses.replace(record.energy, gpu_energy_j=1.5)))
-    code, out, _ = lem("demo", "-o", str(folder))
+    code, out, _ = recompute("demo", "-o", str(folder))
     assert code == 1
     assert "energy.gpu_energy_j: recorded 1.5, the samples say " in out
     assert out.splitlines()[-1] == "2 of 3 results agree with their samples"
@@ -94,14 +91,14 @@ def test_a_result_that_differs_is_shown_and_is_the_exit_code(folder: Path) -> No
 
 def test_energy_without_samples_cannot_be_worked_out_again(folder: Path) -> None:
     store(folder, measured_record(2), has_samples=False)
-    code, out, _ = lem("demo", "-o", str(folder))
+    code, out, _ = recompute("demo", "-o", str(folder))
     assert code == 1
     assert f"impossible: there is no {FINISHED_FILENAME}" in out
 
 
 def test_a_result_without_energy_or_samples_is_no_contradiction(folder: Path) -> None:
     store(folder, make_record(run_id=RUN, cycle=2), has_samples=False)
-    code, out, _ = lem("demo", "-o", str(folder))
+    code, out, _ = recompute("demo", "-o", str(folder))
     assert code == 0
     assert "unmeasured: no energy was measured" in out
 
@@ -109,7 +106,7 @@ def test_a_result_without_energy_or_samples_is_no_contradiction(folder: Path) ->
 @pytest.mark.parametrize("name", ["config.json", FINISHED_FILENAME])
 def test_a_damaged_file_is_told(folder: Path, name: str) -> None:
     (store(folder, measured_record(2)) / name).write_bytes(b"{}")
-    code, out, _ = lem("demo", "-o", str(folder))
+    code, out, _ = recompute("demo", "-o", str(folder))
     assert code == 1
     assert "impossible: " in out
     assert name in out
@@ -117,13 +114,13 @@ def test_a_damaged_file_is_told(folder: Path, name: str) -> None:
 
 def test_a_result_that_is_not_whole_is_told_too(folder: Path) -> None:
     (store(folder, measured_record(2)) / "result.json").unlink()
-    code, out, err = lem("demo", "-o", str(folder))
+    code, out, err = recompute("demo", "-o", str(folder))
     assert code == 0
     assert "2 of 2" in out
     assert err.startswith("missing: ")
 
 
 def test_what_is_not_there_is_a_usage_error(folder: Path) -> None:
-    code, _, err = lem("nothing", "-o", str(folder))
+    code, _, err = recompute("nothing", "-o", str(folder))
     assert code == 2
     assert "is called 'nothing'" in err

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import pytest
 
-from lem.cli.main import main
 from lem.cli.report_traces import trace_of
 from lem.meters.samples import GpuSample, Mark, RaplReading, RaplZone, SampleHeader, SampleLog
 from lem.results.report.trace import POWER, TEMPERATURE
+from tests.command_rig import Said, run_lem
 from tests.synthetic_campaign import Campaign, Configuration, Written
 
 NS = 1_000_000_000
 
 
-def lem(*argv: str) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    code = main(["report", *argv], out, err)
-    return code, out.getvalue(), err.getvalue()
+def report(*words: str) -> Said:
+    return run_lem("report", *words)
 
 
 @pytest.fixture
@@ -37,38 +34,38 @@ def attempts(written: Written) -> list[Path]:
 
 
 def test_a_campaign_becomes_one_file_beside_its_runs(written: Written) -> None:
-    code, out, err = lem("demo", "--results-dir", str(written.results_dir))
+    code, out, err = report("demo", "--results-dir", str(written.results_dir))
     path = written.results_dir / "demo" / "report.html"
     assert (code, out, err) == (0, f"{path}\n", "")
     page = path.read_text(encoding="utf-8")
     assert page.startswith("<!DOCTYPE html>")
     assert page.count('id="trace-') >= 4
-    assert lem("demo", "--results-dir", str(written.results_dir))[0] == 0
+    assert report("demo", "--results-dir", str(written.results_dir))[0] == 0
     assert path.read_text(encoding="utf-8") == page, "the same results give the same bytes"
 
 
 def test_a_run_is_named_in_full_or_by_its_beginning(written: Written, tmp_path: Path) -> None:
     for wanted in (written.run_id, written.run_id[:10]):
-        code, out, _ = lem(wanted, "--results-dir", str(written.results_dir), "-o", str(tmp_path / "page.html"))
+        code, out, _ = report(wanted, "--results-dir", str(written.results_dir), "-o", str(tmp_path / "page.html"))
         assert (code, out) == (0, f"{tmp_path / 'page.html'}\n")
 
 
 def test_the_last_run_of_a_campaign_is_meant(written: Written) -> None:
     later = Campaign((Configuration("later"),), run_id="20260801T100000Z-0000", cycles=2, window_s=3, has_samples=False)
     later.write(written.results_dir.parent)
-    _, page, _ = lem("demo", "--results-dir", str(written.results_dir), "-o", "-")
+    _, page, _ = report("demo", "--results-dir", str(written.results_dir), "-o", "-")
     assert "run 20260801T100000Z-0000" in page
     assert "slow" not in page
 
 
 def test_an_unknown_campaign_is_a_usage_error(written: Written) -> None:
-    code, out, err = lem("nobody", "--results-dir", str(written.results_dir))
+    code, out, err = report("nobody", "--results-dir", str(written.results_dir))
     assert (code, out) == (2, "")
     assert "is called 'nobody'" in err
 
 
 def test_a_place_that_cannot_be_written_is_told_with_a_remedy(written: Written) -> None:
-    code, _, err = lem(
+    code, _, err = report(
         "demo", "--results-dir", str(written.results_dir), "-o", str(attempts(written)[0] / "log.txt" / "x")
     )
     assert code == 2
@@ -78,7 +75,7 @@ def test_a_place_that_cannot_be_written_is_told_with_a_remedy(written: Written) 
 def test_json_says_what_was_written_and_left_out(written: Written, tmp_path: Path) -> None:
     (attempts(written)[0] / "result.json").write_text("{", encoding="utf-8")
     path = tmp_path / "page.html"
-    code, out, _ = lem("demo", "--results-dir", str(written.results_dir), "-o", str(path), "--json")
+    code, out, _ = report("demo", "--results-dir", str(written.results_dir), "-o", str(path), "--json")
     document = json.loads(out)
     assert code == 0
     assert document["path"] == str(path)
@@ -93,7 +90,7 @@ def test_damage_is_named_and_left_out(written: Written) -> None:
     whole[1].write_text(whole[2].read_text(encoding="utf-8"), encoding="utf-8")
     whole[2].unlink()
     (whole[2].parent / ".lem-cut-off").write_bytes(b"{")
-    code, page, err = lem("demo", "--results-dir", str(written.results_dir), "-o", "-")
+    code, page, err = report("demo", "--results-dir", str(written.results_dir), "-o", "-")
     assert code == 0
     for kind in ("corrupt", "foreign"):
         assert f"left out: {kind}: " in err
@@ -105,7 +102,7 @@ def test_damage_is_named_and_left_out(written: Written) -> None:
 def test_a_sample_log_that_cannot_be_read_is_named(written: Written, content: bytes) -> None:
     logs = [path / "samples.jsonl.gz" for path in attempts(written) if (path / "samples.jsonl.gz").exists()]
     logs[0].write_bytes(content)
-    code, page, _ = lem("demo", "--results-dir", str(written.results_dir), "-o", "-")
+    code, page, _ = report("demo", "--results-dir", str(written.results_dir), "-o", "-")
     assert code == 0
     assert "Not shown: " in page
     assert page.count('<svg class="plot" role="img" aria-labelledby="trace-') == len(logs) - 1

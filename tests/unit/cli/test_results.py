@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import pytest
 
-from lem.cli.main import main
 from lem.record import Record
 from lem.record_codec import decode_record, write_record
 from lem.results.repository import Repository
 from lem.results.summary import SINGLE_CYCLE
+from tests.command_rig import Said, run_lem
 from tests.records import make_record
 
 RUN = "20260714T100000Z-3fa1"
 LATER = "20260715T100000Z-0b0b"
 
 
-def lem(*argv: str) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    code = main(["results", *argv], out, err)
-    return code, out.getvalue(), err.getvalue()
+def results(*words: str) -> Said:
+    return run_lem("results", *words)
 
 
 @pytest.fixture
@@ -42,7 +39,7 @@ def store(results_dir: Path, campaign: str, record: Record) -> Path:
 
 
 def test_list_shows_every_run_with_its_counts(folder: Path) -> None:
-    code, out, err = lem("list", "--results-dir", str(folder))
+    code, out, err = results("list", "--results-dir", str(folder))
     assert (code, err) == (0, "")
     assert [line.split() for line in out.splitlines()] == [
         ["campaign", "run", "configurations", "valid", "invalid", "failed"],
@@ -53,7 +50,7 @@ def test_list_shows_every_run_with_its_counts(folder: Path) -> None:
 
 
 def test_list_as_json_has_the_same_counts(folder: Path) -> None:
-    code, out, _ = lem("list", "-o", str(folder), "--json")
+    code, out, _ = results("list", "-o", str(folder), "--json")
     runs = json.loads(out)
     assert code == 0
     assert [(item["campaign"], item["run_id"], item["valid"]) for item in runs] == [
@@ -64,13 +61,13 @@ def test_list_as_json_has_the_same_counts(folder: Path) -> None:
 
 
 def test_list_of_an_empty_or_missing_folder_says_so(tmp_path: Path) -> None:
-    assert lem("list", "-o", str(tmp_path / "nowhere")) == (0, "", f"no results in {tmp_path / 'nowhere'}\n")
-    assert lem("list", "-o", str(tmp_path), "--json") == (0, "[]\n", "")
+    assert results("list", "-o", str(tmp_path / "nowhere")) == (0, "", f"no results in {tmp_path / 'nowhere'}\n")
+    assert results("list", "-o", str(tmp_path), "--json") == (0, "[]\n", "")
 
 
 def test_list_names_damage_and_goes_on(folder: Path) -> None:
     store(folder, "demo", make_record(run_id=RUN, cycle=3)).write_bytes(b"\x00")
-    code, out, err = lem("list", "-o", str(folder))
+    code, out, err = results("list", "-o", str(folder))
     assert code == 0
     assert err.startswith("corrupt: ")
     assert ["demo", RUN, "1", "3", "0", "1"] in [line.split() for line in out.splitlines()]
@@ -78,31 +75,31 @@ def test_list_names_damage_and_goes_on(folder: Path) -> None:
 
 def test_list_of_a_folder_that_is_a_file_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "results").write_text("no folder")
-    code, out, err = lem("list", "-o", str(tmp_path / "results"))
+    code, out, err = results("list", "-o", str(tmp_path / "results"))
     assert (code, out) == (2, "")
     assert "a file stands where a folder is due" in err
 
 
 @pytest.mark.parametrize("wanted", [RUN, RUN[:10]])
 def test_a_run_is_shown_as_a_table_by_name_or_by_its_beginning(folder: Path, wanted: str) -> None:
-    code, out, err = lem("show", wanted, "-o", str(folder))
+    code, out, err = results("show", wanted, "-o", str(folder))
     assert (code, err) == (0, "")
     assert out.startswith(f"demo · run {RUN} · 1 configuration · 3 cycles")
     assert "t interval" in out
 
 
 def test_a_campaign_shows_its_last_run(folder: Path) -> None:
-    assert lem("show", "demo", "-o", str(folder))[1].startswith(f"demo · run {LATER}")
+    assert results("show", "demo", "-o", str(folder))[1].startswith(f"demo · run {LATER}")
 
 
 def test_a_single_cycle_is_told(tmp_path: Path) -> None:
     store(tmp_path, "demo", make_record())
-    assert SINGLE_CYCLE in lem("show", "demo", "-o", str(tmp_path))[1].splitlines()
+    assert SINGLE_CYCLE in results("show", "demo", "-o", str(tmp_path))[1].splitlines()
 
 
 def test_a_run_as_json_holds_aggregates_and_problems(folder: Path) -> None:
     Repository(folder, "demo").prepare_attempt(RUN, "0123456789ab-c4")
-    document = json.loads(lem("show", RUN, "-o", str(folder), "--json")[1])
+    document = json.loads(results("show", RUN, "-o", str(folder), "--json")[1])
     assert document["configurations"][0]["n_cycles"] == 3
     assert document["configurations"][0]["n_failed"] == 1
     assert [problem["kind"] for problem in document["problems"]] == ["missing"]
@@ -110,7 +107,7 @@ def test_a_run_as_json_holds_aggregates_and_problems(folder: Path) -> None:
 
 def test_a_run_without_a_whole_result_is_shown_as_failed(tmp_path: Path) -> None:
     Repository(tmp_path, "demo").prepare_attempt(RUN, "0123456789ab-c1").write_config({}, {"config_name": "small"})
-    code, out, err = lem("show", RUN, "-o", str(tmp_path))
+    code, out, err = results("show", RUN, "-o", str(tmp_path))
     assert code == 0
     assert out.startswith(f"demo · run {RUN}")
     assert "no valid result: small" in out
@@ -118,7 +115,7 @@ def test_a_run_without_a_whole_result_is_shown_as_failed(tmp_path: Path) -> None
 
 
 def test_an_experiment_is_shown_in_full_with_its_path(folder: Path) -> None:
-    code, out, err = lem("show", f"{RUN}/0123456789ab-c2", "-o", str(folder))
+    code, out, err = results("show", f"{RUN}/0123456789ab-c2", "-o", str(folder))
     assert (code, err) == (0, "")
     assert "cycle 2 · attempt 1" in out
     assert "output 101 tok/s" in out
@@ -128,7 +125,7 @@ def test_an_experiment_is_shown_in_full_with_its_path(folder: Path) -> None:
 def test_every_attempt_of_an_experiment_is_shown(folder: Path) -> None:
     store(folder, "demo", make_record(run_id=RUN, attempt=2, is_valid=False, invalid_reasons=("too hot",)))
     Repository(folder, "demo").prepare_attempt(RUN, "0123456789ab-c1")
-    _, out, err = lem("show", f"{RUN}/0123456789ab-c1", "-o", str(folder))
+    _, out, err = results("show", f"{RUN}/0123456789ab-c1", "-o", str(folder))
     assert "attempt 1\n" in out
     assert "attempt 2\n" in out
     assert "no: too hot" in out
@@ -136,45 +133,45 @@ def test_every_attempt_of_an_experiment_is_shown(folder: Path) -> None:
 
 
 def test_an_experiment_as_json_holds_whole_records(folder: Path) -> None:
-    document = json.loads(lem("show", f"{RUN}/0123456789ab-c2", "-o", str(folder), "--json")[1])
+    document = json.loads(results("show", f"{RUN}/0123456789ab-c2", "-o", str(folder), "--json")[1])
     assert decode_record(document["attempts"][0]["record"]).identity.cycle_index == 1
     assert Path(document["attempts"][0]["path"]).is_file()
 
 
 def test_an_experiment_without_a_result_says_so(folder: Path) -> None:
     Repository(folder, "demo").prepare_attempt(RUN, "abcabcabcabc-c1")
-    code, out, err = lem("show", "abcabcabcabc-c1", "-o", str(folder))
+    code, out, err = results("show", "abcabcabcabc-c1", "-o", str(folder))
     assert (code, out) == (0, "abcabcabcabc-c1: no whole result\n")
     assert err.startswith("missing: ")
 
 
 def test_an_experiment_known_to_one_run_needs_no_run(folder: Path) -> None:
-    assert "other" not in lem("show", "ffffffffffff-c1", "-o", str(folder))[2]
-    assert lem("show", "ffff", "-o", str(folder))[0] == 0
+    assert "other" not in results("show", "ffffffffffff-c1", "-o", str(folder))[2]
+    assert results("show", "ffff", "-o", str(folder))[0] == 0
 
 
 @pytest.mark.parametrize(
     ("wanted", "said"), [("0123456789ab-c1", "can mean"), ("2026", "can mean"), ("nix", "is called 'nix'\n")]
 )
 def test_a_name_of_several_or_none_is_a_usage_error_that_lists_them(folder: Path, wanted: str, said: str) -> None:
-    code, out, err = lem("show", wanted, "-o", str(folder))
+    code, out, err = results("show", wanted, "-o", str(folder))
     assert (code, out) == (2, "")
     assert said in err
     assert "hint: " in err
 
 
 def test_a_name_that_was_meant_is_suggested(folder: Path) -> None:
-    assert "is called 'dmo' (did you mean 'demo'?)" in lem("show", "dmo", "-o", str(folder))[2]
+    assert "is called 'dmo' (did you mean 'demo'?)" in results("show", "dmo", "-o", str(folder))[2]
 
 
 @pytest.mark.parametrize("wanted", ["", "../demo", "/", "demo/../other"])
 def test_a_name_that_leads_elsewhere_is_unknown(folder: Path, wanted: str) -> None:
-    assert lem("show", wanted, "-o", str(folder))[0] == 2
+    assert results("show", wanted, "-o", str(folder))[0] == 2
 
 
 def test_many_problems_are_cut_short(folder: Path) -> None:
     for number in range(15):
         Repository(folder, "demo").prepare_attempt(RUN, f"{number:012x}-c1")
-    err = lem("show", RUN, "-o", str(folder))[2]
+    err = results("show", RUN, "-o", str(folder))[2]
     assert len(err.splitlines()) == 11
     assert "and 5 more" in err

@@ -1,13 +1,12 @@
 """`lem results export`: which results, into which file, and what is told of those that are left out."""
 
-import io
 import json
 
 import pytest
 
-from lem.cli.main import main
 from lem.record_codec import write_record
 from lem.results.repository import Repository
+from tests.command_rig import run_lem
 from tests.records import make_record
 
 RUN, LATER = "20260714T100000Z-3fa1", "20260715T100000Z-0b0b"
@@ -28,14 +27,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-def _lem(folder, *words):
-    out, err = io.StringIO(), io.StringIO()
-    code = main(["results", "export", "--results-dir", str(folder / "results"), *words], out, err)
-    return code, out.getvalue(), err.getvalue()
+def _export(folder, *words):
+    return run_lem("results", "export", "--results-dir", folder / "results", *words)
 
 
 def _rows(folder, *words):
-    code, out, err = _lem(folder, "--format", "jsonl", *words)
+    code, out, err = _export(folder, "--format", "jsonl", *words)
     assert (code, err) == (0, "")
     return [(row["run_id"], row["cycle_index"]) for row in map(json.loads, out.splitlines())]
 
@@ -55,7 +52,7 @@ def test_runs_and_experiments_may_be_named_and_each_result_is_there_once(folder)
 
 
 def test_paths_are_relative_to_the_results(folder):
-    _, out, _ = _lem(folder, RUN, "--columns", "result")
+    _, out, _ = _export(folder, RUN, "--columns", "result")
     assert out.splitlines()[1] == f"demo/{RUN}/0123456789ab-c1/attempt-1/result.json"
 
 
@@ -63,18 +60,18 @@ def test_paths_are_relative_to_the_results(folder):
     ("name", "start"), [("x.csv", "result,"), ("x.json", "["), ("x.jsonl", "{"), ("x.md", "| config"), ("x", "result,")]
 )
 def test_a_file_gets_the_format_of_its_name(folder, name, start):
-    code, out, _ = _lem(folder, "-o", str(folder / name))
+    code, out, _ = _export(folder, "-o", str(folder / name))
     assert (code, out) == (0, "")
     assert (folder / name).read_text().startswith(start)
 
 
 def test_a_format_that_is_asked_for_wins_over_the_name(folder):
-    _lem(folder, "-o", str(folder / "x.csv"), "--format", "json")
+    _export(folder, "-o", str(folder / "x.csv"), "--format", "json")
     assert len(json.loads((folder / "x.csv").read_text())) == 5
 
 
 def test_a_file_that_cannot_be_written_is_told(folder):
-    code, _, err = _lem(folder, "-o", str(folder / "nowhere" / "x.csv"))
+    code, _, err = _export(folder, "-o", str(folder / "nowhere" / "x.csv"))
     assert code == 2
     assert "name another file with --output" in err
 
@@ -84,7 +81,7 @@ def test_damage_is_named_and_left_out(folder):
     broken.write_bytes(b'{"schema_version": 1')
     foreign = _store(folder / "results", make_record(run_id=RUN, cycle=3))
     write_record(foreign, make_record(run_id=LATER, cycle=3))
-    code, out, err = _lem(folder, RUN)
+    code, out, err = _export(folder, RUN)
     assert (code, len(out.splitlines())) == (0, 3)
     assert f"corrupt: {broken}" in err
     assert f"foreign: {foreign}" in err
@@ -93,8 +90,8 @@ def test_damage_is_named_and_left_out(folder):
 
 def test_an_experiment_without_a_result_is_counted(folder):
     Repository(folder / "results", "demo").prepare_attempt(RUN, "0123456789ab-c3")
-    assert _lem(folder, RUN)[2] == "left out, since there is no whole result: 1 of 3 experiments\n"
+    assert _export(folder, RUN)[2] == "left out, since there is no whole result: 1 of 3 experiments\n"
 
 
 def test_an_empty_folder_gives_an_empty_file(tmp_path):
-    assert _lem(tmp_path, "--format", "json") == (0, "[]\n", "")
+    assert _export(tmp_path, "--format", "json") == (0, "[]\n", "")

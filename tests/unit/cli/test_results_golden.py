@@ -1,13 +1,11 @@
 """`lem results` on a folder in which much is damaged: both streams, as people see them."""
 
-import io
-
 import pytest
 
-from lem.cli.main import main
 from lem.record_codec import write_record
 from lem.results.precision import StoppingRule, Target, write_stopping_rule
 from lem.results.repository import Repository
+from tests.command_rig import run_lem
 from tests.goldens import assert_golden
 from tests.records import make_record
 
@@ -50,7 +48,7 @@ def folder(tmp_path):
     ],
 )
 def test_what_is_whole_is_shown_and_the_rest_named(folder, name, words):
-    out, err = io.StringIO(), io.StringIO()
-    assert main(["results", *words, "--results-dir", str(folder)], out, err) == 0
-    shown = f"--- stdout\n{out.getvalue()}--- stderr\n{err.getvalue()}"
+    code, out, err = run_lem("results", *words, "--results-dir", folder)
+    assert code == 0
+    shown = f"--- stdout\n{out}--- stderr\n{err}"
     assert_golden(f"results/command_{name}.txt", shown.replace(str(folder), "results"))

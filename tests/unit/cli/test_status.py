@@ -1,19 +1,18 @@
 """`lem status`: what people and programs see of campaigns that run, ended, or crashed."""
 
-import io
 import json
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 
-from lem.cli.main import main
 from lem.cli.status_view import Eyes, render_status, render_statuses
 from lem.orchestration.activity import Activity
 from lem.orchestration.locks import Holder
 from lem.orchestration.manifest import Attempt, CampaignManifest, CampaignManifestEntry
 from lem.orchestration.status import CampaignStatus
 from tests.campaign_doubles import Place, make_campaign
+from tests.command_rig import run_lem
 from tests.goldens import assert_golden
 
 NOW = datetime(2026, 7, 14, 12, 30, tzinfo=timezone.utc)
@@ -178,26 +177,25 @@ def here(tmp_path, monkeypatch):
     return place
 
 
-def _lem(*words):
-    out, err = io.StringIO(), io.StringIO()
-    return main(["status", *words], out, err), out.getvalue(), err.getvalue()
+def _run_status(*words):
+    return run_lem("status", *words)
 
 
 def test_every_campaign_of_the_folder_has_a_line(here):
-    code, out, err = _lem("--state-dir", "state")
+    code, out, err = _run_status("--state-dir", "state")
     assert (code, err) == (0, "")
     assert out.splitlines()[0].split() == ["campaign", "state", "done", "failed", "left", "ETA", "last", "sign"]
     assert out.splitlines()[1].split()[:5] == ["demo", "done", "4", "0", "0"]
 
 
 def test_a_folder_without_campaigns_says_so(here):
-    assert _lem() == (0, "", "no campaigns in .state\n")
-    assert _lem("--json") == (0, "[]\n", "")
+    assert _run_status() == (0, "", "no campaigns in .state\n")
+    assert _run_status("--json") == (0, "[]\n", "")
 
 
 @pytest.mark.parametrize("name", ["demo", "Demo", "state/demo"])
 def test_a_campaign_may_be_named_or_its_folder(here, name):
-    code, out, _ = _lem(name, "--state-dir", "state")
+    code, out, _ = _run_status(name, "--state-dir", "state")
     assert (code, out.splitlines()[0].split(" · ")[:2]) == (0, ["demo", "done"])
 
 
@@ -205,18 +203,18 @@ def test_a_campaign_may_be_named_by_its_file(here):
     (here.folder / "c.yaml").write_text(
         "campaign_name: demo\nmodel: none\ngrid: {backends: [pytorch]}\nio: {state_dir: state}\n"
     )
-    code, out, _ = _lem("c.yaml")
+    code, out, _ = _run_status("c.yaml")
     assert (code, out.splitlines()[0].split(" · ")[:2]) == (0, ["demo", "done"])
 
 
 def test_a_campaign_that_is_not_there_is_told_with_those_that_are(here):
-    code, out, err = _lem("dmeo", "--state-dir", "state")
+    code, out, err = _run_status("dmeo", "--state-dir", "state")
     assert (code, out) == (2, "")
     assert "no campaign 'dmeo' in state (did you mean 'demo'?)\nhint: there: demo;" in err
 
 
 def test_as_json_every_experiment_is_there(here):
-    code, out, _ = _lem("demo", "--state-dir", "state", "--json")
+    code, out, _ = _run_status("demo", "--state-dir", "state", "--json")
     document = json.loads(out)
     assert (code, document["state"], document["completed"], document["left"]) == (0, "done", 4, 0)
     assert [(item["cycle"], item["status"]) for item in document["experiments"]] == [
@@ -232,6 +230,6 @@ def test_damage_in_one_campaign_does_not_hide_the_others(here):
     broken = here.folder / "state" / "broken"
     broken.mkdir()
     (broken / "campaign_manifest.json").write_text("{")
-    code, out, _ = _lem("--state-dir", "state")
+    code, out, _ = _run_status("--state-dir", "state")
     assert code == 0
     assert [line.split()[:2] for line in out.splitlines()[1:3]] == [["broken", "unreadable"], ["demo", "done"]]
