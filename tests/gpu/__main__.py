@@ -1,6 +1,6 @@
 """Everything that is to be found out on a machine with an NVIDIA GPU, in one call; README.md says how.
 
-    python -m tests.gpu [--quick] [--out FOLDER] [--only STEP]…
+    python -m tests.gpu [--quick | --small] [--out FOLDER] [--only STEP]…
     python -m tests.gpu --rehearse [--quick]      without a GPU, against the NVML double
 
 Prints each figure as soon as it is known and keeps it, and prints the whole table last.
@@ -50,6 +50,8 @@ def main() -> int:
         print(f"error: {gpu}", file=sys.stderr)
         return 2
     extent = extent_of(is_rehearsal=rehearsal is not None, is_quick=options.quick)
+    if options.small:
+        extent = extent.without_largest()
     cases = tuple(options.case) if options.case else extent.options
     extent = dataclasses.replace(extent, limit_s=options.limit_s or extent.limit_s, options=cases)
     bench = Bench(out, options.models.resolve(), extent, gpu.uuid, _environ(), rehearsal)
@@ -61,6 +63,7 @@ def main() -> int:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="shorter, and without the model of 8 B parameters")
+    parser.add_argument("--small", action="store_true", help="without the model of 8 B parameters")
     parser.add_argument("--rehearse", action="store_true", help="against the NVML double and tiny models on the CPU")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="what is kept (build/gpu)")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 __all__ = ["FULL", "QUICK", "REHEARSAL", "REHEARSAL_QUICK", "Configuration", "Extent", "extent_of"]
@@ -71,6 +72,12 @@ class Extent:
     def models(self) -> tuple[str, ...]:
         """The models of the campaign, each once; the first is the one that other steps use."""
         return tuple(dict.fromkeys(item.model for item in self.configurations))
+
+    def without_largest(self) -> Extent:
+        """The same with the first model alone, which is the smallest."""
+        return dataclasses.replace(
+            self, configurations=tuple(item for item in self.configurations if item.model == self.models[0])
+        )
 
 
 _SMALL = (Configuration("llama-1b", 1, 2), Configuration("llama-1b", 16, 16))
