@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ from typing import Protocol
 
 from hypothesis import strategies as st
 
-from lem.cli.main import main
+from tests import command_rig
+from tests.command_rig import Said
 
-__all__ = ["Find", "Outcome", "Ran", "Surface", "Trial", "replaced", "run_lem"]
+__all__ = ["Find", "Outcome", "Surface", "Trial", "replaced", "run_lem"]
 
 _LOG = re.compile(r"\(traceback in (.*)\)")
 
@@ -69,24 +69,13 @@ class Surface:
     in_suite: int = 200
 
 
-@dataclass(frozen=True)
-class Ran:
-    """What a command line came to."""
-
-    code: int
-    out: str
-    err: str
-
-
-def run_lem(*words: str, expected: Sequence[int] = (0, 2)) -> Ran:
+def run_lem(*words: str, expected: Sequence[int] = (0, 2)) -> Said:
     """The command line in this process.
 
     Raises:
         Find: it reports a bug, or an exit code that is none of those expected.
     """
-    out, err = io.StringIO(), io.StringIO()
-    code = main(list(words), out, err)
-    said = err.getvalue()
+    code, out, said = command_rig.run_lem(*words)
     if found := _LOG.search(said):
         log = Path(found[1])
         with contextlib.suppress(OSError):
@@ -96,7 +85,7 @@ def run_lem(*words: str, expected: Sequence[int] = (0, 2)) -> Ran:
         raise Find("traceback", f"lem {' '.join(words)}\n{said}")
     if code not in expected:
         raise Find("traceback", f"lem {' '.join(words)} ended with {code}\n{said}")
-    return Ran(code, out.getvalue(), said)
+    return Said(code, out, said)
 
 
 @contextlib.contextmanager

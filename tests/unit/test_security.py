@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import io
 import json
 import re
 import shutil
@@ -15,13 +14,13 @@ from typing import Any
 import pytest
 import yaml
 
-from lem.cli.main import main
 from lem.config import yamlfile
 from lem.config.campaign_config import CampaignConfig
 from lem.config.problems import ConfigProblems
 from lem.errors import ConfigurationError, UserError
 from lem.orchestration.naming import file_stem
 from lem.results.repository import Repository, experiment_folder_name
+from tests.command_rig import run_lem
 from tests.synthetic_campaign import Campaign, Configuration, Written
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -210,9 +209,8 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Written:
 
 
 def lem(*words: str) -> tuple[int, str]:
-    out, err = io.StringIO(), io.StringIO()
-    code = main(list(words), out, err)
-    return code, out.getvalue() + err.getvalue()
+    code, out, err = run_lem(*words)
+    return code, out + err
 
 
 def names_below(folder: Path) -> set[str]:

@@ -1,0 +1,26 @@
+"""A command of lem in this process, for tests that need no other."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+from lem.cli.main import main
+
+__all__ = ["Said", "run_lem"]
+
+
+class Said(NamedTuple):
+    """How a command ended, and what it wrote to stdout and stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_lem(*words: str | Path) -> Said:
+    """What came of a command line, without the name of the program."""
+    out, err = io.StringIO(), io.StringIO()
+    code = main([str(word) for word in words], out, err)
+    return Said(code, out.getvalue(), err.getvalue())
