@@ -27,7 +27,7 @@ from lem.orchestration.shards import (
 )
 from lem.results.fleet_plan import FleetPlan, read_plan, write_plan
 from lem.results.repository import Repository
-from lem.units import format_duration
+from lem.units import format_duration, plural
 
 __all__ = ["FleetPart", "own_part", "store_plan"]
 
@@ -51,6 +51,8 @@ def store_plan(
     if args.shard is not None:
         raise UserError("--write-plan makes a plan, --shard runs a part of one", "give one or the other")
     hosts = [name.strip() for name in (args.hosts or "").split(",") if name.strip()]
+    if not hosts:
+        raise UserError("--write-plan divides the campaign over hosts, and none is named", "add --hosts A,B,…")
     fleet_plan = (
         _new_plan(args, campaign, plan, hosts, measured_by_config)
         if args.plan is None
@@ -91,12 +93,13 @@ def _plan_of_what_lacks(
 
 
 def _described(plan: FleetPlan) -> list[str]:
-    lines = [f"run {plan.run_id}, {plan.mode}, {len(plan.experiments)} experiments on {len(plan.hosts)} hosts"]
+    experiments, hosts = plural(len(plan.experiments), "experiment"), plural(len(plan.hosts), "host")
+    lines = [f"run {plan.run_id}, {plan.mode}, {experiments} on {hosts}"]
     anchors = {item.config_name for item in plan.experiments if item.config_hash == plan.anchor}
     lines += [f"anchor, on every host: {name}" for name in anchors]
     for number, host in enumerate(plan.hosts, start=1):
         expected = "" if host.expected_s is None else f", about {format_duration(host.expected_s)}"
-        lines.append(f"{number}/{len(plan.hosts)} {host.name}: {len(host.exp_ids)} experiments{expected}")
+        lines.append(f"{number}/{len(plan.hosts)} {host.name}: {plural(len(host.exp_ids), 'experiment')}{expected}")
     return lines
 
 

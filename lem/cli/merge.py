@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from lem.cli.streams import write_json
 from lem.errors import ExitCode, UserError
+from lem.units import plural
 
 if TYPE_CHECKING:
     from lem.results.fleet_plan import FleetPlan
@@ -64,7 +65,10 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     known = [args.output] if args.output.is_dir() else []
     gathered = gather([*known, *args.folders], campaign=args.campaign, plan=plan)
     if not gathered.results:
-        raise UserError(f"no whole result of campaign {gathered.campaign} in these folders; nothing was merged")
+        raise UserError(
+            f"no whole result of campaign {gathered.campaign} in these folders; nothing was merged",
+            "lem results list --results-dir DIR shows what a folder holds",
+        )
     anchor_hash = plan.anchor if plan is not None and plan.mode == SHARD else None
     anchor = check_anchor(gathered.results, anchor_hash, args.anchor_tolerance)
     matrix = completeness(gathered, plan)
@@ -119,8 +123,8 @@ def _lines(
         shown = ", ".join(f"{exp_id} ({host})" for host, exp_id in matrix.lacking[:_SHOWN])
         more = f" and {len(matrix.lacking) - _SHOWN} more" if len(matrix.lacking) > _SHOWN else ""
         lines.append(f"lacking: {shown}{more}")
-    lines.append(f"{len(gathered.results)} results of {len(matrix.hosts)} hosts in {output}, {new} of them new")
-    return lines
+    results, hosts = plural(len(gathered.results), "result"), plural(len(matrix.hosts), "host")
+    return [*lines, f"{results} of {hosts} in {output}, {new} of them new"]
 
 
 def _anchor_line(anchor: AnchorCheck) -> str:

@@ -52,8 +52,8 @@ def render_plan(
     loads = plan.loads()
     facts = {
         "campaign": f"{campaign.campaign_name} ({campaign.campaign_id})",
-        "experiments": f"{len(plan.configurations)} configurations × {execution.cycles} cycles "
-        f"= {len(plan.experiments)}",
+        "experiments": f"{units.plural(len(plan.configurations), 'configuration')} × "
+        f"{units.plural(execution.cycles, 'cycle')} = {len(plan.experiments)}",
         "order": execution.structure + (f", seed {plan.shuffle_seed}" if plan.shuffle_seed is not None else ""),
         "engine loads": f"{sum(loads)} (reuse: {'none, cold start' if plan.is_cold else execution.reuse})",
         "expected time": _expected(plan, prices),

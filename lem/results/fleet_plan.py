@@ -111,7 +111,7 @@ def read_plan(path: Path) -> FleetPlan:
     try:
         return _decode(durable.read_json(path))
     except OSError as error:
-        raise UserError(f"plan {path}: {reason_of(error)}") from error
+        raise UserError(f"plan {path}: {reason_of(error)}", "give the file that --write-plan stored") from error
     except ValueError as error:
         raise UserError(
             f"plan {path}: {error}", "make it again: lem campaign FILE --write-plan PLAN --hosts …"

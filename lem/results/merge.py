@@ -40,14 +40,12 @@ class Gathered:
         campaign: the slug.
         results: each once, by run, experiment, host and attempt.
         problems: attempts without a result that can be used; they are left out and named.
-        duplicates: results that were found more than once, and identical.
         foreign_runs: runs that the plan is not of; they are left out.
     """
 
     campaign: str
     results: tuple[StoredResult, ...]
     problems: tuple[Problem, ...]
-    duplicates: int = 0
     foreign_runs: tuple[str, ...] = ()
 
 
@@ -62,13 +60,13 @@ def gather(folders: Sequence[Path], *, campaign: str | None = None, plan: FleetP
     Raises:
         UserError: no folder, no campaign, several, or two results of one key that differ.
     """
-    results_dirs = [_results_dir(folder) for folder in folders]
+    results_dirs = _results_dirs(folders)
     slug = campaign or _only_campaign(results_dirs)
     found: dict[ResultKey, StoredResult] = {}
     digests: dict[ResultKey, str] = {}
     conflicts: list[str] = []
     problems: list[Problem] = []
-    duplicates, foreign = 0, set()
+    foreign: set[str] = set()
     for folder in results_dirs:
         scan = Repository(folder, slug).scan()
         problems += [item for item in scan.problems if plan is None or item.run_id in ("", plan.run_id)]
@@ -81,17 +79,24 @@ def gather(folders: Sequence[Path], *, campaign: str | None = None, plan: FleetP
             known = digests.setdefault(identity.key, digest)
             if known != digest:
                 conflicts.append(f"{found[identity.key].path} and {item.path}")
-            elif identity.key in found:
-                duplicates += 1
             else:
-                found[identity.key] = item
+                found.setdefault(identity.key, item)
     if conflicts:
         raise UserError(
             f"{len(conflicts)} results have one key and differ, such as {'; '.join(conflicts[:_SHOWN])}",
             "one of each is not what its host measured, or two hosts have one name; nothing was merged",
         )
     ordered = sorted(found.items(), key=lambda entry: (entry[1].record.identity.order_index, entry[0]))
-    return Gathered(slug, tuple(item for _, item in ordered), tuple(problems), duplicates, tuple(sorted(foreign)))
+    return Gathered(slug, tuple(item for _, item in ordered), tuple(problems), tuple(sorted(foreign)))
+
+
+def _results_dirs(folders: Iterable[Path]) -> list[Path]:
+    """The results folders, each once whatever it is called."""
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        path = _results_dir(folder)
+        found.setdefault(path.resolve(), path)
+    return list(found.values())
 
 
 def _results_dir(folder: Path) -> Path:
@@ -239,18 +244,20 @@ def _seen(gathered: Gathered) -> dict[tuple[str, str], str]:
 
 
 def write_merged(gathered: Gathered, output: Path) -> int:
-    """How many attempts were new; each is copied whole or not at all.
+    """How many attempts were new; each is copied whole or not at all, and none that lies in the output already.
 
     Raises:
         UserError: the output cannot be written, or a file cannot be read.
     """
     new = 0
+    folder = output / gathered.campaign
     try:
         for item in gathered.results:
+            if item.path.is_relative_to(folder):
+                continue
             identity = item.record.identity
             target = (
-                output
-                / gathered.campaign
+                folder
                 / identity.run_id
                 / experiment_folder_name(identity.experiment_id, identity.host)
                 / item.path.parent.name
@@ -260,7 +267,7 @@ def write_merged(gathered: Gathered, output: Path) -> int:
             make_folder(target.parent)
             _copy_folder(item.path.parent, target)
             new += 1
-        _keep_stopping_rules(gathered, output / gathered.campaign)
+        _keep_stopping_rules(gathered, folder)
     except OSError as error:
         raise UserError(f"{error.filename or output}: {reason_of(error)}", remedy_for(error, "--output")) from error
     return new

@@ -75,7 +75,7 @@ def test_an_experiment_without_a_model_is_filtered_with_that_reason_and_the_rest
     assert ended.code == 0
     assert "Generated 3 experiments (2 filtered, 0 warnings)" in ended.err
     assert "no model" in ended.err
-    assert "1 configurations × 2 cycles = 2" in ended.out
+    assert "1 configuration × 2 cycles = 2" in ended.out
 
 
 def test_warnings_are_shown_and_counted_apart(here):
@@ -103,7 +103,7 @@ def test_options_win_over_the_file_and_set_over_both(here):
 
 def test_one_axis_can_be_set(here):
     ended = _run("c.yaml", "--dry-run", "--set", "grid.shared.max_output_tokens=[16]")
-    assert "1 configurations × 2 cycles = 2" in ended.out
+    assert "1 configuration × 2 cycles = 2" in ended.out
 
 
 def test_experiment_files_make_a_campaign_with_a_name(here):

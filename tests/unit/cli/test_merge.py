@@ -101,6 +101,17 @@ def test_merging_again_changes_nothing_and_identical_results_count_once(
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "all").rglob("*")} == before
 
 
+def test_results_of_another_host_join_those_of_this_one(tmp_path: Path, hosts: tuple[Path, Path]) -> None:
+    own = hosts[0] / "results"
+    before = results_below(own)
+    code, out, err = run_lem("merge", own, hosts[1], "--output", own)
+    assert (code, err) == (0, "")
+    assert "5 results of 2 hosts" in out
+    assert "3 of them new" in out
+    assert set(before) < set(results_below(own))
+    assert len(results_below(own)) == 5
+
+
 def test_two_results_of_one_key_that_differ_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     for name, rate in (("one", 100.0), ("two", 101.0)):
         store(tmp_path / name, anchor("localhost", output_tok_per_s=rate))
