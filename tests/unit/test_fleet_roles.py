@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +65,28 @@ def test_only_what_ansible_core_brings_is_called() -> None:
     }
     assert called
     assert {name for name in called if not name.startswith("ansible.builtin.")} == set()
+
+
+@pytest.mark.parametrize(("text", "options"), [(None, {}), ("", {}), (" \n", {}), ('{"debug": true}', {"debug": True})])
+def test_options_of_docker_are_read_also_where_there_are_none(
+    tmp_path: Path, text: str | None, options: dict[str, Any]
+) -> None:
+    """`text` is what daemon.json holds; None is no such file."""
+    (block,) = load(ROOT / "roles" / "lem_docker" / "tasks" / "main.yml")
+    (merging,) = (task for task in block["block"] if "lem_docker_present" in task.get("vars", {}))
+    found = {} if text is None else {"content": base64.b64encode(text.encode()).decode()}
+    copy = {"content": "{{ lem_docker_present | to_json }}", "dest": str(tmp_path / "read"), "mode": "0600"}
+    play = {
+        "hosts": "localhost",
+        "connection": "local",
+        "gather_facts": False,
+        "vars": {**merging["vars"], "lem_docker_daemon_json": found, "lem_docker_daemon_options": {}},
+        "tasks": [{"ansible.builtin.copy": copy}],
+    }
+    (tmp_path / "play.yml").write_text(yaml.safe_dump([play]), encoding="utf-8")
+    program = str(Path(sys.executable).with_name("ansible-playbook"))
+    ended = subprocess.run(
+        [program, str(tmp_path / "play.yml")], capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path
+    )
+    assert ended.returncode == 0, ended.stdout
+    assert json.loads((tmp_path / "read").read_text()) == options
