@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lem.config.campaign_config import CampaignConfig
 from lem.config.yamlfile import complete_campaign
-from lem.errors import InfrastructureError, LemError, UserError
+from lem.errors import InfrastructureError, UserError
 from lem.orchestration import resume, topup
 from lem.orchestration.activity import ACTIVITY_NAME, ActivityWriter
 from lem.orchestration.events import Observer
@@ -182,7 +182,7 @@ class CampaignRunner:
         with contextlib.ExitStack() as stack, self._session(manifest) as session:
             remaining = self.apply_resume_filter(manifest, plan.experiments)
             self._check_environment(session, manifest, remaining)
-            with _saving(manager, UserError, "make room or make the folder writable"):
+            with manager.saving(UserError, "make room or make the folder writable"):
                 write_configs(plan.configurations)
                 aside = manager.set_aside() if opening is Opening.FRESH else None
                 manager.save(manifest)
@@ -294,7 +294,8 @@ class CampaignRunner:
         self, manager: ManifestManager, manifest: CampaignManifest, session: Session, observe: Observer
     ) -> ExperimentLoop:
         def save() -> None:
-            with _saving(manager, InfrastructureError, "make room, then go on with --resume; what is measured is kept"):
+            remedy = "make room, then go on with --resume; what is measured is kept"
+            with manager.saving(InfrastructureError, remedy):
                 manager.save(manifest)
 
         return ExperimentLoop(
@@ -400,13 +401,3 @@ class CampaignRunner:
             entry.host = self.host
             entry.container = entry.backend if self._executor_name() == "docker" else None
         return entries
-
-
-@contextlib.contextmanager
-def _saving(manager: ManifestManager, kind: type[LemError], remedy: str) -> Iterator[None]:
-    """Turn a failed write into an error of that kind."""
-    try:
-        yield
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise kind(f"cannot write {error.filename or manager.manifest_path}: {reason}", remedy) from error

@@ -5,16 +5,17 @@ One file, `<state_dir>/<campaign>/campaign_manifest.json`, written whole after e
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
 from lem import durable
 from lem.durable import make_folder
-from lem.errors import UserError
+from lem.errors import LemError, UserError
 from lem.orchestration.manifest_codec import SCHEMA_VERSION, decode_manifest, encode_manifest
 from lem.orchestration.manifest_entries import (
     COMPLETED,
@@ -94,6 +95,15 @@ class ManifestManager:
         make_folder(self.manifest_path.parent)
         durable.write_bytes(self.manifest_path, encode_manifest(manifest))
         self._saved_statuses = statuses
+
+    @contextlib.contextmanager
+    def saving(self, kind: type[LemError], remedy: str) -> Iterator[None]:
+        """Turn a write that fails within the block into an error of that kind."""
+        try:
+            yield
+        except OSError as error:
+            where, reason = error.filename or self.manifest_path, durable.reason_of(error)
+            raise kind(f"cannot write {where}: {reason}", remedy) from error
 
     def load(self, campaign_id: str | None = None) -> CampaignManifest | None:
         """The manifest; None when there is none, and, with a warning in the log, when it is broken.
