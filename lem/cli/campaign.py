@@ -135,7 +135,7 @@ def _add_fleet(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    """The exit code of interface.md."""
+    """The exit code."""
     from lem.cli.plan_view import expected_document, plan_document
     from lem.meters.gpus import find_gpus
     from lem.orchestration.executor_choice import choose_executor

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    """The exit code of interface.md."""
+    """The exit code."""
     import tempfile
 
     from lem.cli.plan_view import render_findings

@@ -1,7 +1,7 @@
 """What weakens the numbers of a campaign, each with what to do about it, in the manner of `pyperf check`.
 
 A finding is *weak* where numbers or verdicts should not be relied on for it (its windows were not steady, its cycles
-are no replicates, its sensors disagree), else something to know about them. Thresholds are those of measurement.md.
+are no replicates, its sensors disagree), else something to know about them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from lem.results.compare import RunResults, gather
 from lem.results.findings import Finding, Found
 from lem.results.precision import UNACCOUNTED, StoppingRule
 from lem.results.repository import Problem
+from lem.units import plural
 
 __all__ = ["Check", "check_run"]
 
@@ -98,8 +99,8 @@ def _failures(failed: Mapping[str, int]) -> Found:
         yield Finding(
             "failed",
             True,
-            f"{count} experiment{'s' if count > 1 else ''} gave no result",
-            "lem status names each reason and its log; lem campaign --resume runs them again",
+            f"{plural(count, 'experiment')} without a whole result",
+            "lem status names the reason of each that failed, and its log; lem campaign --resume runs them again",
             tuple(failed),
         )
 

@@ -12,7 +12,7 @@ from lem.results.statistics import student_t_quantile
 
 __all__ = ["DRIFT_FLAGGED", "Drift", "Observation", "change_of", "drift_of", "relative_to_own_mean"]
 
-# measurement.md: flagged above 1 % over the campaign.
+# From the first experiment to the last; more is flagged.
 DRIFT_FLAGGED = 0.01
 _LARGEST_LOG = 700.0
 

@@ -42,13 +42,17 @@ def text_width(text: str) -> int:
 
 
 def wrapped(text: str, width: int, lead: str = "") -> list[str]:
-    """`text` in lines of `width`, the first after `lead`, the others indented by its length."""
+    """`text` in lines of `width`, the first after `lead`, the others indented by its length; a longer word is not cut.
+
+    It is a path, mostly, to be copied.
+    """
     return textwrap.wrap(
         printable(text),
         width,
         initial_indent=lead,
         subsequent_indent=" " * text_width(lead),
         break_on_hyphens=False,
+        break_long_words=False,
     ) or [lead.rstrip()]
 
 

@@ -85,6 +85,12 @@ def test_notes_are_wrapped_under_their_label() -> None:
     assert wrapped("", 20, "note: ") == ["note:"]
 
 
+def test_a_path_longer_than_the_line_stays_whole_to_be_copied() -> None:
+    path = "results/" + "x" * 80
+    lines = wrapped(f"left out: {path} (corrupt)", 40, "note  ")
+    assert lines == ["note  left out:", f"      {path}", "      (corrupt)"]
+
+
 def test_colour_is_written_only_where_it_is_wanted() -> None:
     assert paint("x", "bold", is_colour=True) == "\x1b[1mx\x1b[0m"
     assert paint("x", "bold", is_colour=False) == "x"
