@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from lem.cli.selection import problem_documents, tell_problems
 from lem.cli.streams import write_json
 from lem.errors import ExitCode, UserError
 from lem.units import plural
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         write_json(out, _document(gathered, matrix, anchor, new))
     else:
         out.write("\n".join(_lines(gathered, matrix, anchor, new, args.output, plan)) + "\n")
-        _tell_problems(gathered, err)
+        tell_problems(err, gathered.problems, lead="left out: ")
     return int(ExitCode.EXPERIMENT_FAILED if matrix.lacking else ExitCode.OK)
 
 
@@ -98,9 +99,7 @@ def _document(gathered: Gathered, matrix: Matrix, anchor: AnchorCheck, new: int)
         },
         "lacking": [{"host": host, "exp_id": exp_id} for host, exp_id in matrix.lacking],
         "anchor": dataclasses.asdict(anchor),
-        "problems": [
-            {"path": str(item.path), "kind": item.kind, "message": item.message} for item in gathered.problems
-        ],
+        "problems": problem_documents(gathered.problems),
         "foreign_runs": list(gathered.foreign_runs),
     }
 
@@ -132,12 +131,3 @@ def _anchor_line(anchor: AnchorCheck) -> str:
         return "anchor: fewer than two hosts have a valid result of it, so nobody knows whether the hosts are alike"
     values = ", ".join(f"{host} {value:.4g} {anchor.unit}" for host, value in anchor.by_host.items())
     return f"anchor: hosts are within {100 * anchor.spread:.1f} % in {anchor.metric} ({values})"
-
-
-def _tell_problems(gathered: Gathered, err: TextIO) -> None:
-    from lem.results.layout import printable
-
-    texts = (f"left out, {item.kind}: {item.path}: {item.message}" for item in gathered.problems[:_SHOWN])
-    err.writelines(printable(text) + "\n" for text in texts)
-    if len(gathered.problems) > _SHOWN:
-        err.write(f"and {len(gathered.problems) - _SHOWN} more: --json lists all\n")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from lem.cli.selection import SelectedRun, problem_documents, resolve_run
+from lem.cli.selection import SelectedRun, problem_documents, resolve_run, tell_problems, write_file
 from lem.cli.streams import write_json
 from lem.errors import ExitCode, UserError
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 _FILENAME = "report.html"
-_PROBLEMS_SHOWN = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,12 +50,13 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     scan = chosen.scan()
     report = _compose(scan, chosen)
     text = render_report(report)
-    _tell(err, scan)
+    damaged = [problem for problem in scan.problems if problem.kind != "missing"]
+    tell_problems(err, damaged, lead="left out: ", rest="the page names them")
     if args.output == "-":
         out.write(text)
         return int(ExitCode.OK)
     path = Path(args.output) if args.output else args.results_dir / campaign / _FILENAME
-    _write(path, text)
+    write_file(path, text)
     if args.json:
         document = {
             "path": str(path),
@@ -112,23 +112,3 @@ def _traces(results: Sequence[StoredResult]) -> tuple[list[tuple[Record, Trace]]
             message = str(error).removeprefix(f"{path}: ")
             notes.append(TraceNote("/".join(path.parts[-4:]), message))
     return traces, notes
-
-
-def _write(path: Path, text: str) -> None:
-    from lem import durable
-    from lem.durable import reason_of
-
-    try:
-        durable.write_text(path, text)
-    except OSError as error:
-        raise UserError(f"report: {path}: {reason_of(error)}", "name another file with --output") from error
-
-
-def _tell(err: TextIO, scan: Scan) -> None:
-    from lem.results.layout import printable
-
-    damaged = [problem for problem in scan.problems if problem.kind != "missing"]
-    lines = (f"left out: {problem.kind}: {problem.path}: {problem.message}" for problem in damaged[:_PROBLEMS_SHOWN])
-    err.writelines(printable(line) + "\n" for line in lines)
-    if len(damaged) > _PROBLEMS_SHOWN:
-        err.write(f"and {len(damaged) - _PROBLEMS_SHOWN} more: the page names them\n")

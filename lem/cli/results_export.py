@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from lem.errors import UserError
+from lem.cli.selection import write_file
 
 if TYPE_CHECKING:
     from lem.results.repository import StoredResult
@@ -60,14 +60,4 @@ def export(args: argparse.Namespace, results: Iterable[StoredResult], out: TextI
     if args.output is None:
         out.write(text)
     else:
-        _write(args.output, text)
-
-
-def _write(path: Path, text: str) -> None:
-    from lem import durable
-    from lem.durable import reason_of
-
-    try:
-        durable.write_bytes(path, durable.utf8(text))
-    except OSError as error:
-        raise UserError(f"{path}: {reason_of(error)}", "name another file with --output") from error
+        write_file(args.output, text)

@@ -22,6 +22,7 @@ __all__ = [
     "resolve_experiment",
     "resolve_run",
     "tell_problems",
+    "write_file",
 ]
 
 _PROBLEMS_SHOWN = 10
@@ -142,14 +143,28 @@ def problem_documents(problems: Iterable[Problem]) -> list[dict[str, str]]:
     return [{"path": str(item.path), "kind": item.kind, "message": item.message} for item in problems]
 
 
-def tell_problems(err: TextIO, problems: Sequence[Problem]) -> None:
-    """Name what could not be used, a line each."""
+def tell_problems(err: TextIO, problems: Sequence[Problem], *, lead: str = "", rest: str = "--json lists all") -> None:
+    """Name what could not be used, a line each after `lead`; `rest` says where those are that are not shown."""
     from lem.results.layout import printable
 
-    texts = (f"{problem.kind}: {problem.path}: {problem.message}" for problem in problems[:_PROBLEMS_SHOWN])
+    texts = (f"{lead}{problem.kind}: {problem.path}: {problem.message}" for problem in problems[:_PROBLEMS_SHOWN])
     err.writelines(printable(text) + "\n" for text in texts)
     if len(problems) > _PROBLEMS_SHOWN:
-        err.write(f"and {len(problems) - _PROBLEMS_SHOWN} more: --json lists all\n")
+        err.write(f"and {len(problems) - _PROBLEMS_SHOWN} more: {rest}\n")
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write the file that `--output` names, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    from lem import durable
+
+    try:
+        durable.write_text(path, text)
+    except OSError as error:
+        raise UserError(f"{path}: {durable.reason_of(error)}", "name another file with --output") from error
 
 
 def ambiguous(wanted: str, names: Iterable[str]) -> UserError:

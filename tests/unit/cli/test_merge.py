@@ -126,7 +126,7 @@ def test_a_damaged_result_is_named_and_left_out(tmp_path: Path, hosts: tuple[Pat
     broken.write_bytes(broken.read_bytes()[:-40])
     code, out, err = run_lem("merge", *hosts, "--output", tmp_path / "all")
     assert (code, "4 results" in out) == (0, True)
-    assert f"left out, corrupt: {broken}" in err
+    assert f"left out: corrupt: {broken}" in err
     assert len(results_below(tmp_path / "all")) == 4
 
 
