@@ -17,7 +17,7 @@ from lem.backends.tensorrt_options import EngineFacts, section_of
 from lem.backends.tensorrt_refusals import TYPE_KEYS
 from lem.config.experiment_config import ExperimentConfig
 
-__all__ = ["check_checkpoint", "documents_of", "quantization_of"]
+__all__ = ["check_checkpoint", "documents_of", "quantization_of", "vocabulary_of"]
 
 # Its ModelLoader hands `dtype` to nothing, and takes what the checkpoint's config.json says: bfloat16 where that says
 # nothing (ModelConfig.torch_dtype; TensorRT-LLM 1.0 to 1.3).
@@ -75,14 +75,17 @@ def _quantization(config: ExperimentConfig, documents: Mapping[str, Any]) -> Ite
 
 
 def _precision(config: ExperimentConfig, documents: Mapping[str, Any]) -> Iterator[Refusal]:
-    description = documents.get("config.json") or {}
-    # Models that see as well as read describe their text part apart.
-    places = (description, description.get("text_config") or {})
-    told = next((place[key] for place in places for key in TYPE_KEYS if place.get(key)), None)
+    told = next((place[key] for place in _descriptions(documents) for key in TYPE_KEYS if place.get(key)), None)
     found = str(told or _TYPE_UNTOLD).removeprefix("torch.")
     if found != config.fp_precision:
         what = f"{config.model.name} is {found}" if told else f"{config.model.name} tells no type, so it is {found}"
         yield Refusal("fp_precision", f"{config.fp_precision}: {what}, {_AS_IT_IS}")
+
+
+def _descriptions(documents: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """Where the model is described; models that see as well as read describe their text part apart."""
+    description = documents.get("config.json") or {}
+    return description, description.get("text_config") or {}
 
 
 def _own_code(config: ExperimentConfig, documents: Mapping[str, Any]) -> Iterator[Refusal]:
@@ -105,3 +108,13 @@ def quantization_of(documents: Mapping[str, Any]) -> str | None:
     own = (documents.get("config.json") or {}).get("quantization_config") or {}
     name = own.get("quant_algo") or own.get("quant_method")
     return str(name) if name else None
+
+
+def vocabulary_of(documents: Mapping[str, Any]) -> int | None:
+    """How many token ids a checkpoint knows; None where it does not tell.
+
+    Args:
+        documents: its JSON files by name.
+    """
+    told = next((place["vocab_size"] for place in _descriptions(documents) if place.get("vocab_size")), None)
+    return told if isinstance(told, int) else None

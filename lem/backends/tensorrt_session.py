@@ -21,8 +21,8 @@ from lem.backends.effective import installed_versions
 from lem.backends.model_sources import Source
 from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
 from lem.backends.refusals import shortened
-from lem.backends.session_backend import ServedSession, check_same_engine, seconds_since
-from lem.backends.tensorrt_checkpoint import check_checkpoint, documents_of
+from lem.backends.session_backend import ServedSession, check_ids, check_same_engine, seconds_since
+from lem.backends.tensorrt_checkpoint import check_checkpoint, documents_of, vocabulary_of
 from lem.backends.tensorrt_effective import describe_effective, refuse_differences
 from lem.backends.tensorrt_options import (
     EngineFacts,
@@ -83,6 +83,7 @@ class Session(ServedSession):
             refuse_differences(config, self._engine.args, self._facts)
             self._set_up(config)
             self._identity = identify(self._source)
+            self._vocabulary = vocabulary_of(documents_of(self._source.folder))
         except BaseException:
             self.close()
             raise
@@ -117,7 +118,8 @@ class Session(ServedSession):
 
     def encode(self, text: str) -> list[int]:
         """Token ids as the tokenizer makes them, special ones included."""
-        return list(self._engine.tokenizer.encode(text))
+        ids = list(self._engine.tokenizer.encode(text))
+        return ids if self._vocabulary is None else check_ids(ids, self._vocabulary)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids, special ones left out."""

@@ -251,6 +251,18 @@ def test_text_goes_to_tokens_and_back(bench: Bench) -> None:
     assert bench.backend.decode(bench.backend.encode("sea")) == "sea"
 
 
+def test_a_tokenizer_of_another_model_is_told(bench: Bench) -> None:
+    described = {"model_type": "of no kind that is known", "dtype": "float16"}
+    bench.write("config.json", {**described, "vocab_size": ord("s") + 4})
+    bench.load()
+    assert bench.backend.encode("s") == [1, ord("s") + 3]
+    bench.write("config.json", {**described, "text_config": {"vocab_size": ord("s") + 3}})
+    bench.load()
+    with pytest.raises(EngineError, match="the model knows ids below 118") as caught:
+        bench.backend.encode("s")
+    assert (caught.value.kind, caught.value.is_permanent) == ("model", True)
+
+
 def test_a_silent_change_is_refused_and_the_engine_ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorrt_llm.llmapi import KvCacheConfig
 
