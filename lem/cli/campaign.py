@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from lem.orchestration.plan import Plan
     from lem.results.precision import StoppingRule, Target
 
-
 __all__ = ["add_arguments", "run"]
 
 # Options that stand for one key of the file: their value wins over the file's.

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from lem.results.check import Check
     from lem.results.findings import Finding
 
-
 __all__ = ["add_arguments", "check_document", "render_check", "run"]
 
 SCHEMA_VERSION = 1

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from lem.results.metrics import Metric
     from lem.results.repository import Problem
 
-
 __all__ = ["add_arguments", "run"]
 
 _THING = """CAMPAIGN: all its configurations against the baseline; CAMPAIGN A B …: B and more against A; two campaigns

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, TextIO
 
 from lem import log
 from lem.cli.progress import give_up_stream
+from lem.cli.streams import terminal_width
 from lem.config.campaign_config import CampaignConfig
 from lem.config.schema import walk
 from lem.errors import ExitCode, LemError
@@ -31,8 +31,6 @@ __all__ = [
     "show_results",
 ]
 
-_DEFAULT_WIDTH = 80
-
 
 def exit_code_of_outcome(outcome: CampaignOutcome) -> int:
     """The exit code of a run that no signal ended."""
@@ -49,8 +47,7 @@ def show_results(campaign: CampaignConfig, outcome: CampaignOutcome, out: TextIO
     if is_json:
         text = json.dumps({"event": "summary", **summary_document(summary)}, ensure_ascii=False) + "\n"
     elif summary.configurations:
-        width = os.get_terminal_size(out.fileno()).columns if out.isatty() else _DEFAULT_WIDTH
-        text = render_summary(summary, is_colour=log.is_colour_wanted(out), width=width)
+        text = render_summary(summary, is_colour=log.is_colour_wanted(out), width=terminal_width(out))
     else:
         return
     try:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from lem.config.problems import Path
     from lem.config.schema import Section
 
-
 __all__ = ["add_arguments", "run"]
 
 KINDS = ("campaign", "experiment")

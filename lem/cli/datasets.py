@@ -14,7 +14,6 @@ from lem.errors import EngineError, ExitCode
 if TYPE_CHECKING:
     from lem.experiment.datasets import DatasetChoice
 
-
 __all__ = ["add_arguments", "run"]
 
 EPILOG = (

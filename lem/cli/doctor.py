@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lem import log
-from lem.cli.streams import write_json
+from lem.cli.streams import terminal_width, write_json
 from lem.errors import ExitCode
 
 if TYPE_CHECKING:
     from lem.orchestration.doctor import Verdict
 
-
 __all__ = ["add_arguments", "run"]
 
-_WIDTH = 100
+_WIDEST = 100
+_STATUS_WIDTH = 9
 _STYLES = {"ok": "bold", "warning": "yellow", "failed": "red", "skipped": "dim"}
 
 
@@ -55,7 +54,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
     if args.json:
         write_json(out, _document(verdict))
     else:
-        out.write(_as_text(verdict, is_colour=log.is_colour_wanted(out)))
+        width = min(terminal_width(out), _WIDEST)
+        out.write(_as_text(verdict, is_colour=log.is_colour_wanted(out), width=width))
     return int(ExitCode.OK if verdict.is_ok else ExitCode.USAGE)
 
 
@@ -64,20 +64,19 @@ def _document(verdict: Verdict) -> dict[str, Any]:
     return {"schema_version": 1, "ok": verdict.is_ok, "executors": list(verdict.executors), "checks": checks}
 
 
-def _as_text(verdict: Verdict, *, is_colour: bool) -> str:
-    from lem.results.layout import paint
+def _as_text(verdict: Verdict, *, is_colour: bool, width: int) -> str:
+    from lem.results.layout import paint, wrapped
 
-    width = max(map(len, verdict.findings)) + 2
-    indent = " " * (width + 9)
+    name_width = max(map(len, verdict.findings)) + 2
+    indent = " " * (name_width + _STATUS_WIDTH)
     lines = []
     for name, item in verdict.findings.items():
-        status = paint(f"{item.status:<9}", _STYLES[item.status], is_colour=is_colour)
-        text = textwrap.wrap(item.message, _WIDTH - len(indent), break_on_hyphens=False) or [""]
-        lines.append(f"{name:<{width}}{status}{text[0]}")
-        lines += [f"{indent}{line}" for line in text[1:]]
+        status = f"{item.status:<{_STATUS_WIDTH}}"
+        first, *rest = wrapped(item.message, width, f"{name:<{name_width}}{status}")
+        lines += [first.replace(status, paint(status, _STYLES[item.status], is_colour=is_colour), 1), *rest]
         if item.remedy and item.status != "ok":
-            lines += textwrap.wrap(f"→ {item.remedy}", _WIDTH, initial_indent=indent, subsequent_indent=f"{indent}  ")
-    lines += ["", _conclusion(verdict)]
+            lines += wrapped(item.remedy, width, f"{indent}→ ")
+    lines += ["", *wrapped(_conclusion(verdict), width)]
     return "\n".join(lines) + "\n"
 
 

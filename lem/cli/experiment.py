@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from lem.orchestration.plan import Plan
     from lem.record import Record
 
-
 __all__ = ["add_arguments", "run"]
 
 # Options that stand for one key of the file: their value wins over the file's.

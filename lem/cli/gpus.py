@@ -8,12 +8,12 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
+from lem.cli.streams import terminal_width
 from lem.errors import ExitCode
 
 if TYPE_CHECKING:
     from lem.meters.capabilities import CpuCapability
     from lem.meters.gpu_state import GpuState
-
 
 __all__ = ["add_arguments", "run"]
 
@@ -21,7 +21,7 @@ PROBE_S = 5.0
 PROBE_CHANGES = 40
 
 _GIB = 1024**3
-_WIDTH = 110
+_WIDEST = 110
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
         out.write(json.dumps(document) + "\n")
         return int(ExitCode.OK)
     energy = {gpu.meter.uuid: gpu.describe() for gpu in found.gpus}
-    out.writelines(_describe(gpu, energy.get(gpu.uuid, ())) for gpu in reading.gpus)
+    width = min(terminal_width(out), _WIDEST)
+    out.writelines(_describe(gpu, energy.get(gpu.uuid, ()), width) for gpu in reading.gpus)
     if reading.error is not None:
         out.write(f"NVML: {reading.error}\n")
     elif not reading.gpus:
@@ -61,11 +62,11 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
     return int(ExitCode.OK)
 
 
-def _describe(gpu: GpuState, energy: tuple[str, ...]) -> str:
+def _describe(gpu: GpuState, energy: tuple[str, ...], width: int) -> str:
     used, total = gpu.memory_used_b / _GIB, gpu.memory_total_b / _GIB
     lines = [f"{gpu.index}  {gpu.name}  {gpu.uuid}  {used:.1f} of {total:.1f} GiB in use"]
     for text in energy:
-        lines += textwrap.wrap(text, _WIDTH, initial_indent="   ", subsequent_indent="     ", break_on_hyphens=False)
+        lines += textwrap.wrap(text, width, initial_indent="   ", subsequent_indent="     ", break_on_hyphens=False)
     for item in gpu.processes:
         held = "" if item.memory_b is None else f", {item.memory_b / _GIB:.1f} GiB"
         lines.append(f"   process {item.pid}{held}")

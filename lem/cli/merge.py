@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lem.cli.selection import problem_documents, tell_problems
-from lem.cli.streams import write_json
+from lem.cli.streams import terminal_width, write_json
 from lem.errors import ExitCode, UserError
 from lem.units import plural
 
@@ -16,10 +16,8 @@ if TYPE_CHECKING:
     from lem.results.fleet_plan import FleetPlan
     from lem.results.merge import AnchorCheck, Gathered, Matrix
 
-
 __all__ = ["add_arguments", "run"]
 
-_WIDTH = 100
 _SHOWN = 10
 
 
@@ -77,7 +75,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     if args.json:
         write_json(out, _document(gathered, matrix, anchor, new))
     else:
-        out.write("\n".join(_lines(gathered, matrix, anchor, new, args.output, plan)) + "\n")
+        lines = [*_table(matrix, terminal_width(out)), "", *_lines(gathered, matrix, anchor, new, args.output, plan)]
+        out.write("\n".join(lines) + "\n")
         tell_problems(err, gathered.problems, lead="left out: ")
     return int(ExitCode.EXPERIMENT_FAILED if matrix.lacking else ExitCode.OK)
 
@@ -104,16 +103,20 @@ def _document(gathered: Gathered, matrix: Matrix, anchor: AnchorCheck, new: int)
     }
 
 
-def _lines(
-    gathered: Gathered, matrix: Matrix, anchor: AnchorCheck, new: int, output: Path, plan: FleetPlan | None
-) -> list[str]:
+def _table(matrix: Matrix, width: int) -> list[str]:
     from lem.results.layout import Column, columns, printable
 
-    table = [
+    hosts = [
         Column(printable(host), tuple(cells[index].text for cells in matrix.rows.values()))
         for index, host in enumerate(matrix.hosts)
     ]
-    lines = [*columns("configuration", list(matrix.rows), table, _WIDTH), ""]
+    return columns("configuration", list(matrix.rows), hosts, width)
+
+
+def _lines(
+    gathered: Gathered, matrix: Matrix, anchor: AnchorCheck, new: int, output: Path, plan: FleetPlan | None
+) -> list[str]:
+    lines = []
     if plan is not None and plan.anchor is not None:
         lines.append(_anchor_line(anchor))
     if gathered.foreign_runs:

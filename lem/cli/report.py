@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from lem.results.report.trace import Trace
     from lem.results.repository import Scan, StoredResult
 
-
 __all__ = ["add_arguments", "run"]
 
 _FILENAME = "report.html"

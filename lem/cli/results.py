@@ -16,10 +16,7 @@ from lem.log import is_colour_wanted
 if TYPE_CHECKING:
     from lem.results.repository import Problem, Scan, StoredResult
 
-
 __all__ = ["add_arguments", "run"]
-
-_WIDTH = 80
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +51,7 @@ def _list(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     if args.json:
         write_json(out, [_run_document(item, scan) for item, scan in found])
     elif found:
-        out.write(_run_table(found))
+        out.write(_run_table(found, terminal_width(out)))
         damaged = [problem for _, scan in found for problem in scan.problems if problem.kind != "missing"]
         tell_problems(err, damaged)
     else:
@@ -166,13 +163,13 @@ def _counts(scan: Scan) -> dict[str, int]:
     }
 
 
-def _run_table(found: Sequence[tuple[SelectedRun, Scan]]) -> str:
+def _run_table(found: Sequence[tuple[SelectedRun, Scan]], width: int) -> str:
     from lem.results.layout import Column, columns
 
     counts = [_counts(scan) for _, scan in found]
     table = [Column("run", tuple(item.run_id for item, _ in found))]
     table += [Column(label, tuple(str(count[label]) for count in counts)) for label in counts[0]]
-    return "\n".join(columns("campaign", [item.campaign for item, _ in found], table, _WIDTH)) + "\n"
+    return "\n".join(columns("campaign", [item.campaign for item, _ in found], table, width)) + "\n"
 
 
 def _run_document(item: SelectedRun, scan: Scan) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from lem.log import is_colour_wanted
 if TYPE_CHECKING:
     from lem.orchestration.status import CampaignStatus, Onlooker
 
-
 __all__ = ["add_arguments", "run"]
 
 _WIDTHS = (72, 120)
