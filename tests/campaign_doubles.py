@@ -19,11 +19,12 @@ from lem.config.campaign_config import (
 )
 from lem.errors import EngineError, Interrupted
 from lem.experiment.channel import RunRequest
+from lem.orchestration.attempt import Outcome, Timeouts, WorkerEvent
 from lem.orchestration.campaign import CampaignRunner
 from lem.orchestration.events import Event
 from lem.orchestration.manifest import CampaignManifest, ManifestManager
 from lem.orchestration.stop import StopRequest
-from lem.orchestration.workers import Outcome, Timeouts, Worker, WorkerEvent
+from lem.orchestration.workers import Worker
 from lem.record_codec import write_record
 from tests.records import make_record
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lem.meters.energy import Baselines
+from lem.meters.attempt_log import Baselines
 from lem.meters.sources import AVERAGE_POWER, COUNTER, INSTANT_POWER
 from lem.record import Record
 

@@ -25,7 +25,7 @@ from lem.orchestration.docker import ContainerError, Docker
 from lem.orchestration.energy_checks import PROBE_S, look_at_cpu_energy, look_at_gpu_energy
 from lem.orchestration.findings import FAILED, OK, SKIPPED, WARNING, Finding
 
-__all__ = ["CHECKS", "Check", "Finding", "Host", "Verdict", "examine"]
+__all__ = ["CHECKS", "Check", "Host", "Verdict", "examine"]
 
 # A campaign's results are small; images and models are not.
 LEAST_DISK_B = 1 * 1024**3

@@ -18,7 +18,7 @@ from lem.orchestration.attempt import Outcome, Timeouts, Watch, WorkerEvent, eve
 from lem.orchestration.worker_connection import Stop, WorkerConnection
 from lem.units import format_duration
 
-__all__ = ["Executor", "LocalExecutor", "Outcome", "Timeouts", "Worker", "WorkerEvent", "WorkerUnavailable"]
+__all__ = ["Executor", "LocalExecutor", "Worker", "WorkerUnavailable"]
 
 _logger = logging.getLogger(__name__)
 

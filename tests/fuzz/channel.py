@@ -17,7 +17,8 @@ from lem.meters.curve import NotMeasured, Span
 from lem.meters.external import external_energy_j, read_external
 from lem.meters.refusal import MeterRefused
 from lem.meters.samples import SampleHeader, SampleLog
-from lem.orchestration.workers import Timeouts, Worker
+from lem.orchestration.attempt import Timeouts
+from lem.orchestration.workers import Worker
 from tests.fuzz.mutation import bytes_near, json_lines_near, text_near
 from tests.fuzz.trial import Find, Outcome, Surface
 

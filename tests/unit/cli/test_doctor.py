@@ -11,7 +11,8 @@ import pytest
 
 from lem.meters.gpu_state import GpuProcess, GpuReading, GpuState
 from lem.orchestration.compose_files import packaged_compose_file
-from lem.orchestration.doctor import CHECKS, Finding, Host, examine
+from lem.orchestration.doctor import CHECKS, Host, examine
+from lem.orchestration.findings import Finding
 from tests.command_rig import run_lem
 from tests.doubles.fake_docker import FakeDocker
 from tests.doubles.powercap import Powercap

@@ -17,8 +17,9 @@ from lem import __version__, process
 from lem.errors import Interrupted, UserError
 from lem.experiment.channel import PROTOCOL_VERSION
 from lem.experiment.launch import own_command
+from lem.orchestration.attempt import Timeouts, WorkerEvent
 from lem.orchestration.stop import StopRequest
-from lem.orchestration.workers import LocalExecutor, Timeouts, Worker, WorkerEvent, WorkerUnavailable
+from lem.orchestration.workers import LocalExecutor, Worker, WorkerUnavailable
 from tests.processes import children_of, wait_for, wait_until_ended
 from tests.pythons import Python, find_pythons
 from tests.worker_rig import COMMAND, Rig
@@ -414,7 +415,8 @@ def test_a_killed_host_leaves_nothing(rig: Rig):
     script = (
         "import json\n"
         "from lem.experiment.channel import RunRequest\n"
-        "from lem.orchestration.workers import LocalExecutor, Timeouts\n"
+        "from lem.orchestration.attempt import Timeouts\n"
+        "from lem.orchestration.workers import LocalExecutor\n"
         f"request = RunRequest.from_message(json.loads({request!r}))\n"
         "worker = LocalExecutor().worker_for('pytorch')\n"
         "worker.run(request, lambda event: print(event.phase, flush=True), Timeouts())\n"
