@@ -10,7 +10,6 @@ import os
 import shutil
 import time
 import unicodedata
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -23,14 +22,14 @@ _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), 
 _LEVEL_COLOUR = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
 
 
-def is_colour_wanted(stream: TextIO, environ: Mapping[str, str] = os.environ) -> bool:
+def is_colour_wanted(stream: TextIO) -> bool:
     """Whether to colour: on a terminal, and never under NO_COLOR (any value, no-color.org) or TERM=dumb."""
-    return stream.isatty() and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def is_journal(stream: TextIO, environ: Mapping[str, str] = os.environ) -> bool:
+def is_journal(stream: TextIO) -> bool:
     """Whether the stream goes to systemd's journal: JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
-    named = environ.get("JOURNAL_STREAM", "")
+    named = os.environ.get("JOURNAL_STREAM", "")
     if not named:
         return False
     try:
@@ -65,8 +64,7 @@ class Console:
         self._stream = stream
         self._live = ""
         self.is_colour = is_colour_wanted(stream) if is_colour is None else is_colour
-        redrawing = stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
-        self.is_live = redrawing if is_live is None else is_live
+        self.is_live = is_colour_wanted(stream) if is_live is None else is_live
         self.is_journal = is_journal(stream)
 
     def paint(self, text: str, colour: str) -> str:
@@ -80,6 +78,13 @@ class Console:
             priority = next((number for least, number in _PRIORITIES if level >= least), 7)
             text = "\n".join(f"<{priority}>{line}" for line in text.split("\n"))
         self._write(f"{clear}{text}\n{self._live}")
+
+    def error(self, message: str, hint: str = "") -> None:
+        """Take the live line away, and write an error and what a person can do about it."""
+        self.close()
+        self.line(f"{self.paint('error:', 'red')} {harmless(message)}", logging.ERROR)
+        if hint:
+            self.line(f"{self.paint('hint:', 'cyan')} {harmless(hint)}", logging.ERROR)
 
     def live(self, text: str) -> None:
         """Replace the live line; '' takes it away."""

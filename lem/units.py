@@ -82,9 +82,9 @@ def format_power(power_w: float | None) -> str:
     return format_quantity(power_w, "W")
 
 
-def format_rate(per_s: float | None, unit: str = "tok") -> str:
-    """`unit` per second."""
-    return format_quantity(per_s, f"{unit}/s")
+def format_rate(per_s: float | None) -> str:
+    """Tokens per second."""
+    return format_quantity(per_s, "tok/s")
 
 
 def format_latency(latency_s: float | None) -> str:

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
+from lem import log
 from lem.cli.streams import write_json
 from lem.errors import ConfigurationError, ExitCode
-from lem.log import harmless, is_colour_wanted
 
 if TYPE_CHECKING:
     from lem.config.loading import Loaded
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 KINDS = ("campaign", "experiment")
-_RED, _RESET = "\x1b[31m", "\x1b[0m"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +69,7 @@ def _validate(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         except ConfigurationError as error:
             report = {"file": file, "valid": False, "problems": _problem_documents(error)}
             if not args.json:
-                _complain(error, err)
+                log.Console(err).error(error.message, error.hint)
         reports.append(report)
         if report["valid"] and not args.json:
             out.write(_told(report))
@@ -113,13 +112,6 @@ def _told(report: Mapping[str, Any]) -> str:
     lines += [f"  filtered: {reason}" for reason in report.get("filtered", ())]
     lines += [f"  warning: {warning}" for warning in report["warnings"]]
     return "".join(f"{line}\n" for line in lines)
-
-
-def _complain(error: ConfigurationError, err: TextIO) -> None:
-    word = f"{_RED}error:{_RESET}" if is_colour_wanted(err) else "error:"
-    err.write(f"{word} {harmless(error.message)}\n")
-    if error.hint:
-        err.write(f"hint: {harmless(error.hint)}\n")
 
 
 def _problem_documents(error: ConfigurationError) -> list[dict[str, Any]]:

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         outcome = _measure(args, campaign, plan, err)
         _show(args, campaign, outcome, out)
         if outcome.error is not None:  # its hint is about resuming, which an experiment does not
-            err.write(f"error: {outcome.error.message}\n")
+            log.Console(err).error(outcome.error.message)
     if outcome.signum is not None:
         return 128 + outcome.signum
     return int(ExitCode.EXPERIMENT_FAILED if outcome.error or outcome.manifest.failed_count else ExitCode.OK)

@@ -92,17 +92,17 @@ def main(argv: Sequence[str] | None = None, out: TextIO | None = None, err: Text
         _give_up(out)
         return int(ExitCode.OK)
     except LemError as error:
-        _explain(console, error)
+        console.error(error.message, error.hint)
         return exit_code_of(error)
     except KeyboardInterrupt:
         return int(ExitCode.SIGINT)
     except Exception as error:  # noqa: BLE001 - the top of the program
         if isinstance(error, OSError) and error.filename is None and error.errno in _STREAM_ERRORS:
-            _explain(console, UserError(f"the output cannot be written: {os.strerror(error.errno).lower()}"))
+            console.error(f"the output cannot be written: {os.strerror(error.errno).lower()}")
             _give_up(out)
             return int(ExitCode.USAGE)
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # Python asks whether there is such a file
-            _explain(console, UserError(f"{log.shorten(str(error.filename), 80)}: the name is too long for a file"))
+            console.error(f"{log.shorten(str(error.filename), 80)}: the name is too long for a file")
             return int(ExitCode.USAGE)
         _report_bug(console, error)
         return int(ExitCode.BUG)
@@ -222,13 +222,6 @@ def _warn_of_unknown_variables(console: log.Console) -> None:
         if name.startswith("LEM_") and name not in VARIABLES | COMPOSE_VARIABLES:
             label, known = console.paint("warning:", "yellow"), ", ".join(sorted(VARIABLES))
             console.line(f"{label} {name} is set, but lem reads no such variable ({known})", logging.WARNING)
-
-
-def _explain(console: log.Console, error: LemError) -> None:
-    console.close()
-    console.line(f"{console.paint('error:', 'red')} {log.harmless(error.message)}", logging.ERROR)
-    if error.hint:
-        console.line(f"{console.paint('hint:', 'cyan')} {log.harmless(error.hint)}", logging.ERROR)
 
 
 def _report_bug(console: log.Console, error: Exception) -> None:

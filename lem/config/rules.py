@@ -72,17 +72,14 @@ class Gpu(Protocol):
         """Major and minor."""
 
 
-def check(
-    config: ExperimentConfig, gpus: Sequence[Gpu] | None = None, *, model_parameters: int | None = None
-) -> tuple[RuleFinding, ...]:
+def check(config: ExperimentConfig, gpus: Sequence[Gpu] | None = None) -> tuple[RuleFinding, ...]:
     """What the rules find about an experiment.
 
     Args:
         gpus: the GPUs of the host it will run on; None when unknown, () for a host that has none.
-        model_parameters: how many weights the model has; None takes what its name says ("-7b"), if anything.
     """
     found = [RuleFinding("error", problem.message, problem.path) for problem in errors(config)]
-    warnings = [*_warnings(config), *(_gpu_warnings(config, gpus, model_parameters) if gpus is not None else ())]
+    warnings = [*_warnings(config), *(_gpu_warnings(config, gpus) if gpus is not None else ())]
     return (*found, *(RuleFinding("warning", problem.message, problem.path) for problem in warnings))
 
 
@@ -242,7 +239,7 @@ def _engine_warnings(config: ExperimentConfig) -> Iterator[Problem]:
         )
 
 
-def _gpu_warnings(config: ExperimentConfig, gpus: Sequence[Gpu], model_parameters: int | None) -> Iterator[Problem]:
+def _gpu_warnings(config: ExperimentConfig, gpus: Sequence[Gpu]) -> Iterator[Problem]:
     used = _used_gpus(config, gpus)
     if not used:
         return
@@ -255,7 +252,7 @@ def _gpu_warnings(config: ExperimentConfig, gpus: Sequence[Gpu], model_parameter
                 found = _version(gpu.compute_capability)
                 yield Problem(path, f"{what} needs compute capability {_version(needed)}, {gpu.name} has {found}")
                 break
-    yield from _memory_warning(config, used, model_parameters)
+    yield from _memory_warning(config, used)
 
 
 def _used_gpus(config: ExperimentConfig, gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
@@ -285,18 +282,17 @@ def _capabilities_needed(config: ExperimentConfig) -> Iterator[tuple[Path, tuple
             yield (config.backend, name), FP8_CAPABILITY, "fp8"
 
 
-def _memory_warning(config: ExperimentConfig, used: Sequence[Gpu], model_parameters: int | None) -> Iterator[Problem]:
-    parameters = model_parameters or parameters_by_name(config.model.name)
+def _memory_warning(config: ExperimentConfig, used: Sequence[Gpu]) -> Iterator[Problem]:
+    parameters = parameters_by_name(config.model.name)
     if parameters is None:
         return
     needed_b = parameters * _bytes_per_weight(config)
     share = getattr(config.section, "gpu_memory_utilization", 1.0)
     memory_b = sum(gpu.memory_b for gpu in used) * share
     if needed_b > memory_b:
-        source = "" if model_parameters else ", going by its name"
         yield Problem(
             ("model", "name"),
-            f"{parameters / 1e9:.3g} billion weights take {needed_b / 1e9:.3g} GB{source}; "
+            f"{parameters / 1e9:.3g} billion weights take {needed_b / 1e9:.3g} GB, going by its name; "
             f"{used[0].name} offers {memory_b / 1e9:.3g} GB",
         )
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from lem.record import Record
-from lem.results.compare import RunResults, Subject
+from lem.results.compare import RunResults
 
 __all__ = ["Finding", "Found", "among_results", "percent"]
 
@@ -41,14 +41,9 @@ def among_results(
     concerns: Callable[[Record], bool],
     *,
     is_weak: bool = True,
-    of: Callable[[Subject], Sequence[Record]] = lambda subject: subject.used,
 ) -> Found:
-    """A finding about the results for which `concerns` holds, with how many they are; none where there are none.
-
-    Args:
-        of: the results of a configuration that are looked at.
-    """
-    looked_at = {subject.name: of(subject) for subject in run.subjects}
+    """A finding about the used results for which `concerns` holds, with how many; none where there are none."""
+    looked_at = {subject.name: subject.used for subject in run.subjects}
     counts = {name: sum(map(concerns, records)) for name, records in looked_at.items()}
     concerned = tuple(name for name, count in counts.items() if count)
     if concerned:

@@ -33,6 +33,7 @@ __all__ = [
 # alone is not seen by everyone. [Okabe, Ito 2008, "Color universal design"]
 GROUPS_MAX = 8
 _DIGIT_WIDTH, _LETTER_WIDTH = 7.6, 6.7
+_CROSS_ARM = 3.5
 _SHAPES = (
     "m-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0z",
     "m-4 -4h8v8h-8z",
@@ -63,9 +64,9 @@ def ring_path(places: Iterable[tuple[float, float]]) -> str:
     )
 
 
-def cross_path(places: Iterable[tuple[float, float]], arm: float = 3.5) -> str:
+def cross_path(places: Iterable[tuple[float, float]]) -> str:
     """The path of diagonal crosses."""
-    a, b = number_text(arm), number_text(2 * arm)
+    a, b = number_text(_CROSS_ARM), number_text(2 * _CROSS_ARM)
     return "".join(f"M{number_text(x)} {number_text(y)}m-{a} -{a}l{b} {b}m0 -{b}l-{b} {b}" for x, y in places)
 
 
@@ -74,30 +75,30 @@ def text(x: float, y: float, content: str, class_: str | None = None, anchor: st
     return tag("text", content, x=x or None, y=y, class_=class_, text_anchor=anchor)
 
 
-def horizontal_axis(scale: Scale, y: float, top: float, label: str, *, count: int = 6, suffix: str = "") -> Markup:
+def horizontal_axis(scale: Scale, y: float, top: float, label: str, *, count: int = 6) -> Markup:
     """The axis below a plot at `y`, its grid lines up to `top`, its name below; ticks without room are left out."""
     grid, labels = [], []
     free_from = -math.inf
     for value in scale.ticks(count):
         x = scale(value)
-        half = _DIGIT_WIDTH * len(tick_text(value) + suffix) / 2
+        half = _DIGIT_WIDTH * len(tick_text(value)) / 2
         if x - half < free_from:
             continue
         free_from = x + half + _DIGIT_WIDTH
         grid.append(f"M{number_text(x)} {number_text(top)}V{number_text(y)}")
-        labels.append(text(x, y + 16, tick_text(value) + suffix, anchor="middle"))
+        labels.append(text(x, y + 16, tick_text(value), anchor="middle"))
     middle = (scale.begin + scale.end) / 2
     name = text(middle, y + 36, label, "axis", "middle") if label else Markup()
     return join([tag("path", d="".join(grid), class_="grid"), *labels, name])
 
 
-def vertical_axis(scale: Scale, x: float, right: float, label: str, *, count: int = 6, suffix: str = "") -> Markup:
+def vertical_axis(scale: Scale, x: float, right: float, label: str, *, count: int = 6) -> Markup:
     """The axis at the left of a plot, its grid lines to `right`, its name above."""
     grid, labels = [], []
     for value in scale.ticks(count):
         y = scale(value)
         grid.append(f"M{number_text(x)} {number_text(y)}H{number_text(right)}")
-        labels.append(text(x - 6, y + 4, tick_text(value) + suffix, anchor="end"))
+        labels.append(text(x - 6, y + 4, tick_text(value), anchor="end"))
     name = text(4, min(scale.begin, scale.end) - 10, label, "axis") if label else Markup()
     return join([tag("path", d="".join(grid), class_="grid"), *labels, name])
 

@@ -59,9 +59,9 @@ def count_cell(count: int) -> Cell:
     return Cell(str(count), count, is_number=True)
 
 
-def number_cell(value: float | None, decimals: int | None = None, reason: str | None = None) -> Cell:
+def number_cell(value: float | None, reason: str | None = None) -> Cell:
     """A number, or that it was not measured."""
-    return absent(reason) if value is None else Cell(_number(value, decimals), value, is_number=True)
+    return absent(reason) if value is None else Cell(units.format_quantity(value), value, is_number=True)
 
 
 def latency_cell(value_s: float | None, reason: str | None = None) -> Cell:

@@ -28,14 +28,12 @@ def failed_settings(scan: Scan) -> tuple[FailedSettings, ...]:
     return tuple(found.values())
 
 
-def select_traced(
-    entries: Sequence[Entry], results: Sequence[StoredResult], limit: int = _TRACES_SHOWN
-) -> tuple[StoredResult, ...]:
+def select_traced(entries: Sequence[Entry], results: Sequence[StoredResult]) -> tuple[StoredResult, ...]:
     """The results whose power over time is drawn: some that were invalid or throttled, then one a configuration.
 
     All of them when there are few enough; else configurations in the order of their merit.
     """
-    if len(results) <= limit:
+    if len(results) <= _TRACES_SHOWN:
         return tuple(results)
     faulty = [item for item in results if not item.record.validity.valid or _is_throttled(item.record)]
     chosen = faulty[:_FAULTY_FIRST]
@@ -43,7 +41,7 @@ def select_traced(
     for entry in entries:
         own = (by_key[record.identity.key] for record in entry.used if record.identity.key in by_key)
         first = next(own, None)
-        if len(chosen) < limit and first is not None and first not in chosen:
+        if len(chosen) < _TRACES_SHOWN and first is not None and first not in chosen:
             chosen.append(first)
     return tuple(chosen)
 

@@ -272,12 +272,6 @@ def test_a_model_that_will_not_fit_is_told():
     assert len(warnings(V100, model="org/Model-7B", fp_precision="float32")) == 1
 
 
-def test_a_known_number_of_parameters_wins_over_the_name():
-    config = experiment(model="org/Model-7B")
-    (finding,) = rules.check(config, (V100,), model_parameters=30 * 10**9)
-    assert finding.message == "30 billion weights take 60 GB; Tesla V100 offers 16 GB"
-
-
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
