@@ -1,6 +1,6 @@
 """Tries every fault and counts what it cost, in one table.
 
-    python -m tests.faults [--only plain,merge] [--actions kill,enospc] [--thin] [--moments 20] [--jobs 4]
+    python -m tests.faults [--only plain,merge] [--actions kill,enospc] [--passes 1] [--thin] [--moments 20] [--jobs 4]
 
 Each small campaign, on this machine and in containers, and each command that writes files, runs once undisturbed and
 writes down each write, fsync, rename, folder and transition it passes through, in the host, the supervisor, the engine
@@ -66,8 +66,11 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tests.faults", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default=",".join(NAMES), metavar="A,B", help="what is tried (%(default)s)")
-    parser.add_argument("--actions", default=",".join(ACTIONS), metavar="A,B", help="tried at each point (%(default)s)")
+    parser.add_argument("--only", default=",".join(NAMES), metavar="A,B", help="where it is tried (%(default)s)")
+    parser.add_argument("--actions", default=",".join(ACTIONS), metavar="A,B", help="what is tried there (%(default)s)")
+    parser.add_argument(
+        "--passes", type=int, default=len(ACTIONS), help="actions tried at each point, the points in turn (all)"
+    )
     parser.add_argument("--thin", action="store_true", help="of each kind of point the first and the last alone")
     parser.add_argument("--moments", type=int, default=20, help="random moments of SIGKILL, a campaign (%(default)s)")
     parser.add_argument("--jobs", type=int, default=4, help="tried at a time (%(default)s)")
@@ -84,8 +87,8 @@ def _try_campaign(
     kept = thin(points) if args.thin else points
     own = after_completed(points, scenario.like_plain)
     pairs = [
-        *_all_actions([point for point in kept if point in own], actions),
         *spread([point for point in kept if point not in own], actions),
+        *spread([point for point in kept if point in own], actions, args.passes),
     ]
     print(f"{scenario.name}: {len(points)} points, {len(pairs)} faults, {elapsed_s:.1f} s undisturbed", flush=True)
     moments = random_moments(scenario.processes, args.moments, elapsed_s, random.Random(args.seed))
@@ -100,29 +103,26 @@ def _try_command(
     command: Command, folder: Path, tools: Tools, args: argparse.Namespace, actions: Sequence[str]
 ) -> list[Verdict]:
     points, due = command_points(folder / "undisturbed", tools, command)
-    pairs = _all_actions(thin(points) if args.thin else points, [action for action in actions if action != "clock"])
+    possible = [action for action in actions if action != "clock"]
+    pairs = spread(thin(points) if args.thin else points, possible, args.passes)
     print(f"lem {command.name}: {len(points)} points, {len(pairs)} faults", flush=True)
     cases = [partial(try_command, point, action, command, due) for point, action in pairs]
     return try_all(cases, folder, tools, command, jobs=args.jobs)
 
 
 def _try_containers(folder: Path, tools: Tools, args: argparse.Namespace, actions: Sequence[str]) -> list[Verdict]:
-    """One action a point, in turn, and SIGKILL at every transition: a campaign in containers takes seconds."""
+    """One action a point, in turn, and every one at a transition: a campaign in containers takes seconds."""
     if reason := missing("lab"):
         print(f"containers are left out: {reason}", flush=True)
         return []
     points, elapsed_s = container_points(folder / "undisturbed", tools)
     kept = thin(points) if args.thin else points
     transitions = [point for point in kept if point.event == "lem.transition"]
-    pairs = dict.fromkeys([*spread(kept, actions), *spread(transitions, ["kill"] if "kill" in actions else [])])
+    pairs = dict.fromkeys([*spread(kept, actions), *spread(transitions, actions, args.passes)])
     print(f"containers: {len(points)} points, {len(pairs)} faults, {elapsed_s:.1f} s undisturbed", flush=True)
     trials: list[Trial] = [partial(try_in_containers, point, action, tools=tools) for point, action in pairs]
     trials += container_moments(args.moments, elapsed_s, random.Random(args.seed), tools)
     return try_each(trials, folder, jobs=args.jobs)
-
-
-def _all_actions(points: Sequence[Point], actions: Sequence[str]) -> list[tuple[Point, str]]:
-    return [pair for action in actions for pair in spread(points, [action])]
 
 
 if __name__ == "__main__":

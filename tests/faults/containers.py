@@ -1,8 +1,8 @@
 """The same faults on a campaign in containers, on the lab.
 
 Beside what is counted elsewhere, no worker may be left in a container once its host is gone, and no container after the
-campaign that went on. The wall clock steps back for lem on the host alone, and a folder is read-only for it alone: in
-a container root may write everywhere.
+campaign that went on. A folder that becomes read-only is so for lem on the host alone: in a container root may write
+everywhere.
 """
 
 from __future__ import annotations
@@ -58,19 +58,22 @@ class _FaultRig(ContainerRig):
         folder.mkdir(parents=True)
         super().__init__(folder, container_campaign(outputs=OUTPUTS, cycles=CYCLES))
         self._prefix: tuple[str, ...] = ()
-        self._variables = {
-            "PYTHONPATH": os.pathsep.join([str(tools.program), str(tools.program / "doubles")]),
-            **wall_clock.prepare(tools.clock, folder / "clock"),
-        }
-        # At the same path inside, where a journal is written too.
+        # At the same path inside, where a journal is written too, and one clock steps for all.
         self._shared = folder / "shared"
         self._shared.mkdir()
         self.journal = self._shared / "journal"
+        clock = wall_clock.prepare(tools.clock, self._shared / "clock")
+        self._variables = {
+            "PYTHONPATH": os.pathsep.join([str(tools.program), str(tools.program / "doubles")]),
+            **clock,
+        }
         compose = folder / "docker-compose.yml"
         project = json.loads(compose.read_text(encoding="utf-8"))
         for service in project["services"].values():
-            service["environment"][VARIABLE] = f"${{{VARIABLE}:-}}"
-            service["volumes"].append({"type": "bind", "source": str(self._shared), "target": str(self._shared)})
+            service["environment"] |= {VARIABLE: f"${{{VARIABLE}:-}}", **clock}
+            service["volumes"] += [
+                {"type": "bind", "source": str(path), "target": str(path)} for path in (self._shared, tools.clock)
+            ]
         self.write(json.dumps(project), compose.name)
 
     def command(self, *options: str, file: str = "c.yaml") -> list[str]:

@@ -91,15 +91,21 @@ def after_completed(points: Sequence[Point], experiments: int) -> tuple[Point, .
     return tuple(points[completed[experiments - 1] :] if experiments else points)
 
 
-def spread(points: Iterable[Point], actions: Sequence[str]) -> list[tuple[Point, str]]:
-    """Each point with one of the actions in turn; a transition is no call that could fail."""
-    turns, others = itertools.cycle(actions), [action for action in actions if action in WITHOUT_CALL]
-    turns_of_transitions = itertools.cycle(others)
+def spread(points: Sequence[Point], actions: Sequence[str], passes: int = 1) -> list[tuple[Point, str]]:
+    """Each point with one of the actions in turn, pass by pass, in each pass with the next one.
+
+    As many passes as actions try every action at every point; a transition is no call that could fail.
+    """
+    others = [action for action in actions if action in WITHOUT_CALL]
     pairs = []
-    for point in points:
-        is_call = point.event != "lem.transition"
-        if is_call or others:
-            pairs.append((point, next(turns) if is_call else next(turns_of_transitions)))
+    for number in range(min(passes, len(actions))):
+        turns = itertools.cycle([*actions[number:], *actions[:number]])
+        turns_of_transitions = itertools.cycle([*others[number:], *others[:number]])
+        for point in points:
+            if point.event != "lem.transition":
+                pairs.append((point, next(turns)))
+            elif number < len(others):
+                pairs.append((point, next(turns_of_transitions)))
     return pairs
 
 
