@@ -27,7 +27,7 @@ from tests.doubles.fault_injector import ACTIONS
 from tests.faults.campaigns import enumerate_points, try_all, try_moment, try_point
 from tests.faults.commands import COMMANDS, Command, command_points, try_command
 from tests.faults.containers import container_moments, container_points, try_in_containers
-from tests.faults.points import Point, after_completed, random_moments, spread, thin
+from tests.faults.points import after_completed, random_moments, spread, thin
 from tests.faults.sandbox import copy_program
 from tests.faults.scenarios import SCENARIOS, Scenario, Tools
 from tests.faults.trials import Trial, try_each
