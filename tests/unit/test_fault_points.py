@@ -1,0 +1,44 @@
+"""Which faults are tried where."""
+
+from __future__ import annotations
+
+from tests.doubles.fault_injector import ACTIONS, Entry
+from tests.faults.points import Point, after_completed, points_of, spread, thin
+
+WRITES = tuple(Point("host", "lem.write", nth, f"run/{nth}/result.json") for nth in range(1, 6))
+CHANGES = ("e-c1 pending running", "e-c1 running completed", "e-c2 pending running", "e-c2 running completed")
+TRANSITIONS = tuple(Point("host", "lem.transition", nth, detail) for nth, detail in enumerate(CHANGES, 1))
+POINTS = (*WRITES[:2], *TRANSITIONS, *WRITES[2:])
+
+
+def test_as_many_passes_as_actions_try_each_once_at_every_point() -> None:
+    pairs = spread(POINTS, ACTIONS, len(ACTIONS))
+    expected = {(point, action) for point in WRITES for action in ACTIONS}
+    expected |= {(point, action) for point in TRANSITIONS for action in ("kill", "term", "clock")}
+    assert len(pairs) == len(expected)
+    assert set(pairs) == expected
+
+
+def test_every_point_comes_before_any_comes_again() -> None:
+    pairs = spread(POINTS, ("kill", "enospc"), 2)
+    assert [point for point, _ in pairs[: len(POINTS)]] == list(POINTS)
+    assert [action for _, action in spread(WRITES, ("kill", "enospc"))] == ["kill", "enospc", "kill", "enospc", "kill"]
+
+
+def test_a_transition_is_not_tried_where_every_action_needs_a_call() -> None:
+    assert spread(POINTS, ("enospc", "eio"), 2) == spread(WRITES, ("enospc", "eio"), 2)
+
+
+def test_points_after_an_experiment_begin_with_its_completion() -> None:
+    assert after_completed(POINTS, 2) == (TRANSITIONS[3], *WRITES[2:])
+    assert after_completed(POINTS, 0) == POINTS
+
+
+def test_of_each_kind_the_first_and_the_last_are_kept() -> None:
+    assert thin(POINTS) == (WRITES[0], *TRANSITIONS, WRITES[4])
+
+
+def test_steps_of_a_temporary_file_are_counted_and_not_tried_twice() -> None:
+    temporary = Entry("host", "open", 1, "run/.lem-tmp-a1b2c3d4")
+    plain = Entry("host", "open", 1, "run/log.txt")
+    assert points_of([temporary, plain]) == (Point("host", "open", 2, "run/log.txt"),)
