@@ -14,6 +14,7 @@ __all__ = [
     "ARGUMENTS",
     "BUILD_OPTIONS",
     "CACHE_ARGUMENTS",
+    "DRAFT_MODEL_ARGUMENTS",
     "EngineFacts",
     "cache_arguments",
     "draft_arguments",
@@ -21,6 +22,7 @@ __all__ = [
     "gpus_needed",
     "idle_options",
     "lengths_of",
+    "runtime_extra",
     "sampling_settings",
     "section_of",
 ]

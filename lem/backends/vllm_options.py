@@ -17,6 +17,7 @@ __all__ = [
     "EngineFacts",
     "Places",
     "engine_arguments",
+    "extra_of",
     "given_options",
     "idle_options",
     "sampling_settings",

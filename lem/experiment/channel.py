@@ -32,6 +32,7 @@ __all__ = [
     "LOAD_PHASE",
     "PHASES",
     "PROTOCOL_VERSION",
+    "READ_B",
     "ChannelError",
     "LineBuffer",
     "Outbox",

@@ -16,7 +16,7 @@ from lem.config.experiment_config import ExperimentConfig
 from lem.meters.gpus import find_driver
 from lem.record import Environment
 
-__all__ = ["HostFacts", "describe_environment", "differing_options", "fingerprint_of", "read_host"]
+__all__ = ["GpuSurroundings", "HostFacts", "describe_environment", "differing_options", "fingerprint_of", "read_host"]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from lem.orchestration.docker import CALL_TIMEOUT_S, ContainerError, Docker, explain
 from lem.process import Finished
 
-__all__ = ["Compose", "ContainerState", "Service", "decode_states", "parse_version"]
+__all__ = ["REPLACES_LISTS", "Compose", "ContainerState", "Service", "decode_states", "parse_version"]
 
 OLDEST_COMPOSE = (2, 17)
 

@@ -20,7 +20,7 @@ from lem.orchestration.schedule import (
 )
 from lem.orchestration.stop import StopRequest
 
-__all__ = ["Scheduler"]
+__all__ = ["Course", "Scheduler"]
 
 # The clock of the wall may be set, or the machine sleep: look at it again this often.
 _LOOK_EVERY_S = 30.0

@@ -13,7 +13,7 @@ from lem import process
 from lem.errors import UserError
 from lem.process import Finished
 
-__all__ = ["ContainerError", "Docker", "explain"]
+__all__ = ["CALL_TIMEOUT_S", "ContainerError", "Docker", "explain"]
 
 CALL_TIMEOUT_S = 30.0
 

@@ -10,6 +10,7 @@ from lem import units
 from lem.config.campaign_config import CampaignDaemonConfig
 
 __all__ = [
+    "ANY_DAY",
     "DAEMON_WINS",
     "Run",
     "Stop",

@@ -18,7 +18,7 @@ from lem.meters.gpu_state import GpuReading
 from lem.orchestration.compose import Compose, ContainerState, Service
 from lem.orchestration.docker import ContainerError, explain
 
-__all__ = ["Services"]
+__all__ = ["UP_TIMEOUT_S", "Services"]
 
 _logger = logging.getLogger(__name__)
 

@@ -30,6 +30,7 @@ __all__ = [
     "boot_time",
     "find_folders",
     "find_manifest",
+    "is_invalid",
     "parse_utc",
     "read_status",
 ]
