@@ -12,10 +12,12 @@ from lem.config.experiment_config import ExperimentConfig
 
 __all__ = [
     "ASSISTANT_ARGUMENTS",
+    "CUDA_GRAPH_MODES",
     "EngineFacts",
     "SpecialTokens",
     "assistant_settings",
     "batch_rules",
+    "compiles_steps",
     "generation_settings",
     "idle_options",
     "is_assisted",
@@ -29,6 +31,9 @@ ASSISTANT_ARGUMENTS = (
     "assistant_lookbehind",
     "target_lookbehind",
 )
+
+# Modes of torch.compile that record CUDA graphs where there is a GPU (its reference, torch.compile, mode).
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,16 @@ def batch_rules(config: ExperimentConfig) -> BatchRules:
     )
 
 
-def generation_settings(config: ExperimentConfig, tokens: SpecialTokens) -> dict[str, Any]:
+def compiles_steps(section: PyTorchConfig, device: str) -> bool:
+    """Whether transformers compiles the steps that follow the prompt, instead of lem the whole model.
+
+    CUDA graphs replay on tensors that stay where they are. A whole model makes its cache within the first of its
+    graphs, and the next one writes over it: torch 2.11 says so and stops.
+    """
+    return device != "cpu" and section.torch_compile in CUDA_GRAPH_MODES
+
+
+def generation_settings(config: ExperimentConfig, tokens: SpecialTokens, device: str) -> dict[str, Any]:
     """Arguments of GenerationConfig without the bounds on the output, which come with the requests.
 
     Nothing is left to the generation config that a model brings along: what is not named here has the default of
@@ -127,7 +141,7 @@ def generation_settings(config: ExperimentConfig, tokens: SpecialTokens) -> dict
         settings |= {
             name: getattr(section.beam_search, name) for name in ("num_beams", "length_penalty", "early_stopping")
         }
-    if section.torch_compile:
+    if section.torch_compile and not compiles_steps(section, device):
         # With a static cache on a GPU transformers would compile once more, in a mode of its own.
         settings["disable_compile"] = True
     if section.assisted_generation.model is None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from lem.backends.pytorch_options import ASSISTANT_ARGUMENTS, EngineFacts, is_assisted, section_of
+from lem.backends.pytorch_options import ASSISTANT_ARGUMENTS, EngineFacts, compiles_steps, is_assisted, section_of
 from lem.backends.refusals import Refusal, refuse
 from lem.config.backend_config import PyTorchConfig
 from lem.config.experiment_config import ExperimentConfig
@@ -138,6 +138,11 @@ def _compilation(section: PyTorchConfig, facts: EngineFacts) -> Iterator[Refusal
         yield Refusal("pytorch.torch_compile_backend", reason)
     if mode == "reduce-overhead" and facts.device == "cpu":
         yield Refusal("pytorch.torch_compile", "reduce-overhead means CUDA graphs, on the CPU it does nothing")
+    if compiles_steps(section, facts.device) and section.cache_implementation != "static":
+        reason = (
+            f"{mode} records CUDA graphs, which replay on a cache that stays in place: cache_implementation: static"
+        )
+        yield Refusal("pytorch.torch_compile", reason)
     if mode not in {False, "default"} and backend not in {None, "inductor"}:
         yield Refusal("pytorch.torch_compile", f"{mode} is a mode of the inductor backend, got {backend}")
 

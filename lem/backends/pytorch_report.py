@@ -75,8 +75,8 @@ def _generation(settings: Mapping[str, Any], config: ExperimentConfig) -> dict[s
     given = engine_settings(settings, config.max_output_tokens, config.min_output_tokens).to_dict()
     defaults: dict[str, Any] = getattr(GenerationConfig, "_get_default_generation_params", dict)()
     both = {**defaults, **{name: value for name, value in given.items() if value is not None}}
-    # The lengths of a batch follow from max_new_tokens and its prompts.
-    skipped = {*GENERATION_META, "max_length", "min_length"}
+    # The lengths of a batch follow from max_new_tokens and its prompts; how steps are compiled is in the section.
+    skipped = {*GENERATION_META, "max_length", "min_length", "compile_config"}
     return {name: value for name, value in sorted(both.items()) if value is not None and name not in skipped}
 
 

@@ -17,7 +17,14 @@ from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQ
 from lem.backends.pytorch_batching import plan_batches
 from lem.backends.pytorch_generation import BatchRunner
 from lem.backends.pytorch_loading import load_model, set_assistant
-from lem.backends.pytorch_options import EngineFacts, batch_rules, generation_settings, idle_options, section_of
+from lem.backends.pytorch_options import (
+    EngineFacts,
+    batch_rules,
+    compiles_steps,
+    generation_settings,
+    idle_options,
+    section_of,
+)
 from lem.backends.pytorch_refusals import check_options
 from lem.backends.pytorch_report import GENERATION_META, describe_effective, find_versions
 from lem.backends.pytorch_trial import Trial, try_out
@@ -175,6 +182,8 @@ class Session:
         # without padding, prefill and decode are 8 already; beyond a higher limit an experiment fails instead.
         dynamo_config.recompile_limit = RECOMPILE_LIMIT
         dynamo_config.fail_on_recompile_limit_hit = True
+        if compiles_steps(section, self._facts.device):
+            return
         backend = section.torch_compile_backend or "inductor"
         forward = self._loaded.model.forward
         self._loaded.model.forward = torch.compile(forward, mode=section.torch_compile, backend=backend)
@@ -184,7 +193,10 @@ class Session:
         section = section_of(config)
         self._config = config
         self._rules = batch_rules(config)
-        self._runner = BatchRunner(self._loaded, generation_settings(config, self._loaded.tokens))
+        settings = generation_settings(config, self._loaded.tokens, self._facts.device)
+        if compiles_steps(section, self._facts.device):
+            settings["compile_config"] = transformers.CompileConfig(mode=str(section.torch_compile))
+        self._runner = BatchRunner(self._loaded, settings)
         began_ns = time.monotonic_ns()
         self._trial: Trial = try_out(self._runner, section, self._facts)
         if config.random_seed is None:

@@ -103,7 +103,7 @@ def _refusal(error: BaseException, section: PyTorchConfig, facts: EngineFacts) -
     text = f"{facts} cannot generate with {changed or 'this model'}: {type(error).__name__}: {shortened(error)}"
     hint = ""
     if section.torch_compile:
-        hint = "torch.compile needs a C++ compiler on the CPU, Triton on a GPU; reduce-overhead needs a static cache"
+        hint = "torch.compile needs a C++ compiler on the CPU, Triton on a GPU"
     return OptionRefused(text, hint)
 
 

@@ -126,7 +126,8 @@ class PyTorchConfig(Section):
     )
     torch_compile: bool | str = option(
         False,
-        description="Compile the model, in this mode of torch.compile.",
+        description="Compile the model, in this mode of torch.compile. On a GPU the last two record CUDA graphs and "
+        "need a static cache.",
         choices=(False, "default", "reduce-overhead", "max-autotune"),
         reload=True,
     )

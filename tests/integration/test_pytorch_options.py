@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 
 from lem.backends.protocol import EngineReport, TokenRequest
 from lem.backends.pytorch import PyTorchBackend
+from lem.backends.pytorch_generation import BatchRunner
+from lem.backends.pytorch_report import describe_effective
 from lem.config.backend_config import PyTorchConfig
 from lem.config.problems import ConfigProblems
 from lem.config.schema import walk
@@ -365,3 +368,23 @@ def test_inductor_compiles_where_there_is_a_compiler(bench: Bench) -> None:
     with loaded(config) as there:
         assert outputs(there, prompts()[:1]) == [expected]
         assert there.configure(config).effective["pytorch"]["torch_compile_backend"] == "inductor"
+
+
+def test_steps_that_transformers_compiles_give_the_tokens_of_the_others(bench: Bench) -> None:
+    # As on a GPU under reduce-overhead, whose own mode means nothing on a CPU.
+    from torch._dynamo.utils import counters
+    from transformers import CompileConfig
+
+    expected = bench.outputs({"cache_implementation": "static", "batch_size": 2})
+    session = bench.backend._session
+    runner = session._runner
+    steps = CompileConfig(mode="default", backend="aot_eager")
+    steps._compile_all_devices = True
+    compiling = BatchRunner(runner.loaded, {**runner.settings, "compile_config": steps})
+    counters.clear()
+    pairs = [prompts()[first : first + 2] for first in range(0, len(prompts()), 2)]
+    found = [completion for pair in pairs for completion in compiling.run(pair, observe=False)]
+    assert [completion.output_ids for completion in found] == expected
+    assert counters["stats"]["unique_graphs"] > 0
+    effective = describe_effective(session._config, runner.loaded, compiling.settings, session._trial)
+    assert json.dumps(effective)  # a record keeps it

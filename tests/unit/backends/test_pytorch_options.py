@@ -11,6 +11,7 @@ from lem.backends.pytorch_options import (
     SpecialTokens,
     assistant_settings,
     batch_rules,
+    compiles_steps,
     generation_settings,
     idle_options,
     section_of,
@@ -25,8 +26,8 @@ def experiment(**options: Any) -> ExperimentConfig:
     return ExperimentConfig.from_dict({"model": "m", **options})
 
 
-def settings(**options: Any) -> dict[str, Any]:
-    return generation_settings(experiment(**options), TOKENS)
+def settings(device: str = "cpu", **options: Any) -> dict[str, Any]:
+    return generation_settings(experiment(**options), TOKENS, device)
 
 
 def test_sampling_values_are_those_of_the_decoder() -> None:
@@ -52,7 +53,7 @@ def test_every_end_of_the_model_ends_a_sequence_unless_it_is_ignored() -> None:
 
 
 def test_a_model_without_an_end_has_none() -> None:
-    assert "eos_token_id" not in generation_settings(experiment(), SpecialTokens(0, ()))
+    assert "eos_token_id" not in generation_settings(experiment(), SpecialTokens(0, ()), "cpu")
 
 
 def test_lengths_are_left_to_the_requests() -> None:
@@ -103,6 +104,15 @@ def test_extra_arguments_go_to_whoever_reads_them() -> None:
 def test_transformers_does_not_compile_beside_torch_compile() -> None:
     assert settings(pytorch={"torch_compile": "default"})["disable_compile"] is True
     assert "disable_compile" not in settings()
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_transformers_compiles_what_is_recorded_as_cuda_graphs(mode: str) -> None:
+    options = {"torch_compile": mode, "cache_implementation": "static"}
+    assert "disable_compile" not in settings("cuda", pytorch=options)
+    assert compiles_steps(section_of(experiment(pytorch=options)), "cuda")
+    assert not compiles_steps(section_of(experiment(pytorch=options)), "cpu")
+    assert not compiles_steps(section_of(experiment(pytorch={"torch_compile": "default"})), "cuda")
 
 
 def test_min_p_under_greedy_decoding_is_told() -> None:

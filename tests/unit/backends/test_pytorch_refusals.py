@@ -44,6 +44,7 @@ def experiment(section: dict[str, Any], **options: Any) -> ExperimentConfig:
         ({"max_memory": {"cpu": "1GiB"}}, EngineFacts(PACKAGES, "cuda", 0), "pytorch.max_memory", "needs accelerate"),
         ({"max_memory": {"0": "1GiB"}}, GPU, "pytorch.max_memory", r"the GPU in use \(1\), got 0"),
         ({"torch_compile": "reduce-overhead"}, CPU, "pytorch.torch_compile", "CUDA graphs"),
+        ({"torch_compile": "max-autotune"}, GPU, "pytorch.torch_compile", "cache_implementation: static"),
         (
             {"torch_compile": "default", "torch_compile_backend": "aot_eagre"},
             CPU,
@@ -118,7 +119,8 @@ def test_an_option_is_refused_with_version_and_reason(
         ({"low_cpu_mem_usage": True}, CPU),
         ({"low_cpu_mem_usage": False}, EngineFacts({**ALL_PACKAGES, "transformers": "4.57.0"}, "cpu")),
         ({"max_memory": {"1": "1GiB", "cpu": "1GiB"}}, GPU),
-        ({"torch_compile": "reduce-overhead"}, GPU),
+        ({"torch_compile": "reduce-overhead", "cache_implementation": "static"}, GPU),
+        ({"torch_compile": "max-autotune"}, CPU),
         ({"torch_compile": "default", "torch_compile_backend": "aot_eager"}, CPU),
         ({"cache_implementation": "offloaded"}, GPU),
         ({"batching_strategy": "dynamic", "max_tokens_per_batch": 640, "batch_size": 4}, CPU),
