@@ -10,8 +10,8 @@ from typing import Any
 from lem import units
 from lem.orchestration.activity import Activity
 from lem.orchestration.manifest import COMPLETED, FAILED, RUNNING, SKIPPED, CampaignManifestEntry
+from lem.orchestration.manifest_entries import TOP_UP_NOTE
 from lem.orchestration.status import CampaignStatus, is_invalid, parse_utc
-from lem.orchestration.topup import TOP_UP_NOTE
 from lem.process import copyable
 from lem.results.layout import Column, NameShortener, columns, paint, printable, wrapped
 

@@ -17,6 +17,7 @@ from lem.config.backend_config import BACKENDS
 from lem.config.containers import Items
 from lem.config.experiment_config import DatasetConfig, ExperimentConfig, ModelConfig
 from lem.config.merging import nest, put
+from lem.config.names import MANIFEST_FILENAME
 from lem.config.problems import Problem, nearest
 from lem.config.schema import Section, check_partial, declared, option
 
@@ -342,7 +343,7 @@ class CampaignIOConfig(Section):
     configs_dir: str = option("configs", description="Folder of the experiments that a grid generates.")
     state_dir: str = option(".state", description="Folder of the manifest and the log.")
     manifest_filename: str = option(
-        "campaign_manifest.json", description="Name of the manifest.", check=_check_file_name, form="a file name"
+        MANIFEST_FILENAME, description="Name of the manifest.", check=_check_file_name, form="a file name"
     )
     compose_file: str | None = option(
         None, description="Compose file; null tries docker-compose.yml, docker/docker-compose.yml, the packaged one."

@@ -38,7 +38,7 @@ __all__ = ["Metering", "open_metering"]
 
 _logger = logging.getLogger(__name__)
 
-# measurement.md, step 2: power is at rest once its mean over 10 s moves by less than 2 %; waited for 60 s at most.
+# docs/measurement.md, step 3: power is at rest once its mean over 10 s moves by less than 2 %; waited for 60 s at most.
 SETTLE_WINDOW_S = 10.0
 SETTLE_TOLERANCE = 0.02
 SETTLE_CAP_S = 60.0

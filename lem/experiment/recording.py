@@ -27,7 +27,7 @@ from lem.record_codec import decode_record, encode_record
 
 __all__ = ["Findings", "compose_record"]
 
-# measurement.md, step 5: more failed requests than this and the window is not one of the load that was meant.
+# docs/measurement.md, step 6: more failed requests than this and the window is not one of the load that was meant.
 MAX_FAILED_RATIO = 0.01
 
 _NO_PADDING = "the engine does not tell how much padding it computed on; input never holds any"

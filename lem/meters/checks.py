@@ -1,6 +1,6 @@
 """What makes a window doubtful or void: implausible energy, clocks that were slowed, other programs, change under way.
 
-Everything here follows measurement.md, steps 5 and 6.
+Everything here follows docs/measurement.md, steps 3 and 6.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ __all__ = ["HOLE_PERIODS", "NS_PER_S", "ClosedWindow", "Curve", "Hole", "NotMeas
 
 NS_PER_S = 1_000_000_000
 
-# measurement.md, step 1: a hole longer than three sampling periods voids an integration.
+# A hole longer than three sampling periods voids an integration.
 HOLE_PERIODS = 3
 
 # Energy interpolated over more than this share of a span is no measurement of it any more.
@@ -112,7 +112,7 @@ class Curve:
         """The energy of the span, both edges interpolated between knots.
 
         A naive difference of the values read at the edges of 1 s is off by up to 9 % with an update every 0.1 s, since
-        each value is up to one update old (measurement.md, Energy).
+        each value is up to one update old.
 
         Raises:
             NotMeasured: a hole in the span, or an edge that lies beyond the first or last knot, or where the meter was

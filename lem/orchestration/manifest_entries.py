@@ -18,6 +18,7 @@ __all__ = [
     "RUNNING",
     "SKIPPED",
     "STATUSES",
+    "TOP_UP_NOTE",
     "Attempt",
     "CampaignManifest",
     "CampaignManifestEntry",
@@ -28,6 +29,8 @@ __all__ = [
 
 PENDING, RUNNING, COMPLETED, FAILED, SKIPPED = STATUSES = ("pending", "running", "completed", "failed", "skipped")
 
+# The kind of a note that tells of cycles added (`lem.orchestration.topup`).
+TOP_UP_NOTE = "top_up"
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 

@@ -33,7 +33,7 @@ __all__ = ["Attendance", "HostMeters", "has_recovered"]
 
 _logger = logging.getLogger(__name__)
 
-# measurement.md, step 7: within these of the reference, here for as long as the sensors take to tell.
+# docs/measurement.md, step 7: within these of the reference, here for as long as the sensors take to tell.
 RECOVERED_TEMP_C = 3.0
 RECOVERED_POWER_RATIO = 0.05
 RECOVERED_OVER_S = 3.0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-from lem.config.campaign_config import CampaignIOConfig
+from lem.config.names import MANIFEST_FILENAME
 from lem.errors import UserError
 from lem.orchestration.activity import Activity, read_activity
 from lem.orchestration.locks import CAMPAIGN_LOCK_NAME, Holder, is_locked, read_holder
@@ -36,8 +36,6 @@ __all__ = [
 ]
 
 STATES = ("running", "waiting", "done", "failed", "stopped", "crashed", "unreadable", "none")
-
-MANIFEST_NAME = CampaignIOConfig().manifest_filename
 
 # A worker sends a heartbeat every 5 s, and each makes the campaign say that it is there.
 SILENCE_S = 60.0
@@ -135,7 +133,7 @@ def find_folders(state_dir: Path) -> tuple[Path, ...]:
 
 def find_manifest(folder: Path) -> Path | None:
     """The manifest in a state folder, also where the campaign calls it otherwise; None when there is none."""
-    usual = folder / MANIFEST_NAME
+    usual = folder / MANIFEST_FILENAME
     if usual.exists():
         return usual
     # One that was set aside has a second dot in its name: `campaign_manifest.20260714T100000Z.json`.
@@ -170,7 +168,7 @@ def read_status(folder: Path, onlooker: Onlooker, manifest_path: Path | None = N
     """
     is_held = is_locked(folder / CAMPAIGN_LOCK_NAME)
     holder = read_holder(folder / CAMPAIGN_LOCK_NAME)
-    path = manifest_path or find_manifest(folder) or folder / MANIFEST_NAME
+    path = manifest_path or find_manifest(folder) or folder / MANIFEST_FILENAME
     try:
         manifest = ManifestManager(path).load_strict()
     except UserError as error:

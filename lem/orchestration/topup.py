@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from lem.config.campaign_config import CampaignConfig
 from lem.errors import UserError
 from lem.orchestration.manifest import CampaignManifest
+from lem.orchestration.manifest_entries import TOP_UP_NOTE
 from lem.record import Record
 from lem.results.precision import (
     LEAST_CYCLES,
@@ -18,9 +19,8 @@ from lem.results.precision import (
     measure_precision,
 )
 
-__all__ = ["TOP_UP_NOTE", "Decision", "added_cycles", "check_rule", "decide", "make_rule", "note_cycles", "with_cycles"]
+__all__ = ["Decision", "added_cycles", "check_rule", "decide", "make_rule", "note_cycles", "with_cycles"]
 
-TOP_UP_NOTE = "top_up"
 _SHOWN = 3
 
 

@@ -37,7 +37,7 @@ ENERGY = parse_metric("energy")
 TRUE_ENERGY_J = 0.3
 GATE_PERCENT = 3.0
 
-# Deviations as measurement.md gives them, exclusions and drift as a bad day brings them.
+# Deviations of 1 % between loads and 0.5 % between runs, exclusions and drift as a bad day brings them.
 NOISY = Campaign(
     configurations=(),
     load_sd=0.01,

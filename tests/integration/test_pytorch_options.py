@@ -377,6 +377,7 @@ def test_steps_that_transformers_compiles_give_the_tokens_of_the_others(bench: B
 
     expected = bench.outputs({"cache_implementation": "static", "batch_size": 2})
     session = bench.backend._session
+    assert session is not None
     runner = session._runner
     steps = CompileConfig(mode="default", backend="aot_eager")
     steps._compile_all_devices = True
