@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import secrets
 import signal
 import subprocess
 import time
@@ -21,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lem.orchestration.manifest import CampaignManifest
 from lem.record_codec import RecordError, read_record
 from tests.campaign_rig import Ended, Running
 from tests.container_rig import VARIABLE as RIG_VARIABLE
@@ -56,7 +58,9 @@ class _FaultRig(ContainerRig):
 
     def __init__(self, folder: Path, tools: Tools) -> None:
         folder.mkdir(parents=True)
-        super().__init__(folder, container_campaign(outputs=OUTPUTS, cycles=CYCLES))
+        # The project of the containers is named after it, and others are tried at the same time.
+        self.campaign = f"faults-{secrets.token_hex(4)}"
+        super().__init__(folder, container_campaign(self.campaign, outputs=OUTPUTS, cycles=CYCLES))
         self._prefix: tuple[str, ...] = ()
         # At the same path inside, where a journal is written too, and one clock steps for all.
         self._shared = folder / "shared"
@@ -83,6 +87,10 @@ class _FaultRig(ContainerRig):
     def environ(self, rules: Sequence[Mapping[str, Any]] = (), **more: str) -> dict[str, str]:
         """As for any campaign in containers, with the copied program and a clock of its own."""
         return {**super().environ(rules), **self._variables, **more}
+
+    def manifest(self, campaign: str = "") -> CampaignManifest:
+        """The manifest as it is on disk."""
+        return super().manifest(campaign or self.campaign)
 
     def begin(self, point: Point | None = None, action: str = "") -> Running:
         """The campaign, started anew, with that fault, or with a journal alone."""
