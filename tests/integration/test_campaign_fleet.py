@@ -119,7 +119,7 @@ def test_parts_without_a_stored_plan_are_told_by_numbers_alone(hosts):
         (["--plan", "none.json", "--shard", "1/2"], "no such file"),
         (["--shard", "3/2"], "I/N is due"),
         (["--hosts", "a,b"], "are for --write-plan"),
-        (["--write-plan", "p.json"], "at least one is due"),
+        (["--write-plan", "p.json"], "none is named"),
         (["--write-plan", "p.json", "--hosts", "a,a"], "each once"),
         (["--write-plan", "p.json", "--hosts", "a", "--shard", "1/2"], "one or the other"),
         (["--write-plan", "p.json", "--hosts", "a", "--plan", "none.json"], "no such file"),
