@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lem.meters.curve import ClosedWindow, Span
+from lem.meters.curve import NS_PER_S, ClosedWindow, Span
 from lem.meters.integrate import counter_curve, power_curve
 from lem.meters.samples import GpuSample, SampleLog
 from tests.gpu.load import Busy
@@ -10,7 +10,6 @@ from tests.gpu.load import Busy
 __all__ = ["COUNTER", "counted_j", "integrated_j", "naive_j", "rested_w", "span_of", "thinned"]
 
 COUNTER = "the energy counter"
-NS_PER_S = 1_000_000_000
 
 
 def span_of(busy: Busy) -> Span:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lem.meters.curve import Curve, Span
+from lem.meters.curve import NS_PER_S, Curve, Span
 from lem.meters.integrate import counter_curve
 from lem.meters.sampler import COUNTER_POLL_MS
 from tests.gpu.bench import Bench
@@ -15,8 +15,6 @@ from tests.gpu.load import Busy
 from tests.gpu.windows import COUNTER
 
 __all__ = ["Edges"]
-
-NS_PER_S = 1_000_000_000
 
 # Around an edge power changes for so long, to the slowest counter's eye; beyond it is level for so long.
 SETTLED_S, LEVEL_S = 0.4, 0.5

@@ -21,8 +21,8 @@ TARGET_PERCENT = 0.5
 class SamplerCost:
     """Pairs of runs, ABBA, with a sampler beside them and without: a GPU that is kept busy, and a model that generates.
 
-    A small model waits for its Python process most of the time, whose speed is that of a CPU shared with others: where
-    its runs differ by tenths, the copies alone can tell of half a percent.
+    A small model waits for its Python process most of the time: where the speed of that moves by tenths, the copies
+    alone can tell of half a percent.
     """
 
     name: str = "sampler-cost"
