@@ -32,7 +32,8 @@ from lem.meters.samples import (
     SampleLog,
     write_finished,
 )
-from lem.meters.sources import COUNTER, EXTERNAL, RAPL, TDP_ESTIMATE, Sources, choose_sources
+from lem.meters.sources import Sources, choose_sources
+from lem.record import COUNTER, EXTERNAL, RAPL, TDP_ESTIMATE
 
 __all__ = ["Metering", "open_metering"]
 

@@ -9,7 +9,8 @@ from lem.meters import marks as names
 from lem.meters.curve import ClosedWindow, Curve, NotMeasured, Span
 from lem.meters.integrate import counter_curve, load_curve, power_curve, rapl_curve
 from lem.meters.samples import Mark, SampleLog
-from lem.meters.sources import COUNTER, RAPL, SENSOR_LAG_S, TDP_ESTIMATE, Sources
+from lem.meters.sources import SENSOR_LAG_S, Sources
+from lem.record import COUNTER, RAPL, TDP_ESTIMATE
 
 __all__ = ["AttemptLog", "Baselines", "span_of"]
 

@@ -15,6 +15,7 @@ from lem.meters.integrate import update_period_s
 from lem.meters.nvml import NvmlMeter, gpu_uuids
 from lem.meters.rapl import POWERCAP, find_rapl
 from lem.meters.samples import CounterChange, GpuHeader
+from lem.meters.sources import choose_gpu_method
 
 __all__ = ["Capabilities", "CpuCapability", "GpuCapability", "ProbeClock", "find_capabilities", "probe_periods"]
 
@@ -47,9 +48,7 @@ class GpuCapability:
     @property
     def source(self) -> str | None:
         """What its energy comes from, as `record.Energy.energy_source` has it; None for nothing."""
-        if self.meter.counter_error is None:
-            return "nvml_counter"
-        return None if self.meter.power_source is None else f"power_{self.meter.power_source}_integral"
+        return choose_gpu_method([self.meter], is_watched=True)[0]
 
     def describe(self) -> tuple[str, ...]:
         """It in words, a line each."""

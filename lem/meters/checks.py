@@ -13,11 +13,11 @@ from lem.meters import marks as names
 from lem.meters.attempt_log import AttemptLog
 from lem.meters.curve import HOLE_PERIODS, NS_PER_S, Curve, NotMeasured, Span
 from lem.meters.samples import GpuHeader, SampleLog
-from lem.meters.sources import COUNTER, SENSOR_LAG_S
+from lem.meters.sources import SENSOR_LAG_S
+from lem.record import COUNTER, SLOWDOWN_BITS
 
 __all__ = [
     "CROSSCHECK_TOLERANCE",
-    "INVALID_BITS",
     "REST_TOLERANCE",
     "STEADY_TOLERANCE",
     "check_plausible",
@@ -35,14 +35,6 @@ _LIMIT_MARGIN = 1.2
 CROSSCHECK_TOLERANCE = 0.05
 REST_TOLERANCE = 0.05
 STEADY_TOLERANCE = 0.02
-
-# nvmlClocksEventReasons (NVML reference); an experiment in which one of them was seen is invalid.
-INVALID_BITS = {
-    0x8: "hardware slowdown",
-    0x20: "software thermal slowdown",
-    0x40: "hardware thermal slowdown",
-    0x80: "hardware power brake",
-}
 
 # An integral over fewer samples may miss a tenth of the window at each edge.
 _LEAST_SAMPLES = 10
@@ -145,7 +137,7 @@ def slowdowns(attempt: AttemptLog, span: Span, what: str = "window") -> Iterator
         rows = [
             row for row in attempt.log.samples if row.gpu == place and span.opened_ns <= row.at_ns <= span.closed_ns
         ]
-        for bit, name in INVALID_BITS.items():
+        for bit, name in SLOWDOWN_BITS.items():
             seen = sum(bool((row.event_mask or 0) & bit) for row in rows)
             if seen:
                 uuid = attempt.log.header.gpus[place].uuid

@@ -12,20 +12,9 @@ from lem.meters.curve import HOLE_PERIODS, NS_PER_S, NotMeasured, Span
 from lem.meters.figures import Figures
 from lem.meters.marks import WINDOW
 from lem.meters.samples import GpuHeader, GpuSample
-from lem.meters.sources import COUNTER
-from lem.record import Gpu
+from lem.record import COUNTER, POWER_CAP_BIT, THERMAL_BITS, Gpu
 
-__all__ = [
-    "POWER_CAP",
-    "THERMAL_BITS",
-    "describe_gpu",
-    "describe_unseen_gpu",
-    "samples_in",
-]
-
-# Bits of nvmlClocksEventReasons (NVML reference): SwPowerCap; SwThermalSlowdown and HwThermalSlowdown.
-POWER_CAP = 0x4
-THERMAL_BITS = 0x20 | 0x40
+__all__ = ["describe_gpu", "describe_unseen_gpu", "samples_in"]
 
 
 @dataclass(frozen=True)
@@ -125,7 +114,7 @@ def _fill_events(figures: Figures, looks: Sequence[_Look], silent: str) -> None:
     for seen, _ in known:
         mask |= seen
     figures.put("event_reasons_mask", mask if known else None, silent)
-    for field, bits in (("throttle_power_s", POWER_CAP), ("throttle_thermal_s", THERMAL_BITS)):
+    for field, bits in (("throttle_power_s", POWER_CAP_BIT), ("throttle_thermal_s", THERMAL_BITS)):
         seconds = sum((length for seen, length in known if seen & bits), start=0.0)
         figures.put(field, seconds if known else None, silent)
 

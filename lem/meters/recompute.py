@@ -15,8 +15,8 @@ from lem.meters.efficiency import carbon_of, efficiency_of
 from lem.meters.energy import EnergyFindings, measure
 from lem.meters.external import ExternalReadings
 from lem.meters.samples import Mark, SampleLog
-from lem.meters.sources import EXTERNAL, Sources, choose_sources
-from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Record
+from lem.meters.sources import Sources, choose_sources
+from lem.record import EXTERNAL, Carbon, Efficiency, Energy, Gpu, Idle, Record
 
 __all__ = ["Difference", "Recomputed", "has_energy", "recompute"]
 
@@ -124,8 +124,8 @@ def _baselines(record: Record) -> Baselines:
 
 
 def _pairs(record: Record, config: ExperimentConfig, found: EnergyFindings) -> Iterator[Difference]:
-    efficiency = efficiency_of(found.primary_j, record.work, found.primary_null_reason)
-    carbon = carbon_of(found.primary_j, config.measurement, found.primary_null_reason)
+    efficiency = efficiency_of(found.energy.primary_j, record.work)
+    carbon = carbon_of(found.energy.primary_j, config.measurement)
     sections: list[tuple[str, _Section, _Section]] = [
         ("energy", record.energy, found.energy),
         ("idle", record.idle, found.idle),

@@ -10,26 +10,9 @@ from typing import Final
 from lem.config.experiment_config import ExperimentConfig
 from lem.meters.refusal import MeterRefused
 from lem.meters.samples import GpuHeader, SampleHeader
+from lem.record import AVERAGE_POWER, COUNTER, EXTERNAL, INSTANT_POWER, RAPL, TDP_ESTIMATE
 
-__all__ = [
-    "AVERAGE_POWER",
-    "COUNTER",
-    "EXTERNAL",
-    "INSTANT_POWER",
-    "RAPL",
-    "SENSOR_LAG_S",
-    "TDP_ESTIMATE",
-    "Sources",
-    "choose_sources",
-]
-
-# The names that `record.Energy.energy_source` can have.
-COUNTER: Final = "nvml_counter"
-INSTANT_POWER: Final = "power_instant_integral"
-AVERAGE_POWER: Final = "power_average_integral"
-RAPL: Final = "rapl"
-TDP_ESTIMATE: Final = "tdp_estimate"
-EXTERNAL: Final = "external_csv"
+__all__ = ["SENSOR_LAG_S", "Sources", "choose_gpu_method", "choose_sources"]
 
 # How far `GpuSample.power_w` may lag behind: field 186 is brought up to date every 100 ms from at most the 100 ms
 # before; `nvmlDeviceGetPowerUsage` is a mean over 1 s on GA10x, Ada and Hopper (Yang et al., SC24; NVML reference).
@@ -50,7 +33,7 @@ class Sources:
         gpu_method: `nvml_counter`, `power_instant_integral`, `power_average_integral`, or None.
         cpu_method: `rapl`, `tdp_estimate`, or None.
         is_external: a file of the user's own meter was named.
-        primary: the `energy_source` that efficiency and carbon stand on; None when there is none.
+        primary: the `energy_source` of the energy that counts; None when there is none.
         scope: what the primary sees: `gpu`, `module`, `cpu_package`, `machine`.
         sample_period_s, idle_period_s: how often power is looked at in the window, and at rest.
         reasons: why there is no meter, by `gpu`, `cpu`, `dram`, `external`, `primary`.
@@ -109,7 +92,7 @@ def choose_sources(
     why_no_gpu = _why_no_gpu(wanted, header, gpu_uuids, is_cpu, missing, foreign or {})
     gpu_method = None
     if why_no_gpu is None:
-        gpu_method, why_no_gpu = _gpu_method(chosen, is_watched=config.timeseries.enabled)
+        gpu_method, why_no_gpu = choose_gpu_method(chosen, is_watched=config.timeseries.enabled)
     if wanted == "nvml" and gpu_method != COUNTER:
         raise MeterRefused(f"measurement.energy: nvml: {why_no_gpu or _why_no_counter(chosen)}", _LEAVE_AT_AUTO)
     cpu_method, why_no_cpu = _cpu_method(wanted, header, config.measurement.cpu_tdp_w)
@@ -179,7 +162,7 @@ def _why_no_gpu(
     return None
 
 
-def _gpu_method(gpus: Sequence[GpuHeader], *, is_watched: bool) -> tuple[str | None, str | None]:
+def choose_gpu_method(gpus: Sequence[GpuHeader], *, is_watched: bool) -> tuple[str | None, str | None]:
     """The best method that every GPU has: several are summed only when all were read, and in the same way."""
     if all(gpu.counter_error is None for gpu in gpus):
         return COUNTER, None

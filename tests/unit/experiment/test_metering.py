@@ -32,7 +32,7 @@ from lem.meters.samples import (
     encode_row,
     read_finished,
 )
-from lem.meters.sources import COUNTER
+from lem.record import COUNTER
 from lem.record import Record
 from lem.record_codec import encode_record
 from tests.doubles.nvml.traces import Counter, GpuProcess, GpuTrace, Load, Trace, simulate_log

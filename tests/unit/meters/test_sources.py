@@ -7,7 +7,8 @@ import pytest
 
 from lem.meters.refusal import MeterRefused
 from lem.meters.samples import GpuHeader, RaplZone, SampleHeader
-from lem.meters.sources import AVERAGE_POWER, COUNTER, EXTERNAL, INSTANT_POWER, RAPL, TDP_ESTIMATE, choose_sources
+from lem.meters.sources import choose_sources
+from lem.record import AVERAGE_POWER, COUNTER, EXTERNAL, INSTANT_POWER, RAPL, TDP_ESTIMATE
 from tests.scripted_attempt import config
 
 NO_RIGHTS = "root alone may read it: sudo chmod a+r /sys/class/powercap/*/energy_uj"

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from lem.meters.attempt_log import Baselines
-from lem.meters.sources import COUNTER
+from lem.record import COUNTER
 from lem.orchestration.baselines import BARE, BaselineBook, Reference
 from lem.record import Idle, Record
 from tests.records import make_record
