@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lem.record import Record
+from lem.record import GPU_SOURCES, TDP_ESTIMATE, Record
 from lem.record_codec import RecordError, decode_record
 from lem.results.bootstrap import BootstrapResult, bootstrap_ci, check_confidence
 from lem.results.cycles import Cycles, by_cycle, cycle_values, distinct, share_a_load, used_cycles
@@ -95,7 +95,7 @@ class ConfigAggregate:
         n_results, n_invalid: results looked at, and how many of them are invalid.
         n_failed: experiments that gave no result.
         invalid_reasons, warnings: text to how many results carry it.
-        energy_sources: how energy was measured; `tdp_estimate` is an estimate and must be shown as one.
+        energy_sources: where the energy that counts comes from.
         is_load_shared: cycles share an engine load, so there is no interval.
         metrics: estimates by the metric's name.
     """
@@ -110,6 +110,16 @@ class ConfigAggregate:
     energy_sources: tuple[str, ...]
     is_load_shared: bool
     metrics: Mapping[str, MetricEstimate]
+
+    @property
+    def is_estimate(self) -> bool:
+        """Whether some of its energy is an estimate, which must be shown as one."""
+        return TDP_ESTIMATE in self.energy_sources
+
+    @property
+    def is_by_board_sensors(self) -> bool:
+        """Whether some of its energy comes from the sensors on GPU boards, which are off by up to 5 % per card."""
+        return not GPU_SOURCES.isdisjoint(self.energy_sources)
 
     def to_dict(self) -> dict[str, Any]:
         """The aggregate as JSON values, metrics in their groups: `["throughput"]["output_tok_per_s"]`."""
@@ -176,7 +186,7 @@ def aggregate_config(
             **_count(text for record in records for text in record.validity.warnings),
             **dict.fromkeys(_mixture_warnings(records), len(records)),
         },
-        energy_sources=tuple(sorted({record.energy.energy_source or "" for record in records} - {""})),
+        energy_sources=tuple(sorted({record.energy.primary_j.source or "" for record in records} - {""})),
         is_load_shared=is_load_shared,
         metrics={
             metric.name: _estimate(metric, used, attempts, confidence, is_load_shared=is_load_shared)

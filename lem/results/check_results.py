@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from lem.record import Record
+from lem.record import AVERAGE_POWER, INSTANT_POWER, Record
 from lem.results.aggregation import SHARED_LOAD
 from lem.results.comparability import find_obstacles
 from lem.results.compare import RunResults, exclusion_reason
@@ -13,8 +13,6 @@ from lem.results.findings import Finding, Found, among_results, percent
 
 __all__ = ["check_results"]
 
-# nvmlClocksEventReasons: hardware slowdown, software and hardware thermal slowdown, hardware power brake.
-_SLOWDOWN_BITS = 0x8 | 0x20 | 0x40 | 0x80
 _CAPPED_FROM = 0.01
 _CROSSCHECK_TOLERANCE = 0.05
 _REST_TOLERANCE = 0.05
@@ -22,7 +20,6 @@ _LENGTH_TOLERANCE = 0.01
 _SHORT_WINDOW_S = 10.0
 _UPDATES_NEEDED = 100
 _GAP_CAP_REACHED = "cap reached"
-_ESTIMATE = "tdp_estimate"
 
 # Warnings of records that a check here, or its own sentence, says already.
 _TOLD = re.compile(
@@ -168,14 +165,14 @@ def _meters(run: RunResults) -> Found:
         "estimate",
         "energy is an estimate from the CPU's design power, not a measurement",
         "make RAPL readable (lem doctor says how), or give an external meter's readings (measurement.external_csv)",
-        lambda item: item.energy.energy_source == _ESTIMATE,
+        lambda item: item.energy.primary_j.is_estimate,
     )
     yield from among_results(
         run,
         "integrated_power",
         "energy is integrated from power samples, since there is no energy counter",
         "a sensor that looks part of the time is off under a load with a rhythm: raise measurement.min_window_sec",
-        lambda item: (item.energy.energy_source or "").startswith("power_"),
+        lambda item: item.energy.primary_j.source in (INSTANT_POWER, AVERAGE_POWER),
         is_weak=False,
     )
 
@@ -273,9 +270,7 @@ def _warnings(run: RunResults) -> Found:
 
 
 def _is_slowed(record: Record) -> bool:
-    return any(
-        (gpu.throttle_thermal_s or 0) > 0 or (gpu.event_reasons_mask or 0) & _SLOWDOWN_BITS for gpu in record.gpus
-    )
+    return any(gpu.was_slowed for gpu in record.gpus)
 
 
 def _capped_share(record: Record) -> float:

@@ -18,7 +18,6 @@ from lem.results.settings import differing_settings, shared_settings
 __all__ = ["Content", "Table", "content_of", "headline"]
 
 _NONE = "–"
-_ESTIMATE = "tdp_estimate"
 _DECIMALS = (2, 4)
 _NAMES_SHOWN = 4
 # Names stand under the heading and want the rest of the 80 columns.
@@ -377,7 +376,9 @@ def _notes(comparison: Comparison) -> Iterable[str]:
         yield "over all attempts: invalid ones too, as far as they were measured."
     if comparison.anchor is not None:
         yield from _anchor_notes(comparison)
-    elif any(metric.group == "energy" for metric in comparison.metrics) and not _is_all_estimated(comparison):
+    elif any(metric.group == "energy" for metric in comparison.metrics) and any(
+        subject.aggregate.is_by_board_sensors for _, subject in _labelled_subjects(comparison)
+    ):
         yield "Energy: board sensors carry ±5 % per card, which divides out on one card."
     for run in comparison.runs:
         if run.stopping is not None:
@@ -397,13 +398,8 @@ def _anchor_notes(comparison: Comparison) -> Iterable[str]:
 
 def _is_estimate(metric: Metric, comparison: Comparison) -> bool:
     return metric.group == "energy" and any(
-        _ESTIMATE in subject.aggregate.energy_sources for _, subject in _labelled_subjects(comparison)
+        subject.aggregate.is_estimate for _, subject in _labelled_subjects(comparison)
     )
-
-
-def _is_all_estimated(comparison: Comparison) -> bool:
-    sources = {source for _, item in _labelled_subjects(comparison) for source in item.aggregate.energy_sources}
-    return not sources or sources == {_ESTIMATE}
 
 
 def _rows(comparison: Comparison, metric: Metric) -> Iterable[tuple[Pair, Row]]:

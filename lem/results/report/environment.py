@@ -7,7 +7,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lem import units
-from lem.record import Environment, Record
+from lem.record import (
+    AVERAGE_POWER,
+    COUNTER,
+    EXTERNAL,
+    INSTANT_POWER,
+    RAPL,
+    TDP_ESTIMATE,
+    Environment,
+    Record,
+)
 from lem.results.report.content import Report
 from lem.results.report.figures import NOT_MEASURED
 from lem.results.report.markup import Cell, Markup, details, join, scroller, table, tag
@@ -16,12 +25,12 @@ from lem.units import plural
 __all__ = ["environment_section", "methods_section"]
 
 _SOURCES = {
-    "nvml_counter": "the GPU's own energy counter (NVML), read at its changes inside the window",
-    "power_instant_integral": "instantaneous GPU power (NVML field 186), integrated over the window",
-    "power_average_integral": "averaged GPU power (NVML), integrated over the window",
-    "rapl": "the CPU packages' energy counters (RAPL)",
-    "tdp_estimate": "an estimate: design power (TDP) of the CPU times its load, not a measurement",
-    "external_csv": "a meter of the user's own, aligned by its clock",
+    COUNTER: "the GPU's own energy counter (NVML), read at its changes inside the window",
+    INSTANT_POWER: "instantaneous GPU power (NVML field 186), integrated over the window",
+    AVERAGE_POWER: "averaged GPU power (NVML), integrated over the window",
+    RAPL: "the CPU packages' energy counters (RAPL)",
+    TDP_ESTIMATE: "an estimate: design power (TDP) of the CPU times its load, not a measurement",
+    EXTERNAL: "a meter of the user's own, aligned by its clock",
 }
 _VALUES_SHOWN = 6
 
@@ -155,14 +164,14 @@ def _requested_or_effective(records: Sequence[Record]) -> Markup:
 
 def _methods(report: Report) -> Iterable[list[Cell | str]]:
     used = [record for entry in report.entries for record in entry.used]
-    for source in dict.fromkeys(record.energy.energy_source for record in used):
-        own = [record for record in used if record.energy.energy_source == source]
+    for source in dict.fromkeys(record.energy.primary_j.source for record in used):
+        own = [record for record in used if record.energy.primary_j.source == source]
         if source is None:
-            reasons = _listed(str(record.energy.null_reasons.get("energy_source", "")) for record in own)
+            reasons = _listed(str(record.energy.primary_j.null_reason) for record in own)
             yield ["Energy", NOT_MEASURED, f"{reasons} ({plural(len(own), 'result')})"]
             continue
-        kind = "Energy, estimated" if source == "tdp_estimate" else "Energy"
-        scope = _listed(str(record.energy.energy_scope) for record in own if record.energy.energy_scope)
+        kind = "Energy, estimated" if source == TDP_ESTIMATE else "Energy"
+        scope = _listed(record.energy.primary_j.scope or "not told" for record in own)
         yield [kind, _SOURCES.get(source, source), "; ".join(_energy_remarks(own, scope))]
     yield ["Net energy", *_net(used)]
     yield ["Throughput", "output tokens of the window over its length, from the engine's token ids", _tokens(used)]
@@ -177,7 +186,7 @@ def _methods(report: Report) -> Iterable[list[Cell | str]]:
 
 
 def _energy_remarks(records: Sequence[Record], scope: str) -> Iterable[str]:
-    yield f"{plural(len(records), 'result')}, scope {scope or 'not told'}"
+    yield f"{plural(len(records), 'result')}, scope {scope}"
     periods = [record.energy.counter_update_period_s for record in records]
     if any(period is not None for period in periods):
         yield f"counter updated every {_range('', periods, units.format_latency)}"
@@ -235,7 +244,7 @@ def _reused(records: Sequence[Record]) -> str:
 
 
 def _cautions(report: Report) -> Iterable[str]:
-    if report.has_energy:
+    if report.has_energy and any(entry.aggregate.is_by_board_sensors for entry in report.entries):
         yield (
             "What ±5 % between cards means: the power sensor of each board reads up to 5 % too high or low, always "
             "the same way. Configurations measured on one card share its error, so their ratios are fair. Two cards "
