@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from lem.meters.samples import GpuSample, Mark, RaplReading, SampleLog
-from lem.results.report.trace import POWER, TEMPERATURE, Band, Phase, Series, Spell, Trace, thin
+from lem.record import POWER_CAP_BIT, SLOWDOWN_BITS
+from lem.results.report.trace import POWER, TEMPERATURE, Band, Phase, Series, Spell, Trace, slowed_s, thin
 
 __all__ = ["trace_of"]
 
@@ -16,9 +17,7 @@ _BUCKETS = 260
 _RAPL_INTERVAL_S = 1.0
 _HOLE_INTERVALS = 3
 
-# Bits of nvmlClocksEventReasons: those that void a measurement, and the power limit, which is normal.
-_FAULTS = {0x8: "hardware slowdown", 0x20: "thermal slowdown", 0x40: "hardware thermal slowdown", 0x80: "power brake"}
-_CAP = (0x4, "at the power limit")
+_CAP = (POWER_CAP_BIT, "at the power limit")
 
 _Points = list[tuple[float, float]]
 
@@ -35,13 +34,13 @@ def trace_of(log: SampleLog, marks: Sequence[Mark]) -> Trace:
     by_gpu: dict[int, list[GpuSample]] = {}
     for sample in log.samples:
         by_gpu.setdefault(sample.gpu, []).append(sample)
-    names = {gpu.index: f"GPU {gpu.index} {gpu.name}" for gpu in log.header.gpus}
+    names = [f"{gpu.label} {gpu.name}" for gpu in log.header.gpus]
     powers: list[_Points] = []
     series: list[Series] = []
     for gpu, samples in sorted(by_gpu.items()):
         power = [(seconds(item.at_ns), item.power_w) for item in samples if item.power_w is not None]
         powers.append(power)
-        series.append(_series(names.get(gpu, f"GPU {gpu}"), POWER, power, interval_s, len(by_gpu)))
+        series.append(_series(names[gpu], POWER, power, interval_s, len(by_gpu)))
     packages = _package_powers(log, seconds)
     for name, power in packages.items():
         series.append(_series(name, POWER, power, _RAPL_INTERVAL_S, len(packages)))
@@ -49,7 +48,7 @@ def trace_of(log: SampleLog, marks: Sequence[Mark]) -> Trace:
     for gpu, samples in sorted(by_gpu.items()):
         temperature = [(seconds(item.at_ns), item.temp_c) for item in samples if item.temp_c is not None]
         temperatures += temperature
-        series.append(_series(names.get(gpu, f"GPU {gpu}"), TEMPERATURE, temperature, interval_s, len(by_gpu)))
+        series.append(_series(names[gpu], TEMPERATURE, temperature, interval_s, len(by_gpu)))
     spells = _together(spell for samples in by_gpu.values() for spell in _spells(samples, seconds, interval_s))
     counted = powers if any(powers) else list(packages.values())
     return Trace(
@@ -85,7 +84,7 @@ def _package_powers(log: SampleLog, seconds: Callable[[int], float]) -> dict[str
 
 def _spells(samples: Sequence[GpuSample], seconds: Callable[[int], float], interval_s: float) -> Iterable[Spell]:
     """The times in which a bit was set, each until the next sample; pauses of a few samples are bridged."""
-    for mask, reason in (*_FAULTS.items(), _CAP):
+    for mask, reason in (*SLOWDOWN_BITS.items(), _CAP):
         begin: float | None = None
         end = 0.0
         for index, sample in enumerate(samples):
@@ -126,7 +125,7 @@ def _phase(
     inside = [[value for at, value in points if begin <= at < end] for points in powers]
     is_known = bool(inside) and all(inside)
     degrees = [value for at, value in temperatures if begin <= at < end]
-    throttled = sum(max(0.0, min(end, s.end_s) - max(begin, s.begin_s)) for s in spells if s.is_fault)
+    throttled = sum(max(0.0, min(end, until) - max(begin, since)) for since, until in slowed_s(spells))
     return Phase(
         name=mark.name,
         begin_s=begin,

@@ -44,6 +44,7 @@ __all__ = [
     "SampleLogError",
     "encode_header",
     "encode_row",
+    "gpu_meter",
     "read_finished",
     "read_part",
     "read_tail",
@@ -57,6 +58,11 @@ FINISHED_FILENAME = "samples.jsonl.gz"
 
 class SampleLogError(ValueError):
     """A file that is not a sample log of this schema."""
+
+
+def gpu_meter(place: int, what: str) -> str:
+    """The name of a GPU's meter in `MeterError.meter`; `place` is that of the GPU in the header."""
+    return f"gpu{place}.{what}"
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,11 @@ class GpuHeader:
     power_source: str | None = None
     counter_error: str | None = None
     power_error: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What people know the GPU by: `GPU 1`, by NVML's index, else its UUID."""
+        return self.uuid if self.index is None else f"GPU {self.index}"
 
 
 @dataclass(frozen=True)
@@ -114,6 +125,13 @@ class SampleHeader:
     rapl_error: str | None = None
     cpu_tdp_w: float | None = None
     cpu_tdp_source: str | None = None
+
+    def describe_meter(self, meter: str) -> str:
+        """The meter of a `MeterError` in words: `counter of GPU 1`; another's name as it is."""
+        for place, gpu in enumerate(self.gpus):
+            if meter.startswith(gpu_meter(place, "")):
+                return f"{meter.removeprefix(gpu_meter(place, ''))} of {gpu.label}"
+        return meter
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ _LABEL = "More figures of every configuration"
 
 @dataclass(frozen=True)
 class _Figure:
-    """A column: its heading, where the value is, where the reason when it is not there, and if it follows from energy."""
+    """A column: its heading, its value, the reason where it is absent, and whether it is energy or follows from it."""
 
     heading: str
     read: Callable[[Record], float | None]

@@ -32,8 +32,7 @@ from lem.meters.samples import (
     encode_row,
     read_finished,
 )
-from lem.record import COUNTER
-from lem.record import Record
+from lem.record import COUNTER, Record
 from lem.record_codec import encode_record
 from tests.doubles.nvml.traces import Counter, GpuProcess, GpuTrace, Load, Trace, simulate_log
 from tests.unit.experiment.test_harness import IDENTITY, PROMPTS, Listener

@@ -159,7 +159,7 @@ def test_a_counter_that_is_lost_in_the_window_says_why() -> None:
     found = attempt.with_log(counters=counters, errors=errors).measured()
     assert found.energy.primary_j.null_reason is not None
     assert found.energy.primary_j.null_reason.endswith("s too early (GPU is lost)")
-    assert found.warnings == ("gpu0.counter could not be read in the window: GPU is lost",)
+    assert found.warnings == ("counter of GPU 0 could not be read in the window: GPU is lost",)
 
 
 def test_a_sampler_that_ends_in_the_window_is_the_reason() -> None:
@@ -413,10 +413,18 @@ def test_an_end_that_looks_otherwise_from_inside_than_from_outside_is_a_warning(
     assert found.energy.primary_j.value == pytest.approx(WINDOW_J - 0.65 * (LOAD_W - IDLE_W), rel=0.01)
 
 
+def test_a_warning_names_the_gpu_by_the_index_of_nvml_and_not_by_its_place() -> None:
+    attempt = gpu_attempt(2).with_gpu_header(0, index=3).with_gpu_header(1, index=None)
+    meters = ("gpu0.power", "gpu1.power", "gpu10.power", "rapl.package-0")
+    found = attempt.with_log(errors=tuple(MeterError(at(20), meter, "Unknown Error") for meter in meters)).measured()
+    said = ("power of GPU 3", f"power of {attempt.uuids[1]}", "gpu10.power", "rapl.package-0")
+    assert found.warnings == tuple(f"{name} could not be read in the window: Unknown Error" for name in said)
+
+
 def test_a_meter_that_failed_in_the_window_is_a_warning() -> None:
     errors = (MeterError(at(1), "gpu0.power", "early"), MeterError(at(20), "gpu0.power", "Unknown Error"))
     assert gpu_attempt().with_log(errors=errors).measured().warnings == (
-        "gpu0.power could not be read in the window: Unknown Error",
+        "power of GPU 0 could not be read in the window: Unknown Error",
     )
 
 

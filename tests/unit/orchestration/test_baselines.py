@@ -4,9 +4,8 @@ import dataclasses
 from typing import Any
 
 from lem.meters.attempt_log import Baselines
-from lem.record import COUNTER
 from lem.orchestration.baselines import BARE, BaselineBook, Reference
-from lem.record import Idle, Record
+from lem.record import COUNTER, Idle, Record
 from tests.records import make_record
 
 KEY, GPUS = "key-1", ("GPU-a",)

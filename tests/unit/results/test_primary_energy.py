@@ -180,13 +180,10 @@ def test_only_energy_of_board_sensors_is_said_to_come_from_board_sensors(find: F
 
 def test_an_estimate_is_called_one_wherever_the_report_shows_it() -> None:
     energies = ("CPU packages, J", "Energy per request, J", "CO₂e, g", "Cost")
-    measurement = {"energy": "tdp_estimate", "cpu_tdp_w": 200, "grid_g_per_kwh": 300, "pue": 1.2, "price_per_kwh": 0.2}
-    records = [
-        with_measured(
-            record, busy().measured(options={"measurement": measurement}), config(measurement=measurement).measurement
-        )
-        for record in campaign(by_estimate)
-    ]
+    given = {"energy": "tdp_estimate", "cpu_tdp_w": 200, "grid_g_per_kwh": 300, "pue": 1.2, "price_per_kwh": 0.2}
+    measurement = config(measurement=given).measurement
+    found = busy().measured(options={"measurement": given})
+    records = [with_measured(record, found, measurement) for record in campaign(by_estimate)]
     page = render_report(compose(records))
     for name in energies:
         assert f"{name} (estimate from TDP)" in page
