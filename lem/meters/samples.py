@@ -219,7 +219,7 @@ _KINDS: Mapping[str, type[Row]] = {
     "t": ClockPair,
 }
 _LETTERS = {kind: letter for letter, kind in _KINDS.items()}
-# More than weeks of samples; what unpacks to more is no log of lem's.
+# Some fifteen million rows. A damaged or hostile file must not fill the memory; a log above this is refused, never cut.
 _MOST_B = 1 << 30
 
 _VALUES = {kind: attrgetter(*(item.name for item in dataclasses.fields(kind))) for kind in _LETTERS}
@@ -328,22 +328,34 @@ def write_finished(path: Path, log: SampleLog, marks: Sequence[Mark]) -> None:
     durable.write_bytes(path, gzip.compress(text.encode("utf-8"), compresslevel=6, mtime=0))
 
 
-def read_finished(path: Path) -> tuple[SampleLog, tuple[Mark, ...]]:
+def read_finished(path: Path, most_b: int = _MOST_B) -> tuple[SampleLog, tuple[Mark, ...]]:
     """A finished log and its marks.
 
+    Args:
+        most_b: how large the log may be when unpacked.
+
     Raises:
-        SampleLogError: it is not a finished sample log.
+        SampleLogError: it is not a finished sample log, or larger than `most_b`.
         OSError: it cannot be read.
     """
     try:
-        with gzip.open(path) as file:
-            lines = file.read(_MOST_B).splitlines()
+        lines = _unpack(path, most_b).splitlines()
         marks = _decode_marks(json.loads(lines[0]) if lines else None)
+    except SampleLogError:
+        raise
     except (EOFError, RecursionError, ValueError, gzip.BadGzipFile, zlib.error) as error:
         raise SampleLogError(f"{path}: not a finished sample log: {error}") from error
     rows = _Rows(path, first=2)
     rows.take(lines[1:])
     return rows.log(), marks
+
+
+def _unpack(path: Path, most_b: int) -> bytes:
+    with gzip.open(path) as file:
+        data = file.read(most_b + 1)
+    if len(data) > most_b:
+        raise SampleLogError(f"{path}: more than {most_b} bytes of samples when unpacked, the most that lem reads")
+    return data
 
 
 def _dump(value: Any) -> str:
