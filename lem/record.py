@@ -14,15 +14,18 @@ from typing import Any, Final
 __all__ = [
     "AVERAGE_POWER",
     "COUNTER",
+    "CROSSCHECK_TOLERANCE",
     "EXTERNAL",
     "GPU_SOURCES",
     "INSTANT_POWER",
     "OBSERVATIONS_NEEDED",
     "POWER_CAP_BIT",
     "RAPL",
+    "REST_TOLERANCE",
     "SLOWDOWN_BITS",
     "TDP_ESTIMATE",
     "THERMAL_BITS",
+    "WINDOW_UPDATES",
     "Carbon",
     "Compute",
     "Distribution",
@@ -78,6 +81,13 @@ SLOWDOWN_BITS: Final = types.MappingProxyType(
     }
 )
 THERMAL_BITS: Final = 0x20 | 0x40
+
+# More than this between the counter's energy and integrated power, or between power at rest before and after the
+# window, is worth a warning (docs/measurement.md).
+CROSSCHECK_TOLERANCE: Final = 0.05
+REST_TOLERANCE: Final = 0.05
+# A window holds at least so many updates of the energy counter.
+WINDOW_UPDATES: Final = 100
 
 ResultKey = tuple[str, str, str, int, int]
 """What no two results share: run, host, experiment, cycle, attempt."""

@@ -6,16 +6,16 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
+from lem.meters.curve import HOLE_PERIODS, NS_PER_S
+from lem.meters.integrate import may_have_wrapped_twice
 from lem.meters.samples import GpuSample, Mark, RaplReading, SampleLog
 from lem.record import POWER_CAP_BIT, SLOWDOWN_BITS
 from lem.results.report.trace import POWER, TEMPERATURE, Band, Phase, Series, Spell, Trace, slowed_s, thin
 
 __all__ = ["trace_of"]
 
-_NS = 1_000_000_000
 _BUCKETS = 260
 _RAPL_INTERVAL_S = 1.0
-_HOLE_INTERVALS = 3
 
 _CAP = (POWER_CAP_BIT, "at the power limit")
 
@@ -28,7 +28,7 @@ def trace_of(log: SampleLog, marks: Sequence[Mark]) -> Trace:
     zero_ns = ordered[0].opened_ns if ordered else log.header.started_ns
 
     def seconds(at_ns: int) -> float:
-        return (at_ns - zero_ns) / _NS
+        return (at_ns - zero_ns) / NS_PER_S
 
     interval_s = log.header.interval_ms / 1000
     by_gpu: dict[int, list[GpuSample]] = {}
@@ -62,7 +62,7 @@ def trace_of(log: SampleLog, marks: Sequence[Mark]) -> Trace:
 
 def _series(label: str, quantity: str, points: _Points, interval_s: float, n_lines: int) -> Series:
     buckets = max(_BUCKETS // max(n_lines, 1), 60)
-    return Series(label, quantity, thin(points, buckets, _HOLE_INTERVALS * interval_s))
+    return Series(label, quantity, thin(points, buckets, HOLE_PERIODS * interval_s))
 
 
 def _package_powers(log: SampleLog, seconds: Callable[[int], float]) -> dict[str, _Points]:
@@ -75,9 +75,12 @@ def _package_powers(log: SampleLog, seconds: Callable[[int], float]) -> dict[str
         zone = log.header.zones[reading.zone]
         if last is None or zone.domain != "package" or reading.at_ns <= last.at_ns:
             continue
+        length_s = (reading.at_ns - last.at_ns) / NS_PER_S
+        if may_have_wrapped_twice(length_s, zone.max_uj):
+            continue
         rise_uj = reading.energy_uj - last.energy_uj
         rise_uj += zone.max_uj if rise_uj < 0 else 0
-        power_w = rise_uj * 1e-6 / ((reading.at_ns - last.at_ns) / _NS)
+        power_w = rise_uj * 1e-6 / length_s
         found.setdefault(f"CPU {zone.name}", []).append((seconds(reading.at_ns), power_w))
     return found
 
@@ -91,12 +94,12 @@ def _spells(samples: Sequence[GpuSample], seconds: Callable[[int], float], inter
             if not (sample.event_mask or 0) & mask:
                 continue
             at = seconds(sample.at_ns)
-            if begin is not None and at - end > _HOLE_INTERVALS * interval_s:
+            if begin is not None and at - end > HOLE_PERIODS * interval_s:
                 yield Spell(begin, end, mask != _CAP[0], reason)
                 begin = None
             begin = at if begin is None else begin
             following = seconds(samples[index + 1].at_ns) if index + 1 < len(samples) else at + interval_s
-            end = min(following, at + _HOLE_INTERVALS * interval_s)
+            end = min(following, at + HOLE_PERIODS * interval_s)
         if begin is not None:
             yield Spell(begin, end, mask != _CAP[0], reason)
 

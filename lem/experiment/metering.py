@@ -33,7 +33,7 @@ from lem.meters.samples import (
     write_finished,
 )
 from lem.meters.sources import Sources, choose_sources
-from lem.record import COUNTER, EXTERNAL, RAPL, TDP_ESTIMATE
+from lem.record import COUNTER, EXTERNAL, RAPL, TDP_ESTIMATE, WINDOW_UPDATES
 
 __all__ = ["Metering", "open_metering"]
 
@@ -51,9 +51,8 @@ UNKNOWN_PERIOD_S = 0.5
 # The sampler reads powercap zones and the load of the CPU so often.
 SLOW_PERIOD_S = 1.0
 
-# A window holds at least so many updates of the counter, or of a sensor whose power is integrated; such a sensor is
-# brought up to date every 100 ms at best (Yang et al., SC24).
-WINDOW_UPDATES = 100
+# A sensor whose power is integrated is updated every 100 ms at best (Yang et al., SC24); a window holds as many of its
+# updates as of a counter's.
 SENSOR_PERIOD_S = 0.1
 
 # A slow meter was last read up to a second ago.

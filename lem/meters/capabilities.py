@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lem.meters.cpu_load import find_tdp
-from lem.meters.curve import NotMeasured, Span
+from lem.meters.curve import NS_PER_S, NotMeasured, Span
 from lem.meters.gpu_watch import Complaints, GpuWatch, Stamps
 from lem.meters.integrate import update_period_s
 from lem.meters.nvml import NvmlMeter, gpu_uuids
@@ -21,7 +21,6 @@ __all__ = ["Capabilities", "CpuCapability", "GpuCapability", "ProbeClock", "find
 
 # Shorter than a tenth of the shortest update period seen (20 ms).
 _POLL_S = 0.002
-_NS_PER_S = 1_000_000_000
 
 
 class ProbeClock(Stamps, Protocol):
@@ -170,7 +169,7 @@ def probe_periods(
     watches = [GpuWatch(meter, place, clock, Complaints()) for place, meter in enumerate(meters)]
     changes: list[CounterChange] = []
     opened_ns = clock.monotonic_ns()
-    closes_ns = opened_ns + round(probe_s * _NS_PER_S)
+    closes_ns = opened_ns + round(probe_s * NS_PER_S)
     wanted = [place for place, meter in enumerate(meters) if meter.has_counter]
     while (now_ns := clock.monotonic_ns()) < closes_ns:
         changes += [row for watch in watches for row in watch.poll() if isinstance(row, CounterChange)]

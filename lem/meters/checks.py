@@ -17,8 +17,6 @@ from lem.meters.sources import SENSOR_LAG_S
 from lem.record import COUNTER, SLOWDOWN_BITS
 
 __all__ = [
-    "CROSSCHECK_TOLERANCE",
-    "REST_TOLERANCE",
     "STEADY_TOLERANCE",
     "check_plausible",
     "check_sampled",
@@ -32,8 +30,6 @@ __all__ = [
 
 # Board power may overshoot its limit for a moment, and a limit is kept to a few percent.
 _LIMIT_MARGIN = 1.2
-CROSSCHECK_TOLERANCE = 0.05
-REST_TOLERANCE = 0.05
 STEADY_TOLERANCE = 0.02
 
 # An integral over fewer samples may miss a tenth of the window at each edge.

@@ -9,8 +9,6 @@ from statistics import fmean
 from lem.meters import marks as names
 from lem.meters.attempt_log import AttemptLog, Baselines
 from lem.meters.checks import (
-    CROSSCHECK_TOLERANCE,
-    REST_TOLERANCE,
     crosscheck_ratio,
     foreign_pids,
     is_power_steady,
@@ -26,7 +24,7 @@ from lem.meters.integrate import update_period_s
 from lem.meters.phases import split_phases
 from lem.meters.samples import Mark, SampleLog
 from lem.meters.sources import Sources
-from lem.record import COUNTER, Energy, Gpu, Idle, parts_of_source
+from lem.record import COUNTER, CROSSCHECK_TOLERANCE, REST_TOLERANCE, Energy, Gpu, Idle, parts_of_source
 
 __all__ = ["Baselines", "EnergyFindings", "mean_power_w", "measure"]
 

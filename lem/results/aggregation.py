@@ -24,6 +24,7 @@ __all__ = [
     "MetricEstimate",
     "aggregate_campaign_results",
     "aggregate_config",
+    "estimate_note",
 ]
 
 # Simulated: with 1 % between loads and 0.5 % between runs, a 95 % t interval over cycles that share one load covers
@@ -117,6 +118,11 @@ class ConfigAggregate:
         return TDP_ESTIMATE in self.energy_sources
 
     @property
+    def is_all_estimate(self) -> bool:
+        """Whether all of its energy is an estimate."""
+        return self.energy_sources == (TDP_ESTIMATE,)
+
+    @property
     def is_by_board_sensors(self) -> bool:
         """Whether some of its energy comes from the sensors on GPU boards, which are off by up to 5 % per card."""
         return not GPU_SOURCES.isdisjoint(self.energy_sources)
@@ -133,6 +139,14 @@ class ConfigAggregate:
         for estimate in self.metrics.values():
             document.setdefault(estimate.metric.group, {})[estimate.metric.name] = estimate.to_dict()
         return document
+
+
+def estimate_note(configurations: Iterable[ConfigAggregate]) -> str:
+    """What to put beside an energy of these configurations: how far it is an estimate; empty when it was measured."""
+    with_energy = [item for item in configurations if item.energy_sources]
+    if not any(item.is_estimate for item in with_energy):
+        return ""
+    return f"({'' if all(item.is_all_estimate for item in with_energy) else 'partly '}an estimate from TDP)"
 
 
 def aggregate_campaign_results(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from lem.record import AVERAGE_POWER, INSTANT_POWER, Record
+from lem.record import AVERAGE_POWER, CROSSCHECK_TOLERANCE, INSTANT_POWER, REST_TOLERANCE, WINDOW_UPDATES, Record
 from lem.results.aggregation import SHARED_LOAD
 from lem.results.comparability import find_obstacles
 from lem.results.compare import RunResults, exclusion_reason
@@ -14,11 +14,8 @@ from lem.results.findings import Finding, Found, among_results, percent
 __all__ = ["check_results"]
 
 _CAPPED_FROM = 0.01
-_CROSSCHECK_TOLERANCE = 0.05
-_REST_TOLERANCE = 0.05
 _LENGTH_TOLERANCE = 0.01
 _SHORT_WINDOW_S = 10.0
-_UPDATES_NEEDED = 100
 _GAP_CAP_REACHED = "cap reached"
 
 # Warnings of records that a check here, or its own sentence, says already.
@@ -90,7 +87,7 @@ def _windows(run: RunResults) -> Found:
     yield from among_results(
         run,
         "short_window",
-        f"a window under {_SHORT_WINDOW_S:g} s or {_UPDATES_NEEDED} updates of the energy counter",
+        f"a window under {_SHORT_WINDOW_S:g} s or {WINDOW_UPDATES} updates of the energy counter",
         f"set measurement.min_window_sec to {_SHORT_WINDOW_S:g} or more, or give more prompts",
         _is_short,
         is_weak=False,
@@ -147,16 +144,16 @@ def _meters(run: RunResults) -> Found:
     yield from among_results(
         run,
         "crosscheck",
-        f"counter and integrated power are more than {percent(_CROSSCHECK_TOLERANCE)} apart",
+        f"counter and integrated power are more than {percent(CROSSCHECK_TOLERANCE)} apart",
         "an A100 or H100 sensor sees part of the time only: trust the counter; elsewhere look at sample_gap_max_s",
-        lambda item: _is_off(item.energy.energy_crosscheck_ratio, _CROSSCHECK_TOLERANCE),
+        lambda item: _is_off(item.energy.energy_crosscheck_ratio, CROSSCHECK_TOLERANCE),
     )
     yield from among_results(
         run,
         "baseline_drift",
-        f"power at rest changed by over {percent(_REST_TOLERANCE)} in the experiment, so its net energy is uncertain",
+        f"power at rest changed by over {percent(REST_TOLERANCE)} in the experiment, so its net energy is uncertain",
         "let the device rest longer before it (gaps), and see what else draws power; gross energy stands",
-        lambda item: _rest_change(item) > _REST_TOLERANCE,
+        lambda item: _rest_change(item) > REST_TOLERANCE,
         is_weak=False,
     )
     yield from _baselines_apart(run)
@@ -182,7 +179,7 @@ def _baselines_apart(run: RunResults) -> Found:
     apart = {}
     for subject in run.subjects:
         rest_w = [item.idle.idle_loaded_power_w for item in subject.used if item.idle.idle_loaded_power_w]
-        if rest_w and max(rest_w) > (1 + _REST_TOLERANCE) * min(rest_w):
+        if rest_w and max(rest_w) > (1 + REST_TOLERANCE) * min(rest_w):
             apart[subject.name] = max(rest_w) / min(rest_w) - 1
     if apart:
         yield Finding(
@@ -281,7 +278,7 @@ def _capped_share(record: Record) -> float:
 
 def _is_short(record: Record) -> bool:
     period_s = record.energy.counter_update_period_s
-    needed_s = max(_SHORT_WINDOW_S, _UPDATES_NEEDED * period_s if period_s else 0.0)
+    needed_s = max(_SHORT_WINDOW_S, WINDOW_UPDATES * period_s if period_s else 0.0)
     return record.window.window_s < needed_s
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lem import units
+from lem.results.aggregation import estimate_note
 from lem.results.compare import SIGNIFICANCE, Comparison, Pair, Row, RunResults, Subject
 from lem.results.gate import MOST_FURTHER_CYCLES, Gate, Judgement, Verdict
 from lem.results.layout import Column
@@ -175,8 +176,9 @@ def _metric_table(comparison: Comparison, metric: Metric) -> Table:
     decimals = max(known, default=None)
     heading = f"{metric.label}, {metric.unit}" if metric.group != "latency" else metric.label
     heading = "\n".join(textwrap.wrap(heading, _HEADING_WIDTH, break_on_hyphens=False))
-    if _is_estimate(metric, comparison):
-        heading += "\n(an estimate from TDP)"
+    note = estimate_note(subject.aggregate for _, subject in _labelled_subjects(comparison))
+    if note and metric.group == "energy":
+        heading += f"\n{note}"
     lines = _within_lines if comparison.anchor is None else _across_lines
     names, cells = zip(*lines(comparison, rows, metric, decimals), strict=True)
     return Table(heading, tuple(names), tuple(_columns(comparison, cells)))
@@ -394,12 +396,6 @@ def _anchor_notes(comparison: Comparison) -> Iterable[str]:
     labels = {metric.name: metric.lower_label for metric in comparison.metrics}
     moved = ", ".join(f"{ratio:.3f} × in {labels[name]}" for name, ratio in anchor.ratios.items())
     yield f"anchor: {anchor.name}, itself {moved}; more than {100 * anchor.tolerance:g} % would allow no verdict."
-
-
-def _is_estimate(metric: Metric, comparison: Comparison) -> bool:
-    return metric.group == "energy" and any(
-        subject.aggregate.is_estimate for _, subject in _labelled_subjects(comparison)
-    )
 
 
 def _rows(comparison: Comparison, metric: Metric) -> Iterable[tuple[Pair, Row]]:

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from lem import units
-from lem.record import TDP_ESTIMATE
-from lem.results.aggregation import SHARED_LOAD, AllAttempts, ConfigAggregate, MetricEstimate
+from lem.results.aggregation import SHARED_LOAD, AllAttempts, ConfigAggregate, MetricEstimate, estimate_note
 from lem.results.layout import Column, NameShortener, columns, paint, printable, without_numbers, wrapped
 from lem.results.precision import UNACCOUNTED
 from lem.results.statistics import bootstrap_coverage_label
@@ -61,7 +60,9 @@ class _Table:
         blocks = (
             self._heading(),
             self._estimates("output_tok_per_s", "Output throughput, tok/s"),
-            self._estimates("energy_per_output_tok_j", "Energy per output token, J" + self._energy_origin()),
+            self._estimates(
+                "energy_per_output_tok_j", f"Energy per output token, J\n{estimate_note(self._configurations)}".rstrip()
+            ),
             self._outcomes(),
             self._notes(),
             self._warnings(),
@@ -104,13 +105,6 @@ class _Table:
         headings = ("n", "geom.\nmean", f"{percent}\nt interval", "bootstrap\ninterval")
         table = [Column(text, tuple(row[index] for row in cells)) for index, text in enumerate(headings)]
         return self._headed(columns(heading, names, table, self._width), n_heads=2)
-
-    def _energy_origin(self) -> str:
-        """What stands under the heading of energy where it was not measured but estimated."""
-        sources = {source for item in self._configurations for source in item.energy_sources}
-        if TDP_ESTIMATE not in sources:
-            return ""
-        return "\n(an estimate from TDP)" if len(sources) == 1 else "\n(partly an estimate from TDP)"
 
     def _outcomes(self) -> list[str]:
         """Latency, and how many results there are of which kind."""

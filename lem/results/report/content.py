@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lem.record import Record
-from lem.results.aggregation import ConfigAggregate
+from lem.results.aggregation import ConfigAggregate, estimate_note
 from lem.results.check import check_run
 from lem.results.cycles import used_records
 from lem.results.findings import Finding
@@ -134,10 +134,8 @@ class Report:
     @property
     def estimate_note(self) -> str:
         """What to put beside every axis of energy where some of it is an estimate; else empty."""
-        estimated = [entry.is_estimate for entry in self.entries if entry.has_energy]
-        if not any(estimated):
-            return ""
-        return " (estimate from TDP)" if all(estimated) else " (partly an estimate from TDP)"
+        note = estimate_note(entry.aggregate for entry in self.entries if entry.has_energy)
+        return f" {note}" if note else ""
 
 
 def compose(

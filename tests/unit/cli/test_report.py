@@ -15,8 +15,9 @@ from lem.results.report.page import render_report
 from lem.results.report.trace import POWER, TEMPERATURE
 from tests.command_rig import Said, run_lem
 from tests.doubles.nvml.traces import Events
+from tests.doubles.powercap import Zone
 from tests.records import make_record
-from tests.scripted_attempt import Attempt, gpu_attempt
+from tests.scripted_attempt import Attempt, at, cpu_attempt, gpu_attempt
 from tests.synthetic_campaign import Campaign, Configuration, Written
 
 NS = 1_000_000_000
@@ -215,14 +216,28 @@ def test_a_gpu_that_nvml_does_not_see_is_labelled_with_its_uuid() -> None:
 
 
 def test_a_package_counter_that_wraps_still_gives_its_power() -> None:
-    zones = (RaplZone("package-0", "package", 10_000_000), RaplZone("dram", "dram", 10_000_000))
-    counts = [4_000_000, 9_000_000, 4_000_000]
+    most_uj = 10_000_000_000
+    zones = (RaplZone("package-0", "package", most_uj), RaplZone("dram", "dram", most_uj))
+    counts = [most_uj - 6_000_000, most_uj - 1_000_000, 4_000_000]
     rapl = tuple(RaplReading(0, (index + 1) * NS, count) for index, count in enumerate(counts))
     header = SampleHeader(NS, "2026-07-14T10:00:00.000Z", "lab1", 100, zones=zones)
     trace = trace_of(SampleLog(header, rapl=rapl), [Mark("window", NS, 4 * NS)])
     assert [(series.label, series.points) for series in trace.series] == [("CPU package-0", ((1.0, 5.0), (2.0, 5.0)))]
     assert trace.phases[0].power_mean_w == 5.0
     assert trace.phases[0].temp_max_c is None
+
+
+def test_a_package_that_may_have_wrapped_twice_has_no_power_as_it_has_no_energy() -> None:
+    attempt = cpu_attempt(Zone("intel-rapl:0", "package-0", ((0, 90.0),), max_uj=4_000_000_000, begins_ns=at(-2)))
+    rows = tuple(row for row in attempt.log.rapl if not at(16) < row.at_ns < at(21))
+    holed = attempt.with_log(rapl=rows)
+    assert holed.measured().energy.cpu_package_energy_j is None
+    after_gap_s = (at(21) - min(mark.opened_ns for mark in attempt.marks)) / NS
+    for found, has_power in ((attempt, True), (holed, False)):
+        (series,) = trace_of(found.log, found.marks).series
+        points = [point for point in series.points if point]
+        assert [power_w for _, power_w in points] == pytest.approx([90] * len(points), rel=0.01)
+        assert any(abs(time_s - after_gap_s) < 0.6 for time_s, _ in points) == has_power
 
 
 def test_a_log_without_readings_is_an_empty_trace() -> None:

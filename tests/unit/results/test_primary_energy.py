@@ -178,6 +178,28 @@ def test_only_energy_of_board_sensors_is_said_to_come_from_board_sensors(find: F
     assert (BOARD_CAUTION in page) == is_on_gpus
 
 
+@pytest.mark.parametrize(
+    ("finders", "said"),
+    [
+        ((by_estimate, by_estimate), "(an estimate from TDP)"),
+        ((by_estimate, by_rapl), "(partly an estimate from TDP)"),
+        ((by_rapl, by_rapl), ""),
+    ],
+)
+def test_table_and_comparison_agree_on_how_much_is_an_estimate(finders: Sequence[Finder], said: str) -> None:
+    records = [
+        record_of(find, name, cycle) for name, find in zip(("one", "two"), finders, strict=True) for cycle in range(2)
+    ]
+    run = gather(records)
+    content = content_of(compare_configurations(run, run.subjects[0], run.subjects[1:]))
+    shown = [*(table.heading for table in content.tables), render_summary(summarise(records))]
+    heads = [text for text in shown if "nergy per output" in text.replace("\n", " ")]
+    assert len(heads) == 2
+    for text in heads:
+        assert ("estimate from TDP)" in text) == bool(said)
+        assert said in text
+
+
 def test_an_estimate_is_called_one_wherever_the_report_shows_it() -> None:
     energies = ("CPU packages, J", "Energy per request, J", "CO₂e, g", "Cost")
     given = {"energy": "tdp_estimate", "cpu_tdp_w": 200, "grid_g_per_kwh": 300, "pue": 1.2, "price_per_kwh": 0.2}
@@ -186,5 +208,5 @@ def test_an_estimate_is_called_one_wherever_the_report_shows_it() -> None:
     records = [with_measured(record, found, measurement) for record in campaign(by_estimate)]
     page = render_report(compose(records))
     for name in energies:
-        assert f"{name} (estimate from TDP)" in page
-    assert "(estimate from TDP)" not in render_report(compose(campaign(by_rapl)))
+        assert f"{name} (an estimate from TDP)" in page
+    assert "estimate from TDP)" not in render_report(compose(campaign(by_rapl)))
