@@ -27,7 +27,6 @@ from lem.record import (
     Validity,
     Window,
     Work,
-    parts_of_source,
 )
 
 NO_METER = "no energy meter was used"
@@ -202,10 +201,14 @@ def make_gpu() -> Gpu:
 def _energy(energy_per_output_tok_j: float | None, source: str) -> Energy:
     if energy_per_output_tok_j is None:
         return reasons(Energy(), NO_METER)
-    part, *_ = parts_of_source(source)
-    scope = "gpu" if source in GPU_SOURCES else "cpu_package"
-    measured = Energy(energy_source=source, energy_scope=scope)
-    return reasons(dataclasses.replace(measured, **{part: 1000 * energy_per_output_tok_j}), "not measured")
+    energy_j, is_gpu = 1000 * energy_per_output_tok_j, source in GPU_SOURCES
+    measured = Energy(
+        gpu_energy_j=energy_j if is_gpu else None,
+        cpu_package_energy_j=None if is_gpu else energy_j,
+        energy_source=source,
+        energy_scope="gpu" if is_gpu else "cpu_package",
+    )
+    return reasons(measured, "not measured")
 
 
 def _efficiency(energy_per_output_tok_j: float | None) -> Efficiency:

@@ -182,6 +182,7 @@ def test_two_bits_for_the_whole_window_are_no_more_than_the_window() -> None:
     (window,) = (phase for phase in trace_of(found.log, found.marks).phases if phase.name == "window")
     assert window.length_s == pytest.approx(10.0)
     assert window.throttled_s == pytest.approx(10.0, abs=0.2)
+    assert window.throttled_s is not None
     assert window.throttled_s <= window.length_s
     (gpu,) = found.measured().gpus
     assert gpu.throttle_thermal_s == pytest.approx(10.0, abs=0.2)

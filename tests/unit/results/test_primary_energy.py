@@ -98,6 +98,7 @@ def test_the_record_has_the_energy_that_counts_with_its_source_and_scope(case: s
     assert found.value == pytest.approx(expected_j, rel=0.01)
     assert (found.source, found.scope, found.null_reason) == (source, scope, None)
     assert found.is_estimate == (source == "tdp_estimate")
+    assert found.value is not None
     assert record.efficiency.energy_per_request_j == found.value / record.work.requests_ok
 
 
