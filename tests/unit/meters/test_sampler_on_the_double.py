@@ -7,13 +7,16 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from lem.cli.report_traces import trace_of
 from lem.experiment.launch import own_command
 from lem.meters.samples import SampleLog, read_part
+from lem.results.report.trace import TEMPERATURE
 from tests.doubles.nvml.library import NvmlDouble
 from tests.doubles.nvml.traces import Counter, Events, GpuProcess, GpuTrace, Level, PowerSignal, Ripple, Trace
 from tests.processes import wait_for
@@ -29,15 +32,22 @@ def double(tmp_path: Path) -> NvmlDouble:
     return NvmlDouble(tmp_path / "nvml")
 
 
-def sample(double: NvmlDouble, trace: Trace, changes: int = 0, *more: str) -> SampleLog:
-    """What a sampler logs of the trace until it has seen so many changes of every counter."""
+def sample(
+    double: NvmlDouble, trace: Trace, changes: int = 0, *more: str, places: Sequence[int] | None = None
+) -> SampleLog:
+    """What a sampler logs of the trace until it has seen so many changes of every counter.
+
+    Args:
+        places: which GPUs of the trace to sample, in this order; all of them without it.
+    """
     double.say(*trace.lines(), *more)
     output = double.script.with_name("samples.part")
-    words = [word for gpu in trace.gpus for word in ("--gpu", gpu.uuid)]
+    chosen = [trace.gpus[place] for place in (range(len(trace.gpus)) if places is None else places)]
+    words = [word for gpu in chosen for word in ("--gpu", gpu.uuid)]
     command = [*COMMAND, "worker", "--sampler", "--output", str(output), *words]
     with subprocess.Popen(command, env=double.environ(), stdin=subprocess.PIPE) as sampler:
         wait_for(lambda: (output.exists() and output.read_bytes().count(b"\n") > 1) or None)
-        wait_for(lambda: has_changed(read_part(output), changes, len(trace.gpus)) or None)
+        wait_for(lambda: has_changed(read_part(output), changes, len(chosen)) or None)
     assert sampler.returncode == 0
     return read_part(output)
 
@@ -48,6 +58,20 @@ def has_changed(log: SampleLog, changes: int, gpus: int) -> bool:
 
 def changes_of(log: SampleLog, place: int) -> list[tuple[int, int]]:
     return [(row.at_ns, row.energy_mj) for row in log.counters if row.gpu == place]
+
+
+@pytest.mark.parametrize("places", [(1, 0), (2, 3)])
+def test_gpus_keep_their_own_label_in_whatever_order_they_are_sampled(
+    double: NvmlDouble, places: tuple[int, ...]
+) -> None:
+    gpus = tuple(GpuTrace(uuid=f"GPU-{index}", temp_c=40 + index) for index in range(4))
+    log = sample(double, Trace(time.monotonic_ns(), gpus), places=places)
+    assert [gpu.label for gpu in log.header.gpus] == [f"GPU {index}" for index in places]
+    curves = [series for series in trace_of(log, ()).series if series.quantity == TEMPERATURE]
+    assert [series.label.partition(f" {log.header.gpus[0].name}")[0] for series in curves] == [
+        f"GPU {index}" for index in places
+    ]
+    assert [series.points[0][1] for series in curves if series.points[0]] == [40 + index for index in places]
 
 
 def test_every_row_is_what_the_gpu_did_at_that_time(double: NvmlDouble) -> None:
