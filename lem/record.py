@@ -86,7 +86,7 @@ THERMAL_BITS: Final = 0x20 | 0x40
 # window, is worth a warning (docs/measurement.md).
 CROSSCHECK_TOLERANCE: Final = 0.05
 REST_TOLERANCE: Final = 0.05
-# A window holds at least so many updates of the energy counter.
+# The least number of updates of the energy counter in a window.
 WINDOW_UPDATES: Final = 100
 
 ResultKey = tuple[str, str, str, int, int]

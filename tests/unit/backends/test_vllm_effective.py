@@ -200,7 +200,7 @@ def test_the_rest_is_told_as_json_without_secrets_and_places() -> None:
     assert "hunter2" not in json.dumps(told)
 
 
-def test_a_long_list_is_told_whole() -> None:
+def test_a_long_list_is_kept_whole() -> None:
     sizes = [1, 2, 4, *range(8, 1025, 8)]  # what vLLM captures CUDA graphs for
     assert plain(sizes) == sizes
     assert plain(set(sizes)) == sorted(sizes, key=str)
