@@ -376,7 +376,7 @@ def test_a_service_that_nothing_helps_is_not_restarted(fake: FakeDocker, folder:
 
 def test_a_healthy_service_is_left_alone(fake: FakeDocker, folder: Path) -> None:
     found = started(fake, folder, "vllm")
-    assert found.check_and_recover("vllm") is True
+    assert found.check_and_recover("vllm").healthy is True
     assert fake.compose_calls("restart") == []
     assert found.restarts.get("vllm", 0) == 0
 
@@ -385,24 +385,24 @@ def test_restarts_are_counted_over_the_campaign_and_for_each_service(fake: FakeD
     found = started(fake, folder, "vllm", "pytorch")
     for _ in range(2):
         fake.change(silent=["vllm"])
-        assert found.check_and_recover("vllm", max_restarts=2) is True
+        assert found.check_and_recover("vllm", max_restarts=2).healthy is True
     fake.change(silent=["vllm", "pytorch"])
-    assert found.check_and_recover("vllm", max_restarts=2) is False
-    assert found.check_and_recover("pytorch", max_restarts=2) is True
+    assert found.check_and_recover("vllm", max_restarts=2).healthy is False
+    assert found.check_and_recover("pytorch", max_restarts=2).healthy is True
     assert found.restarts == {"vllm": 2, "pytorch": 1}
 
 
 def test_restarts_are_used_up_while_nothing_helps(fake: FakeDocker, folder: Path) -> None:
     found = started(fake, folder, "vllm")
     fake.change(silent=["vllm"], after_restart="exited", after_up="exited")
-    assert found.check_and_recover("vllm", max_restarts=2) is False
+    assert found.check_and_recover("vllm", max_restarts=2).healthy is False
     assert len(fake.compose_calls("restart")) == 2
 
 
 def test_no_restarts_allowed_means_none(fake: FakeDocker, folder: Path) -> None:
     found = started(fake, folder, "vllm")
     fake.change(silent=["vllm"])
-    assert found.check_and_recover("vllm", max_restarts=0) is False
+    assert found.check_and_recover("vllm", max_restarts=0).healthy is False
     assert fake.compose_calls("restart") == []
 
 
