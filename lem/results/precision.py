@@ -17,6 +17,7 @@ from lem.results.aggregation import SHARED_LOAD, aggregate_config
 from lem.results.attempt import stopping_campaign
 from lem.results.metrics import METRICS
 from lem.results.statistics import LogTInterval
+from lem.units import parse_percentage
 
 __all__ = [
     "LEAST_CYCLES",
@@ -53,7 +54,7 @@ _SCHEMA_VERSION = 1
 _DEFAULT_METRICS = ("energy_per_output_tok_j", "output_tok_per_s")
 _METRIC_NAMES = tuple(metric.name for metric in METRICS)
 
-_TARGET = re.compile(r"ci=(?P<percent>[0-9]+(?:[.][0-9]+)?)%(?::(?P<metric>[a-z0-9_]+))?")
+_TARGET = re.compile(r"ci=(?P<half_width>[^:]+)(?::(?P<metric>[a-z0-9_]+))?")
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,11 @@ def parse_target(text: str) -> Target:
     match = _TARGET.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{text!r} is no target; write it like ci=2% or ci=2%:output_tok_per_s")
-    half_width, metric = float(match["percent"]) / 100, match["metric"]
+    metric = match["metric"]
+    try:
+        half_width = parse_percentage(match["half_width"])
+    except ValueError as error:
+        raise ValueError(f"{text!r}: {error}") from error
     if not 0 < half_width < 1:
         raise ValueError(f"{text!r}: a width over 0 and under 100 % is due")
     if metric is not None and metric not in _METRIC_NAMES:

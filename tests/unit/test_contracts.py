@@ -191,7 +191,7 @@ def test_sections_have_these_defaults(section: Any, expected: dict[str, Any]) ->
     assert {name: getattr(made, name) for name in expected} == expected
 
 
-def test_a_campaign_needs_a_name_and_something_to_run_and_no_model() -> None:
+def test_a_campaign_needs_a_name_and_something_to_run_and_no_model():
     campaign = CampaignConfig(campaign_name="demo", grid=CampaignGridConfig(backends=["pytorch"]))
     assert (campaign.model, campaign.dataset, campaign.num_samples) == (None, None, None)
     assert (campaign.daemon, campaign.schedule) == (None, None)
@@ -205,7 +205,7 @@ def test_a_campaign_needs_a_name_and_something_to_run_and_no_model() -> None:
     assert ["no model" in issue.reason for issue in plan.filtered] == [True]
 
 
-def test_an_explicit_experiment_is_a_file_with_overrides() -> None:
+def test_an_explicit_experiment_is_a_file_with_overrides():
     assert CampaignExplicitExperiment("a.yaml").overrides == {}
     given = CampaignExplicitExperiment(config="a.yaml", overrides={"decoder.temperature": 0.0})
     assert (given.config, given.overrides) == ("a.yaml", {"decoder.temperature": 0.0})
@@ -215,7 +215,7 @@ def test_an_explicit_experiment_is_a_file_with_overrides() -> None:
     assert campaign.get_config_names() == ["b", "a"]
 
 
-def test_the_campaign_id_is_the_beginning_of_the_md5_of_the_name() -> None:
+def test_the_campaign_id_is_the_beginning_of_the_md5_of_the_name():
     campaign = CampaignConfig(campaign_name="demo", configs=["a.yaml"])
     assert campaign.campaign_id == "fe01ce2a"
     assert CampaignConfig.generate_campaign_id("demo") == campaign_config.generate_campaign_id("demo") == "fe01ce2a"
@@ -230,12 +230,12 @@ def test_durations_are_seconds() -> None:
     ("make", "told"),
     [
         (lambda: CampaignConfig(campaign_name="demo"), "configs"),
-        (lambda: CampaignConfig(grid=CampaignGridConfig(backends=["pytorch"])), "campaign_name"),
+        (lambda: CampaignConfig(grid=CampaignGridConfig(backends=("pytorch",))), "campaign_name"),
         (CampaignExplicitExperiment, "config"),
         (lambda: CampaignExecutionConfig(cycles=21), "cycles"),
-        (lambda: CampaignGridConfig(backends=["cuda"]), "backends"),
+        (lambda: CampaignGridConfig(backends=("cuda",)), "backends"),
         (lambda: CampaignHealthCheckConfig(gpu_memory_threshold_pct=49), "gpu_memory_threshold_pct"),
-        (lambda: CampaignScheduleConfig(days=["mon"]), "at"),
+        (lambda: CampaignScheduleConfig(days=("mon",)), "at"),
         (lambda: CampaignDaemonConfig(enabled=True, interval="soon"), "interval"),
     ],
 )
@@ -264,7 +264,7 @@ def test_parameters_are_described_by_their_dotted_names() -> None:
 # --- lem.orchestration.grid
 
 
-def test_a_grid_is_backends_by_models_by_shared_by_overrides() -> None:
+def test_a_grid_is_backends_by_models_by_shared_by_overrides():
     given = CampaignGridConfig(
         backends=["pytorch", "vllm"],
         models=["a", "b"],
@@ -284,12 +284,12 @@ def test_a_grid_is_backends_by_models_by_shared_by_overrides() -> None:
     assert engines == sorted(engines, key=engines.index), "equal engines are adjacent"
 
 
-def test_an_empty_shared_gives_one_experiment_for_each_backend() -> None:
+def test_an_empty_shared_gives_one_experiment_for_each_backend():
     found = expand_campaign_grid(CampaignGridConfig(backends=["pytorch", "vllm"]))
     assert [item["backend"] for item in found] == ["pytorch", "vllm"]
 
 
-def test_validation_separates_what_can_run() -> None:
+def test_validation_separates_what_can_run():
     refused = {"backend": "tensorrt", "model": "a", "fp_precision": "float32"}
     warned = {"backend": "pytorch", "model": "a", "decoder": {"temperature": 0.7, "top_p": 0.9}}
     found = validate_campaign_grid([warned, refused, {**refused, "max_output_tokens": 4}])
