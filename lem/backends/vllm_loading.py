@@ -8,6 +8,7 @@ import gc
 import multiprocessing
 import multiprocessing.connection
 import os
+import queue
 import secrets as random_source
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -102,6 +103,12 @@ class LoadedEngine:
         """The configuration of vLLM as it is after the load."""
         return self.engine.vllm_config
 
+    @property
+    def answers(self) -> queue.Queue[Any] | None:
+        """Where an engine in a process of its own puts what each step brought (vLLM 0.32.0); None where it has none."""
+        found = getattr(self.engine.engine_core, "outputs_queue", None)
+        return found if isinstance(found, queue.Queue) else None
+
 
 def find_facts() -> EngineFacts:
     """What this installation of vLLM can do."""
@@ -170,7 +177,7 @@ def _watch(loaded: LoadedEngine) -> None:
     vLLM 0.32.0 tells of an engine that fails, but of one that is killed only to those who ask afterwards: a step or a
     call that is waiting for it would wait for ever.
     """
-    client, children = loaded.engine.engine_core, multiprocessing.active_children()
+    client, answers, children = loaded.engine.engine_core, loaded.answers, multiprocessing.active_children()
     if not loaded.is_concurrent or not children:
         return
 
@@ -182,9 +189,8 @@ def _watch(loaded: LoadedEngine) -> None:
         for answer in list(getattr(client, "utility_results", {}).values()):
             if not answer.done():
                 answer.set_exception(EngineDeadError())
-        outputs = getattr(client, "outputs_queue", None)
-        if outputs is not None:
-            outputs.put_nowait(EngineDeadError())
+        if answers is not None:
+            answers.put_nowait(EngineDeadError())
 
     threading.Thread(target=wait_for_the_end, name="engine watch", daemon=True).start()
 
