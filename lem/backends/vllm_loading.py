@@ -27,6 +27,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from lem.backends.checkpoints import OTHER_WEIGHTS, WEIGHTS, fetch
 from lem.backends.model_sources import Source
+from lem.backends.refusals import EngineRaised
 from lem.backends.torch_gpus import pick_gpu
 from lem.backends.vllm_effective import refuse_differences
 from lem.backends.vllm_failures import explain_load_failure
@@ -142,9 +143,9 @@ def load_engine(config: ExperimentConfig, facts: EngineFacts, token: str | None)
     output = ChildOutput()
     try:
         with output.inherited():
-            engine = LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
-    except Exception as error:  # vLLM raises Exception itself where a worker of its own has failed
-        raise explain_load_failure(error, output.text, config, facts) from error
+            engine = _make_engine(arguments)
+    except EngineRaised as raised:
+        raise explain_load_failure(raised.error, output.text, config, facts) from raised.error
     loaded = LoadedEngine(engine, source, adapter, output, is_concurrent)
     _watch(loaded)
     try:
@@ -153,6 +154,13 @@ def load_engine(config: ExperimentConfig, facts: EngineFacts, token: str | None)
         close_engine(loaded)
         raise
     return loaded
+
+
+def _make_engine(arguments: Mapping[str, Any]) -> LLMEngine:
+    try:
+        return LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
+    except Exception as error:  # vLLM raises Exception itself where a worker of its own has failed
+        raise EngineRaised(error) from error
 
 
 def close_engine(loaded: LoadedEngine) -> None:
