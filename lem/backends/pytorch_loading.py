@@ -116,15 +116,7 @@ def _load_weights(
 ) -> tuple[Any, tuple[str, ...]]:
     section = section_of(config)
     options = {**access, **_dtype_option(config, facts), **_placement_options(section, device, facts)}
-    with explained(f"model: {source.name}"):
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                source.name, revision=source.commit, output_loading_info=True, **options
-            )
-        except (ImportError, ValueError) as error:
-            if section.attn_implementation is None or "attention" not in str(error).lower():
-                raise
-            raise OptionRefused(f"pytorch.attn_implementation: {facts}: {shortened(error)}") from error
+    model, info = _from_pretrained(section, source, facts, options)
     if "device_map" not in options:
         with explained(f"model: {source.name}"):
             model = model.to(device)
@@ -137,6 +129,20 @@ def _load_weights(
         return model, ()
     text = f"{len(missing)} weights are not in {source.name} and were made up at random, among them {missing[0]}"
     return model, (text,)
+
+
+def _from_pretrained(section: PyTorchConfig, source: Source, facts: EngineFacts, options: Mapping[str, Any]) -> Any:
+    """The model, and what transformers says about its load."""
+    with explained(f"model: {source.name}"):
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                source.name, revision=source.commit, output_loading_info=True, **options
+            )
+        except (ImportError, ValueError) as error:
+            if section.attn_implementation is None or "attention" not in str(error).lower():
+                raise
+            refusal = error
+    raise OptionRefused(f"pytorch.attn_implementation: {facts}: {shortened(refusal)}") from refusal
 
 
 def _dtype_option(config: ExperimentConfig, facts: EngineFacts) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from lem import durable
 from lem.durable import make_folder, reason_of
+from lem.jsontypes import build_from, typed_fields
 from lem.record import Record
 from lem.results.aggregation import SHARED_LOAD, aggregate_config
 from lem.results.attempt import stopping_campaign
@@ -216,20 +217,27 @@ def read_stopping_rule(run_folder: Path) -> StoppingRule | None:
     """
     path = run_folder / STOPPING_FILE
     try:
-        document = durable.read_json(path)
-        target = document["target"]
-        return StoppingRule(
-            Target(float(target["half_width"]), None if target["metric"] is None else str(target["metric"])),
-            int(document["least_cycles"]),
-            int(document["most_cycles"]),
-        )
+        return _decode_rule(durable.read_json(path))
     except FileNotFoundError:
         return None
     except OSError as error:
         _logger.warning("%s: %s: whether the number of cycles was fixed is not known", path, reason_of(error))
-    except (ValueError, TypeError, KeyError):
+    except ValueError:
         _logger.warning("%s is broken: whether the number of cycles was fixed is not known", path)
     return None
+
+
+def _decode_rule(document: Any) -> StoppingRule:
+    """The rule that `stopping_document` gave.
+
+    Raises:
+        ValueError: something else.
+    """
+    if not isinstance(document, dict):
+        raise ValueError("not a stopping rule")
+    found = {name: document.get(name) for name in ("target", "least_cycles", "most_cycles")}
+    values = {**found, "target": build_from(Target, found["target"], "target")}
+    return StoppingRule(**typed_fields(StoppingRule, values, "rule"))
 
 
 def _metric_measured(groups: Iterable[Sequence[Record]]) -> str:

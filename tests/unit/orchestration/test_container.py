@@ -135,7 +135,19 @@ def test_ps_of_an_empty_project_is_empty(printed: str) -> None:
     assert decode_states(printed) == ()
 
 
-@pytest.mark.parametrize("printed", ["NAME  STATE\n", '{"State": "running"}', '[{"Service": 1, "State": 2'])
+@pytest.mark.parametrize(
+    "printed",
+    [
+        "NAME  STATE\n",
+        '{"State": "running"}',
+        '[{"Service": 1, "State": 2',
+        "7",
+        '["a"]',
+        "[[1]]",
+        '{"Service": "a", "State": "exited", "ExitCode": [1]}',
+        '{"Service": "a", "State": "exited", "ExitCode": "x"}',
+    ],
+)
 def test_ps_that_prints_something_else_is_refused(printed: str) -> None:
     with pytest.raises(ContainerError):
         decode_states(printed)
@@ -162,6 +174,27 @@ def test_every_version_is_driven_alike(fake: FakeDocker, folder: Path, compose: 
     found = started(fake, folder, "vllm")
     assert found.is_service_running("vllm")
     assert not found.is_service_running("pytorch")
+
+
+@pytest.mark.parametrize(
+    "services",
+    [
+        None,
+        [],
+        "text",
+        {"vllm": None},
+        {"vllm": {"image": 7}},
+        {"vllm": {"devices": 1}},
+        {"vllm": {"deploy": "x"}},
+        {"vllm": {"deploy": {"resources": {"reservations": [1]}}}},
+        {"vllm": {"deploy": {"resources": {"reservations": {"devices": "gpu"}}}}},
+        {"vllm": {"deploy": {"resources": {"reservations": {"devices": [{"capabilities": 1}]}}}}},
+    ],
+)
+def test_a_project_that_is_described_otherwise_is_refused(fake: FakeDocker, folder: Path, services: Any) -> None:
+    fake.change(services=services)
+    with pytest.raises(ContainerError, match="answered something else than a project"):
+        manager(fake, folder).start_services(["vllm"])
 
 
 # Starting, and what containers are given
@@ -256,6 +289,26 @@ def test_no_answer_is_unhealthy(fake: FakeDocker, folder: Path) -> None:
     status = found.check_health("vllm")
     assert not status.healthy
     assert "exec failed" in status.reason
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "text",
+        None,
+        {},
+        {"gpus": [7], "driver": None, "error": None},
+        {"gpus": {}, "driver": None, "error": None},
+        {"gpus": [{"index": 0}], "driver": None, "error": None},
+        {**reading(GIB), "gpus": [{**reading(GIB)["gpus"][0], "processes": [{"pid": "1", "memory_b": 1}]}]},
+    ],
+)
+def test_an_answer_that_is_no_reading_is_unhealthy(fake: FakeDocker, folder: Path, answer: Any) -> None:
+    found = started(fake, folder, "vllm")
+    fake.change(gpus={"vllm": answer})
+    status = found.check_health("vllm")
+    assert status.healthy is False
+    assert "it answered" in status.reason
 
 
 @pytest.mark.parametrize(
