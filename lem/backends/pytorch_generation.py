@@ -119,7 +119,7 @@ class BatchRunner:
         except EngineRaised as raised:
             told = shortened(raised.error)
             if not is_out_of_memory(raised.error):
-                raise EngineError(f"generate failed: {type(raised.error).__name__}: {told}") from raised.error
+                raise EngineError(f"generate failed: {type(raised.error).__name__}: {told}") from raised
             problem = f"out of memory in a batch of {len(fitting)}: {told}"
         else:
             finished_ns = time.monotonic_ns()

@@ -56,8 +56,8 @@ def try_out(runner: BatchRunner, section: PyTorchConfig, facts: EngineFacts) -> 
             if is_out_of_memory(raised.error):
                 hint = "use a smaller model or batch, or a lower fp_precision"
                 text = f"out of memory on {OUTPUT_TOKENS} tokens: {shortened(raised.error)}"
-                raise EngineError(text, hint, kind="out_of_memory", is_permanent=True) from raised.error
-            raise _refusal(raised.error, section, facts) from raised.error
+                raise EngineError(text, hint, kind="out_of_memory", is_permanent=True) from raised
+            raise _refusal(raised.error, section, facts) from raised
     cache = _cache_in(output)
     wanted = section.cache_implementation
     if wanted is not None and cache != wanted:

@@ -153,7 +153,7 @@ class Session(ServedSession):
             yield
         except EngineRaised as raised:
             words = f"{type(raised.error).__name__}: {shortened(raised.error)}"
-            raise EngineError(f"{self._facts} failed while generating: {words}", "see the log") from raised.error
+            raise EngineError(f"{self._facts} failed while generating: {words}", "see the log") from raised
 
     def _set_up(self, config: ExperimentConfig) -> None:
         self._config = config
@@ -178,7 +178,7 @@ class Session(ServedSession):
         try:
             (tried,) = self._server.run_closed((TokenRequest(0, (1,), output_tok, output_tok),), say_nothing)
         except EngineRaised as raised:
-            raise _explain(raised.error, self._config, self._facts) from raised.error
+            raise _explain(raised.error, self._config, self._facts) from raised
         if tried.error is not None:
             raise OptionRefused(f"{self._facts} takes no request of this experiment: {tried.error}")
 

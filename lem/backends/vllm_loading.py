@@ -145,7 +145,7 @@ def load_engine(config: ExperimentConfig, facts: EngineFacts, token: str | None)
         with output.inherited():
             engine = _make_engine(arguments)
     except EngineRaised as raised:
-        raise explain_load_failure(raised.error, output.text, config, facts) from raised.error
+        raise explain_load_failure(raised.error, output.text, config, facts) from raised
     loaded = LoadedEngine(engine, source, adapter, output, is_concurrent)
     _watch(loaded)
     try:

@@ -158,7 +158,7 @@ class Session(ServedSession):
         try:
             yield
         except EngineRaised as raised:
-            raise self._run_failure(raised.error) from raised.error
+            raise self._run_failure(raised.error) from raised
 
     def _run_failure(self, error: BaseException) -> EngineError:
         return explain_run_failure(error, self._loaded.output.text, self._facts)
@@ -205,7 +205,7 @@ class Session(ServedSession):
             (tried,) = self._loop.run_closed((TokenRequest(0, (1,), output_tok, output_tok),), say_nothing)
         except EngineRaised as raised:
             output = self._loaded.output.text
-            raise explain_load_failure(raised.error, output, self._config, self._facts) from raised.error
+            raise explain_load_failure(raised.error, output, self._config, self._facts) from raised
         if tried.error is not None:
             raise explain_request_failure(tried.error, self._config, self._facts)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lem.backends.protocol import TokenRequest
+from lem.backends.refusals import EngineRaised
 from lem.errors import EngineError, OptionRefused
 
 pytestmark = [pytest.mark.needs("torch"), pytest.mark.needs("transformers")]
@@ -57,7 +58,8 @@ def test_a_batch_is_answered(observe: bool) -> None:
 def test_what_generate_raises_is_the_engines(error: Exception) -> None:
     with pytest.raises(EngineError, match=f"generate failed: {type(error).__name__}") as caught:
         runner(Model(error)).run(REQUESTS, observe=False)
-    assert caught.value.__cause__ is error
+    assert isinstance(caught.value.__cause__, EngineRaised)
+    assert caught.value.__cause__.error is error
 
 
 def test_a_wrong_argument_to_generate_is_the_engines() -> None:
