@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 __all__ = [
@@ -15,12 +16,14 @@ __all__ = [
     "format_quantity",
     "format_rate",
     "parse_duration",
+    "parse_percentage",
     "plural",
 ]
 
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+")
-_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+_DURATION_PART = re.compile(r"\+?(\d+(?:\.\d+)?)([smhd])")
 _SECONDS_PER = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_PERCENTAGE = re.compile(r"\+?(\d+(?:\.\d*)?|\.\d+)(e[+-]?\d+)?\s*(%?)", re.IGNORECASE | re.ASCII)
 JOULES_PER_WATT_HOUR = 3600.0
 
 # A hundred years, the longest that anything here waits: beyond 292 years the system's timers overflow.
@@ -42,6 +45,24 @@ def parse_duration(text: str) -> float:
     if seconds > LONGEST_S:
         raise ValueError(f"{text!r} is over a hundred years")
     return seconds
+
+
+def parse_percentage(text: str) -> float:
+    """The fraction in `5%`: 0.05. The sign is required, since 0.05 could be meant as 5 % or as 0.05 %.
+
+    Raises:
+        ValueError: anything else; negative numbers and infinity too.
+    """
+    match = _PERCENTAGE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"expected a percentage such as 5%, got {text!r}")
+    number, exponent, sign = match.groups(default="")
+    if not sign:
+        raise ValueError(f"expected a percentage such as 5%, got {text!r}; add the % sign")
+    value = float(number + exponent) / 100
+    if math.isinf(value):
+        raise ValueError(f"expected a percentage such as 5%, got {text!r}")
+    return value
 
 
 def format_duration(seconds: float) -> str:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lem.backends.model_sources import MODEL_FAILURES, Source, explained, locate
 from lem.backends.refusals import shortened
-from lem.backends.weights import count_embedding_parameters, hash_weights
+from lem.backends.weights import WEIGHT_FAILURES, count_embedding_parameters, hash_weights
 
 __all__ = ["OTHER_WEIGHTS", "WEIGHTS", "Identity", "fetch", "identify"]
 
@@ -70,10 +70,11 @@ def fetch(
     source = locate(name, marker=marker, revision=revision, token=token, option=option)
     if source.commit is None:
         return source
-    with explained(f"{option}: {name}"):
-        if ignored == OTHER_WEIGHTS and not hub_constants.HF_HUB_OFFLINE:
+    if ignored == OTHER_WEIGHTS and not hub_constants.HF_HUB_OFFLINE:
+        with explained(f"{option}: {name}"):
             files = HfApi(token=token).list_repo_files(name, revision=source.commit)
-            ignored = OTHER_WEIGHTS if any(file.endswith(".safetensors") for file in files) else ("original/*",)
+        ignored = OTHER_WEIGHTS if any(file.endswith(".safetensors") for file in files) else ("original/*",)
+    with explained(f"{option}: {name}"):
         folder = snapshot_download(name, revision=source.commit, token=token, ignore_patterns=list(ignored))
     return dataclasses.replace(source, folder=Path(folder))
 
@@ -84,7 +85,7 @@ def identify(source: Source, adapter: Source | None = None) -> Identity:
     Raises:
         EngineError: a file of the weights cannot be read.
     """
-    with explained(f"weights of {source.name}"):
+    with explained(f"weights of {source.name}", WEIGHT_FAILURES):
         digest = hash_weights(source.folder, None if adapter is None else adapter.folder)
     return Identity(digest, *_count_parameters(source.folder))
 
@@ -99,7 +100,9 @@ def _count_parameters(folder: Path) -> tuple[int | None, int | None]:
         shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
-        return int(model.num_parameters()), count_embedding_parameters(model)
+        parameters = int(model.num_parameters())
+        embeddings = model.get_input_embeddings(), model.get_output_embeddings()
     except (*MODEL_FAILURES, ImportError) as error:
         _logger.info("transformers cannot count the parameters of %s: %s", folder, shortened(error))
         return None, None
+    return parameters, count_embedding_parameters(*embeddings)

@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 
 from lem.backends.refusals import shortened
 from lem.backends.weights import commit_of
-from lem.errors import EngineError, LemError, OptionRefused
+from lem.errors import EngineError, OptionRefused
 
 __all__ = ["MODEL_FAILURES", "Source", "explained", "is_out_of_memory", "locate"]
 
@@ -86,19 +86,22 @@ def locate(name: str, *, marker: str, revision: str | None, token: str | None, o
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
+def explained(what: str, failures: tuple[type[Exception], ...] = MODEL_FAILURES) -> Iterator[None]:
     """Say what a failure of transformers to load something means, and whether it would come again.
+
+    The block holds one call and no code of lem beside it: a bug there would be taken for a fault of the model.
+
+    Args:
+        failures: what the call raises, beside ImportError and MemoryError.
 
     Raises:
         EngineError: kind `model` or `out_of_memory`.
     """
     try:
         yield
-    except LemError:
-        raise
     except ImportError as error:
         raise _no_model(f"{what}: {shortened(error)}", "install the package that it names") from error
-    except (*MODEL_FAILURES, MemoryError) as error:
+    except (*failures, MemoryError) as error:
         if is_out_of_memory(error):
             raise EngineError(
                 f"{what}: out of memory while loading: {shortened(error)}",

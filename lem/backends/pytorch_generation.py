@@ -6,6 +6,7 @@ Imports torch and transformers.
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,13 +18,13 @@ from lem.backends.model_sources import is_out_of_memory
 from lem.backends.protocol import Completion, TokenRequest
 from lem.backends.pytorch_batching import cut_output, pad_left
 from lem.backends.pytorch_loading import LoadedModel
-from lem.backends.refusals import shortened
+from lem.backends.refusals import EngineRaised, shortened
 from lem.errors import EngineError
 
-__all__ = ["GENERATE_FAILURES", "BatchRunner", "TokenClock", "engine_settings"]
+__all__ = ["BatchRunner", "TokenClock", "engine_settings"]
 
 # What `generate`, torch.compile and the packages they call raise over what they are given or what they run on.
-GENERATE_FAILURES = (
+_FAILURES = (
     AssertionError,
     AttributeError,
     ImportError,
@@ -115,10 +116,11 @@ class BatchRunner:
         clock = TokenClock(len(fitting), time.monotonic_ns) if observe else None
         try:
             generated = self._generate(fitting, clock)
-        except GENERATE_FAILURES as error:
-            if not is_out_of_memory(error):
-                raise EngineError(f"generate failed: {type(error).__name__}: {shortened(error)}") from error
-            problem = f"out of memory in a batch of {len(fitting)}: {shortened(error)}"
+        except EngineRaised as raised:
+            told = shortened(raised.error)
+            if not is_out_of_memory(raised.error):
+                raise EngineError(f"generate failed: {type(raised.error).__name__}: {told}") from raised
+            problem = f"out of memory in a batch of {len(fitting)}: {told}"
         else:
             finished_ns = time.monotonic_ns()
             return failed + self._complete(fitting, generated, started_ns, finished_ns, clock)
@@ -129,31 +131,45 @@ class BatchRunner:
         return failed + [Completion(request.index, (), started_ns, now_ns, error=problem) for request in fitting]
 
     def try_out(self, batch: Sequence[TokenRequest]) -> Any:
-        """The whole output of `generate`, cache included, for a few tokens."""
+        """The whole output of `generate`, cache included, for a few tokens.
+
+        Raises:
+            EngineRaised: transformers refuses the settings, or fails.
+        """
         config = engine_settings({**self.settings, "return_dict_in_generate": True}, *_bounds(batch))
         return self._call(batch, config, None)[0]
 
     def _generate(self, batch: Sequence[TokenRequest], clock: TokenClock | None) -> list[list[int]]:
         output, width = self._call(batch, self._config_for(batch), clock)
         # Reading the tokens waits for the device, so the batch is done when they are here.
-        rows: list[list[int]] = output[:, width:].tolist()
+        try:
+            rows: list[list[int]] = output[:, width:].tolist()
+        except RuntimeError as error:
+            raise EngineRaised(error) from error
         return rows
 
     def _call(
         self, batch: Sequence[TokenRequest], config: GenerationConfig, clock: TokenClock | None
     ) -> tuple[Any, int]:
         ids, mask = pad_left([request.token_ids for request in batch], self.loaded.tokens.pad_id)
-        device = self.loaded.device
         arguments: dict[str, Any] = {**self._partners, **self._row_bounds(batch, len(ids[0]))}
         if clock is not None:
             arguments["streamer"] = clock
-        output = self.loaded.model.generate(
-            input_ids=torch.tensor(ids, device=device),
-            attention_mask=torch.tensor(mask, device=device),
-            generation_config=config,
-            **arguments,
-        )
+        arguments |= {"input_ids": self._tensor(ids), "attention_mask": self._tensor(mask)}
+        try:
+            output = self.loaded.model.generate(generation_config=config, **arguments)
+        except _FAILURES as error:
+            if _is_of_callback(error):
+                raise
+            raise EngineRaised(error) from error
         return output, len(ids[0])
+
+    def _tensor(self, values: Sequence[Any]) -> torch.Tensor:
+        made = torch.tensor(values)
+        try:
+            return made.to(self.loaded.device)
+        except RuntimeError as error:
+            raise EngineRaised(error) from error
 
     def _config_for(self, batch: Sequence[TokenRequest]) -> GenerationConfig:
         bounds = _bounds(batch)
@@ -163,16 +179,14 @@ class BatchRunner:
 
     def _row_bounds(self, batch: Sequence[TokenRequest], width: int) -> dict[str, Any]:
         """What holds the rows to bounds of their own, where these differ."""
-        device = self.loaded.device
         arguments: dict[str, Any] = {}
         limits = [request.max_output_tokens for request in batch]
         minimums = [request.min_output_tokens for request in batch]
         if len(set(limits)) > 1:
-            criterion = RowLimits(width, torch.tensor(limits, device=device))
+            criterion = RowLimits(width, self._tensor(limits))
             arguments["stopping_criteria"] = StoppingCriteriaList([criterion])
         if len(set(minimums)) > 1 and self._end_ids:
-            ends = torch.tensor(sorted(self._end_ids), device=device)
-            processor = RowMinimums(width, torch.tensor(minimums, device=device), ends)
+            processor = RowMinimums(width, self._tensor(minimums), self._tensor(sorted(self._end_ids)))
             arguments["logits_processor"] = LogitsProcessorList([processor])
         return arguments
 
@@ -227,11 +241,22 @@ def engine_settings(settings: Mapping[str, Any], maximum: int, minimum: int) -> 
     """The GenerationConfig of these settings.
 
     Raises:
-        ValueError: transformers says that a setting is wrong or would do nothing beside the others.
+        EngineRaised: transformers says that a setting is wrong or would do nothing beside the others.
     """
     bounds = {"max_new_tokens": maximum}
     if minimum > 0 and settings.get("eos_token_id"):
         bounds["min_new_tokens"] = minimum
-    config = GenerationConfig(**settings, **bounds)
-    config.validate(strict=True)
+    try:
+        config = GenerationConfig(**settings, **bounds)
+        config.validate(strict=True)
+    except _FAILURES as error:
+        raise EngineRaised(error) from error
     return config
+
+
+def _is_of_callback(error: BaseException) -> bool:
+    """Whether it comes from what `generate` calls back, which is code of lem: the clock and the bounds of rows."""
+    if isinstance(error, (MemoryError, RuntimeError)):
+        return False  # the device fails wherever it is used
+    _caught, *called = traceback.walk_tb(error.__traceback__)
+    return any(str(frame.f_globals.get("__name__")).startswith("lem.") for frame, _line in called)

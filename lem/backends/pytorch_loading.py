@@ -93,12 +93,14 @@ def set_assistant(loaded: LoadedModel, config: ExperimentConfig, facts: EngineFa
         source = locate(name, marker="config.json", revision=None, token=token, option="assisted_generation.model")
         is_trusted = config.model.trust_remote_code
         access = {"token": token, "trust_remote_code": is_trusted, "revision": source.commit}
+        options = {**access, **_dtype_option(config, facts)}
         with explained(f"assisted_generation.model: {name}"):
-            options = {**access, **_dtype_option(config, facts)}
             loaded.assistant = AutoModelForCausalLM.from_pretrained(source.name, **options).to(loaded.device)
-            loaded.assistant_name = name
-            is_other = _rows(loaded.assistant) != _rows(loaded.model)
-            loaded.assistant_tokenizer = AutoTokenizer.from_pretrained(source.name, **access) if is_other else None
+        loaded.assistant_name, loaded.assistant_tokenizer = None, None
+        if _rows(loaded.assistant) != _rows(loaded.model):
+            with explained(f"assisted_generation.model: {name}"):
+                loaded.assistant_tokenizer = AutoTokenizer.from_pretrained(source.name, **access)
+        loaded.assistant_name = name
     loaded.assistant.generation_config = GenerationConfig(**assistant_settings(section))
 
 
@@ -114,16 +116,9 @@ def _load_weights(
 ) -> tuple[Any, tuple[str, ...]]:
     section = section_of(config)
     options = {**access, **_dtype_option(config, facts), **_placement_options(section, device, facts)}
-    with explained(f"model: {source.name}"):
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                source.name, revision=source.commit, output_loading_info=True, **options
-            )
-        except (ImportError, ValueError) as error:
-            if section.attn_implementation is None or "attention" not in str(error).lower():
-                raise
-            raise OptionRefused(f"pytorch.attn_implementation: {facts}: {shortened(error)}") from error
-        if "device_map" not in options:
+    model, info = _from_pretrained(section, source, facts, options)
+    if "device_map" not in options:
+        with explained(f"model: {source.name}"):
             model = model.to(device)
     model.eval()
     found = getattr(model.config, "_attn_implementation", None)
@@ -134,6 +129,20 @@ def _load_weights(
         return model, ()
     text = f"{len(missing)} weights are not in {source.name} and were made up at random, among them {missing[0]}"
     return model, (text,)
+
+
+def _from_pretrained(section: PyTorchConfig, source: Source, facts: EngineFacts, options: Mapping[str, Any]) -> Any:
+    """The model, and what transformers says about its load."""
+    with explained(f"model: {source.name}"):
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                source.name, revision=source.commit, output_loading_info=True, **options
+            )
+        except (ImportError, ValueError) as error:
+            if section.attn_implementation is None or "attention" not in str(error).lower():
+                raise
+            refusal = error
+    raise OptionRefused(f"pytorch.attn_implementation: {facts}: {shortened(refusal)}") from refusal
 
 
 def _dtype_option(config: ExperimentConfig, facts: EngineFacts) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from lem.backends.pytorch_report import GENERATION_META, describe_effective, fin
 from lem.backends.pytorch_trial import Trial, try_out
 from lem.backends.session_backend import check_ids, check_same_engine, seconds_since
 from lem.backends.torch_gpus import idle_gpu, pick_gpu, visible_gpus
-from lem.backends.weights import count_embedding_parameters, hash_weights
+from lem.backends.weights import WEIGHT_FAILURES, count_embedding_parameters, hash_weights
 from lem.config.experiment_config import ExperimentConfig
 
 __all__ = ["Session", "free_memory"]
@@ -60,9 +60,8 @@ class Session:
         trial_s = self._set_up(config)
         self._compile_s = trial_s if section_of(config).torch_compile else None
         began_ns = time.monotonic_ns()
-        with explained(f"weights of {config.model.name}"):
-            adapter = self._loaded.adapter
-            folder = self._loaded.source.folder
+        folder, adapter = self._loaded.source.folder, self._loaded.adapter
+        with explained(f"weights of {config.model.name}", WEIGHT_FAILURES):
             self._weights_sha256 = hash_weights(folder, None if adapter is None else adapter.folder)
         hashing_s = seconds_since(began_ns)
         self._checks_s = hashing_s if self._compile_s is not None else hashing_s + trial_s
@@ -99,7 +98,9 @@ class Session:
             model_revision=loaded.source.commit,
             weights_sha256=self._weights_sha256,
             model_parameters=int(loaded.model.num_parameters()),
-            embedding_parameters=count_embedding_parameters(loaded.model),
+            embedding_parameters=count_embedding_parameters(
+                loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings()
+            ),
             warnings=(
                 *idle_gpu(self._config.gpus, self._uuids),
                 *loaded.warnings,

@@ -14,9 +14,9 @@ from typing import Any
 
 from lem.backends.model_sources import is_out_of_memory
 from lem.backends.protocol import TokenRequest
-from lem.backends.pytorch_generation import GENERATE_FAILURES, BatchRunner
+from lem.backends.pytorch_generation import BatchRunner
 from lem.backends.pytorch_options import EngineFacts, is_assisted
-from lem.backends.refusals import shortened
+from lem.backends.refusals import EngineRaised, shortened
 from lem.config.backend_config import PyTorchConfig
 from lem.errors import EngineError, OptionRefused
 
@@ -52,12 +52,12 @@ def try_out(runner: BatchRunner, section: PyTorchConfig, facts: EngineFacts) -> 
     with _transformers_warnings() as heard:
         try:
             output = runner.try_out(_requests(runner, section))
-        except GENERATE_FAILURES as error:
-            if is_out_of_memory(error):
+        except EngineRaised as raised:
+            if is_out_of_memory(raised.error):
                 hint = "use a smaller model or batch, or a lower fp_precision"
-                text = f"out of memory on {OUTPUT_TOKENS} tokens: {shortened(error)}"
-                raise EngineError(text, hint, kind="out_of_memory", is_permanent=True) from error
-            raise _refusal(error, section, facts) from error
+                text = f"out of memory on {OUTPUT_TOKENS} tokens: {shortened(raised.error)}"
+                raise EngineError(text, hint, kind="out_of_memory", is_permanent=True) from raised
+            raise _refusal(raised.error, section, facts) from raised
     cache = _cache_in(output)
     wanted = section.cache_implementation
     if wanted is not None and cache != wanted:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lem.errors import OptionRefused
 
-__all__ = ["Refusal", "refuse", "shortened"]
+__all__ = ["EngineRaised", "Refusal", "refuse", "shortened"]
 
 MAX_TEXT = 400
 
@@ -18,6 +18,18 @@ class Refusal:
 
     option: str
     reason: str
+
+
+class EngineRaised(Exception):
+    """A call of an engine raised something; what lem itself raises around such calls passes as it is.
+
+    Attributes:
+        error: what the engine raised.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(f"{type(error).__name__}: {error}")
+        self.error = error
 
 
 def refuse(

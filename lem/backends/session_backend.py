@@ -175,7 +175,13 @@ class SessionBackend(ABC, Generic[S]):
 
 
 def explain_import(what: str, error: Exception, hint: str) -> EngineError:
-    """The error of an engine that is installed and cannot be imported."""
+    """The error of an engine that is installed and cannot be imported.
+
+    Raises:
+        ImportError: what is missing belongs to lem, so it is not the engine's fault.
+    """
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "lem":
+        raise error
     return EngineError(
         f"{what} cannot be imported by {sys.executable}: {error}", hint, kind="engine", is_permanent=True
     )

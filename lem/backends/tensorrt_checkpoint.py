@@ -5,17 +5,18 @@ Nothing here imports an engine.
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lem import durable
 from lem.backends.refusals import Refusal, refuse
 from lem.backends.tensorrt_options import EngineFacts, section_of
 from lem.backends.tensorrt_refusals import TYPE_KEYS
 from lem.config.experiment_config import ExperimentConfig
+from lem.errors import EngineError
+from lem.jsontypes import shown
 
 __all__ = ["check_checkpoint", "documents_of", "quantization_of", "vocabulary_of"]
 
@@ -36,15 +37,41 @@ _ALGORITHMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
+# The files that describe a checkpoint, with the sections that are read of them.
+_FILES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"hf_quant_config.json": ("quantization",), "config.json": ("text_config", "quantization_config")}
+)
+
+
 def documents_of(folder: Path) -> dict[str, Any]:
-    """The JSON files of a checkpoint that describe it, by name; those that are not there or broken are left out."""
+    """The JSON files of a checkpoint that describe it, by name; those that are not there or no JSON are left out.
+
+    Raises:
+        EngineError: kind `model`, one cannot be read, or does not hold what it should.
+    """
     found = {}
-    for name in ("hf_quant_config.json", "config.json"):
+    for name, sections in _FILES.items():
         path = folder / name
-        if path.is_file():
-            with contextlib.suppress(ValueError):
-                found[name] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            document = durable.read_json(path)
+        except (FileNotFoundError, ValueError):
+            continue
+        except OSError as error:
+            raise _broken(f"{path}: cannot be read: {durable.reason_of(error)}") from error
+        _check_object(document, str(path))
+        for section in sections:
+            _check_object(document.get(section) or {}, f"{path}: {section}")
+        found[name] = document
     return found
+
+
+def _check_object(value: Any, where: str) -> None:
+    if not isinstance(value, dict):
+        raise _broken(f"{where}: expected an object, got {shown(value)}")
+
+
+def _broken(message: str) -> EngineError:
+    return EngineError(message, "download the checkpoint again", kind="model", is_permanent=True)
 
 
 def check_checkpoint(config: ExperimentConfig, documents: Mapping[str, Any], facts: EngineFacts) -> None:

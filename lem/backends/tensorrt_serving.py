@@ -14,9 +14,9 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 from lem.backends.protocol import Completion, OnProgress, RequestQueue, TokenRequest
-from lem.backends.refusals import shortened
+from lem.backends.refusals import EngineRaised, shortened
 
-__all__ = ["Engine", "Server"]
+__all__ = ["FAILURES", "Engine", "Server"]
 
 _NS_PER_US = 1000
 
@@ -25,6 +25,8 @@ _TAKE_LIMIT = 1 << 20
 _GOOD_ENDS = frozenset({"stop", "length"})
 # What `generate_async` and its results raise over one request: RequestError is a RuntimeError.
 _REJECTIONS = (RuntimeError, TypeError, ValueError)
+# What any of its calls raises.
+FAILURES = (AssertionError, AttributeError, ImportError, LookupError, MemoryError, OSError, *_REJECTIONS)
 
 
 class Engine(Protocol):
@@ -38,7 +40,7 @@ class Server:
     """Runs requests through an engine.
 
     Args:
-        parameters: the SamplingParams of a request.
+        parameters: the SamplingParams of a request; raises EngineRaised where the engine refuses them.
         longest: the most tokens of a prompt, and of prompt and output together.
     """
 
@@ -79,7 +81,14 @@ class Server:
 
     async def _serve(self, queue: RequestQueue) -> None:
         loop = asyncio.get_running_loop()
-        arrivals: asyncio.Queue[Sequence[TokenRequest] | Exception | None] = asyncio.Queue()
+        arrivals: asyncio.Queue[Sequence[TokenRequest] | BaseException | None] = asyncio.Queue()
+        tasks: set[asyncio.Task[None]] = set()
+
+        def settle(task: asyncio.Task[None]) -> None:
+            if task.cancelled() or (error := task.exception()) is None:
+                tasks.discard(task)
+            else:
+                arrivals.put_nowait(error)
 
         def tell(found: Sequence[TokenRequest] | Exception | None) -> None:
             with contextlib.suppress(RuntimeError):  # serving has failed, and its loop is closed
@@ -96,11 +105,11 @@ class Server:
                 tell(None)
 
         threading.Thread(target=take_in, name="requests", daemon=True).start()
-        tasks: set[asyncio.Task[None]] = set()
         while isinstance(arrived := await arrivals.get(), Sequence):
             for request in arrived:
-                tasks.add(asyncio.create_task(self._answer(queue, request)))
-            tasks = {task for task in tasks if not task.done() or task.result()}
+                task = asyncio.create_task(self._answer(queue, request))
+                tasks.add(task)
+                task.add_done_callback(settle)
         if arrived is not None:
             raise arrived
         await asyncio.gather(*tasks)
@@ -108,46 +117,61 @@ class Server:
     async def _answer(self, queue: RequestQueue, request: TokenRequest) -> None:
         handed_ns, answer = self._clock(), self._hand_over(request, streaming=True)
         times_ns: list[int] = []
-        if not isinstance(answer, str):
+        parts = None if isinstance(answer, str) else aiter(answer)
+        while parts is not None:
             try:
-                async for part in answer:
-                    self._note(part, times_ns)
-            except _REJECTIONS as error:
-                answer = shortened(error)
+                part = await anext(parts)
+            except StopAsyncIteration:
+                break
+            except FAILURES as error:
+                answer = _words_of(error)
+                break
+            self._note(part, times_ns)
         queue.complete(self._complete(request, handed_ns, answer, times_ns))
 
     def _follow_alone(self, request: TokenRequest, handed_ns: int, answer: Any) -> Completion:
         times_ns: list[int] = []
-        if not isinstance(answer, str):
+        parts = None if isinstance(answer, str) else iter(answer)
+        while parts is not None:
             try:
-                for part in answer:
-                    self._note(part, times_ns)
-            except _REJECTIONS as error:
-                answer = shortened(error)
+                part = next(parts)
+            except StopIteration:
+                break
+            except FAILURES as error:
+                answer = _words_of(error)
+                break
+            self._note(part, times_ns)
         return self._complete(request, handed_ns, answer, times_ns)
 
     def _wait_for(self, request: TokenRequest, handed_ns: int, answer: Any) -> Completion:
         if not isinstance(answer, str):
             try:
                 answer = answer.result()
-            except _REJECTIONS as error:
-                answer = shortened(error)
+            except FAILURES as error:
+                answer = _words_of(error)
         return self._complete(request, handed_ns, answer, None)
 
     def _hand_over(self, request: TokenRequest, *, streaming: bool) -> Any:
-        """The answer to wait for; words when the request has failed already."""
+        """The answer to wait for; words when the request has failed already.
+
+        Raises:
+            EngineRaised: the engine failed.
+        """
         prompt_tok, output_tok = len(request.token_ids), request.max_output_tokens
         if prompt_tok > self._longest_input or prompt_tok + output_tok > self._longest:
             return (
                 f"{prompt_tok} tokens of prompt and {output_tok} of output are more than the engine is set up for "
                 f"(tensorrt.max_input_len {self._longest_input}, both together {self._longest})"
             )
+        inputs = {"prompt_token_ids": list(request.token_ids)}
         try:
-            return self._engine.generate_async(
-                {"prompt_token_ids": list(request.token_ids)}, self._parameters(request), streaming=streaming
-            )
-        except _REJECTIONS as error:
-            return shortened(error)
+            parameters = self._parameters(request)
+        except EngineRaised as raised:
+            return _words_of(raised.error)
+        try:
+            return self._engine.generate_async(inputs, parameters, streaming=streaming)
+        except FAILURES as error:
+            return _words_of(error)
 
     def _note(self, part: Any, times_ns: list[int]) -> None:
         """Give each token that a part of an answer brought the time at which it is here: one, several, or none."""
@@ -171,6 +195,17 @@ class Server:
             error=None if is_good else f"TensorRT-LLM ended the request with {output.finish_reason!r}",
             padding_tok=0,
         )
+
+
+def _words_of(error: BaseException) -> str:
+    """What the engine says against one request.
+
+    Raises:
+        EngineRaised: it is about more than a request.
+    """
+    if isinstance(error, _REJECTIONS):
+        return shortened(error)
+    raise EngineRaised(error) from error
 
 
 def _span(output: Any, handed_ns: int, now_ns: int) -> tuple[int, int]:

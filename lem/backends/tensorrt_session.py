@@ -20,7 +20,7 @@ from lem.backends.checkpoints import WEIGHTS, fetch, identify
 from lem.backends.effective import installed_versions
 from lem.backends.model_sources import Source
 from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
-from lem.backends.refusals import shortened
+from lem.backends.refusals import EngineRaised, shortened
 from lem.backends.session_backend import ServedSession, check_ids, check_same_engine, seconds_since
 from lem.backends.tensorrt_checkpoint import check_checkpoint, documents_of, vocabulary_of
 from lem.backends.tensorrt_effective import describe_effective, refuse_differences
@@ -36,7 +36,7 @@ from lem.backends.tensorrt_options import (
     section_of,
 )
 from lem.backends.tensorrt_refusals import check_options
-from lem.backends.tensorrt_serving import Server
+from lem.backends.tensorrt_serving import FAILURES, Server
 from lem.backends.torch_gpus import visible_gpus
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError, OptionRefused
@@ -50,8 +50,6 @@ _PENALTIES = "tensorrt_llm._torch.pyexecutor.sampler.penalties"
 _PACKAGES = ("flashinfer-python", "huggingface-hub", "nvidia-modelopt", "tensorrt", "tensorrt-llm", "transformers")
 _OUT_OF_MEMORY = ("out of memory", "outofmemory", "cudaerrormemoryallocation")
 _REFUSALS = (TypeError, ValueError)
-_FAILURES = (AssertionError, AttributeError, ImportError, LookupError, MemoryError, OSError, RuntimeError, *_REFUSALS)
-
 
 FindGpus = Callable[[], tuple[str, ...]]
 
@@ -130,11 +128,13 @@ class Session(ServedSession):
     ) -> list[Completion]:
         """A completion for each request."""
         run = self._server.run_alone if observe_tokens else self._server.run_closed
-        return run(requests, on_progress)
+        with self._explained():
+            return run(requests, on_progress)
 
     def serve(self, queue: RequestQueue) -> None:
         """Work the queue off; requests join the running batch as they arrive."""
-        self._server.serve(queue)
+        with self._explained():
+            self._server.serve(queue)
 
     def close(self) -> None:
         """End the engine and its processes."""
@@ -146,6 +146,15 @@ class Session(ServedSession):
         del engine
         gc.collect()
 
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Raises what a failure of the engine means."""
+        try:
+            yield
+        except EngineRaised as raised:
+            words = f"{type(raised.error).__name__}: {shortened(raised.error)}"
+            raise EngineError(f"{self._facts} failed while generating: {words}", "see the log") from raised
+
     def _set_up(self, config: ExperimentConfig) -> None:
         self._config = config
         settings = sampling_settings(config)
@@ -154,7 +163,10 @@ class Session(ServedSession):
             bounds = {"max_tokens": request.max_output_tokens}
             if request.min_output_tokens:
                 bounds["min_tokens"] = request.min_output_tokens
-            return SamplingParams(**settings, **bounds)
+            try:
+                return SamplingParams(**settings, **bounds)
+            except FAILURES as error:
+                raise EngineRaised(error) from error
 
         longest_input, longest_output = lengths_of(config)
         self._server = Server(self._engine, parameters, longest=(longest_input, longest_input + longest_output))
@@ -165,8 +177,8 @@ class Session(ServedSession):
         output_tok = min(TRIAL_TOKENS, lengths_of(self._config)[1])
         try:
             (tried,) = self._server.run_closed((TokenRequest(0, (1,), output_tok, output_tok),), say_nothing)
-        except _FAILURES as error:
-            raise _explain(error, self._config, self._facts) from error
+        except EngineRaised as raised:
+            raise _explain(raised.error, self._config, self._facts) from raised
         if tried.error is not None:
             raise OptionRefused(f"{self._facts} takes no request of this experiment: {tried.error}")
 
@@ -180,13 +192,16 @@ def _load(config: ExperimentConfig, facts: EngineFacts, token: str | None) -> tu
     arguments = engine_arguments(config, str(source.folder), tokenizer, facts)
     if drafter is not None:
         drafter = str(fetch(drafter, marker="config.json", option="tensorrt.draft_model", token=token).folder)
+    cache = cache_arguments(config)
+    draft = None if drafter is None else draft_arguments(config, drafter, facts)
     try:
-        arguments["kv_cache_config"] = KvCacheConfig(**cache_arguments(config))
-        if drafter is not None:
-            arguments["speculative_config"] = DraftTargetDecodingConfig(**draft_arguments(config, drafter, facts))
-        return source, LLM(**arguments)
-    except _FAILURES as error:
+        arguments["kv_cache_config"] = KvCacheConfig(**cache)
+        if draft is not None:
+            arguments["speculative_config"] = DraftTargetDecodingConfig(**draft)
+        engine = LLM(**arguments)
+    except FAILURES as error:
         raise _explain(error, config, facts) from error
+    return source, engine
 
 
 def _fetch_tokenizer(name: str | None, token: str | None) -> str | None:

@@ -3,11 +3,13 @@
 One engine answers closed sets, single requests and traffic: vLLM's `LLMEngine`, driven by `add_request` and `step`.
 These two calls are all that `LLM.generate`, which vLLM's own offline benchmark measures, makes for a batch, so a batch
 here is as fast as there; and unlike `LLM.generate` they tell how far it is, when each request was taken up and done,
-and let requests join while others run. Traffic needs an engine that takes requests while it computes. The default has
-it in a process of its own, exactly the one that `AsyncLLM` and the server talk to, and a thread hands requests over as
-they arrive: they wait no longer for their first step than under `AsyncLLM`, without its event loop between the engine
-and the clock. An engine of `AsyncLLM` could not be stepped through a closed set as `LLM` does, and a second engine for
-one load would need the memory twice.
+and let requests join while others run.
+
+Traffic needs an engine that takes requests while it computes. The default has it in a process of its own, exactly the
+one that `AsyncLLM` and the server talk to. One thread talks to it: it wakes for an arrival as for the result of a
+step, so requests wait no longer for their first step than under `AsyncLLM`, without its event loop between the engine
+and the clock. An engine of `AsyncLLM` could not be stepped through a closed set as `LLM` does, and a second engine
+for one load would need the memory twice.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import gc
 import multiprocessing
 import multiprocessing.connection
 import os
+import queue
 import secrets as random_source
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from lem.backends.checkpoints import OTHER_WEIGHTS, WEIGHTS, fetch
 from lem.backends.model_sources import Source
+from lem.backends.refusals import EngineRaised
 from lem.backends.torch_gpus import pick_gpu
 from lem.backends.vllm_effective import refuse_differences
 from lem.backends.vllm_failures import explain_load_failure
@@ -102,6 +104,12 @@ class LoadedEngine:
         """The configuration of vLLM as it is after the load."""
         return self.engine.vllm_config
 
+    @property
+    def answers(self) -> queue.Queue[Any] | None:
+        """Where an engine in a process of its own puts what each step brought (vLLM 0.32.0); None where it has none."""
+        found = getattr(self.engine.engine_core, "outputs_queue", None)
+        return found if isinstance(found, queue.Queue) else None
+
 
 def find_facts() -> EngineFacts:
     """What this installation of vLLM can do."""
@@ -135,9 +143,9 @@ def load_engine(config: ExperimentConfig, facts: EngineFacts, token: str | None)
     output = ChildOutput()
     try:
         with output.inherited():
-            engine = LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
-    except Exception as error:  # vLLM raises Exception itself where a worker of its own has failed
-        raise explain_load_failure(error, output.text, config, facts) from error
+            engine = _make_engine(arguments)
+    except EngineRaised as raised:
+        raise explain_load_failure(raised.error, output.text, config, facts) from raised
     loaded = LoadedEngine(engine, source, adapter, output, is_concurrent)
     _watch(loaded)
     try:
@@ -146,6 +154,13 @@ def load_engine(config: ExperimentConfig, facts: EngineFacts, token: str | None)
         close_engine(loaded)
         raise
     return loaded
+
+
+def _make_engine(arguments: Mapping[str, Any]) -> LLMEngine:
+    try:
+        return LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
+    except Exception as error:  # vLLM raises Exception itself where a worker of its own has failed
+        raise EngineRaised(error) from error
 
 
 def close_engine(loaded: LoadedEngine) -> None:
@@ -170,7 +185,7 @@ def _watch(loaded: LoadedEngine) -> None:
     vLLM 0.32.0 tells of an engine that fails, but of one that is killed only to those who ask afterwards: a step or a
     call that is waiting for it would wait for ever.
     """
-    client, children = loaded.engine.engine_core, multiprocessing.active_children()
+    client, answers, children = loaded.engine.engine_core, loaded.answers, multiprocessing.active_children()
     if not loaded.is_concurrent or not children:
         return
 
@@ -182,9 +197,8 @@ def _watch(loaded: LoadedEngine) -> None:
         for answer in list(getattr(client, "utility_results", {}).values()):
             if not answer.done():
                 answer.set_exception(EngineDeadError())
-        outputs = getattr(client, "outputs_queue", None)
-        if outputs is not None:
-            outputs.put_nowait(EngineDeadError())
+        if answers is not None:
+            answers.put_nowait(EngineDeadError())
 
     threading.Thread(target=wait_for_the_end, name="engine watch", daemon=True).start()
 

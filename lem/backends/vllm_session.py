@@ -14,6 +14,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from lem.backends.checkpoints import identify
 from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
+from lem.backends.refusals import EngineRaised
 from lem.backends.session_backend import ServedSession, check_ids, check_same_engine, seconds_since
 from lem.backends.vllm_effective import describe_effective, refuse_seeds
 from lem.backends.vllm_failures import (
@@ -123,14 +124,14 @@ class Session(ServedSession):
     ) -> list[Completion]:
         """A completion for each request."""
         run = self._loop.run_alone if observe_tokens else self._loop.run_closed
+        self._begin()
         with self._explained():
-            self._forget_prompts()
             return run(requests, on_progress)
 
     def serve(self, queue: RequestQueue) -> None:
         """Work the queue off; requests join the running batch as they arrive."""
+        self._begin()
         with self._explained():
-            self._forget_prompts()
             self._loop.serve(queue, is_salted=self._is_forgetful)
 
     def close(self) -> None:
@@ -154,16 +155,29 @@ class Session(ServedSession):
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         """Raises what a failure of the engine means."""
-        loaded = self._loaded
-        if loaded.gone.is_set():
-            raise EngineError(f"{self._facts}: the engine's process has ended, see the log")
         try:
             yield
-        except ENGINE_ERRORS as error:
-            raise explain_run_failure(error, loaded.output.text, self._facts) from error
+        except EngineRaised as raised:
+            raise self._run_failure(raised.error) from raised
 
-    def _forget_prompts(self) -> None:
-        if self._is_forgetful and self._loaded.engine.reset_prefix_cache() is False:
+    def _run_failure(self, error: BaseException) -> EngineError:
+        return explain_run_failure(error, self._loaded.output.text, self._facts)
+
+    def _begin(self) -> None:
+        """Forget earlier prompts, where those that come again must be computed again.
+
+        Raises:
+            EngineError: the engine is gone, or failed.
+        """
+        if self._loaded.gone.is_set():
+            raise EngineError(f"{self._facts}: the engine's process has ended, see the log")
+        if not self._is_forgetful:
+            return
+        try:
+            is_reset = self._loaded.engine.reset_prefix_cache()
+        except ENGINE_ERRORS as error:
+            raise self._run_failure(error) from error
+        if is_reset is False:
             raise EngineError("vLLM could not empty its prefix cache, though it has no requests")
 
     def _set_up(self, config: ExperimentConfig) -> None:
@@ -171,7 +185,7 @@ class Session(ServedSession):
         forms = _Forms(config, self._loaded)
         self._sampling = check_sampling(config, self._facts)
         refuse_seeds(config, self._loaded.config, self._facts, can_rewind=can_rewind(self._facts.device))
-        self._loop = StepLoop(self._loaded.engine, forms, is_concurrent=self._loaded.is_concurrent)
+        self._loop = StepLoop(self._loaded.engine, forms, answers=self._loaded.answers)
         if self._loaded.config.cache_config.enable_prefix_caching:
             # Not even what is measured with a cache starts with that of another experiment.
             self._loaded.engine.reset_prefix_cache()
@@ -189,8 +203,9 @@ class Session(ServedSession):
             raise OptionRefused(f"vllm.max_model_len: {longest} leaves no room for prompt and output")
         try:
             (tried,) = self._loop.run_closed((TokenRequest(0, (1,), output_tok, output_tok),), say_nothing)
-        except ENGINE_ERRORS as error:
-            raise explain_load_failure(error, self._loaded.output.text, self._config, self._facts) from error
+        except EngineRaised as raised:
+            output = self._loaded.output.text
+            raise explain_load_failure(raised.error, output, self._config, self._facts) from raised
         if tried.error is not None:
             raise explain_request_failure(tried.error, self._config, self._facts)
 
@@ -199,6 +214,7 @@ class _Forms:
     """Requests of one experiment in vLLM's own types."""
 
     rejections = REQUEST_ERRORS
+    failures = ENGINE_ERRORS
 
     def __init__(self, config: ExperimentConfig, loaded: LoadedEngine) -> None:
         self._config = config

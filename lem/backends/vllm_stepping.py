@@ -5,15 +5,16 @@ Nothing here imports the engine. What is called is the engine's own interface, t
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lem.backends.protocol import NS_PER_S, Completion, OnProgress, RequestQueue, TokenRequest
-from lem.backends.refusals import shortened
+from lem.backends.refusals import EngineRaised, shortened
 from lem.errors import EngineError
 
 __all__ = ["Engine", "RequestForms", "StepLoop"]
@@ -43,6 +44,10 @@ class RequestForms(Protocol):
     @property
     def rejections(self) -> tuple[type[Exception], ...]:
         """What the engine raises over a request that it does not take."""
+
+    @property
+    def failures(self) -> tuple[type[Exception], ...]:
+        """What else its calls raise."""
 
     @property
     def adapter(self) -> Any:
@@ -98,13 +103,11 @@ class _Stream:
 
 
 class StepLoop:
-    """Runs requests through an engine.
+    """Runs requests through an engine. The thread that runs it is the only one that calls the engine.
 
     Args:
-        is_concurrent: the engine works in a process of its own and takes requests while it makes a step. Then a thread
-            hands traffic over as it arrives; between steps alone, each request would wait one step more than it has to.
-            `add_request` and `step` may run at the same time: they share nothing but tables of requests by their id
-            and, one each, the two ends of the connection.
+        answers: where an engine in a process of its own puts the result of each step, which `step` then takes. Requests
+            go to it as they arrive, while it computes; without such a queue they wait for the end of the step.
     """
 
     def __init__(
@@ -112,12 +115,12 @@ class StepLoop:
         engine: Engine,
         forms: RequestForms,
         *,
-        is_concurrent: bool,
+        answers: queue.Queue[Any] | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._engine = engine
         self._forms = forms
-        self._is_concurrent = is_concurrent
+        self._answers = answers
         self._clock = clock
         self._streams: dict[str, _Stream] = {}
         self._count = 0
@@ -141,47 +144,31 @@ class StepLoop:
                 on_progress(len(completions))
         return completions
 
-    def serve(self, queue: RequestQueue, *, is_salted: bool) -> None:
+    def serve(self, arrivals: RequestQueue, *, is_salted: bool) -> None:
         """Work a queue off until it is closed and empty.
 
         Args:
             is_salted: a prompt that comes again is not found in the prefix cache.
+
+        Raises:
+            EngineRaised: the engine failed.
         """
-        desk = _Desk(queue, is_salted)
-        thread = threading.Thread(target=self._take_in, args=(desk,), name="requests", daemon=True)
+        desk = _Desk(arrivals, self._answers)
+        salts = _Salts() if is_salted else None
+        thread = threading.Thread(target=desk.take_in, name="requests", daemon=True)
         thread.start()
-        while desk.has_work():
-            for request in desk.collect():
-                self._enter(request, desk)
-            for completion in self._step():
-                desk.leave()
-                queue.complete(completion)
+        while (arrived := desk.collect(is_busy=bool(self._streams))) is not None:
+            for request in arrived:
+                salt = None if salts is None else salts.next(request.token_ids)
+                failed = self._add(request, is_observed=True, salt=salt)
+                if failed is not None:
+                    arrivals.complete(failed)
+            if self._streams and desk.can_step():
+                for completion in self._step():
+                    arrivals.complete(completion)
         if desk.failure is not None:
             raise desk.failure
         thread.join()
-
-    def _take_in(self, desk: _Desk) -> None:
-        """Fetch requests as they arrive, in a thread of its own."""
-        try:
-            while arrived := desk.queue.take(_TAKE_LIMIT):
-                if not self._is_concurrent:
-                    desk.put(arrived)
-                    continue
-                for request in arrived:
-                    self._enter(request, desk)
-        except Exception as error:  # noqa: BLE001 - the top of a thread: the loop raises it
-            desk.failure = error
-        finally:
-            desk.close()
-
-    def _enter(self, request: TokenRequest, desk: _Desk) -> None:
-        failed = self._add(request, is_observed=True, salt=desk.salt_of(request))
-        if self._is_concurrent and failed is None:
-            desk.enter()
-        if failed is not None:
-            if not self._is_concurrent:
-                desk.leave()
-            desk.queue.complete(failed)
 
     def _add(self, request: TokenRequest, *, is_observed: bool, salt: str | None = None) -> Completion | None:
         """Hand a request over; its completion when it has failed already."""
@@ -206,10 +193,15 @@ class StepLoop:
         except forms.rejections as error:
             del self._streams[name]
             return Completion(request.index, (), now_ns, self._clock(), error=shortened(error))
+        except forms.failures as error:
+            raise EngineRaised(error) from error
         return None
 
     def _step(self) -> list[Completion]:
-        outputs = self._engine.step()
+        try:
+            outputs = self._engine.step()
+        except self._forms.failures as error:
+            raise EngineRaised(error) from error
         now_ns = self._clock()
         completions = []
         for output in outputs:
@@ -223,60 +215,71 @@ class StepLoop:
         return completions
 
 
-class _Desk:
-    """Between the thread that takes requests in and the one that makes steps; counts what is under way."""
+class _Salts:
+    """Salts that keep a prompt from being found in the prefix cache when it comes again."""
 
-    def __init__(self, queue: RequestQueue, is_salted: bool) -> None:
-        self.queue = queue
-        self.failure: Exception | None = None
-        self._changed = threading.Condition()
-        self._inbox: deque[TokenRequest] = deque()
-        self._under_way = 0
-        self._is_closed = False
-        self._occurrences: Counter[tuple[int, ...]] | None = Counter() if is_salted else None
+    def __init__(self) -> None:
+        self._occurrences: Counter[tuple[int, ...]] = Counter()
 
-    def has_work(self) -> bool:
-        """Wait until a step has something to do; False once nothing more will come, or taking in has failed."""
-        with self._changed:
-            while self._under_way <= 0 and not self._is_closed:
-                self._changed.wait()
-            return self._under_way > 0 and self.failure is None
-
-    def put(self, requests: Sequence[TokenRequest]) -> None:
-        """Keep requests until the next step."""
-        with self._changed:
-            self._inbox.extend(requests)
-            self._under_way += len(requests)
-            self._changed.notify()
-
-    def collect(self) -> list[TokenRequest]:
-        """The requests that were kept."""
-        with self._changed:
-            kept = list(self._inbox)
-            self._inbox.clear()
-            return kept
-
-    def enter(self) -> None:
-        """The engine has one request more; it may have answered it already."""
-        with self._changed:
-            self._under_way += 1
-            self._changed.notify()
-
-    def leave(self) -> None:
-        """The engine has one less."""
-        with self._changed:
-            self._under_way -= 1
-
-    def close(self) -> None:
-        """Nothing more will come."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify()
-
-    def salt_of(self, request: TokenRequest) -> str | None:
+    def next(self, token_ids: tuple[int, ...]) -> str | None:
         """None for a prompt that is new; then another one each time it comes again."""
-        if self._occurrences is None:
-            return None
-        self._occurrences[request.token_ids] += 1
-        times = self._occurrences[request.token_ids]
+        self._occurrences[token_ids] += 1
+        times = self._occurrences[token_ids]
         return None if times == 1 else str(times)
+
+
+class _Desk:
+    """Between the thread that takes requests in and the one that calls the engine.
+
+    Attributes:
+        failure: why no more requests can be taken in.
+    """
+
+    def __init__(self, arrivals: RequestQueue, answers: queue.Queue[Any] | None) -> None:
+        self.failure: Exception | None = None
+        self._arrivals = arrivals
+        self._answers = answers
+        # One condition for arrivals and for answers: `queue.Queue` notifies it when something is put there.
+        self._changed = threading.Condition() if answers is None else answers.not_empty
+        self._inbox: list[TokenRequest] = []
+        self._is_closed = False
+
+    def take_in(self) -> None:
+        """Fetch requests as they arrive; runs in a thread of its own."""
+        try:
+            while arrived := self._arrivals.take(_TAKE_LIMIT):
+                with self._changed:
+                    self._inbox.extend(arrived)
+                    self._changed.notify()
+        except Exception as error:  # noqa: BLE001 - the top of a thread: the loop raises it
+            self.failure = error
+        finally:
+            with self._changed:
+                self._is_closed = True
+                self._changed.notify()
+
+    def collect(self, *, is_busy: bool) -> list[TokenRequest] | None:
+        """The requests that have arrived; waits until there is one or the engine can be stepped.
+
+        None when no more will come and the engine has none, or when taking in has failed.
+
+        Args:
+            is_busy: the engine has requests.
+        """
+        with self._changed:
+            while not self._inbox and not (is_busy and self._has_answer()):
+                if self.failure is not None or (self._is_closed and not is_busy):
+                    return None
+                self._changed.wait()
+            if self.failure is not None:
+                return None
+            arrived, self._inbox = self._inbox, []
+            return arrived
+
+    def can_step(self) -> bool:
+        """Whether a step does not keep requests waiting that arrive meanwhile."""
+        with self._changed:
+            return self._has_answer()
+
+    def _has_answer(self) -> bool:
+        return self._answers is None or bool(self._answers.queue)

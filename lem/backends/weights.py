@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["commit_of", "count_embedding_parameters", "hash_files", "hash_weights", "weight_files"]
+from lem import durable
+
+__all__ = ["WEIGHT_FAILURES", "commit_of", "count_embedding_parameters", "hash_files", "hash_weights", "weight_files"]
 
 # In the order in which transformers looks for them: whole or in parts, safetensors before pickles.
 _WHOLE = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
 _IN_PARTS = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SEARCH_ORDER = (_WHOLE[0], _IN_PARTS[0], _WHOLE[1], _IN_PARTS[1], *_WHOLE[2:])
+
+# What the functions here raise over files that cannot be read.
+WEIGHT_FAILURES = (OSError, ValueError)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -34,9 +38,21 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
             continue
         if name in _WHOLE:
             return (path,)
-        parts = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
-        return tuple(folder / part for part in sorted(set(parts)))
+        return tuple(folder / part for part in sorted(_parts_of(path)))
     return ()
+
+
+def _parts_of(path: Path) -> set[str]:
+    """The names of files in an index of weights.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is no such index.
+    """
+    document = durable.read_json(path)
+    places = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(part, str) for part in places.values()):
+        raise ValueError(f"{path}: expected an object whose weight_map names the file of each weight")
+    return set(places.values())
 
 
 def hash_weights(folder: Path, adapter: Path | None = None) -> str | None:
@@ -74,17 +90,19 @@ def commit_of(folder: Path) -> str | None:
     return folder.name if is_snapshot else None
 
 
-def count_embedding_parameters(model: Any) -> int:
+def count_embedding_parameters(inputs: Any, outputs: Any) -> int | None:
     """Parameters of the input embedding, and of the output embedding where it is not the same matrix.
 
     Args:
-        model: as transformers builds it.
+        inputs, outputs: as `get_input_embeddings` and `get_output_embeddings` of transformers give them.
+
+    Returns:
+        None where they are not plain matrices.
     """
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    count = int(inputs.weight.numel())
-    if outputs is not None and outputs.weight is not inputs.weight:
-        count += int(outputs.weight.numel())
-    return count
+    matrices = [getattr(layer, "weight", None) for layer in (inputs, outputs) if layer is not None]
+    if not matrices or any(matrix is None for matrix in matrices):
+        return None
+    return sum(int(matrix.numel()) for matrix in {id(matrix): matrix for matrix in matrices}.values())
 
 
 def _hash_file(path: Path) -> str:

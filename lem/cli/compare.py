@@ -20,6 +20,7 @@ from lem.cli.selection import (
 from lem.cli.streams import terminal_width, write_json
 from lem.errors import UserError
 from lem.log import is_colour_wanted
+from lem.units import parse_percentage
 
 if TYPE_CHECKING:
     from lem.results.compare import Comparison, RunResults, Subject
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--anchor-tolerance",
         default=_DEFAULT_TOLERANCE,
-        metavar="PERCENT",
+        metavar="PERCENT%",
         help="the largest change of the anchor itself that a verdict may stand on (default: 5%%)",
     )
     parser.add_argument(
@@ -123,7 +124,7 @@ def _compare(
         *found,
         chosen=(named[0], named[1]) if named else None,
         anchor=args.anchor,
-        tolerance=_percent(args.anchor_tolerance),
+        tolerance=_tolerance(args.anchor_tolerance),
         metrics=metrics,
         gates=gates,
     )
@@ -254,12 +255,11 @@ def _refuse_anchor(args: argparse.Namespace) -> None:
         raise UserError("--anchor is for two runs", "within one run, cycles are the pairs: leave it out")
 
 
-def _percent(text: str) -> float:
-    number = text.strip().removesuffix("%").strip()
+def _tolerance(text: str) -> float:
     try:
-        value = float(number)
-    except ValueError:
-        value = -1.0
-    if not text.strip().endswith("%") or not 0 < value <= 100:
-        raise UserError(f"--anchor-tolerance {text!r} is no percentage", "for example 5%")
-    return value / 100
+        tolerance = parse_percentage(text)
+    except ValueError as error:
+        raise UserError(f"--anchor-tolerance: {error}", "for example --anchor-tolerance 5%") from error
+    if not 0 < tolerance <= 1:
+        raise UserError(f"--anchor-tolerance: expected more than 0% and at most 100%, got {text!r}")
+    return tolerance

@@ -51,7 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results-dir", "-o", metavar="DIR", help="folder of the results")
     parser.add_argument("--python", metavar="PROGRAM", help="Python that has the engine")
     parser.add_argument("--dry-run", action="store_true", help="show what would run and end; nothing is written")
-    parser.add_argument("--yes", "-y", action="store_true", help="do not ask; an experiment never does")
+    parser.add_argument(
+        "--yes",
+        "-y",
+        action="store_true",
+        help="accepted for scripts that pass it, as dispatch into containers does; an experiment never asks",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document with the records on stdout")
     parser.set_defaults(run=run)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from lem.cli.selection import problem_documents, tell_problems
 from lem.cli.streams import terminal_width, write_json
 from lem.errors import ExitCode, UserError
-from lem.units import plural
+from lem.units import parse_percentage, plural
 
 if TYPE_CHECKING:
     from lem.results.fleet_plan import FleetPlan
@@ -35,23 +35,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", type=Path, metavar="PLAN", help="the stored plan: its run alone, and what is lacking")
     parser.add_argument(
         "--anchor-tolerance",
-        type=_percent,
+        type=_percentage,
         default=0.05,
-        metavar="P%",
+        metavar="PERCENT%",
         help="how far apart hosts may be in the anchor of the plan (default: 5%%)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.set_defaults(run=run)
 
 
-def _percent(text: str) -> float:
+def _percentage(text: str) -> float:
     try:
-        value = float(text.removesuffix("%")) / 100
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no percentage, such as 5%")
-    return value
+        return parse_percentage(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:

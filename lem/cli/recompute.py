@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lem.durable import reason_of
-from lem.errors import LemError
 from lem.units import format_quantity
 
 if TYPE_CHECKING:
+    from lem.config.experiment_config import ExperimentConfig
     from lem.meters.external import ExternalReadings
     from lem.meters.recompute import Recomputed
     from lem.results.repository import StoredResult
@@ -43,13 +43,13 @@ class Outcome:
 def recompute_result(result: StoredResult) -> Outcome:
     """The record of one attempt beside what its samples say."""
     from lem.meters.recompute import has_energy, recompute
-    from lem.meters.samples import FINISHED_FILENAME, SampleLogError, read_finished
+    from lem.meters.refusal import MeterRefused
+    from lem.meters.samples import FINISHED_FILENAME, read_finished
 
     folder = result.path.parent
     try:
         log, marks = read_finished(folder / FINISHED_FILENAME)
         config = _read_config(folder)
-        found = recompute(result.record, config, log, marks, _read_external(config.measurement.external_csv))
     except FileNotFoundError as error:
         name = Path(error.filename).name
         if name == FINISHED_FILENAME and not has_energy(result.record):
@@ -57,8 +57,13 @@ def recompute_result(result: StoredResult) -> Outcome:
         return Outcome(result, "impossible", f"there is no {name} (samples are kept unless timeseries.save is false)")
     except OSError as error:
         return Outcome(result, "impossible", f"{error.filename}: {reason_of(error)}")
-    except (LemError, SampleLogError, ValueError) as error:
+    except ValueError as error:
         return Outcome(result, "impossible", str(error))
+    external = _read_external(config.measurement.external_csv)
+    try:
+        found = recompute(result.record, config, log, marks, external)
+    except MeterRefused as error:
+        return Outcome(result, "impossible", error.message)
     return Outcome(result, "agrees" if found.agrees else "differs", "; ".join(found.notes), found)
 
 
@@ -97,7 +102,13 @@ def write_outcomes(out: TextIO, outcomes: Sequence[Outcome]) -> None:
     out.write(f"{good} of {len(outcomes)} results agree with their samples\n")
 
 
-def _read_config(folder: Path) -> Any:
+def _read_config(folder: Path) -> ExperimentConfig:
+    """The resolved configuration of an attempt.
+
+    Raises:
+        OSError: its file cannot be read.
+        ValueError: it holds something else.
+    """
     from lem import durable
     from lem.config.experiment_config import ExperimentConfig
     from lem.results.attempt import CONFIG_FILE

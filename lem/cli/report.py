@@ -106,8 +106,10 @@ def _traces(results: Sequence[StoredResult]) -> tuple[list[tuple[Record, Trace]]
     for item in results:
         path = item.path.parent / FINISHED_FILENAME
         try:
-            traces.append((item.record, trace_of(*read_finished(path))))
-        except (SampleLogError, OSError, IndexError, TypeError, ValueError) as error:
+            log, marks = read_finished(path)
+        except (SampleLogError, OSError) as error:
             message = str(error).removeprefix(f"{path}: ")
             notes.append(TraceNote("/".join(path.parts[-4:]), message))
+            continue
+        traces.append((item.record, trace_of(log, marks)))
     return traces, notes

@@ -26,7 +26,7 @@ __all__ = [
     "CampaignConfig",
     "CampaignDaemonConfig",
     "CampaignExecutionConfig",
-    "CampaignExperimentEntry",
+    "CampaignExplicitExperiment",
     "CampaignGridConfig",
     "CampaignHealthCheckConfig",
     "CampaignIOConfig",
@@ -173,7 +173,7 @@ def _check_axis(
 
 
 @dataclass(frozen=True)
-class CampaignExperimentEntry(Section):
+class CampaignExplicitExperiment(Section):
     """One experiment: a file with overrides, or the experiment itself written in place."""
 
     alternative: ClassVar[type[Section] | None] = ExperimentConfig
@@ -387,7 +387,7 @@ class CampaignConfig(Section):
         (), description="Experiment files, relative to the campaign file.", takes_scalar=True
     )
     grid: CampaignGridConfig | None = option(None, description="Experiments as the product of axes.")
-    experiments: tuple[CampaignExperimentEntry, ...] = option((), description="Experiments one by one.")
+    experiments: tuple[CampaignExplicitExperiment, ...] = option((), description="Experiments one by one.")
     execution: CampaignExecutionConfig = option(CampaignExecutionConfig(), description="How often and in which order.")
     schedule: CampaignScheduleConfig | None = option(None, description="When to start.")
     health_check: CampaignHealthCheckConfig = option(CampaignHealthCheckConfig(), description="Looks at containers.")

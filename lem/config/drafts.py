@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
-from lem.config.campaign_config import CampaignConfig, CampaignExperimentEntry
+from lem.config.campaign_config import CampaignConfig, CampaignExplicitExperiment
 from lem.config.defaults import with_campaign_defaults
 from lem.config.experiment_config import ExperimentConfig
 from lem.config.inheritance import Located, Reader, preset_source, read_file
@@ -110,7 +110,7 @@ class DraftCollector:
         return self._finish(source, file)
 
     def _with_overrides(self, source: Source, overrides: Mapping[str, Any], path: Path) -> Source:
-        nested = CampaignExperimentEntry.nest_overrides(overrides)
+        nested = CampaignExplicitExperiment.nest_overrides(overrides)
         layer = self._source.layer_of(path[:1])
         document = layer.document if layer is not None else None
         kind, label = (layer.kind, layer.label) if layer is not None else ("file", "overrides")

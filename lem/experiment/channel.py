@@ -27,6 +27,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType, NoneType
 from typing import Any
 
+from lem.jsontypes import shown
+
 __all__ = [
     "LOADING_PHASES",
     "LOAD_PHASE",
@@ -160,10 +162,11 @@ class RunRequest:
             ChannelError: a field is missing, unknown or of another type.
         """
         fields = {"secrets": {}, **{key: value for key, value in message.items() if key != "type"}}
-        try:
-            request = cls(**fields)
-        except TypeError as error:
-            raise ChannelError(f"run: {error}") from error
+        known = {item.name for item in dataclasses.fields(cls)}
+        strange = sorted((fields.keys() - known) | (_required_fields() - fields.keys()))
+        if strange:
+            raise ChannelError(f"run: missing or unknown: {', '.join(map(shown, strange[:5]))}")
+        request = cls(**fields)
         for name, kinds in _REQUEST_FIELDS.items():
             if not isinstance(getattr(request, name), kinds):
                 raise ChannelError(f"run: {name} is of the wrong type")
@@ -174,6 +177,15 @@ class RunRequest:
         if "experiment_id" not in request.identity:
             raise ChannelError("run: identity has no experiment_id")
         return request
+
+
+def _required_fields() -> set[str]:
+    missing = dataclasses.MISSING
+    return {
+        item.name
+        for item in dataclasses.fields(RunRequest)
+        if item.default is missing and item.default_factory is missing
+    }
 
 
 def encode_line(message: Mapping[str, Any]) -> bytes:

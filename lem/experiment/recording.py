@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -93,10 +94,11 @@ def compose_record(found: Findings) -> Record:
 
 def _identity(found: Findings) -> Identity:
     start_utc = found.start_utc.astimezone(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    try:
-        return Identity(**found.request.identity, start_utc=start_utc, lem_version=__version__)
-    except TypeError as error:
-        raise EngineError(f"run: identity: {error}", kind="channel") from error
+    values = {**found.request.identity, "start_utc": start_utc, "lem_version": __version__}
+    known = {item.name for item in dataclasses.fields(Identity)}
+    if strange := sorted(known ^ values.keys()):
+        raise EngineError(f"run: identity: missing or unknown: {', '.join(strange)}", kind="channel")
+    return Identity(**values)
 
 
 def _validity(found: Findings) -> Validity:

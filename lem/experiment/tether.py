@@ -55,9 +55,11 @@ def _read_variables() -> Mapping[str, str]:
         line += byte
     try:
         found = json.loads(line)
-        return {str(name): str(value) for name, value in found.items()}
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise UserError(f"the first line of stdin is no JSON object of environment variables: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError("the first line of stdin is no JSON object of environment variables")
+    return {str(name): str(value) for name, value in found.items()}
 
 
 def _wait(child: process.Child[bytes]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lem.jsontypes import build_from, typed_fields
 from lem.meters.gpus import open_nvml, text_of
 
 __all__ = ["GpuProcess", "GpuReading", "GpuState", "read_gpus"]
@@ -62,19 +63,20 @@ class GpuReading:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> GpuReading:
-        """The reading that `to_dict` gave.
+        """The reading that `to_dict` gave; what else there is in the document is left alone.
 
         Raises:
             ValueError: something else.
         """
-        try:
-            gpus = tuple(
-                GpuState(**{**gpu, "processes": tuple(GpuProcess(**item) for item in gpu["processes"])})
-                for gpu in document["gpus"]
-            )
-            return cls(gpus, document["driver"], document["error"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a reading of GPUs: {error}") from error
+        values = typed_fields(cls, {name: document.get(name) for name in ("gpus", "driver", "error")}, "reading")
+        return cls(**{**values, "gpus": tuple(map(_decode_gpu, values["gpus"]))})
+
+
+def _decode_gpu(document: Any) -> GpuState:
+    values = typed_fields(GpuState, document, "gpu")
+    return GpuState(
+        **{**values, "processes": tuple(build_from(GpuProcess, item, "process") for item in values["processes"])}
+    )
 
 
 def read_gpus() -> GpuReading:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lem import durable
-from lem.jsontypes import build, build_from
+from lem.jsontypes import build, build_from, shown
 
 __all__ = [
     "FINISHED_FILENAME",
@@ -311,8 +311,11 @@ def read_tail(path: Path, most_b: int = 8192) -> list[Row]:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - most_b))
             lines = file.read().split(b"\n")[1:-1]  # the first may have lost its beginning, the last its end
-        return [_decode_row(letter, values) for letter, *values in map(json.loads, lines)]
-    except (OSError, RecursionError, TypeError, ValueError):
+    except OSError:
+        return []
+    try:
+        return [_decode_row(*_split_row(json.loads(line))) for line in lines]
+    except (RecursionError, ValueError):
         return []
 
 
@@ -383,9 +386,9 @@ class _Rows:
                 if self._header is None:
                     self._take_header(value)
                 else:
-                    self._take_row(*value)
+                    self._take_row(*_split_row(value))
                 self._next += 1
-        except (RecursionError, TypeError, ValueError) as error:
+        except (RecursionError, ValueError) as error:
             raise SampleLogError(f"{self._path}:{self._next}: not a sample log: {error}") from error
 
     def log(self) -> SampleLog:
@@ -397,7 +400,7 @@ class _Rows:
         header = self._header = _decode_header(document)
         self._places = {"c": len(header.gpus), "s": len(header.gpus), "p": len(header.gpus), "r": len(header.zones)}
 
-    def _take_row(self, letter: Any, *values: Any) -> None:
+    def _take_row(self, letter: Any, values: Sequence[Any]) -> None:
         row = _decode_row(letter, values)
         if letter in self._places and not 0 <= values[0] < self._places[letter]:
             raise ValueError(f"a row of device {values[0]}, which the header does not have")
@@ -423,6 +426,13 @@ def _decode_marks(document: Any) -> tuple[Mark, ...]:
     if not isinstance(marks, list) or not all(isinstance(item, list) for item in marks):
         raise ValueError("it does not begin with marks")
     return tuple(build(Mark, item) for item in marks)
+
+
+def _split_row(value: Any) -> tuple[Any, Sequence[Any]]:
+    """The kind of a row, and its values."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"not a row: {shown(value)}")
+    return value[0], value[1:]
 
 
 def _decode_row(letter: Any, values: Sequence[Any]) -> Row:

@@ -184,15 +184,23 @@ def verify_bundle(folder: Path, signer: Signer | None) -> dict[str, Any]:
             raise UserError(f"bundle {folder}: {_some(strange)} is in no list of its sums", "bring it over again")
         if changed := [name for name, digest in sums.items() if _digest(folder / name) != digest]:
             raise UserError(f"bundle {folder}: changed since it was made: {_some(changed)}", "bring it over again")
-        manifest: dict[str, Any] = durable.read_json(folder / MANIFEST)
+        manifest = _read_manifest(folder)
     except OSError as error:
         raise UserError(f"bundle {error.filename or folder}: {reason_of(error)}") from error
-    except ValueError as error:
-        raise UserError(f"bundle {folder}: {MANIFEST} is broken: {error}") from error
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
             f"bundle {folder}: its schema is {manifest.get('schema_version')}, this lem reads {SCHEMA_VERSION}"
         )
+    return manifest
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = durable.read_json(folder / MANIFEST)
+    except ValueError as error:
+        raise UserError(f"bundle {folder}: {MANIFEST} is broken: {error}") from error
+    if not isinstance(manifest, dict):
+        raise UserError(f"bundle {folder}: {MANIFEST} is broken: expected an object")
     return manifest
 
 
@@ -209,7 +217,8 @@ def _verify_signature(folder: Path, signer: Signer) -> None:
 
 def _read_sums(folder: Path) -> dict[str, str]:
     sums = {}
-    for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
+    # A byte that is no UTF-8 makes a line that is no sum, or a name that is not there.
+    for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines():
         found = _LINE.fullmatch(line)
         if found is None:
             raise UserError(f"bundle {folder}: {SUMS} has a line that is no sum: {line[:80]!r}")

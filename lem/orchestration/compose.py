@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+from lem.jsontypes import shown
 from lem.orchestration.docker import CALL_TIMEOUT_S, ContainerError, Docker, explain
 from lem.process import Finished
 
@@ -127,9 +129,8 @@ class Compose:
                 raise error
             raise ContainerError(error.message, "mend the file; lem compose prints one that works", kind="compose_file")
         try:
-            services = json.loads(finished.stdout)["services"]
-            return {name: Service(name, item.get("image"), _has_gpu(item)) for name, item in services.items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            return _decode_services(finished.stdout)
+        except ValueError as error:
             raise ContainerError(
                 f"`docker compose config` answered something else than a project: {finished.stdout[:120]!r}",
                 "is docker compose 2.17 or newer?",
@@ -169,17 +170,8 @@ def decode_states(text: str) -> tuple[ContainerState, ...]:
         ContainerError: kind `compose`, the text is neither.
     """
     try:
-        return tuple(
-            ContainerState(
-                service=str(item["Service"]),
-                state=str(item["State"]).lower(),
-                container_id=str(item.get("ID", "")),
-                exit_code=int(item.get("ExitCode") or 0),
-                health=str(item.get("Health") or "").lower(),
-            )
-            for item in _objects(text)
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return tuple(map(_decode_state, _objects(text)))
+    except ValueError as error:
         raise ContainerError(
             f"`docker compose ps` printed something that is not known: {text[:120]!r}",
             "versions 2.17 to 5 are known",
@@ -187,21 +179,73 @@ def decode_states(text: str) -> tuple[ContainerState, ...]:
         ) from error
 
 
-def _objects(text: str) -> Iterator[Mapping[str, Any]]:
+def _decode_state(item: Any) -> ContainerState:
+    if not isinstance(item, dict) or not {"Service", "State"} <= item.keys():
+        raise ValueError("a container without service or state")
+    exit_code = item.get("ExitCode") or 0
+    if not isinstance(exit_code, (int, str)):
+        raise ValueError("an exit code that is no number")
+    return ContainerState(
+        service=str(item["Service"]),
+        state=str(item["State"]).lower(),
+        container_id=str(item.get("ID", "")),
+        exit_code=int(exit_code),
+        health=str(item.get("Health") or "").lower(),
+    )
+
+
+def _objects(text: str) -> Iterator[Any]:
     for line in text.splitlines() if not text.lstrip().startswith("[") else [text]:
         if line.strip():
             found = json.loads(line)
             yield from found if isinstance(found, list) else [] if found is None else [found]
 
 
+def _decode_services(text: str) -> dict[str, Service]:
+    """The services that `config --format json` printed, by name.
+
+    Raises:
+        ValueError: the text is something else.
+    """
+    services = _object(json.loads(text), "the project").get("services")
+    found = {}
+    for name, described in _object(services, "services").items():
+        service = _object(described, name)
+        image = service.get("image")
+        if not isinstance(image, (str, NoneType)):
+            raise ValueError(f"{name}: an image that is no text")
+        found[name] = Service(name, image, _has_gpu(service))
+    return found
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{what}: expected an object, got {shown(value)}")
+    return value
+
+
+def _list(value: Any, what: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{what}: expected a list, got {shown(value)}")
+    return value
+
+
 def _has_gpu(service: Mapping[str, Any]) -> bool:
-    """Whether a resolved service asks for a GPU, in any of the ways there are."""
-    reservations = ((service.get("deploy") or {}).get("resources") or {}).get("reservations") or {}
-    wanted: Sequence[Mapping[str, Any]] = reservations.get("devices") or ()
+    """Whether a resolved service asks for a GPU, in any of the ways there are.
+
+    Raises:
+        ValueError: it is described in no way that Compose has.
+    """
+    found = service
+    for key in ("deploy", "resources", "reservations"):
+        found = _object(found.get(key) or {}, key)
+    wanted = [_object(item, "a reserved device") for item in _list(found.get("devices") or [], "reserved devices")]
     if service.get("runtime") == "nvidia" or service.get("gpus"):
         return True
-    if any("gpu" in (item.get("capabilities") or ()) or item.get("driver") in ("nvidia", "cdi") for item in wanted):
+    if any("gpu" in _list(item.get("capabilities") or [], "capabilities") for item in wanted):
         return True
-    devices = service.get("devices") or ()
+    if any(item.get("driver") in ("nvidia", "cdi") for item in wanted):
+        return True
+    devices = _list(service.get("devices") or [], "devices")
     names = (str(item.get("source", "")) if isinstance(item, Mapping) else str(item) for item in devices)
     return any(name.startswith(("nvidia.com/gpu", "/dev/nvidia")) for name in names)

@@ -167,7 +167,11 @@ class ContainerManager:
         return judge(service, reading, own, gpu_memory_threshold_pct)
 
     def restart_service(self, service: str, gpu_memory_threshold_pct: float = 90.0) -> bool:
-        """Whether a service is healthy again after a restart, or else in a new container.
+        """Whether a service is healthy again after a restart, or else in a new container."""
+        return self._restarted(service, gpu_memory_threshold_pct).healthy
+
+    def _restarted(self, service: str, gpu_memory_threshold_pct: float) -> ContainerHealthStatus:
+        """The health after a restart and, if that did not help, in a new container.
 
         A restart keeps what the container was made of, its GPUs included; a new container does not.
         """
@@ -180,25 +184,25 @@ class ContainerManager:
                 continue
             status = self.check_health(service, gpu_memory_threshold_pct)
             if status.healthy:
-                return True
+                return status
             _logger.warning("%s is still unhealthy: %s", service, status.reason)
-        return False
+        return self.check_health(service, gpu_memory_threshold_pct)
 
-    def check_and_recover(self, service: str, gpu_memory_threshold_pct: float = 90.0, max_restarts: int = 3) -> bool:
-        """Whether a service is healthy, at once or after restarts.
+    def check_and_recover(
+        self, service: str, gpu_memory_threshold_pct: float = 90.0, max_restarts: int = 3
+    ) -> ContainerHealthStatus:
+        """The health of a service after as many restarts as it needs and may have.
 
         Args:
-            max_restarts: over the life of this manager, for each service.
+            max_restarts: for each service, over the life of this manager, which is one campaign.
         """
         status = self.check_health(service, gpu_memory_threshold_pct)
         while not status.healthy and self._restarts[service] < max_restarts:
             self._restarts[service] += 1
             count = f"{self._restarts[service]} of {max_restarts}"
             _logger.warning("%s is unhealthy: %s; restart %s", service, status.reason, count)
-            if self.restart_service(service, gpu_memory_threshold_pct):
-                return True
-            status = self.check_health(service, gpu_memory_threshold_pct)
-        return status.healthy
+            status = self._restarted(service, gpu_memory_threshold_pct)
+        return status
 
     def teardown(self, timeout: float = 30) -> None:
         """Stop and remove the containers and the network of the project; what is not there is fine.

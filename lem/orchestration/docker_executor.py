@@ -174,14 +174,14 @@ class DockerExecutor:
         """
         health, manager = self.health, self.manager
         limit = health.max_restarts if health.restart_on_failure else 0
-        if manager.check_and_recover(service, health.gpu_memory_threshold_pct, limit):
+        status = manager.check_and_recover(service, health.gpu_memory_threshold_pct, limit)
+        if status.healthy:
             self._suspect.discard(service)
             return
-        reason = manager.check_health(service, health.gpu_memory_threshold_pct).reason
         used = manager.restarts.get(service, 0)
         tried = f"does not come back after {used} restart{'s' if used > 1 else ''}"
         raise ContainerLost(
-            f"the container of {service} {tried if used else 'may not be restarted'}: {reason}",
+            f"the container of {service} {tried if used else 'may not be restarted'}: {status.reason}",
             "lem doctor shows what is missing; then go on with --resume",
         )
 

@@ -38,10 +38,11 @@ def notify(url: str, payload: Mapping[str, Any]) -> Notification:
 
 
 def _post(url: str, payload: dict[str, Any]) -> None:
+    data = json.dumps(payload, ensure_ascii=False).encode("utf-8")
     try:
         request = urllib.request.Request(  # noqa: S310 - the scheme is checked with the configuration
             url,
-            data=json.dumps(payload, ensure_ascii=False).encode("utf-8"),
+            data=data,
             headers={"Content-Type": "application/json", "User-Agent": "lem"},
             method="POST",
         )

@@ -170,8 +170,8 @@ class Services:
         if finished.code != 0:
             raise explain(finished, doing)
         try:
-            return GpuReading.from_dict(json.loads(finished.stdout.splitlines()[-1]))
-        except (ValueError, IndexError, TypeError) as error:
+            return _decode_reading(finished.stdout)
+        except ValueError as error:
             raise ContainerError(f"{doing}: it answered {finished.stdout[:120]!r}") from error
 
     def clear(self, service: str, mark: str) -> None:
@@ -221,3 +221,16 @@ class Services:
 
     def _call_lem(self, service: str, *arguments: str, timeout_s: float) -> process.Finished:
         return self.compose.docker.call(self.exec_command(service, *arguments)[1:], timeout_s=timeout_s)
+
+
+def _decode_reading(printed: str) -> GpuReading:
+    """The reading in the last line of what `lem gpus --json` printed; what stands before it is an image's own.
+
+    Raises:
+        ValueError: it is none.
+    """
+    lines = printed.splitlines()
+    document = json.loads(lines[-1]) if lines else None
+    if not isinstance(document, dict):
+        raise ValueError("it is no object")
+    return GpuReading.from_dict(document)

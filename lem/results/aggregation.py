@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lem.jsontypes import shown
 from lem.record import GPU_SOURCES, TDP_ESTIMATE, Record
 from lem.record_codec import RecordError, decode_record
 from lem.results.bootstrap import BootstrapResult, bootstrap_ci, check_confidence
@@ -212,9 +213,11 @@ def aggregate_config(
 def _as_record(config_name: str, index: int, item: Record | Mapping[str, Any]) -> Record:
     if isinstance(item, Record):
         return item
+    if not isinstance(item, Mapping):
+        raise RecordError(f"{config_name}: result {index + 1}: expected an object, got {shown(item)}")
     try:
         return decode_record(dict(item))
-    except (RecordError, TypeError, ValueError) as error:
+    except RecordError as error:
         raise RecordError(f"{config_name}: result {index + 1}: {error}") from error
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from lem.errors import UserError
 from lem.results.effect import Effect
 from lem.results.metrics import METRICS, Metric
 from lem.results.statistics import student_t_quantile
+from lem.units import parse_percentage
 
 __all__ = [
     "MOST_FURTHER_CYCLES",
@@ -38,8 +38,6 @@ _ALIASES = {
     "itl": "itl_p50_s",
     "e2e": "e2e_p50_s",
 }
-_GATE = re.compile(r"(?P<metric>[^=]+)=(?P<percent>[0-9]+(?:[.][0-9]+)?)\s*%")
-_MOST_PERCENT = 100.0
 
 
 class Verdict(enum.Enum):
@@ -112,11 +110,17 @@ def parse_gate(text: str) -> Gate:
     Raises:
         UserError: anything else, an unknown metric, a threshold outside 0 to 100 %.
     """
-    match = _GATE.fullmatch(text.strip())
-    percent = float(match["percent"]) if match else 0.0
-    if match is None or not 0 < percent <= _MOST_PERCENT:
-        raise UserError(f"--gate {text!r} is not METRIC=PERCENT%", "for example --gate energy_per_output_tok_j=3%")
-    return Gate(parse_metric(match["metric"], is_for_gate=True), percent / 100)
+    metric, is_written, percentage = text.strip().partition("=")
+    hint = "for example --gate energy_per_output_tok_j=3%"
+    if not is_written or not metric:
+        raise UserError(f"--gate {text!r} is not METRIC=PERCENT%", hint)
+    try:
+        threshold = parse_percentage(percentage)
+    except ValueError as error:
+        raise UserError(f"--gate {text!r}: {error}", hint) from error
+    if not 0 < threshold <= 1:
+        raise UserError(f"--gate {text!r}: expected more than 0% and at most 100%, got {percentage!r}", hint)
+    return Gate(parse_metric(metric, is_for_gate=True), threshold)
 
 
 def judge(questions: Sequence[tuple[Gate, Effect | None, str]], *, confidence: float = 0.95) -> tuple[Judgement, ...]:

@@ -12,11 +12,13 @@ from typing import Any
 
 from lem import durable
 from lem.durable import make_folder, reason_of
+from lem.jsontypes import build_from, typed_fields
 from lem.record import Record
 from lem.results.aggregation import SHARED_LOAD, aggregate_config
 from lem.results.attempt import stopping_campaign
 from lem.results.metrics import METRICS
 from lem.results.statistics import LogTInterval
+from lem.units import parse_percentage
 
 __all__ = [
     "LEAST_CYCLES",
@@ -53,7 +55,7 @@ _SCHEMA_VERSION = 1
 _DEFAULT_METRICS = ("energy_per_output_tok_j", "output_tok_per_s")
 _METRIC_NAMES = tuple(metric.name for metric in METRICS)
 
-_TARGET = re.compile(r"ci=(?P<percent>[0-9]+(?:[.][0-9]+)?)%(?::(?P<metric>[a-z0-9_]+))?")
+_TARGET = re.compile(r"ci=(?P<half_width>[^:]+)(?::(?P<metric>[a-z0-9_]+))?")
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,11 @@ def parse_target(text: str) -> Target:
     match = _TARGET.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{text!r} is no target; write it like ci=2% or ci=2%:output_tok_per_s")
-    half_width, metric = float(match["percent"]) / 100, match["metric"]
+    metric = match["metric"]
+    try:
+        half_width = parse_percentage(match["half_width"])
+    except ValueError as error:
+        raise ValueError(f"{text!r}: {error}") from error
     if not 0 < half_width < 1:
         raise ValueError(f"{text!r}: a width over 0 and under 100 % is due")
     if metric is not None and metric not in _METRIC_NAMES:
@@ -211,20 +217,27 @@ def read_stopping_rule(run_folder: Path) -> StoppingRule | None:
     """
     path = run_folder / STOPPING_FILE
     try:
-        document = durable.read_json(path)
-        target = document["target"]
-        return StoppingRule(
-            Target(float(target["half_width"]), None if target["metric"] is None else str(target["metric"])),
-            int(document["least_cycles"]),
-            int(document["most_cycles"]),
-        )
+        return _decode_rule(durable.read_json(path))
     except FileNotFoundError:
         return None
     except OSError as error:
         _logger.warning("%s: %s: whether the number of cycles was fixed is not known", path, reason_of(error))
-    except (ValueError, TypeError, KeyError):
+    except ValueError:
         _logger.warning("%s is broken: whether the number of cycles was fixed is not known", path)
     return None
+
+
+def _decode_rule(document: Any) -> StoppingRule:
+    """The rule that `stopping_document` gave.
+
+    Raises:
+        ValueError: something else.
+    """
+    if not isinstance(document, dict):
+        raise ValueError("not a stopping rule")
+    found = {name: document.get(name) for name in ("target", "least_cycles", "most_cycles")}
+    values = {**found, "target": build_from(Target, found["target"], "target")}
+    return StoppingRule(**typed_fields(StoppingRule, values, "rule"))
 
 
 def _metric_measured(groups: Iterable[Sequence[Record]]) -> str:

@@ -124,6 +124,7 @@ def test_a_host_that_is_not_fit_is_refused_before_anything_changes(fleet, variab
         ({}, "lem_campaign_file=… names the campaign"),
         ({"lem_campaign_file": "@broken", "lem_fleet_mode": "shard"}, "unknown key"),
         ({"lem_campaign_file": "@good", "lem_fleet_mode": "both"}, "shard or replicate"),
+        ({"lem_campaign_file": "@good", "lem_fleet_anchor_tolerance": "0.05"}, "expected a percentage"),
     ],
 )
 def test_errors_of_a_campaign_are_found_before_any_host_is_touched(fleet, variables, said):

@@ -45,7 +45,7 @@ def _inside(rig, line):
 def test_a_container_whose_gpu_has_room_is_healthy(manager):
     status = manager.check_health(SERVICE)
     assert (status.healthy, status.gpu_memory_used_gb, status.gpu_memory_total_gb) == (True, 2.0, 80.0)
-    assert manager.check_and_recover(SERVICE)
+    assert manager.check_and_recover(SERVICE).healthy
     assert manager.restarts == {}
 
 
@@ -100,7 +100,7 @@ def test_a_container_that_a_restart_does_not_help_is_replaced_and_healthy_again(
     _inside(rig, "lost 0 999")
     assert manager.check_health(SERVICE).healthy is False
     restarts = manager.restarts.get(SERVICE, 0)
-    assert manager.check_and_recover(SERVICE)
+    assert manager.check_and_recover(SERVICE).healthy
     assert rig.container() != before
     assert manager.restarts[SERVICE] == restarts + 1
     assert manager.check_health(SERVICE).healthy
@@ -109,7 +109,7 @@ def test_a_container_that_a_restart_does_not_help_is_replaced_and_healthy_again(
 def test_a_gpu_that_stays_lost_is_given_up_after_the_restarts_allowed(rig, manager):
     rig.nvml.say("lost 0 999")
     used = manager.restarts.get(SERVICE, 0)
-    assert manager.check_and_recover(SERVICE, max_restarts=used + 1) is False
+    assert manager.check_and_recover(SERVICE, max_restarts=used + 1).healthy is False
     assert manager.restarts[SERVICE] == used + 1
 
 
@@ -119,7 +119,7 @@ def test_a_container_that_is_paused_or_killed_is_unhealthy_and_recovers(rig, man
         status = manager.check_health(SERVICE)
         assert status.healthy is False
         assert text in status.reason
-        assert manager.check_and_recover(SERVICE, max_restarts=99)
+        assert manager.check_and_recover(SERVICE, max_restarts=99).healthy
         assert manager.check_health(SERVICE).healthy
 
 

@@ -93,7 +93,7 @@ def test_a_restarted_service_is_the_same_container_and_a_broken_one_is_not(
     assert rig.containers()["pytorch"] == first
     docker("rm", "--force", first)
     assert not manager.is_service_running("pytorch")
-    assert manager.check_and_recover("pytorch")
+    assert manager.check_and_recover("pytorch").healthy
     assert rig.containers()["pytorch"] != first
 
 

@@ -24,6 +24,28 @@ def test_what_is_no_duration_is_refused_by_name(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "fraction"),
+    [("5%", 0.05), (" 0.5 % ", 0.005), (".5%", 0.005), ("+5%", 0.05), ("0%", 0.0), ("1e1%", 0.1), ("150%", 1.5)],
+)
+def test_percentages_are_read_as_fractions(text: str, fraction: float) -> None:
+    assert units.parse_percentage(text) == pytest.approx(fraction)
+
+
+@pytest.mark.parametrize("text", ["5", "0.05", " 3 "])
+def test_a_percentage_without_its_sign_is_refused_with_a_hint(text: str) -> None:
+    with pytest.raises(ValueError, match=f"{text!r}; add the % sign"):
+        units.parse_percentage(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "%", "-1%", "much", "5%%", "nan%", "inf%", "1_0%", "1e999%", "\N{ARABIC-INDIC DIGIT FIVE}%"]
+)
+def test_what_is_no_percentage_is_refused_by_name(text: str) -> None:
+    with pytest.raises(ValueError, match=f"got {text!r}$"):
+        units.parse_percentage(text)
+
+
+@pytest.mark.parametrize(
     ("seconds", "text"),
     [
         (0, "0.0 s"),

@@ -71,3 +71,24 @@ def test_what_cannot_be_loaded_is_an_error_of_the_model_that_would_come_again(tm
     with pytest.raises(EngineError) as caught:
         create().load(experiment, {})
     assert (caught.value.kind, caught.value.is_permanent) == ("model", True)
+
+
+def test_an_index_of_weights_that_is_broken_is_an_error_of_the_model(tmp_path: Path) -> None:
+    from lem.backends.checkpoints import identify
+
+    source = checkpoint(tmp_path, json.dumps(LLAMA))
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": [1]}', encoding="utf-8")
+    with pytest.raises(EngineError, match="weight_map") as caught:
+        identify(source)
+    assert (caught.value.kind, caught.value.is_permanent) == ("model", True)
+
+
+def test_only_what_a_call_is_known_to_raise_is_explained() -> None:
+    from lem.backends.model_sources import explained
+    from lem.backends.weights import WEIGHT_FAILURES
+
+    with pytest.raises(EngineError, match="weights of m: a file"), explained("weights of m", WEIGHT_FAILURES):
+        raise OSError("a file")
+    with pytest.raises(TypeError), explained("weights of m", WEIGHT_FAILURES):
+        raise TypeError("a bug of lem")

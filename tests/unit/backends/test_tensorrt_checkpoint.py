@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lem.backends.tensorrt_checkpoint import check_checkpoint, documents_of, quantization_of
+from lem.backends.tensorrt_checkpoint import check_checkpoint, documents_of, quantization_of, vocabulary_of
 from lem.backends.tensorrt_options import EngineFacts
 from lem.config.experiment_config import ExperimentConfig
-from lem.errors import OptionRefused
+from lem.errors import EngineError, OptionRefused
 
 NOTHING: frozenset[str] = frozenset()
 FACTS = EngineFacts("1.3.0", NOTHING, NOTHING, NOTHING, NOTHING, has_penalties=True)
@@ -98,3 +99,34 @@ def test_documents_that_are_absent_or_broken_are_left_out(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text('{"dtype": "float16"}', encoding="utf-8")
     (tmp_path / "hf_quant_config.json").write_text("{", encoding="utf-8")
     assert documents_of(tmp_path) == {"config.json": {"dtype": "float16"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "where"),
+    [
+        ("config.json", "[1]", "config.json: expected an object, got [1]"),
+        ("config.json", '"text"', "config.json: expected an object, got 'text'"),
+        ("config.json", '{"quantization_config": "awq"}', "config.json: quantization_config: expected an object"),
+        ("config.json", '{"text_config": [1]}', "config.json: text_config: expected an object, got [1]"),
+        ("hf_quant_config.json", "[1]", "hf_quant_config.json: expected an object"),
+        ("hf_quant_config.json", '{"quantization": "FP8"}', "hf_quant_config.json: quantization: expected an object"),
+    ],
+)
+def test_a_document_of_another_shape_is_an_error_of_the_checkpoint(
+    tmp_path: Path, name: str, text: str, where: str
+) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(EngineError) as caught:
+        documents_of(tmp_path)
+    assert f"{tmp_path}/{where}" in caught.value.message
+    assert (caught.value.kind, caught.value.is_permanent) == ("model", True)
+
+
+@pytest.mark.parametrize("described", [{"dtype": 7}, {"quantization_config": None}, {"vocab_size": "many"}])
+def test_values_of_another_type_are_shown_or_left_out(tmp_path: Path, described: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    documents = documents_of(tmp_path)
+    assert quantization_of(documents) is None
+    assert vocabulary_of(documents) is None
+    with pytest.raises(OptionRefused, match="fp_precision: float16"):
+        check(documents, fp_precision="float16")

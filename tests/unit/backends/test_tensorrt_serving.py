@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from lem.backends.protocol import Completion, TokenRequest, say_nothing
+from lem.backends.refusals import EngineRaised
 from lem.backends.tensorrt_serving import Server
 from lem.errors import EngineError
 
@@ -235,3 +236,53 @@ def test_a_queue_that_refuses_an_answer_fails_serving() -> None:
 
     with pytest.raises(EngineError, match="did not have"):
         server(Engine()).serve(Refusing([request(0)], [request(1)]))
+
+
+@pytest.mark.parametrize("name", ["run_closed", "run_alone"])
+def test_an_engine_that_fails_is_no_failure_of_a_request(name: str) -> None:
+    engine = Engine(at_2={"error": AssertionError("a check of its own")})
+    with pytest.raises(EngineRaised) as caught:
+        getattr(server(engine), name)([request(0), request(1, 2)], say_nothing)
+    assert isinstance(caught.value.error, AssertionError)
+
+
+def test_an_engine_that_fails_in_traffic_fails_serving() -> None:
+    engine = Engine(at_2={"error": AssertionError("a check of its own")})
+    with pytest.raises(EngineRaised, match="a check of its own"):
+        server(engine).serve(Arrivals([request(0, 2)]))
+
+
+def test_parameters_that_the_engine_refuses_fail_the_request() -> None:
+    def refuse(_request: TokenRequest) -> Any:
+        raise EngineRaised(TypeError("no such argument"))
+
+    (found,) = Server(Engine(), refuse, longest=(10, 16)).run_closed([request(0)], say_nothing)
+    assert found.error == "no such argument"
+
+
+class WhatLemRaises(TypeError):
+    """A bug of lem that looks like something an engine raises."""
+
+
+def test_a_bug_in_making_parameters_is_not_the_engines() -> None:
+    def make(_request: TokenRequest) -> Any:
+        raise WhatLemRaises
+
+    with pytest.raises(WhatLemRaises):
+        Server(Engine(), make, longest=(10, 16)).run_closed([request(0)], say_nothing)
+
+
+@pytest.mark.parametrize("is_served", [False, True])
+def test_a_bug_in_timing_tokens_is_not_the_engines(is_served: bool) -> None:
+    class Broken(Clock):
+        def __call__(self) -> int:
+            if self.now_s > 101:
+                raise WhatLemRaises
+            return super().__call__()
+
+    tried = server(Engine(), Broken())
+    with pytest.raises(WhatLemRaises):
+        if is_served:
+            tried.serve(Arrivals([request(0)]))
+        else:
+            tried.run_alone([request(0)], say_nothing)

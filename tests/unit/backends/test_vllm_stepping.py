@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from lem.backends.protocol import Completion, TokenRequest, say_nothing
+from lem.backends.refusals import EngineRaised
 from lem.backends.vllm_stepping import StepLoop
 from lem.errors import EngineError
 
@@ -33,6 +34,7 @@ class Forms:
 
     longest = 20
     rejections = (Rejected,)
+    failures = (RuntimeError,)
     adapter = "an adapter"
 
     def prompt(self, token_ids: Sequence[int], salt: str | None) -> Any:
@@ -54,18 +56,16 @@ class Work:
 
 
 class Engine:
-    """Answers a prompt with the numbers after its first id, `per_step` of them a step; a step takes one second.
+    """Answers a prompt with the numbers after its first id, `per_step` of them a step; a step takes one second."""
 
-    In a process of its own (`is_concurrent`) a step waits until there is something to do, as vLLM's does.
-    """
-
-    def __init__(self, *, per_step: int = 1, reason: str = "length", is_concurrent: bool = False) -> None:
+    def __init__(self, *, per_step: int = 1, reason: str = "length") -> None:
         self.now_s = 100.0
         self.seen: list[tuple[Any, str]] = []
         self.steps: list[list[str]] = []
+        self.callers: set[int] = set()
+        self.answers: queue.Queue[Any] | None = None
         self._per_step = per_step
         self._reason = reason
-        self._is_concurrent = is_concurrent
         self._arriving: queue.Queue[Work] = queue.Queue()
         self._working: list[Work] = []
         self.dies_at: int | None = None
@@ -74,6 +74,7 @@ class Engine:
         return round(self.now_s * S)
 
     def add_request(self, request_id: str, prompt: Any, params: Any, *, lora_request: Any = None) -> str:
+        self.callers.add(threading.get_ident())
         token_ids, _salt = prompt
         if token_ids[0] < 0:
             raise Rejected("id  -1 is\nno token")
@@ -82,8 +83,10 @@ class Engine:
         return request_id
 
     def step(self) -> list[Any]:
-        if self._is_concurrent and not self._working:
-            self._working.append(self._arriving.get(timeout=30))
+        self.callers.add(threading.get_ident())
+        return self.compute()
+
+    def compute(self) -> list[Any]:
         while not self._arriving.empty():
             self._working.append(self._arriving.get())
         self.steps.append([work.name for work in self._working])
@@ -116,6 +119,36 @@ class Engine:
         )
 
 
+class Apart(Engine):
+    """An engine in a process of its own, played by a thread: a step waits until it has put something there."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**more)
+        self.answers = queue.Queue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def step(self) -> list[Any]:
+        self.callers.add(threading.get_ident())
+        assert self.answers is not None
+        found = self.answers.get(timeout=30)
+        if isinstance(found, Exception):
+            raise found
+        return list(found)
+
+    def _work(self) -> None:
+        assert self.answers is not None
+        try:
+            while True:
+                if not self._working:
+                    self._working.append(self._arriving.get())
+                self.answers.put(self.compute())
+        except RuntimeError as error:
+            self.answers.put(error)
+
+
+ENGINES = pytest.mark.parametrize("kind", [Engine, Apart])
+
+
 class Arrivals:
     """A queue of groups; one is there once the one before it has been answered."""
 
@@ -143,8 +176,8 @@ def request(index: int, first_id: int, length: int = 3, maximum: int = 4) -> Tok
     return TokenRequest(index, (first_id, *range(length - 1)), maximum)
 
 
-def loop(engine: Engine, *, is_concurrent: bool = False) -> StepLoop:
-    return StepLoop(engine, Forms(), is_concurrent=is_concurrent, clock=engine.clock)
+def loop(engine: Engine) -> StepLoop:
+    return StepLoop(engine, Forms(), answers=engine.answers, clock=engine.clock)
 
 
 def test_a_closed_set_runs_together_and_is_timed_by_the_engine() -> None:
@@ -227,29 +260,27 @@ def test_an_answer_to_a_stranger_is_a_fault() -> None:
         loop(Confused()).run_alone([request(0, 10)], say_nothing)
 
 
-@pytest.mark.parametrize("is_concurrent", [False, True])
-def test_a_queue_is_worked_off_as_it_fills(is_concurrent: bool) -> None:
-    engine = Engine(is_concurrent=is_concurrent)
+@ENGINES
+def test_a_queue_is_worked_off_as_it_fills(kind: type[Engine]) -> None:
+    engine = kind()
     arrivals = Arrivals([request(0, 10), request(1, 30)], [request(2, 50)], [request(3, 70)])
-    loop(engine, is_concurrent=is_concurrent).serve(arrivals, is_salted=False)
+    loop(engine).serve(arrivals, is_salted=False)
     assert sorted(completion.index for completion in arrivals.completions) == [0, 1, 2, 3]
     assert [completion.output_ids[0] for completion in arrivals.completions[2:]] == [51, 71]
     assert all(completion.error is None for completion in arrivals.completions)
     assert all(completion.token_times_ns is not None for completion in arrivals.completions)
 
 
-@pytest.mark.parametrize("is_concurrent", [False, True])
-def test_requests_join_while_others_run(is_concurrent: bool) -> None:
+def test_requests_join_between_steps() -> None:
     """The second arrives when the first has one token of many: it does not wait for its end."""
-    engine = Engine(is_concurrent=is_concurrent)
     has_begun, is_in = threading.Event(), threading.Event()
 
     class Joining(Arrivals):
         def take(self, limit: int) -> tuple[TokenRequest, ...]:
-            if self._groups and len(self._groups) == 1:
+            if len(self._groups) == 1:
                 assert has_begun.wait(30)
             found = super().take(limit)
-            if not self._groups and found:
+            if not found:  # asked for more: the loop has what came before
                 is_in.set()
             self._awaited = 0
             return found
@@ -258,38 +289,79 @@ def test_requests_join_while_others_run(is_concurrent: bool) -> None:
         def step(self) -> list[Any]:
             outputs = super().step()
             has_begun.set()
-            # Python's threads take turns as they like: the next step waits until the arrival is on its way.
+            # Python's threads take turns as they like: the next step waits until the arrival is here.
             assert is_in.wait(30)
             return outputs
 
-    engine = Watched(is_concurrent=is_concurrent)
+    engine = Watched()
     arrivals = Joining([request(0, 10, maximum=15)], [request(1, 50, maximum=2)])
-    loop(engine, is_concurrent=is_concurrent).serve(arrivals, is_salted=False)
+    loop(engine).serve(arrivals, is_salted=False)
     assert [completion.index for completion in arrivals.completions] == [1, 0]
-    assert max(len(names) for names in engine.steps) == 2
+    assert engine.steps[1] == ["lem-1", "lem-2"]
 
 
-@pytest.mark.parametrize("is_concurrent", [False, True])
-def test_a_request_that_fails_at_the_door_is_answered_and_serving_goes_on(is_concurrent: bool) -> None:
-    engine = Engine(is_concurrent=is_concurrent)
+def test_requests_reach_an_engine_apart_while_it_computes() -> None:
+    """Its first step does not end before the second request is there, which no loop that waits in `step` can bring."""
+    is_computing, is_there = threading.Event(), threading.Semaphore(0)
+
+    class Waiting(Apart):
+        def add_request(self, request_id: str, prompt: Any, params: Any, *, lora_request: Any = None) -> str:
+            name = super().add_request(request_id, prompt, params, lora_request=lora_request)
+            is_there.release()
+            return name
+
+        def compute(self) -> list[Any]:
+            if not self.steps:
+                is_computing.set()
+                assert is_there.acquire(timeout=30)
+                assert is_there.acquire(timeout=30)
+            return super().compute()
+
+    class Joining(Arrivals):
+        def take(self, limit: int) -> tuple[TokenRequest, ...]:
+            if len(self._groups) == 1:
+                assert is_computing.wait(30)
+            found = super().take(limit)
+            self._awaited = 0
+            return found
+
+    engine = Waiting()
+    arrivals = Joining([request(0, 10)], [request(1, 50)])
+    loop(engine).serve(arrivals, is_salted=False)
+    assert sorted(completion.index for completion in arrivals.completions) == [0, 1]
+    assert engine.steps[0] == ["lem-1", "lem-2"]
+
+
+@ENGINES
+def test_only_the_thread_that_steps_the_engine_calls_it(kind: type[Engine]) -> None:
+    engine = kind()
+    arrivals = Arrivals([request(0, 10), request(1, 30)], [request(2, 50)])
+    loop(engine).serve(arrivals, is_salted=False)
+    assert len(arrivals.completions) == 3
+    assert engine.callers == {threading.get_ident()}
+
+
+@ENGINES
+def test_a_request_that_fails_at_the_door_is_answered_and_serving_goes_on(kind: type[Engine]) -> None:
+    engine = kind()
     arrivals = Arrivals([request(0, -1)], [request(1, 10, length=18)], [request(2, 50)])
-    loop(engine, is_concurrent=is_concurrent).serve(arrivals, is_salted=False)
+    loop(engine).serve(arrivals, is_salted=False)
     assert [completion.error is None for completion in arrivals.completions] == [False, False, True]
 
 
-@pytest.mark.parametrize("is_concurrent", [False, True])
-def test_a_prompt_that_comes_again_shares_nothing_with_itself(is_concurrent: bool) -> None:
-    engine = Engine(is_concurrent=is_concurrent)
+@ENGINES
+def test_a_prompt_that_comes_again_shares_nothing_with_itself(kind: type[Engine]) -> None:
+    engine = kind()
     groups = [[request(index, first_id)] for index, first_id in enumerate((10, 10, 50, 10))]
-    loop(engine, is_concurrent=is_concurrent).serve(Arrivals(*groups), is_salted=True)
+    loop(engine).serve(Arrivals(*groups), is_salted=True)
     assert [salt for (_ids, salt), _adapter in engine.seen] == [None, "2", None, "3"]
-    engine = Engine(is_concurrent=is_concurrent)
-    loop(engine, is_concurrent=is_concurrent).serve(Arrivals(*groups), is_salted=False)
+    engine = kind()
+    loop(engine).serve(Arrivals(*groups), is_salted=False)
     assert [salt for (_ids, salt), _adapter in engine.seen] == [None] * 4
 
 
-@pytest.mark.parametrize("is_concurrent", [False, True])
-def test_a_queue_that_fails_fails_serving(is_concurrent: bool) -> None:
+@ENGINES
+def test_a_queue_that_fails_fails_serving(kind: type[Engine]) -> None:
     class Broken(Arrivals):
         def take(self, limit: int) -> tuple[TokenRequest, ...]:
             if not self._groups:
@@ -297,22 +369,45 @@ def test_a_queue_that_fails_fails_serving(is_concurrent: bool) -> None:
             return super().take(limit)
 
     with pytest.raises(EngineError, match="the queue is broken"):
-        loop(Engine(is_concurrent=is_concurrent), is_concurrent=is_concurrent).serve(
-            Broken([request(0, 10)]), is_salted=False
-        )
+        loop(kind()).serve(Broken([request(0, 10)]), is_salted=False)
 
 
-@pytest.mark.parametrize("is_concurrent", [False, True])
-def test_an_engine_that_dies_fails_serving_at_once(is_concurrent: bool) -> None:
-    engine = Engine(is_concurrent=is_concurrent)
+@ENGINES
+def test_an_engine_that_dies_fails_serving_at_once(kind: type[Engine]) -> None:
+    engine = kind()
     engine.dies_at = 2
     arrivals = Arrivals([request(0, 10)], [request(1, 50)])
-    with pytest.raises(RuntimeError, match="the engine died"):
-        loop(engine, is_concurrent=is_concurrent).serve(arrivals, is_salted=False)
+    with pytest.raises(EngineRaised, match="the engine died") as caught:
+        loop(engine).serve(arrivals, is_salted=False)
+    assert isinstance(caught.value.error, RuntimeError)
     assert arrivals.completions == []
 
 
+class BugInLem(Engine):
+    """An engine that works, and one of whose answers lem cannot take."""
+
+    def _answer(self, work: Work) -> Any:
+        output = super()._answer(work)
+        output.outputs = None
+        return output
+
+
+@ENGINES
+def test_a_bug_in_taking_an_answer_is_not_the_engines(kind: type[Engine]) -> None:
+    broken = type("Broken", (BugInLem, kind), {})()
+    with pytest.raises(TypeError):
+        loop(broken).serve(Arrivals([request(0, 10)]), is_salted=False)
+
+
+def test_a_bug_in_telling_progress_is_not_the_engines() -> None:
+    def tell(done: int) -> None:
+        raise RuntimeError(f"a bug of lem after {done}")
+
+    with pytest.raises(RuntimeError, match="a bug of lem"):
+        loop(Engine()).run_closed([request(0, 10)], tell)
+
+
 def test_an_empty_queue_is_no_work() -> None:
-    engine = Engine(is_concurrent=True)
-    loop(engine, is_concurrent=True).serve(Arrivals(), is_salted=False)
+    engine = Apart()
+    loop(engine).serve(Arrivals(), is_salted=False)
     assert engine.steps == []

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from lem.backends.weights import commit_of, hash_files, hash_weights, weight_files
+from lem.backends.weights import commit_of, count_embedding_parameters, hash_files, hash_weights, weight_files
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -39,6 +41,31 @@ def test_a_whole_file_stands_before_an_index_of_parts(tmp_path: Path) -> None:
     write(tmp_path, model__safetensors=b"whole")
     (tmp_path / "model.safetensors.index.json").write_bytes(index_of("part-1"))
     assert weight_files(tmp_path) == (tmp_path / "model.safetensors",)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", "{}", '{"weight_map": ["part-1"]}', '{"weight_map": {"layer0": 1}}', "[" * 100_000]
+)
+def test_an_index_of_another_shape_is_a_value_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"weight_map|Expecting|nested"):
+        hash_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "count"),
+    [((2, 3), None, 6), ((2, 3), (4, 5), 26), ((2, 3), "the same", 6), (None, None, None), ((2, 3), "packed", None)],
+)
+def test_parameters_of_embeddings_are_counted_where_they_are_matrices(inputs: Any, outputs: Any, count: Any) -> None:
+    first = None if inputs is None else layer(*inputs)
+    second = first if outputs == "the same" else SimpleNamespace() if outputs == "packed" else None
+    if isinstance(outputs, tuple):
+        second = layer(*outputs)
+    assert count_embedding_parameters(first, second) == count
+
+
+def layer(rows: int, columns: int) -> Any:
+    return SimpleNamespace(weight=SimpleNamespace(numel=lambda: rows * columns))
 
 
 def test_no_weights_have_no_hash(tmp_path: Path) -> None:

@@ -196,6 +196,16 @@ def test_a_gate_given_twice_is_refused(places: dict[str, Path]) -> None:
     assert "the same metric" in err
 
 
+@pytest.mark.parametrize(
+    ("tolerance", "said"),
+    [("0.05", "add the % sign"), ("5", "add the % sign"), ("much", "expected a percentage"), ("0%", "more than 0%")],
+)
+def test_a_tolerance_that_is_no_percentage_is_refused(places: dict[str, Path], tolerance: str, said: str) -> None:
+    code, out, err = compare(places["days"], "before", "after", "--anchor-tolerance", tolerance)
+    assert (code, out) == (2, "")
+    assert said in err
+
+
 def test_cycles_that_were_added_are_told_of(tmp_path: Path) -> None:
     written = dataclasses.replace(BASE, configurations=(PYTORCH, VLLM)).write(tmp_path)
     rule = StoppingRule(parse_target("ci=2%"), 5, 20)

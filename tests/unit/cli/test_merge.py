@@ -188,7 +188,8 @@ def test_a_link_in_a_result_is_not_followed(tmp_path: Path, hosts: tuple[Path, P
         (["empty"], "no campaign"),
         (["two"], "several campaigns: demo, other"),
         (["two", "--campaign", "third"], "no whole result of campaign third"),
-        (["two", "--anchor-tolerance", "much"], "no percentage"),
+        (["two", "--anchor-tolerance", "much"], "expected a percentage"),
+        (["two", "--anchor-tolerance", "0.05"], "add the % sign"),
     ],
 )
 def test_bad_input_is_refused(tmp_path: Path, words: list[str], said: str) -> None:

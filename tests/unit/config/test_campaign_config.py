@@ -15,7 +15,7 @@ from lem.config.campaign_config import (
     CampaignConfig,
     CampaignDaemonConfig,
     CampaignExecutionConfig,
-    CampaignExperimentEntry,
+    CampaignExplicitExperiment,
     CampaignGridConfig,
     CampaignHealthCheckConfig,
     CampaignIOConfig,
@@ -291,7 +291,7 @@ def test_an_entry_is_a_file_with_overrides_or_an_experiment():
     assert [entry.config for entry in config.experiments] == ["a.yaml", "b.yaml", None]
     assert config.experiments[1].overrides == {}
     assert config.experiments[2].inline == {"model": "gpt2", "max_output_tokens": 8}
-    assert CampaignExperimentEntry.nest_overrides(config.experiments[0].overrides) == {
+    assert CampaignExplicitExperiment.nest_overrides(config.experiments[0].overrides) == {
         "decoder": {"preset": "factual", "top_k": 3}
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 from pathlib import Path
@@ -61,6 +62,9 @@ def test_one_changed_byte_is_found(bundle: Path) -> None:
         (lambda folder: (folder / "link").symlink_to("/etc/passwd"), "link is a link"),
         (lambda folder: (folder / "SHA256SUMS").write_text("nonsense\n"), "no sum"),
         (lambda folder: (folder / "SHA256SUMS").unlink(), "no such file"),
+        (lambda folder: (folder / "SHA256SUMS").write_bytes(b"\xff\n"), "no sum"),
+        (lambda folder: _replace(folder, b"{"), "manifest.json is broken"),
+        (lambda folder: _replace(folder, b"[]"), "manifest.json is broken: expected an object"),
     ],
 )
 def test_what_is_missing_or_added_is_found(bundle: Path, damage, said: str) -> None:
@@ -73,6 +77,14 @@ def test_what_is_named_and_not_there_leaves_nothing_behind(tmp_path: Path) -> No
     with pytest.raises(UserError, match="no such folder"):
         make_bundle(tmp_path / "made", Contents(models=(tmp_path / "none",)))
     assert list((tmp_path / "made").iterdir()) == []
+
+
+def _replace(folder: Path, manifest: bytes) -> None:
+    """Another manifest, with the sum of it."""
+    before = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_bytes(manifest)
+    sums = (folder / "SHA256SUMS").read_text()
+    (folder / "SHA256SUMS").write_text(sums.replace(before, hashlib.sha256(manifest).hexdigest()))
 
 
 def _key(folder: Path, name: str) -> Path:

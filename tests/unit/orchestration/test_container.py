@@ -135,7 +135,19 @@ def test_ps_of_an_empty_project_is_empty(printed: str) -> None:
     assert decode_states(printed) == ()
 
 
-@pytest.mark.parametrize("printed", ["NAME  STATE\n", '{"State": "running"}', '[{"Service": 1, "State": 2'])
+@pytest.mark.parametrize(
+    "printed",
+    [
+        "NAME  STATE\n",
+        '{"State": "running"}',
+        '[{"Service": 1, "State": 2',
+        "7",
+        '["a"]',
+        "[[1]]",
+        '{"Service": "a", "State": "exited", "ExitCode": [1]}',
+        '{"Service": "a", "State": "exited", "ExitCode": "x"}',
+    ],
+)
 def test_ps_that_prints_something_else_is_refused(printed: str) -> None:
     with pytest.raises(ContainerError):
         decode_states(printed)
@@ -162,6 +174,27 @@ def test_every_version_is_driven_alike(fake: FakeDocker, folder: Path, compose: 
     found = started(fake, folder, "vllm")
     assert found.is_service_running("vllm")
     assert not found.is_service_running("pytorch")
+
+
+@pytest.mark.parametrize(
+    "services",
+    [
+        None,
+        [],
+        "text",
+        {"vllm": None},
+        {"vllm": {"image": 7}},
+        {"vllm": {"devices": 1}},
+        {"vllm": {"deploy": "x"}},
+        {"vllm": {"deploy": {"resources": {"reservations": [1]}}}},
+        {"vllm": {"deploy": {"resources": {"reservations": {"devices": "gpu"}}}}},
+        {"vllm": {"deploy": {"resources": {"reservations": {"devices": [{"capabilities": 1}]}}}}},
+    ],
+)
+def test_a_project_that_is_described_otherwise_is_refused(fake: FakeDocker, folder: Path, services: Any) -> None:
+    fake.change(services=services)
+    with pytest.raises(ContainerError, match="answered something else than a project"):
+        manager(fake, folder).start_services(["vllm"])
 
 
 # Starting, and what containers are given
@@ -256,6 +289,26 @@ def test_no_answer_is_unhealthy(fake: FakeDocker, folder: Path) -> None:
     status = found.check_health("vllm")
     assert not status.healthy
     assert "exec failed" in status.reason
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "text",
+        None,
+        {},
+        {"gpus": [7], "driver": None, "error": None},
+        {"gpus": {}, "driver": None, "error": None},
+        {"gpus": [{"index": 0}], "driver": None, "error": None},
+        {**reading(GIB), "gpus": [{**reading(GIB)["gpus"][0], "processes": [{"pid": "1", "memory_b": 1}]}]},
+    ],
+)
+def test_an_answer_that_is_no_reading_is_unhealthy(fake: FakeDocker, folder: Path, answer: Any) -> None:
+    found = started(fake, folder, "vllm")
+    fake.change(gpus={"vllm": answer})
+    status = found.check_health("vllm")
+    assert status.healthy is False
+    assert "it answered" in status.reason
 
 
 @pytest.mark.parametrize(
@@ -376,7 +429,7 @@ def test_a_service_that_nothing_helps_is_not_restarted(fake: FakeDocker, folder:
 
 def test_a_healthy_service_is_left_alone(fake: FakeDocker, folder: Path) -> None:
     found = started(fake, folder, "vllm")
-    assert found.check_and_recover("vllm") is True
+    assert found.check_and_recover("vllm").healthy is True
     assert fake.compose_calls("restart") == []
     assert found.restarts.get("vllm", 0) == 0
 
@@ -385,24 +438,24 @@ def test_restarts_are_counted_over_the_campaign_and_for_each_service(fake: FakeD
     found = started(fake, folder, "vllm", "pytorch")
     for _ in range(2):
         fake.change(silent=["vllm"])
-        assert found.check_and_recover("vllm", max_restarts=2) is True
+        assert found.check_and_recover("vllm", max_restarts=2).healthy is True
     fake.change(silent=["vllm", "pytorch"])
-    assert found.check_and_recover("vllm", max_restarts=2) is False
-    assert found.check_and_recover("pytorch", max_restarts=2) is True
+    assert found.check_and_recover("vllm", max_restarts=2).healthy is False
+    assert found.check_and_recover("pytorch", max_restarts=2).healthy is True
     assert found.restarts == {"vllm": 2, "pytorch": 1}
 
 
 def test_restarts_are_used_up_while_nothing_helps(fake: FakeDocker, folder: Path) -> None:
     found = started(fake, folder, "vllm")
     fake.change(silent=["vllm"], after_restart="exited", after_up="exited")
-    assert found.check_and_recover("vllm", max_restarts=2) is False
+    assert found.check_and_recover("vllm", max_restarts=2).healthy is False
     assert len(fake.compose_calls("restart")) == 2
 
 
 def test_no_restarts_allowed_means_none(fake: FakeDocker, folder: Path) -> None:
     found = started(fake, folder, "vllm")
     fake.change(silent=["vllm"])
-    assert found.check_and_recover("vllm", max_restarts=0) is False
+    assert found.check_and_recover("vllm", max_restarts=0).healthy is False
     assert fake.compose_calls("restart") == []
 
 

@@ -200,7 +200,7 @@ def test_too_few_valid_cycles_are_wide_even_where_they_agree():
 
 @pytest.mark.parametrize("text", ["2%", "ci=2", "ci=0%", "ci=100%", "ci=2%:nothing", "ci=-1%", ""])
 def test_a_target_that_is_none_is_refused(text):
-    with pytest.raises(ValueError, match=r"target|due|metric"):
+    with pytest.raises(ValueError, match=repr(text)):
         parse_target(text)
 
 

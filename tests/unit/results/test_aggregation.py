@@ -241,3 +241,9 @@ def test_warnings_of_the_records_are_counted() -> None:
 def test_the_sources_of_energy_are_kept_so_that_an_estimate_can_be_shown_as_one() -> None:
     records = [make_record(energy_per_output_tok_j=0.5, energy_source="tdp_estimate")]
     assert aggregate_campaign_results({"small": records})["small"]["energy_sources"] == ["tdp_estimate"]
+
+
+@pytest.mark.parametrize("item", ["text", 7, [1]])
+def test_a_result_that_is_no_object_is_refused_with_its_place(item: object) -> None:
+    with pytest.raises(RecordError, match="small: result 1: expected an object"):
+        aggregate_campaign_results({"small": [item]})  # type: ignore[list-item]

@@ -62,7 +62,16 @@ def test_a_rule_comes_back_as_it_was_written(tmp_path):
     assert read_stopping_rule(tmp_path / "run") == RULE
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"target": {"half_width": "x", "metric": null}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"target": {"half_width": "x", "metric": null}}',
+        '{"target": [1], "least_cycles": 1, "most_cycles": 2}',
+    ],
+)
 def test_a_broken_rule_is_told_and_is_none(tmp_path, caplog, content):
     (tmp_path / STOPPING_FILE).write_text(content)
     assert read_stopping_rule(tmp_path) is None

@@ -1,0 +1,528 @@
+"""The members that scripts and notebooks call: names, order of parameters, defaults, and the behaviour promised."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import logging
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lem.config import campaign_config, introspection
+from lem.config.campaign_config import (
+    CampaignColdStartConfig,
+    CampaignConfig,
+    CampaignDaemonConfig,
+    CampaignExecutionConfig,
+    CampaignExplicitExperiment,
+    CampaignGridConfig,
+    CampaignHealthCheckConfig,
+    CampaignIOConfig,
+    CampaignScheduleConfig,
+)
+from lem.orchestration import grid
+from lem.orchestration.campaign import CampaignExperiment, CampaignRunner
+from lem.orchestration.container import ContainerHealthStatus, ContainerManager
+from lem.orchestration.grid import (
+    GridExpansionResult,
+    GridValidationIssue,
+    expand_campaign_grid,
+    validate_campaign_grid,
+)
+from lem.orchestration.manifest import CampaignManifest, CampaignManifestEntry, ManifestManager
+from lem.orchestration.plan import build_plan
+from lem.orchestration.resume import resume_text
+from lem.orchestration.schedule import Stop, next_daemon_step, waiting_text
+from lem.results.aggregation import aggregate_campaign_results
+from lem.results.bootstrap import BootstrapResult, bootstrap_ci, compute_metric_ci
+from lem.results.summary import summarise, summary_document
+from tests.campaign_doubles import Place, make_campaign
+from tests.campaign_rig import campaign_text
+from tests.command_rig import run_lem
+from tests.doubles.fake_docker import FakeDocker
+from tests.records import make_record
+
+
+def parameters(function: Any) -> str:
+    """The parameters that can be given by position, with their defaults, as contracts.md writes them."""
+    found = inspect.signature(function).parameters.values()
+    return ", ".join(
+        item.name if item.default is item.empty else f"{item.name}={item.default!r}"
+        for item in found
+        if item.kind is item.POSITIONAL_OR_KEYWORD and item.name != "self"
+    )
+
+
+FUNCTIONS = {
+    campaign_config.generate_campaign_id: "name",
+    CampaignConfig.generate_campaign_id: "name",
+    CampaignConfig.get_config_paths: "",
+    CampaignConfig.get_config_names: "",
+    introspection.get_campaign_params: "",
+    introspection.get_campaign_grid_params: "",
+    introspection.get_campaign_health_check_params: "",
+    introspection.get_experiment_params: "backend=None",
+    grid.expand_campaign_grid: "grid, base_config=None",
+    grid.validate_campaign_grid: "config_dicts",
+    ManifestManager: "manifest_path",
+    ManifestManager.save: "manifest",
+    ManifestManager.exists: "",
+    ManifestManager.create_manifest: "campaign_id, campaign_name, config_hash, experiments",
+    ManifestManager.check_config_changed: "manifest, current_config_hash",
+    CampaignManifest.get_remaining: "",
+    CampaignManifest.get_by_status: "status",
+    CampaignManifest.update_entry: "exp_id",
+    ContainerManager: "compose_file='docker-compose.yml', project_dir=None",
+    ContainerManager.start_services: "backends, wait=True",
+    ContainerManager.execute_experiment: "service, config_path, extra_args=None, env_vars=None",
+    ContainerManager.check_health: "service, gpu_memory_threshold_pct=90.0",
+    ContainerManager.check_and_recover: "service, gpu_memory_threshold_pct=90.0, max_restarts=3",
+    ContainerManager.teardown: "timeout=30",
+    ContainerManager.is_service_running: "service",
+    CampaignRunner.generate_execution_order: "",
+    CampaignRunner.generate_execution_order_from_grid: "",
+    CampaignRunner.create_manifest: "execution_order",
+    CampaignRunner.apply_resume_filter: "manifest, execution_order",
+    CampaignRunner.should_health_check: "experiment_index",
+    CampaignRunner.should_cold_start: "",
+    bootstrap_ci: "samples, n_iterations=1000, confidence=0.95, seed=42",
+    compute_metric_ci: "values, metric_name='', confidence=0.95",
+    aggregate_campaign_results: "results, confidence=0.95",
+}
+
+
+@pytest.mark.parametrize(("function", "expected"), FUNCTIONS.items(), ids=lambda item: getattr(item, "__name__", ""))
+def test_functions_have_these_parameters(function: Any, expected: str) -> None:
+    assert parameters(function) == expected
+
+
+def test_further_parameters_come_after_the_fixed_ones_and_have_defaults() -> None:
+    service, *others = list(inspect.signature(ContainerManager.restart_service).parameters.values())[1:]
+    assert service.name == "service"
+    assert all(item.default is not item.empty for item in others)
+    assert parameters(ManifestManager.load).split(", ")[0].endswith("=None")
+
+
+FIELDS = {
+    GridExpansionResult: "valid_configs filtered_configs warnings total_generated",
+    GridValidationIssue: "config_desc reason severity",
+    ContainerHealthStatus: "service healthy reason gpu_memory_used_gb gpu_memory_total_gb",
+    BootstrapResult: "mean std ci_lower ci_upper n_samples confidence warning",
+    CampaignExplicitExperiment: "config overrides",
+    CampaignManifestEntry: "exp_id config_name config_path config_hash backend container cycle_index status "
+    "result_path started_at completed_at error retry_count",
+    CampaignManifest: "campaign_id campaign_name created_at updated_at config_hash total_experiments experiments",
+}
+
+
+@pytest.mark.parametrize(("kind", "names"), FIELDS.items(), ids=lambda item: getattr(item, "__name__", ""))
+def test_dataclasses_begin_with_these_fields(kind: Any, names: str) -> None:
+    expected = names.split()
+    assert [item.name for item in dataclasses.fields(kind)][: len(expected)] == expected
+
+
+FROZEN = [getattr(campaign_config, name) for name in campaign_config.__all__ if name.startswith("Campaign")]
+FROZEN += [GridExpansionResult, GridValidationIssue, ContainerHealthStatus, BootstrapResult, CampaignExperiment]
+
+
+@pytest.mark.parametrize("kind", FROZEN, ids=lambda kind: kind.__name__)
+def test_dataclasses_are_frozen(kind: Any) -> None:
+    assert kind.__dataclass_params__.frozen
+
+
+@pytest.mark.parametrize("kind", [CampaignManifest, CampaignManifestEntry], ids=lambda kind: kind.__name__)
+def test_the_manifest_and_its_entries_are_mutable(kind: Any) -> None:
+    assert not kind.__dataclass_params__.frozen
+
+
+# --- lem.config.campaign_config
+
+SECTION_DEFAULTS: dict[Any, dict[str, Any]] = {
+    CampaignExecutionConfig: {
+        "cycles": 3,
+        "warmup_prompts": 5,
+        "warmup_timeout_seconds": 30.0,
+        "config_gap_seconds": 60.0,
+        "cycle_gap_seconds": 300.0,
+        "load_timeout_seconds": 1800.0,
+        "experiment_timeout_seconds": 3600.0,
+        "silence_timeout_seconds": 600.0,
+        "reuse": "cycle",
+        "seed": 42,
+    },
+    CampaignHealthCheckConfig: {
+        "enabled": True,
+        "interval_experiments": 0,
+        "gpu_memory_threshold_pct": 90.0,
+        "restart_on_failure": True,
+        "max_restarts": 3,
+    },
+    CampaignColdStartConfig: {"force_cold_start": False, "restart_container": False},
+    CampaignDaemonConfig: {
+        "enabled": False,
+        "at": None,
+        "interval": None,
+        "total_duration": None,
+        "quiet": True,
+        "interval_seconds": None,
+        "total_duration_seconds": None,
+    },
+    CampaignIOConfig: {
+        "results_dir": "results",
+        "configs_dir": "configs",
+        "state_dir": ".state",
+        "manifest_filename": "campaign_manifest.json",
+        "compose_file": None,
+        "env_file": None,
+        "manifest_path": Path(".state/campaign_manifest.json"),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"), SECTION_DEFAULTS.items(), ids=lambda item: getattr(item, "__name__", "")
+)
+def test_sections_have_these_defaults(section: Any, expected: dict[str, Any]) -> None:
+    made = section()
+    assert {name: getattr(made, name) for name in expected} == expected
+
+
+def test_a_campaign_needs_a_name_and_something_to_run_and_no_model():
+    campaign = CampaignConfig(campaign_name="demo", grid=CampaignGridConfig(backends=["pytorch"]))
+    assert (campaign.model, campaign.dataset, campaign.num_samples) == (None, None, None)
+    assert (campaign.daemon, campaign.schedule) == (None, None)
+    assert (campaign.configs, campaign.experiments) == ([], [])
+    assert campaign.grid is not None
+    assert (campaign.grid.models, campaign.grid.shared, campaign.grid.backend_overrides) == (None, {}, {})
+    assert campaign.notification.on == ["complete", "failure"]
+    assert CampaignConfig(campaign_name="demo", configs=["a.yaml"]).grid is None
+    plan = build_plan(campaign)
+    assert plan.experiments == ()
+    assert ["no model" in issue.reason for issue in plan.filtered] == [True]
+
+
+def test_an_explicit_experiment_is_a_file_with_overrides():
+    assert CampaignExplicitExperiment("a.yaml").overrides == {}
+    given = CampaignExplicitExperiment(config="a.yaml", overrides={"decoder.temperature": 0.0})
+    assert (given.config, given.overrides) == ("a.yaml", {"decoder.temperature": 0.0})
+    campaign = CampaignConfig(campaign_name="demo", configs=["runs/b.yaml"], experiments=[given])
+    assert campaign.experiments == [given]
+    assert campaign.get_config_paths() == [Path("runs/b.yaml"), Path("a.yaml")]
+    assert campaign.get_config_names() == ["b", "a"]
+
+
+def test_the_campaign_id_is_the_beginning_of_the_md5_of_the_name():
+    campaign = CampaignConfig(campaign_name="demo", configs=["a.yaml"])
+    assert campaign.campaign_id == "fe01ce2a"
+    assert CampaignConfig.generate_campaign_id("demo") == campaign_config.generate_campaign_id("demo") == "fe01ce2a"
+
+
+def test_durations_are_seconds() -> None:
+    daemon = CampaignDaemonConfig(enabled=True, interval="6h", total_duration="2d")
+    assert (daemon.interval_seconds, daemon.total_duration_seconds) == (21600.0, 172800.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: CampaignConfig(campaign_name="demo"), "configs"),
+        (lambda: CampaignConfig(grid=CampaignGridConfig(backends=("pytorch",))), "campaign_name"),
+        (CampaignExplicitExperiment, "config"),
+        (lambda: CampaignExecutionConfig(cycles=21), "cycles"),
+        (lambda: CampaignGridConfig(backends=("cuda",)), "backends"),
+        (lambda: CampaignHealthCheckConfig(gpu_memory_threshold_pct=49), "gpu_memory_threshold_pct"),
+        (lambda: CampaignScheduleConfig(days=("mon",)), "at"),
+        (lambda: CampaignDaemonConfig(enabled=True, interval="soon"), "interval"),
+    ],
+)
+def test_keyword_construction_validates(make: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        make()
+
+
+# --- lem.config.introspection
+
+
+def test_parameters_are_described_by_their_dotted_names() -> None:
+    backends = introspection.get_campaign_grid_params()["grid.backends"]
+    threshold = introspection.get_campaign_health_check_params()["health_check.gpu_memory_threshold_pct"]
+    assert {"type", "default", "bounds", "unit", "description"} <= backends.keys()
+    assert (threshold["type"], threshold["default"], threshold["unit"]) == ("number", 90.0, "%")
+    assert threshold["bounds"] == {"minimum": 50, "maximum": 100}
+    everything = introspection.get_campaign_params()
+    assert everything["grid.backends"] == backends
+    assert everything["health_check.gpu_memory_threshold_pct"] == threshold
+    only_vllm = introspection.get_experiment_params("vllm").keys()
+    assert "vllm.max_num_seqs" in only_vllm
+    assert "pytorch.batch_size" in introspection.get_experiment_params().keys() - only_vllm
+
+
+# --- lem.orchestration.grid
+
+
+def test_a_grid_is_backends_by_models_by_shared_by_overrides():
+    given = CampaignGridConfig(
+        backends=["pytorch", "vllm"],
+        models=["a", "b"],
+        shared={"decoder.temperature": [0.0, 1.0]},
+        backend_overrides={"vllm": {"max_num_seqs": [8, 16]}},
+    )
+    found = expand_campaign_grid(given, {"max_output_tokens": 4})
+    assert len(found) == 2 * 2 + 2 * 2 * 2
+    assert found[-1] == {
+        "backend": "vllm",
+        "model": "b",
+        "decoder": {"temperature": 1.0},
+        "vllm": {"max_num_seqs": 16},
+        "max_output_tokens": 4,
+    }
+    engines = [(item["backend"], item["model"], item.get("vllm", {}).get("max_num_seqs")) for item in found]
+    assert engines == sorted(engines, key=engines.index), "equal engines are adjacent"
+
+
+def test_an_empty_shared_gives_one_experiment_for_each_backend():
+    found = expand_campaign_grid(CampaignGridConfig(backends=["pytorch", "vllm"]))
+    assert [item["backend"] for item in found] == ["pytorch", "vllm"]
+
+
+def test_validation_separates_what_can_run():
+    refused = {"backend": "tensorrt", "model": "a", "fp_precision": "float32"}
+    warned = {"backend": "pytorch", "model": "a", "decoder": {"temperature": 0.7, "top_p": 0.9}}
+    found = validate_campaign_grid([warned, refused, {**refused, "max_output_tokens": 4}])
+    assert found.valid_configs == [warned]
+    assert [issue.severity for issue in found.filtered_configs] == ["error", "error"]
+    assert {issue.severity for issue in found.warnings} == {"warning"}
+    assert found.total_generated == 3
+    assert found.summary == (
+        "Generated 3 experiments (2 filtered: tensorrt needs float16 or bfloat16 × 2). 1 has warnings."
+    )
+
+
+# --- lem.orchestration.manifest
+
+
+def entry(number: int, **fields: Any) -> CampaignManifestEntry:
+    return CampaignManifestEntry(f"exp-{number}", "small", "small.yaml", "0" * 16, "pytorch", None, 0, **fields)
+
+
+def manifest_of(*statuses: str) -> CampaignManifest:
+    entries = [entry(number, status=status) for number, status in enumerate(statuses)]
+    return CampaignManifest("fe01ce2a", "demo", "", "", "0" * 16, len(entries), entries)
+
+
+def test_a_new_entry_is_pending_and_has_no_result() -> None:
+    made = entry(0)
+    assert (made.status, made.result_path, made.started_at, made.completed_at) == ("pending", None, None, None)
+    assert (made.error, made.retry_count) == (None, 0)
+
+
+def test_a_manifest_counts_its_entries() -> None:
+    manifest = manifest_of("completed", "failed", "pending", "running", "skipped")
+    assert (manifest.completed_count, manifest.failed_count, manifest.pending_count) == (1, 1, 1)
+    assert manifest.progress_fraction == pytest.approx(0.2)
+    assert [item.exp_id for item in manifest.get_remaining()] == ["exp-1", "exp-2"]
+    assert [item.exp_id for item in manifest.get_by_status("running")] == ["exp-3"]
+    assert not manifest.is_complete
+    assert manifest_of("completed", "skipped").is_complete
+    manifest.update_entry("exp-2", status="completed", result_path="r.json")
+    assert (manifest.experiments[2].status, manifest.experiments[2].result_path) == ("completed", "r.json")
+    assert manifest.completed_count == 2
+
+
+def test_a_manifest_is_saved_whole_and_loaded_equal(tmp_path: Path) -> None:
+    manager = ManifestManager(tmp_path / "new" / "manifest.json")
+    assert not manager.exists()
+    assert manager.load() is None
+    manifest = manager.create_manifest("fe01ce2a", "demo", "0" * 16, [entry(0), entry(1)])
+    assert (manifest.total_experiments, len(manifest.experiments)) == (2, 2)
+    manifest.updated_at = "2000-01-01T00:00:00.000000Z"
+    manager.save(manifest)
+    assert manifest.updated_at > "2000-01-02"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["manifest.json"]
+    assert manager.exists()
+    assert manager.load() == manifest
+    assert not manager.check_config_changed(manifest, "0" * 16)
+    assert manager.check_config_changed(manifest, "1" * 16)
+
+
+def test_a_corrupt_manifest_is_a_warning_and_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text('{"schema_version": 1, ')
+    with caplog.at_level(logging.WARNING, "lem"):
+        assert ManifestManager(path).load() is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert str(path) in caplog.text
+
+
+def test_the_command_line_refuses_an_unreadable_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LEM_LOCK_DIR", str(tmp_path / "locks"))
+    Path("c.yaml").write_text(campaign_text())
+    path = Path(".state/demo/campaign_manifest.json")
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    said = run_lem("campaign", "c.yaml", "--yes", "--executor", "local")
+    assert said.code == 2
+    assert str(path) in said.err
+    assert "--fresh" in said.err
+    assert path.read_text() == "{"
+
+
+# --- lem.orchestration.container
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> FakeDocker:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "docker-compose.yml").write_text("services: {}\n")
+    return FakeDocker.install(tmp_path / "docker")
+
+
+@pytest.fixture
+def manager(fake: FakeDocker, tmp_path: Path) -> ContainerManager:
+    environ = fake.environ(LEM_CACHE_DIR=str(tmp_path / "cache"))
+    return ContainerManager(project_dir=tmp_path / "project", environ=environ)
+
+
+def test_an_experiment_runs_in_its_service(fake: FakeDocker, manager: ContainerManager) -> None:
+    message, code = manager.execute_experiment("vllm", "a.yaml")
+    assert (type(message), code) == (str, 1)
+    manager.start_services(["vllm"])
+    assert manager.is_service_running("vllm")
+    manager.execute_experiment("vllm", "a.yaml", ["--cycles", "2"], {"HF_HOME": "/models"})
+    words = fake.compose_calls("exec")[-1]
+    assert words[words.index("experiment") :] == ["experiment", "a.yaml", "--yes", "--cycles", "2"]
+
+
+def test_services_that_cannot_start_are_a_runtime_error(fake: FakeDocker, manager: ContainerManager) -> None:
+    fake.change(daemon="down")
+    with pytest.raises(RuntimeError):
+        manager.start_services(["vllm"])
+
+
+def test_a_service_without_a_gpu_is_healthy_when_it_answers(fake: FakeDocker, manager: ContainerManager) -> None:
+    manager.start_services(["vllm"])
+    status = manager.check_health("vllm")
+    assert (status.healthy, status.gpu_memory_used_gb, status.gpu_memory_total_gb) == (True, None, None)
+    fake.change(silent=["vllm"])
+    assert manager.check_health("vllm").healthy is False
+    assert manager.restart_service("vllm") is True
+
+
+def test_recovery_gives_the_final_status(fake: FakeDocker, manager: ContainerManager) -> None:
+    manager.start_services(["vllm", "pytorch"])
+    assert manager.check_and_recover("vllm") == manager.check_health("vllm")
+    fake.change(silent=["vllm"])
+    recovered = manager.check_and_recover("vllm", max_restarts=1)
+    assert recovered == manager.check_health("vllm")
+    assert recovered.healthy is True
+    fake.change(silent=["vllm"])
+    status = manager.check_and_recover("vllm", max_restarts=1)
+    assert (status.service, status.healthy) == ("vllm", False)
+    assert status == manager.check_health("vllm")
+    assert len(fake.compose_calls("restart")) == 1, "restarts are counted over the campaign"
+    fake.change(silent=["vllm", "pytorch"])
+    assert manager.check_and_recover("pytorch", max_restarts=1).healthy is True, "and for each service"
+
+
+def test_recovery_in_vain_says_why(fake: FakeDocker, manager: ContainerManager) -> None:
+    manager.start_services(["vllm"])
+    fake.change(silent=["vllm"], after_restart="exited", after_up="exited")
+    status = manager.check_and_recover("vllm", max_restarts=2)
+    assert status == ContainerHealthStatus("vllm", False, "its container is exited with code 137")
+    assert len(fake.compose_calls("restart")) == 2
+
+
+def test_the_context_tears_down(fake: FakeDocker, manager: ContainerManager) -> None:
+    with manager:
+        manager.start_services(["vllm"], wait=False)
+    assert fake.read()["containers"] == {}
+
+
+# --- lem.orchestration.campaign
+
+
+def test_a_runner_plans_and_resumes(tmp_path: Path) -> None:
+    runner = Place(tmp_path).runner(make_campaign(tmp_path))
+    order = runner.generate_execution_order()
+    assert [item.cycle_index for item in order] == [0, 0, 1, 1]
+    assert [item.manifest_entry for item in order] == [None] * 4
+    assert runner.generate_execution_order_from_grid() == order
+    manifest = runner.create_manifest(order)
+    assert [item.exp_id for item in manifest.experiments] == [item.exp_id for item in order]
+    manifest.update_entry(order[0].exp_id, status="completed")
+    manifest.update_entry(order[1].exp_id, status="failed")
+    remaining = runner.apply_resume_filter(manifest, order)
+    assert [item.exp_id for item in remaining] == [item.exp_id for item in order[1:]]
+    assert [item.manifest_entry for item in remaining] == manifest.experiments[1:]
+
+
+def test_a_runner_knows_when_to_check_and_when_to_start_cold(tmp_path: Path) -> None:
+    often = make_campaign(tmp_path, health_check={"interval_experiments": 2}, cold_start={"force_cold_start": True})
+    runner = Place(tmp_path).runner(often)
+    assert [runner.should_health_check(index) for index in range(5)] == [False, False, True, False, True]
+    assert runner.should_cold_start() is True
+    usual = Place(tmp_path).runner(make_campaign(tmp_path))
+    assert [usual.should_health_check(index) for index in range(5)] == [False] * 5
+    assert usual.should_cold_start() is False
+
+
+# --- lem.results
+
+
+def test_a_bootstrap_interval_is_reproducible_and_warns_of_few_samples() -> None:
+    found = bootstrap_ci([1.0, 2.0, 3.0])
+    assert found == bootstrap_ci([1.0, 2.0, 3.0], n_iterations=1000, confidence=0.95, seed=42)
+    assert (found.mean, found.std, found.n_samples, found.confidence, found.warning) == (2.0, 1.0, 3, 0.95, None)
+    assert found.ci_lower is not None
+    assert found.ci_upper is not None
+    assert found.ci_lower < 2.0 < found.ci_upper
+    assert bootstrap_ci([1.0]).warning is not None
+
+
+def test_the_interval_of_a_metric_is_ready_for_json() -> None:
+    found = compute_metric_ci([1.0, None, 3.0], "energy")
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert (found["metric"], found["mean"], found["n_samples"]) == ("energy", 2.0, 2)
+
+
+def test_aggregation_excludes_failed_results() -> None:
+    records = [make_record(cycle=cycle, energy_per_output_tok_j=0.5 + cycle / 100) for cycle in range(3)]
+    found = aggregate_campaign_results({"small": [*records, None]})["small"]
+    assert found["n_cycles"] == 3
+    for group, metric in (
+        ("energy", "gpu_energy_j"),
+        ("throughput", "output_tok_per_s"),
+        ("tokens", "output_tok"),
+        ("latency", "e2e_p50_s"),
+    ):
+        assert found[group][metric]["bootstrap"]["n_samples"] == found[group][metric]["t_log"]["n_samples"] == 3
+
+
+# --- texts people grep for
+
+
+def test_texts_people_grep_for(tmp_path: Path) -> None:
+    campaign = make_campaign(tmp_path)
+    assert build_plan(campaign).summary == "Generated 2 experiments (0 filtered, 0 warnings)"
+    manifest = manifest_of("completed", "completed", "failed", "pending", "pending")
+    assert resume_text(manifest) == "Resuming: 3 remaining (2 completed, 1 failed)"
+    summary = summarise([make_record()], campaign_name="demo", run_id="20260714T100000Z-3fa1")
+    assert summary_document(summary)["note"] == "Single cycle: use --cycles 3+ for confidence intervals"
+    noon, at = datetime(2026, 7, 14, 12, tzinfo=timezone.utc), datetime(2026, 7, 14, 22, 5, tzinfo=timezone.utc)
+    waiting = waiting_text(at, noon, is_daemon=True, zone=timezone.utc)
+    assert waiting == "Daemon: waiting until 22:05 to start campaign"
+    daemon = CampaignDaemonConfig(enabled=True, interval="6h", total_duration="48h")
+    step = next_daemon_step(daemon, now_s=172800.0, runs_done=7, first_start_s=0.0, last_end_s=172000.0)
+    assert step == Stop("Daemon: total duration 48h reached, stopping after 7 cycles")
+
+
+def test_what_was_generated_is_said_before_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(campaign_text())
+    said = run_lem("campaign", "c.yaml", "--dry-run", "--executor", "local")
+    assert said.err.splitlines()[0] == "Generated 2 experiments (0 filtered, 0 warnings)"
