@@ -5,8 +5,14 @@ from __future__ import annotations
 import re
 
 __all__ = [
+    "GIB",
     "JOULES_PER_WATT_HOUR",
+    "KIB",
     "LONGEST_S",
+    "MIB",
+    "NS_PER_MS",
+    "NS_PER_S",
+    "NS_PER_US",
     "format_bytes",
     "format_duration",
     "format_energy",
@@ -21,7 +27,15 @@ __all__ = [
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+")
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 _SECONDS_PER = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+NS_PER_S = 1_000_000_000
+NS_PER_MS = 1_000_000
+NS_PER_US = 1_000
 JOULES_PER_WATT_HOUR = 3600.0
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
 
 # A hundred years, the longest that anything here waits: beyond 292 years the system's timers overflow.
 LONGEST_S = 36_500 * 86_400.0

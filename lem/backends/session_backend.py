@@ -9,17 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
-from lem.backends.protocol import (
-    NS_PER_S,
-    Completion,
-    EngineReport,
-    OnProgress,
-    RequestQueue,
-    TokenRequest,
-    say_nothing,
-)
+from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError
+from lem.units import NS_PER_S
 
 __all__ = [
     "EngineSession",

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 from lem.backends.protocol import Completion, OnProgress, RequestQueue, TokenRequest
 from lem.backends.refusals import shortened
+from lem.units import NS_PER_US
 
 __all__ = ["Engine", "Server"]
 
-_NS_PER_US = 1000
 
 # All that has arrived goes to the engine at once: waiting in its queue is what the engine's scheduler is about.
 _TAKE_LIMIT = 1 << 20
@@ -185,8 +185,8 @@ def _span(output: Any, handed_ns: int, now_ns: int) -> tuple[int, int]:
         value = getattr(timing, name, None)
         if not isinstance(value, timedelta):
             return otherwise_ns
-        found_ns = (value // timedelta(microseconds=1)) * _NS_PER_US
+        found_ns = (value // timedelta(microseconds=1)) * NS_PER_US
         # They are cut to microseconds.
-        return max(found_ns, handed_ns) if handed_ns - _NS_PER_US <= found_ns <= now_ns else otherwise_ns
+        return max(found_ns, handed_ns) if handed_ns - NS_PER_US <= found_ns <= now_ns else otherwise_ns
 
     return read("first_scheduled_time", handed_ns), read("last_token_time", now_ns)

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from lem.backends.protocol import NS_PER_S, Completion, OnProgress, RequestQueue, TokenRequest
+from lem.backends.protocol import Completion, OnProgress, RequestQueue, TokenRequest
 from lem.backends.refusals import shortened
 from lem.errors import EngineError
+from lem.units import NS_PER_S
 
 __all__ = ["Engine", "RequestForms", "StepLoop"]
 

@@ -6,19 +6,17 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from lem.meters.samples import GpuSample, Mark, RaplReading, SampleLog
+from lem.measurement import POWER_CAP_BIT, SLOWDOWN_BITS
+from lem.meters.curve import HOLE_PERIODS
+from lem.meters.rapl import PACKAGE
+from lem.meters.samples import SLOW_PERIOD_S, GpuSample, Mark, RaplReading, SampleLog
 from lem.results.report.trace import POWER, TEMPERATURE, Band, Phase, Series, Spell, Trace, thin
+from lem.units import NS_PER_S
 
 __all__ = ["trace_of"]
 
-_NS = 1_000_000_000
 _BUCKETS = 260
-_RAPL_INTERVAL_S = 1.0
-_HOLE_INTERVALS = 3
-
-# Bits of nvmlClocksEventReasons: those that void a measurement, and the power limit, which is normal.
-_FAULTS = {0x8: "hardware slowdown", 0x20: "thermal slowdown", 0x40: "hardware thermal slowdown", 0x80: "power brake"}
-_CAP = (0x4, "at the power limit")
+_AT_POWER_LIMIT = "at the power limit"
 
 _Points = list[tuple[float, float]]
 
@@ -29,7 +27,7 @@ def trace_of(log: SampleLog, marks: Sequence[Mark]) -> Trace:
     zero_ns = ordered[0].opened_ns if ordered else log.header.started_ns
 
     def seconds(at_ns: int) -> float:
-        return (at_ns - zero_ns) / _NS
+        return (at_ns - zero_ns) / NS_PER_S
 
     interval_s = log.header.interval_ms / 1000
     by_gpu: dict[int, list[GpuSample]] = {}
@@ -44,7 +42,7 @@ def trace_of(log: SampleLog, marks: Sequence[Mark]) -> Trace:
         series.append(_series(names.get(gpu, f"GPU {gpu}"), POWER, power, interval_s, len(by_gpu)))
     packages = _package_powers(log, seconds)
     for name, power in packages.items():
-        series.append(_series(name, POWER, power, _RAPL_INTERVAL_S, len(packages)))
+        series.append(_series(name, POWER, power, SLOW_PERIOD_S, len(packages)))
     temperatures: _Points = []
     for gpu, samples in sorted(by_gpu.items()):
         temperature = [(seconds(item.at_ns), item.temp_c) for item in samples if item.temp_c is not None]
@@ -57,13 +55,13 @@ def trace_of(log: SampleLog, marks: Sequence[Mark]) -> Trace:
         series=tuple(item for item in series if any(item.points)),
         spells=tuple(spells),
         phases=tuple(_phase(mark, seconds, counted, temperatures, spells) for mark in ordered),
-        interval_s=interval_s if by_gpu else _RAPL_INTERVAL_S,
+        interval_s=interval_s if by_gpu else SLOW_PERIOD_S,
     )
 
 
 def _series(label: str, quantity: str, points: _Points, interval_s: float, n_lines: int) -> Series:
     buckets = max(_BUCKETS // max(n_lines, 1), 60)
-    return Series(label, quantity, thin(points, buckets, _HOLE_INTERVALS * interval_s))
+    return Series(label, quantity, thin(points, buckets, HOLE_PERIODS * interval_s))
 
 
 def _package_powers(log: SampleLog, seconds: Callable[[int], float]) -> dict[str, _Points]:
@@ -74,32 +72,32 @@ def _package_powers(log: SampleLog, seconds: Callable[[int], float]) -> dict[str
         last = before.get(reading.zone)
         before[reading.zone] = reading
         zone = log.header.zones[reading.zone]
-        if last is None or zone.domain != "package" or reading.at_ns <= last.at_ns:
+        if last is None or zone.domain != PACKAGE or reading.at_ns <= last.at_ns:
             continue
         rise_uj = reading.energy_uj - last.energy_uj
         rise_uj += zone.max_uj if rise_uj < 0 else 0
-        power_w = rise_uj * 1e-6 / ((reading.at_ns - last.at_ns) / _NS)
+        power_w = rise_uj * 1e-6 / ((reading.at_ns - last.at_ns) / NS_PER_S)
         found.setdefault(f"CPU {zone.name}", []).append((seconds(reading.at_ns), power_w))
     return found
 
 
 def _spells(samples: Sequence[GpuSample], seconds: Callable[[int], float], interval_s: float) -> Iterable[Spell]:
     """The times in which a bit was set, each until the next sample; pauses of a few samples are bridged."""
-    for mask, reason in (*_FAULTS.items(), _CAP):
+    for mask, reason in (*SLOWDOWN_BITS.items(), (POWER_CAP_BIT, _AT_POWER_LIMIT)):
         begin: float | None = None
         end = 0.0
         for index, sample in enumerate(samples):
             if not (sample.event_mask or 0) & mask:
                 continue
             at = seconds(sample.at_ns)
-            if begin is not None and at - end > _HOLE_INTERVALS * interval_s:
-                yield Spell(begin, end, mask != _CAP[0], reason)
+            if begin is not None and at - end > HOLE_PERIODS * interval_s:
+                yield Spell(begin, end, mask in SLOWDOWN_BITS, reason)
                 begin = None
             begin = at if begin is None else begin
             following = seconds(samples[index + 1].at_ns) if index + 1 < len(samples) else at + interval_s
-            end = min(following, at + _HOLE_INTERVALS * interval_s)
+            end = min(following, at + HOLE_PERIODS * interval_s)
         if begin is not None:
-            yield Spell(begin, end, mask != _CAP[0], reason)
+            yield Spell(begin, end, mask in SLOWDOWN_BITS, reason)
 
 
 def _together(spells: Iterable[Spell]) -> list[Spell]:

@@ -15,6 +15,7 @@ from lem.config import rules
 from lem.config.backend_config import BACKENDS, PyTorchConfig, TensorRTConfig, VllmConfig
 from lem.config.problems import Problem
 from lem.config.schema import Section, declared, option
+from lem.measurement import SHORT_WINDOW_S, EnergySource
 
 __all__ = [
     "DATASET_ALIASES",
@@ -262,12 +263,16 @@ class MeasurementConfig(Section):
     """The window and the meters."""
 
     min_window_sec: float = option(
-        10.0, description="The prompts are repeated until the window is this long.", minimum=0, maximum=3600, unit="s"
+        SHORT_WINDOW_S,
+        description="The prompts are repeated until the window is this long.",
+        minimum=0,
+        maximum=3600,
+        unit="s",
     )
     energy: str = option(
         "auto",
         description="Where energy is read; auto takes what is there.",
-        choices=("auto", "nvml", "rapl", "tdp_estimate", "none"),
+        choices=("auto", "nvml", EnergySource.RAPL.value, EnergySource.TDP_ESTIMATE.value, "none"),
     )
     phases: bool = option(False, description="Energy of prefill and decode apart, by differenced runs.")
     cpu_tdp_w: float | None = option(

@@ -6,9 +6,9 @@ import time
 from datetime import datetime, timezone
 from typing import Protocol
 
-__all__ = ["NS_PER_S", "Clock", "SystemClock", "seconds_between"]
+from lem.units import NS_PER_S
 
-NS_PER_S = 1_000_000_000
+__all__ = ["Clock", "SystemClock", "seconds_between"]
 
 
 class Clock(Protocol):

@@ -16,7 +16,7 @@ from lem.backends.protocol import Backend, Completion, TokenRequest
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import ConfigurationError, EngineError
 from lem.experiment.channel import RunRequest
-from lem.experiment.clock import NS_PER_S, Clock
+from lem.experiment.clock import Clock
 from lem.experiment.datasets import resolve_dataset
 from lem.experiment.encoding import DisjointRequests, EncodedPrompts, encode_prompts
 from lem.experiment.environment import read_host
@@ -36,6 +36,7 @@ from lem.experiment.warmup import WarmupOutcome, skipped_warmup, warm_up
 from lem.experiment.window import MeasuredWindow, Output, measure_batch
 from lem.meters import marks
 from lem.record import Record
+from lem.units import NS_PER_S
 
 __all__ = ["Reporter", "run_experiment"]
 

@@ -20,15 +20,13 @@ from lem.experiment.prompts import ResolvedPrompts
 from lem.experiment.residency import Residence
 from lem.experiment.warmup import WarmupOutcome
 from lem.experiment.window import MeasuredWindow
+from lem.measurement import MAX_FAILED_RATIO
 from lem.meters.efficiency import carbon_of, efficiency_of
 from lem.meters.energy import EnergyFindings
 from lem.record import Compute, Identity, Record, Throughput, Validity, Window, Work
 from lem.record_codec import decode_record, encode_record
 
 __all__ = ["Findings", "compose_record"]
-
-# docs/measurement.md, step 6: more failed requests than this and the window is not one of the load that was meant.
-MAX_FAILED_RATIO = 0.01
 
 _NO_PADDING = "the engine does not tell how much padding it computed on; input never holds any"
 

@@ -8,9 +8,10 @@ from typing import Protocol
 
 from lem.errors import EngineError
 from lem.experiment.channel import RunRequest
-from lem.experiment.clock import NS_PER_S, Clock
+from lem.experiment.clock import Clock
 from lem.experiment.sampler_process import wait_until_ready
 from lem.meters.samples import PartReader, SampleHeader, SampleLog, SampleLogError
+from lem.units import NS_PER_S
 
 __all__ = ["NothingSampled", "PartFile", "SampleSource", "open_source"]
 

@@ -9,7 +9,7 @@ from lem.backends.protocol import Backend, Completion, OnProgress, TokenRequest
 from lem.errors import EngineError
 from lem.experiment.clock import Clock, seconds_between
 from lem.experiment.latency import RequestTimes
-from lem.meters.checks import STEADY_TOLERANCE
+from lem.measurement import STEADY_TOLERANCE
 
 __all__ = [
     "MeasuredWindow",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from lem.measurement import EnergyScope, EnergySource
 from lem.meters.cpu_load import find_tdp
 from lem.meters.curve import NotMeasured, Span
 from lem.meters.gpu_watch import Complaints, GpuWatch, Stamps
@@ -15,12 +16,13 @@ from lem.meters.integrate import update_period_s
 from lem.meters.nvml import NvmlMeter, gpu_uuids
 from lem.meters.rapl import POWERCAP, find_rapl
 from lem.meters.samples import CounterChange, GpuHeader
+from lem.meters.sources import POWER_METHODS
+from lem.units import NS_PER_S
 
 __all__ = ["Capabilities", "CpuCapability", "GpuCapability", "ProbeClock", "find_capabilities", "probe_periods"]
 
 # Shorter than a tenth of the shortest update period seen (20 ms).
 _POLL_S = 0.002
-_NS_PER_S = 1_000_000_000
 
 
 class ProbeClock(Stamps, Protocol):
@@ -45,11 +47,11 @@ class GpuCapability:
     probe_error: str | None = None
 
     @property
-    def source(self) -> str | None:
+    def source(self) -> EnergySource | None:
         """What its energy comes from, as `record.Energy.energy_source` has it; None for nothing."""
         if self.meter.counter_error is None:
-            return "nvml_counter"
-        return None if self.meter.power_source is None else f"power_{self.meter.power_source}_integral"
+            return EnergySource.COUNTER
+        return POWER_METHODS.get(self.meter.power_source or "")
 
     def describe(self) -> tuple[str, ...]:
         """It in words, a line each."""
@@ -62,7 +64,7 @@ class GpuCapability:
             lines.append("power: " + ("of the moment" if is_instant else "an average, over 1 s on some GPUs"))
         if meter.power_limit_w is not None:
             lines[-1] += f", limit {meter.power_limit_w:g} W"
-        if meter.energy_scope == "module":
+        if meter.energy_scope == EnergyScope.MODULE:
             lines.append("energy and power are those of the whole module, CPU included")
         if meter.persistence_mode is False:
             lines.append("persistence mode is off: idle power is higher while somebody looks; nvidia-smi -pm 1")
@@ -171,7 +173,7 @@ def probe_periods(
     watches = [GpuWatch(meter, place, clock, Complaints()) for place, meter in enumerate(meters)]
     changes: list[CounterChange] = []
     opened_ns = clock.monotonic_ns()
-    closes_ns = opened_ns + round(probe_s * _NS_PER_S)
+    closes_ns = opened_ns + round(probe_s * NS_PER_S)
     wanted = [place for place, meter in enumerate(meters) if meter.has_counter]
     while (now_ns := clock.monotonic_ns()) < closes_ns:
         changes += [row for watch in watches for row in watch.poll() if isinstance(row, CounterChange)]

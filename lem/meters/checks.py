@@ -9,17 +9,15 @@ import contextlib
 from collections.abc import Collection, Iterator
 from itertools import pairwise
 
+from lem.measurement import SLOWDOWN_BITS, STEADY_TOLERANCE, EnergyScope, EnergySource
 from lem.meters import marks as names
 from lem.meters.attempt_log import AttemptLog
-from lem.meters.curve import HOLE_PERIODS, NS_PER_S, Curve, NotMeasured, Span
+from lem.meters.curve import HOLE_PERIODS, Curve, NotMeasured, Span
 from lem.meters.samples import GpuHeader, SampleLog
-from lem.meters.sources import COUNTER, SENSOR_LAG_S
+from lem.meters.sources import SENSOR_LAG_S
+from lem.units import NS_PER_S
 
 __all__ = [
-    "CROSSCHECK_TOLERANCE",
-    "INVALID_BITS",
-    "REST_TOLERANCE",
-    "STEADY_TOLERANCE",
     "check_plausible",
     "check_sampled",
     "crosscheck_ratio",
@@ -32,17 +30,6 @@ __all__ = [
 
 # Board power may overshoot its limit for a moment, and a limit is kept to a few percent.
 _LIMIT_MARGIN = 1.2
-CROSSCHECK_TOLERANCE = 0.05
-REST_TOLERANCE = 0.05
-STEADY_TOLERANCE = 0.02
-
-# nvmlClocksEventReasons (NVML reference); an experiment in which one of them was seen is invalid.
-INVALID_BITS = {
-    0x8: "hardware slowdown",
-    0x20: "software thermal slowdown",
-    0x40: "hardware thermal slowdown",
-    0x80: "hardware power brake",
-}
 
 # An integral over fewer samples may miss a tenth of the window at each edge.
 _LEAST_SAMPLES = 10
@@ -69,7 +56,7 @@ def check_plausible(energy_j: float, window: Span, gpu: GpuHeader) -> None:
     """
     if energy_j <= 0:
         raise NotMeasured(f"{energy_j:.4g} J over {window.seconds:.3f} s cannot be: no GPU that is on draws nothing")
-    if gpu.power_limit_w is None or gpu.energy_scope != "gpu":
+    if gpu.power_limit_w is None or gpu.energy_scope != EnergyScope.GPU:
         return
     most_j = _LIMIT_MARGIN * gpu.power_limit_w * window.seconds
     if energy_j > most_j:
@@ -132,7 +119,7 @@ def is_power_steady(attempt: AttemptLog, window_repeats: int) -> bool:
         Span(window.opened_ns, window.opened_ns + half_ns),
         Span(window.closed_ns - half_ns, window.closed_ns),
     )
-    needed = _UPDATES_A_HALF if attempt.sources.primary == COUNTER else _READINGS_A_HALF
+    needed = _UPDATES_A_HALF if attempt.sources.primary == EnergySource.COUNTER else _READINGS_A_HALF
     if any(curve.count_in(half) < needed for curve in curves for half in halves):
         raise NotMeasured(f"fewer than {needed} readings of the meter in each half")
     first_w, second_w = (sum(curve.mean_power_w(half) for curve in curves) for half in halves)
@@ -145,7 +132,7 @@ def slowdowns(attempt: AttemptLog, span: Span, what: str = "window") -> Iterator
         rows = [
             row for row in attempt.log.samples if row.gpu == place and span.opened_ns <= row.at_ns <= span.closed_ns
         ]
-        for bit, name in INVALID_BITS.items():
+        for bit, name in SLOWDOWN_BITS.items():
             seen = sum(bool((row.event_mask or 0) & bit) for row in rows)
             if seen:
                 uuid = attempt.log.header.gpus[place].uuid

@@ -12,9 +12,10 @@ from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
 
-from lem.meters.curve import HOLE_PERIODS, NS_PER_S, Curve, Hole, NotMeasured, Span
+from lem.meters.curve import HOLE_PERIODS, Curve, Hole, NotMeasured, Span
 from lem.meters.refusal import MeterRefused
 from lem.meters.samples import SampleLog
+from lem.units import NS_PER_S
 
 __all__ = ["ExternalReadings", "external_energy_j", "is_short_of", "read_external"]
 

@@ -6,26 +6,21 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
+from lem.measurement import POWER_CAP_BIT, THERMAL_MASK, EnergySource
 from lem.meters.attempt_log import AttemptLog
 from lem.meters.checks import check_plausible, check_sampled
-from lem.meters.curve import HOLE_PERIODS, NS_PER_S, NotMeasured, Span
+from lem.meters.curve import HOLE_PERIODS, NotMeasured, Span
 from lem.meters.figures import Figures
 from lem.meters.marks import WINDOW
 from lem.meters.samples import GpuHeader, GpuSample
-from lem.meters.sources import COUNTER
 from lem.record import Gpu
+from lem.units import NS_PER_S
 
 __all__ = [
-    "POWER_CAP",
-    "THERMAL_BITS",
     "describe_gpu",
     "describe_unseen_gpu",
     "samples_in",
 ]
-
-# Bits of nvmlClocksEventReasons (NVML reference): SwPowerCap; SwThermalSlowdown and HwThermalSlowdown.
-POWER_CAP = 0x4
-THERMAL_BITS = 0x20 | 0x40
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ def _fill_constants(figures: Figures, header: GpuHeader) -> None:
 def _fill_energy(figures: Figures, attempt: AttemptLog, number: int, looks: Sequence[_Look], nothing: str) -> None:
     def energy_j() -> float:
         curve = attempt.gpu_curve(number)
-        if attempt.sources.gpu_method != COUNTER:
+        if attempt.sources.gpu_method != EnergySource.COUNTER:
             check_sampled(curve, attempt.window)
         found_j = attempt.window_j(curve, 1 / len(attempt.sources.gpus))
         header = attempt.log.header.gpus[attempt.sources.gpus[number]]
@@ -125,7 +120,7 @@ def _fill_events(figures: Figures, looks: Sequence[_Look], silent: str) -> None:
     for seen, _ in known:
         mask |= seen
     figures.put("event_reasons_mask", mask if known else None, silent)
-    for field, bits in (("throttle_power_s", POWER_CAP), ("throttle_thermal_s", THERMAL_BITS)):
+    for field, bits in (("throttle_power_s", POWER_CAP_BIT), ("throttle_thermal_s", THERMAL_MASK)):
         seconds = sum((length for seen, length in known if seen & bits), start=0.0)
         figures.put(field, seconds if known else None, silent)
 

@@ -14,12 +14,12 @@ from typing import TextIO
 from lem.errors import ExitCode
 from lem.meters.gpus import open_nvml
 from lem.meters.sampler import SampleFileError, SamplerOptions, run_sampler
+from lem.units import NS_PER_S
 
 __all__ = ["PipeOwner", "run_sampler_process"]
 
 _STDIN = 0
 _READ_B = 4096
-_NS_PER_S = 1_000_000_000
 
 
 class _SystemClock:
@@ -47,7 +47,7 @@ class PipeOwner:
 
     def wait(self, until_ns: int) -> Sequence[str] | None:
         """The orders that came until then; None when an end is wanted."""
-        timeout_s = max(0, until_ns - time.monotonic_ns()) / _NS_PER_S
+        timeout_s = max(0, until_ns - time.monotonic_ns()) / NS_PER_S
         ready, _, _ = select.select([self._orders_fd, self._wakeup_fd], [], [], timeout_s)
         if self._wakeup_fd in ready:
             return None

@@ -23,11 +23,13 @@ from typing import Any
 
 from lem import durable
 from lem.jsontypes import build, build_from
+from lem.measurement import EnergyScope
 
 __all__ = [
     "FINISHED_FILENAME",
     "PART_FILENAME",
     "SAMPLES_SCHEMA",
+    "SLOW_PERIOD_S",
     "ClockPair",
     "CounterChange",
     "CpuLoad",
@@ -54,6 +56,9 @@ SAMPLES_SCHEMA = 1
 PART_FILENAME = "samples.part"
 FINISHED_FILENAME = "samples.jsonl.gz"
 
+# How often the sampler reads powercap zones, the load of the CPU, and the processes on GPUs.
+SLOW_PERIOD_S = 1
+
 
 class SampleLogError(ValueError):
     """A file that is not a sample log of this schema."""
@@ -79,7 +84,7 @@ class GpuHeader:
     power_limit_w: float | None = None
     persistence_mode: bool | None = None
     mig_mode: bool | None = None
-    energy_scope: str = "gpu"
+    energy_scope: str = EnergyScope.GPU.value
     power_source: str | None = None
     counter_error: str | None = None
     power_error: str | None = None

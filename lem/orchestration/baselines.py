@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from lem.measurement import is_gpu_source
 from lem.meters.attempt_log import Baselines
-from lem.meters.sources import AVERAGE_POWER, COUNTER, INSTANT_POWER
 from lem.record import Record
 
 __all__ = ["BARE", "BaselineBook", "Reference"]
 
 # The state of a device without an engine; with one, the state is the engine's key.
 BARE = ""
-
-# What these tell is the power of GPUs, which is what a gap watches.
-_OF_GPUS = frozenset({COUNTER, INSTANT_POWER, AVERAGE_POWER})
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class BaselineBook:
         if entry is not None and entry.power_w == power_w:
             return  # to the last bit what was handed on: not measured again, so as old as before
         self._entries[place] = _Entry(power_w, now_s)
-        if place.source in _OF_GPUS:
+        if is_gpu_source(place.source):  # what a gap watches is the power of GPUs
             self._references.setdefault((place.gpus, place.state), Reference(power_w, temp_c))
 
     def _fresh(self, place: _Place, ttl_s: float, now_s: float) -> _Entry | None:

@@ -5,24 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from lem.measurement import (
+    CROSSCHECK_TOLERANCE,
+    REST_TOLERANCE,
+    SHORT_WINDOW_S,
+    SLOWDOWN_MASK,
+    WINDOW_UPDATES,
+    is_estimate,
+    is_integrated_power,
+)
 from lem.record import Record
 from lem.results.aggregation import SHARED_LOAD
-from lem.results.comparability import find_obstacles
+from lem.results.comparability import LENGTH_TOLERANCE, find_obstacles
 from lem.results.compare import RunResults, exclusion_reason
 from lem.results.findings import Finding, Found, among_results, percent
 
 __all__ = ["check_results"]
 
-# nvmlClocksEventReasons: hardware slowdown, software and hardware thermal slowdown, hardware power brake.
-_SLOWDOWN_BITS = 0x8 | 0x20 | 0x40 | 0x80
 _CAPPED_FROM = 0.01
-_CROSSCHECK_TOLERANCE = 0.05
-_REST_TOLERANCE = 0.05
-_LENGTH_TOLERANCE = 0.01
-_SHORT_WINDOW_S = 10.0
-_UPDATES_NEEDED = 100
 _GAP_CAP_REACHED = "cap reached"
-_ESTIMATE = "tdp_estimate"
 
 # Warnings of records that a check here, or its own sentence, says already.
 _TOLD = re.compile(
@@ -93,8 +94,8 @@ def _windows(run: RunResults) -> Found:
     yield from among_results(
         run,
         "short_window",
-        f"a window under {_SHORT_WINDOW_S:g} s or {_UPDATES_NEEDED} updates of the energy counter",
-        f"set measurement.min_window_sec to {_SHORT_WINDOW_S:g} or more, or give more prompts",
+        f"a window under {SHORT_WINDOW_S:g} s or {WINDOW_UPDATES} updates of the energy counter",
+        f"set measurement.min_window_sec to {SHORT_WINDOW_S:g} or more, or give more prompts",
         _is_short,
         is_weak=False,
     )
@@ -150,16 +151,16 @@ def _meters(run: RunResults) -> Found:
     yield from among_results(
         run,
         "crosscheck",
-        f"counter and integrated power are more than {percent(_CROSSCHECK_TOLERANCE)} apart",
+        f"counter and integrated power are more than {percent(CROSSCHECK_TOLERANCE)} apart",
         "an A100 or H100 sensor sees part of the time only: trust the counter; elsewhere look at sample_gap_max_s",
-        lambda item: _is_off(item.energy.energy_crosscheck_ratio, _CROSSCHECK_TOLERANCE),
+        lambda item: _is_off(item.energy.energy_crosscheck_ratio, CROSSCHECK_TOLERANCE),
     )
     yield from among_results(
         run,
         "baseline_drift",
-        f"power at rest changed by over {percent(_REST_TOLERANCE)} in the experiment, so its net energy is uncertain",
+        f"power at rest changed by over {percent(REST_TOLERANCE)} in the experiment, so its net energy is uncertain",
         "let the device rest longer before it (gaps), and see what else draws power; gross energy stands",
-        lambda item: _rest_change(item) > _REST_TOLERANCE,
+        lambda item: _rest_change(item) > REST_TOLERANCE,
         is_weak=False,
     )
     yield from _baselines_apart(run)
@@ -168,14 +169,14 @@ def _meters(run: RunResults) -> Found:
         "estimate",
         "energy is an estimate from the CPU's design power, not a measurement",
         "make RAPL readable (lem doctor says how), or give an external meter's readings (measurement.external_csv)",
-        lambda item: item.energy.energy_source == _ESTIMATE,
+        lambda item: is_estimate(item.energy.energy_source),
     )
     yield from among_results(
         run,
         "integrated_power",
         "energy is integrated from power samples, since there is no energy counter",
         "a sensor that looks part of the time is off under a load with a rhythm: raise measurement.min_window_sec",
-        lambda item: (item.energy.energy_source or "").startswith("power_"),
+        lambda item: is_integrated_power(item.energy.energy_source),
         is_weak=False,
     )
 
@@ -185,7 +186,7 @@ def _baselines_apart(run: RunResults) -> Found:
     apart = {}
     for subject in run.subjects:
         rest_w = [item.idle.idle_loaded_power_w for item in subject.used if item.idle.idle_loaded_power_w]
-        if rest_w and max(rest_w) > (1 + _REST_TOLERANCE) * min(rest_w):
+        if rest_w and max(rest_w) > (1 + REST_TOLERANCE) * min(rest_w):
             apart[subject.name] = max(rest_w) / min(rest_w) - 1
     if apart:
         yield Finding(
@@ -218,7 +219,7 @@ def _work(run: RunResults) -> Found:
     for item in measured:
         by_limit.setdefault(item.used[0].requested.get("max_output_tokens"), {})[item.name] = _length(item.used)
     unlike = [
-        group for group in by_limit.values() if max(group.values()) > (1 + _LENGTH_TOLERANCE) * min(group.values())
+        group for group in by_limit.values() if max(group.values()) > (1 + LENGTH_TOLERANCE) * min(group.values())
     ]
     for group in unlike:
         low, high = min(group.values()), max(group.values())
@@ -274,7 +275,7 @@ def _warnings(run: RunResults) -> Found:
 
 def _is_slowed(record: Record) -> bool:
     return any(
-        (gpu.throttle_thermal_s or 0) > 0 or (gpu.event_reasons_mask or 0) & _SLOWDOWN_BITS for gpu in record.gpus
+        (gpu.throttle_thermal_s or 0) > 0 or (gpu.event_reasons_mask or 0) & SLOWDOWN_MASK for gpu in record.gpus
     )
 
 
@@ -286,7 +287,7 @@ def _capped_share(record: Record) -> float:
 
 def _is_short(record: Record) -> bool:
     period_s = record.energy.counter_update_period_s
-    needed_s = max(_SHORT_WINDOW_S, _UPDATES_NEEDED * period_s if period_s else 0.0)
+    needed_s = max(SHORT_WINDOW_S, WINDOW_UPDATES * period_s if period_s else 0.0)
     return record.window.window_s < needed_s
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lem import units
+from lem.measurement import is_estimate
 from lem.results.compare import SIGNIFICANCE, Comparison, Pair, Row, RunResults, Subject
 from lem.results.gate import MOST_FURTHER_CYCLES, Gate, Judgement, Verdict
 from lem.results.layout import Column
@@ -18,7 +19,6 @@ from lem.results.settings import differing_settings, shared_settings
 __all__ = ["Content", "Table", "content_of", "headline"]
 
 _NONE = "–"
-_ESTIMATE = "tdp_estimate"
 _DECIMALS = (2, 4)
 _NAMES_SHOWN = 4
 # Names stand under the heading and want the rest of the 80 columns.
@@ -397,13 +397,15 @@ def _anchor_notes(comparison: Comparison) -> Iterable[str]:
 
 def _is_estimate(metric: Metric, comparison: Comparison) -> bool:
     return metric.group == "energy" and any(
-        _ESTIMATE in subject.aggregate.energy_sources for _, subject in _labelled_subjects(comparison)
+        is_estimate(source)
+        for _, subject in _labelled_subjects(comparison)
+        for source in subject.aggregate.energy_sources
     )
 
 
 def _is_all_estimated(comparison: Comparison) -> bool:
     sources = {source for _, item in _labelled_subjects(comparison) for source in item.aggregate.energy_sources}
-    return not sources or sources == {_ESTIMATE}
+    return all(map(is_estimate, sources))
 
 
 def _rows(comparison: Comparison, metric: Metric) -> Iterable[tuple[Pair, Row]]:

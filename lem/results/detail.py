@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from lem import units
+from lem.measurement import is_estimate
 from lem.record import Distribution, Record
 from lem.results.layout import Column, columns, paint, wrapped
 
@@ -87,7 +88,7 @@ def _energy(record: Record) -> str:
     if energy.gpu_energy_j is None:
         return _or_reason(None, units.format_energy, energy.null_reasons.get("gpu_energy_j"))
     per_tok = efficiency.energy_per_output_tok_j
-    estimate = " (an estimate)" if energy.energy_source == "tdp_estimate" else ""
+    estimate = " (an estimate)" if is_estimate(energy.energy_source) else ""
     parts = [f"{units.format_energy(energy.gpu_energy_j)}{estimate}"]
     parts += [f"{per_tok:.4g} J per output token"] if per_tok is not None else []
     return ", ".join([*parts, f"by {energy.energy_source}"])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from lem import units
+from lem.measurement import is_estimate
 from lem.results.aggregation import SHARED_LOAD, AllAttempts, ConfigAggregate, MetricEstimate
 from lem.results.layout import Column, NameShortener, columns, paint, printable, without_numbers, wrapped
 from lem.results.precision import UNACCOUNTED
@@ -20,7 +21,6 @@ _NAME_WIDTH = 36
 _NONE = "–"
 _SIGNIFICANT = 4
 _NAMES_SHOWN = 4
-_ESTIMATE = "tdp_estimate"
 # A terminal can say it is 0 columns wide, and lines over 120 are hard to read.
 _WIDTHS = (72, 120)
 
@@ -107,10 +107,10 @@ class _Table:
 
     def _energy_origin(self) -> str:
         """What stands under the heading of energy where it was not measured but estimated."""
-        sources = self._energy_sources()
-        if _ESTIMATE not in sources:
+        estimated = [is_estimate(source) for source in self._energy_sources()]
+        if not any(estimated):
             return ""
-        return "\n(an estimate from TDP)" if len(sources) == 1 else "\n(partly an estimate from TDP)"
+        return "\n(an estimate from TDP)" if all(estimated) else "\n(partly an estimate from TDP)"
 
     def _energy_sources(self) -> set[str]:
         return {source for item in self._configurations for source in item.energy_sources}
@@ -138,7 +138,7 @@ class _Table:
         notes = [*self._interval_notes()]
         if any(item.metrics[metric].values for item in self._configurations for _, metric in _LATENCIES):
             notes.append("Latency: median over the requests of a cycle, geometric mean over the cycles.")
-        if self._energy_sources() - {_ESTIMATE}:
+        if not all(map(is_estimate, self._energy_sources())):
             notes.append("Energy: board sensors carry ±5 % per card; compare configurations on one card, not cards.")
         for label, metric in (*_LATENCIES, *_INTERVALS):
             notes += self._gaps(label, metric)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lem.measurement import is_estimate
 from lem.record import Record
 from lem.results.aggregation import ConfigAggregate
 from lem.results.check import check_run
@@ -23,7 +24,6 @@ from lem.results.summary import CampaignSummary, summarise
 
 __all__ = ["Entry", "FailedSettings", "Report", "TraceNote", "compose", "flat_settings"]
 
-_ESTIMATE = "tdp_estimate"
 _BY_NAME = {metric.name: metric for metric in METRICS}
 _LABEL_WIDTH = 32
 # Names stand in every table: with many configurations they are most of the page.
@@ -79,7 +79,7 @@ class Entry:
     @property
     def is_estimate(self) -> bool:
         """Whether its energy was not measured but worked out from the design power of the CPU."""
-        return _ESTIMATE in self.aggregate.energy_sources
+        return any(map(is_estimate, self.aggregate.energy_sources))
 
     @property
     def has_energy(self) -> bool:

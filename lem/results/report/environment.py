@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lem import units
+from lem.measurement import EnergySource, is_estimate
 from lem.record import Environment, Record
 from lem.results.report.content import Report
 from lem.results.report.figures import NOT_MEASURED
@@ -15,13 +16,13 @@ from lem.units import plural
 
 __all__ = ["environment_section", "methods_section"]
 
-_SOURCES = {
-    "nvml_counter": "the GPU's own energy counter (NVML), read at its changes inside the window",
-    "power_instant_integral": "instantaneous GPU power (NVML field 186), integrated over the window",
-    "power_average_integral": "averaged GPU power (NVML), integrated over the window",
-    "rapl": "the CPU packages' energy counters (RAPL)",
-    "tdp_estimate": "an estimate: design power (TDP) of the CPU times its load, not a measurement",
-    "external_csv": "a meter of the user's own, aligned by its clock",
+_SOURCES: dict[str, str] = {
+    EnergySource.COUNTER: "the GPU's own energy counter (NVML), read at its changes inside the window",
+    EnergySource.INSTANT_POWER: "instantaneous GPU power (NVML field 186), integrated over the window",
+    EnergySource.AVERAGE_POWER: "averaged GPU power (NVML), integrated over the window",
+    EnergySource.RAPL: "the CPU packages' energy counters (RAPL)",
+    EnergySource.TDP_ESTIMATE: "an estimate: design power (TDP) of the CPU times its load, not a measurement",
+    EnergySource.EXTERNAL: "a meter of the user's own, aligned by its clock",
 }
 _VALUES_SHOWN = 6
 
@@ -161,7 +162,7 @@ def _methods(report: Report) -> Iterable[list[Cell | str]]:
             reasons = _listed(str(record.energy.null_reasons.get("energy_source", "")) for record in own)
             yield ["Energy", NOT_MEASURED, f"{reasons} ({plural(len(own), 'result')})"]
             continue
-        kind = "Energy, estimated" if source == "tdp_estimate" else "Energy"
+        kind = "Energy, estimated" if is_estimate(source) else "Energy"
         scope = _listed(str(record.energy.energy_scope) for record in own if record.energy.energy_scope)
         yield [kind, _SOURCES.get(source, source), "; ".join(_energy_remarks(own, scope))]
     yield ["Net energy", *_net(used)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lem.meters.checks import INVALID_BITS
+from lem.measurement import SLOWDOWN_BITS
 from lem.meters.samples import FINISHED_FILENAME, GpuSample, read_finished, read_part
 from tests.gpu.bench import Bench
 from tests.gpu.finding import Finding, LeftOut
@@ -19,7 +19,7 @@ BITS = {
     0x4: "software power cap",
     0x10: "sync boost",
     0x100: "display clocks",
-    **INVALID_BITS,
+    **SLOWDOWN_BITS,
 }
 
 
@@ -38,9 +38,9 @@ class ClockEvents:
             raise LeftOut("no sample tells of clock events")
         for bit, text in BITS.items():
             seen = sum(bool(mask & bit) for mask in masks)
-            if seen or bit in INVALID_BITS:
+            if seen or bit in SLOWDOWN_BITS:
                 note = f"{seen} of {len(masks)} samples"
-                target = "0 %" if bit in INVALID_BITS else ""
+                target = "0 %" if bit in SLOWDOWN_BITS else ""
                 yield Finding(f"{text} ({bit:#x})", 100 * seen / len(masks), "%", note, target)
         temps = [row.temp_c for row in samples if row.temp_c is not None]
         if temps:

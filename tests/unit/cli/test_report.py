@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lem.cli.report_traces import trace_of
+from lem.measurement import SLOWDOWN_BITS
 from lem.meters.samples import GpuSample, Mark, RaplReading, RaplZone, SampleHeader, SampleLog
 from lem.results.report.trace import POWER, TEMPERATURE
 from tests.command_rig import Said, run_lem
@@ -153,6 +154,13 @@ def test_throttling_lasts_from_reading_to_reading_and_the_power_limit_is_no_faul
     ]
     assert trace.spells[0].end_s - trace.spells[0].begin_s == pytest.approx(1.0)
     assert trace.phases[1].throttled_s == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("bit", "reason"), SLOWDOWN_BITS.items())
+def test_a_slowdown_has_the_name_that_the_record_gives_it(bit: int, reason: str) -> None:
+    assert [(spell.reason, spell.is_fault) for spell in trace_of(*make_log(masks=(bit,) * 10)).spells] == [
+        (reason, True)
+    ]
 
 
 def test_a_package_counter_that_wraps_still_gives_its_power() -> None:
