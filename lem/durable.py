@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import sys
@@ -17,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lem.units import MIB
+
 __all__ = [
     "TEMPORARY_PREFIX",
     "make_folder",
@@ -24,6 +27,7 @@ __all__ = [
     "read_json",
     "reason_of",
     "remedy_for",
+    "sha256_of",
     "sync_folder",
     "utf8",
     "write_bytes",
@@ -188,3 +192,12 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal; the file is read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(MIB):
+            digest.update(block)
+    return digest.hexdigest()

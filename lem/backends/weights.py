@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lem.durable import sha256_of
+
 __all__ = ["commit_of", "count_embedding_parameters", "hash_files", "hash_weights", "weight_files"]
 
 # In the order in which transformers looks for them: whole or in parts, safetensors before pickles.
@@ -19,7 +21,6 @@ _SEARCH_ORDER = (_WHOLE[0], _IN_PARTS[0], _WHOLE[1], _IN_PARTS[1], *_WHOLE[2:])
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_BLOCK_B = 1 << 22
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -98,8 +99,4 @@ def _hash_file(path: Path) -> str:
 @functools.lru_cache(maxsize=4096)
 def _read_hash(path: Path, size: int, mtime_ns: int, inode: int) -> str:  # noqa: ARG001
     """Read once a process: every cycle loads the same weights again."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_B):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256_of(path)

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     import socket
 
     from lem.cli.status_view import Eyes, render_status, render_statuses, status_document
-    from lem.orchestration.manifest import utc_now
+    from lem.clock import utc_now
     from lem.orchestration.status import Onlooker, boot_time, find_folders, read_status
 
     onlooker = Onlooker(utc_now(), socket.gethostname(), boot_time())

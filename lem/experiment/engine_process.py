@@ -20,9 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from lem.clock import Clock, SystemClock
 from lem.errors import EngineError, LemError
 from lem.experiment.channel import READ_B, LineBuffer, RunRequest, decode_line, encode_line
-from lem.experiment.clock import Clock, SystemClock
 from lem.experiment.engine_log import redact
 from lem.experiment.harness import Reporter, run_experiment
 from lem.experiment.residency import ResidentEngine

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 from lem import durable
 from lem.backends.protocol import Backend, Completion, TokenRequest
+from lem.clock import Clock
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import ConfigurationError, EngineError
 from lem.experiment.channel import RunRequest
-from lem.experiment.clock import Clock
 from lem.experiment.datasets import resolve_dataset
 from lem.experiment.encoding import DisjointRequests, EncodedPrompts, encode_prompts
 from lem.experiment.environment import read_host

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from lem.clock import Clock, seconds_between
 from lem.config.experiment_config import ExperimentConfig
 from lem.experiment.channel import RunRequest
-from lem.experiment.clock import Clock, seconds_between
 from lem.experiment.environment import GpuSurroundings
 from lem.experiment.sample_source import NothingSampled, SampleSource, open_source
 from lem.experiment.window import MeasuredWindow

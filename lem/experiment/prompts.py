@@ -18,6 +18,7 @@ from lem import durable
 from lem.config.experiment_config import ExperimentConfig, FilePrompts, SyntheticPrompts
 from lem.errors import ConfigurationError
 from lem.experiment.synthetic import BUNDLED, SyntheticPlan, generate
+from lem.units import MIB
 
 __all__ = [
     "PROMPTS_FILENAME",
@@ -37,7 +38,7 @@ __all__ = [
 PROMPTS_FILENAME = "prompts.jsonl"
 MAX_LISTED_PROBLEMS = 10
 # A file above this is a data set put in by mistake; prompts are held in memory, on the host too.
-MAX_FILE_B = 256 * 1024 * 1024
+MAX_FILE_B = 256 * MIB
 
 
 class PromptError(ConfigurationError):

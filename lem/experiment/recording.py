@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Any
 
 from lem import __version__
 from lem.backends.protocol import EngineReport
+from lem.clock import utc_text
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError
 from lem.experiment.channel import RunRequest
@@ -90,7 +91,7 @@ def compose_record(found: Findings) -> Record:
 
 
 def _identity(found: Findings) -> Identity:
-    start_utc = found.start_utc.astimezone(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    start_utc = utc_text(found.start_utc, "milliseconds")
     try:
         return Identity(**found.request.identity, start_utc=start_utc, lem_version=__version__)
     except TypeError as error:

@@ -19,11 +19,12 @@ from datetime import datetime
 from pathlib import Path
 
 from lem import durable
+from lem.clock import utc_text
 from lem.errors import LemError
 from lem.jsontypes import build_from
 from lem.orchestration.events import Event, Observer
 from lem.orchestration.locks import Holder
-from lem.orchestration.manifest import utc_text
+from lem.units import KIB
 
 __all__ = ["ACTIVITY_NAME", "Activity", "ActivityWriter", "read_activity"]
 
@@ -34,7 +35,7 @@ SCHEMA_VERSION = 1
 _EVERY_S = 5.0
 
 # More than this is not what we wrote.
-_SIZE_MAX_B = 64 * 1024
+_SIZE_MAX_B = 64 * KIB
 
 
 @dataclass(frozen=True)

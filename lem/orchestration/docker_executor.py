@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lem.clock import utc_now, utc_text
 from lem.config.campaign_config import CampaignHealthCheckConfig
 from lem.errors import EngineError, InfrastructureError, Interrupted, LockedError
 from lem.experiment.channel import RunRequest
@@ -25,7 +26,6 @@ from lem.orchestration.container_worker import ContainerWorker, mark_invalid
 from lem.orchestration.docker import ContainerError
 from lem.orchestration.health import gpu_loss, holders
 from lem.orchestration.locks import Holder, LockTarget, default_gpu_lock_folder, hold_locks
-from lem.orchestration.manifest import utc_now, utc_text
 from lem.orchestration.worker_connection import Stop
 from lem.orchestration.workers import Worker
 

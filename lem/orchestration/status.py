@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
+from lem.clock import parse_time
 from lem.config.names import MANIFEST_FILENAME
 from lem.errors import UserError
 from lem.orchestration.activity import Activity, read_activity
@@ -153,11 +154,8 @@ def boot_time(stat_file: Path = Path("/proc/stat")) -> datetime | None:
 
 def parse_utc(label: str | None) -> datetime | None:
     """The moment of a UTC label; None for what is none."""
-    try:
-        moment = datetime.fromisoformat((label or "").replace("Z", "+00:00"))
-    except ValueError:
-        return None
-    return moment if moment.tzinfo is not None else None
+    moment = parse_time(label or "")
+    return moment if moment is not None and moment.tzinfo is not None else None
 
 
 def read_status(folder: Path, onlooker: Onlooker, manifest_path: Path | None = None) -> CampaignStatus:

@@ -34,6 +34,7 @@ from lem.results.attempt import (
     is_name,
     stopping_campaign,
 )
+from lem.units import MIB
 
 __all__ = [
     "Problem",
@@ -51,7 +52,7 @@ __all__ = [
 _HOST_MARK = "+"  # in no exp_id, which is hex digits and a cycle
 
 # Room for the files of some attempts; with less, a campaign would end soon after it began.
-_PROBE_B = 1024 * 1024
+_PROBE_B = MIB
 
 
 @dataclass(frozen=True)
