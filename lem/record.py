@@ -12,7 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = [
+    "CONFIG_FILE",
+    "LOG_FILE",
     "OBSERVATIONS_NEEDED",
+    "OUTPUTS_FILE",
+    "PROMPTS_FILE",
+    "RESULT_FILE",
     "Carbon",
     "Compute",
     "Distribution",
@@ -30,6 +35,13 @@ __all__ = [
     "Window",
     "Work",
 ]
+
+# The files of an attempt, beside its sample log (lem/meters/samples.py).
+RESULT_FILE = "result.json"
+CONFIG_FILE = "config.json"
+PROMPTS_FILE = "prompts.jsonl"
+OUTPUTS_FILE = "outputs.jsonl"
+LOG_FILE = "log.txt"
 
 # Fewer observations than this leave a percentile to one or two values, so it is None.
 OBSERVATIONS_NEEDED = types.MappingProxyType({"p90": 10, "p95": 20, "p99": 100})

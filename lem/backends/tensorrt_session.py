@@ -40,11 +40,11 @@ from lem.backends.tensorrt_serving import Server
 from lem.backends.torch_gpus import visible_gpus
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError, OptionRefused
+from lem.variables import GPU_VARIABLE, TOKEN_VARIABLE
 
 __all__ = ["Session"]
 
 TRIAL_TOKENS = 2
-GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 _PENALTIES = "tensorrt_llm._torch.pyexecutor.sampler.penalties"
 _PACKAGES = ("flashinfer-python", "huggingface-hub", "nvidia-modelopt", "tensorrt", "tensorrt-llm", "transformers")
@@ -74,7 +74,7 @@ class Session(ServedSession):
         self._restore_gpus = contextlib.ExitStack()
         self._uuids = self._restore_gpus.enter_context(_visible_gpus(config, find_gpus or _find_gpus))
         try:
-            self._source, self._engine = _load(config, self._facts, secrets.get("HF_TOKEN") or None)
+            self._source, self._engine = _load(config, self._facts, secrets.get(TOKEN_VARIABLE) or None)
         except BaseException:
             self._restore_gpus.close()
             raise

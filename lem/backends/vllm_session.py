@@ -38,6 +38,7 @@ from lem.backends.vllm_report import compile_seconds, find_versions
 from lem.backends.vllm_stepping import StepLoop
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError, OptionRefused
+from lem.variables import TOKEN_VARIABLE
 
 try:
     from vllm.inputs import tokens_input
@@ -63,7 +64,7 @@ class Session(ServedSession):
         check_sampling(config, self._facts)
         self._engine_key = config.engine_key()
         with visible_devices(config) as uuids:
-            self._loaded = load_engine(config, self._facts, secrets.get("HF_TOKEN") or None)
+            self._loaded = load_engine(config, self._facts, secrets.get(TOKEN_VARIABLE) or None)
         self._loaded.uuids = uuids
         began_ns = time.monotonic_ns()
         try:

@@ -26,7 +26,7 @@ from lem.experiment.channel import READ_B, LineBuffer, RunRequest, decode_line, 
 from lem.experiment.engine_log import redact
 from lem.experiment.harness import Reporter, run_experiment
 from lem.experiment.residency import ResidentEngine
-from lem.record import Record
+from lem.record import RESULT_FILE, Record
 from lem.record_codec import write_record
 
 __all__ = ["MessageWriter", "PhaseReporter", "describe_failure", "serve", "serve_pipes"]
@@ -120,7 +120,7 @@ def _run(
         measured = run_experiment(request, engine, reporter, clock)
         if reporter.current != "write":
             reporter.phase("write")
-        write_record(Path(request.result_dir) / "result.json", measured)
+        write_record(Path(request.result_dir) / RESULT_FILE, measured)
     except Exception as error:  # noqa: BLE001 - the top of a worker
         traceback.print_exc()
         flush_output()

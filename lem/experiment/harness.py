@@ -35,13 +35,11 @@ from lem.experiment.traffic import TrafficPlan, measure_traffic, serve_all
 from lem.experiment.warmup import WarmupOutcome, skipped_warmup, warm_up
 from lem.experiment.window import MeasuredWindow, Output, measure_batch
 from lem.meters import marks
-from lem.record import Record
+from lem.record import CONFIG_FILE, OUTPUTS_FILE, Record
 from lem.units import NS_PER_S
 
 __all__ = ["Reporter", "run_experiment"]
 
-CONFIG_FILENAME = "config.json"
-OUTPUTS_FILENAME = "outputs.jsonl"
 
 # In this option a backend says how many requests it runs at once.
 WIDTH_OPTIONS = ("batch_size", "max_num_seqs", "max_batch_size")
@@ -130,7 +128,7 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
 
 def _read_requested(folder: Path) -> Mapping[str, Any]:
     """The configuration as the user wrote it, `${VAR}` unexpanded, from the `config.json` that the host wrote."""
-    path = folder / CONFIG_FILENAME
+    path = folder / CONFIG_FILE
     try:
         document = durable.read_json(path)
     except (OSError, ValueError) as error:
@@ -281,4 +279,4 @@ def _write_outputs(folder: Path, outputs: Sequence[Output], decode: Callable[[Se
         )
         for output in outputs
     ]
-    durable.write_text(folder / OUTPUTS_FILENAME, "".join(f"{line}\n" for line in lines))
+    durable.write_text(folder / OUTPUTS_FILE, "".join(f"{line}\n" for line in lines))

@@ -35,6 +35,7 @@ from lem.experiment.engine_log import EngineLog, redact
 from lem.experiment.probe import probe_environment
 from lem.experiment.worker_sampler import WorkerSampler
 from lem.process import describe_exit
+from lem.record import LOG_FILE
 
 __all__ = ["Supervisor", "supervise"]
 
@@ -252,7 +253,7 @@ class Supervisor:
         if self._engine is not None:
             self._drain_output(self._engine)
         self._close_log()
-        self._log = EngineLog(str(Path(request.result_dir) / "log.txt"), request.secrets.values())
+        self._log = EngineLog(str(Path(request.result_dir) / LOG_FILE), request.secrets.values())
 
     def _close_log(self) -> None:
         if self._log is not None:

@@ -28,6 +28,7 @@ from lem.orchestration.health import gpu_loss, holders
 from lem.orchestration.locks import Holder, LockTarget, default_gpu_lock_folder, hold_locks
 from lem.orchestration.worker_connection import Stop
 from lem.orchestration.workers import Worker
+from lem.record import RESULT_FILE
 
 __all__ = ["ContainerLost", "DockerExecutor"]
 
@@ -243,7 +244,7 @@ class DockerExecutor:
         if outcome.error is not None:
             error = EngineError(f"{outcome.error.message}; {lost}", outcome.error.hint, kind=outcome.error.kind)
             return dataclasses.replace(outcome, error=error, is_engine_lost=True)
-        mark_invalid(Path(request.result_dir) / "result.json", lost)
+        mark_invalid(Path(request.result_dir) / RESULT_FILE, lost)
         return dataclasses.replace(outcome, valid=False, is_engine_lost=True)
 
     def _start(self) -> ContainerManager:

@@ -23,17 +23,9 @@ from typing import Any
 from lem import durable
 from lem.durable import make_folder, reason_of, remedy_for
 from lem.errors import UserError
-from lem.record import Identity, Record
+from lem.record import CONFIG_FILE, RESULT_FILE, Identity, Record
 from lem.record_codec import RecordError, read_record
-from lem.results.attempt import (
-    CONFIG_FILE,
-    RESULT_FILE,
-    AttemptFolder,
-    attempt_number,
-    check_name,
-    is_name,
-    stopping_campaign,
-)
+from lem.results.attempt import AttemptFolder, attempt_number, check_name, is_name, stopping_campaign
 from lem.units import MIB
 
 __all__ = [
