@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 __all__ = [
+    "ABSENT",
     "GIB",
     "JOULES_PER_WATT_HOUR",
     "KIB",
@@ -13,6 +15,7 @@ __all__ = [
     "NS_PER_MS",
     "NS_PER_S",
     "NS_PER_US",
+    "SIGNIFICANT_DIGITS",
     "format_bytes",
     "format_duration",
     "format_energy",
@@ -21,8 +24,15 @@ __all__ = [
     "format_quantity",
     "format_rate",
     "parse_duration",
+    "percent",
     "plural",
+    "some_of",
+    "with_decimals",
 ]
+
+# Stands for a number that is not there.
+ABSENT = "–"
+SIGNIFICANT_DIGITS = 4
 
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+")
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
@@ -74,10 +84,10 @@ def format_duration(seconds: float) -> str:
     return f"{hours // 24}d {hours % 24:02d}h"
 
 
-def format_quantity(value: float | None, unit: str = "", digits: int = 4) -> str:
+def format_quantity(value: float | None, unit: str = "", digits: int = SIGNIFICANT_DIGITS) -> str:
     """`value` to `digits` significant digits with thousands left plain; an en dash when it was not measured."""
     if value is None:
-        return "–"
+        return ABSENT
     text = f"{value:.{digits}g}"
     if "e" in text and 1e-4 <= abs(value) < 1e15:
         text = f"{value:.0f}"
@@ -115,7 +125,7 @@ def format_latency(latency_s: float | None) -> str:
 def format_bytes(size_b: float | None) -> str:
     """Bytes with a binary prefix."""
     if size_b is None:
-        return "–"
+        return ABSENT
     for prefix in ("", "Ki", "Mi", "Gi"):
         if abs(size_b) < 1024:
             return f"{size_b:.0f} B" if not prefix else f"{size_b:.1f} {prefix}B"
@@ -126,3 +136,19 @@ def format_bytes(size_b: float | None) -> str:
 def plural(count: int, noun: str) -> str:
     """`1 cycle`, `5 cycles`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def percent(share: float) -> str:
+    """`12 %`, `1.2 %`, `0.03 %`."""
+    return f"{100 * share:.2g} %" if abs(share) < 0.1 else f"{100 * share:.0f} %"
+
+
+def with_decimals(value: float, decimals: int | None) -> str:
+    """The value with so many decimals; with four significant digits where that is None."""
+    return format_quantity(value) if decimals is None else f"{value:.{decimals}f}"
+
+
+def some_of(texts: Sequence[str], at_most: int, separator: str = ", ") -> str:
+    """`a, b and 3 more`: the first texts, and how many are left out."""
+    left = len(texts) - at_most
+    return separator.join(texts[:at_most]) + (f" and {left} more" if left > 0 else "")

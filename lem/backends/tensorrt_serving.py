@@ -15,14 +15,12 @@ from typing import Any, Protocol
 
 from lem.backends.protocol import Completion, OnProgress, RequestQueue, TokenRequest
 from lem.backends.refusals import shortened
+from lem.backends.session_backend import GOOD_ENDS, TAKE_LIMIT
 from lem.units import NS_PER_US
 
 __all__ = ["Engine", "Server"]
 
 
-# All that has arrived goes to the engine at once: waiting in its queue is what the engine's scheduler is about.
-_TAKE_LIMIT = 1 << 20
-_GOOD_ENDS = frozenset({"stop", "length"})
 # What `generate_async` and its results raise over one request: RequestError is a RuntimeError.
 _REJECTIONS = (RuntimeError, TypeError, ValueError)
 
@@ -88,7 +86,7 @@ class Server:
         def take_in() -> None:
             """Fetch requests as they arrive, in a thread of its own."""
             try:
-                while arrived := queue.take(_TAKE_LIMIT):
+                while arrived := queue.take(TAKE_LIMIT):
                     tell(arrived)
             except Exception as error:  # noqa: BLE001 - the top of a thread: the loop raises it
                 tell(error)
@@ -161,7 +159,7 @@ class Server:
         output = answer.outputs[0]
         started_ns, last_ns = _span(output, handed_ns, now_ns)
         finished_ns = last_ns if times_ns is None else times_ns[-1] if times_ns else now_ns
-        is_good = output.finish_reason in _GOOD_ENDS
+        is_good = output.finish_reason in GOOD_ENDS
         return Completion(
             request.index,
             tuple(output.token_ids),

@@ -21,7 +21,7 @@ from lem.backends.effective import installed_versions
 from lem.backends.model_sources import Source
 from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
 from lem.backends.refusals import shortened
-from lem.backends.session_backend import ServedSession, check_ids, check_same_engine, seconds_since
+from lem.backends.session_backend import TRIAL_TOKENS, ServedSession, check_ids, check_same_engine, seconds_since
 from lem.backends.tensorrt_checkpoint import check_checkpoint, documents_of, vocabulary_of
 from lem.backends.tensorrt_effective import describe_effective, refuse_differences
 from lem.backends.tensorrt_options import (
@@ -44,7 +44,6 @@ from lem.variables import GPU_VARIABLE, TOKEN_VARIABLE
 
 __all__ = ["Session"]
 
-TRIAL_TOKENS = 2
 
 _PENALTIES = "tensorrt_llm._torch.pyexecutor.sampler.penalties"
 _PACKAGES = ("flashinfer-python", "huggingface-hub", "nvidia-modelopt", "tensorrt", "tensorrt-llm", "transformers")

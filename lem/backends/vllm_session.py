@@ -14,7 +14,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from lem.backends.checkpoints import identify
 from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
-from lem.backends.session_backend import ServedSession, check_ids, check_same_engine, seconds_since
+from lem.backends.session_backend import TRIAL_TOKENS, ServedSession, check_ids, check_same_engine, seconds_since
 from lem.backends.vllm_effective import describe_effective, refuse_seeds
 from lem.backends.vllm_failures import (
     OPTION_OF_PARAMETER,
@@ -46,8 +46,6 @@ except ImportError:  # older versions take what a person would write
     tokens_input = None
 
 __all__ = ["Session"]
-
-TRIAL_TOKENS = 2
 
 
 class Session(ServedSession):

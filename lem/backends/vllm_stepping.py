@@ -14,14 +14,11 @@ from typing import Any, Protocol
 
 from lem.backends.protocol import Completion, OnProgress, RequestQueue, TokenRequest
 from lem.backends.refusals import shortened
+from lem.backends.session_backend import GOOD_ENDS, TAKE_LIMIT
 from lem.errors import EngineError
 from lem.units import NS_PER_S
 
 __all__ = ["Engine", "RequestForms", "StepLoop"]
-
-# All that has arrived goes to the engine at once: waiting in its queue is what the engine's scheduler is about.
-_TAKE_LIMIT = 1 << 20
-_GOOD_ENDS = frozenset({"stop", "length"})
 
 
 class Engine(Protocol):
@@ -79,7 +76,7 @@ class _Stream:
         if not output.finished:
             return None
         started_ns, finished_ns = self._span(output.metrics, now_ns)
-        error = None if part.finish_reason in _GOOD_ENDS else f"vLLM ended the request with {part.finish_reason!r}"
+        error = None if part.finish_reason in GOOD_ENDS else f"vLLM ended the request with {part.finish_reason!r}"
         return Completion(
             self.request.index,
             tuple(self.output_ids),
@@ -164,7 +161,7 @@ class StepLoop:
     def _take_in(self, desk: _Desk) -> None:
         """Fetch requests as they arrive, in a thread of its own."""
         try:
-            while arrived := desk.queue.take(_TAKE_LIMIT):
+            while arrived := desk.queue.take(TAKE_LIMIT):
                 if not self._is_concurrent:
                     desk.put(arrived)
                     continue

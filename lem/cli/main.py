@@ -16,7 +16,7 @@ from typing import NoReturn, TextIO
 
 from lem import __version__, log
 from lem.cli.streams import prepare_streams
-from lem.errors import ExitCode, LemError, UserError, exit_code_of
+from lem.errors import DISK_FULL, ExitCode, LemError, UserError, exit_code_of
 from lem.variables import COMPOSE_VARIABLES, VARIABLES
 
 __all__ = ["COMMANDS", "main", "make_parser"]
@@ -46,7 +46,7 @@ COMMANDS: Mapping[str, str] = types.MappingProxyType(
 )
 
 # What a stream says that leads to a full disk or a terminal that is gone. An error of a file names the file.
-_STREAM_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+_STREAM_ERRORS = DISK_FULL | {errno.EFBIG, errno.EIO}
 
 
 def main(argv: Sequence[str] | None = None, out: TextIO | None = None, err: TextIO | None = None) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import faulthandler
 import os
 import signal
@@ -21,7 +20,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from lem.clock import Clock, SystemClock
-from lem.errors import EngineError, LemError
+from lem.errors import DISK_FULL, EngineError, LemError
 from lem.experiment.channel import READ_B, LineBuffer, RunRequest, decode_line, encode_line
 from lem.experiment.engine_log import redact
 from lem.experiment.harness import Reporter, run_experiment
@@ -35,8 +34,6 @@ Harness = Callable[[RunRequest, ResidentEngine, Reporter, Clock], Record]
 
 # Refused before the engine did anything that could leave it in a bad state; after any other failure it is replaced.
 _HARMLESS_KINDS = frozenset({"channel", "option", "prompts", "meter", "model", "full"})
-
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class MessageWriter:
@@ -139,7 +136,7 @@ def describe_failure(error: Exception, secrets: Mapping[str, str]) -> dict[str, 
     elif isinstance(error, LemError):
         # What is wrong with a person's configuration or files stays wrong.
         kind, is_permanent, message, hint = "option", True, error.message, error.hint
-    elif isinstance(error, OSError) and error.errno in _DISK_FULL:
+    elif isinstance(error, OSError) and error.errno in DISK_FULL:
         kind, message = "full", f"no space is left to write {error.filename or 'the result'}: {error.strerror}"
         hint = "make room, then go on with --resume"
     else:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from lem import marks
 from lem.clock import Clock, seconds_between
 from lem.config.experiment_config import ExperimentConfig
 from lem.experiment.channel import RunRequest
@@ -20,7 +21,6 @@ from lem.experiment.environment import GpuSurroundings
 from lem.experiment.sample_source import NothingSampled, SampleSource, open_source
 from lem.experiment.window import MeasuredWindow
 from lem.measurement import WINDOW_UPDATES, EnergySource, is_cpu_source, is_gpu_source
-from lem.meters import marks
 from lem.meters.attempt_log import Baselines, span_of
 from lem.meters.curve import NotMeasured, Span
 from lem.meters.energy import EnergyFindings, mean_power_w, measure

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from lem import marks as names
 from lem.measurement import EnergySource, is_cpu_source, is_estimate
-from lem.meters import marks as names
 from lem.meters.curve import ClosedWindow, Curve, NotMeasured, Span
 from lem.meters.integrate import counter_curve, load_curve, power_curve, rapl_curve
 from lem.meters.rapl import DRAM, PACKAGE

@@ -9,8 +9,8 @@ import contextlib
 from collections.abc import Collection, Iterator
 from itertools import pairwise
 
+from lem import marks as names
 from lem.measurement import SLOWDOWN_BITS, STEADY_TOLERANCE, EnergyScope, EnergySource
-from lem.meters import marks as names
 from lem.meters.attempt_log import AttemptLog
 from lem.meters.curve import HOLE_PERIODS, Curve, NotMeasured, Span
 from lem.meters.samples import GpuHeader, SampleLog

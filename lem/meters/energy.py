@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from lem import marks as names
 from lem.measurement import CROSSCHECK_TOLERANCE, REST_TOLERANCE, EnergyScope, EnergySource
-from lem.meters import marks as names
 from lem.meters.attempt_log import AttemptLog, Baselines
 from lem.meters.checks import (
     crosscheck_ratio,

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
+from lem.marks import WINDOW
 from lem.measurement import POWER_CAP_BIT, THERMAL_MASK, EnergySource
 from lem.meters.attempt_log import AttemptLog
 from lem.meters.checks import check_plausible, check_sampled
 from lem.meters.curve import HOLE_PERIODS, NotMeasured, Span
 from lem.meters.figures import Figures
-from lem.meters.marks import WINDOW
 from lem.meters.samples import GpuHeader, GpuSample
 from lem.record import Gpu
 from lem.units import NS_PER_S

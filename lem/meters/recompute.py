@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lem import marks as names
 from lem.config.experiment_config import ExperimentConfig
 from lem.measurement import EnergySource
-from lem.meters import marks as names
 from lem.meters.attempt_log import Baselines, span_of
 from lem.meters.efficiency import carbon_of, efficiency_of
 from lem.meters.energy import EnergyFindings, measure

@@ -214,7 +214,7 @@ _VALUES = {kind: attrgetter(*(item.name for item in dataclasses.fields(kind))) f
 
 @dataclass(frozen=True)
 class Mark:
-    """Something that lasted from `opened_ns` to `closed_ns`; see `lem.meters.marks`."""
+    """Something that lasted from `opened_ns` to `closed_ns`; see `lem.marks`."""
 
     name: str
     opened_ns: int

@@ -16,7 +16,7 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -26,7 +26,7 @@ from lem.durable import reason_of, remedy_for, sha256_of
 from lem.errors import UserError
 from lem.orchestration.packing import PYZ_NAME, provide_pyz
 from lem.process import run
-from lem.units import MIB
+from lem.units import MIB, some_of
 
 __all__ = ["Contents", "Signer", "make_bundle", "verify_bundle"]
 
@@ -178,11 +178,15 @@ def verify_bundle(folder: Path, signer: Signer | None) -> dict[str, Any]:
         sums = _read_sums(folder)
         present = set(_files(folder)) - {SUMS, SIGNATURE}
         if lost := sorted(set(sums) - present):
-            raise UserError(f"bundle {folder}: lacks {_some(lost)}", "bring it over again")
+            raise UserError(f"bundle {folder}: lacks {some_of(lost, _SHOWN)}", "bring it over again")
         if strange := sorted(present - set(sums)):
-            raise UserError(f"bundle {folder}: {_some(strange)} is in no list of its sums", "bring it over again")
+            raise UserError(
+                f"bundle {folder}: {some_of(strange, _SHOWN)} is in no list of its sums", "bring it over again"
+            )
         if changed := [name for name, digest in sums.items() if sha256_of(folder / name) != digest]:
-            raise UserError(f"bundle {folder}: changed since it was made: {_some(changed)}", "bring it over again")
+            raise UserError(
+                f"bundle {folder}: changed since it was made: {some_of(changed, _SHOWN)}", "bring it over again"
+            )
         manifest: dict[str, Any] = durable.read_json(folder / MANIFEST)
     except OSError as error:
         raise UserError(f"bundle {error.filename or folder}: {reason_of(error)}") from error
@@ -223,7 +227,3 @@ def _files(folder: Path) -> Iterator[str]:
             raise UserError(f"bundle {folder}: {path.relative_to(folder)} is a link", "bring it over again")
         if path.is_file():
             yield path.relative_to(folder).as_posix()
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -163,7 +163,7 @@ class DockerExecutor:
             services.await_answer(service)
             self._stale.discard(service)
         state = services.state(service)
-        if state is None or state.state != "running" or service in self._suspect:
+        if state is None or not state.is_running or service in self._suspect:
             self.recover(service)
         return {"image": services.images.get(service)}
 

@@ -23,7 +23,7 @@ from lem.orchestration.compose_files import find_compose_files
 from lem.orchestration.compose_project import ComposeProject
 from lem.orchestration.docker import ContainerError, Docker
 from lem.orchestration.energy_checks import PROBE_S, look_at_cpu_energy, look_at_gpu_energy
-from lem.orchestration.findings import FAILED, OK, SKIPPED, WARNING, Finding
+from lem.orchestration.findings import FAILED, OK, SKIPPED, WARNING, Finding, some_shown
 from lem.units import GIB
 
 __all__ = ["CHECKS", "Check", "Host", "Verdict", "examine"]
@@ -34,7 +34,6 @@ ENOUGH_DISK_B = 10 * GIB
 
 _CLOCK_UNSYNCHRONISED = 5  # TIME_ERROR, adjtimex(2)
 _TIMEX_SIZE_B = 512  # struct timex has 208 bytes on 64-bit Linux
-_MAX_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -264,8 +263,9 @@ def _check_foreign_processes(host: Host) -> Finding:
     found = [f"{item.pid} on GPU {gpu.index}" for gpu in host.gpus.gpus for item in gpu.processes]
     if not found:
         return Finding(OK, "nobody computes on the GPUs")
-    shown = ", ".join(found[:_MAX_SHOWN]) + (" …" if len(found) > _MAX_SHOWN else "")
-    return Finding(WARNING, f"processes compute on the GPUs: {shown}", "end them, or measure on another GPU")
+    return Finding(
+        WARNING, f"processes compute on the GPUs: {some_shown(found)}", "end them, or measure on another GPU"
+    )
 
 
 def _check_gpu_energy(host: Host) -> Finding:

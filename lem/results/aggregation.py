@@ -12,7 +12,7 @@ from typing import Any
 
 from lem.record import Record
 from lem.record_codec import RecordError, decode_record
-from lem.results.bootstrap import BootstrapResult, bootstrap_ci, check_confidence
+from lem.results.bootstrap import CONFIDENCE, BootstrapResult, bootstrap_ci, check_confidence
 from lem.results.cycles import Cycles, by_cycle, cycle_values, distinct, share_a_load, used_cycles
 from lem.results.metrics import METRICS, Metric
 from lem.results.statistics import LogTInterval, bootstrap_coverage_label, log_t_interval
@@ -126,7 +126,7 @@ class ConfigAggregate:
 
 
 def aggregate_campaign_results(
-    results: Mapping[str, Sequence[Record | Mapping[str, Any] | None]], confidence: float = 0.95
+    results: Mapping[str, Sequence[Record | Mapping[str, Any] | None]], confidence: float = CONFIDENCE
 ) -> dict[str, dict[str, Any]]:
     """The aggregate of each configuration as JSON values, by configuration name.
 
@@ -148,7 +148,7 @@ def aggregate_campaign_results(
 def aggregate_config(
     config_name: str,
     results: Sequence[Record | Mapping[str, Any] | None],
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
     n_failed: int = 0,
     metrics: Sequence[Metric] = METRICS,
 ) -> ConfigAggregate:

@@ -18,7 +18,8 @@ from lem.record import Record
 from lem.results.aggregation import SHARED_LOAD
 from lem.results.comparability import LENGTH_TOLERANCE, find_obstacles
 from lem.results.compare import RunResults, exclusion_reason
-from lem.results.findings import Finding, Found, among_results, percent
+from lem.results.findings import Finding, Found, among_results
+from lem.units import percent
 
 __all__ = ["check_results"]
 

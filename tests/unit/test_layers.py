@@ -20,7 +20,7 @@ TIMEOUT_S = 60
 
 # What each layer may stand on beside itself and `lem` (the version); a layer is a module or a folder of lem/.
 FOUNDATION = frozenset(
-    {"errors", "process", "log", "units", "durable", "jsontypes", "measurement", "clock", "variables"}
+    {"errors", "process", "log", "units", "durable", "jsontypes", "measurement", "clock", "variables", "marks"}
 )
 RECORD = frozenset({"record", "record_codec"})
 STANDS_ON: dict[str, frozenset[str]] = {

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lem import durable
+from lem import durable, marks
 from lem.backends.protocol import Completion, EngineReport, OnProgress, TokenRequest, say_nothing
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError
@@ -21,7 +21,6 @@ from lem.experiment.prompts import write_prompts
 from lem.experiment.residency import ResidentEngine
 from lem.experiment.sample_source import PartFile
 from lem.measurement import EnergySource
-from lem.meters import marks
 from lem.meters.refusal import MeterRefused
 from lem.meters.samples import (
     FINISHED_FILENAME,
