@@ -72,7 +72,7 @@ SLOWDOWN_BITS: Final = {
     0x80: "hardware power brake",
 }
 SLOWDOWN_MASK: Final = 0x8 | 0x20 | 0x40 | 0x80
-THERMAL_MASK: Final = 0x20 | 0x40
+THERMAL_BITS: Final = 0x20 | 0x40
 
 # Limits, as ratios unless the name has a unit.
 CROSSCHECK_TOLERANCE: Final = 0.05  # integrated power against the counter

@@ -9,7 +9,9 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
+
+from lem.measurement import SLOWDOWN_MASK, EnergySource, is_estimate
 
 __all__ = [
     "CONFIG_FILE",
@@ -28,12 +30,14 @@ __all__ = [
     "Identity",
     "Idle",
     "Latency",
+    "Measured",
     "Record",
     "ResultKey",
     "Throughput",
     "Validity",
     "Window",
     "Work",
+    "parts_of_source",
 ]
 
 # The files of an attempt, beside its sample log (lem/meters/samples.py).
@@ -46,9 +50,47 @@ LOG_FILE = "log.txt"
 # Fewer observations than this leave a percentile to one or two values, so it is None.
 OBSERVATIONS_NEEDED = types.MappingProxyType({"p90": 10, "p95": 20, "p99": 100})
 
+# The fields of `Energy` that add up to the energy that counts, by the meter it comes from.
+_PARTS: Final[Mapping[str, tuple[str, ...]]] = types.MappingProxyType(
+    {
+        EnergySource.COUNTER: ("gpu_energy_j",),
+        EnergySource.INSTANT_POWER: ("gpu_energy_j",),
+        EnergySource.AVERAGE_POWER: ("gpu_energy_j",),
+        EnergySource.RAPL: ("cpu_package_energy_j", "dram_energy_j"),
+        EnergySource.TDP_ESTIMATE: ("cpu_package_energy_j",),
+        EnergySource.EXTERNAL: ("external_energy_j",),
+    }
+)
 
 ResultKey = tuple[str, str, str, int, int]
 """What no two results share: run, host, experiment, cycle, attempt."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A value, or None with the reason why it is absent.
+
+    Attributes:
+        source, scope: of an energy: the meter it comes from (`Energy.energy_source`) and what that meter covers.
+    """
+
+    value: float | None
+    null_reason: str | None = None
+    source: str | None = None
+    scope: str | None = None
+
+    @property
+    def is_estimate(self) -> bool:
+        """Whether no meter measured it."""
+        return is_estimate(self.source)
+
+
+def parts_of_source(source: str) -> tuple[str, ...]:
+    """The fields of `Energy` that add up to the energy that counts when it comes from this meter.
+
+    The memory's part (`dram_energy_j`) is optional: not every machine has a counter for it.
+    """
+    return _PARTS.get(source, ())
 
 
 @dataclass(frozen=True)
@@ -154,8 +196,8 @@ class Energy:
 
     Attributes:
         external_energy_j: what a meter of the user's own, at the machine's plug for instance, says of the window.
-        energy_source: the meter that efficiency and carbon stand on: `nvml_counter`, `power_instant_integral`,
-            `power_average_integral`, `rapl`, `tdp_estimate` or `external_csv`.
+        energy_source: the meter of the energy that counts (`primary_j`): `nvml_counter`, `power_instant_integral`,
+            `power_average_integral`, `rapl`, `tdp_estimate` or `external_csv`; None when that energy is absent.
         energy_scope: what that meter sees: `gpu`, `module`, `cpu_package`, `machine`.
         energy_crosscheck_ratio: integrated power over the counter's energy.
     """
@@ -176,6 +218,20 @@ class Energy:
     counter_update_period_s: float | None = None
     sample_gap_max_s: float | None = None
     null_reasons: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def primary_j(self) -> Measured:
+        """The energy that counts, in joules: efficiency, carbon and everything shown to people use this one."""
+        if self.energy_source is None:
+            return Measured(None, self.null_reasons.get("energy_source", "no reason given"))
+        parts = parts_of_source(self.energy_source)
+        if not parts:
+            return Measured(None, f"energy_source is {self.energy_source}, which this lem does not know")
+        values = [getattr(self, name) for name in parts]
+        if values[0] is None:
+            return Measured(None, self.null_reasons.get(parts[0], "no reason given"))
+        total_j = sum(value for value in values if value is not None)
+        return Measured(total_j, None, self.energy_source, self.energy_scope)
 
 
 @dataclass(frozen=True)
@@ -200,6 +256,12 @@ class Gpu:
     persistence_mode: bool | None = None
     mig_mode: bool | None = None
     null_reasons: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def was_slowed(self) -> bool:
+        """Whether heat or the hardware slowed its clocks in the window; its power limit is not meant."""
+        mask = self.event_reasons_mask or 0
+        return bool(self.throttle_thermal_s) or bool(mask & SLOWDOWN_MASK)
 
 
 @dataclass(frozen=True)

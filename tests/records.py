@@ -6,6 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lem.config.experiment_config import MeasurementConfig
+from lem.measurement import EnergySource, is_gpu_source
+from lem.meters.efficiency import carbon_of, efficiency_of
+from lem.meters.energy import EnergyFindings
 from lem.record import (
     Carbon,
     Compute,
@@ -58,7 +62,7 @@ def make_record(
     load_id: str | None = None,
     output_tok_per_s: float | None = 100.0,
     energy_per_output_tok_j: float | None = None,
-    energy_source: str = "nvml_total_energy",
+    energy_source: str = EnergySource.COUNTER.value,
     e2e_p50_s: float = 0.25,
     ttft_p50_s: float | None = None,
     n_requests: int = 8,
@@ -124,6 +128,25 @@ def make_record(
     )
 
 
+def with_measured(record: Record, found: EnergyFindings, measurement: MeasurementConfig | None = None) -> Record:
+    """The record with the sections that the meters fill, as `compose_record` fills them."""
+    return dataclasses.replace(
+        record,
+        energy=found.energy,
+        gpus=found.gpus,
+        idle=found.idle,
+        validity=dataclasses.replace(
+            record.validity,
+            valid=not found.invalid_reasons,
+            invalid_reasons=found.invalid_reasons,
+            warnings=found.warnings,
+        ),
+        efficiency=efficiency_of(found.energy.primary_j, record.work),
+        carbon=carbon_of(found.energy.primary_j, measurement or MeasurementConfig()),
+        environment=dataclasses.replace(record.environment, gpu_uuids=tuple(gpu.uuid for gpu in found.gpus)),
+    )
+
+
 def make_distribution(p50: float, n: int) -> Distribution:
     """A distribution around a median, with the percentiles that `n` observations allow."""
     return Distribution(
@@ -177,7 +200,13 @@ def make_gpu() -> Gpu:
 def _energy(energy_per_output_tok_j: float | None, source: str) -> Energy:
     if energy_per_output_tok_j is None:
         return reasons(Energy(), NO_METER)
-    measured = Energy(gpu_energy_j=1000 * energy_per_output_tok_j, energy_source=source, energy_scope="gpu")
+    energy_j, is_gpu = 1000 * energy_per_output_tok_j, is_gpu_source(source)
+    measured = Energy(
+        gpu_energy_j=energy_j if is_gpu else None,
+        cpu_package_energy_j=None if is_gpu else energy_j,
+        energy_source=source,
+        energy_scope="gpu" if is_gpu else "cpu_package",
+    )
     return reasons(measured, "not measured")
 
 

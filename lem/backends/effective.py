@@ -14,8 +14,6 @@ from lem.errors import OptionRefused
 
 __all__ = ["describe_decoder", "installed_versions", "is_same", "plain", "refuse_changes"]
 
-_MAX_ITEMS = 64
-
 
 def refuse_changes(pairs: Mapping[str, tuple[Any, Any]], facts: object) -> None:
     """Refuse the load when the engine has another value than the one asked for: nobody would see that it did.
@@ -62,7 +60,7 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, (list, tuple, set, frozenset)):
         items = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
-        return [plain(item) for item in items][:_MAX_ITEMS]
+        return [plain(item) for item in items]
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     text = str(value)

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from lem.measurement import POWER_CAP_BIT, SLOWDOWN_BITS
 from lem.meters.curve import HOLE_PERIODS
+from lem.meters.integrate import may_have_wrapped_twice
 from lem.meters.rapl import PACKAGE
 from lem.meters.samples import SLOW_PERIOD_S, GpuSample, Mark, RaplReading, SampleLog
-from lem.results.report.trace import POWER, TEMPERATURE, Band, Phase, Series, Spell, Trace, thin
+from lem.results.report.trace import POWER, TEMPERATURE, Band, Phase, Series, Spell, Trace, slowed_s, thin
 from lem.units import NS_PER_S
 
 __all__ = ["trace_of"]
@@ -33,13 +34,13 @@ def trace_of(log: SampleLog, marks: Sequence[Mark]) -> Trace:
     by_gpu: dict[int, list[GpuSample]] = {}
     for sample in log.samples:
         by_gpu.setdefault(sample.gpu, []).append(sample)
-    names = {gpu.index: f"GPU {gpu.index} {gpu.name}" for gpu in log.header.gpus}
+    names = [f"{gpu.label} {gpu.name}" for gpu in log.header.gpus]
     powers: list[_Points] = []
     series: list[Series] = []
     for gpu, samples in sorted(by_gpu.items()):
         power = [(seconds(item.at_ns), item.power_w) for item in samples if item.power_w is not None]
         powers.append(power)
-        series.append(_series(names.get(gpu, f"GPU {gpu}"), POWER, power, interval_s, len(by_gpu)))
+        series.append(_series(names[gpu], POWER, power, interval_s, len(by_gpu)))
     packages = _package_powers(log, seconds)
     for name, power in packages.items():
         series.append(_series(name, POWER, power, SLOW_PERIOD_S, len(packages)))
@@ -47,7 +48,7 @@ def trace_of(log: SampleLog, marks: Sequence[Mark]) -> Trace:
     for gpu, samples in sorted(by_gpu.items()):
         temperature = [(seconds(item.at_ns), item.temp_c) for item in samples if item.temp_c is not None]
         temperatures += temperature
-        series.append(_series(names.get(gpu, f"GPU {gpu}"), TEMPERATURE, temperature, interval_s, len(by_gpu)))
+        series.append(_series(names[gpu], TEMPERATURE, temperature, interval_s, len(by_gpu)))
     spells = _together(spell for samples in by_gpu.values() for spell in _spells(samples, seconds, interval_s))
     counted = powers if any(powers) else list(packages.values())
     return Trace(
@@ -74,9 +75,12 @@ def _package_powers(log: SampleLog, seconds: Callable[[int], float]) -> dict[str
         zone = log.header.zones[reading.zone]
         if last is None or zone.domain != PACKAGE or reading.at_ns <= last.at_ns:
             continue
+        length_s = (reading.at_ns - last.at_ns) / NS_PER_S
+        if may_have_wrapped_twice(length_s, zone.max_uj):
+            continue
         rise_uj = reading.energy_uj - last.energy_uj
         rise_uj += zone.max_uj if rise_uj < 0 else 0
-        power_w = rise_uj * 1e-6 / ((reading.at_ns - last.at_ns) / NS_PER_S)
+        power_w = rise_uj * 1e-6 / length_s
         found.setdefault(f"CPU {zone.name}", []).append((seconds(reading.at_ns), power_w))
     return found
 
@@ -124,7 +128,7 @@ def _phase(
     inside = [[value for at, value in points if begin <= at < end] for points in powers]
     is_known = bool(inside) and all(inside)
     degrees = [value for at, value in temperatures if begin <= at < end]
-    throttled = sum(max(0.0, min(end, s.end_s) - max(begin, s.begin_s)) for s in spells if s.is_fault)
+    throttled = sum(max(0.0, min(end, until) - max(begin, since)) for since, until in slowed_s(spells))
     return Phase(
         name=mark.name,
         begin_s=begin,

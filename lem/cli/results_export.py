@@ -47,7 +47,7 @@ def export(args: argparse.Namespace, results: Iterable[StoredResult], out: TextI
     Raises:
         UserError: no such column, or the file cannot be written.
     """
-    from lem.results.export import SUMMARY_COLUMNS, Exported, make_table, render, with_columns
+    from lem.results.export import Exported, make_table, render, summary_columns, with_columns
 
     form = args.format or (_FORMAT_OF_SUFFIX.get(args.output.suffix.lower()) if args.output else None) or "csv"
     found = [Exported(item.path.relative_to(args.results_dir).as_posix(), item.record) for item in results]
@@ -55,7 +55,7 @@ def export(args: argparse.Namespace, results: Iterable[StoredResult], out: TextI
     if args.columns is not None:
         table = with_columns(table, [name.strip() for name in args.columns.split(",") if name.strip()])
     elif form == "markdown":
-        table = with_columns(table, SUMMARY_COLUMNS)
+        table = with_columns(table, summary_columns(found))
     text = render(table, form)
     if args.output is None:
         out.write(text)

@@ -74,8 +74,8 @@ def compose_record(found: Findings) -> Record:
         throughput=_throughput(found.measured),
         latency=latency_of(found.measured.requests),
         compute=_compute(found.measured, report, found.peak_memory_b),
-        efficiency=efficiency_of(energy.primary_j, work, energy.primary_null_reason),
-        carbon=carbon_of(energy.primary_j, found.config.measurement, energy.primary_null_reason),
+        efficiency=efficiency_of(energy.energy.primary_j, work),
+        carbon=carbon_of(energy.energy.primary_j, found.config.measurement),
         environment=describe_environment(
             found.host,
             report,

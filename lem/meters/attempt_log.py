@@ -10,7 +10,7 @@ from lem.measurement import EnergySource, is_cpu_source, is_estimate
 from lem.meters.curve import ClosedWindow, Curve, NotMeasured, Span
 from lem.meters.integrate import counter_curve, load_curve, power_curve, rapl_curve
 from lem.meters.rapl import DRAM, PACKAGE
-from lem.meters.samples import Mark, SampleLog
+from lem.meters.samples import Mark, SampleLog, gpu_meter
 from lem.meters.sources import SENSOR_LAG_S, Sources
 
 __all__ = ["AttemptLog", "Baselines", "span_of"]
@@ -87,7 +87,7 @@ class AttemptLog:
         if key not in self._known:
             place = self.sources.gpus[number]
             what = f"the energy counter of {self.log.header.gpus[place].uuid}"
-            self._known[key] = self._checked(counter_curve(self.log.counters, place, what), f"gpu{place}.counter")
+            self._known[key] = self._checked(counter_curve(self.log.counters, place, what), gpu_meter(place, "counter"))
         return self._known[key]
 
     def gpu_power_curve(self, number: int, *, at_rest: bool = False) -> Curve:
@@ -105,7 +105,7 @@ class AttemptLog:
             period_s = max(self.sources.sample_period_s, self.sources.idle_period_s if at_rest else 0.0)
             lag_s = SENSOR_LAG_S.get(gpu.power_source or "", 0.0)
             curve = power_curve(self.log.samples, place, period_s, f"power of {gpu.uuid}", lag_s)
-            self._known[key] = self._checked(curve, f"gpu{place}.power")
+            self._known[key] = self._checked(curve, gpu_meter(place, "power"))
         return self._known[key]
 
     def cpu_curves(self, domain: str) -> tuple[Curve, ...]:

@@ -16,7 +16,7 @@ from lem.meters.integrate import update_period_s
 from lem.meters.nvml import NvmlMeter, gpu_uuids
 from lem.meters.rapl import POWERCAP, find_rapl
 from lem.meters.samples import CounterChange, GpuHeader
-from lem.meters.sources import POWER_METHODS
+from lem.meters.sources import choose_gpu_method
 from lem.units import NS_PER_S
 
 __all__ = ["Capabilities", "CpuCapability", "GpuCapability", "ProbeClock", "find_capabilities", "probe_periods"]
@@ -49,9 +49,7 @@ class GpuCapability:
     @property
     def source(self) -> EnergySource | None:
         """What its energy comes from, as `record.Energy.energy_source` has it; None for nothing."""
-        if self.meter.counter_error is None:
-            return EnergySource.COUNTER
-        return POWER_METHODS.get(self.meter.power_source or "")
+        return choose_gpu_method([self.meter], is_watched=True)[0]
 
     def describe(self) -> tuple[str, ...]:
         """It in words, a line each."""

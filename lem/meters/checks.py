@@ -181,7 +181,7 @@ def meter_warnings(attempt: AttemptLog, gap_s: float | None) -> Iterator[str]:
         if window.opened_ns <= error.at_ns <= window.closed_ns:
             failed.setdefault(error.meter, []).append(error.message)
     for meter, messages in failed.items():
-        yield f"{meter} could not be read in the window: {messages[-1]}"
+        yield f"{attempt.log.header.describe_meter(meter)} could not be read in the window: {messages[-1]}"
     if attempt.sources.gpus and gap_s is not None and gap_s > HOLE_PERIODS * period_s:
         yield (
             f"nothing was sampled for {gap_s:.2f} s of the window, more than {HOLE_PERIODS} periods of {period_s:g} s: "

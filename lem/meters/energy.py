@@ -26,7 +26,7 @@ from lem.meters.phases import split_phases
 from lem.meters.rapl import DRAM, PACKAGE
 from lem.meters.samples import Mark, SampleLog
 from lem.meters.sources import Sources
-from lem.record import Energy, Gpu, Idle
+from lem.record import Energy, Gpu, Idle, parts_of_source
 
 __all__ = ["Baselines", "EnergyFindings", "mean_power_w", "measure"]
 
@@ -36,7 +36,6 @@ class EnergyFindings:
     """Everything that the meters tell about one attempt.
 
     Attributes:
-        primary_j: the energy that efficiency and carbon stand on; None for `primary_null_reason`.
         power_steady: whether the halves of the window drew power alike; None for `power_steady_null_reason`.
         invalid_reasons: why the window is no measurement of what was meant.
         warnings: what to know about the figures.
@@ -45,8 +44,6 @@ class EnergyFindings:
     energy: Energy
     gpus: tuple[Gpu, ...]
     idle: Idle
-    primary_j: float | None
-    primary_null_reason: str | None
     power_steady: bool | None
     power_steady_null_reason: str | None
     invalid_reasons: tuple[str, ...]
@@ -94,8 +91,6 @@ def measure(
         energy=energy.section(Energy),
         gpus=gpus,
         idle=idle.section(Idle),
-        primary_j=primary.values["energy_j"],
-        primary_null_reason=primary.reasons.get("energy_j"),
         power_steady=steady.values["power"],
         power_steady_null_reason=steady.reasons.get("power"),
         invalid_reasons=_invalid_reasons(attempt, own_pids),
@@ -205,12 +200,10 @@ def _primary_j(energy: Figures, attempt: AttemptLog) -> float:
     sources = attempt.sources
     if sources.primary is None:
         raise NotMeasured(sources.reasons["primary"])
-    if sources.primary == sources.gpu_method:
-        return float(energy.need("gpu_energy_j"))
-    if sources.primary == EnergySource.EXTERNAL:
-        return float(energy.need("external_energy_j"))
-    package_j = float(energy.need("cpu_package_energy_j"))
-    return package_j if "dram" in sources.reasons else package_j + float(energy.need("dram_energy_j"))
+    parts = parts_of_source(sources.primary)
+    if "dram" in sources.reasons:  # there is no counter for the memory, which is then left out
+        parts = tuple(name for name in parts if name != "dram_energy_j")
+    return sum(float(energy.need(name)) for name in parts)
 
 
 def _fill_spans(energy: Figures, attempt: AttemptLog) -> None:

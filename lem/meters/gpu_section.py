@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 
 from lem.marks import WINDOW
-from lem.measurement import POWER_CAP_BIT, THERMAL_MASK, EnergySource
+from lem.measurement import POWER_CAP_BIT, THERMAL_BITS, EnergySource
 from lem.meters.attempt_log import AttemptLog
 from lem.meters.checks import check_plausible, check_sampled
 from lem.meters.curve import HOLE_PERIODS, NotMeasured, Span
@@ -120,7 +120,7 @@ def _fill_events(figures: Figures, looks: Sequence[_Look], silent: str) -> None:
     for seen, _ in known:
         mask |= seen
     figures.put("event_reasons_mask", mask if known else None, silent)
-    for field, bits in (("throttle_power_s", POWER_CAP_BIT), ("throttle_thermal_s", THERMAL_MASK)):
+    for field, bits in (("throttle_power_s", POWER_CAP_BIT), ("throttle_thermal_s", THERMAL_BITS)):
         seconds = sum((length for seen, length in known if seen & bits), start=0.0)
         figures.put(field, seconds if known else None, silent)
 

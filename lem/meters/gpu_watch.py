@@ -6,7 +6,7 @@ from typing import Protocol
 
 from lem.meters.nvml import NvmlMeter
 from lem.meters.nvml_errors import MeterFailure
-from lem.meters.samples import CounterChange, GpuSample, MeterError, ProcessesSeen, Row
+from lem.meters.samples import CounterChange, GpuSample, MeterError, ProcessesSeen, Row, gpu_meter
 
 __all__ = ["Complaints", "GpuWatch", "Stamps"]
 
@@ -153,4 +153,4 @@ class GpuWatch:
         return self._complaints.of(self._meter_name(what), at_ns, str(failure))
 
     def _meter_name(self, what: str) -> str:
-        return f"gpu{self._place}.{what}"
+        return gpu_meter(self._place, what)

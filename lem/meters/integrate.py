@@ -14,6 +14,7 @@ from lem.units import NS_PER_S
 __all__ = [
     "counter_curve",
     "load_curve",
+    "may_have_wrapped_twice",
     "power_curve",
     "rapl_curve",
     "update_period_s",
@@ -107,12 +108,17 @@ def rapl_curve(readings: Iterable[RaplReading], zone: int, max_uj: int, what: st
     energy_j, holes = [0.0] * len(rows), []
     for place, (before, after) in enumerate(pairwise(rows), start=1):
         length_s = (after.at_ns - before.at_ns) / NS_PER_S
-        if length_s * _MOST_PACKAGE_W > max_uj / 1e6:
+        if may_have_wrapped_twice(length_s, max_uj):
             text = f"{what} was not read for {length_s:.0f} s, in which it may have wrapped more than once"
             holes.append(Hole(Span(before.at_ns, after.at_ns), text))
         step_uj = after.energy_uj - before.energy_uj
         energy_j[place] = energy_j[place - 1] + (step_uj if step_uj >= 0 else step_uj + max_uj) / 1e6
     return _exact(what, [row.at_ns for row in rows], energy_j, holes)
+
+
+def may_have_wrapped_twice(length_s: float, max_uj: int) -> bool:
+    """Whether a powercap zone that was not read for so long may have wrapped more than once."""
+    return length_s * _MOST_PACKAGE_W > max_uj / 1e6
 
 
 def load_curve(loads: Sequence[CpuLoad], design_power_w: float, what: str) -> Curve:

@@ -125,8 +125,8 @@ def _baselines(record: Record) -> Baselines:
 
 
 def _pairs(record: Record, config: ExperimentConfig, found: EnergyFindings) -> Iterator[Difference]:
-    efficiency = efficiency_of(found.primary_j, record.work, found.primary_null_reason)
-    carbon = carbon_of(found.primary_j, config.measurement, found.primary_null_reason)
+    efficiency = efficiency_of(found.energy.primary_j, record.work)
+    carbon = carbon_of(found.energy.primary_j, config.measurement)
     sections: list[tuple[str, _Section, _Section]] = [
         ("energy", record.energy, found.energy),
         ("idle", record.idle, found.idle),

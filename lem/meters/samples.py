@@ -24,6 +24,7 @@ from typing import Any
 from lem import durable
 from lem.jsontypes import build, build_from
 from lem.measurement import EnergyScope
+from lem.units import GIB
 
 __all__ = [
     "FINISHED_FILENAME",
@@ -46,6 +47,7 @@ __all__ = [
     "SampleLogError",
     "encode_header",
     "encode_row",
+    "gpu_meter",
     "read_finished",
     "read_part",
     "read_tail",
@@ -62,6 +64,11 @@ SLOW_PERIOD_S = 1
 
 class SampleLogError(ValueError):
     """A file that is not a sample log of this schema."""
+
+
+def gpu_meter(place: int, what: str) -> str:
+    """The name of a GPU's meter in `MeterError.meter`; `place` is that of the GPU in the header."""
+    return f"gpu{place}.{what}"
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,11 @@ class GpuHeader:
     power_source: str | None = None
     counter_error: str | None = None
     power_error: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What people know the GPU by: `GPU 1`, by NVML's index, else its UUID."""
+        return self.uuid if self.index is None else f"GPU {self.index}"
 
 
 @dataclass(frozen=True)
@@ -119,6 +131,13 @@ class SampleHeader:
     rapl_error: str | None = None
     cpu_tdp_w: float | None = None
     cpu_tdp_source: str | None = None
+
+    def describe_meter(self, meter: str) -> str:
+        """The meter of a `MeterError` in words: `counter of GPU 1`; another's name as it is."""
+        for place, gpu in enumerate(self.gpus):
+            if meter.startswith(gpu_meter(place, "")):
+                return f"{meter.removeprefix(gpu_meter(place, ''))} of {gpu.label}"
+        return meter
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,8 +225,8 @@ _KINDS: Mapping[str, type[Row]] = {
     "t": ClockPair,
 }
 _LETTERS = {kind: letter for letter, kind in _KINDS.items()}
-# More than weeks of samples; what unpacks to more is no log of lem's.
-_MOST_B = 1 << 30
+# Some fifteen million rows. A damaged or hostile file must not fill the memory; a log above this is refused, never cut.
+_MOST_B = GIB
 
 _VALUES = {kind: attrgetter(*(item.name for item in dataclasses.fields(kind))) for kind in _LETTERS}
 
@@ -315,22 +334,34 @@ def write_finished(path: Path, log: SampleLog, marks: Sequence[Mark]) -> None:
     durable.write_bytes(path, gzip.compress(text.encode("utf-8"), compresslevel=6, mtime=0))
 
 
-def read_finished(path: Path) -> tuple[SampleLog, tuple[Mark, ...]]:
+def read_finished(path: Path, most_b: int = _MOST_B) -> tuple[SampleLog, tuple[Mark, ...]]:
     """A finished log and its marks.
 
+    Args:
+        most_b: how large the log may be when unpacked.
+
     Raises:
-        SampleLogError: it is not a finished sample log.
+        SampleLogError: it is not a finished sample log, or larger than `most_b`.
         OSError: it cannot be read.
     """
     try:
-        with gzip.open(path) as file:
-            lines = file.read(_MOST_B).splitlines()
+        lines = _unpack(path, most_b).splitlines()
         marks = _decode_marks(json.loads(lines[0]) if lines else None)
+    except SampleLogError:
+        raise
     except (EOFError, RecursionError, ValueError, gzip.BadGzipFile, zlib.error) as error:
         raise SampleLogError(f"{path}: not a finished sample log: {error}") from error
     rows = _Rows(path, first=2)
     rows.take(lines[1:])
     return rows.log(), marks
+
+
+def _unpack(path: Path, most_b: int) -> bytes:
+    with gzip.open(path) as file:
+        data = file.read(most_b + 1)
+    if len(data) > most_b:
+        raise SampleLogError(f"{path}: more than {most_b} bytes of samples when unpacked, the most that lem reads")
+    return data
 
 
 def _dump(value: Any) -> str:

@@ -13,7 +13,7 @@ from lem.meters.rapl import DRAM, PACKAGE
 from lem.meters.refusal import MeterRefused
 from lem.meters.samples import GpuHeader, SampleHeader
 
-__all__ = ["POWER_METHODS", "SENSOR_LAG_S", "Sources", "choose_sources"]
+__all__ = ["POWER_METHODS", "SENSOR_LAG_S", "Sources", "choose_gpu_method", "choose_sources"]
 
 # The method that integrates each kind of `GpuHeader.power_source`.
 POWER_METHODS: Final = MappingProxyType({"instant": EnergySource.INSTANT_POWER, "average": EnergySource.AVERAGE_POWER})
@@ -36,7 +36,7 @@ class Sources:
             name a GPU by that place.
         gpu_method, cpu_method: None where there is no meter.
         is_external: a file of the user's own meter was named.
-        primary: the `energy_source` that efficiency and carbon stand on; None when there is none.
+        primary: the `energy_source` of the energy that counts; None when there is none.
         scope: what the primary sees.
         sample_period_s, idle_period_s: how often power is looked at in the window, and at rest.
         reasons: why there is no meter, by `gpu`, `cpu`, `dram`, `external`, `primary`.
@@ -95,7 +95,7 @@ def choose_sources(
     why_no_gpu = _why_no_gpu(wanted, header, gpu_uuids, is_cpu, missing, foreign or {})
     gpu_method = None
     if why_no_gpu is None:
-        gpu_method, why_no_gpu = _gpu_method(chosen, is_watched=config.timeseries.enabled)
+        gpu_method, why_no_gpu = choose_gpu_method(chosen, is_watched=config.timeseries.enabled)
     if wanted == "nvml" and gpu_method != EnergySource.COUNTER:
         raise MeterRefused(f"measurement.energy: nvml: {why_no_gpu or _why_no_counter(chosen)}", _LEAVE_AT_AUTO)
     cpu_method, why_no_cpu = _cpu_method(wanted, header, config.measurement.cpu_tdp_w)
@@ -166,7 +166,7 @@ def _why_no_gpu(
     return None
 
 
-def _gpu_method(gpus: Sequence[GpuHeader], *, is_watched: bool) -> tuple[EnergySource | None, str | None]:
+def choose_gpu_method(gpus: Sequence[GpuHeader], *, is_watched: bool) -> tuple[EnergySource | None, str | None]:
     """The best method that every GPU has: several are summed only when all were read, and in the same way."""
     if all(gpu.counter_error is None for gpu in gpus):
         return EnergySource.COUNTER, None

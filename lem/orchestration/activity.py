@@ -24,7 +24,6 @@ from lem.errors import LemError
 from lem.jsontypes import build_from
 from lem.orchestration.events import Event, Observer
 from lem.orchestration.locks import Holder
-from lem.units import KIB
 
 __all__ = ["ACTIVITY_NAME", "Activity", "ActivityWriter", "read_activity"]
 
@@ -33,9 +32,6 @@ SCHEMA_VERSION = 1
 
 # Between changes it is written no oftener than this, about as often as a worker sends a heartbeat.
 _EVERY_S = 5.0
-
-# More than this is not what we wrote.
-_SIZE_MAX_B = 64 * KIB
 
 
 @dataclass(frozen=True)
@@ -138,7 +134,7 @@ def read_activity(folder: Path) -> Activity | None:
     """What the last process in a campaign's state folder did; None where it left nothing that can be read."""
     try:
         with open(folder / ACTIVITY_NAME, "rb") as stream:
-            document = json.loads(stream.read(_SIZE_MAX_B).decode("utf-8"))
+            document = json.loads(stream.read().decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(document, dict) or document.pop("schema_version", None) != SCHEMA_VERSION:

@@ -17,7 +17,7 @@ def look_at_gpu_energy(found: Capabilities) -> Finding:
     if not found.gpus:
         return Finding(SKIPPED, found.gpu_error or "no GPU to look at")
     worst_first = sorted(found.gpus, key=lambda gpu: (gpu.source is not None, gpu.source == EnergySource.COUNTER))
-    lines = [f"GPU {gpu.meter.index}: {'; '.join(gpu.describe())}" for gpu in worst_first]
+    lines = [f"{gpu.meter.label}: {'; '.join(gpu.describe())}" for gpu in worst_first]
     shown = some_shown(lines, " · ")
     if all(gpu.source == EnergySource.COUNTER for gpu in found.gpus):
         return Finding(OK, shown)

@@ -16,7 +16,7 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lem import durable
@@ -43,8 +43,9 @@ RUN_LOCK = Path("/run/lock")
 # Not `tempfile.gettempdir()`: TMPDIR is another one for each user, or each job.
 TMP = Path("/tmp")  # noqa: S108 - what is made in it is checked
 
-# More than this is not what we wrote.
+# More than this is not what we wrote: a campaign's name is cut to stay below it.
 _HOLDER_MAX_B = 4096
+_CAMPAIGN_MAX = 500
 
 # `is_locked` holds a free lock for some microseconds; whoever meets it there tries again.
 _TRIES = 3
@@ -249,6 +250,8 @@ def _create(path: Path) -> int:
 
 
 def _write_holder(descriptor: int, holder: Holder) -> None:
+    if len(holder.campaign) > _CAMPAIGN_MAX:
+        holder = replace(holder, campaign=f"{holder.campaign[:_CAMPAIGN_MAX]}…")
     data = durable.utf8(json.dumps(asdict(holder), ensure_ascii=False) + "\n")
     # Only a courtesy to others: a lock file open for reading alone, or a full disk, is no reason not to run.
     with contextlib.suppress(OSError):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lem.measurement import is_estimate, is_gpu_source
 from lem.record import Record
 from lem.record_codec import RecordError, decode_record
 from lem.results.bootstrap import CONFIDENCE, BootstrapResult, bootstrap_ci, check_confidence
@@ -24,6 +25,7 @@ __all__ = [
     "MetricEstimate",
     "aggregate_campaign_results",
     "aggregate_config",
+    "estimate_note",
 ]
 
 # Simulated: with 1 % between loads and 0.5 % between runs, a 95 % t interval over cycles that share one load covers
@@ -95,7 +97,7 @@ class ConfigAggregate:
         n_results, n_invalid: results looked at, and how many of them are invalid.
         n_failed: experiments that gave no result.
         invalid_reasons, warnings: text to how many results carry it.
-        energy_sources: how energy was measured; `tdp_estimate` is an estimate and must be shown as one.
+        energy_sources: where the energy that counts comes from.
         is_load_shared: cycles share an engine load, so there is no interval.
         metrics: estimates by the metric's name.
     """
@@ -111,6 +113,21 @@ class ConfigAggregate:
     is_load_shared: bool
     metrics: Mapping[str, MetricEstimate]
 
+    @property
+    def is_estimate(self) -> bool:
+        """Whether some of its energy is an estimate, which must be shown as one."""
+        return any(map(is_estimate, self.energy_sources))
+
+    @property
+    def is_all_estimate(self) -> bool:
+        """Whether all of its energy is an estimate."""
+        return bool(self.energy_sources) and all(map(is_estimate, self.energy_sources))
+
+    @property
+    def is_by_board_sensors(self) -> bool:
+        """Whether some of its energy comes from the sensors on GPU boards, which are off by up to 5 % per card."""
+        return any(map(is_gpu_source, self.energy_sources))
+
     def to_dict(self) -> dict[str, Any]:
         """The aggregate as JSON values, metrics in their groups: `["throughput"]["output_tok_per_s"]`."""
         document: dict[str, Any] = {
@@ -123,6 +140,14 @@ class ConfigAggregate:
         for estimate in self.metrics.values():
             document.setdefault(estimate.metric.group, {})[estimate.metric.name] = estimate.to_dict()
         return document
+
+
+def estimate_note(configurations: Iterable[ConfigAggregate]) -> str:
+    """What to put beside an energy of these configurations: how far it is an estimate; empty when it was measured."""
+    with_energy = [item for item in configurations if item.energy_sources]
+    if not any(item.is_estimate for item in with_energy):
+        return ""
+    return f"({'' if all(item.is_all_estimate for item in with_energy) else 'partly '}an estimate from TDP)"
 
 
 def aggregate_campaign_results(
@@ -176,7 +201,7 @@ def aggregate_config(
             **_count(text for record in records for text in record.validity.warnings),
             **dict.fromkeys(_mixture_warnings(records), len(records)),
         },
-        energy_sources=tuple(sorted({record.energy.energy_source or "" for record in records} - {""})),
+        energy_sources=tuple(sorted({record.energy.primary_j.source or "" for record in records} - {""})),
         is_load_shared=is_load_shared,
         metrics={
             metric.name: _estimate(metric, used, attempts, confidence, is_load_shared=is_load_shared)

@@ -9,9 +9,7 @@ from lem.measurement import (
     CROSSCHECK_TOLERANCE,
     REST_TOLERANCE,
     SHORT_WINDOW_S,
-    SLOWDOWN_MASK,
     WINDOW_UPDATES,
-    is_estimate,
     is_integrated_power,
 )
 from lem.record import Record
@@ -170,14 +168,14 @@ def _meters(run: RunResults) -> Found:
         "estimate",
         "energy is an estimate from the CPU's design power, not a measurement",
         "make RAPL readable (lem doctor says how), or give an external meter's readings (measurement.external_csv)",
-        lambda item: is_estimate(item.energy.energy_source),
+        lambda item: item.energy.primary_j.is_estimate,
     )
     yield from among_results(
         run,
         "integrated_power",
         "energy is integrated from power samples, since there is no energy counter",
         "a sensor that looks part of the time is off under a load with a rhythm: raise measurement.min_window_sec",
-        lambda item: is_integrated_power(item.energy.energy_source),
+        lambda item: is_integrated_power(item.energy.primary_j.source),
         is_weak=False,
     )
 
@@ -275,9 +273,7 @@ def _warnings(run: RunResults) -> Found:
 
 
 def _is_slowed(record: Record) -> bool:
-    return any(
-        (gpu.throttle_thermal_s or 0) > 0 or (gpu.event_reasons_mask or 0) & SLOWDOWN_MASK for gpu in record.gpus
-    )
+    return any(gpu.was_slowed for gpu in record.gpus)
 
 
 def _capped_share(record: Record) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lem import units
-from lem.measurement import is_estimate
+from lem.results.aggregation import estimate_note
 from lem.results.compare import SIGNIFICANCE, Comparison, Pair, Row, RunResults, Subject
 from lem.results.gate import MOST_FURTHER_CYCLES, Gate, Judgement, Verdict
 from lem.results.layout import NAMES_SHOWN, Column
@@ -175,8 +175,9 @@ def _metric_table(comparison: Comparison, metric: Metric) -> Table:
     decimals = max(known, default=None)
     heading = f"{metric.label}, {metric.unit}" if metric.group != "latency" else metric.label
     heading = "\n".join(textwrap.wrap(heading, _HEADING_WIDTH, break_on_hyphens=False))
-    if _is_estimate(metric, comparison):
-        heading += "\n(an estimate from TDP)"
+    note = estimate_note(subject.aggregate for _, subject in _labelled_subjects(comparison))
+    if note and metric.group == "energy":
+        heading += f"\n{note}"
     lines = _within_lines if comparison.anchor is None else _across_lines
     names, cells = zip(*lines(comparison, rows, metric, decimals), strict=True)
     return Table(heading, tuple(names), tuple(_columns(comparison, cells)))
@@ -376,7 +377,9 @@ def _notes(comparison: Comparison) -> Iterable[str]:
         yield "over all attempts: invalid ones too, as far as they were measured."
     if comparison.anchor is not None:
         yield from _anchor_notes(comparison)
-    elif any(metric.group == "energy" for metric in comparison.metrics) and not _is_all_estimated(comparison):
+    elif any(metric.group == "energy" for metric in comparison.metrics) and any(
+        subject.aggregate.is_by_board_sensors for _, subject in _labelled_subjects(comparison)
+    ):
         yield "Energy: board sensors carry ±5 % per card, which divides out on one card."
     for run in comparison.runs:
         if run.stopping is not None:
@@ -392,19 +395,6 @@ def _anchor_notes(comparison: Comparison) -> Iterable[str]:
     labels = {metric.name: metric.lower_label for metric in comparison.metrics}
     moved = ", ".join(f"{ratio:.3f} × in {labels[name]}" for name, ratio in anchor.ratios.items())
     yield f"anchor: {anchor.name}, itself {moved}; more than {100 * anchor.tolerance:g} % would allow no verdict."
-
-
-def _is_estimate(metric: Metric, comparison: Comparison) -> bool:
-    return metric.group == "energy" and any(
-        is_estimate(source)
-        for _, subject in _labelled_subjects(comparison)
-        for source in subject.aggregate.energy_sources
-    )
-
-
-def _is_all_estimated(comparison: Comparison) -> bool:
-    sources = {source for _, item in _labelled_subjects(comparison) for source in item.aggregate.energy_sources}
-    return all(map(is_estimate, sources))
 
 
 def _rows(comparison: Comparison, metric: Metric) -> Iterable[tuple[Pair, Row]]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 
 from lem import units
 from lem.log import WIDTH
-from lem.measurement import is_estimate
 from lem.record import Distribution, Record
 from lem.results.layout import Column, columns, paint, wrapped
 from lem.results.metrics import LATENCIES
@@ -86,14 +85,12 @@ def _throughput(record: Record) -> str:
 
 
 def _energy(record: Record) -> str:
-    energy, efficiency = record.energy, record.efficiency
-    if energy.gpu_energy_j is None:
-        return _or_reason(None, units.format_energy, energy.null_reasons.get("gpu_energy_j"))
-    per_tok = efficiency.energy_per_output_tok_j
-    estimate = " (an estimate)" if is_estimate(energy.energy_source) else ""
-    parts = [f"{units.format_energy(energy.gpu_energy_j)}{estimate}"]
+    energy_j, per_tok = record.energy.primary_j, record.efficiency.energy_per_output_tok_j
+    if energy_j.value is None:
+        return _or_reason(None, units.format_energy, energy_j.null_reason)
+    parts = [units.format_energy(energy_j.value) + (" (an estimate)" if energy_j.is_estimate else "")]
     parts += [f"{per_tok:.4g} J per output token"] if per_tok is not None else []
-    return ", ".join([*parts, f"by {energy.energy_source}"])
+    return ", ".join([*parts, f"by {energy_j.source}"])
 
 
 def _latency_lines(record: Record, width: int) -> list[str]:

@@ -19,28 +19,14 @@ from typing import Any
 from lem.config.problems import did_you_mean
 from lem.durable import json_text
 from lem.errors import UserError
-from lem.record import Distribution, Gpu, Record, ResultKey
+from lem.record import Distribution, Gpu, Record, ResultKey, parts_of_source
 from lem.results.cycles import used_records
 from lem.results.layout import printable
 from lem.results.metrics import LATENCIES
 
-__all__ = ["FORMATS", "SUMMARY_COLUMNS", "Exported", "Table", "make_table", "render", "with_columns"]
+__all__ = ["FORMATS", "Exported", "Table", "make_table", "render", "summary_columns", "with_columns"]
 
 FORMATS = ("csv", "json", "jsonl", "markdown")
-
-# What a Markdown table shows when no columns are named: with all of them nobody could read it.
-SUMMARY_COLUMNS = (
-    "config_name",
-    "cycle_index",
-    "attempt",
-    "valid",
-    "output_tok_per_s",
-    "energy_per_output_tok_j",
-    "gpu_energy_j",
-    "ttft_p50_s",
-    "e2e_p50_s",
-    "window_s",
-)
 
 _SECTIONS = ("validity", "window", "energy", "idle", "work", "throughput")
 _LATER_SECTIONS = ("compute", "efficiency", "carbon", "environment")
@@ -95,6 +81,32 @@ def make_table(results: Iterable[Exported], *, is_every_attempt: bool = False) -
         found = {name: row[name][1] if name in row else _NOT_FOR_THIS_ONE for name in columns}
         reasons.append({name: reason for name, reason in found.items() if rows[-1][name] is None})
     return Table(columns, tuple(rows), tuple(reasons))
+
+
+def summary_columns(results: Iterable[Exported]) -> tuple[str, ...]:
+    """What a Markdown table shows when no columns are named: with all of them, it could not be read.
+
+    Of the energies, those that add up to the one that counts; the GPUs' where no result has any.
+    """
+    energies = [item.record.energy for item in results]
+    counted = {
+        name: None
+        for energy in energies
+        for name in parts_of_source(energy.primary_j.source or "")
+        if getattr(energy, name) is not None
+    }
+    return (
+        "config_name",
+        "cycle_index",
+        "attempt",
+        "valid",
+        "output_tok_per_s",
+        "energy_per_output_tok_j",
+        *(counted or ("gpu_energy_j",)),
+        "ttft_p50_s",
+        "e2e_p50_s",
+        "window_s",
+    )
 
 
 def with_columns(table: Table, names: Sequence[str]) -> Table:

@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 from lem import units
 from lem.log import WIDTH, bounded_width
-from lem.measurement import is_estimate
-from lem.results.aggregation import SHARED_LOAD, AllAttempts, ConfigAggregate, MetricEstimate
+from lem.results.aggregation import SHARED_LOAD, AllAttempts, ConfigAggregate, MetricEstimate, estimate_note
 from lem.results.layout import (
     NAME_WIDTH,
     NAMES_SHOWN,
@@ -66,7 +65,9 @@ class _Table:
         blocks = (
             self._heading(),
             self._estimates("output_tok_per_s", "Output throughput, tok/s"),
-            self._estimates("energy_per_output_tok_j", "Energy per output token, J" + self._energy_origin()),
+            self._estimates(
+                "energy_per_output_tok_j", f"Energy per output token, J\n{estimate_note(self._configurations)}".rstrip()
+            ),
             self._outcomes(),
             self._notes(),
             self._warnings(),
@@ -110,16 +111,6 @@ class _Table:
         table = [Column(text, tuple(row[index] for row in cells)) for index, text in enumerate(headings)]
         return self._headed(columns(heading, names, table, self._width), n_heads=2)
 
-    def _energy_origin(self) -> str:
-        """What stands under the heading of energy where it was not measured but estimated."""
-        estimated = [is_estimate(source) for source in self._energy_sources()]
-        if not any(estimated):
-            return ""
-        return "\n(an estimate from TDP)" if all(estimated) else "\n(partly an estimate from TDP)"
-
-    def _energy_sources(self) -> set[str]:
-        return {source for item in self._configurations for source in item.energy_sources}
-
     def _outcomes(self) -> list[str]:
         """Latency, and how many results there are of which kind."""
         names = [self._shortener(item.config_name) for item in self._configurations]
@@ -143,7 +134,7 @@ class _Table:
         notes = [*self._interval_notes()]
         if any(item.metrics[metric].values for item in self._configurations for _, metric in _LATENCIES):
             notes.append("Latency: median over the requests of a cycle, geometric mean over the cycles.")
-        if not all(map(is_estimate, self._energy_sources())):
+        if any(item.is_by_board_sensors for item in self._configurations):
             notes.append("Energy: board sensors carry ±5 % per card; compare configurations on one card, not cards.")
         for label, metric in (*_LATENCIES, *_INTERVALS):
             notes += self._gaps(label, metric)

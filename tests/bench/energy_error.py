@@ -119,10 +119,10 @@ def _measure(case: Case, seed: int) -> Error:
         is_steady_mode=case.mode == "steady",
         window_repeats=1,
     )
-    if found.primary_j is None:
-        raise ValueError(f"{case.name}, trace {seed}: {found.primary_null_reason}")
+    if found.energy.primary_j.value is None:
+        raise ValueError(f"{case.name}, trace {seed}: {found.energy.primary_j.null_reason}")
     naive = None if read_j is None else (read_j(closed_ns) - read_j(opened_ns)) / true_j - 1
-    return Error(found.primary_j / true_j - 1, naive)
+    return Error(found.energy.primary_j.value / true_j - 1, naive)
 
 
 def _marks(case: Case, edges: tuple[int, int], guard_s: float) -> tuple[Mark, ...]:

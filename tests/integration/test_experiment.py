@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lem.record_codec import decode_record
+from lem.units import format_energy
 from tests.campaign_rig import CampaignRig, Running
 
 EXPERIMENT = """\
@@ -45,6 +46,19 @@ def test_an_experiment_shows_its_result_and_where_it_lies(rig):
     assert path.match("out/c/*/*/attempt-1/result.json")
     assert decode_record(json.loads(path.read_text())).work.output_tok > 0
     assert sorted(item.name for item in rig.folder.iterdir() if item.is_dir()) == ["out"]
+
+
+def test_the_energy_of_an_experiment_on_the_cpu_is_shown_as_it_is_in_its_record(rig):
+    # A window of 3 s, since the load of the CPU is read once a second.
+    words = ("--set", "measurement.energy=tdp_estimate", "--set", "measurement.cpu_tdp_w=200")
+    ended = _run(rig, "-q", "-o", "out", "--set", "measurement.min_window_sec=3", *words)
+    assert ended.code == 0, ended.err
+    path = rig.folder / ended.out.splitlines()[-1]
+    energy_j = decode_record(json.loads(path.read_text())).energy.primary_j
+    assert energy_j.value is not None, energy_j.null_reason
+    assert (energy_j.source, energy_j.scope) == ("tdp_estimate", "cpu_package")
+    (line,) = (text for text in ended.out.splitlines() if text.startswith("energy"))
+    assert line.split(maxsplit=1)[1].startswith(f"{format_energy(energy_j.value)} (an estimate)")
 
 
 def test_several_cycles_are_a_table_and_their_records_one_document(rig):

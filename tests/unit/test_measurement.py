@@ -8,7 +8,7 @@ from lem.measurement import (
     POWER_CAP_BIT,
     SLOWDOWN_BITS,
     SLOWDOWN_MASK,
-    THERMAL_MASK,
+    THERMAL_BITS,
     EnergyScope,
     EnergySource,
     is_cpu_source,
@@ -49,6 +49,6 @@ def test_a_name_is_its_plain_text_wherever_it_is_written(member: EnergySource | 
 def test_the_masks_are_those_of_the_bits() -> None:
     assert sum(SLOWDOWN_BITS) == SLOWDOWN_MASK
     assert {bit for bit, text in SLOWDOWN_BITS.items() if "thermal" in text} == {
-        bit for bit in SLOWDOWN_BITS if bit & THERMAL_MASK
+        bit for bit in SLOWDOWN_BITS if bit & THERMAL_BITS
     }
     assert not POWER_CAP_BIT & SLOWDOWN_MASK

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lem.measurement import is_estimate
 from lem.record import Record
-from lem.results.aggregation import ConfigAggregate
+from lem.results.aggregation import ConfigAggregate, estimate_note
 from lem.results.check import check_run
 from lem.results.cycles import used_records
 from lem.results.findings import Finding
@@ -76,7 +75,7 @@ class Entry:
     @property
     def is_estimate(self) -> bool:
         """Whether its energy was not measured but worked out from the design power of the CPU."""
-        return any(map(is_estimate, self.aggregate.energy_sources))
+        return self.aggregate.is_estimate
 
     @property
     def has_energy(self) -> bool:
@@ -132,10 +131,8 @@ class Report:
     @property
     def estimate_note(self) -> str:
         """What to put beside every axis of energy where some of it is an estimate; else empty."""
-        estimated = [entry.is_estimate for entry in self.entries if entry.has_energy]
-        if not any(estimated):
-            return ""
-        return " (estimate from TDP)" if all(estimated) else " (partly an estimate from TDP)"
+        note = estimate_note(entry.aggregate for entry in self.entries if entry.has_energy)
+        return f" {note}" if note else ""
 
 
 def compose(

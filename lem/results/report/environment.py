@@ -156,14 +156,14 @@ def _requested_or_effective(records: Sequence[Record]) -> Markup:
 
 def _methods(report: Report) -> Iterable[list[Cell | str]]:
     used = [record for entry in report.entries for record in entry.used]
-    for source in dict.fromkeys(record.energy.energy_source for record in used):
-        own = [record for record in used if record.energy.energy_source == source]
+    for source in dict.fromkeys(record.energy.primary_j.source for record in used):
+        own = [record for record in used if record.energy.primary_j.source == source]
         if source is None:
-            reasons = _listed(str(record.energy.null_reasons.get("energy_source", "")) for record in own)
+            reasons = _listed(str(record.energy.primary_j.null_reason) for record in own)
             yield ["Energy", NOT_MEASURED, f"{reasons} ({plural(len(own), 'result')})"]
             continue
         kind = "Energy, estimated" if is_estimate(source) else "Energy"
-        scope = _listed(str(record.energy.energy_scope) for record in own if record.energy.energy_scope)
+        scope = _listed(record.energy.primary_j.scope or "not told" for record in own)
         yield [kind, _SOURCES.get(source, source), "; ".join(_energy_remarks(own, scope))]
     yield ["Net energy", *_net(used)]
     yield ["Throughput", "output tokens of the window over its length, from the engine's token ids", _tokens(used)]
@@ -178,7 +178,7 @@ def _methods(report: Report) -> Iterable[list[Cell | str]]:
 
 
 def _energy_remarks(records: Sequence[Record], scope: str) -> Iterable[str]:
-    yield f"{plural(len(records), 'result')}, scope {scope or 'not told'}"
+    yield f"{plural(len(records), 'result')}, scope {scope}"
     periods = [record.energy.counter_update_period_s for record in records]
     if any(period is not None for period in periods):
         yield f"counter updated every {_range('', periods, units.format_latency)}"
@@ -236,7 +236,7 @@ def _reused(records: Sequence[Record]) -> str:
 
 
 def _cautions(report: Report) -> Iterable[str]:
-    if report.has_energy:
+    if report.has_energy and any(entry.aggregate.is_by_board_sensors for entry in report.entries):
         yield (
             "What ±5 % between cards means: the power sensor of each board reads up to 5 % too high or low, always "
             "the same way. Configurations measured on one card share its error, so their ratios are fair. Two cards "

@@ -55,8 +55,7 @@ def heatmap_section(report: Report) -> Markup:
     plan = _plan([item.settings for item in named])
     heading = "Energy per output token over the grid" if report.has_energy else "Output throughput over the grid"
     if plan is None:
-        reason = "Fewer than two settings vary over the configurations, so there is no grid to draw."
-        return no_figure("grid", heading, reason)
+        return no_figure("grid", heading, _why_no_grid([item.settings for item in named]))
     values = [value for item in named if (value := _value(item, report)) is not None]
     if not values:
         return no_figure("grid", heading, "No configuration has a valid result.")
@@ -75,6 +74,19 @@ def heatmap_section(report: Report) -> Markup:
     return tag("div", *figures, class_="pair" if len(figures) > 1 else None)
 
 
+def _why_no_grid(settings: Sequence[Mapping[str, str]]) -> str:
+    long = {key: len(found) for key, found in _values_of(settings).items() if len(found) > _MOST}
+    if not long:
+        return "Fewer than two settings vary over the configurations, so there is no grid to draw."
+    counts = ", ".join(f"{key} has {count} values" for key, count in long.items())
+    return f"No grid to draw: {counts}, an axis has at most {_MOST}, and fewer than two other settings vary."
+
+
+def _values_of(settings: Sequence[Mapping[str, str]]) -> dict[str, tuple[str, ...]]:
+    keys = sorted({key for item in settings for key in item})
+    return {key: _ordered({item.get(key, _NOT_GIVEN) for item in settings}) for key in keys}
+
+
 def _named(report: Report) -> list[_Named]:
     found = [_Named(entry.name, entry.settings, entry) for entry in report.entries if entry.settings]
     known = {item.name for item in found}
@@ -91,8 +103,7 @@ def _named(report: Report) -> list[_Named]:
 
 def _plan(settings: Sequence[Mapping[str, str]]) -> _Plan | None:
     """The two settings whose combinations are there most, with the most cells."""
-    keys = sorted({key for item in settings for key in item})
-    values = {key: _ordered({item.get(key, _NOT_GIVEN) for item in settings}) for key in keys}
+    values = _values_of(settings)
     varied = _without_doubles({key: found for key, found in values.items() if 1 < len(found) <= _MOST}, settings)
 
     def worth(pair: tuple[str, str]) -> tuple[float, int, int]:

@@ -47,7 +47,7 @@ def select_traced(entries: Sequence[Entry], results: Sequence[StoredResult]) -> 
 
 
 def _is_throttled(record: Record) -> bool:
-    return any(gpu.throttle_thermal_s for gpu in record.gpus)
+    return any(gpu.was_slowed for gpu in record.gpus)
 
 
 def _read_settings(problem: Problem, key: str) -> FailedSettings | None:

@@ -20,7 +20,7 @@ _LABEL = "More figures of every configuration"
 
 @dataclass(frozen=True)
 class _Figure:
-    """A column: its heading, where the value is, and where the reason when it is not there."""
+    """A column: its heading, its value, the reason where it is absent, and whether it is energy or follows from it."""
 
     heading: str
     read: Callable[[Record], float | None]
@@ -60,7 +60,7 @@ _FIGURES = (
     ),
     _Figure("Prefill, J", lambda record: record.energy.prefill_energy_j, is_energy=True),
     _Figure("Decode, J", lambda record: record.energy.decode_energy_j, is_energy=True),
-    _Figure("CPU packages, J", lambda record: record.energy.cpu_package_energy_j),
+    _Figure("CPU packages, J", lambda record: record.energy.cpu_package_energy_j, is_energy=True),
     _Figure("GPU power, mean, W", _of_gpus(lambda gpu: gpu.power_mean_w, math.fsum)),
     _Figure("GPU temperature, greatest, °C", _of_gpus(lambda gpu: gpu.temp_max_c, max)),
     _Figure(
@@ -68,8 +68,8 @@ _FIGURES = (
         lambda record: record.window.load_s,
         lambda record: record.window.null_reasons.get("load_s"),
     ),
-    _Figure("CO₂e, g", lambda record: record.carbon.co2e_g),
-    _Figure("Cost", lambda record: record.carbon.cost),
+    _Figure("CO₂e, g", lambda record: record.carbon.co2e_g, is_energy=True),
+    _Figure("Cost", lambda record: record.carbon.cost, is_energy=True),
 )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["POWER", "TEMPERATURE", "Band", "Phase", "Series", "Spell", "Trace", "thin"]
+__all__ = ["POWER", "TEMPERATURE", "Band", "Phase", "Series", "Spell", "Trace", "slowed_s", "thin"]
 
 POWER = "power"
 TEMPERATURE = "temperature"
@@ -68,6 +68,24 @@ class Trace:
     spells: tuple[Spell, ...]
     phases: tuple[Phase, ...]
     interval_s: float
+
+    @property
+    def slowed_s(self) -> tuple[tuple[float, float], ...]:
+        """When a GPU was slowed down for any reason but its power limit: (begin, end), in the order of time."""
+        return slowed_s(self.spells)
+
+
+def slowed_s(spells: Iterable[Spell]) -> tuple[tuple[float, float], ...]:
+    """When there was a fault, (begin, end): reasons that hold at the same time are not added up."""
+    found: list[tuple[float, float]] = []
+    for spell in sorted(spells, key=lambda item: item.begin_s):
+        if not spell.is_fault:
+            continue
+        if found and spell.begin_s <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], spell.end_s))
+        else:
+            found.append((spell.begin_s, spell.end_s))
+    return tuple(found)
 
 
 def thin(

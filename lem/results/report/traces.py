@@ -119,7 +119,7 @@ def _figure(number: int, record: Record, trace: Trace) -> Markup:
         heading,
         f"Power{' and temperature' if temperature else ''} over {units.format_duration(end - begin)}: "
         + ", ".join(f"{_name(band.name)} {units.format_duration(band.end_s - band.begin_s)}" for band in bands)
-        + (f"; throttled in {plural(len(trace.spells), 'spell')}" if trace.spells else "; not throttled"),
+        + (f"; throttled in {plural(len(trace.slowed_s), 'spell')}" if trace.slowed_s else "; not throttled"),
         (_WIDTH, bottom + 44),
         *_bands(bands, time, bottom),
         *panels,

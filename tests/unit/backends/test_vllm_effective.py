@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lem.backends.effective import plain
 from lem.backends.vllm_effective import describe_effective, effective_options, refuse_differences
 from lem.backends.vllm_options import ARGUMENTS, NESTED_ARGUMENTS, EngineFacts
 from lem.config.experiment_config import ExperimentConfig
@@ -197,3 +198,9 @@ def test_the_rest_is_told_as_json_without_secrets_and_places() -> None:
         "names": ["a", "b"],
     }
     assert "hunter2" not in json.dumps(told)
+
+
+def test_a_long_list_is_told_whole() -> None:
+    sizes = [1, 2, 4, *range(8, 1025, 8)]  # what vLLM captures CUDA graphs for
+    assert plain(sizes) == sizes
+    assert plain(set(sizes)) == sorted(sizes, key=str)

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 
 from lem import durable
-from lem.meters.efficiency import carbon_of, efficiency_of
 from lem.meters.samples import FINISHED_FILENAME, write_finished
 from lem.record import Record
 from lem.record_codec import write_record
 from lem.results.repository import Repository
 from tests.command_rig import Said, run_lem
-from tests.records import make_record
+from tests.records import make_record, with_measured
 from tests.scripted_attempt import config, gpu_attempt
 
 RUN = "20260714T100000Z-3fa1"
@@ -30,15 +29,7 @@ def recompute(*words: str) -> Said:
 def measured_record(cycle: int) -> Record:
     record = make_record(run_id=RUN, cycle=cycle)
     found = ATTEMPT.measured(window_repeats=record.window.window_repeats)
-    return dataclasses.replace(
-        record,
-        energy=found.energy,
-        gpus=found.gpus,
-        idle=found.idle,
-        efficiency=efficiency_of(found.primary_j, record.work),
-        carbon=carbon_of(found.primary_j, config().measurement),
-        environment=dataclasses.replace(record.environment, gpu_uuids=ATTEMPT.uuids),
-    )
+    return with_measured(record, found, config().measurement)
 
 
 def store(results_dir: Path, record: Record, *, has_samples: bool = True) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,9 +10,15 @@ import pytest
 
 from lem.cli.report_traces import trace_of
 from lem.measurement import SLOWDOWN_BITS
-from lem.meters.samples import GpuSample, Mark, RaplReading, RaplZone, SampleHeader, SampleLog
+from lem.meters.samples import GpuHeader, GpuSample, Mark, RaplReading, RaplZone, SampleHeader, SampleLog
+from lem.results.report.content import compose
+from lem.results.report.page import render_report
 from lem.results.report.trace import POWER, TEMPERATURE
 from tests.command_rig import Said, run_lem
+from tests.doubles.nvml.traces import Events
+from tests.doubles.powercap import Zone
+from tests.records import make_record
+from tests.scripted_attempt import Attempt, at, cpu_attempt, gpu_attempt
 from tests.synthetic_campaign import Campaign, Configuration, Written
 
 NS = 1_000_000_000
@@ -121,7 +128,7 @@ def make_log(power_w: float = 300.0, masks: tuple[int, ...] = ()) -> tuple[Sampl
         )
         for index in range(100)
     ]
-    header = SampleHeader(NS, "2026-07-14T10:00:00.000Z", "lab1", 100)
+    header = SampleHeader(NS, "2026-07-14T10:00:00.000Z", "lab1", 100, (GpuHeader(0, "GPU-1", "H200", "575"),))
     marks = [Mark("window", 6 * NS, 11 * NS), Mark("idle_loaded", NS, 6 * NS)]
     return SampleLog(header, samples=tuple(samples)), marks
 
@@ -163,15 +170,83 @@ def test_a_slowdown_has_the_name_that_the_record_gives_it(bit: int, reason: str)
     ]
 
 
+def test_slowdowns_at_the_same_time_are_counted_once() -> None:
+    # Two bits at once, and a third that begins later and outlasts them.
+    found = attempt_slowed(Events(15.0, 20.0, 0x40 | 0x8), Events(18.0, 22.0, 0x80))
+    trace = trace_of(found.log, found.marks)
+    (window,) = (phase for phase in trace.phases if phase.name == "window")
+    assert window.throttled_s == pytest.approx(7.0, abs=0.2)
+    assert [round(end_s - begin_s) for begin_s, end_s in trace.slowed_s] == [7]
+    reasons = {spell.reason: spell.end_s - spell.begin_s for spell in trace.spells}
+    assert reasons == {
+        "hardware slowdown": pytest.approx(5.0, abs=0.2),
+        "hardware thermal slowdown": pytest.approx(5.0, abs=0.2),
+        "hardware power brake": pytest.approx(4.0, abs=0.2),
+    }
+
+
+def test_two_bits_for_the_whole_window_are_no_more_than_the_window() -> None:
+    found = attempt_slowed(Events(15.0, 25.0, 0x40 | 0x20))
+    (window,) = (phase for phase in trace_of(found.log, found.marks).phases if phase.name == "window")
+    assert window.length_s == pytest.approx(10.0)
+    assert window.throttled_s == pytest.approx(10.0, abs=0.2)
+    assert window.throttled_s is not None
+    assert window.throttled_s <= window.length_s
+    (gpu,) = found.measured().gpus
+    assert gpu.throttle_thermal_s == pytest.approx(10.0, abs=0.2)
+
+
+def test_the_power_limit_alone_is_no_throttling() -> None:
+    found = attempt_slowed(Events(16.0, 24.0, 0x4))
+    trace = trace_of(found.log, found.marks)
+    assert (len(trace.spells), trace.slowed_s) == (1, ())
+    page = render_report(dataclasses.replace(compose([make_record()]), traces=((make_record(), trace),)))
+    assert "; not throttled" in page
+    assert "; throttled in" not in page
+
+
+def attempt_slowed(*events: Events) -> Attempt:
+    return gpu_attempt(events=events)
+
+
+@pytest.mark.parametrize("indices", [(1, 0), (2, 3), (0, 1)])
+def test_a_curve_is_labelled_with_the_index_that_nvml_gives_its_gpu(indices: tuple[int, int]) -> None:
+    attempt = gpu_attempt(2)
+    for place, index in enumerate(indices):
+        attempt = attempt.with_gpu_header(place, index=index, name=f"Card {index}")
+    labels = [(series.quantity, series.label) for series in trace_of(attempt.log, attempt.marks).series]
+    assert labels == [(kind, f"GPU {index} Card {index}") for kind in (POWER, TEMPERATURE) for index in indices]
+
+
+def test_a_gpu_that_nvml_does_not_see_is_labelled_with_its_uuid() -> None:
+    attempt = gpu_attempt().with_gpu_header(index=None, name="unknown")
+    (power, *_) = trace_of(attempt.log, attempt.marks).series
+    assert power.label == f"{attempt.uuids[0]} unknown"
+
+
 def test_a_package_counter_that_wraps_still_gives_its_power() -> None:
-    zones = (RaplZone("package-0", "package", 10_000_000), RaplZone("dram", "dram", 10_000_000))
-    counts = [4_000_000, 9_000_000, 4_000_000]
+    most_uj = 10_000_000_000
+    zones = (RaplZone("package-0", "package", most_uj), RaplZone("dram", "dram", most_uj))
+    counts = [most_uj - 6_000_000, most_uj - 1_000_000, 4_000_000]
     rapl = tuple(RaplReading(0, (index + 1) * NS, count) for index, count in enumerate(counts))
     header = SampleHeader(NS, "2026-07-14T10:00:00.000Z", "lab1", 100, zones=zones)
     trace = trace_of(SampleLog(header, rapl=rapl), [Mark("window", NS, 4 * NS)])
     assert [(series.label, series.points) for series in trace.series] == [("CPU package-0", ((1.0, 5.0), (2.0, 5.0)))]
     assert trace.phases[0].power_mean_w == 5.0
     assert trace.phases[0].temp_max_c is None
+
+
+def test_a_package_that_may_have_wrapped_twice_has_no_power_as_it_has_no_energy() -> None:
+    attempt = cpu_attempt(Zone("intel-rapl:0", "package-0", ((0, 90.0),), max_uj=4_000_000_000, begins_ns=at(-2)))
+    rows = tuple(row for row in attempt.log.rapl if not at(16) < row.at_ns < at(21))
+    holed = attempt.with_log(rapl=rows)
+    assert holed.measured().energy.cpu_package_energy_j is None
+    after_gap_s = (at(21) - min(mark.opened_ns for mark in attempt.marks)) / NS
+    for found, has_power in ((attempt, True), (holed, False)):
+        (series,) = trace_of(found.log, found.marks).series
+        points = [point for point in series.points if point]
+        assert [power_w for _, power_w in points] == pytest.approx([90] * len(points), rel=0.01)
+        assert any(abs(time_s - after_gap_s) < 0.6 for time_s, _ in points) == has_power
 
 
 def test_a_log_without_readings_is_an_empty_trace() -> None:

@@ -14,7 +14,7 @@ from lem.meters.efficiency import carbon_of, efficiency_of
 from lem.meters.energy import Baselines, EnergyFindings, mean_power_w, measure
 from lem.meters.external import ExternalReadings
 from lem.meters.samples import CpuLoad, Mark, MeterError, ProcessesSeen
-from lem.record import Energy, Gpu, Idle, Work
+from lem.record import Energy, Gpu, Idle, Measured, Work
 from tests.doubles.nvml.traces import Counter, Events, GpuProcess, Level, Sensor
 from tests.doubles.powercap import Zone
 from tests.scripted_attempt import (
@@ -50,7 +50,7 @@ def package(number: int = 0, *, name: str = "package", max_uj: int = 262_143_328
 def test_the_energy_of_a_closed_window_is_that_of_the_work_alone() -> None:
     found = gpu_attempt().measured()
     assert found.energy.gpu_energy_j == pytest.approx(WINDOW_J, rel=0.002)
-    assert found.primary_j == found.energy.gpu_energy_j
+    assert found.energy.primary_j.value == found.energy.gpu_energy_j
     assert (found.energy.energy_source, found.energy.energy_scope) == ("nvml_counter", "gpu")
     assert (found.invalid_reasons, found.warnings) == ((), ())
 
@@ -123,13 +123,13 @@ def test_whatever_a_sampler_missed_every_null_has_a_reason_and_nothing_breaks(se
         .measured(is_steady_mode=chance.random() < 0.3, own_pids=chance.choice((None, {1})))
     )
     assert_nulls_have_reasons(found)
-    assert (found.primary_j is None) == (found.primary_null_reason is not None)
+    assert (found.energy.primary_j.value is None) == (found.energy.primary_j.null_reason is not None)
 
 
 def test_a_log_without_the_windows_mark_gives_no_energy() -> None:
     found = gpu_attempt().without(names.WINDOW).measured()
-    assert found.primary_j is None
-    assert found.primary_null_reason == "the sample log has no mark of the window"
+    assert found.energy.primary_j.value is None
+    assert found.energy.primary_j.null_reason == "the sample log has no mark of the window"
 
 
 # Several GPUs
@@ -157,9 +157,9 @@ def test_a_counter_that_is_lost_in_the_window_says_why() -> None:
     counters = tuple(row for row in attempt.log.counters if row.at_ns < at(20))
     errors = (MeterError(at(20), "gpu0.counter", "GPU is lost"),)
     found = attempt.with_log(counters=counters, errors=errors).measured()
-    assert found.primary_null_reason is not None
-    assert found.primary_null_reason.endswith("s too early (GPU is lost)")
-    assert found.warnings == ("gpu0.counter could not be read in the window: GPU is lost",)
+    assert found.energy.primary_j.null_reason is not None
+    assert found.energy.primary_j.null_reason.endswith("s too early (GPU is lost)")
+    assert found.warnings == ("counter of GPU 0 could not be read in the window: GPU is lost",)
 
 
 def test_a_sampler_that_ends_in_the_window_is_the_reason() -> None:
@@ -168,7 +168,7 @@ def test_a_sampler_that_ends_in_the_window_is_the_reason() -> None:
     log = attempt.log
     rows = {name: tuple(row for row in getattr(log, name) if row.at_ns < ended_ns) for name in ("counters", "samples")}
     found = attempt.with_log(**rows).measured()
-    assert str(found.primary_null_reason).endswith("s too early; the sampler had ended, or hung")
+    assert str(found.energy.primary_j.null_reason).endswith("s too early; the sampler had ended, or hung")
 
 
 def test_a_gpu_the_sampler_does_not_see_stands_in_the_record() -> None:
@@ -180,7 +180,7 @@ def test_a_gpu_the_sampler_does_not_see_stands_in_the_record() -> None:
     found = measure(attempt.log, attempt.marks, sources, Baselines(), is_steady_mode=False, window_repeats=1)
     assert [gpu.uuid for gpu in found.gpus] == ["GPU-9"]
     assert found.gpus[0].null_reasons["energy_j"] == "lost"
-    assert found.primary_null_reason == "lost"
+    assert found.energy.primary_j.null_reason == "lost"
 
 
 # What a GPU was like
@@ -280,7 +280,7 @@ def test_counter_reset_gives_null_energy() -> None:
     found = gpu_attempt(counter=Counter(phase_s=0.037, resets_s=(20.0,))).measured()
     assert found.energy.gpu_energy_j is None
     assert "the driver was loaded anew" in found.energy.null_reasons["gpu_energy_j"]
-    assert found.primary_j is None
+    assert found.energy.primary_j.value is None
     assert found.energy.energy_source is None
 
 
@@ -292,13 +292,13 @@ def test_energy_beyond_the_power_limit_is_null_with_the_sum() -> None:
 
 
 def test_energy_up_to_a_fifth_beyond_the_limit_is_believed() -> None:
-    assert gpu_attempt().with_gpu_header(power_limit_w=251.0).measured().primary_j is not None
+    assert gpu_attempt().with_gpu_header(power_limit_w=251.0).measured().energy.primary_j.value is not None
 
 
 def test_a_counter_that_stands_still_gives_null() -> None:
     levels = tuple(Level(level.at_s, 0.0 if level.at_s >= 14 else level.target_w) for level in LEVELS)
     found = gpu_attempt(levels=levels).measured()
-    assert found.primary_j is None
+    assert found.energy.primary_j.value is None
 
 
 def test_mig_leaves_energy_null_and_the_rest_of_the_section_there() -> None:
@@ -325,7 +325,7 @@ def test_without_a_counter_power_is_integrated_and_says_so() -> None:
     marks += [Mark(names.GUARD_BEFORE, at(14.5), at(15)), Mark(names.GUARD_AFTER, at(25), at(25.5))]
     found = dataclasses.replace(attempt, marks=tuple(marks)).measured()
     assert found.energy.energy_source == "power_instant_integral"
-    assert found.primary_j == pytest.approx(WINDOW_J, rel=0.01)
+    assert found.energy.primary_j.value == pytest.approx(WINDOW_J, rel=0.01)
     assert found.energy.energy_crosscheck_ratio is None
     assert found.energy.counter_update_period_s is None
 
@@ -387,9 +387,9 @@ def test_a_hole_voids_the_crosscheck_and_not_the_counter() -> None:
 
 def test_a_counter_whose_edge_was_slept_over_gives_no_energy() -> None:
     found = gpu_attempt(gaps=[(23.0, 27.0)]).measured()
-    assert found.primary_null_reason is not None
-    assert "was not read for 4.0" in found.primary_null_reason
-    assert "around an edge of 10.00 s" in found.primary_null_reason
+    assert found.energy.primary_j.null_reason is not None
+    assert "was not read for 4.0" in found.energy.primary_j.null_reason
+    assert "around an edge of 10.00 s" in found.energy.primary_j.null_reason
 
 
 def test_a_counter_that_slept_a_little_at_an_edge_is_a_warning() -> None:
@@ -410,13 +410,21 @@ def test_an_end_that_looks_otherwise_from_inside_than_from_outside_is_a_warning(
     marks = attempt.without(names.GUARD_BEFORE, names.GUARD_AFTER).marks + guards
     found = dataclasses.replace(attempt, marks=marks).measured()
     assert any("in doubt" in warning for warning in found.warnings)
-    assert found.primary_j == pytest.approx(WINDOW_J - 0.65 * (LOAD_W - IDLE_W), rel=0.01)
+    assert found.energy.primary_j.value == pytest.approx(WINDOW_J - 0.65 * (LOAD_W - IDLE_W), rel=0.01)
+
+
+def test_a_warning_names_the_gpu_by_the_index_of_nvml_and_not_by_its_place() -> None:
+    attempt = gpu_attempt(2).with_gpu_header(0, index=3).with_gpu_header(1, index=None)
+    meters = ("gpu0.power", "gpu1.power", "gpu10.power", "rapl.package-0")
+    found = attempt.with_log(errors=tuple(MeterError(at(20), meter, "Unknown Error") for meter in meters)).measured()
+    said = ("power of GPU 3", f"power of {attempt.uuids[1]}", "gpu10.power", "rapl.package-0")
+    assert found.warnings == tuple(f"{name} could not be read in the window: Unknown Error" for name in said)
 
 
 def test_a_meter_that_failed_in_the_window_is_a_warning() -> None:
     errors = (MeterError(at(1), "gpu0.power", "early"), MeterError(at(20), "gpu0.power", "Unknown Error"))
     assert gpu_attempt().with_log(errors=errors).measured().warnings == (
-        "gpu0.power could not be read in the window: Unknown Error",
+        "power of GPU 0 could not be read in the window: Unknown Error",
     )
 
 
@@ -556,7 +564,7 @@ def test_on_a_cpu_packages_and_memory_are_summed() -> None:
     found = cpu_attempt(package(0), package(1), package(2, name="dram"), package(3, name="psys")).measured()
     assert found.energy.cpu_package_energy_j == pytest.approx(2800, rel=0.001)
     assert found.energy.dram_energy_j == pytest.approx(1400, rel=0.001)
-    assert found.primary_j == pytest.approx(4200, rel=0.001)
+    assert found.energy.primary_j.value == pytest.approx(4200, rel=0.001)
     assert (found.energy.energy_source, found.energy.energy_scope) == ("rapl", "cpu_package")
     assert found.idle.idle_loaded_power_w == pytest.approx(120, rel=0.01)
     assert found.gpus == ()
@@ -566,7 +574,7 @@ def test_on_a_cpu_packages_and_memory_are_summed() -> None:
 def test_rapl_that_wraps_in_the_window_is_no_loss() -> None:
     max_uj = 65_532_610_987
     found = cpu_attempt(package(max_uj=max_uj, begins_uj=max_uj - 1_200_000_000)).measured()
-    assert found.primary_j == pytest.approx(1400, rel=0.001)
+    assert found.energy.primary_j.value == pytest.approx(1400, rel=0.001)
 
 
 def test_packages_that_were_not_all_read_are_not_summed() -> None:
@@ -580,7 +588,7 @@ def test_packages_that_were_not_all_read_are_not_summed() -> None:
 
 def test_rapl_stands_beside_a_gpu_and_not_for_it() -> None:
     found = gpu_attempt(zones=(package(), package(2, name="dram"))).measured()
-    assert found.primary_j == found.energy.gpu_energy_j
+    assert found.energy.primary_j.value == found.energy.gpu_energy_j
     assert found.energy.cpu_package_energy_j == pytest.approx(1400, rel=0.1)
 
 
@@ -588,7 +596,7 @@ def test_an_estimate_is_labelled() -> None:
     loads = [CpuLoad(at(-1), None), *(CpuLoad(at(second), 0.9 if 15 < second <= 25 else 0.1) for second in range(35))]
     attempt = cpu_attempt().with_log(loads=tuple(loads))
     found = attempt.measured(options={"measurement": {"energy": "tdp_estimate", "cpu_tdp_w": 200}})
-    assert found.primary_j == pytest.approx(1800, rel=0.01)
+    assert found.energy.primary_j.value == pytest.approx(1800, rel=0.01)
     assert found.energy.energy_source == "tdp_estimate"
     assert any("estimate" in warning for warning in found.warnings)
 
@@ -611,19 +619,19 @@ def test_the_users_own_meter_stands_beside_the_gpus() -> None:
 def test_the_users_own_meter_counts_where_nothing_else_does() -> None:
     options = {"measurement": {"external_csv": "plug.csv"}}
     found = cpu_attempt().measured(options=options, external=plug(500))
-    assert found.primary_j == pytest.approx(5000)
+    assert found.energy.primary_j.value == pytest.approx(5000)
     assert found.energy.energy_scope == "machine"
     missing = cpu_attempt().measured(options=options, external=plug(500, begin_s=18))
-    assert missing.primary_j is None
-    assert missing.primary_null_reason is not None
-    assert "does not cover the window" in missing.primary_null_reason
+    assert missing.energy.primary_j.value is None
+    assert missing.energy.primary_j.null_reason is not None
+    assert "does not cover the window" in missing.energy.primary_j.null_reason
 
 
 def test_energy_that_is_not_wanted_is_null_and_the_gpu_is_still_described() -> None:
     found = gpu_attempt().measured(options={"measurement": {"energy": "none"}})
     assert found.energy.null_reasons["gpu_energy_j"] == "energy is not measured (measurement.energy: none)"
     assert found.gpus[0].temp_max_c == 40.0
-    assert found.primary_null_reason == "energy is not measured (measurement.energy: none)"
+    assert found.energy.primary_j.null_reason == "energy is not measured (measurement.energy: none)"
 
 
 # Quotients
@@ -635,14 +643,14 @@ def work(**changes: Any) -> Work:
 
 
 def test_energy_per_unit_of_work() -> None:
-    found = efficiency_of(3000.0, work())
+    found = efficiency_of(Measured(3000.0), work())
     assert (found.energy_per_output_tok_j, found.energy_per_total_tok_j) == (2.0, 1.5)
     assert (found.energy_per_request_j, found.output_tok_per_j) == (300.0, 0.5)
     assert found.null_reasons == {}
 
 
 def test_a_zero_denominator_is_null() -> None:
-    found = efficiency_of(3000.0, work(requests_ok=0, input_tok=0, output_tok=0))
+    found = efficiency_of(Measured(3000.0), work(requests_ok=0, input_tok=0, output_tok=0))
     assert found.energy_per_output_tok_j is None
     assert found.energy_per_total_tok_j is None
     assert found.energy_per_request_j is None
@@ -651,14 +659,14 @@ def test_a_zero_denominator_is_null() -> None:
 
 
 def test_without_energy_there_is_no_efficiency() -> None:
-    found = efficiency_of(None, work(), "the driver was loaded anew")
+    found = efficiency_of(Measured(None, "the driver was loaded anew"), work())
     assert set(found.null_reasons.values()) == {"the driver was loaded anew"}
     assert len(found.null_reasons) == 4
 
 
 def carbon(primary_j: float | None, **measurement: float) -> Any:
     loaded: ExperimentConfig = config(measurement=measurement)
-    return carbon_of(primary_j, loaded.measurement, "no meter")
+    return carbon_of(Measured(primary_j, None if primary_j is not None else "no meter"), loaded.measurement)
 
 
 def test_carbon_and_cost_follow_from_the_users_figures() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from lem import marks as names
-from lem.meters.efficiency import carbon_of, efficiency_of
 from lem.meters.energy import Baselines
 from lem.meters.external import ExternalReadings
 from lem.meters.recompute import has_energy, recompute
@@ -16,7 +15,7 @@ from lem.record import Record
 from lem.record_codec import decode_record, encode_record
 from tests.doubles.nvml.traces import Counter, GpuProcess
 from tests.doubles.powercap import Zone
-from tests.records import make_record
+from tests.records import make_record, with_measured
 from tests.scripted_attempt import Attempt, at, config, cpu_attempt, gpu_attempt
 
 OPTIONS = {"measurement": {"grid_g_per_kwh": 300, "pue": 1.2, "price_per_kwh": 0.25}}
@@ -27,17 +26,8 @@ def recorded(attempt: Attempt, options: dict[str, Any] = OPTIONS, **arguments: A
     record = make_record()
     found = attempt.measured(options=options, window_repeats=record.window.window_repeats, **arguments)
     environment = dataclasses.replace(record.environment, gpu_uuids=attempt.uuids)
-    measurement = config(**options).measurement
-    whole = dataclasses.replace(
-        record,
-        energy=found.energy,
-        gpus=found.gpus,
-        idle=found.idle,
-        efficiency=efficiency_of(found.primary_j, record.work, found.primary_null_reason),
-        carbon=carbon_of(found.primary_j, measurement, found.primary_null_reason),
-        environment=environment,
-    )
-    return decode_record(encode_record(whole))
+    whole = with_measured(record, found, config(**options).measurement)
+    return decode_record(encode_record(dataclasses.replace(whole, environment=environment)))
 
 
 def again(attempt: Attempt, folder: Path, options: dict[str, Any] = OPTIONS, **arguments: Any) -> Any:

@@ -114,3 +114,30 @@ def test_the_log_of_an_attempt_beside_which_no_sampler_ran_can_be_read_again(tmp
     log = SampleLog(SampleHeader(5, "2026-01-01T00:00:00+00:00", "here", 0, gpu_error="no driver"))
     write_finished(tmp_path / "log", log, [Mark("window", 6, 7)])
     assert read_finished(tmp_path / "log") == (log, (Mark("window", 6, 7),))
+
+
+def finished(folder: Path) -> tuple[Path, int]:
+    """A finished log of a thousand readings, and its size when unpacked."""
+    path = folder / "samples.jsonl.gz"
+    write_finished(path, SampleLog(HEADER, loads=tuple(CpuLoad(number, 0.5) for number in range(1000))), [])
+    return path, len(gzip.decompress(path.read_bytes()))
+
+
+def test_a_log_as_large_as_the_limit_is_read_whole(tmp_path: Path) -> None:
+    path, size_b = finished(tmp_path)
+    assert len(read_finished(path, most_b=size_b)[0].loads) == 1000
+
+
+@pytest.mark.parametrize("fewer_b", [1, 4000])
+def test_a_log_above_the_limit_is_an_error_that_names_the_limit(tmp_path: Path, fewer_b: int) -> None:
+    path, size_b = finished(tmp_path)
+    with pytest.raises(SampleLogError) as found:
+        read_finished(path, most_b=size_b - fewer_b)
+    assert str(found.value).startswith(f"{path}: more than {size_b - fewer_b} bytes ")
+
+
+def test_a_log_above_the_limit_is_not_cut_at_the_end_of_a_line(tmp_path: Path) -> None:
+    path, size_b = finished(tmp_path)
+    last_b = len(encode_row(CpuLoad(999, 0.5))) + 1
+    with pytest.raises(SampleLogError, match="more than"):
+        read_finished(path, most_b=size_b - last_b)

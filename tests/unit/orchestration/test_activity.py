@@ -126,6 +126,14 @@ def test_a_campaign_that_was_stopped_has_said_so(tmp_path, monkeypatch):
     assert activity.stopped == "signal"
 
 
+@pytest.mark.parametrize("length", [10, 100_000])
+def test_the_error_that_ended_a_campaign_is_read_whole(written, length):
+    written.writer.end("error", "é" * length)
+    activity = written.read()
+    assert activity is not None
+    assert (activity.stopped, activity.message) == ("error", "é" * length)
+
+
 def test_nothing_but_the_file_is_left(written):
     written.tell("phase", exp_id="abc-c1", phase="window")
     assert [path.name for path in written.folder.iterdir()] == [ACTIVITY_NAME]

@@ -81,6 +81,18 @@ def test_a_shorter_holder_leaves_nothing_of_a_longer_one(tmp_path: Path) -> None
             assert read_holder(target(tmp_path).path) == holder
 
 
+def test_a_holder_with_a_very_long_name_is_still_named(tmp_path: Path) -> None:
+    long = Holder(pid=4711, host="node3", campaign="ü" * 5000, since="2026-07-14T11:00:00Z")
+    with hold_locks([target(tmp_path)], long):
+        found = read_holder(target(tmp_path).path)
+        with pytest.raises(LockedError, match="pid 4711 on node3"), hold_locks([target(tmp_path)], ME):
+            pytest.fail("locked twice")
+    assert found is not None
+    assert (found.pid, found.host, found.since) == (long.pid, long.host, long.since)
+    assert found.campaign.endswith("…")
+    assert long.campaign.startswith(found.campaign[:-1])
+
+
 def test_all_or_nothing(tmp_path: Path) -> None:
     first, second = target(tmp_path, "a"), target(tmp_path, "b")
     with hold_locks([second], OTHER):

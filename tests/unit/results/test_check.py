@@ -63,7 +63,7 @@ def test_in_a_campaign_without_a_fault_nothing_is_found():
         ("crosscheck", _section("energy", energy_crosscheck_ratio=1.06), True),
         ("crosscheck", _section("energy", energy_crosscheck_ratio=0.94), True),
         ("baseline_drift", _section("idle", idle_loaded_power_w=90.0, idle_loaded_post_power_w=95.0), False),
-        ("estimate", _section("energy", energy_source="tdp_estimate"), True),
+        ("estimate", _section("energy", energy_source="tdp_estimate", cpu_package_energy_j=5.0), True),
         ("integrated_power", _section("energy", energy_source="power_instant_integral"), False),
         ("throttled", lambda record: _gpu(record, throttle_thermal_s=0.5), True),
         ("throttled", lambda record: _gpu(record, event_reasons_mask=0x40), True),

@@ -10,7 +10,7 @@ import pytest
 
 from lem.errors import UserError
 from lem.record_codec import encode_record
-from lem.results.export import FORMATS, SUMMARY_COLUMNS, Exported, make_table, render, with_columns
+from lem.results.export import FORMATS, Exported, make_table, render, summary_columns, with_columns
 from tests.goldens import assert_golden
 from tests.records import make_gpu, make_record
 
@@ -40,9 +40,10 @@ def _fixed():
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_fixed_results_in_every_format(form):
-    table = make_table(_exported(*_fixed()), is_every_attempt=True)
+    results = _exported(*_fixed())
+    table = make_table(results, is_every_attempt=True)
     if form == "markdown":
-        table = with_columns(table, SUMMARY_COLUMNS)
+        table = with_columns(table, summary_columns(results))
     assert_golden(f"export/all_attempts.{form}", render(table, form))
 
 

@@ -78,6 +78,17 @@ def test_cells_without_a_valid_result_are_hatched_whether_they_left_a_record_or_
     assert section.count("<td>failed") == 2
 
 
+def test_an_option_of_too_many_values_is_named_as_the_reason_for_no_grid() -> None:
+    configurations = tuple(
+        Configuration(f"{precision}-{batch}", precision=precision, batch_size=batch)
+        for precision in ("float16", "bfloat16")
+        for batch in range(1, 31)
+    )
+    section = heatmap_section(make_report(*configurations, cycles=1))
+    assert "vllm.max_num_seqs has 30 values" in section
+    assert "Fewer than two settings vary" not in section
+
+
 def test_without_two_axes_there_is_no_grid() -> None:
     assert "no grid to draw" in heatmap_section(make_report(Configuration("alone")))
 

@@ -1,0 +1,213 @@
+"""*The* energy that counts: every reader shows the one of the record, whichever meter it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from lem import units
+from lem.meters.energy import EnergyFindings
+from lem.meters.external import ExternalReadings
+from lem.meters.samples import CpuLoad
+from lem.record import Energy, Record, parts_of_source
+from lem.record_codec import decode_record, encode_record
+from lem.results.compare import compare_configurations, gather
+from lem.results.compare_content import content_of
+from lem.results.detail import render_record
+from lem.results.export import Exported, make_table, render, summary_columns, with_columns
+from lem.results.report.content import compose
+from lem.results.report.page import render_report
+from lem.results.summary import summarise
+from lem.results.table import render_summary
+from tests.doubles.powercap import Zone
+from tests.records import make_record, with_measured
+from tests.scripted_attempt import Attempt, at, config, cpu_attempt, gpu_attempt
+
+BOARD_NOTE = "board sensors"
+BOARD_CAUTION = "the power sensor of each board"
+
+
+def zone(number: int, name: str) -> Zone:
+    """100 W more in the window."""
+    powers = ((0, 40.0), (at(15), 140.0), (at(25), 40.0))
+    return Zone(f"intel-rapl:{number}", name, powers, max_uj=262_143_328_850, begins_ns=at(-2))
+
+
+def busy() -> Attempt:
+    loads = [CpuLoad(at(-1), None), *(CpuLoad(at(second), 0.9 if 15 < second <= 25 else 0.1) for second in range(35))]
+    return cpu_attempt().with_log(loads=tuple(loads))
+
+
+def by_counter() -> EnergyFindings:
+    return gpu_attempt(2).measured()
+
+
+def by_power() -> EnergyFindings:
+    return gpu_attempt(counter=None).measured()
+
+
+def by_rapl() -> EnergyFindings:
+    return cpu_attempt(zone(0, "package-0"), zone(1, "dram")).measured()
+
+
+def by_rapl_without_memory() -> EnergyFindings:
+    return cpu_attempt(zone(0, "package-0")).measured(options={"measurement": {"energy": "rapl"}})
+
+
+def by_estimate() -> EnergyFindings:
+    return busy().measured(options={"measurement": {"energy": "tdp_estimate", "cpu_tdp_w": 200}})
+
+
+def by_plug() -> EnergyFindings:
+    begin_utc_s = 1767225600.0 + 1.0  # 2026-01-01, a second before which the double's log begins
+    times = [begin_utc_s + second for second in range(35)]
+    readings = ExternalReadings("plug.csv", tuple(times), (500.0,) * len(times))
+    return cpu_attempt().measured(options={"measurement": {"external_csv": "plug.csv"}}, external=readings)
+
+
+Finder = Callable[[], EnergyFindings]
+MEASURED: dict[str, tuple[Finder, float, str, str]] = {
+    "counter": (by_counter, 6000, "nvml_counter", "gpu"),
+    "power": (by_power, 3000, "power_instant_integral", "gpu"),
+    "RAPL": (by_rapl, 2800, "rapl", "cpu_package"),
+    "RAPL without memory": (by_rapl_without_memory, 1400, "rapl", "cpu_package"),
+    "estimate": (by_estimate, 1800, "tdp_estimate", "cpu_package"),
+    "the user's meter": (by_plug, 5000, "external_csv", "machine"),
+}
+ON_THE_CPU = [by_rapl, by_rapl_without_memory, by_estimate, by_plug]
+ON_GPUS = [by_counter, by_power]
+
+
+def record_of(find: Finder, config_name: str = "small", cycle: int = 0) -> Record:
+    """A record with the energy that the meters found, as read back from its file."""
+    config_hash = config_name.encode().hex().ljust(16, "0")[:16]
+    made = with_measured(make_record(config_name=config_name, config_hash=config_hash, cycle=cycle), find())
+    return decode_record(encode_record(made))
+
+
+def campaign(find: Finder) -> list[Record]:
+    return [record_of(find, name, cycle) for name in ("one", "two") for cycle in range(2)]
+
+
+@pytest.mark.parametrize("case", MEASURED)
+def test_the_record_has_the_energy_that_counts_with_its_source_and_scope(case: str) -> None:
+    find, expected_j, source, scope = MEASURED[case]
+    record = record_of(find)
+    found = record.energy.primary_j
+    assert found.value == pytest.approx(expected_j, rel=0.01)
+    assert (found.source, found.scope, found.null_reason) == (source, scope, None)
+    assert found.is_estimate == (source == "tdp_estimate")
+    assert found.value is not None
+    assert record.efficiency.energy_per_request_j == found.value / record.work.requests_ok
+
+
+def test_an_energy_that_is_absent_has_the_reason_that_efficiency_has() -> None:
+    record = record_of(lambda: cpu_attempt().measured())
+    found = record.energy.primary_j
+    assert (found.value, found.source, found.scope) == (None, None, None)
+    assert found.null_reason == record.efficiency.null_reasons["energy_per_output_tok_j"]
+    assert found.null_reason == "there is no powercap zone"
+
+
+def test_a_package_that_was_not_read_is_not_made_up_for_by_the_memory() -> None:
+    energy = Energy(dram_energy_j=5.0, energy_source="rapl", null_reasons={"cpu_package_energy_j": "lost"})
+    assert (energy.primary_j.value, energy.primary_j.null_reason) == (None, "lost")
+
+
+def test_a_source_that_only_a_newer_lem_knows_has_no_parts_here() -> None:
+    energy = Energy(gpu_energy_j=5.0, energy_source="wattmeter_2030")
+    assert parts_of_source("wattmeter_2030") == ()
+    assert energy.primary_j.value is None
+    assert "wattmeter_2030" in str(energy.primary_j.null_reason)
+
+
+def energy_line(record: Record) -> str:
+    (line,) = (text for text in render_record(record, width=200).splitlines() if text.startswith("energy"))
+    return line
+
+
+@pytest.mark.parametrize("case", MEASURED)
+def test_one_result_shows_the_energy_that_counts(case: str) -> None:
+    find, _, source, _ = MEASURED[case]
+    record = record_of(find)
+    line = energy_line(record)
+    assert units.format_energy(record.energy.primary_j.value) in line
+    assert line.endswith(f"by {source}")
+    assert ("(an estimate)" in line) == (source == "tdp_estimate")
+
+
+def test_one_result_without_energy_says_why_the_energy_that_counts_is_absent() -> None:
+    record = record_of(lambda: cpu_attempt().measured())
+    assert energy_line(record).endswith(f"not measured: {record.energy.primary_j.null_reason}")
+
+
+@pytest.mark.parametrize(
+    ("find", "columns"),
+    [
+        (by_counter, ["gpu_energy_j"]),
+        (by_rapl, ["cpu_package_energy_j", "dram_energy_j"]),
+        (by_rapl_without_memory, ["cpu_package_energy_j"]),
+        (by_estimate, ["cpu_package_energy_j"]),
+        (by_plug, ["external_energy_j"]),
+        (lambda: cpu_attempt().measured(), ["gpu_energy_j"]),
+    ],
+)
+def test_a_markdown_table_shows_the_energy_that_counts(find: Finder, columns: Sequence[str]) -> None:
+    record = record_of(find)
+    results = [Exported("a", record)]
+    names = summary_columns(results)
+    assert [name for name in names if name.endswith("energy_j")] == columns
+    (row,) = with_columns(make_table(results), names).rows
+    values = [row[name] for name in columns]
+    if record.energy.primary_j.value is None:
+        assert values == [None]
+    else:
+        assert sum(values) == record.energy.primary_j.value
+        assert all(f"{value:.6g}" in render(with_columns(make_table(results), names), "markdown") for value in values)
+
+
+@pytest.mark.parametrize("find", [*ON_THE_CPU, *ON_GPUS])
+def test_only_energy_of_board_sensors_is_said_to_come_from_board_sensors(find: Finder) -> None:
+    records = campaign(find)
+    run = gather(records)
+    comparison = content_of(compare_configurations(run, run.subjects[0], run.subjects[1:]))
+    page = render_report(compose(records))
+    is_on_gpus = find in ON_GPUS
+    assert (BOARD_NOTE in render_summary(summarise(records))) == is_on_gpus
+    assert any(BOARD_NOTE in note for note in comparison.notes) == is_on_gpus
+    assert (BOARD_CAUTION in page) == is_on_gpus
+
+
+@pytest.mark.parametrize(
+    ("finders", "said"),
+    [
+        ((by_estimate, by_estimate), "(an estimate from TDP)"),
+        ((by_estimate, by_rapl), "(partly an estimate from TDP)"),
+        ((by_rapl, by_rapl), ""),
+    ],
+)
+def test_table_and_comparison_agree_on_how_much_is_an_estimate(finders: Sequence[Finder], said: str) -> None:
+    records = [
+        record_of(find, name, cycle) for name, find in zip(("one", "two"), finders, strict=True) for cycle in range(2)
+    ]
+    run = gather(records)
+    content = content_of(compare_configurations(run, run.subjects[0], run.subjects[1:]))
+    shown = [*(table.heading for table in content.tables), render_summary(summarise(records))]
+    heads = [text for text in shown if "nergy per output" in text.replace("\n", " ")]
+    assert len(heads) == 2
+    for text in heads:
+        assert ("estimate from TDP)" in text) == bool(said)
+        assert said in text
+
+
+def test_an_estimate_is_called_one_wherever_the_report_shows_it() -> None:
+    energies = ("CPU packages, J", "Energy per request, J", "CO₂e, g", "Cost")
+    given = {"energy": "tdp_estimate", "cpu_tdp_w": 200, "grid_g_per_kwh": 300, "pue": 1.2, "price_per_kwh": 0.2}
+    measurement = config(measurement=given).measurement
+    found = busy().measured(options={"measurement": given})
+    records = [with_measured(record, found, measurement) for record in campaign(by_estimate)]
+    page = render_report(compose(records))
+    for name in energies:
+        assert f"{name} (an estimate from TDP)" in page
+    assert "estimate from TDP)" not in render_report(compose(campaign(by_rapl)))
