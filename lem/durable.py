@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import sys
@@ -17,13 +18,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lem.errors import DISK_FULL
+from lem.units import MIB
+
 __all__ = [
     "TEMPORARY_PREFIX",
+    "json_text",
     "make_folder",
     "name_folder",
     "read_json",
     "reason_of",
     "remedy_for",
+    "sha256_of",
     "sync_folder",
     "utf8",
     "write_bytes",
@@ -90,7 +96,16 @@ def write_json(path: Path, document: Any) -> None:
         ValueError: a NaN or an infinity, which JSON does not have.
         OSError: as `write_bytes`.
     """
-    write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_text(document))
+
+
+def json_text(document: Any) -> str:
+    """The document as people read it, two blanks for each level, ending in a newline.
+
+    Raises:
+        ValueError: a NaN or an infinity, which JSON does not have.
+    """
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -169,7 +184,7 @@ def reason_of(error: OSError) -> str:
 def remedy_for(error: OSError, option: str | None = None) -> str:
     """What a person can do about it; `option` is what names the folder."""
     with_option = f" with {option}" if option else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in DISK_FULL:
         return f"free some space, or name a folder on another disk{with_option}"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"make it writable for you, or name another folder{with_option}"
@@ -188,3 +203,12 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal; the file is read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(MIB):
+            digest.update(block)
+    return digest.hexdigest()

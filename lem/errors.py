@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
+import errno
 
 __all__ = [
+    "DISK_FULL",
     "ConfigurationError",
     "EngineError",
     "ExitCode",
@@ -16,6 +18,9 @@ __all__ = [
     "UserError",
     "exit_code_of",
 ]
+
+# The numbers of an OSError that says the disk, or a quota on it, is full.
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class ExitCode(enum.IntEnum):

@@ -13,9 +13,14 @@ import unicodedata
 from pathlib import Path
 from typing import TextIO
 
-__all__ = ["Console", "configure", "harmless", "is_colour_wanted", "is_journal", "log_to_file", "shorten"]
+__all__ = ["Console", "configure", "harmless", "is_colour_wanted", "is_journal", "log_to_file", "paint", "shorten"]
 
-_COLOURS = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36", "bold": "1", "dim": "2"}
+# Columns: of what is no terminal, and the least and most that text is laid out for. A terminal can say it is 0 columns
+# wide, and lines over 120 are hard to read.
+WIDTH = 80
+NARROWEST, WIDEST = 72, 120
+
+_STYLES = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36", "bold": "1", "dim": "2"}
 _CLEAR_LINE = "\r\x1b[2K"
 # Levels of syslog(3), which the journal takes from `<N>` at the beginning of a line (sd-daemon(3)).
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
@@ -37,6 +42,16 @@ def is_journal(stream: TextIO) -> bool:
     except (OSError, ValueError):
         return False
     return named == f"{found.st_dev}:{found.st_ino}"
+
+
+def paint(text: str, style: str) -> str:
+    """`text` in a colour, bold or dim, for a terminal."""
+    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
+
+
+def bounded_width(width: int) -> int:
+    """The columns to lay text out for on a terminal that says it has `width`."""
+    return min(max(width, NARROWEST), WIDEST)
 
 
 def shorten(text: str, width: int) -> str:
@@ -69,7 +84,7 @@ class Console:
 
     def paint(self, text: str, colour: str) -> str:
         """`text` in a colour where colour is wanted."""
-        return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if self.is_colour and text else text
+        return paint(text, colour) if self.is_colour and text else text
 
     def line(self, text: str = "", level: int = logging.INFO) -> None:
         """Write a whole line above the live line; `level`, of `logging`, is for the journal."""

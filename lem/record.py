@@ -11,21 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from lem.measurement import SLOWDOWN_MASK, EnergySource, is_estimate
+
 __all__ = [
-    "AVERAGE_POWER",
-    "COUNTER",
-    "CROSSCHECK_TOLERANCE",
-    "EXTERNAL",
-    "GPU_SOURCES",
-    "INSTANT_POWER",
+    "CONFIG_FILE",
+    "LOG_FILE",
     "OBSERVATIONS_NEEDED",
-    "POWER_CAP_BIT",
-    "RAPL",
-    "REST_TOLERANCE",
-    "SLOWDOWN_BITS",
-    "TDP_ESTIMATE",
-    "THERMAL_BITS",
-    "WINDOW_UPDATES",
+    "OUTPUTS_FILE",
+    "PROMPTS_FILE",
+    "RESULT_FILE",
     "Carbon",
     "Compute",
     "Distribution",
@@ -46,48 +40,27 @@ __all__ = [
     "parts_of_source",
 ]
 
+# The files of an attempt, beside its sample log (lem/meters/samples.py).
+RESULT_FILE = "result.json"
+CONFIG_FILE = "config.json"
+PROMPTS_FILE = "prompts.jsonl"
+OUTPUTS_FILE = "outputs.jsonl"
+LOG_FILE = "log.txt"
+
 # Fewer observations than this leave a percentile to one or two values, so it is None.
 OBSERVATIONS_NEEDED = types.MappingProxyType({"p90": 10, "p95": 20, "p99": 100})
 
-# The names that `Energy.energy_source` can have.
-COUNTER: Final = "nvml_counter"
-INSTANT_POWER: Final = "power_instant_integral"
-AVERAGE_POWER: Final = "power_average_integral"
-RAPL: Final = "rapl"
-TDP_ESTIMATE: Final = "tdp_estimate"
-EXTERNAL: Final = "external_csv"
-# The meters on a GPU's board.
-GPU_SOURCES: Final = frozenset({COUNTER, INSTANT_POWER, AVERAGE_POWER})
-
 # The fields of `Energy` that add up to the energy that counts, by the meter it comes from.
-_PARTS: Final = types.MappingProxyType(
+_PARTS: Final[Mapping[str, tuple[str, ...]]] = types.MappingProxyType(
     {
-        **dict.fromkeys(GPU_SOURCES, ("gpu_energy_j",)),
-        RAPL: ("cpu_package_energy_j", "dram_energy_j"),
-        TDP_ESTIMATE: ("cpu_package_energy_j",),
-        EXTERNAL: ("external_energy_j",),
+        EnergySource.COUNTER: ("gpu_energy_j",),
+        EnergySource.INSTANT_POWER: ("gpu_energy_j",),
+        EnergySource.AVERAGE_POWER: ("gpu_energy_j",),
+        EnergySource.RAPL: ("cpu_package_energy_j", "dram_energy_j"),
+        EnergySource.TDP_ESTIMATE: ("cpu_package_energy_j",),
+        EnergySource.EXTERNAL: ("external_energy_j",),
     }
 )
-
-# Bits of nvmlClocksEventReasons (NVML reference), as in `Gpu.event_reasons_mask`. A window in which a slowdown was seen
-# is invalid; running at the power limit is normal.
-POWER_CAP_BIT: Final = 0x4
-SLOWDOWN_BITS: Final = types.MappingProxyType(
-    {
-        0x8: "hardware slowdown",
-        0x20: "software thermal slowdown",
-        0x40: "hardware thermal slowdown",
-        0x80: "hardware power brake",
-    }
-)
-THERMAL_BITS: Final = 0x20 | 0x40
-
-# More than this between the counter's energy and integrated power, or between power at rest before and after the
-# window, is worth a warning (docs/measurement.md).
-CROSSCHECK_TOLERANCE: Final = 0.05
-REST_TOLERANCE: Final = 0.05
-# The least number of updates of the energy counter in a window.
-WINDOW_UPDATES: Final = 100
 
 ResultKey = tuple[str, str, str, int, int]
 """What no two results share: run, host, experiment, cycle, attempt."""
@@ -109,7 +82,7 @@ class Measured:
     @property
     def is_estimate(self) -> bool:
         """Whether no meter measured it."""
-        return self.source == TDP_ESTIMATE
+        return is_estimate(self.source)
 
 
 def parts_of_source(source: str) -> tuple[str, ...]:
@@ -288,7 +261,7 @@ class Gpu:
     def was_slowed(self) -> bool:
         """Whether heat or the hardware slowed its clocks in the window; its power limit is not meant."""
         mask = self.event_reasons_mask or 0
-        return bool(self.throttle_thermal_s) or any(mask & bit for bit in SLOWDOWN_BITS)
+        return bool(self.throttle_thermal_s) or bool(mask & SLOWDOWN_MASK)
 
 
 @dataclass(frozen=True)

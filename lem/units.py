@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 __all__ = [
+    "ABSENT",
+    "GIB",
     "JOULES_PER_WATT_HOUR",
+    "KIB",
     "LONGEST_S",
+    "MIB",
+    "NS_PER_MS",
+    "NS_PER_S",
+    "NS_PER_US",
+    "SIGNIFICANT_DIGITS",
     "format_bytes",
     "format_duration",
     "format_energy",
@@ -17,14 +26,29 @@ __all__ = [
     "format_rate",
     "parse_duration",
     "parse_percentage",
+    "percent",
     "plural",
+    "some_of",
+    "with_decimals",
 ]
+
+# Stands for a number that is not there.
+ABSENT = "–"
+SIGNIFICANT_DIGITS = 4
 
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+")
 _DURATION_PART = re.compile(r"\+?(\d+(?:\.\d+)?)([smhd])")
 _SECONDS_PER = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _PERCENTAGE = re.compile(r"\+?(\d+(?:\.\d*)?|\.\d+)(e[+-]?\d+)?\s*(%?)", re.IGNORECASE | re.ASCII)
+
+NS_PER_S = 1_000_000_000
+NS_PER_MS = 1_000_000
+NS_PER_US = 1_000
 JOULES_PER_WATT_HOUR = 3600.0
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
 
 # A hundred years, the longest that anything here waits: beyond 292 years the system's timers overflow.
 LONGEST_S = 36_500 * 86_400.0
@@ -81,10 +105,10 @@ def format_duration(seconds: float) -> str:
     return f"{hours // 24}d {hours % 24:02d}h"
 
 
-def format_quantity(value: float | None, unit: str = "", digits: int = 4) -> str:
+def format_quantity(value: float | None, unit: str = "", digits: int = SIGNIFICANT_DIGITS) -> str:
     """`value` to `digits` significant digits with thousands left plain; an en dash when it was not measured."""
     if value is None:
-        return "–"
+        return ABSENT
     text = f"{value:.{digits}g}"
     if "e" in text and 1e-4 <= abs(value) < 1e15:
         text = f"{value:.0f}"
@@ -122,7 +146,7 @@ def format_latency(latency_s: float | None) -> str:
 def format_bytes(size_b: float | None) -> str:
     """Bytes with a binary prefix."""
     if size_b is None:
-        return "–"
+        return ABSENT
     for prefix in ("", "Ki", "Mi", "Gi"):
         if abs(size_b) < 1024:
             return f"{size_b:.0f} B" if not prefix else f"{size_b:.1f} {prefix}B"
@@ -133,3 +157,19 @@ def format_bytes(size_b: float | None) -> str:
 def plural(count: int, noun: str) -> str:
     """`1 cycle`, `5 cycles`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def percent(share: float) -> str:
+    """`12 %`, `1.2 %`, `0.03 %`."""
+    return f"{100 * share:.2g} %" if abs(share) < 0.1 else f"{100 * share:.0f} %"
+
+
+def with_decimals(value: float, decimals: int | None) -> str:
+    """The value with so many decimals; with four significant digits where that is None."""
+    return format_quantity(value) if decimals is None else f"{value:.{decimals}f}"
+
+
+def some_of(texts: Sequence[str], at_most: int, separator: str = ", ") -> str:
+    """`a, b and 3 more`: the first texts, and how many are left out."""
+    left = len(texts) - at_most
+    return separator.join(texts[:at_most]) + (f" and {left} more" if left > 0 else "")

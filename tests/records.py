@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lem.config.experiment_config import MeasurementConfig
+from lem.measurement import EnergySource, is_gpu_source
 from lem.meters.efficiency import carbon_of, efficiency_of
 from lem.meters.energy import EnergyFindings
 from lem.record import (
-    COUNTER,
-    GPU_SOURCES,
     Carbon,
     Compute,
     Distribution,
@@ -63,7 +62,7 @@ def make_record(
     load_id: str | None = None,
     output_tok_per_s: float | None = 100.0,
     energy_per_output_tok_j: float | None = None,
-    energy_source: str = COUNTER,
+    energy_source: str = EnergySource.COUNTER.value,
     e2e_p50_s: float = 0.25,
     ttft_p50_s: float | None = None,
     n_requests: int = 8,
@@ -201,7 +200,7 @@ def make_gpu() -> Gpu:
 def _energy(energy_per_output_tok_j: float | None, source: str) -> Energy:
     if energy_per_output_tok_j is None:
         return reasons(Energy(), NO_METER)
-    energy_j, is_gpu = 1000 * energy_per_output_tok_j, source in GPU_SOURCES
+    energy_j, is_gpu = 1000 * energy_per_output_tok_j, is_gpu_source(source)
     measured = Energy(
         gpu_energy_j=energy_j if is_gpu else None,
         cpu_package_energy_j=None if is_gpu else energy_j,

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lem import marks as names
 from lem.config.experiment_config import ExperimentConfig
-from lem.meters import marks as names
 from lem.meters.energy import Baselines, EnergyFindings, measure
 from lem.meters.samples import Mark, SampleHeader, SampleLog
 from lem.meters.sources import Sources, choose_sources

@@ -30,6 +30,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+from lem.clock import utc_text
 from lem.config.campaign_config import generate_campaign_id, slug_of
 from lem.config.experiment_config import ExperimentConfig
 from lem.meters.samples import FINISHED_FILENAME, GpuHeader, write_finished
@@ -43,7 +44,6 @@ from lem.orchestration.manifest import (
     CampaignManifest,
     CampaignManifestEntry,
     encode_manifest,
-    utc_text,
 )
 from lem.record import Identity, Record
 from lem.record_codec import encode_record

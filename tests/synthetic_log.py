@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lem.meters.marks import (
+from lem.marks import (
     GUARD_AFTER,
     GUARD_BEFORE,
     IDLE_BARE,

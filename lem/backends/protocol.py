@@ -9,7 +9,6 @@ from typing import Any, Protocol
 from lem.config.experiment_config import ExperimentConfig
 
 __all__ = [
-    "NS_PER_S",
     "Backend",
     "Completion",
     "EngineReport",
@@ -18,9 +17,6 @@ __all__ = [
     "TokenRequest",
     "say_nothing",
 ]
-
-
-NS_PER_S = 1_000_000_000
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from lem.backends.session_backend import check_ids, check_same_engine, seconds_s
 from lem.backends.torch_gpus import idle_gpu, pick_gpu, visible_gpus
 from lem.backends.weights import WEIGHT_FAILURES, count_embedding_parameters, hash_weights
 from lem.config.experiment_config import ExperimentConfig
+from lem.variables import TOKEN_VARIABLE
 
 __all__ = ["Session", "free_memory"]
 
@@ -48,7 +49,7 @@ class Session:
             OptionRefused, EngineError: as `Backend.load`.
         """
         transformers.utils.logging.disable_progress_bar()
-        self._token = secrets.get("HF_TOKEN") or None
+        self._token = secrets.get(TOKEN_VARIABLE) or None
         self._uuids = visible_gpus(torch)
         self._facts = self._find_facts(config)
         check_options(config, self._facts)

@@ -9,19 +9,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
-from lem.backends.protocol import (
-    NS_PER_S,
-    Completion,
-    EngineReport,
-    OnProgress,
-    RequestQueue,
-    TokenRequest,
-    say_nothing,
-)
+from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError
+from lem.units import NS_PER_S
 
 __all__ = [
+    "GOOD_ENDS",
+    "TAKE_LIMIT",
+    "TRIAL_TOKENS",
     "EngineSession",
     "ServedSession",
     "SessionBackend",
@@ -30,6 +26,13 @@ __all__ = [
     "explain_import",
     "seconds_since",
 ]
+
+# All that has arrived goes to the engine at once: waiting in its queue is what the engine's scheduler is about.
+TAKE_LIMIT = 1 << 20
+# How a request ends that was answered: by its end token, or at its length.
+GOOD_ENDS = frozenset({"stop", "length"})
+# Of the request that tries an engine out: the prefill gives one, a step of decoding another.
+TRIAL_TOKENS = 2
 
 
 class EngineSession(Protocol):

@@ -15,14 +15,12 @@ from typing import Any, Protocol
 
 from lem.backends.protocol import Completion, OnProgress, RequestQueue, TokenRequest
 from lem.backends.refusals import EngineRaised, shortened
+from lem.backends.session_backend import GOOD_ENDS, TAKE_LIMIT
+from lem.units import NS_PER_US
 
 __all__ = ["FAILURES", "Engine", "Server"]
 
-_NS_PER_US = 1000
 
-# All that has arrived goes to the engine at once: waiting in its queue is what the engine's scheduler is about.
-_TAKE_LIMIT = 1 << 20
-_GOOD_ENDS = frozenset({"stop", "length"})
 # What `generate_async` and its results raise over one request: RequestError is a RuntimeError.
 _REJECTIONS = (RuntimeError, TypeError, ValueError)
 # What any of its calls raises.
@@ -97,7 +95,7 @@ class Server:
         def take_in() -> None:
             """Fetch requests as they arrive, in a thread of its own."""
             try:
-                while arrived := queue.take(_TAKE_LIMIT):
+                while arrived := queue.take(TAKE_LIMIT):
                     tell(arrived)
             except Exception as error:  # noqa: BLE001 - the top of a thread: the loop raises it
                 tell(error)
@@ -185,7 +183,7 @@ class Server:
         output = answer.outputs[0]
         started_ns, last_ns = _span(output, handed_ns, now_ns)
         finished_ns = last_ns if times_ns is None else times_ns[-1] if times_ns else now_ns
-        is_good = output.finish_reason in _GOOD_ENDS
+        is_good = output.finish_reason in GOOD_ENDS
         return Completion(
             request.index,
             tuple(output.token_ids),
@@ -220,8 +218,8 @@ def _span(output: Any, handed_ns: int, now_ns: int) -> tuple[int, int]:
         value = getattr(timing, name, None)
         if not isinstance(value, timedelta):
             return otherwise_ns
-        found_ns = (value // timedelta(microseconds=1)) * _NS_PER_US
+        found_ns = (value // timedelta(microseconds=1)) * NS_PER_US
         # They are cut to microseconds.
-        return max(found_ns, handed_ns) if handed_ns - _NS_PER_US <= found_ns <= now_ns else otherwise_ns
+        return max(found_ns, handed_ns) if handed_ns - NS_PER_US <= found_ns <= now_ns else otherwise_ns
 
     return read("first_scheduled_time", handed_ns), read("last_token_time", now_ns)

@@ -21,7 +21,7 @@ from lem.backends.effective import installed_versions
 from lem.backends.model_sources import Source
 from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
 from lem.backends.refusals import EngineRaised, shortened
-from lem.backends.session_backend import ServedSession, check_ids, check_same_engine, seconds_since
+from lem.backends.session_backend import TRIAL_TOKENS, ServedSession, check_ids, check_same_engine, seconds_since
 from lem.backends.tensorrt_checkpoint import check_checkpoint, documents_of, vocabulary_of
 from lem.backends.tensorrt_effective import describe_effective, refuse_differences
 from lem.backends.tensorrt_options import (
@@ -40,11 +40,10 @@ from lem.backends.tensorrt_serving import FAILURES, Server
 from lem.backends.torch_gpus import visible_gpus
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError, OptionRefused
+from lem.variables import GPU_VARIABLE, TOKEN_VARIABLE
 
 __all__ = ["Session"]
 
-TRIAL_TOKENS = 2
-GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 _PENALTIES = "tensorrt_llm._torch.pyexecutor.sampler.penalties"
 _PACKAGES = ("flashinfer-python", "huggingface-hub", "nvidia-modelopt", "tensorrt", "tensorrt-llm", "transformers")
@@ -72,7 +71,7 @@ class Session(ServedSession):
         self._restore_gpus = contextlib.ExitStack()
         self._uuids = self._restore_gpus.enter_context(_visible_gpus(config, find_gpus or _find_gpus))
         try:
-            self._source, self._engine = _load(config, self._facts, secrets.get("HF_TOKEN") or None)
+            self._source, self._engine = _load(config, self._facts, secrets.get(TOKEN_VARIABLE) or None)
         except BaseException:
             self._restore_gpus.close()
             raise

@@ -35,6 +35,7 @@ from lem.backends.vllm_options import EngineFacts, Places, engine_arguments, sec
 from lem.backends.vllm_output import ChildOutput
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError
+from lem.variables import GPU_VARIABLE
 
 __all__ = [
     "ENGINE_ERRORS",
@@ -70,7 +71,7 @@ ENGINE_ERRORS: tuple[type[Exception], ...] = (
 )
 
 # Beside its own, what decides on threads, devices and compilation.
-_VARIABLES = ("VLLM_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TORCHINDUCTOR_", "NCCL_")
+_VARIABLES = ("VLLM_", "OMP_NUM_THREADS", GPU_VARIABLE, "TORCHINDUCTOR_", "NCCL_")
 _SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 _PLACE_WORDS = ("_DIR", "_PATH", "_ROOT")
 _SEED_BITS = 31

@@ -16,10 +16,12 @@ import threading
 import time
 from collections.abc import Iterator
 
+from lem.units import KIB
+
 __all__ = ["ChildOutput"]
 
-_TAIL_B = 256 * 1024
-_READ_B = 64 * 1024
+_TAIL_B = 256 * KIB
+_READ_B = 64 * KIB
 _PATIENCE_S = 5.0
 _POLL_S = 0.005
 

@@ -15,7 +15,7 @@ from vllm.sampling_params import RequestOutputKind
 from lem.backends.checkpoints import identify
 from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
 from lem.backends.refusals import EngineRaised
-from lem.backends.session_backend import ServedSession, check_ids, check_same_engine, seconds_since
+from lem.backends.session_backend import TRIAL_TOKENS, ServedSession, check_ids, check_same_engine, seconds_since
 from lem.backends.vllm_effective import describe_effective, refuse_seeds
 from lem.backends.vllm_failures import (
     OPTION_OF_PARAMETER,
@@ -39,6 +39,7 @@ from lem.backends.vllm_report import compile_seconds, find_versions
 from lem.backends.vllm_stepping import StepLoop
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError, OptionRefused
+from lem.variables import TOKEN_VARIABLE
 
 try:
     from vllm.inputs import tokens_input
@@ -46,8 +47,6 @@ except ImportError:  # older versions take what a person would write
     tokens_input = None
 
 __all__ = ["Session"]
-
-TRIAL_TOKENS = 2
 
 
 class Session(ServedSession):
@@ -64,7 +63,7 @@ class Session(ServedSession):
         check_sampling(config, self._facts)
         self._engine_key = config.engine_key()
         with visible_devices(config) as uuids:
-            self._loaded = load_engine(config, self._facts, secrets.get("HF_TOKEN") or None)
+            self._loaded = load_engine(config, self._facts, secrets.get(TOKEN_VARIABLE) or None)
         self._loaded.uuids = uuids
         began_ns = time.monotonic_ns()
         try:

@@ -13,15 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from lem.backends.protocol import NS_PER_S, Completion, OnProgress, RequestQueue, TokenRequest
+from lem.backends.protocol import Completion, OnProgress, RequestQueue, TokenRequest
 from lem.backends.refusals import EngineRaised, shortened
+from lem.backends.session_backend import GOOD_ENDS, TAKE_LIMIT
 from lem.errors import EngineError
+from lem.units import NS_PER_S
 
 __all__ = ["Engine", "RequestForms", "StepLoop"]
-
-# All that has arrived goes to the engine at once: waiting in its queue is what the engine's scheduler is about.
-_TAKE_LIMIT = 1 << 20
-_GOOD_ENDS = frozenset({"stop", "length"})
 
 
 class Engine(Protocol):
@@ -83,7 +81,7 @@ class _Stream:
         if not output.finished:
             return None
         started_ns, finished_ns = self._span(output.metrics, now_ns)
-        error = None if part.finish_reason in _GOOD_ENDS else f"vLLM ended the request with {part.finish_reason!r}"
+        error = None if part.finish_reason in GOOD_ENDS else f"vLLM ended the request with {part.finish_reason!r}"
         return Completion(
             self.request.index,
             tuple(self.output_ids),
@@ -247,7 +245,7 @@ class _Desk:
     def take_in(self) -> None:
         """Fetch requests as they arrive; runs in a thread of its own."""
         try:
-            while arrived := self._arrivals.take(_TAKE_LIMIT):
+            while arrived := self._arrivals.take(TAKE_LIMIT):
                 with self._changed:
                     self._inbox.extend(arrived)
                     self._changed.notify()

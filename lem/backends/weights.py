@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lem import durable
+from lem.durable import sha256_of
 
 __all__ = ["WEIGHT_FAILURES", "commit_of", "count_embedding_parameters", "hash_files", "hash_weights", "weight_files"]
 
@@ -23,7 +24,6 @@ WEIGHT_FAILURES = (OSError, ValueError)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_BLOCK_B = 1 << 22
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -116,8 +116,4 @@ def _hash_file(path: Path) -> str:
 @functools.lru_cache(maxsize=4096)
 def _read_hash(path: Path, size: int, mtime_ns: int, inode: int) -> str:  # noqa: ARG001
     """Read once a process: every cycle loads the same weights again."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_B):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256_of(path)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from lem import log
 from lem.cli.streams import write_json
+from lem.config.names import STRUCTURES
 from lem.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def _add_overrides(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dataset", "-d", metavar="NAME", help="dataset of experiments that have no prompts")
     group.add_argument("--sample-size", "-n", type=int, metavar="N", help="prompts an experiment")
     group.add_argument("--cycles", "-c", type=int, metavar="N", help="how often every experiment is run")
-    group.add_argument("--structure", choices=("interleaved", "shuffled", "grouped"), help="order of experiments")
+    group.add_argument("--structure", choices=STRUCTURES, help="order of experiments")
     group.add_argument("--seed", type=int, metavar="N", help="seed of the shuffled order")
     group.add_argument("--warmup-prompts", type=int, metavar="N", help="prompts of warm-up, at least")
     group.add_argument("--warmup-timeout", type=float, metavar="S", help="seconds of warm-up, at most")

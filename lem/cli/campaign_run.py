@@ -26,6 +26,7 @@ from lem.cli.conclusion import (
 )
 from lem.cli.fleet import FleetPart
 from lem.cli.progress import LogProgress, StatusProgress, choose_progress
+from lem.clock import utc_now
 from lem.config.campaign_config import CampaignConfig
 from lem.durable import reason_of
 from lem.errors import ExitCode, Interrupted, LemError, UserError
@@ -34,7 +35,6 @@ from lem.orchestration.daemon import Course, Scheduler
 from lem.orchestration.events import Event
 from lem.orchestration.executor_choice import ExecutorChoice
 from lem.orchestration.loop import Stopped
-from lem.orchestration.manifest import utc_now
 from lem.orchestration.notification import Notification, notify
 from lem.orchestration.opening import SAY_WHICH, RunOptions, Wish
 from lem.orchestration.plan import Plan

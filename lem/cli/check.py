@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from lem.cli.selection import SelectedRun, resolve_run
 from lem.cli.streams import terminal_width, write_json
 from lem.errors import ExitCode
-from lem.log import is_colour_wanted
-from lem.units import plural
+from lem.log import WIDEST, WIDTH, is_colour_wanted
+from lem.units import plural, some_of
 
 if TYPE_CHECKING:
     from lem.results.check import Check
@@ -22,9 +22,6 @@ __all__ = ["add_arguments", "check_document", "render_check", "run"]
 SCHEMA_VERSION = 1
 
 _LEAD = 6
-_NAMES_SHOWN = 4
-_NAME_WIDTH = 36
-_WIDEST = 120
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,13 +72,13 @@ def check_document(check: Check) -> dict[str, Any]:
     }
 
 
-def render_check(check: Check, *, is_colour: bool = False, width: int = 80) -> str:
+def render_check(check: Check, *, is_colour: bool = False, width: int = WIDTH) -> str:
     """What was found as text that ends in a newline: weak findings first, and one sentence at the end."""
-    from lem.results.layout import NameShortener, paint, wrapped
+    from lem.results.layout import NAME_WIDTH, NameShortener, paint, wrapped
 
-    width = min(width, _WIDEST)
+    width = min(width, WIDEST)
     names = [item.name for item in check.run.subjects] if check.run is not None else []
-    shortener = NameShortener(names, _NAME_WIDTH)
+    shortener = NameShortener(names, NAME_WIDTH)
     cycles = max((item.aggregate.n_cycles for item in check.run.subjects), default=0) if check.run is not None else 0
     counts = f"{plural(len(names), 'configuration')} · {plural(cycles, 'cycle')}"
     title = f"{check.campaign_name} · run {check.run_id} · {counts}"
@@ -105,10 +102,11 @@ def _finding_lines(item: Finding, shortener: Any, n_all: int, *, is_colour: bool
 
 def _whom(names: Sequence[str], n_all: int) -> str:
     """Which configurations it concerns; nothing where it is all of them or none in particular."""
+    from lem.results.layout import NAMES_SHOWN
+
     if not names or len(names) == n_all:
         return ""
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return f" ({', '.join(names[:_NAMES_SHOWN])}{more})"
+    return f" ({some_of(names, NAMES_SHOWN)})"
 
 
 def _conclusion(check: Check) -> str:

@@ -15,6 +15,7 @@ from lem.config.campaign_config import CampaignConfig
 from lem.config.schema import walk
 from lem.errors import ExitCode, LemError
 from lem.orchestration.loop import CampaignOutcome, Stopped
+from lem.orchestration.manifest import FAILED, SKIPPED
 from lem.process import copyable
 from lem.record import Record
 from lem.results.precision import read_stopping_rule
@@ -60,7 +61,7 @@ def show_results(campaign: CampaignConfig, outcome: CampaignOutcome, out: TextIO
 def closing_lines(campaign: CampaignConfig, outcome: CampaignOutcome, console: log.Console) -> Iterator[str]:
     """The last words for a person: counts, where results are, what stood in the way, and how to go on."""
     manifest = outcome.manifest
-    counted = [entry.status for entry in manifest.experiments if entry.status != "skipped"]
+    counted = [entry.status for entry in manifest.experiments if entry.status != SKIPPED]
     left = len(counted) - manifest.completed_count - manifest.failed_count
     folder = Path(campaign.io.results_dir) / campaign.slug / str(manifest.run_id)
     if outcome.remark:
@@ -136,13 +137,13 @@ def _summarise(campaign: CampaignConfig, outcome: CampaignOutcome) -> CampaignSu
 
 def _records(campaign: CampaignConfig, outcome: CampaignOutcome) -> list[Record]:
     """The whole results of the experiments that are in the plan."""
-    planned = {entry.exp_id for entry in outcome.manifest.experiments if entry.status != "skipped"}
+    planned = {entry.exp_id for entry in outcome.manifest.experiments if entry.status != SKIPPED}
     scan = Repository(Path(campaign.io.results_dir), campaign.slug).scan(str(outcome.manifest.run_id))
     return [item.record for item in scan.results if item.record.identity.experiment_id in planned]
 
 
 def _failed_by_name(outcome: CampaignOutcome) -> dict[str, int]:
     failed: dict[str, int] = {}
-    for entry in outcome.manifest.get_by_status("failed"):
+    for entry in outcome.manifest.get_by_status(FAILED):
         failed[entry.config_name] = failed.get(entry.config_name, 0) + 1
     return failed

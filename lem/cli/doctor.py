@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from lem import log
 from lem.cli.streams import terminal_width, write_json
 from lem.errors import ExitCode
+from lem.orchestration.findings import FAILED, OK, SKIPPED, WARNING
 
 if TYPE_CHECKING:
     from lem.orchestration.doctor import Verdict
@@ -18,7 +19,7 @@ __all__ = ["add_arguments", "run"]
 
 _WIDEST = 100
 _STATUS_WIDTH = 9
-_STYLES = {"ok": "bold", "warning": "yellow", "failed": "red", "skipped": "dim"}
+_STYLES = {OK: "bold", WARNING: "yellow", FAILED: "red", SKIPPED: "dim"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TextIO
 
 from lem.cli.streams import write_json
+from lem.clock import utc_now
 from lem.config.campaign_config import CampaignConfig
 from lem.errors import ExitCode, UserError
 from lem.orchestration.identity import make_run_id
-from lem.orchestration.manifest import utc_now
 from lem.orchestration.plan import Plan
 from lem.orchestration.shards import (
     check_same,

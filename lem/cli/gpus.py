@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from lem.cli.streams import terminal_width
 from lem.errors import ExitCode
+from lem.units import GIB
 
 if TYPE_CHECKING:
     from lem.meters.capabilities import CpuCapability
@@ -20,7 +21,6 @@ __all__ = ["add_arguments", "run"]
 PROBE_S = 5.0
 PROBE_CHANGES = 40
 
-_GIB = 1024**3
 _WIDEST = 110
 
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001 - as every command is called
     """The exit code; 0 also where there is no GPU."""
-    from lem.experiment.clock import SystemClock
+    from lem.clock import SystemClock
     from lem.meters.capabilities import find_capabilities
     from lem.meters.gpu_state import read_gpus
     from lem.meters.gpus import open_nvml
@@ -63,12 +63,12 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
 
 
 def _describe(gpu: GpuState, energy: tuple[str, ...], width: int) -> str:
-    used, total = gpu.memory_used_b / _GIB, gpu.memory_total_b / _GIB
+    used, total = gpu.memory_used_b / GIB, gpu.memory_total_b / GIB
     lines = [f"{gpu.index}  {gpu.name}  {gpu.uuid}  {used:.1f} of {total:.1f} GiB in use"]
     for text in energy:
         lines += textwrap.wrap(text, width, initial_indent="   ", subsequent_indent="     ", break_on_hyphens=False)
     for item in gpu.processes:
-        held = "" if item.memory_b is None else f", {item.memory_b / _GIB:.1f} GiB"
+        held = "" if item.memory_b is None else f", {item.memory_b / GIB:.1f} GiB"
         lines.append(f"   process {item.pid}{held}")
     return "".join(f"{line}\n" for line in lines)
 

@@ -16,9 +16,10 @@ from typing import NoReturn, TextIO
 
 from lem import __version__, log
 from lem.cli.streams import prepare_streams
-from lem.errors import ExitCode, LemError, UserError, exit_code_of
+from lem.errors import DISK_FULL, ExitCode, LemError, UserError, exit_code_of
+from lem.variables import COMPOSE_VARIABLES, VARIABLES
 
-__all__ = ["COMMANDS", "COMPOSE_VARIABLES", "main", "make_parser"]
+__all__ = ["COMMANDS", "main", "make_parser"]
 
 # Each has a module with `add_arguments(parser)`, which sets `run(args, out, err) -> int`. Only that of the command at
 # hand is imported, since imports are most of the start-up time. The one without help is for programs, not for people.
@@ -44,33 +45,8 @@ COMMANDS: Mapping[str, str] = types.MappingProxyType(
     }
 )
 
-# What lem reads from the environment; another LEM_ name is a typing error that would silently do nothing.
-VARIABLES = frozenset({"LEM_DATASETS_DIR", "LEM_LOCK_DIR", "LEM_CACHE_DIR", "LEM_WORKER_MARK"})
-
-# What the compose file that lem brings along, and its CPU overlay, let a person choose.
-COMPOSE_VARIABLES = frozenset(
-    {
-        "LEM_CPU_LIMIT",
-        "LEM_CPU_PACKAGES_TARGET",
-        "LEM_HEALTHCHECK_INTERVAL",
-        "LEM_MEMORY_LIMIT",
-        "LEM_MODEL_CACHE",
-        "LEM_MODEL_CACHE_READ_ONLY",
-        "LEM_PIDS_LIMIT",
-        "LEM_PYTORCH_IMAGE",
-        "LEM_PYTORCH_PACKAGES",
-        "LEM_SHM_SIZE",
-        "LEM_TENSORRT_IMAGE",
-        "LEM_TENSORRT_PACKAGES",
-        "LEM_VLLM_CPU_LIMIT",
-        "LEM_VLLM_IMAGE",
-        "LEM_VLLM_KVCACHE_GIB",
-        "LEM_VLLM_PACKAGES",
-    }
-)
-
 # What a stream says that leads to a full disk or a terminal that is gone. An error of a file names the file.
-_STREAM_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+_STREAM_ERRORS = DISK_FULL | {errno.EFBIG, errno.EIO}
 
 
 def main(argv: Sequence[str] | None = None, out: TextIO | None = None, err: TextIO | None = None) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from lem.cli.selection import problem_documents, tell_problems
 from lem.cli.streams import terminal_width, write_json
 from lem.errors import ExitCode, UserError
-from lem.units import parse_percentage, plural
+from lem.units import parse_percentage, plural, some_of
 
 if TYPE_CHECKING:
     from lem.results.fleet_plan import FleetPlan
@@ -119,9 +119,8 @@ def _lines(
     if gathered.foreign_runs:
         lines.append(f"left out, since they are of other runs than the plan: {', '.join(gathered.foreign_runs)}")
     if matrix.lacking:
-        shown = ", ".join(f"{exp_id} ({host})" for host, exp_id in matrix.lacking[:_SHOWN])
-        more = f" and {len(matrix.lacking) - _SHOWN} more" if len(matrix.lacking) > _SHOWN else ""
-        lines.append(f"lacking: {shown}{more}")
+        lacking = [f"{exp_id} ({host})" for host, exp_id in matrix.lacking]
+        lines.append(f"lacking: {some_of(lacking, _SHOWN)}")
     results, hosts = plural(len(gathered.results), "result"), plural(len(matrix.hosts), "host")
     return [*lines, f"{results} of {hosts} in {output}, {new} of them new"]
 

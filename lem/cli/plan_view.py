@@ -10,6 +10,7 @@ from typing import Any
 
 from lem import units
 from lem.config.campaign_config import CampaignConfig
+from lem.log import WIDTH
 from lem.orchestration.order import Prices
 from lem.orchestration.plan import CampaignExperiment, Plan
 from lem.results.layout import Column, columns, paint
@@ -17,7 +18,6 @@ from lem.results.precision import StoppingRule
 
 __all__ = ["expected_document", "plan_document", "render_findings", "render_plan"]
 
-_WIDTH = 80
 _REASONS_SHOWN = 10
 _ORDER_SHOWN = 30
 
@@ -112,7 +112,7 @@ def _reasons(label: str, reasons: Sequence[tuple[str, int]]) -> Iterable[str]:
 
 
 def _fact(name: str, text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, _WIDTH, initial_indent=f"{name + ':':<{width}}", subsequent_indent=" " * width)
+    return textwrap.wrap(text, WIDTH, initial_indent=f"{name + ':':<{width}}", subsequent_indent=" " * width)
 
 
 def _expected(plan: Plan, prices: Prices) -> str:
@@ -176,7 +176,7 @@ def _order(experiments: Sequence[CampaignExperiment], loads: Sequence[bool], pla
         Column("engine", tuple("load" if is_load else "reuse" for is_load in loads[: len(shown)])),
         Column("gap before", tuple(units.format_duration(gap) if gap else "–" for gap in gaps[: len(shown)])),
     ]
-    lines = columns("experiment", [item.config_name for item in shown], table, _WIDTH)
+    lines = columns("experiment", [item.config_name for item in shown], table, WIDTH)
     if len(experiments) > len(shown):
         lines = [*lines, f"and {len(experiments) - len(shown)} more"]
     return list(lines)

@@ -7,10 +7,9 @@ from typing import TextIO
 
 from lem.cli.streams import write_json
 from lem.errors import ExitCode
+from lem.log import WIDTH
 
 __all__ = ["add_arguments", "run"]
-
-_WIDTH = 80
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +40,6 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
             tokens = f"{preset.values['max_input_tokens']}/{preset.values['max_output_tokens']}"
             text = f"{tokens:<10}{preset.description}"
             indent = " " * (width + 10)
-            out.write(textwrap.fill(f"{preset.name:<{width}}{text}", _WIDTH, subsequent_indent=indent) + "\n")
+            out.write(textwrap.fill(f"{preset.name:<{width}}{text}", WIDTH, subsequent_indent=indent) + "\n")
         out.write("\nTokens: input/output at most. All decode greedily. lem presets NAME shows one.\n")
     return int(ExitCode.OK)

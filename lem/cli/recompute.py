@@ -111,7 +111,7 @@ def _read_config(folder: Path) -> ExperimentConfig:
     """
     from lem import durable
     from lem.config.experiment_config import ExperimentConfig
-    from lem.results.attempt import CONFIG_FILE
+    from lem.record import CONFIG_FILE
 
     document = durable.read_json(folder / CONFIG_FILE)
     resolved = document.get("resolved") if isinstance(document, dict) else None

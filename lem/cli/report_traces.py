@@ -6,18 +6,18 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from lem.meters.curve import HOLE_PERIODS, NS_PER_S
+from lem.measurement import POWER_CAP_BIT, SLOWDOWN_BITS
+from lem.meters.curve import HOLE_PERIODS
 from lem.meters.integrate import may_have_wrapped_twice
-from lem.meters.samples import GpuSample, Mark, RaplReading, SampleLog
-from lem.record import POWER_CAP_BIT, SLOWDOWN_BITS
+from lem.meters.rapl import PACKAGE
+from lem.meters.samples import SLOW_PERIOD_S, GpuSample, Mark, RaplReading, SampleLog
 from lem.results.report.trace import POWER, TEMPERATURE, Band, Phase, Series, Spell, Trace, slowed_s, thin
+from lem.units import NS_PER_S
 
 __all__ = ["trace_of"]
 
 _BUCKETS = 260
-_RAPL_INTERVAL_S = 1.0
-
-_CAP = (POWER_CAP_BIT, "at the power limit")
+_AT_POWER_LIMIT = "at the power limit"
 
 _Points = list[tuple[float, float]]
 
@@ -43,7 +43,7 @@ def trace_of(log: SampleLog, marks: Sequence[Mark]) -> Trace:
         series.append(_series(names[gpu], POWER, power, interval_s, len(by_gpu)))
     packages = _package_powers(log, seconds)
     for name, power in packages.items():
-        series.append(_series(name, POWER, power, _RAPL_INTERVAL_S, len(packages)))
+        series.append(_series(name, POWER, power, SLOW_PERIOD_S, len(packages)))
     temperatures: _Points = []
     for gpu, samples in sorted(by_gpu.items()):
         temperature = [(seconds(item.at_ns), item.temp_c) for item in samples if item.temp_c is not None]
@@ -56,7 +56,7 @@ def trace_of(log: SampleLog, marks: Sequence[Mark]) -> Trace:
         series=tuple(item for item in series if any(item.points)),
         spells=tuple(spells),
         phases=tuple(_phase(mark, seconds, counted, temperatures, spells) for mark in ordered),
-        interval_s=interval_s if by_gpu else _RAPL_INTERVAL_S,
+        interval_s=interval_s if by_gpu else SLOW_PERIOD_S,
     )
 
 
@@ -73,7 +73,7 @@ def _package_powers(log: SampleLog, seconds: Callable[[int], float]) -> dict[str
         last = before.get(reading.zone)
         before[reading.zone] = reading
         zone = log.header.zones[reading.zone]
-        if last is None or zone.domain != "package" or reading.at_ns <= last.at_ns:
+        if last is None or zone.domain != PACKAGE or reading.at_ns <= last.at_ns:
             continue
         length_s = (reading.at_ns - last.at_ns) / NS_PER_S
         if may_have_wrapped_twice(length_s, zone.max_uj):
@@ -87,7 +87,7 @@ def _package_powers(log: SampleLog, seconds: Callable[[int], float]) -> dict[str
 
 def _spells(samples: Sequence[GpuSample], seconds: Callable[[int], float], interval_s: float) -> Iterable[Spell]:
     """The times in which a bit was set, each until the next sample; pauses of a few samples are bridged."""
-    for mask, reason in (*SLOWDOWN_BITS.items(), _CAP):
+    for mask, reason in (*SLOWDOWN_BITS.items(), (POWER_CAP_BIT, _AT_POWER_LIMIT)):
         begin: float | None = None
         end = 0.0
         for index, sample in enumerate(samples):
@@ -95,13 +95,13 @@ def _spells(samples: Sequence[GpuSample], seconds: Callable[[int], float], inter
                 continue
             at = seconds(sample.at_ns)
             if begin is not None and at - end > HOLE_PERIODS * interval_s:
-                yield Spell(begin, end, mask != _CAP[0], reason)
+                yield Spell(begin, end, mask in SLOWDOWN_BITS, reason)
                 begin = None
             begin = at if begin is None else begin
             following = seconds(samples[index + 1].at_ns) if index + 1 < len(samples) else at + interval_s
             end = min(following, at + HOLE_PERIODS * interval_s)
         if begin is not None:
-            yield Spell(begin, end, mask != _CAP[0], reason)
+            yield Spell(begin, end, mask in SLOWDOWN_BITS, reason)
 
 
 def _together(spells: Iterable[Spell]) -> list[Spell]:

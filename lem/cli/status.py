@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING, TextIO
 
 from lem.cli.streams import write_json
 from lem.errors import ExitCode, UserError
-from lem.log import is_colour_wanted
+from lem.log import WIDTH, bounded_width, is_colour_wanted
 
 if TYPE_CHECKING:
     from lem.orchestration.status import CampaignStatus, Onlooker
 
 __all__ = ["add_arguments", "run"]
-
-_WIDTHS = (72, 120)
-_WIDTH = 80
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +33,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     import socket
 
     from lem.cli.status_view import Eyes, render_status, render_statuses, status_document
-    from lem.orchestration.manifest import utc_now
+    from lem.clock import utc_now
     from lem.orchestration.status import Onlooker, boot_time, find_folders, read_status
 
     onlooker = Onlooker(utc_now(), socket.gethostname(), boot_time())
@@ -99,5 +96,5 @@ def _of_file(path: Path, onlooker: Onlooker) -> CampaignStatus:
 
 def _width(out: TextIO) -> int:
     if not out.isatty():
-        return _WIDTH
-    return min(max(shutil.get_terminal_size().columns, _WIDTHS[0]), _WIDTHS[1])
+        return WIDTH
+    return bounded_width(shutil.get_terminal_size().columns)

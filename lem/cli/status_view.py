@@ -8,12 +8,13 @@ from datetime import datetime, timedelta, tzinfo
 from typing import Any
 
 from lem import units
+from lem.log import WIDTH
 from lem.orchestration.activity import Activity
 from lem.orchestration.manifest import COMPLETED, FAILED, RUNNING, SKIPPED, CampaignManifestEntry
 from lem.orchestration.manifest_entries import TOP_UP_NOTE
-from lem.orchestration.status import CampaignStatus, is_invalid, parse_utc
+from lem.orchestration.status import CampaignStatus, State, is_invalid, parse_utc
 from lem.process import copyable
-from lem.results.layout import Column, NameShortener, columns, paint, printable, wrapped
+from lem.results.layout import NAME_WIDTH, Column, NameShortener, columns, paint, printable, wrapped
 
 __all__ = ["Eyes", "render_status", "render_statuses", "status_document"]
 
@@ -21,8 +22,13 @@ SCHEMA_VERSION = 1
 
 _LEAD = 11
 _SHOWN = 10
-_NAME_WIDTH = 36
-_STYLES = {"running": "bold", "crashed": "red", "unreadable": "red", "failed": "red", "stopped": "yellow"}
+_STYLES = {
+    State.RUNNING: "bold",
+    State.CRASHED: "red",
+    State.UNREADABLE: "red",
+    State.FAILED: "red",
+    State.STOPPED: "yellow",
+}
 _PHASES = {
     "prepare": "preparing",
     "load": "loading the engine",
@@ -40,7 +46,7 @@ class Eyes:
 
     now: datetime
     zone: tzinfo | None = None
-    width: int = 80
+    width: int = WIDTH
     is_colour: bool = False
 
     def clock(self, moment: datetime | None) -> str:
@@ -68,7 +74,7 @@ def render_statuses(statuses: Sequence[CampaignStatus], eyes: Eyes) -> str:
     lines = columns("campaign", [item.name for item in statuses], table, eyes.width)
     lines[0] = eyes.paint(lines[0], "bold")
     for item in statuses:
-        if item.reason and item.state in ("crashed", "unreadable", "running"):
+        if item.reason and item.state in (State.CRASHED, State.UNREADABLE, State.RUNNING):
             lines += wrapped(item.reason, eyes.width, f"{printable(item.name)}: ")
     return "\n".join(lines) + "\n"
 
@@ -77,14 +83,18 @@ def render_status(status: CampaignStatus, eyes: Eyes) -> str:
     """One campaign: how it is, what runs, what failed and why, each configuration, and how to go on."""
     blocks = [_heading(status, eyes), _facts(status, eyes), _failed(status, eyes), _configurations(status, eyes)]
     command = _go_on_command(status)
-    if command and status.state in ("crashed", "stopped", "failed"):
+    if command and status.state in (State.CRASHED, State.STOPPED, State.FAILED):
         blocks.append(["go on with:", f"  {command}"])
     return "\n".join("\n".join(block) + "\n" for block in blocks if block)
 
 
 def _go_on_command(status: CampaignStatus) -> str:
     """The command that goes on with the campaign, to be pasted into a shell; empty when unknown or not needed."""
-    if status.activity is None or not status.activity.go_on or status.state in ("running", "waiting", "done"):
+    if (
+        status.activity is None
+        or not status.activity.go_on
+        or status.state in (State.RUNNING, State.WAITING, State.DONE)
+    ):
         return ""
     folder = copyable(["cd", status.activity.cwd]) + " && " if status.activity.cwd else ""
     return folder + status.activity.go_on
@@ -155,7 +165,7 @@ def _counts(status: CampaignStatus) -> str:
 def _time_left(status: CampaignStatus, eyes: Eyes) -> str:
     if not status.left_s or not status.n_left:
         return ""
-    if status.state == "running":
+    if status.state == State.RUNNING:
         return f"ETA {_eta(status, eyes)}, in {units.format_duration(status.left_s)}"
     return f"what is left takes about {units.format_duration(status.left_s)}"
 
@@ -179,7 +189,7 @@ def _notes(status: CampaignStatus) -> list[dict[str, Any]]:
 
 def _doing(status: CampaignStatus, eyes: Eyes) -> Iterable[tuple[str, str]]:
     """What runs, or ran last."""
-    label = "now" if status.state == "running" else "last"
+    label = "now" if status.state == State.RUNNING else "last"
     activity = status.activity
     if activity is not None and activity.doing in ("starting", "gap"):
         yield label, _gap_text(activity, status, eyes) if activity.doing == "gap" else "starting"
@@ -190,7 +200,7 @@ def _doing(status: CampaignStatus, eyes: Eyes) -> Iterable[tuple[str, str]]:
 
 def _gap_text(activity: Activity, status: CampaignStatus, eyes: Eyes) -> str:
     left = activity.gap_ends_in_s
-    if status.state != "running" or left is None:
+    if status.state != State.RUNNING or left is None:
         return f"a gap between experiments, since {eyes.clock(parse_utc(activity.since))}"
     return f"a gap between experiments, at most {units.format_duration(left)} more"
 
@@ -210,7 +220,7 @@ def _since(label: str | None, status: CampaignStatus, eyes: Eyes) -> str:
     if moment is None:
         return "since when is unknown"
     lasts = f" ({units.format_duration((eyes.now - moment) / timedelta(seconds=1))})"
-    return f"since {eyes.clock(moment)}{lasts if status.state == 'running' else ''}"
+    return f"since {eyes.clock(moment)}{lasts if status.state == State.RUNNING else ''}"
 
 
 def _failed(status: CampaignStatus, eyes: Eyes) -> list[str]:
@@ -244,7 +254,7 @@ def _configurations(status: CampaignStatus, eyes: Eyes) -> list[str]:
         Column("failed", tuple(str(sum(entry.status == FAILED for entry in group)) for group in groups)),
         Column("left", tuple(str(sum(entry.status not in (COMPLETED, FAILED) for entry in group)) for group in groups)),
     ]
-    shortener = NameShortener(list(by_name), _NAME_WIDTH)
+    shortener = NameShortener(list(by_name), NAME_WIDTH)
     lines = columns("configuration", [shortener(name) for name in by_name], table, eyes.width)
     return [
         eyes.paint(lines[0], "bold"),
@@ -259,7 +269,7 @@ def _fact(name: str, text: str, eyes: Eyes, style: str = "dim") -> list[str]:
 
 
 def _eta(status: CampaignStatus, eyes: Eyes) -> str:
-    if status.state != "running" or status.left_s is None:
+    if status.state != State.RUNNING or status.left_s is None:
         return "–"
     return eyes.clock(eyes.now + timedelta(seconds=status.left_s))
 

@@ -9,10 +9,11 @@ import os
 import sys
 from typing import Any, TextIO
 
+from lem.log import WIDTH
+
 __all__ = ["prepare_streams", "terminal_width", "write_json"]
 
 _ESCAPES = "lem.escapes"
-_WIDTH = 80
 
 
 def prepare_streams() -> None:
@@ -32,14 +33,16 @@ def prepare_streams() -> None:
 
 def write_json(out: TextIO, document: Any) -> None:
     """One JSON document on a stream."""
-    out.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    from lem.durable import json_text  # which `lem --help` does not need
+
+    out.write(json_text(document))
 
 
 def terminal_width(out: TextIO) -> int:
     """The columns of a terminal, 80 for anything else."""
     import shutil  # half of what `lem --help` would import
 
-    return max(_WIDTH, shutil.get_terminal_size().columns) if out.isatty() else _WIDTH
+    return max(WIDTH, shutil.get_terminal_size().columns) if out.isatty() else WIDTH
 
 
 def _open_nothing(name: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from lem.config.problems import Problem
@@ -13,6 +14,7 @@ from lem.config.schema import Section, option
 
 __all__ = [
     "BACKENDS",
+    "WIDTH_OPTIONS",
     "AssistedGenerationConfig",
     "BeamSearchConfig",
     "PyTorchConfig",
@@ -25,6 +27,11 @@ __all__ = [
 ]
 
 BACKENDS = ("pytorch", "vllm", "tensorrt")
+
+# The option of each backend that bounds how many requests are computed together.
+WIDTH_OPTIONS: Mapping[str, str] = MappingProxyType(
+    {"pytorch": "batch_size", "vllm": "max_num_seqs", "tensorrt": "max_batch_size"}
+)
 
 _MEMORY_SIZE = re.compile(r"[0-9]+(\.[0-9]+)? ?([KMG]i?B)")
 

@@ -17,7 +17,7 @@ from lem.config.backend_config import BACKENDS
 from lem.config.containers import Items
 from lem.config.experiment_config import DatasetConfig, ExperimentConfig, ModelConfig
 from lem.config.merging import nest, put
-from lem.config.names import MANIFEST_FILENAME
+from lem.config.names import INTERLEAVED, MANIFEST_FILENAME, STRUCTURES
 from lem.config.problems import Problem, nearest
 from lem.config.schema import Section, check_partial, declared, option
 
@@ -220,9 +220,9 @@ class CampaignExecutionConfig(Section):
         3, description="How often every experiment is run; intervals need 3 or more.", minimum=1, maximum=20
     )
     structure: str = option(
-        "interleaved",
+        INTERLEAVED,
         description="Order: interleaved ABC ABC; shuffled within each cycle; grouped AAA BBB.",
-        choices=("interleaved", "shuffled", "grouped"),
+        choices=STRUCTURES,
     )
     warmup_prompts: int = option(
         5, description="Default of an experiment's warmup.min_prompts.", minimum=0, maximum=200, unit="prompts"

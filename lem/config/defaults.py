@@ -6,14 +6,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lem.config.campaign_config import CampaignConfig
-from lem.config.experiment_config import ExperimentConfig, WarmupConfig
+from lem.config.experiment_config import BUNDLED_DISTRIBUTION, BUNDLED_INPUT_TOKENS, ExperimentConfig, WarmupConfig
 from lem.config.merging import canonical
 from lem.config.schema import Section, declared
 
 __all__ = ["given", "with_campaign_defaults"]
-
-# As many as the campaign asks for of what is otherwise the bundled set (lem.experiment.synthetic.BUNDLED).
-_BUNDLED_LENGTH = 128
 
 # Options of a campaign, and those of an experiment that they stand for.
 _RIVALS = {
@@ -78,12 +75,13 @@ def _fill_sample_size(out: dict[str, Any], num_samples: int) -> None:
             source.setdefault("sample_size", num_samples)
     if out.get("dataset") is None and out.get("prompts") is None:
         longest = out.get("max_input_tokens")
-        length = min(_BUNDLED_LENGTH, longest) if isinstance(longest, int) and longest > 0 else _BUNDLED_LENGTH
+        is_shorter = isinstance(longest, int) and 0 < longest < BUNDLED_INPUT_TOKENS
+        length = longest if is_shorter else BUNDLED_INPUT_TOKENS
         out["prompts"] = {
             "type": "synthetic",
             "input_tokens": length,
             "sample_size": num_samples,
-            "distribution": "lognormal",
+            "distribution": BUNDLED_DISTRIBUTION,
         }
 
 

@@ -15,6 +15,7 @@ from lem.config import rules
 from lem.config.backend_config import BACKENDS, PyTorchConfig, TensorRTConfig, VllmConfig
 from lem.config.problems import Problem
 from lem.config.schema import Section, declared, option
+from lem.measurement import SHORT_WINDOW_S, EnergySource
 
 __all__ = [
     "DATASET_ALIASES",
@@ -120,20 +121,30 @@ class FilePrompts(Section):
     )
 
 
+# The synthetic prompts that are measured when neither dataset nor prompts is given. Changing them changes what old
+# campaigns mean.
+BUNDLED_INPUT_TOKENS = 128
+BUNDLED_SAMPLE_SIZE = 32
+BUNDLED_SEED = 42
+BUNDLED_DISTRIBUTION = "lognormal"
+
+
 @dataclass(frozen=True)
 class SyntheticPrompts(Section):
     """Made-up prompts of chosen lengths."""
 
     type: str = option("synthetic", description="Where prompts come from.", choices=("synthetic",))
-    input_tokens: int = option(128, description="Length of a prompt.", minimum=1, unit="tokens")
+    input_tokens: int = option(BUNDLED_INPUT_TOKENS, description="Length of a prompt.", minimum=1, unit="tokens")
     output_tokens: int | None = option(
         None,
         description="Most tokens to generate; null takes max_output_tokens.",
         minimum=1,
         unit="tokens",
     )
-    sample_size: int = option(32, description="Prompts to make; 32 when not given.", minimum=1, unit="prompts")
-    seed: int = option(42, description="Seed of the text and the lengths.", minimum=0)
+    sample_size: int = option(
+        BUNDLED_SAMPLE_SIZE, description="Prompts to make; 32 when not given.", minimum=1, unit="prompts"
+    )
+    seed: int = option(BUNDLED_SEED, description="Seed of the text and the lengths.", minimum=0)
     distribution: str = option(
         "fixed", description="Of the lengths around the chosen ones.", choices=("fixed", "uniform", "lognormal")
     )
@@ -262,12 +273,16 @@ class MeasurementConfig(Section):
     """The window and the meters."""
 
     min_window_sec: float = option(
-        10.0, description="The prompts are repeated until the window is this long.", minimum=0, maximum=3600, unit="s"
+        SHORT_WINDOW_S,
+        description="The prompts are repeated until the window is this long.",
+        minimum=0,
+        maximum=3600,
+        unit="s",
     )
     energy: str = option(
         "auto",
         description="Where energy is read; auto takes what is there.",
-        choices=("auto", "nvml", "rapl", "tdp_estimate", "none"),
+        choices=("auto", "nvml", EnergySource.RAPL.value, EnergySource.TDP_ESTIMATE.value, "none"),
     )
     phases: bool = option(False, description="Energy of prefill and decode apart, by differenced runs.")
     cpu_tdp_w: float | None = option(

@@ -1,7 +1,8 @@
-"""Names of files that are the same whether or not a configuration is at hand."""
+"""Names that are the same whether or not a configuration is at hand."""
 
 from __future__ import annotations
 
-__all__ = ["MANIFEST_FILENAME"]
-
 MANIFEST_FILENAME = "campaign_manifest.json"
+
+# The orders of experiments that `execution.structure` can ask for.
+INTERLEAVED, SHUFFLED, GROUPED = STRUCTURES = ("interleaved", "shuffled", "grouped")

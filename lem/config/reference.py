@@ -13,12 +13,11 @@ from lem.config.introspection import get_campaign_params, get_experiment_params
 from lem.config.kinds import Bounds
 from lem.config.presets import PRESETS
 from lem.config.schema import Section
+from lem.log import WIDTH
 
 __all__ = ["describe_bounds", "render_page", "render_text", "wrap"]
 
 Entry = Mapping[str, Any]
-
-WIDTH = 80
 
 
 def _describe_default(entry: Entry) -> str:

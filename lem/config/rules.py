@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from lem.config.backend_config import BACKENDS, PyTorchConfig, TensorRTConfig, VllmConfig
 from lem.config.problems import Path, Problem, dotted, nearest
+from lem.measurement import is_estimate
 
 if TYPE_CHECKING:
     from lem.config.experiment_config import DecoderConfig, ExperimentConfig, TrafficConfig
@@ -134,7 +135,7 @@ def _measurement_errors(config: ExperimentConfig) -> Iterator[Problem]:
             yield Problem(path, "needs energy, and measurement.energy is none")
     if config.baseline.required and not config.baseline.enabled:
         yield Problem(("baseline", "required"), "needs baseline.enabled")
-    if measurement.cpu_tdp_w is not None and measurement.energy != "tdp_estimate":
+    if measurement.cpu_tdp_w is not None and not is_estimate(measurement.energy):
         yield Problem(("measurement", "cpu_tdp_w"), f"has no effect with measurement.energy: {measurement.energy}")
 
 

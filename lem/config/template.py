@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lem.config.backend_config import BACKENDS
+from lem.config.backend_config import BACKENDS, WIDTH_OPTIONS
 from lem.config.campaign_config import CampaignConfig
 from lem.config.containers import ListKind
 from lem.config.experiment_config import ExperimentConfig
@@ -34,9 +34,9 @@ _CAMPAIGN_EXAMPLE: Mapping[str, Any] = {
     "execution": {"cycles": 3},
 }
 _AXES: Mapping[str, Mapping[str, Any]] = {
-    "pytorch": {"batch_size": [1, 8]},
-    "vllm": {"max_num_seqs": [64, 256]},
-    "tensorrt": {"max_batch_size": [8, 32]},
+    "pytorch": {WIDTH_OPTIONS["pytorch"]: [1, 8]},
+    "vllm": {WIDTH_OPTIONS["vllm"]: [64, 256]},
+    "tensorrt": {WIDTH_OPTIONS["tensorrt"]: [8, 32]},
 }
 
 

@@ -20,6 +20,7 @@ from lem.config.problems import Path, Problem
 from lem.config.scalars import ExpansionError, expand, resolve_plain
 from lem.config.sources import Document, FileProblems, Mark, Place
 from lem.errors import ConfigurationError
+from lem.units import MIB
 
 try:
     from lem._vendor import yaml
@@ -36,7 +37,7 @@ __all__ = [
     "read_document",
 ]
 
-MAX_FILE_B = 16 * 1024 * 1024
+MAX_FILE_B = 16 * MIB
 MAX_DEPTH = 64
 MAX_VALUES = 200_000
 
@@ -157,7 +158,7 @@ def _text_of(path: FilePath) -> str:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigurationError(f"{path}: cannot be read: {reason}") from error
     if len(data) > MAX_FILE_B:
-        raise _no_text(path, data, 0, f"more than {MAX_FILE_B // 2**20} MiB, which is no configuration")
+        raise _no_text(path, data, 0, f"more than {MAX_FILE_B // MIB} MiB, which is no configuration")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise _no_text(path, data, 0, "is UTF-16", "save it as UTF-8")
     if b"\0" in data:

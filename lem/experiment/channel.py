@@ -28,6 +28,7 @@ from types import MappingProxyType, NoneType
 from typing import Any
 
 from lem.jsontypes import shown
+from lem.units import KIB, MIB
 
 __all__ = [
     "LOADING_PHASES",
@@ -54,10 +55,10 @@ LOAD_PHASE = "load"
 LOADING_PHASES = ("prepare", LOAD_PHASE)
 
 # A line longer than this is garbage, not a message; prompts travel as files.
-MAX_LINE_B = 8 * 1024 * 1024
+MAX_LINE_B = 8 * MIB
 
 # What a pipe holds on Linux, and so the most that one read can bring.
-READ_B = 64 * 1024
+READ_B = 64 * KIB
 
 # What a run must hold before its experiment is looked at.
 _REQUEST_FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(

@@ -11,9 +11,8 @@ from typing import Any
 
 from lem.errors import EngineError
 
-__all__ = ["DATASETS_VARIABLE", "Row", "dataset_error", "files_of", "find_local", "read_rows"]
+__all__ = ["Row", "dataset_error", "files_of", "find_local", "read_rows"]
 
-DATASETS_VARIABLE = "LEM_DATASETS_DIR"
 
 Row = Mapping[str, Any] | str
 

@@ -11,9 +11,10 @@ from types import MappingProxyType
 from typing import Any
 
 from lem.config.experiment_config import DATASET_ALIASES, DatasetConfig, ExperimentConfig, HuggingFacePrompts
-from lem.experiment.dataset_files import DATASETS_VARIABLE, Row, dataset_error, files_of, find_local, read_rows
+from lem.experiment.dataset_files import Row, dataset_error, files_of, find_local, read_rows
 from lem.experiment.prompts import Prompt, ResolvedPrompts, fingerprint, text_of_record
 from lem.experiment.synthetic import shuffled
+from lem.variables import DATASETS_VARIABLE, HUB_FOLDER_VARIABLE, TOKEN_VARIABLE
 
 __all__ = ["DatasetChoice", "choice_of", "choice_of_name", "find_files", "is_in_hub_cache", "resolve_dataset"]
 
@@ -99,7 +100,7 @@ def resolve_dataset(
         rows: Iterable[Row] = read_rows(files)
         source: dict[str, Any] = {"kind": "local", "path": ", ".join(str(file) for file in files), "revision": None}
     else:
-        rows, revision = _load_from_hub(choice, secrets.get("HF_TOKEN"))
+        rows, revision = _load_from_hub(choice, secrets.get(TOKEN_VARIABLE))
         source = {"kind": "hub", "revision": revision}
     prompts, warnings = _draw(rows, choice)
     source.update(
@@ -138,7 +139,7 @@ def find_files(choice: DatasetChoice, environ: Mapping[str, str]) -> tuple[Path,
 def is_in_hub_cache(choice: DatasetChoice, environ: Mapping[str, str]) -> bool:
     """Whether files of a hub data set lie in the hub's cache (HF_HUB_CACHE, HF_HOME), so that no network is needed."""
     cache_home = environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    home = Path(environ.get("HF_HOME") or Path(cache_home) / "huggingface")
+    home = Path(environ.get(HUB_FOLDER_VARIABLE) or Path(cache_home) / "huggingface")
     cache = Path(environ.get("HF_HUB_CACHE") or home / "hub")
     return any((cache / f"datasets--{choice.hub_name.replace('/', '--')}" / "snapshots").glob("*/*"))
 

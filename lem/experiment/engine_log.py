@@ -6,6 +6,8 @@ import contextlib
 import os
 from collections.abc import Iterable
 
+from lem.units import KIB
+
 __all__ = ["EngineLog", "Redactor", "redact"]
 
 REDACTED = b"[redacted]"
@@ -14,7 +16,7 @@ REDACTED = b"[redacted]"
 SHORTEST_SECRET = 6
 
 TAIL_LINES = 30
-_TAIL_B = 8 * 1024
+_TAIL_B = 8 * KIB
 
 
 class Redactor:

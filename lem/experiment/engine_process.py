@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import faulthandler
 import os
 import signal
@@ -20,13 +19,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from lem.errors import EngineError, LemError
+from lem.clock import Clock, SystemClock
+from lem.errors import DISK_FULL, EngineError, LemError
 from lem.experiment.channel import READ_B, LineBuffer, RunRequest, decode_line, encode_line
-from lem.experiment.clock import Clock, SystemClock
 from lem.experiment.engine_log import redact
 from lem.experiment.harness import Reporter, run_experiment
 from lem.experiment.residency import ResidentEngine
-from lem.record import Record
+from lem.record import RESULT_FILE, Record
 from lem.record_codec import write_record
 
 __all__ = ["MessageWriter", "PhaseReporter", "describe_failure", "serve", "serve_pipes"]
@@ -35,8 +34,6 @@ Harness = Callable[[RunRequest, ResidentEngine, Reporter, Clock], Record]
 
 # Refused before the engine did anything that could leave it in a bad state; after any other failure it is replaced.
 _HARMLESS_KINDS = frozenset({"channel", "option", "prompts", "meter", "model", "full"})
-
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class MessageWriter:
@@ -120,7 +117,7 @@ def _run(
         measured = run_experiment(request, engine, reporter, clock)
         if reporter.current != "write":
             reporter.phase("write")
-        write_record(Path(request.result_dir) / "result.json", measured)
+        write_record(Path(request.result_dir) / RESULT_FILE, measured)
     except Exception as error:  # noqa: BLE001 - the top of a worker
         traceback.print_exc()
         flush_output()
@@ -139,7 +136,7 @@ def describe_failure(error: Exception, secrets: Mapping[str, str]) -> dict[str, 
     elif isinstance(error, LemError):
         # What is wrong with a person's configuration or files stays wrong.
         kind, is_permanent, message, hint = "option", True, error.message, error.hint
-    elif isinstance(error, OSError) and error.errno in _DISK_FULL:
+    elif isinstance(error, OSError) and error.errno in DISK_FULL:
         kind, message = "full", f"no space is left to write {error.filename or 'the result'}: {error.strerror}"
         hint = "make room, then go on with --resume"
     else:

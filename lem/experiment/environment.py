@@ -15,6 +15,7 @@ from lem.backends.protocol import EngineReport
 from lem.config.experiment_config import ExperimentConfig
 from lem.meters.gpus import find_driver
 from lem.record import Environment
+from lem.units import KIB
 
 __all__ = ["GpuSurroundings", "HostFacts", "describe_environment", "differing_options", "fingerprint_of", "read_host"]
 
@@ -189,7 +190,7 @@ def _read_cpu(root: Path) -> str:
 def _read_memory(root: Path) -> int | None:
     for line in _lines(root / "proc/meminfo"):
         if line.startswith("MemTotal:"):
-            return int(line.split()[1]) * 1024  # "kB" there means KiB
+            return int(line.split()[1]) * KIB  # "kB" there means KiB
     return None
 
 

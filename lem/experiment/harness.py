@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from lem import durable
+from lem import durable, marks
 from lem.backends.protocol import Backend, Completion, TokenRequest
+from lem.clock import Clock
+from lem.config.backend_config import WIDTH_OPTIONS
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import ConfigurationError, EngineError
 from lem.experiment.channel import RunRequest
-from lem.experiment.clock import NS_PER_S, Clock
 from lem.experiment.datasets import resolve_dataset
 from lem.experiment.encoding import DisjointRequests, EncodedPrompts, encode_prompts
 from lem.experiment.environment import read_host
@@ -34,16 +35,11 @@ from lem.experiment.residency import ResidentEngine
 from lem.experiment.traffic import TrafficPlan, measure_traffic, serve_all
 from lem.experiment.warmup import WarmupOutcome, skipped_warmup, warm_up
 from lem.experiment.window import MeasuredWindow, Output, measure_batch
-from lem.meters import marks
-from lem.record import Record
+from lem.record import CONFIG_FILE, OUTPUTS_FILE, Record
+from lem.units import NS_PER_S
 
 __all__ = ["Reporter", "run_experiment"]
 
-CONFIG_FILENAME = "config.json"
-OUTPUTS_FILENAME = "outputs.jsonl"
-
-# In this option a backend says how many requests it runs at once.
-WIDTH_OPTIONS = ("batch_size", "max_num_seqs", "max_batch_size")
 
 # A ramp must hold a few turns of requests; one turn takes about as long as a step of the warm-up.
 RAMP_STEPS = 3
@@ -129,7 +125,7 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
 
 def _read_requested(folder: Path) -> Mapping[str, Any]:
     """The configuration as the user wrote it, `${VAR}` unexpanded, from the `config.json` that the host wrote."""
-    path = folder / CONFIG_FILENAME
+    path = folder / CONFIG_FILE
     try:
         document = durable.read_json(path)
     except (OSError, ValueError) as error:
@@ -244,8 +240,8 @@ def _width(config: ExperimentConfig, prompts: int) -> int:
         return traffic.concurrency
     if config.streaming and not traffic.enabled:
         return 1
-    widths = (getattr(config.section, name, None) for name in WIDTH_OPTIONS)
-    return min(next((width for width in widths if width is not None), 1), prompts)
+    width: int = getattr(config.section, WIDTH_OPTIONS[config.backend])
+    return min(width, prompts)
 
 
 class _Progress:
@@ -280,4 +276,4 @@ def _write_outputs(folder: Path, outputs: Sequence[Output], decode: Callable[[Se
         )
         for output in outputs
     ]
-    durable.write_text(folder / OUTPUTS_FILENAME, "".join(f"{line}\n" for line in lines))
+    durable.write_text(folder / OUTPUTS_FILE, "".join(f"{line}\n" for line in lines))

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lem.experiment.clock import seconds_between
+from lem.clock import seconds_between
 from lem.record import OBSERVATIONS_NEEDED, Distribution, Latency
 
 __all__ = ["RequestTimes", "distribute", "latency_of", "percentile"]

@@ -9,10 +9,9 @@ import signal
 import time
 from pathlib import Path
 
-__all__ = ["MARK_VARIABLE", "end_marked", "find_marked", "new_mark"]
+from lem.variables import MARK_VARIABLE
 
-# Set by whoever starts a worker in a container, where killing `docker compose exec` leaves what it started.
-MARK_VARIABLE = "LEM_WORKER_MARK"
+__all__ = ["end_marked", "find_marked", "new_mark"]
 
 PATIENCE_S = 5.0
 _POLL_S = 0.02

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from lem import marks
+from lem.clock import Clock, seconds_between
 from lem.config.experiment_config import ExperimentConfig
 from lem.experiment.channel import RunRequest
-from lem.experiment.clock import NS_PER_S, Clock, seconds_between
 from lem.experiment.environment import GpuSurroundings
 from lem.experiment.sample_source import NothingSampled, SampleSource, open_source
 from lem.experiment.window import MeasuredWindow
-from lem.meters import marks
+from lem.measurement import WINDOW_UPDATES, EnergySource, is_cpu_source, is_gpu_source
 from lem.meters.attempt_log import Baselines, span_of
 from lem.meters.curve import NotMeasured, Span
 from lem.meters.energy import EnergyFindings, mean_power_w, measure
@@ -28,12 +29,13 @@ from lem.meters.integrate import update_period_s
 from lem.meters.refusal import MeterRefused
 from lem.meters.samples import (
     FINISHED_FILENAME,
+    SLOW_PERIOD_S,
     Mark,
     SampleLog,
     write_finished,
 )
 from lem.meters.sources import Sources, choose_sources
-from lem.record import COUNTER, EXTERNAL, RAPL, TDP_ESTIMATE, WINDOW_UPDATES
+from lem.units import NS_PER_S
 
 __all__ = ["Metering", "open_metering"]
 
@@ -48,11 +50,8 @@ SETTLE_CAP_S = 60.0
 GUARD_PERIODS = 2
 UNKNOWN_PERIOD_S = 0.5
 
-# The sampler reads powercap zones and the load of the CPU so often.
-SLOW_PERIOD_S = 1.0
-
-# A sensor whose power is integrated is updated every 100 ms at best (Yang et al., SC24); a window holds as many of its
-# updates as of a counter's.
+# A window holds WINDOW_UPDATES updates of the counter, or of a sensor whose power is integrated; such a sensor is
+# brought up to date every 100 ms at best (Yang et al., SC24).
 SENSOR_PERIOD_S = 0.1
 
 # A slow meter was last read up to a second ago.
@@ -194,7 +193,7 @@ class Metering:
     @property
     def _has_rest(self) -> bool:
         """Whether power at rest is wanted, and a meter tells it; an estimate from load has none."""
-        is_told = self.sources.primary not in (None, EXTERNAL, TDP_ESTIMATE)
+        is_told = is_gpu_source(self.sources.primary) or self.sources.primary == EnergySource.RAPL
         return is_told and self.config.baseline.enabled
 
     def _rest(self, duration_s: float, text: str) -> None:
@@ -222,7 +221,7 @@ class Metering:
         least_s = self.config.measurement.min_window_sec
         if self.sources.gpu_method is None:
             return least_s
-        if self.sources.gpu_method == COUNTER:
+        if self.sources.gpu_method == EnergySource.COUNTER:
             return max(least_s, WINDOW_UPDATES * self._counter_period_s())
         return max(least_s, WINDOW_UPDATES * max(SENSOR_PERIOD_S, self.sources.sample_period_s))
 
@@ -291,11 +290,11 @@ class Metering:
         """The longest time between two readings of a meter that is used; 0 without one."""
         methods = (self.sources.gpu_method, self.sources.cpu_method)
         periods = [0.0]
-        if COUNTER in methods:
+        if EnergySource.COUNTER in methods:
             periods.append(self._counter_period_s())
         elif self.sources.gpu_method is not None:
             periods.append(self.sources.sample_period_s)
-        if RAPL in methods or TDP_ESTIMATE in methods:
+        if is_cpu_source(self.sources.cpu_method):
             periods.append(SLOW_PERIOD_S)
         return max(periods)
 

@@ -18,9 +18,10 @@ from lem import durable
 from lem.config.experiment_config import ExperimentConfig, FilePrompts, SyntheticPrompts
 from lem.errors import ConfigurationError
 from lem.experiment.synthetic import BUNDLED, SyntheticPlan, generate
+from lem.record import PROMPTS_FILE
+from lem.units import MIB
 
 __all__ = [
-    "PROMPTS_FILENAME",
     "Prompt",
     "PromptError",
     "ResolvedPrompts",
@@ -34,10 +35,9 @@ __all__ = [
     "write_prompts",
 ]
 
-PROMPTS_FILENAME = "prompts.jsonl"
 MAX_LISTED_PROBLEMS = 10
 # A file above this is a data set put in by mistake; prompts are held in memory, on the host too.
-MAX_FILE_B = 256 * 1024 * 1024
+MAX_FILE_B = 256 * MIB
 
 
 class PromptError(ConfigurationError):
@@ -142,7 +142,7 @@ def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
     Raises:
         OSError: as `durable.write_bytes`.
     """
-    durable.write_bytes(folder / PROMPTS_FILENAME, b"".join(_line(prompt) for prompt in prompts))
+    durable.write_bytes(folder / PROMPTS_FILE, b"".join(_line(prompt) for prompt in prompts))
 
 
 def read_prompts(folder: Path) -> tuple[Prompt, ...] | None:
@@ -151,7 +151,7 @@ def read_prompts(folder: Path) -> tuple[Prompt, ...] | None:
     Raises:
         PromptError: the file is there and is not one that `write_prompts` wrote.
     """
-    path = folder / PROMPTS_FILENAME
+    path = folder / PROMPTS_FILE
     return read_prompt_file(path) if path.is_file() else None
 
 

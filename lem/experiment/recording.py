@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Any
 
 from lem import __version__
 from lem.backends.protocol import EngineReport
+from lem.clock import utc_text
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError
 from lem.experiment.channel import RunRequest
@@ -21,15 +22,13 @@ from lem.experiment.prompts import ResolvedPrompts
 from lem.experiment.residency import Residence
 from lem.experiment.warmup import WarmupOutcome
 from lem.experiment.window import MeasuredWindow
+from lem.measurement import MAX_FAILED_RATIO
 from lem.meters.efficiency import carbon_of, efficiency_of
 from lem.meters.energy import EnergyFindings
 from lem.record import Compute, Identity, Record, Throughput, Validity, Window, Work
 from lem.record_codec import decode_record, encode_record
 
 __all__ = ["Findings", "compose_record"]
-
-# docs/measurement.md, step 6: more failed requests than this and the window is not one of the load that was meant.
-MAX_FAILED_RATIO = 0.01
 
 _NO_PADDING = "the engine does not tell how much padding it computed on; input never holds any"
 
@@ -93,7 +92,7 @@ def compose_record(found: Findings) -> Record:
 
 
 def _identity(found: Findings) -> Identity:
-    start_utc = found.start_utc.astimezone(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    start_utc = utc_text(found.start_utc, "milliseconds")
     values = {**found.request.identity, "start_utc": start_utc, "lem_version": __version__}
     known = {item.name for item in dataclasses.fields(Identity)}
     if strange := sorted(known ^ values.keys()):

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from lem.backends.protocol import Backend, EngineReport
 from lem.backends.registry import create_backend
+from lem.clock import Clock, SystemClock, seconds_between
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError
-from lem.experiment.clock import Clock, SystemClock, seconds_between
 
 __all__ = ["Residence", "ResidentEngine", "new_load_id"]
 

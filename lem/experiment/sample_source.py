@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from lem.clock import Clock
 from lem.errors import EngineError
 from lem.experiment.channel import RunRequest
-from lem.experiment.clock import NS_PER_S, Clock
 from lem.experiment.sampler_process import wait_until_ready
 from lem.meters.samples import PartReader, SampleHeader, SampleLog, SampleLogError
+from lem.units import NS_PER_S
 
 __all__ = ["NothingSampled", "PartFile", "SampleSource", "open_source"]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from lem import process
+from lem.clock import Clock
 from lem.errors import UserError
-from lem.experiment.clock import Clock
 
 __all__ = ["SamplerProcess", "interval_ms", "wait_until_ready"]
 

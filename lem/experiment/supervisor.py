@@ -8,7 +8,6 @@ same fresh process and the device is free of the old one, context included.
 
 from __future__ import annotations
 
-import errno
 import os
 import selectors
 import signal
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lem import __version__
-from lem.errors import UserError
+from lem.errors import DISK_FULL, UserError
 from lem.experiment.channel import (
     LOADING_PHASES,
     PROTOCOL_VERSION,
@@ -35,6 +34,7 @@ from lem.experiment.engine_log import EngineLog, redact
 from lem.experiment.probe import probe_environment
 from lem.experiment.worker_sampler import WorkerSampler
 from lem.process import describe_exit
+from lem.record import LOG_FILE
 
 __all__ = ["Supervisor", "supervise"]
 
@@ -48,7 +48,6 @@ _PRINTED_WIDTH = 200
 _DRAIN_READS = 4
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def supervise(start_engine: Callable[[], EngineChild] = EngineChild) -> int:
@@ -241,7 +240,7 @@ class Supervisor:
             self._sampler.begin(request)
             engine = self._engine or self._new_engine()
         except (OSError, UserError) as error:
-            kind = "full" if isinstance(error, OSError) and error.errno in _DISK_FULL else "engine"
+            kind = "full" if isinstance(error, OSError) and error.errno in DISK_FULL else "engine"
             self._answer_error(kind=kind, message=f"the experiment could not be started: {error}", engine_lost=False)
             return
         engine.engine_key = request.engine_key
@@ -252,7 +251,7 @@ class Supervisor:
         if self._engine is not None:
             self._drain_output(self._engine)
         self._close_log()
-        self._log = EngineLog(str(Path(request.result_dir) / "log.txt"), request.secrets.values())
+        self._log = EngineLog(str(Path(request.result_dir) / LOG_FILE), request.secrets.values())
 
     def _close_log(self) -> None:
         if self._log is not None:

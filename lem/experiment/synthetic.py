@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from lem.config.experiment_config import BUNDLED_DISTRIBUTION, BUNDLED_INPUT_TOKENS, BUNDLED_SAMPLE_SIZE, BUNDLED_SEED
+
 __all__ = ["BUNDLED", "SyntheticPlan", "SyntheticPrompt", "generate", "shuffled"]
 
 _T = TypeVar("_T")
@@ -66,8 +68,8 @@ class SyntheticPrompt:
     output_tokens: int | None
 
 
-# What is measured when neither dataset nor prompts is given. Changing it changes what old campaigns mean.
-BUNDLED = SyntheticPlan(input_tokens=128, output_tokens=None, sample_size=32, seed=42, distribution="lognormal")
+# What is measured when neither dataset nor prompts is given.
+BUNDLED = SyntheticPlan(BUNDLED_INPUT_TOKENS, None, BUNDLED_SAMPLE_SIZE, BUNDLED_SEED, BUNDLED_DISTRIBUTION)
 
 
 def generate(plan: SyntheticPlan) -> tuple[SyntheticPrompt, ...]:

@@ -17,11 +17,12 @@ from collections.abc import Mapping, Sequence
 from lem import process
 from lem.errors import UserError
 from lem.experiment.launch import own_command
+from lem.units import KIB
 
 __all__ = ["run_tethered"]
 
 GRACE_S = 20.0
-_READ_B = 64 * 1024
+_READ_B = 64 * KIB
 _POLL_S = 0.5
 
 

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lem.backends.protocol import Backend, Completion, TokenRequest
+from lem.clock import Clock, seconds_between
 from lem.errors import EngineError
-from lem.experiment.clock import NS_PER_S, Clock, seconds_between
 from lem.experiment.steady import Arrival, SteadyBooks
 from lem.experiment.window import MeasuredWindow, check_completion
+from lem.units import NS_PER_S
 
 __all__ = ["PreparedQueue", "TrafficPlan", "TrafficQueue", "arrival_offsets_s", "measure_traffic", "serve_all"]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lem.backends.protocol import Completion, TokenRequest
+from lem.clock import Clock, seconds_between
 from lem.config.experiment_config import WarmupConfig
-from lem.experiment.clock import Clock, seconds_between
 from lem.experiment.encoding import DisjointRequests
 
 __all__ = ["WarmupOutcome", "has_settled", "skipped_warmup", "warm_up"]

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lem.backends.protocol import Backend, Completion, OnProgress, TokenRequest
+from lem.clock import Clock, seconds_between
 from lem.errors import EngineError
-from lem.experiment.clock import Clock, seconds_between
 from lem.experiment.latency import RequestTimes
-from lem.meters.checks import STEADY_TOLERANCE
+from lem.measurement import STEADY_TOLERANCE
 
 __all__ = [
     "MeasuredWindow",

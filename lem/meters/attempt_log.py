@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from lem.meters import marks as names
+from lem import marks as names
+from lem.measurement import EnergySource, is_cpu_source, is_estimate
 from lem.meters.curve import ClosedWindow, Curve, NotMeasured, Span
 from lem.meters.integrate import counter_curve, load_curve, power_curve, rapl_curve
+from lem.meters.rapl import DRAM, PACKAGE
 from lem.meters.samples import Mark, SampleLog, gpu_meter
 from lem.meters.sources import SENSOR_LAG_S, Sources
-from lem.record import COUNTER, RAPL, TDP_ESTIMATE
 
 __all__ = ["AttemptLog", "Baselines", "span_of"]
 
@@ -68,8 +69,8 @@ class AttemptLog:
         """
         if self.sources.primary is not None and self.sources.primary == self.sources.gpu_method:
             return tuple(self.gpu_curve(number, at_rest=at_rest) for number in range(len(self.sources.gpus)))
-        if self.sources.primary in (RAPL, TDP_ESTIMATE):
-            return self.cpu_curves("package") + (self.cpu_curves("dram") if self._has_dram else ())
+        if is_cpu_source(self.sources.primary):
+            return self.cpu_curves(PACKAGE) + (self.cpu_curves(DRAM) if self._has_dram else ())
         raise NotMeasured(self.sources.reasons.get("primary", "a meter of the user's own tells only the window"))
 
     def gpu_curve(self, number: int, *, at_rest: bool = False) -> Curve:
@@ -80,9 +81,9 @@ class AttemptLog:
         """
         if self.sources.gpu_method is None:
             raise NotMeasured(self.sources.reasons["gpu"])
-        if self.sources.gpu_method != COUNTER:
+        if self.sources.gpu_method != EnergySource.COUNTER:
             return self.gpu_power_curve(number, at_rest=at_rest)
-        key = (COUNTER, number, False)
+        key = (EnergySource.COUNTER, number, False)
         if key not in self._known:
             place = self.sources.gpus[number]
             what = f"the energy counter of {self.log.header.gpus[place].uuid}"
@@ -113,11 +114,11 @@ class AttemptLog:
         Raises:
             NotMeasured: there is no meter for it, or one of them said nothing.
         """
-        if domain == "dram" and not self._has_dram:
+        if domain == DRAM and not self._has_dram:
             raise NotMeasured(self.sources.reasons.get("dram", "no energy counter of the memory was read"))
         if self.sources.cpu_method is None:
             raise NotMeasured(self.sources.reasons["cpu"])
-        if self.sources.cpu_method == TDP_ESTIMATE:
+        if is_estimate(self.sources.cpu_method):
             power_w = self.sources.cpu_tdp_w
             if power_w is None:
                 raise NotMeasured("the design power of this CPU is not known")
@@ -169,7 +170,9 @@ class AttemptLog:
 
     @property
     def _has_dram(self) -> bool:
-        return self.sources.cpu_method == RAPL and any(zone.domain == "dram" for zone in self.log.header.zones)
+        return self.sources.cpu_method == EnergySource.RAPL and any(
+            zone.domain == DRAM for zone in self.log.header.zones
+        )
 
     def _checked(self, curve: Curve, meter: str) -> Curve:
         """The curve, unless the meter hardly said anything; then what it said instead is the reason."""

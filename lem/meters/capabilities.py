@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from lem.measurement import EnergyScope, EnergySource
 from lem.meters.cpu_load import find_tdp
-from lem.meters.curve import NS_PER_S, NotMeasured, Span
+from lem.meters.curve import NotMeasured, Span
 from lem.meters.gpu_watch import Complaints, GpuWatch, Stamps
 from lem.meters.integrate import update_period_s
 from lem.meters.nvml import NvmlMeter, gpu_uuids
 from lem.meters.rapl import POWERCAP, find_rapl
 from lem.meters.samples import CounterChange, GpuHeader
 from lem.meters.sources import choose_gpu_method
+from lem.units import NS_PER_S
 
 __all__ = ["Capabilities", "CpuCapability", "GpuCapability", "ProbeClock", "find_capabilities", "probe_periods"]
 
@@ -45,7 +47,7 @@ class GpuCapability:
     probe_error: str | None = None
 
     @property
-    def source(self) -> str | None:
+    def source(self) -> EnergySource | None:
         """What its energy comes from, as `record.Energy.energy_source` has it; None for nothing."""
         return choose_gpu_method([self.meter], is_watched=True)[0]
 
@@ -60,7 +62,7 @@ class GpuCapability:
             lines.append("power: " + ("of the moment" if is_instant else "an average, over 1 s on some GPUs"))
         if meter.power_limit_w is not None:
             lines[-1] += f", limit {meter.power_limit_w:g} W"
-        if meter.energy_scope == "module":
+        if meter.energy_scope == EnergyScope.MODULE:
             lines.append("energy and power are those of the whole module, CPU included")
         if meter.persistence_mode is False:
             lines.append("persistence mode is off: idle power is higher while somebody looks; nvidia-smi -pm 1")

@@ -9,15 +9,15 @@ import contextlib
 from collections.abc import Collection, Iterator
 from itertools import pairwise
 
-from lem.meters import marks as names
+from lem import marks as names
+from lem.measurement import SLOWDOWN_BITS, STEADY_TOLERANCE, EnergyScope, EnergySource
 from lem.meters.attempt_log import AttemptLog
-from lem.meters.curve import HOLE_PERIODS, NS_PER_S, Curve, NotMeasured, Span
+from lem.meters.curve import HOLE_PERIODS, Curve, NotMeasured, Span
 from lem.meters.samples import GpuHeader, SampleLog
 from lem.meters.sources import SENSOR_LAG_S
-from lem.record import COUNTER, SLOWDOWN_BITS
+from lem.units import NS_PER_S
 
 __all__ = [
-    "STEADY_TOLERANCE",
     "check_plausible",
     "check_sampled",
     "crosscheck_ratio",
@@ -30,7 +30,6 @@ __all__ = [
 
 # Board power may overshoot its limit for a moment, and a limit is kept to a few percent.
 _LIMIT_MARGIN = 1.2
-STEADY_TOLERANCE = 0.02
 
 # An integral over fewer samples may miss a tenth of the window at each edge.
 _LEAST_SAMPLES = 10
@@ -57,7 +56,7 @@ def check_plausible(energy_j: float, window: Span, gpu: GpuHeader) -> None:
     """
     if energy_j <= 0:
         raise NotMeasured(f"{energy_j:.4g} J over {window.seconds:.3f} s cannot be: no GPU that is on draws nothing")
-    if gpu.power_limit_w is None or gpu.energy_scope != "gpu":
+    if gpu.power_limit_w is None or gpu.energy_scope != EnergyScope.GPU:
         return
     most_j = _LIMIT_MARGIN * gpu.power_limit_w * window.seconds
     if energy_j > most_j:
@@ -120,7 +119,7 @@ def is_power_steady(attempt: AttemptLog, window_repeats: int) -> bool:
         Span(window.opened_ns, window.opened_ns + half_ns),
         Span(window.closed_ns - half_ns, window.closed_ns),
     )
-    needed = _UPDATES_A_HALF if attempt.sources.primary == COUNTER else _READINGS_A_HALF
+    needed = _UPDATES_A_HALF if attempt.sources.primary == EnergySource.COUNTER else _READINGS_A_HALF
     if any(curve.count_in(half) < needed for curve in curves for half in halves):
         raise NotMeasured(f"fewer than {needed} readings of the meter in each half")
     first_w, second_w = (sum(curve.mean_power_w(half) for curve in curves) for half in halves)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-__all__ = ["HOLE_PERIODS", "NS_PER_S", "ClosedWindow", "Curve", "Hole", "NotMeasured", "Span"]
+from lem.units import NS_PER_S
 
-NS_PER_S = 1_000_000_000
+__all__ = ["HOLE_PERIODS", "ClosedWindow", "Curve", "Hole", "NotMeasured", "Span"]
 
 # A hole longer than three sampling periods voids an integration.
 HOLE_PERIODS = 3

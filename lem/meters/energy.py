@@ -6,7 +6,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from lem.meters import marks as names
+from lem import marks as names
+from lem.measurement import CROSSCHECK_TOLERANCE, REST_TOLERANCE, EnergyScope, EnergySource
 from lem.meters.attempt_log import AttemptLog, Baselines
 from lem.meters.checks import (
     crosscheck_ratio,
@@ -22,9 +23,10 @@ from lem.meters.figures import Figures
 from lem.meters.gpu_section import describe_gpu, describe_unseen_gpu, samples_in
 from lem.meters.integrate import update_period_s
 from lem.meters.phases import split_phases
+from lem.meters.rapl import DRAM, PACKAGE
 from lem.meters.samples import Mark, SampleLog
 from lem.meters.sources import Sources
-from lem.record import COUNTER, CROSSCHECK_TOLERANCE, REST_TOLERANCE, Energy, Gpu, Idle, parts_of_source
+from lem.record import Energy, Gpu, Idle, parts_of_source
 
 __all__ = ["Baselines", "EnergyFindings", "mean_power_w", "measure"]
 
@@ -171,7 +173,7 @@ def _sum_over_gpus(attempt: AttemptLog, gpus: Sequence[Gpu]) -> float:
 
 
 def _fill_cpu_energy(energy: Figures, attempt: AttemptLog) -> None:
-    for field, domain in (("cpu_package_energy_j", "package"), ("dram_energy_j", "dram")):
+    for field, domain in (("cpu_package_energy_j", PACKAGE), ("dram_energy_j", DRAM)):
         energy.work_out(field, lambda domain=domain: _domain_j(attempt, domain))  # type: ignore[misc]
 
 
@@ -226,7 +228,7 @@ def _fill_meter(energy: Figures, attempt: AttemptLog, primary: Figures) -> None:
     energy.put("energy_source", None if reason else sources.primary, reason)
     energy.put("energy_scope", None if reason else sources.scope, reason)
     energy.work_out("sample_gap_max_s", lambda: sample_gap_max_s(attempt))
-    if sources.gpu_method == COUNTER:
+    if sources.gpu_method == EnergySource.COUNTER:
         energy.work_out("energy_crosscheck_ratio", lambda: crosscheck_ratio(attempt))
         energy.work_out("counter_update_period_s", lambda: _update_period_s(attempt))
     else:
@@ -261,7 +263,7 @@ def _warnings(attempt: AttemptLog, energy: Figures, idle: Figures) -> tuple[str,
         found.append("nobody looked whether clocks were slowed down (timeseries.enabled: false)")
     if attempt.sources.is_estimate and energy.values["cpu_package_energy_j"] is not None:
         found.append("energy is an estimate from the CPU's design power and its load, not a measurement")
-    if attempt.sources.scope == "module":
+    if attempt.sources.scope == EnergyScope.MODULE:
         found.append("energy is that of the whole module, GPU and CPU together")
     ratio = energy.values["energy_crosscheck_ratio"]
     if ratio is not None and abs(ratio - 1) > CROSSCHECK_TOLERANCE:

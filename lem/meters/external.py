@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import csv
 import math
-import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import timezone
 from itertools import pairwise
 from pathlib import Path
 
-from lem.meters.curve import HOLE_PERIODS, NS_PER_S, Curve, Hole, NotMeasured, Span
+from lem.clock import parse_time
+from lem.meters.curve import HOLE_PERIODS, Curve, Hole, NotMeasured, Span
 from lem.meters.refusal import MeterRefused
 from lem.meters.samples import SampleLog
+from lem.units import NS_PER_S
 
 __all__ = ["ExternalReadings", "external_energy_j", "is_short_of", "read_external"]
 
 _FORM = "two columns are due: UTC time (2026-07-14T10:00:00Z, or seconds since 1970) and watts"
-
-_FRACTION = re.compile(r"\.(\d+)")
 
 # Seconds since 1970 of the years 2001 and 2286; numbers beyond are milliseconds, or no times at all.
 _EPOCH_S = (1e9, 1e10)
@@ -152,11 +151,8 @@ def _time(cell: str) -> float | None:
     number = _number(cell)
     if number is not None:
         return number if _EPOCH_S[0] <= number < _EPOCH_S[1] else None
-    # Before Python 3.11 fromisoformat() knows no Z, and fractions of three or six digits alone.
-    text = _FRACTION.sub(lambda found: f".{found[1][:6]:0<6}", cell.strip())
-    try:
-        moment = datetime.fromisoformat(text[:-1] + "+00:00" if text[-1:] in ("Z", "z") else text)
-    except ValueError:
+    moment = parse_time(cell)
+    if moment is None:
         return None
     return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
 

@@ -6,15 +6,21 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
+from lem.marks import WINDOW
+from lem.measurement import POWER_CAP_BIT, THERMAL_BITS, EnergySource
 from lem.meters.attempt_log import AttemptLog
 from lem.meters.checks import check_plausible, check_sampled
-from lem.meters.curve import HOLE_PERIODS, NS_PER_S, NotMeasured, Span
+from lem.meters.curve import HOLE_PERIODS, NotMeasured, Span
 from lem.meters.figures import Figures
-from lem.meters.marks import WINDOW
 from lem.meters.samples import GpuHeader, GpuSample
-from lem.record import COUNTER, POWER_CAP_BIT, THERMAL_BITS, Gpu
+from lem.record import Gpu
+from lem.units import NS_PER_S
 
-__all__ = ["describe_gpu", "describe_unseen_gpu", "samples_in"]
+__all__ = [
+    "describe_gpu",
+    "describe_unseen_gpu",
+    "samples_in",
+]
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def _fill_constants(figures: Figures, header: GpuHeader) -> None:
 def _fill_energy(figures: Figures, attempt: AttemptLog, number: int, looks: Sequence[_Look], nothing: str) -> None:
     def energy_j() -> float:
         curve = attempt.gpu_curve(number)
-        if attempt.sources.gpu_method != COUNTER:
+        if attempt.sources.gpu_method != EnergySource.COUNTER:
             check_sampled(curve, attempt.window)
         found_j = attempt.window_j(curve, 1 / len(attempt.sources.gpus))
         header = attempt.log.header.gpus[attempt.sources.gpus[number]]

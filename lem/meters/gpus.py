@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lem.variables import GPU_VARIABLE
+
 __all__ = [
     "GpuFacts",
     "find_driver",
@@ -73,7 +75,7 @@ def visible_gpus(present: Sequence[GpuFacts], environ: Mapping[str, str]) -> tup
     NVML knows nothing of that variable. As in CUDA, an entry that names no GPU hides itself and all behind it. CUDA's
     own order is that of NVML under CUDA_DEVICE_ORDER=PCI_BUS_ID, which lem sets for its engines.
     """
-    named = environ.get("CUDA_VISIBLE_DEVICES")
+    named = environ.get(GPU_VARIABLE)
     if named is None:
         return tuple(present)
     visible: list[GpuFacts] = []

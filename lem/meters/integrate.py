@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from lem.meters.curve import HOLE_PERIODS, NS_PER_S, Curve, Hole, NotMeasured, Span
+from lem.meters.curve import HOLE_PERIODS, Curve, Hole, NotMeasured, Span
 from lem.meters.samples import CounterChange, CpuLoad, GpuSample, RaplReading
+from lem.units import NS_PER_S
 
 __all__ = [
     "counter_curve",

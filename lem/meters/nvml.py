@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from lem.measurement import EnergyScope
 from lem.meters.gpus import is_name_of, text_of
 from lem.meters.nvml_errors import MeterFailure, failure_of
 from lem.meters.samples import GpuHeader
@@ -23,7 +24,7 @@ _T = TypeVar("_T")
 # nvml.h; by number, since a pynvml beside an engine may be older than the names.
 _POWER_INSTANT = 186  # NVML_FI_DEV_POWER_INSTANT, mW
 _ENERGY = 191  # NVML_FI_DEV_ENERGY, mJ
-_SCOPES = {"gpu": 0, "module": 1}  # NVML_POWER_SCOPE_GPU, NVML_POWER_SCOPE_MODULE
+_SCOPES = {EnergyScope.GPU: 0, EnergyScope.MODULE: 1}  # NVML_POWER_SCOPE_GPU, NVML_POWER_SCOPE_MODULE
 _VALUE_MEMBERS = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")  # in the order of nvmlValueType_t
 _TEMPERATURE_GPU = 0
 _CLOCK_SM = 1
@@ -68,7 +69,7 @@ class NvmlMeter:
         self._nvml = nvml
         self._name = name
         self._handle: Any = None
-        self._scope = "gpu"
+        self._scope = EnergyScope.GPU
         self._read_counter: Callable[[], int] | None = None
         self._read_power: Callable[[], float] | None = None
         self._fallen_back: set[str] = set()
@@ -162,11 +163,11 @@ class NvmlMeter:
         """
         if is_mig:
             return _MIG_TEXT.format(what="energy counter"), _MIG_TEXT.format(what="power"), None
-        found = self._try("gpu")
+        found = self._try(EnergyScope.GPU)
         if found.counter is None and found.power is None:
-            of_module = self._try("module")
+            of_module = self._try(EnergyScope.MODULE)
             if of_module.counter is not None or of_module.power is not None:
-                self._scope, found = "module", of_module
+                self._scope, found = EnergyScope.MODULE, of_module
         self._read_counter, self._read_power = found.counter, found.power
         return (
             self._explain(found.counter_failure, "the energy counter", _ENERGY),
@@ -174,7 +175,7 @@ class NvmlMeter:
             found.power_source,
         )
 
-    def _try(self, scope: str) -> _Found:
+    def _try(self, scope: EnergyScope) -> _Found:
         def count() -> int:
             return int(self._ask("nvmlDeviceGetTotalEnergyConsumption"))
 
@@ -187,7 +188,7 @@ class NvmlMeter:
         def average() -> float:
             return float(self._ask("nvmlDeviceGetPowerUsage") / 1e3)
 
-        is_gpu = scope == "gpu"
+        is_gpu = scope is EnergyScope.GPU
         counter, counter_failure = _first_that_answers([count if is_gpu else count_by_field])
         power, power_failure = _first_that_answers([instant, average] if is_gpu else [instant])
         source = None if power is None else "instant" if power is instant else "average"
@@ -199,7 +200,7 @@ class NvmlMeter:
         if self._call_or_none("nvmlDeviceGetVirtualizationMode", self._handle) == _VIRTUAL_GPU:
             return _VIRTUAL_TEXT.format(what=what)
         with contextlib.suppress(MeterFailure):
-            self._field(field, "module")
+            self._field(field, EnergyScope.MODULE)
             return _MODULE_TEXT.format(what=what)
         return f"{what}: {failure}"
 
@@ -255,7 +256,7 @@ class NvmlMeter:
                 self._fallen_back.add(function)
         return self._ask(older, *arguments)
 
-    def _field(self, field: int, scope: str) -> float:
+    def _field(self, field: int, scope: EnergyScope) -> float:
         """The value of a field of nvmlDeviceGetFieldValues."""
         (value,) = self._ask("nvmlDeviceGetFieldValues", [(field, _SCOPES[scope])])
         if value.nvmlReturn != 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lem.meters import marks as names
+from lem import marks as names
 from lem.meters.attempt_log import AttemptLog
 from lem.meters.checks import slowdowns
 from lem.meters.curve import NotMeasured, Span

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from lem.meters.samples import RaplZone
 
-__all__ = ["PACKAGE", "POWERCAP", "RaplCounter", "RaplFound", "ZoneFolder", "find_rapl", "zone_folders"]
+__all__ = ["DRAM", "PACKAGE", "POWERCAP", "RaplCounter", "RaplFound", "ZoneFolder", "find_rapl", "zone_folders"]
 
 POWERCAP = Path("/sys/class/powercap")
 PACKAGE = "package"
+DRAM = "dram"
 
 _ZONE = re.compile(r"(?P<kind>[\w-]*rapl[\w-]*):(?P<numbers>\d+(?::\d+)*)")
 

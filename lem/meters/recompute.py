@@ -8,15 +8,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lem import marks as names
 from lem.config.experiment_config import ExperimentConfig
-from lem.meters import marks as names
+from lem.measurement import EnergySource
 from lem.meters.attempt_log import Baselines, span_of
 from lem.meters.efficiency import carbon_of, efficiency_of
 from lem.meters.energy import EnergyFindings, measure
 from lem.meters.external import ExternalReadings
 from lem.meters.samples import Mark, SampleLog
 from lem.meters.sources import Sources, choose_sources
-from lem.record import EXTERNAL, Carbon, Efficiency, Energy, Gpu, Idle, Record
+from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Record
 
 __all__ = ["Difference", "Recomputed", "has_energy", "recompute"]
 
@@ -87,7 +88,7 @@ def recompute(
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     if sources.is_external and external is None and record.energy.external_energy_j is not None:
-        left_out = _FROM_CSV + (_FROM_CSV_AS_PRIMARY if sources.primary == EXTERNAL else ())
+        left_out = _FROM_CSV + (_FROM_CSV_AS_PRIMARY if sources.primary == EnergySource.EXTERNAL else ())
         notes = (f"not compared, since {config.measurement.external_csv} cannot be read: {', '.join(left_out)}",)
     pairs = [item for item in _pairs(record, config, findings) if not item.field.startswith(left_out or ("\0",))]
     return Recomputed(len(pairs), tuple(item for item in pairs if not _is_same(item.recorded, item.recomputed)), notes)

@@ -22,7 +22,17 @@ from lem.meters.cpu_load import PROC_STAT, CpuLoadMeter, find_tdp
 from lem.meters.gpu_watch import Complaints, GpuWatch
 from lem.meters.nvml import NvmlMeter
 from lem.meters.rapl import POWERCAP, find_rapl
-from lem.meters.samples import ClockPair, CpuLoad, RaplReading, Row, SampleHeader, encode_header, encode_row
+from lem.meters.samples import (
+    SLOW_PERIOD_S,
+    ClockPair,
+    CpuLoad,
+    RaplReading,
+    Row,
+    SampleHeader,
+    encode_header,
+    encode_row,
+)
+from lem.units import NS_PER_MS, NS_PER_S
 
 __all__ = [
     "COUNTER_POLL_MS",
@@ -42,9 +52,7 @@ COUNTER_POLL_MS = 19
 SHORTEST_INTERVAL_MS = 10
 LONGEST_INTERVAL_MS = 60_000
 
-_NS_PER_MS = 1_000_000
-_SECOND_NS = 1_000 * _NS_PER_MS
-_CLOCK_PAIR_NS = 10 * _SECOND_NS
+_CLOCK_PAIR_NS = 10 * NS_PER_S
 
 
 class SampleFileError(LemError):
@@ -139,7 +147,7 @@ def is_interval(interval_ms: int) -> bool:
 
 
 def _schedule_of_looks(first_ns: int, interval_ms: int) -> _Schedule | None:
-    return _Schedule(first_ns, interval_ms * _NS_PER_MS) if interval_ms else None
+    return _Schedule(first_ns, interval_ms * NS_PER_MS) if interval_ms else None
 
 
 class _Sampler:
@@ -169,9 +177,9 @@ class _Sampler:
             cpu_tdp_w=tdp_w,
             cpu_tdp_source=tdp_source,
         )
-        self._polls = _Schedule(started_ns, COUNTER_POLL_MS * _NS_PER_MS)
+        self._polls = _Schedule(started_ns, COUNTER_POLL_MS * NS_PER_MS)
         self._samples = _schedule_of_looks(started_ns, options.interval_ms)
-        self._seconds = _Schedule(started_ns, _SECOND_NS)
+        self._seconds = _Schedule(started_ns, SLOW_PERIOD_S * NS_PER_S)
         self._clock_pairs = _Schedule(started_ns, _CLOCK_PAIR_NS)
 
     @property

@@ -8,28 +8,18 @@ import select
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timezone
 from typing import TextIO
 
+from lem.clock import SystemClock
 from lem.errors import ExitCode
 from lem.meters.gpus import open_nvml
 from lem.meters.sampler import SampleFileError, SamplerOptions, run_sampler
+from lem.units import NS_PER_S
 
 __all__ = ["PipeOwner", "run_sampler_process"]
 
 _STDIN = 0
 _READ_B = 4096
-_NS_PER_S = 1_000_000_000
-
-
-class _SystemClock:
-    """The real clock; the one of `lem.experiment` is above this layer."""
-
-    def monotonic_ns(self) -> int:
-        return time.monotonic_ns()
-
-    def utc_now(self) -> datetime:
-        return datetime.now(timezone.utc)
 
 
 class PipeOwner:
@@ -47,7 +37,7 @@ class PipeOwner:
 
     def wait(self, until_ns: int) -> Sequence[str] | None:
         """The orders that came until then; None when an end is wanted."""
-        timeout_s = max(0, until_ns - time.monotonic_ns()) / _NS_PER_S
+        timeout_s = max(0, until_ns - time.monotonic_ns()) / NS_PER_S
         ready, _, _ = select.select([self._orders_fd, self._wakeup_fd], [], [], timeout_s)
         if self._wakeup_fd in ready:
             return None
@@ -64,7 +54,7 @@ def run_sampler_process(options: SamplerOptions, err: TextIO) -> int:
     """The exit code: 0 when the owner ended it, 1 when the log could not be written, which `err` then says."""
     with _end_signals() as wakeup_fd, _open_nvml_for(options) as nvml:
         try:
-            run_sampler(options, nvml, _SystemClock(), PipeOwner(_STDIN, wakeup_fd))
+            run_sampler(options, nvml, SystemClock(), PipeOwner(_STDIN, wakeup_fd))
         except SampleFileError as error:
             err.write(f"error: {error.message}\n")
             return int(ExitCode.EXPERIMENT_FAILED)

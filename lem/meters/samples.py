@@ -23,11 +23,14 @@ from typing import Any
 
 from lem import durable
 from lem.jsontypes import build, build_from, shown
+from lem.measurement import EnergyScope
+from lem.units import GIB
 
 __all__ = [
     "FINISHED_FILENAME",
     "PART_FILENAME",
     "SAMPLES_SCHEMA",
+    "SLOW_PERIOD_S",
     "ClockPair",
     "CounterChange",
     "CpuLoad",
@@ -54,6 +57,9 @@ __all__ = [
 SAMPLES_SCHEMA = 1
 PART_FILENAME = "samples.part"
 FINISHED_FILENAME = "samples.jsonl.gz"
+
+# How often the sampler reads powercap zones, the load of the CPU, and the processes on GPUs.
+SLOW_PERIOD_S = 1
 
 
 class SampleLogError(ValueError):
@@ -85,7 +91,7 @@ class GpuHeader:
     power_limit_w: float | None = None
     persistence_mode: bool | None = None
     mig_mode: bool | None = None
-    energy_scope: str = "gpu"
+    energy_scope: str = EnergyScope.GPU.value
     power_source: str | None = None
     counter_error: str | None = None
     power_error: str | None = None
@@ -220,14 +226,14 @@ _KINDS: Mapping[str, type[Row]] = {
 }
 _LETTERS = {kind: letter for letter, kind in _KINDS.items()}
 # Some fifteen million rows. A damaged or hostile file must not fill the memory; a log above this is refused, never cut.
-_MOST_B = 1 << 30
+_MOST_B = GIB
 
 _VALUES = {kind: attrgetter(*(item.name for item in dataclasses.fields(kind))) for kind in _LETTERS}
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Something that lasted from `opened_ns` to `closed_ns`; see `lem.meters.marks`."""
+    """Something that lasted from `opened_ns` to `closed_ns`; see `lem.marks`."""
 
     name: str
     opened_ns: int

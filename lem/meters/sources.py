@@ -8,11 +8,15 @@ from types import MappingProxyType
 from typing import Final
 
 from lem.config.experiment_config import ExperimentConfig
+from lem.measurement import EnergyScope, EnergySource, is_cpu_source, is_estimate
+from lem.meters.rapl import DRAM, PACKAGE
 from lem.meters.refusal import MeterRefused
 from lem.meters.samples import GpuHeader, SampleHeader
-from lem.record import AVERAGE_POWER, COUNTER, EXTERNAL, INSTANT_POWER, RAPL, TDP_ESTIMATE
 
-__all__ = ["SENSOR_LAG_S", "Sources", "choose_gpu_method", "choose_sources"]
+__all__ = ["POWER_METHODS", "SENSOR_LAG_S", "Sources", "choose_gpu_method", "choose_sources"]
+
+# The method that integrates each kind of `GpuHeader.power_source`.
+POWER_METHODS: Final = MappingProxyType({"instant": EnergySource.INSTANT_POWER, "average": EnergySource.AVERAGE_POWER})
 
 # How far `GpuSample.power_w` may lag behind: field 186 is brought up to date every 100 ms from at most the 100 ms
 # before; `nvmlDeviceGetPowerUsage` is a mean over 1 s on GA10x, Ada and Hopper (Yang et al., SC24; NVML reference).
@@ -30,11 +34,10 @@ class Sources:
     Attributes:
         gpus: the places in `SampleHeader.gpus` of the GPUs the experiment runs on, in its order; rows of the log
             name a GPU by that place.
-        gpu_method: `nvml_counter`, `power_instant_integral`, `power_average_integral`, or None.
-        cpu_method: `rapl`, `tdp_estimate`, or None.
+        gpu_method, cpu_method: None where there is no meter.
         is_external: a file of the user's own meter was named.
         primary: the `energy_source` of the energy that counts; None when there is none.
-        scope: what the primary sees: `gpu`, `module`, `cpu_package`, `machine`.
+        scope: what the primary sees.
         sample_period_s, idle_period_s: how often power is looked at in the window, and at rest.
         reasons: why there is no meter, by `gpu`, `cpu`, `dram`, `external`, `primary`.
         is_watched: GPUs are looked at in the window, and not only their counters read.
@@ -43,11 +46,11 @@ class Sources:
     """
 
     gpus: tuple[int, ...]
-    gpu_method: str | None
-    cpu_method: str | None
+    gpu_method: EnergySource | None
+    cpu_method: EnergySource | None
     is_external: bool
-    primary: str | None
-    scope: str | None
+    primary: EnergySource | None
+    scope: EnergyScope | None
     sample_period_s: float
     idle_period_s: float
     reasons: Mapping[str, str] = field(default_factory=dict)
@@ -58,15 +61,15 @@ class Sources:
     @property
     def least_guard_s(self) -> float:
         """How long a guard must be for integrated power: until the sensor tells of it alone, and two samples more."""
-        lag_s = {INSTANT_POWER: SENSOR_LAG_S["instant"], AVERAGE_POWER: SENSOR_LAG_S["average"]}.get(
-            self.gpu_method or ""
-        )
-        return 0.0 if lag_s is None else lag_s + 2 * self.sample_period_s
+        for power_source, method in POWER_METHODS.items():
+            if self.gpu_method == method:
+                return SENSOR_LAG_S[power_source] + 2 * self.sample_period_s
+        return 0.0
 
     @property
     def is_estimate(self) -> bool:
         """Whether the primary is no measurement."""
-        return self.primary == TDP_ESTIMATE
+        return is_estimate(self.primary)
 
 
 def choose_sources(
@@ -93,11 +96,12 @@ def choose_sources(
     gpu_method = None
     if why_no_gpu is None:
         gpu_method, why_no_gpu = choose_gpu_method(chosen, is_watched=config.timeseries.enabled)
-    if wanted == "nvml" and gpu_method != COUNTER:
+    if wanted == "nvml" and gpu_method != EnergySource.COUNTER:
         raise MeterRefused(f"measurement.energy: nvml: {why_no_gpu or _why_no_counter(chosen)}", _LEAVE_AT_AUTO)
     cpu_method, why_no_cpu = _cpu_method(wanted, header, config.measurement.cpu_tdp_w)
     is_external = config.measurement.external_csv is not None
-    gpu_scope = "module" if any(gpu.energy_scope == "module" for gpu in chosen) else "gpu"
+    is_of_module = any(gpu.energy_scope == EnergyScope.MODULE for gpu in chosen)
+    gpu_scope = EnergyScope.MODULE if is_of_module else EnergyScope.GPU
     primary, scope = _primary(wanted, gpu_method, cpu_method, is_external, is_cpu, gpu_scope)
     reasons = {
         "gpu": why_no_gpu,
@@ -145,7 +149,7 @@ def _why_no_gpu(
         return _NOT_WANTED
     if is_cpu or not gpu_uuids:
         return _ON_CPU
-    if wanted in ("rapl", "tdp_estimate"):
+    if is_cpu_source(wanted):
         return f"another meter was asked for (measurement.energy: {wanted})"
     cut = [gpu.uuid for gpu in header.gpus if gpu.mig_mode]
     if missing and cut:  # CUDA calls an instance by a name of its own
@@ -162,16 +166,16 @@ def _why_no_gpu(
     return None
 
 
-def choose_gpu_method(gpus: Sequence[GpuHeader], *, is_watched: bool) -> tuple[str | None, str | None]:
+def choose_gpu_method(gpus: Sequence[GpuHeader], *, is_watched: bool) -> tuple[EnergySource | None, str | None]:
     """The best method that every GPU has: several are summed only when all were read, and in the same way."""
     if all(gpu.counter_error is None for gpu in gpus):
-        return COUNTER, None
+        return EnergySource.COUNTER, None
     if not is_watched:
         return None, f"{_why_no_counter(gpus)}; power is not looked at (timeseries.enabled: false)"
     if all(gpu.power_error is None and gpu.power_source == "instant" for gpu in gpus):
-        return INSTANT_POWER, None
+        return EnergySource.INSTANT_POWER, None
     if all(gpu.power_error is None and gpu.power_source is not None for gpu in gpus):
-        return AVERAGE_POWER, None
+        return EnergySource.AVERAGE_POWER, None
     return None, f"{_why_no_counter(gpus)}; {_why_no_power(gpus)}"
 
 
@@ -185,44 +189,49 @@ def _why_no_power(gpus: Sequence[GpuHeader]) -> str:
     return f"nor can power: {'; '.join(told)}"
 
 
-def _cpu_method(wanted: str, header: SampleHeader, user_tdp_w: float | None) -> tuple[str | None, str | None]:
+def _cpu_method(wanted: str, header: SampleHeader, user_tdp_w: float | None) -> tuple[EnergySource | None, str | None]:
     if wanted == "none":
         return None, _NOT_WANTED
-    if wanted == "tdp_estimate":
+    if wanted == EnergySource.TDP_ESTIMATE:
         if user_tdp_w is None and header.cpu_tdp_w is None:
             raise MeterRefused(
                 "measurement.energy: tdp_estimate: the design power of this CPU is not known",
                 "give measurement.cpu_tdp_w, the sum over all packages in watts",
             )
-        return TDP_ESTIMATE, None
-    if any(zone.domain == "package" for zone in header.zones):
-        return RAPL, None
+        return EnergySource.TDP_ESTIMATE, None
+    if any(zone.domain == PACKAGE for zone in header.zones):
+        return EnergySource.RAPL, None
     why = header.rapl_error or "the kernel shows no package in /sys/class/powercap"
-    if wanted == "rapl":
+    if wanted == EnergySource.RAPL:
         raise MeterRefused(f"measurement.energy: rapl: {why}", _LEAVE_AT_AUTO)
     return None, why
 
 
-def _why_no_dram(cpu_method: str | None, header: SampleHeader) -> str | None:
-    if cpu_method == TDP_ESTIMATE:
+def _why_no_dram(cpu_method: EnergySource | None, header: SampleHeader) -> str | None:
+    if is_estimate(cpu_method):
         return "the design power of a CPU says nothing of its memory"
-    has_dram = any(zone.domain == "dram" for zone in header.zones)
+    has_dram = any(zone.domain == DRAM for zone in header.zones)
     return None if has_dram else "the kernel shows no energy counter of the memory"
 
 
 def _primary(
-    wanted: str, gpu_method: str | None, cpu_method: str | None, is_external: bool, is_cpu: bool, gpu_scope: str
-) -> tuple[str | None, str | None]:
+    wanted: str,
+    gpu_method: EnergySource | None,
+    cpu_method: EnergySource | None,
+    is_external: bool,
+    is_cpu: bool,
+    gpu_scope: EnergyScope,
+) -> tuple[EnergySource | None, EnergyScope | None]:
     """The meter that counts, and what it sees.
 
     The CPU's energy stands for the whole of an experiment only on a CPU, or where it was asked for by name.
     """
     if gpu_method is not None:
         return gpu_method, gpu_scope
-    if cpu_method is not None and (is_cpu or wanted in ("rapl", "tdp_estimate")):
-        return cpu_method, "cpu_package"
+    if cpu_method is not None and (is_cpu or is_cpu_source(wanted)):
+        return cpu_method, EnergyScope.CPU_PACKAGE
     if is_external:
-        return EXTERNAL, "machine"
+        return EnergySource.EXTERNAL, EnergyScope.MACHINE
     return None, None
 
 
@@ -232,7 +241,7 @@ def _refuse_demands(config: ExperimentConfig, sources: Sources) -> None:
     Raises:
         MeterRefused: energy by phases, or a baseline, without a meter that could tell them.
     """
-    has_meter = sources.primary not in (None, EXTERNAL)
+    has_meter = sources.primary not in (None, EnergySource.EXTERNAL)
     why = sources.reasons.get("primary", "there is only measurement.external_csv")
     if config.measurement.phases and not has_meter:
         raise MeterRefused(

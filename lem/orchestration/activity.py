@@ -19,11 +19,11 @@ from datetime import datetime
 from pathlib import Path
 
 from lem import durable
+from lem.clock import utc_text
 from lem.errors import LemError
 from lem.jsontypes import build_from
 from lem.orchestration.events import Event, Observer
 from lem.orchestration.locks import Holder
-from lem.orchestration.manifest import utc_text
 
 __all__ = ["ACTIVITY_NAME", "Activity", "ActivityWriter", "read_activity"]
 

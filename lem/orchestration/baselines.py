@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from lem.measurement import is_gpu_source
 from lem.meters.attempt_log import Baselines
-from lem.record import GPU_SOURCES, Record
+from lem.record import Record
 
 __all__ = ["BARE", "BaselineBook", "Reference"]
 
@@ -80,7 +81,7 @@ class BaselineBook:
         if entry is not None and entry.power_w == power_w:
             return  # to the last bit what was handed on: not measured again, so as old as before
         self._entries[place] = _Entry(power_w, now_s)
-        if place.source in GPU_SOURCES:  # their power is what a gap watches
+        if is_gpu_source(place.source):  # what a gap watches is the power of GPUs
             self._references.setdefault((place.gpus, place.state), Reference(power_w, temp_c))
 
     def _fresh(self, place: _Place, ttl_s: float, now_s: float) -> _Entry | None:

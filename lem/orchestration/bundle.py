@@ -11,22 +11,22 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import hashlib
 import json
 import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from lem import __version__, durable
-from lem.durable import reason_of, remedy_for
+from lem.durable import reason_of, remedy_for, sha256_of
 from lem.errors import UserError
 from lem.orchestration.packing import PYZ_NAME, provide_pyz
 from lem.process import run
+from lem.units import MIB, some_of
 
 __all__ = ["Contents", "Signer", "make_bundle", "verify_bundle"]
 
@@ -36,7 +36,6 @@ NAMESPACE = "lem-bundle"
 
 _SAVE_TIMEOUT_S = 3600.0
 _TOOL_TIMEOUT_S = 120.0
-_CHUNK_B = 1 << 20
 _SHOWN = 5
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
@@ -126,7 +125,7 @@ def _save_image(name: str, folder: Path) -> dict[str, Any]:
         ids = _image_ids(saved)
         # Without a time and a name in it, the same image gives the same bytes.
         with saved.open("rb") as source, file.open("wb") as sink, gzip.GzipFile("", "wb", 6, sink, mtime=0) as packed:
-            shutil.copyfileobj(source, packed, _CHUNK_B)
+            shutil.copyfileobj(source, packed, MIB)
     return {"name": name, "file": f"images/{file.name}", "ids": ids}
 
 
@@ -150,7 +149,7 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
 
 
 def _write_sums(scratch: Path) -> None:
-    lines = [f"{_digest(scratch / name)}  {name}\n" for name in _files(scratch)]
+    lines = [f"{sha256_of(scratch / name)}  {name}\n" for name in _files(scratch)]
     durable.write_text(scratch / SUMS, "".join(lines))
 
 
@@ -179,11 +178,15 @@ def verify_bundle(folder: Path, signer: Signer | None) -> dict[str, Any]:
         sums = _read_sums(folder)
         present = set(_files(folder)) - {SUMS, SIGNATURE}
         if lost := sorted(set(sums) - present):
-            raise UserError(f"bundle {folder}: lacks {_some(lost)}", "bring it over again")
+            raise UserError(f"bundle {folder}: lacks {some_of(lost, _SHOWN)}", "bring it over again")
         if strange := sorted(present - set(sums)):
-            raise UserError(f"bundle {folder}: {_some(strange)} is in no list of its sums", "bring it over again")
-        if changed := [name for name, digest in sums.items() if _digest(folder / name) != digest]:
-            raise UserError(f"bundle {folder}: changed since it was made: {_some(changed)}", "bring it over again")
+            raise UserError(
+                f"bundle {folder}: {some_of(strange, _SHOWN)} is in no list of its sums", "bring it over again"
+            )
+        if changed := [name for name, digest in sums.items() if sha256_of(folder / name) != digest]:
+            raise UserError(
+                f"bundle {folder}: changed since it was made: {some_of(changed, _SHOWN)}", "bring it over again"
+            )
         manifest = _read_manifest(folder)
     except OSError as error:
         raise UserError(f"bundle {error.filename or folder}: {reason_of(error)}") from error
@@ -233,15 +236,3 @@ def _files(folder: Path) -> Iterator[str]:
             raise UserError(f"bundle {folder}: {path.relative_to(folder)} is a link", "bring it over again")
         if path.is_file():
             yield path.relative_to(folder).as_posix()
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_B):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

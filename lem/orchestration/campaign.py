@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
+from lem.clock import utc_now, utc_text
 from lem.config.campaign_config import CampaignConfig
 from lem.config.yamlfile import complete_campaign
 from lem.errors import InfrastructureError, UserError
@@ -23,14 +24,7 @@ from lem.orchestration.generated import write_configs
 from lem.orchestration.identity import make_run_id
 from lem.orchestration.locks import Holder, LockTarget, default_gpu_lock_folder, hold_locks, lock_targets
 from lem.orchestration.loop import CampaignOutcome, ExperimentLoop, Stopped
-from lem.orchestration.manifest import (
-    SKIPPED,
-    CampaignManifest,
-    CampaignManifestEntry,
-    ManifestManager,
-    utc_now,
-    utc_text,
-)
+from lem.orchestration.manifest import SKIPPED, CampaignManifest, CampaignManifestEntry, ManifestManager
 from lem.orchestration.opening import Opening, RunOptions, Wish, choose_opening, go_on_with
 from lem.orchestration.order import GapKind
 from lem.orchestration.plan import CampaignExperiment, Plan, build_plan, prolong_plan

@@ -37,6 +37,11 @@ class ContainerState:
     exit_code: int = 0
     health: str = ""
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it runs."""
+        return self.state == "running"
+
     def describe(self) -> str:
         """`exited with code 137`."""
         return f"exited with code {self.exit_code}" if self.state in ("exited", "dead") else self.state

@@ -18,6 +18,7 @@ from lem.orchestration.docker import ContainerError, Docker
 from lem.orchestration.mounts import Mount, without_nested
 from lem.orchestration.packing import PYZ_NAME, provide_pyz
 from lem.orchestration.services import Services
+from lem.variables import DATASETS_VARIABLE, HUB_FOLDER_VARIABLE, MODEL_CACHE_VARIABLE
 
 __all__ = ["ComposeProject"]
 
@@ -25,8 +26,6 @@ _logger = logging.getLogger(__name__)
 
 PYZ_FOLDER = PurePosixPath("/opt/lem")
 OVERRIDE_NAME = "docker-compose.lem.yml"
-
-_DATASETS_VARIABLE = "LEM_DATASETS_DIR"
 
 
 @dataclass(frozen=True)
@@ -112,9 +111,9 @@ class ComposeProject:
         gpus = sorted({uuid for uuids in self.gpus_of.values() for uuid in uuids})
         if gpus:
             found["LEM_GPU_IDS"] = ",".join(gpus)
-        cache = found.get("LEM_MODEL_CACHE") or found.get("HF_HOME")
+        cache = found.get(MODEL_CACHE_VARIABLE) or found.get(HUB_FOLDER_VARIABLE)
         if cache:
-            found["LEM_MODEL_CACHE"] = str(Path(cache).expanduser().absolute())
+            found[MODEL_CACHE_VARIABLE] = str(Path(cache).expanduser().absolute())
         return found
 
     def _check_services(self, there: Mapping[str, Service], wanted: Iterable[str]) -> None:
@@ -146,7 +145,7 @@ class ComposeProject:
         environment = {"USER": user, "LOGNAME": user}
         datasets = self._datasets_dir()
         if datasets is not None:
-            environment[_DATASETS_VARIABLE] = str(datasets)
+            environment[DATASETS_VARIABLE] = str(datasets)
         return ServiceOverride(
             user=f"{os.getuid()}:{os.getgid()}",
             working_dir=str(self.working_dir),
@@ -168,7 +167,7 @@ class ComposeProject:
         return without_nested(found)
 
     def _datasets_dir(self) -> Path | None:
-        named = self.environ.get(_DATASETS_VARIABLE)
+        named = self.environ.get(DATASETS_VARIABLE)
         folder = Path(named).expanduser().absolute() if named else None
         return folder if folder is not None and folder.is_dir() else None
 
@@ -206,7 +205,7 @@ def _make_folder(folder: Path) -> None:
 
 def _make_model_cache(variables: Mapping[str, str]) -> None:
     """Make the folder of models that lem's own compose file mounts; one that cannot be made is told when it is due."""
-    folder = Path(variables.get("LEM_MODEL_CACHE") or "~/.cache/huggingface").expanduser()
+    folder = Path(variables.get(MODEL_CACHE_VARIABLE) or "~/.cache/huggingface").expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -123,7 +123,7 @@ class ContainerManager:
         except UserError as error:
             _logger.warning("%s: %s", service, error.message)
             return False
-        return state is not None and state.state == "running"
+        return state is not None and state.is_running
 
     def execute_experiment(
         self,
@@ -154,7 +154,7 @@ class ContainerManager:
         """
         try:
             state = self.services.state(service)
-            if state is None or state.state != "running":
+            if state is None or not state.is_running:
                 reason = "it has no container" if state is None else f"its container is {state.describe()}"
                 return ContainerHealthStatus(service, healthy=False, reason=reason)
             reading = self.services.read_gpus(service)

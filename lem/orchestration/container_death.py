@@ -37,7 +37,7 @@ def explain_death(services: Services, service: str, outcome: Outcome, begun_s: f
         )
         return dataclasses.replace(outcome, error=explained)
     state = services.state(service)
-    if state is not None and state.state == "running":
+    if state is not None and state.is_running:
         return outcome
     how = "it was removed" if state is None else state.describe()
     explained = EngineError(

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from lem.durable import reason_of
 from lem.errors import UserError
+from lem.variables import TOKEN_VARIABLE
 
-__all__ = ["SECRET_VARIABLES", "find_secrets"]
+__all__ = ["find_secrets"]
 
-# What an engine may need and nobody may read: it travels in the `run` message alone.
-SECRET_VARIABLES = ("HF_TOKEN",)
+SECRET_VARIABLES = (TOKEN_VARIABLE,)
 
 _FOLDER_VARIABLE = "CREDENTIALS_DIRECTORY"  # systemd.exec(5), LoadCredential=
 

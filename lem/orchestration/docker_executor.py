@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lem.clock import utc_now, utc_text
 from lem.config.campaign_config import CampaignHealthCheckConfig
 from lem.errors import EngineError, InfrastructureError, Interrupted, LockedError
 from lem.experiment.channel import RunRequest
@@ -25,9 +26,9 @@ from lem.orchestration.container_worker import ContainerWorker, mark_invalid
 from lem.orchestration.docker import ContainerError
 from lem.orchestration.health import gpu_loss, holders
 from lem.orchestration.locks import Holder, LockTarget, default_gpu_lock_folder, hold_locks
-from lem.orchestration.manifest import utc_now, utc_text
 from lem.orchestration.worker_connection import Stop
 from lem.orchestration.workers import Worker
+from lem.record import RESULT_FILE
 
 __all__ = ["ContainerLost", "DockerExecutor"]
 
@@ -162,7 +163,7 @@ class DockerExecutor:
             services.await_answer(service)
             self._stale.discard(service)
         state = services.state(service)
-        if state is None or state.state != "running" or service in self._suspect:
+        if state is None or not state.is_running or service in self._suspect:
             self.recover(service)
         return {"image": services.images.get(service)}
 
@@ -243,7 +244,7 @@ class DockerExecutor:
         if outcome.error is not None:
             error = EngineError(f"{outcome.error.message}; {lost}", outcome.error.hint, kind=outcome.error.kind)
             return dataclasses.replace(outcome, error=error, is_engine_lost=True)
-        mark_invalid(Path(request.result_dir) / "result.json", lost)
+        mark_invalid(Path(request.result_dir) / RESULT_FILE, lost)
         return dataclasses.replace(outcome, valid=False, is_engine_lost=True)
 
     def _start(self) -> ContainerManager:

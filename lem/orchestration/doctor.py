@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lem.clock import SystemClock
 from lem.errors import UserError
-from lem.experiment.clock import SystemClock
 from lem.meters.capabilities import Capabilities, find_capabilities
 from lem.meters.gpu_state import GpuReading, read_gpus
 from lem.meters.gpus import open_nvml
@@ -23,17 +23,17 @@ from lem.orchestration.compose_files import find_compose_files
 from lem.orchestration.compose_project import ComposeProject
 from lem.orchestration.docker import ContainerError, Docker
 from lem.orchestration.energy_checks import PROBE_S, look_at_cpu_energy, look_at_gpu_energy
-from lem.orchestration.findings import FAILED, OK, SKIPPED, WARNING, Finding
+from lem.orchestration.findings import FAILED, OK, SKIPPED, WARNING, Finding, some_shown
+from lem.units import GIB
 
 __all__ = ["CHECKS", "Check", "Host", "Verdict", "examine"]
 
 # A campaign's results are small; images and models are not.
-LEAST_DISK_B = 1 * 1024**3
-ENOUGH_DISK_B = 10 * 1024**3
+LEAST_DISK_B = 1 * GIB
+ENOUGH_DISK_B = 10 * GIB
 
 _CLOCK_UNSYNCHRONISED = 5  # TIME_ERROR, adjtimex(2)
 _TIMEX_SIZE_B = 512  # struct timex has 208 bytes on 64-bit Linux
-_MAX_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -263,8 +263,9 @@ def _check_foreign_processes(host: Host) -> Finding:
     found = [f"{item.pid} on GPU {gpu.index}" for gpu in host.gpus.gpus for item in gpu.processes]
     if not found:
         return Finding(OK, "nobody computes on the GPUs")
-    shown = ", ".join(found[:_MAX_SHOWN]) + (" …" if len(found) > _MAX_SHOWN else "")
-    return Finding(WARNING, f"processes compute on the GPUs: {shown}", "end them, or measure on another GPU")
+    return Finding(
+        WARNING, f"processes compute on the GPUs: {some_shown(found)}", "end them, or measure on another GPU"
+    )
 
 
 def _check_gpu_energy(host: Host) -> Finding:
@@ -292,7 +293,7 @@ def _check_disk(host: Host) -> Finding:
     if root is not None:
         folders["Docker"] = root
     free_b = {name: shutil.disk_usage(_existing(folder)).free for name, folder in folders.items()}
-    text = ", ".join(f"{value / 1024**3:.1f} GiB for {name}" for name, value in free_b.items())
+    text = ", ".join(f"{value / GIB:.1f} GiB for {name}" for name, value in free_b.items())
     if min(free_b.values()) < LEAST_DISK_B:
         return Finding(
             FAILED, f"the disk is nearly full: {text}", "make room: docker system df shows what Docker holds"

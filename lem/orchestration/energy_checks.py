@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+from lem.measurement import EnergySource
 from lem.meters.capabilities import Capabilities, CpuCapability
-from lem.orchestration.findings import OK, SKIPPED, WARNING, Finding
-from lem.record import COUNTER
+from lem.orchestration.findings import OK, SKIPPED, WARNING, Finding, some_shown
 
 __all__ = ["PROBE_S", "look_at_cpu_energy", "look_at_gpu_energy"]
 
 # Long enough for three changes of a counter that is updated every half second; most take a quarter of that.
 PROBE_S = 2.5
 
-_MAX_SHOWN = 4
-
 
 def look_at_gpu_energy(found: Capabilities) -> Finding:
     """Whether every GPU has an energy counter, and how fine it is; none of it keeps a campaign from running."""
     if not found.gpus:
         return Finding(SKIPPED, found.gpu_error or "no GPU to look at")
-    worst_first = sorted(found.gpus, key=lambda gpu: (gpu.source is not None, gpu.source == COUNTER))
+    worst_first = sorted(found.gpus, key=lambda gpu: (gpu.source is not None, gpu.source == EnergySource.COUNTER))
     lines = [f"{gpu.meter.label}: {'; '.join(gpu.describe())}" for gpu in worst_first]
-    shown = " · ".join(lines[:_MAX_SHOWN]) + (" …" if len(lines) > _MAX_SHOWN else "")
-    if all(gpu.source == COUNTER for gpu in found.gpus):
+    shown = some_shown(lines, " · ")
+    if all(gpu.source == EnergySource.COUNTER for gpu in found.gpus):
         return Finding(OK, shown)
     if all(gpu.source is not None for gpu in found.gpus):
         remedy = "energy is integrated from power and labelled so; measurement.energy: nvml refuses that"

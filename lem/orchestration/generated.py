@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lem import durable
 from lem.config.scalars import Expanded, simple
-from lem.durable import make_folder
+from lem.durable import json_text, make_folder
 from lem.errors import UserError
 from lem.orchestration.plan import CampaignExperiment
 
@@ -41,7 +40,7 @@ def write_configs(configurations: Iterable[CampaignExperiment]) -> int:
 
 def encode_config(config_dict: Mapping[str, Any]) -> str:
     """The configuration as JSON, which is YAML too; `${VAR}` as it was written, so that no secret lands in a file."""
-    return json.dumps(_as_yaml(config_dict), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(_as_yaml(config_dict))
 
 
 def _write(path: Path, content: str) -> bool:

@@ -6,11 +6,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from lem.meters.gpu_state import GpuReading, GpuState
+from lem.orchestration.findings import some_shown
 
 __all__ = ["ContainerHealthStatus", "gpu_loss", "holders", "judge"]
 
 _GB = 1e9
-_MAX_SHOWN = 4
 
 # What NVML says in a container from which the GPU was taken away while it ran.
 _LOST = frozenset({"Unknown Error", "Not Found", "Insufficient Permissions"})
@@ -97,5 +97,4 @@ def _holds_any(gpu: GpuState, pids: Collection[int]) -> bool:
 
 def _by_whom(gpu: GpuState, own_pids: Collection[int]) -> str:
     others = [str(item.pid) for item in gpu.processes if item.pid not in own_pids]
-    shown = ", ".join(others[:_MAX_SHOWN]) + (" …" if len(others) > _MAX_SHOWN else "")
-    return f"; processes {shown}" if others else ""
+    return f"; processes {some_shown(others)}" if others else ""

@@ -8,10 +8,11 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Any
 
 from lem import durable
+from lem.clock import utc_stamp
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment_config import ExperimentConfig, SyntheticPrompts
 from lem.experiment.prompts import ResolvedPrompts
@@ -98,7 +99,7 @@ def make_run_id(now: datetime, rng: random.Random) -> str:
         now: an aware time.
         rng: tells runs apart that start in one second, here or on another host.
     """
-    return f"{now.astimezone(timezone.utc):%Y%m%dT%H%M%SZ}-{rng.getrandbits(16):04x}"
+    return f"{utc_stamp(now)}-{rng.getrandbits(16):04x}"
 
 
 def campaign_config_hash(campaign: CampaignConfig, config_hashes: Sequence[str]) -> str:

@@ -23,6 +23,7 @@ from lem import durable
 from lem.durable import make_folder
 from lem.errors import LockedError, UserError
 from lem.jsontypes import build_from
+from lem.variables import LOCK_FOLDER_VARIABLE
 
 __all__ = [
     "CAMPAIGN_LOCK_NAME",
@@ -37,7 +38,6 @@ __all__ = [
 ]
 
 CAMPAIGN_LOCK_NAME = "campaign.lock"
-LOCK_FOLDER_VARIABLE = "LEM_LOCK_DIR"
 
 RUN_LOCK = Path("/run/lock")
 # Not `tempfile.gettempdir()`: TMPDIR is another one for each user, or each job.

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from lem.clock import utc_text
 from lem.config.campaign_config import CampaignConfig
 from lem.errors import InfrastructureError, Interrupted, LemError
 from lem.orchestration.attempt import WorkerEvent
 from lem.orchestration.events import Event, Observer
 from lem.orchestration.gaps import GapOutcome, keep_gap
-from lem.orchestration.manifest import COMPLETED, FAILED, RUNNING, Attempt, CampaignManifest, utc_text
+from lem.orchestration.manifest import COMPLETED, FAILED, RUNNING, Attempt, CampaignManifest
 from lem.orchestration.order import GapKind, gaps_before, loads_engine
 from lem.orchestration.plan import CampaignExperiment
 from lem.orchestration.resume import interrupt_entry

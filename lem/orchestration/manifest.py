@@ -10,10 +10,11 @@ import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 
 from lem import durable
+from lem.clock import utc_now, utc_stamp, utc_text
 from lem.durable import make_folder
 from lem.errors import LemError, UserError
 from lem.orchestration.manifest_codec import SCHEMA_VERSION, decode_manifest, encode_manifest
@@ -27,8 +28,6 @@ from lem.orchestration.manifest_entries import (
     Attempt,
     CampaignManifest,
     CampaignManifestEntry,
-    utc_now,
-    utc_text,
 )
 
 __all__ = [
@@ -45,8 +44,6 @@ __all__ = [
     "ManifestManager",
     "decode_manifest",
     "encode_manifest",
-    "utc_now",
-    "utc_text",
 ]
 
 logger = logging.getLogger(__name__)
@@ -147,7 +144,7 @@ class ManifestManager:
         """
         if not self.exists():
             return None
-        stamp = self._now().astimezone(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+        stamp = utc_stamp(self._now())
         stem, suffix = self.manifest_path.stem, self.manifest_path.suffix
         numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
         candidates = (self.manifest_path.with_name(f"{stem}.{stamp}{number}{suffix}") for number in numbers)

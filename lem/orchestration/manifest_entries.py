@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from lem import durable
+from lem.clock import utc_text
 
 __all__ = [
     "COMPLETED",
@@ -23,8 +24,6 @@ __all__ = [
     "CampaignManifest",
     "CampaignManifestEntry",
     "encode_json",
-    "utc_now",
-    "utc_text",
 ]
 
 PENDING, RUNNING, COMPLETED, FAILED, SKIPPED = STATUSES = ("pending", "running", "completed", "failed", "skipped")
@@ -38,16 +37,6 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 def encode_json(value: Any) -> bytes:
     """The value as one line of JSON in UTF-8."""
     return durable.utf8(_ENCODER.encode(value))
-
-
-def utc_text(moment: datetime) -> str:
-    """`2026-07-14T10:00:00.000000Z`: sorts as text as it does in time."""
-    return moment.astimezone(timezone.utc).isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
-def utc_now() -> datetime:
-    """The time now, in UTC."""
-    return datetime.now(timezone.utc)
 
 
 @dataclass(frozen=True)

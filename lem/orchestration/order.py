@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
+from lem.config.names import GROUPED, INTERLEAVED, SHUFFLED, STRUCTURES
+
 __all__ = [
     "ExpectedTime",
     "GapKind",
@@ -49,14 +51,14 @@ def order_experiments(
     Raises:
         ValueError: no such structure.
     """
-    if structure == "grouped":
+    if structure == GROUPED:
         return [(item, cycle) for item in configurations for cycle in range(cycles)]
     groups = _group(configurations, engine_key)
-    if structure == "interleaved":
+    if structure == INTERLEAVED:
         return [(item, cycle) for cycle in range(cycles) for group in groups for item in group]
-    if structure == "shuffled":
+    if structure == SHUFFLED:
         return [(item, cycle) for cycle in range(cycles) for item in _shuffle(groups, seed, cycle)]
-    raise ValueError(f"structure {structure!r} is none of interleaved, shuffled, grouped")
+    raise ValueError(f"structure {structure!r} is none of {', '.join(STRUCTURES)}")
 
 
 def _group(configurations: Sequence[T], engine_key: Callable[[T], str]) -> list[list[T]]:
@@ -82,7 +84,7 @@ def gaps_before(experiments: Sequence[Placed], structure: str) -> list[GapKind |
     ends, so a resumed part of a plan has its gaps in the right places too. The cycle gap then replaces the
     configuration gap.
     """
-    blocks = [item.config_hash if structure == "grouped" else item.cycle_index for item in experiments]
+    blocks = [item.config_hash if structure == GROUPED else item.cycle_index for item in experiments]
     kinds: list[GapKind | None] = [
         "configuration" if one == two else "cycle" for one, two in itertools.pairwise(blocks)
     ]

@@ -16,11 +16,11 @@ from pathlib import Path
 import lem
 from lem import durable
 from lem.errors import UserError
+from lem.variables import CACHE_VARIABLE
 
 __all__ = ["PYZ_NAME", "cache_folder", "provide_pyz"]
 
 PYZ_NAME = "lem.pyz"
-CACHE_VARIABLE = "LEM_CACHE_DIR"
 
 _logger = logging.getLogger(__name__)
 

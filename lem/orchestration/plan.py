@@ -12,6 +12,7 @@ from lem.config.defaults import with_campaign_defaults
 from lem.config.drafts import ExperimentDraft
 from lem.config.experiment_config import ExperimentConfig
 from lem.config.merging import canonical
+from lem.config.names import SHUFFLED
 from lem.config.problems import Problem
 from lem.config.rules import Gpu
 from lem.config.scalars import as_written, restore_references
@@ -131,7 +132,7 @@ class Plan:
     @property
     def shuffle_seed(self) -> int | None:
         """The seed of the order; None where nothing is shuffled."""
-        return self.execution.seed if self.execution.structure == "shuffled" else None
+        return self.execution.seed if self.execution.structure == SHUFFLED else None
 
     @property
     def configurations(self) -> tuple[CampaignExperiment, ...]:

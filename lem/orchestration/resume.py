@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from lem.clock import utc_text
 from lem.errors import UserError
 from lem.orchestration.manifest import (
     COMPLETED,
@@ -20,7 +21,6 @@ from lem.orchestration.manifest import (
     Attempt,
     CampaignManifest,
     CampaignManifestEntry,
-    utc_text,
 )
 
 __all__ = [

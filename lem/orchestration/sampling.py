@@ -18,9 +18,9 @@ from pathlib import Path
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import UserError
 from lem.experiment.channel import RunRequest
-from lem.experiment.clock import NS_PER_S
 from lem.experiment.launch import own_command
 from lem.experiment.sampler_process import SamplerProcess, interval_ms
+from lem.measurement import is_estimate
 from lem.meters.gpus import find_gpus, named_gpus, open_nvml, visible_gpus
 from lem.meters.rapl import find_rapl
 from lem.meters.samples import PART_FILENAME, GpuSample, PartReader, SampleLog, SampleLogError, read_tail
@@ -28,6 +28,7 @@ from lem.orchestration.attempt import WorkerEvent
 from lem.orchestration.baselines import BARE, BaselineBook, Reference
 from lem.orchestration.gaps import RecoveryProbe
 from lem.record import Record
+from lem.units import NS_PER_S
 
 __all__ = ["Attendance", "HostMeters", "has_recovered"]
 
@@ -174,7 +175,7 @@ class HostMeters:
         return tuple(gpu.uuid for gpu in named_gpus(config.gpus, visible_gpus(find_gpus(), self.environ)))
 
     def _has_something_to_read(self, config: ExperimentConfig, gpus: Sequence[str]) -> bool:
-        return bool(gpus) or self.rapl_error is None or config.measurement.energy == "tdp_estimate"
+        return bool(gpus) or self.rapl_error is None or is_estimate(config.measurement.energy)
 
     def _errors(self) -> dict[str, str]:
         named = {"gpu": self.gpu_error, "rapl": self.rapl_error}

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from lem import process
-from lem.experiment.leftovers import MARK_VARIABLE, new_mark
+from lem.experiment.leftovers import new_mark
 from lem.meters.gpu_state import GpuReading
 from lem.orchestration.compose import Compose, ContainerState, Service
 from lem.orchestration.docker import ContainerError, explain
+from lem.variables import MARK_VARIABLE
 
 __all__ = ["UP_TIMEOUT_S", "Services"]
 

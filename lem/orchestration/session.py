@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from lem.clock import utc_text
 from lem.config.campaign_config import CampaignExecutionConfig
 from lem.errors import EngineError, InfrastructureError, Interrupted, UserError
 from lem.experiment.channel import RunRequest
@@ -19,7 +20,7 @@ from lem.orchestration.attempt import Outcome, Timeouts, WorkerEvent
 from lem.orchestration.credentials import find_secrets
 from lem.orchestration.gaps import GapOutcome, RecoveryProbe
 from lem.orchestration.identity import config_hash, prompts_fingerprint
-from lem.orchestration.manifest import Attempt, CampaignManifest, utc_text
+from lem.orchestration.manifest import Attempt, CampaignManifest
 from lem.orchestration.plan import CampaignExperiment
 from lem.orchestration.sampling import HostMeters
 from lem.orchestration.stop import StopRequest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import itertools
 import statistics
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
+from lem.clock import parse_time
 from lem.config.names import MANIFEST_FILENAME
 from lem.errors import UserError
 from lem.orchestration.activity import Activity, read_activity
@@ -27,6 +29,7 @@ from lem.orchestration.manifest import (
 __all__ = [
     "CampaignStatus",
     "Onlooker",
+    "State",
     "boot_time",
     "find_folders",
     "find_manifest",
@@ -35,7 +38,22 @@ __all__ = [
     "read_status",
 ]
 
-STATES = ("running", "waiting", "done", "failed", "stopped", "crashed", "unreadable", "none")
+
+class State(str, enum.Enum):
+    """How a campaign is."""
+
+    RUNNING = "running"
+    WAITING = "waiting"  # holds the lock between runs, or before the first
+    DONE = "done"
+    FAILED = "failed"  # every experiment had its turn
+    STOPPED = "stopped"  # said that it ended early
+    CRASHED = "crashed"  # did not
+    UNREADABLE = "unreadable"
+    NONE = "none"  # has no manifest
+
+    def __str__(self) -> str:  # the same text in every Python, also in an f-string
+        return self.value
+
 
 # A worker sends a heartbeat every 5 s, and each makes the campaign say that it is there.
 SILENCE_S = 60.0
@@ -69,8 +87,6 @@ class CampaignStatus:
 
     Attributes:
         folder: its state folder.
-        state: of `STATES`: `waiting` holds the lock between runs or before the first, `failed` had every experiment its
-            turn, `stopped` said that it ended early, `crashed` did not, `none` has no manifest.
         reason: why it is so, where the state does not say it; for `unreadable` what is wrong with the manifest.
         hint: what to do about it.
         manifest: None where there is none, or it cannot be read.
@@ -81,7 +97,7 @@ class CampaignStatus:
 
     name: str
     folder: Path
-    state: str
+    state: State
     reason: str = ""
     hint: str = ""
     manifest: CampaignManifest | None = None
@@ -153,11 +169,8 @@ def boot_time(stat_file: Path = Path("/proc/stat")) -> datetime | None:
 
 def parse_utc(label: str | None) -> datetime | None:
     """The moment of a UTC label; None for what is none."""
-    try:
-        moment = datetime.fromisoformat((label or "").replace("Z", "+00:00"))
-    except ValueError:
-        return None
-    return moment if moment.tzinfo is not None else None
+    moment = parse_time(label or "")
+    return moment if moment is not None and moment.tzinfo is not None else None
 
 
 def read_status(folder: Path, onlooker: Onlooker, manifest_path: Path | None = None) -> CampaignStatus:
@@ -172,12 +185,12 @@ def read_status(folder: Path, onlooker: Onlooker, manifest_path: Path | None = N
     try:
         manifest = ManifestManager(path).load_strict()
     except UserError as error:
-        return CampaignStatus(folder.name, folder, "unreadable", error.message, error.hint)
+        return CampaignStatus(folder.name, folder, State.UNREADABLE, error.message, error.hint)
     name = manifest.campaign_name if manifest else holder.campaign if holder else folder.name
     if is_held:
         return _of_held(name, folder, onlooker, manifest, holder)
     if manifest is None:
-        return CampaignStatus(name, folder, "none", f"no manifest at {path}: it never began to measure")
+        return CampaignStatus(name, folder, State.NONE, f"no manifest at {path}: it never began to measure")
     return _of_free(name, folder, onlooker, manifest, holder)
 
 
@@ -192,14 +205,14 @@ def _of_held(
         reason = "it has not begun to measure: it waits for its time, is starting, or asks something"
         if has_ended:
             reason = "its run ended; it waits for the next one, or is ending"
-        return CampaignStatus(name, folder, "waiting", reason, "", manifest, activity, holder)
+        return CampaignStatus(name, folder, State.WAITING, reason, "", manifest, activity, holder)
     reason, hint = "", ""
     silent_s = _seconds_since(activity.updated_at, onlooker) if activity is not None else None
     if activity is not None and silent_s is not None and silent_s > SILENCE_S:
         reason = f"nothing was heard of it since {_short(activity.updated_at)}: it hangs, or the machine slept"
         hint = f"see whether process {activity.pid} on {activity.host} still works; it may be waiting for a disk"
     left_s = _left_s(activity, manifest, onlooker)
-    return CampaignStatus(name, folder, "running", reason, hint, manifest, activity, holder, left_s)
+    return CampaignStatus(name, folder, State.RUNNING, reason, hint, manifest, activity, holder, left_s)
 
 
 def _has_begun(manifest: CampaignManifest, holder: Holder | None) -> bool:
@@ -220,14 +233,14 @@ def _of_free(
     has_not_ended = activity is not None and activity.doing != "ended"
     if manifest.get_by_status(RUNNING) or has_not_ended:
         reason, hint = _why_crashed(manifest, activity, holder, onlooker)
-        return CampaignStatus(name, folder, "crashed", reason, hint, manifest, activity, None, left_s)
+        return CampaignStatus(name, folder, State.CRASHED, reason, hint, manifest, activity, None, left_s)
     is_cut_off = activity is not None and activity.stopped is not None
     if is_cut_off or manifest.get_by_status(PENDING):
         said = _ENDINGS.get(activity.stopped or "", "") if activity is not None else ""
         more = activity.message if activity is not None else ""
         reason = ": ".join(text for text in (said, more) if text)
-        return CampaignStatus(name, folder, "stopped", reason, "", manifest, activity, None, left_s)
-    state = "done" if manifest.is_complete else "failed"
+        return CampaignStatus(name, folder, State.STOPPED, reason, "", manifest, activity, None, left_s)
+    state = State.DONE if manifest.is_complete else State.FAILED
     remark = activity.message if activity is not None else ""
     return CampaignStatus(name, folder, state, remark, "", manifest, activity, None, left_s or None)
 

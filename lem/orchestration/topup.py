@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from lem.config.campaign_config import CampaignConfig
+from lem.config.names import GROUPED
 from lem.errors import UserError
 from lem.orchestration.manifest import CampaignManifest
 from lem.orchestration.manifest_entries import TOP_UP_NOTE
@@ -18,6 +19,7 @@ from lem.results.precision import (
     Target,
     measure_precision,
 )
+from lem.units import some_of
 
 __all__ = ["Decision", "added_cycles", "check_rule", "decide", "make_rule", "note_cycles", "with_cycles"]
 
@@ -61,7 +63,7 @@ def check_rule(campaign: CampaignConfig, rule: StoppingRule) -> None:
     execution, daemon = campaign.execution, campaign.daemon
     if daemon is not None and daemon.enabled:
         raise UserError("--until and a daemon exclude each other", "a daemon runs the campaign as it stands, again")
-    if execution.structure == "grouped":
+    if execution.structure == GROUPED:
         raise UserError(
             "--until adds whole cycles, and structure grouped has none: AAA BBB",
             "use --structure interleaved or shuffled",
@@ -93,12 +95,12 @@ def decide(records: Iterable[Record], rule: StoppingRule, cycles: int) -> Decisi
     found = measure_precision(records, rule.target, rule.least_cycles)
     what = f"{rule.target.describe()} ({found.metric}, 95 % t interval)"
     without = [f"{name} ({reason.removesuffix(': no interval')})" for name, reason in found.without]
-    left_out = f"; without an interval, and left out: {_listed(without)}" if without else ""
+    left_out = f"; without an interval, and left out: {some_of(without, _SHOWN)}" if without else ""
     if not found.wide:
         said = f"every interval is within {what} after {cycles} cycles" if found.narrow else "no cycle is added"
         said += "" if found.narrow or found.without else ", since there is no result to look at"
         return Decision(False, f"Top-up: {said}{left_out}")
-    wide = _listed([item.describe() for item in sorted(found.wide, key=_width, reverse=True)])
+    wide = some_of([item.describe() for item in sorted(found.wide, key=_width, reverse=True)], _SHOWN)
     if cycles >= rule.most_cycles:
         return Decision(False, f"Top-up: {cycles} cycles are the most, and wider than {what} is {wide}{left_out}")
     return Decision(True, f"Top-up: cycle {cycles + 1} is added, wider than {what} is {wide}{left_out}")
@@ -117,8 +119,3 @@ def note_cycles(manifest: CampaignManifest, cycles: int, at: str, reason: str) -
 
 def _width(item: Precision) -> float:
     return float("inf") if item.half_width is None else item.half_width
-
-
-def _listed(texts: Sequence[str]) -> str:
-    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
-    return ", ".join(texts[:_SHOWN]) + more

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lem.jsontypes import shown
-from lem.record import GPU_SOURCES, TDP_ESTIMATE, Record
+from lem.measurement import is_estimate, is_gpu_source
+from lem.record import Record
 from lem.record_codec import RecordError, decode_record
-from lem.results.bootstrap import BootstrapResult, bootstrap_ci, check_confidence
+from lem.results.bootstrap import CONFIDENCE, BootstrapResult, bootstrap_ci, check_confidence
 from lem.results.cycles import Cycles, by_cycle, cycle_values, distinct, share_a_load, used_cycles
 from lem.results.metrics import METRICS, Metric
 from lem.results.statistics import LogTInterval, bootstrap_coverage_label, log_t_interval
@@ -116,17 +117,17 @@ class ConfigAggregate:
     @property
     def is_estimate(self) -> bool:
         """Whether some of its energy is an estimate, which must be shown as one."""
-        return TDP_ESTIMATE in self.energy_sources
+        return any(map(is_estimate, self.energy_sources))
 
     @property
     def is_all_estimate(self) -> bool:
         """Whether all of its energy is an estimate."""
-        return self.energy_sources == (TDP_ESTIMATE,)
+        return bool(self.energy_sources) and all(map(is_estimate, self.energy_sources))
 
     @property
     def is_by_board_sensors(self) -> bool:
         """Whether some of its energy comes from the sensors on GPU boards, which are off by up to 5 % per card."""
-        return not GPU_SOURCES.isdisjoint(self.energy_sources)
+        return any(map(is_gpu_source, self.energy_sources))
 
     def to_dict(self) -> dict[str, Any]:
         """The aggregate as JSON values, metrics in their groups: `["throughput"]["output_tok_per_s"]`."""
@@ -151,7 +152,7 @@ def estimate_note(configurations: Iterable[ConfigAggregate]) -> str:
 
 
 def aggregate_campaign_results(
-    results: Mapping[str, Sequence[Record | Mapping[str, Any] | None]], confidence: float = 0.95
+    results: Mapping[str, Sequence[Record | Mapping[str, Any] | None]], confidence: float = CONFIDENCE
 ) -> dict[str, dict[str, Any]]:
     """The aggregate of each configuration as JSON values, by configuration name.
 
@@ -173,7 +174,7 @@ def aggregate_campaign_results(
 def aggregate_config(
     config_name: str,
     results: Sequence[Record | Mapping[str, Any] | None],
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
     n_failed: int = 0,
     metrics: Sequence[Metric] = METRICS,
 ) -> ConfigAggregate:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from lem.errors import UserError
 from lem.record import Record
+from lem.results.bootstrap import CONFIDENCE
 from lem.results.comparability import blocking_reason, find_obstacles
 from lem.results.compare import (
     AnchorFinding,
@@ -50,7 +51,7 @@ def compare_runs(
     tolerance: float = _TOLERANCE,
     metrics: Sequence[Metric] = (),
     gates: Sequence[Gate] = (),
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
 ) -> Comparison:
     """The configurations of `after` against their counterparts in `before`.
 

@@ -13,12 +13,9 @@ from typing import Any
 from lem import durable
 from lem.durable import reason_of, remedy_for
 from lem.errors import InfrastructureError, UserError
+from lem.record import CONFIG_FILE, LOG_FILE, PROMPTS_FILE, RESULT_FILE
 
 __all__ = [
-    "CONFIG_FILE",
-    "LOG_FILE",
-    "PROMPTS_FILE",
-    "RESULT_FILE",
     "AttemptFolder",
     "attempt_number",
     "check_name",
@@ -26,10 +23,6 @@ __all__ = [
     "stopping_campaign",
 ]
 
-CONFIG_FILE = "config.json"
-PROMPTS_FILE = "prompts.jsonl"
-RESULT_FILE = "result.json"
-LOG_FILE = "log.txt"
 
 CONFIG_SCHEMA_VERSION = 1
 

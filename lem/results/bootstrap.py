@@ -18,6 +18,9 @@ from typing import Any
 
 __all__ = ["BootstrapResult", "bootstrap_ci", "check_confidence", "compute_metric_ci"]
 
+# Of every interval, unless another one is asked for.
+CONFIDENCE = 0.95
+
 
 @dataclass(frozen=True)
 class BootstrapResult:
@@ -42,7 +45,7 @@ class BootstrapResult:
 
 
 def bootstrap_ci(
-    samples: Iterable[float], n_iterations: int = 1000, confidence: float = 0.95, seed: int = 42
+    samples: Iterable[float], n_iterations: int = 1000, confidence: float = CONFIDENCE, seed: int = 42
 ) -> BootstrapResult:
     """The mean of `samples` with its percentile bootstrap interval; the same arguments give the same interval.
 
@@ -76,7 +79,7 @@ def bootstrap_ci(
 
 
 def compute_metric_ci(
-    values: Iterable[float | None], metric_name: str = "", confidence: float = 0.95
+    values: Iterable[float | None], metric_name: str = "", confidence: float = CONFIDENCE
 ) -> dict[str, Any]:
     """The fields of `bootstrap_ci` as JSON values, with the metric's name.
 

@@ -5,17 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from lem.record import AVERAGE_POWER, CROSSCHECK_TOLERANCE, INSTANT_POWER, REST_TOLERANCE, WINDOW_UPDATES, Record
+from lem.measurement import (
+    CROSSCHECK_TOLERANCE,
+    REST_TOLERANCE,
+    SHORT_WINDOW_S,
+    WINDOW_UPDATES,
+    is_integrated_power,
+)
+from lem.record import Record
 from lem.results.aggregation import SHARED_LOAD
-from lem.results.comparability import find_obstacles
+from lem.results.comparability import LENGTH_TOLERANCE, find_obstacles
 from lem.results.compare import RunResults, exclusion_reason
-from lem.results.findings import Finding, Found, among_results, percent
+from lem.results.findings import Finding, Found, among_results
+from lem.units import percent
 
 __all__ = ["check_results"]
 
 _CAPPED_FROM = 0.01
-_LENGTH_TOLERANCE = 0.01
-_SHORT_WINDOW_S = 10.0
 _GAP_CAP_REACHED = "cap reached"
 
 # Warnings of records that a check here, or its own sentence, says already.
@@ -87,8 +93,8 @@ def _windows(run: RunResults) -> Found:
     yield from among_results(
         run,
         "short_window",
-        f"a window under {_SHORT_WINDOW_S:g} s or {WINDOW_UPDATES} updates of the energy counter",
-        f"set measurement.min_window_sec to {_SHORT_WINDOW_S:g} or more, or give more prompts",
+        f"a window under {SHORT_WINDOW_S:g} s or {WINDOW_UPDATES} updates of the energy counter",
+        f"set measurement.min_window_sec to {SHORT_WINDOW_S:g} or more, or give more prompts",
         _is_short,
         is_weak=False,
     )
@@ -169,7 +175,7 @@ def _meters(run: RunResults) -> Found:
         "integrated_power",
         "energy is integrated from power samples, since there is no energy counter",
         "a sensor that looks part of the time is off under a load with a rhythm: raise measurement.min_window_sec",
-        lambda item: item.energy.primary_j.source in (INSTANT_POWER, AVERAGE_POWER),
+        lambda item: is_integrated_power(item.energy.primary_j.source),
         is_weak=False,
     )
 
@@ -212,7 +218,7 @@ def _work(run: RunResults) -> Found:
     for item in measured:
         by_limit.setdefault(item.used[0].requested.get("max_output_tokens"), {})[item.name] = _length(item.used)
     unlike = [
-        group for group in by_limit.values() if max(group.values()) > (1 + _LENGTH_TOLERANCE) * min(group.values())
+        group for group in by_limit.values() if max(group.values()) > (1 + LENGTH_TOLERANCE) * min(group.values())
     ]
     for group in unlike:
         low, high = min(group.values()), max(group.values())
@@ -278,7 +284,7 @@ def _capped_share(record: Record) -> float:
 
 def _is_short(record: Record) -> bool:
     period_s = record.energy.counter_update_period_s
-    needed_s = max(_SHORT_WINDOW_S, WINDOW_UPDATES * period_s if period_s else 0.0)
+    needed_s = max(SHORT_WINDOW_S, WINDOW_UPDATES * period_s if period_s else 0.0)
     return record.window.window_s < needed_s
 
 

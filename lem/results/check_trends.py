@@ -8,13 +8,15 @@ import statistics
 from collections.abc import Sequence
 
 from lem.record import Record, ResultKey
+from lem.results.bootstrap import CONFIDENCE
 from lem.results.compare import RunResults, Subject, find_effect
 from lem.results.drift import Drift, Observation, change_of, drift_of
-from lem.results.findings import Finding, Found, percent
+from lem.results.findings import Finding, Found
 from lem.results.gate import cycles_to_settle
-from lem.results.metrics import METRICS, Metric
+from lem.results.metrics import METRIC_BY_NAME, Metric
 from lem.results.precision import MOST_CYCLES, half_width_ratio
 from lem.results.statistics import student_t_quantile
+from lem.units import percent
 
 __all__ = ["TREND_METRICS", "check_trends", "position_effect", "primary_metric"]
 
@@ -25,10 +27,9 @@ _PAIRS_SHOWN = 5
 _ROUNDS = 100
 
 _ENERGY, _THROUGHPUT = "energy_per_output_tok_j", "output_tok_per_s"
-_BY_NAME = {metric.name: metric for metric in METRICS}
 
 # What is looked at; the aggregates of others would take seconds of a large campaign.
-TREND_METRICS = (_BY_NAME[_ENERGY], _BY_NAME[_THROUGHPUT])
+TREND_METRICS = (METRIC_BY_NAME[_ENERGY], METRIC_BY_NAME[_THROUGHPUT])
 
 
 def check_trends(run: RunResults) -> Found:
@@ -41,8 +42,8 @@ def check_trends(run: RunResults) -> Found:
 
 def primary_metric(run: RunResults) -> Metric:
     """Energy per output token where every configuration with a result has it, else the output throughput."""
-    measured = [item.mean(_BY_NAME[_ENERGY]) is not None for item in run.subjects if item.cycles]
-    return _BY_NAME[_ENERGY if measured and all(measured) else _THROUGHPUT]
+    measured = [item.mean(METRIC_BY_NAME[_ENERGY]) is not None for item in run.subjects if item.cycles]
+    return METRIC_BY_NAME[_ENERGY if measured and all(measured) else _THROUGHPUT]
 
 
 def position_effect(run: RunResults, metric: Metric) -> Drift | None:
@@ -71,7 +72,7 @@ def position_effect(run: RunResults, metric: Metric) -> Drift | None:
     slope = math.fsum(step * log for step, log in zip(steps, logs, strict=True)) / squares
     left = math.fsum((log - slope * step) ** 2 for step, log in zip(steps, logs, strict=True))
     length = max(places.values())
-    half = student_t_quantile(0.975, freedom) * math.sqrt(left / freedom / squares) * length
+    half = student_t_quantile((1 + CONFIDENCE) / 2, freedom) * math.sqrt(left / freedom / squares) * length
     total = slope * length
     return Drift(change_of(total), change_of(total - half), change_of(total + half), len(rows))
 

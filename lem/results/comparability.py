@@ -11,7 +11,7 @@ from lem.record import Record
 __all__ = ["Obstacle", "blocking_reason", "find_obstacles"]
 
 # Lengths are whole tokens; what differs by less comes from a rare early end.
-_LENGTH_TOLERANCE = 0.01
+LENGTH_TOLERANCE = 0.01
 _ID_SHOWN = 12
 _ALL_GROUPS = ("energy", "throughput", "tokens", "latency")
 
@@ -86,7 +86,7 @@ def _cards(before: Iterable[Record], after: Iterable[Record], *, is_blocking: bo
 
 def _lengths(before: Sequence[Record], after: Sequence[Record]) -> Obstacle | None:
     found = [statistics.fmean(lengths) for side in (before, after) if (lengths := _output_lengths(side))]
-    if len(found) < 2 or abs(found[0] - found[1]) <= _LENGTH_TOLERANCE * max(found):
+    if len(found) < 2 or abs(found[0] - found[1]) <= LENGTH_TOLERANCE * max(found):
         return None
     return Obstacle(f"other output lengths: {found[0]:.4g} against {found[1]:.4g} tokens a request")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from lem.errors import ExitCode
 from lem.record import Record
 from lem.results.aggregation import SHARED_LOAD, ConfigAggregate, aggregate_config
+from lem.results.bootstrap import CONFIDENCE
 from lem.results.comparability import Obstacle, blocking_reason, find_obstacles
 from lem.results.cycles import Cycles, by_cycle, cycle_values, distinct, used_cycles
 from lem.results.effect import Effect, paired_effect
@@ -191,7 +192,7 @@ def gather(
     records: Iterable[Record],
     failed: Mapping[str, int] | None = None,
     *,
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
     metrics: Sequence[Metric] = METRICS,
     stopping: StoppingRule | None = None,
 ) -> RunResults:
@@ -234,7 +235,7 @@ def compare_configurations(
     *,
     metrics: Sequence[Metric] = (),
     gates: Sequence[Gate] = (),
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
 ) -> Comparison:
     """Each of `others` against `baseline`, paired within cycles.
 

@@ -11,16 +11,15 @@ from lem import units
 from lem.results.aggregation import estimate_note
 from lem.results.compare import SIGNIFICANCE, Comparison, Pair, Row, RunResults, Subject
 from lem.results.gate import MOST_FURTHER_CYCLES, Gate, Judgement, Verdict
-from lem.results.layout import Column
+from lem.results.layout import NAMES_SHOWN, Column
 from lem.results.metrics import Metric
 from lem.results.precision import UNACCOUNTED
 from lem.results.settings import differing_settings, shared_settings
+from lem.units import ABSENT, some_of
 
 __all__ = ["Content", "Table", "content_of", "headline"]
 
-_NONE = "–"
 _DECIMALS = (2, 4)
-_NAMES_SHOWN = 4
 # Names stand under the heading and want the rest of the 80 columns.
 _HEADING_WIDTH = 20
 
@@ -154,7 +153,7 @@ def _goodness(metric: Metric, row: Row) -> float:
 def _times(comparison: Comparison, row: Row) -> str:
     """`0.41 ×`."""
     if row.effect is None:
-        return _NONE
+        return ABSENT
     return f"{_ratio(row.effect.ratio, _own_decimals(comparison, row))} ×"
 
 
@@ -193,7 +192,7 @@ def _within_lines(
     baseline = comparison.pairs[0].baseline
     estimate = baseline.aggregate.metrics[metric.name]
     mean = baseline.mean(metric)
-    reference = ("1", "baseline") if mean is not None else (_NONE, "")
+    reference = ("1", "baseline") if mean is not None else (ABSENT, "")
     yield baseline.name, (str(len(estimate.values)), _mean(metric, mean), *reference, "", "")
     for pair, row in rows:
         n = len(pair.other.aggregate.metrics[metric.name].values)
@@ -227,9 +226,9 @@ def _columns(comparison: Comparison, cells: Sequence[Sequence[str]]) -> Iterable
 
 def _effect_cells(comparison: Comparison, row: Row, decimals: int | None) -> tuple[str, ...]:
     if row.effect is None:
-        return (_NONE, _NONE, _NONE, _verdict(row.judgement))
+        return (ABSENT, ABSENT, ABSENT, _verdict(row.judgement))
     interval = row.effect.interval(comparison.confidence)
-    shown = _NONE if interval is None else _bounds(interval, decimals)
+    shown = ABSENT if interval is None else _bounds(interval, decimals)
     return (_ratio(row.effect.ratio, decimals), shown, _p(row.p_adjusted), _verdict(row.judgement))
 
 
@@ -243,7 +242,7 @@ def _verdict(judgement: Judgement | None) -> str:
 
 def _p(value: float | None) -> str:
     if value is None:
-        return _NONE
+        return ABSENT
     text = "<0.001" if value < 0.001 else f"{value:.3f}"
     return text if value < SIGNIFICANCE else f"~ {text}"
 
@@ -274,7 +273,7 @@ def _settings_table(subjects: Sequence[tuple[str, Subject]]) -> Table | None:
     differing = differing_settings([subject.settings for _, subject in subjects])
     if not differing:
         return None
-    table = [Column(label, tuple(value or _NONE for value in values)) for label, values in differing.items()]
+    table = [Column(label, tuple(value or ABSENT for value in values)) for label, values in differing.items()]
     return Table("Differing settings", tuple(name for name, _ in subjects), tuple(table))
 
 
@@ -341,7 +340,7 @@ def _gate_line(comparison: Comparison, gate: Gate) -> str:
             found[row.judgement.verdict].append(pair.other.name + _further(row.judgement))
     words = {Verdict.WITHIN: f"within {_percent(gate)}"}
     order = (Verdict.WORSE, Verdict.INCONCLUSIVE, Verdict.WITHIN, Verdict.BETTER)
-    said = [f"{words.get(item, item.value)}: {_some(found[item])}" for item in order if found[item]]
+    said = [f"{words.get(item, item.value)}: {some_of(found[item], NAMES_SHOWN)}" for item in order if found[item]]
     return f"gate {gate.metric.name}={_percent(gate)}: {'; '.join(said) or 'nothing to judge'}"
 
 
@@ -403,12 +402,9 @@ def _rows(comparison: Comparison, metric: Metric) -> Iterable[tuple[Pair, Row]]:
 
 
 def _of(comparison: Comparison, names: Sequence[str]) -> str:
-    return "" if len(comparison.pairs) == 1 or len(names) == len(comparison.pairs) else f" ({_some(names)})"
-
-
-def _some(names: Sequence[str]) -> str:
-    left = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {left} more" if left > 0 else "")
+    return (
+        "" if len(comparison.pairs) == 1 or len(names) == len(comparison.pairs) else f" ({some_of(names, NAMES_SHOWN)})"
+    )
 
 
 def _percent(gate: Gate) -> str:

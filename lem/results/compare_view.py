@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from lem.log import WIDTH, bounded_width
 from lem.results.compare import Comparison, Pair, Row, Subject
 from lem.results.compare_content import Content, Table, content_of, headline
 from lem.results.layout import Column, columns, paint, printable, text_width, wrapped
@@ -17,15 +18,13 @@ SCHEMA_VERSION = 1
 # Stands for a blank at which no line may end: before a unit.
 _FIRM = "␠"
 
-# A terminal can say it is 0 columns wide, and lines over 120 are hard to read.
-_WIDTHS = (72, 120)
 _NAME_ROOM = 24
 
 
-def render_text(comparison: Comparison, *, is_colour: bool = False, width: int = 80) -> str:
+def render_text(comparison: Comparison, *, is_colour: bool = False, width: int = WIDTH) -> str:
     """The comparison as text that ends in a newline: what is not comparable, the answer, tables, notes."""
     content = content_of(comparison)
-    width = min(max(width, _WIDTHS[0]), _WIDTHS[1])
+    width = bounded_width(width)
 
     def painted(lines: Iterable[str], style: str) -> list[str]:
         return [paint(line, style, is_colour=is_colour) for line in lines]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from lem import units
+from lem.log import WIDTH
 from lem.record import Distribution, Record
 from lem.results.layout import Column, columns, paint, wrapped
+from lem.results.metrics import LATENCIES
 
 __all__ = ["render_record"]
 
@@ -14,7 +16,7 @@ _LABEL_WIDTH = 12
 _PERCENTILES = ("mean", "p50", "p90", "p95", "p99")
 
 
-def render_record(record: Record, *, is_colour: bool = False, width: int = 80) -> str:
+def render_record(record: Record, *, is_colour: bool = False, width: int = WIDTH) -> str:
     """The result as text that ends in a newline; the whole of it is in its JSON."""
     identity = record.identity
     title = f"{identity.config_name} · cycle {identity.cycle_index + 1} · attempt {identity.attempt}"
@@ -93,7 +95,7 @@ def _energy(record: Record) -> str:
 
 def _latency_lines(record: Record, width: int) -> list[str]:
     latency = record.latency
-    kinds = {name: getattr(latency, f"{name}_s") for name in ("ttft", "tpot", "itl", "e2e", "queue")}
+    kinds = {name: getattr(latency, f"{name}_s") for name in LATENCIES}
     seen: dict[str, Distribution] = {name: value for name, value in kinds.items() if value is not None}
     lines: list[str] = []
     if seen:

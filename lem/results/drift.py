@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lem.results.bootstrap import CONFIDENCE
 from lem.results.statistics import student_t_quantile
 
 __all__ = ["DRIFT_FLAGGED", "Drift", "Observation", "change_of", "drift_of", "relative_to_own_mean"]
@@ -90,7 +91,7 @@ def drift_of(observations: Sequence[Observation]) -> Drift | None:
     half = None
     if freedom > 0:
         left = math.fsum((log - slope * step) ** 2 for step, log in zip(steps, logs, strict=True))
-        half = student_t_quantile(0.975, freedom) * math.sqrt(left / freedom / squares) * length
+        half = student_t_quantile((1 + CONFIDENCE) / 2, freedom) * math.sqrt(left / freedom / squares) * length
     total = slope * length
     if half is None:
         return Drift(change_of(total), None, None, len(kept))

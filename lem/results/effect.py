@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lem.results.bootstrap import CONFIDENCE
 from lem.results.statistics import student_t_cdf, student_t_quantile
 
 __all__ = ["Effect", "anchored_effect", "paired_effect"]
@@ -48,7 +49,7 @@ class Effect:
         """One-sided, of the true log ratio being at least `bound`: a small one says that it is below."""
         return self._tail(self.log_ratio - bound)
 
-    def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
+    def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
         """The Student t interval of the ratio."""
         if self.std_error is None or self.df is None:
             return None

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lem.config.problems import did_you_mean
+from lem.durable import json_text
 from lem.errors import UserError
 from lem.record import Distribution, Gpu, Record, ResultKey, parts_of_source
 from lem.results.cycles import used_records
 from lem.results.layout import printable
+from lem.results.metrics import LATENCIES
 
 __all__ = ["FORMATS", "Exported", "Table", "make_table", "render", "summary_columns", "with_columns"]
 
@@ -28,7 +30,7 @@ FORMATS = ("csv", "json", "jsonl", "markdown")
 
 _SECTIONS = ("validity", "window", "energy", "idle", "work", "throughput")
 _LATER_SECTIONS = ("compute", "efficiency", "carbon", "environment")
-_LATENCIES = ("ttft_s", "tpot_s", "itl_s", "e2e_s", "queue_s")
+_LATENCIES = tuple(f"{name}_s" for name in LATENCIES)
 _DISTRIBUTION = tuple(item.name for item in dataclasses.fields(Distribution))
 _GPU = tuple(item.name for item in dataclasses.fields(Gpu) if item.name != "null_reasons")
 _NOT_FOR_THIS_ONE = "not given for this experiment"
@@ -263,7 +265,7 @@ def _not_a_formula(text: str) -> str:
 
 
 def _as_json(table: Table) -> str:
-    return json.dumps(_documents(table), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(_documents(table))
 
 
 def _as_json_lines(table: Table) -> str:

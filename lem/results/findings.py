@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lem.record import Record
 from lem.results.compare import RunResults
 
-__all__ = ["Finding", "Found", "among_results", "percent"]
+__all__ = ["Finding", "Found", "among_results"]
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,3 @@ def among_results(
     if concerned:
         total = sum(len(looked_at[name]) for name in concerned)
         yield Finding(kind, is_weak, f"{what} in {sum(counts.values())} of {total} results", remedy, concerned)
-
-
-def percent(share: float) -> str:
-    """`1.2 %`, `0.03 %`."""
-    return f"{100 * share:.2g} %" if abs(share) < 0.1 else f"{100 * share:.0f} %"

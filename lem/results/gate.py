@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from lem.config.problems import did_you_mean
 from lem.errors import UserError
+from lem.results.bootstrap import CONFIDENCE
 from lem.results.effect import Effect
 from lem.results.metrics import METRICS, Metric
 from lem.results.statistics import student_t_quantile
@@ -123,7 +124,9 @@ def parse_gate(text: str) -> Gate:
     return Gate(parse_metric(metric, is_for_gate=True), threshold)
 
 
-def judge(questions: Sequence[tuple[Gate, Effect | None, str]], *, confidence: float = 0.95) -> tuple[Judgement, ...]:
+def judge(
+    questions: Sequence[tuple[Gate, Effect | None, str]], *, confidence: float = CONFIDENCE
+) -> tuple[Judgement, ...]:
     """What the gates say, each of one comparison, so that all verdicts hold together with `confidence`.
 
     Each claims the one of three regions (worse than the threshold, within it, better than it) that holds its whole t
@@ -149,7 +152,7 @@ def judge(questions: Sequence[tuple[Gate, Effect | None, str]], *, confidence: f
     )
 
 
-def cycles_to_settle(effect: Effect, bound: float, confidence: float = 0.95) -> int | None:
+def cycles_to_settle(effect: Effect, bound: float, confidence: float = CONFIDENCE) -> int | None:
     """How many more cycles would place the whole interval on one side of each bound, if nothing else changes.
 
     Args:

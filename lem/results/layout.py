@@ -8,20 +8,36 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Column", "NameShortener", "columns", "paint", "printable", "text_width", "without_numbers", "wrapped"]
+from lem import log
 
-_STYLES = {"bold": "1", "dim": "2", "red": "31", "yellow": "33"}
+__all__ = [
+    "Column",
+    "NameShortener",
+    "columns",
+    "name_tokens",
+    "paint",
+    "printable",
+    "text_width",
+    "without_numbers",
+    "wrapped",
+]
+
+# What a table lets a name have, and how many names a sentence lists.
+NAME_WIDTH = 36
+NAMES_SHOWN = 4
+
 _GAP = 2
 _NAME_MIN = 16
 
-# Names are cut and wrapped after these; `_`, `=` and `.` hold words and values together.
-_TOKEN = re.compile(r"[^-,/;:|· ]*[-,/;:|· ]*")
+# Names are cut and wrapped after these and blanks; `_`, `=` and `.` hold words and values together.
+SEPARATORS = "-,/;:|·"
+_TOKEN = re.compile(rf"[^{SEPARATORS} ]*[{SEPARATORS} ]*")
 _NUMBER = re.compile(r"[0-9]+(?:[.][0-9]+)?")
 
 
 def paint(text: str, style: str, *, is_colour: bool) -> str:
-    """`text` in a style (bold, dim, red, yellow) where colour is wanted."""
-    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if is_colour and text else text
+    """`text` in a style of `lem.log` where colour is wanted."""
+    return log.paint(text, style) if is_colour and text else text
 
 
 def printable(text: str) -> str:
@@ -32,6 +48,11 @@ def printable(text: str) -> str:
 def without_numbers(text: str) -> str:
     """`text` with every number as `#`: the same for messages that differ in nothing else."""
     return _NUMBER.sub("#", text)
+
+
+def name_tokens(name: str) -> list[str]:
+    """The parts of a name, each with the separators behind it."""
+    return [token for token in _TOKEN.findall(printable(name)) if token]
 
 
 def text_width(text: str) -> int:
@@ -127,7 +148,7 @@ def _wrap_name(name: str, width: int) -> list[str]:
     """The name in lines of `width`, broken after separators where it can be, following lines indented."""
     indent = "  "
     lines = [""]
-    for token in (token for token in _TOKEN.findall(name) if token):
+    for token in name_tokens(name):
         if text_width(lines[-1] + token.rstrip()) > width and lines[-1].strip():
             lines.append(indent)
         lines[-1] += token

@@ -7,7 +7,6 @@ adds what is new and changes nothing else.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 import tempfile
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lem import durable
-from lem.durable import make_folder, reason_of, remedy_for
+from lem.durable import make_folder, reason_of, remedy_for, sha256_of
 from lem.errors import UserError
 from lem.record import Record, ResultKey
 from lem.results.fleet_plan import FleetPlan
@@ -75,7 +74,7 @@ def gather(folders: Sequence[Path], *, campaign: str | None = None, plan: FleetP
             if plan is not None and identity.run_id != plan.run_id:
                 foreign.add(identity.run_id)
                 continue
-            digest = hashlib.sha256(item.path.read_bytes()).hexdigest()
+            digest = sha256_of(item.path)
             known = digests.setdefault(identity.key, digest)
             if known != digest:
                 conflicts.append(f"{found[identity.key].path} and {item.path}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lem.record import Record
 
-__all__ = ["METRICS", "Metric"]
+__all__ = ["LATENCIES", "METRICS", "METRIC_BY_NAME", "Metric"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _lowered(label: str) -> str:
     return label if label[:2].isupper() else label[0].lower() + label[1:]
 
 
-_LATENCIES = {
+LATENCIES = {
     "ttft": "Time to first token",
     "tpot": "Time per output token",
     "itl": "Inter-token latency",
@@ -81,7 +82,7 @@ _LATENCIES = {
 
 
 def _latency_metrics() -> Iterable[Metric]:
-    for kind, words in _LATENCIES.items():
+    for kind, words in LATENCIES.items():
         for percentile, called in (("p50", "median"), ("p95", "p95")):
             relation = f"has {{}} the {called} {words.lower()} of"
             label = f"{words}, {called}"
@@ -104,3 +105,5 @@ METRICS: tuple[Metric, ...] = (
     _tokens("output_tok", "Output tokens"),
     *_latency_metrics(),
 )
+
+METRIC_BY_NAME = types.MappingProxyType({metric.name: metric for metric in METRICS})

@@ -18,7 +18,7 @@ from lem.results.aggregation import SHARED_LOAD, aggregate_config
 from lem.results.attempt import stopping_campaign
 from lem.results.metrics import METRICS
 from lem.results.statistics import LogTInterval
-from lem.units import parse_percentage
+from lem.units import parse_percentage, percent
 
 __all__ = [
     "LEAST_CYCLES",
@@ -155,7 +155,7 @@ def parse_target(text: str) -> Target:
 
 def percent_text(half_width: float) -> str:
     """`±2 %`, `±0.35 %`."""
-    return f"±{100 * half_width:.2g} %" if half_width < 0.1 else f"±{100 * half_width:.0f} %"
+    return f"±{percent(half_width)}"
 
 
 def half_width_ratio(interval: LogTInterval) -> float | None:

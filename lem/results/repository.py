@@ -23,17 +23,10 @@ from typing import Any
 from lem import durable
 from lem.durable import make_folder, reason_of, remedy_for
 from lem.errors import UserError
-from lem.record import Identity, Record
+from lem.record import CONFIG_FILE, RESULT_FILE, Identity, Record
 from lem.record_codec import RecordError, read_record
-from lem.results.attempt import (
-    CONFIG_FILE,
-    RESULT_FILE,
-    AttemptFolder,
-    attempt_number,
-    check_name,
-    is_name,
-    stopping_campaign,
-)
+from lem.results.attempt import AttemptFolder, attempt_number, check_name, is_name, stopping_campaign
+from lem.units import MIB
 
 __all__ = [
     "Problem",
@@ -51,7 +44,7 @@ __all__ = [
 _HOST_MARK = "+"  # in no exp_id, which is hex digits and a cycle
 
 # Room for the files of some attempts; with less, a campaign would end soon after it began.
-_PROBE_B = 1024 * 1024
+_PROBE_B = MIB
 
 
 @dataclass(frozen=True)

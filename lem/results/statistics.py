@@ -13,7 +13,7 @@ import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lem.results.bootstrap import check_confidence
+from lem.results.bootstrap import CONFIDENCE, check_confidence
 
 __all__ = [
     "BOOTSTRAP_COVERAGE",
@@ -29,7 +29,6 @@ __all__ = [
 # Simulated true coverage of the nominal 95 % percentile bootstrap interval of `bootstrap_ci` (1000 resamples) by the
 # number of samples: normal data, 20,000 trials.
 BOOTSTRAP_COVERAGE = types.MappingProxyType({2: 0.50, 3: 0.75, 5: 0.84, 10: 0.90, 30: 0.93})
-_COVERAGE_CONFIDENCE = 0.95
 
 _MAX_TERMS = 10_000
 _TINY = 1e-300
@@ -55,7 +54,7 @@ class LogTInterval:
     warning: str | None = None
 
 
-def log_t_interval(samples: Sequence[float], confidence: float = 0.95) -> LogTInterval:
+def log_t_interval(samples: Sequence[float], confidence: float = CONFIDENCE) -> LogTInterval:
     """The geometric mean of `samples` with its t interval on log values.
 
     A sample of zero or less has no logarithm; dropping it would bend the estimate, so there is none then, and a
@@ -102,13 +101,13 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     return tuple(adjusted)
 
 
-def bootstrap_coverage_label(n_samples: int, confidence: float = 0.95) -> str | None:
+def bootstrap_coverage_label(n_samples: int, confidence: float = CONFIDENCE) -> str | None:
     """The true coverage of the bootstrap interval in words, `75 %` or `75 to 84 %`; None where it is not known.
 
     It was simulated for a nominal 95 % at the sizes of `BOOTSTRAP_COVERAGE`; between two of them it lies between.
     """
     sizes = sorted(BOOTSTRAP_COVERAGE)
-    if confidence != _COVERAGE_CONFIDENCE or n_samples < sizes[0]:
+    if confidence != CONFIDENCE or n_samples < sizes[0]:
         return None
     percent = {size: round(100 * BOOTSTRAP_COVERAGE[size]) for size in sizes}
     if n_samples in percent:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lem.record import Record
 from lem.results.aggregation import ConfigAggregate, aggregate_config
+from lem.results.bootstrap import CONFIDENCE
 from lem.results.precision import StoppingRule, stopping_document
 from lem.results.settings import headline_settings, shared_settings
 
@@ -52,7 +53,7 @@ def summarise(
     failed: Mapping[str, int] | None = None,
     campaign_name: str = "",
     run_id: str = "",
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
     stopping: StoppingRule | None = None,
 ) -> CampaignSummary:
     """The summary of the results of one campaign.

@@ -7,27 +7,32 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from lem import units
+from lem.log import WIDTH, bounded_width
 from lem.results.aggregation import SHARED_LOAD, AllAttempts, ConfigAggregate, MetricEstimate, estimate_note
-from lem.results.layout import Column, NameShortener, columns, paint, printable, without_numbers, wrapped
+from lem.results.layout import (
+    NAME_WIDTH,
+    NAMES_SHOWN,
+    Column,
+    NameShortener,
+    columns,
+    paint,
+    printable,
+    without_numbers,
+    wrapped,
+)
 from lem.results.precision import UNACCOUNTED
 from lem.results.statistics import bootstrap_coverage_label
 from lem.results.summary import SINGLE_CYCLE, CampaignSummary
-from lem.units import plural
+from lem.units import ABSENT, SIGNIFICANT_DIGITS, plural, some_of, with_decimals
 
 __all__ = ["render_summary"]
 
-_NAME_WIDTH = 36
-_NONE = "–"
-_SIGNIFICANT = 4
-_NAMES_SHOWN = 4
-# A terminal can say it is 0 columns wide, and lines over 120 are hard to read.
-_WIDTHS = (72, 120)
 
 _LATENCIES = (("TTFT", "ttft_p50_s"), ("e2e", "e2e_p50_s"))
 _INTERVALS = (("Output throughput", "output_tok_per_s"), ("Energy per output token", "energy_per_output_tok_j"))
 
 
-def render_summary(summary: CampaignSummary, *, is_colour: bool = False, width: int = 80) -> str:
+def render_summary(summary: CampaignSummary, *, is_colour: bool = False, width: int = WIDTH) -> str:
     """The table as text that ends in a newline.
 
     Per configuration the output throughput and, where it was measured, the energy per output token: geometric mean
@@ -51,8 +56,8 @@ class _Table:
         self._summary = summary
         self._configurations = summary.configurations
         self._is_colour = is_colour
-        self._width = min(max(width, _WIDTHS[0]), _WIDTHS[1])
-        self._shortener = NameShortener([item.config_name for item in summary.configurations], _NAME_WIDTH)
+        self._width = bounded_width(width)
+        self._shortener = NameShortener([item.config_name for item in summary.configurations], NAME_WIDTH)
 
     def render(self) -> str:
         if not self._configurations:
@@ -206,9 +211,7 @@ class _Table:
         return f" {preposition} {self._names(members)}"
 
     def _names(self, members: Sequence[ConfigAggregate]) -> str:
-        shown = [self._shortener(item.config_name) for item in members[:_NAMES_SHOWN]]
-        left = len(members) - len(shown)
-        return "; ".join(shown) + (f" and {left} more" if left else "")
+        return some_of([self._shortener(item.config_name) for item in members], NAMES_SHOWN, "; ")
 
     def _headed(self, lines: list[str], n_heads: int) -> list[str]:
         return [self._paint(line, "bold") for line in lines[:n_heads]] + lines[n_heads:]
@@ -229,7 +232,7 @@ def _gaps_of(estimate: MetricEstimate) -> Iterable[str]:
 def _estimate_cells(estimate: MetricEstimate, decimals: int | None) -> tuple[str, ...]:
     bootstrap, t_log = estimate.bootstrap, estimate.t_log
     if bootstrap is None or t_log is None:
-        return ("0", _NONE, _NONE, _NONE)
+        return ("0", ABSENT, ABSENT, ABSENT)
     return (
         str(len(estimate.values)),
         _number(t_log.geometric_mean, decimals),
@@ -255,7 +258,7 @@ def _common_decimals(estimates: Sequence[MetricEstimate]) -> int | None:
     values = [value for estimate in estimates for value in estimate.values if value > 0]
     if not values or max(values) > 30 * min(values):
         return None
-    decimals = max(0, _SIGNIFICANT - 1 - math.floor(math.log10(min(values))))
+    decimals = max(0, SIGNIFICANT_DIGITS - 1 - math.floor(math.log10(min(values))))
     intervals = [
         (item.ci_lower, item.ci_upper)
         for estimate in estimates
@@ -273,13 +276,13 @@ def _common_decimals(estimates: Sequence[MetricEstimate]) -> int | None:
 
 def _number(value: float | None, decimals: int | None) -> str:
     if value is None:
-        return _NONE
-    return units.format_quantity(value) if decimals is None else f"{value:.{decimals}f}"
+        return ABSENT
+    return with_decimals(value, decimals)
 
 
 def _interval(lower: float | None, upper: float | None, decimals: int | None) -> str:
     if lower is None or upper is None:
-        return _NONE
+        return ABSENT
     return f"{_number(lower, decimals)} – {_number(upper, decimals)}"
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from itertools import pairwise
 
+from lem.clock import parse_time
 from lem.record import Record, ResultKey
 
 __all__ = ["EarlierTimes", "earlier_times"]
@@ -78,10 +79,7 @@ def _inner_s(record: Record) -> float:
 
 
 def _seconds_between(record: Record, following: Record) -> float | None:
-    try:
-        start, end = (
-            datetime.fromisoformat(item.identity.start_utc.replace("Z", "+00:00")) for item in (record, following)
-        )
-    except ValueError:
+    start, end = (parse_time(item.identity.start_utc) for item in (record, following))
+    if start is None or end is None or (start.tzinfo is None) != (end.tzinfo is None):
         return None
-    return (end - start) / timedelta(seconds=1) if (start.tzinfo is None) == (end.tzinfo is None) else None
+    return (end - start) / timedelta(seconds=1)

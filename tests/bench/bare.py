@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lem.backends.protocol import Backend, TokenRequest
 from lem.backends.registry import create_backend
+from lem.clock import SystemClock
 from lem.config.experiment_config import ExperimentConfig
-from lem.experiment.clock import SystemClock
 from lem.experiment.prompts import resolve_on_host
 from lem.experiment.window import measure_batch
 from tests.bench.pairs import in_turn, told

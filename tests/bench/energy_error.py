@@ -18,8 +18,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from lem import marks as names
 from lem.config.experiment_config import ExperimentConfig
-from lem.meters import marks as names
 from lem.meters.energy import Baselines, measure
 from lem.meters.samples import Mark, SampleLog
 from lem.meters.sources import choose_sources

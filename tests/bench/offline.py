@@ -19,8 +19,8 @@ from unittest import mock
 
 from lem.backends.protocol import TokenRequest
 from lem.backends.vllm import VllmBackend
+from lem.clock import SystemClock
 from lem.config.experiment_config import ExperimentConfig
-from lem.experiment.clock import SystemClock
 from lem.experiment.window import measure_batch
 from tests.bench.pairs import in_turn, told
 

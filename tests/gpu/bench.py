@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lem.experiment.clock import SystemClock
+from lem.clock import SystemClock
 from lem.experiment.launch import own_command
 from lem.experiment.sampler_process import SamplerProcess, wait_until_ready
 from lem.meters.samples import SampleLog, read_part

@@ -19,8 +19,8 @@ from typing import IO, Any
 from lem import process
 from lem.backends.protocol import Backend, TokenRequest
 from lem.backends.registry import create_backend
+from lem.clock import SystemClock
 from lem.config.experiment_config import ExperimentConfig
-from lem.experiment.clock import SystemClock
 from lem.experiment.window import measure_batch
 from tests.gpu.load import CudaLoad, Load, RehearsedLoad, stay_busy, swing
 

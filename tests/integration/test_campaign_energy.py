@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lem.meters import marks
+from lem import marks
 from lem.meters.samples import FINISHED_FILENAME, PART_FILENAME, read_finished
 from lem.record import Record
 from lem.record_codec import read_record

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lem.meters import marks
+from lem import marks
 from lem.meters.samples import FINISHED_FILENAME, PART_FILENAME, read_finished
 from tests.doubles.nvml.traces import Counter, GpuTrace, Load, Trace
 from tests.weather.rig import WeatherRig

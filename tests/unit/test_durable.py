@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -206,3 +207,9 @@ def test_a_file_that_is_not_synced_is_still_whole_or_not_there(tmp_path: Path) -
         durable.write_bytes(path, b"two", is_synced=False)
     assert [item.name for item in tmp_path.iterdir()] == ["a"]
     assert path.read_bytes() == b"one"
+
+
+def test_the_hash_of_a_file_is_that_of_its_whole_content(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 8192 + b"end"  # more than one block
+    (tmp_path / "file").write_bytes(data)
+    assert durable.sha256_of(tmp_path / "file") == hashlib.sha256(data).hexdigest()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lem.meters.marks import WINDOW
+from lem.marks import WINDOW
 from lem.meters.samples import FINISHED_FILENAME, read_finished
 from lem.orchestration.manifest import COMPLETED, FAILED, PENDING, RUNNING, ManifestManager
 from lem.record_codec import decode_record, encode_record

@@ -110,3 +110,22 @@ def test_bytes_have_binary_prefixes(size_b: float, text: str) -> None:
 def test_rates_and_power_carry_their_unit() -> None:
     assert units.format_rate(12.346) == "12.35 tok/s"
     assert units.format_power(250) == "250 W"
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.12, "12 %"), (0.0124, "1.2 %"), (0.00034, "0.034 %"), (-0.05, "-5 %"), (0.0, "0 %")]
+)
+def test_a_share_below_a_tenth_has_two_digits(share: float, text: str) -> None:
+    assert units.percent(share) == text
+
+
+@pytest.mark.parametrize(
+    ("texts", "shown"), [((), ""), (("a",), "a"), (("a", "b"), "a, b"), (("a", "b", "c", "d"), "a, b and 2 more")]
+)
+def test_a_long_list_says_how_many_it_leaves_out(texts: tuple[str, ...], shown: str) -> None:
+    assert units.some_of(texts, 2) == shown
+
+
+@pytest.mark.parametrize(("decimals", "text"), [(None, "1234"), (0, "1234"), (2, "1234.50")])
+def test_a_value_has_the_decimals_of_its_column(decimals: int | None, text: str) -> None:
+    assert units.with_decimals(1234.5, decimals) == text

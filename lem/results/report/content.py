@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,8 +12,8 @@ from lem.results.aggregation import ConfigAggregate, estimate_note
 from lem.results.check import check_run
 from lem.results.cycles import used_records
 from lem.results.findings import Finding
-from lem.results.layout import printable, text_width
-from lem.results.metrics import METRICS, Metric
+from lem.results.layout import SEPARATORS, name_tokens, printable, text_width
+from lem.results.metrics import METRIC_BY_NAME, Metric
 from lem.results.precision import StoppingRule
 from lem.results.report.drawing import GROUPS_MAX
 from lem.results.report.trace import Trace
@@ -23,12 +22,10 @@ from lem.results.summary import CampaignSummary, summarise
 
 __all__ = ["Entry", "FailedSettings", "Report", "TraceNote", "compose", "flat_settings"]
 
-_BY_NAME = {metric.name: metric for metric in METRICS}
 _LABEL_WIDTH = 32
 # Names stand in every table: with many configurations they are most of the page.
 _MANY, _LABEL_WIDTH_OF_MANY = 300, 20
 # As in `layout`: names are cut after these.
-_TOKEN = re.compile(r"[^-,/;:|· ]*[-,/;:|· ]*")
 
 # What a requested configuration holds beside what can change its numbers.
 _NO_SETTINGS = frozenset({"config_name", "extra_metadata", "io"})
@@ -213,7 +210,7 @@ def _headline(summary: CampaignSummary) -> Metric:
     energy = "energy_per_output_tok_j"
     estimates = [item.metrics[energy] for item in summary.configurations]
     is_measured = any(estimate.values or estimate.all_attempts for estimate in estimates)
-    return _BY_NAME[energy if is_measured else "output_tok_per_s"]
+    return METRIC_BY_NAME[energy if is_measured else "output_tok_per_s"]
 
 
 def _by_merit(configurations: Iterable[ConfigAggregate], metric: Metric) -> list[ConfigAggregate]:
@@ -247,14 +244,14 @@ def _with_groups_of_merit(entries: Sequence[Entry]) -> tuple[Entry, ...]:
 def _labels(names: Sequence[str]) -> dict[str, str]:
     """Names short enough for a plot: what all of them share goes first, then the keys of `key=value`."""
     width = _LABEL_WIDTH if len(names) <= _MANY else _LABEL_WIDTH_OF_MANY
-    tokens = {name: [token for token in _TOKEN.findall(printable(name)) if token] for name in names}
+    tokens = {name: name_tokens(name) for name in names}
     common = set.intersection(*map(set, tokens.values())) if len(names) > 1 else set()
     labels = {}
     for name in names:
         whole = [*tokens[name]]
         own = [token for token in whole if token not in common] or whole
         values = [token.partition("=")[2] or token for token in own]
-        forms = ("".join(form).rstrip("-,/;:|· ") for form in (whole, own, values))
+        forms = ("".join(form).rstrip(f"{SEPARATORS} ") for form in (whole, own, values))
         labels[name] = next((form for form in forms if text_width(form) <= width), _cut("".join(values), width))
     return labels
 

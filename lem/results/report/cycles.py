@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lem.results.metrics import METRICS, Metric
+from lem.results.metrics import METRIC_BY_NAME, Metric
 from lem.results.report.content import Entry, Report
 from lem.results.report.drawing import (
     circle_path,
@@ -31,7 +31,6 @@ _BETWEEN, _RIGHT = 26.0, 626.0
 _REACH_MAX = 50.0
 _VALUES_SHARE = 0.38
 _PER_PLOT = 40
-_METRICS = {metric.name: metric for metric in METRICS}
 _TITLES = {
     "energy_per_output_tok_j": ("Energy per output token, J", "Energy per output token, by cycle"),
     "output_tok_per_s": ("Output throughput, tok/s", "Output throughput, by cycle"),
@@ -43,7 +42,7 @@ def cycles_section(report: Report) -> Markup:
     names = ["energy_per_output_tok_j"] if report.has_energy else []
     parts: list[Markup] = []
     for name in [*names, "output_tok_per_s"]:
-        parts += _figures(_METRICS[name], report)
+        parts += _figures(METRIC_BY_NAME[name], report)
     return tag("div", *parts, class_="pair")
 
 

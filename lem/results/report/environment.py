@@ -7,16 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lem import units
-from lem.record import (
-    AVERAGE_POWER,
-    COUNTER,
-    EXTERNAL,
-    INSTANT_POWER,
-    RAPL,
-    TDP_ESTIMATE,
-    Environment,
-    Record,
-)
+from lem.measurement import EnergySource, is_estimate
+from lem.record import Environment, Record
 from lem.results.report.content import Report
 from lem.results.report.figures import NOT_MEASURED
 from lem.results.report.markup import Cell, Markup, details, join, scroller, table, tag
@@ -24,13 +16,13 @@ from lem.units import plural
 
 __all__ = ["environment_section", "methods_section"]
 
-_SOURCES = {
-    COUNTER: "the GPU's own energy counter (NVML), read at its changes inside the window",
-    INSTANT_POWER: "instantaneous GPU power (NVML field 186), integrated over the window",
-    AVERAGE_POWER: "averaged GPU power (NVML), integrated over the window",
-    RAPL: "the CPU packages' energy counters (RAPL)",
-    TDP_ESTIMATE: "an estimate: design power (TDP) of the CPU times its load, not a measurement",
-    EXTERNAL: "a meter of the user's own, aligned by its clock",
+_SOURCES: dict[str, str] = {
+    EnergySource.COUNTER: "the GPU's own energy counter (NVML), read at its changes inside the window",
+    EnergySource.INSTANT_POWER: "instantaneous GPU power (NVML field 186), integrated over the window",
+    EnergySource.AVERAGE_POWER: "averaged GPU power (NVML), integrated over the window",
+    EnergySource.RAPL: "the CPU packages' energy counters (RAPL)",
+    EnergySource.TDP_ESTIMATE: "an estimate: design power (TDP) of the CPU times its load, not a measurement",
+    EnergySource.EXTERNAL: "a meter of the user's own, aligned by its clock",
 }
 _VALUES_SHOWN = 6
 
@@ -170,7 +162,7 @@ def _methods(report: Report) -> Iterable[list[Cell | str]]:
             reasons = _listed(str(record.energy.primary_j.null_reason) for record in own)
             yield ["Energy", NOT_MEASURED, f"{reasons} ({plural(len(own), 'result')})"]
             continue
-        kind = "Energy, estimated" if source == TDP_ESTIMATE else "Energy"
+        kind = "Energy, estimated" if is_estimate(source) else "Energy"
         scope = _listed(record.energy.primary_j.scope or "not told" for record in own)
         yield [kind, _SOURCES.get(source, source), "; ".join(_energy_remarks(own, scope))]
     yield ["Net energy", *_net(used)]

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from lem import units
 from lem.results.aggregation import MetricEstimate
 from lem.results.report.markup import Cell, Markup, join, tag
+from lem.units import SIGNIFICANT_DIGITS, with_decimals
 
 __all__ = [
     "NOT_MEASURED",
@@ -22,12 +23,6 @@ __all__ = [
 ]
 
 NOT_MEASURED = "not measured"
-_SIGNIFICANT = 4
-
-
-def _number(value: float, decimals: int | None) -> str:
-    """The value with so many decimals; with four significant digits where that is None."""
-    return units.format_quantity(value) if decimals is None else f"{value:.{decimals}f}"
 
 
 def four_digits(value: float) -> str:
@@ -45,7 +40,7 @@ def decimals_of(values: Iterable[float]) -> int | None:
     known = [value for value in values if value > 0]
     if not known or max(known) > 30 * min(known):
         return None
-    return max(0, _SIGNIFICANT - 1 - math.floor(math.log10(min(known))))
+    return max(0, SIGNIFICANT_DIGITS - 1 - math.floor(math.log10(min(known))))
 
 
 def absent(reason: str | None) -> Cell:
@@ -75,7 +70,7 @@ def interval_cells(estimate: MetricEstimate, decimals: int | None, *, is_estimat
     every = estimate.all_attempts
     notes: list[Markup] = []
     if every is not None and every.geometric_mean is not None:
-        notes.append(tag("small", f"all attempts {_number(every.geometric_mean, decimals)}"))
+        notes.append(tag("small", f"all attempts {with_decimals(every.geometric_mean, decimals)}"))
     if t_log is None or bootstrap is None or t_log.geometric_mean is None:
         reason = estimate.null_reason or (t_log.warning if t_log else None)
         said = "no geometric mean" if estimate.values else NOT_MEASURED  # a zero was measured
@@ -83,7 +78,7 @@ def interval_cells(estimate: MetricEstimate, decimals: int | None, *, is_estimat
         return (Cell(join([lacking, *notes]), None, is_number=True), Cell("", None, is_number=True))
     if is_estimate:
         notes.insert(0, tag("small", "estimate", class_="tag estimate"))
-    shown = join([_number(t_log.geometric_mean, decimals), *notes])
+    shown = join([with_decimals(t_log.geometric_mean, decimals), *notes])
     if t_log.ci_lower is None and bootstrap.ci_lower is None:
         why = None if t_log.n_samples == 1 else t_log.warning or bootstrap.warning
         none = tag("span", "no interval", class_="absent", title=why)
@@ -101,6 +96,6 @@ def _interval(low: float | None, high: float | None, decimals: int | None) -> st
     if low is None or high is None:
         return "none"
     more = decimals
-    while more is not None and low < high and _number(low, more) == _number(high, more) and more < 9:
+    while more is not None and low < high and with_decimals(low, more) == with_decimals(high, more) and more < 9:
         more += 1
-    return f"{_number(low, more)} – {_number(high, more)}"
+    return f"{with_decimals(low, more)} – {with_decimals(high, more)}"

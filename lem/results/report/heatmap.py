@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lem import units
+from lem.config.backend_config import WIDTH_OPTIONS
 from lem.results.report.content import Entry, Report
 from lem.results.report.drawing import figure, no_figure, plot, text
 from lem.results.report.markup import Cell, Markup, table, tag
@@ -22,12 +23,8 @@ _MOST = 24
 _HALF_PAGE = 600
 _FACETS = 6
 _NOT_GIVEN = "not given"
-# The option of each backend that bounds how many requests are computed together: one axis, where backends differ.
-_BATCH = {
-    "pytorch.batch_size": "batch_size",
-    "vllm.max_num_seqs": "max_num_seqs",
-    "tensorrt.max_batch_size": "max_batch_size",
-}
+# How wide each backend computes is one axis, where backends differ.
+_BATCH = {f"{backend}.{option}": option for backend, option in WIDTH_OPTIONS.items()}
 # One hue from light to dark, so that order is seen without a key and without colour.
 _RAMP = ((226, 238, 248), (90, 162, 207), (8, 48, 107))
 

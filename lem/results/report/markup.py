@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lem.results.layout import printable
+from lem.results.layout import SEPARATORS, printable
 
 __all__ = ["Cell", "Markup", "breakable", "details", "escape", "join", "number_text", "scroller", "table", "tag"]
 
 Value = str | float | None
 
-_TOKEN = re.compile(r"[^-,/;:|·@]+[-,/;:|·@]*|[-,/;:|·@]+")
+_TOKEN = re.compile(rf"[^{SEPARATORS}@]+[{SEPARATORS}@]*|[{SEPARATORS}@]+")
 _VOID = frozenset({"meta", "br", "circle", "line", "path", "rect", "use"})
 
 

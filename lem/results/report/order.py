@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lem.record import Record
 from lem.results.drift import DRIFT_FLAGGED, Drift, Observation, change_of, drift_of, relative_to_own_mean
-from lem.results.metrics import METRICS, Metric
+from lem.results.metrics import METRIC_BY_NAME, Metric
 from lem.results.report.content import Report
 from lem.results.report.drawing import circle_path, figure, horizontal_axis, no_figure, plot, vertical_axis
 from lem.results.report.figures import count_cell, number_cell, signed_percent
@@ -19,7 +19,6 @@ __all__ = ["order_section"]
 
 _SIZE = (640.0, 300.0)
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 626.0, 34.0, 252.0
-_METRICS = {metric.name: metric for metric in METRICS}
 _NAMES = {"energy_per_output_tok_j": "Energy per output token", "output_tok_per_s": "Output throughput"}
 
 
@@ -37,7 +36,7 @@ class _Place:
 
 def order_section(report: Report) -> Markup:
     """A plot of each headline metric, in percent of its configuration's own mean."""
-    return tag("div", *(_figure(_METRICS[name], report) for name in _shown(report)), class_="pair")
+    return tag("div", *(_figure(METRIC_BY_NAME[name], report) for name in _shown(report)), class_="pair")
 
 
 def _shown(report: Report) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from lem.results.report.drawing import (
 from lem.results.report.figures import count_cell, number_cell
 from lem.results.report.markup import Cell, Markup, join, number_text, table, tag
 from lem.results.report.scales import Scale, fitting_scale
-from lem.units import plural
+from lem.units import plural, some_of
 
 __all__ = ["pareto_section"]
 
@@ -203,10 +203,9 @@ def _better(across: _Axis, up: _Axis) -> str:
 
 
 def _caption(points: Sequence[_Point], best: Sequence[_Point]) -> list[str]:
-    shown = ", ".join(f"{point.entry.number} {point.entry.label}" for point in best[:_SHOWN])
-    more = f" and {len(best) - _SHOWN} more" if len(best) > _SHOWN else ""
+    shown = some_of([f"{point.entry.number} {point.entry.label}" for point in best], _SHOWN)
     grey = len(points) - len(best)
-    lines = [f"On the frontier: {shown}{more}."]
+    lines = [f"On the frontier: {shown}."]
     lines.append(
         (f"Grey: {grey} that another beats in both by their means. " if grey else "")
         + "Crosses: 95 % t intervals; where they overlap, the order may be chance."

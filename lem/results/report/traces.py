@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from lem import units
+from lem import marks, units
 from lem.record import Record
 from lem.results.report.content import Report
 from lem.results.report.drawing import (
@@ -30,17 +30,17 @@ _WIDTH, _LEFT, _RIGHT, _TOP = 640.0, 58.0, 626.0, 56.0
 _POWER_HEIGHT, _TEMPERATURE_HEIGHT, _BETWEEN = 170.0, 90.0, 46.0
 _FIRST = 4
 _NAMES = {
-    "idle_bare": "idle, bare",
-    "load": "load",
-    "idle_loaded": "idle, loaded",
-    "warmup": "warm-up",
-    "guard_before": "guard",
-    "window": "window",
-    "guard_after": "guard",
-    "prefill_guard_before": "guard",
-    "prefill": "prefill",
-    "prefill_guard_after": "guard",
-    "idle_post": "idle, after",
+    marks.IDLE_BARE: "idle, bare",
+    marks.LOAD: "load",
+    marks.IDLE_LOADED: "idle, loaded",
+    marks.WARMUP: "warm-up",
+    marks.GUARD_BEFORE: "guard",
+    marks.WINDOW: "window",
+    marks.GUARD_AFTER: "guard",
+    marks.PREFILL_GUARD_BEFORE: "guard",
+    marks.PREFILL: "prefill",
+    marks.PREFILL_GUARD_AFTER: "guard",
+    marks.IDLE_POST: "idle, after",
     "gap": "gap",
 }
 
@@ -70,8 +70,14 @@ def traces_section(report: Report) -> Markup:
 def _key() -> Markup:
     """What the shades mean."""
     items: list[tuple[Markup, str]] = []
-    for name, label in (("load", "load"), ("idle_loaded", "idle"), ("warmup", "warm-up"), ("guard_before", "guard"),
-                        ("window", "window"), ("gap", "gap")):  # fmt: skip
+    for name, label in (
+        (marks.LOAD, "load"),
+        (marks.IDLE_LOADED, "idle"),
+        (marks.WARMUP, "warm-up"),
+        (marks.GUARD_BEFORE, "guard"),
+        (marks.WINDOW, "window"),
+        ("gap", "gap"),
+    ):
         items.append((_shade(f"band {name}"), label))
     items.append((_shade("spell fault"), "throttled"))
     items.append((_shade("spell cap"), "at the power limit"))

@@ -11,7 +11,7 @@ from lem.results.effect import Effect
 from lem.results.metrics import Metric
 from lem.results.report.content import Entry, Report
 from lem.results.report.figures import four_digits
-from lem.units import plural
+from lem.units import plural, some_of
 
 __all__ = ["Verdict", "verdict_of"]
 
@@ -129,8 +129,7 @@ def _of(entry: Entry) -> str:
 
 
 def _names(entries: Sequence[Entry]) -> str:
-    shown = ", ".join(f"{entry.number} “{entry.label}”" for entry in entries[:_NAMED])
-    return shown + (f" and {len(entries) - _NAMED} more" if len(entries) > _NAMED else "")
+    return some_of([f"{entry.number} “{entry.label}”" for entry in entries], _NAMED)
 
 
 def _numbers(entries: Sequence[Entry]) -> str:

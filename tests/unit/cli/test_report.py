@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lem.cli.report_traces import trace_of
+from lem.measurement import SLOWDOWN_BITS
 from lem.meters.samples import GpuHeader, GpuSample, Mark, RaplReading, RaplZone, SampleHeader, SampleLog
 from lem.results.report.content import compose
 from lem.results.report.page import render_report
@@ -160,6 +161,13 @@ def test_throttling_lasts_from_reading_to_reading_and_the_power_limit_is_no_faul
     ]
     assert trace.spells[0].end_s - trace.spells[0].begin_s == pytest.approx(1.0)
     assert trace.phases[1].throttled_s == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("bit", "reason"), SLOWDOWN_BITS.items())
+def test_a_slowdown_has_the_name_that_the_record_gives_it(bit: int, reason: str) -> None:
+    assert [(spell.reason, spell.is_fault) for spell in trace_of(*make_log(masks=(bit,) * 10)).spells] == [
+        (reason, True)
+    ]
 
 
 def test_slowdowns_at_the_same_time_are_counted_once() -> None:

@@ -12,9 +12,9 @@ import pytest
 from lem import process
 from lem.config.experiment_config import DATASET_ALIASES, ExperimentConfig
 from lem.errors import EngineError
-from lem.experiment.dataset_files import DATASETS_VARIABLE
 from lem.experiment.datasets import choice_of, resolve_dataset
 from lem.experiment.prompts import ResolvedPrompts, fingerprint
+from lem.variables import DATASETS_VARIABLE
 from tests.unit.experiment import hub_double
 
 ROOT = Path(__file__).parents[3]

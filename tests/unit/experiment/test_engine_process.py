@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from lem.clock import Clock, SystemClock
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import ConfigurationError, EngineError, OptionRefused
 from lem.experiment.channel import PHASES, LineBuffer, RunRequest, decode_report, encode_line
-from lem.experiment.clock import Clock, SystemClock
 from lem.experiment.engine_process import MessageWriter, describe_failure, serve
 from lem.experiment.harness import Reporter
 from lem.experiment.residency import ResidentEngine

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lem import durable
+from lem import durable, marks
 from lem.backends.protocol import Completion, EngineReport, OnProgress, TokenRequest, say_nothing
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError
@@ -20,7 +20,7 @@ from lem.experiment.metering import Metering
 from lem.experiment.prompts import write_prompts
 from lem.experiment.residency import ResidentEngine
 from lem.experiment.sample_source import PartFile
-from lem.meters import marks
+from lem.measurement import EnergySource
 from lem.meters.refusal import MeterRefused
 from lem.meters.samples import (
     FINISHED_FILENAME,
@@ -32,7 +32,7 @@ from lem.meters.samples import (
     encode_row,
     read_finished,
 )
-from lem.record import COUNTER, Record
+from lem.record import Record
 from lem.record_codec import encode_record
 from tests.doubles.nvml.traces import Counter, GpuProcess, GpuTrace, Load, Trace, simulate_log
 from tests.unit.experiment.test_harness import IDENTITY, PROMPTS, Listener
@@ -320,7 +320,7 @@ def test_a_process_that_comes_while_prompts_are_fetched_is_a_foreign_one(meter: 
     meter.write()
     metering = Metering(PartFile(meter.folder / PART_FILENAME), config, {}, {}, meter.clock, meter.listener)
     metering.choose([UUID])
-    assert metering.sources.gpu_method == COUNTER
+    assert metering.sources.gpu_method == EnergySource.COUNTER
     meter.clock.advance_ms(60_000)
     metering.rest_bare()
     assert metering.foreign == {UUID: (77,)}

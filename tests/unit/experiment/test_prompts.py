@@ -10,7 +10,6 @@ import pytest
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import ConfigurationError
 from lem.experiment.prompts import (
-    PROMPTS_FILENAME,
     Prompt,
     PromptError,
     fingerprint,
@@ -22,6 +21,7 @@ from lem.experiment.prompts import (
     write_prompts,
 )
 from lem.experiment.synthetic import BUNDLED
+from lem.record import PROMPTS_FILE
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:
@@ -157,7 +157,7 @@ def test_written_prompts_are_read_back_as_they_were(tmp_path: Path) -> None:
     prompts = (Prompt('quote " and \\ and\nnewline', 5, None), Prompt("äöü 漢字 \u2028", None, 9))
     write_prompts(tmp_path, prompts)
     assert read_prompts(tmp_path) == prompts
-    first = json.loads((tmp_path / PROMPTS_FILENAME).read_text(encoding="utf-8").split("\n")[0])
+    first = json.loads((tmp_path / PROMPTS_FILE).read_text(encoding="utf-8").split("\n")[0])
     assert set(first) == {"prompt", "input_tokens", "output_tokens"}
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from lem.clock import SystemClock
 from lem.errors import UserError
-from lem.experiment.clock import SystemClock
 from lem.experiment.launch import own_command
 from lem.experiment.sampler_process import SamplerProcess, wait_until_ready
 from lem.meters.samples import SampleLog, read_part

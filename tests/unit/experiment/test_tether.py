@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from lem.experiment.launch import own_command
-from lem.experiment.leftovers import MARK_VARIABLE, end_marked, find_marked
+from lem.experiment.leftovers import end_marked, find_marked
+from lem.variables import MARK_VARIABLE
 from tests.processes import Marker, wait_for, wait_until_ended
 
 WORKER = (*own_command(sys.executable), "worker")

@@ -10,8 +10,8 @@ from queue import SimpleQueue
 import pytest
 
 from lem.backends.protocol import Completion, RequestQueue, TokenRequest
+from lem.clock import SystemClock
 from lem.errors import EngineError
-from lem.experiment.clock import SystemClock
 from lem.experiment.traffic import PreparedQueue, TrafficPlan, arrival_offsets_s, measure_traffic, serve_all
 from lem.experiment.window import MeasuredWindow
 from tests.unit.experiment.timed_backend import NS_PER_MS, SteppedClock, TimedBackend, make_requests

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from lem import marks as names
 from lem.config.experiment_config import ExperimentConfig
-from lem.meters import marks as names
 from lem.meters.curve import NotMeasured, Span
 from lem.meters.efficiency import carbon_of, efficiency_of
 from lem.meters.energy import Baselines, EnergyFindings, mean_power_w, measure

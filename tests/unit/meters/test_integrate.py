@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from lem.meters.curve import NS_PER_S, ClosedWindow, NotMeasured, Span
+from lem.meters.curve import ClosedWindow, NotMeasured, Span
 from lem.meters.integrate import counter_curve, load_curve, power_curve, rapl_curve, update_period_s
 from lem.meters.samples import CounterChange, CpuLoad, GpuSample, RaplReading
+from lem.units import NS_PER_S
 
 POLL_S = 0.02
 

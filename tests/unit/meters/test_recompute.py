@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lem.meters import marks as names
+from lem import marks as names
 from lem.meters.energy import Baselines
 from lem.meters.external import ExternalReadings
 from lem.meters.recompute import has_energy, recompute

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 
+from lem.measurement import EnergySource
 from lem.meters.refusal import MeterRefused
 from lem.meters.samples import GpuHeader, RaplZone, SampleHeader
 from lem.meters.sources import choose_sources
-from lem.record import AVERAGE_POWER, COUNTER, EXTERNAL, INSTANT_POWER, RAPL, TDP_ESTIMATE
 from tests.scripted_attempt import config
 
 NO_RIGHTS = "root alone may read it: sudo chmod a+r /sys/class/powercap/*/energy_uj"
+COUNTER, INSTANT_POWER, AVERAGE_POWER, RAPL, TDP_ESTIMATE, EXTERNAL = EnergySource
 PACKAGE, DRAM, CORE = RaplZone("package-0", "package", 10**9), RaplZone("dram", "dram", 10**9), RaplZone("c", "core", 9)
 
 
@@ -32,11 +33,15 @@ def choose(found: SampleHeader, *uuids: str, foreign: Any = None, **options: Any
 def test_the_counter_comes_first() -> None:
     sources = choose(header(gpu(), zones=(PACKAGE, DRAM)), "GPU-0")
     assert (sources.gpu_method, sources.primary, sources.scope) == (COUNTER, COUNTER, "gpu")
-    assert (sources.cpu_method, sources.reasons) == (RAPL, {"external": "measurement.external_csv is not given"})
+    assert (sources.cpu_method, sources.reasons) == (
+        RAPL,
+        {"external": "measurement.external_csv is not given"},
+    )
 
 
 @pytest.mark.parametrize(
-    ("power_source", "method"), [("instant", INSTANT_POWER), ("average", AVERAGE_POWER), (None, None)]
+    ("power_source", "method"),
+    [("instant", INSTANT_POWER), ("average", AVERAGE_POWER), (None, None)],
 )
 def test_integrated_power_is_the_named_fallback(power_source: str | None, method: str | None) -> None:
     sources = choose(header(gpu(counter_error="Not Supported", power_source=power_source)), "GPU-0")

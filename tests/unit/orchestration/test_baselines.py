@@ -3,9 +3,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from lem.measurement import EnergySource
 from lem.meters.attempt_log import Baselines
 from lem.orchestration.baselines import BARE, BaselineBook, Reference
-from lem.record import COUNTER, Idle, Record
+from lem.record import Idle, Record
 from tests.records import make_record
 
 KEY, GPUS = "key-1", ("GPU-a",)
@@ -37,14 +38,14 @@ MEASURED = record(
 def test_what_was_measured_is_known_until_it_is_too_old():
     book = BaselineBook()
     book.note(MEASURED, KEY, now_s=100.0)
-    assert book.known(GPUS, KEY, ttl_s=60, now_s=130.0) == {COUNTER: Baselines(70.0, 95.0, 30.0)}
+    assert book.known(GPUS, KEY, ttl_s=60, now_s=130.0) == {EnergySource.COUNTER: Baselines(70.0, 95.0, 30.0)}
     assert book.known(GPUS, KEY, ttl_s=60, now_s=161.0) == {}
 
 
 def test_another_engine_has_the_bare_baseline_alone():
     book = BaselineBook()
     book.note(MEASURED, KEY, now_s=100.0)
-    assert book.known(GPUS, "key-2", ttl_s=60, now_s=100.0) == {COUNTER: Baselines(bare_power_w=70.0)}
+    assert book.known(GPUS, "key-2", ttl_s=60, now_s=100.0) == {EnergySource.COUNTER: Baselines(bare_power_w=70.0)}
     assert book.known(("GPU-b",), KEY, ttl_s=60, now_s=100.0) == {}
 
 
@@ -60,7 +61,7 @@ def test_what_one_meter_told_is_not_known_of_another():
     book.note(MEASURED, KEY, now_s=100.0)
     book.note(record(source="rapl", idle_loaded_power_w=40.0, baseline_age_s=0.0), KEY, now_s=110.0)
     known = book.known(GPUS, KEY, ttl_s=60, now_s=110.0)
-    assert known == {COUNTER: Baselines(70.0, 95.0, 10.0), "rapl": Baselines(None, 40.0, 0.0)}
+    assert known == {EnergySource.COUNTER: Baselines(70.0, 95.0, 10.0), "rapl": Baselines(None, 40.0, 0.0)}
 
 
 def test_what_a_cpu_takes_is_no_reference_for_gpus():

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from lem.cli.main import COMPOSE_VARIABLES
 from lem.orchestration.compose_files import (
     ServiceOverride,
     find_compose_files,
@@ -21,6 +20,7 @@ from lem.orchestration.compose_files import (
 from lem.orchestration.compose_project import ComposeProject
 from lem.orchestration.docker import ContainerError
 from lem.orchestration.mounts import Mount
+from lem.variables import COMPOSE_VARIABLES
 from tests.doubles.fake_docker import FakeDocker
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -1,0 +1,44 @@
+"""The environment variables that lem reads or sets."""
+
+from __future__ import annotations
+
+from typing import Final
+
+DATASETS_VARIABLE: Final = "LEM_DATASETS_DIR"
+LOCK_FOLDER_VARIABLE: Final = "LEM_LOCK_DIR"
+CACHE_VARIABLE: Final = "LEM_CACHE_DIR"
+# Set by the host for a worker in a container, where killing `docker compose exec` leaves what it started.
+MARK_VARIABLE: Final = "LEM_WORKER_MARK"
+
+# What lem reads from the environment; another LEM_ name is a typing error that would silently do nothing.
+VARIABLES: Final = frozenset({DATASETS_VARIABLE, LOCK_FOLDER_VARIABLE, CACHE_VARIABLE, MARK_VARIABLE})
+
+MODEL_CACHE_VARIABLE: Final = "LEM_MODEL_CACHE"
+# What the compose file that lem carries, and its CPU overlay, let a person choose.
+COMPOSE_VARIABLES: Final = frozenset(
+    {
+        "LEM_CPU_LIMIT",
+        "LEM_CPU_PACKAGES_TARGET",
+        "LEM_HEALTHCHECK_INTERVAL",
+        "LEM_MEMORY_LIMIT",
+        MODEL_CACHE_VARIABLE,
+        "LEM_MODEL_CACHE_READ_ONLY",
+        "LEM_PIDS_LIMIT",
+        "LEM_PYTORCH_IMAGE",
+        "LEM_PYTORCH_PACKAGES",
+        "LEM_SHM_SIZE",
+        "LEM_TENSORRT_IMAGE",
+        "LEM_TENSORRT_PACKAGES",
+        "LEM_VLLM_CPU_LIMIT",
+        "LEM_VLLM_IMAGE",
+        "LEM_VLLM_KVCACHE_GIB",
+        "LEM_VLLM_PACKAGES",
+    }
+)
+
+# A secret that an engine may need: it travels in the `run` message alone, never in a file or on a command line.
+TOKEN_VARIABLE: Final = "HF_TOKEN"  # noqa: S105 - a name
+
+# Of the hub's cache (huggingface_hub) and of CUDA.
+HUB_FOLDER_VARIABLE: Final = "HF_HOME"
+GPU_VARIABLE: Final = "CUDA_VISIBLE_DEVICES"
