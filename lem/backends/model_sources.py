@@ -97,11 +97,12 @@ def explained(what: str, failures: tuple[type[Exception], ...] = MODEL_FAILURES)
     Raises:
         EngineError: kind `model` or `out_of_memory`.
     """
+    raised: tuple[type[Exception], ...] = (*failures, MemoryError)
     try:
         yield
     except ImportError as error:
         raise _no_model(f"{what}: {shortened(error)}", "install the package that it names") from error
-    except (*failures, MemoryError) as error:
+    except raised as error:
         if is_out_of_memory(error):
             raise EngineError(
                 f"{what}: out of memory while loading: {shortened(error)}",

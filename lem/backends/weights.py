@@ -99,7 +99,7 @@ def count_embedding_parameters(inputs: Any, outputs: Any) -> int | None:
     Returns:
         None where they are not plain matrices.
     """
-    matrices = [getattr(layer, "weight", None) for layer in (inputs, outputs) if layer is not None]
+    matrices: list[Any] = [getattr(layer, "weight", None) for layer in (inputs, outputs) if layer is not None]
     if not matrices or any(matrix is None for matrix in matrices):
         return None
     return sum(int(matrix.numel()) for matrix in {id(matrix): matrix for matrix in matrices}.values())

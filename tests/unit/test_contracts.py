@@ -57,6 +57,9 @@ def parameters(function: Any) -> str:
     )
 
 
+# As a notebook has it, where a list is as good as a tuple.
+config: Any = campaign_config
+
 FUNCTIONS = {
     campaign_config.generate_campaign_id: "name",
     CampaignConfig.generate_campaign_id: "name",
@@ -191,32 +194,32 @@ def test_sections_have_these_defaults(section: Any, expected: dict[str, Any]) ->
     assert {name: getattr(made, name) for name in expected} == expected
 
 
-def test_a_campaign_needs_a_name_and_something_to_run_and_no_model():
-    campaign = CampaignConfig(campaign_name="demo", grid=CampaignGridConfig(backends=["pytorch"]))
+def test_a_campaign_needs_a_name_and_something_to_run_and_no_model() -> None:
+    campaign = config.CampaignConfig(campaign_name="demo", grid=config.CampaignGridConfig(backends=["pytorch"]))
     assert (campaign.model, campaign.dataset, campaign.num_samples) == (None, None, None)
     assert (campaign.daemon, campaign.schedule) == (None, None)
     assert (campaign.configs, campaign.experiments) == ([], [])
     assert campaign.grid is not None
     assert (campaign.grid.models, campaign.grid.shared, campaign.grid.backend_overrides) == (None, {}, {})
     assert campaign.notification.on == ["complete", "failure"]
-    assert CampaignConfig(campaign_name="demo", configs=["a.yaml"]).grid is None
+    assert config.CampaignConfig(campaign_name="demo", configs=["a.yaml"]).grid is None
     plan = build_plan(campaign)
     assert plan.experiments == ()
     assert ["no model" in issue.reason for issue in plan.filtered] == [True]
 
 
-def test_an_explicit_experiment_is_a_file_with_overrides():
-    assert CampaignExplicitExperiment("a.yaml").overrides == {}
-    given = CampaignExplicitExperiment(config="a.yaml", overrides={"decoder.temperature": 0.0})
+def test_an_explicit_experiment_is_a_file_with_overrides() -> None:
+    assert config.CampaignExplicitExperiment("a.yaml").overrides == {}
+    given = config.CampaignExplicitExperiment(config="a.yaml", overrides={"decoder.temperature": 0.0})
     assert (given.config, given.overrides) == ("a.yaml", {"decoder.temperature": 0.0})
-    campaign = CampaignConfig(campaign_name="demo", configs=["runs/b.yaml"], experiments=[given])
+    campaign = config.CampaignConfig(campaign_name="demo", configs=["runs/b.yaml"], experiments=[given])
     assert campaign.experiments == [given]
     assert campaign.get_config_paths() == [Path("runs/b.yaml"), Path("a.yaml")]
     assert campaign.get_config_names() == ["b", "a"]
 
 
-def test_the_campaign_id_is_the_beginning_of_the_md5_of_the_name():
-    campaign = CampaignConfig(campaign_name="demo", configs=["a.yaml"])
+def test_the_campaign_id_is_the_beginning_of_the_md5_of_the_name() -> None:
+    campaign = config.CampaignConfig(campaign_name="demo", configs=["a.yaml"])
     assert campaign.campaign_id == "fe01ce2a"
     assert CampaignConfig.generate_campaign_id("demo") == campaign_config.generate_campaign_id("demo") == "fe01ce2a"
 
@@ -264,8 +267,8 @@ def test_parameters_are_described_by_their_dotted_names() -> None:
 # --- lem.orchestration.grid
 
 
-def test_a_grid_is_backends_by_models_by_shared_by_overrides():
-    given = CampaignGridConfig(
+def test_a_grid_is_backends_by_models_by_shared_by_overrides() -> None:
+    given = config.CampaignGridConfig(
         backends=["pytorch", "vllm"],
         models=["a", "b"],
         shared={"decoder.temperature": [0.0, 1.0]},
@@ -284,15 +287,15 @@ def test_a_grid_is_backends_by_models_by_shared_by_overrides():
     assert engines == sorted(engines, key=engines.index), "equal engines are adjacent"
 
 
-def test_an_empty_shared_gives_one_experiment_for_each_backend():
-    found = expand_campaign_grid(CampaignGridConfig(backends=["pytorch", "vllm"]))
+def test_an_empty_shared_gives_one_experiment_for_each_backend() -> None:
+    found = expand_campaign_grid(config.CampaignGridConfig(backends=["pytorch", "vllm"]))
     assert [item["backend"] for item in found] == ["pytorch", "vllm"]
 
 
-def test_validation_separates_what_can_run():
+def test_validation_separates_what_can_run() -> None:
     refused = {"backend": "tensorrt", "model": "a", "fp_precision": "float32"}
     warned = {"backend": "pytorch", "model": "a", "decoder": {"temperature": 0.7, "top_p": 0.9}}
-    found = validate_campaign_grid([warned, refused, {**refused, "max_output_tokens": 4}])
+    found: Any = validate_campaign_grid([warned, refused, {**refused, "max_output_tokens": 4}])
     assert found.valid_configs == [warned]
     assert [issue.severity for issue in found.filtered_configs] == ["error", "error"]
     assert {issue.severity for issue in found.warnings} == {"warning"}
