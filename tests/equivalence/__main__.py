@@ -32,16 +32,24 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.equivalence.builds import BUILD, ROOT, Build, HarnessError, build_of, old_build
 from tests.equivalence.comparing import Difference, Verdict, compare_outcomes, judge, unified
 from tests.equivalence.intended import INTENDED
-from tests.equivalence.playing import Outcomes, play, play_old
+from tests.equivalence.live import live_scenes, play_live
+from tests.equivalence.playing import AnyScene, Outcomes, play_forked, play_kept
 from tests.equivalence.recorded import recorded_scenes
-from tests.equivalence.scenes import Scene, static_scenes
+from tests.equivalence.scenes import static_scenes
 
+# How the scenes of each are made, and played.
+SUITES: Mapping[str, tuple[Callable[[Build], Iterable[AnyScene]], Callable[[Build, Sequence[Any]], Outcomes]]] = {
+    "static": (static_scenes, play_forked),
+    "recorded": (recorded_scenes, play_forked),
+    "live": (live_scenes, play_live),
+}
 SHOWN = 12
 
 
@@ -59,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.equivalence", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--suite", action="append", choices=("static", "recorded", "live"), help="only this one")
+    parser.add_argument("--suite", action="append", choices=tuple(SUITES), help="only this one")
     parser.add_argument("--live", action="store_true", help="run campaigns too")
     parser.add_argument("--ignore-text", action="store_true", help="leave out words that are for people")
     parser.add_argument("--only", default="", metavar="REGEX", help="only scenes whose name it matches")
@@ -79,9 +87,10 @@ def compare(args: argparse.Namespace) -> Verdict:
     differences: list[Difference] = []
     cases = 0
     for suite in suites:
-        scenes, before = _scenes(suite, old, args.only), time.monotonic()
-        sides = play_old(old, scenes), play(new, scenes)
-        steps = sum(len(scene.steps) for scene in scenes)
+        make_scenes, play = SUITES[suite]
+        scenes, before = [scene for scene in make_scenes(old) if re.search(args.only, scene.name)], time.monotonic()
+        sides = play_kept(old, scenes, play), play(new, scenes)
+        steps = sum(len(scene.commands) for scene in scenes)
         print(f"{suite}: {len(scenes)} scenes, {steps} commands, {time.monotonic() - before:.0f} s", flush=True)
         cases += steps
         differences += differences_of(suite, scenes, *sides, ignore_text=args.ignore_text)
@@ -90,19 +99,14 @@ def compare(args: argparse.Namespace) -> Verdict:
     return verdict
 
 
-def _scenes(suite: str, old: Build, only: str) -> list[Scene]:
-    made = {"static": static_scenes, "recorded": recorded_scenes}[suite](old)
-    return [scene for scene in made if re.search(only, scene.name)]
-
-
 def differences_of(
-    suite: str, scenes: Sequence[Scene], old: Outcomes, new: Outcomes, *, ignore_text: bool
+    suite: str, scenes: Sequence[AnyScene], old: Outcomes, new: Outcomes, *, ignore_text: bool
 ) -> list[Difference]:
     """Where the outcomes of the same scenes differ."""
     found: list[Difference] = []
     for scene in scenes:
-        for words, *outcomes in zip(scene.steps, old[scene.name], new[scene.name], strict=True):
-            case = f"{suite}/{scene.name}: lem {' '.join(words)}"
+        for command, *outcomes in zip(scene.commands, old[scene.name], new[scene.name], strict=True):
+            case = f"{suite}/{scene.name}: lem {command}"
             found += compare_outcomes(case, *outcomes, is_live=suite == "live", ignore_text=ignore_text)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import os
@@ -34,6 +35,7 @@ class Build:
         return hashlib.sha256(self.zip.read_bytes()).hexdigest()
 
 
+@functools.cache
 def old_build() -> Build:
     """The build of the old commit, made once.
 

@@ -12,6 +12,8 @@ from typing import Any
 
 # Of static commands and of recorded results, too.
 ALWAYS = (
+    (re.compile(r"^\d\d:\d\d:\d\d (?=\S)", re.MULTILINE), "<time> "),
+    (re.compile(r"\bfree: [\d.]+ [KMGT]iB"), "free: <free>"),
     (re.compile(r"lem-bug-\w+\.log"), "lem-bug-<random>.log"),
     (re.compile(r"(?<![\w.])lem \d+\.\d+\.\d+(?:[.\w+-]*\w)?"), "lem <version>"),
 )
@@ -20,17 +22,16 @@ ALWAYS = (
 LIVE = (
     (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|[+-]\d\d:\d\d)?"), "<time>"),
     (re.compile(r"\b\d\d:\d\d(?::\d\d)?\b"), "<time>"),
-    (re.compile(r"\b\d{8}T\d{6}Z-[0-9a-f]{4}\b"), "<run>"),
+    (re.compile(r"\bload [0-9a-f]{16}\b"), "load <random>"),
     (re.compile(r"\b\d+(?:\.\d+)? ?(?:ms|s|min|h)\b"), "<duration>"),
     (re.compile(r"[-+±]?\b\d+(?:\.\d+)?(?: \d{3})* ?(?:tok/s|req/s|J|Wh|W|%)"), "<measured>"),
     (re.compile(r"\bpid \d+|process \d+"), "<process>"),
 )
 
-_RUN = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{4}")
 _MEASURED_KEY = re.compile(
     r"(_s|_j|_w|_c|_hz|_utc|_ns|_per_s|_per_j|_ratio|_b|_at|_mhz|_until)$|^(mean|p50|p90|p95|p99|at|pid|time|elapsed)$"
 )
-_RANDOM_KEY = re.compile(r"^(run_id|engine_load_id|load_id|host|lem_version|started|ended|hostname|boot_id)$")
+_RANDOM_KEY = re.compile(r"^(engine_load_id|load_id|host|lem_version|started|ended|hostname|boot_id)$")
 # Of an experiment's configuration nothing is measured: `min_window_sec` and the like must stay as they are.
 _CONFIGURED = re.compile(r"\.(requested|resolved|config|engine_effective)\.")
 
@@ -45,7 +46,7 @@ def mask_text(text: str, is_live: bool) -> str:
 
 def mask_values(values: Mapping[str, Any], is_live: bool) -> dict[str, Any]:
     """The values of a document, masked by the last key of their path."""
-    return {_RUN.sub("<run>", path) if is_live else path: _mask(path, value, is_live) for path, value in values.items()}
+    return {path: _mask(path, value, is_live) for path, value in values.items()}
 
 
 def _mask(path: str, value: Any, is_live: bool) -> Any:
@@ -54,6 +55,10 @@ def _mask(path: str, value: Any, is_live: bool) -> Any:
     if not is_live or value is None or _CONFIGURED.search(path):
         return value
     key = re.split(r"[.\[]", path.rstrip("]0123456789["))[-1]
-    if _RANDOM_KEY.search(key) or (_MEASURED_KEY.search(key) and not isinstance(value, (dict, list, bool))):
+    if (
+        _RANDOM_KEY.search(key)
+        or isinstance(value, float)
+        or (_MEASURED_KEY.search(key) and not isinstance(value, (dict, list, bool)))
+    ):
         return f"<{type(value).__name__}>"
     return mask_text(value, is_live=True) if isinstance(value, str) else value

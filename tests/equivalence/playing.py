@@ -9,9 +9,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tests.equivalence.builds import BUILD, OLD_COMMIT, Build, HarnessError
 from tests.equivalence.scenes import Scene
@@ -21,7 +21,26 @@ DRIVER = Path(__file__).with_name("driver.py")
 Outcomes = dict[str, list[dict[str, Any]]]
 
 
-def play(build: Build, scenes: Sequence[Scene]) -> Outcomes:
+class AnyScene(Protocol):
+    """A scene of any suite.
+
+    Attributes:
+        commands: for people; one for each outcome.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def files(self) -> Mapping[str, Any]: ...
+    @property
+    def may_change(self) -> bool: ...
+    @property
+    def commands(self) -> tuple[str, ...]: ...
+    def to_json(self) -> str:
+        """What it is made of."""
+
+
+def play_forked(build: Build, scenes: Sequence[Scene]) -> Outcomes:
     """The outcome of each step of every scene, by the scene's name.
 
     Raises:
@@ -60,8 +79,8 @@ def environment(root: Path) -> dict[str, str]:
     }
 
 
-def play_old(build: Build, scenes: Sequence[Scene]) -> Outcomes:
-    """As `play`; a scene that the old build has played before is not played again."""
+def play_kept(build: Build, scenes: Sequence[AnyScene], play: Callable[[Build, Sequence[Any]], Outcomes]) -> Outcomes:
+    """The outcomes of the old build; a scene that it has played before is not played again."""
     kept_path = BUILD / f"old-{OLD_COMMIT[:7]}" / f"outcomes-{_digest(DRIVER.read_bytes(), sys.version.encode())}.json"
     kept: Outcomes = json.loads(kept_path.read_text(encoding="utf-8")) if kept_path.exists() else {}
     keys = {scene.name: _key(scene) for scene in scenes}
@@ -76,7 +95,7 @@ def play_old(build: Build, scenes: Sequence[Scene]) -> Outcomes:
     return {name: kept[key] for name, key in keys.items()}
 
 
-def _key(scene: Scene) -> str:
+def _key(scene: AnyScene) -> str:
     """A digest of everything that the scene is made of, copied files included."""
     return _digest(scene.to_json().encode(), *_copied(scene.files))
 

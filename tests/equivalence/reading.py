@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from tests.equivalence.masks import mask_text, mask_values
+
 # A number as tables and messages write it. A sign belongs to it where no word comes before.
 NUMBER = re.compile(r"(?:(?<![\w.)\]])[-+\u2212±])?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 OPTION = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
@@ -34,24 +36,27 @@ class Facts:
     lines: tuple[str, ...] = ()
 
 
-def read_facts(content: Any, name: str, ignore_text: bool) -> Facts:
-    """What is in an output.
+def read_facts(content: Any, name: str, *, is_live: bool, ignore_text: bool) -> Facts:
+    """What is in an output, masked.
 
     Args:
         content: a text; or what the driver puts in the place of one.
         name: of a file, or like one (`stdout`).
+        is_live: mask what is measured, too.
         ignore_text: leave out words that are for people.
     """
     if not isinstance(content, str):
         return Facts("other", {"": content})
     name = name.removesuffix(".gz")
-    values = _document(content, name)
+    values = _document(content)
     if values is not None:
-        return Facts(
-            "document", {path: _without_words(value) for path, value in values.items()} if ignore_text else values
-        )
+        values = mask_values(values, is_live)
+        if ignore_text:
+            values = {path: _without_words(value) for path, value in values.items()}
+        return Facts("document", values)
+    content = mask_text(content, is_live)
     if not ignore_text:
-        return Facts("text", {}, _lines(content, name))
+        return Facts("text", {}, _lines(content))
     if name.endswith(".csv") or _is_table_of_commas(content):
         return Facts("csv", {path: _without_words(value) for path, value in _cells(content)})
     if content.lstrip().lower().startswith("<!doctype html"):
@@ -59,7 +64,7 @@ def read_facts(content: Any, name: str, ignore_text: bool) -> Facts:
     return _text_facts(content, name)
 
 
-def _document(content: str, name: str) -> dict[str, Any] | None:
+def _document(content: str) -> dict[str, Any] | None:
     """The values of JSON or JSON lines; None for anything else."""
     text = content.strip()
     if not text.startswith(("{", "[")):
@@ -86,7 +91,7 @@ def flatten(value: Any, path: str = "$") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _lines(content: str, name: str) -> tuple[str, ...]:
+def _lines(content: str) -> tuple[str, ...]:
     if content.lstrip().lower().startswith("<!doctype html"):
         content = content.replace("><", ">\n<")
     return tuple(content.splitlines(keepends=True))

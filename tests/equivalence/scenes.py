@@ -49,6 +49,11 @@ class Scene:
     environ: Mapping[str, str] = field(default_factory=dict)
     may_change: bool = False
 
+    @property
+    def commands(self) -> tuple[str, ...]:
+        """The command lines for people to read."""
+        return tuple(" ".join(step) for step in self.steps)
+
     def to_json(self) -> str:
         """The scene as the driver reads it."""
         return json.dumps({"name": self.name, "steps": self.steps, "files": self.files, "environ": self.environ})
