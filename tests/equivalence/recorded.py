@@ -19,7 +19,7 @@ def recorded_scenes(old: Build) -> Iterator[Scene]:
     identity = json.loads((attempt / "result.json").read_text(encoding="utf-8"))["identity"]
     place = "/".join(("results", identity["campaign_name"], identity["run_id"], identity["experiment_id"], "attempt-1"))
     yield from _scenes_of("h200", {place: {"copy": str(attempt)}}, identity["campaign_name"], old)
-    for name in ("demo", "interrupted"):
+    for name in ("demo", "two-backends", "interrupted"):
         folder = RECORDED / name
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is missing: the recordings belong to this repository")
