@@ -39,10 +39,11 @@ from typing import Any
 from tests.equivalence.builds import BUILD, ROOT, Build, HarnessError, build_of, old_build
 from tests.equivalence.comparing import Difference, Verdict, compare_outcomes, judge, unified
 from tests.equivalence.intended import INTENDED
-from tests.equivalence.live import live_scenes, play_live
+from tests.equivalence.live import live_scenes
 from tests.equivalence.playing import AnyScene, Outcomes, play_forked, play_kept
 from tests.equivalence.recorded import recorded_scenes
 from tests.equivalence.scenes import static_scenes
+from tests.equivalence.staging import play_live
 
 # How the scenes of each are made, and played.
 SUITES: Mapping[str, tuple[Callable[[Build], Iterable[AnyScene]], Callable[[Build, Sequence[Any]], Outcomes]]] = {
@@ -89,7 +90,7 @@ def compare(args: argparse.Namespace) -> Verdict:
     for suite in suites:
         make_scenes, play = SUITES[suite]
         scenes, before = [scene for scene in make_scenes(old) if re.search(args.only, scene.name)], time.monotonic()
-        sides = play_kept(old, scenes, play), play(new, scenes)
+        sides = play_kept(suite, old, scenes, play), play(new, scenes)
         steps = sum(len(scene.commands) for scene in scenes)
         print(f"{suite}: {len(scenes)} scenes, {steps} commands, {time.monotonic() - before:.0f} s", flush=True)
         cases += steps

@@ -79,9 +79,12 @@ def environment(root: Path) -> dict[str, str]:
     }
 
 
-def play_kept(build: Build, scenes: Sequence[AnyScene], play: Callable[[Build, Sequence[Any]], Outcomes]) -> Outcomes:
+def play_kept(
+    suite: str, build: Build, scenes: Sequence[AnyScene], play: Callable[[Build, Sequence[Any]], Outcomes]
+) -> Outcomes:
     """The outcomes of the old build; a scene that it has played before is not played again."""
-    kept_path = BUILD / f"old-{OLD_COMMIT[:7]}" / f"outcomes-{_digest(DRIVER.read_bytes(), sys.version.encode())}.json"
+    driver = _digest(DRIVER.read_bytes(), sys.version.encode())
+    kept_path = BUILD / f"old-{OLD_COMMIT[:7]}" / f"{suite}-{driver}.json"
     kept: Outcomes = json.loads(kept_path.read_text(encoding="utf-8")) if kept_path.exists() else {}
     keys = {scene.name: _key(scene) for scene in scenes}
     missing = [scene for scene in scenes if scene.may_change or keys[scene.name] not in kept]
