@@ -7,15 +7,17 @@ AUDIT_ENV := build/audit-env
 DEMO_ENV := build/demo-env
 DEMO_PYTHON ?= $(DEMO_ENV)/bin/python
 PYTEST_ARGS ?=
+EQUIVALENCE_ARGS ?=
 CAMPAIGN_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-containers test lint audit format bench clean distclean test-env demo-env FORCE
+.PHONY: help demo demo-containers test equivalence lint audit format bench clean distclean test-env demo-env FORCE
 
 help:
 	@echo 'make demo       measure a small campaign with a real transformer on this machine, and show the table'
 	@echo 'make demo-containers  PyTorch and vLLM in containers of their own, on the lab (Debian 12, root; tests/lab/README.md)'
 	@echo 'make test       run every test this machine can run, and say what it could not run'
+	@echo 'make equivalence  compare with the old build on the same inputs (EQUIVALENCE_ARGS=--live: campaigns too)'
 	@echo 'make lem.pyz    build the program into one file'
 	@echo 'make lint       ruff and mypy; yamllint, ansible-lint and systemd-analyze for the fleet'
 	@echo 'make audit      bandit, and pip-audit of what the program carries (needs PyPI and its database of advisories)'
@@ -53,6 +55,9 @@ test-env:
 
 test: test-env
 	$(TEST_PYTHON) -m pytest $(PYTEST_ARGS)
+
+equivalence: test-env
+	$(TEST_PYTHON) -m tests.equivalence $(EQUIVALENCE_ARGS)
 
 lint: test-env
 	$(TEST_PYTHON) -m ruff check

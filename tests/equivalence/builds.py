@@ -1,0 +1,73 @@
+"""The two programs that are compared: lem.pyz as the old commit builds it, and as another tree does."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+OLD_COMMIT = "524ec812cc1bf80f2de91037c5c71a564ab2e100"
+BUILD = ROOT / "build" / "equivalence"
+WHEELS = ROOT / "build" / "vendor"
+
+
+class HarnessError(Exception):
+    """Why there is nothing to compare."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """A lem.pyz and the tree that it was built from, whose test doubles fit it."""
+
+    zip: Path
+    tree: Path
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the zip."""
+        return hashlib.sha256(self.zip.read_bytes()).hexdigest()
+
+
+@functools.cache
+def old_build() -> Build:
+    """The build of the old commit, made once.
+
+    Raises:
+        HarnessError: the commit is not in this repository, or its build failed.
+    """
+    folder = BUILD / f"old-{OLD_COMMIT[:7]}"
+    tree = folder / "tree"
+    if not tree.exists():
+        archive = subprocess.run(["git", "-C", str(ROOT), "archive", OLD_COMMIT], capture_output=True, check=False)
+        if archive.returncode != 0:
+            raise HarnessError(
+                f"commit {OLD_COMMIT[:7]} is not available here, so there is no old build to compare with; "
+                "fetch the complete history (git fetch --unshallow)\n"
+                f"git: {archive.stderr.decode(errors='replace').strip()}"
+            )
+        unfinished = folder / f"tree.{os.getpid()}"
+        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+            files.extractall(unfinished, filter="data")
+        unfinished.rename(tree)
+    return build_of(tree, folder / "lem.pyz")
+
+
+def build_of(tree: Path, zip_path: Path) -> Build:
+    """The zip of a tree, built by that tree's own tool.
+
+    Raises:
+        HarnessError: the build failed.
+    """
+    zip_path.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(tree / "lem.pyz-build" / "build.py"), f"--output={zip_path}", f"--cache={WHEELS}"]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if built.returncode != 0:
+        raise HarnessError(f"{tree}: lem.pyz could not be built\n{built.stdout}{built.stderr}")
+    return Build(zip_path, tree)
