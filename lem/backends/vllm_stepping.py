@@ -180,19 +180,18 @@ class StepLoop:
             return Completion(request.index, (), now_ns, now_ns, error=problem)
         self._count += 1
         name = f"lem-{self._count}"
-        self._streams[name] = _Stream(request, now_ns, is_observed)
         try:
-            self._engine.add_request(
-                name,
-                forms.prompt(request.token_ids, salt),
-                forms.parameters(request, is_observed=is_observed),
-                lora_request=forms.adapter,
-            )
+            prompt = forms.prompt(request.token_ids, salt)
+            parameters = forms.parameters(request, is_observed=is_observed)
         except forms.rejections as error:
-            del self._streams[name]
+            return Completion(request.index, (), now_ns, self._clock(), error=shortened(error))
+        try:
+            self._engine.add_request(name, prompt, parameters, lora_request=forms.adapter)
+        except forms.rejections as error:
             return Completion(request.index, (), now_ns, self._clock(), error=shortened(error))
         except forms.failures as error:
             raise EngineRaised(error) from error
+        self._streams[name] = _Stream(request, now_ns, is_observed)
         return None
 
     def _step(self) -> list[Completion]:

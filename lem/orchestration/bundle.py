@@ -9,7 +9,6 @@ Schema history of manifest.json:
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
 import re
@@ -19,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 from lem import __version__, durable
 from lem.durable import reason_of, remedy_for, sha256_of
@@ -134,18 +133,34 @@ def _image_ids(saved: Path) -> dict[str, str | None]:
     store by its manifest's, which only newer engines save.
     """
     with tarfile.open(saved) as archive:
-        config = json.loads(_member(archive, "manifest.json"))[0]["Config"]
-        manifest = None
-        with contextlib.suppress(KeyError):
-            manifest = json.loads(_member(archive, "index.json"))["manifests"][0]["digest"]
-    return {"overlay2": f"sha256:{PurePosixPath(config).name.removesuffix('.json')}", "containerd": manifest}
+        images, index = (_member(archive, name) for name in ("manifest.json", "index.json"))
+    config = _first(images).get("Config")
+    if not isinstance(config, str):
+        raise UserError("docker save wrote an image whose manifest.json names no configuration")
+    digest = _first(index.get("manifests") if isinstance(index, dict) else None).get("digest")
+    return {
+        "overlay2": f"sha256:{PurePosixPath(config).name.removesuffix('.json')}",
+        "containerd": digest if isinstance(digest, str) else None,
+    }
 
 
-def _member(archive: tarfile.TarFile, name: str) -> bytes:
-    stream: IO[bytes] | None = archive.extractfile(name)
+def _member(archive: tarfile.TarFile, name: str) -> Any:
+    """The JSON document of that name; None where there is none."""
+    try:
+        stream = archive.extractfile(name)
+    except KeyError:
+        return None
     if stream is None:
-        raise KeyError(name)
-    return stream.read()
+        return None
+    try:
+        return json.loads(stream.read())
+    except ValueError as error:
+        raise UserError(f"docker save wrote an image whose {name} is broken: {error}") from error
+
+
+def _first(items: Any) -> dict[str, Any]:
+    """The first object of a list; an empty one where it is something else."""
+    return items[0] if isinstance(items, list) and items and isinstance(items[0], dict) else {}
 
 
 def _write_sums(scratch: Path) -> None:

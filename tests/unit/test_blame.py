@@ -16,8 +16,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 BUGS = {"ArithmeticError", "AssertionError", "AttributeError", "IndexError", "KeyError", "LookupError", "NameError"}
 BUGS |= {"RuntimeError", "TypeError", "ZeroDivisionError"}
-# Context managers that explain what is raised within them, as `except` does: (name, arguments without what they catch).
-EXPLAINERS = {"explained": 1}
+# Context managers that catch what is raised within them, as `except` does, and where what they catch begins among their
+# arguments.
+CATCHERS = {"explained": 1, "suppress": 0}
 
 
 @functools.cache
@@ -89,9 +90,10 @@ def blocks(tree: ast.Module) -> Iterator[tuple[list[ast.stmt], set[str]]]:
         elif isinstance(node, ast.With):
             for item in node.items:
                 call = item.context_expr
-                if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in EXPLAINERS:
-                    failures = call.args[EXPLAINERS[call.func.id] :]
-                    yield node.body, caught(failures[0]) if failures else {"AttributeError"}
+                name = ast.unparse(call.func).rpartition(".")[2] if isinstance(call, ast.Call) else ""
+                if isinstance(call, ast.Call) and name in CATCHERS:
+                    kinds = {kind for argument in call.args[CATCHERS[name] :] for kind in caught(argument)}
+                    yield node.body, kinds or {"AttributeError"}  # by default, `explained` catches all of them
 
 
 def ends_with_bare_raise(handler: ast.ExceptHandler) -> bool:
@@ -117,5 +119,8 @@ def test_the_check_sees_what_it_is_for() -> None:
         "try:\n    plural(1, 'x')\nexcept (ValueError, TypeError):\n    pass\n"
         "try:\n    json.loads(x)\nexcept TypeError:\n    pass\n"
         "with explained('x'):\n    plural(2, 'x')\n"
+        "with contextlib.suppress(OSError, KeyError):\n    plural(3, 'x')\n"
+        "with explained('x', OSError):\n    plural(4, 'x')\n"
     )
-    assert [call.lineno for body, kinds in blocks(tree) if kinds & BUGS for call in own_calls(tree, body)] == [3, 11]
+    found = [call.lineno for body, kinds in blocks(tree) if kinds & BUGS for call in own_calls(tree, body)]
+    assert sorted(found) == [3, 11, 13]

@@ -401,6 +401,13 @@ def test_an_experiment_runs_in_its_service(fake: FakeDocker, manager: ContainerM
     assert words[words.index("experiment") :] == ["experiment", "a.yaml", "--yes", "--cycles", "2"]
 
 
+def test_an_experiment_takes_yes(tmp_path: Path) -> None:
+    (tmp_path / "e.yaml").write_text("model: none\nmax_output_tokens: 4\n")
+    said = run_lem("experiment", tmp_path / "e.yaml", "--yes", "--dry-run", "--json")
+    assert said.code == 0
+    assert json.loads(said.out)["config"]["max_output_tokens"] == 4
+
+
 def test_services_that_cannot_start_are_a_runtime_error(fake: FakeDocker, manager: ContainerManager) -> None:
     fake.change(daemon="down")
     with pytest.raises(RuntimeError):

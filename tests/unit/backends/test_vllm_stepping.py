@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -397,6 +398,18 @@ def test_a_bug_in_taking_an_answer_is_not_the_engines(kind: type[Engine]) -> Non
     broken = type("Broken", (BugInLem, kind), {})()
     with pytest.raises(TypeError):
         loop(broken).serve(Arrivals([request(0, 10)]), is_salted=False)
+
+
+def test_a_bug_in_making_a_request_is_not_the_engines() -> None:
+    class BrokenForms(Forms):
+        failures = (TypeError,)  # type: ignore[assignment]
+
+        def parameters(self, request: TokenRequest, *, is_observed: bool) -> Parameters:
+            raise TypeError("a bug of lem")
+
+    broken = StepLoop(Engine(), BrokenForms(), clock=time.monotonic_ns)
+    with pytest.raises(TypeError, match="a bug of lem"):
+        broken.run_closed([request(0, 10)], say_nothing)
 
 
 def test_a_bug_in_telling_progress_is_not_the_engines() -> None:

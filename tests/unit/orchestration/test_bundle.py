@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
+import os
+import shlex
 import shutil
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -85,6 +90,49 @@ def _replace(folder: Path, manifest: bytes) -> None:
     (folder / "manifest.json").write_bytes(manifest)
     sums = (folder / "SHA256SUMS").read_text()
     (folder / "SHA256SUMS").write_text(sums.replace(before, hashlib.sha256(manifest).hexdigest()))
+
+
+CONFIG = [{"Config": "blobs/sha256/c0ffee"}]
+INDEX = {"manifests": [{"digest": "sha256:abc"}]}
+
+
+def _save_images_as(folder: Path, monkeypatch: pytest.MonkeyPatch, **documents: str) -> None:
+    """A `docker` whose `save` writes these documents."""
+    saved = folder / "saved.tar"
+    with tarfile.open(saved, "w") as archive:
+        for name, text in documents.items():
+            member = tarfile.TarInfo(f"{name}.json")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
+    (folder / "bin").mkdir()
+    command = folder / "bin" / "docker"
+    command.write_text(f'#!/bin/sh\n[ "$1 $2" = "save --output" ] && exec cp {shlex.quote(str(saved))} "$3"\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("LEM_CACHE_DIR", str(folder / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("index", "digest"), [(json.dumps(INDEX), "sha256:abc"), (None, None), ('{"manifests": []}', None), ("[]", None)]
+)
+def test_an_image_is_known_by_what_the_engine_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: str | None, digest: str | None
+) -> None:
+    more = {} if index is None else {"index": index}
+    _save_images_as(tmp_path, monkeypatch, manifest=json.dumps(CONFIG), **more)
+    folder = make_bundle(tmp_path / "made", Contents(images=("img:1",)))
+    (image,) = verify_bundle(folder, None)["images"]
+    assert image["ids"] == {"overlay2": "sha256:c0ffee", "containerd": digest}
+
+
+@pytest.mark.parametrize("manifest", ["{", "[]", "{}", "[7]", '[{"Config": 7}]'])
+def test_an_image_that_is_saved_otherwise_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, manifest: str
+) -> None:
+    _save_images_as(tmp_path, monkeypatch, manifest=manifest)
+    with pytest.raises(UserError, match=r"docker save wrote an image whose manifest\.json"):
+        make_bundle(tmp_path / "made", Contents(images=("img:1",)))
+    assert list((tmp_path / "made").iterdir()) == []
 
 
 def _key(folder: Path, name: str) -> Path:
