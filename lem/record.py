@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lem.reasons import Reason
+
 __all__ = [
     "OBSERVATIONS_NEEDED",
     "Carbon",
@@ -104,8 +106,8 @@ class Validity:
     """Whether the numbers may be used, and what to know about them."""
 
     valid: bool
-    invalid_reasons: tuple[str, ...]
-    warnings: tuple[str, ...]
+    invalid_reasons: tuple[Reason, ...]
+    warnings: tuple[Reason, ...]
     warmup_converged: bool | None
     steady: bool | None
     engine_reused: bool
@@ -132,7 +134,7 @@ class Window:
     load_s: float | None
     compile_s: float | None
     gap_s: float | None
-    gap_end_reason: str | None
+    gap_end_reason: Reason | None
     null_reasons: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -28,6 +28,7 @@ from lem.orchestration.locks import Holder, LockTarget, default_gpu_lock_folder,
 from lem.orchestration.manifest import utc_now, utc_text
 from lem.orchestration.worker_connection import Stop
 from lem.orchestration.workers import Worker
+from lem.reasons import Reason
 
 __all__ = ["ContainerLost", "DockerExecutor"]
 
@@ -288,7 +289,7 @@ class DockerExecutor:
                 return False
             time.sleep(_POLL_S)
 
-    def _gpu_loss(self, service: str) -> str | None:
+    def _gpu_loss(self, service: str) -> Reason | None:
         try:
             return gpu_loss(self.manager.services.read_gpus(service))
         except ContainerError as error:

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Column", "NameShortener", "columns", "paint", "printable", "text_width", "without_numbers", "wrapped"]
+__all__ = ["Column", "NameShortener", "columns", "paint", "printable", "text_width", "wrapped"]
 
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "yellow": "33"}
 _GAP = 2
@@ -16,7 +16,6 @@ _NAME_MIN = 16
 
 # Names are cut and wrapped after these; `_`, `=` and `.` hold words and values together.
 _TOKEN = re.compile(r"[^-,/;:|· ]*[-,/;:|· ]*")
-_NUMBER = re.compile(r"[0-9]+(?:[.][0-9]+)?")
 
 
 def paint(text: str, style: str, *, is_colour: bool) -> str:
@@ -27,11 +26,6 @@ def paint(text: str, style: str, *, is_colour: bool) -> str:
 def printable(text: str) -> str:
     """`text` on one line, control characters replaced: a result folder must not steer the terminal that shows it."""
     return "".join(char if char.isprintable() else "�" for char in " ".join(text.split()))
-
-
-def without_numbers(text: str) -> str:
-    """`text` with every number as `#`: the same for messages that differ in nothing else."""
-    return _NUMBER.sub("#", text)
 
 
 def text_width(text: str) -> int:
