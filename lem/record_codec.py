@@ -121,7 +121,7 @@ def _encode_section(section: Any, where: str) -> dict[str, Any]:
         value = getattr(section, item.name)
         path = f"{where}.{item.name}"
         out[item.name] = _encode_section(value, path) if isinstance(value, Distribution) else _plain(value, path)
-        if value is not None and item.name in _reason_fields(type(section)):
+        if value is not None and item.name in _reason_fields(section.__class__):
             out[item.name + _CODED] = _codes(value, path)
         reason = reasons.pop(item.name, None)
         if value is None:
@@ -151,7 +151,7 @@ def _decode_section(kind: Any, value: Any, where: str) -> Any:
     for name in _reason_fields(kind):
         plain[name] = _decode_reasons(hints[name], plain[name], coded.pop(name, None), f"{where}.{name}")
     if coded:
-        raise RecordError(f"{where}: {shown(next(iter(coded)) + _CODED)} stands beside no reason")
+        raise RecordError(f"{where}: unexpected {shown(next(iter(coded)) + _CODED)}: the field holds no reasons")
     scalars = _scalars(kind)
     out = {
         name: plain[name]
@@ -188,17 +188,17 @@ def _decode_reasons(hint: Any, sentences: Any, coded: Any, where: str) -> Any:
         return None if said is None and coded is None else _decode_reason(said, coded, where)
     sentences = _convert(tuple[str, ...], sentences, where)
     if not isinstance(coded, list) or len(coded) != len(sentences):
-        raise RecordError(f"{where}: a code for each of {len(sentences)} sentences is due, got {shown(coded)}")
+        raise RecordError(f"{where}: expected codes of {len(sentences)} sentences, got {shown(coded)}")
     return tuple(_decode_reason(said, code, where) for said, code in zip(sentences, coded, strict=True))
 
 
 def _decode_reason(sentence: str, coded: Any, where: str) -> Reason:
     """The reason; that of a newer lem with the same schema is known by its sentence alone."""
     if not isinstance(coded, dict) or coded.keys() != {"code", "data"} or not isinstance(coded["data"], dict):
-        raise RecordError(f"{where}: code and data are due, got {shown(coded)}")
-    data = _plain(coded["data"], f"{where}.data")
+        raise RecordError(f"{where}: expected code and data, got {shown(coded)}")
+    code, data = _scalar(str, coded["code"], where), _plain(coded["data"], f"{where}.data")
     try:
-        return Reason.of(_scalar(str, coded["code"], where), **data)
+        return Reason.of(code, **data)
     except (KeyError, TypeError, ValueError, OverflowError):
         return Reason.of("said", text=sentence)
 

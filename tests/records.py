@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lem.reasons import Reason, recognise
@@ -47,6 +47,11 @@ def reasons(section: _Section, reason: str) -> _Section:
 def told(*sentences: str) -> tuple[Reason, ...]:
     """The reasons behind sentences, as those of a record of schema version 1 are read."""
     return tuple(map(recognise, sentences))
+
+
+def codes(found: Iterable[Reason]) -> list[str]:
+    """The codes of reasons."""
+    return [item.code for item in found]
 
 
 def make_record(

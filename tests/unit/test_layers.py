@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 60
 
 # What each layer may stand on beside itself and `lem` (the version); a layer is a module or a folder of lem/.
-FOUNDATION = frozenset({"errors", "process", "log", "units", "durable", "jsontypes"})
+FOUNDATION = frozenset({"errors", "process", "log", "units", "durable", "jsontypes", "reasons"})
 RECORD = frozenset({"record", "record_codec"})
 STANDS_ON: dict[str, frozenset[str]] = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),
