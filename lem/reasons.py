@@ -309,6 +309,8 @@ def _formats(template: str) -> Mapping[str, str]:
 
 
 def _as_shown(value: Any, spec: str) -> Any:
+    if not spec and not isinstance(value, (str, Reason)):
+        raise TypeError(f"expected text or a reason, got {type(value).__name__}")
     shown = format(value, spec)  # raises what does not fit
     return _parsed(shown, spec) if isinstance(value, float) and spec else value
 

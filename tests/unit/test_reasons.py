@@ -86,16 +86,16 @@ WRITTEN = (
     (
         "load_too_high",
         (
-            "the offered load is above what the engine can do: 100 requests arrived, 12 were completed in the window, so "
-            "queue times grow with its length; lower traffic_simulation.target_qps"
+            "the offered load is above what the engine can do: 100 requests arrived, 12 were completed in the window, "
+            "so queue times grow with its length; lower traffic_simulation.target_qps"
         ),
     ),
     ("tokens_untimed", "the engine gave no time for each token: tokens count when their request was finished"),
     (
         "ramp_cut_short",
         (
-            "the window opened after 12.5 s of ramp, before as many requests were completed as were there at once: it may "
-            "hold the start of the load"
+            "the window opened after 12.5 s of ramp, before as many requests were completed as were there at once: it "
+            "may hold the start of the load"
         ),
     ),
     ("prompts_cut", "8 of 8 prompts were cut to max_input_tokens (3); raise it to run them whole"),
@@ -161,6 +161,8 @@ def test_data_that_does_not_fit_the_sentence_is_refused() -> None:
         Reason.of("no_output", failed=1)
     with pytest.raises(ValueError, match="Unknown format code"):
         Reason.of("requests_failed", failed="one", total=8, first="x")
+    with pytest.raises(TypeError, match="expected text or a reason, got list"):
+        Reason.of("said", text=["one"])
     with pytest.raises(KeyError):
         Reason.of("no_such_code")
 
