@@ -15,8 +15,6 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-__all__ = ["TEXTS", "V1_TEXTS", "Reason", "alike", "recognise"]
-
 _Thing = TypeVar("_Thing")
 
 # The sentences of records as schema version 1 had them, which kept nothing else: a v1 record is read by them. They

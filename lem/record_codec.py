@@ -194,6 +194,8 @@ def _decode_reasons(hint: Any, sentences: Any, coded: Any, where: str) -> Any:
 
 def _decode_reason(sentence: str, coded: Any, where: str) -> Reason:
     """The reason; that of a newer lem with the same schema is known by its sentence alone."""
+    if isinstance(coded, Reason):  # of a record of version 1
+        return coded
     if not isinstance(coded, dict) or coded.keys() != {"code", "data"} or not isinstance(coded["data"], dict):
         raise RecordError(f"{where}: expected code and data, got {shown(coded)}")
     code, data = _scalar(str, coded["code"], where), _plain(coded["data"], f"{where}.data")
@@ -209,16 +211,14 @@ def _from_version_1(document: Mapping[str, Any]) -> dict[str, Any]:
     for section, name in (("validity", "invalid_reasons"), ("validity", "warnings"), ("window", "gap_end_reason")):
         values = document.get(section)
         if isinstance(values, dict) and values.get(name) is not None:
-            coded = _recognised(values[name])
-            document[section] = {**values, name + _CODED: coded}
+            document[section] = {**values, name + _CODED: _recognised(values[name])}
     return document
 
 
 def _recognised(sentences: Any) -> Any:
     if isinstance(sentences, list):
         return [_recognised(item) for item in sentences]
-    reason = recognise(sentences if isinstance(sentences, str) else "")
-    return {"code": reason.code, "data": dict(reason.data)}
+    return recognise(sentences if isinstance(sentences, str) else "")
 
 
 @functools.cache
