@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from lem.measurement import SLOWDOWN_MASK, EnergySource, is_estimate
+from lem.reasons import Reason
 
 __all__ = [
     "CONFIG_FILE",
@@ -158,8 +159,8 @@ class Validity:
     """Whether the numbers may be used, and what to know about them."""
 
     valid: bool
-    invalid_reasons: tuple[str, ...]
-    warnings: tuple[str, ...]
+    invalid_reasons: tuple[Reason, ...]
+    warnings: tuple[Reason, ...]
     warmup_converged: bool | None
     steady: bool | None
     engine_reused: bool
@@ -186,7 +187,7 @@ class Window:
     load_s: float | None
     compile_s: float | None
     gap_s: float | None
-    gap_end_reason: str | None
+    gap_end_reason: Reason | None
     null_reasons: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -1,10 +1,12 @@
 """`result.json` from a record, and back.
 
-A section is an object with its fields, and `<field>_null_reason` beside each null. What is written can be read back,
-and what is read is whole: both directions check every name, type and reason, and refuse NaN and infinity.
+A section is an object with its fields, and `<field>_null_reason` beside each null. A field of reasons holds their
+sentences, for people; `<field>_coded` beside it holds what they are read from. What is written can be read back, and
+what is read is whole: both directions check every name, type and reason, and refuse NaN and infinity.
 
 Schema history:
-    1: first version.
+    1: first version; warnings, reasons of invalid results and why a gap ended were sentences alone.
+    2: `<field>_coded`.
 """
 
 from __future__ import annotations
@@ -20,13 +22,15 @@ from typing import Any
 
 from lem import durable
 from lem.jsontypes import shown
+from lem.reasons import Reason, recognise
 from lem.record import Distribution, Gpu, Record
 
 __all__ = ["SCHEMA_VERSION", "RecordError", "decode_record", "encode_record", "read_record", "write_record"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _REASON = "_null_reason"
+_CODED = "_coded"
 
 
 class RecordError(ValueError):
@@ -62,8 +66,11 @@ def decode_record(document: Any) -> Record:
     """
     if not isinstance(document, dict):
         raise RecordError("a record is a JSON object")
+    if document.get("schema_version") == 1:
+        document = _from_version_1(document)
     if document.get("schema_version") != SCHEMA_VERSION:
-        raise RecordError(f"schema_version is {shown(document.get('schema_version'))}, this lem reads {SCHEMA_VERSION}")
+        said = shown(document.get("schema_version"))
+        raise RecordError(f"schema_version is {said}, this lem reads 1 to {SCHEMA_VERSION}")
     hints = _hints(Record)
     _check_names("record", set(document) - {"schema_version"}, set(hints))
     values: dict[str, Any] = {}
@@ -114,6 +121,8 @@ def _encode_section(section: Any, where: str) -> dict[str, Any]:
         value = getattr(section, item.name)
         path = f"{where}.{item.name}"
         out[item.name] = _encode_section(value, path) if isinstance(value, Distribution) else _plain(value, path)
+        if value is not None and item.name in _reason_fields(section.__class__):
+            out[item.name + _CODED] = _codes(value, path)
         reason = reasons.pop(item.name, None)
         if value is None:
             out[item.name + _REASON] = reason
@@ -130,7 +139,8 @@ def _decode_section(kind: Any, value: Any, where: str) -> Any:
     hints = dict(_hints(kind))
     keeps_reasons = hints.pop("null_reasons", None) is not None
     reasons = {key[: -len(_REASON)]: text for key, text in value.items() if key.endswith(_REASON)}
-    plain = {key: item for key, item in value.items() if not key.endswith(_REASON)}
+    coded = {key[: -len(_CODED)]: item for key, item in value.items() if key.endswith(_CODED)}
+    plain = {key: item for key, item in value.items() if not key.endswith((_REASON, _CODED))}
     _check_names(where, set(plain), set(hints))
     for name, item in plain.items():
         if item is None and not (isinstance(reasons.get(name), str) and reasons[name]):
@@ -138,10 +148,14 @@ def _decode_section(kind: Any, value: Any, where: str) -> Any:
     for name in reasons:
         if plain.get(name, name) is not None:
             raise RecordError(f"{where}: {shown(name + _REASON)} stands beside a value, or beside nothing")
+    for name in _reason_fields(kind):
+        plain[name] = _decode_reasons(hints[name], plain[name], coded.pop(name, None), f"{where}.{name}")
+    if coded:
+        raise RecordError(f"{where}: unexpected {shown(next(iter(coded)) + _CODED)}: the field holds no reasons")
     scalars = _scalars(kind)
     out = {
         name: plain[name]
-        if type(plain[name]) in scalars[name] and _is_finite(plain[name])
+        if name in _reason_fields(kind) or (type(plain[name]) in scalars[name] and _is_finite(plain[name]))
         else _convert(hint, plain[name], f"{where}.{name}")
         for name, hint in hints.items()
     }
@@ -153,6 +167,58 @@ def _hints(kind: Any) -> Mapping[str, Any]:
     """Names and types of the fields; resolving annotations costs more than all the rest of decoding."""
     hints = typing.get_type_hints(kind)
     return {item.name: hints[item.name] for item in dataclasses.fields(kind)}
+
+
+@functools.cache
+def _reason_fields(kind: Any) -> tuple[str, ...]:
+    reasons = (Reason | None, tuple[Reason, ...])
+    return tuple(name for name, hint in _hints(kind).items() if hint in reasons)
+
+
+def _codes(value: Any, where: str) -> Any:
+    if isinstance(value, Reason):
+        return {"code": value.code, "data": _plain(value.data, f"{where}.data")}
+    return [_codes(item, where) for item in value]
+
+
+def _decode_reasons(hint: Any, sentences: Any, coded: Any, where: str) -> Any:
+    """The reasons of a field, from its sentences and their codes."""
+    if typing.get_origin(hint) is not tuple:
+        said = _convert(str | None, sentences, where)
+        return None if said is None and coded is None else _decode_reason(said, coded, where)
+    sentences = _convert(tuple[str, ...], sentences, where)
+    if not isinstance(coded, list) or len(coded) != len(sentences):
+        raise RecordError(f"{where}: expected codes of {len(sentences)} sentences, got {shown(coded)}")
+    return tuple(_decode_reason(said, code, where) for said, code in zip(sentences, coded, strict=True))
+
+
+def _decode_reason(sentence: str, coded: Any, where: str) -> Reason:
+    """The reason; that of a newer lem with the same schema is known by its sentence alone."""
+    if isinstance(coded, Reason):  # of a record of version 1
+        return coded
+    if not isinstance(coded, dict) or coded.keys() != {"code", "data"} or not isinstance(coded["data"], dict):
+        raise RecordError(f"{where}: expected code and data, got {shown(coded)}")
+    code, data = _scalar(str, coded["code"], where), _plain(coded["data"], f"{where}.data")
+    try:
+        return Reason.of(code, **data)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return Reason.of("said", text=sentence)
+
+
+def _from_version_1(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document as version 2 has it; what is wrong with it stays for the reader to find."""
+    document = {**document, "schema_version": 2}
+    for section, name in (("validity", "invalid_reasons"), ("validity", "warnings"), ("window", "gap_end_reason")):
+        values = document.get(section)
+        if isinstance(values, dict) and values.get(name) is not None:
+            document[section] = {**values, name + _CODED: _recognised(values[name])}
+    return document
+
+
+def _recognised(sentences: Any) -> Any:
+    if isinstance(sentences, list):
+        return [_recognised(item) for item in sentences]
+    return recognise(sentences if isinstance(sentences, str) else "")
 
 
 @functools.cache
@@ -217,6 +283,8 @@ def _scalar(kind: type[Any], value: Any, where: str) -> Any:
 
 def _plain(value: Any, where: str) -> Any:
     """`value` as JSON values."""
+    if isinstance(value, Reason):
+        return value.text
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):

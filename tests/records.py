@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lem.config.experiment_config import MeasurementConfig
 from lem.measurement import EnergySource, is_gpu_source
 from lem.meters.efficiency import carbon_of, efficiency_of
 from lem.meters.energy import EnergyFindings
+from lem.reasons import Reason, recognise
 from lem.record import (
     Carbon,
     Compute,
@@ -45,6 +46,16 @@ def reasons(section: _Section, reason: str) -> _Section:
     """The section with the same reason for every value that is None."""
     names = [item.name for item in dataclasses.fields(section) if getattr(section, item.name) is None]
     return dataclasses.replace(section, null_reasons=dict.fromkeys(names, reason))
+
+
+def told(*sentences: str) -> tuple[Reason, ...]:
+    """The reasons behind sentences, as those of a record of schema version 1 are read."""
+    return tuple(map(recognise, sentences))
+
+
+def codes(found: Iterable[Reason]) -> list[str]:
+    """The codes of reasons."""
+    return [item.code for item in found]
 
 
 def make_record(
@@ -90,15 +101,15 @@ def make_record(
         ),
         validity=Validity(
             valid=is_valid,
-            invalid_reasons=invalid_reasons,
-            warnings=warnings,
+            invalid_reasons=told(*invalid_reasons),
+            warnings=told(*warnings),
             warmup_converged=True,
             steady=True,
             engine_reused=False,
             engine_load_id=f"{run_id}-{config_hash}-{cycle}-{attempt}" if load_id is None else load_id,
         ),
         window=reasons(
-            Window("closed_batch", 10.0, 3, 1.5, 5, 0.8, None, 0.4, "temperature and power are back"),
+            Window("closed_batch", 10.0, 3, 1.5, 5, 0.8, None, 0.4, recognise("temperature and power are back")),
             "nothing was compiled for this experiment",
         ),
         energy=_energy(energy_per_output_tok_j, energy_source),

@@ -25,7 +25,7 @@ from lem.record import (
     Window,
     Work,
 )
-from tests.records import make_distribution, make_environment, reasons
+from tests.records import make_distribution, make_environment, reasons, told
 from tests.synthetic_log import EVENT_POWER_CAP, EVENT_THERMAL
 
 if TYPE_CHECKING:
@@ -152,8 +152,8 @@ class _Maker:
             invalid = ("another process used the GPU during the window",)
         return Validity(
             valid=run.is_valid,
-            invalid_reasons=invalid,
-            warnings=run.configuration.warnings,
+            invalid_reasons=told(*invalid),
+            warnings=told(*run.configuration.warnings),
             warmup_converged=True,
             steady=run.configuration.is_steady,
             engine_reused=run.is_engine_reused,
@@ -162,9 +162,8 @@ class _Maker:
 
     def _window(self) -> Window:
         load_s = None if self.run.is_engine_reused else self.run.load_s
-        section = Window(
-            "closed_batch", self.window_s, self.repeats, 5.0, 8, load_s, None, 12.0, "temperature and power are back"
-        )
+        (gap_end_reason,) = told("temperature and power are back")
+        section = Window("closed_batch", self.window_s, self.repeats, 5.0, 8, load_s, None, 12.0, gap_end_reason)
         return dataclasses.replace(
             section,
             null_reasons={

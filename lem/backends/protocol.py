@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lem.config.experiment_config import ExperimentConfig
+from lem.reasons import Reason
 
 __all__ = [
     "Backend",
@@ -103,7 +104,7 @@ class EngineReport:
     weights_sha256: str | None = None
     model_parameters: int | None = None
     embedding_parameters: int | None = None
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Reason, ...] = ()
     compile_s: float | None = None
     checks_s: float = 0.0
 

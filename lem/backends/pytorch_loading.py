@@ -20,6 +20,7 @@ from lem.backends.refusals import shortened
 from lem.config.backend_config import PyTorchConfig
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError, OptionRefused
+from lem.reasons import Reason
 
 __all__ = ["LoadedModel", "load_model", "set_assistant"]
 
@@ -49,7 +50,7 @@ class LoadedModel:
     assistant: Any = None
     assistant_name: str | None = None
     assistant_tokenizer: Any = None
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Reason, ...] = ()
 
 
 def load_model(config: ExperimentConfig, facts: EngineFacts, token: str | None) -> LoadedModel:
@@ -113,7 +114,7 @@ def _load_tokenizer(config: ExperimentConfig, source: Source, access: Mapping[st
 
 def _load_weights(
     config: ExperimentConfig, source: Source, device: torch.device, facts: EngineFacts, access: Mapping[str, Any]
-) -> tuple[Any, tuple[str, ...]]:
+) -> tuple[Any, tuple[Reason, ...]]:
     section = section_of(config)
     options = {**access, **_dtype_option(config, facts), **_placement_options(section, device, facts)}
     model, info = _from_pretrained(section, source, facts, options)
@@ -127,8 +128,7 @@ def _load_weights(
     missing = sorted(info.get("missing_keys") or ())
     if not missing:
         return model, ()
-    text = f"{len(missing)} weights are not in {source.name} and were made up at random, among them {missing[0]}"
-    return model, (text,)
+    return model, (Reason.of("weights_missing", count=len(missing), model=source.name, first=missing[0]),)
 
 
 def _from_pretrained(section: PyTorchConfig, source: Source, facts: EngineFacts, options: Mapping[str, Any]) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from lem.backends.pytorch_batching import BatchRules
 from lem.config.backend_config import PyTorchConfig
 from lem.config.experiment_config import ExperimentConfig
+from lem.reasons import Reason
 
 __all__ = [
     "ASSISTANT_ARGUMENTS",
@@ -90,10 +91,10 @@ def is_assisted(section: PyTorchConfig) -> bool:
     return section.assisted_generation.model is not None or section.assisted_generation.num_tokens is not None
 
 
-def idle_options(config: ExperimentConfig) -> tuple[str, ...]:
-    """What the experiment asks for in vain, in words; the rules across fields tell of the decoder's own values."""
+def idle_options(config: ExperimentConfig) -> tuple[Reason, ...]:
+    """What the experiment asks for in vain; the rules across fields tell of the decoder's own values."""
     if section_of(config).min_p is not None and config.decoder.is_greedy:
-        return ("pytorch.min_p has no effect under greedy decoding",)
+        return (Reason.of("min_p_unused", backend="pytorch"),)
     return ()
 
 

@@ -19,6 +19,7 @@ from lem.backends.pytorch_options import EngineFacts, is_assisted
 from lem.backends.refusals import EngineRaised, shortened
 from lem.config.backend_config import PyTorchConfig
 from lem.errors import EngineError, OptionRefused
+from lem.reasons import Reason
 
 __all__ = ["Trial", "try_out"]
 
@@ -38,7 +39,7 @@ class Trial:
     """
 
     cache: str | None
-    warnings: tuple[str, ...]
+    warnings: tuple[Reason, ...]
 
 
 def try_out(runner: BatchRunner, section: PyTorchConfig, facts: EngineFacts) -> Trial:
@@ -66,7 +67,7 @@ def try_out(runner: BatchRunner, section: PyTorchConfig, facts: EngineFacts) -> 
         raise OptionRefused(f"pytorch.use_cache: {facts} worked with a cache of the kind {cache}")
     if section.torch_compile and _compiled_graphs() == graphs_before:
         raise OptionRefused(f"pytorch.torch_compile: {facts} compiled nothing of this model")
-    return Trial(cache, tuple(dict.fromkeys(heard)))
+    return Trial(cache, tuple(Reason.of("said", text=text) for text in dict.fromkeys(heard)))
 
 
 def _requests(runner: BatchRunner, section: PyTorchConfig) -> tuple[TokenRequest, ...]:

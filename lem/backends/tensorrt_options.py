@@ -9,6 +9,7 @@ from typing import Any
 
 from lem.config.backend_config import TensorRTConfig
 from lem.config.experiment_config import ExperimentConfig
+from lem.reasons import Reason
 
 __all__ = [
     "ARGUMENTS",
@@ -170,8 +171,8 @@ def sampling_settings(config: ExperimentConfig) -> dict[str, Any]:
     return settings
 
 
-def idle_options(config: ExperimentConfig) -> tuple[str, ...]:
-    """What a person should know about the options, in words."""
+def idle_options(config: ExperimentConfig) -> tuple[Reason, ...]:
+    """What a person should know about the options."""
     if section_of(config).enable_kv_cache_reuse is None:
-        return ("tensorrt.enable_kv_cache_reuse is off, so that repeated prompts are computed again",)
+        return (Reason.of("tensorrt_no_reuse"),)
     return ()

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 from lem.errors import EngineError
+from lem.reasons import Reason
 
 __all__ = ["idle_gpu", "pick_gpu", "visible_gpus"]
 
@@ -22,10 +23,10 @@ def visible_gpus(torch: ModuleType) -> tuple[str, ...]:
     return tuple(f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(count))
 
 
-def idle_gpu(gpus: Sequence[str] | None, uuids: Sequence[str], devices: Path = Path("/dev")) -> tuple[str, ...]:
+def idle_gpu(gpus: Sequence[str] | None, uuids: Sequence[str], devices: Path = Path("/dev")) -> tuple[Reason, ...]:
     """A warning where the CPU is used for want of a GPU that PyTorch can use, though the machine has one."""
     if gpus is None and not uuids and any(devices.glob("nvidia[0-9]*")):
-        return ("this machine has a GPU that this PyTorch cannot use (a CPU build, or no driver): the CPU is measured",)
+        return (Reason.of("gpu_unusable"),)
     return ()
 
 

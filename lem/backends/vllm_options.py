@@ -9,6 +9,7 @@ from typing import Any
 
 from lem.config.backend_config import VllmConfig
 from lem.config.experiment_config import ExperimentConfig
+from lem.reasons import Reason
 
 __all__ = [
     "ARGUMENTS",
@@ -186,14 +187,11 @@ def seed_of(config: ExperimentConfig, index: int) -> int | None:
     return config.random_seed + index
 
 
-def idle_options(config: ExperimentConfig) -> tuple[str, ...]:
-    """What the experiment asks for in vain or at a price, in words; the rules across fields tell of the decoder."""
+def idle_options(config: ExperimentConfig) -> tuple[Reason, ...]:
+    """What the experiment asks for in vain or at a price; the rules across fields tell of the decoder."""
     notes = []
     if section_of(config).min_p is not None and config.decoder.is_greedy:
-        notes.append("vllm.min_p has no effect under greedy decoding")
+        notes.append(Reason.of("min_p_unused", backend="vllm"))
     if seed_of(config, 0) is not None:
-        notes.append(
-            "random_seed gives each request a random generator of its own, with which vLLM samples more slowly than "
-            "without; random_seed: null measures the engine as it is usually run"
-        )
+        notes.append(Reason.of("vllm_seeded"))
     return tuple(notes)

@@ -93,7 +93,7 @@ def _finding_lines(item: Finding, shortener: Any, n_all: int, *, is_colour: bool
     from lem.results.layout import paint, wrapped
 
     label, style = ("WEAK", "red") if item.is_weak else ("note", "yellow")
-    is_told = all(name in item.text for name in item.configurations)
+    is_told = set(item.configurations) <= set(item.reason.data.values())
     whom = "" if is_told else _whom([shortener(name) for name in item.configurations], n_all)
     first, *rest = wrapped(f"{item.kind.replace('_', ' ')}: {item.text}{whom}", width, f"{label:<{_LEAD}}")
     remedy = wrapped(item.remedy, width, f"{'':<{_LEAD}}do: ") if item.remedy else []

@@ -115,13 +115,13 @@ def _fact(name: str, text: str, width: int) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=f"{name + ':':<{width}}", subsequent_indent=" " * width)
 
 
-def _expected(plan: Plan, prices: Prices) -> str:
+def _expected(plan: Plan, prices: Prices, about: str = "about ") -> str:
     expected, gaps = plan.expected_time(prices), _gaps(plan, prices)
     if expected.measured_s is None or expected.loading_s is None or expected.total_s is None:
         return f"unknown before the first run; {gaps}"
     guess = "" if expected.is_complete else ", partly guessed from other configurations"
     return (
-        f"about {units.format_duration(expected.total_s)} (measuring {units.format_duration(expected.measured_s)}, "
+        f"{about}{units.format_duration(expected.total_s)} (measuring {units.format_duration(expected.measured_s)}, "
         f"loading {units.format_duration(expected.loading_s)}, {gaps}{guess})"
     )
 
@@ -145,8 +145,7 @@ def _bounds(
     """How a top-up or a budget lets it end later or earlier."""
     facts = {}
     if rule is not None and longest is not None:
-        most = _expected(longest, prices)
-        facts["top-up"] = f"{rule.describe()}; at most {most.removeprefix('about ')}"
+        facts["top-up"] = f"{rule.describe()}; at most {_expected(longest, prices, about='')}"
     if budget_s is not None:
         facts["budget"] = f"{units.format_duration(budget_s)}, {_fitting(plan, prices, budget_s)}"
     return facts

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lem.errors import ConfigurationError
+from lem.reasons import Reason
 
 __all__ = ["ConfigProblems", "Path", "Problem", "Sink", "describe", "did_you_mean", "dotted", "nearest"]
 
@@ -25,6 +26,7 @@ class Problem:
         suggestion: the nearest key or value that would be right; None when nothing is near.
         severity: `error` or `warning`.
         is_about_key: the key itself is wrong, not its value.
+        reason: what is wrong as a code, where a rule found it.
     """
 
     path: Path
@@ -32,6 +34,12 @@ class Problem:
     suggestion: str | None = None
     severity: str = "error"
     is_about_key: bool = False
+    reason: Reason | None = None
+
+    @classmethod
+    def of(cls, path: Path, reason: Reason, *, is_about_key: bool = False) -> Problem:
+        """What a rule found."""
+        return cls(path, reason.text, is_about_key=is_about_key, reason=reason)
 
     def __str__(self) -> str:
         where = f"{dotted(self.path)}: " if self.path else ""

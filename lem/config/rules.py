@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from lem.config.backend_config import BACKENDS, PyTorchConfig, TensorRTConfig, VllmConfig
 from lem.config.problems import Path, Problem, dotted, nearest
 from lem.measurement import is_estimate
+from lem.reasons import Reason
 
 if TYPE_CHECKING:
     from lem.config.experiment_config import DecoderConfig, ExperimentConfig, TrafficConfig
@@ -28,7 +29,12 @@ AMPERE = (8, 0)
 HIGH_MEMORY_UTILIZATION = 0.95
 _PRE_QUANTIZED = ("awq", "gptq", "marlin", "int4_awq", "int4_gptq")
 _BYTES_PER_WEIGHT = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
+# Where the key itself is wrong, not its value.
+_ABOUT_KEYS = frozenset({"other_backend", "two_prompt_sources"})
 _PARAMETERS_IN_NAME = re.compile(r"(?<![0-9a-z.])([0-9]+(?:\.[0-9]+)?)(b|m)(?![a-z0-9])", re.IGNORECASE)
+
+
+Found = Iterator[tuple[Path, Reason]]
 
 
 @dataclass(frozen=True)
@@ -37,16 +43,15 @@ class RuleFinding:
 
     Attributes:
         severity: `error` or `warning`.
-        message: in words, with the option it is about.
-        path: keys from the top of the experiment.
+        path: keys from the top of the experiment, to the option it is about.
     """
 
     severity: str
-    message: str
+    reason: Reason
     path: Path
 
     def __str__(self) -> str:
-        return f"{dotted(self.path)}: {self.message}"
+        return f"{dotted(self.path)}: {self.reason}"
 
 
 class Gpu(Protocol):
@@ -79,74 +84,77 @@ def check(config: ExperimentConfig, gpus: Sequence[Gpu] | None = None) -> tuple[
     Args:
         gpus: the GPUs of the host it will run on; None when unknown, () for a host that has none.
     """
-    found = [RuleFinding("error", problem.message, problem.path) for problem in errors(config)]
+    found = [RuleFinding("error", reason, path) for path, reason in _errors(config)]
     warnings = [*_warnings(config), *(_gpu_warnings(config, gpus) if gpus is not None else ())]
-    return (*found, *(RuleFinding("warning", problem.message, problem.path) for problem in warnings))
+    return (*found, *(RuleFinding("warning", reason, path) for path, reason in warnings))
 
 
 def errors(config: ExperimentConfig) -> Iterator[Problem]:
     """Combinations that can never run, or never as written."""
+    for path, reason in _errors(config):
+        yield Problem.of(path, reason, is_about_key=reason.code in _ABOUT_KEYS)
+
+
+def _errors(config: ExperimentConfig) -> Found:
     if config.min_output_tokens > config.max_output_tokens:
-        yield Problem(
-            ("min_output_tokens",), f"{config.min_output_tokens} is above max_output_tokens, {config.max_output_tokens}"
-        )
+        yield ("min_output_tokens",), _above(config.min_output_tokens, "max_output_tokens", config.max_output_tokens)
     for backend in BACKENDS:
         if backend != config.backend and getattr(config, backend) is not None:
-            yield Problem((backend,), f"has no effect: the backend is {config.backend}", is_about_key=True)
+            yield (backend,), Reason.of("other_backend", backend=config.backend)
     warmup = config.warmup
     for name in ("window_size", "min_prompts"):
         if getattr(warmup, name) > warmup.max_prompts:
-            yield Problem(("warmup", name), f"{getattr(warmup, name)} is above max_prompts, {warmup.max_prompts}")
+            yield ("warmup", name), _above(getattr(warmup, name), "max_prompts", warmup.max_prompts)
     yield from _backend_errors(config)
     yield from _prompt_errors(config)
     yield from _measurement_errors(config)
 
 
-def _backend_errors(config: ExperimentConfig) -> Iterator[Problem]:
+def _above(value: int, limit_name: str, limit: int) -> Reason:
+    return Reason.of("above_limit", value=value, limit_name=limit_name, limit=limit)
+
+
+def _backend_errors(config: ExperimentConfig) -> Found:
     section = config.section
     if isinstance(section, TensorRTConfig):
         if config.fp_precision == "float32":
-            yield Problem(("fp_precision",), "tensorrt needs float16 or bfloat16")
+            yield ("fp_precision",), Reason.of("tensorrt_precision")
         if config.gpus == ():
-            yield Problem(("gpus",), "tensorrt needs a GPU")
+            yield ("gpus",), Reason.of("tensorrt_gpu")
     if isinstance(section, PyTorchConfig):
         if config.gpus is not None and len(config.gpus) > 1:
-            yield Problem(("gpus",), f"pytorch runs on one GPU, {len(config.gpus)} are named")
+            yield ("gpus",), Reason.of("pytorch_one_gpu", count=len(config.gpus))
         if section.beam_search.enabled and (config.streaming or config.traffic_simulation.enabled):
-            yield Problem(
-                ("pytorch", "beam_search"), "cannot stand with streaming or traffic: beams have no token times"
-            )
+            yield ("pytorch", "beam_search"), Reason.of("beams_untimed")
     degree = _parallel_degree(config)
     if config.gpus is not None and degree > max(len(config.gpus), 1):
         path = (config.backend, "tensor_parallel_size" if config.backend == "vllm" else "tp_size")
-        yield Problem(path, f"{degree} GPUs are needed, {len(config.gpus)} named in gpus")
+        yield path, Reason.of("gpus_not_named", needed=degree, named=len(config.gpus))
 
 
-def _measurement_errors(config: ExperimentConfig) -> Iterator[Problem]:
+def _measurement_errors(config: ExperimentConfig) -> Found:
     """What is asked of the meters and contradicts something else that is."""
     measurement = config.measurement
     if measurement.phases and config.traffic_simulation.enabled:
-        yield Problem(
-            ("measurement", "phases"), "needs a closed batch: under traffic prefill and decode run at the same time"
-        )
+        yield ("measurement", "phases"), Reason.of("phases_under_traffic")
     if measurement.energy == "none":
         demands = {("measurement", "phases"): measurement.phases, ("baseline", "required"): config.baseline.required}
         for path in (path for path, is_demanded in demands.items() if is_demanded):
-            yield Problem(path, "needs energy, and measurement.energy is none")
+            yield path, Reason.of("needs_energy")
     if config.baseline.required and not config.baseline.enabled:
-        yield Problem(("baseline", "required"), "needs baseline.enabled")
+        yield ("baseline", "required"), Reason.of("needs_baseline")
     if measurement.cpu_tdp_w is not None and not is_estimate(measurement.energy):
-        yield Problem(("measurement", "cpu_tdp_w"), f"has no effect with measurement.energy: {measurement.energy}")
+        yield ("measurement", "cpu_tdp_w"), Reason.of("tdp_unused", energy=measurement.energy)
 
 
-def _prompt_errors(config: ExperimentConfig) -> Iterator[Problem]:
+def _prompt_errors(config: ExperimentConfig) -> Found:
     prompts = config.prompts
     if prompts is not None and config.dataset is not None:
-        yield Problem(("prompts",), "stands beside dataset: one of them is the source of prompts", is_about_key=True)
+        yield ("prompts",), Reason.of("two_prompt_sources")
     for name, limit_name in (("input_tokens", "max_input_tokens"), ("output_tokens", "max_output_tokens")):
         wanted, limit = getattr(prompts, name, None), getattr(config, limit_name)
         if wanted is not None and wanted > limit:
-            yield Problem(("prompts", name), f"{wanted} is above {limit_name}, {limit}")
+            yield ("prompts", name), _above(wanted, limit_name, limit)
 
 
 def _parallel_degree(config: ExperimentConfig) -> int:
@@ -168,23 +176,23 @@ def parameters_by_name(name: str) -> float | None:
     return float(number) * (1e9 if unit in "bB" else 1e6)
 
 
-def _warnings(config: ExperimentConfig) -> Iterator[Problem]:
+def _warnings(config: ExperimentConfig) -> Found:
     yield from _sampling_warnings(config.decoder)
     yield from _traffic_warnings(config.traffic_simulation)
     yield from _engine_warnings(config)
     degree = _parallel_degree(config)
     if degree > 1:
-        yield Problem((config.backend,), f"needs {degree} GPUs")
+        yield (config.backend,), Reason.of("needs_gpus", needed=degree)
     dataset = config.dataset
     if dataset is not None and "/" not in dataset.name:
         from lem.config.experiment_config import DATASET_ALIASES
 
         near = nearest(dataset.name, list(DATASET_ALIASES))
         if near is not None and dataset.name not in DATASET_ALIASES:
-            yield Problem(("dataset", "name"), f"{dataset.name!r} is no alias of a dataset; {near} is")
+            yield ("dataset", "name"), Reason.of("no_dataset_alias", name=dataset.name, near=near)
 
 
-def _sampling_warnings(decoder: DecoderConfig) -> Iterator[Problem]:
+def _sampling_warnings(decoder: DecoderConfig) -> Found:
     if decoder.is_greedy:
         ignored = [
             name
@@ -192,66 +200,55 @@ def _sampling_warnings(decoder: DecoderConfig) -> Iterator[Problem]:
             if getattr(decoder, name) not in idle
         ]
         if ignored:
-            have = "has" if len(ignored) == 1 else "have"
-            yield Problem(("decoder", ignored[0]), f"{' and '.join(ignored)} {have} no effect under greedy decoding")
+            code = "greedy_ignores_one" if len(ignored) == 1 else "greedy_ignores_several"
+            yield ("decoder", ignored[0]), Reason.of(code, options=" and ".join(ignored))
     elif decoder.temperature != 1 and decoder.top_p != 1:
-        yield Problem(
-            ("decoder", "top_p"), "temperature and top_p are both set; vary one of them, since their effects compound"
-        )
+        yield ("decoder", "top_p"), Reason.of("sampling_compounds")
 
 
-def _traffic_warnings(traffic: TrafficConfig) -> Iterator[Problem]:
+def _traffic_warnings(traffic: TrafficConfig) -> Found:
     """What was set for the other kind of traffic; an experiment whose mode is an axis of a grid may have both."""
     if traffic.enabled:
         unused = {"target_qps": 1.0, "seed": None} if traffic.mode == "closed" else {"concurrency": 1}
         for name, default in unused.items():
             if getattr(traffic, name) != default:
-                yield Problem(("traffic_simulation", name), f"has no effect with mode: {traffic.mode}")
+                yield ("traffic_simulation", name), Reason.of("other_traffic_mode", mode=traffic.mode)
 
 
-def _engine_warnings(config: ExperimentConfig) -> Iterator[Problem]:
+def _engine_warnings(config: ExperimentConfig) -> Found:
     section = config.section
     if isinstance(section, PyTorchConfig):
         if section.cache_implementation == "static":
-            yield Problem(
-                ("pytorch", "cache_implementation"),
-                "a static cache is sized for the longest sequence and costs its memory and a compilation first",
-            )
+            yield ("pytorch", "cache_implementation"), Reason.of("static_cache")
         if section.batching_strategy.endswith("dynamic") and section.batch_size == 1:
-            yield Problem(("pytorch", "batch_size"), "1 leaves a dynamic batch nothing to put together; raise it")
+            yield ("pytorch", "batch_size"), Reason.of("dynamic_batch_of_one")
         return
     if section.gpu_memory_utilization > HIGH_MEMORY_UTILIZATION:
-        yield Problem(
-            (config.backend, "gpu_memory_utilization"),
-            f"{section.gpu_memory_utilization:g} leaves little room on the GPU; out of memory is likely",
-        )
+        share = section.gpu_memory_utilization
+        yield (config.backend, "gpu_memory_utilization"), Reason.of("memory_tight", share=share)
     caching = "enable_prefix_caching" if isinstance(section, VllmConfig) else "enable_kv_cache_reuse"
     if getattr(section, caching) and config.measurement.min_window_sec > 0:
-        yield Problem(
-            (config.backend, caching),
-            "prompts are repeated until the window is long enough, and repeats are then served from the cache",
-        )
+        yield (config.backend, caching), Reason.of("cached_repeats")
     quantization = section.quantization or ""
     if quantization.startswith(_PRE_QUANTIZED) and not any(
         word in config.model.name.lower() for word in ("awq", "gptq", "int4", "4bit", "w4a16")
     ):
-        yield Problem(
-            (config.backend, "quantization"), f"{quantization} needs a checkpoint that was quantized so beforehand"
-        )
+        yield (config.backend, "quantization"), Reason.of("needs_quantized_checkpoint", quantization=quantization)
 
 
-def _gpu_warnings(config: ExperimentConfig, gpus: Sequence[Gpu]) -> Iterator[Problem]:
+def _gpu_warnings(config: ExperimentConfig, gpus: Sequence[Gpu]) -> Found:
     used = _used_gpus(config, gpus)
     if not used:
         return
     degree = _parallel_degree(config)
     if degree > len(gpus):
-        yield Problem((config.backend,), f"needs {degree} GPUs, this host has {len(gpus)}")
+        yield (config.backend,), Reason.of("host_has_fewer_gpus", needed=degree, there=len(gpus))
     for path, needed, what in _capabilities_needed(config):
         for gpu in used:
             if gpu.compute_capability < needed:
                 found = _version(gpu.compute_capability)
-                yield Problem(path, f"{what} needs compute capability {_version(needed)}, {gpu.name} has {found}")
+                least = _version(needed)
+                yield path, Reason.of("needs_capability", what=what, needed=least, gpu=gpu.name, found=found)
                 break
     yield from _memory_warning(config, used)
 
@@ -283,7 +280,7 @@ def _capabilities_needed(config: ExperimentConfig) -> Iterator[tuple[Path, tuple
             yield (config.backend, name), FP8_CAPABILITY, "fp8"
 
 
-def _memory_warning(config: ExperimentConfig, used: Sequence[Gpu]) -> Iterator[Problem]:
+def _memory_warning(config: ExperimentConfig, used: Sequence[Gpu]) -> Found:
     parameters = parameters_by_name(config.model.name)
     if parameters is None:
         return
@@ -291,10 +288,15 @@ def _memory_warning(config: ExperimentConfig, used: Sequence[Gpu]) -> Iterator[P
     share = getattr(config.section, "gpu_memory_utilization", 1.0)
     memory_b = sum(gpu.memory_b for gpu in used) * share
     if needed_b > memory_b:
-        yield Problem(
+        yield (
             ("model", "name"),
-            f"{parameters / 1e9:.3g} billion weights take {needed_b / 1e9:.3g} GB, going by its name; "
-            f"{used[0].name} offers {memory_b / 1e9:.3g} GB",
+            Reason.of(
+                "memory_short",
+                billions=parameters / 1e9,
+                needed_gb=needed_b / 1e9,
+                gpu=used[0].name,
+                memory_gb=memory_b / 1e9,
+            ),
         )
 
 

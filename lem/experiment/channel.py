@@ -119,7 +119,7 @@ class RunRequest:
         result_dir: absolute path as the worker sees it.
         engine_key: hash of the options that need a reload.
         keep_engine: leave the engine loaded afterwards.
-        gap_s, gap_end_reason: the gap that came before, for the record.
+        gap_s, gap_end_code: the gap that came before, and the code of why it ended, for the record.
         executor: `local` or `docker`.
         image: image id of the container; None without one.
         samples_path: the log that a sampler writes, as the worker sees it; None where nothing is sampled.
@@ -136,7 +136,7 @@ class RunRequest:
     engine_key: str
     keep_engine: bool
     gap_s: float | None = None
-    gap_end_reason: str | None = None
+    gap_end_code: str | None = None
     executor: str = "local"
     image: str | None = None
     samples_path: str | None = None

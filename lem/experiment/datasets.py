@@ -14,6 +14,7 @@ from lem.config.experiment_config import DATASET_ALIASES, DatasetConfig, Experim
 from lem.experiment.dataset_files import Row, dataset_error, files_of, find_local, read_rows
 from lem.experiment.prompts import Prompt, ResolvedPrompts, fingerprint, text_of_record
 from lem.experiment.synthetic import shuffled
+from lem.reasons import Reason
 from lem.variables import DATASETS_VARIABLE, HUB_FOLDER_VARIABLE, TOKEN_VARIABLE
 
 __all__ = ["DatasetChoice", "choice_of", "choice_of_name", "find_files", "is_in_hub_cache", "resolve_dataset"]
@@ -180,7 +181,7 @@ def _revision_of(loaded: Any) -> str | None:
     return next((found.group() for name in names if (found := _COMMIT.search(str(name)))), None)
 
 
-def _draw(rows: Iterable[Row], choice: DatasetChoice) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
+def _draw(rows: Iterable[Row], choice: DatasetChoice) -> tuple[tuple[Prompt, ...], tuple[Reason, ...]]:
     texts: list[str] = []
     skipped = 0
     for row in rows:
@@ -199,9 +200,9 @@ def _draw(rows: Iterable[Row], choice: DatasetChoice) -> tuple[tuple[Prompt, ...
     chosen = tuple(Prompt(text) for text in texts[:wanted])
     warnings = []
     if skipped:
-        warnings.append(f"data set {choice.name}: {skipped} rows without text were skipped")
+        warnings.append(Reason.of("rows_skipped", name=choice.name, skipped=skipped))
     if wanted is not None and len(chosen) < wanted:
-        warnings.append(f"data set {choice.name}: {wanted} prompts were asked for and there are {len(chosen)}")
+        warnings.append(Reason.of("dataset_too_small", name=choice.name, wanted=wanted, found=len(chosen)))
     return chosen, tuple(warnings)
 
 

@@ -10,6 +10,7 @@ from lem.backends.protocol import TokenRequest
 from lem.config.experiment_config import ExperimentConfig
 from lem.errors import EngineError
 from lem.experiment.prompts import Prompt
+from lem.reasons import Reason
 
 __all__ = ["DisjointRequests", "EncodedPrompts", "encode_prompts"]
 
@@ -28,7 +29,7 @@ class EncodedPrompts:
     requests: tuple[TokenRequest, ...]
     truncated: int
     bounded: int
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Reason, ...] = ()
 
 
 def encode_prompts(
@@ -147,16 +148,10 @@ def _fit(ids: tuple[int, ...], length: int, leader: int) -> tuple[int, ...]:
     return ids + (body * (missing // len(body) + 1))[:missing]
 
 
-def _warnings(count: int, truncated: int, bounded: int, config: ExperimentConfig) -> tuple[str, ...]:
+def _warnings(count: int, truncated: int, bounded: int, config: ExperimentConfig) -> tuple[Reason, ...]:
     warnings = []
     if truncated:
-        warnings.append(
-            f"{truncated} of {count} prompts were cut to max_input_tokens ({config.max_input_tokens}); "
-            "raise it to run them whole"
-        )
+        warnings.append(Reason.of("prompts_cut", cut=truncated, total=count, limit=config.max_input_tokens))
     if bounded:
-        warnings.append(
-            f"{bounded} of {count} prompts ask for more output than max_output_tokens ({config.max_output_tokens}) "
-            "allows; raise it to let them have it"
-        )
+        warnings.append(Reason.of("outputs_bounded", bounded=bounded, total=count, limit=config.max_output_tokens))
     return tuple(warnings)

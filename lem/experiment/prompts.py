@@ -18,6 +18,7 @@ from lem import durable
 from lem.config.experiment_config import ExperimentConfig, FilePrompts, SyntheticPrompts
 from lem.errors import ConfigurationError
 from lem.experiment.synthetic import BUNDLED, SyntheticPlan, generate
+from lem.reasons import Reason
 from lem.record import PROMPTS_FILE
 from lem.units import MIB
 
@@ -69,7 +70,7 @@ class ResolvedPrompts:
 
     prompts: tuple[Prompt, ...]
     source: Mapping[str, Any]
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Reason, ...] = ()
 
 
 def is_resolved_on_host(config: ExperimentConfig) -> bool:
@@ -104,10 +105,10 @@ def describe(config: ExperimentConfig, prompts: tuple[Prompt, ...]) -> ResolvedP
     Where a file holds fewer than `sample_size`, all of them are taken and a warning says so: a repeated prompt would
     meet a warm prefix cache.
     """
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Reason, ...] = ()
     if isinstance(config.prompts, FilePrompts) and len(prompts) < (config.prompts.sample_size or 0):
-        asked = f"{config.prompts.sample_size} prompts were asked for and there are {len(prompts)}"
-        warnings = (f"{config.prompts.path}: {asked}",)
+        path, wanted = str(config.prompts.path), config.prompts.sample_size
+        warnings = (Reason.of("prompt_file_too_small", path=path, wanted=wanted, found=len(prompts)),)
     return ResolvedPrompts(prompts, _source_of(config, prompts), warnings)
 
 

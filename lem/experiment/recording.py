@@ -25,6 +25,7 @@ from lem.experiment.window import MeasuredWindow
 from lem.measurement import MAX_FAILED_RATIO
 from lem.meters.efficiency import carbon_of, efficiency_of
 from lem.meters.energy import EnergyFindings
+from lem.reasons import Reason
 from lem.record import Compute, Identity, Record, Throughput, Validity, Window, Work
 from lem.record_codec import decode_record, encode_record
 
@@ -135,7 +136,7 @@ def _validity(found: Findings) -> Validity:
     )
 
 
-def _steadiness(measured: MeasuredWindow, energy: EnergyFindings) -> tuple[bool | None, tuple[str, ...]]:
+def _steadiness(measured: MeasuredWindow, energy: EnergyFindings) -> tuple[bool | None, tuple[Reason, ...]]:
     """Whether the window was one state, in throughput and, where it is known, in power; and which of them was not."""
     apart = [
         what
@@ -143,26 +144,27 @@ def _steadiness(measured: MeasuredWindow, energy: EnergyFindings) -> tuple[bool 
         if is_alike is False
     ]
     if apart:
-        return False, (f"the halves of the window differ by 2 % or more in {' and '.join(apart)}",)
+        return False, (Reason.of("unsteady", what=" and ".join(apart)),)
     return measured.steady, ()
 
 
-def _judge(measured: MeasuredWindow) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _judge(measured: MeasuredWindow) -> tuple[tuple[Reason, ...], tuple[Reason, ...]]:
     """Why the window is invalid, and what else is to be known of its requests."""
-    invalid: list[str] = []
-    notes: list[str] = []
+    invalid: list[Reason] = []
+    notes: list[Reason] = []
     failed, total = len(measured.failures), len(measured.failures) + len(measured.requests)
     if failed:
-        text = f"{failed} of {total} requests failed, the first with: {measured.failures[0]}"
-        (invalid if failed > MAX_FAILED_RATIO * total else notes).append(text)
+        reason = Reason.of("requests_failed", failed=failed, total=total, first=measured.failures[0])
+        (invalid if failed > MAX_FAILED_RATIO * total else notes).append(reason)
     if measured.output_tok == 0:
-        invalid.append("the engine made no output tokens")
+        invalid.append(Reason.of("no_output"))
     return tuple(invalid), tuple(notes)
 
 
 def _window(found: Findings) -> Window:
     load_s, warmup_s = found.residence.load_s, found.warmup.elapsed_s
     request = found.request
+    gap_end_reason = None if request.gap_end_code is None else Reason.of(request.gap_end_code)
     # An engine that is reused was compiled with its load, or anew for this experiment: only the latter is this one's.
     compile_s = found.residence.report.compile_s
     optional = {
@@ -170,7 +172,7 @@ def _window(found: Findings) -> Window:
         "load_s": (load_s, f"the engine was loaded before (load {found.residence.load_id})"),
         "compile_s": (compile_s, "nothing was compiled for this experiment"),
         "gap_s": (request.gap_s, "the host told of no gap before this experiment"),
-        "gap_end_reason": (request.gap_end_reason, "the host told of no gap before this experiment"),
+        "gap_end_reason": (gap_end_reason, "the host told of no gap before this experiment"),
     }
     return Window(
         traffic_mode=found.measured.traffic_mode,
@@ -181,7 +183,7 @@ def _window(found: Findings) -> Window:
         load_s=load_s,
         compile_s=compile_s,
         gap_s=request.gap_s,
-        gap_end_reason=request.gap_end_reason,
+        gap_end_reason=gap_end_reason,
         null_reasons={name: reason for name, (value, reason) in optional.items() if value is None},
     )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from lem.backends.protocol import Completion, TokenRequest
 from lem.experiment.window import MeasuredWindow, Output, are_alike, padding_of, times_of
+from lem.reasons import Reason
 
 __all__ = ["Arrival", "SteadyBooks"]
 
@@ -37,7 +38,7 @@ class SteadyBooks:
         answered: Sequence[tuple[Arrival, Completion]],
         arrived_ns: Sequence[int],
         lost: Sequence[str],
-        warnings: tuple[str, ...],
+        warnings: tuple[Reason, ...],
     ) -> MeasuredWindow:
         """The window.
 
@@ -88,17 +89,13 @@ class SteadyBooks:
         first = sum(1 for time_ns in inside if time_ns <= middle_ns)
         return are_alike(first, len(inside) - first), None
 
-    def _backlog_warning(self, arrived_ns: Sequence[int], finished: int) -> tuple[str, ...]:
+    def _backlog_warning(self, arrived_ns: Sequence[int], finished: int) -> tuple[Reason, ...]:
         """Whether arrivals exceed completions by more than a tenth, and than two deviations of a Poisson count."""
         arrived = sum(1 for time_ns in arrived_ns if self._holds(time_ns))
         growth = arrived - finished
         if not self.is_open_loop or growth <= max(0.1 * arrived, 2 * math.sqrt(arrived)):
             return ()
-        text = (
-            f"the offered load is above what the engine can do: {arrived} requests arrived, {finished} were completed "
-            "in the window, so queue times grow with its length; lower traffic_simulation.target_qps"
-        )
-        return (text,)
+        return (Reason.of("load_too_high", arrived=arrived, finished=finished),)
 
 
 def _times(completion: Completion) -> Iterator[int]:
@@ -112,7 +109,7 @@ def _token_times(answered: Sequence[tuple[Arrival, Completion]]) -> Iterator[int
     return (time_ns for _, item in answered if item.error is None for time_ns in _times(item))
 
 
-def _untimed_warning(answered: Sequence[tuple[Arrival, Completion]]) -> tuple[str, ...]:
+def _untimed_warning(answered: Sequence[tuple[Arrival, Completion]]) -> tuple[Reason, ...]:
     if all(item.token_times_ns is not None for _, item in answered if item.error is None and item.output_ids):
         return ()
-    return ("the engine gave no time for each token: tokens count when their request was finished",)
+    return (Reason.of("tokens_untimed"),)

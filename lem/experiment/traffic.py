@@ -22,6 +22,7 @@ from lem.clock import Clock, seconds_between
 from lem.errors import EngineError
 from lem.experiment.steady import Arrival, SteadyBooks
 from lem.experiment.window import MeasuredWindow, check_completion
+from lem.reasons import Reason
 from lem.units import NS_PER_S
 
 __all__ = ["PreparedQueue", "TrafficPlan", "TrafficQueue", "arrival_offsets_s", "measure_traffic", "serve_all"]
@@ -255,11 +256,7 @@ class TrafficQueue:
     def _draw_next(self) -> int:
         return self._begin_ns + math.ceil(next(self._offsets_s) * NS_PER_S)
 
-    def _warnings(self) -> tuple[str, ...]:
+    def _warnings(self) -> tuple[Reason, ...]:
         if self._has_turned_over:
             return ()
-        text = (
-            f"the window opened after {self._plan.ramp_limit_s:.1f} s of ramp, before as many requests were completed "
-            "as were there at once: it may hold the start of the load"
-        )
-        return (text,)
+        return (Reason.of("ramp_cut_short", ramp_s=self._plan.ramp_limit_s),)

@@ -10,6 +10,7 @@ from lem.backends.protocol import Completion, TokenRequest
 from lem.clock import Clock, seconds_between
 from lem.config.experiment_config import WarmupConfig
 from lem.experiment.encoding import DisjointRequests
+from lem.reasons import Reason
 
 __all__ = ["WarmupOutcome", "has_settled", "skipped_warmup", "warm_up"]
 
@@ -30,7 +31,7 @@ class WarmupOutcome:
     converged: bool | None
     null_reason: str | None
     step_s: float | None = None
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Reason, ...] = ()
 
 
 def skipped_warmup() -> WarmupOutcome:
@@ -127,33 +128,23 @@ class _Steps:
             # For each token, since free output lengths make steps of unequal work.
             self.costs.append(elapsed_s / max(1, sum(len(item.output_ids) for item in completions)))
 
-    def warnings(self, is_disjoint: bool, floor: int) -> tuple[str, ...]:
+    def warnings(self, is_disjoint: bool, floor: int) -> tuple[Reason, ...]:
         found = []
         if self.failures:
-            found.append(
-                f"{len(self.failures)} of {self.prompts} warm-up requests failed, the first with: {self.failures[0]}"
-            )
+            failed, first = len(self.failures), self.failures[0]
+            found.append(Reason.of("warmup_requests_failed", failed=failed, total=self.prompts, first=first))
         if self.prompts < floor:
-            found.append(
-                f"warm-up ran out of time after {self.prompts} of at least {floor} prompts; "
-                "raise warmup.timeout_seconds"
-            )
+            found.append(Reason.of("warmup_timed_out", prompts=self.prompts, floor=floor))
         if not is_disjoint:
-            found.append("some warm-up prompts equal measured ones: the measured ones leave no others of their lengths")
+            found.append(Reason.of("warmup_overlaps"))
         return tuple(found)
 
 
-def _convergence_warning(converged: bool, steps: _Steps, settings: WarmupConfig) -> tuple[str, ...]:
+def _convergence_warning(converged: bool, steps: _Steps, settings: WarmupConfig) -> tuple[Reason, ...]:
     if converged or not settings.convergence_detection:
         return ()
     variation = _variation(steps.costs, settings)
-    seen = (
-        "too few steps to tell"
-        if variation is None
-        else f"variation {variation:.1%}, due below {settings.cv_threshold:.1%}"
-    )
-    text = (
-        f"warm-up did not settle in {steps.prompts} prompts ({seen}); "
-        "raise warmup.max_prompts or warmup.timeout_seconds"
-    )
-    return (text,)
+    if variation is None:
+        return (Reason.of("warmup_too_few_steps", prompts=steps.prompts),)
+    threshold = settings.cv_threshold
+    return (Reason.of("warmup_unsettled", prompts=steps.prompts, variation=variation, threshold=threshold),)

@@ -10,6 +10,7 @@ from lem.clock import Clock, seconds_between
 from lem.errors import EngineError
 from lem.experiment.latency import RequestTimes
 from lem.measurement import STEADY_TOLERANCE
+from lem.reasons import Reason
 
 __all__ = [
     "MeasuredWindow",
@@ -61,7 +62,7 @@ class MeasuredWindow:
     steady: bool | None
     steady_null_reason: str | None
     outputs: tuple[Output, ...]
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Reason, ...] = ()
     passes_ns: tuple[tuple[int, int], ...] = ()
 
     @property

@@ -15,6 +15,7 @@ from lem.meters.attempt_log import AttemptLog
 from lem.meters.curve import HOLE_PERIODS, Curve, NotMeasured, Span
 from lem.meters.samples import GpuHeader, SampleLog
 from lem.meters.sources import SENSOR_LAG_S
+from lem.reasons import Reason
 from lem.units import NS_PER_S
 
 __all__ = [
@@ -126,8 +127,8 @@ def is_power_steady(attempt: AttemptLog, window_repeats: int) -> bool:
     return abs(first_w - second_w) < STEADY_TOLERANCE * (first_w + second_w) / 2
 
 
-def slowdowns(attempt: AttemptLog, span: Span, what: str = "window") -> Iterator[str]:
-    """One sentence for every bit and GPU that makes the span invalid."""
+def slowdowns(attempt: AttemptLog, span: Span, what: str = "window") -> Iterator[Reason]:
+    """One reason for every bit and GPU that makes the span invalid."""
     for place in attempt.sources.gpus:
         rows = [
             row for row in attempt.log.samples if row.gpu == place and span.opened_ns <= row.at_ns <= span.closed_ns
@@ -136,7 +137,7 @@ def slowdowns(attempt: AttemptLog, span: Span, what: str = "window") -> Iterator
             seen = sum(bool((row.event_mask or 0) & bit) for row in rows)
             if seen:
                 uuid = attempt.log.header.gpus[place].uuid
-                yield f"{uuid}: {name} ({bit:#x}) in {seen} of {len(rows)} samples of the {what}"
+                yield Reason.of("slowdown", uuid=uuid, name=name, bit=bit, seen=seen, samples=len(rows), span=what)
 
 
 def foreign_pids(log: SampleLog, place: int, span: Span, own_pids: Collection[int] | None) -> tuple[int, ...]:
@@ -173,7 +174,7 @@ def sample_gap_max_s(attempt: AttemptLog) -> float:
     return max(_longest_gap_s(times, window) for times in series)
 
 
-def meter_warnings(attempt: AttemptLog, gap_s: float | None) -> Iterator[str]:
+def meter_warnings(attempt: AttemptLog, gap_s: float | None) -> Iterator[Reason]:
     """What failed or was late in the window; a missing sample is a warning in the result."""
     window, period_s = attempt.window, attempt.sources.sample_period_s
     failed: dict[str, list[str]] = {}
@@ -181,28 +182,26 @@ def meter_warnings(attempt: AttemptLog, gap_s: float | None) -> Iterator[str]:
         if window.opened_ns <= error.at_ns <= window.closed_ns:
             failed.setdefault(error.meter, []).append(error.message)
     for meter, messages in failed.items():
-        yield f"{attempt.log.header.describe_meter(meter)} could not be read in the window: {messages[-1]}"
+        name = attempt.log.header.describe_meter(meter)
+        yield Reason.of("meter_failed", meter=name, error=messages[-1])
     if attempt.sources.gpus and gap_s is not None and gap_s > HOLE_PERIODS * period_s:
-        yield (
-            f"nothing was sampled for {gap_s:.2f} s of the window, more than {HOLE_PERIODS} periods of {period_s:g} s: "
-            "integrated power and the cross-check are void"
-        )
+        yield Reason.of("samples_missing", gap_s=gap_s, periods=HOLE_PERIODS, period_s=period_s)
     after = attempt.span(names.GUARD_AFTER)
     least_s = attempt.sources.least_guard_s
     if not attempt.is_steady_mode and after is not None and after.seconds < least_s:
-        yield f"a guard of {after.seconds:.2f} s is too short for the lag of the power sensor: {least_s:.2f} s is due"
+        yield Reason.of("guard_short", guard_s=after.seconds, least_s=least_s)
     with contextlib.suppress(NotMeasured):  # then the energy is null for that reason, and nothing of it in doubt
         for curve in attempt.primary_curves():
             yield from _edge_warnings(attempt, curve, window)
 
 
-def _edge_warnings(attempt: AttemptLog, curve: Curve, window: Span) -> Iterator[str]:
+def _edge_warnings(attempt: AttemptLog, curve: Curve, window: Span) -> Iterator[Reason]:
     spacing_s = max(curve.spacing_s(window.opened_ns), curve.spacing_s(window.closed_ns))
     if spacing_s > HOLE_PERIODS * curve.usual_spacing_s:
-        yield f"{curve.what} was not read for {spacing_s:.2f} s around an edge of the window"
+        yield Reason.of("edge_unread", what=curve.what, spacing_s=spacing_s)
     doubt_j = attempt.closing_doubt_j(curve)
     if doubt_j > _EDGE_DOUBT * curve.between_j(window):
-        yield f"{curve.what}: how the window ended leaves {doubt_j:.3g} J in doubt; a longer window would tell"
+        yield Reason.of("edge_doubtful", what=curve.what, doubt_j=doubt_j)
 
 
 def _longest_gap_s(times: list[int], window: Span) -> float:

@@ -26,6 +26,7 @@ from lem.meters.phases import split_phases
 from lem.meters.rapl import DRAM, PACKAGE
 from lem.meters.samples import Mark, SampleLog
 from lem.meters.sources import Sources
+from lem.reasons import Reason
 from lem.record import Energy, Gpu, Idle, parts_of_source
 
 __all__ = ["Baselines", "EnergyFindings", "mean_power_w", "measure"]
@@ -46,8 +47,8 @@ class EnergyFindings:
     idle: Idle
     power_steady: bool | None
     power_steady_null_reason: str | None
-    invalid_reasons: tuple[str, ...]
-    warnings: tuple[str, ...]
+    invalid_reasons: tuple[Reason, ...]
+    warnings: tuple[Reason, ...]
 
 
 def measure(
@@ -244,7 +245,7 @@ def _update_period_s(attempt: AttemptLog) -> float:
     return max(update_period_s(attempt.log.counters, place, span) for place in attempt.sources.gpus)
 
 
-def _invalid_reasons(attempt: AttemptLog, own_pids: Collection[int] | None) -> tuple[str, ...]:
+def _invalid_reasons(attempt: AttemptLog, own_pids: Collection[int] | None) -> tuple[Reason, ...]:
     window = attempt.span(names.WINDOW)
     if window is None:
         return ()
@@ -252,26 +253,27 @@ def _invalid_reasons(attempt: AttemptLog, own_pids: Collection[int] | None) -> t
     for place in attempt.sources.gpus:
         pids = foreign_pids(attempt.log, place, window, own_pids)
         if pids:
-            listed = ", ".join(str(pid) for pid in pids)
-            reasons.append(f"{attempt.log.header.gpus[place].uuid}: another program computed (process {listed})")
+            uuid = attempt.log.header.gpus[place].uuid
+            reasons.append(Reason.of("foreign_process", uuid=uuid, pids=", ".join(map(str, pids))))
     return tuple(reasons)
 
 
-def _warnings(attempt: AttemptLog, energy: Figures, idle: Figures) -> tuple[str, ...]:
+def _warnings(attempt: AttemptLog, energy: Figures, idle: Figures) -> tuple[Reason, ...]:
     found = []
     if attempt.sources.gpus and not attempt.sources.is_watched:
-        found.append("nobody looked whether clocks were slowed down (timeseries.enabled: false)")
+        found.append(Reason.of("clocks_unwatched"))
     if attempt.sources.is_estimate and energy.values["cpu_package_energy_j"] is not None:
-        found.append("energy is an estimate from the CPU's design power and its load, not a measurement")
+        found.append(Reason.of("energy_estimated"))
     if attempt.sources.scope == EnergyScope.MODULE:
-        found.append("energy is that of the whole module, GPU and CPU together")
+        found.append(Reason.of("energy_of_module"))
     ratio = energy.values["energy_crosscheck_ratio"]
     if ratio is not None and abs(ratio - 1) > CROSSCHECK_TOLERANCE:
-        found.append(f"integrated power is {ratio:.3f} of the counter's energy, more than 5 % apart")
+        found.append(Reason.of("crosscheck", ratio=ratio))
     before_w, after_w = idle.values["idle_loaded_power_w"], idle.values["idle_loaded_post_power_w"]
     if before_w and after_w is not None and abs(after_w / before_w - 1) > REST_TOLERANCE:
-        change = f"{before_w:.4g} W to {after_w:.4g} W ({100 * (after_w / before_w - 1):+.1f} %)"
-        found.append(f"power at rest with the engine loaded went from {change}: the net energy is uncertain")
+        code = "rest_power_rose" if after_w > before_w else "rest_power_fell"
+        change_percent = 100 * abs(after_w / before_w - 1)
+        found.append(Reason.of(code, before_w=before_w, after_w=after_w, change_percent=change_percent))
     if attempt.span(names.WINDOW) is not None:
         found += meter_warnings(attempt, energy.values["sample_gap_max_s"])
     return tuple(found)

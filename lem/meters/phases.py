@@ -44,7 +44,7 @@ def _prefill_j(attempt: AttemptLog, primary: Figures, window_repeats: int) -> fl
     for span, what in ((attempt.window, "window"), (prefill, "window of prefill alone")):
         slowed = next(slowdowns(attempt, span, what), None)
         if slowed is not None:
-            raise NotMeasured(slowed)
+            raise NotMeasured(slowed.text)
     found_j = _window_j(attempt, prefill) * window_repeats / _passes(attempt)
     if not 0 < found_j < whole_j:
         raise NotMeasured(f"prefill alone took {found_j:.4g} J, which is no part of the window's {whole_j:.4g} J")

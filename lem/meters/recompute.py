@@ -90,7 +90,7 @@ def recompute(
     if sources.is_external and external is None and record.energy.external_energy_j is not None:
         left_out = _FROM_CSV + (_FROM_CSV_AS_PRIMARY if sources.primary == EnergySource.EXTERNAL else ())
         notes = (f"not compared, since {config.measurement.external_csv} cannot be read: {', '.join(left_out)}",)
-    pairs = [item for item in _pairs(record, config, findings) if not item.field.startswith(left_out or ("\0",))]
+    pairs = [item for item in _pairs(record, config, findings) if not item.field.startswith(left_out)]
     return Recomputed(len(pairs), tuple(item for item in pairs if not _is_same(item.recorded, item.recomputed)), notes)
 
 

@@ -12,6 +12,7 @@ from lem.experiment.channel import RunRequest
 from lem.orchestration.attempt import Outcome, Timeouts, WorkerEvent
 from lem.orchestration.worker_connection import Stop, WorkerConnection
 from lem.orchestration.workers import Worker, WorkerUnavailable
+from lem.reasons import Reason
 from lem.record_codec import RecordError, read_record, write_record
 
 __all__ = ["ContainerWorker", "Keeper", "mark_invalid"]
@@ -77,7 +78,7 @@ class ContainerWorker(Worker):
         return connection
 
 
-def mark_invalid(path: Path, reason: str) -> None:
+def mark_invalid(path: Path, reason: Reason) -> None:
     """Say in a result that it may not be used; one that cannot be read is found out by whoever reads it."""
     try:
         record = read_record(path)

@@ -28,6 +28,7 @@ from lem.orchestration.health import gpu_loss, holders
 from lem.orchestration.locks import Holder, LockTarget, default_gpu_lock_folder, hold_locks
 from lem.orchestration.worker_connection import Stop
 from lem.orchestration.workers import Worker
+from lem.reasons import Reason
 from lem.record import RESULT_FILE
 
 __all__ = ["ContainerLost", "DockerExecutor"]
@@ -289,7 +290,7 @@ class DockerExecutor:
                 return False
             time.sleep(_POLL_S)
 
-    def _gpu_loss(self, service: str) -> str | None:
+    def _gpu_loss(self, service: str) -> Reason | None:
         try:
             return gpu_loss(self.manager.services.read_gpus(service))
         except ContainerError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from lem.reasons import Reason
+
 __all__ = [
     "CAP_REACHED",
     "INTERRUPTED",
@@ -17,11 +19,11 @@ __all__ = [
 ]
 
 # Why a gap ended, as the record's `gap_end_reason` says it.
-RECOVERED = "device back at its reference temperature and power"
-CAP_REACHED = "cap reached before the device was back at its reference"
-NO_SENSORS = "whole gap: no sensor, or no power at rest from before, tells when the device is back"
-NO_GAP = "no gap configured"
-INTERRUPTED = "interrupted"
+RECOVERED = Reason.of("gap_recovered")
+CAP_REACHED = Reason.of("gap_cap_reached")
+NO_SENSORS = Reason.of("gap_no_sensors")
+NO_GAP = Reason.of("gap_none")
+INTERRUPTED = Reason.of("gap_interrupted")
 
 POLL_S = 1.0
 
@@ -33,7 +35,7 @@ class GapOutcome(NamedTuple):
     """How long a gap took in seconds, and why it ended."""
 
     gap_s: float
-    reason: str
+    reason: Reason
 
 
 def keep_gap(

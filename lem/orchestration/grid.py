@@ -12,10 +12,11 @@ from lem.config.campaign_config import CampaignGridConfig
 from lem.config.containers import Items
 from lem.config.experiment_config import ExperimentConfig
 from lem.config.merging import canonical, put
-from lem.config.problems import ConfigProblems, Problem
+from lem.config.problems import ConfigProblems, Problem, dotted
 from lem.config.rules import Gpu, RuleFinding, check
 from lem.config.schema import Section, declared, find_option
 from lem.orchestration.naming import name_configurations
+from lem.reasons import Reason
 
 __all__ = [
     "NO_MODEL",
@@ -36,18 +37,27 @@ _DERIVED_RELOADS: Mapping[str, Mapping[str, str]] = {
     "tensorrt": {"max_input_tokens": "max_input_len", "max_output_tokens": "max_output_len"},
 }
 
+# Reasons that name the backend, which says enough without the option.
+_NAMES_BACKEND = frozenset({"tensorrt_precision", "tensorrt_gpu", "pytorch_one_gpu"})
+
 Axis = tuple[str, Sequence[Any]]
 
-NO_MODEL = "no model: name one in the experiment, the grid or the campaign"
+NO_MODEL = Reason.of("no_model")
 
 
 @dataclass(frozen=True)
 class GridValidationIssue:
-    """Something about one configuration: `error` filters it, `warning` goes with it."""
+    """Something about one configuration: `error` filters it, `warning` goes with it; `why` is its reason in codes."""
 
     config_desc: str
     reason: str
     severity: str = "error"
+    why: tuple[Reason, ...] = ()
+
+    @classmethod
+    def of(cls, config_desc: str, *why: Reason, severity: str = "error") -> GridValidationIssue:
+        """An issue for one or more reasons."""
+        return cls(config_desc, "; ".join(item.text for item in why), severity, why)
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,13 @@ class GridExpansionResult:
 
 def count_reasons(issues: Iterable[GridValidationIssue]) -> list[tuple[str, int]]:
     """How many issues have each reason, the most frequent first."""
-    return Counter(issue.reason for issue in issues).most_common()
+    counts: Counter[tuple[Reason, ...]] = Counter()
+    texts: dict[tuple[Reason, ...], str] = {}
+    for issue in issues:
+        why = issue.why or (Reason.of("said", text=issue.reason),)
+        counts[why] += 1
+        texts.setdefault(why, issue.reason)
+    return [(texts[why], count) for why, count in counts.most_common()]
 
 
 def expand_campaign_grid(
@@ -209,13 +225,13 @@ def validate_named(named: Sequence[tuple[str, Mapping[str, Any]]], gpus: Sequenc
         try:
             config = ExperimentConfig.from_dict(config_dict)
         except ConfigProblems as error:
-            reason = _why(error) if has_model(config_dict) else NO_MODEL
-            filtered.append(GridValidationIssue(name, reason))
+            why = map(_coded, error.problems) if has_model(config_dict) else [NO_MODEL]
+            filtered.append(GridValidationIssue.of(name, *why))
             configs.append(None)
             continue
         configs.append(config)
         findings = [item for item in check(config, gpus) if item.severity == "warning"]
-        warnings += [GridValidationIssue(name, _sentence(item), "warning") for item in findings]
+        warnings += [GridValidationIssue.of(name, _coded(item), severity="warning") for item in findings]
     return Validation(tuple(configs), Items(filtered), Items(warnings))
 
 
@@ -225,10 +241,9 @@ def has_model(config_dict: Mapping[str, Any]) -> bool:
     return bool(model.get("name") if isinstance(model, Mapping) else model)
 
 
-def _why(error: ConfigProblems) -> str:
-    return "; ".join(map(_sentence, error.problems))
-
-
-def _sentence(found: Problem | RuleFinding) -> str:
-    """What was found; without the option where the words begin with the backend, which says enough."""
-    return found.message if found.message.startswith(BACKENDS) else str(found)
+def _coded(found: Problem | RuleFinding) -> Reason:
+    if found.reason is None:
+        return Reason.of("said", text=str(found))
+    if found.reason.code in _NAMES_BACKEND:
+        return found.reason
+    return Reason.of("at_option", option=dotted(found.path), what=found.reason)

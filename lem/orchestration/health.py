@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lem.meters.gpu_state import GpuReading, GpuState
 from lem.orchestration.findings import some_shown
+from lem.reasons import Reason
 
 __all__ = ["ContainerHealthStatus", "gpu_loss", "holders", "judge"]
 
@@ -14,10 +15,6 @@ _GB = 1e9
 
 # What NVML says in a container from which the GPU was taken away while it ran.
 _LOST = frozenset({"Unknown Error", "Not Found", "Insufficient Permissions"})
-_LOST_HINT = (
-    "systemctl daemon-reload on the host takes GPUs from containers that got them by the legacy hook; "
-    "with CDI (nvidia-ctk cdi generate) it does not"
-)
 
 
 @dataclass(frozen=True)
@@ -36,15 +33,14 @@ class ContainerHealthStatus:
     gpu_memory_total_gb: float | None = None
 
 
-def gpu_loss(reading: GpuReading) -> str | None:
+def gpu_loss(reading: GpuReading) -> Reason | None:
     """How a container that was given a GPU has lost it; None when it sees it.
 
     A reading that failed in a way that is not known is a loss too: what cannot be read cannot be measured.
     """
     if reading.error is not None:
-        hint = f" ({_LOST_HINT})" if reading.error in _LOST else ""
-        return f"the GPU is lost: NVML says {reading.error} in the container{hint}"
-    return None if reading.gpus else "the GPU is lost: NVML sees none in the container"
+        return Reason.of("gpu_unplugged" if reading.error in _LOST else "gpu_lost", error=reading.error)
+    return None if reading.gpus else Reason.of("gpu_gone")
 
 
 def judge(
@@ -58,7 +54,7 @@ def judge(
     """
     lost = gpu_loss(reading)
     if lost is not None:
-        return ContainerHealthStatus(service, healthy=False, reason=lost)
+        return ContainerHealthStatus(service, healthy=False, reason=lost.text)
     used_gb = sum(gpu.memory_used_b for gpu in reading.gpus) / _GB
     total_gb = sum(gpu.memory_total_b for gpu in reading.gpus) / _GB
     worst = max(reading.gpus, key=lambda gpu: _foreign_pct(gpu, own_pids))

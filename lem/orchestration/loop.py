@@ -246,7 +246,7 @@ class ExperimentLoop:
                 "experiment_completed",
                 **who,
                 valid=record.validity.valid,
-                invalid_reasons=list(record.validity.invalid_reasons),
+                invalid_reasons=[reason.text for reason in record.validity.invalid_reasons],
                 output_tok_per_s=record.throughput.output_tok_per_s,
                 elapsed_s=elapsed_s,
                 result=measurement.attempt.result_path,
@@ -313,5 +313,5 @@ def _reason_to_try_again(measurement: Measurement) -> str | None:
     if measurement.error is not None:
         return None if measurement.error.is_permanent else measurement.error.message
     if measurement.record is not None and not measurement.record.validity.valid:
-        return "; ".join(measurement.record.validity.invalid_reasons)
+        return "; ".join(reason.text for reason in measurement.record.validity.invalid_reasons)
     return None

@@ -43,6 +43,7 @@ from lem.orchestration.order import (
     loads_engine,
     order_experiments,
 )
+from lem.reasons import Reason
 
 __all__ = ["CampaignExperiment", "Plan", "build_plan", "prolong_plan"]
 
@@ -309,8 +310,8 @@ def _identify(
                 raise candidate.located(error) from error
         digest = config_hash(config, prompts[source])
         if digest in found:
-            same = f"is the same experiment as {found[digest].candidate.name}, and runs once"
-            repeated.append(GridValidationIssue(candidate.name, same, "warning"))
+            same = Reason.of("repeated_experiment", name=found[digest].candidate.name)
+            repeated.append(GridValidationIssue.of(candidate.name, same, severity="warning"))
         else:
             found[digest] = _Configuration(candidate, config, digest, config.engine_key())
     return list(found.values()), repeated

@@ -15,6 +15,7 @@ from lem.orchestration.grid import GridValidationIssue
 from lem.orchestration.plan import CampaignExperiment, Plan
 from lem.orchestration.session import Session
 from lem.orchestration.workers import WorkerUnavailable
+from lem.reasons import Reason
 
 __all__ = ["check_supported", "find_environment", "gpus_of", "with_unused_options"]
 
@@ -85,6 +86,8 @@ def _unused_options(item: CampaignExperiment) -> list[GridValidationIssue]:
         "io.results_dir": (item.config.io.results_dir is not None, "the campaign's io.results_dir"),
     }
     unused = [
-        f"{name} is for lem experiment; here {instead} decides" for name, (is_set, instead) in options.items() if is_set
+        Reason.of("campaign_decides", option=name, instead=instead)
+        for name, (is_set, instead) in options.items()
+        if is_set
     ]
-    return [GridValidationIssue(item.config_name, reason, "warning") for reason in unused]
+    return [GridValidationIssue.of(item.config_name, reason, severity="warning") for reason in unused]

@@ -273,7 +273,7 @@ class Session:
             engine_key=experiment.engine_key,
             keep_engine=keep_engine,
             gap_s=None if gap is None else gap.gap_s,
-            gap_end_reason=None if gap is None else gap.reason,
+            gap_end_code=None if gap is None else gap.reason.code,
             executor=self._executor.name,
             secrets=self._secrets,
         )

@@ -94,7 +94,7 @@ def decide(records: Iterable[Record], rule: StoppingRule, cycles: int) -> Decisi
     """
     found = measure_precision(records, rule.target, rule.least_cycles)
     what = f"{rule.target.describe()} ({found.metric}, 95 % t interval)"
-    without = [f"{name} ({reason.removesuffix(': no interval')})" for name, reason in found.without]
+    without = [f"{name} ({reason})" for name, reason in found.without]
     left_out = f"; without an interval, and left out: {some_of(without, _SHOWN)}" if without else ""
     if not found.wide:
         said = f"every interval is within {what} after {cycles} cycles" if found.narrow else "no cycle is added"

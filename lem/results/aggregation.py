@@ -8,10 +8,11 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from lem.jsontypes import shown
 from lem.measurement import is_estimate, is_gpu_source
+from lem.reasons import Reason
 from lem.record import Record
 from lem.record_codec import RecordError, decode_record
 from lem.results.bootstrap import CONFIDENCE, BootstrapResult, bootstrap_ci, check_confidence
@@ -20,6 +21,7 @@ from lem.results.metrics import METRICS, Metric
 from lem.results.statistics import LogTInterval, bootstrap_coverage_label, log_t_interval
 
 __all__ = [
+    "NO_INTERVAL",
     "SHARED_LOAD",
     "AllAttempts",
     "ConfigAggregate",
@@ -29,9 +31,12 @@ __all__ = [
     "estimate_note",
 ]
 
+_Countable = TypeVar("_Countable")
+
 # Simulated: with 1 % between loads and 0.5 % between runs, a 95 % t interval over cycles that share one load covers
 # 64, 43 and 27 % at 3, 5 and 10 cycles.
-SHARED_LOAD = "cycles share an engine load (reuse: campaign), so they are no replicates: no interval"
+SHARED_LOAD = Reason.of("shared_load")
+NO_INTERVAL = Reason.of("no_interval", why=SHARED_LOAD)
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class ConfigAggregate:
         n_cycles: cycles with a valid result; they are what the estimates stand on.
         n_results, n_invalid: results looked at, and how many of them are invalid.
         n_failed: experiments that gave no result.
-        invalid_reasons, warnings: text to how many results carry it.
+        invalid_reasons, warnings: reason to how many results carry it.
         energy_sources: where the energy that counts comes from.
         is_load_shared: cycles share an engine load, so there is no interval.
         metrics: estimates by the metric's name.
@@ -108,8 +113,8 @@ class ConfigAggregate:
     n_results: int
     n_invalid: int
     n_failed: int
-    invalid_reasons: Mapping[str, int]
-    warnings: Mapping[str, int]
+    invalid_reasons: Mapping[Reason, int]
+    warnings: Mapping[Reason, int]
     energy_sources: tuple[str, ...]
     is_load_shared: bool
     metrics: Mapping[str, MetricEstimate]
@@ -134,10 +139,10 @@ class ConfigAggregate:
         document: dict[str, Any] = {
             item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "metrics"
         }
-        document["invalid_reasons"] = dict(self.invalid_reasons)
-        document["warnings"] = dict(self.warnings)
+        document["invalid_reasons"] = {reason.text: count for reason, count in self.invalid_reasons.items()}
+        document["warnings"] = {reason.text: count for reason, count in self.warnings.items()}
         document["energy_sources"] = list(self.energy_sources)
-        document["no_interval_reason"] = SHARED_LOAD if self.is_load_shared else None
+        document["no_interval_reason"] = NO_INTERVAL.text if self.is_load_shared else None
         for estimate in self.metrics.values():
             document.setdefault(estimate.metric.group, {})[estimate.metric.name] = estimate.to_dict()
         return document
@@ -199,7 +204,7 @@ def aggregate_config(
         n_failed=n_failed + sum(item is None for item in results),
         invalid_reasons=_count(reason for record in records for reason in record.validity.invalid_reasons),
         warnings={
-            **_count(text for record in records for text in record.validity.warnings),
+            **_count(reason for record in records for reason in record.validity.warnings),
             **dict.fromkeys(_mixture_warnings(records), len(records)),
         },
         energy_sources=tuple(sorted({record.energy.primary_j.source or "" for record in records} - {""})),
@@ -222,14 +227,14 @@ def _as_record(config_name: str, index: int, item: Record | Mapping[str, Any]) -
         raise RecordError(f"{config_name}: result {index + 1}: {error}") from error
 
 
-def _mixture_warnings(records: Sequence[Record]) -> Iterable[str]:
-    for identities, what, consequence in (
-        ({record.identity.config_hash for record in records}, "configurations", "the estimate mixes them"),
-        ({record.identity.host for record in records}, "hosts", "cycles of one host are alike, intervals too narrow"),
-        ({record.identity.run_id for record in records}, "runs", "cycles of one run are alike, intervals too narrow"),
+def _mixture_warnings(records: Sequence[Record]) -> Iterable[Reason]:
+    for identities, code in (
+        ({record.identity.config_hash for record in records}, "mixed_configurations"),
+        ({record.identity.host for record in records}, "mixed_hosts"),
+        ({record.identity.run_id for record in records}, "mixed_runs"),
     ):
         if len(identities) > 1:
-            yield f"results of {len(identities)} {what} under one name: {consequence}"
+            yield Reason.of(code, count=len(identities))
 
 
 def _estimate(
@@ -247,8 +252,8 @@ def _estimate(
     bootstrap = bootstrap_ci(values, confidence=confidence)
     t_log = log_t_interval(values, confidence)
     if is_load_shared and len(values) > 1:
-        bootstrap = dataclasses.replace(bootstrap, ci_lower=None, ci_upper=None, warning=SHARED_LOAD)
-        t_log = dataclasses.replace(t_log, ci_lower=None, ci_upper=None, warning=t_log.warning or SHARED_LOAD)
+        bootstrap = dataclasses.replace(bootstrap, ci_lower=None, ci_upper=None, warning=NO_INTERVAL.text)
+        t_log = dataclasses.replace(t_log, ci_lower=None, ci_upper=None, warning=t_log.warning or NO_INTERVAL.text)
     warning = f"measured in {len(values)} of {len(used)} cycles: {said}" if len(values) < len(used) else None
     return MetricEstimate(metric, values, bootstrap, t_log, all_attempts, None, warning)
 
@@ -262,5 +267,5 @@ def _all_attempts(metric: Metric, attempts: Cycles, valid_values: tuple[float, .
     return AllAttempts(statistics.fmean(values), geometric, len(values), n_attempts)
 
 
-def _count(texts: Iterable[str]) -> dict[str, int]:
-    return dict(collections.Counter(texts))
+def _count(found: Iterable[_Countable]) -> dict[_Countable, int]:
+    return dict(collections.Counter(found))

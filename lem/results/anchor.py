@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from lem.errors import UserError
+from lem.reasons import Reason
 from lem.record import Record
 from lem.results.bootstrap import CONFIDENCE
 from lem.results.comparability import blocking_reason, find_obstacles
@@ -35,11 +36,8 @@ __all__ = ["compare_runs"]
 # Between days an unchanged configuration moves by about 1 %; what moves it by more is no day.
 _TOLERANCE = 0.05
 
-_OWN_ANCHOR = "it is the only configuration that both runs measured unchanged, and no anchor for itself"
-_NO_ANCHOR = (
-    "no configuration is common to both runs and unchanged, so what separates two days cannot be told from what "
-    "separates two configurations; measure one that did not change in both"
-)
+_OWN_ANCHOR = Reason.of("own_anchor")
+_NO_ANCHOR = Reason.of("no_anchor")
 
 
 def compare_runs(
@@ -143,14 +141,14 @@ def _pair(subjects: tuple[Subject, Subject], anchors: _Anchors, metrics: Sequenc
             blocking = blocking_reason(obstacles, metric.group) or exclusion_reason(before, after, *anchors)
         else:
             effect = None if raw is None else Effect(raw, None, None, _counts(subjects))
-            reason, blocking = (_OWN_ANCHOR if anchors else _NO_ANCHOR), ""
+            reason, blocking = (_OWN_ANCHOR if anchors else _NO_ANCHOR), None
         rows.append(
             Row(
                 metric=metric,
                 means=(before.mean(metric), after.mean(metric)),
                 effect=effect,
                 raw_ratio=None if raw is None else math.exp(raw),
-                reason=(reason if effect is None else "") or blocking or reason,
+                reason=(reason if effect is None else None) or blocking or reason,
             )
         )
     return Pair(before, after, obstacles, tuple(rows))
@@ -158,7 +156,7 @@ def _pair(subjects: tuple[Subject, Subject], anchors: _Anchors, metrics: Sequenc
 
 def _over_anchor(
     metric: Metric, subjects: tuple[Subject, Subject], anchors: tuple[Subject, Subject], tolerance: float
-) -> tuple[Effect | None, str]:
+) -> tuple[Effect | None, Reason | None]:
     ratios = []
     for subject, anchor in zip(subjects, anchors, strict=True):
         effect, reason = find_effect(metric, anchor, subject)
@@ -169,14 +167,11 @@ def _over_anchor(
     return anchored_effect(later, earlier), why_earlier or why_later or _moved(metric, anchors, tolerance)
 
 
-def _moved(metric: Metric, anchors: tuple[Subject, Subject], tolerance: float) -> str:
+def _moved(metric: Metric, anchors: tuple[Subject, Subject], tolerance: float) -> Reason | None:
     raw = _raw(metric, *anchors)
     if raw is None or abs(raw) <= math.log1p(tolerance):
-        return ""
-    return (
-        f"the anchor {anchors[0].name} itself changed to {math.exp(raw):.3g} ×, more than {100 * tolerance:g} %: "
-        "something else than the configurations is different"
-    )
+        return None
+    return Reason.of("anchor_moved", name=anchors[0].name, ratio=math.exp(raw), most_percent=100 * tolerance)
 
 
 def _finding(anchors: _Anchors, metrics: Sequence[Metric], tolerance: float) -> AnchorFinding:

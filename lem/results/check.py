@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from lem.reasons import Reason
 from lem.record import Record
 from lem.results.check_results import check_results
 from lem.results.check_trends import TREND_METRICS, check_trends
@@ -67,7 +68,7 @@ def check_run(
     found = [*_damage(problems), *_failures(failed or {})]
     if run is None:
         found.append(
-            Finding("no_results", True, "there is no whole result", "run the campaign; lem status says how it is")
+            Finding("no_results", True, Reason.of("no_results"), "run the campaign; lem status says how it is")
         )
     else:
         found += [*check_results(run, records), *check_trends(run), *_stopping(stopping)]
@@ -88,7 +89,7 @@ def _damage(problems: Iterable[Problem]) -> Found:
         yield Finding(
             "damaged",
             True,
-            f"results that cannot be used, and are left out: {named}{more}",
+            Reason.of("results_damaged", named=named + more),
             "bring them back from a copy, or measure them again: lem campaign --resume runs what has no whole result",
         )
 
@@ -99,7 +100,7 @@ def _failures(failed: Mapping[str, int]) -> Found:
         yield Finding(
             "failed",
             True,
-            f"{plural(count, 'experiment')} without a whole result",
+            Reason.of("results_missing", experiments=plural(count, "experiment")),
             "lem status names the reason of each that failed, and its log; lem campaign --resume runs them again",
             tuple(failed),
         )
@@ -110,6 +111,6 @@ def _stopping(rule: StoppingRule | None) -> Found:
         yield Finding(
             "stopping",
             False,
-            f"cycles were added {rule.describe()}: {UNACCOUNTED}",
+            Reason.of("cycles_added", rule=rule.describe(), unaccounted=UNACCOUNTED),
             "for a verdict that hangs on the third digit measure a fixed number of cycles anew",
         )

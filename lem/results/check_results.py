@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 
 from lem.measurement import (
@@ -12,6 +11,7 @@ from lem.measurement import (
     WINDOW_UPDATES,
     is_integrated_power,
 )
+from lem.reasons import Reason, alike
 from lem.record import Record
 from lem.results.aggregation import SHARED_LOAD
 from lem.results.comparability import LENGTH_TOLERANCE, find_obstacles
@@ -22,14 +22,20 @@ from lem.units import percent
 __all__ = ["check_results"]
 
 _CAPPED_FROM = 0.01
-_GAP_CAP_REACHED = "cap reached"
 
 # Warnings of records that a check here, or its own sentence, says already.
-_TOLD = re.compile(
-    r"integrated power is|power at rest|energy is an estimate|warm-up did not settle|the halves of the window differ|"
-    r"results of \d+ configurations"
+_TOLD = frozenset(
+    {
+        "crosscheck",
+        "energy_estimated",
+        "mixed_configurations",
+        "rest_power_fell",
+        "rest_power_rose",
+        "unsteady",
+        "warmup_too_few_steps",
+        "warmup_unsettled",
+    }
 )
-_NUMBER = re.compile(r"[0-9]+(?:[.][0-9]+)?")
 
 
 def check_results(run: RunResults, records: Sequence[Record]) -> Found:
@@ -54,46 +60,43 @@ def _exclusions(run: RunResults, records: Sequence[Record]) -> Found:
         yield Finding(
             "unequal_exclusions",
             True,
-            f"no verdict between all configurations: {reason}",
+            Reason.of("no_overall_verdict", why=reason),
             "find the cause and measure again: what always throttles or fails is a finding, not an outlier",
         )
-    by_reason: dict[str, list[Record]] = {}
-    for record in records:
-        for text in () if record.validity.valid or _is_slowed(record) else record.validity.invalid_reasons:
-            by_reason.setdefault(_NUMBER.sub("#", text), []).append(record)
-    for alike in by_reason.values():
-        text = next(iter(alike[0].validity.invalid_reasons))
+    invalid = [record for record in records if not record.validity.valid and not _is_slowed(record)]
+    for found in alike((why, record) for record in invalid for why in record.validity.invalid_reasons):
+        first = found[0][1].validity.invalid_reasons[0]
         yield Finding(
             "invalid",
             bool(reason),
-            f"{len(alike)} of {len(records)} results are invalid and left out: {text}",
+            Reason.of("results_invalid", count=len(found), total=len(records), why=first),
             "see lem results show RUN/EXPERIMENT for what was measured, and remove the cause",
-            _names(alike),
+            _names(record for _, record in found),
         )
     empty = tuple(item.name for item in run.subjects if not item.cycles)
     if empty:
-        yield Finding("no_valid_result", True, "no valid result at all", "remove the cause, then --resume", empty)
+        yield Finding("no_valid_result", True, Reason.of("no_valid_result"), "remove the cause, then --resume", empty)
 
 
 def _windows(run: RunResults) -> Found:
     yield from among_results(
         run,
         "unsteady",
-        "throughput or power moved by 2 % or more within the window",
+        Reason.of("window_moved"),
         "raise measurement.min_window_sec, let warm-up run longer, and see what else the machine does",
         lambda item: item.validity.steady is False,
     )
     yield from among_results(
         run,
         "warmup",
-        "warm-up did not settle",
+        Reason.of("warmup_did_not_settle"),
         "raise warmup.max_prompts or warmup.timeout_seconds",
         lambda item: item.validity.warmup_converged is False,
     )
     yield from among_results(
         run,
         "short_window",
-        f"a window under {SHORT_WINDOW_S:g} s or {WINDOW_UPDATES} updates of the energy counter",
+        Reason.of("window_short", least_s=SHORT_WINDOW_S, updates=WINDOW_UPDATES),
         f"set measurement.min_window_sec to {SHORT_WINDOW_S:g} or more, or give more prompts",
         _is_short,
         is_weak=False,
@@ -101,7 +104,7 @@ def _windows(run: RunResults) -> Found:
     yield from among_results(
         run,
         "failed_requests",
-        "requests failed (1 % or less of a window)",
+        Reason.of("few_requests_failed"),
         "the experiment's log.txt says why; failed requests cost energy and give no tokens",
         lambda item: item.work.requests_failed > 0,
         is_weak=False,
@@ -112,11 +115,11 @@ def _devices(run: RunResults, records: Sequence[Record]) -> Found:
     slowed = [record for record in records if _is_slowed(record)]
     if slowed:
         longest_s = max((gpu.throttle_thermal_s or 0.0 for item in slowed for gpu in item.gpus), default=0.0)
-        lasted = f", for up to {longest_s:.3g} s of a window" if longest_s else ""
+        code, lasted = ("throttled_for", {"longest_s": longest_s}) if longest_s else ("throttled", {})
         yield Finding(
             "throttled",
             True,
-            f"the GPU was slowed down by heat or hardware in {len(slowed)} of {len(records)} results{lasted}",
+            Reason.of(code, count=len(slowed), total=len(records), **lasted),
             "cool it better, lower its power limit, or lengthen execution.config_gap_seconds",
             _names(slowed),
         )
@@ -125,22 +128,22 @@ def _devices(run: RunResults, records: Sequence[Record]) -> Found:
         yield Finding(
             "power_capped",
             False,
-            f"the GPU ran at its power limit for up to {percent(max(capped))} of a window",
+            Reason.of("power_capped", share=percent(max(capped))),
             "normal under load; compare only at the same limit, which the record keeps (power_limit_w)",
             tuple(item.name for item in run.subjects if any(_capped_share(it) > _CAPPED_FROM for it in item.used)),
         )
     yield from among_results(
         run,
         "gap_too_short",
-        "the gap before it ended at its cap, before the device was back at rest",
+        Reason.of("gap_ended_at_cap"),
         "raise execution.config_gap_seconds and execution.cycle_gap_seconds",
-        lambda item: (item.window.gap_end_reason or "").startswith(_GAP_CAP_REACHED),
+        lambda item: item.window.gap_end_reason == Reason.of("gap_cap_reached"),
         is_weak=False,
     )
     yield from among_results(
         run,
         "foreign_processes",
-        "other programs were on the GPU",
+        Reason.of("others_on_gpu"),
         "stop them, or keep the machine to yourself while it measures (lem doctor names them)",
         lambda item: bool(item.environment.other_gpu_processes),
     )
@@ -150,14 +153,14 @@ def _meters(run: RunResults) -> Found:
     yield from among_results(
         run,
         "crosscheck",
-        f"counter and integrated power are more than {percent(CROSSCHECK_TOLERANCE)} apart",
+        Reason.of("meters_apart", tolerance=percent(CROSSCHECK_TOLERANCE)),
         "an A100 or H100 sensor sees part of the time only: trust the counter; elsewhere look at sample_gap_max_s",
         lambda item: _is_off(item.energy.energy_crosscheck_ratio, CROSSCHECK_TOLERANCE),
     )
     yield from among_results(
         run,
         "baseline_drift",
-        f"power at rest changed by over {percent(REST_TOLERANCE)} in the experiment, so its net energy is uncertain",
+        Reason.of("rest_power_changed", tolerance=percent(REST_TOLERANCE)),
         "let the device rest longer before it (gaps), and see what else draws power; gross energy stands",
         lambda item: _rest_change(item) > REST_TOLERANCE,
         is_weak=False,
@@ -166,14 +169,14 @@ def _meters(run: RunResults) -> Found:
     yield from among_results(
         run,
         "estimate",
-        "energy is an estimate from the CPU's design power, not a measurement",
+        Reason.of("estimate_only"),
         "make RAPL readable (lem doctor says how), or give an external meter's readings (measurement.external_csv)",
         lambda item: item.energy.primary_j.is_estimate,
     )
     yield from among_results(
         run,
         "integrated_power",
-        "energy is integrated from power samples, since there is no energy counter",
+        Reason.of("power_integrated"),
         "a sensor that looks part of the time is off under a load with a rhythm: raise measurement.min_window_sec",
         lambda item: is_integrated_power(item.energy.primary_j.source),
         is_weak=False,
@@ -191,7 +194,7 @@ def _baselines_apart(run: RunResults) -> Found:
         yield Finding(
             "baselines_apart",
             False,
-            f"power at rest with the engine loaded differs by up to {percent(max(apart.values()))} between cycles",
+            Reason.of("baselines_apart", spread=percent(max(apart.values()))),
             "net energies are not alike then; compare gross energy, and see what else draws power",
             tuple(apart),
         )
@@ -203,7 +206,7 @@ def _loads(run: RunResults) -> Found:
         yield Finding(
             "shared_loads",
             True,
-            SHARED_LOAD.removesuffix(": no interval") + ", and there is no interval",
+            Reason.of("shared_loads", why=SHARED_LOAD),
             "set execution.reuse to cycle, which loads engines anew in every cycle",
             shared,
         )
@@ -226,27 +229,27 @@ def _work(run: RunResults) -> Found:
         yield Finding(
             "output_lengths",
             True,
-            f"output lengths {'are free and ' if is_free else ''}differ: {low:.4g} to {high:.4g} tokens a request",
+            Reason.of("free_lengths_differ" if is_free else "lengths_differ", low=low, high=high),
             remedy if is_free else "ignore_eos was set and did not hold: the experiment's log.txt may say why",
             tuple(group),
         )
     if free and not unlike:
-        yield Finding("output_lengths", False, "output lengths are free, though they came out alike", remedy, free)
+        yield Finding("output_lengths", False, Reason.of("free_lengths"), remedy, free)
 
 
 def _mixtures(run: RunResults) -> Found:
     """What is not the same in all of it."""
     with_results = [item for item in run.subjects if item.used]
-    seen: dict[str, list[str]] = {}
+    seen: dict[Reason, list[str]] = {}
     for other in with_results[1:]:
         for obstacle in find_obstacles(with_results[0].used, other.used):
-            if "output lengths" not in obstacle.text:
-                seen.setdefault(obstacle.text, []).append(other.name)
-    for text, names in seen.items():
+            if obstacle.reason.code != "other_output_lengths":
+                seen.setdefault(obstacle.reason, []).append(other.name)
+    for reason, names in seen.items():
         yield Finding(
             "not_comparable",
             True,
-            f"not all is comparable with {with_results[0].name}: {text}",
+            Reason.of("not_comparable", name=with_results[0].name, why=reason),
             "measure them alike, or compare only what is alike",
             tuple(names),
         )
@@ -255,21 +258,17 @@ def _mixtures(run: RunResults) -> Found:
         yield Finding(
             "environment_changed",
             True,
-            "cycles of one configuration were measured with different engines, drivers, images or GPUs",
+            Reason.of("environment_changed"),
             "measure it anew in one environment (--fresh)",
             changed,
         )
 
 
 def _warnings(run: RunResults) -> Found:
-    """What the results say themselves, texts that differ in numbers alone once."""
-    found: dict[str, tuple[str, list[str]]] = {}
-    for subject in run.subjects:
-        for text in subject.aggregate.warnings:
-            if not _TOLD.match(text):
-                found.setdefault(_NUMBER.sub("#", text), (text, []))[1].append(subject.name)
-    for text, names in found.values():
-        yield Finding("warning", False, text.rstrip("."), "", tuple(dict.fromkeys(names)))
+    """What the results say themselves, each kind once."""
+    told = ((reason, subject.name) for subject in run.subjects for reason in subject.aggregate.warnings)
+    for found in alike((reason, name) for reason, name in told if reason.code not in _TOLD):
+        yield Finding("warning", False, found[0][0], "", tuple(dict.fromkeys(name for _, name in found)))
 
 
 def _is_slowed(record: Record) -> bool:

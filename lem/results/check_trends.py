@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from lem.reasons import Reason
 from lem.record import Record, ResultKey
 from lem.results.bootstrap import CONFIDENCE
 from lem.results.compare import RunResults, Subject, find_effect
@@ -82,11 +83,10 @@ def _drift(run: RunResults) -> Found:
         drift = drift_of(_observations(run, metric))
         if drift is None or not drift.is_flagged:
             continue
-        sure = "" if drift.is_told_from_zero else ", which chance could make too"
         yield Finding(
             "drift",
             drift.is_told_from_zero,
-            f"{metric.label} {_moved(drift)} from the first experiment to the last{_interval(drift)}{sure}",
+            _change("drift" if drift.is_told_from_zero else "drift_or_chance", metric, drift),
             "lengthen the gaps, use structure: shuffled, and see what warms up; ratios within cycles suffer least",
         )
 
@@ -100,7 +100,7 @@ def _order(run: RunResults) -> Found:
         yield Finding(
             "grouped",
             True,
-            "each configuration ran in a block of its own, so a drift would look like a difference",
+            Reason.of("blocks"),
             "use structure: interleaved or shuffled",
         )
         return
@@ -108,18 +108,16 @@ def _order(run: RunResults) -> Found:
         yield Finding(
             "same_order",
             False,
-            "the order is the same in every cycle: what one leaves behind, heat say, always meets the same one",
+            Reason.of("same_order"),
             "use structure: shuffled, which lem check can then look at",
         )
         return
     effect = position_effect(run, primary_metric(run))
     if effect is not None and effect.is_flagged:
-        sure = "" if effect.is_told_from_zero else ", which chance could make too"
         yield Finding(
             "order_effect",
             effect.is_told_from_zero,
-            f"{primary_metric(run).label} {_moved(effect)} from the first place within a cycle to the last"
-            f"{_interval(effect)}{sure}",
+            _change("place_matters" if effect.is_told_from_zero else "place_or_chance", primary_metric(run), effect),
             "lengthen execution.config_gap_seconds, so that nothing is left of the experiment before",
         )
 
@@ -128,8 +126,8 @@ def _cycles(run: RunResults) -> Found:
     few = tuple(item.name for item in run.subjects if 0 < item.aggregate.n_cycles < _LEAST_CYCLES)
     if few:
         most = max(item.aggregate.n_cycles for item in run.subjects if item.name in few)
-        what = "one cycle has no interval" if most == 1 else "an interval of two cycles is 13 standard errors wide"
-        yield Finding("few_cycles", True, what, "use --cycles 5, or --until ci=2%", few)
+        what = "only_one_cycle" if most == 1 else "only_two_cycles"
+        yield Finding("few_cycles", True, Reason.of(what), "use --cycles 5, or --until ci=2%", few)
     metric = primary_metric(run)
     wide = {}
     for subject in run.subjects:
@@ -141,7 +139,7 @@ def _cycles(run: RunResults) -> Found:
         yield Finding(
             "wide_interval",
             True,
-            f"the interval of {metric.lower_label} is up to ±{percent(max(wide.values()))} wide",
+            Reason.of("wide_interval", metric=metric.lower_label, width=percent(max(wide.values()))),
             "add cycles: lem campaign … --resume --until ci=2%; or find what makes cycles differ",
             tuple(wide),
         )
@@ -154,8 +152,8 @@ def _pairs(run: RunResults) -> Found:
     open_pairs = [found for pair in itertools.pairwise(ranked) if (found := _open_pair(metric, *pair)) is not None]
     yield from open_pairs[:_PAIRS_SHOWN]
     if len(open_pairs) > _PAIRS_SHOWN:
-        text = f"{len(open_pairs) - _PAIRS_SHOWN} more pairs of neighbours cannot be told apart"
-        yield Finding("indistinguishable", False, text, "lem compare lists them")
+        more = Reason.of("more_pairs", count=len(open_pairs) - _PAIRS_SHOWN)
+        yield Finding("indistinguishable", False, more, "lem compare lists them")
 
 
 def _open_pair(metric: Metric, lower: Subject, upper: Subject) -> Finding | None:
@@ -165,16 +163,22 @@ def _open_pair(metric: Metric, lower: Subject, upper: Subject) -> Finding | None
         return None
     further, n_cycles = cycles_to_settle(effect, 0.0), min(effect.n_cycles)
     low, high = (f"{100 * (bound - 1):+.2g}" for bound in interval)
-    text = (
-        f"{upper.name} has {percent(effect.ratio - 1)} more {metric.lower_label} than {lower.name} "
-        f"(95 % {low} to {high} %), which {n_cycles} cycles cannot tell from none"
+    found = Reason.of(
+        "pair_open",
+        more=upper.name,
+        difference=percent(effect.ratio - 1),
+        metric=metric.lower_label,
+        less=lower.name,
+        low=low,
+        high=high,
+        cycles=n_cycles,
     )
     both = (lower.name, upper.name)
     if further is not None and n_cycles + further <= MOST_CYCLES:
         total = n_cycles + further
         remedy = f"{further} more would, if it stays: lem campaign … --resume --cycles {total}"
-        return Finding("too_few_cycles", True, text, remedy, both)
-    return Finding("indistinguishable", False, text, f"nor would {MOST_CYCLES}: take them as equal", both)
+        return Finding("too_few_cycles", True, found, remedy, both)
+    return Finding("indistinguishable", False, found, f"nor would {MOST_CYCLES}: take them as equal", both)
 
 
 def _observations(run: RunResults, metric: Metric) -> list[Observation]:
@@ -242,8 +246,9 @@ def _less_means(values: Sequence[float], labels: Sequence[object]) -> list[float
     return [value - means[label] for value, label in zip(values, labels, strict=True)]
 
 
-def _moved(drift: Drift) -> str:
-    return f"{'rises' if drift.change > 0 else 'falls'} by {percent(abs(drift.change))}"
+def _change(code: str, metric: Metric, drift: Drift) -> Reason:
+    moved = f"{'rises' if drift.change > 0 else 'falls'} by {percent(abs(drift.change))}"
+    return Reason.of(code, metric=metric.label, moved=moved, interval=_interval(drift))
 
 
 def _interval(drift: Drift) -> str:

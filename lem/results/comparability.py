@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from lem.reasons import Reason
 from lem.record import Record
 
 __all__ = ["Obstacle", "blocking_reason", "find_obstacles"]
@@ -21,14 +22,19 @@ class Obstacle:
     """One thing that is not the same on both sides.
 
     Attributes:
-        text: what, with both values.
+        reason: what, with both values.
         is_blocking: nothing can be said about the configurations for it.
         groups: the groups of metrics it concerns.
     """
 
-    text: str
+    reason: Reason
     is_blocking: bool = True
     groups: tuple[str, ...] = _ALL_GROUPS
+
+    @property
+    def text(self) -> str:
+        """It in words."""
+        return self.reason.text
 
 
 def find_obstacles(
@@ -43,27 +49,27 @@ def find_obstacles(
     if not before or not after:
         return ()
     found = (
-        _kinds(before, after, "GPUs", _gpu_names),
+        _kinds(before, after, "other_gpus", _gpu_names),
         _cards(before, after, is_blocking=not is_anchored),
-        _kinds(before, after, "driver", lambda item: item.environment.versions.get("driver"), not is_anchored),
-        _kinds(before, after, "CPU", _cpu, not is_anchored),
-        _kinds(before, after, "prompts", _prompts),
+        _kinds(before, after, "other_driver", lambda item: item.environment.versions.get("driver"), not is_anchored),
+        _kinds(before, after, "other_cpu", _cpu, not is_anchored),
+        _kinds(before, after, "other_prompts", _prompts),
         _lengths(before, after),
-        _kinds(before, after, "traffic", lambda item: item.window.traffic_mode.replace("_", " ")),
-        _kinds(before, after, "energy meter", lambda item: item.energy.energy_source, groups=("energy",)),
+        _kinds(before, after, "other_traffic", lambda item: item.window.traffic_mode.replace("_", " ")),
+        _kinds(before, after, "other_meter", lambda item: item.energy.energy_source, groups=("energy",)),
     )
     return tuple(obstacle for obstacle in found if obstacle is not None)
 
 
-def blocking_reason(obstacles: Iterable[Obstacle], group: str) -> str:
-    """Why nothing can be said about a group of metrics; empty when something can."""
-    return next((item.text for item in obstacles if item.is_blocking and group in item.groups), "")
+def blocking_reason(obstacles: Iterable[Obstacle], group: str) -> Reason | None:
+    """Why nothing can be said about a group of metrics; None when something can."""
+    return next((item.reason for item in obstacles if item.is_blocking and group in item.groups), None)
 
 
 def _kinds(
     before: Iterable[Record],
     after: Iterable[Record],
-    what: str,
+    code: str,
     read: Callable[[Record], str | None],
     is_blocking: bool = True,
     groups: tuple[str, ...] = _ALL_GROUPS,
@@ -72,7 +78,7 @@ def _kinds(
     left, right = (sorted({text for item in side if (text := read(item))}) for side in (before, after))
     if not left or not right or left == right:
         return None
-    return Obstacle(f"other {what}: {', '.join(left)} against {', '.join(right)}", is_blocking, groups)
+    return Obstacle(Reason.of(code, before=", ".join(left), after=", ".join(right)), is_blocking, groups)
 
 
 def _cards(before: Iterable[Record], after: Iterable[Record], *, is_blocking: bool) -> Obstacle | None:
@@ -81,14 +87,14 @@ def _cards(before: Iterable[Record], after: Iterable[Record], *, is_blocking: bo
     if not left or not right or left <= right or right <= left:
         return None
     shown = [", ".join(sorted(uuid[:_ID_SHOWN] for uuid in side)) for side in (left, right)]
-    return Obstacle(f"other cards: {shown[0]} against {shown[1]}; their sensors differ by up to ±5 %", is_blocking)
+    return Obstacle(Reason.of("other_cards", before=shown[0], after=shown[1]), is_blocking)
 
 
 def _lengths(before: Sequence[Record], after: Sequence[Record]) -> Obstacle | None:
     found = [statistics.fmean(lengths) for side in (before, after) if (lengths := _output_lengths(side))]
     if len(found) < 2 or abs(found[0] - found[1]) <= LENGTH_TOLERANCE * max(found):
         return None
-    return Obstacle(f"other output lengths: {found[0]:.4g} against {found[1]:.4g} tokens a request")
+    return Obstacle(Reason.of("other_output_lengths", before=found[0], after=found[1]))
 
 
 def _output_lengths(records: Iterable[Record]) -> list[float]:

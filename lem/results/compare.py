@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lem.errors import ExitCode
+from lem.reasons import Reason, alike
 from lem.record import Record
-from lem.results.aggregation import SHARED_LOAD, ConfigAggregate, aggregate_config
+from lem.results.aggregation import NO_INTERVAL, ConfigAggregate, aggregate_config
 from lem.results.bootstrap import CONFIDENCE
 from lem.results.comparability import Obstacle, blocking_reason, find_obstacles
 from lem.results.cycles import Cycles, by_cycle, cycle_values, distinct, used_cycles
 from lem.results.effect import Effect, paired_effect
 from lem.results.gate import Gate, Judgement, Verdict, judge
-from lem.results.layout import without_numbers
 from lem.results.metrics import METRICS, Metric
 from lem.results.precision import StoppingRule
 from lem.results.settings import settings_of
@@ -119,7 +119,7 @@ class Row:
     effect: Effect | None
     raw_ratio: float | None = None
     all_attempts_ratio: float | None = None
-    reason: str = ""
+    reason: Reason | None = None
     p_adjusted: float | None = None
     judgement: Judgement | None = None
 
@@ -153,7 +153,7 @@ class AnchorFinding:
     name: str
     ratios: Mapping[str, float]
     tolerance: float
-    reason: str = ""
+    reason: Reason | None = None
 
 
 @dataclass(frozen=True)
@@ -273,29 +273,29 @@ def candidate_metrics(metrics: Sequence[Metric], gates: Sequence[Gate]) -> tuple
     return asked or tuple(metric for metric in METRICS if metric.name in _DEFAULT_METRICS)
 
 
-def find_effect(metric: Metric, baseline: Subject, other: Subject) -> tuple[Effect | None, str]:
-    """The ratio of two configurations of one run, and why it or its error is missing; empty when neither is."""
+def find_effect(metric: Metric, baseline: Subject, other: Subject) -> tuple[Effect | None, Reason | None]:
+    """The ratio of two configurations of one run, and why it or its error is missing; None when neither is."""
     below, above = (cycle_values(metric, item.cycles) for item in (baseline, other))
     shared = [cycle for cycle in below if cycle in above]
     if not shared:
         return None, _no_pairs(metric, baseline, other)
     if min(*below.values(), *above.values()) <= 0:
-        return None, "a value is zero or negative, which has no ratio"
+        return None, Reason.of("no_ratio")
     effect = paired_effect([above[cycle] for cycle in shared], [below[cycle] for cycle in shared])
     if len(shared) > 1 and (baseline.aggregate.is_load_shared or other.aggregate.is_load_shared):
-        return effect.without_error(), SHARED_LOAD
-    return effect, "one cycle has no interval: use --cycles 3+" if len(shared) == 1 else ""
+        return effect.without_error(), NO_INTERVAL
+    return effect, Reason.of("one_cycle") if len(shared) == 1 else None
 
 
-def exclusion_reason(*subjects: Subject) -> str:
-    """Why no verdict can be given between configurations of which unequally much was excluded; else empty.
+def exclusion_reason(*subjects: Subject) -> Reason | None:
+    """Why no verdict can be given between configurations of which unequally much was excluded; else None.
 
     What throttles or fails is a finding about a configuration: what is left of it is not what the other is.
     """
     if len({item.n_excluded for item in subjects}) < 2:
-        return ""
-    told = "; ".join(f"{item.n_excluded} of {item.name}{_causes(item)}" for item in subjects)
-    return f"unequally much was excluded as invalid or failed: {told}"
+        return None
+    causes = "; ".join(f"{item.n_excluded} of {item.name}{_causes(item)}" for item in subjects)
+    return Reason.of("unequal_exclusions", causes=causes)
 
 
 def finished(comparison: Comparison) -> Comparison:
@@ -347,7 +347,7 @@ def _pair(baseline: Subject, other: Subject, metrics: Sequence[Metric]) -> Pair:
                 means=(baseline.mean(metric), other.mean(metric)),
                 effect=effect,
                 all_attempts_ratio=_all_attempts_ratio(metric, baseline, other),
-                reason=(reason if effect is None else "") or blocking or excluded or reason,
+                reason=(reason if effect is None else None) or blocking or excluded or reason,
             )
         )
     return Pair(baseline, other, obstacles, tuple(rows))
@@ -369,20 +369,17 @@ def _all_attempts_ratio(metric: Metric, baseline: Subject, other: Subject) -> fl
     return means[1] / means[0] if means[0] and means[1] else None
 
 
-def _no_pairs(metric: Metric, baseline: Subject, other: Subject) -> str:
+def _no_pairs(metric: Metric, baseline: Subject, other: Subject) -> Reason:
     for subject in (baseline, other):
         estimate = subject.aggregate.metrics[metric.name]
         if estimate.null_reason:
-            return f"not measured for {subject.name}: {estimate.null_reason}"
-    return "no cycle has a valid result of both"
+            return Reason.of("not_measured", name=subject.name, why=estimate.null_reason)
+    return Reason.of("no_common_cycle")
 
 
 def _causes(subject: Subject) -> str:
-    alike: dict[str, tuple[str, int]] = {}
-    for reason, count in subject.aggregate.invalid_reasons.items():
-        first, before = alike.get(without_numbers(reason), (reason, 0))
-        alike[without_numbers(reason)] = (first, before + count)
-    causes = [f"{reason} × {count}" for reason, count in alike.values()]
+    groups = alike(subject.aggregate.invalid_reasons.items())
+    causes = [f"{found[0][0]} × {sum(count for _, count in found)}" for found in groups]
     if subject.aggregate.n_failed:
         causes.append(f"no result × {subject.aggregate.n_failed}")
     more = len(causes) - _SHOWN_CAUSES

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lem import units
+from lem.reasons import Reason
 from lem.results.aggregation import estimate_note
 from lem.results.compare import SIGNIFICANCE, Comparison, Pair, Row, RunResults, Subject
 from lem.results.gate import MOST_FURTHER_CYCLES, Gate, Judgement, Verdict
@@ -78,16 +79,32 @@ def content_of(comparison: Comparison) -> Content:
 
 def headline(comparison: Comparison) -> str:
     """The answer in one sentence, in the first metric that can be compared."""
-    lead = next(
-        (metric for metric in comparison.metrics if any(row.effect for _, row in _rows(comparison, metric))), None
-    )
+    lead = _lead(comparison)
     if lead is None:
         reasons = dict.fromkeys(row.reason for pair in comparison.pairs for row in pair.rows)
-        return f"Nothing can be compared: {'; '.join(reasons) or 'there is only the baseline'}."
+        said = "; ".join(reason.text for reason in reasons if reason)
+        return f"Nothing can be compared: {said or 'there is only the baseline'}."
     rows = [(pair, row) for pair, row in _rows(comparison, lead) if row.effect]
     if len(comparison.pairs) == 1:
         return _sentence(comparison, *rows[0])
     return _sentence_of_many(comparison, lead, rows)
+
+
+def _lead(comparison: Comparison) -> Metric | None:
+    """The first metric that can be compared."""
+    return next(
+        (metric for metric in comparison.metrics if any(row.effect for _, row in _rows(comparison, metric))), None
+    )
+
+
+def _told_by_headline(comparison: Comparison) -> set[Reason | None]:
+    """The reasons that the headline names."""
+    lead = _lead(comparison)
+    if lead is None:
+        return {row.reason for pair in comparison.pairs for row in pair.rows}
+    if len(comparison.pairs) > 1:
+        return set()
+    return {row.reason for _, row in _rows(comparison, lead) if row.effect and row.p_adjusted is None}
 
 
 def _run_label(comparison: Comparison, run: RunResults) -> str:
@@ -306,23 +323,22 @@ def _setting(label: str, value: str) -> str:
 
 def _obstacles(comparison: Comparison) -> Iterable[str]:
     for is_blocking, lead in ((True, "not comparable"), (False, "not the same, but shared with the anchor")):
-        found: dict[str, list[str]] = {}
+        found: dict[Reason, list[str]] = {}
         for pair in comparison.pairs:
             for obstacle in pair.obstacles:
                 if obstacle.is_blocking == is_blocking:
-                    found.setdefault(obstacle.text, []).append(pair.other.name)
-        for text, names in found.items():
-            yield f"{lead}{_of(comparison, names)}: {text}"
+                    found.setdefault(obstacle.reason, []).append(pair.other.name)
+        for reason, names in found.items():
+            yield f"{lead}{_of(comparison, names)}: {reason}"
 
 
 def _reasons(comparison: Comparison) -> Iterable[str]:
-    told = {item.text for pair in comparison.pairs for item in pair.obstacles}
-    said = headline(comparison)
-    names: dict[tuple[str, str], dict[str, None]] = {}
-    metrics: dict[tuple[str, str], dict[Metric, None]] = {}
+    told = {item.reason for pair in comparison.pairs for item in pair.obstacles} | _told_by_headline(comparison)
+    names: dict[tuple[str, Reason], dict[str, None]] = {}
+    metrics: dict[tuple[str, Reason], dict[Metric, None]] = {}
     for pair in comparison.pairs:
         for row in pair.rows:
-            if row.reason and row.reason not in told and row.reason not in said:
+            if row.reason and row.reason not in told:
                 key = ("no verdict" if row.effect else "not compared", row.reason)
                 names.setdefault(key, {})[pair.other.name] = None
                 metrics.setdefault(key, {})[row.metric] = None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from lem.log import WIDTH, bounded_width
-from lem.results.compare import Comparison, Pair, Row, Subject
+from lem.results.compare import AnchorFinding, Comparison, Pair, Row, Subject
 from lem.results.compare_content import Content, Table, content_of, headline
 from lem.results.layout import Column, columns, paint, printable, text_width, wrapped
 
@@ -68,10 +68,15 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
         "confidence": comparison.confidence,
         "n_compared": comparison.n_compared,
         "runs": [{"campaign_name": run.campaign_name, "run_id": run.run_id} for run in comparison.runs],
-        "anchor": None if anchor is None else {**dataclasses.asdict(anchor), "ratios": dict(anchor.ratios)},
+        "anchor": None if anchor is None else _anchor_document(anchor),
         "pairs": [_pair_document(pair, comparison.confidence) for pair in comparison.pairs],
         "missing": list(comparison.missing),
     }
+
+
+def _anchor_document(anchor: AnchorFinding) -> dict[str, Any]:
+    found = {item.name: getattr(anchor, item.name) for item in dataclasses.fields(anchor)}
+    return {**found, "ratios": dict(anchor.ratios), "reason": str(anchor.reason or "")}
 
 
 def _pair_document(pair: Pair, confidence: float) -> dict[str, Any]:
@@ -111,13 +116,13 @@ def _row_document(row: Row, confidence: float) -> dict[str, Any]:
         "p_holm": row.p_adjusted,
         "raw_ratio": row.raw_ratio,
         "all_attempts_ratio": row.all_attempts_ratio,
-        "reason": row.reason or None,
+        "reason": row.reason and row.reason.text,
         "gate": None
         if judgement is None
         else {
             "threshold": judgement.gate.threshold,
             "verdict": judgement.verdict.value,
-            "reason": judgement.reason or None,
+            "reason": judgement.reason and judgement.reason.text,
             "further_cycles": judgement.further_cycles,
         },
     }

@@ -28,15 +28,15 @@ def render_record(record: Record, *, is_colour: bool = False, width: int = WIDTH
         lines += wrapped(text, width, label.ljust(_LABEL_WIDTH))
     lines += ["", *_latency_lines(record, width)]
     lines += [""] if record.validity.warnings else []
-    for text in record.validity.warnings:
-        first, *rest = wrapped(text, width, "warning: ")
+    for reason in record.validity.warnings:
+        first, *rest = wrapped(reason.text, width, "warning: ")
         lines += [paint("warning:", "yellow", is_colour=is_colour) + first[len("warning:") :], *rest]
     return "\n".join(lines) + "\n"
 
 
 def _facts(record: Record) -> Iterable[tuple[str, str]]:
     validity, window, work, environment = record.validity, record.window, record.work, record.environment
-    yield "valid", "yes" if validity.valid else "no: " + "; ".join(validity.invalid_reasons)
+    yield "valid", "yes" if validity.valid else "no: " + "; ".join(map(str, validity.invalid_reasons))
     yield "model", f"{record.identity.model} on {record.identity.backend}"
     yield "engine", f"{environment.engine_name} {environment.engine_version} on {environment.device}"
     yield "load", _load(record)

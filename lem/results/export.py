@@ -19,6 +19,7 @@ from typing import Any
 from lem.config.problems import did_you_mean
 from lem.durable import json_text
 from lem.errors import UserError
+from lem.reasons import Reason
 from lem.record import Distribution, Gpu, Record, ResultKey, parts_of_source
 from lem.results.cycles import used_records
 from lem.results.layout import printable
@@ -230,6 +231,8 @@ def _plain(value: Any) -> Any:
     """The value as JSON has it."""
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, Reason):
+        return value.text
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 

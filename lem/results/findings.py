@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from lem.reasons import Reason
 from lem.record import Record
 from lem.results.compare import RunResults
 
@@ -18,16 +19,21 @@ class Finding:
     Attributes:
         kind: a short stable word.
         is_weak: numbers or verdicts are not to be relied on for it; else it is something to know about them.
-        text: what, with its figures.
+        reason: what, with its figures.
         remedy: what to do.
         configurations: whom it concerns; () for the campaign as a whole.
     """
 
     kind: str
     is_weak: bool
-    text: str
+    reason: Reason
     remedy: str
     configurations: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """It in words; those of other programs, which warnings pass on, may end in a full stop."""
+        return self.reason.text.rstrip(".") if self.kind == "warning" else self.reason.text
 
 
 Found = Iterable[Finding]
@@ -36,7 +42,7 @@ Found = Iterable[Finding]
 def among_results(
     run: RunResults,
     kind: str,
-    what: str,
+    what: Reason,
     remedy: str,
     concerns: Callable[[Record], bool],
     *,
@@ -48,4 +54,5 @@ def among_results(
     concerned = tuple(name for name, count in counts.items() if count)
     if concerned:
         total = sum(len(looked_at[name]) for name in concerned)
-        yield Finding(kind, is_weak, f"{what} in {sum(counts.values())} of {total} results", remedy, concerned)
+        reason = Reason.of("some_results", what=what, count=sum(counts.values()), total=total)
+        yield Finding(kind, is_weak, reason, remedy, concerned)

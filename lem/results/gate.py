@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from lem.config.problems import did_you_mean
 from lem.errors import UserError
+from lem.reasons import Reason
 from lem.results.bootstrap import CONFIDENCE
 from lem.results.effect import Effect
 from lem.results.metrics import METRICS, Metric
@@ -77,14 +78,14 @@ class Judgement:
     """What a gate says of one comparison.
 
     Attributes:
-        reason: why it is inconclusive for another cause than too few cycles; empty otherwise.
+        reason: why it is inconclusive for another cause than too few cycles; None otherwise.
         further_cycles: how many more would settle it if the effect and its spread are as they look; None when it is
             settled, when cycles do not help, and beyond `MOST_FURTHER_CYCLES`.
     """
 
     gate: Gate
     verdict: Verdict
-    reason: str = ""
+    reason: Reason | None = None
     further_cycles: int | None = None
 
 
@@ -125,7 +126,7 @@ def parse_gate(text: str) -> Gate:
 
 
 def judge(
-    questions: Sequence[tuple[Gate, Effect | None, str]], *, confidence: float = CONFIDENCE
+    questions: Sequence[tuple[Gate, Effect | None, Reason | None]], *, confidence: float = CONFIDENCE
 ) -> tuple[Judgement, ...]:
     """What the gates say, each of one comparison, so that all verdicts hold together with `confidence`.
 
@@ -133,7 +134,7 @@ def judge(
     interval; the intervals are widened step by step as Holm does, most certain claim first.
 
     Args:
-        questions: gate, effect (None where there is none) and what stands against any verdict, empty for nothing.
+        questions: gate, effect (None where there is none) and what stands against any verdict, None for nothing.
     """
     alpha = 1 - confidence
     claims = [_claim(gate, effect) if effect is not None and not reason else None for gate, effect, reason in questions]
@@ -200,9 +201,9 @@ def _p_of(claim: tuple[Verdict, float] | None) -> float:
     return claim[1] if claim else 1.0
 
 
-def _unsettled(gate: Gate, effect: Effect | None, reason: str, confidence: float) -> Judgement:
+def _unsettled(gate: Gate, effect: Effect | None, reason: Reason | None, confidence: float) -> Judgement:
     if reason or effect is None:
-        return Judgement(gate, Verdict.INCONCLUSIVE, reason or "there is nothing to compare")
+        return Judgement(gate, Verdict.INCONCLUSIVE, reason or Reason.of("nothing_to_compare"))
     if effect.std_error is None:
-        return Judgement(gate, Verdict.INCONCLUSIVE, "one cycle has no interval: use --cycles 3+")
-    return Judgement(gate, Verdict.INCONCLUSIVE, "", cycles_to_settle(effect, gate.bound, confidence))
+        return Judgement(gate, Verdict.INCONCLUSIVE, Reason.of("one_cycle"))
+    return Judgement(gate, Verdict.INCONCLUSIVE, None, cycles_to_settle(effect, gate.bound, confidence))

@@ -10,18 +10,6 @@ from dataclasses import dataclass
 
 from lem import log
 
-__all__ = [
-    "Column",
-    "NameShortener",
-    "columns",
-    "name_tokens",
-    "paint",
-    "printable",
-    "text_width",
-    "without_numbers",
-    "wrapped",
-]
-
 # What a table lets a name have, and how many names a sentence lists.
 NAME_WIDTH = 36
 NAMES_SHOWN = 4
@@ -32,7 +20,6 @@ _NAME_MIN = 16
 # Names are cut and wrapped after these and blanks; `_`, `=` and `.` hold words and values together.
 SEPARATORS = "-,/;:|·"
 _TOKEN = re.compile(rf"[^{SEPARATORS} ]*[{SEPARATORS} ]*")
-_NUMBER = re.compile(r"[0-9]+(?:[.][0-9]+)?")
 
 
 def paint(text: str, style: str, *, is_colour: bool) -> str:
@@ -43,11 +30,6 @@ def paint(text: str, style: str, *, is_colour: bool) -> str:
 def printable(text: str) -> str:
     """`text` on one line, control characters replaced: a result folder must not steer the terminal that shows it."""
     return "".join(char if char.isprintable() else "�" for char in " ".join(text.split()))
-
-
-def without_numbers(text: str) -> str:
-    """`text` with every number as `#`: the same for messages that differ in nothing else."""
-    return _NUMBER.sub("#", text)
 
 
 def name_tokens(name: str) -> list[str]:

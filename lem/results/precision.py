@@ -14,7 +14,7 @@ from lem import durable
 from lem.durable import make_folder, reason_of
 from lem.jsontypes import build_from, typed_fields
 from lem.record import Record
-from lem.results.aggregation import SHARED_LOAD, aggregate_config
+from lem.results.aggregation import SHARED_LOAD, MetricEstimate, aggregate_config
 from lem.results.attempt import stopping_campaign
 from lem.results.metrics import METRICS
 from lem.results.statistics import LogTInterval
@@ -183,8 +183,7 @@ def measure_precision(records: Iterable[Record], target: Target, least_cycles: i
         aggregate = aggregate_config(name, members)
         estimate = aggregate.metrics[metric]
         if estimate.t_log is None or estimate.t_log.geometric_mean is None or aggregate.is_load_shared:
-            lacking = estimate.null_reason or (estimate.t_log and estimate.t_log.warning)
-            without.append((name, lacking or SHARED_LOAD))
+            without.append((name, _why_none(estimate)))
             continue
         found = Precision(name, len(estimate.values), half_width_ratio(estimate.t_log))
         is_narrow = found.half_width is not None and found.half_width <= target.half_width
@@ -238,6 +237,15 @@ def _decode_rule(document: Any) -> StoppingRule:
     found = {name: document.get(name) for name in ("target", "least_cycles", "most_cycles")}
     values = {**found, "target": build_from(Target, found["target"], "target")}
     return StoppingRule(**typed_fields(StoppingRule, values, "rule"))
+
+
+def _why_none(estimate: MetricEstimate) -> str:
+    """Why further cycles would not give an interval either."""
+    if estimate.t_log is None:
+        return estimate.null_reason or ""
+    if estimate.t_log.geometric_mean is None:
+        return estimate.t_log.warning or ""
+    return "1 sample" if estimate.t_log.n_samples == 1 else SHARED_LOAD.text
 
 
 def _metric_measured(groups: Iterable[Sequence[Record]]) -> str:

@@ -8,18 +8,9 @@ from typing import NamedTuple
 
 from lem import units
 from lem.log import WIDTH, bounded_width
+from lem.reasons import alike
 from lem.results.aggregation import SHARED_LOAD, AllAttempts, ConfigAggregate, MetricEstimate, estimate_note
-from lem.results.layout import (
-    NAME_WIDTH,
-    NAMES_SHOWN,
-    Column,
-    NameShortener,
-    columns,
-    paint,
-    printable,
-    without_numbers,
-    wrapped,
-)
+from lem.results.layout import NAME_WIDTH, NAMES_SHOWN, Column, NameShortener, columns, paint, printable, wrapped
 from lem.results.precision import UNACCOUNTED
 from lem.results.statistics import bootstrap_coverage_label
 from lem.results.summary import SINGLE_CYCLE, CampaignSummary
@@ -145,7 +136,7 @@ class _Table:
         percent = f"{100 * self._summary.confidence:g} %"
         shared = [item for item in self._configurations if item.is_load_shared]
         if shared:
-            yield f"No interval{self._of(shared, 'for')}: {SHARED_LOAD.removesuffix(': no interval')}."
+            yield f"No interval{self._of(shared, 'for')}: {SHARED_LOAD}."
         sizes = sorted(
             {item.n_cycles for item in self._configurations if item.n_cycles > 1 and not item.is_load_shared}
         )
@@ -175,10 +166,10 @@ class _Table:
     def _warnings(self) -> list[str]:
         lines: list[str] = []
         for attribute, lead, style in (("invalid_reasons", "invalid: ", "red"), ("warnings", "warning: ", "yellow")):
-            for alike in self._alike(attribute):
-                total = plural(sum(item.n_results for item in alike.members), "result")
-                where = f"{alike.n_results} of {total}{self._of(alike.members, 'of')}"
-                text = f"{alike.text} ({where}{'; numbers differ' if alike.is_varied else ''})"
+            for found in self._alike(attribute):
+                total = plural(sum(item.n_results for item in found.members), "result")
+                where = f"{found.n_results} of {total}{self._of(found.members, 'of')}"
+                text = f"{found.text} ({where}{'; numbers differ' if found.is_varied else ''})"
                 lines += self._labelled(lead, text, style)
         empty = [item for item in self._configurations if not item.n_cycles]
         if empty:
@@ -191,17 +182,18 @@ class _Table:
         return [self._paint(label, style) + first[len(label) :], *rest]
 
     def _alike(self, attribute: str) -> Iterable[_Alike]:
-        """Texts that differ in nothing but numbers, each kind once."""
-        found: dict[str, list[tuple[ConfigAggregate, str, int]]] = {}
-        for item in self._configurations:
-            for text, count in getattr(item, attribute).items():
-                found.setdefault(without_numbers(text), []).append((item, text, count))
-        for entries in found.values():
+        """Reasons of one kind, each kind once."""
+        found = (
+            (reason, (item, count))
+            for item in self._configurations
+            for reason, count in getattr(item, attribute).items()
+        )
+        for entries in alike(found):
             yield _Alike(
-                text=entries[0][1],
-                is_varied=len({text for _, text, _ in entries}) > 1,
-                n_results=sum(count for *_, count in entries),
-                members=list({item.config_name: item for item, *_ in entries}.values()),
+                text=entries[0][0].text,
+                is_varied=len({reason for reason, _ in entries}) > 1,
+                n_results=sum(count for _, (_, count) in entries),
+                members=list({item.config_name: item for _, (item, _) in entries}.values()),
             )
 
     def _of(self, members: Sequence[ConfigAggregate], preposition: str) -> str:

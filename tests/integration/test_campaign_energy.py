@@ -15,6 +15,7 @@ import pytest
 
 from lem import marks
 from lem.meters.samples import FINISHED_FILENAME, PART_FILENAME, read_finished
+from lem.reasons import Reason
 from lem.record import Record
 from lem.record_codec import read_record
 from tests.campaign_rig import CampaignRig, Ended, Running
@@ -123,7 +124,7 @@ def test_a_gap_ends_when_the_device_is_back_at_its_reference(metered: MeteredRig
     ended = metered.run("--yes", gap_s=600.0)
     assert ended.code == 0, ended.err
     _, second = (record for _, record in metered.results())
-    assert second.window.gap_end_reason == "device back at its reference temperature and power"
+    assert second.window.gap_end_reason == Reason.of("gap_recovered")
     assert second.window.gap_s is not None
     assert second.window.gap_s < 600
 

@@ -20,7 +20,19 @@ TIMEOUT_S = 60
 
 # What each layer may stand on beside itself and `lem` (the version); a layer is a module or a folder of lem/.
 FOUNDATION = frozenset(
-    {"errors", "process", "log", "units", "durable", "jsontypes", "measurement", "clock", "variables", "marks"}
+    {
+        "errors",
+        "process",
+        "log",
+        "units",
+        "durable",
+        "jsontypes",
+        "measurement",
+        "clock",
+        "variables",
+        "marks",
+        "reasons",
+    }
 )
 RECORD = frozenset({"record", "record_codec"})
 STANDS_ON: dict[str, frozenset[str]] = {

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
+from lem.reasons import alike
 from lem.results.aggregation import MetricEstimate
 from lem.results.precision import UNACCOUNTED
 from lem.results.report.content import Entry, Report
@@ -18,7 +18,6 @@ from lem.units import plural
 
 __all__ = ["results_section", "validity_section"]
 
-_NUMBER = re.compile(r"[0-9]+(?:[.][0-9]+)?")
 _SHOWN = 8
 # A longer table scrolls in a box of its own, so that the plots stay in reach.
 _TALL_FROM = 40
@@ -172,14 +171,12 @@ def _finding(kind: str, label: str, text: str, remedy: str = "") -> Markup:
 
 def _alike(entries: Sequence[Entry]) -> Iterable[tuple[str, int, list[Entry]]]:
     """Why results are invalid, each kind once, whatever its numbers: the first text, of how many results, whose."""
-    found: dict[str, list[tuple[Entry, str, int]]] = {}
-    for entry in entries:
-        for text, count in entry.aggregate.invalid_reasons.items():
-            found.setdefault(_NUMBER.sub("#", text), []).append((entry, text, count))
-    for same in found.values():
-        is_varied = len({text for _, text, _ in same}) > 1
-        text = same[0][1] + ("; numbers differ" if is_varied else "")
-        yield text, sum(count for *_, count in same), list({entry.number: entry for entry, *_ in same}.values())
+    found = ((why, (entry, n)) for entry in entries for why, n in entry.aggregate.invalid_reasons.items())
+    for same in alike(found):
+        is_varied = len({reason for reason, _ in same}) > 1
+        text = same[0][0].text + ("; numbers differ" if is_varied else "")
+        members = {entry.number: entry for _, (entry, _) in same}
+        yield text, sum(count for _, (_, count) in same), list(members.values())
 
 
 def _members(members: Sequence[Entry], report: Report) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lem.reasons import Reason
 from lem.results.compare import Row, RunResults, Subject, compare_configurations
 from lem.results.cycles import by_cycle, distinct, used_cycles
 from lem.results.effect import Effect
@@ -104,13 +105,14 @@ def _told(told: Sequence[tuple[Entry, Row]], n_others: int) -> list[str]:
     return lines
 
 
-def _refused(refused: Sequence[tuple[Entry, str]]) -> list[str]:
-    """Why there is no verdict, each kind of reason once."""
-    by_kind: dict[str, list[tuple[Entry, str]]] = {}
+def _refused(refused: Sequence[tuple[Entry, Reason | None]]) -> list[str]:
+    """Why there is no verdict, each code once."""
+    by_code: dict[str, list[tuple[Entry, Reason]]] = {}
     for entry, reason in refused:
-        by_kind.setdefault(reason.partition(":")[0], []).append((entry, reason))
+        if reason is not None:
+            by_code.setdefault(reason.code, []).append((entry, reason))
     lines = []
-    for members in by_kind.values():
+    for members in by_code.values():
         entries, (entry, reason) = [item for item, _ in members], members[0]
         if len(members) == 1:
             lines.append(f"No verdict against {_names(entries)}: {reason}.")

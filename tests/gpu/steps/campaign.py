@@ -85,7 +85,7 @@ def _experiment(item: Configuration, extent: Extent, models: Path) -> dict[str, 
 
 def _figures(name: str, records: Sequence[Record], extent: Extent) -> Iterator[Finding]:
     valid = [record for record in records if record.validity.valid]
-    reasons = sorted({reason for record in records for reason in record.validity.invalid_reasons})
+    reasons = sorted({reason.text for record in records for reason in record.validity.invalid_reasons})
     note = f"of {len(records)} attempts, {extent.cycles} cycles planned" + "".join(f"; {text}" for text in reasons)
     yield Finding(f"{name}: valid attempts", float(len(valid)), "", note)
     for text, unit, pick in (

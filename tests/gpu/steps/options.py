@@ -121,7 +121,7 @@ def _experiment(name: str, case: Case, extent: Extent, models: Path) -> dict[str
 def _finding(entry: CampaignManifestEntry, records: Sequence[Record]) -> Finding:
     valid = [record for record in records if record.validity.valid]
     if not valid:
-        reasons = [reason for record in records for reason in record.validity.invalid_reasons]
+        reasons = [reason.text for record in records for reason in record.validity.invalid_reasons]
         return Finding(entry.config_name, None, "J/tok", f"{entry.status}: {entry.error or '; '.join(reasons)}")
     record = valid[-1]
     notes = [f"{record.throughput.output_tok_per_s or 0:.0f} tok/s", f"loaded in {record.window.load_s or 0:.1f} s"]
@@ -132,4 +132,4 @@ def _finding(entry: CampaignManifestEntry, records: Sequence[Record]) -> Finding
     value = record.efficiency.energy_per_output_tok_j
     if value is None:
         notes.append(record.efficiency.null_reasons.get("energy_per_output_tok_j", "not told"))
-    return Finding(entry.config_name, value, "J/tok", ", ".join([*notes, *record.validity.warnings]))
+    return Finding(entry.config_name, value, "J/tok", ", ".join([*notes, *map(str, record.validity.warnings)]))

@@ -242,7 +242,7 @@ def test_the_report_tells_what_was_loaded(bench: Bench) -> None:
     assert report.effective["fp_precision"] == "float16"
     assert report.effective["decoder"]["do_sample"] is False
     assert report.effective["engine"]["kv_cache_config"]["enable_block_reuse"] is False
-    assert "enable_kv_cache_reuse is off" in report.warnings[0]
+    assert report.warnings[0].code == "tensorrt_no_reuse"
     assert json.loads(json.dumps(report.effective)) == report.effective
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from lem.backends.torch_gpus import idle_gpu, pick_gpu
 from lem.errors import EngineError
+from lem.reasons import Reason
 
 UUIDS = ("GPU-8d2f1c00-0000-0000-0000-000000000001", "GPU-8d2f77aa-0000-0000-0000-000000000002")
 
@@ -54,6 +55,6 @@ def test_a_gpu_that_pytorch_cannot_use_is_told(tmp_path: Path) -> None:
     (tmp_path / "nvidiactl").touch()
     assert idle_gpu(None, (), tmp_path) == ()
     (tmp_path / "nvidia0").touch()
-    assert "cannot use" in idle_gpu(None, (), tmp_path)[0]
+    assert idle_gpu(None, (), tmp_path) == (Reason.of("gpu_unusable"),)
     assert idle_gpu((), (), tmp_path) == ()  # the CPU was asked for
     assert idle_gpu(None, UUIDS, tmp_path) == ()

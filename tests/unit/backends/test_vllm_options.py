@@ -21,6 +21,7 @@ from lem.backends.vllm_options import (
 from lem.config.backend_config import VllmConfig
 from lem.config.experiment_config import ExperimentConfig
 from lem.config.schema import walk
+from lem.reasons import Reason
 
 SAMPLING = {"temperature": 0.7, "top_k": 0, "top_p": 0.9}
 
@@ -122,8 +123,9 @@ def test_each_request_has_a_seed_of_its_own_while_sampling() -> None:
 
 
 def test_what_does_nothing_or_costs_something_is_told() -> None:
-    assert "min_p" in idle_options(experiment({"min_p": 0.5}, decoder={"preset": "deterministic"}))[0]
-    assert "random_seed" in idle_options(experiment(decoder=SAMPLING))[0]
+    greedy = experiment({"min_p": 0.5}, decoder={"preset": "deterministic"})
+    assert idle_options(greedy)[0] == Reason.of("min_p_unused", backend="vllm")
+    assert idle_options(experiment(decoder=SAMPLING)) == (Reason.of("vllm_seeded"),)
     assert idle_options(experiment(decoder=SAMPLING, random_seed=None)) == ()
 
 

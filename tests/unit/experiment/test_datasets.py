@@ -14,6 +14,7 @@ from lem.config.experiment_config import DATASET_ALIASES, ExperimentConfig
 from lem.errors import EngineError
 from lem.experiment.datasets import choice_of, resolve_dataset
 from lem.experiment.prompts import ResolvedPrompts, fingerprint
+from lem.reasons import Reason
 from lem.variables import DATASETS_VARIABLE
 from tests.unit.experiment import hub_double
 
@@ -121,21 +122,22 @@ def test_sharegpt_gives_first_human_turns_and_skips_what_has_none(tmp_path: Path
     write_jsonl(tmp_path / "sharegpt.jsonl", rows)
     found = resolve(tmp_path, {"dataset": "sharegpt"})
     assert texts(found) == ["one", "two"]
-    assert found.warnings == ("data set sharegpt: 1 rows without text were skipped",)
+    assert found.warnings == (Reason.of("rows_skipped", name="sharegpt", skipped=1),)
 
 
 def test_blank_rows_are_skipped_and_do_not_count(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "mine.jsonl", [{"prompt": ""}, {"prompt": " "}, {"prompt": None}, *ROWS])
     found = resolve(tmp_path, {"dataset": {"name": "mine", "sample_size": 2}})
     assert texts(found) == ["prompt 0", "prompt 1"]
-    assert "3 rows without text" in found.warnings[0]
+    assert (found.warnings[0].code, found.warnings[0].data["skipped"]) == ("rows_skipped", 3)
 
 
 def test_fewer_than_asked_for_are_used_and_told(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "mine.jsonl", ROWS)
     found = resolve(tmp_path, {"dataset": {"name": "mine", "sample_size": 50}})
     assert len(found.prompts) == 6
-    assert "50 prompts were asked for and there are 6" in found.warnings[0]
+    assert found.warnings[0].code == "dataset_too_small"
+    assert (found.warnings[0].data["wanted"], found.warnings[0].data["found"]) == (50, 6)
 
 
 def test_shuffle_takes_others_by_its_seed(tmp_path: Path) -> None:

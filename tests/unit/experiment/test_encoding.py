@@ -40,7 +40,7 @@ def test_a_prompt_beyond_the_limit_is_cut_counted_and_told() -> None:
     found = encode([Prompt("a b c d"), Prompt("a")], config(max_input=3))
     assert [len(request.token_ids) for request in found.requests] == [3, 2]
     assert found.truncated == 1
-    assert "1 of 2 prompts were cut" in found.warnings[0]
+    assert (found.warnings[0].code, found.warnings[0].data["cut"]) == ("prompts_cut", 1)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 8])
@@ -73,7 +73,7 @@ def test_a_prompt_may_bound_its_output_but_not_beyond_the_experiment() -> None:
     assert [request.max_output_tokens for request in found.requests] == [4, 16]
     assert [request.min_output_tokens for request in found.requests] == [4, 6]
     assert found.bounded == 1
-    assert "max_output_tokens (16)" in found.warnings[0]
+    assert (found.warnings[0].code, found.warnings[0].data["limit"]) == ("outputs_bounded", 16)
 
 
 def test_a_prompt_without_tokens_is_refused_with_its_number() -> None:

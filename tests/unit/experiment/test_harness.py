@@ -15,6 +15,7 @@ from lem.experiment.channel import PHASES, RunRequest
 from lem.experiment.harness import run_experiment
 from lem.experiment.prompts import Prompt, read_prompts, write_prompts
 from lem.experiment.residency import ResidentEngine
+from lem.reasons import Reason
 from lem.record import Record
 from lem.record_codec import decode_record, encode_record
 from tests.unit.experiment.timed_backend import SteppedClock, TimedBackend
@@ -67,7 +68,7 @@ class Bench:
     def run(self, requested: Mapping[str, Any] | None = None, **given: Any) -> Record:
         """The record of an experiment; `given` are fields of the request, all else options of the experiment."""
         fields: dict[str, Any] = {
-            name: given.pop(name) for name in ("secrets", "gap_s", "gap_end_reason", "identity") if name in given
+            name: given.pop(name) for name in ("secrets", "gap_s", "gap_end_code", "identity") if name in given
         }
         config = ExperimentConfig.from_dict({"model": "any", "warmup": {"enabled": False}, **given})
         durable.write_json(self.folder / "config.json", {"requested": requested or {"model": "any"}})
@@ -214,7 +215,9 @@ def test_failed_requests_above_one_percent_are_invalid(bench: Bench) -> None:
     bench.backend.fails = lambda request: request.index == 3
     record = bench.run(measurement={"min_window_sec": 0})
     assert not record.validity.valid
-    assert record.validity.invalid_reasons == ("1 of 8 requests failed, the first with: scripted failure",)
+    assert record.validity.invalid_reasons == (
+        Reason.of("requests_failed", failed=1, total=8, first="scripted failure"),
+    )
     assert (record.work.requests_ok, record.work.requests_failed) == (7, 1)
 
 
@@ -223,14 +226,14 @@ def test_failed_requests_up_to_one_percent_are_a_warning(bench: Bench) -> None:
     bench.backend.fails = lambda request: request.index == 3
     record = bench.run(max_output_tokens=4, measurement={"min_window_sec": 0})
     assert record.validity.valid
-    assert any("1 of 100 requests failed" in warning for warning in record.validity.warnings)
+    assert Reason.of("requests_failed", failed=1, total=100, first="scripted failure") in record.validity.warnings
 
 
 def test_no_output_at_all_is_invalid(bench: Bench) -> None:
     bench.backend.output_of = lambda _: 0
     record = bench.run(measurement={"min_window_sec": 0})
     assert not record.validity.valid
-    assert record.validity.invalid_reasons == ("the engine made no output tokens",)
+    assert record.validity.invalid_reasons == (Reason.of("no_output"),)
 
 
 def test_flops_leave_the_embeddings_out_and_say_how(bench: Bench) -> None:
@@ -295,12 +298,12 @@ def test_gpus_are_listed_by_uuid(bench: Bench) -> None:
 
 
 def test_identity_and_gap_are_those_of_the_host(bench: Bench) -> None:
-    record = bench.run(gap_s=12.5, gap_end_reason="cool")
+    record = bench.run(gap_s=12.5, gap_end_code="gap_recovered")
     assert record.identity.experiment_id == "abc-c1"
     assert record.identity.host == "here"
     assert record.identity.start_utc == "2026-01-02T03:04:05.678Z"
     assert record.identity.lem_version == __version__
-    assert (record.window.gap_s, record.window.gap_end_reason) == (12.5, "cool")
+    assert (record.window.gap_s, record.window.gap_end_reason) == (12.5, Reason.of("gap_recovered"))
 
 
 def test_an_identity_with_a_hole_is_refused(bench: Bench) -> None:
@@ -319,7 +322,9 @@ def test_requested_configuration_is_recorded_as_written(bench: Bench) -> None:
 def test_no_secret_reaches_the_record(bench: Bench) -> None:
     secret = 'hf_"secret"\\word'
     bench.backend.report = replace(
-        bench.backend.report, effective={"token": f"Bearer {secret}"}, warnings=(f"used {secret}",)
+        bench.backend.report,
+        effective={"token": f"Bearer {secret}"},
+        warnings=(Reason.of("said", text=f"used {secret}"),),
     )
     record = bench.run({"model": "any", "note": secret}, secrets={"HF_TOKEN": secret})
     text = json.dumps(encode_record(record), ensure_ascii=False)
@@ -329,10 +334,10 @@ def test_no_secret_reaches_the_record(bench: Bench) -> None:
 
 
 def test_warnings_of_engine_and_prompts_are_kept(bench: Bench) -> None:
-    bench.backend.report = replace(bench.backend.report, warnings=("the engine says so",))
+    bench.backend.report = replace(bench.backend.report, warnings=(Reason.of("min_p_unused", backend="vllm"),))
     record = bench.run(max_input_tokens=3)
-    assert "the engine says so" in record.validity.warnings
-    assert any("8 of 8 prompts were cut to max_input_tokens (3)" in warning for warning in record.validity.warnings)
+    assert Reason.of("min_p_unused", backend="vllm") in record.validity.warnings
+    assert Reason.of("prompts_cut", cut=8, total=8, limit=3) in record.validity.warnings
     assert record.work.input_tok % (8 * 3) == 0
 
 

@@ -35,6 +35,7 @@ from lem.meters.samples import (
 from lem.record import Record
 from lem.record_codec import encode_record
 from tests.doubles.nvml.traces import Counter, GpuProcess, GpuTrace, Load, Trace, simulate_log
+from tests.records import codes
 from tests.unit.experiment.test_harness import IDENTITY, PROMPTS, Listener
 from tests.unit.experiment.timed_backend import SteppedClock, TimedBackend
 
@@ -362,7 +363,7 @@ def test_a_process_that_comes_in_the_window_makes_it_invalid(tmp_path: Path) -> 
     meter.gpu = dataclasses.replace(meter.gpu, processes=(intruder,))
     record = meter.run()
     assert not record.validity.valid
-    assert any("process 99" in reason for reason in record.validity.invalid_reasons)
+    assert [reason.data["pids"] for reason in record.validity.invalid_reasons] == ["99"]
 
 
 def meter_window(folder: Path) -> tuple[int, int]:
@@ -383,7 +384,7 @@ def test_samples_are_kept_only_where_that_is_wanted(meter: Meter) -> None:
 def test_without_a_time_series_there_is_the_counter_alone(meter: Meter) -> None:
     record = meter.run(timeseries={"enabled": False})
     assert record.energy.energy_source == "nvml_counter"
-    assert any("clocks" in warning for warning in record.validity.warnings)
+    assert "clocks_unwatched" in codes(record.validity.warnings)
     meter.gpu = dataclasses.replace(meter.gpu, counter=None)
     with pytest.raises(MeterRefused, match=r"timeseries\.enabled: false"):
         meter.run(timeseries={"enabled": False}, measurement={**QUICK, "energy": "nvml"})

@@ -195,7 +195,8 @@ def test_fewer_prompts_than_asked_for_are_used_and_told(tmp_path: Path) -> None:
     found = resolve_on_host(config(prompts={"type": "file", "path": str(path), "sample_size": 5}))
     assert found is not None
     assert len(found.prompts) == 2
-    assert "5 prompts were asked for and there are 2" in found.warnings[0]
+    assert found.warnings[0].code == "prompt_file_too_small"
+    assert (found.warnings[0].data["wanted"], found.warnings[0].data["found"]) == (5, 2)
 
 
 def test_synthetic_prompts_are_resolved_with_their_plan() -> None:

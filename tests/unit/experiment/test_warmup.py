@@ -9,6 +9,7 @@ from lem.backends.protocol import Completion, TokenRequest
 from lem.config.experiment_config import WarmupConfig
 from lem.experiment.encoding import DisjointRequests
 from lem.experiment.warmup import WarmupOutcome, has_settled, skipped_warmup, warm_up
+from lem.reasons import Reason
 from tests.unit.experiment.timed_backend import SteppedClock, TimedBackend, make_requests
 
 
@@ -54,7 +55,7 @@ def test_cap_on_prompts_is_kept_and_told() -> None:
     found = run(erratic, max_prompts=20)
     assert found.converged is False
     assert found.prompts == 20
-    assert "did not settle" in found.warnings[0]
+    assert found.warnings[0].code == "warmup_unsettled"
 
 
 def test_cap_on_prompts_is_not_passed_by_part_of_a_batch() -> None:
@@ -68,8 +69,8 @@ def test_cap_on_time_is_kept_and_told() -> None:
     found = run(TimedBackend(SteppedClock(), token_ms=1000.0), timeout_seconds=5.0)
     assert found.converged is False
     assert found.prompts == 2
-    assert any("too few steps to tell" in warning for warning in found.warnings)
-    assert any("ran out of time after 2 of at least 5" in warning for warning in found.warnings)
+    assert Reason.of("warmup_too_few_steps", prompts=2) in found.warnings
+    assert Reason.of("warmup_timed_out", prompts=2, floor=5) in found.warnings
 
 
 def test_time_of_zero_is_no_limit() -> None:
@@ -124,7 +125,8 @@ def test_steps_of_unequal_work_are_compared_by_the_token() -> None:
 
 def test_failed_requests_are_told() -> None:
     found = run(TimedBackend(SteppedClock(), fails=lambda request: request.index == 0))
-    assert any("1 of" in warning and "scripted failure" in warning for warning in found.warnings)
+    (failed,) = [item.data for item in found.warnings if item.code == "warmup_requests_failed"]
+    assert (failed["failed"], failed["first"]) == (1, "scripted failure")
 
 
 def test_progress_tells_the_prompts_run() -> None:

@@ -14,9 +14,11 @@ from lem.meters.efficiency import carbon_of, efficiency_of
 from lem.meters.energy import Baselines, EnergyFindings, mean_power_w, measure
 from lem.meters.external import ExternalReadings
 from lem.meters.samples import CpuLoad, Mark, MeterError, ProcessesSeen
+from lem.reasons import Reason
 from lem.record import Energy, Gpu, Idle, Measured, Work
 from tests.doubles.nvml.traces import Counter, Events, GpuProcess, Level, Sensor
 from tests.doubles.powercap import Zone
+from tests.records import codes
 from tests.scripted_attempt import (
     BARE_W,
     IDLE_W,
@@ -159,7 +161,7 @@ def test_a_counter_that_is_lost_in_the_window_says_why() -> None:
     found = attempt.with_log(counters=counters, errors=errors).measured()
     assert found.energy.primary_j.null_reason is not None
     assert found.energy.primary_j.null_reason.endswith("s too early (GPU is lost)")
-    assert found.warnings == ("counter of GPU 0 could not be read in the window: GPU is lost",)
+    assert found.warnings == (Reason.of("meter_failed", meter="counter of GPU 0", error="GPU is lost"),)
 
 
 def test_a_sampler_that_ends_in_the_window_is_the_reason() -> None:
@@ -220,13 +222,17 @@ def test_what_a_driver_does_not_tell_is_null() -> None:
 
 @pytest.mark.parametrize(
     ("bit", "name"),
-    [(0x8, "hardware slowdown"), (0x20, "software thermal"), (0x40, "hardware thermal"), (0x80, "power brake")],
+    [
+        (0x8, "hardware slowdown"),
+        (0x20, "software thermal slowdown"),
+        (0x40, "hardware thermal slowdown"),
+        (0x80, "hardware power brake"),
+    ],
 )
 def test_a_slowdown_in_the_window_makes_it_invalid(bit: int, name: str) -> None:
     found = gpu_attempt(events=(Events(18.0, 19.0, bit),)).measured()
     (reason,) = found.invalid_reasons
-    assert name in reason
-    assert hex(bit) in reason
+    assert (reason.code, reason.data["name"], reason.data["bit"]) == ("slowdown", name, bit)
     assert found.energy.gpu_energy_j is not None
     (gpu,) = found.gpus
     assert gpu.event_reasons_mask == bit
@@ -252,14 +258,14 @@ def test_a_process_that_appears_in_the_window_makes_it_invalid() -> None:
     own = GpuProcess(100)
     found = gpu_attempt(processes=(own, GpuProcess(4711, from_s=17.0, to_s=19.0))).measured()
     (reason,) = found.invalid_reasons
-    assert "another program computed (process 4711)" in reason
+    assert (reason.code, reason.data["pids"]) == ("foreign_process", "4711")
 
 
 def test_a_process_that_is_there_all_along_is_foreign_once_the_own_ones_are_known() -> None:
     attempt = gpu_attempt(processes=(GpuProcess(100), GpuProcess(4711)))
     assert attempt.measured().invalid_reasons == ()
     assert attempt.measured(own_pids={100, 4711}).invalid_reasons == ()
-    assert "process 4711" in attempt.measured(own_pids={100}).invalid_reasons[0]
+    assert attempt.measured(own_pids={100}).invalid_reasons[0].data["pids"] == "4711"
 
 
 def test_a_process_that_is_gone_before_the_window_does_not_matter() -> None:
@@ -313,7 +319,7 @@ def test_the_energy_of_a_module_is_named_and_not_held_to_the_gpus_limit() -> Non
     found = gpu_attempt(scope="module").with_gpu_header(power_limit_w=200.0).measured()
     assert found.energy.energy_scope == "module"
     assert found.energy.gpu_energy_j == pytest.approx(WINDOW_J, rel=0.002)
-    assert any("whole module" in warning for warning in found.warnings)
+    assert Reason.of("energy_of_module") in found.warnings
 
 
 # Counter and power
@@ -366,7 +372,7 @@ def test_counter_and_power_that_agree_are_told_by_their_ratio() -> None:
 def test_counter_and_power_more_than_five_percent_apart_are_a_warning(gain: float, is_told: bool) -> None:
     found = gpu_attempt(instant=Sensor(gain=gain)).measured()
     assert found.energy.energy_crosscheck_ratio == pytest.approx(gain, abs=0.01)
-    assert any("of the counter's energy" in warning for warning in found.warnings) == is_told
+    assert ("crosscheck" in codes(found.warnings)) == is_told
     assert found.invalid_reasons == ()
 
 
@@ -382,7 +388,7 @@ def test_a_hole_voids_the_crosscheck_and_not_the_counter() -> None:
     assert found.energy.energy_crosscheck_ratio is None
     assert "not read for 1.6" in found.energy.null_reasons["energy_crosscheck_ratio"]
     assert found.energy.sample_gap_max_s == pytest.approx(1.6)
-    assert any("nothing was sampled for 1.6" in warning for warning in found.warnings)
+    assert Reason.of("samples_missing", gap_s=1.6, periods=3, period_s=0.1) in found.warnings
 
 
 def test_a_counter_whose_edge_was_slept_over_gives_no_energy() -> None:
@@ -395,12 +401,12 @@ def test_a_counter_whose_edge_was_slept_over_gives_no_energy() -> None:
 def test_a_counter_that_slept_a_little_at_an_edge_is_a_warning() -> None:
     found = dataclasses.replace(gpu_attempt(gaps=[(15.9, 16.25)]), marks=STEADY_MARKS).measured(is_steady_mode=True)
     assert found.energy.gpu_energy_j == pytest.approx(8 * LOAD_W, rel=0.01)
-    assert any("around an edge of the window" in warning for warning in found.warnings)
+    assert "edge_unread" in codes(found.warnings)
 
 
 def test_a_guard_shorter_than_the_lag_of_the_power_sensor_is_a_warning() -> None:
-    assert any("too short for the lag" in warning for warning in gpu_attempt(counter=None).measured().warnings)
-    assert not any("too short for the lag" in warning for warning in gpu_attempt().measured().warnings)
+    assert "guard_short" in codes(gpu_attempt(counter=None).measured().warnings)
+    assert "guard_short" not in codes(gpu_attempt().measured().warnings)
 
 
 def test_an_end_that_looks_otherwise_from_inside_than_from_outside_is_a_warning() -> None:
@@ -409,7 +415,7 @@ def test_an_end_that_looks_otherwise_from_inside_than_from_outside_is_a_warning(
     guards = (Mark(names.GUARD_BEFORE, at(14), at(15)), Mark(names.GUARD_AFTER, at(25), at(27)))
     marks = attempt.without(names.GUARD_BEFORE, names.GUARD_AFTER).marks + guards
     found = dataclasses.replace(attempt, marks=marks).measured()
-    assert any("in doubt" in warning for warning in found.warnings)
+    assert "edge_doubtful" in codes(found.warnings)
     assert found.energy.primary_j.value == pytest.approx(WINDOW_J - 0.65 * (LOAD_W - IDLE_W), rel=0.01)
 
 
@@ -417,14 +423,14 @@ def test_a_warning_names_the_gpu_by_the_index_of_nvml_and_not_by_its_place() -> 
     attempt = gpu_attempt(2).with_gpu_header(0, index=3).with_gpu_header(1, index=None)
     meters = ("gpu0.power", "gpu1.power", "gpu10.power", "rapl.package-0")
     found = attempt.with_log(errors=tuple(MeterError(at(20), meter, "Unknown Error") for meter in meters)).measured()
-    said = ("power of GPU 3", f"power of {attempt.uuids[1]}", "gpu10.power", "rapl.package-0")
-    assert found.warnings == tuple(f"{name} could not be read in the window: Unknown Error" for name in said)
+    names = ("power of GPU 3", f"power of {attempt.uuids[1]}", "gpu10.power", "rapl.package-0")
+    assert found.warnings == tuple(Reason.of("meter_failed", meter=name, error="Unknown Error") for name in names)
 
 
 def test_a_meter_that_failed_in_the_window_is_a_warning() -> None:
     errors = (MeterError(at(1), "gpu0.power", "early"), MeterError(at(20), "gpu0.power", "Unknown Error"))
     assert gpu_attempt().with_log(errors=errors).measured().warnings == (
-        "power of GPU 0 could not be read in the window: Unknown Error",
+        Reason.of("meter_failed", meter="power of GPU 0", error="Unknown Error"),
     )
 
 
@@ -460,10 +466,13 @@ def test_a_mark_comes_before_a_baseline_from_before() -> None:
     assert idle.baseline_age_s == 0.0
 
 
-@pytest.mark.parametrize(("after_w", "is_told"), [(IDLE_W * 1.03, False), (IDLE_W * 1.08, True), (IDLE_W * 0.9, True)])
-def test_power_at_rest_that_moved_by_more_than_five_percent_is_a_warning(after_w: float, is_told: bool) -> None:
+@pytest.mark.parametrize(
+    ("after_w", "told"),
+    [(IDLE_W * 1.03, []), (IDLE_W * 1.08, ["rest_power_rose"]), (IDLE_W * 0.9, ["rest_power_fell"])],
+)
+def test_power_at_rest_that_moved_by_more_than_five_percent_is_a_warning(after_w: float, told: list[str]) -> None:
     found = gpu_attempt(levels=(*LEVELS, Level(29.0, after_w))).measured()
-    assert any("power at rest" in warning for warning in found.warnings) == is_told
+    assert [code for code in codes(found.warnings) if code.startswith("rest_power")] == told
 
 
 def test_mean_power_for_whoever_waits_until_it_rests() -> None:
@@ -598,7 +607,7 @@ def test_an_estimate_is_labelled() -> None:
     found = attempt.measured(options={"measurement": {"energy": "tdp_estimate", "cpu_tdp_w": 200}})
     assert found.energy.primary_j.value == pytest.approx(1800, rel=0.01)
     assert found.energy.energy_source == "tdp_estimate"
-    assert any("estimate" in warning for warning in found.warnings)
+    assert Reason.of("energy_estimated") in found.warnings
 
 
 # The user's own meter

@@ -17,6 +17,7 @@ from lem.orchestration.compose_files import find_compose_files
 from lem.orchestration.compose_project import ComposeProject
 from lem.orchestration.docker import ContainerError
 from lem.orchestration.docker_executor import ContainerLost, DockerExecutor
+from lem.reasons import Reason
 from lem.record_codec import read_record
 from tests.doubles.fake_docker import FakeDocker
 from tests.worker_rig import Rig
@@ -202,7 +203,7 @@ def test_a_result_is_not_valid_when_the_gpu_was_lost_meanwhile(place: Place) -> 
     assert (outcome.error, outcome.valid, outcome.is_engine_lost) == (None, False, True)
     record = read_record(Path(request.result_dir) / "result.json")
     assert not record.validity.valid
-    assert any("Unknown Error" in reason for reason in record.validity.invalid_reasons)
+    assert Reason.of("gpu_unplugged", error="Unknown Error") in record.validity.invalid_reasons
     # The container is made well before it is used again.
     place.rig.rules = []
     place.fake.change(gpus={"pytorch": reading()})

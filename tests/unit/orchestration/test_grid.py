@@ -243,7 +243,7 @@ def test_every_reason_of_one_configuration_is_told() -> None:
 @pytest.mark.parametrize("config", [{}, {"model": None}, {"model": {"revision": "main"}}, {"backend": "vllm"}])
 def test_an_experiment_without_model_is_filtered_with_that_reason(config: dict[str, Any]) -> None:
     (issue,) = validate_campaign_grid([config]).filtered_configs
-    assert issue.reason == NO_MODEL
+    assert issue.why == (NO_MODEL,)
 
 
 def test_the_summary_groups_by_reason_and_counts_those_with_warnings() -> None:

@@ -17,6 +17,7 @@ from lem.experiment.prompts import ResolvedPrompts, resolve_on_host
 from lem.orchestration.grid import NO_MODEL
 from lem.orchestration.order import Prices
 from lem.orchestration.plan import Plan, build_plan
+from lem.reasons import Reason
 
 
 def load(**options: Any) -> Loaded[CampaignConfig]:
@@ -105,7 +106,7 @@ def test_an_invalid_combination_is_filtered_and_grouped_by_reason() -> None:
 
 def test_an_experiment_without_a_model_is_filtered_with_that_reason(file_a: str) -> None:
     found = plan(model=None, configs=[file_a], grid={**grid(1), "models": ["gpt2"]}, experiments=[{"backend": "vllm"}])
-    assert found.filtered_by_reason == [(NO_MODEL, 2)]
+    assert found.filtered_by_reason == [(NO_MODEL.text, 2)]
     assert [issue.config_desc for issue in found.filtered][:1] == ["a"]
     assert len(found.configurations) == 1
 
@@ -129,14 +130,14 @@ def test_the_same_twice_runs_once_with_a_warning(file_a: str) -> None:
     assert order(found) == "3/1 4/1"
     (warning,) = found.warnings
     assert warning.severity == "warning"
-    assert warning.reason == "is the same experiment as a, and runs once"
+    assert warning.why == (Reason.of("repeated_experiment", name="a"),)
     assert found.summary == "Generated 3 experiments (0 filtered, 1 warnings)"
 
 
 def test_what_rules_warn_about_is_kept_with_the_experiment() -> None:
     found = plan(grid={"backends": ["pytorch"], "shared": {"decoder.temperature": [0.5], "decoder.top_p": [0.5, 1.0]}})
     (warning,) = found.warnings
-    assert "decoder.top_p" in warning.reason
+    assert warning.why == (Reason.of("at_option", option="decoder.top_p", what=Reason.of("sampling_compounds")),)
     assert len(found.configurations) == 2
 
 

@@ -7,10 +7,11 @@ import statistics
 
 import pytest
 
+from lem.reasons import Reason
 from lem.record import Record
 from lem.record_codec import RecordError, encode_record
-from lem.results.aggregation import SHARED_LOAD, ConfigAggregate, aggregate_campaign_results, aggregate_config
-from tests.records import NO_METER, NO_TOKEN_TIMES, make_record
+from lem.results.aggregation import NO_INTERVAL, ConfigAggregate, aggregate_campaign_results, aggregate_config
+from tests.records import NO_METER, NO_TOKEN_TIMES, make_record, told
 
 
 def cycles(*rates: float, **fields: object) -> list[Record]:
@@ -116,7 +117,7 @@ def test_invalid_results_are_left_out_and_counted() -> None:
     aggregate = aggregate_config("small", [*cycles(100, 102), throttled])
     assert rates_of(aggregate) == (100, 102)
     assert (aggregate.n_cycles, aggregate.n_results, aggregate.n_invalid) == (2, 3, 1)
-    assert aggregate.invalid_reasons == {"thermal slowdown": 1}
+    assert aggregate.invalid_reasons == dict.fromkeys(told("thermal slowdown"), 1)
 
 
 def test_the_estimate_over_all_attempts_stands_beside_the_valid_one() -> None:
@@ -154,7 +155,7 @@ def test_experiments_repeated_in_one_cycle_are_one_value() -> None:
     twice = make_record(cycle=0, config_hash="f" * 16, output_tok_per_s=110)
     aggregate = aggregate_config("small", [*cycles(100, 102), twice])
     assert rates_of(aggregate) == (105, 102)
-    assert any("2 configurations" in warning for warning in aggregate.warnings)
+    assert Reason.of("mixed_configurations", count=2) in aggregate.warnings
 
 
 def test_identical_duplicates_count_once() -> None:
@@ -170,10 +171,10 @@ def test_cycles_that_share_an_engine_load_have_no_interval() -> None:
     assert estimate.t_log is not None
     for interval in (estimate.bootstrap, estimate.t_log):
         assert {interval.ci_lower, interval.ci_upper} == {None}
-        assert interval.warning == SHARED_LOAD
+        assert interval.warning == NO_INTERVAL.text
     assert estimate.bootstrap.mean == pytest.approx(100)
     document = aggregate.to_dict()
-    assert document["no_interval_reason"] == SHARED_LOAD
+    assert document["no_interval_reason"] == NO_INTERVAL.text
     assert document["throughput"]["output_tok_per_s"]["bootstrap"]["true_coverage"] is None
 
 
@@ -229,13 +230,12 @@ def test_without_any_valid_result_everything_is_null_with_a_reason() -> None:
 def test_results_of_several_hosts_or_runs_under_one_name_are_warned_about() -> None:
     aggregate = aggregate_config("small", [make_record(), make_record(host="b"), make_record(run_id="later")])
     assert aggregate.n_cycles == 3
-    assert any("2 hosts" in warning for warning in aggregate.warnings)
-    assert any("2 runs" in warning for warning in aggregate.warnings)
+    assert {Reason.of("mixed_hosts", count=2), Reason.of("mixed_runs", count=2)} <= set(aggregate.warnings)
 
 
 def test_warnings_of_the_records_are_counted() -> None:
     records = [make_record(cycle=0, warnings=("slow",)), make_record(cycle=1, warnings=("slow", "hot"))]
-    assert aggregate_config("small", records).warnings == {"slow": 2, "hot": 1}
+    assert aggregate_config("small", records).warnings == dict(zip(told("slow", "hot"), (2, 1), strict=True))
 
 
 def test_the_sources_of_energy_are_kept_so_that_an_estimate_can_be_shown_as_one() -> None:

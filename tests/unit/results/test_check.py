@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from lem.reasons import Reason
 from lem.results.check import check_run
 from lem.results.check_trends import position_effect, primary_metric
 from lem.results.compare import gather
 from lem.results.precision import StoppingRule, Target
 from lem.results.repository import Problem
-from tests.records import make_record
+from tests.records import make_record, told
 from tests.synthetic_campaign import Campaign, Configuration
 
 PYTORCH = Configuration("pytorch", backend="pytorch", energy_per_output_tok_j=0.5, output_tok_per_s=900)
@@ -58,7 +59,7 @@ def test_in_a_campaign_without_a_fault_nothing_is_found():
         ("short_window", _section("window", window_s=5.0), False),
         ("short_window", _section("energy", counter_update_period_s=0.5), False),
         ("failed_requests", _section("work", requests_failed=1), False),
-        ("gap_too_short", _section("window", gap_end_reason="cap reached before the device was back"), False),
+        ("gap_too_short", _section("window", gap_end_reason=Reason.of("gap_cap_reached")), False),
         ("foreign_processes", _section("environment", other_gpu_processes=("4711 python",)), True),
         ("crosscheck", _section("energy", energy_crosscheck_ratio=1.06), True),
         ("crosscheck", _section("energy", energy_crosscheck_ratio=0.94), True),
@@ -203,15 +204,16 @@ def test_baselines_that_differ_between_cycles_are_told():
 def test_warnings_of_results_are_passed_on_once_however_their_numbers_differ():
     warned = dataclasses.replace(VLLM, warnings=("3 of 128 prompts were cut",))
     records = dataclasses.replace(FINE, configurations=(PYTORCH, warned)).records()
-    records[0] = _section("validity", warnings=("7 of 128 prompts were cut",))(records[0])
+    records[0] = _section("validity", warnings=told("7 of 128 prompts were cut"))(records[0])
     findings = [item for item in check_run(records).findings if item.kind == "warning"]
     assert len(findings) == 1
     assert not findings[0].is_weak
 
 
 def test_a_warning_that_a_check_tells_already_is_not_told_again():
-    text = "integrated power is 1.080 of the counter's energy, more than 5 % apart"
-    records = [_section("validity", warnings=(text,))(record) for record in FINE.records()]
+    records = [
+        _section("validity", warnings=(Reason.of("crosscheck", ratio=1.08),))(record) for record in FINE.records()
+    ]
     assert check_run(records).findings == ()
 
 

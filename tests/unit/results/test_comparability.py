@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from lem.reasons import Reason
 from lem.record import Record
 from lem.results.comparability import blocking_reason, find_obstacles
 from tests.records import make_record
@@ -42,19 +43,20 @@ def test_more_cards_that_hold_the_others_are_a_setting() -> None:
 
 def test_over_an_anchor_cards_and_drivers_of_their_own_block_nothing_and_work_still_does() -> None:
     found = find_obstacles(records(), records(gpu_serial=5, driver="580.1", prompts="b" * 64), is_anchored=True)
-    assert [(item.text.split(":")[0], item.is_blocking) for item in found] == [
-        ("other cards", False),
-        ("other driver", False),
-        ("other prompts", True),
+    assert [(item.reason.code, item.is_blocking) for item in found] == [
+        ("other_cards", False),
+        ("other_driver", False),
+        ("other_prompts", True),
     ]
-    assert blocking_reason(found, "energy").startswith("other prompts")
+    assert blocking_reason(found, "energy") == found[2].reason
 
 
 def test_another_meter_blocks_energy_alone() -> None:
     other = records(configurations=(Configuration("one", energy_source="power_instant_integral"),))
     found = find_obstacles(records(), other)
-    assert blocking_reason(found, "energy") == "other energy meter: nvml_counter against power_instant_integral"
-    assert blocking_reason(found, "throughput") == ""
+    expected = Reason.of("other_meter", before="nvml_counter", after="power_instant_integral")
+    assert blocking_reason(found, "energy") == expected
+    assert blocking_reason(found, "throughput") is None
 
 
 def test_lengths_that_differ_by_less_than_a_hundredth_are_the_same() -> None:

@@ -10,7 +10,8 @@ import pytest
 from scipy import stats
 
 from lem.errors import ExitCode, UserError
-from lem.results.aggregation import SHARED_LOAD
+from lem.reasons import Reason
+from lem.results.aggregation import NO_INTERVAL
 from lem.results.anchor import compare_runs
 from lem.results.compare import (
     Comparison,
@@ -89,7 +90,7 @@ def test_p_values_are_adjusted_over_all_comparisons() -> None:
 def test_what_was_not_measured_has_its_reason_and_the_rest_is_compared() -> None:
     comparison = compared(run_of(configurations=(SLOW, dataclasses.replace(FAST, energy_per_output_tok_j=None))))
     assert row_of(comparison).effect is None
-    assert "not measured for vllm: no energy was measured" in row_of(comparison).reason
+    assert row_of(comparison).reason == Reason.of("not_measured", name="vllm", why="no energy was measured")
     assert row_of(comparison, metric=THROUGHPUT).is_found
 
 
@@ -114,8 +115,9 @@ def test_unequal_exclusions_allow_no_verdict(change: dict[str, Any], said: str) 
     comparison = compared(gather(campaign.records(), failed), gates=(GATE,))
     row = row_of(comparison)
     assert row.effect is not None
-    assert "unequally much was excluded" in row.reason
-    assert said in row.reason
+    assert row.reason is not None
+    assert row.reason.code == "unequal_exclusions"
+    assert said in row.reason.data["causes"]
     assert row.p_adjusted is None
     assert row.judgement is not None
     assert row.judgement.verdict is Verdict.INCONCLUSIVE
@@ -133,14 +135,14 @@ def test_cycles_that_share_a_load_have_a_ratio_without_an_interval() -> None:
     comparison = compared(run_of(is_reused=True), gates=(GATE,))
     row = row_of(comparison)
     assert row.effect is not None
-    assert (row.effect.interval(), row.p_adjusted, row.reason) == (None, None, SHARED_LOAD)
+    assert (row.effect.interval(), row.p_adjusted, row.reason) == (None, None, NO_INTERVAL)
     assert gate_code(comparison, is_strict=True) is ExitCode.INCONCLUSIVE
 
 
 def test_one_cycle_has_a_ratio_and_says_how_to_get_more() -> None:
     row = row_of(compared(run_of(cycles=1)))
     assert row.effect is not None
-    assert "--cycles 3+" in row.reason
+    assert row.reason == Reason.of("one_cycle")
 
 
 @pytest.mark.parametrize(
@@ -240,7 +242,7 @@ def test_without_a_common_configuration_the_verdict_is_inconclusive_and_says_why
     assert row.p_adjusted is None
     assert row.judgement is not None
     assert row.judgement.verdict is Verdict.INCONCLUSIVE
-    assert "no configuration is common to both runs and unchanged" in row.judgement.reason
+    assert row.judgement.reason == Reason.of("no_anchor")
     assert comparison.anchor is not None
     assert comparison.anchor.name == ""
 
@@ -251,8 +253,10 @@ def test_an_anchor_that_moved_by_more_than_the_tolerance_allows_no_verdict() -> 
         for item in (SLOW, FAST)
     )
     before, after = run_of(configurations=(SLOW, FAST)), run_of(two(configurations=hot))
-    assert "the anchor pytorch itself changed" in row_of(compare_runs(before, after, metrics=(ENERGY,))).reason
-    assert row_of(compare_runs(before, after, metrics=(ENERGY,), tolerance=0.2)).reason == ""
+    reason = row_of(compare_runs(before, after, metrics=(ENERGY,))).reason
+    assert reason is not None
+    assert (reason.code, reason.data["name"]) == ("anchor_moved", "pytorch")
+    assert row_of(compare_runs(before, after, metrics=(ENERGY,), tolerance=0.2)).reason is None
 
 
 def test_an_anchor_whose_engine_changed_is_none_unless_it_is_named() -> None:
@@ -281,21 +285,23 @@ def test_an_anchor_whose_engine_changed_is_none_unless_it_is_named() -> None:
 
 def test_other_cards_are_told_and_divide_out_over_an_anchor() -> None:
     comparison = compare_runs(run_of(), run_of(two(gpu_serial=9, driver="580.1")), metrics=(ENERGY,))
-    told = [(item.text.split(":")[0], item.is_blocking) for item in comparison.pairs[0].obstacles]
-    assert told == [("other cards", False), ("other driver", False)]
+    told = [(item.reason.code, item.is_blocking) for item in comparison.pairs[0].obstacles]
+    assert told == [("other_cards", False), ("other_driver", False)]
     assert row_of(comparison).p_adjusted is not None
 
 
 def test_another_model_of_card_allows_no_verdict_even_over_an_anchor() -> None:
     comparison = compare_runs(run_of(), run_of(two(gpu_name="NVIDIA A100", gpu_serial=9)), metrics=(ENERGY,))
     assert row_of(comparison).p_adjusted is None
-    assert "other GPUs: NVIDIA H200 against NVIDIA A100" in row_of(comparison).reason
+    assert row_of(comparison).reason == Reason.of("other_gpus", before="NVIDIA H200", after="NVIDIA A100")
 
 
 def test_unequal_exclusions_of_the_anchor_allow_no_verdict() -> None:
     hot = dataclasses.replace(SLOW, throttled_cycles=(0,))
     comparison = compare_runs(run_of(), run_of(two(configurations=(hot, FAST, WIDE))), metrics=(ENERGY,))
-    assert "unequally much was excluded" in row_of(comparison).reason
+    reason = row_of(comparison).reason
+    assert reason is not None
+    assert reason.code == "unequal_exclusions"
 
 
 def test_configurations_without_a_counterpart_are_named() -> None:
@@ -316,4 +322,4 @@ def test_the_only_ones_left_are_each_others_counterpart() -> None:
 
 def test_the_only_common_configuration_is_no_anchor_for_itself() -> None:
     comparison = compare_runs(run_of(configurations=(FAST,)), run_of(two(configurations=(FAST,))), metrics=(ENERGY,))
-    assert "no anchor for itself" in row_of(comparison).reason
+    assert row_of(comparison).reason == Reason.of("own_anchor")

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from lem.errors import UserError
+from lem.reasons import Reason
 from lem.results.effect import Effect, paired_effect
 from lem.results.gate import Gate, Verdict, cycles_to_settle, judge, parse_gate, parse_metric
 
@@ -16,12 +17,15 @@ ENERGY = parse_gate("energy=3%")
 THROUGHPUT = parse_gate("throughput=3%")
 
 
+BLOCKED = Reason.of("other_cards", before="one", after="another")
+
+
 def effect(percent: float, error_percent: float = 0.3, n: int = 5) -> Effect:
     return Effect(math.log1p(percent / 100), error_percent / 100, n - 1, (n,))
 
 
 def verdict_of(gate: Gate, found: Effect) -> Verdict:
-    return judge([(gate, found, "")])[0].verdict
+    return judge([(gate, found, None)])[0].verdict
 
 
 @pytest.mark.parametrize(
@@ -75,33 +79,33 @@ def test_the_verdict_is_that_of_the_whole_t_interval() -> None:
 def test_among_many_the_same_effect_needs_more() -> None:
     sure = effect(5, 0.6)
     assert verdict_of(ENERGY, sure) is Verdict.WORSE
-    others = [(ENERGY, effect(3, 1.0), "")] * 9
-    assert judge([(ENERGY, sure, ""), *others])[0].verdict is Verdict.INCONCLUSIVE
+    others = [(ENERGY, effect(3, 1.0), None)] * 9
+    assert judge([(ENERGY, sure, None), *others])[0].verdict is Verdict.INCONCLUSIVE
 
 
 def test_the_most_certain_verdict_makes_room_for_the_next() -> None:
     """Holm: two of three tests stand at 0.05/3 and 0.05/2."""
     first, second = effect(20, 0.3), effect(4.8, 0.5)
-    verdicts = [item.verdict for item in judge([(ENERGY, second, ""), (ENERGY, first, "")])]
+    verdicts = [item.verdict for item in judge([(ENERGY, second, None), (ENERGY, first, None)])]
     assert verdicts == [Verdict.WORSE, Verdict.WORSE]
 
 
 def test_what_stands_against_a_verdict_is_its_reason_and_takes_no_room_from_others() -> None:
     sure = effect(5, 0.6)
-    blocked = [(ENERGY, effect(50, 0.1), "other cards")] * 9
-    judged = judge([(ENERGY, sure, ""), *blocked])
+    blocked = [(ENERGY, effect(50, 0.1), BLOCKED)] * 9
+    judged = judge([(ENERGY, sure, None), *blocked])
     assert judged[0].verdict is Verdict.WORSE
     assert {(item.verdict, item.reason, item.further_cycles) for item in judged[1:]} == {
-        (Verdict.INCONCLUSIVE, "other cards", None)
+        (Verdict.INCONCLUSIVE, BLOCKED, None)
     }
 
 
 def test_without_an_error_there_is_no_verdict() -> None:
     one = Effect(1.0, None, None, (1,))
-    (judged,) = judge([(ENERGY, one, "")])
+    (judged,) = judge([(ENERGY, one, None)])
     assert (judged.verdict, judged.further_cycles) == (Verdict.INCONCLUSIVE, None)
-    assert "--cycles 3+" in judged.reason
-    assert judge([(ENERGY, None, "not measured")])[0].reason == "not measured"
+    assert judged.reason == Reason.of("one_cycle")
+    assert judge([(ENERGY, None, BLOCKED)])[0].reason == BLOCKED
     assert judge([]) == ()
 
 
@@ -125,7 +129,7 @@ def test_an_effect_at_the_threshold_is_settled_by_no_number_of_cycles() -> None:
 
 
 def test_an_inconclusive_verdict_says_how_many_cycles_more() -> None:
-    (judged,) = judge([(ENERGY, effect(1.5, 1.0), "")])
+    (judged,) = judge([(ENERGY, effect(1.5, 1.0), None)])
     assert judged.verdict is Verdict.INCONCLUSIVE
     assert judged.further_cycles == cycles_to_settle(effect(1.5, 1.0), ENERGY.bound)
 

@@ -1,0 +1,342 @@
+"""Why something is so, as a code with data: warnings, reasons of invalid results, findings, obstacles, filter reasons.
+
+Programs look at `code` and `data`; people read `text`, which is made from the one table here and nowhere else, so a
+sentence can be reworded without a change of behaviour.
+
+A template's format says what its data is: `{n:d}` an integer, `{x:.3f}` a float, `{name}` text or another reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import string
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+_Thing = TypeVar("_Thing")
+
+# The sentences of records as schema version 1 had them, which kept nothing else: a v1 record is read by them. They
+# stay as they are; to reword one, give its code another text in `_NEW_TEXTS`. The first that fits is taken.
+V1_TEXTS: Mapping[str, str] = {
+    # Why a result is invalid.
+    "requests_failed": "{failed:d} of {total:d} requests failed, the first with: {first}",
+    "no_output": "the engine made no output tokens",
+    "slowdown": "{uuid}: {name} ({bit:#x}) in {seen:d} of {samples:d} samples of the {span}",
+    "foreign_process": "{uuid}: another program computed (process {pids})",
+    "gpu_unplugged": (
+        "the GPU is lost: NVML says {error} in the container (systemctl daemon-reload on the host takes GPUs from "
+        "containers that got them by the legacy hook; with CDI (nvidia-ctk cdi generate) it does not)"
+    ),
+    "gpu_lost": "the GPU is lost: NVML says {error} in the container",
+    "gpu_gone": "the GPU is lost: NVML sees none in the container",
+    # Warnings of the meters.
+    "clocks_unwatched": "nobody looked whether clocks were slowed down (timeseries.enabled: false)",
+    "energy_estimated": "energy is an estimate from the CPU's design power and its load, not a measurement",
+    "energy_of_module": "energy is that of the whole module, GPU and CPU together",
+    "crosscheck": "integrated power is {ratio:.3f} of the counter's energy, more than 5 % apart",
+    "rest_power_rose": (
+        "power at rest with the engine loaded went from {before_w:.4g} W to {after_w:.4g} W (+{change_percent:.1f} %): "
+        "the net energy is uncertain"
+    ),
+    "rest_power_fell": (
+        "power at rest with the engine loaded went from {before_w:.4g} W to {after_w:.4g} W (-{change_percent:.1f} %): "
+        "the net energy is uncertain"
+    ),
+    "meter_failed": "{meter} could not be read in the window: {error}",
+    "samples_missing": (
+        "nothing was sampled for {gap_s:.2f} s of the window, more than {periods:d} periods of {period_s:g} s: "
+        "integrated power and the cross-check are void"
+    ),
+    "guard_short": ("a guard of {guard_s:.2f} s is too short for the lag of the power sensor: {least_s:.2f} s is due"),
+    "edge_unread": "{what} was not read for {spacing_s:.2f} s around an edge of the window",
+    "edge_doubtful": "{what}: how the window ended leaves {doubt_j:.3g} J in doubt; a longer window would tell",
+    # Warnings of warm-up and window.
+    "unsteady": "the halves of the window differ by 2 % or more in {what}",
+    "warmup_requests_failed": "{failed:d} of {total:d} warm-up requests failed, the first with: {first}",
+    "warmup_timed_out": (
+        "warm-up ran out of time after {prompts:d} of at least {floor:d} prompts; raise warmup.timeout_seconds"
+    ),
+    "warmup_overlaps": "some warm-up prompts equal measured ones: the measured ones leave no others of their lengths",
+    "warmup_too_few_steps": (
+        "warm-up did not settle in {prompts:d} prompts (too few steps to tell); "
+        "raise warmup.max_prompts or warmup.timeout_seconds"
+    ),
+    "warmup_unsettled": (
+        "warm-up did not settle in {prompts:d} prompts (variation {variation:.1%}, due below {threshold:.1%}); "
+        "raise warmup.max_prompts or warmup.timeout_seconds"
+    ),
+    "load_too_high": (
+        "the offered load is above what the engine can do: {arrived:d} requests arrived, {finished:d} were completed "
+        "in the window, so queue times grow with its length; lower traffic_simulation.target_qps"
+    ),
+    "tokens_untimed": "the engine gave no time for each token: tokens count when their request was finished",
+    "ramp_cut_short": (
+        "the window opened after {ramp_s:.1f} s of ramp, before as many requests were completed as were there at once: "
+        "it may hold the start of the load"
+    ),
+    # Warnings about prompts.
+    "prompts_cut": "{cut:d} of {total:d} prompts were cut to max_input_tokens ({limit:d}); raise it to run them whole",
+    "outputs_bounded": (
+        "{bounded:d} of {total:d} prompts ask for more output than max_output_tokens ({limit:d}) allows; "
+        "raise it to let them have it"
+    ),
+    "rows_skipped": "data set {name}: {skipped:d} rows without text were skipped",
+    "dataset_too_small": "data set {name}: {wanted:d} prompts were asked for and there are {found:d}",
+    "prompt_file_too_small": "{path}: {wanted:d} prompts were asked for and there are {found:d}",
+    # Warnings of the engines.
+    "min_p_unused": "{backend}.min_p has no effect under greedy decoding",
+    "vllm_seeded": (
+        "random_seed gives each request a random generator of its own, with which vLLM samples more slowly than "
+        "without; random_seed: null measures the engine as it is usually run"
+    ),
+    "tensorrt_no_reuse": "tensorrt.enable_kv_cache_reuse is off, so that repeated prompts are computed again",
+    "gpu_unusable": (
+        "this machine has a GPU that this PyTorch cannot use (a CPU build, or no driver): the CPU is measured"
+    ),
+    "weights_missing": "{count:d} weights are not in {model} and were made up at random, among them {first}",
+    # Why the gap before an experiment ended.
+    "gap_recovered": "device back at its reference temperature and power",
+    "gap_cap_reached": "cap reached before the device was back at its reference",
+    "gap_no_sensors": "whole gap: no sensor, or no power at rest from before, tells when the device is back",
+    "gap_none": "no gap configured",
+    "gap_interrupted": "interrupted",
+    # What another program said, and what no other entry knows.
+    "said": "{text}",
+}
+
+_NEW_TEXTS: Mapping[str, str] = {
+    # Results under one name.
+    "mixed_configurations": "results of {count:d} configurations under one name: the estimate mixes them",
+    "mixed_hosts": ("results of {count:d} hosts under one name: cycles of one host are alike, intervals too narrow"),
+    "mixed_runs": "results of {count:d} runs under one name: cycles of one run are alike, intervals too narrow",
+    # What stands between two configurations.
+    "other_gpus": "other GPUs: {before} against {after}",
+    "other_cards": "other cards: {before} against {after}; their sensors differ by up to ±5 %",
+    "other_driver": "other driver: {before} against {after}",
+    "other_cpu": "other CPU: {before} against {after}",
+    "other_prompts": "other prompts: {before} against {after}",
+    "other_output_lengths": "other output lengths: {before:.4g} against {after:.4g} tokens a request",
+    "other_traffic": "other traffic: {before} against {after}",
+    "other_meter": "other energy meter: {before} against {after}",
+    # Why there is no effect, no interval or no verdict.
+    "unequal_exclusions": "unequally much was excluded as invalid or failed: {causes}",
+    "shared_load": "cycles share an engine load (reuse: campaign), so they are no replicates",
+    "no_interval": "{why}: no interval",
+    "one_cycle": "one cycle has no interval: use --cycles 3+",
+    "no_ratio": "a value is zero or negative, which has no ratio",
+    "not_measured": "not measured for {name}: {why}",
+    "no_common_cycle": "no cycle has a valid result of both",
+    "nothing_to_compare": "there is nothing to compare",
+    "own_anchor": "it is the only configuration that both runs measured unchanged, and no anchor for itself",
+    "no_anchor": (
+        "no configuration is common to both runs and unchanged, so what separates two days cannot be told from what "
+        "separates two configurations; measure one that did not change in both"
+    ),
+    "anchor_moved": (
+        "the anchor {name} itself changed to {ratio:.3g} ×, more than {most_percent:g} %: "
+        "something else than the configurations is different"
+    ),
+    # Findings of `lem check`.
+    "no_results": "there is no whole result",
+    "results_damaged": "results that cannot be used, and are left out: {named}",
+    "results_missing": "{experiments} without a whole result",
+    "cycles_added": "cycles were added {rule}: {unaccounted}",
+    "no_overall_verdict": "no verdict between all configurations: {why}",
+    "results_invalid": "{count:d} of {total:d} results are invalid and left out: {why}",
+    "no_valid_result": "no valid result at all",
+    "some_results": "{what} in {count:d} of {total:d} results",
+    "window_moved": "throughput or power moved by 2 % or more within the window",
+    "warmup_did_not_settle": "warm-up did not settle",
+    "window_short": "a window under {least_s:g} s or {updates:d} updates of the energy counter",
+    "few_requests_failed": "requests failed (1 % or less of a window)",
+    "throttled": "the GPU was slowed down by heat or hardware in {count:d} of {total:d} results",
+    "throttled_for": (
+        "the GPU was slowed down by heat or hardware in {count:d} of {total:d} results, "
+        "for up to {longest_s:.3g} s of a window"
+    ),
+    "power_capped": "the GPU ran at its power limit for up to {share} of a window",
+    "gap_ended_at_cap": "the gap before it ended at its cap, before the device was back at rest",
+    "others_on_gpu": "other programs were on the GPU",
+    "meters_apart": "counter and integrated power are more than {tolerance} apart",
+    "rest_power_changed": (
+        "power at rest changed by over {tolerance} in the experiment, so its net energy is uncertain"
+    ),
+    "estimate_only": "energy is an estimate from the CPU's design power, not a measurement",
+    "power_integrated": "energy is integrated from power samples, since there is no energy counter",
+    "baselines_apart": "power at rest with the engine loaded differs by up to {spread} between cycles",
+    "shared_loads": "{why}, and there is no interval",
+    "free_lengths_differ": "output lengths are free and differ: {low:.4g} to {high:.4g} tokens a request",
+    "lengths_differ": "output lengths differ: {low:.4g} to {high:.4g} tokens a request",
+    "free_lengths": "output lengths are free, though they came out alike",
+    "not_comparable": "not all is comparable with {name}: {why}",
+    "environment_changed": "cycles of one configuration were measured with different engines, drivers, images or GPUs",
+    "drift": "{metric} {moved} from the first experiment to the last{interval}",
+    "drift_or_chance": (
+        "{metric} {moved} from the first experiment to the last{interval}, which chance could make too"
+    ),
+    "blocks": "each configuration ran in a block of its own, so a drift would look like a difference",
+    "same_order": ("the order is the same in every cycle: what one leaves behind, heat say, always meets the same one"),
+    "place_matters": "{metric} {moved} from the first place within a cycle to the last{interval}",
+    "place_or_chance": (
+        "{metric} {moved} from the first place within a cycle to the last{interval}, which chance could make too"
+    ),
+    "only_one_cycle": "one cycle has no interval",
+    "only_two_cycles": "an interval of two cycles is 13 standard errors wide",
+    "wide_interval": "the interval of {metric} is up to ±{width} wide",
+    "more_pairs": "{count:d} more pairs of neighbours cannot be told apart",
+    "pair_open": (
+        "{more} has {difference} more {metric} than {less} (95 % {low} to {high} %), "
+        "which {cycles:d} cycles cannot tell from none"
+    ),
+    # Rules across the options of an experiment; most stand behind the option (`at_option`).
+    "at_option": "{option}: {what}",
+    "above_limit": "{value:d} is above {limit_name}, {limit:d}",
+    "other_backend": "has no effect: the backend is {backend}",
+    "tensorrt_precision": "tensorrt needs float16 or bfloat16",
+    "tensorrt_gpu": "tensorrt needs a GPU",
+    "pytorch_one_gpu": "pytorch runs on one GPU, {count:d} are named",
+    "beams_untimed": "cannot stand with streaming or traffic: beams have no token times",
+    "gpus_not_named": "{needed:d} GPUs are needed, {named:d} named in gpus",
+    "phases_under_traffic": "needs a closed batch: under traffic prefill and decode run at the same time",
+    "needs_energy": "needs energy, and measurement.energy is none",
+    "needs_baseline": "needs baseline.enabled",
+    "tdp_unused": "has no effect with measurement.energy: {energy}",
+    "two_prompt_sources": "stands beside dataset: one of them is the source of prompts",
+    "needs_gpus": "needs {needed:d} GPUs",
+    "host_has_fewer_gpus": "needs {needed:d} GPUs, this host has {there:d}",
+    "no_dataset_alias": "{name!r} is no alias of a dataset; {near} is",
+    "greedy_ignores_one": "{options} has no effect under greedy decoding",
+    "greedy_ignores_several": "{options} have no effect under greedy decoding",
+    "sampling_compounds": "temperature and top_p are both set; vary one of them, since their effects compound",
+    "other_traffic_mode": "has no effect with mode: {mode}",
+    "static_cache": "a static cache is sized for the longest sequence and costs its memory and a compilation first",
+    "dynamic_batch_of_one": "1 leaves a dynamic batch nothing to put together; raise it",
+    "memory_tight": "{share:g} leaves little room on the GPU; out of memory is likely",
+    "cached_repeats": (
+        "prompts are repeated until the window is long enough, and repeats are then served from the cache"
+    ),
+    "needs_quantized_checkpoint": "{quantization} needs a checkpoint that was quantized so beforehand",
+    "needs_capability": "{what} needs compute capability {needed}, {gpu} has {found}",
+    "memory_short": (
+        "{billions:.3g} billion weights take {needed_gb:.3g} GB, going by its name; {gpu} offers {memory_gb:.3g} GB"
+    ),
+    # Configurations of a campaign.
+    "no_model": "no model: name one in the experiment, the grid or the campaign",
+    "repeated_experiment": "is the same experiment as {name}, and runs once",
+    "campaign_decides": "{option} is for lem experiment; here {instead} decides",
+}
+
+TEXTS: Mapping[str, str] = {**V1_TEXTS, **_NEW_TEXTS}
+
+_NUMBER = re.compile(r"[0-9]+(?:[.][0-9]+)?")
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One reason. Make it with `of`, which checks it.
+
+    Attributes:
+        code: a key of `TEXTS`.
+        data: what fills the sentence. Floats have as many digits as it shows, so that reasons that read the same are
+            the same.
+    """
+
+    code: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, code: str, /, **data: Any) -> Reason:
+        """The reason.
+
+        Raises:
+            KeyError, TypeError, ValueError, OverflowError: no such code, or data that does not fit its sentence.
+        """
+        formats = _formats(TEXTS[code])
+        if formats.keys() != data.keys():
+            raise TypeError(f"{code} takes {', '.join(formats) or 'no data'}, got {', '.join(data) or 'none'}")
+        return cls(code, {name: _as_shown(value, formats[name]) for name, value in data.items()})
+
+    @property
+    def text(self) -> str:
+        """The sentence, without a full stop."""
+        return self.worded(TEXTS)
+
+    @property
+    def kind(self) -> Hashable:
+        """What reasons have in common that differ in numbers alone, those in words of other programs included."""
+        texts = ((name, _NUMBER.sub("#", value)) for name, value in self.data.items() if isinstance(value, str))
+        return (self.code, *sorted(texts))
+
+    def worded(self, texts: Mapping[str, str]) -> str:
+        """The sentence from another table than `TEXTS`."""
+        return texts[self.code].format(**self.data)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __hash__(self) -> int:
+        return hash((self.code, frozenset(self.data.items())))
+
+
+def alike(found: Iterable[tuple[Reason, _Thing]]) -> list[list[tuple[Reason, _Thing]]]:
+    """The pairs in groups whose reasons are of one kind, in the order in which each kind came first."""
+    groups: dict[Hashable, list[tuple[Reason, _Thing]]] = {}
+    for reason, thing in found:
+        groups.setdefault(reason.kind, []).append((reason, thing))
+    return list(groups.values())
+
+
+@functools.lru_cache(4096)
+def recognise(text: str) -> Reason:
+    """The reason behind a sentence of a record of schema version 1; `said` where it is none of lem's own."""
+    for code, (template, formats) in _v1_patterns().items():
+        match = template.fullmatch(text)
+        if match is not None:
+            reason = Reason.of(code, **{name: _parsed(match[name], formats[name]) for name in formats})
+            if reason.worded(V1_TEXTS) == text:
+                return reason
+    return Reason.of("said", text=text)
+
+
+@functools.cache
+def _formats(template: str) -> Mapping[str, str]:
+    """{name: format} of a template's fields; an empty format is that of text."""
+    return {name: spec or "" for _, name, spec, _ in string.Formatter().parse(template) if name}
+
+
+def _as_shown(value: Any, spec: str) -> Any:
+    if not spec and not isinstance(value, (str, Reason)):
+        raise TypeError(f"expected text or a reason, got {type(value).__name__}")
+    shown = format(value, spec)  # raises what does not fit
+    return _parsed(shown, spec) if isinstance(value, float) and spec else value
+
+
+def _parsed(shown: str, spec: str) -> Any:
+    """A value from its text; the inverse of `format`."""
+    if not spec:
+        return shown
+    if spec == "d":
+        return int(shown)
+    if spec == "#x":
+        return int(shown, 16)
+    return float(shown.removesuffix("%")) / 100 if spec.endswith("%") else float(shown)
+
+
+@functools.cache
+def _v1_patterns() -> Mapping[str, tuple[re.Pattern[str], Mapping[str, str]]]:
+    patterns = {}
+    for code, template in V1_TEXTS.items():
+        parts = [
+            re.escape(literal) + (f"(?P<{name}>{_pattern(spec or '')})" if name else "")
+            for literal, name, spec, _ in string.Formatter().parse(template)
+        ]
+        patterns[code] = (re.compile("".join(parts), re.DOTALL), _formats(template))
+    return patterns
+
+
+def _pattern(spec: str) -> str:
+    if not spec:
+        return ".*?"
+    return {"d": "-?[0-9]+", "#x": "0x[0-9a-f]+"}.get(spec, "-?[0-9]+(?:[.][0-9]+)?(?:e[-+]?[0-9]+)?%?")

@@ -1,0 +1,280 @@
+"""Reasons: codes with data, their sentences, and the sentences of records of schema version 1."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lem.reasons import TEXTS, V1_TEXTS, Reason, alike, recognise
+from lem.record import Record
+from lem.record_codec import RecordError, decode_record, encode_record, read_record
+from lem.results.aggregation import aggregate_config
+from lem.results.check import check_run
+from tests.records import codes, make_record
+
+RECORDED = Path(__file__).parents[1] / "recorded" / "h200" / "attempt" / "result.json"
+UUID = "GPU-8f2a0c11-0000-4000-8000-00000000000b"
+
+# Sentences as commit 524ec81 wrote them into records, and the codes that they stand for.
+WRITTEN = (
+    ("requests_failed", "3 of 8 requests failed, the first with: request 12: no answer"),
+    ("no_output", "the engine made no output tokens"),
+    ("slowdown", f"{UUID}: hardware slowdown (0x8) in 3 of 100 samples of the window"),
+    ("foreign_process", f"{UUID}: another program computed (process 4711, 99)"),
+    (
+        "gpu_unplugged",
+        (
+            "the GPU is lost: NVML says Unknown Error in the container (systemctl daemon-reload on the host takes GPUs "
+            "from containers that got them by the legacy hook; with CDI (nvidia-ctk cdi generate) it does not)"
+        ),
+    ),
+    ("gpu_lost", "the GPU is lost: NVML says Timeout in the container"),
+    ("gpu_gone", "the GPU is lost: NVML sees none in the container"),
+    ("clocks_unwatched", "nobody looked whether clocks were slowed down (timeseries.enabled: false)"),
+    ("energy_estimated", "energy is an estimate from the CPU's design power and its load, not a measurement"),
+    ("energy_of_module", "energy is that of the whole module, GPU and CPU together"),
+    ("crosscheck", "integrated power is 1.080 of the counter's energy, more than 5 % apart"),
+    (
+        "rest_power_rose",
+        "power at rest with the engine loaded went from 90.1 W to 101 W (+12.0 %): the net energy is uncertain",
+    ),
+    (
+        "rest_power_fell",
+        "power at rest with the engine loaded went from 90.1 W to 80.2 W (-11.0 %): the net energy is uncertain",
+    ),
+    ("meter_failed", "gpu0.counter could not be read in the window: GPU is lost"),
+    (
+        "samples_missing",
+        (
+            "nothing was sampled for 1.60 s of the window, more than 3 periods of 0.1 s: integrated power and the "
+            "cross-check are void"
+        ),
+    ),
+    ("guard_short", "a guard of 0.20 s is too short for the lag of the power sensor: 0.50 s is due"),
+    ("edge_unread", f"power of {UUID} was not read for 1.65 s around an edge of the window"),
+    (
+        "edge_doubtful",
+        f"the energy counter of {UUID}: how the window ended leaves 1.21e+03 J in doubt; a longer window would tell",
+    ),
+    ("unsteady", "the halves of the window differ by 2 % or more in throughput and power"),
+    ("warmup_requests_failed", "1 of 8 warm-up requests failed, the first with: out of memory"),
+    ("warmup_timed_out", "warm-up ran out of time after 2 of at least 5 prompts; raise warmup.timeout_seconds"),
+    (
+        "warmup_overlaps",
+        "some warm-up prompts equal measured ones: the measured ones leave no others of their lengths",
+    ),
+    (
+        "warmup_too_few_steps",
+        (
+            "warm-up did not settle in 20 prompts (too few steps to tell); raise warmup.max_prompts or "
+            "warmup.timeout_seconds"
+        ),
+    ),
+    (
+        "warmup_unsettled",
+        (
+            "warm-up did not settle in 112 prompts (variation 5.1%, due below 5.0%); raise warmup.max_prompts or "
+            "warmup.timeout_seconds"
+        ),
+    ),
+    (
+        "load_too_high",
+        (
+            "the offered load is above what the engine can do: 100 requests arrived, 12 were completed in the window, "
+            "so queue times grow with its length; lower traffic_simulation.target_qps"
+        ),
+    ),
+    ("tokens_untimed", "the engine gave no time for each token: tokens count when their request was finished"),
+    (
+        "ramp_cut_short",
+        (
+            "the window opened after 12.5 s of ramp, before as many requests were completed as were there at once: it "
+            "may hold the start of the load"
+        ),
+    ),
+    ("prompts_cut", "8 of 8 prompts were cut to max_input_tokens (3); raise it to run them whole"),
+    (
+        "outputs_bounded",
+        "2 of 8 prompts ask for more output than max_output_tokens (16) allows; raise it to let them have it",
+    ),
+    ("rows_skipped", "data set sharegpt: 3 rows without text were skipped"),
+    ("dataset_too_small", "data set sharegpt: 50 prompts were asked for and there are 6"),
+    ("prompt_file_too_small", "/srv/my prompts.jsonl: 5 prompts were asked for and there are 2"),
+    ("min_p_unused", "pytorch.min_p has no effect under greedy decoding"),
+    (
+        "vllm_seeded",
+        (
+            "random_seed gives each request a random generator of its own, with which vLLM samples more slowly than "
+            "without; random_seed: null measures the engine as it is usually run"
+        ),
+    ),
+    ("tensorrt_no_reuse", "tensorrt.enable_kv_cache_reuse is off, so that repeated prompts are computed again"),
+    (
+        "gpu_unusable",
+        "this machine has a GPU that this PyTorch cannot use (a CPU build, or no driver): the CPU is measured",
+    ),
+    ("weights_missing", "2 weights are not in org/model-7b and were made up at random, among them lm_head.weight"),
+    ("gap_recovered", "device back at its reference temperature and power"),
+    ("gap_cap_reached", "cap reached before the device was back at its reference"),
+    ("gap_no_sensors", "whole gap: no sensor, or no power at rest from before, tells when the device is back"),
+    ("gap_none", "no gap configured"),
+    ("gap_interrupted", "interrupted"),
+    ("said", "a sentence of another program, about 3 things"),
+)
+
+
+def sample(code: str) -> Reason:
+    """The reason of a code with some data."""
+    values: dict[str, Any] = {"": "text 1", "d": 7, "#x": 0x40}
+    fields = string.Formatter().parse(TEXTS[code])
+    return Reason.of(code, **{name: values.get(spec or "", 0.123456789) for _, name, spec, _ in fields if name})
+
+
+def with_reasons(*reasons: Reason) -> Record:
+    record = make_record(is_valid=False)
+    validity = dataclasses.replace(record.validity, warnings=reasons, invalid_reasons=reasons[:1])
+    window = dataclasses.replace(record.window, gap_end_reason=reasons[-1])
+    return dataclasses.replace(record, validity=validity, window=window)
+
+
+def as_version_1(record: Record) -> dict[str, Any]:
+    document = json.loads(json.dumps(encode_record(record)))
+    document["schema_version"] = 1
+    for section, name in (("validity", "invalid_reasons"), ("validity", "warnings"), ("window", "gap_end_reason")):
+        del document[section][f"{name}_coded"]
+    return dict(document)
+
+
+# Codes and sentences
+
+
+def test_data_that_does_not_fit_the_sentence_is_refused() -> None:
+    with pytest.raises(TypeError, match="requests_failed takes failed, total, first, got failed"):
+        Reason.of("requests_failed", failed=1)
+    with pytest.raises(TypeError, match="takes no data, got failed"):
+        Reason.of("no_output", failed=1)
+    with pytest.raises(ValueError, match="Unknown format code"):
+        Reason.of("requests_failed", failed="one", total=8, first="x")
+    with pytest.raises(TypeError, match="expected text or a reason, got list"):
+        Reason.of("said", text=["one"])
+    with pytest.raises(KeyError):
+        Reason.of("no_such_code")
+
+
+def test_floats_that_read_the_same_are_the_same() -> None:
+    assert Reason.of("crosscheck", ratio=1.08004) == Reason.of("crosscheck", ratio=1.0799)
+    assert Reason.of("crosscheck", ratio=1.08) != Reason.of("crosscheck", ratio=1.09)
+
+
+def test_reasons_of_one_kind_differ_in_numbers_alone() -> None:
+    cut = [Reason.of("prompts_cut", cut=number, total=8, limit=3) for number in (1, 2)]
+    other = Reason.of("outputs_bounded", bounded=1, total=8, limit=3)
+    failed = [Reason.of("meter_failed", meter=f"gpu{number}.power", error="lost") for number in (0, 1)]
+    timeout = Reason.of("meter_failed", meter="gpu0.power", error="timeout")
+    groups = alike(zip([cut[0], other, cut[1], *failed, timeout], range(6), strict=True))
+    assert [[number for _, number in group] for group in groups] == [[0, 2], [1], [3, 4], [5]]
+
+
+def test_a_reason_within_another_is_worded_with_it() -> None:
+    inner = Reason.of("shared_load")
+    assert Reason.of("no_interval", why=inner).text == f"{inner.text}: no interval"
+
+
+# Records
+
+
+@pytest.mark.parametrize("code", TEXTS)
+def test_a_record_with_any_code_reads_back_equal(code: str) -> None:
+    record = with_reasons(sample(code))
+    document = json.loads(json.dumps(encode_record(record)))
+    assert decode_record(document) == record
+    assert document["validity"]["warnings"] == [sample(code).text]
+    assert document["window"]["gap_end_reason_coded"]["code"] == code
+
+
+def test_rewording_every_sentence_changes_nothing_but_sentences() -> None:
+    """A record in whose file all sentences read otherwise is the same record, with the same findings and counts."""
+    altered = {code: f"reworded 5 %: {template}!" for code, template in TEXTS.items()}
+    reasons = [sample(code) for code in TEXTS]
+    record = with_reasons(*reasons)
+    document = json.loads(json.dumps(encode_record(record)))
+    for name, known in (("warnings", reasons), ("invalid_reasons", reasons[:1])):
+        document["validity"][name] = [reason.worded(altered) for reason in known]
+    document["window"]["gap_end_reason"] = reasons[-1].worded(altered)
+    read = decode_record(document)
+    assert read == record
+    assert [reason.kind for reason in read.validity.warnings] == [reason.kind for reason in reasons]
+    assert check_run([read]) == check_run([record])
+    assert aggregate_config("small", [read]).warnings == dict.fromkeys(reasons, 1)
+
+
+def test_a_code_of_a_newer_lem_is_known_by_its_sentence() -> None:
+    document = json.loads(json.dumps(encode_record(with_reasons(sample("no_output")))))
+    for coded in ({"code": "from_the_future", "data": {"x": 1}}, {"code": "crosscheck", "data": {"ratio": "much"}}):
+        damaged = copy.deepcopy(document)
+        damaged["validity"]["warnings_coded"] = [coded]
+        assert decode_record(damaged).validity.warnings == (Reason.of("said", text=sample("no_output").text),)
+
+
+@pytest.mark.parametrize(
+    ("name", "coded", "said"),
+    [
+        ("warnings_coded", [], r"validity\.warnings: expected codes of 1 sentences, got \[\]"),
+        ("warnings_coded", [{"code": "no_output"}], r"validity\.warnings: expected code and data"),
+        ("warnings_coded", [{"code": 7, "data": {}}], r"validity\.warnings: str is due, got 7"),
+        ("warnings_coded", ["no_output"], r"validity\.warnings: expected code and data"),
+        ("steady_coded", {"code": "no_output", "data": {}}, "validity: unexpected 'steady_coded'"),
+    ],
+)
+def test_damaged_codes_are_refused_with_their_place(name: str, coded: Any, said: str) -> None:
+    document = json.loads(json.dumps(encode_record(with_reasons(sample("no_output")))))
+    document["validity"][name] = coded
+    with pytest.raises(RecordError, match=said):
+        decode_record(document)
+
+
+# Schema version 1
+
+
+@pytest.mark.parametrize(("code", "sentence"), WRITTEN, ids=[code for code, _ in WRITTEN])
+def test_a_sentence_of_version_1_is_read_as_its_code(code: str, sentence: str) -> None:
+    reason = recognise(sentence)
+    assert reason.code == code
+    assert reason.worded(V1_TEXTS) == sentence
+
+
+def test_every_code_of_version_1_has_a_sentence_here() -> None:
+    assert [code for code, _ in WRITTEN] == list(V1_TEXTS)
+
+
+@pytest.mark.parametrize("code", V1_TEXTS)
+def test_a_record_of_version_1_is_the_one_of_today(code: str) -> None:
+    record = with_reasons(sample(code))
+    assert decode_record(as_version_1(record)) == record
+
+
+def test_a_sentence_that_lem_never_wrote_is_kept_as_it_is() -> None:
+    for sentence in ("", "one", "3 of many requests failed, the first with: x", "integrated power is 1.0800 of it"):
+        assert recognise(sentence) == Reason.of("said", text=sentence)
+
+
+def test_the_recorded_attempt_of_version_1_is_read_with_its_codes() -> None:
+    record = read_record(RECORDED)
+    assert codes(record.validity.warnings) == ["warmup_unsettled", "unsteady"]
+    assert record.validity.warnings[0].data == {"prompts": 112, "variation": 0.051, "threshold": 0.05}
+    assert record.window.gap_end_reason == Reason.of("gap_recovered")
+    written = json.loads(RECORDED.read_text(encoding="utf-8"))["validity"]["warnings"]
+    assert encode_record(record)["validity"]["warnings"] == written
+
+
+def test_a_damaged_record_of_version_1_is_refused_with_its_place() -> None:
+    document = as_version_1(with_reasons(sample("no_output")))
+    document["validity"]["warnings"] = [1]
+    with pytest.raises(RecordError, match=r"validity\.warnings: str is due, got 1"):
+        decode_record(document)
