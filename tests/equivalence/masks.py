@@ -26,6 +26,7 @@ LIVE = (
     (re.compile(r"\b\d+(?:\.\d+)? ?(?:ms|s|min|h)\b"), "<duration>"),
     (re.compile(r"[-+±]?\b\d+(?:\.\d+)?(?: \d{3})* ?(?:tok/s|req/s|J|Wh|W|%)"), "<measured>"),
     (re.compile(r"\bpid \d+|process \d+"), "<process>"),
+    (re.compile(r"[-+±]?\b\d+\.\d+\b"), "<measured>"),
 )
 
 _MEASURED_KEY = re.compile(
