@@ -155,6 +155,7 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "torch": Need(_package("torch"), is_mandatory=True),
         "transformers": Need(_package("transformers"), is_mandatory=True),
         "datasets": Need(_package("datasets"), is_mandatory=True),
+        "coverage": Need(_package("coverage"), is_mandatory=True),
         "checkout": Need(_checkout, is_mandatory=True),
         "other_pythons": Need(_other_pythons, is_mandatory=False),
         "old_python": Need(_old_python, is_mandatory=False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -20,15 +21,58 @@ def main(argv: list[str] | None = None) -> int:
     )
     counts.add_argument("--json", action="store_true", help="as one JSON document")
     counts.set_defaults(run=_counts)
+    _add_coverage(commands.add_parser("coverage", help="branches of lem/ that the tests take, by package"))
     args = parser.parse_args(argv)
+    if getattr(args, "nice", 0):
+        os.nice(args.nice)
     code: int = args.run(args)
     return code
+
+
+def _add_coverage(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Run tests and print the branch coverage of lem/ by package; `compare` two such runs."
+    parser.add_argument("--tests", nargs="+", default=[], metavar="PATH", help="default: tests/unit tests/integration")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the coverage of each module as JSON")
+    parser.add_argument("--pytest", action="append", default=[], metavar="OPTION", help="for pytest, as --pytest=-x")
+    _add_tree_and_nice(parser)
+    parser.set_defaults(run=_coverage)
+    compare = parser.add_subparsers(metavar="compare").add_parser(
+        "compare", help="fail if the branch coverage of any package is lower in NEW"
+    )
+    compare.add_argument("old", type=Path, metavar="OLD", help="JSON of the old tree")
+    compare.add_argument("new", type=Path, metavar="NEW", help="JSON of the new tree")
+    compare.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="a package and what it is called in the new tree (default: backends=engines experiment=worker =base)",
+    )
+    compare.set_defaults(run=_compare_coverage)
+
+
+def _add_tree_and_nice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tree", type=Path, default=ROOT, metavar="DIR", help="a tree (default: this checkout)")
+    parser.add_argument("--nice", type=int, default=0, metavar="N", help="lower the priority, as nice(1); 19 is lowest")
 
 
 def _counts(args: argparse.Namespace) -> int:
     from tests.structure.counts import print_counts
 
     return print_counts(args.commit, tree=args.tree, is_json=args.json)
+
+
+def _coverage(args: argparse.Namespace) -> int:
+    from tests.structure.branches import print_coverage
+
+    return print_coverage(args.tree.resolve(), args.tests, args.output, args.pytest)
+
+
+def _compare_coverage(args: argparse.Namespace) -> int:
+    from tests.structure.branches import NEW_NAMES, print_comparison
+
+    names = dict(text.split("=", 1) for text in args.map)
+    return print_comparison(args.old, args.new, {**NEW_NAMES, **names})
 
 
 if __name__ == "__main__":

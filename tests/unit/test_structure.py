@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
+from tests.structure.branches import NEW_NAMES, Taken, by_package, lower, measure
 from tests.structure.counts import counts_of
 from tests.structure.flows import CURRENT, FLOWS, Step, check_flows, read_flows
 from tests.structure.lines import KINDS, kinds
@@ -38,10 +39,10 @@ def f(x: int) -> str:
 '''
 
 
-def make_tree(root: Path, **files: str) -> Path:
-    """A folder with these modules, `lem__a` for lem/a.py."""
+def make_tree(root: Path, files: Mapping[str, str]) -> Path:
+    """A folder with these files."""
     for name, text in files.items():
-        path = root.joinpath(*name.split("__")).with_suffix(".py")
+        path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return root
@@ -73,10 +74,12 @@ def test_cycles_importers_and_sizes_are_counted(tmp_path: Path) -> None:
     long_function = "def long(a, b, *, c, d, e, f, **g):\n" + "    a += 1\n" * 60
     root = make_tree(
         tmp_path,
-        lem__a="from lem import b\n\nclass A:\n    def m(self, x):\n        return x\n",
-        lem__b="def late():\n    import lem.a\n",
-        lem__c="from lem.d import D\nfrom . import d\n",
-        lem__d="from .c import C\n" + long_function,
+        {
+            "lem/a.py": "from lem import b\n\nclass A:\n    def m(self, x):\n        return x\n",
+            "lem/b.py": "def late():\n    import lem.a\n",
+            "lem/c.py": "from lem.d import D\nfrom . import d\n",
+            "lem/d.py": "from .c import C\n" + long_function,
+        },
     )
     found = counts_of(root, "lem")
     assert found["files"] == 4
@@ -109,10 +112,12 @@ def test_cycles_importers_and_sizes_are_counted(tmp_path: Path) -> None:
 def test_a_flow_is_checked_against_the_tree(tmp_path: Path, step: str, complaint: str) -> None:
     root = make_tree(
         tmp_path,
-        lem__a="from lem import b\nNAMES = ['lem.d']\ndef f(): ...\n",
-        lem__b="LIMIT = 1\ndef g(): ...\nclass C:\n    def m(self): ...\n",
-        lem__c="def f(): ...\n",
-        lem__d="def f(): ...\n",
+        {
+            "lem/a.py": "from lem import b\nNAMES = ['lem.d']\ndef f(): ...\n",
+            "lem/b.py": "LIMIT = 1\ndef g(): ...\nclass C:\n    def m(self): ...\n",
+            "lem/c.py": "def f(): ...\n",
+            "lem/d.py": "def f(): ...\n",
+        },
     )
     found = check_flows({"option": [Step.parse("a:f  begins"), Step.parse(step)]}, root)["option"]
     assert len(found) == bool(complaint)
@@ -135,3 +140,53 @@ def test_every_declared_flow_is_one(listed_tree: tuple[str, Path]) -> None:
     flows = read_flows()[name]
     assert set(flows) == set(FLOWS)
     assert check_flows(flows, root) == {flow: [] for flow in FLOWS}
+
+
+@pytest.mark.needs("coverage")
+def test_coverage_counts_programs_that_tests_start(tmp_path: Path) -> None:
+    sign = "def sign(x):\n    if x < 0:\n        return -1\n    return 1\n"
+    root = make_tree(
+        tmp_path,
+        {
+            "lem/__init__.py": "",
+            "lem/a/__init__.py": "",
+            "lem/a/here.py": sign,
+            "lem/a/there.py": f"import os\n{sign}if __name__ == '__main__':\n    os._exit(1 + sign(-1))\n",
+            "lem/top.py": sign,
+        },
+    )
+    command = '[sys.executable, "-m", "lem.a.there"]'
+    (root / "test_it.py").write_text(
+        "import subprocess, sys\nfrom lem.a.here import sign\n"
+        f"def test_it():\n    assert sign(1) == 1\n    assert subprocess.run({command}).returncode == 0\n"
+    )
+    document = measure(root, ["test_it.py"])
+    assert document["tests_ended_with"] == 0
+    assert by_package(document, {}) == {
+        "": Taken(statements=4, covered_statements=0, branches=2, covered_branches=0),
+        "a": Taken(statements=11, covered_statements=9, branches=6, covered_branches=3),
+    }
+
+
+def test_a_package_with_less_of_its_branches_taken_is_found_under_its_new_name() -> None:
+    def document(branches: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, dict[str, int]]]:
+        return {
+            "modules": {
+                f"lem/{name}.py": {
+                    "statements": 1,
+                    "covered_statements": 1,
+                    "branches": all_,
+                    "covered_branches": covered,
+                }
+                for name, (all_, covered) in branches.items()
+            }
+        }
+
+    old = document({"errors": (2, 1), "backends/x": (10, 5), "backends/y": (10, 6), "cli/z": (4, 2)})
+    new = document({"base/errors": (2, 1), "engines/x": (10, 5), "record": (0, 0), "cli/z": (40, 19)})
+    before, after = by_package(old, NEW_NAMES), by_package(new, NEW_NAMES)
+    assert before["engines"] == Taken(2, 2, 20, 11)
+    assert set(before) == set(after) == {"base", "cli", "engines"}
+    assert lower(before, after) == ["cli", "engines"]
+    assert lower(before, before) == []
+    assert lower(before, {name: after[name] for name in ("base", "engines")}) == ["cli", "engines"]
