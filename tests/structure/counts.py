@@ -76,7 +76,7 @@ def print_counts(commit: str | None, *, tree: Path = ROOT, is_json: bool = False
     with commit_tree(commit) if commit else contextlib.nullcontext(tree) as root:
         document = {top: counts_of(root, top) for top in ("lem", "tests")}
         flows = next((flows for name, flows in known.items() if commit and commit.startswith(name)), None)
-        flows = flows or known.get(CURRENT) or next(reversed(known.values()))
+        flows = flows or known.get(CURRENT) or list(known.values())[-1]
         document["flows"] = flows_of(root, flows)
     print(json.dumps(document, indent=2) if is_json else "\n".join(_rendered(document)))
     return int(any(flow["problems"] for flow in document["flows"].values()))

@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from tests.structure.imports import Graph, graph
-from tests.structure.lines import definitions
+from tests.structure.lines import assigned, definitions
 from tests.structure.trees import Module, modules
 
 FLOWS_FILE = Path(__file__).with_name("flows.yaml")
@@ -104,12 +104,7 @@ def _unconnected(name: str, earlier: str, imports: Graph) -> Iterator[str]:
 
 def _names(module: Module) -> set[str]:
     found = {name for name, _ in definitions(module.tree)}
-    for node in module.tree.body:
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
-        found |= {target.id for target in targets if isinstance(target, ast.Name)}
-    return found
+    return found.union(*map(assigned, module.tree.body))
 
 
 def _is_named(one: str, other: str, known: Mapping[str, Module]) -> bool:

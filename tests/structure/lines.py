@@ -69,11 +69,7 @@ def _kind(node: ast.stmt) -> str:
         return "import"
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
         return "docstring"
-    if isinstance(node, (ast.Assign, ast.AnnAssign)):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
-            return "__all__"
-    return "code"
+    return "__all__" if "__all__" in assigned(node) else "code"
 
 
 def count(modules: Iterable[Module]) -> Counter[str]:
@@ -100,6 +96,12 @@ def definitions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, Function
             yield from definitions(node, f"{prefix}{node.name}.")
         else:
             yield from definitions(node, prefix)
+
+
+def assigned(node: ast.stmt) -> set[str]:
+    """The names that a statement gives a value."""
+    targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def _parameters(node: Function) -> int:

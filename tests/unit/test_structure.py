@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,18 @@ from tests.structure.branches import NEW_NAMES, Taken, by_package, lower, measur
 from tests.structure.counts import counts_of
 from tests.structure.flows import CURRENT, FLOWS, Step, check_flows, read_flows
 from tests.structure.lines import KINDS, kinds
-from tests.structure.trees import ROOT, commit_tree
+from tests.structure.planting import (
+    CAUGHT,
+    NOT_APPLICABLE,
+    SURVIVED,
+    Bug,
+    Planted,
+    Planter,
+    compare,
+    find,
+    read_bugs,
+)
+from tests.structure.trees import ROOT, commit_tree, modules
 
 SOURCE = '''"""Two lines
 
@@ -190,3 +203,114 @@ def test_a_package_with_less_of_its_branches_taken_is_found_under_its_new_name()
     assert lower(before, after) == ["cli", "engines"]
     assert lower(before, before) == []
     assert lower(before, {name: after[name] for name in ("base", "engines")}) == ["cli", "engines"]
+
+
+def bug(name: str, place: str, snippet: str, replacement: str, **more: Any) -> Bug:
+    """A bug as planted.yaml declares it, of the package `cli`."""
+    return Bug.of({"name": name, "package": "cli", "in": place, "old": snippet, "bug": replacement, **more})
+
+
+COMPARING = """LIMIT = 3
+
+class A:
+    def f(self, x):
+        return (x <
+            LIMIT)
+
+def f(x):
+    return x < LIMIT
+"""
+
+
+def test_a_bug_is_found_by_its_function_wherever_that_has_moved(tmp_path: Path) -> None:
+    root = make_tree(tmp_path, {"lem/new/place.py": COMPARING, "lem/old.py": "def g(x):\n    return x < 1\n"})
+    known = modules(root, "lem")
+
+    def planted(found: Planted | str) -> str:
+        assert isinstance(found, Planted)
+        assert found.sound == COMPARING
+        return found.text
+
+    assert planted(find(bug("", "A.f", "x < LIMIT", "x"), known)).count("return (x)") == 1
+    assert planted(find(bug("", "f", "x < LIMIT", "x <= LIMIT"), known)).endswith("return x <= LIMIT\n")
+    assert planted(find(bug("", "LIMIT", "3", "4"), known)).startswith("LIMIT = 4\n")
+    moved = bug("", "old.py:f", "x < LIMIT", "True")
+    assert planted(find(moved, known)).endswith("return True\n")
+    renamed = bug("", "before", "x < 3", "x <= 3", new={"in": "f", "old": "x < LIMIT", "bug": "x <= LIMIT"})
+    assert planted(find(renamed, known)).endswith("return x <= LIMIT\n")
+    assert find(bug("", "f", "x > LIMIT", "x"), known) == "f has its snippet 0 times"
+    assert find(bug("", "A", "x", "y"), known) == "A has its snippet 2 times"
+
+
+SMALL = """def is_small(x):
+    return x < 3
+
+def is_large(x):
+    return x > 9
+"""
+TEST_SMALL = """from lem.base import is_small, is_large
+
+def test_small():
+    assert is_small(2)
+    assert not is_small({0})
+"""
+
+
+def test_bugs_are_planted_one_at_a_time_and_judged_by_their_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # which take most of the time
+    root = make_tree(
+        tmp_path,
+        {
+            "lem/__init__.py": "",
+            "lem/base.py": SMALL,
+            "tests/unit/cli/test_edge.py": TEST_SMALL.format(3) + "    assert not is_large(9)\n",
+            "tests/unit/test_middle.py": TEST_SMALL.format(5),
+            "tests/unit/test_broken.py": TEST_SMALL.format(1),
+        },
+    )
+    bugs = [
+        bug("default", "is_small", "<", "<="),
+        bug("weak", "is_small", "<", "<=", tests=["tests/unit/test_middle.py", "tests/unit/test_gone.py"]),
+        bug("other", "is_large", ">", ">="),
+        bug("gone", "is_huge", ">", ">="),
+        bug("broken", "is_large", ">", ">=", tests=["tests/unit/test_broken.py"]),
+    ]
+    planter = Planter(root)
+    found = {item.name: planter.outcome(item) for item in bugs}
+    assert {name: result for name, (result, _) in found.items()} == {
+        "default": CAUGHT,
+        "weak": SURVIVED,
+        "other": CAUGHT,
+        "gone": NOT_APPLICABLE,
+        "broken": NOT_APPLICABLE,
+    }
+    assert "tests/unit/cli/test_edge.py::test_small" in found["other"][1]
+    assert "fails without the bug" in found["broken"][1]
+    assert (root / "lem/base.py").read_text() == SMALL
+
+
+def test_new_tests_that_catch_fewer_bugs_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def written(name: str, **results: str) -> Path:
+        path = tmp_path / name
+        document = {bug: {"result": result, "package": "cli", "told": ""} for bug, result in results.items()}
+        path.write_text(json.dumps(document), encoding="utf-8")
+        return path
+
+    old = written("old", a=CAUGHT, b=CAUGHT, c=SURVIVED)
+    assert compare(old, written("less", a=CAUGHT, b=SURVIVED, c=SURVIVED)) == 1
+    assert "survived: b" in capsys.readouterr().out
+    assert compare(old, written("lost", a=CAUGHT, c=SURVIVED)) == 1
+    assert compare(old, written("other", a=CAUGHT, b=NOT_APPLICABLE, c=CAUGHT)) == 0
+    assert compare(old, old) == 0
+
+
+@pytest.mark.needs("checkout")
+def test_every_declared_bug_has_a_place_in_the_old_tree() -> None:
+    bugs = read_bugs()
+    assert len({item.name for item in bugs}) == len(bugs) == 100
+    with commit_tree("524ec81") as root:
+        known = modules(root, "lem")
+        assert [found for item in bugs if isinstance(found := find(item, known), str)] == []
+        assert [name for item in bugs for name in item.tests[:1] if not (root / name).is_file()] == []
