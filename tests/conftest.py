@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from tests.needs import NEEDS, is_ci, lacking, missing
+from tests.needs import NEEDS, RAN_ELSEWHERE, is_ci, lacking, missing
 
 
 def pytest_sessionstart() -> None:
@@ -37,14 +37,25 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """List what could not run, and why, most tests first."""
-    reasons = Counter(_reason(report) for report in terminalreporter.getreports("skipped"))
-    if not reasons:
-        return
-    count = sum(reasons.values())
-    terminalreporter.section(f"NOT RUN ON THIS MACHINE: {count} tests", sep="!", yellow=True, bold=True)
-    for reason, number in reasons.most_common():
-        terminalreporter.line(f"{number:5d}  {reason}", yellow=True)
+    """List what could not run, and why, most tests first; and what was skipped here and run in another environment."""
+    ran_in = _ran_elsewhere(terminalreporter)
+    skipped = terminalreporter.getreports("skipped")
+    elsewhere = Counter(ran_in[report.nodeid] for report in skipped if report.nodeid in ran_in)
+    reasons = Counter(_reason(report) for report in skipped if report.nodeid not in ran_in)
+    for title, counted in (("RUN IN ANOTHER ENVIRONMENT", elsewhere), ("NOT RUN ON THIS MACHINE", reasons)):
+        if counted:
+            count = sum(counted.values())
+            tests = "1 test" if count == 1 else f"{count} tests"
+            terminalreporter.section(f"{title}: {tests}", sep="!", yellow=True, bold=True)
+        for text, number in counted.most_common():
+            terminalreporter.line(f"{number:5d}  {text}", yellow=True)
+
+
+def _ran_elsewhere(terminalreporter: pytest.TerminalReporter) -> dict[str, str]:
+    """The environment in which a test of this run ran each of the others."""
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    properties = [value for report in reports for name, value in report.user_properties if name == RAN_ELSEWHERE]
+    return {nodeid: environment for environment, nodeids in properties for nodeid in nodeids}
 
 
 def _reason(report: object) -> str:

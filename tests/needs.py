@@ -17,9 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-__all__ = ["NEEDS", "Need", "is_ci", "lacking", "missing"]
+__all__ = ["NEEDS", "RAN_ELSEWHERE", "Need", "is_ci", "lacking", "missing"]
 
 PROBE_TIMEOUT_S = 60
+
+# A test that runs others in another environment records them by this property: the environment, and their node ids.
+RAN_ELSEWHERE = "ran_elsewhere"
 
 
 @dataclass(frozen=True)
@@ -68,23 +71,34 @@ def _package(name: str) -> Callable[[], str | None]:
 def _cuda() -> str | None:
     # The device files say it without importing torch, which takes seconds.
     if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists():
-        return "no NVIDIA GPU on this machine"
-    if importlib.util.find_spec("torch") is None:
-        return "a GPU is here, but PyTorch is not installed"
+        return "no NVIDIA GPU on this machine (run these tests on one that has it)"
+    if (no_torch := _package("torch")()) is not None:
+        return no_torch
     import torch
 
-    return None if torch.cuda.is_available() else f"a GPU is here, but PyTorch {torch.__version__} cannot use it"
+    if torch.cuda.is_available():
+        return None
+    return f"PyTorch {torch.__version__} cannot use the GPU of this machine (pip install a build for its CUDA version)"
+
+
+def _vllm() -> str | None:
+    if importlib.util.find_spec("vllm") is not None:
+        return None
+    return (
+        "vLLM is not installed in this environment; the lab has it (python3 -m tests.lab up, then "
+        "make test PYTEST_ARGS=tests/integration/test_vllm_in_the_lab.py)"
+    )
 
 
 def _docker() -> str | None:
     if shutil.which("docker") is None:
-        return "no docker command on this machine"
-    for command, remedy in (
-        (["docker", "info"], "the Docker daemon does not answer"),
-        (["docker", "compose", "version"], "the Compose plugin of Docker is not installed"),
+        return "no docker command on this machine (python3 -m tests.lab up installs it on Debian 12)"
+    for command, problem in (
+        (["docker", "info"], "the Docker daemon does not answer (python3 -m tests.lab up starts one)"),
+        (["docker", "compose", "version"], "Docker has no Compose plugin (python3 -m tests.lab up provides it)"),
     ):
         if subprocess.run(command, capture_output=True, timeout=PROBE_TIMEOUT_S, check=False).returncode != 0:
-            return remedy
+            return problem
     return None
 
 
@@ -104,7 +118,9 @@ def _program(name: str) -> Callable[[], str | None]:
 
 
 def _gcc() -> str | None:
-    return None if shutil.which("gcc") else "no gcc on this machine, which builds the NVML double"
+    if shutil.which("gcc"):
+        return None
+    return "no gcc on this machine, which builds the NVML double (apt-get install gcc libc6-dev)"
 
 
 def _lab() -> str | None:
@@ -112,7 +128,7 @@ def _lab() -> str | None:
     from tests.lab.state import lacking as lacking_of
 
     lines = lacking_of(Places.of())
-    return f"the lab is not up (python3 -m tests.lab up brings it): {'; '.join(lines)}" if lines else None
+    return f"the lab is not up (python3 -m tests.lab up): {'; '.join(lines)}" if lines else None
 
 
 def _fleet() -> str | None:
@@ -127,27 +143,25 @@ def _fleet() -> str | None:
 def _checkout() -> str | None:
     command = ["git", "rev-parse", "--is-inside-work-tree"]
     if shutil.which("git") is None:
-        return "no git command on this machine"
+        return "no git command on this machine (apt-get install git)"
     folder = Path(__file__).parent
     answer = subprocess.run(command, cwd=folder, capture_output=True, timeout=PROBE_TIMEOUT_S, check=False)
-    return None if answer.returncode == 0 else "this copy of the project is not a git checkout"
+    return None if answer.returncode == 0 else "this copy of the project is not a git checkout (git clone makes one)"
 
 
 def _other_pythons() -> str | None:
     from tests.pythons import find_pythons
 
     found = {python.version[:2] for python in find_pythons() if python.is_supported}
-    return None if len(found) > 1 else "only one version of CPython from 3.10 on is on this machine"
+    return None if len(found) > 1 else "only one CPython from 3.10 on is on PATH (install another, with pyenv say)"
 
 
 def _old_python() -> str | None:
     from tests.pythons import find_pythons
 
-    return (
-        None
-        if any(not python.is_supported for python in find_pythons())
-        else "no CPython before 3.10 is on this machine"
-    )
+    if any(not python.is_supported for python in find_pythons()):
+        return None
+    return "no CPython before 3.10 is on PATH (install one, with pyenv say)"
 
 
 NEEDS: Mapping[str, Need] = MappingProxyType(
@@ -155,11 +169,12 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "torch": Need(_package("torch"), is_mandatory=True),
         "transformers": Need(_package("transformers"), is_mandatory=True),
         "datasets": Need(_package("datasets"), is_mandatory=True),
+        "coverage": Need(_package("coverage"), is_mandatory=True),
         "checkout": Need(_checkout, is_mandatory=True),
         "other_pythons": Need(_other_pythons, is_mandatory=False),
         "old_python": Need(_old_python, is_mandatory=False),
         # `make test` runs in an environment without it; there the lab's Python runs what needs it.
-        "vllm": Need(_package("vllm"), is_mandatory=False),
+        "vllm": Need(_vllm, is_mandatory=False),
         "cuda": Need(_cuda, is_mandatory=False),
         "docker": Need(_docker, is_mandatory=False),
         "chromium": Need(_chromium, is_mandatory=True),

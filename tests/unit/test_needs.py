@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+from tests.integration.test_vllm_in_the_lab import SUITE
 from tests.needs import NEEDS, Need, is_ci, lacking
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +44,57 @@ def test_nothing_is_listed_when_everything_ran(tmp_path: Path) -> None:
     finished = run_pytest(tmp_path, "def test_that_runs(): pass\n")
     assert finished.returncode == 0, finished.stdout
     assert "NOT RUN" not in finished.stdout
+
+
+def test_what_a_test_ran_in_another_environment_is_listed_apart(tmp_path: Path) -> None:
+    source = """
+import pytest
+def test_elsewhere(record_property):
+    nodeids = ["test_example.py::test_engine[one - a]", "test_example.py::test_of_another_file"]
+    record_property("ran_elsewhere", ("the lab", nodeids))
+@pytest.mark.parametrize("name", ["one - a", "other"])
+def test_engine(name): pytest.skip("no engine here")
+"""
+    finished = run_pytest(tmp_path, source)
+    assert finished.returncode == 0, finished.stdout
+    lines = finished.stdout.splitlines()
+    (elsewhere,) = (index for index, line in enumerate(lines) if " RUN IN ANOTHER ENVIRONMENT: 1 test " in line)
+    assert lines[elsewhere + 1] == "    1  the lab"
+    assert " NOT RUN ON THIS MACHINE: 1 test " in lines[elsewhere + 2]
+    assert lines[elsewhere + 3] == "    1  no engine here"
+
+
+def test_a_failing_test_elsewhere_counts_as_run(tmp_path: Path) -> None:
+    source = """
+import pytest
+def test_elsewhere(record_property):
+    record_property("ran_elsewhere", ("the lab", ["test_example.py::test_engine"]))
+    raise AssertionError
+def test_engine(): pytest.skip("no engine here")
+"""
+    finished = run_pytest(tmp_path, source)
+    assert finished.returncode == 1
+    assert " RUN IN ANOTHER ENVIRONMENT: 1 test " in finished.stdout
+    assert "NOT RUN ON THIS MACHINE" not in finished.stdout
+
+
+def test_every_package_that_make_test_is_said_to_install_is_in_its_requirements() -> None:
+    requirements = (ROOT / "tests/requirements.txt").read_text(encoding="utf-8")
+    pinned = set(re.findall(r"^([\w-]+)(?:\[\w+\])?==", requirements, re.MULTILINE))
+    answers = {name: need.probe.__closure__ for name, need in NEEDS.items() if need.probe.__closure__}
+    packages = {name for name in answers if "_package" in NEEDS[name].probe.__qualname__}
+    assert packages == {"coverage", "datasets", "torch", "transformers"}
+    assert packages <= pinned
+
+
+def test_tests_that_need_vllm_are_run_by_the_lab() -> None:
+    """The reason that their skip gives holds only as long as that file runs each of them."""
+    marked = {
+        path.name
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if re.search(r"needs\([^)]*\"vllm\"", path.read_text(encoding="utf-8"))
+    }
+    assert marked == set(SUITE)
 
 
 def test_need_that_nobody_declared_fails(tmp_path: Path) -> None:

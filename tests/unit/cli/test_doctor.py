@@ -165,7 +165,7 @@ def test_a_folder_that_is_a_file_is_told(fake: FakeDocker) -> None:
     assert look(host(fake))["rights"].status == "failed"
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere (run as another user)")
 def test_a_folder_that_cannot_be_written_is_told(fake: FakeDocker) -> None:
     (fake.folder / "results").mkdir(mode=0o555)
     assert look(host(fake))["rights"].status == "failed"

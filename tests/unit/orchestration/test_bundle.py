@@ -17,7 +17,9 @@ import pytest
 from lem.errors import UserError
 from lem.orchestration.bundle import Contents, Signer, make_bundle, verify_bundle
 
-needs_ssh = pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="no ssh-keygen on this machine")
+needs_ssh = pytest.mark.skipif(
+    shutil.which("ssh-keygen") is None, reason="no ssh-keygen on this machine (apt-get install openssh-client)"
+)
 
 
 @pytest.fixture

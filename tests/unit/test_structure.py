@@ -1,0 +1,316 @@
+"""The tools that count a tree, compare coverage and plant bugs do so rightly on trees small enough to see through."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.structure.branches import NEW_NAMES, Taken, by_package, lower, measure
+from tests.structure.counts import counts_of
+from tests.structure.flows import CURRENT, FLOWS, Step, check_flows, read_flows
+from tests.structure.lines import KINDS, kinds
+from tests.structure.planting import (
+    CAUGHT,
+    NOT_APPLICABLE,
+    SURVIVED,
+    Bug,
+    Planted,
+    Planter,
+    compare,
+    find,
+    read_bugs,
+)
+from tests.structure.trees import ROOT, commit_tree, modules
+
+SOURCE = '''"""Two lines
+
+of a docstring."""
+
+from a import (
+    # a comment
+    b,
+)
+
+__all__ = [
+    "f",
+]
+
+# a comment
+LIMIT = 1  # beside code
+"""What LIMIT is."""
+
+
+def f(x: int) -> str:
+    """Says so."""
+    import late
+    return """not
+    a docstring"""; import c
+'''
+
+
+def make_tree(root: Path, files: Mapping[str, str]) -> Path:
+    """A folder with these files."""
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return root
+
+
+def test_every_line_is_of_one_kind() -> None:
+    found = kinds(SOURCE)
+    assert len(found) == len(SOURCE.splitlines())
+    assert found == [
+        *["docstring"] * 3,
+        "blank",
+        *["import"] * 4,
+        "blank",
+        *["__all__"] * 3,
+        "blank",
+        "comment",
+        "code",
+        "docstring",
+        *["blank"] * 2,
+        "code",
+        "docstring",
+        "import",
+        *["code"] * 2,
+    ]
+    assert set(found) <= set(KINDS)
+
+
+def test_cycles_importers_and_sizes_are_counted(tmp_path: Path) -> None:
+    long_function = "def long(a, b, *, c, d, e, f, **g):\n" + "    a += 1\n" * 60
+    root = make_tree(
+        tmp_path,
+        {
+            "lem/a.py": "from lem import b\n\nclass A:\n    def m(self, x):\n        return x\n",
+            "lem/b.py": "def late():\n    import lem.a\n",
+            "lem/c.py": "from lem.d import D\nfrom . import d\n",
+            "lem/d.py": "from .c import C\n" + long_function,
+        },
+    )
+    found = counts_of(root, "lem")
+    assert found["files"] == 4
+    assert found["import_cycles"]["of_modules"] == [["lem.c", "lem.d"]]
+    assert found["import_cycles"]["with_imports_in_functions"] == [["lem.a", "lem.b"], ["lem.c", "lem.d"]]
+    assert found["longest_function"] == {"lem.d:long": 61}
+    assert found["functions_above_60_lines"] == {"lem.d:long": 61}
+    assert found["functions_above_6_parameters"] == {"lem.d:long": 7}
+    assert found["longest_module"] == {"lem.d": 62}
+    assert found["modules_above_450_lines"] == {}
+    assert found["modules_with_one_importer"] == 4
+    assert len(found["of_these_below_80_lines"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("step", "complaint"),
+    [
+        ("b:g  is called", ""),
+        ("b:C.m  is called", ""),
+        ("b:LIMIT  bounds it", ""),
+        ("b:h  is called", "no h in it"),
+        ("z:f  is called", "no such module"),
+        ("c:f  is not imported", "no import connects it with a"),
+        ("c:f [process]  runs elsewhere", ""),
+        ("c:f [by name]  is loaded", "contains the other's name"),
+        ("c:f [after b]  is not there yet", "not a step before it"),
+        ("d:f [by name]  is loaded", ""),
+    ],
+)
+def test_a_flow_is_checked_against_the_tree(tmp_path: Path, step: str, complaint: str) -> None:
+    root = make_tree(
+        tmp_path,
+        {
+            "lem/a.py": "from lem import b\nNAMES = ['lem.d']\ndef f(): ...\n",
+            "lem/b.py": "LIMIT = 1\ndef g(): ...\nclass C:\n    def m(self): ...\n",
+            "lem/c.py": "def f(): ...\n",
+            "lem/d.py": "def f(): ...\n",
+        },
+    )
+    found = check_flows({"option": [Step.parse("a:f  begins"), Step.parse(step)]}, root)["option"]
+    assert len(found) == bool(complaint)
+    assert all(complaint in text for text in found)
+
+
+@pytest.fixture(params=read_flows())
+def listed_tree(request: pytest.FixtureRequest) -> Iterator[tuple[str, Path]]:
+    """Each tree that flows.yaml has lists for."""
+    if request.param == CURRENT:
+        yield request.param, ROOT
+        return
+    with commit_tree(request.param) as root:
+        yield request.param, root
+
+
+@pytest.mark.needs("checkout")
+def test_every_declared_flow_is_one(listed_tree: tuple[str, Path]) -> None:
+    name, root = listed_tree
+    flows = read_flows()[name]
+    assert set(flows) == set(FLOWS)
+    assert check_flows(flows, root) == {flow: [] for flow in FLOWS}
+
+
+@pytest.mark.needs("coverage")
+def test_coverage_counts_programs_that_tests_start(tmp_path: Path) -> None:
+    sign = "def sign(x):\n    if x < 0:\n        return -1\n    return 1\n"
+    root = make_tree(
+        tmp_path,
+        {
+            "lem/__init__.py": "",
+            "lem/a/__init__.py": "",
+            "lem/a/here.py": sign,
+            "lem/a/there.py": f"import os\n{sign}if __name__ == '__main__':\n    os._exit(1 + sign(-1))\n",
+            "lem/top.py": sign,
+        },
+    )
+    command = '[sys.executable, "-m", "lem.a.there"]'
+    (root / "test_it.py").write_text(
+        "import subprocess, sys\nfrom lem.a.here import sign\n"
+        f"def test_it():\n    assert sign(1) == 1\n    assert subprocess.run({command}).returncode == 0\n"
+    )
+    document = measure(root, ["test_it.py"])
+    assert document["tests_ended_with"] == 0
+    assert by_package(document, {}) == {
+        "": Taken(statements=4, covered_statements=0, branches=2, covered_branches=0),
+        "a": Taken(statements=11, covered_statements=9, branches=6, covered_branches=3),
+    }
+
+
+def test_a_package_with_less_of_its_branches_taken_is_found_under_its_new_name() -> None:
+    def document(branches: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, dict[str, int]]]:
+        return {
+            "modules": {
+                f"lem/{name}.py": {
+                    "statements": 1,
+                    "covered_statements": 1,
+                    "branches": all_,
+                    "covered_branches": covered,
+                }
+                for name, (all_, covered) in branches.items()
+            }
+        }
+
+    old = document({"errors": (2, 1), "backends/x": (10, 5), "backends/y": (10, 6), "cli/z": (4, 2)})
+    new = document({"base/errors": (2, 1), "engines/x": (10, 5), "record": (0, 0), "cli/z": (40, 19)})
+    before, after = by_package(old, NEW_NAMES), by_package(new, NEW_NAMES)
+    assert before["engines"] == Taken(2, 2, 20, 11)
+    assert set(before) == set(after) == {"base", "cli", "engines"}
+    assert lower(before, after) == ["cli", "engines"]
+    assert lower(before, before) == []
+    assert lower(before, {name: after[name] for name in ("base", "engines")}) == ["cli", "engines"]
+
+
+def bug(name: str, place: str, snippet: str, replacement: str, **more: Any) -> Bug:
+    """A bug as planted.yaml declares it, of the package `cli`."""
+    return Bug.of({"name": name, "package": "cli", "in": place, "old": snippet, "bug": replacement, **more})
+
+
+COMPARING = """LIMIT = 3
+
+class A:
+    def f(self, x):
+        return (x <
+            LIMIT)
+
+def f(x):
+    return x < LIMIT
+"""
+
+
+def test_a_bug_is_found_by_its_function_wherever_that_has_moved(tmp_path: Path) -> None:
+    root = make_tree(tmp_path, {"lem/new/place.py": COMPARING, "lem/old.py": "def g(x):\n    return x < 1\n"})
+    known = modules(root, "lem")
+
+    def planted(found: Planted | str) -> str:
+        assert isinstance(found, Planted)
+        assert found.sound == COMPARING
+        return found.text
+
+    assert planted(find(bug("", "A.f", "x < LIMIT", "x"), known)).count("return (x)") == 1
+    assert planted(find(bug("", "f", "x < LIMIT", "x <= LIMIT"), known)).endswith("return x <= LIMIT\n")
+    assert planted(find(bug("", "LIMIT", "3", "4"), known)).startswith("LIMIT = 4\n")
+    moved = bug("", "old.py:f", "x < LIMIT", "True")
+    assert planted(find(moved, known)).endswith("return True\n")
+    renamed = bug("", "before", "x < 3", "x <= 3", new={"in": "f", "old": "x < LIMIT", "bug": "x <= LIMIT"})
+    assert planted(find(renamed, known)).endswith("return x <= LIMIT\n")
+    assert find(bug("", "f", "x > LIMIT", "x"), known) == "f has its snippet 0 times"
+    assert find(bug("", "A", "x", "y"), known) == "A has its snippet 2 times"
+
+
+SMALL = """def is_small(x):
+    return x < 3
+
+def is_large(x):
+    return x > 9
+"""
+TEST_SMALL = """from lem.base import is_small, is_large
+
+def test_small():
+    assert is_small(2)
+    assert not is_small({0})
+"""
+
+
+def test_bugs_are_planted_one_at_a_time_and_judged_by_their_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # which take most of the time
+    root = make_tree(
+        tmp_path,
+        {
+            "lem/__init__.py": "",
+            "lem/base.py": SMALL,
+            "tests/unit/cli/test_edge.py": TEST_SMALL.format(3) + "    assert not is_large(9)\n",
+            "tests/unit/test_middle.py": TEST_SMALL.format(5),
+            "tests/unit/test_broken.py": TEST_SMALL.format(1),
+        },
+    )
+    bugs = [
+        bug("default", "is_small", "<", "<="),
+        bug("weak", "is_small", "<", "<=", tests=["tests/unit/test_middle.py", "tests/unit/test_gone.py"]),
+        bug("other", "is_large", ">", ">="),
+        bug("gone", "is_huge", ">", ">="),
+        bug("broken", "is_large", ">", ">=", tests=["tests/unit/test_broken.py"]),
+    ]
+    planter = Planter(root)
+    found = {item.name: planter.outcome(item) for item in bugs}
+    assert {name: result for name, (result, _) in found.items()} == {
+        "default": CAUGHT,
+        "weak": SURVIVED,
+        "other": CAUGHT,
+        "gone": NOT_APPLICABLE,
+        "broken": NOT_APPLICABLE,
+    }
+    assert "tests/unit/cli/test_edge.py::test_small" in found["other"][1]
+    assert "fails without the bug" in found["broken"][1]
+    assert (root / "lem/base.py").read_text() == SMALL
+
+
+def test_new_tests_that_catch_fewer_bugs_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def written(name: str, **results: str) -> Path:
+        path = tmp_path / name
+        document = {bug: {"result": result, "package": "cli", "told": ""} for bug, result in results.items()}
+        path.write_text(json.dumps(document), encoding="utf-8")
+        return path
+
+    old = written("old", a=CAUGHT, b=CAUGHT, c=SURVIVED)
+    assert compare(old, written("less", a=CAUGHT, b=SURVIVED, c=SURVIVED)) == 1
+    assert "survived: b" in capsys.readouterr().out
+    assert compare(old, written("lost", a=CAUGHT, c=SURVIVED)) == 1
+    assert compare(old, written("other", a=CAUGHT, b=NOT_APPLICABLE, c=CAUGHT)) == 0
+    assert compare(old, old) == 0
+
+
+@pytest.mark.needs("checkout")
+def test_every_declared_bug_has_a_place_in_the_old_tree() -> None:
+    bugs = read_bugs()
+    assert len({item.name for item in bugs}) == len(bugs) == 100
+    with commit_tree("524ec81") as root:
+        known = modules(root, "lem")
+        assert [found for item in bugs if isinstance(found := find(item, known), str)] == []
+        assert [name for item in bugs for name in item.tests[:1] if not (root / name).is_file()] == []
