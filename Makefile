@@ -1,4 +1,4 @@
-# Two commands matter: `make demo` and `make test`. Everything they make lies under build/.
+# The main targets are `make demo` and `make test`. They write only to build/ and lem.pyz.
 PYTHON ?= python3
 
 TEST_ENV := build/test-env
@@ -14,22 +14,22 @@ CAMPAIGN_ARGS ?=
 .PHONY: help demo demo-containers test equivalence lint audit format bench clean distclean test-env demo-env FORCE
 
 help:
-	@echo 'make demo       measure a small campaign with a real transformer on this machine, and show the table'
-	@echo 'make demo-containers  PyTorch and vLLM in containers of their own, on the lab (Debian 12, root; tests/lab/README.md)'
-	@echo 'make test       run every test this machine can run, and say what it could not run'
-	@echo 'make equivalence  compare with the old build on the same inputs (EQUIVALENCE_ARGS=--live: campaigns too)'
-	@echo 'make lem.pyz    build the program into one file'
+	@echo 'make demo       run a small campaign with a real transformer on this machine, and show the table'
+	@echo 'make demo-containers  run PyTorch and vLLM in containers, on the lab (Debian 12, root; tests/lab/README.md)'
+	@echo 'make test       run every test that this machine can run, and list the others'
+	@echo 'make equivalence  compare this tree with the first build (EQUIVALENCE_ARGS=--live: run campaigns too)'
+	@echo 'make lem.pyz    build the program as one file'
 	@echo 'make lint       ruff and mypy; yamllint, ansible-lint and systemd-analyze for the fleet'
-	@echo 'make audit      bandit, and pip-audit of what the program carries (needs PyPI and its database of advisories)'
-	@echo 'make format     let ruff lay out the code'
-	@echo 'make bench      print figures of the program itself beside their targets'
-	@echo 'make clean      remove what was built; distclean: the virtual environments too'
+	@echo 'make audit      bandit, and pip-audit of the vendored packages (needs PyPI and its advisory database)'
+	@echo 'make format     format the code with ruff'
+	@echo 'make bench      print figures of the program itself, with their targets'
+	@echo 'make clean      remove build products; distclean: also the virtual environments'
 	@echo
-	@echo 'PYTHON=python3.12         the Python to make environments from (3.10 or newer)'
-	@echo 'DEMO_PYTHON=…/bin/python  measure with an environment of your own that has PyTorch and transformers'
+	@echo 'PYTHON=python3.12         the Python that creates the environments (3.10 or newer)'
+	@echo 'DEMO_PYTHON=…/bin/python  use your own environment with PyTorch and transformers for the demo'
 	@echo 'PYTEST_ARGS="-k manifest" passed to pytest by make test'
 
-# Always looked at: a file taken away from lem/ must leave the zip too, and building takes less than a second.
+# Always rebuilt, so that deleted files disappear from the zip, too. This takes less than a second.
 lem.pyz: FORCE
 	@$(PYTHON) lem.pyz-build/build.py --output $@
 
@@ -37,14 +37,14 @@ demo: lem.pyz demo-env
 	$(DEMO_PYTHON) examples/make_demo_model.py build/demo-model
 	$(DEMO_PYTHON) lem.pyz campaign examples/demo.yaml --executor local --fresh --yes
 
-# The lab is a Docker Engine with CPU builds of both engines; bringing it up the first time takes some minutes.
+# The lab is Docker with CPU builds of both engines; the first setup takes some minutes.
 demo-containers: lem.pyz demo-env
 	$(DEMO_PYTHON) examples/make_demo_model.py build/demo-model
 	$(PYTHON) -m tests.lab up
 	eval "$$($(PYTHON) -m tests.lab env)" && \
 	  $(PYTHON) lem.pyz campaign examples/two-backends.yaml --executor docker --fresh --yes $(CAMPAIGN_ARGS)
 
-# An environment named by the caller is taken as it is.
+# An environment that the user names is not changed.
 demo-env:
 ifeq ($(DEMO_PYTHON),$(DEMO_ENV)/bin/python)
 	@$(PYTHON) lem.pyz-build/environment.py $(DEMO_ENV) examples/requirements.txt
@@ -65,7 +65,7 @@ lint: test-env
 	$(TEST_PYTHON) -m mypy
 	$(TEST_PYTHON) -m tests.fleet.lint
 
-# Not part of CI: a day on which the database cannot be reached, or learns something new, is no fault of a change.
+# Not part of CI: it depends on the advisory database, which may be unreachable or have new entries.
 audit: test-env
 	$(TEST_PYTHON) -m bandit --quiet --configfile pyproject.toml --recursive lem lem.pyz-build examples
 	@$(PYTHON) lem.pyz-build/environment.py $(AUDIT_ENV) tests/requirements-audit.txt

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Make a Llama with random weights and a tokenizer of its own, so that a measurement needs no download.
+"""Create a Llama with random weights and its own tokenizer, so that a measurement needs no download.
 
     python3 make_demo_model.py FOLDER [--size demo|tiny]
 
-The tokenizer is trained on the texts beside this file, the weights come from a fixed seed: the same versions of torch
-and transformers make the same model. What it writes means nothing, how fast it writes does. A folder that already
-holds this model, whole, is left as it is; needs torch, transformers and tokenizers.
+The tokenizer is trained on the texts next to this file, and the weights come from a fixed seed, so the same versions of
+torch and transformers create the same model. Its output is nonsense, but its speed is real. A folder that already
+contains the complete model is left unchanged. Requires torch, transformers and tokenizers.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides size and speed.
+    """The dimensions of the model.
 
-    `spread` is the standard deviation of the weights: far enough above the usual 0.02 that the logits lie apart and
-    rounding in another order of additions does not change the likeliest token.
+    `spread` is the standard deviation of the weights. It is well above the usual 0.02, so that the logits differ enough
+    that the order of additions does not change the most likely token.
     """
 
     vocabulary: int
@@ -53,17 +53,17 @@ SHAPES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code; the folder holds the model afterwards."""
+    """Create the model and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where the model goes")
+    parser.add_argument("folder", type=Path, help="folder of the model")
     parser.add_argument("--size", choices=tuple(SHAPES), default="demo", help="demo has 21 M parameters, tiny 0.2 M")
     options = parser.parse_args(argv)
     recipe = describe_recipe(SHAPES[options.size])
     if is_made(options.folder, recipe):
-        print(f"{options.folder}: there already")
+        print(f"{options.folder}: already exists")
         return 0
     if options.folder.exists() and not (options.folder / STAMP_NAME).is_file() and any(options.folder.iterdir()):
-        print(f"{options.folder} holds something else; name a folder that is empty or not there", file=sys.stderr)
+        print(f"{options.folder} contains other files; choose an empty or new folder", file=sys.stderr)
         return 2
     parameters = make(options.folder, SHAPES[options.size], recipe)
     print(f"{options.folder}: Llama of {parameters / 1e6:.1f} M parameters with random weights")
@@ -78,7 +78,7 @@ def describe_recipe(shape: Shape) -> dict[str, object]:
 
 
 def is_made(folder: Path, recipe: dict[str, object]) -> bool:
-    """Whether the folder holds the model of this recipe, every file as it was written."""
+    """Whether the folder contains the model of this recipe, with every file unchanged."""
     try:
         stamp = json.loads((folder / STAMP_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -99,13 +99,13 @@ def hash_file(path: Path) -> str:
 
 
 def make(folder: Path, shape: Shape, recipe: dict[str, object]) -> int:
-    """Number of parameters of the model, which appears in the folder whole or not at all."""
+    """Create the model atomically and return its number of parameters."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         vocabulary = save_tokenizer(scratch, shape)
         parameters = save_model(scratch, shape, vocabulary)
-        # Written 0600 by safetensors; a container or another user reads the model as well.
+        # safetensors writes with mode 0600, but a container or another user must be able to read the model.
         for path in scratch.iterdir():
             path.chmod(0o644)
         scratch.chmod(0o755)
@@ -123,7 +123,7 @@ def make(folder: Path, shape: Shape, recipe: dict[str, object]) -> int:
 
 
 def save_tokenizer(folder: Path, shape: Shape) -> int:
-    """Size of the vocabulary of the byte-level BPE tokenizer saved in the folder."""
+    """Save a byte-level BPE tokenizer and return the size of its vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -154,7 +154,7 @@ def save_tokenizer(folder: Path, shape: Shape) -> int:
 
 
 def save_model(folder: Path, shape: Shape, vocabulary: int) -> int:
-    """Number of parameters of the model saved in the folder."""
+    """Save the model and return its number of parameters."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Build lem.pyz: the whole program in one file for any CPython 3.10 or newer, the same bytes wherever it is built.
+"""Build lem.pyz: the whole program in one file for any CPython 3.10 or newer. The build is reproducible.
 
-Same bytes means: members in sorted order, one timestamp (SOURCE_DATE_EPOCH, or 1980-01-01, the first that a zip knows),
-fixed modes whatever the umask, and no compression, because zlib and its replacements compress to different bytes.
+Members are sorted and share one timestamp: SOURCE_DATE_EPOCH, or 1980-01-01, the earliest that a zip can hold. Modes
+do not depend on the umask. Nothing is compressed, because different zlib implementations give different bytes.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ ROOT = HERE.parent
 SHEBANG = b"#!/usr/bin/env python3\n"
 VENDOR_LIST = HERE / "vendor.txt"
 
-# A file with another ending is a mistake (an editor's backup, a model left behind), and it says so.
-SHIPPED_SUFFIXES = frozenset({".css", ".html", ".js", ".json", ".jsonl", ".md", ".py", ".txt", ".yaml", ".yml"})
+# A file with any other suffix is a mistake, such as an editor's backup or a model, and stops the build.
+SHIPPED_SUFFIXES = frozenset(
+    {".css", ".html", ".js", ".json", ".jsonl", ".md", ".py", ".txt", ".typed", ".yaml", ".yml"}
+)
 
-# The wheel of this one platform is taken whatever machine builds; see vendor.txt.
+# Every machine downloads the wheel of this platform; see vendor.txt.
 WHEEL_PLATFORM = (
     "--only-binary=:all:",
     "--implementation=cp",
@@ -41,18 +43,18 @@ WHEEL_PLATFORM = (
 PIP_TIMEOUT_S = 600
 
 ENTRY = '''\
-"""Start of lem.pyz; readable by the old Pythons that lem/__main__.py turns away."""
+"""Entry point of lem.pyz. Old Pythons must be able to parse it: lem/__main__.py rejects them."""
 import sys
 
 from lem.__main__ import run
 
 sys.exit(run())
 '''
-VENDOR_INIT = '"""Third-party code, kept apart from an engine\'s own copies; versions in LICENSES/vendor.txt."""\n'
+VENDOR_INIT = '"""Third-party code, separate from the copies of an engine; see LICENSES/vendor.txt."""\n'
 
 
 class BuildError(Exception):
-    """What stops the build, in words for the person who builds."""
+    """The build cannot go on; the message is for the user."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Pin:
 
 
 def main() -> int:
-    """The exit code of the build."""
+    """Build lem.pyz and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--output", type=Path, default=ROOT / "lem.pyz", help="the file to write (default: %(default)s)"
@@ -74,7 +76,7 @@ def main() -> int:
         "--cache",
         type=Path,
         default=ROOT / "build" / "vendor",
-        help="folder of downloaded wheels, reused while their hashes are those of vendor.txt (default: %(default)s)",
+        help="folder of downloaded wheels, reused while their hashes match vendor.txt (default: %(default)s)",
     )
     args = parser.parse_args()
     try:
@@ -92,7 +94,7 @@ def own_members(root: Path) -> dict[str, bytes]:
     """The project's own files by their name in the zip.
 
     Raises:
-        BuildError: a file in `lem` that nobody decided to ship.
+        BuildError: `lem` contains a file of an unknown kind.
     """
     members = {"__main__.py": ENTRY.encode(), "LICENSE": (root / "LICENSE").read_bytes()}
     for path in sorted((root / "lem").rglob("*")):
@@ -102,7 +104,7 @@ def own_members(root: Path) -> dict[str, bytes]:
             continue
         if path.suffix not in SHIPPED_SUFFIXES:
             raise BuildError(
-                f"{name}: a file of this kind is not part of the program; remove it, or name its kind in build.py"
+                f"{name}: unexpected kind of file; remove it, or add its suffix to SHIPPED_SUFFIXES in build.py"
             )
         members[name.as_posix()] = path.read_bytes()
     return members
@@ -113,8 +115,8 @@ def vendor_members(wheels: Mapping[str, Path]) -> dict[str, bytes]:
     members = {"lem/_vendor/__init__.py": VENDOR_INIT.encode(), "LICENSES/vendor.txt": VENDOR_LIST.read_bytes()}
     with zipfile.ZipFile(wheels["pyyaml"]) as wheel:
         for name in wheel.namelist():
-            # Without cyaml.py `yaml` says by itself that it has no C loader; with it, it would look for one in an
-            # engine's own copy of PyYAML.
+            # Without cyaml.py, `yaml` knows that it has no C loader. With it, `yaml` would import the one of an
+            # engine's own PyYAML.
             if re.fullmatch(r"yaml/\w+\.py", name) and name != "yaml/cyaml.py":
                 members[f"lem/_vendor/{name}"] = wheel.read(name)
             elif name.endswith(".dist-info/licenses/LICENSE"):
@@ -125,17 +127,15 @@ def vendor_members(wheels: Mapping[str, Path]) -> dict[str, bytes]:
     members["LICENSES/nvidia-ml-py.txt"] = leading_comment(source)
     missing = {"lem/_vendor/yaml/__init__.py", "LICENSES/PyYAML.txt"} - set(members)
     if missing:
-        raise BuildError(
-            f"the wheel of PyYAML has another layout than the one known here: no {', '.join(sorted(missing))}"
-        )
+        raise BuildError(f"unexpected layout of the PyYAML wheel: missing {', '.join(sorted(missing))}")
     return members
 
 
 def leading_comment(source: bytes) -> bytes:
-    """The comment that a module begins with, which is where nvidia-ml-py has its licence.
+    """The comment at the top of a module; nvidia-ml-py has its licence there.
 
     Raises:
-        BuildError: the module begins with something else.
+        BuildError: the comment contains no licence.
     """
     lines = []
     for line in source.decode("utf-8").splitlines():
@@ -144,15 +144,15 @@ def leading_comment(source: bytes) -> bytes:
         lines.append(line.lstrip("#").removeprefix(" ").rstrip())
     text = "\n".join(lines).strip("\n") + "\n"
     if "Copyright" not in text:
-        raise BuildError("nvidia-ml-py no longer begins with its licence; see where it went before shipping it")
+        raise BuildError("nvidia-ml-py no longer begins with its licence; find the licence before you ship the module")
     return text.encode("utf-8")
 
 
 def vendor_wheels(cache: Path) -> dict[str, Path]:
-    """The wheel of each line of vendor.txt, downloaded when the cache has none with that hash.
+    """The wheel for each line of vendor.txt, downloaded unless the cache has a file with that hash.
 
     Raises:
-        BuildError: they cannot be downloaded, or are not the files that vendor.txt names.
+        BuildError: a wheel cannot be downloaded, or does not match vendor.txt.
     """
     pins = read_pins(VENDOR_LIST.read_text(encoding="utf-8"))
     found = find_wheels(pins, cache)
@@ -165,15 +165,15 @@ def vendor_wheels(cache: Path) -> dict[str, Path]:
         except subprocess.TimeoutExpired as error:
             raise BuildError(f"pip did not finish within {PIP_TIMEOUT_S} s") from error
         if code != 0:
-            raise BuildError("pip could not download what vendor.txt names (its message is above)")
+            raise BuildError("pip could not download the wheels in vendor.txt; see its message above")
         found = find_wheels(pins, cache)
     if len(found) < len(pins):
-        raise BuildError(f"{cache} does not hold every file that vendor.txt names; remove the folder and try again")
+        raise BuildError(f"{cache} does not hold all the wheels in vendor.txt; remove the folder and try again")
     return found
 
 
 def find_wheels(pins: tuple[Pin, ...], folder: Path) -> dict[str, Path]:
-    """The files in `folder` that have the hash of a pin, by the pin's name."""
+    """The files in `folder` whose hash matches a pin, by the pin's name."""
     by_hash = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in sorted(folder.glob("*.whl"))}
     return {pin.name: by_hash[pin.sha256] for pin in pins if pin.sha256 in by_hash}
 
@@ -182,7 +182,7 @@ def read_pins(text: str) -> tuple[Pin, ...]:
     """The pins in a vendor list.
 
     Raises:
-        BuildError: a line that pins no version or no hash.
+        BuildError: a line does not pin a version and a hash.
     """
     pins = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -190,34 +190,34 @@ def read_pins(text: str) -> tuple[Pin, ...]:
             continue
         match = re.fullmatch(r"([\w.-]+)==([\w.]+) --hash=sha256:([0-9a-f]{64})", line)
         if match is None:
-            raise BuildError(f"vendor.txt:{number}: NAME==VERSION --hash=sha256:… is due, got {line!r}")
+            raise BuildError(f"vendor.txt:{number}: expected NAME==VERSION --hash=sha256:…, got {line!r}")
         name, version, sha256 = match.groups()
         pins.append(Pin(name.lower(), version, sha256))
     return tuple(pins)
 
 
 def pip_command(cache: Path) -> list[str]:
-    """How to run pip: this Python's, or one in an environment of its own, since Debian's Python comes without.
+    """The pip of this Python, or one in a new environment: Debian's Python has no pip.
 
     Raises:
-        BuildError: there is no pip and none can be made.
+        BuildError: there is no pip and it cannot be installed.
     """
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip"]
     folder = cache / "pip-env"
     if not (folder / "bin" / "pip").exists():
-        # As a program of its own: Debian's venv module, without ensurepip, ends the one that calls it.
+        # In a subprocess: Debian's venv module exits the interpreter when ensurepip is missing.
         command = [sys.executable, "-m", "venv", "--clear", str(folder)]
         if subprocess.run(command, check=False, timeout=PIP_TIMEOUT_S).returncode != 0:
-            raise BuildError("pip is needed to fetch what vendor.txt names: apt-get install python3-venv")
+            raise BuildError("pip is required to download the wheels in vendor.txt: apt-get install python3-venv")
     return [str(folder / "bin" / "python"), "-m", "pip"]
 
 
 def timestamp(source_date_epoch: str | None) -> tuple[int, int, int, int, int, int]:
-    """Year to second of every member: SOURCE_DATE_EPOCH in UTC, else the first moment a zip can name.
+    """The timestamp of every member: SOURCE_DATE_EPOCH in UTC, or else the earliest that a zip can hold.
 
     Raises:
-        BuildError: SOURCE_DATE_EPOCH is not a number of seconds.
+        BuildError: SOURCE_DATE_EPOCH is not an integer.
     """
     first = (1980, 1, 1, 0, 0, 0)
     if not source_date_epoch:
@@ -225,7 +225,7 @@ def timestamp(source_date_epoch: str | None) -> tuple[int, int, int, int, int, i
     try:
         moment = time.gmtime(int(source_date_epoch))
     except ValueError as error:
-        raise BuildError(f"SOURCE_DATE_EPOCH={source_date_epoch}: seconds since 1970 are due") from error
+        raise BuildError(f"SOURCE_DATE_EPOCH: expected seconds since 1970, got {source_date_epoch!r}") from error
     return max(first, (moment.tm_year, moment.tm_mon, moment.tm_mday, moment.tm_hour, moment.tm_min, moment.tm_sec))
 
 
@@ -236,14 +236,14 @@ def pack(members: Mapping[str, bytes], date_time: tuple[int, int, int, int, int,
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(members):
             info = zipfile.ZipInfo(name, date_time)
-            info.create_system = 3  # Unix, whose modes these are
+            info.create_system = 3  # Unix: external_attr holds the mode
             info.external_attr = 0o100644 << 16
             archive.writestr(info, members[name])
     return buffer.getvalue()
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Put `data` in the place of `path` at once: a running lem.pyz keeps the file it was started from."""
+    """Replace `path` atomically: a running lem.pyz keeps the file it was started from."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with open(descriptor, "wb") as stream:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Make a virtual environment hold what a requirements file pins; done at once when it already does.
+"""Install a requirements file into a virtual environment, and create the environment if necessary.
 
     environment.py FOLDER REQUIREMENTS
 
-The folder remembers the hash of the requirements it was filled from. An environment that is there is added to and
-never thrown away, unless its Python no longer runs: what a person installed into it (a PyTorch for CUDA, say) stays as
-long as it satisfies the pins.
+The folder stores the hash of the requirements, so a second call does nothing. An existing environment is kept unless
+its Python no longer runs: packages that you installed into it (a PyTorch for CUDA, for example) stay as long as they
+satisfy the pins.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ INSTALL_TIMEOUT_S = 3600
 
 
 class SetupError(Exception):
-    """What stops it, in words for the person who runs make."""
+    """The environment cannot be set up; the message is for the user."""
 
 
 def main() -> int:
-    """The exit code of the command."""
+    """Set up the environment and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="the virtual environment")
     parser.add_argument("requirements", type=Path, help="a requirements file with pinned versions")
@@ -41,10 +41,10 @@ def main() -> int:
 
 
 def fill(folder: Path, requirements: Path) -> None:
-    """Make `folder` hold what `requirements` pins.
+    """Install `requirements` into the environment `folder`.
 
     Raises:
-        SetupError: this Python is too old, cannot make environments, or pip failed.
+        SetupError: this Python is too old or cannot create environments, or pip failed.
     """
     wanted = hashlib.sha256(requirements.read_bytes()).hexdigest()
     python, stamp = folder / "bin" / "python", folder / STAMP
@@ -53,10 +53,10 @@ def fill(folder: Path, requirements: Path) -> None:
         return
     if not is_usable:
         _create(folder)
-    print(f"{folder}: installing what {requirements} names", flush=True)
+    print(f"{folder}: installing {requirements}", flush=True)
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", str(requirements)]
     if not _succeeds(command, INSTALL_TIMEOUT_S, is_shown=True):
-        raise SetupError(f"pip could not install what {requirements} names (its message is above)")
+        raise SetupError(f"pip could not install {requirements}; see its message above")
     stamp.write_text(wanted + "\n", encoding="ascii")
 
 
@@ -64,20 +64,24 @@ def _create(folder: Path) -> None:
     if sys.version_info < OLDEST_PYTHON:
         oldest, found = ".".join(map(str, OLDEST_PYTHON)), sys.version.split()[0]
         raise SetupError(
-            f"Python {oldest} or newer is needed, this is {found}; say which: make PYTHON=python{oldest} …"
+            f"Python {oldest} or newer is required, this is {found}; choose one: make PYTHON=python{oldest} …"
         )
-    print(f"{folder}: making a virtual environment for Python {sys.version.split()[0]}", flush=True)
-    # As a program of its own: what venv prints on failure belongs to its time, not after ours.
+    print(f"{folder}: creating a virtual environment for Python {sys.version.split()[0]}", flush=True)
+    # In a subprocess, so that the output of venv and ours come in order.
     if not _succeeds([sys.executable, "-m", "venv", "--clear", str(folder)], INSTALL_TIMEOUT_S, is_shown=True):
         version = ".".join(map(str, sys.version_info[:2]))
         raise SetupError(
-            "this Python cannot make virtual environments; on Debian and Ubuntu: "
+            "this Python cannot create virtual environments; on Debian and Ubuntu: "
             f"apt-get install python3-venv (or python{version}-venv)"
         )
 
 
 def _succeeds(command: list[str], timeout_s: float, *, is_shown: bool = False) -> bool:
-    """Whether a program ends well; one that is not there, or takes too long, does not."""
+    """Whether the command exits with 0; False if the program is missing.
+
+    Raises:
+        SetupError: it does not finish within `timeout_s`.
+    """
     sink = None if is_shown else subprocess.DEVNULL
     try:
         return subprocess.run(command, check=False, timeout=timeout_s, stdout=sink, stderr=sink).returncode == 0

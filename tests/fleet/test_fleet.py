@@ -95,8 +95,8 @@ def test_check_mode_on_provisioned_hosts_finds_nothing_to_do(fleet):
     ("variables", "said"),
     [
         ({"lem_preflight_state_mib": "much"}, "much"),
-        ({"lem_preflight_state_mib": 10**9}, "MiB are due"),
-        ({"lem_preflight_gpu_runtime": True}, "containers cannot have a GPU here"),
+        ({"lem_preflight_state_mib": 10**9}, "MiB are required"),
+        ({"lem_preflight_gpu_runtime": True}, "containers cannot use a GPU here"),
         (
             {"lem_python": "/opt/old-python"},
             r"lem needs Python 3\.10 or newer; lem_python is /opt/old-python,\s+which\s+is 3\.9\.18",
@@ -121,7 +121,7 @@ def test_a_host_that_is_not_fit_is_refused_before_anything_changes(fleet, variab
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({}, "lem_campaign_file=… names the campaign"),
+        ({}, "set the campaign with -e lem_campaign_file=…"),
         ({"lem_campaign_file": "@broken", "lem_fleet_mode": "shard"}, "unknown key"),
         ({"lem_campaign_file": "@good", "lem_fleet_mode": "both"}, "shard or replicate"),
         ({"lem_campaign_file": "@good", "lem_fleet_anchor_tolerance": "0.05"}, "expected a percentage"),
@@ -165,7 +165,7 @@ def test_a_campaign_is_split_over_hosts_and_merged(fleet):
     assert b"<svg" in (controller.fleet_dir / "split" / "report.html").read_bytes()
 
 
-def test_what_arrived_is_kept_and_a_second_call_does_only_what_lacks(fleet):
+def test_results_that_arrived_are_kept_and_a_second_call_runs_only_what_is_missing(fleet):
     """Replicated; one host fails at one configuration, the other is killed in the middle."""
     controller = fleet.controller
     campaign = controller.write_campaign("twice")
@@ -180,7 +180,7 @@ def test_what_arrived_is_kept_and_a_second_call_does_only_what_lacks(fleet):
     )
     first = controller.play("run_campaign", **given, lem_campaign_poll_times=1)
     assert first.code != 0
-    assert "gpu2: still runs" in first.text
+    assert "gpu2: still running" in first.text
     plan = (controller.fleet_dir / "twice" / "plan.json").read_bytes()
     wait_for("gpu1 has failed", lambda: fleet.gpu1.show(unit("twice"), "ActiveState") == "failed")
     assert sorted(entries(fleet.gpu1, "twice").values()) == ["completed", "completed", "failed", "failed"]
@@ -193,7 +193,7 @@ def test_what_arrived_is_kept_and_a_second_call_does_only_what_lacks(fleet):
     missing_host = controller.play("run_campaign", **given)
     assert missing_host.code != 0
     assert "gpu2: unreachable" in missing_host.text
-    assert "results are lacking" in missing_host.text
+    assert "results are missing" in missing_host.text
     merged = controller.merged("twice")
     assert len([name for name in merged if "+gpu1/" in name]) == 4
     assert len(measured) == 2
@@ -213,7 +213,7 @@ def test_what_arrived_is_kept_and_a_second_call_does_only_what_lacks(fleet):
     assert "@ gpu2" in shown.stdout
 
 
-def test_what_a_host_lacks_that_does_not_come_back_is_divided_among_the_others(fleet):
+def test_missing_work_of_a_lost_host_is_divided_among_the_others(fleet):
     controller = fleet.controller
     given = trivial(lem_campaign_file=controller.write_campaign("lost", outputs=(4, 8, 16)))
     fleet.gpu2.kill()
@@ -229,7 +229,7 @@ def test_what_a_host_lacks_that_does_not_come_back_is_divided_among_the_others(f
     assert kept.items() <= merged.items()
     measured = {json.loads(text)["identity"]["config_name"] for text in merged.values()}
     assert len(measured) == 3, again.text[-4000:]
-    assert "results are lacking" not in again.text
+    assert "results are missing" not in again.text
     plans = [path.read_bytes() for path in (controller.fleet_dir / "lost").glob("plan.*.json")]
     assert plans == [plan]
 
@@ -333,7 +333,7 @@ def test_an_image_with_another_id_is_refused(fleet, bundle):
     given = {**variables, "lem_images_lock_file": str(folder / "other.json")}
     ended = fleet.controller.play("site", **given)
     assert ended.code != 0
-    assert "the lock says sha256:000" in ended.text
+    assert "the lock file says sha256:000" in ended.text
     assert not fleet.island.answers("test", "-e", "/opt/lem")
 
 

@@ -100,14 +100,16 @@ class Shell:
         self._program("python3", f'exec "{sys.executable}" "$@"')
         self._program("lem", f'exec "{sys.executable}" -m lem "$@"')
         folder.mkdir()
+        self._program("python", f'exec "{sys.executable}" "$@"', folder / "build" / "demo-env" / "bin")  # by make demo
         (folder / "lem.pyz").write_text("import runpy\nrunpy.run_module('lem', run_name='__main__', alter_sys=True)\n")
         shutil.copytree(ROOT / "examples", folder / "examples")
         shutil.copytree(ROOT / "docker", folder / "docker")
         for name, block in files(page).items():
             (folder / name).write_text(shortened(block.text), encoding="utf-8")
 
-    def _program(self, name: str, text: str) -> None:
-        path = self.programs / name
+    def _program(self, name: str, text: str, folder: Path | None = None) -> None:
+        path = (folder or self.programs) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"#!/bin/sh\n{text}\n")
         path.chmod(0o755)
 

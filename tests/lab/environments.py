@@ -89,7 +89,7 @@ def provide_model(places: Places, size: str) -> None:
         places.models.mkdir(parents=True, exist_ok=True)
         maker = [str(places.environment("pytorch") / "bin/python"), "-m", "tests.lab.make_model"]
         said = must([*maker, str(folder), size], timeout_s=MODEL_TIMEOUT_S, cwd=ROOT)
-        if said.strip().endswith("there already"):
+        if said.strip().endswith("already exists"):
             return current.skip(str(folder))
         current.outcome = said.strip()
     return None

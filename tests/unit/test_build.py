@@ -112,7 +112,7 @@ def test_zip_holds_program_vendored_modules_and_licences_and_nothing_else(pyz: P
     assert all("Copyright" in text for name, text in texts.items() if name != "LICENSES/vendor.txt")
 
 
-def test_file_that_nobody_decided_to_ship_stops_the_build(tmp_path: Path) -> None:
+def test_file_of_unknown_kind_stops_the_build(tmp_path: Path) -> None:
     root = copy_of_the_project(tmp_path / "project")
     (root / "lem" / "errors.py~").write_text("an editor's backup", encoding="utf-8")
     finished = build(root, tmp_path / "lem.pyz")

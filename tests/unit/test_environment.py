@@ -26,7 +26,7 @@ def test_environment_is_made_once_and_filled_again_only_for_other_requirements(t
     requirements.write_text(NOTHING, encoding="utf-8")
     first = fill(folder, requirements)
     assert first.returncode == 0, first.stderr
-    assert "making a virtual environment" in first.stdout
+    assert "creating a virtual environment" in first.stdout
     mark = folder / "what a person installed"
     mark.touch()
     again = fill(folder, requirements)
@@ -35,12 +35,12 @@ def test_environment_is_made_once_and_filled_again_only_for_other_requirements(t
     other = fill(folder, requirements)
     assert other.returncode == 0, other.stderr
     assert "installing" in other.stdout
-    assert "making" not in other.stdout
+    assert "creating" not in other.stdout
     assert mark.exists()
     (folder / "bin" / "python").unlink()
     broken = fill(folder, requirements)
     assert broken.returncode == 0, broken.stderr
-    assert "making a virtual environment" in broken.stdout
+    assert "creating a virtual environment" in broken.stdout
     assert not mark.exists()
 
 
@@ -50,17 +50,17 @@ def test_environment_that_could_not_be_filled_is_tried_again(tmp_path: Path) -> 
     for _ in range(2):
         finished = fill(tmp_path / "env", requirements)
         assert finished.returncode == 1
-        assert "pip could not install what" in finished.stderr
+        assert "pip could not install" in finished.stderr
         assert "Traceback" not in finished.stderr
 
 
 @pytest.mark.needs("old_python")
-def test_an_old_python_is_told_which_one_is_needed(tmp_path: Path) -> None:
+def test_old_python_gives_an_error_that_names_the_required_version(tmp_path: Path) -> None:
     requirements = tmp_path / "requirements.txt"
     requirements.write_text(NOTHING, encoding="utf-8")
     for python in find_pythons():
         if (3, 7) <= python.version < (3, 10):
             finished = fill(tmp_path / "env", requirements, python.path)
             assert finished.returncode == 1
-            assert "Python 3.10 or newer is needed" in finished.stderr
+            assert "Python 3.10 or newer is required" in finished.stderr
             assert not (tmp_path / "env").exists()
