@@ -11,21 +11,16 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
-from lem.config.campaign_config import (
-    CampaignConfig,
-    CampaignExecutionConfig,
-    CampaignGridConfig,
-    CampaignIOConfig,
-)
-from lem.errors import EngineError, Interrupted
-from lem.experiment.channel import RunRequest
+from lem.base.errors import EngineError, Interrupted
+from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig, CampaignGridConfig, CampaignIOConfig
 from lem.orchestration.attempt import Outcome, Timeouts, WorkerEvent
 from lem.orchestration.campaign import CampaignRunner
-from lem.orchestration.events import Event
+from lem.orchestration.dispatch import Worker
 from lem.orchestration.manifest import CampaignManifest, ManifestManager
-from lem.orchestration.stop import StopRequest
-from lem.orchestration.workers import Worker
-from lem.record_codec import write_record
+from lem.orchestration.schedule import StopRequest
+from lem.orchestration.status import Event
+from lem.record import write_record
+from lem.worker.channel import RunRequest
 from tests.records import make_record
 
 __all__ = ["ENVIRONMENT", "FakeClock", "FakeExecutor", "FakeStop", "FakeWorker", "Place", "make_campaign"]

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.orchestration.manifest import CampaignManifest, ManifestManager
-from lem.record import Record
-from lem.record_codec import read_record
+from lem.record import Record, read_record
 from tests.processes import PATIENCE_S, Marker
 
 __all__ = ["EIGHT", "FOUR", "CampaignRig", "Ended", "Running", "Terminal", "campaign_text"]

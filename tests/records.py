@@ -6,11 +6,10 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lem.config.experiment_config import MeasurementConfig
-from lem.measurement import EnergySource, is_gpu_source
-from lem.meters.efficiency import carbon_of, efficiency_of
-from lem.meters.energy import EnergyFindings
-from lem.reasons import Reason, recognise
+from lem.base.measurement import EnergySource, is_gpu_source
+from lem.base.reasons import Reason, recognise
+from lem.config.experiment import MeasurementConfig
+from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of
 from lem.record import (
     Carbon,
     Compute,

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lem import marks as names
-from lem.config.experiment_config import ExperimentConfig
-from lem.meters.energy import Baselines, EnergyFindings, measure
+from lem.base import measurement as names
+from lem.config.experiment import ExperimentConfig
+from lem.meters.energy import EnergyFindings, measure
 from lem.meters.samples import Mark, SampleHeader, SampleLog
-from lem.meters.sources import Sources, choose_sources
+from lem.meters.sources import Baselines, Sources, choose_sources
 from tests.doubles.nvml.traces import NS_PER_S, Counter, GpuTrace, Level, PowerSignal, Trace, simulate_log
 from tests.doubles.powercap import Zone
 

@@ -30,11 +30,10 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
-from lem.clock import utc_text
+from lem.base.clock import utc_text
 from lem.config.campaign_config import generate_campaign_id, slug_of
-from lem.config.experiment_config import ExperimentConfig
+from lem.config.experiment import ExperimentConfig
 from lem.meters.samples import FINISHED_FILENAME, GpuHeader, write_finished
-from lem.orchestration.identity import experiment_id
 from lem.orchestration.manifest import (
     COMPLETED,
     FAILED,
@@ -45,8 +44,8 @@ from lem.orchestration.manifest import (
     CampaignManifestEntry,
     encode_manifest,
 )
-from lem.record import Identity, Record
-from lem.record_codec import encode_record
+from lem.orchestration.names import experiment_id
+from lem.record import Identity, Record, encode_record
 from tests.synthetic_log import LogPlan, make_log
 from tests.synthetic_record import Run, make_run_record
 

@@ -7,16 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lem.marks import (
-    GUARD_AFTER,
-    GUARD_BEFORE,
-    IDLE_BARE,
-    IDLE_LOADED,
-    IDLE_POST,
-    LOAD,
-    WARMUP,
-    WINDOW,
-)
+from lem.base.measurement import GUARD_AFTER, GUARD_BEFORE, IDLE_BARE, IDLE_LOADED, IDLE_POST, LOAD, WARMUP, WINDOW
 from lem.meters.samples import CounterChange, GpuHeader, GpuSample, Mark, SampleHeader, SampleLog
 
 __all__ = ["EVENT_IDLE", "EVENT_POWER_CAP", "EVENT_THERMAL", "LogPlan", "make_log"]

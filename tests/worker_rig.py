@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lem import durable, process
-from lem.config.experiment_config import ExperimentConfig
-from lem.experiment.channel import LineBuffer, RunRequest, decode_report, encode_line
-from lem.experiment.launch import own_command
+from lem.base import durable, process
+from lem.config.experiment import ExperimentConfig
+from lem.worker.channel import LineBuffer, RunRequest, decode_report, encode_line
+from lem.worker.launch import own_command
 from tests.processes import Marker
 
 __all__ = ["COMMAND", "RawWorker", "Rig"]

@@ -6,21 +6,20 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lem import log
-from lem.cli.streams import write_json
-from lem.config.names import STRUCTURES
-from lem.errors import ExitCode, UserError
+from lem.base import log
+from lem.base.doc import write_json
+from lem.base.durable import STRUCTURES
+from lem.base.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
     from lem.cli.fleet import FleetPart
     from lem.config.campaign_config import CampaignConfig
-    from lem.config.loading import Loaded
+    from lem.config.load import Loaded
     from lem.orchestration.executor_choice import ExecutorChoice
     from lem.orchestration.order import Prices
     from lem.orchestration.plan import Plan
     from lem.results.precision import StoppingRule, Target
 
-__all__ = ["add_arguments", "run"]
 
 # Options that stand for one key of the file: their value wins over the file's.
 _KEYS = {
@@ -41,7 +40,7 @@ _KEYS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_campaign_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `lem campaign` takes."""
     parser.description = "Run a campaign file, or several experiment files with --campaign-name."
     parser.allow_abbrev = False  # the resume command is made of the words as they were written
@@ -137,10 +136,10 @@ def _add_fleet(group: argparse._ArgumentGroup) -> None:
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """The exit code."""
     from lem.cli.plan_view import expected_document, plan_document
-    from lem.meters.gpus import find_gpus
+    from lem.meters.nvml import find_gpus
     from lem.orchestration.executor_choice import choose_executor
     from lem.orchestration.plan import build_plan
-    from lem.orchestration.preflight import check_supported, with_unused_options
+    from lem.orchestration.session import check_supported, with_unused_options
 
     loaded = _load(args)
     campaign, rule = _with_rule(args, loaded.config)
@@ -197,7 +196,7 @@ def _target(text: str) -> Target:
 
 
 def _duration(text: str) -> float:
-    from lem.units import parse_duration
+    from lem.base.units import parse_duration
 
     try:
         return parse_duration(text)
@@ -268,8 +267,8 @@ def _describe_plan(
 def _prices(plan: Plan, campaign: CampaignConfig) -> Prices:
     """What experiments of this plan, loads of its engines and gaps took before."""
     from lem.orchestration.order import Prices
-    from lem.results.repository import Repository
-    from lem.results.timing import earlier_times
+    from lem.results.run import earlier_times
+    from lem.results.store import Repository
 
     engines = {item.config_hash: item.engine_key for item in plan.configurations}
     scan = Repository(Path(campaign.io.results_dir), campaign.slug).scan()

@@ -15,8 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from lem import log
-from lem.cli.conclusion import (
+from lem.base import log
+from lem.base.clock import utc_now
+from lem.base.durable import reason_of
+from lem.base.errors import ExitCode, Interrupted, LemError, UserError
+from lem.cli.fleet import FleetPart
+from lem.cli.progress import (
+    LogProgress,
+    StatusProgress,
+    choose_progress,
     closing_lines,
     exit_code_of_outcome,
     message_of_error,
@@ -24,26 +31,17 @@ from lem.cli.conclusion import (
     resume_command,
     show_results,
 )
-from lem.cli.fleet import FleetPart
-from lem.cli.progress import LogProgress, StatusProgress, choose_progress
-from lem.clock import utc_now
 from lem.config.campaign_config import CampaignConfig
-from lem.durable import reason_of
-from lem.errors import ExitCode, Interrupted, LemError, UserError
 from lem.orchestration.campaign import CampaignOutcome, CampaignRunner
-from lem.orchestration.daemon import Course, Scheduler
-from lem.orchestration.events import Event
 from lem.orchestration.executor_choice import ExecutorChoice
 from lem.orchestration.loop import Stopped
-from lem.orchestration.notification import Notification, notify
-from lem.orchestration.opening import SAY_WHICH, RunOptions, Wish
 from lem.orchestration.plan import Plan
-from lem.orchestration.service_manager import ServiceManager
-from lem.orchestration.stop import StopRequest
+from lem.orchestration.resume import SAY_WHICH, RunOptions, Wish
+from lem.orchestration.schedule import StopRequest
+from lem.orchestration.status import Event
+from lem.orchestration.systemd import Course, Notification, Scheduler, ServiceManager, notify
 from lem.orchestration.topup import make_rule
 from lem.results.precision import StoppingRule, Target
-
-__all__ = ["CampaignCommand"]
 
 _logger = logging.getLogger("lem.campaign")
 
@@ -230,11 +228,11 @@ class CampaignCommand:
 
     @contextlib.contextmanager
     def _log_file(self) -> Iterator[None]:
-        """In quiet mode everything goes to `<state_dir>/<campaign>/lem.log`."""
+        """In quiet mode everything goes to `<state_dir>/<campaign>/lem.base.log`."""
         if not self._is_quiet:
             yield
             return
-        path = Path(self._campaign.io.state_dir) / self._campaign.slug / "lem.log"
+        path = Path(self._campaign.io.state_dir) / self._campaign.slug / "lem.base.log"
         try:
             handler = log.log_to_file(path)
         except OSError as error:

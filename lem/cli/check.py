@@ -7,24 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from lem.base.doc import terminal_width, write_json
+from lem.base.errors import ExitCode
+from lem.base.log import WIDEST, WIDTH, is_colour_wanted
+from lem.base.units import plural, some_of
 from lem.cli.selection import SelectedRun, resolve_run
-from lem.cli.streams import terminal_width, write_json
-from lem.errors import ExitCode
-from lem.log import WIDEST, WIDTH, is_colour_wanted
-from lem.units import plural, some_of
 
 if TYPE_CHECKING:
     from lem.results.check import Check
-    from lem.results.findings import Finding
+    from lem.results.check_results import Finding
 
-__all__ = ["add_arguments", "check_document", "render_check", "run"]
 
 SCHEMA_VERSION = 1
 
 _LEAD = 6
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `lem check` takes."""
     parser.description = (
         "What weakens the numbers of a campaign, each with what to do. WEAK: numbers or verdicts are "
@@ -74,7 +73,7 @@ def check_document(check: Check) -> dict[str, Any]:
 
 def render_check(check: Check, *, is_colour: bool = False, width: int = WIDTH) -> str:
     """What was found as text that ends in a newline: weak findings first, and one sentence at the end."""
-    from lem.results.layout import NAME_WIDTH, NameShortener, paint, wrapped
+    from lem.base.doc import NAME_WIDTH, NameShortener, paint, wrapped
 
     width = min(width, WIDEST)
     names = [item.name for item in check.run.subjects] if check.run is not None else []
@@ -90,7 +89,7 @@ def render_check(check: Check, *, is_colour: bool = False, width: int = WIDTH) -
 
 
 def _finding_lines(item: Finding, shortener: Any, n_all: int, *, is_colour: bool, width: int) -> list[str]:
-    from lem.results.layout import paint, wrapped
+    from lem.base.doc import paint, wrapped
 
     label, style = ("WEAK", "red") if item.is_weak else ("note", "yellow")
     is_told = set(item.configurations) <= set(item.reason.data.values())
@@ -102,7 +101,7 @@ def _finding_lines(item: Finding, shortener: Any, n_all: int, *, is_colour: bool
 
 def _whom(names: Sequence[str], n_all: int) -> str:
     """Which configurations it concerns; nothing where it is all of them or none in particular."""
-    from lem.results.layout import NAMES_SHOWN
+    from lem.base.doc import NAMES_SHOWN
 
     if not names or len(names) == n_all:
         return ""
@@ -120,7 +119,7 @@ def _conclusion(check: Check) -> str:
 def _check(where: SelectedRun) -> Check:
     from lem.results.check import check_run
     from lem.results.precision import read_stopping_rule
-    from lem.results.repository import count_failed
+    from lem.results.store import count_failed
 
     scan = where.scan()
     return check_run(

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from lem.base.doc import terminal_width, write_json
+from lem.base.errors import UserError
+from lem.base.log import is_colour_wanted
+from lem.base.units import parse_percentage
 from lem.cli.selection import (
     SelectedRun,
     ambiguous,
@@ -17,18 +21,13 @@ from lem.cli.selection import (
     problem_documents,
     tell_problems,
 )
-from lem.cli.streams import terminal_width, write_json
-from lem.errors import UserError
-from lem.log import is_colour_wanted
-from lem.units import parse_percentage
 
 if TYPE_CHECKING:
     from lem.results.compare import Comparison, RunResults, Subject
-    from lem.results.gate import Gate
+    from lem.results.effect import Gate
     from lem.results.metrics import Metric
-    from lem.results.repository import Problem
+    from lem.results.store import Problem
 
-__all__ = ["add_arguments", "run"]
 
 _THING = """CAMPAIGN: all its configurations against the baseline; CAMPAIGN A B …: B and more against A; two campaigns
 or runs: the second against the first; a configuration alone is CAMPAIGN/CONFIGURATION"""
@@ -37,7 +36,7 @@ _EPILOG = """A campaign means its last run; a run is named by its ID or the begi
 _DEFAULT_TOLERANCE = "5%"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `lem compare` takes."""
     parser.description = __doc__
     parser.epilog = _EPILOG
@@ -69,8 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """The exit code: of the gates, and 0 without one."""
     from lem.results.compare import gate_code
-    from lem.results.compare_view import comparison_document, render_markdown, render_text
-    from lem.results.gate import parse_gate, parse_metric
+    from lem.results.comparison_text import comparison_document, render_markdown, render_text
+    from lem.results.effect import parse_gate, parse_metric
 
     gates = [parse_gate(text) for text in args.gate]
     if len({gate.metric for gate in gates}) < len(gates):
@@ -199,7 +198,7 @@ def _names_in(where: SelectedRun) -> set[str]:
 def _gather(where: SelectedRun, metrics: Sequence[Metric], problems: list[Problem]) -> RunResults:
     from lem.results.compare import gather
     from lem.results.precision import read_stopping_rule
-    from lem.results.repository import count_failed
+    from lem.results.store import count_failed
 
     scan = where.scan()
     problems += scan.problems

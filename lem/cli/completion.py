@@ -1,15 +1,14 @@
-"""`lem completion`: a script that lets a shell complete lem's commands, options and their values."""
+"""`lem completion`."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from lem.errors import ExitCode
-
-__all__ = ["Command", "Option", "Value", "add_arguments", "commands_of", "run"]
+from lem.base.errors import ExitCode
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -61,7 +60,7 @@ class Command:
     values: Value | None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_completion_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `lem completion` takes."""
     parser.description = "Print a script that lets a shell complete lem's commands, options, and values."
     parser.epilog = _HOW
@@ -72,7 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001 - as every command is called
     """The exit code."""
-    from lem.cli.completion_scripts import render
     from lem.cli.main import make_parser
 
     out.write(render(args.shell, tuple(commands_of(make_parser()))))
@@ -107,3 +105,189 @@ def _value(action: argparse.Action) -> Value:
     name = action.metavar if isinstance(action.metavar, str) else action.dest
     choices = tuple(map(str, action.choices or ()))
     return Value(name, choices, is_file=not choices and name in _FILES, is_folder=not choices and name in _FOLDERS)
+
+
+_PROGRAMS = ("lem", "lem.pyz")
+
+
+def render(shell: str, commands: Sequence[Command]) -> str:
+    """The script for a shell: `bash`, `zsh` or `fish`."""
+    return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](commands)
+
+
+def _path_of(command: Command) -> str:
+    return " ".join(command.path)
+
+
+def _key(command: Command) -> str:
+    """The path so far and the next word, by which a script knows that it is on the way to this command."""
+    return f"{' '.join(command.path[:-1])} {command.path[-1]}"
+
+
+def _words(words: Iterable[str]) -> str:
+    return " ".join(words)
+
+
+# bash
+
+_BASH_HEAD = """\
+# bash completion for lem, made by `lem completion bash`
+_lem() {
+    local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD-1]} path= index
+    # bash takes --option=value apart at the =.
+    if [[ $current == = ]]; then current=; elif [[ $previous == = ]]; then previous=${COMP_WORDS[COMP_CWORD-2]}; fi
+    for ((index = 1; index < COMP_CWORD; index++)); do
+        case "$path ${COMP_WORDS[index]}" in
+"""
+_BASH_MIDDLE = """\
+        esac
+    done
+    COMPREPLY=()
+    case "$path $previous" in
+"""
+
+
+def _bash(commands: Sequence[Command]) -> str:
+    below = [command for command in commands if command.path]
+    paths = [f"        {shlex.quote(_key(item))}) path={shlex.quote(_path_of(item))} ;;\n" for item in below]
+    values, words = [], []
+    for command in commands:
+        for option in command.options:
+            if option.value is not None:
+                keys = "|".join(shlex.quote(f"{_path_of(command)} {name}") for name in option.names)
+                values.append(f"    {keys}) {_bash_reply(option.value)}; return ;;\n")
+        names = [name for option in command.options for name in option.names]
+        own = _bash_reply(Value(choices=tuple(name for name, _ in command.children)))
+        if command.values is not None:
+            own = _bash_reply(command.values)
+        options = _bash_reply(Value(choices=tuple(names)))
+        key = shlex.quote(_path_of(command))
+        words.append(f"    {key}) if [[ $current == -* ]]; then {options}; else {own}; fi ;;\n")
+    return "".join(
+        [
+            _BASH_HEAD,
+            *("    " + line for line in paths),
+            _BASH_MIDDLE,
+            *values,
+            '    esac\n    case "$path" in\n',
+            *words,
+            f"    esac\n}}\ncomplete -F _lem {_words(_PROGRAMS)}\n",
+        ]
+    )
+
+
+def _bash_reply(value: Value) -> str:
+    if value.is_file or value.is_folder:
+        kind = "-f" if value.is_file else "-d"
+        return f'compopt -o filenames; mapfile -t COMPREPLY < <(compgen {kind} -- "$current")'
+    if not value.choices:
+        return ":"
+    return f'mapfile -t COMPREPLY < <(compgen -W {shlex.quote(_words(value.choices))} -- "$current")'
+
+
+# zsh
+
+
+def _zsh(commands: Sequence[Command]) -> str:
+    functions = "".join(map(_zsh_function, commands))
+    head = f"#compdef {_words(_PROGRAMS)}\n# zsh completion for lem, made by `lem completion zsh`\n"
+    # Autoloaded from a folder of $fpath the file is the function; sourced, it only tells zsh about it.
+    tail = 'if [[ "$funcstack[1]" == _lem ]]; then\n  _lem "$@"\nelse\n  compdef _lem {}\nfi\n'
+    return f"{head}{functions}{tail.format(_words(_PROGRAMS))}"
+
+
+def _zsh_function(command: Command) -> str:
+    lines = [_zsh_option(option) for option in command.options]
+    if command.children:
+        lines += ["'1: :->command'", "'*:: :->rest'"]
+    elif command.values is not None and _zsh_value(command.values).strip():
+        lines.append(shlex.quote(f"*:{_zsh_text(command.values.name)}:{_zsh_value(command.values)}"))
+    arguments = "".join(f" \\\n    {line}" for line in lines)
+    begin = f"{_zsh_name(command.path)}() {{\n  local context state state_descr line\n  typeset -A opt_args\n"
+    return f"{begin}  _arguments -C{arguments}\n{_zsh_children(command)}}}\n"
+
+
+def _zsh_children(command: Command) -> str:
+    if not command.children:
+        return ""
+    named = " ".join(shlex.quote(f"{name}:{text}") for name, text in command.children)
+    calls = "".join(f"      {name}) {_zsh_name((*command.path, name))} ;;\n" for name, _ in command.children)
+    return (
+        f"  case $state in\n  command)\n    local -a commands=({named})\n    _describe command commands ;;\n"
+        f"  rest)\n    case $line[1] in\n{calls}    esac ;;\n  esac\n"
+    )
+
+
+def _zsh_name(path: Sequence[str]) -> str:
+    return "_".join(("_lem", *path))
+
+
+def _zsh_option(option: Option) -> str:
+    excluded = "*" if option.is_repeatable else f"({_words(option.names)})"
+    text = f"[{_zsh_text(option.text)}]"
+    if option.value is not None:
+        text += f":{_zsh_text(option.value.name)}:{_zsh_value(option.value)}"
+    if len(option.names) == 1:
+        return shlex.quote(f"{excluded}{option.names[0]}{text}")
+    return f"{shlex.quote(excluded)}{{{','.join(option.names)}}}{shlex.quote(text)}"
+
+
+def _zsh_value(value: Value) -> str:
+    if value.choices:
+        return f"({_words(value.choices)})"
+    return "_files" if value.is_file else "_files -/" if value.is_folder else " "
+
+
+def _zsh_text(text: str) -> str:
+    for character in "\\[]:":
+        text = text.replace(character, f"\\{character}")
+    return text
+
+
+# fish
+
+_FISH_HEAD = """\
+# fish completion for lem, made by `lem completion fish`
+function __lem_path
+    set -l path
+    for word in (commandline -opc)[2..-1]
+        switch "$path $word"
+"""
+
+
+def _fish(commands: Sequence[Command]) -> str:
+    cases = []
+    for command in commands:
+        if command.path:
+            key = f"{' '.join(command.path[:-1])} {command.path[-1]}"
+            cases.append(
+                f"            case {_fish_word(key)}\n                set path {_fish_word(_path_of(command))}\n"
+            )
+    tail = '        end\n    end\n    test "$path" = "$argv[1]"\nend\n'
+    lines = [line for command in commands for line in _fish_lines(command)]
+    return "".join([_FISH_HEAD, *cases, tail, *(f"complete -c {name} -f\n" for name in _PROGRAMS), *lines])
+
+
+def _fish_lines(command: Command) -> list[str]:
+    here = _fish_word(f"__lem_path {_fish_word(_path_of(command))}")
+    said = [f"-a {_fish_word(name)} -d {_fish_word(text)}" for name, text in command.children]
+    if command.values is not None:
+        said += _fish_value(command.values)
+    for option in command.options:
+        names = [f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}" for name in option.names]
+        value = [] if option.value is None else ["-r" if option.value.is_file else "-x", *_fish_value(option.value)]
+        said.append(_words([*names, *value, "-d", _fish_word(option.text)]))
+    return [f"complete -c {program} -n {here} {words}\n" for program in _PROGRAMS for words in said]
+
+
+def _fish_value(value: Value) -> list[str]:
+    if value.choices:
+        return [f"-a {_fish_word(_words(value.choices))}"]
+    if value.is_folder:
+        return ["-a '(__fish_complete_directories)'"]
+    return ["-F"] if value.is_file else []
+
+
+def _fish_word(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"

@@ -6,21 +6,20 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lem import log
-from lem.cli.streams import write_json
-from lem.errors import ConfigurationError, ExitCode
+from lem.base import log
+from lem.base.doc import write_json
+from lem.base.errors import ConfigurationError, ExitCode
 
 if TYPE_CHECKING:
-    from lem.config.loading import Loaded
+    from lem.config.load import Loaded
+    from lem.config.option import Section
     from lem.config.problems import Path
-    from lem.config.schema import Section
 
-__all__ = ["add_arguments", "run"]
 
 KINDS = ("campaign", "experiment")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `lem config` takes."""
     parser.description = __doc__
     actions = parser.add_subparsers(metavar="ACTION", required=True)
@@ -135,8 +134,8 @@ def _problem_documents(error: ConfigurationError) -> list[dict[str, Any]]:
 
 def _show(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
     from lem.config import yamlfile
+    from lem.config.describe import render_yaml
     from lem.config.merging import leaves
-    from lem.config.template import render_yaml
 
     kind = yamlfile.kind_of(args.file)
     loaded: Loaded[Any] = (
@@ -196,7 +195,7 @@ def _without_secrets(tree: dict[str, Any], loaded: Loaded[Any]) -> dict[str, Any
 
 
 def _new(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
-    from lem.config.template import campaign_template, experiment_template
+    from lem.config.describe import campaign_template, experiment_template
 
     _check_backend(args.backend)
     out.write(campaign_template(args.backend) if args.kind == "campaign" else experiment_template(args.backend))
@@ -205,8 +204,8 @@ def _new(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
 
 def _schema(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
     from lem.config.campaign_config import CampaignConfig
-    from lem.config.experiment_config import ExperimentConfig
-    from lem.config.jsonschema import document_schema
+    from lem.config.experiment import ExperimentConfig
+    from lem.config.option import document_schema
 
     section = CampaignConfig if args.kind == "campaign" else ExperimentConfig
     write_json(out, document_schema(section, f"lem {args.kind}"))
@@ -214,8 +213,8 @@ def _schema(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
 
 
 def _fields(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
+    from lem.config.describe import render_page, render_text
     from lem.config.introspection import get_campaign_params, get_experiment_params
-    from lem.config.reference import render_page, render_text
 
     if args.markdown:
         out.write(render_page())
@@ -237,7 +236,7 @@ def _fields(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
 
 
 def _check_backend(name: str) -> None:
-    from lem.config.backend_config import BACKENDS
+    from lem.config.backends import BACKENDS
     from lem.config.problems import did_you_mean
 
     if name not in BACKENDS:

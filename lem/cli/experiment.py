@@ -6,19 +6,18 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lem import log
-from lem.cli.streams import terminal_width, write_json
-from lem.errors import ExitCode, UserError
+from lem.base import log
+from lem.base.doc import terminal_width, write_json
+from lem.base.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
     from lem.config.campaign_config import CampaignConfig
-    from lem.config.experiment_config import ExperimentConfig
-    from lem.config.loading import Loaded
+    from lem.config.experiment import ExperimentConfig
+    from lem.config.load import Loaded
     from lem.orchestration.campaign import CampaignOutcome
     from lem.orchestration.plan import Plan
     from lem.record import Record
 
-__all__ = ["add_arguments", "run"]
 
 # Options that stand for one key of the file: their value wins over the file's.
 _KEYS = {
@@ -31,7 +30,7 @@ _KEYS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `lem experiment` takes."""
     parser.add_argument("file", metavar="FILE", help="an experiment file")
     parser.add_argument("--preset", metavar="NAME", help="values to start from (lem presets)")
@@ -109,9 +108,8 @@ def _as_campaign(loaded: Loaded[ExperimentConfig], file: Path, state_dir: str) -
 
 def _plan(campaign: CampaignConfig, loaded: Loaded[ExperimentConfig], file: Path, args: argparse.Namespace) -> Plan:
     from lem.config.campaign_config import CampaignConfig
-    from lem.config.defaults import with_campaign_defaults
-    from lem.config.drafts import ExperimentDraft
-    from lem.meters.gpus import find_gpus
+    from lem.config.load import ExperimentDraft, with_campaign_defaults
+    from lem.meters.nvml import find_gpus
     from lem.orchestration.plan import build_plan
 
     mapping = loaded.source.mapping
@@ -127,8 +125,8 @@ def _plan(campaign: CampaignConfig, loaded: Loaded[ExperimentConfig], file: Path
 def _measure(args: argparse.Namespace, campaign: CampaignConfig, plan: Plan, err: TextIO) -> CampaignOutcome:
     from lem.cli.progress import choose_progress
     from lem.orchestration.campaign import CampaignRunner
-    from lem.orchestration.stop import StopRequest
-    from lem.orchestration.workers import LocalExecutor
+    from lem.orchestration.dispatch import LocalExecutor
+    from lem.orchestration.schedule import StopRequest
 
     console = log.Console(err)
     is_quiet = getattr(args, "quiet", False)
@@ -149,11 +147,10 @@ def _measure(args: argparse.Namespace, campaign: CampaignConfig, plan: Plan, err
 
 
 def _show(args: argparse.Namespace, campaign: CampaignConfig, outcome: CampaignOutcome, out: TextIO) -> None:
-    from lem.record_codec import encode_record
-    from lem.results.detail import render_record
-    from lem.results.repository import Repository
-    from lem.results.summary import summarise
-    from lem.results.table import render_summary
+    from lem.record import encode_record
+    from lem.results.run import summarise
+    from lem.results.store import Repository
+    from lem.results.table import render_record, render_summary
 
     run_id = str(outcome.manifest.run_id)
     results = Repository(Path(campaign.io.results_dir), campaign.slug).scan(run_id).results
@@ -180,8 +177,8 @@ def _show(args: argparse.Namespace, campaign: CampaignConfig, outcome: CampaignO
 
 
 def _describe(plan: Plan, campaign: CampaignConfig, args: argparse.Namespace, out: TextIO) -> None:
-    from lem.orchestration.generated import encode_config
-    from lem.orchestration.workers import LocalExecutor
+    from lem.orchestration.dispatch import LocalExecutor
+    from lem.orchestration.plan import encode_config
 
     name, cycles, config = campaign.campaign_name, len(plan.experiments), plan.experiments[0].config.to_dict()
     python, results_dir = LocalExecutor(args.python).python, f"{campaign.io.results_dir}/{campaign.slug}"

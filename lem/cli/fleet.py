@@ -1,4 +1,4 @@
-"""A campaign on several hosts, from the command line: storing a plan, and taking one host's part of it."""
+"""Commands for many hosts: parts of a plan, merge, bundle."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from lem.cli.streams import write_json
-from lem.clock import utc_now
+from lem.base.clock import utc_now
+from lem.base.doc import terminal_width, write_json
+from lem.base.errors import ExitCode, UserError
+from lem.base.units import format_duration, parse_percentage, plural, some_of
+from lem.cli.selection import problem_documents, tell_problems
 from lem.config.campaign_config import CampaignConfig
-from lem.errors import ExitCode, UserError
-from lem.orchestration.identity import make_run_id
-from lem.orchestration.plan import Plan
-from lem.orchestration.shards import (
+from lem.orchestration.fleet import (
     check_same,
     costs_of,
     make_fleet_plan,
@@ -25,11 +25,13 @@ from lem.orchestration.shards import (
     plan_anew,
     take_part,
 )
-from lem.results.fleet_plan import FleetPlan, read_plan, write_plan
-from lem.results.repository import Repository
-from lem.units import format_duration, plural
+from lem.orchestration.names import make_run_id
+from lem.orchestration.plan import Plan
+from lem.results.merge import FleetPlan, read_plan, write_plan
+from lem.results.store import Repository
 
-__all__ = ["FleetPart", "own_part", "store_plan"]
+if TYPE_CHECKING:
+    from lem.results.merge import AnchorCheck, FleetPlan, Gathered, Matrix
 
 
 @dataclass(frozen=True)
@@ -118,3 +120,174 @@ def own_part(args: argparse.Namespace, plan: Plan) -> tuple[Plan, FleetPart]:
         return part_of_plan(plan, index, count), FleetPart()
     stored = read_plan(args.plan)
     return take_part(plan, stored, index, count), FleetPart(stored.run_id, stored.part(index).name)
+
+
+_SHOWN = 10
+
+
+def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem merge` takes."""
+    parser.description = (
+        "Copy the results of several hosts into one folder: identical ones once, conflicts refused. A host "
+        "is a block, so nothing is pooled over hosts. Exit code 1 when planned results are lacking."
+    )
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="DIR", help="results folder of a host, or a folder that holds it"
+    )
+    parser.add_argument("--output", "-o", type=Path, required=True, metavar="DIR", help="results folder to merge into")
+    parser.add_argument("--campaign", metavar="NAME", help="which campaign, where the folders hold several")
+    parser.add_argument("--plan", type=Path, metavar="PLAN", help="the stored plan: its run alone, and what is lacking")
+    parser.add_argument(
+        "--anchor-tolerance",
+        type=_percentage,
+        default=0.05,
+        metavar="PERCENT%",
+        help="how far apart hosts may be in the anchor of the plan (default: 5%%)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.set_defaults(run=run)
+
+
+def _percentage(text: str) -> float:
+    try:
+        return parse_percentage(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
+    """The exit code: 1 when planned results are lacking."""
+    from lem.results.merge import SHARD, check_anchor, completeness, gather, read_plan, write_merged
+
+    plan = None if args.plan is None else read_plan(args.plan)
+    # What was merged before is one more source: it is kept, and must not contradict what comes now.
+    known = [args.output] if args.output.is_dir() else []
+    gathered = gather([*known, *args.folders], campaign=args.campaign, plan=plan)
+    if not gathered.results:
+        raise UserError(
+            f"no whole result of campaign {gathered.campaign} in these folders; nothing was merged",
+            "lem results list --results-dir DIR shows what a folder holds",
+        )
+    anchor_hash = plan.anchor if plan is not None and plan.mode == SHARD else None
+    anchor = check_anchor(gathered.results, anchor_hash, args.anchor_tolerance)
+    matrix = completeness(gathered, plan)
+    new = write_merged(gathered, args.output)
+    if args.json:
+        write_json(out, _document(gathered, matrix, anchor, new))
+    else:
+        lines = [*_table(matrix, terminal_width(out)), "", *_lines(gathered, matrix, anchor, new, args.output, plan)]
+        out.write("\n".join(lines) + "\n")
+        tell_problems(err, gathered.problems, lead="left out: ")
+    return int(ExitCode.EXPERIMENT_FAILED if matrix.lacking else ExitCode.OK)
+
+
+def _document(gathered: Gathered, matrix: Matrix, anchor: AnchorCheck, new: int) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "campaign": gathered.campaign,
+        "results": len(gathered.results),
+        "new": new,
+        "hosts": list(matrix.hosts),
+        "configurations": {
+            name: {
+                host: dataclasses.asdict(cell)
+                for host, cell in zip(matrix.hosts, cells, strict=True)
+                if cell.planned or cell.present
+            }
+            for name, cells in matrix.rows.items()
+        },
+        "lacking": [{"host": host, "exp_id": exp_id} for host, exp_id in matrix.lacking],
+        "anchor": dataclasses.asdict(anchor),
+        "problems": problem_documents(gathered.problems),
+        "foreign_runs": list(gathered.foreign_runs),
+    }
+
+
+def _table(matrix: Matrix, width: int) -> list[str]:
+    from lem.base.doc import Column, columns, printable
+
+    hosts = [
+        Column(printable(host), tuple(cells[index].text for cells in matrix.rows.values()))
+        for index, host in enumerate(matrix.hosts)
+    ]
+    return columns("configuration", list(matrix.rows), hosts, width)
+
+
+def _lines(
+    gathered: Gathered, matrix: Matrix, anchor: AnchorCheck, new: int, output: Path, plan: FleetPlan | None
+) -> list[str]:
+    lines = []
+    if plan is not None and plan.anchor is not None:
+        lines.append(_anchor_line(anchor))
+    if gathered.foreign_runs:
+        lines.append(f"left out, since they are of other runs than the plan: {', '.join(gathered.foreign_runs)}")
+    if matrix.lacking:
+        lacking = [f"{exp_id} ({host})" for host, exp_id in matrix.lacking]
+        lines.append(f"lacking: {some_of(lacking, _SHOWN)}")
+    results, hosts = plural(len(gathered.results), "result"), plural(len(matrix.hosts), "host")
+    return [*lines, f"{results} of {hosts} in {output}, {new} of them new"]
+
+
+def _anchor_line(anchor: AnchorCheck) -> str:
+    if anchor.spread is None:
+        return "anchor: fewer than two hosts have a valid result of it, so nobody knows whether the hosts are alike"
+    values = ", ".join(f"{host} {value:.4g} {anchor.unit}" for host, value in anchor.by_host.items())
+    return f"anchor: hosts are within {100 * anchor.spread:.1f} % in {anchor.metric} ({values})"
+
+
+def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem bundle` takes."""
+    parser.description = __doc__
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    making = actions.add_parser("make", help="make a bundle: DIR/lem-airgap-VERSION")
+    making.add_argument("folder", type=Path, metavar="DIR", help="where to make it")
+    making.add_argument(
+        "--image", action="append", default=[], metavar="NAME", help="image of the Docker engine here; may be repeated"
+    )
+    making.add_argument(
+        "--model", action="append", default=[], type=Path, metavar="DIR", help="folder of a model; may be repeated"
+    )
+    making.add_argument(
+        "--deb", action="append", default=[], type=Path, metavar="FILE", help="Debian package; may be repeated"
+    )
+    making.add_argument(
+        "--wheel", action="append", default=[], type=Path, metavar="FILE", help="Python package; may be repeated"
+    )
+    making.add_argument("--sign-key", type=Path, metavar="KEY", help="private SSH key to sign with")
+    making.set_defaults(run=_make)
+    verifying = actions.add_parser("verify", help="check every byte of a bundle, and who signed it")
+    verifying.add_argument("folder", type=Path, metavar="DIR", help="the bundle")
+    verifying.add_argument("--allowed-signers", type=Path, metavar="FILE", help="keys to trust, as ssh-keygen has them")
+    verifying.add_argument("--identity", metavar="NAME", help="who must have signed it")
+    verifying.set_defaults(run=_verify)
+    for action in (making, verifying):
+        action.add_argument("--json", action="store_true", help="one JSON document on stdout")
+
+
+def _make(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001 - as every command is called
+    from lem.orchestration.bundle import Contents, make_bundle
+
+    contents = Contents(tuple(args.image), tuple(args.model), tuple(args.deb), tuple(args.wheel))
+    path = make_bundle(args.folder, contents, sign_key=args.sign_key)
+    signed = "signed" if args.sign_key is not None else "not signed"
+    if args.json:
+        write_json(out, {"path": str(path)})
+    else:
+        out.write(f"{path}, {signed}\n")
+    return int(ExitCode.OK)
+
+
+def _verify(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
+    from lem.orchestration.bundle import Signer, verify_bundle
+
+    if (args.allowed_signers is None) != (args.identity is None):
+        raise UserError("--allowed-signers and --identity belong together", "give both, or neither")
+    signer = None if args.identity is None else Signer(args.allowed_signers, args.identity)
+    manifest = verify_bundle(args.folder, signer)
+    if args.json:
+        write_json(out, manifest)
+    elif signer is None:
+        err.write("nobody's signature was checked: --allowed-signers FILE --identity NAME\n")
+    if not args.json:
+        out.write(f"{args.folder}: every byte is as it was made\n")
+    return int(ExitCode.OK)

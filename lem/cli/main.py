@@ -14,14 +14,13 @@ import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn, TextIO
 
-from lem import __version__, log
-from lem.cli.streams import prepare_streams
-from lem.errors import DISK_FULL, ExitCode, LemError, UserError, exit_code_of
-from lem.variables import COMPOSE_VARIABLES, VARIABLES
+from lem import __version__
+from lem.base import log
+from lem.base.doc import prepare_streams
+from lem.base.errors import DISK_FULL, ExitCode, LemError, UserError, exit_code_of
+from lem.base.variables import COMPOSE_VARIABLES, VARIABLES
 
-__all__ = ["COMMANDS", "main", "make_parser"]
-
-# Each has a module with `add_arguments(parser)`, which sets `run(args, out, err) -> int`. Only that of the command at
+# Each has a function `add_NAME_arguments(parser)`, which sets `run(args, out, err) -> int`. Only that of the command at
 # hand is imported, since imports are most of the start-up time. The one without help is for programs, not for people.
 COMMANDS: Mapping[str, str] = types.MappingProxyType(
     {
@@ -42,6 +41,14 @@ COMMANDS: Mapping[str, str] = types.MappingProxyType(
         "bundle": "gather pyz, images, models, checksums for a host without network",
         "completion": "let bash, zsh or fish complete the words of lem",
         "worker": "",
+    }
+)
+
+# The modules of commands that share one; every other command has a module of its own name.
+_MODULES = types.MappingProxyType(
+    {
+        **dict.fromkeys(("doctor", "gpus", "compose", "datasets", "presets"), "host"),
+        **dict.fromkeys(("merge", "bundle"), "fleet"),
     }
 )
 
@@ -163,7 +170,8 @@ def make_parser(names: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
         for name, text in COMMANDS.items()
     }
     for name in names:
-        importlib.import_module(f"lem.cli.{name}").add_arguments(parsers[name])
+        module = importlib.import_module(f"lem.cli.{_MODULES.get(name, name)}")
+        getattr(module, f"add_{name}_arguments")(parsers[name])
     _add_common(parser)
     return parser
 
@@ -204,7 +212,7 @@ def _report_bug(console: log.Console, error: Exception) -> None:
     # No other command pays for them.
     import tempfile
 
-    from lem import durable
+    from lem.base import durable
 
     console.close()
     told = f"lem {__version__}, Python {sys.version}\n{''.join(traceback.format_exception(error))}"

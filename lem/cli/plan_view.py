@@ -8,15 +8,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lem import units
+from lem.base import units
+from lem.base.doc import Column, columns, paint
+from lem.base.log import WIDTH
 from lem.config.campaign_config import CampaignConfig
-from lem.log import WIDTH
 from lem.orchestration.order import Prices
 from lem.orchestration.plan import CampaignExperiment, Plan
-from lem.results.layout import Column, columns, paint
 from lem.results.precision import StoppingRule
-
-__all__ = ["expected_document", "plan_document", "render_findings", "render_plan"]
 
 _REASONS_SHOWN = 10
 _ORDER_SHOWN = 30

@@ -1,25 +1,77 @@
-"""`lem results`: what was measured, read from the result files alone."""
+"""`lem results`: list, show, export, recompute."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lem.cli.results_export import add_arguments as add_export_arguments
-from lem.cli.selection import SelectedRun, list_runs, problem_documents, resolve_experiment, tell_problems
-from lem.cli.streams import terminal_width, write_json
-from lem.errors import ExitCode
-from lem.log import is_colour_wanted
+from lem.base.doc import terminal_width, write_json
+from lem.base.durable import reason_of
+from lem.base.errors import ExitCode
+from lem.base.log import is_colour_wanted
+from lem.base.units import format_quantity
+from lem.cli.selection import SelectedRun, list_runs, problem_documents, resolve_experiment, tell_problems, write_file
 
 if TYPE_CHECKING:
-    from lem.results.repository import Problem, Scan, StoredResult
+    from lem.config.experiment import ExperimentConfig
+    from lem.meters.external import ExternalReadings
+    from lem.meters.recompute import Recomputed
+    from lem.results.store import Problem, Scan, StoredResult
 
-__all__ = ["add_arguments", "run"]
+
+_FORMAT_OF_SUFFIX = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".md": "markdown"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `results export`."""
+    parser.add_argument(
+        "ids",
+        nargs="*",
+        metavar="ID",
+        help="a run, RUN/EXPERIMENT, an experiment, or a campaign (its last run); default: everything",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("csv", "json", "jsonl", "markdown"),
+        help="default: as the name after --output ends, else csv; json and jsonl say why a value is missing",
+    )
+    parser.add_argument("--output", "-o", type=Path, metavar="FILE", help="default: stdout")
+    parser.add_argument(
+        "--attempts",
+        choices=("used", "all"),
+        default="used",
+        help="used: one row an experiment, its last valid attempt or else its last; all: one row an attempt",
+    )
+    parser.add_argument("--columns", metavar="A,B,…", help="these columns alone; markdown shows a few without it")
+    parser.add_argument("--results-dir", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+
+
+def export(args: argparse.Namespace, results: Iterable[StoredResult], out: TextIO) -> None:
+    """Write the results as the arguments say.
+
+    Raises:
+        UserError: no such column, or the file cannot be written.
+    """
+    from lem.results.export import Exported, make_table, render, summary_columns, with_columns
+
+    form = args.format or (_FORMAT_OF_SUFFIX.get(args.output.suffix.lower()) if args.output else None) or "csv"
+    found = [Exported(item.path.relative_to(args.results_dir).as_posix(), item.record) for item in results]
+    table = make_table(found, is_every_attempt=args.attempts == "all")
+    if args.columns is not None:
+        table = with_columns(table, [name.strip() for name in args.columns.split(",") if name.strip()])
+    elif form == "markdown":
+        table = with_columns(table, summary_columns(found))
+    text = render(table, form)
+    if args.output is None:
+        out.write(text)
+    else:
+        write_file(args.output, text)
+
+
+def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `lem results` takes."""
     parser.description = __doc__
     actions = parser.add_subparsers(metavar="ACTION", required=True)
@@ -68,7 +120,6 @@ def _show(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
 
 
 def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
-    from lem.cli.results_export import export
 
     wanted = [resolve_experiment(args.results_dir, name) for name in args.ids]
     if not args.ids:
@@ -91,8 +142,8 @@ def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
 
 def _show_run(args: argparse.Namespace, item: SelectedRun, scan: Scan, out: TextIO, err: TextIO) -> None:
     from lem.results.precision import read_stopping_rule
-    from lem.results.repository import count_failed
-    from lem.results.summary import summarise, summary_document
+    from lem.results.run import summarise, summary_document
+    from lem.results.store import count_failed
     from lem.results.table import render_summary
 
     records = (result.record for result in scan.results)
@@ -111,8 +162,8 @@ def _show_run(args: argparse.Namespace, item: SelectedRun, scan: Scan, out: Text
 
 
 def _show_experiment(args: argparse.Namespace, scan: Scan, exp_id: str, out: TextIO, err: TextIO) -> None:
-    from lem.record_codec import encode_record
-    from lem.results.detail import render_record
+    from lem.record import encode_record
+    from lem.results.table import render_record
 
     results = [result for result in scan.results if result.record.identity.experiment_id == exp_id]
     problems = [problem for problem in scan.problems if problem.exp_id == exp_id]
@@ -129,7 +180,6 @@ def _show_experiment(args: argparse.Namespace, scan: Scan, exp_id: str, out: Tex
 
 
 def _recompute(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    from lem.cli.recompute import document_of, recompute_result, write_outcomes
 
     item, exp_id = resolve_experiment(args.results_dir, args.id)
     scan = item.scan()
@@ -150,7 +200,7 @@ def _with_path(text: str, result: StoredResult) -> str:
 
 
 def _counts(scan: Scan) -> dict[str, int]:
-    from lem.results.repository import count_failed
+    from lem.results.store import count_failed
 
     valid = sum(result.record.validity.valid for result in scan.results)
     names = {result.record.identity.config_name for result in scan.results}
@@ -164,7 +214,7 @@ def _counts(scan: Scan) -> dict[str, int]:
 
 
 def _run_table(found: Sequence[tuple[SelectedRun, Scan]], width: int) -> str:
-    from lem.results.layout import Column, columns
+    from lem.base.doc import Column, columns
 
     counts = [_counts(scan) for _, scan in found]
     table = [Column("run", tuple(item.run_id for item, _ in found))]
@@ -179,3 +229,119 @@ def _run_document(item: SelectedRun, scan: Scan) -> dict[str, Any]:
         **_counts(scan),
         "problems": problem_documents(scan.problems),
     }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What recomputing one result came to.
+
+    Attributes:
+        status: `agrees`, `differs`, `unmeasured` (the record holds no energy and there are no samples) or
+            `impossible`.
+        message: why it is impossible, or what is to be known; empty when there is nothing to say.
+    """
+
+    result: StoredResult
+    status: str
+    message: str = ""
+    recomputed: Recomputed | None = None
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing speaks against the record."""
+        return self.status in ("agrees", "unmeasured")
+
+
+def recompute_result(result: StoredResult) -> Outcome:
+    """The record of one attempt beside what its samples say."""
+    from lem.base.errors import MeterRefused
+    from lem.meters.recompute import has_energy, recompute
+    from lem.meters.samples import FINISHED_FILENAME, read_finished
+
+    folder = result.path.parent
+    try:
+        log, marks = read_finished(folder / FINISHED_FILENAME)
+        config = _read_config(folder)
+    except FileNotFoundError as error:
+        name = Path(error.filename).name
+        if name == FINISHED_FILENAME and not has_energy(result.record):
+            return Outcome(result, "unmeasured", "no energy was measured, and nothing was sampled")
+        return Outcome(result, "impossible", f"there is no {name} (samples are kept unless timeseries.save is false)")
+    except OSError as error:
+        return Outcome(result, "impossible", f"{error.filename}: {reason_of(error)}")
+    except ValueError as error:
+        return Outcome(result, "impossible", str(error))
+    external = _read_external(config.measurement.external_csv)
+    try:
+        found = recompute(result.record, config, log, marks, external)
+    except MeterRefused as error:
+        return Outcome(result, "impossible", error.message)
+    return Outcome(result, "agrees" if found.agrees else "differs", "; ".join(found.notes), found)
+
+
+def document_of(outcome: Outcome) -> dict[str, Any]:
+    """An outcome as JSON values."""
+    identity, found = outcome.result.record.identity, outcome.recomputed
+    differences = found.differences if found else ()
+    return {
+        "experiment_id": identity.experiment_id,
+        "config_name": identity.config_name,
+        "attempt": identity.attempt,
+        "path": str(outcome.result.path),
+        "status": outcome.status,
+        "message": outcome.message,
+        "compared": found.compared if found else 0,
+        "differences": [
+            {"field": item.field, "recorded": item.recorded, "recomputed": item.recomputed} for item in differences
+        ],
+    }
+
+
+def write_outcomes(out: TextIO, outcomes: Sequence[Outcome]) -> None:
+    """A line for each result, its differences below it, and a sentence at the end."""
+    from lem.base.doc import printable
+
+    for outcome in outcomes:
+        identity, found = outcome.result.record.identity, outcome.recomputed
+        name = f"{identity.experiment_id} attempt {identity.attempt} ({identity.config_name})"
+        said = f"{outcome.status}, {found.compared} figures" if found else outcome.status
+        told = f": {outcome.message}" if outcome.message else ""
+        out.write(printable(f"{name}: {said}{told}") + "\n")
+        for item in found.differences if found else ():
+            was, now = _shown(item.recorded), _shown(item.recomputed)
+            out.write(printable(f"  {item.field}: recorded {was}, the samples say {now}") + "\n")
+    good = sum(outcome.is_good for outcome in outcomes)
+    out.write(f"{good} of {len(outcomes)} results agree with their samples\n")
+
+
+def _read_config(folder: Path) -> ExperimentConfig:
+    """The resolved configuration of an attempt.
+
+    Raises:
+        OSError: its file cannot be read.
+        ValueError: it holds something else.
+    """
+    from lem.base import durable
+    from lem.config.experiment import ExperimentConfig
+    from lem.record import CONFIG_FILE
+
+    document = durable.read_json(folder / CONFIG_FILE)
+    resolved = document.get("resolved") if isinstance(document, dict) else None
+    if not isinstance(resolved, dict):
+        raise ValueError(f"{folder / CONFIG_FILE}: it does not hold the resolved configuration")
+    return ExperimentConfig.from_dict(resolved)
+
+
+def _read_external(path: str | None) -> ExternalReadings | None:
+    """The readings of the user's own meter; None where they cannot be read any more, which the outcome tells."""
+    from lem.base.errors import MeterRefused
+    from lem.meters.external import read_external
+
+    try:
+        return None if path is None else read_external(Path(path))
+    except MeterRefused:
+        return None
+
+
+def _shown(value: Any) -> str:
+    return format_quantity(value, digits=9) if isinstance(value, float) else "nothing" if value is None else str(value)

@@ -7,23 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from lem.errors import UserError
+from lem.base.errors import UserError
 
 if TYPE_CHECKING:
-    from lem.results.repository import Problem, Scan
+    from lem.results.store import Problem, Scan
 
-__all__ = [
-    "SelectedRun",
-    "ambiguous",
-    "find_run",
-    "list_runs",
-    "nothing_called",
-    "problem_documents",
-    "resolve_experiment",
-    "resolve_run",
-    "tell_problems",
-    "write_file",
-]
 
 _PROBLEMS_SHOWN = 10
 
@@ -38,13 +26,13 @@ class SelectedRun:
 
     def scan(self) -> Scan:
         """What lies in its folder."""
-        from lem.results.repository import Repository
+        from lem.results.store import Repository
 
         return Repository(self.results_dir, self.campaign).scan(self.run_id)
 
     def experiment_ids(self) -> tuple[str, ...]:
         """The experiments that were begun, by name."""
-        from lem.results.repository import Repository
+        from lem.results.store import Repository
 
         return Repository(self.results_dir, self.campaign).experiment_ids(self.run_id)
 
@@ -60,7 +48,7 @@ def list_runs(results_dir: Path) -> tuple[SelectedRun, ...]:
     Raises:
         UserError: the folder cannot be read.
     """
-    from lem.results.repository import Repository, list_campaigns
+    from lem.results.store import Repository, list_campaigns
 
     return tuple(
         SelectedRun(results_dir, campaign, run_id)
@@ -145,7 +133,7 @@ def problem_documents(problems: Iterable[Problem]) -> list[dict[str, str]]:
 
 def tell_problems(err: TextIO, problems: Sequence[Problem], *, lead: str = "", rest: str = "--json lists all") -> None:
     """Name what could not be used, a line each after `lead`; `rest` says where those are that are not shown."""
-    from lem.results.layout import printable
+    from lem.base.doc import printable
 
     texts = (f"{lead}{problem.kind}: {problem.path}: {problem.message}" for problem in problems[:_PROBLEMS_SHOWN])
     err.writelines(printable(text) + "\n" for text in texts)
@@ -159,7 +147,7 @@ def write_file(path: Path, text: str) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    from lem import durable
+    from lem.base import durable
 
     try:
         durable.write_text(path, text)

@@ -1,23 +1,28 @@
-"""`lem status`: how campaigns are, from their files alone, while one runs and after it crashed."""
+"""`lem status`."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shutil
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from lem.cli.streams import write_json
-from lem.errors import ExitCode, UserError
-from lem.log import WIDTH, bounded_width, is_colour_wanted
+from lem.base import units
+from lem.base.doc import NAME_WIDTH, Column, NameShortener, columns, paint, printable, wrapped, write_json
+from lem.base.errors import ExitCode, UserError
+from lem.base.log import WIDTH, bounded_width, is_colour_wanted
+from lem.base.process import copyable
+from lem.orchestration.manifest import COMPLETED, FAILED, RUNNING, SKIPPED, TOP_UP_NOTE, CampaignManifestEntry
+from lem.orchestration.status import Activity, CampaignStatus, State, is_invalid, parse_utc
 
 if TYPE_CHECKING:
     from lem.orchestration.status import CampaignStatus, Onlooker
 
-__all__ = ["add_arguments", "run"]
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_status_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `lem status` takes."""
     parser.description = __doc__
     parser.add_argument(
@@ -32,8 +37,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """The exit code: 0 however the campaigns are, 2 where there is no such campaign."""
     import socket
 
-    from lem.cli.status_view import Eyes, render_status, render_statuses, status_document
-    from lem.clock import utc_now
+    from lem.base.clock import utc_now
     from lem.orchestration.status import Onlooker, boot_time, find_folders, read_status
 
     onlooker = Onlooker(utc_now(), socket.gethostname(), boot_time())
@@ -98,3 +102,264 @@ def _width(out: TextIO) -> int:
     if not out.isatty():
         return WIDTH
     return bounded_width(shutil.get_terminal_size().columns)
+
+
+SCHEMA_VERSION = 1
+
+_LEAD = 11
+_SHOWN = 10
+_STYLES = {
+    State.RUNNING: "bold",
+    State.CRASHED: "red",
+    State.UNREADABLE: "red",
+    State.FAILED: "red",
+    State.STOPPED: "yellow",
+}
+_PHASES = {
+    "prepare": "preparing",
+    "load": "loading the engine",
+    "idle": "measuring idle power",
+    "warmup": "warming up",
+    "window": "measuring",
+    "cooldown": "cooling down",
+    "write": "writing",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Eyes:
+    """When and in which zone it is read, how wide the screen is, and whether it has colour."""
+
+    now: datetime
+    zone: tzinfo | None = None
+    width: int = WIDTH
+    is_colour: bool = False
+
+    def clock(self, moment: datetime | None) -> str:
+        """`14:32`, or `07-15 14:32` when it is not today."""
+        if moment is None:
+            return "–"
+        local, today = moment.astimezone(self.zone), self.now.astimezone(self.zone).date()
+        return f"{local:%H:%M}" if local.date() == today else f"{local:%m-%d %H:%M}"
+
+    def paint(self, text: str, style: str) -> str:
+        """The text in the style."""
+        return paint(text, style, is_colour=self.is_colour)
+
+
+def render_statuses(statuses: Sequence[CampaignStatus], eyes: Eyes) -> str:
+    """One line a campaign, and below what is wrong with some."""
+    table = [
+        Column("state", tuple(item.state for item in statuses)),
+        Column("done", tuple(str(item.count(COMPLETED)) for item in statuses)),
+        Column("failed", tuple(str(item.count(FAILED)) for item in statuses)),
+        Column("left", tuple(str(item.n_left) for item in statuses)),
+        Column("ETA", tuple(_eta(item, eyes) for item in statuses)),
+        Column("last sign", tuple(eyes.clock(_last_sign(item)) for item in statuses)),
+    ]
+    lines = columns("campaign", [item.name for item in statuses], table, eyes.width)
+    lines[0] = eyes.paint(lines[0], "bold")
+    for item in statuses:
+        if item.reason and item.state in (State.CRASHED, State.UNREADABLE, State.RUNNING):
+            lines += wrapped(item.reason, eyes.width, f"{printable(item.name)}: ")
+    return "\n".join(lines) + "\n"
+
+
+def render_status(status: CampaignStatus, eyes: Eyes) -> str:
+    """One campaign: how it is, what runs, what failed and why, each configuration, and how to go on."""
+    blocks = [_heading(status, eyes), _facts(status, eyes), _failed(status, eyes), _configurations(status, eyes)]
+    command = _go_on_command(status)
+    if command and status.state in (State.CRASHED, State.STOPPED, State.FAILED):
+        blocks.append(["go on with:", f"  {command}"])
+    return "\n".join("\n".join(block) + "\n" for block in blocks if block)
+
+
+def _go_on_command(status: CampaignStatus) -> str:
+    """The command that goes on with the campaign, to be pasted into a shell; empty when unknown or not needed."""
+    if (
+        status.activity is None
+        or not status.activity.go_on
+        or status.state in (State.RUNNING, State.WAITING, State.DONE)
+    ):
+        return ""
+    folder = copyable(["cd", status.activity.cwd]) + " && " if status.activity.cwd else ""
+    return folder + status.activity.go_on
+
+
+def status_document(status: CampaignStatus) -> dict[str, Any]:
+    """The status as JSON values; times are UTC labels."""
+    manifest, activity, holder = status.manifest, status.activity, status.holder
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "campaign": status.name,
+        "state": status.state,
+        "reason": status.reason,
+        "hint": status.hint,
+        "state_folder": str(status.folder),
+        "run_id": None if manifest is None else manifest.run_id,
+        "updated_at": None if manifest is None else manifest.updated_at,
+        "completed": status.count(COMPLETED),
+        "invalid": status.n_invalid,
+        "failed": status.count(FAILED),
+        "left": status.n_left,
+        "skipped": status.count(SKIPPED),
+        "left_s": status.left_s,
+        "holder": None if holder is None else dataclasses.asdict(holder),
+        "activity": None if activity is None else dataclasses.asdict(activity),
+        "go_on": _go_on_command(status) or None,
+        "experiments": [] if manifest is None else [_entry_document(entry) for entry in manifest.experiments],
+        "notes": [] if manifest is None else manifest.notes,
+    }
+
+
+def _entry_document(entry: CampaignManifestEntry) -> dict[str, Any]:
+    last = entry.attempts[-1] if entry.attempts else None
+    return {
+        "exp_id": entry.exp_id,
+        "config_name": entry.config_name,
+        "cycle": entry.cycle_index + 1,
+        "status": entry.status,
+        "is_invalid": is_invalid(entry),
+        "attempts": len(entry.attempts),
+        "started_at": None if last is None else last.started_at,
+        "completed_at": entry.completed_at,
+        "error": entry.error,
+        "log": None if last is None else last.log_path,
+        "result": entry.result_path,
+    }
+
+
+def _heading(status: CampaignStatus, eyes: Eyes) -> list[str]:
+    since = f" since {eyes.clock(parse_utc(status.holder.since))}" if status.holder is not None else ""
+    title = f"{status.name} · {status.state}{since}"
+    lines = [eyes.paint(line, _STYLES.get(status.state, "bold")) for line in wrapped(title, eyes.width)]
+    who = f"process {status.holder.pid} on {status.holder.host}" if status.holder is not None else ""
+    run = f"run {status.manifest.run_id}" if status.manifest is not None else ""
+    texts = [", ".join(filter(None, (run, who)))]
+    texts += [_counts(status), _time_left(status, eyes)] if status.manifest is not None else []
+    return [*lines, *(line for text in texts if text for line in wrapped(text, eyes.width))]
+
+
+def _counts(status: CampaignStatus) -> str:
+    parts = [f"{status.count(COMPLETED)} of {status.n_planned} done"]
+    parts += [f"{status.n_invalid} of them invalid"] if status.n_invalid else []
+    parts += [f"{status.count(FAILED)} failed", f"{status.n_left} left"]
+    parts += [f"{status.count(SKIPPED)} skipped"] if status.count(SKIPPED) else []
+    return ", ".join(parts)
+
+
+def _time_left(status: CampaignStatus, eyes: Eyes) -> str:
+    if not status.left_s or not status.n_left:
+        return ""
+    if status.state == State.RUNNING:
+        return f"ETA {_eta(status, eyes)}, in {units.format_duration(status.left_s)}"
+    return f"what is left takes about {units.format_duration(status.left_s)}"
+
+
+def _facts(status: CampaignStatus, eyes: Eyes) -> list[str]:
+    facts = list(_doing(status, eyes))
+    facts += [("why", status.reason)] if status.reason else []
+    facts += [("remedy", status.hint)] if status.hint else []
+    for note in _notes(status):
+        text = note.get("reason") or "; ".join(map(str, note.get("changes") or []))
+        facts.append(("note", text if note.get("reason") else f"{str(note.get('kind')).replace('_', ' ')}: {text}"))
+    return [line for name, text in facts for line in _fact(name, text, eyes)]
+
+
+def _notes(status: CampaignStatus) -> list[dict[str, Any]]:
+    """What a resume did that a reader must know, and of the cycles added the last."""
+    notes = status.manifest.notes if status.manifest is not None else []
+    added = [note for note in notes if note.get("kind") == TOP_UP_NOTE]
+    return [note for note in notes if note not in added[:-1]]
+
+
+def _doing(status: CampaignStatus, eyes: Eyes) -> Iterable[tuple[str, str]]:
+    """What runs, or ran last."""
+    label = "now" if status.state == State.RUNNING else "last"
+    activity = status.activity
+    if activity is not None and activity.doing in ("starting", "gap"):
+        yield label, _gap_text(activity, status, eyes) if activity.doing == "gap" else "starting"
+        return
+    for entry in status.manifest.get_by_status(RUNNING) if status.manifest is not None else []:
+        yield label, f"{entry.config_name} · cycle {entry.cycle_index + 1} · {_phase_text(entry, status, eyes)}"
+
+
+def _gap_text(activity: Activity, status: CampaignStatus, eyes: Eyes) -> str:
+    left = activity.gap_ends_in_s
+    if status.state != State.RUNNING or left is None:
+        return f"a gap between experiments, since {eyes.clock(parse_utc(activity.since))}"
+    return f"a gap between experiments, at most {units.format_duration(left)} more"
+
+
+def _phase_text(entry: CampaignManifestEntry, status: CampaignStatus, eyes: Eyes) -> str:
+    activity = status.activity
+    if activity is None or activity.exp_id != entry.exp_id or activity.phase is None:
+        started = entry.attempts[-1].started_at if entry.attempts else entry.started_at
+        return f"phase unknown, {_since(started, status, eyes)}"
+    total = "" if activity.phase_total is None else f" of {activity.phase_total}"
+    progress = "" if activity.phase_done is None else f" {activity.phase_done}{total}"
+    return f"{_PHASES.get(activity.phase, activity.phase)}{progress}, {_since(activity.since, status, eyes)}"
+
+
+def _since(label: str | None, status: CampaignStatus, eyes: Eyes) -> str:
+    moment = parse_utc(label)
+    if moment is None:
+        return "since when is unknown"
+    lasts = f" ({units.format_duration((eyes.now - moment) / timedelta(seconds=1))})"
+    return f"since {eyes.clock(moment)}{lasts if status.state == State.RUNNING else ''}"
+
+
+def _failed(status: CampaignStatus, eyes: Eyes) -> list[str]:
+    """Each failed experiment with its reason and its log, one entry a reason and configuration."""
+    lines: list[str] = []
+    entries = [] if status.manifest is None else status.manifest.get_by_status(FAILED)
+    for entry in entries[:_SHOWN]:
+        where = f"{entry.config_name} · cycle {entry.cycle_index + 1}: {entry.error or 'no reason was kept'}"
+        lines += _fact("failed", where, eyes, "red")
+        log = entry.attempts[-1].log_path if entry.attempts else None
+        lines += [f"{'':<{_LEAD}}{printable(log)}"] if log else []
+    if len(entries) > _SHOWN:
+        lines.append(f"and {len(entries) - _SHOWN} more failed: --json lists all")
+    return lines
+
+
+def _configurations(status: CampaignStatus, eyes: Eyes) -> list[str]:
+    """How far each configuration is."""
+    by_name: dict[str, list[CampaignManifestEntry]] = {}
+    for entry in status.manifest.experiments if status.manifest is not None else []:
+        if entry.status != SKIPPED:
+            by_name.setdefault(entry.config_name, []).append(entry)
+    if not by_name:
+        return []
+    groups = list(by_name.values())
+    done = [[entry for entry in group if entry.status == COMPLETED] for group in groups]
+    table = [
+        Column("cycles", tuple(str(len(group)) for group in groups)),
+        Column("done", tuple(str(len(group)) for group in done)),
+        Column("invalid", tuple(str(sum(map(is_invalid, group))) for group in done)),
+        Column("failed", tuple(str(sum(entry.status == FAILED for entry in group)) for group in groups)),
+        Column("left", tuple(str(sum(entry.status not in (COMPLETED, FAILED) for entry in group)) for group in groups)),
+    ]
+    shortener = NameShortener(list(by_name), NAME_WIDTH)
+    lines = columns("configuration", [shortener(name) for name in by_name], table, eyes.width)
+    return [
+        eyes.paint(lines[0], "bold"),
+        *lines[1:],
+        *(wrapped(shortener.explanation, eyes.width) if shortener.explanation else []),
+    ]
+
+
+def _fact(name: str, text: str, eyes: Eyes, style: str = "dim") -> list[str]:
+    first, *rest = wrapped(text, eyes.width, f"{name:<{_LEAD}}")
+    return [eyes.paint(first[: len(name)], style) + first[len(name) :], *rest]
+
+
+def _eta(status: CampaignStatus, eyes: Eyes) -> str:
+    if status.state != State.RUNNING or status.left_s is None:
+        return "–"
+    return eyes.clock(eyes.now + timedelta(seconds=status.left_s))
+
+
+def _last_sign(status: CampaignStatus) -> datetime | None:
+    labels = [item.updated_at for item in (status.manifest, status.activity) if item is not None]
+    return parse_utc(max(labels)) if labels else None

@@ -1,17 +1,26 @@
-"""`lem worker`: the side of lem that runs next to the engine; started by `lem campaign`, not by people."""
+"""`lem worker`, and the other commands that lem itself starts."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import os
+import select
+import signal
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from lem.errors import ExitCode, UserError
+from lem.base import process
+from lem.base.errors import ExitCode, UserError
+from lem.base.units import KIB
+from lem.worker.guardian import start_guarded
+from lem.worker.launch import own_command
 
-__all__ = ["add_arguments"]
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `lem worker` takes."""
     parser.description = __doc__
     parser.add_argument("--engine", action="store_true", help="be the engine process of a worker")
@@ -31,15 +40,12 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
     """The exit code of a worker, of its engine process or of a sampler."""
     if args.sampler:
         return _run_sampler(args, err)
-    from lem.experiment.worker import run_engine_process, run_supervisor
 
     if args.end_marked is not None:
-        from lem.experiment.leftovers import end_marked
+        from lem.worker.engine_child import end_marked
 
         return int(ExitCode.EXPERIMENT_FAILED if end_marked(args.end_marked) else ExitCode.OK)
     if args.tether is not None:
-        from lem.experiment.tether import run_tethered
-
         return run_tethered(args.tether)
     if not args.engine:
         return run_supervisor()
@@ -49,8 +55,13 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
 
 
 def _run_sampler(args: argparse.Namespace, err: TextIO) -> int:
-    from lem.meters.sampler import LONGEST_INTERVAL_MS, SHORTEST_INTERVAL_MS, SamplerOptions, is_interval
-    from lem.meters.sampler_owner import run_sampler_process
+    from lem.meters.sampler import (
+        LONGEST_INTERVAL_MS,
+        SHORTEST_INTERVAL_MS,
+        SamplerOptions,
+        is_interval,
+        run_sampler_process,
+    )
 
     if args.output is None:
         raise UserError("worker --sampler needs --output", "name the log that it is to write")
@@ -60,3 +71,82 @@ def _run_sampler(args: argparse.Namespace, err: TextIO) -> int:
             "100 is usual",
         )
     return run_sampler_process(SamplerOptions(args.output, tuple(args.gpu), args.interval_ms, args.tdp), err)
+
+
+def run_supervisor() -> int:
+    """The exit code of a worker whose channel is stdin and stdout."""
+    from lem.worker.supervisor import supervise
+
+    return supervise()
+
+
+def run_engine_process(control_fd: int, message_fd: int) -> int:
+    """The exit code of an engine process that was given the descriptors of its supervisor's pipes."""
+    start_guarded(control_fd, message_fd)
+    # Imported after the fork: the guardian stays small.
+    from lem.worker.engine import serve_pipes
+
+    return serve_pipes(control_fd, message_fd)
+
+
+GRACE_S = 20.0
+_READ_B = 64 * KIB
+_POLL_S = 0.5
+
+
+def run_tethered(arguments: Sequence[str]) -> int:
+    """The exit code of `lem ARGUMENTS`, which is ended when stdin is.
+
+    The first line of stdin is a JSON object of variables for its environment: what stands there is in no argv.
+
+    Raises:
+        UserError: the first line is something else, or the command cannot be started.
+    """
+    variables = _read_variables()
+    command = (*own_command(sys.executable), *arguments)
+    child = process.spawn(
+        command, env={**os.environ, **variables}, stdin=process.DEVNULL, stdout=1, stderr=2, new_session=True
+    )
+    try:
+        _wait(child)
+    finally:
+        _end(child)
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+def _read_variables() -> Mapping[str, str]:
+    line = b""
+    while not line.endswith(b"\n"):
+        # One byte at a time: nothing that comes after the line is taken.
+        byte = os.read(0, 1)
+        if not byte or len(line) > _READ_B:
+            raise UserError("the first line of stdin is to be a JSON object of environment variables")
+        line += byte
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"the first line of stdin is no JSON object of environment variables: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError("the first line of stdin is no JSON object of environment variables")
+    return {str(name): str(value) for name, value in found.items()}
+
+
+def _wait(child: process.Child[bytes]) -> None:
+    """Return when the command has ended, or stdin has."""
+    while child.poll() is None:
+        readable, _, _ = select.select([0], [], [], _POLL_S)
+        if readable and not os.read(0, _READ_B):
+            return
+
+
+def _end(child: process.Child[bytes]) -> None:
+    """End the command if it is still there: TERM, a while, KILL; what it started sees an end of file then."""
+    if child.poll() is not None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGTERM)
+    try:
+        child.wait(GRACE_S)
+    except process.TimeoutExpired:
+        process.kill_group(child.pid)
+        child.wait()

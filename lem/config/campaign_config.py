@@ -1,6 +1,5 @@
 """A campaign: which experiments to run, how often, in which order, and what to do around them."""
 
-# ruff: noqa: RUF009 - `option` makes a dataclass field, as `dataclasses.field` does
 from __future__ import annotations
 
 import dataclasses
@@ -12,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lem import durable, units
-from lem.config.backend_config import BACKENDS
-from lem.config.containers import Items
-from lem.config.experiment_config import DatasetConfig, ExperimentConfig, ModelConfig
+from lem.base import durable, units
+from lem.base.durable import INTERLEAVED, MANIFEST_FILENAME, STRUCTURES
+from lem.config.backends import BACKENDS
+from lem.config.experiment import DatasetConfig, ExperimentConfig, ModelConfig
+from lem.config.kinds import Items
 from lem.config.merging import nest, put
-from lem.config.names import INTERLEAVED, MANIFEST_FILENAME, STRUCTURES
+from lem.config.option import Section, check_partial, declared, option
 from lem.config.problems import Problem, nearest
-from lem.config.schema import Section, check_partial, declared, option
 
 __all__ = [
     "CampaignColdStartConfig",
@@ -35,6 +34,10 @@ __all__ = [
     "generate_campaign_id",
     "slug_of",
 ]
+
+
+# ruff: noqa: RUF009 - `option` makes a dataclass field, as `dataclasses.field` does
+
 
 _WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _DAY_GROUPS = {"weekdays": _WEEKDAYS[:5], "weekends": _WEEKDAYS[5:]}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from lem.config.backend_config import BACKENDS
+from lem.base.errors import ConfigurationError
+from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignConfig, CampaignGridConfig, CampaignHealthCheckConfig
-from lem.config.experiment_config import ExperimentConfig
+from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import Bounds
-from lem.config.options import REQUIRED
-from lem.config.schema import Declared, Section, declared, walk
-from lem.errors import ConfigurationError
+from lem.config.option import REQUIRED, Declared, Section, declared, walk
 
 __all__ = [
     "describe",

@@ -1,21 +1,129 @@
-"""The kinds of single values an option can have: how each is read, written back, and described.
-
-`read` never raises: it notes problems in the sink and gives INVALID, so that one pass finds everything that is wrong.
-"""
+"""Types of options: how a value is parsed, checked, described and written."""
 
 from __future__ import annotations
 
 import math
 import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from lem.config.problems import Path, Sink, describe, nearest
-from lem.config.scalars import simple
 
-__all__ = ["INVALID", "BoolKind", "Bounds", "ChoiceKind", "FloatKind", "IntKind", "Kind", "TextKind"]
+_NULL = frozenset({"", "~", "null", "Null", "NULL"})
+_BOOLEAN = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+# No leading zeros: 010 is 8 in YAML 1.1 and 10 in YAML 1.2, so it is neither here.
+_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,400})")
+_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
+_SPECIAL = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
+
+_REFERENCE = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}|\$\{")
+
+
+class ExpansionError(ValueError):
+    """A `${VAR}` that cannot be expanded."""
+
+
+class Expanded(str):
+    """A text in which `${VAR}` was expanded.
+
+    Attributes:
+        written: the text as written, which is what records hold.
+        is_plain: it was written without quotes, so it may stand for a number or true or false.
+    """
+
+    __slots__ = ("is_plain", "written")
+
+    written: str
+    is_plain: bool
+
+    def __new__(cls, text: str, written: str, *, is_plain: bool) -> Expanded:
+        self = super().__new__(cls, text)
+        self.written = written
+        self.is_plain = is_plain
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., Expanded], tuple[str, str, bool]]:
+        return _expanded, (str(self), self.written, self.is_plain)
+
+
+def _expanded(text: str, written: str, is_plain: bool) -> Expanded:
+    return Expanded(text, written, is_plain=is_plain)
+
+
+def resolve_plain(text: str) -> Any:
+    """The value of a word written without quotes: None, a bool, an int, a float, or the text itself."""
+    if text in _NULL:
+        return None
+    if text in _BOOLEAN:
+        return _BOOLEAN[text]
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    if text.lower() in _SPECIAL:
+        return float(_SPECIAL[text.lower()])
+    return text
+
+
+def simple(value: Any) -> Any:
+    """The value an expanded plain text stands for; anything else as it is."""
+    return resolve_plain(str(value)) if isinstance(value, Expanded) and value.is_plain else value
+
+
+def expand(text: str, environ: Mapping[str, str], *, is_plain: bool) -> str:
+    """The text with `${VAR}` and `${VAR:-default}` replaced; `$${` stands for `${` itself.
+
+    The default is taken when the variable is unset or empty, as a shell does. What a variable holds is not expanded
+    again.
+
+    Raises:
+        ExpansionError: a variable that is not set and has no default, or a `${` that does not end.
+    """
+    if "${" not in text:
+        return text
+
+    def replace(match: re.Match[str]) -> str:
+        if match[0] == "$${":
+            return "${"
+        name, default = match[1], match[2]
+        if name is None:
+            raise ExpansionError("'${' without ${NAME} or ${NAME:-default}; write $${ for the characters themselves")
+        value = environ.get(name)
+        if default is not None:
+            return value or default
+        if value is None:
+            raise ExpansionError(f"the environment variable {name} is not set; set it or write ${{{name}:-default}}")
+        return value
+
+    return Expanded(_REFERENCE.sub(replace, text), text, is_plain=is_plain)
+
+
+def as_written(tree: Any) -> Any:
+    """A copy of plain data with every expanded text as it was written."""
+    if isinstance(tree, Expanded):
+        return tree.written
+    if isinstance(tree, Mapping):
+        return {key: as_written(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [as_written(value) for value in tree]
+    return tree
+
+
+def restore_references(resolved: Any, tree: Any) -> Any:
+    """A copy of `resolved` in which what `tree` has from `${VAR}` is as written; records hold this."""
+    if isinstance(tree, Expanded):
+        return tree.written
+    if isinstance(resolved, Mapping) and isinstance(tree, Mapping):
+        return {
+            key: restore_references(value, tree[key]) if key in tree else as_written(value)
+            for key, value in resolved.items()
+        }
+    if isinstance(resolved, (list, tuple)) and isinstance(tree, (list, tuple)) and len(resolved) == len(tree):
+        return [restore_references(value, written) for value, written in zip(resolved, tree, strict=True)]
+    return as_written(resolved)
 
 
 class _Invalid:
@@ -263,3 +371,165 @@ def _plain(number: float) -> str:
 
 def _word(choice: Any) -> str:
     return str(choice).lower() if isinstance(choice, bool) else str(choice)
+
+
+T = TypeVar("T")
+
+
+class Items(tuple[T, ...], Generic[T]):
+    """A tuple that also equals a list of the same items, since scripts compare with lists."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return tuple.__eq__(self, tuple(other) if isinstance(other, list) else other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = tuple.__hash__
+
+
+class NullableKind(Kind):
+    """A value or null."""
+
+    def __init__(self, inner: Kind) -> None:
+        self.inner = inner
+        self.name, self.label = inner.name, inner.label
+
+    def read(self, value: Any, path: Path, sink: Sink) -> Any:
+        return None if value is None or simple(value) is None else self.inner.read(value, path, sink)
+
+    def dump(self, value: Any) -> Any:
+        return None if value is None else self.inner.dump(value)
+
+    def identity(self, value: Any) -> Any:
+        return None if value is None else self.inner.identity(value)
+
+    def json_schema(self) -> dict[str, Any]:
+        inner = self.inner.json_schema()
+        if isinstance(inner.get("type"), str) and set(inner) <= {"type", "minLength", *_BOUND_WORDS}:
+            return {**inner, "type": [inner["type"], "null"]}
+        return {"anyOf": [inner, {"type": "null"}]}
+
+
+_BOUND_WORDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+
+
+class ListKind(Kind):
+    """A list of one kind.
+
+    Args:
+        is_scalar_taken: a single value is a list of one.
+        is_unique: no value twice.
+    """
+
+    def __init__(
+        self, inner: Kind, *, min_items: int = 0, is_scalar_taken: bool = False, is_unique: bool = False
+    ) -> None:
+        self.inner = inner
+        self.name, self.label = "a list", f"list of {inner.label}"
+        self._min_items = min_items
+        self._is_scalar_taken = is_scalar_taken
+        self._is_unique = is_unique
+
+    def read(self, value: Any, path: Path, sink: Sink) -> Any:
+        if not isinstance(value, (list, tuple)):
+            if not self._is_scalar_taken or value is None or isinstance(value, Mapping):
+                remedy = "; put it in brackets: [ ]" if isinstance(value, (str, int, float)) else ""
+                return self.due(value, path, sink, remedy)
+            read = self.inner.read(value, path, sink)
+            return INVALID if read is INVALID else Items((read,))
+        if len(value) < self._min_items:
+            sink.add(path, f"must have at least {self._min_items} {'item' if self._min_items == 1 else 'items'}")
+            return INVALID
+        items = [self.inner.read(item, (*path, index), sink) for index, item in enumerate(value)]
+        if any(item is INVALID for item in items):
+            return INVALID
+        return self._without_repeats(items, path, sink)
+
+    def _without_repeats(self, items: list[Any], path: Path, sink: Sink) -> Any:
+        if self._is_unique:
+            for index, item in enumerate(items):
+                if item in items[:index]:
+                    sink.add((*path, index), f"{item!r} is in the list twice")
+                    return INVALID
+        return Items(items)
+
+    def dump(self, value: Any) -> Any:
+        return [self.inner.dump(item) for item in value]
+
+    def identity(self, value: Any) -> Any:
+        return [self.inner.identity(item) for item in value]
+
+    def json_schema(self) -> dict[str, Any]:
+        items = self.inner.json_schema()
+        schema: dict[str, Any] = {"type": "array", "items": items}
+        if self._min_items:
+            schema["minItems"] = self._min_items
+        if self._is_unique:
+            schema["uniqueItems"] = True
+        return {"anyOf": [items, schema]} if self._is_scalar_taken else schema
+
+
+class MapKind(Kind):
+    """A mapping from text to one kind; an integer key is taken as its digits."""
+
+    def __init__(self, inner: Kind) -> None:
+        self.inner = inner
+        self.name, self.label = "a mapping", "mapping" if isinstance(inner, AnyKind) else f"mapping to {inner.label}"
+
+    def read(self, value: Any, path: Path, sink: Sink) -> Any:
+        if not isinstance(value, Mapping):
+            return self.due(value, path, sink)
+        out: dict[str, Any] = {}
+        for key, item in value.items():
+            if isinstance(key, int) and not isinstance(key, bool):
+                key = str(key)
+            if not isinstance(key, str):
+                sink.add(path, f"a key must be text, got {describe(key)}")
+                continue
+            out[str(key)] = self.inner.read(item, (*path, str(key)), sink)
+        return INVALID if any(item is INVALID for item in out.values()) else out
+
+    def dump(self, value: Any) -> Any:
+        return {key: self.inner.dump(item) for key, item in value.items()}
+
+    def json_schema(self) -> dict[str, Any]:
+        return {"type": "object", "additionalProperties": self.inner.json_schema()}
+
+
+class AnyKind(Kind):
+    """Whatever JSON can hold; lists become `Items`, and text keeps its `${VAR}` for records."""
+
+    name = "a value"
+    label = "any value"
+
+    def read(self, value: Any, path: Path, sink: Sink) -> Any:
+        if value is None or isinstance(value, (bool, int, str)):
+            return value
+        if isinstance(value, float):
+            if math.isfinite(value):
+                return value
+            sink.add(path, f"a finite number is due, got {describe(value)}")
+            return INVALID
+        if isinstance(value, (list, tuple)):
+            return _LIST_OF_ANY.read(value, path, sink)
+        if isinstance(value, Mapping):
+            return _MAPPING_OF_ANY.read(value, path, sink)
+        sink.add(path, f"a value that JSON can hold is due, got {describe(value)}")
+        return INVALID
+
+    def dump(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: self.dump(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.dump(item) for item in value]
+        return str(value) if isinstance(value, str) else value
+
+    def json_schema(self) -> dict[str, Any]:
+        return {}
+
+
+_LIST_OF_ANY = ListKind(AnyKind())
+_MAPPING_OF_ANY = MapKind(AnyKind())

@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lem.config.option import Section, declared
 from lem.config.problems import Path
-from lem.config.schema import Section, declared
-
-__all__ = ["canonical", "leaves", "merge", "nest", "put"]
 
 
 def canonical(section: type[Section] | None, mapping: Mapping[str, Any]) -> dict[str, Any]:

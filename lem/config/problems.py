@@ -6,10 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lem.errors import ConfigurationError
-from lem.reasons import Reason
-
-__all__ = ["ConfigProblems", "Path", "Problem", "Sink", "describe", "did_you_mean", "dotted", "nearest"]
+from lem.base.errors import ConfigurationError
+from lem.base.reasons import Reason
 
 Path = tuple["str | int", ...]
 

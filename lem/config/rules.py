@@ -11,15 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from lem.config.backend_config import BACKENDS, PyTorchConfig, TensorRTConfig, VllmConfig
+from lem.base.measurement import is_estimate
+from lem.base.reasons import Reason
+from lem.config.backends import BACKENDS, PyTorchConfig, TensorRTConfig, VllmConfig
 from lem.config.problems import Path, Problem, dotted, nearest
-from lem.measurement import is_estimate
-from lem.reasons import Reason
 
 if TYPE_CHECKING:
-    from lem.config.experiment_config import DecoderConfig, ExperimentConfig, TrafficConfig
+    from lem.config.experiment import DecoderConfig, ExperimentConfig, TrafficConfig
 
-__all__ = ["Gpu", "RuleFinding", "check", "errors", "parameters_by_name"]
 
 # FP8 tensor cores came with Ada (8.9); flash attention 2 and TensorRT-LLM need Ampere (8.0).
 # https://developer.nvidia.com/cuda-gpus, the READMEs of flash-attention and TensorRT-LLM.
@@ -55,7 +54,7 @@ class RuleFinding:
 
 
 class Gpu(Protocol):
-    """What rules ask of a GPU (`lem.meters.gpus.GpuFacts` has it)."""
+    """What rules ask of a GPU (`lem.meters.nvml.GpuFacts` has it)."""
 
     @property
     def index(self) -> int:
@@ -185,7 +184,7 @@ def _warnings(config: ExperimentConfig) -> Found:
         yield (config.backend,), Reason.of("needs_gpus", needed=degree)
     dataset = config.dataset
     if dataset is not None and "/" not in dataset.name:
-        from lem.config.experiment_config import DATASET_ALIASES
+        from lem.config.experiment import DATASET_ALIASES
 
         near = nearest(dataset.name, list(DATASET_ALIASES))
         if near is not None and dataset.name not in DATASET_ALIASES:

@@ -1,20 +1,20 @@
-"""Where every value of a configuration was written, so that a problem can be shown in its place."""
+"""Raw settings with the place of each: documents, presets, inheritance."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
+from lem.base.errors import ConfigurationError
+from lem.config.kinds import as_written
 from lem.config.merging import canonical, leaves, merge
-from lem.config.problems import ConfigProblems, Path, Problem, dotted
-from lem.config.scalars import as_written
-from lem.config.schema import Section, find_option, walk
-
-__all__ = ["Document", "FileProblems", "Layer", "Mark", "Place", "Source", "is_secret"]
+from lem.config.option import Section, find_option, walk
+from lem.config.problems import ConfigProblems, Path, Problem, did_you_mean, dotted
 
 MAX_SHOWN_PROBLEMS = 100
 MAX_SHOWN_LINE = 100
@@ -243,7 +243,7 @@ def is_secret(section: type[Section], path: Path) -> bool:
 @functools.cache
 def _other_names() -> Mapping[str, tuple[str, ...]]:
     """Names under which options of an experiment may have been written instead of their own."""
-    from lem.config.experiment_config import ExperimentConfig
+    from lem.config.experiment import ExperimentConfig
 
     names: dict[str, tuple[str, ...]] = {}
     for alias, name in ExperimentConfig.aliases.items():
@@ -288,3 +288,178 @@ def _order(located: list[tuple[Place, Problem]]) -> Any:
         return labels.index(item[0].label), mark.line, mark.column
 
     return key
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Values of an experiment under a name.
+
+    Attributes:
+        values: as an experiment file would have them.
+    """
+
+    name: str
+    description: str
+    values: Mapping[str, Any]
+
+
+def _preset(
+    name: str, description: str, tokens: tuple[int, int], backend: str | None = None, **options: Any
+) -> tuple[str, Preset]:
+    values: dict[str, Any] = {
+        "max_input_tokens": tokens[0],
+        "max_output_tokens": tokens[1],
+        "decoder": {"preset": "deterministic"},  # all are greedy, so that two runs do the same work
+    }
+    if backend is not None:
+        values.update({"backend": backend, backend: options})
+    return name, Preset(name, description, MappingProxyType(values))
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    dict(
+        (
+            _preset("quick-test", "Short prompts and outputs, to see that everything works.", (64, 32)),
+            _preset("benchmark", "Long prompts and outputs, for numbers to compare.", (2048, 512)),
+            _preset("throughput", "Medium lengths, for tokens per second.", (512, 256)),
+            _preset(
+                "vllm-throughput",
+                "vLLM with many requests at a time, chunked prefill and prefix caching.",
+                (2048, 512),
+                "vllm",
+                max_num_seqs=256,
+                enable_chunked_prefill=True,
+                enable_prefix_caching=True,
+            ),
+            _preset(
+                "vllm-speculative",
+                "vLLM drafting 5 tokens at a time from n-grams of the prompt.",
+                (2048, 256),
+                "vllm",
+                speculative={"method": "ngram", "num_tokens": 5, "prompt_lookup_max": 4},
+            ),
+            _preset(
+                "vllm-memory-efficient", "vLLM with an fp8 key-value cache.", (4096, 512), "vllm", kv_cache_dtype="fp8"
+            ),
+            _preset(
+                "vllm-low-latency",
+                "vLLM with few requests at a time and no CUDA graphs.",
+                (512, 128),
+                "vllm",
+                max_num_seqs=32,
+                enforce_eager=True,
+            ),
+            _preset(
+                "pytorch-optimized",
+                "transformers with flash attention 2, compiled.",
+                (2048, 512),
+                "pytorch",
+                attn_implementation="flash_attention_2",
+                torch_compile="default",
+            ),
+            _preset(
+                "pytorch-speculative",
+                "transformers drafting 5 tokens at a time from n-grams of the prompt.",
+                (2048, 256),
+                "pytorch",
+                assisted_generation={"num_tokens": 5},
+            ),
+            _preset(
+                "pytorch-compatible",
+                "transformers with eager attention, which runs every model.",
+                (512, 128),
+                "pytorch",
+                attn_implementation="eager",
+            ),
+        )
+    )
+)
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    found = PRESETS.get(name)
+    if found is not None:
+        return found
+    raise ConfigurationError(
+        f"there is no preset {name!r}{did_you_mean(name, list(PRESETS))}", f"one of: {', '.join(PRESETS)}"
+    )
+
+
+Located = list[tuple[Place, Problem]]
+
+EXTENDS = "_extends"
+
+
+class Reader(Protocol):
+    """Reads YAML."""
+
+    def read(self, path: FilePath) -> Document:
+        """A file; raises `ConfigurationError` where it cannot."""
+
+    def parse(self, text: str, label: str) -> Any:
+        """A single value; raises `ConfigurationError` where it is none."""
+
+
+def read_file(
+    reader: Reader, path: FilePath, section: type[Section], preset: str | None = None
+) -> tuple[Source, Located]:
+    """A file over those it inherits from over a preset, and what is wrong with them whatever the options are."""
+    documents: list[Document] = []
+    found: Located = []
+    following: FilePath | None = path
+    while following is not None:
+        document = reader.read(following)
+        if not isinstance(document.tree, Mapping):
+            raise FileProblems([(document.at(document.top), Problem((), _not_a_mapping(document.tree)))])
+        documents.append(document)
+        found.extend(document.located)
+        following = _base_of(documents, found)
+    source = dataclasses.replace(preset_source(section, preset), main=documents[0])
+    for document in reversed(documents):
+        values = {key: value for key, value in document.tree.items() if key != EXTENDS}
+        source = source.over(Layer("file", document.name, values, document))
+    return source, found
+
+
+def _not_a_mapping(tree: Any) -> str:
+    if tree is None:
+        return "is empty; a configuration is due (`lem config new` writes one to start from)"
+    return f"a mapping (key: value) is due at the top, got {'a list' if isinstance(tree, list) else 'plain text'}"
+
+
+def _base_of(documents: Sequence[Document], found: Located) -> FilePath | None:
+    """The file that the last document inherits from; None when there is none, or none that can be read."""
+    document = documents[-1]
+    name = document.tree.get(EXTENDS)
+    if EXTENDS not in document.tree:
+        return None
+    place = document.at(document.values.get((EXTENDS,)))
+    if not isinstance(name, str) or not name:
+        found.append((place, Problem((EXTENDS,), "the name of one file is due")))
+        return None
+    base = document.path.parent / name
+    if base.resolve() in [earlier.path.resolve() for earlier in documents]:
+        found.append((place, Problem((EXTENDS,), f"{base} inherits from itself")))
+        return None
+    if not _is_file(base):
+        found.append((place, Problem((EXTENDS,), f"{str(base)[:200]}: no such file")))
+        return None
+    return base
+
+
+def _is_file(path: FilePath) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long, a folder that is not readable
+        return False
+
+
+def preset_source(section: type[Section], preset: str | None) -> Source:
+    """The values of a preset as the lowest layer; no layer without one."""
+    source = Source(section)
+    return source if preset is None else source.over(Layer("preset", f"preset {preset}", find_preset(preset).values))

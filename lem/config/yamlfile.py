@@ -12,30 +12,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
-from lem.config import loading
+from lem.base.errors import ConfigurationError
+from lem.base.units import MIB
+from lem.config import load
 from lem.config.campaign_config import CampaignConfig
-from lem.config.experiment_config import ExperimentConfig
-from lem.config.loading import Loaded
+from lem.config.experiment import ExperimentConfig
+from lem.config.kinds import ExpansionError, expand, resolve_plain
+from lem.config.load import Loaded
 from lem.config.problems import Path, Problem
-from lem.config.scalars import ExpansionError, expand, resolve_plain
 from lem.config.sources import Document, FileProblems, Mark, Place
-from lem.errors import ConfigurationError
-from lem.units import MIB
 
 try:
     from lem._vendor import yaml
 except ImportError:  # an installation has PyYAML beside lem, not inside it
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
-__all__ = [
-    "complete_campaign",
-    "kind_of",
-    "load_campaign",
-    "load_campaign_of_files",
-    "load_experiment",
-    "parse_value",
-    "read_document",
-]
 
 MAX_FILE_B = 16 * MIB
 MAX_DEPTH = 64
@@ -64,7 +55,7 @@ def load_campaign(
         FileProblems: everything that is wrong, in its place.
         ConfigurationError: a file that cannot be read.
     """
-    return loading.load_campaign(_Reader(environ), FilePath(path), sets, preset)
+    return load.load_campaign(_Reader(environ), FilePath(path), sets, preset)
 
 
 def load_campaign_of_files(
@@ -75,7 +66,7 @@ def load_campaign_of_files(
     environ: Mapping[str, str] = os.environ,
 ) -> Loaded[CampaignConfig]:
     """A campaign made of experiment files; as `load_campaign`."""
-    return loading.load_campaign_of_files(_Reader(environ), name, [FilePath(path) for path in paths], sets, preset)
+    return load.load_campaign_of_files(_Reader(environ), name, [FilePath(path) for path in paths], sets, preset)
 
 
 def complete_campaign(campaign: CampaignConfig, environ: Mapping[str, str] = os.environ) -> Loaded[CampaignConfig]:
@@ -84,7 +75,7 @@ def complete_campaign(campaign: CampaignConfig, environ: Mapping[str, str] = os.
     Raises:
         FileProblems, ConfigurationError: as `load_campaign`.
     """
-    return loading.complete_campaign(_Reader(environ), campaign)
+    return load.complete_campaign(_Reader(environ), campaign)
 
 
 def load_experiment(
@@ -94,7 +85,7 @@ def load_experiment(
     environ: Mapping[str, str] = os.environ,
 ) -> Loaded[ExperimentConfig]:
     """An experiment file, validated; as `load_campaign`."""
-    return loading.load_experiment(_Reader(environ), FilePath(path), sets, preset)
+    return load.load_experiment(_Reader(environ), FilePath(path), sets, preset)
 
 
 def kind_of(path: FilePath | str, environ: Mapping[str, str] = os.environ) -> str:
@@ -103,7 +94,7 @@ def kind_of(path: FilePath | str, environ: Mapping[str, str] = os.environ) -> st
     Raises:
         ConfigurationError: a file that cannot be read, or is not YAML.
     """
-    return loading.kind_of(_Reader(environ), FilePath(path))
+    return load.kind_of(_Reader(environ), FilePath(path))
 
 
 def read_document(path: FilePath, environ: Mapping[str, str]) -> Document:

@@ -8,18 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lem.measurement import EnergyScope, EnergySource
-from lem.meters.cpu_load import find_tdp
-from lem.meters.curve import NotMeasured, Span
-from lem.meters.gpu_watch import Complaints, GpuWatch, Stamps
-from lem.meters.integrate import update_period_s
+from lem.base.measurement import EnergyScope, EnergySource
+from lem.base.units import NS_PER_S
+from lem.meters.curve import NotMeasured, Span, update_period_s
 from lem.meters.nvml import NvmlMeter, gpu_uuids
-from lem.meters.rapl import POWERCAP, find_rapl
+from lem.meters.rapl import POWERCAP, find_rapl, find_tdp
+from lem.meters.sampler import Complaints, GpuWatch, Stamps
 from lem.meters.samples import CounterChange, GpuHeader
 from lem.meters.sources import choose_gpu_method
-from lem.units import NS_PER_S
-
-__all__ = ["Capabilities", "CpuCapability", "GpuCapability", "ProbeClock", "find_capabilities", "probe_periods"]
 
 # Shorter than a tenth of the shortest update period seen (20 ms).
 _POLL_S = 0.002

@@ -9,25 +9,13 @@ import contextlib
 from collections.abc import Collection, Iterator
 from itertools import pairwise
 
-from lem import marks as names
-from lem.measurement import SLOWDOWN_BITS, STEADY_TOLERANCE, EnergyScope, EnergySource
-from lem.meters.attempt_log import AttemptLog
+from lem.base import measurement as names
+from lem.base.measurement import SLOWDOWN_BITS, STEADY_TOLERANCE, EnergyScope, EnergySource
+from lem.base.reasons import Reason
+from lem.base.units import NS_PER_S
 from lem.meters.curve import HOLE_PERIODS, Curve, NotMeasured, Span
 from lem.meters.samples import GpuHeader, SampleLog
-from lem.meters.sources import SENSOR_LAG_S
-from lem.reasons import Reason
-from lem.units import NS_PER_S
-
-__all__ = [
-    "check_plausible",
-    "check_sampled",
-    "crosscheck_ratio",
-    "foreign_pids",
-    "is_power_steady",
-    "meter_warnings",
-    "sample_gap_max_s",
-    "slowdowns",
-]
+from lem.meters.sources import SENSOR_LAG_S, AttemptLog
 
 # Board power may overshoot its limit for a moment, and a limit is kept to a few percent.
 _LIMIT_MARGIN = 1.2

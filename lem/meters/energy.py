@@ -1,4 +1,4 @@
-"""The energy section of a record, and what it says of validity: a pure function of the sample log and its marks."""
+"""The energy and efficiency sections of a record, from the sample log."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from lem import marks as names
-from lem.measurement import CROSSCHECK_TOLERANCE, REST_TOLERANCE, EnergyScope, EnergySource
-from lem.meters.attempt_log import AttemptLog, Baselines
+from lem.base import measurement as names
+from lem.base.measurement import CROSSCHECK_TOLERANCE, REST_TOLERANCE, EnergyScope, EnergySource
+from lem.base.reasons import Reason
+from lem.base.units import JOULES_PER_WATT_HOUR
+from lem.config.experiment import MeasurementConfig
 from lem.meters.checks import (
     crosscheck_ratio,
     foreign_pids,
@@ -17,19 +19,63 @@ from lem.meters.checks import (
     sample_gap_max_s,
     slowdowns,
 )
-from lem.meters.curve import Curve, NotMeasured, Span
+from lem.meters.curve import Curve, NotMeasured, Span, update_period_s
 from lem.meters.external import ExternalReadings, external_energy_j
-from lem.meters.figures import Figures
-from lem.meters.gpu_section import describe_gpu, describe_unseen_gpu, samples_in
-from lem.meters.integrate import update_period_s
-from lem.meters.phases import split_phases
+from lem.meters.gpu_section import Figures, describe_gpu, describe_unseen_gpu, samples_in
 from lem.meters.rapl import DRAM, PACKAGE
 from lem.meters.samples import Mark, SampleLog
-from lem.meters.sources import Sources
-from lem.reasons import Reason
-from lem.record import Energy, Gpu, Idle, parts_of_source
+from lem.meters.sources import AttemptLog, Baselines, Sources
+from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Measured, Work, parts_of_source
 
-__all__ = ["Baselines", "EnergyFindings", "mean_power_w", "measure"]
+_FIELDS = ("prefill_energy_j", "decode_energy_j", "phase_method")
+
+
+def split_phases(energy: Figures, attempt: AttemptLog, primary: Figures, window_repeats: int) -> None:
+    """Fill the fields of the phases.
+
+    The same prompts are run for their prefill alone, in a window of its own with its own guards; its energy per pass,
+    times the passes of the main window, is that of prefill, and the rest of the main window is decode.
+    """
+    phases = Figures()
+    prefill_j = phases.work_out("prefill", lambda: _prefill_j(attempt, primary, window_repeats))
+    if prefill_j is None:
+        for field in _FIELDS:
+            energy.leave_out(field, phases.reasons["prefill"])
+        return
+    energy.values["prefill_energy_j"] = prefill_j
+    energy.values["decode_energy_j"] = primary.values["energy_j"] - prefill_j
+    passes = _passes(attempt)
+    energy.values["phase_method"] = (
+        f"differenced runs: {passes} {'pass' if passes == 1 else 'passes'} of prefill alone, scaled to the "
+        f"{window_repeats} of the window; decode is the rest"
+    )
+
+
+def _prefill_j(attempt: AttemptLog, primary: Figures, window_repeats: int) -> float:
+    prefill = attempt.span(names.PREFILL)
+    if prefill is None:
+        raise NotMeasured("energy by phases was not asked for (measurement.phases)")
+    if attempt.is_steady_mode:
+        raise NotMeasured("under traffic prefill and decode of different requests run at once")
+    whole_j = float(primary.need("energy_j"))
+    for span, what in ((attempt.window, "window"), (prefill, "window of prefill alone")):
+        slowed = next(slowdowns(attempt, span, what), None)
+        if slowed is not None:
+            raise NotMeasured(slowed.text)
+    found_j = _phase_window_j(attempt, prefill) * window_repeats / _passes(attempt)
+    if not 0 < found_j < whole_j:
+        raise NotMeasured(f"prefill alone took {found_j:.4g} J, which is no part of the window's {whole_j:.4g} J")
+    return found_j
+
+
+def _phase_window_j(attempt: AttemptLog, span: Span) -> float:
+    curves = attempt.primary_curves()
+    guards = (names.PREFILL_GUARD_BEFORE, names.PREFILL_GUARD_AFTER)
+    return sum(attempt.energy_j(curve, span, guards, 1 / len(curves)) for curve in curves)
+
+
+def _passes(attempt: AttemptLog) -> int:
+    return sum(mark.name == names.PREFILL for mark in attempt.marks)
 
 
 @dataclass(frozen=True)
@@ -277,3 +323,55 @@ def _warnings(attempt: AttemptLog, energy: Figures, idle: Figures) -> tuple[Reas
     if attempt.span(names.WINDOW) is not None:
         found += meter_warnings(attempt, energy.values["sample_gap_max_s"])
     return tuple(found)
+
+
+_J_PER_KWH = 1000 * JOULES_PER_WATT_HOUR
+
+
+def efficiency_of(energy_j: Measured, work: Work) -> Efficiency:
+    """The energy per token and request; a zero denominator is None."""
+    primary_j = energy_j.value
+    figures = Figures()
+    for field, count, what in (
+        ("energy_per_output_tok_j", work.output_tok, "output tokens"),
+        ("energy_per_total_tok_j", work.input_tok + work.output_tok, "tokens"),
+        ("energy_per_request_j", work.requests_ok, "completed requests"),
+    ):
+        if primary_j is None:
+            figures.leave_out(field, str(energy_j.null_reason))
+        else:
+            figures.put(field, primary_j / count if count else None, f"the window holds no {what}")
+    if primary_j is None:
+        figures.leave_out("output_tok_per_j", str(energy_j.null_reason))
+    else:
+        figures.put("output_tok_per_j", work.output_tok / primary_j if primary_j else None, "the energy is zero")
+    return figures.section(Efficiency)
+
+
+def carbon_of(energy_j: Measured, measurement: MeasurementConfig) -> Carbon:
+    """Emissions and cost of the window's energy, from what the user says of grid, site and price alone.
+
+    co2e_g = kWh × PUE × g/kWh, and the cost likewise. Without a PUE there is neither: 1 would be a claim about the
+    user's site.
+    """
+    given = {
+        "grid_g_per_kwh": measurement.grid_g_per_kwh,
+        "pue": measurement.pue,
+        "price_per_kwh": measurement.price_per_kwh,
+    }
+    figures = Figures()
+    for field, value in given.items():
+        figures.put(field, value, f"measurement.{field} is not given")
+    for field, factor in (("co2e_g", "grid_g_per_kwh"), ("cost", "price_per_kwh")):
+        figures.work_out(field, lambda factor=factor: _site_kwh(figures, energy_j) * figures.need(factor))  # type: ignore[misc]
+    return figures.section(Carbon)
+
+
+def _site_kwh(figures: Figures, energy_j: Measured) -> float:
+    """What the site drew for it, in kWh."""
+    pue = figures.values["pue"]
+    if energy_j.value is None:
+        raise NotMeasured(str(energy_j.null_reason))
+    if pue is None:
+        raise NotMeasured("measurement.pue is not given; 1 counts what was measured and nothing around it")
+    return energy_j.value / _J_PER_KWH * float(pue)

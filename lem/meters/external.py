@@ -11,13 +11,11 @@ from datetime import timezone
 from itertools import pairwise
 from pathlib import Path
 
-from lem.clock import parse_time
+from lem.base.clock import parse_time
+from lem.base.errors import MeterRefused
+from lem.base.units import NS_PER_S
 from lem.meters.curve import HOLE_PERIODS, Curve, Hole, NotMeasured, Span
-from lem.meters.refusal import MeterRefused
 from lem.meters.samples import SampleLog
-from lem.units import NS_PER_S
-
-__all__ = ["ExternalReadings", "external_energy_j", "is_short_of", "read_external"]
 
 _FORM = "two columns are due: UTC time (2026-07-14T10:00:00Z, or seconds since 1970) and watts"
 

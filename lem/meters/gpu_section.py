@@ -1,26 +1,77 @@
-"""The figures of one GPU over the window, from the looks that were taken at it."""
+"""The per-GPU section of a record."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from typing import Any, TypeVar
 
-from lem.marks import WINDOW
-from lem.measurement import POWER_CAP_BIT, THERMAL_BITS, EnergySource
-from lem.meters.attempt_log import AttemptLog
+from lem.base.codec import build_from, typed_fields
+from lem.base.measurement import POWER_CAP_BIT, THERMAL_BITS, WINDOW, EnergySource
+from lem.base.units import NS_PER_S
 from lem.meters.checks import check_plausible, check_sampled
 from lem.meters.curve import HOLE_PERIODS, NotMeasured, Span
-from lem.meters.figures import Figures
+from lem.meters.nvml import open_nvml, text_of
 from lem.meters.samples import GpuHeader, GpuSample
-from lem.record import Gpu
-from lem.units import NS_PER_S
+from lem.meters.sources import AttemptLog
+from lem.record import Carbon, Efficiency, Energy, Gpu, Idle
 
-__all__ = [
-    "describe_gpu",
-    "describe_unseen_gpu",
-    "samples_in",
-]
+_Value = TypeVar("_Value")
+_Section = TypeVar("_Section", Carbon, Efficiency, Energy, Gpu, Idle)
+
+
+class Figures:
+    """The fields of one section while it is filled.
+
+    Attributes:
+        values: what was found; None where there is a reason.
+        reasons: why a field is None.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        """Begin with fields that are known."""
+        self.values: dict[str, Any] = dict(values)
+        self.reasons: dict[str, str] = {}
+
+    def work_out(self, name: str, figure: Callable[[], _Value]) -> _Value | None:
+        """The figure, kept under its name; None, with its reason kept, where it cannot be had."""
+        try:
+            self.values[name] = value = figure()
+        except NotMeasured as error:
+            self.leave_out(name, str(error))
+            return None
+        return value
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Keep a field as None."""
+        self.values[name] = None
+        self.reasons[name] = reason
+
+    def put(self, name: str, value: Any, reason: str) -> None:
+        """Keep a value, or the reason where it is None."""
+        if value is None:
+            self.leave_out(name, reason)
+        else:
+            self.values[name] = value
+
+    def need(self, name: str) -> Any:
+        """A value found before.
+
+        Raises:
+            NotMeasured: there is none, for the reason that was kept.
+        """
+        if self.values.get(name) is None:
+            raise NotMeasured(self.reasons.get(name, f"{name} was not worked out"))
+        return self.values[name]
+
+    def section(self, kind: type[_Section]) -> _Section:
+        """The section of the record; a field that nobody touched is a bug and fails there."""
+        names = [item.name for item in dataclasses.fields(kind) if item.name != "null_reasons"]
+        values: dict[str, Any] = {name: self.values[name] for name in names}
+        values["null_reasons"] = self.reasons
+        return kind(**values)
 
 
 @dataclass(frozen=True)
@@ -136,3 +187,101 @@ def _mean(looks: Sequence[_Look], value_of: Callable[[GpuSample], float | None],
     if total_s <= 0:
         raise NotMeasured(nothing)
     return sum(value * seconds for value, seconds in known) / total_s
+
+
+@dataclass(frozen=True)
+class GpuProcess:
+    """A process with a context on a GPU.
+
+    Attributes:
+        pid: as the host numbers it, also when read inside a container.
+        memory_b: None where the driver does not tell.
+    """
+
+    pid: int
+    memory_b: int | None
+
+
+@dataclass(frozen=True)
+class GpuState:
+    """A GPU now.
+
+    Attributes:
+        index: NVML's.
+        memory_used_b: by all processes and by the driver itself.
+        processes: those that compute.
+    """
+
+    index: int
+    uuid: str
+    name: str
+    memory_total_b: int
+    memory_used_b: int
+    processes: tuple[GpuProcess, ...]
+
+
+@dataclass(frozen=True)
+class GpuReading:
+    """The GPUs that could be read, and what kept others from it.
+
+    Attributes:
+        driver: version of the driver; None without one.
+        error: what NVML said, `Unknown Error`; None when everything could be read.
+    """
+
+    gpus: tuple[GpuState, ...]
+    driver: str | None = None
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The reading as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> GpuReading:
+        """The reading that `to_dict` gave; what else there is in the document is left alone.
+
+        Raises:
+            ValueError: something else.
+        """
+        values = typed_fields(cls, {name: document.get(name) for name in ("gpus", "driver", "error")}, "reading")
+        return cls(**{**values, "gpus": tuple(map(_decode_gpu, values["gpus"]))})
+
+
+def _decode_gpu(document: Any) -> GpuState:
+    values = typed_fields(GpuState, document, "gpu")
+    return GpuState(
+        **{**values, "processes": tuple(build_from(GpuProcess, item, "process") for item in values["processes"])}
+    )
+
+
+def read_gpus() -> GpuReading:
+    """What NVML tells now of every GPU that can be seen from here."""
+    with open_nvml() as nvml:
+        if isinstance(nvml, str):
+            return GpuReading((), error=nvml)
+        gpus: list[GpuState] = []
+        driver, error = None, None
+        try:
+            driver = text_of(nvml.nvmlSystemGetDriverVersion())
+            gpus.extend(_read(nvml, index) for index in range(nvml.nvmlDeviceGetCount()))
+        except nvml.NVMLError as failure:
+            error = str(failure)
+    return GpuReading(tuple(gpus), driver, error)
+
+
+def _read(nvml: Any, index: int) -> GpuState:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    processes = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    return GpuState(
+        index=index,
+        uuid=text_of(nvml.nvmlDeviceGetUUID(handle)),
+        name=text_of(nvml.nvmlDeviceGetName(handle)),
+        memory_total_b=int(memory.total),
+        memory_used_b=int(memory.used),
+        processes=tuple(
+            GpuProcess(int(item.pid), None if item.usedGpuMemory is None else int(item.usedGpuMemory))
+            for item in processes
+        ),
+    )

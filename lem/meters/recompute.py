@@ -8,18 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lem import marks as names
-from lem.config.experiment_config import ExperimentConfig
-from lem.measurement import EnergySource
-from lem.meters.attempt_log import Baselines, span_of
-from lem.meters.efficiency import carbon_of, efficiency_of
-from lem.meters.energy import EnergyFindings, measure
+from lem.base import measurement as names
+from lem.base.measurement import EnergySource
+from lem.config.experiment import ExperimentConfig
+from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of, measure
 from lem.meters.external import ExternalReadings
 from lem.meters.samples import Mark, SampleLog
-from lem.meters.sources import Sources, choose_sources
+from lem.meters.sources import Baselines, Sources, choose_sources, span_of
 from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Record
-
-__all__ = ["Difference", "Recomputed", "has_energy", "recompute"]
 
 _Section = Energy | Idle | Gpu | Efficiency | Carbon
 

@@ -21,38 +21,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from lem import durable
-from lem.jsontypes import build, build_from, shown
-from lem.measurement import EnergyScope
-from lem.units import GIB
-
-__all__ = [
-    "FINISHED_FILENAME",
-    "PART_FILENAME",
-    "SAMPLES_SCHEMA",
-    "SLOW_PERIOD_S",
-    "ClockPair",
-    "CounterChange",
-    "CpuLoad",
-    "GpuHeader",
-    "GpuSample",
-    "Mark",
-    "MeterError",
-    "PartReader",
-    "ProcessesSeen",
-    "RaplReading",
-    "RaplZone",
-    "SampleHeader",
-    "SampleLog",
-    "SampleLogError",
-    "encode_header",
-    "encode_row",
-    "gpu_meter",
-    "read_finished",
-    "read_part",
-    "read_tail",
-    "write_finished",
-]
+from lem.base import durable
+from lem.base.codec import build, build_from, shown
+from lem.base.measurement import EnergyScope
+from lem.base.units import GIB
 
 SAMPLES_SCHEMA = 1
 PART_FILENAME = "samples.part"
@@ -233,7 +205,7 @@ _VALUES = {kind: attrgetter(*(item.name for item in dataclasses.fields(kind))) f
 
 @dataclass(frozen=True)
 class Mark:
-    """Something that lasted from `opened_ns` to `closed_ns`; see `lem.marks`."""
+    """Something that lasted from `opened_ns` to `closed_ns`; see `lem.base.measurement`."""
 
     name: str
     opened_ns: int

@@ -20,14 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lem import __version__, durable
-from lem.durable import reason_of, remedy_for, sha256_of
-from lem.errors import UserError
+from lem import __version__
+from lem.base import durable
+from lem.base.durable import reason_of, remedy_for, sha256_of
+from lem.base.errors import UserError
+from lem.base.process import run
+from lem.base.units import MIB, some_of
 from lem.orchestration.packing import PYZ_NAME, provide_pyz
-from lem.process import run
-from lem.units import MIB, some_of
-
-__all__ = ["Contents", "Signer", "make_bundle", "verify_bundle"]
 
 SCHEMA_VERSION = 1
 SUMS, SIGNATURE, MANIFEST = "SHA256SUMS", "SHA256SUMS.sig", "manifest.json"

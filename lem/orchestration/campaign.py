@@ -13,31 +13,29 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
-from lem.clock import utc_now, utc_text
+from lem.base.clock import utc_now, utc_text
+from lem.base.errors import InfrastructureError, UserError
 from lem.config.campaign_config import CampaignConfig
 from lem.config.yamlfile import complete_campaign
-from lem.errors import InfrastructureError, UserError
 from lem.orchestration import resume, topup
-from lem.orchestration.activity import ACTIVITY_NAME, ActivityWriter
-from lem.orchestration.events import Observer
-from lem.orchestration.generated import write_configs
-from lem.orchestration.identity import make_run_id
+from lem.orchestration.dispatch import Executor, LocalExecutor
+from lem.orchestration.host_meters import HostMeters
 from lem.orchestration.locks import Holder, LockTarget, default_gpu_lock_folder, hold_locks, lock_targets
 from lem.orchestration.loop import CampaignOutcome, ExperimentLoop, Stopped
 from lem.orchestration.manifest import SKIPPED, CampaignManifest, CampaignManifestEntry, ManifestManager
-from lem.orchestration.opening import Opening, RunOptions, Wish, choose_opening, go_on_with
+from lem.orchestration.names import make_run_id
 from lem.orchestration.order import GapKind
-from lem.orchestration.plan import CampaignExperiment, Plan, build_plan, prolong_plan
-from lem.orchestration.preflight import check_supported, find_environment, gpus_of
-from lem.orchestration.sampling import HostMeters
-from lem.orchestration.session import RunIdentity, Session
-from lem.orchestration.stop import StopRequest
-from lem.orchestration.workers import Executor, LocalExecutor
+from lem.orchestration.plan import CampaignExperiment, Plan, build_plan, prolong_plan, write_configs
+from lem.orchestration.resume import Opening, RunOptions, Wish, choose_opening, go_on_with
+from lem.orchestration.schedule import StopRequest
+from lem.orchestration.session import RunIdentity, Session, check_supported, find_environment, gpus_of
+from lem.orchestration.status import ACTIVITY_NAME, ActivityWriter, Observer
 from lem.record import Record
 from lem.results.precision import write_stopping_rule
-from lem.results.repository import Repository
+from lem.results.store import Repository
 
 __all__ = ["CampaignExperiment", "CampaignOutcome", "CampaignRunner", "RunOptions"]
+
 
 _logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Experiments in containers: each backend in its own long-running one, one engine loaded at a time."""
+"""Running experiments in containers: the workers inside, and why one died."""
 
 from __future__ import annotations
 
@@ -8,32 +8,133 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from lem.clock import utc_now, utc_text
+from lem.base.clock import utc_now, utc_text
+from lem.base.errors import EngineError, InfrastructureError, Interrupted, LockedError
+from lem.base.reasons import Reason
 from lem.config.campaign_config import CampaignHealthCheckConfig
-from lem.errors import EngineError, InfrastructureError, Interrupted, LockedError
-from lem.experiment.channel import RunRequest
-from lem.experiment.leftovers import new_mark
-from lem.orchestration.attempt import Outcome
-from lem.orchestration.compose_project import ComposeProject
-from lem.orchestration.container import ContainerManager
-from lem.orchestration.container_death import explain_death
-from lem.orchestration.container_worker import ContainerWorker, mark_invalid
+from lem.orchestration.attempt import Outcome, Stop, Timeouts, WorkerConnection, WorkerEvent
+from lem.orchestration.container import ContainerManager, gpu_loss, holders
+from lem.orchestration.dispatch import Worker, WorkerUnavailable
 from lem.orchestration.docker import ContainerError
-from lem.orchestration.health import gpu_loss, holders
 from lem.orchestration.locks import Holder, LockTarget, default_gpu_lock_folder, hold_locks
-from lem.orchestration.worker_connection import Stop
-from lem.orchestration.workers import Worker
-from lem.reasons import Reason
-from lem.record import RESULT_FILE
+from lem.orchestration.services import ComposeProject, Services
+from lem.record import RESULT_FILE, RecordError, read_record, write_record
+from lem.worker.channel import LOADING_PHASES, RunRequest
+from lem.worker.engine_child import new_mark
 
-__all__ = ["ContainerLost", "DockerExecutor"]
+# How much later than the death of a process the Docker engine may tell why.
+_NEWS_DELAY_S = 1.0
+
+
+def explain_death(services: Services, service: str, outcome: Outcome, begun_s: float | None) -> Outcome:
+    """The outcome of an attempt whose engine died, with what became of its container.
+
+    Args:
+        begun_s: when the attempt began, in seconds since 1970; None when nobody knows.
+
+    Raises:
+        ContainerError: the Docker engine cannot be asked.
+    """
+    error, until_s = outcome.error, time.time() + _NEWS_DELAY_S
+    if error is None:
+        return outcome
+    if begun_s is not None and services.was_out_of_memory(service, begun_s, until_s):
+        explained = EngineError(
+            f"{error.message}; the container ran out of memory",
+            "raise its limit (LEM_MEMORY_LIMIT, mem_limit in the compose file), or ask the engine for less",
+            kind="out_of_memory",
+            is_permanent=outcome.phase in LOADING_PHASES,
+        )
+        return dataclasses.replace(outcome, error=explained)
+    state = services.state(service)
+    if state is not None and state.is_running:
+        return outcome
+    how = "it was removed" if state is None else state.describe()
+    explained = EngineError(
+        f"{error.message}; its container does not run any more: {how}",
+        "somebody ended the container, not lem: docker events --since 1h tells when",
+        kind=error.kind,
+    )
+    return dataclasses.replace(outcome, error=explained)
+
 
 _logger = logging.getLogger(__name__)
+
+
+class Keeper(Protocol):
+    """Whoever looks after the containers that workers run in."""
+
+    def make_ready(self, service: str) -> Mapping[str, Any]:
+        """Have the container of a service run and answer; what to add to the environment of its worker."""
+
+    def recover(self, service: str) -> None:
+        """Have a container work again in which no worker could be started."""
+
+    def make_way(self, service: str, stop: Stop | None) -> None:
+        """Have every other worker give up its engine, and the device free."""
+
+    def adapt(self, service: str, request: RunRequest) -> RunRequest:
+        """The request as it is meant inside the container."""
+
+    def settle(self, service: str, request: RunRequest, outcome: Outcome) -> Outcome:
+        """The outcome with what the container has to say to it."""
+
+
+class ContainerWorker(Worker):
+    """One worker in the container of one service."""
+
+    def __init__(
+        self,
+        keeper: Keeper,
+        service: str,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        backstop: Callable[[], None],
+    ) -> None:
+        super().__init__(command, env=env, shares_pids=False, backstop=backstop)
+        self._keeper = keeper
+        self._service = service
+
+    def run(
+        self,
+        request: RunRequest,
+        on_event: Callable[[WorkerEvent], None],
+        timeouts: Timeouts,
+        stop: Stop | None = None,
+    ) -> Outcome:
+        """As `Worker.run`, on a device that no other worker holds."""
+        self._keeper.make_way(self._service, stop)
+        adapted = self._keeper.adapt(self._service, request)
+        return self._keeper.settle(self._service, adapted, super().run(adapted, on_event, timeouts, stop))
+
+    def _open(self, stop: Stop | None, timeout_s: float) -> WorkerConnection:
+        facts = self._keeper.make_ready(self._service)
+        try:
+            connection = super()._open(stop, timeout_s)
+        except WorkerUnavailable:
+            # The container runs and yet nothing can be started in it; it gets one chance to be made well.
+            self._keeper.recover(self._service)
+            connection = super()._open(stop, timeout_s)
+        self.environment = {**self.environment, **facts}
+        return connection
+
+
+def mark_invalid(path: Path, reason: Reason) -> None:
+    """Say in a result that it may not be used; one that cannot be read is found out by whoever reads it."""
+    try:
+        record = read_record(path)
+        validity = dataclasses.replace(
+            record.validity, valid=False, invalid_reasons=(*record.validity.invalid_reasons, reason)
+        )
+        write_record(path, dataclasses.replace(record, validity=validity))
+    except (RecordError, OSError) as error:
+        _logger.warning("%s cannot be marked as not valid (%s): %s", path, reason, error)
+
 
 TEARDOWN_S = 10.0
 _POLL_S = 0.2

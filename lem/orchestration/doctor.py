@@ -1,4 +1,4 @@
-"""Whether this machine is fit for a campaign: a list of small checks, each with its remedy."""
+"""Whether this host is fit to measure."""
 
 from __future__ import annotations
 
@@ -12,21 +12,71 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lem.clock import SystemClock
-from lem.errors import UserError
-from lem.meters.capabilities import Capabilities, find_capabilities
-from lem.meters.gpu_state import GpuReading, read_gpus
-from lem.meters.gpus import open_nvml
+from lem.base.clock import SystemClock
+from lem.base.errors import UserError
+from lem.base.measurement import EnergySource
+from lem.base.units import GIB
+from lem.meters.capabilities import Capabilities, CpuCapability, find_capabilities
+from lem.meters.gpu_section import GpuReading, read_gpus
+from lem.meters.nvml import open_nvml
 from lem.meters.rapl import POWERCAP
-from lem.orchestration.compose import Compose, Service
-from lem.orchestration.compose_files import find_compose_files
-from lem.orchestration.compose_project import ComposeProject
+from lem.orchestration.compose import Compose, Service, find_compose_files
 from lem.orchestration.docker import ContainerError, Docker
-from lem.orchestration.energy_checks import PROBE_S, look_at_cpu_energy, look_at_gpu_energy
-from lem.orchestration.findings import FAILED, OK, SKIPPED, WARNING, Finding, some_shown
-from lem.units import GIB
+from lem.orchestration.services import ComposeProject
 
-__all__ = ["CHECKS", "Check", "Host", "Verdict", "examine"]
+OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
+
+
+_MAX_SHOWN = 4
+
+
+def some_shown(texts: Sequence[str], separator: str = ", ") -> str:
+    """The first few texts, and `…` where there are more."""
+    return separator.join(texts[:_MAX_SHOWN]) + (" …" if len(texts) > _MAX_SHOWN else "")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check came to.
+
+    Attributes:
+        status: `ok`, `warning`, `failed`, or `skipped` where it does not apply or something before it failed.
+        remedy: what to do about it; empty when there is nothing to do.
+    """
+
+    status: str
+    message: str
+    remedy: str = ""
+
+
+# Long enough for three changes of a counter that is updated every half second; most take a quarter of that.
+PROBE_S = 2.5
+
+
+def look_at_gpu_energy(found: Capabilities) -> Finding:
+    """Whether every GPU has an energy counter, and how fine it is; none of it keeps a campaign from running."""
+    if not found.gpus:
+        return Finding(SKIPPED, found.gpu_error or "no GPU to look at")
+    worst_first = sorted(found.gpus, key=lambda gpu: (gpu.source is not None, gpu.source == EnergySource.COUNTER))
+    lines = [f"{gpu.meter.label}: {'; '.join(gpu.describe())}" for gpu in worst_first]
+    shown = some_shown(lines, " · ")
+    if all(gpu.source == EnergySource.COUNTER for gpu in found.gpus):
+        return Finding(OK, shown)
+    if all(gpu.source is not None for gpu in found.gpus):
+        remedy = "energy is integrated from power and labelled so; measurement.energy: nvml refuses that"
+    else:
+        remedy = "GPU energy is null in the records until then; measurement.energy: nvml refuses to run"
+    return Finding(WARNING, shown, remedy)
+
+
+def look_at_cpu_energy(cpu: CpuCapability) -> Finding:
+    """Whether the counters of the CPU packages can be read."""
+    if cpu.rapl_error is None:
+        text = f"RAPL can be read: {', '.join(cpu.zones)}"
+        return Finding(WARNING, f"{text}; not {'; '.join(cpu.missing)}") if cpu.missing else Finding(OK, text)
+    estimate = "" if cpu.tdp_w is None else f"; tdp_estimate would use {cpu.tdp_w:g} W ({cpu.tdp_source})"
+    return Finding(WARNING, f"{cpu.rapl_error}{estimate}", cpu.rapl_remedy)
+
 
 # A campaign's results are small; images and models are not.
 LEAST_DISK_B = 1 * GIB

@@ -10,20 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lem.base.errors import UserError
 from lem.config.campaign_config import CampaignConfig, CampaignHealthCheckConfig
-from lem.errors import UserError
-from lem.experiment.probe import missing_distributions, probe_environment
-from lem.meters.gpus import GpuFacts, find_gpus, named_gpus, visible_gpus
-from lem.orchestration.compose import Compose
-from lem.orchestration.compose_files import find_compose_files
-from lem.orchestration.compose_project import ComposeProject
-from lem.orchestration.docker import ContainerError, Docker
+from lem.meters.nvml import GpuFacts, find_gpus, named_gpus, visible_gpus
+from lem.orchestration.compose import Compose, find_compose_files
+from lem.orchestration.dispatch import Executor, LocalExecutor
+from lem.orchestration.docker import ContainerError, Docker, local_mounts
 from lem.orchestration.docker_executor import DockerExecutor
-from lem.orchestration.mounts import local_mounts
 from lem.orchestration.plan import Plan
-from lem.orchestration.workers import Executor, LocalExecutor
-
-__all__ = ["ExecutorChoice", "choose_executor", "docker_executor"]
+from lem.orchestration.services import ComposeProject
+from lem.worker.supervisor import missing_distributions, probe_environment
 
 _logger = logging.getLogger(__name__)
 

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lem.config.backend_config import BACKENDS
+from lem.base.reasons import Reason
+from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignGridConfig
-from lem.config.containers import Items
-from lem.config.experiment_config import ExperimentConfig
+from lem.config.experiment import ExperimentConfig
+from lem.config.kinds import Items
 from lem.config.merging import canonical, put
+from lem.config.option import Section, declared, find_option
 from lem.config.problems import ConfigProblems, Problem, dotted
 from lem.config.rules import Gpu, RuleFinding, check
-from lem.config.schema import Section, declared, find_option
-from lem.orchestration.naming import name_configurations
-from lem.reasons import Reason
+from lem.orchestration.names import name_configurations
 
 __all__ = [
     "NO_MODEL",
@@ -29,6 +29,7 @@ __all__ = [
     "validate_campaign_grid",
     "validate_named",
 ]
+
 
 # Options that make no engine option by themselves, but do where the option beside them is not given
 # (ExperimentConfig.engine_key).

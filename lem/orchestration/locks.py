@@ -19,23 +19,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from lem import durable
-from lem.durable import make_folder
-from lem.errors import LockedError, UserError
-from lem.jsontypes import build_from
-from lem.variables import LOCK_FOLDER_VARIABLE
-
-__all__ = [
-    "CAMPAIGN_LOCK_NAME",
-    "Holder",
-    "LockTarget",
-    "default_gpu_lock_folder",
-    "hold_locks",
-    "is_locked",
-    "lock_targets",
-    "read_holder",
-    "take",
-]
+from lem.base import durable
+from lem.base.codec import build_from
+from lem.base.durable import make_folder
+from lem.base.errors import LockedError, UserError
+from lem.base.variables import LOCK_FOLDER_VARIABLE
 
 CAMPAIGN_LOCK_NAME = "campaign.lock"
 

@@ -8,20 +8,18 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from lem.clock import utc_text
+from lem.base.clock import utc_text
+from lem.base.errors import InfrastructureError, Interrupted, LemError
 from lem.config.campaign_config import CampaignConfig
-from lem.errors import InfrastructureError, Interrupted, LemError
 from lem.orchestration.attempt import WorkerEvent
-from lem.orchestration.events import Event, Observer
-from lem.orchestration.gaps import GapOutcome, keep_gap
+from lem.orchestration.host_meters import GapOutcome, keep_gap
 from lem.orchestration.manifest import COMPLETED, FAILED, RUNNING, Attempt, CampaignManifest
 from lem.orchestration.order import GapKind, gaps_before, loads_engine
 from lem.orchestration.plan import CampaignExperiment
 from lem.orchestration.resume import interrupt_entry
+from lem.orchestration.schedule import StopRequest
 from lem.orchestration.session import Measurement, Session
-from lem.orchestration.stop import StopRequest
-
-__all__ = ["CampaignOutcome", "ExperimentLoop", "Stopped"]
+from lem.orchestration.status import Event, Observer
 
 # An experiment that fails, or whose result is not valid, is tried once more inside its cycle.
 MAX_TRIES = 2

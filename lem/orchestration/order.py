@@ -8,18 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
-from lem.config.names import GROUPED, INTERLEAVED, SHUFFLED, STRUCTURES
-
-__all__ = [
-    "ExpectedTime",
-    "GapKind",
-    "Placed",
-    "Prices",
-    "expected_time",
-    "gaps_before",
-    "loads_engine",
-    "order_experiments",
-]
+from lem.base.durable import GROUPED, INTERLEAVED, SHUFFLED, STRUCTURES
 
 T = TypeVar("T")
 

@@ -14,11 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import lem
-from lem import durable
-from lem.errors import UserError
-from lem.variables import CACHE_VARIABLE
-
-__all__ = ["PYZ_NAME", "cache_folder", "provide_pyz"]
+from lem.base import durable
+from lem.base.errors import UserError
+from lem.base.variables import CACHE_VARIABLE
 
 PYZ_NAME = "lem.pyz"
 

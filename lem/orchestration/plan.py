@@ -1,39 +1,36 @@
-"""What a campaign will run: every experiment in its order, and what was left out and why."""
+"""The plan of a campaign: its experiments in order, and the configuration files written from it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lem.base import durable
+from lem.base.durable import SHUFFLED, json_text, make_folder
+from lem.base.errors import ConfigurationError, UserError
+from lem.base.reasons import Reason
 from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig
-from lem.config.defaults import with_campaign_defaults
-from lem.config.drafts import ExperimentDraft
-from lem.config.experiment_config import ExperimentConfig
+from lem.config.experiment import ExperimentConfig
+from lem.config.kinds import Expanded, as_written, restore_references, simple
+from lem.config.load import ExperimentDraft, with_campaign_defaults
 from lem.config.merging import canonical
-from lem.config.names import SHUFFLED
 from lem.config.problems import Problem
 from lem.config.rules import Gpu
-from lem.config.scalars import as_written, restore_references
 from lem.config.sources import FileProblems, Source
-from lem.errors import ConfigurationError
-from lem.experiment.prompts import resolve_on_host
-from lem.orchestration.grid import (
-    GridValidationIssue,
-    count_reasons,
-    expand_campaign_grid,
-    validate_named,
-)
-from lem.orchestration.identity import (
+from lem.orchestration.grid import GridValidationIssue, count_reasons, expand_campaign_grid, validate_named
+from lem.orchestration.manifest import CampaignManifestEntry
+from lem.orchestration.names import (
     PromptResolver,
     campaign_config_hash,
     config_hash,
+    distinct_names,
     experiment_id,
+    file_stem,
+    name_configurations,
     prompts_fingerprint,
 )
-from lem.orchestration.manifest import CampaignManifestEntry
-from lem.orchestration.naming import distinct_names, file_stem, name_configurations
 from lem.orchestration.order import (
     ExpectedTime,
     GapKind,
@@ -43,9 +40,7 @@ from lem.orchestration.order import (
     loads_engine,
     order_experiments,
 )
-from lem.reasons import Reason
-
-__all__ = ["CampaignExperiment", "Plan", "build_plan", "prolong_plan"]
+from lem.worker.prompts import resolve_on_host
 
 
 @dataclass(frozen=True)
@@ -343,3 +338,56 @@ def _place(item: _Configuration, cycle: int, index: int) -> CampaignExperiment:
         order_index=index,
         is_generated=item.candidate.is_generated,
     )
+
+
+def write_configs(configurations: Iterable[CampaignExperiment]) -> int:
+    """How many files were written; one that is there already and says the same is left alone.
+
+    Args:
+        configurations: as `Plan.configurations`; those with a file of their own are passed over.
+
+    Raises:
+        UserError: the folder is not writable or full.
+    """
+    written = 0
+    for item in configurations:
+        if item.is_generated:
+            path = Path(item.config_path)
+            content = encode_config({**item.config_dict, "config_name": item.config_name})
+            try:
+                written += _write(path, content)
+            except OSError as error:
+                raise UserError(
+                    f"cannot write {path}: {error.strerror}", "make the folder writable, or set io.configs_dir"
+                ) from error
+    return written
+
+
+def encode_config(config_dict: Mapping[str, Any]) -> str:
+    """The configuration as JSON, which is YAML too; `${VAR}` as it was written, so that no secret lands in a file."""
+    return json_text(_as_yaml(config_dict))
+
+
+def _write(path: Path, content: str) -> bool:
+    data = durable.utf8(content)
+    try:
+        if path.read_bytes() == data:
+            return False
+    except FileNotFoundError:
+        make_folder(path.parent)
+    # What a power cut spoils is another file the next time, and written anew; syncing 10,000 took 12 s.
+    durable.write_bytes(path, data, is_synced=False)
+    return True
+
+
+def _as_yaml(value: Any) -> Any:
+    """The value so that reading it gives the same again."""
+    if isinstance(value, Mapping):
+        return {key: _as_yaml(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_yaml(item) for item in value]
+    if isinstance(value, Expanded):
+        # In quotes a reference is text; one that stood for a number or a truth value is written as that.
+        plain = simple(value)
+        return value.written if isinstance(plain, str) else plain
+    return value.replace("${", "$${") if isinstance(value, str) else value

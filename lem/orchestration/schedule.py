@@ -1,25 +1,19 @@
-"""When a campaign starts, and whether a daemon starts it again. Pure: the time is an argument."""
+"""When a campaign starts, and the request to stop."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+import os
+import select
+import signal
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime, time, timedelta, timezone, tzinfo
+from types import FrameType
 
-from lem import units
+from lem.base import units
+from lem.base.errors import Interrupted
 from lem.config.campaign_config import CampaignDaemonConfig
-
-__all__ = [
-    "ANY_DAY",
-    "DAEMON_WINS",
-    "Run",
-    "Stop",
-    "Wait",
-    "daemon_deadline_s",
-    "next_daemon_step",
-    "next_start",
-    "waiting_text",
-]
 
 ANY_DAY = range(7)
 
@@ -121,3 +115,68 @@ def daemon_deadline_s(daemon: CampaignDaemonConfig, first_start_s: float) -> flo
     """When the daemon ends, on the clock of `first_start_s`; the experiment then running finishes. None: never."""
     seconds = daemon.total_duration_seconds
     return None if seconds is None else first_start_s + seconds
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """A flag that signals set and that waits can be woken by.
+
+    The first SIGINT or SIGTERM sets it: the campaign stops the running experiment, writes everything and says how to
+    go on. A second one raises `Interrupted` where the program stands, and what is running is killed on the way out.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def is_set(self) -> bool:
+        """Whether a stop was asked for."""
+        return self.signum is not None
+
+    def fileno(self) -> int:
+        """A descriptor that becomes readable when a stop is asked for, and stays so."""
+        return self._reader
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep, but not past a request to stop; whether there is one."""
+        if seconds > 0 and not self.is_set():
+            select.select([self._reader], [], [], seconds)
+        return self.is_set()
+
+    def request(self, signum: int) -> None:
+        """Ask for a stop as the signal would.
+
+        Raises:
+            Interrupted: it was asked for before.
+        """
+        if self.signum is not None:
+            raise Interrupted(signum)
+        self.signum = signum
+        os.write(self._writer, b"!")
+
+    @contextlib.contextmanager
+    def installed(self, acknowledge: Callable[[], None] | None = None) -> Iterator[StopRequest]:
+        """Answer SIGINT and SIGTERM within the block; to be entered on the main thread.
+
+        Args:
+            acknowledge: called at the first signal, wherever the program stands; it must not touch buffered streams.
+        """
+
+        def handle(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a handler gets both
+            self.request(signum)
+            if acknowledge is not None:
+                acknowledge()
+
+        before = {item: signal.signal(item, handle) for item in _SIGNALS}
+        try:
+            yield self
+        finally:
+            for item, handler in before.items():
+                signal.signal(item, handler)
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        os.close(self._reader)
+        os.close(self._writer)

@@ -1,36 +1,67 @@
-"""One attempt at an experiment: a folder, a worker, and what came of it."""
+"""A session: the workers, meters and attempts of one run, and what is checked before it."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lem.clock import utc_text
-from lem.config.campaign_config import CampaignExecutionConfig
-from lem.errors import EngineError, InfrastructureError, Interrupted, UserError
-from lem.experiment.channel import RunRequest
-from lem.experiment.prompts import resolve_on_host
+from lem.base.clock import utc_text
+from lem.base.durable import reason_of
+from lem.base.errors import EngineError, InfrastructureError, Interrupted, UserError
+from lem.base.reasons import Reason
+from lem.base.variables import TOKEN_VARIABLE
+from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig
+from lem.meters.nvml import find_gpus, named_gpus, visible_gpus
 from lem.orchestration.attempt import Outcome, Timeouts, WorkerEvent
-from lem.orchestration.credentials import find_secrets
-from lem.orchestration.gaps import GapOutcome, RecoveryProbe
-from lem.orchestration.identity import config_hash, prompts_fingerprint
+from lem.orchestration.dispatch import Executor, WorkerUnavailable
+from lem.orchestration.grid import GridValidationIssue
+from lem.orchestration.host_meters import GapOutcome, HostMeters, RecoveryProbe
 from lem.orchestration.manifest import Attempt, CampaignManifest
-from lem.orchestration.plan import CampaignExperiment
-from lem.orchestration.sampling import HostMeters
-from lem.orchestration.stop import StopRequest
-from lem.orchestration.workers import Executor
-from lem.record import Record
-from lem.record_codec import RecordError, read_record
-from lem.results.attempt import AttemptFolder
-from lem.results.repository import Repository
+from lem.orchestration.names import config_hash, prompts_fingerprint
+from lem.orchestration.plan import CampaignExperiment, Plan
+from lem.orchestration.schedule import StopRequest
+from lem.record import Record, RecordError, read_record
+from lem.results.store import AttemptFolder, Repository
+from lem.worker.channel import RunRequest
+from lem.worker.prompts import resolve_on_host
+from lem.worker.supervisor import missing_distributions
 
-__all__ = ["Measurement", "RunIdentity", "Session"]
+SECRET_VARIABLES = (TOKEN_VARIABLE,)
+
+_FOLDER_VARIABLE = "CREDENTIALS_DIRECTORY"  # systemd.exec(5), LoadCredential=
+
+
+def find_secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    """The secrets that are there, by name; what the environment says wins over a credential.
+
+    Raises:
+        UserError: a credential is there and cannot be read.
+    """
+    found = {}
+    folder = environ.get(_FOLDER_VARIABLE)
+    for name in SECRET_VARIABLES:
+        value = environ.get(name) or (_read(Path(folder) / name) if folder else "")
+        if value:
+            found[name] = value
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        reason = reason_of(error) if isinstance(error, OSError) else "it is no text"
+        raise UserError(f"credential {path}: {reason}") from error
+
 
 _logger = logging.getLogger(__name__)
 
@@ -295,3 +326,76 @@ class Session:
         if outcome.error is not None:
             _logger.warning("%s was measured, and then: %s", experiment.exp_id, outcome.error.message)
         return record, None
+
+
+def check_supported(campaign: CampaignConfig, executor_name: str) -> None:
+    """Refuse what only containers can do, where there are none.
+
+    Raises:
+        UserError: the campaign asks for it.
+    """
+    if campaign.cold_start.restart_container and executor_name != "docker":
+        raise UserError(
+            "cold_start.restart_container needs the docker executor, and these experiments run in this Python",
+            "use cold_start.force_cold_start, which starts a new worker for each experiment",
+        )
+
+
+def find_environment(session: Session, experiments: Sequence[CampaignExperiment]) -> dict[str, Any]:
+    """What the workers of these experiments stand on, by name; they are started for it.
+
+    Raises:
+        UserError: a worker cannot be started, or lacks its engine.
+        Interrupted: a stop was asked for.
+    """
+    found: dict[str, Any] = {}
+    for backend in dict.fromkeys(item.backend for item in experiments):
+        try:
+            environment = session.open(backend)
+        except WorkerUnavailable as error:  # nothing has run yet: this host is not fit, and no experiment has failed
+            raise UserError(error.message, error.hint) from error
+        missing = missing_distributions(backend, environment)
+        if missing:
+            raise _lacking(session, backend, missing, environment)
+        found.update({f"{backend}.{name}": value for name, value in environment.items()})
+    return found
+
+
+def _lacking(session: Session, backend: str, missing: Sequence[str], environment: Mapping[str, Any]) -> UserError:
+    """The error of a worker that lacks its engine."""
+    lacks = f"Python ({environment.get('python')}) has no {' and no '.join(missing)}"
+    if session.executor_name == "docker":
+        return UserError(
+            f"backend {backend} cannot run in service {backend}: its {lacks}",
+            "name an image that has it in the compose file; lem compose prints one with images that do",
+        )
+    return UserError(
+        f"backend {backend} cannot run here: this {lacks}",
+        f"pip install {' '.join(missing)}, name a Python that has them with --python, or use a container (lem doctor)",
+    )
+
+
+def gpus_of(plan: Plan) -> tuple[str, ...]:
+    """The UUIDs of the GPUs that a plan uses; a name that is not found here is the worker's to refuse."""
+    visible = visible_gpus(find_gpus(), os.environ)
+    chosen = {gpu.uuid for item in plan.configurations for gpu in named_gpus(item.config.gpus, visible)}
+    return tuple(sorted(chosen))
+
+
+def with_unused_options(plan: Plan) -> Plan:
+    """The plan with a warning for each option that does nothing in a campaign."""
+    issues = [issue for item in plan.configurations for issue in _unused_options(item)]
+    return dataclasses.replace(plan, warnings=(*plan.warnings, *issues))
+
+
+def _unused_options(item: CampaignExperiment) -> list[GridValidationIssue]:
+    options = {
+        "num_cycles": (item.config.num_cycles != 1, "execution.cycles"),
+        "io.results_dir": (item.config.io.results_dir is not None, "the campaign's io.results_dir"),
+    }
+    unused = [
+        Reason.of("campaign_decides", option=name, instead=instead)
+        for name, (is_set, instead) in options.items()
+        if is_set
+    ]
+    return [GridValidationIssue.of(item.config_name, reason, severity="warning") for reason in unused]

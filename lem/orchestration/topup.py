@@ -5,23 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from lem.base.durable import GROUPED
+from lem.base.errors import UserError
+from lem.base.units import some_of
 from lem.config.campaign_config import CampaignConfig
-from lem.config.names import GROUPED
-from lem.errors import UserError
-from lem.orchestration.manifest import CampaignManifest
-from lem.orchestration.manifest_entries import TOP_UP_NOTE
+from lem.orchestration.manifest import TOP_UP_NOTE, CampaignManifest
 from lem.record import Record
-from lem.results.precision import (
-    LEAST_CYCLES,
-    MOST_CYCLES,
-    Precision,
-    StoppingRule,
-    Target,
-    measure_precision,
-)
-from lem.units import some_of
-
-__all__ = ["Decision", "added_cycles", "check_rule", "decide", "make_rule", "note_cycles", "with_cycles"]
+from lem.results.precision import LEAST_CYCLES, MOST_CYCLES, Precision, StoppingRule, Target, measure_precision
 
 _SHOWN = 3
 

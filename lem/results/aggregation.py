@@ -10,15 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lem.jsontypes import shown
-from lem.measurement import is_estimate, is_gpu_source
-from lem.reasons import Reason
-from lem.record import Record
-from lem.record_codec import RecordError, decode_record
+from lem.base.codec import shown
+from lem.base.measurement import is_estimate, is_gpu_source
+from lem.base.reasons import Reason
+from lem.record import Record, RecordError, decode_record
 from lem.results.bootstrap import CONFIDENCE, BootstrapResult, bootstrap_ci, check_confidence
-from lem.results.cycles import Cycles, by_cycle, cycle_values, distinct, share_a_load, used_cycles
-from lem.results.metrics import METRICS, Metric
-from lem.results.statistics import LogTInterval, bootstrap_coverage_label, log_t_interval
+from lem.results.metrics import METRICS, Cycles, Metric, by_cycle, cycle_values, distinct, share_a_load, used_cycles
+from lem.results.stats import LogTInterval, bootstrap_coverage_label, log_t_interval
 
 __all__ = [
     "NO_INTERVAL",
@@ -30,6 +28,7 @@ __all__ = [
     "aggregate_config",
     "estimate_note",
 ]
+
 
 _Countable = TypeVar("_Countable")
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from lem.errors import UserError
-from lem.reasons import Reason
+from lem.base.errors import UserError
+from lem.base.reasons import Reason
 from lem.record import Record
 from lem.results.bootstrap import CONFIDENCE
-from lem.results.comparability import blocking_reason, find_obstacles
 from lem.results.compare import (
     AnchorFinding,
     Comparison,
@@ -27,11 +26,8 @@ from lem.results.compare import (
     metrics_to_show,
     without_result,
 )
-from lem.results.effect import Effect, anchored_effect
-from lem.results.gate import Gate
-from lem.results.metrics import Metric
-
-__all__ = ["compare_runs"]
+from lem.results.effect import Effect, Gate, anchored_effect
+from lem.results.metrics import Metric, blocking_reason, find_obstacles
 
 # Between days an unchanged configuration moves by about 1 %; what moves it by more is no day.
 _TOLERANCE = 0.05

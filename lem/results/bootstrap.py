@@ -18,6 +18,7 @@ from typing import Any
 
 __all__ = ["BootstrapResult", "bootstrap_ci", "check_confidence", "compute_metric_ci"]
 
+
 # Of every interval, unless another one is asked for.
 CONFIDENCE = 0.95
 

@@ -2,24 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
-from lem.measurement import (
+from lem.base.measurement import (
     CROSSCHECK_TOLERANCE,
     REST_TOLERANCE,
     SHORT_WINDOW_S,
     WINDOW_UPDATES,
     is_integrated_power,
 )
-from lem.reasons import Reason, alike
+from lem.base.reasons import Reason, alike
+from lem.base.units import percent
 from lem.record import Record
 from lem.results.aggregation import SHARED_LOAD
-from lem.results.comparability import LENGTH_TOLERANCE, find_obstacles
 from lem.results.compare import RunResults, exclusion_reason
-from lem.results.findings import Finding, Found, among_results
-from lem.units import percent
+from lem.results.metrics import LENGTH_TOLERANCE, find_obstacles
 
-__all__ = ["check_results"]
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found.
+
+    Attributes:
+        kind: a short stable word.
+        is_weak: numbers or verdicts are not to be relied on for it; else it is something to know about them.
+        reason: what, with its figures.
+        remedy: what to do.
+        configurations: whom it concerns; () for the campaign as a whole.
+    """
+
+    kind: str
+    is_weak: bool
+    reason: Reason
+    remedy: str
+    configurations: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """It in words; those of other programs, which warnings pass on, may end in a full stop."""
+        return self.reason.text.rstrip(".") if self.kind == "warning" else self.reason.text
+
+
+Found = Iterable[Finding]
+
+
+def among_results(
+    run: RunResults,
+    kind: str,
+    what: Reason,
+    remedy: str,
+    concerns: Callable[[Record], bool],
+    *,
+    is_weak: bool = True,
+) -> Found:
+    """A finding about the used results for which `concerns` holds, with how many; none where there are none."""
+    looked_at = {subject.name: subject.used for subject in run.subjects}
+    counts = {name: sum(map(concerns, records)) for name, records in looked_at.items()}
+    concerned = tuple(name for name, count in counts.items() if count)
+    if concerned:
+        total = sum(len(looked_at[name]) for name in concerned)
+        reason = Reason.of("some_results", what=what, count=sum(counts.values()), total=total)
+        yield Finding(kind, is_weak, reason, remedy, concerned)
+
 
 _CAPPED_FROM = 0.01
 

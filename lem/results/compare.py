@@ -6,38 +6,27 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lem.errors import ExitCode
-from lem.reasons import Reason, alike
+from lem.base.errors import ExitCode
+from lem.base.reasons import Reason, alike
 from lem.record import Record
 from lem.results.aggregation import NO_INTERVAL, ConfigAggregate, aggregate_config
 from lem.results.bootstrap import CONFIDENCE
-from lem.results.comparability import Obstacle, blocking_reason, find_obstacles
-from lem.results.cycles import Cycles, by_cycle, cycle_values, distinct, used_cycles
-from lem.results.effect import Effect, paired_effect
-from lem.results.gate import Gate, Judgement, Verdict, judge
-from lem.results.metrics import METRICS, Metric
+from lem.results.effect import Effect, Gate, Judgement, Verdict, judge, paired_effect
+from lem.results.metrics import (
+    METRICS,
+    Cycles,
+    Metric,
+    Obstacle,
+    blocking_reason,
+    by_cycle,
+    cycle_values,
+    distinct,
+    find_obstacles,
+    used_cycles,
+)
 from lem.results.precision import StoppingRule
-from lem.results.settings import settings_of
-from lem.results.statistics import holm
-
-__all__ = [
-    "SIGNIFICANCE",
-    "AnchorFinding",
-    "Comparison",
-    "Pair",
-    "Row",
-    "RunResults",
-    "Subject",
-    "candidate_metrics",
-    "compare_configurations",
-    "exclusion_reason",
-    "find_effect",
-    "finished",
-    "gate_code",
-    "gather",
-    "metrics_to_show",
-    "without_result",
-]
+from lem.results.run import settings_of
+from lem.results.stats import holm
 
 # A finding is told as one below this, after Holm.
 SIGNIFICANCE = 0.05

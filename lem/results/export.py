@@ -16,16 +16,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lem.base.doc import printable
+from lem.base.durable import json_text
+from lem.base.errors import UserError
+from lem.base.reasons import Reason
 from lem.config.problems import did_you_mean
-from lem.durable import json_text
-from lem.errors import UserError
-from lem.reasons import Reason
 from lem.record import Distribution, Gpu, Record, ResultKey, parts_of_source
-from lem.results.cycles import used_records
-from lem.results.layout import printable
-from lem.results.metrics import LATENCIES
-
-__all__ = ["FORMATS", "Exported", "Table", "make_table", "render", "summary_columns", "with_columns"]
+from lem.results.metrics import LATENCIES, used_records
 
 FORMATS = ("csv", "json", "jsonl", "markdown")
 

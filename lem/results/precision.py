@@ -10,32 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lem import durable
-from lem.durable import make_folder, reason_of
-from lem.jsontypes import build_from, typed_fields
+from lem.base import durable
+from lem.base.codec import build_from, typed_fields
+from lem.base.durable import make_folder, reason_of
+from lem.base.units import parse_percentage, percent
 from lem.record import Record
 from lem.results.aggregation import SHARED_LOAD, MetricEstimate, aggregate_config
-from lem.results.attempt import stopping_campaign
 from lem.results.metrics import METRICS
-from lem.results.statistics import LogTInterval
-from lem.units import parse_percentage, percent
-
-__all__ = [
-    "LEAST_CYCLES",
-    "MOST_CYCLES",
-    "STOPPING_FILE",
-    "UNACCOUNTED",
-    "Precision",
-    "PrecisionReport",
-    "StoppingRule",
-    "Target",
-    "half_width_ratio",
-    "measure_precision",
-    "parse_target",
-    "read_stopping_rule",
-    "stopping_document",
-    "write_stopping_rule",
-]
+from lem.results.stats import LogTInterval
+from lem.results.store import stopping_campaign
 
 _logger = logging.getLogger(__name__)
 

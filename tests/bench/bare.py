@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lem.backends.protocol import Backend, TokenRequest
-from lem.backends.registry import create_backend
-from lem.clock import SystemClock
-from lem.config.experiment_config import ExperimentConfig
-from lem.experiment.prompts import resolve_on_host
-from lem.experiment.window import measure_batch
+from lem.base.clock import SystemClock
+from lem.config.experiment import ExperimentConfig
+from lem.engines.common import create_backend
+from lem.engines.protocol import Backend, TokenRequest
+from lem.worker.prompts import resolve_on_host
+from lem.worker.window import measure_batch
 from tests.bench.pairs import in_turn, told
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,8 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from lem.record import Record
-from lem.record_codec import read_record
+from lem.record import Record, read_record
 from tests.bench.figure import Figure
 from tests.container_rig import ContainerRig, container_campaign
 from tests.lab.places import COMPOSE_FILES, Places

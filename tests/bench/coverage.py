@@ -16,9 +16,8 @@ from dataclasses import dataclass
 
 from lem.results.anchor import compare_runs
 from lem.results.compare import SIGNIFICANCE, Comparison, Row, RunResults, compare_configurations, gather
-from lem.results.effect import anchored_effect, paired_effect
-from lem.results.gate import Verdict, parse_gate, parse_metric
-from lem.results.statistics import BOOTSTRAP_COVERAGE
+from lem.results.effect import Verdict, anchored_effect, paired_effect, parse_gate, parse_metric
+from lem.results.stats import BOOTSTRAP_COVERAGE
 from tests.synthetic_campaign import Campaign, Configuration
 
 __all__ = [

@@ -18,11 +18,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lem import marks as names
-from lem.config.experiment_config import ExperimentConfig
-from lem.meters.energy import Baselines, measure
+from lem.base import measurement as names
+from lem.config.experiment import ExperimentConfig
+from lem.meters.energy import measure
 from lem.meters.samples import Mark, SampleLog
-from lem.meters.sources import choose_sources
+from lem.meters.sources import Baselines, choose_sources
 from tests.doubles.nvml.traces import NS_PER_S, Trace, random_trace, simulate_log
 from tests.doubles.powercap import Zone
 

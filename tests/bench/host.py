@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from lem.errors import ExitCode
+from lem.base.errors import ExitCode
 
 __all__ = ["HostCost", "command_cost", "run_host"]
 

@@ -17,11 +17,11 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-from lem.backends.protocol import TokenRequest
-from lem.backends.vllm import VllmBackend
-from lem.clock import SystemClock
-from lem.config.experiment_config import ExperimentConfig
-from lem.experiment.window import measure_batch
+from lem.base.clock import SystemClock
+from lem.config.experiment import ExperimentConfig
+from lem.engines.protocol import TokenRequest
+from lem.engines.vllm import VllmBackend
+from lem.worker.window import measure_batch
 from tests.bench.pairs import in_turn, told
 
 PAIRS = 20

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from lem.results.precision import LEAST_CYCLES, MOST_CYCLES
-from lem.results.statistics import student_t_quantile
+from lem.results.stats import student_t_quantile
 
 __all__ = ["coverage", "main"]
 

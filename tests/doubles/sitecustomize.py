@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-SERVED = frozenset({"lem.backends.pytorch", "lem.backends.vllm"})
+SERVED = frozenset({"lem.engines.pytorch", "lem.engines.vllm"})
 
 
 class _TrivialEngineFinder:

@@ -1,6 +1,6 @@
 """A backend without an engine: it takes a prompt's bytes for its tokens and answers with bytes that follow from them.
 
-It keeps to `lem.backends.protocol` in everything, and does what LEMTEST_ENGINE_SCRIPT says beside that: JSON with
+It keeps to `lem.engines.protocol` in everything, and does what LEMTEST_ENGINE_SCRIPT says beside that: JSON with
 
     token_s           seconds a token takes (0)
     gpus              UUIDs of the GPUs it says it runs on ([]: the CPU)
@@ -41,9 +41,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lem.backends.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
-from lem.config.experiment_config import ExperimentConfig
-from lem.errors import EngineError, OptionRefused
+from lem.base.errors import EngineError, OptionRefused
+from lem.config.experiment import ExperimentConfig
+from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
 
 __all__ = ["VARIABLE", "TrivialEngine", "answer", "create"]
 

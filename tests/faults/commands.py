@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lem.durable import TEMPORARY_PREFIX
-from lem.errors import UserError
-from lem.results.fleet_plan import read_plan
+from lem.base.durable import TEMPORARY_PREFIX
+from lem.base.errors import UserError
+from lem.results.merge import read_plan
 from tests.doubles.fault_injector import ERRORS, read_journal
 from tests.faults.campaigns import CampaignFailed
 from tests.faults.points import Point, points_of

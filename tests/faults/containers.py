@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.orchestration.manifest import CampaignManifest
-from lem.record_codec import RecordError, read_record
+from lem.record import RecordError, read_record
 from tests.campaign_rig import Ended, Running
 from tests.container_rig import VARIABLE as RIG_VARIABLE
 from tests.container_rig import ContainerRig, container_campaign

@@ -68,7 +68,7 @@ def points_of(journal: Iterable[Entry]) -> tuple[Point, ...]:
 
 
 def _is_random_name(name: str) -> bool:
-    """Whether `tempfile.mkstemp` made it for `lem.durable`."""
+    """Whether `tempfile.mkstemp` made it for `lem.base.durable`."""
     return re.fullmatch(re.escape(_DURABLE_PREFIX) + "[a-z0-9_]{8}", name) is not None
 
 

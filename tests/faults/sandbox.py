@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lem.errors import UserError
+from lem.base.errors import UserError
 from lem.meters.samples import FINISHED_FILENAME, SampleLogError, read_finished
 from lem.orchestration.manifest import ManifestManager
-from lem.record_codec import RecordError, read_record
+from lem.record import RecordError, read_record
 from tests.doubles import wall_clock
 from tests.doubles.fault_injector import VARIABLE, Fault, process_of
 from tests.faults.scenarios import Tools

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from lem.record_codec import decode_record
+from lem.record import decode_record
 from tests.doubles.nvml.gpus import GpuTrace, Load
 from tests.doubles.nvml.library import build_library
 from tests.doubles.nvml.sensors import Counter

@@ -9,16 +9,15 @@ from typing import Any, NoReturn
 from hypothesis import strategies as st
 
 from lem import __version__
-from lem.config.experiment_config import ExperimentConfig
-from lem.errors import LemError, UserError
-from lem.experiment.channel import PROTOCOL_VERSION, ChannelError, LineBuffer, RunRequest, decode_report
-from lem.experiment.supervisor import Supervisor
+from lem.base.errors import LemError, MeterRefused, UserError
+from lem.config.experiment import ExperimentConfig
 from lem.meters.curve import NotMeasured, Span
 from lem.meters.external import external_energy_j, read_external
-from lem.meters.refusal import MeterRefused
 from lem.meters.samples import SampleHeader, SampleLog
 from lem.orchestration.attempt import Timeouts
-from lem.orchestration.workers import Worker
+from lem.orchestration.dispatch import Worker
+from lem.worker.channel import PROTOCOL_VERSION, ChannelError, LineBuffer, RunRequest, decode_report
+from lem.worker.supervisor import Supervisor
 from tests.fuzz.mutation import bytes_near, json_lines_near, text_near
 from tests.fuzz.trial import Find, Outcome, Surface
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lem.config import yamlfile
 from lem.config.campaign_config import CampaignConfig
-from lem.config.experiment_config import ExperimentConfig
+from lem.config.experiment import ExperimentConfig
 from tests.fuzz.mutation import arguments_near, bytes_near, text_near, words_near, yaml_near
 from tests.fuzz.trial import Find, Outcome, Surface, replaced, run_lem
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from lem.errors import UserError
+from lem.base.errors import UserError
 from lem.meters.samples import FINISHED_FILENAME, SampleLogError, read_part, read_tail
 from lem.orchestration.locks import CAMPAIGN_LOCK_NAME
 from lem.orchestration.manifest import ManifestManager
-from lem.results.fleet_plan import FleetPlan, HostPart, PlannedExperiment, read_plan
-from lem.results.repository import Repository
+from lem.results.merge import FleetPlan, HostPart, PlannedExperiment, read_plan
+from lem.results.store import Repository
 from tests.fuzz.mutation import bytes_near, gzipped, json_lines_near, json_near
 from tests.fuzz.trial import Find, Outcome, Surface, replaced, run_lem
 from tests.synthetic_campaign import Campaign, Configuration, Written
@@ -261,7 +261,7 @@ def _plan_document() -> dict[str, Any]:
 
 def _config_document() -> Any:
     requested = {"model": "gpt2", "backend": "pytorch"}
-    from lem.config.experiment_config import ExperimentConfig
+    from lem.config.experiment import ExperimentConfig
 
     resolved = ExperimentConfig.from_dict({**requested, "timeseries": {"save": True}}).to_dict()
     return json.loads(json.dumps({"schema_version": 1, "requested": requested, "resolved": resolved}))

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lem.clock import SystemClock
-from lem.experiment.launch import own_command
-from lem.experiment.sampler_process import SamplerProcess, wait_until_ready
+from lem.base.clock import SystemClock
 from lem.meters.samples import SampleLog, read_part
+from lem.worker.launch import own_command
+from lem.worker.sampling import SamplerProcess, wait_until_ready
 from tests.gpu.engine_client import Engine
 from tests.gpu.extent import Extent
 from tests.gpu.finding import LeftOut

@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lem import process
-from lem.orchestration.manifest import ManifestManager
-from lem.orchestration.manifest_entries import CampaignManifestEntry
+from lem.base import process
+from lem.orchestration.manifest import CampaignManifestEntry, ManifestManager
 from lem.record import Record
-from lem.results.repository import Repository
+from lem.results.store import Repository
 from tests.gpu.bench import Bench
 
 __all__ = ["INTERRUPTED", "lem", "read_entries", "read_records", "run_campaign"]

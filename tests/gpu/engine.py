@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from lem import process
-from lem.backends.protocol import Backend, TokenRequest
-from lem.backends.registry import create_backend
-from lem.clock import SystemClock
-from lem.config.experiment_config import ExperimentConfig
-from lem.experiment.window import measure_batch
+from lem.base import process
+from lem.base.clock import SystemClock
+from lem.config.experiment import ExperimentConfig
+from lem.engines.common import create_backend
+from lem.engines.protocol import Backend, TokenRequest
+from lem.worker.window import measure_batch
 from tests.gpu.load import CudaLoad, Load, RehearsedLoad, stay_busy, swing
 
 # Ids that both tokenizer and model know, special ones left out.

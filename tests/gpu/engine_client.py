@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lem import process
+from lem.base import process
 from tests.gpu.load import Busy
 
 __all__ = ["ROOT", "Engine", "EngineFailed"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lem import durable
+from lem.base import durable
 from lem.meters.samples import GpuHeader
 from tests.gpu.finding import DONE, Finding, Section
 

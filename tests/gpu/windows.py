@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from lem.meters.curve import ClosedWindow, Span
-from lem.meters.integrate import counter_curve, power_curve
+from lem.base.units import NS_PER_S
+from lem.meters.curve import ClosedWindow, Span, counter_curve, power_curve
 from lem.meters.samples import GpuSample, SampleLog
-from lem.units import NS_PER_S
 from tests.gpu.load import Busy
 
 __all__ = ["COUNTER", "counted_j", "integrated_j", "naive_j", "rested_w", "span_of", "thinned"]

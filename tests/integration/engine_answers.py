@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lem.backends.protocol import Backend, Completion, TokenRequest
+from lem.engines.protocol import Backend, Completion, TokenRequest
 
 __all__ = ["GREEDY", "LENGTHS", "SAMPLING", "answers", "outputs"]
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lem.backends.protocol import TokenRequest
-from lem.backends.pytorch import PyTorchBackend
-from lem.config.experiment_config import ExperimentConfig
+from lem.config.experiment import ExperimentConfig
+from lem.engines.protocol import TokenRequest
+from lem.engines.pytorch import PyTorchBackend
 from tests.integration.engine_answers import GREEDY, LENGTHS
 
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 
-from lem import marks
+from lem.base import measurement
+from lem.base.reasons import Reason
 from lem.meters.samples import FINISHED_FILENAME, PART_FILENAME, read_finished
-from lem.reasons import Reason
-from lem.record import Record
-from lem.record_codec import read_record
+from lem.record import Record, read_record
 from tests.campaign_rig import CampaignRig, Ended, Running
 from tests.doubles.nvml.library import NvmlDouble
 from tests.doubles.nvml.traces import Counter, GpuTrace, Load, Thermal, Trace
@@ -53,7 +52,7 @@ class MeteredRig:
         environ = {**self.rig.environ(), **double.variables(), "LEMTEST_ENGINE_SCRIPT": json.dumps(script)}
         return Running(command, self.rig.folder, environ).wait()
 
-    def true_j(self, record_path: Path, name: str = marks.WINDOW) -> float:
+    def true_j(self, record_path: Path, name: str = measurement.WINDOW) -> float:
         _, found = read_finished(record_path.with_name(FINISHED_FILENAME))
         spans = [(mark.opened_ns, mark.closed_ns) for mark in found if mark.name == name]
         assert len(spans) == 1, found

@@ -81,7 +81,7 @@ def test_no_secret_is_in_argv_files_or_output_and_the_webhook_hears_of_the_end(r
     ]
     ended = rig.run("--yes", "-vv", rules=rules, HOOK=webhook.url, HF_TOKEN=TOKEN)
     assert ended.code == 0, ended.err
-    assert "lem/experiment/launch.py worker" in (rig.folder / "argv").read_text(errors="replace")
+    assert "lem/worker/launch.py worker" in (rig.folder / "argv").read_text(errors="replace")
     everything = {**rig.tree(), "stdout": ended.out.encode(), "stderr": ended.err.encode()}
     for secret in (SECRET, TOKEN, webhook.url):
         assert [name for name, content in everything.items() if secret.encode() in content] == []
@@ -107,7 +107,7 @@ def test_quiet_shows_the_summary_alone_and_logs_the_rest(rig):
     assert ended.code == 0
     assert ended.err.splitlines() == [f"2 completed, 0 failed, 0 left; results in results/demo/{rig.manifest().run_id}"]
     assert "Single cycle: use --cycles 3+ for confidence intervals" in ended.out
-    log = (rig.folder / ".state" / "demo" / "lem.log").read_text()
+    log = (rig.folder / ".state" / "demo" / "lem.base.log").read_text()
     assert "Generated 2 experiments (0 filtered, 0 warnings)" in log
     assert re.search(
         rf"^\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\dZ INFO lem\.campaign: \[1/2\] ok {FOUR} · cycle 1/1", log, re.MULTILINE

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lem.errors import ExitCode
+from lem.base.errors import ExitCode
 from tests.campaign_rig import CampaignRig, campaign_text
 
 # No campaign is ever that narrow, so the cycles end at the most.

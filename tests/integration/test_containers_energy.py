@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lem import marks
+from lem.base import measurement
 from lem.meters.samples import FINISHED_FILENAME, PART_FILENAME, read_finished
 from tests.doubles.nvml.traces import Counter, GpuTrace, Load, Trace
 from tests.weather.rig import WeatherRig
@@ -44,7 +44,7 @@ def test_a_worker_in_a_container_samples_what_its_host_cannot_see(rig: WeatherRi
     (path,) = (rig.folder / "results").rglob(FINISHED_FILENAME)
     log, found = read_finished(path)
     assert log.header.host != record.identity.host, "a container has a host name of its own"
-    (window,) = (mark for mark in found if mark.name == marks.WINDOW)
+    (window,) = (mark for mark in found if mark.name == measurement.WINDOW)
     true = trace(rig).after_load({0: (rig.shared / "load").read_text()})
     assert record.energy.gpu_energy_j == pytest.approx(true.energy_j(window.opened_ns, window.closed_ns), rel=0.02)
     assert not list((rig.folder / "results").rglob(PART_FILENAME))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lem.record_codec import decode_record
-from lem.units import format_energy
+from lem.base.units import format_energy
+from lem.record import decode_record
 from tests.campaign_rig import CampaignRig, Running
 
 EXPERIMENT = """\

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from lem.backends.protocol import Completion, TokenRequest
-from lem.backends.pytorch import PyTorchBackend, create
-from lem.errors import EngineError, OptionRefused
+from lem.base.errors import EngineError, OptionRefused
+from lem.engines.protocol import Completion, TokenRequest
+from lem.engines.pytorch import PyTorchBackend, create
 from tests.integration.engine_answers import LENGTHS, SAMPLING, answers, outputs
 from tests.integration.pytorch_experiments import copy_model, experiment, loaded, prompts
 
@@ -529,7 +529,7 @@ def test_a_static_cache_is_as_long_as_its_own_experiment_needs(tiny_model: Path)
 def test_the_engine_is_not_imported_before_a_load() -> None:
     code = (
         "import sys\n"
-        "from lem.backends.registry import create_backend\n"
+        "from lem.engines.common import create_backend\n"
         "assert create_backend('pytorch').name == 'pytorch'\n"
         "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
@@ -539,9 +539,9 @@ def test_the_engine_is_not_imported_before_a_load() -> None:
 
 def test_a_python_without_the_engine_says_so_and_how_to_get_it() -> None:
     code = (
-        "from lem.backends.registry import create_backend\n"
-        "from lem.config.experiment_config import ExperimentConfig\n"
-        "from lem.errors import EngineError\n"
+        "from lem.engines.common import create_backend\n"
+        "from lem.config.experiment import ExperimentConfig\n"
+        "from lem.base.errors import EngineError\n"
         "try:\n"
         "    create_backend('pytorch').load(ExperimentConfig.from_dict({'model': 'm'}), {})\n"
         "except EngineError as error:\n"

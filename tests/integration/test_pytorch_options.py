@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from lem.backends.protocol import EngineReport, TokenRequest
-from lem.backends.pytorch import PyTorchBackend
-from lem.backends.pytorch_generation import BatchRunner
-from lem.backends.pytorch_report import describe_effective
-from lem.config.backend_config import PyTorchConfig
+from lem.base.errors import OptionRefused
+from lem.config.backends import PyTorchConfig
+from lem.config.option import walk
 from lem.config.problems import ConfigProblems
-from lem.config.schema import walk
-from lem.errors import OptionRefused
+from lem.engines.protocol import EngineReport, TokenRequest
+from lem.engines.pytorch import PyTorchBackend
+from lem.engines.pytorch.generation import BatchRunner
+from lem.engines.pytorch.session import describe_effective
 from tests.integration.engine_answers import SAMPLING, answers, outputs
 from tests.integration.pytorch_experiments import copy_model, experiment, loaded, prompts
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from lem.backends.protocol import EngineReport
-from lem.backends.pytorch import PyTorchBackend
-from lem.errors import EngineError, LemError, OptionRefused
+from lem.base.errors import EngineError, LemError, OptionRefused
+from lem.engines.protocol import EngineReport
+from lem.engines.pytorch import PyTorchBackend
 from tests.integration.engine_answers import outputs
 from tests.integration.pytorch_experiments import copy_model, experiment, loaded, prompts
 
@@ -28,9 +28,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # Loads in a process of its own: offline mode and the place of the cache are read when the hub's package is imported.
 LOAD = """
 import json, sys
-from lem.backends.pytorch import PyTorchBackend
-from lem.config.experiment_config import ExperimentConfig
-from lem.errors import EngineError
+from lem.engines.pytorch import PyTorchBackend
+from lem.config.experiment import ExperimentConfig
+from lem.base.errors import EngineError
 config = ExperimentConfig.from_dict({"gpus": [], "fp_precision": "float32", **json.loads(sys.argv[1])})
 try:
     report = PyTorchBackend().load(config, {"HF_TOKEN": "hf_verysecret"})

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from lem.backends.protocol import Completion, EngineReport, TokenRequest
-from lem.backends.vllm import VllmBackend, create
-from lem.errors import EngineError, OptionRefused
+from lem.base.errors import EngineError, OptionRefused
+from lem.engines.protocol import Completion, EngineReport, TokenRequest
+from lem.engines.vllm import VllmBackend, create
 from tests.integration.engine_answers import LENGTHS, answers, outputs
 from tests.integration.vllm_experiments import BLOCKS, Arrivals, experiment, loaded, prompts
 

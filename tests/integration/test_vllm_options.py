@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from lem.backends.protocol import EngineReport, TokenRequest
-from lem.backends.vllm import VllmBackend
-from lem.config.backend_config import VllmConfig
-from lem.config.schema import walk
-from lem.errors import EngineError, OptionRefused
+from lem.base.errors import EngineError, OptionRefused
+from lem.config.backends import VllmConfig
+from lem.config.option import walk
+from lem.engines.protocol import EngineReport, TokenRequest
+from lem.engines.vllm import VllmBackend
 from tests.integration.engine_answers import SAMPLING, answers, outputs
 from tests.integration.vllm_experiments import experiment, prompts
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lem.backends.protocol import Completion
-from lem.backends.vllm import VllmBackend
-from lem.errors import EngineError
+from lem.base.errors import EngineError
+from lem.engines.protocol import Completion
+from lem.engines.vllm import VllmBackend
 from tests.integration.engine_answers import answers, outputs
 from tests.integration.vllm_experiments import Arrivals, experiment, prompts
 from tests.processes import wait_for

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lem.backends.protocol import Completion, EngineReport, TokenRequest
-from lem.backends.vllm import VllmBackend
-from lem.config.experiment_config import ExperimentConfig
+from lem.config.experiment import ExperimentConfig
+from lem.engines.protocol import Completion, EngineReport, TokenRequest
+from lem.engines.vllm import VllmBackend
 from tests.integration.engine_answers import GREEDY, LENGTHS
 
 # A few MB of cache are enough here; without a bound vLLM takes most of the memory there is.

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from lem.errors import UserError
+from lem.base.errors import UserError
 from tests.lab.engine import engine_version, own_engine, remove_containers, remove_data, start_engine, stop_engine
 from tests.lab.environments import provide_environment, provide_model, remove_folder
 from tests.lab.image import RECIPE, image_recipe, provide_image, remove_image

@@ -11,9 +11,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lem.durable import read_json, write_json
-from lem.errors import UserError
-from lem.process import ProcessId, identify
+from lem.base.durable import read_json, write_json
+from lem.base.errors import UserError
+from lem.base.process import ProcessId, identify
 from tests.lab.places import LABEL, SOCKET, Places
 from tests.lab.steps import answer, must, step
 from tests.processes import wait_until_ended

@@ -6,7 +6,7 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from lem.errors import UserError
+from lem.base.errors import UserError
 from tests.lab.places import RECIPES, ROOT, Places
 from tests.lab.steps import answer, must, step
 

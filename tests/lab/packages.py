@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from lem.errors import UserError
+from lem.base.errors import UserError
 from tests.lab.places import Places
 from tests.lab.steps import answer, must, step
 

@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lem.errors import UserError
-from lem.process import copyable, describe_exit, run
+from lem.base.errors import UserError
+from lem.base.process import copyable, describe_exit, run
 
 __all__ = ["Step", "answer", "must", "step"]
 

@@ -115,7 +115,7 @@ def test_what_bugs_raise_is_caught_around_calls_of_other_code_alone(name: str) -
 
 def test_the_check_sees_what_it_is_for() -> None:
     tree = ast.parse(
-        "from lem.units import plural\n"
+        "from lem.base.units import plural\n"
         "try:\n    plural(1, 'x')\nexcept (ValueError, TypeError):\n    pass\n"
         "try:\n    json.loads(x)\nexcept TypeError:\n    pass\n"
         "with explained('x'):\n    plural(2, 'x')\n"

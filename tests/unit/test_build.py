@@ -30,7 +30,7 @@ for name in names:
         importlib.import_module(name)
     except ModuleNotFoundError as error:  # a helper of a backend that stands on its engine
         missing = error.name.split(".")[0]
-        assert name.startswith("lem.backends.") and missing not in {"lem", *sys.stdlib_module_names}, error
+        assert name.startswith("lem.engines.") and missing not in {"lem", *sys.stdlib_module_names}, error
 from lem._vendor import yaml
 assert yaml.safe_load("a: [1, 2]") == {"a": [1, 2]}
 assert yaml.__with_libyaml__ is False
@@ -83,7 +83,7 @@ def names_of(python: Python) -> str:
 
 def test_two_folders_two_umasks_and_every_python_build_the_same_bytes(tmp_path: Path) -> None:
     roots = [copy_of_the_project(tmp_path / "one"), copy_of_the_project(tmp_path / "another-place")]
-    os.utime(roots[1] / "lem" / "errors.py", (0, 0))
+    os.utime(roots[1] / "lem" / "base" / "errors.py", (0, 0))
     built = set()
     for index, python in enumerate(SUPPORTED * 2):
         output = tmp_path / f"{index}.pyz"
@@ -114,10 +114,10 @@ def test_zip_holds_program_vendored_modules_and_licences_and_nothing_else(pyz: P
 
 def test_file_of_unknown_kind_stops_the_build(tmp_path: Path) -> None:
     root = copy_of_the_project(tmp_path / "project")
-    (root / "lem" / "errors.py~").write_text("an editor's backup", encoding="utf-8")
+    (root / "lem" / "base" / "errors.py~").write_text("an editor's backup", encoding="utf-8")
     finished = build(root, tmp_path / "lem.pyz")
     assert finished.returncode == 1
-    assert "lem/errors.py~" in finished.stderr
+    assert "lem/base/errors.py~" in finished.stderr
     assert not (tmp_path / "lem.pyz").exists()
 
 

@@ -4,7 +4,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from lem.clock import parse_time, seconds_between, utc_stamp, utc_text
+from lem.base.clock import parse_time, seconds_between, utc_stamp, utc_text
 
 MOMENT = datetime(2026, 7, 14, 12, 0, 0, 123456, timezone(timedelta(hours=2)))
 

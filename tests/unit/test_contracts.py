@@ -39,7 +39,7 @@ from lem.orchestration.resume import resume_text
 from lem.orchestration.schedule import Stop, next_daemon_step, waiting_text
 from lem.results.aggregation import aggregate_campaign_results
 from lem.results.bootstrap import BootstrapResult, bootstrap_ci, compute_metric_ci
-from lem.results.summary import summarise, summary_document
+from lem.results.run import summarise, summary_document
 from tests.campaign_doubles import Place, make_campaign
 from tests.campaign_rig import campaign_text
 from tests.command_rig import run_lem

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lem import durable
+from lem.base import durable
 from tests.faulty_disk import failing, watching
 
 EVENTS_BEFORE_THE_NAME_CHANGES = ("lem.write", "lem.fsync", "lem.rename")
@@ -143,7 +143,7 @@ def test_a_disk_that_fills_up_in_the_middle_leaves_the_old_file(tmp_path: Path) 
     code = """
 import resource, sys
 from pathlib import Path
-from lem import durable
+from lem.base import durable
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
     durable.write_bytes(Path(sys.argv[1]), bytes(100_000))
@@ -162,7 +162,7 @@ def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path: Path, even
     code = """
 import os, signal, sys
 from pathlib import Path
-from lem import durable
+from lem.base import durable
 sys.addaudithook(lambda event, _: event == sys.argv[2] and os.kill(os.getpid(), signal.SIGKILL))
 durable.write_json(Path(sys.argv[1]), ["new"])
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lem.config import rules
-from lem.config.experiment_config import ExperimentConfig
+from lem.config.experiment import ExperimentConfig
 from lem.config.yamlfile import load_campaign, load_experiment
 from lem.orchestration.grid import expand_campaign_grid, validate_campaign_grid
 from lem.orchestration.plan import build_plan

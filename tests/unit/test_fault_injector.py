@@ -23,7 +23,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from tests.doubles import fault_injector
-from lem import durable
+from lem.base import durable
 fault_injector.install()
 sys.argv[1:] = sys.argv[2:]
 for name in ("a", "b"):
@@ -172,7 +172,7 @@ def test_the_wall_clock_goes_back_and_no_other_clock_does(tmp_path: Path) -> Non
     code = """
 import sys, time
 from datetime import datetime, timezone
-from lem import durable
+from lem.base import durable
 from pathlib import Path
 clocks = (time.time, lambda: datetime.now(timezone.utc).timestamp(), time.monotonic)
 before = [clock() for clock in clocks]

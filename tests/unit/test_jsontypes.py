@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lem.jsontypes import build, build_from, typed_fields
+from lem.base.codec import build, build_from, typed_fields
 
 
 @dataclass(frozen=True)

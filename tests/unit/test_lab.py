@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from examples.make_demo_model import SHAPES
-from lem.durable import write_json
-from lem.errors import UserError
-from lem.process import identify
+from lem.base.durable import write_json
+from lem.base.errors import UserError
+from lem.base.process import identify
 from tests.lab.engine import RECORD, own_engine
 from tests.lab.environments import adapt_vllm, is_filled
 from tests.lab.make_model import widen

@@ -13,45 +13,28 @@ from pathlib import Path
 
 import pytest
 
-from lem.backends.registry import BACKEND_MODULES
+from lem.engines.common import BACKEND_MODULES
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 60
 
-# What each layer may stand on beside itself and `lem` (the version); a layer is a module or a folder of lem/.
-FOUNDATION = frozenset(
-    {
-        "errors",
-        "process",
-        "log",
-        "units",
-        "durable",
-        "jsontypes",
-        "measurement",
-        "clock",
-        "variables",
-        "marks",
-        "reasons",
-    }
-)
-RECORD = frozenset({"record", "record_codec"})
-STANDS_ON: dict[str, frozenset[str]] = {
-    **dict.fromkeys(FOUNDATION, FOUNDATION),
-    "config": FOUNDATION,
-    "record": FOUNDATION,
-    "record_codec": FOUNDATION | {"record"},
-    "meters": FOUNDATION | {"config"} | RECORD,
-    "backends": FOUNDATION | {"config"} | RECORD,
-    "experiment": FOUNDATION | {"config", "meters", "backends"} | RECORD,
-    "results": FOUNDATION | {"config"} | RECORD,
-    "orchestration": FOUNDATION | {"config", "meters", "backends", "experiment", "results"} | RECORD,
+# The layers below each one; a layer is a folder of lem/, or a module in it. Every layer may import `lem` (the version).
+BELOW: dict[str, frozenset[str]] = {
+    "base": frozenset(),
+    "config": frozenset({"base"}),
+    "record": frozenset({"base"}),
+    "meters": frozenset({"base", "config", "record"}),
+    "engines": frozenset({"base", "config", "record"}),
+    "worker": frozenset({"base", "config", "record", "meters", "engines"}),
+    "results": frozenset({"base", "config", "record"}),
+    "orchestration": frozenset({"base", "config", "record", "meters", "engines", "worker", "results"}),
 }
-STANDS_ON["cli"] = STANDS_ON["orchestration"] | {"orchestration"}
-STANDS_ON["__main__"] = STANDS_ON["cli"] | {"cli"}
+BELOW["cli"] = BELOW["orchestration"] | {"orchestration"}
+BELOW["__main__"] = BELOW["cli"] | {"cli"}
 
-# Third-party packages, and the modules where each is at home (a pattern of names).
+# Third-party packages, and the modules that may import each (a pattern of names).
 ENGINES = {
-    r"lem\.backends\.pytorch(_\w+)?": {
+    r"lem\.engines\.pytorch(\.\w+)?": {
         "accelerate",
         "bitsandbytes",
         "huggingface_hub",
@@ -61,17 +44,17 @@ ENGINES = {
         "torch",
         "transformers",
     },
-    r"lem\.backends\.(checkpoints|model_sources)": {"huggingface_hub", "safetensors", "torch", "transformers"},
-    r"lem\.backends\.vllm(_\w+)?": {"torch", "vllm"},
-    r"lem\.backends\.tensorrt(_\w+)?": {"tensorrt_llm", "torch"},
+    r"lem\.engines\.checkpoints": {"huggingface_hub", "safetensors", "torch", "transformers"},
+    r"lem\.engines\.vllm(\.\w+)?": {"torch", "vllm"},
+    r"lem\.engines\.tensorrt(\.\w+)?": {"tensorrt_llm", "torch"},
 }
 THIRD_PARTY = {
     **ENGINES,
-    r"lem\.experiment\.dataset(s|_files)": {"datasets"},
+    r"lem\.worker\.datasets": {"datasets"},
     r"lem\.config\.yamlfile": {"yaml"},
     r"lem\.meters\..*": {"pynvml"},
 }
-CONTAINER_SIDE = ("experiment", "meters", "backends")
+CONTAINER_SIDE = ("worker", "meters", "engines")
 
 
 @dataclass(frozen=True)
@@ -107,7 +90,7 @@ def imports_of(name: str) -> tuple[Import, ...]:
 
 
 def imports_in(source: str, importer: str) -> Iterator[Import]:
-    """The imports of a source text: `from lem import durable` counts as one of lem.durable."""
+    """The imports of a source text: `from lem import durable` counts as one of lem.base.durable."""
     tree = ast.parse(source)
     late = {
         inner
@@ -127,7 +110,7 @@ def imports_in(source: str, importer: str) -> Iterator[Import]:
 
 
 def _target(module: str, name: str) -> str:
-    """`from lem import durable` imports a module, `from lem.errors import UserError` a name from one."""
+    """`from lem import durable` imports a module, `from lem.base.errors import UserError` a name from one."""
     dotted = f"{module}.{name}"
     return dotted if dotted in MODULES or module == "lem._vendor" else module
 
@@ -137,7 +120,7 @@ def _is_type_checking(node: ast.AST) -> bool:
 
 
 def layer_of(name: str) -> str:
-    """`config` for lem.config.schema; empty for lem itself."""
+    """`config` for lem.config.option; empty for lem itself."""
     return name.removeprefix("lem").lstrip(".").split(".")[0]
 
 
@@ -172,7 +155,8 @@ def closure(name: str, *, is_late_counted: bool = True) -> set[str]:
 def test_an_import_is_seen_wherever_it_stands() -> None:
     source = """
 import os.path, json
-from lem import __version__, durable
+from lem import __version__
+from lem.base import durable
 from lem._vendor import yaml
 if TYPE_CHECKING:
     import torch
@@ -183,19 +167,19 @@ def f():
         import lem.cli.main
 """
     seen = {(item.target, item.is_late) for item in imports_in(source, "lem.example")}
-    early = {"os.path", "json", "lem", "lem.durable", "lem._vendor.yaml"}
+    early = {"os.path", "json", "lem", "lem.base.durable", "lem._vendor.yaml"}
     late = {"torch", "torch.nn", "lem.cli.main"}
     assert seen == {(name, False) for name in early} | {(name, True) for name in late}
 
 
 def test_every_module_belongs_to_a_layer() -> None:
-    assert {layer_of(name) for name in MODULES} - {""} <= set(STANDS_ON)
+    assert {layer_of(name) for name in MODULES} - {""} <= set(BELOW)
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_run_downward(name: str) -> None:
     layer = layer_of(name)
-    allowed = STANDS_ON.get(layer, frozenset()) | {layer, "", "_vendor"}
+    allowed = BELOW.get(layer, frozenset()) | {layer, "", "_vendor"}
     own = [item for item in imports_of(name) if item.target.split(".")[0] == "lem"]
     upward = [str(item) for item in own if layer_of(item.target) not in allowed]
     assert not upward
@@ -223,7 +207,7 @@ def test_engines_are_imported_when_a_backend_loads() -> None:
 
 def test_only_process_imports_subprocess() -> None:
     importers = {item.importer for name in MODULES for item in imports_of(name) if item.target == "subprocess"}
-    assert importers == {"lem.process"}
+    assert importers == {"lem.base.process"}
 
 
 @pytest.mark.parametrize("layer", CONTAINER_SIDE)

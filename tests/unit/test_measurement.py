@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lem.measurement import (
+from lem.base.measurement import (
     POWER_CAP_BIT,
     SLOWDOWN_BITS,
     SLOWDOWN_MASK,

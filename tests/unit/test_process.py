@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lem import process
-from lem.errors import UserError
+from lem.base import process
+from lem.base.errors import UserError
 from tests.processes import Marker, wait_until_ended
 
 STAY = "import signal; signal.pause()"

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from lem.reasons import TEXTS, V1_TEXTS, Reason, alike, recognise
-from lem.record import Record
-from lem.record_codec import RecordError, decode_record, encode_record, read_record
+from lem.base.reasons import TEXTS, V1_TEXTS, Reason, alike, recognise
+from lem.record import Record, RecordError, decode_record, encode_record, read_record
 from lem.results.aggregation import aggregate_config
 from lem.results.check import check_run
 from tests.records import codes, make_record

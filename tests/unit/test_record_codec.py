@@ -11,8 +11,17 @@ from typing import Any
 
 import pytest
 
-from lem.record import Energy, Gpu, Record
-from lem.record_codec import SCHEMA_VERSION, RecordError, decode_record, encode_record, read_record, write_record
+from lem.record import (
+    SCHEMA_VERSION,
+    Energy,
+    Gpu,
+    Record,
+    RecordError,
+    decode_record,
+    encode_record,
+    read_record,
+    write_record,
+)
 from tests.faulty_disk import failing
 from tests.records import make_gpu, make_record
 

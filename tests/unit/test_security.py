@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import yaml
 
+from lem.base.errors import ConfigurationError, UserError
 from lem.config import yamlfile
 from lem.config.campaign_config import CampaignConfig
 from lem.config.problems import ConfigProblems
-from lem.errors import ConfigurationError, UserError
-from lem.orchestration.naming import file_stem
-from lem.results.repository import Repository, experiment_folder_name
+from lem.orchestration.names import file_stem
+from lem.results.store import Repository, experiment_folder_name
 from tests.command_rig import run_lem
 from tests.synthetic_campaign import Campaign, Configuration, Written
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from lem.marks import WINDOW
+from lem.base.measurement import WINDOW
 from lem.meters.samples import FINISHED_FILENAME, read_finished
 from lem.orchestration.manifest import COMPLETED, FAILED, PENDING, RUNNING, ManifestManager
-from lem.record_codec import decode_record, encode_record
-from lem.results.repository import Repository, count_failed
+from lem.record import decode_record, encode_record
+from lem.results.store import Repository, count_failed
 from tests.synthetic_campaign import Campaign, Configuration, Written, sweep
 
 TWO = (

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lem.backends.protocol import Backend, Completion, TokenRequest
-from lem.config.experiment_config import ExperimentConfig
-from lem.errors import EngineError, OptionRefused
+from lem.base.errors import EngineError, OptionRefused
+from lem.config.experiment import ExperimentConfig
+from lem.engines.protocol import Backend, Completion, TokenRequest
 from tests.doubles.trivial_engine import TrivialEngine, answer
 
 CONFIG = ExperimentConfig.from_dict({"model": "none", "pytorch": {"batch_size": 2}})

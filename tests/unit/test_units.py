@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lem import units
+from lem.base import units
 
 
 @pytest.mark.parametrize(

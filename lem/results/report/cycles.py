@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from lem.results.metrics import METRIC_BY_NAME, Metric
 from lem.results.report.content import Entry, Report
-from lem.results.report.drawing import (
+from lem.results.report.markup import Cell, Markup, count_cell, details, number_cell, number_text, table, tag
+from lem.results.report.plot import (
+    Scale,
     circle_path,
     cross_path,
     figure,
+    fitting_scale,
     horizontal_axis,
     label_room,
     no_figure,
@@ -18,11 +21,6 @@ from lem.results.report.drawing import (
     row_labels,
     text,
 )
-from lem.results.report.figures import count_cell, number_cell
-from lem.results.report.markup import Cell, Markup, details, number_text, table, tag
-from lem.results.report.scales import Scale, fitting_scale
-
-__all__ = ["cycles_section"]
 
 # Two drawings side by side: the values, and how far each is from its configuration's mean, which values of
 # configurations that differ by much would hide.

@@ -6,15 +6,12 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from lem import units
-from lem.measurement import EnergySource, is_estimate
+from lem.base import units
+from lem.base.measurement import EnergySource, is_estimate
+from lem.base.units import plural
 from lem.record import Environment, Record
 from lem.results.report.content import Report
-from lem.results.report.figures import NOT_MEASURED
-from lem.results.report.markup import Cell, Markup, details, join, scroller, table, tag
-from lem.units import plural
-
-__all__ = ["environment_section", "methods_section"]
+from lem.results.report.markup import NOT_MEASURED, Cell, Markup, details, join, scroller, table, tag
 
 _SOURCES: dict[str, str] = {
     EnergySource.COUNTER: "the GPU's own energy counter (NVML), read at its changes inside the window",

@@ -7,15 +7,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lem import units
-from lem.config.backend_config import WIDTH_OPTIONS
+from lem.base import units
+from lem.base.units import plural
+from lem.config.backends import WIDTH_OPTIONS
 from lem.results.report.content import Entry, Report
-from lem.results.report.drawing import figure, no_figure, plot, text
 from lem.results.report.markup import Cell, Markup, table, tag
-from lem.results.report.scales import fitting_scale
-from lem.units import plural
-
-__all__ = ["heatmap_section"]
+from lem.results.report.plot import figure, fitting_scale, no_figure, plot, text
 
 _CELL = (74.0, 34.0)
 _TOP = 62.0

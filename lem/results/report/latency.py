@@ -9,9 +9,23 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from lem.record import OBSERVATIONS_NEEDED, Distribution
 from lem.results.report.content import Entry, Report
-from lem.results.report.drawing import (
+from lem.results.report.markup import (
+    Cell,
+    Markup,
+    count_cell,
+    details,
+    join,
+    latency_cell,
+    number_text,
+    scroller,
+    table,
+    tag,
+)
+from lem.results.report.plot import (
+    Scale,
     circle_path,
     figure,
+    fitting_scale,
     horizontal_axis,
     label_room,
     no_figure,
@@ -20,11 +34,6 @@ from lem.results.report.drawing import (
     row_labels,
     text,
 )
-from lem.results.report.figures import count_cell, latency_cell
-from lem.results.report.markup import Cell, Markup, details, join, number_text, scroller, table, tag
-from lem.results.report.scales import Scale, fitting_scale
-
-__all__ = ["latency_section"]
 
 _WIDTH, _RIGHT, _TOP, _ROW = 640.0, 626.0, 14.0, 22.0
 _PER_PLOT = 40

@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lem.base.units import plural
 from lem.record import Record
-from lem.results.drift import DRIFT_FLAGGED, Drift, Observation, change_of, drift_of, relative_to_own_mean
+from lem.results.check import DRIFT_FLAGGED, Drift, Observation, change_of, drift_of, relative_to_own_mean
 from lem.results.metrics import METRIC_BY_NAME, Metric
 from lem.results.report.content import Report
-from lem.results.report.drawing import circle_path, figure, horizontal_axis, no_figure, plot, vertical_axis
-from lem.results.report.figures import count_cell, number_cell, signed_percent
-from lem.results.report.markup import Cell, Markup, join, number_text, table, tag
-from lem.results.report.scales import Scale
-from lem.units import plural
-
-__all__ = ["order_section"]
+from lem.results.report.markup import (
+    Cell,
+    Markup,
+    count_cell,
+    join,
+    number_cell,
+    number_text,
+    signed_percent,
+    table,
+    tag,
+)
+from lem.results.report.plot import Scale, circle_path, figure, horizontal_axis, no_figure, plot, vertical_axis
 
 _SIZE = (640.0, 300.0)
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 626.0, 34.0, 252.0

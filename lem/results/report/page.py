@@ -1,26 +1,26 @@
-"""The whole page: one HTML file that needs nothing beside itself."""
+"""The report: one HTML page."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 
 from lem import __version__
-from lem.results.report.content import Report
+from lem.base.units import plural
+from lem.record import Record
+from lem.results.report.content import Entry, FailedSettings, Report, flat_settings
 from lem.results.report.cycles import cycles_section
 from lem.results.report.environment import environment_section, methods_section
 from lem.results.report.heatmap import heatmap_section
 from lem.results.report.latency import latency_section
 from lem.results.report.markup import Markup, tag
 from lem.results.report.order import order_section
-from lem.results.report.overview import results_section, validity_section
 from lem.results.report.pareto import pareto_section
+from lem.results.report.tables import results_section, validity_section
 from lem.results.report.traces import traces_section
-from lem.units import plural
-
-__all__ = ["render_report"]
+from lem.results.store import Problem, Scan, StoredResult, config_beside, configuration_of, configured_name
 
 _SECTIONS: tuple[tuple[str, str, Callable[[Report], Markup]], ...] = (
     ("pareto", "Energy against speed", pareto_section),
@@ -110,3 +110,51 @@ def _asset(name: str) -> Markup:
 def _hash(text: str) -> str:
     digest = hashlib.sha256(text.encode("utf-8")).digest()
     return f"sha256-{base64.b64encode(digest).decode('ascii')}"
+
+
+_TRACES_SHOWN = 12
+_FAULTY_FIRST = 4
+
+
+def failed_settings(scan: Scan) -> tuple[FailedSettings, ...]:
+    """The settings of configurations without any whole result, from the `config.json` beside what is missing."""
+    known = {configuration_of(item.record.identity.experiment_id) for item in scan.results}
+    found: dict[str, FailedSettings] = {}
+    for problem in scan.problems:
+        key = configuration_of(problem.exp_id)
+        if not problem.exp_id or key in known or key in found:
+            continue
+        settings = _read_settings(problem, key)
+        if settings is not None:
+            found[key] = settings
+    return tuple(found.values())
+
+
+def select_traced(entries: Sequence[Entry], results: Sequence[StoredResult]) -> tuple[StoredResult, ...]:
+    """The results whose power over time is drawn: some that were invalid or throttled, then one a configuration.
+
+    All of them when there are few enough; else configurations in the order of their merit.
+    """
+    if len(results) <= _TRACES_SHOWN:
+        return tuple(results)
+    faulty = [item for item in results if not item.record.validity.valid or _is_throttled(item.record)]
+    chosen = faulty[:_FAULTY_FIRST]
+    by_key = {item.record.identity.key: item for item in results}
+    for entry in entries:
+        own = (by_key[record.identity.key] for record in entry.used if record.identity.key in by_key)
+        first = next(own, None)
+        if len(chosen) < _TRACES_SHOWN and first is not None and first not in chosen:
+            chosen.append(first)
+    return tuple(chosen)
+
+
+def _is_throttled(record: Record) -> bool:
+    return any(gpu.was_slowed for gpu in record.gpus)
+
+
+def _read_settings(problem: Problem, key: str) -> FailedSettings | None:
+    config = config_beside(problem)
+    requested = config.get("requested")
+    if not isinstance(requested, dict):
+        return None
+    return FailedSettings(configured_name(config) or key, flat_settings(requested))

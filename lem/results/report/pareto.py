@@ -6,10 +6,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lem import units
+from lem.base import units
+from lem.base.units import plural, some_of
 from lem.results.report.content import Entry, Report
-from lem.results.report.drawing import (
+from lem.results.report.markup import Cell, Markup, count_cell, join, number_cell, number_text, table, tag
+from lem.results.report.plot import (
+    Scale,
     figure,
+    fitting_scale,
     horizontal_axis,
     legend,
     marker_path,
@@ -18,12 +22,6 @@ from lem.results.report.drawing import (
     text,
     vertical_axis,
 )
-from lem.results.report.figures import count_cell, number_cell
-from lem.results.report.markup import Cell, Markup, join, number_text, table, tag
-from lem.results.report.scales import Scale, fitting_scale
-from lem.units import plural, some_of
-
-__all__ = ["pareto_section"]
 
 _SIZE = (560.0, 420.0)
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 540.0, 34.0, 372.0

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from lem import marks, units
+from lem.base import measurement, units
+from lem.base.units import plural
 from lem.record import Record
 from lem.results.report.content import Report
-from lem.results.report.drawing import (
+from lem.results.report.markup import NOT_MEASURED, Cell, Markup, details, join, number_text, table, tag
+from lem.results.report.plot import (
+    POWER,
+    TEMPERATURE,
+    Band,
+    Scale,
+    Series,
+    Trace,
     figure,
+    fitting_scale,
     horizontal_axis,
     key_list,
     line_legend,
@@ -18,29 +27,22 @@ from lem.results.report.drawing import (
     text,
     vertical_axis,
 )
-from lem.results.report.figures import NOT_MEASURED
-from lem.results.report.markup import Cell, Markup, details, join, number_text, table, tag
-from lem.results.report.scales import Scale, fitting_scale
-from lem.results.report.trace import POWER, TEMPERATURE, Band, Series, Trace
-from lem.units import plural
-
-__all__ = ["traces_section"]
 
 _WIDTH, _LEFT, _RIGHT, _TOP = 640.0, 58.0, 626.0, 56.0
 _POWER_HEIGHT, _TEMPERATURE_HEIGHT, _BETWEEN = 170.0, 90.0, 46.0
 _FIRST = 4
 _NAMES = {
-    marks.IDLE_BARE: "idle, bare",
-    marks.LOAD: "load",
-    marks.IDLE_LOADED: "idle, loaded",
-    marks.WARMUP: "warm-up",
-    marks.GUARD_BEFORE: "guard",
-    marks.WINDOW: "window",
-    marks.GUARD_AFTER: "guard",
-    marks.PREFILL_GUARD_BEFORE: "guard",
-    marks.PREFILL: "prefill",
-    marks.PREFILL_GUARD_AFTER: "guard",
-    marks.IDLE_POST: "idle, after",
+    measurement.IDLE_BARE: "idle, bare",
+    measurement.LOAD: "load",
+    measurement.IDLE_LOADED: "idle, loaded",
+    measurement.WARMUP: "warm-up",
+    measurement.GUARD_BEFORE: "guard",
+    measurement.WINDOW: "window",
+    measurement.GUARD_AFTER: "guard",
+    measurement.PREFILL_GUARD_BEFORE: "guard",
+    measurement.PREFILL: "prefill",
+    measurement.PREFILL_GUARD_AFTER: "guard",
+    measurement.IDLE_POST: "idle, after",
     "gap": "gap",
 }
 
@@ -71,11 +73,11 @@ def _key() -> Markup:
     """What the shades mean."""
     items: list[tuple[Markup, str]] = []
     for name, label in (
-        (marks.LOAD, "load"),
-        (marks.IDLE_LOADED, "idle"),
-        (marks.WARMUP, "warm-up"),
-        (marks.GUARD_BEFORE, "guard"),
-        (marks.WINDOW, "window"),
+        (measurement.LOAD, "load"),
+        (measurement.IDLE_LOADED, "idle"),
+        (measurement.WARMUP, "warm-up"),
+        (measurement.GUARD_BEFORE, "guard"),
+        (measurement.WINDOW, "window"),
         ("gap", "gap"),
     ):
         items.append((_shade(f"band {name}"), label))

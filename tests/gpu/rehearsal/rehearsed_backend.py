@@ -8,9 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lem.backends
-from lem.backends.protocol import Backend, Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
-from lem.config.experiment_config import ExperimentConfig
+import lem.engines
+from lem.config.experiment import ExperimentConfig
+from lem.engines.protocol import (
+    Backend,
+    Completion,
+    EngineReport,
+    OnProgress,
+    RequestQueue,
+    TokenRequest,
+    say_nothing,
+)
 from tests.gpu.load import say_busy
 from tests.gpu.rehearsed import UUID, Rehearsal
 
@@ -32,7 +40,7 @@ def create() -> Backend:
 
 def _real_module() -> Any:
     """lem's own module, past the finder that put this one in its place."""
-    path = Path(str(lem.backends.__file__)).with_name("pytorch.py")
+    path = Path(str(lem.engines.__file__)).with_name("pytorch.py")
     spec = importlib.util.spec_from_file_location("rehearsed_lem_backends_pytorch", path)
     if spec is None or spec.loader is None:
         raise RuntimeError(f"{path} cannot be imported")

@@ -9,7 +9,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-SERVED = "lem.backends.pytorch"
+SERVED = "lem.engines.pytorch"
 
 
 class _RehearsedBackendFinder:

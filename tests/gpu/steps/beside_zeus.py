@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lem.meters.curve import Span
-from lem.meters.gpus import find_gpus
-from lem.meters.integrate import counter_curve
+from lem.meters.curve import Span, counter_curve
+from lem.meters.nvml import find_gpus
 from tests.gpu.bench import Bench
 from tests.gpu.finding import Finding, LeftOut
 from tests.gpu.windows import COUNTER, counted_j

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lem import process
+from lem.base import process
 from lem.record import Record
-from lem.results.statistics import log_t_interval
+from lem.results.stats import log_t_interval
 from tests.gpu.bench import Bench
 from tests.gpu.campaigning import INTERRUPTED, lem, read_records, run_campaign
 from tests.gpu.extent import Configuration, Extent

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lem.measurement import SLOWDOWN_BITS
+from lem.base.measurement import SLOWDOWN_BITS
 from lem.meters.samples import FINISHED_FILENAME, GpuSample, read_finished, read_part
 from tests.gpu.bench import Bench
 from tests.gpu.finding import Finding, LeftOut

@@ -6,10 +6,9 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lem.meters.curve import Curve, Span
-from lem.meters.integrate import counter_curve
+from lem.base.units import NS_PER_S
+from lem.meters.curve import Curve, Span, counter_curve
 from lem.meters.sampler import COUNTER_POLL_MS
-from lem.units import NS_PER_S
 from tests.gpu.bench import Bench
 from tests.gpu.finding import Finding
 from tests.gpu.load import Busy

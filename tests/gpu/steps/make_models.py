@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lem import process
+from lem.base import process
 from tests.gpu.bench import Bench
 from tests.gpu.engine_client import ROOT
 from tests.gpu.finding import Finding

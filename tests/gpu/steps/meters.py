@@ -8,12 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lem.meters.curve import NotMeasured, Span
-from lem.meters.gpu_watch import Complaints, GpuWatch
-from lem.meters.gpus import open_nvml
-from lem.meters.integrate import update_period_s
-from lem.meters.nvml import NvmlMeter
-from lem.meters.sampler import COUNTER_POLL_MS
+from lem.meters.curve import NotMeasured, Span, update_period_s
+from lem.meters.nvml import NvmlMeter, open_nvml
+from lem.meters.sampler import COUNTER_POLL_MS, Complaints, GpuWatch
 from lem.meters.samples import CounterChange
 from tests.gpu.bench import Bench
 from tests.gpu.finding import Finding, LeftOut

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lem.orchestration.manifest_entries import CampaignManifestEntry
+from lem.orchestration.manifest import CampaignManifestEntry
 from lem.record import Record
 from tests.gpu.bench import Bench
 from tests.gpu.campaigning import INTERRUPTED, read_entries, read_records, run_campaign

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from lem.meters.integrate import power_curve
+from lem.meters.curve import power_curve
 from lem.meters.samples import SampleLog
 from tests.gpu.bench import INTERVAL_MS, Bench
 from tests.gpu.finding import Finding

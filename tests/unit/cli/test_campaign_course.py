@@ -2,7 +2,7 @@
 
 import pytest
 
-from lem.results.repository import Repository
+from lem.results.store import Repository
 from tests.campaign_rig import campaign_text
 from tests.command_rig import run_lem
 from tests.records import make_record
@@ -59,7 +59,7 @@ def _measure_before(folder):
     """Leave a result of each configuration."""
     from lem.config.yamlfile import load_campaign
     from lem.orchestration.plan import build_plan
-    from lem.record_codec import write_record
+    from lem.record import write_record
 
     loaded = load_campaign("c.yaml")
     for item in build_plan(loaded.config, loaded.drafts).configurations:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from lem.base.doc import text_width
 from lem.results.compare import compare_configurations, gather
-from lem.results.compare_view import render_text
-from lem.results.gate import parse_gate
-from lem.results.layout import text_width
+from lem.results.comparison_text import render_text
+from lem.results.effect import parse_gate
 from lem.results.precision import StoppingRule, parse_target, write_stopping_rule
 from tests.command_rig import Said, run_lem
 from tests.goldens import assert_golden

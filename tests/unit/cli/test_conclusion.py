@@ -6,8 +6,9 @@ import shlex
 
 import pytest
 
-from lem import log
-from lem.cli.conclusion import (
+from lem.base import log
+from lem.base.errors import EngineError, InfrastructureError, OptionRefused, UserError
+from lem.cli.progress import (
     closing_lines,
     exit_code_of_outcome,
     message_of_error,
@@ -16,10 +17,9 @@ from lem.cli.conclusion import (
     show_results,
 )
 from lem.config.campaign_config import CampaignNotificationConfig
-from lem.errors import EngineError, InfrastructureError, OptionRefused, UserError
 from lem.orchestration.loop import CampaignOutcome, Stopped
 from lem.orchestration.manifest import CampaignManifest, CampaignManifestEntry
-from lem.orchestration.opening import RunOptions, Wish
+from lem.orchestration.resume import RunOptions, Wish
 from tests.campaign_doubles import Place, make_campaign
 
 HOOK = "http://localhost/secret"

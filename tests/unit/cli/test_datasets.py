@@ -8,13 +8,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lem.cli.datasets import add_arguments
-from lem.config.experiment_config import DATASET_ALIASES
+from lem.cli.host import add_datasets_arguments
+from lem.config.experiment import DATASET_ALIASES
 
 
 def datasets(*argv: str, **environ: str) -> tuple[int, str, str]:
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_datasets_arguments(parser)
     args = parser.parse_args(argv)
     out, err = io.StringIO(), io.StringIO()
     return args.run(args, out, err, environ), out.getvalue(), err.getvalue()

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from lem.meters.gpu_state import GpuProcess, GpuReading, GpuState
-from lem.orchestration.compose_files import packaged_compose_file
-from lem.orchestration.doctor import CHECKS, Host, examine
-from lem.orchestration.findings import Finding
+from lem.meters.gpu_section import GpuProcess, GpuReading, GpuState
+from lem.orchestration.compose import packaged_compose_file
+from lem.orchestration.doctor import CHECKS, Finding, Host, examine
 from tests.command_rig import run_lem
 from tests.doubles.fake_docker import FakeDocker
 from tests.doubles.powercap import Powercap

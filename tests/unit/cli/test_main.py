@@ -107,7 +107,7 @@ def test_a_bug_is_told_where_no_file_can_be_written(folder: Path) -> None:
     code = (
         "import sys, tempfile, lem.cli.main\n"
         "tempfile.tempdir = '/nowhere/at/all'\n"
-        "sys.modules['lem.cli.presets'] = object()\n"  # a command without `add_arguments`
+        "sys.modules['lem.cli.host'] = object()\n"  # a command without `add_arguments`
         "sys.exit(lem.cli.main.main(['presets']))\n"
     )
     ended = subprocess.run(
@@ -144,7 +144,7 @@ def test_a_word_that_is_wrong_is_named_with_the_command_and_what_was_meant(words
 
 
 @pytest.mark.parametrize(
-    ("words", "commands"), [(["--help"], set()), (["--version"], set()), (["presets", "--help"], {"presets"})]
+    ("words", "commands"), [(["--help"], set()), (["--version"], set()), (["check", "--help"], {"check"})]
 )
 def test_only_the_module_of_the_command_at_hand_is_imported(words: list[str], commands: set[str]) -> None:
     code = (

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from lem import log
+from lem.base import log
 from lem.cli.progress import JsonProgress, LineProgress, QuietProgress, TerminalProgress, choose_progress
-from lem.orchestration.events import Event
+from lem.orchestration.status import Event
 
 NOON = time.mktime((2026, 11, 20, 12, 0, 0, 0, 0, -1))
 WHO = {"config_name": "gpt2-b4", "backend": "pytorch", "cycle": 2, "cycles": 3}

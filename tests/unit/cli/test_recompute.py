@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from lem import durable
+from lem.base import durable
 from lem.meters.samples import FINISHED_FILENAME, write_finished
-from lem.record import Record
-from lem.record_codec import write_record
-from lem.results.repository import Repository
+from lem.record import Record, write_record
+from lem.results.store import Repository
 from tests.command_rig import Said, run_lem
 from tests.records import make_record, with_measured
 from tests.scripted_attempt import config, gpu_attempt

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from lem.cli.report_traces import trace_of
-from lem.measurement import SLOWDOWN_BITS
+from lem.base.measurement import SLOWDOWN_BITS
+from lem.cli.report import trace_of
 from lem.meters.samples import GpuHeader, GpuSample, Mark, RaplReading, RaplZone, SampleHeader, SampleLog
 from lem.results.report.content import compose
 from lem.results.report.page import render_report
-from lem.results.report.trace import POWER, TEMPERATURE
+from lem.results.report.plot import POWER, TEMPERATURE
 from tests.command_rig import Said, run_lem
 from tests.doubles.nvml.traces import Events
 from tests.doubles.powercap import Zone

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lem.record import Record
-from lem.record_codec import decode_record, write_record
-from lem.results.repository import Repository
-from lem.results.summary import SINGLE_CYCLE
+from lem.record import Record, decode_record, write_record
+from lem.results.run import SINGLE_CYCLE
+from lem.results.store import Repository
 from tests.command_rig import Said, run_lem
 from tests.records import make_record
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from lem.record_codec import write_record
-from lem.results.repository import Repository
+from lem.record import write_record
+from lem.results.store import Repository
 from tests.command_rig import run_lem
 from tests.records import make_record
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from lem.record_codec import write_record
+from lem.record import write_record
 from lem.results.precision import StoppingRule, Target, write_stopping_rule
-from lem.results.repository import Repository
+from lem.results.store import Repository
 from tests.command_rig import run_lem
 from tests.goldens import assert_golden
 from tests.records import make_record

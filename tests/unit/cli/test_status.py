@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from lem.cli.status_view import Eyes, render_status, render_statuses
-from lem.orchestration.activity import Activity
+from lem.cli.status import Eyes, render_status, render_statuses
 from lem.orchestration.locks import Holder
 from lem.orchestration.manifest import Attempt, CampaignManifest, CampaignManifestEntry
-from lem.orchestration.status import CampaignStatus
+from lem.orchestration.status import Activity, CampaignStatus
 from tests.campaign_doubles import Place, make_campaign
 from tests.command_rig import run_lem
 from tests.goldens import assert_golden

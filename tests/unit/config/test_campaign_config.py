@@ -24,8 +24,8 @@ from lem.config.campaign_config import (
     generate_campaign_id,
     slug_of,
 )
-from lem.config.defaults import with_campaign_defaults
-from lem.config.experiment_config import ExperimentConfig
+from lem.config.experiment import ExperimentConfig
+from lem.config.load import with_campaign_defaults
 from lem.config.problems import ConfigProblems
 from lem.config.yamlfile import load_campaign
 

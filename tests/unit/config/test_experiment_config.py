@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from lem.config.backend_config import BACKENDS, PyTorchConfig, TensorRTConfig, VllmConfig
-from lem.config.experiment_config import (
+from lem.base.errors import ConfigurationError
+from lem.config.backends import BACKENDS, PyTorchConfig, TensorRTConfig, VllmConfig
+from lem.config.experiment import (
     DATASET_ALIASES,
     BaselineConfig,
     DatasetConfig,
@@ -21,9 +22,8 @@ from lem.config.experiment_config import (
     TrafficConfig,
     WarmupConfig,
 )
-from lem.config.presets import PRESETS, find_preset
 from lem.config.problems import ConfigProblems
-from lem.errors import ConfigurationError
+from lem.config.sources import PRESETS, find_preset
 
 
 def experiment(**options: Any) -> ExperimentConfig:

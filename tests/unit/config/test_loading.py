@@ -7,16 +7,10 @@ from typing import Any
 
 import pytest
 
+from lem.base.errors import ConfigurationError
 from lem.config.campaign_config import CampaignConfig
 from lem.config.sources import FileProblems
-from lem.config.yamlfile import (
-    complete_campaign,
-    kind_of,
-    load_campaign,
-    load_campaign_of_files,
-    load_experiment,
-)
-from lem.errors import ConfigurationError
+from lem.config.yamlfile import complete_campaign, kind_of, load_campaign, load_campaign_of_files, load_experiment
 from tests.goldens import assert_golden
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lem.config.experiment_config import ExperimentConfig
+from lem.config.experiment import ExperimentConfig
 from lem.config.merging import canonical, leaves, merge, nest, put
 
 

@@ -10,20 +10,26 @@ from typing import Any
 
 import pytest
 
-from lem.config.backend_config import BACKENDS
+from lem.base.errors import ConfigurationError
+from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignConfig
-from lem.config.experiment_config import ExperimentConfig
+from lem.config.describe import (
+    campaign_template,
+    experiment_template,
+    render_page,
+    render_text,
+    render_yaml,
+    yaml_scalar,
+)
+from lem.config.experiment import ExperimentConfig
 from lem.config.introspection import (
     get_campaign_grid_params,
     get_campaign_health_check_params,
     get_campaign_params,
     get_experiment_params,
 )
-from lem.config.jsonschema import document_schema
-from lem.config.reference import render_page, render_text
-from lem.config.template import campaign_template, experiment_template, render_yaml, yaml_scalar
+from lem.config.option import document_schema
 from lem.config.yamlfile import load_campaign, load_experiment, parse_value
-from lem.errors import ConfigurationError
 
 ROOT = Path(__file__).resolve().parents[3]
 

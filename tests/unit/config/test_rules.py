@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lem.config import rules
-from lem.config.experiment_config import ExperimentConfig
+from lem.config.experiment import ExperimentConfig
 from lem.config.problems import ConfigProblems
 
 

@@ -8,15 +8,7 @@ from typing import Any
 
 import pytest
 
-from lem.config.scalars import (
-    Expanded,
-    ExpansionError,
-    as_written,
-    expand,
-    resolve_plain,
-    restore_references,
-    simple,
-)
+from lem.config.kinds import Expanded, ExpansionError, as_written, expand, resolve_plain, restore_references, simple
 
 
 @pytest.mark.parametrize(

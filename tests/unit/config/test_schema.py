@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 import pytest
 
-from lem.config.containers import Items
+from lem.base.errors import ConfigurationError, ExitCode, exit_code_of
+from lem.config.kinds import Items
+from lem.config.option import Section, check_partial, declared, find_option, option, walk
 from lem.config.problems import ConfigProblems, Problem
-from lem.config.schema import Section, check_partial, declared, find_option, option, walk
-from lem.errors import ConfigurationError, ExitCode, exit_code_of
 
 
 @dataclass(frozen=True)

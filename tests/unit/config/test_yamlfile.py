@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from lem.base.errors import ConfigurationError
 from lem.config.sources import Document
 from lem.config.yamlfile import parse_value, read_document
-from lem.errors import ConfigurationError
 
 
 def read(tmp_path: Path, content: str | bytes, environ: Mapping[str, str] | None = None) -> Document:

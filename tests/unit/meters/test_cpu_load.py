@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lem.meters.cpu_load import CpuLoadMeter, find_tdp
+from lem.meters.rapl import CpuLoadMeter, find_tdp
 from tests.doubles.powercap import Powercap, Zone
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from lem import marks as names
-from lem.config.experiment_config import ExperimentConfig
+from lem.base import measurement as names
+from lem.base.reasons import Reason
+from lem.config.experiment import ExperimentConfig
 from lem.meters.curve import NotMeasured, Span
-from lem.meters.efficiency import carbon_of, efficiency_of
-from lem.meters.energy import Baselines, EnergyFindings, mean_power_w, measure
+from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of, mean_power_w, measure
 from lem.meters.external import ExternalReadings
 from lem.meters.samples import CpuLoad, Mark, MeterError, ProcessesSeen
-from lem.reasons import Reason
+from lem.meters.sources import Baselines
 from lem.record import Energy, Gpu, Idle, Measured, Work
 from tests.doubles.nvml.traces import Counter, Events, GpuProcess, Level, Sensor
 from tests.doubles.powercap import Zone

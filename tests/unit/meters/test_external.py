@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from lem.base.errors import MeterRefused
+from lem.base.units import NS_PER_S
 from lem.meters.curve import NotMeasured, Span
 from lem.meters.external import ExternalReadings, external_energy_j, is_short_of, read_external
-from lem.meters.refusal import MeterRefused
 from lem.meters.samples import ClockPair, SampleHeader, SampleLog
-from lem.units import NS_PER_S
 
 STARTED_NS = 77 * NS_PER_S
 LOG = SampleLog(SampleHeader(STARTED_NS, "2026-07-14T10:00:00.000Z", "lab1", 100))

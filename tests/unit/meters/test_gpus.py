@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lem.meters.gpus import GpuFacts, visible_gpus
+from lem.meters.nvml import GpuFacts, visible_gpus
 
 PRESENT = tuple(GpuFacts(index, f"GPU-{letter * 4}", "card", 2**34, (9, 0)) for index, letter in enumerate("abc"))
 

@@ -6,10 +6,18 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from lem.meters.curve import ClosedWindow, NotMeasured, Span
-from lem.meters.integrate import counter_curve, load_curve, power_curve, rapl_curve, update_period_s
+from lem.base.units import NS_PER_S
+from lem.meters.curve import (
+    ClosedWindow,
+    NotMeasured,
+    Span,
+    counter_curve,
+    load_curve,
+    power_curve,
+    rapl_curve,
+    update_period_s,
+)
 from lem.meters.samples import CounterChange, CpuLoad, GpuSample, RaplReading
-from lem.units import NS_PER_S
 
 POLL_S = 0.02
 

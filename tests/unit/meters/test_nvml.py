@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lem.meters.nvml import QUANTITIES, NvmlMeter, gpu_uuids
-from lem.meters.nvml_errors import MeterFailure
+from lem.meters.nvml import QUANTITIES, MeterFailure, NvmlMeter, gpu_uuids
 from tests.unit.meters.nvml_stand_in import FakeNvml
 
 UNSIGNED_INT, UNSIGNED_LONG_LONG = 1, 3

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 
-from lem import marks as names
-from lem.meters.energy import Baselines
+from lem.base import measurement as names
 from lem.meters.external import ExternalReadings
 from lem.meters.recompute import has_energy, recompute
 from lem.meters.samples import FINISHED_FILENAME, read_finished, write_finished
-from lem.record import Record
-from lem.record_codec import decode_record, encode_record
+from lem.meters.sources import Baselines
+from lem.record import Record, decode_record, encode_record
 from tests.doubles.nvml.traces import Counter, GpuProcess
 from tests.doubles.powercap import Zone
 from tests.records import make_record, with_measured

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from lem.config.experiment_config import ExperimentConfig
-from lem.meters.integrate import counter_curve, update_period_s
+from lem.config.experiment import ExperimentConfig
+from lem.meters.curve import counter_curve, update_period_s
 from lem.meters.recompute import recompute
 from lem.meters.samples import FINISHED_FILENAME, SampleLog, read_finished, read_part
-from lem.record_codec import read_record
+from lem.record import read_record
 from tests.gpu.load import Busy
 from tests.gpu.windows import COUNTER, counted_j, naive_j, span_of
 

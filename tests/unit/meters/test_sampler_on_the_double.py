@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from lem.cli.report_traces import trace_of
-from lem.experiment.launch import own_command
+from lem.cli.report import trace_of
 from lem.meters.samples import SampleLog, read_part
-from lem.results.report.trace import TEMPERATURE
+from lem.results.report.plot import TEMPERATURE
+from lem.worker.launch import own_command
 from tests.doubles.nvml.library import NvmlDouble
 from tests.doubles.nvml.traces import Counter, Events, GpuProcess, GpuTrace, Level, PowerSignal, Ripple, Trace
 from tests.processes import wait_for

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from lem.meters.sampler_owner import PipeOwner
+from lem.meters.sampler import PipeOwner
 
 FOREVER_NS = 2**62
 

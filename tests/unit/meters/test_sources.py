@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from lem.measurement import EnergySource
-from lem.meters.refusal import MeterRefused
+from lem.base.errors import MeterRefused
+from lem.base.measurement import EnergySource
 from lem.meters.samples import GpuHeader, RaplZone, SampleHeader
 from lem.meters.sources import choose_sources
 from tests.scripted_attempt import config

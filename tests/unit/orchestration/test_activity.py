@@ -4,10 +4,9 @@ import json
 
 import pytest
 
-from lem.orchestration.activity import ACTIVITY_NAME, ActivityWriter, read_activity
-from lem.orchestration.events import Event
 from lem.orchestration.locks import Holder
-from lem.orchestration.opening import RunOptions
+from lem.orchestration.resume import RunOptions
+from lem.orchestration.status import ACTIVITY_NAME, ActivityWriter, Event, read_activity
 from tests.campaign_doubles import FakeClock, Place, make_campaign
 
 HOLDER = Holder(4711, "here", "demo", "2026-07-14T12:00:00Z")

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from lem.experiment.channel import ChannelError, RunRequest
 from lem.orchestration.attempt import Timeouts, Watch, WorkerEvent, event_of, lost, outcome_of
+from lem.worker.channel import ChannelError, RunRequest
 
 TIMEOUTS = Timeouts(load_s=100.0, experiment_s=50.0, silence_s=30.0, heartbeat_s=20.0)
 REQUEST = RunRequest({}, {"experiment_id": "e"}, "/results/e", "key", True)

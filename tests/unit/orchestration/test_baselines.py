@@ -3,9 +3,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lem.measurement import EnergySource
-from lem.meters.attempt_log import Baselines
-from lem.orchestration.baselines import BARE, BaselineBook, Reference
+from lem.base.measurement import EnergySource
+from lem.meters.sources import Baselines
+from lem.orchestration.host_meters import BARE, BaselineBook, Reference
 from lem.record import Idle, Record
 from tests.records import make_record
 

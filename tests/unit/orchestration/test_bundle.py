@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lem.errors import UserError
+from lem.base.errors import UserError
 from lem.orchestration.bundle import Contents, Signer, make_bundle, verify_bundle
 
 needs_ssh = pytest.mark.skipif(

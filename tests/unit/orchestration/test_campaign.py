@@ -6,17 +6,17 @@ import json
 
 import pytest
 
+from lem.base.errors import ExitCode, Interrupted, LockedError, OptionRefused, UserError
 from lem.config.campaign_config import (
     CampaignColdStartConfig,
     CampaignConfig,
     CampaignGridConfig,
     CampaignHealthCheckConfig,
 )
-from lem.errors import ExitCode, Interrupted, LockedError, OptionRefused, UserError
 from lem.orchestration.campaign import CampaignExperiment, CampaignRunner
-from lem.orchestration.opening import RunOptions, Wish
-from lem.orchestration.preflight import with_unused_options
-from lem.orchestration.workers import WorkerUnavailable
+from lem.orchestration.dispatch import WorkerUnavailable
+from lem.orchestration.resume import RunOptions, Wish
+from lem.orchestration.session import with_unused_options
 from tests.campaign_doubles import ENVIRONMENT, FakeWorker, Place, make_campaign
 from tests.faulty_disk import watching
 

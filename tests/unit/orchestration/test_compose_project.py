@@ -11,16 +11,10 @@ from typing import Any
 
 import pytest
 
-from lem.orchestration.compose_files import (
-    ServiceOverride,
-    find_compose_files,
-    packaged_compose_file,
-    render_override,
-)
-from lem.orchestration.compose_project import ComposeProject
-from lem.orchestration.docker import ContainerError
-from lem.orchestration.mounts import Mount
-from lem.variables import COMPOSE_VARIABLES
+from lem.base.variables import COMPOSE_VARIABLES
+from lem.orchestration.compose import ServiceOverride, find_compose_files, packaged_compose_file, render_override
+from lem.orchestration.docker import ContainerError, Mount
+from lem.orchestration.services import ComposeProject
 from tests.doubles.fake_docker import FakeDocker
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lem.errors import UserError
+from lem.base.errors import UserError
 from lem.orchestration.compose import ContainerState, decode_states, parse_version
 from lem.orchestration.container import ContainerError, ContainerHealthStatus, ContainerManager
 from lem.orchestration.packing import PYZ_NAME

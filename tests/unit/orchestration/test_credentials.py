@@ -2,8 +2,8 @@
 
 import pytest
 
-from lem.errors import UserError
-from lem.orchestration.credentials import find_secrets
+from lem.base.errors import UserError
+from lem.orchestration.session import find_secrets
 
 
 def test_a_credential_is_read_and_the_environment_wins(tmp_path):

@@ -4,12 +4,12 @@ from datetime import datetime, timezone
 
 import pytest
 
+from lem.base.errors import InfrastructureError, UserError
 from lem.config.campaign_config import CampaignDaemonConfig, CampaignScheduleConfig
-from lem.errors import InfrastructureError, UserError
-from lem.orchestration.daemon import Course, Scheduler
 from lem.orchestration.loop import CampaignOutcome, Stopped
 from lem.orchestration.manifest import CampaignManifest
 from lem.orchestration.schedule import DAEMON_WINS
+from lem.orchestration.systemd import Course, Scheduler
 from tests.campaign_doubles import FakeClock, FakeStop, make_campaign
 
 HOUR = 3600.0

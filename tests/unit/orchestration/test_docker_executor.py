@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
+from lem.base.errors import InfrastructureError, LockedError
+from lem.base.reasons import Reason
 from lem.config.campaign_config import CampaignHealthCheckConfig
-from lem.errors import InfrastructureError, LockedError
-from lem.experiment.channel import RunRequest
 from lem.orchestration.attempt import Outcome, Timeouts
-from lem.orchestration.compose_files import find_compose_files
-from lem.orchestration.compose_project import ComposeProject
+from lem.orchestration.compose import find_compose_files
 from lem.orchestration.docker import ContainerError
 from lem.orchestration.docker_executor import ContainerLost, DockerExecutor
-from lem.reasons import Reason
-from lem.record_codec import read_record
+from lem.orchestration.services import ComposeProject
+from lem.record import read_record
+from lem.worker.channel import RunRequest
 from tests.doubles.fake_docker import FakeDocker
 from tests.worker_rig import Rig
 

@@ -8,7 +8,7 @@ import pytest
 
 from lem.meters.capabilities import Capabilities, CpuCapability, GpuCapability
 from lem.meters.samples import GpuHeader
-from lem.orchestration.energy_checks import look_at_cpu_energy, look_at_gpu_energy
+from lem.orchestration.doctor import look_at_cpu_energy, look_at_gpu_energy
 
 COUNTED = GpuCapability(GpuHeader(0, "GPU-a", "Test", "580.1", power_source="instant"), 0.1)
 INTEGRATED = GpuCapability(GpuHeader(1, "GPU-b", "Test", "580.1", power_source="average", counter_error="too old"))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lem.orchestration import gaps
+from lem.orchestration import host_meters
 
 
 class FakeClock:
@@ -38,51 +38,51 @@ class FakeSensors:
         return self._last
 
 
-def keep(cap_s: float, sensors: FakeSensors | None, clock: FakeClock) -> gaps.GapOutcome:
-    return gaps.keep_gap(cap_s, is_recovered=sensors, monotonic=clock.monotonic, wait=clock.wait)
+def keep(cap_s: float, sensors: FakeSensors | None, clock: FakeClock) -> host_meters.GapOutcome:
+    return host_meters.keep_gap(cap_s, is_recovered=sensors, monotonic=clock.monotonic, wait=clock.wait)
 
 
 def test_without_sensors_the_whole_gap_is_kept_in_one_wait() -> None:
     clock = FakeClock()
-    assert keep(60.0, None, clock) == (60.0, gaps.NO_SENSORS)
+    assert keep(60.0, None, clock) == (60.0, host_meters.NO_SENSORS)
     assert clock.waits == [60.0]
 
 
 def test_a_device_already_back_ends_the_gap_at_once() -> None:
     clock = FakeClock()
-    assert keep(60.0, FakeSensors(True), clock) == (0.0, gaps.RECOVERED)
+    assert keep(60.0, FakeSensors(True), clock) == (0.0, host_meters.RECOVERED)
     assert clock.waits == []
 
 
 def test_gap_ends_when_the_device_is_back() -> None:
     clock, sensors = FakeClock(), FakeSensors(False, False, False, True)
-    assert keep(60.0, sensors, clock) == (3.0, gaps.RECOVERED)
+    assert keep(60.0, sensors, clock) == (3.0, host_meters.RECOVERED)
     assert sensors.asked == 4
 
 
 def test_a_device_that_stays_warm_ends_the_gap_at_its_cap() -> None:
     clock = FakeClock()
-    assert keep(2.5, FakeSensors(False), clock) == (2.5, gaps.CAP_REACHED)
+    assert keep(2.5, FakeSensors(False), clock) == (2.5, host_meters.CAP_REACHED)
     assert clock.waits == [1.0, 1.0, 0.5]
 
 
 def test_sensors_that_never_answer_are_no_sensors() -> None:
-    assert keep(5.0, FakeSensors(None), FakeClock()) == (5.0, gaps.NO_SENSORS)
+    assert keep(5.0, FakeSensors(None), FakeClock()) == (5.0, host_meters.NO_SENSORS)
 
 
 def test_sensors_that_answer_late_still_end_the_gap() -> None:
-    assert keep(5.0, FakeSensors(None, None, True), FakeClock()) == (2.0, gaps.RECOVERED)
+    assert keep(5.0, FakeSensors(None, None, True), FakeClock()) == (2.0, host_meters.RECOVERED)
 
 
 @pytest.mark.parametrize("sensors", [None, FakeSensors(False)])
 def test_a_stop_ends_the_gap_when_it_is_asked_for(sensors: FakeSensors | None) -> None:
     gap_s, reason = keep(60.0, sensors, FakeClock(stop_at_s=7.5))
     assert gap_s == pytest.approx(7.5)
-    assert reason == gaps.INTERRUPTED
+    assert reason == host_meters.INTERRUPTED
 
 
 def test_no_gap_asks_nobody_and_waits_for_nothing() -> None:
     clock, sensors = FakeClock(), FakeSensors(False)
-    assert keep(0.0, sensors, clock) == (0.0, gaps.NO_GAP)
+    assert keep(0.0, sensors, clock) == (0.0, host_meters.NO_GAP)
     assert sensors.asked == 0
     assert clock.waits == []

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
+from lem.base.errors import UserError
 from lem.config.campaign_config import CampaignConfig
 from lem.config.yamlfile import complete_campaign, load_campaign, load_experiment
-from lem.errors import UserError
-from lem.orchestration.generated import encode_config, write_configs
-from lem.orchestration.plan import Plan, build_plan
+from lem.orchestration.plan import Plan, build_plan, encode_config, write_configs
 
 
 def plan(folder: Path, **options: Any) -> Plan:

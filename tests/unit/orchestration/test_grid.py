@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from lem.base.errors import ConfigurationError
 from lem.config.campaign_config import CampaignGridConfig
-from lem.config.experiment_config import ExperimentConfig
-from lem.errors import ConfigurationError
+from lem.config.experiment import ExperimentConfig
 from lem.orchestration.grid import (
     NO_MODEL,
     GridExpansionResult,

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from lem.base.errors import InfrastructureError, UserError
 from lem.config.campaign_config import CampaignHealthCheckConfig
-from lem.errors import InfrastructureError, UserError
-from lem.meters.gpu_state import GpuProcess, GpuReading, GpuState
-from lem.orchestration.health import gpu_loss, holders, judge
+from lem.meters.gpu_section import GpuProcess, GpuReading, GpuState
+from lem.orchestration.container import gpu_loss, holders, judge
 from lem.orchestration.loop import Stopped
 from tests.campaign_doubles import Place, make_campaign
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
+from lem.base.errors import ConfigurationError
 from lem.config.campaign_config import CampaignConfig
-from lem.config.experiment_config import ExperimentConfig
-from lem.errors import ConfigurationError
-from lem.experiment.prompts import ResolvedPrompts, resolve_on_host
-from lem.orchestration.identity import (
+from lem.config.experiment import ExperimentConfig
+from lem.orchestration.names import (
     campaign_config_hash,
     canonical_json,
     config_hash,
@@ -21,6 +20,7 @@ from lem.orchestration.identity import (
     make_run_id,
     prompts_fingerprint,
 )
+from lem.worker.prompts import ResolvedPrompts, resolve_on_host
 
 
 def config(**options: Any) -> ExperimentConfig:

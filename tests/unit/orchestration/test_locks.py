@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lem.errors import ExitCode, LockedError, UserError
+from lem.base.errors import ExitCode, LockedError, UserError
 from lem.orchestration import locks
 from lem.orchestration.locks import Holder, LockTarget, hold_locks, lock_targets, read_holder
 

@@ -5,10 +5,10 @@ import signal
 
 import pytest
 
+from lem.base.errors import EngineError, InfrastructureError, OptionRefused, UserError
 from lem.config.campaign_config import CampaignColdStartConfig
-from lem.errors import EngineError, InfrastructureError, OptionRefused, UserError
 from lem.orchestration.loop import Stopped
-from lem.orchestration.opening import RunOptions, Wish
+from lem.orchestration.resume import RunOptions, Wish
 from tests.campaign_doubles import Place, make_campaign, write_result
 from tests.faulty_disk import watching
 

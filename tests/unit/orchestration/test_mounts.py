@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from lem.config.experiment_config import ExperimentConfig
-from lem.orchestration.mounts import CONTAINER_HOME, Mount, local_mounts, without_nested
+from lem.config.experiment import ExperimentConfig
+from lem.orchestration.docker import CONTAINER_HOME, Mount, local_mounts, without_nested
 
 
 @pytest.fixture

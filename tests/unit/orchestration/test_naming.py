@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from lem.config.scalars import Expanded
-from lem.orchestration.naming import distinct_names, file_stem, name_configurations
+from lem.config.kinds import Expanded
+from lem.orchestration.names import distinct_names, file_stem, name_configurations
 
 
 def names(*configs: dict[str, Any]) -> list[str]:

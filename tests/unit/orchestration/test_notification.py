@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from lem.orchestration.notification import notify
+from lem.orchestration.systemd import notify
 from tests.webhook import SECRET, serving_webhook
 
 

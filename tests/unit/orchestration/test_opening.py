@@ -4,9 +4,9 @@ import functools
 
 import pytest
 
-from lem.errors import UserError
+from lem.base.errors import UserError
 from lem.orchestration.manifest import CampaignManifestEntry, ManifestManager
-from lem.orchestration.opening import Opening, Wish, choose_opening
+from lem.orchestration.resume import Opening, Wish, choose_opening
 
 
 def _manager(tmp_path, *statuses):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lem import __version__
-from lem.errors import UserError
+from lem.base.errors import UserError
 from lem.orchestration.packing import cache_folder, provide_pyz
 from tests.pythons import find_pythons
 

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
+from lem.base.errors import ConfigurationError
+from lem.base.reasons import Reason
 from lem.config.campaign_config import CampaignConfig
-from lem.config.experiment_config import ExperimentConfig
-from lem.config.loading import Loaded
+from lem.config.experiment import ExperimentConfig
+from lem.config.load import Loaded
 from lem.config.yamlfile import load_campaign
-from lem.errors import ConfigurationError
-from lem.experiment.prompts import ResolvedPrompts, resolve_on_host
 from lem.orchestration.grid import NO_MODEL
 from lem.orchestration.order import Prices
 from lem.orchestration.plan import Plan, build_plan
-from lem.reasons import Reason
+from lem.worker.prompts import ResolvedPrompts, resolve_on_host
 
 
 def load(**options: Any) -> Loaded[CampaignConfig]:

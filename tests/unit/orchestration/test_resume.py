@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lem.errors import UserError
+from lem.base.errors import UserError
 from lem.orchestration.manifest import Attempt, CampaignManifest, CampaignManifestEntry, ManifestManager
 from lem.orchestration.resume import (
     FoundResult,

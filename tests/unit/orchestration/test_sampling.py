@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from lem.config.experiment_config import ExperimentConfig
-from lem.experiment.channel import RunRequest
+from lem.config.experiment import ExperimentConfig
 from lem.meters.samples import GpuHeader, GpuSample, SampleHeader, SampleLog
 from lem.orchestration.attempt import WorkerEvent
-from lem.orchestration.baselines import Reference
-from lem.orchestration.sampling import Attendance, HostMeters, has_recovered
+from lem.orchestration.host_meters import Attendance, HostMeters, Reference, has_recovered
 from lem.record import Idle
+from lem.worker.channel import RunRequest
 from tests.records import make_record
 
 REFERENCE = Reference(power_w=100.0, temp_c=40.0)

@@ -8,15 +8,7 @@ from typing import Any
 import pytest
 
 from lem.config.campaign_config import CampaignDaemonConfig, CampaignScheduleConfig
-from lem.orchestration.schedule import (
-    Run,
-    Stop,
-    Wait,
-    daemon_deadline_s,
-    next_daemon_step,
-    next_start,
-    waiting_text,
-)
+from lem.orchestration.schedule import Run, Stop, Wait, daemon_deadline_s, next_daemon_step, next_start, waiting_text
 
 
 class CentralEurope(tzinfo):

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from lem.orchestration.service_manager import ServiceManager
+from lem.orchestration.systemd import ServiceManager
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from lem.base.errors import UserError
 from lem.config.yamlfile import load_campaign
-from lem.errors import UserError
+from lem.orchestration.fleet import divide, make_fleet_plan, parse_shard, part_of_plan, plan_anew, take_part
 from lem.orchestration.plan import Plan, build_plan
-from lem.orchestration.shards import divide, make_fleet_plan, parse_shard, part_of_plan, plan_anew, take_part
-from lem.results.fleet_plan import FleetPlan, read_plan, write_plan
+from lem.results.merge import FleetPlan, read_plan, write_plan
 
 RUN = "20260714T100000Z-3fa1"
 

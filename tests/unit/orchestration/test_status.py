@@ -8,12 +8,20 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from lem.errors import EngineError
-from lem.orchestration.activity import ACTIVITY_NAME, Activity
+from lem.base.errors import EngineError
 from lem.orchestration.locks import CAMPAIGN_LOCK_NAME, Holder, hold_locks, is_locked, lock_targets, take
 from lem.orchestration.manifest import ManifestManager
-from lem.orchestration.opening import RunOptions
-from lem.orchestration.status import Onlooker, boot_time, estimate_left_s, find_folders, parse_utc, read_status
+from lem.orchestration.resume import RunOptions
+from lem.orchestration.status import (
+    ACTIVITY_NAME,
+    Activity,
+    Onlooker,
+    boot_time,
+    estimate_left_s,
+    find_folders,
+    parse_utc,
+    read_status,
+)
 from tests.campaign_doubles import FakeClock, Place, make_campaign
 
 NOON = FakeClock().now()

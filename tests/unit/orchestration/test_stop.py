@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from lem.errors import Interrupted
-from lem.orchestration.stop import StopRequest
+from lem.base.errors import Interrupted
+from lem.orchestration.schedule import StopRequest
 
 
 @pytest.fixture

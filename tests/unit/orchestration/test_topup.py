@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
+from lem.base.errors import UserError
 from lem.config.campaign_config import CampaignDaemonConfig
-from lem.errors import UserError
 from lem.orchestration.loop import Stopped
-from lem.orchestration.opening import RunOptions, Wish
+from lem.orchestration.resume import RunOptions, Wish
 from lem.orchestration.topup import decide, make_rule
 from lem.results.precision import parse_target, read_stopping_rule
 from tests.campaign_doubles import ENVIRONMENT, Place, make_campaign

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from lem import __version__, process
-from lem.errors import Interrupted, UserError
-from lem.experiment.channel import PROTOCOL_VERSION
-from lem.experiment.launch import own_command
+from lem import __version__
+from lem.base import process
+from lem.base.errors import Interrupted, UserError
 from lem.orchestration.attempt import Timeouts, WorkerEvent
-from lem.orchestration.stop import StopRequest
-from lem.orchestration.workers import LocalExecutor, Worker, WorkerUnavailable
+from lem.orchestration.dispatch import LocalExecutor, Worker, WorkerUnavailable
+from lem.orchestration.schedule import StopRequest
+from lem.worker.channel import PROTOCOL_VERSION
+from lem.worker.launch import own_command
 from tests.processes import children_of, wait_for, wait_until_ended
 from tests.pythons import Python, find_pythons
 from tests.worker_rig import COMMAND, Rig
@@ -414,9 +415,9 @@ def test_a_killed_host_leaves_nothing(rig: Rig):
     request = json.dumps(rig.request("e").to_message())
     script = (
         "import json\n"
-        "from lem.experiment.channel import RunRequest\n"
+        "from lem.worker.channel import RunRequest\n"
         "from lem.orchestration.attempt import Timeouts\n"
-        "from lem.orchestration.workers import LocalExecutor\n"
+        "from lem.orchestration.dispatch import LocalExecutor\n"
         f"request = RunRequest.from_message(json.loads({request!r}))\n"
         "worker = LocalExecutor().worker_for('pytorch')\n"
         "worker.run(request, lambda event: print(event.phase, flush=True), Timeouts())\n"

@@ -7,9 +7,8 @@ import statistics
 
 import pytest
 
-from lem.reasons import Reason
-from lem.record import Record
-from lem.record_codec import RecordError, encode_record
+from lem.base.reasons import Reason
+from lem.record import Record, RecordError, encode_record
 from lem.results.aggregation import NO_INTERVAL, ConfigAggregate, aggregate_campaign_results, aggregate_config
 from tests.records import NO_METER, NO_TOKEN_TIMES, make_record, told
 

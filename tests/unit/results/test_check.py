@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from lem.reasons import Reason
-from lem.results.check import check_run
-from lem.results.check_trends import position_effect, primary_metric
+from lem.base.reasons import Reason
+from lem.results.check import check_run, position_effect, primary_metric
 from lem.results.compare import gather
 from lem.results.precision import StoppingRule, Target
-from lem.results.repository import Problem
+from lem.results.store import Problem
 from tests.records import make_record, told
 from tests.synthetic_campaign import Campaign, Configuration
 

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lem.reasons import Reason
+from lem.base.reasons import Reason
 from lem.record import Record
-from lem.results.comparability import blocking_reason, find_obstacles
+from lem.results.metrics import blocking_reason, find_obstacles
 from tests.records import make_record
 from tests.synthetic_campaign import Campaign, Configuration
 

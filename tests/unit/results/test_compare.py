@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from lem.errors import ExitCode, UserError
-from lem.reasons import Reason
+from lem.base.errors import ExitCode, UserError
+from lem.base.reasons import Reason
 from lem.results.aggregation import NO_INTERVAL
 from lem.results.anchor import compare_runs
 from lem.results.compare import (
@@ -22,8 +22,8 @@ from lem.results.compare import (
     gate_code,
     gather,
 )
-from lem.results.gate import Verdict, parse_gate, parse_metric
-from lem.results.statistics import holm
+from lem.results.effect import Verdict, parse_gate, parse_metric
+from lem.results.stats import holm
 from tests.synthetic_campaign import Campaign, Configuration
 
 ENERGY = parse_metric("energy")

@@ -7,9 +7,9 @@ import re
 
 import pytest
 
+from lem.base.doc import text_width
 from lem.record import Record
-from lem.results.detail import render_record
-from lem.results.layout import text_width
+from lem.results.table import render_record
 from tests.goldens import assert_golden
 from tests.records import make_record
 

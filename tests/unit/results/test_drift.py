@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from lem.results.drift import Observation, change_of, drift_of, relative_to_own_mean
+from lem.results.check import Observation, change_of, drift_of, relative_to_own_mean
 
 LEVELS = {"a": 1.0, "b": 20.0, "c": 300.0}
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lem.errors import UserError
-from lem.record_codec import encode_record
+from lem.base.errors import UserError
+from lem.record import encode_record
 from lem.results.export import FORMATS, Exported, make_table, render, summary_columns, with_columns
 from tests.goldens import assert_golden
 from tests.records import make_gpu, make_record

@@ -8,10 +8,9 @@ import random
 import pytest
 from scipy import stats
 
-from lem.errors import UserError
-from lem.reasons import Reason
-from lem.results.effect import Effect, paired_effect
-from lem.results.gate import Gate, Verdict, cycles_to_settle, judge, parse_gate, parse_metric
+from lem.base.errors import UserError
+from lem.base.reasons import Reason
+from lem.results.effect import Effect, Gate, Verdict, cycles_to_settle, judge, paired_effect, parse_gate, parse_metric
 
 ENERGY = parse_gate("energy=3%")
 THROUGHPUT = parse_gate("throughput=3%")

@@ -14,8 +14,8 @@ from lem.results.precision import (
     read_stopping_rule,
     write_stopping_rule,
 )
-from lem.results.statistics import log_t_interval
-from lem.results.summary import summarise, summary_document
+from lem.results.run import summarise, summary_document
+from lem.results.stats import log_t_interval
 from lem.results.table import render_summary
 from tests.bench.stopping import coverage
 from tests.records import make_record

@@ -6,20 +6,18 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from lem import units
+from lem.base import units
 from lem.meters.energy import EnergyFindings
 from lem.meters.external import ExternalReadings
 from lem.meters.samples import CpuLoad
-from lem.record import Energy, Record, parts_of_source
-from lem.record_codec import decode_record, encode_record
+from lem.record import Energy, Record, decode_record, encode_record, parts_of_source
 from lem.results.compare import compare_configurations, gather
-from lem.results.compare_content import content_of
-from lem.results.detail import render_record
+from lem.results.comparison import content_of
 from lem.results.export import Exported, make_table, render, summary_columns, with_columns
 from lem.results.report.content import compose
 from lem.results.report.page import render_report
-from lem.results.summary import summarise
-from lem.results.table import render_summary
+from lem.results.run import summarise
+from lem.results.table import render_record, render_summary
 from tests.doubles.powercap import Zone
 from tests.records import make_record, with_measured
 from tests.scripted_attempt import Attempt, at, config, cpu_attempt, gpu_attempt

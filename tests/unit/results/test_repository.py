@@ -11,11 +11,9 @@ from typing import Any
 
 import pytest
 
-from lem.errors import InfrastructureError, UserError
-from lem.record import Record
-from lem.record_codec import write_record
-from lem.results.attempt import AttemptFolder
-from lem.results.repository import Repository, Scan, count_failed, list_campaigns
+from lem.base.errors import InfrastructureError, UserError
+from lem.record import Record, write_record
+from lem.results.store import AttemptFolder, Repository, Scan, count_failed, list_campaigns
 from tests.faulty_disk import failing, watching
 from tests.records import make_record
 
@@ -155,8 +153,8 @@ def test_a_disk_without_room_is_told_before_the_start(tmp_path: Path) -> None:
     code = """
 import resource, sys
 from pathlib import Path
-from lem.errors import UserError
-from lem.results.repository import Repository
+from lem.base.errors import UserError
+from lem.results.store import Repository
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
     Repository(Path(sys.argv[1]), "demo").check_writable()

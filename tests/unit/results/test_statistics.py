@@ -9,7 +9,7 @@ import statistics
 import pytest
 
 from lem.results.bootstrap import bootstrap_ci
-from lem.results.statistics import (
+from lem.results.stats import (
     BOOTSTRAP_COVERAGE,
     bootstrap_coverage_label,
     holm,

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from lem.base.doc import text_width
 from lem.record import Record
-from lem.results.layout import text_width
-from lem.results.summary import SINGLE_CYCLE, CampaignSummary, summarise, summary_document
+from lem.results.run import SINGLE_CYCLE, CampaignSummary, summarise, summary_document
 from lem.results.table import render_summary
 from tests.goldens import assert_golden
 from tests.records import make_record

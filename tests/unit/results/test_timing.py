@@ -5,7 +5,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from lem.results.timing import earlier_times
+from lem.results.run import earlier_times
 from tests.records import make_record
 
 # Load 0.8 s, warm-up 1.5 s, window 10 s, a gap of 0.4 s before it: 12.3 s are known of each experiment.

@@ -17,7 +17,7 @@ from lem.record import Record
 from lem.results.precision import StoppingRule, parse_target
 from lem.results.report.content import Report, compose
 from lem.results.report.page import render_report
-from lem.results.repository import Problem
+from lem.results.store import Problem
 from tests.goldens import assert_golden
 from tests.records import make_record
 from tests.synthetic_campaign import Campaign, Configuration

@@ -8,7 +8,7 @@ from lem.results.report.content import FailedSettings, Report, compose
 from lem.results.report.heatmap import heatmap_section
 from lem.results.report.order import order_section
 from lem.results.report.pareto import frontier, pareto_section
-from lem.results.report.trace import thin
+from lem.results.report.plot import thin
 from tests.synthetic_campaign import Campaign, Configuration
 
 

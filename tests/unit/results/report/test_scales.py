@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lem.results.report.scales import Scale, fitting_scale, tick_text
+from lem.results.report.plot import Scale, fitting_scale, tick_text
 
 
 def test_a_scale_runs_from_begin_to_end_and_keeps_what_is_outside_at_its_ends() -> None:

@@ -1,0 +1,71 @@
+"""Time as an argument, so that what depends on it can be tested to the nanosecond; and the texts of UTC times."""
+
+from __future__ import annotations
+
+import re
+import time
+from datetime import datetime, timezone
+from typing import Protocol
+
+from lem.base.units import NS_PER_S
+
+_FRACTION = re.compile(r"\.(\d+)")
+
+
+class Clock(Protocol):
+    """The clock of one machine."""
+
+    def monotonic_ns(self) -> int:
+        """CLOCK_MONOTONIC in nanoseconds, the clock every duration is taken from."""
+
+    def utc_now(self) -> datetime:
+        """The time of day with its zone, for labels only."""
+
+    def sleep(self, duration_s: float) -> None:
+        """Wait."""
+
+
+class SystemClock:
+    """The real clock."""
+
+    def monotonic_ns(self) -> int:
+        """`time.monotonic_ns`: CLOCK_MONOTONIC on Linux, the clock engines stamp their tokens with."""
+        return time.monotonic_ns()
+
+    def utc_now(self) -> datetime:
+        """The time of day in UTC."""
+        return utc_now()
+
+    def sleep(self, duration_s: float) -> None:
+        """Wait; a negative duration is none."""
+        time.sleep(max(0.0, duration_s))
+
+
+def seconds_between(start_ns: int, end_ns: int) -> float:
+    """The seconds from one CLOCK_MONOTONIC stamp to a later one."""
+    return (end_ns - start_ns) / NS_PER_S
+
+
+def utc_now() -> datetime:
+    """The time now, in UTC."""
+    return datetime.now(timezone.utc)
+
+
+def utc_text(moment: datetime, timespec: str = "microseconds") -> str:
+    """`2026-07-14T10:00:00.000000Z`: texts of one `timespec` sort in the order of time."""
+    return moment.astimezone(timezone.utc).isoformat(timespec=timespec).replace("+00:00", "Z")
+
+
+def utc_stamp(moment: datetime) -> str:
+    """`20260714T100000Z`, for names; stamps sort in the order of time."""
+    return f"{moment.astimezone(timezone.utc):%Y%m%dT%H%M%SZ}"
+
+
+def parse_time(text: str) -> datetime | None:
+    """The moment of an ISO 8601 text, without a zone if the text has none; None for any other text."""
+    # Before Python 3.11 fromisoformat() accepts no Z, and only fractions of three or six digits.
+    text = _FRACTION.sub(lambda found: f".{found[1][:6]:0<6}", text.strip())
+    try:
+        return datetime.fromisoformat(text[:-1] + "+00:00" if text[-1:] in ("Z", "z") else text)
+    except ValueError:
+        return None

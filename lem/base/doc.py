@@ -1,0 +1,217 @@
+"""Text for terminals and pipes: columns, wrapped names and notes, colour; the standard streams."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+import os
+import re
+import sys
+import textwrap
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from lem.base import log
+from lem.base.log import WIDTH
+
+# What a table lets a name have, and how many names a sentence lists.
+NAME_WIDTH = 36
+NAMES_SHOWN = 4
+
+_GAP = 2
+_NAME_MIN = 16
+
+# Names are cut and wrapped after these and blanks; `_`, `=` and `.` hold words and values together.
+SEPARATORS = "-,/;:|·"
+_TOKEN = re.compile(rf"[^{SEPARATORS} ]*[{SEPARATORS} ]*")
+
+
+def paint(text: str, style: str, *, is_colour: bool) -> str:
+    """`text` in a style of `lem.base.log` where colour is wanted."""
+    return log.paint(text, style) if is_colour and text else text
+
+
+def printable(text: str) -> str:
+    """`text` on one line, control characters replaced: a result folder must not steer the terminal that shows it."""
+    return "".join(char if char.isprintable() else "�" for char in " ".join(text.split()))
+
+
+def name_tokens(name: str) -> list[str]:
+    """The parts of a name, each with the separators behind it."""
+    return [token for token in _TOKEN.findall(printable(name)) if token]
+
+
+def text_width(text: str) -> int:
+    """The columns that `text` takes on a terminal: wide East Asian characters two, combining marks none."""
+    return sum(
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
+    )
+
+
+def wrapped(text: str, width: int, lead: str = "") -> list[str]:
+    """`text` in lines of `width`, the first after `lead`, the others indented by its length; a longer word is not cut.
+
+    It is a path, mostly, to be copied.
+    """
+    return textwrap.wrap(
+        printable(text),
+        width,
+        initial_indent=lead,
+        subsequent_indent=" " * text_width(lead),
+        break_on_hyphens=False,
+        break_long_words=False,
+    ) or [lead.rstrip()]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column after the name: its heading, which may be in two lines, and one cell a row."""
+
+    heading: str
+    cells: tuple[str, ...]
+
+
+class NameShortener:
+    """Names in a column: those that do not fit lose the parts that all of them share.
+
+    Attributes:
+        prefix, suffix: what was taken away from every name; empty when all fit.
+    """
+
+    def __init__(self, names: Sequence[str], width: int) -> None:
+        self.prefix, self.suffix = "", ""
+        distinct = list(dict.fromkeys(map(printable, names)))
+        if len(distinct) > 1 and max(map(text_width, distinct)) > width:
+            self.prefix, self.suffix = _shared_ends([_TOKEN.findall(name) for name in distinct])
+
+    def __call__(self, name: str) -> str:
+        """The name without the shared parts, `…` in their place."""
+        text = printable(name).removeprefix(self.prefix).removesuffix(self.suffix)
+        return ("…" if self.prefix else "") + text + ("…" if self.suffix else "")
+
+    @property
+    def explanation(self) -> str:
+        """What was taken away, in words; empty when nothing was."""
+        parts = [f"begins with “{self.prefix}”"] * bool(self.prefix) + [f"ends with “{self.suffix}”"] * bool(
+            self.suffix
+        )
+        return f"Every name {' and '.join(parts)}." if parts else ""
+
+
+def columns(heading: str, names: Sequence[str], others: Sequence[Column], width: int) -> list[str]:
+    """The lines of a table: names at the left, wrapped into the room that is left, the other columns to the right.
+
+    Numbers of a column end at the same place. A table that cannot fit is wider than `width`, never cut.
+    """
+    heads = [column.heading.split("\n") for column in others]
+    widths = [max(map(text_width, (*head, *column.cells))) for head, column in zip(heads, others, strict=True)]
+    room = max(width - sum(widths) - _GAP * len(widths), _NAME_MIN)
+    wrapped_names = [_wrap_name(printable(name), room) for name in names]
+    name_width = max(text_width(line) for lines in (*wrapped_names, heading.split("\n")) for line in lines)
+    height = max(len(head) for head in (*heads, heading.split("\n")))
+    lines = []
+    for index in range(height):
+        cells = [_line_of(head, index, height) for head in heads]
+        lines.append(_row(_line_of(heading.split("\n"), index, height), cells, name_width, widths))
+    for row, (first, *rest) in enumerate(wrapped_names):
+        lines.append(_row(first, [column.cells[row] for column in others], name_width, widths))
+        lines.extend(rest)
+    return lines
+
+
+def _line_of(lines: Sequence[str], index: int, height: int) -> str:
+    """Headings stand at the bottom of their rows."""
+    place = index - (height - len(lines))
+    return lines[place] if place >= 0 else ""
+
+
+def _row(name: str, cells: Sequence[str], name_width: int, widths: Sequence[int]) -> str:
+    padded = [" " * (width - text_width(cell)) + cell for cell, width in zip(cells, widths, strict=True)]
+    return (" " * _GAP).join([name + " " * (name_width - text_width(name)), *padded]).rstrip()
+
+
+def _wrap_name(name: str, width: int) -> list[str]:
+    """The name in lines of `width`, broken after separators where it can be, following lines indented."""
+    indent = "  "
+    lines = [""]
+    for token in name_tokens(name):
+        if text_width(lines[-1] + token.rstrip()) > width and lines[-1].strip():
+            lines.append(indent)
+        lines[-1] += token
+        while text_width(lines[-1].rstrip()) > width:  # one word longer than the column
+            fitting = _fitting(lines[-1], width)
+            lines[-1:] = [lines[-1][:fitting], indent + lines[-1][fitting:]]
+    return [line.rstrip() for line in lines]
+
+
+def _fitting(text: str, width: int) -> int:
+    """How many characters of `text` fit in `width` columns."""
+    used = 0
+    for index, character in enumerate(text):
+        used += text_width(character)
+        if used > width:
+            return index
+    return len(text)
+
+
+def _shared_ends(names: Sequence[Sequence[str]]) -> tuple[str, str]:
+    """The text with which all names begin and end, in whole tokens; every name keeps something of its own."""
+    shortest = min(map(len, names)) - 1
+    begin = 0
+    while begin < shortest and len({name[begin] for name in names}) == 1:
+        begin += 1
+    end = 0
+    while begin + end < shortest and len({name[-1 - end] for name in names}) == 1:
+        end += 1
+    suffix = "".join(names[0][len(names[0]) - end :])
+    return "".join(names[0][:begin]), suffix
+
+
+_ESCAPES = "lem.escapes"
+
+
+def prepare_streams() -> None:
+    """Make this process's own streams take whatever is written; those that a test puts in their place stay alone.
+
+    One that was closed (`>&-`) leads nowhere, where the next file to be opened would otherwise get its descriptor.
+    What a stream's encoding does not have is written as JSON escapes it: plain for a person, right for a program.
+    """
+    for name in ("stdin", "stdout", "stderr"):  # in the order of their descriptors: each takes the lowest free one
+        if getattr(sys, f"__{name}__") is None:
+            _open_nothing(name)
+    codecs.register_error(_ESCAPES, _escape)
+    for stream, own in ((sys.stdout, sys.__stdout__), (sys.stderr, sys.__stderr__)):
+        if stream is own and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_ESCAPES)
+
+
+def write_json(out: TextIO, document: Any) -> None:
+    """One JSON document on a stream."""
+    from lem.base.durable import json_text  # which `lem --help` does not need
+
+    out.write(json_text(document))
+
+
+def terminal_width(out: TextIO) -> int:
+    """The columns of a terminal, 80 for anything else."""
+    import shutil  # half of what `lem --help` would import
+
+    return max(WIDTH, shutil.get_terminal_size().columns) if out.isatty() else WIDTH
+
+
+def _open_nothing(name: str) -> None:
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    os.set_inheritable(descriptor, True)
+    stream = open(descriptor, "r" if name == "stdin" else "w", encoding="utf-8")  # noqa: SIM115 - to the end
+    setattr(sys, f"__{name}__", stream)
+    if getattr(sys, name) is None:
+        setattr(sys, name, stream)
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end

@@ -1,0 +1,204 @@
+"""Files that are there whole or not at all, also after a crash; and what to say when the disk refuses them.
+
+Every write, fsync and rename that matters raises an audit event (`lem.write`, `lem.fsync`, `lem.rename`,
+`lem.fsync_dir`; see `sys.audit`) just before it happens, so that a test can stop the program, or make the
+call fail, at any one of them without a hook in the program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lem.base.errors import DISK_FULL
+from lem.base.units import MIB
+
+TEMPORARY_PREFIX = ".lem-tmp-"
+
+
+def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
+    """Replace `path` by `data` so that a reader sees the old file or the new one, never a part.
+
+    Temporary file in the same folder, fsync, rename, fsync of the folder: rename(2) is atomic, and only the
+    folder's own fsync makes the new name survive a power cut.
+
+    Args:
+        is_synced: False leaves both fsyncs out, for what is made again where a power cut spoilt it; a disk takes
+            milliseconds for each.
+
+    Raises:
+        OSError: the folder is missing, not writable or full; no temporary file is left behind.
+    """
+    folder = path.parent
+    descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=folder)
+    try:
+        with _closing(descriptor):
+            # mkstemp gives 0600; results are for the lab, so give what an ordinary open() would have given.
+            os.fchmod(descriptor, 0o666 & ~_umask())
+            sys.audit("lem.write", str(path))
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            if is_synced:
+                sys.audit("lem.fsync", str(path))
+                os.fsync(descriptor)
+        sys.audit("lem.rename", str(path))
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    if is_synced:
+        sync_folder(folder)
+
+
+def utf8(text: str) -> bytes:
+    """The text in UTF-8, and what that cannot hold as JSON and YAML escape it, so that they read it back.
+
+    It cannot hold half a surrogate pair, which is what Python makes of a byte of a file name that is no UTF-8.
+    """
+    return text.encode("utf-8", "backslashreplace")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in UTF-8, whole or not at all."""
+    write_bytes(path, utf8(text))
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Replace `path` by `document` as indented JSON, whole or not at all.
+
+    Raises:
+        ValueError: a NaN or an infinity, which JSON does not have.
+        OSError: as `write_bytes`.
+    """
+    write_text(path, json_text(document))
+
+
+def json_text(document: Any) -> str:
+    """The document as people read it, two blanks for each level, ending in a newline.
+
+    Raises:
+        ValueError: a NaN or an infinity, which JSON does not have.
+    """
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """The document in a JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is not JSON in UTF-8 (`json.JSONDecodeError` and `UnicodeDecodeError` are both one), or
+            nested deeper than the parser goes.
+    """
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its missing parents, their names safe against a power cut.
+
+    Raises:
+        OSError: a file stands in the way, or a parent is not writable.
+    """
+    missing: list[Path] = []
+    while not folder.is_dir():
+        missing.append(folder)
+        if folder.parent == folder:
+            break
+        folder = folder.parent
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
+def name_folder(folder: Path, target: Path) -> None:
+    """Give a finished folder its name beside it, so that a crash leaves everything that is in it or no such name.
+
+    Raises:
+        OSError: something is there under that name, or the disk refuses; the folder is as before.
+    """
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _sync_file(Path(parent, name))
+        sync_folder(Path(parent))
+    sys.audit("lem.rename", str(target))
+    folder.rename(target)
+    sync_folder(target.parent)
+
+
+def _sync_file(path: Path) -> None:
+    sys.audit("lem.fsync", str(path))
+    descriptor = os.open(path, os.O_RDONLY)
+    with _closing(descriptor):
+        os.fsync(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut, where its file system can."""
+    sys.audit("lem.fsync_dir", str(folder))
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    with _closing(descriptor):
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            # fsync(2): the file system has no such thing for folders, as some network ones; files are synced there too.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+
+
+def reason_of(error: OSError) -> str:
+    """What the disk said, in words."""
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return "a file stands where a folder is due"
+    return (error.strerror or str(error) or type(error).__name__).lower()
+
+
+def remedy_for(error: OSError, option: str | None = None) -> str:
+    """What a person can do about it; `option` is what names the folder."""
+    with_option = f" with {option}" if option else ""
+    if error.errno in DISK_FULL:
+        return f"free some space, or name a folder on another disk{with_option}"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"make it writable for you, or name another folder{with_option}"
+    return f"name another folder{with_option}"
+
+
+@contextlib.contextmanager
+def _closing(descriptor: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal; the file is read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(MIB):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+MANIFEST_FILENAME = "campaign_manifest.json"
+
+# The orders of experiments that `execution.structure` can ask for.
+INTERLEAVED, SHUFFLED, GROUPED = STRUCTURES = ("interleaved", "shuffled", "grouped")

@@ -1,0 +1,174 @@
+"""What goes to stderr: messages, colour, and one live line on a terminal.
+
+The rest of lem logs with the standard `logging`; this module decides how a person sees it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+import unicodedata
+from pathlib import Path
+from typing import TextIO
+
+# Columns: of what is no terminal, and the least and most that text is laid out for. A terminal can say it is 0 columns
+# wide, and lines over 120 are hard to read.
+WIDTH = 80
+NARROWEST, WIDEST = 72, 120
+
+_STYLES = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36", "bold": "1", "dim": "2"}
+_CLEAR_LINE = "\r\x1b[2K"
+# Levels of syslog(3), which the journal takes from `<N>` at the beginning of a line (sd-daemon(3)).
+_PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
+_LEVEL_COLOUR = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
+
+
+def is_colour_wanted(stream: TextIO) -> bool:
+    """Whether to colour: on a terminal, and never under NO_COLOR (any value, no-color.org) or TERM=dumb."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def is_journal(stream: TextIO) -> bool:
+    """Whether the stream goes to systemd's journal: JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
+    named = os.environ.get("JOURNAL_STREAM", "")
+    if not named:
+        return False
+    try:
+        found = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return named == f"{found.st_dev}:{found.st_ino}"
+
+
+def paint(text: str, style: str) -> str:
+    """`text` in a colour, bold or dim, for a terminal."""
+    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
+
+
+def bounded_width(width: int) -> int:
+    """The columns to lay text out for on a terminal that says it has `width`."""
+    return min(max(width, NARROWEST), WIDEST)
+
+
+def shorten(text: str, width: int) -> str:
+    """`text` cut to `width` characters with an ellipsis at the end."""
+    return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
+
+
+def harmless(text: str) -> str:
+    """`text` without control characters: what a file holds must not steer the terminal that shows it."""
+    if text.isprintable():
+        return text
+    return "".join(char if unicodedata.category(char) not in ("Cc", "Cf") or char in "\n\t" else "�" for char in text)
+
+
+class Console:
+    """A stream for people: whole lines, and on a terminal one live line below them that is redrawn.
+
+    Attributes:
+        is_colour: colour codes are written.
+        is_live: the live line is drawn; elsewhere `live` does nothing.
+        is_journal: every line begins with its priority for systemd's journal.
+    """
+
+    def __init__(self, stream: TextIO, *, is_colour: bool | None = None, is_live: bool | None = None) -> None:
+        self._stream = stream
+        self._live = ""
+        self.is_colour = is_colour_wanted(stream) if is_colour is None else is_colour
+        self.is_live = is_colour_wanted(stream) if is_live is None else is_live
+        self.is_journal = is_journal(stream)
+
+    def paint(self, text: str, colour: str) -> str:
+        """`text` in a colour where colour is wanted."""
+        return paint(text, colour) if self.is_colour and text else text
+
+    def line(self, text: str = "", level: int = logging.INFO) -> None:
+        """Write a whole line above the live line; `level`, of `logging`, is for the journal."""
+        clear = _CLEAR_LINE if self._live else ""
+        if self.is_journal:
+            priority = next((number for least, number in _PRIORITIES if level >= least), 7)
+            text = "\n".join(f"<{priority}>{line}" for line in text.split("\n"))
+        self._write(f"{clear}{text}\n{self._live}")
+
+    def error(self, message: str, hint: str = "") -> None:
+        """Take the live line away, and write an error and what a person can do about it."""
+        self.close()
+        self.line(f"{self.paint('error:', 'red')} {harmless(message)}", logging.ERROR)
+        if hint:
+            self.line(f"{self.paint('hint:', 'cyan')} {harmless(hint)}", logging.ERROR)
+
+    def live(self, text: str) -> None:
+        """Replace the live line; '' takes it away."""
+        if not self.is_live:
+            return
+        width = shutil.get_terminal_size().columns - 1
+        self._live = shorten(text, width)
+        self._write(f"{_CLEAR_LINE}{self._live}")
+
+    def close(self) -> None:
+        """Take the live line away."""
+        if self._live:
+            self.live("")
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):
+            # Whoever read our messages is gone, pipe or terminal (EIO), or their file is full; a campaign is worth more
+            # than its messages.
+            self.is_live = False
+
+
+class _ConsoleHandler(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = harmless(record.getMessage())
+        if record.levelno >= logging.WARNING:
+            word = record.levelname.lower()
+            message = f"{self._console.paint(word + ':', _LEVEL_COLOUR.get(record.levelno, 'yellow'))} {message}"
+        if not self._console.is_live and not self._console.is_journal:  # the journal has times of its own
+            message = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {message}"
+        self._console.line(message, record.levelno)
+
+
+class _FileHandler(logging.FileHandler):
+    """Goes on in silence when the disk is full: the campaign is worth more than its log."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is logging's
+        """Drop the message."""
+
+
+def configure(console: Console, *, verbosity: int = 0) -> None:
+    """Send the log of lem to `console`: -1 errors, 0 warnings, 1 the commands run, 2 everything."""
+    level = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG)
+    handler = _ConsoleHandler(console)
+    handler.setLevel(level)
+    root = logging.getLogger("lem")
+    for old in [item for item in root.handlers if isinstance(item, _ConsoleHandler)]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG)
+    root.propagate = False
+
+
+def log_to_file(path: Path) -> logging.Handler:
+    """A handler, already at work, that appends everything with UTC times to a file.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A path that is no UTF-8 is told with its bytes escaped.
+    handler = _FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    handler.setLevel(logging.DEBUG)
+    logging.getLogger("lem").addHandler(handler)
+    return handler

@@ -1,0 +1,97 @@
+"""Facts of the measurement that meters, worker, results and report share: energy sources, clock events, limits.
+
+docs/measurement.md explains the limits.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Final
+
+
+class EnergySource(str, enum.Enum):
+    """What an energy was read from. A record holds the value as `energy.energy_source`.
+
+    Records of another version may name other sources, so the predicates below take any text.
+    """
+
+    COUNTER = "nvml_counter"
+    INSTANT_POWER = "power_instant_integral"
+    AVERAGE_POWER = "power_average_integral"
+    RAPL = "rapl"
+    TDP_ESTIMATE = "tdp_estimate"
+    EXTERNAL = "external_csv"
+
+    def __str__(self) -> str:  # the same text in every Python, also in an f-string
+        return self.value
+
+
+class EnergyScope(str, enum.Enum):
+    """What a meter covers. A record holds the value as `energy.energy_scope`."""
+
+    GPU = "gpu"
+    MODULE = "module"  # GPU and CPU together (Grace Hopper)
+    CPU_PACKAGE = "cpu_package"
+    MACHINE = "machine"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+_INTEGRATED = frozenset({EnergySource.INSTANT_POWER, EnergySource.AVERAGE_POWER})
+_CPU = frozenset({EnergySource.RAPL, EnergySource.TDP_ESTIMATE})
+
+
+def is_estimate(source: str | None) -> bool:
+    """Whether the energy was worked out, not measured; it is labelled as an estimate wherever it is shown."""
+    return source == EnergySource.TDP_ESTIMATE
+
+
+def is_integrated_power(source: str | None) -> bool:
+    """Whether the energy is the integral of power samples of a GPU."""
+    return source in _INTEGRATED
+
+
+def is_gpu_source(source: str | None) -> bool:
+    """Whether the energy is read from GPUs."""
+    return source == EnergySource.COUNTER or source in _INTEGRATED
+
+
+def is_cpu_source(source: str | None) -> bool:
+    """Whether the energy is read from, or estimated for, the CPU."""
+    return source in _CPU
+
+
+# Bits of nvmlClocksEventReasons (NVML reference). The power cap is normal under load; a window with one of the others
+# is invalid.
+POWER_CAP_BIT: Final = 0x4
+SLOWDOWN_BITS: Final = {
+    0x8: "hardware slowdown",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "hardware power brake",
+}
+SLOWDOWN_MASK: Final = 0x8 | 0x20 | 0x40 | 0x80
+THERMAL_BITS: Final = 0x20 | 0x40
+
+# Limits, as ratios unless the name has a unit.
+CROSSCHECK_TOLERANCE: Final = 0.05  # integrated power against the counter
+REST_TOLERANCE: Final = 0.05  # power at rest before against after the window, and from cycle to cycle
+STEADY_TOLERANCE: Final = 0.02  # one half of a window against the other, in power or throughput
+MAX_FAILED_RATIO: Final = 0.01  # more failed requests make a window invalid
+SHORT_WINDOW_S: Final = 10.0  # a naive difference over a counter period of 0.1 s is then off by less than 1 %
+WINDOW_UPDATES: Final = 100  # with fewer readings of the meter in a window, its edges matter
+
+
+IDLE_BARE: Final = "idle_bare"
+LOAD: Final = "load"
+IDLE_LOADED: Final = "idle_loaded"
+WARMUP: Final = "warmup"
+GUARD_BEFORE: Final = "guard_before"
+WINDOW: Final = "window"
+GUARD_AFTER: Final = "guard_after"
+# A second window with prefill alone, for energy by phases.
+PREFILL_GUARD_BEFORE: Final = "prefill_guard_before"
+PREFILL: Final = "prefill"
+PREFILL_GUARD_AFTER: Final = "prefill_guard_after"
+IDLE_POST: Final = "idle_post"

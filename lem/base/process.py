@@ -1,0 +1,303 @@
+"""Other programs: the only module that imports `subprocess`; and what Linux tells about processes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from lem.base.errors import UserError
+
+_logger = logging.getLogger(__name__)
+
+Child = subprocess.Popen  # with binary pipes, as `spawn` makes it
+PIPE = subprocess.PIPE
+DEVNULL = subprocess.DEVNULL
+TimeoutExpired = subprocess.TimeoutExpired
+
+TIMEOUT_CODE = 124  # as timeout(1) reports it
+
+# linux/prctl.h
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A program that ended.
+
+    Attributes:
+        argv: the command.
+        code: its exit code, negative for a signal; 124 when it ran past its timeout and was killed.
+        stdout, stderr: what it wrote, decoded as UTF-8 with replacement.
+        has_timed_out: it was killed at its timeout.
+    """
+
+    argv: tuple[str, ...]
+    code: int
+    stdout: str
+    stderr: str
+    has_timed_out: bool = False
+
+
+def copyable(argv: Sequence[str]) -> str:
+    """The command as it can be pasted into a shell."""
+    return shlex.join(argv)
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    timeout_s: float,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    stdin: bytes = b"",
+) -> Finished:
+    """The finished program; a failing exit code is a value here, not an error.
+
+    It runs in a process group of its own, which is killed with all that it started when the timeout is reached or
+    when an exception (a signal's) comes in between.
+
+    Raises:
+        UserError: the program is not there or cannot be started.
+    """
+    starting = _Starting(lambda: spawn(argv, env=env, cwd=cwd, new_session=True))
+    has_timed_out = False
+    try:
+        child = starting.begin()
+        try:
+            stdout, stderr = child.communicate(stdin, timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            has_timed_out = True
+            stdout, stderr = _kill_and_collect(child)
+    except BaseException:
+        starting.undo()
+        raise
+    code = TIMEOUT_CODE if has_timed_out else child.returncode
+    return Finished(
+        tuple(argv), code, stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace"), has_timed_out
+    )
+
+
+class _Starting:
+    """A child that is being started in a thread of its own.
+
+    `subprocess.Popen` loses a child it has started when the exception of a signal's handler strikes inside it.
+    Handlers run in the main thread only, so here none can. Wherever one strikes outside, `undo` leaves no child.
+    """
+
+    def __init__(self, start: Callable[[], subprocess.Popen[bytes]]) -> None:
+        self._start = start
+        self._child: subprocess.Popen[bytes] | None = None
+        self._error: Exception | None = None
+        self._is_undone = False
+        self._is_at_it = threading.Lock()
+
+    def begin(self) -> subprocess.Popen[bytes]:
+        """The started child.
+
+        Raises:
+            UserError: it could not be started.
+        """
+        thread = threading.Thread(target=self._run, name="start of a program")
+        thread.start()
+        thread.join()
+        if self._child is None:
+            raise self._error or UserError("the program was not started")
+        return self._child
+
+    def _run(self) -> None:
+        with self._is_at_it:
+            if self._is_undone:
+                return
+            try:
+                self._child = self._start()
+            except (UserError, ValueError, subprocess.SubprocessError) as error:  # for whoever asks for the child
+                self._error = error
+
+    def undo(self) -> None:
+        """Kill the child, if there is one, with all that it started; a thread that comes later starts none."""
+        with self._is_at_it:
+            self._is_undone = True
+        if self._child is not None:
+            _kill_and_collect(self._child)
+
+
+def _kill_and_collect(child: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
+    """What a child and its group wrote until they were killed."""
+    kill_group(child.pid)
+    try:
+        return child.communicate(timeout=1)
+    except subprocess.TimeoutExpired as late:
+        # Something that left the group holds the pipes; it is not waited for.
+        for pipe in (child.stdin, child.stdout, child.stderr):
+            if pipe is not None:
+                pipe.close()
+        child.wait()
+        return late.stdout or b"", late.stderr or b""
+
+
+def spawn(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    stdin: int = PIPE,
+    stdout: int = PIPE,
+    stderr: int = PIPE,
+    new_session: bool = False,
+    pass_fds: Sequence[int] = (),
+) -> subprocess.Popen[bytes]:
+    """A started program with unbuffered binary pipes.
+
+    Args:
+        env: the whole environment of the program; None hands on this one's.
+        new_session: give it a session and a process group of its own, so that a terminal's Ctrl-C does not reach it
+            and it can be ended with everything it started.
+
+    Raises:
+        UserError: the program is not there or cannot be started.
+    """
+    _logger.info("$ %s", copyable(argv))
+    try:
+        return subprocess.Popen(
+            list(argv),
+            bufsize=0,
+            env=None if env is None else dict(env),
+            cwd=cwd,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=new_session,
+            pass_fds=tuple(pass_fds),
+        )
+    except FileNotFoundError as error:
+        if cwd is not None and not cwd.is_dir():
+            raise UserError(f"{cwd}: no such folder to run {argv[0]} in") from error
+        raise UserError(f"{argv[0]}: no such program", "install it, or put its folder on PATH") from error
+    except OSError as error:
+        raise UserError(f"{argv[0]}: cannot be started: {error.strerror}") from error
+
+
+def pipes(child: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    """The pipes to stdin and from stdout of a child that was started with both."""
+    if child.stdin is None or child.stdout is None:
+        raise ValueError("the child was started without pipes")
+    return child.stdin, child.stdout
+
+
+def kill_group(pgid: int) -> None:
+    """Send KILL to a process group; one that is gone already is fine.
+
+    The caller knows that the group is the one it means: it has not reaped the group's leader yet, or has compared
+    its `ProcessId`. Reaping is left to the caller, so that an exit status is not lost.
+    """
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pgid, signal.SIGKILL)
+
+
+def describe_exit(code: int) -> str:
+    """`was killed by SIGKILL` or `ended with exit code 3`, from a code as `subprocess` gives it."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
+
+
+@dataclass(frozen=True)
+class ProcessId:
+    """One process, also when its number is used again: a number and when that process was started.
+
+    Attributes:
+        pid: the number.
+        started_ticks: start time in clock ticks since boot, field 22 of /proc/PID/stat (proc_pid_stat(5)).
+    """
+
+    pid: int
+    started_ticks: int
+
+    def is_running(self) -> bool:
+        """Whether the process is there and no zombie."""
+        found = _read_stat(self.pid)
+        return found is not None and found.started_ticks == self.started_ticks and found.state not in "ZX"
+
+
+def identify(pid: int) -> ProcessId | None:
+    """The process that has this number now; None when there is none."""
+    found = _read_stat(pid)
+    return None if found is None else ProcessId(pid, found.started_ticks)
+
+
+def descendants(pid: int) -> tuple[int, ...]:
+    """Children of a process, their children and so on; zombies left out.
+
+    Raises:
+        OSError: there is no /proc here.
+    """
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").iterdir():
+        found = _read_stat(int(folder.name)) if folder.name.isdigit() else None
+        if found is not None and found.state not in "ZX":
+            children.setdefault(found.parent, []).append(int(folder.name))
+    reached: list[int] = []
+    todo = [pid]
+    while todo:
+        below = children.get(todo.pop(), [])
+        reached += below
+        todo += below
+    return tuple(reached)
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel send KILL to this process when its parent dies (PR_SET_PDEATHSIG, prctl(2)).
+
+    The kernel acts whatever this process does, also while it holds the interpreter's lock or sits in a driver. It
+    watches the thread that started this process, so that has to be the parent's main thread.
+
+    Args:
+        parent_pid: who the parent is meant to be; when that one died before the call, this process exits.
+    """
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(128 + signal.SIGKILL)
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of descendants whose own parent dies (PR_SET_CHILD_SUBREAPER, prctl(2))."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _prctl(option: int, value: int) -> None:
+    import ctypes  # only workers need it
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"prctl({option}): {os.strerror(code)}")
+
+
+@dataclass(frozen=True)
+class _Stat:
+    state: str
+    parent: int
+    started_ticks: int
+
+
+def _read_stat(pid: int) -> _Stat | None:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
+    # The second field is the program's name in parentheses and may hold blanks and parentheses itself.
+    fields = text[text.rindex(")") + 2 :].split()
+    return _Stat(state=fields[0], parent=int(fields[1]), started_ticks=int(fields[19]))

@@ -1,0 +1,149 @@
+"""Quantities and counts as people read them, and durations as people write them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+# Stands for a number that is not there.
+ABSENT = "–"
+SIGNIFICANT_DIGITS = 4
+
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+")
+_DURATION_PART = re.compile(r"\+?(\d+(?:\.\d+)?)([smhd])")
+_SECONDS_PER = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_PERCENTAGE = re.compile(r"\+?(\d+(?:\.\d*)?|\.\d+)(e[+-]?\d+)?\s*(%?)", re.IGNORECASE | re.ASCII)
+
+NS_PER_S = 1_000_000_000
+NS_PER_MS = 1_000_000
+NS_PER_US = 1_000
+JOULES_PER_WATT_HOUR = 3600.0
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+# A hundred years, the longest that anything here waits: beyond 292 years the system's timers overflow.
+LONGEST_S = 36_500 * 86_400.0
+
+
+def parse_duration(text: str) -> float:
+    """The seconds in `90s`, `30m`, `6h`, `2d` or a row of them (`1h30m`).
+
+    Raises:
+        ValueError: anything else, a duration of zero, and one of over `LONGEST_S`.
+    """
+    stripped = text.strip().lower()
+    if not _DURATION.fullmatch(stripped):
+        raise ValueError(f"{text!r} is not a duration; write it like 90s, 30m, 6h, 2d or 1h30m")
+    seconds = sum(float(number) * _SECONDS_PER[unit] for number, unit in _DURATION_PART.findall(stripped))
+    if seconds <= 0:
+        raise ValueError(f"{text!r} is no time at all")
+    if seconds > LONGEST_S:
+        raise ValueError(f"{text!r} is over a hundred years")
+    return seconds
+
+
+def parse_percentage(text: str) -> float:
+    """The fraction in `5%`: 0.05. The sign is required, since 0.05 could be meant as 5 % or as 0.05 %.
+
+    Raises:
+        ValueError: anything else; negative numbers and infinity too.
+    """
+    match = _PERCENTAGE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"expected a percentage such as 5%, got {text!r}")
+    number, exponent, sign = match.groups(default="")
+    if not sign:
+        raise ValueError(f"expected a percentage such as 5%, got {text!r}; add the % sign")
+    value = float(number + exponent) / 100
+    if math.isinf(value):
+        raise ValueError(f"expected a percentage such as 5%, got {text!r}")
+    return value
+
+
+def format_duration(seconds: float) -> str:
+    """`0.4 s`, `12.3 s`, `4m 05s`, `2h 03m`, `1d 04h`."""
+    if seconds < 0:
+        return "-" + format_duration(-seconds)
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    minutes = round(seconds / 60)
+    if minutes < 24 * 60:
+        return f"{minutes // 60}h {minutes % 60:02d}m"
+    hours = round(seconds / 3600)
+    return f"{hours // 24}d {hours % 24:02d}h"
+
+
+def format_quantity(value: float | None, unit: str = "", digits: int = SIGNIFICANT_DIGITS) -> str:
+    """`value` to `digits` significant digits with thousands left plain; an en dash when it was not measured."""
+    if value is None:
+        return ABSENT
+    text = f"{value:.{digits}g}"
+    if "e" in text and 1e-4 <= abs(value) < 1e15:
+        text = f"{value:.0f}"
+    return f"{text} {unit}" if unit else text
+
+
+def format_energy(energy_j: float | None) -> str:
+    """Joules up to 10 kJ, watt hours above (1 Wh = 3600 J)."""
+    if energy_j is None or abs(energy_j) < 10_000:
+        return format_quantity(energy_j, "J")
+    return format_quantity(energy_j / JOULES_PER_WATT_HOUR, "Wh")
+
+
+def format_power(power_w: float | None) -> str:
+    """Watts."""
+    return format_quantity(power_w, "W")
+
+
+def format_rate(per_s: float | None) -> str:
+    """Tokens per second."""
+    return format_quantity(per_s, "tok/s")
+
+
+def format_latency(latency_s: float | None) -> str:
+    """Microseconds, milliseconds or seconds, whichever gives a number from 1 on, always with 4 digits."""
+    if latency_s is None:
+        return format_quantity(None)
+    size = abs(latency_s)
+    factor, unit = (1.0, "s") if size >= 1 else (1e3, "ms") if size >= 1e-3 else (1e6, "µs")
+    value = latency_s * factor
+    digits = f"{value:#.4g}" if 0 < abs(value) < 9999.5 else f"{value:.0f}"
+    return f"{digits.rstrip('.')} {unit}"
+
+
+def format_bytes(size_b: float | None) -> str:
+    """Bytes with a binary prefix."""
+    if size_b is None:
+        return ABSENT
+    for prefix in ("", "Ki", "Mi", "Gi"):
+        if abs(size_b) < 1024:
+            return f"{size_b:.0f} B" if not prefix else f"{size_b:.1f} {prefix}B"
+        size_b /= 1024
+    return f"{size_b:.1f} TiB"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 cycle`, `5 cycles`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def percent(share: float) -> str:
+    """`12 %`, `1.2 %`, `0.03 %`."""
+    return f"{100 * share:.2g} %" if abs(share) < 0.1 else f"{100 * share:.0f} %"
+
+
+def with_decimals(value: float, decimals: int | None) -> str:
+    """The value with so many decimals; with four significant digits where that is None."""
+    return format_quantity(value) if decimals is None else f"{value:.{decimals}f}"
+
+
+def some_of(texts: Sequence[str], at_most: int, separator: str = ", ") -> str:
+    """`a, b and 3 more`: the first texts, and how many are left out."""
+    left = len(texts) - at_most
+    return separator.join(texts[:at_most]) + (f" and {left} more" if left > 0 else "")

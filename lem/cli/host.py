@@ -1,0 +1,298 @@
+"""Commands about this host and this program: doctor, gpus, compose, datasets, presets."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from lem.base import log
+from lem.base.doc import terminal_width, write_json
+from lem.base.errors import EngineError, ExitCode
+from lem.base.log import WIDTH
+from lem.base.units import GIB
+from lem.orchestration.doctor import FAILED, OK, SKIPPED, WARNING
+
+if TYPE_CHECKING:
+    from lem.meters.capabilities import CpuCapability
+    from lem.meters.gpu_section import GpuState
+    from lem.orchestration.doctor import Verdict
+    from lem.worker.datasets import DatasetChoice
+
+
+_WIDEST_DOCTOR = 100
+_STATUS_WIDTH = 9
+_STYLES = {OK: "bold", WARNING: "yellow", FAILED: "red", SKIPPED: "dim"}
+
+
+def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem doctor` takes."""
+    parser.description = (
+        "Check that campaigns can run in containers here. Exit code 0 when they can, else 2; the last line"
+        " says whether --executor local is left."
+    )
+    parser.add_argument(
+        "--backend", action="append", default=[], metavar="NAME", help="a backend that has to be there; may be repeated"
+    )
+    parser.add_argument("--compose-file", metavar="FILE", help="compose file; several with colons between them")
+    parser.add_argument("--env-file", type=Path, metavar="FILE", help="environment file for compose")
+    parser.add_argument(
+        "--results-dir", "-o", type=Path, default=Path("results"), metavar="DIR", help="default: results"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.set_defaults(run=run_doctor)
+
+
+def run_doctor(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001 - as every command is called
+    """The exit code: 2 when a campaign in containers cannot run here."""
+    from lem.orchestration.doctor import CHECKS, Host, examine
+
+    host = Host(
+        folder=Path.cwd(),
+        compose_file=args.compose_file,
+        env_file=args.env_file,
+        backends=tuple(args.backend),
+        results_dir=args.results_dir,
+    )
+    verdict = examine(host, CHECKS)
+    if args.json:
+        write_json(out, _document(verdict))
+    else:
+        width = min(terminal_width(out), _WIDEST_DOCTOR)
+        out.write(_as_text(verdict, is_colour=log.is_colour_wanted(out), width=width))
+    return int(ExitCode.OK if verdict.is_ok else ExitCode.USAGE)
+
+
+def _document(verdict: Verdict) -> dict[str, Any]:
+    checks = [{"name": name, **dataclasses.asdict(item)} for name, item in verdict.findings.items()]
+    return {"schema_version": 1, "ok": verdict.is_ok, "executors": list(verdict.executors), "checks": checks}
+
+
+def _as_text(verdict: Verdict, *, is_colour: bool, width: int) -> str:
+    from lem.base.doc import paint, wrapped
+
+    name_width = max(map(len, verdict.findings)) + 2
+    indent = " " * (name_width + _STATUS_WIDTH)
+    lines = []
+    for name, item in verdict.findings.items():
+        status = f"{item.status:<{_STATUS_WIDTH}}"
+        first, *rest = wrapped(item.message, width, f"{name:<{name_width}}{status}")
+        lines += [first.replace(status, paint(status, _STYLES[item.status], is_colour=is_colour), 1), *rest]
+        if item.remedy and item.status != "ok":
+            lines += wrapped(item.remedy, width, f"{indent}→ ")
+    lines += ["", *wrapped(_conclusion(verdict), width)]
+    return "\n".join(lines) + "\n"
+
+
+def _conclusion(verdict: Verdict) -> str:
+    if verdict.is_ok:
+        return "this host is fit for campaigns in containers"
+    failed = ", ".join(verdict.failed)
+    if verdict.is_ok_without_containers:
+        return f"not fit for campaigns in containers: {failed}; fit for --executor local"
+    return f"not fit: {failed}"
+
+
+PROBE_S = 5.0
+PROBE_CHANGES = 40
+
+_WIDEST_GPUS = 110
+
+
+def add_gpus_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem gpus` takes."""
+    parser.description = "List the GPUs that NVML sees, and which meters of GPUs and CPUs can be read."
+    parser.add_argument(
+        "--probe", action="store_true", help=f"look for up to {PROBE_S:g} s how often the energy counters change"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.set_defaults(run=run_gpus)
+
+
+def run_gpus(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001 - as every command is called
+    """The exit code; 0 also where there is no GPU."""
+    from lem.base.clock import SystemClock
+    from lem.meters.capabilities import find_capabilities
+    from lem.meters.gpu_section import read_gpus
+    from lem.meters.nvml import open_nvml
+
+    probe_s = PROBE_S if args.probe else 0.0
+    with open_nvml() as nvml:
+        reading = read_gpus()
+        found = find_capabilities(nvml, SystemClock(), probe_s=probe_s, enough=PROBE_CHANGES)
+    if args.json:
+        document = {"schema_version": 1, **reading.to_dict(), "energy": found.to_dict()}
+        out.write(json.dumps(document) + "\n")
+        return int(ExitCode.OK)
+    energy = {gpu.meter.uuid: gpu.describe() for gpu in found.gpus}
+    width = min(terminal_width(out), _WIDEST_GPUS)
+    out.writelines(_describe(gpu, energy.get(gpu.uuid, ()), width) for gpu in reading.gpus)
+    if reading.error is not None:
+        out.write(f"NVML: {reading.error}\n")
+    elif not reading.gpus:
+        out.write("no GPU\n")
+    elif reading.driver:
+        out.write(f"driver {reading.driver}\n")
+    out.writelines(f"{line}\n" for line in _describe_cpu(found.cpu))
+    return int(ExitCode.OK)
+
+
+def _describe(gpu: GpuState, energy: tuple[str, ...], width: int) -> str:
+    used, total = gpu.memory_used_b / GIB, gpu.memory_total_b / GIB
+    lines = [f"{gpu.index}  {gpu.name}  {gpu.uuid}  {used:.1f} of {total:.1f} GiB in use"]
+    for text in energy:
+        lines += textwrap.wrap(text, width, initial_indent="   ", subsequent_indent="     ", break_on_hyphens=False)
+    for item in gpu.processes:
+        held = "" if item.memory_b is None else f", {item.memory_b / GIB:.1f} GiB"
+        lines.append(f"   process {item.pid}{held}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _describe_cpu(cpu: CpuCapability) -> Iterator[str]:
+    if cpu.rapl_error is None:
+        yield f"CPU energy by RAPL: {', '.join(cpu.zones)}"
+        yield from (f"   cannot be read: {text}" for text in cpu.missing)
+    else:
+        yield f"no CPU energy: {cpu.rapl_error}"
+        yield f"   → {cpu.rapl_remedy}"
+    if cpu.tdp_w is not None:
+        yield f"CPU design power: {cpu.tdp_w:g} W, by the {cpu.tdp_source}"
+
+
+def add_compose_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem compose` takes."""
+    parser.description = (
+        "Print the compose file that campaigns use where there is none: lem compose > docker-compose.yml"
+    )
+    parser.set_defaults(run=run_compose)
+
+
+def run_compose(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001 - as every command is called
+    """The exit code."""
+    from lem.orchestration.compose import packaged_compose_file
+
+    out.write(packaged_compose_file())
+    return int(ExitCode.OK)
+
+
+EPILOG = (
+    "LEM_DATASETS_DIR names a folder that is looked in first: ALIAS.jsonl (or .json, .csv, .txt, .parquet), or a "
+    "folder ALIAS with one file for each split. What is not there comes from the hub, through the Python package "
+    "`datasets`."
+)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A data set with a short name. `place` is folder, cache, hub (not on this machine) or unusable."""
+
+    alias: str
+    name: str
+    subset: str | None
+    split: str
+    column: str
+    place: str
+    detail: str
+
+
+def add_datasets_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem datasets` takes."""
+    parser.description = __doc__
+    parser.epilog = EPILOG
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.set_defaults(run=run_datasets)
+
+
+def run_datasets(args: argparse.Namespace, out: TextIO, err: TextIO, environ: Mapping[str, str] = os.environ) -> int:
+    """The exit code; 0 also where nothing is found."""
+    lines = _find_all(environ)
+    if args.json:
+        write_json(out, [asdict(line) for line in lines])
+    else:
+        out.write(_table(lines))
+    if any(line.place == "hub" for line in lines) and not args.json:
+        err.write("hub: not on this machine; downloaded when first used\n")
+    return int(ExitCode.OK)
+
+
+def _find_all(environ: Mapping[str, str]) -> list[_Line]:
+    # Not at the top: the other commands do not pay for this import.
+    from lem.config.experiment import DATASET_ALIASES
+    from lem.worker.datasets import choice_of_name
+
+    return [_find(choice_of_name(alias), environ) for alias in DATASET_ALIASES]
+
+
+def _find(choice: DatasetChoice, environ: Mapping[str, str]) -> _Line:
+    place, detail = _place_of(choice, environ)
+    return _Line(
+        choice.name, choice.hub_name, choice.subset, choice.split, choice.column or "", place=place, detail=detail
+    )
+
+
+def _place_of(choice: DatasetChoice, environ: Mapping[str, str]) -> tuple[str, str]:
+    from lem.worker.datasets import find_files, is_in_hub_cache
+
+    try:
+        files = find_files(choice, environ)
+    except EngineError as error:
+        return "unusable", error.message
+    if files:
+        return "folder", str(files[0] if len(files) == 1 else files[0].parent)
+    return ("cache", "") if is_in_hub_cache(choice, environ) else ("hub", "")
+
+
+def _table(lines: list[_Line]) -> str:
+    rows = [("alias", "data set", "split", "prompts in", "found")]
+    rows += [
+        (
+            line.alias,
+            f"{line.name} ({line.subset})" if line.subset else line.name,
+            line.split,
+            line.column,
+            f"{line.place}: {line.detail}" if line.detail else line.place,
+        )
+        for line in lines
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    padded = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "".join(f"{row}\n" for row in padded)
+
+
+def add_presets_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `lem presets` takes."""
+    parser.description = "List presets (--preset NAME), or show one."
+    parser.add_argument("name", nargs="?", metavar="NAME", help="show this one's values")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.set_defaults(run=run_presets)
+
+
+def run_presets(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001
+    """The exit code; 2 for a preset that there is not."""
+    import textwrap
+
+    from lem.config.describe import render_yaml
+    from lem.config.sources import PRESETS, find_preset
+
+    chosen = PRESETS.values() if args.name is None else (find_preset(args.name),)
+    if args.json:
+        found = {item.name: {"description": item.description, "values": dict(item.values)} for item in chosen}
+        write_json(out, found)
+    elif args.name is not None:
+        preset = find_preset(args.name)
+        out.write(f"# {preset.name}: {preset.description}\n{render_yaml(preset.values, {})}")
+    else:
+        width = max(len(name) for name in PRESETS) + 2
+        for preset in PRESETS.values():
+            tokens = f"{preset.values['max_input_tokens']}/{preset.values['max_output_tokens']}"
+            text = f"{tokens:<10}{preset.description}"
+            indent = " " * (width + 10)
+            out.write(textwrap.fill(f"{preset.name:<{width}}{text}", WIDTH, subsequent_indent=indent) + "\n")
+        out.write("\nTokens: input/output at most. All decode greedily. lem presets NAME shows one.\n")
+    return int(ExitCode.OK)

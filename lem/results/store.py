@@ -1,0 +1,430 @@
+"""The results folder: runs, experiments, attempts and their records."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lem.base import durable
+from lem.base.durable import make_folder, reason_of, remedy_for
+from lem.base.errors import InfrastructureError, UserError
+from lem.base.units import MIB
+from lem.record import CONFIG_FILE, LOG_FILE, PROMPTS_FILE, RESULT_FILE, Identity, Record, RecordError, read_record
+
+CONFIG_SCHEMA_VERSION = 1
+
+# One path component that is the same on every file system, is hidden from nobody, and leads nowhere else.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,254}")
+_ATTEMPT = re.compile(r"attempt-([1-9][0-9]{0,8})")
+
+
+@dataclass(frozen=True)
+class AttemptFolder:
+    """A new folder for one attempt.
+
+    Attributes:
+        path: where it is.
+        number: which attempt, from 1.
+    """
+
+    path: Path
+    number: int
+
+    @property
+    def result_path(self) -> Path:
+        """Where the worker writes the result, last."""
+        return self.path / RESULT_FILE
+
+    @property
+    def log_path(self) -> Path:
+        """Where the engine's own output goes."""
+        return self.path / LOG_FILE
+
+    def write_config(self, requested: Mapping[str, Any], resolved: Mapping[str, Any]) -> Path:
+        """The `config.json` written.
+
+        Args:
+            requested: the configuration as it was given, `${VAR}` unexpanded.
+            resolved: `ExperimentConfig.to_dict()`, with every default.
+
+        Raises:
+            InfrastructureError: it cannot be written.
+            ValueError: a value that JSON does not have.
+        """
+        path = self.path / CONFIG_FILE
+        document = {"schema_version": CONFIG_SCHEMA_VERSION, "requested": requested, "resolved": resolved}
+        with stopping_campaign(path):
+            durable.write_json(path, document)
+        return path
+
+    def write_prompts(self, prompts: Iterable[Mapping[str, Any]]) -> Path:
+        """The `prompts.jsonl` written, one object a line.
+
+        Args:
+            prompts: each `{"prompt": str, "input_tokens": int | None, "output_tokens": int | None}`: an exact length
+                to cut or extend to, and a bound on the output of its own.
+
+        Raises:
+            InfrastructureError: it cannot be written.
+            UserError: a prompt that is not Unicode text.
+        """
+        path = self.path / PROMPTS_FILE
+        data = b"".join(_prompt_line(number, prompt) for number, prompt in enumerate(prompts, 1))
+        with stopping_campaign(path):
+            durable.write_bytes(path, data)
+        return path
+
+
+def attempt_number(name: str) -> int | None:
+    """The number in the name of an attempt's folder; None for another name."""
+    match = _ATTEMPT.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` can name a folder of campaign, run or experiment, and cannot leave the one it stands in."""
+    return _NAME.fullmatch(text) is not None
+
+
+def check_name(text: str, what: str) -> str:
+    """`text`, where `is_name`.
+
+    Raises:
+        UserError: empty, too long, or with anything but letters, digits and `. _ = + -`, letter or digit first.
+    """
+    if not is_name(text):
+        raise UserError(
+            f"{what} {text[:80]!r} cannot name a results folder",
+            "use letters, digits and . _ = + - (at most 255, a letter or digit first)",
+        )
+    return text
+
+
+@contextlib.contextmanager
+def stopping_campaign(path: Path) -> Iterator[None]:
+    """Turn a failed write at `path` into the error that stops a campaign with the rest pending."""
+    try:
+        yield
+    except OSError as error:
+        hint = remedy_for(error, "--results-dir") + "; then go on with --resume"
+        raise InfrastructureError(f"results: {path}: {reason_of(error)}", hint) from error
+
+
+def _prompt_line(number: int, prompt: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(dict(prompt), ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"prompt {number} is not Unicode text: it holds half of a surrogate pair",
+            "write the whole character instead of a lone \\ud800 to \\udfff",
+        ) from error
+
+
+_HOST_MARK = "+"  # in no exp_id, which is hex digits and a cycle
+
+# Room for the files of some attempts; with less, a campaign would end soon after it began.
+_PROBE_B = MIB
+
+
+@dataclass(frozen=True)
+class StoredResult:
+    """A whole result in its place."""
+
+    path: Path
+    record: Record
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An attempt without a result that can be used, or a folder that cannot be read.
+
+    Attributes:
+        path: the file or folder.
+        run_id, exp_id: of the experiment it belongs to; empty where a folder above cannot be read.
+        kind: `missing` (the attempt failed, was interrupted or still runs), `half-written` (its write was cut off),
+            `corrupt` (no record of this schema), `foreign` (the record of another experiment), `unreadable`.
+        message: what was found.
+    """
+
+    path: Path
+    kind: str
+    message: str
+    run_id: str = ""
+    exp_id: str = ""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a folder holds: the results that can be used, and everything that only stands in the place of one."""
+
+    results: tuple[StoredResult, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+
+class Repository:
+    """The results of one campaign.
+
+    Attributes:
+        folder: `<results_dir>/<campaign>`.
+    """
+
+    def __init__(self, results_dir: Path, campaign: str) -> None:
+        """Take the slug of a campaign's name; nothing is read or written yet.
+
+        Raises:
+            UserError: the slug cannot name a folder.
+        """
+        self.folder = results_dir / check_name(campaign, "campaign")
+
+    def check_writable(self) -> None:
+        """Make the campaign's folder and see that there is room in it, before anything is measured.
+
+        Raises:
+            UserError: it cannot be made or written, or the disk is full.
+        """
+        try:
+            make_folder(self.folder)
+            with tempfile.TemporaryFile(dir=self.folder) as probe:  # without a name: no crash leaves it behind
+                sys.audit("lem.write", str(self.folder))
+                probe.write(bytes(_PROBE_B))
+                probe.flush()
+                os.fsync(probe.fileno())
+        except OSError as error:
+            raise UserError(
+                f"results folder {self.folder}: {reason_of(error)}", remedy_for(error, "--results-dir")
+            ) from error
+
+    def prepare_attempt(self, run_id: str, exp_id: str) -> AttemptFolder:
+        """A new folder for the next attempt at an experiment; earlier ones are left as they are.
+
+        Raises:
+            UserError: a name that cannot name a folder.
+            InfrastructureError: the folder cannot be made.
+        """
+        folder = self._experiment_folder(run_id, exp_id)
+        with stopping_campaign(folder):
+            make_folder(folder)
+            number = max(_attempt_numbers(folder), default=0)
+            while True:
+                number += 1
+                path = folder / f"attempt-{number}"
+                with contextlib.suppress(FileExistsError):  # another process was quicker
+                    path.mkdir()
+                    durable.sync_folder(folder)
+                    return AttemptFolder(path, number)
+
+    def find_attempts(self, run_id: str, exp_id: str) -> tuple[StoredResult, ...]:
+        """Every whole result of an experiment, oldest first; what is not whole is left out.
+
+        Raises:
+            UserError: a name that cannot name a folder.
+        """
+        found = _experiment_items(self._experiment_folder(run_id, exp_id))
+        return tuple(item for item in found if isinstance(item, StoredResult))
+
+    def run_ids(self) -> tuple[str, ...]:
+        """The runs, oldest first; () where there is no folder.
+
+        Raises:
+            UserError: the folder cannot be read.
+        """
+        return _listed(self.folder)
+
+    def experiment_ids(self, run_id: str) -> tuple[str, ...]:
+        """The experiments of a run that were begun, by name; () where there is no folder.
+
+        Raises:
+            UserError: a run_id that cannot name a folder, or a folder that cannot be read.
+        """
+        return _listed(self.folder / check_name(run_id, "run"))
+
+    def scan(self, run_id: str | None = None) -> Scan:
+        """Everything in the campaign's folder, or in one run of it; damage is a value here and never raised.
+
+        Raises:
+            UserError: a run_id that cannot name a folder.
+        """
+        found = tuple(self._items() if run_id is None else _run_items(self.folder / check_name(run_id, "run")))
+        return Scan(
+            _apart_by_host([item for item in found if isinstance(item, StoredResult)]),
+            tuple(item for item in found if isinstance(item, Problem)),
+        )
+
+    def _items(self) -> Iterator[StoredResult | Problem]:
+        for run in _subfolders(self.folder):
+            yield from (run,) if isinstance(run, Problem) else _run_items(run)
+
+    def _experiment_folder(self, run_id: str, exp_id: str) -> Path:
+        return self.folder / check_name(run_id, "run") / check_name(exp_id, "experiment")
+
+
+def list_campaigns(results_dir: Path) -> tuple[str, ...]:
+    """The campaigns with a results folder, by name; () where there is no folder.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    return _listed(results_dir)
+
+
+def experiment_folder_name(exp_id: str, host: str) -> str:
+    """The folder of an experiment in merged results.
+
+    Raises:
+        UserError: the host's name cannot name a folder.
+    """
+    return check_name(f"{exp_id}{_HOST_MARK}{host}", "host")
+
+
+def _exp_id_of(folder_name: str) -> str:
+    return folder_name.partition(_HOST_MARK)[0]
+
+
+def _apart_by_host(results: Sequence[StoredResult]) -> tuple[StoredResult, ...]:
+    """The results, those of a configuration that several hosts ran under a name for each host."""
+    hosts: dict[tuple[str, str], set[str]] = {}
+    keyed = [((item.record.identity.run_id, item.record.identity.config_hash), item) for item in results]
+    for key, item in keyed:
+        hosts.setdefault(key, set()).add(item.record.identity.host)
+    return tuple(item if len(hosts[key]) == 1 else _named_by_host(item) for key, item in keyed)
+
+
+def _named_by_host(item: StoredResult) -> StoredResult:
+    identity = item.record.identity
+    named = dataclasses.replace(identity, config_name=f"{identity.config_name} @ {identity.host}")
+    return StoredResult(item.path, dataclasses.replace(item.record, identity=named))
+
+
+def count_failed(scan: Scan) -> dict[str, int]:
+    """Per configuration name, how many experiments have attempts and no whole result."""
+    whole = {(item.record.identity.run_id, item.record.identity.experiment_id) for item in scan.results}
+    names = {configuration_of(item.record.identity.experiment_id): item.record.identity for item in scan.results}
+    failed: dict[tuple[str, str], str] = {}
+    for problem in scan.problems:
+        key = (problem.run_id, problem.exp_id)
+        if problem.exp_id and key not in whole and key not in failed:
+            known = names.get(configuration_of(problem.exp_id))
+            named = known.config_name if known else configured_name(config_beside(problem))
+            failed[key] = named or configuration_of(problem.exp_id)
+    return dict(collections.Counter(failed.values()))
+
+
+def configuration_of(exp_id: str) -> str:
+    """The part of an experiment's name that all its cycles share."""
+    return exp_id.rpartition("-c")[0] or exp_id
+
+
+def config_beside(problem: Problem) -> Mapping[str, Any]:
+    """What `config.json` beside a missing result holds; empty where there is none to be read."""
+    folder = problem.path if problem.path.is_dir() else problem.path.parent
+    try:
+        document = durable.read_json(folder / CONFIG_FILE)
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def configured_name(config: Mapping[str, Any]) -> str | None:
+    """The name of the configuration in a `config.json`; None where it has none."""
+    resolved = config.get("resolved")
+    name = resolved.get("config_name") if isinstance(resolved, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _run_items(folder: Path) -> Iterator[StoredResult | Problem]:
+    for experiment in _subfolders(folder):
+        yield from (experiment,) if isinstance(experiment, Problem) else _experiment_items(experiment)
+
+
+def _experiment_items(folder: Path) -> Iterator[StoredResult | Problem]:
+    try:
+        numbers = sorted(_attempt_numbers(folder))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        yield _problem(folder, folder, "unreadable", reason_of(error))
+        return
+    for number in numbers:
+        yield _read_attempt(folder, number)
+
+
+def _read_attempt(folder: Path, number: int) -> StoredResult | Problem:
+    attempt = folder / f"attempt-{number}"
+    path = attempt / RESULT_FILE
+    try:
+        record = read_record(path)
+    except FileNotFoundError:
+        return _describe_missing(folder, attempt)
+    except OSError as error:
+        return _problem(folder, path, "unreadable", reason_of(error))
+    except RecordError as error:
+        return _problem(folder, path, "corrupt", str(error))
+    strange = _differences(record.identity, folder, number)
+    return _problem(folder, path, "foreign", strange) if strange else StoredResult(path, record)
+
+
+def _describe_missing(folder: Path, attempt: Path) -> Problem:
+    try:
+        is_cut_off = any(item.name.startswith(durable.TEMPORARY_PREFIX) for item in attempt.iterdir())
+    except OSError as error:
+        return _problem(folder, attempt, "unreadable", reason_of(error))
+    if is_cut_off:
+        return _problem(folder, attempt, "half-written", f"no {RESULT_FILE}: writing was cut off")
+    said = f"no {RESULT_FILE}: the attempt failed, was interrupted, or still runs"
+    return _problem(folder, attempt, "missing", said)
+
+
+def _problem(experiment: Path, path: Path, kind: str, message: str) -> Problem:
+    return Problem(path, kind, message, experiment.parent.name, _exp_id_of(experiment.name))
+
+
+def _differences(identity: Identity, folder: Path, number: int) -> str:
+    """How a record contradicts the place it lies in; empty when it does not."""
+    pairs = (
+        ("run", identity.run_id, folder.parent.name),
+        ("experiment", identity.experiment_id, _exp_id_of(folder.name)),
+        ("attempt", identity.attempt, number),
+    )
+    return ", ".join(f"it says {what} {str(said)!r:.80}, not {due}" for what, said, due in pairs if said != due)
+
+
+def _attempt_numbers(folder: Path) -> list[int]:
+    """The numbers taken, in no order; a file in place of a folder takes its number too."""
+    numbers = (attempt_number(item.name) for item in folder.iterdir())
+    return [number for number in numbers if number is not None]
+
+
+def _subfolders(folder: Path) -> Iterator[Path | Problem]:
+    """The folders inside, by name; a problem where they cannot be listed."""
+    try:
+        names = _folder_names(folder)
+    except OSError as error:
+        yield Problem(folder, "unreadable", reason_of(error))
+        return
+    for name in names:
+        yield folder / name
+
+
+def _folder_names(folder: Path) -> tuple[str, ...]:
+    try:
+        with os.scandir(folder) as items:
+            return tuple(sorted(item.name for item in items if is_name(item.name) and item.is_dir()))
+    except FileNotFoundError:
+        return ()
+
+
+def _listed(folder: Path) -> tuple[str, ...]:
+    try:
+        return _folder_names(folder)
+    except OSError as error:
+        raise UserError(f"results folder {folder}: {reason_of(error)}", remedy_for(error, "--results-dir")) from error

@@ -1,0 +1,128 @@
+"""The guardian of an engine process: it leaves nothing alive, whatever the engine holds and however it ends.
+
+An engine can hold the interpreter's lock or hang in a driver call, and then sees nothing; its own children (vLLM has
+several, compilers too) outlive it when it alone is killed. So the engine process forks as soon as it starts: the child
+runs the engine, and the parent, a few megabytes that never load an engine, only waits. It is the leader of the
+engine's session and adopts orphans, so that every process that came from the engine stays below it.
+
+It ends everything below it, and then itself, when
+
+- the engine process ends: the rest is ended too, and the guardian ends the way the engine did;
+- the control pipe hangs up: the supervisor is gone, however it went, or wants a hanging engine killed.
+
+Should the guardian itself be killed, the kernel kills the engine process (PR_SET_PDEATHSIG), and the supervisor kills
+the group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import select
+import signal
+import time
+import traceback
+from typing import NoReturn
+
+from lem.base import process
+
+# A process that does not end this long after KILL sits in a driver and cannot be ended by anybody.
+KILL_WAIT_S = 10.0
+_RESCAN_S = 0.1
+_ABANDONED_CODE = 128 + signal.SIGKILL
+
+
+def start_guarded(control_fd: int, message_fd: int) -> None:
+    """Return in the engine process; the process that called becomes its guardian and does not return.
+
+    To be called before there are threads, and before anything is imported that a guardian need not carry.
+
+    Args:
+        control_fd: read end of the pipe whose only write end the supervisor holds.
+        message_fd: where the engine process reports; the guardian has nothing to say there.
+    """
+    guardian_pid = os.getpid()
+    engine_pid = os.fork()
+    if engine_pid == 0:
+        process.die_with_parent(guardian_pid)
+        return
+    code = _ABANDONED_CODE
+    try:
+        os.close(message_fd)
+        code = _guard(control_fd, engine_pid)
+    except Exception:  # noqa: BLE001 - the top of a program
+        traceback.print_exc()
+    finally:
+        _end_as(code)
+
+
+def _guard(control_fd: int, engine_pid: int) -> int:
+    """The engine's exit code as `subprocess` gives it, once nothing is left."""
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)  # sent to the group; the guardian goes last
+    wakeup, wakeup_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(wakeup_writer, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    process.adopt_orphans()
+    poller = select.poll()
+    poller.register(control_fd, 0)  # a hang-up is told without being asked for
+    poller.register(wakeup, select.POLLIN)
+    code: int | None = None
+    while code is None:
+        code = _reap(engine_pid)
+        if code is None and any(descriptor == control_fd for descriptor, _ in poller.poll()):
+            code = _ABANDONED_CODE
+        _drain(wakeup)
+    _end_everything(wakeup)
+    return code
+
+
+def _reap(engine_pid: int) -> int | None:
+    """Take the exit status of every child that ended; the engine's exit code if it was among them."""
+    code = None
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            if pid == engine_pid:
+                code = os.waitstatus_to_exitcode(status)
+    return code
+
+
+def _end_everything(wakeup: int) -> None:
+    """Kill what is below this process until nothing is, at most for `KILL_WAIT_S`."""
+    deadline = time.monotonic() + KILL_WAIT_S
+    while _has_children() and time.monotonic() < deadline:
+        for pid in process.descendants(os.getpid()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        select.select([wakeup], [], [], _RESCAN_S)
+        _drain(wakeup)
+
+
+def _has_children() -> bool:
+    """Whether a child is left once those that ended are reaped."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0] != 0:
+            pass
+    except ChildProcessError:
+        return False
+    return True
+
+
+def _drain(wakeup: int) -> None:
+    with contextlib.suppress(BlockingIOError):
+        while os.read(wakeup, 4096):
+            pass
+
+
+def _end_as(code: int) -> NoReturn:
+    """End with an exit code, or for a negative one by that signal."""
+    if code < 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the engine's core is the one of interest
+        with contextlib.suppress(OSError, ValueError):  # KILL and STOP cannot be set, and need not be
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code if code >= 0 else 128 - code)

@@ -1,0 +1,392 @@
+"""Prompts: files, synthetic text, and how they are chosen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import stat
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lem.base import durable
+from lem.base.errors import ConfigurationError
+from lem.base.reasons import Reason
+from lem.base.units import MIB
+from lem.config.experiment import (
+    BUNDLED_DISTRIBUTION,
+    BUNDLED_INPUT_TOKENS,
+    BUNDLED_SAMPLE_SIZE,
+    BUNDLED_SEED,
+    ExperimentConfig,
+    FilePrompts,
+    SyntheticPrompts,
+)
+from lem.record import PROMPTS_FILE
+
+_T = TypeVar("_T")
+
+# Half the chosen length to one and a half times it.
+UNIFORM_SPREAD = 0.5
+# Of the logarithm; request lengths of deployed services spread at least as much. Cut at four times the chosen length.
+LOGNORMAL_SIGMA = 0.5
+LOGNORMAL_CUT = 4.0
+
+# Everyday words, so that a tokenizer trained on text needs one token or more for each: a text of n words has n tokens.
+_WORDS = (
+    "the a one some each this that these those any of in on at by for from with about into over under after before "
+    "between through during and or but because while if when where how why river mountain village harbour winter "
+    "summer morning evening teacher farmer engineer doctor sailor painter child neighbour bridge window garden kitchen "
+    "market station library machine engine letter number story question answer reason method result table paper "
+    "colour sound light water stone metal glass bread apple horse bird fish tree leaf root seed cloud storm wind snow "
+    "small large quick slow early late quiet loud bright dark heavy empty simple common careful patient open close "
+    "carry build write read count measure compare explain describe follow return begin finish change keep find lose "
+    "travel work speak listen remember learn teach grow fall rise turn hold bring send show "
+    "is was has had will would could should may must often never always almost perhaps however therefore again"
+)
+WORDS = tuple(_WORDS.split())
+SENTENCE_MIN_WORDS = 6
+SENTENCE_MAX_WORDS = 14
+
+
+@dataclass(frozen=True)
+class SyntheticPlan:
+    """What to make.
+
+    Attributes:
+        input_tokens, output_tokens: lengths to spread around; no output length takes the experiment's own.
+        sample_size: how many prompts.
+        seed: of all that is random here.
+        distribution: `fixed`; `uniform` over half to one and a half the length; `lognormal` with that mean.
+    """
+
+    input_tokens: int
+    output_tokens: int | None
+    sample_size: int
+    seed: int
+    distribution: str = "fixed"
+
+
+@dataclass(frozen=True)
+class SyntheticPrompt:
+    """A made-up prompt with its lengths in tokens; the text has at least as many words."""
+
+    text: str
+    input_tokens: int
+    output_tokens: int | None
+
+
+# What is measured when neither dataset nor prompts is given.
+BUNDLED = SyntheticPlan(BUNDLED_INPUT_TOKENS, None, BUNDLED_SAMPLE_SIZE, BUNDLED_SEED, BUNDLED_DISTRIBUTION)
+
+
+def generate(plan: SyntheticPlan) -> tuple[SyntheticPrompt, ...]:
+    """The prompts of a plan, no two alike."""
+    rng = random.Random(plan.seed)
+    made: list[SyntheticPrompt] = []
+    for index in range(plan.sample_size):
+        length = _draw_length(plan.input_tokens, plan.distribution, rng)
+        output = None if plan.output_tokens is None else _draw_length(plan.output_tokens, plan.distribution, rng)
+        made.append(SyntheticPrompt(_text(index, length, rng), length, output))
+    return tuple(made)
+
+
+def shuffled(items: Sequence[_T], seed: int | None) -> list[_T]:
+    """The items in another order (Fisher and Yates), the same for the same seed; without one any order."""
+    rng = random.Random(seed)
+    out = list(items)
+    for last in range(len(out) - 1, 0, -1):
+        other = int(rng.random() * (last + 1))
+        out[last], out[other] = out[other], out[last]
+    return out
+
+
+def _draw_length(length: int, distribution: str, rng: random.Random) -> int:
+    if distribution == "uniform":
+        low, high = max(1, math.ceil(length * (1 - UNIFORM_SPREAD))), math.floor(length * (1 + UNIFORM_SPREAD))
+        return low + int(rng.random() * (high - low + 1))
+    if distribution == "lognormal":
+        # The mean of a lognormal is exp(mu + sigma^2 / 2); a normal value by Box and Muller (1958).
+        normal = math.sqrt(-2 * math.log(1 - rng.random())) * math.cos(2 * math.pi * rng.random())
+        drawn = math.exp(math.log(length) - LOGNORMAL_SIGMA**2 / 2 + LOGNORMAL_SIGMA * normal)
+        return max(1, min(round(drawn), math.floor(LOGNORMAL_CUT * length)))
+    return length
+
+
+def _text(index: int, words: int, rng: random.Random) -> str:
+    # The number makes every prompt another one from its first token on, so that no two share a cached prefix.
+    pieces = [f"{index + 1}."]
+    while len(pieces) <= words:
+        count = SENTENCE_MIN_WORDS + int(rng.random() * (SENTENCE_MAX_WORDS - SENTENCE_MIN_WORDS + 1))
+        sentence = [WORDS[int(rng.random() * len(WORDS))] for _ in range(count)]
+        sentence[0] = sentence[0].capitalize()
+        sentence[-1] += "."
+        pieces.extend(sentence)
+    return " ".join(pieces)
+
+
+MAX_LISTED_PROBLEMS = 10
+# A file above this is a data set put in by mistake; prompts are held in memory, on the host too.
+MAX_FILE_B = 256 * MIB
+
+
+class PromptError(ConfigurationError):
+    """Prompts that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as text.
+
+    Attributes:
+        input_tokens: exact length in tokens to cut or extend it to; None leaves it as it is.
+        output_tokens: bound on the tokens to generate for it; None takes the experiment's.
+    """
+
+    prompt: str
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class ResolvedPrompts:
+    """Prompts and where they came from.
+
+    Attributes:
+        source: for the record: kind, path or name, revision, sha256 over the contents, count, and what chose them.
+        warnings: what a person should know about them.
+    """
+
+    prompts: tuple[Prompt, ...]
+    source: Mapping[str, Any]
+    warnings: tuple[Reason, ...] = ()
+
+
+def is_resolved_on_host(config: ExperimentConfig) -> bool:
+    """Whether the prompts need neither a hub nor the `datasets` package."""
+    return config.dataset is None and (
+        config.prompts is None or isinstance(config.prompts, (FilePrompts, SyntheticPrompts))
+    )
+
+
+def resolve_on_host(config: ExperimentConfig) -> ResolvedPrompts | None:
+    """The prompts of an experiment; None for a dataset, which the worker resolves.
+
+    Without `dataset` and `prompts` it is the bundled synthetic set, and the source says so.
+
+    Raises:
+        PromptError: a file that cannot be read or holds no usable prompts.
+    """
+    if not is_resolved_on_host(config):
+        return None
+    if isinstance(config.prompts, FilePrompts):
+        prompts = read_prompt_file(Path(config.prompts.path))[: config.prompts.sample_size]
+    else:
+        prompts = tuple(
+            Prompt(item.text, item.input_tokens, item.output_tokens) for item in generate(_synthetic_plan(config))
+        )
+    return describe(config, prompts)
+
+
+def describe(config: ExperimentConfig, prompts: tuple[Prompt, ...]) -> ResolvedPrompts:
+    """Prompts that were resolved on the host, with their source for the record.
+
+    Where a file holds fewer than `sample_size`, all of them are taken and a warning says so: a repeated prompt would
+    meet a warm prefix cache.
+    """
+    warnings: tuple[Reason, ...] = ()
+    if isinstance(config.prompts, FilePrompts) and len(prompts) < (config.prompts.sample_size or 0):
+        path, wanted = str(config.prompts.path), config.prompts.sample_size
+        warnings = (Reason.of("prompt_file_too_small", path=path, wanted=wanted, found=len(prompts)),)
+    return ResolvedPrompts(prompts, _source_of(config, prompts), warnings)
+
+
+def _source_of(config: ExperimentConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    contents = {"revision": None, "sha256": fingerprint(prompts), "count": len(prompts)}
+    if isinstance(config.prompts, FilePrompts):
+        return {"kind": "file", "path": str(config.prompts.path), **contents}
+    plan = _synthetic_plan(config)
+    kind = "bundled" if config.prompts is None else "synthetic"
+    return {
+        "kind": kind,
+        "name": kind,
+        **contents,
+        "input_tokens": plan.input_tokens,
+        "output_tokens": plan.output_tokens,
+        "distribution": plan.distribution,
+        "seed": plan.seed,
+    }
+
+
+def fingerprint(prompts: Iterable[Prompt]) -> str:
+    """SHA-256 over the contents of prompts in their order; the file they lay in and its format leave no trace."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(_line(prompt))
+    return digest.hexdigest()
+
+
+def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
+    """Write `prompts.jsonl` into a result folder, whole or not at all.
+
+    Raises:
+        OSError: as `durable.write_bytes`.
+    """
+    durable.write_bytes(folder / PROMPTS_FILE, b"".join(_line(prompt) for prompt in prompts))
+
+
+def read_prompts(folder: Path) -> tuple[Prompt, ...] | None:
+    """The prompts in the `prompts.jsonl` of a result folder; None where there is none.
+
+    Raises:
+        PromptError: the file is there and is not one that `write_prompts` wrote.
+    """
+    path = folder / PROMPTS_FILE
+    return read_prompt_file(path) if path.is_file() else None
+
+
+def read_prompt_file(path: Path) -> tuple[Prompt, ...]:
+    """The prompts of a text file, one a line, or of a `.jsonl` file.
+
+    A line of `.jsonl` is an object with `prompt`, or with `messages` (or ShareGPT's `conversations`), and may bound its
+    own `input_tokens` and `output_tokens`; a JSON string is a prompt too.
+
+    Raises:
+        PromptError: no such file, not UTF-8, empty, or lines that are blank or malformed, each with its number.
+    """
+    text = _read_text(path)
+    lines = text.split("\n")
+    if lines and lines[-1] == "":
+        del lines[-1]
+    if not lines:
+        raise PromptError(f"{path}: no prompts in it, the file is empty", "put one prompt on each line")
+    parse = _parse_json_line if path.suffix.lower() in (".jsonl", ".ndjson") else _parse_text_line
+    return _parse_lines(path, lines, parse)
+
+
+def text_of_record(record: Any) -> str:
+    """The prompt in an object with `prompt`, `messages` or `conversations`, or in a plain string.
+
+    Messages are joined in their order up to the last turn of the user, blank lines between them: no chat template is
+    applied, since it would be another one for every model. Of `conversations` (ShareGPT) it is the first human turn.
+
+    Raises:
+        ValueError: there is no text in it; the message says what was due.
+    """
+    if isinstance(record, str):
+        return _some_text(record, "prompt")
+    if not isinstance(record, Mapping):
+        raise ValueError(f"an object is due, got {type(record).__name__}")
+    if "prompt" in record:
+        return _some_text(record["prompt"], "prompt")
+    if "messages" in record:
+        return _text_of_messages(record["messages"])
+    if "conversations" in record:
+        return _first_human_turn(record["conversations"])
+    raise ValueError("it has neither 'prompt' nor 'messages'")
+
+
+def _synthetic_plan(config: ExperimentConfig) -> SyntheticPlan:
+    chosen = config.prompts
+    if not isinstance(chosen, SyntheticPrompts):
+        return BUNDLED
+    return SyntheticPlan(
+        input_tokens=chosen.input_tokens,
+        output_tokens=chosen.output_tokens,
+        sample_size=chosen.sample_size,
+        seed=chosen.seed,
+        distribution=chosen.distribution,
+    )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise PromptError(f"{path}: cannot be read: not a file", "check prompts.path")
+        if found.st_size > MAX_FILE_B:
+            raise PromptError(f"{path}: {found.st_size} bytes of prompts, at most {MAX_FILE_B} are read")
+        data = path.read_bytes()
+    except OSError as error:
+        raise PromptError(f"{path}: cannot be read: {error.strerror}", "check prompts.path") from error
+    try:
+        # A byte order mark and Windows line ends are how an editor saved the file, not part of a prompt.
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise PromptError(f"{path}:{line}: not UTF-8", "save the file as UTF-8 text") from error
+
+
+def _parse_lines(path: Path, lines: Sequence[str], parse: Callable[[str], Prompt]) -> tuple[Prompt, ...]:
+    prompts: list[Prompt] = []
+    problems: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompts.append(parse(line))
+        except ValueError as error:  # noqa: PERF203 (every bad line is to be named)
+            problems.append(f"{path}:{number}: {error}")
+    if problems:
+        listed = problems[:MAX_LISTED_PROBLEMS]
+        if len(problems) > len(listed):
+            listed.append(f"and {len(problems) - len(listed)} more lines")
+        raise PromptError("\n".join(listed), "each line must hold one prompt; delete or mend these lines")
+    return tuple(prompts)
+
+
+def _parse_text_line(line: str) -> Prompt:
+    return Prompt(_some_text(line, "line"))
+
+
+def _parse_json_line(line: str) -> Prompt:
+    if not line.strip():
+        raise ValueError("the line is blank")
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+    bounds = record if isinstance(record, dict) else {}
+    return Prompt(text_of_record(record), _bound(bounds, "input_tokens"), _bound(bounds, "output_tokens"))
+
+
+def _bound(record: Mapping[str, Any], key: str) -> int | None:
+    value = record.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{key}: a whole number from 1 on is due, got {value!r}")
+    return value
+
+
+def _some_text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{what}: text is due, got {type(value).__name__}")
+    if not value.strip():
+        raise ValueError(f"the {what} is blank")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"the {what} holds half of a surrogate pair, which is no character")
+    return value
+
+
+def _text_of_messages(messages: Any) -> str:
+    if not isinstance(messages, list) or not messages or not all(isinstance(item, Mapping) for item in messages):
+        raise ValueError("messages: a list of objects with role and content is due")
+    last_user = max((index for index, item in enumerate(messages) if item.get("role") == "user"), default=None)
+    if last_user is None:
+        raise ValueError("messages: none has the role 'user'")
+    return "\n\n".join(_some_text(item.get("content"), "content of a message") for item in messages[: last_user + 1])
+
+
+def _first_human_turn(turns: Any) -> str:
+    if isinstance(turns, list):
+        for turn in turns:
+            if isinstance(turn, Mapping) and turn.get("from", turn.get("role")) in ("human", "user"):
+                return _some_text(turn.get("value", turn.get("content")), "first human turn")
+    raise ValueError("conversations: there is no human turn")
+
+
+def _line(prompt: Prompt) -> bytes:
+    record = {"prompt": prompt.prompt, "input_tokens": prompt.input_tokens, "output_tokens": prompt.output_tokens}
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n"

@@ -1,0 +1,415 @@
+"""The supervisor: it owns the worker channel and the engine process, and never waits for either.
+
+It answers the host, passes on what the engine process reports, writes what the engine prints into the log of the
+experiment that runs, and ends the engine when the host is gone. An engine process loads one engine: when another key
+is due, or the engine may be in a bad state, the process is ended and a new one started, so that every load finds the
+same fresh process and the device is free of the old one, context included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import selectors
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lem import __version__
+from lem.base.errors import DISK_FULL, UserError
+from lem.base.process import describe_exit
+from lem.engines.common import BACKEND_DISTRIBUTIONS, OTHER_NAMES
+from lem.meters.nvml import find_driver, find_gpus
+from lem.record import LOG_FILE
+from lem.worker.channel import (
+    LOADING_PHASES,
+    PROTOCOL_VERSION,
+    READ_B,
+    ChannelError,
+    EngineLog,
+    LineBuffer,
+    Outbox,
+    RunRequest,
+    decode_line,
+    decode_report,
+    redact,
+)
+from lem.worker.engine_child import EndStep, EngineChild, read_available
+from lem.worker.sampling import WorkerSampler
+
+
+def probe_environment() -> dict[str, Any]:
+    """Versions and devices by name, as JSON values: `python`, each engine distribution found, `driver`, `gpus`.
+
+    None stands for a distribution or driver that is not there. The GPUs are their UUIDs, sorted.
+    """
+    distributions = sorted({name for names in BACKEND_DISTRIBUTIONS.values() for name in names})
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in distributions},
+        "driver": find_driver(),
+        "gpus": sorted(gpu.uuid for gpu in find_gpus()),
+    }
+
+
+def missing_distributions(backend: str, environment: Mapping[str, Any]) -> tuple[str, ...]:
+    """The distributions that a backend needs and that the environment probed lacks."""
+    return tuple(name for name in BACKEND_DISTRIBUTIONS.get(backend, ()) if environment.get(name) is None)
+
+
+def _version(distribution: str) -> str | None:
+    for name in (distribution, *OTHER_NAMES.get(distribution, ())):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
+
+
+HEARTBEAT_S = 5.0
+
+# While an engine loads, what it prints is the only sign that it gets on; one line of it a second is passed on.
+PRINTED_PROGRESS_S = 1.0
+_PRINTED_WIDTH = 200
+
+# Reads that empty a pipe whose writers have stopped; those that have not are not waited for.
+_DRAIN_READS = 4
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def supervise(start_engine: Callable[[], EngineChild] = EngineChild) -> int:
+    """The exit code of a worker whose channel is this process's stdin and stdout; to be called on the main thread.
+
+    From here on stdout is stderr, so that nothing but messages reaches the channel.
+    """
+    host_in, host_out = os.dup(0), os.dup(1)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    os.dup2(2, 1)
+    wakeup, wakeup_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(wakeup_writer, warn_on_full_buffer=False)
+    for signum in (*_SIGNALS, signal.SIGCHLD):
+        signal.signal(signum, lambda *_: None)  # a handler, so that the wakeup pipe is written
+    return Supervisor(host_in, host_out, wakeup, start_engine).run()
+
+
+class Supervisor:
+    """One worker, between the host and at most one engine process."""
+
+    def __init__(self, host_in: int, host_out: int, wakeup: int, start_engine: Callable[[], EngineChild]) -> None:
+        self._host_in = host_in
+        self._host_lines = LineBuffer()
+        self._host = Outbox(host_out)
+        self._wakeup = wakeup
+        self._start_engine = start_engine
+        self._engine: EngineChild | None = None
+        self._engine_lines = LineBuffer()
+        self._log: EngineLog | None = None
+        self._sampler = WorkerSampler()
+        self._request: RunRequest | None = None  # what the host waits for
+        self._is_handed_on = False  # the engine process has it
+        self._phase: str | None = None
+        self._is_unload_due = False
+        self._exit_code: int | None = None
+        self._heartbeat_at = 0.0
+        self._printed_at = 0.0
+        self._selector = selectors.PollSelector()  # a stdin that is a file, which epoll refuses, ends at once
+
+    def run(self) -> int:
+        """The exit code, once the host is gone or wants no more, and the engine process has ended."""
+        self._selector.register(self._host_in, selectors.EVENT_READ, self._read_host)
+        self._selector.register(self._wakeup, selectors.EVENT_READ, self._read_signals)
+        self._tell(
+            "hello",
+            protocol=PROTOCOL_VERSION,
+            lem_version=__version__,
+            pid=os.getpid(),
+            environment=probe_environment(),
+        )
+        self._heartbeat_at = time.monotonic() + HEARTBEAT_S
+        try:
+            return self._serve()
+        finally:
+            self._sampler.kill()
+
+    def _serve(self) -> int:
+        while self._exit_code is None or self._engine is not None:
+            for key, _ in self._selector.select(self._wait_s()):
+                if self._selector.get_map().get(key.fd) is key:  # not given up on account of another one
+                    key.data()
+            self._tick()
+            self._watch_writers()
+        return self._exit_code
+
+    def _wait_s(self) -> float:
+        due = [self._heartbeat_at]
+        if self._engine is not None and self._engine.next_step_at is not None:
+            due.append(self._engine.next_step_at)
+        return max(0.0, min(due) - time.monotonic())
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if now >= self._heartbeat_at:
+            self._heartbeat_at = now + HEARTBEAT_S
+            self._tell("heartbeat", is_droppable=True)
+        death = self._sampler.reap()
+        if death is not None and self._log is not None:
+            self._log.write(f"{death}\n".encode())
+        if self._engine is not None:
+            self._engine.tick(now)
+            self._look_after(self._engine)
+
+    # The host
+
+    def _tell(self, kind: str, /, *, is_droppable: bool = False, **fields: Any) -> None:
+        try:
+            self._host.put({"type": kind, **fields}, is_droppable=is_droppable)
+        except BrokenPipeError:
+            self._finish(0, "the host is gone")
+
+    def _read_host(self) -> None:
+        data = os.read(self._host_in, READ_B)
+        try:
+            lines = self._host_lines.feed(data)
+        except ChannelError as error:
+            self._refuse(str(error))
+            data, lines = b"", []
+        if not data:
+            self._finish(0, "the host closed the channel")
+        for line in lines:
+            self._obey_or_refuse(line)
+
+    def _obey_or_refuse(self, line: bytes) -> None:
+        if self._exit_code is not None:
+            return
+        try:
+            self._obey(decode_line(line))
+        except ChannelError as error:
+            self._refuse(str(error))
+
+    def _obey(self, message: Mapping[str, Any]) -> None:
+        kind = message["type"]
+        if self._engine is not None:
+            self._look_after(self._engine)  # one that died just now is not given anything
+        if kind == "quit":
+            self._finish(0, "the host said so")
+        elif kind not in ("run", "unload"):
+            raise ChannelError(f"no message of the host: type {kind!r}")
+        elif self._request is not None:
+            raise ChannelError(f"{kind}: {self._request.exp_id} is running")
+        elif kind == "run":
+            self._request, self._is_handed_on, self._phase = RunRequest.from_message(message), False, None
+            self._hand_on()
+        elif self._engine is None:
+            self._tell("unloaded")
+        else:
+            self._is_unload_due = True
+            self._engine.end(EndStep.QUIT, time.monotonic())
+
+    def _refuse(self, reason: str) -> None:
+        self._tell_error(None, kind="channel", message=reason, engine_lost=False)
+
+    def _tell_error(self, exp_id: str | None, *, kind: str, message: str, engine_lost: bool, hint: str = "") -> None:
+        tail = self._log.tail if self._log else ""
+        what: dict[str, Any] = {"kind": kind, "message": message, "hint": hint, "permanent": False}
+        self._tell("error", exp_id=exp_id, phase=self._phase, engine_lost=engine_lost, log_tail=tail, **what)
+
+    def _finish(self, code: int, reason: str) -> None:
+        """Serve no longer, and end the engine process; a second signal is less patient with it."""
+        if self._exit_code is not None:
+            if self._engine is not None and code:
+                self._engine.end_sooner(time.monotonic())
+            return
+        self._exit_code = code
+        self._selector.unregister(self._host_in)
+        self._answer_error(kind="died", message=f"the worker ends: {reason}", engine_lost=True)
+        if self._engine is not None:
+            self._engine.end(EndStep.TERM, time.monotonic())
+
+    def _read_signals(self) -> None:
+        for signum in os.read(self._wakeup, 4096):
+            if signum in _SIGNALS:
+                self._finish(128 + signum, f"it got {signal.Signals(signum).name}")
+        # SIGCHLD: `_tick` looks after the engine process in any case.
+
+    def _watch_writers(self) -> None:
+        """Wait for a descriptor to be writable only while something waits to be written."""
+        outboxes = [self._host] if self._engine is None else [self._host, self._engine.control]
+        for outbox in outboxes:
+            is_watched = outbox.descriptor in self._selector.get_map()
+            if outbox.is_pending and not is_watched:
+                self._selector.register(outbox.descriptor, selectors.EVENT_WRITE, lambda box=outbox: self._flush(box))
+            elif is_watched and not outbox.is_pending:
+                self._selector.unregister(outbox.descriptor)
+
+    def _flush(self, outbox: Outbox) -> None:
+        try:
+            outbox.flush()
+        except BrokenPipeError:
+            outbox.drop()
+            if outbox is self._host:
+                self._finish(0, "the host is gone")
+
+    # The engine process
+
+    def _hand_on(self) -> None:
+        """Give the experiment to an engine process that is fit for it, as soon as there is one."""
+        request = self._request
+        if request is None or self._is_handed_on:
+            return
+        if self._engine is not None and self._engine.engine_key not in (None, request.engine_key):
+            self._engine.end(EndStep.QUIT, time.monotonic())
+        if self._engine is not None and self._engine.is_ending:
+            return  # `_engine_ended` comes back here
+        try:
+            self._open_log(request)
+            self._sampler.begin(request)
+            engine = self._engine or self._new_engine()
+        except (OSError, UserError) as error:
+            kind = "full" if isinstance(error, OSError) and error.errno in DISK_FULL else "engine"
+            self._answer_error(kind=kind, message=f"the experiment could not be started: {error}", engine_lost=False)
+            return
+        engine.engine_key = request.engine_key
+        self._is_handed_on = True
+        engine.send(request.to_message())
+
+    def _open_log(self, request: RunRequest) -> None:
+        if self._engine is not None:
+            self._drain_output(self._engine)
+        self._close_log()
+        self._log = EngineLog(str(Path(request.result_dir) / LOG_FILE), request.secrets.values())
+
+    def _close_log(self) -> None:
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def _new_engine(self) -> EngineChild:
+        engine = self._engine = self._start_engine()
+        self._engine_lines = LineBuffer()
+        self._selector.register(engine.message_fd, selectors.EVENT_READ, lambda: self._read_messages(engine))
+        self._selector.register(engine.output_fd, selectors.EVENT_READ, lambda: self._read_output(engine))
+        self._tell("engine", pgid=engine.identity.pid, started_ticks=engine.identity.started_ticks)
+        return engine
+
+    def _read_output(self, engine: EngineChild) -> bool:
+        """Take what was printed; whether there may be more."""
+        data = read_available(engine.output_fd)
+        if data == b"":
+            self._forget(engine.output_fd)
+        if not data or self._log is None:
+            return bool(data)
+        self._log.write(data)
+        now = time.monotonic()
+        is_loading = self._request is not None and (self._phase is None or self._phase in LOADING_PHASES)
+        if is_loading and self._request is not None and now >= self._printed_at + PRINTED_PROGRESS_S:
+            self._printed_at = now
+            text = self._log.last_line[:_PRINTED_WIDTH]
+            self._tell("progress", is_droppable=True, exp_id=self._request.exp_id, done=0, total=None, text=text)
+        return True
+
+    def _read_messages(self, engine: EngineChild) -> bool:
+        """Take what was reported; whether there may be more."""
+        data = read_available(engine.message_fd)
+        if data == b"":
+            self._forget(engine.message_fd)
+        if not data:
+            return False
+        try:
+            for line in self._engine_lines.feed(data):
+                self._pass_on(engine, decode_report(line))
+        except ChannelError as error:
+            engine.end(EndStep.TERM, time.monotonic())
+            self._answer_error(kind="channel", message=f"the engine process reported {error}", engine_lost=True)
+        return True
+
+    def _pass_on(self, engine: EngineChild, message: dict[str, Any]) -> None:
+        request = self._request
+        if request is None or message.get("exp_id") != request.exp_id:
+            return  # late: the host was answered already
+        kind = message.pop("type")
+        if kind == "phase":
+            self._phase = message["phase"]
+            self._sampler.follow(request, message["phase"])
+        if kind not in ("result", "error"):
+            self._tell(kind, is_droppable=kind == "progress", **message)
+            return
+        self._drain_output(engine)  # the log is whole before the host hears of it
+        self._sampler.end()
+        if kind == "error":
+            message["log_tail"] = self._log.tail if self._log else ""
+        self._request = None
+        if message.get("engine_lost"):
+            engine.end(EndStep.TERM, time.monotonic())
+        elif not request.keep_engine:
+            engine.end(EndStep.QUIT, time.monotonic())
+        self._tell(kind, **message)
+
+    def _answer_error(self, *, kind: str, message: str, hint: str = "", engine_lost: bool) -> None:
+        """Answer the experiment that the host waits for, if there is one, with an error."""
+        request, self._request = self._request, None
+        self._sampler.end()
+        if request is not None:
+            message = redact(message, request.secrets.values())
+            self._tell_error(request.exp_id, kind=kind, message=message, hint=hint, engine_lost=engine_lost)
+
+    def _look_after(self, engine: EngineChild) -> None:
+        code = engine.reap()
+        if code is not None:
+            self._engine_ended(engine, code)
+        elif engine.is_stuck:
+            self._engine_is_stuck(engine)
+
+    def _engine_ended(self, engine: EngineChild, code: int) -> None:
+        for read in (self._read_messages, self._read_output):
+            for _ in range(_DRAIN_READS):
+                if not read(engine):
+                    break
+        self._drop(engine)
+        if self._is_handed_on:
+            self._answer_error(
+                kind="died",
+                message=f"the engine process {describe_exit(code)} in phase {self._phase or 'start'}",
+                hint=_death_hint(code),
+                engine_lost=True,
+            )
+        if self._is_unload_due:
+            self._is_unload_due = False
+            self._tell("unloaded")
+        self._hand_on()
+
+    def _engine_is_stuck(self, engine: EngineChild) -> None:
+        self._drop(engine)
+        self._answer_error(
+            kind="died",
+            message=f"the engine process (process group {engine.identity.pid}) does not end after SIGKILL",
+            hint="it hangs in a driver call; see the kernel's log, and restart the container or the machine",
+            engine_lost=True,
+        )
+        self._finish(1, "its engine process cannot be ended")
+
+    def _drop(self, engine: EngineChild) -> None:
+        for descriptor in (engine.message_fd, engine.output_fd, engine.control.descriptor):
+            self._forget(descriptor)
+        engine.close()
+        self._engine = None
+        self._tell("engine", pgid=None, started_ticks=None)
+
+    def _drain_output(self, engine: EngineChild) -> None:
+        for _ in range(_DRAIN_READS):
+            if not self._read_output(engine):
+                break
+
+    def _forget(self, descriptor: int) -> None:
+        if descriptor in self._selector.get_map():
+            self._selector.unregister(descriptor)
+
+
+def _death_hint(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "this is usually the kernel, out of memory (see dmesg): ask for less of it"
+    return "the last lines of the log say where it was"

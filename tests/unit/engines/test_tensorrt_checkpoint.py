@@ -1,0 +1,132 @@
+"""A checkpoint is taken as it is: what an experiment asks of it otherwise is refused, with both named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lem.base.errors import EngineError, OptionRefused
+from lem.config.experiment import ExperimentConfig
+from lem.engines.tensorrt.loading import check_checkpoint, documents_of, quantization_of, vocabulary_of
+from lem.engines.tensorrt.options import EngineFacts
+
+NOTHING: frozenset[str] = frozenset()
+FACTS = EngineFacts("1.3.0", NOTHING, NOTHING, NOTHING, NOTHING, has_penalties=True)
+
+
+def check(documents: dict[str, Any], section: dict[str, Any] | None = None, **options: Any) -> None:
+    given = {"model": "m", "backend": "tensorrt", "tensorrt": section or {}, **options}
+    check_checkpoint(ExperimentConfig.from_dict(given), documents, FACTS)
+
+
+def checkpoint(algorithm: str | None = None, **described: Any) -> dict[str, Any]:
+    documents = {"config.json": {"dtype": "float16", **described}}
+    return {**documents, "hf_quant_config.json": {"quantization": {"quant_algo": algorithm}}}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found", "is_good"),
+    [
+        (None, None, True),
+        (None, "FP8", True),
+        ("none", None, True),
+        ("none", "FP8", False),
+        ("fp8", "FP8", True),
+        ("fp8", "FP8_BLOCK_SCALES", True),
+        ("fp8", None, False),
+        ("fp8", "W4A16_AWQ", False),
+        ("int4_awq", "W4A16_AWQ", True),
+        ("int4_awq", "awq", True),
+        ("int4_gptq", "gptq", True),
+        ("int8_sq", "W8A8_SQ_PER_CHANNEL", True),
+        ("int8_weight_only", "W8A16", True),
+    ],
+)
+def test_a_checkpoint_must_be_quantized_as_asked_for(wanted: str | None, found: str | None, is_good: bool) -> None:
+    section = {} if wanted is None else {"quantization": wanted}
+    if is_good:
+        check(checkpoint(found), section)
+        return
+    with pytest.raises(OptionRefused, match=r"tensorrt\.quantization") as caught:
+        check(checkpoint(found), section)
+    assert ("not quantized" if found is None else found) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("documents", "found"),
+    [
+        ({}, None),
+        ({"config.json": {"model_type": "llama"}}, None),
+        ({"config.json": {"quantization_config": {"quant_method": "awq"}}}, "awq"),
+        ({"hf_quant_config.json": {"quantization": {"quant_algo": "FP8"}}, "config.json": {}}, "FP8"),
+        ({"hf_quant_config.json": {"quantization": {"quant_algo": None}}}, None),
+    ],
+)
+def test_a_checkpoint_tells_its_quantization(documents: dict[str, Any], found: str | None) -> None:
+    assert quantization_of(documents) == found
+
+
+@pytest.mark.parametrize(
+    ("described", "found"),
+    [
+        ({"dtype": "bfloat16"}, "is bfloat16"),
+        ({"torch_dtype": "bfloat16"}, "is bfloat16"),
+        ({"torch_dtype": "torch.float32"}, "is float32"),
+        ({"text_config": {"dtype": "bfloat16"}}, "is bfloat16"),
+        ({}, "tells no type, so it is bfloat16"),
+    ],
+)
+def test_weights_are_of_the_type_of_the_checkpoint(described: dict[str, Any], found: str) -> None:
+    with pytest.raises(OptionRefused, match=f"fp_precision: float16: m {found}") as caught:
+        check({"config.json": described}, fp_precision="float16")
+    assert "TensorRT-LLM 1.3.0" in caught.value.message
+    if "bfloat16" in found:
+        check({"config.json": described}, fp_precision="bfloat16")
+
+
+def test_code_of_a_checkpoint_is_not_run_unasked() -> None:
+    own_code = checkpoint(auto_map={"AutoConfig": "own.Config"})
+    with pytest.raises(OptionRefused, match=r"model\.trust_remote_code: false: m comes with code of its own"):
+        check(own_code)
+    check(own_code, model={"name": "m", "trust_remote_code": True})
+
+
+def test_documents_that_are_absent_or_broken_are_left_out(tmp_path: Path) -> None:
+    assert documents_of(tmp_path) == {}
+    (tmp_path / "config.json").write_text('{"dtype": "float16"}', encoding="utf-8")
+    (tmp_path / "hf_quant_config.json").write_text("{", encoding="utf-8")
+    assert documents_of(tmp_path) == {"config.json": {"dtype": "float16"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "where"),
+    [
+        ("config.json", "[1]", "config.json: expected an object, got [1]"),
+        ("config.json", '"text"', "config.json: expected an object, got 'text'"),
+        ("config.json", '{"quantization_config": "awq"}', "config.json: quantization_config: expected an object"),
+        ("config.json", '{"text_config": [1]}', "config.json: text_config: expected an object, got [1]"),
+        ("hf_quant_config.json", "[1]", "hf_quant_config.json: expected an object"),
+        ("hf_quant_config.json", '{"quantization": "FP8"}', "hf_quant_config.json: quantization: expected an object"),
+    ],
+)
+def test_a_document_of_another_shape_is_an_error_of_the_checkpoint(
+    tmp_path: Path, name: str, text: str, where: str
+) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(EngineError) as caught:
+        documents_of(tmp_path)
+    assert f"{tmp_path}/{where}" in caught.value.message
+    assert (caught.value.kind, caught.value.is_permanent) == ("model", True)
+
+
+@pytest.mark.parametrize("described", [{"dtype": 7}, {"quantization_config": None}, {"vocab_size": "many"}])
+def test_values_of_another_type_are_shown_or_left_out(tmp_path: Path, described: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    documents = documents_of(tmp_path)
+    assert quantization_of(documents) is None
+    assert vocabulary_of(documents) is None
+    with pytest.raises(OptionRefused, match="fp_precision: float16"):
+        check(documents, fp_precision="float16")

@@ -1,0 +1,426 @@
+"""Requests through an engine by `add_request` and `step`: tokens counted and timed as they are seen, none lost."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lem.base.errors import EngineError
+from lem.engines.common import EngineRaised
+from lem.engines.protocol import Completion, TokenRequest, say_nothing
+from lem.engines.vllm.stepping import StepLoop
+
+S = 1_000_000_000
+
+
+class Rejected(Exception):
+    """What the engine raises over a request that it does not take."""
+
+
+@dataclass
+class Parameters:
+    maximum: int
+    is_observed: bool
+
+
+class Forms:
+    """Requests in no engine's own types; ids below 0 are rejected."""
+
+    longest = 20
+    rejections = (Rejected,)
+    failures = (RuntimeError,)
+    adapter = "an adapter"
+
+    def prompt(self, token_ids: Sequence[int], salt: str | None) -> Any:
+        return (tuple(token_ids), salt)
+
+    def parameters(self, request: TokenRequest, *, is_observed: bool) -> Parameters:
+        return Parameters(request.max_output_tokens, is_observed)
+
+
+@dataclass
+class Work:
+    """A request in the engine."""
+
+    name: str
+    first_id: int
+    parameters: Parameters
+    scheduled_ts: float = 0.0
+    made: list[int] = field(default_factory=list)
+
+
+class Engine:
+    """Answers a prompt with the numbers after its first id, `per_step` of them a step; a step takes one second."""
+
+    def __init__(self, *, per_step: int = 1, reason: str = "length") -> None:
+        self.now_s = 100.0
+        self.seen: list[tuple[Any, str]] = []
+        self.steps: list[list[str]] = []
+        self.callers: set[int] = set()
+        self.answers: queue.Queue[Any] | None = None
+        self._per_step = per_step
+        self._reason = reason
+        self._arriving: queue.Queue[Work] = queue.Queue()
+        self._working: list[Work] = []
+        self.dies_at: int | None = None
+
+    def clock(self) -> int:
+        return round(self.now_s * S)
+
+    def add_request(self, request_id: str, prompt: Any, params: Any, *, lora_request: Any = None) -> str:
+        self.callers.add(threading.get_ident())
+        token_ids, _salt = prompt
+        if token_ids[0] < 0:
+            raise Rejected("id  -1 is\nno token")
+        self.seen.append((prompt, lora_request))
+        self._arriving.put(Work(request_id, token_ids[0], params))
+        return request_id
+
+    def step(self) -> list[Any]:
+        self.callers.add(threading.get_ident())
+        return self.compute()
+
+    def compute(self) -> list[Any]:
+        while not self._arriving.empty():
+            self._working.append(self._arriving.get())
+        self.steps.append([work.name for work in self._working])
+        if len(self.steps) == self.dies_at:
+            raise RuntimeError("the engine died")
+        for work in self._working:
+            work.scheduled_ts = work.scheduled_ts or self.now_s
+        self.now_s += 1.0
+        outputs = [output for work in self._working if (output := self._answer(work)) is not None]
+        self._working = [work for work in self._working if len(work.made) < work.parameters.maximum]
+        return outputs
+
+    def _answer(self, work: Work) -> Any:
+        count = min(self._per_step, work.parameters.maximum - len(work.made))
+        new = [work.first_id + len(work.made) + place + 1 for place in range(count)]
+        work.made += new
+        is_finished = len(work.made) == work.parameters.maximum
+        if not is_finished and not work.parameters.is_observed:
+            return None
+        return SimpleNamespace(
+            request_id=work.name,
+            finished=is_finished,
+            metrics=SimpleNamespace(scheduled_ts=work.scheduled_ts, last_token_ts=self.now_s, arrival_time=1.7e9),
+            outputs=[
+                SimpleNamespace(
+                    token_ids=new if work.parameters.is_observed else list(work.made),
+                    finish_reason=self._reason if is_finished else None,
+                )
+            ],
+        )
+
+
+class Apart(Engine):
+    """An engine in a process of its own, played by a thread: a step waits until it has put something there."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**more)
+        self.answers = queue.Queue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def step(self) -> list[Any]:
+        self.callers.add(threading.get_ident())
+        assert self.answers is not None
+        found = self.answers.get(timeout=30)
+        if isinstance(found, Exception):
+            raise found
+        return list(found)
+
+    def _work(self) -> None:
+        assert self.answers is not None
+        try:
+            while True:
+                if not self._working:
+                    self._working.append(self._arriving.get())
+                self.answers.put(self.compute())
+        except RuntimeError as error:
+            self.answers.put(error)
+
+
+ENGINES = pytest.mark.parametrize("kind", [Engine, Apart])
+
+
+class Arrivals:
+    """A queue of groups; one is there once the one before it has been answered."""
+
+    def __init__(self, *groups: Sequence[TokenRequest]) -> None:
+        self.completions: list[Completion] = []
+        self._groups = [list(group) for group in groups]
+        self._answered = threading.Semaphore(0)
+        self._awaited = 0
+
+    def take(self, limit: int) -> tuple[TokenRequest, ...]:
+        for _ in range(self._awaited):
+            assert self._answered.acquire(timeout=30)
+        if not self._groups:
+            return ()
+        group = self._groups.pop(0)
+        self._awaited = len(group)
+        return tuple(group)
+
+    def complete(self, completion: Completion) -> None:
+        self.completions.append(completion)
+        self._answered.release()
+
+
+def request(index: int, first_id: int, length: int = 3, maximum: int = 4) -> TokenRequest:
+    return TokenRequest(index, (first_id, *range(length - 1)), maximum)
+
+
+def loop(engine: Engine) -> StepLoop:
+    return StepLoop(engine, Forms(), answers=engine.answers, clock=engine.clock)
+
+
+def test_a_closed_set_runs_together_and_is_timed_by_the_engine() -> None:
+    engine = Engine()
+    first, second = loop(engine).run_closed([request(0, 10), request(1, 50, maximum=2)], say_nothing)[::-1]
+    assert [len(names) for names in engine.steps] == [2, 2, 1, 1]
+    assert first == Completion(0, (11, 12, 13, 14), 100 * S, 104 * S, None, padding_tok=0)
+    assert second == Completion(1, (51, 52), 100 * S, 102 * S, None, padding_tok=0)
+
+
+def test_progress_is_told_after_every_step() -> None:
+    told: list[int] = []
+    loop(Engine()).run_closed([request(0, 10), request(1, 50, maximum=2)], told.append)
+    assert told == [0, 1, 1, 2]
+
+
+def test_alone_each_token_has_the_time_it_was_seen_at() -> None:
+    engine = Engine()
+    first, second = loop(engine).run_alone([request(0, 10), request(1, 50, maximum=2)], say_nothing)
+    assert all(len(names) == 1 for names in engine.steps)
+    assert first.token_times_ns == (101 * S, 102 * S, 103 * S, 104 * S)
+    assert (first.started_ns, first.finished_ns) == (100 * S, 104 * S)
+    assert (second.started_ns, second.token_times_ns) == (104 * S, (105 * S, 106 * S))
+
+
+def test_tokens_of_one_chunk_share_its_time() -> None:
+    (found,) = loop(Engine(per_step=3)).run_alone([request(0, 10)], say_nothing)
+    assert found.output_ids == (11, 12, 13, 14)
+    assert found.token_times_ns == (101 * S, 101 * S, 101 * S, 102 * S)
+
+
+def test_without_statistics_a_request_starts_when_it_is_handed_over() -> None:
+    class Silent(Engine):
+        def _answer(self, work: Work) -> Any:
+            output = super()._answer(work)
+            output.metrics = None
+            return output
+
+    (found,) = loop(Silent()).run_alone([request(0, 10, maximum=1)], say_nothing)
+    assert (found.started_ns, found.finished_ns) == (100 * S, 101 * S)
+
+
+def test_a_request_that_is_too_long_or_not_taken_fails_alone() -> None:
+    requests = [request(0, 10), request(1, 50, length=17, maximum=4), request(2, -1)]
+    good, too_long, rejected = sorted(
+        loop(Engine()).run_closed(requests, say_nothing), key=lambda completion: completion.index
+    )
+    assert good.error is None
+    assert too_long.error is not None
+    assert "17 tokens of prompt and 4 of output" in too_long.error
+    assert "20" in too_long.error
+    assert rejected.error == "id -1 is no token"
+
+
+def test_the_longest_request_is_not_too_long() -> None:
+    (found,) = loop(Engine()).run_closed([request(0, 10, length=16, maximum=4)], say_nothing)
+    assert found.error is None
+
+
+@pytest.mark.parametrize(("reason", "is_good"), [("stop", True), ("length", True), ("abort", False), ("error", False)])
+def test_how_a_request_ended_decides_whether_it_failed(reason: str, is_good: bool) -> None:
+    (found,) = loop(Engine(reason=reason)).run_closed([request(0, 10)], say_nothing)
+    assert (found.error is None) == is_good
+
+
+def test_the_adapter_goes_with_every_request() -> None:
+    engine = Engine()
+    loop(engine).run_closed([request(0, 10), request(1, 50)], say_nothing)
+    assert [adapter for _prompt, adapter in engine.seen] == ["an adapter"] * 2
+
+
+def test_an_answer_to_a_stranger_is_a_fault() -> None:
+    class Confused(Engine):
+        def _answer(self, work: Work) -> Any:
+            output = super()._answer(work)
+            output.request_id = "another"
+            return output
+
+    with pytest.raises(EngineError, match="another, which it did not have"):
+        loop(Confused()).run_alone([request(0, 10)], say_nothing)
+
+
+@ENGINES
+def test_a_queue_is_worked_off_as_it_fills(kind: type[Engine]) -> None:
+    engine = kind()
+    arrivals = Arrivals([request(0, 10), request(1, 30)], [request(2, 50)], [request(3, 70)])
+    loop(engine).serve(arrivals, is_salted=False)
+    assert sorted(completion.index for completion in arrivals.completions) == [0, 1, 2, 3]
+    assert [completion.output_ids[0] for completion in arrivals.completions[2:]] == [51, 71]
+    assert all(completion.error is None for completion in arrivals.completions)
+    assert all(completion.token_times_ns is not None for completion in arrivals.completions)
+
+
+def test_requests_join_between_steps() -> None:
+    """The second arrives when the first has one token of many: it does not wait for its end."""
+    has_begun, is_in = threading.Event(), threading.Event()
+
+    class Joining(Arrivals):
+        def take(self, limit: int) -> tuple[TokenRequest, ...]:
+            if len(self._groups) == 1:
+                assert has_begun.wait(30)
+            found = super().take(limit)
+            if not found:  # asked for more: the loop has what came before
+                is_in.set()
+            self._awaited = 0
+            return found
+
+    class Watched(Engine):
+        def step(self) -> list[Any]:
+            outputs = super().step()
+            has_begun.set()
+            # Python's threads take turns as they like: the next step waits until the arrival is here.
+            assert is_in.wait(30)
+            return outputs
+
+    engine = Watched()
+    arrivals = Joining([request(0, 10, maximum=15)], [request(1, 50, maximum=2)])
+    loop(engine).serve(arrivals, is_salted=False)
+    assert [completion.index for completion in arrivals.completions] == [1, 0]
+    assert engine.steps[1] == ["lem-1", "lem-2"]
+
+
+def test_requests_reach_an_engine_apart_while_it_computes() -> None:
+    """Its first step does not end before the second request is there, which no loop that waits in `step` can bring."""
+    is_computing, is_there = threading.Event(), threading.Semaphore(0)
+
+    class Waiting(Apart):
+        def add_request(self, request_id: str, prompt: Any, params: Any, *, lora_request: Any = None) -> str:
+            name = super().add_request(request_id, prompt, params, lora_request=lora_request)
+            is_there.release()
+            return name
+
+        def compute(self) -> list[Any]:
+            if not self.steps:
+                is_computing.set()
+                assert is_there.acquire(timeout=30)
+                assert is_there.acquire(timeout=30)
+            return super().compute()
+
+    class Joining(Arrivals):
+        def take(self, limit: int) -> tuple[TokenRequest, ...]:
+            if len(self._groups) == 1:
+                assert is_computing.wait(30)
+            found = super().take(limit)
+            self._awaited = 0
+            return found
+
+    engine = Waiting()
+    arrivals = Joining([request(0, 10)], [request(1, 50)])
+    loop(engine).serve(arrivals, is_salted=False)
+    assert sorted(completion.index for completion in arrivals.completions) == [0, 1]
+    assert engine.steps[0] == ["lem-1", "lem-2"]
+
+
+@ENGINES
+def test_only_the_thread_that_steps_the_engine_calls_it(kind: type[Engine]) -> None:
+    engine = kind()
+    arrivals = Arrivals([request(0, 10), request(1, 30)], [request(2, 50)])
+    loop(engine).serve(arrivals, is_salted=False)
+    assert len(arrivals.completions) == 3
+    assert engine.callers == {threading.get_ident()}
+
+
+@ENGINES
+def test_a_request_that_fails_at_the_door_is_answered_and_serving_goes_on(kind: type[Engine]) -> None:
+    engine = kind()
+    arrivals = Arrivals([request(0, -1)], [request(1, 10, length=18)], [request(2, 50)])
+    loop(engine).serve(arrivals, is_salted=False)
+    assert [completion.error is None for completion in arrivals.completions] == [False, False, True]
+
+
+@ENGINES
+def test_a_prompt_that_comes_again_shares_nothing_with_itself(kind: type[Engine]) -> None:
+    engine = kind()
+    groups = [[request(index, first_id)] for index, first_id in enumerate((10, 10, 50, 10))]
+    loop(engine).serve(Arrivals(*groups), is_salted=True)
+    assert [salt for (_ids, salt), _adapter in engine.seen] == [None, "2", None, "3"]
+    engine = kind()
+    loop(engine).serve(Arrivals(*groups), is_salted=False)
+    assert [salt for (_ids, salt), _adapter in engine.seen] == [None] * 4
+
+
+@ENGINES
+def test_a_queue_that_fails_fails_serving(kind: type[Engine]) -> None:
+    class Broken(Arrivals):
+        def take(self, limit: int) -> tuple[TokenRequest, ...]:
+            if not self._groups:
+                raise EngineError("the queue is broken")
+            return super().take(limit)
+
+    with pytest.raises(EngineError, match="the queue is broken"):
+        loop(kind()).serve(Broken([request(0, 10)]), is_salted=False)
+
+
+@ENGINES
+def test_an_engine_that_dies_fails_serving_at_once(kind: type[Engine]) -> None:
+    engine = kind()
+    engine.dies_at = 2
+    arrivals = Arrivals([request(0, 10)], [request(1, 50)])
+    with pytest.raises(EngineRaised, match="the engine died") as caught:
+        loop(engine).serve(arrivals, is_salted=False)
+    assert isinstance(caught.value.error, RuntimeError)
+    assert arrivals.completions == []
+
+
+class BugInLem(Engine):
+    """An engine that works, and one of whose answers lem cannot take."""
+
+    def _answer(self, work: Work) -> Any:
+        output = super()._answer(work)
+        output.outputs = None
+        return output
+
+
+@ENGINES
+def test_a_bug_in_taking_an_answer_is_not_the_engines(kind: type[Engine]) -> None:
+    broken = type("Broken", (BugInLem, kind), {})()
+    with pytest.raises(TypeError):
+        loop(broken).serve(Arrivals([request(0, 10)]), is_salted=False)
+
+
+def test_a_bug_in_making_a_request_is_not_the_engines() -> None:
+    class BrokenForms(Forms):
+        failures = (TypeError,)  # type: ignore[assignment]
+
+        def parameters(self, request: TokenRequest, *, is_observed: bool) -> Parameters:
+            raise TypeError("a bug of lem")
+
+    broken = StepLoop(Engine(), BrokenForms(), clock=time.monotonic_ns)
+    with pytest.raises(TypeError, match="a bug of lem"):
+        broken.run_closed([request(0, 10)], say_nothing)
+
+
+def test_a_bug_in_telling_progress_is_not_the_engines() -> None:
+    def tell(done: int) -> None:
+        raise RuntimeError(f"a bug of lem after {done}")
+
+    with pytest.raises(RuntimeError, match="a bug of lem"):
+        loop(Engine()).run_closed([request(0, 10)], tell)
+
+
+def test_an_empty_queue_is_no_work() -> None:
+    engine = Apart()
+    loop(engine).serve(Arrivals(), is_salted=False)
+    assert engine.steps == []

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from lem.worker.channel import ChannelError, LineBuffer, Outbox, RunRequest, decode_line, decode_report, encode_line
+
+REQUEST = RunRequest(
+    config={"model": {"name": "m"}},
+    identity={"experiment_id": "abc-c1"},
+    result_dir="/results/abc-c1",
+    engine_key="k" * 12,
+    keep_engine=True,
+    secrets={"HF_TOKEN": "hf_not_for_logs"},
+)
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    ends = os.pipe()
+    yield ends
+    for descriptor in ends:
+        with contextlib.suppress(OSError):  # a test may have closed it
+            os.close(descriptor)
+
+
+def test_a_message_survives_the_channel_on_one_line():
+    message = {"type": "progress", "text": "first\nsecond – naïve"}
+
+    line = encode_line(message)
+
+    assert line.count(b"\n") == 1
+    assert decode_line(line) == message
+
+
+def test_a_path_that_is_not_utf_8_survives_the_channel():
+    path = os.fsdecode(b"/data/caf\xe9")
+
+    assert decode_line(encode_line({"type": "run", "path": path}))["path"] == path
+
+
+def test_a_number_that_json_lacks_is_refused():
+    with pytest.raises(ValueError, match="JSON"):
+        encode_line({"type": "result", "value": float("nan")})
+
+
+@pytest.mark.parametrize("line", [b"Loading weights: 10%", b"[1]", b"{}", b'{"type": 1}', b"\xff\xfe", b"[" * 100_000])
+def test_what_is_no_message_is_refused(line: bytes):
+    with pytest.raises(ChannelError, match="not a message"):
+        decode_line(line)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"type": "unheard"},
+        {"type": "phase", "exp_id": "e"},
+        {"type": "phase", "exp_id": None, "phase": "load"},
+        {"type": "progress", "exp_id": "e", "done": True, "total": None, "text": ""},
+        {"type": "progress", "exp_id": "e", "done": 0.5, "total": None, "text": ""},
+        {"type": "result", "exp_id": "e", "valid": 1, "engine_load_id": "l", "engine_reused": False, "summary": {}},
+        {"type": "hello", "protocol": 1},
+    ],
+)
+def test_a_report_with_a_missing_or_mistyped_field_is_refused(message: dict[str, object]):
+    with pytest.raises(ChannelError):
+        decode_report(json.dumps(message).encode())
+
+
+def test_a_report_may_hold_more_than_is_due():
+    line = b'{"type": "progress", "exp_id": "e", "done": 1, "total": null, "text": "", "more": 1}'
+
+    assert decode_report(line)["more"] == 1
+
+
+def test_a_request_survives_the_channel():
+    message = decode_line(encode_line(REQUEST.to_message()))
+
+    assert RunRequest.from_message(message) == REQUEST
+    assert REQUEST.exp_id == "abc-c1"
+
+
+def test_secrets_are_not_shown_with_a_request():
+    assert "hf_not_for_logs" not in repr(REQUEST)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"colour": "red"}, "colour"),
+        ({"result_dir": None}, "result_dir"),
+        ({"identity": {}}, "experiment_id"),
+        ({"secrets": ["HF_TOKEN"]}, "secrets"),
+        ({"keep_engine": "yes"}, "keep_engine"),
+    ],
+)
+def test_a_broken_request_is_refused_with_the_field(change: dict[str, object], complaint: str):
+    with pytest.raises(ChannelError, match=complaint):
+        RunRequest.from_message({**REQUEST.to_message(), **change})
+
+
+def test_a_request_without_a_field_is_refused():
+    message = REQUEST.to_message()
+    del message["engine_key"]
+
+    with pytest.raises(ChannelError, match="engine_key"):
+        RunRequest.from_message(message)
+
+
+def test_lines_are_whole_however_they_come():
+    lines = LineBuffer()
+
+    assert lines.feed(b'{"a"') == []
+    assert lines.feed(b": 1}\n\n  \n{") == [b'{"a": 1}']
+    assert lines.feed(b"}\n") == [b"{}"]
+
+
+def test_a_line_without_end_is_refused():
+    lines = LineBuffer(max_line_b=10)
+
+    with pytest.raises(ChannelError, match="more than 10 bytes"):
+        lines.feed(b"01234567890")
+
+
+def fill(outbox: Outbox) -> int:
+    """Send until the pipe takes no more; how many messages that took."""
+    sent = 0
+    while not outbox.is_pending:
+        outbox.put({"type": "progress", "number": sent})
+        sent += 1
+    return sent
+
+
+def test_an_outbox_waits_for_a_slow_reader_and_loses_nothing_but_what_may_be_dropped(pipe: tuple[int, int]):
+    reader, writer = pipe
+    outbox = Outbox(writer)
+    sent = fill(outbox)
+    outbox.put({"type": "heartbeat"}, is_droppable=True)
+    outbox.put({"type": "result"})
+
+    lines = LineBuffer()
+    received: list[dict[str, object]] = []
+    while outbox.is_pending or not received or received[-1]["type"] != "result":
+        received += [decode_line(line) for line in lines.feed(os.read(reader, 65536))]
+        outbox.flush()
+
+    assert [message.get("number") for message in received] == [*range(sent), None]
+    assert received[-1] == {"type": "result"}
+
+
+def test_an_outbox_says_when_nobody_reads_any_more(pipe: tuple[int, int]):
+    reader, writer = pipe
+    outbox = Outbox(writer)
+    os.close(reader)
+
+    with pytest.raises(BrokenPipeError):
+        outbox.put({"type": "heartbeat"})
+    outbox.drop()
+    assert not outbox.is_pending

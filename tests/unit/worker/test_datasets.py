@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lem.base import process
+from lem.base.errors import EngineError
+from lem.base.reasons import Reason
+from lem.base.variables import DATASETS_VARIABLE
+from lem.config.experiment import DATASET_ALIASES, ExperimentConfig
+from lem.worker.datasets import choice_of, resolve_dataset
+from lem.worker.prompts import ResolvedPrompts, fingerprint
+from tests.unit.worker import hub_double
+
+ROOT = Path(__file__).parents[3]
+ROWS = [{"prompt": f"prompt {number}", "other": number} for number in range(6)]
+
+
+def config(**options: Any) -> ExperimentConfig:
+    return ExperimentConfig.from_dict({"model": "any", **options})
+
+
+def resolve(folder: Path, options: Mapping[str, Any]) -> ResolvedPrompts:
+    return resolve_dataset(config(**options), {DATASETS_VARIABLE: str(folder)}, {})
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def texts(found: ResolvedPrompts) -> list[str]:
+    return [item.prompt for item in found.prompts]
+
+
+@pytest.mark.parametrize("alias", sorted(DATASET_ALIASES))
+def test_every_alias_names_where_it_is(alias: str) -> None:
+    choice = choice_of(config(dataset=alias))
+    assert choice.hub_name == DATASET_ALIASES[alias].path
+    assert choice.column
+    assert choice.split in ("train", "test")
+
+
+def test_what_is_given_wins_over_the_alias() -> None:
+    choice = choice_of(config(dataset={"name": "mmlu", "split": "validation", "column": "answer"}))
+    assert (choice.split, choice.column, choice.subset) == ("validation", "answer", "all")
+
+
+def test_an_experiment_without_a_data_set_has_no_choice() -> None:
+    with pytest.raises(ValueError, match="no prompts from a data set"):
+        choice_of(config())
+
+
+def test_data_set_in_the_folder_is_taken_with_source_and_hash(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "mine.jsonl", ROWS)
+    found = resolve(tmp_path, {"dataset": {"name": "mine", "sample_size": 3}})
+    assert texts(found) == ["prompt 0", "prompt 1", "prompt 2"]
+    assert found.source["kind"] == "local"
+    assert found.source["path"] == str(tmp_path / "mine.jsonl")
+    assert found.source["revision"] is None
+    assert found.source["sha256"] == fingerprint(found.prompts)
+    assert found.source["count"] == 3
+    assert found.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("mine.json", json.dumps(ROWS)),
+        ("mine.json", json.dumps({"data": ROWS, "version": 1})),
+        ("mine.csv", "prompt,other\n" + "".join(f"prompt {number},{number}\n" for number in range(6))),
+        ("mine.txt", "".join(f"prompt {number}\n" for number in range(6))),
+        ("mine/train.jsonl", "".join(json.dumps(row) + "\n" for row in ROWS)),
+        ("mine/only.ndjson", "".join(json.dumps(row) + "\n\n" for row in ROWS)),
+        ("mine/data/train-00000-of-00001.json", json.dumps(ROWS)),
+    ],
+)
+def test_formats_and_places(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(content)
+    assert texts(resolve(tmp_path, {"dataset": "mine"})) == [row["prompt"] for row in ROWS]
+
+
+@pytest.mark.parametrize("form", ["tatsu-lab/alpaca", "tatsu-lab__alpaca", "tatsu-lab--alpaca", "alpaca"])
+def test_an_alias_is_found_by_any_form_of_its_name(tmp_path: Path, form: str) -> None:
+    write_jsonl(tmp_path / f"{form}.jsonl", [{"instruction": "do it", "input": "x"}])
+    assert texts(resolve(tmp_path, {"dataset": "alpaca"})) == ["do it"]
+
+
+def test_parts_of_a_split_are_read_in_order(tmp_path: Path) -> None:
+    for part in (1, 0):
+        write_jsonl(tmp_path / "mine" / f"train-{part}.jsonl", [{"prompt": f"part {part}"}])
+    write_jsonl(tmp_path / "mine" / "test.jsonl", [{"prompt": "another split"}])
+    assert texts(resolve(tmp_path, {"dataset": "mine"})) == ["part 0", "part 1"]
+    assert texts(resolve(tmp_path, {"dataset": {"name": "mine", "split": "test"}})) == ["another split"]
+
+
+def test_subset_is_a_folder_of_its_own(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "gsm8k" / "main" / "train.jsonl", [{"question": "2 + 2?"}])
+    write_jsonl(tmp_path / "gsm8k" / "socratic" / "train.jsonl", [{"question": "no"}])
+    assert texts(resolve(tmp_path, {"dataset": "gsm8k"})) == ["2 + 2?"]
+
+
+def test_a_data_set_may_be_a_folder_or_file_itself(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "set" / "train.jsonl", ROWS)
+    for name in (tmp_path / "set", tmp_path / "set" / "train.jsonl"):
+        assert len(resolve_dataset(config(dataset=str(name)), {}, {}).prompts) == 6
+
+
+def test_sharegpt_gives_first_human_turns_and_skips_what_has_none(tmp_path: Path) -> None:
+    rows = [
+        {"conversations": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "answer"}]},
+        {"conversations": []},
+        {"conversations": [{"from": "gpt", "value": "answer"}, {"from": "human", "value": "two"}]},
+    ]
+    write_jsonl(tmp_path / "sharegpt.jsonl", rows)
+    found = resolve(tmp_path, {"dataset": "sharegpt"})
+    assert texts(found) == ["one", "two"]
+    assert found.warnings == (Reason.of("rows_skipped", name="sharegpt", skipped=1),)
+
+
+def test_blank_rows_are_skipped_and_do_not_count(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "mine.jsonl", [{"prompt": ""}, {"prompt": " "}, {"prompt": None}, *ROWS])
+    found = resolve(tmp_path, {"dataset": {"name": "mine", "sample_size": 2}})
+    assert texts(found) == ["prompt 0", "prompt 1"]
+    assert (found.warnings[0].code, found.warnings[0].data["skipped"]) == ("rows_skipped", 3)
+
+
+def test_fewer_than_asked_for_are_used_and_told(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "mine.jsonl", ROWS)
+    found = resolve(tmp_path, {"dataset": {"name": "mine", "sample_size": 50}})
+    assert len(found.prompts) == 6
+    assert found.warnings[0].code == "dataset_too_small"
+    assert (found.warnings[0].data["wanted"], found.warnings[0].data["found"]) == (50, 6)
+
+
+def test_shuffle_takes_others_by_its_seed(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "mine.jsonl", ROWS)
+
+    def draw(seed: int) -> list[str]:
+        prompts = {"type": "huggingface", "dataset": "mine", "sample_size": 3, "shuffle": True, "seed": seed}
+        return texts(resolve(tmp_path, {"prompts": prompts}))
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    assert set(draw(1)) <= {row["prompt"] for row in ROWS}
+
+
+def test_column_is_looked_for_by_its_usual_names(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "mine.jsonl", [{"id": "1", "question": "which?"}])
+    assert texts(resolve(tmp_path, {"dataset": "mine"})) == ["which?"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "column", "message"),
+    [
+        ([{"a": "x", "b": "y"}], None, "it has a, b"),
+        ([{"prompt": "x"}], "nope", "no column 'nope'"),
+        ([{"prompt": ["x"]}], None, "holds lists"),
+        ([{"prompt": ""}], None, "no prompts in it"),
+        ([], None, "no prompts in it"),
+        ([["x"]], None, "line 1: an object is due"),
+    ],
+)
+def test_rows_that_hold_no_prompts_are_refused(
+    tmp_path: Path, rows: list[Any], column: str | None, message: str
+) -> None:
+    write_jsonl(tmp_path / "mine.jsonl", rows)
+    with pytest.raises(EngineError, match=message) as caught:
+        resolve(tmp_path, {"dataset": {"name": "mine", "column": column}})
+    assert caught.value.kind == "prompts"
+    assert caught.value.is_permanent
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("mine.jsonl", b"{", "line 1"),
+        ("mine.json", b'{"a": 1}', "a list of objects is due"),
+        ("mine.json", b"3", "a list of objects is due"),
+        ("mine.csv", b'prompt\n"open', "not what its name says"),
+        ("mine.txt", b"\xff\xfe", "not what its name says"),
+        ("mine/train.parquet", b"not parquet", "not what its name says|cannot be read"),
+    ],
+)
+def test_broken_files_are_refused_by_name(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(EngineError, match=message) as caught:
+        resolve(tmp_path, {"dataset": "mine"})
+    assert str(tmp_path / name) in caught.value.message
+
+
+def test_a_folder_without_the_split_is_refused_with_what_is_there(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / "mine" / f"{split}.jsonl", ROWS)
+    with pytest.raises(EngineError, match=r"test\.jsonl, train\.jsonl"):
+        resolve(tmp_path, {"dataset": {"name": "mine", "split": "validation"}})
+
+
+def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(EngineError, match="no data file in it"):
+        resolve(tmp_path, {"dataset": "mine"})
+
+
+def test_a_variable_that_names_no_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=DATASETS_VARIABLE):
+        resolve(tmp_path / "missing", {"dataset": "mine"})
+
+
+@pytest.mark.needs("datasets")
+def test_parquet_is_read_through_the_datasets_package(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).to_parquet(str(tmp_path / "mine.parquet"))
+    assert texts(resolve(tmp_path, {"dataset": "mine"})) == [row["prompt"] for row in ROWS]
+
+
+RESOLVE = """
+import json, sys
+from lem.config.experiment import ExperimentConfig
+from lem.base.errors import EngineError
+from lem.worker.datasets import resolve_dataset
+try:
+    found = resolve_dataset(ExperimentConfig.from_dict({"model": "any", "dataset": sys.argv[1]}), {}, {})
+    answer = {"source": dict(found.source), "prompts": [item.prompt for item in found.prompts]}
+except EngineError as error:
+    answer = {"kind": error.kind, "is_permanent": error.is_permanent, "message": error.message, "hint": error.hint}
+print(json.dumps(answer))
+"""
+
+
+def resolve_apart(name: str, home: Path, **variables: str) -> dict[str, Any]:
+    """What a Python of its own makes of a hub name: `datasets` reads its environment when it is imported."""
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HF_HOME": str(home), **variables}
+    done = process.run([sys.executable, "-c", RESOLVE, name], timeout_s=120, env=environ, cwd=home)
+    assert done.code == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+@pytest.mark.needs("datasets")
+def test_hub_data_set_is_recorded_with_its_commit_and_found_again_offline(tmp_path: Path) -> None:
+    with hub_double.serving() as address:
+        online = resolve_apart(hub_double.NAME, tmp_path, HF_ENDPOINT=address)
+    assert online["prompts"] == ["first of the hub", "second of the hub"]
+    assert online["source"]["kind"] == "hub"
+    assert online["source"]["revision"] == hub_double.COMMIT
+    assert online["source"]["count"] == 2
+    assert resolve_apart(hub_double.NAME, tmp_path, HF_HUB_OFFLINE="1") == online
+
+
+@pytest.mark.needs("datasets")
+def test_a_data_set_the_hub_does_not_have_is_refused_for_good(tmp_path: Path) -> None:
+    with hub_double.serving() as address:
+        refused = resolve_apart("owner/missing", tmp_path, HF_ENDPOINT=address)
+    assert (refused["kind"], refused["is_permanent"]) == ("prompts", True)
+    assert "owner/missing" in refused["message"]
+    assert DATASETS_VARIABLE in refused["hint"]

@@ -1,0 +1,208 @@
+"""What an engine process answers; how it lives and dies is in test_worker.py and test_supervisor.py."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lem.base.clock import Clock, SystemClock
+from lem.base.errors import ConfigurationError, EngineError, OptionRefused
+from lem.config.experiment import ExperimentConfig
+from lem.record import Record, read_record
+from lem.worker.channel import PHASES, LineBuffer, RunRequest, decode_report, encode_line
+from lem.worker.engine import MessageWriter, describe_failure, serve
+from lem.worker.harness import Reporter
+from lem.worker.recording import ResidentEngine
+from tests.doubles.trivial_engine import TrivialEngine
+from tests.records import make_record
+
+SECRET = "hf_a_token_of_somebody"
+
+Harness = Callable[[RunRequest, ResidentEngine, Reporter, Clock], Record]
+
+
+class Pipes:
+    """Both pipes of an engine process, with what it is to do written already and what it said readable afterwards."""
+
+    def __init__(self) -> None:
+        self.control, self._orders = os.pipe()
+        self._reports, messages = os.pipe()
+        self.messages = messages
+        self.writer = MessageWriter(messages)
+
+    def order(self, *messages: dict[str, Any]) -> None:
+        for message in messages:
+            os.write(self._orders, encode_line(message))
+        os.close(self._orders)
+
+    def said(self) -> list[dict[str, Any]]:
+        os.close(self.messages)
+        return self.said_until_closed()
+
+    def said_until_closed(self) -> list[dict[str, Any]]:
+        with open(self._reports, "rb", closefd=False) as stream:
+            return [decode_report(line) for line in LineBuffer().feed(stream.read())]
+
+    def close(self) -> None:
+        os.close(self.control)
+        os.close(self._reports)
+
+
+@pytest.fixture
+def pipes() -> Iterator[Pipes]:
+    pipes = Pipes()
+    yield pipes
+    pipes.close()
+
+
+def request_for(folder: Path, name: str = "e") -> RunRequest:
+    return RunRequest({}, {"experiment_id": name}, str(folder), "key", True, secrets={"HF_TOKEN": SECRET})
+
+
+def measuring(record: Record, *phases: str) -> Harness:
+    """A harness that goes through phases and has a record."""
+
+    def run(request: RunRequest, engine: ResidentEngine, reporter: Reporter, clock: Clock) -> Record:
+        for phase in phases:
+            reporter.phase(phase)
+        reporter.progress(1, 2, "half")
+        return record
+
+    return run
+
+
+def failing(error: Exception) -> Harness:
+    def run(request: RunRequest, engine: ResidentEngine, reporter: Reporter, clock: Clock) -> Record:
+        reporter.phase("load")
+        raise error
+
+    return run
+
+
+def engine() -> ResidentEngine:
+    return ResidentEngine(lambda _name: TrivialEngine({}))
+
+
+def test_a_record_is_on_disk_before_the_result_is_told(pipes: Pipes, tmp_path: Path):
+    record = make_record()
+    pipes.order(request_for(tmp_path).to_message())
+
+    assert serve(pipes.control, pipes.writer, engine(), measuring(record, *PHASES[:-1]), SystemClock()) == 0
+
+    *before, result = pipes.said()
+    assert [item["phase"] for item in before if item["type"] == "phase"] == list(PHASES)
+    assert read_record(tmp_path / "result.json") == record
+    assert result == {
+        "type": "result",
+        "exp_id": "e",
+        "valid": record.validity.valid,
+        "engine_load_id": record.validity.engine_load_id,
+        "engine_reused": record.validity.engine_reused,
+        "summary": result["summary"],
+    }
+    assert result["summary"]["output_tok_per_s"] == record.throughput.output_tok_per_s
+
+
+def test_a_phase_that_the_harness_told_is_not_told_again(pipes: Pipes, tmp_path: Path):
+    pipes.order(request_for(tmp_path).to_message())
+
+    serve(pipes.control, pipes.writer, engine(), measuring(make_record(), "write"), SystemClock())
+
+    assert [item["phase"] for item in pipes.said() if item["type"] == "phase"] == ["write"]
+
+
+def test_a_failure_is_answered_and_the_next_experiment_runs(pipes: Pipes, tmp_path: Path):
+    pipes.order(request_for(tmp_path, "e1").to_message(), request_for(tmp_path, "e2").to_message())
+
+    serve(pipes.control, pipes.writer, engine(), failing(RuntimeError("CUDA error")), SystemClock())
+
+    errors = [item for item in pipes.said() if item["type"] == "error"]
+    assert [(item["exp_id"], item["phase"], item["message"]) for item in errors] == [
+        ("e1", "load", "RuntimeError: CUDA error"),
+        ("e2", "load", "RuntimeError: CUDA error"),
+    ]
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_result_that_cannot_be_written_is_an_error(pipes: Pipes, tmp_path: Path):
+    pipes.order(request_for(tmp_path / "missing").to_message())
+
+    serve(pipes.control, pipes.writer, engine(), measuring(make_record()), SystemClock())
+
+    error = pipes.said()[-1]
+    assert (error["type"], error["phase"]) == ("error", "write")
+    assert "No such file or directory" in error["message"]
+
+
+def test_quit_unloads_the_engine_and_what_comes_after_is_not_done(pipes: Pipes, tmp_path: Path):
+    resident = engine()
+    resident.ensure(ExperimentConfig.from_dict({"model": "m"}), "key", {})
+    pipes.order({"type": "quit"}, request_for(tmp_path).to_message())
+
+    assert serve(pipes.control, pipes.writer, resident, measuring(make_record()), SystemClock()) == 0
+
+    assert pipes.said() == []
+    assert not resident.is_resident("key")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OptionRefused("no beams", "omit them"), ("option", "no beams", "omit them", True, False)),
+        (EngineError("gone", kind="prompts", is_permanent=True), ("prompts", "gone", "", True, False)),
+        (EngineError("big", kind="out_of_memory", is_permanent=True), ("out_of_memory", "big", "", True, True)),
+        (EngineError("broke"), ("engine", "broke", "", False, True)),
+        (ConfigurationError("bad", "mend it"), ("option", "bad", "mend it", True, False)),
+        (ValueError("odd"), ("engine", "ValueError: odd", "", False, True)),
+        (KeyError(), ("engine", "KeyError", "", False, True)),
+        (OSError(errno.EIO, "I/O error", "/r"), ("engine", "OSError: [Errno 5] I/O error: '/r'", "", False, True)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_failures_are_told_by_kind(error: Exception, expected: tuple[str, str, str, bool, bool]):
+    told = describe_failure(error, {})
+
+    assert (told["kind"], told["message"], told["hint"], told["permanent"], told["engine_lost"]) == expected
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_a_kind_of_its_own(code: int):
+    told = describe_failure(OSError(code, os.strerror(code), "/results/e/result.json"), {})
+
+    assert (told["kind"], told["permanent"], told["engine_lost"]) == ("full", False, False)
+    assert "/results/e/result.json" in told["message"]
+
+
+def test_secrets_are_taken_out_of_what_is_told():
+    told = describe_failure(EngineError(f"401 for {SECRET}", f"is {SECRET} right?"), {"HF_TOKEN": SECRET})
+
+    assert SECRET not in json.dumps(told)
+    assert told["message"] == "401 for [redacted]"
+
+
+def test_messages_of_several_threads_do_not_mix(pipes: Pipes):
+    def talk(number: int) -> None:
+        for done in range(50):
+            pipes.writer.send("progress", exp_id=str(number), done=done, total=None, text="x" * 200)
+
+    threads = [threading.Thread(target=talk, args=(number,)) for number in range(4)]
+    received: list[dict[str, Any]] = []
+    reading = threading.Thread(target=lambda: received.extend(pipes.said_until_closed()))
+    reading.start()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    os.close(pipes.messages)
+    reading.join()
+
+    assert len(received) == 200
+    for number in range(4):
+        assert [item["done"] for item in received if item["exp_id"] == str(number)] == list(range(50))

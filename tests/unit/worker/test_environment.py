@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import platform
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lem.config.experiment import ExperimentConfig
+from lem.engines.protocol import EngineReport
+from lem.worker.environment import HostFacts, describe_environment, differing_options, fingerprint_of, read_host
+
+HOST = HostFacts("Debian 12", "6.1.0", "A CPU", 8, 16 << 30, "performance")
+REPORT = EngineReport("transformers", "5.0", {"torch": "2.0"}, "cuda", ("GPU-b", "GPU-a"))
+
+
+def config(**options: Any) -> ExperimentConfig:
+    return ExperimentConfig.from_dict({"model": "any", **options})
+
+
+def machine(root: Path, files: dict[str, str]) -> Path:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return root
+
+
+def test_host_is_read_from_where_linux_shows_it(tmp_path: Path) -> None:
+    root = machine(
+        tmp_path,
+        {
+            "etc/os-release": 'NAME="Debian"\nPRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\n',
+            "proc/cpuinfo": "processor\t: 0\nmodel\t\t: 79\nmodel name\t: Example CPU @ 2 GHz\n",
+            "proc/meminfo": "MemFree: 1 kB\nMemTotal:       2048 kB\n",
+            "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "powersave\n",
+            "sys/devices/system/cpu/cpu1/cpufreq/scaling_governor": "performance\n",
+        },
+    )
+    host = read_host(root)
+    assert host.os == "Debian GNU/Linux 12 (bookworm)"
+    assert host.cpu == "Example CPU @ 2 GHz"
+    assert host.memory_b == 2048 * 1024
+    assert host.governor == "performance, powersave"
+    assert host.kernel == platform.release()
+    assert host.cpu_count >= 1
+
+
+def test_what_the_kernel_does_not_show_is_none(tmp_path: Path) -> None:
+    host = read_host(tmp_path)
+    assert host.memory_b is None
+    assert host.governor is None
+    assert host.cpu
+
+
+def test_this_machine_can_be_read() -> None:
+    assert read_host().memory_b
+
+
+def test_everything_unknown_has_a_reason() -> None:
+    host = replace(HOST, memory_b=None, governor=None)
+    found = describe_environment(host, REPORT, config(), executor="local", image=None)
+    nulls = {
+        name
+        for name in (
+            "memory_b",
+            "governor",
+            "image",
+            "model_revision",
+            "weights_sha256",
+            "vbios",
+            "other_gpu_processes",
+        )
+        if getattr(found, name) is None
+    }
+    assert len(nulls) == 7
+    assert set(found.null_reasons) == nulls
+
+
+def test_what_is_known_has_none() -> None:
+    report = replace(REPORT, model_revision="abc", weights_sha256="def", device="cpu", gpu_uuids=())
+    found = describe_environment(HOST, report, config(), executor="docker", image="sha256:1")
+    assert set(found.null_reasons) == {"vbios", "other_gpu_processes"}
+    assert found.null_reasons["vbios"] == "no GPU in use"
+    assert found.versions["python"] == platform.python_version()
+    assert found.versions["torch"] == "2.0"
+
+
+@pytest.mark.parametrize(
+    ("host", "report", "versions", "image"),
+    [
+        (HOST, REPORT, {"torch": "2.1"}, None),
+        (HOST, REPORT, {"torch": "2.0", "driver": "1"}, None),
+        (HOST, REPORT, {"torch": "2.0"}, "sha256:1"),
+        (HOST, replace(REPORT, engine_version="5.1"), {"torch": "2.0"}, None),
+        (HOST, replace(REPORT, gpu_uuids=("GPU-a",)), {"torch": "2.0"}, None),
+        (replace(HOST, cpu="Another CPU"), REPORT, {"torch": "2.0"}, None),
+    ],
+)
+def test_fingerprint_changes_with_what_makes_runs_incomparable(
+    host: HostFacts, report: EngineReport, versions: dict[str, str], image: str | None
+) -> None:
+    assert fingerprint_of(host, report, versions, image) != fingerprint_of(HOST, REPORT, {"torch": "2.0"}, None)
+
+
+def test_fingerprint_does_not_change_with_what_an_experiment_chooses_or_with_the_kernel() -> None:
+    other = replace(REPORT, effective={"pytorch": {"batch_size": 9}}, gpu_uuids=("GPU-a", "GPU-b"))
+    host = replace(HOST, kernel="6.2.0", memory_b=1)
+    assert fingerprint_of(host, other, {}, None) == fingerprint_of(HOST, REPORT, {}, None)
+
+
+def test_options_that_took_effect_otherwise_are_told_with_both_values() -> None:
+    effective = {"pytorch": {"batch_size": 4, "use_cache": False}, "fp_precision": "float32", "positions": 2048}
+    found = differing_options(config(pytorch={"batch_size": 8}, fp_precision="float16"), effective)
+    assert found == {"fp_precision": ["float16", "float32"], "pytorch.batch_size": [8, 4]}
+
+
+def test_a_default_that_took_effect_otherwise_is_told_too() -> None:
+    assert differing_options(config(), {"pytorch": {"batch_size": 4}}) == {"pytorch.batch_size": [1, 4]}
+
+
+def test_options_left_to_the_engine_differ_from_nothing() -> None:
+    assert differing_options(config(), {"pytorch": {"attn_implementation": "sdpa"}}) == {}
+
+
+def test_defaults_that_do_not_apply_are_not_told_but_chosen_values_are() -> None:
+    effective = {"decoder": {"do_sample": False, "temperature": 0.0, "top_k": None, "top_p": None}}
+    greedy = {"temperature": 0.0, "do_sample": False}
+    assert differing_options(config(decoder=greedy), effective) == {}
+    chosen = differing_options(config(decoder={**greedy, "top_k": 7}), effective)
+    assert chosen == {"decoder.top_k": [7, None]}

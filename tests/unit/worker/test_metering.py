@@ -1,0 +1,496 @@
+"""The protocol around the window, with a GPU whose true energy is known and a clock that only moves when told."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lem.base import durable, measurement
+from lem.base.errors import EngineError, MeterRefused
+from lem.base.measurement import EnergySource
+from lem.config.experiment import ExperimentConfig
+from lem.engines.protocol import Completion, EngineReport, OnProgress, TokenRequest, say_nothing
+from lem.meters.samples import (
+    FINISHED_FILENAME,
+    PART_FILENAME,
+    CpuLoad,
+    ProcessesSeen,
+    Row,
+    encode_header,
+    encode_row,
+    read_finished,
+)
+from lem.record import Record, encode_record
+from lem.worker.channel import RunRequest
+from lem.worker.harness import run_experiment
+from lem.worker.metering import Metering
+from lem.worker.prompts import write_prompts
+from lem.worker.recording import ResidentEngine
+from lem.worker.sampling import PartFile
+from tests.doubles.nvml.traces import Counter, GpuProcess, GpuTrace, Load, Trace, simulate_log
+from tests.records import codes
+from tests.unit.worker.test_harness import IDENTITY, PROMPTS, Listener
+from tests.unit.worker.timed_backend import SteppedClock, TimedBackend
+
+UUID = "GPU-11111111-2222-3333-4444-555555555555"
+IDLE_W, BUSY_W = 90.0, 410.0
+ENGINE_PID = 4711
+QUICK = {"min_window_sec": 3.0}
+NEW_YEAR_S = 1767225600  # 2026-01-01T00:00:00Z, when simulated logs begin
+SHORT_IDLE = {"duration_sec": 5.0}
+
+
+@dataclass
+class Engine(TimedBackend):
+    """Tells when it is busy."""
+
+    states: list[str] = field(default_factory=list)
+
+    def generate(
+        self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
+    ) -> list[Completion]:
+        self.states.append(f"{self.clock.monotonic_ns()} 1")
+        found = super().generate(requests, observe_tokens=observe_tokens, on_progress=on_progress)
+        self.states.append(f"{self.clock.monotonic_ns()} 0")
+        return found
+
+
+class SampledClock(SteppedClock):
+    """Has the sampler's file brought up to date whenever somebody waits."""
+
+    def __init__(self) -> None:
+        super().__init__(start_ns=1_000_000_000_000)
+        self.write = lambda: None
+
+    def sleep(self, duration_s: float) -> None:
+        super().sleep(duration_s)
+        self.write()
+
+
+@dataclass
+class Meter:
+    """One GPU, its engine, and the folder of an attempt."""
+
+    folder: Path
+    gpu: GpuTrace = field(
+        default_factory=lambda: GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), counter=Counter(period_s=0.1))
+    )
+    baselines: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    keep_engine: bool = True
+    clock: SampledClock = field(default_factory=SampledClock)
+    listener: Listener = field(default_factory=Listener)
+    is_sampling: bool = True
+    written_ns: int = -1
+
+    def __post_init__(self) -> None:
+        report = EngineReport("timed", "1", {}, "cuda", (UUID,), model_parameters=10, embedding_parameters=1)
+        self.engine = Engine(self.clock, report=report)
+        self.resident = ResidentEngine(lambda _: self.engine, self.clock, lambda: "load-1")
+        self.begun_ns = self.clock.monotonic_ns()
+        self.clock.write = self.write
+        write_prompts(self.folder, PROMPTS)
+
+    @property
+    def trace(self) -> Trace:
+        whole = Trace(self.begun_ns, (self.gpu,))
+        return whole.after_load({0: "\n".join(self.engine.states)})
+
+    def write(self) -> None:
+        """Add what a sampler has read since; what it reads once a second is read at whole seconds alone."""
+        if not self.is_sampling:
+            return
+        now_ns = self.clock.monotonic_ns()
+        log = simulate_log(self.trace, self.begun_ns, now_ns)
+        rows = [row for row in log.rows() if row.at_ns > self.written_ns and self.is_time_for(row)]
+        lines = [encode_row(row) for row in rows]
+        if self.written_ns < 0:
+            lines.insert(0, encode_header(log.header))
+        self.written_ns = now_ns
+        with (self.folder / PART_FILENAME).open("a") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+
+    def is_time_for(self, row: Row) -> bool:
+        is_slow = isinstance(row, (CpuLoad, ProcessesSeen))
+        return not is_slow or (row.at_ns - self.begun_ns) % 1_000_000_000 < 20_000_000
+
+    def run(self, **options: Any) -> Record:
+        config = ExperimentConfig.from_dict(
+            {"model": "any", "warmup": {"enabled": False}, "measurement": QUICK, "baseline": SHORT_IDLE, **options}
+        )
+        durable.write_json(self.folder / "config.json", {"requested": {"model": "any"}})
+        (self.folder / PART_FILENAME).unlink(missing_ok=True)
+        self.written_ns = -1
+        self.write()
+        request = RunRequest(
+            config=config.to_dict(),
+            identity=IDENTITY,
+            result_dir=str(self.folder),
+            engine_key=config.engine_key(),
+            keep_engine=self.keep_engine,
+            samples_path=str(self.folder / PART_FILENAME),
+            sampled_gpus=(UUID,),
+            baselines=self.baselines,
+        )
+        record = run_experiment(request, self.resident, self.listener, self.clock)
+        encode_record(record)  # refuses a null without a reason
+        return record
+
+    def marked(self) -> dict[str, tuple[int, int]]:
+        return {
+            mark.name: (mark.opened_ns, mark.closed_ns) for mark in read_finished(self.folder / FINISHED_FILENAME)[1]
+        }
+
+    def true_j(self, name: str = measurement.WINDOW) -> float:
+        return self.trace.energy_j(*self.marked()[name])
+
+
+@pytest.fixture
+def meter(tmp_path: Path) -> Meter:
+    return Meter(tmp_path)
+
+
+def test_the_energy_of_the_window_is_that_which_was_drawn(meter: Meter) -> None:
+    record = meter.run()
+    assert record.energy.gpu_energy_j == pytest.approx(meter.true_j(), rel=0.002)
+    assert record.energy.energy_source == "nvml_counter"
+    assert record.energy.gpu_energy_net_j == pytest.approx(meter.true_j() - IDLE_W * record.window.window_s, rel=0.005)
+    assert record.efficiency.energy_per_output_tok_j == pytest.approx(
+        meter.true_j() / record.work.output_tok, rel=0.002
+    )
+    assert record.energy.load_energy_j == pytest.approx(meter.true_j(measurement.LOAD), rel=0.01)
+    assert record.validity.valid, record.validity.invalid_reasons
+
+
+def test_power_at_rest_is_measured_bare_loaded_and_afterwards(meter: Meter) -> None:
+    idle = meter.run().idle
+    for power_w in (idle.idle_bare_power_w, idle.idle_loaded_power_w, idle.idle_loaded_post_power_w):
+        assert power_w == pytest.approx(IDLE_W, rel=0.01)
+    assert (idle.idle_bare_temp_c, idle.idle_loaded_temp_c) == (40, 40)
+    assert idle.baseline_age_s == 0
+    spans = meter.marked()
+    assert (
+        spans[measurement.IDLE_BARE][1]
+        <= spans[measurement.LOAD][0]
+        < spans[measurement.LOAD][1]
+        <= spans[measurement.IDLE_LOADED][0]
+    )
+    assert spans[measurement.IDLE_LOADED][1] <= spans[measurement.GUARD_BEFORE][0]
+    for name in (measurement.IDLE_BARE, measurement.IDLE_LOADED, measurement.IDLE_POST):
+        assert spans[name][1] - spans[name][0] == pytest.approx(5e9, rel=0.01), name
+
+
+def test_the_loaded_baseline_waits_until_power_has_settled(tmp_path: Path) -> None:
+    load = Load("", IDLE_W, BUSY_W, fall_tau_s=12.0)
+    meter = Meter(tmp_path, GpuTrace(uuid=UUID, load=load))
+    begun = f"{meter.begun_ns} 1"
+    meter.engine.states += [begun, f"{meter.begun_ns + 8_000_000_000} 0"]  # the load, which ends 8 s in, warms it up
+    idle = meter.run().idle
+    assert idle.idle_loaded_power_w == pytest.approx(IDLE_W, rel=0.03)
+
+
+def test_a_power_that_never_settles_is_waited_for_a_minute(meter: Meter) -> None:
+    load_s = 3
+    meter.engine.states += [
+        f"{meter.begun_ns + round(second * 1e9)} {second / 100}" for second in range(5 + load_s, 200, 4)
+    ]
+    meter.run(baseline={"duration_sec": 5.0})
+    spans = meter.marked()
+    waited_s = (spans[measurement.IDLE_LOADED][1] - spans[measurement.LOAD][1]) / 1e9
+    assert waited_s == pytest.approx(60, abs=2)
+
+
+def test_baselines_that_the_host_knows_are_not_measured_again(tmp_path: Path) -> None:
+    known = {"bare_power_w": 70.0, "loaded_power_w": 91.0, "age_s": 120.0}
+    meter = Meter(tmp_path, baselines={"nvml_counter": known})
+    idle = meter.run().idle
+    assert (idle.idle_bare_power_w, idle.idle_loaded_power_w, idle.baseline_age_s) == (70.0, 91.0, 120.0)
+    assert not {measurement.IDLE_BARE, measurement.IDLE_LOADED} & set(meter.marked())
+
+
+def test_a_baseline_of_another_meter_stands_for_nothing(tmp_path: Path) -> None:
+    known = {"bare_power_w": 20.0, "loaded_power_w": 21.0, "age_s": 120.0}
+    idle = Meter(tmp_path, baselines={"rapl": known}).run().idle
+    assert idle.idle_loaded_power_w == pytest.approx(IDLE_W, rel=0.01)
+    assert idle.baseline_age_s == 0
+
+
+def test_no_baseline_is_measured_where_none_is_wanted(meter: Meter) -> None:
+    record = meter.run(baseline={"enabled": False})
+    assert not {measurement.IDLE_BARE, measurement.IDLE_LOADED, measurement.IDLE_POST} & set(meter.marked())
+    assert record.energy.gpu_energy_j == pytest.approx(meter.true_j(), rel=0.002)
+    assert record.energy.gpu_energy_net_j is None
+    assert "at rest" in record.energy.null_reasons["gpu_energy_net_j"]
+
+
+def test_an_engine_that_leaves_is_not_measured_at_rest_afterwards(tmp_path: Path) -> None:
+    meter = Meter(tmp_path, keep_engine=False)
+    assert meter.run().idle.idle_loaded_post_power_w is None
+    assert measurement.IDLE_POST not in meter.marked()
+
+
+def test_guards_hold_two_updates_of_the_counter_as_the_warm_up_found_it(tmp_path: Path) -> None:
+    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), counter=Counter(period_s=0.25))
+    meter = Meter(tmp_path, gpu)
+    record = meter.run(warmup={"enabled": True, "timeout_seconds": 5.0})
+    spans = meter.marked()
+    for name in (measurement.GUARD_BEFORE, measurement.GUARD_AFTER):
+        assert (spans[name][1] - spans[name][0]) / 1e9 == pytest.approx(0.5, rel=0.1)
+    assert record.energy.counter_update_period_s == pytest.approx(0.25, rel=0.02)
+
+
+def test_a_window_holds_a_hundred_updates_of_the_counter(tmp_path: Path) -> None:
+    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), counter=Counter(period_s=0.1))
+    meter = Meter(tmp_path, gpu)
+    record = meter.run(warmup={"enabled": True, "timeout_seconds": 5.0})
+    assert record.window.window_s >= 10.0 * 0.95
+    assert record.window.window_repeats > 1
+
+
+def test_energy_by_phases_comes_from_a_run_of_the_prefill_alone(tmp_path: Path) -> None:
+    meter = Meter(tmp_path)
+    record = meter.run(measurement={**QUICK, "phases": True}, warmup={"enabled": True, "timeout_seconds": 5.0})
+    prefill_share = 4 * 10.0 / (4 * 138.0)  # four turns of a prefill of 10 ms and 128 steps of 1 ms
+    assert record.energy.prefill_energy_j is not None
+    # The run for prefill alone makes the first token too: 11 ms of each turn.
+    assert record.energy.prefill_energy_j / meter.true_j() == pytest.approx(prefill_share * 1.1, rel=0.03)
+    assert record.energy.decode_energy_j == pytest.approx(meter.true_j() - record.energy.prefill_energy_j, rel=0.01)
+    assert all(request.max_output_tokens == 1 for request in meter.engine.batches[-1])
+
+
+def test_a_foreign_process_before_the_load_leaves_energy_null(tmp_path: Path) -> None:
+    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), processes=(GpuProcess(77),))
+    record = Meter(tmp_path, gpu).run()
+    assert record.energy.gpu_energy_j is None
+    assert "process 77" in record.energy.null_reasons["gpu_energy_j"]
+    assert record.environment.other_gpu_processes == (f"process 77 on {UUID}",)
+
+
+def test_a_foreign_process_is_refused_where_energy_is_demanded(tmp_path: Path) -> None:
+    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), processes=(GpuProcess(77),))
+    meter = Meter(tmp_path, gpu)
+    with pytest.raises(MeterRefused, match="process 77"):
+        meter.run(measurement={**QUICK, "energy": "nvml"})
+    assert "load" not in meter.engine.calls
+
+
+def test_the_engine_s_own_process_is_none_of_others(tmp_path: Path) -> None:
+    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), processes=(GpuProcess(ENGINE_PID, from_s=9.0),))
+    meter = Meter(tmp_path, gpu)
+    first = meter.run()
+    assert first.validity.valid, first.validity.invalid_reasons
+    assert meter.resident.own_pids == frozenset({ENGINE_PID})
+    (meter.folder / "prompts.jsonl").unlink()
+    write_prompts(meter.folder, PROMPTS)
+    second = meter.run()
+    assert second.validity.engine_reused
+    assert second.validity.valid, second.validity.invalid_reasons
+    assert second.environment.other_gpu_processes == ()
+    assert second.energy.gpu_energy_j == pytest.approx(meter.true_j(), rel=0.002)
+
+
+def test_an_engine_that_was_loaded_between_two_looks_at_the_gpu_is_none_of_others(tmp_path: Path) -> None:
+    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), processes=(GpuProcess(ENGINE_PID, from_s=4.005),))
+    meter = Meter(tmp_path, gpu)
+    meter.clock.advance_ms(310)  # the load ends at 4.01 s, just after the look at 4 s
+    record = meter.run(baseline={"enabled": False})
+    assert meter.resident.own_pids == frozenset({ENGINE_PID})
+    assert record.validity.valid, record.validity.invalid_reasons
+
+
+def test_a_process_that_ends_as_the_experiment_begins_is_no_foreign_one(tmp_path: Path) -> None:
+    engine_before = GpuProcess(76, to_s=0.4)
+    meter = Meter(tmp_path, GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), processes=(engine_before,)))
+    meter.clock.advance_ms(300)
+    record = meter.run(measurement={**QUICK, "energy": "nvml"}, baseline={"enabled": False})
+    assert record.energy.gpu_energy_j == pytest.approx(meter.true_j(), rel=0.002)
+    assert record.environment.other_gpu_processes == ()
+
+
+def test_a_process_that_comes_before_the_load_is_a_foreign_one(tmp_path: Path) -> None:
+    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), processes=(GpuProcess(77, from_s=4.0),))
+    record = Meter(tmp_path, gpu).run()
+    assert record.energy.gpu_energy_j is None
+    assert "process 77" in record.energy.null_reasons["gpu_energy_j"]
+
+
+def test_a_process_that_comes_while_prompts_are_fetched_is_a_foreign_one(meter: Meter) -> None:
+    meter.gpu = dataclasses.replace(meter.gpu, processes=(GpuProcess(77, from_s=20.0),))
+    config = ExperimentConfig.from_dict({"model": "any", "baseline": {"enabled": False}})
+    meter.write()
+    metering = Metering(PartFile(meter.folder / PART_FILENAME), config, {}, {}, meter.clock, meter.listener)
+    metering.choose([UUID])
+    assert metering.sources.gpu_method == EnergySource.COUNTER
+    meter.clock.advance_ms(60_000)
+    metering.rest_bare()
+    assert metering.foreign == {UUID: (77,)}
+    assert "process 77" in metering.sources.reasons["gpu"]
+
+
+def test_power_at_rest_holds_nothing_of_the_work_that_follows_it(tmp_path: Path) -> None:
+    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), counter=Counter(period_s=0.5))
+    meter = Meter(tmp_path, gpu)
+    idle = meter.run(warmup={"enabled": True, "timeout_seconds": 5.0}, baseline={"duration_sec": 2.0}).idle
+    assert idle.idle_loaded_power_w == pytest.approx(IDLE_W, rel=0.001)
+
+
+def test_an_engine_that_nobody_could_look_at_is_no_foreign_one_in_the_next_experiment(tmp_path: Path) -> None:
+    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), processes=(GpuProcess(ENGINE_PID, from_s=2.0),))
+    meter = Meter(tmp_path, gpu)
+    begin = meter.engine.load
+
+    def load_without_sampler(config: ExperimentConfig, secrets: Mapping[str, str]) -> EngineReport:
+        meter.is_sampling = False
+        return begin(config, secrets)
+
+    meter.engine.load = load_without_sampler  # type: ignore[method-assign]
+    first = meter.run(baseline={"enabled": False})
+    assert first.energy.gpu_energy_j is None
+    assert meter.resident.own_pids is None
+    meter.is_sampling = True
+    second = meter.run(baseline={"enabled": False})
+    assert second.validity.engine_reused
+    assert second.validity.valid, second.validity.invalid_reasons
+    assert second.environment.other_gpu_processes == ()
+    assert meter.resident.own_pids == frozenset({ENGINE_PID})
+
+
+def test_a_process_that_comes_in_the_window_makes_it_invalid(tmp_path: Path) -> None:
+    meter = Meter(tmp_path)
+    window_opened_s = (meter_window(tmp_path / "dry")[0]) / 1e9
+    intruder = GpuProcess(99, from_s=window_opened_s + 1)
+    meter.gpu = dataclasses.replace(meter.gpu, processes=(intruder,))
+    record = meter.run()
+    assert not record.validity.valid
+    assert [reason.data["pids"] for reason in record.validity.invalid_reasons] == ["99"]
+
+
+def meter_window(folder: Path) -> tuple[int, int]:
+    """When the window of such an experiment opens and closes, in ns since its begin."""
+    folder.mkdir()
+    meter = Meter(folder)
+    meter.run()
+    opened_ns, closed_ns = meter.marked()[measurement.WINDOW]
+    return opened_ns - meter.begun_ns, closed_ns - meter.begun_ns
+
+
+def test_samples_are_kept_only_where_that_is_wanted(meter: Meter) -> None:
+    record = meter.run(timeseries={"save": False})
+    assert not (meter.folder / FINISHED_FILENAME).exists()
+    assert record.energy.gpu_energy_j is not None
+
+
+def test_without_a_time_series_there_is_the_counter_alone(meter: Meter) -> None:
+    record = meter.run(timeseries={"enabled": False})
+    assert record.energy.energy_source == "nvml_counter"
+    assert "clocks_unwatched" in codes(record.validity.warnings)
+    meter.gpu = dataclasses.replace(meter.gpu, counter=None)
+    with pytest.raises(MeterRefused, match=r"timeseries\.enabled: false"):
+        meter.run(timeseries={"enabled": False}, measurement={**QUICK, "energy": "nvml"})
+
+
+def test_guards_of_integrated_power_outlast_the_lag_of_its_sensor(tmp_path: Path) -> None:
+    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), counter=None)
+    meter = Meter(tmp_path, gpu)
+    record = meter.run()
+    assert record.energy.energy_source == "power_instant_integral"
+    spans = meter.marked()
+    assert (spans[measurement.GUARD_BEFORE][1] - spans[measurement.GUARD_BEFORE][0]) / 1e9 == pytest.approx(
+        0.4, rel=0.05
+    )
+    # A sensor that is brought up to date every 100 ms sees each edge of the window to that; so it lasts 10 s at least.
+    assert record.window.window_s >= 10
+    assert record.energy.gpu_energy_j == pytest.approx(meter.true_j(), rel=0.01)
+
+
+def test_a_window_holds_a_hundred_samples_of_integrated_power(tmp_path: Path) -> None:
+    meter = Meter(tmp_path, GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), counter=None))
+    record = meter.run(timeseries={"sample_interval_ms": 200}, baseline={"enabled": False})
+    assert record.window.window_s >= 20
+
+
+def test_a_sampler_that_never_writes_is_an_error_with_its_file(meter: Meter) -> None:
+    meter.is_sampling = False
+    with pytest.raises(EngineError, match=PART_FILENAME) as caught:
+        meter.run()
+    assert caught.value.kind == "meter"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"energy": "nvml"}, "energy counter"),
+        ({"energy": "rapl"}, "rapl"),
+        ({"energy": "tdp_estimate"}, "design power"),
+        ({"phases": True}, "phases"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_the_load(meter: Meter, options: dict[str, Any], words: str) -> None:
+    meter.gpu = dataclasses.replace(meter.gpu, counter=None, instant=None, average=None)
+    with pytest.raises(MeterRefused, match=words):
+        meter.run(measurement={**QUICK, **options})
+    assert "load" not in meter.engine.calls
+
+
+def test_one_second_of_rest_after_another_is_told(meter: Meter) -> None:
+    meter.run()
+    told = [text for _, _, text in meter.listener.told]
+    assert "s idle without an engine" in told
+    assert "s settling" in told
+    assert told.index("s settling") < told.index("s idle after the window")
+
+
+PLUG_W = 500.0
+
+
+def plug(folder: Path, until_s: float) -> Path:
+    """The readings of a meter at the plug, one a second, from the begin of a log of 2026 on."""
+    path = folder / "plug.csv"
+    path.write_text("".join(f"{NEW_YEAR_S + second},{PLUG_W}\n" for second in range(-1, round(until_s))))
+    return path
+
+
+def with_plug(path: Path, **options: Any) -> dict[str, Any]:
+    return {"measurement": {**QUICK, "external_csv": str(path)}, "baseline": {"enabled": False}, **options}
+
+
+def test_a_meter_at_the_plug_that_writes_late_is_waited_for(meter: Meter) -> None:
+    path = plug(meter.folder, 3)
+
+    def write() -> None:
+        Meter.write(meter)
+        plug(meter.folder, (meter.clock.monotonic_ns() - meter.begun_ns) / 1e9 - 4)
+
+    meter.clock.write = write
+    record = meter.run(**with_plug(path))
+    assert record.energy.external_energy_j == pytest.approx(PLUG_W * record.window.window_s, rel=0.001)
+
+
+def test_a_meter_at_the_plug_that_stopped_costs_its_own_figure_alone(meter: Meter) -> None:
+    record = meter.run(**with_plug(plug(meter.folder, 4)))
+    assert record.energy.external_energy_j is None
+    assert "before the window closed" in record.energy.null_reasons["external_energy_j"]
+    assert record.energy.gpu_energy_j is not None
+
+
+def test_readings_that_are_lost_cost_their_own_figure_alone(meter: Meter) -> None:
+    path = plug(meter.folder, 4)
+
+    def write() -> None:
+        Meter.write(meter)
+        path.write_text("time,watts\nnow,much\n")
+
+    meter.clock.write = write
+    record = meter.run(**with_plug(path))
+    assert "'now' is no UTC time" in record.energy.null_reasons["external_energy_j"]
+    assert record.energy.gpu_energy_j is not None
+
+
+def test_readings_that_are_not_there_are_refused_before_the_load(meter: Meter) -> None:
+    with pytest.raises(MeterRefused, match="external_csv"):
+        meter.run(**with_plug(meter.folder / "nowhere.csv"))
+    assert "load" not in meter.engine.calls

@@ -1,0 +1,239 @@
+"""What the supervisor makes of things that happen at the same moment, which real processes do only now and then."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lem.base import process
+from lem.worker.channel import LineBuffer, decode_report, encode_line
+from lem.worker.engine_child import EndStep, EngineChild
+from lem.worker.supervisor import Supervisor
+from tests.unit.worker.piped_engine import PipedEngine
+
+ROOT = Path(__file__).resolve().parents[3]
+
+RESULT = {"type": "result", "valid": True, "engine_load_id": "load-1", "engine_reused": False, "summary": {}}
+ERROR = {"type": "error", "kind": "engine", "message": "", "hint": "", "permanent": False, "phase": "window"}
+
+
+def run_message(folder: Path, name: str, *, engine_key: str = "key", keep_engine: bool = True) -> dict[str, Any]:
+    (folder / name).mkdir()
+    return {
+        "type": "run",
+        "config": {},
+        "identity": {"experiment_id": name},
+        "result_dir": str(folder / name),
+        "engine_key": engine_key,
+        "keep_engine": keep_engine,
+    }
+
+
+class Host:
+    """Both ends that a host has, and a supervisor at work on a thread."""
+
+    def __init__(self, *engines: PipedEngine) -> None:
+        waiting = list(engines)
+        host_in, self.orders = os.pipe()
+        self._reports, host_out = os.pipe()
+        wakeup, self.signals = os.pipe()
+        start: Callable[[], EngineChild] = lambda: waiting.pop(0)  # type: ignore[assignment,return-value] # noqa: E731
+        self.supervisor = Supervisor(host_in, host_out, wakeup, start)
+        self._lines = LineBuffer()
+        self._messages: list[dict[str, Any]] = []
+        self.exit_codes: list[int] = []
+        self._thread = threading.Thread(target=lambda: self.exit_codes.append(self.supervisor.run()), daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def order(self, *messages: Mapping[str, Any]) -> None:
+        os.write(self.orders, b"".join(map(encode_line, messages)))
+
+    def until(self, kind: str, /, **fields: object) -> dict[str, Any]:
+        while True:
+            while self._messages:
+                message = self._messages.pop(0)
+                if message["type"] == kind and all(message.get(name) == value for name, value in fields.items()):
+                    return message
+            self._messages += map(decode_report, self._lines.feed(os.read(self._reports, 65536)))
+
+    def join(self) -> int:
+        self._thread.join()
+        return self.exit_codes[0]
+
+
+@pytest.fixture
+def engine() -> PipedEngine:
+    return PipedEngine()
+
+
+def test_what_was_printed_before_an_error_is_in_its_tail(tmp_path: Path, engine: PipedEngine):
+    host = Host(engine)
+
+    def fail(message: Mapping[str, Any]) -> None:
+        engine.say({**ERROR, "exp_id": "e", "engine_lost": False})
+        engine.print("line\n" * 10_000 + "last words\n")
+
+    engine.on_run = fail
+    host.start()
+    host.order(run_message(tmp_path, "e"))
+
+    assert host.until("error")["log_tail"].splitlines()[-1] == "last words"
+
+
+def test_an_engine_that_ends_while_the_next_experiment_comes_has_its_say_first(tmp_path: Path, engine: PipedEngine):
+    second = PipedEngine()
+    host = Host(engine, second)
+    next_run = run_message(tmp_path, "e2")
+
+    def answer_and_end(message: Mapping[str, Any]) -> None:
+        engine.say({**RESULT, "exp_id": "e1"})
+        engine.exit_code, engine.looks_survived = 0, 1  # seen when the next order comes, not at the end of this turn
+        host.order(next_run)  # read in the same turn as the answer, and before it
+
+    engine.on_run = answer_and_end
+    second.on_run = lambda message: second.say({**RESULT, "exp_id": "e2", "engine_load_id": "load-2"})
+    host.start()
+    host.order(run_message(tmp_path, "e1"))
+
+    assert host.until("result")["exp_id"] == "e1"
+    assert host.until("result")["engine_load_id"] == "load-2"
+
+
+def test_a_late_answer_is_not_taken_for_the_next_experiment(tmp_path: Path, engine: PipedEngine):
+    host = Host(engine)
+    answers = {"e1": ("e1", "e0", "e1"), "e2": ("e1", "e2")}
+
+    def answer(message: Mapping[str, Any]) -> None:
+        for name in answers[message["identity"]["experiment_id"]]:
+            engine.say({**RESULT, "exp_id": name})
+
+    engine.on_run = answer
+    host.start()
+    host.order(run_message(tmp_path, "e1"))
+    assert host.until("result")["exp_id"] == "e1"
+    host.order(run_message(tmp_path, "e2"))
+
+    assert host.until("result")["exp_id"] == "e2"
+
+
+def test_an_engine_process_that_talks_nonsense_is_ended_and_its_experiment_answered(
+    tmp_path: Path, engine: PipedEngine
+):
+    host = Host(engine)
+    engine.on_run = lambda _message: engine.say_raw(b"CUDA initialised\n")
+    host.start()
+    host.order(run_message(tmp_path, "e"))
+
+    error = host.until("error")
+
+    assert (error["kind"], error["exp_id"], error["engine_lost"]) == ("channel", "e", True)
+    assert "CUDA initialised" in error["message"]
+    assert engine.steps == [EndStep.TERM]
+
+
+@pytest.mark.parametrize(
+    ("answer", "keep_engine", "steps"),
+    [
+        (RESULT, True, []),
+        (RESULT, False, [EndStep.QUIT]),
+        ({**ERROR, "engine_lost": False}, True, []),
+        ({**ERROR, "engine_lost": True}, True, [EndStep.TERM]),
+    ],
+)
+def test_the_engine_is_kept_asked_to_leave_or_ended(
+    tmp_path: Path, engine: PipedEngine, answer: Mapping[str, Any], keep_engine: bool, steps: list[EndStep]
+):
+    host = Host(engine)
+    engine.on_run = lambda _message: engine.say({**answer, "exp_id": "e"})
+    host.start()
+    host.order(run_message(tmp_path, "e", keep_engine=keep_engine))
+
+    host.until(answer["type"], exp_id="e")
+
+    assert engine.steps == steps
+
+
+def test_an_experiment_for_another_engine_waits_until_the_first_is_gone(tmp_path: Path, engine: PipedEngine):
+    second = PipedEngine()
+    host = Host(engine, second)
+    engine.on_run = lambda _message: engine.say({**RESULT, "exp_id": "e1"})
+    second.on_run = lambda _message: second.say({**RESULT, "exp_id": "e2"})
+    host.start()
+    host.order(run_message(tmp_path, "e1"))
+    host.until("result")
+
+    host.order(run_message(tmp_path, "e2", engine_key="other"), {"type": "unload"})
+    assert "e2 is running" in host.until("error", kind="channel")["message"]
+    assert engine.steps == [EndStep.QUIT]
+    assert second.engine_key is None
+
+    engine.exit_code = 0
+    os.write(host.signals, bytes([signal.SIGCHLD]))
+    assert host.until("result", exp_id="e2")
+    assert second.engine_key == "other"
+
+
+def test_a_second_signal_ends_the_engine_sooner(tmp_path: Path, engine: PipedEngine):
+    host = Host(engine)
+    host.start()
+    host.order(run_message(tmp_path, "e"))
+    host.until("engine")
+
+    os.write(host.signals, bytes([signal.SIGTERM]))
+    host.until("error", exp_id="e", kind="died")
+    os.write(host.signals, bytes([signal.SIGTERM]))
+
+    assert host.join() == 143
+    assert engine.steps == [EndStep.TERM, None]
+
+
+def test_an_engine_that_kill_does_not_end_is_told_and_given_up(tmp_path: Path, engine: PipedEngine):
+    host = Host(engine)
+    engine.on_run = lambda _message: setattr(engine, "is_stuck", True)
+    host.start()
+    host.order(run_message(tmp_path, "e"))
+
+    error = host.until("error", exp_id="e")
+
+    assert "does not end after SIGKILL" in error["message"]
+    assert host.join() == 1
+
+
+def test_a_host_that_reads_no_more_is_a_host_that_is_gone(tmp_path: Path, engine: PipedEngine):
+    host = Host(engine)
+    host.start()
+    host.until("hello")
+    engine.on_run = lambda _message: setattr(engine, "exit_code", 0)
+    os.close(host._reports)
+
+    host.order(run_message(tmp_path, "e"))
+
+    assert host.join() == 0
+
+
+def test_what_a_supervisor_prints_does_not_reach_the_channel(tmp_path: Path):
+    script = (
+        "from lem.base.errors import UserError\n"
+        "from lem.worker.supervisor import supervise\n"
+        "def start():\n"
+        "    print('stray', flush=True)\n"
+        "    raise UserError('no engine today')\n"
+        "supervise(start)\n"
+    )
+    order = encode_line(run_message(tmp_path, "e"))
+
+    finished = process.run((sys.executable, "-c", script), timeout_s=60, stdin=order, cwd=ROOT)
+
+    reports = [decode_report(line) for line in LineBuffer().feed(finished.stdout.encode())]
+    assert [item["type"] for item in reports] == ["hello", "error"]
+    assert "no engine today" in reports[1]["message"]
+    assert "stray" in finished.stderr

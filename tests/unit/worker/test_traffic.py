@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+import threading
+from collections.abc import Sequence
+from queue import SimpleQueue
+
+import pytest
+
+from lem.base.clock import SystemClock
+from lem.base.errors import EngineError
+from lem.engines.protocol import Completion, RequestQueue, TokenRequest
+from lem.worker.traffic import PreparedQueue, TrafficPlan, arrival_offsets_s, measure_traffic, serve_all
+from lem.worker.window import MeasuredWindow
+from tests.records import codes
+from tests.unit.worker.timed_backend import NS_PER_MS, SteppedClock, TimedBackend, make_requests
+
+
+def closed_loop(concurrency: int, min_window_s: float = 0.05) -> TrafficPlan:
+    return TrafficPlan("closed", 1.0, concurrency, seed=1, min_window_s=min_window_s, ramp_limit_s=10.0)
+
+
+def open_loop(
+    qps: float, min_window_s: float = 0.1, *, mode: str = "constant", ramp_limit_s: float = 1.0, seed: int | None = 1
+) -> TrafficPlan:
+    return TrafficPlan(mode, qps, 1, seed=seed, min_window_s=min_window_s, ramp_limit_s=ramp_limit_s)
+
+
+def measure(backend: TimedBackend, plan: TrafficPlan, requests: Sequence[TokenRequest] | None = None) -> MeasuredWindow:
+    given = make_requests(4) if requests is None else requests
+    return measure_traffic(backend, given, plan, backend.clock, lambda _: None)
+
+
+def take_offsets(mode: str, qps: float, seed: int, count: int) -> list[float]:
+    return list(itertools.islice(arrival_offsets_s(mode, qps, random.Random(seed)), count))
+
+
+def test_constant_arrivals_are_evenly_spaced() -> None:
+    assert take_offsets("constant", 4.0, 1, 4) == [0.0, 0.25, 0.5, 0.75]
+
+
+def test_poisson_arrivals_have_the_rate_and_the_spread_of_exponential_gaps() -> None:
+    offsets = take_offsets("poisson", 5.0, 7, 20_000)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(offsets)]
+    assert statistics.fmean(gaps) == pytest.approx(0.2, rel=0.03)
+    assert statistics.stdev(gaps) == pytest.approx(0.2, rel=0.05)
+
+
+def test_same_seed_gives_the_same_arrivals_and_another_seed_others() -> None:
+    assert take_offsets("poisson", 5.0, 7, 50) == take_offsets("poisson", 5.0, 7, 50)
+    assert take_offsets("poisson", 5.0, 7, 50) != take_offsets("poisson", 5.0, 8, 50)
+
+
+def test_closed_loop_keeps_its_requests_in_flight() -> None:
+    backend = TimedBackend(SteppedClock(), width=8)
+    measure(backend, closed_loop(3))
+    assert {len(batch) for batch in backend.batches} == {3}
+
+
+def test_closed_loop_window_opens_after_one_turn_and_closes_under_load() -> None:
+    clock = SteppedClock()
+    backend = TimedBackend(clock, width=2)  # a turn is a 10 ms prefill and four steps of 1 ms
+    found = measure(backend, closed_loop(2, min_window_s=0.05))
+    assert found.opened_ns - clock.start_ns == 14 * NS_PER_MS
+    assert found.closed_ns - clock.start_ns == 70 * NS_PER_MS
+    assert len(found.requests) == 8
+    assert found.output_tok == 8 * 4
+    assert found.input_tok == 8 * 3
+    assert found.repeats == 2
+    assert found.steady is True
+    assert found.warnings == ()
+
+
+def test_closed_loop_answers_as_many_requests_as_there_are_prompts() -> None:
+    found = measure(TimedBackend(SteppedClock(), width=2), closed_loop(2, min_window_s=0.0), make_requests(10))
+    assert len(found.requests) == 10
+
+
+def test_closed_loop_latency_counts_from_the_hand_in_before_it() -> None:
+    found = measure(TimedBackend(SteppedClock(), width=1), closed_loop(2))
+    # of two in flight, one waits for the other's turn of 14 ms
+    assert {item.started_ns - (item.arrived_ns or 0) for item in found.requests} == {14 * NS_PER_MS}
+    assert {item.finished_ns - (item.arrived_ns or 0) for item in found.requests} == {28 * NS_PER_MS}
+
+
+def test_open_loop_requests_arrive_while_a_batch_is_in_progress() -> None:
+    clock = SteppedClock()
+    found = measure(TimedBackend(clock, width=8), open_loop(100.0))
+    arrivals = [(item.arrived_ns or 0) - clock.start_ns for item in found.requests]
+    assert all(arrived % (10 * NS_PER_MS) == 0 for arrived in arrivals), "the schedule holds whatever the engine does"
+    # a turn takes 14 ms, so that only each seventh request arrives between two turns
+    assert all(
+        (item.started_ns > (item.arrived_ns or 0)) == (arrived % (70 * NS_PER_MS) != 0)
+        for item, arrived in zip(found.requests, arrivals, strict=True)
+    )
+
+
+def test_open_loop_latency_counts_from_the_scheduled_time() -> None:
+    clock = SteppedClock()
+    found = measure(TimedBackend(clock, width=1), open_loop(100.0, ramp_limit_s=0.0, min_window_s=0.05))
+    times = [(item.arrived_ns, item.started_ns, item.finished_ns) for item in found.requests]
+    # arrivals at 0, 10, 20 ms; a turn takes 14 ms, so each waits 4 ms more than the one before
+    assert [
+        tuple((stamp - clock.start_ns) // NS_PER_MS for stamp in stamps if stamp is not None) for stamps in times
+    ] == [(0, 0, 14), (10, 14, 28), (20, 28, 42)]
+
+
+def test_a_prompt_set_that_was_not_gone_through_is_not_said_to_have_been() -> None:
+    overloaded = open_loop(100.0, ramp_limit_s=0.0, min_window_s=0.05)
+    found = measure(TimedBackend(SteppedClock(), width=1), overloaded, make_requests(4))
+    assert (len(found.requests), found.repeats) == (3, 0)
+
+
+def test_an_idle_engine_waits_for_the_next_arrival() -> None:
+    found = measure(TimedBackend(SteppedClock()), open_loop(1.0, min_window_s=3.0))
+    assert all(item.started_ns == item.arrived_ns for item in found.requests)
+    assert found.window_s == pytest.approx(4.0)  # the time it takes to offer four prompts
+    assert len(found.requests) == 4
+
+
+def test_open_loop_window_has_its_length_whatever_the_engine_does() -> None:
+    found = measure(TimedBackend(SteppedClock(), width=1), open_loop(20.0, min_window_s=0.33))
+    assert found.window_s == pytest.approx(0.33)
+
+
+def test_load_above_capacity_is_told() -> None:
+    found = measure(TimedBackend(SteppedClock(), width=1), open_loop(1000.0, min_window_s=1.0, ramp_limit_s=0.5))
+    assert {"load_too_high", "ramp_cut_short"} <= set(codes(found.warnings))
+    assert found.window_s == pytest.approx(1.0)
+
+
+def test_load_below_capacity_is_not_warned_of() -> None:
+    found = measure(TimedBackend(SteppedClock(), width=4), open_loop(50.0, min_window_s=2.0, mode="poisson"))
+    assert found.warnings == ()
+
+
+def test_tokens_count_by_their_own_time_and_requests_by_their_end() -> None:
+    clock = SteppedClock()
+    backend = TimedBackend(clock, width=1, prefill_ms=0.0, token_ms=30.0)  # 120 ms a request of four tokens
+    found = measure(backend, open_loop(1000.0, min_window_s=0.2, ramp_limit_s=0.05), make_requests(1))
+    # opened at the first hand-in, 120 ms; closed at 320 ms; tokens at 150, 180, 210, 240, 270, 300 | 330, 360
+    assert (found.opened_ns - clock.start_ns, found.closed_ns - clock.start_ns) == (120 * NS_PER_MS, 320 * NS_PER_MS)
+    assert found.output_tok == 6
+    assert len(found.requests) == 1
+    assert found.input_tok == 2 * 3, "two prefills were done in the window"
+
+
+def test_without_token_times_tokens_count_at_the_end_and_the_record_says_so() -> None:
+    found = measure(TimedBackend(SteppedClock(), is_timing_tokens=False), closed_loop(2))
+    assert found.output_tok == len(found.requests) * 4
+    assert "tokens_untimed" in codes(found.warnings)
+
+
+def test_a_slowing_engine_is_not_steady() -> None:
+    slowing = TimedBackend(SteppedClock(), slow_down=lambda batches: 1 + batches / 20)
+    assert measure(slowing, closed_loop(2, min_window_s=0.2)).steady is False
+
+
+def test_failed_requests_are_counted() -> None:
+    backend = TimedBackend(SteppedClock(), width=2, fails=lambda request: request.index % 4 == 1)
+    found = measure(backend, closed_loop(2, min_window_s=0.2))
+    assert len(found.failures) == pytest.approx(len(found.requests) / 3, abs=1)
+    assert found.output_tok == len(found.requests) * 4
+
+
+@pytest.mark.parametrize("plan", [closed_loop(2, min_window_s=3600.0), open_loop(20.0, min_window_s=3600.0)])
+def test_a_load_that_fails_as_a_whole_is_not_kept_up(plan: TrafficPlan) -> None:
+    found = measure(TimedBackend(SteppedClock(), width=2, fails=lambda _: True), plan)
+    assert 4 <= len(found.failures) <= 6
+    assert found.requests == ()
+    assert found.window_s < 10
+    assert found.steady is None
+
+
+def test_prompts_are_offered_in_turn() -> None:
+    found = measure(TimedBackend(SteppedClock(), width=2), closed_loop(2), make_requests(3))
+    indices = [item.prompt_index for item in found.outputs]
+    assert indices == [(indices[0] + offset) % 3 for offset in range(len(indices))]
+
+
+def test_requests_in_flight_have_indices_of_their_own() -> None:
+    backend = TimedBackend(SteppedClock(), width=8)
+    measure(backend, closed_loop(6), make_requests(2))
+    assert all(len({request.index for request in batch}) == len(batch) for batch in backend.batches)
+
+
+def test_progress_tells_the_requests_answered() -> None:
+    backend = TimedBackend(SteppedClock())
+    done: list[int] = []
+    measure_traffic(backend, make_requests(4), closed_loop(2), backend.clock, done.append)
+    assert done == list(range(1, len(done) + 1))
+
+
+class Forgetful(TimedBackend):
+    """Never answers its third request."""
+
+    def serve(self, queue: RequestQueue) -> None:
+        while requests := queue.take(self.width):
+            for completion in self._run(requests, is_timed=True):
+                if completion.index != 2:
+                    queue.complete(completion)
+
+
+class Stubborn(TimedBackend):
+    """Answers everything twice."""
+
+    def serve(self, queue: RequestQueue) -> None:
+        while requests := queue.take(self.width):
+            for completion in self._run(requests, is_timed=True):
+                queue.complete(completion)
+                queue.complete(completion)
+
+
+class Quitter(TimedBackend):
+    """Stops after one batch."""
+
+    def serve(self, queue: RequestQueue) -> None:
+        for completion in self._run(queue.take(self.width), is_timed=True):
+            queue.complete(completion)
+
+
+class Broken(TimedBackend):
+    """Fails as a whole."""
+
+    def serve(self, queue: RequestQueue) -> None:
+        queue.take(1)
+        raise EngineError("out of something", kind="out_of_memory")
+
+
+def test_a_request_that_was_never_answered_counts_as_failed() -> None:
+    found = measure(Forgetful(SteppedClock(), width=2), open_loop(100.0))
+    assert found.failures == ("request 2: the backend gave no answer",)
+
+
+@pytest.mark.parametrize("plan", [closed_loop(2), open_loop(100.0)])
+def test_an_answer_given_twice_is_refused(plan: TrafficPlan) -> None:
+    with pytest.raises(EngineError, match="did not have"):
+        measure(Stubborn(SteppedClock()), plan)
+
+
+def test_an_engine_that_stops_serving_too_early_is_refused() -> None:
+    with pytest.raises(EngineError, match="before the window had closed"):
+        measure(Quitter(SteppedClock()), closed_loop(2))
+
+
+def test_a_failure_of_the_engine_surfaces_as_it_is() -> None:
+    with pytest.raises(EngineError, match="out of something") as caught:
+        measure(Broken(SteppedClock()), closed_loop(2))
+    assert caught.value.kind == "out_of_memory"
+
+
+def test_a_prepared_queue_serves_everything_and_is_then_closed() -> None:
+    backend = TimedBackend(SteppedClock(), width=2)
+    assert sorted(item.index for item in serve_all(backend, make_requests(5))) == [0, 1, 2, 3, 4]
+    assert [len(batch) for batch in backend.batches] == [2, 2, 1]
+    assert PreparedQueue([]).take(1) == ()
+
+
+Handover = SimpleQueue[tuple[TokenRequest, ...]]
+
+
+class ThreadedBackend(TimedBackend):
+    """Takes requests in one thread and works on them in another, as continuous batching does; by the real clock.
+
+    With `is_holding` it works on its first request until it has taken another one.
+    """
+
+    is_holding = False
+
+    def serve(self, queue: RequestQueue) -> None:
+        self.has_taken_meanwhile = threading.Event()
+        self._is_at_work = threading.Event()
+        taken = Handover()
+        worker = threading.Thread(target=self._work, args=(queue, taken))
+        worker.start()
+        while requests := queue.take(3):
+            if self._is_at_work.is_set():
+                self.has_taken_meanwhile.set()
+            taken.put(requests)
+            self._is_at_work.wait(timeout=60)
+        taken.put(())
+        worker.join()
+
+    def _work(self, queue: RequestQueue, taken: Handover) -> None:
+        real = SystemClock()
+        while requests := taken.get():
+            for request in requests:
+                begin_ns = real.monotonic_ns()
+                self._is_at_work.set()
+                if self.is_holding:
+                    self.has_taken_meanwhile.wait(timeout=60)
+                end_ns = real.monotonic_ns()
+                queue.complete(Completion(request.index, (7,), begin_ns, end_ns, (end_ns,)))
+
+
+def test_real_threads_in_a_closed_loop_answer_every_request_once() -> None:
+    backend = ThreadedBackend(SteppedClock())
+    plan = closed_loop(2, min_window_s=0.02)
+    found = measure_traffic(backend, make_requests(5), plan, SystemClock(), lambda _: None)
+    assert found.failures == ()
+    assert len(found.requests) >= 5
+    assert all(item.started_ns >= (item.arrived_ns or 0) for item in found.requests)
+
+
+def test_real_threads_in_an_open_loop_get_requests_while_they_work() -> None:
+    backend = ThreadedBackend(SteppedClock())
+    backend.is_holding = True
+    plan = open_loop(500.0, min_window_s=0.05, mode="poisson", ramp_limit_s=0.01)
+    found = measure_traffic(backend, make_requests(5), plan, SystemClock(), lambda _: None)
+    assert backend.has_taken_meanwhile.is_set(), "no request arrived as long as the first was worked on"
+    assert found.failures == ()
+    assert all(item.started_ns >= (item.arrived_ns or 0) for item in found.requests)
