@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lem.orchestration.executor_choice import ExecutorChoice
     from lem.orchestration.order import Prices
     from lem.orchestration.plan import Plan
-    from lem.results.precision import StoppingRule, Target
+    from lem.results.run import StoppingRule, Target
 
 
 # Options that stand for one key of the file: their value wins over the file's.
@@ -187,7 +187,7 @@ def _part(args: argparse.Namespace, plan: Plan) -> tuple[Plan, FleetPart | None]
 
 
 def _target(text: str) -> Target:
-    from lem.results.precision import parse_target
+    from lem.results.run import parse_target
 
     try:
         return parse_target(text)

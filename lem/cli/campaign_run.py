@@ -41,7 +41,7 @@ from lem.orchestration.schedule import StopRequest
 from lem.orchestration.status import Event
 from lem.orchestration.systemd import Course, Notification, Scheduler, ServiceManager, notify
 from lem.orchestration.topup import make_rule
-from lem.results.precision import StoppingRule, Target
+from lem.results.run import StoppingRule, Target
 
 _logger = logging.getLogger("lem.campaign")
 

@@ -148,9 +148,9 @@ def _measure(args: argparse.Namespace, campaign: CampaignConfig, plan: Plan, err
 
 def _show(args: argparse.Namespace, campaign: CampaignConfig, outcome: CampaignOutcome, out: TextIO) -> None:
     from lem.record import encode_record
-    from lem.results.run import summarise
+    from lem.results.run import make_run
     from lem.results.store import Repository
-    from lem.results.table import render_record, render_summary
+    from lem.results.table import render_record, render_run
 
     run_id = str(outcome.manifest.run_id)
     results = Repository(Path(campaign.io.results_dir), campaign.slug).scan(run_id).results
@@ -170,8 +170,8 @@ def _show(args: argparse.Namespace, campaign: CampaignConfig, outcome: CampaignO
     if len(records) == 1:
         out.write(render_record(records[0], is_colour=is_colour, width=width))
     elif records:
-        summary = summarise(records, campaign_name=campaign.campaign_name, run_id=run_id)
-        out.write(render_summary(summary, is_colour=is_colour, width=width))
+        found = make_run(records, campaign_name=campaign.campaign_name, run_id=run_id)
+        out.write(render_run(found, is_colour=is_colour, width=width))
     if results:
         out.write("\n" + "".join(f"{item.path}\n" for item in results))
 

@@ -14,7 +14,7 @@ from lem.base.log import WIDTH
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.order import Prices
 from lem.orchestration.plan import CampaignExperiment, Plan
-from lem.results.precision import StoppingRule
+from lem.results.run import StoppingRule
 
 _REASONS_SHOWN = 10
 _ORDER_SHOWN = 30

@@ -22,10 +22,9 @@ from lem.orchestration.manifest import FAILED, SKIPPED
 from lem.orchestration.status import Event, Observer
 from lem.orchestration.systemd import ServiceManager
 from lem.record import Record
-from lem.results.precision import read_stopping_rule
-from lem.results.run import CampaignSummary, summarise, summary_document
+from lem.results.run import Run, make_run, read_stopping_rule, run_document
 from lem.results.store import Repository
-from lem.results.table import render_summary
+from lem.results.table import render_run
 
 _logger = logging.getLogger(__name__)
 
@@ -305,9 +304,9 @@ def show_results(campaign: CampaignConfig, outcome: CampaignOutcome, out: TextIO
     """Write the table, or the summary as one JSON object on a line; nothing where there is nothing to show."""
     summary = _summarise(campaign, outcome)
     if is_json:
-        text = json.dumps({"event": "summary", **summary_document(summary)}, ensure_ascii=False) + "\n"
+        text = json.dumps({"event": "summary", **run_document(summary)}, ensure_ascii=False) + "\n"
     elif summary.configurations:
-        text = render_summary(summary, is_colour=log.is_colour_wanted(out), width=terminal_width(out))
+        text = render_run(summary, is_colour=log.is_colour_wanted(out), width=terminal_width(out))
     else:
         return
     try:
@@ -384,8 +383,8 @@ def _message(campaign: CampaignConfig, event: str, **data: Any) -> dict[str, Any
     return {"event": event, "campaign": campaign.campaign_name, "campaign_id": campaign.campaign_id, **data}
 
 
-def _summarise(campaign: CampaignConfig, outcome: CampaignOutcome) -> CampaignSummary:
-    return summarise(
+def _summarise(campaign: CampaignConfig, outcome: CampaignOutcome) -> Run:
+    return make_run(
         _records(campaign, outcome),
         failed=_failed_by_name(outcome),
         campaign_name=campaign.campaign_name,

@@ -77,20 +77,10 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
 
 
 def _compose(scan: Scan, chosen: SelectedRun) -> Report:
-    from lem.results.precision import read_stopping_rule
     from lem.results.report.content import compose
     from lem.results.report.page import failed_settings, select_traced
-    from lem.results.store import count_failed
 
-    report = compose(
-        [item.record for item in scan.results],
-        problems=scan.problems,
-        failed=count_failed(scan),
-        failed_settings=failed_settings(scan),
-        stopping=read_stopping_rule(chosen.folder),
-        campaign_name=chosen.campaign,
-        run_id=chosen.run_id,
-    )
+    report = compose(chosen.read(), failed_settings(scan))
     logs = _with_log(scan.results)
     traces, notes = _traces(select_traced(report.entries, logs))
     return dataclasses.replace(report, traces=tuple(traces), trace_notes=tuple(notes), n_logs=len(logs))

@@ -31,7 +31,7 @@ from lem.orchestration.schedule import StopRequest
 from lem.orchestration.session import RunIdentity, Session, check_supported, find_environment, gpus_of
 from lem.orchestration.status import ACTIVITY_NAME, ActivityWriter, Observer
 from lem.record import Record
-from lem.results.precision import write_stopping_rule
+from lem.results.run import write_stopping_rule
 from lem.results.store import Repository
 
 __all__ = ["CampaignExperiment", "CampaignOutcome", "CampaignRunner", "RunOptions"]

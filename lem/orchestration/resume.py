@@ -23,7 +23,7 @@ from lem.orchestration.manifest import (
     CampaignManifestEntry,
     ManifestManager,
 )
-from lem.results.precision import StoppingRule
+from lem.results.run import StoppingRule
 from lem.results.store import Repository
 
 INTERRUPTED = "interrupted"

@@ -11,7 +11,7 @@ from lem.base.units import some_of
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.manifest import TOP_UP_NOTE, CampaignManifest
 from lem.record import Record
-from lem.results.precision import LEAST_CYCLES, MOST_CYCLES, Precision, StoppingRule, Target, measure_precision
+from lem.results.run import LEAST_CYCLES, MOST_CYCLES, Precision, StoppingRule, Target, measure_precision
 
 _SHOWN = 3
 

@@ -39,7 +39,7 @@ from lem.orchestration.resume import resume_text
 from lem.orchestration.schedule import Stop, next_daemon_step, waiting_text
 from lem.results.aggregation import aggregate_campaign_results
 from lem.results.bootstrap import BootstrapResult, bootstrap_ci, compute_metric_ci
-from lem.results.run import summarise, summary_document
+from lem.results.run import make_run, run_document
 from tests.campaign_doubles import Place, make_campaign
 from tests.campaign_rig import campaign_text
 from tests.command_rig import run_lem
@@ -521,8 +521,8 @@ def test_texts_people_grep_for(tmp_path: Path) -> None:
     assert build_plan(campaign).summary == "Generated 2 experiments (0 filtered, 0 warnings)"
     manifest = manifest_of("completed", "completed", "failed", "pending", "pending")
     assert resume_text(manifest) == "Resuming: 3 remaining (2 completed, 1 failed)"
-    summary = summarise([make_record()], campaign_name="demo", run_id="20260714T100000Z-3fa1")
-    assert summary_document(summary)["note"] == "Single cycle: use --cycles 3+ for confidence intervals"
+    summary = make_run([make_record()], campaign_name="demo", run_id="20260714T100000Z-3fa1")
+    assert run_document(summary)["note"] == "Single cycle: use --cycles 3+ for confidence intervals"
     noon, at = datetime(2026, 7, 14, 12, tzinfo=timezone.utc), datetime(2026, 7, 14, 22, 5, tzinfo=timezone.utc)
     waiting = waiting_text(at, noon, is_daemon=True, zone=timezone.utc)
     assert waiting == "Daemon: waiting until 22:05 to start campaign"

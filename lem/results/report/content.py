@@ -12,14 +12,12 @@ from typing import Any
 from lem.base import units
 from lem.base.doc import SEPARATORS, name_tokens, printable, text_width
 from lem.record import Gpu, Record
-from lem.results.aggregation import ConfigAggregate, estimate_note
-from lem.results.check import check_run
-from lem.results.check_results import Finding
-from lem.results.metrics import METRIC_BY_NAME, Metric, used_records
-from lem.results.precision import StoppingRule
+from lem.results.aggregation import Configuration, estimate_note
+from lem.results.check import Finding, check_run
+from lem.results.metrics import METRIC_BY_NAME, Metric
 from lem.results.report.markup import Cell, Markup, absent, count_cell, details, scroller, table
 from lem.results.report.plot import GROUPS_MAX, Trace
-from lem.results.run import CampaignSummary, summarise
+from lem.results.run import Run
 from lem.results.store import Problem
 
 _LABEL_WIDTH = 32
@@ -66,7 +64,7 @@ class Entry:
     number: int
     name: str
     label: str
-    aggregate: ConfigAggregate
+    aggregate: Configuration
     records: tuple[Record, ...]
     used: tuple[Record, ...]
     settings: Mapping[str, str]
@@ -80,19 +78,16 @@ class Entry:
     @property
     def has_energy(self) -> bool:
         """Whether a valid result has energy per output token."""
-        return bool(self.aggregate.metrics["energy_per_output_tok_j"].values)
+        return bool(self.aggregate.estimate("energy_per_output_tok_j").values)
 
     def centre(self, metric: str) -> float | None:
         """The geometric mean over the cycles."""
-        interval = self.aggregate.metrics[metric].t_log
-        return interval.geometric_mean if interval else None
+        return self.aggregate.estimate(metric).value
 
     def span(self, metric: str) -> tuple[float, float] | None:
         """The t interval; None where there is none."""
-        interval = self.aggregate.metrics[metric].t_log
-        if interval is None or interval.ci_lower is None or interval.ci_upper is None:
-            return None
-        return interval.ci_lower, interval.ci_upper
+        estimate = self.aggregate.estimate(metric)
+        return None if estimate.low is None or estimate.high is None else (estimate.low, estimate.high)
 
 
 @dataclass(frozen=True)
@@ -110,7 +105,7 @@ class Report:
         n_logs: how many experiments have a sample log.
     """
 
-    summary: CampaignSummary
+    run: Run
     findings: tuple[Finding, ...]
     headline: Metric
     entries: tuple[Entry, ...]
@@ -135,32 +130,14 @@ class Report:
         return f" {note}" if note else ""
 
 
-def compose(
-    records: Sequence[Record],
-    *,
-    problems: Sequence[Problem] = (),
-    failed: Mapping[str, int] | None = None,
-    failed_settings: Sequence[FailedSettings] = (),
-    stopping: StoppingRule | None = None,
-    campaign_name: str = "",
-    run_id: str = "",
-) -> Report:
-    """The content of the page from the results of one campaign.
+def compose(run: Run, failed_settings: Sequence[FailedSettings] = ()) -> Report:
+    """The content of the page.
 
     Args:
-        records: all whole results, valid or not, of all attempts.
-        problems: what stands in the place of results.
-        failed: per configuration name, how many experiments gave no result.
         failed_settings: of configurations that appear in no record.
-        stopping: the rule by which cycles were added; None where their number was fixed.
-        campaign_name, run_id: what to call a campaign of which there is no result that says it.
     """
-    check = check_run(records, failed=failed, problems=problems, stopping=stopping)
-    summary = summarise(records, failed=failed, campaign_name=campaign_name, run_id=run_id, stopping=stopping)
-    headline = _headline(summary)
-    by_name: dict[str, list[Record]] = {item.config_name: [] for item in summary.configurations}
-    for record in sorted(records, key=_moment):
-        by_name[record.identity.config_name].append(record)
+    headline = _headline(run)
+    by_name = {item.name: item.records for item in run.configurations}
     known = {item.name: item.settings for item in failed_settings}
     settings = {name: flat_settings(found[0].requested) if found else known.get(name, {})
                 for name, found in by_name.items()}  # fmt: skip
@@ -169,23 +146,23 @@ def compose(
     entries = tuple(
         Entry(
             number=number,
-            name=printable(item.config_name),
-            label=labels[item.config_name],
+            name=printable(item.name),
+            label=labels[item.name],
             aggregate=item,
-            records=tuple(by_name[item.config_name]),
-            used=used_records(by_name[item.config_name]),
-            settings=settings[item.config_name],
-            group=group_of[item.config_name],
+            records=item.records,
+            used=item.used,
+            settings=settings[item.name],
+            group=group_of[item.name],
         )
-        for number, item in enumerate(_by_merit(summary.configurations, headline), 1)
+        for number, item in enumerate(_by_merit(run.configurations, headline), 1)
     )
     return Report(
-        summary=summary,
-        findings=check.findings,
+        run=run,
+        findings=check_run(run).findings,
         headline=headline,
         entries=_with_groups_of_merit(entries) if grouped_by == "configuration" else entries,
-        records=tuple(sorted(records, key=_moment)),
-        problems=tuple(problems),
+        records=tuple(sorted(run.records, key=_moment)),
+        problems=run.problems,
         failed_settings=tuple(failed_settings),
         groups=tuple(entry.label for entry in entries) if grouped_by == "configuration" else groups,
         grouped_by=grouped_by,
@@ -206,19 +183,18 @@ def flat_settings(requested: Mapping[str, Any], prefix: str = "") -> dict[str, s
     return found
 
 
-def _headline(summary: CampaignSummary) -> Metric:
+def _headline(run: Run) -> Metric:
     energy = "energy_per_output_tok_j"
-    estimates = [item.metrics[energy] for item in summary.configurations]
+    estimates = [item.estimate(energy) for item in run.configurations]
     is_measured = any(estimate.values or estimate.all_attempts for estimate in estimates)
     return METRIC_BY_NAME[energy if is_measured else "output_tok_per_s"]
 
 
-def _by_merit(configurations: Iterable[ConfigAggregate], metric: Metric) -> list[ConfigAggregate]:
+def _by_merit(configurations: Iterable[Configuration], metric: Metric) -> list[Configuration]:
     sign = 1 if metric.group == "energy" else -1
 
-    def merit(item: ConfigAggregate) -> tuple[bool, float]:
-        interval = item.metrics[metric.name].t_log
-        value = interval.geometric_mean if interval else None
+    def merit(item: Configuration) -> tuple[bool, float]:
+        value = item.estimate(metric).value
         return value is None, 0.0 if value is None else sign * value
 
     return sorted(configurations, key=merit)

@@ -127,7 +127,7 @@ def _largest_first(found: Mapping[str, Sequence[Record]]) -> list[tuple[str, Seq
 
 def _whose(members: Sequence[Record], report: Report) -> str:
     keys = {record.identity.config_name for record in members}
-    numbers = [str(entry.number) for entry in report.entries if entry.aggregate.config_name in keys]
+    numbers = [str(entry.number) for entry in report.entries if entry.aggregate.name in keys]
     of = ", ".join(numbers[:8]) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
     return f"{plural(len(members), 'result')} of {'configuration' if len(numbers) == 1 else 'configurations'} {of}"
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lem.base import units
 from lem.base.doc import SEPARATORS, printable
 from lem.base.units import SIGNIFICANT_DIGITS, with_decimals
-from lem.results.aggregation import MetricEstimate
+from lem.results.aggregation import Estimate
 
 Value = str | float | None
 
@@ -193,7 +193,7 @@ def latency_cell(value_s: float | None, reason: str | None = None) -> Cell:
     return absent(reason) if value_s is None else Cell(units.format_latency(value_s), value_s, is_number=True)
 
 
-def interval_cells(estimate: MetricEstimate, decimals: int | None, *, is_estimate: bool = False) -> tuple[Cell, ...]:
+def interval_cells(estimate: Estimate, decimals: int | None, *, is_estimate: bool = False) -> tuple[Cell, ...]:
     """The geometric mean, and below each other its t interval and the bootstrap interval."""
     t_log, bootstrap = estimate.t_log, estimate.bootstrap
     every = estimate.all_attempts

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lem.base.units import plural
 from lem.record import Record
-from lem.results.check import DRIFT_FLAGGED, Drift, Observation, change_of, drift_of, relative_to_own_mean
 from lem.results.metrics import METRIC_BY_NAME, Metric
 from lem.results.report.content import Report
 from lem.results.report.markup import (
@@ -22,6 +22,7 @@ from lem.results.report.markup import (
     tag,
 )
 from lem.results.report.plot import Scale, circle_path, figure, horizontal_axis, no_figure, plot, vertical_axis
+from lem.results.stats import DRIFT_FLAGGED, Drift, change_of, trend_of, without_means
 
 _SIZE = (640.0, 300.0)
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 626.0, 34.0, 252.0
@@ -61,15 +62,11 @@ def _places(metric: Metric, report: Report) -> list[_Place]:
     return sorted(found, key=lambda place: place.order)
 
 
-def _observations(places: Sequence[_Place]) -> list[Observation]:
-    return [Observation(str(place.number), place.order, place.value) for place in places]
-
-
 def _said(drift: Drift) -> str:
     if drift.ci_lower is None or drift.ci_upper is None:
         return f"drifts by {signed_percent(drift.change)} over the campaign (too few values for an interval)"
     interval = f"95 % {signed_percent(drift.ci_lower)} to {signed_percent(drift.ci_upper)}"
-    chance = "" if drift.is_told_from_zero else "; chance alone could make this"
+    chance = "" if drift.is_significant else "; chance alone could make this"
     return f"drifts by {signed_percent(drift.change)} over the campaign ({interval}{chance})"
 
 
@@ -77,12 +74,13 @@ def _figure(metric: Metric, report: Report) -> Markup:
     name = _NAMES[metric.name]
     identifier, heading = f"order-{metric.name}", f"{name} in the order of execution"
     places = _places(metric, report)
-    observations = _observations(places)
-    drift = drift_of(observations)
+    numbers, orders = [place.number for place in places], [place.order for place in places]
+    length = max(orders, default=0) - min(orders, default=0)
+    drift = trend_of(orders, [place.value for place in places], numbers, length=length)
     if drift is None:
         reason = "No configuration has two valid cycles, so nothing can be compared over time."
         return no_figure(identifier, heading, reason)
-    shares = [100 * change_of(log) for log in relative_to_own_mean(observations)]
+    shares = [100 * change_of(log) for log in without_means([math.log(place.value) for place in places], numbers)]
     reach = max(100 * DRIFT_FLAGGED, *map(abs, shares)) * 1.1
     x_scale = Scale(0, places[-1].order + 1, _LEFT, _RIGHT)
     y_scale = Scale(-reach, reach, _BOTTOM, _TOP)

@@ -45,7 +45,7 @@ def render_report(report: Report) -> str:
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    title = f"{report.summary.campaign_name or 'Campaign'} – lem report"
+    title = f"{report.run.campaign_name or 'Campaign'} – lem report"
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -85,7 +85,7 @@ def _title(name: str, title: str, report: Report) -> str:
 
 
 def _heading(report: Report) -> Iterable[Markup]:
-    summary = report.summary
+    summary = report.run
     runs = [f"run {run}" for run in summary.run_ids[:3]]
     more = len(summary.run_ids) - len(runs)
     experiments = len({(record.identity.run_id, record.identity.experiment_id) for record in report.records})

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 
 from lem.base.reasons import Reason, alike
 from lem.base.units import plural, some_of
-from lem.results.aggregation import MetricEstimate
-from lem.results.compare import Row, RunResults, Subject, compare_configurations
-from lem.results.effect import Effect
-from lem.results.metrics import Metric, by_cycle, distinct, used_cycles
-from lem.results.precision import UNACCOUNTED
+from lem.results.aggregation import Estimate
+from lem.results.bootstrap import bootstrap_coverage_label
+from lem.results.compare import Row, compare_configurations
+from lem.results.metrics import Metric
 from lem.results.report.content import Entry, Report, more_figures
 from lem.results.report.markup import (
     Cell,
@@ -29,7 +28,8 @@ from lem.results.report.markup import (
     table,
     tag,
 )
-from lem.results.stats import bootstrap_coverage_label
+from lem.results.run import UNACCOUNTED, Run
+from lem.results.stats import Effect
 
 _NAMED = 3
 
@@ -62,7 +62,7 @@ def verdict_of(report: Report) -> Verdict:
         return Verdict(f"{_of(first)}: {_figure(first, metric)}.", _lacking(report))
     verb = "uses the least energy per output token" if report.has_energy else "makes the most output tokens per second"
     found = f"{_of(first)} {verb}: {_figure(first, metric)}."
-    rows = [(entry, row) for entry, row in zip(others, _rows(first, others, metric), strict=True)]
+    rows = [(entry, row) for entry, row in zip(others, _rows(report.run, first, others, metric), strict=True)]
     told = [(entry, row) for entry, row in rows if row.p_adjusted is not None and row.effect is not None]
     refused = [(entry, row.reason) for entry, row in rows if row.p_adjusted is None]
     is_next_told = bool(told) and told[0][0].number == others[0].number
@@ -77,24 +77,10 @@ def verdict_of(report: Report) -> Verdict:
     return Verdict(sentence, tuple(remarks), has_winner=is_next_told and told[0][1].is_found)
 
 
-def _rows(first: Entry, others: Sequence[Entry], metric: Metric) -> list[Row]:
+def _rows(run: Run, first: Entry, others: Sequence[Entry], metric: Metric) -> list[Row]:
     """The comparison of each of the others with the first, in their order."""
-    subjects = [_subject(entry) for entry in others]
-    best = _subject(first)
-    run = RunResults("", best.run_id, (best, *subjects))
-    return [pair.rows[0] for pair in compare_configurations(run, best, subjects, metrics=(metric,)).pairs]
-
-
-def _subject(entry: Entry) -> Subject:
-    identity = entry.used[0].identity
-    return Subject(
-        name=entry.label,
-        config_hash=identity.config_hash,
-        run_id=identity.run_id,
-        cycles=used_cycles(by_cycle(distinct(entry.records))),
-        aggregate=entry.aggregate,
-        settings=entry.settings,
-    )
+    best, *rest = (replace(entry.aggregate, name=entry.label) for entry in (first, *others))
+    return [pair.rows[0] for pair in compare_configurations(run, best, rest, metrics=(metric,)).pairs]
 
 
 def _against(entry: Entry, row: Row) -> str:
@@ -209,12 +195,12 @@ def _overview(report: Report, *, has_winner: bool) -> Markup:
     """Every configuration with both intervals, best first, and what the intervals mean."""
     metrics = [("energy_per_output_tok_j", "J/tok" + report.estimate_note)] if report.has_energy else []
     metrics += [("output_tok_per_s", "tok/s")]
-    columns = {name: [entry.aggregate.metrics[name] for entry in report.entries] for name, _ in metrics}
+    columns = {name: [entry.aggregate.estimate(name) for entry in report.entries] for name, _ in metrics}
     decimals = {name: decimals_of(_centres(estimates)) for name, estimates in columns.items()}
     latencies = [
         (label, name)
         for label, name in (("TTFT p50", "ttft_p50_s"), ("End to end p50", "e2e_p50_s"))
-        if any(entry.aggregate.metrics[name].values for entry in report.entries)
+        if any(entry.aggregate.estimate(name).values for entry in report.entries)
     ]
     head = ["No.", "Configuration"]
     for name, unit in metrics:
@@ -225,15 +211,15 @@ def _overview(report: Report, *, has_winner: bool) -> Markup:
     for entry in report.entries:
         row: list[Cell | str] = [count_cell(entry.number), Cell(_name(entry))]
         for name, _ in metrics:
-            estimate = entry.aggregate.metrics[name]
+            estimate = entry.aggregate.estimate(name)
             is_estimate = entry.is_estimate and name.startswith("energy")
             row += interval_cells(estimate, decimals[name], is_estimate=is_estimate)
         for _, name in latencies:
-            row.append(latency_cell(entry.centre(name), entry.aggregate.metrics[name].null_reason))
+            row.append(latency_cell(entry.centre(name), entry.aggregate.estimate(name).null_reason))
         row.append(count_cell(entry.aggregate.n_cycles))
         rows.append(row)
     order = "ascending" if report.has_energy else "descending"
-    caption = f"Every configuration of {report.summary.campaign_name}, sortable by each column"
+    caption = f"Every configuration of {report.run.campaign_name}, sortable by each column"
     content = table(
         caption, head, rows, row_head=1, sorted_by=(2, order), class_="overview", best=0 if has_winner else None
     )
@@ -247,8 +233,8 @@ def _overview(report: Report, *, has_winner: bool) -> Markup:
     )
 
 
-def _centres(estimates: Iterable[MetricEstimate]) -> Iterable[float]:
-    return (item.t_log.geometric_mean for item in estimates if item.t_log and item.t_log.geometric_mean)
+def _centres(estimates: Iterable[Estimate]) -> Iterable[float]:
+    return (item.value for item in estimates if item.value)
 
 
 def _name(entry: Entry) -> Markup:
@@ -296,7 +282,7 @@ def _findings(report: Report) -> Iterable[Markup]:
         if item.kind == "damaged":
             text = f"{plural(damaged, 'result')} cannot be used, and left out: named below"
             yield _finding("bad", "damaged", text, item.remedy)
-    by_name = {entry.aggregate.config_name: entry for entry in report.entries}
+    by_name = {entry.aggregate.name: entry for entry in report.entries}
     for item in report.findings:
         if item.kind in _TOLD_ELSEWHERE:
             continue
@@ -308,7 +294,7 @@ def _findings(report: Report) -> Iterable[Markup]:
         yield _finding(kind, label, f"{item.text}{concerned}", item.remedy)
     if not report.has_energy and report.entries:
         reasons = dict.fromkeys(
-            entry.aggregate.metrics["energy_per_output_tok_j"].null_reason or "" for entry in report.entries
+            entry.aggregate.estimate("energy_per_output_tok_j").null_reason or "" for entry in report.entries
         )
         said = "; ".join(filter(None, reasons)) or "no reason given"
         yield _finding("warn", "no energy", f"not measured: {said}. The page is about throughput instead.")
@@ -356,10 +342,10 @@ def _problems(report: Report) -> Markup:
 
 def _explanations(report: Report) -> Iterable[str]:
     sizes = sorted({entry.aggregate.n_cycles for entry in report.entries if entry.span(report.headline.name)})
-    covers = [(size, bootstrap_coverage_label(size, report.summary.confidence)) for size in sizes]
+    covers = [(size, bootstrap_coverage_label(size)) for size in sizes]
     said = ", ".join(f"{label} with {plural(size, 'cycle')}" for size, label in covers if label)
-    if report.summary.stopping is not None:
-        yield f"Cycles were added {report.summary.stopping.describe()}: {UNACCOUNTED}."
+    if report.run.stopping is not None:
+        yield f"Cycles were added {report.run.stopping.describe()}: {UNACCOUNTED}."
     if not sizes:
         return
     yield (
@@ -368,7 +354,7 @@ def _explanations(report: Report) -> Iterable[str]:
         + (f"; it truly covers {said}." if said else ".")
     )
     every = any(
-        entry.aggregate.metrics[name].all_attempts
+        entry.aggregate.estimate(name).all_attempts
         for entry in report.entries
         for name in ("energy_per_output_tok_j", "output_tok_per_s")
     )

@@ -9,7 +9,7 @@ from lem.config.campaign_config import CampaignDaemonConfig
 from lem.orchestration.loop import Stopped
 from lem.orchestration.resume import RunOptions, Wish
 from lem.orchestration.topup import decide, make_rule
-from lem.results.precision import parse_target, read_stopping_rule
+from lem.results.run import parse_target, read_stopping_rule
 from tests.campaign_doubles import ENVIRONMENT, Place, make_campaign
 from tests.records import make_record
 
