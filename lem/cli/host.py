@@ -203,7 +203,7 @@ class _Line:
 
 def add_datasets_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `lem datasets` takes."""
-    parser.description = __doc__
+    parser.description = "`lem datasets`: the data sets that have a short name, and which of them are on this machine."
     parser.epilog = EPILOG
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.set_defaults(run=run_datasets)
