@@ -291,7 +291,7 @@ def test_bugs_are_planted_one_at_a_time_and_judged_by_their_tests(
     assert (root / "lem/base.py").read_text() == SMALL
 
 
-def test_new_tests_that_catch_fewer_bugs_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fewer_caught_bugs_fail_the_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def written(name: str, **results: str) -> Path:
         path = tmp_path / name
         document = {bug: {"result": result, "package": "cli", "told": ""} for bug, result in results.items()}
