@@ -228,11 +228,11 @@ class CampaignCommand:
 
     @contextlib.contextmanager
     def _log_file(self) -> Iterator[None]:
-        """In quiet mode everything goes to `<state_dir>/<campaign>/lem.base.log`."""
+        """In quiet mode everything goes to `<state_dir>/<campaign>/lem.log`."""
         if not self._is_quiet:
             yield
             return
-        path = Path(self._campaign.io.state_dir) / self._campaign.slug / "lem.base.log"
+        path = Path(self._campaign.io.state_dir) / self._campaign.slug / "lem.log"
         try:
             handler = log.log_to_file(path)
         except OSError as error:
