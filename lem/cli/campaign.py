@@ -145,7 +145,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     campaign, rule = _with_rule(args, loaded.config)
     plan = build_plan(
         campaign,
-        loaded.drafts,
+        loaded.listed,
         preset=loaded.preset,
         forced=loaded.forced,
         source=loaded.source,
@@ -222,7 +222,7 @@ def _with_rule(args: argparse.Namespace, campaign: CampaignConfig) -> tuple[Camp
 
 
 def _load(args: argparse.Namespace) -> Loaded[CampaignConfig]:
-    from lem.config.yamlfile import load_campaign, load_campaign_of_files
+    from lem.config.load import load_campaign, load_campaign_of_files
 
     # What stands behind --set is the most specific, so it comes last and wins.
     sets: list[str | tuple[str, Any]] = [

@@ -351,7 +351,7 @@ def _without_secret(word: str) -> str:
     """The word, with `(hidden)` for a secret that it sets; the person who typed it can put it back."""
     start = "--set=" if word.startswith("--set=") else ""
     key, sign, _ = word[len(start) :].partition("=")
-    secrets = [name for name, item, _ in walk(CampaignConfig) if item.option.is_secret]
+    secrets = [name for name, item, _ in walk(CampaignConfig) if item.secret]
     is_secret = any(name == key or name.startswith(f"{key}.") for name in secrets)
     return f"{start}{key}=(hidden)" if sign and is_secret else word
 

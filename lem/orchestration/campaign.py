@@ -16,7 +16,7 @@ from pathlib import Path
 from lem.base.clock import utc_now, utc_text
 from lem.base.errors import InfrastructureError, UserError
 from lem.config.campaign_config import CampaignConfig
-from lem.config.yamlfile import complete_campaign
+from lem.config.load import complete_campaign
 from lem.orchestration import resume, topup
 from lem.orchestration.dispatch import Executor, LocalExecutor
 from lem.orchestration.host_meters import HostMeters
@@ -367,7 +367,7 @@ class CampaignRunner:
 
     def _planned(self) -> Plan:
         if self.plan is None:
-            self.plan = build_plan(self.campaign, complete_campaign(self.campaign).drafts)
+            self.plan = build_plan(self.campaign, complete_campaign(self.campaign).listed)
         return self.plan
 
     def _repository(self) -> Repository:

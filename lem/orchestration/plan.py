@@ -14,11 +14,11 @@ from lem.base.reasons import Reason
 from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig
 from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import Expanded, as_written, restore_references, simple
-from lem.config.load import ExperimentDraft, with_campaign_defaults
-from lem.config.merging import canonical
+from lem.config.load import ListedExperiment, Source, with_campaign_defaults
+from lem.config.option import canonical
 from lem.config.problems import Problem
 from lem.config.rules import Gpu
-from lem.config.sources import FileProblems, Source
+from lem.config.yamlfile import FileProblems
 from lem.orchestration.grid import GridValidationIssue, count_reasons, expand_campaign_grid, validate_named
 from lem.orchestration.manifest import CampaignManifestEntry
 from lem.orchestration.names import (
@@ -183,7 +183,7 @@ class Plan:
 
 def build_plan(
     campaign: CampaignConfig,
-    drafts: Sequence[ExperimentDraft] = (),
+    drafts: Sequence[ListedExperiment] = (),
     *,
     preset: Mapping[str, Any] | None = None,
     forced: Collection[str] = (),
@@ -194,7 +194,7 @@ def build_plan(
     """The plan of a campaign: the experiments it names and those of its grid, validated, in every cycle.
 
     Args:
-        drafts, preset, forced: as `yamlfile.load_campaign` gives them: the experiments of `configs` and `experiments`,
+        drafts, preset, forced: as `load.load_campaign` gives them: the experiments of `configs` and `experiments`,
             the values a grid starts from, and the campaign's options that win over the experiments' own.
         source: the campaign's, so that what is wrong with prompts of its grid is said in its place.
         resolve_prompts: called once for each different source of prompts.
@@ -266,7 +266,7 @@ class _Configuration:
 
 def _collect(
     campaign: CampaignConfig,
-    drafts: Sequence[ExperimentDraft],
+    drafts: Sequence[ListedExperiment],
     preset: Mapping[str, Any],
     forced: Collection[str],
     source: Source | None,

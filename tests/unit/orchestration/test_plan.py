@@ -12,8 +12,7 @@ from lem.base.errors import ConfigurationError
 from lem.base.reasons import Reason
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig
-from lem.config.load import Loaded
-from lem.config.yamlfile import load_campaign
+from lem.config.load import Loaded, load_campaign
 from lem.orchestration.grid import NO_MODEL
 from lem.orchestration.order import Prices
 from lem.orchestration.plan import Plan, build_plan
@@ -29,7 +28,7 @@ def load(**options: Any) -> Loaded[CampaignConfig]:
 
 def plan(**options: Any) -> Plan:
     loaded = load(**options)
-    return build_plan(loaded.config, loaded.drafts)
+    return build_plan(loaded.config, loaded.listed)
 
 
 def grid(*values: int) -> dict[str, Any]:
