@@ -125,8 +125,8 @@ def _plan(campaign: CampaignConfig, loaded: Loaded[ExperimentConfig], file: Path
 def _measure(args: argparse.Namespace, campaign: CampaignConfig, plan: Plan, err: TextIO) -> CampaignOutcome:
     from lem.cli.progress import choose_progress
     from lem.orchestration.campaign import CampaignRunner
-    from lem.orchestration.dispatch import LocalExecutor
     from lem.orchestration.schedule import StopRequest
+    from lem.orchestration.session import LocalExecutor
 
     console = log.Console(err)
     is_quiet = getattr(args, "quiet", False)
@@ -177,8 +177,8 @@ def _show(args: argparse.Namespace, campaign: CampaignConfig, outcome: CampaignO
 
 
 def _describe(plan: Plan, campaign: CampaignConfig, args: argparse.Namespace, out: TextIO) -> None:
-    from lem.orchestration.dispatch import LocalExecutor
     from lem.orchestration.plan import encode_config
+    from lem.orchestration.session import LocalExecutor
 
     name, cycles, config = campaign.campaign_name, len(plan.experiments), plan.experiments[0].config.to_dict()
     python, results_dir = LocalExecutor(args.python).python, f"{campaign.io.results_dir}/{campaign.slug}"
