@@ -566,7 +566,7 @@ def _decode_reason(sentence: str, coded: Any, where: str) -> Reason:
     code, data = _scalar(str, coded["code"], where), _plain(coded["data"], f"{where}.data")
     try:
         return Reason.of(code, **data)
-    except (KeyError, TypeError, ValueError, OverflowError):
+    except ValueError:
         return Reason.of("said", text=sentence)
 
 

@@ -251,11 +251,13 @@ class Reason:
         """The reason.
 
         Raises:
-            KeyError, TypeError, ValueError, OverflowError: no such code, or data that does not fit its sentence.
+            ValueError: no such code, or data that does not fit its sentence.
         """
+        if code not in TEXTS:
+            raise ValueError(f"unknown code {code!r}")
         formats = _formats(TEXTS[code])
         if formats.keys() != data.keys():
-            raise TypeError(f"{code} takes {', '.join(formats) or 'no data'}, got {', '.join(data) or 'none'}")
+            raise ValueError(f"{code} takes {', '.join(formats) or 'no data'}, got {', '.join(data) or 'none'}")
         return cls(code, {name: _as_shown(value, formats[name]) for name, value in data.items()})
 
     @property
@@ -308,8 +310,13 @@ def _formats(template: str) -> Mapping[str, str]:
 
 def _as_shown(value: Any, spec: str) -> Any:
     if not spec and not isinstance(value, (str, Reason)):
-        raise TypeError(f"expected text or a reason, got {type(value).__name__}")
-    shown = format(value, spec)  # raises what does not fit
+        raise ValueError(f"expected text or a reason, got {type(value).__name__}")
+    if spec and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise ValueError(f"expected a number, got {type(value).__name__}")
+    try:
+        shown = format(value, spec)
+    except OverflowError as error:  # an integer too large for a float
+        raise ValueError(str(error)) from error
     return _parsed(shown, spec) if isinstance(value, float) and spec else value
 
 

@@ -237,7 +237,7 @@ def _anchor_line(anchor: AnchorCheck) -> str:
 
 def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `lem bundle` takes."""
-    parser.description = __doc__
+    parser.description = "`lem bundle`: what a host without network needs, in one folder."
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     making = actions.add_parser("make", help="make a bundle: DIR/lem-airgap-VERSION")
     making.add_argument("folder", type=Path, metavar="DIR", help="where to make it")

@@ -203,7 +203,7 @@ class _Line:
 
 def add_datasets_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `lem datasets` takes."""
-    parser.description = __doc__
+    parser.description = "`lem datasets`: the data sets that have a short name, and which of them are on this machine."
     parser.epilog = EPILOG
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.set_defaults(run=run_datasets)
@@ -277,8 +277,8 @@ def run_presets(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # n
     """The exit code; 2 for a preset that there is not."""
     import textwrap
 
-    from lem.config.describe import render_yaml
-    from lem.config.sources import PRESETS, find_preset
+    from lem.config.introspection import render_yaml
+    from lem.config.presets import PRESETS, find_preset
 
     chosen = PRESETS.values() if args.name is None else (find_preset(args.name),)
     if args.json:

@@ -17,8 +17,8 @@ from lem.base.errors import ExitCode, LemError
 from lem.base.process import copyable
 from lem.config.campaign_config import CampaignConfig
 from lem.config.option import walk
-from lem.orchestration.loop import CampaignOutcome, Stopped
 from lem.orchestration.manifest import FAILED, SKIPPED
+from lem.orchestration.schedule import CampaignOutcome, Stopped
 from lem.orchestration.status import Event, Observer
 from lem.orchestration.systemd import ServiceManager
 from lem.record import Record
@@ -293,6 +293,8 @@ def _ending(event: Event, console: log.Console | None) -> list[str]:
 
 def exit_code_of_outcome(outcome: CampaignOutcome) -> int:
     """The exit code of a run that no signal ended."""
+    if outcome.stopped is Stopped.DURATION:
+        return int(ExitCode.OK)
     if outcome.error is not None:
         return int(outcome.error.exit_code)
     if outcome.stopped is Stopped.DEADLINE:
@@ -350,7 +352,7 @@ def _without_secret(word: str) -> str:
     """The word, with `(hidden)` for a secret that it sets; the person who typed it can put it back."""
     start = "--set=" if word.startswith("--set=") else ""
     key, sign, _ = word[len(start) :].partition("=")
-    secrets = [name for name, item, _ in walk(CampaignConfig) if item.option.is_secret]
+    secrets = [name for name, item, _ in walk(CampaignConfig) if item.secret]
     is_secret = any(name == key or name.startswith(f"{key}.") for name in secrets)
     return f"{start}{key}=(hidden)" if sign and is_secret else word
 

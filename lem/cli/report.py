@@ -31,7 +31,7 @@ _FILENAME = "report.html"
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `lem report` takes."""
-    parser.description = __doc__
+    parser.description = "`lem report`: one campaign as one HTML file that needs nothing beside itself."
     parser.add_argument("campaign", metavar="CAMPAIGN", help="a campaign (its last run), or a run")
     parser.add_argument(
         "--output",

@@ -74,7 +74,7 @@ def export(args: argparse.Namespace, results: Iterable[StoredResult], out: TextI
 
 def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `lem results` takes."""
-    parser.description = __doc__
+    parser.description = "`lem results`: what was measured, read from the result files alone."
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     listing = actions.add_parser("list", help="every run in the results folder")
     listing.set_defaults(run=run, action=_list)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def add_status_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `lem status` takes."""
-    parser.description = __doc__
+    parser.description = "`lem status`: how campaigns are, from their files alone, while one runs and after it crashed."
     parser.add_argument(
         "campaign", nargs="?", metavar="CAMPAIGN", help="a campaign's name, its file, or its state folder; default: all"
     )
@@ -90,7 +90,7 @@ def _find(state_dir: Path, wanted: str, onlooker: Onlooker) -> CampaignStatus:
 
 
 def _of_file(path: Path, onlooker: Onlooker) -> CampaignStatus:
-    from lem.config.yamlfile import load_campaign
+    from lem.config.load import load_campaign
     from lem.orchestration.status import read_status
 
     campaign = load_campaign(str(path)).config

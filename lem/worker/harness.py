@@ -17,7 +17,7 @@ from lem.base.errors import ConfigurationError, EngineError
 from lem.base.units import NS_PER_S
 from lem.config.backends import WIDTH_OPTIONS
 from lem.config.experiment import ExperimentConfig
-from lem.engines.protocol import Backend, Completion, TokenRequest
+from lem.engines.protocol import Completion, Engine, TokenRequest
 from lem.record import CONFIG_FILE, OUTPUTS_FILE, Record
 from lem.worker.channel import RunRequest
 from lem.worker.datasets import resolve_dataset
@@ -77,20 +77,20 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
         reporter.phase("load")
     with metering.during(measurement.LOAD) if not is_resident else contextlib.nullcontext():
         residence = engine.ensure(config, request.engine_key, request.secrets)
-    backend = residence.backend
+    loaded = residence.engine
     metering.choose(residence.report.gpu_uuids)
 
     reporter.phase("idle")
-    encoded = encode_prompts(resolved.prompts, backend.encode, config)
+    encoded = encode_prompts(resolved.prompts, loaded.encode, config)
     metering.rest_loaded()
     reporter.phase("warmup")
     with metering.during(measurement.WARMUP) if config.warmup.enabled else contextlib.nullcontext():
-        warmup = _warm_up(backend, encoded, config, clock, reporter)
+        warmup = _warm_up(loaded, encoded, config, clock, reporter)
     engine.own_pids = metering.know_own_processes(engine.own_pids)
     reporter.phase("window")
-    backend.reset_peak_memory()
-    measured = _measure(backend, encoded, config, warmup, metering, reporter)
-    peak_memory_b = backend.peak_memory_b()
+    loaded.reset_peak_memory()
+    measured = _measure(loaded, encoded, config, warmup, metering, reporter)
+    peak_memory_b = loaded.peak_memory_b()
     reporter.phase("cooldown")
     if request.keep_engine:
         metering.rest_after()
@@ -99,7 +99,7 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
     is_steady_mode = config.traffic_simulation.enabled
     energy = metering.close(folder, measured, is_steady_mode=is_steady_mode)
     if config.save_outputs:
-        _write_outputs(folder, measured.outputs, backend.decode)
+        _write_outputs(folder, measured.outputs, loaded.decode)
     return compose_record(
         Findings(
             request=request,
@@ -156,33 +156,31 @@ def _resolve_prompts(config: ExperimentConfig, folder: Path, secrets: Mapping[st
 
 
 def _warm_up(
-    backend: Backend, encoded: EncodedPrompts, config: ExperimentConfig, clock: Clock, reporter: Reporter
+    engine: Engine, encoded: EncodedPrompts, config: ExperimentConfig, clock: Clock, reporter: Reporter
 ) -> WarmupOutcome:
     if not config.warmup.enabled:
         return skipped_warmup()
     source = DisjointRequests(encoded.requests, seed=config.random_seed or 0)
     report = _Progress(reporter, clock, lambda done: (done, None, "warm-up prompts"))
     width = _width(config, len(encoded.requests))
-    return warm_up(source, width, config.warmup, _step_runner(backend, config), clock, report)
+    return warm_up(source, width, config.warmup, _step_runner(engine, config), clock, report)
 
 
-def _step_runner(
-    backend: Backend, config: ExperimentConfig
-) -> Callable[[Sequence[TokenRequest]], Sequence[Completion]]:
+def _step_runner(engine: Engine, config: ExperimentConfig) -> Callable[[Sequence[TokenRequest]], Sequence[Completion]]:
     """How requests are run in warm-up: as in the window."""
     if config.traffic_simulation.enabled:
-        return functools.partial(serve_all, backend)
+        return functools.partial(serve_all, engine)
 
     def run_step(requests: Sequence[TokenRequest]) -> Sequence[Completion]:
-        completions = backend.generate(requests, observe_tokens=config.streaming)
-        backend.synchronize()
+        completions = engine.generate(requests, observe_tokens=config.streaming)
+        engine.synchronize()
         return completions
 
     return run_step
 
 
 def _measure(
-    backend: Backend,
+    engine: Engine,
     encoded: EncodedPrompts,
     config: ExperimentConfig,
     warmup: WarmupOutcome,
@@ -202,7 +200,7 @@ def _measure(
             ramp_limit_s=max(min_window_s, RAMP_STEPS * (warmup.step_s or 0.0)),
         )
         report = _Progress(reporter, clock, lambda done: (done, None, f"{done} requests"))
-        return metering.measure_steady(lambda: measure_traffic(backend, encoded.requests, plan, clock, report))
+        return metering.measure_steady(lambda: measure_traffic(engine, encoded.requests, plan, clock, report))
 
     def run(requests: Sequence[TokenRequest], what: str) -> MeasuredWindow:
         # How often the set will be repeated is known when the window is long enough: only the first pass has an end.
@@ -210,7 +208,7 @@ def _measure(
             return done, len(requests) if done <= len(requests) else None, f"{done} {what}"
 
         return measure_batch(
-            backend,
+            engine,
             requests,
             min_window_s=min_window_s,
             observe_tokens=config.streaming,

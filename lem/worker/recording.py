@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from lem.base.errors import EngineError
 from lem.base.measurement import MAX_FAILED_RATIO
 from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig
-from lem.engines.common import create_backend
-from lem.engines.protocol import Backend, EngineReport
+from lem.engines.common import load_engine
+from lem.engines.protocol import Engine, EngineReport
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of
 from lem.record import Compute, Identity, Record, Throughput, Validity, Window, Work, decode_record, encode_record
 from lem.worker.channel import RunRequest, redact
@@ -26,8 +25,6 @@ from lem.worker.prompts import ResolvedPrompts
 from lem.worker.requests import EncodedPrompts
 from lem.worker.warmup import WarmupOutcome
 from lem.worker.window import MeasuredWindow, latency_of
-
-_logger = logging.getLogger(__name__)
 
 
 def new_load_id() -> str:
@@ -39,15 +36,15 @@ class Residence(NamedTuple):
     """An engine that is loaded and set up for one experiment.
 
     Attributes:
-        backend: the engine.
+        engine: the engine.
         report: what was loaded, with the options in effect for this experiment.
-        load_s: seconds that `Backend.load` took, less `EngineReport.checks_s` and `compile_s`; None when the engine was
+        load_s: seconds that the load took, less `EngineReport.checks_s` and `compile_s`; None when the engine was
             there already.
         is_reused: it was loaded for an earlier experiment.
         load_id: which load it is.
     """
 
-    backend: Backend
+    engine: Engine
     report: EngineReport
     load_s: float | None
     is_reused: bool
@@ -63,21 +60,21 @@ class ResidentEngine:
 
     def __init__(
         self,
-        create: Callable[[str], Backend] = create_backend,
+        load: Callable[[ExperimentConfig, Mapping[str, str]], Engine] = load_engine,
         clock: Clock | None = None,
         load_id: Callable[[], str] = new_load_id,
     ) -> None:
-        self._create = create
+        self._load = load
         self._clock = clock or SystemClock()
         self._new_load_id = load_id
-        self._backend: Backend | None = None
+        self._engine: Engine | None = None
         self._engine_key: str | None = None
         self._load_id = ""
         self.own_pids: frozenset[int] | None = None
 
     def is_resident(self, engine_key: str) -> bool:
         """Whether `ensure` would reuse what is loaded."""
-        return self._backend is not None and self._engine_key == engine_key
+        return self._engine is not None and self._engine_key == engine_key
 
     def ensure(self, config: ExperimentConfig, engine_key: str, secrets: Mapping[str, str]) -> Residence:
         """The engine for this experiment: reused when its key is the same, else loaded after the other one left.
@@ -85,36 +82,25 @@ class ResidentEngine:
         A load that fails leaves nothing loaded; a reused engine that refuses the experiment stays loaded.
 
         Raises:
-            EngineError: as `Backend.load` and `Backend.configure`.
+            EngineError: see `Engine`.
         """
-        if self._backend is not None and self._engine_key == engine_key:
-            return Residence(self._backend, self._backend.configure(config), None, True, self._load_id)
+        if self._engine is not None and self._engine_key == engine_key:
+            self._engine.configure(config)
+            return Residence(self._engine, self._engine.report, None, True, self._load_id)
         self.unload()
-        backend = self._create(config.backend)
         started_ns = self._clock.monotonic_ns()
-        try:
-            report = backend.load(config, secrets)
-        except BaseException:
-            _give_up(backend)
-            raise
+        engine = self._load(config, secrets)
+        report = engine.report
         load_s = seconds_between(started_ns, self._clock.monotonic_ns()) - report.checks_s
         load_s -= report.compile_s or 0.0
-        self._backend, self._engine_key, self._load_id = backend, engine_key, self._new_load_id()
-        return Residence(backend, report, load_s, False, self._load_id)
+        self._engine, self._engine_key, self._load_id = engine, engine_key, self._new_load_id()
+        return Residence(engine, report, load_s, False, self._load_id)
 
     def unload(self) -> None:
         """Give up what is loaded; nothing counts as loaded afterwards, also when the engine fails at it."""
-        backend, self._backend, self._engine_key, self.own_pids = self._backend, None, None, None
-        if backend is not None:
-            backend.unload()
-
-
-def _give_up(backend: Backend) -> None:
-    try:
-        backend.unload()
-    except (EngineError, RuntimeError) as error:
-        # The failure of the load is the one to tell; torch's own errors are RuntimeErrors.
-        _logger.warning("after a failed load, the engine could not be unloaded either: %s", error)
+        engine, self._engine, self._engine_key, self.own_pids = self._engine, None, None, None
+        if engine is not None:
+            engine.close()
 
 
 _NO_PADDING = "the engine does not tell how much padding it computed on; input never holds any"

@@ -21,7 +21,7 @@ from lem.base.clock import Clock, seconds_between
 from lem.base.errors import EngineError
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
-from lem.engines.protocol import Backend, Completion, TokenRequest
+from lem.engines.protocol import Completion, Engine, TokenRequest
 from lem.worker.window import Arrival, MeasuredWindow, SteadyBooks, check_completion
 
 OPEN_MODES = ("poisson", "constant")
@@ -68,7 +68,7 @@ def arrival_offsets_s(mode: str, target_qps: float, rng: random.Random) -> Itera
 
 
 def measure_traffic(
-    backend: Backend,
+    engine: Engine,
     requests: Sequence[TokenRequest],
     plan: TrafficPlan,
     clock: Clock,
@@ -88,15 +88,15 @@ def measure_traffic(
         EngineError: the engine failed, or answered a request twice, or one that it had not.
     """
     queue = TrafficQueue(requests, plan, clock, report)
-    backend.serve(queue)
-    backend.synchronize()
+    engine.serve(queue)
+    engine.synchronize()
     return queue.close_books()
 
 
-def serve_all(backend: Backend, requests: Sequence[TokenRequest]) -> list[Completion]:
+def serve_all(engine: Engine, requests: Sequence[TokenRequest]) -> list[Completion]:
     """The completions of requests that are all there from the start, served as traffic is."""
     queue = PreparedQueue(requests)
-    backend.serve(queue)
+    engine.serve(queue)
     return queue.completions
 
 

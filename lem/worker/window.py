@@ -11,7 +11,7 @@ from lem.base.clock import Clock, seconds_between
 from lem.base.errors import EngineError
 from lem.base.measurement import STEADY_TOLERANCE
 from lem.base.reasons import Reason
-from lem.engines.protocol import Backend, Completion, OnProgress, TokenRequest
+from lem.engines.protocol import Completion, Engine, OnProgress, TokenRequest
 from lem.record import OBSERVATIONS_NEEDED, Distribution, Latency
 
 _NO_REQUEST = "no request was completed in the window"
@@ -176,7 +176,7 @@ class MeasuredWindow:
 
 
 def measure_batch(
-    backend: Backend,
+    engine: Engine,
     requests: Sequence[TokenRequest],
     *,
     min_window_s: float,
@@ -196,12 +196,12 @@ def measure_batch(
         EngineError: the engine failed, or did not answer each request once.
     """
     passes: list[_Pass] = []
-    backend.synchronize()
+    engine.synchronize()
     opened_ns = begin_ns = clock.monotonic_ns()
     while True:
         told = _counting_on(len(passes) * len(requests), report)
-        completions = backend.generate(requests, observe_tokens=observe_tokens, on_progress=told)
-        backend.synchronize()
+        completions = engine.generate(requests, observe_tokens=observe_tokens, on_progress=told)
+        engine.synchronize()
         end_ns = clock.monotonic_ns()
         passes.append(_Pass(begin_ns, end_ns, completions))
         # A set that fails as a whole fails fast: repeating it would only fill the window with failures.

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lem.base.clock import SystemClock
 from lem.config.experiment import ExperimentConfig
-from lem.engines.common import create_backend
-from lem.engines.protocol import Backend, TokenRequest
+from lem.engines.common import load_engine
+from lem.engines.protocol import Engine, TokenRequest
 from lem.worker.prompts import resolve_on_host
 from lem.worker.window import measure_batch
 from tests.bench.pairs import in_turn, told
@@ -65,24 +65,23 @@ def harness_side(model: Path) -> tuple[list[TokenRequest], Side]:
             "pytorch": {"batch_size": BATCH},
         }
     )
-    backend = create_backend("pytorch")
-    backend.load(config, {})
-    requests = encode(config, backend)
+    engine = load_engine(config, {})
+    requests = encode(config, engine)
 
     def measure() -> tuple[float, list[list[int]]]:
         measured = measure_batch(
-            backend, requests, min_window_s=0.0, observe_tokens=False, clock=SystemClock(), report=lambda _done: None
+            engine, requests, min_window_s=0.0, observe_tokens=False, clock=SystemClock(), report=lambda _done: None
         )
         return measured.output_tok / measured.window_s, [list(item.output_ids) for item in measured.outputs]
 
     return requests, measure
 
 
-def encode(config: ExperimentConfig, backend: Backend) -> list[TokenRequest]:
+def encode(config: ExperimentConfig, engine: Engine) -> list[TokenRequest]:
     """The prompts as ids, all of one length, so that no side pads."""
     resolved = resolve_on_host(config)
     assert resolved is not None
-    ids = [backend.encode(item.prompt) for item in resolved.prompts]
+    ids = [engine.encode(item.prompt) for item in resolved.prompts]
     return [
         TokenRequest(index, tuple((item * INPUT_TOK)[:INPUT_TOK]), OUTPUT_TOK, OUTPUT_TOK)
         for index, item in enumerate(ids)

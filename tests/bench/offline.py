@@ -19,8 +19,8 @@ from unittest import mock
 
 from lem.base.clock import SystemClock
 from lem.config.experiment import ExperimentConfig
-from lem.engines.protocol import TokenRequest
-from lem.engines.vllm import VllmBackend
+from lem.engines.protocol import Engine, TokenRequest
+from lem.engines.vllm import load
 from lem.worker.window import measure_batch
 from tests.bench.pairs import in_turn, told
 
@@ -38,26 +38,25 @@ def main() -> int:
     model = sys.argv[1]
     pairs = int(sys.argv[2]) if len(sys.argv) > 2 else PAIRS
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CACHE_GIB)
-    backend = VllmBackend()
-    backend.load(experiment(model), {})
+    engine = load(experiment(model), {})
     try:
         ratios = []
-        for ours, theirs in in_turn(lem_side(backend), vllm_side(backend, model), pairs):
+        for ours, theirs in in_turn(lem_side(engine), vllm_side(engine, model), pairs):
             ratios.append(ours / theirs)
             print(f"pair {len(ratios)}: lem {ours:.1f}, vLLM {theirs:.1f} tok/s", flush=True)
     finally:
-        backend.unload()
+        engine.close()
     print(told("vLLM's own offline benchmark", ratios))
     return 0
 
 
-def lem_side(backend: VllmBackend) -> Measure:
+def lem_side(engine: Engine) -> Measure:
     """lem's closed window."""
     requests = [TokenRequest(index, tuple(ids), OUTPUT_TOK) for index, ids in enumerate(prompts())]
 
     def measure() -> float:
         measured = measure_batch(
-            backend, requests, min_window_s=0.0, observe_tokens=False, clock=SystemClock(), report=lambda _done: None
+            engine, requests, min_window_s=0.0, observe_tokens=False, clock=SystemClock(), report=lambda _done: None
         )
         assert not measured.failures
         assert measured.output_tok == PROMPTS * OUTPUT_TOK
@@ -66,7 +65,7 @@ def lem_side(backend: VllmBackend) -> Measure:
     return measure
 
 
-def vllm_side(backend: VllmBackend, model: str) -> Measure:
+def vllm_side(loaded: Any, model: str) -> Measure:
     """vLLM's offline benchmark as it is."""
     from vllm import LLM
     from vllm.benchmarks.datasets import SampleRequest
@@ -74,8 +73,7 @@ def vllm_side(backend: VllmBackend, model: str) -> Measure:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    assert backend._session is not None
-    engine: Any = backend._session._loaded.engine
+    engine: Any = loaded._loaded.engine
     # `LLM` takes no engine, it makes its own by this one call, and there is no option to give it another. A subclass
     # would have to repeat all that its constructor does with the engine afterwards.
     with mock.patch.object(LLMEngine, "from_engine_args", return_value=engine):

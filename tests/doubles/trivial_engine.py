@@ -45,14 +45,14 @@ from lem.base.errors import EngineError, OptionRefused
 from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
 
-__all__ = ["VARIABLE", "TrivialEngine", "answer", "create"]
+__all__ = ["VARIABLE", "TrivialEngine", "answer", "load"]
 
 VARIABLE = "LEMTEST_ENGINE_SCRIPT"
 
 
-def create() -> TrivialEngine:
-    """A backend with nothing loaded, as scripted by the environment."""
-    return TrivialEngine(json.loads(os.environ.get(VARIABLE, "{}")))
+def load(config: ExperimentConfig, secrets: Mapping[str, str]) -> TrivialEngine:
+    """The engine as scripted by the environment."""
+    return TrivialEngine(json.loads(os.environ.get(VARIABLE, "{}")), config, secrets)
 
 
 def answer(request: TokenRequest) -> tuple[int, ...]:
@@ -62,28 +62,35 @@ def answer(request: TokenRequest) -> tuple[int, ...]:
 
 
 class TrivialEngine:
-    """The backend."""
+    """The engine."""
 
-    name = "pytorch"
-
-    def __init__(self, script: Mapping[str, Any]) -> None:
+    def __init__(
+        self, script: Mapping[str, Any], config: ExperimentConfig, secrets: Mapping[str, str] | None = None
+    ) -> None:
         self._token_s = float(script.get("token_s", 0.0))
         self._gpus = tuple(script.get("gpus", ()))
         self._load_log: str | None = script.get("load_log")
         self._failing = frozenset(script.get("failing_requests", ()))
         self._rules: Sequence[Mapping[str, Any]] = script.get("rules", ())
-        self._config: ExperimentConfig | None = None
-
-    def load(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> EngineReport:
         self._obey_rules("load", config, secrets)
         self._config = config
-        return _report(config, self._gpus)
 
-    def configure(self, config: ExperimentConfig) -> EngineReport:
-        self._loaded()
+    @property
+    def report(self) -> EngineReport:
+        return EngineReport(
+            engine_name="trivial",
+            engine_version="1",
+            versions={"python": platform.python_version()},
+            device="cuda" if self._gpus else "cpu",
+            gpu_uuids=self._gpus,
+            effective={self._config.backend: {"batch_size": getattr(self._config.section, "batch_size", None)}},
+            model_parameters=1_000,
+            embedding_parameters=100,
+        )
+
+    def configure(self, config: ExperimentConfig) -> None:
         self._obey_rules("configure", config)
         self._config = config
-        return _report(config, self._gpus)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -94,8 +101,7 @@ class TrivialEngine:
     def generate(
         self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
     ) -> list[Completion]:
-        config = self._loaded()
-        self._obey_rules("generate", config)
+        self._obey_rules("generate", self._config)
         width = 1 if observe_tokens else self._batch_size
         completions: list[Completion] = []
         for first in range(0, len(requests), width):
@@ -105,34 +111,26 @@ class TrivialEngine:
         return completions
 
     def serve(self, queue: RequestQueue) -> None:
-        config = self._loaded()
-        self._obey_rules("serve", config)
+        self._obey_rules("serve", self._config)
         while batch := queue.take(self._batch_size):
             for completion in self._run(batch):
                 queue.complete(completion)
 
     def synchronize(self) -> None:
-        self._loaded()
+        """Nothing runs on."""
 
     def reset_peak_memory(self) -> None:
-        self._loaded()
+        """There is no device."""
 
     def peak_memory_b(self) -> int | None:
         return None
 
-    def unload(self) -> None:
-        if self._config is not None:
-            self._obey_rules("unload", self._config)
-        self._config = None
+    def close(self) -> None:
+        self._obey_rules("unload", self._config)
 
     @property
     def _batch_size(self) -> int:
-        return int(getattr(self._loaded().section, "batch_size", None) or 1)
-
-    def _loaded(self) -> ExperimentConfig:
-        if self._config is None:
-            raise EngineError("the trivial engine is not loaded")
-        return self._config
+        return int(getattr(self._config.section, "batch_size", None) or 1)
 
     def _run(self, batch: Sequence[TokenRequest]) -> list[Completion]:
         """One token after the other for the whole batch; each request is done with its own last token."""
@@ -179,19 +177,6 @@ def _without_token_times(completion: Completion, observe_tokens: bool) -> Comple
         completion.finished_ns,
         error=completion.error,
         padding_tok=completion.padding_tok,
-    )
-
-
-def _report(config: ExperimentConfig, gpus: tuple[str, ...]) -> EngineReport:
-    return EngineReport(
-        engine_name="trivial",
-        engine_version="1",
-        versions={"python": platform.python_version()},
-        device="cuda" if gpus else "cpu",
-        gpu_uuids=gpus,
-        effective={config.backend: {"batch_size": getattr(config.section, "batch_size", None)}},
-        model_parameters=1_000,
-        embedding_parameters=100,
     )
 
 

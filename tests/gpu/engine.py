@@ -19,8 +19,8 @@ from typing import IO, Any
 from lem.base import process
 from lem.base.clock import SystemClock
 from lem.config.experiment import ExperimentConfig
-from lem.engines.common import create_backend
-from lem.engines.protocol import Backend, TokenRequest
+from lem.engines.common import load_engine
+from lem.engines.protocol import Engine, TokenRequest
 from lem.worker.window import measure_batch
 from tests.gpu.load import CudaLoad, Load, RehearsedLoad, stay_busy, swing
 
@@ -58,7 +58,7 @@ class _Worker:
 
     def __init__(self, load: Load) -> None:
         self._load = load
-        self._backend: Backend | None = None
+        self._engine: Engine | None = None
         self._requests: list[TokenRequest] = []
 
     def obey(self, order: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -94,10 +94,10 @@ class _Worker:
                 "pytorch": {"batch_size": batch},
             }
         )
-        if self._backend is not None:
-            self._backend.unload()
-        self._backend = create_backend("pytorch")
-        report = self._backend.load(config, {})
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = load_engine(config, {})
+        report = self._engine.report
         prompts = [
             [_FIRST_ID + (31 * index + 7 * place) % _IDS for place in range(input_tok)] for index in range(batch)
         ]
@@ -106,10 +106,10 @@ class _Worker:
         return {"parameters": report.model_parameters, "gpus": report.gpu_uuids}
 
     def _generate(self, duration_s: float) -> Mapping[str, Any]:
-        if self._backend is None:
+        if self._engine is None:
             raise RuntimeError("no model is loaded")
         measured = measure_batch(
-            self._backend,
+            self._engine,
             self._requests,
             min_window_s=duration_s,
             observe_tokens=False,

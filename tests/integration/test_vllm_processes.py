@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from lem.base.errors import EngineError
-from lem.engines.protocol import Completion
-from lem.engines.vllm import VllmBackend
+from lem.engines.protocol import Completion, Engine
+from lem.engines.vllm import load
 from tests.integration.engine_answers import answers, outputs
 from tests.integration.vllm_experiments import Arrivals, experiment, prompts
 from tests.processes import wait_for
@@ -26,8 +26,8 @@ def test_the_default_engine_compiles_in_processes_of_its_own_and_leaves_none(wid
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         config = experiment(wide_tiny_model, {"enforce_eager": None})
-        backend = VllmBackend()
-        report = backend.load(config, {"HF_TOKEN": "hf_planted_in_a_test"})
+        engine = load(config, {"HF_TOKEN": "hf_planted_in_a_test"})
+        report = engine.report
         try:
             started = processes() - before
             assert any(read(pid, "environ") for pid in started)
@@ -37,18 +37,18 @@ def test_the_default_engine_compiles_in_processes_of_its_own_and_leaves_none(wid
             assert report.effective["vllm"]["enforce_eager"] is False
             assert report.effective["engine"]["compilation_config"]["mode"] != "NONE"
             arrivals = Arrivals(prompts()[:2], prompts()[2:])
-            backend.serve(arrivals)
+            engine.serve(arrivals)
             assert [item.error for item in arrivals.completions] == [None] * len(prompts())
-            found = answers(backend, prompts(), observe_tokens=True)
+            found = answers(engine, prompts(), observe_tokens=True)
             assert all(len(item.token_times_ns or ()) == len(item.output_ids) > 0 for item in found)
-            assert [item.output_ids for item in found] == outputs(backend, prompts())
-            assert_told_at_once_when_killed(backend, started)
+            assert [item.output_ids for item in found] == outputs(engine, prompts())
+            assert_told_at_once_when_killed(engine, started)
         finally:
-            backend.unload()
+            engine.close()
     wait_for(lambda: None if processes() - before else True)
 
 
-def assert_told_at_once_when_killed(backend: VllmBackend, started: set[int]) -> None:
+def assert_told_at_once_when_killed(engine: Engine, started: set[int]) -> None:
     """An engine that is gone is no failure of single requests, and nobody waits for it."""
 
     class Killing(Arrivals):
@@ -59,10 +59,10 @@ def assert_told_at_once_when_killed(backend: VllmBackend, started: set[int]) -> 
                     os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(EngineError, match="ended without a word") as caught:
-        backend.serve(Killing(prompts()[:1], prompts()[1:]))
+        engine.serve(Killing(prompts()[:1], prompts()[1:]))
     assert (caught.value.kind, caught.value.is_permanent) == ("engine", False)
     with pytest.raises(EngineError, match="process has ended"):
-        backend.generate(prompts(), observe_tokens=False)
+        engine.generate(prompts(), observe_tokens=False)
 
 
 def processes() -> set[int]:
@@ -97,6 +97,6 @@ def test_a_failure_in_the_engines_process_is_told_with_its_cause(wide_tiny_model
             wide_tiny_model, {"gpu_memory_utilization": 0.99, "extra": {"num_gpu_blocks_override": None}}
         )
         with pytest.raises(EngineError) as caught:
-            VllmBackend().load(config, {})
+            load(config, {})
     assert (caught.value.kind, caught.value.is_permanent) == ("out_of_memory", True)
     assert "See root cause above" not in caught.value.message

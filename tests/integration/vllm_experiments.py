@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lem.config.experiment import ExperimentConfig
-from lem.engines.protocol import Completion, EngineReport, TokenRequest
-from lem.engines.vllm import VllmBackend
+from lem.engines.protocol import Completion, Engine, TokenRequest
+from lem.engines.vllm import load
 from tests.integration.engine_answers import GREEDY, LENGTHS
 
 # A few MB of cache are enough here; without a bound vLLM takes most of the memory there is.
@@ -42,14 +42,13 @@ def prompts(lengths: Iterable[int] = LENGTHS, maximum: int = 16, minimum: int = 
 
 
 @contextmanager
-def loaded(config: ExperimentConfig) -> Iterator[tuple[VllmBackend, EngineReport]]:
-    """The backend with the model of an experiment, unloaded afterwards."""
-    backend = VllmBackend()
-    report = backend.load(config, {})
+def loaded(config: ExperimentConfig) -> Iterator[Engine]:
+    """The engine with the model of an experiment, closed afterwards."""
+    engine = load(config, {})
     try:
-        yield backend, report
+        yield engine
     finally:
-        backend.unload()
+        engine.close()
 
 
 class Arrivals:

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tests.structure.trees import ROOT
@@ -56,7 +57,8 @@ def _add_coverage(parser: argparse.ArgumentParser) -> None:
 def _add_plant(parser: argparse.ArgumentParser) -> None:
     parser.description = "Plant the bugs of planted.yaml in a copy of a tree, one at a time; `compare` two such runs."
     parser.add_argument("--bugs", metavar="REGEX", default="", help="only those whose name matches")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write what became of each bug as JSON")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="add what became of each bug to this JSON file")
+    parser.add_argument("--wide", action="store_true", help="run all unit tests of a bug's package, not those it names")
     parser.add_argument("--pytest", action="append", default=[], metavar="OPTION", help="for pytest, as --pytest=-v")
     parser.add_argument("--check", action="store_true", help="only say whether each place is found; no test is run")
     _add_tree_and_nice(parser)
@@ -97,6 +99,7 @@ def _plant(args: argparse.Namespace) -> int:
 
     tree = args.tree.resolve()
     bugs = [bug for bug in read_bugs() if re.search(args.bugs, bug.name)]
+    bugs = [replace(bug, tests=()) for bug in bugs] if args.wide else bugs
     if not args.check:
         return plant(tree, bugs, args.output, args.pytest)
     known = modules(tree, "lem")

@@ -71,10 +71,11 @@ class Bug:
         return cls(document["name"], document["package"], tuple(dict.fromkeys(places)), tests)
 
     def tests_in(self, tree: Path) -> tuple[str, ...]:
-        """Its test files that are there; else the folder of unit tests of its package."""
+        """Its test files that are there; else the unit tests of its package."""
         there = tuple(name for name in self.tests if (tree / name).exists())
         folders = (f"tests/unit/{name}" for name in (self.package, NEW_NAMES.get(self.package, "")) if name)
-        return there or tuple(name for name in folders if (tree / name).is_dir()) or ("tests/unit",)
+        loose = (path.relative_to(tree).as_posix() for path in sorted(tree.glob("tests/unit/test_*.py")))
+        return there or tuple(name for name in folders if (tree / name).is_dir()) or tuple(loose)
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,11 @@ from lem.orchestration.grid import (
 from lem.orchestration.manifest import CampaignManifest, CampaignManifestEntry, ManifestManager
 from lem.orchestration.plan import build_plan
 from lem.orchestration.resume import resume_text
-from lem.orchestration.schedule import Stop, next_daemon_step, waiting_text
+from lem.orchestration.schedule import CampaignOutcome, Scheduler, waiting_text
 from lem.results.aggregation import aggregate_campaign_results
 from lem.results.bootstrap import BootstrapResult, bootstrap_ci, compute_metric_ci
 from lem.results.run import make_run, run_document
-from tests.campaign_doubles import Place, make_campaign
+from tests.campaign_doubles import FakeClock, FakeStop, Place, make_campaign
 from tests.campaign_rig import campaign_text
 from tests.command_rig import run_lem
 from tests.doubles.fake_docker import FakeDocker
@@ -527,8 +527,17 @@ def test_texts_people_grep_for(tmp_path: Path) -> None:
     waiting = waiting_text(at, noon, is_daemon=True, zone=timezone.utc)
     assert waiting == "Daemon: waiting until 22:05 to start campaign"
     daemon = CampaignDaemonConfig(enabled=True, interval="6h", total_duration="48h")
-    step = next_daemon_step(daemon, now_s=172800.0, runs_done=7, first_start_s=0.0, last_end_s=172000.0)
-    assert step == Stop("Daemon: total duration 48h reached, stopping after 7 cycles")
+    clock, texts = FakeClock(), list[str]()
+    stop = FakeStop(clock)
+
+    def run_for_an_hour(_deadline_s: float | None) -> CampaignOutcome:
+        stop.pass_time(3600)
+        return CampaignOutcome(manifest)
+
+    Scheduler(make_campaign(tmp_path, daemon=daemon), stop, texts.append, clock.now, clock.monotonic).run(
+        run_for_an_hour
+    )
+    assert texts[-1] == "Daemon: total duration 48h reached, stopping after 7 cycles"
 
 
 def test_what_was_generated_is_said_before_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

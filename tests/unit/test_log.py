@@ -65,11 +65,11 @@ def test_verbosity_chooses_what_is_told(verbosity, seen):
 
 def test_a_log_file_takes_everything(tmp_path):
     log.configure(log.Console(io.StringIO()), verbosity=-1)
-    handler = log.log_to_file(tmp_path / "deep" / "lem.base.log")
+    handler = log.log_to_file(tmp_path / "deep" / "lem.log")
     logging.getLogger("lem.test").debug("a detail")
     logging.getLogger("lem").removeHandler(handler)
     handler.close()
-    assert "Z DEBUG lem.test: a detail" in (tmp_path / "deep" / "lem.base.log").read_text()
+    assert "Z DEBUG lem.test: a detail" in (tmp_path / "deep" / "lem.log").read_text()
 
 
 def test_shorten_marks_what_it_cut():
@@ -78,14 +78,14 @@ def test_shorten_marks_what_it_cut():
 
 
 def test_a_log_file_holds_names_that_are_no_utf_8_and_survives_a_full_disk(tmp_path, capsys):
-    handler = log.log_to_file(tmp_path / "lem.base.log")
+    handler = log.log_to_file(tmp_path / "lem.log")
     assert isinstance(handler, logging.FileHandler)
     assert handler.stream is not None
     logging.getLogger("lem.test").info("%s", "r\udcff")
     handler.stream.close()  # whatever is written now fails, as on a full disk
     logging.getLogger("lem.test").info("lost")
     logging.getLogger("lem").removeHandler(handler)
-    assert "r\\udcff" in (tmp_path / "lem.base.log").read_text()
+    assert "r\\udcff" in (tmp_path / "lem.log").read_text()
     assert "Traceback" not in capsys.readouterr().err
 
 

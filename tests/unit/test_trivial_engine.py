@@ -8,7 +8,7 @@ import pytest
 
 from lem.base.errors import EngineError, OptionRefused
 from lem.config.experiment import ExperimentConfig
-from lem.engines.protocol import Backend, Completion, TokenRequest
+from lem.engines.protocol import Completion, Engine, TokenRequest
 from tests.doubles.trivial_engine import TrivialEngine, answer
 
 CONFIG = ExperimentConfig.from_dict({"model": "none", "pytorch": {"batch_size": 2}})
@@ -32,16 +32,14 @@ class Queue:
 
 
 def loaded(**script: object) -> TrivialEngine:
-    engine = TrivialEngine(script)
-    engine.load(CONFIG, {})
-    return engine
+    return TrivialEngine(script, CONFIG)
 
 
-def test_it_is_a_backend():
-    engine: Backend = TrivialEngine({})
+def test_it_is_an_engine():
+    engine: Engine = loaded()
 
-    assert engine.load(CONFIG, {}).device == "cpu"
-    assert engine.configure(CONFIG).effective["pytorch"] == {"batch_size": 2}
+    assert engine.report.device == "cpu"
+    assert engine.report.effective["pytorch"] == {"batch_size": 2}
     assert engine.decode(engine.encode("text")) == "text"
 
 
@@ -92,17 +90,6 @@ def test_a_request_can_fail_by_itself():
     assert second.output_ids == ()
 
 
-def test_nothing_works_before_the_load_or_after_the_unload():
-    engine = TrivialEngine({})
-    with pytest.raises(EngineError, match="not loaded"):
-        engine.generate(REQUESTS, observe_tokens=False)
-
-    engine.load(CONFIG, {})
-    engine.unload()
-    with pytest.raises(EngineError, match="not loaded"):
-        engine.synchronize()
-
-
 def test_rules_apply_where_they_say_and_to_the_experiments_they_name():
     rule = {"at": "configure", "do": "refuse", "when": {"max_output_tokens": 8}}
     engine = loaded(rules=[rule])
@@ -116,8 +103,8 @@ def test_a_rule_can_apply_once_in_all_processes(tmp_path):
     rule = {"at": "load", "do": "fail", "kind": "engine", "once": str(tmp_path / "done")}
 
     with pytest.raises(EngineError):
-        TrivialEngine({"rules": [rule]}).load(CONFIG, {})
-    TrivialEngine({"rules": [rule]}).load(CONFIG, {})
+        loaded(rules=[rule])
+    assert loaded(rules=[rule]).report.engine_name == "trivial"
 
 
 def test_it_can_take_memory_and_keep_it():

@@ -28,7 +28,7 @@ from lem.engines.common import (
     seconds_since,
     visible_gpus,
 )
-from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest
+from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
 from lem.engines.pytorch.generation import BatchRunner, Trial, engine_settings, try_out
 from lem.engines.pytorch.loading import LoadedModel, load_model, set_assistant
 from lem.engines.pytorch.options import (
@@ -153,7 +153,7 @@ class Session:
         """Load.
 
         Raises:
-            OptionRefused, EngineError: as `Backend.load`.
+            OptionRefused, EngineError: as for `Engine`.
         """
         transformers.utils.logging.disable_progress_bar()
         self._token = secrets.get(TOKEN_VARIABLE) or None
@@ -178,7 +178,7 @@ class Session:
         """Set another experiment up on the same model.
 
         Raises:
-            OptionRefused: as `Backend.configure`.
+            OptionRefused: as for `Engine`.
         """
         check_same_engine(config, self._engine_key)
         check_options(config, self._facts)
@@ -190,6 +190,7 @@ class Session:
         trial_s = self._set_up(config)
         self._compile_s = trial_s if section_of(config).torch_compile else None
 
+    @property
     def report(self) -> EngineReport:
         """What is loaded and in effect."""
         loaded, gpu_index = self._loaded, self._facts.gpu_index
@@ -232,7 +233,7 @@ class Session:
         return text
 
     def generate(
-        self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress
+        self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
     ) -> list[Completion]:
         """A completion for each request."""
         self._seed(requests)
@@ -268,7 +269,9 @@ class Session:
         return int(torch.cuda.max_memory_allocated(self._facts.gpu_index))
 
     def close(self) -> None:
-        """Nothing: what it holds goes with the last reference to it, see `free_memory`."""
+        """Free the model; the session cannot be used afterwards."""
+        vars(self).clear()
+        free_memory()
 
     def _find_facts(self, config: ExperimentConfig) -> EngineFacts:
         gpu_index = pick_gpu(config.gpus, self._uuids)

@@ -66,7 +66,7 @@ class Session(ServedSession):
             find_gpus: the UUIDs of the GPUs that CUDA sees, in its order; by default as PyTorch tells.
 
         Raises:
-            OptionRefused, EngineError: as `Backend.load`.
+            OptionRefused, EngineError: as for `Engine`.
         """
         self._facts = find_facts()
         check_options(config, self._facts)
@@ -93,12 +93,13 @@ class Session(ServedSession):
         """Set another experiment up on the same engine.
 
         Raises:
-            OptionRefused: as `Backend.configure`.
+            OptionRefused: as for `Engine`.
         """
         check_same_engine(config, self._engine_key)
         check_options(config, self._facts)
         self._set_up(config)
 
+    @property
     def report(self) -> EngineReport:
         """What is loaded and in effect."""
         return EngineReport(
@@ -126,7 +127,7 @@ class Session(ServedSession):
         return str(self._engine.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def generate(
-        self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress
+        self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
     ) -> list[Completion]:
         """A completion for each request."""
         run = self._server.run_alone if observe_tokens else self._server.run_closed

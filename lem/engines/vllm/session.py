@@ -61,7 +61,7 @@ class Session(ServedSession):
         """Load.
 
         Raises:
-            OptionRefused, EngineError: as `Backend.load`.
+            OptionRefused, EngineError: as for `Engine`.
         """
         self._facts = find_facts()
         check_options(config, self._facts)
@@ -84,7 +84,7 @@ class Session(ServedSession):
         """Set another experiment up on the same engine.
 
         Raises:
-            OptionRefused: as `Backend.configure`.
+            OptionRefused: as for `Engine`.
         """
         check_same_engine(config, self._engine_key)
         check_options(config, self._facts)
@@ -92,6 +92,7 @@ class Session(ServedSession):
         # Compiled with the load, for experiments of before as well.
         self._compile_s = None
 
+    @property
     def report(self) -> EngineReport:
         """What is loaded and in effect."""
         loaded, identity = self._loaded, self._identity
@@ -124,7 +125,7 @@ class Session(ServedSession):
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def generate(
-        self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress
+        self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
     ) -> list[Completion]:
         """A completion for each request."""
         run = self._loop.run_alone if observe_tokens else self._loop.run_closed

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lem.engines
 from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import (
-    Backend,
     Completion,
+    Engine,
     EngineReport,
     OnProgress,
     RequestQueue,
@@ -22,37 +20,26 @@ from lem.engines.protocol import (
 from tests.gpu.load import say_busy
 from tests.gpu.rehearsed import UUID, Rehearsal
 
-__all__ = ["RehearsedBackend", "create"]
+__all__ = ["RehearsedEngine", "load"]
 
 
-def create() -> Backend:
-    """The backend, nothing loaded.
+def load(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:
+    """The engine.
 
     Raises:
         RuntimeError: this is no rehearsal.
     """
+    from lem.engines.pytorch.session import Session
+
     rehearsal = Rehearsal.under_way()
     if rehearsal is None:
         raise RuntimeError("the rehearsed backend is for rehearsals")
-    backend: Backend = RehearsedBackend(_real_module().create(), rehearsal.load_log)
-    return backend
+    engine: Engine = RehearsedEngine(Session(_on_cpu(config), secrets), rehearsal.load_log)
+    return engine
 
 
-def _real_module() -> Any:
-    """lem's own module, past the finder that put this one in its place."""
-    path = Path(str(lem.engines.__file__)).with_name("pytorch.py")
-    spec = importlib.util.spec_from_file_location("rehearsed_lem_backends_pytorch", path)
-    if spec is None or spec.loader is None:
-        raise RuntimeError(f"{path} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-class RehearsedBackend:
-    """The backend; what is not here is the real one's."""
-
-    name = "pytorch"
+class RehearsedEngine:
+    """The engine; what is not here is the real one's."""
 
     def __init__(self, real: Any, load_log: Path) -> None:
         self._real = real
@@ -61,11 +48,13 @@ class RehearsedBackend:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
-    def load(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> EngineReport:
-        return _on_gpu(self._real.load(_on_cpu(config), secrets))
+    @property
+    def report(self) -> EngineReport:
+        report: EngineReport = self._real.report
+        return dataclasses.replace(report, device="cuda", gpu_uuids=(UUID,))
 
-    def configure(self, config: ExperimentConfig) -> EngineReport:
-        return _on_gpu(self._real.configure(_on_cpu(config)))
+    def configure(self, config: ExperimentConfig) -> None:
+        self._real.configure(_on_cpu(config))
 
     def generate(
         self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
@@ -85,7 +74,3 @@ class RehearsedBackend:
 
 def _on_cpu(config: ExperimentConfig) -> ExperimentConfig:
     return ExperimentConfig.from_dict({**config.to_dict(), "gpus": []})
-
-
-def _on_gpu(report: EngineReport) -> EngineReport:
-    return dataclasses.replace(report, device="cuda", gpu_uuids=(UUID,))

@@ -64,12 +64,12 @@ def test_parameters_that_cannot_be_counted_are_unknown_and_no_error(tmp_path: Pa
 @pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN.keys())
 def test_what_cannot_be_loaded_is_an_error_of_the_model_that_would_come_again(tmp_path: Path, text: str) -> None:
     from lem.config.experiment import ExperimentConfig
-    from lem.engines.pytorch import create
+    from lem.engines.pytorch import load
 
     source = checkpoint(tmp_path, text)
     experiment = ExperimentConfig.from_dict({"model": source.name, "gpus": [], "fp_precision": "float32"})
     with pytest.raises(EngineError) as caught:
-        create().load(experiment, {})
+        load(experiment, {})
     assert (caught.value.kind, caught.value.is_permanent) == ("model", True)
 
 

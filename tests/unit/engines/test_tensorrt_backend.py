@@ -18,8 +18,8 @@ from lem.base.errors import EngineError, OptionRefused
 from lem.config.backends import TensorRTConfig
 from lem.config.experiment import ExperimentConfig
 from lem.config.option import walk
-from lem.engines.protocol import Completion, EngineReport, TokenRequest
-from lem.engines.tensorrt import TensorRTBackend, create
+from lem.engines.protocol import Completion, Engine, EngineReport, TokenRequest
+from lem.engines.tensorrt import load
 
 pytestmark = [pytest.mark.needs("torch"), pytest.mark.needs("transformers")]
 
@@ -46,7 +46,7 @@ class Bench:
     def __init__(self, folder: Path, engines: list[Any]) -> None:
         self.folder = folder
         self.engines = engines
-        self.backend = TensorRTBackend(find_gpus=lambda: GPUS)
+        self.loaded: list[Engine] = []
         self.write("config.json", {"model_type": "of no kind that is known", "dtype": "float16"})
 
     def write(self, name: str, document: dict[str, Any]) -> None:
@@ -64,7 +64,17 @@ class Bench:
         return ExperimentConfig.from_dict({**given, **options, "tensorrt": section or {}})
 
     def load(self, section: dict[str, Any] | None = None, **options: Any) -> EngineReport:
-        return self.backend.load(self.experiment(section, **options), {})
+        self.close()
+        self.loaded.append(load(self.experiment(section, **options), {}, lambda: GPUS))
+        return self.engine.report
+
+    @property
+    def engine(self) -> Engine:
+        return self.loaded[-1]
+
+    def close(self) -> None:
+        while self.loaded:
+            self.loaded.pop().close()
 
     @property
     def arguments(self) -> Any:
@@ -82,7 +92,7 @@ class Bench:
 def bench(tmp_path: Path, engines: list[Any]) -> Iterator[Bench]:
     there = Bench(tmp_path / "model", engines)
     yield there
-    there.backend.unload()
+    there.close()
 
 
 def belongs_to_building(bench: Bench) -> None:
@@ -114,7 +124,7 @@ def lengths_bound_requests(bench: Bench) -> None:
     assert (bench.arguments.max_input_len, bench.arguments.max_seq_len) == (5, 12)
     assert (report.effective["tensorrt"]["max_input_len"], report.effective["tensorrt"]["max_output_len"]) == (5, 7)
     requests = [TokenRequest(0, (1,) * 5, 7), TokenRequest(1, (1,) * 6, 2), TokenRequest(2, (1,) * 5, 8)]
-    found = bench.backend.generate(requests, observe_tokens=False)
+    found = bench.engine.generate(requests, observe_tokens=False)
     assert [item.error is None for item in found] == [True, False, False]
 
 
@@ -208,10 +218,10 @@ def test_requests_are_answered_alone_in_a_batch_and_in_traffic(bench: Bench) -> 
             self.completions.append(completion)
 
     queue = Queue()
-    bench.backend.serve(queue)
+    bench.engine.serve(queue)
     for found in (
-        by_index(bench.backend.generate(requests, observe_tokens=False)),
-        by_index(bench.backend.generate(requests, observe_tokens=True)),
+        by_index(bench.engine.generate(requests, observe_tokens=False)),
+        by_index(bench.engine.generate(requests, observe_tokens=True)),
         by_index(queue.completions),
     ):
         assert found[0].output_ids == (11, 12, 13, 14)
@@ -228,7 +238,7 @@ def test_requests_are_answered_alone_in_a_batch_and_in_traffic(bench: Bench) -> 
 def test_a_request_asks_for_what_the_experiment_asks_for(bench: Bench) -> None:
     decoder = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.1}
     bench.load(decoder=decoder, random_seed=None, ignore_eos=True)
-    bench.backend.generate([TokenRequest(0, (10,), 4, 2)], observe_tokens=False)
+    bench.engine.generate([TokenRequest(0, (10,), 4, 2)], observe_tokens=False)
     token_ids, parameters, streaming = bench.engines[-1].requests[-1]
     assert (token_ids, streaming) == ([10], False)
     wanted = {**decoder, "max_tokens": 4, "min_tokens": 2, "ignore_eos": True, "detokenize": False, "seed": None}
@@ -248,18 +258,18 @@ def test_the_report_tells_what_was_loaded(bench: Bench) -> None:
 
 def test_text_goes_to_tokens_and_back(bench: Bench) -> None:
     bench.load()
-    assert bench.backend.decode(bench.backend.encode("sea")) == "sea"
+    assert bench.engine.decode(bench.engine.encode("sea")) == "sea"
 
 
 def test_a_tokenizer_of_another_model_is_told(bench: Bench) -> None:
     described = {"model_type": "of no kind that is known", "dtype": "float16"}
     bench.write("config.json", {**described, "vocab_size": ord("s") + 4})
     bench.load()
-    assert bench.backend.encode("s") == [1, ord("s") + 3]
+    assert bench.engine.encode("s") == [1, ord("s") + 3]
     bench.write("config.json", {**described, "text_config": {"vocab_size": ord("s") + 3}})
     bench.load()
     with pytest.raises(EngineError, match="the model knows ids below 118") as caught:
-        bench.backend.encode("s")
+        bench.engine.encode("s")
     assert (caught.value.kind, caught.value.is_permanent) == ("model", True)
 
 
@@ -279,13 +289,13 @@ def test_a_silent_change_is_refused_and_the_engine_ended(bench: Bench, monkeypat
 def test_another_experiment_is_set_up_without_a_reload(bench: Bench) -> None:
     bench.load()
     loads = len(bench.engines)
-    report = bench.backend.configure(bench.experiment(ignore_eos=True))
-    assert report.effective["ignore_eos"] is True
+    bench.engine.configure(bench.experiment(ignore_eos=True))
+    assert bench.engine.report.effective["ignore_eos"] is True
     assert len(bench.engines) == loads
     with pytest.raises(EngineError, match="another engine load"):
-        bench.backend.configure(bench.experiment({"max_batch_size": 3}))
+        bench.engine.configure(bench.experiment({"max_batch_size": 3}))
     with pytest.raises(OptionRefused, match="random_seed"):
-        bench.backend.configure(bench.experiment(decoder={"temperature": 0.5}))
+        bench.engine.configure(bench.experiment(decoder={"temperature": 0.5}))
 
 
 def test_unload_ends_the_engine_and_gives_the_environment_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,21 +306,20 @@ def test_unload_ends_the_engine_and_gives_the_environment_back(bench: Bench, mon
         seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
         return tuple(seen[-1].split(","))
 
-    backend = TensorRTBackend(find_gpus)
-    assert backend.load(bench.experiment(gpus=["1"]), {}).gpu_uuids == ("GPU-bbbb",)
+    engine = load(bench.experiment(gpus=["1"]), {}, find_gpus)
+    assert engine.report.gpu_uuids == ("GPU-bbbb",)
     assert seen == ["GPU-bbbb"]
-    backend.unload()
+    engine.close()
     assert bench.engines[-1].is_shut_down
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-aaaa,GPU-bbbb"
 
 
 def test_a_gpu_that_is_not_there_is_told(bench: Bench) -> None:
-    backend = TensorRTBackend(lambda: ("GPU-aaaa",))
     with pytest.raises(EngineError, match="gpus: GPU-cccc is not there") as caught:
-        backend.load(bench.experiment(gpus=["GPU-aaaa", "GPU-cccc"]), {})
+        load(bench.experiment(gpus=["GPU-aaaa", "GPU-cccc"]), {}, lambda: ("GPU-aaaa",))
     assert (caught.value.kind, caught.value.is_permanent) == ("option", True)
     with pytest.raises(EngineError, match="needs a GPU"):
-        TensorRTBackend(tuple).load(bench.experiment(), {})
+        load(bench.experiment(), {}, tuple)
 
 
 def test_more_gpus_than_can_be_seen_are_refused_by_name(bench: Bench) -> None:
@@ -357,5 +366,5 @@ def test_a_model_that_is_not_there_is_told(bench: Bench) -> None:
 
 def test_without_the_package_the_remedy_is_told() -> None:
     with pytest.raises(EngineError, match="needs tensorrt_llm, which ") as caught:
-        create().load(ExperimentConfig.from_dict({"model": "m", "backend": "tensorrt"}), {})
+        load(ExperimentConfig.from_dict({"model": "m", "backend": "tensorrt"}), {})
     assert "nvcr.io/nvidia/tensorrt-llm" in caught.value.hint

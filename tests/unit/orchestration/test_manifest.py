@@ -350,9 +350,9 @@ def test_leftovers_of_a_killed_save_are_removed_and_nothing_else(manager: Manife
     manager.remove_leftovers()
     manager.save(manager.create_manifest("0123abcd", "demo", "f00d", []))
     (manager.manifest_path.parent / ".lem-tmp-abc").write_text("half")
-    (manager.manifest_path.parent / "lem.base.log").write_text("log")
+    (manager.manifest_path.parent / "lem.log").write_text("log")
     manager.remove_leftovers()
-    assert {path.name for path in manager.manifest_path.parent.iterdir()} == {"campaign_manifest.json", "lem.base.log"}
+    assert {path.name for path in manager.manifest_path.parent.iterdir()} == {"campaign_manifest.json", "lem.log"}
 
 
 # The audit event

@@ -87,7 +87,7 @@ def failing(error: Exception) -> Harness:
 
 
 def engine() -> ResidentEngine:
-    return ResidentEngine(lambda _name: TrivialEngine({}))
+    return ResidentEngine(lambda config, secrets: TrivialEngine({}, config, secrets))
 
 
 def test_a_record_is_on_disk_before_the_result_is_told(pipes: Pipes, tmp_path: Path):

@@ -90,7 +90,7 @@ class Bench:
 def bench(tmp_path: Path) -> Bench:
     backend = TimedBackend(SteppedClock())
     write_prompts(tmp_path, PROMPTS)
-    engine = ResidentEngine(lambda _: backend, backend.clock, lambda: "load-1")
+    engine = ResidentEngine(backend.load, backend.clock, lambda: "load-1")
     return Bench(tmp_path, backend, engine, Listener())
 
 
@@ -200,7 +200,7 @@ def test_traffic_is_served_and_measured(bench: Bench, traffic: dict[str, Any]) -
 def test_arrivals_follow_the_seed_of_the_experiment(tmp_path: Path) -> None:
     def queue_times(seed: int) -> Any:
         backend = TimedBackend(SteppedClock())
-        engine = ResidentEngine(lambda _: backend, backend.clock)
+        engine = ResidentEngine(backend.load, backend.clock)
         traffic = {"enabled": True, "target_qps": 50.0}
         folder = tmp_path / str(seed)
         folder.mkdir(exist_ok=True)

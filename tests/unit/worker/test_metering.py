@@ -90,10 +90,13 @@ class Meter:
     def __post_init__(self) -> None:
         report = EngineReport("timed", "1", {}, "cuda", (UUID,), model_parameters=10, embedding_parameters=1)
         self.engine = Engine(self.clock, report=report)
-        self.resident = ResidentEngine(lambda _: self.engine, self.clock, lambda: "load-1")
+        self.resident = ResidentEngine(self.load, self.clock, lambda: "load-1")
         self.begun_ns = self.clock.monotonic_ns()
         self.clock.write = self.write
         write_prompts(self.folder, PROMPTS)
+
+    def load(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> TimedBackend:
+        return self.engine.load(config, secrets)
 
     @property
     def trace(self) -> Trace:
@@ -343,7 +346,7 @@ def test_an_engine_that_nobody_could_look_at_is_no_foreign_one_in_the_next_exper
     meter = Meter(tmp_path, gpu)
     begin = meter.engine.load
 
-    def load_without_sampler(config: ExperimentConfig, secrets: Mapping[str, str]) -> EngineReport:
+    def load_without_sampler(config: ExperimentConfig, secrets: Mapping[str, str]) -> TimedBackend:
         meter.is_sampling = False
         return begin(config, secrets)
 

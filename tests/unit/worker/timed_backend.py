@@ -65,19 +65,17 @@ class TimedBackend:
         )
     )
     memory_b: int | None = None
-    name: str = "pytorch"
     calls: list[str] = field(default_factory=list)
     batches: list[tuple[TokenRequest, ...]] = field(default_factory=list)
     vocabulary: dict[str, int] = field(default_factory=dict)
 
-    def load(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> EngineReport:
+    def load(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> TimedBackend:
         self.calls.append("load")
         self.clock.advance_ms(3000)
-        return self.report
+        return self
 
-    def configure(self, config: ExperimentConfig) -> EngineReport:
+    def configure(self, config: ExperimentConfig) -> None:
         self.calls.append("configure")
-        return self.report
 
     def encode(self, text: str) -> list[int]:
         words = text.split()
@@ -112,8 +110,8 @@ class TimedBackend:
     def peak_memory_b(self) -> int | None:
         return self.memory_b
 
-    def unload(self) -> None:
-        self.calls.append("unload")
+    def close(self) -> None:
+        self.calls.append("close")
 
     def _run(self, batch: tuple[TokenRequest, ...], *, is_timed: bool) -> list[Completion]:
         factor = self.slow_down(len(self.batches))
