@@ -13,7 +13,7 @@ from lem.base.doc import write_json
 from lem.base.errors import ExitCode, UserError
 from lem.base.measurement import POWER_CAP_BIT, SLOWDOWN_BITS
 from lem.base.units import NS_PER_S
-from lem.cli.selection import SelectedRun, problem_documents, resolve_run, tell_problems, write_file
+from lem.cli.selection import problem_documents, resolve_run, tell_problems, write_file
 from lem.meters.curve import HOLE_PERIODS, may_have_wrapped_twice
 from lem.meters.rapl import PACKAGE
 from lem.meters.samples import SLOW_PERIOD_S, GpuSample, Mark, RaplReading, SampleLog
@@ -21,9 +21,10 @@ from lem.results.report.plot import POWER, TEMPERATURE, Band, Phase, Series, Spe
 
 if TYPE_CHECKING:
     from lem.record import Record
-    from lem.results.report.content import Report, TraceNote
+    from lem.results.report.content import TraceNote
     from lem.results.report.plot import Trace
-    from lem.results.store import Scan, StoredResult
+    from lem.results.run import Run
+    from lem.results.store import StoredResult
 
 
 _FILENAME = "report.html"
@@ -46,29 +47,25 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """The exit code; 0 also where results are damaged, which the page and stderr tell."""
-    from lem.results.report.page import render_report
-
     if args.json and args.output == "-":
         raise UserError("--json and --output - both want stdout", "name a file for the page")
     chosen = resolve_run(args.results_dir, args.campaign)
-    campaign, run_id = chosen.campaign, chosen.run_id
-    scan = chosen.scan()
-    report = _compose(scan, chosen)
-    text = render_report(report)
-    damaged = [problem for problem in scan.problems if problem.kind != "missing"]
+    found = chosen.read()
+    text = make_report(found)
+    damaged = [problem for problem in found.problems if problem.kind != "missing"]
     tell_problems(err, damaged, lead="left out: ", rest="the page names them")
     if args.output == "-":
         out.write(text)
         return int(ExitCode.OK)
-    path = Path(args.output) if args.output else args.results_dir / campaign / _FILENAME
+    path = Path(args.output) if args.output else args.results_dir / chosen.campaign / _FILENAME
     write_file(path, text)
     if args.json:
         document = {
             "path": str(path),
             "bytes": len(text.encode("utf-8")),
-            "campaign": campaign,
-            "run_id": run_id,
-            "problems": problem_documents(scan.problems),
+            "campaign": chosen.campaign,
+            "run_id": chosen.run_id,
+            "problems": problem_documents(found.problems),
         }
         write_json(out, document)
     else:
@@ -76,14 +73,15 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     return int(ExitCode.OK)
 
 
-def _compose(scan: Scan, chosen: SelectedRun) -> Report:
+def make_report(run: Run) -> str:
+    """The page of a run; a sample log that cannot be used is named and left out."""
     from lem.results.report.content import compose
-    from lem.results.report.page import failed_settings, select_traced
+    from lem.results.report.page import failed_settings, render_report, select_traced
 
-    report = compose(chosen.read(), failed_settings(scan))
-    logs = _with_log(scan.results)
+    report = compose(run, failed_settings(run))
+    logs = _with_log(run.results)
     traces, notes = _traces(select_traced(report.entries, logs))
-    return dataclasses.replace(report, traces=tuple(traces), trace_notes=tuple(notes), n_logs=len(logs))
+    return render_report(dataclasses.replace(report, traces=tuple(traces), trace_notes=tuple(notes), n_logs=len(logs)))
 
 
 def _with_log(results: Sequence[StoredResult]) -> tuple[StoredResult, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from lem import __version__
+from lem.base import __version__
 from lem.base.clock import Clock, SystemClock, seconds_between, utc_text
 from lem.base.errors import EngineError
 from lem.base.measurement import MAX_FAILED_RATIO

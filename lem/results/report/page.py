@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 
-from lem import __version__
+from lem.base import __version__
 from lem.base.units import plural
 from lem.record import Record
 from lem.results.report.content import Entry, FailedSettings, Report, flat_settings
@@ -20,7 +20,8 @@ from lem.results.report.order import order_section
 from lem.results.report.pareto import pareto_section
 from lem.results.report.tables import results_section, validity_section
 from lem.results.report.traces import traces_section
-from lem.results.store import Problem, Scan, StoredResult, config_beside, configuration_of, configured_name
+from lem.results.run import Run
+from lem.results.store import Problem, StoredResult, config_beside, configuration_of, configured_name
 
 _SECTIONS: tuple[tuple[str, str, Callable[[Report], Markup]], ...] = (
     ("pareto", "Energy against speed", pareto_section),
@@ -116,11 +117,11 @@ _TRACES_SHOWN = 12
 _FAULTY_FIRST = 4
 
 
-def failed_settings(scan: Scan) -> tuple[FailedSettings, ...]:
+def failed_settings(run: Run) -> tuple[FailedSettings, ...]:
     """The settings of configurations without any whole result, from the `config.json` beside what is missing."""
-    known = {configuration_of(item.record.identity.experiment_id) for item in scan.results}
+    known = {configuration_of(record.identity.experiment_id) for record in run.records}
     found: dict[str, FailedSettings] = {}
-    for problem in scan.problems:
+    for problem in run.problems:
         key = configuration_of(problem.exp_id)
         if not problem.exp_id or key in known or key in found:
             continue
