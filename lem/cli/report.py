@@ -16,14 +16,21 @@ from lem.base.units import NS_PER_S
 from lem.cli.selection import SelectedRun, problem_documents, resolve_run, tell_problems, write_file
 from lem.meters.curve import HOLE_PERIODS, may_have_wrapped_twice
 from lem.meters.rapl import PACKAGE
-from lem.meters.samples import SLOW_PERIOD_S, GpuSample, Mark, RaplReading, SampleLog
-from lem.results.report.plot import POWER, TEMPERATURE, Band, Phase, Series, Spell, Trace, slowed_s, thin
+from lem.meters.samples import (
+    FINISHED_FILENAME,
+    SLOW_PERIOD_S,
+    GpuSample,
+    Mark,
+    RaplReading,
+    SampleLog,
+    SampleLogError,
+    read_finished,
+)
+from lem.results.report.content import POWER, TEMPERATURE, Band, Phase, Series, Spell, Trace, slowed_s
 
 if TYPE_CHECKING:
-    from lem.record import Record
-    from lem.results.report.content import Report, TraceNote
-    from lem.results.report.plot import Trace
-    from lem.results.store import Scan, StoredResult
+    from lem.results.report.content import Report
+    from lem.results.store import Scan
 
 
 _FILENAME = "report.html"
@@ -46,7 +53,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """The exit code; 0 also where results are damaged, which the page and stderr tell."""
-    from lem.results.report.page import render_report
+    from lem.results.report import render_report
 
     if args.json and args.output == "-":
         raise UserError("--json and --output - both want stdout", "name a file for the page")
@@ -77,9 +84,9 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
 
 
 def _compose(scan: Scan, chosen: SelectedRun) -> Report:
+    """The content of the page; a sample log that cannot be used is named and left out."""
     from lem.results.precision import read_stopping_rule
-    from lem.results.report.content import compose
-    from lem.results.report.page import failed_settings, select_traced
+    from lem.results.report.content import TraceNote, compose, failed_settings, select_traced
     from lem.results.store import count_failed
 
     report = compose(
@@ -91,33 +98,17 @@ def _compose(scan: Scan, chosen: SelectedRun) -> Report:
         campaign_name=chosen.campaign,
         run_id=chosen.run_id,
     )
-    logs = _with_log(scan.results)
-    traces, notes = _traces(select_traced(report.entries, logs))
-    return dataclasses.replace(report, traces=tuple(traces), trace_notes=tuple(notes), n_logs=len(logs))
-
-
-def _with_log(results: Sequence[StoredResult]) -> tuple[StoredResult, ...]:
-    from lem.meters.samples import FINISHED_FILENAME
-
-    return tuple(item for item in results if (item.path.parent / FINISHED_FILENAME).is_file())
-
-
-def _traces(results: Sequence[StoredResult]) -> tuple[list[tuple[Record, Trace]], list[TraceNote]]:
-    """What the logs show; a log that cannot be used is named and left out."""
-    from lem.meters.samples import FINISHED_FILENAME, SampleLogError, read_finished
-    from lem.results.report.content import TraceNote
-
+    with_log = [item for item in scan.results if (item.path.parent / FINISHED_FILENAME).is_file()]
     traces, notes = [], []
-    for item in results:
+    for item in select_traced(report.entries, with_log):
         path = item.path.parent / FINISHED_FILENAME
         try:
             log, marks = read_finished(path)
         except (SampleLogError, OSError) as error:
-            message = str(error).removeprefix(f"{path}: ")
-            notes.append(TraceNote("/".join(path.parts[-4:]), message))
-            continue
-        traces.append((item.record, trace_of(log, marks)))
-    return traces, notes
+            notes.append(TraceNote("/".join(path.parts[-4:]), str(error).removeprefix(f"{path}: ")))
+        else:
+            traces.append((item.record, trace_of(log, marks)))
+    return dataclasses.replace(report, traces=tuple(traces), trace_notes=tuple(notes), n_logs=len(with_log))
 
 
 _BUCKETS = 260
@@ -167,6 +158,40 @@ def trace_of(log: SampleLog, marks: Sequence[Mark]) -> Trace:
 def _series(label: str, quantity: str, points: _Points, interval_s: float, n_lines: int) -> Series:
     buckets = max(_BUCKETS // max(n_lines, 1), 60)
     return Series(label, quantity, thin(points, buckets, HOLE_PERIODS * interval_s))
+
+
+def thin(
+    points: Sequence[tuple[float, float]], n_buckets: int, hole_s: float
+) -> tuple[tuple[float, float] | None, ...]:
+    """At most twice `n_buckets` points and the holes: of each bucket of time the least and the greatest value.
+
+    Peaks stay where they were, which a mean would flatten; a pause longer than `hole_s` becomes a None.
+    """
+    if not points:
+        return ()
+    begin, end = points[0][0], points[-1][0]
+    width = (end - begin) / n_buckets or 1.0
+    found: list[tuple[float, float] | None] = []
+    bucket: list[tuple[float, float]] = []
+    number = 0
+    before: float | None = None
+    for point in points:
+        is_hole = before is not None and point[0] - before > hole_s
+        current = int((point[0] - begin) / width)
+        if bucket and (is_hole or current != number):
+            found += _extremes(bucket)
+            bucket = []
+        if is_hole:
+            found.append(None)
+        bucket.append(point)
+        number, before = current, point[0]
+    return (*found, *_extremes(bucket))
+
+
+def _extremes(bucket: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    low = min(bucket, key=lambda point: point[1])
+    high = max(bucket, key=lambda point: point[1])
+    return [low] if low[1] == high[1] else sorted((low, high))
 
 
 def _package_powers(log: SampleLog, seconds: Callable[[int], float]) -> dict[str, _Points]:

@@ -11,9 +11,8 @@ import pytest
 from lem.base.measurement import SLOWDOWN_BITS
 from lem.cli.report import trace_of
 from lem.meters.samples import GpuHeader, GpuSample, Mark, RaplReading, RaplZone, SampleHeader, SampleLog
-from lem.results.report.content import compose
-from lem.results.report.page import render_report
-from lem.results.report.plot import POWER, TEMPERATURE
+from lem.results.report import render_report
+from lem.results.report.content import POWER, TEMPERATURE, compose
 from tests.command_rig import Said, run_lem
 from tests.doubles.nvml.traces import Events
 from tests.doubles.powercap import Zone

@@ -14,8 +14,8 @@ from lem.record import Energy, Record, decode_record, encode_record, parts_of_so
 from lem.results.compare import compare_configurations, gather
 from lem.results.comparison import content_of
 from lem.results.export import Exported, make_table, render, summary_columns, with_columns
+from lem.results.report import render_report
 from lem.results.report.content import compose
-from lem.results.report.page import render_report
 from lem.results.run import summarise
 from lem.results.table import render_record, render_summary
 from tests.doubles.powercap import Zone

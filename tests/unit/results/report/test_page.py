@@ -15,8 +15,8 @@ import pytest
 
 from lem.record import Record
 from lem.results.precision import StoppingRule, parse_target
+from lem.results.report import render_report
 from lem.results.report.content import Report, compose
-from lem.results.report.page import render_report
 from lem.results.store import Problem
 from tests.goldens import assert_golden
 from tests.records import make_record

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import random
 
+from lem.cli.report import thin
 from lem.results.report.content import FailedSettings, Report, compose
-from lem.results.report.heatmap import heatmap_section
-from lem.results.report.order import order_section
-from lem.results.report.pareto import frontier, pareto_section
-from lem.results.report.plot import thin
+from lem.results.report.context import heatmap_section, order_section
+from lem.results.report.figures import frontier, pareto_section
 from tests.synthetic_campaign import Campaign, Configuration
 
 
