@@ -13,12 +13,11 @@ from typing import Any
 
 from lem.base.errors import EngineError, Interrupted
 from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig, CampaignGridConfig, CampaignIOConfig
-from lem.orchestration.attempt import Outcome, Timeouts, WorkerEvent
 from lem.orchestration.campaign import CampaignRunner
-from lem.orchestration.dispatch import Worker
+from lem.orchestration.dispatch import Outcome, Timeouts, Worker
 from lem.orchestration.manifest import CampaignManifest, ManifestManager
 from lem.orchestration.schedule import StopRequest
-from lem.orchestration.status import Event
+from lem.orchestration.status import Event, Observer
 from lem.record import write_record
 from lem.worker.channel import RunRequest
 from tests.records import make_record
@@ -103,16 +102,10 @@ class FakeWorker(Worker):
         self._is_there = True
         self.environment = self._found
 
-    def run(
-        self,
-        request: RunRequest,
-        on_event: Callable[[WorkerEvent], None],
-        timeouts: Timeouts,
-        stop: Any = None,
-    ) -> Outcome:
+    def run(self, request: RunRequest, on_event: Observer, timeouts: Timeouts, stop: Any = None) -> Outcome:
         self.open()
         self.requests.append(request)
-        on_event(WorkerEvent("phase", request.exp_id, "window"))
+        on_event(Event("phase", data={"exp_id": request.exp_id, "phase": "window"}))
         if isinstance(stop, FakeStop):
             stop.pass_time(self._run_s)
             if stop.signum is not None:
@@ -120,8 +113,9 @@ class FakeWorker(Worker):
         answer = self._next_answer(str(request.identity["config_name"]))
         return self._obey(answer(request) if callable(answer) else answer, request)
 
-    def stop(self) -> None:
+    def stop(self) -> str:
         self._is_there = False
+        return ""
 
     def kill(self) -> None:
         self._is_there = False
@@ -132,13 +126,13 @@ class FakeWorker(Worker):
 
     def _obey(self, answer: Any, request: RunRequest) -> Outcome:
         if isinstance(answer, EngineError):
-            return Outcome(request.exp_id, error=answer, log_tail="last words")
+            return Outcome(answer, log_tail="last words")
         if isinstance(answer, BaseException):
             raise answer
         is_valid = answer == "ok" or isinstance(answer, float)
         if answer != "none":
             write_result(request, is_valid=is_valid, rate=answer if isinstance(answer, float) else 100.0)
-        return Outcome(request.exp_id, valid=is_valid, engine_load_id="load-1", engine_reused=False)
+        return Outcome(engine_reused=False)
 
 
 def write_result(request: RunRequest, *, is_valid: bool = True, rate: float = 100.0, **identity: Any) -> None:

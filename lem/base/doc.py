@@ -1,4 +1,4 @@
-"""Text for terminals and pipes: columns, wrapped names and notes, colour; the standard streams."""
+"""Text for terminals and pipes: blocks of paragraphs and tables, colour, Markdown; the standard streams."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import re
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
 from lem.base import log
 from lem.base.log import WIDTH
 
-# What a table lets a name have, and how many names a sentence lists.
+# The columns that a name gets in a table, and how many names a sentence lists.
 NAME_WIDTH = 36
 NAMES_SHOWN = 4
 
@@ -26,6 +26,7 @@ _NAME_MIN = 16
 
 # Names are cut and wrapped after these and blanks; `_`, `=` and `.` hold words and values together.
 SEPARATORS = "-,/;:|·"
+_MARKDOWN_SPECIAL = "\\`*_{}[]<>|~#"
 _TOKEN = re.compile(rf"[^{SEPARATORS} ]*[{SEPARATORS} ]*")
 
 
@@ -52,9 +53,9 @@ def text_width(text: str) -> int:
 
 
 def wrapped(text: str, width: int, lead: str = "") -> list[str]:
-    """`text` in lines of `width`, the first after `lead`, the others indented by its length; a longer word is not cut.
+    """`text` in lines of `width`, the first after `lead`, the others indented by its length.
 
-    It is a path, mostly, to be copied.
+    A longer word is not cut: it is usually a path, which is copied.
     """
     return textwrap.wrap(
         printable(text),
@@ -68,21 +69,83 @@ def wrapped(text: str, width: int, lead: str = "") -> list[str]:
 
 @dataclass(frozen=True)
 class Column:
-    """A column after the name: its heading, which may be in two lines, and one cell a row."""
+    """A column after the name: its heading, which may be in two lines, and one cell per row."""
 
     heading: str
     cells: tuple[str, ...]
 
 
-class NameShortener:
-    """Names in a column: those that do not fit lose the parts that all of them share.
+@dataclass(frozen=True)
+class Table:
+    """A table: its heading, the names of its rows, its columns."""
 
-    Attributes:
-        prefix, suffix: what was taken away from every name; empty when all fit.
+    heading: str
+    names: tuple[str, ...]
+    columns: tuple[Column, ...]
+
+
+class Doc:
+    """Text laid out for a terminal: blocks of paragraphs and tables with an empty line between them.
+
+    A block without any line disappears.
     """
 
+    def __init__(self, width: int = WIDTH, *, is_colour: bool = False) -> None:
+        self.width = width
+        self._is_colour = is_colour
+        self._blocks: list[list[str]] = [[]]
+
+    def block(self) -> None:
+        """Begin another block."""
+        self._blocks.append([])
+
+    def lines(self, lines: Iterable[str], style: str = "") -> None:
+        """Add lines as they are."""
+        self._blocks[-1] += [paint(line, style, is_colour=self._is_colour) if style else line for line in lines]
+
+    def text(self, text: str, style: str = "", *, lead: str = "") -> None:
+        """Add a paragraph in one style, its further lines indented as far as `lead` is long."""
+        self.lines(wrapped(text, self.width, lead), style)
+
+    def labelled(self, lead: str, text: str, style: str) -> None:
+        """Add a paragraph of which only the label is in a style."""
+        first, *rest = wrapped(text, self.width, lead)
+        label = lead.rstrip()
+        self.lines([paint(label, style, is_colour=self._is_colour) + first[len(label) :], *rest])
+
+    def table(self, table: Table) -> None:
+        """Add a table, its headings bold."""
+        found = columns(table.heading, table.names, table.columns, self.width)
+        n_heads = max(text.count("\n") + 1 for text in (table.heading, *(column.heading for column in table.columns)))
+        self.lines(found[:n_heads], "bold")
+        self.lines(found[n_heads:])
+
+    def render(self) -> str:
+        """The text; it ends in a newline."""
+        return "\n".join("\n".join(block) + "\n" for block in self._blocks if block)
+
+
+def markdown_escaped(text: str) -> str:
+    """`text` so that Markdown shows it as it is: names come from files, and `_`, `*`, `<` and `|` have a meaning."""
+    return "".join(f"\\{char}" if char in _MARKDOWN_SPECIAL else char for char in printable(text))
+
+
+def markdown_table(table: Table) -> list[str]:
+    """The lines of a Markdown table."""
+    heads = [table.heading, *(column.heading for column in table.columns)]
+    rows = [(name, *(column.cells[index] for column in table.columns)) for index, name in enumerate(table.names)]
+    return [
+        "| " + " | ".join(markdown_escaped(head.replace("\n", " ")) for head in heads) + " |",
+        "|" + "|".join([":---"] + ["---:"] * len(table.columns)) + "|",
+        *("| " + " | ".join(map(markdown_escaped, row)) + " |" for row in rows),
+    ]
+
+
+class NameShortener:
+    """Names in a column: if any does not fit, all lose the parts that they share."""
+
     def __init__(self, names: Sequence[str], width: int) -> None:
-        self.prefix, self.suffix = "", ""
+        self.prefix, self.suffix = "", ""  # what was removed from every name
         distinct = list(dict.fromkeys(map(printable, names)))
         if len(distinct) > 1 and max(map(text_width, distinct)) > width:
             self.prefix, self.suffix = _shared_ends([_TOKEN.findall(name) for name in distinct])
@@ -94,17 +157,16 @@ class NameShortener:
 
     @property
     def explanation(self) -> str:
-        """What was taken away, in words; empty when nothing was."""
-        parts = [f"begins with “{self.prefix}”"] * bool(self.prefix) + [f"ends with “{self.suffix}”"] * bool(
-            self.suffix
-        )
+        """What was removed, in words; empty when nothing was."""
+        parts = [f"begins with “{self.prefix}”"] * bool(self.prefix)
+        parts += [f"ends with “{self.suffix}”"] * bool(self.suffix)
         return f"Every name {' and '.join(parts)}." if parts else ""
 
 
 def columns(heading: str, names: Sequence[str], others: Sequence[Column], width: int) -> list[str]:
     """The lines of a table: names at the left, wrapped into the room that is left, the other columns to the right.
 
-    Numbers of a column end at the same place. A table that cannot fit is wider than `width`, never cut.
+    Columns are right-aligned. A table that cannot fit is wider than `width`, never cut.
     """
     heads = [column.heading.split("\n") for column in others]
     widths = [max(map(text_width, (*head, *column.cells))) for head, column in zip(heads, others, strict=True)]

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from lem.config.campaign_config import CampaignConfig
     from lem.config.load import Loaded
     from lem.orchestration.executor_choice import ExecutorChoice
-    from lem.orchestration.order import Prices
-    from lem.orchestration.plan import Plan
-    from lem.results.precision import StoppingRule, Target
+    from lem.orchestration.plan import ExpectedDurations, Plan
+    from lem.results.run import StoppingRule, Target
 
 
 # Options that stand for one key of the file: their value wins over the file's.
@@ -145,7 +144,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     campaign, rule = _with_rule(args, loaded.config)
     plan = build_plan(
         campaign,
-        loaded.drafts,
+        loaded.listed,
         preset=loaded.preset,
         forced=loaded.forced,
         source=loaded.source,
@@ -187,7 +186,7 @@ def _part(args: argparse.Namespace, plan: Plan) -> tuple[Plan, FleetPart | None]
 
 
 def _target(text: str) -> Target:
-    from lem.results.precision import parse_target
+    from lem.results.run import parse_target
 
     try:
         return parse_target(text)
@@ -206,7 +205,7 @@ def _duration(text: str) -> float:
 
 def _with_rule(args: argparse.Namespace, campaign: CampaignConfig) -> tuple[CampaignConfig, StoppingRule | None]:
     """The campaign with at least as many cycles as a top-up begins with, and the rule of the top-up."""
-    from lem.orchestration.topup import check_rule, make_rule, with_cycles
+    from lem.orchestration.resume import check_rule, make_rule, with_cycles
 
     if campaign.daemon is not None and campaign.daemon.enabled and args.budget is not None:
         raise UserError("--budget and a daemon exclude each other", "give the daemon a total_duration")
@@ -222,7 +221,7 @@ def _with_rule(args: argparse.Namespace, campaign: CampaignConfig) -> tuple[Camp
 
 
 def _load(args: argparse.Namespace) -> Loaded[CampaignConfig]:
-    from lem.config.yamlfile import load_campaign, load_campaign_of_files
+    from lem.config.load import load_campaign, load_campaign_of_files
 
     # What stands behind --set is the most specific, so it comes last and wins.
     sets: list[str | tuple[str, Any]] = [
@@ -250,7 +249,7 @@ def _describe_plan(
 ) -> str:
     from lem.cli.plan_view import render_plan
     from lem.orchestration.plan import prolong_plan
-    from lem.orchestration.topup import with_cycles
+    from lem.orchestration.resume import with_cycles
 
     longest = None if rule is None else prolong_plan(plan, with_cycles(campaign, rule.most_cycles))
     return render_plan(
@@ -264,9 +263,9 @@ def _describe_plan(
     )
 
 
-def _prices(plan: Plan, campaign: CampaignConfig) -> Prices:
+def _prices(plan: Plan, campaign: CampaignConfig) -> ExpectedDurations:
     """What experiments of this plan, loads of its engines and gaps took before."""
-    from lem.orchestration.order import Prices
+    from lem.orchestration.plan import ExpectedDurations
     from lem.results.run import earlier_times
     from lem.results.store import Repository
 
@@ -274,4 +273,4 @@ def _prices(plan: Plan, campaign: CampaignConfig) -> Prices:
     scan = Repository(Path(campaign.io.results_dir), campaign.slug).scan()
     found = earlier_times(item.record for item in scan.results if item.record.identity.config_hash in engines)
     loads = {engines[digest]: load_s for digest, load_s in found.load.items()}
-    return Prices(found.measured, loads, found.gap)
+    return ExpectedDurations(found.measured, loads, found.gap)

@@ -32,16 +32,14 @@ from lem.cli.progress import (
     show_results,
 )
 from lem.config.campaign_config import CampaignConfig
-from lem.orchestration.campaign import CampaignOutcome, CampaignRunner
+from lem.orchestration.campaign import CampaignRunner
 from lem.orchestration.executor_choice import ExecutorChoice
-from lem.orchestration.loop import Stopped
 from lem.orchestration.plan import Plan
-from lem.orchestration.resume import SAY_WHICH, RunOptions, Wish
-from lem.orchestration.schedule import StopRequest
+from lem.orchestration.resume import SAY_WHICH, RunOptions, make_rule
+from lem.orchestration.schedule import CampaignOutcome, Scheduler, Stopped, StopRequest
 from lem.orchestration.status import Event
-from lem.orchestration.systemd import Course, Notification, Scheduler, ServiceManager, notify
-from lem.orchestration.topup import make_rule
-from lem.results.precision import StoppingRule, Target
+from lem.orchestration.systemd import Notification, ServiceManager, notify
+from lem.results.run import StoppingRule, Target
 
 _logger = logging.getLogger("lem.campaign")
 
@@ -94,7 +92,7 @@ class CampaignCommand:
         runner = self._runner()
         try:
             with self._stop.installed(self._acknowledge), runner.reserved(), self._log_file():
-                course = self._run(runner)
+                outcome = self._run(runner)
         finally:
             self._console.close()
             if self._notification is not None:
@@ -102,15 +100,10 @@ class CampaignCommand:
             self._stop.close()
         if self._stop.signum is not None:
             return 128 + self._stop.signum
-        if course.is_time_up or course.outcome is None:
-            return int(ExitCode.OK)
-        return exit_code_of_outcome(course.outcome)
+        return int(ExitCode.OK) if outcome is None else exit_code_of_outcome(outcome)
 
     def _runner(self) -> CampaignRunner:
         args = self._args
-        wish = Wish.RESUME if args.resume else Wish.UNSAID
-        if args.fresh or args.resume is False:
-            wish = Wish.FRESH
         return CampaignRunner(
             self._campaign,
             plan=self._plan,
@@ -118,7 +111,7 @@ class CampaignCommand:
             observe=self._tell_event,
             stop=self._stop,
             options=RunOptions(
-                wish=wish,
+                resume=False if args.fresh else args.resume,
                 is_yes=args.yes,
                 ask=self._ask if _is_somebody_there() else None,
                 is_environment_change_allowed=args.allow_environment_change,
@@ -134,7 +127,7 @@ class CampaignCommand:
         until: Target | None = self._args.until
         return None if until is None else make_rule(until, self._args.max_cycles)
 
-    def _run(self, runner: CampaignRunner) -> Course:
+    def _run(self, runner: CampaignRunner) -> CampaignOutcome | None:
         scheduler = Scheduler(self._campaign, self._stop, self._say, utc_now, time.monotonic)
         # What a person has to answer or to mend is better known now than when it is time.
         runner.settle_opening()
@@ -142,10 +135,10 @@ class CampaignCommand:
             runner.check()
             self._service.ready()
             self._has_waited = True
-        course = scheduler.run(lambda deadline_s: self._run_once(runner, deadline_s))
-        if course.outcome is None:
+        outcome = scheduler.run(lambda deadline_s: self._run_once(runner, deadline_s))
+        if outcome is None:
             self._console.line("stopped before the campaign began")
-        return course
+        return outcome
 
     def _run_once(self, runner: CampaignRunner, deadline_s: float | None) -> CampaignOutcome:
         if self._args.budget is not None:  # never with a daemon's own
@@ -162,7 +155,7 @@ class CampaignCommand:
             self._console.close()
         self._conclude(outcome)
         # A daemon's next run is a new one, whatever became of this one, and nobody need be there to be asked.
-        runner.options = replace(runner.options, wish=Wish.FRESH, run_id=None)
+        runner.options = replace(runner.options, resume=False, run_id=None)
         self._has_waited = True
         return outcome
 

@@ -23,9 +23,11 @@ from lem.cli.selection import (
 )
 
 if TYPE_CHECKING:
-    from lem.results.compare import Comparison, RunResults, Subject
-    from lem.results.effect import Gate
+    from lem.results.aggregation import Configuration
+    from lem.results.compare import Comparison
     from lem.results.metrics import Metric
+    from lem.results.run import Run
+    from lem.results.stats import Gate
     from lem.results.store import Problem
 
 
@@ -68,8 +70,9 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """The exit code: of the gates, and 0 without one."""
     from lem.results.compare import gate_code
-    from lem.results.comparison_text import comparison_document, render_markdown, render_text
-    from lem.results.effect import parse_gate, parse_metric
+    from lem.results.comparison import comparison_document, render_markdown, render_text
+    from lem.results.metrics import parse_metric
+    from lem.results.stats import parse_gate
 
     gates = [parse_gate(text) for text in args.gate]
     if len({gate.metric for gate in gates}) < len(gates):
@@ -103,13 +106,12 @@ class _Thing:
 def _compare(
     args: argparse.Namespace, problems: list[Problem], metrics: Sequence[Metric], gates: Sequence[Gate]
 ) -> Comparison:
-    from lem.results.anchor import compare_runs
-    from lem.results.compare import candidate_metrics, compare_configurations
+    from lem.results.compare import compare_configurations, compare_runs
 
     things = _things(args.results_dir, args.things)
     runs = list(dict.fromkeys(thing.where for thing in things))
-    candidates = candidate_metrics(metrics, gates)
-    found = [_gather(item, candidates, problems) for item in runs]
+    found = [_read(item) for item in runs]
+    problems += [problem for run in found for problem in run.problems]
     if len(runs) == 1:
         _refuse_anchor(args)
         baseline, others = _sides(found[0], [item.configuration for item in things], args.baseline)
@@ -195,37 +197,31 @@ def _names_in(where: SelectedRun) -> set[str]:
     return {item.record.identity.config_name for item in where.scan().results}
 
 
-def _gather(where: SelectedRun, metrics: Sequence[Metric], problems: list[Problem]) -> RunResults:
-    from lem.results.compare import gather
-    from lem.results.precision import read_stopping_rule
-    from lem.results.store import count_failed
-
-    scan = where.scan()
-    problems += scan.problems
-    if not scan.results:
+def _read(where: SelectedRun) -> Run:
+    found = where.read()
+    if not found.records:
         raise UserError(
             f"run {where.run_id} of {where.campaign} has no whole result", f"lem check {where.run_id} says why"
         )
-    stopping = read_stopping_rule(where.folder)
-    return gather((item.record for item in scan.results), count_failed(scan), metrics=metrics, stopping=stopping)
+    return found
 
 
 def _sides(
-    found: RunResults, names: Sequence[str | None], baseline_name: str | None
-) -> tuple[Subject, tuple[Subject, ...]]:
+    found: Run, names: Sequence[str | None], baseline_name: str | None
+) -> tuple[Configuration, tuple[Configuration, ...]]:
     """Baseline and others: as named, first the baseline; else all against it."""
     named = [_subject(found, name) for name in names if name is not None]
     if baseline_name is not None:
         baseline = _subject(found, baseline_name)
     else:
-        baseline = named.pop(0) if len(named) > 1 else found.subjects[0]
-    others = tuple(item for item in named or found.subjects if item is not baseline)
+        baseline = named.pop(0) if len(named) > 1 else found.with_results[0]
+    others = tuple(item for item in named or found.with_results if item is not baseline)
     if not others:
         raise UserError(f"{found.campaign_name}: {baseline.name} has nothing to be compared with but itself")
     return baseline, others
 
 
-def _subject(found: RunResults, wanted: str) -> Subject:
+def _subject(found: Run, wanted: str) -> Configuration:
     """The configuration of that name, or the one whose name or hash begins so.
 
     Raises:
@@ -233,17 +229,17 @@ def _subject(found: RunResults, wanted: str) -> Subject:
     """
     from lem.config.problems import did_you_mean
 
-    tests: tuple[Callable[[Subject], bool], ...] = (
+    tests: tuple[Callable[[Configuration], bool], ...] = (
         lambda item: item.name == wanted,
         lambda item: item.name.startswith(wanted) or item.config_hash.startswith(wanted),
     )
     for is_meant in tests:
-        matching = [item for item in found.subjects if is_meant(item)]
+        matching = [item for item in found.with_results if is_meant(item)]
         if len(matching) == 1:
             return matching[0]
         if matching:
             raise ambiguous(wanted, [item.name for item in matching])
-    names = [item.name for item in found.subjects]
+    names = [item.name for item in found.with_results]
     raise UserError(
         f"run {found.run_id} has no configuration {wanted!r}{did_you_mean(wanted, names)}", f"it has {', '.join(names)}"
     )

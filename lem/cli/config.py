@@ -79,16 +79,16 @@ def _validate(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
 
 def _report(file: str, args: argparse.Namespace) -> dict[str, Any]:
     """What is to say about a valid file."""
-    from lem.config import rules, yamlfile
+    from lem.config import load, rules
     from lem.config.problems import Problem
     from lem.orchestration.plan import build_plan
 
-    if yamlfile.kind_of(file) == "experiment":
-        experiment = yamlfile.load_experiment(file, args.set, args.preset).config
-        warnings = [str(item) for item in rules.check(experiment)]
+    if load.kind_of(file) == "experiment":
+        experiment = load.load_experiment(file, args.set, args.preset).config
+        warnings = [str(item) for item in rules.warnings(experiment)]
         return {"file": file, "kind": "experiment", "valid": True, "name": experiment.name, "warnings": warnings}
-    loaded = yamlfile.load_campaign(file, args.set, args.preset)
-    plan = build_plan(loaded.config, loaded.drafts, preset=loaded.preset, forced=loaded.forced, source=loaded.source)
+    loaded = load.load_campaign(file, args.set, args.preset)
+    plan = build_plan(loaded.config, loaded.listed, preset=loaded.preset, forced=loaded.forced, source=loaded.source)
     if not plan.experiments:
         reasons = "; ".join(f"{reason} × {count}" for reason, count in plan.filtered_by_reason)
         first = next((key for key in ("grid", "experiments", "configs") if getattr(loaded.config, key)), "configs")
@@ -115,7 +115,7 @@ def _told(report: Mapping[str, Any]) -> str:
 
 def _problem_documents(error: ConfigurationError) -> list[dict[str, Any]]:
     from lem.config.problems import dotted
-    from lem.config.sources import FileProblems
+    from lem.config.yamlfile import FileProblems
 
     if not isinstance(error, FileProblems):
         return [{"message": error.message, "hint": error.hint}]
@@ -133,15 +133,15 @@ def _problem_documents(error: ConfigurationError) -> list[dict[str, Any]]:
 
 
 def _show(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
-    from lem.config import yamlfile
-    from lem.config.describe import render_yaml
-    from lem.config.merging import leaves
+    from lem.config import load
+    from lem.config.introspection import render_yaml
+    from lem.config.problems import leaves
 
-    kind = yamlfile.kind_of(args.file)
+    kind = load.kind_of(args.file)
     loaded: Loaded[Any] = (
-        yamlfile.load_campaign(args.file, args.set, args.preset)
+        load.load_campaign(args.file, args.set, args.preset)
         if kind == "campaign"
-        else yamlfile.load_experiment(args.file, args.set, args.preset)
+        else load.load_experiment(args.file, args.set, args.preset)
     )
     tree = _without_secrets(loaded.config.to_dict(), loaded)
     origins = {path: _origin(loaded, path) for path, _ in leaves(tree)}
@@ -179,8 +179,9 @@ def _origin(loaded: Loaded[Any], path: Path) -> str | None:
 
 def _without_secrets(tree: dict[str, Any], loaded: Loaded[Any]) -> dict[str, Any]:
     """The configuration with secrets as they were written, when that was `${VAR}`, else hidden."""
-    from lem.config.merging import leaves, merge
-    from lem.config.sources import is_secret
+    from lem.config.load import is_secret
+    from lem.config.option import merge
+    from lem.config.problems import leaves
 
     section: type[Section] = type(loaded.config)
     written = dict(leaves(loaded.source.unexpanded))
@@ -195,7 +196,7 @@ def _without_secrets(tree: dict[str, Any], loaded: Loaded[Any]) -> dict[str, Any
 
 
 def _new(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
-    from lem.config.describe import campaign_template, experiment_template
+    from lem.config.introspection import campaign_template, experiment_template
 
     _check_backend(args.backend)
     out.write(campaign_template(args.backend) if args.kind == "campaign" else experiment_template(args.backend))
@@ -205,7 +206,7 @@ def _new(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
 def _schema(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
     from lem.config.campaign_config import CampaignConfig
     from lem.config.experiment import ExperimentConfig
-    from lem.config.option import document_schema
+    from lem.config.introspection import document_schema
 
     section = CampaignConfig if args.kind == "campaign" else ExperimentConfig
     write_json(out, document_schema(section, f"lem {args.kind}"))
@@ -213,8 +214,7 @@ def _schema(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
 
 
 def _fields(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
-    from lem.config.describe import render_page, render_text
-    from lem.config.introspection import get_campaign_params, get_experiment_params
+    from lem.config.introspection import get_campaign_params, get_experiment_params, render_page, render_text
 
     if args.markdown:
         out.write(render_page())

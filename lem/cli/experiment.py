@@ -85,7 +85,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
 
 
 def _load(args: argparse.Namespace) -> Loaded[ExperimentConfig]:
-    from lem.config.yamlfile import load_experiment
+    from lem.config.load import load_experiment
 
     sets: list[str | tuple[str, Any]] = [
         (key, getattr(args, name)) for name, key in _KEYS.items() if getattr(args, name) is not None
@@ -108,7 +108,7 @@ def _as_campaign(loaded: Loaded[ExperimentConfig], file: Path, state_dir: str) -
 
 def _plan(campaign: CampaignConfig, loaded: Loaded[ExperimentConfig], file: Path, args: argparse.Namespace) -> Plan:
     from lem.config.campaign_config import CampaignConfig
-    from lem.config.load import ExperimentDraft, with_campaign_defaults
+    from lem.config.load import ListedExperiment, with_campaign_defaults
     from lem.meters.nvml import find_gpus
     from lem.orchestration.plan import build_plan
 
@@ -116,7 +116,7 @@ def _plan(campaign: CampaignConfig, loaded: Loaded[ExperimentConfig], file: Path
     if args.sample_size is not None:
         chosen = CampaignConfig(campaign_name="experiment", configs=(str(file),), num_samples=args.sample_size)
         mapping = with_campaign_defaults(chosen, mapping, {"num_samples"})
-    plan = build_plan(campaign, [ExperimentDraft(mapping, loaded.source, file)], gpus=find_gpus() or None)
+    plan = build_plan(campaign, [ListedExperiment(mapping, loaded.source, file)], gpus=find_gpus() or None)
     if not plan.experiments:
         raise UserError("; ".join(reason for reason, _ in plan.filtered_by_reason), "mend the experiment file")
     return plan
@@ -125,8 +125,8 @@ def _plan(campaign: CampaignConfig, loaded: Loaded[ExperimentConfig], file: Path
 def _measure(args: argparse.Namespace, campaign: CampaignConfig, plan: Plan, err: TextIO) -> CampaignOutcome:
     from lem.cli.progress import choose_progress
     from lem.orchestration.campaign import CampaignRunner
-    from lem.orchestration.dispatch import LocalExecutor
     from lem.orchestration.schedule import StopRequest
+    from lem.orchestration.session import LocalExecutor
 
     console = log.Console(err)
     is_quiet = getattr(args, "quiet", False)
@@ -148,9 +148,9 @@ def _measure(args: argparse.Namespace, campaign: CampaignConfig, plan: Plan, err
 
 def _show(args: argparse.Namespace, campaign: CampaignConfig, outcome: CampaignOutcome, out: TextIO) -> None:
     from lem.record import encode_record
-    from lem.results.run import summarise
+    from lem.results.run import make_run
     from lem.results.store import Repository
-    from lem.results.table import render_record, render_summary
+    from lem.results.table import render_record, render_run
 
     run_id = str(outcome.manifest.run_id)
     results = Repository(Path(campaign.io.results_dir), campaign.slug).scan(run_id).results
@@ -170,15 +170,15 @@ def _show(args: argparse.Namespace, campaign: CampaignConfig, outcome: CampaignO
     if len(records) == 1:
         out.write(render_record(records[0], is_colour=is_colour, width=width))
     elif records:
-        summary = summarise(records, campaign_name=campaign.campaign_name, run_id=run_id)
-        out.write(render_summary(summary, is_colour=is_colour, width=width))
+        found = make_run(records, campaign_name=campaign.campaign_name, run_id=run_id)
+        out.write(render_run(found, is_colour=is_colour, width=width))
     if results:
         out.write("\n" + "".join(f"{item.path}\n" for item in results))
 
 
 def _describe(plan: Plan, campaign: CampaignConfig, args: argparse.Namespace, out: TextIO) -> None:
-    from lem.orchestration.dispatch import LocalExecutor
     from lem.orchestration.plan import encode_config
+    from lem.orchestration.session import LocalExecutor
 
     name, cycles, config = campaign.campaign_name, len(plan.experiments), plan.experiments[0].config.to_dict()
     python, results_dir = LocalExecutor(args.python).python, f"{campaign.io.results_dir}/{campaign.slug}"

@@ -178,7 +178,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         lines = [*_table(matrix, terminal_width(out)), "", *_lines(gathered, matrix, anchor, new, args.output, plan)]
         out.write("\n".join(lines) + "\n")
         tell_problems(err, gathered.problems, lead="left out: ")
-    return int(ExitCode.EXPERIMENT_FAILED if matrix.lacking else ExitCode.OK)
+    return int(ExitCode.EXPERIMENT_FAILED if matrix.missing else ExitCode.OK)
 
 
 def _document(gathered: Gathered, matrix: Matrix, anchor: AnchorCheck, new: int) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def _document(gathered: Gathered, matrix: Matrix, anchor: AnchorCheck, new: int)
             }
             for name, cells in matrix.rows.items()
         },
-        "lacking": [{"host": host, "exp_id": exp_id} for host, exp_id in matrix.lacking],
+        "lacking": [{"host": host, "exp_id": exp_id} for host, exp_id in matrix.missing],
         "anchor": dataclasses.asdict(anchor),
         "problems": problem_documents(gathered.problems),
         "foreign_runs": list(gathered.foreign_runs),
@@ -221,8 +221,8 @@ def _lines(
         lines.append(_anchor_line(anchor))
     if gathered.foreign_runs:
         lines.append(f"left out, since they are of other runs than the plan: {', '.join(gathered.foreign_runs)}")
-    if matrix.lacking:
-        lacking = [f"{exp_id} ({host})" for host, exp_id in matrix.lacking]
+    if matrix.missing:
+        lacking = [f"{exp_id} ({host})" for host, exp_id in matrix.missing]
         lines.append(f"lacking: {some_of(lacking, _SHOWN)}")
     results, hosts = plural(len(gathered.results), "result"), plural(len(matrix.hosts), "host")
     return [*lines, f"{results} of {hosts} in {output}, {new} of them new"]

@@ -277,8 +277,8 @@ def run_presets(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # n
     """The exit code; 2 for a preset that there is not."""
     import textwrap
 
-    from lem.config.describe import render_yaml
-    from lem.config.sources import PRESETS, find_preset
+    from lem.config.introspection import render_yaml
+    from lem.config.presets import PRESETS, find_preset
 
     chosen = PRESETS.values() if args.name is None else (find_preset(args.name),)
     if args.json:

@@ -12,9 +12,8 @@ from lem.base import units
 from lem.base.doc import Column, columns, paint
 from lem.base.log import WIDTH
 from lem.config.campaign_config import CampaignConfig
-from lem.orchestration.order import Prices
-from lem.orchestration.plan import CampaignExperiment, Plan
-from lem.results.precision import StoppingRule
+from lem.orchestration.plan import CampaignExperiment, ExpectedDurations, Plan
+from lem.results.run import StoppingRule
 
 _REASONS_SHOWN = 10
 _ORDER_SHOWN = 30
@@ -32,7 +31,7 @@ def render_plan(
     plan: Plan,
     campaign: CampaignConfig,
     place: str,
-    prices: Prices,
+    prices: ExpectedDurations,
     *,
     rule: StoppingRule | None = None,
     longest: Plan | None = None,
@@ -89,7 +88,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
     }
 
 
-def expected_document(plan: Plan, prices: Prices) -> dict[str, Any]:
+def expected_document(plan: Plan, prices: ExpectedDurations) -> dict[str, Any]:
     """What the plan is expected to take, in seconds, as JSON values; None where no earlier result tells."""
     expected = plan.expected_time(prices)
     return {
@@ -113,7 +112,7 @@ def _fact(name: str, text: str, width: int) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=f"{name + ':':<{width}}", subsequent_indent=" " * width)
 
 
-def _expected(plan: Plan, prices: Prices, about: str = "about ") -> str:
+def _expected(plan: Plan, prices: ExpectedDurations, about: str = "about ") -> str:
     expected, gaps = plan.expected_time(prices), _gaps(plan, prices)
     if expected.measured_s is None or expected.loading_s is None or expected.total_s is None:
         return f"unknown before the first run; {gaps}"
@@ -124,7 +123,7 @@ def _expected(plan: Plan, prices: Prices, about: str = "about ") -> str:
     )
 
 
-def _gaps(plan: Plan, prices: Prices) -> str:
+def _gaps(plan: Plan, prices: ExpectedDurations) -> str:
     """`gaps 4m 00s, at most 20m 00s`: as long as before, and as long as they may be."""
     usual_s, most_s = plan.expected_time(prices).gaps_s, plan.expected_time(replace(prices, gap_s=None)).gaps_s
     if not most_s:
@@ -135,7 +134,7 @@ def _gaps(plan: Plan, prices: Prices) -> str:
 
 def _bounds(
     plan: Plan,
-    prices: Prices,
+    prices: ExpectedDurations,
     rule: StoppingRule | None,
     longest: Plan | None,
     budget_s: float | None,
@@ -149,7 +148,7 @@ def _bounds(
     return facts
 
 
-def _fitting(plan: Plan, prices: Prices, budget_s: float) -> str:
+def _fitting(plan: Plan, prices: ExpectedDurations, budget_s: float) -> str:
     """How many of the first experiments are begun within the budget; the one then running finishes."""
     total = plan.expected_time(prices).total_s
     if total is None:

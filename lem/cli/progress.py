@@ -17,15 +17,14 @@ from lem.base.errors import ExitCode, LemError
 from lem.base.process import copyable
 from lem.config.campaign_config import CampaignConfig
 from lem.config.option import walk
-from lem.orchestration.loop import CampaignOutcome, Stopped
 from lem.orchestration.manifest import FAILED, SKIPPED
+from lem.orchestration.schedule import CampaignOutcome, Stopped
 from lem.orchestration.status import Event, Observer
 from lem.orchestration.systemd import ServiceManager
 from lem.record import Record
-from lem.results.precision import read_stopping_rule
-from lem.results.run import CampaignSummary, summarise, summary_document
+from lem.results.run import Run, make_run, read_stopping_rule, run_document
 from lem.results.store import Repository
-from lem.results.table import render_summary
+from lem.results.table import render_run
 
 _logger = logging.getLogger(__name__)
 
@@ -294,6 +293,8 @@ def _ending(event: Event, console: log.Console | None) -> list[str]:
 
 def exit_code_of_outcome(outcome: CampaignOutcome) -> int:
     """The exit code of a run that no signal ended."""
+    if outcome.stopped is Stopped.DURATION:
+        return int(ExitCode.OK)
     if outcome.error is not None:
         return int(outcome.error.exit_code)
     if outcome.stopped is Stopped.DEADLINE:
@@ -305,9 +306,9 @@ def show_results(campaign: CampaignConfig, outcome: CampaignOutcome, out: TextIO
     """Write the table, or the summary as one JSON object on a line; nothing where there is nothing to show."""
     summary = _summarise(campaign, outcome)
     if is_json:
-        text = json.dumps({"event": "summary", **summary_document(summary)}, ensure_ascii=False) + "\n"
+        text = json.dumps({"event": "summary", **run_document(summary)}, ensure_ascii=False) + "\n"
     elif summary.configurations:
-        text = render_summary(summary, is_colour=log.is_colour_wanted(out), width=terminal_width(out))
+        text = render_run(summary, is_colour=log.is_colour_wanted(out), width=terminal_width(out))
     else:
         return
     try:
@@ -351,7 +352,7 @@ def _without_secret(word: str) -> str:
     """The word, with `(hidden)` for a secret that it sets; the person who typed it can put it back."""
     start = "--set=" if word.startswith("--set=") else ""
     key, sign, _ = word[len(start) :].partition("=")
-    secrets = [name for name, item, _ in walk(CampaignConfig) if item.option.is_secret]
+    secrets = [name for name, item, _ in walk(CampaignConfig) if item.secret]
     is_secret = any(name == key or name.startswith(f"{key}.") for name in secrets)
     return f"{start}{key}=(hidden)" if sign and is_secret else word
 
@@ -384,8 +385,8 @@ def _message(campaign: CampaignConfig, event: str, **data: Any) -> dict[str, Any
     return {"event": event, "campaign": campaign.campaign_name, "campaign_id": campaign.campaign_id, **data}
 
 
-def _summarise(campaign: CampaignConfig, outcome: CampaignOutcome) -> CampaignSummary:
-    return summarise(
+def _summarise(campaign: CampaignConfig, outcome: CampaignOutcome) -> Run:
+    return make_run(
         _records(campaign, outcome),
         failed=_failed_by_name(outcome),
         campaign_name=campaign.campaign_name,

@@ -13,7 +13,7 @@ from lem.base.doc import write_json
 from lem.base.errors import ExitCode, UserError
 from lem.base.measurement import POWER_CAP_BIT, SLOWDOWN_BITS
 from lem.base.units import NS_PER_S
-from lem.cli.selection import SelectedRun, problem_documents, resolve_run, tell_problems, write_file
+from lem.cli.selection import problem_documents, resolve_run, tell_problems, write_file
 from lem.meters.curve import HOLE_PERIODS, may_have_wrapped_twice
 from lem.meters.rapl import PACKAGE
 from lem.meters.samples import (
@@ -30,7 +30,7 @@ from lem.results.report.content import POWER, TEMPERATURE, Band, Phase, Series, 
 
 if TYPE_CHECKING:
     from lem.results.report.content import Report
-    from lem.results.store import Scan
+    from lem.results.run import Run
 
 
 _FILENAME = "report.html"
@@ -59,10 +59,9 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         raise UserError("--json and --output - both want stdout", "name a file for the page")
     chosen = resolve_run(args.results_dir, args.campaign)
     campaign, run_id = chosen.campaign, chosen.run_id
-    scan = chosen.scan()
-    report = _compose(scan, chosen)
-    text = render_report(report)
-    damaged = [problem for problem in scan.problems if problem.kind != "missing"]
+    results = chosen.read()
+    text = render_report(_compose(results, args.results_dir))
+    damaged = [problem for problem in results.problems if problem.kind != "missing"]
     tell_problems(err, damaged, lead="left out: ", rest="the page names them")
     if args.output == "-":
         out.write(text)
@@ -75,7 +74,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
             "bytes": len(text.encode("utf-8")),
             "campaign": campaign,
             "run_id": run_id,
-            "problems": problem_documents(scan.problems),
+            "problems": problem_documents(results.problems),
         }
         write_json(out, document)
     else:
@@ -83,32 +82,23 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     return int(ExitCode.OK)
 
 
-def _compose(scan: Scan, chosen: SelectedRun) -> Report:
+def _compose(run: Run, results_dir: Path) -> Report:
     """The content of the page; a sample log that cannot be used is named and left out."""
-    from lem.results.precision import read_stopping_rule
-    from lem.results.report.content import TraceNote, compose, failed_settings, select_traced
-    from lem.results.store import count_failed
+    from lem.results.report.content import compose, select_traced
 
-    report = compose(
-        [item.record for item in scan.results],
-        problems=scan.problems,
-        failed=count_failed(scan),
-        failed_settings=failed_settings(scan),
-        stopping=read_stopping_rule(chosen.folder),
-        campaign_name=chosen.campaign,
-        run_id=chosen.run_id,
-    )
-    with_log = [item for item in scan.results if (item.path.parent / FINISHED_FILENAME).is_file()]
-    traces, notes = [], []
-    for item in select_traced(report.entries, with_log):
-        path = item.path.parent / FINISHED_FILENAME
+    report = compose(run)
+    logs = {key: results_dir / path.parent / FINISHED_FILENAME for key, path in run.paths.items()}
+    with_log = [record for record in run.records if logs[record.identity.key].is_file()]
+    traces, unread = [], []
+    for record in select_traced(report.entries, with_log):
+        path = logs[record.identity.key]
         try:
             log, marks = read_finished(path)
         except (SampleLogError, OSError) as error:
-            notes.append(TraceNote("/".join(path.parts[-4:]), str(error).removeprefix(f"{path}: ")))
+            unread.append("/".join(path.parts[-4:]) + ": " + str(error).removeprefix(f"{path}: "))
         else:
-            traces.append((item.record, trace_of(log, marks)))
-    return dataclasses.replace(report, traces=tuple(traces), trace_notes=tuple(notes), n_logs=len(with_log))
+            traces.append((record, trace_of(log, marks)))
+    return dataclasses.replace(report, traces=tuple(traces), unread=tuple(unread), n_logs=len(with_log))
 
 
 _BUCKETS = 260

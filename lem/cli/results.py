@@ -55,10 +55,11 @@ def export(args: argparse.Namespace, results: Iterable[StoredResult], out: TextI
     Raises:
         UserError: no such column, or the file cannot be written.
     """
-    from lem.results.export import Exported, make_table, render, summary_columns, with_columns
+    from lem.results.export import make_table, render, summary_columns, with_columns
+    from lem.results.store import StoredResult
 
     form = args.format or (_FORMAT_OF_SUFFIX.get(args.output.suffix.lower()) if args.output else None) or "csv"
-    found = [Exported(item.path.relative_to(args.results_dir).as_posix(), item.record) for item in results]
+    found = [StoredResult(item.path.relative_to(args.results_dir), item.record) for item in results]
     table = make_table(found, is_every_attempt=args.attempts == "all")
     if args.columns is not None:
         table = with_columns(table, [name.strip() for name in args.columns.split(",") if name.strip()])
@@ -112,11 +113,10 @@ def _list(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
 
 def _show(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     item, exp_id = resolve_experiment(args.results_dir, args.id)
-    scan = item.scan()
     if exp_id is None:
-        _show_run(args, item, scan, out, err)
+        _show_run(args, item, out, err)
     else:
-        _show_experiment(args, scan, exp_id, out, err)
+        _show_experiment(args, item.scan(), exp_id, out, err)
 
 
 def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
@@ -140,25 +140,16 @@ def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
         )
 
 
-def _show_run(args: argparse.Namespace, item: SelectedRun, scan: Scan, out: TextIO, err: TextIO) -> None:
-    from lem.results.precision import read_stopping_rule
-    from lem.results.run import summarise, summary_document
-    from lem.results.store import count_failed
-    from lem.results.table import render_summary
+def _show_run(args: argparse.Namespace, item: SelectedRun, out: TextIO, err: TextIO) -> None:
+    from lem.results.run import run_document
+    from lem.results.table import render_run
 
-    records = (result.record for result in scan.results)
-    summary = summarise(
-        records,
-        failed=count_failed(scan),
-        campaign_name=item.campaign,
-        run_id=item.run_id,
-        stopping=read_stopping_rule(item.folder),
-    )
+    found = item.read()
     if args.json:
-        write_json(out, {**summary_document(summary), "problems": problem_documents(scan.problems)})
+        write_json(out, {**run_document(found), "problems": problem_documents(found.problems)})
         return
-    out.write(render_summary(summary, is_colour=is_colour_wanted(out), width=terminal_width(out)))
-    tell_problems(err, scan.problems)
+    out.write(render_run(found, is_colour=is_colour_wanted(out), width=terminal_width(out)))
+    tell_problems(err, found.problems)
 
 
 def _show_experiment(args: argparse.Namespace, scan: Scan, exp_id: str, out: TextIO, err: TextIO) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 from lem.base.errors import UserError
 
 if TYPE_CHECKING:
+    from lem.results.run import Run
     from lem.results.store import Problem, Scan
 
 
@@ -30,16 +31,17 @@ class SelectedRun:
 
         return Repository(self.results_dir, self.campaign).scan(self.run_id)
 
+    def read(self) -> Run:
+        """Its results."""
+        from lem.results.run import read_run
+
+        return read_run(self.results_dir, self.campaign, self.run_id)
+
     def experiment_ids(self) -> tuple[str, ...]:
         """The experiments that were begun, by name."""
         from lem.results.store import Repository
 
         return Repository(self.results_dir, self.campaign).experiment_ids(self.run_id)
-
-    @property
-    def folder(self) -> Path:
-        """Where it lies."""
-        return self.results_dir / self.campaign / self.run_id
 
 
 def list_runs(results_dir: Path) -> tuple[SelectedRun, ...]:

@@ -90,7 +90,7 @@ def _find(state_dir: Path, wanted: str, onlooker: Onlooker) -> CampaignStatus:
 
 
 def _of_file(path: Path, onlooker: Onlooker) -> CampaignStatus:
-    from lem.config.yamlfile import load_campaign
+    from lem.config.load import load_campaign
     from lem.orchestration.status import read_status
 
     campaign = load_campaign(str(path)).config

@@ -16,9 +16,8 @@ from lem.base.durable import INTERLEAVED, MANIFEST_FILENAME, STRUCTURES
 from lem.config.backends import BACKENDS
 from lem.config.experiment import DatasetConfig, ExperimentConfig, ModelConfig
 from lem.config.kinds import Items
-from lem.config.merging import nest, put
-from lem.config.option import Section, check_partial, declared, option
-from lem.config.problems import Problem, nearest
+from lem.config.option import REQUIRED, Section, check_partial, declared, option, put
+from lem.config.problems import Problem, nearest, nest
 
 __all__ = [
     "CampaignColdStartConfig",
@@ -93,19 +92,19 @@ class CampaignGridConfig(Section):
     """Experiments as the product of axes: backends, models, shared options, and options of each backend."""
 
     backends: tuple[str, ...] = option(
-        description="The backends to run.", choices=BACKENDS, min_items=1, is_unique=True, takes_scalar=True
+        REQUIRED, "The backends to run.", choices=BACKENDS, min_items=1, is_unique=True, takes_scalar=True
     )
     models: tuple[Any, ...] | None = option(
-        None, description="The models to run; null takes the campaign's.", min_items=1, takes_scalar=True
+        None, "The models to run; null takes the campaign's.", min_items=1, takes_scalar=True
     )
     shared: Mapping[str, Any] = option(
         {},
-        description="Axes: an option of every experiment, its name dotted where nested, and the list of its values.",
+        "Axes: an option of every experiment, its name dotted where nested, and the list of its values.",
         dotted_after=0,
     )
     backend_overrides: Mapping[str, Mapping[str, Any]] = option(
         {},
-        description="For a backend, options of its section: a value, or a list of values as an axis of that backend.",
+        "For a backend, options of its section: a value, or a list of values as an axis of that backend.",
         dotted_after=1,
     )
 
@@ -180,12 +179,12 @@ class CampaignExplicitExperiment(Section):
     """One experiment: a file with overrides, or the experiment itself written in place."""
 
     alternative: ClassVar[type[Section] | None] = ExperimentConfig
-    stranger_remedy: ClassVar[str] = "options laid over the file go under overrides"
+    alternative_remedy: ClassVar[str] = "options laid over the file go under overrides"
 
-    config: str | None = option(None, description="Experiment file, relative to the campaign file.")
-    overrides: Mapping[str, Any] = option({}, description="Options laid over the file, nested or with dotted names.")
+    config: str | None = option(None, "Experiment file, relative to the campaign file.")
+    overrides: Mapping[str, Any] = option({}, "Options laid over the file, nested or with dotted names.")
     inline: Mapping[str, Any] | None = option(
-        None, description="The experiment, when there is no file. Its options may also stand here without this key."
+        None, "The experiment, when there is no file. Its options may also stand here without this key."
     )
 
     @classmethod
@@ -219,59 +218,45 @@ class CampaignExplicitExperiment(Section):
 class CampaignExecutionConfig(Section):
     """How often, in which order, and how long to wait."""
 
-    cycles: int = option(
-        3, description="How often every experiment is run; intervals need 3 or more.", minimum=1, maximum=20
-    )
+    cycles: int = option(3, "How often every experiment is run; intervals need 3 or more.", minimum=1, maximum=20)
     structure: str = option(
-        INTERLEAVED,
-        description="Order: interleaved ABC ABC; shuffled within each cycle; grouped AAA BBB.",
-        choices=STRUCTURES,
+        INTERLEAVED, "Order: interleaved ABC ABC; shuffled within each cycle; grouped AAA BBB.", choices=STRUCTURES
     )
     warmup_prompts: int = option(
-        5, description="Default of an experiment's warmup.min_prompts.", minimum=0, maximum=200, unit="prompts"
+        5, "Default of an experiment's warmup.min_prompts.", minimum=0, maximum=200, unit="prompts"
     )
     warmup_timeout_seconds: float = option(
-        30.0, description="Default of an experiment's warmup.timeout_seconds.", minimum=0, unit="s"
+        30.0, "Default of an experiment's warmup.timeout_seconds.", minimum=0, unit="s"
     )
     config_gap_seconds: float = option(
         60.0,
-        description="Longest wait between experiments; ends once the device is back at idle temperature and power.",
+        "Longest wait between experiments; ends once the device is back at idle temperature and power.",
         minimum=0,
         maximum=units.LONGEST_S,
         unit="s",
     )
     cycle_gap_seconds: float = option(
-        300.0,
-        description="Longest wait between cycles, in place of the other.",
-        minimum=0,
-        maximum=units.LONGEST_S,
-        unit="s",
+        300.0, "Longest wait between cycles, in place of the other.", minimum=0, maximum=units.LONGEST_S, unit="s"
     )
-    load_timeout_seconds: float = option(1800.0, description="Time to load an engine.", above=0, unit="s")
-    experiment_timeout_seconds: float = option(
-        3600.0, description="Time for an experiment once loaded.", above=0, unit="s"
-    )
-    silence_timeout_seconds: float = option(600.0, description="Time without any sign of progress.", above=0, unit="s")
+    load_timeout_seconds: float = option(1800.0, "Time to load an engine.", above=0, unit="s")
+    experiment_timeout_seconds: float = option(3600.0, "Time for an experiment once loaded.", above=0, unit="s")
+    silence_timeout_seconds: float = option(600.0, "Time without any sign of progress.", above=0, unit="s")
     reuse: str = option(
         "cycle",
-        description="How long an engine stays loaded. cycle: cycles are independent; campaign: faster, but no interval "
+        "How long an engine stays loaded. cycle: cycles are independent; campaign: faster, but no interval "
         "over cycles; none: every experiment loads.",
         choices=("cycle", "campaign", "none"),
     )
-    seed: int = option(42, description="Seed of the shuffled order.", minimum=0)
+    seed: int = option(42, "Seed of the shuffled order.", minimum=0)
 
 
 @dataclass(frozen=True)
 class CampaignScheduleConfig(Section):
     """When to start."""
 
-    at: str | None = option(None, description="Time of day, the host's.", check=_check_time, form="a time HH:MM")
+    at: str | None = option(None, "Time of day, the host's.", check=_check_time, form="a time HH:MM")
     days: tuple[str, ...] | None = option(
-        None,
-        description="Days; null is any.",
-        choices=(*_WEEKDAYS, *_DAY_GROUPS),
-        takes_scalar=True,
-        min_items=1,
+        None, "Days; null is any.", choices=(*_WEEKDAYS, *_DAY_GROUPS), takes_scalar=True, min_items=1
     )
 
     def check(self) -> Iterator[Problem]:
@@ -289,23 +274,23 @@ class CampaignScheduleConfig(Section):
 class CampaignHealthCheckConfig(Section):
     """Looks at the containers between experiments."""
 
-    enabled: bool = option(True, description="Look.")
+    enabled: bool = option(True, "Look.")
     interval_experiments: int = option(
-        0, description="Experiments between looks; 0 looks once a cycle.", minimum=0, unit="experiments"
+        0, "Experiments between looks; 0 looks once a cycle.", minimum=0, unit="experiments"
     )
     gpu_memory_threshold_pct: float = option(
-        90.0, description="GPU memory in use, by others, that is unhealthy.", minimum=50, maximum=100, unit="%"
+        90.0, "GPU memory in use, by others, that is unhealthy.", minimum=50, maximum=100, unit="%"
     )
-    restart_on_failure: bool = option(True, description="Restart an unhealthy container; false only logs it.")
-    max_restarts: int = option(3, description="Restarts of a container in a campaign.", minimum=0)
+    restart_on_failure: bool = option(True, "Restart an unhealthy container; false only logs it.")
+    max_restarts: int = option(3, "Restarts of a container in a campaign.", minimum=0)
 
 
 @dataclass(frozen=True)
 class CampaignColdStartConfig(Section):
     """Start cold every time."""
 
-    force_cold_start: bool = option(False, description="End the worker after each experiment.")
-    restart_container: bool = option(False, description="Recreate the container too.")
+    force_cold_start: bool = option(False, "End the worker after each experiment.")
+    restart_container: bool = option(False, "Recreate the container too.")
 
 
 @dataclass(frozen=True)
@@ -314,18 +299,13 @@ class CampaignDaemonConfig(Section):
 
     switch: ClassVar[str | None] = "enabled"
 
-    enabled: bool = option(False, description="Stay and repeat.")
-    at: str | None = option(None, description="Time of day of the first run.", check=_check_time, form="a time HH:MM")
+    enabled: bool = option(False, "Stay and repeat.")
+    at: str | None = option(None, "Time of day of the first run.", check=_check_time, form="a time HH:MM")
     interval: str | None = option(
-        None,
-        description="From the end of a run to the next: 90s, 30m, 6h, 2d.",
-        check=_check_duration,
-        form="a duration",
+        None, "From the end of a run to the next: 90s, 30m, 6h, 2d.", check=_check_duration, form="a duration"
     )
-    total_duration: str | None = option(
-        None, description="Stop after this long.", check=_check_duration, form="a duration"
-    )
-    quiet: bool = option(True, description="Log to a file in the state folder instead of the screen.")
+    total_duration: str | None = option(None, "Stop after this long.", check=_check_duration, form="a duration")
+    quiet: bool = option(True, "Log to a file in the state folder instead of the screen.")
 
     @property
     def interval_seconds(self) -> float | None:
@@ -342,16 +322,16 @@ class CampaignDaemonConfig(Section):
 class CampaignIOConfig(Section):
     """Files and folders, relative to the working directory."""
 
-    results_dir: str = option("results", description="Folder of results.")
-    configs_dir: str = option("configs", description="Folder of the experiments that a grid generates.")
-    state_dir: str = option(".state", description="Folder of the manifest and the log.")
+    results_dir: str = option("results", "Folder of results.")
+    configs_dir: str = option("configs", "Folder of the experiments that a grid generates.")
+    state_dir: str = option(".state", "Folder of the manifest and the log.")
     manifest_filename: str = option(
-        MANIFEST_FILENAME, description="Name of the manifest.", check=_check_file_name, form="a file name"
+        MANIFEST_FILENAME, "Name of the manifest.", check=_check_file_name, form="a file name"
     )
     compose_file: str | None = option(
-        None, description="Compose file; null tries docker-compose.yml, docker/docker-compose.yml, the packaged one."
+        None, "Compose file; null tries docker-compose.yml, docker/docker-compose.yml, the packaged one."
     )
-    env_file: str | None = option(None, description="File of environment variables for compose.")
+    env_file: str | None = option(None, "File of environment variables for compose.")
 
     @property
     def manifest_path(self) -> Path:
@@ -363,11 +343,9 @@ class CampaignIOConfig(Section):
 class CampaignNotificationConfig(Section):
     """A message when a campaign ends."""
 
-    webhook_url: str | None = option(
-        None, description="Where to post JSON.", check=_check_url, form="a URL", secret=True
-    )
+    webhook_url: str | None = option(None, "Where to post JSON.", check=_check_url, form="a URL", secret=True)
     on: tuple[str, ...] = option(
-        ("complete", "failure"), description="When to post.", choices=("complete", "failure"), takes_scalar=True
+        ("complete", "failure"), "When to post.", choices=("complete", "failure"), takes_scalar=True
     )
 
 
@@ -377,27 +355,22 @@ class CampaignConfig(Section):
 
     aliases: ClassVar[Mapping[str, str]] = {"model_name": "model"}
 
-    campaign_name: str = option(description="Name of the campaign; made of it are names of files and units.")
-    model: ModelConfig | None = option(None, description="Model of every experiment that names none.")
-    dataset: DatasetConfig | None = option(None, description="Dataset of every experiment that has no prompts.")
+    campaign_name: str = option(REQUIRED, "Name of the campaign; made of it are names of files and units.")
+    model: ModelConfig | None = option(None, "Model of every experiment that names none.")
+    dataset: DatasetConfig | None = option(None, "Dataset of every experiment that has no prompts.")
     num_samples: int | None = option(
-        None,
-        description="Prompts of every experiment that sets no sample_size.",
-        minimum=1,
-        unit="prompts",
+        None, "Prompts of every experiment that sets no sample_size.", minimum=1, unit="prompts"
     )
-    configs: tuple[str, ...] = option(
-        (), description="Experiment files, relative to the campaign file.", takes_scalar=True
-    )
-    grid: CampaignGridConfig | None = option(None, description="Experiments as the product of axes.")
-    experiments: tuple[CampaignExplicitExperiment, ...] = option((), description="Experiments one by one.")
-    execution: CampaignExecutionConfig = option(CampaignExecutionConfig(), description="How often and in which order.")
-    schedule: CampaignScheduleConfig | None = option(None, description="When to start.")
-    health_check: CampaignHealthCheckConfig = option(CampaignHealthCheckConfig(), description="Looks at containers.")
-    cold_start: CampaignColdStartConfig = option(CampaignColdStartConfig(), description="Start cold every time.")
-    daemon: CampaignDaemonConfig | None = option(None, description="Run again and again.")
-    io: CampaignIOConfig = option(CampaignIOConfig(), description="Files and folders.")
-    notification: CampaignNotificationConfig = option(CampaignNotificationConfig(), description="A message at the end.")
+    configs: tuple[str, ...] = option((), "Experiment files, relative to the campaign file.", takes_scalar=True)
+    grid: CampaignGridConfig | None = option(None, "Experiments as the product of axes.")
+    experiments: tuple[CampaignExplicitExperiment, ...] = option((), "Experiments one by one.")
+    execution: CampaignExecutionConfig = option(CampaignExecutionConfig(), "How often and in which order.")
+    schedule: CampaignScheduleConfig | None = option(None, "When to start.")
+    health_check: CampaignHealthCheckConfig = option(CampaignHealthCheckConfig(), "Looks at containers.")
+    cold_start: CampaignColdStartConfig = option(CampaignColdStartConfig(), "Start cold every time.")
+    daemon: CampaignDaemonConfig | None = option(None, "Run again and again.")
+    io: CampaignIOConfig = option(CampaignIOConfig(), "Files and folders.")
+    notification: CampaignNotificationConfig = option(CampaignNotificationConfig(), "A message at the end.")
 
     def check(self) -> Iterator[Problem]:
         if not self.configs and self.grid is None and not self.experiments:

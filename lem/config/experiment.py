@@ -7,14 +7,12 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar
 
-from lem.base.measurement import SHORT_WINDOW_S, EnergySource
-from lem.config import rules
+from lem.base.measurement import SHORT_WINDOW_S, EnergySource, is_estimate
 from lem.config.backends import BACKENDS, PyTorchConfig, TensorRTConfig, VllmConfig
-from lem.config.option import Section, declared, option
-from lem.config.problems import Problem
+from lem.config.option import REQUIRED, Section, declared, option
+from lem.config.problems import Path, Problem
 
 # ruff: noqa: RUF009 - `option` makes a dataclass field, as `dataclasses.field` does
 
@@ -33,28 +31,28 @@ class DatasetAlias:
     split: str = "train"
 
 
-DATASET_ALIASES: Mapping[str, DatasetAlias] = MappingProxyType(
-    {
-        "ai_energy_score": DatasetAlias("AIEnergyScore/text_generation", "text"),
-        "alpaca": DatasetAlias("tatsu-lab/alpaca", "instruction"),
-        "sharegpt": DatasetAlias("anon8231489123/ShareGPT_Vicuna_unfiltered", "conversations"),
-        "gsm8k": DatasetAlias("openai/gsm8k", "question", subset="main"),
-        "mmlu": DatasetAlias("cais/mmlu", "question", subset="all", split="test"),
-    }
-)
+DATASET_ALIASES: Mapping[str, DatasetAlias] = {
+    "ai_energy_score": DatasetAlias("AIEnergyScore/text_generation", "text"),
+    "alpaca": DatasetAlias("tatsu-lab/alpaca", "instruction"),
+    "sharegpt": DatasetAlias("anon8231489123/ShareGPT_Vicuna_unfiltered", "conversations"),
+    "gsm8k": DatasetAlias("openai/gsm8k", "question", subset="main"),
+    "mmlu": DatasetAlias("cais/mmlu", "question", subset="all", split="test"),
+}
 
-_DECODER_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "deterministic": MappingProxyType({"temperature": 0.0}),
-        "standard": MappingProxyType({"temperature": 1.0, "top_p": 0.95}),
-        "creative": MappingProxyType({"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1}),
-        "factual": MappingProxyType({"temperature": 0.3}),
-    }
-)
+_DECODER_PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "deterministic": {"temperature": 0.0},
+    "standard": {"temperature": 1.0, "top_p": 0.95},
+    "creative": {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1},
+    "factual": {"temperature": 0.3},
+}
 
 
 def _check_gpu(text: str) -> str | None:
     return None if _GPU.fullmatch(text) else f"an index like 0 or a UUID like GPU-8c7a… is due, got {text!r}"
+
+
+def _above(name: str, value: int, limit_name: str, limit: int) -> Problem:
+    return Problem.of(name, "above_limit", value=value, limit_name=limit_name, limit=limit)
 
 
 @dataclass(frozen=True)
@@ -62,16 +60,13 @@ class ModelConfig(Section):
     """The model."""
 
     shorthand: ClassVar[str | None] = "name"
+    reloads: ClassVar[bool] = True
 
-    name: str = option(description="Name on the hub, or a local folder.", reload=True)
-    revision: str | None = option(None, description="Commit, tag or branch.", reload=True)
-    tokenizer: str | None = option(None, description="Tokenizer, where it is not the model's own.", reload=True)
-    adapter: str | None = option(
-        None,
-        description="LoRA adapter: a name on the hub or a local folder.",
-        reload=True,
-    )
-    trust_remote_code: bool = option(False, description="Run code that comes with the model.", reload=True)
+    name: str = option(REQUIRED, "Name on the hub, or a local folder.")
+    revision: str | None = option(None, "Commit, tag or branch.")
+    tokenizer: str | None = option(None, "Tokenizer, where it is not the model's own.")
+    adapter: str | None = option(None, "LoRA adapter: a name on the hub or a local folder.")
+    trust_remote_code: bool = option(False, "Run code that comes with the model.")
 
 
 @dataclass(frozen=True)
@@ -80,28 +75,25 @@ class DatasetConfig(Section):
 
     shorthand: ClassVar[str | None] = "name"
 
-    name: str = option(description=f"An alias ({', '.join(DATASET_ALIASES)}), a name on the hub, or a folder.")
-    sample_size: int | None = option(None, description="Prompts to take; null takes all.", minimum=1, unit="prompts")
-    split: str | None = option(None, description="Split; the alias knows its own, else train.")
-    column: str | None = option(None, description="Column of the prompt; the alias knows its own.")
+    name: str = option(REQUIRED, f"An alias ({', '.join(DATASET_ALIASES)}), a name on the hub, or a folder.")
+    sample_size: int | None = option(None, "Prompts to take; null takes all.", minimum=1, unit="prompts")
+    split: str | None = option(None, "Split; the alias knows its own, else train.")
+    column: str | None = option(None, "Column of the prompt; the alias knows its own.")
 
 
 @dataclass(frozen=True)
 class FilePrompts(Section):
     """Prompts from a file."""
 
-    type: str = option("file", description="Where prompts come from.", choices=("file",))
+    type: str = option("file", "Where prompts come from.", choices=("file",))
     # Not `identity`: an experiment is known by what the file holds, not by where it lies.
     path: str = option(
-        description="A .txt file with one prompt a line, or .jsonl with prompt or messages; relative to the working "
-        "directory.",
+        REQUIRED,
+        "A .txt file with one prompt a line, or .jsonl with prompt or messages; relative to the working directory.",
         identity=False,
     )
     sample_size: int | None = option(
-        None,
-        description="Prompts to take, from the first on; null takes all.",
-        minimum=1,
-        unit="prompts",
+        None, "Prompts to take, from the first on; null takes all.", minimum=1, unit="prompts"
     )
 
 
@@ -117,20 +109,15 @@ BUNDLED_DISTRIBUTION = "lognormal"
 class SyntheticPrompts(Section):
     """Made-up prompts of chosen lengths."""
 
-    type: str = option("synthetic", description="Where prompts come from.", choices=("synthetic",))
-    input_tokens: int = option(BUNDLED_INPUT_TOKENS, description="Length of a prompt.", minimum=1, unit="tokens")
+    type: str = option("synthetic", "Where prompts come from.", choices=("synthetic",))
+    input_tokens: int = option(BUNDLED_INPUT_TOKENS, "Length of a prompt.", minimum=1, unit="tokens")
     output_tokens: int | None = option(
-        None,
-        description="Most tokens to generate; null takes max_output_tokens.",
-        minimum=1,
-        unit="tokens",
+        None, "Most tokens to generate; null takes max_output_tokens.", minimum=1, unit="tokens"
     )
-    sample_size: int = option(
-        BUNDLED_SAMPLE_SIZE, description="Prompts to make; 32 when not given.", minimum=1, unit="prompts"
-    )
-    seed: int = option(BUNDLED_SEED, description="Seed of the text and the lengths.", minimum=0)
+    sample_size: int = option(BUNDLED_SAMPLE_SIZE, "Prompts to make; 32 when not given.", minimum=1, unit="prompts")
+    seed: int = option(BUNDLED_SEED, "Seed of the text and the lengths.", minimum=0)
     distribution: str = option(
-        "fixed", description="Of the lengths around the chosen ones.", choices=("fixed", "uniform", "lognormal")
+        "fixed", "Of the lengths around the chosen ones.", choices=("fixed", "uniform", "lognormal")
     )
 
 
@@ -138,14 +125,14 @@ class SyntheticPrompts(Section):
 class HuggingFacePrompts(Section):
     """Prompts from a dataset of the hub, in full."""
 
-    type: str = option("huggingface", description="Where prompts come from.", choices=("huggingface",))
-    dataset: str = option(description="Name on the hub, an alias, or a folder.")
-    split: str | None = option(None, description="Split; the alias knows its own, else train.")
-    subset: str | None = option(None, description="Configuration of the dataset.")
-    column: str | None = option(None, description="Column of the prompt; the alias knows its own.")
-    sample_size: int | None = option(None, description="Prompts to take; null takes all.", minimum=1, unit="prompts")
-    shuffle: bool = option(False, description="Shuffle before taking.")
-    seed: int = option(42, description="Seed of the shuffle.", minimum=0)
+    type: str = option("huggingface", "Where prompts come from.", choices=("huggingface",))
+    dataset: str = option(REQUIRED, "Name on the hub, an alias, or a folder.")
+    split: str | None = option(None, "Split; the alias knows its own, else train.")
+    subset: str | None = option(None, "Configuration of the dataset.")
+    column: str | None = option(None, "Column of the prompt; the alias knows its own.")
+    sample_size: int | None = option(None, "Prompts to take; null takes all.", minimum=1, unit="prompts")
+    shuffle: bool = option(False, "Shuffle before taking.")
+    seed: int = option(42, "Seed of the shuffle.", minimum=0)
 
 
 @dataclass(frozen=True)
@@ -154,20 +141,16 @@ class DecoderConfig(Section):
 
     preset: str | None = option(
         None,
-        description="Values to start from; those given beside it win. deterministic: greedy; standard: temperature 1, "
+        "Values to start from; those given beside it win. deterministic: greedy; standard: temperature 1, "
         "top_p 0.95; creative: temperature 0.8, top_p 0.9, repetition_penalty 1.1; factual: temperature 0.3.",
         choices=tuple(_DECODER_PRESETS),
         identity=False,
     )
-    temperature: float = option(1.0, description="0 is greedy.", minimum=0, maximum=2)
-    do_sample: bool = option(True, description="Sample; false is greedy. False by itself under temperature 0.")
-    top_k: int = option(50, description="Sample from the k likeliest tokens; 0 is off.", minimum=0, unit="tokens")
-    top_p: float = option(
-        1.0, description="Sample from the likeliest tokens of this total probability.", minimum=0, maximum=1
-    )
-    repetition_penalty: float = option(
-        1.0, description="Above 1 makes tokens seen less likely.", minimum=0.1, maximum=10
-    )
+    temperature: float = option(1.0, "0 is greedy.", minimum=0, maximum=2)
+    do_sample: bool = option(True, "Sample; false is greedy. False by itself under temperature 0.")
+    top_k: int = option(50, "Sample from the k likeliest tokens; 0 is off.", minimum=0, unit="tokens")
+    top_p: float = option(1.0, "Sample from the likeliest tokens of this total probability.", minimum=0, maximum=1)
+    repetition_penalty: float = option(1.0, "Above 1 makes tokens seen less likely.", minimum=0.1, maximum=10)
 
     @property
     def is_greedy(self) -> bool:
@@ -193,63 +176,59 @@ class TrafficConfig(Section):
 
     switch: ClassVar[str | None] = "enabled"
 
-    enabled: bool = option(False, description="Let requests arrive over time.")
+    enabled: bool = option(False, "Let requests arrive over time.")
     mode: str = option(
         "poisson",
-        description="poisson and constant: at target_qps whatever the engine does, latency from the scheduled time; "
+        "poisson and constant: at target_qps whatever the engine does, latency from the scheduled time; "
         "closed: concurrency requests always in flight.",
         choices=("poisson", "constant", "closed"),
     )
-    target_qps: float = option(1.0, description="Mean arrivals (poisson, constant).", above=0, unit="requests/s")
-    concurrency: int = option(1, description="Requests in flight (closed).", minimum=1, unit="requests")
-    seed: int | None = option(None, description="Seed of the arrivals; null takes random_seed.", minimum=0)
+    target_qps: float = option(1.0, "Mean arrivals (poisson, constant).", above=0, unit="requests/s")
+    concurrency: int = option(1, "Requests in flight (closed).", minimum=1, unit="requests")
+    seed: int | None = option(None, "Seed of the arrivals; null takes random_seed.", minimum=0)
 
 
 @dataclass(frozen=True)
 class WarmupConfig(Section):
     """What runs before the window, on prompts that are not measured."""
 
-    enabled: bool = option(True, description="Warm up.")
-    convergence_detection: bool = option(True, description="Go on until latencies settle; false: exactly min_prompts.")
+    enabled: bool = option(True, "Warm up.")
+    convergence_detection: bool = option(True, "Go on until latencies settle; false: exactly min_prompts.")
     cv_threshold: float = option(
-        0.05, description="Settled: standard deviation over mean of the last latencies is below.", above=0, maximum=1
+        0.05, "Settled: standard deviation over mean of the last latencies is below.", above=0, maximum=1
     )
     min_prompts: int = option(
-        5,
-        description="Prompts at least, and never less than twice the concurrency.",
-        minimum=0,
-        maximum=200,
-        unit="prompts",
+        5, "Prompts at least, and never less than twice the concurrency.", minimum=0, maximum=200, unit="prompts"
     )
     max_prompts: int = option(
         50,
-        description="Prompts at most, unless window_size steps of the measured concurrency take more.",
+        "Prompts at most, unless window_size steps of the measured concurrency take more.",
         minimum=1,
         maximum=200,
         unit="prompts",
     )
-    window_size: int = option(5, description="Latencies looked at.", minimum=3, maximum=20, unit="prompts")
-    timeout_seconds: float = option(30.0, description="Time at most; 0 sets no limit.", minimum=0, unit="s")
+    window_size: int = option(5, "Latencies looked at.", minimum=3, maximum=20, unit="prompts")
+    timeout_seconds: float = option(30.0, "Time at most; 0 sets no limit.", minimum=0, unit="s")
 
 
 @dataclass(frozen=True)
 class BaselineConfig(Section):
     """Power at rest."""
 
-    enabled: bool = option(True, description="Measure power at rest.")
-    required: bool = option(False, description="Refuse to measure where it cannot be had.")
-    duration_sec: float = option(30.0, description="Length of the measurement.", minimum=0.5, maximum=120, unit="s")
-    cache_ttl_sec: float = option(3600.0, description="How long a baseline stands for the next.", minimum=0, unit="s")
-    sample_interval_ms: int = option(100, description="Time between samples.", minimum=20, maximum=1000, unit="ms")
+    enabled: bool = option(True, "Measure power at rest.")
+    required: bool = option(False, "Refuse to measure where it cannot be had.")
+    duration_sec: float = option(30.0, "Length of the measurement.", minimum=0.5, maximum=120, unit="s")
+    cache_ttl_sec: float = option(3600.0, "How long a baseline stands for the next.", minimum=0, unit="s")
+    sample_interval_ms: int = option(100, "Time between samples.", minimum=20, maximum=1000, unit="ms")
 
 
 @dataclass(frozen=True)
 class TimeseriesConfig(Section):
     """Power, temperature, clocks and memory over time."""
 
-    enabled: bool = option(True, description="Sample.")
-    save: bool = option(True, description="Keep the samples beside the result.", identity=False)
-    sample_interval_ms: int = option(100, description="Time between samples.", minimum=20, maximum=5000, unit="ms")
+    enabled: bool = option(True, "Sample.")
+    save: bool = option(True, "Keep the samples beside the result.", identity=False)
+    sample_interval_ms: int = option(100, "Time between samples.", minimum=20, maximum=5000, unit="ms")
 
 
 @dataclass(frozen=True)
@@ -257,63 +236,54 @@ class MeasurementConfig(Section):
     """The window and the meters."""
 
     min_window_sec: float = option(
-        SHORT_WINDOW_S,
-        description="The prompts are repeated until the window is this long.",
-        minimum=0,
-        maximum=3600,
-        unit="s",
+        SHORT_WINDOW_S, "The prompts are repeated until the window is this long.", minimum=0, maximum=3600, unit="s"
     )
     energy: str = option(
         "auto",
-        description="Where energy is read; auto takes what is there.",
+        "Where energy is read; auto takes what is there.",
         choices=("auto", "nvml", EnergySource.RAPL.value, EnergySource.TDP_ESTIMATE.value, "none"),
     )
-    phases: bool = option(False, description="Energy of prefill and decode apart, by differenced runs.")
+    phases: bool = option(False, "Energy of prefill and decode apart, by differenced runs.")
     cpu_tdp_w: float | None = option(
         None,
-        description="Design power of all CPU packages, for energy: tdp_estimate; null asks the kernel.",
+        "Design power of all CPU packages, for energy: tdp_estimate; null asks the kernel.",
         minimum=1,
         maximum=10000,
         unit="W",
     )
-    external_csv: str | None = option(None, description="Readings of an external meter: UTC time, watts.")
-    grid_g_per_kwh: float | None = option(None, description="Carbon intensity of the grid.", minimum=0, unit="g/kWh")
-    pue: float | None = option(None, description="Power usage effectiveness of the site.", minimum=1, maximum=10)
-    price_per_kwh: float | None = option(None, description="Price of energy, in any currency.", minimum=0, unit="1/kWh")
+    external_csv: str | None = option(None, "Readings of an external meter: UTC time, watts.")
+    grid_g_per_kwh: float | None = option(None, "Carbon intensity of the grid.", minimum=0, unit="g/kWh")
+    pue: float | None = option(None, "Power usage effectiveness of the site.", minimum=1, maximum=10)
+    price_per_kwh: float | None = option(None, "Price of energy, in any currency.", minimum=0, unit="1/kWh")
 
 
 @dataclass(frozen=True)
 class ExperimentIOConfig(Section):
     """Where results go."""
 
-    results_dir: str | None = option(None, description="Folder of results; null takes the campaign's, else results.")
+    results_dir: str | None = option(None, "Folder of results; null takes the campaign's, else results.")
 
 
 @dataclass(frozen=True)
 class ExperimentConfig(Section):
     """An experiment, validated and with every default filled in."""
 
-    aliases: ClassVar[Mapping[str, str]] = MappingProxyType({"model_name": "model"})
+    aliases: ClassVar[Mapping[str, str]] = {"model_name": "model"}
 
-    model: ModelConfig = option(description="The model, or just its name.", reload=True)
-    backend: str = option("pytorch", description="The engine.", choices=BACKENDS, reload=True)
-    config_name: str | None = option(
-        None, description="Name in tables; made of what varies when absent.", identity=False
-    )
-    max_input_tokens: int = option(512, description="Longer prompts are cut.", minimum=1, unit="tokens")
-    max_output_tokens: int = option(128, description="Tokens to generate at most.", minimum=1, unit="tokens")
+    model: ModelConfig = option(REQUIRED, "The model, or just its name.", reload=True)
+    backend: str = option("pytorch", "The engine.", choices=BACKENDS, reload=True)
+    config_name: str | None = option(None, "Name in tables; made of what varies when absent.", identity=False)
+    max_input_tokens: int = option(512, "Longer prompts are cut.", minimum=1, unit="tokens")
+    max_output_tokens: int = option(128, "Tokens to generate at most.", minimum=1, unit="tokens")
     min_output_tokens: int = option(
-        0,
-        description="Tokens to generate at least; not above max_output_tokens.",
-        minimum=0,
-        unit="tokens",
+        0, "Tokens to generate at least; not above max_output_tokens.", minimum=0, unit="tokens"
     )
     fp_precision: str = option(
-        "float16", description="Type of the weights.", choices=("float16", "float32", "bfloat16"), reload=True
+        "float16", "Type of the weights.", choices=("float16", "float32", "bfloat16"), reload=True
     )
     gpus: tuple[str, ...] | None = option(
         None,
-        description="GPUs by index or UUID; null is GPU 0 when there is one, else the CPU; [] is the CPU.",
+        "GPUs by index or UUID; null is GPU 0 when there is one, else the CPU; [] is the CPU.",
         check=_check_gpu,
         form="index or UUID",
         takes_scalar=True,
@@ -322,43 +292,102 @@ class ExperimentConfig(Section):
         reload=True,
     )
     ignore_eos: bool = option(
-        False, description="Generate on past the end of a text; with min = max output tokens all do the same work."
+        False, "Generate on past the end of a text; with min = max output tokens all do the same work."
     )
-    random_seed: int | None = option(
-        42, description="Seed of sampling; null is unseeded.", minimum=0, maximum=2**32 - 1
-    )
+    random_seed: int | None = option(42, "Seed of sampling; null is unseeded.", minimum=0, maximum=2**32 - 1)
     streaming: bool = option(
-        False, description="Measure each request alone for TTFT and ITL where the backend cannot time tokens otherwise."
+        False, "Measure each request alone for TTFT and ITL where the backend cannot time tokens otherwise."
     )
-    num_cycles: int = option(1, description="Repeats within `lem experiment`.", minimum=1, maximum=10, identity=False)
-    save_outputs: bool = option(False, description="Keep the generated texts beside the result.", identity=False)
-    dataset: DatasetConfig | None = option(None, description="Prompts from a dataset: an alias or a mapping.")
+    num_cycles: int = option(1, "Repeats within `lem experiment`.", minimum=1, maximum=10, identity=False)
+    save_outputs: bool = option(False, "Keep the generated texts beside the result.", identity=False)
+    dataset: DatasetConfig | None = option(None, "Prompts from a dataset: an alias or a mapping.")
     prompts: FilePrompts | SyntheticPrompts | HuggingFacePrompts | None = option(
-        None, description="Prompts from elsewhere. With neither dataset nor prompts: the bundled synthetic set."
+        None, "Prompts from elsewhere. With neither dataset nor prompts: the bundled synthetic set."
     )
-    decoder: DecoderConfig = option(DecoderConfig(), description="How the next token is chosen.")
-    traffic_simulation: TrafficConfig = option(TrafficConfig(), description="Requests that arrive over time.")
-    warmup: WarmupConfig = option(WarmupConfig(), description="Warm-up.")
-    baseline: BaselineConfig = option(BaselineConfig(), description="Power at rest.")
-    timeseries: TimeseriesConfig = option(TimeseriesConfig(), description="Samples over time.")
-    measurement: MeasurementConfig = option(MeasurementConfig(), description="The window and the meters.")
-    io: ExperimentIOConfig = option(ExperimentIOConfig(), description="Where results go.", identity=False)
-    extra_metadata: Mapping[str, Any] = option({}, description="Copied into the record.", identity=False)
-    pytorch: PyTorchConfig | None = option(None, description="Options of pytorch.", backends=("pytorch",))
-    vllm: VllmConfig | None = option(None, description="Options of vllm.", backends=("vllm",))
-    tensorrt: TensorRTConfig | None = option(None, description="Options of tensorrt.", backends=("tensorrt",))
+    decoder: DecoderConfig = option(DecoderConfig(), "How the next token is chosen.")
+    traffic_simulation: TrafficConfig = option(TrafficConfig(), "Requests that arrive over time.")
+    warmup: WarmupConfig = option(WarmupConfig(), "Warm-up.")
+    baseline: BaselineConfig = option(BaselineConfig(), "Power at rest.")
+    timeseries: TimeseriesConfig = option(TimeseriesConfig(), "Samples over time.")
+    measurement: MeasurementConfig = option(MeasurementConfig(), "The window and the meters.")
+    io: ExperimentIOConfig = option(ExperimentIOConfig(), "Where results go.", identity=False)
+    extra_metadata: Mapping[str, Any] = option({}, "Copied into the record.", identity=False)
+    pytorch: PyTorchConfig | None = option(None, "Options of pytorch.", backends=("pytorch",))
+    vllm: VllmConfig | None = option(None, "Options of vllm.", backends=("vllm",))
+    tensorrt: TensorRTConfig | None = option(None, "Options of tensorrt.", backends=("tensorrt",))
 
     def check(self) -> Iterator[Problem]:
-        yield from rules.errors(self)
+        if self.min_output_tokens > self.max_output_tokens:
+            yield _above("min_output_tokens", self.min_output_tokens, "max_output_tokens", self.max_output_tokens)
+        for backend in BACKENDS:
+            if backend != self.backend and getattr(self, backend) is not None:
+                yield Problem.of(backend, "other_backend", backend=self.backend, is_about_key=True)
+        for name in ("window_size", "min_prompts"):
+            if (value := getattr(self.warmup, name)) > self.warmup.max_prompts:
+                yield _above(f"warmup.{name}", value, "max_prompts", self.warmup.max_prompts)
+        yield from self._check_backend()
+        yield from self._check_prompts()
+        yield from self._check_measurement()
+
+    def _check_backend(self) -> Iterator[Problem]:
+        section, gpus = self.section, self.gpus
+        if isinstance(section, TensorRTConfig):
+            if self.fp_precision == "float32":
+                yield Problem.of("fp_precision", "tensorrt_precision")
+            if gpus == ():
+                yield Problem.of("gpus", "tensorrt_gpu")
+        if isinstance(section, PyTorchConfig):
+            if gpus is not None and len(gpus) > 1:
+                yield Problem.of("gpus", "pytorch_one_gpu", count=len(gpus))
+            if section.beam_search.enabled and (self.streaming or self.traffic_simulation.enabled):
+                yield Problem.of("pytorch.beam_search", "beams_untimed")
+        if gpus is not None and self.parallel_degree > max(len(gpus), 1):
+            option_name = "vllm.tensor_parallel_size" if self.backend == "vllm" else f"{self.backend}.tp_size"
+            yield Problem.of(option_name, "gpus_not_named", needed=self.parallel_degree, named=len(gpus))
+
+    def _check_prompts(self) -> Iterator[Problem]:
+        if self.prompts is not None and self.dataset is not None:
+            yield Problem.of("prompts", "two_prompt_sources", is_about_key=True)
+        for name, limit_name in (("input_tokens", "max_input_tokens"), ("output_tokens", "max_output_tokens")):
+            wanted, limit = getattr(self.prompts, name, None), getattr(self, limit_name)
+            if wanted is not None and wanted > limit:
+                yield _above(f"prompts.{name}", wanted, limit_name, limit)
+
+    def _check_measurement(self) -> Iterator[Problem]:
+        measurement = self.measurement
+        if measurement.phases and self.traffic_simulation.enabled:
+            yield Problem.of("measurement.phases", "phases_under_traffic")
+        if measurement.energy == "none" and measurement.phases:
+            yield Problem.of("measurement.phases", "needs_energy")
+        if measurement.energy == "none" and self.baseline.required:
+            yield Problem.of("baseline.required", "needs_energy")
+        if self.baseline.required and not self.baseline.enabled:
+            yield Problem.of("baseline.required", "needs_baseline")
+        if measurement.cpu_tdp_w is not None and not is_estimate(measurement.energy):
+            yield Problem.of("measurement.cpu_tdp_w", "tdp_unused", energy=measurement.energy)
+
+    @property
+    def parallel_degree(self) -> int:
+        """The number of GPUs that one copy of the model is spread over."""
+        section = self.section
+        if isinstance(section, VllmConfig):
+            return (section.tensor_parallel_size or 1) * (section.pipeline_parallel_size or 1)
+        if isinstance(section, TensorRTConfig):
+            return (section.tp_size or 1) * (section.pp_size or 1)
+        return section.parallelism_degree or 1
 
     @property
     def section(self) -> PyTorchConfig | VllmConfig | TensorRTConfig:
         """The options of the chosen backend; its defaults where nothing is given."""
-        if self.backend == "pytorch":
-            return self.pytorch or _DEFAULT_PYTORCH
-        if self.backend == "vllm":
-            return self.vllm or _DEFAULT_VLLM
-        return self.tensorrt or _DEFAULT_TENSORRT
+        section: PyTorchConfig | VllmConfig | TensorRTConfig = getattr(self, self.backend) or _DEFAULTS[self.backend]
+        return section
+
+    def is_from_decoder_preset(self, path: Path) -> bool:
+        """Whether `decoder.preset` gave the value at a path that was not given itself."""
+        if path[0] != "decoder" or self.decoder.preset is None:
+            return False
+        name = str(path[1])
+        return bool(getattr(self.decoder, name) != declared(DecoderConfig)[name].default)
 
     @property
     def name(self) -> str:
@@ -378,7 +407,7 @@ class ExperimentConfig(Section):
 
     def engine_key(self) -> str:
         """12 hex digits over everything whose change needs another engine load."""
-        options: dict[str, Any] = {name: getattr(self, name) for name in _RELOADING if name != "model"}
+        options = {name: getattr(self, name) for name, item in declared(ExperimentConfig).items() if item.reload}
         options["model"] = _reload_options(self.model)
         options[self.backend] = {**_reload_options(self.section), **self._derived_engine_options()}
         text = json.dumps(options, sort_keys=True, separators=(",", ":"))
@@ -397,10 +426,7 @@ class ExperimentConfig(Section):
         return {}
 
 
-_DEFAULT_PYTORCH, _DEFAULT_VLLM, _DEFAULT_TENSORRT = PyTorchConfig(), VllmConfig(), TensorRTConfig()
-
-
-_RELOADING = tuple(name for name, item in declared(ExperimentConfig).items() if item.option.is_reload)
+_DEFAULTS: Mapping[str, Any] = {"pytorch": PyTorchConfig(), "vllm": VllmConfig(), "tensorrt": TensorRTConfig()}
 
 
 def _reload_options(section: Section) -> dict[str, Any]:
@@ -408,7 +434,7 @@ def _reload_options(section: Section) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, item in declared(type(section)).items():
         value = getattr(section, name)
-        if item.option.is_reload:
+        if item.reload:
             out[name] = item.kind.dump(value)
         elif isinstance(value, Section):
             out[name] = _reload_options(value)

@@ -1,23 +1,44 @@
-"""The options there are, for programs: every one by its dotted name, from its declaration."""
+"""The options described: for programs by dotted name, as JSON Schema, as a reference, and as commented templates."""
 
 from __future__ import annotations
 
+import json
+import re
+import textwrap
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lem.base.errors import ConfigurationError
-from lem.config.backends import BACKENDS
+from lem.base.log import WIDTH
+from lem.config.backends import BACKENDS, WIDTH_OPTIONS, PyTorchConfig, TensorRTConfig, VllmConfig
 from lem.config.campaign_config import CampaignConfig, CampaignGridConfig, CampaignHealthCheckConfig
 from lem.config.experiment import ExperimentConfig
-from lem.config.kinds import Bounds
-from lem.config.option import REQUIRED, Declared, Section, declared, walk
+from lem.config.kinds import (
+    BOUND_WORDS,
+    BoolKind,
+    Bounds,
+    ChoiceKind,
+    Kind,
+    ListKind,
+    MapKind,
+    NullableKind,
+    NumberKind,
+    SectionKind,
+    TextKind,
+    VariantKind,
+)
+from lem.config.option import REQUIRED, Option, Section, declared, walk
+from lem.config.presets import PRESETS
+from lem.config.yamlfile import resolve_plain
 
 __all__ = [
-    "describe",
     "get_campaign_grid_params",
     "get_campaign_health_check_params",
     "get_campaign_params",
     "get_experiment_params",
 ]
+
+Entry = Mapping[str, Any]
 
 
 def get_campaign_params() -> dict[str, dict[str, Any]]:
@@ -43,7 +64,7 @@ def get_experiment_params(backend: str | None = None) -> dict[str, dict[str, Any
     """Every option of an experiment by dotted name, as `get_campaign_params`.
 
     Args:
-        backend: leave out what this backend does not honour; None keeps the options of all.
+        backend: leave out options that this backend does not honour; None keeps the options of all.
 
     Raises:
         ConfigurationError: there is no such backend.
@@ -51,51 +72,301 @@ def get_experiment_params(backend: str | None = None) -> dict[str, dict[str, Any
     if backend is not None and backend not in BACKENDS:
         raise ConfigurationError(f"there is no backend {backend!r}", f"one of: {', '.join(BACKENDS)}")
     found = _describe_all(ExperimentConfig)
-    return {
-        key: entry
-        for key, entry in found.items()
-        if backend is None or entry["backends"] is None or backend in entry["backends"]
-    }
+    return {key: entry for key, entry in found.items() if not backend or backend in (entry["backends"] or BACKENDS)}
 
 
 def _describe_all(section: type[Section], prefix: str = "") -> dict[str, dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
     for key, item, owner in walk(section, prefix):
-        variant = _variant_of(owner)
-        entry = {**describe(item), "variants": None if variant is None else [variant]}
+        variant = declared(owner).get("type")
+        entry = {**_describe(item), "variants": None if variant is None else [variant.default]}
         out[key] = entry if key not in out else _join_variants(out[key], entry)
     return out
+
+
+def _describe(item: Option) -> dict[str, Any]:
+    is_required = item.default is REQUIRED
+    return {
+        "type": item.kind.label,
+        "default": None if is_required else item.kind.dump(item.default),
+        "required": is_required,
+        "bounds": item.bounds.json_schema() or None,
+        "choices": list(item.choices) or None,
+        "unit": item.unit,
+        "description": item.description,
+        "backends": None if item.backends is None else list(item.backends),
+        "reload": item.reload,
+    }
 
 
 def _join_variants(known: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
     """An option that several variants have, such as `prompts.sample_size`, as one."""
     joined = {**known, "variants": [*known["variants"], *entry["variants"]]}
-    if known["choices"]:  # `type` itself, which tells the variants apart
+    if known["choices"]:  # `type` itself, which distinguishes the variants
         joined.update(choices=[*known["choices"], *entry["choices"]], default=None, required=True)
     if entry["description"] not in known["description"]:
         joined["description"] = f"{known['description']} {entry['variants'][0]}: {entry['description']}"
     return joined
 
 
-def _variant_of(section: type[Section]) -> str | None:
-    """The `type` under which a section is one of several; None for one that stands alone."""
-    item = declared(section).get("type")
-    return str(item.option.default) if item is not None else None
+# JSON Schema
 
 
-def describe(item: Declared) -> dict[str, Any]:
-    """What is declared about an option; as `get_campaign_params`, but for `variants`."""
-    declaration = item.option
-    bounds: Bounds = declaration.bounds
-    is_required = declaration.default is REQUIRED
-    return {
-        "type": item.kind.label,
-        "default": None if is_required else item.kind.dump(item.default()),
-        "required": is_required,
-        "bounds": bounds.json_schema() or None,
-        "choices": list(declaration.choices) or None,
-        "unit": declaration.unit,
-        "description": declaration.description,
-        "backends": None if declaration.backends is None else list(declaration.backends),
-        "reload": declaration.is_reload,
+def document_schema(section: type[Section], title: str) -> dict[str, Any]:
+    """The schema of a whole file, `_extends` included."""
+    schema = _section_schema(section)
+    extends = {"type": "string", "description": "A file whose values this one inherits."}
+    schema["properties"] = {"_extends": extends, **schema["properties"]}
+    required = schema.pop("required", None)
+    if required:  # the file it inherits from may give it
+        schema["anyOf"] = [{"required": required}, {"required": ["_extends"]}]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **schema}
+
+
+def _section_schema(section: type[Section]) -> dict[str, Any]:
+    options = declared(section)
+    properties = {name: _option_schema(item) for name, item in options.items()}
+    for alias, name in section.aliases.items():
+        properties[alias] = {**properties[name], "description": f"Another name of {name}."}
+    schema: dict[str, Any] = {"type": "object", "additionalProperties": False, "properties": properties}
+    # An option that an alias may give as well is not required under its own name.
+    aliased = section.aliases.values()
+    required = [name for name, item in options.items() if item.default is REQUIRED and name not in aliased]
+    if required:
+        schema["required"] = required
+    if section.alternative is not None:
+        return {"anyOf": [schema, {**_section_schema(section.alternative), "required": []}]}
+    if section.shorthand is not None:
+        return {"anyOf": [{"type": "string", "minLength": 1}, schema]}
+    return schema
+
+
+def _option_schema(item: Option) -> dict[str, Any]:
+    notes = [item.description]
+    if item.unit:
+        notes.append(f"Unit: {item.unit}.")
+    if item.backends is not None:
+        notes.append(f"Honoured by {', '.join(item.backends)}.")
+    schema = {"description": " ".join(notes), **_kind_schema(item.kind)}
+    is_empty_list = item.default == () and isinstance(item.value_kind, ListKind)
+    if item.default is not REQUIRED and not isinstance(item.default, Section) and not is_empty_list:
+        schema["default"] = item.kind.dump(item.default)
+    return schema
+
+
+def _kind_schema(kind: Kind) -> dict[str, Any]:
+    match kind:
+        case BoolKind():
+            return {"type": "boolean"}
+        case NumberKind():
+            return {"type": kind.label, **kind.bounds.json_schema()}
+        case TextKind():
+            return {"type": ["string", "integer"] if kind.takes_integer else "string", "minLength": 1}
+        case ChoiceKind():
+            return {"enum": list(kind.choices)}
+        case NullableKind():
+            inner = _kind_schema(kind.inner)
+            is_simple = isinstance(inner.get("type"), str) and set(inner) <= {"type", "minLength", *BOUND_WORDS}
+            return {**inner, "type": [inner["type"], "null"]} if is_simple else {"anyOf": [inner, {"type": "null"}]}
+        case ListKind():
+            items = _kind_schema(kind.inner)
+            limits = {"minItems": kind.min_items, "uniqueItems": kind.is_unique}
+            schema = {"type": "array", "items": items, **{word: limit for word, limit in limits.items() if limit}}
+            return {"anyOf": [items, schema]} if kind.takes_scalar else schema
+        case MapKind():
+            return {"type": "object", "additionalProperties": _kind_schema(kind.inner)}
+        case VariantKind():
+            return {"oneOf": [_section_schema(section) for section in kind.variants.values()]}
+        case SectionKind():
+            return _section_schema(kind.section)
+    return {}
+
+
+# Reference
+
+
+def describe_bounds(entry: Entry) -> str:
+    """Limits, choices and unit in a few words; '' without any."""
+    parts = []
+    if entry["bounds"]:
+        parts.append(str(Bounds(*(entry["bounds"].get(word) for word in BOUND_WORDS))))
+    if entry["choices"]:
+        parts.append(" | ".join(_plain_word(choice) for choice in entry["choices"]))
+    if entry["unit"]:
+        parts.append(entry["unit"])
+    return ", ".join(parts)
+
+
+def _plain_word(value: Any) -> str:
+    """A value as YAML writes it on one line."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return f"{value:.0f}"
+    return json.dumps(value)
+
+
+def wrap(text: str, indent: str) -> list[str]:
+    """Lines of at most 80 columns, each after the indent; a sign stays with its number."""
+    whole = re.sub(r"([≥≤<>]) (?=[0-9])", r"\1\0", text)
+    lines = textwrap.wrap(whole, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    return [line.replace("\0", " ") for line in lines]
+
+
+def render_text(params: Mapping[str, Entry]) -> str:
+    """Options for a terminal of 80 columns: name and facts, then what it does."""
+    blocks = []
+    for name, entry in params.items():
+        default = "required" if entry["required"] else f"default {_plain_word(entry['default'])}"
+        facts = "; ".join(part for part in (entry["type"], default, describe_bounds(entry)) if part)
+        notes = _notes(name, entry)
+        text = " ".join([entry["description"], *notes])
+        head = [f"{name}  {facts}"] if len(name) + len(facts) + 2 <= WIDTH else [name, *wrap(facts, "      ")]
+        blocks.append("\n".join([*head, *wrap(text, "    "), ""]))
+    return "\n".join(blocks)
+
+
+def render_page() -> str:
+    """docs/configuration.md."""
+    params = get_experiment_params()
+    lines = [
+        "# Configuration reference",
+        "",
+        "<!-- Written by `lem config fields --markdown`; edit the declarations in lem/config instead. -->",
+        "",
+        "A campaign or an experiment is a YAML file. Command line wins over file, file over preset, preset over",
+        "default. A key that is not listed here, a value out of bounds and a key written twice are errors. `${VAR}`",
+        "and `${VAR:-default}` expand in text; `_extends: base.yaml` inherits another file.",
+        "",
+        "## Campaign",
+        "",
+        *_table(get_campaign_params()),
+        "",
+        "## Experiment",
+        "",
+        "`model: gpt2`, `model: {name: gpt2}` and `model_name: gpt2` mean the same.",
+        "",
+        *_table({key: entry for key, entry in params.items() if key.partition(".")[0] not in BACKENDS}),
+    ]
+    for backend, section in zip(BACKENDS, (PyTorchConfig, VllmConfig, TensorRTConfig), strict=True):
+        lines += ["", f"## {backend}", "", f"{section.__doc__} Those without a default are left to the engine.", ""]
+        lines += _table({key: entry for key, entry in params.items() if key.startswith(f"{backend}.")})
+    lines += ["", "## Presets", "", "| preset | what for | values |", "|---|---|---|"]
+    for preset in PRESETS.values():
+        lines.append(f"| {preset.name} | {preset.description} | `{json.dumps(dict(preset.values))}` |")
+    return "\n".join(lines) + "\n"
+
+
+def _table(params: Mapping[str, Entry]) -> Iterator[str]:
+    yield "| option | type | default | constraint | what it does |"
+    yield "|---|---|---|---|---|"
+    for name, entry in params.items():
+        default = "required" if entry["required"] else f"`{_plain_word(entry['default'])}`"
+        text = " ".join([entry["description"], *_notes(name, entry)])
+        cells = (f"`{name}`", entry["type"], default, describe_bounds(entry), text)
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _notes(name: str, entry: Entry) -> list[str]:
+    notes = []
+    if entry["variants"]:
+        notes.append(f"With type {' or '.join(entry['variants'])}.")
+    if entry["backends"] and name.partition(".")[0] not in BACKENDS:
+        notes.append(f"Honoured by {', '.join(entry['backends'])}.")
+    if entry["reload"]:
+        notes.append("Changing it reloads the engine.")
+    return notes
+
+
+MAX_COMMENT_COLUMN = 48
+
+# Words that YAML 1.1 readers take for something else are quoted, although lem itself would read them as text.
+_PLAIN_TEXT = re.compile(r"[A-Za-z./_][A-Za-z0-9 ./_+@=-]*")
+_OLD_WORDS = frozenset({"y", "n", "yes", "no", "on", "off"})
+
+
+def campaign_template(backend: str = "pytorch") -> str:
+    """A campaign to start from: a small grid, everything else as a comment with its default."""
+    width = {"pytorch": [1, 8], "vllm": [64, 256], "tensorrt": [8, 32]}[backend]
+    grid = {
+        "backends": [backend],
+        "shared": {"max_output_tokens": [64, 128]},
+        "backend_overrides": {backend: {WIDTH_OPTIONS[backend]: width}},
     }
+    example = {"campaign_name": "my-campaign", "model": "gpt2", "grid": grid, "execution": {"cycles": 3}}
+    return _template(CampaignConfig, example, "A campaign for lem. What is commented out shows the default.")
+
+
+def experiment_template(backend: str = "pytorch") -> str:
+    """An experiment to start from."""
+    example = {"model": "gpt2", "backend": backend, "max_output_tokens": 128}
+    head = "An experiment for lem. What is commented out shows the default."
+    return _template(ExperimentConfig, example, head, frozenset(BACKENDS) - {backend})
+
+
+def render_yaml(tree: Mapping[str, Any], comments: Mapping[tuple[str, ...], str]) -> str:
+    """Plain data as YAML, with a comment at the end of the line where there is one."""
+    lines = list(_lines(tree, comments, ()))
+    widest = max((len(text) for text, comment in lines if comment and len(text) <= MAX_COMMENT_COLUMN), default=0)
+    return "".join(f"{text.ljust(widest)}  # {comment}\n" if comment else f"{text}\n" for text, comment in lines)
+
+
+def yaml_scalar(value: Any) -> str:
+    """A value on one line of YAML, which every reader reads alike."""
+    if isinstance(value, str):
+        is_plain = _PLAIN_TEXT.fullmatch(value) and value == value.strip() and isinstance(resolve_plain(value), str)
+        return value if is_plain and value.lower() not in _OLD_WORDS else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{yaml_scalar(key)}: {yaml_scalar(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(yaml_scalar(item) for item in value) + "]"
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return f"{value:.1f}"
+    return json.dumps(value)
+
+
+def _lines(
+    tree: Mapping[str, Any], comments: Mapping[tuple[str, ...], str], path: tuple[str, ...]
+) -> Iterator[tuple[str, str]]:
+    indent = "  " * len(path)
+    for key, value in tree.items():
+        where = (*path, key)
+        if isinstance(value, Mapping) and value and where not in comments:
+            yield f"{indent}{yaml_scalar(key)}:", ""
+            yield from _lines(value, comments, where)
+        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
+            yield f"{indent}{yaml_scalar(key)}:", comments.get(where, "")
+            for item in value:
+                yield f"{indent}  - {yaml_scalar(item)}", ""
+        else:
+            yield f"{indent}{yaml_scalar(key)}: {yaml_scalar(value)}", comments.get(where, "")
+
+
+def _template(
+    section: type[Section], example: Mapping[str, Any], head: str, left_out: frozenset[str] = frozenset()
+) -> str:
+    lines = [f"# {head}", "# Check it with: lem config validate FILE", ""]
+    for name, item in declared(section).items():
+        if name not in left_out:
+            lines += [*_option_lines(name, item, example.get(name), 0), ""]
+    return "\n".join(lines)
+
+
+def _option_lines(name: str, item: Option, example: Any, depth: int, *, is_out: bool = False) -> Iterator[str]:
+    """An option with what it does above it; commented out, `#name: value`, unless the example has a value for it."""
+    is_out = is_out or example is None
+    indent = "  " * depth
+    head = f"{indent}{'#' if is_out else ''}{name}:"
+    limits = "" if item.sections else describe_bounds(_describe(item))
+    yield from wrap(f"{item.description} [{limits}]" if limits else item.description, f"{indent}# ")
+    is_list = isinstance(item.value_kind, ListKind)
+    section = item.sections[0] if len(item.sections) == 1 and not is_list else None
+    if section is not None and section.shorthand is None:
+        yield head
+        for key, inner in declared(section).items():
+            yield from _option_lines(key, inner, (example or {}).get(key), depth + 1, is_out=is_out)
+    elif isinstance(example, Mapping):
+        yield head
+        yield from (text for text, _ in _lines(example, {}, ("",) * (depth + 1)))
+    else:
+        yield f"{head} {yaml_scalar(example if example is not None else _describe(item)['default'])}"

@@ -1,35 +1,39 @@
-"""From raw settings to a campaign or an experiment, with every problem at once."""
+"""From files and overrides to a campaign or an experiment, with every problem at once."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, Generic, TypeVar
 
 from lem.base.errors import ConfigurationError
 from lem.config.campaign_config import CampaignConfig, CampaignExplicitExperiment
-from lem.config.experiment import BUNDLED_DISTRIBUTION, BUNDLED_INPUT_TOKENS, ExperimentConfig, WarmupConfig
-from lem.config.kinds import MapKind
-from lem.config.merging import canonical, leaves
-from lem.config.option import Section, declared
-from lem.config.problems import ConfigProblems, Path, Problem, dotted
-from lem.config.sources import (
-    FileProblems,
-    Layer,
-    Located,
-    Place,
-    Reader,
-    Source,
-    find_preset,
-    is_secret,
-    preset_source,
-    read_file,
+from lem.config.experiment import (
+    BUNDLED_DISTRIBUTION,
+    BUNDLED_INPUT_TOKENS,
+    ExperimentConfig,
+    WarmupConfig,
 )
+from lem.config.kinds import MapKind, as_written
+from lem.config.option import Option, Section, canonical, declared, find_option, merge
+from lem.config.presets import find_preset
+from lem.config.problems import ConfigProblems, Path, Problem, dotted, leaves, nest
+from lem.config.yamlfile import Document, FileProblems, Located, Place, parse_value, read_document
 
-# Options of a campaign, and those of an experiment that they stand for.
-_RIVALS = {
+C = TypeVar("C")
+S = TypeVar("S", bound=Section)
+Sets = Sequence["str | tuple[str, Any]"]
+
+EXTENDS = "_extends"
+
+# Options that only a campaign has, to distinguish the two kinds of files.
+_CAMPAIGN_ONLY = frozenset(declared(CampaignConfig)) - frozenset(declared(ExperimentConfig))
+
+# Options of a campaign, and those of an experiment that they are defaults of.
+_DEFAULTS_OF = {
     "model": ("model",),
     "dataset": ("dataset", "prompts"),
     "num_samples": ("dataset.sample_size", "prompts.sample_size"),
@@ -37,99 +41,115 @@ _RIVALS = {
     "execution.warmup_timeout_seconds": ("warmup.timeout_seconds",),
 }
 
-
-def with_campaign_defaults(
-    campaign: CampaignConfig, experiment: Mapping[str, Any], forced: Collection[str] = ()
-) -> dict[str, Any]:
-    """The experiment, as a plain mapping, with the campaign's model, dataset, num_samples and warm-up filled in.
-
-    Args:
-        forced: options of the campaign, by dotted name, that win over the experiment's own: those of the command line.
-    """
-    out = _without_forced(canonical(ExperimentConfig, experiment), forced)
-    if campaign.model is not None:
-        _fill_named(out, "model", given(campaign.model))
-    if campaign.dataset is not None and out.get("prompts") is None:
-        _fill_named(out, "dataset", given(campaign.dataset))
-    if campaign.num_samples is not None:
-        _fill_sample_size(out, campaign.num_samples)
-    _fill_warmup(out, campaign)
-    return out
-
-
-def _without_forced(out: dict[str, Any], forced: Collection[str]) -> dict[str, Any]:
-    """Take out what the command line says otherwise."""
-    for key, rivals in _RIVALS.items():
-        if not any(name == key or name.startswith(f"{key}.") for name in forced):
-            continue
-        for section, _, option in (rival.partition(".") for rival in rivals):
-            if not option:
-                out.pop(section, None)
-            elif isinstance(out.get(section), dict):
-                out[section].pop(option, None)
-    return out
-
-
-def given(section: Section) -> dict[str, Any]:
-    """The options of a section that differ from their defaults."""
-    options = declared(type(section))
-    return {name: value for name, value in section.to_dict().items() if value != options[name].option.default}
-
-
-def _fill_named(out: dict[str, Any], key: str, default: dict[str, Any]) -> None:
-    """Fill in a section that has a name; what belongs to another name is not mixed in."""
-    if key not in out:
-        out[key] = default
-    elif isinstance(out[key], dict) and "name" not in out[key]:
-        out[key] = {**default, **out[key]}
-
-
-def _fill_sample_size(out: dict[str, Any], num_samples: int) -> None:
-    for key in ("dataset", "prompts"):
-        source = out.get(key)
-        if isinstance(source, dict):
-            source.setdefault("sample_size", num_samples)
-    if out.get("dataset") is None and out.get("prompts") is None:
-        longest = out.get("max_input_tokens")
-        is_shorter = isinstance(longest, int) and 0 < longest < BUNDLED_INPUT_TOKENS
-        length = longest if is_shorter else BUNDLED_INPUT_TOKENS
-        out["prompts"] = {
-            "type": "synthetic",
-            "input_tokens": length,
-            "sample_size": num_samples,
-            "distribution": BUNDLED_DISTRIBUTION,
-        }
-
-
-def _fill_warmup(out: dict[str, Any], campaign: CampaignConfig) -> None:
-    warmup = out.setdefault("warmup", {})
-    if not isinstance(warmup, dict):
-        return  # for validation to refuse
-    if "min_prompts" not in warmup:
-        prompts = campaign.execution.warmup_prompts
-        warmup["min_prompts"] = prompts
-        if prompts > declared(WarmupConfig)["max_prompts"].option.default:
-            warmup.setdefault("max_prompts", prompts)
-    warmup.setdefault("timeout_seconds", campaign.execution.warmup_timeout_seconds)
-
-
-# Stands for the model of an experiment that has none, to see what else is wrong with it.
+# The model of an experiment without one, to find what else is wrong with it.
 _NO_MODEL = {"name": "none"}
 
 
 @dataclass(frozen=True)
-class ExperimentDraft:
-    """An experiment that a campaign names, put together and not yet validated.
+class Layer:
+    """One source of values, laid over others."""
 
-    Attributes:
-        mapping: its options, those of the campaign filled in; text from `${VAR}` is `Expanded`.
-        source: where they come from.
-        path: its file; None for one written in the campaign.
-    """
-
+    kind: str  # `command line`, `file` or `preset`
+    label: str  # the file's name, `--set a.b=c`, `preset benchmark`
     mapping: Mapping[str, Any]
-    source: Source
-    path: FilePath | None
+    document: Document | None = None  # the file they come from
+    prefix: Path = ()  # the path of the mapping in the document
+
+    def find(self, path: Path, *, is_about_key: bool) -> tuple[int, Place]:
+        """How many parts of a path are in this layer, and the place of the last of them."""
+        if self.document is not None:
+            found, place = self.document.find((*self.prefix, *path), is_about_key=is_about_key)
+            return found - len(self.prefix), place
+        node: Any = self.mapping
+        found = 0
+        while found < len(path) and isinstance(node, Mapping) and path[found] in node:
+            node, found = node[path[found]], found + 1
+        return found, Place(self.label)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Layers over each other, the lowest first, and the mapping they make."""
+
+    section: type[Section]  # what the values are for
+    layers: tuple[Layer, ...] = ()
+    mapping: Mapping[str, Any] = field(default_factory=dict)  # the layers merged, not yet validated
+    origins: Mapping[Path, int] = field(default_factory=dict)  # for each value, the number of the layer it comes from
+    main: Document | None = None  # for problems without a place of their own
+    prefix: Path = ()  # the path of all this in the campaign, for naming options
+
+    def over(self, layer: Layer) -> Source:
+        """The source with another layer on top."""
+        mapping = merge(self.section, self.mapping, layer.mapping)
+        given = {path for path, _ in leaves(canonical(self.section, layer.mapping))}
+        number = len(self.layers)
+        origins = {
+            path: number if path in given else self.origins[path]
+            for path, _ in leaves(mapping)
+            if path in given or path in self.origins
+        }
+        return dataclasses.replace(self, layers=(*self.layers, layer), mapping=mapping, origins=origins)
+
+    @property
+    def unexpanded(self) -> dict[str, Any]:
+        """The mapping as it was written, with `${VAR}` unexpanded, for records."""
+        written: dict[str, Any] = as_written(self.mapping)
+        return written
+
+    def layer_of(self, path: Path) -> Layer | None:
+        """The layer that gave the value at a path, or the value that contains it; None for a default."""
+        for length in range(len(path), 0, -1):
+            number = self.origins.get(path[:length])
+            if number is not None:
+                return self.layers[number]
+        return None
+
+    def place(self, path: Path, *, is_about_key: bool = False) -> Place:
+        """Where a path was written; the nearest place above it when it was not."""
+        owner = self.layer_of(path)
+        if owner is not None:
+            found, place = owner.find(path, is_about_key=is_about_key)
+            if found:
+                return place
+        places = [layer.find(path, is_about_key=is_about_key) for layer in reversed(self.layers)]
+        found, place = max(places, key=lambda item: item[0], default=(0, Place("")))
+        if found:
+            return place
+        return Place(dotted(path)) if self.main is None else self.main.top
+
+    def folder_of(self, path: Path) -> FilePath:
+        """The folder that a relative file name at a path is relative to: its file's, or the working directory."""
+        layer = self.layer_of(path)
+        return layer.document.path.parent if layer is not None and layer.document is not None else FilePath()
+
+    def locate(self, problems: Iterable[Problem]) -> Located:
+        """The problems with their places; no place shows the line of a secret."""
+        located: Located = []
+        for item in problems:
+            place = self.place(item.path, is_about_key=item.is_about_key)
+            if is_secret(self.section, item.path):
+                place = dataclasses.replace(place, line="")
+            located.append((place, dataclasses.replace(item, path=(*self.prefix, *item.path))))
+        return located
+
+    def error(self, problems: Iterable[Problem]) -> FileProblems:
+        """The problems as an error to raise."""
+        return FileProblems(self.locate(problems))
+
+
+def is_secret(section: type[Section], path: Path) -> bool:
+    """Whether a path leads to an option that is never shown."""
+    found = find_option(section, ".".join(part for part in path if isinstance(part, str)))
+    return found is not None and found.secret
+
+
+@dataclass(frozen=True)
+class ListedExperiment:
+    """An experiment from `configs` or `experiments` of a campaign, not yet validated."""
+
+    mapping: Mapping[str, Any]  # its options, defaults of the campaign included; text from `${VAR}` is `Expanded`
+    source: Source  # where they come from
+    path: FilePath | None  # its file; None for one written in the campaign
 
     @property
     def name(self) -> str | None:
@@ -137,233 +157,261 @@ class ExperimentDraft:
         given = self.mapping.get("config_name")
         return given if isinstance(given, str) else self.path.stem if self.path is not None else None
 
-    def validate(self) -> ExperimentConfig:
-        """The experiment.
-
-        Raises:
-            FileProblems: what is wrong with it, at its own places.
-        """
-        try:
-            return ExperimentConfig.from_dict(self.mapping)
-        except ConfigProblems as error:
-            raise self.source.error(error.problems) from error
-
-
-class DraftCollector:
-    """The experiments a campaign names, each with what is wrong with it.
-
-    Args:
-        source: the campaign's.
-        campaign: None where it is not valid itself.
-        forced: its options that win over the experiments' own.
-    """
-
-    def __init__(
-        self,
-        reader: Reader,
-        source: Source,
-        campaign: CampaignConfig | None,
-        *,
-        forced: Collection[str],
-        preset: str | None,
-    ) -> None:
-        self._reader = reader
-        self._source = source
-        self._campaign = campaign
-        self._forced = forced
-        self._preset = preset
-        self._problems: Located = []
-
-    def collect(self) -> tuple[list[ExperimentDraft], Located]:
-        """The drafts, and all problems of theirs."""
-        mapping = self._source.mapping
-        drafts = [self._of_file(name, ("configs", index)) for index, name in enumerate(_items(mapping.get("configs")))]
-        for index, entry in enumerate(_items(mapping.get("experiments"))):
-            path = ("experiments", index)
-            if isinstance(entry, Mapping) and entry.get("config") is not None:
-                drafts.append(self._of_file(entry["config"], (*path, "config"), entry.get("overrides")))
-            elif isinstance(entry, Mapping):
-                drafts.append(self._in_place(entry, path))
-        return [draft for draft in drafts if draft is not None], self._problems
-
-    def _of_file(self, name: Any, path: Path, overrides: Any = None) -> ExperimentDraft | None:
-        if not isinstance(name, str) or not name:
-            return None  # the campaign's own validation says so
-        file = self._source.folder_of(path) / name
-        try:
-            source, found = read_file(self._reader, file, ExperimentConfig, self._preset)
-        except FileProblems as error:
-            self._problems.extend(error.located)
-            return None
-        except ConfigurationError as error:
-            place = self._source.place(path)
-            self._problems.append((place, Problem(path, error.message)))
-            return None
-        self._problems.extend(found)
-        if isinstance(overrides, Mapping):
-            source = self._with_overrides(source, overrides, (*path[:-1], "overrides"))
-        return self._finish(source, file)
-
-    def _with_overrides(self, source: Source, overrides: Mapping[str, Any], path: Path) -> Source:
-        nested = CampaignExplicitExperiment.nest_overrides(overrides)
-        layer = self._source.layer_of(path[:1])
-        document = layer.document if layer is not None else None
-        kind, label = (layer.kind, layer.label) if layer is not None else ("file", "overrides")
-        return source.over(Layer(kind, label, nested, document, path))
-
-    def _in_place(self, entry: Mapping[str, Any], path: Path) -> ExperimentDraft | None:
-        layer = self._source.layer_of(path[:1])
-        start = preset_source(ExperimentConfig, self._preset)
-        source = dataclasses.replace(start, main=self._source.main, prefix=path)
-        if layer is not None:
-            inline = entry.get("inline", entry)
-            values = inline if isinstance(inline, Mapping) else {}
-            source = source.over(Layer(layer.kind, layer.label, values, layer.document, path))
-        return self._finish(source, None)
-
-    def _finish(self, source: Source, file: FilePath | None) -> ExperimentDraft | None:
-        mapping: Mapping[str, Any] = source.mapping
-        if self._campaign is not None:
-            mapping = with_campaign_defaults(self._campaign, mapping, self._forced)
-        draft = ExperimentDraft(mapping, source, file)
-        # An experiment without a model is no error of the file: the plan filters it with that reason.
-        probe = draft if "model" in mapping else dataclasses.replace(draft, mapping={**mapping, "model": _NO_MODEL})
-        try:
-            probe.validate()
-        except FileProblems as error:
-            self._problems.extend(error.located)
-        return draft
-
-
-def _items(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, (list, tuple)) else () if value is None else (value,)
-
-
-C = TypeVar("C")
-S = TypeVar("S", bound=Section)
-Sets = Sequence["str | tuple[str, Any]"]
-
-# Options that only a campaign has, for telling the two kinds of files apart.
-_CAMPAIGN_ONLY = frozenset(declared(CampaignConfig)) - frozenset(declared(ExperimentConfig))
-
 
 @dataclass(frozen=True)
 class Loaded(Generic[C]):
-    """A configuration and where it came from.
-
-    Attributes:
-        provenance: for every dotted option `command line`, `file`, `preset` or `default`.
-        source: the layers, for positions and for what was written.
-        drafts: the experiments that `configs` and `experiments` of a campaign name, in this order.
-        preset: values that the experiments of a grid start from.
-    """
+    """A configuration and where it came from."""
 
     config: C
-    provenance: Mapping[str, str]
+    provenance: Mapping[str, str]  # for every dotted option `command line`, `file`, `preset` or `default`
     source: Source
-    drafts: tuple[ExperimentDraft, ...] = ()
-    preset: Mapping[str, Any] = field(default_factory=dict)
+    listed: tuple[ListedExperiment, ...] = ()  # the experiments of `configs`, then those of `experiments`
+    preset: Mapping[str, Any] = field(default_factory=dict)  # values that the experiments of a grid start from
 
     @property
     def forced(self) -> frozenset[str]:
         """The options given on the command line, which win over the experiments' own (`with_campaign_defaults`)."""
-        return frozenset(key for key, origin in self.provenance.items() if origin == "command line")
+        return _forced(self.provenance)
 
 
-def load_campaign(reader: Reader, path: FilePath, sets: Sets, preset: str | None) -> Loaded[CampaignConfig]:
-    """A campaign and the experiment files it names; as `yamlfile.load_campaign`."""
-    source, found = read_file(reader, path, CampaignConfig)
+def _forced(provenance: Mapping[str, str]) -> frozenset[str]:
+    return frozenset(key for key, origin in provenance.items() if origin == "command line")
+
+
+def load_campaign(
+    path: FilePath | str, sets: Sets = (), preset: str | None = None, environ: Mapping[str, str] = os.environ
+) -> Loaded[CampaignConfig]:
+    """A campaign file, and the experiment files it names, validated.
+
+    Args:
+        sets: overrides, `"execution.cycles=5"` or `("execution.cycles", 5)`.
+        preset: values that experiments start from.
+        environ: what `${VAR}` expands to.
+
+    Raises:
+        FileProblems: everything that is wrong, with its places.
+        ConfigurationError: a file that cannot be read.
+    """
+    loader = _Loader(sets, preset, environ)
+    source, found = loader.read(FilePath(path), CampaignConfig)
     hint = f"{path} is an experiment: lem experiment {path}, or --campaign-name NAME to make a campaign of it"
     if not source.mapping or _CAMPAIGN_ONLY & set(source.mapping):
         hint = ""
-    return _finish_campaign(reader, _with_sets(reader, source, sets), found, preset, hint)
+    return loader.campaign(source, found, hint)
 
 
 def load_campaign_of_files(
-    reader: Reader, name: str, paths: Sequence[FilePath], sets: Sets, preset: str | None
+    name: str,
+    paths: Sequence[FilePath | str],
+    sets: Sets = (),
+    preset: str | None = None,
+    environ: Mapping[str, str] = os.environ,
 ) -> Loaded[CampaignConfig]:
-    """A campaign made of experiment files; as `yamlfile.load_campaign_of_files`."""
+    """A campaign made of experiment files; as `load_campaign`."""
     mapping = {"campaign_name": name, "configs": [str(path) for path in paths]}
     source = Source(CampaignConfig).over(Layer("command line", "the command line", mapping))
-    return _finish_campaign(reader, _with_sets(reader, source, sets), [], preset)
+    return _Loader(sets, preset, environ).campaign(source)
 
 
-def complete_campaign(reader: Reader, campaign: CampaignConfig) -> Loaded[CampaignConfig]:
-    """A campaign made in Python; as `yamlfile.complete_campaign`."""
-    source = Source(CampaignConfig).over(Layer("file", campaign.campaign_name, given(campaign)))
-    return _finish_campaign(reader, source, [], None)
+def complete_campaign(campaign: CampaignConfig, environ: Mapping[str, str] = os.environ) -> Loaded[CampaignConfig]:
+    """A campaign made in Python, with the experiment files it names relative to the working directory.
+
+    Raises:
+        FileProblems, ConfigurationError: as `load_campaign`.
+    """
+    source = Source(CampaignConfig).over(Layer("file", campaign.campaign_name, campaign.changed()))
+    return _Loader((), None, environ).campaign(source)
 
 
-def load_experiment(reader: Reader, path: FilePath, sets: Sets, preset: str | None) -> Loaded[ExperimentConfig]:
-    """An experiment; as `yamlfile.load_experiment`."""
-    source, found = read_file(reader, path, ExperimentConfig, preset)
+def load_experiment(
+    path: FilePath | str, sets: Sets = (), preset: str | None = None, environ: Mapping[str, str] = os.environ
+) -> Loaded[ExperimentConfig]:
+    """An experiment file, validated; as `load_campaign`."""
+    loader = _Loader(sets, preset, environ)
+    source, found = loader.read(FilePath(path), ExperimentConfig)
     hint = f"{path} is a campaign: lem campaign {path}" if "campaign_name" in source.mapping else ""
-    source = _with_sets(reader, source, sets)
+    source = loader.with_sets(source)
     config, problems = _validate(ExperimentConfig, source)
     _raise_if_any(found, problems, hint)
     assert config is not None  # noqa: S101 - without problems there is one
     return Loaded(config, _provenance(config, source), source)
 
 
-def kind_of(reader: Reader, path: FilePath) -> str:
-    """`campaign` or `experiment`, by whether a file has options that only a campaign has."""
-    source, _ = read_file(reader, path, ExperimentConfig)
+def kind_of(path: FilePath | str, environ: Mapping[str, str] = os.environ) -> str:
+    """`campaign` or `experiment`, by whether a file has options that only a campaign has.
+
+    Raises:
+        ConfigurationError: a file that cannot be read, or is not YAML.
+    """
+    source, _ = _Loader((), None, environ).read(FilePath(path), ExperimentConfig)
     return "campaign" if _CAMPAIGN_ONLY & set(source.mapping) else "experiment"
 
 
-def _finish_campaign(
-    reader: Reader, source: Source, found: Located, preset: str | None, hint: str = ""
-) -> Loaded[CampaignConfig]:
-    start = find_preset(preset).values if preset is not None else {}
-    config, problems = _validate(CampaignConfig, source)
-    loaded = None if config is None else Loaded(config, _provenance(config, source), source, preset=start)
-    forced = frozenset() if loaded is None else loaded.forced
-    drafts, more = DraftCollector(reader, source, config, forced=forced, preset=preset).collect()
-    _raise_if_any(found, [*problems, *more], hint)
-    assert loaded is not None  # noqa: S101 - without problems there is one
-    return dataclasses.replace(loaded, drafts=tuple(drafts))
+class _Loader:
+    """Reads files and puts them together, with the same overrides, preset and environment."""
+
+    def __init__(self, sets: Sets, preset: str | None, environ: Mapping[str, str]) -> None:
+        self._sets = sets
+        self._preset = preset
+        self._environ = environ
+
+    def read(self, path: FilePath, section: type[Section]) -> tuple[Source, Located]:
+        """A file over those it inherits from, over the preset, and what is wrong whatever the options are."""
+        documents: list[Document] = []
+        found: Located = []
+        following: FilePath | None = path
+        while following is not None:
+            document = read_document(following, self._environ)
+            if not isinstance(document.tree, Mapping):
+                raise FileProblems([(document.top, Problem((), _not_a_mapping(document.tree)))])
+            documents.append(document)
+            found.extend(document.located)
+            following = _base_of(documents, found)
+        source = dataclasses.replace(self._start(section), main=documents[0])
+        for document in reversed(documents):
+            values = {key: value for key, value in document.tree.items() if key != EXTENDS}
+            source = source.over(Layer("file", document.name, values, document))
+        return source, found
+
+    def _start(self, section: type[Section]) -> Source:
+        """The preset as the lowest layer of an experiment."""
+        source = Source(section)
+        if self._preset is None or section is not ExperimentConfig:
+            return source
+        return source.over(Layer("preset", f"preset {self._preset}", find_preset(self._preset).values))
+
+    def with_sets(self, source: Source) -> Source:
+        """The source with the overrides of the command line on top."""
+        for item in self._sets:
+            if isinstance(item, str):
+                key, equals, text = item.partition("=")
+                key = key.strip()
+                if not equals or not all(key.split(".")):
+                    raise ConfigurationError(f"--set {item}: KEY=VALUE is due", "for example --set execution.cycles=5")
+            else:
+                key, text = item[0], str(item[1])
+            shown = "(hidden)" if is_secret(source.section, tuple(key.split("."))) else text
+            label = f"--set {key}={shown}"
+            value = parse_value(text, self._environ, label) if isinstance(item, str) else item[1]
+            values = nest(_keys_of(source.section, key), value)
+            source = source.over(Layer("command line", label, values))
+        return source
+
+    def campaign(self, source: Source, found: Located | None = None, hint: str = "") -> Loaded[CampaignConfig]:
+        """The campaign of a source below the overrides, with the experiments that it lists."""
+        source = self.with_sets(source)
+        start = find_preset(self._preset).values if self._preset is not None else {}
+        config, problems = _validate(CampaignConfig, source)
+        provenance = {} if config is None else _provenance(config, source)
+        listed = []
+        for one in self._listed(source, problems):
+            mapping: Mapping[str, Any] = one.mapping
+            if config is not None:
+                mapping = with_campaign_defaults(config, mapping, _forced(provenance))
+            listed.append(dataclasses.replace(one, mapping=mapping))
+            # An experiment without a model is not an error of the file: the plan filters it, with that reason.
+            checked = mapping if "model" in mapping else {**mapping, "model": _NO_MODEL}
+            try:
+                ExperimentConfig.from_dict(checked)
+            except ConfigProblems as error:
+                problems += one.source.locate(error.problems)
+        _raise_if_any(found or [], problems, hint)
+        assert config is not None  # noqa: S101 - without problems there is one
+        return Loaded(config, provenance, source, tuple(listed), start)
+
+    def _listed(self, campaign: Source, problems: Located) -> Iterable[ListedExperiment]:
+        """The experiments that a campaign lists, without its defaults; notes the files that cannot be read."""
+        for index, name in enumerate(_items(campaign.mapping.get("configs"))):
+            yield from self._of_file(campaign, ("configs", index), name, None, problems)
+        for index, entry in enumerate(_items(campaign.mapping.get("experiments"))):
+            path = ("experiments", index)
+            if isinstance(entry, Mapping) and entry.get("config") is not None:
+                yield from self._of_file(campaign, (*path, "config"), entry["config"], entry.get("overrides"), problems)
+            elif isinstance(entry, Mapping):
+                source = dataclasses.replace(self._start(ExperimentConfig), main=campaign.main, prefix=path)
+                inline = entry.get("inline", entry)
+                source = _over(source, campaign, inline, path)
+                yield ListedExperiment(source.mapping, source, None)
+
+    def _of_file(
+        self, campaign: Source, path: Path, name: Any, overrides: Any, problems: Located
+    ) -> Iterable[ListedExperiment]:
+        if not isinstance(name, str) or not name:
+            return  # refused by the validation of the campaign
+        file = campaign.folder_of(path) / name
+        try:
+            source, found = self.read(file, ExperimentConfig)
+        except FileProblems as error:
+            problems += error.located
+        except ConfigurationError as error:
+            problems.append((campaign.place(path), Problem(path, error.message)))
+        else:
+            problems += found
+            if isinstance(overrides, Mapping):
+                nested = CampaignExplicitExperiment.nest_overrides(overrides)
+                source = _over(source, campaign, nested, (*path[:-1], "overrides"))
+            yield ListedExperiment(source.mapping, source, file)
 
 
-def _with_sets(reader: Reader, source: Source, sets: Sets) -> Source:
-    for item in sets:
-        key, value, label = _parse_set(reader, source.section, item)
-        source = source.over(Layer("command line", label, _nest_option(source.section, key, value)))
-    return source
+def _over(source: Source, campaign: Source, values: Any, path: Path) -> Source:
+    """The source of an experiment with values on top that are at this path of the campaign."""
+    layer = campaign.layer_of(path[:1])
+    if layer is None:
+        return source
+    return source.over(
+        Layer(layer.kind, layer.label, values if isinstance(values, Mapping) else {}, layer.document, path)
+    )
 
 
-def _parse_set(reader: Reader, section: type[Section], item: str | tuple[str, Any]) -> tuple[str, Any, str]:
-    if not isinstance(item, str):
-        key, value = item
-        return key, value, _set_label(section, key, str(value))
-    key, equals, text = item.partition("=")
-    key = key.strip()
-    if not equals or not all(key.split(".")):
-        raise ConfigurationError(f"--set {item}: KEY=VALUE is due", "for example --set execution.cycles=5")
-    label = _set_label(section, key, text)
-    return key, reader.parse(text, label), label
+def _items(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else () if value is None else (value,)
 
 
-def _set_label(section: type[Section], key: str, text: str) -> str:
-    return f"--set {key}={'(hidden)' if is_secret(section, tuple(key.split('.'))) else text}"
+def _not_a_mapping(tree: Any) -> str:
+    if tree is None:
+        return "is empty; a configuration is due (`lem config new` writes one to start from)"
+    return f"a mapping (key: value) is due at the top, got {'a list' if isinstance(tree, list) else 'plain text'}"
 
 
-def _nest_option(section: type[Section], key: str, value: Any) -> dict[str, Any]:
-    """`value` nested under a dotted name; where a mapping has dotted names for keys, the rest is one key."""
+def _base_of(documents: Sequence[Document], found: Located) -> FilePath | None:
+    """The file that the last document inherits from; None when there is none, or none that can be read."""
+    document = documents[-1]
+    if EXTENDS not in document.tree:
+        return None
+    name = document.tree[EXTENDS]
+    base = document.path.parent / str(name)
+    if not isinstance(name, str) or not name:
+        complaint = "the name of one file is due"
+    elif base.resolve() in [earlier.path.resolve() for earlier in documents]:
+        complaint = f"{base} inherits from itself"
+    elif not _is_file(base):
+        complaint = f"{str(base)[:200]}: no such file"
+    else:
+        return base
+    found.append((document.at(document.values.get((EXTENDS,))), Problem((EXTENDS,), complaint)))
+    return None
+
+
+def _is_file(path: FilePath) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long, a folder that is not readable
+        return False
+
+
+def _keys_of(section: type[Section], key: str) -> list[str]:
+    """The parts of a dotted name; where a mapping has dotted names for keys, the rest is one part."""
     parts = key.split(".")
-    options: Mapping[str, Any] = declared(section)
+    options: Mapping[str, Option] = declared(section)
     for index, part in enumerate(parts):
         item = options.get(part)
         if item is None:
             break
-        if isinstance(item.kind_of_value, MapKind) and item.option.dotted_after is not None:
-            split = index + 1 + item.option.dotted_after
-            parts = [*parts[:split], *([".".join(parts[split:])] if parts[split:] else [])]
-            break
+        if isinstance(item.value_kind, MapKind) and item.dotted_after is not None:
+            split = index + 1 + item.dotted_after
+            return [*parts[:split], ".".join(parts[split:])] if parts[split:] else parts
         options = declared(item.sections[0]) if len(item.sections) == 1 else {}
-    for part in reversed(parts):
-        value = {part: value}
-    nested: dict[str, Any] = value
-    return nested
+    return parts
 
 
 def _validate(section: type[S], source: Source) -> tuple[S | None, Located]:
@@ -373,8 +421,8 @@ def _validate(section: type[S], source: Source) -> tuple[S | None, Located]:
         return None, source.locate(error.problems)
 
 
-def _raise_if_any(found: Located, problems: Sequence[tuple[Place, Problem]], hint: str = "") -> None:
-    """Raise what was found; what validation says about a value that could not even be read is left out."""
+def _raise_if_any(found: Located, problems: Located, hint: str) -> None:
+    """Raise what was found, without what validation says about a value that could not even be read."""
     unread = {place for place, _ in found if place.mark is not None}
     located = [*found, *(item for item in problems if item[0] not in unread)]
     if located:
@@ -382,19 +430,63 @@ def _raise_if_any(found: Located, problems: Sequence[tuple[Place, Problem]], hin
 
 
 def _provenance(config: Section, source: Source) -> dict[str, str]:
-    """Where each option came from."""
     out: dict[str, str] = {}
     for path, _ in leaves(config.to_dict()):
         layer = source.layer_of(path)
-        if layer is not None:
-            out[dotted(path)] = layer.kind
-        else:
-            out[dotted(path)] = "preset" if _is_from_decoder_preset(config, path) else "default"
+        is_preset = layer is None and isinstance(config, ExperimentConfig) and config.is_from_decoder_preset(path)
+        out[dotted(path)] = "preset" if is_preset else "default" if layer is None else layer.kind
     return out
 
 
-def _is_from_decoder_preset(config: Section, path: Path) -> bool:
-    if not isinstance(config, ExperimentConfig) or path[0] != "decoder" or config.decoder.preset is None:
-        return False
-    default = declared(type(config.decoder))[str(path[1])].option.default
-    return bool(getattr(config.decoder, str(path[1])) != default)
+def with_campaign_defaults(
+    campaign: CampaignConfig, experiment: Mapping[str, Any], forced: Collection[str] = ()
+) -> dict[str, Any]:
+    """The experiment, as a plain mapping, with the campaign's model, dataset, num_samples and warm-up filled in.
+
+    `forced` are options of the campaign by dotted name, given on the command line: they win over the experiment's own.
+    """
+    out = canonical(ExperimentConfig, experiment)
+    for key, options in _DEFAULTS_OF.items():
+        if any(name == key or name.startswith(f"{key}.") for name in forced):
+            for section, _, option in (name.partition(".") for name in options):
+                if not option:
+                    out.pop(section, None)
+                elif isinstance(out.get(section), dict):
+                    out[section].pop(option, None)
+    if campaign.model is not None:
+        _fill_named(out, "model", campaign.model.changed())
+    if campaign.dataset is not None and out.get("prompts") is None:
+        _fill_named(out, "dataset", campaign.dataset.changed())
+    if campaign.num_samples is not None:
+        _fill_sample_size(out, campaign.num_samples)
+    warmup = out.setdefault("warmup", {})
+    if isinstance(warmup, dict):  # else for validation to refuse
+        prompts = campaign.execution.warmup_prompts
+        if "min_prompts" not in warmup and prompts > declared(WarmupConfig)["max_prompts"].default:
+            warmup.setdefault("max_prompts", prompts)
+        warmup.setdefault("min_prompts", prompts)
+        warmup.setdefault("timeout_seconds", campaign.execution.warmup_timeout_seconds)
+    return out
+
+
+def _fill_named(out: dict[str, Any], key: str, default: dict[str, Any]) -> None:
+    """Fill in a section that has a name; options that belong to another name are not mixed in."""
+    if key not in out:
+        out[key] = default
+    elif isinstance(out[key], dict) and "name" not in out[key]:
+        out[key] = {**default, **out[key]}
+
+
+def _fill_sample_size(out: dict[str, Any], num_samples: int) -> None:
+    for key in ("dataset", "prompts"):
+        if isinstance(out.get(key), dict):
+            out[key].setdefault("sample_size", num_samples)
+    if out.get("dataset") is None and out.get("prompts") is None:
+        longest = out.get("max_input_tokens")
+        is_shorter = isinstance(longest, int) and 0 < longest < BUNDLED_INPUT_TOKENS
+        out["prompts"] = {
+            "type": "synthetic",
+            "input_tokens": longest if is_shorter else BUNDLED_INPUT_TOKENS,
+            "sample_size": num_samples,
+            "distribution": BUNDLED_DISTRIBUTION,
+        }

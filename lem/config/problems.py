@@ -1,8 +1,8 @@
-"""What is wrong with a configuration: every problem at once, each with its path and the nearest right word."""
+"""What is wrong with a configuration: every problem at once, each with its path and the nearest valid word."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,28 +16,19 @@ MAX_SHOWN_VALUE = 60
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """One thing that is wrong, or that a person should know about."""
 
-    Attributes:
-        path: keys and list indices from the top, e.g. ("execution", "cycles") or ("configs", 0); () is the whole.
-        message: what is wrong, what was found, and what to do about it.
-        suggestion: the nearest key or value that would be right; None when nothing is near.
-        severity: `error` or `warning`.
-        is_about_key: the key itself is wrong, not its value.
-        reason: what is wrong as a code, where a rule found it.
-    """
-
-    path: Path
+    path: Path  # keys and list indices from the top: ("execution", "cycles") or ("configs", 0); () is the whole
     message: str
-    suggestion: str | None = None
-    severity: str = "error"
-    is_about_key: bool = False
-    reason: Reason | None = None
+    suggestion: str | None = None  # the nearest valid key or value
+    is_about_key: bool = False  # the key itself is wrong, not its value
+    reason: Reason | None = None  # where a rule found it
 
     @classmethod
-    def of(cls, path: Path, reason: Reason, *, is_about_key: bool = False) -> Problem:
-        """What a rule found."""
-        return cls(path, reason.text, is_about_key=is_about_key, reason=reason)
+    def of(cls, option: str, code: str, /, *, is_about_key: bool = False, **data: Any) -> Problem:
+        """A problem of the option with a dotted name, for a coded reason."""
+        reason = Reason.of(code, **data)
+        return cls(tuple(option.split(".")), reason.text, is_about_key=is_about_key, reason=reason)
 
     def __str__(self) -> str:
         where = f"{dotted(self.path)}: " if self.path else ""
@@ -45,11 +36,7 @@ class Problem:
 
 
 class ConfigProblems(ConfigurationError):
-    """A configuration with problems; the message has one line for each.
-
-    Attributes:
-        problems: all that was found, in the order of the declaration.
-    """
+    """A configuration with problems; the message has one line for each."""
 
     def __init__(self, problems: Iterable[Problem], text: str | None = None, hint: str = "") -> None:
         self.problems = tuple(problems)
@@ -59,10 +46,8 @@ class ConfigProblems(ConfigurationError):
 class Sink:
     """Collects problems while a configuration is read.
 
-    Attributes:
-        problems: what was found so far.
-        is_partial: a part of a section is being read (overrides, an axis of a grid): nothing is required of it and
-            its fields are not held against each other.
+    A partial sink is for a part of a section (overrides, an axis of a grid): nothing is required of it, and its options
+    are not checked against each other.
     """
 
     def __init__(self, *, is_partial: bool = False) -> None:
@@ -70,15 +55,9 @@ class Sink:
         self.is_partial = is_partial
 
     def add(self, path: Path, message: str, suggestion: str | None = None, *, is_about_key: bool = False) -> None:
-        """Note a problem."""
-        self.problems.append(Problem(path, message, suggestion, is_about_key=is_about_key))
+        self.problems.append(Problem(path, message, suggestion, is_about_key))
 
     def raise_if_any(self) -> None:
-        """Raise everything noted.
-
-        Raises:
-            ConfigProblems: there is something.
-        """
         if self.problems:
             raise ConfigProblems(self.problems)
 
@@ -87,15 +66,29 @@ def dotted(path: Path) -> str:
     """The path as people write it: `execution.cycles`, `experiments[0].config`."""
     text = ""
     for part in path:
-        if isinstance(part, int):
-            text += f"[{part}]"
-        else:
-            text += f".{part}" if text else part
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
     return text
 
 
+def nest(path: str | Sequence[str], value: Any) -> dict[str, Any]:
+    """`{"decoder": {"preset": value}}` for "decoder.preset" or ("decoder", "preset")."""
+    for part in reversed(path.split(".") if isinstance(path, str) else path):
+        value = {part: value}
+    nested: dict[str, Any] = value
+    return nested
+
+
+def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every value that is not a mapping with something in it, with its path."""
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from leaves(value, (*path, key))
+    elif path:
+        yield path, tree
+
+
 def describe(value: Any) -> str:
-    """A found value in words: `the text 'x'`, `the number 3`, `true`, `nothing`, `a list`, `a mapping`."""
+    """A value in words: `the text 'x'`, `the number 3`, `true`, `nothing (null)`, `a list`, `a mapping`."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, bool):
@@ -112,7 +105,7 @@ def describe(value: Any) -> str:
 
 
 def nearest(word: str, candidates: Sequence[str], cutoff: float = 0.6) -> str | None:
-    """The candidate most like `word`, upper and lower case being alike; None when none is near."""
+    """The candidate most like `word`, ignoring case; None when none is near."""
     import difflib
 
     by_lower = {candidate.lower(): candidate for candidate in candidates}
@@ -121,7 +114,7 @@ def nearest(word: str, candidates: Sequence[str], cutoff: float = 0.6) -> str | 
 
 
 def did_you_mean(word: str, candidates: Sequence[str]) -> str:
-    """What to put behind a message about a wrong word: ` (did you mean 'vllm'?)`; empty when nothing is near."""
+    """The end of a message about a wrong word: ` (did you mean 'vllm'?)`; empty when nothing is near."""
     return _in_brackets(nearest(word, candidates))
 
 

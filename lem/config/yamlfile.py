@@ -1,26 +1,26 @@
-"""Strict YAML: the only module that imports it.
+"""Strict YAML with positions, and problems shown at them. The only module that imports PyYAML.
 
-Beyond what PyYAML checks: no duplicate keys, no merge keys, no tags, plain words read by `scalars.resolve_plain`
-instead of YAML 1.1, keys taken as written, the position of every key and value kept. Nothing is constructed but plain
-data, and both nesting and aliases have a limit, since a few lines of YAML can stand for billions of values.
+Beyond what PyYAML checks: no duplicate keys, no merge keys, no tags, plain words read by `resolve_plain` instead
+of YAML 1.1, keys taken as written, the position of every key and value kept. Nothing is constructed but plain data,
+and both nesting and aliases have a limit, since a few lines of YAML can expand to billions of values.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
 from lem.base.errors import ConfigurationError
 from lem.base.units import MIB
-from lem.config import load
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig
-from lem.config.kinds import ExpansionError, expand, resolve_plain
-from lem.config.load import Loaded
-from lem.config.problems import Path, Problem
-from lem.config.sources import Document, FileProblems, Mark, Place
+from lem.config.kinds import Expanded
+from lem.config.option import walk
+from lem.config.problems import ConfigProblems, Path, Problem
 
 try:
     from lem._vendor import yaml
@@ -31,6 +31,16 @@ except ImportError:  # an installation has PyYAML beside lem, not inside it
 MAX_FILE_B = 16 * MIB
 MAX_DEPTH = 64
 MAX_VALUES = 200_000
+MAX_SHOWN_PROBLEMS = 100
+MAX_SHOWN_LINE = 100
+
+_NULL = frozenset({"", "~", "null", "Null", "NULL"})
+_BOOLEAN = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+# No leading zeros: 010 is 8 in YAML 1.1 and 10 in YAML 1.2, so it is neither here.
+_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,400})")
+_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
+_SPECIAL = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
+_REFERENCE = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}|\$\{")
 
 _PLAIN = "lem:plain"
 _TEXT = "tag:yaml.org,2002:str"
@@ -38,63 +48,174 @@ _LIST = "tag:yaml.org,2002:seq"
 _MAPPING = "tag:yaml.org,2002:map"
 
 
-def load_campaign(
-    path: FilePath | str,
-    sets: Sequence[str | tuple[str, Any]] = (),
-    preset: str | None = None,
-    environ: Mapping[str, str] = os.environ,
-) -> Loaded[CampaignConfig]:
-    """A campaign file, and the experiment files it names, validated.
+@dataclass(frozen=True)
+class Mark:
+    """A position in a file, from 1."""
 
-    Args:
-        sets: overrides, `"execution.cycles=5"` or `("execution.cycles", 5)`.
-        preset: values that experiments start from.
-        environ: what `${VAR}` expands to.
+    line: int
+    column: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a problem is shown: a file with a position in it, or a source that is no file."""
+
+    label: str
+    mark: Mark | None = None
+    line: str = ""
+
+    def __str__(self) -> str:
+        return self.label if self.mark is None else f"{self.label}:{self.mark.line}:{self.mark.column}"
+
+
+Located = list[tuple[Place, Problem]]
+
+
+class FileProblems(ConfigProblems):
+    """Problems with their places, in the order of the message, which shows the lines."""
+
+    def __init__(self, located: Iterable[tuple[Place, Problem]], hint: str = "") -> None:
+        unique: dict[tuple[Place, str], tuple[Place, Problem]] = {}
+        for place, problem in located:  # a campaign and its experiment may have the same problem
+            unique.setdefault((place, problem.message if place.mark else str(problem)), (place, problem))
+        files = list(dict.fromkeys(place.label for place, _ in unique))
+        # Problems without a position come before those of their file, which are in the order of its lines.
+        self.located = tuple(
+            sorted(
+                unique.values(),
+                key=lambda item: (files.index(item[0].label), *_position(item[0])),
+            )
+        )
+        count = len(self.located)
+        shown = [render(place, problem) for place, problem in self.located[:MAX_SHOWN_PROBLEMS]]
+        if count > len(shown):
+            shown.append(f"and {count - len(shown)} more")
+        if count > 1:
+            shown.insert(0, f"{count} problems in the configuration:")
+        super().__init__((problem for _, problem in self.located), "\n".join(shown), hint)
+
+
+def _position(place: Place) -> tuple[int, int]:
+    return (place.mark.line, place.mark.column) if place.mark is not None else (0, 0)
+
+
+def render(place: Place, problem: Problem) -> str:
+    """The problem with its place, then the line with a caret under the column."""
+    text = f"{place}: {problem}"
+    if place.mark is None or not place.line.strip() or any(name in place.line for name in _secret_names()):
+        return text
+    begin = max(0, place.mark.column - MAX_SHOWN_LINE // 2) if len(place.line) > MAX_SHOWN_LINE else 0
+    shown = place.line[begin : begin + MAX_SHOWN_LINE].replace("\t", " ").rstrip()
+    gutter = f"{place.mark.line:5d} | "
+    return f"{text}\n{gutter}{shown}\n{' ' * (len(gutter) - 2)}| {' ' * (place.mark.column - 1 - begin)}^"
+
+
+@functools.cache
+def _secret_names() -> tuple[str, ...]:
+    """Names of secret options; a line that contains one may contain its value."""
+    return tuple(key.rpartition(".")[2] for key, item, _ in walk(CampaignConfig) if item.secret)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A file as read: plain values and their positions."""
+
+    name: str  # as the person named it
+    path: FilePath  # to read it, and for the files that it names
+    lines: tuple[str, ...] = ()
+    tree: Any = None  # plain data; text in which `${VAR}` was expanded is `Expanded`
+    keys: Mapping[Path, Mark] = field(default_factory=dict)  # where the key of a path begins
+    values: Mapping[Path, Mark] = field(default_factory=dict)  # where the value of a path begins
+    problems: tuple[tuple[Mark, Problem], ...] = ()  # whatever the options are: duplicate keys, unset variables
+
+    @property
+    def located(self) -> Located:
+        """The problems with their places."""
+        return [(self.at(mark), problem) for mark, problem in self.problems]
+
+    @property
+    def top(self) -> Place:
+        """Where the configuration begins, or the file where it is empty."""
+        return self.at(self.values.get((), Mark(1, 1)))
+
+    def at(self, mark: Mark | None) -> Place:
+        """A position in this file as a place."""
+        if mark is None:
+            return Place(self.name)
+        return Place(self.name, mark, self.lines[mark.line - 1] if mark.line <= len(self.lines) else "")
+
+    def find(self, path: Path, *, is_about_key: bool) -> tuple[int, Place]:
+        """How many parts of a path are in the file, and the place of the last of them."""
+        at: Path = ()
+        found = 0
+        while found < len(path):
+            step = self._step(at, path[found:])
+            if step is None:
+                break
+            at, taken = step
+            found += taken
+        marks = self.keys if is_about_key and found == len(path) else self.values
+        return found, self.at(marks.get(at, self.values.get(at)))
+
+    def _step(self, at: Path, rest: Path) -> tuple[Path, int] | None:
+        """One step down: under the name itself, another name of it, or several parts written as one dotted key."""
+        aliases = (alias for alias, name in ExperimentConfig.aliases.items() if name == rest[0])
+        for name in (rest[0], *aliases):
+            if (*at, name) in self.values:
+                return (*at, name), 1
+        for count in range(2, len(rest) + 1):
+            joined = ".".join(str(part) for part in rest[:count])
+            if (*at, joined) in self.values:
+                return (*at, joined), count
+        return None
+
+
+class ExpansionError(ValueError):
+    """A `${VAR}` that cannot be expanded."""
+
+
+def resolve_plain(text: str) -> Any:
+    """The value of a word written without quotes: None, a bool, an int, a float, or the text itself."""
+    if text in _NULL:
+        return None
+    if text in _BOOLEAN:
+        return _BOOLEAN[text]
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    if text.lower() in _SPECIAL:
+        return float(_SPECIAL[text.lower()])
+    return text
+
+
+def expand(text: str, environ: Mapping[str, str], *, is_plain: bool) -> str:
+    """The text with `${VAR}` and `${VAR:-default}` replaced; `$${` stands for `${` itself.
+
+    As in a shell, the default applies when the variable is unset or empty. The value of a variable is not expanded
+    again.
 
     Raises:
-        FileProblems: everything that is wrong, in its place.
-        ConfigurationError: a file that cannot be read.
+        ExpansionError: a variable that is not set and has no default, or a `${` that does not end.
     """
-    return load.load_campaign(_Reader(environ), FilePath(path), sets, preset)
+    if "${" not in text:
+        return text
 
+    def replace(match: re.Match[str]) -> str:
+        if match[0] == "$${":
+            return "${"
+        name, default = match[1], match[2]
+        if name is None:
+            raise ExpansionError("'${' without ${NAME} or ${NAME:-default}; write $${ for the characters themselves")
+        value = environ.get(name)
+        if default is not None:
+            return value or default
+        if value is None:
+            raise ExpansionError(f"the environment variable {name} is not set; set it or write ${{{name}:-default}}")
+        return value
 
-def load_campaign_of_files(
-    name: str,
-    paths: Sequence[FilePath | str],
-    sets: Sequence[str | tuple[str, Any]] = (),
-    preset: str | None = None,
-    environ: Mapping[str, str] = os.environ,
-) -> Loaded[CampaignConfig]:
-    """A campaign made of experiment files; as `load_campaign`."""
-    return load.load_campaign_of_files(_Reader(environ), name, [FilePath(path) for path in paths], sets, preset)
-
-
-def complete_campaign(campaign: CampaignConfig, environ: Mapping[str, str] = os.environ) -> Loaded[CampaignConfig]:
-    """A campaign made in Python, with the experiment files it names, relative to the working directory, validated.
-
-    Raises:
-        FileProblems, ConfigurationError: as `load_campaign`.
-    """
-    return load.complete_campaign(_Reader(environ), campaign)
-
-
-def load_experiment(
-    path: FilePath | str,
-    sets: Sequence[str | tuple[str, Any]] = (),
-    preset: str | None = None,
-    environ: Mapping[str, str] = os.environ,
-) -> Loaded[ExperimentConfig]:
-    """An experiment file, validated; as `load_campaign`."""
-    return load.load_experiment(_Reader(environ), FilePath(path), sets, preset)
-
-
-def kind_of(path: FilePath | str, environ: Mapping[str, str] = os.environ) -> str:
-    """`campaign` or `experiment`, by the options in a file.
-
-    Raises:
-        ConfigurationError: a file that cannot be read, or is not YAML.
-    """
-    return load.kind_of(_Reader(environ), FilePath(path))
+    expanded = _REFERENCE.sub(replace, text)
+    return Expanded(expanded, text, resolve_plain(expanded) if is_plain else expanded)
 
 
 def read_document(path: FilePath, environ: Mapping[str, str]) -> Document:
@@ -120,19 +241,6 @@ def parse_value(text: str, environ: Mapping[str, str], label: str) -> Any:
     if document.problems:
         raise FileProblems((Place(label), problem) for _, problem in document.problems)
     return document.tree
-
-
-class _Reader:
-    """Reads with one environment; what `loading` needs of YAML."""
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self._environ = environ
-
-    def read(self, path: FilePath) -> Document:
-        return read_document(path, self._environ)
-
-    def parse(self, text: str, label: str) -> Any:
-        return parse_value(text, self._environ, label)
 
 
 def _text_of(path: FilePath) -> str:

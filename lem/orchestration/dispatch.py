@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import shutil
-import sys
+import os
+import select
+import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from lem import __version__
 from lem.base import process
-from lem.base.errors import EngineError, InfrastructureError, Interrupted, UserError
+from lem.base.errors import EngineError, InfrastructureError, Interrupted
 from lem.base.units import format_duration
-from lem.orchestration.attempt import (
-    Outcome,
-    Stop,
-    Timeouts,
-    Watch,
-    WorkerConnection,
-    WorkerEvent,
-    event_of,
-    lost,
-    outcome_of,
+from lem.orchestration.schedule import StopRequest
+from lem.orchestration.status import Event, Observer
+from lem.worker.channel import (
+    LOAD_PHASE,
+    LOADING_PHASES,
+    PROTOCOL_VERSION,
+    READ_B,
+    ChannelError,
+    LineBuffer,
+    Outbox,
+    RunRequest,
+    decode_report,
 )
-from lem.worker.channel import PROTOCOL_VERSION, ChannelError, RunRequest
-from lem.worker.launch import own_command
 
 _logger = logging.getLogger(__name__)
 
@@ -39,10 +42,208 @@ STOP_TIMEOUT_S = 25.0
 # The guardian kills everything as soon as the supervisor is gone; after this it is taken to be stopped or stuck.
 KILL_TIMEOUT_S = 3.0
 _POLL_S = 0.02
+_STDERR_TAIL_B = 2000
 
 
 class WorkerUnavailable(InfrastructureError):
     """A worker cannot be started, or is another version of lem."""
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long to wait for a worker, in seconds."""
+
+    load_s: float = 1800.0  # for the load of the engine
+    rest_s: float = 0.0  # on top of that for what comes before the load, in which power at rest is measured
+    experiment_s: float = 3600.0  # for everything after the load
+    silence_s: float = 600.0  # for the next phase or progress
+    heartbeat_s: float = 120.0  # for any message; a live supervisor sends one every 5 s
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the worker says that one attempt ended. The measurement itself is in `result.json`."""
+
+    error: EngineError | None = None  # None: there is a result
+    phase: str | None = None  # in which it failed
+    log_tail: str = ""  # the last lines that the engine printed, for an error
+    engine_reused: bool | None = None  # of a result
+
+
+class Watch:
+    """The deadlines of one experiment; pure, the time is an argument."""
+
+    def __init__(self, timeouts: Timeouts, now: float) -> None:
+        self._timeouts = timeouts
+        self.phase: str | None = None
+        self._is_loading = True
+        self._phase_until = now + timeouts.load_s + timeouts.rest_s
+        self._sign_until = now + timeouts.silence_s
+        self._byte_until = now + timeouts.heartbeat_s
+
+    def heard(self, message: Mapping[str, Any], now: float) -> None:
+        """Take note of a message."""
+        self._byte_until = now + self._timeouts.heartbeat_s
+        if message["type"] in ("phase", "progress"):
+            self._sign_until = now + self._timeouts.silence_s
+        if message["type"] == "phase":
+            before, self.phase = self.phase, message["phase"]
+            if self.phase == LOAD_PHASE != before:
+                self._phase_until = now + self._timeouts.load_s
+            elif self._is_loading and self.phase not in LOADING_PHASES:
+                self._is_loading = False
+                self._phase_until = now + self._timeouts.experiment_s
+
+    @property
+    def next_deadline(self) -> float:
+        """When the next of the deadlines passes."""
+        return min(self._phase_until, self._sign_until, self._byte_until)
+
+    def expired(self, now: float) -> EngineError | None:
+        """The deadline that has passed, as the error that it means."""
+        where = f"in phase {self.phase or 'start'}"
+        if now >= self._phase_until:
+            limit, key = (
+                (self._timeouts.load_s, "load_timeout_seconds")
+                if self._is_loading
+                else (self._timeouts.experiment_s, "experiment_timeout_seconds")
+            )
+            limit += self._timeouts.rest_s if self._is_loading and self.phase != LOAD_PHASE else 0.0
+            what = "the engine was not loaded" if self._is_loading else "the experiment was not done"
+            return EngineError(
+                f"{what} after {format_duration(limit)} ({where})",
+                f"raise execution.{key} if it needs longer",
+                kind="timeout",
+            )
+        if now >= self._sign_until:
+            return EngineError(
+                f"the engine gave no sign of progress for {format_duration(self._timeouts.silence_s)} ({where})",
+                "raise execution.silence_timeout_seconds if it needs longer; the log ends with where it was",
+                kind="silent",
+            )
+        if now >= self._byte_until:
+            silence = format_duration(self._timeouts.heartbeat_s)
+            return EngineError(f"the worker sent no heartbeat for {silence} ({where})", kind="channel")
+        return None
+
+
+def outcome_of(request: RunRequest, message: Mapping[str, Any]) -> Outcome:
+    """The outcome in a worker's `result` or `error`.
+
+    Raises:
+        ChannelError: the message is about another experiment.
+    """
+    if message["exp_id"] != request.exp_id:
+        raise ChannelError(f"an answer to {message['exp_id']}: {message.get('message', message['type'])}")
+    if message["type"] == "result":
+        return Outcome(engine_reused=message["engine_reused"])
+    error = EngineError(message["message"], message["hint"], kind=message["kind"], is_permanent=message["permanent"])
+    return Outcome(error, message["phase"], str(message.get("log_tail", "")))
+
+
+def event_of(request: RunRequest, message: Mapping[str, Any]) -> Event | None:
+    """The event in a worker's message; None when it is not about this experiment."""
+    kind = message["type"]
+    if kind == "heartbeat":
+        return Event("tick")
+    if message.get("exp_id") != request.exp_id:
+        return None
+    if kind == "phase":
+        return Event(kind, data={"exp_id": request.exp_id, "phase": message["phase"]})
+    if kind == "progress":
+        done, total, text = message["done"], message["total"], message["text"]
+        how_far = {"phase_done": done, "phase_total": total, "text": text, "power_w": None}
+        return Event(kind, data={"exp_id": request.exp_id, **how_far})
+    return None
+
+
+class WorkerConnection:
+    """A running worker process; every wait here has a deadline."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+        """Start the worker.
+
+        Raises:
+            UserError: the program does not exist or cannot be started.
+        """
+        # A file, not a pipe: it is not read between experiments, and a worker must never have to wait for a reader.
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`
+        # A session of its own: Ctrl-C on the terminal is for the host, which then stops the worker.
+        self._child = process.spawn(command, env=env, stderr=self._stderr.fileno(), new_session=True)
+        self._stdin, self._stdout = process.pipes(self._child)
+        self._outbox = Outbox(self._stdin.fileno())
+        self._lines = LineBuffer()
+        self._messages: deque[dict[str, Any]] = deque()
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a message; `receive` finds out when the worker is gone."""
+        with contextlib.suppress(BrokenPipeError):
+            self._outbox.put(message)
+
+    def receive(self, deadline: float, stop: StopRequest | None = None) -> dict[str, Any] | None:
+        """The next message of the worker; None at the deadline (`time.monotonic`).
+
+        Raises:
+            Interrupted: a stop was requested.
+            ChannelError: an invalid message.
+            EOFError: the worker is gone.
+        """
+        while not self._messages:
+            if stop is not None and stop.signum is not None:
+                raise Interrupted(stop.signum)
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0:
+                return None
+            self._wait(remaining_s, stop)
+        return self._messages.popleft()
+
+    def _wait(self, timeout_s: float, stop: StopRequest | None) -> None:
+        readers = [self._stdout.fileno()] if stop is None else [self._stdout.fileno(), stop.fileno()]
+        writers = [self._outbox.descriptor] if self._outbox.is_pending else []
+        readable, writable, _ = select.select(readers, writers, [], timeout_s)
+        if writable:
+            try:
+                self._outbox.flush()
+            except BrokenPipeError:
+                self._outbox.drop()
+        if self._stdout.fileno() in readable:
+            data = os.read(self._stdout.fileno(), READ_B)
+            if not data:
+                raise EOFError("the worker closed the channel")
+            self._messages += [decode_report(line) for line in self._lines.feed(data)]
+
+    def has_ended(self) -> bool:
+        """Whether the worker is gone already."""
+        return self._child.poll() is not None
+
+    def hang_up(self) -> None:
+        """Close the worker's stdin, which makes it end its engine and itself."""
+        self._outbox.drop()
+        self._stdin.close()
+
+    def wait_until_gone(self, deadline: float) -> int | None:
+        """The worker's exit code as `subprocess` gives it; None when it still runs at the deadline."""
+        try:
+            return self._child.wait(max(0.0, deadline - time.monotonic()))
+        except process.TimeoutExpired:
+            return None
+
+    def stderr_tail(self) -> str:
+        """The end of what the worker, or the program that opens it, printed on stderr."""
+        size = os.fstat(self._stderr.fileno()).st_size
+        data = os.pread(self._stderr.fileno(), _STDERR_TAIL_B, max(0, size - _STDERR_TAIL_B))
+        return data.decode("utf-8", "replace").strip()
+
+    def end(self) -> bool:
+        """Kill the worker if it still runs, and close everything; whether it had ended by itself."""
+        has_ended = self.has_ended()
+        if not has_ended:
+            process.kill_group(self._child.pid)
+            self._child.wait()
+        self._stdout.close()
+        self._stdin.close()
+        self._stderr.close()
+        return has_ended
 
 
 class Worker:
@@ -51,9 +252,6 @@ class Worker:
     Everything but the command is the same wherever the worker runs. A worker in a container is opened by an argv that
     runs it there; since its process numbers mean nothing here, `shares_pids` is False, and `backstop` is called when
     it may have outlived the loss of the channel.
-
-    Attributes:
-        environment: what the worker stands on, by name; empty until it was opened.
     """
 
     def __init__(
@@ -70,35 +268,31 @@ class Worker:
         self._backstop = backstop
         self._connection: WorkerConnection | None = None
         self._engine: process.ProcessId | None = None
-        self.environment: Mapping[str, Any] = {}
+        self.environment: Mapping[str, Any] = {}  # versions, driver and GPUs by name; empty until it was opened
 
     @property
     def is_open(self) -> bool:
         """Whether a worker was started and is not known to be lost."""
         return self._connection is not None
 
-    def open(self, stop: Stop | None = None, timeout_s: float = OPEN_TIMEOUT_S) -> None:
-        """Start the worker, unless it is there.
+    def open(self, stop: StopRequest | None = None, timeout_s: float = OPEN_TIMEOUT_S) -> None:
+        """Start the worker, unless it runs.
 
         Raises:
             WorkerUnavailable: it did not start, or is another version of lem.
-            UserError: the command is not there.
-            Interrupted: a stop was asked for.
+            UserError: the command does not exist.
+            Interrupted: a stop was requested.
         """
         if self._connection is None:
             self._open(stop, timeout_s)
 
     def run(
-        self,
-        request: RunRequest,
-        on_event: Callable[[WorkerEvent], None],
-        timeouts: Timeouts,
-        stop: Stop | None = None,
+        self, request: RunRequest, on_event: Observer, timeouts: Timeouts, stop: StopRequest | None = None
     ) -> Outcome:
-        """How the attempt ended; a worker that hangs, dies or talks nonsense is ended, and that is an outcome too.
+        """How the attempt ended; a worker that hangs, dies or sends invalid messages is ended: an outcome too.
 
         Raises:
-            Interrupted: a stop was asked for; the worker was ended.
+            Interrupted: a stop was requested; the worker was ended.
             WorkerUnavailable, UserError: as `open`.
         """
         if self._connection is not None and self._connection.has_ended():
@@ -106,27 +300,26 @@ class Worker:
             self.kill()
         connection = self._connection or self._open(stop, OPEN_TIMEOUT_S)
         try:
-            outcome = self._converse(connection, request, on_event, Watch(timeouts, time.monotonic()), stop)
+            return self._converse(connection, request, on_event, Watch(timeouts, time.monotonic()), stop)
         except ChannelError as error:
             self.kill()
-            outcome = lost(request, EngineError(f"the worker talks nonsense: {error}", kind="channel"))
+            return Outcome(EngineError(f"the worker talks nonsense: {error}", kind="channel"))
         except EOFError:
-            outcome = lost(request, EngineError(self._death(connection), kind="died"))
+            return Outcome(EngineError(self._death(connection), kind="died"))
         except Interrupted:
             self.stop()
             raise
         except BaseException:
             self.kill()
             raise
-        return outcome
 
-    def unload(self, stop: Stop | None = None, timeout_s: float = UNLOAD_TIMEOUT_S) -> None:
+    def unload(self, stop: StopRequest | None = None, timeout_s: float = UNLOAD_TIMEOUT_S) -> None:
         """Give up the engine and everything it holds on its device; returns when its process is gone.
 
         A worker that does not manage is ended, which has the same effect.
 
         Raises:
-            Interrupted: a stop was asked for; the worker was ended.
+            Interrupted: a stop was requested; the worker was ended.
         """
         connection = self._connection
         if connection is None:
@@ -144,73 +337,8 @@ class Worker:
             raise
         self.stop()
 
-    def stop(self) -> None:
-        """End the worker and its engine: end of file, TERM, and KILL for what is left; none is a worker less."""
-        self._stop()
-
-    def kill(self) -> None:
-        """End the worker and its engine at once."""
-        connection, self._connection = self._connection, None
-        engine, self._engine = self._engine, None
-        if connection is None:
-            return
-        has_ended = connection.end()
-        if engine is not None and self._shares_pids:
-            _outlast(engine)
-        if not has_ended and self._backstop is not None:
-            self._backstop()
-
-    def _open(self, stop: Stop | None, timeout_s: float) -> WorkerConnection:
-        connection = self._connection = WorkerConnection(self._command, self._env)
-        try:
-            hello = connection.receive(time.monotonic() + timeout_s, stop)
-            if hello is None:
-                raise _did_not_start(self._command, f"it said nothing for {format_duration(timeout_s)}")
-            _check_hello(hello)
-            self.environment = hello["environment"]
-        except (ChannelError, EOFError) as error:
-            connection.wait_until_gone(time.monotonic() + 1)  # what it says on stderr may come last
-            unavailable = _did_not_start(self._command, connection.stderr_tail() or str(error))
-            self.kill()
-            raise unavailable from error
-        except BaseException:
-            self.kill()
-            raise
-        return connection
-
-    def _next(self, connection: WorkerConnection, deadline: float, stop: Stop | None) -> dict[str, Any] | None:
-        """The next message, with what it says of the engine process noted."""
-        message = connection.receive(deadline, stop)
-        if message is not None and message["type"] == "engine":
-            pgid, ticks = message["pgid"], message["started_ticks"]
-            self._engine = None if pgid is None or ticks is None else process.ProcessId(pgid, ticks)
-        return message
-
-    def _converse(
-        self,
-        connection: WorkerConnection,
-        request: RunRequest,
-        on_event: Callable[[WorkerEvent], None],
-        watch: Watch,
-        stop: Stop | None,
-    ) -> Outcome:
-        connection.send(request.to_message())
-        while True:
-            message = self._next(connection, watch.next_deadline, stop)
-            now = time.monotonic()
-            if message is not None:
-                watch.heard(message, now)
-            if message is not None and message["type"] in ("result", "error"):
-                return outcome_of(request, message)
-            late = watch.expired(now)
-            if late is not None:
-                return replace(lost(request, late), phase=watch.phase, log_tail=self._stop())
-            event = None if message is None else event_of(request, message, watch.phase)
-            if event is not None:
-                on_event(event)
-
-    def _stop(self) -> str:
-        """End the worker; the last lines of the log of what it was running."""
+    def stop(self) -> str:
+        """End the worker and its engine: end of file, TERM, and KILL for what is left; returns the log's last lines."""
         connection, log_tail = self._connection, ""
         if connection is None:
             return ""
@@ -225,28 +353,84 @@ class Worker:
             self.kill()
         return log_tail
 
+    def kill(self) -> None:
+        """End the worker and its engine at once."""
+        connection, self._connection = self._connection, None
+        engine, self._engine = self._engine, None
+        if connection is None:
+            return
+        has_ended = connection.end()
+        if engine is not None and self._shares_pids:
+            _outlast(engine)
+        if not has_ended and self._backstop is not None:
+            self._backstop()
+
+    def _open(self, stop: StopRequest | None, timeout_s: float) -> WorkerConnection:
+        connection = self._connection = WorkerConnection(self._command, self._env)
+        try:
+            hello = connection.receive(time.monotonic() + timeout_s, stop)
+            if hello is None:
+                raise _did_not_start(self._command, f"it said nothing for {format_duration(timeout_s)}")
+            _check_hello(hello)
+            self.environment = hello["environment"]
+        except (ChannelError, EOFError) as error:
+            connection.wait_until_gone(time.monotonic() + 1)  # its message on stderr may come last
+            unavailable = _did_not_start(self._command, connection.stderr_tail() or str(error))
+            self.kill()
+            raise unavailable from error
+        except BaseException:
+            self.kill()
+            raise
+        return connection
+
+    def _next(self, connection: WorkerConnection, deadline: float, stop: StopRequest | None) -> dict[str, Any] | None:
+        """The next message; which process the engine is, is noted."""
+        message = connection.receive(deadline, stop)
+        if message is not None and message["type"] == "engine":
+            pgid, ticks = message["pgid"], message["started_ticks"]
+            self._engine = None if pgid is None or ticks is None else process.ProcessId(pgid, ticks)
+        return message
+
+    def _converse(
+        self,
+        connection: WorkerConnection,
+        request: RunRequest,
+        on_event: Observer,
+        watch: Watch,
+        stop: StopRequest | None,
+    ) -> Outcome:
+        connection.send(request.to_message())
+        while True:
+            message = self._next(connection, watch.next_deadline, stop)
+            now = time.monotonic()
+            if message is not None:
+                watch.heard(message, now)
+            if message is not None and message["type"] in ("result", "error"):
+                return outcome_of(request, message)
+            late = watch.expired(now)
+            if late is not None:
+                return Outcome(late, watch.phase, self.stop())
+            event = None if message is None else event_of(request, message)
+            if event is not None:
+                on_event(event)
+
     def _death(self, connection: WorkerConnection) -> str:
-        """How a worker ended that was not told to; nothing is left of it afterwards."""
+        """How a worker ended that nothing asked to end; nothing is left of it afterwards."""
         code = connection.wait_until_gone(time.monotonic() + DEATH_TIMEOUT_S)
         how = "closed the channel" if code is None else process.describe_exit(code)
-        said = connection.stderr_tail()
+        printed = connection.stderr_tail()
         self.kill()
-        return f"the worker {how}" + (f", saying: {said}" if said else "")
+        return f"the worker {how}" + (f", saying: {printed}" if printed else "")
 
 
 def _check_hello(hello: Mapping[str, Any]) -> None:
-    """Refuse a worker that is not this lem.
-
-    Raises:
-        ChannelError: no hello.
-        WorkerUnavailable: another version.
-    """
+    """Refuse a worker that is not this lem."""
     if hello["type"] != "hello":
         raise ChannelError(f"{hello['type']} came before hello")
-    found, due = (hello["protocol"], hello["lem_version"]), (PROTOCOL_VERSION, __version__)
-    if found != due:
+    found, expected = (hello["protocol"], hello["lem_version"]), (PROTOCOL_VERSION, __version__)
+    if found != expected:
         raise WorkerUnavailable(
-            f"the worker is lem {found[1]} (channel {found[0]}), this is lem {due[1]} (channel {due[0]})",
+            f"the worker is lem {found[1]} (channel {found[0]}), this is lem {expected[1]} (channel {expected[0]})",
             "run the same lem on both sides: one lem.pyz",
         )
 
@@ -265,78 +449,3 @@ def _outlast(engine: process.ProcessId) -> None:
             process.kill_group(engine.pid)
             return
         time.sleep(_POLL_S)
-
-
-class Executor(Protocol):
-    """Where experiments run.
-
-    Attributes:
-        name: `local` or `docker`, as the record says.
-    """
-
-    name: str
-
-    def worker_for(self, backend: str) -> Worker:
-        """The worker that runs this backend's experiments; the same one as long as this executor is used."""
-
-    def stop(self) -> None:
-        """End every worker with its engine."""
-
-    def kill(self) -> None:
-        """End every worker with its engine at once."""
-
-    def look_after(self, tell: Callable[[str], None]) -> None:
-        """See that what the workers run in is healthy, and mend it, between two experiments.
-
-        Raises:
-            InfrastructureError, UserError: it is not, and cannot be mended.
-            Interrupted: a stop was asked for.
-        """
-
-    def close(self) -> None:
-        """Take down what the workers ran in, once they were stopped or killed."""
-
-    def clear(self) -> None:
-        """Take down what a run that was killed left, where this one has nothing to run."""
-
-
-class LocalExecutor:
-    """One worker on this machine, under this Python or another, for every backend."""
-
-    name = "local"
-
-    def __init__(self, python: str | None = None) -> None:
-        """Look the Python up.
-
-        Args:
-            python: a program or a path, as `--python` gives it; None is this Python.
-
-        Raises:
-            UserError: there is no such program.
-        """
-        found = shutil.which(python) if python is not None else sys.executable
-        if not found:
-            raise UserError(f"--python {python}: no such program", "give the path of a Python that has the engine")
-        self.python = found
-        self._worker = Worker((*own_command(found), "worker"))
-
-    def worker_for(self, backend: str) -> Worker:  # noqa: ARG002 - one worker for all
-        """The worker."""
-        return self._worker
-
-    def stop(self) -> None:
-        """End the worker with its engine."""
-        self._worker.stop()
-
-    def kill(self) -> None:
-        """End the worker with its engine at once."""
-        self._worker.kill()
-
-    def look_after(self, tell: Callable[[str], None]) -> None:
-        """Nothing: a worker that is lost is replaced when it is needed."""
-
-    def close(self) -> None:
-        """Nothing: the worker ran in nothing of its own."""
-
-    def clear(self) -> None:
-        """Nothing: a worker ends with its host, however that ends."""

@@ -17,12 +17,13 @@ from lem.base.clock import utc_now, utc_text
 from lem.base.errors import EngineError, InfrastructureError, Interrupted, LockedError
 from lem.base.reasons import Reason
 from lem.config.campaign_config import CampaignHealthCheckConfig
-from lem.orchestration.attempt import Outcome, Stop, Timeouts, WorkerConnection, WorkerEvent
 from lem.orchestration.container import ContainerManager, gpu_loss, holders
-from lem.orchestration.dispatch import Worker, WorkerUnavailable
+from lem.orchestration.dispatch import Outcome, Timeouts, Worker, WorkerConnection, WorkerUnavailable
 from lem.orchestration.docker import ContainerError
 from lem.orchestration.locks import Holder, LockTarget, default_gpu_lock_folder, hold_locks
+from lem.orchestration.schedule import StopRequest
 from lem.orchestration.services import ComposeProject, Services
+from lem.orchestration.status import Observer
 from lem.record import RESULT_FILE, RecordError, read_record, write_record
 from lem.worker.channel import LOADING_PHASES, RunRequest
 from lem.worker.engine_child import new_mark
@@ -75,7 +76,7 @@ class Keeper(Protocol):
     def recover(self, service: str) -> None:
         """Have a container work again in which no worker could be started."""
 
-    def make_way(self, service: str, stop: Stop | None) -> None:
+    def make_way(self, service: str, stop: StopRequest | None) -> None:
         """Have every other worker give up its engine, and the device free."""
 
     def adapt(self, service: str, request: RunRequest) -> RunRequest:
@@ -101,18 +102,14 @@ class ContainerWorker(Worker):
         self._service = service
 
     def run(
-        self,
-        request: RunRequest,
-        on_event: Callable[[WorkerEvent], None],
-        timeouts: Timeouts,
-        stop: Stop | None = None,
+        self, request: RunRequest, on_event: Observer, timeouts: Timeouts, stop: StopRequest | None = None
     ) -> Outcome:
         """As `Worker.run`, on a device that no other worker holds."""
         self._keeper.make_way(self._service, stop)
         adapted = self._keeper.adapt(self._service, request)
         return self._keeper.settle(self._service, adapted, super().run(adapted, on_event, timeouts, stop))
 
-    def _open(self, stop: Stop | None, timeout_s: float) -> WorkerConnection:
+    def _open(self, stop: StopRequest | None, timeout_s: float) -> WorkerConnection:
         facts = self._keeper.make_ready(self._service)
         try:
             connection = super()._open(stop, timeout_s)
@@ -288,7 +285,7 @@ class DockerExecutor:
             "lem doctor shows what is missing; then go on with --resume",
         )
 
-    def make_way(self, service: str, stop: Stop | None) -> None:
+    def make_way(self, service: str, stop: StopRequest | None) -> None:
         """Have the others give up their engines, and see that nothing of theirs is on the GPU of a service.
 
         Raises:
@@ -345,9 +342,9 @@ class DockerExecutor:
         self._workers[service].stop()
         if outcome.error is not None:
             error = EngineError(f"{outcome.error.message}; {lost}", outcome.error.hint, kind=outcome.error.kind)
-            return dataclasses.replace(outcome, error=error, is_engine_lost=True)
+            return dataclasses.replace(outcome, error=error)
         mark_invalid(Path(request.result_dir) / RESULT_FILE, lost)
-        return dataclasses.replace(outcome, valid=False, is_engine_lost=True)
+        return outcome
 
     def _start(self) -> ContainerManager:
         manager = ContainerManager(project=self.project)
@@ -371,7 +368,7 @@ class DockerExecutor:
     def _holder(self) -> Holder:
         return Holder(os.getpid(), socket.gethostname(), self.campaign_name, utc_text(utc_now()))
 
-    def _becomes_free(self, service: str, others: Iterable[str], stop: Stop | None) -> bool:
+    def _becomes_free(self, service: str, others: Iterable[str], stop: StopRequest | None) -> bool:
         """Whether, within a while, no process of the other containers is on the GPUs that a service sees."""
         services = self.manager.services
         deadline = time.monotonic() + self.free_timeout_s

@@ -14,11 +14,11 @@ from lem.base.errors import UserError
 from lem.config.campaign_config import CampaignConfig, CampaignHealthCheckConfig
 from lem.meters.nvml import GpuFacts, find_gpus, named_gpus, visible_gpus
 from lem.orchestration.compose import Compose, find_compose_files
-from lem.orchestration.dispatch import Executor, LocalExecutor
 from lem.orchestration.docker import ContainerError, Docker, local_mounts
 from lem.orchestration.docker_executor import DockerExecutor
 from lem.orchestration.plan import Plan
 from lem.orchestration.services import ComposeProject
+from lem.orchestration.session import Executor, LocalExecutor
 from lem.worker.supervisor import missing_distributions, probe_environment
 
 _logger = logging.getLogger(__name__)

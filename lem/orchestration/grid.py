@@ -12,10 +12,10 @@ from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignGridConfig
 from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import Items
-from lem.config.merging import canonical, put
-from lem.config.option import Section, declared, find_option
+from lem.config.option import Section, canonical, declared, find_option, put
 from lem.config.problems import ConfigProblems, Problem, dotted
-from lem.config.rules import Gpu, RuleFinding, check
+from lem.config.rules import Gpu
+from lem.config.rules import warnings as warnings_about
 from lem.orchestration.names import name_configurations
 
 __all__ = [
@@ -156,11 +156,11 @@ def _needs_reload(key: str, backend: str, given: set[str]) -> bool:
     while found is None and "." in key:  # what a free mapping holds is not declared, the mapping is
         key = key.rpartition(".")[0]
         found = find_option(ExperimentConfig, key)
-    return found is not None and (found.option.is_reload or any(map(_has_reload, found.sections)))
+    return found is not None and (found.reload or any(map(_has_reload, found.sections)))
 
 
 def _has_reload(section: type[Section]) -> bool:
-    return any(item.option.is_reload or any(map(_has_reload, item.sections)) for item in declared(section).values())
+    return any(item.reload or any(map(_has_reload, item.sections)) for item in declared(section).values())
 
 
 def _layer_of(key: str) -> Callable[[Mapping[str, Any], Any], dict[str, Any]]:
@@ -231,8 +231,9 @@ def validate_named(named: Sequence[tuple[str, Mapping[str, Any]]], gpus: Sequenc
             configs.append(None)
             continue
         configs.append(config)
-        findings = [item for item in check(config, gpus) if item.severity == "warning"]
-        warnings += [GridValidationIssue.of(name, _coded(item), severity="warning") for item in findings]
+        warnings += [
+            GridValidationIssue.of(name, _coded(item), severity="warning") for item in warnings_about(config, gpus)
+        ]
     return Validation(tuple(configs), Items(filtered), Items(warnings))
 
 
@@ -242,7 +243,7 @@ def has_model(config_dict: Mapping[str, Any]) -> bool:
     return bool(model.get("name") if isinstance(model, Mapping) else model)
 
 
-def _coded(found: Problem | RuleFinding) -> Reason:
+def _coded(found: Problem) -> Reason:
     if found.reason is None:
         return Reason.of("said", text=str(found))
     if found.reason.code in _NAMES_BACKEND:

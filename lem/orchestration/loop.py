@@ -2,97 +2,61 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
 from lem.base.clock import utc_text
-from lem.base.errors import InfrastructureError, Interrupted, LemError
+from lem.base.errors import InfrastructureError, Interrupted
 from lem.config.campaign_config import CampaignConfig
-from lem.orchestration.attempt import WorkerEvent
 from lem.orchestration.host_meters import GapOutcome, keep_gap
-from lem.orchestration.manifest import COMPLETED, FAILED, RUNNING, Attempt, CampaignManifest
-from lem.orchestration.order import GapKind, gaps_before, loads_engine
-from lem.orchestration.plan import CampaignExperiment
+from lem.orchestration.manifest import COMPLETED, FAILED, RUNNING, Attempt, CampaignManifest, CampaignManifestEntry
+from lem.orchestration.plan import CampaignExperiment, GapKind, gaps_before, loads_engine
 from lem.orchestration.resume import interrupt_entry
-from lem.orchestration.schedule import StopRequest
+from lem.orchestration.schedule import CampaignOutcome, Stopped, StopRequest
 from lem.orchestration.session import Measurement, Session
 from lem.orchestration.status import Event, Observer
 
 # An experiment that fails, or whose result is not valid, is tried once more inside its cycle.
 MAX_TRIES = 2
 
-# How often a wait is told, as often as a worker sends heartbeats.
+# How often a wait is reported, as often as a worker sends heartbeats.
 _TICK_S = 5.0
-
-
-class Stopped(enum.Enum):
-    """Why a loop ended before its end."""
-
-    SIGNAL = "signal"
-    DEADLINE = "deadline"
-    FAIL_FAST = "fail_fast"
-    INFRASTRUCTURE = "infrastructure"
-
-
-@dataclass(frozen=True)
-class CampaignOutcome:
-    """How a run of a campaign ended.
-
-    Attributes:
-        manifest: as it was last written.
-        stopped: why it ended before its end; None when it did not.
-        error: what stood in the way, when something did.
-        signum: the signal that asked it to stop.
-        remark: what became of a top-up; empty without one.
-    """
-
-    manifest: CampaignManifest
-    stopped: Stopped | None = None
-    error: LemError | None = None
-    signum: int | None = None
-    remark: str = ""
 
 
 @dataclass
 class ExperimentLoop:
-    """Runs experiments one after another and writes every step into the manifest.
-
-    Attributes:
-        save: writes the manifest.
-        is_cold: every experiment gets a worker of its own.
-        is_fail_fast: the first failed experiment ends the loop.
-        is_check_due: whether what the workers run in is looked at before the experiment at a place of the order (from
-            0), which has this gap before it.
-    """
+    """Runs experiments one after another and writes every step into the manifest."""
 
     campaign: CampaignConfig
     manifest: CampaignManifest
-    save: Callable[[], None]
+    save: Callable[[], None]  # writes the manifest
     session: Session
     observe: Observer
     stop: StopRequest
     now: Callable[[], datetime]
-    monotonic: Callable[[], float]
-    is_cold: bool = False
-    is_fail_fast: bool = False
+    monotonic: Callable[[], float]  # in seconds
+    is_cold: bool = False  # every experiment gets a worker of its own
+    is_fail_fast: bool = False  # the first failed experiment ends the loop
+    # Whether containers are checked before the experiment at a place of the order (from 0), after this gap.
     is_check_due: Callable[[int, GapKind | None], bool] = lambda _index, _gap: False
     _durations: list[float] = field(default_factory=list)
     _remaining: int = 0
     _since_s: float | None = None
 
     def run_to_end(
-        self,
-        experiments: Sequence[CampaignExperiment],
-        deadline_s: float | None,
-        first_gap: GapKind | None = None,
+        self, experiments: Sequence[CampaignExperiment], deadline_s: float | None, first_gap: GapKind | None = None
     ) -> CampaignOutcome:
-        """How it ended, also where something came in between."""
+        """How it ended, also when a signal or an error stopped it.
+
+        Args:
+            deadline_s: no experiment begins after it, on the clock of `monotonic`.
+            first_gap: the gap before the first of them, where others ran before in the same session.
+        """
         stopped, error = None, None
         try:
-            stopped = self.run(experiments, deadline_s, first_gap)
+            stopped = self._run(experiments, deadline_s, first_gap)
         except Interrupted:
             stopped = Stopped.SIGNAL
         except InfrastructureError as infrastructure:
@@ -100,36 +64,30 @@ class ExperimentLoop:
         return CampaignOutcome(self.manifest, stopped, error, self.stop.signum)
 
     def why_stop(self, deadline_s: float | None) -> Stopped | None:
-        """Why nothing more is begun now; None when it may be."""
+        """Why no further experiment may begin now; None when it may."""
         if self.stop.is_set():
             return Stopped.SIGNAL
         return Stopped.DEADLINE if deadline_s is not None and self.monotonic() >= deadline_s else None
 
-    def run(
-        self,
-        experiments: Sequence[CampaignExperiment],
-        deadline_s: float | None = None,
-        first_gap: GapKind | None = None,
+    def tell(self, kind: str, **data: Any) -> None:
+        """Report something that happened, with how far the campaign is."""
+        self._pass_on(Event(kind, data=data))
+
+    def _pass_on(self, event: Event) -> None:
+        done = sum(entry.status in (COMPLETED, FAILED) for entry in self.manifest.experiments)
+        self.observe(replace(event, done=done, total=self.manifest.total_experiments, eta_s=self._eta_s()))
+
+    def _run(
+        self, experiments: Sequence[CampaignExperiment], deadline_s: float | None, first_gap: GapKind | None
     ) -> Stopped | None:
-        """Why it ended early; None when every experiment had its turn.
-
-        Args:
-            deadline_s: no experiment begins after it, on the clock of `monotonic`.
-            first_gap: the gap before the first of them, where others ran before in the same session.
-
-        Raises:
-            InfrastructureError: what experiments stand on is gone; the rest stays pending.
-            Interrupted: a second signal came, or one that broke off an attempt.
-        """
         execution = self.campaign.execution
         gaps = [first_gap, *gaps_before(experiments, execution.structure)[1:]]
         loads = loads_engine(experiments, reuse=execution.reuse, is_cold=self.is_cold)
         for index, experiment in enumerate(experiments):
             self._remaining, self._since_s = len(experiments) - index, self.monotonic()
-            stopped = self.why_stop(deadline_s)
-            if stopped is not None:
-                return stopped
-            gap = self._keep_gap(gaps[index], deadline_s)
+            gap = None
+            if self.why_stop(deadline_s) is None:
+                gap = self._keep_gap(gaps[index], deadline_s)
             stopped = self.why_stop(deadline_s)
             if stopped is not None:
                 return stopped
@@ -138,14 +96,10 @@ class ExperimentLoop:
             is_kept = index + 1 < len(experiments) and not loads[index + 1]
             has_result = self._run_experiment(experiment, keep_engine=is_kept, gap=gap)
             if self.is_cold:
-                self.session.end_workers()
+                self.session.executor.stop()
             if self.is_fail_fast and not has_result:
                 return Stopped.FAIL_FAST
         return None
-
-    def tell(self, kind: str, **data: Any) -> None:
-        """Tell the observer, with how far the campaign is."""
-        self.observe(Event(kind, self._done(), self.manifest.total_experiments, self._eta_s(), data))
 
     def _keep_gap(self, kind: GapKind | None, deadline_s: float | None) -> GapOutcome | None:
         if kind is None:
@@ -154,15 +108,14 @@ class ExperimentLoop:
         cap_s = execution.cycle_gap_seconds if kind == "cycle" else execution.config_gap_seconds
         if deadline_s is not None:
             cap_s = min(cap_s, deadline_s - self.monotonic())
-        if cap_s > 0:
-            self.tell("gap", gap=kind, cap_s=cap_s)
         if cap_s <= 0:
             return keep_gap(cap_s, is_recovered=None, monotonic=self.monotonic, wait=self._wait)
-        with self.session.watching_recovery() as is_recovered:
+        self.tell("gap", gap=kind, cap_s=cap_s)
+        with self.session.meters.watching() as is_recovered:
             return keep_gap(cap_s, is_recovered=is_recovered, monotonic=self.monotonic, wait=self._wait)
 
     def _wait(self, seconds: float) -> bool:
-        """Sleep, and tell from time to time how long still; whether a stop was asked for."""
+        """Sleep, and report from time to time how long still; whether a stop was requested."""
         until_s = self.monotonic() + seconds
         while (left_s := until_s - self.monotonic()) > 0:
             self.tell("tick", left_s=left_s)
@@ -172,37 +125,36 @@ class ExperimentLoop:
 
     def _run_experiment(self, experiment: CampaignExperiment, *, keep_engine: bool, gap: GapOutcome | None) -> bool:
         """Whether there is a result."""
-        self.tell("experiment_started", **self._who(experiment))
+        who = self._who(experiment)
+        entry = self.manifest.get_entry(experiment.exp_id)
+        self.tell("experiment_started", **who)
         started_s = self.monotonic()
         measurements: list[Measurement] = []
         while True:
-            measurement = self._attempt(experiment, keep_engine=keep_engine, gap=gap)
+            measurement = self._attempt(experiment, entry, keep_engine=keep_engine, gap=gap)
             measurements.append(measurement)
+            entry.put_attempt(measurement.attempt)
             reason = _reason_to_try_again(measurement)
             if reason is None or len(measurements) == MAX_TRIES:
                 break
-            self._update(experiment, measurement.attempt)
             self.save()
-            self.tell("experiment_retried", **self._who(experiment), reason=reason, **_why(measurement))
-            gap = self._gap_before_retry(experiment)
-        return self._settle(experiment, measurements, self.monotonic() - started_s)
+            self.tell("experiment_retried", **who, reason=reason, **_why(measurement))
+            gap = self._keep_gap("configuration", None)
+            if self.stop.signum is not None:
+                interrupt_entry(entry)
+                self.tell("experiment_interrupted", **who, reason=None)
+                self.save()
+                raise Interrupted(self.stop.signum)
+        return self._settle(experiment, entry, measurements, self.monotonic() - started_s)
 
-    def _gap_before_retry(self, experiment: CampaignExperiment) -> GapOutcome | None:
-        """The gap before another try, which follows an attempt as any experiment follows another.
-
-        Raises:
-            Interrupted: a stop was asked for in it; the experiment is pending again.
-        """
-        gap = self._keep_gap("configuration", None)
-        if self.stop.signum is not None:
-            interrupt_entry(self.manifest.get_entry(experiment.exp_id))
-            self.tell("experiment_interrupted", **self._who(experiment), reason=None)
-            self.save()
-            raise Interrupted(self.stop.signum)
-        return gap
-
-    def _attempt(self, experiment: CampaignExperiment, *, keep_engine: bool, gap: GapOutcome | None) -> Measurement:
-        entry = self.manifest.get_entry(experiment.exp_id)
+    def _attempt(
+        self,
+        experiment: CampaignExperiment,
+        entry: CampaignManifestEntry,
+        *,
+        keep_engine: bool,
+        gap: GapOutcome | None,
+    ) -> Measurement:
         folder = self.session.prepare(experiment)
         started_at = utc_text(self.now())
         entry.put_attempt(Attempt(folder.number, started_at=started_at, host=entry.host))
@@ -219,10 +171,15 @@ class ExperimentLoop:
             self.save()
             raise
 
-    def _settle(self, experiment: CampaignExperiment, measurements: Sequence[Measurement], elapsed_s: float) -> bool:
+    def _settle(
+        self,
+        experiment: CampaignExperiment,
+        entry: CampaignManifestEntry,
+        measurements: Sequence[Measurement],
+        elapsed_s: float,
+    ) -> bool:
         """Write down what the attempts came to; whether there is a result."""
         last = measurements[-1]
-        entry = self._update(experiment, last.attempt)
         results = [item for item in measurements if item.record is not None]
         best = next((item for item in results if item.attempt.valid), results[-1] if results else None)
         entry.completed_at = last.attempt.completed_at
@@ -239,40 +196,19 @@ class ExperimentLoop:
 
     def _tell_end(self, experiment: CampaignExperiment, measurement: Measurement, elapsed_s: float) -> None:
         who, record = self._who(experiment), measurement.record
-        if record is not None:
-            self.tell(
-                "experiment_completed",
-                **who,
-                valid=record.validity.valid,
-                invalid_reasons=[reason.text for reason in record.validity.invalid_reasons],
-                output_tok_per_s=record.throughput.output_tok_per_s,
-                elapsed_s=elapsed_s,
-                result=measurement.attempt.result_path,
-            )
+        if record is None:
+            error = measurement.attempt.error
+            self.tell("experiment_failed", **who, error=error, **_why(measurement), elapsed_s=elapsed_s)
             return
-        error = measurement.attempt.error
-        self.tell("experiment_failed", **who, error=error, **_why(measurement), elapsed_s=elapsed_s)
-
-    def _update(self, experiment: CampaignExperiment, attempt: Attempt) -> Any:
-        entry = self.manifest.get_entry(experiment.exp_id)
-        entry.put_attempt(attempt)
-        return entry
-
-    def _pass_on(self, event: WorkerEvent) -> None:
-        if event.kind == "phase":
-            self.tell("phase", exp_id=event.exp_id, phase=event.phase)
-        elif event.kind == "progress":
-            done, total = event.done, event.total
-            self.tell(
-                "progress",
-                exp_id=event.exp_id,
-                phase_done=done,
-                phase_total=total,
-                text=event.text,
-                power_w=event.power_w,
-            )
-        else:
-            self.tell("tick")
+        self.tell(
+            "experiment_completed",
+            **who,
+            valid=record.validity.valid,
+            invalid_reasons=[reason.text for reason in record.validity.invalid_reasons],
+            output_tok_per_s=record.throughput.output_tok_per_s,
+            elapsed_s=elapsed_s,
+            result=measurement.attempt.result_path,
+        )
 
     def _who(self, experiment: CampaignExperiment) -> dict[str, Any]:
         return {
@@ -283,11 +219,8 @@ class ExperimentLoop:
             "cycles": self.campaign.execution.cycles,
         }
 
-    def _done(self) -> int:
-        return sum(entry.status in (COMPLETED, FAILED) for entry in self.manifest.experiments)
-
     def _eta_s(self) -> float | None:
-        """What the experiments left take at the mean of those before, less what the one at hand has had of it."""
+        """The time left at the mean of the experiments before, less what the current one has already used of it."""
         if not self._durations:
             return None
         mean_s = sum(self._durations) / len(self._durations)

@@ -1,9 +1,8 @@
-"""Resume or start afresh: the choice, and what is left to run."""
+"""What is left to run: go on with a manifest or start afresh, and the cycles that `--until` adds."""
 
 from __future__ import annotations
 
 import dataclasses
-import enum
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,65 +10,151 @@ from datetime import datetime
 from typing import Any
 
 from lem.base.clock import utc_text
+from lem.base.durable import GROUPED
 from lem.base.errors import UserError
+from lem.base.units import some_of
+from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.manifest import (
     COMPLETED,
     FAILED,
     PENDING,
     RUNNING,
     SKIPPED,
+    TOP_UP_NOTE,
     Attempt,
     CampaignManifest,
     CampaignManifestEntry,
     ManifestManager,
 )
-from lem.results.precision import StoppingRule
+from lem.record import Record
+from lem.results.run import LEAST_CYCLES, MOST_CYCLES, Precision, StoppingRule, Target, measure_precision
 from lem.results.store import Repository
+
+_logger = logging.getLogger(__name__)
 
 INTERRUPTED = "interrupted"
 REMOVED = "removed from the campaign file"
 
+SAY_WHICH = "say --resume to go on with it, or --fresh to set it aside and start anew"
+
 # A result that is not valid is measured once more, and then stands.
 MAX_INVALID_RESULTS = 2
 
+# How many intervals a message names.
+_SHOWN = 3
+
 
 @dataclass(frozen=True)
-class FoundResult:
-    """A whole `result.json` on disk.
+class RunOptions:
+    """What the command line sets for this run alone."""
 
-    Attributes:
-        path: as the manifest's `result_path` has it.
-        completed_at: UTC label of its end, when the caller knows it.
+    resume: bool | None = None  # False starts afresh; None decides by the manifest, and asks
+    is_yes: bool = False  # resume without asking
+    ask: Callable[[str], bool] | None = None  # puts a yes-or-no question to a person; None without a terminal
+    is_environment_change_allowed: bool = False  # resume although engine, driver or GPU differ
+    is_fail_fast: bool = False  # stop after the first experiment that fails
+    run_id: str | None = None  # of a run that was planned for several hosts; None for a run of its own
+    until: StoppingRule | None = None  # add cycles by this rule; None runs as many as the campaign has
+    go_on: str = ""  # the command that resumes the campaign; empty when unknown
+
+
+def choose_manifest(manager: ManifestManager, campaign_id: str, options: RunOptions) -> CampaignManifest | None:
+    """The manifest to go on with; None starts afresh.
+
+    A campaign that is complete starts afresh; an unfinished one is never set aside without asking.
+
+    Raises:
+        UserError: the manifest cannot be used, or there is no terminal to ask what to do with an unfinished one.
     """
+    if options.resume is False:
+        return None
+    manifest = manager.load_strict(campaign_id)
+    if manifest is None:
+        return None
+    if options.run_id is not None and manifest.run_id != options.run_id:
+        if options.resume:
+            raise UserError(
+                f"{manager.manifest_path} is of run {manifest.run_id}, the plan of run {options.run_id}", SAY_WHICH
+            )
+        return None
+    if options.resume or options.run_id is not None:
+        return manifest
+    if manifest.is_complete:
+        return None
+    if options.is_yes:
+        return manifest
+    # An experiment that was running when its process died is still to be run, too.
+    remaining = sum(entry.status not in (COMPLETED, SKIPPED) for entry in manifest.experiments)
+    counts = f"{manifest.completed_count} completed, {manifest.failed_count} failed"
+    found = f"campaign {manifest.campaign_name} is not finished: {remaining} remaining ({counts})"
+    if options.ask is None:
+        raise UserError(found, SAY_WHICH)
+    return manifest if options.ask(f"{found}\nGo on with it? (n sets it aside and starts anew)") else None
 
-    attempt: int
-    path: str
-    valid: bool
-    completed_at: str | None = None
-    host: str | None = None
+
+def update_manifest(
+    manifest: CampaignManifest,
+    planned: Sequence[CampaignManifestEntry],
+    repository: Repository,
+    *,
+    config_hash: str,
+    shuffle_seed: int | None,
+) -> tuple[str, ...]:
+    """Bring a manifest up to date with the plan and with the results on disk; returns notes for a person.
+
+    Args:
+        planned: an entry for each planned experiment, as for a new manifest.
+        config_hash, shuffle_seed: of the plan.
+    """
+    notes = []
+    is_changed = manifest.config_hash != config_hash
+    change = apply_plan(manifest, planned, config_hash)
+    manifest.shuffle_seed = shuffle_seed
+    if is_changed:
+        notes.append(change.describe())
+    found = reconcile(manifest, lambda entry: _results_of(repository, manifest, entry))
+    for exp_id in found.lost:
+        _logger.warning("%s: %s; it runs again", exp_id, manifest.get_entry(exp_id).error)
+    if found.adopted:
+        notes.append(f"Whole results that the manifest had missed: {len(found.adopted)}, adopted")
+    notes.append(resume_text(manifest))
+    for entry in manifest.get_by_status(FAILED):
+        entry.status = PENDING  # its turn comes again; until then it counts as neither
+    return tuple(notes)
 
 
-ResultFinder = Callable[[CampaignManifestEntry], Sequence[FoundResult]]
-"""All whole results of an experiment that lie on disk; parts of files are none."""
+def resume_text(manifest: CampaignManifest) -> str:
+    """`Resuming: N remaining (M completed, F failed)`; the failed ones are among the remaining."""
+    remaining = len(manifest.get_remaining())
+    return f"Resuming: {remaining} remaining ({manifest.completed_count} completed, {manifest.failed_count} failed)"
+
+
+def _results_of(repository: Repository, manifest: CampaignManifest, entry: CampaignManifestEntry) -> list[Attempt]:
+    """The whole results of an experiment on disk."""
+    return [
+        Attempt(
+            stored.record.identity.attempt,
+            str(stored.path),
+            stored.record.validity.valid,
+            host=stored.record.identity.host,
+        )
+        for stored in repository.find_attempts(str(manifest.run_id), entry.exp_id)
+    ]
 
 
 @dataclass(frozen=True)
 class Reconciliation:
-    """What `reconcile` changed: names of experiments.
+    """What `reconcile` changed: names of experiments."""
 
-    Attributes:
-        interrupted: were running when their process died, and run again.
-        adopted: have a whole result that the manifest had missed.
-        lost: were completed, but their result is gone or broken; they run again.
-    """
-
-    interrupted: tuple[str, ...] = ()
-    adopted: tuple[str, ...] = ()
-    lost: tuple[str, ...] = ()
+    interrupted: tuple[str, ...] = ()  # were running when their process died, and run again
+    adopted: tuple[str, ...] = ()  # have a whole result that the manifest had missed
+    lost: tuple[str, ...] = ()  # were completed, but their result is gone or broken; they run again
 
 
-def reconcile(manifest: CampaignManifest, find_results: ResultFinder) -> Reconciliation:
-    """What the manifest says, set right by what lies on disk.
+def reconcile(
+    manifest: CampaignManifest, find_results: Callable[[CampaignManifestEntry], Sequence[Attempt]]
+) -> Reconciliation:
+    """Correct the manifest by the whole results on disk.
 
     A completed experiment counts only while its result is there and whole. A whole result that the manifest missed,
     because its process died between the two writes, is adopted. What was running is not any more.
@@ -82,18 +167,22 @@ def reconcile(manifest: CampaignManifest, find_results: ResultFinder) -> Reconci
     return Reconciliation(**{name: tuple(exp_ids) for name, exp_ids in changes.items()})
 
 
-def _reconcile_entry(entry: CampaignManifestEntry, results: Sequence[FoundResult]) -> str | None:
-    if entry.status == COMPLETED and any(result.path == entry.result_path for result in results):
-        return None
+def _reconcile_entry(entry: CampaignManifestEntry, results: Sequence[Attempt]) -> str | None:
     was_completed, was_running = entry.status == COMPLETED, entry.status == RUNNING
+    if was_completed and any(result.result_path == entry.result_path for result in results):
+        return None
     known = {attempt.number for attempt in entry.attempts if attempt.result_path is not None}
-    missed = [result for result in results if was_completed or result.attempt not in known]
+    missed = [result for result in results if was_completed or result.number not in known]
     if was_completed:
         _forget_result(entry)
     if was_running:
         interrupt_entry(entry)
-    for result in sorted(missed, key=lambda item: item.attempt):
-        _record_result(entry, result)
+    before = {attempt.number: attempt for attempt in entry.attempts}
+    for result in missed:
+        old = before.get(result.number, Attempt(result.number, host=entry.host))
+        ended_at, host = result.completed_at or old.completed_at, result.host or old.host
+        adopted = dataclasses.replace(result, completed_at=ended_at, host=host)
+        entry.put_attempt(dataclasses.replace(adopted, started_at=old.started_at, log_path=old.log_path))
     if missed and _settle(entry):
         return "adopted"
     if was_completed:
@@ -124,20 +213,6 @@ def _forget_result(entry: CampaignManifestEntry) -> None:
     entry.status, entry.error, entry.result_path, entry.completed_at = PENDING, message, None, None
 
 
-def _record_result(entry: CampaignManifestEntry, result: FoundResult) -> None:
-    known = next((attempt for attempt in entry.attempts if attempt.number == result.attempt), None)
-    entry.put_attempt(
-        dataclasses.replace(
-            known or Attempt(result.attempt),
-            result_path=result.path,
-            valid=result.valid,
-            error=None,
-            completed_at=result.completed_at or (known.completed_at if known else None),
-            host=result.host or (known.host if known else entry.host),
-        )
-    )
-
-
 def _settle(entry: CampaignManifestEntry) -> bool:
     """Complete the experiment if its results suffice; whether they do."""
     results = [attempt for attempt in entry.attempts if attempt.result_path is not None]
@@ -166,7 +241,7 @@ class PlanChange:
 
 
 def apply_plan(manifest: CampaignManifest, planned: Iterable[CampaignManifestEntry], config_hash: str) -> PlanChange:
-    """How the manifest was changed to hold the plan: in its order, what was done kept, what is not in it skipped.
+    """Give the manifest the experiments of the plan, in its order; results are kept, what is not in it is skipped.
 
     To be followed by `reconcile`, since an experiment that comes back to the plan brings its old result.
 
@@ -185,24 +260,19 @@ def apply_plan(manifest: CampaignManifest, planned: Iterable[CampaignManifestEnt
             continue
         kept += known.status != SKIPPED
         queued += known.status == SKIPPED
-        _renew(known, entry)
+        # Names, place and container do not change the numbers.
+        for name in ("config_name", "config_path", "container", "order_index"):
+            setattr(known, name, getattr(entry, name))
+        if known.status == SKIPPED:
+            known.status, known.error = COMPLETED if known.result_path else PENDING, None
         entries.append(known)
-    newly_removed = [entry for entry in before.values() if entry.status != SKIPPED]
-    for entry in newly_removed:
+    removed = [entry for entry in before.values() if entry.status != SKIPPED]
+    for entry in removed:
         entry.status, entry.error = SKIPPED, REMOVED
     manifest.total_experiments = len(entries)
     manifest.experiments = [*entries, *before.values()]
     manifest.config_hash = config_hash
-    return PlanChange(kept, queued, len(newly_removed))
-
-
-def _renew(known: CampaignManifestEntry, planned: CampaignManifestEntry) -> None:
-    """Take names, place and container from the plan; they do not change the numbers."""
-    for name in ("config_name", "config_path", "container", "order_index"):
-        setattr(known, name, getattr(planned, name))
-    if known.status == SKIPPED:
-        known.status = COMPLETED if known.result_path else PENDING
-        known.error = None
+    return PlanChange(kept, queued, len(removed))
 
 
 def adopt_environment(
@@ -221,8 +291,7 @@ def adopt_environment(
     known = manifest.environment
     changed = [name for name, value in current.items() if name in known and known[name] != value]
     lines = tuple(f"{name}: {_show(known[name])} before, {_show(current[name])} now" for name in changed)
-    has_results = any(entry.result_path for entry in manifest.experiments)
-    if changed and has_results:
+    if changed and any(entry.result_path for entry in manifest.experiments):
         if not is_change_allowed:
             raise UserError(
                 "the environment is not the one this campaign was begun in: " + "; ".join(lines),
@@ -239,141 +308,78 @@ def _show(value: Any) -> str:
     return "unknown" if value is None else str(value)
 
 
-def resume_text(manifest: CampaignManifest) -> str:
-    """`Resuming: N remaining (M completed, F failed)`; the failed ones are among the remaining."""
-    remaining = len(manifest.get_remaining())
-    return f"Resuming: {remaining} remaining ({manifest.completed_count} completed, {manifest.failed_count} failed)"
-
-
-_logger = logging.getLogger(__name__)
-
-SAY_WHICH = "say --resume to go on with it, or --fresh to set it aside and start anew"
-
-
-class Wish(enum.Enum):
-    """What the command line asked for."""
-
-    RESUME = "--resume"
-    FRESH = "--fresh"
-    UNSAID = ""
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What the command line says about this run alone.
-
-    Attributes:
-        wish: resume, start afresh, or neither said.
-        is_yes: do not ask.
-        ask: puts a yes-or-no question to a person; None when nobody is there.
-        is_environment_change_allowed: resume although engine, driver or GPU are others.
-        is_fail_fast: stop after the first experiment that fails.
-        run_id: of a run that was planned for several hosts; None for a run of its own.
-        until: add cycles by this rule; None runs as many as the campaign has.
-        go_on: the command that goes on with the campaign, for whoever finds it stopped; empty when unknown.
-    """
-
-    wish: Wish = Wish.UNSAID
-    is_yes: bool = False
-    ask: Callable[[str], bool] | None = None
-    is_environment_change_allowed: bool = False
-    is_fail_fast: bool = False
-    run_id: str | None = None
-    until: StoppingRule | None = None
-    go_on: str = ""
-
-
-class Opening(enum.Enum):
-    """What is done."""
-
-    FRESH = "fresh"
-    RESUME = "resume"
-
-
-def choose_opening(
-    manager: ManifestManager,
-    campaign_id: str,
-    wish: Wish,
-    *,
-    is_yes: bool,
-    ask: Callable[[str], bool] | None,
-    run_id: str | None = None,
-) -> tuple[Opening, CampaignManifest | None]:
-    """How to begin, and the manifest to go on with.
-
-    A campaign that is complete begins afresh; one that is not is never thrown away without being asked about.
-
-    Args:
-        is_yes: resume without asking.
-        ask: puts a yes-or-no question to a person; None when nobody is there.
-        run_id: of the run that was planned, which is gone on with wherever it stands; another one is set aside.
+def make_rule(target: Target, max_cycles: int | None) -> StoppingRule:
+    """The rule of `--until` and `--max-cycles`.
 
     Raises:
-        UserError: the manifest cannot be used, or nobody is there to say what to do with an unfinished one.
+        UserError: fewer cycles at most than at least, or more than a campaign can have.
     """
-    if wish is Wish.FRESH:
-        return Opening.FRESH, None
-    manifest = manager.load_strict(campaign_id)
-    if manifest is None:
-        return Opening.FRESH, None
-    if run_id is not None and manifest.run_id != run_id:
-        if wish is Wish.RESUME:
-            raise UserError(f"{manager.manifest_path} is of run {manifest.run_id}, the plan of run {run_id}", SAY_WHICH)
-        return Opening.FRESH, None
-    if wish is Wish.RESUME or run_id is not None:
-        return Opening.RESUME, manifest
-    if manifest.is_complete:
-        return Opening.FRESH, None
-    if is_yes:
-        return Opening.RESUME, manifest
-    # An experiment that was running when its process died is still to be run, too.
-    remaining = sum(entry.status not in (COMPLETED, SKIPPED) for entry in manifest.experiments)
-    counts = f"{manifest.completed_count} completed, {manifest.failed_count} failed"
-    found = f"campaign {manifest.campaign_name} is not finished: {remaining} remaining ({counts})"
-    if ask is None:
-        raise UserError(found, SAY_WHICH)
-    question = f"{found}\nGo on with it? (n sets it aside and starts anew)"
-    return (Opening.RESUME, manifest) if ask(question) else (Opening.FRESH, None)
+    most = MOST_CYCLES if max_cycles is None else max_cycles
+    if not LEAST_CYCLES <= most <= MOST_CYCLES:
+        raise UserError(
+            f"--max-cycles {most}: {LEAST_CYCLES} to {MOST_CYCLES} are due",
+            f"--until looks at intervals from {LEAST_CYCLES} cycles on",
+        )
+    return StoppingRule(target, LEAST_CYCLES, most)
 
 
-def go_on_with(
-    manifest: CampaignManifest,
-    planned: Sequence[CampaignManifestEntry],
-    repository: Repository,
-    *,
-    config_hash: str,
-    shuffle_seed: int | None,
-) -> tuple[str, ...]:
-    """What to tell about a manifest that was set right: it holds the plan of now, and what lies on disk.
+def check_rule(campaign: CampaignConfig, rule: StoppingRule) -> None:
+    """Refuse a campaign whose cycles cannot be added one after the other.
+
+    Raises:
+        UserError: names the option that prevents it.
+    """
+    execution, daemon = campaign.execution, campaign.daemon
+    if daemon is not None and daemon.enabled:
+        raise UserError("--until and a daemon exclude each other", "a daemon runs the campaign as it stands, again")
+    if execution.structure == GROUPED:
+        raise UserError(
+            "--until adds whole cycles, and structure grouped has none: AAA BBB",
+            "use --structure interleaved or shuffled",
+        )
+    if execution.reuse == "campaign":
+        raise UserError(
+            "--until needs intervals, and with execution.reuse campaign there are none",
+            "use --set execution.reuse=cycle: each cycle then loads its engines anew",
+        )
+    if execution.cycles > rule.most_cycles:
+        raise UserError(
+            f"{execution.cycles} cycles are planned, over --max-cycles {rule.most_cycles}",
+            "lower --cycles or raise --max-cycles",
+        )
+
+
+def with_cycles(campaign: CampaignConfig, cycles: int) -> CampaignConfig:
+    """The campaign with at least that many cycles."""
+    execution = campaign.execution
+    return dataclasses.replace(campaign, execution=dataclasses.replace(execution, cycles=max(execution.cycles, cycles)))
+
+
+def needs_cycle(records: Iterable[Record], rule: StoppingRule, cycles: int) -> tuple[bool, str]:
+    """Whether another cycle is needed after that many, and why, for a person.
 
     Args:
-        planned: an entry for each planned experiment, as for a new manifest.
-        config_hash, shuffle_seed: of the plan.
+        records: all whole results of the run.
     """
-    told = []
-    is_changed = manifest.config_hash != config_hash
-    change = apply_plan(manifest, planned, config_hash)
-    manifest.shuffle_seed = shuffle_seed
-    if is_changed:
-        told.append(change.describe())
-    found = reconcile(manifest, lambda entry: _results_of(repository, manifest, entry))
-    for exp_id in found.lost:
-        _logger.warning("%s: %s; it runs again", exp_id, manifest.get_entry(exp_id).error)
-    if found.adopted:
-        told.append(f"Whole results that the manifest had missed: {len(found.adopted)}, adopted")
-    told.append(resume_text(manifest))
-    for entry in manifest.get_by_status(FAILED):
-        entry.status = PENDING  # its turn comes again; until then it counts as neither
-    return tuple(told)
+    found = measure_precision(records, rule.target, rule.least_cycles)
+    what = f"{rule.target.describe()} ({found.metric}, 95 % t interval)"
+    without = [f"{name} ({reason})" for name, reason in found.without]
+    left_out = f"; without an interval, and left out: {some_of(without, _SHOWN)}" if without else ""
+    if not found.wide:
+        text = f"every interval is within {what} after {cycles} cycles" if found.narrow else "no cycle is added"
+        text += "" if found.narrow or found.without else ", since there is no result to look at"
+        return False, f"Top-up: {text}{left_out}"
+    wide = some_of([item.describe() for item in sorted(found.wide, key=_width, reverse=True)], _SHOWN)
+    if cycles >= rule.most_cycles:
+        return False, f"Top-up: {cycles} cycles are the most, and wider than {what} is {wide}{left_out}"
+    return True, f"Top-up: cycle {cycles + 1} is added, wider than {what} is {wide}{left_out}"
 
 
-def _results_of(repository: Repository, manifest: CampaignManifest, entry: CampaignManifestEntry) -> list[FoundResult]:
-    return [
-        FoundResult(
-            attempt=stored.record.identity.attempt,
-            path=str(stored.path),
-            valid=stored.record.validity.valid,
-            host=stored.record.identity.host,
-        )
-        for stored in repository.find_attempts(str(manifest.run_id), entry.exp_id)
-    ]
+def added_cycles(manifest: CampaignManifest) -> int:
+    """The number of cycles that top-ups have brought a campaign to; 0 without any."""
+    notes = (note for note in manifest.notes if note.get("kind") == TOP_UP_NOTE)
+    return max((note["cycles"] for note in notes if isinstance(note.get("cycles"), int)), default=0)
+
+
+def _width(item: Precision) -> float:
+    return float("inf") if item.half_width is None else item.half_width

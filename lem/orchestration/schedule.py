@@ -1,30 +1,124 @@
-"""When a campaign starts, and the request to stop."""
+"""When a campaign starts and when it stops: the time of day, the daemon, the request to stop, and how a run ended."""
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
 import select
 import signal
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, time, timedelta, timezone, tzinfo
 from types import FrameType
 
-from lem.base import units
-from lem.base.errors import Interrupted
-from lem.config.campaign_config import CampaignDaemonConfig
+from lem.base.errors import Interrupted, LemError
+from lem.base.units import format_duration
+from lem.config.campaign_config import CampaignConfig, CampaignDaemonConfig
+from lem.orchestration.manifest import CampaignManifest
 
 ANY_DAY = range(7)
 
 DAEMON_WINS = "Both daemon and schedule are set: daemon decides when to start, schedule is not used"
 
+# The time of day may be set, or the machine sleep: check it again this often.
+_CHECK_EVERY_S = 30.0
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """A flag that signals set and that waits can be woken by.
+
+    The first SIGINT or SIGTERM sets it: the campaign stops the running experiment, writes everything and prints how to
+    go on. A second one raises `Interrupted` wherever the program is, and what is running is killed on the way out.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def is_set(self) -> bool:
+        """Whether a stop was requested."""
+        return self.signum is not None
+
+    def fileno(self) -> int:
+        """A descriptor that becomes readable when a stop is requested, and stays so."""
+        return self._reader
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep, but not past a request to stop; whether there is one."""
+        if seconds > 0 and not self.is_set():
+            select.select([self._reader], [], [], seconds)
+        return self.is_set()
+
+    def request(self, signum: int) -> None:
+        """Request a stop as the signal would.
+
+        Raises:
+            Interrupted: it was requested before.
+        """
+        if self.signum is not None:
+            raise Interrupted(signum)
+        self.signum = signum
+        os.write(self._writer, b"!")
+
+    @contextlib.contextmanager
+    def installed(self, acknowledge: Callable[[], None] | None = None) -> Iterator[StopRequest]:
+        """Handle SIGINT and SIGTERM within the block; to be entered on the main thread.
+
+        Args:
+            acknowledge: called at the first signal, wherever the program is; it must not touch buffered streams.
+        """
+
+        def handle(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a handler gets both
+            self.request(signum)
+            if acknowledge is not None:
+                acknowledge()
+
+        before = {item: signal.signal(item, handle) for item in _SIGNALS}
+        try:
+            yield self
+        finally:
+            for item, handler in before.items():
+                signal.signal(item, handler)
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        os.close(self._reader)
+        os.close(self._writer)
+
+
+class Stopped(enum.Enum):
+    """Why a run ended early, or a daemon at its time."""
+
+    SIGNAL = "signal"
+    DEADLINE = "deadline"
+    FAIL_FAST = "fail_fast"
+    INFRASTRUCTURE = "infrastructure"
+    DURATION = "duration"  # a daemon ran for its total duration, which is success
+
+
+@dataclass(frozen=True)
+class CampaignOutcome:
+    """How a run of a campaign ended."""
+
+    manifest: CampaignManifest  # as it was last written
+    stopped: Stopped | None = None  # None: every experiment had its turn
+    error: LemError | None = None  # that stopped it
+    signum: int | None = None  # of the signal that asked it to stop
+    remark: str = ""  # what became of a top-up; empty without one
+
+
+RunOnce = Callable[["float | None"], CampaignOutcome]
+"""Runs the campaign once, given the deadline of the daemon on the monotonic clock."""
+
 
 def next_start(now: datetime, at: str, weekdays: Collection[int] = ANY_DAY, *, zone: tzinfo | None = None) -> datetime:
     """The first moment (UTC), from `now` on, that is `at` o'clock local time on one of the days.
 
-    A time that the clock leaves out when summer time begins is as many hours after midnight as on another day: 02:30
-    is then 03:30. A time that comes twice when it ends is the first of the two.
+    A time that the clock skips when summer time begins is as many hours after midnight as on another day: 02:30
+    is then 03:30. Of a time that comes twice when it ends, the first counts.
 
     Args:
         now: an aware time.
@@ -50,133 +144,85 @@ def next_start(now: datetime, at: str, weekdays: Collection[int] = ANY_DAY, *, z
 
 
 def waiting_text(start: datetime, now: datetime, *, is_daemon: bool, zone: tzinfo | None = None) -> str:
-    """What to say while waiting: `Daemon: waiting until HH:MM to start campaign`, with the day when it is not today."""
+    """`Daemon: waiting until HH:MM to start campaign`, with the day when it is not today."""
     local, today = start.astimezone(zone), now.astimezone(zone).date()
     day = "" if local.date() == today else f" ({local:%a %Y-%m-%d})"
     return f"{'Daemon' if is_daemon else 'Schedule'}: waiting until {local:%H:%M} to start campaign{day}"
 
 
-@dataclass(frozen=True)
-class Run:
-    """Run the campaign now."""
+@dataclass
+class Scheduler:
+    """Waits, and runs a campaign when it is time."""
 
+    campaign: CampaignConfig
+    stop: StopRequest
+    tell: Callable[[str], None]  # shows a line to a person
+    now: Callable[[], datetime]  # the time of day, aware
+    monotonic: Callable[[], float]  # in seconds
 
-@dataclass(frozen=True)
-class Wait:
-    """Wait until then (monotonic seconds), and ask again."""
+    @property
+    def starts_later(self) -> bool:
+        """Whether the first run waits for a time of day."""
+        return self._first_at is not None
 
-    until_s: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Stop:
-    """End with exit code 0."""
-
-    text: str
-
-
-def next_daemon_step(
-    daemon: CampaignDaemonConfig,
-    *,
-    now_s: float,
-    runs_done: int = 0,
-    first_start_s: float | None = None,
-    last_end_s: float | None = None,
-) -> Run | Wait | Stop:
-    """What a daemon does now, after the wait for `at`.
-
-    Neither interval nor duration: it runs once. A duration alone: one run after the other. An interval that would
-    end after the duration is cut short by it: nothing starts after it, and the daemon ends when it said it would.
-
-    Args:
-        now_s, first_start_s, last_end_s: seconds on one clock that never goes back; the latter two None before the
-            first run has started or ended.
-        runs_done: whole runs of the campaign so far; the cycles of the text.
-    """
-    if first_start_s is None or last_end_s is None:
-        return Run()
-    deadline_s = daemon_deadline_s(daemon, first_start_s)
-    if deadline_s is not None and now_s >= deadline_s:
-        return Stop(f"Daemon: total duration {daemon.total_duration} reached, stopping after {runs_done} cycles")
-    if daemon.interval_seconds is None:
-        return Stop("Daemon: campaign done") if deadline_s is None else Run()
-    due_s = last_end_s + daemon.interval_seconds
-    if now_s >= due_s:
-        return Run()
-    text = f"Daemon: next run of the campaign in {units.format_duration(due_s - now_s)}"
-    if deadline_s is not None and deadline_s <= due_s:
-        text = f"Daemon: no further run, total duration ends in {units.format_duration(deadline_s - now_s)}"
-        return Wait(deadline_s, text)
-    return Wait(due_s, text)
-
-
-def daemon_deadline_s(daemon: CampaignDaemonConfig, first_start_s: float) -> float | None:
-    """When the daemon ends, on the clock of `first_start_s`; the experiment then running finishes. None: never."""
-    seconds = daemon.total_duration_seconds
-    return None if seconds is None else first_start_s + seconds
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class StopRequest:
-    """A flag that signals set and that waits can be woken by.
-
-    The first SIGINT or SIGTERM sets it: the campaign stops the running experiment, writes everything and says how to
-    go on. A second one raises `Interrupted` where the program stands, and what is running is killed on the way out.
-    """
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        self._reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-
-    def is_set(self) -> bool:
-        """Whether a stop was asked for."""
-        return self.signum is not None
-
-    def fileno(self) -> int:
-        """A descriptor that becomes readable when a stop is asked for, and stays so."""
-        return self._reader
-
-    def wait(self, seconds: float) -> bool:
-        """Sleep, but not past a request to stop; whether there is one."""
-        if seconds > 0 and not self.is_set():
-            select.select([self._reader], [], [], seconds)
-        return self.is_set()
-
-    def request(self, signum: int) -> None:
-        """Ask for a stop as the signal would.
+    def run(self, run_once: RunOnce) -> CampaignOutcome | None:
+        """How the last run went; None when a signal came before the first.
 
         Raises:
-            Interrupted: it was asked for before.
+            LemError: as `run_once`.
         """
-        if self.signum is not None:
-            raise Interrupted(signum)
-        self.signum = signum
-        os.write(self._writer, b"!")
+        daemon, schedule = self._daemon, self.campaign.schedule
+        if daemon is not None and schedule is not None:
+            self.tell(DAEMON_WINS)
+        if self._first_at is not None:
+            weekdays = ANY_DAY if daemon is not None or schedule is None else schedule.weekdays
+            self._wait_until(next_start(self.now(), self._first_at, weekdays))
+        if self.stop.is_set():
+            return None
+        return run_once(None) if daemon is None else self._repeat(daemon, run_once)
 
-    @contextlib.contextmanager
-    def installed(self, acknowledge: Callable[[], None] | None = None) -> Iterator[StopRequest]:
-        """Answer SIGINT and SIGTERM within the block; to be entered on the main thread.
+    @property
+    def _daemon(self) -> CampaignDaemonConfig | None:
+        daemon = self.campaign.daemon
+        return daemon if daemon is not None and daemon.enabled else None
 
-        Args:
-            acknowledge: called at the first signal, wherever the program stands; it must not touch buffered streams.
+    @property
+    def _first_at(self) -> str | None:
+        section = self._daemon or self.campaign.schedule
+        return None if section is None else section.at
+
+    def _wait_until(self, start: datetime) -> None:
+        if start > self.now():
+            self.tell(waiting_text(start, self.now(), is_daemon=self._daemon is not None))
+        while not self.stop.is_set() and (left_s := (start - self.now()).total_seconds()) > 0:
+            self.stop.wait(min(left_s, _CHECK_EVERY_S))
+
+    def _repeat(self, daemon: CampaignDaemonConfig, run_once: RunOnce) -> CampaignOutcome:
+        """Run until the total duration is reached, a signal comes, or a run is stopped by anything else.
+
+        Neither interval nor duration: it runs once. A duration alone: one run after the other. Nothing starts after
+        the duration, and the daemon ends when it is over, not at the end of the interval.
         """
+        duration_s, runs_done = daemon.total_duration_seconds, 0
+        deadline_s = None if duration_s is None else self.monotonic() + duration_s
+        while True:
+            outcome = run_once(deadline_s)
+            runs_done += outcome.stopped is None
+            if outcome.stopped not in (None, Stopped.DEADLINE):
+                return outcome  # what stopped this run would stop the next one: a person has to look
+            self._wait_for_next(self.monotonic() + (daemon.interval_seconds or 0.0), deadline_s)
+            if self.stop.is_set():
+                return outcome
+            if deadline_s is not None and self.monotonic() >= deadline_s:
+                self.tell(f"Daemon: total duration {daemon.total_duration} reached, stopping after {runs_done} cycles")
+                return replace(outcome, stopped=Stopped.DURATION)
+            if deadline_s is None and daemon.interval_seconds is None:
+                self.tell("Daemon: campaign done")
+                return outcome
 
-        def handle(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a handler gets both
-            self.request(signum)
-            if acknowledge is not None:
-                acknowledge()
-
-        before = {item: signal.signal(item, handle) for item in _SIGNALS}
-        try:
-            yield self
-        finally:
-            for item, handler in before.items():
-                signal.signal(item, handler)
-
-    def close(self) -> None:
-        """Give the descriptors back."""
-        os.close(self._reader)
-        os.close(self._writer)
+    def _wait_for_next(self, next_s: float, deadline_s: float | None) -> None:
+        until_s = next_s if deadline_s is None else min(next_s, deadline_s)
+        while not self.stop.is_set() and (left_s := until_s - self.monotonic()) > 0:
+            text = "no further run, total duration ends" if until_s == deadline_s else "next run of the campaign"
+            self.tell(f"Daemon: {text} in {format_duration(left_s)}")
+            self.stop.wait(left_s)

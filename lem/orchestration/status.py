@@ -8,9 +8,9 @@ import enum
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +34,18 @@ from lem.orchestration.manifest import (
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened.
+    """Something that happened, on its way from a worker or the campaign to the screen, systemd, JSON and this file.
 
-    Attributes:
-        kind: `campaign_started`, `note` (text for a person), `gap`, `experiment_started`, `phase`, `progress`,
-            `experiment_retried`, `experiment_completed`, `experiment_failed`, `experiment_interrupted`, `tick`
-            (nothing new), `campaign_finished`.
-        done, total: experiments ended and planned.
-        eta_s: seconds to the end, from the experiments measured so far; None before there is one.
-        data: what belongs to the kind, as JSON values.
+    Its kind is `campaign_started`, `note` (text for a person), `gap`, `experiment_started`, `phase`, `progress`,
+    `experiment_retried`, `experiment_completed`, `experiment_failed`, `experiment_interrupted`, `tick` (nothing new)
+    or `campaign_finished`. The campaign fills in how far it is.
     """
 
     kind: str
-    done: int
-    total: int
-    eta_s: float | None = None
-    data: Mapping[str, Any] = field(default_factory=dict)
+    done: int = 0  # experiments ended
+    total: int = 0  # experiments planned
+    eta_s: float | None = None  # seconds to the end, from the experiments measured so far; None before the first
+    data: Mapping[str, Any] = field(default_factory=dict)  # what belongs to the kind, as JSON values
 
 
 Observer = Callable[[Event], None]
@@ -58,43 +54,58 @@ Observer = Callable[[Event], None]
 ACTIVITY_NAME = "campaign.activity"
 SCHEMA_VERSION = 1
 
-# Between changes it is written no oftener than this, about as often as a worker sends a heartbeat.
+# Between changes it is written at most this often, about as often as a worker sends a heartbeat.
 _EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
 class Activity:
-    """What the process does, or did last. Times are UTC labels.
-
-    Attributes:
-        go_on: the command that goes on with the campaign, in folder `cwd`; empty when unknown.
-        doing: `starting`, `gap`, `experiment`, or `ended`.
-        since: when it began to do so; of an experiment its phase.
-        phase_done, phase_total: how far the phase is.
-        gap_ends_in_s: at most, from `updated_at`.
-        eta_s: seconds to the end, from `updated_at`; None while nobody knows.
-        stopped: of an end before the end, `signal`, `deadline`, `fail_fast`, `infrastructure` or `error`.
-        message: why, where that says more.
-    """
+    """What the process does, or did last. Times are UTC labels."""
 
     run_id: str
     pid: int
     host: str
     started_at: str
     updated_at: str
-    go_on: str = ""
+    go_on: str = ""  # the command that resumes the campaign, in folder `cwd`; empty when unknown
     cwd: str = ""
-    doing: str = "starting"
-    since: str = ""
+    doing: str = "starting"  # or `gap`, `experiment`, `ended`
+    since: str = ""  # when it began to do so; of an experiment its phase
     exp_id: str | None = None
     config_name: str | None = None
     phase: str | None = None
-    phase_done: int | None = None
+    phase_done: int | None = None  # how far the phase is
     phase_total: int | None = None
-    gap_ends_in_s: float | None = None
-    eta_s: float | None = None
-    stopped: str | None = None
-    message: str = ""
+    gap_ends_in_s: float | None = None  # at most, from `updated_at`
+    eta_s: float | None = None  # seconds to the end, from `updated_at`; None while unknown
+    stopped: str | None = None  # for an early end: a `Stopped` value or `error`
+    message: str = ""  # why, where there is more to say
+
+    def after(self, event: Event, at: str) -> Activity:
+        """The activity after an event."""
+        now, data = replace(self, updated_at=at, eta_s=event.eta_s), event.data
+        if event.kind == "gap":
+            return replace(now.idle(), doing="gap", since=at, gap_ends_in_s=data["cap_s"])
+        if event.kind == "experiment_started":
+            who = {"exp_id": data["exp_id"], "config_name": data["config_name"]}
+            return replace(now.idle(), doing="experiment", since=at, **who)
+        if event.kind == "phase":
+            return replace(now, doing="experiment", phase=data["phase"], since=at, phase_done=None, phase_total=None)
+        if event.kind == "progress":
+            return replace(now, phase_done=data["phase_done"], phase_total=data["phase_total"])
+        if event.kind == "tick" and "left_s" in data:
+            return replace(now, gap_ends_in_s=data["left_s"])
+        return now
+
+    def idle(self) -> Activity:
+        """The activity without an experiment or a gap."""
+        no_phase = replace(self, phase=None, phase_done=None, phase_total=None)
+        return replace(no_phase, exp_id=None, config_name=None, gap_ends_in_s=None)
+
+    @property
+    def moment(self) -> tuple[Any, ...]:
+        """What does not change from one second to the next."""
+        return (self.doing, self.since, self.exp_id, self.config_name, self.phase, self.stopped, self.message)
 
 
 class ActivityWriter:
@@ -102,7 +113,7 @@ class ActivityWriter:
 
     def __init__(
         self,
-        path: Path,
+        folder: Path,
         run_id: str,
         holder: Holder,
         observe: Observer,
@@ -111,46 +122,44 @@ class ActivityWriter:
         monotonic: Callable[[], float],
         go_on: str = "",
     ) -> None:
-        self._path = path
+        self._path = folder / ACTIVITY_NAME
         self._observe = observe
         self._now = now
         self._monotonic = monotonic
-        self._written_s = float("-inf")
         at = utc_text(now())
         self._activity = Activity(
             run_id, holder.pid, holder.host, at, at, go_on=go_on, cwd=_working_directory(), since=at
         )
-        self._write(self._activity)
+        self._write()
 
     def __call__(self, event: Event) -> None:
         """Pass the event on, and write down what it changes."""
         self._observe(event)
-        changed = _changed(self._activity, event, utc_text(self._now()))
-        is_new = _same_moment(changed) != _same_moment(self._activity)
-        self._activity = changed
-        if is_new or self._monotonic() - self._written_s >= _EVERY_S:
-            self._write(changed)
+        before, self._activity = self._activity, self._activity.after(event, utc_text(self._now()))
+        if self._activity.moment != before.moment or self._monotonic() - self._written_s >= _EVERY_S:
+            self._write()
 
     def end(self, stopped: str | None, message: str = "") -> None:
         """Write down that the run ended, and how."""
         at = utc_text(self._now())
+        idle = self._activity.idle()
         self._activity = replace(
-            _idle(self._activity), doing="ended", since=at, updated_at=at, eta_s=None, stopped=stopped, message=message
+            idle, doing="ended", since=at, updated_at=at, eta_s=None, stopped=stopped, message=message
         )
-        self._write(self._activity)
+        self._write()
 
     @contextlib.contextmanager
     def ending_on_error(self) -> Iterator[None]:
-        """Write down what error leaves the block; an end that was told before stays."""
+        """Write down an error that leaves the block."""
         try:
             yield
         except LemError as error:
             self.end("error", error.message)
             raise
 
-    def _write(self, activity: Activity) -> None:
-        document = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(activity)}
-        # The process holds the campaign's lock: nobody else writes under this name.
+    def _write(self) -> None:
+        document = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self._activity)}
+        # The process holds the campaign's lock: no other writes under this name.
         temporary = self._path.with_name(durable.TEMPORARY_PREFIX + ACTIVITY_NAME)
         with contextlib.suppress(OSError):
             temporary.write_bytes(durable.utf8(json.dumps(document, ensure_ascii=False) + "\n"))
@@ -159,11 +168,10 @@ class ActivityWriter:
 
 
 def read_activity(folder: Path) -> Activity | None:
-    """What the last process in a campaign's state folder did; None where it left nothing that can be read."""
+    """What the last process in a campaign's state folder did; None without a readable file."""
     try:
-        with open(folder / ACTIVITY_NAME, "rb") as stream:
-            document = json.loads(stream.read().decode("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        document = durable.read_json(folder / ACTIVITY_NAME)
+    except (OSError, ValueError):
         return None
     if not isinstance(document, dict) or document.pop("schema_version", None) != SCHEMA_VERSION:
         return None
@@ -171,35 +179,6 @@ def read_activity(folder: Path) -> Activity | None:
         return build_from(Activity, document, "activity")
     except ValueError:
         return None
-
-
-def _changed(activity: Activity, event: Event, at: str) -> Activity:
-    """The activity after an event."""
-    activity, data = replace(activity, updated_at=at, eta_s=event.eta_s), event.data
-    if event.kind == "gap":
-        return replace(_idle(activity), doing="gap", since=at, gap_ends_in_s=data["cap_s"])
-    if event.kind == "experiment_started":
-        return replace(
-            _idle(activity), doing="experiment", since=at, exp_id=data["exp_id"], config_name=data["config_name"]
-        )
-    if event.kind == "phase":
-        return replace(activity, doing="experiment", phase=data["phase"], since=at, phase_done=None, phase_total=None)
-    if event.kind == "progress":
-        return replace(activity, phase_done=data["phase_done"], phase_total=data["phase_total"])
-    if event.kind == "tick" and "left_s" in data:
-        return replace(activity, gap_ends_in_s=data["left_s"])
-    return activity
-
-
-def _idle(activity: Activity) -> Activity:
-    return replace(
-        activity, exp_id=None, config_name=None, phase=None, phase_done=None, phase_total=None, gap_ends_in_s=None
-    )
-
-
-def _same_moment(activity: Activity) -> Activity:
-    """The activity without what changes all the time."""
-    return replace(activity, updated_at="", eta_s=None, phase_done=None, phase_total=None, gap_ends_in_s=None)
 
 
 def _working_directory() -> str:
@@ -210,22 +189,22 @@ def _working_directory() -> str:
 
 
 class State(str, enum.Enum):
-    """How a campaign is."""
+    """The states of a campaign."""
 
     RUNNING = "running"
     WAITING = "waiting"  # holds the lock between runs, or before the first
     DONE = "done"
     FAILED = "failed"  # every experiment had its turn
-    STOPPED = "stopped"  # said that it ended early
-    CRASHED = "crashed"  # did not
+    STOPPED = "stopped"  # ended early, and recorded it
+    CRASHED = "crashed"  # ended without recording it
     UNREADABLE = "unreadable"
-    NONE = "none"  # has no manifest
+    NONE = "none"  # without a manifest
 
     def __str__(self) -> str:  # the same text in every Python, also in an f-string
         return self.value
 
 
-# A worker sends a heartbeat every 5 s, and each makes the campaign say that it is there.
+# A worker sends a heartbeat every 5 s, and each makes the campaign update its activity.
 SILENCE_S = 60.0
 
 _ENDINGS = {
@@ -239,41 +218,26 @@ _ENDINGS = {
 
 @dataclass(frozen=True)
 class Onlooker:
-    """Who looks, and when.
-
-    Attributes:
-        host: its name, as `socket.gethostname`.
-        booted_at: when it was started; None when unknown.
-    """
+    """From where and when a campaign is viewed."""
 
     now: datetime
-    host: str
-    booted_at: datetime | None = None
+    host: str  # as `socket.gethostname`
+    booted_at: datetime | None = None  # None when unknown
 
 
 @dataclass(frozen=True)
 class CampaignStatus:
-    """How a campaign is.
-
-    Attributes:
-        folder: its state folder.
-        reason: why it is so, where the state does not say it; for `unreadable` what is wrong with the manifest.
-        hint: what to do about it.
-        manifest: None where there is none, or it cannot be read.
-        activity: what its last process did; None when unknown.
-        holder: who holds the lock; None where nobody does.
-        left_s: seconds to the end, or that a resume would take; None while nothing tells.
-    """
+    """The state of a campaign, and what it is derived from."""
 
     name: str
-    folder: Path
+    folder: Path  # its state folder
     state: State
-    reason: str = ""
-    hint: str = ""
-    manifest: CampaignManifest | None = None
-    activity: Activity | None = None
-    holder: Holder | None = None
-    left_s: float | None = None
+    reason: str = ""  # where the state needs one; for `unreadable` what is wrong with the manifest
+    hint: str = ""  # what to do about it
+    manifest: CampaignManifest | None = None  # None where there is none, or it cannot be read
+    activity: Activity | None = None  # what its last process did; None when unknown
+    holder: Holder | None = None  # of the lock
+    left_s: float | None = None  # seconds to the end, or that a resume would take; None while unknown
 
     def count(self, status: str) -> int:
         """How many experiments have that status."""
@@ -286,7 +250,7 @@ class CampaignStatus:
 
     @property
     def n_left(self) -> int:
-        """Experiments that have not had their turn, the running one among them."""
+        """Experiments that have not had their turn, including the running one."""
         return self.count(PENDING) + self.count(RUNNING)
 
     @property
@@ -318,7 +282,7 @@ def find_folders(state_dir: Path) -> tuple[Path, ...]:
 
 
 def find_manifest(folder: Path) -> Path | None:
-    """The manifest in a state folder, also where the campaign calls it otherwise; None when there is none."""
+    """The manifest in a state folder, also under another name; None when there is none."""
     usual = folder / MANIFEST_FILENAME
     if usual.exists():
         return usual
@@ -328,7 +292,7 @@ def find_manifest(folder: Path) -> Path | None:
 
 
 def boot_time(stat_file: Path = Path("/proc/stat")) -> datetime | None:
-    """When this host was started (proc(5), `btime`); None when the kernel does not say."""
+    """When this host was booted (proc(5), `btime`); None when unknown."""
     try:
         lines = stat_file.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
@@ -344,11 +308,7 @@ def parse_utc(label: str | None) -> datetime | None:
 
 
 def read_status(folder: Path, onlooker: Onlooker, manifest_path: Path | None = None) -> CampaignStatus:
-    """How the campaign in a state folder is. Nothing is written.
-
-    Args:
-        manifest_path: where its manifest is; found in the folder when not given.
-    """
+    """The status of the campaign in a state folder, whose manifest is found when not given. Nothing is written."""
     is_held = is_locked(folder / CAMPAIGN_LOCK_NAME)
     holder = read_holder(folder / CAMPAIGN_LOCK_NAME)
     path = manifest_path or find_manifest(folder) or folder / MANIFEST_FILENAME
@@ -369,7 +329,7 @@ def _of_held(
 ) -> CampaignStatus:
     activity = _activity_of(folder, manifest)
     if activity is not None and holder is not None and activity.pid != holder.pid:
-        activity = None  # of the process before this one
+        activity = None  # of an earlier process
     has_ended = activity is not None and activity.doing == "ended"
     if has_ended or (activity is None and (manifest is None or not _has_begun(manifest, holder))):
         reason = "it has not begun to measure: it waits for its time, is starting, or asks something"
@@ -386,7 +346,7 @@ def _of_held(
 
 
 def _has_begun(manifest: CampaignManifest, holder: Holder | None) -> bool:
-    """Whether an experiment runs that was begun since the lock was taken, not by a process before."""
+    """Whether an experiment runs that began since the lock was taken, not in an earlier process."""
     since = holder.since if holder else ""
     return any(
         attempt.started_at is not None and attempt.started_at >= since
@@ -404,19 +364,16 @@ def _of_free(
     if manifest.get_by_status(RUNNING) or has_not_ended:
         reason, hint = _why_crashed(manifest, activity, holder, onlooker)
         return CampaignStatus(name, folder, State.CRASHED, reason, hint, manifest, activity, None, left_s)
-    is_cut_off = activity is not None and activity.stopped is not None
-    if is_cut_off or manifest.get_by_status(PENDING):
-        said = _ENDINGS.get(activity.stopped or "", "") if activity is not None else ""
-        more = activity.message if activity is not None else ""
-        reason = ": ".join(text for text in (said, more) if text)
+    stopped, message = (activity.stopped, activity.message) if activity is not None else (None, "")
+    if stopped is not None or manifest.get_by_status(PENDING):
+        reason = ": ".join(filter(None, (_ENDINGS.get(stopped or ""), message)))
         return CampaignStatus(name, folder, State.STOPPED, reason, "", manifest, activity, None, left_s)
     state = State.DONE if manifest.is_complete else State.FAILED
-    remark = activity.message if activity is not None else ""
-    return CampaignStatus(name, folder, state, remark, "", manifest, activity, None, left_s or None)
+    return CampaignStatus(name, folder, state, message, "", manifest, activity, None, left_s or None)
 
 
 def _activity_of(folder: Path, manifest: CampaignManifest | None) -> Activity | None:
-    """What the last process did, where it was a process of this run."""
+    """What the last process did, if it belongs to this run."""
     activity = read_activity(folder)
     if activity is None or manifest is None or activity.run_id != manifest.run_id:
         return None
@@ -426,7 +383,7 @@ def _activity_of(folder: Path, manifest: CampaignManifest | None) -> Activity | 
 def _why_crashed(
     manifest: CampaignManifest, activity: Activity | None, holder: Holder | None, onlooker: Onlooker
 ) -> tuple[str, str]:
-    """Why nobody runs what is said to run, and what to do."""
+    """Why what should run does not, and what to do."""
     last_sign = max(manifest.updated_at, activity.updated_at if activity else "")
     host = activity.host if activity else holder.host if holder else None
     pid = activity.pid if activity else holder.pid if holder else None
@@ -450,7 +407,7 @@ def _short(label: str) -> str:
 
 
 def _left_s(activity: Activity | None, manifest: CampaignManifest | None, onlooker: Onlooker) -> float | None:
-    """Seconds to the end: what the process said last, less what has passed; else from the manifest."""
+    """Seconds to the end: by the process's last estimate, else by the manifest."""
     if activity is not None and activity.eta_s is not None:
         return max(0.0, activity.eta_s - (_seconds_since(activity.updated_at, onlooker) or 0.0))
     return None if manifest is None else estimate_left_s(manifest)
@@ -461,21 +418,17 @@ def estimate_left_s(manifest: CampaignManifest) -> float | None:
 
     The median time from one end to the next, which a night between two sessions does not move.
     """
-    ends = sorted(_ends(manifest.experiments))
-    n_left = sum(entry.status in (PENDING, RUNNING) for entry in manifest.experiments)
+    entries = manifest.experiments
+    moments = (parse_utc(entry.completed_at) for entry in entries if entry.status in (COMPLETED, FAILED))
+    ends = sorted(moment for moment in moments if moment is not None)
+    n_left = sum(entry.status in (PENDING, RUNNING) for entry in entries)
     if not n_left:
         return 0.0
     if len(ends) < 2:
         return None
-    steps_s = [(later - earlier) / timedelta(seconds=1) for earlier, later in itertools.pairwise(ends)]
-    return n_left * statistics.median(steps_s)
-
-
-def _ends(entries: Sequence[CampaignManifestEntry]) -> list[datetime]:
-    moments = (parse_utc(entry.completed_at) for entry in entries if entry.status in (COMPLETED, FAILED))
-    return [moment for moment in moments if moment is not None]
+    return n_left * statistics.median((later - earlier).total_seconds() for earlier, later in itertools.pairwise(ends))
 
 
 def _seconds_since(label: str, onlooker: Onlooker) -> float | None:
     moment = parse_utc(label)
-    return None if moment is None else (onlooker.now - moment) / timedelta(seconds=1)
+    return None if moment is None else (onlooker.now - moment).total_seconds()

@@ -1,247 +1,351 @@
-"""What weakens a campaign's numbers."""
+"""What weakens the numbers of a campaign: single results, meters, neighbours, unequal work, drift, too few cycles."""
 
 from __future__ import annotations
 
-import collections
 import itertools
-import math
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lem.base.reasons import Reason
-from lem.base.units import percent, plural
-from lem.record import Record, ResultKey
-from lem.results.bootstrap import CONFIDENCE
-from lem.results.check_results import Finding, Found, check_results
-from lem.results.compare import RunResults, Subject, find_effect, gather
-from lem.results.effect import cycles_to_settle
-from lem.results.metrics import METRIC_BY_NAME, Metric
-from lem.results.precision import MOST_CYCLES, UNACCOUNTED, StoppingRule, half_width_ratio
-from lem.results.stats import student_t_quantile
-from lem.results.store import Problem
+from lem.base.measurement import (
+    CROSSCHECK_TOLERANCE,
+    REST_TOLERANCE,
+    SHORT_WINDOW_S,
+    WINDOW_UPDATES,
+    is_integrated_power,
+)
+from lem.base.reasons import Reason, alike
+from lem.base.units import percent, plural, some_of
+from lem.record import Record
+from lem.results.aggregation import SHARED_LOAD, Configuration
+from lem.results.compare import exclusion_reason, find_effect
+from lem.results.metrics import LENGTH_TOLERANCE, Metric, find_obstacles
+from lem.results.run import ENERGY, MOST_CYCLES, THROUGHPUT, UNACCOUNTED, Run
+from lem.results.stats import Drift, cycles_to_settle, trend_of
 
-# From the first experiment to the last; more is flagged.
-DRIFT_FLAGGED = 0.01
-_LARGEST_LOG = 700.0
-
-
-@dataclass(frozen=True)
-class Observation:
-    """One value of a metric: of which configuration, and at which place of the order of execution."""
-
-    configuration: str
-    order: int
-    value: float
-
-
-@dataclass(frozen=True)
-class Drift:
-    """The change of a metric from the first experiment of a campaign to the last.
-
-    Attributes:
-        change: as a share, 0.02 for 2 % more at the end.
-        ci_lower, ci_upper: 95 % t interval of the change; None where too few values are left.
-        n: values it stands on.
-    """
-
-    change: float
-    ci_lower: float | None
-    ci_upper: float | None
-    n: int
-
-    @property
-    def is_flagged(self) -> bool:
-        """Whether it is more than `DRIFT_FLAGGED`."""
-        return abs(self.change) > DRIFT_FLAGGED
-
-    @property
-    def is_told_from_zero(self) -> bool:
-        """Whether the interval leaves out no change."""
-        return self.ci_lower is not None and self.ci_upper is not None and not self.ci_lower <= 0 <= self.ci_upper
-
-
-def change_of(log_ratio: float) -> float:
-    """The change as a share that a log of a ratio means; what no float can hold is the largest that one can."""
-    return math.expm1(min(log_ratio, _LARGEST_LOG))
-
-
-def relative_to_own_mean(observations: Sequence[Observation]) -> tuple[float, ...]:
-    """The log of each value over its configuration's geometric mean, in the order given; values must be positive."""
-    logs: dict[str, list[float]] = collections.defaultdict(list)
-    for item in observations:
-        logs[item.configuration].append(math.log(item.value))
-    means = {name: statistics.fmean(values) for name, values in logs.items()}
-    return tuple(math.log(item.value) - means[item.configuration] for item in observations)
-
-
-def drift_of(observations: Sequence[Observation]) -> Drift | None:
-    """The drift over all places of the order; None where no configuration ran at two of them.
-
-    Least squares of log values on the order with a mean for each configuration, so that what differs between
-    configurations is not taken for drift.
-    """
-    counts = collections.Counter(item.configuration for item in observations)
-    kept = [item for item in observations if counts[item.configuration] > 1]
-    orders: dict[str, list[int]] = collections.defaultdict(list)
-    for item in kept:
-        orders[item.configuration].append(item.order)
-    centres = {name: statistics.fmean(values) for name, values in orders.items()}
-    steps = [item.order - centres[item.configuration] for item in kept]
-    squares = math.fsum(step * step for step in steps)
-    if not squares:
-        return None
-    logs = relative_to_own_mean(kept)
-    slope = math.fsum(step * log for step, log in zip(steps, logs, strict=True)) / squares
-    places = [item.order for item in observations]
-    length = max(places) - min(places)
-    freedom = len(kept) - len(orders) - 1
-    half = None
-    if freedom > 0:
-        left = math.fsum((log - slope * step) ** 2 for step, log in zip(steps, logs, strict=True))
-        half = student_t_quantile((1 + CONFIDENCE) / 2, freedom) * math.sqrt(left / freedom / squares) * length
-    total = slope * length
-    if half is None:
-        return Drift(change_of(total), None, None, len(kept))
-    return Drift(change_of(total), change_of(total - half), change_of(total + half), len(kept))
-
-
-# Wider than this is no measurement of a few percent, whatever it is compared with.
+# An interval wider than this cannot show a difference of a few percent.
 _WIDE = 0.05
 _LEAST_CYCLES = 3
 _PAIRS_SHOWN = 5
-_ROUNDS = 100
+_DAMAGE_SHOWN = 3
+_CAPPED_FROM = 0.01
 
-_ENERGY, _THROUGHPUT = "energy_per_output_tok_j", "output_tok_per_s"
-
-# What is looked at; the aggregates of others would take seconds of a large campaign.
-TREND_METRICS = (METRIC_BY_NAME[_ENERGY], METRIC_BY_NAME[_THROUGHPUT])
-
-
-def check_trends(run: RunResults) -> Found:
-    """Everything about the campaign as a whole."""
-    yield from _drift(run)
-    yield from _order(run)
-    yield from _cycles(run)
-    yield from _pairs(run)
-
-
-def primary_metric(run: RunResults) -> Metric:
-    """Energy per output token where every configuration with a result has it, else the output throughput."""
-    measured = [item.mean(METRIC_BY_NAME[_ENERGY]) is not None for item in run.subjects if item.cycles]
-    return METRIC_BY_NAME[_ENERGY if measured and all(measured) else _THROUGHPUT]
+# Warnings of records that a check here, or its own sentence, covers.
+_COVERED = frozenset(
+    {
+        "crosscheck",
+        "energy_estimated",
+        "mixed_configurations",
+        "rest_power_fell",
+        "rest_power_rose",
+        "unsteady",
+        "warmup_too_few_steps",
+        "warmup_unsettled",
+    }
+)
 
 
-def position_effect(run: RunResults, metric: Metric) -> Drift | None:
-    """How a metric moves from the first place within a cycle to the last, whichever configuration stands there.
+_SAME_WORK = "set ignore_eos: true and min_output_tokens = max_output_tokens, so that all do the same work"
 
-    Least squares of log values on the place, with a mean for each configuration and for each cycle.
+# By kind: whether numbers or verdicts are unreliable because of it, and what to do.
+_KINDS: Mapping[str, tuple[bool, str]] = {
+    "damaged": (
+        True,
+        "bring them back from a copy, or measure them again: lem campaign --resume runs what has no whole result",
+    ),
+    "failed": (
+        True,
+        "lem status names the reason of each that failed, and its log; lem campaign --resume runs them again",
+    ),
+    "no_results": (True, "run the campaign; lem status says how it is"),
+    "unequal_exclusions": (
+        True,
+        "find the cause and measure again: what always throttles or fails is a finding, not an outlier",
+    ),
+    "invalid": (False, "see lem results show RUN/EXPERIMENT for what was measured, and remove the cause"),
+    "no_valid_result": (True, "remove the cause, then --resume"),
+    "unsteady": (True, "raise measurement.min_window_sec, let warm-up run longer, and see what else the machine does"),
+    "warmup": (True, "raise warmup.max_prompts or warmup.timeout_seconds"),
+    "short_window": (False, f"set measurement.min_window_sec to {SHORT_WINDOW_S:g} or more, or give more prompts"),
+    "failed_requests": (False, "the experiment's log.txt says why; failed requests cost energy and give no tokens"),
+    "throttled": (True, "cool it better, lower its power limit, or lengthen execution.config_gap_seconds"),
+    "power_capped": (
+        False,
+        "normal under load; compare only at the same limit, which the record keeps (power_limit_w)",
+    ),
+    "gap_too_short": (False, "raise execution.config_gap_seconds and execution.cycle_gap_seconds"),
+    "foreign_processes": (True, "stop them, or keep the machine to yourself while it measures (lem doctor names them)"),
+    "crosscheck": (
+        True,
+        "an A100 or H100 sensor sees part of the time only: trust the counter; elsewhere look at sample_gap_max_s",
+    ),
+    "baseline_drift": (
+        False,
+        "let the device rest longer before it (gaps), and see what else draws power; gross energy stands",
+    ),
+    "baselines_apart": (False, "net energies are not alike then; compare gross energy, and see what else draws power"),
+    "estimate": (
+        True,
+        "make RAPL readable (lem doctor says how), or give an external meter's readings (measurement.external_csv)",
+    ),
+    "integrated_power": (
+        False,
+        "a sensor that looks part of the time is off under a load with a rhythm: raise measurement.min_window_sec",
+    ),
+    "shared_loads": (True, "set execution.reuse to cycle, which loads engines anew in every cycle"),
+    "output_lengths": (True, _SAME_WORK),
+    "not_comparable": (True, "measure them alike, or compare only what is alike"),
+    "environment_changed": (True, "measure it anew in one environment (--fresh)"),
+    "warning": (False, ""),
+    "drift": (
+        True,
+        "lengthen the gaps, use structure: shuffled, and see what warms up; ratios within cycles suffer least",
+    ),
+    "grouped": (True, "use structure: interleaved or shuffled"),
+    "same_order": (False, "use structure: shuffled, which lem check can then look at"),
+    "order_effect": (True, "lengthen execution.config_gap_seconds, so that nothing is left of the experiment before"),
+    "few_cycles": (True, "use --cycles 5, or --until ci=2%"),
+    "wide_interval": (True, "add cycles: lem campaign … --resume --until ci=2%; or find what makes cycles differ"),
+    "too_few_cycles": (True, ""),  # says how many
+    "indistinguishable": (False, f"nor would {MOST_CYCLES}: take them as equal"),
+    "stopping": (False, "for a verdict that hangs on the third digit measure a fixed number of cycles anew"),
+}
 
-    Returns:
-        None where places and configurations cannot be told apart: the order is the same in every cycle.
-    """
-    rows = [
-        (subject.name, record, math.log(value))
-        for subject in run.subjects
-        for record in subject.used
-        if (value := metric.read(record)[0]) is not None and value > 0
-    ]
-    places = _places([record for _, record, _ in rows])
-    steps = [float(places[record.identity.key]) for _, record, _ in rows]
-    names, cycles = [name for name, *_ in rows], [record.identity.cycle_index for _, record, _ in rows]
-    groups: tuple[Sequence[object], ...] = (names, cycles)
-    steps, logs = _without_means(steps, groups), _without_means([log for *_, log in rows], groups)
-    squares = math.fsum(step * step for step in steps)
-    freedom = len(rows) - len(set(names)) - len(set(cycles))
-    if squares < 1e-6 or freedom < 1:
-        return None
-    slope = math.fsum(step * log for step, log in zip(steps, logs, strict=True)) / squares
-    left = math.fsum((log - slope * step) ** 2 for step, log in zip(steps, logs, strict=True))
-    length = max(places.values())
-    half = student_t_quantile((1 + CONFIDENCE) / 2, freedom) * math.sqrt(left / freedom / squares) * length
-    total = slope * length
-    return Drift(change_of(total), change_of(total - half), change_of(total + half), len(rows))
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found."""
+
+    kind: str  # a short stable word
+    is_weak: bool  # numbers or verdicts are unreliable because of it; else it is something to know about them
+    reason: Reason
+    remedy: str
+    configurations: tuple[str, ...] = ()  # those it concerns; () for the campaign as a whole
+
+    @property
+    def text(self) -> str:
+        """In words; those of other programs, which warnings pass on, may end in a full stop."""
+        return self.reason.text.rstrip(".") if self.kind == "warning" else self.reason.text
 
 
-def _drift(run: RunResults) -> Found:
-    for metric in TREND_METRICS:
-        drift = drift_of(_observations(run, metric))
-        if drift is None or not drift.is_flagged:
+Found = Iterable[Finding]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found about a run, the weak findings first."""
+
+    run: Run
+    findings: tuple[Finding, ...]
+
+    @property
+    def is_weak(self) -> bool:
+        """Whether a finding is weak."""
+        return any(item.is_weak for item in self.findings)
+
+
+def check_run(run: Run) -> Check:
+    """Everything that weakens the numbers of a run."""
+    # A campaign without results has no stopping rule worth a word.
+    checks = _CHECKS if run.records else _CHECKS[:-1]
+    found = [finding for check in checks for finding in check(run)]
+    return Check(run, tuple(sorted(found, key=lambda item: not item.is_weak)))
+
+
+@dataclass(frozen=True)
+class _OfResults:
+    """A check of every used result: how many of them does it concern?"""
+
+    kind: str
+    what: Reason
+    concerns: Callable[[Record], bool]
+
+    def __call__(self, run: Run) -> Found:
+        used = {item.name: item.used for item in run.with_results}
+        counts = {name: count for name, records in used.items() if (count := sum(map(self.concerns, records)))}
+        if counts:
+            total = sum(len(used[name]) for name in counts)
+            reason = Reason.of("some_results", what=self.what, count=sum(counts.values()), total=total)
+            yield _finding(self.kind, reason, counts)
+
+
+@dataclass(frozen=True)
+class _OfConfigurations:
+    """A check of every configuration: it concerns those with an amount, and the text may name the largest."""
+
+    kind: str
+    amount: Callable[[Configuration], float]
+    what: Callable[[float], Reason]
+
+    def __call__(self, run: Run) -> Found:
+        amounts = {item.name: amount for item in run.with_results if (amount := self.amount(item))}
+        if amounts:
+            yield _finding(self.kind, self.what(max(amounts.values())), amounts)
+
+
+def _finding(
+    kind: str,
+    reason: Reason,
+    configurations: Iterable[str] = (),
+    *,
+    is_weak: bool | None = None,
+    remedy: str | None = None,
+) -> Finding:
+    usually_weak, usual_remedy = _KINDS[kind]
+    return Finding(
+        kind,
+        usually_weak if is_weak is None else is_weak,
+        reason,
+        usual_remedy if remedy is None else remedy,
+        tuple(configurations),
+    )
+
+
+def _damage(run: Run) -> Found:
+    damaged = [f"{item.path} ({item.kind})" for item in run.problems if item.kind != "missing"]
+    if damaged:
+        yield _finding("damaged", Reason.of("results_damaged", named=some_of(damaged, _DAMAGE_SHOWN)))
+
+
+def _failures(run: Run) -> Found:
+    count = sum(run.failed.values())
+    if count:
+        yield _finding("failed", Reason.of("results_missing", experiments=plural(count, "experiment")), run.failed)
+
+
+def _no_results(run: Run) -> Found:
+    if not run.records:
+        yield _finding("no_results", Reason.of("no_results"))
+
+
+def _exclusions(run: Run) -> Found:
+    reason = exclusion_reason(*run.with_results)
+    if reason:
+        yield _finding("unequal_exclusions", Reason.of("no_overall_verdict", why=reason))
+    invalid = [record for record in run.records if not record.validity.valid and not _is_slowed(record)]
+    for found in alike((why, record) for record in invalid for why in record.validity.invalid_reasons):
+        first = found[0][1].validity.invalid_reasons[0]
+        what = Reason.of("results_invalid", count=len(found), total=len(run.records), why=first)
+        yield _finding("invalid", what, _names(record for _, record in found), is_weak=bool(reason))
+
+
+def _throttling(run: Run) -> Found:
+    slowed = [record for record in run.records if _is_slowed(record)]
+    if slowed:
+        longest_s = max((gpu.throttle_thermal_s or 0.0 for item in slowed for gpu in item.gpus), default=0.0)
+        code, lasted = ("throttled_for", {"longest_s": longest_s}) if longest_s else ("throttled", {})
+        what = Reason.of(code, count=len(slowed), total=len(run.records), **lasted)
+        yield _finding("throttled", what, _names(slowed))
+
+
+def _work(run: Run) -> Found:
+    """Whether all did the same work: those with the same limit of tokens made as many."""
+    measured = [item for item in run.with_results if item.used]
+    free = tuple(item.name for item in measured if item.used[0].requested.get("ignore_eos") is not True)
+    by_limit: dict[object, dict[str, float]] = {}
+    for item in measured:
+        by_limit.setdefault(item.used[0].requested.get("max_output_tokens"), {})[item.name] = _length(item.used)
+    is_alike = True
+    for lengths in by_limit.values():
+        low, high = min(lengths.values()), max(lengths.values())
+        if high <= (1 + LENGTH_TOLERANCE) * low:
             continue
-        yield Finding(
-            "drift",
-            drift.is_told_from_zero,
-            _change("drift" if drift.is_told_from_zero else "drift_or_chance", metric, drift),
-            "lengthen the gaps, use structure: shuffled, and see what warms up; ratios within cycles suffer least",
-        )
+        is_alike = False
+        is_free = any(name in free for name in lengths)
+        what = Reason.of("free_lengths_differ" if is_free else "lengths_differ", low=low, high=high)
+        remedy = _SAME_WORK if is_free else "ignore_eos was set and did not hold: the experiment's log.txt may say why"
+        yield _finding("output_lengths", what, lengths, remedy=remedy)
+    if free and is_alike:
+        yield _finding("output_lengths", Reason.of("free_lengths"), free, is_weak=False)
 
 
-def _order(run: RunResults) -> Found:
-    used = [record for subject in run.subjects for record in subject.used]
-    if len([item for item in run.subjects if item.used]) < 2:
+def _obstacles(run: Run) -> Found:
+    """What makes configurations incomparable with the first."""
+    first, *others = [item for item in run.with_results if item.used] or [Configuration("")]
+    seen: dict[Reason, list[str]] = {}
+    for other in others:
+        for obstacle in find_obstacles(first.used, other.used):
+            if obstacle.reason.code != "other_output_lengths":
+                seen.setdefault(obstacle.reason, []).append(other.name)
+    for reason, names in seen.items():
+        yield _finding("not_comparable", Reason.of("not_comparable", name=first.name, why=reason), names)
+
+
+def _warnings(run: Run) -> Found:
+    """The warnings of the results, each kind once."""
+    own = ((reason, item.name) for item in run.with_results for reason in item.warnings)
+    for found in alike((reason, name) for reason, name in own if reason.code not in _COVERED):
+        yield _finding("warning", found[0][0], dict.fromkeys(name for _, name in found))
+
+
+def _drift(run: Run) -> Found:
+    for metric in (ENERGY, THROUGHPUT):
+        values = _values(run, metric)
+        places = [record.identity.order_index for _, record, _ in values]
+        length = max(places, default=0) - min(places, default=0)
+        drift = trend_of(places, [value for *_, value in values], [name for name, *_ in values], length=length)
+        if drift is not None and drift.is_flagged:
+            code = "drift" if drift.is_significant else "drift_or_chance"
+            yield _finding("drift", _change(code, metric, drift), is_weak=drift.is_significant)
+
+
+def _order(run: Run) -> Found:
+    used = [record for item in run.with_results for record in item.used]
+    names = [item.identity.config_name for item in sorted(used, key=_order_index)]
+    if len(set(names)) < 2:
         return
-    orders = _orders(used)
-    if _is_grouped(used):
-        yield Finding(
-            "grouped",
-            True,
-            Reason.of("blocks"),
-            "use structure: interleaved or shuffled",
-        )
+    n_blocks = sum(1 for _ in itertools.groupby(names))
+    if n_blocks == len(set(names)) < len(names):  # the cycles of each configuration follow one another
+        yield _finding("grouped", Reason.of("blocks"))
         return
+    cycles = [tuple(record.identity.config_name for record in members) for members in _by_cycle(used).values()]
+    most = max(map(len, cycles))
+    orders = [order for order in cycles if len(order) == most]
     if len(orders) > 1 and len(set(orders)) == 1:
-        yield Finding(
-            "same_order",
-            False,
-            Reason.of("same_order"),
-            "use structure: shuffled, which lem check can then look at",
-        )
+        yield _finding("same_order", Reason.of("same_order"))
         return
-    effect = position_effect(run, primary_metric(run))
+    metric = run.primary_metric
+    effect = position_effect(run, metric)
     if effect is not None and effect.is_flagged:
-        yield Finding(
-            "order_effect",
-            effect.is_told_from_zero,
-            _change("place_matters" if effect.is_told_from_zero else "place_or_chance", primary_metric(run), effect),
-            "lengthen execution.config_gap_seconds, so that nothing is left of the experiment before",
-        )
+        code = "place_matters" if effect.is_significant else "place_or_chance"
+        yield _finding("order_effect", _change(code, metric, effect), is_weak=effect.is_significant)
 
 
-def _cycles(run: RunResults) -> Found:
-    few = tuple(item.name for item in run.subjects if 0 < item.aggregate.n_cycles < _LEAST_CYCLES)
-    if few:
-        most = max(item.aggregate.n_cycles for item in run.subjects if item.name in few)
-        what = "only_one_cycle" if most == 1 else "only_two_cycles"
-        yield Finding("few_cycles", True, Reason.of(what), "use --cycles 5, or --until ci=2%", few)
-    metric = primary_metric(run)
-    wide = {}
-    for subject in run.subjects:
-        t_log = subject.aggregate.metrics[metric.name].t_log
-        half = half_width_ratio(t_log) if t_log is not None and subject.name not in few else None
-        if half is not None and half > _WIDE:
-            wide[subject.name] = half
+def position_effect(run: Run, metric: Metric) -> Drift | None:
+    """How a metric moves from the first place within a cycle to the last, whichever configuration is there.
+
+    None where places and configurations cannot be separated: the order is the same in every cycle.
+    """
+    rows = _values(run, metric)
+    cycles = _by_cycle(record for _, record, _ in rows)
+    place_of = {item.identity.key: place for members in cycles.values() for place, item in enumerate(members)}
+    places = [place_of[record.identity.key] for _, record, _ in rows]
+    names, numbers = [name for name, *_ in rows], [record.identity.cycle_index for _, record, _ in rows]
+    effect = trend_of(places, [value for *_, value in rows], names, numbers, length=max(places, default=0))
+    return effect if effect is not None and effect.ci_lower is not None else None
+
+
+def _wide_intervals(run: Run) -> Found:
+    metric = run.primary_metric
+    widths = {item.name: _width(item, metric) for item in run.with_results if item.n_cycles >= _LEAST_CYCLES}
+    wide = {name: width for name, width in widths.items() if width > _WIDE}
     if wide:
-        yield Finding(
-            "wide_interval",
-            True,
-            Reason.of("wide_interval", metric=metric.lower_label, width=percent(max(wide.values()))),
-            "add cycles: lem campaign … --resume --until ci=2%; or find what makes cycles differ",
-            tuple(wide),
-        )
+        what = Reason.of("wide_interval", metric=metric.lower_label, width=percent(max(wide.values())))
+        yield _finding("wide_interval", what, wide)
 
 
-def _pairs(run: RunResults) -> Found:
-    """Neighbours in rank that the cycles cannot tell apart."""
-    metric = primary_metric(run)
-    ranked = sorted((item for item in run.subjects if item.mean(metric)), key=lambda item: item.mean(metric) or 0.0)
+def _pairs(run: Run) -> Found:
+    """Neighbours in rank that the cycles cannot separate."""
+    metric = run.primary_metric
+    known = [(value, item) for item in run.with_results if (value := item.estimate(metric).value)]
+    ranked = [item for _, item in sorted(known, key=lambda entry: entry[0])]
     open_pairs = [found for pair in itertools.pairwise(ranked) if (found := _open_pair(metric, *pair)) is not None]
     yield from open_pairs[:_PAIRS_SHOWN]
     if len(open_pairs) > _PAIRS_SHOWN:
         more = Reason.of("more_pairs", count=len(open_pairs) - _PAIRS_SHOWN)
-        yield Finding("indistinguishable", False, more, "lem compare lists them")
+        yield _finding("indistinguishable", more, remedy="lem compare lists them")
 
 
-def _open_pair(metric: Metric, lower: Subject, upper: Subject) -> Finding | None:
+def _open_pair(metric: Metric, lower: Configuration, upper: Configuration) -> Finding | None:
     effect, reason = find_effect(metric, lower, upper)
     interval = effect.interval() if effect is not None and not reason else None
     if effect is None or interval is None or not interval[0] <= 1 <= interval[1]:
@@ -258,180 +362,150 @@ def _open_pair(metric: Metric, lower: Subject, upper: Subject) -> Finding | None
         high=high,
         cycles=n_cycles,
     )
-    both = (lower.name, upper.name)
     if further is not None and n_cycles + further <= MOST_CYCLES:
-        total = n_cycles + further
-        remedy = f"{further} more would, if it stays: lem campaign … --resume --cycles {total}"
-        return Finding("too_few_cycles", True, found, remedy, both)
-    return Finding("indistinguishable", False, found, f"nor would {MOST_CYCLES}: take them as equal", both)
+        remedy = f"{further} more would, if it stays: lem campaign … --resume --cycles {n_cycles + further}"
+        return _finding("too_few_cycles", found, (lower.name, upper.name), remedy=remedy)
+    return _finding("indistinguishable", found, (lower.name, upper.name))
 
 
-def _observations(run: RunResults, metric: Metric) -> list[Observation]:
+def _stopping(run: Run) -> Found:
+    if run.stopping is not None:
+        yield _finding("stopping", Reason.of("cycles_added", rule=run.stopping.describe(), unaccounted=UNACCOUNTED))
+
+
+def _is_slowed(record: Record) -> bool:
+    return any(gpu.was_slowed for gpu in record.gpus)
+
+
+def _capped_share(configuration: Configuration) -> float:
+    """The largest share of a window at the power limit; 0 where it is negligible."""
+    shares = (
+        min(1.0, max((gpu.throttle_power_s or 0.0 for gpu in record.gpus), default=0.0) / record.window.window_s)
+        for record in configuration.used
+        if record.window.window_s
+    )
+    most = max(shares, default=0.0)
+    return most if most > _CAPPED_FROM else 0.0
+
+
+def _is_short(record: Record) -> bool:
+    period_s = record.energy.counter_update_period_s
+    return record.window.window_s < max(SHORT_WINDOW_S, WINDOW_UPDATES * period_s if period_s else 0.0)
+
+
+def _meters_differ(record: Record) -> bool:
+    ratio = record.energy.energy_crosscheck_ratio
+    return ratio is not None and abs(ratio - 1) > CROSSCHECK_TOLERANCE
+
+
+def _rest_changed(record: Record) -> bool:
+    before_w, after_w = record.idle.idle_loaded_power_w, record.idle.idle_loaded_post_power_w
+    return bool(before_w) and after_w is not None and abs(after_w / (before_w or 1) - 1) > REST_TOLERANCE
+
+
+def _baseline_spread(configuration: Configuration) -> float:
+    """How far the loaded idle power of the cycles is apart; 0 within the tolerance."""
+    rest_w = [item.idle.idle_loaded_power_w for item in configuration.used if item.idle.idle_loaded_power_w]
+    is_apart = bool(rest_w) and max(rest_w) > (1 + REST_TOLERANCE) * min(rest_w)
+    return max(rest_w) / min(rest_w) - 1 if is_apart else 0.0
+
+
+def _length(records: Iterable[Record]) -> float:
+    """Output tokens per request, over all of them."""
+    known = list(records)
+    requests = sum(item.work.requests_ok for item in known)
+    return sum(item.work.output_tok for item in known) / requests if requests else 0.0
+
+
+def _width(configuration: Configuration, metric: Metric) -> float:
+    return configuration.estimate(metric).half_width or 0.0
+
+
+def _names(records: Iterable[Record]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(item.identity.config_name for item in records))
+
+
+def _values(run: Run, metric: Metric) -> list[tuple[str, Record, float]]:
+    """The positive values of the used results, with their configuration."""
     return [
-        Observation(subject.name, record.identity.order_index, value)
-        for subject in run.subjects
-        for record in subject.used
+        (item.name, record, value)
+        for item in run.with_results
+        for record in item.used
         if (value := metric.read(record)[0]) is not None and value > 0
     ]
 
 
-def _places(records: Sequence[Record]) -> dict[ResultKey, int]:
-    """The place of each experiment within its cycle, from 0."""
-    by_cycle: dict[int, list[Record]] = {}
-    for record in records:
-        by_cycle.setdefault(record.identity.cycle_index, []).append(record)
-    return {
-        record.identity.key: place
-        for members in by_cycle.values()
-        for place, record in enumerate(sorted(members, key=_order_index))
-    }
-
-
-def _orders(records: Sequence[Record]) -> list[tuple[str, ...]]:
-    """The configurations of each whole cycle in the order in which they ran."""
-    by_cycle: dict[int, list[Record]] = {}
-    for record in records:
-        by_cycle.setdefault(record.identity.cycle_index, []).append(record)
-    most = max(map(len, by_cycle.values()), default=0)
-    return [
-        tuple(item.identity.config_name for item in sorted(members, key=_order_index))
-        for members in by_cycle.values()
-        if len(members) == most
-    ]
-
-
-def _is_grouped(records: Sequence[Record]) -> bool:
-    """Whether the cycles of each configuration follow one another, with nothing in between."""
-    names = [item.identity.config_name for item in sorted(records, key=_order_index)]
-    blocks = sum(1 for _ in itertools.groupby(names))
-    return blocks == len(set(names)) < len(names)
+def _by_cycle(records: Iterable[Record]) -> Mapping[int, Sequence[Record]]:
+    """The results of each cycle in the order in which they ran."""
+    found: dict[int, list[Record]] = {}
+    for record in sorted(records, key=_order_index):
+        found.setdefault(record.identity.cycle_index, []).append(record)
+    return found
 
 
 def _order_index(record: Record) -> int:
     return record.identity.order_index
 
 
-def _without_means(values: Sequence[float], groups: Sequence[Sequence[object]]) -> list[float]:
-    """The values less the means of each grouping, taken off in turn until nothing is left of them."""
-    left = list(values)
-    for _ in range(_ROUNDS):
-        before = left
-        for labels in groups:
-            left = _less_means(left, labels)
-        if max((abs(one - two) for one, two in zip(before, left, strict=True)), default=0.0) < 1e-12:
-            break
-    return left
-
-
-def _less_means(values: Sequence[float], labels: Sequence[object]) -> list[float]:
-    members: dict[object, list[float]] = {}
-    for value, label in zip(values, labels, strict=True):
-        members.setdefault(label, []).append(value)
-    means = {label: statistics.fmean(items) for label, items in members.items()}
-    return [value - means[label] for value, label in zip(values, labels, strict=True)]
-
-
 def _change(code: str, metric: Metric, drift: Drift) -> Reason:
     moved = f"{'rises' if drift.change > 0 else 'falls'} by {percent(abs(drift.change))}"
-    return Reason.of(code, metric=metric.label, moved=moved, interval=_interval(drift))
+    interval = ""
+    if drift.ci_lower is not None and drift.ci_upper is not None:
+        interval = f" (95 % {100 * drift.ci_lower:+.2g} to {100 * drift.ci_upper:+.2g} %)"
+    return Reason.of(code, metric=metric.label, moved=moved, interval=interval)
 
 
-def _interval(drift: Drift) -> str:
-    if drift.ci_lower is None or drift.ci_upper is None:
-        return ""
-    return f" (95 % {100 * drift.ci_lower:+.2g} to {100 * drift.ci_upper:+.2g} %)"
-
-
-_DAMAGE_SHOWN = 3
-
-
-@dataclass(frozen=True)
-class Check:
-    """What was found about a run.
-
-    Attributes:
-        run: its configurations; None where there is no whole result.
-        findings: the weak ones first.
-        n_results: whole results looked at, of all attempts.
-    """
-
-    campaign_name: str
-    run_id: str
-    run: RunResults | None
-    findings: tuple[Finding, ...]
-    n_results: int
-
-    @property
-    def is_weak(self) -> bool:
-        """Whether a finding is weak."""
-        return any(item.is_weak for item in self.findings)
-
-
-def check_run(
-    records: Sequence[Record],
-    *,
-    failed: Mapping[str, int] | None = None,
-    problems: Sequence[Problem] = (),
-    stopping: StoppingRule | None = None,
-    campaign_name: str = "",
-    run_id: str = "",
-) -> Check:
-    """Everything that weakens the numbers of one run.
-
-    Args:
-        records: all its whole results, valid or not, of all attempts.
-        failed: per configuration name, how many experiments gave no result.
-        problems: what stands in the place of results.
-        stopping: the rule by which cycles were added.
-        campaign_name, run_id: what to call a run of which there is no result that says it.
-    """
-    run = gather(records, failed, metrics=TREND_METRICS) if records else None
-    found = [*_damage(problems), *_failures(failed or {})]
-    if run is None:
-        found.append(
-            Finding("no_results", True, Reason.of("no_results"), "run the campaign; lem status says how it is")
-        )
-    else:
-        found += [*check_results(run, records), *check_trends(run), *_stopping(stopping)]
-    return Check(
-        run.campaign_name if run else campaign_name,
-        run.run_id if run else run_id,
-        run,
-        tuple(sorted(found, key=lambda item: not item.is_weak)),
-        len(records),
-    )
-
-
-def _damage(problems: Iterable[Problem]) -> Found:
-    damaged = [item for item in problems if item.kind != "missing"]
-    if damaged:
-        named = ", ".join(f"{item.path} ({item.kind})" for item in damaged[:_DAMAGE_SHOWN])
-        more = f" and {len(damaged) - _DAMAGE_SHOWN} more" if len(damaged) > _DAMAGE_SHOWN else ""
-        yield Finding(
-            "damaged",
-            True,
-            Reason.of("results_damaged", named=named + more),
-            "bring them back from a copy, or measure them again: lem campaign --resume runs what has no whole result",
-        )
-
-
-def _failures(failed: Mapping[str, int]) -> Found:
-    count = sum(failed.values())
-    if count:
-        yield Finding(
-            "failed",
-            True,
-            Reason.of("results_missing", experiments=plural(count, "experiment")),
-            "lem status names the reason of each that failed, and its log; lem campaign --resume runs them again",
-            tuple(failed),
-        )
-
-
-def _stopping(rule: StoppingRule | None) -> Found:
-    if rule is not None:
-        yield Finding(
-            "stopping",
-            False,
-            Reason.of("cycles_added", rule=rule.describe(), unaccounted=UNACCOUNTED),
-            "for a verdict that hangs on the third digit measure a fixed number of cycles anew",
-        )
+# In the order in which findings of the same weight are shown.
+_CHECKS: tuple[Callable[[Run], Found], ...] = (
+    _damage,
+    _failures,
+    _no_results,
+    _exclusions,
+    _OfConfigurations("no_valid_result", lambda item: not item.cycles, lambda _: Reason.of("no_valid_result")),
+    _OfResults("unsteady", Reason.of("window_moved"), lambda item: item.validity.steady is False),
+    _OfResults("warmup", Reason.of("warmup_did_not_settle"), lambda item: item.validity.warmup_converged is False),
+    _OfResults("short_window", Reason.of("window_short", least_s=SHORT_WINDOW_S, updates=WINDOW_UPDATES), _is_short),
+    _OfResults("failed_requests", Reason.of("few_requests_failed"), lambda item: item.work.requests_failed > 0),
+    _throttling,
+    _OfConfigurations("power_capped", _capped_share, lambda most: Reason.of("power_capped", share=percent(most))),
+    _OfResults(
+        "gap_too_short",
+        Reason.of("gap_ended_at_cap"),
+        lambda item: item.window.gap_end_reason == Reason.of("gap_cap_reached"),
+    ),
+    _OfResults(
+        "foreign_processes", Reason.of("others_on_gpu"), lambda item: bool(item.environment.other_gpu_processes)
+    ),
+    _OfResults("crosscheck", Reason.of("meters_apart", tolerance=percent(CROSSCHECK_TOLERANCE)), _meters_differ),
+    _OfResults("baseline_drift", Reason.of("rest_power_changed", tolerance=percent(REST_TOLERANCE)), _rest_changed),
+    _OfConfigurations(
+        "baselines_apart", _baseline_spread, lambda most: Reason.of("baselines_apart", spread=percent(most))
+    ),
+    _OfResults("estimate", Reason.of("estimate_only"), lambda item: item.energy.primary_j.is_estimate),
+    _OfResults(
+        "integrated_power",
+        Reason.of("power_integrated"),
+        lambda item: is_integrated_power(item.energy.primary_j.source),
+    ),
+    _OfConfigurations(
+        "shared_loads", lambda item: item.is_load_shared, lambda _: Reason.of("shared_loads", why=SHARED_LOAD)
+    ),
+    _work,
+    _obstacles,
+    _OfConfigurations(
+        "environment_changed",
+        lambda item: len({record.environment.fingerprint for record in item.used}) > 1,
+        lambda _: Reason.of("environment_changed"),
+    ),
+    _warnings,
+    _drift,
+    _order,
+    _OfConfigurations(
+        "few_cycles",
+        lambda item: item.n_cycles if item.n_cycles < _LEAST_CYCLES else 0,
+        lambda most: Reason.of("only_one_cycle" if most == 1 else "only_two_cycles"),
+    ),
+    _wide_intervals,
+    _pairs,
+    _stopping,
+)

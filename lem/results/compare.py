@@ -1,115 +1,50 @@
-"""Configurations of one run against a baseline, or of two runs over an anchor: ratios, and what may be said of them."""
+"""Configurations of one run against a baseline, or of two runs over an anchor: ratios, and what may be said of them.
+
+Two runs share no cycles, so whatever separates their days looks like a difference: simulated with 1 % between days, a
+naive test of two runs of five cycles is wrong in 58 % of cases. A configuration that both measured and that did not
+change went through the same two days: ratios to this anchor are compared.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from lem.base.errors import ExitCode
+from lem.base.errors import ExitCode, UserError
 from lem.base.reasons import Reason, alike
 from lem.record import Record
-from lem.results.aggregation import NO_INTERVAL, ConfigAggregate, aggregate_config
-from lem.results.bootstrap import CONFIDENCE
-from lem.results.effect import Effect, Gate, Judgement, Verdict, judge, paired_effect
-from lem.results.metrics import (
-    METRICS,
-    Cycles,
-    Metric,
-    Obstacle,
-    blocking_reason,
-    by_cycle,
-    cycle_values,
-    distinct,
-    find_obstacles,
-    used_cycles,
-)
-from lem.results.precision import StoppingRule
-from lem.results.run import settings_of
-from lem.results.stats import holm
+from lem.results.aggregation import NO_INTERVAL, Configuration
+from lem.results.metrics import METRICS, Metric, Obstacle, blocking_reason, cycle_values, find_obstacles
+from lem.results.run import Run
+from lem.results.stats import Effect, Gate, Judgement, Verdict, anchored_effect, holm, judge, paired_effect
 
-# A finding is told as one below this, after Holm.
+# A difference is found when its p value is below this, after Holm.
 SIGNIFICANCE = 0.05
 
 _DEFAULT_METRICS = ("energy_per_output_tok_j", "output_tok_per_s", "ttft_p50_s", "e2e_p50_s")
 _SHOWN_CAUSES = 2
 
+# Between days an unchanged configuration moves by about 1 %; a larger change has another cause.
+_TOLERANCE = 0.05
 
-@dataclass(frozen=True)
-class Subject:
-    """One configuration in one run.
-
-    Attributes:
-        name, config_hash: of the configuration.
-        run_id: of the run.
-        cycles: the records its figures stand on.
-        aggregate: its figures.
-        settings: by label, as `settings_of`.
-    """
-
-    name: str
-    config_hash: str
-    run_id: str
-    cycles: Cycles
-    aggregate: ConfigAggregate
-    settings: Mapping[str, str]
-
-    @property
-    def used(self) -> tuple[Record, ...]:
-        """The records its figures stand on, cycle by cycle."""
-        return tuple(record for members in self.cycles.values() for record in members)
-
-    @property
-    def n_excluded(self) -> int:
-        """Attempts that were invalid and experiments that gave no result."""
-        return self.aggregate.n_invalid + self.aggregate.n_failed
-
-    def mean(self, metric: Metric) -> float | None:
-        """The geometric mean over the cycles."""
-        t_log = self.aggregate.metrics[metric.name].t_log
-        return t_log.geometric_mean if t_log else None
-
-
-@dataclass(frozen=True)
-class RunResults:
-    """The configurations of one run, in the order in which they ran first.
-
-    Attributes:
-        failed: those without any result, and how many experiments of each failed.
-        stopping: by which rule cycles were added; None where their number was fixed.
-    """
-
-    campaign_name: str
-    run_id: str
-    subjects: tuple[Subject, ...]
-    failed: Mapping[str, int] = field(default_factory=dict)
-    stopping: StoppingRule | None = None
-
-    def find(self, name: str) -> Subject | None:
-        """The configuration of that name."""
-        return next((item for item in self.subjects if item.name == name), None)
+_OWN_ANCHOR = Reason.of("own_anchor")
+_NO_ANCHOR = Reason.of("no_anchor")
 
 
 @dataclass(frozen=True)
 class Row:
-    """Two configurations in one metric.
-
-    Attributes:
-        means: geometric means of baseline and other.
-        effect: other over baseline; None with `reason`.
-        raw_ratio: ratio of the means, where `effect` is taken over an anchor.
-        all_attempts_ratio: over every attempt, invalid ones too, where it differs.
-        reason: why there is no effect, no interval, or no verdict.
-        p_adjusted: two-sided, of no difference, after Holm over the whole comparison.
-    """
+    """Two configurations in one metric."""
 
     metric: Metric
-    means: tuple[float | None, float | None]
-    effect: Effect | None
-    raw_ratio: float | None = None
-    all_attempts_ratio: float | None = None
-    reason: Reason | None = None
-    p_adjusted: float | None = None
+    means: tuple[float | None, float | None]  # geometric means of baseline and other
+    effect: Effect | None  # other over baseline; None with `reason`
+    raw_ratio: float | None = None  # of the means, where `effect` is taken over an anchor
+    all_attempts_ratio: float | None = None  # over every attempt, invalid ones too, where it differs
+    reason: Reason | None = None  # why there is no effect, no interval, or no verdict
+    p_adjusted: float | None = None  # two-sided, of no difference, after Holm over the whole comparison
     judgement: Judgement | None = None
 
     @property
@@ -120,56 +55,43 @@ class Row:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two configurations: `other` is set against `baseline`."""
+    """Two configurations: `other` is compared with `baseline`."""
 
-    baseline: Subject
-    other: Subject
+    baseline: Configuration
+    other: Configuration
     obstacles: tuple[Obstacle, ...]
     rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True)
-class AnchorFinding:
-    """The configuration that two runs have in common, and what became of it from one to the other.
+class Anchor:
+    """The configuration that two runs have in common, and how it changed from one to the other."""
 
-    Attributes:
-        name: empty where there is none.
-        ratios: by metric name, later over earlier.
-        tolerance: the largest change of it that is taken for one between days.
-        reason: why there is none.
-    """
-
-    name: str
-    ratios: Mapping[str, float]
-    tolerance: float
-    reason: Reason | None = None
+    name: str  # empty where there is none
+    ratios: Mapping[str, float]  # by metric name, later over earlier
+    tolerance: float  # the largest change that is taken for one between days
+    reason: Reason | None = None  # why there is none
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that `lem compare` shows.
+    """Everything that `lem compare` shows."""
 
-    Attributes:
-        runs: one, or two of which the second is set against the first.
-        anchor: of two runs; None for one.
-        pairs: the first's baseline is that of all when there is one run.
-        metrics: in the order in which they are shown.
-        n_compared: how many p values Holm adjusted together.
-        missing: what could not be compared: configurations without a result or a counterpart.
-    """
-
-    runs: tuple[RunResults, ...]
-    pairs: tuple[Pair, ...]
-    metrics: tuple[Metric, ...]
+    runs: tuple[Run, ...]  # one, or two of which the second is compared with the first
+    pairs: tuple[Pair, ...]  # all with the same baseline when there is one run
+    metrics: tuple[Metric, ...]  # in the order in which they are shown
     gates: tuple[Gate, ...]
-    confidence: float
-    anchor: AnchorFinding | None = None
-    n_compared: int = 0
-    missing: tuple[str, ...] = ()
+    anchor: Anchor | None = None  # of two runs; None for one
+    n_compared: int = 0  # how many p values Holm adjusted together
+    missing: tuple[str, ...] = ()  # what could not be compared: configurations without a result or a counterpart
+
+    def rows(self, metric: Metric) -> list[tuple[Pair, Row]]:
+        """Every pair in one metric."""
+        return [(pair, row) for pair in self.pairs for row in pair.rows if row.metric is metric]
 
 
 def gate_code(comparison: Comparison, *, is_strict: bool) -> ExitCode:
-    """What the gates end with: a confirmed regression, something undecided where that counts, or fine."""
+    """The exit code of the gates: a confirmed regression, or undecided where that counts, or fine."""
     verdicts = [row.judgement.verdict for pair in comparison.pairs for row in pair.rows if row.judgement]
     if Verdict.WORSE in verdicts:
         return ExitCode.REGRESSION
@@ -177,200 +99,272 @@ def gate_code(comparison: Comparison, *, is_strict: bool) -> ExitCode:
     return ExitCode.INCONCLUSIVE if comparison.gates and is_strict and is_open else ExitCode.OK
 
 
-def gather(
-    records: Iterable[Record],
-    failed: Mapping[str, int] | None = None,
-    *,
-    confidence: float = CONFIDENCE,
-    metrics: Sequence[Metric] = METRICS,
-    stopping: StoppingRule | None = None,
-) -> RunResults:
-    """The configurations of one run.
-
-    Args:
-        records: all its whole results, valid or not, of all attempts.
-        failed: per configuration name, how many experiments gave no result.
-        metrics: those that will be compared; of thousands of experiments all of them take seconds.
-        stopping: as `precision.read_stopping_rule` finds it beside the results.
-
-    Raises:
-        ValueError: no records.
-    """
-    kept = sorted(distinct(records), key=lambda record: (record.identity.order_index, record.identity.cycle_index))
-    if not kept:
-        raise ValueError("no records: there is nothing to compare")
-    by_name: dict[str, list[Record]] = {}
-    for record in kept:
-        by_name.setdefault(record.identity.config_name, []).append(record)
-    subjects = tuple(
-        Subject(
-            name=name,
-            config_hash=members[0].identity.config_hash,
-            run_id=members[0].identity.run_id,
-            cycles=used_cycles(by_cycle(members)),
-            aggregate=aggregate_config(name, members, confidence, (failed or {}).get(name, 0), metrics),
-            settings=settings_of(members[0]),
-        )
-        for name, members in by_name.items()
-    )
-    lost = {name: count for name, count in (failed or {}).items() if name not in by_name}
-    return RunResults(kept[0].identity.campaign_name, kept[0].identity.run_id, subjects, lost, stopping)
-
-
 def compare_configurations(
-    run: RunResults,
-    baseline: Subject,
-    others: Sequence[Subject],
+    run: Run,
+    baseline: Configuration,
+    others: Sequence[Configuration],
     *,
     metrics: Sequence[Metric] = (),
     gates: Sequence[Gate] = (),
-    confidence: float = CONFIDENCE,
 ) -> Comparison:
     """Each of `others` against `baseline`, paired within cycles.
 
     Args:
-        metrics: what to compare; none takes those of the gates, and without gates what people look at first.
+        metrics: what to compare; by default the metrics of the gates, and without gates what people look at first.
     """
-    chosen = metrics_to_show(metrics, gates, [baseline, *others])
-    pairs = [_pair(baseline, other, chosen) for other in others]
-    return finished(Comparison((run,), tuple(pairs), chosen, tuple(gates), confidence, missing=without_result(run)))
+    chosen = _metrics_to_show(metrics, gates, [baseline, *others])
+    pairs = tuple(_pair_within(baseline, other, chosen) for other in others)
+    return _finished(Comparison((run,), pairs, chosen, tuple(gates), missing=_without_result(run)))
 
 
-def without_result(*runs: RunResults) -> tuple[str, ...]:
-    """A line for each configuration of which there is no result at all."""
-    return tuple(
-        f"no result at all: {name} in {run.run_id} ({count} failed)"
-        for run in runs
-        for name, count in run.failed.items()
-    )
+def compare_runs(
+    before: Run,
+    after: Run,
+    *,
+    chosen: tuple[Configuration, Configuration] | None = None,
+    anchor: str = "",
+    tolerance: float = _TOLERANCE,
+    metrics: Sequence[Metric] = (),
+    gates: Sequence[Gate] = (),
+) -> Comparison:
+    """The configurations of `after` against their counterparts in `before`.
+
+    Args:
+        chosen: the one pair to compare; by default every configuration that has a counterpart.
+        anchor: the name of the common configuration that both are compared with; by default the first unchanged one.
+        tolerance: the largest change of the anchor itself that allows a verdict.
+
+    Raises:
+        UserError: no such anchor, or it is not the same configuration in both.
+    """
+    anchors = _find_anchor(before, after, anchor, chosen)
+    matched, notes = ([chosen], []) if chosen else _match(before, after, anchors)
+    shown = _metrics_to_show(metrics, gates, [item for pair in matched for item in pair])
+    pairs = tuple(_pair_across(pair, anchors, shown, tolerance) for pair in matched)
+    missing = (*notes, *(() if chosen else _without_result(before, after)))
+    found = _describe_anchor(anchors, shown, tolerance)
+    return _finished(Comparison((before, after), pairs, shown, tuple(gates), found, missing=missing))
 
 
-def metrics_to_show(
-    metrics: Sequence[Metric], gates: Sequence[Gate], subjects: Sequence[Subject]
-) -> tuple[Metric, ...]:
-    """What was asked for and what is gated; without either what people look at first, as far as it was measured."""
-    candidates = candidate_metrics(metrics, gates)
-    if metrics or gates:
-        return candidates
-    measured = tuple(item for item in candidates if sum(subject.mean(item) is not None for subject in subjects) > 1)
-    return measured or candidates[:1]
-
-
-def candidate_metrics(metrics: Sequence[Metric], gates: Sequence[Gate]) -> tuple[Metric, ...]:
-    """What was asked for and what is gated; without either what people look at first."""
-    asked = tuple(dict.fromkeys((*(gate.metric for gate in gates), *metrics)))
-    return asked or tuple(metric for metric in METRICS if metric.name in _DEFAULT_METRICS)
-
-
-def find_effect(metric: Metric, baseline: Subject, other: Subject) -> tuple[Effect | None, Reason | None]:
+def find_effect(metric: Metric, baseline: Configuration, other: Configuration) -> tuple[Effect | None, Reason | None]:
     """The ratio of two configurations of one run, and why it or its error is missing; None when neither is."""
     below, above = (cycle_values(metric, item.cycles) for item in (baseline, other))
     shared = [cycle for cycle in below if cycle in above]
     if not shared:
-        return None, _no_pairs(metric, baseline, other)
+        for item in (baseline, other):
+            why = item.estimate(metric).null_reason
+            if why:
+                return None, Reason.of("not_measured", name=item.name, why=why)
+        return None, Reason.of("no_common_cycle")
     if min(*below.values(), *above.values()) <= 0:
         return None, Reason.of("no_ratio")
     effect = paired_effect([above[cycle] for cycle in shared], [below[cycle] for cycle in shared])
-    if len(shared) > 1 and (baseline.aggregate.is_load_shared or other.aggregate.is_load_shared):
+    if len(shared) > 1 and (baseline.is_load_shared or other.is_load_shared):
         return effect.without_error(), NO_INTERVAL
     return effect, Reason.of("one_cycle") if len(shared) == 1 else None
 
 
-def exclusion_reason(*subjects: Subject) -> Reason | None:
-    """Why no verdict can be given between configurations of which unequally much was excluded; else None.
+def exclusion_reason(*configurations: Configuration) -> Reason | None:
+    """Why there is no verdict between configurations that lost different numbers of cycles; None where they did not.
 
-    What throttles or fails is a finding about a configuration: what is left of it is not what the other is.
+    What throttles or fails is a finding about a configuration: what is left of it does not represent it.
     """
-    if len({item.n_excluded for item in subjects}) < 2:
+    if len({item.n_excluded for item in configurations}) < 2:
         return None
-    causes = "; ".join(f"{item.n_excluded} of {item.name}{_causes(item)}" for item in subjects)
+    causes = "; ".join(f"{item.n_excluded} of {item.name}{_causes(item)}" for item in configurations)
     return Reason.of("unequal_exclusions", causes=causes)
 
 
-def finished(comparison: Comparison) -> Comparison:
-    """The comparison with p values adjusted over all of its rows, and the judgements of its gates."""
-    open_rows = [
-        (pair_index, row_index, row.effect.p_value)
-        for pair_index, pair in enumerate(comparison.pairs)
-        for row_index, row in enumerate(pair.rows)
-        if not row.reason and row.effect is not None and row.effect.p_value is not None
-    ]
-    adjusted = holm([p_value for *_, p_value in open_rows])
-    p_of = {(pair, row): value for (pair, row, _), value in zip(open_rows, adjusted, strict=True)}
-    judged = _judgements(comparison)
-    pairs = tuple(
-        dataclasses.replace(
-            pair,
-            rows=tuple(
-                dataclasses.replace(row, p_adjusted=p_of.get((index, place)), judgement=judged.get((index, place)))
-                for place, row in enumerate(pair.rows)
-            ),
-        )
-        for index, pair in enumerate(comparison.pairs)
+def _causes(configuration: Configuration) -> str:
+    groups = alike(configuration.invalid_reasons.items())
+    causes = [f"{found[0][0]} × {sum(count for _, count in found)}" for found in groups]
+    if configuration.n_failed:
+        causes.append(f"no result × {configuration.n_failed}")
+    more = len(causes) - _SHOWN_CAUSES
+    text = "; ".join(causes[:_SHOWN_CAUSES]) + (f" and {more} more" if more > 0 else "")
+    return f" ({text})" if text else ""
+
+
+def _without_result(*runs: Run) -> tuple[str, ...]:
+    """A line for each configuration without any result."""
+    return tuple(
+        f"no result at all: {item.name} in {run.run_id} ({item.n_failed} failed)"
+        for run in runs
+        for item in run.configurations
+        if not item.records
     )
-    return dataclasses.replace(comparison, pairs=pairs, n_compared=len(open_rows))
 
 
-def _judgements(comparison: Comparison) -> dict[tuple[int, int], Judgement]:
-    gates = {gate.metric: gate for gate in comparison.gates}
-    asked = [
-        ((pair_index, row_index), (gates[row.metric], row.effect, row.reason))
-        for pair_index, pair in enumerate(comparison.pairs)
-        for row_index, row in enumerate(pair.rows)
-        if row.metric in gates
-    ]
-    found = judge([question for _, question in asked], confidence=comparison.confidence)
-    return {place: judgement for (place, _), judgement in zip(asked, found, strict=True)}
+def _metrics_to_show(
+    metrics: Sequence[Metric], gates: Sequence[Gate], configurations: Sequence[Configuration]
+) -> tuple[Metric, ...]:
+    """The metrics of the gates and those asked for; without either the usual ones, as far as they were measured."""
+    asked = tuple(dict.fromkeys((*(gate.metric for gate in gates), *metrics)))
+    if asked:
+        return asked
+    usual = tuple(metric for metric in METRICS if metric.name in _DEFAULT_METRICS)
+    measured = tuple(
+        metric for metric in usual if sum(item.estimate(metric).value is not None for item in configurations) > 1
+    )
+    return measured or usual[:1]
 
 
-def _pair(baseline: Subject, other: Subject, metrics: Sequence[Metric]) -> Pair:
+def _pair_within(baseline: Configuration, other: Configuration, metrics: Sequence[Metric]) -> Pair:
     obstacles = find_obstacles(baseline.used, other.used)
     excluded = exclusion_reason(baseline, other)
     rows = []
     for metric in metrics:
         effect, reason = find_effect(metric, baseline, other)
-        blocking = blocking_reason(obstacles, metric.group)
+        blocking = blocking_reason(obstacles, metric.group) or excluded
         rows.append(
             Row(
                 metric=metric,
-                means=(baseline.mean(metric), other.mean(metric)),
+                means=(baseline.estimate(metric).value, other.estimate(metric).value),
                 effect=effect,
                 all_attempts_ratio=_all_attempts_ratio(metric, baseline, other),
-                reason=(reason if effect is None else None) or blocking or excluded or reason,
+                reason=(reason if effect is None else None) or blocking or reason,
             )
         )
     return Pair(baseline, other, obstacles, tuple(rows))
 
 
-def _all_attempts_ratio(metric: Metric, baseline: Subject, other: Subject) -> float | None:
+def _all_attempts_ratio(metric: Metric, baseline: Configuration, other: Configuration) -> float | None:
     """The ratio of the means over all attempts; None where all attempts are those that count."""
-    estimates = [item.aggregate.metrics[metric.name] for item in (baseline, other)]
+    estimates = [item.estimate(metric) for item in (baseline, other)]
     if not any(estimate.all_attempts for estimate in estimates):
         return None
-    means = [
-        estimate.all_attempts.geometric_mean
-        if estimate.all_attempts
-        else estimate.t_log.geometric_mean
-        if estimate.t_log
-        else None
-        for estimate in estimates
+    below, above = (item.all_attempts.geometric_mean if item.all_attempts else item.value for item in estimates)
+    return above / below if below and above else None
+
+
+_Anchors = tuple[Configuration, Configuration] | None
+
+
+def _pair_across(
+    pair: tuple[Configuration, Configuration], anchors: _Anchors, metrics: Sequence[Metric], tolerance: float
+) -> Pair:
+    before, after = pair
+    is_anchored = anchors is not None and anchors != pair
+    obstacles = find_obstacles(before.used, after.used, is_anchored=is_anchored)
+    rows = []
+    for metric in metrics:
+        raw = _raw(metric, before, after)
+        if anchors is not None and is_anchored:
+            effect, reason = _over_anchor(metric, pair, anchors, tolerance)
+            blocking = blocking_reason(obstacles, metric.group) or exclusion_reason(before, after, *anchors)
+        else:
+            effect = None if raw is None else Effect(raw, None, None, (before.n_cycles, after.n_cycles))
+            reason, blocking = (_OWN_ANCHOR if anchors else _NO_ANCHOR), None
+        rows.append(
+            Row(
+                metric=metric,
+                means=(before.estimate(metric).value, after.estimate(metric).value),
+                effect=effect,
+                raw_ratio=None if raw is None else math.exp(raw),
+                reason=(reason if effect is None else None) or blocking or reason,
+            )
+        )
+    return Pair(before, after, obstacles, tuple(rows))
+
+
+def _over_anchor(
+    metric: Metric, pair: tuple[Configuration, Configuration], anchors: tuple[Configuration, Configuration], most: float
+) -> tuple[Effect | None, Reason | None]:
+    ratios = []
+    for configuration, anchor in zip(pair, anchors, strict=True):
+        effect, reason = find_effect(metric, anchor, configuration)
+        if effect is None:
+            return None, reason
+        ratios.append((effect, reason))
+    (earlier, why_earlier), (later, why_later) = ratios
+    raw, moved = _raw(metric, *anchors), None
+    if raw is not None and abs(raw) > math.log1p(most):
+        moved = Reason.of("anchor_moved", name=anchors[0].name, ratio=math.exp(raw), most_percent=100 * most)
+    return anchored_effect(later, earlier), why_earlier or why_later or moved
+
+
+def _find_anchor(before: Run, after: Run, name: str, chosen: _Anchors) -> _Anchors:
+    by_hash = {item.config_hash: item for item in after.with_results}
+    common = [(item, by_hash[item.config_hash]) for item in before.with_results if item.config_hash in by_hash]
+    if name:
+        named = next((pair for pair in common if name in (pair[0].name, pair[1].name)), None)
+        if named is None:
+            known = ", ".join(pair[0].name for pair in common) or "none"
+            raise UserError(f"no configuration {name!r} is the same in both runs", f"common to both: {known}")
+        return named
+    taken = {item.config_hash for item in chosen or ()}
+    unchanged = (pair for pair in common if _software(pair[0].used) == _software(pair[1].used) and pair[0].used)
+    return next((pair for pair in unchanged if pair[0].config_hash not in taken), None)
+
+
+def _software(records: Iterable[Record]) -> set[tuple[object, ...]]:
+    """What an unchanged configuration runs on; the driver is the machine's, so both sides of a ratio have it."""
+    return {
+        (
+            item.environment.image,
+            item.environment.weights_sha256,
+            item.environment.model_revision,
+            tuple(sorted((name, text) for name, text in item.environment.versions.items() if name != "driver")),
+        )
+        for item in records
+    }
+
+
+def _match(before: Run, after: Run, anchors: _Anchors) -> tuple[list[tuple[Configuration, Configuration]], list[str]]:
+    """The pairs to compare, and who has no counterpart: same configuration, else same name, else the only ones left."""
+    left = [item for item in before.with_results if not anchors or item is not anchors[0]]
+    right = [item for item in after.with_results if not anchors or item is not anchors[1]]
+    matched: list[tuple[Configuration, Configuration]] = []
+    keys: tuple[Callable[[Configuration], str], ...] = (lambda item: item.config_hash, lambda item: item.name)
+    for key in keys:
+        for one in list(left):
+            other = next((item for item in right if key(item) == key(one)), None)
+            if other is not None:
+                matched.append((one, other))
+                left.remove(one)
+                right.remove(other)
+    if len(left) == len(right) == 1:
+        matched.append((left.pop(), right.pop()))
+    if not matched and anchors:
+        matched.append(anchors)
+    return matched, [
+        f"only in {run.run_id}: {', '.join(item.name for item in rest)}"
+        for run, rest in ((before, left), (after, right))
+        if rest
     ]
-    return means[1] / means[0] if means[0] and means[1] else None
 
 
-def _no_pairs(metric: Metric, baseline: Subject, other: Subject) -> Reason:
-    for subject in (baseline, other):
-        estimate = subject.aggregate.metrics[metric.name]
-        if estimate.null_reason:
-            return Reason.of("not_measured", name=subject.name, why=estimate.null_reason)
-    return Reason.of("no_common_cycle")
+def _describe_anchor(anchors: _Anchors, metrics: Sequence[Metric], tolerance: float) -> Anchor:
+    if anchors is None:
+        return Anchor("", {}, tolerance, _NO_ANCHOR)
+    logs = {metric.name: _raw(metric, *anchors) for metric in metrics}
+    ratios = {name: math.exp(value) for name, value in logs.items() if value is not None}
+    return Anchor(anchors[0].name, ratios, tolerance)
 
 
-def _causes(subject: Subject) -> str:
-    groups = alike(subject.aggregate.invalid_reasons.items())
-    causes = [f"{found[0][0]} × {sum(count for _, count in found)}" for found in groups]
-    if subject.aggregate.n_failed:
-        causes.append(f"no result × {subject.aggregate.n_failed}")
-    more = len(causes) - _SHOWN_CAUSES
-    text = "; ".join(causes[:_SHOWN_CAUSES]) + (f" and {more} more" if more > 0 else "")
-    return f" ({text})" if text else ""
+def _raw(metric: Metric, before: Configuration, after: Configuration) -> float | None:
+    """The log of the ratio of the two geometric means; None where one is missing."""
+    below, above = before.estimate(metric).value, after.estimate(metric).value
+    return math.log(above / below) if below and above else None
+
+
+def _finished(comparison: Comparison) -> Comparison:
+    """The comparison with p values adjusted over all of its rows, and the judgements of its gates."""
+    rows = [row for pair in comparison.pairs for row in pair.rows]
+    gates = {gate.metric: gate for gate in comparison.gates}
+    p_values = [None if row.reason or row.effect is None else row.effect.p_value for row in rows]
+    known = [p_value for p_value in p_values if p_value is not None]
+    adjusted = iter(holm(known))
+    judged = iter(judge([(gates[row.metric], row.effect, row.reason) for row in rows if row.metric in gates]))
+    done = iter(
+        dataclasses.replace(
+            row,
+            p_adjusted=None if p_value is None else next(adjusted),
+            judgement=next(judged) if row.metric in gates else None,
+        )
+        for row, p_value in zip(rows, p_values, strict=True)
+    )
+    pairs = tuple(
+        dataclasses.replace(pair, rows=tuple(itertools.islice(done, len(pair.rows)))) for pair in comparison.pairs
+    )
+    return dataclasses.replace(comparison, pairs=pairs, n_compared=len(known))

@@ -1,9 +1,8 @@
-"""Records as flat rows for other programs: one row an experiment, the same columns in the same order for all.
+"""Records as flat rows for other programs: one row per experiment, with the same columns in the same order.
 
-A column is named as the record's field is, with its unit; what a section repeats has a prefix (`gpu0_energy_j`,
-`ttft_p50_s`), what people name themselves a dotted one (`requested.fp_precision`). Fixed columns come first, those of
-GPUs and of what was requested last, so that a wider campaign only adds columns at the end. The same results give the
-same bytes.
+A column has the name of the record's field, with its unit. Repeated sections have a prefix (`gpu0_energy_j`,
+`ttft_p50_s`), options a dotted one (`requested.fp_precision`). Fixed columns come first, those of GPUs and options
+last, so that a wider campaign only adds columns at the end. The same results give the same bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from lem.base.reasons import Reason
 from lem.config.problems import did_you_mean
 from lem.record import Distribution, Gpu, Record, ResultKey, parts_of_source
 from lem.results.metrics import LATENCIES, used_records
+from lem.results.store import StoredResult
 
 FORMATS = ("csv", "json", "jsonl", "markdown")
 
@@ -35,41 +35,24 @@ _NOT_FOR_THIS_ONE = "not given for this experiment"
 
 
 @dataclass(frozen=True)
-class Exported:
-    """A record and where it lies.
-
-    Attributes:
-        path: of `result.json`, relative to the results folder.
-    """
-
-    path: str
-    record: Record
-
-
-@dataclass(frozen=True)
 class Table:
-    """Rows of the same columns.
-
-    Attributes:
-        columns: their names, in order.
-        rows: for each a value by column, JSON values.
-        reasons: for each row why a value is None, by column.
-    """
+    """Rows of the same columns."""
 
     columns: tuple[str, ...]
-    rows: tuple[Mapping[str, Any], ...]
-    reasons: tuple[Mapping[str, str], ...]
+    rows: tuple[Mapping[str, Any], ...]  # JSON values by column
+    reasons: tuple[Mapping[str, str], ...]  # for each row, why a value is None, by column
 
 
-def make_table(results: Iterable[Exported], *, is_every_attempt: bool = False) -> Table:
+def make_table(results: Iterable[StoredResult], *, is_every_attempt: bool = False) -> Table:
     """The rows of the results, in the order of campaign, run, host and execution.
 
     Args:
+        results: with paths relative to the results folder.
         is_every_attempt: a row for each attempt; else for each experiment the one that counts: its last valid attempt,
-            or the last where none is valid. `used` says which ones estimates stand on.
+            or the last where none is valid. The column `used` tells which ones estimates rest on.
     """
     known = sorted(results, key=_place)
-    used = _used_keys(item.record for item in known)
+    used = {record.identity.key for record in used_records(item.record for item in known)}
     chosen = known if is_every_attempt else _one_an_experiment(known, used)
     cells = [dict(_cells(item, is_used=item.record.identity.key in used)) for item in chosen]
     columns = _ordered_columns(cells)
@@ -81,10 +64,10 @@ def make_table(results: Iterable[Exported], *, is_every_attempt: bool = False) -
     return Table(columns, tuple(rows), tuple(reasons))
 
 
-def summary_columns(results: Iterable[Exported]) -> tuple[str, ...]:
-    """What a Markdown table shows when no columns are named: with all of them, it could not be read.
+def summary_columns(results: Iterable[StoredResult]) -> tuple[str, ...]:
+    """The columns of a Markdown table when none are named: all of them would be unreadable.
 
-    Of the energies, those that add up to the one that counts; the GPUs' where no result has any.
+    Of the energies, those that add up to the one that counts; that of the GPUs where no result has any.
     """
     energies = [item.record.energy for item in results]
     counted = {
@@ -108,7 +91,7 @@ def summary_columns(results: Iterable[Exported]) -> tuple[str, ...]:
 
 
 def with_columns(table: Table, names: Sequence[str]) -> Table:
-    """The table with these columns alone, in this order.
+    """The table with only these columns, in this order.
 
     Raises:
         UserError: there is no such column.
@@ -130,21 +113,23 @@ def render(table: Table, form: str) -> str:
     Raises:
         ValueError: no such format.
     """
-    renderers: Mapping[str, Callable[[Table], str]] = {
-        "csv": _as_csv,
-        "json": _as_json,
-        "jsonl": _as_json_lines,
-        "markdown": _as_markdown,
-    }
-    if form not in renderers:
-        raise ValueError(f"{form!r} is none of {', '.join(FORMATS)}")
-    return renderers[form](table)
+    if form == "csv":
+        return _as_csv(table)
+    if form == "markdown":
+        return _as_markdown(table)
+    documents = [{**row, "null_reasons": dict(why)} for row, why in zip(table.rows, table.reasons, strict=True)]
+    if form == "json":
+        return json_text(documents)
+    if form == "jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in documents)
+    raise ValueError(f"{form!r} is none of {', '.join(FORMATS)}")
 
 
+# A column with its value and why that is None.
 _Cell = tuple[str, tuple[Any, str]]
 
 
-def _place(item: Exported) -> tuple[Any, ...]:
+def _place(item: StoredResult) -> tuple[Any, ...]:
     identity = item.record.identity
     return (
         identity.campaign_name,
@@ -154,21 +139,12 @@ def _place(item: Exported) -> tuple[Any, ...]:
         identity.cycle_index,
         identity.experiment_id,
         identity.attempt,
-        item.path,
+        item.path.as_posix(),
     )
 
 
-def _used_keys(records: Iterable[Record]) -> set[ResultKey]:
-    """The results that estimates stand on."""
-    by_name: dict[tuple[str, str, str], list[Record]] = {}
-    for record in records:
-        identity = record.identity
-        by_name.setdefault((identity.run_id, identity.host, identity.config_name), []).append(record)
-    return {record.identity.key for members in by_name.values() for record in used_records(members)}
-
-
-def _one_an_experiment(results: Sequence[Exported], used: set[ResultKey]) -> list[Exported]:
-    chosen: dict[tuple[str, str, str, int], Exported] = {}
+def _one_an_experiment(results: Sequence[StoredResult], used: set[ResultKey]) -> list[StoredResult]:
+    chosen: dict[tuple[str, str, str, int], StoredResult] = {}
     for item in results:
         key = item.record.identity.key
         before = chosen.get(key[:4])
@@ -177,10 +153,9 @@ def _one_an_experiment(results: Sequence[Exported], used: set[ResultKey]) -> lis
     return list(chosen.values())
 
 
-def _cells(item: Exported, *, is_used: bool) -> Iterator[_Cell]:
-    """Every value with its column, and why it is None."""
+def _cells(item: StoredResult, *, is_used: bool) -> Iterator[_Cell]:
     record = item.record
-    yield "result", (item.path, "")
+    yield "result", (item.path.as_posix(), "")
     yield from _section(record.identity)
     yield "used", (is_used, "")
     for name in _SECTIONS:
@@ -225,7 +200,6 @@ def _dotted(prefix: str, mapping: Mapping[str, Any]) -> Iterator[_Cell]:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it."""
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, Reason):
@@ -260,20 +234,8 @@ def _csv_cell(value: Any) -> str:
 
 
 def _not_a_formula(text: str) -> str:
-    """The text with an apostrophe before it where a spreadsheet would run it: results come from other hosts too."""
+    """The text, with an apostrophe before it if a spreadsheet would run it: results come from other hosts too."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
-
-
-def _as_json(table: Table) -> str:
-    return json_text(_documents(table))
-
-
-def _as_json_lines(table: Table) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in _documents(table))
-
-
-def _documents(table: Table) -> list[dict[str, Any]]:
-    return [{**row, "null_reasons": dict(reasons)} for row, reasons in zip(table.rows, table.reasons, strict=True)]
 
 
 def _as_markdown(table: Table) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from lem.base.codec import build, build_from, typed_fields
 from lem.base.durable import make_folder, reason_of, remedy_for, sha256_of
 from lem.base.errors import UserError
 from lem.record import Record, ResultKey
-from lem.results.precision import read_stopping_rule, write_stopping_rule
+from lem.results.metrics import Metric
+from lem.results.run import ENERGY, THROUGHPUT, read_stopping_rule, write_stopping_rule
 from lem.results.store import Problem, Repository, StoredResult, experiment_folder_name, is_name, list_campaigns
 
 SCHEMA_VERSION = 1
@@ -26,7 +27,7 @@ SHARD, REPLICATE = MODES = ("shard", "replicate")
 
 @dataclass(frozen=True)
 class PlannedExperiment:
-    """One configuration in one cycle, as a person and the matrix of a merge know it."""
+    """One configuration in one cycle."""
 
     exp_id: str
     config_name: str
@@ -36,41 +37,28 @@ class PlannedExperiment:
 
 @dataclass(frozen=True)
 class HostPart:
-    """What one host runs.
+    """What one host runs."""
 
-    Attributes:
-        name: of the host, which its results carry.
-        exp_ids: in the order of the campaign.
-        expected_s: how long it is taken to measure; None where no earlier result tells.
-    """
-
-    name: str
-    exp_ids: tuple[str, ...]
-    expected_s: float | None = None
+    name: str  # of the host, as in its results
+    exp_ids: tuple[str, ...]  # in the order of the campaign
+    expected_s: float | None = None  # how long it is expected to take; None without earlier results
 
 
 @dataclass(frozen=True)
 class FleetPlan:
-    """A campaign divided over hosts.
-
-    Attributes:
-        config_hash: of the campaign; a host refuses a plan made of another state of its file.
-        run_id: of all hosts together, so that their results make one run.
-        mode: `shard` (each configuration on one host) or `replicate` (all of them on every host).
-        anchor: config_hash of the configuration that every host runs, by which hosts are compared; None without one.
-    """
+    """A campaign divided over hosts."""
 
     campaign_id: str
     campaign_name: str
-    config_hash: str
-    run_id: str
-    mode: str
-    anchor: str | None
+    config_hash: str  # of the campaign; a host refuses a plan made of another state of its file
+    run_id: str  # of all hosts together, so that their results make one run
+    mode: str  # `shard` (each configuration on one host) or `replicate` (all of them on every host)
+    anchor: str | None  # config_hash of the configuration that every host runs, by which hosts are compared
     experiments: tuple[PlannedExperiment, ...]
     hosts: tuple[HostPart, ...]
 
     def part(self, index: int) -> HostPart:
-        """What the host of that number, from 1, runs.
+        """What the host with that number, from 1, runs.
 
         Raises:
             UserError: there is no such host.
@@ -81,7 +69,7 @@ class FleetPlan:
 
 
 def write_plan(path: Path, plan: FleetPlan) -> None:
-    """Write the plan, whole or not at all, where none is: a stored plan is never changed.
+    """Write the plan, whole or not at all; a stored plan is never changed.
 
     Raises:
         UserError: there is one, or it cannot be written.
@@ -150,36 +138,25 @@ def _check(plan: FleetPlan) -> None:
 
 
 _SHOWN = 5
-_METRICS: tuple[tuple[str, str, Callable[[Record], float | None]], ...] = (
-    ("energy_per_output_tok_j", "J/tok", lambda record: record.efficiency.energy_per_output_tok_j),
-    ("output_tok_per_s", "tok/s", lambda record: record.throughput.output_tok_per_s),
-)
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """What the folders hold together.
+    """What the folders hold together."""
 
-    Attributes:
-        campaign: the slug.
-        results: each once, by run, experiment, host and attempt.
-        problems: attempts without a result that can be used; they are left out and named.
-        foreign_runs: runs that the plan is not of; they are left out.
-    """
-
-    campaign: str
-    results: tuple[StoredResult, ...]
-    problems: tuple[Problem, ...]
-    foreign_runs: tuple[str, ...] = ()
+    campaign: str  # the slug
+    results: tuple[StoredResult, ...]  # each once
+    problems: tuple[Problem, ...]  # attempts without a usable result
+    foreign_runs: tuple[str, ...] = ()  # runs that do not belong to the plan; they are left out
 
 
 def gather(folders: Sequence[Path], *, campaign: str | None = None, plan: FleetPlan | None = None) -> Gathered:
     """The results in the folders, each once.
 
     Args:
-        folders: of one host each: a results folder, or a folder with `results` in it.
+        folders: one per host: a results folder, or a folder with `results` in it.
         campaign: which, where they hold several.
-        plan: its run alone counts.
+        plan: only its run counts.
 
     Raises:
         UserError: no folder, no campaign, several, or two results of one key that differ.
@@ -215,7 +192,7 @@ def gather(folders: Sequence[Path], *, campaign: str | None = None, plan: FleetP
 
 
 def _results_dirs(folders: Iterable[Path]) -> list[Path]:
-    """The results folders, each once whatever it is called."""
+    """The results folders, each once even if it has several names."""
     found: dict[Path, Path] = {}
     for folder in folders:
         path = _results_dir(folder)
@@ -245,18 +222,12 @@ def _only_campaign(results_dirs: Iterable[Path]) -> str:
 
 @dataclass(frozen=True)
 class AnchorCheck:
-    """How alike the hosts are, by the configuration that all of them ran.
+    """How alike the hosts are, by the configuration that all of them ran."""
 
-    Attributes:
-        metric, unit: what was compared; empty where nothing could be.
-        by_host: geometric mean over the valid results of each host.
-        spread: largest over smallest, less one; None with fewer than two hosts.
-    """
-
-    metric: str = ""
+    metric: str = ""  # what was compared; empty where nothing could be
     unit: str = ""
-    by_host: Mapping[str, float] = field(default_factory=dict)
-    spread: float | None = None
+    by_host: Mapping[str, float] = field(default_factory=dict)  # geometric mean over the valid results
+    spread: float | None = None  # largest over smallest, less one; None with fewer than two hosts
 
 
 def check_anchor(results: Sequence[StoredResult], anchor: str | None, tolerance: float) -> AnchorCheck:
@@ -264,34 +235,34 @@ def check_anchor(results: Sequence[StoredResult], anchor: str | None, tolerance:
 
     Args:
         anchor: the config_hash; None where there is none, and then nothing is compared.
-        tolerance: the largest spread under which results of these hosts may stand in one table, as a ratio.
+        tolerance: the largest spread, as a ratio, with which results of these hosts may be in one table.
 
     Raises:
         UserError: the hosts differ by more.
     """
     records = [item.record for item in results if item.record.identity.config_hash == anchor]
     records = [record for record in records if record.validity.valid]
-    for metric, unit, read in _METRICS:
-        by_host = _geometric_means(records, read)
+    for metric in (ENERGY, THROUGHPUT):
+        by_host = _geometric_means(records, metric)
         if by_host is None:
             continue
         spread = max(by_host.values()) / min(by_host.values()) - 1 if len(by_host) > 1 else None
         if spread is not None and spread > tolerance:
-            values = ", ".join(f"{host} {value:.4g} {unit}" for host, value in by_host.items())
+            values = ", ".join(f"{host} {value:.4g} {metric.unit}" for host, value in by_host.items())
+            most = f"more than {100 * tolerance:g} %"
             raise UserError(
-                f"the hosts differ by {100 * spread:.1f} % in {metric} of the anchor, more than {100 * tolerance:g} %: "
-                + values,
+                f"the hosts differ by {100 * spread:.1f} % in {metric.name} of the anchor, {most}: {values}",
                 "they are not alike enough for one table: replicate the campaign on each, or raise --anchor-tolerance",
             )
-        return AnchorCheck(metric, unit, by_host, spread)
+        return AnchorCheck(metric.name, metric.unit, by_host, spread)
     return AnchorCheck()
 
 
-def _geometric_means(records: Sequence[Record], read: Callable[[Record], float | None]) -> dict[str, float] | None:
-    """By host; None where a record lacks the value, since means over different cycles do not compare."""
+def _geometric_means(records: Sequence[Record], metric: Metric) -> dict[str, float] | None:
+    """By host; None if a record has no value, since means over different cycles are not comparable."""
     values: dict[str, list[float]] = {}
     for record in records:
-        value = read(record)
+        value, _ = metric.read(record)
         if value is None or value <= 0:
             return None
         values.setdefault(record.identity.host, []).append(math.log(value))
@@ -300,11 +271,11 @@ def _geometric_means(records: Sequence[Record], read: Callable[[Record], float |
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration on one host: how many of its cycles have a result, a valid one, and how many were planned."""
+    """The cycles of one configuration on one host."""
 
     planned: int
-    present: int
-    valid: int
+    present: int  # with a result
+    valid: int  # with a valid result
 
     @property
     def text(self) -> str:
@@ -317,58 +288,42 @@ class Cell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Which results are there: configurations by hosts.
-
-    Attributes:
-        rows: by the configuration's name, a cell for each host.
-        lacking: host and exp_id of each experiment that was planned and has no result.
-    """
+    """Which results are there: configurations by hosts."""
 
     hosts: tuple[str, ...]
-    rows: Mapping[str, tuple[Cell, ...]]
-    lacking: tuple[tuple[str, str], ...]
+    rows: Mapping[str, tuple[Cell, ...]]  # by configuration name, a cell for each host
+    missing: tuple[tuple[str, str], ...]  # host and exp_id of each planned experiment without a result
 
 
 def completeness(gathered: Gathered, plan: FleetPlan | None) -> Matrix:
-    """Which results are there, of those planned; without a plan of those that any host has or began."""
-    due = _planned(plan) if plan is not None else _seen(gathered)
+    """Which results are there, of those planned; without a plan, of those that any host has."""
     present: dict[tuple[str, str], bool] = {}
+    planned: dict[tuple[str, str], str] = {}
     for item in gathered.results:
         identity = item.record.identity
         key = (identity.host, identity.experiment_id)
         present[key] = present.get(key, False) or item.record.validity.valid
-    hosts = tuple(dict.fromkeys(host for host, _ in due))
-    names = dict.fromkeys(due.values())
-    rows = {}
-    for name in names:
-        keys = {host: [key for key, value in due.items() if value == name and key[0] == host] for host in hosts}
-        rows[name] = tuple(
-            Cell(
-                len(keys[host]),
-                sum(key in present for key in keys[host]),
-                sum(present.get(key, False) for key in keys[host]),
-            )
-            for host in hosts
+        planned[key] = identity.config_name.removesuffix(f" @ {identity.host}")
+    if plan is not None:
+        names = {item.exp_id: item.config_name for item in plan.experiments}
+        planned = {(host.name, exp_id): names[exp_id] for host in plan.hosts for exp_id in host.exp_ids}
+    hosts = tuple(dict.fromkeys(host for host, _ in planned))
+    rows = {
+        name: tuple(
+            _cell([key for key, of in planned.items() if of == name and key[0] == host], present) for host in hosts
         )
-    return Matrix(hosts, rows, tuple(key for key in due if key not in present))
+        for name in dict.fromkeys(planned.values())
+    }
+    return Matrix(hosts, rows, tuple(key for key in planned if key not in present))
 
 
-def _planned(plan: FleetPlan) -> dict[tuple[str, str], str]:
-    names = {item.exp_id: item.config_name for item in plan.experiments}
-    return {(host.name, exp_id): names[exp_id] for host in plan.hosts for exp_id in host.exp_ids}
-
-
-def _seen(gathered: Gathered) -> dict[tuple[str, str], str]:
-    """Experiments with a result, on the host that has it; what was only begun has no host that is known."""
-    found = {}
-    for item in gathered.results:
-        identity = item.record.identity
-        found[identity.host, identity.experiment_id] = identity.config_name.removesuffix(f" @ {identity.host}")
-    return found
+def _cell(planned: Sequence[tuple[str, str]], present: Mapping[tuple[str, str], bool]) -> Cell:
+    found = [present[key] for key in planned if key in present]
+    return Cell(len(planned), len(found), sum(found))
 
 
 def write_merged(gathered: Gathered, output: Path) -> int:
-    """How many attempts were new; each is copied whole or not at all, and none that lies in the output already.
+    """Copy what the output does not have, each attempt whole or not at all; the number of copied attempts.
 
     Raises:
         UserError: the output cannot be written, or a file cannot be read.
@@ -380,12 +335,8 @@ def write_merged(gathered: Gathered, output: Path) -> int:
             if item.path.is_relative_to(folder):
                 continue
             identity = item.record.identity
-            target = (
-                folder
-                / identity.run_id
-                / experiment_folder_name(identity.experiment_id, identity.host)
-                / item.path.parent.name
-            )
+            experiment = experiment_folder_name(identity.experiment_id, identity.host)
+            target = folder / identity.run_id / experiment / item.path.parent.name
             if target.exists():
                 continue
             make_folder(target.parent)
@@ -398,7 +349,7 @@ def write_merged(gathered: Gathered, output: Path) -> int:
 
 
 def _keep_stopping_rules(gathered: Gathered, campaign_folder: Path) -> None:
-    """Bring along by which rule cycles were added to a run, since its intervals do not account for that."""
+    """Copy the rule by which cycles were added to a run, since its intervals do not account for that."""
     for run_folder in dict.fromkeys(item.path.parents[2] for item in gathered.results):
         rule = read_stopping_rule(run_folder)
         target = campaign_folder / run_folder.name
@@ -407,7 +358,7 @@ def _keep_stopping_rules(gathered: Gathered, campaign_folder: Path) -> None:
 
 
 def _copy_folder(source: Path, target: Path) -> None:
-    """Copy the files of an attempt, and give the folder its name when all of them are there."""
+    """Copy the files of an attempt into a folder that gets its name when all of them are there."""
     scratch = Path(tempfile.mkdtemp(prefix=durable.TEMPORARY_PREFIX, dir=target.parent))
     try:
         for path in sorted(source.iterdir()):

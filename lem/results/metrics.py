@@ -1,4 +1,4 @@
-"""Metrics of records, their values by cycle, and what may be compared."""
+"""What is read from records: metrics, their values by cycle, settings, and obstacles to a comparison."""
 
 from __future__ import annotations
 
@@ -6,40 +6,32 @@ import statistics
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
 
+from lem.base.errors import UserError
 from lem.base.reasons import Reason
+from lem.config.problems import did_you_mean
 from lem.record import Record, ResultKey
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of a record that is aggregated.
+    """One number of a record that is aggregated."""
 
-    Attributes:
-        name: its name here and in JSON.
-        group: `energy`, `throughput`, `tokens` or `latency`.
-        unit: SI, as people write it.
-        section, field: where it stands in the record.
-        percentile: which percentile of a distribution; None for a plain number.
-        is_higher_better: None where neither is.
-        label: as it heads a table.
-        relation: what a thing does with the value when it is compared, `{}` in the place of the ratio:
-            `uses {} the energy per output token of`.
-    """
-
-    name: str
-    group: str
+    name: str  # here and in JSON
+    group: str  # `energy`, `throughput`, `tokens` or `latency`
     unit: str
-    section: str
-    field: str
-    percentile: str | None = None
-    is_higher_better: bool | None = False
-    label: str = ""
-    relation: str = ""
+    section: str  # of the record
+    field: str  # of that section
+    percentile: str | None = None  # of a distribution; None for a plain number
+    is_higher_better: bool | None = False  # None where neither is
+    label: str = ""  # as it heads a table
+    relation: str = ""  # a verb phrase for a comparison: `uses {} the energy per output token of`
 
     @property
     def lower_label(self) -> str:
-        """The label within a sentence; an abbreviation keeps its capitals."""
+        """The label within a sentence."""
         return _lowered(self.label)
 
     def read(self, record: Record) -> tuple[float | None, str]:
@@ -69,6 +61,7 @@ def _tokens(name: str, label: str) -> Metric:
 
 
 def _lowered(label: str) -> str:
+    """An abbreviation keeps its capitals."""
     return label if label[:2].isupper() else label[0].lower() + label[1:]
 
 
@@ -108,25 +101,52 @@ METRICS: tuple[Metric, ...] = (
 
 METRIC_BY_NAME = types.MappingProxyType({metric.name: metric for metric in METRICS})
 
+# Short names of what people compare most.
+_ALIASES = {
+    "energy": "energy_per_output_tok_j",
+    "throughput": "output_tok_per_s",
+    "ttft": "ttft_p50_s",
+    "tpot": "tpot_p50_s",
+    "itl": "itl_p50_s",
+    "e2e": "e2e_p50_s",
+}
 
+
+def parse_metric(text: str, *, is_for_gate: bool = False) -> Metric:
+    """The metric of that name, or of a short one: energy, throughput, ttft, tpot, itl, e2e.
+
+    Raises:
+        UserError: there is none, or it has no better direction that a gate could watch.
+    """
+    known = {metric.name: metric for metric in METRICS if not is_for_gate or metric.is_higher_better is not None}
+    name = text.strip()
+    metric = known.get(_ALIASES.get(name, name))
+    if metric is not None:
+        return metric
+    if name in METRIC_BY_NAME:
+        raise UserError(f"metric {name!r} is neither better high nor better low, so no gate can watch it")
+    names = [*_ALIASES, *known]
+    raise UserError(f"no metric {name!r}{did_you_mean(name, names)}", f"known: {', '.join(names)}")
+
+
+# Run, host, and number of the cycle from 0.
 Cycle = tuple[str, str, int]
-"""Run, host, and number of the cycle from 0."""
 
 Cycles = Mapping[Cycle, Sequence[Record]]
 
 
 def used_records(records: Iterable[Record]) -> tuple[Record, ...]:
-    """The records of one configuration that its estimates stand on: of each cycle the last valid attempt."""
+    """The records that estimates rest on: of each experiment its last valid attempt."""
     return tuple(record for members in used_cycles(by_cycle(distinct(records))).values() for record in members)
 
 
 def used_cycles(attempts: Cycles) -> Cycles:
-    """The cycles with a valid attempt, and of each the last one; several where a cycle holds several experiments."""
+    """The cycles with a valid attempt, and of each experiment in them the last one."""
     return {cycle: chosen for cycle, members in attempts.items() if (chosen := _last_valid(members))}
 
 
 def distinct(records: Iterable[Record]) -> tuple[Record, ...]:
-    """The records without identical duplicates, as two copies of one folder bring them."""
+    """The records without identical duplicates, which two copies of one folder give."""
     kept: dict[ResultKey, list[Record]] = {}
     for record in records:
         same = kept.setdefault(record.identity.key, [])
@@ -136,7 +156,7 @@ def distinct(records: Iterable[Record]) -> tuple[Record, ...]:
 
 
 def by_cycle(records: Iterable[Record]) -> Cycles:
-    """Every attempt, under its cycle."""
+    """Every attempt, by cycle."""
     cycles: dict[Cycle, list[Record]] = {}
     for record in records:
         identity = record.identity
@@ -154,7 +174,7 @@ def share_a_load(cycles: Cycles) -> bool:
 
 
 def cycle_values(metric: Metric, cycles: Cycles) -> dict[Cycle, float]:
-    """One value a cycle: the mean over its records that measured the metric; cycles where none did are left out."""
+    """One value per cycle: the mean over its records that measured the metric; cycles without one are left out."""
     measured = {
         cycle: [value for record in members if (value := metric.read(record)[0]) is not None]
         for cycle, members in cycles.items()
@@ -183,22 +203,11 @@ _ALL_GROUPS = ("energy", "throughput", "tokens", "latency")
 
 @dataclass(frozen=True)
 class Obstacle:
-    """One thing that is not the same on both sides.
-
-    Attributes:
-        reason: what, with both values.
-        is_blocking: nothing can be said about the configurations for it.
-        groups: the groups of metrics it concerns.
-    """
+    """One thing that is not the same on both sides."""
 
     reason: Reason
-    is_blocking: bool = True
-    groups: tuple[str, ...] = _ALL_GROUPS
-
-    @property
-    def text(self) -> str:
-        """It in words."""
-        return self.reason.text
+    is_blocking: bool = True  # it allows no verdict
+    groups: tuple[str, ...] = _ALL_GROUPS  # the groups of metrics it concerns
 
 
 def find_obstacles(
@@ -207,8 +216,8 @@ def find_obstacles(
     """What differs between the used records of two configurations.
 
     Args:
-        is_anchored: each side is set against one configuration of its own place and day: what that shares with it
-            (a card's sensor, a driver) divides out, so it is told and blocks nothing.
+        is_anchored: each side is compared with an anchor of its own run. What both share (the sensor of a card, a
+            driver) divides out, so it is reported and blocks nothing.
     """
     if not before or not after:
         return ()
@@ -226,7 +235,7 @@ def find_obstacles(
 
 
 def blocking_reason(obstacles: Iterable[Obstacle], group: str) -> Reason | None:
-    """Why nothing can be said about a group of metrics; None when something can."""
+    """Why there can be no verdict on a group of metrics; None when there can."""
     return next((item.reason for item in obstacles if item.is_blocking and group in item.groups), None)
 
 
@@ -238,7 +247,7 @@ def _kinds(
     is_blocking: bool = True,
     groups: tuple[str, ...] = _ALL_GROUPS,
 ) -> Obstacle | None:
-    """An obstacle where both sides tell something, and not the same."""
+    """An obstacle where both sides have a value and the values differ."""
     left, right = (sorted({text for item in side if (text := read(item))}) for side in (before, after))
     if not left or not right or left == right:
         return None
@@ -246,7 +255,7 @@ def _kinds(
 
 
 def _cards(before: Iterable[Record], after: Iterable[Record], *, is_blocking: bool) -> Obstacle | None:
-    """Other cards; some of the same, as when a configuration takes more of them, is a setting."""
+    """Different cards. If one side has all cards of the other and more, that is a setting, not an obstacle."""
     left, right = ({uuid for item in side for uuid in item.environment.gpu_uuids} for side in (before, after))
     if not left or not right or left <= right or right <= left:
         return None
@@ -270,7 +279,7 @@ def _gpu_names(record: Record) -> str:
 
 
 def _cpu(record: Record) -> str:
-    """The CPU where it does the work."""
+    """The CPU, if it does the work."""
     environment = record.environment
     return f"{environment.cpu} × {environment.cpu_count}" if not environment.gpu_uuids else ""
 
@@ -281,3 +290,87 @@ def _prompts(record: Record) -> str:
     if isinstance(digest, str):
         return f"{source.get('name') or source.get('kind') or 'prompts'} {digest[:8]}"
     return str(source.get("name") or "")
+
+
+def _short_model(model: str) -> str:
+    """The model's name; of a local folder only the last part."""
+    return PurePath(model).name if model.startswith((".", "/", "~")) else model
+
+
+def _gpus(record: Record) -> str:
+    names = [gpu.name for gpu in record.gpus]
+    kinds = dict.fromkeys(names)
+    return ", ".join(f"{names.count(kind)} × {kind}" if names.count(kind) > 1 else kind for kind in kinds)
+
+
+# Settings in the heading of a table.
+_HEADLINES: Mapping[str, Callable[[Record], Any]] = {
+    "backend": lambda record: record.identity.backend,
+    "model": lambda record: _short_model(record.identity.model),
+    "precision": lambda record: record.requested.get("fp_precision"),
+    "device": lambda record: record.environment.device,
+    "traffic": lambda record: record.window.traffic_mode.replace("_", " "),
+}
+_MORE: Mapping[str, Callable[[Record], Any]] = {
+    "engine": lambda record: f"{record.environment.engine_name} {record.environment.engine_version}",
+    "GPU": _gpus,
+    "driver": lambda record: record.environment.versions.get("driver"),
+}
+
+# Options that are among the settings above, that are no settings, or that are better known from elsewhere.
+_LEFT_OUT = (
+    "backend",
+    "model",
+    "model_name",
+    "fp_precision",
+    "config_name",
+    "io",
+    "extra_metadata",
+    "gpus",
+    "num_cycles",
+)
+
+
+def headline_settings(record: Record) -> dict[str, str]:
+    """The few settings that head a table, by label; absent ones are left out."""
+    return _texts(_HEADLINES, record)
+
+
+def settings_of(record: Record) -> dict[str, str]:
+    """Every setting by label: those of the heading, engine, GPU and driver, then the options as given."""
+    options = {name: item for name, item in record.requested.items() if name not in _LEFT_OUT}
+    return {**headline_settings(record), **_texts(_MORE, record), **dict(_flatten(options))}
+
+
+def shared_settings(settings: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """The settings that have the same value in all."""
+    first, *others = [*settings] or [{}]
+    return {label: value for label, value in first.items() if all(item.get(label) == value for item in others)}
+
+
+def differing_settings(settings: Sequence[Mapping[str, str]]) -> dict[str, tuple[str | None, ...]]:
+    """The settings that differ: by label, the value in each; None where it is not set."""
+    labels = dict.fromkeys(label for item in settings for label in item)
+    values = {label: tuple(item.get(label) for item in settings) for label in labels}
+    return {label: found for label, found in values.items() if len(set(found)) > 1}
+
+
+def _texts(readers: Mapping[str, Callable[[Record], Any]], record: Record) -> dict[str, str]:
+    found = {label: read(record) for label, read in readers.items()}
+    return {label: str(value) for label, value in found.items() if value}
+
+
+def _flatten(options: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", _plain(value)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_plain, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,17 @@ from lem.record import CONFIG_FILE, LOG_FILE, PROMPTS_FILE, RESULT_FILE, Identit
 
 CONFIG_SCHEMA_VERSION = 1
 
-# One path component that is the same on every file system, is hidden from nobody, and leads nowhere else.
+# One path component that is the same on every file system, is not hidden, and leads nowhere else.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,254}")
 _ATTEMPT = re.compile(r"attempt-([1-9][0-9]{0,8})")
 
 
 @dataclass(frozen=True)
 class AttemptFolder:
-    """A new folder for one attempt.
-
-    Attributes:
-        path: where it is.
-        number: which attempt, from 1.
-    """
+    """A new folder for one attempt."""
 
     path: Path
-    number: int
+    number: int  # from 1
 
     @property
     def result_path(self) -> Path:
@@ -51,10 +46,10 @@ class AttemptFolder:
         return self.path / LOG_FILE
 
     def write_config(self, requested: Mapping[str, Any], resolved: Mapping[str, Any]) -> Path:
-        """The `config.json` written.
+        """Write `config.json`.
 
         Args:
-            requested: the configuration as it was given, `${VAR}` unexpanded.
+            requested: the configuration as given, `${VAR}` unexpanded.
             resolved: `ExperimentConfig.to_dict()`, with every default.
 
         Raises:
@@ -68,11 +63,11 @@ class AttemptFolder:
         return path
 
     def write_prompts(self, prompts: Iterable[Mapping[str, Any]]) -> Path:
-        """The `prompts.jsonl` written, one object a line.
+        """Write `prompts.jsonl`, one object per line.
 
         Args:
-            prompts: each `{"prompt": str, "input_tokens": int | None, "output_tokens": int | None}`: an exact length
-                to cut or extend to, and a bound on the output of its own.
+            prompts: each `{"prompt": str, "input_tokens": int | None, "output_tokens": int | None}`: the exact length
+                to cut or extend to, and a bound on its own output.
 
         Raises:
             InfrastructureError: it cannot be written.
@@ -92,7 +87,7 @@ def attempt_number(name: str) -> int | None:
 
 
 def is_name(text: str) -> bool:
-    """Whether `text` can name a folder of campaign, run or experiment, and cannot leave the one it stands in."""
+    """Whether `text` can name a folder of a campaign, run or experiment; it then leads nowhere else."""
     return _NAME.fullmatch(text) is not None
 
 
@@ -112,7 +107,7 @@ def check_name(text: str, what: str) -> str:
 
 @contextlib.contextmanager
 def stopping_campaign(path: Path) -> Iterator[None]:
-    """Turn a failed write at `path` into the error that stops a campaign with the rest pending."""
+    """Turn a failed write at `path` into the error that stops the campaign and leaves the rest pending."""
     try:
         yield
     except OSError as error:
@@ -132,7 +127,7 @@ def _prompt_line(number: int, prompt: Mapping[str, Any]) -> bytes:
 
 _HOST_MARK = "+"  # in no exp_id, which is hex digits and a cycle
 
-# Room for the files of some attempts; with less, a campaign would end soon after it began.
+# Room for the files of a few attempts.
 _PROBE_B = MIB
 
 
@@ -146,48 +141,40 @@ class StoredResult:
 
 @dataclass(frozen=True)
 class Problem:
-    """An attempt without a result that can be used, or a folder that cannot be read.
+    """An attempt without a usable result, or a folder that cannot be read.
 
-    Attributes:
-        path: the file or folder.
-        run_id, exp_id: of the experiment it belongs to; empty where a folder above cannot be read.
-        kind: `missing` (the attempt failed, was interrupted or still runs), `half-written` (its write was cut off),
-            `corrupt` (no record of this schema), `foreign` (the record of another experiment), `unreadable`.
-        message: what was found.
+    Its kinds: `missing` (the attempt failed, was interrupted or is still running), `half-written` (its write was cut
+    off), `corrupt` (no record of a known schema), `foreign` (the record of another experiment), `unreadable`.
     """
 
-    path: Path
+    path: Path  # of the file or folder
     kind: str
     message: str
     run_id: str = ""
-    exp_id: str = ""
+    exp_id: str = ""  # empty where a folder above cannot be read
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What a folder holds: the results that can be used, and everything that only stands in the place of one."""
+    """What a folder holds: usable results, and everything that is in the place of one."""
 
     results: tuple[StoredResult, ...] = ()
     problems: tuple[Problem, ...] = ()
 
 
 class Repository:
-    """The results of one campaign.
-
-    Attributes:
-        folder: `<results_dir>/<campaign>`.
-    """
+    """The results of one campaign, in `folder`: `<results_dir>/<campaign>/<run>/<experiment>/attempt-<n>`."""
 
     def __init__(self, results_dir: Path, campaign: str) -> None:
-        """Take the slug of a campaign's name; nothing is read or written yet.
+        """Nothing is read or written yet.
 
         Raises:
-            UserError: the slug cannot name a folder.
+            UserError: `campaign`, the slug of its name, cannot name a folder.
         """
         self.folder = results_dir / check_name(campaign, "campaign")
 
     def check_writable(self) -> None:
-        """Make the campaign's folder and see that there is room in it, before anything is measured.
+        """Make the campaign's folder and check that there is room in it, before anything is measured.
 
         Raises:
             UserError: it cannot be made or written, or the disk is full.
@@ -205,7 +192,7 @@ class Repository:
             ) from error
 
     def prepare_attempt(self, run_id: str, exp_id: str) -> AttemptFolder:
-        """A new folder for the next attempt at an experiment; earlier ones are left as they are.
+        """Make a folder for the next attempt at an experiment.
 
         Raises:
             UserError: a name that cannot name a folder.
@@ -224,7 +211,7 @@ class Repository:
                     return AttemptFolder(path, number)
 
     def find_attempts(self, run_id: str, exp_id: str) -> tuple[StoredResult, ...]:
-        """Every whole result of an experiment, oldest first; what is not whole is left out.
+        """Every whole result of an experiment, oldest first.
 
         Raises:
             UserError: a name that cannot name a folder.
@@ -249,20 +236,19 @@ class Repository:
         return _listed(self.folder / check_name(run_id, "run"))
 
     def scan(self, run_id: str | None = None) -> Scan:
-        """Everything in the campaign's folder, or in one run of it; damage is a value here and never raised.
+        """Everything in the campaign's folder, or in one run of it; damage is a value and never raised.
 
         Raises:
             UserError: a run_id that cannot name a folder.
         """
-        found = tuple(self._items() if run_id is None else _run_items(self.folder / check_name(run_id, "run")))
+        if run_id is None:
+            found = tuple(_nested(self.folder, lambda run: _nested(run, _experiment_items)))
+        else:
+            found = tuple(_nested(self.folder / check_name(run_id, "run"), _experiment_items))
         return Scan(
             _apart_by_host([item for item in found if isinstance(item, StoredResult)]),
             tuple(item for item in found if isinstance(item, Problem)),
         )
-
-    def _items(self) -> Iterator[StoredResult | Problem]:
-        for run in _subfolders(self.folder):
-            yield from (run,) if isinstance(run, Problem) else _run_items(run)
 
     def _experiment_folder(self, run_id: str, exp_id: str) -> Path:
         return self.folder / check_name(run_id, "run") / check_name(exp_id, "experiment")
@@ -291,22 +277,23 @@ def _exp_id_of(folder_name: str) -> str:
 
 
 def _apart_by_host(results: Sequence[StoredResult]) -> tuple[StoredResult, ...]:
-    """The results, those of a configuration that several hosts ran under a name for each host."""
+    """The results; a configuration that several hosts ran gets a name for each host."""
     hosts: dict[tuple[str, str], set[str]] = {}
-    keyed = [((item.record.identity.run_id, item.record.identity.config_hash), item) for item in results]
-    for key, item in keyed:
-        hosts.setdefault(key, set()).add(item.record.identity.host)
-    return tuple(item if len(hosts[key]) == 1 else _named_by_host(item) for key, item in keyed)
-
-
-def _named_by_host(item: StoredResult) -> StoredResult:
-    identity = item.record.identity
-    named = dataclasses.replace(identity, config_name=f"{identity.config_name} @ {identity.host}")
-    return StoredResult(item.path, dataclasses.replace(item.record, identity=named))
+    for item in results:
+        identity = item.record.identity
+        hosts.setdefault((identity.run_id, identity.config_hash), set()).add(identity.host)
+    found = []
+    for item in results:
+        identity = item.record.identity
+        if len(hosts[identity.run_id, identity.config_hash]) > 1:
+            named = dataclasses.replace(identity, config_name=f"{identity.config_name} @ {identity.host}")
+            item = StoredResult(item.path, dataclasses.replace(item.record, identity=named))
+        found.append(item)
+    return tuple(found)
 
 
 def count_failed(scan: Scan) -> dict[str, int]:
-    """Per configuration name, how many experiments have attempts and no whole result."""
+    """Per configuration name, how many experiments have attempts but no whole result."""
     whole = {(item.record.identity.run_id, item.record.identity.experiment_id) for item in scan.results}
     names = {configuration_of(item.record.identity.experiment_id): item.record.identity for item in scan.results}
     failed: dict[tuple[str, str], str] = {}
@@ -320,12 +307,12 @@ def count_failed(scan: Scan) -> dict[str, int]:
 
 
 def configuration_of(exp_id: str) -> str:
-    """The part of an experiment's name that all its cycles share."""
+    """The part of an experiment's ID that all its cycles share."""
     return exp_id.rpartition("-c")[0] or exp_id
 
 
 def config_beside(problem: Problem) -> Mapping[str, Any]:
-    """What `config.json` beside a missing result holds; empty where there is none to be read."""
+    """What `config.json` beside a missing result holds; empty if it cannot be read."""
     folder = problem.path if problem.path.is_dir() else problem.path.parent
     try:
         document = durable.read_json(folder / CONFIG_FILE)
@@ -341,9 +328,17 @@ def configured_name(config: Mapping[str, Any]) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _run_items(folder: Path) -> Iterator[StoredResult | Problem]:
-    for experiment in _subfolders(folder):
-        yield from (experiment,) if isinstance(experiment, Problem) else _experiment_items(experiment)
+def _nested(
+    folder: Path, items_of: Callable[[Path], Iterator[StoredResult | Problem]]
+) -> Iterator[StoredResult | Problem]:
+    """The items of each folder inside, by name; a problem where they cannot be listed."""
+    try:
+        names = _folder_names(folder)
+    except OSError as error:
+        yield Problem(folder, "unreadable", reason_of(error))
+        return
+    for name in names:
+        yield from items_of(folder / name)
 
 
 def _experiment_items(folder: Path) -> Iterator[StoredResult | Problem]:
@@ -389,7 +384,7 @@ def _problem(experiment: Path, path: Path, kind: str, message: str) -> Problem:
 
 
 def _differences(identity: Identity, folder: Path, number: int) -> str:
-    """How a record contradicts the place it lies in; empty when it does not."""
+    """How a record contradicts the folder it is in; empty if it does not."""
     pairs = (
         ("run", identity.run_id, folder.parent.name),
         ("experiment", identity.experiment_id, _exp_id_of(folder.name)),
@@ -399,20 +394,8 @@ def _differences(identity: Identity, folder: Path, number: int) -> str:
 
 
 def _attempt_numbers(folder: Path) -> list[int]:
-    """The numbers taken, in no order; a file in place of a folder takes its number too."""
-    numbers = (attempt_number(item.name) for item in folder.iterdir())
-    return [number for number in numbers if number is not None]
-
-
-def _subfolders(folder: Path) -> Iterator[Path | Problem]:
-    """The folders inside, by name; a problem where they cannot be listed."""
-    try:
-        names = _folder_names(folder)
-    except OSError as error:
-        yield Problem(folder, "unreadable", reason_of(error))
-        return
-    for name in names:
-        yield folder / name
+    """The numbers taken, unordered; a file in place of a folder takes its number too."""
+    return [number for item in folder.iterdir() if (number := attempt_number(item.name)) is not None]
 
 
 def _folder_names(folder: Path) -> tuple[str, ...]:

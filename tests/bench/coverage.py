@@ -14,10 +14,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lem.results.anchor import compare_runs
-from lem.results.compare import SIGNIFICANCE, Comparison, Row, RunResults, compare_configurations, gather
-from lem.results.effect import Verdict, anchored_effect, paired_effect, parse_gate, parse_metric
-from lem.results.stats import BOOTSTRAP_COVERAGE
+from lem.results.bootstrap import BOOTSTRAP_COVERAGE
+from lem.results.compare import SIGNIFICANCE, Comparison, Row, compare_configurations, compare_runs
+from lem.results.metrics import parse_metric
+from lem.results.run import Run, make_run
+from lem.results.stats import Verdict, anchored_effect, paired_effect, parse_gate
 from tests.synthetic_campaign import Campaign, Configuration
 
 __all__ = [
@@ -96,7 +97,7 @@ def simulated(
     campaign: Campaign = NOISY,
     first_seed: int = 1,
     **changes: object,
-) -> Iterable[RunResults]:
+) -> Iterable[Run]:
     """The results of campaigns with a configuration for each ratio to `TRUE_ENERGY_J`."""
     configurations = tuple(
         Configuration(f"batch-{index}", batch_size=index + 1, energy_per_output_tok_j=TRUE_ENERGY_J * ratio)
@@ -104,7 +105,7 @@ def simulated(
     )
     for seed in range(first_seed, first_seed + n_campaigns):
         made = dataclasses.replace(campaign, configurations=configurations, seed=seed, **changes)  # type: ignore[arg-type]
-        yield gather(made.records(), metrics=(ENERGY,))
+        yield make_run(made.records())
 
 
 def interval_coverage(cycles: int, n_campaigns: int = N_CAMPAIGNS) -> tuple[Coverage, Coverage]:
@@ -112,9 +113,9 @@ def interval_coverage(cycles: int, n_campaigns: int = N_CAMPAIGNS) -> tuple[Cove
     t_hits = bootstrap_hits = n_whole = 0
     # Two configurations, so that drift meets the one at different places of each cycle.
     for run in simulated(n_campaigns, (1.0, 2.0), cycles=cycles):
-        estimate = run.subjects[0].aggregate.metrics[ENERGY.name]
+        estimate = run.with_results[0].estimate(ENERGY)
         t_log, bootstrap = estimate.t_log, estimate.bootstrap
-        truth = TRUE_ENERGY_J if run.subjects[0].name == "batch-0" else 2 * TRUE_ENERGY_J
+        truth = TRUE_ENERGY_J if run.with_results[0].name == "batch-0" else 2 * TRUE_ENERGY_J
         t_hits += t_log is not None and _holds(t_log.ci_lower, t_log.ci_upper, truth)
         if bootstrap is not None and bootstrap.n_samples == cycles:
             n_whole += 1
@@ -233,8 +234,8 @@ def _share(outcomes: Iterable[bool]) -> Coverage:
     return Coverage(sum(found), len(found))
 
 
-def _against_first(run: RunResults, gates: Sequence[object] = ()) -> Comparison:
-    ordered = sorted(run.subjects, key=lambda item: item.name)
+def _against_first(run: Run, gates: Sequence[object] = ()) -> Comparison:
+    ordered = sorted(run.with_results, key=lambda item: item.name)
     return compare_configurations(run, ordered[0], ordered[1:], metrics=(ENERGY,), gates=gates)  # type: ignore[arg-type]
 
 
@@ -242,10 +243,10 @@ def _rows(comparison: Comparison) -> list[Row]:
     return [row for pair in comparison.pairs for row in pair.rows]
 
 
-def _naive_p(before: RunResults, after: RunResults) -> float:
+def _naive_p(before: Run, after: Run) -> float:
     """Welch's test of one configuration in two runs, as if their cycles were all that varies."""
     sides = [
-        next(item for item in run.subjects if item.name == "batch-1").aggregate.metrics[ENERGY.name].values
+        next(item for item in run.with_results if item.name == "batch-1").estimate(ENERGY).values
         for run in (after, before)
     ]
     effect = anchored_effect(*(paired_effect(values, [1.0] * len(values)) for values in sides))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from lem.results.stats import log_t_interval
+from lem.results.bootstrap import log_t_interval
 
 __all__ = ["TARGET", "in_turn", "told"]
 

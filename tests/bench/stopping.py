@@ -11,7 +11,7 @@ import random
 import sys
 from collections.abc import Sequence
 
-from lem.results.precision import LEAST_CYCLES, MOST_CYCLES
+from lem.results.run import LEAST_CYCLES, MOST_CYCLES
 from lem.results.stats import student_t_quantile
 
 __all__ = ["coverage", "main"]

@@ -30,11 +30,12 @@ LOOKS = (
     LiveStep(("results", "show", "demo")),
     LiveStep(("results", "export", "--format", "json")),
     LiveStep(("results", "recompute", "demo", "--json")),
-    LiveStep(("check", "demo", "--json")),
 )
 
 HANG = ({"at": "generate", "do": "hang", "when": {"max_output_tokens": 8}},)
 BROKEN = ({"at": "load", "do": "fail", "text": "no such weights", "kind": "model", "permanent": True},)
+# Long enough for a meter that is read once a second, and with a load for it to see.
+BUSY = ({"at": "generate", "do": "shell", "command": "timeout 2.5 sh -c 'while :; do :; done' || true"},)
 AT_WINDOW = {"event": "phase", "phase": "window", "done": 1}
 AT_LOAD = {"event": "phase", "phase": "load"}
 
@@ -54,9 +55,9 @@ def _whole_scenes() -> Iterator[LiveScene]:
     yield LiveScene("normal", (LiveStep(FRESH), *LOOKS, LiveStep(RESUME), LiveStep((*RESUME, "--cycles", "3"))), plain)
     yield LiveScene("text", (LiveStep(TEXT), LiveStep((*TEXT, "--fresh", "-q"))), plain)
     shuffled = {"c.yaml": campaign(structure="shuffled", seed=7, reuse="campaign")}
-    yield LiveScene("shuffled", (LiveStep(FRESH), LOOKS[-1]), shuffled)
+    yield LiveScene("shuffled", (LiveStep(FRESH), TABLE), shuffled)
     metered = {"measurement.energy": ["tdp_estimate"], "measurement.cpu_tdp_w": [65]}
-    yield LiveScene("energy", (LiveStep(FRESH), *LOOKS), {"c.yaml": campaign((4,), options=metered)})
+    yield LiveScene("energy", (LiveStep(FRESH, BUSY), TABLE, *LOOKS[5:]), {"c.yaml": campaign((4,), options=metered)})
     until = LiveStep((*FRESH, "--until", "ci=90%:output_tok_per_s", "--max-cycles", "6"))
     yield LiveScene("until", (until, TABLE), {"c.yaml": campaign((4,))})
     slow = ({"at": "generate", "do": "sleep", "seconds": 2},)
@@ -94,9 +95,9 @@ def _interrupted_scenes() -> Iterator[LiveScene]:
         ".state": {"copy": str(recording / "state")},
         "results": {"copy": str(recording / "results")},
     }
-    allowed = LiveStep((*RESUME, "--allow-environment-change"))
+    allowed = LiveStep((*RESUME, "--allow-environment-change"), BUSY)
     table = LiveStep(("results", "show", "interrupted", "--json"))
-    yield LiveScene("recorded", (LiveStep(TEXT[:-1]), LiveStep(RESUME), allowed, table, STATUS), recorded)
+    yield LiveScene("recorded", (LiveStep(TEXT[:-1]), LiveStep(RESUME, BUSY), allowed, table, STATUS), recorded)
 
 
 def _fleet_scenes() -> Iterator[LiveScene]:

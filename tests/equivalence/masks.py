@@ -22,7 +22,7 @@ ALWAYS = (
 LIVE = (
     (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|[+-]\d\d:\d\d)?"), "<time>"),
     (re.compile(r"\b\d\d:\d\d(?::\d\d)?\b"), "<time>"),
-    (re.compile(r"\bload [0-9a-f]{16}\b"), "load <random>"),
+    (re.compile(r"(?:(?<=\bload )|(?<=\bengine: ))[0-9a-f]{16}\b"), "<random>"),
     (re.compile(r"\b\d+(?:\.\d+)? ?(?:ms|s|min|h)\b"), "<duration>"),
     (re.compile(r"[-+±]?\b\d+(?:\.\d+)?(?: \d{3})* ?(?:tok/s|req/s|J|Wh|W|%)"), "<measured>"),
     (re.compile(r"\bpid \d+|process \d+"), "<process>"),
@@ -36,6 +36,9 @@ _RANDOM_KEY = re.compile(r"^(engine_load_id|load_id|host|lem_version|started|end
 # Of an experiment's configuration nothing is measured: `min_window_sec` and the like must stay as they are.
 _CONFIGURED = re.compile(r"\.(requested|resolved|config|engine_effective)\.")
 
+# Warnings that come and go with what else a machine does: the meter of the CPU's load is read once a second.
+_NOISY = re.compile(r"leaves .* in doubt|values are zero or negative")
+
 
 def mask_text(text: str, is_live: bool) -> str:
     """A text for people, masked."""
@@ -47,7 +50,22 @@ def mask_text(text: str, is_live: bool) -> str:
 
 def mask_values(values: Mapping[str, Any], is_live: bool) -> dict[str, Any]:
     """The values of a document, masked by the last key of their path."""
-    return {path: _mask(path, value, is_live) for path, value in values.items()}
+    if not is_live:
+        return {path: _mask(path, value, is_live) for path, value in values.items()}
+    return {mask_text(path, is_live): _mask(path, value, is_live) for path, value in values.items()}
+
+
+def without_noise(document: Any) -> Any:
+    """A document of a live run without the warnings that one run has and the next has not."""
+    if isinstance(document, dict):
+        return {key: without_noise(item) for key, item in document.items() if not _is_noise(key)}
+    if isinstance(document, list):
+        return [without_noise(item) for item in document if not _is_noise(item)]
+    return None if _is_noise(document) else document
+
+
+def _is_noise(value: Any) -> bool:
+    return isinstance(value, str) and bool(_NOISY.search(value))
 
 
 def _mask(path: str, value: Any, is_live: bool) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -14,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from tests.equivalence.masks import mask_text, mask_values
+from tests.equivalence.masks import mask_text, mask_values, without_noise
 
 # A number as tables and messages write it. A sign belongs to it where no word comes before.
 NUMBER = re.compile(r"(?:(?<![\w.)\]])[-+\u2212±])?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
@@ -48,11 +49,12 @@ def read_facts(content: Any, name: str, *, is_live: bool, ignore_text: bool) -> 
     if not isinstance(content, str):
         return Facts("other", {"": content})
     name = name.removesuffix(".gz")
-    values = _document(content)
-    if values is not None:
-        values = mask_values(values, is_live)
+    document = _document(content)
+    if document is not None:
+        document = without_noise(document) if is_live else document
+        values = mask_values(dict(flatten(document)), is_live)
         if ignore_text:
-            values = {path: _without_words(value) for path, value in values.items()}
+            values = {_path_without_words(path): _without_words(value) for path, value in values.items()}
         return Facts("document", values)
     content = mask_text(content, is_live)
     if not ignore_text:
@@ -64,19 +66,16 @@ def read_facts(content: Any, name: str, *, is_live: bool, ignore_text: bool) -> 
     return _text_facts(content, name)
 
 
-def _document(content: str) -> dict[str, Any] | None:
-    """The values of JSON or JSON lines; None for anything else."""
+def _document(content: str) -> Any:
+    """What JSON, or JSON lines, hold; None for anything else."""
     text = content.strip()
     if not text.startswith(("{", "[")):
         return None
-    try:
-        return dict(flatten(json.loads(text)))
-    except ValueError:
-        pass
-    try:
-        return dict(flatten([json.loads(line) for line in text.splitlines()]))
-    except ValueError:
-        return None
+    with contextlib.suppress(ValueError):
+        return json.loads(text)
+    with contextlib.suppress(ValueError):
+        return [json.loads(line) for line in text.splitlines()]
+    return None
 
 
 def flatten(value: Any, path: str = "$") -> Iterator[tuple[str, Any]]:
@@ -102,6 +101,11 @@ def _without_words(value: Any) -> Any:
     if isinstance(value, str) and " " in value.strip():
         return {"numbers": numbers(value)}
     return value
+
+
+def _path_without_words(path: str) -> str:
+    """A path; of a key for people (a warning that is counted, say) its numbers alone."""
+    return f"{path[: path.index(' ')].rpartition('.')[0]}.{numbers(path)}" if " " in path else path
 
 
 def numbers(text: str) -> list[str]:

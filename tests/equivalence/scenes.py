@@ -71,7 +71,8 @@ def static_scenes(old: Build) -> Iterator[Scene]:
 def _plain_scenes() -> Iterator[Scene]:
     for words in COMMANDS:
         name = "-".join(words) or "lem"
-        alone = () if words == ("worker",) else (words,)  # which would be a worker, and say which process it is
+        # A worker would run, and the other two tell of this machine as it is now.
+        alone = () if words in {("worker",), ("doctor",), ("gpus",)} else (words,)
         yield Scene(f"help/{name}", ((*words, "--help"), (*words, "--no-such-option"), (*words, "--hepl"), *alone))
     unknown = (("campain", "x.yaml"), ("--version",), ("-q",), ("--cycles", "3"), ("status", "a", "b"))
     yield Scene("usage/unknown", unknown)

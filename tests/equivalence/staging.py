@@ -131,7 +131,7 @@ class _Stage:
         """The ids of runs, which are random, replaced by numbers in the order in which they began."""
         new = sorted(set(_RUN.findall(text)) - set(self._runs))
         self._runs.update({run: f"run{number}" for number, run in enumerate(new, len(self._runs) + 1)})
-        return _RUN.sub(lambda found: self._runs[found[0]], text)
+        return _SET_ASIDE.sub("<time>", _RUN.sub(lambda found: self._runs[found[0]], text))
 
     def _run(self, step: LiveStep, scene: str) -> tuple[int, str, str]:
         out, err = self._root / "stdout", self._root / "stderr"
@@ -204,7 +204,9 @@ class _Stage:
             select.select([], [], [], 0.02)
 
 
+# Of a run, and in the name of a manifest that was set aside.
 _RUN = re.compile(r"\b\d{8}T\d{6}Z-[0-9a-f]{4}\b")
+_SET_ASIDE = re.compile(r"\b\d{8}T\d{6}Z\b(?!-)")
 # A stack, as faulthandler and tracebacks print it: names and lines of the program's own modules.
 _STACK = re.compile(r"^(?:(?:Current thread|Thread) 0x| *File \"|    | *\^|Traceback|Extension modules)")
 

@@ -14,8 +14,7 @@ from lem.config.experiment import ExperimentConfig
 from lem.meters.curve import NotMeasured, Span
 from lem.meters.external import external_energy_j, read_external
 from lem.meters.samples import SampleHeader, SampleLog
-from lem.orchestration.attempt import Timeouts
-from lem.orchestration.dispatch import Worker
+from lem.orchestration.dispatch import Timeouts, Worker
 from lem.worker.channel import PROTOCOL_VERSION, ChannelError, LineBuffer, RunRequest, decode_report
 from lem.worker.supervisor import Supervisor
 from tests.fuzz.mutation import bytes_near, json_lines_near, text_near

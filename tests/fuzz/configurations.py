@@ -11,7 +11,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from lem.config import yamlfile
+from lem.config import load
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig
 from tests.fuzz.mutation import arguments_near, bytes_near, text_near, words_near, yaml_near
@@ -123,7 +123,7 @@ def try_file(data: bytes, folder: Path, *, is_thorough: bool) -> Outcome:
         run_lem("config", "show", "c.yaml")
         run_lem("config", "show", "--json", "c.yaml")
     if report["kind"] == "experiment":
-        config = yamlfile.load_experiment("c.yaml").config
+        config = load.load_experiment("c.yaml").config
         again = ExperimentConfig.from_dict(config.to_dict())
         if again != config or again.engine_key() != config.engine_key():
             raise Find("traceback", "the resolved configuration does not read back as it is")

@@ -36,11 +36,11 @@ from lem.orchestration.grid import (
 from lem.orchestration.manifest import CampaignManifest, CampaignManifestEntry, ManifestManager
 from lem.orchestration.plan import build_plan
 from lem.orchestration.resume import resume_text
-from lem.orchestration.schedule import Stop, next_daemon_step, waiting_text
+from lem.orchestration.schedule import CampaignOutcome, Scheduler, waiting_text
 from lem.results.aggregation import aggregate_campaign_results
 from lem.results.bootstrap import BootstrapResult, bootstrap_ci, compute_metric_ci
-from lem.results.run import summarise, summary_document
-from tests.campaign_doubles import Place, make_campaign
+from lem.results.run import make_run, run_document
+from tests.campaign_doubles import FakeClock, FakeStop, Place, make_campaign
 from tests.campaign_rig import campaign_text
 from tests.command_rig import run_lem
 from tests.doubles.fake_docker import FakeDocker
@@ -521,14 +521,23 @@ def test_texts_people_grep_for(tmp_path: Path) -> None:
     assert build_plan(campaign).summary == "Generated 2 experiments (0 filtered, 0 warnings)"
     manifest = manifest_of("completed", "completed", "failed", "pending", "pending")
     assert resume_text(manifest) == "Resuming: 3 remaining (2 completed, 1 failed)"
-    summary = summarise([make_record()], campaign_name="demo", run_id="20260714T100000Z-3fa1")
-    assert summary_document(summary)["note"] == "Single cycle: use --cycles 3+ for confidence intervals"
+    summary = make_run([make_record()], campaign_name="demo", run_id="20260714T100000Z-3fa1")
+    assert run_document(summary)["note"] == "Single cycle: use --cycles 3+ for confidence intervals"
     noon, at = datetime(2026, 7, 14, 12, tzinfo=timezone.utc), datetime(2026, 7, 14, 22, 5, tzinfo=timezone.utc)
     waiting = waiting_text(at, noon, is_daemon=True, zone=timezone.utc)
     assert waiting == "Daemon: waiting until 22:05 to start campaign"
     daemon = CampaignDaemonConfig(enabled=True, interval="6h", total_duration="48h")
-    step = next_daemon_step(daemon, now_s=172800.0, runs_done=7, first_start_s=0.0, last_end_s=172000.0)
-    assert step == Stop("Daemon: total duration 48h reached, stopping after 7 cycles")
+    clock, texts = FakeClock(), list[str]()
+    stop = FakeStop(clock)
+
+    def run_for_an_hour(_deadline_s: float | None) -> CampaignOutcome:
+        stop.pass_time(3600)
+        return CampaignOutcome(manifest)
+
+    Scheduler(make_campaign(tmp_path, daemon=daemon), stop, texts.append, clock.now, clock.monotonic).run(
+        run_for_an_hour
+    )
+    assert texts[-1] == "Daemon: total duration 48h reached, stopping after 7 cycles"
 
 
 def test_what_was_generated_is_said_before_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ import math
 
 import pytest
 
-from lem.results.effect import Verdict
-from lem.results.stats import BOOTSTRAP_COVERAGE
+from lem.results.bootstrap import BOOTSTRAP_COVERAGE
+from lem.results.stats import Verdict
 from tests.bench.coverage import (
     Coverage,
     false_differences,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lem.cli.main import make_parser
-from lem.config.yamlfile import load_campaign, load_experiment
+from lem.config.load import load_campaign, load_experiment
 from lem.record import Record
 from tests.documentation import ROOT, blocks, commands, files, links, pages, prose
 

@@ -112,6 +112,14 @@ def test_words_differ_unless_they_are_ignored() -> None:
     assert differences(document(), reworded, ignore_text=True) == []
 
 
+def test_a_warning_that_is_a_key_is_words_too() -> None:
+    old, new = ({"warnings": {text: 2}} for text in ("the load is 3 % in doubt", "load uncertain by 3 %"))
+    assert len(differences(json.dumps(old), json.dumps(new))) == 2
+    assert differences(json.dumps(old), json.dumps(new), ignore_text=True) == []
+    new["warnings"] = {"load uncertain by 3 %": 1}
+    assert len(differences(json.dumps(old), json.dumps(new), ignore_text=True)) == 1
+
+
 def test_a_code_of_one_word_counts_where_words_are_ignored() -> None:
     assert len(differences(document(), document(identity__host="elsewhere"), ignore_text=True)) == 1
 

@@ -8,7 +8,7 @@ import pytest
 
 from lem.config import rules
 from lem.config.experiment import ExperimentConfig
-from lem.config.yamlfile import load_campaign, load_experiment
+from lem.config.load import load_campaign, load_experiment
 from lem.orchestration.grid import expand_campaign_grid, validate_campaign_grid
 from lem.orchestration.plan import build_plan
 
@@ -53,13 +53,13 @@ CAMPAIGNS = ("demo.yaml", "two-backends.yaml")
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.yaml") if path.name not in CAMPAIGNS))
 def test_an_experiment_is_valid_and_nothing_is_wrong_with_it(name: str) -> None:
     config = load_experiment(EXAMPLES / name).config
-    assert rules.check(config) == ()
+    assert rules.warnings(config) == ()
     assert config.model.name == "build/demo-model"
 
 
 def test_two_backends_run_the_same_work_in_another_order_every_cycle() -> None:
     loaded = load_campaign(EXAMPLES / "two-backends.yaml")
-    plan = build_plan(loaded.config, loaded.drafts)
+    plan = build_plan(loaded.config, loaded.listed)
     assert (plan.filtered, plan.warnings, plan.execution.structure) == ((), (), "shuffled")
     assert {item.backend for item in plan.experiments} == {"pytorch", "vllm"}
     assert len(plan.experiments) == 2 * 2 * 3

@@ -13,8 +13,8 @@ import pytest
 
 from lem.base.reasons import TEXTS, V1_TEXTS, Reason, alike, recognise
 from lem.record import Record, RecordError, decode_record, encode_record, read_record
-from lem.results.aggregation import aggregate_config
 from lem.results.check import check_run
+from lem.results.run import make_run
 from tests.records import codes, make_record
 
 RECORDED = Path(__file__).parents[1] / "recorded" / "h200" / "attempt" / "result.json"
@@ -209,8 +209,8 @@ def test_rewording_every_sentence_changes_nothing_but_sentences() -> None:
     read = decode_record(document)
     assert read == record
     assert [reason.kind for reason in read.validity.warnings] == [reason.kind for reason in reasons]
-    assert check_run([read]) == check_run([record])
-    assert aggregate_config("small", [read]).warnings == dict.fromkeys(reasons, 1)
+    assert check_run(make_run([read])) == check_run(make_run([record]))
+    assert make_run([read]).configurations[0].warnings == dict.fromkeys(reasons, 1)
 
 
 def test_a_code_of_a_newer_lem_is_known_by_its_sentence() -> None:

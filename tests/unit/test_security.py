@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from lem.base.errors import ConfigurationError, UserError
-from lem.config import yamlfile
+from lem.config import load
 from lem.config.campaign_config import CampaignConfig
 from lem.config.problems import ConfigProblems
 from lem.orchestration.names import file_stem
@@ -147,7 +147,7 @@ def test_a_tag_in_yaml_is_refused_where_it_stands(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text(f"campaign_name: x\nmodel: {text}\n", encoding="utf-8")
     with pytest.raises(ConfigurationError, match=r"c\.yaml:2:8: .*tag"):
-        yamlfile.load_campaign("c.yaml")
+        load.load_campaign("c.yaml")
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
 
 
@@ -156,7 +156,7 @@ def test_aliases_that_multiply_are_refused(tmp_path: Path) -> None:
     lines += [f"a{number}: &a{number} [{', '.join([f'*a{number - 1}'] * 10)}]" for number in range(1, 10)]
     (tmp_path / "c.yaml").write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(ConfigurationError, match="do aliases"):
-        yamlfile.load_campaign(tmp_path / "c.yaml")
+        load.load_campaign(tmp_path / "c.yaml")
 
 
 # Names

@@ -47,7 +47,7 @@ def render_report(report: Report) -> str:
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
         tag("meta", name="generator", content=f"lem {__version__}"),
-        tag("title", f"{report.summary.campaign_name or 'Campaign'} – lem report"),
+        tag("title", f"{report.run.campaign_name or 'Campaign'} – lem report"),
         tag("style", style),
     )
     body = tag("body", *_body(report), tag("script", script))
@@ -71,19 +71,19 @@ def _body(report: Report) -> Iterator[Markup]:
 
 
 def _heading(report: Report) -> Iterator[Markup]:
-    summary = report.summary
-    more = len(summary.run_ids) - 3
+    run = report.run
+    more = len(run.run_ids) - 3
     experiments = len({(record.identity.run_id, record.identity.experiment_id) for record in report.records})
-    failed = sum(entry.aggregate.n_failed for entry in report.entries)
+    failed = sum(entry.configuration.n_failed for entry in report.entries)
     facts = [
-        *(f"run {run}" for run in summary.run_ids[:3]),
+        *(f"run {name}" for name in run.run_ids[:3]),
         *([f"{more} more runs"] if more > 0 else []),
         plural(len(report.entries), "configuration"),
         plural(experiments + failed, "experiment"),
-        *(f"host {host}" for host in summary.hosts[:4]),
-        *summary.shared.values(),
+        *(f"host {host}" for host in run.hosts[:4]),
+        *run.shared.values(),
     ]
-    yield tag("h1", summary.campaign_name or "Campaign")
+    yield tag("h1", run.campaign_name or "Campaign")
     yield tag("p", " · ".join(facts), class_="facts")
 
 

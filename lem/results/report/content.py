@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lem.base.doc import SEPARATORS, name_tokens, printable, text_width
 from lem.base.reasons import Reason
 from lem.base.units import format_quantity, plural, some_of
 from lem.record import Record
-from lem.results.aggregation import ConfigAggregate, estimate_note
-from lem.results.check import check_run
-from lem.results.check_results import Finding
-from lem.results.compare import Row, RunResults, Subject, compare_configurations
-from lem.results.metrics import METRIC_BY_NAME, Metric, by_cycle, distinct, used_cycles, used_records
-from lem.results.precision import StoppingRule
+from lem.results.aggregation import Configuration, estimate_note
+from lem.results.check import Finding, check_run
+from lem.results.compare import Row, compare_configurations
+from lem.results.metrics import Metric
 from lem.results.report.plot import GROUPS_MAX
-from lem.results.run import CampaignSummary, summarise
-from lem.results.store import Problem, Scan, StoredResult, config_beside, configuration_of, configured_name
+from lem.results.run import ENERGY, THROUGHPUT, Run
+from lem.results.store import config_beside, configuration_of, configured_name
 
-ENERGY, THROUGHPUT = "energy_per_output_tok_j", "output_tok_per_s"
 NOT_GIVEN = "not given"
 
 _LABEL_WIDTH = 32
@@ -107,140 +105,106 @@ def slowed_s(spells: Iterable[Spell]) -> tuple[tuple[float, float], ...]:
 
 
 @dataclass(frozen=True)
-class FailedSettings:
-    """The settings of a configuration without any result."""
-
-    name: str
-    settings: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class TraceNote:
-    """A sample log that could not be read, and why."""
-
-    path: str
-    message: str
-
-
-@dataclass(frozen=True)
 class Entry:
     """A configuration on the page."""
 
     number: int  # from 1, in the order of merit
     name: str
     label: str  # without what all names share, short enough for a plot
-    aggregate: ConfigAggregate
-    records: tuple[Record, ...]
-    used: tuple[Record, ...]  # those that the estimates are made of
+    configuration: Configuration
     settings: Mapping[str, str]  # as requested, by dotted name
     group: int  # colour and shape
 
     @property
+    def records(self) -> tuple[Record, ...]:
+        """All its results."""
+        return self.configuration.records
+
+    @property
+    def used(self) -> tuple[Record, ...]:
+        """The results that its estimates are made of."""
+        return self.configuration.used
+
+    @property
     def is_estimate(self) -> bool:
         """Whether its energy was estimated from the design power of the CPU."""
-        return self.aggregate.is_estimate
+        return self.configuration.is_estimate
 
-    def centre(self, metric: str) -> float | None:
+    def centre(self, metric: str | Metric) -> float | None:
         """The geometric mean over the cycles."""
-        interval = self.aggregate.metrics[metric].t_log
-        return interval.geometric_mean if interval else None
+        return self.configuration.estimate(metric).value
 
-    def span(self, metric: str) -> tuple[float, float] | None:
+    def span(self, metric: str | Metric) -> tuple[float, float] | None:
         """The t interval."""
-        interval = self.aggregate.metrics[metric].t_log
-        if interval is None or interval.ci_lower is None or interval.ci_upper is None:
-            return None
-        return interval.ci_lower, interval.ci_upper
+        estimate = self.configuration.estimate(metric)
+        return None if estimate.low is None or estimate.high is None else (estimate.low, estimate.high)
 
 
 @dataclass(frozen=True)
 class Report:
     """Everything on the page."""
 
-    summary: CampaignSummary
+    run: Run
     findings: tuple[Finding, ...]  # of `lem check`
     headline: Metric  # of the verdict: energy per output token, or throughput where no energy was measured
     entries: tuple[Entry, ...]  # best first, those without a value last
-    records: tuple[Record, ...]
-    problems: tuple[Problem, ...]
-    failed_settings: tuple[FailedSettings, ...]
-    groups: tuple[str, ...]  # the meaning of each colour and shape; () where all look the same
+    records: tuple[Record, ...]  # in the order of execution
     grouped_by: str
+    groups: tuple[str, ...]  # the meaning of each colour and shape; () where all look the same
     traces: tuple[tuple[Record, Trace], ...] = ()
-    trace_notes: tuple[TraceNote, ...] = ()
+    unread: tuple[str, ...] = ()  # sample logs that could not be read, and why
     n_logs: int = 0  # experiments with a sample log
 
     @property
     def has_energy(self) -> bool:
         """Whether the page is about energy."""
-        return self.headline.group == "energy"
+        return self.headline is ENERGY
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
         """The metrics of the page."""
-        return tuple(METRIC_BY_NAME[name] for name in ((ENERGY, THROUGHPUT) if self.has_energy else (THROUGHPUT,)))
+        return (ENERGY, THROUGHPUT) if self.has_energy else (THROUGHPUT,)
 
     @property
     def estimate_note(self) -> str:
         """What follows every label of energy where some of it is an estimate; else empty."""
-        note = estimate_note(entry.aggregate for entry in self.entries if entry.aggregate.metrics[ENERGY].values)
+        found = (entry.configuration for entry in self.entries)
+        note = estimate_note(item for item in found if item.estimate(ENERGY).values)
         return f" {note}" if note else ""
 
 
-def compose(
-    records: Sequence[Record],
-    *,
-    problems: Sequence[Problem] = (),
-    failed: Mapping[str, int] | None = None,
-    failed_settings: Sequence[FailedSettings] = (),
-    stopping: StoppingRule | None = None,
-    campaign_name: str = "",
-    run_id: str = "",
-) -> Report:
-    """The content of the page from all whole results of one campaign, valid or not.
-
-    `failed` counts the experiments without a result by configuration; `campaign_name` and `run_id` name a campaign
-    without results.
-    """
-    check = check_run(records, failed=failed, problems=problems, stopping=stopping)
-    summary = summarise(records, failed=failed, campaign_name=campaign_name, run_id=run_id, stopping=stopping)
-    estimates = [item.metrics[ENERGY] for item in summary.configurations]
+def compose(run: Run) -> Report:
+    """The content of the page, without traces."""
+    estimates = [item.estimate(ENERGY) for item in run.configurations]
     is_measured = any(estimate.values or estimate.all_attempts for estimate in estimates)
-    headline = METRIC_BY_NAME[ENERGY if is_measured else THROUGHPUT]
-    ordered = sorted(records, key=_moment)
-    by_name: dict[str, list[Record]] = {item.config_name: [] for item in summary.configurations}
-    for record in ordered:
-        by_name[record.identity.config_name].append(record)
-    known = {item.name: item.settings for item in failed_settings}
-    settings = {
-        name: flat_settings(found[0].requested) if found else known.get(name, {}) for name, found in by_name.items()
-    }
-    ranked = sorted(summary.configurations, key=lambda item: _merit(item, headline))
-    grouped_by, group_of, groups = _grouping([item.config_name for item in ranked], list(by_name), settings)
-    labels = _labels(list(by_name))
+    headline = ENERGY if is_measured else THROUGHPUT
+    lost = _lost_settings(run)
+    settings = [
+        flat_settings(item.records[0].requested) if item.records else lost.get(item.name, {})
+        for item in run.configurations
+    ]
+    grouped_by, groups, meanings = _grouping(settings)
+    labels = _labels([item.name for item in run.configurations])
+    ranked = sorted(enumerate(run.configurations), key=lambda pair: _merit(pair[1], headline))
     entries = tuple(
         Entry(
             number=number,
-            name=printable(item.config_name),
-            label=labels[item.config_name],
-            aggregate=item,
-            records=tuple(by_name[item.config_name]),
-            used=used_records(by_name[item.config_name]),
-            settings=settings[item.config_name],
-            group=group_of[item.config_name],
+            name=printable(item.name),
+            label=labels[item.name],
+            configuration=item,
+            settings=settings[index],
+            group=groups[index] if groups else number - 1,
         )
-        for number, item in enumerate(ranked, 1)
+        for number, (index, item) in enumerate(ranked, 1)
     )
     return Report(
-        summary=summary,
-        findings=check.findings,
+        run=run,
+        findings=check_run(run).findings,
         headline=headline,
         entries=entries,
-        records=tuple(ordered),
-        problems=tuple(problems),
-        failed_settings=tuple(failed_settings),
-        groups=tuple(entry.label for entry in entries) if grouped_by == "configuration" else groups,
+        records=tuple(sorted(run.records, key=_moment)),
         grouped_by=grouped_by,
+        groups=meanings if groups else tuple(entry.label for entry in entries),
     )
 
 
@@ -263,23 +227,24 @@ def _moment(record: Record) -> tuple[str, str, int, int, int]:
     return (identity.run_id, identity.host, identity.order_index, identity.cycle_index, identity.attempt)
 
 
-def _merit(item: ConfigAggregate, metric: Metric) -> tuple[bool, float]:
-    interval = item.metrics[metric.name].t_log
-    value = interval.geometric_mean if interval else None
-    return value is None, (1 if metric.group == "energy" else -1) * (value or 0.0)
+def _merit(item: Configuration, metric: Metric) -> tuple[bool, float]:
+    value = item.estimate(metric).value
+    return value is None, (1 if metric is ENERGY else -1) * (value or 0.0)
 
 
-def _grouping(
-    ranked: Sequence[str], names: Sequence[str], settings: Mapping[str, Mapping[str, str]]
-) -> tuple[str, Mapping[str, int], tuple[str, ...]]:
-    """What the colours mean: each configuration, or a setting that has few values; else all look the same."""
-    if len(names) <= GROUPS_MAX:
-        return "configuration", {name: index for index, name in enumerate(ranked)}, ()
-    for key in (*_GROUPINGS, *sorted({key for item in settings.values() for key in item})):
-        values = tuple(dict.fromkeys(settings[name].get(key, NOT_GIVEN) for name in names))
-        if 2 <= len(values) <= GROUPS_MAX:
-            return key, {name: values.index(settings[name].get(key, NOT_GIVEN)) for name in names}, values
-    return "", dict.fromkeys(names, 0), ()
+def _grouping(settings: Sequence[Mapping[str, str]]) -> tuple[str, Sequence[int], tuple[str, ...]]:
+    """What colour and shape mean, those of each configuration, and the meaning of each.
+
+    Of few configurations each has its own, in the order of merit; of many they show a setting that has few values.
+    """
+    if len(settings) <= GROUPS_MAX:
+        return "configuration", (), ()
+    for key in (*_GROUPINGS, *sorted({key for item in settings for key in item})):
+        values = [item.get(key, NOT_GIVEN) for item in settings]
+        meanings = tuple(dict.fromkeys(values))
+        if 2 <= len(meanings) <= GROUPS_MAX:
+            return key, [meanings.index(value) for value in values], meanings
+    return "", [0] * len(settings), ()
 
 
 def _labels(names: Sequence[str]) -> dict[str, str]:
@@ -299,37 +264,36 @@ def _labels(names: Sequence[str]) -> dict[str, str]:
     return labels
 
 
-def failed_settings(scan: Scan) -> tuple[FailedSettings, ...]:
+def _lost_settings(run: Run) -> Mapping[str, Mapping[str, str]]:
     """The settings of configurations without any whole result, from the `config.json` beside what is missing."""
-    known = {configuration_of(item.record.identity.experiment_id) for item in scan.results}
-    found: dict[str, FailedSettings] = {}
-    for problem in scan.problems:
+    known = {configuration_of(record.identity.experiment_id) for record in run.records}
+    found: dict[str, Mapping[str, str]] = {}
+    for problem in run.problems:
         key = configuration_of(problem.exp_id)
-        if not problem.exp_id or key in known or key in found:
-            continue
-        config = config_beside(problem)
-        requested = config.get("requested")
-        if isinstance(requested, dict):
-            found[key] = FailedSettings(configured_name(config) or key, flat_settings(requested))
-    return tuple(found.values())
+        if problem.exp_id and key not in known:
+            config = config_beside(problem)
+            requested = config.get("requested")
+            if isinstance(requested, dict):
+                found.setdefault(configured_name(config) or key, flat_settings(requested))
+                known.add(key)
+    return found
 
 
-def select_traced(entries: Sequence[Entry], results: Sequence[StoredResult]) -> tuple[StoredResult, ...]:
+def select_traced(entries: Sequence[Entry], records: Sequence[Record]) -> tuple[Record, ...]:
     """The results whose power over time is drawn: all where they are few.
 
     Else some that were invalid or throttled, then one of each configuration in the order of merit.
     """
-    if len(results) <= _TRACES_SHOWN:
-        return tuple(results)
-    faulty = (item for item in results if not item.record.validity.valid or any(g.was_slowed for g in item.record.gpus))
-    chosen = list(faulty)[:_FAULTY_FIRST]
-    by_key = {item.record.identity.key: item for item in results}
+    if len(records) <= _TRACES_SHOWN:
+        return tuple(records)
+    faulty = (item for item in records if not item.validity.valid or any(gpu.was_slowed for gpu in item.gpus))
+    chosen = dict.fromkeys(itertools.islice((item.identity.key for item in faulty), _FAULTY_FIRST))
+    by_key = {item.identity.key: item for item in records}
     for entry in entries:
-        own = (by_key[record.identity.key] for record in entry.used if record.identity.key in by_key)
-        first = next(own, None)
-        if len(chosen) < _TRACES_SHOWN and first is not None and first not in chosen:
-            chosen.append(first)
-    return tuple(chosen)
+        own = (record.identity.key for record in entry.used if record.identity.key in by_key)
+        if len(chosen) < _TRACES_SHOWN:
+            chosen.update(dict.fromkeys(itertools.islice(own, 1)))
+    return tuple(by_key[key] for key in chosen)
 
 
 @dataclass(frozen=True)
@@ -346,15 +310,15 @@ def verdict_of(report: Report) -> Verdict:
     metric = report.headline
     if not report.entries:
         return Verdict("No results.")
-    ranked = [entry for entry in report.entries if entry.centre(metric.name) is not None]
+    ranked = [entry for entry in report.entries if entry.centre(metric) is not None]
     if not ranked:
         return Verdict("No configuration has a valid result, so there is nothing to compare.")
     first, *others = ranked
-    missing = [entry for entry in report.entries if entry.centre(metric.name) is None]
+    missing = [entry for entry in report.entries if entry.centre(metric) is None]
     remarks = [f"No value of {_names(missing)}."] if missing else []
     if not others:
         return Verdict(f"“{first.name}”: {_amount(first, metric)}.", tuple(remarks))
-    rows = list(zip(others, _rows(first, others, metric), strict=True))
+    rows = list(zip(others, _rows(report.run, first, others, metric), strict=True))
     compared = [(entry, row) for entry, row in rows if row.p_adjusted is not None and row.effect is not None]
     refused = [(entry, row.reason) for entry, row in rows if row.p_adjusted is None and row.reason is not None]
     remarks = [*_separated(compared, len(others)), *_refusals(refused), *remarks]
@@ -367,17 +331,10 @@ def verdict_of(report: Report) -> Verdict:
     return Verdict(sentence, (ratio, *remarks) if ratio else tuple(remarks))
 
 
-def _rows(first: Entry, others: Sequence[Entry], metric: Metric) -> list[Row]:
+def _rows(run: Run, first: Entry, others: Sequence[Entry], metric: Metric) -> list[Row]:
     """The comparison of each of the others with the first, in their order."""
-    best, *subjects = map(_subject, (first, *others))
-    run = RunResults("", best.run_id, (best, *subjects))
-    return [pair.rows[0] for pair in compare_configurations(run, best, subjects, metrics=(metric,)).pairs]
-
-
-def _subject(entry: Entry) -> Subject:
-    identity = entry.used[0].identity
-    cycles = used_cycles(by_cycle(distinct(entry.records)))
-    return Subject(entry.label, identity.config_hash, identity.run_id, cycles, entry.aggregate, entry.settings)
+    best, *rest = (replace(entry.configuration, name=entry.label) for entry in (first, *others))
+    return [pair.rows[0] for pair in compare_configurations(run, best, rest, metrics=(metric,)).pairs]
 
 
 def _against(entry: Entry, row: Row) -> str:
@@ -422,11 +379,11 @@ def _names(entries: Sequence[Entry]) -> str:
 
 
 def _amount(entry: Entry, metric: Metric) -> str:
-    value, span = entry.centre(metric.name) or 0.0, entry.span(metric.name)
-    unit = "J" if metric.group == "energy" else "tok/s"
-    estimate = ", an estimate from TDP" if metric.group == "energy" and entry.is_estimate else ""
+    value, span = entry.centre(metric) or 0.0, entry.span(metric)
+    unit = "J" if metric is ENERGY else "tok/s"
+    estimate = ", an estimate from TDP" if metric is ENERGY and entry.is_estimate else ""
     interval = f" (95 % {_four_digits(span[0])} – {_four_digits(span[1])})" if span else ""
-    return f"{_four_digits(value)} {unit}{interval}{estimate}, {plural(entry.aggregate.n_cycles, 'cycle')}"
+    return f"{_four_digits(value)} {unit}{interval}{estimate}, {plural(entry.configuration.n_cycles, 'cycle')}"
 
 
 def _four_digits(value: float) -> str:

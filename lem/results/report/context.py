@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,6 @@ from lem.base import measurement
 from lem.base.units import format_duration, format_quantity, plural
 from lem.config.backends import WIDTH_OPTIONS
 from lem.record import Record
-from lem.results.check import DRIFT_FLAGGED, Drift, Observation, change_of, drift_of, relative_to_own_mean
 from lem.results.metrics import Metric
 from lem.results.report.content import NOT_GIVEN, POWER, TEMPERATURE, Band, Entry, Report, Series, Trace
 from lem.results.report.plot import (
@@ -40,6 +40,8 @@ from lem.results.report.plot import (
     text,
     vertical_axis,
 )
+from lem.results.run import ENERGY
+from lem.results.stats import DRIFT_FLAGGED, Drift, change_of, trend_of, without_means
 
 # --- the headline metric over two axes of the grid
 
@@ -54,34 +56,23 @@ _RAMP = ((226, 238, 248), (90, 162, 207), (8, 48, 107))
 
 
 @dataclass(frozen=True)
-class _Named:
-    """A configuration with or without a result."""
-
-    name: str
-    settings: Mapping[str, str]
-    entry: Entry | None
-    value: float | None = None
-
-
-@dataclass(frozen=True)
 class _Square:
     """A cell of the grid: its configurations and the best value of them."""
 
-    members: Sequence[_Named]
+    members: Sequence[Entry]
     best: float | None
 
     @property
     def is_partial(self) -> bool:
-        aggregates = (item.entry and item.entry.aggregate for item in self.members)
-        return any(aggregate is None or aggregate.n_failed or aggregate.n_invalid for aggregate in aggregates)
+        return any(entry.configuration.n_excluded for entry in self.members)
 
     @property
     def absence(self) -> str:
-        return "no value" if any(item.entry and item.entry.used for item in self.members) else "failed"
+        return "no value" if any(entry.used for entry in self.members) else "failed"
 
     @property
     def tooltip(self) -> str:
-        return ", ".join(f"{item.entry.number} {item.name}" if item.entry else item.name for item in self.members[:4])
+        return ", ".join(f"{entry.number} {entry.name}" for entry in self.members[:4])
 
 
 @dataclass(frozen=True)
@@ -98,8 +89,8 @@ class _Grid:
 
 def heatmap_section(report: Report) -> Markup:
     """A map for each value of what else varies, where these are few; else one with the best in each cell."""
-    named = _named(report)
-    settings = [item.settings for item in named]
+    entries = _with_one_width(report.entries)
+    settings = [entry.settings for entry in entries]
     heading = "Energy per output token over the grid" if report.has_energy else "Output throughput over the grid"
     values_of = {
         key: _ordered({item.get(key, NOT_GIVEN) for item in settings})
@@ -113,17 +104,17 @@ def heatmap_section(report: Report) -> Markup:
         else:
             reason = f"No grid to draw: {long}, an axis has at most {_MOST}, and fewer than two other settings vary."
         return no_plot("grid", heading, reason)
-    known = [item.value for item in named if item.value is not None]
+    known = [value for entry in entries if (value := entry.centre(report.headline)) is not None]
     if not known:
         return no_plot("grid", heading, "No configuration has a valid result.")
     across, up, *others = axes
     scale = fitting_scale((min(known), max(known)), 0.0, 1.0)
     grid = _Grid(across, up, values_of[across], values_of[up], tuple(others), scale)
-    facets: dict[tuple[str, ...], list[_Named]] = {}
-    for item in named:
-        facets.setdefault(tuple(item.settings.get(key, NOT_GIVEN) for key in others), []).append(item)
+    facets: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in entries:
+        facets.setdefault(tuple(entry.settings.get(key, NOT_GIVEN) for key in others), []).append(entry)
     if len(facets) > _FACETS:
-        facets = {(): named}
+        facets = {(): entries}
     figures = []
     for number, (chosen, members) in enumerate(sorted(facets.items()), 1):
         where = ", ".join(f"{_short(key)} {value}" for key, value in zip(others, chosen, strict=False))
@@ -132,21 +123,16 @@ def heatmap_section(report: Report) -> Markup:
     return tag("div", *figures, class_="pair" if len(figures) > 1 else None)
 
 
-def _named(report: Report) -> list[_Named]:
-    """All configurations, the width options of several backends under one name."""
-    metric = report.headline.name
-    found = [
-        _Named(entry.name, entry.settings, entry, entry.centre(metric)) for entry in report.entries if entry.settings
-    ]
-    known = {item.name for item in found}
-    found += [_Named(item.name, item.settings, None) for item in report.failed_settings if item.name not in known]
-    used = sorted({key for item in found for key in item.settings} & set(_WIDTHS))
+def _with_one_width(entries: Iterable[Entry]) -> list[Entry]:
+    """The configurations with known settings, the width options of several backends under one name."""
+    known = [entry for entry in entries if entry.settings]
+    used = sorted({key for entry in known for key in entry.settings} & set(_WIDTHS))
     if len(used) < 2:
-        return found
+        return known
     axis = " / ".join(_WIDTHS[key] for key in used)
     return [
-        replace(item, settings={axis if key in _WIDTHS else key: value for key, value in item.settings.items()})
-        for item in found
+        replace(entry, settings={axis if key in _WIDTHS else key: value for key, value in entry.settings.items()})
+        for entry in known
     ]
 
 
@@ -188,16 +174,15 @@ def _ordered(values: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(values, key=place))
 
 
-def _heatmap(identifier: str, heading: str, grid: _Grid, members: Sequence[_Named], report: Report) -> Markup:
-    by_place: dict[tuple[str, str], list[_Named]] = {}
-    for item in members:
-        key = (item.settings.get(grid.across, NOT_GIVEN), item.settings.get(grid.up, NOT_GIVEN))
-        by_place.setdefault(key, []).append(item)
-    choose = min if report.has_energy else max
-    squares = {
-        key: _Square(found, choose((item.value for item in found if item.value is not None), default=None))
-        for key, found in by_place.items()
-    }
+def _heatmap(identifier: str, heading: str, grid: _Grid, members: Sequence[Entry], report: Report) -> Markup:
+    by_place: dict[tuple[str, str], list[Entry]] = {}
+    for entry in members:
+        key = (entry.settings.get(grid.across, NOT_GIVEN), entry.settings.get(grid.up, NOT_GIVEN))
+        by_place.setdefault(key, []).append(entry)
+    squares = {}
+    for key, found in by_place.items():
+        values = [value for entry in found if (value := entry.centre(report.headline)) is not None]
+        squares[key] = _Square(found, (min if report.has_energy else max)(values, default=None))
     left = 34 + 7.6 * max(min(len(value), 22) for value in (*grid.rows, _short(grid.up)))
     width = max(left + _CELL_WIDTH * len(grid.columns) + 16, 280)
     unit = "J per output token" + report.estimate_note if report.has_energy else "output tok/s"
@@ -273,7 +258,7 @@ def _grid_table(grid: _Grid, squares: Mapping[tuple[str, str], _Square]) -> Mark
             return "not in the grid"
         return square.absence if square.best is None else format_quantity(square.best)
 
-    rows = [
+    rows: list[Row] = [
         [up, *(Cell(shown(squares.get((across, up))), is_number=True) for across in grid.columns)] for up in grid.rows
     ]
     head = [f"{_short(grid.up)} \\ {_short(grid.across)}", *grid.columns]
@@ -322,17 +307,18 @@ def _order(metric: Metric, report: Report) -> Markup:
         if (value := metric.read(record)[0]) is not None and value > 0
     ]
     values = sorted(found, key=lambda item: item.order)
-    observations = [Observation(str(item.entry.number), item.order, item.value) for item in values]
-    drift = drift_of(observations)
+    numbers, places = [item.entry.number for item in values], [item.order for item in values]
+    length = max(places, default=0) - min(places, default=0)
+    drift = trend_of(places, [item.value for item in values], numbers, length=length)
     if drift is None:
         reason = "No configuration has two valid cycles, so nothing can be compared over time."
         return no_plot(identifier, heading, reason)
-    shares = [100 * change_of(log) for log in relative_to_own_mean(observations)]
+    shares = [100 * change_of(log) for log in without_means([math.log(item.value) for item in values], numbers)]
     flagged = 100 * DRIFT_FLAGGED
     reach = max(flagged, *map(abs, shares)) * 1.1
     x_scale = Scale(0, values[-1].order + 1, _LEFT, _RIGHT)
     y_scale = Scale(-reach, reach, _ORDER_BOTTOM, _ORDER_TOP)
-    estimate = report.estimate_note if metric.group == "energy" else ""
+    estimate = report.estimate_note if metric is ENERGY else ""
     top, bottom = y_scale(flagged / 2), y_scale(-flagged / 2)
     half = 100 * drift.change / 2
     fitted = [(x_scale(values[0].order), y_scale(-half)), (x_scale(values[-1].order), y_scale(half))]
@@ -367,7 +353,7 @@ def _drift_text(drift: Drift) -> str:
     if drift.ci_lower is None or drift.ci_upper is None:
         return f"drifts by {percent(drift.change)} over the campaign (too few values for an interval)"
     interval = f"95 % {percent(drift.ci_lower)} to {percent(drift.ci_upper)}"
-    chance = "" if drift.is_told_from_zero else "; chance alone could make this"
+    chance = "" if drift.is_significant else "; chance alone could make this"
     return f"drifts by {percent(drift.change)} over the campaign ({interval}{chance})"
 
 
@@ -411,7 +397,7 @@ _SHADES = {
 
 def traces_section(report: Report) -> Markup:
     """A plot for each experiment chosen, the first of them unfolded."""
-    notes = [tag("p", f"Not shown: {note.path}: {note.message}", class_="absent") for note in report.trace_notes]
+    notes = [tag("p", f"Not shown: {note}", class_="absent") for note in report.unread]
     if not report.traces:
         reason = "No experiment has a sample log: no meter ran, or timeseries.save is off."
         if report.n_logs:

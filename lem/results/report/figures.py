@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from lem.base.units import format_latency, format_quantity, plural, some_of
 from lem.record import OBSERVATIONS_NEEDED, Distribution
 from lem.results.metrics import Metric
-from lem.results.report.content import ENERGY, THROUGHPUT, Entry, Report
+from lem.results.report.content import Entry, Report
 from lem.results.report.plot import (
     CROSS,
     DOT,
@@ -44,6 +44,7 @@ from lem.results.report.plot import (
     text,
     vertical_axis,
 )
+from lem.results.run import ENERGY, THROUGHPUT
 
 # --- energy against speed: which configurations no other beats in both
 
@@ -58,7 +59,7 @@ _SIDES = ((1.0, 0.0), (-1.0, 0.0), (0.7, -0.8), (-0.7, -0.8), (0.7, 0.8), (-0.7,
 
 @dataclass(frozen=True)
 class _Axis:
-    metric: str
+    metric: str | Metric
     label: str
     is_less_better: bool = True
     note: str = ""
@@ -275,7 +276,7 @@ def cycles_section(report: Report) -> Markup:
 
 def _cycles(metric: Metric, report: Report) -> Markup:
     identifier, heading = f"cycles-{metric.name}", f"{metric.label}, by cycle"
-    label = f"{metric.label}, {'J' if metric.group == 'energy' else metric.unit}"
+    label = f"{metric.label}, {'J' if metric is ENERGY else metric.unit}"
     values = [value for record in report.records if (value := metric.read(record)[0]) is not None]
     if not values:
         return no_plot(identifier, heading, "No result has a value.")
@@ -290,7 +291,7 @@ def _cycles(metric: Metric, report: Report) -> Markup:
             "Dot: a valid cycle. ×: an invalid attempt, left out; at the edge when further off.",
             "Bar: 95 % t interval. Tick: geometric mean.",
         ]
-        if any(entry.is_estimate for entry in entries) and metric.group == "energy":
+        if any(entry.is_estimate for entry in entries) and metric is ENERGY:
             caption.append("(est.): an estimate from the design power (TDP) of the CPU, not a measurement.")
         return Plot(
             identifier + suffix,
@@ -313,14 +314,14 @@ def _cycles(metric: Metric, report: Report) -> Markup:
 
 
 def _cycles_label(entry: Entry, metric: Metric) -> str:
-    return f"{entry.label} (est.)" if entry.is_estimate and metric.group == "energy" else entry.label
+    return f"{entry.label} (est.)" if entry.is_estimate and metric is ENERGY else entry.label
 
 
 def _reach(metric: Metric, entries: Sequence[Entry]) -> float:
     """The largest difference in percent that is drawn to scale."""
     found = [1.0]
     for entry in entries:
-        centre, span = entry.centre(metric.name), entry.span(metric.name)
+        centre, span = entry.centre(metric), entry.span(metric)
         if centre:
             known = [*_values(metric, entry, is_used=True), *(span or ())]
             found += [abs(100 * (value / centre - 1)) for value in known]
@@ -344,7 +345,7 @@ def _cycles_marks(
     remarks: list[Markup] = []
     for entry, y in rows:
         counted, left_out = (_values(metric, entry, is_used=is_used) for is_used in (True, False))
-        centre, span = entry.centre(metric.name), entry.span(metric.name)
+        centre, span = entry.centre(metric), entry.span(metric)
         places: list[Callable[[float], float]] = [values]
         if centre is None:
             remark = "no geometric mean" if counted else "not measured" if entry.used else "no valid result"
@@ -475,8 +476,8 @@ def _latency_marks(rows: Sequence[tuple[Entry, _Percentiles, float]], kind: str,
                 yield marks(parts, f"g{group} to-{high}")
     known = [row for row in rows if "p50" in row[1]]
     yield marks((spot(scale(found["p50"]), y - 8, TICK) for _, found, y in known), "mean")
-    medians = ((item.p50, y) for entry, _, y in known for item in _distributions(entry, kind))
-    yield marks((spot(scale(value), y, DOT) for value, y in medians if value is not None), "dots small")
+    medians = ((scale(item.p50), y) for entry, _, y in known for item in _distributions(entry, kind))
+    yield marks((spot(x, y, DOT) for x, y in medians), "dots small")
     yield marks((spot(scale(found["mean"]) - 3.4, y, RING) for _, found, y in known if "mean" in found), "ring")
     for entry, found, y in rows:
         if "p50" not in found:

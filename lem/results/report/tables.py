@@ -14,9 +14,9 @@ from lem.base.measurement import EnergySource, is_estimate
 from lem.base.reasons import alike
 from lem.base.units import SIGNIFICANT_DIGITS, format_duration, format_latency, format_power, plural, with_decimals
 from lem.record import Environment, Gpu, Record
-from lem.results.aggregation import MetricEstimate
-from lem.results.precision import UNACCOUNTED
-from lem.results.report.content import ENERGY, Entry, Report, verdict_of
+from lem.results.aggregation import Estimate
+from lem.results.bootstrap import bootstrap_coverage_label
+from lem.results.report.content import Entry, Report, verdict_of
 from lem.results.report.figures import mean_of
 from lem.results.report.plot import (
     NOT_MEASURED,
@@ -33,7 +33,7 @@ from lem.results.report.plot import (
     table,
     tag,
 )
-from lem.results.stats import bootstrap_coverage_label
+from lem.results.run import ENERGY, UNACCOUNTED
 
 # --- how many results can be used, and what weakens them
 
@@ -63,11 +63,11 @@ def validity_section(report: Report) -> Markup:
 
 
 def _n_damaged(report: Report) -> int:
-    return sum(problem.kind != "missing" for problem in report.problems)
+    return sum(problem.kind != "missing" for problem in report.run.problems)
 
 
 def _tiles(report: Report) -> Markup:
-    aggregates = [entry.aggregate for entry in report.entries]
+    aggregates = [entry.configuration for entry in report.entries]
     results, invalid = sum(item.n_results for item in aggregates), sum(item.n_invalid for item in aggregates)
     tiles = (
         (f"{results - invalid} of {results}", "results valid", invalid),
@@ -81,17 +81,17 @@ def _tiles(report: Report) -> Markup:
 
 def _findings(report: Report) -> Iterator[Markup]:
     """Why results are invalid, then the findings of `lem check`, each with its remedy."""
-    found = ((why, (entry, n)) for entry in report.entries for why, n in entry.aggregate.invalid_reasons.items())
+    found = ((why, (entry, n)) for entry in report.entries for why, n in entry.configuration.invalid_reasons.items())
     for same in alike(found):
         text = same[0][0].text + ("; numbers differ" if len({reason for reason, _ in same}) > 1 else "")
         members = list({entry.number: entry for _, (entry, _) in same}.values())
-        count, total = sum(n for _, (_, n) in same), sum(entry.aggregate.n_results for entry in members)
+        count, total = sum(n for _, (_, n) in same), sum(entry.configuration.n_results for entry in members)
         yield _finding("bad", "invalid", f"{text} ({count} of {plural(total, 'result')}: {_members(members, report)})")
     for item in report.findings:
         if item.kind == "damaged":
             text = f"{plural(_n_damaged(report), 'result')} cannot be used, and left out: named below"
             yield _finding("bad", "damaged", text, item.remedy)
-    by_name = {entry.aggregate.config_name: entry for entry in report.entries}
+    by_name = {entry.configuration.name: entry for entry in report.entries}
     for item in report.findings:
         if item.kind not in _SHOWN_ELSEWHERE:
             entries = (by_name[name] for name in item.configurations if name in by_name)
@@ -100,7 +100,7 @@ def _findings(report: Report) -> Iterator[Markup]:
             kind, label = "bad" if item.is_weak else "warn", item.kind.replace("_", " ")
             yield _finding(kind, label, f"{item.text}{concerned}", item.remedy)
     if not report.has_energy and report.entries:
-        reasons = dict.fromkeys(entry.aggregate.metrics[ENERGY].null_reason or "" for entry in report.entries)
+        reasons = dict.fromkeys(entry.configuration.estimate(ENERGY).null_reason or "" for entry in report.entries)
         why = "; ".join(filter(None, reasons)) or "no reason given"
         yield _finding("warn", "no energy", f"not measured: {why}. The page is about throughput instead.")
 
@@ -119,7 +119,7 @@ def _members(members: Sequence[Entry], report: Report) -> str:
 
 def _problems(report: Report) -> Markup:
     """What was left out, by name: a page that is silent about damage looks complete."""
-    problems = report.problems
+    problems = report.run.problems
     if not problems:
         return Markup()
     kinds = [problem.kind for problem in problems]
@@ -154,33 +154,33 @@ def results_section(report: Report) -> Markup:
 
 def _overview(report: Report, *, has_winner: bool) -> Markup:
     """Every configuration with both intervals, best first."""
-    decimals = {metric: _decimals(entry.centre(metric.name) for entry in report.entries) for metric in report.metrics}
+    decimals = {metric: _decimals(entry.centre(metric) for entry in report.entries) for metric in report.metrics}
     latencies = [
         (label, name)
         for label, name in (("TTFT p50", "ttft_p50_s"), ("End to end p50", "e2e_p50_s"))
-        if any(entry.aggregate.metrics[name].values for entry in report.entries)
+        if any(entry.configuration.estimate(name).values for entry in report.entries)
     ]
     head = ["No.", "Configuration"]
     for metric in report.metrics:
-        note = report.estimate_note if metric.group == "energy" else ""
+        note = report.estimate_note if metric is ENERGY else ""
         head += [f"{metric.label}, {metric.unit}{note}", "95 % intervals"]
     head += [*(label for label, _ in latencies), "Cycles"]
     rows: list[Row] = []
     for entry in report.entries:
         row: list[Cell | str] = [count_cell(entry.number), Cell(_name(entry))]
         for metric, digits in decimals.items():
-            is_estimated = entry.is_estimate and metric.group == "energy"
-            row += _interval_cells(entry.aggregate.metrics[metric.name], digits, is_estimate=is_estimated)
+            is_estimated = entry.is_estimate and metric is ENERGY
+            row += _interval_cells(entry.configuration.estimate(metric), digits, is_estimate=is_estimated)
         for _, name in latencies:
-            row.append(number_cell(entry.centre(name), entry.aggregate.metrics[name].null_reason, format_latency))
-        rows.append([*row, count_cell(entry.aggregate.n_cycles)])
-    caption = f"Every configuration of {report.summary.campaign_name}, sortable by each column"
+            row.append(number_cell(entry.centre(name), entry.configuration.estimate(name).null_reason, format_latency))
+        rows.append([*row, count_cell(entry.configuration.n_cycles)])
+    caption = f"Every configuration of {report.run.campaign_name}, sortable by each column"
     sorted_by = (2, "ascending" if report.has_energy else "descending")
     return table(caption, head, rows, row_head=1, sorted_by=sorted_by, best=0 if has_winner else None)
 
 
 def _name(entry: Entry) -> Markup:
-    aggregate = entry.aggregate
+    aggregate = entry.configuration
     badges = [
         (aggregate.n_failed, f"{aggregate.n_failed} failed", "bad"),
         (aggregate.n_invalid, f"{aggregate.n_invalid} invalid", "bad"),
@@ -201,7 +201,7 @@ def _decimals(values: Iterable[float | None]) -> int | None:
     return max(0, SIGNIFICANT_DIGITS - 1 - math.floor(math.log10(min(known))))
 
 
-def _interval_cells(estimate: MetricEstimate, decimals: int | None, *, is_estimate: bool) -> tuple[Cell, Cell]:
+def _interval_cells(estimate: Estimate, decimals: int | None, *, is_estimate: bool) -> tuple[Cell, Cell]:
     """The geometric mean; and below each other its t interval and the bootstrap interval."""
     t_log, bootstrap, every = estimate.t_log, estimate.bootstrap, estimate.all_attempts
     notes: list[Markup] = []
@@ -237,19 +237,19 @@ def _interval(low: float | None, high: float | None, decimals: int | None) -> st
 
 
 def _explanations(report: Report) -> Iterator[str]:
-    if report.summary.stopping is not None:
-        yield f"Cycles were added {report.summary.stopping.describe()}: {UNACCOUNTED}."
-    sizes = sorted({entry.aggregate.n_cycles for entry in report.entries if entry.span(report.headline.name)})
+    if report.run.stopping is not None:
+        yield f"Cycles were added {report.run.stopping.describe()}: {UNACCOUNTED}."
+    sizes = sorted({entry.configuration.n_cycles for entry in report.entries if entry.span(report.headline)})
     if not sizes:
         return
-    labels = ((size, bootstrap_coverage_label(size, report.summary.confidence)) for size in sizes)
+    labels = ((size, bootstrap_coverage_label(size)) for size in sizes)
     covers = ", ".join(f"{label} with {plural(size, 'cycle')}" for size, label in labels if label)
     yield (
         "Means are geometric, over the cycles of a configuration. The t interval is Student's, on log values: it "
         "covers 95 % at any number of cycles. The bootstrap interval is that of the arithmetic mean, 95 % in name"
         + (f"; it truly covers {covers}." if covers else ".")
     )
-    estimates = (entry.aggregate.metrics[metric.name] for entry in report.entries for metric in report.metrics)
+    estimates = (entry.configuration.estimate(metric) for entry in report.entries for metric in report.metrics)
     if any(estimate.all_attempts for estimate in estimates):
         yield "“All attempts” is the mean with invalid results counted in: shown where it differs, never used instead."
 
@@ -409,7 +409,7 @@ def _largest_first(found: Mapping[str, Sequence[Record]]) -> list[tuple[str, Seq
 
 def _results_of(members: Sequence[Record], report: Report) -> str:
     names = {record.identity.config_name for record in members}
-    numbers = [str(entry.number) for entry in report.entries if entry.aggregate.config_name in names]
+    numbers = [str(entry.number) for entry in report.entries if entry.configuration.name in names]
     shown = ", ".join(numbers[:8]) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
     return f"{plural(len(members), 'result')} of {'configuration' if len(numbers) == 1 else 'configurations'} {shown}"
 
@@ -421,7 +421,7 @@ def _options_changed(records: Sequence[Record]) -> Markup:
         for option, pair in record.environment.engine_differs.items():
             values = json.loads(json.dumps(pair, ensure_ascii=False, default=str))
             asked, taken = values if isinstance(values, list) and len(values) == 2 else (values, "")
-            key = (str(option), *(json.dumps(value, ensure_ascii=False) for value in (asked, taken)))
+            key = (str(option), json.dumps(asked, ensure_ascii=False), json.dumps(taken, ensure_ascii=False))
             found[key] = found.get(key, 0) + 1
     if not found:
         return Markup()
@@ -512,7 +512,7 @@ def _range(values: Iterable[float | None], form: Callable[[float], str]) -> str:
 
 
 def _cautions(report: Report) -> Iterator[str]:
-    if report.has_energy and any(entry.aggregate.is_by_board_sensors for entry in report.entries):
+    if report.has_energy and any(entry.configuration.is_by_board_sensors for entry in report.entries):
         yield (
             "What ±5 % between cards means: the power sensor of each board reads up to 5 % too high or low, always "
             "the same way. Configurations measured on one card share its error, so their ratios are fair. Two cards "

@@ -10,7 +10,7 @@ from typing import Any
 
 from lem.base import process
 from lem.record import Record
-from lem.results.stats import log_t_interval
+from lem.results.bootstrap import log_t_interval
 from tests.gpu.bench import Bench
 from tests.gpu.campaigning import INTERRUPTED, lem, read_records, run_campaign
 from tests.gpu.extent import Configuration, Extent

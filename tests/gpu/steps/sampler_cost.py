@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lem.results.stats import log_t_interval
+from lem.results.bootstrap import log_t_interval
 from tests.gpu.bench import Bench
 from tests.gpu.finding import Finding
 from tests.gpu.load import Busy

@@ -57,12 +57,12 @@ def test_a_dry_run_shows_the_five_cycles_at_least_and_what_all_of_them_would_tak
 
 def _measure_before(folder):
     """Leave a result of each configuration."""
-    from lem.config.yamlfile import load_campaign
+    from lem.config.load import load_campaign
     from lem.orchestration.plan import build_plan
     from lem.record import write_record
 
     loaded = load_campaign("c.yaml")
-    for item in build_plan(loaded.config, loaded.drafts).configurations:
+    for item in build_plan(loaded.config, loaded.listed).configurations:
         record = make_record(config_name=item.config_name, config_hash=item.config_hash)
         attempt = Repository(folder / "results", "demo").prepare_attempt(record.identity.run_id, item.exp_id)
         write_record(attempt.result_path, record)

@@ -7,6 +7,7 @@ import pytest
 
 from lem.cli.check import render_check
 from lem.results.check import check_run
+from lem.results.run import make_run
 from tests.command_rig import run_lem
 from tests.goldens import assert_golden
 from tests.records import make_record
@@ -48,7 +49,7 @@ def _trouble():
             )
             validity = dataclasses.replace(record.validity, steady=place == 0, warmup_converged=cycle > 0)
             records.append(dataclasses.replace(record, validity=validity))
-    return check_run(records, failed={names[1]: 1})
+    return check_run(make_run(records, failed={names[1]: 1}))
 
 
 def test_findings_as_they_are_shown():
@@ -57,7 +58,7 @@ def test_findings_as_they_are_shown():
 
 def test_nothing_found_as_it_is_shown():
     records = [make_record(cycle=cycle, requested={"ignore_eos": True}, output_tok_per_s=100.0) for cycle in range(5)]
-    assert_golden("check/nothing.txt", render_check(check_run(records)))
+    assert_golden("check/nothing.txt", render_check(check_run(make_run(records))))
 
 
 def test_no_line_is_wider_than_the_screen():

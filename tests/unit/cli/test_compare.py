@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from lem.base.doc import text_width
-from lem.results.compare import compare_configurations, gather
-from lem.results.comparison_text import render_text
-from lem.results.effect import parse_gate
-from lem.results.precision import StoppingRule, parse_target, write_stopping_rule
+from lem.results.compare import compare_configurations
+from lem.results.comparison import render_text
+from lem.results.run import StoppingRule, make_run, parse_target, write_stopping_rule
+from lem.results.stats import parse_gate
 from tests.command_rig import Said, run_lem
 from tests.goldens import assert_golden
 from tests.synthetic_campaign import Campaign, Configuration
@@ -216,8 +216,8 @@ def test_cycles_that_were_added_are_told_of(tmp_path: Path) -> None:
 
 
 def test_colour_changes_nothing_but_colour() -> None:
-    run = gather(BASE.records())
-    comparison = compare_configurations(run, run.subjects[0], run.subjects[1:], gates=[parse_gate("energy=3%")])
+    run = make_run(BASE.records())
+    comparison = compare_configurations(run, run.with_results[0], run.with_results[1:], gates=[parse_gate("energy=3%")])
     coloured = render_text(comparison, is_colour=True)
     assert "\x1b[1m" in coloured
     assert re.sub(r"\x1b\[[0-9]*m", "", coloured) == render_text(comparison)

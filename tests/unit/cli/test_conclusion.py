@@ -17,9 +17,9 @@ from lem.cli.progress import (
     show_results,
 )
 from lem.config.campaign_config import CampaignNotificationConfig
-from lem.orchestration.loop import CampaignOutcome, Stopped
 from lem.orchestration.manifest import CampaignManifest, CampaignManifestEntry
-from lem.orchestration.resume import RunOptions, Wish
+from lem.orchestration.resume import RunOptions
+from lem.orchestration.schedule import CampaignOutcome, Stopped
 from tests.campaign_doubles import Place, make_campaign
 
 HOOK = "http://localhost/secret"
@@ -153,12 +153,12 @@ def _shown(campaign, outcome, *, is_json=False):
 def test_the_table_holds_the_results_of_this_run_and_of_the_plan_alone(place):
     place.runner(make_campaign(place.folder, outputs=(4, 8))).run()
     place.clock.elapsed_s += 60
-    outcome = place.runner(make_campaign(place.folder), options=RunOptions(wish=Wish.FRESH)).run()
+    outcome = place.runner(make_campaign(place.folder), options=RunOptions(resume=False)).run()
     document = json.loads(_shown(make_campaign(place.folder), outcome, is_json=True))
     assert (document["event"], len(document["run_ids"])) == ("summary", 1)
     assert [item["n_cycles"] for item in document["configurations"]] == [2, 2]
     edited = make_campaign(place.folder, outputs=(8,))
-    outcome = place.runner(edited, options=RunOptions(wish=Wish.RESUME)).run()
+    outcome = place.runner(edited, options=RunOptions(resume=True)).run()
     text = _shown(edited, outcome)
     assert "max_output_tokens=8" in text
     assert "max_output_tokens=4" not in text

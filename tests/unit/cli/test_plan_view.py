@@ -6,8 +6,7 @@ import pytest
 
 from lem.cli.plan_view import expected_document, render_findings, render_plan
 from lem.orchestration.grid import GridValidationIssue
-from lem.orchestration.order import Prices
-from lem.orchestration.plan import build_plan
+from lem.orchestration.plan import ExpectedDurations, build_plan
 from tests.campaign_doubles import make_campaign
 
 
@@ -22,7 +21,7 @@ def _issues(*reasons, severity="warning"):
 
 def _render(campaign, measured=None, loads=None, gap=None, place="local, python3 (asked for)"):
     plan = build_plan(campaign)
-    prices = Prices(
+    prices = ExpectedDurations(
         dict.fromkeys((item.config_hash for item in plan.configurations), measured) if measured else {},
         dict.fromkeys((item.engine_key for item in plan.configurations), loads) if loads else {},
         gap,
@@ -94,7 +93,7 @@ def test_gaps_are_priced_as_they_were_before(campaign):
 
 def test_the_expected_time_is_a_document_too(campaign):
     plan = build_plan(campaign)
-    assert expected_document(plan, Prices(gap_s=15.0)) == {
+    assert expected_document(plan, ExpectedDurations(gap_s=15.0)) == {
         "total": None,
         "measuring": None,
         "loading": None,
@@ -107,7 +106,7 @@ def test_the_expected_time_is_a_document_too(campaign):
 def test_a_time_that_is_partly_guessed_says_so(campaign):
     plan = build_plan(campaign)
     first = plan.configurations[0]
-    text = render_plan(plan, campaign, "local", Prices({first.config_hash: 30.0}, {first.engine_key: 10.0}))
+    text = render_plan(plan, campaign, "local", ExpectedDurations({first.config_hash: 30.0}, {first.engine_key: 10.0}))
     assert "partly guessed from other configurations" in " ".join(text.split())
 
 

@@ -13,6 +13,7 @@ from lem.cli.report import trace_of
 from lem.meters.samples import GpuHeader, GpuSample, Mark, RaplReading, RaplZone, SampleHeader, SampleLog
 from lem.results.report import render_report
 from lem.results.report.content import POWER, TEMPERATURE, compose
+from lem.results.run import make_run
 from tests.command_rig import Said, run_lem
 from tests.doubles.nvml.traces import Events
 from tests.doubles.powercap import Zone
@@ -199,7 +200,7 @@ def test_the_power_limit_alone_is_no_throttling() -> None:
     found = attempt_slowed(Events(16.0, 24.0, 0x4))
     trace = trace_of(found.log, found.marks)
     assert (len(trace.spells), trace.slowed_s) == (1, ())
-    page = render_report(dataclasses.replace(compose([make_record()]), traces=((make_record(), trace),)))
+    page = render_report(dataclasses.replace(compose(make_run([make_record()])), traces=((make_record(), trace),)))
     assert "; not throttled" in page
     assert "; throttled in" not in page
 

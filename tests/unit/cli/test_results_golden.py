@@ -3,7 +3,7 @@
 import pytest
 
 from lem.record import write_record
-from lem.results.precision import StoppingRule, Target, write_stopping_rule
+from lem.results.run import StoppingRule, Target, write_stopping_rule
 from lem.results.store import Repository
 from tests.command_rig import run_lem
 from tests.goldens import assert_golden

@@ -25,9 +25,8 @@ from lem.config.campaign_config import (
     slug_of,
 )
 from lem.config.experiment import ExperimentConfig
-from lem.config.load import with_campaign_defaults
+from lem.config.load import load_campaign, with_campaign_defaults
 from lem.config.problems import ConfigProblems
-from lem.config.yamlfile import load_campaign
 
 
 # Any, since scripts that compare with lists are not typed either.

@@ -22,8 +22,8 @@ from lem.config.experiment import (
     TrafficConfig,
     WarmupConfig,
 )
+from lem.config.presets import PRESETS, find_preset
 from lem.config.problems import ConfigProblems
-from lem.config.sources import PRESETS, find_preset
 
 
 def experiment(**options: Any) -> ExperimentConfig:

@@ -9,8 +9,9 @@ import pytest
 
 from lem.base.errors import ConfigurationError
 from lem.config.campaign_config import CampaignConfig
-from lem.config.sources import FileProblems
-from lem.config.yamlfile import complete_campaign, kind_of, load_campaign, load_campaign_of_files, load_experiment
+from lem.config.experiment import ExperimentConfig
+from lem.config.load import complete_campaign, kind_of, load_campaign, load_campaign_of_files, load_experiment
+from lem.config.problems import ConfigProblems
 from tests.goldens import assert_golden
 
 
@@ -101,7 +102,7 @@ def test_a_campaign_inherits_too_and_its_files_lie_beside_the_file_that_names_th
     )
     loaded = load_campaign("c.yaml")
     assert loaded.config.execution.cycles == 5
-    assert [draft.path for draft in loaded.drafts] == [Path("shared/e.yaml")]
+    assert [one.path for one in loaded.listed] == [Path("shared/e.yaml")]
 
 
 @pytest.mark.parametrize(
@@ -231,7 +232,7 @@ def test_unset_variables_are_told_with_everything_else(folder: Path):
 # Campaigns and the files they name
 
 
-def test_drafts_are_the_experiments_a_campaign_names_in_order(folder: Path):
+def test_the_experiments_that_a_campaign_lists_are_in_order(folder: Path):
     write(
         folder,
         a="model: opt\nmax_output_tokens: 1\n",
@@ -240,14 +241,14 @@ def test_drafts_are_the_experiments_a_campaign_names_in_order(folder: Path):
         "  - {config: a.yaml, overrides: {decoder.preset: factual, max_output_tokens: 2}}\n"
         "  - {max_output_tokens: 3}\n",
     )
-    drafts = load_campaign("c.yaml").drafts
-    assert [draft.name for draft in drafts] == ["a", "second", "a", None]
-    assert [draft.mapping["max_output_tokens"] for draft in drafts] == [1, 1, 2, 3]
-    assert [draft.mapping["model"]["name"] for draft in drafts] == ["opt", "opt", "opt", "gpt2"]
-    assert drafts[2].validate().decoder.temperature == 0.3
+    listed = load_campaign("c.yaml").listed
+    assert [one.name for one in listed] == ["a", "second", "a", None]
+    assert [one.mapping["max_output_tokens"] for one in listed] == [1, 1, 2, 3]
+    assert [one.mapping["model"]["name"] for one in listed] == ["opt", "opt", "opt", "gpt2"]
+    assert ExperimentConfig.from_dict(listed[2].mapping).decoder.temperature == 0.3
 
 
-def test_a_campaign_made_in_python_has_the_same_drafts(folder: Path):
+def test_a_campaign_made_in_python_lists_the_same_experiments(folder: Path):
     write(folder, a="model: opt\n")
     campaign = CampaignConfig.from_dict(
         {
@@ -256,8 +257,8 @@ def test_a_campaign_made_in_python_has_the_same_drafts(folder: Path):
             "experiments": [{"config": "a.yaml", "overrides": {"streaming": True}}, {"model": "gpt2"}],
         }
     )
-    drafts = [draft.validate() for draft in complete_campaign(campaign).drafts]
-    assert [(config.model.name, config.streaming) for config in drafts] == [
+    configs = [ExperimentConfig.from_dict(one.mapping) for one in complete_campaign(campaign).listed]
+    assert [(config.model.name, config.streaming) for config in configs] == [
         ("opt", False),
         ("opt", True),
         ("gpt2", False),
@@ -267,16 +268,16 @@ def test_a_campaign_made_in_python_has_the_same_drafts(folder: Path):
 def test_a_preset_is_below_the_files_of_a_campaign(folder: Path):
     write(folder, a="model: opt\nmax_output_tokens: 1\n", c="campaign_name: x\nconfigs: [a.yaml]\n")
     loaded = load_campaign("c.yaml", preset="benchmark")
-    config = loaded.drafts[0].validate()
+    config = ExperimentConfig.from_dict(loaded.listed[0].mapping)
     assert (config.max_input_tokens, config.max_output_tokens) == (2048, 1)
     assert loaded.preset["max_input_tokens"] == 2048
 
 
 def test_an_experiment_without_a_model_is_no_error_of_the_file_but_does_not_validate(folder: Path):
     write(folder, a="max_output_tokens: 1\n", c="campaign_name: x\nconfigs: [a.yaml]\n")
-    (draft,) = load_campaign("c.yaml").drafts
-    with pytest.raises(FileProblems, match="model: is required"):
-        draft.validate()
+    (one,) = load_campaign("c.yaml").listed
+    with pytest.raises(ConfigProblems, match="model: is required"):
+        ExperimentConfig.from_dict(one.mapping)
 
 
 def test_a_problem_in_a_named_file_is_told_there_beside_those_of_the_campaign(folder: Path):
@@ -302,7 +303,7 @@ def test_a_campaign_of_files(folder: Path):
     loaded = load_campaign_of_files("many", ["a.yaml", "sub/b.yaml"], ["execution.cycles=1"])
     assert loaded.config.campaign_name == "many"
     assert loaded.config.execution.cycles == 1
-    assert [draft.name for draft in loaded.drafts] == ["a", "b"]
+    assert [one.name for one in loaded.listed] == ["a", "b"]
     assert refusal(load_campaign_of_files, "many", ["nothing.yaml"]).endswith("nothing.yaml: no such file")
 
 

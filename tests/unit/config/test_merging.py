@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from lem.config.experiment import ExperimentConfig
-from lem.config.merging import canonical, leaves, merge, nest, put
+from lem.config.option import canonical, merge, put
+from lem.config.problems import leaves, nest
 
 
 def over(base: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:

@@ -13,23 +13,22 @@ import pytest
 from lem.base.errors import ConfigurationError
 from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignConfig
-from lem.config.describe import (
+from lem.config.experiment import ExperimentConfig
+from lem.config.introspection import (
     campaign_template,
+    document_schema,
     experiment_template,
+    get_campaign_grid_params,
+    get_campaign_health_check_params,
+    get_campaign_params,
+    get_experiment_params,
     render_page,
     render_text,
     render_yaml,
     yaml_scalar,
 )
-from lem.config.experiment import ExperimentConfig
-from lem.config.introspection import (
-    get_campaign_grid_params,
-    get_campaign_health_check_params,
-    get_campaign_params,
-    get_experiment_params,
-)
-from lem.config.option import document_schema
-from lem.config.yamlfile import load_campaign, load_experiment, parse_value
+from lem.config.load import load_campaign, load_experiment
+from lem.config.yamlfile import parse_value
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -32,7 +32,7 @@ def experiment(**options: Any) -> ExperimentConfig:
 
 def warnings(*gpus: Gpu, **options: Any) -> list[str]:
     known = gpus or None
-    return [str(finding) for finding in rules.check(experiment(**options), known)]
+    return [str(finding) for finding in rules.warnings(experiment(**options), known)]
 
 
 def errors(**options: Any) -> list[str]:
@@ -212,9 +212,10 @@ def test_a_gpu_is_known_by_index_and_by_uuid_also_shortened(name: str):
     assert warnings(old, new, gpus=["GPU-9"], **options) == []
 
 
-def test_findings_have_severity_and_path():
-    (finding,) = rules.check(experiment(decoder={"preset": "creative"}))
-    assert (finding.severity, finding.path) == ("warning", ("decoder", "top_p"))
+def test_a_warning_names_its_option_and_reason():
+    (finding,) = rules.warnings(experiment(decoder={"preset": "creative"}))
+    assert finding.reason is not None
+    assert (finding.path, finding.reason.code) == (("decoder", "top_p"), "sampling_compounds")
 
 
 @pytest.mark.parametrize(

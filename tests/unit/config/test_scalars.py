@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from lem.config.kinds import Expanded, ExpansionError, as_written, expand, resolve_plain, restore_references, simple
+from lem.config.kinds import Expanded, as_written, restore_references, simple
+from lem.config.yamlfile import ExpansionError, expand, resolve_plain
 
 
 @pytest.mark.parametrize(
@@ -115,4 +116,4 @@ def test_expanded_text_survives_pickling():
     text = expand("${A}", {"A": "x"}, is_plain=True)
     again = pickle.loads(pickle.dumps(text))  # noqa: S301
     assert isinstance(again, Expanded)
-    assert (again, again.written, again.is_plain) == ("x", "${A}", True)
+    assert (again, again.written, again.value) == ("x", "${A}", "x")

@@ -14,7 +14,7 @@ import pytest
 
 from lem.base.errors import ConfigurationError, ExitCode, exit_code_of
 from lem.config.kinds import Items
-from lem.config.option import Section, check_partial, declared, find_option, option, walk
+from lem.config.option import REQUIRED, Section, check_partial, declared, find_option, option, walk
 from lem.config.problems import ConfigProblems, Problem
 
 
@@ -22,47 +22,47 @@ from lem.config.problems import ConfigProblems, Problem
 class Engine(Section):
     shorthand: ClassVar[str | None] = "name"
 
-    name: str = option(description="Name.", reload=True)
-    threads: int | None = option(None, description="Threads.", minimum=1, maximum=64)
+    name: str = option(REQUIRED, "Name.", reload=True)
+    threads: int | None = option(None, "Threads.", minimum=1, maximum=64)
 
 
 @dataclass(frozen=True)
 class Pump(Section):
     switch: ClassVar[str | None] = "enabled"
 
-    enabled: bool = option(False, description="On.")
-    rate: float = option(1.0, description="Rate.", above=0, below=10, unit="1/s")
+    enabled: bool = option(False, "On.")
+    rate: float = option(1.0, "Rate.", above=0, below=10, unit="1/s")
 
 
 @dataclass(frozen=True)
 class Disk(Section):
-    type: str = option("disk", description="Kind.", choices=("disk",))
-    size: int = option(description="Size.", minimum=1)
+    type: str = option("disk", "Kind.", choices=("disk",))
+    size: int = option(REQUIRED, "Size.", minimum=1)
 
 
 @dataclass(frozen=True)
 class Tape(Section):
-    type: str = option("tape", description="Kind.", choices=("tape",))
-    length: float = option(2.0, description="Length.")
+    type: str = option("tape", "Kind.", choices=("tape",))
+    length: float = option(2.0, "Length.")
 
 
 @dataclass(frozen=True)
 class Machine(Section):
     aliases: ClassVar[Mapping[str, str]] = {"engine_name": "engine"}
 
-    engine: Engine = option(description="Engine.")
-    low: int = option(0, description="Low.")
-    high: int = option(10, description="High.")
-    colour: str = option("red", description="Colour.", choices=("red", "green"))
-    mode: bool | str = option(False, description="Mode.", choices=(False, "fast"))
-    label: str | None = option(None, description="Label.", identity=False)
-    tags: tuple[str, ...] = option((), description="Tags.", takes_scalar=True, is_unique=True)
-    ports: tuple[str, ...] | None = option(None, description="Ports.", takes_scalar=True, takes_integer=True)
-    sizes: tuple[int, ...] = option((1,), description="Sizes.", minimum=1, min_items=1)
-    extra: Mapping[str, Any] = option({}, description="Extra.")
-    weights: Mapping[str, float] | None = option(None, description="Weights.", maximum=1)
-    pump: Pump = option(Pump(), description="Pump.")
-    store: Disk | Tape | None = option(None, description="Store.")
+    engine: Engine = option(REQUIRED, "Engine.")
+    low: int = option(0, "Low.")
+    high: int = option(10, "High.")
+    colour: str = option("red", "Colour.", choices=("red", "green"))
+    mode: bool | str = option(False, "Mode.", choices=(False, "fast"))
+    label: str | None = option(None, "Label.", identity=False)
+    tags: tuple[str, ...] = option((), "Tags.", takes_scalar=True, is_unique=True)
+    ports: tuple[str, ...] | None = option(None, "Ports.", takes_scalar=True, takes_integer=True)
+    sizes: tuple[int, ...] = option((1,), "Sizes.", minimum=1, min_items=1)
+    extra: Mapping[str, Any] = option({}, "Extra.")
+    weights: Mapping[str, float] | None = option(None, "Weights.", maximum=1)
+    pump: Pump = option(Pump(), "Pump.")
+    store: Disk | Tape | None = option(None, "Store.")
 
     def check(self) -> Iterator[Problem]:
         if self.low > self.high:
@@ -310,7 +310,7 @@ def test_a_part_of_a_variant_is_held_against_all_of_them():
 def test_options_are_found_by_dotted_name():
     found = find_option(Machine, "engine_name.threads")
     assert found is not None
-    assert found.option.description == "Threads."
+    assert found.description == "Threads."
     assert find_option(Machine, "store.length") is not None
     assert find_option(Machine, "engine.nothing") is None
     assert find_option(Machine, "low.deeper") is None

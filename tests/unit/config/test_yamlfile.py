@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from lem.base.errors import ConfigurationError
-from lem.config.sources import Document
-from lem.config.yamlfile import parse_value, read_document
+from lem.config.yamlfile import Document, parse_value, read_document
 
 
 def read(tmp_path: Path, content: str | bytes, environ: Mapping[str, str] | None = None) -> Document:

@@ -24,7 +24,7 @@ def indices(batches: tuple[tuple[TokenRequest, ...], ...]) -> list[list[int]]:
 
 
 def test_the_strategies_are_those_that_are_declared() -> None:
-    assert declared(PyTorchConfig)["batching_strategy"].option.choices == BATCHING_STRATEGIES
+    assert declared(PyTorchConfig)["batching_strategy"].choices == BATCHING_STRATEGIES
 
 
 def test_static_batches_take_requests_as_they_come_and_the_last_is_smaller() -> None:

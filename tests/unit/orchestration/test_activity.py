@@ -21,7 +21,7 @@ class _Written:
         self.clock = FakeClock()
         self.passed: list[Event] = []
         self.writer = ActivityWriter(
-            folder / ACTIVITY_NAME,
+            folder,
             "run-1",
             HOLDER,
             self.passed.append,

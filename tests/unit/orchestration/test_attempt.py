@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from lem.orchestration.attempt import Timeouts, Watch, WorkerEvent, event_of, lost, outcome_of
+from lem.orchestration.dispatch import Outcome, Timeouts, Watch, event_of, outcome_of
+from lem.orchestration.status import Event
 from lem.worker.channel import ChannelError, RunRequest
 
 TIMEOUTS = Timeouts(load_s=100.0, experiment_s=50.0, silence_s=30.0, heartbeat_s=20.0)
@@ -133,43 +134,29 @@ def test_the_rest_has_its_time_from_the_end_of_the_load_whatever_phases_follow()
 
 
 def test_a_result_is_an_outcome():
-    outcome = outcome_of(REQUEST, RESULT)
-
-    assert outcome.kind == "result"
-    assert outcome.valid is True
-    assert (outcome.engine_load_id, outcome.engine_reused, outcome.summary) == ("load-1", False, {"output_tok": 8})
+    assert outcome_of(REQUEST, RESULT) == Outcome(engine_reused=False)
 
 
-def test_an_error_is_an_outcome_with_all_that_the_worker_said():
+def test_an_error_is_an_outcome_with_all_that_the_worker_reported():
     outcome = outcome_of(REQUEST, ERROR)
+    error = outcome.error
 
-    assert outcome.kind == "error"
-    assert outcome.error is not None
-    assert (outcome.error.kind, outcome.error.message, outcome.error.hint) == (
-        "out_of_memory",
-        "does not fit",
-        "ask for less",
-    )
-    assert outcome.error.is_permanent is True
-    assert (outcome.phase, outcome.log_tail, outcome.is_engine_lost) == ("load", "last words", True)
+    assert error is not None
+    assert (error.kind, error.message, error.hint) == ("out_of_memory", "does not fit", "ask for less")
+    assert error.is_permanent is True
+    assert (outcome.phase, outcome.log_tail) == ("load", "last words")
 
 
 @pytest.mark.parametrize("message", [{**RESULT, "exp_id": "other"}, {**ERROR, "exp_id": None}])
-def test_an_answer_to_something_else_is_none(message: dict[str, object]):
+def test_an_answer_to_something_else_is_an_error_of_the_channel(message: dict[str, object]):
     with pytest.raises(ChannelError, match="an answer to"):
         outcome_of(REQUEST, message)
 
 
-def test_a_lost_worker_took_its_engine_along():
-    error = outcome_of(REQUEST, ERROR).error
-    assert error is not None
-
-    assert lost(REQUEST, error).is_engine_lost is True
-
-
-def test_events_are_told_of_this_experiment_alone():
-    assert event_of(REQUEST, phase("load"), "load") == WorkerEvent("phase", "e", "load")
-    assert event_of(REQUEST, progress(3), "window") == WorkerEvent("progress", "e", "window", 3, 9, "requests")
-    assert event_of(REQUEST, HEARTBEAT, "window") == WorkerEvent("heartbeat", "e", "window")
-    assert event_of(REQUEST, {**phase("load"), "exp_id": "other"}, "load") is None
-    assert event_of(REQUEST, {"type": "engine", "pgid": 1, "started_ticks": 1}, None) is None
+def test_events_are_those_of_this_experiment_alone():
+    how_far = {"phase_done": 3, "phase_total": 9, "text": "requests", "power_w": None}
+    assert event_of(REQUEST, phase("load")) == Event("phase", data={"exp_id": "e", "phase": "load"})
+    assert event_of(REQUEST, progress(3)) == Event("progress", data={"exp_id": "e", **how_far})
+    assert event_of(REQUEST, HEARTBEAT) == Event("tick")
+    assert event_of(REQUEST, {**phase("load"), "exp_id": "other"}) is None
+    assert event_of(REQUEST, {"type": "engine", "pgid": 1, "started_ticks": 1}) is None

@@ -15,13 +15,13 @@ from lem.config.campaign_config import (
 )
 from lem.orchestration.campaign import CampaignExperiment, CampaignRunner
 from lem.orchestration.dispatch import WorkerUnavailable
-from lem.orchestration.resume import RunOptions, Wish
+from lem.orchestration.resume import RunOptions
 from lem.orchestration.session import with_unused_options
 from tests.campaign_doubles import ENVIRONMENT, FakeWorker, Place, make_campaign
 from tests.faulty_disk import watching
 
 FOUR, EIGHT = "pytorch-max_output_tokens=4", "pytorch-max_output_tokens=8"
-RESUME = RunOptions(wish=Wish.RESUME)
+RESUME = RunOptions(resume=True)
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def test_a_fresh_start_sets_the_manifest_aside_and_keeps_the_results(place):
     old = place.manifest()
     kept = {path: path.read_bytes() for path in _results(place)}
     place.clock.elapsed_s += 60
-    place.runner(campaign, options=RunOptions(wish=Wish.FRESH)).run()
+    place.runner(campaign, options=RunOptions(resume=False)).run()
     assert place.manifest().run_id != old.run_id
     assert {path: path.read_bytes() for path in kept} == kept
     assert len(_results(place)) == 8
@@ -274,7 +274,7 @@ def test_a_resume_under_another_environment_is_refused_and_changes_nothing(place
 def test_a_change_of_the_environment_that_is_allowed_is_recorded(place):
     campaign = make_campaign(place.folder)
     place.runner(campaign, {EIGHT: [UserError("gone")]}).run()
-    allowed = RunOptions(wish=Wish.RESUME, is_environment_change_allowed=True)
+    allowed = RunOptions(resume=True, is_environment_change_allowed=True)
     place.runner(campaign, environment={**ENVIRONMENT, "torch": "2.14.0"}, options=allowed).run()
     manifest = place.manifest()
     assert manifest.is_complete
@@ -288,7 +288,7 @@ def test_a_fresh_start_that_is_refused_leaves_the_old_manifest_in_place(place):
     path = place.folder / "state" / "demo" / "campaign_manifest.json"
     before = path.read_bytes()
     with pytest.raises(UserError):
-        place.runner(campaign, environment={**ENVIRONMENT, "torch": None}, options=RunOptions(wish=Wish.FRESH)).run()
+        place.runner(campaign, environment={**ENVIRONMENT, "torch": None}, options=RunOptions(resume=False)).run()
     assert path.read_bytes() == before
 
 

@@ -6,10 +6,8 @@ import pytest
 
 from lem.base.errors import InfrastructureError, UserError
 from lem.config.campaign_config import CampaignDaemonConfig, CampaignScheduleConfig
-from lem.orchestration.loop import CampaignOutcome, Stopped
 from lem.orchestration.manifest import CampaignManifest
-from lem.orchestration.schedule import DAEMON_WINS
-from lem.orchestration.systemd import Course, Scheduler
+from lem.orchestration.schedule import DAEMON_WINS, CampaignOutcome, Scheduler, Stopped
 from tests.campaign_doubles import FakeClock, FakeStop, make_campaign
 
 HOUR = 3600.0
@@ -34,7 +32,7 @@ class _Host:
         campaign = make_campaign(folder, daemon=daemon, schedule=schedule)
         self.scheduler = Scheduler(campaign, self.stop, self.told.append, self.clock.now, self.clock.monotonic)
 
-    def run(self) -> Course:
+    def run(self) -> CampaignOutcome | None:
         return self.scheduler.run(self._run_once)
 
     def _run_once(self, deadline_s):
@@ -48,9 +46,8 @@ class _Host:
 
 def test_without_schedule_or_daemon_it_runs_once_and_now(tmp_path):
     host = _Host(tmp_path)
-    course = host.run()
-    assert (host.starts_h, host.told, course.is_time_up) == ([0.0], [], False)
-    assert course.outcome is not None
+    assert host.run() == _outcome()
+    assert (host.starts_h, host.told) == ([0.0], [])
     assert not host.scheduler.starts_later
 
 
@@ -77,7 +74,7 @@ def test_a_wait_looks_at_the_clock_of_the_wall_again_and_again(tmp_path):
 
 def test_a_signal_while_waiting_ends_it_before_it_began(tmp_path):
     host = _Host(tmp_path, schedule=CampaignScheduleConfig(at="14:30"), signal_at_s=100)
-    assert host.run() == Course(None)
+    assert host.run() is None
     assert host.starts_h == []
     assert host.clock.elapsed_s == 100
 
@@ -85,11 +82,11 @@ def test_a_signal_while_waiting_ends_it_before_it_began(tmp_path):
 def test_a_daemon_waits_for_its_time_once_and_repeats_from_end_to_start(tmp_path):
     daemon = CampaignDaemonConfig(enabled=True, at="13:00", interval="6h", total_duration="20h")
     host = _Host(tmp_path, daemon=daemon)
-    course = host.run()
+    outcome = host.run()
     assert host.starts_h == [1.0, 8.0, 15.0]
     assert host.deadlines_h == [21.0, 21.0, 21.0]
     assert host.clock.elapsed_s == 21 * HOUR
-    assert course.is_time_up
+    assert outcome == _outcome(Stopped.DURATION)
     assert host.told == [
         "Daemon: waiting until 13:00 to start campaign",
         "Daemon: next run of the campaign in 6h 00m",
@@ -102,10 +99,10 @@ def test_a_daemon_waits_for_its_time_once_and_repeats_from_end_to_start(tmp_path
 def test_a_run_that_the_deadline_cut_short_is_no_whole_cycle(tmp_path):
     daemon = CampaignDaemonConfig(enabled=True, interval="1h", total_duration="3h")
     host = _Host(tmp_path, daemon=daemon, outcomes=[_outcome(), _outcome(Stopped.DEADLINE)])
-    course = host.run()
+    outcome = host.run()
     assert host.starts_h == [0.0, 2.0]
     assert host.told[-1] == "Daemon: total duration 3h reached, stopping after 1 cycles"
-    assert course.is_time_up
+    assert outcome == _outcome(Stopped.DURATION)
 
 
 def test_a_duration_alone_runs_one_after_the_other(tmp_path):
@@ -116,11 +113,10 @@ def test_a_duration_alone_runs_one_after_the_other(tmp_path):
 
 def test_a_daemon_without_interval_and_duration_runs_once_and_its_outcome_counts(tmp_path):
     host = _Host(tmp_path, daemon=CampaignDaemonConfig(enabled=True))
-    course = host.run()
+    assert host.run() == _outcome()
     assert host.starts_h == [0.0]
     assert host.deadlines_h == [None]
-    assert not course.is_time_up
-    assert course.outcome is not None
+    assert host.told == ["Daemon: campaign done"]
 
 
 def test_a_daemon_that_is_not_enabled_is_none(tmp_path):
@@ -150,10 +146,10 @@ def test_a_daemon_without_a_time_of_its_own_does_not_take_the_schedules(tmp_path
 def test_a_signal_ends_a_daemon_in_a_run_and_between_two(tmp_path, at_h):
     daemon = CampaignDaemonConfig(enabled=True, interval="6h")
     host = _Host(tmp_path, daemon=daemon, signal_at_s=at_h * HOUR)
-    course = host.run()
+    outcome = host.run()
     assert host.starts_h == [0.0]
     assert host.clock.elapsed_s == at_h * HOUR
-    assert not course.is_time_up
+    assert outcome == _outcome(Stopped.SIGNAL if at_h < 1 else None)
 
 
 @pytest.mark.parametrize(
@@ -163,9 +159,8 @@ def test_a_signal_ends_a_daemon_in_a_run_and_between_two(tmp_path, at_h):
 def test_what_stopped_a_run_stops_the_daemon_since_a_person_has_to_look(tmp_path, outcome):
     daemon = CampaignDaemonConfig(enabled=True, interval="6h", total_duration="2d")
     host = _Host(tmp_path, daemon=daemon, outcomes=[_outcome(), outcome])
-    course = host.run()
+    assert host.run() == outcome
     assert host.starts_h == [0.0, 7.0]
-    assert course == Course(outcome, is_time_up=False)
 
 
 def test_a_run_that_cannot_begin_ends_the_daemon_with_its_error(tmp_path):

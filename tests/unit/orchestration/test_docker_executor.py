@@ -12,8 +12,8 @@ import pytest
 from lem.base.errors import InfrastructureError, LockedError
 from lem.base.reasons import Reason
 from lem.config.campaign_config import CampaignHealthCheckConfig
-from lem.orchestration.attempt import Outcome, Timeouts
 from lem.orchestration.compose import find_compose_files
+from lem.orchestration.dispatch import Outcome, Timeouts
 from lem.orchestration.docker import ContainerError
 from lem.orchestration.docker_executor import ContainerLost, DockerExecutor
 from lem.orchestration.services import ComposeProject
@@ -200,7 +200,7 @@ def test_a_result_is_not_valid_when_the_gpu_was_lost_meanwhile(place: Place) -> 
     executor = place.executor()
     request = place.request("one")
     outcome = run(executor, request)
-    assert (outcome.error, outcome.valid, outcome.is_engine_lost) == (None, False, True)
+    assert outcome.error is None
     record = read_record(Path(request.result_dir) / "result.json")
     assert not record.validity.valid
     assert Reason.of("gpu_unplugged", error="Unknown Error") in record.validity.invalid_reasons

@@ -11,10 +11,10 @@ import pytest
 from lem.base.errors import UserError
 from lem.config.campaign_config import CampaignColdStartConfig, CampaignConfig, CampaignGridConfig, CampaignIOConfig
 from lem.meters.nvml import GpuFacts
-from lem.orchestration.dispatch import LocalExecutor
 from lem.orchestration.docker_executor import DockerExecutor
 from lem.orchestration.executor_choice import ExecutorChoice, choose_executor, docker_executor
 from lem.orchestration.plan import Plan, build_plan
+from lem.orchestration.session import LocalExecutor
 from tests.doubles.fake_docker import FakeDocker
 
 pytestmark = pytest.mark.needs("torch", "transformers")
@@ -144,9 +144,9 @@ def test_each_service_sees_its_own_models(tmp_path: Path) -> None:
         path.mkdir()
     entries = [{"model": str(path), "backend": backend} for backend, path in models.items()]
     found = CampaignConfig.from_dict({"campaign_name": "demo", "experiments": entries})
-    from lem.config.yamlfile import complete_campaign
+    from lem.config.load import complete_campaign
 
-    plan = build_plan(found, complete_campaign(found).drafts)
+    plan = build_plan(found, complete_campaign(found).listed)
     mounts = docker_executor(found, plan, folder=tmp_path, environ={}, gpus=()).project.mounts_of
     assert {name: [item.source for item in items] for name, items in mounts.items()} == {
         name: [path] for name, path in models.items()

@@ -8,7 +8,7 @@ import pytest
 
 from lem.base.errors import UserError
 from lem.config.campaign_config import CampaignConfig
-from lem.config.yamlfile import complete_campaign, load_campaign, load_experiment
+from lem.config.load import complete_campaign, load_campaign, load_experiment
 from lem.orchestration.plan import Plan, build_plan, encode_config, write_configs
 
 
@@ -28,7 +28,7 @@ def plan(folder: Path, **options: Any) -> Plan:
         }
     )
     loaded = complete_campaign(campaign)
-    return build_plan(loaded.config, loaded.drafts)
+    return build_plan(loaded.config, loaded.listed)
 
 
 def test_every_file_gives_its_experiment_again(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_variable_stays_a_variable_and_its_value_stays_out(tmp_path: Path, mon
         f"io: {{configs_dir: {tmp_path}/configs}}\n"
     )
     loaded = load_campaign(file)
-    one, two = build_plan(loaded.config, loaded.drafts).configurations
+    one, two = build_plan(loaded.config, loaded.listed).configurations
     write_configs([one, two])
     written = one.config_path + Path(one.config_path).read_text()
     assert "secret" not in written

@@ -11,7 +11,7 @@ from lem.base.errors import InfrastructureError, UserError
 from lem.config.campaign_config import CampaignHealthCheckConfig
 from lem.meters.gpu_section import GpuProcess, GpuReading, GpuState
 from lem.orchestration.container import gpu_loss, holders, judge
-from lem.orchestration.loop import Stopped
+from lem.orchestration.schedule import Stopped
 from tests.campaign_doubles import Place, make_campaign
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from lem.base.errors import EngineError, InfrastructureError, OptionRefused, UserError
 from lem.config.campaign_config import CampaignColdStartConfig
-from lem.orchestration.loop import Stopped
-from lem.orchestration.resume import RunOptions, Wish
+from lem.orchestration.resume import RunOptions
+from lem.orchestration.schedule import Stopped
 from tests.campaign_doubles import Place, make_campaign, write_result
 from tests.faulty_disk import watching
 
@@ -232,7 +232,7 @@ def test_a_manifest_that_cannot_be_written_stops_the_campaign_and_a_resume_compl
     assert "--resume" in outcome.error.hint
     assert all(entry.status != "running" for entry in outcome.manifest.experiments)
     done = len(list((place.folder / "results").rglob("result.json")))
-    outcome = place.runner(campaign, options=RunOptions(wish=Wish.RESUME)).run()
+    outcome = place.runner(campaign, options=RunOptions(resume=True)).run()
     assert outcome.manifest.is_complete
     assert len(place.requests) == 4 - done
     assert len(list((place.folder / "results").rglob("result.json"))) == 4

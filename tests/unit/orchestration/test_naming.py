@@ -59,7 +59,7 @@ def test_a_path_is_named_by_its_last_part_and_a_list_by_its_items() -> None:
 
 
 def test_what_a_variable_holds_is_in_no_name() -> None:
-    secret = Expanded("secret", "${TOKEN}", is_plain=False)
+    secret = Expanded("secret", "${TOKEN}", "secret")
     assert names({"pytorch": {"extra": {"key": secret}}}, {}) == ["pytorch-key=_TOKEN_", "pytorch"]
 
 

@@ -12,11 +12,9 @@ from lem.base.errors import ConfigurationError
 from lem.base.reasons import Reason
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig
-from lem.config.load import Loaded
-from lem.config.yamlfile import load_campaign
+from lem.config.load import Loaded, load_campaign
 from lem.orchestration.grid import NO_MODEL
-from lem.orchestration.order import Prices
-from lem.orchestration.plan import Plan, build_plan
+from lem.orchestration.plan import ExpectedDurations, ExpectedTime, Plan, build_plan
 from lem.worker.prompts import ResolvedPrompts, resolve_on_host
 
 
@@ -29,7 +27,7 @@ def load(**options: Any) -> Loaded[CampaignConfig]:
 
 def plan(**options: Any) -> Plan:
     loaded = load(**options)
-    return build_plan(loaded.config, loaded.drafts)
+    return build_plan(loaded.config, loaded.listed)
 
 
 def grid(*values: int) -> dict[str, Any]:
@@ -289,15 +287,34 @@ def test_gaps_and_expected_time_of_the_whole_and_of_a_part() -> None:
     assert found.gap_kinds() == [None, "configuration", "cycle", "configuration"]
     measured = {item.config_hash: 1000.0 for item in found.configurations}
     load_s = {item.engine_key: 5.0 for item in found.configurations}
-    assert found.expected_time(Prices(measured, load_s)).total_s == 4000 + 2 * 5 + 10 + 100 + 10
+    assert found.expected_time(ExpectedDurations(measured, load_s)).total_s == 4000 + 2 * 5 + 10 + 100 + 10
     part = found.experiments[1:3]
     assert found.gap_kinds(part) == [None, "cycle"]
-    assert found.expected_time(Prices(measured, load_s), part).total_s == 2000 + 2 * 5 + 100
+    assert found.expected_time(ExpectedDurations(measured, load_s), part).total_s == 2000 + 2 * 5 + 100
+
+
+def test_the_mean_of_the_known_is_assumed_for_what_never_ran() -> None:
+    axes = {"fp_precision": ["float16", "float32"], "max_output_tokens": [1, 2]}
+    found = plan(grid={"backends": ["pytorch"], "shared": axes}, execution={"cycles": 1, "config_gap_seconds": 0})
+    one, two, *_ = found.experiments
+    known = ExpectedDurations({one.config_hash: 10.0, two.config_hash: 20.0}, {one.engine_key: 1.0})
+    assert found.expected_time(known) == ExpectedTime(60.0, 2.0, 0.0, is_complete=False)
+    assert found.expected_time(known, found.experiments[:2]) == ExpectedTime(30.0, 1.0, 0.0, is_complete=True)
+
+
+def test_without_earlier_results_only_the_gaps_are_known() -> None:
+    found = plan(grid=grid(1), execution={"cycles": 2, "cycle_gap_seconds": 5}).expected_time(ExpectedDurations())
+    assert found == ExpectedTime(None, None, 5.0, is_complete=False)
+    assert found.total_s is None
+
+
+def test_an_empty_part_takes_no_time() -> None:
+    assert plan(grid=grid(1)).expected_time(ExpectedDurations(), ()).total_s == 0.0
 
 
 def test_a_gap_is_expected_to_take_what_it_took_before_and_never_more_than_its_cap() -> None:
     found = plan(grid=grid(1, 2), execution={"cycles": 2, "config_gap_seconds": 10, "cycle_gap_seconds": 100})
-    assert found.expected_time(Prices(gap_s=40.0)).gaps_s == 10 + 40 + 10
+    assert found.expected_time(ExpectedDurations(gap_s=40.0)).gaps_s == 10 + 40 + 10
 
 
 # Resume

@@ -10,7 +10,6 @@ import pytest
 from lem.base.errors import UserError
 from lem.orchestration.manifest import Attempt, CampaignManifest, CampaignManifestEntry, ManifestManager
 from lem.orchestration.resume import (
-    FoundResult,
     PlanChange,
     Reconciliation,
     adopt_environment,
@@ -40,17 +39,17 @@ def manifest_of(*entries: CampaignManifestEntry) -> CampaignManifest:
     return ManifestManager(Path("nowhere"), now=lambda: NOW).create_manifest("0123abcd", "demo", "f00d", entries)
 
 
-def result(attempt: int = 1, *, valid: bool = True) -> FoundResult:
-    return FoundResult(attempt, f"attempt-{attempt}/result.json", valid, completed_at="later", host="node3")
+def result(attempt: int = 1, *, valid: bool = True) -> Attempt:
+    return Attempt(attempt, f"attempt-{attempt}/result.json", valid, completed_at="later", host="node3")
 
 
 def completed(exp_id: str = "a", attempt: int = 1) -> CampaignManifestEntry:
-    path = result(attempt).path
+    path = result(attempt).result_path
     attempts = [Attempt(attempt, result_path=path, valid=True)]
     return entry(exp_id, status="completed", result_path=path, completed_at="then", attempts=attempts)
 
 
-def on_disk(*results: FoundResult) -> Callable[[CampaignManifestEntry], Sequence[FoundResult]]:
+def on_disk(*results: Attempt) -> Callable[[CampaignManifestEntry], Sequence[Attempt]]:
     return lambda _: results
 
 
@@ -74,7 +73,7 @@ def test_a_completed_experiment_without_its_result_runs_again() -> None:
 
 def test_a_completed_experiment_that_lost_its_result_has_an_older_valid_one() -> None:
     lost = completed(attempt=2)
-    lost.put_attempt(Attempt(1, result_path=result(1).path, valid=True))
+    lost.put_attempt(Attempt(1, result_path=result(1).result_path, valid=True))
     manifest = manifest_of(lost)
     assert reconcile(manifest, on_disk(result(1))) == Reconciliation(adopted=("a",))
     assert lost.status == "completed"
@@ -116,7 +115,7 @@ def test_a_missed_result_that_is_not_valid_is_kept_and_measured_again() -> None:
 
 
 def test_a_second_result_that_is_not_valid_stands() -> None:
-    first = Attempt(1, result_path=result(1).path, valid=False)
+    first = Attempt(1, result_path=result(1).result_path, valid=False)
     manifest = manifest_of(entry(status="running", attempts=[first, Attempt(2)]))
     assert reconcile(manifest, on_disk(result(1, valid=False), result(2, valid=False))).adopted == ("a",)
     assert manifest.experiments[0].result_path == "attempt-2/result.json"
@@ -135,7 +134,7 @@ def test_a_valid_result_is_chosen_before_a_later_one_that_is_not() -> None:
 
 
 def test_a_failed_experiment_whose_results_are_known_stays_failed() -> None:
-    known = Attempt(1, result_path=result(1).path, valid=False)
+    known = Attempt(1, result_path=result(1).result_path, valid=False)
     manifest = manifest_of(entry(status="failed", error="died", attempts=[known, Attempt(2, error="died")]))
     assert reconcile(manifest, on_disk(result(1, valid=False))) == Reconciliation()
     assert manifest.experiments[0].error == "died"

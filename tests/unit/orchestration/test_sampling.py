@@ -10,8 +10,8 @@ import pytest
 
 from lem.config.experiment import ExperimentConfig
 from lem.meters.samples import GpuHeader, GpuSample, SampleHeader, SampleLog
-from lem.orchestration.attempt import WorkerEvent
 from lem.orchestration.host_meters import Attendance, HostMeters, Reference, has_recovered
+from lem.orchestration.status import Event
 from lem.record import Idle
 from lem.worker.channel import RunRequest
 from tests.records import make_record
@@ -118,7 +118,7 @@ def test_what_the_host_learned_is_told_to_the_worker(tmp_path: Path) -> None:
 
 
 def test_an_event_passes_unchanged_where_nobody_samples(tmp_path: Path) -> None:
-    event = WorkerEvent("progress", "e", "window", 1, 2)
+    event = Event("progress", data={"exp_id": "e", "phase_done": 1})
     assert attend(tmp_path, "local").follow(event) == event
 
 

@@ -3,12 +3,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone, tzinfo
-from typing import Any
 
 import pytest
 
-from lem.config.campaign_config import CampaignDaemonConfig, CampaignScheduleConfig
-from lem.orchestration.schedule import Run, Stop, Wait, daemon_deadline_s, next_daemon_step, next_start, waiting_text
+from lem.config.campaign_config import CampaignScheduleConfig
+from lem.orchestration.schedule import next_start, waiting_text
 
 
 class CentralEurope(tzinfo):
@@ -150,54 +149,3 @@ def test_waiting_text_has_the_time_and_the_day_when_it_is_another() -> None:
     assert waiting_text(local("2026-07-14T22:00"), now, is_daemon=True, zone=ZONE) == text
     later = waiting_text(local("2026-07-18T22:00"), now, is_daemon=False, zone=ZONE)
     assert later == "Schedule: waiting until 22:00 to start campaign (Sat 2026-07-18)"
-
-
-# The daemon
-
-
-def daemon(**options: Any) -> CampaignDaemonConfig:
-    return CampaignDaemonConfig(enabled=True, **options)
-
-
-@pytest.mark.parametrize("options", [{}, {"interval": "6h"}, {"total_duration": "48h"}])
-def test_a_daemon_runs_first(options: dict[str, str]) -> None:
-    assert next_daemon_step(daemon(**options), now_s=5.0) == Run()
-
-
-def test_without_interval_and_duration_it_runs_once() -> None:
-    step = next_daemon_step(daemon(), now_s=100.0, runs_done=1, first_start_s=0.0, last_end_s=100.0)
-    assert isinstance(step, Stop)
-
-
-def test_the_interval_counts_from_end_to_start() -> None:
-    options: dict[str, Any] = {"runs_done": 1, "first_start_s": 0.0, "last_end_s": 5000.0}
-    step = next_daemon_step(daemon(interval="1h"), now_s=5000.0, **options)
-    assert step == Wait(8600.0, "Daemon: next run of the campaign in 1h 00m")
-    assert next_daemon_step(daemon(interval="1h"), now_s=8600.0, **options) == Run()
-
-
-def test_a_duration_alone_runs_one_after_the_other() -> None:
-    step = next_daemon_step(daemon(total_duration="1h"), now_s=900.0, runs_done=3, first_start_s=0.0, last_end_s=900.0)
-    assert step == Run()
-
-
-@pytest.mark.parametrize("now_s", [48 * 3600.0, 60 * 3600.0])
-def test_the_duration_ends_it_and_says_so(now_s: float) -> None:
-    step = next_daemon_step(
-        daemon(interval="6h", total_duration="48h"), now_s=now_s, runs_done=7, first_start_s=0.0, last_end_s=now_s
-    )
-    assert step == Stop("Daemon: total duration 48h reached, stopping after 7 cycles")
-
-
-def test_nothing_starts_after_the_duration() -> None:
-    options: dict[str, Any] = {"runs_done": 1, "first_start_s": 1000.0, "last_end_s": 2000.0}
-    config = daemon(interval="6h", total_duration="1h")
-    step = next_daemon_step(config, now_s=2000.0, **options)
-    assert isinstance(step, Wait)
-    assert step.until_s == 4600.0
-    assert isinstance(next_daemon_step(config, now_s=step.until_s, **options), Stop)
-
-
-def test_the_deadline_counts_from_the_first_start() -> None:
-    assert daemon_deadline_s(daemon(total_duration="90s"), 10.0) == 100.0
-    assert daemon_deadline_s(daemon(interval="90s"), 10.0) is None

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lem.base.errors import UserError
-from lem.config.yamlfile import load_campaign
+from lem.config.load import load_campaign
 from lem.orchestration.fleet import divide, make_fleet_plan, parse_shard, part_of_plan, plan_anew, take_part
 from lem.orchestration.plan import Plan, build_plan
 from lem.results.merge import FleetPlan, read_plan, write_plan
@@ -24,7 +24,7 @@ def plan(*outputs: int, cycles: int = 2) -> Plan:
         json.dump({"campaign_name": "demo", "model": "gpt2", "grid": grid, "execution": {"cycles": cycles}}, file)
         file.flush()
         loaded = load_campaign(file.name)
-    return build_plan(loaded.config, loaded.drafts)
+    return build_plan(loaded.config, loaded.listed)
 
 
 def fleet(found: Plan, *hosts: str, **options: Any) -> FleetPlan:

@@ -6,10 +6,9 @@ import pytest
 
 from lem.base.errors import UserError
 from lem.config.campaign_config import CampaignDaemonConfig
-from lem.orchestration.loop import Stopped
-from lem.orchestration.resume import RunOptions, Wish
-from lem.orchestration.topup import decide, make_rule
-from lem.results.precision import parse_target, read_stopping_rule
+from lem.orchestration.resume import RunOptions, make_rule, needs_cycle
+from lem.orchestration.schedule import Stopped
+from lem.results.run import parse_target, read_stopping_rule
 from tests.campaign_doubles import ENVIRONMENT, Place, make_campaign
 from tests.records import make_record
 
@@ -29,8 +28,8 @@ def place(tmp_path, monkeypatch):
     return Place(tmp_path)
 
 
-def _run(place, campaign, answers=None, *, rule=None, deadline_s=None, wish=Wish.UNSAID):
-    options = RunOptions(until=rule or _rule(), wish=wish)
+def _run(place, campaign, answers=None, *, rule=None, deadline_s=None, resume=None):
+    options = RunOptions(until=rule or _rule(), resume=resume)
     return place.runner(campaign, answers, options=options).run(deadline_s=deadline_s)
 
 
@@ -95,7 +94,7 @@ def test_a_resume_keeps_the_cycles_that_were_added_and_ends_as_if_never_interrup
     first = _run(place, campaign, {FOUR: list(NOISY)}, deadline_s=deadline_s)
     assert first.stopped is Stopped.DEADLINE
     assert place.manifest().total_experiments == 12
-    second = _run(place, campaign, {FOUR: [100.0]}, wish=Wish.RESUME)
+    second = _run(place, campaign, {FOUR: [100.0]}, resume=True)
     assert place.asked() == [(EIGHT, 6, 1)]
     assert second.remark.endswith("after 6 cycles")
     assert not any("changed since" in note["text"] for note in place.told("note"))
@@ -104,7 +103,7 @@ def test_a_resume_keeps_the_cycles_that_were_added_and_ends_as_if_never_interrup
 def test_a_resume_without_the_target_runs_what_was_added_and_adds_nothing(place):
     campaign = make_campaign(place.folder, execution={"cycles": 5})
     _run(place, campaign, {FOUR: list(NOISY)}, deadline_s=place.clock.monotonic() + 105)
-    place.runner(campaign, options=RunOptions(wish=Wish.RESUME)).run()
+    place.runner(campaign, options=RunOptions(resume=True)).run()
     assert place.asked() == [(EIGHT, 6, 1)]
     assert place.manifest().is_complete
 
@@ -112,7 +111,7 @@ def test_a_resume_without_the_target_runs_what_was_added_and_adds_nothing(place)
 def test_a_finished_campaign_is_topped_up_when_it_is_resumed_with_a_target(place):
     campaign = make_campaign(place.folder, execution={"cycles": 5})
     place.runner(campaign, {FOUR: list(NOISY)}).run()
-    outcome = _run(place, campaign, {FOUR: [100.0]}, wish=Wish.RESUME)
+    outcome = _run(place, campaign, {FOUR: [100.0]}, resume=True)
     assert place.asked() == [(FOUR, 6, 1), (EIGHT, 6, 1)]
     assert outcome.remark.endswith("after 6 cycles")
 
@@ -121,7 +120,7 @@ def test_another_environment_is_found_out_before_a_finished_campaign_is_topped_u
     campaign = make_campaign(place.folder, execution={"cycles": 5})
     place.runner(campaign, {FOUR: list(NOISY)}).run()
     before = place.manifest()
-    options = RunOptions(until=_rule(), wish=Wish.RESUME)
+    options = RunOptions(until=_rule(), resume=True)
     other = {**ENVIRONMENT, "torch": "9.9.9"}
     with pytest.raises(UserError, match="environment"):
         place.runner(campaign, options=options, environment=other).run()
@@ -136,10 +135,10 @@ def test_a_configuration_that_never_gives_a_result_does_not_keep_it_going(place)
 
 def test_cycles_that_share_a_load_never_have_an_interval_and_end_it():
     records = [make_record(cycle=cycle, load_id="one") for cycle in range(5)]
-    decision = decide(records, _rule(), 5)
-    assert not decision.is_due
-    assert "no cycle is added" in decision.text
-    assert "share an engine load" in decision.text
+    is_needed, reason = needs_cycle(records, _rule(), 5)
+    assert not is_needed
+    assert "no cycle is added" in reason
+    assert "share an engine load" in reason
 
 
 def test_the_rule_lies_beside_the_results(place):
@@ -181,21 +180,21 @@ def test_the_widest_are_named_first_and_many_are_counted():
         for width in (3, 9, 5, 7)
         for cycle, rate in enumerate([100.0 - width, 100.0 + width] * 3)
     ]
-    decision = decide(records, _rule(), 6)
-    assert decision.is_due
-    assert decision.text.endswith("c9 ±11 %, c7 ±8.4 %, c5 ±5.9 % and 1 more")
+    is_needed, reason = needs_cycle(records, _rule(), 6)
+    assert is_needed
+    assert reason.endswith("c9 ±11 %, c7 ±8.4 %, c5 ±5.9 % and 1 more")
 
 
 def test_energy_is_looked_at_where_every_configuration_has_it():
     records = [make_record(cycle=cycle, energy_per_output_tok_j=0.5) for cycle in range(5)]
-    assert "energy_per_output_tok_j" in decide(records, _rule(), 5).text
+    assert "energy_per_output_tok_j" in needs_cycle(records, _rule(), 5)[1]
     without = [*records, *(make_record(config_name="b", config_hash="b" * 16, cycle=cycle) for cycle in range(5))]
-    assert "output_tok_per_s" in decide(without, _rule(), 5).text
+    assert "output_tok_per_s" in needs_cycle(without, _rule(), 5)[1]
 
 
 def test_too_few_valid_cycles_are_wide_even_where_they_agree():
     records = [make_record(cycle=cycle, is_valid=cycle < 4) for cycle in range(5)]
-    assert decide(records, _rule(), 5).is_due
+    assert needs_cycle(records, _rule(), 5)[0]
 
 
 @pytest.mark.parametrize("text", ["2%", "ci=2", "ci=0%", "ci=100%", "ci=2%:nothing", "ci=-1%", ""])

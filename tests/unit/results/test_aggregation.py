@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterable
 
 import pytest
 
 from lem.base.reasons import Reason
 from lem.record import Record, RecordError, encode_record
-from lem.results.aggregation import NO_INTERVAL, ConfigAggregate, aggregate_campaign_results, aggregate_config
+from lem.results.aggregation import NO_INTERVAL, Configuration, aggregate_campaign_results, configuration_document
+from lem.results.metrics import distinct
 from tests.records import NO_METER, NO_TOKEN_TIMES, make_record, told
 
 
@@ -20,8 +22,12 @@ def cycles(*rates: float, **fields: object) -> list[Record]:
     ]
 
 
-def rates_of(aggregate: ConfigAggregate) -> tuple[float, ...]:
-    return aggregate.metrics["output_tok_per_s"].values
+def configured(records: Iterable[Record], confidence: float = 0.95) -> Configuration:
+    return Configuration("small", distinct(records), confidence=confidence)
+
+
+def rates_of(aggregate: Configuration) -> tuple[float, ...]:
+    return aggregate.estimate("output_tok_per_s").values
 
 
 def test_each_configuration_has_its_cycles_and_both_intervals_in_every_group() -> None:
@@ -72,8 +78,8 @@ def test_a_document_that_is_no_record_is_refused_with_its_place() -> None:
 
 
 def test_confidence_widens_both_intervals() -> None:
-    wide = aggregate_config("small", cycles(100, 102, 98, 101), 0.99).metrics["output_tok_per_s"]
-    narrow = aggregate_config("small", cycles(100, 102, 98, 101), 0.5).metrics["output_tok_per_s"]
+    wide = configured(cycles(100, 102, 98, 101), 0.99).estimate("output_tok_per_s")
+    narrow = configured(cycles(100, 102, 98, 101), 0.5).estimate("output_tok_per_s")
     for one, other in ((wide.bootstrap, narrow.bootstrap), (wide.t_log, narrow.t_log)):
         assert one is not None
         assert other is not None
@@ -100,20 +106,20 @@ def test_a_metric_measured_nowhere_carries_its_reason() -> None:
 
 def test_a_metric_measured_in_some_cycles_says_in_how_many() -> None:
     records = [*cycles(100, 102), make_record(cycle=2, ttft_p50_s=0.01)]
-    ttft = aggregate_config("small", records).metrics["ttft_p50_s"]
+    ttft = configured(records).estimate("ttft_p50_s")
     assert ttft.values == (0.01,)
     assert ttft.warning == f"measured in 1 of 3 cycles: {NO_TOKEN_TIMES}"
 
 
 def test_failed_experiments_are_left_out_and_counted() -> None:
-    aggregate = aggregate_config("small", [*cycles(100, 102), None, None], n_failed=1)
-    assert rates_of(aggregate) == (100, 102)
-    assert (aggregate.n_cycles, aggregate.n_results, aggregate.n_failed) == (2, 2, 3)
+    aggregate = aggregate_campaign_results({"small": [*cycles(100, 102), None, None]})["small"]
+    assert aggregate["throughput"]["output_tok_per_s"]["values"] == [100, 102]
+    assert (aggregate["n_cycles"], aggregate["n_results"], aggregate["n_failed"]) == (2, 2, 2)
 
 
 def test_invalid_results_are_left_out_and_counted() -> None:
     throttled = make_record(cycle=2, output_tok_per_s=60, is_valid=False, invalid_reasons=("thermal slowdown",))
-    aggregate = aggregate_config("small", [*cycles(100, 102), throttled])
+    aggregate = configured([*cycles(100, 102), throttled])
     assert rates_of(aggregate) == (100, 102)
     assert (aggregate.n_cycles, aggregate.n_results, aggregate.n_invalid) == (2, 3, 1)
     assert aggregate.invalid_reasons == dict.fromkeys(told("thermal slowdown"), 1)
@@ -121,7 +127,7 @@ def test_invalid_results_are_left_out_and_counted() -> None:
 
 def test_the_estimate_over_all_attempts_stands_beside_the_valid_one() -> None:
     throttled = make_record(cycle=2, output_tok_per_s=60, is_valid=False)
-    every = aggregate_config("small", [*cycles(100, 102), throttled]).metrics["output_tok_per_s"].all_attempts
+    every = configured([*cycles(100, 102), throttled]).estimate("output_tok_per_s").all_attempts
     assert every is not None
     assert every.mean == pytest.approx((100 + 102 + 60) / 3)
     assert (every.n_cycles, every.n_attempts) == (3, 3)
@@ -130,14 +136,14 @@ def test_the_estimate_over_all_attempts_stands_beside_the_valid_one() -> None:
 def test_an_invalid_attempt_counts_within_its_cycle() -> None:
     throttled = make_record(cycle=1, attempt=1, output_tok_per_s=60, is_valid=False)
     again = make_record(cycle=1, attempt=2, output_tok_per_s=100)
-    every = aggregate_config("small", [make_record(), throttled, again]).metrics["output_tok_per_s"].all_attempts
+    every = configured([make_record(), throttled, again]).estimate("output_tok_per_s").all_attempts
     assert every is not None
     assert every.mean == pytest.approx((100 + 80) / 2)
     assert (every.n_cycles, every.n_attempts) == (2, 3)
 
 
 def test_valid_attempts_alone_need_no_second_estimate() -> None:
-    assert aggregate_config("small", cycles(100, 102)).metrics["output_tok_per_s"].all_attempts is None
+    assert configured(cycles(100, 102)).estimate("output_tok_per_s").all_attempts is None
 
 
 def test_of_a_cycle_the_last_valid_attempt_counts() -> None:
@@ -147,24 +153,24 @@ def test_of_a_cycle_the_last_valid_attempt_counts() -> None:
         make_record(attempt=3, output_tok_per_s=10, is_valid=False),
         make_record(attempt=10, output_tok_per_s=5, is_valid=False),
     ]
-    assert rates_of(aggregate_config("small", attempts)) == (102,)
+    assert rates_of(configured(attempts)) == (102,)
 
 
 def test_experiments_repeated_in_one_cycle_are_one_value() -> None:
     twice = make_record(cycle=0, config_hash="f" * 16, output_tok_per_s=110)
-    aggregate = aggregate_config("small", [*cycles(100, 102), twice])
+    aggregate = configured([*cycles(100, 102), twice])
     assert rates_of(aggregate) == (105, 102)
     assert Reason.of("mixed_configurations", count=2) in aggregate.warnings
 
 
 def test_identical_duplicates_count_once() -> None:
     records = cycles(100, 102, 98)
-    assert aggregate_config("small", [*records, *records]) == aggregate_config("small", records)
+    assert configured([*records, *records]) == configured(records)
 
 
 def test_cycles_that_share_an_engine_load_have_no_interval() -> None:
-    aggregate = aggregate_config("small", cycles(100, 102, 98, load_id="one"))
-    estimate = aggregate.metrics["output_tok_per_s"]
+    aggregate = configured(cycles(100, 102, 98, load_id="one"))
+    estimate = aggregate.estimate("output_tok_per_s")
     assert aggregate.is_load_shared
     assert estimate.bootstrap is not None
     assert estimate.t_log is not None
@@ -172,13 +178,13 @@ def test_cycles_that_share_an_engine_load_have_no_interval() -> None:
         assert {interval.ci_lower, interval.ci_upper} == {None}
         assert interval.warning == NO_INTERVAL.text
     assert estimate.bootstrap.mean == pytest.approx(100)
-    document = aggregate.to_dict()
+    document = configuration_document(aggregate)
     assert document["no_interval_reason"] == NO_INTERVAL.text
     assert document["throughput"]["output_tok_per_s"]["bootstrap"]["true_coverage"] is None
 
 
 def test_values_stand_in_the_order_of_the_cycles() -> None:
-    assert rates_of(aggregate_config("small", list(reversed(cycles(100, 102, 98))))) == (100, 102, 98)
+    assert rates_of(configured(list(reversed(cycles(100, 102, 98))))) == (100, 102, 98)
 
 
 def test_two_of_three_cycles_that_share_a_load_are_enough() -> None:
@@ -187,7 +193,7 @@ def test_two_of_three_cycles_that_share_a_load_are_enough() -> None:
         make_record(cycle=1, load_id="one"),
         make_record(cycle=2, load_id="b"),
     ]
-    assert aggregate_config("small", records).is_load_shared
+    assert configured(records).is_load_shared
 
 
 def test_a_load_shared_with_an_attempt_that_does_not_count_is_no_matter() -> None:
@@ -196,23 +202,23 @@ def test_a_load_shared_with_an_attempt_that_does_not_count_is_no_matter() -> Non
         make_record(cycle=1, load_id="one", is_valid=False),
         make_record(cycle=1, attempt=2, load_id="two"),
     ]
-    assert not aggregate_config("small", records).is_load_shared
+    assert not configured(records).is_load_shared
 
 
 def test_a_load_of_the_same_name_on_another_host_is_another_load() -> None:
     records = [make_record(host="a", load_id="1"), make_record(host="b", load_id="1")]
-    assert not aggregate_config("small", records).is_load_shared
+    assert not configured(records).is_load_shared
 
 
 def test_one_cycle_has_a_value_and_no_interval() -> None:
-    estimate = aggregate_config("small", cycles(100)).metrics["output_tok_per_s"]
+    estimate = configured(cycles(100)).estimate("output_tok_per_s")
     assert estimate.bootstrap is not None
     assert estimate.t_log is not None
     assert (estimate.bootstrap.mean, estimate.bootstrap.ci_lower, estimate.t_log.ci_lower) == (100, None, None)
 
 
 def test_a_metric_observed_as_zero_is_zero_and_has_no_geometric_mean() -> None:
-    estimate = aggregate_config("small", cycles(0.0, 0.0, 3.0)).metrics["output_tok_per_s"]
+    estimate = configured(cycles(0.0, 0.0, 3.0)).estimate("output_tok_per_s")
     assert list(estimate.values) == [0.0, 0.0, 3.0]
     assert estimate.t_log is not None
     assert estimate.t_log.geometric_mean is None
@@ -220,21 +226,21 @@ def test_a_metric_observed_as_zero_is_zero_and_has_no_geometric_mean() -> None:
 
 
 def test_without_any_valid_result_everything_is_null_with_a_reason() -> None:
-    aggregate = aggregate_config("small", [make_record(is_valid=False)])
+    aggregate = configured([make_record(is_valid=False)])
     assert aggregate.n_cycles == 0
-    assert aggregate.metrics["output_tok_per_s"].null_reason == "no valid result"
-    assert aggregate.metrics["output_tok_per_s"].all_attempts is not None
+    assert aggregate.estimate("output_tok_per_s").null_reason == "no valid result"
+    assert aggregate.estimate("output_tok_per_s").all_attempts is not None
 
 
 def test_results_of_several_hosts_or_runs_under_one_name_are_warned_about() -> None:
-    aggregate = aggregate_config("small", [make_record(), make_record(host="b"), make_record(run_id="later")])
+    aggregate = configured([make_record(), make_record(host="b"), make_record(run_id="later")])
     assert aggregate.n_cycles == 3
     assert {Reason.of("mixed_hosts", count=2), Reason.of("mixed_runs", count=2)} <= set(aggregate.warnings)
 
 
 def test_warnings_of_the_records_are_counted() -> None:
     records = [make_record(cycle=0, warnings=("slow",)), make_record(cycle=1, warnings=("slow", "hot"))]
-    assert aggregate_config("small", records).warnings == dict(zip(told("slow", "hot"), (2, 1), strict=True))
+    assert configured(records).warnings == dict(zip(told("slow", "hot"), (2, 1), strict=True))
 
 
 def test_the_sources_of_energy_are_kept_so_that_an_estimate_can_be_shown_as_one() -> None:

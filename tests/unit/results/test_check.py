@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from lem.base.reasons import Reason
-from lem.results.check import check_run, position_effect, primary_metric
-from lem.results.compare import gather
-from lem.results.precision import StoppingRule, Target
+from lem.results.check import check_run, position_effect
+from lem.results.run import StoppingRule, Target, make_run
 from lem.results.store import Problem
 from tests.records import make_record, told
 from tests.synthetic_campaign import Campaign, Configuration
@@ -19,7 +18,7 @@ FINE = Campaign(configurations=(PYTORCH, VLLM), load_sd=0.002, run_sd=0.001, str
 
 
 def _check(campaign, **more):
-    return check_run(campaign.records(), **more)
+    return check_run(make_run(campaign.records(), **more))
 
 
 def _found(check):
@@ -33,7 +32,7 @@ def _of(campaign, kind, **more):
 
 def _changed(change):
     """The fine campaign with every record changed."""
-    return check_run([change(record) for record in FINE.records()])
+    return check_run(make_run([change(record) for record in FINE.records()]))
 
 
 def _gpu(record, **changes):
@@ -99,7 +98,7 @@ def test_a_finding_says_how_many_results_it_concerns_and_of_whom():
         for number, record in enumerate(records)
     ]
     expected = sum(record.validity.steady is False for record in hit)
-    (finding,) = check_run(hit).findings
+    (finding,) = check_run(make_run(hit)).findings
     assert finding.configurations == ("vllm",)
     assert f"in {expected} of 5 results" in finding.text
 
@@ -138,9 +137,9 @@ def test_damaged_results_are_named_and_missing_ones_are_none_of_them():
 
 
 def test_no_result_at_all_is_weak():
-    check = check_run([], campaign_name="demo", run_id="run")
+    check = check_run(make_run([], campaign_name="demo", run_id="run"))
     assert [item.kind for item in check.findings] == ["no_results"]
-    assert (check.campaign_name, check.is_weak) == ("demo", True)
+    assert (check.run.campaign_name, check.is_weak) == ("demo", True)
 
 
 # --- work
@@ -183,7 +182,7 @@ def test_an_environment_that_changed_under_way_is_weak():
         _section("environment", fingerprint="other")(record) if record.identity.cycle_index > 2 else record
         for record in FINE.records()
     ]
-    assert _found(check_run(records))["environment_changed"].is_weak
+    assert _found(check_run(make_run(records)))["environment_changed"].is_weak
 
 
 def test_baselines_that_differ_between_cycles_are_told():
@@ -195,7 +194,7 @@ def test_baselines_that_differ_between_cycles_are_told():
         else record
         for record in FINE.records()
     ]
-    finding = _found(check_run(records))["baselines_apart"]
+    finding = _found(check_run(make_run(records)))["baselines_apart"]
     assert finding.configurations == ("vllm",)
     assert "13 %" in finding.text
 
@@ -204,7 +203,7 @@ def test_warnings_of_results_are_passed_on_once_however_their_numbers_differ():
     warned = dataclasses.replace(VLLM, warnings=("3 of 128 prompts were cut",))
     records = dataclasses.replace(FINE, configurations=(PYTORCH, warned)).records()
     records[0] = _section("validity", warnings=told("7 of 128 prompts were cut"))(records[0])
-    findings = [item for item in check_run(records).findings if item.kind == "warning"]
+    findings = [item for item in check_run(make_run(records)).findings if item.kind == "warning"]
     assert len(findings) == 1
     assert not findings[0].is_weak
 
@@ -213,7 +212,7 @@ def test_a_warning_that_a_check_tells_already_is_not_told_again():
     records = [
         _section("validity", warnings=(Reason.of("crosscheck", ratio=1.08),))(record) for record in FINE.records()
     ]
-    assert check_run(records).findings == ()
+    assert check_run(make_run(records)).findings == ()
 
 
 # --- the campaign as a whole
@@ -262,14 +261,14 @@ FOUR = tuple(dataclasses.replace(VLLM, name=f"c{size}", batch_size=size) for siz
 
 def test_what_the_place_within_a_cycle_costs_is_found_in_a_shuffled_campaign():
     campaign = dataclasses.replace(FINE, configurations=FOUR, cycles=8)
-    run = gather(_warmer_places(campaign, 0.01))
-    effect = position_effect(run, primary_metric(run))
+    run = make_run(_warmer_places(campaign, 0.01))
+    effect = position_effect(run, run.primary_metric)
     assert effect is not None
     assert effect.ci_lower is not None
     assert effect.ci_upper is not None
     assert effect.ci_lower < 1.01**3 - 1 < effect.ci_upper
-    assert effect.is_told_from_zero
-    assert _found(check_run(_warmer_places(campaign, 0.01)))["order_effect"].is_weak
+    assert effect.is_significant
+    assert _found(check_run(make_run(_warmer_places(campaign, 0.01))))["order_effect"].is_weak
 
 
 def test_places_that_cost_nothing_are_not_found():
@@ -278,8 +277,8 @@ def test_places_that_cost_nothing_are_not_found():
 
 
 def test_in_the_same_order_places_cannot_be_told_from_configurations():
-    run = gather(dataclasses.replace(FINE, structure="interleaved").records())
-    assert position_effect(run, primary_metric(run)) is None
+    run = make_run(dataclasses.replace(FINE, structure="interleaved").records())
+    assert position_effect(run, run.primary_metric) is None
 
 
 @pytest.mark.parametrize(("cycles", "words"), [(1, "one cycle has no interval"), (2, "13 standard errors")])
@@ -317,7 +316,7 @@ def test_a_clear_difference_is_no_finding():
 
 def test_without_energy_the_throughput_is_looked_at():
     records = [make_record(cycle=cycle, output_tok_per_s=100.0 + cycle) for cycle in range(5)]
-    assert primary_metric(gather(records)).name == "output_tok_per_s"
+    assert make_run(records).primary_metric.name == "output_tok_per_s"
 
 
 def test_added_cycles_are_told():
@@ -335,4 +334,4 @@ def test_weak_findings_come_first():
 
 def test_two_looks_at_one_campaign_find_the_same():
     records = dataclasses.replace(FINE, drift=0.03).records()
-    assert check_run(records).findings == check_run(records[::-1]).findings
+    assert check_run(make_run(records)).findings == check_run(make_run(records[::-1])).findings

@@ -20,7 +20,7 @@ def records(**changes: Any) -> Sequence[Record]:
 
 
 def texts(before: Sequence[Record], after: Sequence[Record], **options: Any) -> list[str]:
-    return [item.text for item in find_obstacles(before, after, **options)]
+    return [item.reason.text for item in find_obstacles(before, after, **options)]
 
 
 def test_the_same_thing_twice_has_no_obstacle() -> None:

@@ -12,24 +12,15 @@ from scipy import stats
 from lem.base.errors import ExitCode, UserError
 from lem.base.reasons import Reason
 from lem.results.aggregation import NO_INTERVAL
-from lem.results.anchor import compare_runs
-from lem.results.compare import (
-    Comparison,
-    Row,
-    RunResults,
-    candidate_metrics,
-    compare_configurations,
-    gate_code,
-    gather,
-)
-from lem.results.effect import Verdict, parse_gate, parse_metric
-from lem.results.stats import holm
+from lem.results.compare import Comparison, Row, compare_configurations, compare_runs, gate_code
+from lem.results.metrics import parse_metric
+from lem.results.run import Run, make_run
+from lem.results.stats import Verdict, holm, parse_gate
 from tests.synthetic_campaign import Campaign, Configuration
 
 ENERGY = parse_metric("energy")
 THROUGHPUT = parse_metric("throughput")
 GATE = parse_gate("energy=3%")
-METRICS = candidate_metrics((), ())
 
 SLOW = Configuration("pytorch", backend="pytorch", energy_per_output_tok_j=0.5, output_tok_per_s=900)
 FAST = Configuration("vllm", energy_per_output_tok_j=0.2, output_tok_per_s=2200)
@@ -38,13 +29,13 @@ DEMO = Campaign((SLOW, FAST, WIDE), cycle_sd=0.02, has_samples=False)
 LATER = "20260801T100000Z-0b0b"
 
 
-def run_of(campaign: Campaign = DEMO, **changes: Any) -> RunResults:
-    return gather(dataclasses.replace(campaign, **changes).records(), metrics=METRICS)
+def run_of(campaign: Campaign = DEMO, **changes: Any) -> Run:
+    return make_run(dataclasses.replace(campaign, **changes).records())
 
 
-def compared(run: RunResults, **options: Any) -> Comparison:
+def compared(run: Run, **options: Any) -> Comparison:
     options = {"metrics": (ENERGY, THROUGHPUT), **options}
-    return compare_configurations(run, run.subjects[0], run.subjects[1:], **options)
+    return compare_configurations(run, run.with_results[0], run.with_results[1:], **options)
 
 
 def row_of(comparison: Comparison, name: str = "vllm", metric: Any = ENERGY) -> Row:
@@ -60,8 +51,7 @@ def two(**changes: Any) -> Campaign:
 def test_configurations_are_paired_within_cycles() -> None:
     run = run_of()
     values = {
-        subject.name: [math.log(value) for value in subject.aggregate.metrics[ENERGY.name].values]
-        for subject in run.subjects
+        subject.name: [math.log(value) for value in subject.estimate(ENERGY).values] for subject in run.with_results
     }
     expected = stats.ttest_rel(values["vllm"], values["pytorch"])
     effect = row_of(compared(run)).effect
@@ -96,7 +86,7 @@ def test_what_was_not_measured_has_its_reason_and_the_rest_is_compared() -> None
 
 def test_metrics_nobody_measured_are_not_shown_unless_asked_for() -> None:
     run = run_of(configurations=(SLOW, FAST))
-    shown = compare_configurations(run, run.subjects[0], run.subjects[1:]).metrics
+    shown = compare_configurations(run, run.with_results[0], run.with_results[1:]).metrics
     assert [metric.name for metric in shown] == ["energy_per_output_tok_j", "output_tok_per_s", "e2e_p50_s"]
 
 
@@ -112,7 +102,7 @@ def test_unequal_exclusions_allow_no_verdict(change: dict[str, Any], said: str) 
     configurations = (SLOW, dataclasses.replace(FAST, **change), WIDE)
     campaign = dataclasses.replace(DEMO, configurations=configurations)
     failed = {"vllm": len(change.get("failed_cycles", ()))}
-    comparison = compared(gather(campaign.records(), failed), gates=(GATE,))
+    comparison = compared(make_run(campaign.records(), failed), gates=(GATE,))
     row = row_of(comparison)
     assert row.effect is not None
     assert row.reason is not None
@@ -157,7 +147,7 @@ def test_one_cycle_has_a_ratio_and_says_how_to_get_more() -> None:
 def test_what_is_not_comparable_is_said_and_allows_no_verdict(change: dict[str, Any], said: str) -> None:
     comparison = compared(run_of(configurations=(SLOW, dataclasses.replace(FAST, **change))))
     (obstacle,) = comparison.pairs[0].obstacles
-    assert said in obstacle.text
+    assert said in obstacle.reason.text
     assert row_of(comparison).p_adjusted is None
     assert row_of(comparison).effect is not None
 
@@ -177,7 +167,7 @@ def test_gates_are_judged_and_end_with_their_codes() -> None:
         Verdict.WORSE,
     ]
     assert gate_code(comparison, is_strict=False) is ExitCode.REGRESSION
-    fine = compare_configurations(run, run.subjects[0], run.subjects[1:2], gates=(GATE,))
+    fine = compare_configurations(run, run.with_results[0], run.with_results[1:2], gates=(GATE,))
     assert gate_code(fine, is_strict=True) is ExitCode.OK
 
 
@@ -189,7 +179,7 @@ def test_an_inconclusive_gate_counts_only_where_it_is_asked_to() -> None:
 
 
 def test_a_configuration_without_any_result_is_missing() -> None:
-    run = gather(dataclasses.replace(DEMO, configurations=(SLOW, FAST)).records(), {"gone": 5})
+    run = make_run(dataclasses.replace(DEMO, configurations=(SLOW, FAST)).records(), {"gone": 5})
     comparison = compared(run, gates=(GATE,))
     assert comparison.missing == (f"no result at all: gone in {DEMO.run_id} (5 failed)",)
     assert gate_code(comparison, is_strict=True) is ExitCode.INCONCLUSIVE
@@ -197,12 +187,8 @@ def test_a_configuration_without_any_result_is_missing() -> None:
 
 def test_records_in_any_order_and_twice_compare_the_same() -> None:
     records = DEMO.records()
-    assert compared(gather(reversed([*records, *records]))) == compared(gather(records))
-
-
-def test_nothing_cannot_be_compared() -> None:
-    with pytest.raises(ValueError, match="no records"):
-        gather([])
+    twice, once = (compared(make_run(found)).pairs for found in (reversed([*records, *records]), records))
+    assert [pair.rows for pair in twice] == [pair.rows for pair in once]
 
 
 # -- two runs
@@ -210,7 +196,7 @@ def test_nothing_cannot_be_compared() -> None:
 
 def test_runs_are_compared_over_the_first_unchanged_configuration() -> None:
     changed = dataclasses.replace(FAST, energy_per_output_tok_j=0.22)
-    comparison = compare_runs(run_of(), run_of(two(configurations=(SLOW, changed, WIDE))), metrics=(ENERGY,))
+    comparison = compare_runs(run_of(), run_of(two(configurations=(SLOW, changed, WIDE))))
     assert comparison.anchor is not None
     assert comparison.anchor.name == "pytorch"
     row = row_of(comparison)
@@ -224,7 +210,7 @@ def test_the_effect_over_an_anchor_is_welchs_of_the_log_ratios() -> None:
     runs = (run_of(), run_of(two()))
     logs = []
     for run in runs:
-        anchor, subject = (run.subjects[index].aggregate.metrics[ENERGY.name].values for index in (0, 1))
+        anchor, subject = (run.with_results[index].estimate(ENERGY).values for index in (0, 1))
         logs.append([math.log(above / below) for above, below in zip(subject, anchor, strict=True)])
     expected = stats.ttest_ind(logs[1], logs[0], equal_var=False)
     effect = row_of(compare_runs(*runs, metrics=(ENERGY,))).effect
@@ -260,7 +246,7 @@ def test_an_anchor_that_moved_by_more_than_the_tolerance_allows_no_verdict() -> 
 
 
 def test_an_anchor_whose_engine_changed_is_none_unless_it_is_named() -> None:
-    def updated(run: Campaign) -> RunResults:
+    def updated(run: Campaign) -> Run:
         records = [
             dataclasses.replace(
                 record,
@@ -270,13 +256,13 @@ def test_an_anchor_whose_engine_changed_is_none_unless_it_is_named() -> None:
             )
             for record in run.records()
         ]
-        return gather(records)
+        return make_run(records)
 
     before, after = run_of(), updated(two())
-    unanchored = compare_runs(before, after, metrics=(ENERGY,))
+    unanchored = compare_runs(before, after)
     assert unanchored.anchor is not None
     assert unanchored.anchor.name == ""
-    named = compare_runs(before, after, anchor="pytorch", metrics=(ENERGY,))
+    named = compare_runs(before, after, anchor="pytorch")
     assert named.anchor is not None
     assert named.anchor.name == "pytorch"
     with pytest.raises(UserError, match="no configuration 'none' is the same in both runs"):
@@ -284,21 +270,21 @@ def test_an_anchor_whose_engine_changed_is_none_unless_it_is_named() -> None:
 
 
 def test_other_cards_are_told_and_divide_out_over_an_anchor() -> None:
-    comparison = compare_runs(run_of(), run_of(two(gpu_serial=9, driver="580.1")), metrics=(ENERGY,))
+    comparison = compare_runs(run_of(), run_of(two(gpu_serial=9, driver="580.1")))
     told = [(item.reason.code, item.is_blocking) for item in comparison.pairs[0].obstacles]
     assert told == [("other_cards", False), ("other_driver", False)]
     assert row_of(comparison).p_adjusted is not None
 
 
 def test_another_model_of_card_allows_no_verdict_even_over_an_anchor() -> None:
-    comparison = compare_runs(run_of(), run_of(two(gpu_name="NVIDIA A100", gpu_serial=9)), metrics=(ENERGY,))
+    comparison = compare_runs(run_of(), run_of(two(gpu_name="NVIDIA A100", gpu_serial=9)))
     assert row_of(comparison).p_adjusted is None
     assert row_of(comparison).reason == Reason.of("other_gpus", before="NVIDIA H200", after="NVIDIA A100")
 
 
 def test_unequal_exclusions_of_the_anchor_allow_no_verdict() -> None:
     hot = dataclasses.replace(SLOW, throttled_cycles=(0,))
-    comparison = compare_runs(run_of(), run_of(two(configurations=(hot, FAST, WIDE))), metrics=(ENERGY,))
+    comparison = compare_runs(run_of(), run_of(two(configurations=(hot, FAST, WIDE))))
     reason = row_of(comparison).reason
     assert reason is not None
     assert reason.code == "unequal_exclusions"
@@ -321,5 +307,5 @@ def test_the_only_ones_left_are_each_others_counterpart() -> None:
 
 
 def test_the_only_common_configuration_is_no_anchor_for_itself() -> None:
-    comparison = compare_runs(run_of(configurations=(FAST,)), run_of(two(configurations=(FAST,))), metrics=(ENERGY,))
+    comparison = compare_runs(run_of(configurations=(FAST,)), run_of(two(configurations=(FAST,))))
     assert row_of(comparison).reason == Reason.of("own_anchor")

@@ -8,8 +8,15 @@ import random
 import pytest
 from scipy import stats
 
-from lem.results.effect import Effect, anchored_effect, paired_effect
-from lem.results.stats import holm, regularized_incomplete_beta, student_t_cdf, student_t_quantile
+from lem.results.stats import (
+    Effect,
+    anchored_effect,
+    holm,
+    paired_effect,
+    regularized_incomplete_beta,
+    student_t_cdf,
+    student_t_quantile,
+)
 
 
 def noisy(rng: random.Random, n: int, log_mean: float, sd: float) -> list[float]:

@@ -4,20 +4,24 @@ import csv
 import dataclasses
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lem.base.errors import UserError
 from lem.record import encode_record
-from lem.results.export import FORMATS, Exported, make_table, render, summary_columns, with_columns
+from lem.results.export import FORMATS, make_table, render, summary_columns, with_columns
+from lem.results.store import StoredResult
 from tests.goldens import assert_golden
 from tests.records import make_gpu, make_record
 
 
 def _exported(*records):
     return [
-        Exported(f"demo/{item.identity.run_id}/{item.identity.experiment_id}/attempt-{item.identity.attempt}", item)
+        StoredResult(
+            Path("demo") / item.identity.run_id / item.identity.experiment_id / f"attempt-{item.identity.attempt}", item
+        )
         for item in records
     ]
 

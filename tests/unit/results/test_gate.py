@@ -10,7 +10,8 @@ from scipy import stats
 
 from lem.base.errors import UserError
 from lem.base.reasons import Reason
-from lem.results.effect import Effect, Gate, Verdict, cycles_to_settle, judge, paired_effect, parse_gate, parse_metric
+from lem.results.metrics import parse_metric
+from lem.results.stats import Effect, Gate, Verdict, cycles_to_settle, judge, paired_effect, parse_gate
 
 ENERGY = parse_gate("energy=3%")
 THROUGHPUT = parse_gate("throughput=3%")

@@ -4,19 +4,18 @@ import json
 
 import pytest
 
-from lem.results.precision import (
+from lem.results.run import (
     STOPPING_FILE,
     UNACCOUNTED,
     StoppingRule,
     Target,
-    half_width_ratio,
+    make_run,
     measure_precision,
     read_stopping_rule,
+    run_document,
     write_stopping_rule,
 )
-from lem.results.run import summarise, summary_document
-from lem.results.stats import log_t_interval
-from lem.results.table import render_summary
+from lem.results.table import render_run
 from tests.bench.stopping import coverage
 from tests.records import make_record
 
@@ -29,12 +28,13 @@ def _records(rates, **more):
 
 def test_the_half_width_is_that_of_the_interval_over_the_mean():
     # Logs ±0.01 around 0, n = 2: t(0.975, 1) · 0.01·√2 / √2 = 12.706 · 0.01.
-    interval = log_t_interval([100 * 2.718281828459045**0.01, 100 / 2.718281828459045**0.01])
-    assert half_width_ratio(interval) == pytest.approx(2.718281828459045**0.12706 - 1, rel=1e-4)
+    records = _records([100 * 2.718281828459045**0.01, 100 / 2.718281828459045**0.01])
+    (found,) = make_run(records).configurations
+    assert found.estimate("throughput").half_width == pytest.approx(2.718281828459045**0.12706 - 1, rel=1e-4)
 
 
 def test_one_value_has_no_width():
-    assert half_width_ratio(log_t_interval([100.0])) is None
+    assert make_run(_records([100.0])).configurations[0].estimate("throughput").half_width is None
 
 
 def test_a_target_splits_configurations_into_narrow_and_wide():
@@ -79,17 +79,17 @@ def test_a_broken_rule_is_told_and_is_none(tmp_path, caplog, content):
 
 
 def test_the_table_says_that_its_intervals_do_not_account_for_the_stopping():
-    shown = " ".join(render_summary(summarise(_records([100, 101, 102, 103, 104]), stopping=RULE)).split())
+    shown = " ".join(render_run(make_run(_records([100, 101, 102, 103, 104]), stopping=RULE)).split())
     assert "until every interval is within ±2 % (5 cycles at least, 20 at most)" in shown
     assert UNACCOUNTED in shown
 
 
 def test_a_table_of_a_fixed_number_of_cycles_does_not_speak_of_it():
-    assert "account" not in render_summary(summarise(_records([100, 101, 102, 103, 104])))
+    assert "account" not in render_run(make_run(_records([100, 101, 102, 103, 104])))
 
 
 def test_the_rule_is_in_the_json_of_a_summary():
-    document = json.loads(json.dumps(summary_document(summarise(_records([100, 101]), stopping=RULE))))
+    document = json.loads(json.dumps(run_document(make_run(_records([100, 101]), stopping=RULE))))
     assert document["stopping"] == {
         "target": {"half_width": 0.02, "metric": None},
         "least_cycles": 5,

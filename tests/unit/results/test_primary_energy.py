@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -11,13 +12,14 @@ from lem.meters.energy import EnergyFindings
 from lem.meters.external import ExternalReadings
 from lem.meters.samples import CpuLoad
 from lem.record import Energy, Record, decode_record, encode_record, parts_of_source
-from lem.results.compare import compare_configurations, gather
-from lem.results.comparison import content_of
-from lem.results.export import Exported, make_table, render, summary_columns, with_columns
+from lem.results.compare import compare_configurations
+from lem.results.comparison import render_text
+from lem.results.export import make_table, render, summary_columns, with_columns
 from lem.results.report import render_report
 from lem.results.report.content import compose
-from lem.results.run import summarise
-from lem.results.table import render_record, render_summary
+from lem.results.run import make_run
+from lem.results.store import StoredResult
+from lem.results.table import render_record, render_run
 from tests.doubles.powercap import Zone
 from tests.records import make_record, with_measured
 from tests.scripted_attempt import Attempt, at, config, cpu_attempt, gpu_attempt
@@ -153,7 +155,7 @@ def test_one_result_without_energy_says_why_the_energy_that_counts_is_absent() -
 )
 def test_a_markdown_table_shows_the_energy_that_counts(find: Finder, columns: Sequence[str]) -> None:
     record = record_of(find)
-    results = [Exported("a", record)]
+    results = [StoredResult(Path("a"), record)]
     names = summary_columns(results)
     assert [name for name in names if name.endswith("energy_j")] == columns
     (row,) = with_columns(make_table(results), names).rows
@@ -168,12 +170,12 @@ def test_a_markdown_table_shows_the_energy_that_counts(find: Finder, columns: Se
 @pytest.mark.parametrize("find", [*ON_THE_CPU, *ON_GPUS])
 def test_only_energy_of_board_sensors_is_said_to_come_from_board_sensors(find: Finder) -> None:
     records = campaign(find)
-    run = gather(records)
-    comparison = content_of(compare_configurations(run, run.subjects[0], run.subjects[1:]))
-    page = render_report(compose(records))
+    run = make_run(records)
+    comparison = render_text(compare_configurations(run, run.with_results[0], run.with_results[1:]))
+    page = render_report(compose(run))
     is_on_gpus = find in ON_GPUS
-    assert (BOARD_NOTE in render_summary(summarise(records))) == is_on_gpus
-    assert any(BOARD_NOTE in note for note in comparison.notes) == is_on_gpus
+    assert (BOARD_NOTE in render_run(make_run(records))) == is_on_gpus
+    assert (BOARD_NOTE in comparison) == is_on_gpus
     assert (BOARD_CAUTION in page) == is_on_gpus
 
 
@@ -189,12 +191,9 @@ def test_table_and_comparison_agree_on_how_much_is_an_estimate(finders: Sequence
     records = [
         record_of(find, name, cycle) for name, find in zip(("one", "two"), finders, strict=True) for cycle in range(2)
     ]
-    run = gather(records)
-    content = content_of(compare_configurations(run, run.subjects[0], run.subjects[1:]))
-    shown = [*(table.heading for table in content.tables), render_summary(summarise(records))]
-    heads = [text for text in shown if "nergy per output" in text.replace("\n", " ")]
-    assert len(heads) == 2
-    for text in heads:
+    run = make_run(records)
+    comparison = render_text(compare_configurations(run, run.with_results[0], run.with_results[1:]))
+    for text in (comparison, render_run(run)):
         assert ("estimate from TDP)" in text) == bool(said)
         assert said in text
 
@@ -205,7 +204,7 @@ def test_an_estimate_is_called_one_wherever_the_report_shows_it() -> None:
     measurement = config(measurement=given).measurement
     found = busy().measured(options={"measurement": given})
     records = [with_measured(record, found, measurement) for record in campaign(by_estimate)]
-    page = render_report(compose(records))
+    page = render_report(compose(make_run(records)))
     for name in energies:
         assert f"{name} (an estimate from TDP)" in page
-    assert "estimate from TDP)" not in render_report(compose(campaign(by_rapl)))
+    assert "estimate from TDP)" not in render_report(compose(make_run(campaign(by_rapl))))

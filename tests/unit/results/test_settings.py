@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from lem.results.run import differing_settings, headline_settings, settings_of, shared_settings
+from lem.results.metrics import differing_settings, headline_settings, settings_of, shared_settings
 from tests.records import make_gpu, make_record
 
 

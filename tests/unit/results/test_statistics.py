@@ -8,16 +8,8 @@ import statistics
 
 import pytest
 
-from lem.results.bootstrap import bootstrap_ci
-from lem.results.stats import (
-    BOOTSTRAP_COVERAGE,
-    bootstrap_coverage_label,
-    holm,
-    log_t_interval,
-    regularized_incomplete_beta,
-    student_t_cdf,
-    student_t_quantile,
-)
+from lem.results.bootstrap import BOOTSTRAP_COVERAGE, bootstrap_ci, bootstrap_coverage_label, log_t_interval
+from lem.results.stats import holm, regularized_incomplete_beta, student_t_cdf, student_t_quantile
 
 # Two-sided 95 % and others, from the printed tables of Student's t (Abramowitz and Stegun, table 26.10).
 QUANTILES = [

@@ -11,8 +11,8 @@ import pytest
 
 from lem.base.doc import text_width
 from lem.record import Record
-from lem.results.run import SINGLE_CYCLE, CampaignSummary, summarise, summary_document
-from lem.results.table import render_summary
+from lem.results.run import SINGLE_CYCLE, Run, make_run, run_document
+from lem.results.table import render_run
 from tests.goldens import assert_golden
 from tests.records import make_record
 
@@ -83,50 +83,49 @@ def with_trouble() -> list[Record]:
     return [*campaign(), warned, throttled, never]
 
 
-SUMMARIES: dict[str, CampaignSummary] = {
-    "three_cycles": summarise(campaign()),
-    "single_cycle": summarise(campaign(n_cycles=1)),
-    "two_cycles": summarise(campaign(n_cycles=2)),
-    "energy_and_long_names": summarise(campaign(prefix="pytorch-tiny-llama-", joules=60.0, ttft_p50_s=0.0123)),
-    "energy_estimate": summarise(campaign(joules=60.0, energy_source="tdp_estimate")),
-    "shared_load": summarise(campaign(load_id="one")),
-    "trouble": summarise(with_trouble(), failed={"batch_size=4, max_output_tokens=32": 1, "batch_size=256": 3}),
-    "unlike_magnitudes": summarise(campaign(grid={"tiny": (12345.6, 0.0004), "huge": (0.0123, 45.0)})),
-    "nothing": summarise([]),
-    "all_failed": summarise([], failed={"small": 3}, campaign_name="demo", run_id="20260714T100000Z-3fa1"),
-    "ninety_percent": summarise(campaign(n_cycles=4), confidence=0.9),
+SUMMARIES: dict[str, Run] = {
+    "three_cycles": make_run(campaign()),
+    "single_cycle": make_run(campaign(n_cycles=1)),
+    "two_cycles": make_run(campaign(n_cycles=2)),
+    "energy_and_long_names": make_run(campaign(prefix="pytorch-tiny-llama-", joules=60.0, ttft_p50_s=0.0123)),
+    "energy_estimate": make_run(campaign(joules=60.0, energy_source="tdp_estimate")),
+    "shared_load": make_run(campaign(load_id="one")),
+    "trouble": make_run(with_trouble(), failed={"batch_size=4, max_output_tokens=32": 1, "batch_size=256": 3}),
+    "unlike_magnitudes": make_run(campaign(grid={"tiny": (12345.6, 0.0004), "huge": (0.0123, 45.0)})),
+    "nothing": make_run([]),
+    "all_failed": make_run([], failed={"small": 3}, campaign_name="demo", run_id="20260714T100000Z-3fa1"),
 }
 
 
 @pytest.mark.parametrize("name", SUMMARIES)
 def test_the_table_is_the_golden_one(name: str) -> None:
-    assert_golden(f"results/{name}.txt", render_summary(SUMMARIES[name]))
+    assert_golden(f"results/{name}.txt", render_run(SUMMARIES[name]))
 
 
 @pytest.mark.parametrize("name", SUMMARIES)
 def test_the_table_fits_80_columns(name: str) -> None:
-    assert max(map(text_width, render_summary(SUMMARIES[name]).splitlines())) <= 80
+    assert max(map(text_width, render_run(SUMMARIES[name]).splitlines())) <= 80
 
 
 @pytest.mark.parametrize("name", SUMMARIES)
 def test_colour_changes_nothing_but_colour(name: str) -> None:
-    coloured = render_summary(SUMMARIES[name], is_colour=True)
-    assert re.sub(r"\x1b\[[0-9]*m", "", coloured) == render_summary(SUMMARIES[name])
+    coloured = render_run(SUMMARIES[name], is_colour=True)
+    assert re.sub(r"\x1b\[[0-9]*m", "", coloured) == render_run(SUMMARIES[name])
 
 
 def test_headings_are_bold_in_colour() -> None:
-    assert render_summary(SUMMARIES["three_cycles"], is_colour=True).startswith("\x1b[1mdemo")
+    assert render_run(SUMMARIES["three_cycles"], is_colour=True).startswith("\x1b[1mdemo")
 
 
 def test_lines_do_not_end_in_blanks_and_the_text_ends_in_one_newline() -> None:
-    text = render_summary(SUMMARIES["trouble"])
+    text = render_run(SUMMARIES["trouble"])
     assert [line for line in text.splitlines() if line != line.rstrip()] == []
     assert text.endswith("\n")
     assert not text.endswith("\n\n")
 
 
 def test_both_intervals_stand_there_and_each_says_which_it_is() -> None:
-    text = render_summary(SUMMARIES["three_cycles"])
+    text = render_run(SUMMARIES["three_cycles"])
     assert "t interval: Student t on the logs" in text
     assert "Bootstrap interval: percentiles" in text
     assert "75 % with 3 cycles" in text
@@ -134,19 +133,19 @@ def test_both_intervals_stand_there_and_each_says_which_it_is() -> None:
 
 def test_the_true_coverage_is_named_for_every_number_of_cycles() -> None:
     records = [record for record in campaign(n_cycles=3) if record.identity.order_index != 8]
-    text = " ".join(render_summary(summarise(records)).split())
+    text = " ".join(render_run(make_run(records)).split())
     assert "it truly covers 50 % with 2 cycles, 75 % with 3 cycles" in text
 
 
 def test_a_single_cycle_says_how_to_get_intervals() -> None:
-    assert SINGLE_CYCLE in render_summary(SUMMARIES["single_cycle"]).splitlines()
-    assert summary_document(SUMMARIES["single_cycle"])["note"] == SINGLE_CYCLE
+    assert SINGLE_CYCLE in render_run(SUMMARIES["single_cycle"]).splitlines()
+    assert run_document(SUMMARIES["single_cycle"])["note"] == SINGLE_CYCLE
 
 
 @pytest.mark.parametrize("name", ["three_cycles", "two_cycles", "nothing", "all_failed"])
 def test_other_campaigns_do_not(name: str) -> None:
-    assert SINGLE_CYCLE not in render_summary(SUMMARIES[name])
-    assert summary_document(SUMMARIES[name])["note"] is None
+    assert SINGLE_CYCLE not in render_run(SUMMARIES[name])
+    assert run_document(SUMMARIES[name])["note"] is None
 
 
 def test_an_interval_that_is_narrow_is_not_shown_as_a_point() -> None:
@@ -156,7 +155,7 @@ def test_an_interval_that_is_narrow_is_not_shown_as_a_point() -> None:
         for name in grid
         for cycle in range(3)
     ]
-    row = next(line for line in render_summary(summarise(records)).splitlines() if line.startswith("steady"))
+    row = next(line for line in render_run(make_run(records)).splitlines() if line.startswith("steady"))
     bounds = re.findall(r"[0-9.]+", row)[2:]
     assert bounds[0] != bounds[1]
     assert bounds[2] != bounds[3]
@@ -164,26 +163,26 @@ def test_an_interval_that_is_narrow_is_not_shown_as_a_point() -> None:
 
 def test_constant_cycles_have_an_interval_of_no_width() -> None:
     records = [make_record(config_name="steady", cycle=cycle) for cycle in range(3)]
-    assert "100.0 – 100.0  100.0 – 100.0" in render_summary(summarise(records))
+    assert "100.0 – 100.0  100.0 – 100.0" in render_run(make_run(records))
 
 
 def test_configurations_stand_in_the_order_they_ran() -> None:
     records = list(reversed(campaign()))
-    assert [item.config_name for item in summarise(records).configurations] == list(GRID)
+    assert [item.name for item in make_run(records).configurations] == list(GRID)
 
 
 def test_what_varies_is_not_called_shared() -> None:
     records = [make_record(), make_record(config_name="b", config_hash="b" * 16, requested={"fp_precision": "float16"})]
-    shared = summarise(records).shared
+    shared = make_run(records).shared
     assert shared == {"backend": "pytorch", "model": "tiny-llama", "device": "cpu", "traffic": "closed batch"}
 
 
 def test_a_hub_model_keeps_its_organisation() -> None:
-    assert summarise([make_record(model="org/model")]).shared["model"] == "org/model"
+    assert make_run([make_record(model="org/model")]).shared["model"] == "org/model"
 
 
 def test_the_document_holds_what_the_table_shows() -> None:
-    document = summary_document(SUMMARIES["trouble"])
+    document = run_document(SUMMARIES["trouble"])
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     assert document["schema_version"] == 1
     assert document["campaign_name"] == "demo"
@@ -198,13 +197,13 @@ def test_the_document_holds_what_the_table_shows() -> None:
 
 def test_a_value_without_a_geometric_mean_says_why() -> None:
     records = [make_record(cycle=cycle, output_tok_per_s=rate) for cycle, rate in enumerate((0.0, 1.0, 2.0))]
-    text = " ".join(render_summary(summarise(records)).split())
+    text = " ".join(render_run(make_run(records)).split())
     assert "Output throughput: 1 of 3 values are zero or negative: no geometric mean" in text
 
 
 def test_a_value_measured_in_some_cycles_says_in_how_many() -> None:
     records = [make_record(cycle=0, ttft_p50_s=0.01), make_record(cycle=1)]
-    assert "TTFT: measured in 1 of 2 cycles: the engine gave no time" in render_summary(summarise(records))
+    assert "TTFT: measured in 1 of 2 cycles: the engine gave no time" in render_run(make_run(records))
 
 
 def test_a_mixture_of_measured_and_estimated_energy_says_so() -> None:
@@ -212,12 +211,12 @@ def test_a_mixture_of_measured_and_estimated_energy_says_so() -> None:
         make_record(energy_per_output_tok_j=0.5),
         make_record(cycle=1, energy_per_output_tok_j=0.5, energy_source="tdp_estimate"),
     ]
-    assert "(partly an estimate from TDP)" in render_summary(summarise(records))
+    assert "(partly an estimate from TDP)" in render_run(make_run(records))
 
 
 @pytest.mark.parametrize("width", [0, 20, 72, 80, 200])
 def test_a_terminal_of_any_width_gets_a_table(width: int) -> None:
-    lines = render_summary(SUMMARIES["trouble"], width=width).splitlines()
+    lines = render_run(SUMMARIES["trouble"], width=width).splitlines()
     assert max(map(text_width, lines)) <= max(72, min(width, 120))
 
 
@@ -225,11 +224,11 @@ def test_a_thousand_configurations_are_summarised_in_names_of_their_own() -> Non
     records = [
         make_record(config_name=f"c{n}", config_hash=f"{n:016x}", order=n, warnings=("slow",)) for n in range(1000)
     ]
-    text = render_summary(summarise(records))
+    text = render_run(make_run(records))
     assert "warning: slow (1000 of 1000 results)" in text.splitlines()
 
 
 def test_a_name_that_steers_terminals_is_made_harmless() -> None:
-    text = render_summary(summarise([make_record(config_name="a\x1b]0;title\x07", warnings=("\x1b[2J",))]))
+    text = render_run(make_run([make_record(config_name="a\x1b]0;title\x07", warnings=("\x1b[2J",))]))
     assert "\x1b" not in text
     assert "\x07" not in text

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from lem.record import Record
-from lem.results.precision import StoppingRule, parse_target
 from lem.results.report import render_report
 from lem.results.report.content import Report, compose
+from lem.results.run import StoppingRule, make_run, parse_target
 from lem.results.store import Problem
 from tests.goldens import assert_golden
 from tests.records import make_record
@@ -97,7 +97,7 @@ def small() -> Campaign:
 
 
 def page_of(records: list[Record], **more: object) -> str:
-    return render_report(compose(records, **more))  # type: ignore[arg-type]
+    return render_report(compose(make_run(records, **more)))  # type: ignore[arg-type]
 
 
 def text_of(page: str) -> str:
@@ -249,7 +249,7 @@ def test_cycles_added_until_an_interval_was_narrow_are_said_to_be() -> None:
 
 def test_not_measured_is_never_zero() -> None:
     records = [dataclasses.replace(make_record(energy_per_output_tok_j=0.3, cycle=cycle)) for cycle in range(3)]
-    report: Report = compose([*records, make_record(config_name="dark", config_hash="d" * 16)])
+    report: Report = compose(make_run([*records, make_record(config_name="dark", config_hash="d" * 16)]))
     page = render_report(report)
     row = next(line for line in page.split("<tr>") if "dark" in line and "data-v" in line)
     assert 'data-v=""' in row

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from pathlib import Path
 
 from lem.cli.report import thin
-from lem.results.report.content import FailedSettings, Report, compose
+from lem.results.report.content import Report, compose
 from lem.results.report.context import heatmap_section, order_section
 from lem.results.report.figures import frontier, pareto_section
+from lem.results.run import make_run, read_run
 from tests.synthetic_campaign import Campaign, Configuration
 
 
 def make_report(*configurations: Configuration, cycles: int = 3, drift: float = 0.0, **failed: int) -> Report:
     campaign = Campaign(configurations, cycles=cycles, drift=drift, has_samples=False)
-    return compose(campaign.records(), failed=failed)
+    return compose(make_run(campaign.records(), failed))
 
 
 def grid(**changes: tuple[int, ...]) -> tuple[Configuration, ...]:
@@ -66,13 +69,11 @@ def test_the_grid_is_drawn_over_the_two_axes_that_cross() -> None:
     assert "url(#grid-hatch)" not in section
 
 
-def test_cells_without_a_valid_result_are_hatched_whether_they_left_a_record_or_not() -> None:
-    configurations = grid(vllm_4=(1,))
-    report = make_report(*configurations[1:])
-    lost = make_report(configurations[0]).entries[0]
-    failed = (FailedSettings(lost.name, lost.settings),)
-    records = [record for entry in report.entries for record in entry.records]
-    section = heatmap_section(compose(records, failed={lost.name: 3}, failed_settings=failed))
+def test_cells_without_a_valid_result_are_hatched_whether_they_left_a_record_or_not(tmp_path: Path) -> None:
+    lost, *others = grid(vllm_4=(1,))
+    campaign = Campaign((replace(lost, failed_cycles=(0, 1, 2)), *others), cycles=3, has_samples=False)
+    written = campaign.write(tmp_path)
+    section = heatmap_section(compose(read_run(written.results_dir, written.campaign, written.run_id)))
     assert section.count("url(#grid-hatch)") == 2
     assert section.count("<td>failed") == 2
 
@@ -96,8 +97,8 @@ def test_drift_is_flagged_above_one_percent_and_not_below() -> None:
     pair = (Configuration("a", batch_size=1), Configuration("b", batch_size=2))
     steady = Campaign(pair, cycles=8, load_sd=0, run_sd=1e-4, drift=0.005, has_samples=False)
     drifting = Campaign(pair, cycles=8, load_sd=0, run_sd=1e-4, drift=0.02, has_samples=False)
-    assert '<span class="tag bad">flagged' not in order_section(compose(steady.records()))
-    section = order_section(compose(drifting.records()))
+    assert '<span class="tag bad">flagged' not in order_section(compose(make_run(steady.records())))
+    section = order_section(compose(make_run(drifting.records())))
     assert section.count('<span class="tag bad">flagged') == 1
     assert "Energy per output token drifts by +2.0" in section
 
