@@ -36,17 +36,22 @@ POWER, TEMPERATURE = "power", "temperature"
 
 
 @dataclass(frozen=True)
-class Band:
-    """A phase of the measurement, in seconds from the begin of the first."""
+class Phase:
+    """A phase of the measurement, in seconds from the begin of the first; what was not read in it is None."""
 
     name: str
     begin_s: float
     end_s: float
+    power_mean_w: float | None = None
+    power_max_w: float | None = None
+    temp_min_c: float | None = None
+    temp_max_c: float | None = None
+    throttled_s: float | None = None
 
 
 @dataclass(frozen=True)
 class Spell:
-    """A time in which the GPU was slowed down."""
+    """A time in which a GPU was slowed down."""
 
     begin_s: float
     end_s: float
@@ -64,44 +69,29 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Phase:
-    """A row of the table below the plot; what was not read in it is None."""
-
-    name: str
-    begin_s: float
-    length_s: float
-    power_mean_w: float | None
-    power_max_w: float | None
-    temp_min_c: float | None
-    temp_max_c: float | None
-    throttled_s: float | None
-
-
-@dataclass(frozen=True)
 class Trace:
     """One experiment over time."""
 
-    bands: tuple[Band, ...]
+    phases: tuple[Phase, ...]
     series: tuple[Series, ...]
     spells: tuple[Spell, ...]
-    phases: tuple[Phase, ...]
     interval_s: float  # between two readings
 
     @property
-    def slowed_s(self) -> tuple[tuple[float, float], ...]:
+    def slowed_s(self) -> Sequence[tuple[float, float]]:
         """When a GPU was slowed down for any reason but its power limit: (begin, end), in the order of time."""
-        return slowed_s(self.spells)
+        return union((spell.begin_s, spell.end_s) for spell in self.spells if spell.is_fault)
 
 
-def slowed_s(spells: Iterable[Spell]) -> tuple[tuple[float, float], ...]:
-    """When there was a fault, (begin, end): reasons that hold at the same time are not added up."""
+def union(spans: Iterable[tuple[float, float]], hole_s: float = 0.0) -> list[tuple[float, float]]:
+    """The time that any of the spans (begin, end) covers; holes of at most `hole_s` between them are bridged."""
     found: list[tuple[float, float]] = []
-    for spell in sorted((item for item in spells if item.is_fault), key=lambda item: item.begin_s):
-        if found and spell.begin_s <= found[-1][1]:
-            found[-1] = (found[-1][0], max(found[-1][1], spell.end_s))
+    for begin, end in sorted(spans):
+        if found and begin - found[-1][1] <= hole_s:
+            found[-1] = (found[-1][0], max(found[-1][1], end))
         else:
-            found.append((spell.begin_s, spell.end_s))
-    return tuple(found)
+            found.append((begin, end))
+    return found
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from lem.base.units import format_duration, format_quantity, plural
 from lem.config.backends import WIDTH_OPTIONS
 from lem.record import Record
 from lem.results.metrics import Metric
-from lem.results.report.content import NOT_GIVEN, POWER, TEMPERATURE, Band, Entry, Report, Series, Trace
+from lem.results.report.content import NOT_GIVEN, POWER, TEMPERATURE, Entry, Phase, Report, Series, Trace
 from lem.results.report.plot import (
     DOT,
     GROUPS_MAX,
@@ -425,12 +425,12 @@ def _trace(identifier: str, record: Record, trace: Trace) -> Markup:
     attempt = f", attempt {identity.attempt}" if identity.attempt > 1 else ""
     validity = "" if record.validity.valid else " (invalid)"
     heading = f"{identity.config_name}, cycle {identity.cycle_index + 1}{attempt}{validity}"
-    bands = trace.bands
-    if gap_s and bands:  # the gap before the log began
-        bands = (Band(_GAP, bands[0].begin_s - gap_s, bands[0].begin_s), *bands)
-    ends = [band.end_s for band in bands]
+    phases = trace.phases
+    if gap_s and phases:  # it was before the log began
+        phases = (Phase(_GAP, phases[0].begin_s - gap_s, phases[0].begin_s), *phases)
+    ends = [phase.end_s for phase in phases]
     end = max([*ends, *(point[0] for series in trace.series for point in series.points if point)], default=0.0)
-    begin = min(band.begin_s for band in bands) if bands else 0.0
+    begin = min((phase.begin_s for phase in phases), default=0.0)
     time = Scale(begin, max(end, begin + 1), _LEFT, _RIGHT)
     power = [series for series in trace.series if series.quantity == POWER]
     temperature = [series for series in trace.series if series.quantity == TEMPERATURE]
@@ -443,11 +443,11 @@ def _trace(identifier: str, record: Record, trace: Trace) -> Markup:
         identifier,
         heading,
         f"Power{' and temperature' if temperature else ''} over {format_duration(end - begin)}: "
-        + ", ".join(f"{_phase(band.name)} {format_duration(band.end_s - band.begin_s)}" for band in bands)
+        + ", ".join(f"{_phase(phase)} {format_duration(phase.end_s - phase.begin_s)}" for phase in phases)
         + (f"; throttled in {plural(len(faults), 'spell')}" if faults else "; not throttled"),
         (_WIDTH, bottom + 44),
         [
-            *_shades(bands, time, bottom),
+            *_shades(phases, time, bottom),
             *panels,
             *_spells(trace, time, bottom),
             horizontal_axis(time, bottom, bottom, "Time, s", count=8),
@@ -456,12 +456,12 @@ def _trace(identifier: str, record: Record, trace: Trace) -> Markup:
             legend(((marks(["M0 7h28"], _line_class(index)), name) for index, name in enumerate(lines)), 28),
             *_trace_caption(record, trace),
         ],
-        _trace_table(trace, bands),
+        _trace_table(phases),
     ).render()
 
 
-def _phase(mark: str) -> str:
-    return _PHASES.get(mark, mark)
+def _phase(phase: Phase) -> str:
+    return _PHASES.get(phase.name, phase.name)
 
 
 def _line_class(index: int) -> str:
@@ -493,13 +493,13 @@ def _line(series: Series, time: Scale, scale: Scale) -> str:
     return "".join(line_to(*((time(point[0]), scale(point[1])) for point in points if point)) for points in strokes)
 
 
-def _shades(bands: Sequence[Band], time: Scale, bottom: float) -> Iterator[Markup]:
+def _shades(phases: Sequence[Phase], time: Scale, bottom: float) -> Iterator[Markup]:
     """Shades behind the lines, named above where there is room."""
     free_from = 0.0
-    for band in bands:
-        left, right = time(band.begin_s), time(band.end_s)
-        label, width = _phase(band.name), max(right - left, 0.5)
-        class_ = f"band {'guard_before' if 'guard' in band.name else band.name.partition('_post')[0]}"
+    for phase in phases:
+        left, right = time(phase.begin_s), time(phase.end_s)
+        label, width = _phase(phase), max(right - left, 0.5)
+        class_ = f"band {'guard_before' if 'guard' in phase.name else phase.name.partition('_post')[0]}"
         yield tag("rect", x=left, y=_TRACE_TOP - 18, width=width, height=bottom - _TRACE_TOP + 18, class_=class_)
         middle, half = (left + right) / 2, 3.4 * len(label)
         if width > 2 * half and middle - half > free_from:
@@ -525,24 +525,20 @@ def _trace_caption(record: Record, trace: Trace) -> Iterator[str]:
     for reason, length_s in sorted(reasons.items()):
         yield f"{reason.capitalize()}: {format_duration(length_s)}."
     window = record.window
-    if window.gap_s and trace.bands:
+    if window.gap_s and trace.phases:
         why = f": {window.gap_end_reason}" if window.gap_end_reason else ""
         yield f"The gap before it ended after {format_duration(window.gap_s)}{why}."
     yield f"Read every {format_duration(trace.interval_s)}; drawn thinned, peaks kept."
 
 
-def _trace_table(trace: Trace, bands: Sequence[Band]) -> Markup:
+def _trace_table(phases: Iterable[Phase]) -> Markup:
     rows: list[Row] = []
-    for band in bands[:1]:
-        if band.name == _GAP:
-            numbers = [band.begin_s, band.end_s - band.begin_s, None, None, None, None]
-            rows.append([_GAP, *map(_decimal, numbers)])
-    for phase in trace.phases:
+    for phase in phases:
         low, high = phase.temp_min_c, phase.temp_max_c
         span = NOT_MEASURED if low is None or high is None else f"{low:.0f} – {high:.0f}"
-        numbers = [phase.begin_s, phase.length_s, phase.power_mean_w, phase.power_max_w]
+        numbers = [phase.begin_s, phase.end_s - phase.begin_s, phase.power_mean_w, phase.power_max_w]
         temperature = Cell(span, low, is_number=True)
-        rows.append([_phase(phase.name), *map(_decimal, numbers), temperature, _decimal(phase.throttled_s)])
+        rows.append([_phase(phase), *map(_decimal, numbers), temperature, _decimal(phase.throttled_s)])
     head = ["Phase", "Begin, s", "Length, s", "Mean power, W", "Greatest power, W", "Temperature, °C", "Throttled, s"]
     return table("Power and temperature by phase", head, rows)
 

@@ -12,7 +12,15 @@ from typing import Any
 from lem.base import units
 from lem.base.measurement import EnergySource, is_estimate
 from lem.base.reasons import alike
-from lem.base.units import SIGNIFICANT_DIGITS, format_duration, format_latency, format_power, plural, with_decimals
+from lem.base.units import (
+    SIGNIFICANT_DIGITS,
+    format_duration,
+    format_latency,
+    format_power,
+    plural,
+    some_of,
+    with_decimals,
+)
 from lem.record import Environment, Gpu, Record
 from lem.results.aggregation import Estimate
 from lem.results.bootstrap import bootstrap_coverage_label
@@ -67,12 +75,12 @@ def _n_damaged(report: Report) -> int:
 
 
 def _tiles(report: Report) -> Markup:
-    aggregates = [entry.configuration for entry in report.entries]
-    results, invalid = sum(item.n_results for item in aggregates), sum(item.n_invalid for item in aggregates)
+    configurations = [entry.configuration for entry in report.entries]
+    results, invalid = sum(item.n_results for item in configurations), sum(item.n_invalid for item in configurations)
     tiles = (
         (f"{results - invalid} of {results}", "results valid", invalid),
         (str(invalid), "invalid", invalid),
-        (str(failed := sum(item.n_failed for item in aggregates)), "experiments failed", failed),
+        (str(failed := sum(item.n_failed for item in configurations)), "experiments failed", failed),
         (str(damaged := _n_damaged(report)), "files left out", damaged),
     )
     items = (tag("li", tag("b", value), label, class_="bad" if bad else "good") for value, label, bad in tiles)
@@ -113,8 +121,7 @@ def _finding(kind: str, label: str, text: str, remedy: str = "") -> Markup:
 def _members(members: Sequence[Entry], report: Report) -> str:
     if len(members) == len(report.entries):
         return "all configurations" if len(members) > 1 else "the only configuration"
-    shown = ", ".join(f"{entry.number} {entry.label}" for entry in members[:4])
-    return shown + (f" and {len(members) - 4} more" if len(members) > 4 else "")
+    return some_of([f"{entry.number} {entry.label}" for entry in members], 4)
 
 
 def _problems(report: Report) -> Markup:
@@ -180,13 +187,13 @@ def _overview(report: Report, *, has_winner: bool) -> Markup:
 
 
 def _name(entry: Entry) -> Markup:
-    aggregate = entry.configuration
+    configuration = entry.configuration
     badges = [
-        (aggregate.n_failed, f"{aggregate.n_failed} failed", "bad"),
-        (aggregate.n_invalid, f"{aggregate.n_invalid} invalid", "bad"),
-        (aggregate.is_load_shared, "shared load", "bad"),
+        (configuration.n_failed, f"{configuration.n_failed} failed", "bad"),
+        (configuration.n_invalid, f"{configuration.n_invalid} invalid", "bad"),
+        (configuration.is_load_shared, "shared load", "bad"),
         (any(record.validity.steady is False for record in entry.used), "not steady", "warn"),
-        (len(aggregate.warnings), plural(len(aggregate.warnings), "warning"), "warn"),
+        (len(configuration.warnings), plural(len(configuration.warnings), "warning"), "warn"),
     ]
     shown = [tag("span", text, class_=f"tag {kind}") for is_there, text, kind in badges if is_there]
     swatch = tag("i", class_=f"dot g{entry.group}")
@@ -410,8 +417,8 @@ def _largest_first(found: Mapping[str, Sequence[Record]]) -> list[tuple[str, Seq
 def _results_of(members: Sequence[Record], report: Report) -> str:
     names = {record.identity.config_name for record in members}
     numbers = [str(entry.number) for entry in report.entries if entry.configuration.name in names]
-    shown = ", ".join(numbers[:8]) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
-    return f"{plural(len(members), 'result')} of {'configuration' if len(numbers) == 1 else 'configurations'} {shown}"
+    noun = "configuration" if len(numbers) == 1 else "configurations"
+    return f"{plural(len(members), 'result')} of {noun} {some_of(numbers, 8)}"
 
 
 def _options_changed(records: Sequence[Record]) -> Markup:
