@@ -15,6 +15,7 @@ from lem.config.campaign_config import CampaignConfig, CampaignGridConfig, Campa
 from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import (
     BOUND_WORDS,
+    REQUIRED,
     BoolKind,
     Bounds,
     ChoiceKind,
@@ -23,11 +24,10 @@ from lem.config.kinds import (
     MapKind,
     NullableKind,
     NumberKind,
-    SectionKind,
+    Option,
     TextKind,
-    VariantKind,
 )
-from lem.config.option import REQUIRED, Option, Section, declared, walk
+from lem.config.option import Section, SectionKind, VariantKind, declared, walk
 from lem.config.presets import PRESETS
 from lem.config.yamlfile import resolve_plain
 
@@ -159,26 +159,26 @@ def _kind_schema(kind: Kind) -> dict[str, Any]:
         case BoolKind():
             return {"type": "boolean"}
         case NumberKind():
-            return {"type": kind.label, **kind.bounds.json_schema()}
+            return {"type": kind.label, **kind.item.bounds.json_schema()}
         case TextKind():
-            return {"type": ["string", "integer"] if kind.takes_integer else "string", "minLength": 1}
+            return {"type": ["string", "integer"] if kind.item.takes_integer else "string", "minLength": 1}
         case ChoiceKind():
-            return {"enum": list(kind.choices)}
+            return {"enum": list(kind.item.choices)}
         case NullableKind():
             inner = _kind_schema(kind.inner)
             is_simple = isinstance(inner.get("type"), str) and set(inner) <= {"type", "minLength", *BOUND_WORDS}
             return {**inner, "type": [inner["type"], "null"]} if is_simple else {"anyOf": [inner, {"type": "null"}]}
         case ListKind():
             items = _kind_schema(kind.inner)
-            limits = {"minItems": kind.min_items, "uniqueItems": kind.is_unique}
+            limits = {"minItems": kind.item.min_items, "uniqueItems": kind.item.is_unique}
             schema = {"type": "array", "items": items, **{word: limit for word, limit in limits.items() if limit}}
-            return {"anyOf": [items, schema]} if kind.takes_scalar else schema
+            return {"anyOf": [items, schema]} if kind.item.takes_scalar else schema
         case MapKind():
             return {"type": "object", "additionalProperties": _kind_schema(kind.inner)}
         case VariantKind():
-            return {"oneOf": [_section_schema(section) for section in kind.variants.values()]}
+            return {"oneOf": [_section_schema(section) for section in kind.sections]}
         case SectionKind():
-            return _section_schema(kind.section)
+            return _section_schema(kind.sections[0])
     return {}
 
 

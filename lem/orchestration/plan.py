@@ -13,10 +13,10 @@ from lem.base import durable
 from lem.base.durable import GROUPED, INTERLEAVED, SHUFFLED
 from lem.base.errors import ConfigurationError, UserError
 from lem.base.reasons import Reason
-from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig
+from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig, with_campaign_defaults
 from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import Expanded, as_written, restore_references, simple
-from lem.config.load import ListedExperiment, Source, with_campaign_defaults
+from lem.config.load import ListedExperiment, Source
 from lem.config.option import canonical
 from lem.config.problems import Problem
 from lem.config.rules import Gpu
