@@ -1,4 +1,5 @@
 """The options of each backend. Those without a default are left to the engine, whose own default is recorded."""
+# ruff: noqa: RUF009 - `option` makes a dataclass field, as `dataclasses.field` does
 
 from __future__ import annotations
 
@@ -9,9 +10,6 @@ from typing import Any, ClassVar
 
 from lem.config.option import Section, declared, option
 from lem.config.problems import Problem
-
-# ruff: noqa: RUF009 - `option` makes a dataclass field, as `dataclasses.field` does
-
 
 BACKENDS = ("pytorch", "vllm", "tensorrt")
 

@@ -1,4 +1,5 @@
 """A campaign: which experiments to run, how often, in which order, and what to do around them."""
+# ruff: noqa: RUF009 - `option` makes a dataclass field, as `dataclasses.field` does
 
 from __future__ import annotations
 
@@ -41,9 +42,6 @@ __all__ = [
     "slug_of",
     "with_campaign_defaults",
 ]
-
-
-# ruff: noqa: RUF009 - `option` makes a dataclass field, as `dataclasses.field` does
 
 
 _WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
@@ -378,6 +376,8 @@ class CampaignConfig(Section):
         if not self.configs and self.grid is None and not self.experiments:
             yield Problem((), "nothing to run: at least one of configs, grid, experiments is due")
 
+    generate_campaign_id = staticmethod(generate_campaign_id)
+
     @property
     def campaign_id(self) -> str:
         """As `generate_campaign_id`."""
@@ -387,11 +387,6 @@ class CampaignConfig(Section):
     def slug(self) -> str:
         """As `slug_of`."""
         return slug_of(self.campaign_name)
-
-    @staticmethod
-    def generate_campaign_id(name: str) -> str:
-        """As the function of that name."""
-        return generate_campaign_id(name)
 
     def get_config_paths(self) -> list[Path]:
         """The experiment files named, those of `configs` first, as written."""

@@ -1,4 +1,5 @@
 """One experiment: a model, a backend, the work it is given, and how it is measured."""
+# ruff: noqa: RUF009 - `option` makes a dataclass field, as `dataclasses.field` does
 
 from __future__ import annotations
 
@@ -14,9 +15,6 @@ from lem.config.backends import BACKENDS, PyTorchConfig, TensorRTConfig, VllmCon
 from lem.config.kinds import REQUIRED
 from lem.config.option import Section, declared, option
 from lem.config.problems import Path, Problem
-
-# ruff: noqa: RUF009 - `option` makes a dataclass field, as `dataclasses.field` does
-
 
 _GPU = re.compile(r"[0-9]+|(GPU|MIG)-[0-9A-Za-z/-]+")
 _ENGINE_KEY_LENGTH = 12
