@@ -108,40 +108,33 @@ class Activity:
         return (self.doing, self.since, self.exp_id, self.config_name, self.phase, self.stopped, self.message)
 
 
+@dataclass
 class ActivityWriter:
-    """An observer that passes events on and keeps the file."""
+    """An observer that passes events on and keeps the file in a campaign's state folder."""
 
-    def __init__(
-        self,
-        folder: Path,
-        run_id: str,
-        holder: Holder,
-        observe: Observer,
-        *,
-        now: Callable[[], datetime],
-        monotonic: Callable[[], float],
-        go_on: str = "",
-    ) -> None:
-        self._path = folder / ACTIVITY_NAME
-        self._observe = observe
-        self._now = now
-        self._monotonic = monotonic
-        at = utc_text(now())
-        self._activity = Activity(
-            run_id, holder.pid, holder.host, at, at, go_on=go_on, cwd=_working_directory(), since=at
-        )
+    folder: Path
+    run_id: str
+    holder: Holder
+    observe: Observer
+    now: Callable[[], datetime]
+    monotonic: Callable[[], float]  # in seconds
+    go_on: str = ""
+
+    def __post_init__(self) -> None:
+        at, pid, host = utc_text(self.now()), self.holder.pid, self.holder.host
+        self._activity = Activity(self.run_id, pid, host, at, at, go_on=self.go_on, cwd=_working_directory(), since=at)
         self._write()
 
     def __call__(self, event: Event) -> None:
         """Pass the event on, and write down what it changes."""
-        self._observe(event)
-        before, self._activity = self._activity, self._activity.after(event, utc_text(self._now()))
-        if self._activity.moment != before.moment or self._monotonic() - self._written_s >= _EVERY_S:
+        self.observe(event)
+        before, self._activity = self._activity, self._activity.after(event, utc_text(self.now()))
+        if self._activity.moment != before.moment or self.monotonic() - self._written_s >= _EVERY_S:
             self._write()
 
     def end(self, stopped: str | None, message: str = "") -> None:
         """Write down that the run ended, and how."""
-        at = utc_text(self._now())
+        at = utc_text(self.now())
         idle = self._activity.idle()
         self._activity = replace(
             idle, doing="ended", since=at, updated_at=at, eta_s=None, stopped=stopped, message=message
@@ -160,11 +153,11 @@ class ActivityWriter:
     def _write(self) -> None:
         document = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self._activity)}
         # The process holds the campaign's lock: no other writes under this name.
-        temporary = self._path.with_name(durable.TEMPORARY_PREFIX + ACTIVITY_NAME)
+        temporary = self.folder / (durable.TEMPORARY_PREFIX + ACTIVITY_NAME)
         with contextlib.suppress(OSError):
             temporary.write_bytes(durable.utf8(json.dumps(document, ensure_ascii=False) + "\n"))
-            temporary.replace(self._path)
-        self._written_s = self._monotonic()
+            temporary.replace(self.folder / ACTIVITY_NAME)
+        self._written_s = self.monotonic()
 
 
 def read_activity(folder: Path) -> Activity | None:
