@@ -223,13 +223,13 @@ def build_plan(
         ConfigurationError: prompts that cannot be used.
     """
     candidates = _collect(campaign, drafts, preset or {}, forced, source)
-    validation = validate_named([(item.name, item.config_dict) for item in candidates], gpus)
-    given, repeated = _identify(candidates, validation.configs, resolve_prompts)
+    configs, filtered, warnings = validate_named([(item.name, item.config_dict) for item in candidates], gpus)
+    given, repeated = _identify(candidates, configs, resolve_prompts)
     return Plan(
         experiments=order_experiments(given, campaign.execution),
         total_generated=len(candidates),
-        filtered=validation.filtered,
-        warnings=(*validation.warnings, *repeated),
+        filtered=filtered,
+        warnings=(*warnings, *repeated),
         execution=campaign.execution,
         is_cold=campaign.cold_start.force_cold_start or campaign.cold_start.restart_container,
         config_hash=campaign_config_hash(campaign, [item.config_hash for item in given]),
