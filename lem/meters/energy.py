@@ -328,7 +328,7 @@ def _warnings(attempt: AttemptLog, energy: Figures, idle: Figures) -> tuple[Reas
 _J_PER_KWH = 1000 * JOULES_PER_WATT_HOUR
 
 
-def efficiency_of(energy_j: Measured, work: Work) -> Efficiency:
+def efficiency_of(energy_j: Measured[float], work: Work) -> Efficiency:
     """The energy per token and request; a zero denominator is None."""
     primary_j = energy_j.value
     figures = Figures()
@@ -348,7 +348,7 @@ def efficiency_of(energy_j: Measured, work: Work) -> Efficiency:
     return figures.section(Efficiency)
 
 
-def carbon_of(energy_j: Measured, measurement: MeasurementConfig) -> Carbon:
+def carbon_of(energy_j: Measured[float], measurement: MeasurementConfig) -> Carbon:
     """Emissions and cost of the window's energy, from what the user says of grid, site and price alone.
 
     co2e_g = kWh × PUE × g/kWh, and the cost likewise. Without a PUE there is neither: 1 would be a claim about the
@@ -367,7 +367,7 @@ def carbon_of(energy_j: Measured, measurement: MeasurementConfig) -> Carbon:
     return figures.section(Carbon)
 
 
-def _site_kwh(figures: Figures, energy_j: Measured) -> float:
+def _site_kwh(figures: Figures, energy_j: Measured[float]) -> float:
     """What the site drew for it, in kWh."""
     pue = figures.values["pue"]
     if energy_j.value is None:

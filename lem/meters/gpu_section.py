@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from lem.base.codec import build_from, typed_fields
+from lem.base.codec import decode
 from lem.base.measurement import POWER_CAP_BIT, THERMAL_BITS, WINDOW, EnergySource
 from lem.base.units import NS_PER_S
 from lem.meters.checks import check_plausible, check_sampled
@@ -244,15 +244,7 @@ class GpuReading:
         Raises:
             ValueError: something else.
         """
-        values = typed_fields(cls, {name: document.get(name) for name in ("gpus", "driver", "error")}, "reading")
-        return cls(**{**values, "gpus": tuple(map(_decode_gpu, values["gpus"]))})
-
-
-def _decode_gpu(document: Any) -> GpuState:
-    values = typed_fields(GpuState, document, "gpu")
-    return GpuState(
-        **{**values, "processes": tuple(build_from(GpuProcess, item, "process") for item in values["processes"])}
-    )
+        return decode(cls, {name: document.get(name) for name in ("gpus", "driver", "error")}, "reading")
 
 
 def read_gpus() -> GpuReading:

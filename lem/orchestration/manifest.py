@@ -16,7 +16,7 @@ from typing import Any
 
 from lem.base import durable
 from lem.base.clock import utc_now, utc_stamp, utc_text
-from lem.base.codec import typed_fields
+from lem.base.codec import decode
 from lem.base.durable import make_folder
 from lem.base.errors import LemError, UserError
 
@@ -257,25 +257,10 @@ def decode_manifest(document: Any) -> CampaignManifest:
         by = "a newer lem" if version > SCHEMA_VERSION else "another lem"
         raise ValueError(f"it was written by {by}: schema_version is {version}, this lem reads {SCHEMA_VERSION}")
     values = {name: value for name, value in document.items() if name != "schema_version"}
-    manifest = CampaignManifest(**typed_fields(CampaignManifest, values, "manifest"))
-    manifest.experiments = [
-        _decode_entry(entry, f"experiments[{index}]") for index, entry in enumerate(manifest.experiments)
-    ]
+    manifest = decode(CampaignManifest, values, "manifest")
     if len({entry.exp_id for entry in manifest.experiments}) != len(manifest.experiments):
         raise ValueError("it names an experiment twice")
     return manifest
-
-
-def _decode_entry(value: Any, where: str) -> CampaignManifestEntry:
-    values = typed_fields(CampaignManifestEntry, value, where)
-    values["attempts"] = [
-        Attempt(**typed_fields(Attempt, attempt, f"{where}.attempts[{index}]"))
-        for index, attempt in enumerate(values["attempts"])
-    ]
-    try:
-        return CampaignManifestEntry(**values)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
 
 
 logger = logging.getLogger(__name__)

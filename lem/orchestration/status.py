@@ -16,7 +16,7 @@ from typing import Any
 
 from lem.base import durable
 from lem.base.clock import parse_time, utc_text
-from lem.base.codec import build_from
+from lem.base.codec import decode
 from lem.base.durable import MANIFEST_FILENAME
 from lem.base.errors import LemError, UserError
 from lem.orchestration.locks import CAMPAIGN_LOCK_NAME, Holder, is_locked, read_holder
@@ -169,7 +169,7 @@ def read_activity(folder: Path) -> Activity | None:
     if not isinstance(document, dict) or document.pop("schema_version", None) != SCHEMA_VERSION:
         return None
     try:
-        return build_from(Activity, document, "activity")
+        return decode(Activity, document, "activity")
     except ValueError:
         return None
 
