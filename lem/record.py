@@ -100,6 +100,10 @@ class Section:
         reasons = {name: item.null_reason for name, item in found.items() if item.null_reason is not None}
         return cls(**{name: item.value for name, item in found.items()}, null_reasons=reasons)
 
+    def measured(self, name: str) -> Measured[Any]:
+        """A field with its reason."""
+        return known(getattr(self, name), self.null_reasons.get(name, "no reason given"))
+
 
 @dataclass(frozen=True)
 class Distribution:

@@ -117,9 +117,12 @@ def decode_row(kind: type[T], values: Sequence[Any]) -> T:
         hints, plain = hints_of(declared), _plain_types(declared)
         if len(found) != len(hints):
             raise DecodeError(f"{name}: expected {len(hints)} values, got {len(found)}")
-        if all(item in plain[field] for item, field in zip(found, hints, strict=True)):
+        allowed = (kinds | {int} if float in kinds else kinds for kinds in plain.values())
+        if all(item in kinds for item, kinds in zip(found, allowed, strict=True)):
             good.add(found)
-        values = [decode_hint(hints[field], item, f"{name}.{field}") for field, item in zip(hints, values, strict=True)]
+        else:
+            pairs = zip(hints, values, strict=True)
+            values = [decode_hint(hints[field], item, f"{name}.{field}") for field, item in pairs]
     for value in values:
         if (type(value) is int or type(value) is float) and not -_MOST < value < _MOST:
             raise DecodeError(f"{name}: {shown(value)} is more than anything measures")

@@ -223,7 +223,7 @@ def _steadiness(measured: MeasuredWindow, energy: EnergyFindings) -> tuple[bool 
     """Whether the window was one state, in throughput and, where it is known, in power; and which of them was not."""
     apart = [
         what
-        for what, is_alike in (("throughput", measured.steady), ("power", energy.power_steady))
+        for what, is_alike in (("throughput", measured.steady), ("power", energy.power_steady.value))
         if is_alike is False
     ]
     if apart:
