@@ -185,8 +185,7 @@ def _kind_schema(kind: Kind) -> dict[str, Any]:
 # Reference
 
 
-def describe_bounds(entry: Entry) -> str:
-    """Limits, choices and unit in a few words; '' without any."""
+def _constraint(entry: Entry) -> str:
     parts = []
     if entry["bounds"]:
         parts.append(str(Bounds(*(entry["bounds"].get(word) for word in BOUND_WORDS))))
@@ -198,7 +197,6 @@ def describe_bounds(entry: Entry) -> str:
 
 
 def _plain_word(value: Any) -> str:
-    """A value as YAML writes it on one line."""
     if isinstance(value, str):
         return value
     if isinstance(value, float) and value.is_integer():
@@ -218,11 +216,9 @@ def render_text(params: Mapping[str, Entry]) -> str:
     blocks = []
     for name, entry in params.items():
         default = "required" if entry["required"] else f"default {_plain_word(entry['default'])}"
-        facts = "; ".join(part for part in (entry["type"], default, describe_bounds(entry)) if part)
-        notes = _notes(name, entry)
-        text = " ".join([entry["description"], *notes])
+        facts = "; ".join(part for part in (entry["type"], default, _constraint(entry)) if part)
         head = [f"{name}  {facts}"] if len(name) + len(facts) + 2 <= WIDTH else [name, *wrap(facts, "      ")]
-        blocks.append("\n".join([*head, *wrap(text, "    "), ""]))
+        blocks.append("\n".join([*head, *wrap(_text(name, entry), "    "), ""]))
     return "\n".join(blocks)
 
 
@@ -262,20 +258,19 @@ def _table(params: Mapping[str, Entry]) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for name, entry in params.items():
         default = "required" if entry["required"] else f"`{_plain_word(entry['default'])}`"
-        text = " ".join([entry["description"], *_notes(name, entry)])
-        cells = (f"`{name}`", entry["type"], default, describe_bounds(entry), text)
+        cells = (f"`{name}`", entry["type"], default, _constraint(entry), _text(name, entry))
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _notes(name: str, entry: Entry) -> list[str]:
-    notes = []
+def _text(name: str, entry: Entry) -> str:
+    notes = [entry["description"]]
     if entry["variants"]:
         notes.append(f"With type {' or '.join(entry['variants'])}.")
     if entry["backends"] and name.partition(".")[0] not in BACKENDS:
         notes.append(f"Honoured by {', '.join(entry['backends'])}.")
     if entry["reload"]:
         notes.append("Changing it reloads the engine.")
-    return notes
+    return " ".join(notes)
 
 
 MAX_COMMENT_COLUMN = 48
@@ -357,7 +352,7 @@ def _option_lines(name: str, item: Option, example: Any, depth: int, *, is_out: 
     is_out = is_out or example is None
     indent = "  " * depth
     head = f"{indent}{'#' if is_out else ''}{name}:"
-    limits = "" if item.sections else describe_bounds(_describe(item))
+    limits = "" if item.sections else _constraint(_describe(item))
     yield from wrap(f"{item.description} [{limits}]" if limits else item.description, f"{indent}# ")
     is_list = isinstance(item.value_kind, ListKind)
     section = item.sections[0] if len(item.sections) == 1 and not is_list else None

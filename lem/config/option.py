@@ -381,9 +381,9 @@ def _section_at(section: type[Section] | None, name: str, value: Any) -> type[Se
     item = declared(section).get(name) if section is not None else None
     if item is None or not item.sections:
         return None
-    if len(item.sections) > 1 and isinstance(value, Mapping):
-        kinds = {declared(candidate)["type"].default: candidate for candidate in item.sections}
-        return kinds.get(value.get("type")) if isinstance(value.get("type"), str) else None
+    if isinstance(item.value_kind, VariantKind) and isinstance(value, Mapping):
+        kind = value.get("type")
+        return item.value_kind.variants.get(kind) if isinstance(kind, str) else None
     return item.sections[0]
 
 
