@@ -107,8 +107,8 @@ def _as_campaign(loaded: Loaded[ExperimentConfig], file: Path, state_dir: str) -
 
 
 def _plan(campaign: CampaignConfig, loaded: Loaded[ExperimentConfig], file: Path, args: argparse.Namespace) -> Plan:
-    from lem.config.campaign_config import CampaignConfig
-    from lem.config.load import ListedExperiment, with_campaign_defaults
+    from lem.config.campaign_config import CampaignConfig, with_campaign_defaults
+    from lem.config.load import ListedExperiment
     from lem.meters.nvml import find_gpus
     from lem.orchestration.plan import build_plan
 
