@@ -107,7 +107,7 @@ def _flag(action: argparse.Action) -> Flag:
 
 
 def _value(action: argparse.Action) -> Value:
-    name = action.metavar if isinstance(action.metavar, str) else action.dest
+    name = action.metavar if isinstance(action.metavar, str) else action.dest.rpartition(".")[2]
     return Value(name, tuple(map(str, action.choices or ())))
 
 

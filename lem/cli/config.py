@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lem.base import log
@@ -11,6 +12,7 @@ from lem.base.errors import ConfigurationError, ExitCode
 
 if TYPE_CHECKING:
     from lem.config.load import Loaded
+    from lem.config.option import Section
 
 
 KINDS = ("campaign", "experiment")
@@ -49,6 +51,39 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     fields.set_defaults(run=run, action=_fields)
     for action in (validate, show, fields):
         action.add_argument("--json", action="store_true", help="one JSON document on stdout")
+
+
+# Options of a configuration that have a flag of their own: the names of the flag, then its help.
+Flags = Mapping[str, tuple[str, ...]]
+
+
+def add_flags(parser: argparse._ActionsContainer, section: type[Section], flags: Flags) -> None:
+    """Add flags for options; type, choices and metavar come from the declarations. They win over the file."""
+    from lem.config.kinds import BoolKind, ChoiceKind, FloatKind, IntKind
+    from lem.config.option import find_option
+
+    for key, (*names, text) in flags.items():
+        item = find_option(section, key)
+        assert item is not None, key  # noqa: S101 - a typing error in a table
+        kind = item.value_kind
+        how: dict[str, Any] = {
+            "metavar": "DIR" if key.endswith("_dir") else "FILE" if key.endswith("_file") else "NAME"
+        }
+        if isinstance(kind, IntKind):
+            how = {"type": int, "metavar": "N"}
+        elif isinstance(kind, FloatKind):
+            how = {"type": float, "metavar": "S"}
+        elif isinstance(kind, ChoiceKind):
+            how = {"choices": item.choices}
+        elif isinstance(kind, BoolKind):
+            how = {"action": argparse.BooleanOptionalAction, "default": None}
+        parser.add_argument(*names, dest=key, help=text, **how)
+
+
+def given_flags(args: argparse.Namespace, flags: Flags) -> list[tuple[str, Any]]:
+    """The options that were given by a flag, for `load_campaign` and `load_experiment`."""
+    given = ((key, getattr(args, key)) for key in flags)
+    return [(key, value) for key, value in given if value is not None]
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
