@@ -58,7 +58,7 @@ _HOMES = {
 def __getattr__(name):
     # type: (str) -> object
     if name not in _HOMES:
-        raise AttributeError("module 'lem' has no attribute {!r}".format(name))
+        raise AttributeError("module 'lem' has no attribute %r" % name)
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)

@@ -1,19 +1,32 @@
-"""The result record: what `result.json` holds, and how it is written and read."""
+"""The result record: what `result.json` holds, and how it is written and read.
+
+A section's `null_reasons` say why fields are None. In JSON, a field that is None has its reason beside it
+(`<field>_null_reason`), and a field of `Reason`s has their codes and data (`<field>_coded`) beside its sentences.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 from lem.base import durable
-from lem.base.codec import shown
+from lem.base.codec import (
+    NOT_ENCODED,
+    DecodeError,
+    check_names,
+    decode,
+    decode_fields,
+    decode_hint,
+    encode,
+    hints_of,
+    shown,
+)
 from lem.base.measurement import SLOWDOWN_MASK, EnergySource, is_estimate
 from lem.base.reasons import Reason, recognise
 
@@ -42,24 +55,28 @@ _PARTS: Final[Mapping[str, tuple[str, ...]]] = types.MappingProxyType(
 ResultKey = tuple[str, str, str, int, int]
 """What no two results share: run, host, experiment, cycle, attempt."""
 
+_Value = TypeVar("_Value")
+_Section = TypeVar("_Section", bound="Section")
+
 
 @dataclass(frozen=True)
-class Measured:
-    """A value, or None with the reason why it is absent.
+class Measured(Generic[_Value]):
+    """A value, or None with the reason why it is absent."""
 
-    Attributes:
-        source, scope: of an energy: the meter it comes from (`Energy.energy_source`) and what that meter covers.
-    """
-
-    value: float | None
+    value: _Value | None
     null_reason: str | None = None
-    source: str | None = None
-    scope: str | None = None
+    source: str | None = None  # of an energy: the meter it comes from (`Energy.energy_source`)
+    scope: str | None = None  # of an energy: what that meter covers
 
     @property
     def is_estimate(self) -> bool:
         """Whether no meter measured it."""
         return is_estimate(self.source)
+
+
+def known(value: _Value | None, reason: str) -> Measured[_Value]:
+    """The value; where it is None, absent for that reason."""
+    return Measured(value, reason if value is None else None)
 
 
 def parts_of_source(source: str) -> tuple[str, ...]:
@@ -68,6 +85,24 @@ def parts_of_source(source: str) -> tuple[str, ...]:
     The memory's part (`dram_energy_j`) is optional: not every machine has a counter for it.
     """
     return _PARTS.get(source, ())
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the record in which fields can be absent."""
+
+    null_reasons: Mapping[str, str] = field(default_factory=dict, kw_only=True, metadata=NOT_ENCODED)
+
+    @classmethod
+    def of(cls: type[_Section], **fields: Any) -> _Section:
+        """The section of these fields, each a value or `Measured`, whose reason is kept where it has no value."""
+        found = {name: item if isinstance(item, Measured) else Measured(item) for name, item in fields.items()}
+        reasons = {name: item.null_reason for name, item in found.items() if item.null_reason is not None}
+        return cls(**{name: item.value for name, item in found.items()}, null_reasons=reasons)
+
+    def measured(self, name: str) -> Measured[Any]:
+        """A field with its reason."""
+        return known(getattr(self, name), self.null_reasons.get(name, "no reason given"))
 
 
 @dataclass(frozen=True)
@@ -93,29 +128,21 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Identity:
-    """Which attempt this is.
+    """Which attempt this is."""
 
-    Attributes:
-        experiment_id: one configuration in one cycle; names the folder.
-        config_name, config_hash: the configuration, for people and for programs.
-        cycle_index, order_index: from 0.
-        attempt: from 1.
-        shuffle_seed: None when the order was not shuffled.
-    """
-
-    experiment_id: str
-    config_name: str
-    config_hash: str
+    experiment_id: str  # one configuration in one cycle; names the folder
+    config_name: str  # the configuration, for people
+    config_hash: str  # and for programs
     campaign_id: str
     campaign_name: str
     run_id: str
     host: str
     backend: str
     model: str
-    cycle_index: int
-    order_index: int
-    attempt: int
-    shuffle_seed: int | None
+    cycle_index: int  # from 0
+    order_index: int  # from 0
+    attempt: int  # from 1
+    shuffle_seed: int | None  # None when the order was not shuffled
     start_utc: str
     lem_version: str
 
@@ -131,7 +158,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Validity:
+class Validity(Section):
     """Whether the numbers may be used, and what to know about them."""
 
     valid: bool
@@ -141,63 +168,45 @@ class Validity:
     steady: bool | None
     engine_reused: bool
     engine_load_id: str
-    null_reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Window:
-    """The measured window and what stood around it.
+class Window(Section):
+    """The measured window, and what came before it."""
 
-    Attributes:
-        traffic_mode: `closed_batch`, `poisson`, `constant` or `closed`.
-        window_repeats: how often the prompt set was run to fill the window; under traffic requests completed over
-            prompts, rounded down.
-        gap_s, gap_end_reason: the gap before this experiment.
-    """
-
-    traffic_mode: str
+    traffic_mode: str  # `closed_batch`, `poisson`, `constant` or `closed`
     window_s: float
-    window_repeats: int
+    window_repeats: int  # runs of the prompt set; under traffic, requests completed over prompts, rounded down
     warmup_s: float | None
     warmup_prompts: int
     load_s: float | None
     compile_s: float | None
-    gap_s: float | None
+    gap_s: float | None  # the gap before this experiment
     gap_end_reason: Reason | None
-    null_reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Energy:
-    """Energy of the window in joules, gross; net is gross less loaded idle over the same time.
-
-    Attributes:
-        external_energy_j: what a meter of the user's own, at the machine's plug for instance, says of the window.
-        energy_source: the meter of the energy that counts (`primary_j`): `nvml_counter`, `power_instant_integral`,
-            `power_average_integral`, `rapl`, `tdp_estimate` or `external_csv`; None when that energy is absent.
-        energy_scope: what that meter sees: `gpu`, `module`, `cpu_package`, `machine`.
-        energy_crosscheck_ratio: integrated power over the counter's energy.
-    """
+class Energy(Section):
+    """Energy of the window in joules, gross; net is gross less loaded idle over the same time."""
 
     gpu_energy_j: float | None = None
     gpu_energy_net_j: float | None = None
     cpu_package_energy_j: float | None = None
     dram_energy_j: float | None = None
-    external_energy_j: float | None = None
+    external_energy_j: float | None = None  # by a meter of the user's own, for instance at the machine's plug
     load_energy_j: float | None = None
     warmup_energy_j: float | None = None
     prefill_energy_j: float | None = None
     decode_energy_j: float | None = None
     phase_method: str | None = None
-    energy_source: str | None = None
-    energy_scope: str | None = None
-    energy_crosscheck_ratio: float | None = None
+    energy_source: str | None = None  # an `EnergySource`: the meter of `primary_j`; None when that is absent
+    energy_scope: str | None = None  # an `EnergyScope`: what that meter covers
+    energy_crosscheck_ratio: float | None = None  # integrated power over the counter's energy
     counter_update_period_s: float | None = None
     sample_gap_max_s: float | None = None
-    null_reasons: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def primary_j(self) -> Measured:
+    def primary_j(self) -> Measured[float]:
         """The energy that counts, in joules: efficiency, carbon and everything shown to people use this one."""
         if self.energy_source is None:
             return Measured(None, self.null_reasons.get("energy_source", "no reason given"))
@@ -212,7 +221,7 @@ class Energy:
 
 
 @dataclass(frozen=True)
-class Gpu:
+class Gpu(Section):
     """One GPU over the window."""
 
     uuid: str
@@ -232,66 +241,50 @@ class Gpu:
     mem_peak_b: int | None = None
     persistence_mode: bool | None = None
     mig_mode: bool | None = None
-    null_reasons: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def was_slowed(self) -> bool:
-        """Whether heat or the hardware slowed its clocks in the window; its power limit is not meant."""
+        """Whether heat or the hardware slowed its clocks in the window; its power limit does not count."""
         mask = self.event_reasons_mask or 0
         return bool(self.throttle_thermal_s) or bool(mask & SLOWDOWN_MASK)
 
 
 @dataclass(frozen=True)
-class Idle:
-    """Power at rest: before the load, with the engine loaded, and loaded after the window.
-
-    Attributes:
-        idle_bare_temp_c, idle_loaded_temp_c: mean temperature of the hottest GPU meanwhile, where it was measured
-            in this experiment.
-        baseline_age_s: how long before this experiment the loaded idle was measured; 0 when in it.
-    """
+class Idle(Section):
+    """Power at rest: before the load, with the engine loaded, and loaded after the window."""
 
     idle_bare_power_w: float | None = None
     idle_loaded_power_w: float | None = None
     idle_loaded_post_power_w: float | None = None
-    idle_bare_temp_c: float | None = None
+    idle_bare_temp_c: float | None = None  # mean of the hottest GPU, where it was measured in this experiment
     idle_loaded_temp_c: float | None = None
-    baseline_age_s: float | None = None
-    null_reasons: Mapping[str, str] = field(default_factory=dict)
+    baseline_age_s: float | None = None  # how long before this experiment loaded idle was measured; 0 when in it
 
 
 @dataclass(frozen=True)
-class Work:
-    """What was done in the window. Tokens are counted from ids; padding is never input.
-
-    Attributes:
-        token_source: `engine_ids` or `retokenized`.
-        prompt_source: where the prompts came from: kind, revision, sha256, count.
-        padding_tok: padding the engine computed on beside the input, which is not counted as input.
-    """
+class Work(Section):
+    """What was done in the window. Tokens are counted from ids; padding is never input."""
 
     requests_ok: int
     requests_failed: int
     input_tok: int
     output_tok: int
-    padding_tok: int | None
-    token_source: str
-    prompt_source: Mapping[str, Any]
-    null_reasons: Mapping[str, str] = field(default_factory=dict)
+    padding_tok: int | None  # padding that the engine computed beside the input
+    token_source: str  # `engine_ids` or `retokenized`
+    prompt_source: Mapping[str, Any]  # where the prompts came from: kind, revision, sha256, count
 
 
 @dataclass(frozen=True)
-class Throughput:
+class Throughput(Section):
     """Rates over the window."""
 
     output_tok_per_s: float | None
     total_tok_per_s: float | None
     requests_per_s: float | None
-    null_reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Latency:
+class Latency(Section):
     """Latencies in seconds. TPOT = (e2e - ttft) / (output_tok - 1); a token time not observed makes None."""
 
     ttft_s: Distribution | None
@@ -299,11 +292,10 @@ class Latency:
     itl_s: Distribution | None
     e2e_s: Distribution | None
     queue_s: Distribution | None
-    null_reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Compute:
+class Compute(Section):
     """Work in floating-point operations, and memory."""
 
     flops_total: float | None
@@ -311,22 +303,20 @@ class Compute:
     flops_confidence: str | None
     model_parameters: int | None
     peak_memory_b: int | None
-    null_reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Efficiency:
+class Efficiency(Section):
     """Energy per unit of work; a zero denominator is None."""
 
     energy_per_output_tok_j: float | None = None
     energy_per_total_tok_j: float | None = None
     energy_per_request_j: float | None = None
     output_tok_per_j: float | None = None
-    null_reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Carbon:
+class Carbon(Section):
     """Emissions and cost, from values the user gave and nothing else."""
 
     grid_g_per_kwh: float | None = None
@@ -334,21 +324,13 @@ class Carbon:
     price_per_kwh: float | None = None
     co2e_g: float | None = None
     cost: float | None = None
-    null_reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Environment:
-    """Everything about host, engine and model that can change the numbers.
+class Environment(Section):
+    """Everything about host, engine and model that can change the numbers."""
 
-    Attributes:
-        fingerprint: hash over the parts that make two runs incomparable (image, engine, driver, GPU UUIDs).
-        versions: {"python": …, "torch": …, "driver": …}.
-        engine_effective: the engine configuration found at load.
-        engine_differs: {option: [requested, effective]} where they differ.
-    """
-
-    fingerprint: str
+    fingerprint: str  # over the parts that make two runs incomparable (image, engine, driver, GPU UUIDs)
     executor: str
     os: str
     kernel: str
@@ -359,16 +341,15 @@ class Environment:
     image: str | None
     engine_name: str
     engine_version: str
-    versions: Mapping[str, str]
+    versions: Mapping[str, str]  # {"python": …, "torch": …, "driver": …}
     device: str
     gpu_uuids: tuple[str, ...]
     vbios: tuple[str, ...] | None
     model_revision: str | None
     weights_sha256: str | None
     other_gpu_processes: tuple[str, ...] | None
-    engine_effective: Mapping[str, Any]
-    engine_differs: Mapping[str, Any]
-    null_reasons: Mapping[str, str] = field(default_factory=dict)
+    engine_effective: Mapping[str, Any]  # the engine configuration found at load
+    engine_differs: Mapping[str, Any]  # {option: [requested, effective]} where they differ
 
 
 @dataclass(frozen=True)
@@ -410,14 +391,17 @@ def encode_record(record: Record) -> dict[str, Any]:
             another type than declared (NaN and infinity are no numbers here).
     """
     document: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
-    for item in dataclasses.fields(record):
-        value = getattr(record, item.name)
-        if item.name == "gpus":
-            document["gpus"] = [_encode_section(gpu, f"gpus[{index}]") for index, gpu in enumerate(value)]
-        elif dataclasses.is_dataclass(value):
-            document[item.name] = _encode_section(value, item.name)
-        else:
-            document[item.name] = _plain(value, item.name)
+    try:
+        for name in hints_of(Record):
+            value = getattr(record, name)
+            if name == "gpus":
+                document[name] = [_encode_section(gpu, f"gpus[{place}]") for place, gpu in enumerate(value)]
+            else:
+                document[name] = (
+                    _encode_section(value, name) if dataclasses.is_dataclass(value) else encode(value, name)
+                )
+    except DecodeError as error:
+        raise RecordError(str(error)) from error
     decode_record(document)  # The writer knows best what to do about a wrong type, so it meets it, not the reader.
     return document
 
@@ -433,21 +417,15 @@ def decode_record(document: Any) -> Record:
         raise RecordError("a record is a JSON object")
     if document.get("schema_version") == 1:
         document = _from_version_1(document)
-    if document.get("schema_version") != SCHEMA_VERSION:
-        said = shown(document.get("schema_version"))
-        raise RecordError(f"schema_version is {said}, this lem reads 1 to {SCHEMA_VERSION}")
-    hints = _hints(Record)
-    _check_names("record", set(document) - {"schema_version"}, set(hints))
-    values: dict[str, Any] = {}
-    for name, hint in hints.items():
-        value = document[name]
-        if name == "gpus":
-            if not isinstance(value, list):
-                raise RecordError(f"gpus: a list is due, got {shown(value)}")
-            values[name] = tuple(_decode_section(Gpu, gpu, f"gpus[{index}]") for index, gpu in enumerate(value))
-        else:
-            values[name] = _convert(hint, value, name)
-    return Record(**values)
+    version, hints = document.get("schema_version"), hints_of(Record)
+    if version != SCHEMA_VERSION:
+        raise RecordError(f"schema_version is {shown(version)}, this lem reads 1 to {SCHEMA_VERSION}")
+    values = {name: value for name, value in document.items() if name != "schema_version"}
+    try:
+        check_names("record", values, hints)
+        return Record(**{name: decode_hint(hint, values[name], name, _decode_section) for name, hint in hints.items()})
+    except DecodeError as error:
+        raise RecordError(str(error)) from error
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -478,92 +456,81 @@ def read_record(path: Path) -> Record:
 
 
 def _encode_section(section: Any, where: str) -> dict[str, Any]:
-    reasons = dict(section.null_reasons)
-    out: dict[str, Any] = {}
-    for item in dataclasses.fields(section):
-        if item.name == "null_reasons":
-            continue
-        value = getattr(section, item.name)
-        path = f"{where}.{item.name}"
-        out[item.name] = _encode_section(value, path) if isinstance(value, Distribution) else _plain(value, path)
-        if value is not None and item.name in _reason_fields(section.__class__):
-            out[item.name + _CODED] = _codes(value, path)
-        reason = reasons.pop(item.name, None)
+    kind: Any = type(section)
+    reasons, out = dict(section.null_reasons), {}
+    for name in hints_of(kind):
+        value, path = getattr(section, name), f"{where}.{name}"
+        if isinstance(value, Distribution):
+            out[name] = _encode_section(value, path)
+        elif value is not None and name in _reason_fields(kind):
+            out[name], out[name + _CODED] = _texts(value), _codes(value, path)
+        else:
+            out[name] = encode(value, path)
+        reason = reasons.pop(name, None)
         if value is None:
-            out[item.name + _REASON] = reason
+            out[name + _REASON] = reason
         elif reason is not None:
-            raise RecordError(f"{path} has a value and a reason for having none: {shown(reason)}")
+            raise DecodeError(f"{path} has a value and a reason for having none: {shown(reason)}")
     if reasons:
-        raise RecordError(f"{where}: reasons for unknown fields {', '.join(sorted(reasons))}")
+        raise DecodeError(f"{where}: reasons for unknown fields {', '.join(sorted(reasons))}")
     return out
 
 
 def _decode_section(kind: Any, value: Any, where: str) -> Any:
+    if isinstance(value, Reason):  # decoded before the rest of its section
+        return value
     if not isinstance(value, dict):
-        raise RecordError(f"{where}: an object is due, got {shown(value)}")
-    hints = dict(_hints(kind))
-    keeps_reasons = hints.pop("null_reasons", None) is not None
-    reasons = {key[: -len(_REASON)]: text for key, text in value.items() if key.endswith(_REASON)}
-    coded = {key[: -len(_CODED)]: item for key, item in value.items() if key.endswith(_CODED)}
+        raise DecodeError(f"{where}: expected an object, got {shown(value)}")
+    reasons = {key.removesuffix(_REASON): text for key, text in value.items() if key.endswith(_REASON)}
+    coded = {key.removesuffix(_CODED): item for key, item in value.items() if key.endswith(_CODED)}
     plain = {key: item for key, item in value.items() if not key.endswith((_REASON, _CODED))}
-    _check_names(where, set(plain), set(hints))
+    check_names(where, plain, hints_of(kind))
     for name, item in plain.items():
         if item is None and not (isinstance(reasons.get(name), str) and reasons[name]):
-            raise RecordError(f"{where}.{name} is null without a reason")
+            raise DecodeError(f"{where}.{name} is null without a reason")
     for name in reasons:
         if plain.get(name, name) is not None:
-            raise RecordError(f"{where}: {shown(name + _REASON)} stands beside a value, or beside nothing")
-    for name in _reason_fields(kind):
-        plain[name] = _decode_reasons(hints[name], plain[name], coded.pop(name, None), f"{where}.{name}")
+            raise DecodeError(f"{where}: {shown(name + _REASON)} stands beside a value, or beside nothing")
+    for name, hint in _reason_fields(kind).items():
+        plain[name] = _decode_reasons(hint, plain[name], coded.pop(name, None), f"{where}.{name}")
     if coded:
-        raise RecordError(f"{where}: unexpected {shown(next(iter(coded)) + _CODED)}: the field holds no reasons")
-    scalars = _scalars(kind)
-    out = {
-        name: plain[name]
-        if name in _reason_fields(kind) or (type(plain[name]) in scalars[name] and _is_finite(plain[name]))
-        else _convert(hint, plain[name], f"{where}.{name}")
-        for name, hint in hints.items()
-    }
-    return kind(**out, null_reasons=reasons) if keeps_reasons else kind(**out)
+        raise DecodeError(f"{where}: unexpected {shown(next(iter(coded)) + _CODED)}: the field holds no reasons")
+    fields = decode_fields(kind, plain, where, _decode_section)
+    return kind(**fields, null_reasons=reasons) if issubclass(kind, Section) else kind(**fields)
 
 
 @functools.cache
-def _hints(kind: Any) -> Mapping[str, Any]:
-    """Names and types of the fields; resolving annotations costs more than all the rest of decoding."""
-    hints = typing.get_type_hints(kind)
-    return {item.name: hints[item.name] for item in dataclasses.fields(kind)}
+def _reason_fields(kind: Any) -> Mapping[str, Any]:
+    return {name: hint for name, hint in hints_of(kind).items() if hint in (Reason | None, tuple[Reason, ...])}
 
 
-@functools.cache
-def _reason_fields(kind: Any) -> tuple[str, ...]:
-    reasons = (Reason | None, tuple[Reason, ...])
-    return tuple(name for name, hint in _hints(kind).items() if hint in reasons)
+def _texts(value: Any) -> Any:
+    return value.text if isinstance(value, Reason) else [item.text for item in value]
 
 
 def _codes(value: Any, where: str) -> Any:
-    if isinstance(value, Reason):
-        return {"code": value.code, "data": _plain(value.data, f"{where}.data")}
-    return [_codes(item, where) for item in value]
+    if not isinstance(value, Reason):
+        return [_codes(item, where) for item in value]
+    data = {name: item.text if isinstance(item, Reason) else item for name, item in value.data.items()}
+    return {"code": value.code, "data": encode(data, f"{where}.data")}
 
 
 def _decode_reasons(hint: Any, sentences: Any, coded: Any, where: str) -> Any:
     """The reasons of a field, from its sentences and their codes."""
     if typing.get_origin(hint) is not tuple:
-        said = _convert(str | None, sentences, where)
-        return None if said is None and coded is None else _decode_reason(said, coded, where)
-    sentences = _convert(tuple[str, ...], sentences, where)
+        sentence = decode_hint(str | None, sentences, where)
+        return None if sentence is None and coded is None else _decode_reason(sentence, coded, where)
+    sentences = decode_hint(tuple[str, ...], sentences, where)
     if not isinstance(coded, list) or len(coded) != len(sentences):
-        raise RecordError(f"{where}: expected codes of {len(sentences)} sentences, got {shown(coded)}")
-    return tuple(_decode_reason(said, code, where) for said, code in zip(sentences, coded, strict=True))
+        raise DecodeError(f"{where}: expected codes of {len(sentences)} sentences, got {shown(coded)}")
+    return [_decode_reason(sentence, code, where) for sentence, code in zip(sentences, coded, strict=True)]
 
 
 def _decode_reason(sentence: str, coded: Any, where: str) -> Reason:
-    """The reason; that of a newer lem with the same schema is known by its sentence alone."""
-    if isinstance(coded, Reason):  # of a record of version 1
-        return coded
+    """The reason; one of a newer lem with the same schema is known by its sentence alone."""
     if not isinstance(coded, dict) or coded.keys() != {"code", "data"} or not isinstance(coded["data"], dict):
-        raise RecordError(f"{where}: expected code and data, got {shown(coded)}")
-    code, data = _scalar(str, coded["code"], where), _plain(coded["data"], f"{where}.data")
+        raise DecodeError(f"{where}: expected code and data, got {shown(coded)}")
+    code, data = decode(str, coded["code"], where), encode(coded["data"], f"{where}.data")
     try:
         return Reason.of(code, **data)
     except ValueError:
@@ -583,81 +550,5 @@ def _from_version_1(document: Mapping[str, Any]) -> dict[str, Any]:
 def _recognised(sentences: Any) -> Any:
     if isinstance(sentences, list):
         return [_recognised(item) for item in sentences]
-    return recognise(sentences if isinstance(sentences, str) else "")
-
-
-@functools.cache
-def _scalars(kind: Any) -> Mapping[str, tuple[type[Any], ...]]:
-    """Per field the types of values that are as they should be; the rest is looked at closely."""
-    return {name: _scalars_of(hint) for name, hint in _hints(kind).items()}
-
-
-def _scalars_of(hint: Any) -> tuple[type[Any], ...]:
-    is_optional = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    kinds = typing.get_args(hint) if is_optional else (hint,)
-    return tuple(kind for kind in kinds if kind in (str, bool, int, float, types.NoneType))
-
-
-def _is_finite(value: Any) -> bool:
-    return type(value) is not float or math.isfinite(value)
-
-
-def _check_names(where: str, found: set[str], expected: set[str]) -> None:
-    if found != expected:
-        parts = [f"missing {', '.join(sorted(expected - found))}"] * bool(expected - found)
-        parts += [f"unknown {', '.join(map(shown, sorted(found - expected)[:5]))}"] * bool(found - expected)
-        raise RecordError(f"{where}: {'; '.join(parts)}")
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the declared type `hint` wants it."""
-    origin = typing.get_origin(hint)
-    if origin is types.UnionType or origin is typing.Union:
-        if value is None:
-            return None
-        (inner,) = (item for item in typing.get_args(hint) if item is not type(None))
-        return _convert(inner, value, where)
-    if dataclasses.is_dataclass(hint):
-        return _decode_section(hint, value, where)
-    if hint is Any:
-        return _plain(value, where)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise RecordError(f"{where}: a list is due, got {shown(value)}")
-        return tuple(_convert(typing.get_args(hint)[0], item, where) for item in value)
-    if origin is not None:  # Mapping[…]
-        if not isinstance(value, dict):
-            raise RecordError(f"{where}: an object is due, got {shown(value)}")
-        inner = typing.get_args(hint)[1]
-        return {key: _convert(inner, item, f"{where}.{key}") for key, item in value.items()}
-    return _scalar(hint, value, where)
-
-
-def _scalar(kind: type[Any], value: Any, where: str) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError as error:
-            raise RecordError(f"{where}: a finite number is due, got {shown(value)}") from error
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise RecordError(f"{where}: {kind.__name__} is due, got {shown(value)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise RecordError(f"{where}: a finite number is due, got {value}")
-    return value
-
-
-def _plain(value: Any, where: str) -> Any:
-    """`value` as JSON values."""
-    if isinstance(value, Reason):
-        return value.text
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise RecordError(f"{where}: a finite number is due, got {value}")
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    raise RecordError(f"{where}: {type(value).__name__} has no form in JSON")
+    reason = recognise(sentences if isinstance(sentences, str) else "")
+    return {"code": reason.code, "data": dict(reason.data)}

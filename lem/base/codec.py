@@ -1,71 +1,152 @@
-"""Dataclasses from JSON of unknown origin: exactly their fields, each of its declared type, numbers within bounds.
+"""One codec between JSON and dataclasses: the declared types are the schema.
 
-A file comes from a disk, another host or another version; what is looked at here is relied on by everything behind it.
-`lem.record` is stricter.
+A file comes from a disk, another host or another version, and everything behind the codec relies on what it checked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
+_ObjectDecoder = Callable[[Any, Any, str], Any]
 
-# No meter counts so far, and no clock; beyond it sums would leave the range of floating point.
+# The metadata of a field that has no place in JSON.
+NOT_ENCODED: Final = types.MappingProxyType({"is_encoded": False})
+
+# No meter and no clock counts so far; beyond it, sums would leave the range of floating point.
 _MOST = 2.0**64
 
-# Types of values that were found good for a kind: of those there are few, of rows of a log hundreds of thousands.
-_GOOD: dict[type, set[tuple[type, ...]]] = {}
+_UNIONS = (types.UnionType, typing.Union)
+_NAMES = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
+
+# Types of rows that were found good for a kind: there are few of them, and hundreds of thousands of rows in a log.
+_GOOD_ROWS: dict[type, set[tuple[type, ...]]] = {}
 
 
-def build(kind: type[T], values: Sequence[Any]) -> T:
-    """The dataclass with these values, in the order of its fields.
+class DecodeError(ValueError):
+    """A value that is not what its type says, or that JSON cannot hold; the message starts with its place."""
+
+
+def encode(value: Any, where: str) -> Any:
+    """`value` as JSON values: a dataclass as the object of its fields, a tuple as a list.
 
     Raises:
-        ValueError: too few or too many, one of another type, or a number out of all bounds; it is named.
+        DecodeError: it has no form in JSON; NaN and infinity have none.
     """
-    found = tuple(map(type, values))
-    good = _GOOD.setdefault(kind, set())
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return _finite(value, where)
+    if dataclasses.is_dataclass(value):
+        return {item.name: encode(getattr(value, item.name), f"{where}.{item.name}") for item in _fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): encode(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encode(item, f"{where}[{place}]") for place, item in enumerate(value)]
+    raise DecodeError(f"{where}: {type(value).__name__} has no form in JSON")
+
+
+def decode(kind: type[T], value: Any, where: str) -> T:
+    """`value` as a scalar or dataclass; an object has exactly the fields of its dataclass, each of its declared type.
+
+    Raises:
+        DecodeError: it is of another type, or a number that is not finite.
+    """
+    decoded: T = decode_hint(kind, value, where)
+    return decoded
+
+
+def decode_hint(hint: Any, value: Any, where: str, decode_object: _ObjectDecoder | None = None) -> Any:
+    """As `decode`, of any declared type: also Any, and tuples, lists and mappings, which may be optional.
+
+    Args:
+        decode_object: decodes dataclasses whose objects have other fields too.
+    """
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in _UNIONS:
+        (other,) = (item for item in inner if item is not types.NoneType)
+        return None if value is None else decode_hint(other, value, where, decode_object)
+    if dataclasses.is_dataclass(hint):
+        return (decode_object or _decode_object)(hint, value, where)
+    if hint is Any:
+        return encode(value, where)
+    if origin in (tuple, list):
+        if not isinstance(value, list):
+            raise DecodeError(f"{where}: expected a list, got {shown(value)}")
+        items = (decode_hint(inner[0], item, f"{where}[{at}]", decode_object) for at, item in enumerate(value))
+        return origin(items)
+    if origin is not None:
+        pairs = _object(value, where).items()
+        return {key: decode_hint(inner[1], item, f"{where}.{key}", decode_object) for key, item in pairs}
+    return _scalar(hint, value, where)
+
+
+def decode_fields(kind: Any, document: Any, where: str, decode_object: _ObjectDecoder | None = None) -> dict[str, Any]:
+    """The decoded values of an object that has exactly the fields of `kind`, in their order.
+
+    Raises:
+        DecodeError: as `decode`.
+    """
+    hints, plain = hints_of(kind), _plain_types(kind)
+    check_names(where, _object(document, where), hints)
+    values = {}
+    for name, hint in hints.items():
+        value = document[name]
+        is_good = type(value) in plain[name] and (type(value) is not float or math.isfinite(value))
+        values[name] = value if is_good else decode_hint(hint, value, f"{where}.{name}", decode_object)
+    return values
+
+
+def decode_row(kind: type[T], values: Sequence[Any]) -> T:
+    """The dataclass with these values in the order of its fields; numbers are at most 2^64, in which any meter fits.
+
+    Raises:
+        DecodeError: too few or too many values, or one of another type or size.
+    """
+    found, good = tuple(map(type, values)), _GOOD_ROWS.setdefault(kind, set())
+    name = kind.__name__
     if found not in good:
-        due = _types_of(typing.cast("Any", kind))
-        if len(values) != len(due):
-            raise ValueError(f"{kind.__name__}: {len(due)} values are due, got {len(values)}")
-        for name, value in zip(due, values, strict=True):
-            _check_type(due[name], value, f"{kind.__name__}.{name}")
-        good.add(found)
+        declared: Any = kind
+        hints, plain = hints_of(declared), _plain_types(declared)
+        if len(found) != len(hints):
+            raise DecodeError(f"{name}: expected {len(hints)} values, got {len(found)}")
+        allowed = (kinds | {int} if float in kinds else kinds for kinds in plain.values())
+        if all(item in kinds for item, kinds in zip(found, allowed, strict=True)):
+            good.add(found)
+        else:
+            pairs = zip(hints, values, strict=True)
+            values = [decode_hint(hints[field], item, f"{name}.{field}") for field, item in pairs]
     for value in values:
         if (type(value) is int or type(value) is float) and not -_MOST < value < _MOST:
-            raise ValueError(f"{kind.__name__}: {shown(value)} is more than anything measures")
+            raise DecodeError(f"{name}: {shown(value)} is more than anything measures")
     return kind(*values)
 
 
-def build_from(kind: type[T], document: Any, where: str) -> T:
-    """As `build`, of an object with exactly the fields of `kind`.
+def check_names(where: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Nothing where both have the same names.
 
     Raises:
-        ValueError: as `build`.
+        DecodeError: names those that are missing or unknown.
     """
-    return build(kind, list(typed_fields(kind, document, where).values()))
+    if found.keys() != expected.keys():
+        missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+        parts = [f"missing {', '.join(missing)}"] * bool(missing)
+        parts += [f"unknown {', '.join(map(shown, unknown[:5]))}"] * bool(unknown)
+        raise DecodeError(f"{where}: {'; '.join(parts)}")
 
 
-def typed_fields(kind: Any, document: Any, where: str) -> dict[str, Any]:
-    """A copy of an object that has exactly the fields of `kind`, in their order, each of a right type.
-
-    A list stands for a tuple and stays one; what is in it is not looked at.
-
-    Raises:
-        ValueError: it is none; `where` names it.
-    """
-    due = _types_of(kind)
-    if not isinstance(document, Mapping) or document.keys() != due.keys():
-        raise ValueError(f"{where}: an object with the fields {', '.join(due)} is due")
-    for name, allowed in due.items():
-        _check_type(allowed, document[name], f"{where}.{name}")
-    return {name: document[name] for name in due}
+@functools.cache
+def hints_of(kind: Any) -> Mapping[str, Any]:
+    """Names and types of the fields; resolving annotations costs more than all the rest of decoding."""
+    hints = typing.get_type_hints(kind)
+    return {item.name: hints[item.name] for item in _fields(kind)}
 
 
 def shown(value: Any) -> str:
@@ -74,22 +155,44 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:79] + "…"
 
 
-def _check_type(allowed: frozenset[type], value: Any, where: str) -> None:
-    if type(value) not in allowed:
-        raise ValueError(f"{where}: {shown(value)} has the wrong type")
+def _decode_object(kind: Any, value: Any, where: str) -> Any:
+    fields = decode_fields(kind, value, where)
+    try:
+        return kind(**fields)
+    except ValueError as error:  # a rule of the dataclass itself
+        raise DecodeError(f"{where}: {error}") from error
+
+
+def _fields(kind: Any) -> list[dataclasses.Field[Any]]:
+    return [item for item in dataclasses.fields(kind) if item.metadata.get("is_encoded", True)]
 
 
 @functools.cache
-def _types_of(kind: Any) -> Mapping[str, frozenset[type]]:
-    """What JSON may hold for each field."""
-    hints = typing.get_type_hints(kind)
-    return {item.name: frozenset(_plain(hints[item.name])) for item in dataclasses.fields(kind)}
+def _plain_types(kind: Any) -> Mapping[str, frozenset[type]]:
+    """For each field the types of values that are good as they are."""
+    scalars = {*_NAMES, types.NoneType}
+    return {
+        name: frozenset(scalars.intersection(typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)))
+        for name, hint in hints_of(kind).items()
+    }
 
 
-def _plain(hint: Any) -> tuple[type, ...]:
-    if isinstance(hint, types.UnionType):
-        return tuple(plain for part in typing.get_args(hint) for plain in _plain(part))
-    if hint is float:
-        return (float, int)  # JSON writes 3.0 as 3 where it is not from Python
-    origin: type = typing.get_origin(hint) or hint
-    return (tuple, list) if origin is tuple else (origin,)
+def _object(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise DecodeError(f"{where}: expected an object, got {shown(value)}")
+    return value
+
+
+def _scalar(kind: type[Any], value: Any, where: str) -> Any:
+    if kind is float and type(value) is int:  # JSON from elsewhere writes 3.0 as 3
+        with contextlib.suppress(OverflowError):
+            return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise DecodeError(f"{where}: expected {_NAMES[kind]}, got {shown(value)}")
+    return _finite(value, where) if kind is float else value
+
+
+def _finite(value: float, where: str) -> float:
+    if not math.isfinite(value):
+        raise DecodeError(f"{where}: expected a finite number, got {value}")
+    return value

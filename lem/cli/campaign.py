@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from lem.base import log
 from lem.base.doc import write_json
-from lem.base.durable import STRUCTURES
 from lem.base.errors import ExitCode, UserError
+from lem.cli.config import add_flags, given_flags
 
 if TYPE_CHECKING:
     from lem.cli.fleet import FleetPart
@@ -21,22 +21,23 @@ if TYPE_CHECKING:
     from lem.results.run import StoppingRule, Target
 
 
-# Options that stand for one key of the file: their value wins over the file's.
-_KEYS = {
-    "model": "model",
-    "dataset": "dataset",
-    "sample_size": "num_samples",
-    "cycles": "execution.cycles",
-    "structure": "execution.structure",
-    "seed": "execution.seed",
-    "warmup_prompts": "execution.warmup_prompts",
-    "warmup_timeout": "execution.warmup_timeout_seconds",
-    "config_gap": "execution.config_gap_seconds",
-    "cycle_gap": "execution.cycle_gap_seconds",
-    "results_dir": "io.results_dir",
-    "compose_file": "io.compose_file",
-    "env_file": "io.env_file",
-    "force_cold_start": "cold_start.force_cold_start",
+_WHAT = {
+    "model": ("--model", "-m", "model of experiments that name none"),
+    "dataset": ("--dataset", "-d", "dataset of experiments that have no prompts"),
+    "num_samples": ("--sample-size", "-n", "prompts an experiment"),
+    "execution.cycles": ("--cycles", "-c", "how often every experiment is run"),
+    "execution.structure": ("--structure", "order of experiments"),
+    "execution.seed": ("--seed", "seed of the shuffled order"),
+    "execution.warmup_prompts": ("--warmup-prompts", "prompts of warm-up, at least"),
+    "execution.warmup_timeout_seconds": ("--warmup-timeout", "seconds of warm-up, at most"),
+    "execution.config_gap_seconds": ("--config-gap", "seconds between experiments, at most"),
+    "execution.cycle_gap_seconds": ("--cycle-gap", "seconds between cycles, at most"),
+    "cold_start.force_cold_start": ("--force-cold-start", "start a new worker for every experiment"),
+}
+_RESULTS = {"io.results_dir": ("--results-dir", "-o", "folder of the results")}
+_COMPOSE = {
+    "io.compose_file": ("--compose-file", "compose file of the backends"),
+    "io.env_file": ("--env-file", "environment file for compose"),
 }
 
 
@@ -55,22 +56,9 @@ def add_campaign_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_overrides(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model", "-m", metavar="NAME", help="model of experiments that name none")
-    group.add_argument("--dataset", "-d", metavar="NAME", help="dataset of experiments that have no prompts")
-    group.add_argument("--sample-size", "-n", type=int, metavar="N", help="prompts an experiment")
-    group.add_argument("--cycles", "-c", type=int, metavar="N", help="how often every experiment is run")
-    group.add_argument("--structure", choices=STRUCTURES, help="order of experiments")
-    group.add_argument("--seed", type=int, metavar="N", help="seed of the shuffled order")
-    group.add_argument("--warmup-prompts", type=int, metavar="N", help="prompts of warm-up, at least")
-    group.add_argument("--warmup-timeout", type=float, metavar="S", help="seconds of warm-up, at most")
-    group.add_argument("--config-gap", type=float, metavar="S", help="seconds between experiments, at most")
-    group.add_argument("--cycle-gap", type=float, metavar="S", help="seconds between cycles, at most")
-    group.add_argument(
-        "--force-cold-start",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="start a new worker for every experiment",
-    )
+    from lem.config.campaign_config import CampaignConfig
+
+    add_flags(group, CampaignConfig, _WHAT)
     group.add_argument("--preset", metavar="NAME", help="values that experiments start from (lem presets)")
     group.add_argument(
         "--set",
@@ -82,11 +70,12 @@ def _add_overrides(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_place(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--results-dir", "-o", metavar="DIR", help="folder of the results")
+    from lem.config.campaign_config import CampaignConfig
+
+    add_flags(group, CampaignConfig, _RESULTS)
     group.add_argument("--executor", choices=("auto", "docker", "local"), default="auto", help="where experiments run")
     group.add_argument("--python", metavar="PROGRAM", help="Python that has the engines, for the local executor")
-    group.add_argument("--compose-file", metavar="FILE", help="compose file of the backends")
-    group.add_argument("--env-file", metavar="FILE", help="environment file for compose")
+    add_flags(group, CampaignConfig, _COMPOSE)
 
 
 def _add_course(group: argparse._ArgumentGroup) -> None:
@@ -215,10 +204,7 @@ def _load(args: argparse.Namespace) -> Loaded[CampaignConfig]:
     from lem.config.load import load_campaign, load_campaign_of_files
 
     # What stands behind --set is the most specific, so it comes last and wins.
-    sets: list[str | tuple[str, Any]] = [
-        (key, getattr(args, name)) for name, key in _KEYS.items() if getattr(args, name) is not None
-    ]
-    sets += args.set
+    sets = [*given_flags(args, {**_WHAT, **_RESULTS, **_COMPOSE}), *args.set]
     if args.campaign_name is not None:
         return load_campaign_of_files(args.campaign_name, args.files, sets, args.preset)
     if len(args.files) > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -26,42 +26,51 @@ lem completion fish | source
 
 @dataclass(frozen=True)
 class Value:
-    """What can stand for a value: one of these words, a file, a folder, or, with none of these, anything."""
+    """What an argument takes: one of these words, a file, a folder, or, with none of these, anything."""
 
     name: str = ""
     choices: tuple[str, ...] = ()
-    is_file: bool = False
-    is_folder: bool = False
+
+    @property
+    def is_file(self) -> bool:
+        return not self.choices and self.name in _FILES
+
+    @property
+    def is_folder(self) -> bool:
+        return not self.choices and self.name in _FOLDERS
 
 
 @dataclass(frozen=True)
-class Option:
-    """An option under all its names; `value` is None where it takes none."""
+class Flag:
+    """An option of a command under all its names."""
 
     names: tuple[str, ...]
     text: str
-    value: Value | None
+    value: Value | None  # None where it takes none
     is_repeatable: bool
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command of the tree.
+    """A command of the tree."""
 
-    Attributes:
-        path: the words that lead to it; () is lem itself.
-        children: the word and the help of each sub-command.
-        values: what stands without an option; None where nothing may.
-    """
+    path: tuple[str, ...]  # the words that lead to it; () is lem itself
+    flags: tuple[Flag, ...]
+    children: tuple[tuple[str, str], ...]  # the word and the help of each sub-command
+    values: Value | None  # positional arguments; None where it takes none
 
-    path: tuple[str, ...]
-    options: tuple[Option, ...]
-    children: tuple[tuple[str, str], ...]
-    values: Value | None
+    @property
+    def words(self) -> str:
+        return " ".join(self.path)
+
+    @property
+    def key(self) -> str:
+        """The path to the parent and the next word, by which a script knows that it is on the way to this command."""
+        return f"{' '.join(self.path[:-1])} {self.path[-1]}"
 
 
 def add_completion_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `lem completion` takes."""
+    """Add the arguments of `lem completion`."""
     parser.description = "Print a script that lets a shell complete lem's commands, options, and values."
     parser.epilog = _HOW
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -70,7 +79,7 @@ def add_completion_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001 - as every command is called
-    """The exit code."""
+    """Print the script."""
     from lem.cli.main import make_parser
 
     out.write(render(args.shell, tuple(commands_of(make_parser()))))
@@ -78,33 +87,28 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
 
 
 def commands_of(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[Command]:
-    """The commands below a parser, itself first; those without a help text are not for people and left out."""
-    # argparse has no public way to look at what a parser has.
+    """The commands below a parser, itself first, without those that have no help text, which are internal."""
+    # argparse has no public way to list the arguments of a parser.
     actions = [action for action in parser._actions if action.help != argparse.SUPPRESS]  # noqa: SLF001
     below = [action for action in actions if isinstance(action, argparse._SubParsersAction)]  # noqa: SLF001
     children = tuple((item.dest, item.help or "") for action in below for item in action._choices_actions)  # noqa: SLF001
     positional = [action for action in actions if not action.option_strings and action not in below]
-    yield Command(
-        path,
-        tuple(_option(action) for action in actions if action.option_strings),
-        children,
-        _value(positional[0]) if positional else None,
-    )
+    flags = tuple(_flag(action) for action in actions if action.option_strings)
+    yield Command(path, flags, children, _value(positional[0]) if positional else None)
     for action in below:
         for name, _ in children:
             yield from commands_of(action.choices[name], (*path, name))
 
 
-def _option(action: argparse.Action) -> Option:
+def _flag(action: argparse.Action) -> Flag:
     text = (action.help or "").replace("%%", "%").replace("%(default)s", str(action.default))
     is_repeatable = isinstance(action, (argparse._AppendAction, argparse._CountAction))  # noqa: SLF001
-    return Option(tuple(action.option_strings), text, None if action.nargs == 0 else _value(action), is_repeatable)
+    return Flag(tuple(action.option_strings), text, None if action.nargs == 0 else _value(action), is_repeatable)
 
 
 def _value(action: argparse.Action) -> Value:
-    name = action.metavar if isinstance(action.metavar, str) else action.dest
-    choices = tuple(map(str, action.choices or ()))
-    return Value(name, choices, is_file=not choices and name in _FILES, is_folder=not choices and name in _FOLDERS)
+    name = action.metavar if isinstance(action.metavar, str) else action.dest.rpartition(".")[2]
+    return Value(name, tuple(map(str, action.choices or ())))
 
 
 _PROGRAMS = ("lem", "lem.pyz")
@@ -113,19 +117,6 @@ _PROGRAMS = ("lem", "lem.pyz")
 def render(shell: str, commands: Sequence[Command]) -> str:
     """The script for a shell: `bash`, `zsh` or `fish`."""
     return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](commands)
-
-
-def _path_of(command: Command) -> str:
-    return " ".join(command.path)
-
-
-def _key(command: Command) -> str:
-    """The path so far and the next word, by which a script knows that it is on the way to this command."""
-    return f"{' '.join(command.path[:-1])} {command.path[-1]}"
-
-
-def _words(words: Iterable[str]) -> str:
-    return " ".join(words)
 
 
 # bash
@@ -149,19 +140,19 @@ _BASH_MIDDLE = """\
 
 def _bash(commands: Sequence[Command]) -> str:
     below = [command for command in commands if command.path]
-    paths = [f"        {shlex.quote(_key(item))}) path={shlex.quote(_path_of(item))} ;;\n" for item in below]
+    paths = [f"        {shlex.quote(item.key)}) path={shlex.quote(item.words)} ;;\n" for item in below]
     values, words = [], []
     for command in commands:
-        for option in command.options:
-            if option.value is not None:
-                keys = "|".join(shlex.quote(f"{_path_of(command)} {name}") for name in option.names)
-                values.append(f"    {keys}) {_bash_reply(option.value)}; return ;;\n")
-        names = [name for option in command.options for name in option.names]
+        for flag in command.flags:
+            if flag.value is not None:
+                keys = "|".join(shlex.quote(f"{command.words} {name}") for name in flag.names)
+                values.append(f"    {keys}) {_bash_reply(flag.value)}; return ;;\n")
+        names = [name for flag in command.flags for name in flag.names]
         own = _bash_reply(Value(choices=tuple(name for name, _ in command.children)))
         if command.values is not None:
             own = _bash_reply(command.values)
         options = _bash_reply(Value(choices=tuple(names)))
-        key = shlex.quote(_path_of(command))
+        key = shlex.quote(command.words)
         words.append(f"    {key}) if [[ $current == -* ]]; then {options}; else {own}; fi ;;\n")
     return "".join(
         [
@@ -171,7 +162,7 @@ def _bash(commands: Sequence[Command]) -> str:
             *values,
             '    esac\n    case "$path" in\n',
             *words,
-            f"    esac\n}}\ncomplete -F _lem {_words(_PROGRAMS)}\n",
+            f"    esac\n}}\ncomplete -F _lem {' '.join(_PROGRAMS)}\n",
         ]
     )
 
@@ -182,7 +173,7 @@ def _bash_reply(value: Value) -> str:
         return f'compopt -o filenames; mapfile -t COMPREPLY < <(compgen {kind} -- "$current")'
     if not value.choices:
         return ":"
-    return f'mapfile -t COMPREPLY < <(compgen -W {shlex.quote(_words(value.choices))} -- "$current")'
+    return f'mapfile -t COMPREPLY < <(compgen -W {shlex.quote(" ".join(value.choices))} -- "$current")'
 
 
 # zsh
@@ -190,14 +181,14 @@ def _bash_reply(value: Value) -> str:
 
 def _zsh(commands: Sequence[Command]) -> str:
     functions = "".join(map(_zsh_function, commands))
-    head = f"#compdef {_words(_PROGRAMS)}\n# zsh completion for lem, made by `lem completion zsh`\n"
+    head = f"#compdef {' '.join(_PROGRAMS)}\n# zsh completion for lem, made by `lem completion zsh`\n"
     # Autoloaded from a folder of $fpath the file is the function; sourced, it only tells zsh about it.
     tail = 'if [[ "$funcstack[1]" == _lem ]]; then\n  _lem "$@"\nelse\n  compdef _lem {}\nfi\n'
-    return f"{head}{functions}{tail.format(_words(_PROGRAMS))}"
+    return f"{head}{functions}{tail.format(' '.join(_PROGRAMS))}"
 
 
 def _zsh_function(command: Command) -> str:
-    lines = [_zsh_option(option) for option in command.options]
+    lines = [_zsh_flag(flag) for flag in command.flags]
     if command.children:
         lines += ["'1: :->command'", "'*:: :->rest'"]
     elif command.values is not None and _zsh_value(command.values).strip():
@@ -222,19 +213,19 @@ def _zsh_name(path: Sequence[str]) -> str:
     return "_".join(("_lem", *path))
 
 
-def _zsh_option(option: Option) -> str:
-    excluded = "*" if option.is_repeatable else f"({_words(option.names)})"
-    text = f"[{_zsh_text(option.text)}]"
-    if option.value is not None:
-        text += f":{_zsh_text(option.value.name)}:{_zsh_value(option.value)}"
-    if len(option.names) == 1:
-        return shlex.quote(f"{excluded}{option.names[0]}{text}")
-    return f"{shlex.quote(excluded)}{{{','.join(option.names)}}}{shlex.quote(text)}"
+def _zsh_flag(flag: Flag) -> str:
+    excluded = "*" if flag.is_repeatable else f"({' '.join(flag.names)})"
+    text = f"[{_zsh_text(flag.text)}]"
+    if flag.value is not None:
+        text += f":{_zsh_text(flag.value.name)}:{_zsh_value(flag.value)}"
+    if len(flag.names) == 1:
+        return shlex.quote(f"{excluded}{flag.names[0]}{text}")
+    return f"{shlex.quote(excluded)}{{{','.join(flag.names)}}}{shlex.quote(text)}"
 
 
 def _zsh_value(value: Value) -> str:
     if value.choices:
-        return f"({_words(value.choices)})"
+        return f"({' '.join(value.choices)})"
     return "_files" if value.is_file else "_files -/" if value.is_folder else " "
 
 
@@ -259,30 +250,28 @@ def _fish(commands: Sequence[Command]) -> str:
     cases = []
     for command in commands:
         if command.path:
-            key = f"{' '.join(command.path[:-1])} {command.path[-1]}"
-            cases.append(
-                f"            case {_fish_word(key)}\n                set path {_fish_word(_path_of(command))}\n"
-            )
+            word, path = _fish_word(command.key), _fish_word(command.words)
+            cases.append(f"            case {word}\n                set path {path}\n")
     tail = '        end\n    end\n    test "$path" = "$argv[1]"\nend\n'
     lines = [line for command in commands for line in _fish_lines(command)]
     return "".join([_FISH_HEAD, *cases, tail, *(f"complete -c {name} -f\n" for name in _PROGRAMS), *lines])
 
 
 def _fish_lines(command: Command) -> list[str]:
-    here = _fish_word(f"__lem_path {_fish_word(_path_of(command))}")
-    said = [f"-a {_fish_word(name)} -d {_fish_word(text)}" for name, text in command.children]
+    here = _fish_word(f"__lem_path {_fish_word(command.words)}")
+    words = [f"-a {_fish_word(name)} -d {_fish_word(text)}" for name, text in command.children]
     if command.values is not None:
-        said += _fish_value(command.values)
-    for option in command.options:
-        names = [f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}" for name in option.names]
-        value = [] if option.value is None else ["-r" if option.value.is_file else "-x", *_fish_value(option.value)]
-        said.append(_words([*names, *value, "-d", _fish_word(option.text)]))
-    return [f"complete -c {program} -n {here} {words}\n" for program in _PROGRAMS for words in said]
+        words += _fish_value(command.values)
+    for flag in command.flags:
+        names = [f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}" for name in flag.names]
+        value = [] if flag.value is None else ["-r" if flag.value.is_file else "-x", *_fish_value(flag.value)]
+        words.append(" ".join([*names, *value, "-d", _fish_word(flag.text)]))
+    return [f"complete -c {program} -n {here} {word}\n" for program in _PROGRAMS for word in words]
 
 
 def _fish_value(value: Value) -> list[str]:
     if value.choices:
-        return [f"-a {_fish_word(_words(value.choices))}"]
+        return [f"-a {_fish_word(' '.join(value.choices))}"]
     if value.is_folder:
         return ["-a '(__fish_complete_directories)'"]
     return ["-F"] if value.is_file else []

@@ -13,14 +13,13 @@ from lem.base.errors import ConfigurationError, ExitCode
 if TYPE_CHECKING:
     from lem.config.load import Loaded
     from lem.config.option import Section
-    from lem.config.problems import Path
 
 
 KINDS = ("campaign", "experiment")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `lem config` takes."""
+    """Add the arguments of `lem config`."""
     parser.description = __doc__
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     validate = actions.add_parser("validate", help="everything that is wrong with files, at once")
@@ -54,8 +53,41 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         action.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
 
+# Options of a configuration that have a flag of their own: the names of the flag, then its help.
+Flags = Mapping[str, tuple[str, ...]]
+
+
+def add_flags(parser: argparse._ActionsContainer, section: type[Section], flags: Flags) -> None:
+    """Add flags for options; type, choices and metavar come from the declarations. They win over the file."""
+    from lem.config.kinds import BoolKind, ChoiceKind, FloatKind, IntKind
+    from lem.config.option import find_option
+
+    for key, (*names, text) in flags.items():
+        item = find_option(section, key)
+        assert item is not None, key  # noqa: S101 - a typing error in a table
+        kind = item.value_kind
+        how: dict[str, Any] = {
+            "metavar": "DIR" if key.endswith("_dir") else "FILE" if key.endswith("_file") else "NAME"
+        }
+        if isinstance(kind, IntKind):
+            how = {"type": int, "metavar": "N"}
+        elif isinstance(kind, FloatKind):
+            how = {"type": float, "metavar": "S"}
+        elif isinstance(kind, ChoiceKind):
+            how = {"choices": item.choices}
+        elif isinstance(kind, BoolKind):
+            how = {"action": argparse.BooleanOptionalAction, "default": None}
+        parser.add_argument(*names, dest=key, help=text, **how)
+
+
+def given_flags(args: argparse.Namespace, flags: Flags) -> list[tuple[str, Any]]:
+    """The options that were given by a flag, for `load_campaign` and `load_experiment`."""
+    given = ((key, getattr(args, key)) for key in flags)
+    return [(key, value) for key, value in given if value is not None]
+
+
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    """The exit code: 2 where a file is not valid."""
+    """Run the chosen action; the exit code is 2 where a file is not valid."""
     code: int = args.action(args, out, err)
     return code
 
@@ -69,42 +101,42 @@ def _validate(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
             report = {"file": file, "valid": False, "problems": _problem_documents(error)}
             if not args.json:
                 log.Console(err).error(error.message, error.hint)
+        else:
+            if not args.json:
+                out.write(_as_text(report))
         reports.append(report)
-        if report["valid"] and not args.json:
-            out.write(_told(report))
     if args.json:
         write_json(out, reports)
     return int(ExitCode.OK if all(report["valid"] for report in reports) else ExitCode.USAGE)
 
 
 def _report(file: str, args: argparse.Namespace) -> dict[str, Any]:
-    """What is to say about a valid file."""
+    """The facts about a valid file."""
     from lem.config import load, rules
     from lem.config.problems import Problem
     from lem.orchestration.plan import build_plan
 
-    if load.kind_of(file) == "experiment":
+    report: dict[str, Any] = {"file": file, "kind": load.kind_of(file), "valid": True}
+    if report["kind"] == "experiment":
         experiment = load.load_experiment(file, args.set, args.preset).config
-        warnings = [str(item) for item in rules.warnings(experiment)]
-        return {"file": file, "kind": "experiment", "valid": True, "name": experiment.name, "warnings": warnings}
+        return {**report, "name": experiment.name, "warnings": [str(item) for item in rules.warnings(experiment)]}
     loaded = load.load_campaign(file, args.set, args.preset)
     plan = build_plan(loaded.config, loaded.listed, preset=loaded.preset, forced=loaded.forced, source=loaded.source)
+    filtered = [f"{reason} × {count}" for reason, count in plan.filtered_by_reason]
     if not plan.experiments:
-        reasons = "; ".join(f"{reason} × {count}" for reason, count in plan.filtered_by_reason)
         first = next((key for key in ("grid", "experiments", "configs") if getattr(loaded.config, key)), "configs")
-        raise loaded.source.error([Problem((first,), f"no valid experiment is left: {reasons}", is_about_key=True)])
+        complaint = f"no valid experiment is left: {'; '.join(filtered)}"
+        raise loaded.source.error([Problem((first,), complaint, is_about_key=True)])
     return {
-        "file": file,
-        "kind": "campaign",
-        "valid": True,
+        **report,
         "name": loaded.config.campaign_name,
         "summary": plan.summary,
-        "filtered": [f"{reason} × {count}" for reason, count in plan.filtered_by_reason],
+        "filtered": filtered,
         "warnings": [f"{reason} × {count}" for reason, count in plan.warnings_by_reason],
     }
 
 
-def _told(report: Mapping[str, Any]) -> str:
+def _as_text(report: dict[str, Any]) -> str:
     lines = [f"{report['file']}: valid {report['kind']} {report['name']}"]
     if "summary" in report:
         lines.append(f"  {report['summary']}")
@@ -135,63 +167,43 @@ def _problem_documents(error: ConfigurationError) -> list[dict[str, Any]]:
 def _show(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
     from lem.config import load
     from lem.config.introspection import render_yaml
-    from lem.config.problems import leaves
+    from lem.config.problems import dotted, leaves
 
     kind = load.kind_of(args.file)
-    loaded: Loaded[Any] = (
-        load.load_campaign(args.file, args.set, args.preset)
-        if kind == "campaign"
-        else load.load_experiment(args.file, args.set, args.preset)
-    )
-    tree = _without_secrets(loaded.config.to_dict(), loaded)
-    origins = {path: _origin(loaded, path) for path, _ in leaves(tree)}
+    read: Any = load.load_campaign if kind == "campaign" else load.load_experiment
+    loaded: Loaded[Any] = read(args.file, args.set, args.preset)
+    tree, provenance = _without_secrets(loaded), loaded.provenance
+    origins, comments = {}, {}
+    for path, _ in leaves(tree):
+        origin, at = provenance.get(dotted(path), "default"), None
+        if loaded.source.layer_of(path) is not None:
+            place = loaded.source.place(path)
+            at = place.label if place.mark is None else f"{place.label}:{place.mark.line}"
+        origins[dotted(path)] = {"from": origin, "at": at}
+        if origin == "preset" and at is None:
+            origin = f"decoder.preset {loaded.config.decoder.preset}"
+        comments[tuple(map(str, path))] = origin if at is None or origin == "command line" else at
     if args.json:
-        from lem.config.problems import dotted
-
-        provenance = {
-            dotted(path): {"from": loaded.provenance.get(dotted(path), "default"), "at": at}
-            for path, at in origins.items()
-        }
-        write_json(out, {"kind": kind, "config": tree, "provenance": provenance})
+        write_json(out, {"kind": kind, "config": tree, "provenance": origins})
     else:
-        comments = {tuple(map(str, path)): _comment(loaded, path, at) for path, at in origins.items()}
         out.write(render_yaml(tree, comments))
     return int(ExitCode.OK)
 
 
-def _comment(loaded: Loaded[Any], path: Path, at: str | None) -> str:
-    from lem.config.problems import dotted
-
-    origin = loaded.provenance.get(dotted(path), "default")
-    if origin == "preset" and at is None:
-        return f"decoder.preset {loaded.config.decoder.preset}"
-    return origin if at is None or origin == "command line" else at
-
-
-def _origin(loaded: Loaded[Any], path: Path) -> str | None:
-    """The place a value was written in, `c.yaml:12`; None for a default and for what a preset of the decoder gives."""
-    layer = loaded.source.layer_of(path)
-    if layer is None:
-        return None
-    place = loaded.source.place(path)
-    return place.label if place.mark is None else f"{place.label}:{place.mark.line}"
-
-
-def _without_secrets(tree: dict[str, Any], loaded: Loaded[Any]) -> dict[str, Any]:
+def _without_secrets(loaded: Loaded[Any]) -> dict[str, Any]:
     """The configuration with secrets as they were written, when that was `${VAR}`, else hidden."""
     from lem.config.load import is_secret
     from lem.config.option import merge
-    from lem.config.problems import leaves
+    from lem.config.problems import leaves, nest
 
-    section: type[Section] = type(loaded.config)
+    section = type(loaded.config)
+    tree: dict[str, Any] = loaded.config.to_dict()
     written = dict(leaves(loaded.source.unexpanded))
     for path, value in list(leaves(tree)):
         if value is not None and is_secret(section, path):
             shown = written.get(path)
-            nested: Any = shown if isinstance(shown, str) and shown.startswith("${") else "(hidden)"
-            for part in reversed(path):
-                nested = {part: nested}
-            tree = merge(section, tree, nested)
+            is_reference = isinstance(shown, str) and shown.startswith("${")
+            tree = merge(section, tree, nest([str(part) for part in path], shown if is_reference else "(hidden)"))
     return tree
 
 
@@ -216,22 +228,20 @@ def _schema(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
 def _fields(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
     from lem.config.introspection import get_campaign_params, get_experiment_params, render_page, render_text
 
+    if args.backend is not None and not args.markdown:
+        _check_backend(args.backend)
+    kinds = (args.kind,) if args.kind else KINDS if args.backend is None else ("experiment",)
     if args.markdown:
         out.write(render_page())
         return int(ExitCode.OK)
-    if args.backend is not None:
-        _check_backend(args.backend)
-    kinds = (args.kind,) if args.kind else KINDS if args.backend is None else ("experiment",)
-    found = {
-        kind: get_campaign_params() if kind == "campaign" else get_experiment_params(args.backend) for kind in kinds
-    }
+    params = {"campaign": get_campaign_params(), "experiment": get_experiment_params(args.backend)}
+    found = {kind: params[kind] for kind in kinds}
     if args.json:
         write_json(out, found)
         return int(ExitCode.OK)
-    for kind, params in found.items():
-        if len(found) > 1:
-            out.write(f"{kind.upper()}\n\n")
-        out.write(render_text(params) + "\n")
+    for kind, entries in found.items():
+        heading = f"{kind.upper()}\n\n" if len(found) > 1 else ""
+        out.write(f"{heading}{render_text(entries)}\n")
     return int(ExitCode.OK)
 
 

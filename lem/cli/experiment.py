@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from lem.base import log
 from lem.base.doc import terminal_width, write_json
 from lem.base.errors import ExitCode, UserError
+from lem.cli.config import add_flags, given_flags
 
 if TYPE_CHECKING:
     from lem.config.campaign_config import CampaignConfig
@@ -19,27 +20,24 @@ if TYPE_CHECKING:
     from lem.record import Record
 
 
-# Options that stand for one key of the file: their value wins over the file's.
-_KEYS = {
-    "model": "model",
-    "dataset": "dataset",
-    "warmup_prompts": "warmup.min_prompts",
-    "warmup_timeout": "warmup.timeout_seconds",
-    "results_dir": "io.results_dir",
-    "cycles": "num_cycles",
+_MODEL = {"model": ("--model", "-m", "another model"), "dataset": ("--dataset", "-d", "another dataset")}
+_COURSE = {
+    "num_cycles": ("--cycles", "-c", "how often (num_cycles)"),
+    "warmup.min_prompts": ("--warmup-prompts", "prompts of warm-up, at least"),
+    "warmup.timeout_seconds": ("--warmup-timeout", "seconds of warm-up, at most"),
 }
+_RESULTS = {"io.results_dir": ("--results-dir", "-o", "folder of the results")}
 
 
 def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `lem experiment` takes."""
+    from lem.config.experiment import ExperimentConfig
+
     parser.add_argument("file", metavar="FILE", help="an experiment file")
     parser.add_argument("--preset", metavar="NAME", help="values to start from (lem presets)")
-    parser.add_argument("--model", "-m", metavar="NAME", help="another model")
-    parser.add_argument("--dataset", "-d", metavar="NAME", help="another dataset")
+    add_flags(parser, ExperimentConfig, _MODEL)
     parser.add_argument("--sample-size", "-n", type=int, metavar="N", help="prompts")
-    parser.add_argument("--cycles", "-c", type=int, metavar="N", help="how often (num_cycles)")
-    parser.add_argument("--warmup-prompts", type=int, metavar="N", help="prompts of warm-up, at least")
-    parser.add_argument("--warmup-timeout", type=float, metavar="S", help="seconds of warm-up, at most")
+    add_flags(parser, ExperimentConfig, _COURSE)
     parser.add_argument(
         "--set",
         action="append",
@@ -47,7 +45,7 @@ def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="any option, as pytorch.batch_size=8; may be repeated",
     )
-    parser.add_argument("--results-dir", "-o", metavar="DIR", help="folder of the results")
+    add_flags(parser, ExperimentConfig, _RESULTS)
     parser.add_argument("--python", metavar="PROGRAM", help="Python that has the engine")
     parser.add_argument("--dry-run", action="store_true", help="show what would run and end; nothing is written")
     parser.add_argument(
@@ -87,10 +85,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
 def _load(args: argparse.Namespace) -> Loaded[ExperimentConfig]:
     from lem.config.load import load_experiment
 
-    sets: list[str | tuple[str, Any]] = [
-        (key, getattr(args, name)) for name, key in _KEYS.items() if getattr(args, name) is not None
-    ]
-    return load_experiment(args.file, [*sets, *args.set], args.preset)
+    sets = [*given_flags(args, {**_MODEL, **_COURSE, **_RESULTS}), *args.set]
+    return load_experiment(args.file, sets, args.preset)
 
 
 def _as_campaign(loaded: Loaded[ExperimentConfig], file: Path, state_dir: str) -> CampaignConfig:
@@ -107,8 +103,8 @@ def _as_campaign(loaded: Loaded[ExperimentConfig], file: Path, state_dir: str) -
 
 
 def _plan(campaign: CampaignConfig, loaded: Loaded[ExperimentConfig], file: Path, args: argparse.Namespace) -> Plan:
-    from lem.config.campaign_config import CampaignConfig
-    from lem.config.load import ListedExperiment, with_campaign_defaults
+    from lem.config.campaign_config import CampaignConfig, with_campaign_defaults
+    from lem.config.load import ListedExperiment
     from lem.meters.nvml import find_gpus
     from lem.orchestration.plan import build_plan
 

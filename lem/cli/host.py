@@ -20,8 +20,8 @@ from lem.base.units import GIB
 from lem.orchestration.doctor import FAILED, OK, SKIPPED, WARNING
 
 if TYPE_CHECKING:
-    from lem.meters.capabilities import CpuCapability
-    from lem.meters.gpu_section import GpuState
+    from lem.meters.nvml import GpuState
+    from lem.meters.sources import CpuCapability
     from lem.orchestration.doctor import Verdict
     from lem.worker.datasets import DatasetChoice
 
@@ -118,16 +118,15 @@ def add_gpus_arguments(parser: argparse.ArgumentParser) -> None:
 def run_gpus(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001 - as every command is called
     """The exit code; 0 also where there is no GPU."""
     from lem.base.clock import SystemClock
-    from lem.meters.capabilities import find_capabilities
-    from lem.meters.gpu_section import read_gpus
-    from lem.meters.nvml import open_nvml
+    from lem.meters.nvml import open_nvml, read_gpus
+    from lem.meters.sources import find_capabilities
 
     probe_s = PROBE_S if args.probe else 0.0
     with open_nvml() as nvml:
         reading = read_gpus()
         found = find_capabilities(nvml, SystemClock(), probe_s=probe_s, enough=PROBE_CHANGES)
     if args.json:
-        document = {"schema_version": 1, **reading.to_dict(), "energy": found.to_dict()}
+        document = {"schema_version": 1, **dataclasses.asdict(reading), "energy": found.to_dict()}
         out.write(json.dumps(document) + "\n")
         return int(ExitCode.OK)
     energy = {gpu.meter.uuid: gpu.describe() for gpu in found.gpus}

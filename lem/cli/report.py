@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -16,15 +17,20 @@ from lem.base.units import NS_PER_S
 from lem.cli.selection import problem_documents, resolve_run, tell_problems, write_file
 from lem.meters.curve import HOLE_PERIODS, may_have_wrapped_twice
 from lem.meters.rapl import PACKAGE
-from lem.meters.samples import SLOW_PERIOD_S, GpuSample, Mark, RaplReading, SampleLog
-from lem.results.report.plot import POWER, TEMPERATURE, Band, Phase, Series, Spell, Trace, slowed_s, thin
+from lem.meters.samples import (
+    FINISHED_FILENAME,
+    SLOW_PERIOD_S,
+    GpuSample,
+    Mark,
+    RaplReading,
+    SampleLog,
+    SampleLogError,
+    read_finished,
+)
+from lem.results.report.content import POWER, TEMPERATURE, Phase, Series, Spell, Trace, union
 
 if TYPE_CHECKING:
-    from lem.record import Record
-    from lem.results.report.content import TraceNote
-    from lem.results.report.plot import Trace
     from lem.results.run import Run
-    from lem.results.store import StoredResult
 
 
 _FILENAME = "report.html"
@@ -50,22 +56,23 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     if args.json and args.output == "-":
         raise UserError("--json and --output - both want stdout", "name a file for the page")
     chosen = resolve_run(args.results_dir, args.campaign)
-    found = chosen.read()
-    text = make_report(found)
-    damaged = [problem for problem in found.problems if problem.kind != "missing"]
+    campaign, run_id = chosen.campaign, chosen.run_id
+    results = chosen.read()
+    text = make_report(results)
+    damaged = [problem for problem in results.problems if problem.kind != "missing"]
     tell_problems(err, damaged, lead="left out: ", rest="the page names them")
     if args.output == "-":
         out.write(text)
         return int(ExitCode.OK)
-    path = Path(args.output) if args.output else args.results_dir / chosen.campaign / _FILENAME
+    path = Path(args.output) if args.output else args.results_dir / campaign / _FILENAME
     write_file(path, text)
     if args.json:
         document = {
             "path": str(path),
             "bytes": len(text.encode("utf-8")),
-            "campaign": chosen.campaign,
-            "run_id": chosen.run_id,
-            "problems": problem_documents(found.problems),
+            "campaign": campaign,
+            "run_id": run_id,
+            "problems": problem_documents(results.problems),
         }
         write_json(out, document)
     else:
@@ -75,40 +82,25 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
 
 def make_report(run: Run) -> str:
     """The page of a run; a sample log that cannot be used is named and left out."""
-    from lem.results.report.content import compose
-    from lem.results.report.page import failed_settings, render_report, select_traced
+    from lem.results.report import render_report
+    from lem.results.report.content import compose, select_traced
 
-    report = compose(run, failed_settings(run))
-    logs = _with_log(run.results)
-    traces, notes = _traces(select_traced(report.entries, logs))
-    return render_report(dataclasses.replace(report, traces=tuple(traces), trace_notes=tuple(notes), n_logs=len(logs)))
-
-
-def _with_log(results: Sequence[StoredResult]) -> tuple[StoredResult, ...]:
-    from lem.meters.samples import FINISHED_FILENAME
-
-    return tuple(item for item in results if (item.path.parent / FINISHED_FILENAME).is_file())
-
-
-def _traces(results: Sequence[StoredResult]) -> tuple[list[tuple[Record, Trace]], list[TraceNote]]:
-    """What the logs show; a log that cannot be used is named and left out."""
-    from lem.meters.samples import FINISHED_FILENAME, SampleLogError, read_finished
-    from lem.results.report.content import TraceNote
-
-    traces, notes = [], []
-    for item in results:
-        path = item.path.parent / FINISHED_FILENAME
+    report = compose(run)
+    logs = {key: path.parent / FINISHED_FILENAME for key, path in run.paths.items()}
+    with_log = [record for record in run.records if logs[record.identity.key].is_file()]
+    traces, unread = [], []
+    for record in select_traced(report.entries, with_log):
+        path = logs[record.identity.key]
         try:
             log, marks = read_finished(path)
         except (SampleLogError, OSError) as error:
-            message = str(error).removeprefix(f"{path}: ")
-            notes.append(TraceNote("/".join(path.parts[-4:]), message))
-            continue
-        traces.append((item.record, trace_of(log, marks)))
-    return traces, notes
+            unread.append("/".join(path.parts[-4:]) + ": " + str(error).removeprefix(f"{path}: "))
+        else:
+            traces.append((record, trace_of(log, marks)))
+    return render_report(dataclasses.replace(report, traces=tuple(traces), unread=tuple(unread), n_logs=len(with_log)))
 
 
-_BUCKETS = 260
+_BUCKETS, _LEAST_BUCKETS = 260, 60  # of time, of all lines and of each
 _AT_POWER_LIMIT = "at the power limit"
 
 _Points = list[tuple[float, float]]
@@ -122,39 +114,74 @@ def trace_of(log: SampleLog, marks: Sequence[Mark]) -> Trace:
     def seconds(at_ns: int) -> float:
         return (at_ns - zero_ns) / NS_PER_S
 
+    def lines(read: Callable[[GpuSample], float | None]) -> dict[str, _Points]:
+        return {
+            f"{log.header.gpus[gpu].label} {log.header.gpus[gpu].name}": [
+                (seconds(item.at_ns), value) for item in samples if (value := read(item)) is not None
+            ]
+            for gpu, samples in sorted(by_gpu.items())
+        }
+
     interval_s = log.header.interval_ms / 1000
     by_gpu: dict[int, list[GpuSample]] = {}
     for sample in log.samples:
         by_gpu.setdefault(sample.gpu, []).append(sample)
-    names = [f"{gpu.label} {gpu.name}" for gpu in log.header.gpus]
-    powers: list[_Points] = []
-    series: list[Series] = []
-    for gpu, samples in sorted(by_gpu.items()):
-        power = [(seconds(item.at_ns), item.power_w) for item in samples if item.power_w is not None]
-        powers.append(power)
-        series.append(_series(names[gpu], POWER, power, interval_s, len(by_gpu)))
-    packages = _package_powers(log, seconds)
-    for name, power in packages.items():
-        series.append(_series(name, POWER, power, SLOW_PERIOD_S, len(packages)))
-    temperatures: _Points = []
-    for gpu, samples in sorted(by_gpu.items()):
-        temperature = [(seconds(item.at_ns), item.temp_c) for item in samples if item.temp_c is not None]
-        temperatures += temperature
-        series.append(_series(names[gpu], TEMPERATURE, temperature, interval_s, len(by_gpu)))
-    spells = _together(spell for samples in by_gpu.values() for spell in _spells(samples, seconds, interval_s))
-    counted = powers if any(powers) else list(packages.values())
+    powers, packages = lines(lambda sample: sample.power_w), _package_powers(log, seconds)
+    temperatures = lines(lambda sample: sample.temp_c)
+    spells = _spells(by_gpu.values(), seconds, interval_s)
+    counted = [*(powers if any(powers.values()) else packages).values()]
+    degrees = list(itertools.chain.from_iterable(temperatures.values()))
     return Trace(
-        bands=tuple(Band(mark.name, seconds(mark.opened_ns), seconds(mark.closed_ns)) for mark in ordered),
-        series=tuple(item for item in series if any(item.points)),
-        spells=tuple(spells),
-        phases=tuple(_phase(mark, seconds, counted, temperatures, spells) for mark in ordered),
+        phases=tuple(
+            _phase(mark.name, seconds(mark.opened_ns), seconds(mark.closed_ns), counted, degrees, spells)
+            for mark in ordered
+        ),
+        series=(
+            *_series(POWER, powers, interval_s),
+            *_series(POWER, packages, SLOW_PERIOD_S),
+            *_series(TEMPERATURE, temperatures, interval_s),
+        ),
+        spells=spells,
         interval_s=interval_s if by_gpu else SLOW_PERIOD_S,
     )
 
 
-def _series(label: str, quantity: str, points: _Points, interval_s: float, n_lines: int) -> Series:
-    buckets = max(_BUCKETS // max(n_lines, 1), 60)
-    return Series(label, quantity, thin(points, buckets, HOLE_PERIODS * interval_s))
+def _series(quantity: str, lines: Mapping[str, _Points], interval_s: float) -> Iterator[Series]:
+    buckets = max(_BUCKETS // max(len(lines), 1), _LEAST_BUCKETS)
+    for label, points in lines.items():
+        if points:
+            yield Series(label, quantity, thin(points, buckets, HOLE_PERIODS * interval_s))
+
+
+def thin(points: _Points, n_buckets: int, hole_s: float) -> tuple[tuple[float, float] | None, ...]:
+    """At most twice `n_buckets` points and the holes: of each bucket of time the least and the greatest value.
+
+    Peaks stay where they were, which a mean would flatten; a pause longer than `hole_s` becomes a None.
+    """
+    if not points:
+        return ()
+    begin, end = points[0][0], points[-1][0]
+    width = (end - begin) / n_buckets or 1.0
+    found: list[tuple[float, float] | None] = []
+    bucket: _Points = []
+    number, before = 0, begin
+    for point in points:
+        is_hole = point[0] - before > hole_s
+        current = int((point[0] - begin) / width)
+        if bucket and (is_hole or current != number):
+            found += _extremes(bucket)
+            bucket = []
+        if is_hole:
+            found.append(None)
+        bucket.append(point)
+        number, before = current, point[0]
+    return (*found, *_extremes(bucket))
+
+
+def _extremes(bucket: _Points) -> _Points:
+    low = min(bucket, key=lambda point: point[1])
+    high = max(bucket, key=lambda point: point[1])
+    return [low] if low[1] == high[1] else sorted((low, high))
 
 
 def _package_powers(log: SampleLog, seconds: Callable[[int], float]) -> dict[str, _Points]:
@@ -177,57 +204,41 @@ def _package_powers(log: SampleLog, seconds: Callable[[int], float]) -> dict[str
     return found
 
 
-def _spells(samples: Sequence[GpuSample], seconds: Callable[[int], float], interval_s: float) -> Iterable[Spell]:
-    """The times in which a bit was set, each until the next sample; pauses of a few samples are bridged."""
-    for mask, reason in (*SLOWDOWN_BITS.items(), (POWER_CAP_BIT, _AT_POWER_LIMIT)):
-        begin: float | None = None
-        end = 0.0
-        for index, sample in enumerate(samples):
-            if not (sample.event_mask or 0) & mask:
-                continue
-            at = seconds(sample.at_ns)
-            if begin is not None and at - end > HOLE_PERIODS * interval_s:
-                yield Spell(begin, end, mask in SLOWDOWN_BITS, reason)
-                begin = None
-            begin = at if begin is None else begin
-            following = seconds(samples[index + 1].at_ns) if index + 1 < len(samples) else at + interval_s
-            end = min(following, at + HOLE_PERIODS * interval_s)
-        if begin is not None:
-            yield Spell(begin, end, mask in SLOWDOWN_BITS, reason)
-
-
-def _together(spells: Iterable[Spell]) -> list[Spell]:
-    """The spells of all GPUs, each kind once where they overlap: time is counted once, however many were slowed."""
+def _spells(
+    gpus: Iterable[Sequence[GpuSample]], seconds: Callable[[int], float], interval_s: float
+) -> tuple[Spell, ...]:
+    """The times in which a bit was set on any GPU, each until the next sample; holes in the samples are bridged."""
+    hole_s = HOLE_PERIODS * interval_s
     found: list[Spell] = []
-    for spell in sorted(spells, key=lambda item: (item.reason, item.begin_s)):
-        last = found[-1] if found else None
-        if last is not None and last.reason == spell.reason and spell.begin_s <= last.end_s:
-            found[-1] = dataclasses.replace(last, end_s=max(last.end_s, spell.end_s))
-        else:
-            found.append(spell)
-    return sorted(found, key=lambda item: (item.begin_s, item.reason))
+    for mask, reason in (*SLOWDOWN_BITS.items(), (POWER_CAP_BIT, _AT_POWER_LIMIT)):
+        spans: list[tuple[float, float]] = []
+        for samples in gpus:
+            own = []
+            for sample, following in itertools.zip_longest(samples, samples[1:]):
+                if (sample.event_mask or 0) & mask:
+                    at = seconds(sample.at_ns)
+                    end = seconds(following.at_ns) if following else at + interval_s
+                    own.append((at, min(end, at + hole_s)))
+            spans += union(own, hole_s)
+        found += [Spell(begin, end, mask in SLOWDOWN_BITS, reason) for begin, end in union(spans)]
+    return tuple(sorted(found, key=lambda item: (item.begin_s, item.reason)))
 
 
 def _phase(
-    mark: Mark,
-    seconds: Callable[[int], float],
-    powers: Sequence[_Points],
-    temperatures: _Points,
-    spells: Sequence[Spell],
+    name: str, begin: float, end: float, powers: Sequence[_Points], temperatures: _Points, spells: Iterable[Spell]
 ) -> Phase:
     """One phase in numbers; power is the sum over the devices."""
-    begin, end = seconds(mark.opened_ns), seconds(mark.closed_ns)
     inside = [[value for at, value in points if begin <= at < end] for points in powers]
-    is_known = bool(inside) and all(inside)
     degrees = [value for at, value in temperatures if begin <= at < end]
-    throttled = sum(max(0.0, min(end, until) - max(begin, since)) for since, until in slowed_s(spells))
+    faults = union((spell.begin_s, spell.end_s) for spell in spells if spell.is_fault)
+    is_known = bool(inside) and all(inside)
     return Phase(
-        name=mark.name,
+        name=name,
         begin_s=begin,
-        length_s=end - begin,
+        end_s=end,
         power_mean_w=sum(map(statistics.fmean, inside)) if is_known else None,
         power_max_w=sum(map(max, inside)) if is_known else None,
         temp_min_c=min(degrees, default=None),
         temp_max_c=max(degrees, default=None),
-        throttled_s=throttled if is_known else None,
+        throttled_s=sum(max(0.0, min(end, b) - max(begin, a)) for a, b in faults) if is_known else None,
     )

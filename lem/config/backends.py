@@ -1,4 +1,5 @@
 """The options of each backend. Those without a default are left to the engine, whose own default is recorded."""
+# ruff: noqa: RUF009 - `option` makes a dataclass field, as `dataclasses.field` does
 
 from __future__ import annotations
 
@@ -9,9 +10,6 @@ from typing import Any, ClassVar
 
 from lem.config.option import Section, declared, option
 from lem.config.problems import Problem
-
-# ruff: noqa: RUF009 - `option` makes a dataclass field, as `dataclasses.field` does
-
 
 BACKENDS = ("pytorch", "vllm", "tensorrt")
 
@@ -29,10 +27,8 @@ class BeamSearchConfig(Section):
     switch: ClassVar[str | None] = "enabled"
 
     enabled: bool = option(False, "Decode with beams.")
-    num_beams: int | None = option(None, "Number of beams.", minimum=2, maximum=64)
-    length_penalty: float | None = option(
-        None, "Above 0 favours long outputs, below 0 short ones.", minimum=-10, maximum=10
-    )
+    num_beams: int | None = option(None, "Number of beams.", min=2, max=64)
+    length_penalty: float | None = option(None, "Above 0 favours long outputs, below 0 short ones.", min=-10, max=10)
     early_stopping: bool | str | None = option(
         None,
         "Stop when as many candidates as beams are complete; never: only when no better one can come.",
@@ -52,8 +48,8 @@ class AssistedGenerationConfig(Section):
     num_tokens: int | None = option(
         None,
         "Tokens to draft at a time; without a model they are looked up in the prompt (n-grams).",
-        minimum=1,
-        maximum=64,
+        min=1,
+        max=64,
     )
 
 
@@ -62,7 +58,7 @@ class PyTorchConfig(Section):
     """Options of the pytorch backend (transformers)."""
 
     batch_size: int = option(
-        1, "Requests in a batch; with a dynamic strategy the most.", minimum=1, unit="requests", is_width=True
+        1, "Requests in a batch; with a dynamic strategy the most.", min=1, unit="requests", is_width=True
     )
     batching_strategy: str = option(
         "static",
@@ -72,7 +68,7 @@ class PyTorchConfig(Section):
     max_tokens_per_batch: int | None = option(
         None,
         "Budget of a dynamic batch: its rows times its longest prompt and output, padding included.",
-        minimum=1,
+        min=1,
         unit="tokens",
     )
     parallelism_strategy: str | None = option(
@@ -84,7 +80,7 @@ class PyTorchConfig(Section):
     parallelism_degree: int | None = option(
         None,
         "GPUs to spread a model over. More than 1 is refused: it was never run on two GPUs.",
-        minimum=1,
+        min=1,
         unit="GPUs",
         reload=True,
     )
@@ -120,11 +116,9 @@ class PyTorchConfig(Section):
         form="a size like 10GiB",
         reload=True,
     )
-    min_p: float | None = option(
-        None, "Drop tokens less likely than this share of the likeliest.", minimum=0, maximum=1
-    )
+    min_p: float | None = option(None, "Drop tokens less likely than this share of the likeliest.", min=0, max=1)
     no_repeat_ngram_size: int | None = option(
-        None, "No n-gram of this size occurs twice; 0 is off.", minimum=0, unit="tokens"
+        None, "No n-gram of this size occurs twice; 0 is off.", min=0, unit="tokens"
     )
     beam_search: BeamSearchConfig = option(BeamSearchConfig(), "Beam search.")
     assisted_generation: AssistedGenerationConfig = option(AssistedGenerationConfig(), "Speculative decoding.")
@@ -157,7 +151,7 @@ class VllmAttentionConfig(Section):
     reloads: ClassVar[bool] = True
 
     backend: str | None = option(None, "Attention backend, as vLLM names it (FLASH_ATTN, FLASHINFER, …).")
-    flash_version: int | None = option(None, "Version of flash attention.", minimum=2, maximum=4)
+    flash_version: int | None = option(None, "Version of flash attention.", min=2, max=4)
     disable_sliding_window: bool | None = option(None, "Attend to the whole context even where the model has a window.")
 
 
@@ -168,11 +162,11 @@ class VllmSpeculativeConfig(Section):
     reloads: ClassVar[bool] = True
 
     model: str | None = option(None, "The drafting model.")
-    num_tokens: int | None = option(None, "Tokens to draft at a time.", minimum=1, maximum=64, unit="tokens")
+    num_tokens: int | None = option(None, "Tokens to draft at a time.", min=1, max=64, unit="tokens")
     method: str | None = option(None, "How to draft, as vLLM names it (ngram, eagle, …).")
-    prompt_lookup_min: int | None = option(None, "Shortest n-gram to look up.", minimum=1, unit="tokens")
-    prompt_lookup_max: int | None = option(None, "Longest n-gram to look up.", minimum=1, unit="tokens")
-    draft_tp_size: int | None = option(None, "GPUs to spread the drafting model over.", minimum=1, unit="GPUs")
+    prompt_lookup_min: int | None = option(None, "Shortest n-gram to look up.", min=1, unit="tokens")
+    prompt_lookup_max: int | None = option(None, "Longest n-gram to look up.", min=1, unit="tokens")
+    draft_tp_size: int | None = option(None, "GPUs to spread the drafting model over.", min=1, unit="GPUs")
 
     def check(self) -> Iterator[Problem]:
         given = [name for name, value in self.to_dict().items() if value is not None]
@@ -191,8 +185,8 @@ class VllmLoraConfig(Section):
     reloads: ClassVar[bool] = True
 
     enabled: bool = option(False, "Make room for LoRA adapters.")
-    max_loras: int | None = option(None, "Adapters in one batch.", minimum=1)
-    max_rank: int | None = option(None, "Highest rank of an adapter.", minimum=1)
+    max_loras: int | None = option(None, "Adapters in one batch.", min=1)
+    max_rank: int | None = option(None, "Highest rank of an adapter.", min=1)
 
 
 @dataclass(frozen=True)
@@ -201,33 +195,31 @@ class VllmConfig(Section):
 
     reloads: ClassVar[bool] = True
 
-    max_num_seqs: int = option(256, "Requests worked on at a time.", minimum=1, unit="requests", is_width=True)
-    max_num_batched_tokens: int | None = option(None, "Tokens in one step.", minimum=1, unit="tokens")
+    max_num_seqs: int = option(256, "Requests worked on at a time.", min=1, unit="requests", is_width=True)
+    max_num_batched_tokens: int | None = option(None, "Tokens in one step.", min=1, unit="tokens")
     max_model_len: int | None = option(
-        None, "Longest sequence; max_input_tokens + max_output_tokens when not given.", minimum=1, unit="tokens"
+        None, "Longest sequence; max_input_tokens + max_output_tokens when not given.", min=1, unit="tokens"
     )
-    gpu_memory_utilization: float = option(0.9, "Share of GPU memory to take.", minimum=0.5, maximum=0.99)
-    swap_space: float | None = option(None, "CPU swap space of older engines.", minimum=0, unit="GiB")
-    cpu_offload_gb: float | None = option(None, "Weights to keep in CPU memory.", minimum=0, unit="GiB")
-    tensor_parallel_size: int | None = option(None, "GPUs to spread each layer over.", minimum=1, unit="GPUs")
-    pipeline_parallel_size: int | None = option(None, "GPUs to spread the layers over.", minimum=1, unit="GPUs")
+    gpu_memory_utilization: float = option(0.9, "Share of GPU memory to take.", min=0.5, max=0.99)
+    swap_space: float | None = option(None, "CPU swap space of older engines.", min=0, unit="GiB")
+    cpu_offload_gb: float | None = option(None, "Weights to keep in CPU memory.", min=0, unit="GiB")
+    tensor_parallel_size: int | None = option(None, "GPUs to spread each layer over.", min=1, unit="GPUs")
+    pipeline_parallel_size: int | None = option(None, "GPUs to spread the layers over.", min=1, unit="GPUs")
     distributed_backend: str | None = option(None, "What runs the processes of several GPUs.", choices=("mp", "ray"))
     enable_prefix_caching: bool | None = option(None, "Keep what prompts have in common.")
     enable_chunked_prefill: bool | None = option(None, "Split long prefills over steps.")
     enforce_eager: bool | None = option(None, "No CUDA graphs.")
     disable_custom_all_reduce: bool | None = option(None, "All-reduce by NCCL instead of vLLM's own.")
     kv_cache_dtype: str | None = option(None, "Type of the key-value cache.", choices=("auto", "fp8"))
-    block_size: int | None = option(None, "Block of the key-value cache.", minimum=1, unit="tokens")
+    block_size: int | None = option(None, "Block of the key-value cache.", min=1, unit="tokens")
     load_format: str | None = option(None, "Format of the weights, as vLLM names it.")
     quantization: str | None = option(None, "Quantization the engine found accepts (awq, gptq, fp8, marlin, …).")
     min_p: float | None = option(
-        None, "Drop tokens less likely than this share of the likeliest.", minimum=0, maximum=1, reload=False
+        None, "Drop tokens less likely than this share of the likeliest.", min=0, max=1, reload=False
     )
-    logprobs: int | None = option(
-        None, "Log probabilities to return for each token.", minimum=0, maximum=20, reload=False
-    )
+    logprobs: int | None = option(None, "Log probabilities to return for each token.", min=0, max=20, reload=False)
     logit_bias: Mapping[str, float] | None = option(
-        None, "Bias of tokens by their id.", minimum=-100, maximum=100, reload=False
+        None, "Bias of tokens by their id.", min=-100, max=100, reload=False
     )
     attention: VllmAttentionConfig = option(VllmAttentionConfig(), "Attention.")
     speculative: VllmSpeculativeConfig = option(VllmSpeculativeConfig(), "Speculative decoding.")
@@ -248,8 +240,8 @@ class TensorRTCalibrationConfig(Section):
 
     dataset: str | None = option(None, "Dataset to calibrate on. Refused: calibrate when the checkpoint is made.")
     split: str | None = option(None, "Its split. Refused.")
-    num_samples: int | None = option(None, "Samples to take. Refused.", minimum=1, unit="prompts")
-    max_length: int | None = option(None, "Longest sample. Refused.", minimum=1, unit="tokens")
+    num_samples: int | None = option(None, "Samples to take. Refused.", min=1, unit="prompts")
+    max_length: int | None = option(None, "Longest sample. Refused.", min=1, unit="tokens")
 
 
 @dataclass(frozen=True)
@@ -263,19 +255,15 @@ class TensorRTConfig(Section):
     force_rebuild: bool | None = option(
         None, "Build even where the cache has the engine. Refused: the PyTorch flow builds none."
     )
-    max_batch_size: int = option(8, "Requests worked on at a time.", minimum=1, unit="requests", is_width=True)
-    max_input_len: int | None = option(
-        None, "Longest prompt; max_input_tokens when not given.", minimum=1, unit="tokens"
-    )
-    max_output_len: int | None = option(
-        None, "Longest output; max_output_tokens when not given.", minimum=1, unit="tokens"
-    )
-    max_num_tokens: int | None = option(None, "Tokens in one step.", minimum=1, unit="tokens")
+    max_batch_size: int = option(8, "Requests worked on at a time.", min=1, unit="requests", is_width=True)
+    max_input_len: int | None = option(None, "Longest prompt; max_input_tokens when not given.", min=1, unit="tokens")
+    max_output_len: int | None = option(None, "Longest output; max_output_tokens when not given.", min=1, unit="tokens")
+    max_num_tokens: int | None = option(None, "Tokens in one step.", min=1, unit="tokens")
     builder_opt_level: int | None = option(
-        None, "How hard the builder optimises. Refused: the PyTorch flow builds none.", minimum=0, maximum=5
+        None, "How hard the builder optimises. Refused: the PyTorch flow builds none.", min=0, max=5
     )
-    tp_size: int | None = option(None, "GPUs to spread each layer over.", minimum=1, unit="GPUs")
-    pp_size: int | None = option(None, "GPUs to spread the layers over.", minimum=1, unit="GPUs")
+    tp_size: int | None = option(None, "GPUs to spread each layer over.", min=1, unit="GPUs")
+    pp_size: int | None = option(None, "GPUs to spread the layers over.", min=1, unit="GPUs")
     quantization: str | None = option(
         None,
         "Quantization that the checkpoint must have; the PyTorch flow quantizes nothing.",
@@ -285,11 +273,9 @@ class TensorRTConfig(Section):
     kv_cache_type: str | None = option(None, "Type of the key-value cache, as the engine names it.")
     enable_chunked_context: bool | None = option(None, "Split long prefills over steps.")
     enable_kv_cache_reuse: bool | None = option(None, "Keep what prompts have in common.")
-    gpu_memory_utilization: float = option(
-        0.9, "Share of free GPU memory for the key-value cache.", minimum=0.5, maximum=0.99
-    )
+    gpu_memory_utilization: float = option(0.9, "Share of free GPU memory for the key-value cache.", min=0.5, max=0.99)
     draft_model: str | None = option(None, "The drafting model.")
-    num_draft_tokens: int | None = option(None, "Tokens to draft at a time.", minimum=1, unit="tokens")
+    num_draft_tokens: int | None = option(None, "Tokens to draft at a time.", min=1, unit="tokens")
     extra_build_args: Mapping[str, Any] = option(
         {}, "Further options of the build. Refused: the PyTorch flow builds none."
     )

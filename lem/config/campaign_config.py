@@ -1,4 +1,5 @@
 """A campaign: which experiments to run, how often, in which order, and what to do around them."""
+# ruff: noqa: RUF009 - `option` makes a dataclass field, as `dataclasses.field` does
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,9 +15,16 @@ from typing import Any, ClassVar
 from lem.base import durable, units
 from lem.base.durable import INTERLEAVED, MANIFEST_FILENAME, STRUCTURES
 from lem.config.backends import BACKENDS
-from lem.config.experiment import DatasetConfig, ExperimentConfig, ModelConfig
-from lem.config.kinds import Items
-from lem.config.option import REQUIRED, Section, check_partial, declared, option, put
+from lem.config.experiment import (
+    BUNDLED_DISTRIBUTION,
+    BUNDLED_INPUT_TOKENS,
+    DatasetConfig,
+    ExperimentConfig,
+    ModelConfig,
+    WarmupConfig,
+)
+from lem.config.kinds import REQUIRED, Items
+from lem.config.option import Section, canonical, check_partial, declared, option, put
 from lem.config.problems import Problem, nearest, nest
 
 __all__ = [
@@ -32,10 +40,8 @@ __all__ = [
     "CampaignScheduleConfig",
     "generate_campaign_id",
     "slug_of",
+    "with_campaign_defaults",
 ]
-
-
-# ruff: noqa: RUF009 - `option` makes a dataclass field, as `dataclasses.field` does
 
 
 _WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
@@ -218,25 +224,21 @@ class CampaignExplicitExperiment(Section):
 class CampaignExecutionConfig(Section):
     """How often, in which order, and how long to wait."""
 
-    cycles: int = option(3, "How often every experiment is run; intervals need 3 or more.", minimum=1, maximum=20)
+    cycles: int = option(3, "How often every experiment is run; intervals need 3 or more.", min=1, max=20)
     structure: str = option(
         INTERLEAVED, "Order: interleaved ABC ABC; shuffled within each cycle; grouped AAA BBB.", choices=STRUCTURES
     )
-    warmup_prompts: int = option(
-        5, "Default of an experiment's warmup.min_prompts.", minimum=0, maximum=200, unit="prompts"
-    )
-    warmup_timeout_seconds: float = option(
-        30.0, "Default of an experiment's warmup.timeout_seconds.", minimum=0, unit="s"
-    )
+    warmup_prompts: int = option(5, "Default of an experiment's warmup.min_prompts.", min=0, max=200, unit="prompts")
+    warmup_timeout_seconds: float = option(30.0, "Default of an experiment's warmup.timeout_seconds.", min=0, unit="s")
     config_gap_seconds: float = option(
         60.0,
         "Longest wait between experiments; ends once the device is back at idle temperature and power.",
-        minimum=0,
-        maximum=units.LONGEST_S,
+        min=0,
+        max=units.LONGEST_S,
         unit="s",
     )
     cycle_gap_seconds: float = option(
-        300.0, "Longest wait between cycles, in place of the other.", minimum=0, maximum=units.LONGEST_S, unit="s"
+        300.0, "Longest wait between cycles, in place of the other.", min=0, max=units.LONGEST_S, unit="s"
     )
     load_timeout_seconds: float = option(1800.0, "Time to load an engine.", above=0, unit="s")
     experiment_timeout_seconds: float = option(3600.0, "Time for an experiment once loaded.", above=0, unit="s")
@@ -247,7 +249,7 @@ class CampaignExecutionConfig(Section):
         "over cycles; none: every experiment loads.",
         choices=("cycle", "campaign", "none"),
     )
-    seed: int = option(42, "Seed of the shuffled order.", minimum=0)
+    seed: int = option(42, "Seed of the shuffled order.", min=0)
 
 
 @dataclass(frozen=True)
@@ -275,14 +277,12 @@ class CampaignHealthCheckConfig(Section):
     """Looks at the containers between experiments."""
 
     enabled: bool = option(True, "Look.")
-    interval_experiments: int = option(
-        0, "Experiments between looks; 0 looks once a cycle.", minimum=0, unit="experiments"
-    )
+    interval_experiments: int = option(0, "Experiments between looks; 0 looks once a cycle.", min=0, unit="experiments")
     gpu_memory_threshold_pct: float = option(
-        90.0, "GPU memory in use, by others, that is unhealthy.", minimum=50, maximum=100, unit="%"
+        90.0, "GPU memory in use, by others, that is unhealthy.", min=50, max=100, unit="%"
     )
     restart_on_failure: bool = option(True, "Restart an unhealthy container; false only logs it.")
-    max_restarts: int = option(3, "Restarts of a container in a campaign.", minimum=0)
+    max_restarts: int = option(3, "Restarts of a container in a campaign.", min=0)
 
 
 @dataclass(frozen=True)
@@ -359,7 +359,7 @@ class CampaignConfig(Section):
     model: ModelConfig | None = option(None, "Model of every experiment that names none.")
     dataset: DatasetConfig | None = option(None, "Dataset of every experiment that has no prompts.")
     num_samples: int | None = option(
-        None, "Prompts of every experiment that sets no sample_size.", minimum=1, unit="prompts"
+        None, "Prompts of every experiment that sets no sample_size.", min=1, unit="prompts"
     )
     configs: tuple[str, ...] = option((), "Experiment files, relative to the campaign file.", takes_scalar=True)
     grid: CampaignGridConfig | None = option(None, "Experiments as the product of axes.")
@@ -376,6 +376,8 @@ class CampaignConfig(Section):
         if not self.configs and self.grid is None and not self.experiments:
             yield Problem((), "nothing to run: at least one of configs, grid, experiments is due")
 
+    generate_campaign_id = staticmethod(generate_campaign_id)
+
     @property
     def campaign_id(self) -> str:
         """As `generate_campaign_id`."""
@@ -386,11 +388,6 @@ class CampaignConfig(Section):
         """As `slug_of`."""
         return slug_of(self.campaign_name)
 
-    @staticmethod
-    def generate_campaign_id(name: str) -> str:
-        """As the function of that name."""
-        return generate_campaign_id(name)
-
     def get_config_paths(self) -> list[Path]:
         """The experiment files named, those of `configs` first, as written."""
         return [Path(name) for name in (*self.configs, *(entry.config for entry in self.experiments if entry.config))]
@@ -398,3 +395,68 @@ class CampaignConfig(Section):
     def get_config_names(self) -> list[str]:
         """The names of the experiment files, without folder and ending."""
         return [path.stem for path in self.get_config_paths()]
+
+
+# Options of a campaign, and those of an experiment that they are defaults of.
+_DEFAULTS_OF = {
+    "model": ("model",),
+    "dataset": ("dataset", "prompts"),
+    "num_samples": ("dataset.sample_size", "prompts.sample_size"),
+    "execution.warmup_prompts": ("warmup.min_prompts",),
+    "execution.warmup_timeout_seconds": ("warmup.timeout_seconds",),
+}
+
+
+def with_campaign_defaults(
+    campaign: CampaignConfig, experiment: Mapping[str, Any], forced: Collection[str] = ()
+) -> dict[str, Any]:
+    """The experiment, as a plain mapping, with the campaign's model, dataset, num_samples and warm-up filled in.
+
+    Args:
+        forced: options of the campaign by dotted name, given on the command line: they win over the experiment's own.
+    """
+    out = canonical(ExperimentConfig, experiment)
+    for key, options in _DEFAULTS_OF.items():
+        if any(name == key or name.startswith(f"{key}.") for name in forced):
+            for section, _, option in (name.partition(".") for name in options):
+                if not option:
+                    out.pop(section, None)
+                elif isinstance(out.get(section), dict):
+                    out[section].pop(option, None)
+    if campaign.model is not None:
+        _fill_named(out, "model", campaign.model.changed())
+    if campaign.dataset is not None and out.get("prompts") is None:
+        _fill_named(out, "dataset", campaign.dataset.changed())
+    if campaign.num_samples is not None:
+        _fill_sample_size(out, campaign.num_samples)
+    warmup = out.setdefault("warmup", {})
+    if isinstance(warmup, dict):  # else for validation to refuse
+        prompts = campaign.execution.warmup_prompts
+        if "min_prompts" not in warmup and prompts > declared(WarmupConfig)["max_prompts"].default:
+            warmup.setdefault("max_prompts", prompts)
+        warmup.setdefault("min_prompts", prompts)
+        warmup.setdefault("timeout_seconds", campaign.execution.warmup_timeout_seconds)
+    return out
+
+
+def _fill_named(out: dict[str, Any], key: str, default: dict[str, Any]) -> None:
+    """Fill in a section that has a name; options that belong to another name are not mixed in."""
+    if key not in out:
+        out[key] = default
+    elif isinstance(out[key], dict) and "name" not in out[key]:
+        out[key] = {**default, **out[key]}
+
+
+def _fill_sample_size(out: dict[str, Any], num_samples: int) -> None:
+    for key in ("dataset", "prompts"):
+        if isinstance(out.get(key), dict):
+            out[key].setdefault("sample_size", num_samples)
+    if out.get("dataset") is None and out.get("prompts") is None:
+        longest = out.get("max_input_tokens")
+        is_shorter = isinstance(longest, int) and 0 < longest < BUNDLED_INPUT_TOKENS
+        out["prompts"] = {
+            "type": "synthetic",
+            "input_tokens": longest if is_shorter else BUNDLED_INPUT_TOKENS,
+            "sample_size": num_samples,
+            "distribution": BUNDLED_DISTRIBUTION,
+        }

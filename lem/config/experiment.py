@@ -1,4 +1,5 @@
 """One experiment: a model, a backend, the work it is given, and how it is measured."""
+# ruff: noqa: RUF009 - `option` makes a dataclass field, as `dataclasses.field` does
 
 from __future__ import annotations
 
@@ -11,11 +12,9 @@ from typing import Any, ClassVar
 
 from lem.base.measurement import SHORT_WINDOW_S, EnergySource, is_estimate
 from lem.config.backends import BACKENDS, PyTorchConfig, TensorRTConfig, VllmConfig
-from lem.config.option import REQUIRED, Section, declared, option
+from lem.config.kinds import REQUIRED
+from lem.config.option import Section, declared, option
 from lem.config.problems import Path, Problem
-
-# ruff: noqa: RUF009 - `option` makes a dataclass field, as `dataclasses.field` does
-
 
 _GPU = re.compile(r"[0-9]+|(GPU|MIG)-[0-9A-Za-z/-]+")
 _ENGINE_KEY_LENGTH = 12
@@ -76,7 +75,7 @@ class DatasetConfig(Section):
     shorthand: ClassVar[str | None] = "name"
 
     name: str = option(REQUIRED, f"An alias ({', '.join(DATASET_ALIASES)}), a name on the hub, or a folder.")
-    sample_size: int | None = option(None, "Prompts to take; null takes all.", minimum=1, unit="prompts")
+    sample_size: int | None = option(None, "Prompts to take; null takes all.", min=1, unit="prompts")
     split: str | None = option(None, "Split; the alias knows its own, else train.")
     column: str | None = option(None, "Column of the prompt; the alias knows its own.")
 
@@ -92,9 +91,7 @@ class FilePrompts(Section):
         "A .txt file with one prompt a line, or .jsonl with prompt or messages; relative to the working directory.",
         identity=False,
     )
-    sample_size: int | None = option(
-        None, "Prompts to take, from the first on; null takes all.", minimum=1, unit="prompts"
-    )
+    sample_size: int | None = option(None, "Prompts to take, from the first on; null takes all.", min=1, unit="prompts")
 
 
 # The synthetic prompts that are measured when neither dataset nor prompts is given. Changing them changes what old
@@ -110,12 +107,12 @@ class SyntheticPrompts(Section):
     """Made-up prompts of chosen lengths."""
 
     type: str = option("synthetic", "Where prompts come from.", choices=("synthetic",))
-    input_tokens: int = option(BUNDLED_INPUT_TOKENS, "Length of a prompt.", minimum=1, unit="tokens")
+    input_tokens: int = option(BUNDLED_INPUT_TOKENS, "Length of a prompt.", min=1, unit="tokens")
     output_tokens: int | None = option(
-        None, "Most tokens to generate; null takes max_output_tokens.", minimum=1, unit="tokens"
+        None, "Most tokens to generate; null takes max_output_tokens.", min=1, unit="tokens"
     )
-    sample_size: int = option(BUNDLED_SAMPLE_SIZE, "Prompts to make; 32 when not given.", minimum=1, unit="prompts")
-    seed: int = option(BUNDLED_SEED, "Seed of the text and the lengths.", minimum=0)
+    sample_size: int = option(BUNDLED_SAMPLE_SIZE, "Prompts to make; 32 when not given.", min=1, unit="prompts")
+    seed: int = option(BUNDLED_SEED, "Seed of the text and the lengths.", min=0)
     distribution: str = option(
         "fixed", "Of the lengths around the chosen ones.", choices=("fixed", "uniform", "lognormal")
     )
@@ -130,9 +127,9 @@ class HuggingFacePrompts(Section):
     split: str | None = option(None, "Split; the alias knows its own, else train.")
     subset: str | None = option(None, "Configuration of the dataset.")
     column: str | None = option(None, "Column of the prompt; the alias knows its own.")
-    sample_size: int | None = option(None, "Prompts to take; null takes all.", minimum=1, unit="prompts")
+    sample_size: int | None = option(None, "Prompts to take; null takes all.", min=1, unit="prompts")
     shuffle: bool = option(False, "Shuffle before taking.")
-    seed: int = option(42, "Seed of the shuffle.", minimum=0)
+    seed: int = option(42, "Seed of the shuffle.", min=0)
 
 
 @dataclass(frozen=True)
@@ -146,11 +143,11 @@ class DecoderConfig(Section):
         choices=tuple(_DECODER_PRESETS),
         identity=False,
     )
-    temperature: float = option(1.0, "0 is greedy.", minimum=0, maximum=2)
+    temperature: float = option(1.0, "0 is greedy.", min=0, max=2)
     do_sample: bool = option(True, "Sample; false is greedy. False by itself under temperature 0.")
-    top_k: int = option(50, "Sample from the k likeliest tokens; 0 is off.", minimum=0, unit="tokens")
-    top_p: float = option(1.0, "Sample from the likeliest tokens of this total probability.", minimum=0, maximum=1)
-    repetition_penalty: float = option(1.0, "Above 1 makes tokens seen less likely.", minimum=0.1, maximum=10)
+    top_k: int = option(50, "Sample from the k likeliest tokens; 0 is off.", min=0, unit="tokens")
+    top_p: float = option(1.0, "Sample from the likeliest tokens of this total probability.", min=0, max=1)
+    repetition_penalty: float = option(1.0, "Above 1 makes tokens seen less likely.", min=0.1, max=10)
 
     @property
     def is_greedy(self) -> bool:
@@ -184,8 +181,8 @@ class TrafficConfig(Section):
         choices=("poisson", "constant", "closed"),
     )
     target_qps: float = option(1.0, "Mean arrivals (poisson, constant).", above=0, unit="requests/s")
-    concurrency: int = option(1, "Requests in flight (closed).", minimum=1, unit="requests")
-    seed: int | None = option(None, "Seed of the arrivals; null takes random_seed.", minimum=0)
+    concurrency: int = option(1, "Requests in flight (closed).", min=1, unit="requests")
+    seed: int | None = option(None, "Seed of the arrivals; null takes random_seed.", min=0)
 
 
 @dataclass(frozen=True)
@@ -195,20 +192,20 @@ class WarmupConfig(Section):
     enabled: bool = option(True, "Warm up.")
     convergence_detection: bool = option(True, "Go on until latencies settle; false: exactly min_prompts.")
     cv_threshold: float = option(
-        0.05, "Settled: standard deviation over mean of the last latencies is below.", above=0, maximum=1
+        0.05, "Settled: standard deviation over mean of the last latencies is below.", above=0, max=1
     )
     min_prompts: int = option(
-        5, "Prompts at least, and never less than twice the concurrency.", minimum=0, maximum=200, unit="prompts"
+        5, "Prompts at least, and never less than twice the concurrency.", min=0, max=200, unit="prompts"
     )
     max_prompts: int = option(
         50,
         "Prompts at most, unless window_size steps of the measured concurrency take more.",
-        minimum=1,
-        maximum=200,
+        min=1,
+        max=200,
         unit="prompts",
     )
-    window_size: int = option(5, "Latencies looked at.", minimum=3, maximum=20, unit="prompts")
-    timeout_seconds: float = option(30.0, "Time at most; 0 sets no limit.", minimum=0, unit="s")
+    window_size: int = option(5, "Latencies looked at.", min=3, max=20, unit="prompts")
+    timeout_seconds: float = option(30.0, "Time at most; 0 sets no limit.", min=0, unit="s")
 
 
 @dataclass(frozen=True)
@@ -217,9 +214,9 @@ class BaselineConfig(Section):
 
     enabled: bool = option(True, "Measure power at rest.")
     required: bool = option(False, "Refuse to measure where it cannot be had.")
-    duration_sec: float = option(30.0, "Length of the measurement.", minimum=0.5, maximum=120, unit="s")
-    cache_ttl_sec: float = option(3600.0, "How long a baseline stands for the next.", minimum=0, unit="s")
-    sample_interval_ms: int = option(100, "Time between samples.", minimum=20, maximum=1000, unit="ms")
+    duration_sec: float = option(30.0, "Length of the measurement.", min=0.5, max=120, unit="s")
+    cache_ttl_sec: float = option(3600.0, "How long a baseline stands for the next.", min=0, unit="s")
+    sample_interval_ms: int = option(100, "Time between samples.", min=20, max=1000, unit="ms")
 
 
 @dataclass(frozen=True)
@@ -228,7 +225,7 @@ class TimeseriesConfig(Section):
 
     enabled: bool = option(True, "Sample.")
     save: bool = option(True, "Keep the samples beside the result.", identity=False)
-    sample_interval_ms: int = option(100, "Time between samples.", minimum=20, maximum=5000, unit="ms")
+    sample_interval_ms: int = option(100, "Time between samples.", min=20, max=5000, unit="ms")
 
 
 @dataclass(frozen=True)
@@ -236,7 +233,7 @@ class MeasurementConfig(Section):
     """The window and the meters."""
 
     min_window_sec: float = option(
-        SHORT_WINDOW_S, "The prompts are repeated until the window is this long.", minimum=0, maximum=3600, unit="s"
+        SHORT_WINDOW_S, "The prompts are repeated until the window is this long.", min=0, max=3600, unit="s"
     )
     energy: str = option(
         "auto",
@@ -247,14 +244,14 @@ class MeasurementConfig(Section):
     cpu_tdp_w: float | None = option(
         None,
         "Design power of all CPU packages, for energy: tdp_estimate; null asks the kernel.",
-        minimum=1,
-        maximum=10000,
+        min=1,
+        max=10000,
         unit="W",
     )
     external_csv: str | None = option(None, "Readings of an external meter: UTC time, watts.")
-    grid_g_per_kwh: float | None = option(None, "Carbon intensity of the grid.", minimum=0, unit="g/kWh")
-    pue: float | None = option(None, "Power usage effectiveness of the site.", minimum=1, maximum=10)
-    price_per_kwh: float | None = option(None, "Price of energy, in any currency.", minimum=0, unit="1/kWh")
+    grid_g_per_kwh: float | None = option(None, "Carbon intensity of the grid.", min=0, unit="g/kWh")
+    pue: float | None = option(None, "Power usage effectiveness of the site.", min=1, max=10)
+    price_per_kwh: float | None = option(None, "Price of energy, in any currency.", min=0, unit="1/kWh")
 
 
 @dataclass(frozen=True)
@@ -273,10 +270,10 @@ class ExperimentConfig(Section):
     model: ModelConfig = option(REQUIRED, "The model, or just its name.", reload=True)
     backend: str = option("pytorch", "The engine.", choices=BACKENDS, reload=True)
     config_name: str | None = option(None, "Name in tables; made of what varies when absent.", identity=False)
-    max_input_tokens: int = option(512, "Longer prompts are cut.", minimum=1, unit="tokens")
-    max_output_tokens: int = option(128, "Tokens to generate at most.", minimum=1, unit="tokens")
+    max_input_tokens: int = option(512, "Longer prompts are cut.", min=1, unit="tokens")
+    max_output_tokens: int = option(128, "Tokens to generate at most.", min=1, unit="tokens")
     min_output_tokens: int = option(
-        0, "Tokens to generate at least; not above max_output_tokens.", minimum=0, unit="tokens"
+        0, "Tokens to generate at least; not above max_output_tokens.", min=0, unit="tokens"
     )
     fp_precision: str = option(
         "float16", "Type of the weights.", choices=("float16", "float32", "bfloat16"), reload=True
@@ -294,11 +291,11 @@ class ExperimentConfig(Section):
     ignore_eos: bool = option(
         False, "Generate on past the end of a text; with min = max output tokens all do the same work."
     )
-    random_seed: int | None = option(42, "Seed of sampling; null is unseeded.", minimum=0, maximum=2**32 - 1)
+    random_seed: int | None = option(42, "Seed of sampling; null is unseeded.", min=0, max=2**32 - 1)
     streaming: bool = option(
         False, "Measure each request alone for TTFT and ITL where the backend cannot time tokens otherwise."
     )
-    num_cycles: int = option(1, "Repeats within `lem experiment`.", minimum=1, maximum=10, identity=False)
+    num_cycles: int = option(1, "Repeats within `lem experiment`.", min=1, max=10, identity=False)
     save_outputs: bool = option(False, "Keep the generated texts beside the result.", identity=False)
     dataset: DatasetConfig | None = option(None, "Prompts from a dataset: an alias or a mapping.")
     prompts: FilePrompts | SyntheticPrompts | HuggingFacePrompts | None = option(

@@ -15,6 +15,7 @@ from lem.config.campaign_config import CampaignConfig, CampaignGridConfig, Campa
 from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import (
     BOUND_WORDS,
+    REQUIRED,
     BoolKind,
     Bounds,
     ChoiceKind,
@@ -23,11 +24,10 @@ from lem.config.kinds import (
     MapKind,
     NullableKind,
     NumberKind,
-    SectionKind,
+    Option,
     TextKind,
-    VariantKind,
 )
-from lem.config.option import REQUIRED, Option, Section, declared, walk
+from lem.config.option import Section, SectionKind, VariantKind, declared, walk
 from lem.config.presets import PRESETS
 from lem.config.yamlfile import resolve_plain
 
@@ -159,34 +159,33 @@ def _kind_schema(kind: Kind) -> dict[str, Any]:
         case BoolKind():
             return {"type": "boolean"}
         case NumberKind():
-            return {"type": kind.label, **kind.bounds.json_schema()}
+            return {"type": kind.label, **kind.item.bounds.json_schema()}
         case TextKind():
-            return {"type": ["string", "integer"] if kind.takes_integer else "string", "minLength": 1}
+            return {"type": ["string", "integer"] if kind.item.takes_integer else "string", "minLength": 1}
         case ChoiceKind():
-            return {"enum": list(kind.choices)}
+            return {"enum": list(kind.item.choices)}
         case NullableKind():
             inner = _kind_schema(kind.inner)
             is_simple = isinstance(inner.get("type"), str) and set(inner) <= {"type", "minLength", *BOUND_WORDS}
             return {**inner, "type": [inner["type"], "null"]} if is_simple else {"anyOf": [inner, {"type": "null"}]}
         case ListKind():
             items = _kind_schema(kind.inner)
-            limits = {"minItems": kind.min_items, "uniqueItems": kind.is_unique}
+            limits = {"minItems": kind.item.min_items, "uniqueItems": kind.item.is_unique}
             schema = {"type": "array", "items": items, **{word: limit for word, limit in limits.items() if limit}}
-            return {"anyOf": [items, schema]} if kind.takes_scalar else schema
+            return {"anyOf": [items, schema]} if kind.item.takes_scalar else schema
         case MapKind():
             return {"type": "object", "additionalProperties": _kind_schema(kind.inner)}
         case VariantKind():
-            return {"oneOf": [_section_schema(section) for section in kind.variants.values()]}
+            return {"oneOf": [_section_schema(section) for section in kind.sections]}
         case SectionKind():
-            return _section_schema(kind.section)
+            return _section_schema(kind.sections[0])
     return {}
 
 
 # Reference
 
 
-def describe_bounds(entry: Entry) -> str:
-    """Limits, choices and unit in a few words; '' without any."""
+def _constraint(entry: Entry) -> str:
     parts = []
     if entry["bounds"]:
         parts.append(str(Bounds(*(entry["bounds"].get(word) for word in BOUND_WORDS))))
@@ -198,7 +197,6 @@ def describe_bounds(entry: Entry) -> str:
 
 
 def _plain_word(value: Any) -> str:
-    """A value as YAML writes it on one line."""
     if isinstance(value, str):
         return value
     if isinstance(value, float) and value.is_integer():
@@ -218,11 +216,9 @@ def render_text(params: Mapping[str, Entry]) -> str:
     blocks = []
     for name, entry in params.items():
         default = "required" if entry["required"] else f"default {_plain_word(entry['default'])}"
-        facts = "; ".join(part for part in (entry["type"], default, describe_bounds(entry)) if part)
-        notes = _notes(name, entry)
-        text = " ".join([entry["description"], *notes])
+        facts = "; ".join(part for part in (entry["type"], default, _constraint(entry)) if part)
         head = [f"{name}  {facts}"] if len(name) + len(facts) + 2 <= WIDTH else [name, *wrap(facts, "      ")]
-        blocks.append("\n".join([*head, *wrap(text, "    "), ""]))
+        blocks.append("\n".join([*head, *wrap(_text(name, entry), "    "), ""]))
     return "\n".join(blocks)
 
 
@@ -262,20 +258,19 @@ def _table(params: Mapping[str, Entry]) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for name, entry in params.items():
         default = "required" if entry["required"] else f"`{_plain_word(entry['default'])}`"
-        text = " ".join([entry["description"], *_notes(name, entry)])
-        cells = (f"`{name}`", entry["type"], default, describe_bounds(entry), text)
+        cells = (f"`{name}`", entry["type"], default, _constraint(entry), _text(name, entry))
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _notes(name: str, entry: Entry) -> list[str]:
-    notes = []
+def _text(name: str, entry: Entry) -> str:
+    notes = [entry["description"]]
     if entry["variants"]:
         notes.append(f"With type {' or '.join(entry['variants'])}.")
     if entry["backends"] and name.partition(".")[0] not in BACKENDS:
         notes.append(f"Honoured by {', '.join(entry['backends'])}.")
     if entry["reload"]:
         notes.append("Changing it reloads the engine.")
-    return notes
+    return " ".join(notes)
 
 
 MAX_COMMENT_COLUMN = 48
@@ -357,7 +352,7 @@ def _option_lines(name: str, item: Option, example: Any, depth: int, *, is_out: 
     is_out = is_out or example is None
     indent = "  " * depth
     head = f"{indent}{'#' if is_out else ''}{name}:"
-    limits = "" if item.sections else describe_bounds(_describe(item))
+    limits = "" if item.sections else _constraint(_describe(item))
     yield from wrap(f"{item.description} [{limits}]" if limits else item.description, f"{indent}# ")
     is_list = isinstance(item.value_kind, ListKind)
     section = item.sections[0] if len(item.sections) == 1 and not is_list else None

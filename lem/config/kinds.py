@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import math
 import operator
 import os
@@ -61,12 +62,18 @@ def as_written(tree: Any) -> Any:
     return restore_references(tree, None)
 
 
-class _Invalid:
-    def __repr__(self) -> str:
-        return "INVALID"
+class Marker(enum.Enum):
+    """Values that no configuration contains."""
+
+    INVALID = "INVALID"
+    REQUIRED = "REQUIRED"
+    UNSET = "UNSET"
 
 
-INVALID: Any = _Invalid()
+INVALID: Any = Marker.INVALID
+REQUIRED: Any = Marker.REQUIRED
+# The default of every field, which distinguishes a value that was given from one that was left out.
+UNSET: Any = Marker.UNSET
 
 
 # The keywords of JSON Schema for the limits, in the order of `Bounds`.
@@ -113,23 +120,61 @@ _BOUND_CHECKS: Sequence[tuple[Callable[[float, float], bool], str, str]] = (
 )
 
 
+@dataclass(frozen=True)
+class Option:
+    """The declaration of an option; its section adds the name and the kind that its type makes."""
+
+    default: Any  # REQUIRED, a value, or a `Section`
+    description: str  # one or two sentences for people
+    bounds: Bounds = Bounds()
+    choices: tuple[Any, ...] = ()  # the only values there are; () when open
+    unit: str | None = None
+    backends: tuple[str, ...] | None = None  # those that honour it; None for all
+    reload: bool = UNSET  # a change needs another engine load; UNSET takes `Section.reloads`
+    identity: bool = True  # it can change a measured number
+    secret: bool = False  # never shown or logged
+    is_width: bool = False  # it bounds how many requests are computed together
+    check: Callable[[str], str | None] | None = None  # what is wrong with a text, or None
+    form: str = ""  # what a text must look like, in words ("HH:MM")
+    takes_scalar: bool = False  # a single value is a list of one
+    takes_integer: bool = False  # an integer is taken as text
+    min_items: int = 0  # of a list
+    is_unique: bool = False  # of a list
+    dotted_after: int | None = None  # below this many keys of a mapping, keys are dotted names of options
+    name: str = ""
+    kind: Kind = UNSET
+
+    @property
+    def value_kind(self) -> Kind:
+        """The kind of a value that is not null."""
+        return self.kind.inner if isinstance(self.kind, NullableKind) else self.kind
+
+    @property
+    def sections(self) -> tuple[type[Any], ...]:
+        """The sections this option nests: none, one, or its variants."""
+        return self.kind.sections
+
+
 class Kind(ABC):
     """A kind of value."""
 
     name = "value"  # in the message "… is due"
     label = "value"  # in a table
+    sections: tuple[type[Any], ...] = ()  # the sections that a value of this kind is one of
+
+    def __init__(self, item: Option, inner: Kind | None = None) -> None:
+        self.item = item
+        if inner is not None:
+            self.inner = inner
+            self.sections = inner.sections
 
     @abstractmethod
     def read(self, value: Any, path: Path, sink: Sink) -> Any:
         """The normalised value, or INVALID with the problems noted."""
 
-    def dump(self, value: Any) -> Any:
-        """The value as JSON has it; `read` takes it back."""
+    def dump(self, value: Any, *, is_identity: bool = False) -> Any:  # noqa: ARG002
+        """The value as JSON has it, which `read` takes back; or the part of it that can change a measured number."""
         return value
-
-    def identity(self, value: Any) -> Any:
-        """The part of the value that can change a measured number."""
-        return self.dump(value)
 
     def due(self, value: Any, path: Path, sink: Sink, remedy: str = "", suggestion: str | None = None) -> Any:
         """INVALID, with the problem noted that a value of another kind was given."""
@@ -155,11 +200,8 @@ class BoolKind(Kind):
 class NumberKind(Kind):
     """A number within bounds."""
 
-    def __init__(self, bounds: Bounds) -> None:
-        self.bounds = bounds
-
     def check(self, value: float, path: Path, sink: Sink) -> Any:
-        complaint = self.bounds.complaint(value)
+        complaint = self.item.bounds.complaint(value)
         if complaint is None:
             return value
         sink.add(path, complaint)
@@ -214,20 +256,13 @@ class TextKind(Kind):
     name = "text"
     label = "text"
 
-    def __init__(
-        self,
-        check: Callable[[str], str | None] | None = None,  # what is wrong with a text, or None
-        *,
-        form: str = "",  # what a text must look like, in words
-        takes_integer: bool = False,  # an integer is taken as its digits (GPU indexes among UUIDs)
-    ) -> None:
-        self._check = check
-        self.takes_integer = takes_integer
-        if form:
-            self.name = self.label = form
+    def __init__(self, item: Option) -> None:
+        super().__init__(item)
+        if item.form:
+            self.name = self.label = item.form
 
     def read(self, value: Any, path: Path, sink: Sink) -> Any:
-        if isinstance(value, int) and not isinstance(value, bool) and self.takes_integer:
+        if isinstance(value, int) and not isinstance(value, bool) and self.item.takes_integer:
             value = str(value)
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
@@ -240,7 +275,7 @@ class TextKind(Kind):
         elif "\0" in value:
             complaint = "must not hold a NUL character"
         else:
-            complaint = self._check(value) if self._check is not None else None
+            complaint = self.item.check(value) if self.item.check is not None else None
         if complaint is not None:
             sink.add(path, complaint)
             return INVALID
@@ -250,18 +285,18 @@ class TextKind(Kind):
 class ChoiceKind(Kind):
     """One of a few values."""
 
-    def __init__(self, choices: Sequence[Any]) -> None:
-        self.choices = tuple(choices)
-        self._words = [choice for choice in self.choices if isinstance(choice, str)]
-        names = (str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in self.choices)
+    def __init__(self, item: Option) -> None:
+        super().__init__(item)
+        self._words = [choice for choice in item.choices if isinstance(choice, str)]
+        names = (str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in item.choices)
         self.name = f"one of {', '.join(names)}"
-        self.label = "text" if len(self._words) == len(self.choices) else "boolean or text"
+        self.label = "text" if len(self._words) == len(item.choices) else "boolean or text"
 
     def read(self, value: Any, path: Path, sink: Sink) -> Any:
         value = simple(value)
         if isinstance(value, str):
             value = str(value)
-        for choice in self.choices:
+        for choice in self.item.choices:
             if type(value) is type(choice) and value == choice:
                 return choice
         if not isinstance(value, str):
@@ -297,18 +332,15 @@ class Items(tuple[T, ...], Generic[T]):
 class NullableKind(Kind):
     """A value or null."""
 
-    def __init__(self, inner: Kind) -> None:
-        self.inner = inner
+    def __init__(self, item: Option, inner: Kind) -> None:
+        super().__init__(item, inner)
         self.name, self.label = inner.name, inner.label
 
     def read(self, value: Any, path: Path, sink: Sink) -> Any:
         return None if simple(value) is None else self.inner.read(value, path, sink)
 
-    def dump(self, value: Any) -> Any:
-        return None if value is None else self.inner.dump(value)
-
-    def identity(self, value: Any) -> Any:
-        return None if value is None else self.inner.identity(value)
+    def dump(self, value: Any, *, is_identity: bool = False) -> Any:
+        return None if value is None else self.inner.dump(value, is_identity=is_identity)
 
 
 class ListKind(Kind):
@@ -316,45 +348,34 @@ class ListKind(Kind):
 
     name = "a list"
 
-    def __init__(
-        self,
-        inner: Kind,
-        *,
-        min_items: int = 0,
-        takes_scalar: bool = False,  # a single value is a list of one
-        is_unique: bool = False,  # no value twice
-    ) -> None:
-        self.inner = inner
+    def __init__(self, item: Option, inner: Kind) -> None:
+        super().__init__(item, inner)
         self.label = f"list of {inner.label}"
-        self.min_items = min_items
-        self.takes_scalar = takes_scalar
-        self.is_unique = is_unique
 
     def read(self, value: Any, path: Path, sink: Sink) -> Any:
         if not isinstance(value, (list, tuple)):
-            if not self.takes_scalar or value is None or isinstance(value, Mapping):
+            if not self.item.takes_scalar or value is None or isinstance(value, Mapping):
                 remedy = "; put it in brackets: [ ]" if isinstance(value, (str, int, float)) else ""
                 return self.due(value, path, sink, remedy)
             read = self.inner.read(value, path, sink)
             return INVALID if read is INVALID else Items((read,))
-        if len(value) < self.min_items:
-            sink.add(path, f"must have at least {self.min_items} {'item' if self.min_items == 1 else 'items'}")
+        if len(value) < self.item.min_items:
+            sink.add(
+                path, f"must have at least {self.item.min_items} {'item' if self.item.min_items == 1 else 'items'}"
+            )
             return INVALID
         items = [self.inner.read(item, (*path, index), sink) for index, item in enumerate(value)]
         if any(item is INVALID for item in items):
             return INVALID
-        if self.is_unique:
+        if self.item.is_unique:
             for index, item in enumerate(items):
                 if item in items[:index]:
                     sink.add((*path, index), f"{item!r} is in the list twice")
                     return INVALID
         return Items(items)
 
-    def dump(self, value: Any) -> Any:
-        return [self.inner.dump(item) for item in value]
-
-    def identity(self, value: Any) -> Any:
-        return [self.inner.identity(item) for item in value]
+    def dump(self, value: Any, *, is_identity: bool = False) -> Any:
+        return [self.inner.dump(item, is_identity=is_identity) for item in value]
 
 
 class MapKind(Kind):
@@ -362,8 +383,8 @@ class MapKind(Kind):
 
     name = "a mapping"
 
-    def __init__(self, inner: Kind) -> None:
-        self.inner = inner
+    def __init__(self, item: Option, inner: Kind) -> None:
+        super().__init__(item, inner)
         self.label = "mapping" if isinstance(inner, AnyKind) else f"mapping to {inner.label}"
 
     def read(self, value: Any, path: Path, sink: Sink) -> Any:
@@ -379,8 +400,8 @@ class MapKind(Kind):
             out[str(key)] = self.inner.read(item, (*path, str(key)), sink)
         return INVALID if any(item is INVALID for item in out.values()) else out
 
-    def dump(self, value: Any) -> Any:
-        return {key: self.inner.dump(item) for key, item in value.items()}
+    def dump(self, value: Any, *, is_identity: bool = False) -> Any:
+        return {key: self.inner.dump(item, is_identity=is_identity) for key, item in value.items()}
 
 
 class AnyKind(Kind):
@@ -400,7 +421,7 @@ class AnyKind(Kind):
             return _MAPPING_OF_ANY.read(value, path, sink)
         return self.due(value, path, sink)
 
-    def dump(self, value: Any) -> Any:
+    def dump(self, value: Any, *, is_identity: bool = False) -> Any:  # noqa: ARG002
         if isinstance(value, Mapping):
             return _MAPPING_OF_ANY.dump(value)
         if isinstance(value, (list, tuple)):
@@ -408,60 +429,9 @@ class AnyKind(Kind):
         return str(value) if isinstance(value, str) else value
 
 
-_FINITE, _LIST_OF_ANY, _MAPPING_OF_ANY = FloatKind(Bounds()), ListKind(AnyKind()), MapKind(AnyKind())
-
-
-class SectionKind(Kind):
-    """A nested section (a class of `lem.config.option`)."""
-
-    name = "a mapping"
-    label = "section"
-
-    def __init__(self, section: Any) -> None:
-        self.section = section
-
-    def read(self, value: Any, path: Path, sink: Sink) -> Any:
-        return value if isinstance(value, self.section) else self.section.read(value, path, sink)
-
-    def dump(self, value: Any) -> Any:
-        return value.to_dict()
-
-    def identity(self, value: Any) -> Any:
-        return value.identity()
-
-
-class VariantKind(SectionKind):
-    """One of several sections, distinguished by their option `type`."""
-
-    def __init__(self, variants: Mapping[str, Any]) -> None:
-        self.variants = variants
-        super().__init__(tuple(variants.values()))
-
-    def read(self, value: Any, path: Path, sink: Sink) -> Any:
-        if isinstance(value, self.section):
-            return value
-        if not isinstance(value, Mapping):
-            return self.due(value, path, sink)
-        names = ", ".join(self.variants)
-        if "type" not in value:
-            if sink.is_partial:
-                return self._read_untyped(value, path, sink)
-            sink.add((*path, "type"), f"is required: one of {names}", is_about_key=True)
-            return INVALID
-        kind = value["type"]
-        if not isinstance(kind, str) or str(kind) not in self.variants:
-            got = repr(str(kind)) if isinstance(kind, str) else describe(kind)
-            near = nearest(kind, list(self.variants)) if isinstance(kind, str) else None
-            sink.add((*path, "type"), f"one of {names} is due, got {got}", near)
-            return INVALID
-        return self.variants[str(kind)].read(value, path, sink)
-
-    def _read_untyped(self, value: Mapping[str, Any], path: Path, sink: Sink) -> Any:
-        """Check a part of a variant against every variant, and keep the problems of the best fit."""
-        sinks = []
-        for section in self.variants.values():
-            sinks.append(Sink(is_partial=True))
-            section.read(value, path, sinks[-1])
-        best = min(sinks, key=lambda tried: len(tried.problems))
-        sink.problems.extend(best.problems)
-        return INVALID if best.problems else dict(value)
+_FREE = Option(None, "")
+_FINITE, _LIST_OF_ANY, _MAPPING_OF_ANY = (
+    FloatKind(_FREE),
+    ListKind(_FREE, AnyKind(_FREE)),
+    MapKind(_FREE, AnyKind(_FREE)),
+)

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, Generic, TypeVar
 
 from lem.base.errors import ConfigurationError
-from lem.config.campaign_config import CampaignConfig, CampaignExplicitExperiment
-from lem.config.experiment import (
-    BUNDLED_DISTRIBUTION,
-    BUNDLED_INPUT_TOKENS,
-    ExperimentConfig,
-    WarmupConfig,
-)
-from lem.config.kinds import MapKind, as_written
-from lem.config.option import Option, Section, canonical, declared, find_option, merge
+from lem.config.campaign_config import CampaignConfig, CampaignExplicitExperiment, with_campaign_defaults
+from lem.config.experiment import ExperimentConfig
+from lem.config.kinds import MapKind, Option, as_written
+from lem.config.option import Section, canonical, declared, find_option, merge
 from lem.config.presets import find_preset
 from lem.config.problems import ConfigProblems, Path, Problem, dotted, leaves, nest
 from lem.config.yamlfile import Document, FileProblems, Located, Place, parse_value, read_document
 
-C = TypeVar("C")
 S = TypeVar("S", bound=Section)
 Sets = Sequence["str | tuple[str, Any]"]
 
@@ -31,15 +25,6 @@ EXTENDS = "_extends"
 
 # Options that only a campaign has, to distinguish the two kinds of files.
 _CAMPAIGN_ONLY = frozenset(declared(CampaignConfig)) - frozenset(declared(ExperimentConfig))
-
-# Options of a campaign, and those of an experiment that they are defaults of.
-_DEFAULTS_OF = {
-    "model": ("model",),
-    "dataset": ("dataset", "prompts"),
-    "num_samples": ("dataset.sample_size", "prompts.sample_size"),
-    "execution.warmup_prompts": ("warmup.min_prompts",),
-    "execution.warmup_timeout_seconds": ("warmup.timeout_seconds",),
-}
 
 # The model of an experiment without one, to find what else is wrong with it.
 _NO_MODEL = {"name": "none"}
@@ -95,6 +80,12 @@ class Source:
         """The mapping as it was written, with `${VAR}` unexpanded, for records."""
         written: dict[str, Any] = as_written(self.mapping)
         return written
+
+    @property
+    def forced(self) -> frozenset[str]:
+        """The options given on the command line, which win over the experiments' own (`with_campaign_defaults`)."""
+        given = (path for path, number in self.origins.items() if self.layers[number].kind == "command line")
+        return frozenset(map(dotted, given))
 
     def layer_of(self, path: Path) -> Layer | None:
         """The layer that gave the value at a path, or the value that contains it; None for a default."""
@@ -159,23 +150,29 @@ class ListedExperiment:
 
 
 @dataclass(frozen=True)
-class Loaded(Generic[C]):
+class Loaded(Generic[S]):
     """A configuration and where it came from."""
 
-    config: C
-    provenance: Mapping[str, str]  # for every dotted option `command line`, `file`, `preset` or `default`
+    config: S
     source: Source
     listed: tuple[ListedExperiment, ...] = ()  # the experiments of `configs`, then those of `experiments`
     preset: Mapping[str, Any] = field(default_factory=dict)  # values that the experiments of a grid start from
 
     @property
     def forced(self) -> frozenset[str]:
-        """The options given on the command line, which win over the experiments' own (`with_campaign_defaults`)."""
-        return _forced(self.provenance)
+        """As `Source.forced`."""
+        return self.source.forced
 
-
-def _forced(provenance: Mapping[str, str]) -> frozenset[str]:
-    return frozenset(key for key, origin in provenance.items() if origin == "command line")
+    @property
+    def provenance(self) -> dict[str, str]:
+        """For every option by dotted name `command line`, `file`, `preset` or `default`."""
+        out: dict[str, str] = {}
+        for path, _ in leaves(self.config.to_dict()):
+            layer = self.source.layer_of(path)
+            config = self.config
+            is_preset = layer is None and isinstance(config, ExperimentConfig) and config.is_from_decoder_preset(path)
+            out[dotted(path)] = "preset" if is_preset else "default" if layer is None else layer.kind
+        return out
 
 
 def load_campaign(
@@ -234,7 +231,7 @@ def load_experiment(
     config, problems = _validate(ExperimentConfig, source)
     _raise_if_any(found, problems, hint)
     assert config is not None  # noqa: S101 - without problems there is one
-    return Loaded(config, _provenance(config, source), source)
+    return Loaded(config, source)
 
 
 def kind_of(path: FilePath | str, environ: Mapping[str, str] = os.environ) -> str:
@@ -302,12 +299,9 @@ class _Loader:
         source = self.with_sets(source)
         start = find_preset(self._preset).values if self._preset is not None else {}
         config, problems = _validate(CampaignConfig, source)
-        provenance = {} if config is None else _provenance(config, source)
         listed = []
         for one in self._listed(source, problems):
-            mapping: Mapping[str, Any] = one.mapping
-            if config is not None:
-                mapping = with_campaign_defaults(config, mapping, _forced(provenance))
+            mapping = one.mapping if config is None else with_campaign_defaults(config, one.mapping, source.forced)
             listed.append(dataclasses.replace(one, mapping=mapping))
             # An experiment without a model is not an error of the file: the plan filters it, with that reason.
             checked = mapping if "model" in mapping else {**mapping, "model": _NO_MODEL}
@@ -317,7 +311,7 @@ class _Loader:
                 problems += one.source.locate(error.problems)
         _raise_if_any(found or [], problems, hint)
         assert config is not None  # noqa: S101 - without problems there is one
-        return Loaded(config, provenance, source, tuple(listed), start)
+        return Loaded(config, source, tuple(listed), start)
 
     def _listed(self, campaign: Source, problems: Located) -> Iterable[ListedExperiment]:
         """The experiments that a campaign lists, without its defaults; notes the files that cannot be read."""
@@ -427,66 +421,3 @@ def _raise_if_any(found: Located, problems: Located, hint: str) -> None:
     located = [*found, *(item for item in problems if item[0] not in unread)]
     if located:
         raise FileProblems(located, hint)
-
-
-def _provenance(config: Section, source: Source) -> dict[str, str]:
-    out: dict[str, str] = {}
-    for path, _ in leaves(config.to_dict()):
-        layer = source.layer_of(path)
-        is_preset = layer is None and isinstance(config, ExperimentConfig) and config.is_from_decoder_preset(path)
-        out[dotted(path)] = "preset" if is_preset else "default" if layer is None else layer.kind
-    return out
-
-
-def with_campaign_defaults(
-    campaign: CampaignConfig, experiment: Mapping[str, Any], forced: Collection[str] = ()
-) -> dict[str, Any]:
-    """The experiment, as a plain mapping, with the campaign's model, dataset, num_samples and warm-up filled in.
-
-    `forced` are options of the campaign by dotted name, given on the command line: they win over the experiment's own.
-    """
-    out = canonical(ExperimentConfig, experiment)
-    for key, options in _DEFAULTS_OF.items():
-        if any(name == key or name.startswith(f"{key}.") for name in forced):
-            for section, _, option in (name.partition(".") for name in options):
-                if not option:
-                    out.pop(section, None)
-                elif isinstance(out.get(section), dict):
-                    out[section].pop(option, None)
-    if campaign.model is not None:
-        _fill_named(out, "model", campaign.model.changed())
-    if campaign.dataset is not None and out.get("prompts") is None:
-        _fill_named(out, "dataset", campaign.dataset.changed())
-    if campaign.num_samples is not None:
-        _fill_sample_size(out, campaign.num_samples)
-    warmup = out.setdefault("warmup", {})
-    if isinstance(warmup, dict):  # else for validation to refuse
-        prompts = campaign.execution.warmup_prompts
-        if "min_prompts" not in warmup and prompts > declared(WarmupConfig)["max_prompts"].default:
-            warmup.setdefault("max_prompts", prompts)
-        warmup.setdefault("min_prompts", prompts)
-        warmup.setdefault("timeout_seconds", campaign.execution.warmup_timeout_seconds)
-    return out
-
-
-def _fill_named(out: dict[str, Any], key: str, default: dict[str, Any]) -> None:
-    """Fill in a section that has a name; options that belong to another name are not mixed in."""
-    if key not in out:
-        out[key] = default
-    elif isinstance(out[key], dict) and "name" not in out[key]:
-        out[key] = {**default, **out[key]}
-
-
-def _fill_sample_size(out: dict[str, Any], num_samples: int) -> None:
-    for key in ("dataset", "prompts"):
-        if isinstance(out.get(key), dict):
-            out[key].setdefault("sample_size", num_samples)
-    if out.get("dataset") is None and out.get("prompts") is None:
-        longest = out.get("max_input_tokens")
-        is_shorter = isinstance(longest, int) and 0 < longest < BUNDLED_INPUT_TOKENS
-        out["prompts"] = {
-            "type": "synthetic",
-            "input_tokens": longest if is_shorter else BUNDLED_INPUT_TOKENS,
-            "sample_size": num_samples,
-            "distribution": BUNDLED_DISTRIBUTION,
-        }

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from lem.config.kinds import (
     INVALID,
+    REQUIRED,
+    UNSET,
     AnyKind,
     BoolKind,
     Bounds,
@@ -22,84 +23,26 @@ from lem.config.kinds import (
     ListKind,
     MapKind,
     NullableKind,
-    SectionKind,
+    Option,
     TextKind,
-    VariantKind,
 )
 from lem.config.problems import Path, Problem, Sink, describe, dotted, nearest, nest
 
-
-class _Marker:
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __repr__(self) -> str:
-        return self._name
-
-
-REQUIRED: Any = _Marker("REQUIRED")
-# The default of every field, so that a value that was given can be told from one that was left out.
-UNSET: Any = _Marker("UNSET")
 _METADATA = "lem.option"
-
-
-@dataclass(frozen=True)
-class Option:
-    """The declaration of an option; its section adds the name and the kind that its type makes."""
-
-    default: Any  # REQUIRED, a value, or a `Section`
-    description: str  # one or two sentences for people
-    bounds: Bounds = Bounds()  # noqa: RUF009 - frozen; limits of a number, or of each number in a list
-    choices: tuple[Any, ...] = ()  # the only values there are; () when open
-    unit: str | None = None
-    backends: tuple[str, ...] | None = None  # those that honour it; None for all
-    reload: bool = UNSET  # a change needs another engine load; UNSET takes `Section.reloads`
-    identity: bool = True  # it can change a measured number
-    secret: bool = False  # never shown or logged
-    is_width: bool = False  # it bounds how many requests are computed together
-    check: Callable[[str], str | None] | None = None  # what is wrong with a text, or None
-    form: str = ""  # what a text must look like, in words ("HH:MM")
-    takes_scalar: bool = False  # a single value is a list of one
-    takes_integer: bool = False  # an integer is taken as text
-    min_items: int = 0  # of a list
-    is_unique: bool = False  # of a list
-    dotted_after: int | None = None  # below this many keys of a mapping, keys are dotted names of options
-    name: str = ""
-    kind: Kind = AnyKind()  # noqa: RUF009 - has no state
-
-    def fresh_default(self) -> Any:
-        """The default value; a copy where it could be changed."""
-        value = self.default
-        return dict(value) if isinstance(value, dict) else Items(value) if isinstance(value, (list, tuple)) else value
-
-    @property
-    def value_kind(self) -> Kind:
-        """The kind of a value that is not null."""
-        return self.kind.inner if isinstance(self.kind, NullableKind) else self.kind
-
-    @property
-    def sections(self) -> tuple[type[Section], ...]:
-        """The sections this option nests: none, one, or its variants."""
-        kind = self.kind
-        while isinstance(kind, (NullableKind, ListKind)):
-            kind = kind.inner
-        if isinstance(kind, VariantKind):
-            return tuple(kind.variants.values())
-        return (kind.section,) if isinstance(kind, SectionKind) else ()
 
 
 def option(
     default: Any,
     description: str,
     *,
-    minimum: float | None = None,
-    maximum: float | None = None,
+    min: float | None = None,  # noqa: A002 - short, since it is in every second declaration
+    max: float | None = None,  # noqa: A002
     above: float | None = None,
     below: float | None = None,
     **rest: Any,
 ) -> Any:
     """A dataclass field that declares an option; the rest is as in `Option`."""
-    declaration = Option(default, description, Bounds(minimum, above, maximum, below), **rest)
+    declaration = Option(default, description, Bounds(min, above, max, below), **rest)
     return dataclasses.field(default=UNSET, metadata={_METADATA: declaration})
 
 
@@ -189,7 +132,11 @@ class Section:
     def make_identity(self) -> dict[str, Any]:
         """As `identity`, computed every time."""
         values = self.__dict__
-        return {name: item.kind.identity(values[name]) for name, item in declared(type(self)).items() if item.identity}
+        return {
+            name: item.kind.dump(values[name], is_identity=True)
+            for name, item in declared(type(self)).items()
+            if item.identity
+        }
 
     @classmethod
     def rewrite(cls, mapping: Mapping[Any, Any]) -> Mapping[Any, Any]:
@@ -208,6 +155,60 @@ class Section:
     def check(self) -> Iterator[Problem]:
         """What is wrong between options that are all valid by themselves; paths are relative to the section."""
         yield from ()
+
+
+class SectionKind(Kind):
+    """A nested section."""
+
+    name = "a mapping"
+    label = "section"
+
+    def __init__(self, item: Option, *sections: type[Section]) -> None:
+        super().__init__(item)
+        self.sections = sections
+
+    def read(self, value: Any, path: Path, sink: Sink) -> Any:
+        return value if isinstance(value, self.sections) else self.sections[0].read(value, path, sink)
+
+    def dump(self, value: Any, *, is_identity: bool = False) -> Any:
+        return value.identity() if is_identity else value.to_dict()
+
+
+class VariantKind(SectionKind):
+    """One of several sections, distinguished by their option `type`."""
+
+    def __init__(self, item: Option, variants: Mapping[str, type[Section]]) -> None:
+        super().__init__(item, *variants.values())
+        self.variants = variants
+
+    def read(self, value: Any, path: Path, sink: Sink) -> Any:
+        if isinstance(value, self.sections):
+            return value
+        if not isinstance(value, Mapping):
+            return self.due(value, path, sink)
+        names = ", ".join(self.variants)
+        if "type" not in value:
+            if sink.is_partial:
+                return self._read_untyped(value, path, sink)
+            sink.add((*path, "type"), f"is required: one of {names}", is_about_key=True)
+            return INVALID
+        kind = value["type"]
+        if not isinstance(kind, str) or str(kind) not in self.variants:
+            got = repr(str(kind)) if isinstance(kind, str) else describe(kind)
+            near = nearest(kind, list(self.variants)) if isinstance(kind, str) else None
+            sink.add((*path, "type"), f"one of {names} is due, got {got}", near)
+            return INVALID
+        return self.variants[str(kind)].read(value, path, sink)
+
+    def _read_untyped(self, value: Mapping[str, Any], path: Path, sink: Sink) -> Any:
+        """Check a part of a variant against every variant, and keep the problems of the best fit."""
+        sinks = []
+        for section in self.variants.values():
+            sinks.append(Sink(is_partial=True))
+            section.read(value, path, sinks[-1])
+        best = min(sinks, key=lambda tried: len(tried.problems))
+        sink.problems.extend(best.problems)
+        return INVALID if best.problems else dict(value)
 
 
 # The options of each section and their defaults, computed once per class since a grid makes thousands of instances
@@ -231,7 +232,9 @@ def _declared(section: type[Section]) -> tuple[Mapping[str, Option], Mapping[str
         reload = section.reloads if item.reload is UNSET else item.reload
         kind = _kind_of(hints[field.name], item)
         options[field.name] = dataclasses.replace(item, name=field.name, kind=kind, reload=reload)
-    defaults = {name: item.fresh_default() for name, item in options.items()}
+    defaults = {
+        name: Items(item.default) if isinstance(item.default, tuple) else item.default for name, item in options.items()
+    }
     return _DECLARED.setdefault(section, (types.MappingProxyType(options), types.MappingProxyType(defaults)))
 
 
@@ -378,9 +381,9 @@ def _section_at(section: type[Section] | None, name: str, value: Any) -> type[Se
     item = declared(section).get(name) if section is not None else None
     if item is None or not item.sections:
         return None
-    if len(item.sections) > 1 and isinstance(value, Mapping):
-        kinds = {declared(candidate)["type"].default: candidate for candidate in item.sections}
-        return kinds.get(value.get("type")) if isinstance(value.get("type"), str) else None
+    if isinstance(item.value_kind, VariantKind) and isinstance(value, Mapping):
+        kind = value.get("type")
+        return item.value_kind.variants.get(kind) if isinstance(kind, str) else None
     return item.sections[0]
 
 
@@ -398,23 +401,16 @@ def _kind_of(hint: Any, item: Option) -> Kind:
     members = arguments if origin in (typing.Union, types.UnionType) else ()
     if type(None) in members:
         rest = tuple(member for member in members if member is not type(None))
-        return NullableKind(_kind_of(typing.Union[rest], item))  # noqa: UP007
+        return NullableKind(item, _kind_of(typing.Union[rest], item))  # noqa: UP007
     if members and all(isinstance(member, type) and issubclass(member, Section) for member in members):
-        return VariantKind({str(declared(member)["type"].default): member for member in members})
+        return VariantKind(item, {str(declared(member)["type"].default): member for member in members})
     if origin is tuple:
-        inner = _kind_of(arguments[0], item)
-        return ListKind(inner, min_items=item.min_items, takes_scalar=item.takes_scalar, is_unique=item.is_unique)
+        return ListKind(item, _kind_of(arguments[0], item))
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return MapKind(_kind_of(arguments[1], item))
+        return MapKind(item, _kind_of(arguments[1], item))
     if item.choices:
-        return ChoiceKind(item.choices)
+        return ChoiceKind(item)
     if isinstance(hint, type) and issubclass(hint, Section):
-        return SectionKind(hint)
-    plain: Mapping[Any, Callable[[], Kind]] = {
-        bool: BoolKind,
-        int: lambda: IntKind(item.bounds),
-        float: lambda: FloatKind(item.bounds),
-        str: lambda: TextKind(item.check, form=item.form, takes_integer=item.takes_integer),
-        Any: AnyKind,
-    }
-    return plain[hint]()
+        return SectionKind(item, hint)
+    plain: Mapping[Any, type[Kind]] = {bool: BoolKind, int: IntKind, float: FloatKind, str: TextKind, Any: AnyKind}
+    return plain[hint](item)

@@ -19,20 +19,16 @@ class Preset:
     values: Mapping[str, Any]  # as an experiment file would have them
 
 
-def _preset(name: str, description: str, tokens: tuple[int, int], backend: str = "", **options: Any) -> Preset:
+def _preset(name: str, description: str, tokens: tuple[int, int], **engine: Mapping[str, Any]) -> Preset:
     values: dict[str, Any] = {
         "max_input_tokens": tokens[0],
         "max_output_tokens": tokens[1],
         "decoder": {"preset": "deterministic"},  # all are greedy, so that two runs do the same work
     }
-    if backend:
+    for backend, options in engine.items():
         values.update({"backend": backend, backend: options})
     return Preset(name, description, values)
 
-
-_VLLM_THROUGHPUT = {"max_num_seqs": 256, "enable_chunked_prefill": True, "enable_prefix_caching": True}
-_VLLM_SPECULATIVE = {"method": "ngram", "num_tokens": 5, "prompt_lookup_max": 4}
-_PYTORCH_OPTIMIZED = {"attn_implementation": "flash_attention_2", "torch_compile": "default"}
 
 _PRESETS = (
     _preset("quick-test", "Short prompts and outputs, to see that everything works.", (64, 32)),
@@ -42,45 +38,38 @@ _PRESETS = (
         "vllm-throughput",
         "vLLM with many requests at a time, chunked prefill and prefix caching.",
         (2048, 512),
-        "vllm",
-        **_VLLM_THROUGHPUT,
+        vllm={"max_num_seqs": 256, "enable_chunked_prefill": True, "enable_prefix_caching": True},
     ),
     _preset(
         "vllm-speculative",
         "vLLM drafting 5 tokens at a time from n-grams of the prompt.",
         (2048, 256),
-        "vllm",
-        speculative=_VLLM_SPECULATIVE,
+        vllm={"speculative": {"method": "ngram", "num_tokens": 5, "prompt_lookup_max": 4}},
     ),
-    _preset("vllm-memory-efficient", "vLLM with an fp8 key-value cache.", (4096, 512), "vllm", kv_cache_dtype="fp8"),
+    _preset("vllm-memory-efficient", "vLLM with an fp8 key-value cache.", (4096, 512), vllm={"kv_cache_dtype": "fp8"}),
     _preset(
         "vllm-low-latency",
         "vLLM with few requests at a time and no CUDA graphs.",
         (512, 128),
-        "vllm",
-        max_num_seqs=32,
-        enforce_eager=True,
+        vllm={"max_num_seqs": 32, "enforce_eager": True},
     ),
     _preset(
         "pytorch-optimized",
         "transformers with flash attention 2, compiled.",
         (2048, 512),
-        "pytorch",
-        **_PYTORCH_OPTIMIZED,
+        pytorch={"attn_implementation": "flash_attention_2", "torch_compile": "default"},
     ),
     _preset(
         "pytorch-speculative",
         "transformers drafting 5 tokens at a time from n-grams of the prompt.",
         (2048, 256),
-        "pytorch",
-        assisted_generation={"num_tokens": 5},
+        pytorch={"assisted_generation": {"num_tokens": 5}},
     ),
     _preset(
         "pytorch-compatible",
         "transformers with eager attention, which runs every model.",
         (512, 128),
-        "pytorch",
-        attn_implementation="eager",
+        pytorch={"attn_implementation": "eager"},
     ),
 )
 

@@ -64,6 +64,10 @@ class Place:
     mark: Mark | None = None
     line: str = ""
 
+    @property
+    def position(self) -> tuple[int, int]:
+        return (self.mark.line, self.mark.column) if self.mark is not None else (0, 0)
+
     def __str__(self) -> str:
         return self.label if self.mark is None else f"{self.label}:{self.mark.line}:{self.mark.column}"
 
@@ -80,12 +84,7 @@ class FileProblems(ConfigProblems):
             unique.setdefault((place, problem.message if place.mark else str(problem)), (place, problem))
         files = list(dict.fromkeys(place.label for place, _ in unique))
         # Problems without a position come before those of their file, which are in the order of its lines.
-        self.located = tuple(
-            sorted(
-                unique.values(),
-                key=lambda item: (files.index(item[0].label), *_position(item[0])),
-            )
-        )
+        self.located = tuple(sorted(unique.values(), key=lambda item: (files.index(item[0].label), *item[0].position)))
         count = len(self.located)
         shown = [render(place, problem) for place, problem in self.located[:MAX_SHOWN_PROBLEMS]]
         if count > len(shown):
@@ -93,10 +92,6 @@ class FileProblems(ConfigProblems):
         if count > 1:
             shown.insert(0, f"{count} problems in the configuration:")
         super().__init__((problem for _, problem in self.located), "\n".join(shown), hint)
-
-
-def _position(place: Place) -> tuple[int, int]:
-    return (place.mark.line, place.mark.column) if place.mark is not None else (0, 0)
 
 
 def render(place: Place, problem: Problem) -> str:
@@ -281,7 +276,7 @@ def _no_text(path: FilePath, data: bytes, offset: int, message: str, hint: str =
 def _read_text(text: str, name: str, path: FilePath, environ: Mapping[str, str]) -> Document:
     lines = tuple(text.splitlines())
     try:
-        node = _Loader(text).single_node()
+        node = _Loader(text).get_single_node()
     except yaml.YAMLError as error:
         raise FileProblems([_syntax_problem(error, name, text)]) from error
     builder = _Builder(environ)
@@ -303,9 +298,6 @@ class _Loader(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, yaml
         yaml.composer.Composer.__init__(self)
         self._depth = 0
 
-    def single_node(self) -> Any:
-        return self.get_single_node()
-
     def compose_node(self, parent: Any, index: Any) -> Any:
         self._depth += 1
         if self._depth > MAX_DEPTH:
@@ -316,10 +308,10 @@ class _Loader(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, yaml
         return node
 
     def descend_resolver(self, parent: Any, index: Any) -> None:
-        """Part of PyYAML's resolver, which is not used."""
+        """Nothing: PyYAML's resolver is not used."""
 
     def ascend_resolver(self) -> None:
-        """Part of PyYAML's resolver, which is not used."""
+        """Nothing, as above."""
 
     def resolve(self, kind: Any, _value: Any, implicit: Any) -> str:
         """The tag of a node that has none of its own."""

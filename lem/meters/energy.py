@@ -1,99 +1,60 @@
-"""The energy and efficiency sections of a record, from the sample log."""
+"""The energy, GPU, idle, efficiency and carbon sections of a record, from the sample log."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, fields
+from functools import reduce
+from itertools import pairwise
+from operator import or_
 from statistics import fmean
+from typing import Any, TypeVar
 
 from lem.base import measurement as names
-from lem.base.measurement import CROSSCHECK_TOLERANCE, REST_TOLERANCE, EnergyScope, EnergySource
+from lem.base.measurement import (
+    CROSSCHECK_TOLERANCE,
+    POWER_CAP_BIT,
+    REST_TOLERANCE,
+    THERMAL_BITS,
+    EnergyScope,
+    EnergySource,
+)
 from lem.base.reasons import Reason
-from lem.base.units import JOULES_PER_WATT_HOUR
+from lem.base.units import JOULES_PER_WATT_HOUR, NS_PER_S
 from lem.config.experiment import MeasurementConfig
-from lem.meters.checks import (
+from lem.meters.curve import HOLE_PERIODS, NotMeasured, Span, update_period_s
+from lem.meters.external import ExternalReadings, external_energy_j
+from lem.meters.rapl import DRAM, PACKAGE
+from lem.meters.samples import GpuSample, Mark, SampleLog
+from lem.meters.sources import Baselines, Sources
+from lem.meters.window import (
+    AttemptLog,
+    check_plausible,
+    check_sampled,
     crosscheck_ratio,
     foreign_pids,
     is_power_steady,
     meter_warnings,
     sample_gap_max_s,
+    samples_in,
     slowdowns,
 )
-from lem.meters.curve import Curve, NotMeasured, Span, update_period_s
-from lem.meters.external import ExternalReadings, external_energy_j
-from lem.meters.gpu_section import Figures, describe_gpu, describe_unseen_gpu, samples_in
-from lem.meters.rapl import DRAM, PACKAGE
-from lem.meters.samples import Mark, SampleLog
-from lem.meters.sources import AttemptLog, Baselines, Sources
-from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Measured, Work, parts_of_source
+from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Measured, Work, known, parts_of_source
 
-_FIELDS = ("prefill_energy_j", "decode_energy_j", "phase_method")
+_Value = TypeVar("_Value")
 
-
-def split_phases(energy: Figures, attempt: AttemptLog, primary: Figures, window_repeats: int) -> None:
-    """Fill the fields of the phases.
-
-    The same prompts are run for their prefill alone, in a window of its own with its own guards; its energy per pass,
-    times the passes of the main window, is that of prefill, and the rest of the main window is decode.
-    """
-    phases = Figures()
-    prefill_j = phases.work_out("prefill", lambda: _prefill_j(attempt, primary, window_repeats))
-    if prefill_j is None:
-        for field in _FIELDS:
-            energy.leave_out(field, phases.reasons["prefill"])
-        return
-    energy.values["prefill_energy_j"] = prefill_j
-    energy.values["decode_energy_j"] = primary.values["energy_j"] - prefill_j
-    passes = _passes(attempt)
-    energy.values["phase_method"] = (
-        f"differenced runs: {passes} {'pass' if passes == 1 else 'passes'} of prefill alone, scaled to the "
-        f"{window_repeats} of the window; decode is the rest"
-    )
-
-
-def _prefill_j(attempt: AttemptLog, primary: Figures, window_repeats: int) -> float:
-    prefill = attempt.span(names.PREFILL)
-    if prefill is None:
-        raise NotMeasured("energy by phases was not asked for (measurement.phases)")
-    if attempt.is_steady_mode:
-        raise NotMeasured("under traffic prefill and decode of different requests run at once")
-    whole_j = float(primary.need("energy_j"))
-    for span, what in ((attempt.window, "window"), (prefill, "window of prefill alone")):
-        slowed = next(slowdowns(attempt, span, what), None)
-        if slowed is not None:
-            raise NotMeasured(slowed.text)
-    found_j = _phase_window_j(attempt, prefill) * window_repeats / _passes(attempt)
-    if not 0 < found_j < whole_j:
-        raise NotMeasured(f"prefill alone took {found_j:.4g} J, which is no part of the window's {whole_j:.4g} J")
-    return found_j
-
-
-def _phase_window_j(attempt: AttemptLog, span: Span) -> float:
-    curves = attempt.primary_curves()
-    guards = (names.PREFILL_GUARD_BEFORE, names.PREFILL_GUARD_AFTER)
-    return sum(attempt.energy_j(curve, span, guards, 1 / len(curves)) for curve in curves)
-
-
-def _passes(attempt: AttemptLog) -> int:
-    return sum(mark.name == names.PREFILL for mark in attempt.marks)
+_J_PER_KWH = 1000 * JOULES_PER_WATT_HOUR
 
 
 @dataclass(frozen=True)
 class EnergyFindings:
-    """Everything that the meters tell about one attempt.
-
-    Attributes:
-        power_steady: whether the halves of the window drew power alike; None for `power_steady_null_reason`.
-        invalid_reasons: why the window is no measurement of what was meant.
-        warnings: what to know about the figures.
-    """
+    """Everything that the meters tell about one attempt."""
 
     energy: Energy
     gpus: tuple[Gpu, ...]
     idle: Idle
-    power_steady: bool | None
-    power_steady_null_reason: str | None
-    invalid_reasons: tuple[Reason, ...]
+    power_steady: Measured[bool]  # whether the halves of the window drew the same power
+    invalid_reasons: tuple[Reason, ...]  # why the window does not measure what it should
     warnings: tuple[Reason, ...]
 
 
@@ -117,73 +78,211 @@ def measure(
         is_steady_mode: the window was opened and closed under load.
         window_repeats: how often the prompt set was run in it.
         external: the readings of the user's own meter.
-        own_pids: the processes of the experiment as the host numbers them; None where that is not known.
+        own_pids: the processes of the experiment as the host numbers them; None if unknown.
     """
     attempt = AttemptLog(log, tuple(marks), sources, baselines, is_steady_mode)
-    gpus = tuple(describe_gpu(attempt, number) for number in range(len(sources.gpus)))
-    energy, idle, steady = Figures(), Figures(), Figures()
-    _fill_idle(idle, attempt)
-    _fill_gpu_energy(energy, attempt, gpus, idle)
-    _fill_cpu_energy(energy, attempt)
-    energy.work_out("external_energy_j", lambda: _external_j(attempt, external))
-    primary = Figures()
-    primary.work_out("energy_j", lambda: _primary_j(energy, attempt))
-    _fill_spans(energy, attempt)
-    split_phases(energy, attempt, primary, window_repeats)
-    _fill_meter(energy, attempt, primary)
-    steady.work_out("power", lambda: is_power_steady(attempt, window_repeats))
-    unseen = sources.reasons.get("gpu", "the sampler does not see it")
-    gpus += tuple(describe_unseen_gpu(uuid, "unknown", unseen) for uuid in sources.missing_uuids)
+    gpus = tuple(_gpu(attempt, number) for number in range(len(sources.gpus)))
+    idle = _idle(attempt)
+    energy = _energy(attempt, gpus, idle, external, window_repeats)
+    unseen = Measured[Any](None, sources.reasons.get("gpu", "the sampler does not see it"))
+    gpus += tuple(_unseen_gpu(uuid, unseen) for uuid in sources.missing_uuids)
     return EnergyFindings(
-        energy=energy.section(Energy),
+        energy=energy,
         gpus=gpus,
-        idle=idle.section(Idle),
-        power_steady=steady.values["power"],
-        power_steady_null_reason=steady.reasons.get("power"),
+        idle=idle,
+        power_steady=_measured(lambda: is_power_steady(attempt, window_repeats)),
         invalid_reasons=_invalid_reasons(attempt, own_pids),
         warnings=_warnings(attempt, energy, idle),
     )
 
 
 def mean_power_w(log: SampleLog, sources: Sources, span: Span) -> float:
-    """The mean power of the primary source over a span, for whoever waits until it rests.
+    """The mean power of the primary source over a span, to tell when it is at rest.
 
     Raises:
         NotMeasured: it has not been read over all of the span.
     """
-    attempt = AttemptLog(log, (), sources, Baselines(), is_steady_mode=True)
-    return sum(curve.mean_power_w(span) for curve in attempt.primary_curves(at_rest=True))
+    return AttemptLog(log, (), sources, Baselines(), is_steady_mode=True).rest_power_w(span)
 
 
-def _fill_idle(idle: Figures, attempt: AttemptLog) -> None:
-    known = attempt.baselines
-    for field, name, before_w, missing in (
-        ("idle_bare_power_w", names.IDLE_BARE, known.bare_power_w, "power at rest without an engine was not measured"),
-        ("idle_loaded_power_w", names.IDLE_LOADED, known.loaded_power_w, "power at rest was not measured"),
-        ("idle_loaded_post_power_w", names.IDLE_POST, None, "power at rest was not measured after the window"),
-    ):
-        span = attempt.span(name)
-        if span is None:
-            idle.put(field, before_w, missing)
-        else:
-            idle.work_out(field, lambda span=span: _rest_w(attempt, span))  # type: ignore[misc]
-    for field, name in (("idle_bare_temp_c", names.IDLE_BARE), ("idle_loaded_temp_c", names.IDLE_LOADED)):
-        idle.work_out(field, lambda name=name: _rest_c(attempt, name))  # type: ignore[misc]
-    if idle.values["idle_loaded_power_w"] is None:
-        idle.leave_out("baseline_age_s", idle.reasons["idle_loaded_power_w"])
+def _measured(figure: Callable[[], _Value]) -> Measured[_Value]:
+    """The figure; absent, with its reason, if it cannot be had."""
+    try:
+        return Measured(figure())
+    except NotMeasured as error:
+        return Measured(None, str(error))
+
+
+def _need(found: Measured[_Value]) -> _Value:
+    """The value.
+
+    Raises:
+        NotMeasured: it is absent, for its reason.
+    """
+    if found.value is None:
+        raise NotMeasured(str(found.null_reason))
+    return found.value
+
+
+# Energy
+
+
+def _energy(
+    attempt: AttemptLog, gpus: Sequence[Gpu], idle: Idle, external: ExternalReadings | None, window_repeats: int
+) -> Energy:
+    sources = attempt.sources
+    gpu_j = _measured(lambda: _sum_over_gpus(attempt, gpus))
+    rest_w: Measured[float] = idle.measured("idle_loaded_power_w")
+    parts = {
+        "gpu_energy_j": gpu_j,
+        "cpu_package_energy_j": _measured(lambda: _domain_j(attempt, PACKAGE)),
+        "dram_energy_j": _measured(lambda: _domain_j(attempt, DRAM)),
+        "external_energy_j": _measured(lambda: _external_j(attempt, external)),
+    }
+    primary = _measured(lambda: _primary_j(parts, sources))
+    crosscheck = period = Measured[float](
+        None, sources.reasons.get("gpu", "the energy counter cannot be read; energy is integrated power")
+    )
+    if sources.gpu_method == EnergySource.COUNTER:
+        crosscheck = _measured(lambda: crosscheck_ratio(attempt))
+        period = _measured(lambda: _update_period_s(attempt))
+    return Energy.of(
+        **parts,
+        gpu_energy_net_j=_measured(lambda: _need(gpu_j) - _need(rest_w) * attempt.window.seconds),
+        # Power is sampled during the load as it is at rest.
+        load_energy_j=_span_j(attempt, names.LOAD, "nothing was loaded for this experiment", at_rest=True),
+        warmup_energy_j=_span_j(attempt, names.WARMUP, "there was no warm-up"),
+        **_phases(attempt, primary, window_repeats),
+        energy_source=primary if primary.value is None else sources.primary,
+        energy_scope=primary if primary.value is None else sources.scope,
+        energy_crosscheck_ratio=crosscheck,
+        counter_update_period_s=period,
+        sample_gap_max_s=_measured(lambda: sample_gap_max_s(attempt)),
+    )
+
+
+def _sum_over_gpus(attempt: AttemptLog, gpus: Sequence[Gpu]) -> float:
+    """The energy of all GPUs, which are summed only when all were read."""
+    if attempt.sources.gpu_method is None:
+        raise NotMeasured(attempt.sources.reasons["gpu"])
+    return sum((_need(gpu.measured("energy_j")) for gpu in gpus), start=0.0)
+
+
+def _domain_j(attempt: AttemptLog, domain: str) -> float:
+    """The window's energy by the zones of a CPU, whose share of a power at rest measured before is unknown."""
+    curves = attempt.cpu_curves(domain)
+    is_only = attempt.sources.primary == attempt.sources.cpu_method and len(attempt.primary_curves()) == 1
+    return sum(attempt.window_j(curve, 1.0 if is_only else None) for curve in curves)
+
+
+def _external_j(attempt: AttemptLog, external: ExternalReadings | None) -> float:
+    if not attempt.sources.is_external:
+        raise NotMeasured(attempt.sources.reasons["external"])
+    if external is None:
+        raise NotMeasured("the readings of measurement.external_csv were not to be had")
+    return external_energy_j(external, attempt.log, attempt.window)
+
+
+def _primary_j(parts: dict[str, Measured[float]], sources: Sources) -> float:
+    """The energy that counts: of the GPUs, else of CPU packages and memory, else by the user's own meter."""
+    if sources.primary is None:
+        raise NotMeasured(sources.reasons["primary"])
+    counted = parts_of_source(sources.primary)
+    if "dram" in sources.reasons:  # memory without a counter is left out
+        counted = tuple(name for name in counted if name != "dram_energy_j")
+    return sum(_need(parts[name]) for name in counted)
+
+
+def _span_j(attempt: AttemptLog, mark: str, missing: str, *, at_rest: bool = False) -> Measured[float]:
+    span = attempt.span(mark)
+    if span is None:
+        return Measured(None, missing)
+    return _measured(lambda: sum(curve.between_j(span) for curve in attempt.primary_curves(at_rest=at_rest)))
+
+
+def _update_period_s(attempt: AttemptLog) -> float:
+    """Of the slowest counter, under load: in the window, and in the warm-up before it."""
+    warmup, window = attempt.span(names.WARMUP), attempt.window
+    span = window if warmup is None else Span(warmup.opened_ns, window.closed_ns)
+    return max(update_period_s(attempt.log.counters, place, span) for place in attempt.sources.gpus)
+
+
+def _phases(attempt: AttemptLog, primary: Measured[float], window_repeats: int) -> dict[str, Any]:
+    """The fields of the phases.
+
+    The same prompts are run for their prefill alone, in a window of its own with its own guards; its energy per pass,
+    times the passes of the main window, is that of prefill, and the rest of the main window is decode.
+    """
+    prefill = _measured(lambda: _prefill_j(attempt, primary, window_repeats))
+    if prefill.value is None or primary.value is None:
+        return dict.fromkeys(("prefill_energy_j", "decode_energy_j", "phase_method"), prefill)
+    passes = _passes(attempt)
+    return {
+        "prefill_energy_j": prefill,
+        "decode_energy_j": primary.value - prefill.value,
+        "phase_method": (
+            f"differenced runs: {passes} {'pass' if passes == 1 else 'passes'} of prefill alone, scaled to the "
+            f"{window_repeats} of the window; decode is the rest"
+        ),
+    }
+
+
+def _prefill_j(attempt: AttemptLog, primary: Measured[float], window_repeats: int) -> float:
+    prefill = attempt.span(names.PREFILL)
+    if prefill is None:
+        raise NotMeasured("energy by phases was not asked for (measurement.phases)")
+    if attempt.is_steady_mode:
+        raise NotMeasured("under traffic prefill and decode of different requests run at once")
+    whole_j = _need(primary)
+    for span, what in ((attempt.window, "window"), (prefill, "window of prefill alone")):
+        slowed = next(slowdowns(attempt, span, what), None)
+        if slowed is not None:
+            raise NotMeasured(slowed.text)
+    curves, guards = attempt.primary_curves(), (names.PREFILL_GUARD_BEFORE, names.PREFILL_GUARD_AFTER)
+    alone_j = sum(attempt.energy_j(curve, prefill, guards, 1 / len(curves)) for curve in curves)
+    found_j = alone_j * window_repeats / _passes(attempt)
+    if not 0 < found_j < whole_j:
+        raise NotMeasured(f"prefill alone took {found_j:.4g} J, which is no part of the window's {whole_j:.4g} J")
+    return found_j
+
+
+def _passes(attempt: AttemptLog) -> int:
+    return sum(mark.name == names.PREFILL for mark in attempt.marks)
+
+
+# Power and temperature at rest
+
+
+def _idle(attempt: AttemptLog) -> Idle:
+    before = attempt.baselines
+    loaded = _rest_w(attempt, names.IDLE_LOADED, before.loaded_power_w, "power at rest was not measured")
+    age_s: Measured[float] = known(before.age_s, "when it was measured is not known")
+    if loaded.value is None:
+        age_s = loaded
     elif attempt.span(names.IDLE_LOADED) is not None:
-        idle.values["baseline_age_s"] = 0.0
-    else:
-        idle.put("baseline_age_s", known.age_s, "when it was measured is not known")
+        age_s = Measured(0.0)
+    return Idle.of(
+        idle_bare_power_w=_rest_w(
+            attempt, names.IDLE_BARE, before.bare_power_w, "power at rest without an engine was not measured"
+        ),
+        idle_loaded_power_w=loaded,
+        idle_loaded_post_power_w=_rest_w(
+            attempt, names.IDLE_POST, None, "power at rest was not measured after the window"
+        ),
+        idle_bare_temp_c=_measured(lambda: _rest_c(attempt, names.IDLE_BARE)),
+        idle_loaded_temp_c=_measured(lambda: _rest_c(attempt, names.IDLE_LOADED)),
+        baseline_age_s=age_s,
+    )
 
 
-def _rest_w(attempt: AttemptLog, span: Span) -> float:
-    return sum(curve.mean_power_w(span) for curve in attempt.primary_curves(at_rest=True))
+def _rest_w(attempt: AttemptLog, mark: str, before_w: float | None, missing: str) -> Measured[float]:
+    span = attempt.span(mark)
+    return known(before_w, missing) if span is None else _measured(lambda: attempt.rest_power_w(span))
 
 
-def _rest_c(attempt: AttemptLog, name: str) -> float:
+def _rest_c(attempt: AttemptLog, mark: str) -> float:
     """The mean temperature of the hottest GPU at rest."""
-    span = attempt.span(name)
+    span = attempt.span(mark)
     if span is None:
         raise NotMeasured("it did not rest so in this experiment")
     if not attempt.sources.gpus:
@@ -197,98 +296,101 @@ def _rest_c(attempt: AttemptLog, name: str) -> float:
     return max(means)
 
 
-def _fill_gpu_energy(energy: Figures, attempt: AttemptLog, gpus: Sequence[Gpu], idle: Figures) -> None:
-    energy.work_out("gpu_energy_j", lambda: _sum_over_gpus(attempt, gpus))
-
-    def net_j() -> float:
-        gross_j: float = energy.need("gpu_energy_j")
-        return gross_j - float(idle.need("idle_loaded_power_w")) * attempt.window.seconds
-
-    energy.work_out("gpu_energy_net_j", net_j)
+# GPUs
 
 
-def _sum_over_gpus(attempt: AttemptLog, gpus: Sequence[Gpu]) -> float:
-    """The energy of all GPUs, which are summed only when all were read."""
-    if attempt.sources.gpu_method is None:
-        raise NotMeasured(attempt.sources.reasons["gpu"])
-    total_j = 0.0
-    for gpu in gpus:
-        if gpu.energy_j is None:
-            raise NotMeasured(gpu.null_reasons["energy_j"])
-        total_j += gpu.energy_j
-    return total_j
+@dataclass(frozen=True)
+class _Weighted:
+    """A sample and how much of the window it stands for: half-way to both its neighbours."""
+
+    sample: GpuSample
+    seconds: float
 
 
-def _fill_cpu_energy(energy: Figures, attempt: AttemptLog) -> None:
-    for field, domain in (("cpu_package_energy_j", PACKAGE), ("dram_energy_j", DRAM)):
-        energy.work_out(field, lambda domain=domain: _domain_j(attempt, domain))  # type: ignore[misc]
+def _gpu(attempt: AttemptLog, number: int) -> Gpu:
+    """One GPU of the experiment, counted in its order."""
+    place, untold = attempt.sources.gpus[number], "the driver does not tell"
+    header = attempt.log.header.gpus[place]
+    rows = _weighted(attempt, place, attempt.span(names.WINDOW))
+    nothing = header.power_error if header.power_error and not rows else "nothing was sampled in the window"
+    if not attempt.sources.is_watched:
+        nothing = "GPUs were not looked at in the window (timeseries.enabled: false)"
+    silent = untold if rows else nothing
+    energy_j = _measured(lambda: _gpu_j(attempt, number))
+    temps = [temp_c for temp_c, _ in _known(rows, "temp_c")]
+    masks = _known(rows, "event_mask")
+    return Gpu.of(
+        uuid=header.uuid,
+        name=header.name,
+        energy_j=energy_j,
+        power_mean_w=_mean(rows, "power_w", nothing)
+        if energy_j.value is None
+        else energy_j.value / attempt.window.seconds,
+        power_max_w=_max(rows, "power_w", "power cannot be read" if rows else nothing),
+        power_limit_w=known(header.power_limit_w, untold),
+        temp_start_c=known(temps[0] if temps else None, silent),
+        temp_end_c=known(temps[-1] if temps else None, silent),
+        temp_max_c=_max(rows, "temp_c", silent),
+        sm_clock_mean_hz=_mean(rows, "sm_clock_hz", silent),
+        throttle_power_s=known(_seconds_with(masks, POWER_CAP_BIT), silent),
+        throttle_thermal_s=known(_seconds_with(masks, THERMAL_BITS), silent),
+        event_reasons_mask=known(reduce(or_, (mask for mask, _ in masks)) if masks else None, silent),
+        util_mean_ratio=_mean(rows, "util_ratio", silent),
+        mem_peak_b=_max(rows, "memory_b", silent),
+        persistence_mode=known(header.persistence_mode, untold),
+        mig_mode=known(header.mig_mode, untold),
+    )
 
 
-def _domain_j(attempt: AttemptLog, domain: str) -> float:
-    return sum(_window_j(attempt, curve) for curve in attempt.cpu_curves(domain))
+def _unseen_gpu(uuid: str, absent: Measured[Any]) -> Gpu:
+    measured = [item.name for item in fields(Gpu) if item.name not in ("uuid", "name", "null_reasons")]
+    return Gpu.of(uuid=uuid, name="unknown", **dict.fromkeys(measured, absent))
 
 
-def _window_j(attempt: AttemptLog, curve: Curve) -> float:
-    """The window's energy by a curve of the CPU, whose share of a power at rest measured before is not known."""
-    only = attempt.sources.primary == attempt.sources.cpu_method and len(attempt.primary_curves()) == 1
-    return attempt.window_j(curve, 1.0 if only else None)
+def _gpu_j(attempt: AttemptLog, number: int) -> float:
+    curve = attempt.gpu_curve(number)
+    if attempt.sources.gpu_method != EnergySource.COUNTER:
+        check_sampled(curve, attempt.window)
+    found_j = attempt.window_j(curve, 1 / len(attempt.sources.gpus))
+    check_plausible(found_j, attempt.window, attempt.log.header.gpus[attempt.sources.gpus[number]])
+    return found_j
 
 
-def _external_j(attempt: AttemptLog, external: ExternalReadings | None) -> float:
-    if not attempt.sources.is_external:
-        raise NotMeasured(attempt.sources.reasons["external"])
-    if external is None:
-        raise NotMeasured("the readings of measurement.external_csv were not to be had")
-    return external_energy_j(external, attempt.log, attempt.window)
+def _weighted(attempt: AttemptLog, place: int, span: Span | None) -> list[_Weighted]:
+    """Each sample of a GPU in the span with the time it stands for, which is never more than a hole."""
+    if span is None:
+        return []
+    rows = samples_in(attempt.log.samples, place, span)
+    longest_ns = HOLE_PERIODS * attempt.sources.sample_period_s * NS_PER_S
+    between = ((before.at_ns + after.at_ns) / 2 for before, after in pairwise(rows))
+    edges = [span.opened_ns, *between, span.closed_ns]
+    return [
+        _Weighted(row, (min(end_ns, row.at_ns + longest_ns) - max(start_ns, row.at_ns - longest_ns)) / NS_PER_S)
+        for row, start_ns, end_ns in zip(rows, edges, edges[1:], strict=False)
+    ]
 
 
-def _primary_j(energy: Figures, attempt: AttemptLog) -> float:
-    """The energy that counts: of the GPUs, else of CPU packages and memory, else what the user's own meter says."""
-    sources = attempt.sources
-    if sources.primary is None:
-        raise NotMeasured(sources.reasons["primary"])
-    parts = parts_of_source(sources.primary)
-    if "dram" in sources.reasons:  # there is no counter for the memory, which is then left out
-        parts = tuple(name for name in parts if name != "dram_energy_j")
-    return sum(float(energy.need(name)) for name in parts)
+def _known(rows: Iterable[_Weighted], name: str) -> list[tuple[Any, float]]:
+    """The values of a field and their seconds, where it was read."""
+    return [(value, row.seconds) for row in rows if (value := getattr(row.sample, name)) is not None]
 
 
-def _fill_spans(energy: Figures, attempt: AttemptLog) -> None:
-    for field, name, at_rest, missing in (
-        ("load_energy_j", names.LOAD, True, "nothing was loaded for this experiment"),  # sampled as rest is
-        ("warmup_energy_j", names.WARMUP, False, "there was no warm-up"),
-    ):
-        span = attempt.span(name)
-        if span is None:
-            energy.leave_out(field, missing)
-        else:
-            energy.work_out(field, lambda span=span, at_rest=at_rest: _primary_span_j(attempt, span, at_rest))  # type: ignore[misc]
+def _max(rows: Iterable[_Weighted], name: str, nothing: str) -> Measured[float]:
+    return known(max((value for value, _ in _known(rows, name)), default=None), nothing)
 
 
-def _primary_span_j(attempt: AttemptLog, span: Span, at_rest: bool) -> float:
-    return sum(curve.between_j(span) for curve in attempt.primary_curves(at_rest=at_rest))
+def _mean(rows: Iterable[_Weighted], name: str, nothing: str) -> Measured[float]:
+    """The mean over time."""
+    values = _known(rows, name)
+    total_s = sum(seconds for _, seconds in values)
+    return known(sum(value * seconds for value, seconds in values) / total_s if total_s > 0 else None, nothing)
 
 
-def _fill_meter(energy: Figures, attempt: AttemptLog, primary: Figures) -> None:
-    sources = attempt.sources
-    reason = primary.reasons.get("energy_j", "")
-    energy.put("energy_source", None if reason else sources.primary, reason)
-    energy.put("energy_scope", None if reason else sources.scope, reason)
-    energy.work_out("sample_gap_max_s", lambda: sample_gap_max_s(attempt))
-    if sources.gpu_method == EnergySource.COUNTER:
-        energy.work_out("energy_crosscheck_ratio", lambda: crosscheck_ratio(attempt))
-        energy.work_out("counter_update_period_s", lambda: _update_period_s(attempt))
-    else:
-        no_counter = sources.reasons.get("gpu", "the energy counter cannot be read; energy is integrated power")
-        energy.leave_out("energy_crosscheck_ratio", no_counter)
-        energy.leave_out("counter_update_period_s", no_counter)
+def _seconds_with(masks: Sequence[tuple[int, float]], bits: int) -> float | None:
+    return sum((seconds for mask, seconds in masks if mask & bits), start=0.0) if masks else None
 
 
-def _update_period_s(attempt: AttemptLog) -> float:
-    """Of the slowest counter, under load: in the window, and in the warm-up before it."""
-    warmup, window = attempt.span(names.WARMUP), attempt.window
-    span = window if warmup is None else Span(warmup.opened_ns, window.closed_ns)
-    return max(update_period_s(attempt.log.counters, place, span) for place in attempt.sources.gpus)
+# What is wrong with the window
 
 
 def _invalid_reasons(attempt: AttemptLog, own_pids: Collection[int] | None) -> tuple[Reason, ...]:
@@ -304,74 +406,69 @@ def _invalid_reasons(attempt: AttemptLog, own_pids: Collection[int] | None) -> t
     return tuple(reasons)
 
 
-def _warnings(attempt: AttemptLog, energy: Figures, idle: Figures) -> tuple[Reason, ...]:
+def _warnings(attempt: AttemptLog, energy: Energy, idle: Idle) -> tuple[Reason, ...]:
     found = []
     if attempt.sources.gpus and not attempt.sources.is_watched:
         found.append(Reason.of("clocks_unwatched"))
-    if attempt.sources.is_estimate and energy.values["cpu_package_energy_j"] is not None:
+    if attempt.sources.is_estimate and energy.cpu_package_energy_j is not None:
         found.append(Reason.of("energy_estimated"))
     if attempt.sources.scope == EnergyScope.MODULE:
         found.append(Reason.of("energy_of_module"))
-    ratio = energy.values["energy_crosscheck_ratio"]
+    ratio = energy.energy_crosscheck_ratio
     if ratio is not None and abs(ratio - 1) > CROSSCHECK_TOLERANCE:
         found.append(Reason.of("crosscheck", ratio=ratio))
-    before_w, after_w = idle.values["idle_loaded_power_w"], idle.values["idle_loaded_post_power_w"]
+    before_w, after_w = idle.idle_loaded_power_w, idle.idle_loaded_post_power_w
     if before_w and after_w is not None and abs(after_w / before_w - 1) > REST_TOLERANCE:
         code = "rest_power_rose" if after_w > before_w else "rest_power_fell"
         change_percent = 100 * abs(after_w / before_w - 1)
         found.append(Reason.of(code, before_w=before_w, after_w=after_w, change_percent=change_percent))
     if attempt.span(names.WINDOW) is not None:
-        found += meter_warnings(attempt, energy.values["sample_gap_max_s"])
+        found += meter_warnings(attempt, energy.sample_gap_max_s)
     return tuple(found)
 
 
-_J_PER_KWH = 1000 * JOULES_PER_WATT_HOUR
+# What follows from the energy that counts
 
 
-def efficiency_of(energy_j: Measured, work: Work) -> Efficiency:
+def efficiency_of(energy_j: Measured[float], work: Work) -> Efficiency:
     """The energy per token and request; a zero denominator is None."""
-    primary_j = energy_j.value
-    figures = Figures()
-    for field, count, what in (
-        ("energy_per_output_tok_j", work.output_tok, "output tokens"),
-        ("energy_per_total_tok_j", work.input_tok + work.output_tok, "tokens"),
-        ("energy_per_request_j", work.requests_ok, "completed requests"),
-    ):
-        if primary_j is None:
-            figures.leave_out(field, str(energy_j.null_reason))
-        else:
-            figures.put(field, primary_j / count if count else None, f"the window holds no {what}")
-    if primary_j is None:
-        figures.leave_out("output_tok_per_j", str(energy_j.null_reason))
-    else:
-        figures.put("output_tok_per_j", work.output_tok / primary_j if primary_j else None, "the energy is zero")
-    return figures.section(Efficiency)
+    total_j = energy_j.value
+
+    def per(count: int, what: str) -> Measured[float]:
+        if total_j is None:
+            return energy_j
+        return known(total_j / count if count else None, f"the window holds no {what}")
+
+    return Efficiency.of(
+        energy_per_output_tok_j=per(work.output_tok, "output tokens"),
+        energy_per_total_tok_j=per(work.input_tok + work.output_tok, "tokens"),
+        energy_per_request_j=per(work.requests_ok, "completed requests"),
+        output_tok_per_j=energy_j
+        if total_j is None
+        else known(work.output_tok / total_j if total_j else None, "the energy is zero"),
+    )
 
 
-def carbon_of(energy_j: Measured, measurement: MeasurementConfig) -> Carbon:
+def carbon_of(energy_j: Measured[float], measurement: MeasurementConfig) -> Carbon:
     """Emissions and cost of the window's energy, from what the user says of grid, site and price alone.
 
     co2e_g = kWh × PUE × g/kWh, and the cost likewise. Without a PUE there is neither: 1 would be a claim about the
     user's site.
     """
     given = {
-        "grid_g_per_kwh": measurement.grid_g_per_kwh,
-        "pue": measurement.pue,
-        "price_per_kwh": measurement.price_per_kwh,
+        name: known(getattr(measurement, name), f"measurement.{name} is not given")
+        for name in ("grid_g_per_kwh", "pue", "price_per_kwh")
     }
-    figures = Figures()
-    for field, value in given.items():
-        figures.put(field, value, f"measurement.{field} is not given")
-    for field, factor in (("co2e_g", "grid_g_per_kwh"), ("cost", "price_per_kwh")):
-        figures.work_out(field, lambda factor=factor: _site_kwh(figures, energy_j) * figures.need(factor))  # type: ignore[misc]
-    return figures.section(Carbon)
+    return Carbon.of(
+        **given,
+        co2e_g=_measured(lambda: _site_kwh(given["pue"], energy_j) * _need(given["grid_g_per_kwh"])),
+        cost=_measured(lambda: _site_kwh(given["pue"], energy_j) * _need(given["price_per_kwh"])),
+    )
 
 
-def _site_kwh(figures: Figures, energy_j: Measured) -> float:
+def _site_kwh(pue: Measured[float], energy_j: Measured[float]) -> float:
     """What the site drew for it, in kWh."""
-    pue = figures.values["pue"]
-    if energy_j.value is None:
-        raise NotMeasured(str(energy_j.null_reason))
-    if pue is None:
+    total_j = _need(energy_j)
+    if pue.value is None:
         raise NotMeasured("measurement.pue is not given; 1 counts what was measured and nothing around it")
-    return energy_j.value / _J_PER_KWH * float(pue)
+    return total_j / _J_PER_KWH * float(pue.value)

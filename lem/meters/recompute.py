@@ -14,7 +14,8 @@ from lem.config.experiment import ExperimentConfig
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of, measure
 from lem.meters.external import ExternalReadings
 from lem.meters.samples import Mark, SampleLog
-from lem.meters.sources import Baselines, Sources, choose_sources, span_of
+from lem.meters.sources import Baselines, Sources, choose_sources
+from lem.meters.window import span_of
 from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Record
 
 _Section = Energy | Idle | Gpu | Efficiency | Carbon

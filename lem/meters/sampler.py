@@ -11,176 +11,25 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from lem.base.clock import SystemClock
+from lem.base.clock import Clock, SystemClock
 from lem.base.errors import ExitCode, LemError
 from lem.base.units import NS_PER_MS, NS_PER_S
-from lem.meters.nvml import MeterFailure, NvmlMeter, open_nvml
+from lem.meters.gpu_meter import Complaints, GpuWatch, NvmlMeter
+from lem.meters.nvml import open_nvml
 from lem.meters.rapl import POWERCAP, PROC_STAT, CpuLoadMeter, find_rapl, find_tdp
 from lem.meters.samples import (
     SLOW_PERIOD_S,
     ClockPair,
-    CounterChange,
     CpuLoad,
-    GpuSample,
-    MeterError,
-    ProcessesSeen,
     RaplReading,
     Row,
     SampleHeader,
     encode_header,
     encode_row,
-    gpu_meter,
 )
-
-
-class Stamps(Protocol):
-    """Where time stamps come from."""
-
-    def monotonic_ns(self) -> int:
-        """CLOCK_MONOTONIC in nanoseconds."""
-
-
-class Complaints:
-    """What does not work, told once for as long as it stays the same."""
-
-    def __init__(self) -> None:
-        self._said: dict[str, str] = {}
-
-    def of(self, meter: str, at_ns: int, message: str) -> list[Row]:
-        """The row that tells of a failure, unless that was the last thing told of this meter."""
-        if self._said.get(meter) == message:
-            return []
-        self._said[meter] = message
-        return [MeterError(at_ns, meter, message)]
-
-    def withdraw(self, meter: str) -> None:
-        """The meter works; its next failure is told again."""
-        self._said.pop(meter, None)
-
-
-class GpuWatch:
-    """One GPU that is sampled.
-
-    A GPU that is lost is asked nothing but, once a second, whether it is back. What fails for another reason is
-    tried every time, with a fresh handle once a second; what the GPU does not have is tried once.
-    """
-
-    def __init__(self, meter: NvmlMeter, place: int, clock: Stamps, complaints: Complaints) -> None:
-        """Start to watch.
-
-        Args:
-            place: of the GPU in the log's header.
-        """
-        self._meter = meter
-        self._place = place
-        self._clock = clock
-        self._complaints = complaints
-        self._has_counter = meter.has_counter
-        self._energy_mj: int | None = None
-        self._polled_ns = 0
-        self._pids: tuple[int, ...] | None = None
-        self._hopeless: set[str] = set() if meter.header.power_error is None else {"power"}
-        self._is_lost = not meter.is_known
-        self._is_failing = self._is_lost
-
-    def poll(self) -> list[Row]:
-        """The change of the energy counter, if there was one since the last poll."""
-        if self._is_lost or not self._has_counter:
-            return []
-        opened_ns = self._clock.monotonic_ns()
-        try:
-            energy_mj = self._meter.read_counter_mj()
-        except MeterFailure as failure:
-            self._has_counter = not failure.is_lasting
-            return self._failed("counter", opened_ns, failure)
-        at_ns = (opened_ns + self._clock.monotonic_ns()) // 2
-        self._complaints.withdraw(self._meter_name("counter"))
-        before_ns = at_ns if self._energy_mj is None else self._polled_ns
-        has_changed = energy_mj != self._energy_mj
-        self._energy_mj, self._polled_ns = energy_mj, at_ns
-        return [CounterChange(self._place, before_ns, at_ns, energy_mj)] if has_changed else []
-
-    def sample(self) -> list[Row]:
-        """One look at everything else; its stamp is that of the reading of power."""
-        rows: list[Row] = []
-        opened_ns = self._clock.monotonic_ns()
-        power_w = self._read("power", rows)
-        at_ns = (opened_ns + self._clock.monotonic_ns()) // 2
-        temp_c = self._read("temperature", rows)
-        sm_clock_hz = self._read("sm_clock", rows)
-        util_ratio = self._read("utilisation", rows)
-        memory_b = self._read("memory", rows)
-        event_mask = self._read("events", rows)
-        values = (power_w, temp_c, sm_clock_hz, util_ratio, memory_b, event_mask)
-        if any(value is not None for value in values):
-            sample = GpuSample(
-                gpu=self._place,
-                at_ns=at_ns,
-                power_w=power_w,
-                temp_c=temp_c,
-                sm_clock_hz=sm_clock_hz,
-                util_ratio=util_ratio,
-                memory_b=None if memory_b is None else int(memory_b),
-                event_mask=None if event_mask is None else int(event_mask),
-            )
-            rows.append(sample)
-        return rows
-
-    def look_at_processes(self) -> list[Row]:
-        """The processes, when they are others than at the last look."""
-        if self._is_lost or "processes" in self._hopeless:
-            return []
-        at_ns = self._clock.monotonic_ns()
-        try:
-            pids = self._meter.read_pids()
-        except MeterFailure as failure:
-            return self._failed("processes", at_ns, failure)
-        self._complaints.withdraw(self._meter_name("processes"))
-        if pids == self._pids:
-            return []
-        self._pids = pids
-        return [ProcessesSeen(self._place, at_ns, pids)]
-
-    def revive(self) -> list[Row]:
-        """Once a second: look a GPU that does not answer up again."""
-        if not self._is_failing or not self._meter.is_known:
-            return []
-        at_ns = self._clock.monotonic_ns()
-        try:
-            self._meter.renew()
-        except MeterFailure as failure:
-            return self._complaints.of(self._meter_name("handle"), at_ns, str(failure))
-        self._complaints.withdraw(self._meter_name("handle"))
-        self._is_lost = self._is_failing = False
-        return []
-
-    def _read(self, quantity: str, rows: list[Row]) -> float | None:
-        """A quantity; None with what is to be told in `rows` when it cannot be read."""
-        if self._is_lost or quantity in self._hopeless:
-            return None
-        try:
-            value = self._meter.read(quantity)
-        except MeterFailure as failure:
-            rows += self._failed(quantity, self._clock.monotonic_ns(), failure)
-            return None
-        self._complaints.withdraw(self._meter_name(quantity))
-        return value
-
-    def _failed(self, what: str, at_ns: int, failure: MeterFailure) -> list[Row]:
-        if failure.is_lasting:
-            self._hopeless.add(what)
-        else:
-            self._is_failing = True
-            self._is_lost = self._is_lost or failure.is_lost
-        return self._complaints.of(self._meter_name(what), at_ns, str(failure))
-
-    def _meter_name(self, what: str) -> str:
-        return gpu_meter(self._place, what)
-
 
 # As short as the shortest update period seen (20 to 100 ms), and prime: counters keep whole numbers of milliseconds,
 # and a poll in step with one (100.000 ms on an H200) would see every change equally late. 53 wakings a second cost
@@ -195,16 +44,6 @@ _CLOCK_PAIR_NS = 10 * NS_PER_S
 
 class SampleFileError(LemError):
     """The log cannot be written."""
-
-
-class SamplerClock(Protocol):
-    """The clock of one machine."""
-
-    def monotonic_ns(self) -> int:
-        """CLOCK_MONOTONIC in nanoseconds."""
-
-    def utc_now(self) -> datetime:
-        """The time of day with its zone."""
 
 
 class SamplerOwner(Protocol):
@@ -237,7 +76,7 @@ class SamplerOptions:
 def run_sampler(
     options: SamplerOptions,
     nvml: Any,
-    clock: SamplerClock,
+    clock: Clock,
     owner: SamplerOwner,
     *,
     rapl_root: Path = POWERCAP,
@@ -291,9 +130,7 @@ def _schedule_of_looks(first_ns: int, interval_ms: int) -> _Schedule | None:
 class _Sampler:
     """The meters and their schedules."""
 
-    def __init__(
-        self, options: SamplerOptions, nvml: Any, clock: SamplerClock, rapl_root: Path, proc_stat: Path
-    ) -> None:
+    def __init__(self, options: SamplerOptions, nvml: Any, clock: Clock, rapl_root: Path, proc_stat: Path) -> None:
         self._clock = clock
         self._complaints = Complaints()
         meters = () if isinstance(nvml, str) else tuple(NvmlMeter(nvml, name) for name in options.gpus)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.base import durable
-from lem.base.codec import build, build_from, shown
+from lem.base.codec import decode, decode_row, shown
 from lem.base.measurement import EnergyScope
 from lem.base.units import GIB
 
@@ -390,10 +390,7 @@ def _decode_header(document: Any) -> SampleHeader:
     if version != SAMPLES_SCHEMA:
         raise ValueError(f"schema_version {version!r:.40}, this lem reads {SAMPLES_SCHEMA}")
     values = {name: value for name, value in document.items() if name != "schema_version"}
-    for name, kind in (("gpus", GpuHeader), ("zones", RaplZone)):
-        if isinstance(values.get(name), list):
-            values[name] = tuple(build_from(kind, item, name) for item in values[name])
-    header = build_from(SampleHeader, values, "header")
+    header = decode(SampleHeader, values, "header")
     if header.interval_ms < 0:
         raise ValueError(f"interval_ms is {header.interval_ms}")
     return header
@@ -403,7 +400,7 @@ def _decode_marks(document: Any) -> tuple[Mark, ...]:
     marks = document.get("marks") if isinstance(document, dict) else None
     if not isinstance(marks, list) or not all(isinstance(item, list) for item in marks):
         raise ValueError("it does not begin with marks")
-    return tuple(build(Mark, item) for item in marks)
+    return tuple(decode_row(Mark, item) for item in marks)
 
 
 def _split_row(value: Any) -> tuple[Any, Sequence[Any]]:
@@ -417,6 +414,4 @@ def _decode_row(letter: Any, values: Sequence[Any]) -> Row:
     kind = _KINDS.get(letter) if isinstance(letter, str) else None
     if kind is None:
         raise ValueError(f"no kind of row: {letter!r:.40}")
-    if kind is ProcessesSeen and len(values) == 3 and isinstance(values[2], list):
-        values = (*values[:2], tuple(pid for pid in values[2] if isinstance(pid, int)))
-    return build(kind, values)
+    return decode_row(kind, values)

@@ -182,9 +182,12 @@ class CampaignRunner:
                 manager.save(manifest)
             if aside is not None:
                 notes = (*notes, f"The manifest of before is now {aside}")
-            activity = self._activity(manifest)
+            go_on, run_id = self.options.go_on, str(manifest.run_id)
+            activity = ActivityWriter(
+                self._state_folder, run_id, self._holder(), self.observe, self.now, self.monotonic, go_on
+            )
             stack.enter_context(activity.ending_on_error())
-            loop = self._loop(manager, manifest, session, activity)
+            loop = self._loop(manager, session, activity)
             loop.tell(
                 "campaign_started",
                 campaign=manifest.campaign_name,
@@ -232,7 +235,7 @@ class CampaignRunner:
             outcome: of the cycles planned.
             has_run: experiments ran in this session, so that a gap comes before the next.
         """
-        rule, manifest = self.options.until, loop.manifest
+        rule, manifest = self.options.until, loop.session.manifest
         if rule is None:
             raise ValueError("no rule to add cycles by")
         try:
@@ -252,7 +255,7 @@ class CampaignRunner:
                 if not has_run:
                     self._check_environment(loop.session, manifest, added)
                 loop.save()
-                loop.campaign = resume.with_cycles(self.campaign, cycles + 1)
+                loop.session.campaign = resume.with_cycles(self.campaign, cycles + 1)
                 outcome = loop.run_to_end(added, deadline_s, "cycle" if has_run else None)
                 has_run = True
         except InfrastructureError as error:
@@ -289,33 +292,15 @@ class CampaignRunner:
             return plan
         return prolong_plan(plan, resume.with_cycles(self.campaign, cycles))
 
-    def _activity(self, manifest: CampaignManifest) -> ActivityWriter:
-        return ActivityWriter(
-            self._state_folder,
-            str(manifest.run_id),
-            self._holder(),
-            self.observe,
-            now=self.now,
-            monotonic=self.monotonic,
-            go_on=self.options.go_on,
-        )
-
-    def _loop(
-        self, manager: ManifestManager, manifest: CampaignManifest, session: Session, observe: Observer
-    ) -> ExperimentLoop:
+    def _loop(self, manager: ManifestManager, session: Session, observe: Observer) -> ExperimentLoop:
         def save() -> None:
             with manager.saving(InfrastructureError, "make room, then go on with --resume; what is measured is kept"):
-                manager.save(manifest)
+                manager.save(session.manifest)
 
         return ExperimentLoop(
-            campaign=self.campaign,
-            manifest=manifest,
-            save=save,
-            session=session,
-            observe=observe,
-            stop=self.stop,
-            now=self.now,
-            monotonic=self.monotonic,
+            session,
+            save,
+            observe,
             is_cold=self.should_cold_start(),
             is_fail_fast=self.options.is_fail_fast,
             is_check_due=self.is_check_due,
@@ -325,14 +310,15 @@ class CampaignRunner:
         if self.meters is None:  # kept, since what they learn of the devices holds for every run
             self.meters = HostMeters.found()
         return Session(
+            self.campaign,
+            manifest,
             self.executor,
             self._repository,
-            manifest,
+            self.meters,
             self.host,
-            self.campaign.execution,
-            stop=self.stop,
-            now=self.now,
-            meters=self.meters,
+            self.stop,
+            self.now,
+            self.monotonic,
         )
 
     def _check_environment(

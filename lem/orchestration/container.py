@@ -14,7 +14,7 @@ from types import TracebackType
 from lem.base.errors import UserError
 from lem.base.reasons import Reason
 from lem.config.campaign_config import slug_of
-from lem.meters.gpu_section import GpuReading, GpuState
+from lem.meters.nvml import GpuReading, GpuState
 from lem.orchestration.compose import find_compose_files
 from lem.orchestration.dispatch import Worker
 from lem.orchestration.docker import ContainerError, Mount, explain

@@ -95,20 +95,17 @@ class Watch:
 
     @property
     def next_deadline(self) -> float:
-        """When the next of the deadlines passes."""
+        """The earliest of the deadlines."""
         return min(self._phase_until, self._sign_until, self._byte_until)
 
     def expired(self, now: float) -> EngineError | None:
         """The deadline that has passed, as the error that it means."""
         where = f"in phase {self.phase or 'start'}"
         if now >= self._phase_until:
-            limit, key = (
-                (self._timeouts.load_s, "load_timeout_seconds")
-                if self._is_loading
-                else (self._timeouts.experiment_s, "experiment_timeout_seconds")
-            )
-            limit += self._timeouts.rest_s if self._is_loading and self.phase != LOAD_PHASE else 0.0
-            what = "the engine was not loaded" if self._is_loading else "the experiment was not done"
+            what, limit, key = "the experiment was not done", self._timeouts.experiment_s, "experiment_timeout_seconds"
+            if self._is_loading:
+                what, limit, key = "the engine was not loaded", self._timeouts.load_s, "load_timeout_seconds"
+                limit += self._timeouts.rest_s if self.phase != LOAD_PHASE else 0.0
             return EngineError(
                 f"{what} after {format_duration(limit)} ({where})",
                 f"raise execution.{key} if it needs longer",
@@ -127,11 +124,7 @@ class Watch:
 
 
 def outcome_of(request: RunRequest, message: Mapping[str, Any]) -> Outcome:
-    """The outcome in a worker's `result` or `error`.
-
-    Raises:
-        ChannelError: the message is about another experiment.
-    """
+    """The outcome in a worker's `result` or `error`; a ChannelError when it is about another experiment."""
     if message["exp_id"] != request.exp_id:
         raise ChannelError(f"an answer to {message['exp_id']}: {message.get('message', message['type'])}")
     if message["type"] == "result":
@@ -160,11 +153,7 @@ class WorkerConnection:
     """A running worker process; every wait here has a deadline."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
-        """Start the worker.
-
-        Raises:
-            UserError: the program does not exist or cannot be started.
-        """
+        """Start the worker; a UserError when the program does not exist or cannot be started."""
         # A file, not a pipe: it is not read between experiments, and a worker must never have to wait for a reader.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`
         # A session of its own: Ctrl-C on the terminal is for the host, which then stops the worker.
@@ -282,7 +271,7 @@ class Worker:
             UserError: the command does not exist.
             Interrupted: a stop was requested.
         """
-        if self._connection is None:
+        if not self.is_open:
             self._open(stop, timeout_s)
 
     def run(
@@ -313,13 +302,7 @@ class Worker:
             raise
 
     def unload(self, stop: StopRequest | None = None, timeout_s: float = UNLOAD_TIMEOUT_S) -> None:
-        """Give up the engine and everything it holds on its device; returns when its process is gone.
-
-        A worker that does not manage is ended, which has the same effect.
-
-        Raises:
-            Interrupted: a stop was requested; the worker was ended.
-        """
+        """End the engine's process; a worker that does not manage is ended itself, as when a stop is requested."""
         connection = self._connection
         if connection is None:
             return
@@ -404,8 +387,8 @@ class Worker:
             now = time.monotonic()
             if message is not None:
                 watch.heard(message, now)
-            if message is not None and message["type"] in ("result", "error"):
-                return outcome_of(request, message)
+                if message["type"] in ("result", "error"):
+                    return outcome_of(request, message)
             late = watch.expired(now)
             if late is not None:
                 return Outcome(late, watch.phase, self.stop())

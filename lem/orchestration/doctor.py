@@ -16,10 +16,9 @@ from lem.base.clock import SystemClock
 from lem.base.errors import UserError
 from lem.base.measurement import EnergySource
 from lem.base.units import GIB
-from lem.meters.capabilities import Capabilities, CpuCapability, find_capabilities
-from lem.meters.gpu_section import GpuReading, read_gpus
-from lem.meters.nvml import open_nvml
+from lem.meters.nvml import GpuReading, open_nvml, read_gpus
 from lem.meters.rapl import POWERCAP
+from lem.meters.sources import Capabilities, CpuCapability, find_capabilities
 from lem.orchestration.compose import Compose, Service, find_compose_files
 from lem.orchestration.docker import ContainerError, Docker
 from lem.orchestration.services import ComposeProject

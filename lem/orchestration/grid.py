@@ -164,7 +164,7 @@ def _has_reload(section: type[Section]) -> bool:
 
 
 def _layer_of(key: str) -> Callable[[Mapping[str, Any], Any], dict[str, Any]]:
-    """What lays a value of an axis over a configuration, which stays as it is."""
+    """A function that lays a value of an axis over a copy of a configuration."""
     found = find_option(ExperimentConfig, key)
     if found is None or found.sections:
         return lambda config, value: put(ExperimentConfig, config, key, value)
@@ -194,22 +194,15 @@ def _finished(config: dict[str, Any]) -> dict[str, Any]:
 def validate_campaign_grid(config_dicts: Sequence[dict[str, Any]]) -> GridExpansionResult:
     """Which configurations are experiments; the others with the reason why not."""
     named = list(zip(name_configurations(config_dicts), config_dicts, strict=True))
-    validation = validate_named(named)
-    valid = [item for item, config in zip(config_dicts, validation.configs, strict=True) if config is not None]
-    return GridExpansionResult(Items(valid), validation.filtered, validation.warnings, len(config_dicts))
+    configs, filtered, warnings = validate_named(named)
+    valid = [item for item, config in zip(config_dicts, configs, strict=True) if config is not None]
+    return GridExpansionResult(Items(valid), filtered, warnings, len(config_dicts))
 
 
-@dataclass(frozen=True)
-class Validation:
-    """What became of configurations.
-
-    Attributes:
-        configs: in the order given; None for one that was filtered.
-    """
-
-    configs: tuple[ExperimentConfig | None, ...]
-    filtered: tuple[GridValidationIssue, ...]
-    warnings: tuple[GridValidationIssue, ...]
+Validation = tuple[
+    tuple[ExperimentConfig | None, ...], tuple[GridValidationIssue, ...], tuple[GridValidationIssue, ...]
+]
+"""Configurations in the order given, None for one that was filtered; an error for each of these; warnings."""
 
 
 def validate_named(named: Sequence[tuple[str, Mapping[str, Any]]], gpus: Sequence[Gpu] | None = None) -> Validation:
@@ -234,7 +227,7 @@ def validate_named(named: Sequence[tuple[str, Mapping[str, Any]]], gpus: Sequenc
         warnings += [
             GridValidationIssue.of(name, _coded(item), severity="warning") for item in warnings_about(config, gpus)
         ]
-    return Validation(tuple(configs), Items(filtered), Items(warnings))
+    return tuple(configs), Items(filtered), Items(warnings)
 
 
 def has_model(config_dict: Mapping[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lem.base import durable
-from lem.base.codec import build_from
+from lem.base.codec import decode
 from lem.base.durable import make_folder
 from lem.base.errors import LockedError, UserError
 from lem.base.variables import LOCK_FOLDER_VARIABLE
@@ -249,7 +249,7 @@ def _write_holder(descriptor: int, holder: Holder) -> None:
 
 def _decode_holder(data: bytes) -> Holder | None:
     try:
-        return build_from(Holder, json.loads(data), "holder")
+        return decode(Holder, json.loads(data), "holder")
     except (RecursionError, ValueError):
         return None
 

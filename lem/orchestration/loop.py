@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from typing import Any
 
 from lem.base.clock import utc_text
 from lem.base.errors import InfrastructureError, Interrupted
-from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.host_meters import GapOutcome, keep_gap
-from lem.orchestration.manifest import COMPLETED, FAILED, RUNNING, Attempt, CampaignManifest, CampaignManifestEntry
+from lem.orchestration.manifest import COMPLETED, FAILED, RUNNING, Attempt, CampaignManifestEntry
 from lem.orchestration.plan import CampaignExperiment, GapKind, gaps_before, loads_engine
 from lem.orchestration.resume import interrupt_entry
-from lem.orchestration.schedule import CampaignOutcome, Stopped, StopRequest
+from lem.orchestration.schedule import CampaignOutcome, Stopped
 from lem.orchestration.session import Measurement, Session
 from lem.orchestration.status import Event, Observer
 
@@ -29,14 +27,9 @@ _TICK_S = 5.0
 class ExperimentLoop:
     """Runs experiments one after another and writes every step into the manifest."""
 
-    campaign: CampaignConfig
-    manifest: CampaignManifest
-    save: Callable[[], None]  # writes the manifest
     session: Session
+    save: Callable[[], None]  # writes the manifest
     observe: Observer
-    stop: StopRequest
-    now: Callable[[], datetime]
-    monotonic: Callable[[], float]  # in seconds
     is_cold: bool = False  # every experiment gets a worker of its own
     is_fail_fast: bool = False  # the first failed experiment ends the loop
     # Whether containers are checked before the experiment at a place of the order (from 0), after this gap.
@@ -61,30 +54,30 @@ class ExperimentLoop:
             stopped = Stopped.SIGNAL
         except InfrastructureError as infrastructure:
             stopped, error = Stopped.INFRASTRUCTURE, infrastructure
-        return CampaignOutcome(self.manifest, stopped, error, self.stop.signum)
+        return CampaignOutcome(self.session.manifest, stopped, error, self.session.stop.signum)
 
     def why_stop(self, deadline_s: float | None) -> Stopped | None:
         """Why no further experiment may begin now; None when it may."""
-        if self.stop.is_set():
+        if self.session.stop.is_set():
             return Stopped.SIGNAL
-        return Stopped.DEADLINE if deadline_s is not None and self.monotonic() >= deadline_s else None
+        return Stopped.DEADLINE if deadline_s is not None and self.session.monotonic() >= deadline_s else None
 
     def tell(self, kind: str, **data: Any) -> None:
         """Report something that happened, with how far the campaign is."""
         self._pass_on(Event(kind, data=data))
 
     def _pass_on(self, event: Event) -> None:
-        done = sum(entry.status in (COMPLETED, FAILED) for entry in self.manifest.experiments)
-        self.observe(replace(event, done=done, total=self.manifest.total_experiments, eta_s=self._eta_s()))
+        done = sum(entry.status in (COMPLETED, FAILED) for entry in self.session.manifest.experiments)
+        self.observe(replace(event, done=done, total=self.session.manifest.total_experiments, eta_s=self._eta_s()))
 
     def _run(
         self, experiments: Sequence[CampaignExperiment], deadline_s: float | None, first_gap: GapKind | None
     ) -> Stopped | None:
-        execution = self.campaign.execution
+        execution = self.session.campaign.execution
         gaps = [first_gap, *gaps_before(experiments, execution.structure)[1:]]
         loads = loads_engine(experiments, reuse=execution.reuse, is_cold=self.is_cold)
         for index, experiment in enumerate(experiments):
-            self._remaining, self._since_s = len(experiments) - index, self.monotonic()
+            self._remaining, self._since_s = len(experiments) - index, self.session.monotonic()
             gap = None
             if self.why_stop(deadline_s) is None:
                 gap = self._keep_gap(gaps[index], deadline_s)
@@ -104,31 +97,31 @@ class ExperimentLoop:
     def _keep_gap(self, kind: GapKind | None, deadline_s: float | None) -> GapOutcome | None:
         if kind is None:
             return None
-        execution = self.campaign.execution
+        execution, monotonic = self.session.campaign.execution, self.session.monotonic
         cap_s = execution.cycle_gap_seconds if kind == "cycle" else execution.config_gap_seconds
         if deadline_s is not None:
-            cap_s = min(cap_s, deadline_s - self.monotonic())
+            cap_s = min(cap_s, deadline_s - monotonic())
         if cap_s <= 0:
-            return keep_gap(cap_s, is_recovered=None, monotonic=self.monotonic, wait=self._wait)
+            return keep_gap(cap_s, is_recovered=None, monotonic=monotonic, wait=self._wait)
         self.tell("gap", gap=kind, cap_s=cap_s)
         with self.session.meters.watching() as is_recovered:
-            return keep_gap(cap_s, is_recovered=is_recovered, monotonic=self.monotonic, wait=self._wait)
+            return keep_gap(cap_s, is_recovered=is_recovered, monotonic=monotonic, wait=self._wait)
 
     def _wait(self, seconds: float) -> bool:
         """Sleep, and report from time to time how long still; whether a stop was requested."""
-        until_s = self.monotonic() + seconds
-        while (left_s := until_s - self.monotonic()) > 0:
+        until_s = self.session.monotonic() + seconds
+        while (left_s := until_s - self.session.monotonic()) > 0:
             self.tell("tick", left_s=left_s)
-            if self.stop.wait(min(left_s, _TICK_S)):
+            if self.session.stop.wait(min(left_s, _TICK_S)):
                 return True
-        return self.stop.is_set()
+        return self.session.stop.is_set()
 
     def _run_experiment(self, experiment: CampaignExperiment, *, keep_engine: bool, gap: GapOutcome | None) -> bool:
         """Whether there is a result."""
         who = self._who(experiment)
-        entry = self.manifest.get_entry(experiment.exp_id)
+        entry = self.session.manifest.get_entry(experiment.exp_id)
         self.tell("experiment_started", **who)
-        started_s = self.monotonic()
+        started_s = self.session.monotonic()
         measurements: list[Measurement] = []
         while True:
             measurement = self._attempt(experiment, entry, keep_engine=keep_engine, gap=gap)
@@ -140,12 +133,12 @@ class ExperimentLoop:
             self.save()
             self.tell("experiment_retried", **who, reason=reason, **_why(measurement))
             gap = self._keep_gap("configuration", None)
-            if self.stop.signum is not None:
+            if self.session.stop.signum is not None:
                 interrupt_entry(entry)
                 self.tell("experiment_interrupted", **who, reason=None)
                 self.save()
-                raise Interrupted(self.stop.signum)
-        return self._settle(experiment, entry, measurements, self.monotonic() - started_s)
+                raise Interrupted(self.session.stop.signum)
+        return self._settle(experiment, entry, measurements, self.session.monotonic() - started_s)
 
     def _attempt(
         self,
@@ -155,8 +148,10 @@ class ExperimentLoop:
         keep_engine: bool,
         gap: GapOutcome | None,
     ) -> Measurement:
-        folder = self.session.prepare(experiment)
-        started_at = utc_text(self.now())
+        session = self.session
+        folder = session.repository.prepare_attempt(str(session.manifest.run_id), experiment.exp_id)
+        folder.write_config(experiment.requested, experiment.resolved)
+        started_at = utc_text(self.session.now())
         entry.put_attempt(Attempt(folder.number, started_at=started_at, host=entry.host))
         entry.status, entry.error, entry.started_at = RUNNING, None, entry.started_at or started_at
         entry.retry_count = len(entry.attempts) - 1
@@ -189,7 +184,7 @@ class ExperimentLoop:
             entry.status, entry.error = FAILED, last.attempt.error
         self.save()
         if self._since_s is not None:
-            self._durations.append(self.monotonic() - self._since_s)
+            self._durations.append(self.session.monotonic() - self._since_s)
         self._remaining, self._since_s = self._remaining - 1, None
         self._tell_end(experiment, best or last, elapsed_s)
         return best is not None
@@ -216,7 +211,7 @@ class ExperimentLoop:
             "config_name": experiment.config_name,
             "backend": experiment.backend,
             "cycle": experiment.cycle_index + 1,
-            "cycles": self.campaign.execution.cycles,
+            "cycles": self.session.campaign.execution.cycles,
         }
 
     def _eta_s(self) -> float | None:
@@ -224,7 +219,7 @@ class ExperimentLoop:
         if not self._durations:
             return None
         mean_s = sum(self._durations) / len(self._durations)
-        elapsed_s = 0.0 if self._since_s is None else self.monotonic() - self._since_s
+        elapsed_s = 0.0 if self._since_s is None else self.session.monotonic() - self._since_s
         return self._remaining * mean_s - min(elapsed_s, mean_s)
 
 

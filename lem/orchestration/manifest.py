@@ -16,7 +16,7 @@ from typing import Any
 
 from lem.base import durable
 from lem.base.clock import utc_now, utc_stamp, utc_text
-from lem.base.codec import typed_fields
+from lem.base.codec import decode
 from lem.base.durable import make_folder
 from lem.base.errors import LemError, UserError
 
@@ -45,21 +45,20 @@ TOP_UP_NOTE = "top_up"
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
-def encode_json(value: Any) -> bytes:
-    """The value as one line of JSON in UTF-8."""
+def _encode(value: Any) -> bytes:
     return durable.utf8(_ENCODER.encode(value))
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try at an experiment.
+    """One try at an experiment: its folder, and what became of it.
 
     Attributes:
         number: from 1; names the folder `attempt-N`.
         result_path: its `result.json`; None without a whole one.
-        valid: what the record says; None without one.
+        valid: as in the record; None without one.
         error: why there is no record.
-        log_path: what the engine printed.
+        log_path: the engine's own output.
         host: where it ran.
     """
 
@@ -119,7 +118,7 @@ class CampaignManifestEntry:
         if line is None:
             values = {name: self.__dict__[name] for name in _ENTRY_NAMES}
             values["attempts"] = [vars(attempt) for attempt in self.attempts]
-            line = self.__dict__["_line"] = encode_json(values)
+            line = self.__dict__["_line"] = _encode(values)
         return line
 
 
@@ -147,8 +146,8 @@ class CampaignManifest:
         config_hash: hash of the campaign's configuration, names and io left out.
         run_id: names the folder of its results; kept by a resume.
         shuffle_seed: of `structure: shuffled`; None for the others.
-        environment: what was found at the first load (image, engine, driver, GPU UUIDs), as the caller names it.
-        notes: what a resume did that a reader of the results must know, e.g. an environment change that was allowed.
+        environment: image, engine, driver and GPU UUIDs at the first load, by name.
+        notes: what a reader of the results must know, such as an environment change that was allowed.
     """
 
     campaign_id: str
@@ -172,17 +171,17 @@ class CampaignManifest:
     @property
     def completed_count(self) -> int:
         """Experiments with a result."""
-        return self._count(COMPLETED)
+        return len(self.get_by_status(COMPLETED))
 
     @property
     def failed_count(self) -> int:
         """Experiments that failed."""
-        return self._count(FAILED)
+        return len(self.get_by_status(FAILED))
 
     @property
     def pending_count(self) -> int:
         """Experiments not begun."""
-        return self._count(PENDING)
+        return len(self.get_by_status(PENDING))
 
     @property
     def is_complete(self) -> bool:
@@ -230,9 +229,6 @@ class CampaignManifest:
             setattr(entry, name, value)
         return entry
 
-    def _count(self, status: str) -> int:
-        return sum(entry.status == status for entry in self.experiments)
-
 
 SCHEMA_VERSION = 1
 
@@ -242,7 +238,7 @@ _HEAD_NAMES = tuple(item.name for item in dataclasses.fields(CampaignManifest) i
 def encode_manifest(manifest: CampaignManifest) -> bytes:
     """The manifest as JSON in UTF-8, schema version first and one line an entry."""
     head = {"schema_version": SCHEMA_VERSION, **{name: getattr(manifest, name) for name in _HEAD_NAMES}}
-    lines = b"".join([b"  " + encode_json(name) + b": " + encode_json(value) + b",\n" for name, value in head.items()])
+    lines = b"".join([b"  " + _encode(name) + b": " + _encode(value) + b",\n" for name, value in head.items()])
     entries = b",\n".join([b"    " + entry.encode() for entry in manifest.experiments])
     # In one join: of 10,000 entries every copy costs milliseconds.
     return b"".join([b"{\n", lines, b'  "experiments": [\n', entries, b"\n  ]\n}\n"])
@@ -252,7 +248,7 @@ def decode_manifest(document: Any) -> CampaignManifest:
     """The manifest in a JSON document.
 
     Raises:
-        ValueError: not a whole manifest of this schema; says what is wrong with it.
+        ValueError: not a whole manifest of this schema.
     """
     version = document.get("schema_version") if isinstance(document, dict) else None
     if not isinstance(version, int):
@@ -261,25 +257,10 @@ def decode_manifest(document: Any) -> CampaignManifest:
         by = "a newer lem" if version > SCHEMA_VERSION else "another lem"
         raise ValueError(f"it was written by {by}: schema_version is {version}, this lem reads {SCHEMA_VERSION}")
     values = {name: value for name, value in document.items() if name != "schema_version"}
-    manifest = CampaignManifest(**typed_fields(CampaignManifest, values, "manifest"))
-    manifest.experiments = [
-        _decode_entry(entry, f"experiments[{index}]") for index, entry in enumerate(manifest.experiments)
-    ]
+    manifest = decode(CampaignManifest, values, "manifest")
     if len({entry.exp_id for entry in manifest.experiments}) != len(manifest.experiments):
         raise ValueError("it names an experiment twice")
     return manifest
-
-
-def _decode_entry(value: Any, where: str) -> CampaignManifestEntry:
-    values = typed_fields(CampaignManifestEntry, value, where)
-    values["attempts"] = [
-        Attempt(**typed_fields(Attempt, attempt, f"{where}.attempts[{index}]"))
-        for index, attempt in enumerate(values["attempts"])
-    ]
-    try:
-        return CampaignManifestEntry(**values)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
 
 
 logger = logging.getLogger(__name__)
@@ -370,9 +351,9 @@ class ManifestManager:
         return manifest
 
     def set_aside(self) -> Path | None:
-        """Where the manifest went to make room for a fresh start; None when there was none.
+        """Rename the manifest to make room for a fresh start; the new path, or None when there was no manifest.
 
-        Nothing is overwritten: its new name carries the time, and a number when that name is taken. To be called
+        Nothing is overwritten: the new name contains the time, and a number when that name is taken. To be called
         under the campaign's lock.
 
         Raises:
@@ -392,7 +373,7 @@ class ManifestManager:
         return target
 
     def remove_leftovers(self) -> None:
-        """Remove what a process left that was killed while it saved. To be called under the campaign's lock."""
+        """Remove temporary files of a process that was killed while saving; to be called under the campaign's lock."""
         for path in self.manifest_path.parent.glob(f"{durable.TEMPORARY_PREFIX}*"):
             path.unlink(missing_ok=True)
 

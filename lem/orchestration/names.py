@@ -39,10 +39,9 @@ _IGNORED = {_BACKEND, _MODEL, ("config_name",)}
 
 
 def name_configurations(config_dicts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name for each configuration: backend, every option that varies, and the model where it does or nothing else.
+    """A name for each: backend, every option that varies, and the model where it varies or nothing else does.
 
-    `pytorch-float16-batch_size=4-max_output_tokens=64`: short, fit for a file name, the same for the same input, and
-    no two alike.
+    `pytorch-float16-batch_size=4-max_output_tokens=64`: short, unique, fit for a file name, equal for equal input.
     """
     flat = [_flatten(config) for config in config_dicts]
     models = {str(options[_MODEL]) for options in flat if options.get(_MODEL)}
@@ -55,23 +54,20 @@ def name_configurations(config_dicts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def distinct_names(names: Sequence[str], contents: Sequence[Mapping[str, Any]]) -> list[str]:
     """The names, each that is not the first of its kind followed by a hash of its content, or by a number."""
-    seen: set[str] = set()
-    out = []
+    seen: dict[str, None] = {}
     for name, content in zip(names, contents, strict=True):
-        candidate = name
-        if candidate in seen:
-            candidate = f"{name}-{_content_hash(content)}"
-        number = 2
+        candidate, number = name, 1
         while candidate in seen:
-            candidate = f"{name}-{_content_hash(content)}-{number}"
+            text = json.dumps(content, sort_keys=True, default=str)
+            digest = hashlib.sha256(text.encode("utf-8")).hexdigest()[:_SUFFIX_LENGTH]
+            candidate = f"{name}-{digest}" if number == 1 else f"{name}-{digest}-{number}"
             number += 1
-        seen.add(candidate)
-        out.append(candidate)
-    return out
+        seen[candidate] = None
+    return list(seen)
 
 
 def _flatten(config: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Flat:
-    """Every option given, by its path; a model or a dataset written in short under its name."""
+    """Every option given, by its path; the short form of a model or dataset under its name."""
     out: Flat = {}
     for key, value in config.items():
         path = (*prefix, key)
@@ -83,7 +79,7 @@ def _flatten(config: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Flat:
 
 
 def _varying(flat: Sequence[Flat]) -> list[tuple[str, ...]]:
-    """The options that do not have one and the same value in all, in the order they are met."""
+    """The options that do not have the same value everywhere, in order of appearance."""
     seen: dict[tuple[str, ...], set[str]] = {}
     counts: Counter[tuple[str, ...]] = Counter()
     for options in flat:
@@ -94,7 +90,7 @@ def _varying(flat: Sequence[Flat]) -> list[tuple[str, ...]]:
 
 
 def _labels(keys: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """For each option the last parts of its name that tell it from the others."""
+    """For each option the shortest end of its name that is unique."""
     labels = {}
     for key in keys:
         length = 1
@@ -105,7 +101,7 @@ def _labels(keys: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
 
 
 def _short_models(models: set[str]) -> dict[str, str]:
-    """How each model is called: by the last part of its name where that is enough."""
+    """Each model by the last part of its name where that is unique."""
     short = {model: model.rstrip("/").rpartition("/")[2] for model in models}
     counts = Counter(short.values())
     return {model: _clean(name if counts[name] == 1 else model) for model, name in short.items()}
@@ -123,12 +119,12 @@ def _name(options: Flat, labels: Mapping[tuple[str, ...], str], models: Mapping[
 
 
 def file_stem(name: str) -> str:
-    """A configuration's name as the name of a file, without ending."""
+    """A configuration's name as a file name, without its ending."""
     return _shortened(_clean(name).lstrip(".-")) or "experiment"
 
 
 def _shortened(name: str) -> str:
-    """The name, where it is too long with a hash in the place of its end."""
+    """The name; where it is too long, its end is replaced by a hash."""
     if len(name) <= MAX_NAME_LENGTH:
         return name
     ending = hashlib.sha256(name.encode("utf-8")).hexdigest()[:_SUFFIX_LENGTH]
@@ -164,11 +160,6 @@ def _clean(text: str) -> str:
 _UNFIT = re.compile(r"[^A-Za-z0-9._=+-]+")
 
 
-def _content_hash(content: Mapping[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:_SUFFIX_LENGTH]
-
-
 CONFIG_HASH_LENGTH = 16
 _ID_HASH_LENGTH = 12
 
@@ -181,22 +172,16 @@ PromptResolver = Callable[[ExperimentConfig], "ResolvedPrompts | None"]
 
 
 def canonical_json(value: Any) -> str:
-    """The one JSON text of a value: keys sorted, no spaces. 1 and 1.0 differ, as JSON writes them.
-
-    Raises:
-        ValueError: a NaN or an infinity.
-    """
+    """The one JSON text of a value: keys sorted, no spaces. 1 and 1.0 differ, as JSON writes them; no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def prompts_fingerprint(config: ExperimentConfig, resolve: PromptResolver) -> dict[str, Any]:
-    """What decides which prompts an experiment runs, as JSON values.
+    """What determines the prompts that an experiment runs, as JSON values.
 
-    Prompts of a file by their content; synthetic ones by their parameters and what the generator makes of some; a
-    dataset, whose content only the worker sees and records, by its name and what is taken of it.
-
-    Raises:
-        ConfigurationError: from `resolve`, prompts that cannot be used.
+    Prompts of a file by their content; synthetic ones by their parameters and a sample of the generator's output; a
+    dataset, whose content only the worker sees and records, by its name and what is taken of it. `resolve` may raise
+    ConfigurationError.
     """
     if config.dataset is not None:
         return {"dataset": config.dataset.identity()}
@@ -210,7 +195,7 @@ def prompts_fingerprint(config: ExperimentConfig, resolve: PromptResolver) -> di
 
 @functools.cache
 def generator_version() -> str:
-    """A hash of what the generator of synthetic prompts makes; another one when it is changed."""
+    """A hash of a sample of synthetic prompts, which changes with their generator."""
     digest = hashlib.sha256()
     for distribution in ("fixed", "uniform", "lognormal"):
         for prompt in generate(SyntheticPlan(64, 64, sample_size=32, seed=42, distribution=distribution)):
@@ -219,11 +204,7 @@ def generator_version() -> str:
 
 
 def config_hash(config: ExperimentConfig, prompts: Mapping[str, Any]) -> str:
-    """16 hex digits over everything that can change an experiment's numbers.
-
-    Args:
-        prompts: as `prompts_fingerprint`.
-    """
+    """16 hex digits over everything that can change an experiment's numbers, with its `prompts_fingerprint`."""
     settings = {key: value for key, value in config.identity().items() if key not in _PROMPT_KEYS}
     return _digest({"config": settings, "prompts": prompts})
 
@@ -236,19 +217,13 @@ def experiment_id(configuration_hash: str, cycle_index: int) -> str:
 def make_run_id(now: datetime, rng: random.Random) -> str:
     """A name for a run of a campaign, which sorts by time: `20260714T100000Z-1f3a`.
 
-    Args:
-        now: an aware time.
-        rng: tells runs apart that start in one second, here or on another host.
+    The random end distinguishes runs that start in one second, here or on another host.
     """
     return f"{utc_stamp(now)}-{rng.getrandbits(16):04x}"
 
 
 def campaign_config_hash(campaign: CampaignConfig, config_hashes: Sequence[str]) -> str:
-    """16 hex digits over what a campaign measures and how: its configurations in order, execution and cold start.
-
-    Args:
-        config_hashes: of the configurations planned, in their order.
-    """
+    """16 hex digits over what a campaign measures and how: its configurations in order, execution and cold start."""
     sections = {"execution": campaign.execution.to_dict(), "cold_start": campaign.cold_start.to_dict()}
     return _digest({**sections, "experiments": list(config_hashes)})
 

@@ -13,10 +13,10 @@ from lem.base import durable
 from lem.base.durable import GROUPED, INTERLEAVED, SHUFFLED
 from lem.base.errors import ConfigurationError, UserError
 from lem.base.reasons import Reason
-from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig
+from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig, with_campaign_defaults
 from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import Expanded, as_written, restore_references, simple
-from lem.config.load import ListedExperiment, Source, with_campaign_defaults
+from lem.config.load import ListedExperiment, Source
 from lem.config.option import canonical
 from lem.config.problems import Problem
 from lem.config.rules import Gpu
@@ -223,13 +223,13 @@ def build_plan(
         ConfigurationError: prompts that cannot be used.
     """
     candidates = _collect(campaign, drafts, preset or {}, forced, source)
-    validation = validate_named([(item.name, item.config_dict) for item in candidates], gpus)
-    given, repeated = _identify(candidates, validation.configs, resolve_prompts)
+    configs, filtered, warnings = validate_named([(item.name, item.config_dict) for item in candidates], gpus)
+    given, repeated = _identify(candidates, configs, resolve_prompts)
     return Plan(
         experiments=order_experiments(given, campaign.execution),
         total_generated=len(candidates),
-        filtered=validation.filtered,
-        warnings=(*validation.warnings, *repeated),
+        filtered=filtered,
+        warnings=(*warnings, *repeated),
         execution=campaign.execution,
         is_cold=campaign.cold_start.force_cold_start or campaign.cold_start.restart_container,
         config_hash=campaign_config_hash(campaign, [item.config_hash for item in given]),

@@ -113,10 +113,10 @@ def update_manifest(
     if is_changed:
         notes.append(change.describe())
     found = reconcile(manifest, lambda entry: _results_of(repository, manifest, entry))
-    for exp_id in found.lost:
+    for exp_id in found["lost"]:
         _logger.warning("%s: %s; it runs again", exp_id, manifest.get_entry(exp_id).error)
-    if found.adopted:
-        notes.append(f"Whole results that the manifest had missed: {len(found.adopted)}, adopted")
+    if found["adopted"]:
+        notes.append(f"Whole results that the manifest had missed: {len(found['adopted'])}, adopted")
     notes.append(resume_text(manifest))
     for entry in manifest.get_by_status(FAILED):
         entry.status = PENDING  # its turn comes again; until then it counts as neither
@@ -142,29 +142,20 @@ def _results_of(repository: Repository, manifest: CampaignManifest, entry: Campa
     ]
 
 
-@dataclass(frozen=True)
-class Reconciliation:
-    """What `reconcile` changed: names of experiments."""
-
-    interrupted: tuple[str, ...] = ()  # were running when their process died, and run again
-    adopted: tuple[str, ...] = ()  # have a whole result that the manifest had missed
-    lost: tuple[str, ...] = ()  # were completed, but their result is gone or broken; they run again
-
-
 def reconcile(
     manifest: CampaignManifest, find_results: Callable[[CampaignManifestEntry], Sequence[Attempt]]
-) -> Reconciliation:
-    """Correct the manifest by the whole results on disk.
+) -> dict[str, list[str]]:
+    """Correct the manifest by the whole results on disk; returns the names of the experiments changed.
 
-    A completed experiment counts only while its result is there and whole. A whole result that the manifest missed,
-    because its process died between the two writes, is adopted. What was running is not any more.
+    They are `interrupted` (were running when their process died, and run again), `adopted` (have a whole result that
+    the manifest had missed) or `lost` (were completed, but their result is gone or broken; they run again).
     """
     changes: dict[str, list[str]] = {"interrupted": [], "adopted": [], "lost": []}
     for entry in manifest.experiments:
         change = None if entry.status == SKIPPED else _reconcile_entry(entry, find_results(entry))
         if change is not None:
             changes[change].append(entry.exp_id)
-    return Reconciliation(**{name: tuple(exp_ids) for name, exp_ids in changes.items()})
+    return changes
 
 
 def _reconcile_entry(entry: CampaignManifestEntry, results: Sequence[Attempt]) -> str | None:
@@ -309,11 +300,7 @@ def _show(value: Any) -> str:
 
 
 def make_rule(target: Target, max_cycles: int | None) -> StoppingRule:
-    """The rule of `--until` and `--max-cycles`.
-
-    Raises:
-        UserError: fewer cycles at most than at least, or more than a campaign can have.
-    """
+    """The rule of `--until` and `--max-cycles`; a UserError when a campaign cannot have that many cycles."""
     most = MOST_CYCLES if max_cycles is None else max_cycles
     if not LEAST_CYCLES <= most <= MOST_CYCLES:
         raise UserError(
@@ -324,11 +311,7 @@ def make_rule(target: Target, max_cycles: int | None) -> StoppingRule:
 
 
 def check_rule(campaign: CampaignConfig, rule: StoppingRule) -> None:
-    """Refuse a campaign whose cycles cannot be added one after the other.
-
-    Raises:
-        UserError: names the option that prevents it.
-    """
+    """Refuse, with a UserError, a campaign whose cycles cannot be added one after the other."""
     execution, daemon = campaign.execution, campaign.daemon
     if daemon is not None and daemon.enabled:
         raise UserError("--until and a daemon exclude each other", "a daemon runs the campaign as it stands, again")

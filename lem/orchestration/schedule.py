@@ -53,11 +53,7 @@ class StopRequest:
         return self.is_set()
 
     def request(self, signum: int) -> None:
-        """Request a stop as the signal would.
-
-        Raises:
-            Interrupted: it was requested before.
-        """
+        """Request a stop as the signal would; a second request is raised as Interrupted."""
         if self.signum is not None:
             raise Interrupted(signum)
         self.signum = signum
@@ -119,15 +115,7 @@ def next_start(now: datetime, at: str, weekdays: Collection[int] = ANY_DAY, *, z
 
     A time that the clock skips when summer time begins is as many hours after midnight as on another day: 02:30
     is then 03:30. Of a time that comes twice when it ends, the first counts.
-
-    Args:
-        now: an aware time.
-        at: `HH:MM`.
-        weekdays: as `datetime.weekday()` counts, 0 for Monday.
-        zone: the host's own zone when None.
-
-    Raises:
-        ValueError: `at` is not a time of day, or no day is named.
+    Weekdays count from 0 for Monday; without a zone it is the host's. A ValueError when `at` is not `HH:MM`.
     """
     clock = time.fromisoformat(at)
     today = now.astimezone(zone).date()
@@ -166,11 +154,7 @@ class Scheduler:
         return self._first_at is not None
 
     def run(self, run_once: RunOnce) -> CampaignOutcome | None:
-        """How the last run went; None when a signal came before the first.
-
-        Raises:
-            LemError: as `run_once`.
-        """
+        """How the last run went; None when a signal came before the first. What `run_once` raises ends it."""
         daemon, schedule = self._daemon, self.campaign.schedule
         if daemon is not None and schedule is not None:
             self.tell(DAEMON_WINS)

@@ -18,7 +18,7 @@ from lem.base import durable, process
 from lem.base.durable import make_folder, reason_of
 from lem.base.errors import UserError
 from lem.base.variables import DATASETS_VARIABLE, HUB_FOLDER_VARIABLE, MARK_VARIABLE, MODEL_CACHE_VARIABLE
-from lem.meters.gpu_section import GpuReading
+from lem.meters.nvml import GpuReading
 from lem.orchestration.compose import (
     PACKAGED_NAME,
     REPLACES_LISTS,

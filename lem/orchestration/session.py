@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from lem.base.durable import reason_of
 from lem.base.errors import EngineError, InfrastructureError, Interrupted, UserError
 from lem.base.reasons import Reason
 from lem.base.variables import TOKEN_VARIABLE
-from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig
+from lem.config.campaign_config import CampaignConfig
 from lem.config.load import Loaded
 from lem.meters.nvml import find_gpus, named_gpus, visible_gpus
 from lem.orchestration.dispatch import Outcome, Timeouts, Worker, WorkerUnavailable
@@ -44,11 +44,7 @@ METERS_S = 15.0
 
 
 def find_secrets(environ: Mapping[str, str]) -> dict[str, str]:
-    """The secrets that are set, by name; the environment wins over a credential of systemd.
-
-    Raises:
-        UserError: a credential cannot be read.
-    """
+    """The secrets that are set, by name; the environment wins over a credential of systemd."""
     folder, value = environ.get(_FOLDER_VARIABLE), environ.get(TOKEN_VARIABLE, "")
     if folder and not value:
         path = Path(folder, TOKEN_VARIABLE)
@@ -77,12 +73,7 @@ class Executor(Protocol):
         """End every worker with its engine at once."""
 
     def look_after(self, tell: Callable[[str], None]) -> None:
-        """Check, between two experiments, that what the workers run in is healthy, and repair it if it is not.
-
-        Raises:
-            InfrastructureError, UserError: it cannot be repaired.
-            Interrupted: a stop was requested.
-        """
+        """Check, between two experiments, that what the workers run in is healthy; repair it or raise a LemError."""
 
     def close(self) -> None:
         """Take down what the workers ran in, once they were stopped or killed."""
@@ -97,11 +88,7 @@ class LocalExecutor:
     name = "local"
 
     def __init__(self, python: str | None = None) -> None:
-        """Find the Python: a program or a path, as `--python` gives it; None is this one.
-
-        Raises:
-            UserError: no such program.
-        """
+        """Find the Python: a program or a path, as `--python` gives it; None is this one."""
         found = shutil.which(python) if python is not None else sys.executable
         if not found:
             raise UserError(f"--python {python}: no such program", "give the path of a Python that has the engine")
@@ -137,34 +124,20 @@ class Measurement:
     log_tail: str = ""  # the last lines that the engine printed, for an error
 
 
+@dataclass
 class Session:
     """The workers of a run, ended with the block it is entered for, and the attempts made in them."""
 
-    def __init__(
-        self,
-        executor: Executor,
-        repository: Repository,
-        manifest: CampaignManifest,
-        host: str,
-        execution: CampaignExecutionConfig,
-        *,
-        stop: StopRequest,
-        now: Callable[[], datetime],
-        meters: HostMeters,
-    ) -> None:
-        self.executor = executor
-        self.meters = meters
-        self._repository = repository
-        self._manifest = manifest
-        self._host = host
-        self._timeouts = Timeouts(
-            load_s=execution.load_timeout_seconds,
-            experiment_s=execution.experiment_timeout_seconds,
-            silence_s=execution.silence_timeout_seconds,
-        )
-        self._stop = stop
-        self._now = now
-        self._secrets = find_secrets(os.environ)
+    campaign: CampaignConfig
+    manifest: CampaignManifest
+    executor: Executor
+    repository: Repository
+    meters: HostMeters
+    host: str
+    stop: StopRequest
+    now: Callable[[], datetime]
+    monotonic: Callable[[], float]  # in seconds
+    _secrets: Mapping[str, str] = field(default_factory=lambda: find_secrets(os.environ), repr=False)
 
     def __enter__(self) -> Session:
         return self
@@ -182,16 +155,6 @@ class Session:
         finally:
             self.executor.close()
 
-    def prepare(self, experiment: CampaignExperiment) -> AttemptFolder:
-        """A new attempt folder with the configuration.
-
-        Raises:
-            InfrastructureError: it cannot be written.
-        """
-        folder = self._repository.prepare_attempt(str(self._manifest.run_id), experiment.exp_id)
-        folder.write_config(experiment.requested, experiment.resolved)
-        return folder
-
     def measure(
         self,
         experiment: CampaignExperiment,
@@ -207,7 +170,7 @@ class Session:
             Interrupted: a stop was requested, and the worker was ended.
             InfrastructureError: a worker cannot be started, or the results folder is full.
         """
-        started_at = utc_text(self._now())
+        started_at = utc_text(self.now())
         request = self._request(experiment, folder, keep_engine=keep_engine, gap=gap)
         outcome = self._run(experiment, folder, request, on_event)
         record, error = _result_of(outcome, folder, experiment)
@@ -219,18 +182,13 @@ class Session:
             error=None if error is None else error.message,
             log_path=str(folder.log_path) if folder.log_path.exists() else None,
             started_at=started_at,
-            completed_at=utc_text(self._now()),
-            host=self._host,
+            completed_at=utc_text(self.now()),
+            host=self.host,
         )
         return Measurement(attempt, record, error, outcome.log_tail)
 
     def look_after(self, tell: Callable[[str], None]) -> None:
-        """As `Executor.look_after`; what cannot be repaired stops the campaign.
-
-        Raises:
-            InfrastructureError: it cannot be repaired.
-            Interrupted: a stop was requested.
-        """
+        """As `Executor.look_after`; what cannot be repaired is an InfrastructureError, which stops the campaign."""
         try:
             self.executor.look_after(tell)
         except UserError as error:  # what was there when the campaign began is gone
@@ -247,7 +205,7 @@ class Session:
         for backend in dict.fromkeys(item.backend for item in experiments):
             try:
                 worker = self.executor.worker_for(backend)
-                worker.open(self._stop)
+                worker.open(self.stop)
             except WorkerUnavailable as error:  # nothing has run yet: the host is unfit, no experiment has failed
                 raise UserError(error.message, error.hint) from error
             missing = missing_distributions(backend, worker.environment)
@@ -276,9 +234,13 @@ class Session:
             _write_prompts(experiment, folder)
         except UserError as error:
             return Outcome(EngineError(error.message, error.hint, kind="prompts", is_permanent=True))
-        # Power at rest is measured before the load.
-        baseline = experiment.config.baseline
-        timeouts = replace(self._timeouts, rest_s=METERS_S + (baseline.duration_sec if baseline.enabled else 0.0))
+        execution, baseline = self.campaign.execution, experiment.config.baseline
+        timeouts = Timeouts(
+            load_s=execution.load_timeout_seconds,
+            rest_s=METERS_S + (baseline.duration_sec if baseline.enabled else 0.0),
+            experiment_s=execution.experiment_timeout_seconds,
+            silence_s=execution.silence_timeout_seconds,
+        )
         try:
             worker = self.executor.worker_for(experiment.backend)
             with self.meters.attending(experiment.config, request) as attendance:
@@ -286,14 +248,14 @@ class Session:
                 def pass_on(event: Event) -> None:
                     on_event(attendance.follow(event))
 
-                return worker.run(attendance.request, pass_on, timeouts, self._stop)
+                return worker.run(attendance.request, pass_on, timeouts, self.stop)
         except UserError as error:  # the program that ran before is gone
             raise InfrastructureError(error.message, error.hint) from error
 
     def _request(
         self, experiment: CampaignExperiment, folder: AttemptFolder, *, keep_engine: bool, gap: GapOutcome | None
     ) -> RunRequest:
-        manifest = self._manifest
+        manifest = self.manifest
         return RunRequest(
             config=experiment.config.to_dict(),
             identity={
@@ -303,7 +265,7 @@ class Session:
                 "campaign_id": manifest.campaign_id,
                 "campaign_name": manifest.campaign_name,
                 "run_id": str(manifest.run_id),
-                "host": self._host,
+                "host": self.host,
                 "backend": experiment.backend,
                 "model": experiment.resolved["model"]["name"],
                 "cycle_index": experiment.cycle_index,
@@ -322,11 +284,7 @@ class Session:
 
 
 def _write_prompts(experiment: CampaignExperiment, folder: AttemptFolder) -> None:
-    """Write the prompts where the host resolves them.
-
-    Raises:
-        UserError: they cannot be read, or are not those that the experiment was planned with.
-    """
+    """Write the prompts where the host resolves them; a UserError when they are not those of the plan."""
     resolved = resolve_on_host(experiment.config)
     if resolved is None:
         return
@@ -363,11 +321,7 @@ def _result_of(
 
 
 def check_supported(campaign: CampaignConfig, executor_name: str) -> None:
-    """Refuse what only containers can do, where there are none.
-
-    Raises:
-        UserError: the campaign asks for it.
-    """
+    """Refuse, with a UserError, what only containers can do where there are none."""
     if campaign.cold_start.restart_container and executor_name != "docker":
         raise UserError(
             "cold_start.restart_container needs the docker executor, and these experiments run in this Python",
@@ -395,17 +349,14 @@ def plan_campaign(loaded: Loaded[CampaignConfig]) -> Plan:
         source=loaded.source,
         gpus=find_gpus() or None,
     )
-    return replace(plan, warnings=(*plan.warnings, *(x for item in plan.configurations for x in _unused_options(item))))
-
-
-def _unused_options(item: CampaignExperiment) -> list[GridValidationIssue]:
-    options = {
-        "num_cycles": (item.config.num_cycles != 1, "execution.cycles"),
-        "io.results_dir": (item.config.io.results_dir is not None, "the campaign's io.results_dir"),
-    }
-    unused = [
-        Reason.of("campaign_decides", option=name, instead=instead)
-        for name, (is_set, instead) in options.items()
-        if is_set
-    ]
-    return [GridValidationIssue.of(item.config_name, reason, severity="warning") for reason in unused]
+    unused = []
+    for item in plan.configurations:
+        options = {
+            "num_cycles": (item.config.num_cycles != 1, "execution.cycles"),
+            "io.results_dir": (item.config.io.results_dir is not None, "the campaign's io.results_dir"),
+        }
+        for name, (is_set, instead) in options.items():
+            if is_set:
+                reason = Reason.of("campaign_decides", option=name, instead=instead)
+                unused.append(GridValidationIssue.of(item.config_name, reason, severity="warning"))
+    return replace(plan, warnings=(*plan.warnings, *unused))

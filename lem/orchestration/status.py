@@ -16,7 +16,7 @@ from typing import Any
 
 from lem.base import durable
 from lem.base.clock import parse_time, utc_text
-from lem.base.codec import build_from
+from lem.base.codec import decode
 from lem.base.durable import MANIFEST_FILENAME
 from lem.base.errors import LemError, UserError
 from lem.orchestration.locks import CAMPAIGN_LOCK_NAME, Holder, is_locked, read_holder
@@ -108,40 +108,33 @@ class Activity:
         return (self.doing, self.since, self.exp_id, self.config_name, self.phase, self.stopped, self.message)
 
 
+@dataclass
 class ActivityWriter:
-    """An observer that passes events on and keeps the file."""
+    """An observer that passes events on and keeps the file in a campaign's state folder."""
 
-    def __init__(
-        self,
-        folder: Path,
-        run_id: str,
-        holder: Holder,
-        observe: Observer,
-        *,
-        now: Callable[[], datetime],
-        monotonic: Callable[[], float],
-        go_on: str = "",
-    ) -> None:
-        self._path = folder / ACTIVITY_NAME
-        self._observe = observe
-        self._now = now
-        self._monotonic = monotonic
-        at = utc_text(now())
-        self._activity = Activity(
-            run_id, holder.pid, holder.host, at, at, go_on=go_on, cwd=_working_directory(), since=at
-        )
+    folder: Path
+    run_id: str
+    holder: Holder
+    observe: Observer
+    now: Callable[[], datetime]
+    monotonic: Callable[[], float]  # in seconds
+    go_on: str = ""
+
+    def __post_init__(self) -> None:
+        at, pid, host = utc_text(self.now()), self.holder.pid, self.holder.host
+        self._activity = Activity(self.run_id, pid, host, at, at, go_on=self.go_on, cwd=_working_directory(), since=at)
         self._write()
 
     def __call__(self, event: Event) -> None:
         """Pass the event on, and write down what it changes."""
-        self._observe(event)
-        before, self._activity = self._activity, self._activity.after(event, utc_text(self._now()))
-        if self._activity.moment != before.moment or self._monotonic() - self._written_s >= _EVERY_S:
+        self.observe(event)
+        before, self._activity = self._activity, self._activity.after(event, utc_text(self.now()))
+        if self._activity.moment != before.moment or self.monotonic() - self._written_s >= _EVERY_S:
             self._write()
 
     def end(self, stopped: str | None, message: str = "") -> None:
         """Write down that the run ended, and how."""
-        at = utc_text(self._now())
+        at = utc_text(self.now())
         idle = self._activity.idle()
         self._activity = replace(
             idle, doing="ended", since=at, updated_at=at, eta_s=None, stopped=stopped, message=message
@@ -160,11 +153,11 @@ class ActivityWriter:
     def _write(self) -> None:
         document = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self._activity)}
         # The process holds the campaign's lock: no other writes under this name.
-        temporary = self._path.with_name(durable.TEMPORARY_PREFIX + ACTIVITY_NAME)
+        temporary = self.folder / (durable.TEMPORARY_PREFIX + ACTIVITY_NAME)
         with contextlib.suppress(OSError):
             temporary.write_bytes(durable.utf8(json.dumps(document, ensure_ascii=False) + "\n"))
-            temporary.replace(self._path)
-        self._written_s = self._monotonic()
+            temporary.replace(self.folder / ACTIVITY_NAME)
+        self._written_s = self.monotonic()
 
 
 def read_activity(folder: Path) -> Activity | None:
@@ -176,7 +169,7 @@ def read_activity(folder: Path) -> Activity | None:
     if not isinstance(document, dict) or document.pop("schema_version", None) != SCHEMA_VERSION:
         return None
     try:
-        return build_from(Activity, document, "activity")
+        return decode(Activity, document, "activity")
     except ValueError:
         return None
 
@@ -267,11 +260,7 @@ def is_invalid(entry: CampaignManifestEntry) -> bool:
 
 
 def find_folders(state_dir: Path) -> tuple[Path, ...]:
-    """The state folders of campaigns, by name.
-
-    Raises:
-        UserError: the folder cannot be read.
-    """
+    """The state folders of campaigns, by name; a UserError when the folder cannot be read."""
     try:
         folders = sorted(path for path in state_dir.iterdir() if path.is_dir())
     except FileNotFoundError:
@@ -317,32 +306,38 @@ def read_status(folder: Path, onlooker: Onlooker, manifest_path: Path | None = N
     except UserError as error:
         return CampaignStatus(folder.name, folder, State.UNREADABLE, error.message, error.hint)
     name = manifest.campaign_name if manifest else holder.campaign if holder else folder.name
+    activity = read_activity(folder)
+    if activity is not None and (manifest is None or activity.run_id != manifest.run_id):
+        activity = None  # of an earlier run
+    status = CampaignStatus(name, folder, State.NONE, manifest=manifest, activity=activity, holder=holder)
     if is_held:
-        return _of_held(name, folder, onlooker, manifest, holder)
+        return _of_held(status, onlooker)
     if manifest is None:
-        return CampaignStatus(name, folder, State.NONE, f"no manifest at {path}: it never began to measure")
-    return _of_free(name, folder, onlooker, manifest, holder)
+        return replace(status, reason=f"no manifest at {path}: it never began to measure", holder=None)
+    return replace(_of_free(status, manifest, onlooker), holder=None)
 
 
-def _of_held(
-    name: str, folder: Path, onlooker: Onlooker, manifest: CampaignManifest | None, holder: Holder | None
-) -> CampaignStatus:
-    activity = _activity_of(folder, manifest)
+def _of_held(status: CampaignStatus, onlooker: Onlooker) -> CampaignStatus:
+    manifest, activity, holder = status.manifest, status.activity, status.holder
     if activity is not None and holder is not None and activity.pid != holder.pid:
         activity = None  # of an earlier process
-    has_ended = activity is not None and activity.doing == "ended"
-    if has_ended or (activity is None and (manifest is None or not _has_begun(manifest, holder))):
-        reason = "it has not begun to measure: it waits for its time, is starting, or asks something"
-        if has_ended:
-            reason = "its run ended; it waits for the next one, or is ending"
-        return CampaignStatus(name, folder, State.WAITING, reason, "", manifest, activity, holder)
-    reason, hint = "", ""
-    silent_s = _seconds_since(activity.updated_at, onlooker) if activity is not None else None
-    if activity is not None and silent_s is not None and silent_s > SILENCE_S:
-        reason = f"nothing was heard of it since {_short(activity.updated_at)}: it hangs, or the machine slept"
+    status = replace(status, state=State.RUNNING, activity=activity)
+    if activity is None and (manifest is None or not _has_begun(manifest, holder)):
+        waiting = "it has not begun to measure: it waits for its time, is starting, or asks something"
+        return replace(status, state=State.WAITING, reason=waiting)
+    if activity is None:
+        return replace(status, left_s=None if manifest is None else estimate_left_s(manifest))
+    if activity.doing == "ended":
+        return replace(status, state=State.WAITING, reason="its run ended; it waits for the next one, or is ending")
+    updated_at = parse_utc(activity.updated_at)
+    silent_s = 0.0 if updated_at is None else (onlooker.now - updated_at).total_seconds()
+    if silent_s > SILENCE_S:
+        silence = f"nothing was heard of it since {_short(activity.updated_at)}: it hangs, or the machine slept"
         hint = f"see whether process {activity.pid} on {activity.host} still works; it may be waiting for a disk"
-    left_s = _left_s(activity, manifest, onlooker)
-    return CampaignStatus(name, folder, State.RUNNING, reason, hint, manifest, activity, holder, left_s)
+        status = replace(status, reason=silence, hint=hint)
+    if activity.eta_s is not None:
+        return replace(status, left_s=max(0.0, activity.eta_s - silent_s))
+    return replace(status, left_s=None if manifest is None else estimate_left_s(manifest))
 
 
 def _has_begun(manifest: CampaignManifest, holder: Holder | None) -> bool:
@@ -355,29 +350,17 @@ def _has_begun(manifest: CampaignManifest, holder: Holder | None) -> bool:
     )
 
 
-def _of_free(
-    name: str, folder: Path, onlooker: Onlooker, manifest: CampaignManifest, holder: Holder | None
-) -> CampaignStatus:
-    activity = _activity_of(folder, manifest)
-    left_s = estimate_left_s(manifest)
-    has_not_ended = activity is not None and activity.doing != "ended"
-    if manifest.get_by_status(RUNNING) or has_not_ended:
-        reason, hint = _why_crashed(manifest, activity, holder, onlooker)
-        return CampaignStatus(name, folder, State.CRASHED, reason, hint, manifest, activity, None, left_s)
+def _of_free(status: CampaignStatus, manifest: CampaignManifest, onlooker: Onlooker) -> CampaignStatus:
+    activity, left_s = status.activity, estimate_left_s(manifest)
+    if manifest.get_by_status(RUNNING) or (activity is not None and activity.doing != "ended"):
+        reason, hint = _why_crashed(manifest, activity, status.holder, onlooker)
+        return replace(status, state=State.CRASHED, reason=reason, hint=hint, left_s=left_s)
     stopped, message = (activity.stopped, activity.message) if activity is not None else (None, "")
     if stopped is not None or manifest.get_by_status(PENDING):
         reason = ": ".join(filter(None, (_ENDINGS.get(stopped or ""), message)))
-        return CampaignStatus(name, folder, State.STOPPED, reason, "", manifest, activity, None, left_s)
+        return replace(status, state=State.STOPPED, reason=reason, left_s=left_s)
     state = State.DONE if manifest.is_complete else State.FAILED
-    return CampaignStatus(name, folder, state, message, "", manifest, activity, None, left_s or None)
-
-
-def _activity_of(folder: Path, manifest: CampaignManifest | None) -> Activity | None:
-    """What the last process did, if it belongs to this run."""
-    activity = read_activity(folder)
-    if activity is None or manifest is None or activity.run_id != manifest.run_id:
-        return None
-    return activity
+    return replace(status, state=state, reason=message, left_s=left_s or None)
 
 
 def _why_crashed(
@@ -385,10 +368,10 @@ def _why_crashed(
 ) -> tuple[str, str]:
     """Why what should run does not, and what to do."""
     last_sign = max(manifest.updated_at, activity.updated_at if activity else "")
-    host = activity.host if activity else holder.host if holder else None
-    pid = activity.pid if activity else holder.pid if holder else None
-    who = "its process" if pid is None else f"process {pid}"
-    if host is not None and host != onlooker.host:
+    last = activity or holder
+    who = "its process" if last is None else f"process {last.pid}"
+    if last is not None and last.host != onlooker.host:
+        host = last.host
         sign = f"nobody holds its lock here; its last sign was {_short(last_sign)}"
         return f"it ran on {host}, and this is {onlooker.host}: {sign}", f"see on {host} whether {who} still runs"
     moment = parse_utc(last_sign)
@@ -406,13 +389,6 @@ def _short(label: str) -> str:
     return f"{label[:19]}Z"
 
 
-def _left_s(activity: Activity | None, manifest: CampaignManifest | None, onlooker: Onlooker) -> float | None:
-    """Seconds to the end: by the process's last estimate, else by the manifest."""
-    if activity is not None and activity.eta_s is not None:
-        return max(0.0, activity.eta_s - (_seconds_since(activity.updated_at, onlooker) or 0.0))
-    return None if manifest is None else estimate_left_s(manifest)
-
-
 def estimate_left_s(manifest: CampaignManifest) -> float | None:
     """Seconds that the experiments left take, gaps in it; None before two have ended.
 
@@ -427,8 +403,3 @@ def estimate_left_s(manifest: CampaignManifest) -> float | None:
     if len(ends) < 2:
         return None
     return n_left * statistics.median((later - earlier).total_seconds() for earlier, later in itertools.pairwise(ends))
-
-
-def _seconds_since(label: str, onlooker: Onlooker) -> float | None:
-    moment = parse_utc(label)
-    return None if moment is None else (onlooker.now - moment).total_seconds()

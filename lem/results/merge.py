@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.base import durable
-from lem.base.codec import build, build_from, typed_fields
+from lem.base.codec import decode
 from lem.base.durable import make_folder, reason_of, remedy_for, sha256_of
 from lem.base.errors import UserError
 from lem.record import Record, ResultKey
@@ -101,21 +101,9 @@ def read_plan(path: Path) -> FleetPlan:
 def _decode(document: Any) -> FleetPlan:
     if not isinstance(document, dict) or document.pop("schema_version", None) != SCHEMA_VERSION:
         raise ValueError(f"not a plan of schema {SCHEMA_VERSION}")
-    values = typed_fields(FleetPlan, document, "plan")
-    experiments = [
-        build_from(PlannedExperiment, item, f"experiments[{index}]") for index, item in enumerate(values["experiments"])
-    ]
-    hosts = [_host(item, f"hosts[{index}]") for index, item in enumerate(values["hosts"])]
-    plan = FleetPlan(**{**values, "experiments": tuple(experiments), "hosts": tuple(hosts)})
+    plan = decode(FleetPlan, document, "plan")
     _check(plan)
     return plan
-
-
-def _host(item: Any, where: str) -> HostPart:
-    values = typed_fields(HostPart, item, where)
-    if not all(isinstance(exp_id, str) for exp_id in values["exp_ids"]):
-        raise ValueError(f"{where}.exp_ids: a list of texts is due")
-    return build(HostPart, [*{**values, "exp_ids": tuple(values["exp_ids"])}.values()])
 
 
 def _check(plan: FleetPlan) -> None:

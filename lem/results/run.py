@@ -16,7 +16,7 @@ from typing import Any
 
 from lem.base import durable
 from lem.base.clock import parse_time
-from lem.base.codec import build_from, typed_fields
+from lem.base.codec import decode
 from lem.base.durable import make_folder, reason_of
 from lem.base.units import parse_percentage, percent
 from lem.record import Record, ResultKey
@@ -304,8 +304,7 @@ def read_stopping_rule(run_folder: Path) -> StoppingRule | None:
         if not isinstance(document, dict):
             raise ValueError("not a stopping rule")
         found = {name: document.get(name) for name in ("target", "least_cycles", "most_cycles")}
-        values = {**found, "target": build_from(Target, found["target"], "target")}
-        return StoppingRule(**typed_fields(StoppingRule, values, "rule"))
+        return decode(StoppingRule, found, "rule")
     except FileNotFoundError:
         return None
     except OSError as error:

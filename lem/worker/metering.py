@@ -23,7 +23,8 @@ from lem.meters.curve import NotMeasured, Span, update_period_s
 from lem.meters.energy import EnergyFindings, mean_power_w, measure
 from lem.meters.external import ExternalReadings, is_short_of, read_external
 from lem.meters.samples import FINISHED_FILENAME, SLOW_PERIOD_S, Mark, SampleLog, write_finished
-from lem.meters.sources import Baselines, Sources, choose_sources, span_of
+from lem.meters.sources import Baselines, Sources, choose_sources
+from lem.meters.window import span_of
 from lem.worker.channel import RunRequest
 from lem.worker.environment import GpuSurroundings
 from lem.worker.sampling import NothingSampled, SampleSource, open_source

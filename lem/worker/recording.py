@@ -18,7 +18,18 @@ from lem.config.experiment import ExperimentConfig
 from lem.engines.common import load_engine
 from lem.engines.protocol import Engine, EngineReport
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of
-from lem.record import Compute, Identity, Record, Throughput, Validity, Window, Work, decode_record, encode_record
+from lem.record import (
+    Compute,
+    Identity,
+    Measured,
+    Record,
+    Throughput,
+    Validity,
+    Window,
+    Work,
+    decode_record,
+    encode_record,
+)
 from lem.worker.channel import RunRequest, redact
 from lem.worker.environment import GpuSurroundings, HostFacts, describe_environment
 from lem.worker.prompts import ResolvedPrompts
@@ -212,7 +223,7 @@ def _steadiness(measured: MeasuredWindow, energy: EnergyFindings) -> tuple[bool 
     """Whether the window was one state, in throughput and, where it is known, in power; and which of them was not."""
     apart = [
         what
-        for what, is_alike in (("throughput", measured.steady), ("power", energy.power_steady))
+        for what, is_alike in (("throughput", measured.steady), ("power", energy.power_steady.value))
         if is_alike is False
     ]
     if apart:
@@ -278,8 +289,8 @@ def _throughput(measured: MeasuredWindow) -> Throughput:
     window_s = measured.window_s
     if window_s <= 0:
         why = "the window took no time that the clock could tell"
-        return Throughput(
-            None, None, None, dict.fromkeys(("output_tok_per_s", "total_tok_per_s", "requests_per_s"), why)
+        return Throughput.of(
+            **dict.fromkeys(("output_tok_per_s", "total_tok_per_s", "requests_per_s"), Measured(None, why))
         )
     return Throughput(
         output_tok_per_s=measured.output_tok / window_s,

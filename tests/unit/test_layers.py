@@ -20,6 +20,7 @@ TIMEOUT_S = 60
 
 # The layers below each one; a layer is a folder of lem/, or a module in it. Every layer may import `lem` (the version).
 BELOW: dict[str, frozenset[str]] = {
+    "": frozenset({"base"}),
     "base": frozenset(),
     "config": frozenset({"base"}),
     "record": frozenset({"base"}),

@@ -226,7 +226,7 @@ def test_a_code_of_a_newer_lem_is_known_by_its_sentence() -> None:
     [
         ("warnings_coded", [], r"validity\.warnings: expected codes of 1 sentences, got \[\]"),
         ("warnings_coded", [{"code": "no_output"}], r"validity\.warnings: expected code and data"),
-        ("warnings_coded", [{"code": 7, "data": {}}], r"validity\.warnings: str is due, got 7"),
+        ("warnings_coded", [{"code": 7, "data": {}}], r"validity\.warnings: expected text, got 7"),
         ("warnings_coded", ["no_output"], r"validity\.warnings: expected code and data"),
         ("steady_coded", {"code": "no_output", "data": {}}, "validity: unexpected 'steady_coded'"),
     ],
@@ -275,5 +275,5 @@ def test_the_recorded_attempt_of_version_1_is_read_with_its_codes() -> None:
 def test_a_damaged_record_of_version_1_is_refused_with_its_place() -> None:
     document = as_version_1(with_reasons(sample("no_output")))
     document["validity"]["warnings"] = [1]
-    with pytest.raises(RecordError, match=r"validity\.warnings: str is due, got 1"):
+    with pytest.raises(RecordError, match=r"validity\.warnings\[0\]: expected text, got 1"):
         decode_record(document)

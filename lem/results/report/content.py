@@ -1,176 +1,205 @@
-"""What the report shows."""
+"""What the report says: configurations in order of merit, what is drawn of them, and the verdict."""
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lem.base import units
 from lem.base.doc import SEPARATORS, name_tokens, printable, text_width
-from lem.record import Gpu, Record
+from lem.base.reasons import Reason
+from lem.base.units import format_quantity, plural, some_of
+from lem.record import Record
 from lem.results.aggregation import Configuration, estimate_note
 from lem.results.check import Finding, check_run
-from lem.results.metrics import METRIC_BY_NAME, Metric
-from lem.results.report.markup import Cell, Markup, absent, count_cell, details, scroller, table
-from lem.results.report.plot import GROUPS_MAX, Trace
-from lem.results.run import Run
-from lem.results.store import Problem
+from lem.results.compare import Row, compare_configurations
+from lem.results.metrics import Metric
+from lem.results.report.plot import GROUPS_MAX
+from lem.results.run import ENERGY, THROUGHPUT, Run
+from lem.results.store import config_beside, configuration_of, configured_name
+
+NOT_GIVEN = "not given"
 
 _LABEL_WIDTH = 32
-# Names stand in every table: with many configurations they are most of the page.
+# Names are in every table: with many configurations they are most of the page.
 _MANY, _LABEL_WIDTH_OF_MANY = 300, 20
-# As in `layout`: names are cut after these.
-
-# What a requested configuration holds beside what can change its numbers.
+# Parts of a requested configuration that cannot change its numbers.
 _NO_SETTINGS = frozenset({"config_name", "extra_metadata", "io"})
-# What configurations are grouped by, in colour and shape, when there are too many for one each.
+# What colour and shape mean, when there are too many configurations for one each.
 _GROUPINGS = ("backend", "model.name", "fp_precision")
+_TRACES_SHOWN, _FAULTY_FIRST = 12, 4
+_NAMED = 3  # configurations that a sentence of the verdict names
+
+POWER, TEMPERATURE = "power", "temperature"
 
 
 @dataclass(frozen=True)
-class FailedSettings:
-    """The settings of a configuration of which there is no result at all."""
+class Phase:
+    """A phase of the measurement, in seconds from the begin of the first; what was not read in it is None."""
 
     name: str
-    settings: Mapping[str, str]
+    begin_s: float
+    end_s: float
+    power_mean_w: float | None = None
+    power_max_w: float | None = None
+    temp_min_c: float | None = None
+    temp_max_c: float | None = None
+    throttled_s: float | None = None
 
 
 @dataclass(frozen=True)
-class TraceNote:
-    """An experiment whose power over time is not shown, and why."""
+class Spell:
+    """A time in which a GPU was slowed down."""
 
-    path: str
-    message: str
+    begin_s: float
+    end_s: float
+    is_fault: bool  # by heat or a power brake, not by its power limit
+    reason: str
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line over time."""
+
+    label: str  # of the device
+    quantity: str  # POWER in watts or TEMPERATURE in °C
+    points: tuple[tuple[float, float] | None, ...]  # (seconds, value) in order; None where readings are missing
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One experiment over time."""
+
+    phases: tuple[Phase, ...]
+    series: tuple[Series, ...]
+    spells: tuple[Spell, ...]
+    interval_s: float  # between two readings
+
+    @property
+    def slowed_s(self) -> Sequence[tuple[float, float]]:
+        """When a GPU was slowed down for any reason but its power limit: (begin, end), in the order of time."""
+        return union((spell.begin_s, spell.end_s) for spell in self.spells if spell.is_fault)
+
+
+def union(spans: Iterable[tuple[float, float]], hole_s: float = 0.0) -> list[tuple[float, float]]:
+    """The time that any of the spans (begin, end) covers; holes of at most `hole_s` between them are bridged."""
+    found: list[tuple[float, float]] = []
+    for begin, end in sorted(spans):
+        if found and begin - found[-1][1] <= hole_s:
+            found[-1] = (found[-1][0], max(found[-1][1], end))
+        else:
+            found.append((begin, end))
+    return found
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A configuration on the page.
+    """A configuration on the page."""
 
-    Attributes:
-        number: from 1, in the order of merit.
-        label: its name without what all names share, short enough for a plot.
-        aggregate: both intervals of every metric.
-        records: all its results.
-        used: those that the estimates stand on.
-        settings: of its requested configuration, by dotted name.
-        group: which colour and shape.
-    """
-
-    number: int
+    number: int  # from 1, in the order of merit
     name: str
-    label: str
-    aggregate: Configuration
-    records: tuple[Record, ...]
-    used: tuple[Record, ...]
-    settings: Mapping[str, str]
-    group: int
+    label: str  # without what all names share, short enough for a plot
+    configuration: Configuration
+    settings: Mapping[str, str]  # as requested, by dotted name
+    group: int  # colour and shape
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """All its results."""
+        return self.configuration.records
+
+    @property
+    def used(self) -> tuple[Record, ...]:
+        """The results that its estimates are made of."""
+        return self.configuration.used
 
     @property
     def is_estimate(self) -> bool:
-        """Whether its energy was not measured but worked out from the design power of the CPU."""
-        return self.aggregate.is_estimate
+        """Whether its energy was estimated from the design power of the CPU."""
+        return self.configuration.is_estimate
 
-    @property
-    def has_energy(self) -> bool:
-        """Whether a valid result has energy per output token."""
-        return bool(self.aggregate.estimate("energy_per_output_tok_j").values)
-
-    def centre(self, metric: str) -> float | None:
+    def centre(self, metric: str | Metric) -> float | None:
         """The geometric mean over the cycles."""
-        return self.aggregate.estimate(metric).value
+        return self.configuration.estimate(metric).value
 
-    def span(self, metric: str) -> tuple[float, float] | None:
-        """The t interval; None where there is none."""
-        estimate = self.aggregate.estimate(metric)
+    def span(self, metric: str | Metric) -> tuple[float, float] | None:
+        """The t interval."""
+        estimate = self.configuration.estimate(metric)
         return None if estimate.low is None or estimate.high is None else (estimate.low, estimate.high)
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that is on the page.
-
-    Attributes:
-        findings: what `lem check` says of the results.
-        headline: the metric that the verdict is about: energy per output token, or throughput where nobody measured
-            energy.
-        entries: best first; those without a value last.
-        groups: what each colour and shape stands for; () where there is but one.
-        grouped_by: in words.
-        traces, trace_notes: power over time of some experiments, and which others could not be read.
-        n_logs: how many experiments have a sample log.
-    """
+    """Everything on the page."""
 
     run: Run
-    findings: tuple[Finding, ...]
-    headline: Metric
-    entries: tuple[Entry, ...]
-    records: tuple[Record, ...]
-    problems: tuple[Problem, ...]
-    failed_settings: tuple[FailedSettings, ...]
-    groups: tuple[str, ...]
+    findings: tuple[Finding, ...]  # of `lem check`
+    headline: Metric  # of the verdict: energy per output token, or throughput where no energy was measured
+    entries: tuple[Entry, ...]  # best first, those without a value last
+    records: tuple[Record, ...]  # in the order of execution
     grouped_by: str
+    groups: tuple[str, ...]  # the meaning of each colour and shape; () where all look the same
     traces: tuple[tuple[Record, Trace], ...] = ()
-    trace_notes: tuple[TraceNote, ...] = ()
-    n_logs: int = 0
+    unread: tuple[str, ...] = ()  # sample logs that could not be read, and why
+    n_logs: int = 0  # experiments with a sample log
 
     @property
     def has_energy(self) -> bool:
         """Whether the page is about energy."""
-        return self.headline.group == "energy"
+        return self.headline is ENERGY
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """The metrics of the page."""
+        return (ENERGY, THROUGHPUT) if self.has_energy else (THROUGHPUT,)
 
     @property
     def estimate_note(self) -> str:
-        """What to put beside every axis of energy where some of it is an estimate; else empty."""
-        note = estimate_note(entry.aggregate for entry in self.entries if entry.has_energy)
+        """What follows every label of energy where some of it is an estimate; else empty."""
+        found = (entry.configuration for entry in self.entries)
+        note = estimate_note(item for item in found if item.estimate(ENERGY).values)
         return f" {note}" if note else ""
 
 
-def compose(run: Run, failed_settings: Sequence[FailedSettings] = ()) -> Report:
-    """The content of the page.
-
-    Args:
-        failed_settings: of configurations that appear in no record.
-    """
-    headline = _headline(run)
-    by_name = {item.name: item.records for item in run.configurations}
-    known = {item.name: item.settings for item in failed_settings}
-    settings = {name: flat_settings(found[0].requested) if found else known.get(name, {})
-                for name, found in by_name.items()}  # fmt: skip
-    grouped_by, group_of, groups = _grouping(list(by_name), settings)
-    labels = _labels(list(by_name))
+def compose(run: Run) -> Report:
+    """The content of the page, without traces."""
+    estimates = [item.estimate(ENERGY) for item in run.configurations]
+    is_measured = any(estimate.values or estimate.all_attempts for estimate in estimates)
+    headline = ENERGY if is_measured else THROUGHPUT
+    lost = _lost_settings(run)
+    settings = [
+        flat_settings(item.records[0].requested) if item.records else lost.get(item.name, {})
+        for item in run.configurations
+    ]
+    grouped_by, groups, meanings = _grouping(settings)
+    labels = _labels([item.name for item in run.configurations])
+    ranked = sorted(enumerate(run.configurations), key=lambda pair: _merit(pair[1], headline))
     entries = tuple(
         Entry(
             number=number,
             name=printable(item.name),
             label=labels[item.name],
-            aggregate=item,
-            records=item.records,
-            used=item.used,
-            settings=settings[item.name],
-            group=group_of[item.name],
+            configuration=item,
+            settings=settings[index],
+            group=groups[index] if groups else number - 1,
         )
-        for number, item in enumerate(_by_merit(run.configurations, headline), 1)
+        for number, (index, item) in enumerate(ranked, 1)
     )
     return Report(
         run=run,
         findings=check_run(run).findings,
         headline=headline,
-        entries=_with_groups_of_merit(entries) if grouped_by == "configuration" else entries,
+        entries=entries,
         records=tuple(sorted(run.records, key=_moment)),
-        problems=run.problems,
-        failed_settings=tuple(failed_settings),
-        groups=tuple(entry.label for entry in entries) if grouped_by == "configuration" else groups,
         grouped_by=grouped_by,
+        groups=meanings if groups else tuple(entry.label for entry in entries),
     )
 
 
 def flat_settings(requested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A requested configuration by dotted names, each value as text; names and metadata left out."""
+    """A requested configuration by dotted name, each value as text, without names and metadata."""
     found: dict[str, str] = {}
     for key, value in requested.items():
         if not prefix and key in _NO_SETTINGS:
@@ -183,42 +212,33 @@ def flat_settings(requested: Mapping[str, Any], prefix: str = "") -> dict[str, s
     return found
 
 
-def _headline(run: Run) -> Metric:
-    energy = "energy_per_output_tok_j"
-    estimates = [item.estimate(energy) for item in run.configurations]
-    is_measured = any(estimate.values or estimate.all_attempts for estimate in estimates)
-    return METRIC_BY_NAME[energy if is_measured else "output_tok_per_s"]
+def _moment(record: Record) -> tuple[str, str, int, int, int]:
+    identity = record.identity
+    return (identity.run_id, identity.host, identity.order_index, identity.cycle_index, identity.attempt)
 
 
-def _by_merit(configurations: Iterable[Configuration], metric: Metric) -> list[Configuration]:
-    sign = 1 if metric.group == "energy" else -1
-
-    def merit(item: Configuration) -> tuple[bool, float]:
-        value = item.estimate(metric).value
-        return value is None, 0.0 if value is None else sign * value
-
-    return sorted(configurations, key=merit)
+def _merit(item: Configuration, metric: Metric) -> tuple[bool, float]:
+    value = item.estimate(metric).value
+    return value is None, (1 if metric is ENERGY else -1) * (value or 0.0)
 
 
-def _grouping(
-    names: Sequence[str], settings: Mapping[str, Mapping[str, str]]
-) -> tuple[str, Mapping[str, int], tuple[str, ...]]:
-    """What the colours mean: each configuration, or a setting that has few values; else all look the same."""
-    if len(names) <= GROUPS_MAX:
-        return "configuration", {name: index for index, name in enumerate(names)}, tuple(names)
-    for key in (*_GROUPINGS, *sorted({key for item in settings.values() for key in item})):
-        values = tuple(dict.fromkeys(settings[name].get(key, "not given") for name in names))
-        if 2 <= len(values) <= GROUPS_MAX:
-            return key, {name: values.index(settings[name].get(key, "not given")) for name in names}, values
-    return "", dict.fromkeys(names, 0), ()
+def _grouping(settings: Sequence[Mapping[str, str]]) -> tuple[str, Sequence[int], tuple[str, ...]]:
+    """What colour and shape mean, those of each configuration, and the meaning of each.
 
-
-def _with_groups_of_merit(entries: Sequence[Entry]) -> tuple[Entry, ...]:
-    return tuple(replace(entry, group=index) for index, entry in enumerate(entries))
+    Of few configurations each has its own, in the order of merit; of many they show a setting that has few values.
+    """
+    if len(settings) <= GROUPS_MAX:
+        return "configuration", (), ()
+    for key in (*_GROUPINGS, *sorted({key for item in settings for key in item})):
+        values = [item.get(key, NOT_GIVEN) for item in settings]
+        meanings = tuple(dict.fromkeys(values))
+        if 2 <= len(meanings) <= GROUPS_MAX:
+            return key, [meanings.index(value) for value in values], meanings
+    return "", [0] * len(settings), ()
 
 
 def _labels(names: Sequence[str]) -> dict[str, str]:
-    """Names short enough for a plot: what all of them share goes first, then the keys of `key=value`."""
+    """Names short enough for a plot: the parts that all share go first, then the keys of `key=value`."""
     width = _LABEL_WIDTH if len(names) <= _MANY else _LABEL_WIDTH_OF_MANY
     tokens = {name: name_tokens(name) for name in names}
     common = set.intersection(*map(set, tokens.values())) if len(names) > 1 else set()
@@ -228,106 +248,134 @@ def _labels(names: Sequence[str]) -> dict[str, str]:
         own = [token for token in whole if token not in common] or whole
         values = [token.partition("=")[2] or token for token in own]
         forms = ("".join(form).rstrip(f"{SEPARATORS} ") for form in (whole, own, values))
-        labels[name] = next((form for form in forms if text_width(form) <= width), _cut("".join(values), width))
+        shortest, half = "".join(values), width // 2 - 1
+        cut = f"{shortest[:half]}…{shortest[-half:]}"
+        labels[name] = next((form for form in forms if text_width(form) <= width), cut)
     return labels
 
 
-def _cut(name: str, width: int) -> str:
-    """The name, its middle left out."""
-    keep = width // 2 - 1
-    return f"{name[:keep]}…{name[-keep:]}"
+def _lost_settings(run: Run) -> Mapping[str, Mapping[str, str]]:
+    """The settings of configurations without any whole result, from the `config.json` beside what is missing."""
+    known = {configuration_of(record.identity.experiment_id) for record in run.records}
+    found: dict[str, Mapping[str, str]] = {}
+    for problem in run.problems:
+        key = configuration_of(problem.exp_id)
+        if problem.exp_id and key not in known:
+            config = config_beside(problem)
+            requested = config.get("requested")
+            if isinstance(requested, dict):
+                found.setdefault(configured_name(config) or key, flat_settings(requested))
+                known.add(key)
+    return found
 
 
-def _moment(record: Record) -> tuple[str, str, int, int, int]:
-    identity = record.identity
-    return (identity.run_id, identity.host, identity.order_index, identity.cycle_index, identity.attempt)
+def select_traced(entries: Sequence[Entry], records: Sequence[Record]) -> tuple[Record, ...]:
+    """The results whose power over time is drawn: all where they are few.
 
-
-_LABEL = "More figures of every configuration"
+    Else some that were invalid or throttled, then one of each configuration in the order of merit.
+    """
+    if len(records) <= _TRACES_SHOWN:
+        return tuple(records)
+    faulty = (item for item in records if not item.validity.valid or any(gpu.was_slowed for gpu in item.gpus))
+    chosen = dict.fromkeys(itertools.islice((item.identity.key for item in faulty), _FAULTY_FIRST))
+    by_key = {item.identity.key: item for item in records}
+    for entry in entries:
+        own = (record.identity.key for record in entry.used if record.identity.key in by_key)
+        if len(chosen) < _TRACES_SHOWN:
+            chosen.update(dict.fromkeys(itertools.islice(own, 1)))
+    return tuple(by_key[key] for key in chosen)
 
 
 @dataclass(frozen=True)
-class _Figure:
-    """A column: its heading, its value, the reason where it is absent, and whether it is energy or follows from it."""
+class Verdict:
+    """The answer of the page."""
 
-    heading: str
-    read: Callable[[Record], float | None]
-    why: Callable[[Record], str | None] = lambda _: None
-    is_energy: bool = False
-
-
-def _net_per_token(record: Record) -> float | None:
-    net, tokens = record.energy.gpu_energy_net_j, record.work.output_tok
-    return None if net is None or not tokens else net / tokens
+    sentence: str
+    remarks: tuple[str, ...] = ()  # how it was found, and what could not be decided and why
+    has_winner: bool = False  # the first configuration was told apart from the next
 
 
-def _of_gpus(
-    read: Callable[[Gpu], float | None], fold: Callable[[list[float]], float]
-) -> Callable[[Record], float | None]:
-    """One value of all GPUs, where each of them has one."""
-
-    def of(record: Record) -> float | None:
-        values = [value for gpu in record.gpus if (value := read(gpu)) is not None]
-        return fold(values) if values and len(values) == len(record.gpus) else None
-
-    return of
-
-
-_FIGURES = (
-    _Figure(
-        "Net energy per output token, J",
-        _net_per_token,
-        lambda record: record.energy.null_reasons.get("gpu_energy_net_j"),
-        is_energy=True,
-    ),
-    _Figure(
-        "Energy per request, J",
-        lambda record: record.efficiency.energy_per_request_j,
-        lambda record: record.efficiency.null_reasons.get("energy_per_request_j"),
-        is_energy=True,
-    ),
-    _Figure("Prefill, J", lambda record: record.energy.prefill_energy_j, is_energy=True),
-    _Figure("Decode, J", lambda record: record.energy.decode_energy_j, is_energy=True),
-    _Figure("CPU packages, J", lambda record: record.energy.cpu_package_energy_j, is_energy=True),
-    _Figure("GPU power, mean, W", _of_gpus(lambda gpu: gpu.power_mean_w, math.fsum)),
-    _Figure("GPU temperature, greatest, °C", _of_gpus(lambda gpu: gpu.temp_max_c, max)),
-    _Figure(
-        "Engine load, s",
-        lambda record: record.window.load_s,
-        lambda record: record.window.null_reasons.get("load_s"),
-    ),
-    _Figure("CO₂e, g", lambda record: record.carbon.co2e_g, is_energy=True),
-    _Figure("Cost", lambda record: record.carbon.cost, is_energy=True),
-)
+def verdict_of(report: Report) -> Verdict:
+    """The best configuration by the headline metric, and how it compares with the others (as `lem compare` would)."""
+    metric = report.headline
+    if not report.entries:
+        return Verdict("No results.")
+    ranked = [entry for entry in report.entries if entry.centre(metric) is not None]
+    if not ranked:
+        return Verdict("No configuration has a valid result, so there is nothing to compare.")
+    first, *others = ranked
+    missing = [entry for entry in report.entries if entry.centre(metric) is None]
+    remarks = [f"No value of {_names(missing)}."] if missing else []
+    if not others:
+        return Verdict(f"“{first.name}”: {_amount(first, metric)}.", tuple(remarks))
+    rows = list(zip(others, _rows(report.run, first, others, metric), strict=True))
+    compared = [(entry, row) for entry, row in rows if row.p_adjusted is not None and row.effect is not None]
+    refused = [(entry, row.reason) for entry, row in rows if row.p_adjusted is None and row.reason is not None]
+    remarks = [*_separated(compared, len(others)), *_refusals(refused), *remarks]
+    ratio = _against(*compared[0]) if compared else ""
+    verb = "uses the least energy per output token" if report.has_energy else "makes the most output tokens per second"
+    found = f"“{first.name}” {verb}: {_amount(first, metric)}."
+    if compared and compared[0][0] is others[0]:
+        return Verdict(f"{found} {ratio}", tuple(remarks), has_winner=compared[0][1].is_found)
+    sentence = f"{found} That is its estimate alone: no verdict on the next best."
+    return Verdict(sentence, (ratio, *remarks) if ratio else tuple(remarks))
 
 
-def more_figures(report: Report) -> Markup:
-    """A folded table of what any configuration has; nothing where none has any of it.
-
-    The figures are geometric means over the cycles that measured them.
-    """
-    known = [
-        figure
-        for figure in _FIGURES
-        if any(figure.read(item) is not None for entry in report.entries for item in entry.used)
-    ]
-    if not known:
-        return Markup()
-    head = ["No.", "Configuration", *(f"{item.heading}{_estimate(item, report)}" for item in known)]
-    rows: list[list[Cell | str]] = [
-        [count_cell(entry.number), entry.label, *(_cell(entry, item) for item in known)] for entry in report.entries
-    ]
-    return details(_LABEL, scroller(_LABEL, table(_LABEL, head, rows, row_head=1)))
+def _rows(run: Run, first: Entry, others: Sequence[Entry], metric: Metric) -> list[Row]:
+    """The comparison of each of the others with the first, in their order."""
+    best, *rest = (replace(entry.configuration, name=entry.label) for entry in (first, *others))
+    return [pair.rows[0] for pair in compare_configurations(run, best, rest, metrics=(metric,)).pairs]
 
 
-def _estimate(figure: _Figure, report: Report) -> str:
-    return report.estimate_note if figure.is_energy else ""
+def _against(entry: Entry, row: Row) -> str:
+    """How much another differs, with the ratio the way round in which the best comes first."""
+    effect, p = row.effect, row.p_adjusted
+    if effect is None or p is None:
+        return ""
+    relation = row.metric.relation.format(f"{1 / effect.ratio:#.3g} ×")
+    interval = effect.interval()
+    within = f" (95 % {1 / interval[1]:#.3g} – {1 / interval[0]:#.3g})" if interval else ""
+    chance = "" if row.is_found else ", which chance alone could make"
+    p_text = "< 0.001" if p < 0.001 else f"= {p:.3f}"
+    cycles = plural(effect.n_cycles[0], "cycle")
+    return f"It {relation} “{entry.name}”{within}, {cycles}, Holm-adjusted p {p_text}{chance}."
 
 
-def _cell(entry: Entry, figure: _Figure) -> Cell:
-    values = [value for record in entry.used if (value := figure.read(record)) is not None]
-    if not values:
-        return absent(next((reason for record in entry.used if (reason := figure.why(record))), None))
-    is_positive = min(values) > 0
-    mean = math.exp(statistics.fmean(map(math.log, values))) if is_positive else statistics.fmean(values)
-    return Cell(units.format_quantity(mean), mean, is_number=True)
+def _separated(compared: Sequence[tuple[Entry, Row]], n_others: int) -> list[str]:
+    if not compared:
+        return []
+    close = [entry for entry, row in compared if not row.is_found]
+    found = f"Told apart from {len(compared) - len(close)} of {plural(n_others, 'other configuration')}"
+    lines = [f"{found}: pair by pair within cycles, Holm's correction over {plural(len(compared), 'comparison')}."]
+    return [*lines, f"Not told apart from {_names(close)}; more cycles would tell."] if close else lines
+
+
+def _refusals(refused: Sequence[tuple[Entry, Reason]]) -> Iterable[str]:
+    """Why there is no verdict, each code once."""
+    by_code: dict[str, list[tuple[Entry, Reason]]] = {}
+    for entry, reason in refused:
+        by_code.setdefault(reason.code, []).append((entry, reason))
+    for members in by_code.values():
+        entries, (first, reason) = [entry for entry, _ in members], members[0]
+        if len(members) == 1:
+            yield f"No verdict against {_names(entries)}: {reason}."
+        else:
+            shown = ", ".join(str(entry.number) for entry in entries[:12]) + (" …" if len(entries) > 12 else "")
+            yield f"No verdict against {len(entries)} others ({shown}); against {first.number}, {reason}."
+
+
+def _names(entries: Sequence[Entry]) -> str:
+    return some_of([f"{entry.number} “{entry.label}”" for entry in entries], _NAMED)
+
+
+def _amount(entry: Entry, metric: Metric) -> str:
+    value, span = entry.centre(metric) or 0.0, entry.span(metric)
+    unit = "J" if metric is ENERGY else "tok/s"
+    estimate = ", an estimate from TDP" if metric is ENERGY and entry.is_estimate else ""
+    interval = f" (95 % {_four_digits(span[0])} – {_four_digits(span[1])})" if span else ""
+    return f"{_four_digits(value)} {unit}{interval}{estimate}, {plural(entry.configuration.n_cycles, 'cycle')}"
+
+
+def _four_digits(value: float) -> str:
+    """The value with four significant digits, zeros at its end included."""
+    return f"{value:#.4g}".rstrip(".") if 1e-3 <= abs(value) < 1e4 else format_quantity(value)

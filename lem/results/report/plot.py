@@ -1,13 +1,154 @@
-"""Drawing plots as SVG: axes, scales, traces."""
+"""HTML and SVG of the report: elements, tables, scales, marks, and the figure around a plot."""
 
 from __future__ import annotations
 
+import html
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from lem.base.doc import text_width
-from lem.results.report.markup import Markup, details, join, number_text, scroller, tag
+from lem.base import units
+from lem.base.doc import SEPARATORS, printable, text_width
+
+NOT_MEASURED = "not measured"
+_TOKEN = re.compile(rf"[^{SEPARATORS}@]+[{SEPARATORS}@]*|[{SEPARATORS}@]+")
+_VOID = frozenset({"meta", "br", "circle", "line", "path", "rect", "use"})
+
+Place = tuple[float, float]  # x and y on the drawing
+
+
+class Markup(str):
+    """Text that is markup already and is not escaped again."""
+
+    __slots__ = ()
+
+
+def escape(text: str) -> Markup:
+    """The text as content or attribute value, on one line, unprintable characters replaced."""
+    return Markup(html.escape(printable(text)))
+
+
+def breakable(name: str) -> Markup:
+    """A name that breaks after its separators rather than inside a word."""
+    return Markup("<wbr>".join(html.escape(token) for token in _TOKEN.findall(printable(name))))
+
+
+def join(parts: Iterable[str], separator: str = "") -> Markup:
+    """The parts in a row, each escaped unless it is markup."""
+    return Markup(separator.join(part if isinstance(part, Markup) else escape(part) for part in parts))
+
+
+def number_text(value: float) -> str:
+    """A coordinate with at most one decimal, as short as possible."""
+    text = f"{value:.1f}".removesuffix(".0")
+    return "0" if text == "-0" else text
+
+
+def tag(name: str, /, *children: str, **attributes: str | float | None) -> Markup:
+    """An element; `class_` is the attribute `class`, `data_v` is `data-v`; None leaves an attribute out."""
+    parts = [name]
+    for key, value in attributes.items():
+        if value is not None:
+            text = value if isinstance(value, str) else number_text(value)
+            parts.append(f'{key.rstrip("_").replace("_", "-")}="{text if isinstance(text, Markup) else escape(text)}"')
+    head = " ".join(parts)
+    if name in _VOID and not children:
+        return Markup(f"<{head}>" if name in ("meta", "br") else f"<{head}/>")
+    return Markup(f"<{head}>{join(children)}</{name}>")
+
+
+def paragraphs(texts: Iterable[str]) -> list[Markup]:
+    """Each text in a paragraph, unless it is markup already."""
+    return [text if isinstance(text, Markup) else tag("p", text) for text in texts]
+
+
+def scroller(label: str, content: Markup, class_: str = "scroll") -> Markup:
+    """A box that scrolls, also with the keyboard, where its content is wider than the page."""
+    return tag("div", content, class_=class_, role="group", aria_label=label, tabindex="0")
+
+
+def details(summary: str, *content: Markup, is_open: bool = False) -> Markup:
+    """Content folded away behind a line of text."""
+    return tag("details", tag("summary", summary), *content, open="" if is_open else None)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table; plain texts stand for themselves."""
+
+    text: str  # escaped unless it is markup
+    value: float | None = None  # what a number is sorted by; None sorts last
+    is_number: bool = False  # aligned right and compared as a number
+
+    @property
+    def content(self) -> Markup:
+        """The text as markup."""
+        return self.text if isinstance(self.text, Markup) else escape(self.text)
+
+    def render(self, *, is_sortable: bool) -> Markup:
+        """The element, without optional end tag and quotes: a large page has tens of thousands of cells."""
+        if not self.is_number:
+            return Markup(f"<td class=t>{self.content}")
+        if not is_sortable:
+            return Markup(f"<td>{self.content}")
+        return Markup(f'<td data-v="{"" if self.value is None else f"{self.value:.7g}"}">{self.content}')
+
+
+Row = Sequence[Cell | str]
+
+
+def number_cell(
+    value: float | None, reason: str | None = None, form: Callable[[float], str] = units.format_quantity
+) -> Cell:
+    """A number, or that it was not measured, with the reason as its tooltip."""
+    if value is not None:
+        return Cell(form(value), value, is_number=True)
+    text = f"{NOT_MEASURED}: {reason}" if reason else NOT_MEASURED
+    return Cell(tag("span", NOT_MEASURED, class_="absent", title=text), is_number=True)
+
+
+def count_cell(count: int) -> Cell:
+    """A whole number."""
+    return Cell(str(count), count, is_number=True)
+
+
+def table(
+    caption: str,
+    head: Sequence[str],
+    rows: Iterable[Row],
+    *,
+    row_head: int | None = 0,
+    sorted_by: tuple[int, str] | None = None,
+    best: int | None = None,
+) -> Markup:
+    """A table with a caption for screen readers.
+
+    `row_head` is the column that names the row, `best` the row that stands out. With `sorted_by` (column, `ascending`
+    or `descending`) the reader can sort it.
+    """
+    kept = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in rows]
+    numbers = {index for index, cell in enumerate(kept[0]) if cell.is_number} if kept else set()
+    order = dict([sorted_by]) if sorted_by else {}
+    heads = [
+        tag("th", text, scope="col", class_="n" if index in numbers else None, aria_sort=order.get(index))
+        for index, text in enumerate(head)
+    ]
+    lines = []
+    for number, row in enumerate(kept):
+        cells = [
+            Markup(f"<th scope=row>{cell.content}") if index == row_head else cell.render(is_sortable=bool(order))
+            for index, cell in enumerate(row)
+        ]
+        lines.append(Markup(f"<tr{' class=best' if number == best else ''}>{join(cells)}"))
+    return tag(
+        "table",
+        tag("caption", caption, class_="unseen"),
+        tag("thead", tag("tr", *heads)),
+        tag("tbody", join(lines, "\n")),
+        class_="overview sortable" if order else None,
+    )
+
 
 # Values that differ by more than this factor are drawn on a logarithmic scale.
 _LOG_FROM = 8.0
@@ -16,13 +157,7 @@ _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 
 @dataclass(frozen=True)
 class Scale:
-    """A scale from `low` at `begin` to `high` at `end`.
-
-    Attributes:
-        low, high: of the values; low < high, and low > 0 where it is logarithmic.
-        begin, end: places on the drawing, in either order.
-        is_log: logarithmic.
-    """
+    """A scale from `low` at `begin` to `high` at `end`; low < high, and low > 0 where it is logarithmic."""
 
     low: float
     high: float
@@ -31,7 +166,7 @@ class Scale:
     is_log: bool = False
 
     def __call__(self, value: float) -> float:
-        """The place of a value; one that is outside stays at the nearer end."""
+        """The place of a value; one outside the scale stays at the nearer end."""
         value = min(max(value, self.low), self.high)
         if self.is_log:
             share = math.log(value / self.low) / math.log(self.high / self.low)
@@ -41,20 +176,30 @@ class Scale:
 
     def ticks(self, count: int = 6) -> tuple[float, ...]:
         """About `count` round values on the scale."""
-        if self.is_log:
-            found = _log_ticks(self.low, self.high, count)
-            if len(found) > 1:
-                return found
-        return _linear_ticks(self.low, self.high, count)
+        found = self._log_ticks(count) if self.is_log else ()
+        if len(found) > 1:
+            return found
+        rough = (self.high - self.low) / max(count, 1)
+        size = 10 ** math.floor(math.log10(rough))
+        step = next(size * factor for factor in _STEPS if size * factor >= rough * 0.999)
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return tuple(index * step for index in range(first, last + 1))
+
+    def _log_ticks(self, count: int) -> tuple[float, ...]:
+        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        found: list[float] = []
+        for factors in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
+            values = (factor * 10.0**decade for decade in decades for factor in factors)
+            found = [value for value in values if self.low <= value <= self.high]
+            if len(found) <= count + 2:
+                return tuple(found)
+        return tuple(found[:: math.ceil(len(found) / count)])
 
 
 def fitting_scale(values: Iterable[float], begin: float, end: float, *, is_from_zero: bool = False) -> Scale:
-    """A scale that holds all values with a little room beside them; logarithmic where they differ by much.
+    """A scale that holds all (finite) values with a little room around them.
 
-    Args:
-        values: at least one, all finite.
-        begin, end: places on the drawing.
-        is_from_zero: the scale begins at 0, and is never logarithmic.
+    It is logarithmic where they differ by much, unless it begins at zero.
     """
     known = list(values)
     low, high = min(known), max(known)
@@ -67,36 +212,15 @@ def fitting_scale(values: Iterable[float], begin: float, end: float, *, is_from_
 
 
 def tick_text(value: float) -> str:
-    """The value of a tick: round by its making, so a few digits hold all of it."""
+    """The value of a tick, which is round and so needs few digits."""
     text = f"{value:.6g}"
     return f"{value:.0f}" if "e+" in text and abs(value) < 1e9 else text
 
 
-def _linear_ticks(low: float, high: float, count: int) -> tuple[float, ...]:
-    rough = (high - low) / max(count, 1)
-    size = 10 ** math.floor(math.log10(rough))
-    step = next(size * factor for factor in _STEPS if size * factor >= rough * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return tuple(index * step for index in range(first, last + 1))
-
-
-def _log_ticks(low: float, high: float, count: int) -> tuple[float, ...]:
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found: tuple[float, ...] = ()
-    for factors in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
-        found = tuple(
-            value for decade in decades for factor in factors if low <= (value := factor * 10.0**decade) <= high
-        )
-        if len(found) <= count + 2:
-            return found
-    return found[:: math.ceil(len(found) / count)]
-
-
-# The colours of Okabe and Ito are the classes g0 to g7 of the style sheet; each has a shape of its own, since colour
-# alone is not seen by everyone. [Okabe, Ito 2008, "Color universal design"]
+# The colours of Okabe and Ito ("Color universal design", 2008) are the classes g0 to g7 of the style sheet; each has a
+# shape of its own for readers who do not see colour.
 GROUPS_MAX = 8
 _DIGIT_WIDTH, _LETTER_WIDTH = 7.6, 6.7
-_CROSS_ARM = 3.5
 _SHAPES = (
     "m-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0z",
     "m-4 -4h8v8h-8z",
@@ -107,30 +231,31 @@ _SHAPES = (
     "m-2.6 -4.6h5.2l2.6 4.6l-2.6 4.6h-5.2l-2.6 -4.6z",
     "m0 -5.6l1.6 3.8l4 .4l-3 2.7l.9 4l-3.5 -2.1l-3.5 2.1l.9 -4l-3 -2.7l4 -.4z",
 )
+# A dot is a line of no length that its round ends make visible: a thousand take few bytes.
+DOT = "h0"
+TICK = "v16"
+RING = "a3.4 3.4 0 1 0 6.8 0a3.4 3.4 0 1 0-6.8 0"
+CROSS = "m-3.5 -3.5l7 7m0 -7l-7 7"
 
 
-def marker_path(group: int, places: Iterable[tuple[float, float]]) -> str:
-    """The path of markers in the shape of a group."""
-    shape = _SHAPES[group % GROUPS_MAX]
-    return "".join(f"M{number_text(x)} {number_text(y)}{shape}" for x, y in places)
+def shape(group: int) -> str:
+    """The marker of a group, around its place."""
+    return _SHAPES[group % GROUPS_MAX]
 
 
-def circle_path(places: Iterable[tuple[float, float]]) -> str:
-    """The path of dots: lines of no length, which round ends make visible, so that a thousand take few bytes."""
-    return "".join(f"M{number_text(x)} {number_text(y)}h0" for x, y in places)
+def spot(x: float, y: float, drawn: str = "") -> str:
+    """A move to a place, and what is drawn there: a marker, or a line that begins there."""
+    return f"M{number_text(x)} {number_text(y)}{drawn}"
 
 
-def ring_path(places: Iterable[tuple[float, float]]) -> str:
-    """The path of small circles."""
-    return "".join(
-        f"M{number_text(x - 3.4)} {number_text(y)}a3.4 3.4 0 1 0 6.8 0a3.4 3.4 0 1 0-6.8 0" for x, y in places
-    )
+def line_to(*places: Place) -> str:
+    """A line through all places."""
+    return "M" + "L".join(f"{number_text(x)} {number_text(y)}" for x, y in places)
 
 
-def cross_path(places: Iterable[tuple[float, float]]) -> str:
-    """The path of diagonal crosses."""
-    a, b = number_text(_CROSS_ARM), number_text(2 * _CROSS_ARM)
-    return "".join(f"M{number_text(x)} {number_text(y)}m-{a} -{a}l{b} {b}m0 -{b}l-{b} {b}" for x, y in places)
+def marks(parts: Iterable[str], class_: str) -> Markup:
+    """Marks of one look as a single path."""
+    return tag("path", d="".join(parts), class_=class_)
 
 
 def text(x: float, y: float, content: str, class_: str | None = None, anchor: str | None = None) -> Markup:
@@ -139,35 +264,32 @@ def text(x: float, y: float, content: str, class_: str | None = None, anchor: st
 
 
 def horizontal_axis(scale: Scale, y: float, top: float, label: str, *, count: int = 6) -> Markup:
-    """The axis below a plot at `y`, its grid lines up to `top`, its name below; ticks without room are left out."""
+    """The axis below a plot at `y` with grid lines up to `top`; ticks without room are left out."""
     grid, labels = [], []
     free_from = -math.inf
     for value in scale.ticks(count):
         x = scale(value)
         half = _DIGIT_WIDTH * len(tick_text(value)) / 2
-        if x - half < free_from:
-            continue
-        free_from = x + half + _DIGIT_WIDTH
-        grid.append(f"M{number_text(x)} {number_text(top)}V{number_text(y)}")
-        labels.append(text(x, y + 16, tick_text(value), anchor="middle"))
-    middle = (scale.begin + scale.end) / 2
-    name = text(middle, y + 36, label, "axis", "middle") if label else Markup()
-    return join([tag("path", d="".join(grid), class_="grid"), *labels, name])
+        if x - half >= free_from:
+            free_from = x + half + _DIGIT_WIDTH
+            grid.append(spot(x, top, f"V{number_text(y)}"))
+            labels.append(text(x, y + 16, tick_text(value), anchor="middle"))
+    name = text((scale.begin + scale.end) / 2, y + 36, label, "axis", "middle")
+    return join([marks(grid, "grid"), *labels, name])
 
 
-def vertical_axis(scale: Scale, x: float, right: float, label: str, *, count: int = 6) -> Markup:
-    """The axis at the left of a plot, its grid lines to `right`, its name above."""
-    grid, labels = [], []
-    for value in scale.ticks(count):
-        y = scale(value)
-        grid.append(f"M{number_text(x)} {number_text(y)}H{number_text(right)}")
-        labels.append(text(x - 6, y + 4, tick_text(value), anchor="end"))
-    name = text(4, min(scale.begin, scale.end) - 10, label, "axis") if label else Markup()
-    return join([tag("path", d="".join(grid), class_="grid"), *labels, name])
+def vertical_axis(
+    scale: Scale, x: float, right: float, label: str, *, count: int = 6, label_rise: float = 10
+) -> Markup:
+    """The axis at the left of a plot with grid lines to `right`, its name `label_rise` above it."""
+    ticks = [(scale(value), tick_text(value)) for value in scale.ticks(count)]
+    grid = marks((spot(x, y, f"H{number_text(right)}") for y, _ in ticks), "grid")
+    labels = [text(x - 6, y + 4, shown, anchor="end") for y, shown in ticks]
+    return join([grid, *labels, text(4, min(scale.begin, scale.end) - label_rise, label, "axis")])
 
 
 def row_labels(rows: Sequence[tuple[int, str, float]], right: float) -> Markup:
-    """The number at the left of each row, and the name before its drawing begins at `right`."""
+    """Number and name at the left of each row (number, name, y), whose drawing begins at `right`."""
     numbers = [text(0, y + 4, str(number)) for number, _, y in rows]
     names = [text(0, y + 4, label) for _, label, y in rows]
     return join(
@@ -183,184 +305,59 @@ def label_room(labels: Iterable[str]) -> float:
     return 50 + _LETTER_WIDTH * max(map(text_width, labels), default=0)
 
 
-def plot(
-    identifier: str, title: str, description: str, size: tuple[float, float], *content: Markup, class_: str = "plot"
-) -> Markup:
-    """A drawing with its title and description, for those who see it and those who do not."""
-    width, height = map(number_text, size)
-    return tag(
-        "svg",
-        tag("title", title, id=f"{identifier}-title"),
-        tag("desc", description, id=f"{identifier}-desc"),
-        *content,
-        class_=class_,
-        role="img",
-        aria_labelledby=f"{identifier}-title",
-        aria_describedby=f"{identifier}-desc",
-        viewBox=f"0 0 {width} {height}",
-        width=width,
-        height=height,
-    )
+@dataclass(frozen=True)
+class Plot:
+    """A figure: the drawing, a caption, and the data as a folded table."""
+
+    identifier: str
+    title: str
+    description: str  # for readers who do not see the drawing
+    size: tuple[float, float]  # width and height
+    marks: Iterable[Markup]  # axes included, from back to front
+    caption: Sequence[str]
+    data: Markup
+    heading: str = ""  # the title unless given
+    class_: str = "plot"
+    is_wide: bool = False
+
+    def render(self) -> Markup:
+        """The figure."""
+        heading, name = self.heading or self.title, self.identifier
+        width, height = map(number_text, self.size)
+        drawing = tag(
+            "svg",
+            tag("title", self.title, id=f"{name}-title"),
+            tag("desc", self.description, id=f"{name}-desc"),
+            *self.marks,
+            class_=self.class_,
+            role="img",
+            aria_labelledby=f"{name}-title",
+            aria_describedby=f"{name}-desc",
+            viewBox=f"0 0 {width} {height}",
+            width=width,
+            height=height,
+        )
+        return tag(
+            "figure",
+            tag("h3", heading),
+            scroller(f"Plot: {heading}", drawing, "scroll drawing"),
+            tag("figcaption", *paragraphs(self.caption)),
+            details(f"Data table: {heading}", scroller(f"Data table: {heading}", self.data)),
+            id=name,
+            class_="wide" if self.is_wide else None,
+        )
 
 
-def figure(
-    identifier: str, heading: str, drawing: Markup, caption: Sequence[str], data: Markup, *, is_wide: bool = False
-) -> Markup:
-    """A plot with its heading, what to know about it, and its data table folded away below."""
-    return tag(
-        "figure",
-        tag("h3", heading),
-        scroller(f"Plot: {heading}", drawing, "scroll drawing"),
-        tag("figcaption", *(item if isinstance(item, Markup) else tag("p", item) for item in caption)),
-        details(f"Data table: {heading}", scroller(f"Data table: {heading}", data)),
-        id=identifier,
-        class_="wide" if is_wide else None,
-    )
-
-
-def no_figure(identifier: str, heading: str, reason: str) -> Markup:
-    """What stands in the place of a plot that cannot be drawn."""
+def no_plot(identifier: str, heading: str, reason: str) -> Markup:
+    """The figure where nothing can be drawn."""
     return tag("figure", tag("h3", heading), tag("p", reason, class_="absent"), id=identifier)
 
 
-def legend(names: Sequence[str]) -> Markup:
-    """What each colour and shape means; nothing where there is but one."""
-    if len(names) < 2:
-        return Markup()
-    marks = [tag("path", d=marker_path(group, [(7, 7)]), class_=f"m g{group}") for group in range(len(names))]
-    return key_list([(swatch(mark), name) for mark, name in zip(marks, names, strict=True)])
-
-
-def line_legend(names: Sequence[str]) -> Markup:
-    """What each line means, by colour and dashes; nothing where there is but one."""
-    if len(names) < 2:
-        return Markup()
-    lines = [tag("path", d="M0 7h28", class_=f"line g{index % GROUPS_MAX}") for index in range(len(names))]
-    return key_list([(swatch(line, 28), name) for line, name in zip(lines, names, strict=True)])
-
-
-def swatch(mark: Markup, width: int = 14) -> Markup:
-    """A mark as it stands in a legend; the name beside it says what it is."""
-    return tag(
-        "svg", mark, viewBox=f"0 0 {width} 14", width=str(width), height="14", aria_hidden="true", class_="swatch"
-    )
-
-
-def key_list(items: Iterable[tuple[Markup, str]]) -> Markup:
-    """A legend of swatches and names."""
-    return tag("ul", *(tag("li", mark, name) for mark, name in items), class_="legend")
-
-
-POWER = "power"
-TEMPERATURE = "temperature"
-
-
-@dataclass(frozen=True)
-class Band:
-    """Something that lasted: load, warm-up, window …, in seconds from the beginning of the first."""
-
-    name: str
-    begin_s: float
-    end_s: float
-
-
-@dataclass(frozen=True)
-class Spell:
-    """A time in which the GPU was slowed down; `is_fault` when by heat or a power brake, not by its power limit."""
-
-    begin_s: float
-    end_s: float
-    is_fault: bool
-    reason: str
-
-
-@dataclass(frozen=True)
-class Series:
-    """A line.
-
-    Attributes:
-        label: whose.
-        quantity: `POWER` in watts or `TEMPERATURE` in °C.
-        points: (seconds, value) in the order of time; None where readings are missing.
-    """
-
-    label: str
-    quantity: str
-    points: tuple[tuple[float, float] | None, ...]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A row of the table below the plot; what was not read in it is None."""
-
-    name: str
-    begin_s: float
-    length_s: float
-    power_mean_w: float | None
-    power_max_w: float | None
-    temp_min_c: float | None
-    temp_max_c: float | None
-    throttled_s: float | None
-
-
-@dataclass(frozen=True)
-class Trace:
-    """One experiment over time."""
-
-    bands: tuple[Band, ...]
-    series: tuple[Series, ...]
-    spells: tuple[Spell, ...]
-    phases: tuple[Phase, ...]
-    interval_s: float
-
-    @property
-    def slowed_s(self) -> tuple[tuple[float, float], ...]:
-        """When a GPU was slowed down for any reason but its power limit: (begin, end), in the order of time."""
-        return slowed_s(self.spells)
-
-
-def slowed_s(spells: Iterable[Spell]) -> tuple[tuple[float, float], ...]:
-    """When there was a fault, (begin, end): reasons that hold at the same time are not added up."""
-    found: list[tuple[float, float]] = []
-    for spell in sorted(spells, key=lambda item: item.begin_s):
-        if not spell.is_fault:
-            continue
-        if found and spell.begin_s <= found[-1][1]:
-            found[-1] = (found[-1][0], max(found[-1][1], spell.end_s))
-        else:
-            found.append((spell.begin_s, spell.end_s))
-    return tuple(found)
-
-
-def thin(
-    points: Sequence[tuple[float, float]], n_buckets: int, hole_s: float
-) -> tuple[tuple[float, float] | None, ...]:
-    """At most twice `n_buckets` points and the holes: of each bucket of time the least and the greatest value.
-
-    Peaks stay where they were, which a mean would flatten; a pause longer than `hole_s` becomes a None.
-    """
-    if not points:
-        return ()
-    begin, end = points[0][0], points[-1][0]
-    width = (end - begin) / n_buckets or 1.0
-    found: list[tuple[float, float] | None] = []
-    bucket: list[tuple[float, float]] = []
-    number = 0
-    before: float | None = None
-    for point in points:
-        is_hole = before is not None and point[0] - before > hole_s
-        current = int((point[0] - begin) / width)
-        if bucket and (is_hole or current != number):
-            found += _extremes(bucket)
-            bucket = []
-        if is_hole:
-            found.append(None)
-        bucket.append(point)
-        number, before = current, point[0]
-    return (*found, *_extremes(bucket))
-
-
-def _extremes(bucket: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    low = min(bucket, key=lambda point: point[1])
-    high = max(bucket, key=lambda point: point[1])
-    return [low] if low[1] == high[1] else sorted((low, high))
+def legend(items: Iterable[tuple[Markup, str]], width: int = 14) -> Markup:
+    """Marks and what each of them means; nothing where there is but one."""
+    found = [
+        tag("li", tag("svg", mark, viewBox=f"0 0 {width} 14", width=str(width), height="14", aria_hidden="true",
+                      class_="swatch"), name)
+        for mark, name in items
+    ]  # fmt: skip
+    return tag("ul", *found, class_="legend") if len(found) > 1 else Markup()

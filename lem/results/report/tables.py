@@ -1,165 +1,54 @@
-"""Verdict and overview of the report."""
+"""The tables of the report: validity, results, environment, and how each number was measured."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import PurePath
+from typing import Any
 
-from lem.base.reasons import Reason, alike
-from lem.base.units import plural, some_of
+from lem.base import units
+from lem.base.measurement import EnergySource, is_estimate
+from lem.base.reasons import alike
+from lem.base.units import (
+    SIGNIFICANT_DIGITS,
+    format_duration,
+    format_latency,
+    format_power,
+    plural,
+    some_of,
+    with_decimals,
+)
+from lem.record import Environment, Gpu, Record
 from lem.results.aggregation import Estimate
 from lem.results.bootstrap import bootstrap_coverage_label
-from lem.results.compare import Row, compare_configurations
-from lem.results.metrics import Metric
-from lem.results.report.content import Entry, Report, more_figures
-from lem.results.report.markup import (
+from lem.results.report.content import Entry, Report, verdict_of
+from lem.results.report.figures import mean_of
+from lem.results.report.plot import (
+    NOT_MEASURED,
     Cell,
     Markup,
+    Row,
     breakable,
     count_cell,
-    decimals_of,
     details,
-    four_digits,
-    interval_cells,
     join,
-    latency_cell,
+    number_cell,
+    paragraphs,
     scroller,
     table,
     tag,
 )
-from lem.results.run import UNACCOUNTED, Run
-from lem.results.stats import Effect
+from lem.results.run import ENERGY, UNACCOUNTED
 
-_NAMED = 3
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The answer.
-
-    Attributes:
-        sentence: what can be said.
-        remarks: how, and what could not be said and why.
-        has_winner: the first configuration was told apart from the next.
-    """
-
-    sentence: str
-    remarks: tuple[str, ...] = ()
-    has_winner: bool = False
-
-
-def verdict_of(report: Report) -> Verdict:
-    """The best configuration by the headline metric, and from which others it can be told: as `lem compare` would."""
-    metric = report.headline
-    ranked = [entry for entry in report.entries if entry.centre(metric.name) is not None]
-    if not report.entries:
-        return Verdict("No results.")
-    if not ranked:
-        return Verdict("No configuration has a valid result, so there is nothing to compare.")
-    first, others = ranked[0], ranked[1:]
-    if not others:
-        return Verdict(f"{_of(first)}: {_figure(first, metric)}.", _lacking(report))
-    verb = "uses the least energy per output token" if report.has_energy else "makes the most output tokens per second"
-    found = f"{_of(first)} {verb}: {_figure(first, metric)}."
-    rows = [(entry, row) for entry, row in zip(others, _rows(report.run, first, others, metric), strict=True)]
-    told = [(entry, row) for entry, row in rows if row.p_adjusted is not None and row.effect is not None]
-    refused = [(entry, row.reason) for entry, row in rows if row.p_adjusted is None]
-    is_next_told = bool(told) and told[0][0].number == others[0].number
-    compared = [_against(*told[0])] if told else []
-    if is_next_told:
-        remarks = []
-        sentence = " ".join([found, *compared])
-    else:
-        remarks = compared
-        sentence = f"{found} That is its estimate alone: no verdict on the next best."
-    remarks += [*_told(told, len(others)), *_refused(refused), *_lacking(report)]
-    return Verdict(sentence, tuple(remarks), has_winner=is_next_told and told[0][1].is_found)
-
-
-def _rows(run: Run, first: Entry, others: Sequence[Entry], metric: Metric) -> list[Row]:
-    """The comparison of each of the others with the first, in their order."""
-    best, *rest = (replace(entry.aggregate, name=entry.label) for entry in (first, *others))
-    return [pair.rows[0] for pair in compare_configurations(run, best, rest, metrics=(metric,)).pairs]
-
-
-def _against(entry: Entry, row: Row) -> str:
-    """How much another differs, with the ratio the way round in which the best comes first."""
-    effect = row.effect
-    if effect is None or row.p_adjusted is None:
-        return ""
-    relation = row.metric.relation.format(f"{1 / effect.ratio:#.3g} ×")
-    p_text = "< 0.001" if row.p_adjusted < 0.001 else f"= {row.p_adjusted:.3f}"
-    is_told = "" if row.is_found else ", which chance alone could make"
-    cycles = plural(effect.n_cycles[0], "cycle")
-    return f"It {relation} {_of(entry)}{_within(effect)}, {cycles}, Holm-adjusted p {p_text}{is_told}."
-
-
-def _told(told: Sequence[tuple[Entry, Row]], n_others: int) -> list[str]:
-    if not told:
-        return []
-    close = [entry for entry, row in told if not row.is_found]
-    found = f"Told apart from {len(told) - len(close)} of {plural(n_others, 'other configuration')}"
-    lines = [f"{found}: pair by pair within cycles, Holm's correction over {plural(len(told), 'comparison')}."]
-    if close:
-        lines.append(f"Not told apart from {_names(close)}; more cycles would tell.")
-    return lines
-
-
-def _refused(refused: Sequence[tuple[Entry, Reason | None]]) -> list[str]:
-    """Why there is no verdict, each code once."""
-    by_code: dict[str, list[tuple[Entry, Reason]]] = {}
-    for entry, reason in refused:
-        if reason is not None:
-            by_code.setdefault(reason.code, []).append((entry, reason))
-    lines = []
-    for members in by_code.values():
-        entries, (entry, reason) = [item for item, _ in members], members[0]
-        if len(members) == 1:
-            lines.append(f"No verdict against {_names(entries)}: {reason}.")
-        else:
-            lines.append(f"No verdict against {_numbers(entries)}; against {entry.number}, {reason}.")
-    return lines
-
-
-def _lacking(report: Report) -> tuple[str, ...]:
-    lacking = [entry for entry in report.entries if entry.centre(report.headline.name) is None]
-    return (f"No value of {_names(lacking)}.",) if lacking else ()
-
-
-def _of(entry: Entry) -> str:
-    return f"“{entry.name}”"
-
-
-def _names(entries: Sequence[Entry]) -> str:
-    return some_of([f"{entry.number} “{entry.label}”" for entry in entries], _NAMED)
-
-
-def _numbers(entries: Sequence[Entry]) -> str:
-    """`3 others (2, 5, 6)`; a long list is cut."""
-    shown = ", ".join(str(entry.number) for entry in entries[:12])
-    return f"{len(entries)} others ({shown}{' …' if len(entries) > 12 else ''})"
-
-
-def _within(effect: Effect) -> str:
-    interval = effect.interval()
-    return f" (95 % {1 / interval[1]:#.3g} – {1 / interval[0]:#.3g})" if interval else ""
-
-
-def _figure(entry: Entry, metric: Metric) -> str:
-    value, span = entry.centre(metric.name) or 0.0, entry.span(metric.name)
-    unit = "J" if metric.group == "energy" else "tok/s"
-    estimate = ", an estimate from TDP" if metric.group == "energy" and entry.is_estimate else ""
-    interval = f" (95 % {four_digits(span[0])} – {four_digits(span[1])})" if span else ""
-    return f"{four_digits(value)} {unit}{interval}{estimate}, {plural(entry.aggregate.n_cycles, 'cycle')}"
-
+# --- how many results can be used, and what weakens them
 
 _SHOWN = 8
-# A longer table scrolls in a box of its own, so that the plots stay in reach.
-_TALL_FROM = 40
 _PROBLEMS_SHOWN = 200
-# Findings that the verdict, the invalid results at the top and the plots tell already.
-_TOLD_ELSEWHERE = frozenset({"damaged", "indistinguishable", "unequal_exclusions", "invalid"})
+# Findings that the verdict, the invalid results and the plots show as well.
+_SHOWN_ELSEWHERE = frozenset({"damaged", "indistinguishable", "unequal_exclusions", "invalid"})
 _KINDS = {
     "missing": "without a result",
     "half-written": "half-written",
@@ -181,123 +70,47 @@ def validity_section(report: Report) -> Markup:
     return join([_tiles(report), *shown, _problems(report)])
 
 
-def results_section(report: Report) -> Markup:
-    """The answer in a sentence, how far it goes, and the table it stands on."""
-    verdict = verdict_of(report)
-    return join([_answer(verdict), _overview(report, has_winner=verdict.has_winner)])
-
-
-def _answer(verdict: Verdict) -> Markup:
-    return tag("div", tag("p", verdict.sentence, class_="verdict"), *(tag("p", text) for text in verdict.remarks))
-
-
-def _overview(report: Report, *, has_winner: bool) -> Markup:
-    """Every configuration with both intervals, best first, and what the intervals mean."""
-    metrics = [("energy_per_output_tok_j", "J/tok" + report.estimate_note)] if report.has_energy else []
-    metrics += [("output_tok_per_s", "tok/s")]
-    columns = {name: [entry.aggregate.estimate(name) for entry in report.entries] for name, _ in metrics}
-    decimals = {name: decimals_of(_centres(estimates)) for name, estimates in columns.items()}
-    latencies = [
-        (label, name)
-        for label, name in (("TTFT p50", "ttft_p50_s"), ("End to end p50", "e2e_p50_s"))
-        if any(entry.aggregate.estimate(name).values for entry in report.entries)
-    ]
-    head = ["No.", "Configuration"]
-    for name, unit in metrics:
-        short = "Energy per output token" if name == "energy_per_output_tok_j" else "Output throughput"
-        head += [f"{short}, {unit}", "95 % intervals"]
-    head += [*(label for label, _ in latencies), "Cycles"]
-    rows: list[list[Cell | str]] = []
-    for entry in report.entries:
-        row: list[Cell | str] = [count_cell(entry.number), Cell(_name(entry))]
-        for name, _ in metrics:
-            estimate = entry.aggregate.estimate(name)
-            is_estimate = entry.is_estimate and name.startswith("energy")
-            row += interval_cells(estimate, decimals[name], is_estimate=is_estimate)
-        for _, name in latencies:
-            row.append(latency_cell(entry.centre(name), entry.aggregate.estimate(name).null_reason))
-        row.append(count_cell(entry.aggregate.n_cycles))
-        rows.append(row)
-    order = "ascending" if report.has_energy else "descending"
-    caption = f"Every configuration of {report.run.campaign_name}, sortable by each column"
-    content = table(
-        caption, head, rows, row_head=1, sorted_by=(2, order), class_="overview", best=0 if has_winner else None
-    )
-    class_ = "scroll tall" if len(rows) > _TALL_FROM else "scroll"
-    return join(
-        [
-            scroller("Table of all configurations", content, class_),
-            *(tag("p", text) for text in _explanations(report)),
-            more_figures(report),
-        ]
-    )
-
-
-def _centres(estimates: Iterable[Estimate]) -> Iterable[float]:
-    return (item.value for item in estimates if item.value)
-
-
-def _name(entry: Entry) -> Markup:
-    swatch = tag("i", class_=f"dot g{entry.group}")
-    badges = _badges(entry)
-    return join([swatch, breakable(entry.name), tag("div", badges) if badges else Markup()])
-
-
-def _badges(entry: Entry) -> Markup:
-    aggregate = entry.aggregate
-    found = [
-        (aggregate.n_failed, f"{aggregate.n_failed} failed", "bad"),
-        (aggregate.n_invalid, f"{aggregate.n_invalid} invalid", "bad"),
-        (aggregate.is_load_shared, "shared load", "bad"),
-        (any(record.validity.steady is False for record in entry.used), "not steady", "warn"),
-        (len(aggregate.warnings), plural(len(aggregate.warnings), "warning"), "warn"),
-    ]
-    return join([tag("span", text, class_=f"tag {kind}") for is_there, text, kind in found if is_there])
+def _n_damaged(report: Report) -> int:
+    return sum(problem.kind != "missing" for problem in report.run.problems)
 
 
 def _tiles(report: Report) -> Markup:
-    aggregates = [entry.aggregate for entry in report.entries]
-    results = sum(item.n_results for item in aggregates)
-    invalid = sum(item.n_invalid for item in aggregates)
-    failed = sum(item.n_failed for item in aggregates)
-    damaged = sum(problem.kind != "missing" for problem in report.problems)
-    figures = (
-        (f"{results - invalid} of {results}", "results valid", "bad" if invalid else "good"),
-        (str(invalid), "invalid", "bad" if invalid else "good"),
-        (str(failed), "experiments failed", "bad" if failed else "good"),
-        (str(damaged), "files left out", "bad" if damaged else "good"),
+    configurations = [entry.configuration for entry in report.entries]
+    results, invalid = sum(item.n_results for item in configurations), sum(item.n_invalid for item in configurations)
+    tiles = (
+        (f"{results - invalid} of {results}", "results valid", invalid),
+        (str(invalid), "invalid", invalid),
+        (str(failed := sum(item.n_failed for item in configurations)), "experiments failed", failed),
+        (str(damaged := _n_damaged(report)), "files left out", damaged),
     )
-    return tag(
-        "ul", *(tag("li", tag("b", value), label, class_=kind) for value, label, kind in figures), class_="tiles"
-    )
+    items = (tag("li", tag("b", value), label, class_="bad" if bad else "good") for value, label, bad in tiles)
+    return tag("ul", *items, class_="tiles")
 
 
-def _findings(report: Report) -> Iterable[Markup]:
-    """Why results are invalid, then what `lem check` finds, each with what to do about it."""
-    for text, count, members in _alike(report.entries):
-        total = sum(entry.aggregate.n_results for entry in members)
+def _findings(report: Report) -> Iterator[Markup]:
+    """Why results are invalid, then the findings of `lem check`, each with its remedy."""
+    found = ((why, (entry, n)) for entry in report.entries for why, n in entry.configuration.invalid_reasons.items())
+    for same in alike(found):
+        text = same[0][0].text + ("; numbers differ" if len({reason for reason, _ in same}) > 1 else "")
+        members = list({entry.number: entry for _, (entry, _) in same}.values())
+        count, total = sum(n for _, (_, n) in same), sum(entry.configuration.n_results for entry in members)
         yield _finding("bad", "invalid", f"{text} ({count} of {plural(total, 'result')}: {_members(members, report)})")
-    damaged = sum(problem.kind != "missing" for problem in report.problems)
     for item in report.findings:
         if item.kind == "damaged":
-            text = f"{plural(damaged, 'result')} cannot be used, and left out: named below"
+            text = f"{plural(_n_damaged(report), 'result')} cannot be used, and left out: named below"
             yield _finding("bad", "damaged", text, item.remedy)
-    by_name = {entry.aggregate.name: entry for entry in report.entries}
+    by_name = {entry.configuration.name: entry for entry in report.entries}
     for item in report.findings:
-        if item.kind in _TOLD_ELSEWHERE:
-            continue
-        members = sorted(
-            (by_name[name] for name in item.configurations if name in by_name), key=lambda entry: entry.number
-        )
-        concerned = f" ({_members(members, report)})" if members and len(report.entries) > 1 else ""
-        kind, label = "bad" if item.is_weak else "warn", item.kind.replace("_", " ")
-        yield _finding(kind, label, f"{item.text}{concerned}", item.remedy)
+        if item.kind not in _SHOWN_ELSEWHERE:
+            entries = (by_name[name] for name in item.configurations if name in by_name)
+            members = sorted(entries, key=lambda entry: entry.number)
+            concerned = f" ({_members(members, report)})" if members and len(report.entries) > 1 else ""
+            kind, label = "bad" if item.is_weak else "warn", item.kind.replace("_", " ")
+            yield _finding(kind, label, f"{item.text}{concerned}", item.remedy)
     if not report.has_energy and report.entries:
-        reasons = dict.fromkeys(
-            entry.aggregate.estimate("energy_per_output_tok_j").null_reason or "" for entry in report.entries
-        )
-        said = "; ".join(filter(None, reasons)) or "no reason given"
-        yield _finding("warn", "no energy", f"not measured: {said}. The page is about throughput instead.")
+        reasons = dict.fromkeys(entry.configuration.estimate(ENERGY).null_reason or "" for entry in report.entries)
+        why = "; ".join(filter(None, reasons)) or "no reason given"
+        yield _finding("warn", "no energy", f"not measured: {why}. The page is about throughput instead.")
 
 
 def _finding(kind: str, label: str, text: str, remedy: str = "") -> Markup:
@@ -305,58 +118,417 @@ def _finding(kind: str, label: str, text: str, remedy: str = "") -> Markup:
     return tag("li", tag("span", label, class_=f"tag {kind}"), text, what_to_do)
 
 
-def _alike(entries: Sequence[Entry]) -> Iterable[tuple[str, int, list[Entry]]]:
-    """Why results are invalid, each kind once, whatever its numbers: the first text, of how many results, whose."""
-    found = ((why, (entry, n)) for entry in entries for why, n in entry.aggregate.invalid_reasons.items())
-    for same in alike(found):
-        is_varied = len({reason for reason, _ in same}) > 1
-        text = same[0][0].text + ("; numbers differ" if is_varied else "")
-        members = {entry.number: entry for _, (entry, _) in same}
-        yield text, sum(count for _, (_, count) in same), list(members.values())
-
-
 def _members(members: Sequence[Entry], report: Report) -> str:
     if len(members) == len(report.entries):
         return "all configurations" if len(members) > 1 else "the only configuration"
-    shown = ", ".join(f"{entry.number} {entry.label}" for entry in members[:4])
-    return shown + (f" and {len(members) - 4} more" if len(members) > 4 else "")
+    return some_of([f"{entry.number} {entry.label}" for entry in members], 4)
 
 
 def _problems(report: Report) -> Markup:
-    """What was left out, by name: a page that is silent about damage is taken for a whole one."""
-    if not report.problems:
+    """What was left out, by name: a page that is silent about damage looks complete."""
+    problems = report.run.problems
+    if not problems:
         return Markup()
-    counts = {kind: sum(problem.kind == kind for problem in report.problems) for kind in _KINDS}
-    said = ", ".join(f"{count} {_KINDS[kind]}" for kind, count in counts.items() if count)
+    kinds = [problem.kind for problem in problems]
+    counts = ", ".join(f"{count} {label}" for kind, label in _KINDS.items() if (count := kinds.count(kind)))
     rows = [
         [problem.kind, "/".join(PurePath(problem.path).parts[-4:]), problem.message]
-        for problem in report.problems[:_PROBLEMS_SHOWN]
+        for problem in problems[:_PROBLEMS_SHOWN]
     ]
     content = table("Attempts that were left out", ["Kind", "File", "What was found"], rows, row_head=None)
-    left = len(report.problems) - len(rows)
+    left = len(problems) - len(rows)
     more = tag("p", f"And {left} more: lem results list --json names all.") if left else Markup()
-    label = f"Left out: {plural(len(report.problems), 'attempt')} ({said})"
-    is_open = any(problem.kind != "missing" for problem in report.problems) and len(rows) <= _SHOWN
+    label = f"Left out: {plural(len(problems), 'attempt')} ({counts})"
+    is_open = _n_damaged(report) > 0 and len(rows) <= _SHOWN
     return details(label, scroller("Attempts that were left out", content), more, is_open=is_open)
 
 
-def _explanations(report: Report) -> Iterable[str]:
-    sizes = sorted({entry.aggregate.n_cycles for entry in report.entries if entry.span(report.headline.name)})
-    covers = [(size, bootstrap_coverage_label(size)) for size in sizes]
-    said = ", ".join(f"{label} with {plural(size, 'cycle')}" for size, label in covers if label)
+# --- the verdict, and the table it is based on
+
+# A longer table scrolls in a box of its own, so that the plots stay in reach.
+_TALL_FROM = 40
+
+
+def results_section(report: Report) -> Markup:
+    """The answer in a sentence, how far it goes, and the table of all configurations with what its numbers mean."""
+    verdict = verdict_of(report)
+    answer = tag("div", tag("p", verdict.sentence, class_="verdict"), *paragraphs(verdict.remarks))
+    content = _overview(report, has_winner=verdict.has_winner)
+    class_ = "scroll tall" if len(report.entries) > _TALL_FROM else "scroll"
+    overview = scroller("Table of all configurations", content, class_)
+    return join([answer, overview, *paragraphs(_explanations(report)), _more_figures(report)])
+
+
+def _overview(report: Report, *, has_winner: bool) -> Markup:
+    """Every configuration with both intervals, best first."""
+    decimals = {metric: _decimals(entry.centre(metric) for entry in report.entries) for metric in report.metrics}
+    latencies = [
+        (label, name)
+        for label, name in (("TTFT p50", "ttft_p50_s"), ("End to end p50", "e2e_p50_s"))
+        if any(entry.configuration.estimate(name).values for entry in report.entries)
+    ]
+    head = ["No.", "Configuration"]
+    for metric in report.metrics:
+        note = report.estimate_note if metric is ENERGY else ""
+        head += [f"{metric.label}, {metric.unit}{note}", "95 % intervals"]
+    head += [*(label for label, _ in latencies), "Cycles"]
+    rows: list[Row] = []
+    for entry in report.entries:
+        row: list[Cell | str] = [count_cell(entry.number), Cell(_name(entry))]
+        for metric, digits in decimals.items():
+            is_estimated = entry.is_estimate and metric is ENERGY
+            row += _interval_cells(entry.configuration.estimate(metric), digits, is_estimate=is_estimated)
+        for _, name in latencies:
+            row.append(number_cell(entry.centre(name), entry.configuration.estimate(name).null_reason, format_latency))
+        rows.append([*row, count_cell(entry.configuration.n_cycles)])
+    caption = f"Every configuration of {report.run.campaign_name}, sortable by each column"
+    sorted_by = (2, "ascending" if report.has_energy else "descending")
+    return table(caption, head, rows, row_head=1, sorted_by=sorted_by, best=0 if has_winner else None)
+
+
+def _name(entry: Entry) -> Markup:
+    configuration = entry.configuration
+    badges = [
+        (configuration.n_failed, f"{configuration.n_failed} failed", "bad"),
+        (configuration.n_invalid, f"{configuration.n_invalid} invalid", "bad"),
+        (configuration.is_load_shared, "shared load", "bad"),
+        (any(record.validity.steady is False for record in entry.used), "not steady", "warn"),
+        (len(configuration.warnings), plural(len(configuration.warnings), "warning"), "warn"),
+    ]
+    shown = [tag("span", text, class_=f"tag {kind}") for is_there, text, kind in badges if is_there]
+    swatch = tag("i", class_=f"dot g{entry.group}")
+    return join([swatch, breakable(entry.name), tag("div", *shown) if shown else Markup()])
+
+
+def _decimals(values: Iterable[float | None]) -> int | None:
+    """How many decimals all numbers of a column get; None when they differ so much that each needs its own."""
+    known = [value for value in values if value is not None and value > 0]
+    if not known or max(known) > 30 * min(known):
+        return None
+    return max(0, SIGNIFICANT_DIGITS - 1 - math.floor(math.log10(min(known))))
+
+
+def _interval_cells(estimate: Estimate, decimals: int | None, *, is_estimate: bool) -> tuple[Cell, Cell]:
+    """The geometric mean; and below each other its t interval and the bootstrap interval."""
+    t_log, bootstrap, every = estimate.t_log, estimate.bootstrap, estimate.all_attempts
+    notes: list[Markup] = []
+    if every is not None and every.geometric_mean is not None:
+        notes.append(tag("small", f"all attempts {with_decimals(every.geometric_mean, decimals)}"))
+    if t_log is None or bootstrap is None or t_log.geometric_mean is None:
+        reason = estimate.null_reason or (t_log.warning if t_log else None)
+        shown = "no geometric mean" if estimate.values else NOT_MEASURED  # a zero was measured
+        absent = tag("span", shown, class_="absent", title=reason)
+        return Cell(join([absent, *notes]), is_number=True), Cell("", is_number=True)
+    if is_estimate:
+        notes.insert(0, tag("small", "estimate", class_="tag estimate"))
+    mean = Cell(join([with_decimals(t_log.geometric_mean, decimals), *notes]), t_log.geometric_mean, is_number=True)
+    if t_log.ci_lower is None and bootstrap.ci_lower is None:
+        why = None if t_log.n_samples == 1 else t_log.warning or bootstrap.warning
+        return mean, Cell(tag("span", "no interval", class_="absent", title=why), is_number=True)
+    both = [
+        tag("div", tag("span", kind, class_="kind"), Markup(" "), _interval(item.ci_lower, item.ci_upper, decimals))
+        for kind, item in (("t", t_log), ("bootstrap", bootstrap))
+    ]
+    width = None if t_log.ci_lower is None or t_log.ci_upper is None else t_log.ci_upper - t_log.ci_lower
+    return mean, Cell(join(both), width, is_number=True)
+
+
+def _interval(low: float | None, high: float | None, decimals: int | None) -> str:
+    """Both ends, with more decimals where they would look equal."""
+    if low is None or high is None:
+        return "none"
+    more = decimals
+    while more is not None and low < high and with_decimals(low, more) == with_decimals(high, more) and more < 9:
+        more += 1
+    return f"{with_decimals(low, more)} – {with_decimals(high, more)}"
+
+
+def _explanations(report: Report) -> Iterator[str]:
     if report.run.stopping is not None:
         yield f"Cycles were added {report.run.stopping.describe()}: {UNACCOUNTED}."
+    sizes = sorted({entry.configuration.n_cycles for entry in report.entries if entry.span(report.headline)})
     if not sizes:
         return
+    labels = ((size, bootstrap_coverage_label(size)) for size in sizes)
+    covers = ", ".join(f"{label} with {plural(size, 'cycle')}" for size, label in labels if label)
     yield (
         "Means are geometric, over the cycles of a configuration. The t interval is Student's, on log values: it "
         "covers 95 % at any number of cycles. The bootstrap interval is that of the arithmetic mean, 95 % in name"
-        + (f"; it truly covers {said}." if said else ".")
+        + (f"; it truly covers {covers}." if covers else ".")
     )
-    every = any(
-        entry.aggregate.estimate(name).all_attempts
-        for entry in report.entries
-        for name in ("energy_per_output_tok_j", "output_tok_per_s")
-    )
-    if every:
+    estimates = (entry.configuration.estimate(metric) for entry in report.entries for metric in report.metrics)
+    if any(estimate.all_attempts for estimate in estimates):
         yield "“All attempts” is the mean with invalid results counted in: shown where it differs, never used instead."
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """A column of further figures."""
+
+    heading: str
+    read: Callable[[Record], float | None]
+    why: Callable[[Record], str | None] = lambda _: None  # it is absent
+    is_energy: bool = False  # or follows from it
+
+
+def _net_per_token(record: Record) -> float | None:
+    net, tokens = record.energy.gpu_energy_net_j, record.work.output_tok
+    return None if net is None or not tokens else net / tokens
+
+
+def _of_gpus(record: Record, read: Callable[[Gpu], float | None], fold: Callable[[list[float]], float]) -> float | None:
+    """One value of all GPUs, where each of them has one."""
+    values = [value for gpu in record.gpus if (value := read(gpu)) is not None]
+    return fold(values) if values and len(values) == len(record.gpus) else None
+
+
+_FIGURES = (
+    _Figure(
+        "Net energy per output token, J", _net_per_token, lambda r: r.energy.null_reasons.get("gpu_energy_net_j"), True
+    ),
+    _Figure(
+        "Energy per request, J",
+        lambda r: r.efficiency.energy_per_request_j,
+        lambda r: r.efficiency.null_reasons.get("energy_per_request_j"),
+        is_energy=True,
+    ),
+    _Figure("Prefill, J", lambda r: r.energy.prefill_energy_j, is_energy=True),
+    _Figure("Decode, J", lambda r: r.energy.decode_energy_j, is_energy=True),
+    _Figure("CPU packages, J", lambda r: r.energy.cpu_package_energy_j, is_energy=True),
+    _Figure("GPU power, mean, W", lambda r: _of_gpus(r, lambda gpu: gpu.power_mean_w, math.fsum)),
+    _Figure("GPU temperature, greatest, °C", lambda r: _of_gpus(r, lambda gpu: gpu.temp_max_c, max)),
+    _Figure("Engine load, s", lambda r: r.window.load_s, lambda r: r.window.null_reasons.get("load_s")),
+    _Figure("CO₂e, g", lambda r: r.carbon.co2e_g, is_energy=True),
+    _Figure("Cost", lambda r: r.carbon.cost, is_energy=True),
+)
+
+
+def _more_figures(report: Report) -> Markup:
+    """A folded table of means over the cycles, of the figures that any configuration has."""
+    used = [record for entry in report.entries for record in entry.used]
+    figures = [figure for figure in _FIGURES if any(figure.read(record) is not None for record in used)]
+    if not figures:
+        return Markup()
+    rows: list[Row] = []
+    for entry in report.entries:
+        row: list[Cell | str] = [count_cell(entry.number), entry.label]
+        for figure in figures:
+            values = [value for record in entry.used if (value := figure.read(record)) is not None]
+            reason = next(filter(None, map(figure.why, entry.used)), None)
+            row.append(number_cell(mean_of(values) if values else None, reason))
+        rows.append(row)
+    heads = (item.heading + (report.estimate_note if item.is_energy else "") for item in figures)
+    label = "More figures of every configuration"
+    return details(label, scroller(label, table(label, ["No.", "Configuration", *heads], rows, row_head=1)))
+
+
+# --- where and with what it was measured
+
+_VALUES_SHOWN = 6
+
+
+def environment_section(report: Report) -> Markup:
+    """What all results share, and what differs between them."""
+    if not report.records:
+        return tag("p", "No whole result, so nothing is known of the environment.", class_="absent")
+    shared, differing = [], []
+    for label, read in _FACTS.items():
+        found: dict[str, list[Record]] = {}
+        for record in report.records:
+            found.setdefault(read(record.environment, record), []).append(record)
+        if len(found) == 1:
+            shared += [[label, value] for value in found if value]
+        else:
+            differing += [[label, value, _results_of(members, report)] for value, members in _largest_first(found)]
+    same = table("What all results share", ["What", "Value"], shared)
+    parts = [tag("h3", "The same for every result"), scroller("Shared environment", same)]
+    if differing:
+        content = table("What differs between results", ["What", "Value", "Results"], differing)
+        parts += [
+            tag("h3", "Different between results"),
+            tag("p", "Results are comparable only where these are what was meant to differ."),
+            scroller("Differing environment", content),
+        ]
+    return join([*parts, _options_changed(report.records)])
+
+
+def _listed(values: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(values))
+
+
+def _fact(name: str) -> Callable[[Environment, Record], str]:
+    """A field of the environment, or why it is not known."""
+
+    def read(environment: Environment, _: Record) -> str:
+        value: Any = getattr(environment, name)
+        reason = environment.null_reasons.get(name)
+        if value is None:
+            return f"not known: {reason or 'no reason given'}"
+        if value == ():
+            return "none seen"
+        return _listed(value) if isinstance(value, tuple) else str(value)
+
+    return read
+
+
+def _prompts(record: Record) -> str:
+    parts = ((key, record.work.prompt_source.get(key)) for key in ("kind", "name", "count", "sha256"))
+    return ", ".join(f"{key} {value}" for key, value in parts if value is not None)
+
+
+_FACTS: Mapping[str, Callable[[Environment, Record], str]] = {
+    "Host": lambda _, record: record.identity.host,
+    "Run": lambda _, record: record.identity.run_id,
+    "GPU": lambda _, record: _listed(gpu.name for gpu in record.gpus),
+    "GPU UUID": lambda environment, _: _listed(environment.gpu_uuids),
+    "GPU power limit": lambda _, record: _listed(
+        format_power(gpu.power_limit_w) for gpu in record.gpus if gpu.power_limit_w is not None
+    ),
+    "Persistence mode": lambda _, record: _listed(
+        "on" if gpu.persistence_mode else "off" for gpu in record.gpus if gpu.persistence_mode is not None
+    ),
+    "VBIOS": _fact("vbios"),
+    "Other processes on the GPU": _fact("other_gpu_processes"),
+    "Device": lambda environment, _: environment.device,
+    "CPU": lambda environment, _: f"{environment.cpu}, {plural(environment.cpu_count, 'logical processor')}",
+    "Memory": lambda environment, _: units.format_bytes(environment.memory_b),
+    "Governor": _fact("governor"),
+    "Operating system": lambda environment, _: f"{environment.os}, kernel {environment.kernel}",
+    "Executor": lambda environment, _: environment.executor,
+    "Image": _fact("image"),
+    "Engine": lambda environment, _: f"{environment.engine_name} {environment.engine_version}",
+    "Versions": lambda environment, _: _listed(f"{name} {version}" for name, version in environment.versions.items()),
+    "lem": lambda _, record: record.identity.lem_version,
+    "Model": lambda _, record: record.identity.model,
+    "Model revision": _fact("model_revision"),
+    "Weights SHA-256": _fact("weights_sha256"),
+    "Prompts": lambda _, record: _prompts(record),
+}
+
+
+def _largest_first(found: Mapping[str, Sequence[Record]]) -> list[tuple[str, Sequence[Record]]]:
+    ranked = sorted(found.items(), key=lambda pair: (-len(pair[1]), pair[0]))
+    shown = [(value or "not given", members) for value, members in ranked[:_VALUES_SHOWN]]
+    if others := ranked[_VALUES_SHOWN:]:
+        shown.append((f"{len(others)} other values", [record for _, members in others for record in members]))
+    return shown
+
+
+def _results_of(members: Sequence[Record], report: Report) -> str:
+    names = {record.identity.config_name for record in members}
+    numbers = [str(entry.number) for entry in report.entries if entry.configuration.name in names]
+    noun = "configuration" if len(numbers) == 1 else "configurations"
+    return f"{plural(len(members), 'result')} of {noun} {some_of(numbers, 8)}"
+
+
+def _options_changed(records: Sequence[Record]) -> Markup:
+    """Options that the engine did not take as asked."""
+    found: dict[tuple[str, str, str], int] = {}
+    for record in records:
+        for option, pair in record.environment.engine_differs.items():
+            values = json.loads(json.dumps(pair, ensure_ascii=False, default=str))
+            asked, taken = values if isinstance(values, list) and len(values) == 2 else (values, "")
+            key = (str(option), json.dumps(asked, ensure_ascii=False), json.dumps(taken, ensure_ascii=False))
+            found[key] = found.get(key, 0) + 1
+    if not found:
+        return Markup()
+    name = "Options not taken as asked"
+    rows = [[*key, str(count)] for key, count in found.items()]
+    content = table(name, ["Option", "Requested", "In effect", "Results"], rows)
+    return details(f"Options that the engine did not take as asked: {len(found)}", scroller(name, content))
+
+
+# --- how each number was measured, and how far it can be trusted
+
+_SOURCES: Mapping[str, str] = {
+    EnergySource.COUNTER: "the GPU's own energy counter (NVML), read at its changes inside the window",
+    EnergySource.INSTANT_POWER: "instantaneous GPU power (NVML field 186), integrated over the window",
+    EnergySource.AVERAGE_POWER: "averaged GPU power (NVML), integrated over the window",
+    EnergySource.RAPL: "the CPU packages' energy counters (RAPL)",
+    EnergySource.TDP_ESTIMATE: "an estimate: design power (TDP) of the CPU times its load, not a measurement",
+    EnergySource.EXTERNAL: "a meter of the user's own, aligned by its clock",
+}
+_TOKEN_SOURCES = {"engine_ids": "counted from token ids", "retokenized": "counted by tokenizing the text again"}
+
+
+def methods_section(report: Report) -> Markup:
+    """How each number was measured, and what the numbers do not say."""
+    used = [record for entry in report.entries for record in entry.used]
+    name = "How each number was measured"
+    content = table(name, ["Number", "How", "Remarks"], [*_energy_methods(used), *_other_methods(used)])
+    return join([scroller(name, content), *paragraphs(_cautions(report))])
+
+
+def _energy_methods(used: Sequence[Record]) -> Iterator[Row]:
+    for source in dict.fromkeys(record.energy.primary_j.source for record in used):
+        own = [record for record in used if record.energy.primary_j.source == source]
+        if source is None:
+            reasons = _listed(str(record.energy.primary_j.null_reason) for record in own)
+            yield ["Energy", NOT_MEASURED, f"{reasons} ({plural(len(own), 'result')})"]
+        else:
+            kind = "Energy, estimated" if is_estimate(source) else "Energy"
+            yield [kind, _SOURCES.get(source, source), "; ".join(_energy_remarks(own))]
+    net = [record for record in used if record.energy.gpu_energy_net_j is not None]
+    if net:
+        idle = _range((record.idle.idle_loaded_power_w for record in net), format_power)
+        how = "gross less the power at rest with the engine loaded, over the same time"
+        yield ["Net energy", how, f"at rest {idle}"]
+    else:
+        reasons = _listed(str(record.energy.null_reasons.get("gpu_energy_net_j", "")) for record in used)
+        yield ["Net energy", NOT_MEASURED, reasons]
+
+
+def _energy_remarks(records: Sequence[Record]) -> Iterator[str]:
+    scope = _listed(record.energy.primary_j.scope or "not told" for record in records)
+    yield f"{plural(len(records), 'result')}, scope {scope}"
+    periods = [record.energy.counter_update_period_s for record in records]
+    ratios = [record.energy.energy_crosscheck_ratio for record in records]
+    holes = [hole for record in records if (hole := record.energy.sample_gap_max_s) is not None]
+    if any(period is not None for period in periods):
+        yield f"counter updated every {_range(periods, format_latency)}"
+    if any(ratio is not None for ratio in ratios):
+        yield f"integrated power over it: {_range(ratios, '{:.3f}'.format)}"
+    if holes:
+        yield f"longest hole in the samples {format_latency(max(holes))}"
+
+
+def _other_methods(used: Sequence[Record]) -> Iterator[Row]:
+    tokens = _listed(_TOKEN_SOURCES.get(record.work.token_source, record.work.token_source) for record in used)
+    yield ["Throughput", "output tokens of the window over its length, from the engine's token ids", tokens]
+    tpot = "TPOT = (end to end less TTFT) / (output tokens less 1)"
+    yield ["Latency", f"stamped as the engine hands tokens out; {tpot}", ""]
+    windows = [record.window for record in used]
+    modes = _listed(window.traffic_mode.replace("_", " ") for window in windows)
+    repeats = _range((float(window.window_repeats) for window in windows), "{:.0f}".format)
+    lengths = _range((window.window_s for window in windows), format_duration)
+    yield ["Window", f"{modes}, {lengths}", f"prompt set run {repeats} times"]
+    unsettled = sum(record.validity.warmup_converged is False for record in used)
+    remark = f"did not settle in {plural(unsettled, 'result')}" if unsettled else ""
+    yield ["Warm-up", _range((window.warmup_s for window in windows), format_duration), remark]
+    reused = sum(record.validity.engine_reused for record in used)
+    remark = f"{plural(reused, 'result')} with an engine that was loaded before" if reused else ""
+    yield ["Engine load", _range((window.load_s for window in windows), format_duration), remark]
+
+
+def _range(values: Iterable[float | None], form: Callable[[float], str]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return NOT_MEASURED
+    low, high = form(min(known)), form(max(known))
+    return low if low == high else f"{low} to {high}"
+
+
+def _cautions(report: Report) -> Iterator[str]:
+    if report.has_energy and any(entry.configuration.is_by_board_sensors for entry in report.entries):
+        yield (
+            "What ±5 % between cards means: the power sensor of each board reads up to 5 % too high or low, always "
+            "the same way. Configurations measured on one card share its error, so their ratios are fair. Two cards "
+            "may differ by 10 % on the same work without any difference between them: absolute joules, and comparisons "
+            "between cards, carry that on top of the intervals shown here, which only say how much repeats vary."
+        )
+    if any(entry.is_estimate for entry in report.entries):
+        yield "Estimated energy is no measurement: it follows the CPU's load and knows nothing of what it drew."
+    yield (
+        "Energy is gross, the idle power included; net energy is beside it in the records. “Not measured” means that "
+        "no value is known, for the reason given; a zero stands only where zero was observed."
+    )

@@ -101,7 +101,7 @@ def test_the_tree_knows_values() -> None:
 
 
 def option_of(command: Command, name: str):
-    return next(option for option in command.options if name in option.names)
+    return next(option for option in command.flags if name in option.names)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lem.meters.gpu_section import GpuProcess, GpuReading, GpuState
+from lem.meters.nvml import GpuProcess, GpuReading, GpuState
 from lem.orchestration.compose import packaged_compose_file
 from lem.orchestration.doctor import CHECKS, Finding, Host, examine
 from tests.command_rig import run_lem
@@ -223,5 +224,5 @@ def test_what_the_gpus_are_doing_can_be_read_back() -> None:
     assert code == 0
     assert reading.pop("schema_version") == 1
     assert set(reading.pop("energy")) == {"gpus", "gpu_error", "cpu"}
-    assert json.loads(json.dumps(GpuReading.from_dict(reading).to_dict())) == reading
+    assert json.loads(json.dumps(dataclasses.asdict(GpuReading.from_dict(reading)))) == reading
     assert run_lem("gpus")[0] == 0

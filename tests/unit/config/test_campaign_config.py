@@ -23,9 +23,10 @@ from lem.config.campaign_config import (
     CampaignScheduleConfig,
     generate_campaign_id,
     slug_of,
+    with_campaign_defaults,
 )
 from lem.config.experiment import ExperimentConfig
-from lem.config.load import load_campaign, with_campaign_defaults
+from lem.config.load import load_campaign
 from lem.config.problems import ConfigProblems
 
 

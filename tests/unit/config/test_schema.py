@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import pytest
 
 from lem.base.errors import ConfigurationError, ExitCode, exit_code_of
-from lem.config.kinds import Items
-from lem.config.option import REQUIRED, Section, check_partial, declared, find_option, option, walk
+from lem.config.kinds import REQUIRED, Items
+from lem.config.option import Section, check_partial, declared, find_option, option, walk
 from lem.config.problems import ConfigProblems, Problem
 
 
@@ -23,7 +23,7 @@ class Engine(Section):
     shorthand: ClassVar[str | None] = "name"
 
     name: str = option(REQUIRED, "Name.", reload=True)
-    threads: int | None = option(None, "Threads.", minimum=1, maximum=64)
+    threads: int | None = option(None, "Threads.", min=1, max=64)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Pump(Section):
 @dataclass(frozen=True)
 class Disk(Section):
     type: str = option("disk", "Kind.", choices=("disk",))
-    size: int = option(REQUIRED, "Size.", minimum=1)
+    size: int = option(REQUIRED, "Size.", min=1)
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Machine(Section):
     label: str | None = option(None, "Label.", identity=False)
     tags: tuple[str, ...] = option((), "Tags.", takes_scalar=True, is_unique=True)
     ports: tuple[str, ...] | None = option(None, "Ports.", takes_scalar=True, takes_integer=True)
-    sizes: tuple[int, ...] = option((1,), "Sizes.", minimum=1, min_items=1)
+    sizes: tuple[int, ...] = option((1,), "Sizes.", min=1, min_items=1)
     extra: Mapping[str, Any] = option({}, "Extra.")
-    weights: Mapping[str, float] | None = option(None, "Weights.", maximum=1)
+    weights: Mapping[str, float] | None = option(None, "Weights.", max=1)
     pump: Pump = option(Pump(), "Pump.")
     store: Disk | Tape | None = option(None, "Store.")
 

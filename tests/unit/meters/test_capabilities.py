@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lem.meters.capabilities import Capabilities, GpuCapability, find_capabilities
+from lem.meters.sources import Capabilities, GpuCapability, find_capabilities
 from tests.doubles.powercap import Powercap
 from tests.unit.meters.nvml_stand_in import FakeClock, FakeNvml
 

@@ -492,37 +492,37 @@ def rising(watts_at_the_end: float) -> tuple[Level, ...]:
 @pytest.mark.parametrize(("second_half_w", "is_steady"), [(LOAD_W * 1.015, True), (LOAD_W * 1.03, False)])
 def test_halves_two_percent_apart_are_not_steady(second_half_w: float, is_steady: bool) -> None:
     attempt = dataclasses.replace(gpu_attempt(levels=rising(second_half_w)), marks=STEADY_MARKS)
-    assert attempt.measured(is_steady_mode=True).power_steady is is_steady
+    assert attempt.measured(is_steady_mode=True).power_steady.value is is_steady
 
 
 def test_halves_of_a_closed_window_are_whole_passes() -> None:
     attempt = gpu_attempt(levels=rising(LOAD_W * 1.2))
-    assert attempt.measured(window_repeats=2).power_steady is False
+    assert attempt.measured(window_repeats=2).power_steady.value is False
     # Three passes: the middle one, in which power rose, belongs to neither half; the outer ones still differ.
-    assert attempt.measured(window_repeats=3).power_steady is False
+    assert attempt.measured(window_repeats=3).power_steady.value is False
     once = attempt.measured(window_repeats=1)
-    assert once.power_steady is None
-    assert once.power_steady_null_reason is not None
-    assert "one pass" in once.power_steady_null_reason
+    assert once.power_steady.value is None
+    assert once.power_steady.null_reason is not None
+    assert "one pass" in once.power_steady.null_reason
 
 
 def test_the_middle_one_of_three_passes_is_not_compared() -> None:
     bump = (*LEVELS, Level(18.4, LOAD_W * 2), Level(19.6, LOAD_W))
     attempt = gpu_attempt(levels=sorted(bump, key=lambda level: level.at_s))
-    assert attempt.measured(window_repeats=3).power_steady is True
-    assert attempt.measured(window_repeats=2).power_steady is False
+    assert attempt.measured(window_repeats=3).power_steady.value is True
+    assert attempt.measured(window_repeats=2).power_steady.value is False
 
 
 def test_a_meter_too_coarse_for_halves_says_so() -> None:
     found = gpu_attempt(counter=Counter(period_s=1.0)).measured()
-    assert found.power_steady is None
-    assert found.power_steady_null_reason is not None
-    assert "fewer than 10" in found.power_steady_null_reason
+    assert found.power_steady.value is None
+    assert found.power_steady.null_reason is not None
+    assert "fewer than 10" in found.power_steady.null_reason
 
 
 def test_rapl_read_once_a_second_is_enough_to_compare_halves() -> None:
     attempt = dataclasses.replace(cpu_attempt(package()), marks=(Mark(names.WINDOW, at(15.5), at(24.5)),))
-    assert attempt.measured(is_steady_mode=True).power_steady is True
+    assert attempt.measured(is_steady_mode=True).power_steady.value is True
 
 
 # Prefill and decode

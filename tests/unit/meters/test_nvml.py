@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lem.meters.nvml import QUANTITIES, MeterFailure, NvmlMeter, gpu_uuids
+from lem.meters.gpu_meter import NvmlMeter
+from lem.meters.nvml import MeterFailure, gpu_uuids
 from tests.unit.meters.nvml_stand_in import FakeNvml
 
 UNSIGNED_INT, UNSIGNED_LONG_LONG = 1, 3
@@ -15,8 +16,7 @@ COUNTER, AVERAGE = "nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetPowerUsa
 
 def test_every_quantity_is_in_si_units() -> None:
     meter = NvmlMeter(FakeNvml(fields=INSTANT), "GPU-a")
-    values = {quantity: meter.read(quantity) for quantity in QUANTITIES}
-    assert values == {
+    expected = {
         "power": 123.456,
         "temperature": 41.0,
         "sm_clock": 1.98e9,
@@ -24,6 +24,7 @@ def test_every_quantity_is_in_si_units() -> None:
         "memory": 2_000,
         "events": 0x4,
     }
+    assert {quantity: meter.read(quantity) for quantity in expected} == expected
     assert meter.read_counter_mj() == 1_000
 
 

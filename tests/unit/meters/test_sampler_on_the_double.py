@@ -15,7 +15,7 @@ import pytest
 
 from lem.cli.report import trace_of
 from lem.meters.samples import SampleLog, read_part
-from lem.results.report.plot import TEMPERATURE
+from lem.results.report.content import TEMPERATURE
 from lem.worker.launch import own_command
 from tests.doubles.nvml.library import NvmlDouble
 from tests.doubles.nvml.traces import Counter, Events, GpuProcess, GpuTrace, Level, PowerSignal, Ripple, Trace

@@ -70,8 +70,8 @@ def test_a_log_without_its_header_yet_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('["l",5]', "CpuLoad: 2 values are due"),
-        ('["l","5",null]', "CpuLoad.at_ns: '5' has the wrong type"),
+        ('["l",5]', "CpuLoad: expected 2 values, got 1"),
+        ('["l","5",null]', "CpuLoad.at_ns: expected an integer, got '5'"),
         ('["c",1,5,6,7]', "a row of device 1, which the header does not have"),
         ('["r",0,5,6]', "a row of device 0, which the header does not have"),
         ('["s",-1,5,null,null,null,null,null,null]', "a row of device -1, which the header does not have"),

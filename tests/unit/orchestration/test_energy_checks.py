@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from lem.meters.capabilities import Capabilities, CpuCapability, GpuCapability
 from lem.meters.samples import GpuHeader
+from lem.meters.sources import Capabilities, CpuCapability, GpuCapability
 from lem.orchestration.doctor import look_at_cpu_energy, look_at_gpu_energy
 
 COUNTED = GpuCapability(GpuHeader(0, "GPU-a", "Test", "580.1", power_source="instant"), 0.1)

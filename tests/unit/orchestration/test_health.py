@@ -9,7 +9,7 @@ import pytest
 
 from lem.base.errors import InfrastructureError, UserError
 from lem.config.campaign_config import CampaignHealthCheckConfig
-from lem.meters.gpu_section import GpuProcess, GpuReading, GpuState
+from lem.meters.nvml import GpuProcess, GpuReading, GpuState
 from lem.orchestration.container import gpu_loss, holders, judge
 from lem.orchestration.schedule import Stopped
 from tests.campaign_doubles import Place, make_campaign

@@ -11,7 +11,6 @@ from lem.base.errors import UserError
 from lem.orchestration.manifest import Attempt, CampaignManifest, CampaignManifestEntry, ManifestManager
 from lem.orchestration.resume import (
     PlanChange,
-    Reconciliation,
     adopt_environment,
     apply_plan,
     interrupt_entry,
@@ -53,18 +52,22 @@ def on_disk(*results: Attempt) -> Callable[[CampaignManifestEntry], Sequence[Att
     return lambda _: results
 
 
+def changed(**names: list[str]) -> dict[str, list[str]]:
+    return {"interrupted": [], "adopted": [], "lost": [], **names}
+
+
 # What lies on disk against what the manifest says
 
 
 def test_a_completed_experiment_with_its_result_is_left_alone() -> None:
     manifest = manifest_of(completed())
-    assert reconcile(manifest, on_disk(result())) == Reconciliation()
+    assert reconcile(manifest, on_disk(result())) == changed()
     assert manifest.experiments == [completed()]
 
 
 def test_a_completed_experiment_without_its_result_runs_again() -> None:
     manifest = manifest_of(completed())
-    assert reconcile(manifest, on_disk()) == Reconciliation(lost=("a",))
+    assert reconcile(manifest, on_disk()) == changed(lost=["a"])
     (found,) = manifest.experiments
     assert (found.status, found.result_path, found.completed_at) == ("pending", None, None)
     assert found.error == "result missing or broken: attempt-1/result.json"
@@ -75,14 +78,14 @@ def test_a_completed_experiment_that_lost_its_result_has_an_older_valid_one() ->
     lost = completed(attempt=2)
     lost.put_attempt(Attempt(1, result_path=result(1).result_path, valid=True))
     manifest = manifest_of(lost)
-    assert reconcile(manifest, on_disk(result(1))) == Reconciliation(adopted=("a",))
+    assert reconcile(manifest, on_disk(result(1))) == changed(adopted=["a"])
     assert lost.status == "completed"
     assert lost.result_path == "attempt-1/result.json"
 
 
 def test_a_running_experiment_was_interrupted_and_runs_again() -> None:
     manifest = manifest_of(entry(status="running", attempts=[Attempt(1, started_at="then")]))
-    assert reconcile(manifest, on_disk()) == Reconciliation(interrupted=("a",))
+    assert reconcile(manifest, on_disk()) == changed(interrupted=["a"])
     (found,) = manifest.experiments
     assert (found.status, found.error) == ("pending", "interrupted")
     assert found.attempts == (Attempt(1, started_at="then", error="interrupted"),)
@@ -91,7 +94,7 @@ def test_a_running_experiment_was_interrupted_and_runs_again() -> None:
 @pytest.mark.parametrize("status", ["running", "pending", "failed"])
 def test_a_whole_result_that_the_manifest_missed_is_adopted(status: str) -> None:
     manifest = manifest_of(entry(status=status, error="x", attempts=[Attempt(1, started_at="then")]))
-    assert reconcile(manifest, on_disk(result())) == Reconciliation(adopted=("a",))
+    assert reconcile(manifest, on_disk(result())) == changed(adopted=["a"])
     (found,) = manifest.experiments
     assert (found.status, found.error, found.result_path) == ("completed", None, "attempt-1/result.json")
     assert found.completed_at == "later"
@@ -107,7 +110,7 @@ def test_a_missed_result_without_any_attempt_is_adopted_too() -> None:
 
 def test_a_missed_result_that_is_not_valid_is_kept_and_measured_again() -> None:
     manifest = manifest_of(entry(status="running", attempts=[Attempt(1)]))
-    assert reconcile(manifest, on_disk(result(valid=False))) == Reconciliation(interrupted=("a",))
+    assert reconcile(manifest, on_disk(result(valid=False))) == changed(interrupted=["a"])
     (found,) = manifest.experiments
     assert (found.status, found.result_path) == ("pending", None)
     assert found.attempts[0].result_path == "attempt-1/result.json"
@@ -117,7 +120,7 @@ def test_a_missed_result_that_is_not_valid_is_kept_and_measured_again() -> None:
 def test_a_second_result_that_is_not_valid_stands() -> None:
     first = Attempt(1, result_path=result(1).result_path, valid=False)
     manifest = manifest_of(entry(status="running", attempts=[first, Attempt(2)]))
-    assert reconcile(manifest, on_disk(result(1, valid=False), result(2, valid=False))).adopted == ("a",)
+    assert reconcile(manifest, on_disk(result(1, valid=False), result(2, valid=False))) == changed(adopted=["a"])
     assert manifest.experiments[0].result_path == "attempt-2/result.json"
 
 
@@ -136,13 +139,13 @@ def test_a_valid_result_is_chosen_before_a_later_one_that_is_not() -> None:
 def test_a_failed_experiment_whose_results_are_known_stays_failed() -> None:
     known = Attempt(1, result_path=result(1).result_path, valid=False)
     manifest = manifest_of(entry(status="failed", error="died", attempts=[known, Attempt(2, error="died")]))
-    assert reconcile(manifest, on_disk(result(1, valid=False))) == Reconciliation()
+    assert reconcile(manifest, on_disk(result(1, valid=False))) == changed()
     assert manifest.experiments[0].error == "died"
 
 
 def test_a_skipped_experiment_stays_skipped() -> None:
     manifest = manifest_of(entry(status="skipped"))
-    assert reconcile(manifest, on_disk(result())) == Reconciliation()
+    assert reconcile(manifest, on_disk(result())) == changed()
 
 
 def test_an_interruption_leaves_attempts_that_ended_alone() -> None:

@@ -109,7 +109,7 @@ def test_what_the_host_learned_is_told_to_the_worker(tmp_path: Path) -> None:
     config = ExperimentConfig.from_dict({"model": "any"})
     asked = request(tmp_path, config, "local")
     base = make_record()
-    idle = Idle(70.0, 95.0, None, 35.0, 41.0, 0.0, {"idle_loaded_post_power_w": "the engine left"})
+    idle = Idle(70.0, 95.0, None, 35.0, 41.0, 0.0, null_reasons={"idle_loaded_post_power_w": "the engine left"})
     energy = dataclasses.replace(base.energy, energy_source="rapl")
     environment = dataclasses.replace(base.environment, gpu_uuids=())
     meters.note(dataclasses.replace(base, idle=idle, energy=energy, environment=environment), asked)
@@ -140,7 +140,7 @@ def test_a_gap_that_cannot_be_watched_is_kept_whole(
 ) -> None:
     meters = HostMeters(gpu_error=None, rapl_error=None, command=("/nowhere/lem",))
     base = make_record()
-    idle = Idle(70.0, 95.0, None, 35.0, 41.0, 0.0, {"idle_loaded_post_power_w": "the engine left"})
+    idle = Idle(70.0, 95.0, None, 35.0, 41.0, 0.0, null_reasons={"idle_loaded_post_power_w": "the engine left"})
     energy = dataclasses.replace(base.energy, energy_source="nvml_counter")
     environment = dataclasses.replace(base.environment, gpu_uuids=("GPU-1",))
     asked = request(tmp_path, ExperimentConfig.from_dict({"model": "any"}), "local")

@@ -128,10 +128,10 @@ def test_a_stored_plan_is_read_back_and_never_overwritten(tmp_path: Path) -> Non
         ({"mode": "both"}, "mode"),
         ({"hosts": []}, "at least one"),
         ({"run_id": "../up"}, "cannot name a folder"),
-        ({"extra": 1}, "fields"),
+        ({"extra": 1}, "plan: unknown 'extra'"),
         ({"experiments": []}, "no experiment of the plan"),
         ({"hosts": [{"name": "gpu1", "exp_ids": [], "expected_s": None}]}, "given to no host"),
-        ({"hosts": "gpu1"}, "plan.hosts: .gpu1. has the wrong type"),
+        ({"hosts": "gpu1"}, "plan.hosts: expected a list"),
     ],
 )
 def test_a_broken_plan_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:

@@ -15,8 +15,8 @@ from lem.record import Energy, Record, decode_record, encode_record, parts_of_so
 from lem.results.compare import compare_configurations
 from lem.results.comparison import render_text
 from lem.results.export import make_table, render, summary_columns, with_columns
+from lem.results.report import render_report
 from lem.results.report.content import compose
-from lem.results.report.page import render_report
 from lem.results.run import make_run
 from lem.results.store import StoredResult
 from lem.results.table import render_record, render_run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html.parser import HTMLParser
 
-from lem.results.report.markup import Cell, Markup, breakable, join, number_text, table, tag
+from lem.results.report.plot import Cell, Markup, breakable, join, number_text, table, tag
 
 
 def test_text_and_attributes_are_escaped() -> None:
@@ -70,6 +70,6 @@ def test_a_sortable_table_says_its_order_and_what_to_sort_by() -> None:
     ]
     text = table("Things", ["Name", "n"], rows, sorted_by=(1, "descending"))
     found.feed(text)
-    assert 'class="sortable"' in text
+    assert 'class="overview sortable"' in text
     assert [item.get("aria-sort") for item in found.attributes[:2]] == [None, "descending"]
     assert [item.get("data-v") for item in found.attributes if item["tag"] == "td"] == ["0.002", ""]

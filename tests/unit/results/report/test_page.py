@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from lem.record import Record
+from lem.results.report import render_report
 from lem.results.report.content import Report, compose
-from lem.results.report.page import render_report
 from lem.results.run import StoppingRule, make_run, parse_target
 from lem.results.store import Problem
 from tests.goldens import assert_golden

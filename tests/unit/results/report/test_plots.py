@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from pathlib import Path
 
-from lem.results.report.content import FailedSettings, Report, compose
-from lem.results.report.heatmap import heatmap_section
-from lem.results.report.order import order_section
-from lem.results.report.pareto import frontier, pareto_section
-from lem.results.report.plot import thin
-from lem.results.run import make_run
+from lem.cli.report import thin
+from lem.results.report.content import Report, compose
+from lem.results.report.context import heatmap_section, order_section
+from lem.results.report.figures import frontier, pareto_section
+from lem.results.run import make_run, read_run
 from tests.synthetic_campaign import Campaign, Configuration
 
 
@@ -68,13 +69,11 @@ def test_the_grid_is_drawn_over_the_two_axes_that_cross() -> None:
     assert "url(#grid-hatch)" not in section
 
 
-def test_cells_without_a_valid_result_are_hatched_whether_they_left_a_record_or_not() -> None:
-    configurations = grid(vllm_4=(1,))
-    report = make_report(*configurations[1:])
-    lost = make_report(configurations[0]).entries[0]
-    failed = (FailedSettings(lost.name, lost.settings),)
-    records = [record for entry in report.entries for record in entry.records]
-    section = heatmap_section(compose(make_run(records, {lost.name: 3}), failed))
+def test_cells_without_a_valid_result_are_hatched_whether_they_left_a_record_or_not(tmp_path: Path) -> None:
+    lost, *others = grid(vllm_4=(1,))
+    campaign = Campaign((replace(lost, failed_cycles=(0, 1, 2)), *others), cycles=3, has_samples=False)
+    written = campaign.write(tmp_path)
+    section = heatmap_section(compose(read_run(written.results_dir, written.campaign, written.run_id)))
     assert section.count("url(#grid-hatch)") == 2
     assert section.count("<td>failed") == 2
 

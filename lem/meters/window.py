@@ -1,21 +1,33 @@
-"""What makes a window doubtful or void: implausible energy, clocks that were slowed, other programs, change under way.
+"""The log of one attempt as its sources show it, and what makes its window doubtful or void.
 
-Everything here follows docs/measurement.md, steps 3 and 6.
+The checks follow docs/measurement.md, steps 3 and 6.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from lem.base import measurement as names
-from lem.base.measurement import SLOWDOWN_BITS, STEADY_TOLERANCE, EnergyScope, EnergySource
+from lem.base.measurement import SLOWDOWN_BITS, STEADY_TOLERANCE, EnergyScope, EnergySource, is_cpu_source, is_estimate
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
-from lem.meters.curve import HOLE_PERIODS, Curve, NotMeasured, Span
-from lem.meters.samples import GpuHeader, SampleLog
-from lem.meters.sources import SENSOR_LAG_S, AttemptLog
+from lem.meters.curve import (
+    HOLE_PERIODS,
+    ClosedWindow,
+    Curve,
+    NotMeasured,
+    Span,
+    counter_curve,
+    load_curve,
+    power_curve,
+    rapl_curve,
+)
+from lem.meters.rapl import DRAM, PACKAGE
+from lem.meters.samples import GpuHeader, GpuSample, Mark, SampleLog, gpu_meter
+from lem.meters.sources import SENSOR_LAG_S, Baselines, Sources
 
 # Board power may overshoot its limit for a moment, and a limit is kept to a few percent.
 _LIMIT_MARGIN = 1.2
@@ -33,6 +45,173 @@ _EDGE_DOUBT = 0.03
 # a known moment needs fewer.
 _UPDATES_A_HALF = 10
 _READINGS_A_HALF = 3
+
+
+@dataclass(frozen=True)
+class AttemptLog:
+    """The log of one attempt, its marks, and how to read them."""
+
+    log: SampleLog
+    marks: tuple[Mark, ...]
+    sources: Sources
+    baselines: Baselines
+    is_steady_mode: bool  # the window was opened and closed under load
+    _known: dict[tuple[str, int, bool], Curve] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def window(self) -> Span:
+        """The window.
+
+        Raises:
+            NotMeasured: it was not marked.
+        """
+        window = self.span(names.WINDOW)
+        if window is None:
+            raise NotMeasured("the sample log has no mark of the window")
+        return window
+
+    def span(self, name: str) -> Span | None:
+        """From the first to the last moment under that mark; None without one."""
+        return span_of(self.marks, name)
+
+    def primary_curves(self, *, at_rest: bool = False) -> tuple[Curve, ...]:
+        """The curves whose sum is the energy that counts.
+
+        Raises:
+            NotMeasured: there is no such meter, or it said nothing.
+        """
+        if self.sources.primary is not None and self.sources.primary == self.sources.gpu_method:
+            return tuple(self.gpu_curve(number, at_rest=at_rest) for number in range(len(self.sources.gpus)))
+        if is_cpu_source(self.sources.primary):
+            return self.cpu_curves(PACKAGE) + (self.cpu_curves(DRAM) if self._has_dram else ())
+        raise NotMeasured(self.sources.reasons.get("primary", "a meter of the user's own tells only the window"))
+
+    def rest_power_w(self, span: Span) -> float:
+        """The mean power of the primary source over a span at rest.
+
+        Raises:
+            NotMeasured: it was not read over all of the span.
+        """
+        return sum(curve.mean_power_w(span) for curve in self.primary_curves(at_rest=True))
+
+    def gpu_curve(self, number: int, *, at_rest: bool = False) -> Curve:
+        """The energy of one GPU of the experiment, counted in its order.
+
+        Raises:
+            NotMeasured: it has no meter, or that said nothing.
+        """
+        if self.sources.gpu_method is None:
+            raise NotMeasured(self.sources.reasons["gpu"])
+        if self.sources.gpu_method != EnergySource.COUNTER:
+            return self.gpu_power_curve(number, at_rest=at_rest)
+        key = (EnergySource.COUNTER, number, False)
+        if key not in self._known:
+            place = self.sources.gpus[number]
+            what = f"the energy counter of {self.log.header.gpus[place].uuid}"
+            self._known[key] = self._checked(counter_curve(self.log.counters, place, what), gpu_meter(place, "counter"))
+        return self._known[key]
+
+    def gpu_power_curve(self, number: int, *, at_rest: bool = False) -> Curve:
+        """The integral of one GPU's power.
+
+        Raises:
+            NotMeasured: its power was not read.
+        """
+        place = self.sources.gpus[number]
+        gpu = self.log.header.gpus[place]
+        if gpu.power_error is not None:
+            raise NotMeasured(f"power of {gpu.uuid} cannot be read: {gpu.power_error}")
+        key = ("power", number, at_rest)
+        if key not in self._known:
+            period_s = max(self.sources.sample_period_s, self.sources.idle_period_s if at_rest else 0.0)
+            lag_s = SENSOR_LAG_S.get(gpu.power_source or "", 0.0)
+            curve = power_curve(self.log.samples, place, period_s, f"power of {gpu.uuid}", lag_s)
+            self._known[key] = self._checked(curve, gpu_meter(place, "power"))
+        return self._known[key]
+
+    def cpu_curves(self, domain: str) -> tuple[Curve, ...]:
+        """The energy of every zone of a domain, `package` or `dram`.
+
+        Raises:
+            NotMeasured: there is no meter for it, or one of them said nothing.
+        """
+        if domain == DRAM and not self._has_dram:
+            raise NotMeasured(self.sources.reasons.get("dram", "no energy counter of the memory was read"))
+        if self.sources.cpu_method is None:
+            raise NotMeasured(self.sources.reasons["cpu"])
+        if is_estimate(self.sources.cpu_method):
+            power_w = self.sources.cpu_tdp_w
+            if power_w is None:
+                raise NotMeasured("the design power of this CPU is not known")
+            return (self._checked(load_curve(self.log.loads, power_w, "the load of the CPU"), "cpu.load"),)
+        curves = []
+        for place, zone in enumerate(self.log.header.zones):
+            if zone.domain == domain:
+                curve = rapl_curve(self.log.rapl, place, zone.max_uj, f"the energy counter of {zone.name}")
+                curves.append(self._checked(curve, f"rapl.{zone.name}"))
+        return tuple(curves)
+
+    def window_j(self, curve: Curve, share: float | None) -> float:
+        """The energy of the window by one curve; `share` is its part of a power at rest that was measured before.
+
+        Raises:
+            NotMeasured: as `Curve`.
+        """
+        return self.energy_j(curve, self.window, (names.GUARD_BEFORE, names.GUARD_AFTER), share)
+
+    def energy_j(self, curve: Curve, window: Span, guards: tuple[str, str], share: float | None) -> float:
+        """The energy of a window between two guards, or under load.
+
+        Raises:
+            NotMeasured: as `Curve`.
+        """
+        closed = self._closed(curve, window, guards, share)
+        return curve.between_j(window) if closed is None else curve.closed_j(closed)
+
+    def closing_doubt_j(self, curve: Curve) -> float:
+        """By how much the energy of the window may be off for how it ended; 0 for one that ended under load."""
+        closed = self._closed(curve, self.window, (names.GUARD_BEFORE, names.GUARD_AFTER), None)
+        return 0.0 if closed is None else curve.closing_doubt_j(closed)
+
+    def _closed(self, curve: Curve, window: Span, guards: tuple[str, str], share: float | None) -> ClosedWindow | None:
+        before, after = (self.span(name) for name in guards)
+        if self.is_steady_mode or before is None or after is None:
+            return None
+        return ClosedWindow(window, before, after, self._idle_power_w(curve, share))
+
+    def _idle_power_w(self, curve: Curve, share: float | None) -> float | None:
+        rest = self.span(names.IDLE_LOADED)
+        if rest is not None:
+            try:
+                return curve.mean_power_w(rest)
+            except NotMeasured:
+                return None
+        known_w = self.baselines.loaded_power_w
+        return None if known_w is None or share is None else share * known_w
+
+    @property
+    def _has_dram(self) -> bool:
+        return self.sources.cpu_method == EnergySource.RAPL and any(
+            zone.domain == DRAM for zone in self.log.header.zones
+        )
+
+    def _checked(self, curve: Curve, meter: str) -> Curve:
+        """The curve, unless the meter hardly said anything; then what it said instead is the reason."""
+        said = [error.message for error in self.log.errors if error.meter == meter]
+        if len(curve.at_ns) >= 2:
+            return replace(curve, said=said[-1]) if said else curve
+        raise NotMeasured(f"{curve.what} cannot be read: {said[-1]}" if said else f"{curve.what} was never read twice")
+
+
+def span_of(marks: Sequence[Mark], name: str) -> Span | None:
+    """From the first to the last moment under that mark; None without one."""
+    found = [mark for mark in marks if mark.name == name]
+    return Span(min(mark.opened_ns for mark in found), max(mark.closed_ns for mark in found)) if found else None
+
+
+def samples_in(samples: Iterable[GpuSample], place: int, span: Span) -> list[GpuSample]:
+    """The samples of a GPU within the span, its edges included."""
+    return [row for row in samples if row.gpu == place and span.opened_ns <= row.at_ns <= span.closed_ns]
 
 
 def check_plausible(energy_j: float, window: Span, gpu: GpuHeader) -> None:
@@ -118,9 +297,7 @@ def is_power_steady(attempt: AttemptLog, window_repeats: int) -> bool:
 def slowdowns(attempt: AttemptLog, span: Span, what: str = "window") -> Iterator[Reason]:
     """One reason for every bit and GPU that makes the span invalid."""
     for place in attempt.sources.gpus:
-        rows = [
-            row for row in attempt.log.samples if row.gpu == place and span.opened_ns <= row.at_ns <= span.closed_ns
-        ]
+        rows = samples_in(attempt.log.samples, place, span)
         for bit, name in SLOWDOWN_BITS.items():
             seen = sum(bool((row.event_mask or 0) & bit) for row in rows)
             if seen:

@@ -1,0 +1,547 @@
+"""The plots of what surrounds the numbers: the grid, the order of execution, power and temperature over time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lem.base import measurement
+from lem.base.units import format_duration, format_quantity, plural
+from lem.config.backends import WIDTH_OPTIONS
+from lem.record import Record
+from lem.results.metrics import Metric
+from lem.results.report.content import NOT_GIVEN, POWER, TEMPERATURE, Entry, Phase, Report, Series, Trace
+from lem.results.report.plot import (
+    DOT,
+    GROUPS_MAX,
+    NOT_MEASURED,
+    Cell,
+    Markup,
+    Plot,
+    Row,
+    Scale,
+    count_cell,
+    details,
+    fitting_scale,
+    horizontal_axis,
+    join,
+    legend,
+    line_to,
+    marks,
+    no_plot,
+    number_cell,
+    number_text,
+    spot,
+    table,
+    tag,
+    text,
+    vertical_axis,
+)
+from lem.results.run import ENERGY
+from lem.results.stats import DRIFT_FLAGGED, Drift, change_of, trend_of, without_means
+
+# --- the headline metric over two axes of the grid
+
+_CELL_WIDTH, _CELL_HEIGHT, _GRID_TOP = 74.0, 34.0, 62.0
+_MOST = 24  # values on an axis
+_FACETS = 6
+_HALF_PAGE = 600
+# How many requests an engine takes at once is one axis, though each backend has its own option.
+_WIDTHS = {f"{backend}.{option}": option for backend, option in WIDTH_OPTIONS.items()}
+# One hue from light to dark: the order is visible without a key and without colour.
+_RAMP = ((226, 238, 248), (90, 162, 207), (8, 48, 107))
+
+
+@dataclass(frozen=True)
+class _Square:
+    """A cell of the grid: its configurations and the best value of them."""
+
+    members: Sequence[Entry]
+    best: float | None
+
+    @property
+    def is_partial(self) -> bool:
+        return any(entry.configuration.n_excluded for entry in self.members)
+
+    @property
+    def absence(self) -> str:
+        return "no value" if any(entry.used for entry in self.members) else "failed"
+
+    @property
+    def tooltip(self) -> str:
+        return ", ".join(f"{entry.number} {entry.name}" for entry in self.members[:4])
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Two settings as axes with their values in order, the others that vary, and the range of the metric."""
+
+    across: str
+    up: str
+    columns: tuple[str, ...]
+    rows: tuple[str, ...]
+    others: tuple[str, ...]
+    scale: Scale
+
+
+def heatmap_section(report: Report) -> Markup:
+    """A map for each value of what else varies, where these are few; else one with the best in each cell."""
+    entries = _with_one_width(report.entries)
+    settings = [entry.settings for entry in entries]
+    heading = "Energy per output token over the grid" if report.has_energy else "Output throughput over the grid"
+    values_of = {
+        key: _ordered({item.get(key, NOT_GIVEN) for item in settings})
+        for key in sorted({key for item in settings for key in item})
+    }
+    axes = _axes(values_of, settings)
+    if axes is None:
+        long = ", ".join(f"{key} has {len(values)} values" for key, values in values_of.items() if len(values) > _MOST)
+        if not long:
+            reason = "Fewer than two settings vary over the configurations, so there is no grid to draw."
+        else:
+            reason = f"No grid to draw: {long}, an axis has at most {_MOST}, and fewer than two other settings vary."
+        return no_plot("grid", heading, reason)
+    known = [value for entry in entries if (value := entry.centre(report.headline)) is not None]
+    if not known:
+        return no_plot("grid", heading, "No configuration has a valid result.")
+    across, up, *others = axes
+    scale = fitting_scale((min(known), max(known)), 0.0, 1.0)
+    grid = _Grid(across, up, values_of[across], values_of[up], tuple(others), scale)
+    facets: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in entries:
+        facets.setdefault(tuple(entry.settings.get(key, NOT_GIVEN) for key in others), []).append(entry)
+    if len(facets) > _FACETS:
+        facets = {(): entries}
+    figures = []
+    for number, (chosen, members) in enumerate(sorted(facets.items()), 1):
+        where = ", ".join(f"{_short(key)} {value}" for key, value in zip(others, chosen, strict=False))
+        identifier = f"grid-{number}" if len(facets) > 1 else "grid"
+        figures.append(_heatmap(identifier, f"{heading}: {where}" if where else heading, grid, members, report))
+    return tag("div", *figures, class_="pair" if len(figures) > 1 else None)
+
+
+def _with_one_width(entries: Iterable[Entry]) -> list[Entry]:
+    """The configurations with known settings, the width options of several backends under one name."""
+    known = [entry for entry in entries if entry.settings]
+    used = sorted({key for entry in known for key in entry.settings} & set(_WIDTHS))
+    if len(used) < 2:
+        return known
+    axis = " / ".join(_WIDTHS[key] for key in used)
+    return [
+        replace(entry, settings={axis if key in _WIDTHS else key: value for key, value in entry.settings.items()})
+        for entry in known
+    ]
+
+
+def _axes(values: Mapping[str, tuple[str, ...]], settings: Sequence[Mapping[str, str]]) -> tuple[str, ...] | None:
+    """The settings that vary, first the two with the most combinations; None where there are no two."""
+    varied = _without_doubles({key: found for key, found in values.items() if 1 < len(found) <= _MOST}, settings)
+    if len(varied) < 2:
+        return None
+
+    def worth(pair: tuple[str, str]) -> tuple[bool, int, int]:
+        cells = {tuple(item.get(key, NOT_GIVEN) for key in pair) for item in settings}
+        is_absent = sum(NOT_GIVEN in values[key] for key in pair)
+        return (len(cells) / (len(values[pair[0]]) * len(values[pair[1]])) > 0.5, -is_absent, len(cells))
+
+    across, up = max(itertools.combinations(varied, 2), key=worth)
+    if len(values[up]) > len(values[across]):
+        across, up = up, across
+    return (across, up, *(key for key in varied if key not in (across, up)))
+
+
+def _without_doubles(varied: Mapping[str, tuple[str, ...]], settings: Sequence[Mapping[str, str]]) -> list[str]:
+    """The settings without those that vary exactly as another does: a backend, and an option that only it has."""
+    kept: dict[frozenset[frozenset[int]], str] = {}
+    for key in sorted(varied, key=lambda name: (NOT_GIVEN in varied[name], name)):
+        parts: dict[str, set[int]] = {}
+        for index, item in enumerate(settings):
+            parts.setdefault(item.get(key, NOT_GIVEN), set()).add(index)
+        kept.setdefault(frozenset(map(frozenset, parts.values())), key)
+    return list(kept.values())
+
+
+def _ordered(values: Iterable[str]) -> tuple[str, ...]:
+    """Numbers by size, then texts by name."""
+
+    def place(value: str) -> tuple[int, float, str]:
+        is_number = re.fullmatch(r"-?[0-9]+([.][0-9]+)?([eE]-?[0-9]+)?", value) is not None
+        return (0, float(value), value) if is_number else (1, 0.0, value)
+
+    return tuple(sorted(values, key=place))
+
+
+def _heatmap(identifier: str, heading: str, grid: _Grid, members: Sequence[Entry], report: Report) -> Markup:
+    by_place: dict[tuple[str, str], list[Entry]] = {}
+    for entry in members:
+        key = (entry.settings.get(grid.across, NOT_GIVEN), entry.settings.get(grid.up, NOT_GIVEN))
+        by_place.setdefault(key, []).append(entry)
+    squares = {}
+    for key, found in by_place.items():
+        values = [value for entry in found if (value := entry.centre(report.headline)) is not None]
+        squares[key] = _Square(found, (min if report.has_energy else max)(values, default=None))
+    left = 34 + 7.6 * max(min(len(value), 22) for value in (*grid.rows, _short(grid.up)))
+    width = max(left + _CELL_WIDTH * len(grid.columns) + 16, 280)
+    unit = "J per output token" + report.estimate_note if report.has_energy else "output tok/s"
+    caption = [f"Geometric means, {unit}; darker is more. Hatched: every attempt failed or was invalid."]
+    crowd = max(map(len, by_place.values()))
+    if crowd > 1:
+        caption.append(f"Up to {plural(crowd, 'configuration')} share a cell: it shows the best of them.")
+    if any(square.is_partial and square.best is not None for square in squares.values()):
+        caption.append("†: some attempts of this cell failed or were invalid.")
+    return Plot(
+        identifier,
+        heading,
+        f"{_short(grid.across)} across, {_short(grid.up)} down; darker is "
+        f"{'more energy' if report.has_energy else 'more throughput'}; hatched cells have no valid result.",
+        (width, _GRID_TOP + _CELL_HEIGHT * len(grid.rows) + 12),
+        _grid_marks(identifier, grid, squares, left),
+        caption,
+        _grid_table(grid, squares),
+        class_="plot small",
+        is_wide=width > _HALF_PAGE,
+    ).render()
+
+
+def _grid_marks(
+    identifier: str, grid: _Grid, squares: Mapping[tuple[str, str], _Square], left: float
+) -> Iterator[Markup]:
+    hatch = marks(["M-2 2L2 -2M0 8L8 0M6 10L10 6"], "hatch")
+    name = f"{identifier}-hatch"
+    yield tag("defs", tag("pattern", hatch, id=name, width="8", height="8", patternUnits="userSpaceOnUse"))
+    yield text(left, 18, f"{_short(grid.across)} →", "axis")
+    yield text(left - 10, _GRID_TOP - 10, f"{_short(grid.up)} ↓", "axis", "end")
+    for column, value in enumerate(grid.columns):
+        yield text(left + _CELL_WIDTH * (column + 0.5), _GRID_TOP - 10, _clip(value, 11), anchor="middle")
+    for row, up in enumerate(grid.rows):
+        y = _GRID_TOP + _CELL_HEIGHT * row
+        yield text(left - 10, y + _CELL_HEIGHT / 2 + 4, _clip(up, 22), anchor="end")
+        for column, across in enumerate(grid.columns):
+            yield _square(squares.get((across, up)), left + _CELL_WIDTH * column, y, name, grid.scale)
+
+
+def _square(square: _Square | None, x: float, y: float, hatch: str, scale: Scale) -> Markup:
+    width, height = _CELL_WIDTH - 2, _CELL_HEIGHT - 2
+    if square is None:
+        return tag("rect", x=x, y=y, width=width, height=height, class_="empty")
+    middle = (x + width / 2, y + height / 2 + 4)
+    tooltip = tag("title", square.tooltip)
+    if square.best is None:
+        hatched = tag("rect", x=x, y=y, width=width, height=height, class_="failed", fill=f"url(#{hatch})")
+        plate = tag("rect", x=middle[0] - 28, y=middle[1] - 13, width=56, height=18, class_="plate")
+        return tag("g", tooltip, hatched, plate, text(*middle, square.absence, anchor="middle"))
+    share = scale(square.best)
+    lower, upper = _RAMP[:2] if share < 0.5 else _RAMP[1:]
+    rest = 2 * share - (share >= 0.5)
+    rgb = [round(low + rest * (high - low)) for low, high in zip(lower, upper, strict=True)]
+    fill = "#" + "".join(f"{part:02x}" for part in rgb)
+    is_short = 1e-3 <= abs(square.best) < 1000
+    shown = f"{square.best:#.3g}".rstrip(".") if is_short else format_quantity(square.best)
+    label = text(*middle, shown + ("†" if square.is_partial else ""), _ink(rgb), "middle")
+    return tag("g", tooltip, tag("rect", x=x, y=y, width=width, height=height, fill=fill), label)
+
+
+def _ink(rgb: Sequence[int]) -> str:
+    """The class of text that is readable on a colour: by relative luminance as WCAG 2 defines it."""
+    parts = [value / 255 for value in rgb]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "on-light" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "on-dark"
+
+
+def _grid_table(grid: _Grid, squares: Mapping[tuple[str, str], _Square]) -> Markup:
+    def shown(square: _Square | None) -> str:
+        if square is None:
+            return "not in the grid"
+        return square.absence if square.best is None else format_quantity(square.best)
+
+    rows: list[Row] = [
+        [up, *(Cell(shown(squares.get((across, up))), is_number=True) for across in grid.columns)] for up in grid.rows
+    ]
+    head = [f"{_short(grid.up)} \\ {_short(grid.across)}", *grid.columns]
+    return table(f"{_short(grid.up)} down, {_short(grid.across)} across", head, rows)
+
+
+def _short(key: str) -> str:
+    """The setting's name without its section (a backend) and without `name`."""
+    return key.removesuffix(".name").rpartition(".")[2] if key.count(".") else key
+
+
+def _clip(value: str, width: int) -> str:
+    tail = value.rpartition("/")[2]
+    return tail if len(tail) <= width else f"{tail[: width - 1]}…"
+
+
+# --- the metrics in the order of execution: whether the machine changed during the campaign
+
+_WIDTH, _LEFT, _RIGHT = 640.0, 58.0, 626.0
+_ORDER_HEIGHT, _ORDER_TOP, _ORDER_BOTTOM = 300.0, 34.0, 252.0
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A value, its configuration, and its number in the order of execution over runs and hosts together."""
+
+    entry: Entry
+    record: Record
+    order: int
+    value: float
+
+
+def order_section(report: Report) -> Markup:
+    """A plot of each metric of the page, in percent of its configuration's own mean."""
+    return tag("div", *(_order(metric, report) for metric in report.metrics), class_="pair")
+
+
+def _order(metric: Metric, report: Report) -> Markup:
+    name, identifier = metric.label, f"order-{metric.name}"
+    heading = f"{name} in the order of execution"
+    orders = {record.identity.key: number for number, record in enumerate(report.records, 1)}
+    found = [
+        _Value(entry, record, orders[record.identity.key], value)
+        for entry in report.entries
+        for record in entry.used
+        if (value := metric.read(record)[0]) is not None and value > 0
+    ]
+    values = sorted(found, key=lambda item: item.order)
+    numbers, places = [item.entry.number for item in values], [item.order for item in values]
+    length = max(places, default=0) - min(places, default=0)
+    drift = trend_of(places, [item.value for item in values], numbers, length=length)
+    if drift is None:
+        reason = "No configuration has two valid cycles, so nothing can be compared over time."
+        return no_plot(identifier, heading, reason)
+    shares = [100 * change_of(log) for log in without_means([math.log(item.value) for item in values], numbers)]
+    flagged = 100 * DRIFT_FLAGGED
+    reach = max(flagged, *map(abs, shares)) * 1.1
+    x_scale = Scale(0, values[-1].order + 1, _LEFT, _RIGHT)
+    y_scale = Scale(-reach, reach, _ORDER_BOTTOM, _ORDER_TOP)
+    estimate = report.estimate_note if metric is ENERGY else ""
+    top, bottom = y_scale(flagged / 2), y_scale(-flagged / 2)
+    half = 100 * drift.change / 2
+    fitted = [(x_scale(values[0].order), y_scale(-half)), (x_scale(values[-1].order), y_scale(half))]
+    dots: dict[int, list[str]] = {}
+    for item, share in zip(values, shares, strict=True):
+        dots.setdefault(item.entry.group, []).append(spot(x_scale(item.order), y_scale(share), DOT))
+    finding = f"{name} {_drift_text(drift)}."
+    return Plot(
+        identifier,
+        heading,
+        f"{plural(len(values), 'valid value')} as percent of their configuration's mean, with a fitted line. {finding}",
+        (_WIDTH, _ORDER_HEIGHT),
+        [
+            tag("rect", x=_LEFT, y=top, width=_RIGHT - _LEFT, height=bottom - top, class_="band window"),
+            horizontal_axis(x_scale, _ORDER_BOTTOM, _ORDER_TOP, "Place in the order of execution", count=8),
+            vertical_axis(y_scale, _LEFT, _RIGHT, f"Difference from its configuration's mean, %{estimate}", count=5),
+            *(marks(dots[group], f"dots g{group}") for group in sorted(dots)),
+            marks([line_to(*fitted)], "front"),
+        ],
+        [
+            tag("p", tag("span", "flagged", class_="tag bad") if drift.is_flagged else "", finding),
+            f"Flagged when the line rises or falls by more than the height of the shaded band, {flagged:g} %.",
+        ],
+        _order_table(values, shares, name),
+    ).render()
+
+
+def _drift_text(drift: Drift) -> str:
+    def percent(ratio: float) -> str:
+        return f"{100 * ratio:+.2f} %".replace("-", "\N{MINUS SIGN}")
+
+    if drift.ci_lower is None or drift.ci_upper is None:
+        return f"drifts by {percent(drift.change)} over the campaign (too few values for an interval)"
+    interval = f"95 % {percent(drift.ci_lower)} to {percent(drift.ci_upper)}"
+    chance = "" if drift.is_significant else "; chance alone could make this"
+    return f"drifts by {percent(drift.change)} over the campaign ({interval}{chance})"
+
+
+def _order_table(values: Sequence[_Value], shares: Sequence[float], name: str) -> Markup:
+    rows: list[Row] = []
+    for item, share in zip(values, shares, strict=True):
+        cycle = count_cell(item.record.identity.cycle_index + 1)
+        difference = Cell(f"{share:+.2f} %", share, is_number=True)
+        numbers = [count_cell(item.order), count_cell(item.entry.number)]
+        rows.append([*numbers, item.entry.label, cycle, number_cell(item.value), difference])
+    head = ["Place", "No.", "Configuration", "Cycle", name, "Difference"]
+    return table(f"{name} in the order of execution", head, rows)
+
+
+# --- power and temperature over time of some experiments
+
+_TRACE_TOP, _PANEL_GAP = 56.0, 46.0
+_UNFOLDED = 4
+_GAP = "gap"
+_PHASES = {
+    measurement.IDLE_BARE: "idle, bare",
+    measurement.IDLE_LOADED: "idle, loaded",
+    measurement.WARMUP: "warm-up",
+    measurement.GUARD_BEFORE: "guard",
+    measurement.GUARD_AFTER: "guard",
+    measurement.PREFILL_GUARD_BEFORE: "guard",
+    measurement.PREFILL_GUARD_AFTER: "guard",
+    measurement.IDLE_POST: "idle, after",
+}  # other phases are called as they are
+_SHADES = {
+    f"band {measurement.LOAD}": "load",
+    f"band {measurement.IDLE_LOADED}": "idle",
+    f"band {measurement.WARMUP}": "warm-up",
+    f"band {measurement.GUARD_BEFORE}": "guard",
+    f"band {measurement.WINDOW}": "window",
+    f"band {_GAP}": "gap",
+    "spell fault": "throttled",
+    "spell cap": "at the power limit",
+}
+
+
+def traces_section(report: Report) -> Markup:
+    """A plot for each experiment chosen, the first of them unfolded."""
+    notes = [tag("p", f"Not shown: {note}", class_="absent") for note in report.unread]
+    if not report.traces:
+        reason = "No experiment has a sample log: no meter ran, or timeseries.save is off."
+        if report.n_logs:
+            reason = "None of the sample logs can be read."
+        return join([no_plot("trace", "Power and temperature over time", reason), *notes])
+    figures = [_trace(f"trace-{number}", record, trace) for number, (record, trace) in enumerate(report.traces, 1)]
+    parts: list[Markup] = []
+    if len(figures) < report.n_logs:
+        chosen = (
+            f"{len(figures)} of {report.n_logs} experiments with a sample log: the invalid and throttled ones first, "
+            "then one cycle of each configuration in the order of the table."
+        )
+        parts.append(tag("p", chosen))
+    shades = (
+        (tag("rect", x=1.0, y=1.0, width=12.0, height=12.0, class_=class_), name) for class_, name in _SHADES.items()
+    )
+    parts += [legend(shades), tag("div", *figures[:_UNFOLDED], class_="pair")]
+    if more := figures[_UNFOLDED:]:
+        parts.append(details(plural(len(more), "more experiment"), tag("div", *more, class_="pair")))
+    return join([*parts, *notes])
+
+
+def _trace(identifier: str, record: Record, trace: Trace) -> Markup:
+    identity, gap_s = record.identity, record.window.gap_s
+    attempt = f", attempt {identity.attempt}" if identity.attempt > 1 else ""
+    validity = "" if record.validity.valid else " (invalid)"
+    heading = f"{identity.config_name}, cycle {identity.cycle_index + 1}{attempt}{validity}"
+    phases = trace.phases
+    if gap_s and phases:  # it was before the log began
+        phases = (Phase(_GAP, phases[0].begin_s - gap_s, phases[0].begin_s), *phases)
+    ends = [phase.end_s for phase in phases]
+    end = max([*ends, *(point[0] for series in trace.series for point in series.points if point)], default=0.0)
+    begin = min((phase.begin_s for phase in phases), default=0.0)
+    time = Scale(begin, max(end, begin + 1), _LEFT, _RIGHT)
+    power = [series for series in trace.series if series.quantity == POWER]
+    temperature = [series for series in trace.series if series.quantity == TEMPERATURE]
+    panels, bottom = _panels(power, temperature, time)
+    if not panels:
+        return no_plot(identifier, heading, "Its sample log holds no power and no temperature.")
+    lines = [item.label for item in power or temperature]
+    faults = trace.slowed_s
+    return Plot(
+        identifier,
+        heading,
+        f"Power{' and temperature' if temperature else ''} over {format_duration(end - begin)}: "
+        + ", ".join(f"{_phase(phase)} {format_duration(phase.end_s - phase.begin_s)}" for phase in phases)
+        + (f"; throttled in {plural(len(faults), 'spell')}" if faults else "; not throttled"),
+        (_WIDTH, bottom + 44),
+        [
+            *_shades(phases, time, bottom),
+            *panels,
+            *_spells(trace, time, bottom),
+            horizontal_axis(time, bottom, bottom, "Time, s", count=8),
+        ],
+        [
+            legend(((marks(["M0 7h28"], _line_class(index)), name) for index, name in enumerate(lines)), 28),
+            *_trace_caption(record, trace),
+        ],
+        _trace_table(phases),
+    ).render()
+
+
+def _phase(phase: Phase) -> str:
+    return _PHASES.get(phase.name, phase.name)
+
+
+def _line_class(index: int) -> str:
+    return f"line g{index % GROUPS_MAX}"
+
+
+def _panels(power: Sequence[Series], temperature: Sequence[Series], time: Scale) -> tuple[list[Markup], float]:
+    """Power above temperature, each where there is any, and the lower end of the drawing."""
+    panels: list[Markup] = []
+    bottom = _TRACE_TOP
+    for lines, label, height, count in ((power, "Power, W", 170.0, 4), (temperature, "Temperature, °C", 90.0, 3)):
+        values = [point[1] for item in lines for point in item.points if point]
+        if not values:
+            continue
+        top = bottom + (_PANEL_GAP if panels else 0.0)
+        rise = 16.0 if panels else 24.0  # above the first panel are the names of the phases
+        bottom = top + height
+        fitting = fitting_scale(values, bottom, top, is_from_zero=lines is power)
+        scale = replace(fitting, is_log=False)
+        axis = vertical_axis(scale, _LEFT, _RIGHT, label, count=count, label_rise=rise)
+        paths = (marks([_line(item, time, scale)], _line_class(index)) for index, item in enumerate(lines))
+        panels.append(join([axis, *paths]))
+    return panels, bottom
+
+
+def _line(series: Series, time: Scale, scale: Scale) -> str:
+    """A line that is interrupted where readings are missing."""
+    strokes = (list(points) for is_there, points in itertools.groupby(series.points, bool) if is_there)
+    return "".join(line_to(*((time(point[0]), scale(point[1])) for point in points if point)) for points in strokes)
+
+
+def _shades(phases: Sequence[Phase], time: Scale, bottom: float) -> Iterator[Markup]:
+    """Shades behind the lines, named above where there is room."""
+    free_from = 0.0
+    for phase in phases:
+        left, right = time(phase.begin_s), time(phase.end_s)
+        label, width = _phase(phase), max(right - left, 0.5)
+        class_ = f"band {'guard_before' if 'guard' in phase.name else phase.name.partition('_post')[0]}"
+        yield tag("rect", x=left, y=_TRACE_TOP - 18, width=width, height=bottom - _TRACE_TOP + 18, class_=class_)
+        middle, half = (left + right) / 2, 3.4 * len(label)
+        if width > 2 * half and middle - half > free_from:
+            free_from = middle + half + 4
+            yield text(middle, _TRACE_TOP - 6, label, "hint", "middle")
+
+
+def _spells(trace: Trace, time: Scale, bottom: float) -> Iterator[Markup]:
+    """A bar at the top of the plot for each time the GPU was slowed down."""
+    for spell in trace.spells:
+        left, right = time(spell.begin_s), time(spell.end_s)
+        class_, y = ("spell fault", _TRACE_TOP - 2) if spell.is_fault else ("spell cap", _TRACE_TOP + 5)
+        bar = tag("rect", x=left, y=y, width=max(right - left, 1.5), height=5.0, class_=class_)
+        yield tag("g", tag("title", f"{spell.reason}, {format_duration(spell.end_s - spell.begin_s)}"), bar)
+        if spell.is_fault:
+            yield marks([spot(left, _TRACE_TOP, f"V{number_text(bottom)}")], "fault-line")
+
+
+def _trace_caption(record: Record, trace: Trace) -> Iterator[str]:
+    reasons: dict[str, float] = {}
+    for spell in trace.spells:
+        reasons[spell.reason] = reasons.get(spell.reason, 0.0) + spell.end_s - spell.begin_s
+    for reason, length_s in sorted(reasons.items()):
+        yield f"{reason.capitalize()}: {format_duration(length_s)}."
+    window = record.window
+    if window.gap_s and trace.phases:
+        why = f": {window.gap_end_reason}" if window.gap_end_reason else ""
+        yield f"The gap before it ended after {format_duration(window.gap_s)}{why}."
+    yield f"Read every {format_duration(trace.interval_s)}; drawn thinned, peaks kept."
+
+
+def _trace_table(phases: Iterable[Phase]) -> Markup:
+    rows: list[Row] = []
+    for phase in phases:
+        low, high = phase.temp_min_c, phase.temp_max_c
+        span = NOT_MEASURED if low is None or high is None else f"{low:.0f} – {high:.0f}"
+        numbers = [phase.begin_s, phase.end_s - phase.begin_s, phase.power_mean_w, phase.power_max_w]
+        temperature = Cell(span, low, is_number=True)
+        rows.append([_phase(phase), *map(_decimal, numbers), temperature, _decimal(phase.throttled_s)])
+    head = ["Phase", "Begin, s", "Length, s", "Mean power, W", "Greatest power, W", "Temperature, °C", "Throttled, s"]
+    return table("Power and temperature by phase", head, rows)
+
+
+def _decimal(value: float | None) -> Cell:
+    return Cell(NOT_MEASURED if value is None else f"{value:.1f}", value, is_number=True)

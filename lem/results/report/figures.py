@@ -1,0 +1,500 @@
+"""The plots over configurations: energy against speed, every cycle, and latency."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lem.base.units import format_latency, format_quantity, plural, some_of
+from lem.record import OBSERVATIONS_NEEDED, Distribution
+from lem.results.metrics import Metric
+from lem.results.report.content import Entry, Report
+from lem.results.report.plot import (
+    CROSS,
+    DOT,
+    RING,
+    TICK,
+    Cell,
+    Markup,
+    Place,
+    Plot,
+    Row,
+    Scale,
+    count_cell,
+    details,
+    fitting_scale,
+    horizontal_axis,
+    join,
+    label_room,
+    legend,
+    line_to,
+    marks,
+    no_plot,
+    number_cell,
+    number_text,
+    row_labels,
+    scroller,
+    shape,
+    spot,
+    table,
+    tag,
+    text,
+    vertical_axis,
+)
+from lem.results.run import ENERGY, THROUGHPUT
+
+# --- energy against speed: which configurations no other beats in both
+
+_SIZE = (560.0, 420.0)
+_LEFT, _TOP, _BOTTOM, _PARETO_RIGHT = 58.0, 34.0, 372.0, 540.0
+# With more points only those on the frontier have a number and a tooltip.
+_NUMBERED = 24
+_NAMED = 12
+# Where the number of a point may be, the best side first.
+_SIDES = ((1.0, 0.0), (-1.0, 0.0), (0.7, -0.8), (-0.7, -0.8), (0.7, 0.8), (-0.7, 0.8), (0.0, -1.0), (0.0, 1.0))
+
+
+@dataclass(frozen=True)
+class _Axis:
+    metric: str | Metric
+    label: str
+    is_less_better: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class _Point:
+    entry: Entry
+    x: float
+    y: float
+    x_span: tuple[float, float] | None
+    y_span: tuple[float, float] | None
+    is_best: bool = False  # on the frontier
+
+    @property
+    def name(self) -> str:
+        return f"{self.entry.number} {self.entry.label}"
+
+
+def pareto_section(report: Report) -> Markup:
+    """Energy against throughput and latency; without energy throughput against latency."""
+    energy = _Axis(ENERGY, "Energy per output token, J", note=report.estimate_note)
+    throughput = _Axis(THROUGHPUT, "Output throughput, tok/s", is_less_better=False)
+    latency = _Axis("e2e_p50_s", "End-to-end latency, median, s")
+    measured = [entry for entry in report.entries if entry.used]
+    if measured and all(entry.centre("ttft_p50_s") is not None for entry in measured):
+        latency = _Axis("ttft_p50_s", "Time to first token, median, s")
+    if report.has_energy:
+        parts = [
+            _pareto("pareto-throughput", "Energy against throughput", throughput, energy, report.entries),
+            _pareto("pareto-latency", "Energy against latency", latency, energy, report.entries),
+        ]
+    else:
+        parts = [_pareto("pareto-latency", "Throughput against latency", latency, throughput, report.entries)]
+    is_explained = report.groups and report.grouped_by != "configuration"
+    note = tag("p", f"Colour and shape: {report.grouped_by}.") if is_explained else Markup()
+    key = legend((marks([spot(7, 7, shape(group))], f"m g{group}"), name) for group, name in enumerate(report.groups))
+    return join([note, key, tag("div", *parts, class_="pair")])
+
+
+def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, entries: Iterable[Entry]) -> Markup:
+    points = _points(entries, across, up)
+    if not points:
+        return no_plot(identifier, title, "No configuration has a valid result with both figures.")
+    best = sorted((point for point in points if point.is_best), key=lambda p: p.x, reverse=not across.is_less_better)
+    names = [point.name for point in best]
+    x_scale = fitting_scale(_extent((point.x, point.x_span) for point in points), _LEFT, _PARETO_RIGHT)
+    y_scale = fitting_scale(_extent((point.y, point.y_span) for point in points), _BOTTOM, _TOP)
+    grey = len(points) - len(names)
+    return Plot(
+        identifier,
+        title,
+        f"{plural(len(points), 'configuration')} as points with crosses for their intervals; on the frontier: "
+        + ", ".join(names[:_NAMED]),
+        _SIZE,
+        [
+            horizontal_axis(x_scale, _BOTTOM, _TOP, across.label),
+            vertical_axis(y_scale, _LEFT, _PARETO_RIGHT, up.label + up.note),
+            text(_PARETO_RIGHT, _TOP - 10, _better(across, up), "hint", "end"),
+            *_pareto_marks(points, x_scale, y_scale),
+        ],
+        [
+            f"On the frontier: {some_of(names, _NAMED)}.",
+            (f"Grey: {grey} that another beats in both by their means. " if grey else "")
+            + "Crosses: 95 % t intervals; where they overlap, the order may be chance.",
+        ],
+        _pareto_table(points, across, up),
+    ).render()
+
+
+def _points(entries: Iterable[Entry], across: _Axis, up: _Axis) -> list[_Point]:
+    """The configurations that have both values."""
+    points = [
+        _Point(entry, x, y, entry.span(across.metric), entry.span(up.metric))
+        for entry in entries
+        if (x := entry.centre(across.metric)) is not None and (y := entry.centre(up.metric)) is not None
+    ]
+    signs = [1 if axis.is_less_better else -1 for axis in (across, up)]
+    best = frontier([(signs[0] * point.x, signs[1] * point.y) for point in points])
+    return [replace(point, is_best=index in best) for index, point in enumerate(points)]
+
+
+def frontier(costs: Sequence[tuple[float, float]]) -> tuple[int, ...]:
+    """The indices of the points that no other is at most as costly as in both and less in one; cheapest first."""
+    kept: list[int] = []
+    least, last = math.inf, None
+    for index in sorted(range(len(costs)), key=lambda index: costs[index]):
+        if costs[index][1] < least or costs[index] == last:
+            kept.append(index)
+            least, last = costs[index][1], costs[index]
+    return tuple(kept)
+
+
+def _extent(points: Iterable[tuple[float, tuple[float, float] | None]]) -> Iterator[float]:
+    """What an axis must hold: every point, and of intervals what does not press all points into a corner."""
+    known = list(points)
+    centres = [centre for centre, _ in known]
+    yield from centres
+    low, high = min(centres) / 2, max(centres) * 2
+    for _, span in known:
+        if span is not None:
+            yield max(span[0], low)
+            yield min(span[1], high)
+
+
+def _pareto_marks(points: Sequence[_Point], x_scale: Scale, y_scale: Scale) -> Iterator[Markup]:
+    """Dominated points first, in few paths, so that a thousand stay small; the frontier above them."""
+
+    def place(point: _Point) -> Place:
+        return x_scale(point.x), y_scale(point.y)
+
+    def cross(point: _Point) -> str:
+        x, y = place(point)
+        across = [x_scale(value) for value in point.x_span or ()]
+        up = [y_scale(value) for value in point.y_span or ()]
+        return (_bar(across[0], y, across[1]) if across else "") + (
+            spot(x, up[0], f"V{number_text(up[1])}") if up else ""
+        )
+
+    grey = [point for point in points if not point.is_best]
+    best = sorted((point for point in points if point.is_best), key=lambda point: point.x)
+    yield marks(map(cross, grey), "span grey")
+    for group in _groups(point.entry for point in grey):
+        drawn = shape(group)
+        yield marks((spot(*place(point), drawn) for point in grey if point.entry.group == group), "m grey")
+    if len(best) > 1:
+        yield marks([line_to(*map(place, best))], "front")
+    for point in best:
+        group = point.entry.group
+        tooltip = tag("title", f"{point.entry.number} {point.entry.name}")
+        marker = marks([spot(*place(point), shape(group))], "m")
+        yield tag("g", tooltip, marks([cross(point)], "span"), marker, class_=f"g{group}")
+    named = points if len(points) <= _NUMBERED else best[:_NUMBERED]
+    yield from _numbers([(*place(point), str(point.entry.number)) for point in named], [*map(place, points)])
+
+
+def _numbers(points: Iterable[tuple[float, float, str]], markers: Sequence[Place]) -> Iterator[Markup]:
+    """Numbers beside their points, each nearer to its own than to others; left out where there is no room."""
+    taken: list[Place] = []
+    for x, y, number in points:
+        half = 3.6 * len(number)
+        for dx, dy in _SIDES:
+            centre = (x + dx * (9 + half), y + dy * 13)
+            reach = math.dist(centre, (x, y))
+            is_clear = all(math.dist(centre, other) > reach + 2 for other in markers if other != (x, y))
+            if is_clear and all(abs(centre[0] - a) > 2 * half + 3 or abs(centre[1] - b) > 13 for a, b in taken):
+                taken.append(centre)
+                yield text(centre[0], centre[1] + 4, number, "key", "middle")
+                break
+
+
+def _better(across: _Axis, up: _Axis) -> str:
+    """Which corner is the best."""
+    is_left, is_low = across.is_less_better, up.is_less_better
+    arrow = {(True, True): "↙", (False, True): "↘", (True, False): "↖", (False, False): "↗"}[is_left, is_low]
+    return f"better: {arrow} {'lower' if is_low else 'upper'} {'left' if is_left else 'right'}"
+
+
+def _pareto_table(points: Sequence[_Point], across: _Axis, up: _Axis) -> Markup:
+    head = ["No.", "Configuration", across.label, "95 % t interval", up.label, "95 % t interval", "On the frontier"]
+    rows: list[Row] = []
+    for point in points:
+        spans = [
+            Cell(" – ".join(map(format_quantity, span)) if span else "none", span[0] if span else None, is_number=True)
+            for span in (point.x_span, point.y_span)
+        ]
+        found = [number_cell(point.x), spans[0], number_cell(point.y), spans[1]]
+        rows.append([count_cell(point.entry.number), point.entry.label, *found, "yes" if point.is_best else "no"])
+    return table(f"{up.label} against {across.label}", head, rows, row_head=1)
+
+
+# --- rows of configurations: cycles and latency
+
+_WIDTH, _RIGHT, _ROWS_TOP, _ROW = 640.0, 626.0, 14.0, 22.0
+_PER_PLOT = 40
+
+
+def _groups(entries: Iterable[Entry]) -> list[int]:
+    return sorted({entry.group for entry in entries})
+
+
+def _bar(begin: float, y: float, end: float) -> str:
+    return spot(begin, y, f"H{number_text(end)}")
+
+
+def _paged(heading: str, entries: Sequence[Entry], draw: Callable[[str, Sequence[Entry]], Plot]) -> list[Markup]:
+    """The plot of the first configurations, and those of the others folded away behind it."""
+    parts = []
+    for at in range(0, len(entries), _PER_PLOT):
+        page = entries[at : at + _PER_PLOT]
+        drawn = draw(f"-{at // _PER_PLOT + 1}" if at else "", page).render()
+        label = f"{heading}: configurations {page[0].number} to {page[-1].number}"
+        parts.append(details(label, drawn) if at else drawn)
+    return parts
+
+
+def _rows(entries: Sequence[Entry]) -> tuple[float, list[tuple[Entry, float]]]:
+    """The lower end of the drawing, and the height of each configuration."""
+    rows = [(entry, _ROWS_TOP + _ROW * (index + 0.5)) for index, entry in enumerate(entries)]
+    return _ROWS_TOP + _ROW * len(entries), rows
+
+
+# --- every cycle as a dot, and the interval over them
+
+# Two drawings side by side: the values, and their distances from the configuration's mean, which would be invisible
+# among the values of configurations that differ by much.
+_BETWEEN, _VALUES_SHARE, _REACH_MAX = 26.0, 0.38, 50.0
+
+
+def cycles_section(report: Report) -> Markup:
+    """A strip of dots for each configuration, of each metric of the page."""
+    return tag("div", *(_cycles(metric, report) for metric in report.metrics), class_="pair")
+
+
+def _cycles(metric: Metric, report: Report) -> Markup:
+    identifier, heading = f"cycles-{metric.name}", f"{metric.label}, by cycle"
+    label = f"{metric.label}, {'J' if metric is ENERGY else metric.unit}"
+    values = [value for record in report.records if (value := metric.read(record)[0]) is not None]
+    if not values:
+        return no_plot(identifier, heading, "No result has a value.")
+    begin = label_room(_cycles_label(entry, metric) for entry in report.entries)
+    middle = begin + _VALUES_SHARE * (_RIGHT - begin)
+    reach = _reach(metric, report.entries)
+    scales = (fitting_scale(values, begin, middle), Scale(-reach, reach, middle + _BETWEEN, _RIGHT))
+
+    def draw(suffix: str, entries: Sequence[Entry]) -> Plot:
+        bottom, rows = _rows(entries)
+        caption = [
+            "Dot: a valid cycle. ×: an invalid attempt, left out; at the edge when further off.",
+            "Bar: 95 % t interval. Tick: geometric mean.",
+        ]
+        if any(entry.is_estimate for entry in entries) and metric is ENERGY:
+            caption.append("(est.): an estimate from the design power (TDP) of the CPU, not a measurement.")
+        return Plot(
+            identifier + suffix,
+            heading,
+            f"A row for each of {len(entries)} configurations, the values at the left and their difference from the "
+            "mean at the right: a dot for every valid cycle, a diagonal cross for every invalid attempt, a bar for the "
+            "t interval with a tick at the geometric mean.",
+            (_WIDTH, bottom + 46),
+            [
+                horizontal_axis(scales[0], bottom, _ROWS_TOP, label, count=3),
+                horizontal_axis(scales[1], bottom, _ROWS_TOP, "Difference from its mean, %", count=5),
+                row_labels([(entry.number, _cycles_label(entry, metric), y) for entry, y in rows], begin),
+                *_cycles_marks(metric, rows, *scales),
+            ],
+            caption,
+            _cycles_table(metric, label, entries),
+        )
+
+    return tag("div", *_paged(heading, report.entries, draw))
+
+
+def _cycles_label(entry: Entry, metric: Metric) -> str:
+    return f"{entry.label} (est.)" if entry.is_estimate and metric is ENERGY else entry.label
+
+
+def _reach(metric: Metric, entries: Sequence[Entry]) -> float:
+    """The largest difference in percent that is drawn to scale."""
+    found = [1.0]
+    for entry in entries:
+        centre, span = entry.centre(metric), entry.span(metric)
+        if centre:
+            known = [*_values(metric, entry, is_used=True), *(span or ())]
+            found += [abs(100 * (value / centre - 1)) for value in known]
+    return min(1.08 * max(found), _REACH_MAX)
+
+
+def _values(metric: Metric, entry: Entry, *, is_used: bool) -> list[float]:
+    used = {record.identity.key for record in entry.used}
+    values = (metric.read(record)[0] for record in entry.records if (record.identity.key in used) == is_used)
+    return [value for value in values if value is not None]
+
+
+def _cycles_marks(
+    metric: Metric, rows: Sequence[tuple[Entry, float]], values: Scale, shares: Scale
+) -> Iterator[Markup]:
+    """Bars, ticks, dots and crosses, one path for each group: a thousand rows must take few bytes."""
+    bars: dict[int, list[str]] = {group: [] for group in _groups(entry for entry, _ in rows)}
+    dots: dict[int, list[str]] = {group: [] for group in bars}
+    ticks: list[str] = []
+    crosses: list[str] = []
+    remarks: list[Markup] = []
+    for entry, y in rows:
+        counted, left_out = (_values(metric, entry, is_used=is_used) for is_used in (True, False))
+        centre, span = entry.centre(metric), entry.span(metric)
+        places: list[Callable[[float], float]] = [values]
+        if centre is None:
+            remark = "no geometric mean" if counted else "not measured" if entry.used else "no valid result"
+            remarks.append(text(shares.begin + 8, y + 4, remark, "absent"))
+        else:
+            places.append(lambda value, centre=centre: shares(100 * (value / centre - 1)))  # type: ignore[misc]
+        for place in places:
+            dots[entry.group] += [spot(place(value), y, DOT) for value in counted]
+            crosses += [spot(place(value), y, CROSS) for value in left_out]
+            if centre is not None:
+                ticks.append(spot(place(centre), y - 8, TICK))
+                bars[entry.group] += [_bar(place(span[0]), y, place(span[1]))] if span else []
+    for group, own in bars.items():
+        yield marks(own, f"bar g{group}")
+        yield marks(dots[group], f"dots g{group}")
+    yield marks(ticks, "mean")
+    yield marks(crosses, "out")
+    yield from remarks
+
+
+def _cycles_table(metric: Metric, label: str, entries: Sequence[Entry]) -> Markup:
+    rows: list[Row] = []
+    for entry in entries:
+        used = {record.identity.key for record in entry.used}
+        for record in entry.records:
+            identity, (value, reason) = record.identity, metric.read(record)
+            counts = "yes" if identity.key in used else "no, invalid" if not record.validity.valid else "no"
+            numbers = [count_cell(identity.cycle_index + 1), count_cell(identity.attempt), number_cell(value, reason)]
+            rows.append([count_cell(entry.number), _cycles_label(entry, metric), *numbers, counts])
+    head = ["No.", "Configuration", "Cycle", "Attempt", label, "Counts"]
+    return table(f"{label}, every attempt", head, rows, row_head=1)
+
+
+# --- latency: the percentiles of every configuration
+
+_DRAWN = 200  # of more configurations the others are in a table alone
+_KINDS = {
+    "ttft_s": "Time to first token",
+    "tpot_s": "Time per output token",
+    "itl_s": "Time between tokens",
+    "e2e_s": "End to end",
+    "queue_s": "Time in the queue",
+}
+_LEVELS = ("p50", "p90", "p95", "p99")
+_LATENCY_KEY = "Tick: median. Bars, thick to thin: to p90, p95, p99. Ring: mean. Small dots: the median of each cycle."
+
+_Percentiles = Mapping[str, float]
+
+
+def latency_section(report: Report) -> Markup:
+    """A plot for each kind that any configuration has, and why the others are missing."""
+    parts, absences = [], []
+    for kind, name in _KINDS.items():
+        found = {entry.number: _percentiles(entry, kind) for entry in report.entries}
+        if any(found.values()):
+            parts.append(_latency(kind, name, report.entries, found))
+            continue
+        reasons = (record.latency.null_reasons.get(kind) for record in report.records)
+        reason = "; ".join(dict.fromkeys(reason for reason in reasons if reason)) or "no valid result"
+        absences.append(tag("p", f"{name}: not measured: {reason}"))
+    if not parts:
+        parts.append(no_plot("latency", "Latency percentiles", "No latency was measured."))
+    left_out = tag("div", *absences, class_="absent") if absences else Markup()
+    return join([tag("div", *parts, class_="pair"), left_out])
+
+
+def _distributions(entry: Entry, kind: str) -> list[Distribution]:
+    return [value for record in entry.used if (value := getattr(record.latency, kind)) is not None]
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """The geometric mean; the arithmetic one where a value is 0 (an empty queue takes no time), which has no log."""
+    return math.exp(statistics.fmean(map(math.log, values))) if min(values) > 0 else statistics.fmean(values)
+
+
+def _percentiles(entry: Entry, kind: str) -> _Percentiles:
+    """The mean over the cycles of each percentile that all of them have."""
+    found: dict[str, float] = {}
+    for level in ("mean", *_LEVELS):
+        values = [getattr(item, level) for item in _distributions(entry, kind)]
+        if values and None not in values:
+            found[level] = mean_of(values)
+    return found
+
+
+def _latency(kind: str, name: str, entries: Sequence[Entry], found: Mapping[int, _Percentiles]) -> Markup:
+    values = [value for item in found.values() for value in item.values()]
+    scale = fitting_scale(values, label_room(entry.label for entry in entries), _RIGHT)
+
+    def draw(suffix: str, page: Sequence[Entry]) -> Plot:
+        height, rows = _rows(page)
+        return Plot(
+            f"latency-{kind.removesuffix('_s')}{suffix}",
+            name,
+            f"A row for each of {len(page)} configurations: a tick at the median, bars that thin out to the 90th, 95th "
+            "and 99th percentile, a ring at the mean, a small dot for the median of each cycle.",
+            (_WIDTH, height + 46),
+            [
+                horizontal_axis(scale, height, _ROWS_TOP, f"{name}, s", count=5),
+                row_labels([(entry.number, entry.label, y) for entry, y in rows], scale.begin),
+                *_latency_marks([(entry, found[entry.number], y) for entry, y in rows], kind, scale),
+            ],
+            [
+                _LATENCY_KEY,
+                "p95 needs {p95} requests, p99 {p99}. Geometric means over the cycles.".format_map(OBSERVATIONS_NEEDED),
+            ],
+            _latency_table(name, kind, page, found),
+            heading=f"{name}, percentiles",
+        )
+
+    parts = _paged(name, entries[:_DRAWN], draw)
+    if others := entries[_DRAWN:]:
+        label = f"{name}: configurations {others[0].number} to {others[-1].number}, as a table alone"
+        parts.append(details(label, scroller(label, _latency_table(name, kind, others, found))))
+    return tag("div", *parts)
+
+
+def _latency_marks(rows: Sequence[tuple[Entry, _Percentiles, float]], kind: str, scale: Scale) -> Iterator[Markup]:
+    """Bars, medians, means and the median of each cycle, one path for each group and thickness."""
+    for group in _groups(entry for entry, _, _ in rows):
+        for low, high in itertools.pairwise(_LEVELS):
+            parts = [
+                _bar(scale(found[low]), y, scale(found[high]))
+                for entry, found, y in rows
+                if entry.group == group and low in found and high in found
+            ]
+            if parts:
+                yield marks(parts, f"g{group} to-{high}")
+    known = [row for row in rows if "p50" in row[1]]
+    yield marks((spot(scale(found["p50"]), y - 8, TICK) for _, found, y in known), "mean")
+    medians = ((scale(item.p50), y) for entry, _, y in known for item in _distributions(entry, kind))
+    yield marks((spot(x, y, DOT) for x, y in medians), "dots small")
+    yield marks((spot(scale(found["mean"]) - 3.4, y, RING) for _, found, y in known if "mean" in found), "ring")
+    for entry, found, y in rows:
+        if "p50" not in found:
+            yield text(scale.begin + 8, y + 4, "not measured" if entry.used else "no valid result", "absent")
+
+
+def _latency_table(name: str, kind: str, entries: Sequence[Entry], found: Mapping[int, _Percentiles]) -> Markup:
+    head = ["No.", "Configuration", "Mean", *_LEVELS, "Requests"]
+    rows: list[Row] = []
+    for entry in entries:
+        counts = [item.n for item in _distributions(entry, kind)]
+        reason = next(filter(None, (item.latency.null_reasons.get(kind) for item in entry.records)), None)
+        cells = []
+        for level in ("mean", *_LEVELS):
+            needed = OBSERVATIONS_NEEDED.get(level, 1)
+            few = f"needs {needed} requests, there are {min(counts)}" if counts and min(counts) < needed else None
+            cells.append(number_cell(found[entry.number].get(level), few or reason, format_latency))
+        requests = count_cell(sum(counts)) if counts else Cell("none", is_number=True)
+        rows.append([count_cell(entry.number), entry.label, *cells, requests])
+    return table(f"{name}, percentiles", head, rows, row_head=1)

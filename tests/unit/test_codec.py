@@ -1,0 +1,117 @@
+"""Dataclasses to JSON and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from lem.base.codec import NOT_ENCODED, DecodeError, decode, decode_row, encode
+
+
+@dataclass(frozen=True)
+class Reading:
+    name: str
+    at_ns: int
+    power_w: float | None
+    is_good: bool
+    pids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Log:
+    first: Reading
+    rest: list[Reading]
+    by_name: Mapping[str, Reading | None]
+    anything: Any
+    known: int = field(default=7, metadata=NOT_ENCODED)
+
+    def __post_init__(self) -> None:
+        if len(self.rest) > 2:
+            raise ValueError("too many readings")
+
+
+READING = Reading("a", 3, 1.5, True, (1, 2))
+OBJECT: dict[str, Any] = {"name": "a", "at_ns": 3, "power_w": 1.5, "is_good": True, "pids": [1, 2]}
+LOG = Log(READING, [READING], {"x": READING, "y": None}, {"a": [1, None]})
+DOCUMENT: dict[str, Any] = {
+    "first": OBJECT,
+    "rest": [OBJECT],
+    "by_name": {"x": OBJECT, "y": None},
+    "anything": {"a": [1, None]},
+}
+GOOD: list[Any] = ["a", 3, 1.5, True, [1, 2]]
+
+
+def test_a_dataclass_is_an_object_of_its_fields() -> None:
+    assert encode(LOG, "log") == DOCUMENT
+    assert decode(Log, DOCUMENT, "log") == LOG
+
+
+@pytest.mark.parametrize(
+    ("value", "where"),
+    [
+        ({"a": [object()]}, r"it\.a\[0\]: object has no form in JSON"),
+        (Reading("a", 3, float("nan"), True), r"it\.power_w: expected a finite number, got nan"),
+    ],
+)
+def test_what_json_does_not_have_is_not_written(value: Any, where: str) -> None:
+    with pytest.raises(DecodeError, match=where):
+        encode(value, "it")
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"first": {**OBJECT, "at_ns": "x"}}, r"log\.first\.at_ns: expected an integer, got 'x'"),
+        ({"first": {**OBJECT, "power_w": 10**400}}, r"log\.first\.power_w: expected a number, got 10000"),
+        ({"first": None}, r"log\.first: expected an object, got None"),
+        ({"rest": [OBJECT, {}]}, r"log\.rest\[1\]: missing at_ns, is_good, name, pids, power_w"),
+        ({"rest": {}}, r"log\.rest: expected a list, got {}"),
+        ({"rest": [OBJECT] * 3}, "log: too many readings"),
+        ({"by_name": {"x": {**OBJECT, "pids": [1, True]}}}, r"log\.by_name\.x\.pids\[1\]: expected an integer"),
+        ({"anything": [float("inf")]}, r"log\.anything\[0\]: expected a finite number"),
+        ({"known": 7}, "log: unknown 'known'"),
+        ({"x" * 500: 1}, "log: unknown '.{78}…$"),
+    ],
+)
+def test_what_is_of_another_type_is_named_by_its_place(changed: dict[str, Any], problem: str) -> None:
+    with pytest.raises(DecodeError, match=problem):
+        decode(Log, {**DOCUMENT, **changed}, "log")
+
+
+def test_a_whole_number_is_read_as_a_float_where_one_is_declared() -> None:
+    assert isinstance(decode(Reading, {**OBJECT, "power_w": 3}, "it").power_w, float)
+
+
+def test_a_row_has_the_values_in_their_order() -> None:
+    for _ in range(2):  # its types are known the second time
+        assert decode_row(Reading, GOOD) == READING
+        assert decode_row(Reading, ["a", 3, 2, True, []]).power_w == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "problem"),
+    [
+        (0, None, r"Reading\.name: expected text, got None"),
+        (1, 3.0, r"Reading\.at_ns: expected an integer, got 3\.0"),
+        (1, True, r"Reading\.at_ns: expected an integer, got True"),
+        (1, 10**400, "more than anything measures"),
+        (2, "1", r"Reading\.power_w: expected a number, got '1'"),
+        (2, float("nan"), "nan"),
+        (3, 1, r"Reading\.is_good: expected true or false, got 1"),
+        (4, {}, r"Reading\.pids: expected a list, got {}"),
+    ],
+)
+def test_another_type_or_size_is_refused_also_after_a_good_row(place: int, value: Any, problem: str) -> None:
+    decode_row(Reading, GOOD)
+    with pytest.raises(DecodeError, match=problem):
+        decode_row(Reading, [*GOOD[:place], value, *GOOD[place + 1 :]])
+
+
+@pytest.mark.parametrize("values", [[], GOOD[:4], [*GOOD, 1]])
+def test_a_row_of_another_length_is_refused(values: list[Any]) -> None:
+    with pytest.raises(DecodeError, match=f"Reading: expected 5 values, got {len(values)}"):
+        decode_row(Reading, values)
