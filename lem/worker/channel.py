@@ -69,7 +69,7 @@ class RunRequest(Message):
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> RunRequest:
         """The request in a `run` message. Raises ChannelError: a field is missing, unknown or of another type."""
-        secrets = message.get("secrets")
+        secrets = message.get("secrets", {})
         if not isinstance(secrets, dict) or not all(isinstance(secret, str) for secret in secrets.values()):
             raise ChannelError("run: secrets: expected texts by name")  # the codec would quote them
         try:
