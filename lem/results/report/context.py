@@ -23,7 +23,6 @@ from lem.results.report.plot import (
     Plot,
     Row,
     Scale,
-    count_cell,
     details,
     fitting_scale,
     horizontal_axis,
@@ -316,8 +315,8 @@ def _order(metric: Metric, report: Report) -> Markup:
     rows: list[Row] = []
     for (place, entry, record, value), share in zip(values, shares, strict=True):
         dots.setdefault(entry.group, []).append(spot(x_scale(place), y_scale(share), DOT))
-        cycle, difference = count_cell(record.identity.cycle_index + 1), Cell(f"{share:+.2f} %", share, is_number=True)
-        rows.append([count_cell(place), count_cell(entry.number), entry.label, cycle, number_cell(value), difference])
+        cycle, difference = record.identity.cycle_index + 1, Cell(f"{share:+.2f} %", share, is_number=True)
+        rows.append([place, entry.number, entry.label, cycle, number_cell(value), difference])
     finding = f"{name} {_drift_text(drift)}."
     return Plot(
         identifier,
@@ -431,7 +430,7 @@ def _trace(identifier: str, record: Record, trace: Trace) -> Markup:
             horizontal_axis(time, bottom, bottom, "Time, s", count=8),
         ],
         [
-            legend(((marks(["M0 7h28"], _line_class(index)), name) for index, name in enumerate(lines)), 28),
+            legend(((marks(["M0 7h28"], f"line g{index % GROUPS_MAX}"), name) for index, name in enumerate(lines)), 28),
             *_trace_caption(record, trace),
         ],
         _trace_table(phases),
@@ -440,10 +439,6 @@ def _trace(identifier: str, record: Record, trace: Trace) -> Markup:
 
 def _phase(phase: Phase) -> str:
     return "guard" if "guard" in phase.name else _PHASES.get(phase.name, phase.name)
-
-
-def _line_class(index: int) -> str:
-    return f"line g{index % GROUPS_MAX}"
 
 
 def _panels(power: Sequence[Series], temperature: Sequence[Series], time: Scale) -> tuple[list[Markup], float]:
@@ -460,7 +455,7 @@ def _panels(power: Sequence[Series], temperature: Sequence[Series], time: Scale)
         fitting = fitting_scale(values, bottom, top, is_from_zero=lines is power)
         scale = replace(fitting, is_log=False)
         axis = vertical_axis(scale, _LEFT, _RIGHT, label, count=count, label_rise=rise)
-        paths = (marks([_line(item, time, scale)], _line_class(index)) for index, item in enumerate(lines))
+        paths = (marks([_line(item, time, scale)], f"line g{index % GROUPS_MAX}") for index, item in enumerate(lines))
         panels.append(join([axis, *paths]))
     return panels, bottom
 
