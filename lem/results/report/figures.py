@@ -367,7 +367,7 @@ def _cycles_table(metric: Metric, label: str, entries: Sequence[Entry]) -> Marku
         for record in entry.records:
             identity, (value, reason) = record.identity, metric.read(record)
             counts = "yes" if identity.key in used else "no, invalid" if not record.validity.valid else "no"
-            numbers = [identity.cycle_index + 1, identity.attempt, number_cell(value, reason)]
+            numbers = (identity.cycle_index + 1, identity.attempt, number_cell(value, reason))
             rows.append([entry.number, _cycles_label(entry, metric), *numbers, counts])
     head = ["No.", "Configuration", "Cycle", "Attempt", label, "Counts"]
     return table(f"{label}, every attempt", head, rows, row_head=1)
