@@ -9,6 +9,7 @@ import pytest
 from lem.results.report.plot import (
     Cell,
     Markup,
+    Row,
     Scale,
     breakable,
     fitting_scale,
