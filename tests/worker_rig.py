@@ -18,10 +18,11 @@ from lem.worker.channel import LineBuffer, RunRequest, decode_report, encode_lin
 from lem.worker.launch import own_command
 from tests.processes import Marker
 
-__all__ = ["COMMAND", "RawWorker", "Rig"]
-
 DOUBLES = Path(__file__).parent / "doubles"
 COMMAND = (*own_command(sys.executable), "worker")
+
+# In order; `load` is skipped when the engine is reused.
+PHASES = ("prepare", "load", "idle", "warmup", "window", "cooldown", "write")
 
 # As small as an experiment can be.
 SMALL: Mapping[str, Any] = {

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
         return _run_sampler(args, err)
 
     if args.end_marked is not None:
-        from lem.worker.engine_child import end_marked
+        from lem.worker.guardian import end_marked
 
         return int(ExitCode.EXPERIMENT_FAILED if end_marked(args.end_marked) else ExitCode.OK)
     if args.tether is not None:

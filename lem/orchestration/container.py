@@ -21,7 +21,7 @@ from lem.orchestration.docker import ContainerError, Mount, explain
 from lem.orchestration.doctor import some_shown
 from lem.orchestration.packing import cache_folder
 from lem.orchestration.services import UP_TIMEOUT_S, ComposeProject, Services
-from lem.worker.engine_child import new_mark
+from lem.worker.guardian import new_mark
 
 __all__ = ["ContainerError", "ContainerHealthStatus", "ContainerManager", "bare_project"]
 

@@ -37,7 +37,7 @@ OPEN_TIMEOUT_S = 60.0
 UNLOAD_TIMEOUT_S = 60.0
 DEATH_TIMEOUT_S = 5.0
 
-# The supervisor gives its engine 5 s after TERM and 12 s after hanging up; see `engine_child.PATIENCE_S`.
+# The supervisor gives its engine 5 s after TERM and 12 s after hanging up; see `guardian.PATIENCE_S`.
 STOP_TIMEOUT_S = 25.0
 # The guardian kills everything as soon as the supervisor is gone; after this it is taken to be stopped or stuck.
 KILL_TIMEOUT_S = 3.0

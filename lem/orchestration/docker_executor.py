@@ -26,7 +26,7 @@ from lem.orchestration.services import ComposeProject, Services
 from lem.orchestration.status import Observer
 from lem.record import RESULT_FILE, RecordError, read_record, write_record
 from lem.worker.channel import LOADING_PHASES, RunRequest
-from lem.worker.engine_child import new_mark
+from lem.worker.guardian import new_mark
 
 # How much later than the death of a process the Docker engine may tell why.
 _NEWS_DELAY_S = 1.0

@@ -292,7 +292,7 @@ class HostMeters:
         self, path: Path, gpus: Sequence[str], interval: int, tdp_w: float | None
     ) -> Iterator[SamplerProcess]:
         """A sampler within the block; its log is removed with it, since the worker has copied what is kept."""
-        sampler = SamplerProcess.start(self.command, path, gpus, interval, tdp_w)
+        sampler = SamplerProcess(self.command, path, gpus, interval, tdp_w)
         try:
             yield sampler
             died = sampler.death()

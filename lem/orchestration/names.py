@@ -18,7 +18,7 @@ from lem.base.clock import utc_stamp
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig, SyntheticPrompts
 from lem.config.kinds import Expanded
-from lem.worker.prompts import BUNDLED, ResolvedPrompts, SyntheticPlan, generate
+from lem.worker.prompts import BUNDLED, ResolvedPrompts, generate
 
 # Leaves room for `.yaml` and a temporary name in the 255 bytes of a file name, and for a column of a table.
 MAX_NAME_LENGTH = 96
@@ -187,7 +187,7 @@ def prompts_fingerprint(config: ExperimentConfig, resolve: PromptResolver) -> di
         return {"dataset": config.dataset.identity()}
     if config.prompts is None or isinstance(config.prompts, SyntheticPrompts):
         parameters = BUNDLED if config.prompts is None else config.prompts
-        names = [item.name for item in dataclasses.fields(BUNDLED)]
+        names = [item.name for item in dataclasses.fields(BUNDLED) if item.name != "type"]
         return {"synthetic": {name: getattr(parameters, name) for name in names}, "generator": generator_version()}
     resolved = resolve(config)
     return {"prompts": config.prompts.identity()} if resolved is None else {"sha256": resolved.source["sha256"]}
@@ -198,7 +198,8 @@ def generator_version() -> str:
     """A hash of a sample of synthetic prompts, which changes with their generator."""
     digest = hashlib.sha256()
     for distribution in ("fixed", "uniform", "lognormal"):
-        for prompt in generate(SyntheticPlan(64, 64, sample_size=32, seed=42, distribution=distribution)):
+        plan = SyntheticPrompts(input_tokens=64, output_tokens=64, sample_size=32, seed=42, distribution=distribution)
+        for prompt in generate(plan):
             digest.update(repr(dataclasses.astuple(prompt)).encode("utf-8"))
     return digest.hexdigest()[:CONFIG_HASH_LENGTH]
 

@@ -31,7 +31,7 @@ from lem.orchestration.compose import (
 )
 from lem.orchestration.docker import ContainerError, Docker, Mount, explain, without_nested
 from lem.orchestration.packing import PYZ_NAME, provide_pyz
-from lem.worker.engine_child import new_mark
+from lem.worker.guardian import new_mark
 
 _logger = logging.getLogger(__name__)
 

@@ -1,178 +1,180 @@
-"""The channel between host and worker, and the log that keeps the engine's own output."""
+"""The channel between host and worker: declared messages, one JSON object a line; and the log of an experiment."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType, NoneType
-from typing import Any
+from typing import Any, ClassVar
 
-from lem.base.codec import shown
+from lem.base import codec
 from lem.base.units import KIB, MIB
 
 PROTOCOL_VERSION = 1
 
-# In order; `load` is skipped when the engine is reused.
-PHASES = ("prepare", "load", "idle", "warmup", "window", "cooldown", "write")
-
-# The phases that `load_timeout_seconds` bounds; `experiment_timeout_seconds` bounds the rest.
-LOAD_PHASE = "load"
+# The phases that `load_timeout_seconds` bounds; `experiment_timeout_seconds` bounds the others, which are
+# idle, warmup, window, cooldown, write.
+LOAD_PHASE = "load"  # skipped when the engine is reused
 LOADING_PHASES = ("prepare", LOAD_PHASE)
 
-# A line longer than this is garbage, not a message; prompts travel as files.
+# A longer line is garbage, not a message; prompts travel as files.
 MAX_LINE_B = 8 * MIB
 
-# What a pipe holds on Linux, and so the most that one read can bring.
+# The capacity of a pipe on Linux, and so the most that one read can return.
 READ_B = 64 * KIB
-
-# What a run must hold before its experiment is looked at.
-_REQUEST_FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
-    {
-        "config": (dict,),
-        "identity": (dict,),
-        "result_dir": (str,),
-        "engine_key": (str,),
-        "keep_engine": (bool,),
-        "samples_path": (str, NoneType),
-        "sampled_gpus": (list, tuple),
-        "meter_errors": (dict,),
-        "baselines": (dict,),
-        "secrets": (dict,),
-    }
-)
-
-# What a worker's messages must hold; more is allowed.
-_REPORT_FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = MappingProxyType(
-    {
-        "hello": {"protocol": (int,), "lem_version": (str,), "pid": (int,), "environment": (dict,)},
-        "engine": {"pgid": (int, NoneType), "started_ticks": (int, NoneType)},
-        "phase": {"exp_id": (str,), "phase": (str,)},
-        "progress": {"exp_id": (str,), "done": (int,), "total": (int, NoneType), "text": (str,)},
-        "heartbeat": {},
-        "result": {
-            "exp_id": (str,),
-            "valid": (bool,),
-            "engine_load_id": (str,),
-            "engine_reused": (bool,),
-            "summary": (dict,),
-        },
-        "error": {
-            "exp_id": (str, NoneType),
-            "kind": (str,),
-            "message": (str,),
-            "hint": (str,),
-            "permanent": (bool,),
-            "phase": (str, NoneType),
-            "engine_lost": (bool,),
-        },
-        "unloaded": {},
-    }
-)
 
 
 class ChannelError(ValueError):
     """A line that is not a message of this protocol."""
 
 
+class Message:
+    """A message: a frozen dataclass with the name of its type on the wire."""
+
+    type: ClassVar[str]
+
+    def to_message(self) -> dict[str, Any]:
+        """The JSON object that is sent."""
+        return {"type": self.type, **codec.encode(self, self.type)}
+
+
 @dataclass(frozen=True)
-class RunRequest:
-    """What the worker needs to run one attempt. The result folder exists and holds `config.json`.
+class RunRequest(Message):
+    """What the worker needs to run one attempt. The result folder exists and holds `config.json`."""
 
-    Attributes:
-        config: the resolved experiment (`ExperimentConfig.to_dict`).
-        identity: fields of `record.Identity` that the host knows (all but start_utc and lem_version).
-        result_dir: absolute path as the worker sees it.
-        engine_key: hash of the options that need a reload.
-        keep_engine: leave the engine loaded afterwards.
-        gap_s, gap_end_code: the gap that came before, and the code of why it ended, for the record.
-        executor: `local` or `docker`.
-        image: image id of the container; None without one.
-        samples_path: the log that a sampler writes, as the worker sees it; None where nothing is sampled.
-        is_sampler_due: the host cannot read the meters, so the worker starts that sampler.
-        sampled_gpus: UUIDs of the GPUs to sample.
-        meter_errors: {"gpu": why, "rapl": why} of meters that the host knows cannot be read.
-        baselines: what the host knows of power at rest: fields of `meters.attempt_log.Baselines` by `energy_source`.
-        secrets: {"HF_TOKEN": …}; never on argv, never in a file.
-    """
-
-    config: Mapping[str, Any]
-    identity: Mapping[str, Any]
-    result_dir: str
-    engine_key: str
-    keep_engine: bool
-    gap_s: float | None = None
-    gap_end_code: str | None = None
-    executor: str = "local"
-    image: str | None = None
-    samples_path: str | None = None
-    is_sampler_due: bool = False
-    sampled_gpus: Sequence[str] = ()
-    meter_errors: Mapping[str, str] = field(default_factory=dict)
-    baselines: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
-    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    type: ClassVar[str] = "run"
+    config: Mapping[str, Any]  # the resolved experiment (`ExperimentConfig.to_dict`)
+    identity: Mapping[str, Any]  # fields of `record.Identity` that the host knows: all but start_utc and lem_version
+    result_dir: str  # absolute path as the worker sees it
+    engine_key: str  # hash of the options that need a reload
+    keep_engine: bool  # leave the engine loaded afterwards
+    gap_s: float | None = None  # the gap before this experiment, for the record
+    gap_end_code: str | None = None  # why that gap ended
+    executor: str = "local"  # or `docker`
+    image: str | None = None  # image id of the container
+    samples_path: str | None = None  # the sampler's log as the worker sees it; None where nothing is sampled
+    is_sampler_due: bool = False  # the host cannot read the meters, so the worker starts the sampler
+    sampled_gpus: tuple[str, ...] = ()  # UUIDs
+    meter_errors: Mapping[str, str] = field(default_factory=dict)  # why the host cannot read the meter "gpu" or "rapl"
+    baselines: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)  # `Baselines` by `energy_source`
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)  # {"HF_TOKEN": …}; never in argv or a file
 
     @property
     def exp_id(self) -> str:
         """The experiment's id, which every message about it carries."""
         return str(self.identity["experiment_id"])
 
-    def to_message(self) -> dict[str, Any]:
-        """The `run` message."""
-        return {"type": "run", **dataclasses.asdict(self)}
-
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> RunRequest:
-        """The request in a `run` message.
-
-        Raises:
-            ChannelError: a field is missing, unknown or of another type.
-        """
-        fields = {"secrets": {}, **{key: value for key, value in message.items() if key != "type"}}
-        known = {item.name for item in dataclasses.fields(cls)}
-        strange = sorted((fields.keys() - known) | (_required_fields() - fields.keys()))
-        if strange:
-            raise ChannelError(f"run: missing or unknown: {', '.join(map(shown, strange[:5]))}")
-        request = cls(**fields)
-        for name, kinds in _REQUEST_FIELDS.items():
-            if not isinstance(getattr(request, name), kinds):
-                raise ChannelError(f"run: {name} is of the wrong type")
-        texts = (*request.secrets.values(), *request.meter_errors.values(), *request.sampled_gpus)
-        if not all(isinstance(text, str) for text in texts):
-            raise ChannelError("run: secrets, meter_errors and sampled_gpus hold texts")
-        request = dataclasses.replace(request, sampled_gpus=tuple(request.sampled_gpus))
+        """The request in a `run` message. Raises ChannelError: a field is missing, unknown or of another type."""
+        secrets = message.get("secrets")
+        if not isinstance(secrets, dict) or not all(isinstance(secret, str) for secret in secrets.values()):
+            raise ChannelError("run: secrets: expected texts by name")  # the codec would quote them
+        try:
+            request = codec.decode(cls, {key: value for key, value in message.items() if key != "type"}, cls.type)
+        except codec.DecodeError as error:
+            raise ChannelError(str(error)) from error
         if "experiment_id" not in request.identity:
             raise ChannelError("run: identity has no experiment_id")
         return request
 
 
-def _required_fields() -> set[str]:
-    missing = dataclasses.MISSING
-    return {
-        item.name
-        for item in dataclasses.fields(RunRequest)
-        if item.default is missing and item.default_factory is missing
-    }
+@dataclass(frozen=True)
+class Hello(Message):
+    """The first message of a worker."""
+
+    type: ClassVar[str] = "hello"
+    protocol: int
+    lem_version: str
+    pid: int
+    environment: Mapping[str, Any]  # see `lem.worker.supervisor.probe_environment`
+
+
+@dataclass(frozen=True)
+class EngineProcess(Message):
+    """The process group of the engine; None when it is gone."""
+
+    type: ClassVar[str] = "engine"
+    pgid: int | None = None
+    started_ticks: int | None = None
+
+
+@dataclass(frozen=True)
+class Phase(Message):
+    """A phase of the experiment begins."""
+
+    type: ClassVar[str] = "phase"
+    exp_id: str
+    phase: str
+
+
+@dataclass(frozen=True)
+class Progress(Message):
+    """How much of the phase is done."""
+
+    type: ClassVar[str] = "progress"
+    exp_id: str
+    done: int
+    total: int | None  # None without a known end
+    text: str
+
+
+@dataclass(frozen=True)
+class Heartbeat(Message):
+    """The worker is alive."""
+
+    type: ClassVar[str] = "heartbeat"
+
+
+@dataclass(frozen=True)
+class Result(Message):
+    """The experiment is done and its record is written."""
+
+    type: ClassVar[str] = "result"
+    exp_id: str
+    valid: bool
+    engine_load_id: str
+    engine_reused: bool
+    summary: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Failure(Message):
+    """The experiment failed, or (without `exp_id`) a message of the host was refused."""
+
+    type: ClassVar[str] = "error"
+    exp_id: str | None
+    kind: str  # as of `EngineError`
+    message: str
+    hint: str
+    permanent: bool
+    phase: str | None
+    engine_lost: bool  # the engine must be loaded again
+    log_tail: str = ""
+
+
+@dataclass(frozen=True)
+class Unloaded(Message):
+    """The engine process is gone."""
+
+    type: ClassVar[str] = "unloaded"
+
+
+_REPORTS = {kind.type: kind for kind in (Hello, EngineProcess, Phase, Progress, Heartbeat, Result, Failure, Unloaded)}
 
 
 def encode_line(message: Mapping[str, Any]) -> bytes:
     """The message as one line, in ASCII, so that a path that is not UTF-8 survives as its escapes.
 
-    Raises:
-        ValueError: a NaN or an infinity, which JSON does not have.
+    Raises ValueError: a NaN or an infinity, which JSON does not have.
     """
     return json.dumps(message, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
 
 
 def decode_line(line: bytes) -> dict[str, Any]:
-    """The message in one line.
-
-    Raises:
-        ChannelError: not a JSON object with a `type`.
-    """
+    """The message in one line. Raises ChannelError: not a JSON object with a `type`."""
     try:
         message = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -182,24 +184,23 @@ def decode_line(line: bytes) -> dict[str, Any]:
     return message
 
 
-def decode_report(line: bytes) -> dict[str, Any]:
-    """The message of a worker in one line, with every field that its type must have.
-
-    Raises:
-        ChannelError: anything else.
-    """
+def read_report(line: bytes) -> Message:
+    """The message of a worker in one line; it may hold more than is declared. Raises ChannelError: anything else."""
     message = decode_line(line)
-    due = _REPORT_FIELDS.get(message["type"])
-    if due is None:
+    kind = _REPORTS.get(message["type"])
+    if kind is None:
         raise ChannelError(f"no message of a worker: {line[:120]!r}")
-    for name, kinds in due.items():
-        value = message.get(name, _MISSING)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise ChannelError(f"{message['type']}: {name} is missing or of the wrong type: {line[:120]!r}")
-    return message
+    known = codec.hints_of(kind)
+    try:
+        return codec.decode(kind, {name: value for name, value in message.items() if name in known}, kind.type)
+    except codec.DecodeError as error:
+        raise ChannelError(f"{error}: {line[:120]!r}") from error
 
 
-_MISSING = object()
+def decode_report(line: bytes) -> dict[str, Any]:
+    """As `read_report`, as the object that was sent. Raises ChannelError: as `read_report`."""
+    read_report(line)
+    return decode_line(line)
 
 
 class LineBuffer:
@@ -212,8 +213,7 @@ class LineBuffer:
     def feed(self, data: bytes) -> list[bytes]:
         """The lines that `data` completes, without their ends; blank ones are left out.
 
-        Raises:
-            ChannelError: a line longer than any message.
+        Raises ChannelError: a line longer than any message.
         """
         self._buffer += data
         lines: list[bytes] = []
@@ -226,7 +226,7 @@ class LineBuffer:
 
 
 class Outbox:
-    """Messages on their way into a descriptor that is never waited for."""
+    """Messages for a descriptor; writing never blocks, and raises BrokenPipeError when the reader is gone."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -239,22 +239,14 @@ class Outbox:
         return bool(self._buffer)
 
     def put(self, message: Mapping[str, Any], *, is_droppable: bool = False) -> None:
-        """Send a message, or keep it until `flush`; a droppable one is dropped when others wait already.
-
-        Raises:
-            BrokenPipeError: nobody reads the other end any more.
-        """
+        """Send a message, or keep it until `flush`; a droppable one is dropped when others wait already."""
         if is_droppable and self._buffer:
             return
         self._buffer += encode_line(message)
         self.flush()
 
     def flush(self) -> None:
-        """Write what the descriptor takes now.
-
-        Raises:
-            BrokenPipeError: nobody reads the other end any more.
-        """
+        """Write what the descriptor takes now."""
         while self._buffer:
             try:
                 written = os.write(self.descriptor, self._buffer)
@@ -269,7 +261,7 @@ class Outbox:
 
 REDACTED = b"[redacted]"
 
-# A secret shorter than this is a word that may stand in a log for another reason.
+# A shorter secret is a word that may occur in a log for another reason.
 SHORTEST_SECRET = 6
 
 TAIL_LINES = 30
@@ -277,19 +269,18 @@ _TAIL_B = 8 * KIB
 
 
 class Redactor:
-    """Takes secrets out of a stream of bytes, also where one is cut in two by the chunks it comes in."""
+    """Removes secrets from a stream of bytes, also one that is split between two chunks."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         self._secrets = tuple(secret.encode() for secret in secrets if len(secret) >= SHORTEST_SECRET)
         self._held = b""
 
     def feed(self, data: bytes) -> bytes:
-        """What can be passed on; the beginning of what may turn out to be a secret is held back."""
+        """What can be passed on; what may be the beginning of a secret is held back."""
         data = self._held + data
         for secret in self._secrets:
             data = data.replace(secret, REDACTED)
-        held = max((_overlap(data, secret) for secret in self._secrets), default=0)
-        cut = len(data) - held
+        cut = len(data) - max((_overlap(data, secret) for secret in self._secrets), default=0)
         self._held = data[cut:]
         return data[:cut]
 
@@ -309,28 +300,17 @@ def redact(text: str, secrets: Iterable[str]) -> str:
 
 def _overlap(data: bytes, secret: bytes) -> int:
     """How many bytes at the end of `data` are the beginning of `secret`."""
-    for length in range(min(len(secret) - 1, len(data)), 0, -1):
-        if data.endswith(secret[:length]):
-            return length
-    return 0
+    longest = min(len(secret) - 1, len(data))
+    return next((length for length in range(longest, 0, -1) if data.endswith(secret[:length])), 0)
 
 
 class EngineLog:
-    """The log of one experiment.
+    """The log of one experiment, appended to; OSError when it cannot be opened.
 
-    A log that can no longer be written (the disk is full) costs its lines and nothing else.
-
-    Attributes:
-        path: the file.
+    When it can no longer be written (the disk is full), its lines are lost, but the experiment goes on.
     """
 
     def __init__(self, path: str, secrets: Iterable[str] = ()) -> None:
-        """Open the log.
-
-        Raises:
-            OSError: it cannot be opened.
-        """
-        self.path = path
         self._redactor = Redactor(secrets)
         self._tail = bytearray()
         self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
@@ -356,9 +336,8 @@ class EngineLog:
 
     @property
     def last_line(self) -> str:
-        """The last line with something on it, also while a progress bar is redrawing it."""
-        lines = self._lines()
-        return lines[-1] if lines else ""
+        """The last line that is not blank."""
+        return self._lines()[-1] if self._lines() else ""
 
     @property
     def tail(self) -> str:

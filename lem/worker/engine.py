@@ -1,7 +1,7 @@
 """The engine process: it runs one experiment after another for its supervisor, over pipes of its own.
 
-Its stdout and stderr belong to whatever the engine prints. What it has to say goes to the message pipe; what it is to
-do comes from the control pipe, whose end of file means that the supervisor is gone.
+Its stdout and stderr belong to whatever the engine prints. It reports through the message pipe and takes orders from
+the control pipe; the end of that file means that the supervisor is gone.
 """
 
 from __future__ import annotations
@@ -17,14 +17,26 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from lem.base.clock import Clock, SystemClock
 from lem.base.errors import DISK_FULL, EngineError, LemError
 from lem.record import RESULT_FILE, Record, write_record
-from lem.worker.channel import READ_B, LineBuffer, RunRequest, decode_line, encode_line, redact
-from lem.worker.harness import Reporter, run_experiment
-from lem.worker.recording import ResidentEngine
+from lem.worker.channel import (
+    READ_B,
+    Failure,
+    LineBuffer,
+    Message,
+    Phase,
+    Progress,
+    Result,
+    RunRequest,
+    decode_line,
+    encode_line,
+    redact,
+)
+from lem.worker.harness import ResidentEngine, run_experiment
+from lem.worker.metering import Reporter
 
 Harness = Callable[[RunRequest, ResidentEngine, Reporter, Clock], Record]
 
@@ -39,40 +51,36 @@ class MessageWriter:
         self._descriptor = descriptor
         self._lock = threading.Lock()
 
-    def send(self, kind: str, /, **fields: Any) -> None:
+    def send(self, message: Message) -> None:
         """Send a message."""
-        view = memoryview(encode_line({"type": kind, **fields}))
+        view = memoryview(encode_line(message.to_message()))
         with self._lock:
             while view:
                 view = view[os.write(self._descriptor, view) :]
 
 
 class PhaseReporter:
-    """What the harness tells of one experiment.
-
-    Attributes:
-        current: the phase that was begun last.
-    """
+    """Reports how far one experiment is."""
 
     def __init__(self, writer: MessageWriter, exp_id: str) -> None:
         self._writer = writer
         self._exp_id = exp_id
-        self.current: str | None = None
+        self.current: str | None = None  # the phase that began last
 
     def phase(self, name: str) -> None:
-        """Tell that a phase begins."""
+        """A phase begins."""
         self.current = name
-        self._writer.send("phase", exp_id=self._exp_id, phase=name)
+        self._writer.send(Phase(self._exp_id, name))
 
     def progress(self, done: int, total: int | None, text: str = "") -> None:
-        """Tell how far the phase is."""
-        self._writer.send("progress", exp_id=self._exp_id, done=done, total=total, text=text)
+        """How far the phase is."""
+        self._writer.send(Progress(self._exp_id, done, total, text))
 
 
 def serve_pipes(control_fd: int, message_fd: int) -> int:
     """The exit code of an engine process, which has its guardian already."""
     for descriptor in (control_fd, message_fd):
-        os.set_inheritable(descriptor, False)  # the engine's own children have no part in this
+        os.set_inheritable(descriptor, False)  # not for the engine's own children
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     signal.signal(signal.SIGTERM, _leave)
@@ -83,7 +91,7 @@ def serve_pipes(control_fd: int, message_fd: int) -> int:
 
 
 def _run_traced(request: RunRequest, engine: ResidentEngine, reporter: Reporter, clock: Clock) -> Record:
-    """Run an experiment whose log ends with where it was should it be ended, also while it holds Python's lock."""
+    """Run an experiment; at SIGTERM its log shows where it was, even while an engine holds the interpreter's lock."""
     faulthandler.register(signal.SIGTERM, chain=True)
     try:
         return run_experiment(request, engine, reporter, clock)
@@ -92,7 +100,7 @@ def _run_traced(request: RunRequest, engine: ResidentEngine, reporter: Reporter,
 
 
 def serve(control_fd: int, writer: MessageWriter, engine: ResidentEngine, run_experiment: Harness, clock: Clock) -> int:
-    """The exit code, once the supervisor said `quit` or is gone."""
+    """The exit code, once the supervisor has sent `quit` or is gone."""
     lines = LineBuffer()
     while data := os.read(control_fd, READ_B):
         for line in lines.feed(data):
@@ -100,71 +108,60 @@ def serve(control_fd: int, writer: MessageWriter, engine: ResidentEngine, run_ex
             if message["type"] == "quit":
                 engine.unload()
                 return 0
-            _run(RunRequest.from_message(message), writer, engine, run_experiment, clock)
+            request = RunRequest.from_message(message)
+            writer.send(_answer(request, PhaseReporter(writer, request.exp_id), engine, run_experiment, clock))
     return 0
 
 
-def _run(
-    request: RunRequest, writer: MessageWriter, engine: ResidentEngine, run_experiment: Harness, clock: Clock
-) -> None:
-    """Run one experiment and answer it."""
-    reporter = PhaseReporter(writer, request.exp_id)
+def _answer(
+    request: RunRequest, reporter: PhaseReporter, engine: ResidentEngine, run_experiment: Harness, clock: Clock
+) -> Message:
+    """Run one experiment; its answer, once all that it printed is out."""
     try:
-        measured = run_experiment(request, engine, reporter, clock)
+        record = run_experiment(request, engine, reporter, clock)
         if reporter.current != "write":
             reporter.phase("write")
-        write_record(Path(request.result_dir) / RESULT_FILE, measured)
+        write_record(Path(request.result_dir) / RESULT_FILE, record)
     except Exception as error:  # noqa: BLE001 - the top of a worker
         traceback.print_exc()
-        flush_output()
-        failure = describe_failure(error, request.secrets)
-        writer.send("error", exp_id=request.exp_id, phase=reporter.current, **failure)
+        answer: Message = describe_failure(error, request.exp_id, reporter.current, request.secrets)
     else:
-        flush_output()
-        writer.send("result", exp_id=request.exp_id, **_describe_result(measured))
+        answer = _describe_result(record, request.exp_id)
+    flush_output()
+    return answer
 
 
-def describe_failure(error: Exception, secrets: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of an `error` message that tell what went wrong."""
+def describe_failure(error: Exception, exp_id: str, phase: str | None, secrets: Mapping[str, str]) -> Failure:
+    """The answer to an experiment that failed."""
     kind, is_permanent, hint = "engine", False, ""
     if isinstance(error, EngineError):
         kind, is_permanent, message, hint = error.kind, error.is_permanent, error.message, error.hint
     elif isinstance(error, LemError):
-        # What is wrong with a person's configuration or files stays wrong.
+        # An error in the user's configuration or files is there the next time too.
         kind, is_permanent, message, hint = "option", True, error.message, error.hint
     elif isinstance(error, OSError) and error.errno in DISK_FULL:
         kind, message = "full", f"no space is left to write {error.filename or 'the result'}: {error.strerror}"
         hint = "make room, then go on with --resume"
     else:
         message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return {
-        "kind": kind,
-        "message": redact(message, secrets.values()),
-        "hint": redact(hint, secrets.values()),
-        "permanent": is_permanent,
-        "engine_lost": kind not in _HARMLESS_KINDS,
-    }
+    message, hint = (redact(text, secrets.values()) for text in (message, hint))
+    return Failure(exp_id, kind, message, hint, is_permanent, phase, engine_lost=kind not in _HARMLESS_KINDS)
 
 
-def _describe_result(measured: Record) -> dict[str, Any]:
-    validity, window, throughput, work = measured.validity, measured.window, measured.throughput, measured.work
+def _describe_result(record: Record, exp_id: str) -> Result:
     summary = {
-        "window_s": window.window_s,
-        "output_tok": work.output_tok,
-        "requests_ok": work.requests_ok,
-        "requests_failed": work.requests_failed,
-        "output_tok_per_s": throughput.output_tok_per_s,
+        "window_s": record.window.window_s,
+        "output_tok": record.work.output_tok,
+        "requests_ok": record.work.requests_ok,
+        "requests_failed": record.work.requests_failed,
+        "output_tok_per_s": record.throughput.output_tok_per_s,
     }
-    return {
-        "valid": validity.valid,
-        "engine_load_id": validity.engine_load_id,
-        "engine_reused": validity.engine_reused,
-        "summary": summary,
-    }
+    validity = record.validity
+    return Result(exp_id, validity.valid, validity.engine_load_id, validity.engine_reused, summary)
 
 
 def flush_output() -> None:
-    """Push out what this process printed, the C library's buffers included, so that it is in this experiment's log."""
+    """Flush what this process printed, the C library's buffers included, so that it is in this experiment's log."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # an engine may have closed it
             stream.flush()

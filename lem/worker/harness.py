@@ -7,22 +7,25 @@ import dataclasses
 import functools
 import json
 import os
+import statistics
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lem.base import durable, measurement
-from lem.base.clock import Clock
+from lem.base.clock import Clock, SystemClock, seconds_between
 from lem.base.errors import ConfigurationError, EngineError
+from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.backends import WIDTH_OPTIONS
-from lem.config.experiment import ExperimentConfig
+from lem.config.experiment import ExperimentConfig, WarmupConfig
+from lem.engines.common import load_engine
 from lem.engines.protocol import Completion, Engine, TokenRequest
 from lem.record import CONFIG_FILE, OUTPUTS_FILE, Record
 from lem.worker.channel import RunRequest
 from lem.worker.datasets import resolve_dataset
-from lem.worker.environment import read_host
-from lem.worker.metering import Metering, open_metering
+from lem.worker.metering import Metering, Reporter, open_metering
 from lem.worker.prompts import (
     ResolvedPrompts,
     describe,
@@ -31,10 +34,8 @@ from lem.worker.prompts import (
     resolve_on_host,
     write_prompts,
 )
-from lem.worker.recording import Findings, ResidentEngine, compose_record
-from lem.worker.requests import DisjointRequests, EncodedPrompts, encode_prompts
-from lem.worker.traffic import TrafficPlan, measure_traffic, serve_all
-from lem.worker.warmup import WarmupOutcome, skipped_warmup, warm_up
+from lem.worker.recording import Findings, Residence, WarmupOutcome, compose_record, read_host
+from lem.worker.requests import DisjointRequests, TrafficPlan, encode_prompts, measure_traffic, serve_all
 from lem.worker.window import MeasuredWindow, Output, measure_batch
 
 # A ramp must hold a few turns of requests; one turn takes about as long as a step of the warm-up.
@@ -42,25 +43,58 @@ RAMP_STEPS = 3
 REPORT_EVERY_S = 1.0
 
 
-class Reporter(Protocol):
-    """Whoever wants to know how far the experiment is."""
+class ResidentEngine:
+    """At most one loaded engine, with the key of the options that would need a reload."""
 
-    def phase(self, name: str) -> None:
-        """A phase of `channel.PHASES` begins."""
+    def __init__(
+        self,
+        load: Callable[[ExperimentConfig, Mapping[str, str]], Engine] = load_engine,
+        clock: Clock | None = None,
+        load_id: Callable[[], str] = lambda: uuid.uuid4().hex[:16],
+    ) -> None:
+        self._load = load
+        self._clock = clock or SystemClock()
+        self._new_load_id = load_id
+        self._engine: Engine | None = None
+        self._engine_key: str | None = None
+        self._load_id = ""
+        # Its processes on the GPUs as a sampler numbers them; None until they are known.
+        self.own_pids: frozenset[int] | None = None
 
-    def progress(self, done: int, total: int | None, text: str) -> None:
-        """How much of the phase is done."""
+    def is_resident(self, engine_key: str) -> bool:
+        """Whether `ensure` would reuse what is loaded."""
+        return self._engine is not None and self._engine_key == engine_key
+
+    def ensure(self, config: ExperimentConfig, engine_key: str, secrets: Mapping[str, str]) -> Residence:
+        """The engine for this experiment: reused when its key is the same, else loaded after the other one left.
+
+        A load that fails leaves nothing loaded; a reused engine that refuses the experiment stays loaded. Raises
+        EngineError, see `Engine`.
+        """
+        if self._engine is not None and self._engine_key == engine_key:
+            self._engine.configure(config)
+            return Residence(self._engine, self._engine.report, None, True, self._load_id)
+        self.unload()
+        started_ns = self._clock.monotonic_ns()
+        engine = self._load(config, secrets)
+        report = engine.report
+        load_s = seconds_between(started_ns, self._clock.monotonic_ns()) - report.checks_s - (report.compile_s or 0.0)
+        self._engine, self._engine_key, self._load_id = engine, engine_key, self._new_load_id()
+        return Residence(engine, report, load_s, False, self._load_id)
+
+    def unload(self) -> None:
+        """Unload the engine; nothing counts as loaded afterwards, also when the engine fails at it."""
+        engine, self._engine, self._engine_key, self.own_pids = self._engine, None, None, None
+        if engine is not None:
+            engine.close()
 
 
 def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Reporter, clock: Clock) -> Record:
     """The record of one attempt; the caller writes it, as the last file of the result folder.
 
-    `prompts.jsonl` is written where the host left none, and `outputs.jsonl` when asked for. The engine is left loaded;
-    whether it stays is its keeper's business.
-
-    Raises:
-        EngineError: kind `option`, `meter`, `prompts`, `model`, `out_of_memory`, `channel` or `engine`.
-        OSError: a file cannot be written.
+    `prompts.jsonl` is written where the host left none, and `outputs.jsonl` when asked for. The engine is left loaded.
+    Raises EngineError: kind `option`, `meter`, `prompts`, `model`, `out_of_memory`, `channel` or `engine`; OSError: a
+    file cannot be written.
     """
     start_utc = clock.utc_now()
     reporter.phase("prepare")
@@ -69,7 +103,7 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
     config = _read_config(request.config)
     is_resident = engine.is_resident(request.engine_key)
     metering = open_metering(request, config, is_resident=is_resident, clock=clock, reporter=reporter)
-    resolved = _resolve_prompts(config, folder, request.secrets)
+    prompts = _resolve_prompts(config, folder, request.secrets)
     host = read_host()
 
     if not is_resident:
@@ -81,25 +115,25 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
     metering.choose(residence.report.gpu_uuids)
 
     reporter.phase("idle")
-    encoded = encode_prompts(resolved.prompts, loaded.encode, config)
+    encoded = encode_prompts(prompts.prompts, loaded.encode, config)
     metering.rest_loaded()
     reporter.phase("warmup")
     with metering.during(measurement.WARMUP) if config.warmup.enabled else contextlib.nullcontext():
-        warmup = _warm_up(loaded, encoded, config, clock, reporter)
+        warmup = _warm_up(loaded, encoded.requests, config, clock, reporter)
     engine.own_pids = metering.know_own_processes(engine.own_pids)
     reporter.phase("window")
     loaded.reset_peak_memory()
-    measured = _measure(loaded, encoded, config, warmup, metering, reporter)
+    measured = _measure(loaded, encoded.requests, config, warmup, metering)
     peak_memory_b = loaded.peak_memory_b()
     reporter.phase("cooldown")
     if request.keep_engine:
         metering.rest_after()
 
     reporter.phase("write")
-    is_steady_mode = config.traffic_simulation.enabled
-    energy = metering.close(folder, measured, is_steady_mode=is_steady_mode)
+    energy = metering.close(folder, measured, is_steady_mode=config.traffic_simulation.enabled)
     if config.save_outputs:
         _write_outputs(folder, measured.outputs, loaded.decode)
+    surroundings = metering.surroundings(residence.report.gpu_uuids)
     return compose_record(
         Findings(
             request=request,
@@ -108,13 +142,13 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
             start_utc=start_utc,
             host=host,
             residence=residence,
-            prompts=resolved,
+            prompts=prompts,
             encoded=encoded,
             warmup=warmup,
             measured=measured,
             peak_memory_b=peak_memory_b,
             energy=energy,
-            surroundings=metering.surroundings(residence.report.gpu_uuids),
+            surroundings=surroundings,
         )
     )
 
@@ -146,7 +180,7 @@ def _resolve_prompts(config: ExperimentConfig, folder: Path, secrets: Mapping[st
         found = read_prompts(folder) if is_given else None
         if found is not None:
             return describe(config, found)
-        resolved = resolve_on_host(config) if is_given else None
+        resolved = resolve_on_host(config)
     except ConfigurationError as error:
         raise EngineError(error.message, error.hint, kind="prompts", is_permanent=True) from error
     if resolved is None:
@@ -155,37 +189,12 @@ def _resolve_prompts(config: ExperimentConfig, folder: Path, secrets: Mapping[st
     return resolved
 
 
-def _warm_up(
-    engine: Engine, encoded: EncodedPrompts, config: ExperimentConfig, clock: Clock, reporter: Reporter
-) -> WarmupOutcome:
-    if not config.warmup.enabled:
-        return skipped_warmup()
-    source = DisjointRequests(encoded.requests, seed=config.random_seed or 0)
-    report = _Progress(reporter, clock, lambda done: (done, None, "warm-up prompts"))
-    width = _width(config, len(encoded.requests))
-    return warm_up(source, width, config.warmup, _step_runner(engine, config), clock, report)
-
-
-def _step_runner(engine: Engine, config: ExperimentConfig) -> Callable[[Sequence[TokenRequest]], Sequence[Completion]]:
-    """How requests are run in warm-up: as in the window."""
-    if config.traffic_simulation.enabled:
-        return functools.partial(serve_all, engine)
-
-    def run_step(requests: Sequence[TokenRequest]) -> Sequence[Completion]:
-        completions = engine.generate(requests, observe_tokens=config.streaming)
-        engine.synchronize()
-        return completions
-
-    return run_step
-
-
 def _measure(
     engine: Engine,
-    encoded: EncodedPrompts,
+    requests: Sequence[TokenRequest],
     config: ExperimentConfig,
     warmup: WarmupOutcome,
     metering: Metering,
-    reporter: Reporter,
 ) -> MeasuredWindow:
     clock = metering.clock
     min_window_s = metering.window_floor_s()
@@ -199,8 +208,8 @@ def _measure(
             min_window_s=min_window_s,
             ramp_limit_s=max(min_window_s, RAMP_STEPS * (warmup.step_s or 0.0)),
         )
-        report = _Progress(reporter, clock, lambda done: (done, None, f"{done} requests"))
-        return metering.measure_steady(lambda: measure_traffic(engine, encoded.requests, plan, clock, report))
+        report = _at_intervals(metering.reporter, clock, lambda done: (done, None, f"{done} requests"))
+        return metering.measure_steady(lambda: measure_traffic(engine, requests, plan, clock, report))
 
     def run(requests: Sequence[TokenRequest], what: str) -> MeasuredWindow:
         # How often the set will be repeated is known when the window is long enough: only the first pass has an end.
@@ -213,18 +222,68 @@ def _measure(
             min_window_s=min_window_s,
             observe_tokens=config.streaming,
             clock=clock,
-            report=_Progress(reporter, clock, describe_pass),
+            report=_at_intervals(metering.reporter, clock, describe_pass),
         )
 
-    measured = metering.measure_closed(lambda: run(encoded.requests, "requests"))
+    measured = metering.measure_closed(lambda: run(requests, "requests"))
     if config.measurement.phases:
-        metering.measure_prefill(lambda: run([_prefill_of(item) for item in encoded.requests], "prefills"))
+        # A prefill ends with the first output token.
+        prefills = [
+            dataclasses.replace(item, max_output_tokens=1, min_output_tokens=min(1, item.min_output_tokens))
+            for item in requests
+        ]
+        metering.measure_prefill(lambda: run(prefills, "prefills"))
     return measured
 
 
-def _prefill_of(request: TokenRequest) -> TokenRequest:
-    """The request for its prefill alone, which ends with the first output token."""
-    return dataclasses.replace(request, max_output_tokens=1, min_output_tokens=min(1, request.min_output_tokens))
+def _at_intervals(
+    reporter: Reporter, clock: Clock, describe_done: Callable[[int], tuple[int, int | None, str]]
+) -> Callable[[int], None]:
+    """Reports at most once a second, since reporting is not part of what is measured."""
+    next_ns = clock.monotonic_ns()
+
+    def report(done: int) -> None:
+        nonlocal next_ns
+        now_ns = clock.monotonic_ns()
+        if now_ns >= next_ns:
+            next_ns = now_ns + round(REPORT_EVERY_S * NS_PER_S)
+            reporter.progress(*describe_done(done))
+
+    return report
+
+
+def _write_outputs(folder: Path, outputs: Sequence[Output], decode: Callable[[Sequence[int]], str]) -> None:
+    rows = [
+        {
+            "index": output.prompt_index,
+            "input_tok": output.input_tok,
+            "output_tok": len(output.output_ids),
+            "output_ids": list(output.output_ids),
+            "text": decode(output.output_ids),
+        }
+        for output in outputs
+    ]
+    durable.write_text(folder / OUTPUTS_FILE, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+
+
+# Warm-up: work of the measured kind until its speed has settled, on prompts that are not measured
+
+
+def _warm_up(
+    engine: Engine, requests: Sequence[TokenRequest], config: ExperimentConfig, clock: Clock, reporter: Reporter
+) -> WarmupOutcome:
+    if not config.warmup.enabled:
+        return WarmupOutcome(0, None, None, "warm-up is disabled (warmup.enabled: false)")
+
+    def run_step(requests: Sequence[TokenRequest]) -> Sequence[Completion]:
+        completions = engine.generate(requests, observe_tokens=config.streaming)
+        engine.synchronize()
+        return completions
+
+    source = DisjointRequests(requests, seed=config.random_seed or 0)
+    report = _at_intervals(reporter, clock, lambda done: (done, None, "warm-up prompts"))
+    step = functools.partial(serve_all, engine) if config.traffic_simulation.enabled else run_step
+    return warm_up(source, _width(config, len(requests)), config.warmup, step, clock, report)
 
 
 def _width(config: ExperimentConfig, prompts: int) -> int:
@@ -238,36 +297,82 @@ def _width(config: ExperimentConfig, prompts: int) -> int:
     return min(width, prompts)
 
 
-class _Progress:
-    """Reports at most once a second: reporting is not what is being measured."""
+def warm_up(
+    source: DisjointRequests,
+    width: int,
+    settings: WarmupConfig,
+    run_step: Callable[[Sequence[TokenRequest]], Sequence[Completion]],
+    clock: Clock,
+    report: Callable[[int], None],
+) -> WarmupOutcome:
+    """The outcome of warming up in steps of `width` requests at once, the concurrency of the measurement.
 
-    def __init__(
-        self, reporter: Reporter, clock: Clock, describe_done: Callable[[int], tuple[int, int | None, str]]
-    ) -> None:
-        self._reporter = reporter
-        self._clock = clock
-        self._describe = describe_done
-        self._next_ns = clock.monotonic_ns()
+    First come at least `min_prompts` and twice the width, of the measured shapes in their order. Then come steps of the
+    same typical shapes each, until the seconds for each output token have settled over the last `window_size` of them:
+    only steps of equal shapes can be compared. The caps are the time (0 is none) and `max_prompts`, the latter never
+    before `window_size` typical steps were run, else a wide batch could never settle. At a cap `converged` is False.
+    `run_step` runs requests as the measurement will; `report` gets the number of prompts run so far.
+    """
+    floor = cap = max(settings.min_prompts, 2 * width)
+    if settings.convergence_detection:
+        cap = max(settings.max_prompts, floor + settings.window_size * width)
+    costs: list[float] = []  # of the comparable steps, for each token: free output lengths make unequal work
+    failures: list[str] = []
+    prompts = 0
+    converged = False
+    begin_ns = now_ns = clock.monotonic_ns()
+    while True:
+        requests = source.take(width) if prompts < floor else source.take_typical(width)
+        step_ns = clock.monotonic_ns()
+        completions = run_step(requests)
+        now_ns = clock.monotonic_ns()
+        prompts += width
+        failures += [item.error for item in completions if item.error is not None]
+        step_s = seconds_between(step_ns, now_ns)
+        if source.is_typical(requests):
+            costs.append(step_s / max(1, sum(len(item.output_ids) for item in completions)))
+        report(prompts)
+        if prompts >= floor:
+            converged = settings.convergence_detection and has_settled(costs, settings)
+            if converged or prompts + width > cap:
+                break
+        if settings.timeout_seconds and seconds_between(begin_ns, now_ns) >= settings.timeout_seconds:
+            break
+    warnings = []
+    if settings.convergence_detection and not converged:
+        warnings.append(_unsettled(prompts, costs, settings))
+    if failures:
+        warnings.append(Reason.of("warmup_requests_failed", failed=len(failures), total=prompts, first=failures[0]))
+    if prompts < floor:
+        warnings.append(Reason.of("warmup_timed_out", prompts=prompts, floor=floor))
+    if not source.is_disjoint:
+        warnings.append(Reason.of("warmup_overlaps"))
+    return WarmupOutcome(
+        prompts=prompts,
+        elapsed_s=seconds_between(begin_ns, now_ns),
+        converged=converged if settings.convergence_detection else None,
+        null_reason=None if settings.convergence_detection else "warmup.convergence_detection is off",
+        step_s=step_s,
+        warnings=tuple(warnings),
+    )
 
-    def __call__(self, done: int) -> None:
-        now_ns = self._clock.monotonic_ns()
-        if now_ns >= self._next_ns:
-            self._next_ns = now_ns + round(REPORT_EVERY_S * NS_PER_S)
-            self._reporter.progress(*self._describe(done))
+
+def has_settled(costs: Sequence[float], settings: WarmupConfig) -> bool:
+    """Whether the last `window_size` values vary by less than `cv_threshold` (standard deviation / mean)."""
+    variation = _variation(costs, settings)
+    return variation is not None and variation < settings.cv_threshold
 
 
-def _write_outputs(folder: Path, outputs: Sequence[Output], decode: Callable[[Sequence[int]], str]) -> None:
-    lines = [
-        json.dumps(
-            {
-                "index": output.prompt_index,
-                "input_tok": output.input_tok,
-                "output_tok": len(output.output_ids),
-                "output_ids": list(output.output_ids),
-                "text": decode(output.output_ids),
-            },
-            ensure_ascii=False,
-        )
-        for output in outputs
-    ]
-    durable.write_text(folder / OUTPUTS_FILE, "".join(f"{line}\n" for line in lines))
+def _variation(costs: Sequence[float], settings: WarmupConfig) -> float | None:
+    last = costs[-settings.window_size :]
+    mean = statistics.fmean(last) if last else 0.0
+    if len(last) < settings.window_size or mean == 0:
+        return None
+    return statistics.stdev(last) / mean
+
+
+def _unsettled(prompts: int, costs: Sequence[float], settings: WarmupConfig) -> Reason:
+    variation = _variation(costs, settings)
+    if variation is None:
+        return Reason.of("warmup_too_few_steps", prompts=prompts)
+    return Reason.of("warmup_unsettled", prompts=prompts, variation=variation, threshold=settings.cv_threshold)

@@ -15,19 +15,28 @@ from typing import Protocol
 
 from lem.base import measurement
 from lem.base.clock import Clock, seconds_between
-from lem.base.errors import MeterRefused
+from lem.base.errors import EngineError, MeterRefused
 from lem.base.measurement import WINDOW_UPDATES, EnergySource, is_cpu_source, is_gpu_source
 from lem.base.units import NS_PER_S
 from lem.config.experiment import ExperimentConfig
 from lem.meters.curve import NotMeasured, Span, update_period_s
 from lem.meters.energy import EnergyFindings, mean_power_w, measure
 from lem.meters.external import ExternalReadings, is_short_of, read_external
-from lem.meters.samples import FINISHED_FILENAME, SLOW_PERIOD_S, Mark, SampleLog, write_finished
+from lem.meters.samples import (
+    FINISHED_FILENAME,
+    SLOW_PERIOD_S,
+    Mark,
+    PartReader,
+    SampleHeader,
+    SampleLog,
+    SampleLogError,
+    write_finished,
+)
 from lem.meters.sources import Baselines, Sources, choose_sources
 from lem.meters.window import span_of
 from lem.worker.channel import RunRequest
-from lem.worker.environment import GpuSurroundings
-from lem.worker.sampling import NothingSampled, SampleSource, open_source
+from lem.worker.recording import GpuSurroundings
+from lem.worker.sampling import READY_TIMEOUT_S, wait_until_ready
 from lem.worker.window import MeasuredWindow
 
 _logger = logging.getLogger(__name__)
@@ -42,23 +51,21 @@ GUARD_PERIODS = 2
 UNKNOWN_PERIOD_S = 0.5
 
 # A window holds WINDOW_UPDATES updates of the counter, or of a sensor whose power is integrated; such a sensor is
-# brought up to date every 100 ms at best (Yang et al., SC24).
+# updated every 100 ms at best (Yang et al., SC24).
 SENSOR_PERIOD_S = 0.1
 
-# A slow meter was last read up to a second ago.
-_EDGE_NS = 1_500_000_000
-
-# A meter of the user's own writes its readings some time after they were taken.
-_EXTERNAL_LAG_S = 10.0
-
-# How far a sampler may lag behind before what it has written so far is taken for all.
-_LAG_S = 5.0
+_EDGE_NS = 1_500_000_000  # a slow meter was last read up to a second ago
+_EXTERNAL_LAG_S = 10.0  # a user's own meter writes its readings some time after they were taken
+_LAG_S = 5.0  # a sampler that is further behind is not waited for
 _POLL_S = 0.02
 _REPORT_S = 1.0
 
 
 class Reporter(Protocol):
-    """Whoever wants to know how far a wait is."""
+    """Where an attempt reports its progress."""
+
+    def phase(self, name: str) -> None:
+        """A phase begins."""
 
     def progress(self, done: int, total: int | None, text: str) -> None:
         """How much of the phase is done."""
@@ -67,52 +74,63 @@ class Reporter(Protocol):
 def open_metering(
     request: RunRequest, config: ExperimentConfig, *, is_resident: bool, clock: Clock, reporter: Reporter
 ) -> Metering:
-    """The meters of an attempt, ready to be read.
+    """The meters of an attempt, once the sampler writes.
 
-    Args:
-        is_resident: its engine is loaded already, so that what is on the GPU now may be its own.
-
-    Raises:
-        MeterRefused: the configuration demands energy that cannot be measured here.
-        EngineError: kind `meter`, the sampler that was promised does not write.
+    With `is_resident` its engine is loaded already, so that what is on the GPU now may be its own. Raises MeterRefused:
+    the configuration demands energy that cannot be measured here; EngineError: kind `meter`, the sampler does not
+    write.
     """
     if config.measurement.external_csv is not None:
         read_external(Path(config.measurement.external_csv))  # refused now, not after an hour
-    source = open_source(request, clock)
+    nothing = SampleHeader(
+        started_ns=clock.monotonic_ns(),
+        started_utc=clock.utc_now().isoformat(),
+        host=str(request.identity.get("host", "")),
+        interval_ms=0,
+        gpu_error=request.meter_errors.get("gpu", "the host started no sampler"),
+        rapl_error=request.meter_errors.get("rapl", "the host started no sampler"),
+    )
+    path = None if request.samples_path is None else Path(request.samples_path)
+    deadline_ns = clock.monotonic_ns() + round(READY_TIMEOUT_S * NS_PER_S)
+    if path is not None and not wait_until_ready(path, deadline_ns, lambda: True, clock):
+        raise EngineError(f"{path}: no sampler has written there for {READY_TIMEOUT_S:g} s", kind="meter")
     known = request.baselines if config.baseline.enabled else {}
     baselines = {by: Baselines(**fields) for by, fields in known.items()}
-    metering = Metering(source, config, baselines, {}, clock, reporter)
+    metering = Metering(path, nothing, config, baselines, clock, reporter)
     if not is_resident:
-        metering.foreign = metering.look_at_processes()
-    metering.choose([gpu.uuid for gpu in source.read().header.gpus])
+        metering.foreign = metering.find_processes()
+    metering.choose([gpu.uuid for gpu in metering.read().header.gpus])
     return metering
 
 
 @dataclass
 class Metering:
-    """What the meters are asked in the course of one attempt.
+    """What the meters are asked in the course of one attempt."""
 
-    Attributes:
-        known_baselines: what the host knows of power at rest, by what measured it (`energy_source`).
-        foreign: {uuid: pids} of compute processes that were there before the engine.
-        sources: what gives the energy; chosen again when the engine says which GPUs it runs on.
-        marks: set so far.
-        own_pids: the engine's processes as the sampler numbers them; None while that is not known.
-    """
-
-    source: SampleSource
+    path: Path | None  # what the sampler writes; None where nothing is sampled
+    nothing: SampleHeader  # the header of the empty log where nothing is sampled
     config: ExperimentConfig
-    known_baselines: Mapping[str, Baselines]
-    foreign: Mapping[str, tuple[int, ...]]
+    known_baselines: Mapping[str, Baselines]  # what the host knows of power at rest, by `energy_source`
     clock: Clock
     reporter: Reporter
+    foreign: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # {uuid: pids} of before the engine's load
     marks: list[Mark] = field(default_factory=list)
-    own_pids: frozenset[int] | None = None
+    own_pids: frozenset[int] | None = None  # the engine's as the sampler numbers them; None while unknown
     _sources: Sources | None = None
+
+    def __post_init__(self) -> None:
+        self._reader = None if self.path is None else PartReader(self.path)
+
+    def read(self) -> SampleLog:
+        """The log as far as it is written. Raises EngineError: kind `meter`, it cannot be read."""
+        try:
+            return SampleLog(self.nothing) if self._reader is None else self._reader.read()
+        except (OSError, SampleLogError) as error:
+            raise EngineError(f"{self.path}: the samples cannot be read: {error}", kind="meter") from error
 
     @property
     def sources(self) -> Sources:
-        """What gives the energy."""
+        """What gives the energy; chosen again when the engine reports which GPUs it runs on."""
         if self._sources is None:
             raise RuntimeError("sources were not chosen")
         return self._sources
@@ -125,12 +143,10 @@ class Metering:
     def choose(self, gpu_uuids: Sequence[str]) -> None:
         """Choose what gives the energy of an experiment on these GPUs; without any it runs on the CPU.
 
-        Raises:
-            MeterRefused: the configuration demands energy that cannot be measured here.
+        Raises MeterRefused: the configuration demands energy that cannot be measured here.
         """
-        self._sources = choose_sources(
-            self.config, self.source.read().header, gpu_uuids, is_cpu=not gpu_uuids, foreign=self.foreign
-        )
+        header = self.read().header
+        self._sources = choose_sources(self.config, header, gpu_uuids, is_cpu=not gpu_uuids, foreign=self.foreign)
 
     @contextlib.contextmanager
     def during(self, name: str) -> Iterator[None]:
@@ -144,48 +160,47 @@ class Metering:
     def rest_bare(self) -> None:
         """Measure power without an engine, unless it is known; what is on the GPUs when it ends is not the engine's.
 
-        Raises:
-            MeterRefused: the configuration demands energy, and another program has come meanwhile.
+        Raises MeterRefused: the configuration demands energy, and another program has come meanwhile.
         """
         if self._has_rest and self.baselines.bare_power_w is None:
             text = "idle without an engine"
             self._rest(self._guard_s, text)  # a meter is first read a moment after the sampler's start
             with self.during(measurement.IDLE_BARE):
                 self._rest(self.config.baseline.duration_sec, text)
-            self._rest(self._guard_s, text)  # what closes it is read at rest too
+            self._rest(self._guard_s, text)  # the reading that closes it is taken at rest too
         # Prompts may have been fetched for minutes, and a rest takes its time.
-        there = self.look_at_processes()
+        there = self.find_processes()
         if there != self.foreign:
             self.foreign = there
-            self.choose([gpu.uuid for gpu in self.source.read().header.gpus])
+            self.choose([gpu.uuid for gpu in self.read().header.gpus])
 
     def rest_loaded(self) -> None:
         """Measure power with the engine loaded, unless it is known: once it has settled, or after a minute."""
         if not self._has_rest or self.baselines.loaded_power_w is not None:
             return
         begin_ns = self.clock.monotonic_ns()
-        duration_s = self.config.baseline.duration_sec
+        duration_s, text = self.config.baseline.duration_sec, "idle with the engine loaded"
         self._rest(2 * SETTLE_WINDOW_S, "settling")
         while not self._has_settled() and self._seconds_since(begin_ns) < SETTLE_CAP_S:
             self._rest(_REPORT_S, "settling")
-        # What it has settled over was rest already.
+        # The window over which it settled was rest already.
         settled_ns = self.clock.monotonic_ns() - round(min(SETTLE_WINDOW_S, duration_s) * NS_PER_S)
-        self._rest(duration_s - SETTLE_WINDOW_S, "idle with the engine loaded")
+        self._rest(duration_s - SETTLE_WINDOW_S, text)
         self.marks.append(Mark(measurement.IDLE_LOADED, settled_ns, self.clock.monotonic_ns()))
-        self._rest(self._guard_s, "idle with the engine loaded")  # what closes it is read at rest too
+        self._rest(self._guard_s, text)
 
     def rest_after(self) -> None:
         """Measure power with the engine loaded once more, after the window."""
         if self._has_rest:
             with self.during(measurement.IDLE_POST):
                 self._rest(self.config.baseline.duration_sec, "idle after the window")
-            self._rest(self._guard_s, "idle after the window")  # what closes it is read at rest too
+            self._rest(self._guard_s, "idle after the window")
 
     @property
     def _has_rest(self) -> bool:
-        """Whether power at rest is wanted, and a meter tells it; an estimate from load has none."""
-        is_told = is_gpu_source(self.sources.primary) or self.sources.primary == EnergySource.RAPL
-        return is_told and self.config.baseline.enabled
+        """Whether power at rest is wanted and measured; an estimate from load has none."""
+        is_measured = is_gpu_source(self.sources.primary) or self.sources.primary == EnergySource.RAPL
+        return is_measured and self.config.baseline.enabled
 
     def _rest(self, duration_s: float, text: str) -> None:
         until_ns = self.clock.monotonic_ns() + round(max(0.0, duration_s) * NS_PER_S)
@@ -197,7 +212,7 @@ class Metering:
     def _has_settled(self) -> bool:
         now_ns, length_ns = self.clock.monotonic_ns(), round(SETTLE_WINDOW_S * NS_PER_S)
         self._catch_up(now_ns)
-        log = self.source.read()
+        log = self.read()
         try:
             last_w = mean_power_w(log, self.sources, Span(now_ns - length_ns, now_ns - _EDGE_NS))
             before_w = mean_power_w(log, self.sources, Span(now_ns - 2 * length_ns, now_ns - length_ns))
@@ -208,16 +223,16 @@ class Metering:
     # The window
 
     def window_floor_s(self) -> float:
-        """The least length of the window: as configured, and long enough for the meter of the GPUs."""
-        least_s = self.config.measurement.min_window_sec
-        if self.sources.gpu_method is None:
-            return least_s
+        """The minimum length of the window: as configured, and long enough for the meter of the GPUs."""
+        period_s = 0.0
         if self.sources.gpu_method == EnergySource.COUNTER:
-            return max(least_s, WINDOW_UPDATES * self._counter_period_s())
-        return max(least_s, WINDOW_UPDATES * max(SENSOR_PERIOD_S, self.sources.sample_period_s))
+            period_s = self._counter_period_s()
+        elif self.sources.gpu_method is not None:
+            period_s = max(SENSOR_PERIOD_S, self.sources.sample_period_s)
+        return max(self.config.measurement.min_window_sec, WINDOW_UPDATES * period_s)
 
     def measure_closed(self, run: Callable[[], MeasuredWindow]) -> MeasuredWindow:
-        """What a closed batch was measured to be, with idle guards around it."""
+        """The window of a closed batch, with idle guards around it."""
         measured = self._between_guards(measurement.GUARD_BEFORE, run, measurement.GUARD_AFTER)
         self.marks.append(Mark(measurement.WINDOW, measured.opened_ns, measured.closed_ns))
         return measured
@@ -228,15 +243,15 @@ class Metering:
         self.marks += [Mark(measurement.PREFILL, *edges) for edges in measured.passes_ns]
 
     def measure_steady(self, run: Callable[[], MeasuredWindow]) -> MeasuredWindow:
-        """What a window under load was measured to be."""
-        guard_s = self._guard_s  # found before the window: behind it there is an hour's log to read
+        """The window of steady traffic."""
+        guard_s = self._guard_s  # found before the window: after it there is an hour's log to read
         measured = run()
         self.marks.append(Mark(measurement.WINDOW, measured.opened_ns, measured.closed_ns))
         self._rest(guard_s, "guard")  # the reading that closes the window comes after its end
         return measured
 
     def _between_guards(self, before: str, run: Callable[[], MeasuredWindow], after: str) -> MeasuredWindow:
-        guard_s = self._guard_s  # found before the guards, in which nothing else goes on
+        guard_s = self._guard_s  # found before the guards, in which nothing else may run
         opened_ns = self.clock.monotonic_ns()
         self._rest(guard_s, "guard")
         measured = run()
@@ -247,8 +262,26 @@ class Metering:
 
     @property
     def _guard_s(self) -> float:
-        """Two updates of the slowest meter in use, and as long as a sensor lags behind; 0 without any."""
-        return max(GUARD_PERIODS * self._slowest_period_s(), self.sources.least_guard_s)
+        """Two readings of the slowest meter in use, and at least the lag of a sensor; 0 without any."""
+        period_s = SLOW_PERIOD_S if is_cpu_source(self.sources.cpu_method) else 0.0
+        if EnergySource.COUNTER in (self.sources.gpu_method, self.sources.cpu_method):
+            period_s = max(period_s, self._counter_period_s())
+        elif self.sources.gpu_method is not None:
+            period_s = max(period_s, self.sources.sample_period_s)
+        return max(GUARD_PERIODS * period_s, self.sources.least_guard_s)
+
+    def _counter_period_s(self) -> float:
+        """The time between two updates of the slowest counter under the load of the warm-up."""
+        warmup = span_of(self.marks, measurement.WARMUP)
+        if warmup is None:
+            return UNKNOWN_PERIOD_S
+        log = self.read()
+        try:
+            return max(update_period_s(log.counters, place, warmup) for place in self.sources.gpus)
+        except NotMeasured:
+            return UNKNOWN_PERIOD_S
+
+    # Processes on the GPUs
 
     def know_own_processes(self, known: frozenset[int] | None) -> frozenset[int] | None:
         """The engine's processes: as known since its load, else those that came with it.
@@ -258,61 +291,54 @@ class Metering:
         self.own_pids = known
         if known is None:
             asked_ns = self.clock.monotonic_ns()
-            there = self.look_at_processes()
-            log = self.source.read()
-            # One that was not looked at, or could not be, is not known to be free of the engine.
-            if there and _latest_ns(log, _loads) >= asked_ns and len(there) == len(log.header.gpus):
+            there = self.find_processes()
+            log = self.read()
+            # A GPU whose processes were not read may have some of the engine's.
+            if there and _latest_ns(log, is_loads=True) >= asked_ns and len(there) == len(log.header.gpus):
                 others = {pid for pids in self.foreign.values() for pid in pids}
                 self.own_pids = frozenset(pid for pids in there.values() for pid in pids) - others
         return self.own_pids
 
-    def look_at_processes(self) -> dict[str, tuple[int, ...]]:
+    def find_processes(self) -> dict[str, tuple[int, ...]]:
         """{uuid: pids} of the processes that compute on the sampled GPUs, as seen from now on.
 
-        The sampler looks once a second. What it saw before may be an engine that has ended since, or not yet the one
-        that has begun.
+        The sampler reads them once a second. What it saw before may be an engine that has ended since, or may miss
+        one that has begun.
         """
-        header = self.source.read().header
-        if header.gpus:
-            self._catch_up(self.clock.monotonic_ns(), _loads)  # written right after the processes
-        return {header.gpus[row.gpu].uuid: row.pids for row in self.source.read().processes}
+        if self.read().header.gpus:
+            self._catch_up(self.clock.monotonic_ns(), is_loads=True)  # loads are written right after the processes
+        return _processes_of(self.read())
 
-    def _slowest_period_s(self) -> float:
-        """The longest time between two readings of a meter that is used; 0 without one."""
-        methods = (self.sources.gpu_method, self.sources.cpu_method)
-        periods = [0.0]
-        if EnergySource.COUNTER in methods:
-            periods.append(self._counter_period_s())
-        elif self.sources.gpu_method is not None:
-            periods.append(self.sources.sample_period_s)
-        if is_cpu_source(self.sources.cpu_method):
-            periods.append(SLOW_PERIOD_S)
-        return max(periods)
-
-    def _counter_period_s(self) -> float:
-        """How often the slowest counter was brought up to date under the load of the warm-up."""
-        warmup = span_of(self.marks, measurement.WARMUP)
-        if warmup is None:
-            return UNKNOWN_PERIOD_S
-        log = self.source.read()
-        try:
-            return max(update_period_s(log.counters, place, warmup) for place in self.sources.gpus)
-        except NotMeasured:
-            return UNKNOWN_PERIOD_S
+    def surroundings(self, gpu_uuids: Sequence[str]) -> GpuSurroundings:
+        """What the sampler saw of these GPUs beside their figures."""
+        if not gpu_uuids:
+            return GpuSurroundings()
+        log = self.read()
+        vbios = {gpu.uuid: gpu.vbios or "" for gpu in log.header.gpus}
+        if any(uuid not in vbios for uuid in gpu_uuids):
+            return GpuSurroundings(null_reason=log.header.gpu_error or "the sampler does not see the GPUs in use")
+        found = tuple(vbios[uuid] for uuid in gpu_uuids)
+        if self.own_pids is None:
+            why = "which processes are the engine's is not known"
+            return GpuSurroundings(found if all(found) else None, None, why)
+        there, own = _processes_of(log), self.own_pids
+        others = tuple(
+            f"process {pid} on {uuid}" for uuid in gpu_uuids for pid in there.get(uuid, ()) if pid not in own
+        )
+        return GpuSurroundings(found if all(found) else None, others, "the driver does not tell")
 
     # The end
 
     def close(self, folder: Path, measured: MeasuredWindow, *, is_steady_mode: bool) -> EnergyFindings:
         """The figures of the attempt; the log they come from is kept in its folder where that is wanted.
 
-        Raises:
-            OSError: the log cannot be written.
+        Raises OSError: the log cannot be written.
         """
         self._catch_up(self.clock.monotonic_ns())
-        log = self.source.read()
+        log = self.read()
         path = self.config.measurement.external_csv
         external = None if path is None else self._external_readings(Path(path), log, measured)
-        if self.config.timeseries.save and (path is not None or not isinstance(self.source, NothingSampled)):
+        if self.config.timeseries.save and (path is not None or self._reader is not None):
             write_finished(folder / FINISHED_FILENAME, log, self.marks)
         return measure(
             log,
@@ -326,7 +352,7 @@ class Metering:
         )
 
     def _external_readings(self, path: Path, log: SampleLog, measured: MeasuredWindow) -> ExternalReadings:
-        """What the user's own meter told, waited for as long as it has not told of the window's end.
+        """The readings of the user's own meter, waited for until they cover the window.
 
         A file that cannot be read any more costs its own figure and not the whole measurement.
         """
@@ -341,35 +367,11 @@ class Metering:
             return ExternalReadings(str(path), error=error.message)
         return readings
 
-    def surroundings(self, gpu_uuids: Sequence[str]) -> GpuSurroundings:
-        """What the sampler told of these GPUs beside their figures."""
-        if not gpu_uuids:
-            return GpuSurroundings()
-        header = self.source.read().header
-        seen = {gpu.uuid: gpu for gpu in header.gpus}
-        if any(uuid not in seen for uuid in gpu_uuids):
-            return GpuSurroundings(null_reason=header.gpu_error or "the sampler does not see the GPUs in use")
-        vbios = tuple(seen[uuid].vbios or "" for uuid in gpu_uuids)
-        own = self.own_pids
-        there = {header.gpus[row.gpu].uuid: row.pids for row in self.source.read().processes}
-        others = tuple(
-            f"process {pid} on {uuid}" for uuid in gpu_uuids for pid in there.get(uuid, ()) if pid not in (own or ())
-        )
-        return GpuSurroundings(
-            vbios if all(vbios) else None,
-            others if own is not None else None,
-            "the driver does not tell" if own is not None else "which processes are the engine's is not known",
-        )
-
-    def _catch_up(self, until_ns: int, rows_of: Callable[[SampleLog], Sequence[object]] | None = None) -> None:
-        """Wait until the sampler has written what it read up to a moment; one that lags too far is not waited for.
-
-        Args:
-            rows_of: those to wait for; None for any.
-        """
-        if isinstance(self.source, NothingSampled):
+    def _catch_up(self, until_ns: int, *, is_loads: bool = False) -> None:
+        """Wait until the sampler has written what it read up to a moment; one that is too late is not waited for."""
+        if self._reader is None:
             return
-        while (latest_ns := _latest_ns(self.source.read(), rows_of)) < until_ns:
+        while (latest_ns := _latest_ns(self.read(), is_loads=is_loads)) < until_ns:
             if self._seconds_since(until_ns) > _LAG_S:
                 _logger.warning("the sampler is %.1f s behind", seconds_between(latest_ns, until_ns))
                 return
@@ -379,13 +381,12 @@ class Metering:
         return seconds_between(moment_ns, self.clock.monotonic_ns())
 
 
-def _loads(log: SampleLog) -> Sequence[object]:
-    return log.loads
+def _processes_of(log: SampleLog) -> dict[str, tuple[int, ...]]:
+    return {log.header.gpus[row.gpu].uuid: row.pids for row in log.processes}
 
 
-def _latest_ns(log: SampleLog, rows_of: Callable[[SampleLog], Sequence[object]] | None) -> int:
-    """When the last of these rows was read."""
-    groups: Sequence[Sequence[object]] = (
-        (log.counters, log.samples, log.rapl, log.loads) if rows_of is None else (rows_of(log),)
-    )
-    return max((getattr(rows[-1], "at_ns", 0) for rows in groups if rows), default=log.header.started_ns)
+def _latest_ns(log: SampleLog, *, is_loads: bool) -> int:
+    """When the last row, or the last one of loads, was read."""
+    groups: Sequence[Sequence[object]] = (log.counters, log.samples, log.rapl, log.loads)
+    last = [rows[-1] for rows in (groups[-1:] if is_loads else groups) if rows]
+    return max((getattr(row, "at_ns", 0) for row in last), default=log.header.started_ns)

@@ -7,7 +7,7 @@ import json
 import math
 import random
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,11 +18,9 @@ from lem.base.reasons import Reason
 from lem.base.units import MIB
 from lem.config.experiment import (
     BUNDLED_DISTRIBUTION,
-    BUNDLED_INPUT_TOKENS,
-    BUNDLED_SAMPLE_SIZE,
-    BUNDLED_SEED,
     ExperimentConfig,
     FilePrompts,
+    HuggingFacePrompts,
     SyntheticPrompts,
 )
 from lem.record import PROMPTS_FILE
@@ -53,44 +51,26 @@ SENTENCE_MAX_WORDS = 14
 
 
 @dataclass(frozen=True)
-class SyntheticPlan:
-    """What to make.
+class Prompt:
+    """One prompt as text."""
 
-    Attributes:
-        input_tokens, output_tokens: lengths to spread around; no output length takes the experiment's own.
-        sample_size: how many prompts.
-        seed: of all that is random here.
-        distribution: `fixed`; `uniform` over half to one and a half the length; `lognormal` with that mean.
-    """
-
-    input_tokens: int
-    output_tokens: int | None
-    sample_size: int
-    seed: int
-    distribution: str = "fixed"
-
-
-@dataclass(frozen=True)
-class SyntheticPrompt:
-    """A made-up prompt with its lengths in tokens; the text has at least as many words."""
-
-    text: str
-    input_tokens: int
-    output_tokens: int | None
+    prompt: str
+    input_tokens: int | None = None  # exact length in tokens to cut or extend it to; None leaves it as it is
+    output_tokens: int | None = None  # bound on the tokens to generate for it; None takes the experiment's
 
 
 # What is measured when neither dataset nor prompts is given.
-BUNDLED = SyntheticPlan(BUNDLED_INPUT_TOKENS, None, BUNDLED_SAMPLE_SIZE, BUNDLED_SEED, BUNDLED_DISTRIBUTION)
+BUNDLED = SyntheticPrompts(distribution=BUNDLED_DISTRIBUTION)
 
 
-def generate(plan: SyntheticPlan) -> tuple[SyntheticPrompt, ...]:
-    """The prompts of a plan, no two alike."""
+def generate(plan: SyntheticPrompts) -> tuple[Prompt, ...]:
+    """Made-up prompts, no two alike, of which each has its length in tokens and at least as many words."""
     rng = random.Random(plan.seed)
-    made: list[SyntheticPrompt] = []
+    made: list[Prompt] = []
     for index in range(plan.sample_size):
         length = _draw_length(plan.input_tokens, plan.distribution, rng)
         output = None if plan.output_tokens is None else _draw_length(plan.output_tokens, plan.distribution, rng)
-        made.append(SyntheticPrompt(_text(index, length, rng), length, output))
+        made.append(Prompt(_text(index, length, rng), length, output))
     return tuple(made)
 
 
@@ -138,56 +118,31 @@ class PromptError(ConfigurationError):
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """One prompt as text.
-
-    Attributes:
-        input_tokens: exact length in tokens to cut or extend it to; None leaves it as it is.
-        output_tokens: bound on the tokens to generate for it; None takes the experiment's.
-    """
-
-    prompt: str
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-
-
-@dataclass(frozen=True)
 class ResolvedPrompts:
-    """Prompts and where they came from.
-
-    Attributes:
-        source: for the record: kind, path or name, revision, sha256 over the contents, count, and what chose them.
-        warnings: what a person should know about them.
-    """
+    """Prompts and where they came from."""
 
     prompts: tuple[Prompt, ...]
-    source: Mapping[str, Any]
+    source: Mapping[str, Any]  # for the record: kind, path or name, revision, sha256, count, and what chose them
     warnings: tuple[Reason, ...] = ()
 
 
 def is_resolved_on_host(config: ExperimentConfig) -> bool:
     """Whether the prompts need neither a hub nor the `datasets` package."""
-    return config.dataset is None and (
-        config.prompts is None or isinstance(config.prompts, (FilePrompts, SyntheticPrompts))
-    )
+    return config.dataset is None and not isinstance(config.prompts, HuggingFacePrompts)
 
 
 def resolve_on_host(config: ExperimentConfig) -> ResolvedPrompts | None:
     """The prompts of an experiment; None for a dataset, which the worker resolves.
 
-    Without `dataset` and `prompts` it is the bundled synthetic set, and the source says so.
-
-    Raises:
-        PromptError: a file that cannot be read or holds no usable prompts.
+    Without `dataset` and `prompts` it is the bundled synthetic set, and the source says so. Raises PromptError: a file
+    that cannot be read or holds no usable prompts.
     """
     if not is_resolved_on_host(config):
         return None
     if isinstance(config.prompts, FilePrompts):
         prompts = read_prompt_file(Path(config.prompts.path))[: config.prompts.sample_size]
     else:
-        prompts = tuple(
-            Prompt(item.text, item.input_tokens, item.output_tokens) for item in generate(_synthetic_plan(config))
-        )
+        prompts = generate(config.prompts if isinstance(config.prompts, SyntheticPrompts) else BUNDLED)
     return describe(config, prompts)
 
 
@@ -197,52 +152,33 @@ def describe(config: ExperimentConfig, prompts: tuple[Prompt, ...]) -> ResolvedP
     Where a file holds fewer than `sample_size`, all of them are taken and a warning says so: a repeated prompt would
     meet a warm prefix cache.
     """
-    warnings: tuple[Reason, ...] = ()
-    if isinstance(config.prompts, FilePrompts) and len(prompts) < (config.prompts.sample_size or 0):
-        path, wanted = str(config.prompts.path), config.prompts.sample_size
-        warnings = (Reason.of("prompt_file_too_small", path=path, wanted=wanted, found=len(prompts)),)
-    return ResolvedPrompts(prompts, _source_of(config, prompts), warnings)
-
-
-def _source_of(config: ExperimentConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    chosen = config.prompts
     contents = {"revision": None, "sha256": fingerprint(prompts), "count": len(prompts)}
-    if isinstance(config.prompts, FilePrompts):
-        return {"kind": "file", "path": str(config.prompts.path), **contents}
-    plan = _synthetic_plan(config)
-    kind = "bundled" if config.prompts is None else "synthetic"
-    return {
-        "kind": kind,
-        "name": kind,
-        **contents,
-        "input_tokens": plan.input_tokens,
-        "output_tokens": plan.output_tokens,
-        "distribution": plan.distribution,
-        "seed": plan.seed,
-    }
+    if isinstance(chosen, FilePrompts):
+        path, wanted = str(chosen.path), chosen.sample_size or 0
+        warnings: tuple[Reason, ...] = ()
+        if len(prompts) < wanted:
+            warnings = (Reason.of("prompt_file_too_small", path=path, wanted=wanted, found=len(prompts)),)
+        return ResolvedPrompts(prompts, {"kind": "file", "path": path, **contents}, warnings)
+    kind, plan = ("synthetic", chosen) if isinstance(chosen, SyntheticPrompts) else ("bundled", BUNDLED)
+    parameters = {name: getattr(plan, name) for name in ("input_tokens", "output_tokens", "distribution", "seed")}
+    return ResolvedPrompts(prompts, {"kind": kind, "name": kind, **contents, **parameters})
 
 
 def fingerprint(prompts: Iterable[Prompt]) -> str:
-    """SHA-256 over the contents of prompts in their order; the file they lay in and its format leave no trace."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(_line(prompt))
-    return digest.hexdigest()
+    """SHA-256 over the contents of prompts in their order, whatever file and format they came from."""
+    return hashlib.sha256(b"".join(map(_line, prompts))).hexdigest()
 
 
 def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
-    """Write `prompts.jsonl` into a result folder, whole or not at all.
-
-    Raises:
-        OSError: as `durable.write_bytes`.
-    """
-    durable.write_bytes(folder / PROMPTS_FILE, b"".join(_line(prompt) for prompt in prompts))
+    """Write `prompts.jsonl` into a result folder, whole or not at all. Raises OSError: as `durable.write_bytes`."""
+    durable.write_bytes(folder / PROMPTS_FILE, b"".join(map(_line, prompts)))
 
 
 def read_prompts(folder: Path) -> tuple[Prompt, ...] | None:
     """The prompts in the `prompts.jsonl` of a result folder; None where there is none.
 
-    Raises:
-        PromptError: the file is there and is not one that `write_prompts` wrote.
+    Raises PromptError: the file is there and is not one that `write_prompts` wrote.
     """
     path = folder / PROMPTS_FILE
     return read_prompt_file(path) if path.is_file() else None
@@ -252,19 +188,27 @@ def read_prompt_file(path: Path) -> tuple[Prompt, ...]:
     """The prompts of a text file, one a line, or of a `.jsonl` file.
 
     A line of `.jsonl` is an object with `prompt`, or with `messages` (or ShareGPT's `conversations`), and may bound its
-    own `input_tokens` and `output_tokens`; a JSON string is a prompt too.
-
-    Raises:
-        PromptError: no such file, not UTF-8, empty, or lines that are blank or malformed, each with its number.
+    own `input_tokens` and `output_tokens`; a JSON string is a prompt too. Raises PromptError: no such file, not UTF-8,
+    empty, or lines that are blank or malformed, each with its number.
     """
-    text = _read_text(path)
-    lines = text.split("\n")
-    if lines and lines[-1] == "":
+    lines = _read_text(path).split("\n")
+    if lines[-1] == "":
         del lines[-1]
     if not lines:
         raise PromptError(f"{path}: no prompts in it, the file is empty", "put one prompt on each line")
-    parse = _parse_json_line if path.suffix.lower() in (".jsonl", ".ndjson") else _parse_text_line
-    return _parse_lines(path, lines, parse)
+    is_json = path.suffix.lower() in (".jsonl", ".ndjson")
+    prompts: list[Prompt] = []
+    problems: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompts.append(_parse_json_line(line) if is_json else Prompt(_some_text(line, "line")))
+        except ValueError as error:  # noqa: PERF203 (every bad line is named)
+            problems.append(f"{path}:{number}: {error}")
+    if problems:
+        if len(problems) > MAX_LISTED_PROBLEMS:
+            problems[MAX_LISTED_PROBLEMS:] = [f"and {len(problems) - MAX_LISTED_PROBLEMS} more lines"]
+        raise PromptError("\n".join(problems), "each line must hold one prompt; delete or mend these lines")
+    return tuple(prompts)
 
 
 def text_of_record(record: Any) -> str:
@@ -272,9 +216,7 @@ def text_of_record(record: Any) -> str:
 
     Messages are joined in their order up to the last turn of the user, blank lines between them: no chat template is
     applied, since it would be another one for every model. Of `conversations` (ShareGPT) it is the first human turn.
-
-    Raises:
-        ValueError: there is no text in it; the message says what was due.
+    Raises ValueError: there is no text in it; the message says what was due.
     """
     if isinstance(record, str):
         return _some_text(record, "prompt")
@@ -287,19 +229,6 @@ def text_of_record(record: Any) -> str:
     if "conversations" in record:
         return _first_human_turn(record["conversations"])
     raise ValueError("it has neither 'prompt' nor 'messages'")
-
-
-def _synthetic_plan(config: ExperimentConfig) -> SyntheticPlan:
-    chosen = config.prompts
-    if not isinstance(chosen, SyntheticPrompts):
-        return BUNDLED
-    return SyntheticPlan(
-        input_tokens=chosen.input_tokens,
-        output_tokens=chosen.output_tokens,
-        sample_size=chosen.sample_size,
-        seed=chosen.seed,
-        distribution=chosen.distribution,
-    )
 
 
 def _read_text(path: Path) -> str:
@@ -318,26 +247,6 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise PromptError(f"{path}:{line}: not UTF-8", "save the file as UTF-8 text") from error
-
-
-def _parse_lines(path: Path, lines: Sequence[str], parse: Callable[[str], Prompt]) -> tuple[Prompt, ...]:
-    prompts: list[Prompt] = []
-    problems: list[str] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            prompts.append(parse(line))
-        except ValueError as error:  # noqa: PERF203 (every bad line is to be named)
-            problems.append(f"{path}:{number}: {error}")
-    if problems:
-        listed = problems[:MAX_LISTED_PROBLEMS]
-        if len(problems) > len(listed):
-            listed.append(f"and {len(problems) - len(listed)} more lines")
-        raise PromptError("\n".join(listed), "each line must hold one prompt; delete or mend these lines")
-    return tuple(prompts)
-
-
-def _parse_text_line(line: str) -> Prompt:
-    return Prompt(_some_text(line, "line"))
 
 
 def _parse_json_line(line: str) -> Prompt:

@@ -1,25 +1,31 @@
-"""The record of one attempt, and the engine that it was measured in."""
+"""The record of one attempt: what it found, and the host, engine and model that can change its numbers."""
 
 from __future__ import annotations
 
 import dataclasses
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lem import __version__
-from lem.base.clock import Clock, SystemClock, seconds_between, utc_text
+from lem.base.clock import utc_text
 from lem.base.errors import EngineError
 from lem.base.measurement import MAX_FAILED_RATIO
 from lem.base.reasons import Reason
+from lem.base.units import KIB
 from lem.config.experiment import ExperimentConfig
-from lem.engines.common import load_engine
 from lem.engines.protocol import Engine, EngineReport
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of
+from lem.meters.nvml import find_driver
 from lem.record import (
     Compute,
+    Environment,
     Identity,
     Measured,
     Record,
@@ -29,106 +35,64 @@ from lem.record import (
     Work,
     decode_record,
     encode_record,
+    known,
 )
 from lem.worker.channel import RunRequest, redact
-from lem.worker.environment import GpuSurroundings, HostFacts, describe_environment
 from lem.worker.prompts import ResolvedPrompts
 from lem.worker.requests import EncodedPrompts
-from lem.worker.warmup import WarmupOutcome
 from lem.worker.window import MeasuredWindow, latency_of
 
 
-def new_load_id() -> str:
-    """A name for one engine load that no other load anywhere has."""
-    return uuid.uuid4().hex[:16]
-
-
 class Residence(NamedTuple):
-    """An engine that is loaded and set up for one experiment.
-
-    Attributes:
-        engine: the engine.
-        report: what was loaded, with the options in effect for this experiment.
-        load_s: seconds that the load took, less `EngineReport.checks_s` and `compile_s`; None when the engine was
-            there already.
-        is_reused: it was loaded for an earlier experiment.
-        load_id: which load it is.
-    """
+    """An engine that is loaded and set up for one experiment."""
 
     engine: Engine
-    report: EngineReport
-    load_s: float | None
+    report: EngineReport  # what was loaded, with the options in effect for this experiment
+    load_s: float | None  # of the load less `checks_s` and `compile_s` of the report; None when it was reused
     is_reused: bool
     load_id: str
 
 
-class ResidentEngine:
-    """At most one loaded engine, with the key of the options that would need a reload.
+@dataclass(frozen=True)
+class WarmupOutcome:
+    """What warm-up did."""
 
-    Attributes:
-        own_pids: its processes on the GPUs as a sampler numbers them; None while nobody has looked.
-    """
-
-    def __init__(
-        self,
-        load: Callable[[ExperimentConfig, Mapping[str, str]], Engine] = load_engine,
-        clock: Clock | None = None,
-        load_id: Callable[[], str] = new_load_id,
-    ) -> None:
-        self._load = load
-        self._clock = clock or SystemClock()
-        self._new_load_id = load_id
-        self._engine: Engine | None = None
-        self._engine_key: str | None = None
-        self._load_id = ""
-        self.own_pids: frozenset[int] | None = None
-
-    def is_resident(self, engine_key: str) -> bool:
-        """Whether `ensure` would reuse what is loaded."""
-        return self._engine is not None and self._engine_key == engine_key
-
-    def ensure(self, config: ExperimentConfig, engine_key: str, secrets: Mapping[str, str]) -> Residence:
-        """The engine for this experiment: reused when its key is the same, else loaded after the other one left.
-
-        A load that fails leaves nothing loaded; a reused engine that refuses the experiment stays loaded.
-
-        Raises:
-            EngineError: see `Engine`.
-        """
-        if self._engine is not None and self._engine_key == engine_key:
-            self._engine.configure(config)
-            return Residence(self._engine, self._engine.report, None, True, self._load_id)
-        self.unload()
-        started_ns = self._clock.monotonic_ns()
-        engine = self._load(config, secrets)
-        report = engine.report
-        load_s = seconds_between(started_ns, self._clock.monotonic_ns()) - report.checks_s
-        load_s -= report.compile_s or 0.0
-        self._engine, self._engine_key, self._load_id = engine, engine_key, self._new_load_id()
-        return Residence(engine, report, load_s, False, self._load_id)
-
-    def unload(self) -> None:
-        """Give up what is loaded; nothing counts as loaded afterwards, also when the engine fails at it."""
-        engine, self._engine, self._engine_key, self.own_pids = self._engine, None, None, None
-        if engine is not None:
-            engine.close()
+    prompts: int
+    elapsed_s: float | None  # None when it is disabled
+    converged: bool | None  # None when that was not asked
+    null_reason: str | None  # why `elapsed_s` or `converged` is None
+    step_s: float | None = None  # duration of the last step
+    warnings: tuple[Reason, ...] = ()
 
 
-_NO_PADDING = "the engine does not tell how much padding it computed on; input never holds any"
+@dataclass(frozen=True)
+class HostFacts:
+    """The machine, as Linux describes it."""
+
+    os: str  # name and version of the distribution
+    kernel: str
+    cpu: str  # model name
+    cpu_count: int  # logical CPUs that this process may run on
+    memory_b: int | None
+    governor: str | None  # frequency governors in use, usually one; None where the kernel shows none
+
+
+@dataclass(frozen=True)
+class GpuSurroundings:
+    """What the sampler saw of the GPUs in use beside their figures."""
+
+    vbios: tuple[str, ...] | None = None  # of each GPU
+    other_processes: tuple[str, ...] | None = None  # `process 4711 on GPU-…` for what else computes there
+    null_reason: str = "no GPU in use"
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that one attempt found.
-
-    Attributes:
-        requested: the configuration as written, `${VAR}` unexpanded.
-        energy, surroundings: what the meters tell.
-    """
+    """Everything that one attempt found."""
 
     request: RunRequest
     config: ExperimentConfig
-    requested: Mapping[str, Any]
+    requested: Mapping[str, Any]  # the configuration as written, `${VAR}` unexpanded
     start_utc: datetime
     host: HostFacts
     residence: Residence
@@ -142,12 +106,13 @@ class Findings:
 
 
 def compose_record(found: Findings) -> Record:
-    """The record, in which no secret of the request stands.
+    """The record, with every secret of the request redacted.
 
-    Raises:
-        EngineError: kind `channel`, the host left out part of the identity.
+    Raises EngineError: kind `channel`, the host left out part of the identity.
     """
-    report, energy, work = found.residence.report, found.energy, _work(found)
+    request, energy, work = found.request, found.energy, _work(found)
+    # The user's metadata as written: a reference to the environment stays a reference.
+    metadata = found.requested.get("extra_metadata")
     record = Record(
         identity=_identity(found),
         validity=_validity(found),
@@ -158,21 +123,23 @@ def compose_record(found: Findings) -> Record:
         work=work,
         throughput=_throughput(found.measured),
         latency=latency_of(found.measured.requests),
-        compute=_compute(found.measured, report, found.peak_memory_b),
+        compute=_compute(found.measured, found.residence.report, found.peak_memory_b),
         efficiency=efficiency_of(energy.energy.primary_j, work),
         carbon=carbon_of(energy.energy.primary_j, found.config.measurement),
         environment=describe_environment(
             found.host,
-            report,
+            found.residence.report,
             found.config,
-            executor=found.request.executor,
-            image=found.request.image,
+            executor=request.executor,
+            image=request.image,
             gpus=found.surroundings,
         ),
         requested=found.requested,
-        extra_metadata=_metadata(found),
+        extra_metadata=metadata if isinstance(metadata, dict) else found.config.extra_metadata,
     )
-    return _redact(record, found.request.secrets)
+    # An engine's message or an option may have carried a secret anywhere.
+    words = sorted(filter(None, request.secrets.values()), key=len, reverse=True)
+    return decode_record(_redact(encode_record(record), words)) if words else record
 
 
 def _identity(found: Findings) -> Identity:
@@ -185,117 +152,76 @@ def _identity(found: Findings) -> Identity:
 
 
 def _validity(found: Findings) -> Validity:
-    measured, report, energy = found.measured, found.residence.report, found.energy
-    failed, notes = _judge(measured)
-    invalid = (*failed, *energy.invalid_reasons)
-    steady, unsteady_notes = _steadiness(measured, energy)
-    reasons = {
-        name: reason
-        for name, value, reason in (
-            ("warmup_converged", found.warmup.converged, found.warmup.null_reason),
-            ("steady", steady, measured.steady_null_reason),
-        )
-        if value is None and reason is not None
-    }
+    measured, energy, warmup = found.measured, found.energy, found.warmup
+    failed, total = len(measured.failures), len(measured.failures) + len(measured.requests)
+    failures = (Reason.of("requests_failed", failed=failed, total=total, first=measured.failures[0]),) if failed else ()
+    is_invalid = failed > MAX_FAILED_RATIO * total
+    no_output = (Reason.of("no_output"),) if measured.output_tok == 0 else ()
+    invalid = (*(failures if is_invalid else ()), *no_output, *energy.invalid_reasons)
+    # The window was one state when throughput and, where it is known, power were.
+    states = (("throughput", measured.steady), ("power", energy.power_steady.value))
+    unsteady = [what for what, is_steady in states if is_steady is False]
     warnings = (
-        *report.warnings,
+        *found.residence.report.warnings,
         *found.prompts.warnings,
         *found.encoded.warnings,
-        *found.warmup.warnings,
+        *warmup.warnings,
         *measured.warnings,
-        *notes,
-        *unsteady_notes,
+        *(() if is_invalid else failures),
+        *((Reason.of("unsteady", what=" and ".join(unsteady)),) if unsteady else ()),
         *energy.warnings,
     )
-    return Validity(
+    return Validity.of(
         valid=not invalid,
         invalid_reasons=invalid,
         warnings=tuple(dict.fromkeys(warnings)),
-        warmup_converged=found.warmup.converged,
-        steady=steady,
+        warmup_converged=known(warmup.converged, warmup.null_reason or ""),
+        steady=False if unsteady else known(measured.steady, measured.steady_null_reason or ""),
         engine_reused=found.residence.is_reused,
         engine_load_id=found.residence.load_id,
-        null_reasons=reasons,
     )
 
 
-def _steadiness(measured: MeasuredWindow, energy: EnergyFindings) -> tuple[bool | None, tuple[Reason, ...]]:
-    """Whether the window was one state, in throughput and, where it is known, in power; and which of them was not."""
-    apart = [
-        what
-        for what, is_alike in (("throughput", measured.steady), ("power", energy.power_steady.value))
-        if is_alike is False
-    ]
-    if apart:
-        return False, (Reason.of("unsteady", what=" and ".join(apart)),)
-    return measured.steady, ()
-
-
-def _judge(measured: MeasuredWindow) -> tuple[tuple[Reason, ...], tuple[Reason, ...]]:
-    """Why the window is invalid, and what else is to be known of its requests."""
-    invalid: list[Reason] = []
-    notes: list[Reason] = []
-    failed, total = len(measured.failures), len(measured.failures) + len(measured.requests)
-    if failed:
-        reason = Reason.of("requests_failed", failed=failed, total=total, first=measured.failures[0])
-        (invalid if failed > MAX_FAILED_RATIO * total else notes).append(reason)
-    if measured.output_tok == 0:
-        invalid.append(Reason.of("no_output"))
-    return tuple(invalid), tuple(notes)
-
-
 def _window(found: Findings) -> Window:
-    load_s, warmup_s = found.residence.load_s, found.warmup.elapsed_s
-    request = found.request
-    gap_end_reason = None if request.gap_end_code is None else Reason.of(request.gap_end_code)
-    # An engine that is reused was compiled with its load, or anew for this experiment: only the latter is this one's.
-    compile_s = found.residence.report.compile_s
-    optional = {
-        "warmup_s": (warmup_s, found.warmup.null_reason or "warm-up did not run"),
-        "load_s": (load_s, f"the engine was loaded before (load {found.residence.load_id})"),
-        "compile_s": (compile_s, "nothing was compiled for this experiment"),
-        "gap_s": (request.gap_s, "the host told of no gap before this experiment"),
-        "gap_end_reason": (gap_end_reason, "the host told of no gap before this experiment"),
-    }
-    return Window(
-        traffic_mode=found.measured.traffic_mode,
-        window_s=found.measured.window_s,
-        window_repeats=found.measured.repeats,
-        warmup_s=warmup_s,
-        warmup_prompts=found.warmup.prompts,
-        load_s=load_s,
-        compile_s=compile_s,
-        gap_s=request.gap_s,
-        gap_end_reason=gap_end_reason,
-        null_reasons={name: reason for name, (value, reason) in optional.items() if value is None},
+    request, measured, residence, warmup = found.request, found.measured, found.residence, found.warmup
+    no_gap = "the host told of no gap before this experiment"
+    return Window.of(
+        traffic_mode=measured.traffic_mode,
+        window_s=measured.window_s,
+        window_repeats=measured.repeats,
+        warmup_s=known(warmup.elapsed_s, warmup.null_reason or "warm-up did not run"),
+        warmup_prompts=warmup.prompts,
+        load_s=known(residence.load_s, f"the engine was loaded before (load {residence.load_id})"),
+        # Of the load; for a reused engine, of this experiment alone.
+        compile_s=known(residence.report.compile_s, "nothing was compiled for this experiment"),
+        gap_s=known(request.gap_s, no_gap),
+        gap_end_reason=known(None if request.gap_end_code is None else Reason.of(request.gap_end_code), no_gap),
     )
 
 
 def _work(found: Findings) -> Work:
     measured = found.measured
-    return Work(
+    why = "the engine does not tell how much padding it computed on; input never holds any"
+    return Work.of(
         requests_ok=len(measured.requests),
         requests_failed=len(measured.failures),
         input_tok=measured.input_tok,
         output_tok=measured.output_tok,
-        padding_tok=measured.padding_tok,
+        padding_tok=known(measured.padding_tok, why),
         token_source="engine_ids",  # noqa: S106 (no password)
         prompt_source=found.prompts.source,
-        null_reasons={} if measured.padding_tok is not None else {"padding_tok": _NO_PADDING},
     )
 
 
 def _throughput(measured: MeasuredWindow) -> Throughput:
-    window_s = measured.window_s
-    if window_s <= 0:
-        why = "the window took no time that the clock could tell"
-        return Throughput.of(
-            **dict.fromkeys(("output_tok_per_s", "total_tok_per_s", "requests_per_s"), Measured(None, why))
-        )
-    return Throughput(
-        output_tok_per_s=measured.output_tok / window_s,
-        total_tok_per_s=(measured.input_tok + measured.output_tok) / window_s,
-        requests_per_s=len(measured.requests) / window_s,
+    def rate(amount: int) -> Measured[float]:
+        value = amount / measured.window_s if measured.window_s > 0 else None
+        return known(value, "the window took no time that the clock could tell")
+
+    return Throughput.of(
+        output_tok_per_s=rate(measured.output_tok),
+        total_tok_per_s=rate(measured.input_tok + measured.output_tok),
+        requests_per_s=rate(len(measured.requests)),
     )
 
 
@@ -305,45 +231,162 @@ def _compute(measured: MeasuredWindow, report: EngineReport, peak_memory_b: int 
     Attention over the context is left out, and parameters that a token does not use (experts) are counted in.
     """
     parameters, embeddings = report.model_parameters, report.embedding_parameters
-    reasons: dict[str, str] = {}
+    counted = "all parameters (embeddings unknown)" if embeddings is None else "non-embedding parameters"
     flops = method = confidence = None
-    if parameters is None:
-        why = "the engine does not tell the number of parameters"
-        reasons.update(dict.fromkeys(("flops_total", "flops_method", "flops_confidence", "model_parameters"), why))
-    else:
+    if parameters is not None:
         flops = 2.0 * (parameters - (embeddings or 0)) * (measured.input_tok + measured.output_tok)
-        counted = "all parameters (embeddings unknown)" if embeddings is None else "non-embedding parameters"
         method = f"2 x {counted} x (input + output tokens)"
         confidence = "low" if embeddings is None else "medium"
-    if peak_memory_b is None:
-        reasons["peak_memory_b"] = f"the engine does not tell the peak of its memory on {report.device}"
-    return Compute(
-        flops_total=flops,
-        flops_method=method,
-        flops_confidence=confidence,
-        model_parameters=parameters,
-        peak_memory_b=peak_memory_b,
-        null_reasons=reasons,
+    why = "the engine does not tell the number of parameters"
+    return Compute.of(
+        flops_total=known(flops, why),
+        flops_method=known(method, why),
+        flops_confidence=known(confidence, why),
+        model_parameters=known(parameters, why),
+        peak_memory_b=known(peak_memory_b, f"the engine does not tell the peak of its memory on {report.device}"),
     )
 
 
-def _metadata(found: Findings) -> Mapping[str, Any]:
-    """The user's metadata as written: a reference to the environment stays a reference."""
-    written = found.requested.get("extra_metadata")
-    return written if isinstance(written, dict) else found.config.extra_metadata
-
-
-def _redact(record: Record, secrets: Mapping[str, str]) -> Record:
-    """The record with every secret blotted out, wherever an engine's message or option may have carried it."""
-    words = sorted(filter(None, secrets.values()), key=len, reverse=True)
-    return decode_record(_blot(encode_record(record), words)) if words else record
-
-
-def _blot(value: Any, words: Sequence[str]) -> Any:
+def _redact(value: Any, words: Sequence[str]) -> Any:
     if isinstance(value, str):
         return redact(value, words)
     if isinstance(value, dict):
-        return {redact(key, words): _blot(item, words) for key, item in value.items()}
+        return {redact(key, words): _redact(item, words) for key, item in value.items()}
     if isinstance(value, list):
-        return [_blot(item, words) for item in value]
+        return [_redact(item, words) for item in value]
     return value
+
+
+# Host, engine and model
+
+
+def read_host(root: Path = Path("/")) -> HostFacts:
+    """The machine this runs on; `root` is where `etc`, `proc` and `sys` are."""
+    governors = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor")
+    return HostFacts(
+        os=_read_os(root),
+        kernel=platform.release(),
+        cpu=_read_cpu(root),
+        cpu_count=len(os.sched_getaffinity(0)),
+        memory_b=_read_memory(root),
+        governor=", ".join(sorted({line.strip() for file in governors for line in _lines(file)})) or None,
+    )
+
+
+def describe_environment(
+    host: HostFacts,
+    report: EngineReport,
+    config: ExperimentConfig,
+    *,
+    executor: str,
+    image: str | None,
+    gpus: GpuSurroundings,
+) -> Environment:
+    """The environment section of the record."""
+    versions = {"python": platform.python_version(), **report.versions}
+    driver = find_driver() if report.gpu_uuids else None
+    if driver is not None:
+        versions["driver"] = driver
+    return Environment.of(
+        fingerprint=fingerprint_of(host, report, versions, image),
+        executor=executor,
+        os=host.os,
+        kernel=host.kernel,
+        cpu=host.cpu,
+        cpu_count=host.cpu_count,
+        memory_b=known(host.memory_b, "/proc/meminfo does not tell"),
+        governor=known(host.governor, "the kernel shows no frequency governor, as in most virtual machines"),
+        image=known(image, "not run in a container"),
+        engine_name=report.engine_name,
+        engine_version=report.engine_version,
+        versions=versions,
+        device=report.device,
+        gpu_uuids=report.gpu_uuids,
+        vbios=known(gpus.vbios, gpus.null_reason),
+        model_revision=known(report.model_revision, "the model is a local folder, or the engine does not tell"),
+        weights_sha256=known(report.weights_sha256, "the engine does not tell which weight files it read"),
+        other_gpu_processes=known(gpus.other_processes, gpus.null_reason),
+        engine_effective=report.effective,
+        engine_differs=differing_options(config, report.effective),
+    )
+
+
+def fingerprint_of(host: HostFacts, report: EngineReport, versions: Mapping[str, str], image: str | None) -> str:
+    """16 hex over what makes two runs incomparable: image, engine and its libraries, driver, GPUs, and the CPU.
+
+    Left out is what an experiment chooses (its options) and what changes without mattering (kernel, free memory).
+    """
+    parts = {
+        "image": image,
+        "engine": [report.engine_name, report.engine_version],
+        "versions": dict(versions),
+        "device": report.device,
+        "gpu_uuids": sorted(report.gpu_uuids),
+        "cpu": [host.cpu, host.cpu_count],
+    }
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def differing_options(config: ExperimentConfig, effective: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """{dotted option: [requested, effective]} of the options that the engine reports with another value.
+
+    An option left to the engine differs from nothing. Nor does a default that does not apply (effective None), such as
+    top_p under greedy decoding: the user did not ask for it.
+    """
+    wanted = _options_of(config)
+    defaults = _options_of(ExperimentConfig.from_dict({"model": config.model.name, "backend": config.backend}))
+    found = _flatten(effective)
+    return {
+        name: [value, found[name]]
+        for name, value in sorted(wanted.items())
+        if value is not None
+        and name in found
+        and found[name] != value
+        and not (found[name] is None and defaults.get(name) == value)
+    }
+
+
+def _options_of(config: ExperimentConfig) -> dict[str, Any]:
+    """Every option by its dotted name, also those of a backend section that was left out."""
+    return _flatten({**config.to_dict(), config.backend: config.section.to_dict()})
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            out.update(_flatten(item, f"{prefix}{key}."))
+        else:
+            out[f"{prefix}{key}"] = list(item) if isinstance(item, tuple) else item
+    return out
+
+
+def _read_os(root: Path) -> str:
+    for line in _lines(root / "etc/os-release"):
+        if line.startswith("PRETTY_NAME="):
+            return line.removeprefix("PRETTY_NAME=").strip().strip("\"'")
+    return platform.system()
+
+
+def _read_cpu(root: Path) -> str:
+    wanted = ("model name", "Model", "cpu model")  # x86; Raspberry and others; MIPS
+    for line in _lines(root / "proc/cpuinfo"):
+        key, _, value = line.partition(":")
+        if key.strip() in wanted and value.strip():
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _read_memory(root: Path) -> int | None:
+    for line in _lines(root / "proc/meminfo"):
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) * KIB  # "kB" there means KiB
+    return None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

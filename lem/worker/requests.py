@@ -1,32 +1,41 @@
-"""Prompts as token ids: every engine is handed ids, so that tokenising is never measured."""
+"""Requests: prompts as token ids, other ids of the same shapes for warm-up, and traffic.
+
+Every engine gets ids, so that tokenising is never measured.
+
+An arrival is a point in time, not an act. In the open loop the times follow from rate and seed alone, and a request is
+there for the engine from its time on, whatever the engine is doing; latency counts from that time. No thread hands
+requests over: it would share the interpreter with the engine, run late whenever the engine computes, and hide exactly
+the waiting that is to be measured ("coordinated omission", Tene 2013). In the closed loop a request arrives when an
+answer is handed in.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
-from collections.abc import Callable, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from lem.base.clock import Clock, seconds_between
 from lem.base.errors import EngineError
 from lem.base.reasons import Reason
+from lem.base.units import NS_PER_S
 from lem.config.experiment import ExperimentConfig
-from lem.engines.protocol import TokenRequest
+from lem.engines.protocol import Completion, Engine, TokenRequest
 from lem.worker.prompts import Prompt
-
-MAX_DRAWS = 8
+from lem.worker.window import Arrival, MeasuredWindow, SteadyWindow, check_completion
 
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """The measured requests, in the order of their prompts.
-
-    Attributes:
-        truncated: how many prompts were cut to `max_input_tokens`.
-        bounded: how many prompts asked for more output than `max_output_tokens`.
-    """
+    """The measured requests, in the order of their prompts."""
 
     requests: tuple[TokenRequest, ...]
-    truncated: int
-    bounded: int
+    truncated: int  # prompts that were cut to `max_input_tokens`
+    bounded: int  # prompts that asked for more output than `max_output_tokens`
     warnings: tuple[Reason, ...] = ()
 
 
@@ -36,12 +45,11 @@ def encode_prompts(
     """The requests of an experiment.
 
     A prompt with `input_tokens` gets exactly that many ids: cut, or extended by cycling its own (a leading id that all
-    texts share, such as a begin-of-sequence token, is not cycled). None gets more than `max_input_tokens`.
-
-    Raises:
-        EngineError: kind `prompts`, a prompt of which the tokenizer makes nothing.
+    texts share, such as a begin-of-sequence token, is not cycled). None gets more than `max_input_tokens`. Raises
+    EngineError: kind `prompts`, a prompt of which the tokenizer makes nothing.
     """
-    leader = _common_leader(encode)
+    one, other = encode("a"), encode("the")
+    leader = int(len(one) > 1 and len(other) > 1 and one[0] == other[0])
     requests: list[TokenRequest] = []
     truncated = bounded = 0
     for index, prompt in enumerate(prompts):
@@ -54,30 +62,36 @@ def encode_prompts(
                 is_permanent=True,
             )
         if prompt.input_tokens is not None:
-            ids = _fit(ids, prompt.input_tokens, leader)
-        if len(ids) > config.max_input_tokens:
-            truncated += 1
-            ids = ids[: config.max_input_tokens]
+            ids = tuple(
+                itertools.islice(itertools.chain(ids, itertools.cycle(ids[leader:] or ids)), prompt.input_tokens)
+            )
+        truncated += len(ids) > config.max_input_tokens
         wanted = config.max_output_tokens if prompt.output_tokens is None else prompt.output_tokens
         bounded += wanted > config.max_output_tokens
         most = min(wanted, config.max_output_tokens)
-        requests.append(TokenRequest(index, ids, most, min(config.min_output_tokens, most)))
-    return EncodedPrompts(tuple(requests), truncated, bounded, _warnings(len(prompts), truncated, bounded, config))
+        requests.append(TokenRequest(index, ids[: config.max_input_tokens], most, min(config.min_output_tokens, most)))
+    warnings = []
+    total = len(prompts)
+    if truncated:
+        warnings.append(Reason.of("prompts_cut", cut=truncated, total=total, limit=config.max_input_tokens))
+    if bounded:
+        warnings.append(Reason.of("outputs_bounded", bounded=bounded, total=total, limit=config.max_output_tokens))
+    return EncodedPrompts(tuple(requests), truncated, bounded, tuple(warnings))
+
+
+MAX_DRAWS = 8
 
 
 class DisjointRequests:
-    """Requests of the same shapes as given ones with other ids, for warm-up; as many as are asked for.
+    """Requests of the same shapes as given ones with other ids, for warm-up, without end.
 
     A shape is a length in tokens with the bounds on the output. The ids are drawn from all the given prompts, so that
-    they are ids the model knows; a leading id that all prompts share is kept. They share no longer prefix than chance
-    gives, so warm-up leaves nothing in a prefix cache that the measured prompts would find.
-
-    Attributes:
-        is_disjoint: every request made so far differs from every given one.
+    the model knows them; a leading id that all prompts share is kept. They share no longer prefix than chance gives, so
+    warm-up leaves nothing in a prefix cache that the measured prompts would find.
     """
 
     def __init__(self, requests: Sequence[TokenRequest], seed: int) -> None:
-        self.is_disjoint = True
+        self.is_disjoint = True  # every request made so far differs from every given one
         self._shapes = tuple(requests)
         self._rng = random.Random(seed)
         self._measured = frozenset(request.token_ids for request in requests)
@@ -99,7 +113,7 @@ class DisjointRequests:
         return [self._make(shape) for shape in self._typical(count)]
 
     def is_typical(self, requests: Sequence[TokenRequest]) -> bool:
-        """Whether requests have the shapes that `take_typical` gives for as many."""
+        """Whether requests have the shapes that `take_typical` gives for the same number."""
         return sorted(map(_shape_of, requests)) == [_shape_of(shape) for shape in self._typical(len(requests))]
 
     def _typical(self, count: int) -> list[TokenRequest]:
@@ -110,46 +124,229 @@ class DisjointRequests:
         ids = self._other_ids(shape.token_ids)
         self.is_disjoint = self.is_disjoint and ids not in self._measured
         self._made.add(ids)
-        request = replace(shape, index=self._count, token_ids=ids)
         self._count += 1
-        return request
+        return replace(shape, index=self._count - 1, token_ids=ids)
 
     def _other_ids(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         drawn = ids
         for _ in range(MAX_DRAWS):
-            drawn = ids[: self._leader] + tuple(self._draw() for _ in ids[self._leader :])
+            body = (self._pool[int(self._rng.random() * len(self._pool))] for _ in ids[self._leader :])
+            drawn = (*ids[: self._leader], *body)
             if drawn not in self._measured and drawn not in self._made:
                 return drawn
         # Prompts of hardly any variety: any id up to the largest seen in the last place.
         choices = ((*ids[:-1], token) for token in range(max(self._pool) + 1))
         return next((choice for choice in choices if choice not in self._measured), drawn)
 
-    def _draw(self) -> int:
-        return self._pool[int(self._rng.random() * len(self._pool))]
-
 
 def _shape_of(request: TokenRequest) -> tuple[int, int, int]:
     return len(request.token_ids), request.max_output_tokens, request.min_output_tokens
 
 
-def _common_leader(encode: Callable[[str], Sequence[int]]) -> int:
-    """How many ids a tokenizer puts before every text (0 or 1)."""
-    one, other = encode("a"), encode("the")
-    return int(len(one) > 1 and len(other) > 1 and one[0] == other[0])
+# Traffic
+
+# The longest single wait for an arrival, so that a change made meanwhile by another thread of the engine is seen.
+MAX_WAIT_S = 0.5
 
 
-def _fit(ids: tuple[int, ...], length: int, leader: int) -> tuple[int, ...]:
-    if len(ids) >= length:
-        return ids[:length]
-    body = ids[leader:] or ids
-    missing = length - len(ids)
-    return ids + (body * (missing // len(body) + 1))[:missing]
+@dataclass(frozen=True)
+class TrafficPlan:
+    """How requests arrive, and how long the window is."""
+
+    mode: str  # `poisson` or `constant` (open loop), or `closed`
+    target_qps: float  # arrivals a second in the open loop
+    concurrency: int  # requests always in flight in the closed loop
+    seed: int | None  # of the arrival times; None draws others each time
+    min_window_s: float
+    ramp_limit_s: float  # the longest ramp before the window
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests arrive regardless of completions."""
+        return self.mode in ("poisson", "constant")
 
 
-def _warnings(count: int, truncated: int, bounded: int, config: ExperimentConfig) -> tuple[Reason, ...]:
-    warnings = []
-    if truncated:
-        warnings.append(Reason.of("prompts_cut", cut=truncated, total=count, limit=config.max_input_tokens))
-    if bounded:
-        warnings.append(Reason.of("outputs_bounded", bounded=bounded, total=count, limit=config.max_output_tokens))
-    return tuple(warnings)
+def arrival_offsets_s(mode: str, target_qps: float, rng: random.Random) -> Iterator[float]:
+    """Seconds from the start to each arrival, without end: evenly spaced, or a Poisson process (exponential gaps)."""
+    if mode == "constant":
+        for index in itertools.count():
+            yield index / target_qps
+    elapsed_s = 0.0
+    while True:
+        elapsed_s -= math.log(1 - rng.random()) / target_qps
+        yield elapsed_s
+
+
+def measure_traffic(
+    engine: Engine,
+    requests: Sequence[TokenRequest],
+    plan: TrafficPlan,
+    clock: Clock,
+    report: Callable[[int], None],
+) -> MeasuredWindow:
+    """The window of steady traffic, opened and closed under load.
+
+    Requests arrive from the start; the window opens once as many were completed as were ever there at the same time
+    (one turnover), at the latest after `ramp_limit_s`. It lasts `min_window_s` and as long as it takes to offer (open
+    loop) or answer (closed loop) as many requests as there are prompts. Then nothing more is handed out, and what the
+    engine is working on is finished. `report` gets the number of requests completed so far. Raises EngineError: the
+    engine failed, or answered a request twice, or one that it did not have.
+    """
+    queue = TrafficQueue(requests, plan, clock, report)
+    engine.serve(queue)
+    engine.synchronize()
+    return queue.close()
+
+
+def serve_all(engine: Engine, requests: Sequence[TokenRequest]) -> list[Completion]:
+    """The completions of requests that are all there from the start, served as traffic is."""
+    queue = PreparedQueue(requests)
+    engine.serve(queue)
+    return queue.completions
+
+
+class PreparedQueue:
+    """A `RequestQueue` that is full at the start and closed. Thread-safe."""
+
+    def __init__(self, requests: Sequence[TokenRequest]) -> None:
+        self.completions: list[Completion] = []
+        self._lock = threading.Lock()
+        self._waiting = deque(requests)
+
+    def take(self, limit: int) -> tuple[TokenRequest, ...]:
+        """Up to `limit` of the requests left."""
+        with self._lock:
+            return tuple(self._waiting.popleft() for _ in range(min(limit, len(self._waiting))))
+
+    def complete(self, completion: Completion) -> None:
+        """Keep a completion."""
+        with self._lock:
+            self.completions.append(completion)
+
+
+class TrafficQueue:
+    """A `RequestQueue` of requests that arrive by time or by completion, and the window over them. Thread-safe."""
+
+    def __init__(
+        self, requests: Sequence[TokenRequest], plan: TrafficPlan, clock: Clock, report: Callable[[int], None]
+    ) -> None:
+        self._prompts = tuple(requests)
+        self._plan = plan
+        self._clock = clock
+        self._report = report
+        self._changed = threading.Condition()
+        self._waiting: deque[Arrival] = deque()
+        self._in_flight: dict[int, Arrival] = {}
+        self._answered: list[tuple[Arrival, Completion]] = []
+        self._arrived_ns: list[int] = []
+        self._peak = 0
+        self._begin_ns = clock.monotonic_ns()
+        self._opened_ns: int | None = None
+        self._closed_ns: int | None = None
+        self._answered_inside = 0
+        self._succeeded = 0
+        self._has_turned_over = False
+        self._offsets_s = arrival_offsets_s(plan.mode, plan.target_qps, random.Random(plan.seed))
+        self._next_ns = self._draw_next()
+        if not plan.is_open:
+            for _ in range(plan.concurrency):
+                self._arrive(self._begin_ns)
+
+    def take(self, limit: int) -> tuple[TokenRequest, ...]:
+        """Up to `limit` requests that have arrived; waits for the first; () once the window has closed."""
+        with self._changed:
+            while True:
+                now_ns = self._clock.monotonic_ns()
+                self._advance(now_ns)
+                if self._is_over(now_ns):
+                    return ()
+                if self._waiting:
+                    taken = [self._waiting.popleft() for _ in range(min(limit, len(self._waiting)))]
+                    self._in_flight.update((arrival.request.index, arrival) for arrival in taken)
+                    return tuple(arrival.request for arrival in taken)
+                self._wait(now_ns)
+
+    def complete(self, completion: Completion) -> None:
+        """Take a finished or failed request back.
+
+        Raises EngineError: the engine does not have this request, or its times are impossible.
+        """
+        check_completion(completion)
+        with self._changed:
+            arrival = self._in_flight.pop(completion.index, None)
+            if arrival is None:
+                raise EngineError(f"the backend answered request {completion.index}, which it did not have (any more)")
+            self._answered.append((arrival, completion))
+            self._answered_inside += self._opened_ns is not None and completion.finished_ns > self._opened_ns
+            self._succeeded += completion.error is None
+            answered = len(self._answered)
+            now_ns = self._clock.monotonic_ns()
+            self._advance(now_ns)
+            if not self._plan.is_open and not self._is_over(now_ns):
+                self._arrive(now_ns)
+            self._changed.notify_all()
+        self._report(answered)
+
+    def close(self) -> MeasuredWindow:
+        """The window, once the engine has stopped serving. Raises EngineError: it stopped while the window was open."""
+        with self._changed:
+            now_ns = self._clock.monotonic_ns()
+            if self._opened_ns is None or self._closed_ns is None or not self._is_over(now_ns):
+                raise EngineError("the backend stopped serving before the window had closed")
+            window = SteadyWindow(
+                self._plan.mode, self._plan.is_open, self._opened_ns, self._closed_ns, len(self._prompts)
+            )
+            lost = [f"request {index}: the backend gave no answer" for index in sorted(self._in_flight)]
+            cut_short = () if self._has_turned_over else (Reason.of("ramp_cut_short", ramp_s=self._plan.ramp_limit_s),)
+            return window.add_up(self._answered, self._arrived_ns, lost, cut_short)
+
+    def _advance(self, now_ns: int) -> None:
+        """Let happen what happens by now: arrivals, the opening of the window and, in the closed loop, its closing."""
+        if self._plan.is_open:
+            while self._next_ns <= now_ns and (self._closed_ns is None or self._next_ns <= self._closed_ns):
+                self._arrive(self._next_ns)
+                self._next_ns = self._draw_next()
+        if self._fails_as_a_whole() and not self._is_over(now_ns):
+            self._opened_ns, self._closed_ns, self._has_turned_over = self._begin_ns, now_ns, True
+        elif self._opened_ns is None:
+            self._has_turned_over = len(self._answered) >= max(1, self._peak)
+            if self._has_turned_over or seconds_between(self._begin_ns, now_ns) >= self._plan.ramp_limit_s:
+                self._open(now_ns)
+        elif self._closed_ns is None:
+            is_long_enough = seconds_between(self._opened_ns, now_ns) >= self._plan.min_window_s
+            if is_long_enough and self._answered_inside >= len(self._prompts):
+                self._closed_ns = now_ns
+
+    def _fails_as_a_whole(self) -> bool:
+        """Whether every prompt failed; going on would only pile up failures, as fast as the engine makes them."""
+        return self._succeeded == 0 and len(self._answered) >= max(len(self._prompts), self._peak)
+
+    def _open(self, now_ns: int) -> None:
+        self._opened_ns = now_ns
+        if self._plan.is_open:
+            length_s = max(self._plan.min_window_s, len(self._prompts) / self._plan.target_qps)
+            self._closed_ns = now_ns + math.ceil(length_s * NS_PER_S)
+
+    def _is_over(self, now_ns: int) -> bool:
+        return self._closed_ns is not None and now_ns >= self._closed_ns
+
+    def _arrive(self, arrived_ns: int) -> None:
+        index = len(self._arrived_ns)
+        prompt_index = index % len(self._prompts)
+        self._arrived_ns.append(arrived_ns)
+        self._waiting.append(Arrival(replace(self._prompts[prompt_index], index=index), prompt_index, arrived_ns))
+        self._peak = max(self._peak, len(self._waiting) + len(self._in_flight))
+
+    def _wait(self, now_ns: int) -> None:
+        if not self._plan.is_open:
+            self._changed.wait(MAX_WAIT_S)  # for a completion, which another thread of the engine hands in
+            return
+        until_ns = self._next_ns if self._closed_ns is None else min(self._next_ns, self._closed_ns)
+        self._changed.release()
+        try:
+            self._clock.sleep(min(seconds_between(now_ns, until_ns), MAX_WAIT_S))
+        finally:
+            self._changed.acquire()
+
+    def _draw_next(self) -> int:
+        return self._begin_ns + math.ceil(next(self._offsets_s) * NS_PER_S)

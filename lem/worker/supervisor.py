@@ -1,19 +1,21 @@
 """The supervisor: it owns the worker channel and the engine process, and never waits for either.
 
 It answers the host, passes on what the engine process reports, writes what the engine prints into the log of the
-experiment that runs, and ends the engine when the host is gone. An engine process loads one engine: when another key
-is due, or the engine may be in a bad state, the process is ended and a new one started, so that every load finds the
+running experiment, and ends the engine when the host is gone. An engine process loads one engine: for another key, or
+when the engine may be in a bad state, the process is ended and a new one started, so that every load finds the
 same fresh process and the device is free of the old one, context included.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import os
 import platform
 import selectors
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,29 +25,19 @@ from lem import __version__
 from lem.base.errors import DISK_FULL, UserError
 from lem.base.process import describe_exit
 from lem.engines.common import BACKEND_DISTRIBUTIONS, OTHER_NAMES
-from lem.meters.nvml import find_driver, find_gpus
+from lem.meters.nvml import find_driver, find_gpus, named_gpus, visible_gpus
 from lem.record import LOG_FILE
-from lem.worker.channel import (
-    LOADING_PHASES,
-    PROTOCOL_VERSION,
-    READ_B,
-    ChannelError,
-    EngineLog,
-    LineBuffer,
-    Outbox,
-    RunRequest,
-    decode_line,
-    decode_report,
-    redact,
-)
-from lem.worker.engine_child import EndStep, EngineChild, read_available
-from lem.worker.sampling import WorkerSampler
+from lem.worker import channel
+from lem.worker.channel import READ_B, ChannelError, EngineLog, LineBuffer, Message, Outbox, RunRequest
+from lem.worker.guardian import EndStep, EngineChild
+from lem.worker.launch import own_command
+from lem.worker.sampling import SamplerProcess, interval_ms
 
 
 def probe_environment() -> dict[str, Any]:
-    """Versions and devices by name, as JSON values: `python`, each engine distribution found, `driver`, `gpus`.
+    """Versions and devices by name, as JSON values: `python`, each engine distribution, `driver`, `gpus` (UUIDs).
 
-    None stands for a distribution or driver that is not there. The GPUs are their UUIDs, sorted.
+    A distribution or driver that is not there is None.
     """
     distributions = sorted({name for names in BACKEND_DISTRIBUTIONS.values() for name in names})
     return {
@@ -57,7 +49,7 @@ def probe_environment() -> dict[str, Any]:
 
 
 def missing_distributions(backend: str, environment: Mapping[str, Any]) -> tuple[str, ...]:
-    """The distributions that a backend needs and that the environment probed lacks."""
+    """The distributions that a backend needs and that are missing in a probed environment."""
     return tuple(name for name in BACKEND_DISTRIBUTIONS.get(backend, ()) if environment.get(name) is None)
 
 
@@ -68,9 +60,17 @@ def _version(distribution: str) -> str | None:
     return None
 
 
+def _read_available(descriptor: int) -> bytes | None:
+    """What can be read now; b"" at the end of file, None when there is nothing yet."""
+    try:
+        return os.read(descriptor, READ_B)
+    except BlockingIOError:
+        return None
+
+
 HEARTBEAT_S = 5.0
 
-# While an engine loads, what it prints is the only sign that it gets on; one line of it a second is passed on.
+# While an engine loads, what it prints is the only sign of progress; one line of it a second is passed on.
 PRINTED_PROGRESS_S = 1.0
 _PRINTED_WIDTH = 200
 
@@ -109,13 +109,13 @@ class Supervisor:
         self._engine: EngineChild | None = None
         self._engine_lines = LineBuffer()
         self._log: EngineLog | None = None
-        self._sampler = WorkerSampler()
+        self._sampler: SamplerProcess | None = None
         self._request: RunRequest | None = None  # what the host waits for
         self._is_handed_on = False  # the engine process has it
         self._phase: str | None = None
-        self._is_unload_due = False
+        self._is_unloading = False
         self._exit_code: int | None = None
-        self._heartbeat_at = 0.0
+        self._heartbeat_at = time.monotonic() + HEARTBEAT_S
         self._printed_at = 0.0
         self._selector = selectors.PollSelector()  # a stdin that is a file, which epoll refuses, ends at once
 
@@ -123,51 +123,42 @@ class Supervisor:
         """The exit code, once the host is gone or wants no more, and the engine process has ended."""
         self._selector.register(self._host_in, selectors.EVENT_READ, self._read_host)
         self._selector.register(self._wakeup, selectors.EVENT_READ, self._read_signals)
-        self._tell(
-            "hello",
-            protocol=PROTOCOL_VERSION,
-            lem_version=__version__,
-            pid=os.getpid(),
-            environment=probe_environment(),
-        )
-        self._heartbeat_at = time.monotonic() + HEARTBEAT_S
+        self._send(channel.Hello(channel.PROTOCOL_VERSION, __version__, os.getpid(), probe_environment()))
         try:
-            return self._serve()
+            while self._exit_code is None or self._engine is not None:
+                for key, _ in self._selector.select(self._wait_s()):
+                    if self._selector.get_map().get(key.fd) is key:  # not dropped on account of another one
+                        key.data()
+                self._tick()
+                self._watch_writers()
+            return self._exit_code
         finally:
-            self._sampler.kill()
-
-    def _serve(self) -> int:
-        while self._exit_code is None or self._engine is not None:
-            for key, _ in self._selector.select(self._wait_s()):
-                if self._selector.get_map().get(key.fd) is key:  # not given up on account of another one
-                    key.data()
-            self._tick()
-            self._watch_writers()
-        return self._exit_code
+            if self._sampler is not None:
+                self._sampler.kill()
 
     def _wait_s(self) -> float:
-        due = [self._heartbeat_at]
-        if self._engine is not None and self._engine.next_step_at is not None:
-            due.append(self._engine.next_step_at)
-        return max(0.0, min(due) - time.monotonic())
+        step_at = None if self._engine is None else self._engine.next_step_at
+        until = self._heartbeat_at if step_at is None else min(self._heartbeat_at, step_at)
+        return max(0.0, until - time.monotonic())
 
     def _tick(self) -> None:
         now = time.monotonic()
         if now >= self._heartbeat_at:
             self._heartbeat_at = now + HEARTBEAT_S
-            self._tell("heartbeat", is_droppable=True)
-        death = self._sampler.reap()
-        if death is not None and self._log is not None:
-            self._log.write(f"{death}\n".encode())
+            self._send(channel.Heartbeat(), is_droppable=True)
+        if (sampler := self._sampler) is not None and (death := sampler.death()) is not None:
+            if not sampler.has_hung_up and self._log is not None:
+                self._log.write(f"{death}\n".encode())
+            self._sampler = None
         if self._engine is not None:
             self._engine.tick(now)
-            self._look_after(self._engine)
+            self._check(self._engine)
 
     # The host
 
-    def _tell(self, kind: str, /, *, is_droppable: bool = False, **fields: Any) -> None:
+    def _send(self, message: Message, *, is_droppable: bool = False) -> None:
         try:
-            self._host.put({"type": kind, **fields}, is_droppable=is_droppable)
+            self._host.put(message.to_message(), is_droppable=is_droppable)
         except BrokenPipeError:
             self._finish(0, "the host is gone")
 
@@ -176,25 +167,21 @@ class Supervisor:
         try:
             lines = self._host_lines.feed(data)
         except ChannelError as error:
-            self._refuse(str(error))
+            self._fail(None, "channel", str(error))
             data, lines = b"", []
         if not data:
             self._finish(0, "the host closed the channel")
         for line in lines:
-            self._obey_or_refuse(line)
-
-    def _obey_or_refuse(self, line: bytes) -> None:
-        if self._exit_code is not None:
-            return
-        try:
-            self._obey(decode_line(line))
-        except ChannelError as error:
-            self._refuse(str(error))
+            if self._exit_code is None:
+                try:
+                    self._obey(channel.decode_line(line))
+                except ChannelError as error:
+                    self._fail(None, "channel", str(error))
 
     def _obey(self, message: Mapping[str, Any]) -> None:
         kind = message["type"]
         if self._engine is not None:
-            self._look_after(self._engine)  # one that died just now is not given anything
+            self._check(self._engine)  # one that died just now is not given anything
         if kind == "quit":
             self._finish(0, "the host said so")
         elif kind not in ("run", "unload"):
@@ -205,36 +192,43 @@ class Supervisor:
             self._request, self._is_handed_on, self._phase = RunRequest.from_message(message), False, None
             self._hand_on()
         elif self._engine is None:
-            self._tell("unloaded")
+            self._send(channel.Unloaded())
         else:
-            self._is_unload_due = True
+            self._is_unloading = True
             self._engine.end(EndStep.QUIT, time.monotonic())
 
-    def _refuse(self, reason: str) -> None:
-        self._tell_error(None, kind="channel", message=reason, engine_lost=False)
-
-    def _tell_error(self, exp_id: str | None, *, kind: str, message: str, engine_lost: bool, hint: str = "") -> None:
+    def _fail(
+        self, exp_id: str | None, kind: str, message: str, hint: str = "", *, is_engine_lost: bool = False
+    ) -> None:
         tail = self._log.tail if self._log else ""
-        what: dict[str, Any] = {"kind": kind, "message": message, "hint": hint, "permanent": False}
-        self._tell("error", exp_id=exp_id, phase=self._phase, engine_lost=engine_lost, log_tail=tail, **what)
+        self._send(channel.Failure(exp_id, kind, message, hint, False, self._phase, is_engine_lost, tail))
+
+    def _answer_error(self, kind: str, message: str, hint: str = "", *, is_engine_lost: bool = True) -> None:
+        """Answer the experiment that the host waits for, if there is one, with an error."""
+        request, self._request = self._request, None
+        self._end_sampler()
+        if request is not None:
+            message = channel.redact(message, request.secrets.values())
+            self._fail(request.exp_id, kind, message, hint, is_engine_lost=is_engine_lost)
 
     def _finish(self, code: int, reason: str) -> None:
-        """Serve no longer, and end the engine process; a second signal is less patient with it."""
-        if self._exit_code is not None:
-            if self._engine is not None and code:
-                self._engine.end_sooner(time.monotonic())
-            return
-        self._exit_code = code
-        self._selector.unregister(self._host_in)
-        self._answer_error(kind="died", message=f"the worker ends: {reason}", engine_lost=True)
-        if self._engine is not None:
-            self._engine.end(EndStep.TERM, time.monotonic())
+        """Serve no longer, and end the engine process; a second signal goes on to the next step."""
+        now = time.monotonic()
+        if self._exit_code is None:
+            self._exit_code = code
+            self._selector.unregister(self._host_in)
+            self._answer_error("died", f"the worker ends: {reason}")
+            if self._engine is not None:
+                self._engine.end(EndStep.TERM, now)
+        elif self._engine is not None and code:
+            step = self._engine.step
+            self._engine.end(EndStep.TERM if step is None else EndStep(min(step + 1, EndStep.KILL)), now)
 
     def _read_signals(self) -> None:
         for signum in os.read(self._wakeup, 4096):
             if signum in _SIGNALS:
                 self._finish(128 + signum, f"it got {signal.Signals(signum).name}")
-        # SIGCHLD: `_tick` looks after the engine process in any case.
+        # SIGCHLD: `_tick` checks the engine process in any case.
 
     def _watch_writers(self) -> None:
         """Wait for a descriptor to be writable only while something waits to be written."""
@@ -254,6 +248,24 @@ class Supervisor:
             if outbox is self._host:
                 self._finish(0, "the host is gone")
 
+    # The sampler, where the host cannot read the meters; nothing here waits for it
+
+    def _start_sampler(self, request: RunRequest) -> None:
+        if not request.is_sampler_due or request.samples_path is None:
+            return
+        gpus = named_gpus(request.config["gpus"], visible_gpus(find_gpus(), os.environ))
+        self._sampler = SamplerProcess(
+            own_command(sys.executable),
+            Path(request.samples_path),
+            [gpu.uuid for gpu in gpus],
+            interval_ms(request.config, "prepare"),
+            request.config["measurement"]["cpu_tdp_w"],
+        )
+
+    def _end_sampler(self) -> None:
+        if self._sampler is not None:
+            self._sampler.hang_up()
+
     # The engine process
 
     def _hand_on(self) -> None:
@@ -263,15 +275,15 @@ class Supervisor:
             return
         if self._engine is not None and self._engine.engine_key not in (None, request.engine_key):
             self._engine.end(EndStep.QUIT, time.monotonic())
-        if self._engine is not None and self._engine.is_ending:
+        if self._engine is not None and self._engine.step is not None:
             return  # `_engine_ended` comes back here
         try:
             self._open_log(request)
-            self._sampler.begin(request)
+            self._start_sampler(request)
             engine = self._engine or self._new_engine()
         except (OSError, UserError) as error:
             kind = "full" if isinstance(error, OSError) and error.errno in DISK_FULL else "engine"
-            self._answer_error(kind=kind, message=f"the experiment could not be started: {error}", engine_lost=False)
+            self._answer_error(kind, f"the experiment could not be started: {error}", is_engine_lost=False)
             return
         engine.engine_key = request.engine_key
         self._is_handed_on = True
@@ -279,137 +291,114 @@ class Supervisor:
 
     def _open_log(self, request: RunRequest) -> None:
         if self._engine is not None:
-            self._drain_output(self._engine)
-        self._close_log()
-        self._log = EngineLog(str(Path(request.result_dir) / LOG_FILE), request.secrets.values())
-
-    def _close_log(self) -> None:
+            _drain(self._read_output, self._engine)
         if self._log is not None:
             self._log.close()
             self._log = None
+        self._log = EngineLog(str(Path(request.result_dir) / LOG_FILE), request.secrets.values())
 
     def _new_engine(self) -> EngineChild:
         engine = self._engine = self._start_engine()
         self._engine_lines = LineBuffer()
         self._selector.register(engine.message_fd, selectors.EVENT_READ, lambda: self._read_messages(engine))
         self._selector.register(engine.output_fd, selectors.EVENT_READ, lambda: self._read_output(engine))
-        self._tell("engine", pgid=engine.identity.pid, started_ticks=engine.identity.started_ticks)
+        self._send(channel.EngineProcess(engine.identity.pid, engine.identity.started_ticks))
         return engine
 
     def _read_output(self, engine: EngineChild) -> bool:
         """Take what was printed; whether there may be more."""
-        data = read_available(engine.output_fd)
+        data = _read_available(engine.output_fd)
         if data == b"":
             self._forget(engine.output_fd)
         if not data or self._log is None:
             return bool(data)
         self._log.write(data)
-        now = time.monotonic()
-        is_loading = self._request is not None and (self._phase is None or self._phase in LOADING_PHASES)
-        if is_loading and self._request is not None and now >= self._printed_at + PRINTED_PROGRESS_S:
+        now, request = time.monotonic(), self._request
+        is_loading = self._phase is None or self._phase in channel.LOADING_PHASES
+        if request is not None and is_loading and now >= self._printed_at + PRINTED_PROGRESS_S:
             self._printed_at = now
             text = self._log.last_line[:_PRINTED_WIDTH]
-            self._tell("progress", is_droppable=True, exp_id=self._request.exp_id, done=0, total=None, text=text)
+            self._send(channel.Progress(request.exp_id, 0, None, text), is_droppable=True)
         return True
 
     def _read_messages(self, engine: EngineChild) -> bool:
         """Take what was reported; whether there may be more."""
-        data = read_available(engine.message_fd)
+        data = _read_available(engine.message_fd)
         if data == b"":
             self._forget(engine.message_fd)
         if not data:
             return False
         try:
             for line in self._engine_lines.feed(data):
-                self._pass_on(engine, decode_report(line))
+                self._pass_on(engine, channel.read_report(line))
         except ChannelError as error:
             engine.end(EndStep.TERM, time.monotonic())
-            self._answer_error(kind="channel", message=f"the engine process reported {error}", engine_lost=True)
+            self._answer_error("channel", f"the engine process reported {error}")
         return True
 
-    def _pass_on(self, engine: EngineChild, message: dict[str, Any]) -> None:
+    def _pass_on(self, engine: EngineChild, message: Message) -> None:
         request = self._request
-        if request is None or message.get("exp_id") != request.exp_id:
+        if request is None or getattr(message, "exp_id", None) != request.exp_id:
             return  # late: the host was answered already
-        kind = message.pop("type")
-        if kind == "phase":
-            self._phase = message["phase"]
-            self._sampler.follow(request, message["phase"])
-        if kind not in ("result", "error"):
-            self._tell(kind, is_droppable=kind == "progress", **message)
+        if isinstance(message, channel.Phase):
+            self._phase = message.phase
+            if self._sampler is not None:
+                self._sampler.set_interval(interval_ms(request.config, message.phase))
+        if not isinstance(message, (channel.Result, channel.Failure)):
+            self._send(message, is_droppable=isinstance(message, channel.Progress))
             return
-        self._drain_output(engine)  # the log is whole before the host hears of it
-        self._sampler.end()
-        if kind == "error":
-            message["log_tail"] = self._log.tail if self._log else ""
+        _drain(self._read_output, engine)  # the log is whole before the host gets the answer
+        self._end_sampler()
+        if isinstance(message, channel.Failure):
+            message = dataclasses.replace(message, log_tail=self._log.tail if self._log else "")
         self._request = None
-        if message.get("engine_lost"):
+        if isinstance(message, channel.Failure) and message.engine_lost:
             engine.end(EndStep.TERM, time.monotonic())
         elif not request.keep_engine:
             engine.end(EndStep.QUIT, time.monotonic())
-        self._tell(kind, **message)
+        self._send(message)
 
-    def _answer_error(self, *, kind: str, message: str, hint: str = "", engine_lost: bool) -> None:
-        """Answer the experiment that the host waits for, if there is one, with an error."""
-        request, self._request = self._request, None
-        self._sampler.end()
-        if request is not None:
-            message = redact(message, request.secrets.values())
-            self._tell_error(request.exp_id, kind=kind, message=message, hint=hint, engine_lost=engine_lost)
-
-    def _look_after(self, engine: EngineChild) -> None:
+    def _check(self, engine: EngineChild) -> None:
         code = engine.reap()
         if code is not None:
             self._engine_ended(engine, code)
         elif engine.is_stuck:
-            self._engine_is_stuck(engine)
+            self._drop(engine)
+            self._answer_error(
+                "died",
+                f"the engine process (process group {engine.identity.pid}) does not end after SIGKILL",
+                "it hangs in a driver call; see the kernel's log, and restart the container or the machine",
+            )
+            self._finish(1, "its engine process cannot be ended")
 
     def _engine_ended(self, engine: EngineChild, code: int) -> None:
-        for read in (self._read_messages, self._read_output):
-            for _ in range(_DRAIN_READS):
-                if not read(engine):
-                    break
+        _drain(self._read_messages, engine)
+        _drain(self._read_output, engine)
         self._drop(engine)
         if self._is_handed_on:
-            self._answer_error(
-                kind="died",
-                message=f"the engine process {describe_exit(code)} in phase {self._phase or 'start'}",
-                hint=_death_hint(code),
-                engine_lost=True,
-            )
-        if self._is_unload_due:
-            self._is_unload_due = False
-            self._tell("unloaded")
+            hint = "the last lines of the log say where it was"
+            if code == -signal.SIGKILL:
+                hint = "this is usually the kernel, out of memory (see dmesg): ask for less of it"
+            how = describe_exit(code)
+            self._answer_error("died", f"the engine process {how} in phase {self._phase or 'start'}", hint)
+        if self._is_unloading:
+            self._is_unloading = False
+            self._send(channel.Unloaded())
         self._hand_on()
-
-    def _engine_is_stuck(self, engine: EngineChild) -> None:
-        self._drop(engine)
-        self._answer_error(
-            kind="died",
-            message=f"the engine process (process group {engine.identity.pid}) does not end after SIGKILL",
-            hint="it hangs in a driver call; see the kernel's log, and restart the container or the machine",
-            engine_lost=True,
-        )
-        self._finish(1, "its engine process cannot be ended")
 
     def _drop(self, engine: EngineChild) -> None:
         for descriptor in (engine.message_fd, engine.output_fd, engine.control.descriptor):
             self._forget(descriptor)
         engine.close()
         self._engine = None
-        self._tell("engine", pgid=None, started_ticks=None)
-
-    def _drain_output(self, engine: EngineChild) -> None:
-        for _ in range(_DRAIN_READS):
-            if not self._read_output(engine):
-                break
+        self._send(channel.EngineProcess())
 
     def _forget(self, descriptor: int) -> None:
         if descriptor in self._selector.get_map():
             self._selector.unregister(descriptor)
 
 
-def _death_hint(code: int) -> str:
-    if code == -signal.SIGKILL:
-        return "this is usually the kernel, out of memory (see dmesg): ask for less of it"
-    return "the last lines of the log say where it was"
+def _drain(read: Callable[[EngineChild], bool], engine: EngineChild) -> None:
+    for _ in range(_DRAIN_READS):
+        if not read(engine):
+            break

@@ -1,4 +1,4 @@
-"""The measured window: its requests and their times, and whether it was steady."""
+"""The measured window: its requests and their times, their latency, and whether it was steady."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lem.base.clock import Clock, seconds_between
 from lem.base.errors import EngineError
 from lem.base.measurement import STEADY_TOLERANCE
 from lem.base.reasons import Reason
-from lem.engines.protocol import Completion, Engine, OnProgress, TokenRequest
+from lem.engines.protocol import Completion, Engine, TokenRequest
 from lem.record import OBSERVATIONS_NEEDED, Distribution, Latency
 
 _NO_REQUEST = "no request was completed in the window"
@@ -19,40 +19,42 @@ _NO_ARRIVALS = "the requests of a closed batch are all there at the start; none 
 _NOT_OBSERVED = "the engine gave no time for each token; streaming: true or traffic_simulation observes them"
 _ONE_TOKEN = "no request has more than one output token"  # noqa: S105
 _NO_TOKEN = "no request has an output token"  # noqa: S105
+_ONE_PASS = "one pass over the prompt set: there is no second to compare it with"  # noqa: S105
+_NOTHING_TO_COMPARE = "no output tokens to compare"
+
+CLOSED_BATCH = "closed_batch"
 
 
 @dataclass(frozen=True)
 class RequestTimes:
-    """When one completed request was where, in CLOCK_MONOTONIC nanoseconds.
+    """When one completed request was where, in CLOCK_MONOTONIC nanoseconds."""
 
-    Attributes:
-        arrived_ns: when it was due (open loop) or sent (closed loop); None in a closed batch, where nothing arrives.
-        started_ns: when the engine took it up.
-        finished_ns: when its last token was there.
-        output_tok: number of output tokens.
-        token_times_ns: when each of them was seen; None where that was not observed.
-    """
-
-    arrived_ns: int | None
-    started_ns: int
-    finished_ns: int
+    arrived_ns: int | None  # open loop: its arrival; closed loop: when it was sent; None in a closed batch
+    started_ns: int  # when the engine took it up
+    finished_ns: int  # when its last token was there
     output_tok: int
-    token_times_ns: tuple[int, ...] | None = None
+    token_times_ns: tuple[int, ...] | None = None  # when each output token was seen; None where not observed
 
     @property
     def origin_ns(self) -> int:
         """Where latency counts from: the arrival, or in a closed batch the moment the engine took it up."""
         return self.started_ns if self.arrived_ns is None else self.arrived_ns
 
+    @property
+    def e2e_s(self) -> float:
+        """From its origin to its last token."""
+        return seconds_between(self.origin_ns, self.finished_ns)
+
+    @property
+    def ttft_s(self) -> float:
+        """From its origin to its first token; to be asked only of a request with token times."""
+        return seconds_between(self.origin_ns, (self.token_times_ns or ())[0])
+
 
 def percentile(sorted_values: Sequence[float], fraction: float) -> float:
     """The percentile by linear interpolation between closest ranks, rank = fraction x (n - 1).
 
     Hyndman and Fan (1996), definition 7: what numpy, R and spreadsheets give by default.
-
-    Args:
-        sorted_values: at least one value, ascending.
-        fraction: 0 to 1.
     """
     rank = fraction * (len(sorted_values) - 1)
     below = math.floor(rank)
@@ -66,18 +68,11 @@ def distribute(values: Sequence[float]) -> Distribution | None:
         return None
     ordered = sorted(values)
     n = len(ordered)
-
-    def above(name: str, fraction: float) -> float | None:
-        return percentile(ordered, fraction) if n >= OBSERVATIONS_NEEDED[name] else None
-
-    return Distribution(
-        mean=math.fsum(ordered) / n,
-        p50=percentile(ordered, 0.50),
-        p90=above("p90", 0.90),
-        p95=above("p95", 0.95),
-        p99=above("p99", 0.99),
-        n=n,
-    )
+    high = {
+        name: percentile(ordered, fraction) if n >= OBSERVATIONS_NEEDED[name] else None
+        for name, fraction in (("p90", 0.90), ("p95", 0.95), ("p99", 0.99))
+    }
+    return Distribution(mean=math.fsum(ordered) / n, p50=percentile(ordered, 0.50), n=n, **high)
 
 
 def latency_of(requests: Sequence[RequestTimes]) -> Latency:
@@ -86,48 +81,25 @@ def latency_of(requests: Sequence[RequestTimes]) -> Latency:
     A request without output counts towards end-to-end and queue times only. One request whose tokens were not timed
     voids TTFT, TPOT and ITL for all: the rest would be a sample chosen by the engine.
     """
-    reasons: dict[str, str] = {}
-
-    def section(name: str, values: Sequence[float], reason: str) -> Distribution | None:
-        found = distribute(values)
-        if found is None:
-            reasons[name] = reason if requests else _NO_REQUEST
-        return found
-
-    queues = [seconds_between(item.arrived_ns, item.started_ns) for item in requests if item.arrived_ns is not None]
-    ends = [seconds_between(item.origin_ns, item.finished_ns) for item in requests]
     talking = [item for item in requests if item.output_tok > 0]
     is_timed = all(item.token_times_ns for item in talking)
     timed = [item for item in talking if item.token_times_ns] if is_timed else []
     why_not = _NO_TOKEN if is_timed else _NOT_OBSERVED
     why_not_between = _ONE_TOKEN if timed else why_not
-    return Latency(
-        ttft_s=section("ttft_s", [_ttft_s(item) for item in timed], why_not),
-        tpot_s=section("tpot_s", [_tpot_s(item) for item in timed if item.output_tok > 1], why_not_between),
-        itl_s=section("itl_s", [gap for item in timed for gap in _gaps_s(item)], why_not_between),
-        e2e_s=section("e2e_s", ends, _NO_REQUEST),
-        queue_s=section("queue_s", queues, _NO_ARRIVALS),
-        null_reasons=reasons,
-    )
-
-
-def _ttft_s(request: RequestTimes) -> float:
-    times = request.token_times_ns or ()
-    return seconds_between(request.origin_ns, times[0])
-
-
-def _tpot_s(request: RequestTimes) -> float:
-    e2e_s = seconds_between(request.origin_ns, request.finished_ns)
-    return (e2e_s - _ttft_s(request)) / (request.output_tok - 1)
-
-
-def _gaps_s(request: RequestTimes) -> list[float]:
-    times = request.token_times_ns or ()
-    return [seconds_between(earlier, later) for earlier, later in itertools.pairwise(times)]
-
-
-CLOSED_BATCH = "closed_batch"
-_ONE_PASS = "one pass over the prompt set: there is no second to compare it with"  # noqa: S105
+    # TPOT = (e2e - TTFT) / (output tokens - 1)
+    tpot_s = [(item.e2e_s - item.ttft_s) / (item.output_tok - 1) for item in timed if item.output_tok > 1]
+    gaps = (pair for item in timed for pair in itertools.pairwise(item.token_times_ns or ()))
+    queue_s = [seconds_between(item.arrived_ns, item.started_ns) for item in requests if item.arrived_ns is not None]
+    values: dict[str, tuple[Sequence[float], str]] = {
+        "ttft_s": ([item.ttft_s for item in timed], why_not),
+        "tpot_s": (tpot_s, why_not_between),
+        "itl_s": ([seconds_between(earlier, later) for earlier, later in gaps], why_not_between),
+        "e2e_s": ([item.e2e_s for item in requests], _NO_REQUEST),
+        "queue_s": (queue_s, _NO_ARRIVALS),
+    }
+    found = {name: distribute(seconds) for name, (seconds, _) in values.items()}
+    reasons = {name: why if requests else _NO_REQUEST for name, (_, why) in values.items() if found[name] is None}
+    return Latency(**found, null_reasons=reasons)
 
 
 @dataclass(frozen=True)
@@ -141,38 +113,60 @@ class Output:
 
 @dataclass(frozen=True)
 class MeasuredWindow:
-    """The work between two stamps of CLOCK_MONOTONIC.
-
-    Attributes:
-        repeats: how often the prompt set was run; under traffic how often as many requests as prompts were completed.
-        requests: the completed requests that count.
-        failures: the error of each failed request that counts.
-        input_tok, output_tok: tokens of requests that did not fail, padding left out.
-        padding_tok: padding computed in front of the prompts behind `input_tok`; None where the engine does not tell.
-        steady: whether its halves are alike; None with its reason where there is nothing to compare.
-        outputs: the answers to keep: of the first pass, or of the requests that count under traffic.
-        passes_ns: when each pass over the prompt set began and ended; () under traffic.
-    """
+    """The work between two stamps of CLOCK_MONOTONIC."""
 
     traffic_mode: str
     opened_ns: int
     closed_ns: int
-    repeats: int
-    requests: tuple[RequestTimes, ...]
-    failures: tuple[str, ...]
-    input_tok: int
+    repeats: int  # runs of the prompt set; under traffic completed requests over prompts, rounded down
+    requests: tuple[RequestTimes, ...]  # the completed requests that count
+    failures: tuple[str, ...]  # the error of each failed request that counts
+    input_tok: int  # of requests that did not fail, without padding
     output_tok: int
-    padding_tok: int | None
-    steady: bool | None
+    padding_tok: int | None  # in front of the prompts behind `input_tok`; None where the engine does not report it
+    steady: bool | None  # whether its halves are alike; None where there is nothing to compare
     steady_null_reason: str | None
-    outputs: tuple[Output, ...]
+    outputs: tuple[Output, ...]  # of the first pass, or of the requests that count under traffic
     warnings: tuple[Reason, ...] = ()
-    passes_ns: tuple[tuple[int, int], ...] = ()
+    passes_ns: tuple[tuple[int, int], ...] = ()  # begin and end of each pass over the prompt set; () under traffic
 
     @property
     def window_s(self) -> float:
         """Its length in seconds."""
         return seconds_between(self.opened_ns, self.closed_ns)
+
+
+def check_completion(completion: Completion) -> None:
+    """Refuse impossible times.
+
+    Raises EngineError: another number of token times than of tokens, or an end before the start.
+    """
+    times = completion.token_times_ns
+    if completion.error is None and times is not None and len(times) != len(completion.output_ids):
+        raise EngineError(
+            f"request {completion.index}: the backend gave {len(times)} times for {len(completion.output_ids)} tokens"
+        )
+    if completion.finished_ns < completion.started_ns:
+        raise EngineError(f"request {completion.index}: the backend says it ended before it started")
+
+
+def _are_alike(first: float, second: float) -> bool:
+    """Whether two rates differ by less than the tolerance, relative to their mean."""
+    return abs(first - second) < STEADY_TOLERANCE * (first + second) / 2
+
+
+def _times_of(completion: Completion, arrived_ns: int | None) -> RequestTimes:
+    tokens = len(completion.output_ids)
+    return RequestTimes(arrived_ns, completion.started_ns, completion.finished_ns, tokens, completion.token_times_ns)
+
+
+def _padding_of(completions: Sequence[Completion]) -> int | None:
+    """The padding of all the completions; None when one does not report it."""
+    found = [item.padding_tok for item in completions if item.padding_tok is not None]
+    return sum(found) if len(found) == len(completions) else None
+
+
+# A closed batch
 
 
 def measure_batch(
@@ -186,21 +180,20 @@ def measure_batch(
 ) -> MeasuredWindow:
     """The window of a closed batch: the device idle, all requests, the device idle again.
 
-    The whole set is repeated until the window is long enough. With `observe_tokens` each request runs alone.
-    Nothing is checked or added up before the window has closed.
-
-    Args:
-        report: told the number of requests done so far.
-
-    Raises:
-        EngineError: the engine failed, or did not answer each request once.
+    The whole set is repeated until the window is long enough. With `observe_tokens` each request runs alone. Nothing is
+    checked or added up before the window has closed. `report` gets the number of requests done so far. Raises
+    EngineError: the engine failed, or did not answer each request once.
     """
     passes: list[_Pass] = []
     engine.synchronize()
     opened_ns = begin_ns = clock.monotonic_ns()
     while True:
-        told = _counting_on(len(passes) * len(requests), report)
-        completions = engine.generate(requests, observe_tokens=observe_tokens, on_progress=told)
+        before = len(passes) * len(requests)
+        completions = engine.generate(
+            requests,
+            observe_tokens=observe_tokens,
+            on_progress=lambda done, before=before: report(before + done),  # type: ignore[misc]
+        )
         engine.synchronize()
         end_ns = clock.monotonic_ns()
         passes.append(_Pass(begin_ns, end_ns, completions))
@@ -209,44 +202,6 @@ def measure_batch(
             break
         begin_ns = end_ns
     return _add_up(requests, passes)
-
-
-def _counting_on(before: int, report: Callable[[int], None]) -> OnProgress:
-    """Reports what a pass has done as the total of all passes."""
-    return lambda done: report(before + done)
-
-
-def are_alike(first: float, second: float) -> bool:
-    """Whether two rates differ by less than the tolerance, relative to their mean."""
-    return abs(first - second) < STEADY_TOLERANCE * (first + second) / 2
-
-
-def times_of(completion: Completion, arrived_ns: int | None) -> RequestTimes:
-    """The times of a completed request."""
-    return RequestTimes(
-        arrived_ns, completion.started_ns, completion.finished_ns, len(completion.output_ids), completion.token_times_ns
-    )
-
-
-def padding_of(completions: Sequence[Completion]) -> int | None:
-    """The padding of all the completions; None as soon as one does not tell."""
-    told = [item.padding_tok for item in completions if item.padding_tok is not None]
-    return sum(told) if len(told) == len(completions) else None
-
-
-def check_completion(completion: Completion) -> None:
-    """Refuse times that would make figures up.
-
-    Raises:
-        EngineError: another number of token times than of tokens, or an end before the start.
-    """
-    times = completion.token_times_ns
-    if completion.error is None and times is not None and len(times) != len(completion.output_ids):
-        raise EngineError(
-            f"request {completion.index}: the backend gave {len(times)} times for {len(completion.output_ids)} tokens"
-        )
-    if completion.finished_ns < completion.started_ns:
-        raise EngineError(f"request {completion.index}: the backend says it ended before it started")
 
 
 @dataclass(frozen=True)
@@ -266,24 +221,21 @@ def _add_up(requests: Sequence[TokenRequest], passes: Sequence[_Pass]) -> Measur
         _check_pass(by_index.keys(), item.completions)
     everything = [completion for item in passes for completion in item.completions]
     good = [completion for completion in everything if completion.error is None]
+    first_pass = sorted((item for item in passes[0].completions if item.error is None), key=lambda item: item.index)
     steady, reason = _compare_passes(passes)
     return MeasuredWindow(
         traffic_mode=CLOSED_BATCH,
         opened_ns=passes[0].begin_ns,
         closed_ns=passes[-1].end_ns,
         repeats=len(passes),
-        requests=tuple(times_of(item, None) for item in good),
+        requests=tuple(_times_of(item, None) for item in good),
         failures=tuple(item.error for item in everything if item.error is not None),
         input_tok=sum(len(by_index[item.index].token_ids) for item in good),
         output_tok=sum(item.output_tok for item in passes),
-        padding_tok=padding_of(good),
+        padding_tok=_padding_of(good),
         steady=steady,
         steady_null_reason=reason,
-        outputs=tuple(
-            Output(item.index, len(by_index[item.index].token_ids), item.output_ids)
-            for item in sorted(passes[0].completions, key=lambda item: item.index)
-            if item.error is None
-        ),
+        outputs=tuple(Output(item.index, len(by_index[item.index].token_ids), item.output_ids) for item in first_pass),
         passes_ns=tuple((item.begin_ns, item.end_ns) for item in passes),
     )
 
@@ -301,19 +253,22 @@ def _check_pass(expected: Iterable[int], completions: Sequence[Completion]) -> N
 def _compare_passes(passes: Sequence[_Pass]) -> tuple[bool | None, str | None]:
     """Whether the first half of the passes ran as fast as the last, and why that is not known.
 
-    Halves and not extremes: the slowest and the fastest of a hundred short passes always lie apart.
+    Halves and not extremes: the slowest and the fastest of a hundred short passes always differ.
     """
     half = len(passes) // 2
     if half == 0:
         return None, _ONE_PASS
     if not any(item.output_tok for item in passes):
-        return None, "no output tokens to compare"
-    return are_alike(_rate(passes[:half]), _rate(passes[-half:])), None
+        return None, _NOTHING_TO_COMPARE
+    return _are_alike(_rate(passes[:half]), _rate(passes[-half:])), None
 
 
 def _rate(passes: Sequence[_Pass]) -> float:
     elapsed_s = seconds_between(passes[0].begin_ns, passes[-1].end_ns)
     return sum(item.output_tok for item in passes) / elapsed_s if elapsed_s > 0 else 0.0
+
+
+# Steady traffic
 
 
 @dataclass(frozen=True)
@@ -326,8 +281,8 @@ class Arrival:
 
 
 @dataclass(frozen=True)
-class SteadyBooks:
-    """What counts in a window; an instant is in it after its opening and up to its closing."""
+class SteadyWindow:
+    """What counts in a window of traffic; a time is in it after its opening and up to its closing."""
 
     mode: str
     is_open_loop: bool
@@ -348,70 +303,58 @@ class SteadyBooks:
             answered: every request that was handed in, also before the opening and after the closing.
             arrived_ns: when each request arrived, also those that were never handed out.
             lost: an error for each request that the engine took and never handed in.
-            warnings: what is known already.
+            warnings: those that are known already.
         """
         finished = [pair for pair in answered if self._holds(pair[1].finished_ns)]
         good = [(arrival, item) for arrival, item in finished if item.error is None]
-        prefilled = self._prefilled(answered)
-        steady, reason = self._compare_halves(answered)
+        answers = [(arrival, item) for arrival, item in answered if item.error is None]
+        token_times = [time_ns for _, item in answers for time_ns in _token_times(item) if self._holds(time_ns)]
+        # The input of a request counts when its first output token, the end of prefill, was in the window.
+        prefilled = [
+            (arrival, item) for arrival, item in answers if self._holds(next(_token_times(item), item.finished_ns))
+        ]
+        steady, reason = self._compare_halves(token_times)
+        warnings = (*warnings, *self._backlog(arrived_ns, len(finished)))
+        if any(item.token_times_ns is None and item.output_ids for _, item in answers):
+            warnings = (*warnings, Reason.of("tokens_untimed"))
         return MeasuredWindow(
             traffic_mode=self.mode,
             opened_ns=self.opened_ns,
             closed_ns=self.closed_ns,
             repeats=len(finished) // self.prompt_count,
-            requests=tuple(times_of(item, arrival.arrived_ns) for arrival, item in good),
+            requests=tuple(_times_of(item, arrival.arrived_ns) for arrival, item in good),
             failures=(*(item.error for _, item in finished if item.error is not None), *lost),
             input_tok=sum(len(arrival.request.token_ids) for arrival, _ in prefilled),
-            output_tok=sum(1 for time_ns in _token_times(answered) if self._holds(time_ns)),
-            padding_tok=padding_of([item for _, item in prefilled]),
+            output_tok=len(token_times),
+            padding_tok=_padding_of([item for _, item in prefilled]),
             steady=steady,
             steady_null_reason=reason,
             outputs=tuple(
                 Output(arrival.prompt_index, len(arrival.request.token_ids), item.output_ids) for arrival, item in good
             ),
-            warnings=(*warnings, *self._backlog_warning(arrived_ns, len(finished)), *_untimed_warning(answered)),
+            warnings=warnings,
         )
 
     def _holds(self, time_ns: int) -> bool:
         return self.opened_ns < time_ns <= self.closed_ns
 
-    def _prefilled(self, answered: Sequence[tuple[Arrival, Completion]]) -> list[tuple[Arrival, Completion]]:
-        """The requests whose input counts: those whose first output token, the end of prefill, was in the window."""
-        return [
-            (arrival, item)
-            for arrival, item in answered
-            if item.error is None and self._holds(next(_times(item), item.finished_ns))
-        ]
-
-    def _compare_halves(self, answered: Sequence[tuple[Arrival, Completion]]) -> tuple[bool | None, str | None]:
+    def _compare_halves(self, token_times: Sequence[int]) -> tuple[bool | None, str | None]:
+        if not token_times:
+            return None, _NOTHING_TO_COMPARE
         middle_ns = (self.opened_ns + self.closed_ns) // 2
-        inside = [time_ns for time_ns in _token_times(answered) if self._holds(time_ns)]
-        if not inside:
-            return None, "no output tokens to compare"
-        first = sum(1 for time_ns in inside if time_ns <= middle_ns)
-        return are_alike(first, len(inside) - first), None
+        first = sum(1 for time_ns in token_times if time_ns <= middle_ns)
+        return _are_alike(first, len(token_times) - first), None
 
-    def _backlog_warning(self, arrived_ns: Sequence[int], finished: int) -> tuple[Reason, ...]:
+    def _backlog(self, arrived_ns: Sequence[int], finished: int) -> tuple[Reason, ...]:
         """Whether arrivals exceed completions by more than a tenth, and than two deviations of a Poisson count."""
         arrived = sum(1 for time_ns in arrived_ns if self._holds(time_ns))
-        growth = arrived - finished
-        if not self.is_open_loop or growth <= max(0.1 * arrived, 2 * math.sqrt(arrived)):
+        if not self.is_open_loop or arrived - finished <= max(0.1 * arrived, 2 * math.sqrt(arrived)):
             return ()
         return (Reason.of("load_too_high", arrived=arrived, finished=finished),)
 
 
-def _times(completion: Completion) -> Iterator[int]:
+def _token_times(completion: Completion) -> Iterator[int]:
     """When each output token was there; untimed tokens when the request was finished."""
     if completion.token_times_ns is not None:
         return iter(completion.token_times_ns)
     return itertools.repeat(completion.finished_ns, len(completion.output_ids))
-
-
-def _token_times(answered: Sequence[tuple[Arrival, Completion]]) -> Iterator[int]:
-    return (time_ns for _, item in answered if item.error is None for time_ns in _times(item))
-
-
-def _untimed_warning(answered: Sequence[tuple[Arrival, Completion]]) -> tuple[Reason, ...]:
-    if all(item.token_times_ns is not None for _, item in answered if item.error is None and item.output_ids):
-        return ()
-    return (Reason.of("tokens_untimed"),)

@@ -146,8 +146,7 @@ def _worker_lines() -> st.SearchStrategy[bytes]:
 def _host_lines() -> st.SearchStrategy[bytes]:
     config = ExperimentConfig.from_dict({"model": "gpt2"}).to_dict()
     run = {**_REQUEST.to_message(), "config": config}
-    least: dict[str, Any] = {"type": "run", "config": {}, "identity": {"experiment_id": "e"}, "result_dir": "attempt"}
-    least |= {"engine_key": "k", "keep_engine": False}
+    least = RunRequest({}, {"experiment_id": "e"}, "attempt", "k", keep_engine=False).to_message()
     return json_lines_near([run], [least, {"type": "unload"}, {"type": "quit"}]) | bytes_near(b'{"type":"quit"}\n')
 
 

@@ -90,7 +90,7 @@ class Bench:
         self.samples.mkdir(parents=True, exist_ok=True)
         path = self.samples / f"{name}.part"
         path.unlink(missing_ok=True)
-        sampler = SamplerProcess.start(own_command(sys.executable), path, (self.uuid,), interval_ms)
+        sampler = SamplerProcess(own_command(sys.executable), path, (self.uuid,), interval_ms)
         try:
             deadline_ns = self.clock.monotonic_ns() + round(_READY_S * 1e9)
             if not wait_until_ready(path, deadline_ns, sampler.is_running, self.clock):

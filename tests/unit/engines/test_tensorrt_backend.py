@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,21 +22,7 @@ from lem.engines.tensorrt import load
 
 pytestmark = [pytest.mark.needs("torch"), pytest.mark.needs("transformers")]
 
-DOUBLES = Path(__file__).parents[2] / "doubles"
 GPUS = ("GPU-aaaa", "GPU-bbbb")
-
-
-@pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """The engines that were made, as long as the double is importable."""
-    monkeypatch.syspath_prepend(str(DOUBLES))
-    from tensorrt_llm import LLM
-
-    made: list[Any] = LLM.made
-    yield made
-    for name in [name for name in sys.modules if name.split(".")[0] == "tensorrt_llm"]:
-        del sys.modules[name]
-    sys.modules.pop("lem.engines.tensorrt.session", None)
 
 
 class Bench:
@@ -89,8 +74,8 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, engines: list[Any]) -> Iterator[Bench]:
-    there = Bench(tmp_path / "model", engines)
+def bench(tmp_path: Path, tensorrt_llm: Any) -> Iterator[Bench]:
+    there = Bench(tmp_path / "model", tensorrt_llm.LLM.made)
     yield there
     there.close()
 

@@ -10,11 +10,16 @@ import pytest
 
 from lem.base.errors import EngineError, OptionRefused
 from lem.config.experiment import ExperimentConfig
-from lem.engines.tensorrt.loading import check_checkpoint, documents_of, quantization_of, vocabulary_of
-from lem.engines.tensorrt.options import EngineFacts
+from lem.engines.tensorrt.options import (
+    EngineFacts,
+    check_checkpoint,
+    documents_of,
+    quantization_of,
+    vocabulary_of,
+)
 
 NOTHING: frozenset[str] = frozenset()
-FACTS = EngineFacts("1.3.0", NOTHING, NOTHING, NOTHING, NOTHING, has_penalties=True)
+FACTS = EngineFacts("1.3.0", NOTHING, {}, NOTHING, has_penalties=True)
 
 
 def check(documents: dict[str, Any], section: dict[str, Any] | None = None, **options: Any) -> None:

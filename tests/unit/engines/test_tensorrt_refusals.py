@@ -11,7 +11,6 @@ from lem.base.errors import OptionRefused
 from lem.config.experiment import ExperimentConfig
 from lem.engines.tensorrt.options import (
     EngineFacts,
-    cache_arguments,
     check_options,
     engine_arguments,
     gpus_needed,
@@ -36,8 +35,10 @@ FACTS = EngineFacts(
             "return_perf_metrics",
         }
     ),
-    cache_arguments=frozenset({"free_gpu_memory_fraction", "enable_block_reuse", "dtype"}),
-    draft_arguments=frozenset({"max_draft_len", "speculative_model"}),
+    nested={
+        "kv_cache_config": frozenset({"free_gpu_memory_fraction", "enable_block_reuse", "dtype"}),
+        "speculative_config": frozenset({"max_draft_len", "speculative_model"}),
+    },
     sampling_arguments=frozenset(
         {
             "max_tokens",
@@ -98,24 +99,20 @@ def test_an_option_is_refused_with_version_and_reason(section: dict[str, Any], o
 
 
 @pytest.mark.parametrize(
-    ("section", "field", "lacking", "told"),
+    ("section", "missing", "reason"),
     [
-        ({"enable_chunked_context": True}, "arguments", "enable_chunked_prefill", "LLM has no enable_chunked_prefill"),
-        ({"kv_cache_type": "fp8"}, "cache_arguments", "dtype", "KvCacheConfig has no dtype"),
-        (
-            {"draft_model": "small", "num_draft_tokens": 3},
-            "draft_arguments",
-            "speculative_model",
-            "no argument for a model",
-        ),
+        ({"enable_chunked_context": True}, "enable_chunked_prefill", "LLM has no enable_chunked_prefill"),
+        ({"kv_cache_type": "fp8"}, "dtype", "KvCacheConfig has no dtype"),
+        ({"draft_model": "small", "num_draft_tokens": 3}, "speculative_model", "no argument for a model"),
     ],
 )
-def test_an_argument_that_this_version_lacks_is_refused(
-    section: dict[str, Any], field: str, lacking: str, told: str
+def test_an_argument_that_is_missing_in_this_version_is_refused(
+    section: dict[str, Any], missing: str, reason: str
 ) -> None:
-    facts = dataclasses.replace(FACTS, **{field: getattr(FACTS, field) - {lacking}})
+    nested = {name: fields - {missing} for name, fields in FACTS.nested.items()}
+    facts = dataclasses.replace(FACTS, arguments=FACTS.arguments - {missing}, nested=nested)
     check_options(experiment(section), FACTS)
-    with pytest.raises(OptionRefused, match=told):
+    with pytest.raises(OptionRefused, match=reason):
         check_options(experiment(section), facts)
 
 
@@ -147,7 +144,7 @@ def test_options_become_documented_arguments() -> None:
         "enable_chunked_context": True,
         "extra_runtime_args": {"attn_backend": "FLASHINFER"},
     }
-    made = engine_arguments(experiment(section, max_input_tokens=10, max_output_tokens=5), "/m", None, FACTS)
+    made = engine_arguments(experiment(section, max_input_tokens=10, max_output_tokens=5), FACTS, "/m")
     assert made == {
         "model": "/m",
         "dtype": "float16",
@@ -161,13 +158,14 @@ def test_options_become_documented_arguments() -> None:
         "pipeline_parallel_size": 2,
         "enable_chunked_prefill": True,
         "attn_backend": "FLASHINFER",
+        "kv_cache_config": {"free_gpu_memory_fraction": 0.9, "enable_block_reuse": False},
     }
 
 
 def test_what_lem_can_do_without_is_left_out_where_it_is_unknown() -> None:
     facts = dataclasses.replace(FACTS, arguments=FACTS.arguments - {"max_input_len", "return_perf_metrics"})
-    made = engine_arguments(experiment(), "/m", None, facts)
-    assert set(made) == {"model", "dtype", "trust_remote_code", "max_seq_len", "max_batch_size"}
+    made = engine_arguments(experiment(), facts, "/m")
+    assert set(made) == {"model", "dtype", "trust_remote_code", "max_seq_len", "max_batch_size", "kv_cache_config"}
 
 
 def test_every_kind_of_parallelism_takes_gpus() -> None:
@@ -177,8 +175,11 @@ def test_every_kind_of_parallelism_takes_gpus() -> None:
 
 
 def test_prompts_are_not_kept_unless_that_is_asked_for() -> None:
-    assert cache_arguments(experiment()) == {"free_gpu_memory_fraction": 0.9, "enable_block_reuse": False}
-    asked = cache_arguments(experiment({"enable_kv_cache_reuse": True, "kv_cache_type": "fp8"}))
+    def cache(section: dict[str, Any]) -> Any:
+        return engine_arguments(experiment(section), FACTS, "/m")["kv_cache_config"]
+
+    assert cache({}) == {"free_gpu_memory_fraction": 0.9, "enable_block_reuse": False}
+    asked = cache({"enable_kv_cache_reuse": True, "kv_cache_type": "fp8"})
     assert asked == {"free_gpu_memory_fraction": 0.9, "enable_block_reuse": True, "dtype": "fp8"}
 
 

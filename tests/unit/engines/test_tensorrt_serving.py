@@ -14,7 +14,8 @@ import pytest
 from lem.base.errors import EngineError
 from lem.engines.common import EngineRaised
 from lem.engines.protocol import Completion, TokenRequest, say_nothing
-from lem.engines.tensorrt.loading import Server
+
+pytestmark = [pytest.mark.needs("torch"), pytest.mark.needs("transformers"), pytest.mark.usefixtures("tensorrt_llm")]
 
 S = 1_000_000_000
 
@@ -105,8 +106,12 @@ def request(index: int, first_id: int = 1, length: int = 2, maximum: int = 3) ->
     return TokenRequest(index, (first_id, *range(length - 1)), maximum)
 
 
-def server(engine: Engine, clock: Clock | None = None) -> Server:
-    return Server(engine, lambda made: ("parameters", made.index), longest=(10, 16), clock=clock or Clock())
+def server(
+    engine: Engine, clock: Clock | None = None, parameters: Any = lambda made: ("parameters", made.index)
+) -> Any:
+    from lem.engines.tensorrt.session import Server
+
+    return Server(engine, parameters, longest=(10, 16), clock=clock or Clock())
 
 
 def timing(scheduled_s: float, last_s: float) -> SimpleNamespace:
@@ -256,7 +261,7 @@ def test_parameters_that_the_engine_refuses_fail_the_request() -> None:
     def refuse(_request: TokenRequest) -> Any:
         raise EngineRaised(TypeError("no such argument"))
 
-    (found,) = Server(Engine(), refuse, longest=(10, 16)).run_closed([request(0)], say_nothing)
+    (found,) = server(Engine(), parameters=refuse).run_closed([request(0)], say_nothing)
     assert found.error == "no such argument"
 
 
@@ -269,7 +274,7 @@ def test_a_bug_in_making_parameters_is_not_the_engines() -> None:
         raise WhatLemRaises
 
     with pytest.raises(WhatLemRaises):
-        Server(Engine(), make, longest=(10, 16)).run_closed([request(0)], say_nothing)
+        server(Engine(), parameters=make).run_closed([request(0)], say_nothing)
 
 
 @pytest.mark.parametrize("is_served", [False, True])

@@ -14,8 +14,7 @@ from lem.base.errors import OptionRefused
 from lem.config.experiment import ExperimentConfig
 from lem.engines.common import plain
 from lem.engines.vllm.options import (
-    ARGUMENTS,
-    NESTED_ARGUMENTS,
+    OPTIONS,
     EngineFacts,
     describe_effective,
     effective_options,
@@ -104,7 +103,7 @@ def experiment(section: dict[str, Any] | None = None, **options: Any) -> Experim
 
 def test_every_engine_option_is_read_back() -> None:
     found = effective_options(experiment(), engine())
-    assert set(found) == {*ARGUMENTS, *NESTED_ARGUMENTS}
+    assert set(found) == {*OPTIONS}
     assert found["max_num_batched_tokens"] == 8192
     assert found["cpu_offload_gb"] == 0.0
     assert found["lora.enabled"] is False

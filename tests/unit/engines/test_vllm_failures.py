@@ -9,7 +9,7 @@ import pytest
 from lem.base.errors import OptionRefused
 from lem.config.experiment import ExperimentConfig
 from lem.engines.vllm.options import EngineFacts
-from lem.engines.vllm.refusals import explain_load_failure, explain_request_failure, explain_run_failure
+from lem.engines.vllm.running import explain_load_failure, explain_request_failure, explain_run_failure
 
 FACTS = EngineFacts("0.32.0", "cuda", frozenset())
 ELSEWHERE = RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")

@@ -11,8 +11,7 @@ from lem.config.backends import VllmConfig
 from lem.config.experiment import ExperimentConfig
 from lem.config.option import walk
 from lem.engines.vllm.options import (
-    ARGUMENTS,
-    NESTED_ARGUMENTS,
+    OPTIONS,
     SAMPLING_OPTIONS,
     Places,
     engine_arguments,
@@ -36,7 +35,7 @@ def arguments(section: dict[str, Any] | None = None, **options: Any) -> dict[str
 
 def test_every_option_of_the_section_has_a_place() -> None:
     declared = {key for key, _item, _section in walk(VllmConfig)}
-    assert declared == {*ARGUMENTS, *NESTED_ARGUMENTS, *SAMPLING_OPTIONS, "extra"}
+    assert declared == {*OPTIONS, *SAMPLING_OPTIONS, "extra"}
 
 
 def test_what_is_left_out_is_left_to_the_engine() -> None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[3]
 # In a process of its own: descriptors 1 and 2 are the whole process's.
 PROGRAM = """
 import os, subprocess, sys
-from lem.engines.vllm.refusals import ChildOutput
+from lem.engines.vllm.running import ChildOutput
 output = ChildOutput()
 print("before")
 with output.inherited():
@@ -55,7 +55,7 @@ def test_output_is_passed_on_to_where_errors_go_and_kept() -> None:
 def test_all_that_was_printed_is_there_on_leaving() -> None:
     program = """
 import subprocess, sys
-from lem.engines.vllm.refusals import ChildOutput
+from lem.engines.vllm.running import ChildOutput
 output = ChildOutput()
 with output.inherited():
     subprocess.run([sys.executable, "-c", "print('x' * 100 + chr(10), end='') or print('end', flush=True)"])

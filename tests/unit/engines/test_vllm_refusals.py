@@ -9,14 +9,13 @@ import pytest
 
 from lem.base.errors import OptionRefused
 from lem.config.experiment import ExperimentConfig
-from lem.engines.vllm.options import ARGUMENTS, NESTED_ARGUMENTS, EngineFacts
-from lem.engines.vllm.refusals import check_options
+from lem.engines.vllm.options import OPTIONS, EngineFacts, check_options
 
 NESTED = {
     "attention_config": frozenset({"backend", "flash_attn_version"}),
-    "speculative_config": frozenset(inner for _outer, inner in NESTED_ARGUMENTS.values()),
+    "speculative_config": frozenset(places[0].rpartition(".")[2] for places in OPTIONS.values()),
 }
-FIELDS = frozenset(ARGUMENTS.values()) - {"swap_space"} | {
+FIELDS = frozenset(places[0] for places in OPTIONS.values()) - {"swap_space"} | {
     *NESTED,
     "compilation_config",
     "kv_cache_memory_bytes",

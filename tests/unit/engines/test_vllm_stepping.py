@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ import pytest
 from lem.base.errors import EngineError
 from lem.engines.common import EngineRaised
 from lem.engines.protocol import Completion, TokenRequest, say_nothing
-from lem.engines.vllm.stepping import StepLoop
+from lem.engines.vllm.running import RequestForms, StepLoop
 
 S = 1_000_000_000
 
@@ -30,19 +30,14 @@ class Parameters:
     is_observed: bool
 
 
-class Forms:
-    """Requests in no engine's own types; ids below 0 are rejected."""
-
-    longest = 20
-    rejections = (Rejected,)
-    failures = (RuntimeError,)
-    adapter = "an adapter"
-
-    def prompt(self, token_ids: Sequence[int], salt: str | None) -> Any:
-        return (tuple(token_ids), salt)
-
-    def parameters(self, request: TokenRequest, *, is_observed: bool) -> Parameters:
-        return Parameters(request.max_output_tokens, is_observed)
+FORMS = RequestForms(
+    prompt=lambda token_ids, salt: (tuple(token_ids), salt),
+    parameters=lambda request, is_observed: Parameters(request.max_output_tokens, is_observed),
+    longest=20,
+    rejections=(Rejected,),
+    failures=(RuntimeError,),
+    adapter="an adapter",
+)
 
 
 @dataclass
@@ -178,7 +173,7 @@ def request(index: int, first_id: int, length: int = 3, maximum: int = 4) -> Tok
 
 
 def loop(engine: Engine) -> StepLoop:
-    return StepLoop(engine, Forms(), answers=engine.answers, clock=engine.clock)
+    return StepLoop(engine, FORMS, answers=engine.answers, clock=engine.clock)
 
 
 def test_a_closed_set_runs_together_and_is_timed_by_the_engine() -> None:
@@ -401,13 +396,11 @@ def test_a_bug_in_taking_an_answer_is_not_the_engines(kind: type[Engine]) -> Non
 
 
 def test_a_bug_in_making_a_request_is_not_the_engines() -> None:
-    class BrokenForms(Forms):
-        failures = (TypeError,)  # type: ignore[assignment]
+    def parameters(request: TokenRequest, is_observed: bool) -> Any:
+        raise TypeError("a bug of lem")
 
-        def parameters(self, request: TokenRequest, *, is_observed: bool) -> Parameters:
-            raise TypeError("a bug of lem")
-
-    broken = StepLoop(Engine(), BrokenForms(), clock=time.monotonic_ns)
+    forms = dataclasses.replace(FORMS, parameters=parameters, failures=(TypeError,))
+    broken = StepLoop(Engine(), forms)
     with pytest.raises(TypeError, match="a bug of lem"):
         broken.run_closed([request(0, 10)], say_nothing)
 

@@ -9,11 +9,7 @@ import pytest
 from lem.base.errors import ExitCode, Interrupted, LockedError, OptionRefused, UserError
 from lem.config.campaign_config import (
     CampaignColdStartConfig,
-    CampaignConfig,
-    CampaignGridConfig,
-    CampaignHealthCheckConfig,
 )
-from lem.orchestration.campaign import CampaignExperiment, CampaignRunner
 from lem.orchestration.dispatch import WorkerUnavailable
 from lem.orchestration.resume import RunOptions
 from lem.orchestration.session import with_unused_options
@@ -21,6 +17,8 @@ from tests.campaign_doubles import ENVIRONMENT, FakeWorker, Place, make_campaign
 from tests.faulty_disk import watching
 
 FOUR, EIGHT = "pytorch-max_output_tokens=4", "pytorch-max_output_tokens=8"
+
+
 RESUME = RunOptions(resume=True)
 
 
@@ -36,15 +34,6 @@ def _resume(place, campaign, answers=None, **options):
 
 def _results(place):
     return sorted((place.folder / "results").rglob("result.json"))
-
-
-# --- members that other scripts call
-
-
-def test_the_order_is_every_experiment_of_every_cycle(place):
-    order = place.runner(make_campaign(place.folder)).generate_execution_order()
-    assert [(item.config_name, item.cycle_index) for item in order] == [(FOUR, 0), (EIGHT, 0), (FOUR, 1), (EIGHT, 1)]
-    assert all(isinstance(item, CampaignExperiment) and item.manifest_entry is None for item in order)
 
 
 def test_the_order_from_the_grid_leaves_named_experiments_out(place):
@@ -73,32 +62,6 @@ def test_a_new_manifest_holds_the_plan_and_is_not_yet_saved(place):
     assert not (place.folder / "state").exists()
 
 
-def test_the_resume_filter_leaves_what_is_still_to_run_with_its_entry(place):
-    runner = place.runner(make_campaign(place.folder))
-    order = runner.generate_execution_order()
-    manifest = runner.create_manifest(order)
-    manifest.experiments[0].status = "completed"
-    manifest.experiments[1].status = "failed"
-    manifest.experiments[2].status = "skipped"
-    remaining = runner.apply_resume_filter(manifest, order)
-    assert [item.exp_id for item in remaining] == [order[1].exp_id, order[3].exp_id]
-    assert remaining[0].manifest_entry is manifest.experiments[1]
-
-
-@pytest.mark.parametrize(
-    ("check", "due"),
-    [
-        (CampaignHealthCheckConfig(interval_experiments=0), []),
-        (CampaignHealthCheckConfig(interval_experiments=1), [1, 2, 3, 4, 5, 6]),
-        (CampaignHealthCheckConfig(interval_experiments=3), [3, 6]),
-        (CampaignHealthCheckConfig(enabled=False, interval_experiments=3), []),
-    ],
-)
-def test_health_is_checked_between_experiments_at_the_interval(place, check, due):
-    runner = place.runner(make_campaign(place.folder, health_check=check))
-    assert [index for index in range(7) if runner.should_health_check(index)] == due
-
-
 @pytest.mark.parametrize(
     ("cold_start", "is_cold"),
     [
@@ -109,12 +72,6 @@ def test_health_is_checked_between_experiments_at_the_interval(place, check, due
 )
 def test_restarting_the_container_is_a_cold_start_too(place, cold_start, is_cold):
     assert place.runner(make_campaign(place.folder, cold_start=cold_start)).should_cold_start() is is_cold
-
-
-def test_a_runner_needs_a_campaign_alone():
-    assert CampaignRunner(
-        CampaignConfig(campaign_name="a", grid=CampaignGridConfig(backends=("pytorch",)))
-    ).options == (RunOptions())
 
 
 # --- resume
@@ -131,16 +88,6 @@ def test_a_resume_runs_what_failed_and_keeps_the_run_id(place):
     assert place.manifest().run_id == before.run_id
     assert set(kept) < set(_results(place))
     assert [data["text"] for data in place.told("note")] == ["Resuming: 3 remaining (1 completed, 0 failed)"]
-
-
-def test_a_resume_of_a_completed_campaign_does_nothing(place):
-    campaign = make_campaign(place.folder)
-    place.runner(campaign).run()
-    outcome = _resume(place, campaign)
-    assert outcome.manifest.is_complete
-    assert place.requests == []
-    assert place.executor.worker.opened == 0
-    assert place.told("note")[-1]["text"] == "Resuming: 0 remaining (4 completed, 0 failed)"
 
 
 def test_failed_experiments_count_as_neither_once_the_resume_has_begun(place):

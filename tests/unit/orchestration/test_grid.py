@@ -22,34 +22,6 @@ def expand(base_config: dict[str, Any] | None = None, /, **grid: Any) -> list[di
     return expand_campaign_grid(CampaignGridConfig(**{"backends": ["pytorch"], **grid}), base_config)
 
 
-# Expansion
-
-
-@pytest.mark.parametrize("backends", [["pytorch"], ["pytorch", "vllm"], ["tensorrt", "pytorch", "vllm"]])
-def test_an_empty_shared_gives_one_for_each_backend(backends: list[str]) -> None:
-    assert expand(backends=backends) == [{"backend": backend} for backend in backends]
-
-
-def test_shared_axes_multiply() -> None:
-    configs = expand(
-        backends=["pytorch", "vllm"],
-        shared={"fp_precision": ["float16", "bfloat16"], "max_output_tokens": [16, 32, 64]},
-    )
-    assert len(configs) == 2 * 2 * 3
-    assert {(item["backend"], item["fp_precision"], item["max_output_tokens"]) for item in configs} == {
-        (backend, precision, tokens)
-        for backend in ("pytorch", "vllm")
-        for precision in ("float16", "bfloat16")
-        for tokens in (16, 32, 64)
-    }
-
-
-def test_models_are_an_axis() -> None:
-    configs = expand(backends=["pytorch", "vllm"], models=["gpt2", "org/other"], shared={"streaming": [True, False]})
-    assert len(configs) == 8
-    assert [item["model"] for item in configs if item["backend"] == "pytorch"] == ["gpt2"] * 2 + ["org/other"] * 2
-
-
 def test_a_model_of_the_grid_is_not_mixed_with_another() -> None:
     base = {"model": {"name": "one", "revision": "abc"}}
     assert expand(base, models=["two"]) == [{"backend": "pytorch", "model": "two"}]
@@ -75,11 +47,6 @@ def test_an_override_is_a_field_of_its_backends_section() -> None:
         {"backend": "pytorch", "pytorch": {"batch_size": 4, "use_cache": True}},
         {"backend": "vllm"},
     ]
-
-
-def test_a_dotted_override_nests_in_the_section() -> None:
-    (config,) = expand(backends=["vllm"], backend_overrides={"vllm": {"speculative.method": "ngram"}})
-    assert config["vllm"] == {"speculative": {"method": "ngram"}}
 
 
 def test_a_list_typed_option_takes_a_list_of_lists() -> None:
@@ -122,11 +89,6 @@ def test_the_base_is_left_alone_and_nothing_is_shared() -> None:
     assert second["decoder"]["top_k"] == 5
     assert second["extra_metadata"]["tags"] == ["a"]
     assert base == before
-
-
-def test_expansion_is_the_same_every_time() -> None:
-    axes = {"shared": {"max_output_tokens": [1, 2], "fp_precision": ["float16", "float32"]}, "models": ["a", "b"]}
-    assert expand(**axes) == expand(**axes)
 
 
 def engine_runs(configs: list[dict[str, Any]]) -> tuple[int, int]:
@@ -212,17 +174,6 @@ def test_nothing_generated() -> None:
     assert result.summary == "Generated 0 experiments (0 filtered)."
 
 
-def test_valid_ones_come_back_as_they_were_given() -> None:
-    configs: list[dict[str, Any]] = [
-        {"model": "gpt2", "max_output_tokens": 8},
-        {"model_name": "gpt2", "backend": "vllm"},
-    ]
-    result = validate_campaign_grid(configs)
-    assert list(result.valid_configs) == configs
-    assert not result.filtered_configs
-    assert result.summary == "Generated 2 experiments (0 filtered)."
-
-
 def test_an_invalid_one_is_left_out_with_its_reason_and_the_others_stay() -> None:
     good, bad = {"model": "gpt2", "max_output_tokens": 8}, {"model": "gpt2", "max_output_tokens": 0}
     result = validate_campaign_grid([bad, good])
@@ -246,20 +197,6 @@ def test_an_experiment_without_model_is_filtered_with_that_reason(config: dict[s
     assert issue.why == (NO_MODEL,)
 
 
-def test_the_summary_groups_by_reason_and_counts_those_with_warnings() -> None:
-    configs = expand(
-        {"model": "gpt2", "decoder": {"temperature": 0.5}},
-        backends=["pytorch", "tensorrt"],
-        shared={"fp_precision": ["float16", "float32"], "decoder.top_p": [1.0, 0.9], "max_output_tokens": [1, 2, 3]},
-    )
-    result = validate_campaign_grid(configs)
-    assert result.summary == (
-        "Generated 24 experiments (6 filtered: tensorrt needs float16 or bfloat16 × 6). 9 have warnings."
-    )
-    assert {issue.severity for issue in result.warnings} == {"warning"}
-    assert len(result.valid_configs) == 18
-
-
 def test_the_summary_names_the_most_frequent_reason_first() -> None:
     def issues(*reasons: str) -> tuple[GridValidationIssue, ...]:
         return tuple(GridValidationIssue(str(number), reason) for number, reason in enumerate(reasons))
@@ -273,12 +210,3 @@ def test_a_configuration_with_two_warnings_is_counted_once() -> None:
     result = validate_campaign_grid([config])
     assert len(result.warnings) == 2
     assert result.summary == "Generated 1 experiments (0 filtered). 1 has warnings."
-
-
-def test_a_grid_of_thousands_is_expanded_and_validated() -> None:
-    configs = expand(
-        {"model": "gpt2"},
-        shared={"max_output_tokens": list(range(1, 51)), "random_seed": list(range(40))},
-    )
-    result = validate_campaign_grid(configs)
-    assert result.total_generated == len(result.valid_configs) == 2000

@@ -8,7 +8,7 @@ from typing import Any
 
 from lem.base.process import ProcessId
 from lem.worker.channel import Outbox, encode_line
-from lem.worker.engine_child import EndStep
+from lem.worker.guardian import EndStep
 
 __all__ = ["PipedEngine"]
 
@@ -17,7 +17,7 @@ class PipedEngine:
     """Keeps what it is told, and does what a test gave it to do when an experiment comes.
 
     Attributes:
-        steps: the steps by which it was to be ended; `None` stands for `end_sooner`.
+        steps: the steps by which it was to be ended; the second one ends it.
         exit_code: what `reap` finds; None while it lives.
         looks_survived: how often `reap` is answered with None though it has ended.
         on_run: called with each experiment.
@@ -34,14 +34,14 @@ class PipedEngine:
         self.engine_key: str | None = None
         self.is_stuck = False
         self.next_step_at: float | None = None
-        self.steps: list[EndStep | None] = []
+        self.steps: list[EndStep] = []
         self.exit_code: int | None = None
         self.looks_survived = 0
         self.on_run: Callable[[Mapping[str, Any]], None] = lambda _message: None
 
     @property
-    def is_ending(self) -> bool:
-        return bool(self.steps)
+    def step(self) -> EndStep | None:
+        return self.steps[-1] if self.steps else None
 
     def say(self, message: Mapping[str, Any]) -> None:
         """Report to the supervisor."""
@@ -62,11 +62,8 @@ class PipedEngine:
     def end(self, step: EndStep, now: float) -> None:
         del now
         self.steps.append(step)
-
-    def end_sooner(self, now: float) -> None:
-        del now
-        self.steps.append(None)
-        self.exit_code = -9
+        if len(self.steps) > 1:
+            self.exit_code = -9
 
     def tick(self, now: float) -> None:
         """Nothing comes by itself here."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -16,12 +15,13 @@ from lem.base.clock import Clock, SystemClock
 from lem.base.errors import ConfigurationError, EngineError, OptionRefused
 from lem.config.experiment import ExperimentConfig
 from lem.record import Record, read_record
-from lem.worker.channel import PHASES, LineBuffer, RunRequest, decode_report, encode_line
+from lem.worker.channel import LineBuffer, Progress, RunRequest, decode_report, encode_line
 from lem.worker.engine import MessageWriter, describe_failure, serve
-from lem.worker.harness import Reporter
-from lem.worker.recording import ResidentEngine
+from lem.worker.harness import ResidentEngine
+from lem.worker.metering import Reporter
 from tests.doubles.trivial_engine import TrivialEngine
 from tests.records import make_record
+from tests.worker_rig import PHASES
 
 SECRET = "hf_a_token_of_somebody"
 
@@ -167,30 +167,30 @@ def test_quit_unloads_the_engine_and_what_comes_after_is_not_done(pipes: Pipes, 
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
 def test_failures_are_told_by_kind(error: Exception, expected: tuple[str, str, str, bool, bool]):
-    told = describe_failure(error, {})
+    told = describe_failure(error, "e", None, {})
 
-    assert (told["kind"], told["message"], told["hint"], told["permanent"], told["engine_lost"]) == expected
+    assert (told.kind, told.message, told.hint, told.permanent, told.engine_lost) == expected
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_a_kind_of_its_own(code: int):
-    told = describe_failure(OSError(code, os.strerror(code), "/results/e/result.json"), {})
+    told = describe_failure(OSError(code, os.strerror(code), "/results/e/result.json"), "e", None, {})
 
-    assert (told["kind"], told["permanent"], told["engine_lost"]) == ("full", False, False)
-    assert "/results/e/result.json" in told["message"]
+    assert (told.kind, told.permanent, told.engine_lost) == ("full", False, False)
+    assert "/results/e/result.json" in told.message
 
 
 def test_secrets_are_taken_out_of_what_is_told():
-    told = describe_failure(EngineError(f"401 for {SECRET}", f"is {SECRET} right?"), {"HF_TOKEN": SECRET})
+    told = describe_failure(EngineError(f"401 for {SECRET}", f"is {SECRET} right?"), "e", None, {"HF_TOKEN": SECRET})
 
-    assert SECRET not in json.dumps(told)
-    assert told["message"] == "401 for [redacted]"
+    assert SECRET not in str(told)
+    assert told.message == "401 for [redacted]"
 
 
 def test_messages_of_several_threads_do_not_mix(pipes: Pipes):
     def talk(number: int) -> None:
         for done in range(50):
-            pipes.writer.send("progress", exp_id=str(number), done=done, total=None, text="x" * 200)
+            pipes.writer.send(Progress(str(number), done, None, "x" * 200))
 
     threads = [threading.Thread(target=talk, args=(number,)) for number in range(4)]
     received: list[dict[str, Any]] = []

@@ -9,7 +9,14 @@ import pytest
 
 from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import EngineReport
-from lem.worker.environment import HostFacts, describe_environment, differing_options, fingerprint_of, read_host
+from lem.worker.recording import (
+    GpuSurroundings,
+    HostFacts,
+    describe_environment,
+    differing_options,
+    fingerprint_of,
+    read_host,
+)
 
 HOST = HostFacts("Debian 12", "6.1.0", "A CPU", 8, 16 << 30, "performance")
 REPORT = EngineReport("transformers", "5.0", {"torch": "2.0"}, "cuda", ("GPU-b", "GPU-a"))
@@ -60,7 +67,7 @@ def test_this_machine_can_be_read() -> None:
 
 def test_everything_unknown_has_a_reason() -> None:
     host = replace(HOST, memory_b=None, governor=None)
-    found = describe_environment(host, REPORT, config(), executor="local", image=None)
+    found = describe_environment(host, REPORT, config(), executor="local", image=None, gpus=GpuSurroundings())
     nulls = {
         name
         for name in (
@@ -80,7 +87,7 @@ def test_everything_unknown_has_a_reason() -> None:
 
 def test_what_is_known_has_none() -> None:
     report = replace(REPORT, model_revision="abc", weights_sha256="def", device="cpu", gpu_uuids=())
-    found = describe_environment(HOST, report, config(), executor="docker", image="sha256:1")
+    found = describe_environment(HOST, report, config(), executor="docker", image="sha256:1", gpus=GpuSurroundings())
     assert set(found.null_reasons) == {"vbios", "other_gpu_processes"}
     assert found.null_reasons["vbios"] == "no GPU in use"
     assert found.versions["python"] == platform.python_version()

@@ -14,11 +14,11 @@ from lem.base.errors import EngineError, OptionRefused
 from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig
 from lem.record import Record, decode_record, encode_record
-from lem.worker.channel import PHASES, RunRequest
-from lem.worker.harness import run_experiment
+from lem.worker.channel import RunRequest
+from lem.worker.harness import ResidentEngine, run_experiment
 from lem.worker.prompts import Prompt, read_prompts, write_prompts
-from lem.worker.recording import ResidentEngine
 from tests.unit.worker.timed_backend import SteppedClock, TimedBackend
+from tests.worker_rig import PHASES
 
 IDENTITY = {
     "experiment_id": "abc-c1",

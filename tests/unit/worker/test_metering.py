@@ -27,11 +27,9 @@ from lem.meters.samples import (
 )
 from lem.record import Record, encode_record
 from lem.worker.channel import RunRequest
-from lem.worker.harness import run_experiment
+from lem.worker.harness import ResidentEngine, run_experiment
 from lem.worker.metering import Metering
 from lem.worker.prompts import write_prompts
-from lem.worker.recording import ResidentEngine
-from lem.worker.sampling import PartFile
 from tests.doubles.nvml.traces import Counter, GpuProcess, GpuTrace, Load, Trace, simulate_log
 from tests.records import codes
 from tests.unit.worker.test_harness import IDENTITY, PROMPTS, Listener
@@ -325,7 +323,8 @@ def test_a_process_that_comes_while_prompts_are_fetched_is_a_foreign_one(meter: 
     meter.gpu = dataclasses.replace(meter.gpu, processes=(GpuProcess(77, from_s=20.0),))
     config = ExperimentConfig.from_dict({"model": "any", "baseline": {"enabled": False}})
     meter.write()
-    metering = Metering(PartFile(meter.folder / PART_FILENAME), config, {}, {}, meter.clock, meter.listener)
+    path = meter.folder / PART_FILENAME
+    metering = Metering(path, simulate_log(meter.trace, 0, 1).header, config, {}, meter.clock, meter.listener)
     metering.choose([UUID])
     assert metering.sources.gpu_method == EnergySource.COUNTER
     meter.clock.advance_ms(60_000)

@@ -9,7 +9,7 @@ import pytest
 from lem.base.errors import EngineError, OptionRefused
 from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import EngineReport
-from lem.worker.recording import ResidentEngine, new_load_id
+from lem.worker.harness import ResidentEngine
 from tests.doubles.trivial_engine import TrivialEngine
 
 CONFIG = ExperimentConfig.from_dict({"model": "none"})
@@ -142,7 +142,3 @@ def test_nothing_counts_as_loaded_after_an_unload_that_fails():
 
     assert not engine.is_resident("key")
     engine.unload()  # nothing to do
-
-
-def test_loads_have_names_of_their_own():
-    assert len({new_load_id() for _ in range(1000)}) == 1000

@@ -28,7 +28,7 @@ GPU = "GPU-00000000-0000-4000-8000-000000000000"
 OWNER = """
 import pathlib, signal, sys
 from lem.worker.sampling import SamplerProcess
-sampler = SamplerProcess.start(sys.argv[2:], pathlib.Path(sys.argv[1]))
+sampler = SamplerProcess(sys.argv[2:], pathlib.Path(sys.argv[1]))
 print(sampler.pid, flush=True)
 signal.pause()
 """
@@ -55,7 +55,7 @@ def until_ready(sampler: SamplerProcess) -> SampleLog:
 
 
 def test_it_writes_from_its_start_to_its_end(output: Path) -> None:
-    sampler = SamplerProcess.start(COMMAND, output, tdp_w=95.5)
+    sampler = SamplerProcess(COMMAND, output, tdp_w=95.5)
     header = until_ready(sampler).header
     assert sampler.is_running()
     assert sampler.death() is None
@@ -74,7 +74,7 @@ def test_it_hears_another_interval(output: Path, tmp_path: Path, monkeypatch: py
     double.say("count 1")
     for name, value in double.variables().items():
         monkeypatch.setenv(name, value)
-    sampler = SamplerProcess.start(COMMAND, output, [GPU], interval_ms=60_000)
+    sampler = SamplerProcess(COMMAND, output, [GPU], interval_ms=60_000)
     assert [gpu.uuid for gpu in until_ready(sampler).header.gpus] == [GPU]
     sampler.set_interval(10)
     wait_for(lambda: len(read_part(output).samples) > 5 or None)  # in its own time the second would come after a minute
@@ -94,7 +94,7 @@ def test_it_ends_as_soon_as_its_owner_is_gone(output: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_has_it_write_its_last_rows(output: Path, number: signal.Signals) -> None:
-    sampler = SamplerProcess.start(COMMAND, output)
+    sampler = SamplerProcess(COMMAND, output)
     until_ready(sampler)
     wait_for(lambda: read_part(output).loads or None)
     os.kill(sampler.pid, number)
@@ -104,7 +104,7 @@ def test_a_signal_has_it_write_its_last_rows(output: Path, number: signal.Signal
 
 
 def test_one_that_hangs_is_killed(output: Path) -> None:
-    sampler = SamplerProcess.start(COMMAND, output)
+    sampler = SamplerProcess(COMMAND, output)
     until_ready(sampler)
     os.kill(sampler.pid, signal.SIGSTOP)
     assert sampler.stop(0.05) == -signal.SIGKILL
@@ -113,7 +113,7 @@ def test_one_that_hangs_is_killed(output: Path) -> None:
 
 def test_one_that_cannot_write_says_why(output: Path) -> None:
     output.mkdir()
-    sampler = SamplerProcess.start(COMMAND, output)
+    sampler = SamplerProcess(COMMAND, output)
     assert not wait_until_ready(output / "samples", 2**62, sampler.is_running, SystemClock())
     assert sampler.stop(PATIENCE_S) == 1
     death = sampler.death() or ""
@@ -122,7 +122,7 @@ def test_one_that_cannot_write_says_why(output: Path) -> None:
 
 
 def test_a_log_that_is_removed_ends_it(output: Path) -> None:
-    sampler = SamplerProcess.start(COMMAND, output)
+    sampler = SamplerProcess(COMMAND, output)
     until_ready(sampler)
     output.unlink()
     assert wait_until_ended(sampler.pid, PATIENCE_S)
@@ -132,7 +132,7 @@ def test_a_log_that_is_removed_ends_it(output: Path) -> None:
 
 def test_a_command_that_is_not_there_is_told(output: Path) -> None:
     with pytest.raises(UserError, match="no such program"):
-        SamplerProcess.start([str(output)], output)
+        SamplerProcess([str(output)], output)
 
 
 def test_it_prints_nothing_on_stdout(output: Path) -> None:

@@ -13,27 +13,28 @@ from typing import Any
 import pytest
 
 from lem.base import process
-from lem.worker.channel import LineBuffer, decode_report, encode_line
-from lem.worker.engine_child import EndStep, EngineChild
+from lem.worker.channel import LineBuffer, RunRequest, decode_report, encode_line
+from lem.worker.guardian import EndStep, EngineChild
 from lem.worker.supervisor import Supervisor
 from tests.unit.worker.piped_engine import PipedEngine
 
 ROOT = Path(__file__).resolve().parents[3]
 
 RESULT = {"type": "result", "valid": True, "engine_load_id": "load-1", "engine_reused": False, "summary": {}}
-ERROR = {"type": "error", "kind": "engine", "message": "", "hint": "", "permanent": False, "phase": "window"}
+ERROR = {
+    "type": "error",
+    "kind": "engine",
+    "message": "",
+    "hint": "",
+    "permanent": False,
+    "phase": None,
+    "log_tail": "",
+}
 
 
 def run_message(folder: Path, name: str, *, engine_key: str = "key", keep_engine: bool = True) -> dict[str, Any]:
     (folder / name).mkdir()
-    return {
-        "type": "run",
-        "config": {},
-        "identity": {"experiment_id": name},
-        "result_dir": str(folder / name),
-        "engine_key": engine_key,
-        "keep_engine": keep_engine,
-    }
+    return RunRequest({}, {"experiment_id": name}, str(folder / name), engine_key, keep_engine).to_message()
 
 
 class Host:
@@ -193,7 +194,7 @@ def test_a_second_signal_ends_the_engine_sooner(tmp_path: Path, engine: PipedEng
     os.write(host.signals, bytes([signal.SIGTERM]))
 
     assert host.join() == 143
-    assert engine.steps == [EndStep.TERM, None]
+    assert engine.steps == [EndStep.TERM, EndStep.HANG_UP]
 
 
 def test_an_engine_that_kill_does_not_end_is_told_and_given_up(tmp_path: Path, engine: PipedEngine):

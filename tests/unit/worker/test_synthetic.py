@@ -5,11 +5,18 @@ import statistics
 
 import pytest
 
-from lem.worker.prompts import BUNDLED, SyntheticPlan, generate, shuffled
+from lem.config.experiment import SyntheticPrompts
+from lem.worker.prompts import BUNDLED, generate, shuffled
+
+
+def plan(length: int, output: int | None, size: int, seed: int, distribution: str = "fixed") -> SyntheticPrompts:
+    return SyntheticPrompts(
+        input_tokens=length, output_tokens=output, sample_size=size, seed=seed, distribution=distribution
+    )
 
 
 def lengths(distribution: str, length: int = 200, size: int = 2000) -> list[int]:
-    return [item.input_tokens for item in generate(SyntheticPlan(length, None, size, 5, distribution))]
+    return [item.input_tokens or 0 for item in generate(plan(length, None, size, 5, distribution))]
 
 
 def test_fixed_lengths_are_all_the_chosen_one() -> None:
@@ -35,28 +42,28 @@ def test_a_length_of_one_stays_at_least_one(distribution: str) -> None:
 
 
 def test_output_lengths_are_drawn_where_chosen() -> None:
-    assert {item.output_tokens for item in generate(SyntheticPlan(8, 32, 5, 1))} == {32}
-    assert {item.output_tokens for item in generate(SyntheticPlan(8, None, 5, 1))} == {None}
+    assert {item.output_tokens for item in generate(plan(8, 32, 5, 1))} == {32}
+    assert {item.output_tokens for item in generate(plan(8, None, 5, 1))} == {None}
 
 
 def test_texts_have_more_words_than_the_length_in_tokens() -> None:
-    assert all(len(item.text.split()) > item.input_tokens for item in generate(BUNDLED))
+    assert all(len(item.prompt.split()) > (item.input_tokens or 0) for item in generate(BUNDLED))
 
 
 def test_no_two_prompts_are_alike_nor_begin_alike() -> None:
-    texts = [item.text for item in generate(SyntheticPlan(4, None, 300, 1))]
+    texts = [item.prompt for item in generate(plan(4, None, 300, 1))]
     assert len({text.split()[0] for text in texts}) == 300
 
 
 def test_same_seed_same_prompts_another_seed_others() -> None:
-    plan = SyntheticPlan(16, None, 8, 1, "lognormal")
-    assert generate(plan) == generate(plan)
-    assert generate(plan) != generate(SyntheticPlan(16, None, 8, 2, "lognormal"))
+    chosen = plan(16, None, 8, 1, "lognormal")
+    assert generate(chosen) == generate(chosen)
+    assert generate(chosen) != generate(plan(16, None, 8, 2, "lognormal"))
 
 
 def test_bundled_set_never_changes() -> None:
     """Its hash is part of every campaign that gave no prompts: another one would make old results incomparable."""
-    text = "\n".join(f"{item.input_tokens} {item.text}" for item in generate(BUNDLED))
+    text = "\n".join(f"{item.input_tokens} {item.prompt}" for item in generate(BUNDLED))
     assert (
         hashlib.sha256(text.encode()).hexdigest() == "2c69b04f5636b590f9631642481173298127de2f77c2d946ea481dba6f966cb9"
     )

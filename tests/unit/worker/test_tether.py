@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lem.base.variables import MARK_VARIABLE
-from lem.worker.engine_child import end_marked, find_marked
+from lem.worker.guardian import end_marked, find_marked
 from lem.worker.launch import own_command
 from tests.processes import Marker, wait_for, wait_until_ended
 
@@ -118,7 +118,7 @@ def test_nothing_marked_is_nothing_left() -> None:
 
 
 def test_this_process_is_left_alone(marker: Marker) -> None:
-    program = "import os\nfrom lem.worker.engine_child import end_marked\nprint(end_marked('me'), flush=True)\n"
+    program = "import os\nfrom lem.worker.guardian import end_marked\nprint(end_marked('me'), flush=True)\n"
     environ = marker.environ(**{MARK_VARIABLE: "me"})
     finished = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=False)
     assert finished.stdout == "()\n"

@@ -12,7 +12,7 @@ import pytest
 from lem.base.clock import SystemClock
 from lem.base.errors import EngineError
 from lem.engines.protocol import Completion, RequestQueue, TokenRequest
-from lem.worker.traffic import PreparedQueue, TrafficPlan, arrival_offsets_s, measure_traffic, serve_all
+from lem.worker.requests import PreparedQueue, TrafficPlan, arrival_offsets_s, measure_traffic, serve_all
 from lem.worker.window import MeasuredWindow
 from tests.records import codes
 from tests.unit.worker.timed_backend import NS_PER_MS, SteppedClock, TimedBackend, make_requests

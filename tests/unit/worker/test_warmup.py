@@ -8,8 +8,9 @@ import pytest
 from lem.base.reasons import Reason
 from lem.config.experiment import WarmupConfig
 from lem.engines.protocol import Completion, TokenRequest
+from lem.worker.harness import has_settled, warm_up
+from lem.worker.recording import WarmupOutcome
 from lem.worker.requests import DisjointRequests
-from lem.worker.warmup import WarmupOutcome, has_settled, skipped_warmup, warm_up
 from tests.unit.worker.timed_backend import SteppedClock, TimedBackend, make_requests
 
 
@@ -108,12 +109,6 @@ def test_without_detection_convergence_is_null_with_its_reason() -> None:
     assert found.converged is None
     assert found.prompts == 5
     assert "convergence_detection" in (found.null_reason or "")
-
-
-def test_disabled_warmup_is_null_with_its_reason() -> None:
-    found = skipped_warmup()
-    assert (found.prompts, found.elapsed_s, found.converged) == (0, None, None)
-    assert "disabled" in (found.null_reason or "")
 
 
 def test_steps_of_unequal_work_are_compared_by_the_token() -> None:

@@ -12,9 +12,9 @@ import pytest
 
 from lem import __version__
 from lem.record import read_record
-from lem.worker.channel import PHASES, PROTOCOL_VERSION, encode_line
+from lem.worker.channel import PROTOCOL_VERSION, encode_line
 from tests.processes import children_of, wait_until_ended
-from tests.worker_rig import RawWorker, Rig
+from tests.worker_rig import PHASES, RawWorker, Rig
 
 TOKEN = "hf_a_token_of_somebody"
 

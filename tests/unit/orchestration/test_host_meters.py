@@ -3,20 +3,184 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lem.base.measurement import EnergySource
 from lem.config.experiment import ExperimentConfig
 from lem.meters.samples import GpuHeader, GpuSample, SampleHeader, SampleLog
-from lem.orchestration.host_meters import Attendance, HostMeters, Reference, has_recovered
+from lem.meters.sources import Baselines
+from lem.orchestration import host_meters
+from lem.orchestration.host_meters import BARE, Attendance, BaselineBook, HostMeters, Reference, has_recovered
 from lem.orchestration.status import Event
-from lem.record import Idle
+from lem.record import Idle, Record
 from lem.worker.channel import RunRequest
 from tests.records import make_record
 
+KEY, GPUS = "key-1", ("GPU-a",)
+
+
+def record(*, reused: bool = False, source: str | None = "nvml_counter", **idle: Any) -> Record:
+    """A record of that power at rest; what is not given was not measured."""
+    base = make_record()
+    fields = [item.name for item in dataclasses.fields(Idle) if item.name != "null_reasons"]
+    reasons = {name: "not measured" for name in fields if idle.get(name) is None}
+    return dataclasses.replace(
+        base,
+        idle=Idle(**idle, null_reasons=reasons),
+        energy=dataclasses.replace(base.energy, energy_source=source),
+        environment=dataclasses.replace(base.environment, gpu_uuids=GPUS),
+        validity=dataclasses.replace(base.validity, engine_reused=reused),
+    )
+
+
+MEASURED = record(
+    idle_bare_power_w=70.0,
+    idle_bare_temp_c=35.0,
+    idle_loaded_power_w=95.0,
+    idle_loaded_temp_c=41.0,
+    baseline_age_s=0.0,
+)
+
+
+def test_what_was_measured_is_known_until_it_is_too_old():
+    book = BaselineBook()
+    book.note(MEASURED, KEY, now_s=100.0)
+    assert book.known(GPUS, KEY, ttl_s=60, now_s=130.0) == {EnergySource.COUNTER: Baselines(70.0, 95.0, 30.0)}
+    assert book.known(GPUS, KEY, ttl_s=60, now_s=161.0) == {}
+
+
+def test_another_engine_has_the_bare_baseline_alone():
+    book = BaselineBook()
+    book.note(MEASURED, KEY, now_s=100.0)
+    assert book.known(GPUS, "key-2", ttl_s=60, now_s=100.0) == {EnergySource.COUNTER: Baselines(bare_power_w=70.0)}
+    assert book.known(("GPU-b",), KEY, ttl_s=60, now_s=100.0) == {}
+
+
+def test_a_baseline_that_was_handed_on_does_not_become_young_again():
+    book = BaselineBook()
+    book.note(MEASURED, KEY, now_s=100.0)
+    book.note(record(idle_bare_power_w=70.0, idle_loaded_power_w=95.0, baseline_age_s=50.0), KEY, now_s=150.0)
+    assert book.known(GPUS, KEY, ttl_s=60, now_s=170.0) == {}
+
+
+def test_what_one_meter_told_is_not_known_of_another():
+    book = BaselineBook()
+    book.note(MEASURED, KEY, now_s=100.0)
+    book.note(record(source="rapl", idle_loaded_power_w=40.0, baseline_age_s=0.0), KEY, now_s=110.0)
+    known = book.known(GPUS, KEY, ttl_s=60, now_s=110.0)
+    assert known == {EnergySource.COUNTER: Baselines(70.0, 95.0, 10.0), "rapl": Baselines(None, 40.0, 0.0)}
+
+
+def test_what_a_cpu_takes_is_no_reference_for_gpus():
+    book = BaselineBook()
+    book.note(dataclasses.replace(MEASURED, energy=record(source="rapl").energy), KEY, now_s=100.0)
+    assert book.reference(GPUS, KEY) is None
+
+
+def test_nothing_is_learned_where_nothing_was_measured():
+    book = BaselineBook()
+    book.note(record(source=None), KEY, now_s=0.0)
+    assert book.known(GPUS, KEY, ttl_s=60, now_s=0.0) == {}
+
+
+def test_the_reference_is_the_first_baseline_of_a_state():
+    book = BaselineBook()
+    book.note(MEASURED, KEY, now_s=100.0)
+    warmer = dataclasses.replace(MEASURED.idle, idle_loaded_temp_c=55.0, idle_loaded_power_w=110.0)
+    book.note(dataclasses.replace(MEASURED, idle=warmer), KEY, now_s=200.0)
+    assert book.reference(GPUS, KEY) == Reference(95.0, 41.0)
+    assert book.reference(GPUS, BARE) == Reference(70.0, 35.0)
+    assert book.reference(GPUS, "key-2") is None
+
+
+class FakeClock:
+    """Time that passes only while something waits; a stop may be asked for at a given second."""
+
+    def __init__(self, stop_at_s: float = float("inf")) -> None:
+        self.now_s = 100.0
+        self.waits: list[float] = []
+        self._stop_at_s = 100.0 + stop_at_s
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def wait(self, seconds: float) -> bool:
+        self.waits.append(seconds)
+        self.now_s = min(self.now_s + seconds, max(self._stop_at_s, self.now_s))
+        return self.now_s >= self._stop_at_s
+
+
+class FakeSensors:
+    """Answers one after the other, the last one for ever."""
+
+    def __init__(self, *answers: bool | None) -> None:
+        self._answers: Iterator[bool | None] = iter(answers)
+        self._last: bool | None = None
+        self.asked = 0
+
+    def __call__(self) -> bool | None:
+        self.asked += 1
+        self._last = next(self._answers, self._last)
+        return self._last
+
+
+def keep(cap_s: float, sensors: FakeSensors | None, clock: FakeClock) -> host_meters.GapOutcome:
+    return host_meters.keep_gap(cap_s, is_recovered=sensors, monotonic=clock.monotonic, wait=clock.wait)
+
+
+def test_without_sensors_the_whole_gap_is_kept_in_one_wait() -> None:
+    clock = FakeClock()
+    assert keep(60.0, None, clock) == (60.0, host_meters.NO_SENSORS)
+    assert clock.waits == [60.0]
+
+
+def test_a_device_already_back_ends_the_gap_at_once() -> None:
+    clock = FakeClock()
+    assert keep(60.0, FakeSensors(True), clock) == (0.0, host_meters.RECOVERED)
+    assert clock.waits == []
+
+
+def test_gap_ends_when_the_device_is_back() -> None:
+    clock, sensors = FakeClock(), FakeSensors(False, False, False, True)
+    assert keep(60.0, sensors, clock) == (3.0, host_meters.RECOVERED)
+    assert sensors.asked == 4
+
+
+def test_a_device_that_stays_warm_ends_the_gap_at_its_cap() -> None:
+    clock = FakeClock()
+    assert keep(2.5, FakeSensors(False), clock) == (2.5, host_meters.CAP_REACHED)
+    assert clock.waits == [1.0, 1.0, 0.5]
+
+
+def test_sensors_that_never_answer_are_no_sensors() -> None:
+    assert keep(5.0, FakeSensors(None), FakeClock()) == (5.0, host_meters.NO_SENSORS)
+
+
+def test_sensors_that_answer_late_still_end_the_gap() -> None:
+    assert keep(5.0, FakeSensors(None, None, True), FakeClock()) == (2.0, host_meters.RECOVERED)
+
+
+@pytest.mark.parametrize("sensors", [None, FakeSensors(False)])
+def test_a_stop_ends_the_gap_when_it_is_asked_for(sensors: FakeSensors | None) -> None:
+    gap_s, reason = keep(60.0, sensors, FakeClock(stop_at_s=7.5))
+    assert gap_s == pytest.approx(7.5)
+    assert reason == host_meters.INTERRUPTED
+
+
+def test_no_gap_asks_nobody_and_waits_for_nothing() -> None:
+    clock, sensors = FakeClock(), FakeSensors(False)
+    assert keep(0.0, sensors, clock) == (0.0, host_meters.NO_GAP)
+    assert sensors.asked == 0
+    assert clock.waits == []
+
+
 REFERENCE = Reference(power_w=100.0, temp_c=40.0)
+
+
 S = 1_000_000_000
 
 

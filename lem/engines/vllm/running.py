@@ -1,0 +1,440 @@
+"""Running vLLM's engine: the steps it makes, what its processes print, and what its failures mean.
+
+Imports no vLLM. The engine's own interface is called, the two calls that `LLM.generate` makes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import queue
+import re
+import select
+import sys
+import termios
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from lem.base.errors import EngineError, OptionRefused
+from lem.base.units import KIB, NS_PER_S
+from lem.config.experiment import ExperimentConfig
+from lem.engines.common import GOOD_ENDS, TAKE_LIMIT, EngineRaised, shortened
+from lem.engines.protocol import Completion, OnProgress, RequestQueue, TokenRequest
+from lem.engines.vllm.options import OPTION_OF_PARAMETER, OPTIONS, EngineFacts, extra_of, given_options
+
+
+class LLMEngine(Protocol):
+    """The part of vLLM's LLMEngine that is used."""
+
+    def add_request(self, request_id: str, prompt: Any, params: Any, *, lora_request: Any = None) -> Any:
+        """Submit a request."""
+
+    def step(self) -> list[Any]:
+        """The outputs since the last call; waits until the engine has made a step."""
+
+
+@dataclass(frozen=True)
+class RequestForms:
+    """Requests in the engine's own types."""
+
+    prompt: Callable[[Sequence[int], str | None], Any]  # equal prompts with different salts share no cache
+    parameters: Callable[[TokenRequest, bool], Any]  # with True, tokens are returned as they come, else at the end
+    longest: int  # the most tokens of prompt and output together
+    rejections: tuple[type[Exception], ...]  # what the engine raises for a request that it does not accept
+    failures: tuple[type[Exception], ...]  # what else its calls raise
+    adapter: Any = None  # the LoRA adapter of every request
+
+
+@dataclass
+class _Stream:
+    """A request that the engine is working on."""
+
+    request: TokenRequest
+    handed_ns: int
+    is_observed: bool
+    output_ids: list[int] = field(default_factory=list)
+    times_ns: list[int] = field(default_factory=list)
+
+    def take(self, output: Any, now_ns: int) -> Completion | None:
+        """Add the tokens of a step (one, several or none); the completion after the last.
+
+        A token's time is when the caller has it. The engine itself reports when it started the request, by the same
+        clock (CLOCK_MONOTONIC); its `arrival_time` is of another clock and not used.
+        """
+        part = output.outputs[0]
+        self.output_ids += part.token_ids
+        if self.is_observed:
+            self.times_ns += [now_ns] * len(part.token_ids)
+        if not output.finished:
+            return None
+        started_ns, finished_ns = self._span(output.metrics, now_ns)
+        error = None if part.finish_reason in GOOD_ENDS else f"vLLM ended the request with {part.finish_reason!r}"
+        times_ns = tuple(self.times_ns) if self.is_observed else None
+        return Completion(
+            self.request.index, tuple(self.output_ids), started_ns, finished_ns, times_ns, error, padding_tok=0
+        )
+
+    def _span(self, metrics: Any, now_ns: int) -> tuple[int, int]:
+        started_s, last_s = (getattr(metrics, name, 0.0) for name in ("scheduled_ts", "last_token_ts"))
+        started_ns = round(started_s * NS_PER_S) if started_s else self.handed_ns
+        if self.is_observed:
+            return started_ns, self.times_ns[-1] if self.times_ns else now_ns
+        return started_ns, max(started_ns, round(last_s * NS_PER_S) if last_s else now_ns)
+
+
+class StepLoop:
+    """Runs requests through an engine. The thread that runs it is the only one that calls the engine.
+
+    Args:
+        answers: where an engine in a process of its own puts the result of each step, which `step` then takes. Requests
+            go to it as they arrive, while it computes; without such a queue they wait for the end of the step.
+    """
+
+    def __init__(
+        self,
+        engine: LLMEngine,
+        forms: RequestForms,
+        *,
+        answers: queue.Queue[Any] | None = None,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._engine = engine
+        self._forms = forms
+        self._answers = answers
+        self._clock = clock
+        self._streams: dict[str, _Stream] = {}
+        self._count = 0
+
+    def run_closed(self, requests: Sequence[TokenRequest], on_progress: OnProgress) -> list[Completion]:
+        """A completion for each request, all submitted at once."""
+        completions = [failed for request in requests if (failed := self._add(request, is_observed=False)) is not None]
+        return completions + self._finish(len(completions), on_progress)
+
+    def run_alone(self, requests: Sequence[TokenRequest], on_progress: OnProgress) -> list[Completion]:
+        """A completion for each request, one after another, with the times of its tokens."""
+        completions: list[Completion] = []
+        for request in requests:
+            failed = self._add(request, is_observed=True)
+            completions += [failed] if failed is not None else self._finish(len(completions), on_progress)
+        return completions
+
+    def serve(self, arrivals: RequestQueue, *, is_salted: bool) -> None:
+        """Answer requests until the queue is closed and empty.
+
+        Args:
+            is_salted: a repeated prompt is not found in the prefix cache.
+
+        Raises:
+            EngineRaised: the engine failed.
+        """
+        desk = _Desk(arrivals, self._answers)
+        occurrences: Counter[tuple[int, ...]] = Counter()
+        thread = threading.Thread(target=desk.take_in, name="requests", daemon=True)
+        thread.start()
+        while (arrived := desk.collect(is_busy=bool(self._streams))) is not None:
+            for request in arrived:
+                salt = None
+                if is_salted:
+                    times = occurrences[request.token_ids] = occurrences[request.token_ids] + 1
+                    salt = None if times == 1 else str(times)
+                failed = self._add(request, is_observed=True, salt=salt)
+                if failed is not None:
+                    arrivals.complete(failed)
+            if self._streams and desk.can_step():
+                for completion in self._step():
+                    arrivals.complete(completion)
+        if desk.failure is not None:
+            raise desk.failure
+        thread.join()
+
+    def _finish(self, done: int, on_progress: OnProgress) -> list[Completion]:
+        """The completions of the requests that the engine has, `done` others being complete."""
+        completions: list[Completion] = []
+        while self._streams:
+            completions += self._step()
+            on_progress(done + len(completions))
+        return completions
+
+    def _add(self, request: TokenRequest, *, is_observed: bool, salt: str | None = None) -> Completion | None:
+        """Submit a request; its completion if it has failed already."""
+        forms, now_ns = self._forms, self._clock()
+        if len(request.token_ids) + request.max_output_tokens > forms.longest:
+            problem = (
+                f"{len(request.token_ids)} tokens of prompt and {request.max_output_tokens} of output are more than "
+                f"vllm.max_model_len, {forms.longest}"
+            )
+            return Completion(request.index, (), now_ns, now_ns, error=problem)
+        self._count += 1
+        name = f"lem-{self._count}"
+        try:
+            prompt = forms.prompt(request.token_ids, salt)
+            parameters = forms.parameters(request, is_observed)
+        except forms.rejections as error:
+            return Completion(request.index, (), now_ns, self._clock(), error=shortened(error))
+        try:
+            self._engine.add_request(name, prompt, parameters, lora_request=forms.adapter)
+        except forms.rejections as error:
+            return Completion(request.index, (), now_ns, self._clock(), error=shortened(error))
+        except forms.failures as error:
+            raise EngineRaised(error) from error
+        self._streams[name] = _Stream(request, now_ns, is_observed)
+        return None
+
+    def _step(self) -> list[Completion]:
+        try:
+            outputs = self._engine.step()
+        except self._forms.failures as error:
+            raise EngineRaised(error) from error
+        now_ns = self._clock()
+        completions = []
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is None:
+                raise EngineError(f"vLLM answered request {output.request_id}, which it did not have")
+            completion = stream.take(output, now_ns)
+            if completion is not None:
+                del self._streams[output.request_id]
+                completions.append(completion)
+        return completions
+
+
+class _Desk:
+    """Between the thread that takes requests in and the one that calls the engine."""
+
+    def __init__(self, arrivals: RequestQueue, answers: queue.Queue[Any] | None) -> None:
+        self.failure: Exception | None = None  # why no more requests can be taken in
+        self._arrivals = arrivals
+        self._answers = answers
+        # One condition for arrivals and for answers: `queue.Queue` notifies it when something is put there.
+        self._changed = threading.Condition() if answers is None else answers.not_empty
+        self._inbox: list[TokenRequest] = []
+        self._is_closed = False
+
+    def take_in(self) -> None:
+        """Take requests as they arrive; runs in a thread of its own."""
+        try:
+            while arrived := self._arrivals.take(TAKE_LIMIT):
+                with self._changed:
+                    self._inbox.extend(arrived)
+                    self._changed.notify()
+        except Exception as error:  # noqa: BLE001 - the top of a thread: the loop raises it
+            self.failure = error
+        finally:
+            with self._changed:
+                self._is_closed = True
+                self._changed.notify()
+
+    def collect(self, *, is_busy: bool) -> list[TokenRequest] | None:
+        """The requests that have arrived; waits until there is one or the engine can be stepped.
+
+        None if no more will come and the engine has none (`is_busy`), or if taking in has failed.
+        """
+        with self._changed:
+            while not self._inbox and not (is_busy and self._has_answer()):
+                if self.failure is not None or (self._is_closed and not is_busy):
+                    return None
+                self._changed.wait()
+            if self.failure is not None:
+                return None
+            arrived, self._inbox = self._inbox, []
+            return arrived
+
+    def can_step(self) -> bool:
+        """Whether requests that arrive during a step do not wait for its end."""
+        with self._changed:
+            return self._has_answer()
+
+    def _has_answer(self) -> bool:
+        return self._answers is None or bool(self._answers.queue)
+
+
+# --- what its failures mean
+
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|OutOfMemoryError|No available memory for the cache blocks|"
+    r"less than desired (GPU|CPU)? ?memory utilization|can't allocate memory|"
+    r"larger than the available KV cache memory|Cannot allocate memory|No space left on device.*shm",
+    re.IGNORECASE,
+)
+_NO_SUCH_MODEL = re.compile(
+    r"are not supported for now|Unsupported architecture|Unrecognized model|no `?architectures`?|"
+    r"Cannot find any model weights|weights were not initialized|Unsupported CPU attention configuration|"
+    r"does not appear to have a file named|Error while deserializing header|trust_remote_code",
+    re.IGNORECASE,
+)
+# What vLLM says in the caller when the cause was printed by one of its processes.
+_ELSEWHERE = re.compile(r"root cause above|stack trace \(above\)|See stack trace for root cause")
+_PARAMETER = re.compile(r"parameter=(?P<name>\w+)")
+_KILLED = re.compile(r"'(?P<name>[^']+)': -(?P<signal>\d+)")
+
+# A line of a log: `(EngineCore pid=7) ERROR 11-20 08:27:10 [core.py:402] ValueError: words`, its prefixes optional.
+_ERROR_LINE = re.compile(
+    r"^(?:\([^)]*\)\s*)*(?:ERROR\s[^\]]*\]\s*)?"
+    r"(?P<name>(?:\w+\.)*\w*(?:Error|Exception))(?:: (?P<words>.*))?$"
+)
+# What vLLM says no with; the same configuration brings these again.
+_REFUSALS = frozenset({"AssertionError", "NotImplementedError", "ValidationError", "ValueError", "VLLMValidationError"})
+# pydantic wraps the words of a check into a report on its input.
+_WRAPPING = re.compile(r"^\d+ validation errors? for \w+\s+(Value error, )?|\s*\[type=\w+, input_value=.*$")
+_MEMORY_HINT = (
+    "use a smaller model, a lower fp_precision or quantization, a shorter vllm.max_model_len, fewer max_num_seqs, or "
+    "another vllm.gpu_memory_utilization; on the CPU VLLM_CPU_KVCACHE_SPACE (GiB) bounds the cache"
+)
+
+
+def explain_load_failure(
+    error: BaseException, output: str, config: ExperimentConfig, facts: EngineFacts
+) -> EngineError:
+    """The error for an engine that could not be made; `output` is what its processes printed."""
+    name, text = _cause(error, output)
+    what = f"{facts} cannot load {config.model.name}"
+    if _OUT_OF_MEMORY.search(f"{text} {output if _ELSEWHERE.search(str(error)) else ''}"):
+        what = f"{facts}: out of memory while loading"
+        return EngineError(f"{what}: {text}", _MEMORY_HINT, kind="out_of_memory", is_permanent=True)
+    if killed := _KILLED.search(str(error)):
+        hint = "signal 9 is what the kernel sends when memory runs out" if killed["signal"] == "9" else ""
+        what = f"{facts}: its process {killed['name']} was ended by signal {killed['signal']} while loading"
+        return EngineError(what, hint)
+    if _NO_SUCH_MODEL.search(text):
+        hint = "is it a causal language model, whole, of a kind that this build of vLLM knows?"
+        return EngineError(f"{what}: {text}", hint, kind="model", is_permanent=True)
+    is_permanent = name in _REFUSALS
+    if is_permanent and (changed := _options_behind(text, config)):
+        return OptionRefused(f"{what} with {changed}: {text}", "leave one of them out")
+    return EngineError(f"{what}: {text}", "see the log", is_permanent=is_permanent)
+
+
+def explain_request_failure(words: str, config: ExperimentConfig, facts: EngineFacts) -> OptionRefused:
+    """The error for options under which vLLM takes no request, with vLLM's own words."""
+    words = shortened(words)
+    parameter = _PARAMETER.search(words)
+    text = parameter["name"] if parameter else words.lower()
+    options = [option for word, option in OPTION_OF_PARAMETER.items() if word in text]
+    listed = " or ".join(options) or _options_behind(words, config) or "these options"
+    return OptionRefused(f"{facts} cannot honour {listed}: {words}", "change the value, or leave the option out")
+
+
+def explain_run_failure(error: BaseException, output: str, facts: EngineFacts) -> EngineError:
+    """The error for an engine that failed while it generated."""
+    _name, text = _cause(error, output)
+    if _OUT_OF_MEMORY.search(text):
+        return EngineError(f"{facts}: out of memory while generating: {text}", _MEMORY_HINT, kind="out_of_memory")
+    return EngineError(f"{facts} failed while generating: {text}", "see the log")
+
+
+def _cause(error: BaseException, output: str) -> tuple[str, str]:
+    """Name and text of the cause of an error, from what was printed if the error itself does not contain it."""
+    name, words = type(error).__name__, str(error)
+    if _ELSEWHERE.search(words):
+        lines = (_ERROR_LINE.match(line.strip()) for line in output.splitlines())
+        # The process that failed first prints the cause; those that waited for it fail after it.
+        cause = next((line for line in lines if line and not _ELSEWHERE.search(line["words"] or "")), None)
+        if cause is not None:
+            name, words = cause["name"].rpartition(".")[2], cause["words"] or ""
+        elif name == "EngineDeadError":
+            words = "its process ended without a word, as one does that the kernel kills for its memory"
+    words = shortened(_WRAPPING.sub("", " ".join(words.split())))
+    return name, f"{name}: {words}" if words else name
+
+
+def _options_behind(words: str, config: ExperimentConfig) -> str:
+    """The options whose names are in the words of an error; else all options that were set."""
+    plain = given_options(ExperimentConfig.from_dict({"model": config.model.name, "backend": "vllm"}))
+    given = {**given_options(config), **{f"extra.{name}": value for name, value in extra_of(config).items()}}
+    changed = {name: value for name, value in given.items() if plain.get(name) != value}
+    spaced = _spaced(words)
+
+    def is_named(option: str) -> bool:
+        names = (option, OPTIONS.get(option, (option,))[0])
+        return any(_spaced(name.rpartition(".")[2]) in spaced for name in names)
+
+    return ", ".join(f"vllm.{name}: {changed[name]}" for name in [*filter(is_named, changed)] or changed)
+
+
+def _spaced(words: str) -> str:
+    return re.sub(r"[\W_]+", " ", words.lower())
+
+
+# --- what its processes print
+
+_TAIL_B = 256 * KIB
+_READ_B = 64 * KIB
+_PATIENCE_S = 5.0
+_POLL_S = 0.005
+
+
+class ChildOutput:
+    """The output of the processes that are started while `inherited` is open, for as long as they live."""
+
+    def __init__(self) -> None:
+        self._tail = bytearray()
+        self._lock = threading.Lock()
+
+    @property
+    def text(self) -> str:
+        """The end of what was printed so far."""
+        with self._lock:
+            return self._tail.decode("utf-8", "replace")
+
+    @contextlib.contextmanager
+    def inherited(self) -> Iterator[None]:
+        """Meanwhile descriptors 1 and 2 lead here, so that new processes inherit them.
+
+        What is written to them goes on to the former descriptor 2. On leaving they are restored, and everything that
+        was printed until then has been passed on.
+        """
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        saved = [os.dup(descriptor) for descriptor in (1, 2)]
+        thread = threading.Thread(target=self._pass_on, args=(reader, os.dup(2)), name="engine output", daemon=True)
+        thread.start()
+        try:
+            _redirect(writer, writer)
+            try:
+                yield
+            finally:
+                _redirect(*saved)
+        finally:
+            self._drain(writer)
+            for descriptor in (writer, *saved):
+                os.close(descriptor)
+
+    def _pass_on(self, reader: int, target: int) -> None:
+        """Copy until the last process that can write has ended."""
+        with contextlib.suppress(OSError):
+            while True:
+                select.select((reader,), (), ())
+                # An empty pipe, seen under this lock, means that everything is in the tail.
+                with self._lock:
+                    data = os.read(reader, _READ_B)
+                    self._tail += data
+                    del self._tail[:-_TAIL_B]
+                    view = memoryview(data)
+                    while view:
+                        view = view[os.write(target, view) :]
+                if not data:
+                    break
+        os.close(reader)
+        os.close(target)
+
+    def _drain(self, writer: int) -> None:
+        """Wait until everything written so far was passed on."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while time.monotonic() < deadline:
+            with self._lock:
+                unread_b = fcntl.ioctl(writer, termios.FIONREAD, b"\0" * 4)
+                if int.from_bytes(unread_b, sys.byteorder) == 0:
+                    return
+            time.sleep(_POLL_S)
+
+
+def _redirect(out: int, err: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os.dup2(out, 1)
+    os.dup2(err, 2)
