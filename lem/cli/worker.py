@@ -16,7 +16,7 @@ from typing import TextIO
 from lem.base import process
 from lem.base.errors import ExitCode, UserError
 from lem.base.units import KIB
-from lem.worker.guardian import start_guarded
+from lem.worker.guardian import end_marked, start_guarded
 from lem.worker.launch import own_command
 
 
@@ -42,53 +42,33 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
     """The exit code of a worker, of its engine process or of a sampler."""
     if args.sampler:
         return _run_sampler(args, err)
-
     if args.end_marked is not None:
-        from lem.worker.guardian import end_marked
-
         return int(ExitCode.EXPERIMENT_FAILED if end_marked(args.end_marked) else ExitCode.OK)
     if args.tether is not None:
         return run_tethered(args.tether)
     if not args.engine:
-        return run_supervisor()
+        from lem.worker.supervisor import supervise
+
+        return supervise()
     if args.control_fd is None or args.message_fd is None:
         raise UserError("worker --engine needs --control-fd and --message-fd", "start `lem worker`, which gives them")
-    return run_engine_process(args.control_fd, args.message_fd)
-
-
-def _run_sampler(args: argparse.Namespace, err: TextIO) -> int:
-    from lem.meters.sampler import (
-        LONGEST_INTERVAL_MS,
-        SHORTEST_INTERVAL_MS,
-        SamplerOptions,
-        is_interval,
-        run_sampler_process,
-    )
-
-    if args.output is None:
-        raise UserError("worker --sampler needs --output", "name the log that it is to write")
-    if not is_interval(args.interval_ms):
-        raise UserError(
-            f"--interval-ms {args.interval_ms}: neither 0 nor from {SHORTEST_INTERVAL_MS} to {LONGEST_INTERVAL_MS}",
-            "100 is usual",
-        )
-    return run_sampler_process(SamplerOptions(args.output, tuple(args.gpu), args.interval_ms, args.tdp), err)
-
-
-def run_supervisor() -> int:
-    """The exit code of a worker whose channel is stdin and stdout."""
-    from lem.worker.supervisor import supervise
-
-    return supervise()
-
-
-def run_engine_process(control_fd: int, message_fd: int) -> int:
-    """The exit code of an engine process that was given the descriptors of its supervisor's pipes."""
-    start_guarded(control_fd, message_fd)
+    start_guarded(args.control_fd, args.message_fd)
     # Imported after the fork: the guardian stays small.
     from lem.worker.engine import serve_pipes
 
-    return serve_pipes(control_fd, message_fd)
+    return serve_pipes(args.control_fd, args.message_fd)
+
+
+def _run_sampler(args: argparse.Namespace, err: TextIO) -> int:
+    from lem.meters import sampler
+
+    if args.output is None:
+        raise UserError("worker --sampler needs --output", "name the log that it is to write")
+    if not sampler.is_interval(args.interval_ms):
+        shortest, longest = sampler.SHORTEST_INTERVAL_MS, sampler.LONGEST_INTERVAL_MS
+        raise UserError(f"--interval-ms {args.interval_ms}: neither 0 nor from {shortest} to {longest}", "100 is usual")
+    options = sampler.SamplerOptions(args.output, tuple(args.gpu), args.interval_ms, args.tdp)
+    return sampler.run_sampler_process(options, err)
 
 
 GRACE_S = 20.0
@@ -99,18 +79,17 @@ _POLL_S = 0.5
 def run_tethered(arguments: Sequence[str]) -> int:
     """The exit code of `lem ARGUMENTS`, which is ended when stdin is.
 
-    The first line of stdin is a JSON object of variables for its environment: what stands there is in no argv.
-
-    Raises:
-        UserError: the first line is something else, or the command cannot be started.
+    The first line of stdin is a JSON object of variables for its environment, since argv is public. Raises UserError:
+    that line is something else, or the command cannot be started.
     """
-    variables = _read_variables()
+    env = {**os.environ, **_read_variables()}
     command = (*own_command(sys.executable), *arguments)
-    child = process.spawn(
-        command, env={**os.environ, **variables}, stdin=process.DEVNULL, stdout=1, stderr=2, new_session=True
-    )
+    child = process.spawn(command, env=env, stdin=process.DEVNULL, stdout=1, stderr=2, new_session=True)
     try:
-        _wait(child)
+        while child.poll() is None:
+            readable, _, _ = select.select([0], [], [], _POLL_S)
+            if readable and not os.read(0, _READ_B):
+                break
     finally:
         _end(child)
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
@@ -133,22 +112,13 @@ def _read_variables() -> Mapping[str, str]:
     return {str(name): str(value) for name, value in found.items()}
 
 
-def _wait(child: process.Child[bytes]) -> None:
-    """Return when the command has ended, or stdin has."""
-    while child.poll() is None:
-        readable, _, _ = select.select([0], [], [], _POLL_S)
-        if readable and not os.read(0, _READ_B):
-            return
-
-
 def _end(child: process.Child[bytes]) -> None:
-    """End the command if it is still there: TERM, a while, KILL; what it started sees an end of file then."""
-    if child.poll() is not None:
-        return
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGTERM)
-    try:
-        child.wait(GRACE_S)
-    except process.TimeoutExpired:
-        process.kill_group(child.pid)
-        child.wait()
+    """End the command if it is still there: TERM, then KILL; its own children see an end of file."""
+    if child.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGTERM)
+        try:
+            child.wait(GRACE_S)
+        except process.TimeoutExpired:
+            process.kill_group(child.pid)
+            child.wait()

@@ -69,7 +69,7 @@ class RunRequest(Message):
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> RunRequest:
         """The request in a `run` message. Raises ChannelError: a field is missing, unknown or of another type."""
-        secrets = message.get("secrets")
+        secrets = message.get("secrets", {})
         if not isinstance(secrets, dict) or not all(isinstance(secret, str) for secret in secrets.values()):
             raise ChannelError("run: secrets: expected texts by name")  # the codec would quote them
         try:
@@ -134,10 +134,7 @@ class Result(Message):
 
     type: ClassVar[str] = "result"
     exp_id: str
-    valid: bool
-    engine_load_id: str
     engine_reused: bool
-    summary: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -268,28 +265,6 @@ TAIL_LINES = 30
 _TAIL_B = 8 * KIB
 
 
-class Redactor:
-    """Removes secrets from a stream of bytes, also one that is split between two chunks."""
-
-    def __init__(self, secrets: Iterable[str] = ()) -> None:
-        self._secrets = tuple(secret.encode() for secret in secrets if len(secret) >= SHORTEST_SECRET)
-        self._held = b""
-
-    def feed(self, data: bytes) -> bytes:
-        """What can be passed on; what may be the beginning of a secret is held back."""
-        data = self._held + data
-        for secret in self._secrets:
-            data = data.replace(secret, REDACTED)
-        cut = len(data) - max((_overlap(data, secret) for secret in self._secrets), default=0)
-        self._held = data[cut:]
-        return data[:cut]
-
-    def flush(self) -> bytes:
-        """What was held back and is no secret after all."""
-        held, self._held = self._held, b""
-        return held
-
-
 def redact(text: str, secrets: Iterable[str]) -> str:
     """The text without the secrets."""
     for secret in secrets:
@@ -311,17 +286,23 @@ class EngineLog:
     """
 
     def __init__(self, path: str, secrets: Iterable[str] = ()) -> None:
-        self._redactor = Redactor(secrets)
+        self._secrets = tuple(secret.encode() for secret in secrets if len(secret) >= SHORTEST_SECRET)
+        self._held = b""
         self._tail = bytearray()
         self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
 
     def write(self, data: bytes) -> None:
-        """Append what was printed."""
-        self._append(self._redactor.feed(data))
+        """Append what was printed, without secrets; what may be the beginning of one is held back."""
+        data = self._held + data
+        for secret in self._secrets:
+            data = data.replace(secret, REDACTED)
+        cut = len(data) - max((_overlap(data, secret) for secret in self._secrets), default=0)
+        self._held = data[cut:]
+        self._append(data[:cut])
 
     def close(self) -> None:
         """Write what is left and close the file; the last lines stay."""
-        self._append(self._redactor.flush())
+        self._append(self._held)
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

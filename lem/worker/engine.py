@@ -126,7 +126,7 @@ def _answer(
         traceback.print_exc()
         answer: Message = describe_failure(error, request.exp_id, reporter.current, request.secrets)
     else:
-        answer = _describe_result(record, request.exp_id)
+        answer = Result(request.exp_id, record.validity.engine_reused)
     flush_output()
     return answer
 
@@ -146,18 +146,6 @@ def describe_failure(error: Exception, exp_id: str, phase: str | None, secrets: 
         message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     message, hint = (redact(text, secrets.values()) for text in (message, hint))
     return Failure(exp_id, kind, message, hint, is_permanent, phase, engine_lost=kind not in _HARMLESS_KINDS)
-
-
-def _describe_result(record: Record, exp_id: str) -> Result:
-    summary = {
-        "window_s": record.window.window_s,
-        "output_tok": record.work.output_tok,
-        "requests_ok": record.work.requests_ok,
-        "requests_failed": record.work.requests_failed,
-        "output_tok_per_s": record.throughput.output_tok_per_s,
-    }
-    validity = record.validity
-    return Result(exp_id, validity.valid, validity.engine_load_id, validity.engine_reused, summary)
 
 
 def flush_output() -> None:

@@ -104,7 +104,6 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
     is_resident = engine.is_resident(request.engine_key)
     metering = open_metering(request, config, is_resident=is_resident, clock=clock, reporter=reporter)
     prompts = _resolve_prompts(config, folder, request.secrets)
-    host = read_host()
 
     if not is_resident:
         metering.rest_bare()
@@ -124,7 +123,7 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
     reporter.phase("window")
     loaded.reset_peak_memory()
     measured = _measure(loaded, encoded.requests, config, warmup, metering)
-    peak_memory_b = loaded.peak_memory_b()
+    peak_b = loaded.peak_memory_b()
     reporter.phase("cooldown")
     if request.keep_engine:
         metering.rest_after()
@@ -133,24 +132,11 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
     energy = metering.close(folder, measured, is_steady_mode=config.traffic_simulation.enabled)
     if config.save_outputs:
         _write_outputs(folder, measured.outputs, loaded.decode)
-    surroundings = metering.surroundings(residence.report.gpu_uuids)
-    return compose_record(
-        Findings(
-            request=request,
-            config=config,
-            requested=requested,
-            start_utc=start_utc,
-            host=host,
-            residence=residence,
-            prompts=prompts,
-            encoded=encoded,
-            warmup=warmup,
-            measured=measured,
-            peak_memory_b=peak_memory_b,
-            energy=energy,
-            surroundings=surroundings,
-        )
+    gpus = metering.surroundings(residence.report.gpu_uuids)
+    found = Findings(
+        request, config, requested, start_utc, residence, prompts, encoded, warmup, measured, peak_b, energy, gpus
     )
+    return compose_record(found, read_host())
 
 
 def _read_requested(folder: Path) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -94,7 +94,6 @@ class Findings:
     config: ExperimentConfig
     requested: Mapping[str, Any]  # the configuration as written, `${VAR}` unexpanded
     start_utc: datetime
-    host: HostFacts
     residence: Residence
     prompts: ResolvedPrompts
     encoded: EncodedPrompts
@@ -102,10 +101,10 @@ class Findings:
     measured: MeasuredWindow
     peak_memory_b: int | None
     energy: EnergyFindings
-    surroundings: GpuSurroundings
+    gpus: GpuSurroundings
 
 
-def compose_record(found: Findings) -> Record:
+def compose_record(found: Findings, host: HostFacts) -> Record:
     """The record, with every secret of the request redacted.
 
     Raises EngineError: kind `channel`, the host left out part of the identity.
@@ -127,12 +126,12 @@ def compose_record(found: Findings) -> Record:
         efficiency=efficiency_of(energy.energy.primary_j, work),
         carbon=carbon_of(energy.energy.primary_j, found.config.measurement),
         environment=describe_environment(
-            found.host,
+            host,
             found.residence.report,
             found.config,
             executor=request.executor,
             image=request.image,
-            gpus=found.surroundings,
+            gpus=found.gpus,
         ),
         requested=found.requested,
         extra_metadata=metadata if isinstance(metadata, dict) else found.config.extra_metadata,
@@ -262,13 +261,16 @@ def _redact(value: Any, words: Sequence[str]) -> Any:
 
 def read_host(root: Path = Path("/")) -> HostFacts:
     """The machine this runs on; `root` is where `etc`, `proc` and `sys` are."""
+    distribution = _find(root / "etc/os-release", ("PRETTY_NAME",), "=")
+    cpu = _find(root / "proc/cpuinfo", ("model name", "Model", "cpu model"), ":")  # x86; Raspberry and others; MIPS
+    memory = _find(root / "proc/meminfo", ("MemTotal",), ":")
     governors = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor")
     return HostFacts(
-        os=_read_os(root),
+        os=platform.system() if distribution is None else distribution.strip("\"'"),
         kernel=platform.release(),
-        cpu=_read_cpu(root),
+        cpu=cpu or platform.processor() or platform.machine(),
         cpu_count=len(os.sched_getaffinity(0)),
-        memory_b=_read_memory(root),
+        memory_b=None if memory is None else int(memory.split()[0]) * KIB,  # "kB" there means KiB
         governor=", ".join(sorted({line.strip() for file in governors for line in _lines(file)})) or None,
     )
 
@@ -362,26 +364,12 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _read_os(root: Path) -> str:
-    for line in _lines(root / "etc/os-release"):
-        if line.startswith("PRETTY_NAME="):
-            return line.removeprefix("PRETTY_NAME=").strip().strip("\"'")
-    return platform.system()
-
-
-def _read_cpu(root: Path) -> str:
-    wanted = ("model name", "Model", "cpu model")  # x86; Raspberry and others; MIPS
-    for line in _lines(root / "proc/cpuinfo"):
-        key, _, value = line.partition(":")
-        if key.strip() in wanted and value.strip():
+def _find(file: Path, names: Collection[str], separator: str) -> str | None:
+    """The value in the first line with one of these names."""
+    for line in _lines(file):
+        name, _, value = line.partition(separator)
+        if name.strip() in names and value.strip():
             return value.strip()
-    return platform.processor() or platform.machine()
-
-
-def _read_memory(root: Path) -> int | None:
-    for line in _lines(root / "proc/meminfo"):
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1]) * KIB  # "kB" there means KiB
     return None
 
 

@@ -34,8 +34,6 @@ class EncodedPrompts:
     """The measured requests, in the order of their prompts."""
 
     requests: tuple[TokenRequest, ...]
-    truncated: int  # prompts that were cut to `max_input_tokens`
-    bounded: int  # prompts that asked for more output than `max_output_tokens`
     warnings: tuple[Reason, ...] = ()
 
 
@@ -51,7 +49,7 @@ def encode_prompts(
     one, other = encode("a"), encode("the")
     leader = int(len(one) > 1 and len(other) > 1 and one[0] == other[0])
     requests: list[TokenRequest] = []
-    truncated = bounded = 0
+    cut = bounded = 0
     for index, prompt in enumerate(prompts):
         ids = tuple(encode(prompt.prompt))
         if not ids:
@@ -65,18 +63,18 @@ def encode_prompts(
             ids = tuple(
                 itertools.islice(itertools.chain(ids, itertools.cycle(ids[leader:] or ids)), prompt.input_tokens)
             )
-        truncated += len(ids) > config.max_input_tokens
+        cut += len(ids) > config.max_input_tokens
         wanted = config.max_output_tokens if prompt.output_tokens is None else prompt.output_tokens
         bounded += wanted > config.max_output_tokens
         most = min(wanted, config.max_output_tokens)
         requests.append(TokenRequest(index, ids[: config.max_input_tokens], most, min(config.min_output_tokens, most)))
     warnings = []
     total = len(prompts)
-    if truncated:
-        warnings.append(Reason.of("prompts_cut", cut=truncated, total=total, limit=config.max_input_tokens))
+    if cut:
+        warnings.append(Reason.of("prompts_cut", cut=cut, total=total, limit=config.max_input_tokens))
     if bounded:
         warnings.append(Reason.of("outputs_bounded", bounded=bounded, total=total, limit=config.max_output_tokens))
-    return EncodedPrompts(tuple(requests), truncated, bounded, tuple(warnings))
+    return EncodedPrompts(tuple(requests), tuple(warnings))
 
 
 MAX_DRAWS = 8

@@ -39,7 +39,6 @@ def test_prompts_become_requests_in_their_order() -> None:
 def test_a_prompt_beyond_the_limit_is_cut_counted_and_told() -> None:
     found = encode([Prompt("a b c d"), Prompt("a")], config(max_input=3))
     assert [len(request.token_ids) for request in found.requests] == [3, 2]
-    assert found.truncated == 1
     assert (found.warnings[0].code, found.warnings[0].data["cut"]) == ("prompts_cut", 1)
 
 
@@ -47,7 +46,7 @@ def test_a_prompt_beyond_the_limit_is_cut_counted_and_told() -> None:
 def test_a_chosen_length_is_met_exactly(length: int) -> None:
     found = encode([Prompt("a b", input_tokens=length)], config())
     assert len(found.requests[0].token_ids) == length
-    assert found.truncated == 0
+    assert found.warnings == ()
 
 
 def test_extending_cycles_the_text_and_not_what_begins_every_text() -> None:
@@ -65,14 +64,13 @@ def test_a_tokenizer_without_a_beginning_cycles_the_whole_text() -> None:
 def test_a_chosen_length_beyond_the_limit_is_cut_and_told() -> None:
     found = encode([Prompt("a b", input_tokens=20)], config(max_input=8))
     assert len(found.requests[0].token_ids) == 8
-    assert found.truncated == 1
+    assert [item.code for item in found.warnings] == ["prompts_cut"]
 
 
 def test_a_prompt_may_bound_its_output_but_not_beyond_the_experiment() -> None:
     found = encode([Prompt("a", output_tokens=4), Prompt("b", output_tokens=99)], config(min_output=6))
     assert [request.max_output_tokens for request in found.requests] == [4, 16]
     assert [request.min_output_tokens for request in found.requests] == [4, 6]
-    assert found.bounded == 1
     assert (found.warnings[0].code, found.warnings[0].data["limit"]) == ("outputs_bounded", 16)
 
 

@@ -99,15 +99,7 @@ def test_a_record_is_on_disk_before_the_result_is_told(pipes: Pipes, tmp_path: P
     *before, result = pipes.said()
     assert [item["phase"] for item in before if item["type"] == "phase"] == list(PHASES)
     assert read_record(tmp_path / "result.json") == record
-    assert result == {
-        "type": "result",
-        "exp_id": "e",
-        "valid": record.validity.valid,
-        "engine_load_id": record.validity.engine_load_id,
-        "engine_reused": record.validity.engine_reused,
-        "summary": result["summary"],
-    }
-    assert result["summary"]["output_tok_per_s"] == record.throughput.output_tok_per_s
+    assert result == {"type": "result", "exp_id": "e", "engine_reused": record.validity.engine_reused}
 
 
 def test_a_phase_that_the_harness_told_is_not_told_again(pipes: Pipes, tmp_path: Path):

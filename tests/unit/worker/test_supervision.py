@@ -20,7 +20,7 @@ from tests.unit.worker.piped_engine import PipedEngine
 
 ROOT = Path(__file__).resolve().parents[3]
 
-RESULT = {"type": "result", "valid": True, "engine_load_id": "load-1", "engine_reused": False, "summary": {}}
+RESULT = {"type": "result", "engine_reused": True}
 ERROR = {
     "type": "error",
     "kind": "engine",
@@ -101,12 +101,12 @@ def test_an_engine_that_ends_while_the_next_experiment_comes_has_its_say_first(t
         host.order(next_run)  # read in the same turn as the answer, and before it
 
     engine.on_run = answer_and_end
-    second.on_run = lambda message: second.say({**RESULT, "exp_id": "e2", "engine_load_id": "load-2"})
+    second.on_run = lambda message: second.say({**RESULT, "exp_id": "e2", "engine_reused": False})
     host.start()
     host.order(run_message(tmp_path, "e1"))
 
     assert host.until("result")["exp_id"] == "e1"
-    assert host.until("result")["engine_load_id"] == "load-2"
+    assert host.until("result")["engine_reused"] is False
 
 
 def test_a_late_answer_is_not_taken_for_the_next_experiment(tmp_path: Path, engine: PipedEngine):
