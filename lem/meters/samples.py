@@ -251,11 +251,6 @@ class PartReader:
         return self._log
 
 
-def read_part(path: Path) -> SampleLog:
-    """The log that is being written, as far as it is whole; raises as `PartReader.read`."""
-    return PartReader(path).read()
-
-
 def read_tail(path: Path, most_b: int = 8192) -> list[Row]:
     """The rows in the last bytes of a log that is being written; [] if it is missing or no log."""
     try:
