@@ -1,4 +1,4 @@
-"""Pages in headless Chromium, driven by Playwright: what was asked for, said on the console, and drawn."""
+"""Pages in headless Chromium, driven by Playwright."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-__all__ = ["Opened", "axe_violations", "browser", "find_chromium", "opened"]
-
-# As in a container or as root: no sandbox, no GPU, and nothing that Chromium would fetch of its own accord.
+# For containers and root: no sandbox, no GPU, and no requests of Chromium's own.
 _FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 
@@ -27,7 +25,7 @@ def find_chromium() -> str | None:
 
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
-    """A Chromium of its own, with an empty profile."""
+    """A Chromium with an empty profile."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -40,16 +38,11 @@ def browser() -> Iterator[Browser]:
 
 @dataclass
 class Opened:
-    """A page that was opened.
-
-    Attributes:
-        requests: addresses that it asked for, itself first.
-        complaints: what it wrote to the console, and errors of its script.
-    """
+    """A page in a browser."""
 
     page: Page
-    requests: list[str] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)  # addresses that it asked for, itself first
+    complaints: list[str] = field(default_factory=list)  # its console, and errors of its script
 
     def evaluate(self, expression: str) -> Any:
         """The value of an expression in the page."""
@@ -60,7 +53,7 @@ class Opened:
 def opened(
     started: Browser, path: Path, *, width: int = 1280, scheme: str = "light", has_script: bool = True
 ) -> Iterator[Opened]:
-    """A file in a window of that width, in a context of its own."""
+    """A file in a window of that width."""
     context = started.new_context(
         viewport={"width": width, "height": 900},
         color_scheme="dark" if scheme == "dark" else "light",
@@ -78,7 +71,7 @@ def opened(
 
 
 def axe_violations(found: Opened) -> list[str]:
-    """What axe-core finds wrong with the page, one line each: rule, how many places, the first of them."""
+    """The findings of axe-core, a line each: rule, number of places, the first of them."""
     source = resources.files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
     found.evaluate(source)
     results = found.evaluate("axe.run({resultTypes: ['violations']})")

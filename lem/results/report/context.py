@@ -23,7 +23,6 @@ from lem.results.report.plot import (
     Plot,
     Row,
     Scale,
-    count_cell,
     details,
     fitting_scale,
     horizontal_axis,
@@ -281,16 +280,6 @@ _WIDTH, _LEFT, _RIGHT = 640.0, 58.0, 626.0
 _ORDER_HEIGHT, _ORDER_TOP, _ORDER_BOTTOM = 300.0, 34.0, 252.0
 
 
-@dataclass(frozen=True)
-class _Value:
-    """A value, its configuration, and its number in the order of execution over runs and hosts together."""
-
-    entry: Entry
-    record: Record
-    order: int
-    value: float
-
-
 def order_section(report: Report) -> Markup:
     """A plot of each metric of the page, in percent of its configuration's own mean."""
     return tag("div", *(_order(metric, report) for metric in report.metrics), class_="pair")
@@ -301,30 +290,33 @@ def _order(metric: Metric, report: Report) -> Markup:
     heading = f"{name} in the order of execution"
     orders = {record.identity.key: number for number, record in enumerate(report.records, 1)}
     found = [
-        _Value(entry, record, orders[record.identity.key], value)
+        (orders[record.identity.key], entry, record, value)
         for entry in report.entries
         for record in entry.used
         if (value := metric.read(record)[0]) is not None and value > 0
     ]
-    values = sorted(found, key=lambda item: item.order)
-    numbers, places = [item.entry.number for item in values], [item.order for item in values]
+    values = sorted(found, key=lambda item: item[0])
+    places, numbers = [place for place, *_ in values], [entry.number for _, entry, *_ in values]
     length = max(places, default=0) - min(places, default=0)
-    drift = trend_of(places, [item.value for item in values], numbers, length=length)
+    drift = trend_of(places, [value for *_, value in values], numbers, length=length)
     if drift is None:
         reason = "No configuration has two valid cycles, so nothing can be compared over time."
         return no_plot(identifier, heading, reason)
-    shares = [100 * change_of(log) for log in without_means([math.log(item.value) for item in values], numbers)]
+    shares = [100 * change_of(log) for log in without_means([math.log(value) for *_, value in values], numbers)]
     flagged = 100 * DRIFT_FLAGGED
     reach = max(flagged, *map(abs, shares)) * 1.1
-    x_scale = Scale(0, values[-1].order + 1, _LEFT, _RIGHT)
+    x_scale = Scale(0, places[-1] + 1, _LEFT, _RIGHT)
     y_scale = Scale(-reach, reach, _ORDER_BOTTOM, _ORDER_TOP)
     estimate = report.estimate_note if metric is ENERGY else ""
     top, bottom = y_scale(flagged / 2), y_scale(-flagged / 2)
     half = 100 * drift.change / 2
-    fitted = [(x_scale(values[0].order), y_scale(-half)), (x_scale(values[-1].order), y_scale(half))]
+    fitted = [(x_scale(places[0]), y_scale(-half)), (x_scale(places[-1]), y_scale(half))]
     dots: dict[int, list[str]] = {}
-    for item, share in zip(values, shares, strict=True):
-        dots.setdefault(item.entry.group, []).append(spot(x_scale(item.order), y_scale(share), DOT))
+    rows: list[Row] = []
+    for (place, entry, record, value), share in zip(values, shares, strict=True):
+        dots.setdefault(entry.group, []).append(spot(x_scale(place), y_scale(share), DOT))
+        cycle, difference = record.identity.cycle_index + 1, Cell(f"{share:+.2f} %", share, is_number=True)
+        rows.append([place, entry.number, entry.label, cycle, number_cell(value), difference])
     finding = f"{name} {_drift_text(drift)}."
     return Plot(
         identifier,
@@ -342,7 +334,7 @@ def _order(metric: Metric, report: Report) -> Markup:
             tag("p", tag("span", "flagged", class_="tag bad") if drift.is_flagged else "", finding),
             f"Flagged when the line rises or falls by more than the height of the shaded band, {flagged:g} %.",
         ],
-        _order_table(values, shares, name),
+        table(heading, ["Place", "No.", "Configuration", "Cycle", name, "Difference"], rows),
     ).render()
 
 
@@ -357,17 +349,6 @@ def _drift_text(drift: Drift) -> str:
     return f"drifts by {percent(drift.change)} over the campaign ({interval}{chance})"
 
 
-def _order_table(values: Sequence[_Value], shares: Sequence[float], name: str) -> Markup:
-    rows: list[Row] = []
-    for item, share in zip(values, shares, strict=True):
-        cycle = count_cell(item.record.identity.cycle_index + 1)
-        difference = Cell(f"{share:+.2f} %", share, is_number=True)
-        numbers = [count_cell(item.order), count_cell(item.entry.number)]
-        rows.append([*numbers, item.entry.label, cycle, number_cell(item.value), difference])
-    head = ["Place", "No.", "Configuration", "Cycle", name, "Difference"]
-    return table(f"{name} in the order of execution", head, rows)
-
-
 # --- power and temperature over time of some experiments
 
 _TRACE_TOP, _PANEL_GAP = 56.0, 46.0
@@ -377,10 +358,6 @@ _PHASES = {
     measurement.IDLE_BARE: "idle, bare",
     measurement.IDLE_LOADED: "idle, loaded",
     measurement.WARMUP: "warm-up",
-    measurement.GUARD_BEFORE: "guard",
-    measurement.GUARD_AFTER: "guard",
-    measurement.PREFILL_GUARD_BEFORE: "guard",
-    measurement.PREFILL_GUARD_AFTER: "guard",
     measurement.IDLE_POST: "idle, after",
 }  # other phases are called as they are
 _SHADES = {
@@ -453,7 +430,7 @@ def _trace(identifier: str, record: Record, trace: Trace) -> Markup:
             horizontal_axis(time, bottom, bottom, "Time, s", count=8),
         ],
         [
-            legend(((marks(["M0 7h28"], _line_class(index)), name) for index, name in enumerate(lines)), 28),
+            legend(((marks(["M0 7h28"], f"line g{index % GROUPS_MAX}"), name) for index, name in enumerate(lines)), 28),
             *_trace_caption(record, trace),
         ],
         _trace_table(phases),
@@ -461,11 +438,7 @@ def _trace(identifier: str, record: Record, trace: Trace) -> Markup:
 
 
 def _phase(phase: Phase) -> str:
-    return _PHASES.get(phase.name, phase.name)
-
-
-def _line_class(index: int) -> str:
-    return f"line g{index % GROUPS_MAX}"
+    return "guard" if "guard" in phase.name else _PHASES.get(phase.name, phase.name)
 
 
 def _panels(power: Sequence[Series], temperature: Sequence[Series], time: Scale) -> tuple[list[Markup], float]:
@@ -482,7 +455,7 @@ def _panels(power: Sequence[Series], temperature: Sequence[Series], time: Scale)
         fitting = fitting_scale(values, bottom, top, is_from_zero=lines is power)
         scale = replace(fitting, is_log=False)
         axis = vertical_axis(scale, _LEFT, _RIGHT, label, count=count, label_rise=rise)
-        paths = (marks([_line(item, time, scale)], _line_class(index)) for index, item in enumerate(lines))
+        paths = (marks([_line(item, time, scale)], f"line g{index % GROUPS_MAX}") for index, item in enumerate(lines))
         panels.append(join([axis, *paths]))
     return panels, bottom
 

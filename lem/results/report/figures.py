@@ -23,7 +23,6 @@ from lem.results.report.plot import (
     Plot,
     Row,
     Scale,
-    count_cell,
     details,
     fitting_scale,
     horizontal_axis,
@@ -109,6 +108,8 @@ def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, entries: Iter
     x_scale = fitting_scale(_extent((point.x, point.x_span) for point in points), _LEFT, _PARETO_RIGHT)
     y_scale = fitting_scale(_extent((point.y, point.y_span) for point in points), _BOTTOM, _TOP)
     grey = len(points) - len(names)
+    vertical, horizontal = "lower" if up.is_less_better else "upper", "left" if across.is_less_better else "right"
+    arrow = {"lower left": "↙", "lower right": "↘", "upper left": "↖", "upper right": "↗"}[f"{vertical} {horizontal}"]
     return Plot(
         identifier,
         title,
@@ -118,7 +119,7 @@ def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, entries: Iter
         [
             horizontal_axis(x_scale, _BOTTOM, _TOP, across.label),
             vertical_axis(y_scale, _LEFT, _PARETO_RIGHT, up.label + up.note),
-            text(_PARETO_RIGHT, _TOP - 10, _better(across, up), "hint", "end"),
+            text(_PARETO_RIGHT, _TOP - 10, f"better: {arrow} {vertical} {horizontal}", "hint", "end"),
             *_pareto_marks(points, x_scale, y_scale),
         ],
         [
@@ -211,13 +212,6 @@ def _numbers(points: Iterable[tuple[float, float, str]], markers: Sequence[Place
                 break
 
 
-def _better(across: _Axis, up: _Axis) -> str:
-    """Which corner is the best."""
-    is_left, is_low = across.is_less_better, up.is_less_better
-    arrow = {(True, True): "↙", (False, True): "↘", (True, False): "↖", (False, False): "↗"}[is_left, is_low]
-    return f"better: {arrow} {'lower' if is_low else 'upper'} {'left' if is_left else 'right'}"
-
-
 def _pareto_table(points: Sequence[_Point], across: _Axis, up: _Axis) -> Markup:
     head = ["No.", "Configuration", across.label, "95 % t interval", up.label, "95 % t interval", "On the frontier"]
     rows: list[Row] = []
@@ -227,7 +221,7 @@ def _pareto_table(points: Sequence[_Point], across: _Axis, up: _Axis) -> Markup:
             for span in (point.x_span, point.y_span)
         ]
         found = [number_cell(point.x), spans[0], number_cell(point.y), spans[1]]
-        rows.append([count_cell(point.entry.number), point.entry.label, *found, "yes" if point.is_best else "no"])
+        rows.append([point.entry.number, point.entry.label, *found, "yes" if point.is_best else "no"])
     return table(f"{up.label} against {across.label}", head, rows, row_head=1)
 
 
@@ -373,8 +367,8 @@ def _cycles_table(metric: Metric, label: str, entries: Sequence[Entry]) -> Marku
         for record in entry.records:
             identity, (value, reason) = record.identity, metric.read(record)
             counts = "yes" if identity.key in used else "no, invalid" if not record.validity.valid else "no"
-            numbers = [count_cell(identity.cycle_index + 1), count_cell(identity.attempt), number_cell(value, reason)]
-            rows.append([count_cell(entry.number), _cycles_label(entry, metric), *numbers, counts])
+            numbers = (identity.cycle_index + 1, identity.attempt, number_cell(value, reason))
+            rows.append([entry.number, _cycles_label(entry, metric), *numbers, counts])
     head = ["No.", "Configuration", "Cycle", "Attempt", label, "Counts"]
     return table(f"{label}, every attempt", head, rows, row_head=1)
 
@@ -495,6 +489,6 @@ def _latency_table(name: str, kind: str, entries: Sequence[Entry], found: Mappin
             needed = OBSERVATIONS_NEEDED.get(level, 1)
             few = f"needs {needed} requests, there are {min(counts)}" if counts and min(counts) < needed else None
             cells.append(number_cell(found[entry.number].get(level), few or reason, format_latency))
-        requests = count_cell(sum(counts)) if counts else Cell("none", is_number=True)
-        rows.append([count_cell(entry.number), entry.label, *cells, requests])
+        requests = sum(counts) if counts else Cell("none", is_number=True)
+        rows.append([entry.number, entry.label, *cells, requests])
     return table(f"{name}, percentiles", head, rows, row_head=1)

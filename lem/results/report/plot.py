@@ -75,7 +75,7 @@ def details(summary: str, *content: Markup, is_open: bool = False) -> Markup:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table; plain texts stand for themselves."""
+    """A cell of a table, unless it is a plain text or a whole number."""
 
     text: str  # escaped unless it is markup
     value: float | None = None  # what a number is sorted by; None sorts last
@@ -95,7 +95,7 @@ class Cell:
         return Markup(f'<td data-v="{"" if self.value is None else f"{self.value:.7g}"}">{self.content}')
 
 
-Row = Sequence[Cell | str]
+Row = Sequence[Cell | str | int]
 
 
 def number_cell(
@@ -108,9 +108,10 @@ def number_cell(
     return Cell(tag("span", NOT_MEASURED, class_="absent", title=text), is_number=True)
 
 
-def count_cell(count: int) -> Cell:
-    """A whole number."""
-    return Cell(str(count), count, is_number=True)
+def _as_cell(content: Cell | str | int) -> Cell:
+    if isinstance(content, int):
+        return Cell(str(content), content, is_number=True)
+    return content if isinstance(content, Cell) else Cell(content)
 
 
 def table(
@@ -127,7 +128,7 @@ def table(
     `row_head` is the column that names the row, `best` the row that stands out. With `sorted_by` (column, `ascending`
     or `descending`) the reader can sort it.
     """
-    kept = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in rows]
+    kept = [list(map(_as_cell, row)) for row in rows]
     numbers = {index for index, cell in enumerate(kept[0]) if cell.is_number} if kept else set()
     order = dict([sorted_by]) if sorted_by else {}
     heads = [

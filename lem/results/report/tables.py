@@ -32,7 +32,6 @@ from lem.results.report.plot import (
     Markup,
     Row,
     breakable,
-    count_cell,
     details,
     join,
     number_cell,
@@ -174,13 +173,13 @@ def _overview(report: Report, *, has_winner: bool) -> Markup:
     head += [*(label for label, _ in latencies), "Cycles"]
     rows: list[Row] = []
     for entry in report.entries:
-        row: list[Cell | str] = [count_cell(entry.number), Cell(_name(entry))]
+        row: list[Cell | str | int] = [entry.number, Cell(_name(entry))]
         for metric, digits in decimals.items():
             is_estimated = entry.is_estimate and metric is ENERGY
             row += _interval_cells(entry.configuration.estimate(metric), digits, is_estimate=is_estimated)
         for _, name in latencies:
             row.append(number_cell(entry.centre(name), entry.configuration.estimate(name).null_reason, format_latency))
-        rows.append([*row, count_cell(entry.configuration.n_cycles)])
+        rows.append([*row, entry.configuration.n_cycles])
     caption = f"Every configuration of {report.run.campaign_name}, sortable by each column"
     sorted_by = (2, "ascending" if report.has_energy else "descending")
     return table(caption, head, rows, row_head=1, sorted_by=sorted_by, best=0 if has_winner else None)
@@ -311,7 +310,7 @@ def _more_figures(report: Report) -> Markup:
         return Markup()
     rows: list[Row] = []
     for entry in report.entries:
-        row: list[Cell | str] = [count_cell(entry.number), entry.label]
+        row: list[Cell | str | int] = [entry.number, entry.label]
         for figure in figures:
             values = [value for record in entry.used if (value := figure.read(record)) is not None]
             reason = next(filter(None, map(figure.why, entry.used)), None)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lem.base.measurement import SLOWDOWN_BITS
-from lem.cli.report import trace_of
+from lem.cli.report import thin, trace_of
 from lem.meters.samples import GpuHeader, GpuSample, Mark, RaplReading, RaplZone, SampleHeader, SampleLog
 from lem.results.report import render_report
 from lem.results.report.content import POWER, TEMPERATURE, compose
@@ -24,7 +24,7 @@ from tests.synthetic_campaign import Campaign, Configuration, Written
 NS = 1_000_000_000
 
 
-def report(*words: str) -> Said:
+def report(*words: str | Path) -> Said:
     return run_lem("report", *words)
 
 
@@ -42,78 +42,77 @@ def attempts(written: Written) -> list[Path]:
 
 
 def test_a_campaign_becomes_one_file_beside_its_runs(written: Written) -> None:
-    code, out, err = report("demo", "--results-dir", str(written.results_dir))
     path = written.results_dir / "demo" / "report.html"
-    assert (code, out, err) == (0, f"{path}\n", "")
-    page = path.read_text(encoding="utf-8")
+    pages = set()
+    for _ in range(2):
+        assert report("demo", "--results-dir", written.results_dir) == (0, f"{path}\n", "")
+        pages.add(path.read_text(encoding="utf-8"))
+    (page,) = pages
     assert page.startswith("<!DOCTYPE html>")
     assert page.count('id="trace-') >= 4
-    assert report("demo", "--results-dir", str(written.results_dir))[0] == 0
-    assert path.read_text(encoding="utf-8") == page, "the same results give the same bytes"
 
 
-def test_a_run_is_named_in_full_or_by_its_beginning(written: Written, tmp_path: Path) -> None:
-    for wanted in (written.run_id, written.run_id[:10]):
-        code, out, _ = report(wanted, "--results-dir", str(written.results_dir), "-o", str(tmp_path / "page.html"))
-        assert (code, out) == (0, f"{tmp_path / 'page.html'}\n")
-
-
-def test_the_last_run_of_a_campaign_is_meant(written: Written) -> None:
+def test_a_run_is_named_in_full_or_by_its_beginning_and_of_a_campaign_the_last_is_meant(written: Written) -> None:
     later = Campaign((Configuration("later"),), run_id="20260801T100000Z-0000", cycles=2, window_s=3, has_samples=False)
     later.write(written.results_dir.parent)
-    _, page, _ = report("demo", "--results-dir", str(written.results_dir), "-o", "-")
-    assert "run 20260801T100000Z-0000" in page
-    assert "slow" not in page
+    for wanted, run_id in (
+        ("demo", later.run_id),
+        (written.run_id, written.run_id),
+        (written.run_id[:10], written.run_id),
+    ):
+        code, page, _ = report(wanted, "--results-dir", written.results_dir, "-o", "-")
+        assert (code, f"run {run_id}" in page, "slow" in page) == (0, True, run_id == written.run_id)
 
 
-def test_an_unknown_campaign_is_a_usage_error(written: Written) -> None:
-    code, out, err = report("nobody", "--results-dir", str(written.results_dir))
-    assert (code, out) == (2, "")
-    assert "is called 'nobody'" in err
+def test_an_unknown_campaign_and_a_path_that_cannot_be_written_are_usage_errors(written: Written) -> None:
+    blocked = attempts(written)[0] / "log.txt" / "x"
+    for words, shown in (
+        (("other",), "'other'"),
+        (("demo", "-o", blocked), "--output"),
+        (("demo", "--json", "-o", "-"), "--json"),
+    ):
+        code, out, err = report(*words, "--results-dir", written.results_dir)
+        assert (code, out, shown in err) == (2, "", True)
 
 
-def test_a_place_that_cannot_be_written_is_told_with_a_remedy(written: Written) -> None:
-    code, _, err = report(
-        "demo", "--results-dir", str(written.results_dir), "-o", str(attempts(written)[0] / "log.txt" / "x")
-    )
-    assert code == 2
-    assert "--output" in err
-
-
-def test_json_says_what_was_written_and_left_out(written: Written, tmp_path: Path) -> None:
+def test_json_names_the_file_and_what_was_left_out(written: Written, tmp_path: Path) -> None:
     (attempts(written)[0] / "result.json").write_text("{", encoding="utf-8")
     path = tmp_path / "page.html"
-    code, out, _ = report("demo", "--results-dir", str(written.results_dir), "-o", str(path), "--json")
+    code, out, _ = report("demo", "--results-dir", written.results_dir, "-o", path, "--json")
     document = json.loads(out)
-    assert code == 0
-    assert document["path"] == str(path)
-    assert document["bytes"] == path.stat().st_size
+    assert (code, document["path"], document["bytes"]) == (0, str(path), path.stat().st_size)
     assert {"corrupt", "missing"} == {problem["kind"] for problem in document["problems"]}
 
 
 def test_damage_is_named_and_left_out(written: Written) -> None:
     whole = [path / "result.json" for path in attempts(written) if (path / "result.json").exists()]
-    assert len(whole) >= 4
     whole[0].write_text('{"schema_version": 1', encoding="utf-8")
     whole[1].write_text(whole[2].read_text(encoding="utf-8"), encoding="utf-8")
     whole[2].unlink()
     (whole[2].parent / ".lem-cut-off").write_bytes(b"{")
-    code, page, err = report("demo", "--results-dir", str(written.results_dir), "-o", "-")
+    code, page, err = report("demo", "--results-dir", written.results_dir, "-o", "-")
     assert code == 0
     for kind in ("corrupt", "foreign"):
         assert f"left out: {kind}: " in err
         assert f"<td class=t>{kind}" in page
-    assert page.count("result.json") >= 2
 
 
 @pytest.mark.parametrize("content", [b"", b"no gzip", b"\x1f\x8b\x08\x00broken"])
 def test_a_sample_log_that_cannot_be_read_is_named(written: Written, content: bytes) -> None:
     logs = [path / "samples.jsonl.gz" for path in attempts(written) if (path / "samples.jsonl.gz").exists()]
     logs[0].write_bytes(content)
-    code, page, _ = report("demo", "--results-dir", str(written.results_dir), "-o", "-")
-    assert code == 0
-    assert "Not shown: " in page
+    code, page, _ = report("demo", "--results-dir", written.results_dir, "-o", "-")
+    assert (code, page.count("Not shown: ")) == (0, 1)
     assert page.count('<svg class="plot" role="img" aria-labelledby="trace-') == len(logs) - 1
+
+
+def test_of_many_sample_logs_the_faulty_are_drawn_first(tmp_path: Path) -> None:
+    configurations = [Configuration(f"c{i}", batch_size=i + 1, throttled_cycles=(0,) * (i == 9)) for i in range(14)]
+    written = Campaign(tuple(configurations), cycles=1, window_s=2, requests=8).write(tmp_path)
+    _, page, _ = report("demo", "--results-dir", written.results_dir, "-o", "-")
+    assert "12 of 15 experiments with a sample log" in page
+    assert page.count('<svg class="plot" role="img" aria-labelledby="trace-') == 12
+    assert '<figure id="trace-1"><h3>c9, cycle 1 (invalid)' in page
 
 
 def make_log(power_w: float = 300.0, masks: tuple[int, ...] = ()) -> tuple[SampleLog, list[Mark]]:
@@ -253,3 +252,16 @@ def test_a_log_without_readings_is_an_empty_trace() -> None:
     header = SampleHeader(NS, "2026-07-14T10:00:00.000Z", "lab1", 100, gpu_error="no GPU")
     trace = trace_of(SampleLog(header), [])
     assert (trace.series, trace.phases) == ((), ())
+    page = render_report(dataclasses.replace(compose(make_run([make_record()])), traces=((make_record(), trace),)))
+    assert "Its sample log holds no power and no temperature." in page
+
+
+def test_thinning_keeps_peaks_and_holes() -> None:
+    points = [(float(index), 9.0 if index == 500 else 1.0) for index in range(1000)]
+    thinned = thin(points, 50, hole_s=3)
+    assert len(thinned) <= 100
+    assert (500.0, 9.0) in thinned
+    assert None not in thinned
+    assert thin([*points[:300], *points[400:]], 50, hole_s=3).count(None) == 1
+    assert thin([], 50, hole_s=3) == ()
+    assert thin([(1.0, 2.0)], 50, hole_s=3) == ((1.0, 2.0),)
