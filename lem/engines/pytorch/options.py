@@ -88,10 +88,8 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[list[list[int]
 def cut_output(generated: Sequence[int], max_tokens: int, end_ids: Set[int]) -> tuple[int, ...]:
     """A row of a batch up to and including its end, and never beyond its bound.
 
-    A row that ended before the batch is padded; one without an end was generated further.
-
-    Args:
-        end_ids: ids that end a sequence; none if they are ignored.
+    A row that ended before the batch is padded; one without an end was generated further. No ids end it if ends are
+    ignored.
     """
     for index, token in enumerate(generated[:max_tokens]):
         if token in end_ids:
@@ -102,13 +100,9 @@ def cut_output(generated: Sequence[int], max_tokens: int, end_ids: Set[int]) -> 
 FOUR_BIT_OPTIONS = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
 # Arguments that transformers reads from the assistant's own generation config and nowhere else.
-_ASSISTANT_ARGUMENTS = frozenset(
-    {
-        "num_assistant_tokens_schedule",
-        "assistant_confidence_threshold",
-        "assistant_lookbehind",
-        "target_lookbehind",
-    }
+_ASSISTANT_ARGUMENTS = (
+    *("num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+    *("assistant_lookbehind", "target_lookbehind"),
 )
 
 # Modes of torch.compile that record CUDA graphs on a GPU (its reference, torch.compile, mode).
@@ -287,11 +281,7 @@ def _extra(section: PyTorchConfig) -> dict[str, Any]:
 
 
 def check_options(config: ExperimentConfig, facts: EngineFacts) -> None:
-    """Refuse everything that is not supported here, at once; what only a run can show is tried after the load.
-
-    Raises:
-        OptionRefused: see `refuse`.
-    """
+    """Refuse everything that is not supported here, at once; what only a run can show is tried after the load."""
     section = section_of(config)
     refusals = [*_loading(section, facts), *_running(config, section, facts), *_refused_extra(section, facts)]
     if config.model.adapter is not None and (missing := facts.missing("peft")):

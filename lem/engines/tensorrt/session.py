@@ -28,19 +28,16 @@ from lem.engines.common import (
     ENGINE_FAILURES,
     GOOD_ENDS,
     TAKE_LIMIT,
-    TRIAL_TOKENS,
     EngineRaised,
     ServedSession,
-    check_ids,
     check_same_engine,
     environment,
     installed_versions,
-    raised_as,
     seconds_since,
     shortened,
     visible_gpus,
 )
-from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
+from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest
 from lem.engines.tensorrt.options import (
     EngineFacts,
     check_checkpoint,
@@ -86,7 +83,8 @@ class Session(ServedSession):
             refuse_differences(config, self._engine.args, self._facts)
             self._set_up(config)
             self._identity = identify(self._source)
-            self._vocabulary = vocabulary_of(documents_of(self._source.folder))
+            self._tokenizer = self._engine.tokenizer
+            self._known_ids = vocabulary_of(documents_of(self._source.folder))
         except BaseException:
             self.close()
             raise
@@ -118,24 +116,6 @@ class Session(ServedSession):
             checks_s=self._checks_s,
         )
 
-    def encode(self, text: str) -> list[int]:
-        ids = list(self._engine.tokenizer.encode(text))
-        return ids if self._vocabulary is None else check_ids(ids, self._vocabulary)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._engine.tokenizer.decode(list(token_ids), skip_special_tokens=True))
-
-    def generate(
-        self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
-    ) -> list[Completion]:
-        run = self._server.run_alone if observe_tokens else self._server.run_closed
-        with raised_as(self._run_failure):
-            return run(requests, on_progress)
-
-    def serve(self, queue: RequestQueue) -> None:
-        with raised_as(self._run_failure):
-            self._server.serve(queue)
-
     def close(self) -> None:
         engine, self._engine = self._engine, None
         try:
@@ -163,13 +143,14 @@ class Session(ServedSession):
                 raise EngineRaised(error) from error
 
         longest_input, longest_output = lengths_of(config)
-        self._server = Server(self._engine, parameters, longest=(longest_input, longest_input + longest_output))
-        # The engine reports some unsupported options only for a request.
-        output_tok = min(TRIAL_TOKENS, longest_output)
-        with raised_as(lambda error: _load_failure(error, config, self._facts)):
-            (tried,) = self._server.run_closed((TokenRequest(0, (1,), output_tok, output_tok),), say_nothing)
-        if tried.error is not None:
-            raise OptionRefused(f"{self._facts} takes no request of this experiment: {tried.error}")
+        self._runner = Server(self._engine, parameters, longest=(longest_input, longest_input + longest_output))
+        self._try_out(longest_output)
+
+    def _load_failure(self, error: BaseException) -> EngineError:
+        return _load_failure(error, self._config, self._facts)
+
+    def _rejection(self, text: str) -> EngineError:
+        return OptionRefused(f"{self._facts} takes no request of this experiment: {text}")
 
 
 # --- loading
@@ -237,11 +218,7 @@ def _fields(kind: Any) -> frozenset[str]:
 
 @contextlib.contextmanager
 def _visible_gpus(config: ExperimentConfig, find_gpus: FindGpus | None) -> Iterator[tuple[str, ...]]:
-    """The UUIDs of the GPUs in use; the environment decides what the engine and its processes see.
-
-    Raises:
-        EngineError: kind `option`, a named GPU or any GPU is missing; or CUDA was started before.
-    """
+    """The UUIDs of the GPUs in use; the environment decides what the engine and its processes see."""
     before = os.environ.get(GPU_VARIABLE)
     wanted = before
     if config.gpus:
@@ -416,11 +393,7 @@ class Server:
 
 
 def _words_of(error: BaseException) -> str:
-    """What the engine says about one request.
-
-    Raises:
-        EngineRaised: it is about more than a request.
-    """
+    """What the engine says about one request; raises EngineRaised if it is about more than that."""
     if isinstance(error, _REJECTIONS):
         return shortened(error)
     raise EngineRaised(error) from error

@@ -93,6 +93,7 @@ class StepLoop:
     Args:
         answers: where an engine in a process of its own puts the result of each step, which `step` then takes. Requests
             go to it as they arrive, while it computes; without such a queue they wait for the end of the step.
+        is_salted: in traffic, a repeated prompt is not found in the prefix cache.
     """
 
     def __init__(
@@ -101,11 +102,13 @@ class StepLoop:
         forms: RequestForms,
         *,
         answers: queue.Queue[Any] | None = None,
+        is_salted: bool = False,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._engine = engine
         self._forms = forms
         self._answers = answers
+        self._is_salted = is_salted
         self._clock = clock
         self._streams: dict[str, _Stream] = {}
         self._count = 0
@@ -123,15 +126,8 @@ class StepLoop:
             completions += [failed] if failed is not None else self._finish(len(completions), on_progress)
         return completions
 
-    def serve(self, arrivals: RequestQueue, *, is_salted: bool) -> None:
-        """Answer requests until the queue is closed and empty.
-
-        Args:
-            is_salted: a repeated prompt is not found in the prefix cache.
-
-        Raises:
-            EngineRaised: the engine failed.
-        """
+    def serve(self, arrivals: RequestQueue) -> None:
+        """Answer requests until the queue is closed and empty."""
         desk = _Desk(arrivals, self._answers)
         occurrences: Counter[tuple[int, ...]] = Counter()
         thread = threading.Thread(target=desk.take_in, name="requests", daemon=True)
@@ -139,7 +135,7 @@ class StepLoop:
         while (arrived := desk.collect(is_busy=bool(self._streams))) is not None:
             for request in arrived:
                 salt = None
-                if is_salted:
+                if self._is_salted:
                     times = occurrences[request.token_ids] = occurrences[request.token_ids] + 1
                     salt = None if times == 1 else str(times)
                 failed = self._add(request, is_observed=True, salt=salt)
