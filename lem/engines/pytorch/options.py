@@ -111,27 +111,21 @@ _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 # Caches that `generate` makes by name; the others it knows are old names, which it turns into one of these.
 _CACHES = ("dynamic", "static", "offloaded", "offloaded_static", "quantized")
 
+
+def _set_by(section: str, *names: str) -> dict[str, str]:
+    return {name: f"is set by {section}.{name}" for name in names}
+
+
 _MOVED = "transformers moved it out into code that is fetched from a hub"
 _OUTPUT = "lem reads the tokens alone"
 # Why an argument of `generate` is not taken from `extra`.
 _REFUSED: Mapping[str, str] = MappingProxyType(
     {
-        "max_length": "is set by max_output_tokens",
-        "max_new_tokens": "is set by max_output_tokens",
-        "min_length": "is set by min_output_tokens",
-        "min_new_tokens": "is set by min_output_tokens",
-        "do_sample": "is set by decoder.do_sample",
-        "temperature": "is set by decoder.temperature",
-        "top_k": "is set by decoder.top_k",
-        "top_p": "is set by decoder.top_p",
-        "repetition_penalty": "is set by decoder.repetition_penalty",
-        "min_p": "is set by pytorch.min_p",
-        "no_repeat_ngram_size": "is set by pytorch.no_repeat_ngram_size",
-        "num_beams": "is set by pytorch.beam_search.num_beams",
-        "length_penalty": "is set by pytorch.beam_search.length_penalty",
-        "early_stopping": "is set by pytorch.beam_search.early_stopping",
-        "use_cache": "is set by pytorch.use_cache",
-        "cache_implementation": "is set by pytorch.cache_implementation",
+        **dict.fromkeys(("max_length", "max_new_tokens"), "is set by max_output_tokens"),
+        **dict.fromkeys(("min_length", "min_new_tokens"), "is set by min_output_tokens"),
+        **_set_by("decoder", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty"),
+        **_set_by("pytorch", "min_p", "no_repeat_ngram_size", "use_cache", "cache_implementation"),
+        **_set_by("pytorch.beam_search", "num_beams", "length_penalty", "early_stopping"),
         "compile_config": "is set by pytorch.torch_compile",
         "num_assistant_tokens": "is set by pytorch.assisted_generation.num_tokens",
         "prompt_lookup_num_tokens": "is set by pytorch.assisted_generation.num_tokens",
