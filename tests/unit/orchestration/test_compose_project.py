@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from lem.base.variables import COMPOSE_VARIABLES
-from lem.orchestration.compose import ServiceOverride, find_compose_files, packaged_compose_file, render_override
-from lem.orchestration.docker import ContainerError, Mount
-from lem.orchestration.services import ComposeProject
+from lem.orchestration.compose import ComposeProject, Mount, find_compose_files, packaged_compose_file
+from lem.orchestration.docker import ContainerError
 from tests.doubles.fake_docker import FakeDocker
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -30,11 +29,11 @@ def write(folder: Path, *names: str) -> None:
 
 
 def found(folder: Path, named: str | None = None, **environ: str) -> list[str]:
-    return [str(path.relative_to(folder)) for path in find_compose_files(named, folder, environ).paths]
+    return [str(path.relative_to(folder)) for path in find_compose_files(named, folder, environ)]
 
 
 def test_the_file_named_comes_first_then_the_environment_then_the_usual_places(tmp_path: Path) -> None:
-    assert find_compose_files(None, tmp_path, {}).is_packaged
+    assert found(tmp_path) == []
     write(tmp_path, "docker/docker-compose.yml")
     assert found(tmp_path) == ["docker/docker-compose.yml"]
     write(tmp_path, "docker-compose.yml", "a.yml", "b.yml")
@@ -57,50 +56,14 @@ def test_a_file_named_that_is_not_there_is_told(tmp_path: Path, named: str | Non
     assert caught.value.kind == "compose_file"
 
 
-def test_the_packaged_file_is_the_one_in_the_docker_folder(tmp_path: Path) -> None:
+def test_the_packaged_file_is_the_one_in_the_docker_folder() -> None:
     assert packaged_compose_file() == (ROOT / "docker" / "docker-compose.yml").read_text()
-    (path,) = find_compose_files(None, tmp_path, {}).provide(tmp_path)
-    assert path.read_text() == packaged_compose_file()
 
 
 def test_every_variable_of_the_compose_files_is_known_to_the_command_line() -> None:
     texts = [path.read_text() for path in (ROOT / "docker").glob("*.yml")]
     used = {name for text in texts for name in re.findall(r"\$\{(LEM_\w+)", text)}
     assert used == COMPOSE_VARIABLES | SET_BY_LEM
-
-
-# The override
-
-
-def override(**changes: Any) -> str:
-    return render_override({"vllm": ServiceOverride("1:2", "/work", **changes)})
-
-
-def as_document(text: str) -> dict[str, Any]:
-    """The override without its comment and its tag, which JSON does not have."""
-    document: dict[str, Any] = json.loads(text.partition("\n")[2].replace("!override ", ""))["services"]["vllm"]
-    return document
-
-
-def test_gpus_are_given_by_uuid_in_place_of_those_of_the_file() -> None:
-    text = override(gpus=("GPU-1", "GPU-2"))
-    assert '"devices": !override [' in text
-    (device,) = as_document(text)["deploy"]["resources"]["reservations"]["devices"]
-    assert device == {"driver": "nvidia", "device_ids": ["GPU-1", "GPU-2"], "capabilities": ["gpu"]}
-
-
-def test_experiments_on_the_cpu_alone_reserve_no_gpu() -> None:
-    assert as_document(override(gpus=()))["deploy"]["resources"]["reservations"]["devices"] == []
-
-
-def test_nobody_knows_of_gpus_means_those_of_the_file() -> None:
-    assert "deploy" not in as_document(override())
-
-
-def test_a_dollar_sign_in_a_path_is_no_variable() -> None:
-    text = override(mounts=[Mount(Path("/a$b"), "/a$b")])
-    assert '"/a$$b"' in text
-    assert not re.search(r"[^$]\$[^$]", text)
 
 
 # What the client is told
@@ -128,7 +91,7 @@ def test_the_variables_of_the_compose_file_are_set(fake: FakeDocker, tmp_path: P
     found = project(
         fake, tmp_path, {"HF_HOME": str(tmp_path / "hf")}, gpus_of={"vllm": ("GPU-2",), "pytorch": ("GPU-1",)}
     )
-    env = found.prepare(["vllm"]).compose.docker.env
+    env = found.prepare(["vllm"]).docker.env
     assert env["LEM_GPU_IDS"] == "GPU-1,GPU-2"
     assert env["LEM_UID"] == str(os.getuid())
     assert env["LEM_RESULTS_DIR"] == str(tmp_path / "results")
@@ -143,9 +106,10 @@ def test_the_variables_of_the_compose_file_are_set(fake: FakeDocker, tmp_path: P
 def test_lems_own_file_is_written_into_the_state_folder_and_relative_to_where_the_person_is(
     fake: FakeDocker, tmp_path: Path
 ) -> None:
-    compose = project(fake, tmp_path).prepare(["vllm"]).compose
+    compose = project(fake, tmp_path).prepare(["vllm"])
     assert [path.name for path in compose.files] == ["docker-compose.yml", "docker-compose.lem.yml"]
     assert all(path.parent == tmp_path / "state" for path in compose.files)
+    assert compose.files[0].read_text() == packaged_compose_file()
     assert compose.folder == tmp_path
 
 
@@ -159,12 +123,44 @@ def test_project_name_and_env_file_are_told(fake: FakeDocker, tmp_path: Path) ->
     assert "--project-directory" not in words
 
 
+def override(fake: FakeDocker, folder: Path, **more: Any) -> str:
+    return project(fake, folder, **more).prepare(["vllm"]).files[-1].read_text()
+
+
+def as_service(text: str) -> dict[str, Any]:
+    """The service in an override without its comment and its tag, which JSON does not have."""
+    document: dict[str, Any] = json.loads(text.partition("\n")[2].replace("!override ", ""))["services"]["vllm"]
+    return document
+
+
+def test_gpus_are_given_by_uuid_in_place_of_those_of_the_file(fake: FakeDocker, tmp_path: Path) -> None:
+    text = override(fake, tmp_path, gpus_of={"vllm": ("GPU-1", "GPU-2")})
+    assert '"devices": !override [' in text
+    (device,) = as_service(text)["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "device_ids": ["GPU-1", "GPU-2"], "capabilities": ["gpu"]}
+
+
+def test_experiments_on_the_cpu_alone_reserve_no_gpu(fake: FakeDocker, tmp_path: Path) -> None:
+    text = override(fake, tmp_path, gpus_of={"vllm": ()})
+    assert as_service(text)["deploy"]["resources"]["reservations"]["devices"] == []
+
+
+def test_without_known_gpus_those_of_the_file_are_kept(fake: FakeDocker, tmp_path: Path) -> None:
+    assert "deploy" not in as_service(override(fake, tmp_path))
+
+
+def test_a_dollar_sign_in_a_path_is_no_variable(fake: FakeDocker, tmp_path: Path) -> None:
+    text = override(fake, tmp_path, mounts=(Mount(Path("/a$b"), "/a$b"),))
+    assert '"/a$$b"' in text
+    assert not re.search(r"[^$]\$[^$]", text)
+
+
 @pytest.mark.parametrize(("version", "is_replaced"), [("2.24.3", False), ("2.24.4", True), ("5.0.0", True)])
 def test_lists_are_replaced_where_compose_can(
     fake: FakeDocker, tmp_path: Path, version: str, is_replaced: bool
 ) -> None:
     fake.change(compose=version)
-    compose = project(fake, tmp_path, gpus_of={"vllm": ("GPU-1",)}).prepare(["vllm"]).compose
+    compose = project(fake, tmp_path, gpus_of={"vllm": ("GPU-1",)}).prepare(["vllm"])
     assert ("!override" in compose.files[-1].read_text()) is is_replaced
     assert compose.docker.env["LEM_GPU_IDS"] == "GPU-1"
 
@@ -172,7 +168,7 @@ def test_lists_are_replaced_where_compose_can(
 def test_the_container_knows_its_user_and_the_datasets(fake: FakeDocker, tmp_path: Path) -> None:
     (tmp_path / "sets").mkdir()
     found = project(fake, tmp_path, {"LEM_DATASETS_DIR": str(tmp_path / "sets")}).prepare(["vllm"])
-    service = as_document(found.compose.files[-1].read_text())
+    service = as_service(found.files[-1].read_text())
     assert service["user"] == f"{os.getuid()}:{os.getgid()}"
     assert service["environment"]["USER"] == getpass.getuser()
     assert service["environment"]["LEM_DATASETS_DIR"] == str(tmp_path / "sets")

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from lem.base.errors import UserError
-from lem.orchestration.compose import ContainerState, decode_states, parse_version
 from lem.orchestration.container import ContainerError, ContainerHealthStatus, ContainerManager
+from lem.orchestration.docker import parse_version
 from lem.orchestration.packing import PYZ_NAME
+from lem.orchestration.services import ContainerState, decode_states
 from tests.doubles.fake_docker import FakeDocker
 
 GIB = 1024**3
@@ -358,7 +359,7 @@ def test_memory_of_the_own_worker_does_not_count(
 ) -> None:
     fake.change(gpus={"vllm": reading(int(9.5 * GIB), (4711, memory_b))}, pids={"id-vllm": [4710, 4711]})
     assert not with_gpu.check_health("vllm").healthy, "no worker is open: it is a leftover"
-    worker = with_gpu.open_worker("vllm")
+    worker = with_gpu.worker_in("vllm")
     worker.open()
     try:
         assert with_gpu.check_health("vllm").healthy
@@ -371,7 +372,7 @@ def test_memory_of_others_counts_beside_the_own_worker(fake: FakeDocker, with_gp
     fake.change(
         gpus={"vllm": reading(int(9.9 * GIB), (4711, GIB // 2), (99, int(9.4 * GIB)))}, pids={"id-vllm": [4711]}
     )
-    worker = with_gpu.open_worker("vllm")
+    worker = with_gpu.worker_in("vllm")
     worker.open()
     try:
         status = with_gpu.check_health("vllm")

@@ -12,11 +12,10 @@ import pytest
 from lem.base.errors import InfrastructureError, LockedError
 from lem.base.reasons import Reason
 from lem.config.campaign_config import CampaignHealthCheckConfig
-from lem.orchestration.compose import find_compose_files
+from lem.orchestration.compose import ComposeProject, find_compose_files
 from lem.orchestration.dispatch import Outcome, Timeouts
 from lem.orchestration.docker import ContainerError
-from lem.orchestration.docker_executor import ContainerLost, DockerExecutor
-from lem.orchestration.services import ComposeProject
+from lem.orchestration.executor import ContainerLost, DockerExecutor
 from lem.record import read_record
 from lem.worker.channel import RunRequest
 from tests.doubles.fake_docker import FakeDocker

@@ -8,7 +8,7 @@ import pytest
 
 from lem.meters.samples import GpuHeader
 from lem.meters.sources import Capabilities, CpuCapability, GpuCapability
-from lem.orchestration.doctor import look_at_cpu_energy, look_at_gpu_energy
+from lem.orchestration.doctor import check_cpu_energy, check_gpu_energy
 
 COUNTED = GpuCapability(GpuHeader(0, "GPU-a", "Test", "580.1", power_source="instant"), 0.1)
 INTEGRATED = GpuCapability(GpuHeader(1, "GPU-b", "Test", "580.1", power_source="average", counter_error="too old"))
@@ -25,7 +25,7 @@ DARK = GpuCapability(GpuHeader(2, "GPU-c", "Test", "580.1", counter_error="MIG i
     ],
 )
 def test_what_the_gpus_can_tell(gpus: tuple[GpuCapability, ...], status: str, message: str, remedy: str) -> None:
-    finding = look_at_gpu_energy(Capabilities(CpuCapability(), gpus, None if gpus else "NVML sees no GPU"))
+    finding = check_gpu_energy(Capabilities(CpuCapability(), gpus, None if gpus else "NVML sees no GPU"))
     assert finding.status == status
     assert message in finding.message
     assert remedy in finding.remedy
@@ -36,9 +36,9 @@ def test_of_many_gpus_those_that_cannot_be_measured_are_shown() -> None:
     many = tuple(
         dataclasses.replace(COUNTED, meter=dataclasses.replace(COUNTED.meter, index=index)) for index in range(8)
     )
-    finding = look_at_gpu_energy(Capabilities(CpuCapability(), (*many, DARK)))
+    finding = check_gpu_energy(Capabilities(CpuCapability(), (*many, DARK)))
     assert finding.message.startswith("GPU 2: MIG is on")
-    assert finding.message.endswith(" …")
+    assert finding.message.endswith(" and 5 more")
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,6 @@ def test_of_many_gpus_those_that_cannot_be_measured_are_shown() -> None:
     ],
 )
 def test_what_the_cpus_can_tell(cpu: CpuCapability, status: str, message: str, remedy: str) -> None:
-    finding = look_at_cpu_energy(cpu)
+    finding = check_cpu_energy(cpu)
     assert (finding.status, finding.remedy) == (status, remedy)
     assert message in finding.message

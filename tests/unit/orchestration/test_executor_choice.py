@@ -11,8 +11,7 @@ import pytest
 from lem.base.errors import UserError
 from lem.config.campaign_config import CampaignColdStartConfig, CampaignConfig, CampaignGridConfig, CampaignIOConfig
 from lem.meters.nvml import GpuFacts
-from lem.orchestration.docker_executor import DockerExecutor
-from lem.orchestration.executor_choice import ExecutorChoice, choose_executor, docker_executor
+from lem.orchestration.executor import DockerExecutor, ExecutorChoice, choose_executor, docker_executor
 from lem.orchestration.plan import Plan, build_plan
 from lem.orchestration.session import LocalExecutor
 from tests.doubles.fake_docker import FakeDocker

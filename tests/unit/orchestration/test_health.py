@@ -10,7 +10,7 @@ import pytest
 from lem.base.errors import InfrastructureError, UserError
 from lem.config.campaign_config import CampaignHealthCheckConfig
 from lem.meters.nvml import GpuProcess, GpuReading, GpuState
-from lem.orchestration.container import gpu_loss, holders, judge
+from lem.orchestration.container import gpu_loss, judge
 from lem.orchestration.schedule import Stopped
 from tests.campaign_doubles import Place, make_campaign
 
@@ -117,9 +117,3 @@ def test_a_gpu_is_lost_when_it_cannot_be_read(reading: GpuReading, is_lost: bool
     lost = gpu_loss(reading)
     assert (lost is not None) is is_lost
     assert ("daemon-reload" in str(lost)) is is_explained
-
-
-def test_who_of_ours_still_holds_a_gpu() -> None:
-    readings = [GpuReading((gpu(1, (1, 1), (2, 1)),)), GpuReading((gpu(1, (3, None)),))]
-    assert holders(readings, {3, 1, 9}) == (1, 3)
-    assert holders(readings, ()) == ()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lem.config.experiment import ExperimentConfig
-from lem.orchestration.docker import CONTAINER_HOME, Mount, local_mounts, without_nested
+from lem.orchestration.compose import CONTAINER_HOME, Mount, local_mounts, without_nested
 
 
 @pytest.fixture
