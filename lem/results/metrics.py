@@ -222,7 +222,7 @@ def find_obstacles(
     if not before or not after:
         return ()
     found = (
-        _kinds(before, after, "other_gpus", _gpu_names),
+        _kinds(before, after, "other_gpus", lambda item: ", ".join(sorted({gpu.name for gpu in item.gpus}))),
         _cards(before, after, is_blocking=not is_anchored),
         _kinds(before, after, "other_driver", lambda item: item.environment.versions.get("driver"), not is_anchored),
         _kinds(before, after, "other_cpu", _cpu, not is_anchored),
@@ -264,24 +264,20 @@ def _cards(before: Iterable[Record], after: Iterable[Record], *, is_blocking: bo
 
 
 def _lengths(before: Sequence[Record], after: Sequence[Record]) -> Obstacle | None:
-    found = [statistics.fmean(lengths) for side in (before, after) if (lengths := _output_lengths(side))]
+    sides = [
+        [item.work.output_tok / item.work.requests_ok for item in side if item.work.requests_ok]
+        for side in (before, after)
+    ]
+    found = [statistics.fmean(lengths) for lengths in sides if lengths]
     if len(found) < 2 or abs(found[0] - found[1]) <= LENGTH_TOLERANCE * max(found):
         return None
     return Obstacle(Reason.of("other_output_lengths", before=found[0], after=found[1]))
 
 
-def _output_lengths(records: Iterable[Record]) -> list[float]:
-    return [item.work.output_tok / item.work.requests_ok for item in records if item.work.requests_ok]
-
-
-def _gpu_names(record: Record) -> str:
-    return ", ".join(sorted({gpu.name for gpu in record.gpus}))
-
-
 def _cpu(record: Record) -> str:
     """The CPU, if it does the work."""
-    environment = record.environment
-    return f"{environment.cpu} × {environment.cpu_count}" if not environment.gpu_uuids else ""
+    found = record.environment
+    return "" if found.gpu_uuids else f"{found.cpu} × {found.cpu_count}"
 
 
 def _prompts(record: Record) -> str:

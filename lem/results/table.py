@@ -211,17 +211,10 @@ def _common_decimals(estimates: Sequence[Estimate]) -> int | None:
     if not values or max(values) > 30 * min(values):
         return None
     decimals = max(0, SIGNIFICANT_DIGITS - 1 - math.floor(math.log10(min(values))))
-    intervals = [
-        (item.ci_lower, item.ci_upper)
-        for estimate in estimates
-        for item in (estimate.t_log, estimate.bootstrap)
-        if item
-    ]
+    found = [item for estimate in estimates for item in (estimate.t_log, estimate.bootstrap)]
+    intervals = [(item.ci_lower, item.ci_upper) for item in found if item and item.ci_lower != item.ci_upper]
     for _ in range(3):
-        if any(
-            low is not None and high is not None and low < high and _number(low, decimals) == _number(high, decimals)
-            for low, high in intervals
-        ):
+        if any(_number(low, decimals) == _number(high, decimals) for low, high in intervals):
             decimals += 1
     return decimals
 
