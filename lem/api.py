@@ -98,7 +98,7 @@ def read(results_dir: str | PathLike[str], campaign: str, run: str | None = None
         run: the ID of the run or the beginning of it; by default the last run.
 
     Raises:
-        LemError: there is no such campaign or run, or several.
+        LemError: no such campaign or run, or more than one.
     """
     return resolve_run(Path(results_dir), slug_of(campaign), run).read()
 

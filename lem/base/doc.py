@@ -185,7 +185,7 @@ def columns(heading: str, names: Sequence[str], others: Sequence[Column], width:
 
 
 def _line_of(lines: Sequence[str], index: int, height: int) -> str:
-    """Headings stand at the bottom of their rows."""
+    """Headings are at the bottom of their rows."""
     place = index - (height - len(lines))
     return lines[place] if place >= 0 else ""
 

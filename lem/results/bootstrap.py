@@ -1,8 +1,8 @@
 """Intervals over the few values that the cycles of a campaign give.
 
 The percentile bootstrap interval of a mean is what many tools print, and with few values it is too narrow (see
-`BOOTSTRAP_COVERAGE`). Whatever shows it therefore shows the Student t interval on log values beside it: times, rates
-and energies are positive and vary by percentages, so their logs are closer to normal than they are; the mean of logs is
+`BOOTSTRAP_COVERAGE`). It is therefore always shown with the Student t interval on log values: times, rates and
+energies are positive and vary by percentages, so their logs are closer to normal than they are; the mean of logs is
 the log of the geometric mean, and its t interval covers what it claims for any number of cycles.
 """
 
@@ -92,7 +92,7 @@ def bootstrap_ci(
     values = _checked(samples)
     check_confidence(confidence)
     if n_iterations < 1:
-        raise ValueError(f"n_iterations is {n_iterations}, at least 1 is due")
+        raise ValueError(f"n_iterations must be at least 1, got {n_iterations}")
     n = len(values)
     if n == 1:
         return BootstrapResult(values[0], None, None, None, 1, confidence, "1 sample: no interval")
@@ -191,10 +191,10 @@ def _resamples(n: int, n_iterations: int, seed: int) -> tuple[tuple[tuple[int, .
 def _checked(samples: Iterable[float]) -> list[float]:
     values = [float(value) for value in samples]
     if not values:
-        raise ValueError("no samples: there is no mean of nothing")
+        raise ValueError("no samples")
     for index, value in enumerate(values):
         if not math.isfinite(value):
-            raise ValueError(f"samples[{index}] is {value}, a finite number is due")
+            raise ValueError(f"samples[{index}] must be finite, got {value}")
     return values
 
 

@@ -46,48 +46,48 @@ _NOTES = frozenset({
 # What to do about a finding, by its kind.
 _REMEDIES: Mapping[str, str] = {
     "damaged": (
-        "bring them back from a copy, or measure them again: lem campaign --resume runs what has no whole result"
+        "restore them from a backup, or measure again: lem campaign --resume runs every experiment without a result"
     ),
-    "failed": "lem status names the reason of each that failed, and its log; lem campaign --resume runs them again",
-    "no_results": "run the campaign; lem status says how it is",
+    "failed": "lem status shows why each one failed, and its log; lem campaign --resume runs them again",
+    "no_results": "run the campaign; lem status shows its state",
     "unequal_exclusions": (
         "find the cause and measure again: what always throttles or fails is a finding, not an outlier"
     ),
-    "invalid": "see lem results show RUN/EXPERIMENT for what was measured, and remove the cause",
+    "invalid": "remove the cause; lem results show RUN/EXPERIMENT shows what was measured",
     "no_valid_result": "remove the cause, then --resume",
-    "unsteady": "raise measurement.min_window_sec, let warm-up run longer, and see what else the machine does",
+    "unsteady": "raise measurement.min_window_sec, warm up longer, and check what else runs on the machine",
     "warmup": "raise warmup.max_prompts or warmup.timeout_seconds",
-    "short_window": f"set measurement.min_window_sec to {SHORT_WINDOW_S:g} or more, or give more prompts",
-    "failed_requests": "the experiment's log.txt says why; failed requests cost energy and give no tokens",
-    "throttled": "cool it better, lower its power limit, or lengthen execution.config_gap_seconds",
-    "power_capped": "normal under load; compare only at the same limit, which the record keeps (power_limit_w)",
+    "short_window": f"set measurement.min_window_sec to {SHORT_WINDOW_S:g} or more, or use more prompts",
+    "failed_requests": "the log.txt of the experiment shows why; failed requests cost energy and give no tokens",
+    "throttled": "improve cooling, lower the power limit, or raise execution.config_gap_seconds",
+    "power_capped": "normal under load; compare only at the same limit (power_limit_w in the record)",
     "gap_too_short": "raise execution.config_gap_seconds and execution.cycle_gap_seconds",
-    "foreign_processes": "stop them, or keep the machine to yourself while it measures (lem doctor names them)",
+    "foreign_processes": "stop them (lem doctor lists them), or reserve the machine while it measures",
     "crosscheck": (
-        "an A100 or H100 sensor sees part of the time only: trust the counter; elsewhere look at sample_gap_max_s"
+        "the sensors of A100 and H100 sample only part of the time: trust the counter; elsewhere see sample_gap_max_s"
     ),
-    "baseline_drift": "let the device rest longer before it (gaps), and see what else draws power; gross energy stands",
-    "baselines_apart": "net energies are not alike then; compare gross energy, and see what else draws power",
+    "baseline_drift": "lengthen the gaps, and check what else draws power; gross energy is unaffected",
+    "baselines_apart": "net energies are not comparable; compare gross energy, and check what else draws power",
     "estimate": (
-        "make RAPL readable (lem doctor says how), or give an external meter's readings (measurement.external_csv)"
+        "make RAPL readable (lem doctor shows how), or provide readings of an external meter (measurement.external_csv)"
     ),
     "integrated_power": (
-        "a sensor that looks part of the time is off under a load with a rhythm: raise measurement.min_window_sec"
+        "a sensor that samples only part of the time is wrong under a periodic load: raise measurement.min_window_sec"
     ),
-    "shared_loads": "set execution.reuse to cycle, which loads engines anew in every cycle",
+    "shared_loads": "set execution.reuse: cycle, which reloads engines in every cycle",
     "output_lengths": _SAME_WORK,
-    "not_comparable": "measure them alike, or compare only what is alike",
-    "environment_changed": "measure it anew in one environment (--fresh)",
+    "not_comparable": "measure them the same way, or compare only those measured the same way",
+    "environment_changed": "measure again in one environment (--fresh)",
     "warning": "",
-    "drift": "lengthen the gaps, use structure: shuffled, and see what warms up; ratios within cycles suffer least",
+    "drift": "lengthen the gaps, use structure: shuffled, and check what warms up; ratios within cycles suffer least",
     "grouped": "use structure: interleaved or shuffled",
-    "same_order": "use structure: shuffled, which lem check can then look at",
-    "order_effect": "lengthen execution.config_gap_seconds, so that nothing is left of the experiment before",
+    "same_order": "use structure: shuffled, so that lem check can measure the effect of the order",
+    "order_effect": "raise execution.config_gap_seconds, so that the previous experiment has no effect",
     "few_cycles": "use --cycles 5, or --until ci=2%",
-    "wide_interval": "add cycles: lem campaign … --resume --until ci=2%; or find what makes cycles differ",
+    "wide_interval": "add cycles: lem campaign … --resume --until ci=2%; or find out why cycles differ",
     "too_few_cycles": "",
-    "indistinguishable": f"nor would {MOST_CYCLES}: take them as equal",
-    "stopping": "for a verdict that hangs on the third digit measure a fixed number of cycles anew",
+    "indistinguishable": f"{MOST_CYCLES} cycles would not separate them: treat them as equal",
+    "stopping": "for a verdict that depends on the third digit, measure again with a fixed number of cycles",
 }
 
 
@@ -219,7 +219,11 @@ def _work(run: Run) -> Found:
         is_alike = False
         is_free = any(name in free for name in lengths)
         what = Reason.of("free_lengths_differ" if is_free else "lengths_differ", low=low, high=high)
-        remedy = _SAME_WORK if is_free else "ignore_eos was set and did not hold: the experiment's log.txt may say why"
+        remedy = (
+            _SAME_WORK
+            if is_free
+            else "ignore_eos was set but had no effect: the log.txt of the experiment may show why"
+        )
         yield _finding("output_lengths", what, lengths, remedy=remedy)
     if free and is_alike:
         yield _finding("output_lengths", Reason.of("free_lengths"), free, is_weak=False)
@@ -322,7 +326,8 @@ def _open_pair(metric: Metric, lower: Configuration, upper: Configuration) -> Fi
     data = {"more": upper.name, "less": lower.name, "metric": metric.lower_label, "low": low, "high": high}
     found = Reason.of("pair_open", **data, difference=percent(effect.ratio - 1), cycles=n_cycles)
     if further is not None and n_cycles + further <= MOST_CYCLES:
-        remedy = f"{further} more would, if it stays: lem campaign … --resume --cycles {n_cycles + further}"
+        command = f"lem campaign … --resume --cycles {n_cycles + further}"
+        remedy = f"{further} more cycles would separate them, if the difference stays the same: {command}"
         return _finding("too_few_cycles", found, (lower.name, upper.name), remedy=remedy)
     return _finding("indistinguishable", found, (lower.name, upper.name))
 

@@ -1,4 +1,4 @@
-"""Configurations of one run against a baseline, or of two runs over an anchor: ratios, and what may be said of them.
+"""Configurations of one run against a baseline, or of two runs over an anchor: ratios and verdicts.
 
 Two runs share no cycles, so whatever separates their days looks like a difference: simulated with 1 % between days, a
 naive test of two runs of five cycles is wrong in 58 % of cases. A configuration that both measured and that did not
@@ -208,7 +208,7 @@ def _causes(configuration: Configuration) -> str:
 def _without_result(*runs: Run) -> tuple[str, ...]:
     """A line for each configuration without any result."""
     return tuple(
-        f"no result at all: {item.name} in {run.run_id} ({item.n_failed} failed)"
+        f"no results: {item.name} in {run.run_id} ({item.n_failed} failed)"
         for run in runs
         for item in run.configurations
         if not item.records

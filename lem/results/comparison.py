@@ -40,7 +40,7 @@ _ANCHORED_RATIO_NOTE = (
 _FIRM = "␠"
 
 # What a row says of a configuration.
-_SIDES = ("better", "worse", "not told apart", "without a verdict")
+_SIDES = ("better", "worse", "not distinguishable", "without a verdict")
 
 # Settings that need no label.
 _PLAIN_SETTINGS = ("backend", "model", "precision", "traffic", "engine", "GPU")
@@ -177,7 +177,7 @@ class _Content:
 
     def obstacles(self) -> Iterable[str]:
         """What is not comparable."""
-        for is_blocking, lead in ((True, "not comparable"), (False, "not the same, but shared with the anchor")):
+        for is_blocking, lead in ((True, "not comparable"), (False, "different, but shared with the anchor")):
             found: dict[Reason, list[str]] = {}
             for pair in self.comparison.pairs:
                 for obstacle in pair.obstacles:
@@ -236,11 +236,11 @@ class _Content:
             yield _RATIO_NOTE if comparison.anchor is None else _ANCHORED_RATIO_NOTE
         if comparison.n_compared:
             count = "the one comparison" if comparison.n_compared == 1 else f"the {comparison.n_compared} comparisons"
-            yield f"p: of no difference, by Holm over {count}; ~: none found."
+            yield f"p: of no difference, adjusted by Holm over {count}; ~: no difference found."
         if comparison.gates and comparison.n_compared:
-            yield "verdict: the whole interval lies there, widened so that all verdicts hold together."
+            yield "verdict: where the whole interval lies, widened so that all verdicts hold together."
         if any(row.all_attempts_ratio is not None for row in rows):
-            yield "over all attempts: invalid ones too, as far as they were measured."
+            yield "over all attempts: including invalid ones, as far as they were measured."
         yield from self._notes_on_anchor_and_meters()
         for run in comparison.runs:
             if run.stopping is not None:
@@ -254,10 +254,10 @@ class _Content:
             labels = {metric.name: metric.lower_label for metric in metrics}
             moved = ", ".join(f"{ratio:.3f} × in {labels[name]}" for name, ratio in anchor.ratios.items())
             most = f"{100 * anchor.tolerance:g} %"
-            yield f"anchor: {anchor.name}, itself {moved}; more than {most} would allow no verdict."
+            yield f"anchor: {anchor.name}, itself {moved}; a change of more than {most} would rule out a verdict."
         is_energy = anchor is None and any(metric.group == "energy" for metric in metrics)
         if is_energy and any(item.is_by_board_sensors for _, item in self._labelled()):
-            yield "Energy: board sensors carry ±5 % per card, which divides out on one card."
+            yield "Energy: board sensors are off by up to ±5 % per card, which cancels out on one card."
 
     def _lead(self) -> Metric | None:
         """The first metric that can be compared."""
@@ -289,7 +289,7 @@ class _Content:
         sides: dict[str, list[tuple[Pair, Row]]] = {side: [] for side in _SIDES}
         for pair, row in rows:
             sides[_side(row)].append((pair, row))
-        against = "the run before" if self.comparison.anchor else self.comparison.pairs[0].baseline.name
+        against = "the earlier run" if self.comparison.anchor else self.comparison.pairs[0].baseline.name
         n_open = len(sides["without a verdict"])
         judged = len(rows) - n_open
         if not judged:
@@ -353,7 +353,7 @@ class _Content:
         return f"{pair.baseline.name} in {before}", f"{pair.other.name} in {after}"
 
     def _run_label(self, run: Run) -> str:
-        """A run beside the other one: its campaign, if the two differ, else its ID."""
+        """The name of one of two runs: its campaign, if the two differ, else its ID."""
         names = {item.campaign_name for item in self.comparison.runs}
         return run.campaign_name if len(names) == len(self.comparison.runs) else run.run_id
 
@@ -364,10 +364,10 @@ class _Content:
 
 
 def _side(row: Row) -> str:
-    better, worse, alike, unknown = _SIDES
+    better, worse, close, unknown = _SIDES
     if row.p_adjusted is None:
         return unknown
-    return alike if not row.is_found else better if _goodness(row) > 0 else worse
+    return close if not row.is_found else better if _goodness(row) > 0 else worse
 
 
 def _goodness(row: Row) -> float:
@@ -445,7 +445,7 @@ def _further(judgement: Judgement) -> str:
         return " (no verdict)"
     more = judgement.further_cycles
     if more is None:
-        return f" (at the threshold: over {MOST_FURTHER_CYCLES} more cycles)"
+        return f" (at the threshold: more than {MOST_FURTHER_CYCLES} further cycles)"
     return f" (about {more} more {'cycle' if more == 1 else 'cycles'} would settle it)"
 
 

@@ -99,7 +99,10 @@ def with_columns(table: Table, names: Sequence[str]) -> Table:
     known = set(table.columns)
     for name in names:
         if name not in known and table.rows:
-            raise UserError(f"no column {name!r}{did_you_mean(name, table.columns)}", "the CSV's first line names all")
+            raise UserError(
+                f"unknown column {name!r}{did_you_mean(name, table.columns)}",
+                "the first line of the CSV lists all columns",
+            )
     return Table(
         tuple(names),
         tuple({name: row.get(name) for name in names} for row in table.rows),
@@ -122,7 +125,7 @@ def render(table: Table, form: str) -> str:
         return json_text(documents)
     if form == "jsonl":
         return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in documents)
-    raise ValueError(f"{form!r} is none of {', '.join(FORMATS)}")
+    raise ValueError(f"unknown format {form!r}; known: {', '.join(FORMATS)}")
 
 
 # A column with its value and why that is None.

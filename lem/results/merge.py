@@ -15,6 +15,7 @@ from lem.base import durable
 from lem.base.codec import decode
 from lem.base.durable import make_folder, reason_of, remedy_for, sha256_of
 from lem.base.errors import UserError
+from lem.base.units import plural
 from lem.record import Record, ResultKey
 from lem.results.metrics import Metric
 from lem.results.run import ENERGY, THROUGHPUT, read_stopping_rule, write_stopping_rule
@@ -64,7 +65,7 @@ class FleetPlan:
             UserError: there is no such host.
         """
         if not 1 <= index <= len(self.hosts):
-            raise UserError(f"the plan has {len(self.hosts)} parts, and none of number {index}")
+            raise UserError(f"no part {index}: the plan has {len(self.hosts)} parts")
         return self.hosts[index - 1]
 
 
@@ -75,7 +76,9 @@ def write_plan(path: Path, plan: FleetPlan) -> None:
         UserError: there is one, or it cannot be written.
     """
     if path.exists():
-        raise UserError(f"{path} is there, and a stored plan is never changed", "name another file, or remove it")
+        raise UserError(
+            f"{path} exists, and a stored plan is never overwritten", "name another file, or remove this one"
+        )
     try:
         durable.write_json(path, {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(plan)})
     except OSError as error:
@@ -86,7 +89,7 @@ def read_plan(path: Path) -> FleetPlan:
     """The plan in a file.
 
     Raises:
-        UserError: it cannot be read, or is no whole plan of this schema.
+        UserError: it cannot be read, or is not a valid plan.
     """
     try:
         return _decode(durable.read_json(path))
@@ -94,7 +97,7 @@ def read_plan(path: Path) -> FleetPlan:
         raise UserError(f"plan {path}: {reason_of(error)}", "give the file that --write-plan stored") from error
     except ValueError as error:
         raise UserError(
-            f"plan {path}: {error}", "make it again: lem campaign FILE --write-plan PLAN --hosts …"
+            f"plan {path}: {error}", "create it again: lem campaign FILE --write-plan PLAN --hosts …"
         ) from error
 
 
@@ -110,17 +113,17 @@ def _check(plan: FleetPlan) -> None:
     known = {item.exp_id for item in plan.experiments}
     names = [host.name for host in plan.hosts]
     if plan.mode not in MODES:
-        raise ValueError(f"mode {plan.mode!r} is none of {', '.join(MODES)}")
+        raise ValueError(f"unknown mode {plan.mode!r}; known: {', '.join(MODES)}")
     for text in (plan.run_id, *names, *known):
         if not is_name(text):
-            raise ValueError(f"{text!r} cannot name a folder")
+            raise ValueError(f"{text!r} cannot be used as a folder name")
     if len(set(names)) != len(names) or not names:
-        raise ValueError("hosts: at least one, and each once")
+        raise ValueError("expected at least one host, and each host once")
     for host in plan.hosts:
         if strange := [exp_id for exp_id in host.exp_ids if exp_id not in known]:
-            raise ValueError(f"host {host.name} is given {strange[0]!r}, which is no experiment of the plan")
+            raise ValueError(f"host {host.name}: unknown experiment {strange[0]!r}")
     if not known <= {exp_id for host in plan.hosts for exp_id in host.exp_ids}:
-        raise ValueError("an experiment is given to no host")
+        raise ValueError("an experiment is assigned to no host")
 
 
 _SHOWN = 5
@@ -169,9 +172,10 @@ def gather(folders: Sequence[Path], *, campaign: str | None = None, plan: FleetP
             else:
                 found.setdefault(identity.key, item)
     if conflicts:
+        n_pairs = plural(len(conflicts), "pair")
         raise UserError(
-            f"{len(conflicts)} results have one key and differ, such as {'; '.join(conflicts[:_SHOWN])}",
-            "one of each is not what its host measured, or two hosts have one name; nothing was merged",
+            f"{n_pairs} of results with the same key but different content, such as {'; '.join(conflicts[:_SHOWN])}",
+            "one of each pair was altered, or two hosts have the same name; nothing was merged",
         )
     ordered = sorted(found.items(), key=lambda entry: (entry[1].record.identity.order_index, entry[0]))
     return Gathered(slug, tuple(item for _, item in ordered), tuple(problems), tuple(sorted(foreign)))
@@ -192,7 +196,7 @@ def _only_campaign(results_dirs: Iterable[Path]) -> str:
     names = sorted({name for folder in results_dirs for name in list_campaigns(folder)})
     if not names:
         raise UserError(
-            "no campaign in these folders", "each is to hold results/<campaign>/<run>/…, or <campaign>/<run>/…"
+            "no campaign in these folders", "expected results/<campaign>/<run>/… or <campaign>/<run>/… in each"
         )
     if len(names) > 1:
         raise UserError(

@@ -116,7 +116,7 @@ def parse_metric(text: str, *, is_for_gate: bool = False) -> Metric:
     """The metric of that name, or of a short one: energy, throughput, ttft, tpot, itl, e2e.
 
     Raises:
-        UserError: there is none, or it has no better direction that a gate could watch.
+        UserError: it is unknown, or has no better direction and is for a gate.
     """
     known = {metric.name: metric for metric in METRICS if not is_for_gate or metric.is_higher_better is not None}
     name = text.strip()
@@ -124,9 +124,9 @@ def parse_metric(text: str, *, is_for_gate: bool = False) -> Metric:
     if metric is not None:
         return metric
     if name in METRIC_BY_NAME:
-        raise UserError(f"metric {name!r} is neither better high nor better low, so no gate can watch it")
+        raise UserError(f"metric {name!r} has no better direction, so it cannot have a gate")
     names = [*_ALIASES, *known]
-    raise UserError(f"no metric {name!r}{did_you_mean(name, names)}", f"known: {', '.join(names)}")
+    raise UserError(f"unknown metric {name!r}{did_you_mean(name, names)}", f"known: {', '.join(names)}")
 
 
 # Run, host, and number of the cycle from 0.

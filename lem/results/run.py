@@ -48,7 +48,7 @@ class Target:
 
 @dataclass(frozen=True)
 class StoppingRule:
-    """The rule by which cycles were added to a run; it is kept beside its results."""
+    """The rule by which cycles were added to a run; it is kept with its results."""
 
     target: Target
     least_cycles: int
@@ -215,7 +215,7 @@ MOST_CYCLES = 20
 # Stopping once an interval is narrow favours the cycles that happen to lie together. Simulated by
 # tests/bench/stopping.py (log-normal cycles, 5 to 20 of them): 92 % where the standard deviation between cycles is
 # twice the half width asked for, 95 % where it is a quarter or five times it.
-UNACCOUNTED = "the intervals do not account for that; in simulations they then covered 92 to 95 %, not 95 %"
+UNACCOUNTED = "the intervals do not account for that; in simulations they covered 92 to 95 % instead of 95 %"
 
 STOPPING_FILE = "stopping.json"
 _STOPPING_SCHEMA_VERSION = 1
@@ -253,16 +253,16 @@ def parse_target(text: str) -> Target:
     """
     match = _TARGET.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"{text!r} is no target; write it like ci=2% or ci=2%:output_tok_per_s")
+        raise ValueError(f"expected a target such as ci=2% or ci=2%:output_tok_per_s, got {text!r}")
     metric = match["metric"]
     try:
         half_width = parse_percentage(match["half_width"])
     except ValueError as error:
         raise ValueError(f"{text!r}: {error}") from error
     if not 0 < half_width < 1:
-        raise ValueError(f"{text!r}: a width over 0 and under 100 % is due")
+        raise ValueError(f"{text!r}: the width must be more than 0% and less than 100%")
     if metric is not None and metric not in METRIC_BY_NAME:
-        raise ValueError(f"{text!r}: no metric {metric}; there are {', '.join(METRIC_BY_NAME)}")
+        raise ValueError(f"{text!r}: unknown metric {metric!r}; known: {', '.join(METRIC_BY_NAME)}")
     return Target(half_width, metric)
 
 
@@ -285,7 +285,7 @@ def measure_precision(records: Iterable[Record], target: Target, least_cycles: i
 
 
 def write_stopping_rule(run_folder: Path, rule: StoppingRule) -> None:
-    """Keep the rule beside the results of the run.
+    """Keep the rule with the results of the run.
 
     Raises:
         InfrastructureError: it cannot be written.
@@ -308,9 +308,9 @@ def read_stopping_rule(run_folder: Path) -> StoppingRule | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        _logger.warning("%s: %s: whether the number of cycles was fixed is not known", path, reason_of(error))
+        _logger.warning("%s: %s: unknown whether the number of cycles was fixed", path, reason_of(error))
     except ValueError:
-        _logger.warning("%s is broken: whether the number of cycles was fixed is not known", path)
+        _logger.warning("%s is corrupt: unknown whether the number of cycles was fixed", path)
     return None
 
 
@@ -327,7 +327,7 @@ def _why_none(estimate: Estimate) -> str:
     return "1 sample" if estimate.n == 1 else SHARED_LOAD.text
 
 
-# Two starts that are further apart than this, beside what is known of them, have an interruption in between.
+# If the unexplained time between two starts is longer than this, the campaign was interrupted.
 _PAUSE_S = 3600.0
 
 

@@ -38,7 +38,7 @@ def check_confidence(confidence: float) -> None:
         ValueError: it is outside.
     """
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}, a value between 0 and 1 is due, for example 0.95")
+        raise ValueError(f"confidence must be between 0 and 1, for example 0.95, got {confidence}")
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
@@ -52,7 +52,7 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     """
     for value in p_values:
         if not 0 <= value <= 1:
-            raise ValueError(f"{value} is not a p value")
+            raise ValueError(f"expected a p value between 0 and 1, got {value}")
     adjusted = [0.0] * len(p_values)
     floor = 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
@@ -69,10 +69,10 @@ def student_t_cdf(t: float, df: float) -> float:
 
     Raises:
         ValueError: degrees of freedom that are not positive.
-        ArithmeticError: so many degrees of freedom that the fraction does not converge (over 10^8).
+        ArithmeticError: with over 10^8 degrees of freedom the fraction does not converge.
     """
     if df <= 0:
-        raise ValueError(f"{df} degrees of freedom; more than 0 are due")
+        raise ValueError(f"degrees of freedom must be positive, got {df}")
     if math.isinf(t):
         return 1.0 if t > 0 else 0.0
     square = t * t
@@ -92,7 +92,7 @@ def student_t_quantile(probability: float, df: float) -> float:
         ValueError: a probability outside (0, 1), degrees of freedom that are not positive.
     """
     if not 0 < probability < 1:
-        raise ValueError(f"{probability} is not a probability between 0 and 1")
+        raise ValueError(f"expected a probability between 0 and 1, got {probability}")
     if probability == 0.5:
         return 0.0
     # By symmetry search in the lower tail, where the distribution function keeps its relative precision.
@@ -204,9 +204,9 @@ def paired_effect(numerators: Sequence[float], denominators: Sequence[float]) ->
         ValueError: lists of different lengths, no pairs, a value that is not positive and finite.
     """
     if len(numerators) != len(denominators):
-        raise ValueError(f"{len(numerators)} numerators and {len(denominators)} denominators are no pairs")
+        raise ValueError(f"expected pairs, got {len(numerators)} numerators and {len(denominators)} denominators")
     if not numerators:
-        raise ValueError("no pairs: there is no ratio of nothing")
+        raise ValueError("expected at least one pair")
     for value in (*numerators, *denominators):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"a ratio needs positive and finite values on both sides, got {value}")
@@ -319,7 +319,7 @@ def parse_gate(text: str) -> Gate:
     metric, is_written, percentage = text.strip().partition("=")
     hint = "for example --gate energy_per_output_tok_j=3%"
     if not is_written or not metric:
-        raise UserError(f"--gate {text!r} is not METRIC=PERCENT%", hint)
+        raise UserError(f"--gate: expected METRIC=PERCENT%, got {text!r}", hint)
     try:
         threshold = parse_percentage(percentage)
     except ValueError as error:

@@ -93,8 +93,8 @@ def check_name(text: str, what: str) -> str:
     """
     if not is_name(text):
         raise UserError(
-            f"{what} {text[:80]!r} cannot name a results folder",
-            "use letters, digits and . _ = + - (at most 255, a letter or digit first)",
+            f"{what} {text[:80]!r} cannot be used as a folder name",
+            "use at most 255 letters, digits and . _ = + -, starting with a letter or digit",
         )
     return text
 
@@ -105,7 +105,7 @@ def stopping_campaign(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = remedy_for(error, "--results-dir") + "; then go on with --resume"
+        hint = remedy_for(error, "--results-dir") + "; then continue with --resume"
         raise InfrastructureError(f"results: {path}: {reason_of(error)}", hint) from error
 
 
@@ -114,7 +114,7 @@ def _prompt_line(number: int, prompt: Mapping[str, Any]) -> bytes:
         return json.dumps(dict(prompt), ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
     except UnicodeEncodeError as error:
         raise UserError(
-            f"prompt {number} is not Unicode text: it holds half of a surrogate pair",
+            f"prompt {number} is not Unicode text: it contains half of a surrogate pair",
             "write the whole character instead of a lone \\ud800 to \\udfff",
         ) from error
 
@@ -282,7 +282,7 @@ def count_failed(scan: Scan) -> dict[str, int]:
         key = (problem.run_id, problem.exp_id)
         if problem.exp_id and key not in whole and key not in failed:
             known = names.get(configuration_of(problem.exp_id))
-            named = known.config_name if known else configured_name(config_beside(problem))
+            named = known.config_name if known else configured_name(config_of_problem(problem))
             failed[key] = named or configuration_of(problem.exp_id)
     return dict(collections.Counter(failed.values()))
 
@@ -292,7 +292,7 @@ def configuration_of(exp_id: str) -> str:
     return exp_id.rpartition("-c")[0] or exp_id
 
 
-def config_beside(problem: Problem) -> Mapping[str, Any]:
+def config_of_problem(problem: Problem) -> Mapping[str, Any]:
     """What `config.json` beside a missing result holds; empty if it cannot be read."""
     folder = problem.path if problem.path.is_dir() else problem.path.parent
     try:
@@ -356,7 +356,7 @@ def _describe_missing(folder: Path, attempt: Path) -> Problem:
         return _problem(folder, attempt, "unreadable", reason_of(error))
     if is_cut_off:
         return _problem(folder, attempt, "half-written", f"no {RESULT_FILE}: writing was cut off")
-    why = "the attempt failed, was interrupted, or still runs"
+    why = "the attempt failed, was interrupted, or is still running"
     return _problem(folder, attempt, "missing", f"no {RESULT_FILE}: {why}")
 
 
@@ -371,7 +371,9 @@ def _differences(identity: Identity, folder: Path, number: int) -> str:
         ("experiment", identity.experiment_id, _exp_id_of(folder.name)),
         ("attempt", identity.attempt, number),
     )
-    return ", ".join(f"it says {what} {str(said)!r:.80}, not {due}" for what, said, due in pairs if said != due)
+    return ", ".join(
+        f"expected {what} {place}, got {str(found)!r:.80}" for what, found, place in pairs if found != place
+    )
 
 
 def _attempt_numbers(folder: Path) -> list[int]:

@@ -119,7 +119,9 @@ class _RunTable:
         if any(item.estimate(metric).values for item in self._configurations for _, metric in _LATENCIES):
             notes.append("Latency: median over the requests of a cycle, geometric mean over the cycles.")
         if any(item.is_by_board_sensors for item in self._configurations):
-            notes.append("Energy: board sensors carry ±5 % per card; compare configurations on one card, not cards.")
+            notes.append(
+                "Energy: board sensors are off by up to ±5 % per card: compare configurations on one card, not cards."
+            )
         for label, metric in (*_LATENCIES, *_INTERVALS):
             notes += self._gaps(label, metric)
         for note in notes:
@@ -137,8 +139,8 @@ class _RunTable:
                 "at any n."
             )
             yield (
-                f"Bootstrap interval: percentiles of the resampled arithmetic mean, {_CONFIDENCE} in name; "
-                f"it truly covers {', '.join(map(_coverage, sizes))}."
+                "Bootstrap interval: percentiles of the resampled arithmetic mean; nominal coverage "
+                f"{_CONFIDENCE}, true coverage {', '.join(map(_coverage, sizes))}."
             )
         if self._run.stopping is not None:
             yield f"Cycles were added {self._run.stopping.describe()}: {UNACCOUNTED}."

@@ -191,10 +191,10 @@ def test_a_run_an_experiment_and_a_host_are_folders_in_their_place_or_refused(tm
         lambda: repository.scan(name),
         lambda: repository.experiment_ids(name),
     ):
-        with pytest.raises(UserError, match="cannot name a results folder"):
+        with pytest.raises(UserError, match="cannot be used as a folder name"):
             attempt()
     if "/" in name or "\0" in name or "\n" in name:
-        with pytest.raises(UserError, match="cannot name a results folder"):
+        with pytest.raises(UserError, match="cannot be used as a folder name"):
             experiment_folder_name("e", name)
     assert list(tmp_path.iterdir()) == []
 

@@ -116,7 +116,7 @@ def test_two_results_of_one_key_that_differ_are_refused_and_nothing_is_written(t
         store(tmp_path / name, anchor("localhost", output_tok_per_s=rate))
     code, _, err = run_lem("merge", tmp_path / "one", tmp_path / "two", "--output", tmp_path / "all")
     assert code == 2
-    assert "one key and differ" in err
+    assert "same key but different content" in err
     assert not (tmp_path / "all").exists()
 
 

@@ -117,7 +117,7 @@ def test_a_stored_plan_is_read_back_and_never_overwritten(tmp_path: Path) -> Non
     stored = fleet(plan(4, 64), "gpu1", "gpu2")
     write_plan(tmp_path / "plan.json", stored)
     assert read_plan(tmp_path / "plan.json") == stored
-    with pytest.raises(UserError, match="never changed"):
+    with pytest.raises(UserError, match="never overwritten"):
         write_plan(tmp_path / "plan.json", stored)
 
 
@@ -127,10 +127,10 @@ def test_a_stored_plan_is_read_back_and_never_overwritten(tmp_path: Path) -> Non
         ({"schema_version": 9}, "schema"),
         ({"mode": "both"}, "mode"),
         ({"hosts": []}, "at least one"),
-        ({"run_id": "../up"}, "cannot name a folder"),
+        ({"run_id": "../up"}, "cannot be used as a folder name"),
         ({"extra": 1}, "plan: unknown 'extra'"),
-        ({"experiments": []}, "no experiment of the plan"),
-        ({"hosts": [{"name": "gpu1", "exp_ids": [], "expected_s": None}]}, "given to no host"),
+        ({"experiments": []}, "unknown experiment"),
+        ({"hosts": [{"name": "gpu1", "exp_ids": [], "expected_s": None}]}, "assigned to no host"),
         ({"hosts": "gpu1"}, "plan.hosts: expected a list"),
     ],
 )

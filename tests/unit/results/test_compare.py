@@ -176,7 +176,7 @@ def test_an_inconclusive_gate_counts_only_where_it_is_asked_to() -> None:
 def test_a_configuration_without_any_result_is_missing() -> None:
     run = make_run(dataclasses.replace(DEMO, configurations=(SLOW, FAST)).records(), {"gone": 5})
     comparison = compared(run, gates=(GATE,))
-    assert comparison.missing == (f"no result at all: gone in {DEMO.run_id} (5 failed)",)
+    assert comparison.missing == (f"no results: gone in {DEMO.run_id} (5 failed)",)
     assert gate_code(comparison, is_strict=True) is ExitCode.INCONCLUSIVE
 
 

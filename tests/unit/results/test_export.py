@@ -165,7 +165,7 @@ def test_columns_are_those_named_in_that_order():
 def test_a_column_that_is_not_there_is_told_with_the_nearest():
     with pytest.raises(UserError) as caught:
         with_columns(make_table(_exported(make_record())), ["output_tok_pers"])
-    assert str(caught.value) == "no column 'output_tok_pers' (did you mean 'output_tok_per_s'?)"
+    assert str(caught.value) == "unknown column 'output_tok_pers' (did you mean 'output_tok_per_s'?)"
 
 
 def test_markdown_keeps_its_columns_whatever_a_name_holds():

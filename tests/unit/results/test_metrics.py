@@ -160,5 +160,5 @@ def test_a_metric_that_was_meant_is_suggested() -> None:
 
 def test_a_metric_without_a_better_side_can_be_compared_but_not_gated() -> None:
     assert parse_metric("output_tok").is_higher_better is None
-    with pytest.raises(UserError, match="neither better"):
+    with pytest.raises(UserError, match="no better direction"):
         parse_metric("output_tok", is_for_gate=True)

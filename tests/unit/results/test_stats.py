@@ -95,7 +95,12 @@ def test_pairs_that_never_differ_are_equal_for_sure() -> None:
 
 @pytest.mark.parametrize(
     ("above", "below", "said"),
-    [([1.0], [1.0, 2.0], "no pairs"), ([], [], "no pairs"), ([0.0], [1.0], "positive"), ([math.inf], [1.0], "finite")],
+    [
+        ([1.0], [1.0, 2.0], "expected pairs"),
+        ([], [], "at least one pair"),
+        ([0.0], [1.0], "positive"),
+        ([math.inf], [1.0], "finite"),
+    ],
 )
 def test_what_is_no_pair_is_refused(above: list[float], below: list[float], said: str) -> None:
     with pytest.raises(ValueError, match=said):
@@ -301,8 +306,8 @@ def test_gates_are_read(text: str, name: str, threshold: float) -> None:
         ("energy=-3%", "expected a percentage"),
         ("energy=101%", "at most 100%"),
         ("=3%", "METRIC=PERCENT%"),
-        ("joules=3%", "no metric 'joules'"),
-        ("output_tok=3%", "neither better"),
+        ("joules=3%", "unknown metric 'joules'"),
+        ("output_tok=3%", "no better direction"),
     ],
 )
 def test_what_is_no_gate_is_refused(text: str, said: str) -> None:

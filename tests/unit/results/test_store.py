@@ -74,7 +74,7 @@ def test_a_name_cannot_leave_the_results_folder(tmp_path: Path, name: str) -> No
         lambda: repository.scan(name),
         lambda: repository.experiment_ids(name),
     ):
-        with pytest.raises(UserError, match="cannot name a results folder"):
+        with pytest.raises(UserError, match="cannot be used as a folder name"):
             act()
     assert list(tmp_path.iterdir()) == []
 

@@ -144,7 +144,7 @@ def test_lines_do_not_end_in_blanks_and_the_text_ends_in_one_newline() -> None:
 def test_the_true_coverage_is_named_for_every_number_of_cycles() -> None:
     records = [record for record in campaign(n_cycles=3) if record.identity.order_index != 8]
     text = words_of(make_run(records))
-    assert "it truly covers 50 % with 2 cycles, 75 % with 3 cycles" in text
+    assert "true coverage 50 % with 2 cycles, 75 % with 3 cycles" in text
 
 
 def test_a_single_cycle_says_how_to_get_intervals() -> None:
