@@ -61,7 +61,7 @@ def test_a_run_is_named_in_full_or_by_its_beginning_and_of_a_campaign_the_last_i
         (written.run_id[:10], written.run_id),
     ):
         code, page, _ = report(wanted, "--results-dir", written.results_dir, "-o", "-")
-        assert (code, f"run {run_id}" in page, "slow" in page) == (0, True, run_id == written.run_id)
+        assert (code, f"run {run_id}" in page, "later" in page) == (0, True, run_id == later.run_id)
 
 
 def test_an_unknown_campaign_and_a_path_that_cannot_be_written_are_usage_errors(written: Written) -> None:
@@ -154,17 +154,17 @@ def test_a_phase_of_two_readings_has_its_own_power_and_temperature() -> None:
 
 def test_throttling_lasts_from_reading_to_reading_and_the_power_limit_is_no_fault() -> None:
     trace = trace_of(*make_log(masks=(0x40,) * 10 + (0,) * 10 + (0x4,) * 5))
-    assert [(spell.reason, spell.is_fault) for spell in trace.spells] == [
+    assert [(slowdown.reason, slowdown.is_fault) for slowdown in trace.slowdowns] == [
         ("hardware thermal slowdown", True),
         ("at the power limit", False),
     ]
-    assert trace.spells[0].end_s - trace.spells[0].begin_s == pytest.approx(1.0)
+    assert trace.slowdowns[0].end_s - trace.slowdowns[0].begin_s == pytest.approx(1.0)
     assert trace.phases[1].throttled_s == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(("bit", "reason"), SLOWDOWN_BITS.items())
 def test_a_slowdown_has_the_name_that_the_record_gives_it(bit: int, reason: str) -> None:
-    assert [(spell.reason, spell.is_fault) for spell in trace_of(*make_log(masks=(bit,) * 10)).spells] == [
+    assert [(slowdown.reason, slowdown.is_fault) for slowdown in trace_of(*make_log(masks=(bit,) * 10)).slowdowns] == [
         (reason, True)
     ]
 
@@ -176,7 +176,7 @@ def test_slowdowns_at_the_same_time_are_counted_once() -> None:
     (window,) = (phase for phase in trace.phases if phase.name == "window")
     assert window.throttled_s == pytest.approx(7.0, abs=0.2)
     assert [round(end_s - begin_s) for begin_s, end_s in trace.slowed_s] == [7]
-    reasons = {spell.reason: spell.end_s - spell.begin_s for spell in trace.spells}
+    reasons = {slowdown.reason: slowdown.end_s - slowdown.begin_s for slowdown in trace.slowdowns}
     assert reasons == {
         "hardware slowdown": pytest.approx(5.0, abs=0.2),
         "hardware thermal slowdown": pytest.approx(5.0, abs=0.2),
@@ -198,7 +198,7 @@ def test_two_bits_for_the_whole_window_are_no_more_than_the_window() -> None:
 def test_the_power_limit_alone_is_no_throttling() -> None:
     found = attempt_slowed(Events(16.0, 24.0, 0x4))
     trace = trace_of(found.log, found.marks)
-    assert (len(trace.spells), trace.slowed_s) == (1, [])
+    assert (len(trace.slowdowns), trace.slowed_s) == (1, [])
     page = render_report(dataclasses.replace(compose(make_run([make_record()])), traces=((make_record(), trace),)))
     assert "; not throttled" in page
     assert "; throttled in" not in page
@@ -253,7 +253,7 @@ def test_a_log_without_readings_is_an_empty_trace() -> None:
     trace = trace_of(SampleLog(header), [])
     assert (trace.series, trace.phases) == ((), ())
     page = render_report(dataclasses.replace(compose(make_run([make_record()])), traces=((make_record(), trace),)))
-    assert "Its sample log holds no power and no temperature." in page
+    assert "Its sample log contains neither power nor temperature." in page
 
 
 def test_thinning_keeps_peaks_and_holes() -> None:
