@@ -15,7 +15,8 @@ from lem.base import measurement as names
 from lem.config.experiment import ExperimentConfig
 from lem.meters.energy import EnergyFindings, measure
 from lem.meters.samples import Mark, SampleHeader, SampleLog
-from lem.meters.sources import Baselines, Sources, choose_sources
+from lem.meters.sources import Sources, choose_sources
+from lem.meters.window import AttemptLog
 from tests.doubles.nvml.traces import NS_PER_S, Counter, GpuTrace, Level, PowerSignal, Trace, simulate_log
 from tests.doubles.powercap import Zone
 
@@ -95,9 +96,9 @@ class Attempt:
         return choose_sources(config(**(options or {})), self.log.header, self.uuids, is_cpu=not self.uuids)
 
     def measured(self, *, options: Mapping[str, Any] | None = None, **arguments: Any) -> EnergyFindings:
-        given = {"is_steady_mode": False, "window_repeats": 4, **arguments}
-        baselines = given.pop("baselines", Baselines())
-        return measure(self.log, self.marks, self.sources(options), baselines, **given)
+        given = {"window_repeats": 4, **arguments}
+        known = {name: given.pop(name) for name in ("baselines", "is_steady_mode") if name in given}
+        return measure(AttemptLog(self.log, self.marks, self.sources(options), **known), **given)
 
 
 def config(**options: Any) -> ExperimentConfig:

@@ -1,4 +1,4 @@
-"""Time as an argument, so that what depends on it can be tested to the nanosecond; and the texts of UTC times."""
+"""Time as an argument, so that tests can control it to the nanosecond; and the texts of UTC times."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ class Clock(Protocol):
     """The clock of one machine."""
 
     def monotonic_ns(self) -> int:
-        """CLOCK_MONOTONIC in nanoseconds, the clock every duration is taken from."""
+        """CLOCK_MONOTONIC in nanoseconds, for durations."""
 
     def utc_now(self) -> datetime:
         """The time of day with its zone, for labels only."""
 
     def sleep(self, duration_s: float) -> None:
-        """Wait."""
+        """Wait; not at all for a negative duration."""
 
 
 class SystemClock:
     """The real clock."""
 
     def monotonic_ns(self) -> int:
-        """`time.monotonic_ns`: CLOCK_MONOTONIC on Linux, the clock engines stamp their tokens with."""
+        """`time.monotonic_ns`, which is CLOCK_MONOTONIC on Linux; engines stamp their tokens with it."""
         return time.monotonic_ns()
 
     def utc_now(self) -> datetime:
-        """The time of day in UTC."""
+        """As `utc_now`."""
         return utc_now()
 
     def sleep(self, duration_s: float) -> None:
-        """Wait; a negative duration is none."""
+        """As `Clock.sleep`."""
         time.sleep(max(0.0, duration_s))
 
 
 def seconds_between(start_ns: int, end_ns: int) -> float:
-    """The seconds from one CLOCK_MONOTONIC stamp to a later one."""
+    """The seconds between two stamps in nanoseconds."""
     return (end_ns - start_ns) / NS_PER_S
 
 
 def utc_now() -> datetime:
-    """The time now, in UTC."""
+    """Now, in UTC."""
     return datetime.now(timezone.utc)
 
 

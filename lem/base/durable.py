@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also after a crash; and what to say when the disk refuses them.
+"""Files that are whole or absent, also after a crash; and messages for when the disk refuses them.
 
 Every write, fsync and rename that matters raises an audit event (`lem.write`, `lem.fsync`, `lem.rename`,
 `lem.fsync_dir`; see `sys.audit`) just before it happens, so that a test can stop the program, or make the
@@ -31,11 +31,10 @@ def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
     folder's own fsync makes the new name survive a power cut.
 
     Args:
-        is_synced: False leaves both fsyncs out, for what is made again where a power cut spoilt it; a disk takes
-            milliseconds for each.
+        is_synced: False omits both fsyncs, which take milliseconds each, for files that can be made again.
 
     Raises:
-        OSError: the folder is missing, not writable or full; no temporary file is left behind.
+        OSError: the folder is missing, not writable or full; no temporary file is left.
     """
     folder = path.parent
     descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=folder)
@@ -61,34 +60,25 @@ def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
 
 
 def utf8(text: str) -> bytes:
-    """The text in UTF-8, and what that cannot hold as JSON and YAML escape it, so that they read it back.
+    """The text in UTF-8, with lone surrogates escaped as in JSON and YAML, so that they read it back.
 
-    It cannot hold half a surrogate pair, which is what Python makes of a byte of a file name that is no UTF-8.
+    Python makes lone surrogates of the bytes of a file name that is not UTF-8.
     """
     return text.encode("utf-8", "backslashreplace")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in UTF-8, whole or not at all."""
+    """Replace `path` by `text` in UTF-8; raises as `write_bytes`."""
     write_bytes(path, utf8(text))
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Replace `path` by `document` as indented JSON, whole or not at all.
-
-    Raises:
-        ValueError: a NaN or an infinity, which JSON does not have.
-        OSError: as `write_bytes`.
-    """
+    """Replace `path` by `document` as indented JSON; raises as `json_text` and `write_bytes`."""
     write_text(path, json_text(document))
 
 
 def json_text(document: Any) -> str:
-    """The document as people read it, two blanks for each level, ending in a newline.
-
-    Raises:
-        ValueError: a NaN or an infinity, which JSON does not have.
-    """
+    """The document as indented JSON with a newline at its end; ValueError for NaN and infinity."""
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -97,8 +87,7 @@ def read_json(path: Path) -> Any:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is not JSON in UTF-8 (`json.JSONDecodeError` and `UnicodeDecodeError` are both one), or
-            nested deeper than the parser goes.
+        ValueError: it is not JSON in UTF-8, or nested deeper than the parser goes.
     """
     try:
         return json.loads(path.read_bytes().decode("utf-8"))
@@ -107,11 +96,7 @@ def read_json(path: Path) -> Any:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its missing parents, their names safe against a power cut.
-
-    Raises:
-        OSError: a file stands in the way, or a parent is not writable.
-    """
+    """Make a folder and its missing parents, their names safe against a power cut."""
     missing: list[Path] = []
     while not folder.is_dir():
         missing.append(folder)
@@ -124,10 +109,10 @@ def make_folder(folder: Path) -> None:
 
 
 def name_folder(folder: Path, target: Path) -> None:
-    """Give a finished folder its name beside it, so that a crash leaves everything that is in it or no such name.
+    """Rename a finished folder to `target` beside it; after a crash the target is complete or missing.
 
     Raises:
-        OSError: something is there under that name, or the disk refuses; the folder is as before.
+        OSError: the name is taken, or the disk refuses; the folder is as before.
     """
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -153,20 +138,20 @@ def sync_folder(folder: Path) -> None:
         try:
             os.fsync(descriptor)
         except OSError as error:
-            # fsync(2): the file system has no such thing for folders, as some network ones; files are synced there too.
+            # fsync(2): some network file systems do not sync folders; there, files suffice.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
 
 
 def reason_of(error: OSError) -> str:
-    """What the disk said, in words."""
+    """The error in words."""
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return "a file stands where a folder is due"
     return (error.strerror or str(error) or type(error).__name__).lower()
 
 
 def remedy_for(error: OSError, option: str | None = None) -> str:
-    """What a person can do about it; `option` is what names the folder."""
+    """A hint at the remedy; `option` is the one that names the folder."""
     with_option = f" with {option}" if option else ""
     if error.errno in DISK_FULL:
         return f"free some space, or name a folder on another disk{with_option}"
@@ -190,7 +175,7 @@ def _umask() -> int:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal; the file is read in blocks."""
+    """The SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(MIB):

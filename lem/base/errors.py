@@ -1,11 +1,11 @@
-"""What can go wrong, and the exit code each kind has."""
+"""The kinds of errors, and their exit codes."""
 
 from __future__ import annotations
 
 import enum
 import errno
 
-# The numbers of an OSError that says the disk, or a quota on it, is full.
+# The numbers of an OSError for a full disk or quota.
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -25,12 +25,7 @@ class ExitCode(enum.IntEnum):
 
 
 class LemError(Exception):
-    """An error that lem explains in words; anything else that escapes is a bug.
-
-    Attributes:
-        message: what happened, where, and what was found.
-        hint: what the person can do about it; empty when there is nothing to say.
-    """
+    """An error that lem explains: what happened where, and a hint at the remedy. Any other that escapes is a bug."""
 
     exit_code = ExitCode.USAGE
 
@@ -41,11 +36,11 @@ class LemError(Exception):
 
 
 class UserError(LemError):
-    """Something a person can fix: usage, configuration, files, the host."""
+    """Something the user can fix: usage, configuration, files, the host."""
 
 
 class ConfigurationError(UserError, ValueError):
-    """A configuration that is not accepted; also a `ValueError`, for callers in Python."""
+    """An invalid configuration; also a `ValueError`, for callers in Python."""
 
 
 class LockedError(UserError):
@@ -55,12 +50,10 @@ class LockedError(UserError):
 
 
 class EngineError(LemError):
-    """An experiment failed next to its engine.
+    """A failed experiment.
 
-    Attributes:
-        kind: a short stable word: `option`, `model`, `out_of_memory`, `prompts`, `meter`, `timeout`,
-            `silent`, `died`, `channel`, `full`, `engine`.
-        is_permanent: the same run would fail the same way again, so it is not retried.
+    Its `kind` is a stable word: `option`, `model`, `out_of_memory`, `prompts`, `meter`, `timeout`, `silent`, `died`,
+    `channel`, `full`, `engine`. One that `is_permanent` would fail the same way again and is not retried.
     """
 
     exit_code = ExitCode.EXPERIMENT_FAILED
@@ -72,24 +65,28 @@ class EngineError(LemError):
 
 
 class OptionRefused(EngineError):
-    """An option that this backend, or the engine version found, cannot honour."""
+    """An option that this backend, or the installed engine, does not support."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message, hint, kind="option", is_permanent=True)
 
 
+class MeterRefused(OptionRefused):
+    """An option that needs a meter which is missing."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.kind = "meter"
+
+
 class InfrastructureError(LemError):
-    """What experiments stand on is gone (disk, daemon, worker); the campaign stops with the rest pending."""
+    """The disk, a daemon or the worker is gone: the campaign stops, and the remaining experiments stay pending."""
 
     exit_code = ExitCode.EXPERIMENT_FAILED
 
 
 class Interrupted(LemError):
-    """A signal asked the program to stop.
-
-    Attributes:
-        signum: the signal's number.
-    """
+    """A signal asked the program to stop."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"interrupted by signal {signum}")
@@ -110,11 +107,3 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return int(ExitCode.SIGINT)
     return int(ExitCode.BUG)
-
-
-class MeterRefused(OptionRefused):
-    """An option that needs a meter that is not there."""
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message, hint)
-        self.kind = "meter"

@@ -1,6 +1,6 @@
-"""What goes to stderr: messages, colour, and one live line on a terminal.
+"""Output to stderr: messages, colour, and one live line on a terminal.
 
-The rest of lem logs with the standard `logging`; this module decides how a person sees it.
+The rest of lem logs with the standard `logging`; this module renders it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import unicodedata
 from pathlib import Path
 from typing import TextIO
 
-# Columns: of what is no terminal, and the least and most that text is laid out for. A terminal can say it is 0 columns
-# wide, and lines over 120 are hard to read.
+# Columns for text that goes to no terminal, and their bounds on one: a terminal can claim 0 columns, and lines over 120
+# are hard to read.
 WIDTH = 80
 NARROWEST, WIDEST = 72, 120
 
 _STYLES = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36", "bold": "1", "dim": "2"}
 _CLEAR_LINE = "\r\x1b[2K"
-# Levels of syslog(3), which the journal takes from `<N>` at the beginning of a line (sd-daemon(3)).
+# Levels of syslog(3), which the journal reads from `<N>` at the beginning of a line (sd-daemon(3)).
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 _LEVEL_COLOUR = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
 
@@ -48,7 +48,7 @@ def paint(text: str, style: str) -> str:
 
 
 def bounded_width(width: int) -> int:
-    """The columns to lay text out for on a terminal that says it has `width`."""
+    """The columns to use on a terminal that claims `width`."""
     return min(max(width, NARROWEST), WIDEST)
 
 
@@ -58,34 +58,28 @@ def shorten(text: str, width: int) -> str:
 
 
 def harmless(text: str) -> str:
-    """`text` without control characters: what a file holds must not steer the terminal that shows it."""
+    """`text` without control characters: a file must not steer the terminal that shows it."""
     if text.isprintable():
         return text
     return "".join(char if unicodedata.category(char) not in ("Cc", "Cf") or char in "\n\t" else "�" for char in text)
 
 
 class Console:
-    """A stream for people: whole lines, and on a terminal one live line below them that is redrawn.
-
-    Attributes:
-        is_colour: colour codes are written.
-        is_live: the live line is drawn; elsewhere `live` does nothing.
-        is_journal: every line begins with its priority for systemd's journal.
-    """
+    """A stream for people: whole lines, and on a terminal one live line below them that is redrawn."""
 
     def __init__(self, stream: TextIO, *, is_colour: bool | None = None, is_live: bool | None = None) -> None:
         self._stream = stream
         self._live = ""
         self.is_colour = is_colour_wanted(stream) if is_colour is None else is_colour
         self.is_live = is_colour_wanted(stream) if is_live is None else is_live
-        self.is_journal = is_journal(stream)
+        self.is_journal = is_journal(stream)  # every line begins with its priority
 
     def paint(self, text: str, colour: str) -> str:
-        """`text` in a colour where colour is wanted."""
+        """`text` in a colour if the stream has colours."""
         return paint(text, colour) if self.is_colour and text else text
 
     def line(self, text: str = "", level: int = logging.INFO) -> None:
-        """Write a whole line above the live line; `level`, of `logging`, is for the journal."""
+        """Write a whole line above the live line; the journal needs its `level`."""
         clear = _CLEAR_LINE if self._live else ""
         if self.is_journal:
             priority = next((number for least, number in _PRIORITIES if level >= least), 7)
@@ -93,14 +87,14 @@ class Console:
         self._write(f"{clear}{text}\n{self._live}")
 
     def error(self, message: str, hint: str = "") -> None:
-        """Take the live line away, and write an error and what a person can do about it."""
+        """Clear the live line, and write an error and its hint."""
         self.close()
         self.line(f"{self.paint('error:', 'red')} {harmless(message)}", logging.ERROR)
         if hint:
             self.line(f"{self.paint('hint:', 'cyan')} {harmless(hint)}", logging.ERROR)
 
     def live(self, text: str) -> None:
-        """Replace the live line; '' takes it away."""
+        """Replace the live line; '' clears it."""
         if not self.is_live:
             return
         width = shutil.get_terminal_size().columns - 1
@@ -108,7 +102,7 @@ class Console:
         self._write(f"{_CLEAR_LINE}{self._live}")
 
     def close(self) -> None:
-        """Take the live line away."""
+        """Clear the live line."""
         if self._live:
             self.live("")
 
@@ -117,8 +111,7 @@ class Console:
             self._stream.write(text)
             self._stream.flush()
         except (OSError, ValueError):
-            # Whoever read our messages is gone, pipe or terminal (EIO), or their file is full; a campaign is worth more
-            # than its messages.
+            # The reader, pipe or terminal (EIO), is gone, or the file is full; a campaign is worth more than messages.
             self.is_live = False
 
 
@@ -138,7 +131,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 class _FileHandler(logging.FileHandler):
-    """Goes on in silence when the disk is full: the campaign is worth more than its log."""
+    """Ignores a full disk: the campaign is worth more than its log."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is logging's
         """Drop the message."""
@@ -158,13 +151,9 @@ def configure(console: Console, *, verbosity: int = 0) -> None:
 
 
 def log_to_file(path: Path) -> logging.Handler:
-    """A handler, already at work, that appends everything with UTC times to a file.
-
-    Raises:
-        OSError: the file cannot be opened.
-    """
+    """Append everything with UTC times to a file; OSError if it cannot be opened. Returns the installed handler."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A path that is no UTF-8 is told with its bytes escaped.
+    # A path that is not UTF-8 is logged with its bytes escaped.
     handler = _FileHandler(path, encoding="utf-8", errors="backslashreplace")
     formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime

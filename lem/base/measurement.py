@@ -1,7 +1,4 @@
-"""Facts of the measurement that meters, worker, results and report share: energy sources, clock events, limits.
-
-docs/measurement.md explains the limits.
-"""
+"""Facts of the measurement: energy sources, clock events, limits (explained in docs/measurement.md), marks."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from typing import Final
 
 
 class EnergySource(str, enum.Enum):
-    """What an energy was read from. A record holds the value as `energy.energy_source`.
+    """Where an energy comes from: `energy.energy_source` of a record.
 
     Records of another version may name other sources, so the predicates below take any text.
     """
@@ -27,7 +24,7 @@ class EnergySource(str, enum.Enum):
 
 
 class EnergyScope(str, enum.Enum):
-    """What a meter covers. A record holds the value as `energy.energy_scope`."""
+    """What a meter covers: `energy.energy_scope` of a record."""
 
     GPU = "gpu"
     MODULE = "module"  # GPU and CPU together (Grace Hopper)
@@ -43,7 +40,7 @@ _CPU = frozenset({EnergySource.RAPL, EnergySource.TDP_ESTIMATE})
 
 
 def is_estimate(source: str | None) -> bool:
-    """Whether the energy was worked out, not measured; it is labelled as an estimate wherever it is shown."""
+    """Whether the energy is an estimate, which is labelled wherever it is shown, and not measured."""
     return source == EnergySource.TDP_ESTIMATE
 
 
@@ -82,7 +79,7 @@ MAX_FAILED_RATIO: Final = 0.01  # more failed requests make a window invalid
 SHORT_WINDOW_S: Final = 10.0  # a naive difference over a counter period of 0.1 s is then off by less than 1 %
 WINDOW_UPDATES: Final = 100  # with fewer readings of the meter in a window, its edges matter
 
-
+# The marks of a sample log.
 IDLE_BARE: Final = "idle_bare"
 LOAD: Final = "load"
 IDLE_LOADED: Final = "idle_loaded"

@@ -1,4 +1,4 @@
-"""Other programs: the only module that imports `subprocess`; and what Linux tells about processes."""
+"""Other programs: the only module that imports `subprocess`; and facts about processes from Linux."""
 
 from __future__ import annotations
 
@@ -32,24 +32,17 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 @dataclass(frozen=True)
 class Finished:
-    """A program that ended.
-
-    Attributes:
-        argv: the command.
-        code: its exit code, negative for a signal; 124 when it ran past its timeout and was killed.
-        stdout, stderr: what it wrote, decoded as UTF-8 with replacement.
-        has_timed_out: it was killed at its timeout.
-    """
+    """A program that ended."""
 
     argv: tuple[str, ...]
-    code: int
-    stdout: str
+    code: int  # negative for a signal; 124 when it was killed at its timeout
+    stdout: str  # decoded as UTF-8 with replacement
     stderr: str
     has_timed_out: bool = False
 
 
 def copyable(argv: Sequence[str]) -> str:
-    """The command as it can be pasted into a shell."""
+    """The command, to paste into a shell."""
     return shlex.join(argv)
 
 
@@ -61,13 +54,13 @@ def run(
     cwd: Path | None = None,
     stdin: bytes = b"",
 ) -> Finished:
-    """The finished program; a failing exit code is a value here, not an error.
+    """Run a program to its end; a failing exit code is not an error here.
 
-    It runs in a process group of its own, which is killed with all that it started when the timeout is reached or
-    when an exception (a signal's) comes in between.
+    It runs in its own process group, which is killed with all its children at the timeout, or if an exception (a
+    signal's) interrupts the run.
 
     Raises:
-        UserError: the program is not there or cannot be started.
+        UserError: there is no such program, or it cannot be started.
     """
     starting = _Starting(lambda: spawn(argv, env=env, cwd=cwd, new_session=True))
     has_timed_out = False
@@ -88,10 +81,10 @@ def run(
 
 
 class _Starting:
-    """A child that is being started in a thread of its own.
+    """A child that is being started in its own thread.
 
-    `subprocess.Popen` loses a child it has started when the exception of a signal's handler strikes inside it.
-    Handlers run in the main thread only, so here none can. Wherever one strikes outside, `undo` leaves no child.
+    `subprocess.Popen` loses a child when a signal handler raises inside it. Handlers run only in the main thread, so
+    here none can. Wherever else one raises, `undo` leaves no child.
     """
 
     def __init__(self, start: Callable[[], subprocess.Popen[bytes]]) -> None:
@@ -102,11 +95,7 @@ class _Starting:
         self._is_at_it = threading.Lock()
 
     def begin(self) -> subprocess.Popen[bytes]:
-        """The started child.
-
-        Raises:
-            UserError: it could not be started.
-        """
+        """The started child; raises as `spawn`."""
         thread = threading.Thread(target=self._run, name="start of a program")
         thread.start()
         thread.join()
@@ -120,11 +109,11 @@ class _Starting:
                 return
             try:
                 self._child = self._start()
-            except (UserError, ValueError, subprocess.SubprocessError) as error:  # for whoever asks for the child
+            except (UserError, ValueError, subprocess.SubprocessError) as error:  # raised by `begin`
                 self._error = error
 
     def undo(self) -> None:
-        """Kill the child, if there is one, with all that it started; a thread that comes later starts none."""
+        """Kill the child, if there is one, with all its children; a thread that comes later starts none."""
         with self._is_at_it:
             self._is_undone = True
         if self._child is not None:
@@ -132,12 +121,12 @@ class _Starting:
 
 
 def _kill_and_collect(child: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
-    """What a child and its group wrote until they were killed."""
+    """The output of a child and its group until they were killed."""
     kill_group(child.pid)
     try:
         return child.communicate(timeout=1)
     except subprocess.TimeoutExpired as late:
-        # Something that left the group holds the pipes; it is not waited for.
+        # A process that left the group holds the pipes; do not wait for it.
         for pipe in (child.stdin, child.stdout, child.stderr):
             if pipe is not None:
                 pipe.close()
@@ -156,15 +145,15 @@ def spawn(
     new_session: bool = False,
     pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """A started program with unbuffered binary pipes.
+    """Start a program with unbuffered binary pipes.
 
     Args:
-        env: the whole environment of the program; None hands on this one's.
-        new_session: give it a session and a process group of its own, so that a terminal's Ctrl-C does not reach it
-            and it can be ended with everything it started.
+        env: its whole environment; None for a copy of this one's.
+        new_session: give it its own session and process group, so that a terminal's Ctrl-C does not reach it and it
+            can be ended with all its children.
 
     Raises:
-        UserError: the program is not there or cannot be started.
+        UserError: there is no such program, or it cannot be started.
     """
     _logger.info("$ %s", copyable(argv))
     try:
@@ -195,17 +184,17 @@ def pipes(child: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
 
 
 def kill_group(pgid: int) -> None:
-    """Send KILL to a process group; one that is gone already is fine.
+    """Send KILL to a process group, if it still exists.
 
-    The caller knows that the group is the one it means: it has not reaped the group's leader yet, or has compared
-    its `ProcessId`. Reaping is left to the caller, so that an exit status is not lost.
+    The caller must know the group is the right one: it has not reaped the group's leader yet, or has compared its
+    `ProcessId`. Reaping is left to the caller, so that no exit status is lost.
     """
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pgid, signal.SIGKILL)
 
 
 def describe_exit(code: int) -> str:
-    """`was killed by SIGKILL` or `ended with exit code 3`, from a code as `subprocess` gives it."""
+    """`was killed by SIGKILL` or `ended with exit code 3`, from an exit code of `subprocess`."""
     if code >= 0:
         return f"ended with exit code {code}"
     try:
@@ -216,34 +205,25 @@ def describe_exit(code: int) -> str:
 
 @dataclass(frozen=True)
 class ProcessId:
-    """One process, also when its number is used again: a number and when that process was started.
-
-    Attributes:
-        pid: the number.
-        started_ticks: start time in clock ticks since boot, field 22 of /proc/PID/stat (proc_pid_stat(5)).
-    """
+    """One process, also when its number is used again."""
 
     pid: int
-    started_ticks: int
+    started_ticks: int  # start time in clock ticks since boot, field 22 of /proc/PID/stat (proc_pid_stat(5))
 
     def is_running(self) -> bool:
-        """Whether the process is there and no zombie."""
+        """Whether the process exists and is not a zombie."""
         found = _read_stat(self.pid)
         return found is not None and found.started_ticks == self.started_ticks and found.state not in "ZX"
 
 
 def identify(pid: int) -> ProcessId | None:
-    """The process that has this number now; None when there is none."""
+    """The process that has this number now."""
     found = _read_stat(pid)
     return None if found is None else ProcessId(pid, found.started_ticks)
 
 
 def descendants(pid: int) -> tuple[int, ...]:
-    """Children of a process, their children and so on; zombies left out.
-
-    Raises:
-        OSError: there is no /proc here.
-    """
+    """Children of a process, their children and so on, without zombies; OSError without /proc."""
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").iterdir():
         found = _read_stat(int(folder.name)) if folder.name.isdigit() else None
@@ -261,11 +241,9 @@ def descendants(pid: int) -> tuple[int, ...]:
 def die_with_parent(parent_pid: int) -> None:
     """Have the kernel send KILL to this process when its parent dies (PR_SET_PDEATHSIG, prctl(2)).
 
-    The kernel acts whatever this process does, also while it holds the interpreter's lock or sits in a driver. It
-    watches the thread that started this process, so that has to be the parent's main thread.
-
-    Args:
-        parent_pid: who the parent is meant to be; when that one died before the call, this process exits.
+    The kernel acts whatever this process does, also while it holds the interpreter's lock or waits in a driver. It
+    watches the thread that started this process, which must be the parent's main thread. If the parent died before
+    the call, this process exits.
     """
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:

@@ -1,9 +1,9 @@
-"""Why something is so, as a code with data: warnings, reasons of invalid results, findings, obstacles, filter reasons.
+"""Warnings, findings, reasons of invalid results and filters: a code with data.
 
-Programs look at `code` and `data`; people read `text`, which is made from the one table here and nowhere else, so a
-sentence can be reworded without a change of behaviour.
+Programs use `code` and `data`; people read `text`, which comes from the table here alone, so that a sentence can be
+reworded without a change of behaviour.
 
-A template's format says what its data is: `{n:d}` an integer, `{x:.3f}` a float, `{name}` text or another reason.
+The format in a template gives the type of its data: `{n:d}` an integer, `{x:.3f}` a float, `{name}` text or a reason.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 _Thing = TypeVar("_Thing")
 
-# The sentences of records as schema version 1 had them, which kept nothing else: a v1 record is read by them. They
-# stay as they are; to reword one, give its code another text in `_NEW_TEXTS`. The first that fits is taken.
+# The sentences of schema version 1, which recorded nothing else: records of version 1 are read by them, and the first
+# match counts. They must not change; to reword one, give its code another text in `_NEW_TEXTS`.
 V1_TEXTS: Mapping[str, str] = {
     # Why a result is invalid.
     "requests_failed": "{failed:d} of {total:d} requests failed, the first with: {first}",
@@ -235,15 +235,10 @@ _NUMBER = re.compile(r"[0-9]+(?:[.][0-9]+)?")
 
 @dataclass(frozen=True)
 class Reason:
-    """One reason. Make it with `of`, which checks it.
+    """One reason; `of` makes and checks it."""
 
-    Attributes:
-        code: a key of `TEXTS`.
-        data: what fills the sentence. Floats have as many digits as it shows, so that reasons that read the same are
-            the same.
-    """
-
-    code: str
+    code: str  # a key of `TEXTS`
+    # Fills the sentence. Floats have as many digits as it shows, so that reasons that read the same are the same.
     data: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -267,7 +262,7 @@ class Reason:
 
     @property
     def kind(self) -> Hashable:
-        """What reasons have in common that differ in numbers alone, those in words of other programs included."""
+        """Equal for reasons that differ only in numbers, also in numbers within texts of other programs."""
         texts = ((name, _NUMBER.sub("#", value)) for name, value in self.data.items() if isinstance(value, str))
         return (self.code, *sorted(texts))
 
@@ -283,7 +278,7 @@ class Reason:
 
 
 def alike(found: Iterable[tuple[Reason, _Thing]]) -> list[list[tuple[Reason, _Thing]]]:
-    """The pairs in groups whose reasons are of one kind, in the order in which each kind came first."""
+    """The pairs in groups whose reasons are of one kind, in order of first appearance."""
     groups: dict[Hashable, list[tuple[Reason, _Thing]]] = {}
     for reason, thing in found:
         groups.setdefault(reason.kind, []).append((reason, thing))
@@ -292,7 +287,7 @@ def alike(found: Iterable[tuple[Reason, _Thing]]) -> list[list[tuple[Reason, _Th
 
 @functools.lru_cache(4096)
 def recognise(text: str) -> Reason:
-    """The reason behind a sentence of a record of schema version 1; `said` where it is none of lem's own."""
+    """The reason for a sentence of a record of schema version 1; `said` for one that lem does not know."""
     for code, (template, formats) in _v1_patterns().items():
         match = template.fullmatch(text)
         if match is not None:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-# Stands for a number that is not there.
+# Shown for a missing number.
 ABSENT = "–"
 SIGNIFICANT_DIGITS = 4
 
@@ -29,10 +29,10 @@ LONGEST_S = 36_500 * 86_400.0
 
 
 def parse_duration(text: str) -> float:
-    """The seconds in `90s`, `30m`, `6h`, `2d` or a row of them (`1h30m`).
+    """The seconds in `90s`, `30m`, `6h`, `2d` or a sequence of them (`1h30m`).
 
     Raises:
-        ValueError: anything else, a duration of zero, and one of over `LONGEST_S`.
+        ValueError: another text, zero, or a duration over `LONGEST_S`.
     """
     stripped = text.strip().lower()
     if not _DURATION.fullmatch(stripped):
@@ -46,10 +46,10 @@ def parse_duration(text: str) -> float:
 
 
 def parse_percentage(text: str) -> float:
-    """The fraction in `5%`: 0.05. The sign is required, since 0.05 could be meant as 5 % or as 0.05 %.
+    """The fraction in `5%`: 0.05. The sign is required, since 0.05 could mean 5 % or 0.05 %.
 
     Raises:
-        ValueError: anything else; negative numbers and infinity too.
+        ValueError: another text, a negative number or infinity.
     """
     match = _PERCENTAGE.fullmatch(text.strip())
     if match is None:
@@ -80,7 +80,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_quantity(value: float | None, unit: str = "", digits: int = SIGNIFICANT_DIGITS) -> str:
-    """`value` to `digits` significant digits with thousands left plain; an en dash when it was not measured."""
+    """`value` to `digits` significant digits without thousands separators; an en dash for None."""
     if value is None:
         return ABSENT
     text = f"{value:.{digits}g}"
@@ -107,7 +107,7 @@ def format_rate(per_s: float | None) -> str:
 
 
 def format_latency(latency_s: float | None) -> str:
-    """Microseconds, milliseconds or seconds, whichever gives a number from 1 on, always with 4 digits."""
+    """Four digits in microseconds, milliseconds or seconds, whichever gives a number of at least 1."""
     if latency_s is None:
         return format_quantity(None)
     size = abs(latency_s)
@@ -139,11 +139,11 @@ def percent(share: float) -> str:
 
 
 def with_decimals(value: float, decimals: int | None) -> str:
-    """The value with so many decimals; with four significant digits where that is None."""
+    """The value with that many decimals, or with four significant digits for None."""
     return format_quantity(value) if decimals is None else f"{value:.{decimals}f}"
 
 
 def some_of(texts: Sequence[str], at_most: int, separator: str = ", ") -> str:
-    """`a, b and 3 more`: the first texts, and how many are left out."""
+    """`a, b and 3 more`."""
     left = len(texts) - at_most
     return separator.join(texts[:at_most]) + (f" and {left} more" if left > 0 else "")

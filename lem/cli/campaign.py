@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -124,22 +125,12 @@ def _add_fleet(group: argparse._ArgumentGroup) -> None:
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """The exit code."""
     from lem.cli.plan_view import expected_document, plan_document
-    from lem.meters.nvml import find_gpus
     from lem.orchestration.executor_choice import choose_executor
-    from lem.orchestration.plan import build_plan
-    from lem.orchestration.session import check_supported, with_unused_options
+    from lem.orchestration.session import check_supported, plan_campaign
 
     loaded = _load(args)
     campaign, rule = _with_rule(args, loaded.config)
-    plan = build_plan(
-        campaign,
-        loaded.listed,
-        preset=loaded.preset,
-        forced=loaded.forced,
-        source=loaded.source,
-        gpus=find_gpus() or None,
-    )
-    plan = with_unused_options(plan)
+    plan = plan_campaign(replace(loaded, config=campaign))
     _announce(plan, args, err)
     if not plan.experiments:
         raise UserError("no valid experiment is left", "lem campaign --dry-run lists each reason; nothing was run")

@@ -14,8 +14,7 @@ import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn, TextIO
 
-from lem import __version__
-from lem.base import log
+from lem.base import __version__, log
 from lem.base.doc import prepare_streams
 from lem.base.errors import DISK_FULL, ExitCode, LemError, UserError, exit_code_of
 from lem.base.variables import COMPOSE_VARIABLES, VARIABLES

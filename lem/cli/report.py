@@ -32,7 +32,6 @@ from lem.results.report.content import (
     POWER,
     TEMPERATURE,
     Phase,
-    Report,
     Series,
     Slowdown,
     Trace,
@@ -66,7 +65,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         raise UserError("--json and --output - both write to stdout", "Write the page to a file: --output FILE.")
     chosen = resolve_run(args.results_dir, args.campaign)
     results = chosen.read()
-    text = render_report(_compose(results, args.results_dir))
+    text = make_report(results)
     damaged = [problem for problem in results.problems if problem.kind != "missing"]
     tell_problems(err, damaged, lead="left out: ", rest="the page lists them")
     if args.output == "-":
@@ -88,11 +87,11 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     return int(ExitCode.OK)
 
 
-def _compose(run: Run, results_dir: Path) -> Report:
-    """The content of the page; a sample log that cannot be used is named and left out."""
+def make_report(run: Run) -> str:
+    """The page of a run; a sample log that cannot be used is named and left out."""
     report = compose(run)
-    logs = {key: results_dir / path.parent / FINISHED_FILENAME for key, path in run.paths.items()}
-    with_log = [record for record in run.records if logs[record.identity.key].is_file()]
+    logs = {key: path.parent / FINISHED_FILENAME for key, path in run.paths.items()}
+    with_log = [item for item in run.records if item.identity.key in logs and logs[item.identity.key].is_file()]
     traces, unread = [], []
     for record in select_traced(report.entries, with_log):
         path = logs[record.identity.key]
@@ -102,7 +101,7 @@ def _compose(run: Run, results_dir: Path) -> Report:
             unread.append("/".join(path.parts[-4:]) + ": " + str(error).removeprefix(f"{path}: "))
         else:
             traces.append((record, trace_of(log, marks)))
-    return dataclasses.replace(report, traces=tuple(traces), unread=tuple(unread), n_logs=len(with_log))
+    return render_report(dataclasses.replace(report, traces=tuple(traces), unread=tuple(unread), n_logs=len(with_log)))
 
 
 _BUCKETS, _LEAST_BUCKETS = 260, 60  # of time, of all lines and of each

@@ -75,13 +75,15 @@ def find_run(runs: Sequence[SelectedRun], wanted: str) -> SelectedRun | None:
     return found[0] if found else None
 
 
-def resolve_run(results_dir: Path, wanted: str) -> SelectedRun:
-    """The run that a word means, as `find_run`.
+def resolve_run(results_dir: Path, wanted: str, run_id: str | None = None) -> SelectedRun:
+    """The run that a word means, as `find_run`; or the one run of that campaign whose ID begins with `run_id`.
 
     Raises:
         UserError: nothing has that name, or several have.
     """
     runs = list_runs(results_dir)
+    if run_id is not None:
+        runs, wanted = tuple(item for item in runs if item.campaign == wanted), run_id
     found = find_run(runs, wanted)
     if found is None:
         raise nothing_called(wanted, runs, results_dir)

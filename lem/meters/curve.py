@@ -19,15 +19,15 @@ HOLE_PERIODS = 3
 # Energy interpolated over more than this share of a span is no measurement of it any more.
 _MOST_OF_SPAN = 0.05
 
-# How the two views on a window's end are weighed: power within one update stays within so much of that of the update
-# before, and a device nears rest within about so long. Over 200 random traces (tests/bench/energy_error.py) halving or
-# doubling either leaves the error under what is asked for.
+# How the two views on a window's end are weighed: by how much power changes from one update to the next, and how long
+# a device takes to near rest. Over 200 random traces (tests/bench/energy_error.py) halving or doubling either keeps the
+# error within its limit.
 _LOAD_CHANGES = 0.1
 _RELAXES_S = 0.05
 
 
 class NotMeasured(Exception):
-    """A figure that cannot be had; the text says why, to a person."""
+    """A figure that cannot be had; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,12 @@ class Span:
 
 @dataclass(frozen=True)
 class ClosedWindow:
-    """A window that idles on both sides: work begins with it and has ended when it ends.
-
-    Attributes:
-        before, after: the guards; the work has not begun, or is over, and nothing else goes on.
-        idle_power_w: power at rest with the engine loaded, where a guard is too short to tell its own; None if unknown.
-    """
+    """A window with idle guards: work begins after the first and is over before the second."""
 
     window: Span
     before: Span
     after: Span
-    idle_power_w: float | None = None
+    idle_power_w: float | None = None  # at rest with the engine loaded, for guards too short to tell their own
 
 
 @dataclass(frozen=True)
@@ -82,27 +77,17 @@ class _View:
 
 @dataclass(frozen=True)
 class Curve:
-    """Energy since some moment, at knots.
+    """Energy since some moment, at knots."""
 
-    Attributes:
-        what: the meter, in reasons.
-        earliest_ns, latest_ns: each knot lies between the two; `at_ns` is the best guess.
-        energy_j: at each knot; never falling.
-        holes: where it says nothing; knots on both sides of a hole have no energy in common.
-        said: what the meter said when it could not be read; empty when it always could.
-        period_s: how far apart knots may lie where the meter is read on a schedule; 0 for as they usually do.
-        lag_s: by how much the meter may lag behind; until then after a window it still tells of the window.
-    """
-
-    what: str
-    earliest_ns: tuple[int, ...]
-    at_ns: tuple[float, ...]
+    what: str  # the meter, in reasons
+    earliest_ns: tuple[int, ...]  # each knot lies between this and `latest_ns`
+    at_ns: tuple[float, ...]  # the best guess
     latest_ns: tuple[int, ...]
-    energy_j: tuple[float, ...]
-    holes: tuple[Hole, ...] = ()
-    lag_s: float = 0.0
-    said: str = ""
-    period_s: float = 0.0
+    energy_j: tuple[float, ...]  # never falls
+    holes: tuple[Hole, ...] = ()  # knots on both sides of a hole have no energy in common
+    lag_s: float = 0.0  # for so long after a window, the meter may still tell of the window
+    error: str = ""  # the meter's last error; empty when it could always be read
+    period_s: float = 0.0  # how far apart knots may lie if the meter is read on a schedule; 0: as they usually do
 
     def between_j(self, span: Span) -> float:
         """The energy of the span, both edges interpolated between knots.
@@ -111,8 +96,8 @@ class Curve:
         each value is up to one update old.
 
         Raises:
-            NotMeasured: a hole in the span, or an edge that lies beyond the first or last knot, or where the meter was
-                not read for a while: a cumulative counter needs its edges, but it needs them.
+            NotMeasured: a hole in the span, or an edge beyond the first or last knot, or at which the meter was not
+                read for a while: a cumulative counter needs little more than its edges.
         """
         first, last = self._place(span.opened_ns), self._place(span.closed_ns)
         self._check_whole(Span(int(self.at_ns[first - 1]), int(self.at_ns[last])))
@@ -120,16 +105,13 @@ class Curve:
         return self._interpolate(last, span.closed_ns) - self._interpolate(first, span.opened_ns)
 
     def closed_j(self, closed: ClosedWindow) -> float:
-        """The energy of a window with idle guards.
+        """The energy of a window with idle guards; raises as `between_j`.
 
         It opens at rest: the last knot of the guard before it, plus power at rest from there on. How it closes is seen
         from both sides, and both are weighed by their variance. From inside: the last knot of the window, plus the
         power of the last update from there on; wrong where the work ends unevenly. From outside: the first knot of the
         guard, less the guard's own power up to there; too much by what the device took to relax, since power does not
         fall at once. The second therefore bounds the first.
-
-        Raises:
-            NotMeasured: as `between_j`.
         """
         opening_ns, opening_j = self._opening(closed)
         closing_ns, closing_j = self._closing(closed)
@@ -142,11 +124,7 @@ class Curve:
         return abs(outside.energy_j - inside.energy_j) if inside and outside else 0.0
 
     def mean_power_w(self, span: Span) -> float:
-        """The mean power over the span.
-
-        Raises:
-            NotMeasured: as `between_j`, or the span has no length.
-        """
+        """The mean power over the span; raises as `between_j`, also for a span of no length."""
         if span.closed_ns <= span.opened_ns:
             raise NotMeasured(f"{self.what}: no time at all was marked")
         return self.between_j(span) / span.seconds
@@ -161,17 +139,13 @@ class Curve:
         return len(self._inside(span))
 
     def spacing_s(self, at_ns: int) -> float:
-        """How far apart the knots on both sides of a moment lie.
-
-        Raises:
-            NotMeasured: it lies beyond the first or the last knot.
-        """
+        """How far apart the knots on both sides of a moment lie; `NotMeasured` beyond the first and last knot."""
         place = self._place(at_ns)
         return (self.at_ns[place] - self.at_ns[place - 1]) / NS_PER_S
 
     @cached_property
     def usual_spacing_s(self) -> float:
-        """How far apart knots usually lie; there are two at least."""
+        """How far apart knots usually lie."""
         return statistics.median(after - before for before, after in pairwise(self.at_ns)) / NS_PER_S
 
     def _opening(self, closed: ClosedWindow) -> tuple[float, float]:
@@ -240,12 +214,8 @@ class Curve:
         return range(bisect_left(self.earliest_ns, span.opened_ns), bisect_right(self.latest_ns, span.closed_ns))
 
     def _place(self, at_ns: int) -> int:
-        """The first knot at or behind a moment that has one before it.
-
-        Raises:
-            NotMeasured: the moment lies beyond the first or the last knot.
-        """
-        told = f" ({self.said})" if self.said else ""
+        """The first knot at or after a moment that has one before it; `NotMeasured` beyond the first and last knot."""
+        told = f" ({self.error})" if self.error else ""
         if len(self.at_ns) < 2:
             raise NotMeasured(f"{self.what} was read {len(self.at_ns)} times, two are needed{told}")
         if at_ns < self.at_ns[0]:
@@ -275,7 +245,7 @@ class Curve:
 # 19 polls of 19 ms, whatever whole number of milliseconds lies between updates.
 _NEIGHBOURS = 10
 
-# No CPU package takes so much: a zone that was not read for as long as this would need to wrap may have wrapped twice.
+# More than any CPU package draws: a zone not read for as long as this power takes to wrap it may have wrapped twice.
 _MOST_PACKAGE_W = 1000.0
 
 
@@ -308,7 +278,7 @@ def _narrowed(seen: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """When each change came, (earliest, latest), by its own two polls and by those of its neighbours.
 
     Regular updates lie on a line, so what bounds one bounds the next ones, a period later each. Where updates are less
-    regular than polls are dense, the neighbours contradict each other; the bounds are then as wide as they do.
+    regular than polls are dense, neighbours contradict each other, and the bounds are as wide as the contradiction.
     """
     if len(seen) <= 2 * _NEIGHBOURS:
         return list(seen)
@@ -368,7 +338,7 @@ def rapl_curve(readings: Iterable[RaplReading], zone: int, max_uj: int, what: st
 
 
 def may_have_wrapped_twice(length_s: float, max_uj: int) -> bool:
-    """Whether a powercap zone that was not read for so long may have wrapped more than once."""
+    """Whether a powercap zone that was not read for a while may have wrapped more than once."""
     return length_s * _MOST_PACKAGE_W > max_uj / 1e6
 
 
@@ -383,14 +353,10 @@ def load_curve(loads: Sequence[CpuLoad], design_power_w: float, what: str) -> Cu
 
 
 def update_period_s(changes: Iterable[CounterChange], gpu: int, span: Span) -> float:
-    """How often the counter of a GPU was brought up to date in the span, which must have been under load.
+    """How often the counter of a GPU is updated, from a span under load; `NotMeasured` for fewer than three changes.
 
     The mean spacing of the changes, without those longer than one and a half times the median by more than polls lie
-    apart: there, one was missed. The resolution of the counter is set by this (20 to 100 ms seen, 500 ms a documented
-    default).
-
-    Raises:
-        NotMeasured: fewer than three changes.
+    apart, where one was missed. It is the resolution of the counter (20 to 100 ms seen, 500 ms a documented default).
     """
     rows = [row for row in changes if row.gpu == gpu and row.before_ns < row.at_ns]
     rows = [row for row in rows if span.opened_ns <= row.at_ns <= span.closed_ns]

@@ -1,47 +1,41 @@
-"""The energy, GPU, idle, efficiency and carbon sections of a record, from the sample log."""
+"""The energy, idle, efficiency and carbon sections of a record, from the sample log."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
-from functools import reduce
-from itertools import pairwise
-from operator import or_
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any
 
 from lem.base import measurement as names
 from lem.base.measurement import (
     CROSSCHECK_TOLERANCE,
-    POWER_CAP_BIT,
     REST_TOLERANCE,
-    THERMAL_BITS,
     EnergyScope,
     EnergySource,
+    is_estimate,
 )
 from lem.base.reasons import Reason
-from lem.base.units import JOULES_PER_WATT_HOUR, NS_PER_S
+from lem.base.units import JOULES_PER_WATT_HOUR
 from lem.config.experiment import MeasurementConfig
-from lem.meters.curve import HOLE_PERIODS, NotMeasured, Span, update_period_s
+from lem.meters.curve import NotMeasured, Span, update_period_s
 from lem.meters.external import ExternalReadings, external_energy_j
 from lem.meters.rapl import DRAM, PACKAGE
-from lem.meters.samples import GpuSample, Mark, SampleLog
-from lem.meters.sources import Baselines, Sources
+from lem.meters.sources import Sources
 from lem.meters.window import (
     AttemptLog,
-    check_plausible,
-    check_sampled,
     crosscheck_ratio,
+    describe_gpu,
     foreign_pids,
     is_power_steady,
+    measured,
     meter_warnings,
+    need,
     sample_gap_max_s,
     samples_in,
     slowdowns,
 )
 from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Measured, Work, known, parts_of_source
-
-_Value = TypeVar("_Value")
 
 _J_PER_KWH = 1000 * JOULES_PER_WATT_HOUR
 
@@ -59,12 +53,8 @@ class EnergyFindings:
 
 
 def measure(
-    log: SampleLog,
-    marks: Sequence[Mark],
-    sources: Sources,
-    baselines: Baselines,
+    attempt: AttemptLog,
     *,
-    is_steady_mode: bool,
     window_repeats: int,
     external: ExternalReadings | None = None,
     own_pids: Collection[int] | None = None,
@@ -72,56 +62,31 @@ def measure(
     """The figures of one attempt.
 
     Args:
-        log: all of it, some updates of the slowest meter beyond the last mark.
-        marks: at least `WINDOW`, and its guards unless `is_steady_mode`; one `PREFILL` for each pass of prefill alone.
-        baselines: power at rest measured before, for where the marks have none.
-        is_steady_mode: the window was opened and closed under load.
-        window_repeats: how often the prompt set was run in it.
+        attempt: its log goes some updates of the slowest meter beyond the last mark; its marks are at least `WINDOW`,
+            and its guards unless it ended under load; one `PREFILL` for each pass of prefill alone.
+        window_repeats: how often the prompt set was run in the window.
         external: the readings of the user's own meter.
         own_pids: the processes of the experiment as the host numbers them; None if unknown.
     """
-    attempt = AttemptLog(log, tuple(marks), sources, baselines, is_steady_mode)
-    gpus = tuple(_gpu(attempt, number) for number in range(len(sources.gpus)))
+    sources = attempt.sources
+    gpus = tuple(describe_gpu(attempt, number) for number in range(len(sources.gpus)))
     idle = _idle(attempt)
     energy = _energy(attempt, gpus, idle, external, window_repeats)
-    unseen = Measured[Any](None, sources.reasons.get("gpu", "the sampler does not see it"))
-    gpus += tuple(_unseen_gpu(uuid, unseen) for uuid in sources.missing_uuids)
+    gpus += tuple(_unseen_gpu(uuid, sources) for uuid in sources.missing_uuids)
     return EnergyFindings(
         energy=energy,
         gpus=gpus,
         idle=idle,
-        power_steady=_measured(lambda: is_power_steady(attempt, window_repeats)),
+        power_steady=measured(lambda: is_power_steady(attempt, window_repeats)),
         invalid_reasons=_invalid_reasons(attempt, own_pids),
         warnings=_warnings(attempt, energy, idle),
     )
 
 
-def mean_power_w(log: SampleLog, sources: Sources, span: Span) -> float:
-    """The mean power of the primary source over a span, to tell when it is at rest.
-
-    Raises:
-        NotMeasured: it has not been read over all of the span.
-    """
-    return AttemptLog(log, (), sources, Baselines(), is_steady_mode=True).rest_power_w(span)
-
-
-def _measured(figure: Callable[[], _Value]) -> Measured[_Value]:
-    """The figure; absent, with its reason, if it cannot be had."""
-    try:
-        return Measured(figure())
-    except NotMeasured as error:
-        return Measured(None, str(error))
-
-
-def _need(found: Measured[_Value]) -> _Value:
-    """The value.
-
-    Raises:
-        NotMeasured: it is absent, for its reason.
-    """
-    if found.value is None:
-        raise NotMeasured(str(found.null_reason))
-    return found.value
+def _unseen_gpu(uuid: str, sources: Sources) -> Gpu:
+    absent = Measured[Any](None, sources.reasons.get("gpu", "the sampler does not see it"))
+    left = [item.name for item in fields(Gpu) if item.name not in ("uuid", "name", "null_reasons")]
+    return Gpu.of(uuid=uuid, name="unknown", **dict.fromkeys(left, absent))
 
 
 # Energy
@@ -131,24 +96,24 @@ def _energy(
     attempt: AttemptLog, gpus: Sequence[Gpu], idle: Idle, external: ExternalReadings | None, window_repeats: int
 ) -> Energy:
     sources = attempt.sources
-    gpu_j = _measured(lambda: _sum_over_gpus(attempt, gpus))
+    gpu_j = measured(lambda: _sum_over_gpus(attempt, gpus))
     rest_w: Measured[float] = idle.measured("idle_loaded_power_w")
     parts = {
         "gpu_energy_j": gpu_j,
-        "cpu_package_energy_j": _measured(lambda: _domain_j(attempt, PACKAGE)),
-        "dram_energy_j": _measured(lambda: _domain_j(attempt, DRAM)),
-        "external_energy_j": _measured(lambda: _external_j(attempt, external)),
+        "cpu_package_energy_j": measured(lambda: _domain_j(attempt, PACKAGE)),
+        "dram_energy_j": measured(lambda: _domain_j(attempt, DRAM)),
+        "external_energy_j": measured(lambda: _external_j(attempt, external)),
     }
-    primary = _measured(lambda: _primary_j(parts, sources))
+    primary = measured(lambda: _primary_j(parts, sources))
     crosscheck = period = Measured[float](
         None, sources.reasons.get("gpu", "the energy counter cannot be read; energy is integrated power")
     )
     if sources.gpu_method == EnergySource.COUNTER:
-        crosscheck = _measured(lambda: crosscheck_ratio(attempt))
-        period = _measured(lambda: _update_period_s(attempt))
+        crosscheck = measured(lambda: crosscheck_ratio(attempt))
+        period = measured(lambda: _update_period_s(attempt))
     return Energy.of(
         **parts,
-        gpu_energy_net_j=_measured(lambda: _need(gpu_j) - _need(rest_w) * attempt.window.seconds),
+        gpu_energy_net_j=measured(lambda: need(gpu_j) - need(rest_w) * attempt.window.seconds),
         # Power is sampled during the load as it is at rest.
         load_energy_j=_span_j(attempt, names.LOAD, "nothing was loaded for this experiment", at_rest=True),
         warmup_energy_j=_span_j(attempt, names.WARMUP, "there was no warm-up"),
@@ -157,7 +122,7 @@ def _energy(
         energy_scope=primary if primary.value is None else sources.scope,
         energy_crosscheck_ratio=crosscheck,
         counter_update_period_s=period,
-        sample_gap_max_s=_measured(lambda: sample_gap_max_s(attempt)),
+        sample_gap_max_s=measured(lambda: sample_gap_max_s(attempt)),
     )
 
 
@@ -165,7 +130,7 @@ def _sum_over_gpus(attempt: AttemptLog, gpus: Sequence[Gpu]) -> float:
     """The energy of all GPUs, which are summed only when all were read."""
     if attempt.sources.gpu_method is None:
         raise NotMeasured(attempt.sources.reasons["gpu"])
-    return sum((_need(gpu.measured("energy_j")) for gpu in gpus), start=0.0)
+    return sum((need(gpu.measured("energy_j")) for gpu in gpus), start=0.0)
 
 
 def _domain_j(attempt: AttemptLog, domain: str) -> float:
@@ -190,14 +155,14 @@ def _primary_j(parts: dict[str, Measured[float]], sources: Sources) -> float:
     counted = parts_of_source(sources.primary)
     if "dram" in sources.reasons:  # memory without a counter is left out
         counted = tuple(name for name in counted if name != "dram_energy_j")
-    return sum(_need(parts[name]) for name in counted)
+    return sum(need(parts[name]) for name in counted)
 
 
 def _span_j(attempt: AttemptLog, mark: str, missing: str, *, at_rest: bool = False) -> Measured[float]:
     span = attempt.span(mark)
     if span is None:
         return Measured(None, missing)
-    return _measured(lambda: sum(curve.between_j(span) for curve in attempt.primary_curves(at_rest=at_rest)))
+    return measured(lambda: sum(curve.between_j(span) for curve in attempt.primary_curves(at_rest=at_rest)))
 
 
 def _update_period_s(attempt: AttemptLog) -> float:
@@ -213,7 +178,7 @@ def _phases(attempt: AttemptLog, primary: Measured[float], window_repeats: int) 
     The same prompts are run for their prefill alone, in a window of its own with its own guards; its energy per pass,
     times the passes of the main window, is that of prefill, and the rest of the main window is decode.
     """
-    prefill = _measured(lambda: _prefill_j(attempt, primary, window_repeats))
+    prefill = measured(lambda: _prefill_j(attempt, primary, window_repeats))
     if prefill.value is None or primary.value is None:
         return dict.fromkeys(("prefill_energy_j", "decode_energy_j", "phase_method"), prefill)
     passes = _passes(attempt)
@@ -233,7 +198,7 @@ def _prefill_j(attempt: AttemptLog, primary: Measured[float], window_repeats: in
         raise NotMeasured("energy by phases was not asked for (measurement.phases)")
     if attempt.is_steady_mode:
         raise NotMeasured("under traffic prefill and decode of different requests run at once")
-    whole_j = _need(primary)
+    whole_j = need(primary)
     for span, what in ((attempt.window, "window"), (prefill, "window of prefill alone")):
         slowed = next(slowdowns(attempt, span, what), None)
         if slowed is not None:
@@ -269,15 +234,15 @@ def _idle(attempt: AttemptLog) -> Idle:
         idle_loaded_post_power_w=_rest_w(
             attempt, names.IDLE_POST, None, "power at rest was not measured after the window"
         ),
-        idle_bare_temp_c=_measured(lambda: _rest_c(attempt, names.IDLE_BARE)),
-        idle_loaded_temp_c=_measured(lambda: _rest_c(attempt, names.IDLE_LOADED)),
+        idle_bare_temp_c=measured(lambda: _rest_c(attempt, names.IDLE_BARE)),
+        idle_loaded_temp_c=measured(lambda: _rest_c(attempt, names.IDLE_LOADED)),
         baseline_age_s=age_s,
     )
 
 
 def _rest_w(attempt: AttemptLog, mark: str, before_w: float | None, missing: str) -> Measured[float]:
     span = attempt.span(mark)
-    return known(before_w, missing) if span is None else _measured(lambda: attempt.rest_power_w(span))
+    return known(before_w, missing) if span is None else measured(lambda: attempt.rest_power_w(span))
 
 
 def _rest_c(attempt: AttemptLog, mark: str) -> float:
@@ -294,100 +259,6 @@ def _rest_c(attempt: AttemptLog, mark: str) -> float:
             raise NotMeasured("the temperature could not be read at rest")
         means.append(fmean(temps))
     return max(means)
-
-
-# GPUs
-
-
-@dataclass(frozen=True)
-class _Weighted:
-    """A sample and how much of the window it stands for: half-way to both its neighbours."""
-
-    sample: GpuSample
-    seconds: float
-
-
-def _gpu(attempt: AttemptLog, number: int) -> Gpu:
-    """One GPU of the experiment, counted in its order."""
-    place, untold = attempt.sources.gpus[number], "the driver does not tell"
-    header = attempt.log.header.gpus[place]
-    rows = _weighted(attempt, place, attempt.span(names.WINDOW))
-    nothing = header.power_error if header.power_error and not rows else "nothing was sampled in the window"
-    if not attempt.sources.is_watched:
-        nothing = "GPUs were not looked at in the window (timeseries.enabled: false)"
-    silent = untold if rows else nothing
-    energy_j = _measured(lambda: _gpu_j(attempt, number))
-    temps = [temp_c for temp_c, _ in _known(rows, "temp_c")]
-    masks = _known(rows, "event_mask")
-    return Gpu.of(
-        uuid=header.uuid,
-        name=header.name,
-        energy_j=energy_j,
-        power_mean_w=_mean(rows, "power_w", nothing)
-        if energy_j.value is None
-        else energy_j.value / attempt.window.seconds,
-        power_max_w=_max(rows, "power_w", "power cannot be read" if rows else nothing),
-        power_limit_w=known(header.power_limit_w, untold),
-        temp_start_c=known(temps[0] if temps else None, silent),
-        temp_end_c=known(temps[-1] if temps else None, silent),
-        temp_max_c=_max(rows, "temp_c", silent),
-        sm_clock_mean_hz=_mean(rows, "sm_clock_hz", silent),
-        throttle_power_s=known(_seconds_with(masks, POWER_CAP_BIT), silent),
-        throttle_thermal_s=known(_seconds_with(masks, THERMAL_BITS), silent),
-        event_reasons_mask=known(reduce(or_, (mask for mask, _ in masks)) if masks else None, silent),
-        util_mean_ratio=_mean(rows, "util_ratio", silent),
-        mem_peak_b=_max(rows, "memory_b", silent),
-        persistence_mode=known(header.persistence_mode, untold),
-        mig_mode=known(header.mig_mode, untold),
-    )
-
-
-def _unseen_gpu(uuid: str, absent: Measured[Any]) -> Gpu:
-    measured = [item.name for item in fields(Gpu) if item.name not in ("uuid", "name", "null_reasons")]
-    return Gpu.of(uuid=uuid, name="unknown", **dict.fromkeys(measured, absent))
-
-
-def _gpu_j(attempt: AttemptLog, number: int) -> float:
-    curve = attempt.gpu_curve(number)
-    if attempt.sources.gpu_method != EnergySource.COUNTER:
-        check_sampled(curve, attempt.window)
-    found_j = attempt.window_j(curve, 1 / len(attempt.sources.gpus))
-    check_plausible(found_j, attempt.window, attempt.log.header.gpus[attempt.sources.gpus[number]])
-    return found_j
-
-
-def _weighted(attempt: AttemptLog, place: int, span: Span | None) -> list[_Weighted]:
-    """Each sample of a GPU in the span with the time it stands for, which is never more than a hole."""
-    if span is None:
-        return []
-    rows = samples_in(attempt.log.samples, place, span)
-    longest_ns = HOLE_PERIODS * attempt.sources.sample_period_s * NS_PER_S
-    between = ((before.at_ns + after.at_ns) / 2 for before, after in pairwise(rows))
-    edges = [span.opened_ns, *between, span.closed_ns]
-    return [
-        _Weighted(row, (min(end_ns, row.at_ns + longest_ns) - max(start_ns, row.at_ns - longest_ns)) / NS_PER_S)
-        for row, start_ns, end_ns in zip(rows, edges, edges[1:], strict=False)
-    ]
-
-
-def _known(rows: Iterable[_Weighted], name: str) -> list[tuple[Any, float]]:
-    """The values of a field and their seconds, where it was read."""
-    return [(value, row.seconds) for row in rows if (value := getattr(row.sample, name)) is not None]
-
-
-def _max(rows: Iterable[_Weighted], name: str, nothing: str) -> Measured[float]:
-    return known(max((value for value, _ in _known(rows, name)), default=None), nothing)
-
-
-def _mean(rows: Iterable[_Weighted], name: str, nothing: str) -> Measured[float]:
-    """The mean over time."""
-    values = _known(rows, name)
-    total_s = sum(seconds for _, seconds in values)
-    return known(sum(value * seconds for value, seconds in values) / total_s if total_s > 0 else None, nothing)
-
-
-def _seconds_with(masks: Sequence[tuple[int, float]], bits: int) -> float | None:
-    return sum((seconds for mask, seconds in masks if mask & bits), start=0.0) if masks else None
 
 
 # What is wrong with the window
@@ -410,7 +281,7 @@ def _warnings(attempt: AttemptLog, energy: Energy, idle: Idle) -> tuple[Reason, 
     found = []
     if attempt.sources.gpus and not attempt.sources.is_watched:
         found.append(Reason.of("clocks_unwatched"))
-    if attempt.sources.is_estimate and energy.cpu_package_energy_j is not None:
+    if is_estimate(attempt.sources.primary) and energy.cpu_package_energy_j is not None:
         found.append(Reason.of("energy_estimated"))
     if attempt.sources.scope == EnergyScope.MODULE:
         found.append(Reason.of("energy_of_module"))
@@ -461,14 +332,14 @@ def carbon_of(energy_j: Measured[float], measurement: MeasurementConfig) -> Carb
     }
     return Carbon.of(
         **given,
-        co2e_g=_measured(lambda: _site_kwh(given["pue"], energy_j) * _need(given["grid_g_per_kwh"])),
-        cost=_measured(lambda: _site_kwh(given["pue"], energy_j) * _need(given["price_per_kwh"])),
+        co2e_g=measured(lambda: _site_kwh(given["pue"], energy_j) * need(given["grid_g_per_kwh"])),
+        cost=measured(lambda: _site_kwh(given["pue"], energy_j) * need(given["price_per_kwh"])),
     )
 
 
 def _site_kwh(pue: Measured[float], energy_j: Measured[float]) -> float:
     """What the site drew for it, in kWh."""
-    total_j = _need(energy_j)
+    total_j = need(energy_j)
     if pue.value is None:
         raise NotMeasured("measurement.pue is not given; 1 counts what was measured and nothing around it")
     return total_j / _J_PER_KWH * float(pue.value)

@@ -25,29 +25,22 @@ _EPOCH_S = (1e9, 1e10)
 
 @dataclass(frozen=True)
 class ExternalReadings:
-    """The readings, in the order of time.
+    """The readings, in the order of time."""
 
-    Attributes:
-        source: the file, as messages name it.
-        at_utc_s: seconds since 1970.
-        power_w: watts.
-        error: why the file could not be read; empty when it could.
-    """
-
-    source: str
-    at_utc_s: tuple[float, ...] = ()
+    source: str  # the file, as messages name it
+    at_utc_s: tuple[float, ...] = ()  # seconds since 1970
     power_w: tuple[float, ...] = ()
-    error: str = ""
+    error: str = ""  # why the file could not be read
 
 
 def read_external(path: Path) -> ExternalReadings:
-    """The readings in a CSV file of UTC time and watts; a first line of names is skipped.
+    """The readings in a CSV file of UTC time and watts; a header line is skipped.
 
-    A time is ISO 8601 (without a zone it is UTC) or seconds since 1970. Further columns are not looked at, nor is a
-    last line that is no reading and has no end: it is still being written.
+    A time is ISO 8601 (UTC if it has no zone) or seconds since 1970. Further columns are ignored, and so is a last line
+    that is still being written: one that is no reading and has no end.
 
     Raises:
-        MeterRefused: it cannot be read, or a line is no reading; the line is named.
+        MeterRefused: it cannot be read, or names the line that is no reading.
     """
     try:
         text = path.expanduser().read_text(encoding="utf-8-sig")
@@ -60,10 +53,10 @@ def read_external(path: Path) -> ExternalReadings:
 
 
 def external_energy_j(readings: ExternalReadings, log: SampleLog, span: Span) -> float:
-    """The energy of the span by trapezoids, the two clocks aligned by the log's nearest pair.
+    """The energy of the span by trapezoids, with clocks aligned by the log's nearest pair.
 
     Raises:
-        NotMeasured: the readings do not cover the span, or have a hole in it, or could not be read.
+        NotMeasured: the readings do not cover the span, have a hole in it, or could not be read.
     """
     if readings.error:
         raise NotMeasured(readings.error)
@@ -130,7 +123,7 @@ def _rows(lines: Sequence[str], delimiter: str, source: str) -> Iterator[tuple[i
 
 
 def _is_reading(cells: list[str]) -> bool:
-    """Whether a first line is no line of names: something in it is a time or a number."""
+    """Whether a first line is no header: it has a time or a number."""
     return any(_number(cell) is not None or _time(cell) is not None for cell in cells[:2])
 
 

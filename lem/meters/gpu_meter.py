@@ -259,138 +259,114 @@ def _first_that_answers(ways: Sequence[Callable[[], _T]]) -> tuple[Callable[[], 
 
 
 class Complaints:
-    """What does not work, told once for as long as it stays the same."""
+    """Failures of meters, each reported once for as long as it stays the same."""
 
     def __init__(self) -> None:
-        self._said: dict[str, str] = {}
+        self._reported: dict[str, str] = {}
 
     def of(self, meter: str, at_ns: int, message: str) -> list[Row]:
-        """The row that tells of a failure, unless that was the last thing told of this meter."""
-        if self._said.get(meter) == message:
+        """The row for a failure, unless it was the last one reported for this meter."""
+        if self._reported.get(meter) == message:
             return []
-        self._said[meter] = message
+        self._reported[meter] = message
         return [MeterError(at_ns, meter, message)]
 
     def withdraw(self, meter: str) -> None:
-        """The meter works; its next failure is told again."""
-        self._said.pop(meter, None)
+        """The meter works; its next failure is reported again."""
+        self._reported.pop(meter, None)
 
 
 class GpuWatch:
-    """One GPU that is sampled.
+    """One GPU that is sampled; `place` is its place in the log's header.
 
-    A GPU that is lost is asked nothing but, once a second, whether it is back. What fails for another reason is
-    tried every time, with a fresh handle once a second; what the GPU does not have is tried once.
+    A GPU that is lost is only asked, once a second, whether it is back. What fails for another reason is tried every
+    time, with a fresh handle once a second; what the GPU does not have is tried once.
     """
 
     def __init__(self, meter: NvmlMeter, place: int, clock: Clock, complaints: Complaints) -> None:
-        """Start to watch.
-
-        Args:
-            place: of the GPU in the log's header.
-        """
         self._meter = meter
         self._place = place
         self._clock = clock
         self._complaints = complaints
-        self._has_counter = meter.has_counter
         self._energy_mj: int | None = None
         self._polled_ns = 0
         self._pids: tuple[int, ...] | None = None
-        self._hopeless: set[str] = set() if meter.header.power_error is None else {"power"}
+        self._hopeless = {"counter"} if not meter.has_counter else set()
+        self._hopeless |= {"power"} if meter.header.power_error is not None else set()
         self._is_lost = not meter.is_known
         self._is_failing = self._is_lost
 
     def poll(self) -> list[Row]:
         """The change of the energy counter, if there was one since the last poll."""
-        if self._is_lost or not self._has_counter:
-            return []
+        rows: list[Row] = []
         opened_ns = self._clock.monotonic_ns()
-        try:
-            energy_mj = self._meter.read_counter_mj()
-        except MeterFailure as failure:
-            self._has_counter = not failure.is_lasting
-            return self._failed("counter", opened_ns, failure)
+        energy_mj = self._read("counter", self._meter.read_counter_mj, rows)
+        if energy_mj is None:
+            return rows
         at_ns = (opened_ns + self._clock.monotonic_ns()) // 2
-        self._complaints.withdraw(self._meter_name("counter"))
         before_ns = at_ns if self._energy_mj is None else self._polled_ns
         has_changed = energy_mj != self._energy_mj
         self._energy_mj, self._polled_ns = energy_mj, at_ns
         return [CounterChange(self._place, before_ns, at_ns, energy_mj)] if has_changed else []
 
     def sample(self) -> list[Row]:
-        """One look at everything else; its stamp is that of the reading of power."""
+        """One sample of everything else; its stamp is that of the reading of power."""
         rows: list[Row] = []
         opened_ns = self._clock.monotonic_ns()
-        power_w = self._read("power", rows)
+        power_w = self._quantity("power", rows)
         at_ns = (opened_ns + self._clock.monotonic_ns()) // 2
-        temp_c = self._read("temperature", rows)
-        sm_clock_hz = self._read("sm_clock", rows)
-        util_ratio = self._read("utilisation", rows)
-        memory_b = self._read("memory", rows)
-        event_mask = self._read("events", rows)
-        values = (power_w, temp_c, sm_clock_hz, util_ratio, memory_b, event_mask)
-        if any(value is not None for value in values):
-            sample = GpuSample(
-                gpu=self._place,
-                at_ns=at_ns,
-                power_w=power_w,
-                temp_c=temp_c,
-                sm_clock_hz=sm_clock_hz,
-                util_ratio=util_ratio,
-                memory_b=None if memory_b is None else int(memory_b),
-                event_mask=None if event_mask is None else int(event_mask),
-            )
-            rows.append(sample)
-        return rows
+        sample = GpuSample(
+            self._place,
+            at_ns,
+            power_w,
+            temp_c=self._quantity("temperature", rows),
+            sm_clock_hz=self._quantity("sm_clock", rows),
+            util_ratio=self._quantity("utilisation", rows),
+            memory_b=self._quantity("memory", rows),
+            event_mask=self._quantity("events", rows),
+        )
+        return rows if sample == GpuSample(self._place, at_ns) else [*rows, sample]
 
     def look_at_processes(self) -> list[Row]:
-        """The processes, when they are others than at the last look."""
-        if self._is_lost or "processes" in self._hopeless:
-            return []
+        """The processes, when they changed."""
+        rows: list[Row] = []
         at_ns = self._clock.monotonic_ns()
-        try:
-            pids = self._meter.read_pids()
-        except MeterFailure as failure:
-            return self._failed("processes", at_ns, failure)
-        self._complaints.withdraw(self._meter_name("processes"))
-        if pids == self._pids:
-            return []
+        pids = self._read("processes", self._meter.read_pids, rows)
+        if pids is None or pids == self._pids:
+            return rows
         self._pids = pids
         return [ProcessesSeen(self._place, at_ns, pids)]
 
     def revive(self) -> list[Row]:
-        """Once a second: look a GPU that does not answer up again."""
+        """Once a second: look up a GPU that does not answer again."""
         if not self._is_failing or not self._meter.is_known:
             return []
-        at_ns = self._clock.monotonic_ns()
+        at_ns, name = self._clock.monotonic_ns(), gpu_meter(self._place, "handle")
         try:
             self._meter.renew()
         except MeterFailure as failure:
-            return self._complaints.of(self._meter_name("handle"), at_ns, str(failure))
-        self._complaints.withdraw(self._meter_name("handle"))
+            return self._complaints.of(name, at_ns, str(failure))
+        self._complaints.withdraw(name)
         self._is_lost = self._is_failing = False
         return []
 
-    def _read(self, quantity: str, rows: list[Row]) -> float | None:
-        """A quantity; None with what is to be told in `rows` when it cannot be read."""
-        if self._is_lost or quantity in self._hopeless:
+    def _quantity(self, name: str, rows: list[Row]) -> Any:
+        return self._read(name, lambda: self._meter.read(name), rows)
+
+    def _read(self, what: str, read: Callable[[], _T], rows: list[Row]) -> _T | None:
+        """What the meter reads; None if it cannot, with the row about it, if any, added to `rows`."""
+        if self._is_lost or what in self._hopeless:
             return None
+        name = gpu_meter(self._place, what)
         try:
-            value = self._meter.read(quantity)
+            value = read()
         except MeterFailure as failure:
-            rows += self._failed(quantity, self._clock.monotonic_ns(), failure)
+            if failure.is_lasting:
+                self._hopeless.add(what)
+            else:
+                self._is_failing = True
+                self._is_lost = failure.is_lost
+            rows += self._complaints.of(name, self._clock.monotonic_ns(), str(failure))
             return None
-        self._complaints.withdraw(self._meter_name(quantity))
+        self._complaints.withdraw(name)
         return value
-
-    def _failed(self, what: str, at_ns: int, failure: MeterFailure) -> list[Row]:
-        if failure.is_lasting:
-            self._hopeless.add(what)
-        else:
-            self._is_failing = True
-            self._is_lost = self._is_lost or failure.is_lost
-        return self._complaints.of(self._meter_name(what), at_ns, str(failure))
-
-    def _meter_name(self, what: str) -> str:
-        return gpu_meter(self._place, what)

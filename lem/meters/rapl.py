@@ -26,16 +26,11 @@ _ABSENT_REMEDY = (
 
 @dataclass(frozen=True)
 class ZoneFolder:
-    """A zone as the kernel shows it, whether or not its counter may be read.
-
-    Attributes:
-        name: the kernel's, those of the zones above it before it: `package-0`, `package-0/dram`.
-        domain: `package`, `dram`, `core`, `uncore`, `psys` (the whole machine, packages included) …
-    """
+    """A zone of the kernel, whether or not its counter may be read."""
 
     folder: Path
-    name: str
-    domain: str
+    name: str  # the kernel's, after those of the zones above it: `package-0`, `package-0/dram`
+    domain: str  # `package`, `dram`, `core`, `uncore`, `psys` (the whole machine, packages included) …
 
 
 @dataclass(frozen=True)
@@ -46,28 +41,18 @@ class RaplCounter:
     path: Path
 
     def read_uj(self) -> int:
-        """What it says now, in microjoules.
-
-        Raises:
-            OSError, ValueError: it cannot be read any more, or says no number.
-        """
+        """The counter now, in microjoules; OSError or ValueError if it cannot be read any more."""
         return int(self.path.read_bytes())
 
 
 @dataclass(frozen=True)
 class RaplFound:
-    """The counters that can be read, and what keeps others from it.
-
-    Attributes:
-        error: why there is none, or why the whole CPU cannot be summed up; None when it can.
-        remedy: what to do about `error`.
-        missing: (name, why) of the zones other than packages that cannot be read.
-    """
+    """The counters that can be read."""
 
     counters: tuple[RaplCounter, ...] = ()
-    error: str | None = None
-    remedy: str = ""
-    missing: tuple[tuple[str, str], ...] = ()
+    error: str | None = None  # why there is none, or why the whole CPU cannot be summed up
+    remedy: str = ""  # what to do about `error`
+    missing: tuple[tuple[str, str], ...] = ()  # (name, reason) of zones other than packages that cannot be read
 
     @property
     def explained(self) -> str | None:
@@ -78,8 +63,8 @@ class RaplFound:
 def find_rapl(root: Path = POWERCAP) -> RaplFound:
     """The counters below `root`.
 
-    Packages count together or not at all, and so do the zones of any other domain: a sum over some of them would look
-    like the whole.
+    Packages count together or not at all, and so do the zones of any other domain: a sum over some of them would pass
+    for the whole.
     """
     zones = zone_folders(root)
     if not any(zone.domain == PACKAGE for zone in zones):
@@ -102,7 +87,7 @@ def zone_folders(root: Path = POWERCAP) -> tuple[ZoneFolder, ...]:
     A package can be reached in two ways, by registers and by memory (`intel-rapl-mmio`); it is listed once.
     """
     found: dict[tuple[str, tuple[int, ...]], tuple[Path, str]] = {}
-    for folder in _list(root):
+    for folder in sorted(root.glob("*")):
         match = _ZONE.fullmatch(folder.name)
         name = _read_name(folder) if match else None
         if match and name:
@@ -119,15 +104,8 @@ def zone_folders(root: Path = POWERCAP) -> tuple[ZoneFolder, ...]:
     return tuple(zones.values())
 
 
-def _list(root: Path) -> list[Path]:
-    try:
-        return sorted(root.iterdir())
-    except OSError:
-        return []
-
-
 def _read_name(folder: Path) -> str | None:
-    """The name of a zone; None where it has none, as where Docker has laid an empty folder over powercap."""
+    """The name of a zone; None if it has none: Docker lays an empty folder over powercap."""
     try:
         return (folder / "name").read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
@@ -175,7 +153,7 @@ class CpuLoadMeter:
         self._before: tuple[int, int] | None = None
 
     def read(self) -> float | None:
-        """The busy share of all CPU time since the reading before, 0 to 1; None at the first one.
+        """The busy share of all CPU time since the last reading, 0 to 1; None at the first.
 
         Raises:
             OSError, ValueError: the kernel does not tell.
@@ -195,13 +173,10 @@ class CpuLoadMeter:
 
 
 def find_tdp(asked_w: float | None, root: Path = POWERCAP) -> tuple[float | None, str | None]:
-    """The power in W that all CPU packages are designed for, and who says so; None twice where nobody does.
+    """The power in W that all CPU packages are designed for, and its source; None twice if unknown.
 
-    The kernel has it as the maximum of a package's long-term limit, which is the `thermal spec power` of Intel's
-    MSR_PKG_POWER_INFO and may be read by everybody. AMD's processors do not tell.
-
-    Args:
-        asked_w: `measurement.cpu_tdp_w`, which comes first.
+    `asked_w` (`measurement.cpu_tdp_w`) comes first. The kernel has it as the maximum of a package's long-term limit,
+    which is the `thermal spec power` of Intel's MSR_PKG_POWER_INFO and readable by all. AMD's processors do not tell.
     """
     if asked_w is not None:
         return asked_w, "measurement.cpu_tdp_w"

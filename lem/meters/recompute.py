@@ -1,4 +1,4 @@
-"""Every energy figure of a record worked out again from its sample log, and whether it agrees with the recorded one."""
+"""Every energy figure of a record recomputed from its sample log, and whether it agrees with the recorded one."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of, measure
 from lem.meters.external import ExternalReadings
 from lem.meters.samples import Mark, SampleLog
 from lem.meters.sources import Baselines, Sources, choose_sources
-from lem.meters.window import span_of
+from lem.meters.window import AttemptLog, span_of
 from lem.record import Carbon, Efficiency, Energy, Gpu, Idle, Record
 
 _Section = Energy | Idle | Gpu | Efficiency | Carbon
 
-# The same sums over the same rows: what differs by more than rounding was not worked out from them.
+# The same sums over the same rows differ by rounding at most.
 _TOLERANCE = 1e-9
 
-# What another meter told, or nothing measured: left out of the comparison where the CSV is no longer there.
+# Left out of the comparison if the CSV is gone.
 _FROM_CSV = ("energy.external_energy_j",)
 _FROM_CSV_AS_PRIMARY = ("energy.energy_source", "energy.energy_scope", "efficiency.", "carbon.")
 
@@ -39,17 +39,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Recomputed:
-    """What the sample log says of a record.
+    """What the sample log says of a record."""
 
-    Attributes:
-        compared: how many figures were.
-        differences: those that do not agree.
-        notes: what could not be compared, and why.
-    """
-
-    compared: int
-    differences: tuple[Difference, ...]
-    notes: tuple[str, ...] = ()
+    compared: int  # figures
+    differences: tuple[Difference, ...]  # figures that do not agree
+    notes: tuple[str, ...] = ()  # what could not be compared, and why
 
     @property
     def agrees(self) -> bool:
@@ -67,21 +61,14 @@ def recompute(
     """The figures of the log beside those of the record.
 
     Args:
-        external: the readings of the user's own meter, where they are still to be had.
+        external: the readings of the user's own meter, if they still exist.
 
     Raises:
         MeterRefused: the log has no meter that the configuration demands; it is not the log of this record.
     """
     sources = _sources(record, config, log, marks)
-    findings = measure(
-        log,
-        marks,
-        sources,
-        _baselines(record),
-        is_steady_mode=config.traffic_simulation.enabled,
-        window_repeats=record.window.window_repeats,
-        external=external,
-    )
+    attempt = AttemptLog(log, tuple(marks), sources, _baselines(record), config.traffic_simulation.enabled)
+    findings = measure(attempt, window_repeats=record.window.window_repeats, external=external)
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     if sources.is_external and external is None and record.energy.external_energy_j is not None:

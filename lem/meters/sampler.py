@@ -9,7 +9,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -50,27 +50,17 @@ class SamplerOwner(Protocol):
     """Who started the sampler."""
 
     def wait(self, until_ns: int) -> Sequence[str] | None:
-        """The orders that came before that moment, perhaps none; returns as soon as there is one.
-
-        None when it wants an end, or is gone.
-        """
+        """The orders that come before that moment, as soon as there is one; None to end, or when the owner is gone."""
 
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """What to sample.
+    """What to sample."""
 
-    Attributes:
-        output: the log, which must not be there yet.
-        gpus: UUIDs; () for none.
-        interval_ms: from one look at a GPU to the next, 0 for none; its counter is polled every `COUNTER_POLL_MS`.
-        tdp_w: design power of all CPU packages, as the user gives it.
-    """
-
-    output: Path
-    gpus: tuple[str, ...] = ()
-    interval_ms: int = 100
-    tdp_w: float | None = None
+    output: Path  # the log, which must not exist yet
+    gpus: tuple[str, ...] = ()  # UUIDs
+    interval_ms: int = 100  # between samples of a GPU, 0 for none; its counter is polled every `COUNTER_POLL_MS`
+    tdp_w: float | None = None  # design power of all CPU packages, as the user gives it
 
 
 def run_sampler(
@@ -82,25 +72,55 @@ def run_sampler(
     rapl_root: Path = POWERCAP,
     proc_stat: Path = PROC_STAT,
 ) -> None:
-    """Sample until the owner wants an end.
+    """Sample until the owner ends it.
 
     Args:
         nvml: pynvml, initialised; or, as a text, why there is none.
 
     Raises:
-        SampleFileError: the log cannot be written, or is gone.
+        SampleFileError: the log cannot be written, or was removed.
     """
-    with _SampleFile.created(options.output) as file:
+    with _created(options.output) as descriptor:
         sampler = _Sampler(options, nvml, clock, rapl_root, proc_stat)
-        file.append([encode_header(sampler.header)])
-        file.append_rows(sampler.everything())
+        _append(options.output, descriptor, [encode_header(sampler.header)])
+        _append(options.output, descriptor, map(encode_row, sampler.everything()))
         while (orders := owner.wait(sampler.next_ns)) is not None:
-            told = [row for order in orders for row in sampler.obey(order)]
-            rows = [*told, *sampler.due()]
+            rows = [row for order in orders for row in sampler.obey(order)] + sampler.due()
             if rows:
-                file.append_rows(rows)
-                file.check()
-        file.append_rows([*sampler.everything(), sampler.clock_pair()])
+                _append(options.output, descriptor, map(encode_row, rows))
+                # What is written to a file that was removed is lost.
+                if os.fstat(descriptor).st_nlink == 0:
+                    raise SampleFileError(f"{options.output}: the sample log was removed while it was written")
+        _append(options.output, descriptor, map(encode_row, [*sampler.everything(), sampler.clock_pair()]))
+
+
+@contextlib.contextmanager
+def _created(path: Path) -> Iterator[int]:
+    """A new file, readable by all: host and container may run as different users."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        os.fchmod(descriptor, 0o644)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _append(path: Path, descriptor: int, lines: Iterable[str]) -> None:
+    """Write whole lines at once."""
+    view = memoryview("".join(f"{line}\n" for line in lines).encode("utf-8"))
+    try:
+        sys.audit("lem.write", str(path))  # see lem.base.durable
+        while view:
+            view = view[os.write(descriptor, view) :]
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> SampleFileError:
+    return SampleFileError(f"{path}: the sample log cannot be written: {error.strerror}", "make room, or write access")
 
 
 class _Schedule:
@@ -111,7 +131,7 @@ class _Schedule:
         self._period_ns = period_ns
 
     def is_due(self, now_ns: int) -> bool:
-        """Whether the moment has come; those that were missed together with it are given up."""
+        """Whether the moment has come; further ones that were missed are skipped."""
         if now_ns < self.next_ns:
             return False
         self.next_ns += ((now_ns - self.next_ns) // self._period_ns + 1) * self._period_ns
@@ -119,11 +139,11 @@ class _Schedule:
 
 
 def is_interval(interval_ms: int) -> bool:
-    """Whether GPUs can be looked at so often; 0 is never."""
+    """Whether GPUs can be sampled at this interval; 0 is never."""
     return interval_ms == 0 or SHORTEST_INTERVAL_MS <= interval_ms <= LONGEST_INTERVAL_MS
 
 
-def _schedule_of_looks(first_ns: int, interval_ms: int) -> _Schedule | None:
+def _schedule_of_samples(first_ns: int, interval_ms: int) -> _Schedule | None:
     return _Schedule(first_ns, interval_ms * NS_PER_MS) if interval_ms else None
 
 
@@ -139,6 +159,9 @@ class _Sampler:
         self._rapl = find_rapl(rapl_root)
         self._load = CpuLoadMeter(proc_stat)
         tdp_w, tdp_source = find_tdp(options.tdp_w, rapl_root)
+        gpu_error = f"NVML is not there: {nvml}" if isinstance(nvml, str) else None
+        if not options.gpus:
+            gpu_error = "no GPU was to be sampled"
         started_ns, started_utc = self._clocks()
         self.header = SampleHeader(
             started_ns=started_ns,
@@ -146,14 +169,14 @@ class _Sampler:
             host=platform.node(),
             interval_ms=options.interval_ms,
             gpus=tuple(meter.header for meter in meters),
-            gpu_error=_why_no_gpu(options, nvml),
+            gpu_error=gpu_error,
             zones=tuple(counter.zone for counter in self._rapl.counters),
             rapl_error=self._rapl.explained,
             cpu_tdp_w=tdp_w,
             cpu_tdp_source=tdp_source,
         )
         self._polls = _Schedule(started_ns, COUNTER_POLL_MS * NS_PER_MS)
-        self._samples = _schedule_of_looks(started_ns, options.interval_ms)
+        self._samples = _schedule_of_samples(started_ns, options.interval_ms)
         self._seconds = _Schedule(started_ns, SLOW_PERIOD_S * NS_PER_S)
         self._clock_pairs = _Schedule(started_ns, _CLOCK_PAIR_NS)
 
@@ -166,16 +189,16 @@ class _Sampler:
         return min(schedule.next_ns for schedule in schedules)
 
     def obey(self, order: str) -> list[Row]:
-        """Do what the owner says: `interval N`, in milliseconds from now on. What is not understood is in the rows."""
+        """Follow an order of the owner: `interval N`, in milliseconds from now on; another is reported in the rows."""
         word, _, value = order.strip().partition(" ")
         now_ns = self._clock.monotonic_ns()
         if word == "interval" and value.isdecimal() and is_interval(int(value)):
-            self._samples = _schedule_of_looks(now_ns, int(value))
+            self._samples = _schedule_of_samples(now_ns, int(value))
             return []
         return self._complaints.of("orders", now_ns, f"not understood: {order.strip()}")
 
     def due(self) -> list[Row]:
-        """The rows of what is due by now."""
+        """The rows due by now."""
         now_ns = self._clock.monotonic_ns()
         rows: list[Row] = []
         if self._polls.is_due(now_ns):
@@ -230,74 +253,20 @@ class _Sampler:
         return (opened_ns + self._clock.monotonic_ns()) // 2, utc.isoformat()
 
 
-def _why_no_gpu(options: SamplerOptions, nvml: Any) -> str | None:
-    if not options.gpus:
-        return "no GPU was to be sampled"
-    return f"NVML is not there: {nvml}" if isinstance(nvml, str) else None
-
-
-class _SampleFile:
-    """The log; every call writes whole lines at once."""
-
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self._path = path
-        self._descriptor = descriptor
-
-    @classmethod
-    @contextlib.contextmanager
-    def created(cls, path: Path) -> Iterator[_SampleFile]:
-        """A new file, readable by all: host and container may run as different users."""
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
-            os.fchmod(descriptor, 0o644)
-        except OSError as error:
-            raise _cannot_write(path, error) from error
-        try:
-            yield cls(path, descriptor)
-        finally:
-            os.close(descriptor)
-
-    def append_rows(self, rows: Sequence[Row]) -> None:
-        self.append([encode_row(row) for row in rows])
-
-    def append(self, lines: Sequence[str]) -> None:
-        view = memoryview("".join(f"{line}\n" for line in lines).encode("utf-8"))
-        try:
-            sys.audit("lem.write", str(self._path))  # see lem.base.durable
-            while view:
-                view = view[os.write(self._descriptor, view) :]
-        except OSError as error:
-            raise _cannot_write(self._path, error) from error
-
-    def check(self) -> None:
-        """See that the file has a name yet: what is written to a file that was removed is lost."""
-        if os.fstat(self._descriptor).st_nlink == 0:
-            raise SampleFileError(f"{self._path}: the sample log was removed while it was written")
-
-
-def _cannot_write(path: Path, error: OSError) -> SampleFileError:
-    return SampleFileError(f"{path}: the sample log cannot be written: {error.strerror}", "make room, or write access")
-
-
 _STDIN = 0
 _READ_B = 4096
 
 
 class PipeOwner:
-    """An owner at the other end of a pipe: a line is an order, the end of file an end."""
+    """An owner at the other end of a pipe: a line is an order, and the sampler ends at the end of file."""
 
     def __init__(self, orders_fd: int, wakeup_fd: int) -> None:
-        """Listen.
-
-        Args:
-            wakeup_fd: readable when a signal asked for an end.
-        """
         self._orders_fd = orders_fd
-        self._wakeup_fd = wakeup_fd
+        self._wakeup_fd = wakeup_fd  # readable when a signal asks for the end
         self._begun = b""
 
     def wait(self, until_ns: int) -> Sequence[str] | None:
-        """The orders that came until then; None when an end is wanted."""
+        """As `SamplerOwner.wait`."""
         timeout_s = max(0, until_ns - time.monotonic_ns()) / NS_PER_S
         ready, _, _ = select.select([self._orders_fd, self._wakeup_fd], [], [], timeout_s)
         if self._wakeup_fd in ready:
@@ -312,7 +281,7 @@ class PipeOwner:
 
 
 def run_sampler_process(options: SamplerOptions, err: TextIO) -> int:
-    """The exit code: 0 when the owner ended it, 1 when the log could not be written, which `err` then says."""
+    """The exit code: 0 when the owner ended it, 1 when the log could not be written, with the reason on `err`."""
     with _end_signals() as wakeup_fd, _open_nvml_for(options) as nvml:
         try:
             run_sampler(options, nvml, SystemClock(), PipeOwner(_STDIN, wakeup_fd))

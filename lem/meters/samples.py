@@ -1,11 +1,8 @@
 """The sample log: everything that the meters of one attempt read, on CLOCK_MONOTONIC.
 
-While it is written it is a file of JSON lines: a header, then one row a line, in the order in which they were read.
-Rows are lists, the kind first. The finished log of a result (`samples.jsonl.gz`) holds the same lines after one with
-the marks, so that every figure of the record can be worked out again from it alone.
-
-Schema history:
-    1: first version.
+While it is written, it is a file of JSON lines: a header, then one row a line, in the order in which they were read.
+Rows are lists that start with their kind. The finished log of a result (`samples.jsonl.gz`) has the same lines after
+one with the marks, so that every figure of the record can be recomputed from it alone.
 """
 
 from __future__ import annotations
@@ -39,23 +36,15 @@ class SampleLogError(ValueError):
 
 
 def gpu_meter(place: int, what: str) -> str:
-    """The name of a GPU's meter in `MeterError.meter`; `place` is that of the GPU in the header."""
+    """The name of a GPU's meter in `MeterError.meter`; `place` is the GPU's in the header."""
     return f"gpu{place}.{what}"
 
 
 @dataclass(frozen=True)
 class GpuHeader:
-    """What does not change about a GPU while it is sampled.
+    """What does not change about a GPU while it is sampled."""
 
-    Attributes:
-        index: NVML's; None where NVML does not see the GPU that was asked for.
-        energy_scope: `gpu`, or `module` where the driver answers only for GPU and CPU together.
-        power_source: where `GpuSample.power_w` comes from: `instant` (field 186) or `average` (over 1 s on some
-            boards); None when neither can be read.
-        counter_error, power_error: why the energy counter, or power, cannot be read; None when it can.
-    """
-
-    index: int | None
+    index: int | None  # NVML's; None if NVML does not see the GPU
     uuid: str
     name: str
     driver: str
@@ -63,49 +52,43 @@ class GpuHeader:
     power_limit_w: float | None = None
     persistence_mode: bool | None = None
     mig_mode: bool | None = None
-    energy_scope: str = EnergyScope.GPU.value
-    power_source: str | None = None
-    counter_error: str | None = None
-    power_error: str | None = None
+    energy_scope: str = EnergyScope.GPU.value  # or `module`, if the driver answers only for GPU and CPU together
+    power_source: str | None = None  # of `GpuSample.power_w`: `instant` (field 186) or `average` (over 1 s on some)
+    counter_error: str | None = None  # why the energy counter cannot be read
+    power_error: str | None = None  # why power cannot be read
 
     @property
     def label(self) -> str:
-        """What people know the GPU by: `GPU 1`, by NVML's index, else its UUID."""
+        """For people: `GPU 1`, by NVML's index, else its UUID."""
         return self.uuid if self.index is None else f"GPU {self.index}"
 
 
 @dataclass(frozen=True)
 class RaplZone:
-    """A powercap zone; `domain` is `package`, `dram` or another name of the kernel's; it wraps at `max_uj`."""
+    """A powercap zone."""
 
     name: str
-    domain: str
-    max_uj: int
+    domain: str  # `package`, `dram` or another name of the kernel's
+    max_uj: int  # the counter wraps here
 
 
 @dataclass(frozen=True)
 class SampleHeader:
-    """Who sampled what, and the first pair of clocks that lets outside logs be aligned.
+    """Who sampled what, and the first pair of clocks, by which outside logs are aligned."""
 
-    Attributes:
-        started_ns, started_utc: CLOCK_MONOTONIC and UTC at the same moment.
-        gpu_error, rapl_error: why no GPU, or no zone, is sampled; None when some are.
-        cpu_tdp_w, cpu_tdp_source: the power the CPU packages are designed for, and who says so.
-    """
-
-    started_ns: int
-    started_utc: str
+    started_ns: int  # CLOCK_MONOTONIC
+    started_utc: str  # at the same moment
     host: str
     interval_ms: int
     gpus: tuple[GpuHeader, ...] = ()
-    gpu_error: str | None = None
+    gpu_error: str | None = None  # why no GPU is sampled
     zones: tuple[RaplZone, ...] = ()
-    rapl_error: str | None = None
-    cpu_tdp_w: float | None = None
+    rapl_error: str | None = None  # why no zone is sampled
+    cpu_tdp_w: float | None = None  # the power the CPU packages are designed for
     cpu_tdp_source: str | None = None
 
     def describe_meter(self, meter: str) -> str:
-        """The meter of a `MeterError` in words: `counter of GPU 1`; another's name as it is."""
+        """The meter of a `MeterError` in words, such as `counter of GPU 1`; other names stay as they are."""
         for place, gpu in enumerate(self.gpus):
             if meter.startswith(gpu_meter(place, "")):
                 return f"{meter.removeprefix(gpu_meter(place, ''))} of {gpu.label}"
@@ -114,9 +97,9 @@ class SampleHeader:
 
 @dataclass(frozen=True, slots=True)
 class CounterChange:
-    """A new value of an energy counter: it changed after `before_ns`, the last poll with the old one, until `at_ns`.
+    """A new value of an energy counter, which changed after `before_ns`, the last poll with the old one, until `at_ns`.
 
-    The first row of a GPU has `before_ns == at_ns`: when that value came is not known.
+    In the first row of a GPU both are equal, since it is unknown when that value came.
     """
 
     gpu: int
@@ -150,7 +133,7 @@ class RaplReading:
 
 @dataclass(frozen=True, slots=True)
 class CpuLoad:
-    """The share of all CPU time that was busy since the reading before, 0 to 1; the first row of a log has none."""
+    """The share of all CPU time that was busy since the last reading, 0 to 1; None in the first row of a log."""
 
     at_ns: int
     busy_ratio: float | None
@@ -167,10 +150,7 @@ class ProcessesSeen:
 
 @dataclass(frozen=True, slots=True)
 class MeterError:
-    """A reading that failed; `meter` is `gpu0.counter`, `gpu0.power`, `rapl.package-0` …
-
-    The number is the GPU's place in the header, as in every other row.
-    """
+    """A reading that failed; `meter` is `gpu0.counter` (0 is the GPU's place in the header), `rapl.package-0` …"""
 
     at_ns: int
     meter: str
@@ -245,10 +225,9 @@ def encode_row(row: Row) -> str:
 
 
 class PartReader:
-    """A log that is being written, every row of which is read once: an hour of many GPUs is half a million of them."""
+    """A log that is being written, each row of which is read once: an hour of many GPUs is half a million of them."""
 
     def __init__(self, path: Path) -> None:
-        """Read from its beginning on; the log is only ever added to."""
         self._path = path
         self._offset = 0
         self._rows = _Rows(path, first=1)
@@ -272,18 +251,8 @@ class PartReader:
         return self._log
 
 
-def read_part(path: Path) -> SampleLog:
-    """The log that is being written, as far as it is whole.
-
-    Raises:
-        SampleLogError: it is not a sample log, or has no header yet.
-        OSError: it cannot be read.
-    """
-    return PartReader(path).read()
-
-
 def read_tail(path: Path, most_b: int = 8192) -> list[Row]:
-    """The rows in the last bytes of a log that is being written; [] where there is none, or it holds something else."""
+    """The rows in the last bytes of a log that is being written; [] if it is missing or no log."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -298,11 +267,7 @@ def read_tail(path: Path, most_b: int = 8192) -> list[Row]:
 
 
 def write_finished(path: Path, log: SampleLog, marks: Sequence[Mark]) -> None:
-    """Write the finished log, whole or not at all; equal logs give equal bytes.
-
-    Raises:
-        OSError: as `durable.write_bytes`.
-    """
+    """Write the finished log, whole or not at all; equal logs give equal bytes. Raises as `durable.write_bytes`."""
     first = _dump({"marks": [dataclasses.astuple(mark) for mark in marks]})
     lines = [first, encode_header(log.header), *(encode_row(row) for row in log.rows())]
     text = "".join(f"{line}\n" for line in lines)
@@ -312,11 +277,8 @@ def write_finished(path: Path, log: SampleLog, marks: Sequence[Mark]) -> None:
 def read_finished(path: Path, most_b: int = _MOST_B) -> tuple[SampleLog, tuple[Mark, ...]]:
     """A finished log and its marks.
 
-    Args:
-        most_b: how large the log may be when unpacked.
-
     Raises:
-        SampleLogError: it is not a finished sample log, or larger than `most_b`.
+        SampleLogError: it is not a finished sample log, or larger than `most_b` when unpacked.
         OSError: it cannot be read.
     """
     try:
@@ -344,11 +306,7 @@ def _dump(value: Any) -> str:
 
 
 class _Rows:
-    """The rows of a log, by kind, as its lines come.
-
-    Attributes:
-        first: the number of the header's line in the file.
-    """
+    """The rows of a log, by kind, as its lines come; `first` is the number of the header's line in the file."""
 
     def __init__(self, path: Path, first: int) -> None:
         self._path = path
@@ -404,7 +362,6 @@ def _decode_marks(document: Any) -> tuple[Mark, ...]:
 
 
 def _split_row(value: Any) -> tuple[Any, Sequence[Any]]:
-    """The kind of a row, and its values."""
     if not isinstance(value, list) or not value:
         raise ValueError(f"not a row: {shown(value)}")
     return value[0], value[1:]

@@ -34,47 +34,28 @@ _LEAVE_AT_AUTO = "leave measurement.energy at auto; energy is then null in the r
 
 @dataclass(frozen=True)
 class Sources:
-    """Which meter each kind of energy comes from.
+    """Which meter each kind of energy comes from."""
 
-    Attributes:
-        gpus: the places in `SampleHeader.gpus` of the GPUs the experiment runs on, in its order; rows of the log
-            name a GPU by that place.
-        gpu_method, cpu_method: None where there is no meter.
-        is_external: a file of the user's own meter was named.
-        primary: the `energy_source` of the energy that counts; None when there is none.
-        scope: what the primary sees.
-        sample_period_s, idle_period_s: how often power is looked at in the window, and at rest.
-        reasons: why there is no meter, by `gpu`, `cpu`, `dram`, `external`, `primary`.
-        is_watched: GPUs are looked at in the window, and not only their counters read.
-        missing_uuids: GPUs of the experiment that the sampler does not see.
-        cpu_tdp_w: the design power of all packages, as the user says, else as the kernel does.
-    """
-
-    gpus: tuple[int, ...]
-    gpu_method: EnergySource | None
+    gpus: tuple[int, ...]  # places in `SampleHeader.gpus`, by which rows name GPUs, in the order of the experiment
+    gpu_method: EnergySource | None  # None without a meter
     cpu_method: EnergySource | None
-    is_external: bool
-    primary: EnergySource | None
-    scope: EnergyScope | None
-    sample_period_s: float
-    idle_period_s: float
-    reasons: Mapping[str, str] = field(default_factory=dict)
-    missing_uuids: tuple[str, ...] = ()
-    is_watched: bool = True
-    cpu_tdp_w: float | None = None
+    is_external: bool  # the user names a file of another meter
+    primary: EnergySource | None  # the `energy_source` of the energy that counts
+    scope: EnergyScope | None  # what the primary covers
+    sample_period_s: float  # between samples of power in the window
+    idle_period_s: float  # and at rest
+    reasons: Mapping[str, str] = field(default_factory=dict)  # no meter: by `gpu`, `cpu`, `dram`, `external`, `primary`
+    missing_uuids: tuple[str, ...] = ()  # GPUs of the experiment that the sampler does not see
+    is_watched: bool = True  # GPUs are sampled in the window; else only their counters are read
+    cpu_tdp_w: float | None = None  # the design power of all packages, by the user, else by the kernel
 
     @property
     def least_guard_s(self) -> float:
-        """How long a guard must be for integrated power: until the sensor tells of it alone, and two samples more."""
+        """How long a guard must be for integrated power: until the sensor shows the guard alone, plus two samples."""
         for power_source, method in POWER_METHODS.items():
             if self.gpu_method == method:
                 return SENSOR_LAG_S[power_source] + 2 * self.sample_period_s
         return 0.0
-
-    @property
-    def is_estimate(self) -> bool:
-        """Whether the primary is no measurement."""
-        return is_estimate(self.primary)
 
 
 def choose_sources(
@@ -85,17 +66,18 @@ def choose_sources(
     *,
     foreign: Mapping[str, Sequence[int]] | None = None,
 ) -> Sources:
-    """The meters of an experiment.
+    """The meters of an experiment on these GPUs.
 
     Args:
-        gpu_uuids: the GPUs it runs on.
-        foreign: {uuid: pids} of compute processes of others that are there before it begins.
+        foreign: {uuid: pids} of compute processes of others before it begins.
 
     Raises:
         MeterRefused: it demands energy that cannot be measured here; an accepted option must take effect.
     """
     wanted = config.measurement.energy
-    gpus, missing = _places(header, gpu_uuids)
+    known = {gpu.uuid: place for place, gpu in enumerate(header.gpus)}
+    gpus = tuple(known[uuid] for uuid in gpu_uuids if uuid in known)
+    missing = tuple(uuid for uuid in gpu_uuids if uuid not in known)
     chosen = [header.gpus[place] for place in gpus]
     why_no_gpu = _why_no_gpu(wanted, header, gpu_uuids, is_cpu, missing, foreign or {})
     gpu_method = None
@@ -133,14 +115,6 @@ def choose_sources(
     return sources
 
 
-def _places(header: SampleHeader, gpu_uuids: Sequence[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    known = {gpu.uuid: place for place, gpu in enumerate(header.gpus)}
-    return (
-        tuple(known[uuid] for uuid in gpu_uuids if uuid in known),
-        tuple(uuid for uuid in gpu_uuids if uuid not in known),
-    )
-
-
 def _why_no_gpu(
     wanted: str,
     header: SampleHeader,
@@ -149,7 +123,7 @@ def _why_no_gpu(
     missing: Sequence[str],
     foreign: Mapping[str, Sequence[int]],
 ) -> str | None:
-    """Why the energy of the GPUs is not even asked for; None when it is."""
+    """Why the energy of the GPUs is not to be measured; None if it is."""
     if wanted == "none":
         return _NOT_WANTED
     if is_cpu or not gpu_uuids:
@@ -172,7 +146,7 @@ def _why_no_gpu(
 
 
 def choose_gpu_method(gpus: Sequence[GpuHeader], *, is_watched: bool) -> tuple[EnergySource | None, str | None]:
-    """The best method that every GPU has: several are summed only when all were read, and in the same way."""
+    """The best method that every GPU has, since only energies read in one way are summed; or why there is none."""
     if all(gpu.counter_error is None for gpu in gpus):
         return EnergySource.COUNTER, None
     if not is_watched:
@@ -227,9 +201,9 @@ def _primary(
     is_cpu: bool,
     gpu_scope: EnergyScope,
 ) -> tuple[EnergySource | None, EnergyScope | None]:
-    """The meter that counts, and what it sees.
+    """The meter that counts, and what it covers.
 
-    The CPU's energy stands for the whole of an experiment only on a CPU, or where it was asked for by name.
+    The CPU's energy counts only for an experiment on the CPU, or if the user asks for it by name.
     """
     if gpu_method is not None:
         return gpu_method, gpu_scope
@@ -241,11 +215,7 @@ def _primary(
 
 
 def _refuse_demands(config: ExperimentConfig, sources: Sources) -> None:
-    """Refuse what was asked for and cannot be.
-
-    Raises:
-        MeterRefused: energy by phases, or a baseline, without a meter that could tell them.
-    """
+    """Refuse energy by phases, and a baseline, that no meter can tell."""
     has_meter = sources.primary not in (None, EnergySource.EXTERNAL)
     why = sources.reasons.get("primary", "there is only measurement.external_csv")
     if config.measurement.phases and not has_meter:
@@ -261,16 +231,11 @@ def _refuse_demands(config: ExperimentConfig, sources: Sources) -> None:
 
 @dataclass(frozen=True)
 class Baselines:
-    """Power at rest that was measured before, for where the log has no mark of its own; None when it never was.
+    """Power at rest that was measured before, for a log without such a mark."""
 
-    Attributes:
-        bare_power_w, loaded_power_w: of all GPUs, or packages, together, by the primary source.
-        age_s: how long before this experiment the loaded one was measured.
-    """
-
-    bare_power_w: float | None = None
+    bare_power_w: float | None = None  # of all GPUs, or packages, together, by the primary source
     loaded_power_w: float | None = None
-    age_s: float | None = None
+    age_s: float | None = None  # how long before this experiment the loaded one was measured
 
 
 # Shorter than a tenth of the shortest update period seen (20 ms).
@@ -357,7 +322,6 @@ def find_capabilities(
     *,
     probe_s: float = 0.0,
     enough: int = 6,
-    tdp_w: float | None = None,
     rapl_root: Path = POWERCAP,
 ) -> Capabilities:
     """What can be measured here.
@@ -366,10 +330,9 @@ def find_capabilities(
         nvml: pynvml, initialised; or, as a text, why there is none.
         probe_s: how long to poll the energy counters to see how often they change; 0 for not at all.
         enough: changes of every counter after which polling ends sooner.
-        tdp_w: `measurement.cpu_tdp_w`.
     """
     rapl = find_rapl(rapl_root)
-    design_w, design_source = find_tdp(tdp_w, rapl_root)
+    design_w, design_source = find_tdp(None, rapl_root)
     cpu = CpuCapability(
         zones=tuple(counter.zone.name for counter in rapl.counters),
         rapl_error=rapl.error,

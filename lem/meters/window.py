@@ -1,4 +1,4 @@
-"""The log of one attempt as its sources show it, and what makes its window doubtful or void.
+"""The log of one attempt as its sources show it: its curves, its GPUs, and what makes its window doubtful or void.
 
 The checks follow docs/measurement.md, steps 3 and 6.
 """
@@ -6,12 +6,24 @@ The checks follow docs/measurement.md, steps 3 and 6.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from itertools import pairwise
+from operator import or_
+from typing import Any, TypeVar
 
 from lem.base import measurement as names
-from lem.base.measurement import SLOWDOWN_BITS, STEADY_TOLERANCE, EnergyScope, EnergySource, is_cpu_source, is_estimate
+from lem.base.measurement import (
+    POWER_CAP_BIT,
+    SLOWDOWN_BITS,
+    STEADY_TOLERANCE,
+    THERMAL_BITS,
+    EnergyScope,
+    EnergySource,
+    is_cpu_source,
+    is_estimate,
+)
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.meters.curve import (
@@ -28,8 +40,9 @@ from lem.meters.curve import (
 from lem.meters.rapl import DRAM, PACKAGE
 from lem.meters.samples import GpuHeader, GpuSample, Mark, SampleLog, gpu_meter
 from lem.meters.sources import SENSOR_LAG_S, Baselines, Sources
+from lem.record import Gpu, Measured, known
 
-# Board power may overshoot its limit for a moment, and a limit is kept to a few percent.
+# Board power may overshoot its limit briefly, and a limit is kept to a few percent.
 _LIMIT_MARGIN = 1.2
 
 # An integral over fewer samples may miss a tenth of the window at each edge.
@@ -41,10 +54,32 @@ _LEAST_CHECKED_S = 1.0
 # More than this share of a window's energy in doubt is worth a warning.
 _EDGE_DOUBT = 0.03
 
-# With fewer updates of a counter than this in each half, one more or less looks like a change of power; what is read at
-# a known moment needs fewer.
+# With fewer updates of a counter in each half, one more or less looks like a change of power; readings at known
+# moments may be fewer.
 _UPDATES_A_HALF = 10
 _READINGS_A_HALF = 3
+
+
+_Value = TypeVar("_Value")
+
+
+def measured(figure: Callable[[], _Value]) -> Measured[_Value]:
+    """The figure; absent, with its reason, if it cannot be had."""
+    try:
+        return Measured(figure())
+    except NotMeasured as error:
+        return Measured(None, str(error))
+
+
+def need(found: Measured[_Value]) -> _Value:
+    """The value.
+
+    Raises:
+        NotMeasured: it is absent, for its reason.
+    """
+    if found.value is None:
+        raise NotMeasured(str(found.null_reason))
+    return found.value
 
 
 @dataclass(frozen=True)
@@ -54,17 +89,13 @@ class AttemptLog:
     log: SampleLog
     marks: tuple[Mark, ...]
     sources: Sources
-    baselines: Baselines
-    is_steady_mode: bool  # the window was opened and closed under load
+    baselines: Baselines = field(default_factory=Baselines)
+    is_steady_mode: bool = False  # the window was opened and closed under load
     _known: dict[tuple[str, int, bool], Curve] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def window(self) -> Span:
-        """The window.
-
-        Raises:
-            NotMeasured: it was not marked.
-        """
+        """The window; `NotMeasured` without its mark."""
         window = self.span(names.WINDOW)
         if window is None:
             raise NotMeasured("the sample log has no mark of the window")
@@ -75,11 +106,7 @@ class AttemptLog:
         return span_of(self.marks, name)
 
     def primary_curves(self, *, at_rest: bool = False) -> tuple[Curve, ...]:
-        """The curves whose sum is the energy that counts.
-
-        Raises:
-            NotMeasured: there is no such meter, or it said nothing.
-        """
+        """The curves whose sum is the energy that counts; `NotMeasured` without a meter or readings of it."""
         if self.sources.primary is not None and self.sources.primary == self.sources.gpu_method:
             return tuple(self.gpu_curve(number, at_rest=at_rest) for number in range(len(self.sources.gpus)))
         if is_cpu_source(self.sources.primary):
@@ -87,19 +114,11 @@ class AttemptLog:
         raise NotMeasured(self.sources.reasons.get("primary", "a meter of the user's own tells only the window"))
 
     def rest_power_w(self, span: Span) -> float:
-        """The mean power of the primary source over a span at rest.
-
-        Raises:
-            NotMeasured: it was not read over all of the span.
-        """
+        """The mean power of the primary source over a span at rest; raises as `Curve.mean_power_w`."""
         return sum(curve.mean_power_w(span) for curve in self.primary_curves(at_rest=True))
 
     def gpu_curve(self, number: int, *, at_rest: bool = False) -> Curve:
-        """The energy of one GPU of the experiment, counted in its order.
-
-        Raises:
-            NotMeasured: it has no meter, or that said nothing.
-        """
+        """The energy of one GPU, by its number in the experiment; raises as `primary_curves`."""
         if self.sources.gpu_method is None:
             raise NotMeasured(self.sources.reasons["gpu"])
         if self.sources.gpu_method != EnergySource.COUNTER:
@@ -112,11 +131,7 @@ class AttemptLog:
         return self._known[key]
 
     def gpu_power_curve(self, number: int, *, at_rest: bool = False) -> Curve:
-        """The integral of one GPU's power.
-
-        Raises:
-            NotMeasured: its power was not read.
-        """
+        """The integral of one GPU's power; `NotMeasured` if it was not read."""
         place = self.sources.gpus[number]
         gpu = self.log.header.gpus[place]
         if gpu.power_error is not None:
@@ -130,11 +145,7 @@ class AttemptLog:
         return self._known[key]
 
     def cpu_curves(self, domain: str) -> tuple[Curve, ...]:
-        """The energy of every zone of a domain, `package` or `dram`.
-
-        Raises:
-            NotMeasured: there is no meter for it, or one of them said nothing.
-        """
+        """The energy of every zone of a domain, `package` or `dram`; raises as `primary_curves`."""
         if domain == DRAM and not self._has_dram:
             raise NotMeasured(self.sources.reasons.get("dram", "no energy counter of the memory was read"))
         if self.sources.cpu_method is None:
@@ -152,24 +163,16 @@ class AttemptLog:
         return tuple(curves)
 
     def window_j(self, curve: Curve, share: float | None) -> float:
-        """The energy of the window by one curve; `share` is its part of a power at rest that was measured before.
-
-        Raises:
-            NotMeasured: as `Curve`.
-        """
+        """The energy of the window by one curve; `share` is its part of a power at rest that was measured before."""
         return self.energy_j(curve, self.window, (names.GUARD_BEFORE, names.GUARD_AFTER), share)
 
     def energy_j(self, curve: Curve, window: Span, guards: tuple[str, str], share: float | None) -> float:
-        """The energy of a window between two guards, or under load.
-
-        Raises:
-            NotMeasured: as `Curve`.
-        """
+        """The energy of a window between two guards, or under load."""
         closed = self._closed(curve, window, guards, share)
         return curve.between_j(window) if closed is None else curve.closed_j(closed)
 
     def closing_doubt_j(self, curve: Curve) -> float:
-        """By how much the energy of the window may be off for how it ended; 0 for one that ended under load."""
+        """By how much the way it ended may have put the window's energy off; 0 if it ended under load."""
         closed = self._closed(curve, self.window, (names.GUARD_BEFORE, names.GUARD_AFTER), None)
         return 0.0 if closed is None else curve.closing_doubt_j(closed)
 
@@ -196,10 +199,10 @@ class AttemptLog:
         )
 
     def _checked(self, curve: Curve, meter: str) -> Curve:
-        """The curve, unless the meter hardly said anything; then what it said instead is the reason."""
+        """The curve; `NotMeasured`, with the meter's last error, if it has fewer than two knots."""
         said = [error.message for error in self.log.errors if error.meter == meter]
         if len(curve.at_ns) >= 2:
-            return replace(curve, said=said[-1]) if said else curve
+            return replace(curve, error=said[-1]) if said else curve
         raise NotMeasured(f"{curve.what} cannot be read: {said[-1]}" if said else f"{curve.what} was never read twice")
 
 
@@ -214,13 +217,10 @@ def samples_in(samples: Iterable[GpuSample], place: int, span: Span) -> list[Gpu
     return [row for row in samples if row.gpu == place and span.opened_ns <= row.at_ns <= span.closed_ns]
 
 
-def check_plausible(energy_j: float, window: Span, gpu: GpuHeader) -> None:
-    """Nothing, where the energy of a GPU can be true: 0 < ΔE ≤ 1.2 × power limit × Δt.
+def _check_plausible(energy_j: float, window: Span, gpu: GpuHeader) -> None:
+    """Raise `NotMeasured` unless the energy of a GPU is possible: 0 < ΔE ≤ 1.2 × power limit × Δt.
 
-    A module draws more than its GPU's limit, so there only the sign is looked at.
-
-    Raises:
-        NotMeasured: it cannot.
+    A module draws more than its GPU's limit, so only the sign of its energy is checked.
     """
     if energy_j <= 0:
         raise NotMeasured(f"{energy_j:.4g} J over {window.seconds:.3f} s cannot be: no GPU that is on draws nothing")
@@ -232,12 +232,8 @@ def check_plausible(energy_j: float, window: Span, gpu: GpuHeader) -> None:
         raise NotMeasured(f"{energy_j:.4g} J cannot be: the power limit allows {most_j:.4g} J ({limit})")
 
 
-def check_sampled(curve: Curve, window: Span) -> None:
-    """Nothing, where integrated power was looked at often enough: between two samples anything may have been drawn.
-
-    Raises:
-        NotMeasured: it was not.
-    """
+def _check_sampled(curve: Curve, window: Span) -> None:
+    """Raise `NotMeasured` for too few samples of integrated power: anything may have been drawn between two."""
     seen = curve.count_in(window)
     if seen < _LEAST_SAMPLES:
         text = f"{curve.what} was read {seen} times in the window of {window.seconds:.2f} s, {_LEAST_SAMPLES} are due"
@@ -245,13 +241,10 @@ def check_sampled(curve: Curve, window: Span) -> None:
 
 
 def crosscheck_ratio(attempt: AttemptLog) -> float:
-    """Integrated power over the counter's energy of all GPUs, over the part of the window in which both see the load.
+    """Integrated power over the counter's energy of all GPUs; `NotMeasured` if one of the two cannot be had.
 
-    The first moments are left out, since a sensor of power lags behind. A sensor that looks 25 of every 100 ms (A100,
-    H100) can be off by itself on load with a rhythm (Yang et al., SC24): a deviation is a warning and no verdict.
-
-    Raises:
-        NotMeasured: one of the two cannot be had over that part.
+    The first moments of the window are left out, since a sensor of power lags behind. A sensor that sees 25 of every
+    100 ms (A100, H100) can be off by itself on load with a rhythm (Yang et al., SC24): a deviation is only a warning.
     """
     window = attempt.window
     integrated_j = counted_j = 0.0
@@ -268,13 +261,10 @@ def crosscheck_ratio(attempt: AttemptLog) -> float:
 
 
 def is_power_steady(attempt: AttemptLog, window_repeats: int) -> bool:
-    """Whether both halves of the window drew power alike, to 2 %.
+    """Whether both halves of the window drew the same power, to 2 %; `NotMeasured` if they cannot be compared.
 
-    In a closed window the halves are whole passes over the prompts, of which an odd middle one is left out: a pass
-    alike in both, with its prefill and its decode, is what can be compared.
-
-    Raises:
-        NotMeasured: there is nothing to compare, or the meter is too coarse.
+    In a closed window the halves are whole passes over the prompts, without an odd middle one, so that both have the
+    same share of prefill and decode.
     """
     window, curves = attempt.window, attempt.primary_curves()
     length_ns = window.closed_ns - window.opened_ns
@@ -308,7 +298,7 @@ def slowdowns(attempt: AttemptLog, span: Span, what: str = "window") -> Iterator
 def foreign_pids(log: SampleLog, place: int, span: Span, own_pids: Collection[int] | None) -> tuple[int, ...]:
     """Processes on a GPU during the span that are not the experiment's, as the host numbers them.
 
-    Without `own_pids` those that appear within the span: an experiment starts no process in its window.
+    Without `own_pids`, they are those that appear within the span: an experiment starts no process in its window.
     """
     before: set[int] = set()
     within: set[int] = set()
@@ -324,11 +314,7 @@ def foreign_pids(log: SampleLog, place: int, span: Span, own_pids: Collection[in
 
 
 def sample_gap_max_s(attempt: AttemptLog) -> float:
-    """The longest time in the window without a reading of what is sampled: a GPU's state, else the CPU's meter.
-
-    Raises:
-        NotMeasured: nothing was sampled in the window.
-    """
+    """The longest time in the window without a sample of a GPU, or else of the CPU's meter."""
     window, log = attempt.window, attempt.log
     if attempt.sources.gpus:
         series = [[row.at_ns for row in log.samples if row.gpu == place] for place in attempt.sources.gpus]
@@ -340,7 +326,7 @@ def sample_gap_max_s(attempt: AttemptLog) -> float:
 
 
 def meter_warnings(attempt: AttemptLog, gap_s: float | None) -> Iterator[Reason]:
-    """What failed or was late in the window; a missing sample is a warning in the result."""
+    """Warnings of what failed or was late in the window."""
     window, period_s = attempt.window, attempt.sources.sample_period_s
     failed: dict[str, list[str]] = {}
     for error in attempt.log.errors:
@@ -375,3 +361,89 @@ def _longest_gap_s(times: list[int], window: Span) -> float:
         raise NotMeasured("nothing was sampled in the window")
     edges = [window.opened_ns, *inside, window.closed_ns]
     return max(after - before for before, after in pairwise(edges)) / NS_PER_S
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    """A sample and how much of the window it stands for: half-way to both its neighbours."""
+
+    sample: GpuSample
+    seconds: float
+
+
+def describe_gpu(attempt: AttemptLog, number: int) -> Gpu:
+    """One GPU of the experiment, counted in its order."""
+    place, untold = attempt.sources.gpus[number], "the driver does not tell"
+    header = attempt.log.header.gpus[place]
+    rows = _weighted(attempt, place, attempt.span(names.WINDOW))
+    nothing = header.power_error if header.power_error and not rows else "nothing was sampled in the window"
+    if not attempt.sources.is_watched:
+        nothing = "GPUs were not looked at in the window (timeseries.enabled: false)"
+    silent = untold if rows else nothing
+    energy_j = measured(lambda: _gpu_j(attempt, number))
+    temps = [temp_c for temp_c, _ in _known(rows, "temp_c")]
+    masks = _known(rows, "event_mask")
+    return Gpu.of(
+        uuid=header.uuid,
+        name=header.name,
+        energy_j=energy_j,
+        power_mean_w=_mean(rows, "power_w", nothing)
+        if energy_j.value is None
+        else energy_j.value / attempt.window.seconds,
+        power_max_w=_max(rows, "power_w", "power cannot be read" if rows else nothing),
+        power_limit_w=known(header.power_limit_w, untold),
+        temp_start_c=known(temps[0] if temps else None, silent),
+        temp_end_c=known(temps[-1] if temps else None, silent),
+        temp_max_c=_max(rows, "temp_c", silent),
+        sm_clock_mean_hz=_mean(rows, "sm_clock_hz", silent),
+        throttle_power_s=known(_seconds_with(masks, POWER_CAP_BIT), silent),
+        throttle_thermal_s=known(_seconds_with(masks, THERMAL_BITS), silent),
+        event_reasons_mask=known(reduce(or_, (mask for mask, _ in masks)) if masks else None, silent),
+        util_mean_ratio=_mean(rows, "util_ratio", silent),
+        mem_peak_b=_max(rows, "memory_b", silent),
+        persistence_mode=known(header.persistence_mode, untold),
+        mig_mode=known(header.mig_mode, untold),
+    )
+
+
+def _gpu_j(attempt: AttemptLog, number: int) -> float:
+    curve = attempt.gpu_curve(number)
+    if attempt.sources.gpu_method != EnergySource.COUNTER:
+        _check_sampled(curve, attempt.window)
+    found_j = attempt.window_j(curve, 1 / len(attempt.sources.gpus))
+    _check_plausible(found_j, attempt.window, attempt.log.header.gpus[attempt.sources.gpus[number]])
+    return found_j
+
+
+def _weighted(attempt: AttemptLog, place: int, span: Span | None) -> list[_Weighted]:
+    """Each sample of a GPU in the span with the time it stands for, which is never more than a hole."""
+    if span is None:
+        return []
+    rows = samples_in(attempt.log.samples, place, span)
+    longest_ns = HOLE_PERIODS * attempt.sources.sample_period_s * NS_PER_S
+    between = ((before.at_ns + after.at_ns) / 2 for before, after in pairwise(rows))
+    edges = [span.opened_ns, *between, span.closed_ns]
+    return [
+        _Weighted(row, (min(end_ns, row.at_ns + longest_ns) - max(start_ns, row.at_ns - longest_ns)) / NS_PER_S)
+        for row, start_ns, end_ns in zip(rows, edges, edges[1:], strict=False)
+    ]
+
+
+def _known(rows: Iterable[_Weighted], name: str) -> list[tuple[Any, float]]:
+    """The values of a field and their seconds, where it was read."""
+    return [(value, row.seconds) for row in rows if (value := getattr(row.sample, name)) is not None]
+
+
+def _max(rows: Iterable[_Weighted], name: str, nothing: str) -> Measured[float]:
+    return known(max((value for value, _ in _known(rows, name)), default=None), nothing)
+
+
+def _mean(rows: Iterable[_Weighted], name: str, nothing: str) -> Measured[float]:
+    """The mean over time."""
+    values = _known(rows, name)
+    total_s = sum(seconds for _, seconds in values)
+    return known(sum(value * seconds for value, seconds in values) / total_s if total_s > 0 else None, nothing)
+
+
+def _seconds_with(masks: Sequence[tuple[int, float]], bits: int) -> float | None:
+    return sum((seconds for mask, seconds in masks if mask & bits), start=0.0) if masks else None

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lem import __version__
-from lem.base import durable
+from lem.base import __version__, durable
 from lem.base.durable import reason_of, remedy_for, sha256_of
 from lem.base.errors import UserError
 from lem.base.process import run

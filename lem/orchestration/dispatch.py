@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lem import __version__
-from lem.base import process
+from lem.base import __version__, process
 from lem.base.errors import EngineError, InfrastructureError, Interrupted
 from lem.base.units import format_duration
 from lem.orchestration.schedule import StopRequest

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import lem
+import lem.base
 from lem.base import durable
 from lem.base.errors import UserError
 from lem.base.variables import CACHE_VARIABLE

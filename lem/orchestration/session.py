@@ -18,13 +18,14 @@ from lem.base.errors import EngineError, InfrastructureError, Interrupted, UserE
 from lem.base.reasons import Reason
 from lem.base.variables import TOKEN_VARIABLE
 from lem.config.campaign_config import CampaignConfig
+from lem.config.load import Loaded
 from lem.meters.nvml import find_gpus, named_gpus, visible_gpus
 from lem.orchestration.dispatch import Outcome, Timeouts, Worker, WorkerUnavailable
 from lem.orchestration.grid import GridValidationIssue
 from lem.orchestration.host_meters import GapOutcome, HostMeters
 from lem.orchestration.manifest import Attempt, CampaignManifest
 from lem.orchestration.names import config_hash, prompts_fingerprint
-from lem.orchestration.plan import CampaignExperiment, Plan
+from lem.orchestration.plan import CampaignExperiment, Plan, build_plan
 from lem.orchestration.schedule import StopRequest
 from lem.orchestration.status import Event, Observer
 from lem.record import Record, RecordError, read_record
@@ -334,8 +335,20 @@ def gpus_of(plan: Plan) -> tuple[str, ...]:
     return tuple(sorted({gpu.uuid for item in plan.configurations for gpu in named_gpus(item.config.gpus, visible)}))
 
 
-def with_unused_options(plan: Plan) -> Plan:
-    """The plan with a warning for each option that does nothing in a campaign."""
+def plan_campaign(loaded: Loaded[CampaignConfig]) -> Plan:
+    """The plan of a loaded campaign on this host, with a warning for each option that does nothing in a campaign.
+
+    Raises:
+        ConfigurationError: prompts that cannot be used.
+    """
+    plan = build_plan(
+        loaded.config,
+        loaded.listed,
+        preset=loaded.preset,
+        forced=loaded.forced,
+        source=loaded.source,
+        gpus=find_gpus() or None,
+    )
     unused = []
     for item in plan.configurations:
         options = {

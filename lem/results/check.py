@@ -30,84 +30,64 @@ _DAMAGE_SHOWN = 3
 _CAPPED_FROM = 0.01
 
 # Warnings of records that a check here, or its own sentence, covers.
-_COVERED = frozenset(
-    {
-        "crosscheck",
-        "energy_estimated",
-        "mixed_configurations",
-        "rest_power_fell",
-        "rest_power_rose",
-        "unsteady",
-        "warmup_too_few_steps",
-        "warmup_unsettled",
-    }
-)
-
+_COVERED = frozenset({
+    "crosscheck", "energy_estimated", "mixed_configurations", "rest_power_fell", "rest_power_rose", "unsteady",
+    "warmup_too_few_steps", "warmup_unsettled",
+})  # fmt: skip
 
 _SAME_WORK = "set ignore_eos: true and min_output_tokens = max_output_tokens, so that all do the same work"
 
-# By kind: whether numbers or verdicts are unreliable because of it, and what to do.
-_KINDS: Mapping[str, tuple[bool, str]] = {
+# Findings that are something to know; the others make numbers or verdicts unreliable.
+_NOTES = frozenset({
+    "invalid", "short_window", "failed_requests", "power_capped", "gap_too_short", "baseline_drift",
+    "baselines_apart", "integrated_power", "warning", "same_order", "indistinguishable", "stopping",
+})  # fmt: skip
+
+# What to do about a finding, by its kind.
+_REMEDIES: Mapping[str, str] = {
     "damaged": (
-        True,
-        "bring them back from a copy, or measure them again: lem campaign --resume runs what has no whole result",
+        "bring them back from a copy, or measure them again: lem campaign --resume runs what has no whole result"
     ),
-    "failed": (
-        True,
-        "lem status names the reason of each that failed, and its log; lem campaign --resume runs them again",
-    ),
-    "no_results": (True, "run the campaign; lem status says how it is"),
+    "failed": "lem status names the reason of each that failed, and its log; lem campaign --resume runs them again",
+    "no_results": "run the campaign; lem status says how it is",
     "unequal_exclusions": (
-        True,
-        "find the cause and measure again: what always throttles or fails is a finding, not an outlier",
+        "find the cause and measure again: what always throttles or fails is a finding, not an outlier"
     ),
-    "invalid": (False, "see lem results show RUN/EXPERIMENT for what was measured, and remove the cause"),
-    "no_valid_result": (True, "remove the cause, then --resume"),
-    "unsteady": (True, "raise measurement.min_window_sec, let warm-up run longer, and see what else the machine does"),
-    "warmup": (True, "raise warmup.max_prompts or warmup.timeout_seconds"),
-    "short_window": (False, f"set measurement.min_window_sec to {SHORT_WINDOW_S:g} or more, or give more prompts"),
-    "failed_requests": (False, "the experiment's log.txt says why; failed requests cost energy and give no tokens"),
-    "throttled": (True, "cool it better, lower its power limit, or lengthen execution.config_gap_seconds"),
-    "power_capped": (
-        False,
-        "normal under load; compare only at the same limit, which the record keeps (power_limit_w)",
-    ),
-    "gap_too_short": (False, "raise execution.config_gap_seconds and execution.cycle_gap_seconds"),
-    "foreign_processes": (True, "stop them, or keep the machine to yourself while it measures (lem doctor names them)"),
+    "invalid": "see lem results show RUN/EXPERIMENT for what was measured, and remove the cause",
+    "no_valid_result": "remove the cause, then --resume",
+    "unsteady": "raise measurement.min_window_sec, let warm-up run longer, and see what else the machine does",
+    "warmup": "raise warmup.max_prompts or warmup.timeout_seconds",
+    "short_window": f"set measurement.min_window_sec to {SHORT_WINDOW_S:g} or more, or give more prompts",
+    "failed_requests": "the experiment's log.txt says why; failed requests cost energy and give no tokens",
+    "throttled": "cool it better, lower its power limit, or lengthen execution.config_gap_seconds",
+    "power_capped": "normal under load; compare only at the same limit, which the record keeps (power_limit_w)",
+    "gap_too_short": "raise execution.config_gap_seconds and execution.cycle_gap_seconds",
+    "foreign_processes": "stop them, or keep the machine to yourself while it measures (lem doctor names them)",
     "crosscheck": (
-        True,
-        "an A100 or H100 sensor sees part of the time only: trust the counter; elsewhere look at sample_gap_max_s",
+        "an A100 or H100 sensor sees part of the time only: trust the counter; elsewhere look at sample_gap_max_s"
     ),
-    "baseline_drift": (
-        False,
-        "let the device rest longer before it (gaps), and see what else draws power; gross energy stands",
-    ),
-    "baselines_apart": (False, "net energies are not alike then; compare gross energy, and see what else draws power"),
+    "baseline_drift": "let the device rest longer before it (gaps), and see what else draws power; gross energy stands",
+    "baselines_apart": "net energies are not alike then; compare gross energy, and see what else draws power",
     "estimate": (
-        True,
-        "make RAPL readable (lem doctor says how), or give an external meter's readings (measurement.external_csv)",
+        "make RAPL readable (lem doctor says how), or give an external meter's readings (measurement.external_csv)"
     ),
     "integrated_power": (
-        False,
-        "a sensor that looks part of the time is off under a load with a rhythm: raise measurement.min_window_sec",
+        "a sensor that looks part of the time is off under a load with a rhythm: raise measurement.min_window_sec"
     ),
-    "shared_loads": (True, "set execution.reuse to cycle, which loads engines anew in every cycle"),
-    "output_lengths": (True, _SAME_WORK),
-    "not_comparable": (True, "measure them alike, or compare only what is alike"),
-    "environment_changed": (True, "measure it anew in one environment (--fresh)"),
-    "warning": (False, ""),
-    "drift": (
-        True,
-        "lengthen the gaps, use structure: shuffled, and see what warms up; ratios within cycles suffer least",
-    ),
-    "grouped": (True, "use structure: interleaved or shuffled"),
-    "same_order": (False, "use structure: shuffled, which lem check can then look at"),
-    "order_effect": (True, "lengthen execution.config_gap_seconds, so that nothing is left of the experiment before"),
-    "few_cycles": (True, "use --cycles 5, or --until ci=2%"),
-    "wide_interval": (True, "add cycles: lem campaign … --resume --until ci=2%; or find what makes cycles differ"),
-    "too_few_cycles": (True, ""),  # says how many
-    "indistinguishable": (False, f"nor would {MOST_CYCLES}: take them as equal"),
-    "stopping": (False, "for a verdict that hangs on the third digit measure a fixed number of cycles anew"),
+    "shared_loads": "set execution.reuse to cycle, which loads engines anew in every cycle",
+    "output_lengths": _SAME_WORK,
+    "not_comparable": "measure them alike, or compare only what is alike",
+    "environment_changed": "measure it anew in one environment (--fresh)",
+    "warning": "",
+    "drift": "lengthen the gaps, use structure: shuffled, and see what warms up; ratios within cycles suffer least",
+    "grouped": "use structure: interleaved or shuffled",
+    "same_order": "use structure: shuffled, which lem check can then look at",
+    "order_effect": "lengthen execution.config_gap_seconds, so that nothing is left of the experiment before",
+    "few_cycles": "use --cycles 5, or --until ci=2%",
+    "wide_interval": "add cycles: lem campaign … --resume --until ci=2%; or find what makes cycles differ",
+    "too_few_cycles": "",
+    "indistinguishable": f"nor would {MOST_CYCLES}: take them as equal",
+    "stopping": "for a verdict that hangs on the third digit measure a fixed number of cycles anew",
 }
 
 
@@ -145,9 +125,7 @@ class Check:
 
 def check_run(run: Run) -> Check:
     """Everything that weakens the numbers of a run."""
-    # A campaign without results has no stopping rule worth a word.
-    checks = _CHECKS if run.records else _CHECKS[:-1]
-    found = [finding for check in checks for finding in check(run)]
+    found = (finding for check in _CHECKS for finding in check(run))
     return Check(run, tuple(sorted(found, key=lambda item: not item.is_weak)))
 
 
@@ -183,21 +161,10 @@ class _OfConfigurations:
 
 
 def _finding(
-    kind: str,
-    reason: Reason,
-    configurations: Iterable[str] = (),
-    *,
-    is_weak: bool | None = None,
-    remedy: str | None = None,
+    kind: str, reason: Reason, whom: Iterable[str] = (), *, is_weak: bool | None = None, remedy: str | None = None
 ) -> Finding:
-    usually_weak, usual_remedy = _KINDS[kind]
-    return Finding(
-        kind,
-        usually_weak if is_weak is None else is_weak,
-        reason,
-        usual_remedy if remedy is None else remedy,
-        tuple(configurations),
-    )
+    weak = kind not in _NOTES if is_weak is None else is_weak
+    return Finding(kind, weak, reason, _REMEDIES[kind] if remedy is None else remedy, tuple(whom))
 
 
 def _damage(run: Run) -> Found:
@@ -326,8 +293,8 @@ def position_effect(run: Run, metric: Metric) -> Drift | None:
 
 def _wide_intervals(run: Run) -> Found:
     metric = run.primary_metric
-    widths = {item.name: _width(item, metric) for item in run.with_results if item.n_cycles >= _LEAST_CYCLES}
-    wide = {name: width for name, width in widths.items() if width > _WIDE}
+    enough = [item for item in run.with_results if item.n_cycles >= _LEAST_CYCLES]
+    wide = {item.name: width for item in enough if (width := item.estimate(metric).half_width or 0.0) > _WIDE}
     if wide:
         what = Reason.of("wide_interval", metric=metric.lower_label, width=percent(max(wide.values())))
         yield _finding("wide_interval", what, wide)
@@ -352,16 +319,8 @@ def _open_pair(metric: Metric, lower: Configuration, upper: Configuration) -> Fi
         return None
     further, n_cycles = cycles_to_settle(effect, 0.0), min(effect.n_cycles)
     low, high = (f"{100 * (bound - 1):+.2g}" for bound in interval)
-    found = Reason.of(
-        "pair_open",
-        more=upper.name,
-        difference=percent(effect.ratio - 1),
-        metric=metric.lower_label,
-        less=lower.name,
-        low=low,
-        high=high,
-        cycles=n_cycles,
-    )
+    data = {"more": upper.name, "less": lower.name, "metric": metric.lower_label, "low": low, "high": high}
+    found = Reason.of("pair_open", **data, difference=percent(effect.ratio - 1), cycles=n_cycles)
     if further is not None and n_cycles + further <= MOST_CYCLES:
         remedy = f"{further} more would, if it stays: lem campaign … --resume --cycles {n_cycles + further}"
         return _finding("too_few_cycles", found, (lower.name, upper.name), remedy=remedy)
@@ -369,7 +328,7 @@ def _open_pair(metric: Metric, lower: Configuration, upper: Configuration) -> Fi
 
 
 def _stopping(run: Run) -> Found:
-    if run.stopping is not None:
+    if run.stopping is not None and run.records:
         yield _finding("stopping", Reason.of("cycles_added", rule=run.stopping.describe(), unaccounted=UNACCOUNTED))
 
 
@@ -410,15 +369,10 @@ def _baseline_spread(configuration: Configuration) -> float:
     return max(rest_w) / min(rest_w) - 1 if is_apart else 0.0
 
 
-def _length(records: Iterable[Record]) -> float:
+def _length(records: Sequence[Record]) -> float:
     """Output tokens per request, over all of them."""
-    known = list(records)
-    requests = sum(item.work.requests_ok for item in known)
-    return sum(item.work.output_tok for item in known) / requests if requests else 0.0
-
-
-def _width(configuration: Configuration, metric: Metric) -> float:
-    return configuration.estimate(metric).half_width or 0.0
+    requests = sum(item.work.requests_ok for item in records)
+    return sum(item.work.output_tok for item in records) / requests if requests else 0.0
 
 
 def _names(records: Iterable[Record]) -> tuple[str, ...]:

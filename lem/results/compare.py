@@ -18,7 +18,7 @@ from lem.base.reasons import Reason, alike
 from lem.record import Record
 from lem.results.aggregation import NO_INTERVAL, Configuration
 from lem.results.metrics import METRICS, Metric, Obstacle, blocking_reason, cycle_values, find_obstacles
-from lem.results.run import Run
+from lem.results.run import Run, make_run
 from lem.results.stats import Effect, Gate, Judgement, Verdict, anchored_effect, holm, judge, paired_effect
 
 # A difference is found when its p value is below this, after Holm.
@@ -144,6 +144,26 @@ def compare_runs(
     missing = (*notes, *(() if chosen else _without_result(before, after)))
     found = _describe_anchor(anchors, shown, tolerance)
     return _finished(Comparison((before, after), pairs, shown, tuple(gates), found, missing=missing))
+
+
+def compare_any(a: Run | Configuration, b: Run | Configuration) -> Comparison:
+    """`b` against `a`, two runs or two configurations: within cycles if they are of one run, else over an anchor.
+
+    Raises:
+        UserError: no results, or a run and a configuration.
+    """
+    if isinstance(a, Run) and isinstance(b, Run):
+        if not a.records or not b.records:
+            raise UserError("a run without results cannot be compared")
+        return compare_runs(a, b)
+    if isinstance(a, Run) or isinstance(b, Run):
+        raise UserError("a run cannot be compared with a configuration", "compare two runs, or two configurations")
+    if not a.records or not b.records:
+        raise UserError("a configuration without results cannot be compared")
+    runs = [make_run(item.records, {item.name: item.n_failed}) for item in (a, b)]
+    if a.run_id == b.run_id:
+        return compare_configurations(runs[0], a, [b])
+    return compare_runs(*runs, chosen=(a, b))
 
 
 def find_effect(metric: Metric, baseline: Configuration, other: Configuration) -> tuple[Effect | None, Reason | None]:

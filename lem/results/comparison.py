@@ -27,8 +27,20 @@ _DECIMALS = (2, 4)
 _HEADING_WIDTH = 20
 _NAME_ROOM = 24
 
+_RATIO_NOTE = (
+    "ratio: geometric mean of the ratios to the baseline within each cycle; t interval: Student t on their logs, "
+    f"it covers {_CONFIDENCE} at any n."
+)
+_ANCHORED_RATIO_NOTE = (
+    "ratio over anchor: how much the ratio to the anchor changed; t interval: Student t on logs, the variances of "
+    f"both runs added (Welch), {_CONFIDENCE}."
+)
+
 # Takes the place of a space at which no line may end: before a unit.
 _FIRM = "␠"
+
+# What a row says of a configuration.
+_SIDES = ("better", "worse", "not told apart", "without a verdict")
 
 # Settings that need no label.
 _PLAIN_SETTINGS = ("backend", "model", "precision", "traffic", "engine", "GPU")
@@ -106,16 +118,9 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _configuration_document(configuration: Configuration) -> dict[str, Any]:
-    return {
-        "config_name": configuration.name,
-        "config_hash": configuration.config_hash,
-        "run_id": configuration.run_id,
-        "n_cycles": configuration.n_cycles,
-        "n_invalid": configuration.n_invalid,
-        "n_failed": configuration.n_failed,
-        "settings": dict(configuration.settings),
-    }
+def _configuration_document(item: Configuration) -> dict[str, Any]:
+    facts = {name: getattr(item, name) for name in ("config_hash", "run_id", "n_cycles", "n_invalid", "n_failed")}
+    return {"config_name": item.name, **facts, "settings": dict(item.settings)}
 
 
 def _row_document(row: Row) -> dict[str, Any]:
@@ -228,16 +233,7 @@ class _Content:
         comparison = self.comparison
         rows = [row for pair in comparison.pairs for row in pair.rows]
         if any(row.effect and row.effect.std_error is not None for row in rows):
-            if comparison.anchor is None:
-                yield (
-                    "ratio: geometric mean of the ratios to the baseline within each cycle; t interval: Student t on "
-                    f"their logs, it covers {_CONFIDENCE} at any n."
-                )
-            else:
-                yield (
-                    "ratio over anchor: how much the ratio to the anchor changed; t interval: Student t on logs, the "
-                    f"variances of both runs added (Welch), {_CONFIDENCE}."
-                )
+            yield _RATIO_NOTE if comparison.anchor is None else _ANCHORED_RATIO_NOTE
         if comparison.n_compared:
             count = "the one comparison" if comparison.n_compared == 1 else f"the {comparison.n_compared} comparisons"
             yield f"p: of no difference, by Holm over {count}; ~: none found."
@@ -290,12 +286,7 @@ class _Content:
         return f"{text}; no verdict: {row.reason}." if row.p_adjusted is None else f"{text}."
 
     def _of_many(self, metric: Metric, rows: Sequence[tuple[Pair, Row]]) -> str:
-        sides: dict[str, list[tuple[Pair, Row]]] = {
-            "better": [],
-            "worse": [],
-            "not told apart": [],
-            "without a verdict": [],
-        }
+        sides: dict[str, list[tuple[Pair, Row]]] = {side: [] for side in _SIDES}
         for pair, row in rows:
             sides[_side(row)].append((pair, row))
         against = "the run before" if self.comparison.anchor else self.comparison.pairs[0].baseline.name
@@ -373,11 +364,10 @@ class _Content:
 
 
 def _side(row: Row) -> str:
+    better, worse, alike, unknown = _SIDES
     if row.p_adjusted is None:
-        return "without a verdict"
-    if not row.is_found:
-        return "not told apart"
-    return "better" if _goodness(row) > 0 else "worse"
+        return unknown
+    return alike if not row.is_found else better if _goodness(row) > 0 else worse
 
 
 def _goodness(row: Row) -> float:
@@ -435,7 +425,7 @@ def _ratio(value: float, decimals: int | None) -> str:
 
 
 def _bounds(interval: tuple[float, float], decimals: int | None) -> str:
-    return f"{_ratio(interval[0], decimals)}–{_ratio(interval[1], decimals)}"
+    return "–".join(_ratio(bound, decimals) for bound in interval)
 
 
 def _decimals(row: Row) -> int | None:

@@ -230,7 +230,7 @@ def _as_csv(table: Table) -> str:
 
 
 def _csv_cell(value: Any) -> str:
-    return _cell_text(value) if isinstance(value, (int, float)) else _not_a_formula(_cell_text(value))
+    return cell_text(value) if isinstance(value, (int, float)) else _not_a_formula(cell_text(value))
 
 
 def _not_a_formula(text: str) -> str:
@@ -256,11 +256,11 @@ def _markdown_row(cells: Iterable[str]) -> str:
 
 
 def _markdown_cell(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else _cell_text(value)
+    text = f"{value:.6g}" if isinstance(value, float) else cell_text(value)
     return printable(text).replace("\\", "\\\\").replace("|", "\\|")
 
 
-def _cell_text(value: Any) -> str:
+def cell_text(value: Any) -> str:
     """A value in one cell: text as it is, lists of texts joined, everything nested as JSON; None is empty."""
     if value is None:
         return ""

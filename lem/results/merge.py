@@ -69,7 +69,7 @@ class FleetPlan:
 
 
 def write_plan(path: Path, plan: FleetPlan) -> None:
-    """Write the plan, whole or not at all; a stored plan is never changed.
+    """Write the plan; a stored plan is never changed.
 
     Raises:
         UserError: there is one, or it cannot be written.
@@ -99,10 +99,9 @@ def read_plan(path: Path) -> FleetPlan:
 
 
 def _decode(document: Any) -> FleetPlan:
-    if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
+    if not isinstance(document, dict) or document.pop("schema_version", None) != SCHEMA_VERSION:
         raise ValueError(f"not a plan of schema {SCHEMA_VERSION}")
-    values = {name: item for name, item in document.items() if name != "schema_version"}
-    plan = decode(FleetPlan, values, "plan")
+    plan = decode(FleetPlan, document, "plan")
     _check(plan)
     return plan
 
@@ -182,16 +181,11 @@ def _results_dirs(folders: Iterable[Path]) -> list[Path]:
     """The results folders, each once even if it has several names."""
     found: dict[Path, Path] = {}
     for folder in folders:
-        path = _results_dir(folder)
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder", "give the folder of each host: lem merge DIR… --output DIR")
+        path = folder / "results" if (folder / "results").is_dir() else folder
         found.setdefault(path.resolve(), path)
     return list(found.values())
-
-
-def _results_dir(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder", "give the folder of each host: lem merge DIR… --output DIR")
-    inner = folder / "results"
-    return inner if inner.is_dir() else folder
 
 
 def _only_campaign(results_dirs: Iterable[Path]) -> str:
@@ -329,19 +323,13 @@ def write_merged(gathered: Gathered, output: Path) -> int:
             make_folder(target.parent)
             _copy_folder(item.path.parent, target)
             new += 1
-        _keep_stopping_rules(gathered, folder)
+        for run_folder in dict.fromkeys(item.path.parents[2] for item in gathered.results):
+            rule = read_stopping_rule(run_folder)
+            if rule is not None and read_stopping_rule(folder / run_folder.name) != rule:
+                write_stopping_rule(folder / run_folder.name, rule)
     except OSError as error:
         raise UserError(f"{error.filename or output}: {reason_of(error)}", remedy_for(error, "--output")) from error
     return new
-
-
-def _keep_stopping_rules(gathered: Gathered, campaign_folder: Path) -> None:
-    """Copy the rule by which cycles were added to a run, since its intervals do not account for that."""
-    for run_folder in dict.fromkeys(item.path.parents[2] for item in gathered.results):
-        rule = read_stopping_rule(run_folder)
-        target = campaign_folder / run_folder.name
-        if rule is not None and read_stopping_rule(target) != rule:
-            write_stopping_rule(target, rule)
 
 
 def _copy_folder(source: Path, target: Path) -> None:

@@ -21,7 +21,7 @@ from lem.base.durable import make_folder, reason_of
 from lem.base.units import parse_percentage, percent
 from lem.record import Record, ResultKey
 from lem.results.aggregation import SHARED_LOAD, Configuration, Estimate, configuration_document
-from lem.results.export import make_table
+from lem.results.export import cell_text, make_table
 from lem.results.metrics import METRIC_BY_NAME, Metric, distinct, headline_settings, shared_settings
 from lem.results.stats import CONFIDENCE
 from lem.results.store import Problem, Repository, StoredResult, count_failed, stopping_campaign
@@ -74,7 +74,7 @@ class Run:
     problems: tuple[Problem, ...] = ()  # attempts without a usable result
     stopping: StoppingRule | None = None  # the rule by which cycles were added; None where their number was fixed
     folder: Path | None = None  # where it is: <results_dir>/<campaign>/<run>
-    paths: Mapping[ResultKey, Path] = field(default_factory=dict)  # of each result, relative to <results_dir>
+    paths: Mapping[ResultKey, Path] = field(default_factory=dict)  # of each result
 
     @property
     def run_id(self) -> str:
@@ -123,9 +123,18 @@ class Run:
         return next((item for item in self.with_results if item.name == name), None)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A flat dict per experiment with the columns of `lem results export`, ready for `pandas.DataFrame`."""
-        stored = [StoredResult(self.paths.get(item.identity.key, Path()), item) for item in self.records]
-        return [dict(row) for row in make_table(stored).rows]
+        """A flat dict per experiment, ready for `pandas.DataFrame`: the columns and texts of `lem results export`."""
+        base = self.folder.parents[1] if self.folder else Path()
+        stored = [StoredResult(item.path.relative_to(base), item.record) for item in self.results]
+        return [
+            {name: cell_text(value) if isinstance(value, (dict, list)) else value for name, value in row.items()}
+            for row in make_table(stored).rows
+        ]
+
+    @property
+    def results(self) -> tuple[StoredResult, ...]:
+        """Every record with its path."""
+        return tuple(StoredResult(self.paths.get(item.identity.key, Path()), item) for item in self.records)
 
 
 def make_run(
@@ -169,7 +178,7 @@ def read_run(results_dir: Path, campaign: str, run_id: str) -> Run:
         problems=scan.problems,
         stopping=read_stopping_rule(repository.folder / run_id),
         folder=repository.folder / run_id,
-        paths={item.record.identity.key: item.path.relative_to(results_dir) for item in scan.results},
+        paths={item.record.identity.key: item.path for item in scan.results},
     )
 
 

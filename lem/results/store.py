@@ -46,11 +46,7 @@ class AttemptFolder:
         return self.path / LOG_FILE
 
     def write_config(self, requested: Mapping[str, Any], resolved: Mapping[str, Any]) -> Path:
-        """Write `config.json`.
-
-        Args:
-            requested: the configuration as given, `${VAR}` unexpanded.
-            resolved: `ExperimentConfig.to_dict()`, with every default.
+        """Write the configuration as given, `${VAR}` unexpanded, and with every default.
 
         Raises:
             InfrastructureError: it cannot be written.
@@ -63,14 +59,12 @@ class AttemptFolder:
         return path
 
     def write_prompts(self, prompts: Iterable[Mapping[str, Any]]) -> Path:
-        """Write `prompts.jsonl`, one object per line.
+        """Write the prompts, each `{"prompt": str, "input_tokens": int | None, "output_tokens": int | None}`.
 
-        Args:
-            prompts: each `{"prompt": str, "input_tokens": int | None, "output_tokens": int | None}`: the exact length
-                to cut or extend to, and a bound on its own output.
+        `input_tokens` is the exact length to cut or extend it to, `output_tokens` a bound on its own output.
 
         Raises:
-            InfrastructureError: it cannot be written.
+            InfrastructureError: they cannot be written.
             UserError: a prompt that is not Unicode text.
         """
         path = self.path / PROMPTS_FILE
@@ -92,10 +86,10 @@ def is_name(text: str) -> bool:
 
 
 def check_name(text: str, what: str) -> str:
-    """`text`, where `is_name`.
+    """`text`, if it can name a folder.
 
     Raises:
-        UserError: empty, too long, or with anything but letters, digits and `. _ = + -`, letter or digit first.
+        UserError: it cannot.
     """
     if not is_name(text):
         raise UserError(
@@ -195,8 +189,7 @@ class Repository:
         """Make a folder for the next attempt at an experiment.
 
         Raises:
-            UserError: a name that cannot name a folder.
-            InfrastructureError: the folder cannot be made.
+            InfrastructureError: it cannot be made.
         """
         folder = self._experiment_folder(run_id, exp_id)
         with stopping_campaign(folder):
@@ -211,16 +204,12 @@ class Repository:
                     return AttemptFolder(path, number)
 
     def find_attempts(self, run_id: str, exp_id: str) -> tuple[StoredResult, ...]:
-        """Every whole result of an experiment, oldest first.
-
-        Raises:
-            UserError: a name that cannot name a folder.
-        """
+        """Every whole result of an experiment, oldest first."""
         found = _experiment_items(self._experiment_folder(run_id, exp_id))
         return tuple(item for item in found if isinstance(item, StoredResult))
 
     def run_ids(self) -> tuple[str, ...]:
-        """The runs, oldest first; () where there is no folder.
+        """The runs, oldest first.
 
         Raises:
             UserError: the folder cannot be read.
@@ -228,19 +217,15 @@ class Repository:
         return _listed(self.folder)
 
     def experiment_ids(self, run_id: str) -> tuple[str, ...]:
-        """The experiments of a run that were begun, by name; () where there is no folder.
+        """The experiments of a run that were begun, by name.
 
         Raises:
-            UserError: a run_id that cannot name a folder, or a folder that cannot be read.
+            UserError: the folder cannot be read.
         """
         return _listed(self.folder / check_name(run_id, "run"))
 
     def scan(self, run_id: str | None = None) -> Scan:
-        """Everything in the campaign's folder, or in one run of it; damage is a value and never raised.
-
-        Raises:
-            UserError: a run_id that cannot name a folder.
-        """
+        """Everything in the campaign's folder, or in one run of it; damage is a value and never raised."""
         if run_id is None:
             found = tuple(_nested(self.folder, lambda run: _nested(run, _experiment_items)))
         else:
@@ -255,7 +240,7 @@ class Repository:
 
 
 def list_campaigns(results_dir: Path) -> tuple[str, ...]:
-    """The campaigns with a results folder, by name; () where there is no folder.
+    """The campaigns with a results folder, by name.
 
     Raises:
         UserError: the folder cannot be read.
@@ -264,11 +249,7 @@ def list_campaigns(results_dir: Path) -> tuple[str, ...]:
 
 
 def experiment_folder_name(exp_id: str, host: str) -> str:
-    """The folder of an experiment in merged results.
-
-    Raises:
-        UserError: the host's name cannot name a folder.
-    """
+    """The folder of an experiment in merged results."""
     return check_name(f"{exp_id}{_HOST_MARK}{host}", "host")
 
 
@@ -375,8 +356,8 @@ def _describe_missing(folder: Path, attempt: Path) -> Problem:
         return _problem(folder, attempt, "unreadable", reason_of(error))
     if is_cut_off:
         return _problem(folder, attempt, "half-written", f"no {RESULT_FILE}: writing was cut off")
-    said = f"no {RESULT_FILE}: the attempt failed, was interrupted, or still runs"
-    return _problem(folder, attempt, "missing", said)
+    why = "the attempt failed, was interrupted, or still runs"
+    return _problem(folder, attempt, "missing", f"no {RESULT_FILE}: {why}")
 
 
 def _problem(experiment: Path, path: Path, kind: str, message: str) -> Problem:

@@ -27,7 +27,7 @@ def _import_own_package() -> None:
     if sys.path and Path(sys.path[0]).absolute() == _SCRIPT.parent:
         del sys.path[0]
     sys.path.insert(0, str(_SCRIPT.parents[2]))
-    import lem  # noqa: F401 - found now, and from here on through its own __path__
+    import lem.base  # noqa: F401 - found now, and from here on through its own __path__
 
     del sys.path[0]
 

@@ -20,7 +20,7 @@ from lem.base.measurement import WINDOW_UPDATES, EnergySource, is_cpu_source, is
 from lem.base.units import NS_PER_S
 from lem.config.experiment import ExperimentConfig
 from lem.meters.curve import NotMeasured, Span, update_period_s
-from lem.meters.energy import EnergyFindings, mean_power_w, measure
+from lem.meters.energy import EnergyFindings, measure
 from lem.meters.external import ExternalReadings, is_short_of, read_external
 from lem.meters.samples import (
     FINISHED_FILENAME,
@@ -33,7 +33,7 @@ from lem.meters.samples import (
     write_finished,
 )
 from lem.meters.sources import Baselines, Sources, choose_sources
-from lem.meters.window import span_of
+from lem.meters.window import AttemptLog, span_of
 from lem.worker.channel import RunRequest
 from lem.worker.recording import GpuSurroundings
 from lem.worker.sampling import READY_TIMEOUT_S, wait_until_ready
@@ -212,10 +212,10 @@ class Metering:
     def _has_settled(self) -> bool:
         now_ns, length_ns = self.clock.monotonic_ns(), round(SETTLE_WINDOW_S * NS_PER_S)
         self._catch_up(now_ns)
-        log = self.read()
+        rest = AttemptLog(self.read(), (), self.sources)
         try:
-            last_w = mean_power_w(log, self.sources, Span(now_ns - length_ns, now_ns - _EDGE_NS))
-            before_w = mean_power_w(log, self.sources, Span(now_ns - 2 * length_ns, now_ns - length_ns))
+            last_w = rest.rest_power_w(Span(now_ns - length_ns, now_ns - _EDGE_NS))
+            before_w = rest.rest_power_w(Span(now_ns - 2 * length_ns, now_ns - length_ns))
         except NotMeasured:
             return False
         return abs(last_w - before_w) < SETTLE_TOLERANCE * before_w
@@ -341,11 +341,7 @@ class Metering:
         if self.config.timeseries.save and (path is not None or self._reader is not None):
             write_finished(folder / FINISHED_FILENAME, log, self.marks)
         return measure(
-            log,
-            self.marks,
-            self.sources,
-            self.baselines,
-            is_steady_mode=is_steady_mode,
+            AttemptLog(log, tuple(self.marks), self.sources, self.baselines, is_steady_mode),
             window_repeats=measured.repeats,
             external=external,
             own_pids=self.own_pids,

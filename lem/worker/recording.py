@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lem import __version__
+from lem.base import __version__
 from lem.base.clock import utc_text
 from lem.base.errors import EngineError
 from lem.base.measurement import MAX_FAILED_RATIO

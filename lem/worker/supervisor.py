@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lem import __version__
+from lem.base import __version__
 from lem.base.errors import DISK_FULL, UserError
 from lem.base.process import describe_exit
 from lem.engines.common import BACKEND_DISTRIBUTIONS, OTHER_NAMES

@@ -22,7 +22,8 @@ from lem.base import measurement as names
 from lem.config.experiment import ExperimentConfig
 from lem.meters.energy import measure
 from lem.meters.samples import Mark, SampleLog
-from lem.meters.sources import Baselines, choose_sources
+from lem.meters.sources import choose_sources
+from lem.meters.window import AttemptLog
 from tests.doubles.nvml.traces import NS_PER_S, Trace, random_trace, simulate_log
 from tests.doubles.powercap import Zone
 
@@ -111,14 +112,9 @@ def _measure(case: Case, seed: int) -> Error:
     config = ExperimentConfig.from_dict({"model": "any", "measurement": options})
     uuids = [gpu.uuid for gpu in log.header.gpus]
     sources = choose_sources(config, log.header, uuids, is_cpu=not uuids)
-    found = measure(
-        log,
-        _marks(case, edges, max(2 * case.period_s, sources.least_guard_s)),
-        sources,
-        Baselines(),
-        is_steady_mode=case.mode == "steady",
-        window_repeats=1,
-    )
+    marks = _marks(case, edges, max(2 * case.period_s, sources.least_guard_s))
+    attempt = AttemptLog(log, tuple(marks), sources, is_steady_mode=case.mode == "steady")
+    found = measure(attempt, window_repeats=1)
     if found.energy.primary_j.value is None:
         raise ValueError(f"{case.name}, trace {seed}: {found.energy.primary_j.null_reason}")
     naive = None if read_j is None else (read_j(closed_ns) - read_j(opened_ns)) / true_j - 1

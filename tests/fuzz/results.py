@@ -15,7 +15,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from lem.base.errors import UserError
-from lem.meters.samples import FINISHED_FILENAME, SampleLogError, read_part, read_tail
+from lem.meters.samples import FINISHED_FILENAME, PartReader, SampleLogError, read_tail
 from lem.orchestration.locks import CAMPAIGN_LOCK_NAME
 from lem.orchestration.manifest import ManifestManager
 from lem.results.merge import FleetPlan, HostPart, PlannedExperiment, read_plan
@@ -145,7 +145,7 @@ def try_part(data: bytes, folder: Path, *, is_thorough: bool) -> Outcome:
     path.write_bytes(data)
     read_tail(path)
     try:
-        list(read_part(path).rows())
+        list(PartReader(path).read().rows())
     except SampleLogError:
         return Outcome.REFUSED
     return Outcome.ACCEPTED

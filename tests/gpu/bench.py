@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lem.base.clock import SystemClock
-from lem.meters.samples import SampleLog, read_part
+from lem.meters.samples import PartReader, SampleLog
 from lem.worker.launch import own_command
 from lem.worker.sampling import SamplerProcess, wait_until_ready
 from tests.gpu.engine_client import Engine
@@ -37,7 +37,7 @@ class Sampled:
         Raises:
             LeftOut: the energy counter cannot be read.
         """
-        log = read_part(self.path)
+        log = PartReader(self.path).read()
         error = log.header.gpus[0].counter_error
         if error is not None:
             raise LeftOut(error)

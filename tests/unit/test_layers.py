@@ -20,6 +20,7 @@ TIMEOUT_S = 60
 
 # The layers below each one; a layer is a folder of lem/, or a module in it. Every layer may import `lem` (the version).
 BELOW: dict[str, frozenset[str]] = {
+    "": frozenset({"base"}),
     "base": frozenset(),
     "config": frozenset({"base"}),
     "record": frozenset({"base"}),
@@ -30,7 +31,7 @@ BELOW: dict[str, frozenset[str]] = {
     "orchestration": frozenset({"base", "config", "record", "meters", "engines", "worker", "results"}),
 }
 BELOW["cli"] = BELOW["orchestration"] | {"orchestration"}
-BELOW["__main__"] = BELOW["cli"] | {"cli"}
+BELOW["__main__"] = BELOW["api"] = BELOW["cli"] | {"cli"}
 
 # Third-party packages, and the modules that may import each (a pattern of names).
 ENGINES = {
@@ -85,8 +86,9 @@ MODULES = modules()
 
 @functools.cache
 def imports_of(name: str) -> tuple[Import, ...]:
-    """The imports of a module of lem."""
-    return tuple(imports_in(MODULES[name].read_text(encoding="utf-8"), name))
+    """The imports of a module of lem; `lem` itself only names what it exports from above, for type checkers."""
+    found = imports_in(MODULES[name].read_text(encoding="utf-8"), name)
+    return tuple(item for item in found if name != "lem" or not item.is_late)
 
 
 def imports_in(source: str, importer: str) -> Iterator[Import]:

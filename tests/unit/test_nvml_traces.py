@@ -8,7 +8,7 @@ from datetime import datetime
 
 import pytest
 
-from lem.meters.samples import SampleLog, encode_header, encode_row, read_part
+from lem.meters.samples import PartReader, SampleLog, encode_header, encode_row
 from tests.doubles.nvml.traces import (
     NS_PER_S,
     Counter,
@@ -286,7 +286,7 @@ def test_a_simulated_log_is_one_that_lem_reads(tmp_path):
     log = simulate_log(random_trace(1, with_window=WINDOW), *WINDOW, zones=(Zone("intel-rapl:0", "package-0"),))
     lines = [encode_header(log.header), *(encode_row(row) for row in log.rows())]
     (tmp_path / "samples.part").write_text("".join(f"{line}\n" for line in lines))
-    again = read_part(tmp_path / "samples.part")
+    again = PartReader(tmp_path / "samples.part").read()
     assert isinstance(again, SampleLog)
     assert again == log
 

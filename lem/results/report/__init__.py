@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator
 from importlib import resources
 
-from lem import __version__
+from lem.base import __version__
 from lem.base.units import plural
 from lem.results.report.content import Report
 from lem.results.report.context import heatmap_section, order_section, traces_section

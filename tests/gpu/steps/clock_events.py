@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lem.base.measurement import SLOWDOWN_BITS
-from lem.meters.samples import FINISHED_FILENAME, GpuSample, read_finished, read_part
+from lem.meters.samples import FINISHED_FILENAME, GpuSample, PartReader, read_finished
 from tests.gpu.bench import Bench
 from tests.gpu.finding import Finding, LeftOut
 
@@ -53,6 +53,6 @@ class ClockEvents:
 
 def _samples(bench: Bench) -> Iterator[GpuSample]:
     for path in sorted(bench.samples.glob("*.part")):
-        yield from read_part(path).samples
+        yield from PartReader(path).read().samples
     for path in sorted((bench.out / "results").rglob(FINISHED_FILENAME)):
         yield from read_finished(path)[0].samples

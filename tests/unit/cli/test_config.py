@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from tests.command_rig import run_lem
-from tests.goldens import assert_golden
 
 EXPERIMENT = "model: ${MODEL_OF_TEST:-gpt2}\ndecoder: {preset: creative, top_p: 0.5}\n"
 CAMPAIGN = """\
@@ -35,15 +34,20 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_valid_files_are_told_with_their_warnings_and_what_is_filtered():
     code, out, err = run_lem("config", "validate", "e.yaml", "c.yaml")
     assert (code, err) == (0, "")
-    assert_golden("config/validate.txt", out)
+    lines = out.splitlines()
+    assert lines[0] == "e.yaml: valid experiment gpt2-pytorch"
+    assert lines[1].startswith("  warning: decoder.top_p: ")
+    assert lines[2:4] == ["c.yaml: valid campaign demo", "  Generated 6 experiments (1 filtered, 0 warnings)"]
+    assert lines[4].startswith("  filtered: ")
+    assert lines[4].endswith(" × 1")
 
 
 def test_all_files_are_looked_at_although_one_is_not_valid():
     code, out, err = run_lem("config", "validate", "bad.yaml", "nothing.yaml", "e.yaml")
     assert code == 2
     assert out.startswith("e.yaml: valid experiment gpt2-pytorch\n")
-    assert err.startswith("error: bad.yaml:2:10: backend: 'cuda' is not one of pytorch, vllm, tensorrt\n")
-    assert "error: nothing.yaml: no such file\nhint: " in err
+    assert err.startswith("error: bad.yaml:2:10: backend: ")
+    assert "\nerror: nothing.yaml: " in err
 
 
 def test_a_campaign_of_which_nothing_is_left_is_not_valid(folder: Path):
@@ -54,37 +58,44 @@ def test_a_campaign_of_which_nothing_is_left_is_not_valid(folder: Path):
 
 
 def test_validation_as_json():
-    code, out, err = run_lem("config", "validate", "bad.yaml", "e.yaml", "--json")
+    code, out, err = run_lem("config", "validate", "bad.yaml", "nothing.yaml", "e.yaml", "--json")
     assert (code, err) == (2, "")
-    bad, good = json.loads(out)
-    assert bad == {
-        "file": "bad.yaml",
-        "valid": False,
-        "problems": [
-            {
-                "at": "bad.yaml",
-                "line": 2,
-                "column": 10,
-                "key": "backend",
-                "message": "'cuda' is not one of pytorch, vllm, tensorrt",
-                "suggestion": None,
-            }
-        ],
-    }
+    bad, missing, good = json.loads(out)
+    (problem,) = bad["problems"]
+    assert problem.pop("message")
+    assert problem == {"at": "bad.yaml", "line": 2, "column": 10, "key": "backend", "suggestion": None}
+    assert (missing["valid"], missing["problems"][0].keys()) == (False, {"message", "hint"})
     assert (good["valid"], good["kind"], good["name"]) == (True, "experiment", "gpt2-pytorch")
 
 
 def test_a_resolved_experiment_with_where_each_value_comes_from():
     code, out, err = run_lem("config", "show", "e.yaml", "--set", "gpus=[]", "--preset", "pytorch-optimized")
     assert (code, err) == (0, "")
-    assert_golden("config/show_experiment.txt", out)
+    lines = {" ".join(line.split()) for line in out.splitlines()}
+    assert lines >= {
+        "name: gpt2 # e.yaml:1",
+        "backend: pytorch # preset pytorch-optimized",
+        "gpus: [] # command line",
+        "ignore_eos: false # default",
+        "preset: creative # e.yaml:2",
+        "temperature: 0.8 # decoder.preset creative",
+        "attn_implementation: flash_attention_2 # preset pytorch-optimized",
+    }
 
 
-def test_a_resolved_campaign_hides_its_secret():
+def test_a_resolved_campaign_hides_its_secret(folder: Path):
+    (folder / "c.yaml").write_text(f"{CAMPAIGN}experiments: [{{model: gpt2}}]\n", encoding="utf-8")
     code, out, _ = run_lem("config", "show", "c.yaml")
     assert code == 0
     assert "hunter2" not in out
-    assert_golden("config/show_campaign.txt", out)
+    lines = {" ".join(line.split()) for line in out.splitlines()}
+    assert lines >= {
+        "batch_size: [1, 4] # c.yaml:6",
+        'webhook_url: "(hidden)" # c.yaml:8',
+        '"on": [complete, failure] # default',
+    }
+    assert "experiments: # c.yaml:9" in lines
+    assert any(line.startswith("- {config: null, ") for line in lines)
 
 
 def test_what_is_shown_can_be_read_again(folder: Path):
@@ -148,7 +159,7 @@ def test_presets_fit_a_terminal():
     code, out, _ = run_lem("presets")
     assert code == 0
     assert max(len(line) for line in out.splitlines()) <= 80
-    assert_golden("config/presets.txt", out)
+    assert "vllm-low-latency       512/128   vLLM with few requests" in out
 
 
 def test_one_preset_as_a_file_has_it():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lem.base.errors import ConfigurationError
-from lem.config.yamlfile import Document, parse_value, read_document
+from lem.config.yamlfile import Document, ExpansionError, expand, parse_value, read_document, resolve_plain
 
 
 def read(tmp_path: Path, content: str | bytes, environ: Mapping[str, str] | None = None) -> Document:
@@ -182,3 +182,73 @@ def test_values_of_the_command_line_are_the_same_yaml(text: str, value: Any):
 def test_a_value_that_is_none_is_told_with_its_option(text: str):
     with pytest.raises(ConfigurationError, match=r"^--set k=v"):
         parse_value(text, {}, "--set k=v")
+
+
+# Plain words and `${VAR}`
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("", None),
+        ("~", None),
+        ("null", None),
+        ("true", True),
+        ("False", False),
+        ("0", 0),
+        ("-1", -1),
+        ("+1", 1),
+        ("1e3", 1000.0),
+        ("1E-2", 0.01),
+        (".5", 0.5),
+        ("1.", 1.0),
+        ("-.inf", float("-inf")),
+        ("9" * 400_000, float("inf")),
+    ],
+)
+def test_words_that_all_readers_read_alike_are_values(text: str, value: Any):
+    assert resolve_plain(text) == value
+    assert type(resolve_plain(text)) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no",
+        "yes",
+        "on",
+        "off",
+        "n",
+        "Y",
+        "12:30",
+        "1:2:3",
+        "010",
+        "0o17",
+        "0x1F",
+        "1_000",
+        "2024-01-01",
+        "=",
+        "1e",
+        ".",
+    ],
+)
+def test_what_yaml_versions_read_differently_is_text(text: str):
+    assert resolve_plain(text) == text
+
+
+def test_variables_expand_with_defaults():
+    environ = {"A": "1", "EMPTY": ""}
+    text = "${A}-${B:-b}-${EMPTY:-e}-${EMPTY}-$${A}-$A"
+    assert expand(text, environ, is_plain=True) == "1-b-e--${A}-$A"
+    assert expand("${A}", {"A": "${B}"}, is_plain=True) == "${B}"
+
+
+@pytest.mark.parametrize("text", ["${", "${}", "${1A}", "a ${B c"])
+def test_a_reference_that_is_none_is_refused(text: str):
+    with pytest.raises(ExpansionError, match=r"write \$\$\{"):
+        expand(text, {}, is_plain=True)
+
+
+def test_an_unset_variable_without_default_is_named():
+    with pytest.raises(ExpansionError, match="HF_HOME_X is not set"):
+        expand("${HF_HOME_X}/a", {}, is_plain=True)

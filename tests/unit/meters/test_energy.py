@@ -11,10 +11,11 @@ from lem.base import measurement as names
 from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig
 from lem.meters.curve import NotMeasured, Span
-from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of, mean_power_w, measure
+from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of, measure
 from lem.meters.external import ExternalReadings
 from lem.meters.samples import CpuLoad, Mark, MeterError, ProcessesSeen
 from lem.meters.sources import Baselines
+from lem.meters.window import AttemptLog
 from lem.record import Energy, Gpu, Idle, Measured, Work
 from tests.doubles.nvml.traces import Counter, Events, GpuProcess, Level, Sensor
 from tests.doubles.powercap import Zone
@@ -179,7 +180,7 @@ def test_a_gpu_the_sampler_does_not_see_stands_in_the_record() -> None:
         attempt.sources(), gpus=(), gpu_method=None, primary=None, missing_uuids=("GPU-9",), reasons={
             **attempt.sources().reasons, "gpu": "lost", "primary": "lost"},
     )  # fmt: skip
-    found = measure(attempt.log, attempt.marks, sources, Baselines(), is_steady_mode=False, window_repeats=1)
+    found = measure(AttemptLog(attempt.log, attempt.marks, sources), window_repeats=1)
     assert [gpu.uuid for gpu in found.gpus] == ["GPU-9"]
     assert found.gpus[0].null_reasons["energy_j"] == "lost"
     assert found.energy.primary_j.null_reason == "lost"
@@ -477,9 +478,10 @@ def test_power_at_rest_that_moved_by_more_than_five_percent_is_a_warning(after_w
 
 def test_mean_power_for_whoever_waits_until_it_rests() -> None:
     attempt = gpu_attempt(2)
-    assert mean_power_w(attempt.log, attempt.sources(), Span(at(8), at(11))) == pytest.approx(2 * IDLE_W, rel=0.01)
+    resting = AttemptLog(attempt.log, (), attempt.sources())
+    assert resting.rest_power_w(Span(at(8), at(11))) == pytest.approx(2 * IDLE_W, rel=0.01)
     with pytest.raises(NotMeasured):
-        mean_power_w(attempt.log, attempt.sources(), Span(at(30), at(99)))
+        resting.rest_power_w(Span(at(30), at(99)))
 
 
 # Steadiness

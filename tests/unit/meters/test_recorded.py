@@ -12,7 +12,7 @@ import pytest
 from lem.config.experiment import ExperimentConfig
 from lem.meters.curve import counter_curve, update_period_s
 from lem.meters.recompute import recompute
-from lem.meters.samples import FINISHED_FILENAME, SampleLog, read_finished, read_part
+from lem.meters.samples import FINISHED_FILENAME, PartReader, SampleLog, read_finished
 from lem.record import read_record
 from tests.gpu.load import Busy
 from tests.gpu.windows import COUNTER, counted_j, naive_j, span_of
@@ -25,7 +25,7 @@ GUARD_S = 1.5
 def log(tmp_path_factory: pytest.TempPathFactory) -> SampleLog:
     path = tmp_path_factory.mktemp("h200") / "samples.part"
     path.write_bytes(gzip.decompress((H200 / "additivity.jsonl.gz").read_bytes()))
-    return read_part(path)
+    return PartReader(path).read()
 
 
 @pytest.fixture(scope="module")

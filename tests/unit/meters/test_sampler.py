@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lem.meters.sampler import SampleFileError, SamplerOptions, run_sampler
-from lem.meters.samples import MeterError, SampleLog, read_part
+from lem.meters.samples import MeterError, PartReader, SampleLog
 from tests.doubles.powercap import Powercap
 from tests.unit.meters.nvml_stand_in import FakeClock, FakeNvml
 
@@ -93,7 +93,7 @@ class Rig:
         run_sampler(
             options, self.nvml, self.clock, owner, rapl_root=self.folder / "powercap", proc_stat=self.folder / "stat"
         )
-        return read_part(self.output)
+        return PartReader(self.output).read()
 
     def counts(self, joule_per_s: float, period_s: float) -> None:
         """Have the energy counter run, brought up to date so often."""
@@ -379,7 +379,7 @@ def small_files() -> Iterator[None]:
 def test_a_disk_that_is_full_ends_the_sampler_and_what_was_written_can_be_read(rig: Rig) -> None:
     with pytest.raises(SampleFileError, match="cannot be written: File too large"), small_files():
         rig.run(60.0)
-    assert len(read_part(rig.output).samples) > 10
+    assert len(PartReader(rig.output).read().samples) > 10
 
 
 def writes_so_far() -> int:

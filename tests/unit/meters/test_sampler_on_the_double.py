@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lem.cli.report import trace_of
-from lem.meters.samples import SampleLog, read_part
+from lem.meters.samples import PartReader, SampleLog
 from lem.results.report.content import TEMPERATURE
 from lem.worker.launch import own_command
 from tests.doubles.nvml.library import NvmlDouble
@@ -47,9 +47,9 @@ def sample(
     command = [*COMMAND, "worker", "--sampler", "--output", str(output), *words]
     with subprocess.Popen(command, env=double.environ(), stdin=subprocess.PIPE) as sampler:
         wait_for(lambda: (output.exists() and output.read_bytes().count(b"\n") > 1) or None)
-        wait_for(lambda: has_changed(read_part(output), changes, len(chosen)) or None)
+        wait_for(lambda: has_changed(PartReader(output).read(), changes, len(chosen)) or None)
     assert sampler.returncode == 0
-    return read_part(output)
+    return PartReader(output).read()
 
 
 def has_changed(log: SampleLog, changes: int, gpus: int) -> bool:

@@ -20,7 +20,6 @@ from lem.meters.samples import (
     encode_header,
     encode_row,
     read_finished,
-    read_part,
     write_finished,
 )
 
@@ -44,7 +43,7 @@ def test_what_was_read_before_is_not_read_again(tmp_path: Path) -> None:
     log = reader.read()
     assert (log.header, log.loads, log.counters) == (HEADER, (CpuLoad(5, None),), (CounterChange(0, 5, 6, 7),))
     with pytest.raises(SampleLogError):
-        read_part(path)
+        PartReader(path).read()
 
 
 def test_a_line_that_is_still_being_written_is_read_once_it_is_whole(tmp_path: Path) -> None:
@@ -87,7 +86,7 @@ def test_a_row_that_is_none_is_refused_with_its_line(tmp_path: Path, line: str, 
     path = tmp_path / "samples.part"
     add(path, f"{encode_header(HEADER)}\n{encode_row(CpuLoad(5, None))}\n{line}\n")
     with pytest.raises(SampleLogError) as found:
-        read_part(path)
+        PartReader(path).read()
     assert str(found.value).startswith(f"{path}:3: not a sample log: {said}")
 
 
@@ -96,7 +95,7 @@ def test_a_header_that_is_none_is_refused(tmp_path: Path, change: dict[str, obje
     path = tmp_path / "samples.part"
     add(path, json.dumps({**json.loads(encode_header(HEADER)), **change}) + "\n")
     with pytest.raises(SampleLogError, match=":1: not a sample log: "):
-        read_part(path)
+        PartReader(path).read()
 
 
 @pytest.mark.parametrize(

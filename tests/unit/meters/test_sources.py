@@ -118,7 +118,7 @@ def test_the_estimate_is_made_only_when_asked_for() -> None:
     found = header(cpu_tdp_w=205.0)
     assert choose(found).primary is None
     sources = choose(found, measurement={"energy": "tdp_estimate"})
-    assert (sources.primary, sources.cpu_tdp_w, sources.is_estimate) == (TDP_ESTIMATE, 205.0, True)
+    assert (sources.primary, sources.cpu_tdp_w) == (TDP_ESTIMATE, 205.0)
     given = choose(found, measurement={"energy": "tdp_estimate", "cpu_tdp_w": 280})
     assert given.cpu_tdp_w == 280.0
 

@@ -10,9 +10,10 @@ from lem.base.errors import ExitCode, Interrupted, LockedError, OptionRefused, U
 from lem.config.campaign_config import (
     CampaignColdStartConfig,
 )
+from lem.config.load import complete_campaign
 from lem.orchestration.dispatch import WorkerUnavailable
 from lem.orchestration.resume import RunOptions
-from lem.orchestration.session import with_unused_options
+from lem.orchestration.session import plan_campaign
 from tests.campaign_doubles import ENVIRONMENT, FakeWorker, Place, make_campaign
 from tests.faulty_disk import watching
 
@@ -385,10 +386,7 @@ def test_options_of_lem_experiment_are_warned_about_in_a_campaign(place):
         {"config_name": "two", "io": {"results_dir": "elsewhere"}, "max_output_tokens": 4},
         {"config_name": "three", "max_output_tokens": 8},
     ]
-    runner = place.runner(make_campaign(place.folder, grid=None, experiments=named))
-    runner.generate_execution_order()
-    assert runner.plan is not None
-    plan = with_unused_options(runner.plan)
+    plan = plan_campaign(complete_campaign(make_campaign(place.folder, grid=None, experiments=named)))
     assert [(issue.config_desc, issue.reason, issue.severity) for issue in plan.warnings] == [
         ("one", "num_cycles is for lem experiment; here execution.cycles decides", "warning"),
         ("two", "io.results_dir is for lem experiment; here the campaign's io.results_dir decides", "warning"),

@@ -13,7 +13,7 @@ import pytest
 
 from lem.base.clock import SystemClock
 from lem.base.errors import UserError
-from lem.meters.samples import SampleLog, read_part
+from lem.meters.samples import PartReader, SampleLog
 from lem.worker.launch import own_command
 from lem.worker.sampling import SamplerProcess, wait_until_ready
 from tests.doubles.nvml.library import NvmlDouble
@@ -51,7 +51,7 @@ def until_ready(sampler: SamplerProcess) -> SampleLog:
     clock = SystemClock()
     deadline_ns = clock.monotonic_ns() + round(PATIENCE_S * NS_PER_S)
     assert wait_until_ready(sampler.output, deadline_ns, sampler.is_running, clock), sampler.death()
-    return read_part(sampler.output)
+    return PartReader(sampler.output).read()
 
 
 def test_it_writes_from_its_start_to_its_end(output: Path) -> None:
@@ -62,7 +62,7 @@ def test_it_writes_from_its_start_to_its_end(output: Path) -> None:
     assert (header.cpu_tdp_w, header.interval_ms, header.gpu_error) == (95.5, 100, "no GPU was to be sampled")
     assert sampler.stop(PATIENCE_S) == 0
     assert sampler.death() == "the sampler ended with exit code 0"
-    log = read_part(output)
+    log = PartReader(output).read()
     assert len(log.loads) >= 2
     assert log.clocks[-1].at_ns >= log.loads[-1].at_ns
     sampler.kill()  # one that is gone
@@ -77,7 +77,8 @@ def test_it_hears_another_interval(output: Path, tmp_path: Path, monkeypatch: py
     sampler = SamplerProcess(COMMAND, output, [GPU], interval_ms=60_000)
     assert [gpu.uuid for gpu in until_ready(sampler).header.gpus] == [GPU]
     sampler.set_interval(10)
-    wait_for(lambda: len(read_part(output).samples) > 5 or None)  # in its own time the second would come after a minute
+    # On its own schedule, the second would come after a minute.
+    wait_for(lambda: len(PartReader(output).read().samples) > 5 or None)
     assert sampler.stop(PATIENCE_S) == 0
     sampler.set_interval(10)  # nobody hears it
 
@@ -96,11 +97,11 @@ def test_it_ends_as_soon_as_its_owner_is_gone(output: Path) -> None:
 def test_a_signal_has_it_write_its_last_rows(output: Path, number: signal.Signals) -> None:
     sampler = SamplerProcess(COMMAND, output)
     until_ready(sampler)
-    wait_for(lambda: read_part(output).loads or None)
+    wait_for(lambda: PartReader(output).read().loads or None)
     os.kill(sampler.pid, number)
     assert wait_until_ended(sampler.pid, PATIENCE_S)
     assert sampler.stop(0) == 0
-    assert len(read_part(output).clocks) == 1
+    assert len(PartReader(output).read().clocks) == 1
 
 
 def test_one_that_hangs_is_killed(output: Path) -> None:
@@ -139,7 +140,7 @@ def test_it_prints_nothing_on_stdout(output: Path) -> None:
     command = [*COMMAND, "worker", "--sampler", "--output", str(output)]
     finished = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE_S, check=False)
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, b"", b"")
-    assert read_part(output).loads
+    assert PartReader(output).read().loads
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,122 @@
+"""The functions and types of the public API; `lem` exports them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from lem.cli.report import make_report
+from lem.cli.selection import resolve_run, write_file
+from lem.config.campaign_config import CampaignConfig, slug_of
+from lem.config.load import Loaded, load_campaign
+from lem.orchestration.campaign import CampaignRunner
+from lem.orchestration.executor_choice import choose_executor
+from lem.orchestration.plan import Plan
+from lem.orchestration.resume import RunOptions
+from lem.orchestration.schedule import StopRequest
+from lem.orchestration.session import plan_campaign
+from lem.orchestration.status import Event
+from lem.results.aggregation import Configuration
+from lem.results.compare import Comparison, compare_any
+from lem.results.run import Run, read_run
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """A campaign as it was loaded, validated.
+
+    Attributes:
+        loaded: its configuration, and where every option comes from.
+    """
+
+    loaded: Loaded[CampaignConfig]
+
+    @property
+    def name(self) -> str:
+        """The name in the file."""
+        return self.loaded.config.campaign_name
+
+    def plan(self) -> Plan:
+        """The experiments in the order in which they will run, and which ones were left out and why.
+
+        Raises:
+            LemError: prompts that cannot be used.
+        """
+        return plan_campaign(self.loaded)
+
+    def run(
+        self,
+        on_event: Callable[[Event], None] = lambda _event: None,
+        *,
+        resume: bool | None = None,
+        executor: str = "auto",
+        python: str | None = None,
+    ) -> Run:
+        """Measure the campaign and return its results; those of experiments that failed are missing.
+
+        On the main thread, the first SIGINT or SIGTERM stops the campaign after writing everything.
+
+        Args:
+            on_event: called with every event, in this thread.
+            resume: False starts afresh; by default an unfinished run is resumed.
+            executor: `auto`, `local` or `docker`.
+            python: the Python that has the engines, for the local executor.
+
+        Raises:
+            LemError: the campaign cannot begin, or an error stopped it.
+        """
+        config, plan, stop = self.loaded.config, self.plan(), StopRequest()
+        options = RunOptions(resume=resume, is_yes=True)
+        make_executor = choose_executor(executor, config, plan, python=python).make
+        runner = CampaignRunner(config, plan, make_executor(), on_event, stop, options)
+        is_main = threading.current_thread() is threading.main_thread()
+        with contextlib.closing(stop), stop.installed() if is_main else contextlib.nullcontext():
+            outcome = runner.run()
+        if outcome.error is not None:
+            raise outcome.error
+        return read_run(Path(config.io.results_dir), config.slug, str(outcome.manifest.run_id))
+
+
+def load(path: str | PathLike[str]) -> Campaign:
+    """The campaign in a file, with every experiment file that it names.
+
+    Raises:
+        LemError: a file cannot be read, or is invalid; the message names the place.
+    """
+    return Campaign(load_campaign(Path(path)))
+
+
+def read(results_dir: str | PathLike[str], campaign: str, run: str | None = None) -> Run:
+    """The results of a run of a campaign.
+
+    Args:
+        campaign: its name.
+        run: the ID of the run or the beginning of it; by default the last run.
+
+    Raises:
+        LemError: there is no such campaign or run, or several.
+    """
+    return resolve_run(Path(results_dir), slug_of(campaign), run).read()
+
+
+def compare(a: Run | Configuration, b: Run | Configuration) -> Comparison:
+    """`b` against `a`: two configurations, paired within cycles if they are of one run; or two runs over an anchor.
+
+    Raises:
+        LemError: there is nothing to compare.
+    """
+    return compare_any(a, b)
+
+
+def report(run: Run, path: str | PathLike[str]) -> Path:
+    """Write the report of a run, one HTML page; returns its path.
+
+    Raises:
+        LemError: it cannot be written.
+    """
+    write_file(Path(path), make_report(run))
+    return Path(path)
