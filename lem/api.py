@@ -14,7 +14,7 @@ from lem.cli.selection import resolve_run, write_file
 from lem.config.campaign_config import CampaignConfig, slug_of
 from lem.config.load import Loaded, load_campaign
 from lem.orchestration.campaign import CampaignRunner
-from lem.orchestration.executor_choice import choose_executor
+from lem.orchestration.executor import choose_executor
 from lem.orchestration.plan import Plan
 from lem.orchestration.resume import RunOptions
 from lem.orchestration.schedule import StopRequest

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lem.cli.fleet import FleetPart
     from lem.config.campaign_config import CampaignConfig
     from lem.config.load import Loaded
-    from lem.orchestration.executor_choice import ExecutorChoice
+    from lem.orchestration.executor import ExecutorChoice
     from lem.orchestration.plan import ExpectedDurations, Plan
     from lem.results.run import StoppingRule, Target
 
@@ -125,7 +125,7 @@ def _add_fleet(group: argparse._ArgumentGroup) -> None:
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """The exit code."""
     from lem.cli.plan_view import expected_document, plan_document
-    from lem.orchestration.executor_choice import choose_executor
+    from lem.orchestration.executor import choose_executor
     from lem.orchestration.session import check_supported, plan_campaign
 
     loaded = _load(args)

@@ -33,7 +33,7 @@ from lem.cli.progress import (
 )
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.campaign import CampaignRunner
-from lem.orchestration.executor_choice import ExecutorChoice
+from lem.orchestration.executor import ExecutorChoice
 from lem.orchestration.plan import Plan
 from lem.orchestration.resume import SAY_WHICH, RunOptions, make_rule
 from lem.orchestration.schedule import CampaignOutcome, Scheduler, Stopped, StopRequest

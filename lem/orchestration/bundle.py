@@ -23,7 +23,7 @@ from typing import Any
 from lem.base import __version__, durable
 from lem.base.durable import reason_of, remedy_for, sha256_of
 from lem.base.errors import UserError
-from lem.base.process import run
+from lem.base.process import Finished, run
 from lem.base.units import MIB, some_of
 from lem.orchestration.packing import PYZ_NAME, provide_pyz
 
@@ -34,39 +34,30 @@ NAMESPACE = "lem-bundle"
 _SAVE_TIMEOUT_S = 3600.0
 _TOOL_TIMEOUT_S = 120.0
 _SHOWN = 5
+_AGAIN = "bring it over again"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What goes into a bundle beside lem.pyz.
+    """The contents of a bundle beside lem.pyz."""
 
-    Attributes:
-        images: names of images of the Docker engine here.
-        models: folders of models, each kept under its own name.
-        debs, wheels: files of packages.
-    """
-
-    images: tuple[str, ...] = ()
-    models: tuple[Path, ...] = ()
+    images: tuple[str, ...] = ()  # names in the local Docker engine
+    models: tuple[Path, ...] = ()  # folders, each stored under its own name
     debs: tuple[Path, ...] = ()
     wheels: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
 class Signer:
-    """Whose signature is trusted: a file of allowed signers (ssh-keygen(1)) and the name to look for in it."""
+    """The signer to trust."""
 
-    allowed_signers: Path
-    identity: str
+    allowed_signers: Path  # ssh-keygen(1)
+    identity: str  # a name in that file
 
 
 def make_bundle(folder: Path, contents: Contents, *, sign_key: Path | None = None) -> Path:
-    """The bundle made in `folder`, whole or not there.
-
-    Raises:
-        UserError: one is there, something that was named is not, or the disk refuses.
-    """
+    """Make a bundle in `folder`, completely or not at all."""
     target = folder / f"lem-airgap-{__version__}"
     if target.exists():
         raise UserError(f"{target} is there already", "a bundle is never changed: choose another folder")
@@ -75,7 +66,8 @@ def make_bundle(folder: Path, contents: Contents, *, sign_key: Path | None = Non
         scratch = Path(tempfile.mkdtemp(prefix=durable.TEMPORARY_PREFIX, dir=folder))
         try:
             _fill(scratch, contents)
-            _write_sums(scratch)
+            sums = [f"{sha256_of(scratch / name)}  {name}\n" for name in _files(scratch)]
+            durable.write_text(scratch / SUMS, "".join(sums))
             if sign_key is not None:
                 _sign(scratch, sign_key)
             scratch.chmod(0o755)
@@ -104,15 +96,13 @@ def _fill(scratch: Path, contents: Contents) -> None:
         "schema_version": SCHEMA_VERSION,
         "lem_version": __version__,
         "images": images,
-        "models": sorted(model.name for model in contents.models),
-        "debs": sorted(file.name for file in contents.debs),
-        "wheels": sorted(file.name for file in contents.wheels),
+        **{kind: sorted(path.name for path in getattr(contents, kind)) for kind in ("models", "debs", "wheels")},
     }
     durable.write_json(scratch / MANIFEST, document)
 
 
 def _save_image(name: str, folder: Path) -> dict[str, Any]:
-    """Save an image, compressed by gzip (Docker 20.10 loads nothing newer), and say how it is known."""
+    """Save an image, compressed by gzip (Docker 20.10 loads nothing newer); its entry in the manifest."""
     file = folder / (re.sub(r"[^A-Za-z0-9._-]+", "-", name) + ".tar.gz")
     with tempfile.TemporaryDirectory(prefix=durable.TEMPORARY_PREFIX, dir=folder) as scratch_name:
         saved = Path(scratch_name) / "image.tar"
@@ -127,23 +117,21 @@ def _save_image(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _image_ids(saved: Path) -> dict[str, str | None]:
-    """By which IDs an engine knows the image once it is loaded: overlay2 by its configuration's digest, containerd's
-    store by its manifest's, which only newer engines save.
-    """
+    """The image's id once it is loaded, by store: the digest of its configuration, or (containerd) of its manifest."""
     with tarfile.open(saved) as archive:
         images, index = (_member(archive, name) for name in ("manifest.json", "index.json"))
     config = _first(images).get("Config")
     if not isinstance(config, str):
         raise UserError("docker save wrote an image whose manifest.json names no configuration")
     digest = _first(index.get("manifests") if isinstance(index, dict) else None).get("digest")
-    return {
+    return {  # only newer engines save the manifest's digest
         "overlay2": f"sha256:{PurePosixPath(config).name.removesuffix('.json')}",
         "containerd": digest if isinstance(digest, str) else None,
     }
 
 
 def _member(archive: tarfile.TarFile, name: str) -> Any:
-    """The JSON document of that name; None where there is none."""
+    """The JSON document of that name; None if it does not exist."""
     try:
         stream = archive.extractfile(name)
     except KeyError:
@@ -157,52 +145,42 @@ def _member(archive: tarfile.TarFile, name: str) -> Any:
 
 
 def _first(items: Any) -> dict[str, Any]:
-    """The first object of a list; an empty one where it is something else."""
+    """The first object of a list; {} if there is none."""
     return items[0] if isinstance(items, list) and items and isinstance(items[0], dict) else {}
 
 
-def _write_sums(scratch: Path) -> None:
-    lines = [f"{sha256_of(scratch / name)}  {name}\n" for name in _files(scratch)]
-    durable.write_text(scratch / SUMS, "".join(lines))
-
-
 def _sign(scratch: Path, key: Path) -> None:
-    ended = run(
-        ["ssh-keygen", "-Y", "sign", "-f", str(key), "-n", NAMESPACE, str(scratch / SUMS)], timeout_s=_TOOL_TIMEOUT_S
-    )
+    ended = _ssh_keygen("sign", "-f", str(key), str(scratch / SUMS))
     if ended.code != 0:
         raise UserError(
             f"the bundle cannot be signed with {key}: {ended.stderr.strip()}", "ssh-keygen -t ed25519 makes a key"
         )
 
 
+def _ssh_keygen(action: str, *words: str, stdin: bytes = b"") -> Finished:
+    return run(["ssh-keygen", "-Y", action, "-n", NAMESPACE, *words], timeout_s=_TOOL_TIMEOUT_S, stdin=stdin)
+
+
 def verify_bundle(folder: Path, signer: Signer | None) -> dict[str, Any]:
-    """The manifest of a bundle of which every byte is as it was made.
-
-    Args:
-        signer: who must have signed it; None checks the sums alone.
-
-    Raises:
-        UserError: it is not whole, not signed by the signer, or another file lies in it.
-    """
+    """The manifest of a bundle; UserError unless every byte is as it was made. Without a signer only sums count."""
     try:
         if signer is not None:
             _verify_signature(folder, signer)
         sums = _read_sums(folder)
         present = set(_files(folder)) - {SUMS, SIGNATURE}
         if lost := sorted(set(sums) - present):
-            raise UserError(f"bundle {folder}: lacks {some_of(lost, _SHOWN)}", "bring it over again")
-        if strange := sorted(present - set(sums)):
-            raise UserError(
-                f"bundle {folder}: {some_of(strange, _SHOWN)} is in no list of its sums", "bring it over again"
-            )
+            raise UserError(f"bundle {folder}: lacks {some_of(lost, _SHOWN)}", _AGAIN)
+        if unlisted := sorted(present - set(sums)):
+            raise UserError(f"bundle {folder}: {some_of(unlisted, _SHOWN)} is in no list of its sums", _AGAIN)
         if changed := [name for name, digest in sums.items() if sha256_of(folder / name) != digest]:
-            raise UserError(
-                f"bundle {folder}: changed since it was made: {some_of(changed, _SHOWN)}", "bring it over again"
-            )
-        manifest = _read_manifest(folder)
+            raise UserError(f"bundle {folder}: changed since it was made: {some_of(changed, _SHOWN)}", _AGAIN)
+        manifest = durable.read_json(folder / MANIFEST)
+        if not isinstance(manifest, dict):
+            raise ValueError("expected an object")
     except OSError as error:
         raise UserError(f"bundle {error.filename or folder}: {reason_of(error)}") from error
+    except ValueError as error:
+        raise UserError(f"bundle {folder}: {MANIFEST} is broken: {error}") from error
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
             f"bundle {folder}: its schema is {manifest.get('schema_version')}, this lem reads {SCHEMA_VERSION}"
@@ -210,30 +188,19 @@ def verify_bundle(folder: Path, signer: Signer | None) -> dict[str, Any]:
     return manifest
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = durable.read_json(folder / MANIFEST)
-    except ValueError as error:
-        raise UserError(f"bundle {folder}: {MANIFEST} is broken: {error}") from error
-    if not isinstance(manifest, dict):
-        raise UserError(f"bundle {folder}: {MANIFEST} is broken: expected an object")
-    return manifest
-
-
 def _verify_signature(folder: Path, signer: Signer) -> None:
     if not (folder / SIGNATURE).is_file():
         raise UserError(f"bundle {folder}: it is not signed", "lem bundle make --sign-key KEY")
-    command = ["ssh-keygen", "-Y", "verify", "-f", str(signer.allowed_signers), "-I", signer.identity]
-    command += ["-n", NAMESPACE, "-s", str(folder / SIGNATURE)]
-    ended = run(command, timeout_s=_TOOL_TIMEOUT_S, stdin=(folder / SUMS).read_bytes())
+    words = ("verify", "-f", str(signer.allowed_signers), "-I", signer.identity, "-s", str(folder / SIGNATURE))
+    ended = _ssh_keygen(*words, stdin=(folder / SUMS).read_bytes())
     if ended.code != 0:
-        said = (ended.stderr or ended.stdout).strip()
-        raise UserError(f"bundle {folder}: no valid signature of {signer.identity}: {said}", "trust no byte of it")
+        details = (ended.stderr or ended.stdout).strip()
+        raise UserError(f"bundle {folder}: no valid signature of {signer.identity}: {details}", "trust no byte of it")
 
 
 def _read_sums(folder: Path) -> dict[str, str]:
     sums = {}
-    # A byte that is no UTF-8 makes a line that is no sum, or a name that is not there.
+    # A byte that is not UTF-8 gives an invalid line, or a name that does not exist.
     for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines():
         found = _LINE.fullmatch(line)
         if found is None:
@@ -243,9 +210,9 @@ def _read_sums(folder: Path) -> dict[str, str]:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """The names of all files below, with `/`; a link is refused, since it can lead out of the bundle."""
+    """The names of all files below a folder; a link is refused, since it can lead out of the bundle."""
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
-            raise UserError(f"bundle {folder}: {path.relative_to(folder)} is a link", "bring it over again")
+            raise UserError(f"bundle {folder}: {path.relative_to(folder)} is a link", _AGAIN)
         if path.is_file():
             yield path.relative_to(folder).as_posix()

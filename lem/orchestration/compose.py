@@ -1,375 +1,315 @@
-"""Compose files, and what Compose says of a project."""
+"""Compose files, what lem adds to them, and the project that they describe."""
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import importlib.resources
+import itertools
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import NoneType
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lem.base import durable
-from lem.base.codec import shown
-from lem.base.process import Finished
-from lem.orchestration.docker import CALL_TIMEOUT_S, CONTAINER_HOME, ContainerError, Docker, Mount, explain
+from lem.base.durable import make_folder, reason_of
+from lem.base.errors import UserError
+from lem.base.variables import DATASETS_VARIABLE, HUB_FOLDER_VARIABLE, MODEL_CACHE_VARIABLE
+from lem.config.experiment import ExperimentConfig
+from lem.orchestration.docker import ONE_SERVICE_EACH, ContainerError, Docker
+from lem.orchestration.packing import provide_pyz
+from lem.orchestration.services import PYZ_FOLDER, Service, Services
 
-OLDEST_COMPOSE = (2, 17)
-
-# From here on a value of an override can replace a list instead of adding to it (the !override tag).
-REPLACES_LISTS = (2, 24, 4)
-
-
-@dataclass(frozen=True)
-class ContainerState:
-    """A container of the project, as `ps` tells.
-
-    Attributes:
-        state: `running`, `exited`, `paused`, `restarting`, `created`, `dead`.
-        health: of the engine's own probe: `healthy`, `unhealthy`, `starting`, or empty.
-    """
-
-    service: str
-    state: str
-    container_id: str = ""
-    exit_code: int = 0
-    health: str = ""
-
-    @property
-    def is_running(self) -> bool:
-        """Whether it runs."""
-        return self.state == "running"
-
-    def describe(self) -> str:
-        """`exited with code 137`."""
-        return f"exited with code {self.exit_code}" if self.state in ("exited", "dead") else self.state
-
-
-@dataclass(frozen=True)
-class Service:
-    """What the compose files say of a service.
-
-    Attributes:
-        image: its name; None when it is only built.
-        has_gpu: a GPU is reserved for it.
-    """
-
-    name: str
-    image: str | None
-    has_gpu: bool
-
-
-@dataclass(frozen=True)
-class Compose:
-    """The calls of `docker compose` for one project.
-
-    Attributes:
-        files: later ones are laid over earlier ones.
-        folder: project directory, when it is not the folder of the first file.
-        env_file: variables for the files.
-    """
-
-    docker: Docker = field(repr=False)
-    project: str
-    files: tuple[Path, ...]
-    folder: Path | None = None
-    env_file: Path | None = None
-
-    def arguments(self, *words: str) -> tuple[str, ...]:
-        """The words after `docker`."""
-        options = [word for file in self.files for word in ("--file", str(file))]
-        if self.folder is not None:
-            options += ["--project-directory", str(self.folder)]
-        if self.env_file is not None:
-            options += ["--env-file", str(self.env_file)]
-        return ("compose", "--project-name", self.project, *options, *words)
-
-    def call(self, *words: str, timeout_s: float = CALL_TIMEOUT_S) -> Finished:
-        """A finished call; a failing one is a value.
-
-        Raises:
-            ContainerError: kind `docker`.
-        """
-        return self.docker.call(self.arguments(*words), timeout_s=timeout_s)
-
-    def must(self, *words: str, doing: str, timeout_s: float = CALL_TIMEOUT_S) -> str:
-        """What a call printed.
-
-        Raises:
-            ContainerError: it failed.
-        """
-        return self.docker.must(self.arguments(*words), doing, timeout_s=timeout_s)
-
-    def version(self) -> tuple[int, ...]:
-        """The version of the plugin.
-
-        Raises:
-            ContainerError: kind `docker` or `compose`: there is none, or it is too old.
-        """
-        finished = self.docker.call(("compose", "version", "--short"))
-        found = parse_version(finished.stdout) if finished.code == 0 else None
-        if found is None:
-            # Without the plugin `docker` sees a flag of its own, and each version of it says so in another way.
-            error = explain(finished, "looking for docker compose", otherwise="compose")
-            hint = error.hint if error.kind == "compose" and "install" in error.hint else _INSTALL_COMPOSE
-            raise ContainerError(error.message, hint, kind="compose")
-        if found < OLDEST_COMPOSE:
-            raise ContainerError(
-                f"docker compose {'.'.join(map(str, found))} is too old: 2.17 is due", _INSTALL_COMPOSE, kind="compose"
-            )
-        return found
-
-    def services(self) -> Mapping[str, Service]:
-        """The services of the files, by name.
-
-        Raises:
-            ContainerError: kind `compose_file`, the files are not valid, or a variable that they need is not set.
-        """
-        finished = self.call("config", "--format", "json")
-        if finished.code != 0:
-            error = explain(finished, f"reading {self._names()}", otherwise="compose_file")
-            if error.kind not in ("compose_file", "container"):
-                raise error
-            raise ContainerError(error.message, "mend the file; lem compose prints one that works", kind="compose_file")
-        try:
-            return _decode_services(finished.stdout)
-        except ValueError as error:
-            raise ContainerError(
-                f"`docker compose config` answered something else than a project: {finished.stdout[:120]!r}",
-                "is docker compose 2.17 or newer?",
-                kind="compose",
-            ) from error
-
-    def states(self) -> Mapping[str, ContainerState]:
-        """The containers of the project by their service; those that ended included.
-
-        Raises:
-            ContainerError: the engine cannot be asked.
-        """
-        printed = self.must("ps", "--all", "--format", "json", doing=f"looking at project {self.project}")
-        return {item.service: item for item in decode_states(printed)}
-
-    def _names(self) -> str:
-        return ", ".join(map(str, self.files))
-
-
-_INSTALL_COMPOSE = "install Docker Compose 2.17 or newer: apt-get install docker-compose-plugin, or docker-compose-v2"
-
-
-def parse_version(text: str) -> tuple[int, ...] | None:
-    """The numbers of a version in any of the ways that Compose prints it; None when there is none.
-
-    >>> parse_version("Docker Compose version v2.17.2-desktop.1")
-    (2, 17, 2)
-    """
-    match = re.search(r"v?(\d+)\.(\d+)(?:\.(\d+))?", text)
-    return tuple(int(part) for part in match.groups() if part is not None) if match else None
-
-
-def decode_states(text: str) -> tuple[ContainerState, ...]:
-    """The containers that `ps --format json` printed: one array before Compose 2.21, an object a line since.
-
-    Raises:
-        ContainerError: kind `compose`, the text is neither.
-    """
-    try:
-        return tuple(map(_decode_state, _objects(text)))
-    except ValueError as error:
-        raise ContainerError(
-            f"`docker compose ps` printed something that is not known: {text[:120]!r}",
-            "versions 2.17 to 5 are known",
-            kind="compose",
-        ) from error
-
-
-def _decode_state(item: Any) -> ContainerState:
-    if not isinstance(item, dict) or not {"Service", "State"} <= item.keys():
-        raise ValueError("a container without service or state")
-    exit_code = item.get("ExitCode") or 0
-    if not isinstance(exit_code, (int, str)):
-        raise ValueError("an exit code that is no number")
-    return ContainerState(
-        service=str(item["Service"]),
-        state=str(item["State"]).lower(),
-        container_id=str(item.get("ID", "")),
-        exit_code=int(exit_code),
-        health=str(item.get("Health") or "").lower(),
-    )
-
-
-def _objects(text: str) -> Iterator[Any]:
-    for line in text.splitlines() if not text.lstrip().startswith("[") else [text]:
-        if line.strip():
-            found = json.loads(line)
-            yield from found if isinstance(found, list) else [] if found is None else [found]
-
-
-def _decode_services(text: str) -> dict[str, Service]:
-    """The services that `config --format json` printed, by name.
-
-    Raises:
-        ValueError: the text is something else.
-    """
-    services = _object(json.loads(text), "the project").get("services")
-    found = {}
-    for name, described in _object(services, "services").items():
-        service = _object(described, name)
-        image = service.get("image")
-        if not isinstance(image, (str, NoneType)):
-            raise ValueError(f"{name}: an image that is no text")
-        found[name] = Service(name, image, _has_gpu(service))
-    return found
-
-
-def _object(value: Any, what: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{what}: expected an object, got {shown(value)}")
-    return value
-
-
-def _list(value: Any, what: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"{what}: expected a list, got {shown(value)}")
-    return value
-
-
-def _has_gpu(service: Mapping[str, Any]) -> bool:
-    """Whether a resolved service asks for a GPU, in any of the ways there are.
-
-    Raises:
-        ValueError: it is described in no way that Compose has.
-    """
-    found = service
-    for key in ("deploy", "resources", "reservations"):
-        found = _object(found.get(key) or {}, key)
-    wanted = [_object(item, "a reserved device") for item in _list(found.get("devices") or [], "reserved devices")]
-    if service.get("runtime") == "nvidia" or service.get("gpus"):
-        return True
-    if any("gpu" in _list(item.get("capabilities") or [], "capabilities") for item in wanted):
-        return True
-    if any(item.get("driver") in ("nvidia", "cdi") for item in wanted):
-        return True
-    devices = _list(service.get("devices") or [], "devices")
-    names = (str(item.get("source", "")) if isinstance(item, Mapping) else str(item) for item in devices)
-    return any(name.startswith(("nvidia.com/gpu", "/dev/nvidia")) for name in names)
-
-
+# Every image lets every user write here; the user's own home folder does not exist inside.
+CONTAINER_HOME = "/tmp"  # noqa: S108 - inside a container
 PACKAGED_NAME = "docker-compose.yml"
+OVERRIDE_NAME = "docker-compose.lem.yml"
 _TRIED = ("docker-compose.yml", "docker/docker-compose.yml")
 
-# Compose's own variables, which it heeds only where no --file is given.
+# Compose's own variables, which it ignores if there is a --file.
 _FILES_VARIABLE = "COMPOSE_FILE"
 _SEPARATOR_VARIABLE = "COMPOSE_PATH_SEPARATOR"
 
+# The first version in which an override can replace a list instead of extending it (the !override tag).
+_REPLACES_LISTS = (2, 24, 4)
+# A key for `devices: !override`, since JSON has no tags.
+_REPLACED = "devices!override"
 
-@dataclass(frozen=True)
-class ComposeFiles:
-    """The files that describe the services.
-
-    Attributes:
-        paths: absolute, later ones laid over earlier ones; () is the file that lem brings along.
-    """
-
-    paths: tuple[Path, ...] = ()
-
-    @property
-    def is_packaged(self) -> bool:
-        """Whether it is lem's own."""
-        return not self.paths
-
-    def describe(self) -> str:
-        """The paths, or that it is lem's own."""
-        return ", ".join(map(str, self.paths)) or "the compose file that lem brings along"
-
-    def provide(self, folder: Path) -> tuple[Path, ...]:
-        """The paths; lem's own file is written into `folder` first.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        if self.paths:
-            return self.paths
-        path = folder / PACKAGED_NAME
-        durable.write_text(path, packaged_compose_file())
-        return (path,)
+# Options that name a folder to write to.
+_WRITTEN = frozenset({"engine_cache_dir", "download_dir"})
+# Files of a folder that are checked for links. No model has more; a folder with more is a home folder.
+_MAX_FILES = 10_000
 
 
 def packaged_compose_file() -> str:
-    """The text of the compose file that lem brings along, docker/docker-compose.yml."""
+    """The text of docker/docker-compose.yml, from the package."""
     source = importlib.resources.files("lem.orchestration").joinpath(PACKAGED_NAME)
     return source.read_text(encoding="utf-8")
 
 
 def find_compose_files(
     named: str | os.PathLike[str] | None, folder: Path, environ: Mapping[str, str] = os.environ
-) -> ComposeFiles:
-    """The files named, else those of COMPOSE_FILE, docker-compose.yml, docker/docker-compose.yml, else lem's own.
+) -> tuple[Path, ...]:
+    """The files named, else those of COMPOSE_FILE, else docker-compose.yml here or in docker/, or () (packaged).
 
-    Several are written as in COMPOSE_FILE, with colons between them.
-
-    Args:
-        folder: what relative paths start at.
-
-    Raises:
-        ContainerError: kind `compose_file`, a file named is not there.
+    Several are separated as in COMPOSE_FILE. ContainerError of kind `compose_file` if one that is named is missing.
     """
     text = os.fspath(named) if named is not None else environ.get(_FILES_VARIABLE, "")
-    if text:
-        separator = environ.get(_SEPARATOR_VARIABLE) or os.pathsep
-        paths = [folder / text] if (folder / text).is_file() else [folder / part for part in text.split(separator)]
-        for path in paths:
-            if not path.is_file():
-                origin = "" if named is not None else f" ({_FILES_VARIABLE} names it)"
-                raise ContainerError(
-                    f"{path}: no such compose file{origin}",
-                    "lem compose prints one that works: lem compose > docker-compose.yml",
-                    kind="compose_file",
-                )
-        return ComposeFiles(tuple(path.absolute() for path in paths))
-    found = next((folder / name for name in _TRIED if (folder / name).is_file()), None)
-    return ComposeFiles() if found is None else ComposeFiles((found.absolute(),))
+    if not text:
+        return tuple((folder / name).absolute() for name in _TRIED if (folder / name).is_file())[:1]
+    separator = environ.get(_SEPARATOR_VARIABLE) or os.pathsep
+    paths = [folder / text] if (folder / text).is_file() else [folder / part for part in text.split(separator)]
+    for path in paths:
+        if not path.is_file():
+            origin = "" if named is not None else f" ({_FILES_VARIABLE} names it)"
+            raise ContainerError(
+                f"{path}: no such compose file{origin}",
+                "lem compose prints one that works: lem compose > docker-compose.yml",
+                kind="compose_file",
+            )
+    return tuple(path.absolute() for path in paths)
+
+
+def describe_files(paths: Sequence[Path]) -> str:
+    """The paths, or that the packaged file is used."""
+    return ", ".join(map(str, paths)) or "the compose file that lem brings along"
 
 
 @dataclass(frozen=True)
-class ServiceOverride:
-    """What lem adds to a service of the compose file.
+class Mount:
+    """A folder or file of this machine in a container."""
 
-    Attributes:
-        gpus: UUIDs of the GPUs that are reserved in place of those of the file; () none at all, None as in the file.
-    """
+    source: Path  # absolute
+    target: str
+    is_read_only: bool = True
 
-    user: str
-    working_dir: str
-    environment: Mapping[str, str] = field(default_factory=dict)
-    mounts: Sequence[Mount] = ()
-    gpus: tuple[str, ...] | None = None
+    @classmethod
+    def in_place(cls, path: Path, *, is_read_only: bool = True) -> Mount:
+        """A mount at the same absolute path."""
+        return cls(path.absolute(), str(path.absolute()), is_read_only)
 
-    def to_compose(self) -> dict[str, object]:
-        """The service in an override file, its list of GPUs tagged to replace the one below."""
-        found: dict[str, object] = {
-            "user": self.user,
-            "working_dir": self.working_dir,
-            "pull_policy": "never",
-            "environment": {"HOME": CONTAINER_HOME, **self.environment},
-            "volumes": [mount.to_compose() for mount in self.mounts],
+    def to_compose(self) -> dict[str, Any]:
+        """The long form, in which a missing source is an error; with the short one Docker creates it for root."""
+        return {
+            "type": "bind",
+            "source": str(self.source),
+            "target": self.target,
+            "read_only": self.is_read_only,
+            "bind": {"create_host_path": False},
         }
-        if self.gpus is not None:
-            device = {"driver": "nvidia", "device_ids": list(self.gpus), "capabilities": ["gpu"]}
-            found["deploy"] = {"resources": {"reservations": {_REPLACED: [device] if self.gpus else []}}}
+
+    def covers(self, other: Mount) -> bool:
+        """Whether all of another mount is visible through this one, at the same place."""
+        if other.target == self.target:
+            return other.source == self.source and not self.is_read_only
+        if not Path(other.target).is_relative_to(self.target) or other.is_read_only != self.is_read_only:
+            return False
+        return self.source / Path(other.target).relative_to(self.target) == other.source
+
+
+def without_nested(mounts: Iterable[Mount]) -> tuple[Mount, ...]:
+    """The mounts without those that another one covers."""
+    kept = list(dict.fromkeys(mounts))
+    return tuple(item for item in kept if not any(other.covers(item) for other in kept if other != item))
+
+
+def local_mounts(configs: Iterable[ExperimentConfig]) -> tuple[Mount, ...]:
+    """A mount for each local path that experiments name as a model or in an option of their backend.
+
+    For the file of an external meter it is the folder: a mounted file would not change when the file is replaced.
+    A snapshot of a model hub is a folder of links to files beside it, so the folders that links lead to are mounted.
+    """
+    configs = tuple(configs)
+    found: dict[Mount, None] = {}
+    for name, is_written in sorted({item for config in configs for item in _named_paths(config)}):
+        path = Path(name).expanduser()
+        if is_written:
+            path.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.absolute() != Path("/"):
+            found[Mount(path.absolute(), _target_of(name), is_read_only=not is_written)] = None
+            found.update(dict.fromkeys(_linked(path)))
+    for meter_file in (config.measurement.external_csv for config in configs):
+        if meter_file is not None:
+            folder = Path(meter_file).expanduser().absolute().parent
+            found[Mount(folder, str(PurePosixPath(_target_of(meter_file)).parent))] = None
+    return without_nested(found)
+
+
+def _target_of(name: str) -> str:
+    return f"{CONTAINER_HOME}/{name[2:]}" if name.startswith("~/") else str(Path(name).expanduser().absolute())
+
+
+def _named_paths(config: ExperimentConfig) -> Iterator[tuple[str, bool]]:
+    """Every text that may be a path, and whether it is written to."""
+    document = config.to_dict()
+    pending = [(document.get("model"), False), (document.get(config.backend), False)]
+    while pending:
+        value, is_written = pending.pop()
+        if isinstance(value, Mapping):
+            pending += [(item, key in _WRITTEN) for key, item in value.items()]
+        elif isinstance(value, (list, tuple)):
+            pending += [(item, is_written) for item in value]
+        elif isinstance(value, str) and value.strip():
+            yield value, is_written
+
+
+def _linked(folder: Path) -> Iterator[Mount]:
+    """The folders outside of a folder that links in it lead to."""
+    if not folder.is_dir():
+        return
+    inside = folder.resolve()
+    for path in sorted(itertools.islice(folder.rglob("*"), _MAX_FILES)):
+        if path.is_symlink() and path.exists():
+            target = path.resolve()
+            if not target.is_relative_to(inside):
+                yield Mount.in_place(target if target.is_dir() else target.parent)
+
+
+@dataclass(frozen=True)
+class ComposeProject:
+    """A compose project; nothing is read or started before a method is called."""
+
+    name: str
+    files: tuple[Path, ...]  # absolute, later ones override earlier ones; () is the packaged one
+    state_folder: Path  # for the override, and the packaged compose file if that is used
+    working_dir: Path  # where relative paths start, on this machine and inside
+    results_dir: Path  # writable for every service
+    directory: Path | None = None  # project directory, if it is not the folder of the first file
+    env_file: Path | None = None
+    mounts: tuple[Mount, ...] = ()  # of every service
+    mounts_of: Mapping[str, tuple[Mount, ...]] = field(default_factory=dict)  # of one service
+    # UUIDs of the GPUs of a service; () for none; a service that is missing keeps those of the file.
+    gpus_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
+
+    def prepare(self, names: Sequence[str]) -> Services:
+        """The services, once everything that the named ones need is found or made; nothing is started.
+
+        ContainerError: engine, plugin, compose file, service or image missing. UserError: a folder cannot be written.
+        """
+        Docker(self.environ).info()
+        pyz = provide_pyz(self.environ)
+        variables = self._variables(pyz)
+        docker = Docker(variables)
+        for folder in (self.state_folder, self.results_dir):
+            _make_folder(folder)  # as the user's own: the engine would make it root's
+        base = self._base(docker)
+        version = docker.compose_version()
+        if missing := [name for name in names if name not in base.described]:
+            raise ContainerError(
+                f"{describe_files(self.files)} has no service {', '.join(missing)};"
+                f" it has {', '.join(base.described) or 'none'}",
+                ONE_SERVICE_EACH,
+                kind="service",
+            )
+        # The folder of models that the packaged file mounts; if it cannot be made, Compose reports that where needed.
+        with contextlib.suppress(OSError):
+            cache = Path(variables.get(MODEL_CACHE_VARIABLE) or "~/.cache/huggingface")
+            cache.expanduser().mkdir(parents=True, exist_ok=True)
+        override = self._write_override({name: self._service_override(name, pyz, version) for name in names})
+        services = replace(base, files=(*base.files, override), pyz=PYZ_FOLDER / pyz.name, images={})
+        services.images.update({name: _image_id(docker, services.described[name]) for name in names})
+        return services
+
+    def described(self) -> Mapping[str, Service]:
+        """The services of the compose files, whatever else is missing; ContainerError if the files are not valid."""
+        return self._base(Docker(self._variables(None))).described
+
+    def existing(self) -> Services:
+        """The services as an earlier start left them, to check them and take them down."""
+        files = self.files or (self.state_folder / PACKAGED_NAME,)
+        # Without any file Compose finds the containers by the name of the project.
+        found = tuple(path for path in (*files, self.state_folder / OVERRIDE_NAME) if path.is_file())
+        docker = Docker(self._variables(None))
+        return Services(docker, self.name, found, self.directory, self.env_file)
+
+    def _base(self, docker: Docker) -> Services:
+        if self.files:
+            return Services(docker, self.name, self.files, self.directory, self.env_file)
+        path = self.state_folder / PACKAGED_NAME
+        try:
+            durable.write_text(path, packaged_compose_file())
+        except OSError as error:
+            raise UserError(f"cannot write into {self.state_folder}: {reason_of(error)}") from error
+        # In the packaged file, relative paths and a file called .env belong to the user's folder.
+        return Services(docker, self.name, (path,), self.working_dir, self.env_file)
+
+    def _variables(self, pyz: Path | None) -> dict[str, str]:
+        """The environment of `docker`: this one, and the variables of docker/docker-compose.yml."""
+        own = {"LEM_RESULTS_DIR": self.results_dir, "LEM_UID": os.getuid(), "LEM_GID": os.getgid()}
+        own |= {} if pyz is None else {"LEM_PYZ_DIR": pyz.parent}
+        found = {**self.environ, "DOCKER_CLI_HINTS": "false", **{name: str(value) for name, value in own.items()}}
+        if gpus := sorted({uuid for uuids in self.gpus_of.values() for uuid in uuids}):
+            found["LEM_GPU_IDS"] = ",".join(gpus)
+        if cache := found.get(MODEL_CACHE_VARIABLE) or found.get(HUB_FOLDER_VARIABLE):
+            found[MODEL_CACHE_VARIABLE] = str(Path(cache).expanduser().absolute())
+        return found
+
+    def _write_override(self, services: Mapping[str, Any]) -> Path:
+        """Write the override file. It contains no secret: those go through the channel of the worker."""
+        text = json.dumps({"services": services}, indent=2, ensure_ascii=False)
+        # JSON is YAML, except that a dollar sign would begin a variable.
+        text = text.replace("$", "$$").replace(f'"{_REPLACED}": ', '"devices": !override ')
+        path = self.state_folder / OVERRIDE_NAME
+        try:
+            durable.write_text(
+                path, f"# Written by lem at every start of a campaign; it goes on top of the compose file.\n{text}\n"
+            )
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {reason_of(error)}") from error
+        return path
+
+    def _service_override(self, name: str, pyz: Path, version: tuple[int, ...]) -> dict[str, Any]:
+        """What lem adds to a service of the compose files."""
+        user = _user_name()
+        environment = {"HOME": CONTAINER_HOME, "USER": user, "LOGNAME": user}
+        mounts = [Mount(pyz.parent, str(PYZ_FOLDER)), Mount.in_place(self.results_dir, is_read_only=False)]
+        mounts += [*self.mounts, *self.mounts_of.get(name, ())]
+        datasets = self.environ.get(DATASETS_VARIABLE)
+        if datasets and (folder := Path(datasets).expanduser().absolute()).is_dir():
+            environment[DATASETS_VARIABLE] = str(folder)
+            mounts.append(Mount.in_place(folder))
+        found: dict[str, Any] = {
+            "user": f"{os.getuid()}:{os.getgid()}",
+            "working_dir": str(self.working_dir),
+            "pull_policy": "never",
+            "environment": environment,
+            "volumes": [mount.to_compose() for mount in without_nested(mounts)],
+        }
+        gpus = self.gpus_of.get(name)
+        # In older versions only LEM_GPU_IDS, which the packaged file uses, selects GPUs.
+        if gpus is not None and version >= _REPLACES_LISTS:
+            device = {"driver": "nvidia", "device_ids": list(gpus), "capabilities": ["gpu"]}
+            found["deploy"] = {"resources": {"reservations": {_REPLACED: [device] if gpus else []}}}
         return found
 
 
-# A key that stands for `devices: !override`: JSON has no tags.
-_REPLACED = "devices!override"
+def _image_id(docker: Docker, service: Service) -> str:
+    if service.image is None:
+        raise ContainerError(
+            f"service {service.name} names no image", "give it a name beside `build:`, and build it", kind="image"
+        )
+    found = docker.image_id(service.image)
+    if found is None:
+        raise ContainerError(
+            f"image {service.image} of service {service.name} is not there; nothing is pulled during a campaign",
+            f"docker pull {service.image}, or build or load it; lem doctor shows what is missing",
+            kind="image",
+        )
+    return found
 
 
-def render_override(services: Mapping[str, ServiceOverride]) -> str:
-    """The override file. It holds no secret: those go through the channel of the worker."""
-    document = {"services": {name: service.to_compose() for name, service in services.items()}}
-    text = json.dumps(document, indent=2, ensure_ascii=False)
-    # Every JSON text is YAML. A dollar sign would begin a variable.
-    text = text.replace("$", "$$").replace(f'"{_REPLACED}": ', '"devices": !override ')
-    return f"# Written by lem at every start of a campaign; it goes on top of the compose file.\n{text}\n"
+def _make_folder(folder: Path) -> None:
+    try:
+        make_folder(folder)
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {reason_of(error)}", "choose another folder") from error
+
+
+def _user_name() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a uid without a name: OSError since Python 3.13
+        return "lem"

@@ -1,43 +1,46 @@
-"""Long-running containers, one service a backend, and experiments sent into them by `docker compose exec`."""
+"""Long-running containers, one service per backend, and experiments sent into them by `docker compose exec`."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from lem.base.errors import UserError
 from lem.base.reasons import Reason
+from lem.base.units import some_of
 from lem.config.campaign_config import slug_of
 from lem.meters.nvml import GpuReading, GpuState
-from lem.orchestration.compose import find_compose_files
+from lem.orchestration.compose import ComposeProject, Mount, find_compose_files
 from lem.orchestration.dispatch import Worker
-from lem.orchestration.docker import ContainerError, Mount, explain
-from lem.orchestration.doctor import some_shown
+from lem.orchestration.docker import ContainerError, explain
 from lem.orchestration.packing import cache_folder
-from lem.orchestration.services import UP_TIMEOUT_S, ComposeProject, Services
+from lem.orchestration.services import UP_TIMEOUT_S, Services, describe
 from lem.worker.guardian import new_mark
 
 __all__ = ["ContainerError", "ContainerHealthStatus", "ContainerManager", "bare_project"]
 
+_logger = logging.getLogger(__name__)
 
 _GB = 1e9
+_MAX_SHOWN = 4
 
-# What NVML says in a container from which the GPU was taken away while it ran.
+# NVML's errors in a container whose GPU was taken away while it ran.
 _LOST = frozenset({"Unknown Error", "Not Found", "Insufficient Permissions"})
 
 
 @dataclass(frozen=True)
 class ContainerHealthStatus:
-    """How a container is.
+    """The health of a service.
 
     Attributes:
-        reason: why, in words, also when it is healthy.
+        reason: why, also if it is healthy.
         gpu_memory_used_gb, gpu_memory_total_gb: over its GPUs, in 10⁹ bytes; None without a GPU or an answer.
     """
 
@@ -49,10 +52,7 @@ class ContainerHealthStatus:
 
 
 def gpu_loss(reading: GpuReading) -> Reason | None:
-    """How a container that was given a GPU has lost it; None when it sees it.
-
-    A reading that failed in a way that is not known is a loss too: what cannot be read cannot be measured.
-    """
+    """How a container with a reserved GPU has lost it; an unknown error counts, since nothing can be measured then."""
     if reading.error is not None:
         return Reason.of("gpu_unplugged" if reading.error in _LOST else "gpu_lost", error=reading.error)
     return None if reading.gpus else Reason.of("gpu_gone")
@@ -64,34 +64,30 @@ def judge(
     """The health of a container with a GPU that has answered.
 
     Args:
-        own_pids: processes of lem's own worker as the host numbers them; what they hold does not count.
-        gpu_memory_threshold_pct: memory in use on any one GPU from which on it is unhealthy.
+        own_pids: processes of lem's own worker as the host numbers them; their memory does not count.
+        gpu_memory_threshold_pct: memory in use on any one GPU at which it becomes unhealthy.
     """
-    lost = gpu_loss(reading)
-    if lost is not None:
+    if (lost := gpu_loss(reading)) is not None:
         return ContainerHealthStatus(service, healthy=False, reason=lost.text)
     used_gb = sum(gpu.memory_used_b for gpu in reading.gpus) / _GB
     total_gb = sum(gpu.memory_total_b for gpu in reading.gpus) / _GB
     worst = max(reading.gpus, key=lambda gpu: _foreign_pct(gpu, own_pids))
     worst_pct = _foreign_pct(worst, own_pids)
     healthy = worst_pct < gpu_memory_threshold_pct
-    whose = "by others" if _holds_any(worst, own_pids) else "in use"
+    others = [str(item.pid) for item in worst.processes if item.pid not in own_pids]
+    whose = "by others" if len(others) < len(worst.processes) else "in use"
     reason = f"{worst_pct:.0f} % of the memory of GPU {worst.index} is held {whose}"
     if not healthy:
-        reason += f", the threshold is {gpu_memory_threshold_pct:g} %{_by_whom(worst, own_pids)}"
+        reason += f", the threshold is {gpu_memory_threshold_pct:g} %"
+        reason += f"; processes {some_of(others, _MAX_SHOWN)}" if others else ""
     return ContainerHealthStatus(service, healthy, reason, used_gb, total_gb)
 
 
-def holders(readings: Sequence[GpuReading], pids: Collection[int]) -> tuple[int, ...]:
-    """Which of these processes still have a context on a GPU."""
-    found = {item.pid for reading in readings for gpu in reading.gpus for item in gpu.processes}
-    return tuple(sorted(found & set(pids)))
-
-
 def _foreign_pct(gpu: GpuState, own_pids: Collection[int]) -> float:
-    """Memory in use that is not lem's own; all of it lem's where the driver does not tell shares and nobody else runs.
+    """Memory in use that is not lem's own.
 
-    NVIDIA's driver counts contexts in `memory_used_b` and in the processes' shares alike.
+    NVIDIA's driver counts contexts in `memory_used_b` and in the processes' shares alike. Some drivers report no
+    shares; all memory is then lem's if all processes are.
     """
     if gpu.memory_total_b <= 0:
         return 0.0
@@ -102,23 +98,11 @@ def _foreign_pct(gpu: GpuState, own_pids: Collection[int]) -> float:
     return 100.0 * max(0, gpu.memory_used_b - own_b) / gpu.memory_total_b
 
 
-def _holds_any(gpu: GpuState, pids: Collection[int]) -> bool:
-    return any(item.pid in pids for item in gpu.processes)
-
-
-def _by_whom(gpu: GpuState, own_pids: Collection[int]) -> str:
-    others = [str(item.pid) for item in gpu.processes if item.pid not in own_pids]
-    return f"; processes {some_shown(others)}" if others else ""
-
-
-_logger = logging.getLogger(__name__)
-
-
 class ContainerManager:
     """The containers of one compose project.
 
-    Nothing is looked at or started before a method needs it. Paths that an experiment names work inside as they do
-    here, as far as they lie below `project_dir`, or are mounted by the project given.
+    Nothing is read or started before a method needs it. Paths in an experiment are valid inside if they are below
+    `project_dir`, or mounted by the given project.
     """
 
     def __init__(
@@ -132,37 +116,26 @@ class ContainerManager:
         """Set it up.
 
         Args:
-            compose_file: the file, or several with colons between them; None looks for one.
+            compose_file: the file, or several separated by colons; None searches for one.
             project_dir: where relative paths start; None is the working directory.
-            project: all of it, when it is more than a file.
+            project: replaces all of these, if more than a file has to be described.
         """
-        self._compose_file = compose_file
-        self._project_dir = project_dir
+        self._find_project = functools.partial(bare_project, compose_file, project_dir, environ)
         self._project = project
-        self._environ = environ
         self._services: Services | None = None
-        self._prepared: tuple[str, ...] = ()
         self._restarts: Counter[str] = Counter()
         self._workers: dict[str, list[Worker]] = {}
 
     @property
     def project(self) -> ComposeProject:
-        """The compose project.
-
-        Raises:
-            ContainerError: kind `compose_file`, the file is not there.
-        """
+        """The compose project; ContainerError if its file does not exist."""
         if self._project is None:
-            self._project = bare_project(self._compose_file, self._project_dir, self._environ)
+            self._project = self._find_project()
         return self._project
 
     @property
     def services(self) -> Services:
-        """The services as they were prepared, or as an earlier manager left them.
-
-        Raises:
-            ContainerError: kind `compose_file`.
-        """
+        """The services as they were prepared, or as an earlier manager left them."""
         if self._services is None:
             self._services = self.project.existing()
         return self._services
@@ -170,19 +143,18 @@ class ContainerManager:
     @property
     def restarts(self) -> Mapping[str, int]:
         """How often each service was restarted to recover it."""
-        return dict(self._restarts)
+        return self._restarts
 
-    def prepare(self, backends: Iterable[str]) -> Services:
-        """The services, with everything there that these backends need; they are not started.
+    def prepare(self, backends: Collection[str]) -> Services:
+        """The services, once everything that these backends need is found; they are not started.
 
         Raises:
-            ContainerError: something is missing: engine, plugin, file, service, image.
+            ContainerError: engine, plugin, file, service or image missing.
             UserError: a file or folder cannot be written.
         """
-        wanted = tuple(dict.fromkeys((*self._prepared, *backends)))
-        if self._services is None or wanted != self._prepared:
-            self._services = self.project.prepare(wanted)
-            self._prepared = wanted
+        known = {} if self._services is None else self._services.images
+        if self._services is None or not known.keys() >= set(backends):
+            self._services = self.project.prepare(tuple(dict.fromkeys((*known, *backends))))
         return self._services
 
     def start_services(self, backends: Iterable[str], wait: bool = True, *, recreate: bool = False) -> None:
@@ -190,7 +162,7 @@ class ContainerManager:
 
         Args:
             wait: until each one answers, at most a minute.
-            recreate: replace containers that are there, whatever they hold.
+            recreate: replace existing containers, whatever state they are in.
 
         Raises:
             ContainerError: a `RuntimeError`; something is missing, or a container does not answer.
@@ -204,7 +176,7 @@ class ContainerManager:
                 services.await_answer(name)
 
     def is_service_running(self, service: str) -> bool:
-        """Whether the container of a service runs; False also when nobody can say."""
+        """Whether the container of a service runs; False also if Docker does not answer."""
         try:
             state = self.services.state(service)
         except UserError as error:
@@ -219,12 +191,12 @@ class ContainerManager:
         extra_args: Sequence[str] | None = None,
         env_vars: Mapping[str, str] | None = None,
     ) -> tuple[str, int]:
-        """What `lem experiment CONFIG --yes` printed in a running service, and its exit code.
+        """The output and exit code of `lem experiment CONFIG --yes` in a running service.
 
-        When it could not run at all: why, and 1. It is ended with this process, however that ends.
+        If it could not run at all: the reason, and 1. It ends with this process, however that ends.
 
         Args:
-            env_vars: for its environment; they are on no command line.
+            env_vars: for its environment; they appear on no command line.
         """
         if not self.is_service_running(service):
             return f"service {service} is not running", 1
@@ -235,15 +207,14 @@ class ContainerManager:
             return error.message, 1
 
     def check_health(self, service: str, gpu_memory_threshold_pct: float = 90.0) -> ContainerHealthStatus:
-        """How a service is: it runs, it answers, and its GPUs are there with room for an engine.
+        """The health of a service: it runs, it answers, and its GPUs are there with room for an engine.
 
-        Memory that lem's own worker holds does not count. Without a GPU it is healthy when it answers.
+        Memory of lem's own worker does not count. Without a reserved GPU a service is healthy if it answers.
         """
         try:
             state = self.services.state(service)
             if state is None or not state.is_running:
-                reason = "it has no container" if state is None else f"its container is {state.describe()}"
-                return ContainerHealthStatus(service, healthy=False, reason=reason)
+                return ContainerHealthStatus(service, healthy=False, reason=describe(state))
             reading = self.services.read_gpus(service)
             if not self.services.has_gpu(service):
                 return ContainerHealthStatus(service, healthy=True, reason="it answers, and has no GPU")
@@ -254,14 +225,11 @@ class ContainerManager:
         return judge(service, reading, own, gpu_memory_threshold_pct)
 
     def restart_service(self, service: str, gpu_memory_threshold_pct: float = 90.0) -> bool:
-        """Whether a service is healthy again after a restart, or else in a new container."""
+        """Whether a service is healthy after a restart, or else in a new container."""
         return self._restarted(service, gpu_memory_threshold_pct).healthy
 
     def _restarted(self, service: str, gpu_memory_threshold_pct: float) -> ContainerHealthStatus:
-        """The health after a restart and, if that did not help, in a new container.
-
-        A restart keeps what the container was made of, its GPUs included; a new container does not.
-        """
+        """A restart keeps the container, its GPUs included; if that does not help, the container is replaced."""
         for step in (Services.restart, Services.recreate):
             try:
                 step(self.services, service)
@@ -278,10 +246,10 @@ class ContainerManager:
     def check_and_recover(
         self, service: str, gpu_memory_threshold_pct: float = 90.0, max_restarts: int = 3
     ) -> ContainerHealthStatus:
-        """The health of a service after as many restarts as it needs and may have.
+        """The health of a service, restarted while it is unhealthy and restarts are left.
 
         Args:
-            max_restarts: for each service, over the life of this manager, which is one campaign.
+            max_restarts: per service, over the life of this manager, which is one campaign.
         """
         status = self.check_health(service, gpu_memory_threshold_pct)
         while not status.healthy and self._restarts[service] < max_restarts:
@@ -292,20 +260,18 @@ class ContainerManager:
         return status
 
     def teardown(self, timeout: float = 30) -> None:
-        """Stop and remove the containers and the network of the project; what is not there is fine.
+        """Stop and remove the containers and the network of the project, if there are any.
 
         Args:
-            timeout: seconds that a container has to stop by itself.
+            timeout: seconds for a container to stop by itself.
         """
         words = ("down", "--remove-orphans", "--timeout", str(max(0, round(timeout))))
         try:
-            finished = self.services.compose.call(*words, timeout_s=timeout + UP_TIMEOUT_S)
+            finished = self.services.call(*words, timeout_s=timeout + UP_TIMEOUT_S)
+            if finished.code != 0:
+                raise explain(finished, f"taking down project {self.project.name}")
         except UserError as error:
             _logger.warning("containers may be left: %s", error.message)
-            return
-        if finished.code != 0:
-            left = explain(finished, f"taking down project {self.project.name}")
-            _logger.warning("containers may be left: %s", left.message)
 
     def __enter__(self) -> ContainerManager:
         return self
@@ -315,21 +281,21 @@ class ContainerManager:
     ) -> None:
         self.teardown()
 
-    def open_worker(self, service: str) -> Worker:
-        """A worker that runs in a service, which has to run; not started yet."""
+    def worker_in(self, service: str, make: Callable[..., Worker] = Worker) -> Worker:
+        """A worker in a running service, not started yet; its memory counts as lem's own while it is open.
+
+        Args:
+            make: called as `Worker` is.
+        """
         services, mark = self.services, new_mark()
-        worker = Worker(
-            services.worker_command(service, mark),
-            env=services.compose.docker.env,
+        worker = make(
+            ("docker", *services.exec_words(service, "worker", mark=mark)),
+            env=services.docker.env,
             shares_pids=False,
             backstop=lambda: services.clear(service, mark),
         )
-        self.adopt(service, worker)
-        return worker
-
-    def adopt(self, service: str, worker: Worker) -> None:
-        """Take note of a worker in a service: what it holds while it is open is lem's own."""
         self._workers.setdefault(service, []).append(worker)
+        return worker
 
 
 def bare_project(
@@ -337,10 +303,10 @@ def bare_project(
     project_dir: str | os.PathLike[str] | None,
     environ: Mapping[str, str] = os.environ,
 ) -> ComposeProject:
-    """The project of a compose file alone: its folder can be read inside, and `results` in it written.
+    """The project of a compose file: its folder is readable inside, and `results` in it writable.
 
     Raises:
-        ContainerError: kind `compose_file`, there is no such file.
+        ContainerError: kind `compose_file`, the file does not exist.
     """
     folder = Path(project_dir or ".").absolute()
     # Two folders of the same name are two projects.

@@ -1,8 +1,8 @@
 """Dividing a campaign over hosts. Pure.
 
-All cycles of a configuration run on one host, so that cards are never mixed in one interval. Longest first on the host
-that has least to do (Graham 1969: at most 4/3 of the best possible). One configuration, the cheapest, runs on every
-host: the anchor, by which a merge sees whether the hosts are alike.
+All cycles of a configuration run on one host, so that no interval mixes cards. The longest goes first, to the host with
+the least to do (Graham 1969: at most 4/3 of the optimum). One configuration, the cheapest, runs on every host: the
+anchor, by which a merge checks whether the hosts are alike.
 """
 
 from __future__ import annotations
@@ -16,16 +16,10 @@ from lem.config.experiment import ExperimentConfig
 from lem.orchestration.plan import CampaignExperiment, Plan
 from lem.results.merge import REPLICATE, SHARD, FleetPlan, HostPart, PlannedExperiment
 
-_SHARD = re.compile(r"([0-9]{1,5})/([0-9]{1,5})")
-
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """Which part of how many, from 1: `2/3`.
-
-    Raises:
-        UserError: it is not that.
-    """
-    found = _SHARD.fullmatch(text)
+    """Index, from 1, and count of `2/3`."""
+    found = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", text)
     index, count = (int(found[1]), int(found[2])) if found else (0, 0)
     if not 1 <= index <= count:
         raise UserError(f"--shard {text}: I/N is due, with I from 1 to N", "the second of three hosts: --shard 2/3")
@@ -33,23 +27,24 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def divide(costs: Mapping[str, float], count: int) -> tuple[str | None, tuple[frozenset[str], ...]]:
-    """The anchor, and the configurations of each host, the anchor among them.
+    """The anchor, and the configurations of each host, the anchor included; a single host has all and no anchor.
 
-    Args:
-        costs: by config_hash, how long a configuration takes; equal ones in the order of the mapping.
-        count: of hosts; a single one has all and no anchor.
+    `costs` is by config_hash; equal ones are dealt in its order.
     """
     if count == 1:
         return None, (frozenset(costs),)
     anchor = min(costs, key=lambda name: costs[name])
     parts: list[set[str]] = [{anchor} for _ in range(count)]
-    loads = [0.0] * count
-    for name in sorted(costs, key=lambda name: -costs[name]):
-        if name != anchor:
-            least = loads.index(min(loads))
-            parts[least].add(name)
-            loads[least] += costs[name]
+    _deal({name: cost for name, cost in costs.items() if name != anchor}, parts, [0.0] * count)
     return anchor, tuple(frozenset(part) for part in parts)
+
+
+def _deal(costs: Mapping[str, float], parts: Sequence[set[str]], loads: list[float]) -> None:
+    """Add each name to a part, the costliest first, to the part with the least load."""
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        least = loads.index(min(loads))
+        parts[least].add(name)
+        loads[least] += costs[name]
 
 
 def make_fleet_plan(
@@ -62,17 +57,11 @@ def make_fleet_plan(
     is_replicated: bool = False,
     measured_by_config: Mapping[str, float] | None = None,
 ) -> FleetPlan:
-    """The plan divided over the hosts.
+    """The plan divided over the hosts; every host runs all of it if it is replicated.
 
-    Args:
-        is_replicated: every host runs all of it.
-        measured_by_config: seconds of an experiment by config_hash, from earlier results.
-
-    Raises:
-        UserError: no host, or one twice.
+    `measured_by_config` is the seconds of an experiment by config_hash, from earlier results.
     """
-    if not hosts or len(set(hosts)) != len(hosts):
-        raise UserError(f"hosts {', '.join(hosts) or '(none)'}: at least one is due, and each once")
+    _check_hosts(hosts)
     costs = costs_of(plan.configurations, measured_by_config or {})
     anchor, parts = (None, (frozenset(costs),) * len(hosts)) if is_replicated else divide(costs, len(hosts))
     cycles = plan.execution.cycles
@@ -99,49 +88,43 @@ def make_fleet_plan(
     )
 
 
+def _check_hosts(hosts: Sequence[str]) -> None:
+    if not hosts or len(set(hosts)) != len(hosts):
+        raise UserError(f"hosts {', '.join(hosts) or '(none)'}: at least one is due, and each once")
+
+
 def plan_anew(
     stored: FleetPlan,
     hosts: Sequence[str],
     present: Collection[tuple[str, str]],
     costs: Mapping[str, float] | None = None,
 ) -> FleetPlan:
-    """A plan of the same run for these hosts, in which what lacks and was another host's is divided among them.
+    """A plan of the same run for these hosts, over which the missing results of all other hosts are divided.
 
-    What a host has measured stays its own. A configuration of which anything lacks on a host that is not among these
-    is run by one of them in all its cycles, so that no interval mixes hosts.
-
-    Args:
-        present: host and exp_id of each experiment that has a result.
-        costs: by config_hash, how long a configuration takes; all the same when not given.
-
-    Raises:
-        UserError: no host, one twice, or every host runs everything.
+    What a host has measured stays its own. A configuration that is incomplete on a host that is not one of these is
+    run by one of them in all its cycles, so that no interval mixes hosts. `present` holds host and exp_id of each
+    result, `costs` is by config_hash; without it all cost the same.
     """
-    if not hosts or len(set(hosts)) != len(hosts):
-        raise UserError(f"hosts {', '.join(hosts) or '(none)'}: at least one is due, and each once")
+    _check_hosts(hosts)
     if stored.mode == REPLICATE:
         raise UserError("in a replicated campaign nobody can do another host's part", "call the playbook again instead")
     hash_of = {item.exp_id: item.config_hash for item in stored.experiments}
+    cost = {digest: (costs or {}).get(digest, 1.0) for digest in hash_of.values()}
     parts = {host.name: {hash_of[exp_id] for exp_id in host.exp_ids} for host in stored.hosts}
     lost: set[str] = set()
     for host in stored.hosts:
         if host.name not in hosts:
-            lacking = {hash_of[exp_id] for exp_id in host.exp_ids if (host.name, exp_id) not in present}
-            lost |= lacking - {stored.anchor}
-            parts[host.name] -= lacking
-    chosen = {name: parts.get(name, set()) | ({stored.anchor} if stored.anchor else set()) for name in hosts}
-    cost = {digest: (costs or {}).get(digest, 1.0) for digest in hash_of.values()}
-    loads = {
-        name: sum(
-            cost[hash_of[exp_id]] for exp_id in hash_of if hash_of[exp_id] in part and (name, exp_id) not in present
-        )
+            missing = {hash_of[exp_id] for exp_id in host.exp_ids if (host.name, exp_id) not in present}
+            lost |= missing - {stored.anchor}
+            parts[host.name] -= missing
+    anchors = {stored.anchor} if stored.anchor else set()
+    chosen = {name: parts.get(name, set()) | anchors for name in hosts}
+    loads = [
+        sum(cost[digest] for exp_id, digest in hash_of.items() if digest in part and (name, exp_id) not in present)
         for name, part in chosen.items()
-    }
-    cycles = {digest: sum(other == digest for other in hash_of.values()) for digest in lost}
-    for digest in sorted(lost, key=lambda item: (-cost[item], item)):
-        least = min(chosen, key=lambda name: loads[name])
-        chosen[least].add(digest)
-        loads[least] += cost[digest] * cycles[digest]
+    ]
+    digests = list(hash_of.values())
+    _deal({digest: cost[digest] * digests.count(digest) for digest in sorted(lost)}, list(chosen.values()), loads)
     kept = {host.name: parts[host.name] for host in stored.hosts if host.name not in hosts}
     return dataclasses.replace(
         stored,
@@ -154,30 +137,22 @@ def plan_anew(
 
 
 def part_of_plan(plan: Plan, index: int, count: int) -> Plan:
-    """The part of a plan that needs no stored one: every host that knows the campaign divides it the same way."""
-    _, parts = divide(costs_of(plan.configurations, {}), count)
-    return _reduced(plan, [item for item in plan.experiments if item.config_hash in parts[index - 1]])
+    """The part of a plan without a stored one: every host that has the campaign file divides it the same way."""
+    part = divide(costs_of(plan.configurations, {}), count)[1][index - 1]
+    return dataclasses.replace(plan, experiments=tuple(item for item in plan.experiments if item.config_hash in part))
 
 
 def take_part(plan: Plan, fleet_plan: FleetPlan, index: int, count: int | None) -> Plan:
-    """The part of a plan that a stored one gives to the host of that number, from 1.
-
-    Raises:
-        UserError: the stored plan is not of this campaign, or not for so many hosts.
-    """
+    """The part of a plan that a stored one gives to the host of an index, from 1."""
     check_same(plan, fleet_plan)
     if count is not None and count != len(fleet_plan.hosts):
         raise UserError(f"the stored plan is for {len(fleet_plan.hosts)} hosts, not for {count}")
     chosen = set(fleet_plan.part(index).exp_ids)
-    return _reduced(plan, [item for item in plan.experiments if item.exp_id in chosen])
+    return dataclasses.replace(plan, experiments=tuple(item for item in plan.experiments if item.exp_id in chosen))
 
 
 def check_same(plan: Plan, stored: FleetPlan) -> None:
-    """See that a stored plan is of this campaign.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Raise UserError unless the stored plan is of this campaign."""
     if stored.config_hash != plan.config_hash:
         raise UserError(
             f"the stored plan is of another state of the campaign ({stored.config_hash}, here {plan.config_hash})",
@@ -185,12 +160,8 @@ def check_same(plan: Plan, stored: FleetPlan) -> None:
         )
 
 
-def _reduced(plan: Plan, experiments: Sequence[CampaignExperiment]) -> Plan:
-    return dataclasses.replace(plan, experiments=tuple(experiments))
-
-
 def costs_of(configurations: Sequence[CampaignExperiment], measured: Mapping[str, float]) -> dict[str, float]:
-    """By config_hash, what each configuration costs: in seconds where earlier results tell of some, else in tokens."""
+    """The cost of each configuration by config_hash: in seconds if earlier results measured some, else in tokens."""
     work = {item.config_hash: _work(item.config) for item in configurations}
     known = [measured[digest] / work[digest] for digest in work if digest in measured]
     scale = sum(known) / len(known) if known else 1.0
@@ -198,7 +169,7 @@ def costs_of(configurations: Sequence[CampaignExperiment], measured: Mapping[str
 
 
 def _work(config: ExperimentConfig) -> float:
-    """Tokens to make; reading one costs far less than making one, and how much less is the engine's affair."""
+    """Tokens to generate; reading one costs far less, and how much less depends on the engine."""
     source = config.dataset or config.prompts
     count = getattr(source, "sample_size", None) or 1
     return float(count * (config.max_output_tokens + config.max_input_tokens / 32))

@@ -1,38 +1,28 @@
-"""The compose project of a campaign, and its services."""
+"""The services of one compose project: `docker compose`, and lem inside the containers."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import getpass
 import json
 import logging
-import os
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
-from lem.base import durable, process
-from lem.base.durable import make_folder, reason_of
-from lem.base.errors import UserError
-from lem.base.variables import DATASETS_VARIABLE, HUB_FOLDER_VARIABLE, MARK_VARIABLE, MODEL_CACHE_VARIABLE
+from lem.base import process
+from lem.base.codec import shown
+from lem.base.process import Finished
+from lem.base.variables import MARK_VARIABLE
 from lem.meters.nvml import GpuReading
-from lem.orchestration.compose import (
-    PACKAGED_NAME,
-    REPLACES_LISTS,
-    Compose,
-    ComposeFiles,
-    ContainerState,
-    Service,
-    ServiceOverride,
-    render_override,
-)
-from lem.orchestration.docker import ContainerError, Docker, Mount, explain, without_nested
-from lem.orchestration.packing import PYZ_NAME, provide_pyz
+from lem.orchestration.docker import CALL_TIMEOUT_S, ContainerError, Docker, explain
+from lem.orchestration.packing import PYZ_NAME
 from lem.worker.guardian import new_mark
 
+T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 # Containers start in a second or two; a GPU that has to wake up, or an engine under load, takes longer.
@@ -44,95 +34,124 @@ STOP_GRACE_S = 5
 EXPERIMENT_TIMEOUT_S = 2 * 3600.0
 _POLL_S = 0.2
 _LOG_LINES = 5
+PYZ_FOLDER = PurePosixPath("/opt/lem")
+
+
+@dataclass(frozen=True)
+class ContainerState:
+    """A container of the project, as `ps` describes it."""
+
+    service: str
+    state: str  # running, exited, paused, restarting, created, dead
+    container_id: str = ""
+    exit_code: int = 0
+
+    @property
+    def is_running(self) -> bool:
+        return self.state == "running"
+
+    def describe(self) -> str:
+        return f"exited with code {self.exit_code}" if self.state in ("exited", "dead") else self.state
+
+
+def describe(state: ContainerState | None) -> str:
+    """`its container is exited with code 137`."""
+    return "it has no container" if state is None else f"its container is {state.describe()}"
+
+
+@dataclass(frozen=True)
+class Service:
+    """A service as the compose files describe it."""
+
+    name: str
+    image: str | None  # None: it is built, without a name
+    has_gpu: bool  # a GPU is reserved for it
 
 
 @dataclass(frozen=True)
 class Services:
-    """The services of one project.
+    """The services of one project; every method raises ContainerError if the engine or a container fails."""
 
-    Attributes:
-        pyz: path of lem.pyz inside every container.
-        images: the id of each service's image, as far as it was looked up.
-    """
+    docker: Docker = field(repr=False)
+    project: str
+    files: tuple[Path, ...]  # later ones override earlier ones
+    folder: Path | None = None  # project directory, if it is not the folder of the first file
+    env_file: Path | None = None
+    pyz: PurePosixPath = PYZ_FOLDER / PYZ_NAME  # in every container
+    images: dict[str, str] = field(default_factory=dict)  # image ids by service, as far as they were looked up
 
-    compose: Compose
-    pyz: PurePosixPath
-    images: Mapping[str, str]
+    def arguments(self, *words: str) -> tuple[str, ...]:
+        """The words after `docker`."""
+        options = [word for file in self.files for word in ("--file", str(file))]
+        if self.folder is not None:
+            options += ["--project-directory", str(self.folder)]
+        if self.env_file is not None:
+            options += ["--env-file", str(self.env_file)]
+        return ("compose", "--project-name", self.project, *options, *words)
+
+    def call(self, *words: str, timeout_s: float = CALL_TIMEOUT_S) -> Finished:
+        """A finished call of `docker compose`, also a failed one."""
+        return self.docker.call(*self.arguments(*words), timeout_s=timeout_s)
+
+    def must(self, *words: str, doing: str, timeout_s: float = CALL_TIMEOUT_S) -> str:
+        """The output of a call of `docker compose` that has to succeed."""
+        finished = self.call(*words, timeout_s=timeout_s)
+        if finished.code != 0:
+            raise explain(finished, doing)
+        return finished.stdout
 
     @functools.cached_property
     def described(self) -> Mapping[str, Service]:
-        """The services as the compose files describe them.
-
-        Raises:
-            ContainerError: kind `compose_file`.
-        """
-        return self.compose.services()
+        """The services of the compose files; ContainerError of kind `compose_file` if those are not valid."""
+        finished = self.call("config", "--format", "json")
+        if finished.code != 0:
+            doing = f"reading {', '.join(map(str, self.files))}"
+            error = explain(finished, doing, otherwise="compose_file")
+            if error.kind != "compose_file":
+                raise error
+            raise ContainerError(error.message, "mend the file; lem compose prints one that works", kind="compose_file")
+        try:
+            return _decode_services(finished.stdout)
+        except ValueError as error:
+            raise ContainerError(
+                f"`docker compose config` answered something else than a project: {finished.stdout[:120]!r}",
+                "is docker compose 2.17 or newer?",
+                kind="compose",
+            ) from error
 
     def has_gpu(self, service: str) -> bool:
-        """Whether a GPU is reserved for a service.
-
-        Raises:
-            ContainerError: the compose files cannot be read, or have no such service.
-        """
+        """Whether a GPU is reserved for a service."""
         if service not in self.described:
             raise ContainerError(f"no such service: {service}", kind="service")
         return self.described[service].has_gpu
 
     def state(self, service: str) -> ContainerState | None:
-        """The container of a service; None when there is none.
-
-        Raises:
-            ContainerError: the engine cannot be asked.
-        """
-        return self.compose.states().get(service)
+        """The container of a service, running or not; None if there is none."""
+        printed = self.must("ps", "--all", "--format", "json", doing=f"looking at project {self.project}")
+        return {item.service: item for item in decode_states(printed)}.get(service)
 
     def pids(self, service: str) -> frozenset[int]:
-        """The processes in a service's container as the host numbers them; empty when it does not run."""
+        """The processes in a service's container as the host numbers them."""
         state = self.state(service)
-        return frozenset() if state is None else self.compose.docker.pids(state.container_id)
+        return frozenset() if state is None else self.docker.pids(state.container_id)
 
-    def was_out_of_memory(self, service: str, since_s: float, until_s: float) -> bool:
-        """Whether the kernel killed something in a service's container for want of memory; as `Docker`'s."""
-        state = self.state(service)
-        return state is not None and self.compose.docker.was_out_of_memory(state.container_id, since_s, until_s)
-
-    # Starting and ending
-
-    def start(self, names: Iterable[str], *, recreate: bool = False) -> None:
-        """Start services; containers that are what the files say are left as they are.
-
-        Raises:
-            ContainerError: they cannot be started.
-        """
-        wanted = tuple(names)
-        options = ("--force-recreate",) if recreate else ()
-        doing = f"starting {', '.join(wanted)}"
-        self.compose.must("up", "--detach", "--no-build", *options, *wanted, doing=doing, timeout_s=UP_TIMEOUT_S)
+    def start(self, names: Sequence[str], *, recreate: bool = False) -> None:
+        """Start services; without `recreate`, containers that match the files are kept."""
+        words = ("up", "--detach", "--no-build", *(("--force-recreate",) if recreate else ()))
+        self.must(*words, *names, doing=f"starting {', '.join(names)}", timeout_s=UP_TIMEOUT_S)
 
     def restart(self, service: str) -> None:
-        """Restart a container as it was made.
-
-        Raises:
-            ContainerError: it cannot be restarted.
-        """
+        """Restart a container as it was made."""
         words = ("restart", "--timeout", str(STOP_GRACE_S), service)
-        self.compose.must(*words, doing=f"restarting {service}", timeout_s=UP_TIMEOUT_S)
+        self.must(*words, doing=f"restarting {service}", timeout_s=UP_TIMEOUT_S)
 
     def recreate(self, service: str) -> None:
-        """Put a new container in the place of one, whatever state that is in.
-
-        Raises:
-            ContainerError: it cannot be made.
-        """
+        """Replace a container, whatever state it is in."""
         words = ("up", "--detach", "--no-build", "--no-deps", "--force-recreate", "--timeout", str(STOP_GRACE_S))
-        self.compose.must(*words, service, doing=f"replacing the container of {service}", timeout_s=UP_TIMEOUT_S)
+        self.must(*words, service, doing=f"replacing the container of {service}", timeout_s=UP_TIMEOUT_S)
 
     def await_answer(self, service: str) -> None:
-        """Return when a service answers.
-
-        Raises:
-            ContainerError: it ended, or did not answer in time.
-        """
+        """Return when lem answers in a service, within a minute."""
         deadline = time.monotonic() + ANSWER_TIMEOUT_S
         while True:
             try:
@@ -141,86 +160,64 @@ class Services:
                 state = self.state(service)
                 is_starting = state is not None and state.state in ("running", "restarting", "created")
                 if not is_starting or time.monotonic() >= deadline:
-                    raise self._silence(service, state, error) from error
+                    raise self._no_answer(service, state, error) from error
             else:
                 return
             time.sleep(_POLL_S)
 
-    def _silence(self, service: str, state: ContainerState | None, error: ContainerError) -> ContainerError:
-        described = "it has no container" if state is None else f"its container is {state.describe()}"
-        logs = self.compose.call("logs", "--no-log-prefix", "--no-color", "--tail", str(_LOG_LINES), service)
-        said = " / ".join(line.strip() for line in logs.stdout.splitlines() if line.strip())
-        message = f"{service} does not answer: {described}; {error.message}" + (f"; it printed: {said}" if said else "")
-        return ContainerError(message, error.hint, kind=error.kind)
+    def _no_answer(self, service: str, state: ContainerState | None, error: ContainerError) -> ContainerError:
+        logs = self.call("logs", "--no-log-prefix", "--no-color", "--tail", str(_LOG_LINES), service)
+        printed = " / ".join(line.strip() for line in logs.stdout.splitlines() if line.strip())
+        message = f"{service} does not answer: {describe(state)}; {error.message}"
+        return ContainerError(message + (f"; it printed: {printed}" if printed else ""), error.hint, kind=error.kind)
 
     # lem inside
 
-    def exec_command(
-        self, service: str, *arguments: str, variables: Mapping[str, str] | None = None
-    ) -> tuple[str, ...]:
-        """The command that runs lem in a service.
-
-        Args:
-            variables: for its environment, on the command line: nothing secret.
-        """
-        options = [word for name, value in (variables or {}).items() for word in ("--env", f"{name}={value}")]
-        # -T: no terminal, so that its stdin is the pipe that it is given.
-        words = ("exec", "-T", *options, service, "python3", "-u", str(self.pyz), *arguments)
-        return ("docker", *self.compose.arguments(*words))
-
-    def worker_command(self, service: str, mark: str) -> tuple[str, ...]:
-        """The command of a worker in a service, all of whose processes bear a mark."""
-        return self.exec_command(service, "worker", variables={MARK_VARIABLE: mark})
+    def exec_words(self, service: str, *arguments: str, mark: str | None = None) -> tuple[str, ...]:
+        """The words after `docker` that run lem in a service, all of its processes with a mark in their environment."""
+        options = () if mark is None else ("--env", f"{MARK_VARIABLE}={mark}")
+        # -T: no terminal, so that stdin is the pipe that it is given.
+        return self.arguments("exec", "-T", *options, service, "python3", "-u", str(self.pyz), *arguments)
 
     def read_gpus(self, service: str) -> GpuReading:
-        """What NVML says inside a running service.
-
-        Raises:
-            ContainerError: it does not answer.
-        """
+        """What NVML reports inside a running service."""
         doing = f"asking {service}"
-        finished = self._call_lem(service, "gpus", "--json", timeout_s=PROBE_TIMEOUT_S)
+        finished = self.docker.call(*self.exec_words(service, "gpus", "--json"), timeout_s=PROBE_TIMEOUT_S)
         if finished.code != 0:
             raise explain(finished, doing)
         try:
-            return _decode_reading(finished.stdout)
+            # An image may print lines of its own first.
+            document = json.loads(finished.stdout.splitlines()[-1]) if finished.stdout else None
+            return GpuReading.from_dict(_checked(dict, document))
         except ValueError as error:
             raise ContainerError(f"{doing}: it answered {finished.stdout[:120]!r}") from error
 
     def clear(self, service: str, mark: str) -> None:
-        """See that nothing is left of a worker: kill what bears its mark, or else put a new container in the place."""
+        """End every process with a worker's mark, if need be by replacing the container."""
         try:
-            if self._call_lem(service, "worker", "--end-marked", mark, timeout_s=KILL_TIMEOUT_S).code == 0:
+            words = self.exec_words(service, "worker", "--end-marked", mark)
+            if self.docker.call(*words, timeout_s=KILL_TIMEOUT_S).code == 0:
                 return
             _logger.warning("%s: its processes cannot be ended from inside; the container is replaced", service)
-            self.compose.call("kill", service, timeout_s=KILL_TIMEOUT_S)
+            self.call("kill", service, timeout_s=KILL_TIMEOUT_S)
             self.recreate(service)
         except ContainerError as error:
             _logger.warning("%s: processes of its worker may be left: %s", service, error.message)
 
-    def run_tethered(self, service: str, arguments: Sequence[str], variables: Mapping[str, str]) -> tuple[str, int]:
-        """What lem printed in a service, and its exit code; it ends with this process, however that ends.
+    def run_tethered(self, service: str, arguments: Iterable[str], variables: Mapping[str, str]) -> tuple[str, int]:
+        """The output and exit code of lem in a service; it ends with this process, however that ends.
 
-        Args:
-            variables: for its environment; they go through its stdin.
-
-        Raises:
-            UserError: there is no docker command.
+        The variables, which may be secret, reach its environment through stdin.
         """
         mark = new_mark()
-        command = self.exec_command(service, "worker", "--tether", *arguments, variables={MARK_VARIABLE: mark})
+        command = ("docker", *self.exec_words(service, "worker", "--tether", *arguments, mark=mark))
         with contextlib.ExitStack() as stack:
             output = stack.enter_context(tempfile.TemporaryFile())
-            child = process.spawn(
-                command,
-                env=self.compose.docker.env,
-                stdout=output.fileno(),
-                stderr=output.fileno(),
-                new_session=True,
-            )
+            descriptor = output.fileno()
+            child = process.spawn(command, env=self.docker.env, stdout=descriptor, stderr=descriptor, new_session=True)
             stack.callback(process.kill_group, child.pid)
             if child.stdin is not None:
-                stack.enter_context(child.stdin)  # held open: its end is what ends the command inside
+                stack.enter_context(child.stdin)  # held open: the command inside ends when it closes
                 with contextlib.suppress(BrokenPipeError):
                     child.stdin.write(json.dumps(dict(variables)).encode() + b"\n")
             try:
@@ -232,213 +229,65 @@ class Services:
             output.seek(0)
             return output.read().decode("utf-8", "replace"), code
 
-    def _call_lem(self, service: str, *arguments: str, timeout_s: float) -> process.Finished:
-        return self.compose.docker.call(self.exec_command(service, *arguments)[1:], timeout_s=timeout_s)
 
-
-def _decode_reading(printed: str) -> GpuReading:
-    """The reading in the last line of what `lem gpus --json` printed; what stands before it is an image's own.
-
-    Raises:
-        ValueError: it is none.
-    """
-    lines = printed.splitlines()
-    document = json.loads(lines[-1]) if lines else None
-    if not isinstance(document, dict):
-        raise ValueError("it is no object")
-    return GpuReading.from_dict(document)
-
-
-PYZ_FOLDER = PurePosixPath("/opt/lem")
-OVERRIDE_NAME = "docker-compose.lem.yml"
-
-
-@dataclass(frozen=True)
-class ComposeProject:
-    """A compose project that is not looked at yet.
-
-    Attributes:
-        state_folder: where the override is written, and lem's own compose file when it is used.
-        working_dir: where relative paths start, on this machine and inside.
-        directory: project directory, when it is not the folder of the first file.
-        results_dir: written to by every service.
-        mounts: seen by every service, beside its own of `mounts_of`.
-        gpus_of: UUIDs of the GPUs of a service; () for none; a service that is missing keeps those of the file.
-    """
-
-    name: str
-    files: ComposeFiles
-    state_folder: Path
-    working_dir: Path
-    results_dir: Path
-    directory: Path | None = None
-    env_file: Path | None = None
-    mounts: tuple[Mount, ...] = ()
-    mounts_of: Mapping[str, tuple[Mount, ...]] = field(default_factory=dict)
-    gpus_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
-
-    def prepare(self, names: Iterable[str]) -> Services:
-        """The services of the project, with everything there that these ones need; nothing is started.
-
-        Raises:
-            ContainerError: kind `docker`, `daemon`, `rights`, `compose`, `compose_file`, `service` or `image`.
-            UserError: a file or folder cannot be written.
-        """
-        wanted = tuple(dict.fromkeys(names))
-        Docker(self.environ).info()
-        pyz = provide_pyz(self.environ)
-        docker = Docker(self._variables(pyz))
-        _make_folder(self.state_folder)
-        _make_folder(self.results_dir)
-        base = self._base(docker)
-        version = base.version()
-        self._check_services(base.services(), wanted)
-        override = self._write_override(wanted, pyz, version)
-        compose = replace(base, files=(*base.files, override))
-        described = compose.services()
-        images = {name: self._image_id(docker, described[name]) for name in wanted}
-        return Services(compose, PYZ_FOLDER / pyz.name, images)
-
-    def described(self) -> Mapping[str, Service]:
-        """The services of the compose files, whatever else is missing.
-
-        Raises:
-            ContainerError: kind `docker` or `compose_file`.
-            UserError: lem's own file cannot be written down.
-        """
-        return self._base(Docker(self._variables(None))).services()
-
-    def existing(self) -> Services:
-        """The services as an earlier start left them, for looking at them and taking them down."""
-        override = self.state_folder / OVERRIDE_NAME
-        docker = Docker(self._variables(None))
-        files = self.files.paths or (self.state_folder / PACKAGED_NAME,)
-        # Without any file Compose finds the containers by the name of the project alone.
-        there = tuple(path for path in (*files, override) if path.is_file())
-        return Services(Compose(docker, self.name, there, self.directory, self.env_file), PYZ_FOLDER / PYZ_NAME, {})
-
-    def _base(self, docker: Docker) -> Compose:
-        try:
-            paths = self.files.provide(self.state_folder)
-        except OSError as error:
-            raise UserError(f"cannot write into {self.state_folder}: {reason_of(error)}") from error
-        # Relative paths in lem's own file, and a file called .env, belong to where the person is.
-        directory = self.working_dir if self.files.is_packaged else self.directory
-        return Compose(docker, self.name, paths, directory, self.env_file)
-
-    def _variables(self, pyz: Path | None) -> dict[str, str]:
-        """The environment of `docker`: this one, and the variables of docker/docker-compose.yml."""
-        found = {**self.environ, "DOCKER_CLI_HINTS": "false", "LEM_RESULTS_DIR": str(self.results_dir)}
-        found |= {"LEM_UID": str(os.getuid()), "LEM_GID": str(os.getgid())}
-        if pyz is not None:
-            found["LEM_PYZ_DIR"] = str(pyz.parent)
-        gpus = sorted({uuid for uuids in self.gpus_of.values() for uuid in uuids})
-        if gpus:
-            found["LEM_GPU_IDS"] = ",".join(gpus)
-        cache = found.get(MODEL_CACHE_VARIABLE) or found.get(HUB_FOLDER_VARIABLE)
-        if cache:
-            found[MODEL_CACHE_VARIABLE] = str(Path(cache).expanduser().absolute())
-        return found
-
-    def _check_services(self, there: Mapping[str, Service], wanted: Iterable[str]) -> None:
-        missing = [name for name in wanted if name not in there]
-        if missing:
-            raise ContainerError(
-                f"{self.files.describe()} has no service {', '.join(missing)}; it has {', '.join(there) or 'none'}",
-                "a backend runs in the service of its name; lem compose prints a file that has them all",
-                kind="service",
-            )
-
-    def _write_override(self, names: Iterable[str], pyz: Path, version: tuple[int, ...]) -> Path:
-        path = self.state_folder / OVERRIDE_NAME
-        text = render_override({name: self._override(name, pyz, version) for name in names})
-        _make_model_cache(self._variables(pyz))
-        try:
-            durable.write_text(path, text)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {reason_of(error)}") from error
-        return path
-
-    def _override(self, name: str, pyz: Path, version: tuple[int, ...]) -> ServiceOverride:
-        gpus = self.gpus_of.get(name)
-        if gpus is not None and version < REPLACES_LISTS:
-            # LEM_GPU_IDS, which lem's own file heeds, is all that can be done.
-            _logger.debug("docker compose %s cannot replace the GPUs of a file", ".".join(map(str, version)))
-            gpus = None
-        user = _user_name()
-        environment = {"USER": user, "LOGNAME": user}
-        datasets = self._datasets_dir()
-        if datasets is not None:
-            environment[DATASETS_VARIABLE] = str(datasets)
-        return ServiceOverride(
-            user=f"{os.getuid()}:{os.getgid()}",
-            working_dir=str(self.working_dir),
-            environment=environment,
-            mounts=self._mounts(name, pyz),
-            gpus=gpus,
-        )
-
-    def _mounts(self, name: str, pyz: Path) -> tuple[Mount, ...]:
-        datasets = self._datasets_dir()
-        found = [
-            Mount(pyz.parent, str(PYZ_FOLDER)),
-            Mount.in_place(self.results_dir, is_read_only=False),
-            *self.mounts,
-            *self.mounts_of.get(name, ()),
-        ]
-        if datasets is not None:
-            found.append(Mount.in_place(datasets))
-        return without_nested(found)
-
-    def _datasets_dir(self) -> Path | None:
-        named = self.environ.get(DATASETS_VARIABLE)
-        folder = Path(named).expanduser().absolute() if named else None
-        return folder if folder is not None and folder.is_dir() else None
-
-    def _image_id(self, docker: Docker, service: Service) -> str:
-        """The id of a service's image.
-
-        Raises:
-            ContainerError: kind `image`, it is not there.
-        """
-        if service.image is None:
-            raise ContainerError(
-                f"service {service.name} names no image", "give it a name beside `build:`, and build it", kind="image"
-            )
-        found = docker.image_id(service.image)
-        if found is None:
-            raise ContainerError(
-                f"image {service.image} of service {service.name} is not there; nothing is pulled during a campaign",
-                f"docker pull {service.image}, or build or load it; lem doctor shows what is missing",
-                kind="image",
-            )
-        return found
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a folder, as the caller's own: the engine would make it root's.
-
-    Raises:
-        UserError: it cannot be made.
-    """
+def decode_states(text: str) -> tuple[ContainerState, ...]:
+    """The output of `ps --format json`: one array before Compose 2.21, one object per line since."""
     try:
-        make_folder(folder)
-    except OSError as error:
-        raise UserError(f"cannot make {folder}: {reason_of(error)}", "choose another folder") from error
+        return tuple(map(_decode_state, _objects(text)))
+    except ValueError as error:
+        raise ContainerError(
+            f"`docker compose ps` printed something that is not known: {text[:120]!r}",
+            "versions 2.17 to 5 are known",
+            kind="compose",
+        ) from error
 
 
-def _make_model_cache(variables: Mapping[str, str]) -> None:
-    """Make the folder of models that lem's own compose file mounts; one that cannot be made is told when it is due."""
-    folder = Path(variables.get(MODEL_CACHE_VARIABLE) or "~/.cache/huggingface").expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        _logger.debug("%s: %s", folder, error.strerror)
+def _decode_state(item: Any) -> ContainerState:
+    found = _checked(dict, item)
+    exit_code = found.get("ExitCode") or 0
+    if not {"Service", "State"} <= found.keys() or not isinstance(exit_code, (int, str)):
+        raise ValueError("a container without service or state, or with an invalid exit code")
+    return ContainerState(
+        str(found["Service"]), str(found["State"]).lower(), str(found.get("ID", "")), exit_code=int(exit_code)
+    )
 
 
-def _user_name() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a uid without a name: OSError since Python 3.13
-        return "lem"
+def _objects(text: str) -> Iterator[Any]:
+    for line in text.splitlines() if not text.lstrip().startswith("[") else [text]:
+        if line.strip():
+            found = json.loads(line)
+            yield from found if isinstance(found, list) else [] if found is None else [found]
+
+
+def _decode_services(text: str) -> dict[str, Service]:
+    """The output of `config --format json`; ValueError if it is something else."""
+    found = {}
+    for name, described in _checked(dict, _checked(dict, json.loads(text)).get("services")).items():
+        service = _checked(dict, described)
+        image = None if service.get("image") is None else _checked(str, service["image"])
+        found[name] = Service(name, image, _has_gpu(service))
+    return found
+
+
+def _checked(kind: type[T], value: Any) -> T:
+    if not isinstance(value, kind):
+        raise ValueError(f"expected {kind.__name__}, got {shown(value)}")
+    return value
+
+
+def _has_gpu(service: Mapping[str, Any]) -> bool:
+    """Whether a resolved service asks for a GPU, in any of Compose's ways."""
+    found = service
+    for key in ("deploy", "resources", "reservations"):
+        found = _checked(dict, found.get(key) or {})
+    for item in _checked(list, found.get("devices") or []):
+        device = _checked(dict, item)
+        if "gpu" in _checked(list, device.get("capabilities") or []) or device.get("driver") in (
+            "nvidia",
+            "cdi",
+        ):
+            return True
+    devices = _checked(list, service.get("devices") or [])
+    names = (str(item.get("source", "")) if isinstance(item, Mapping) else str(item) for item in devices)
+    is_passed_on = any(name.startswith(("nvidia.com/gpu", "/dev/nvidia")) for name in names)
+    return is_passed_on or service.get("runtime") == "nvidia" or bool(service.get("gpus"))

@@ -59,7 +59,7 @@ def test_memory_of_others_is_held_against_the_threshold(rig, manager, threshold_
 
 
 def test_memory_of_a_worker_of_our_own_does_not_count(rig, manager):
-    worker = manager.open_worker(SERVICE)
+    worker = manager.worker_in(SERVICE)
     try:
         worker.open()
         pid = rig.pids_inside()[0]

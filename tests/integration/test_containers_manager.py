@@ -98,7 +98,7 @@ def test_a_restarted_service_is_the_same_container_and_a_broken_one_is_not(
 
 
 def test_a_worker_is_opened_and_nothing_of_it_stays(rig: ContainerRig, manager: ContainerManager) -> None:
-    worker = manager.open_worker("pytorch")
+    worker = manager.worker_in("pytorch")
     worker.open()
     assert worker.environment["torch"] == "1.0"
     assert len(rig.workers_inside()) == 1

@@ -88,10 +88,8 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[list[list[int]
 def cut_output(generated: Sequence[int], max_tokens: int, end_ids: Set[int]) -> tuple[int, ...]:
     """A row of a batch up to and including its end, and never beyond its bound.
 
-    A row that ended before the batch is padded; one without an end was generated further.
-
-    Args:
-        end_ids: ids that end a sequence; none if they are ignored.
+    A row that ended before the batch is padded; one without an end was generated further. No ids end it if ends are
+    ignored.
     """
     for index, token in enumerate(generated[:max_tokens]):
         if token in end_ids:
@@ -102,13 +100,9 @@ def cut_output(generated: Sequence[int], max_tokens: int, end_ids: Set[int]) -> 
 FOUR_BIT_OPTIONS = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
 # Arguments that transformers reads from the assistant's own generation config and nowhere else.
-_ASSISTANT_ARGUMENTS = frozenset(
-    {
-        "num_assistant_tokens_schedule",
-        "assistant_confidence_threshold",
-        "assistant_lookbehind",
-        "target_lookbehind",
-    }
+_ASSISTANT_ARGUMENTS = (
+    *("num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+    *("assistant_lookbehind", "target_lookbehind"),
 )
 
 # Modes of torch.compile that record CUDA graphs on a GPU (its reference, torch.compile, mode).
@@ -117,27 +111,21 @@ _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 # Caches that `generate` makes by name; the others it knows are old names, which it turns into one of these.
 _CACHES = ("dynamic", "static", "offloaded", "offloaded_static", "quantized")
 
+
+def _set_by(section: str, *names: str) -> dict[str, str]:
+    return {name: f"is set by {section}.{name}" for name in names}
+
+
 _MOVED = "transformers moved it out into code that is fetched from a hub"
 _OUTPUT = "lem reads the tokens alone"
 # Why an argument of `generate` is not taken from `extra`.
 _REFUSED: Mapping[str, str] = MappingProxyType(
     {
-        "max_length": "is set by max_output_tokens",
-        "max_new_tokens": "is set by max_output_tokens",
-        "min_length": "is set by min_output_tokens",
-        "min_new_tokens": "is set by min_output_tokens",
-        "do_sample": "is set by decoder.do_sample",
-        "temperature": "is set by decoder.temperature",
-        "top_k": "is set by decoder.top_k",
-        "top_p": "is set by decoder.top_p",
-        "repetition_penalty": "is set by decoder.repetition_penalty",
-        "min_p": "is set by pytorch.min_p",
-        "no_repeat_ngram_size": "is set by pytorch.no_repeat_ngram_size",
-        "num_beams": "is set by pytorch.beam_search.num_beams",
-        "length_penalty": "is set by pytorch.beam_search.length_penalty",
-        "early_stopping": "is set by pytorch.beam_search.early_stopping",
-        "use_cache": "is set by pytorch.use_cache",
-        "cache_implementation": "is set by pytorch.cache_implementation",
+        **dict.fromkeys(("max_length", "max_new_tokens"), "is set by max_output_tokens"),
+        **dict.fromkeys(("min_length", "min_new_tokens"), "is set by min_output_tokens"),
+        **_set_by("decoder", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty"),
+        **_set_by("pytorch", "min_p", "no_repeat_ngram_size", "use_cache", "cache_implementation"),
+        **_set_by("pytorch.beam_search", "num_beams", "length_penalty", "early_stopping"),
         "compile_config": "is set by pytorch.torch_compile",
         "num_assistant_tokens": "is set by pytorch.assisted_generation.num_tokens",
         "prompt_lookup_num_tokens": "is set by pytorch.assisted_generation.num_tokens",
@@ -287,11 +275,7 @@ def _extra(section: PyTorchConfig) -> dict[str, Any]:
 
 
 def check_options(config: ExperimentConfig, facts: EngineFacts) -> None:
-    """Refuse everything that is not supported here, at once; what only a run can show is tried after the load.
-
-    Raises:
-        OptionRefused: see `refuse`.
-    """
+    """Refuse everything that is not supported here, at once; what only a run can show is tried after the load."""
     section = section_of(config)
     refusals = [*_loading(section, facts), *_running(config, section, facts), *_refused_extra(section, facts)]
     if config.model.adapter is not None and (missing := facts.missing("peft")):

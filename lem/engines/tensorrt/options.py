@@ -5,6 +5,7 @@ Imports no TensorRT-LLM.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,10 +135,9 @@ def _given(config: ExperimentConfig) -> dict[str, Any]:
 def engine_arguments(
     config: ExperimentConfig, facts: EngineFacts, model: str, tokenizer: str | None = None, drafter: str | None = None
 ) -> dict[str, Any]:
-    """Keywords of LLM; its KvCacheConfig and DraftTargetDecodingConfig as keywords too.
+    """Keywords of LLM, with keywords in place of its KvCacheConfig and DraftTargetDecodingConfig.
 
-    Args:
-        model, tokenizer, drafter: folders; None for the model's own tokenizer, and without a drafting model.
+    Model, tokenizer and drafter are folders; None for the model's own tokenizer, and without a drafting model.
     """
     longest_input, longest_output = lengths_of(config)
     arguments: dict[str, Any] = {
@@ -187,11 +187,7 @@ def idle_options(config: ExperimentConfig) -> tuple[Reason, ...]:
 
 
 def check_options(config: ExperimentConfig, facts: EngineFacts) -> None:
-    """Refuse everything that is not supported here, at once.
-
-    Raises:
-        OptionRefused: see `refuse`.
-    """
+    """Refuse everything that is not supported here, at once; raises OptionRefused."""
     section, default = section_of(config), TensorRTConfig()
     refusals = [
         Refusal(f"tensorrt.{name}", reason)
@@ -244,14 +240,7 @@ def _extra(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
 
 
 def refuse_differences(config: ExperimentConfig, arguments: Any, facts: EngineFacts) -> None:
-    """Refuse the load if TensorRT-LLM silently changed a value.
-
-    Args:
-        arguments: the engine's own, `LLM.args`.
-
-    Raises:
-        OptionRefused: see `refuse_changes`.
-    """
+    """Refuse the load if TensorRT-LLM silently changed a value in `arguments`, its `LLM.args`."""
     pairs: dict[str, tuple[Any, Any]] = {
         "fp_precision": (config.fp_precision, look_up(arguments, "dtype")),
         "tensorrt.max_output_len": (sum(lengths_of(config)), look_up(arguments, "max_seq_len")),
@@ -265,7 +254,7 @@ def refuse_differences(config: ExperimentConfig, arguments: Any, facts: EngineFa
 
 
 def describe_effective(config: ExperimentConfig, arguments: Any) -> dict[str, Any]:
-    """The effective configuration as JSON values, see `EngineReport`; `arguments` are the engine's own."""
+    """The effective configuration, see `EngineReport`; `arguments` are the engine's own."""
     section: dict[str, Any] = section_of(config).to_dict()
     section |= {name: plain(look_up(arguments, place)) for name, place in OPTIONS.items()}
     section["max_input_len"], section["max_output_len"] = lengths_of(config)
@@ -299,6 +288,8 @@ def _describe(arguments: Any) -> dict[str, Any]:
 
 
 # --- checkpoints, which the PyTorch flow takes as they are
+
+_broken = functools.partial(EngineError, hint="download the checkpoint again", kind="model", is_permanent=True)
 
 # The files that describe one, with the sections that are read.
 _FILES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -349,21 +340,10 @@ def _check_object(value: Any, where: str) -> None:
         raise _broken(f"{where}: expected an object, got {shown(value)}")
 
 
-def _broken(message: str) -> EngineError:
-    return EngineError(message, "download the checkpoint again", kind="model", is_permanent=True)
-
-
 def check_checkpoint(config: ExperimentConfig, documents: Mapping[str, Any], facts: EngineFacts) -> None:
-    """Refuse a checkpoint of another type or quantization than requested, or with code that would run without consent.
-
-    Raises:
-        OptionRefused: names what was requested and what was found.
-    """
-    refuse(
-        _against_checkpoint(config, documents),
-        facts,
-        "ask for what the checkpoint has, or name one that has what you ask for",
-    )
+    """Refuse a checkpoint of another type or quantization than requested, or with code that would run unasked."""
+    hint = "ask for what the checkpoint has, or name one that has what you ask for"
+    refuse(_against_checkpoint(config, documents), facts, hint)
 
 
 def _against_checkpoint(config: ExperimentConfig, documents: Mapping[str, Any]) -> Iterator[Refusal]:

@@ -28,19 +28,16 @@ from lem.engines.common import (
     ENGINE_FAILURES,
     GOOD_ENDS,
     TAKE_LIMIT,
-    TRIAL_TOKENS,
     EngineRaised,
     ServedSession,
-    check_ids,
     check_same_engine,
     environment,
     installed_versions,
-    raised_as,
     seconds_since,
     shortened,
     visible_gpus,
 )
-from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
+from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest
 from lem.engines.tensorrt.options import (
     EngineFacts,
     check_checkpoint,
@@ -86,7 +83,8 @@ class Session(ServedSession):
             refuse_differences(config, self._engine.args, self._facts)
             self._set_up(config)
             self._identity = identify(self._source)
-            self._vocabulary = vocabulary_of(documents_of(self._source.folder))
+            self._tokenizer = self._engine.tokenizer
+            self._known_ids = vocabulary_of(documents_of(self._source.folder))
         except BaseException:
             self.close()
             raise
@@ -118,24 +116,6 @@ class Session(ServedSession):
             checks_s=self._checks_s,
         )
 
-    def encode(self, text: str) -> list[int]:
-        ids = list(self._engine.tokenizer.encode(text))
-        return ids if self._vocabulary is None else check_ids(ids, self._vocabulary)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._engine.tokenizer.decode(list(token_ids), skip_special_tokens=True))
-
-    def generate(
-        self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
-    ) -> list[Completion]:
-        run = self._server.run_alone if observe_tokens else self._server.run_closed
-        with raised_as(self._run_failure):
-            return run(requests, on_progress)
-
-    def serve(self, queue: RequestQueue) -> None:
-        with raised_as(self._run_failure):
-            self._server.serve(queue)
-
     def close(self) -> None:
         engine, self._engine = self._engine, None
         try:
@@ -163,13 +143,14 @@ class Session(ServedSession):
                 raise EngineRaised(error) from error
 
         longest_input, longest_output = lengths_of(config)
-        self._server = Server(self._engine, parameters, longest=(longest_input, longest_input + longest_output))
-        # The engine reports some unsupported options only for a request.
-        output_tok = min(TRIAL_TOKENS, longest_output)
-        with raised_as(lambda error: _load_failure(error, config, self._facts)):
-            (tried,) = self._server.run_closed((TokenRequest(0, (1,), output_tok, output_tok),), say_nothing)
-        if tried.error is not None:
-            raise OptionRefused(f"{self._facts} takes no request of this experiment: {tried.error}")
+        self._runner = Server(self._engine, parameters, longest_input, longest_input + longest_output)
+        self._try_out(longest_output)
+
+    def _load_failure(self, error: BaseException) -> EngineError:
+        return _load_failure(error, self._config, self._facts)
+
+    def _rejection(self, text: str) -> EngineError:
+        return OptionRefused(f"{self._facts} takes no request of this experiment: {text}")
 
 
 # --- loading
@@ -237,11 +218,7 @@ def _fields(kind: Any) -> frozenset[str]:
 
 @contextlib.contextmanager
 def _visible_gpus(config: ExperimentConfig, find_gpus: FindGpus | None) -> Iterator[tuple[str, ...]]:
-    """The UUIDs of the GPUs in use; the environment decides what the engine and its processes see.
-
-    Raises:
-        EngineError: kind `option`, a named GPU or any GPU is missing; or CUDA was started before.
-    """
+    """The UUIDs of the GPUs in use; the environment decides what the engine and its processes see."""
     before = os.environ.get(GPU_VARIABLE)
     wanted = before
     if config.gpus:
@@ -269,25 +246,19 @@ def _visible_gpus(config: ExperimentConfig, find_gpus: FindGpus | None) -> Itera
 # --- requests
 
 
+@dataclasses.dataclass(frozen=True)
 class Server:
     """Runs requests through an engine; EngineRaised when it fails as a whole."""
 
-    def __init__(
-        self,
-        engine: Any,  # TensorRT-LLM's LLM; only `generate_async` is used
-        parameters: Callable[[TokenRequest], Any],  # the SamplingParams; raises EngineRaised if the engine rejects them
-        *,
-        longest: tuple[int, int],  # the most tokens of a prompt, and of prompt and output together
-        clock: Callable[[], int] = time.monotonic_ns,
-    ) -> None:
-        self._engine = engine
-        self._parameters = parameters
-        self._longest_input, self._longest = longest
-        self._clock = clock
+    engine: Any  # TensorRT-LLM's LLM; only `generate_async` is used
+    parameters: Callable[[TokenRequest], Any]  # the SamplingParams; EngineRaised if the engine rejects them
+    longest_input: int  # the most tokens of a prompt
+    longest: int  # of prompt and output together
+    clock: Callable[[], int] = time.monotonic_ns
 
     def run_closed(self, requests: Sequence[TokenRequest], on_progress: OnProgress) -> list[Completion]:
         """A completion for each request, all submitted at once: the two calls that `LLM.generate` makes for each."""
-        handed = [(request, self._clock(), self._hand_over(request, streaming=False)) for request in requests]
+        handed = [(request, self.clock(), self._hand_over(request, streaming=False)) for request in requests]
         completions = []
         for request, handed_ns, answer in handed:
             if not isinstance(answer, str):
@@ -303,7 +274,7 @@ class Server:
         """A completion for each request, one after another, with the times of its tokens."""
         completions = []
         for request in requests:
-            handed_ns, answer = self._clock(), self._hand_over(request, streaming=True)
+            handed_ns, answer = self.clock(), self._hand_over(request, streaming=True)
             completions.append(self._follow_alone(request, handed_ns, answer))
             on_progress(len(completions))
         return completions
@@ -345,7 +316,7 @@ class Server:
         await asyncio.gather(*tasks)
 
     async def _answer(self, queue: RequestQueue, request: TokenRequest) -> None:
-        handed_ns, answer = self._clock(), self._hand_over(request, streaming=True)
+        handed_ns, answer = self.clock(), self._hand_over(request, streaming=True)
         times_ns: list[int] = []
         parts = None if isinstance(answer, str) else aiter(answer)
         while parts is not None:
@@ -376,28 +347,28 @@ class Server:
     def _hand_over(self, request: TokenRequest, *, streaming: bool) -> Any:
         """The answer to wait for; the words of an error if the request has failed already."""
         prompt_tok, output_tok = len(request.token_ids), request.max_output_tokens
-        if prompt_tok > self._longest_input or prompt_tok + output_tok > self._longest:
+        if prompt_tok > self.longest_input or prompt_tok + output_tok > self.longest:
             return (
                 f"{prompt_tok} tokens of prompt and {output_tok} of output are more than the engine is set up for "
-                f"(tensorrt.max_input_len {self._longest_input}, both together {self._longest})"
+                f"(tensorrt.max_input_len {self.longest_input}, both together {self.longest})"
             )
         inputs = {"prompt_token_ids": list(request.token_ids)}
         try:
-            parameters = self._parameters(request)
+            parameters = self.parameters(request)
         except EngineRaised as raised:
             return _words_of(raised.error)
         try:
-            return self._engine.generate_async(inputs, parameters, streaming=streaming)
+            return self.engine.generate_async(inputs, parameters, streaming=streaming)
         except ENGINE_FAILURES as error:
             return _words_of(error)
 
     def _note(self, part: Any, times_ns: list[int]) -> None:
         """Add the current time for each token that is new in a part of an answer: one, several, or none."""
-        now_ns = self._clock()
+        now_ns = self.clock()
         times_ns += [now_ns] * (len(part.outputs[0].token_ids) - len(times_ns))
 
     def _complete(self, request: TokenRequest, handed_ns: int, answer: Any, times_ns: list[int] | None) -> Completion:
-        now_ns = self._clock()
+        now_ns = self.clock()
         if isinstance(answer, str):
             return Completion(request.index, (), handed_ns, now_ns, error=answer)
         output = answer.outputs[0]
@@ -416,11 +387,7 @@ class Server:
 
 
 def _words_of(error: BaseException) -> str:
-    """What the engine says about one request.
-
-    Raises:
-        EngineRaised: it is about more than a request.
-    """
+    """What the engine says about one request; raises EngineRaised if it is about more than that."""
     if isinstance(error, _REJECTIONS):
         return shortened(error)
     raise EngineRaised(error) from error

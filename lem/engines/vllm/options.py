@@ -98,20 +98,10 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
     }
 )
 _DATA_PARALLEL = ("data_parallel_", "nnodes", "node_rank", "enable_elastic_ep")
-_KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
 _PARTS = (
-    "model_config",
-    "cache_config",
-    "scheduler_config",
-    "parallel_config",
-    "load_config",
-    "attention_config",
-    "compilation_config",
-    "speculative_config",
-    "lora_config",
-    "offload_config",
-    "kernel_config",
+    *("model_config", "cache_config", "scheduler_config", "parallel_config", "load_config", "attention_config"),
+    *("compilation_config", "speculative_config", "lora_config", "offload_config", "kernel_config"),
     "optimization_level",
 )
 # Fields that say where or by what name, and differ from load to load without meaning anything; and secrets.
@@ -173,11 +163,7 @@ def extra_of(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def engine_arguments(config: ExperimentConfig, places: Places, engine_seed: int) -> dict[str, Any]:
-    """Keywords of EngineArgs.
-
-    Args:
-        engine_seed: seed of the engine's own generator, which only requests without a seed draw from.
-    """
+    """Keywords of EngineArgs; only requests without a seed use the generator that `engine_seed` is for."""
     arguments: dict[str, Any] = {
         "model": places.model,
         "dtype": config.fp_precision,
@@ -219,11 +205,7 @@ def sampling_settings(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def effective_sampling(made: Any, settings: Mapping[str, Any], facts: EngineFacts) -> dict[str, Any]:
-    """The fields in effect of SamplingParams, `made` with these settings.
-
-    Raises:
-        OptionRefused: vLLM changed a value.
-    """
+    """The fields in effect of SamplingParams, `made` with these settings; raises OptionRefused if vLLM changed one."""
     for name, wanted in settings.items():
         found = getattr(made, name)
         is_all_tokens = name == "top_k" and {wanted, found} <= {-1, 0}
@@ -256,30 +238,15 @@ def idle_options(config: ExperimentConfig) -> tuple[Reason, ...]:
 
 
 def check_options(config: ExperimentConfig, facts: EngineFacts) -> None:
-    """Refuse everything that is not supported here, at once.
-
-    Raises:
-        OptionRefused: see `refuse`.
-    """
-    refusals = [
-        *_refused_device(config, facts),
-        *_refused_options(config, facts),
-        *_idle_on_cpu(config, facts),
-        *_refused_memory(config, facts),
-        *_refused_extra(config, facts),
-    ]
-    refuse(refusals, facts)
+    """Refuse everything that is not supported here, at once; raises OptionRefused."""
+    refuse([*_refused_options(config, facts), *_idle_options(config, facts), *_refused_extra(config, facts)], facts)
 
 
-def _refused_device(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
+def _refused_options(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
     if config.gpus and facts.device == "cpu":
         yield Refusal("gpus", "this build runs on the CPU alone; name no GPU, or take a build for them")
     if config.gpus == () and facts.device != "cpu":
         yield Refusal("gpus", f"this build runs on {facts.device} and not on the CPU, which [] asks for")
-
-
-def _refused_options(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
-    """Options whose argument this version does not have."""
     for name in given_options(config):
         if name not in OPTIONS:
             continue
@@ -293,29 +260,23 @@ def _refused_options(config: ExperimentConfig, facts: EngineFacts) -> Iterator[R
         yield Refusal(f"vllm.{name}", reason)
 
 
-def _idle_on_cpu(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
-    """Options that vLLM accepts on the CPU and then ignores."""
-    section = section_of(config)
-    if facts.device != "cpu":
-        return
-    if section.cpu_offload_gb:
-        yield Refusal("vllm.cpu_offload_gb", "the weights are in CPU memory already")
+def _idle_options(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
+    """Options that vLLM accepts and then ignores."""
+    section, is_on_cpu = section_of(config), facts.device == "cpu"
     backend = section.attention.backend
-    if backend is not None and not backend.upper().startswith(("CPU_", "AMX_")):
+    if is_on_cpu and section.cpu_offload_gb:
+        yield Refusal("vllm.cpu_offload_gb", "the weights are in CPU memory already")
+    if is_on_cpu and backend is not None and not backend.upper().startswith(("CPU_", "AMX_")):
         yield Refusal("vllm.attention.backend", f"{backend} needs a GPU; vLLM would use its own for the CPU instead")
-    if section.attention.flash_version is not None:
+    if is_on_cpu and section.attention.flash_version is not None:
         yield Refusal("vllm.attention.flash_version", "flash attention needs a GPU")
-
-
-def _refused_memory(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
-    section = section_of(config)
     if section.disable_custom_all_reduce is not None and (section.tensor_parallel_size or 1) == 1:
         yield Refusal("vllm.disable_custom_all_reduce", "there is nothing to reduce with tensor_parallel_size 1")
     if section.gpu_memory_utilization == VllmConfig().gpu_memory_utilization:
         return
     ruling = "extra.kv_cache_memory_bytes" if "kv_cache_memory_bytes" in section.extra else None
-    if facts.device == "cpu" and facts.environment.get(_KV_CACHE_VARIABLE):
-        ruling = f"the variable {_KV_CACHE_VARIABLE}"
+    if is_on_cpu and facts.environment.get("VLLM_CPU_KVCACHE_SPACE"):
+        ruling = "the variable VLLM_CPU_KVCACHE_SPACE"
     if ruling is not None:
         yield Refusal("vllm.gpu_memory_utilization", f"{ruling} decides on the size of the cache")
 
@@ -347,11 +308,7 @@ def effective_options(config: ExperimentConfig, vllm_config: Any) -> dict[str, A
 
 
 def refuse_differences(config: ExperimentConfig, vllm_config: Any, facts: EngineFacts) -> None:
-    """Refuse the load if vLLM silently changed a value.
-
-    Raises:
-        OptionRefused: see `refuse_changes`.
-    """
+    """Refuse the load if vLLM silently changed a value, see `refuse_changes`."""
     effective = effective_options(config, vllm_config)
     wanted = {name: value for name, value in given_options(config).items() if name in OPTIONS}
     pairs = {f"vllm.{name}": (value, effective[name]) for name, value in wanted.items()}
@@ -371,13 +328,8 @@ def refuse_seeds(config: ExperimentConfig, vllm_config: Any, facts: EngineFacts,
     """Refuse seeds of requests where they would crash the engine.
 
     When a step holds part of a prompt, vLLM discards the token drawn after it and rewinds the request's random
-    generator, which torch's generators for CPUs do not support (seen with vLLM 0.32.0 and torch 2.13).
-
-    Args:
-        can_rewind: this torch supports it on this device.
-
-    Raises:
-        OptionRefused: names random_seed and the version.
+    generator, which torch's generators for CPUs do not support (seen with vLLM 0.32.0 and torch 2.13). With
+    `can_rewind` this torch supports it on this device.
     """
     scheduler = vllm_config.scheduler_config
     fits = scheduler.max_num_seqs * vllm_config.model_config.max_model_len <= scheduler.max_num_batched_tokens
@@ -392,11 +344,7 @@ def refuse_seeds(config: ExperimentConfig, vllm_config: Any, facts: EngineFacts,
 def describe_effective(
     config: ExperimentConfig, vllm_config: Any, sampling: Mapping[str, Any], facts: EngineFacts
 ) -> dict[str, Any]:
-    """The effective configuration as JSON values, see `EngineReport`.
-
-    Args:
-        sampling: the fields of SamplingParams in effect.
-    """
+    """The effective configuration, see `EngineReport`; `sampling` as of `effective_sampling`."""
     section: dict[str, Any] = section_of(config).to_dict()
     for name, value in effective_options(config, vllm_config).items():
         outer, _, inner = name.rpartition(".")

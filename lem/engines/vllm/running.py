@@ -87,28 +87,21 @@ class _Stream:
         return started_ns, max(started_ns, round(last_s * NS_PER_S) if last_s else now_ns)
 
 
+@dataclass
 class StepLoop:
     """Runs requests through an engine. The thread that runs it is the only one that calls the engine.
 
-    Args:
-        answers: where an engine in a process of its own puts the result of each step, which `step` then takes. Requests
-            go to it as they arrive, while it computes; without such a queue they wait for the end of the step.
+    `answers` is where an engine in a process of its own puts the result of each step, which `step` then takes. Requests
+    go to it as they arrive, while it computes; without such a queue they wait for the end of the step.
     """
 
-    def __init__(
-        self,
-        engine: LLMEngine,
-        forms: RequestForms,
-        *,
-        answers: queue.Queue[Any] | None = None,
-        clock: Callable[[], int] = time.monotonic_ns,
-    ) -> None:
-        self._engine = engine
-        self._forms = forms
-        self._answers = answers
-        self._clock = clock
-        self._streams: dict[str, _Stream] = {}
-        self._count = 0
+    engine: LLMEngine
+    forms: RequestForms
+    answers: queue.Queue[Any] | None = None
+    is_salted: bool = False  # in traffic, a repeated prompt is not found in the prefix cache
+    clock: Callable[[], int] = time.monotonic_ns
+    _streams: dict[str, _Stream] = field(default_factory=dict, init=False)
+    _count: int = field(default=0, init=False)
 
     def run_closed(self, requests: Sequence[TokenRequest], on_progress: OnProgress) -> list[Completion]:
         """A completion for each request, all submitted at once."""
@@ -123,23 +116,16 @@ class StepLoop:
             completions += [failed] if failed is not None else self._finish(len(completions), on_progress)
         return completions
 
-    def serve(self, arrivals: RequestQueue, *, is_salted: bool) -> None:
-        """Answer requests until the queue is closed and empty.
-
-        Args:
-            is_salted: a repeated prompt is not found in the prefix cache.
-
-        Raises:
-            EngineRaised: the engine failed.
-        """
-        desk = _Desk(arrivals, self._answers)
+    def serve(self, arrivals: RequestQueue) -> None:
+        """Answer requests until the queue is closed and empty."""
+        desk = _Desk(arrivals, self.answers)
         occurrences: Counter[tuple[int, ...]] = Counter()
         thread = threading.Thread(target=desk.take_in, name="requests", daemon=True)
         thread.start()
         while (arrived := desk.collect(is_busy=bool(self._streams))) is not None:
             for request in arrived:
                 salt = None
-                if is_salted:
+                if self.is_salted:
                     times = occurrences[request.token_ids] = occurrences[request.token_ids] + 1
                     salt = None if times == 1 else str(times)
                 failed = self._add(request, is_observed=True, salt=salt)
@@ -162,7 +148,7 @@ class StepLoop:
 
     def _add(self, request: TokenRequest, *, is_observed: bool, salt: str | None = None) -> Completion | None:
         """Submit a request; its completion if it has failed already."""
-        forms, now_ns = self._forms, self._clock()
+        forms, now_ns = self.forms, self.clock()
         if len(request.token_ids) + request.max_output_tokens > forms.longest:
             problem = (
                 f"{len(request.token_ids)} tokens of prompt and {request.max_output_tokens} of output are more than "
@@ -175,11 +161,11 @@ class StepLoop:
             prompt = forms.prompt(request.token_ids, salt)
             parameters = forms.parameters(request, is_observed)
         except forms.rejections as error:
-            return Completion(request.index, (), now_ns, self._clock(), error=shortened(error))
+            return Completion(request.index, (), now_ns, self.clock(), error=shortened(error))
         try:
-            self._engine.add_request(name, prompt, parameters, lora_request=forms.adapter)
+            self.engine.add_request(name, prompt, parameters, lora_request=forms.adapter)
         except forms.rejections as error:
-            return Completion(request.index, (), now_ns, self._clock(), error=shortened(error))
+            return Completion(request.index, (), now_ns, self.clock(), error=shortened(error))
         except forms.failures as error:
             raise EngineRaised(error) from error
         self._streams[name] = _Stream(request, now_ns, is_observed)
@@ -187,10 +173,10 @@ class StepLoop:
 
     def _step(self) -> list[Completion]:
         try:
-            outputs = self._engine.step()
-        except self._forms.failures as error:
+            outputs = self.engine.step()
+        except self.forms.failures as error:
             raise EngineRaised(error) from error
-        now_ns = self._clock()
+        now_ns = self.clock()
         completions = []
         for output in outputs:
             stream = self._streams.get(output.request_id)

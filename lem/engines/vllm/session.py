@@ -37,10 +37,8 @@ from lem.config.experiment import ExperimentConfig
 from lem.engines.checkpoints import OTHER_WEIGHTS, WEIGHTS, Source, fetch, identify
 from lem.engines.common import (
     ENGINE_FAILURES,
-    TRIAL_TOKENS,
     EngineRaised,
     ServedSession,
-    check_ids,
     check_same_engine,
     environment,
     installed_versions,
@@ -48,7 +46,7 @@ from lem.engines.common import (
     raised_as,
     seconds_since,
 )
-from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
+from lem.engines.protocol import EngineReport, TokenRequest
 from lem.engines.vllm.options import (
     EngineFacts,
     Places,
@@ -112,6 +110,8 @@ class Session(ServedSession):
         self._loaded.uuids = uuids
         began_ns = time.monotonic_ns()
         try:
+            self._tokenizer = self._loaded.engine.get_tokenizer()
+            self._known_ids = int(self._loaded.config.model_config.get_vocab_size())
             self._set_up(config)
             self._identity = identify(self._loaded.source, self._loaded.adapter)
         except BaseException:
@@ -149,26 +149,6 @@ class Session(ServedSession):
             checks_s=self._checks_s,
         )
 
-    def encode(self, text: str) -> list[int]:
-        known = int(self._loaded.config.model_config.get_vocab_size())
-        return check_ids(list(self._loaded.engine.get_tokenizer().encode(text)), known)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._loaded.engine.get_tokenizer().decode(list(token_ids), skip_special_tokens=True))
-
-    def generate(
-        self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
-    ) -> list[Completion]:
-        self._begin()
-        run = self._loop.run_alone if observe_tokens else self._loop.run_closed
-        with raised_as(self._run_failure):
-            return run(requests, on_progress)
-
-    def serve(self, queue: RequestQueue) -> None:
-        self._begin()
-        with raised_as(self._run_failure):
-            self._loop.serve(queue, is_salted=self._is_forgetful)
-
     def close(self) -> None:
         _close_engine(self._loaded)
 
@@ -200,27 +180,22 @@ class Session(ServedSession):
         forms = _forms(config, self._loaded)
         self._sampling = _check_sampling(config, self._facts)
         refuse_seeds(config, self._loaded.config, self._facts, can_rewind=_can_rewind(self._facts.device))
-        self._loop = StepLoop(self._loaded.engine, forms, answers=self._loaded.answers)
+        self._runner = StepLoop(self._loaded.engine, forms, answers=self._loaded.answers, is_salted=self._is_forgetful)
         if self._loaded.config.cache_config.enable_prefix_caching:
             # Even an experiment that measures the cache does not start with that of another one.
             self._loaded.engine.reset_prefix_cache()
-        self._try_out(forms.longest)
-
-    def _try_out(self, longest: int) -> None:
-        """Run one short request: vLLM reports some unsupported options only then."""
-        output_tok = min(TRIAL_TOKENS, longest - 1)
-        if output_tok < 1:
-            raise OptionRefused(f"vllm.max_model_len: {longest} leaves no room for prompt and output")
-        with raised_as(self._load_failure):
-            (tried,) = self._loop.run_closed((TokenRequest(0, (1,), output_tok, output_tok),), say_nothing)
-        if tried.error is not None:
-            raise explain_request_failure(tried.error, self._config, self._facts)
+        if forms.longest < 2:
+            raise OptionRefused(f"vllm.max_model_len: {forms.longest} leaves no room for prompt and output")
+        self._try_out(forms.longest - 1)
 
     def _load_failure(self, error: BaseException) -> EngineError:
         return explain_load_failure(error, self._loaded.output.text, self._config, self._facts)
 
     def _run_failure(self, error: BaseException) -> EngineError:
         return explain_run_failure(error, self._loaded.output.text, self._facts)
+
+    def _rejection(self, text: str) -> EngineError:
+        return explain_request_failure(text, self._config, self._facts)
 
 
 def _forms(config: ExperimentConfig, loaded: LoadedEngine) -> RequestForms:
@@ -255,7 +230,7 @@ def _forms(config: ExperimentConfig, loaded: LoadedEngine) -> RequestForms:
 
 
 def _check_sampling(config: ExperimentConfig, facts: EngineFacts) -> dict[str, Any]:
-    """The fields of SamplingParams in effect; vLLM must neither reject nor change a value."""
+    """The fields of SamplingParams in effect; vLLM must neither reject nor change one."""
     settings = sampling_settings(config)
     try:
         made = SamplingParams(**settings)

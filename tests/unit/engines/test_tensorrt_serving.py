@@ -111,7 +111,7 @@ def server(
 ) -> Any:
     from lem.engines.tensorrt.session import Server
 
-    return Server(engine, parameters, longest=(10, 16), clock=clock or Clock())
+    return Server(engine, parameters, longest_input=10, longest=16, clock=clock or Clock())
 
 
 def timing(scheduled_s: float, last_s: float) -> SimpleNamespace:

@@ -172,8 +172,8 @@ def request(index: int, first_id: int, length: int = 3, maximum: int = 4) -> Tok
     return TokenRequest(index, (first_id, *range(length - 1)), maximum)
 
 
-def loop(engine: Engine) -> StepLoop:
-    return StepLoop(engine, FORMS, answers=engine.answers, clock=engine.clock)
+def loop(engine: Engine, *, is_salted: bool = False) -> StepLoop:
+    return StepLoop(engine, FORMS, answers=engine.answers, is_salted=is_salted, clock=engine.clock)
 
 
 def test_a_closed_set_runs_together_and_is_timed_by_the_engine() -> None:
@@ -260,7 +260,7 @@ def test_an_answer_to_a_stranger_is_a_fault() -> None:
 def test_a_queue_is_worked_off_as_it_fills(kind: type[Engine]) -> None:
     engine = kind()
     arrivals = Arrivals([request(0, 10), request(1, 30)], [request(2, 50)], [request(3, 70)])
-    loop(engine).serve(arrivals, is_salted=False)
+    loop(engine).serve(arrivals)
     assert sorted(completion.index for completion in arrivals.completions) == [0, 1, 2, 3]
     assert [completion.output_ids[0] for completion in arrivals.completions[2:]] == [51, 71]
     assert all(completion.error is None for completion in arrivals.completions)
@@ -291,7 +291,7 @@ def test_requests_join_between_steps() -> None:
 
     engine = Watched()
     arrivals = Joining([request(0, 10, maximum=15)], [request(1, 50, maximum=2)])
-    loop(engine).serve(arrivals, is_salted=False)
+    loop(engine).serve(arrivals)
     assert [completion.index for completion in arrivals.completions] == [1, 0]
     assert engine.steps[1] == ["lem-1", "lem-2"]
 
@@ -323,7 +323,7 @@ def test_requests_reach_an_engine_apart_while_it_computes() -> None:
 
     engine = Waiting()
     arrivals = Joining([request(0, 10)], [request(1, 50)])
-    loop(engine).serve(arrivals, is_salted=False)
+    loop(engine).serve(arrivals)
     assert sorted(completion.index for completion in arrivals.completions) == [0, 1]
     assert engine.steps[0] == ["lem-1", "lem-2"]
 
@@ -332,7 +332,7 @@ def test_requests_reach_an_engine_apart_while_it_computes() -> None:
 def test_only_the_thread_that_steps_the_engine_calls_it(kind: type[Engine]) -> None:
     engine = kind()
     arrivals = Arrivals([request(0, 10), request(1, 30)], [request(2, 50)])
-    loop(engine).serve(arrivals, is_salted=False)
+    loop(engine).serve(arrivals)
     assert len(arrivals.completions) == 3
     assert engine.callers == {threading.get_ident()}
 
@@ -341,7 +341,7 @@ def test_only_the_thread_that_steps_the_engine_calls_it(kind: type[Engine]) -> N
 def test_a_request_that_fails_at_the_door_is_answered_and_serving_goes_on(kind: type[Engine]) -> None:
     engine = kind()
     arrivals = Arrivals([request(0, -1)], [request(1, 10, length=18)], [request(2, 50)])
-    loop(engine).serve(arrivals, is_salted=False)
+    loop(engine).serve(arrivals)
     assert [completion.error is None for completion in arrivals.completions] == [False, False, True]
 
 
@@ -349,10 +349,10 @@ def test_a_request_that_fails_at_the_door_is_answered_and_serving_goes_on(kind: 
 def test_a_prompt_that_comes_again_shares_nothing_with_itself(kind: type[Engine]) -> None:
     engine = kind()
     groups = [[request(index, first_id)] for index, first_id in enumerate((10, 10, 50, 10))]
-    loop(engine).serve(Arrivals(*groups), is_salted=True)
+    loop(engine, is_salted=True).serve(Arrivals(*groups))
     assert [salt for (_ids, salt), _adapter in engine.seen] == [None, "2", None, "3"]
     engine = kind()
-    loop(engine).serve(Arrivals(*groups), is_salted=False)
+    loop(engine).serve(Arrivals(*groups))
     assert [salt for (_ids, salt), _adapter in engine.seen] == [None] * 4
 
 
@@ -365,7 +365,7 @@ def test_a_queue_that_fails_fails_serving(kind: type[Engine]) -> None:
             return super().take(limit)
 
     with pytest.raises(EngineError, match="the queue is broken"):
-        loop(kind()).serve(Broken([request(0, 10)]), is_salted=False)
+        loop(kind()).serve(Broken([request(0, 10)]))
 
 
 @ENGINES
@@ -374,7 +374,7 @@ def test_an_engine_that_dies_fails_serving_at_once(kind: type[Engine]) -> None:
     engine.dies_at = 2
     arrivals = Arrivals([request(0, 10)], [request(1, 50)])
     with pytest.raises(EngineRaised, match="the engine died") as caught:
-        loop(engine).serve(arrivals, is_salted=False)
+        loop(engine).serve(arrivals)
     assert isinstance(caught.value.error, RuntimeError)
     assert arrivals.completions == []
 
@@ -392,7 +392,7 @@ class BugInLem(Engine):
 def test_a_bug_in_taking_an_answer_is_not_the_engines(kind: type[Engine]) -> None:
     broken = type("Broken", (BugInLem, kind), {})()
     with pytest.raises(TypeError):
-        loop(broken).serve(Arrivals([request(0, 10)]), is_salted=False)
+        loop(broken).serve(Arrivals([request(0, 10)]))
 
 
 def test_a_bug_in_making_a_request_is_not_the_engines() -> None:
@@ -415,5 +415,5 @@ def test_a_bug_in_telling_progress_is_not_the_engines() -> None:
 
 def test_an_empty_queue_is_no_work() -> None:
     engine = Apart()
-    loop(engine).serve(Arrivals(), is_salted=False)
+    loop(engine).serve(Arrivals())
     assert engine.steps == []

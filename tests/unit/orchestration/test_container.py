@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from lem.base.errors import UserError
-from lem.orchestration.compose import ContainerState, decode_states, parse_version
-from lem.orchestration.container import ContainerError, ContainerHealthStatus, ContainerManager
+from lem.meters.nvml import GpuProcess, GpuReading, GpuState
+from lem.orchestration.container import ContainerError, ContainerManager, gpu_loss, judge
 from lem.orchestration.packing import PYZ_NAME
 from tests.doubles.fake_docker import FakeDocker
 
@@ -102,101 +101,6 @@ def test_a_compose_file_that_is_not_there_is_told(fake: FakeDocker, folder: Path
     assert caught.value.kind == "compose_file"
 
 
-def test_an_error_of_containers_is_one_a_person_can_fix() -> None:
-    assert issubclass(ContainerError, UserError)
-    assert issubclass(ContainerError, RuntimeError)
-
-
-# Outputs of Compose 2.17 to 5
-
-PS_2_17 = (
-    '[{"ID":"3e1","Name":"p-vllm-1","Command":"sleep infinity","Project":"p","Service":"vllm","State":"running",'
-    '"Health":"","ExitCode":0,"Publishers":null},{"ID":"9c0","Name":"p-pytorch-1","Command":"sleep infinity",'
-    '"Project":"p","Service":"pytorch","State":"exited","Health":"","ExitCode":137,"Publishers":null}]\n'
-)
-PS_2_26 = (
-    '{"Command":"\\"sleep infinity\\"","CreatedAt":"2026-11-20 08:28:22 +0000 UTC","ExitCode":0,"Health":"","ID":"3e1",'
-    '"Image":"img","Labels":"com.docker.compose.oneoff=False","LocalVolumes":"0","Mounts":"/tmp","Name":"p-vllm-1",'
-    '"Names":"p-vllm-1","Networks":"p_default","Ports":"","Project":"p","Publishers":null,"RunningFor":"1 second ago",'
-    '"Service":"vllm","Size":"0B","State":"running","Status":"Up 1 second"}\n'
-    '{"ExitCode":137,"Health":"","ID":"9c0","Name":"p-pytorch-1","Service":"pytorch","State":"exited"}\n'
-)
-
-
-@pytest.mark.parametrize("printed", [PS_2_17, PS_2_26, PS_2_26.replace("\n", "\r\n")])
-def test_ps_is_understood_as_an_array_and_as_lines(printed: str) -> None:
-    one, two = decode_states(printed)
-    assert one == ContainerState("vllm", "running", "3e1")
-    assert (two.service, two.describe()) == ("pytorch", "exited with code 137")
-
-
-@pytest.mark.parametrize("printed", ["", "\n", "[]\n", "null\n"])
-def test_ps_of_an_empty_project_is_empty(printed: str) -> None:
-    assert decode_states(printed) == ()
-
-
-@pytest.mark.parametrize(
-    "printed",
-    [
-        "NAME  STATE\n",
-        '{"State": "running"}',
-        '[{"Service": 1, "State": 2',
-        "7",
-        '["a"]',
-        "[[1]]",
-        '{"Service": "a", "State": "exited", "ExitCode": [1]}',
-        '{"Service": "a", "State": "exited", "ExitCode": "x"}',
-    ],
-)
-def test_ps_that_prints_something_else_is_refused(printed: str) -> None:
-    with pytest.raises(ContainerError):
-        decode_states(printed)
-
-
-@pytest.mark.parametrize(
-    ("text", "version"),
-    [
-        ("2.17.0\n", (2, 17, 0)),
-        ("v2.17.2-desktop.1", (2, 17, 2)),
-        ("2.26.1-4\n", (2, 26, 1)),
-        ("Docker Compose version v2.39.4", (2, 39, 4)),
-        ("5.0.1", (5, 0, 1)),
-        ("dev", None),
-    ],
-)
-def test_versions_are_read_in_every_form(text: str, version: tuple[int, ...] | None) -> None:
-    assert parse_version(text) == version
-
-
-@pytest.mark.parametrize("compose", ["2.17.3", "v2.20.2", "2.26.1-4", "5.0.1"])
-def test_every_version_is_driven_alike(fake: FakeDocker, folder: Path, compose: str) -> None:
-    fake.change(compose=compose)
-    found = started(fake, folder, "vllm")
-    assert found.is_service_running("vllm")
-    assert not found.is_service_running("pytorch")
-
-
-@pytest.mark.parametrize(
-    "services",
-    [
-        None,
-        [],
-        "text",
-        {"vllm": None},
-        {"vllm": {"image": 7}},
-        {"vllm": {"devices": 1}},
-        {"vllm": {"deploy": "x"}},
-        {"vllm": {"deploy": {"resources": {"reservations": [1]}}}},
-        {"vllm": {"deploy": {"resources": {"reservations": {"devices": "gpu"}}}}},
-        {"vllm": {"deploy": {"resources": {"reservations": {"devices": [{"capabilities": 1}]}}}}},
-    ],
-)
-def test_a_project_that_is_described_otherwise_is_refused(fake: FakeDocker, folder: Path, services: Any) -> None:
-    fake.change(services=services)
-    with pytest.raises(ContainerError, match="answered something else than a project"):
-        manager(fake, folder).start_services(["vllm"])
-
-
 # Starting, and what containers are given
 
 
@@ -276,13 +180,6 @@ def test_an_experiment_that_could_not_run_is_a_message_and_1(fake: FakeDocker, f
 # Health
 
 
-def test_a_service_without_a_gpu_is_healthy_when_it_answers(fake: FakeDocker, folder: Path) -> None:
-    status = started(fake, folder, "vllm").check_health("vllm")
-    assert status == ContainerHealthStatus("vllm", healthy=True, reason=status.reason)
-    assert status.gpu_memory_used_gb is None
-    assert status.gpu_memory_total_gb is None
-
-
 def test_no_answer_is_unhealthy(fake: FakeDocker, folder: Path) -> None:
     found = started(fake, folder, "vllm")
     fake.change(silent=["vllm"])
@@ -340,7 +237,7 @@ def with_gpu(fake: FakeDocker, folder: Path) -> ContainerManager:
 
 @pytest.mark.parametrize(
     ("used_b", "threshold_pct", "healthy"),
-    [(8 * GIB, 90.0, True), (9 * GIB, 90.0, False), (10 * GIB, 90.0, False), (6 * GIB, 50.0, False)],
+    [(8 * GIB, 90.0, True), (9 * GIB, 90.0, False), (6 * GIB, 50.0, False)],
 )
 def test_memory_in_use_is_held_against_the_threshold(
     fake: FakeDocker, with_gpu: ContainerManager, used_b: int, threshold_pct: float, healthy: bool
@@ -352,45 +249,16 @@ def test_memory_in_use_is_held_against_the_threshold(
     assert status.gpu_memory_total_gb == pytest.approx(10 * GIB / 1e9)
 
 
-@pytest.mark.parametrize("memory_b", [int(9.4 * GIB), None])
-def test_memory_of_the_own_worker_does_not_count(
-    fake: FakeDocker, with_gpu: ContainerManager, memory_b: int | None
-) -> None:
-    fake.change(gpus={"vllm": reading(int(9.5 * GIB), (4711, memory_b))}, pids={"id-vllm": [4710, 4711]})
+def test_memory_of_the_own_worker_does_not_count(fake: FakeDocker, with_gpu: ContainerManager) -> None:
+    fake.change(gpus={"vllm": reading(int(9.5 * GIB), (4711, int(9.4 * GIB)))}, pids={"id-vllm": [4710, 4711]})
     assert not with_gpu.check_health("vllm").healthy, "no worker is open: it is a leftover"
-    worker = with_gpu.open_worker("vllm")
+    worker = with_gpu.worker_in("vllm")
     worker.open()
     try:
         assert with_gpu.check_health("vllm").healthy
     finally:
         worker.stop()
     assert not with_gpu.check_health("vllm").healthy
-
-
-def test_memory_of_others_counts_beside_the_own_worker(fake: FakeDocker, with_gpu: ContainerManager) -> None:
-    fake.change(
-        gpus={"vllm": reading(int(9.9 * GIB), (4711, GIB // 2), (99, int(9.4 * GIB)))}, pids={"id-vllm": [4711]}
-    )
-    worker = with_gpu.open_worker("vllm")
-    worker.open()
-    try:
-        status = with_gpu.check_health("vllm")
-    finally:
-        worker.stop()
-    assert not status.healthy
-    assert "99" in status.reason
-
-
-@pytest.mark.parametrize("error", ["Unknown Error", "GPU is lost", "Not Found", "Driver Not Loaded"])
-def test_a_gpu_lost_in_a_running_container_is_recognised(
-    fake: FakeDocker, with_gpu: ContainerManager, error: str
-) -> None:
-    fake.change(gpus={"vllm": reading(0, error=error)})
-    status = with_gpu.check_health("vllm")
-    assert not status.healthy
-    assert "lost" in status.reason
-    assert error in status.reason
-    assert status.gpu_memory_used_gb is None
 
 
 def test_a_container_that_sees_no_gpu_though_one_is_reserved_has_lost_it(
@@ -403,14 +271,6 @@ def test_a_container_that_sees_no_gpu_though_one_is_reserved_has_lost_it(
 # Restarts
 
 
-def test_a_restart_is_enough_where_it_helps(fake: FakeDocker, folder: Path) -> None:
-    found = started(fake, folder, "vllm")
-    fake.change(silent=["vllm"])
-    assert found.restart_service("vllm") is True
-    assert len(fake.compose_calls("restart")) == 1
-    assert len(fake.compose_calls("up")) == 1, "the start"
-
-
 @pytest.mark.parametrize("state", [{"restart_fails": True}, {"after_restart": "exited"}])
 def test_a_container_that_a_restart_does_not_help_is_replaced(
     fake: FakeDocker, folder: Path, state: dict[str, Any]
@@ -421,53 +281,7 @@ def test_a_container_that_a_restart_does_not_help_is_replaced(
     assert "--force-recreate" in fake.compose_calls("up")[-1]
 
 
-def test_a_service_that_nothing_helps_is_not_restarted(fake: FakeDocker, folder: Path) -> None:
-    found = started(fake, folder, "vllm")
-    fake.change(after_restart="exited", after_up="exited")
-    assert found.restart_service("vllm") is False
-
-
-def test_a_healthy_service_is_left_alone(fake: FakeDocker, folder: Path) -> None:
-    found = started(fake, folder, "vllm")
-    assert found.check_and_recover("vllm").healthy is True
-    assert fake.compose_calls("restart") == []
-    assert found.restarts.get("vllm", 0) == 0
-
-
-def test_restarts_are_counted_over_the_campaign_and_for_each_service(fake: FakeDocker, folder: Path) -> None:
-    found = started(fake, folder, "vllm", "pytorch")
-    for _ in range(2):
-        fake.change(silent=["vllm"])
-        assert found.check_and_recover("vllm", max_restarts=2).healthy is True
-    fake.change(silent=["vllm", "pytorch"])
-    assert found.check_and_recover("vllm", max_restarts=2).healthy is False
-    assert found.check_and_recover("pytorch", max_restarts=2).healthy is True
-    assert found.restarts == {"vllm": 2, "pytorch": 1}
-
-
-def test_restarts_are_used_up_while_nothing_helps(fake: FakeDocker, folder: Path) -> None:
-    found = started(fake, folder, "vllm")
-    fake.change(silent=["vllm"], after_restart="exited", after_up="exited")
-    assert found.check_and_recover("vllm", max_restarts=2).healthy is False
-    assert len(fake.compose_calls("restart")) == 2
-
-
-def test_no_restarts_allowed_means_none(fake: FakeDocker, folder: Path) -> None:
-    found = started(fake, folder, "vllm")
-    fake.change(silent=["vllm"])
-    assert found.check_and_recover("vllm", max_restarts=0).healthy is False
-    assert fake.compose_calls("restart") == []
-
-
 # The end
-
-
-def test_the_context_takes_everything_down(fake: FakeDocker, folder: Path) -> None:
-    with manager(fake, folder) as found:
-        found.start_services(["vllm"])
-    assert fake.read()["containers"] == {}
-    (words,) = fake.compose_calls("down")
-    assert words == ["down", "--remove-orphans", "--timeout", "30"]
 
 
 def test_a_teardown_that_fails_hides_no_error(fake: FakeDocker, folder: Path) -> None:
@@ -489,3 +303,59 @@ def test_a_manager_that_is_only_made_asks_nothing(fake: FakeDocker, folder: Path
     manager(fake, folder)
     ContainerManager()
     assert fake.calls() == []
+
+
+# How a reading is judged
+
+
+def gpu_state(used_b: int, *processes: tuple[int, int | None], index: int = 0) -> GpuState:
+    return GpuState(index, f"GPU-{index}", "Test", 100, used_b, tuple(GpuProcess(*item) for item in processes))
+
+
+@pytest.mark.parametrize(
+    ("state", "own", "healthy"),
+    [
+        (gpu_state(89), (), True),
+        (gpu_state(90), (), False),
+        (gpu_state(95, (1, 90)), (1,), True),
+        (gpu_state(95, (1, 90)), (2,), False),
+        (gpu_state(95, (1, 3), (2, 92)), (1,), False),
+        (gpu_state(95, (1, None)), (1,), True),
+        # Whose it is cannot be said while another computes there, too.
+        (gpu_state(95, (1, None), (2, 1)), (1,), False),
+        # The driver may count more for a process than it says is in use.
+        (gpu_state(50, (1, 90)), (1,), True),
+    ],
+)
+def test_only_memory_of_others_counts(state: GpuState, own: tuple[int, ...], healthy: bool) -> None:
+    assert judge("vllm", GpuReading((state,), "1"), own, 90.0).healthy is healthy
+
+
+def test_the_fullest_of_several_gpus_decides() -> None:
+    status = judge("vllm", GpuReading((gpu_state(10), gpu_state(95, (7, 90), index=1)), "1"), (), 90.0)
+    assert not status.healthy
+    assert "GPU 1" in status.reason
+    assert "7" in status.reason
+    assert (status.gpu_memory_used_gb, status.gpu_memory_total_gb) == (105e-9, 200e-9)
+
+
+def test_a_gpu_without_memory_of_its_own_is_judged_by_being_there() -> None:
+    assert judge("vllm", GpuReading((GpuState(0, "GPU-0", "Test", 0, 0, ()),), "1"), (), 90.0).healthy
+
+
+@pytest.mark.parametrize(
+    ("reading", "is_lost", "is_explained"),
+    [
+        (GpuReading((gpu_state(1),), "1"), False, False),
+        (GpuReading((), "1"), True, False),
+        (GpuReading((), None, "Unknown Error"), True, True),
+        (GpuReading((gpu_state(1),), "1", "Unknown Error"), True, True),
+        (GpuReading((), None, "NVML Shared Library Not Found"), True, False),
+        (GpuReading((), None, "GPU is lost"), True, False),
+        (GpuReading((), None, "Something New"), True, False),
+    ],
+)
+def test_a_gpu_is_lost_when_it_cannot_be_read(reading: GpuReading, is_lost: bool, is_explained: bool) -> None:
+    lost = gpu_loss(reading)
+    assert (lost is not None) is is_lost
+    assert ("daemon-reload" in str(lost)) is is_explained

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import pytest
 
 from lem.base.reasons import Reason
-from lem.record import Record, RecordError, encode_record
+from lem.record import Record, RecordError
 from lem.results.aggregation import NO_INTERVAL, Configuration, aggregate_campaign_results, configuration_document
 from lem.results.metrics import distinct
 from tests.records import NO_METER, NO_TOKEN_TIMES, make_record, told
@@ -66,12 +66,6 @@ def test_the_aggregate_is_ready_for_json() -> None:
     assert json.loads(json.dumps(aggregates, allow_nan=False)) == aggregates
 
 
-def test_decoded_documents_count_like_records() -> None:
-    records = cycles(100, 102, 98)
-    documents = [json.loads(json.dumps(encode_record(record))) for record in records]
-    assert aggregate_campaign_results({"small": documents}) == aggregate_campaign_results({"small": records})
-
-
 def test_a_document_that_is_no_record_is_refused_with_its_place() -> None:
     with pytest.raises(RecordError, match="small: result 2: schema_version is None"):
         aggregate_campaign_results({"small": [make_record(), {"output_tok_per_s": 5}]})
@@ -90,10 +84,6 @@ def test_confidence_widens_both_intervals() -> None:
 def test_a_confidence_outside_zero_and_one_is_refused_even_without_results() -> None:
     with pytest.raises(ValueError, match="confidence"):
         aggregate_campaign_results({"small": []}, confidence=95)
-
-
-def test_no_configurations_have_no_aggregates() -> None:
-    assert aggregate_campaign_results({}) == {}
 
 
 def test_a_metric_measured_nowhere_carries_its_reason() -> None:
@@ -142,10 +132,6 @@ def test_an_invalid_attempt_counts_within_its_cycle() -> None:
     assert (every.n_cycles, every.n_attempts) == (2, 3)
 
 
-def test_valid_attempts_alone_need_no_second_estimate() -> None:
-    assert configured(cycles(100, 102)).estimate("output_tok_per_s").all_attempts is None
-
-
 def test_of_a_cycle_the_last_valid_attempt_counts() -> None:
     attempts = [
         make_record(attempt=2, output_tok_per_s=102),
@@ -183,19 +169,6 @@ def test_cycles_that_share_an_engine_load_have_no_interval() -> None:
     assert document["throughput"]["output_tok_per_s"]["bootstrap"]["true_coverage"] is None
 
 
-def test_values_stand_in_the_order_of_the_cycles() -> None:
-    assert rates_of(configured(list(reversed(cycles(100, 102, 98))))) == (100, 102, 98)
-
-
-def test_two_of_three_cycles_that_share_a_load_are_enough() -> None:
-    records = [
-        make_record(cycle=0, load_id="one"),
-        make_record(cycle=1, load_id="one"),
-        make_record(cycle=2, load_id="b"),
-    ]
-    assert configured(records).is_load_shared
-
-
 def test_a_load_shared_with_an_attempt_that_does_not_count_is_no_matter() -> None:
     records = [
         make_record(cycle=0, load_id="one"),
@@ -208,13 +181,6 @@ def test_a_load_shared_with_an_attempt_that_does_not_count_is_no_matter() -> Non
 def test_a_load_of_the_same_name_on_another_host_is_another_load() -> None:
     records = [make_record(host="a", load_id="1"), make_record(host="b", load_id="1")]
     assert not configured(records).is_load_shared
-
-
-def test_one_cycle_has_a_value_and_no_interval() -> None:
-    estimate = configured(cycles(100)).estimate("output_tok_per_s")
-    assert estimate.bootstrap is not None
-    assert estimate.t_log is not None
-    assert (estimate.bootstrap.mean, estimate.bootstrap.ci_lower, estimate.t_log.ci_lower) == (100, None, None)
 
 
 def test_a_metric_observed_as_zero_is_zero_and_has_no_geometric_mean() -> None:
@@ -241,11 +207,6 @@ def test_results_of_several_hosts_or_runs_under_one_name_are_warned_about() -> N
 def test_warnings_of_the_records_are_counted() -> None:
     records = [make_record(cycle=0, warnings=("slow",)), make_record(cycle=1, warnings=("slow", "hot"))]
     assert configured(records).warnings == dict(zip(told("slow", "hot"), (2, 1), strict=True))
-
-
-def test_the_sources_of_energy_are_kept_so_that_an_estimate_can_be_shown_as_one() -> None:
-    records = [make_record(energy_per_output_tok_j=0.5, energy_source="tdp_estimate")]
-    assert aggregate_campaign_results({"small": records})["small"]["energy_sources"] == ["tdp_estimate"]
 
 
 @pytest.mark.parametrize("item", ["text", 7, [1]])

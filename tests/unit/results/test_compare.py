@@ -152,11 +152,6 @@ def test_what_is_not_comparable_is_said_and_allows_no_verdict(change: dict[str, 
     assert row_of(comparison).effect is not None
 
 
-def test_another_energy_meter_leaves_throughput_comparable() -> None:
-    comparison = compared(run_of(configurations=(SLOW, dataclasses.replace(FAST, energy_source="rapl"))))
-    assert row_of(comparison, metric=THROUGHPUT).is_found
-
-
 def test_gates_are_judged_and_end_with_their_codes() -> None:
     same = dataclasses.replace(FAST, name="same", batch_size=33)
     worse = dataclasses.replace(FAST, name="worse", batch_size=34, energy_per_output_tok_j=0.23)
@@ -267,19 +262,6 @@ def test_an_anchor_whose_engine_changed_is_none_unless_it_is_named() -> None:
     assert named.anchor.name == "pytorch"
     with pytest.raises(UserError, match="no configuration 'none' is the same in both runs"):
         compare_runs(before, after, anchor="none")
-
-
-def test_other_cards_are_told_and_divide_out_over_an_anchor() -> None:
-    comparison = compare_runs(run_of(), run_of(two(gpu_serial=9, driver="580.1")))
-    told = [(item.reason.code, item.is_blocking) for item in comparison.pairs[0].obstacles]
-    assert told == [("other_cards", False), ("other_driver", False)]
-    assert row_of(comparison).p_adjusted is not None
-
-
-def test_another_model_of_card_allows_no_verdict_even_over_an_anchor() -> None:
-    comparison = compare_runs(run_of(), run_of(two(gpu_name="NVIDIA A100", gpu_serial=9)))
-    assert row_of(comparison).p_adjusted is None
-    assert row_of(comparison).reason == Reason.of("other_gpus", before="NVIDIA H200", after="NVIDIA A100")
 
 
 def test_unequal_exclusions_of_the_anchor_allow_no_verdict() -> None:

@@ -1,10 +1,28 @@
-"""The metrics: what they are called where."""
+"""What is read from records: metrics, settings, and obstacles to a comparison."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 
-from lem.results.metrics import METRICS
+from lem.base.errors import UserError
+from lem.base.reasons import Reason
+from lem.record import Record
+from lem.results.metrics import (
+    METRICS,
+    blocking_reason,
+    differing_settings,
+    find_obstacles,
+    headline_settings,
+    parse_metric,
+    settings_of,
+    shared_settings,
+)
+from tests.records import make_gpu, make_record
+from tests.synthetic_campaign import Campaign, Configuration
 
 
 @pytest.mark.parametrize(
@@ -18,3 +36,129 @@ from lem.results.metrics import METRICS
 def test_within_a_sentence_an_abbreviation_keeps_its_capitals(name: str, label: str) -> None:
     (metric,) = (metric for metric in METRICS if metric.name == name)
     assert metric.lower_label.startswith(label)
+
+
+def test_settings_are_those_of_the_heading_then_the_options_given() -> None:
+    record = make_record(
+        requested={
+            "model": {"name": "m"},
+            "backend": "pytorch",
+            "fp_precision": "float16",
+            "max_output_tokens": 32,
+            "config_name": "x",
+            "extra_metadata": {"note": "n"},
+            "pytorch": {"batch_size": 1, "compile": {"enabled": True}, "devices": [0, 1], "none": None},
+        }
+    )
+    assert settings_of(record) == {
+        "backend": "pytorch",
+        "model": "tiny-llama",
+        "precision": "float16",
+        "device": "cpu",
+        "traffic": "closed batch",
+        "engine": "transformers 5.23.0",
+        "max_output_tokens": "32",
+        "pytorch.batch_size": "1",
+        "pytorch.compile.enabled": "true",
+        "pytorch.devices": "0, 1",
+        "pytorch.none": "null",
+    }
+
+
+def test_gpus_of_one_kind_are_counted() -> None:
+    record = dataclasses.replace(make_record(), gpus=(make_gpu(), make_gpu()))
+    assert settings_of(record)["GPU"] == "2 × H200"
+    assert "GPU" not in settings_of(make_record())
+
+
+def test_a_hub_model_keeps_its_organisation_and_a_folder_its_last_part() -> None:
+    assert headline_settings(make_record(model="org/model"))["model"] == "org/model"
+    assert headline_settings(make_record(model="./here/model"))["model"] == "model"
+
+
+def test_what_all_have_is_shared_and_the_rest_differs() -> None:
+    one, other = {"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "9", "d": "4"}
+    assert shared_settings([one, other]) == {"a": "1"}
+    assert differing_settings([one, other]) == {"b": ("2", "9"), "c": ("3", None), "d": (None, "4")}
+    assert shared_settings([]) == {}
+    assert differing_settings([]) == {}
+
+
+BASE = Campaign((Configuration("one"),), cycles=2, has_samples=False)
+
+
+def records(**changes: Any) -> Sequence[Record]:
+    return dataclasses.replace(BASE, **changes).records()
+
+
+def texts(before: Sequence[Record], after: Sequence[Record], **options: Any) -> list[str]:
+    return [item.reason.text for item in find_obstacles(before, after, **options)]
+
+
+def test_the_same_thing_twice_has_no_obstacle() -> None:
+    assert find_obstacles(records(), records(seed=2)) == ()
+
+
+def test_nothing_on_one_side_has_no_obstacle() -> None:
+    assert find_obstacles(records(), []) == ()
+
+
+def test_another_card_of_the_kind_is_an_obstacle() -> None:
+    assert texts(records(), records(gpu_serial=5)) == [
+        "other cards: GPU-00000001 against GPU-00000005; their sensors differ by up to ±5 %"
+    ]
+
+
+def test_more_cards_that_hold_the_others_are_a_setting() -> None:
+    assert texts(records(), records(gpu_count=2)) == []
+
+
+def test_over_an_anchor_cards_and_drivers_of_their_own_block_nothing_and_work_still_does() -> None:
+    found = find_obstacles(records(), records(gpu_serial=5, driver="580.1", prompts="b" * 64), is_anchored=True)
+    assert [(item.reason.code, item.is_blocking) for item in found] == [
+        ("other_cards", False),
+        ("other_driver", False),
+        ("other_prompts", True),
+    ]
+    assert blocking_reason(found, "energy") == found[2].reason
+
+
+def test_another_meter_blocks_energy_alone() -> None:
+    other = records(configurations=(Configuration("one", energy_source="power_instant_integral"),))
+    found = find_obstacles(records(), other)
+    expected = Reason.of("other_meter", before="nvml_counter", after="power_instant_integral")
+    assert blocking_reason(found, "energy") == expected
+    assert blocking_reason(found, "throughput") is None
+
+
+def test_lengths_that_differ_by_less_than_a_hundredth_are_the_same() -> None:
+    near = records(configurations=(Configuration("one", output_tok_ratio=0.995),))
+    far = records(configurations=(Configuration("one", output_tok_ratio=0.9),))
+    assert texts(records(), near) == []
+    assert texts(records(), far) == ["other output lengths: 128 against 115.2 tokens a request"]
+
+
+def test_another_cpu_is_an_obstacle_where_it_does_the_work() -> None:
+    one = make_record()
+    other = dataclasses.replace(one, environment=dataclasses.replace(one.environment, cpu="other", cpu_count=4))
+    assert texts([one], [other]) == ["other CPU: x86-64 × 2 against other × 4"]
+    gpus = records()
+    moved = [dataclasses.replace(item, environment=dataclasses.replace(item.environment, cpu="other")) for item in gpus]
+    assert texts(gpus, moved) == []
+
+
+def test_another_traffic_is_an_obstacle() -> None:
+    one = make_record()
+    other = dataclasses.replace(one, window=dataclasses.replace(one.window, traffic_mode="poisson"))
+    assert texts([one], [other]) == ["other traffic: closed batch against poisson"]
+
+
+def test_a_metric_that_was_meant_is_suggested() -> None:
+    with pytest.raises(UserError, match=r"did you mean 'output_tok_per_s'\?"):
+        parse_metric("output_tok_per_sec")
+
+
+def test_a_metric_without_a_better_side_can_be_compared_but_not_gated() -> None:
+    assert parse_metric("output_tok").is_higher_better is None
+    with pytest.raises(UserError, match="neither better"):
+        parse_metric("output_tok", is_for_gate=True)

@@ -102,14 +102,6 @@ def test_the_record_has_the_energy_that_counts_with_its_source_and_scope(case: s
     assert record.efficiency.energy_per_request_j == found.value / record.work.requests_ok
 
 
-def test_an_energy_that_is_absent_has_the_reason_that_efficiency_has() -> None:
-    record = record_of(lambda: cpu_attempt().measured())
-    found = record.energy.primary_j
-    assert (found.value, found.source, found.scope) == (None, None, None)
-    assert found.null_reason == record.efficiency.null_reasons["energy_per_output_tok_j"]
-    assert found.null_reason == "there is no powercap zone"
-
-
 def test_a_package_that_was_not_read_is_not_made_up_for_by_the_memory() -> None:
     energy = Energy(dram_energy_j=5.0, energy_source="rapl", null_reasons={"cpu_package_energy_j": "lost"})
     assert (energy.primary_j.value, energy.primary_j.null_reason) == (None, "lost")
@@ -135,11 +127,6 @@ def test_one_result_shows_the_energy_that_counts(case: str) -> None:
     assert units.format_energy(record.energy.primary_j.value) in line
     assert line.endswith(f"by {source}")
     assert ("(an estimate)" in line) == (source == "tdp_estimate")
-
-
-def test_one_result_without_energy_says_why_the_energy_that_counts_is_absent() -> None:
-    record = record_of(lambda: cpu_attempt().measured())
-    assert energy_line(record).endswith(f"not measured: {record.energy.primary_j.null_reason}")
 
 
 @pytest.mark.parametrize(

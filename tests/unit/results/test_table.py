@@ -1,7 +1,8 @@
-"""The final table, as a person reads it in a terminal of 80 columns; golden files in tests/golden/results."""
+"""The table of a run, as a person reads it in a terminal of 80 columns, and one result in full."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -12,12 +13,13 @@ import pytest
 from lem.base.doc import text_width
 from lem.record import Record
 from lem.results.run import SINGLE_CYCLE, Run, make_run, run_document
-from lem.results.table import render_run
+from lem.results.table import render_record, render_run
 from tests.goldens import assert_golden
 from tests.records import make_record
 
 # Deviations of the cycles from their middle, so that the intervals have a width.
 NOISE = (0.0, 0.012, -0.009, 0.004, -0.006)
+
 
 GRID = {
     "batch_size=1, max_output_tokens=32": (111.3, 0.302),
@@ -98,23 +100,38 @@ SUMMARIES: dict[str, Run] = {
 
 
 @pytest.mark.parametrize("name", SUMMARIES)
+def test_the_table_fits_80_columns(name: str) -> None:
+    assert max(map(text_width, render_run(SUMMARIES[name]).splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", ["energy_and_long_names", "trouble"])
 def test_the_table_is_the_golden_one(name: str) -> None:
     assert_golden(f"results/{name}.txt", render_run(SUMMARIES[name]))
 
 
-@pytest.mark.parametrize("name", SUMMARIES)
-def test_the_table_fits_80_columns(name: str) -> None:
-    assert max(map(text_width, render_run(SUMMARIES[name]).splitlines())) <= 80
+def words_of(run: Run) -> str:
+    return " ".join(render_run(run).split())
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("shared_load", "batch_size=1, max_output_tokens=32 3 111.4 – –"),
+        ("single_cycle", "batch_size=1, max_output_tokens=32 1 111.3 – –"),
+        ("unlike_magnitudes", "tiny 3 12357 12039 – 12685 12234 – 12494 huge 3 0.01233"),
+        ("energy_estimate", "Energy per output token, J geom. 95 % bootstrap (an estimate from TDP)"),
+        ("nothing", "No results."),
+        ("all_failed", "Results valid invalid failed small 0 0 3"),
+    ],
+)
+def test_a_table_holds(name: str, words: str) -> None:
+    assert words in words_of(SUMMARIES[name])
 
 
 @pytest.mark.parametrize("name", SUMMARIES)
 def test_colour_changes_nothing_but_colour(name: str) -> None:
     coloured = render_run(SUMMARIES[name], is_colour=True)
     assert re.sub(r"\x1b\[[0-9]*m", "", coloured) == render_run(SUMMARIES[name])
-
-
-def test_headings_are_bold_in_colour() -> None:
-    assert render_run(SUMMARIES["three_cycles"], is_colour=True).startswith("\x1b[1mdemo")
 
 
 def test_lines_do_not_end_in_blanks_and_the_text_ends_in_one_newline() -> None:
@@ -124,28 +141,15 @@ def test_lines_do_not_end_in_blanks_and_the_text_ends_in_one_newline() -> None:
     assert not text.endswith("\n\n")
 
 
-def test_both_intervals_stand_there_and_each_says_which_it_is() -> None:
-    text = render_run(SUMMARIES["three_cycles"])
-    assert "t interval: Student t on the logs" in text
-    assert "Bootstrap interval: percentiles" in text
-    assert "75 % with 3 cycles" in text
-
-
 def test_the_true_coverage_is_named_for_every_number_of_cycles() -> None:
     records = [record for record in campaign(n_cycles=3) if record.identity.order_index != 8]
-    text = " ".join(render_run(make_run(records)).split())
+    text = words_of(make_run(records))
     assert "it truly covers 50 % with 2 cycles, 75 % with 3 cycles" in text
 
 
 def test_a_single_cycle_says_how_to_get_intervals() -> None:
     assert SINGLE_CYCLE in render_run(SUMMARIES["single_cycle"]).splitlines()
     assert run_document(SUMMARIES["single_cycle"])["note"] == SINGLE_CYCLE
-
-
-@pytest.mark.parametrize("name", ["three_cycles", "two_cycles", "nothing", "all_failed"])
-def test_other_campaigns_do_not(name: str) -> None:
-    assert SINGLE_CYCLE not in render_run(SUMMARIES[name])
-    assert run_document(SUMMARIES[name])["note"] is None
 
 
 def test_an_interval_that_is_narrow_is_not_shown_as_a_point() -> None:
@@ -166,21 +170,6 @@ def test_constant_cycles_have_an_interval_of_no_width() -> None:
     assert "100.0 – 100.0  100.0 – 100.0" in render_run(make_run(records))
 
 
-def test_configurations_stand_in_the_order_they_ran() -> None:
-    records = list(reversed(campaign()))
-    assert [item.name for item in make_run(records).configurations] == list(GRID)
-
-
-def test_what_varies_is_not_called_shared() -> None:
-    records = [make_record(), make_record(config_name="b", config_hash="b" * 16, requested={"fp_precision": "float16"})]
-    shared = make_run(records).shared
-    assert shared == {"backend": "pytorch", "model": "tiny-llama", "device": "cpu", "traffic": "closed batch"}
-
-
-def test_a_hub_model_keeps_its_organisation() -> None:
-    assert make_run([make_record(model="org/model")]).shared["model"] == "org/model"
-
-
 def test_the_document_holds_what_the_table_shows() -> None:
     document = run_document(SUMMARIES["trouble"])
     assert json.loads(json.dumps(document, allow_nan=False)) == document
@@ -193,17 +182,6 @@ def test_the_document_holds_what_the_table_shows() -> None:
     assert (first["n_cycles"], first["n_invalid"]) == (3, 1)
     assert first["throughput"]["output_tok_per_s"]["all_attempts"]["n_cycles"] == 3
     assert first["energy"]["energy_per_output_tok_j"]["null_reason"]
-
-
-def test_a_value_without_a_geometric_mean_says_why() -> None:
-    records = [make_record(cycle=cycle, output_tok_per_s=rate) for cycle, rate in enumerate((0.0, 1.0, 2.0))]
-    text = " ".join(render_run(make_run(records)).split())
-    assert "Output throughput: 1 of 3 values are zero or negative: no geometric mean" in text
-
-
-def test_a_value_measured_in_some_cycles_says_in_how_many() -> None:
-    records = [make_record(cycle=0, ttft_p50_s=0.01), make_record(cycle=1)]
-    assert "TTFT: measured in 1 of 2 cycles: the engine gave no time" in render_run(make_run(records))
 
 
 def test_a_mixture_of_measured_and_estimated_energy_says_so() -> None:
@@ -232,3 +210,69 @@ def test_a_name_that_steers_terminals_is_made_harmless() -> None:
     text = render_run(make_run([make_record(config_name="a\x1b]0;title\x07", warnings=("\x1b[2J",))]))
     assert "\x1b" not in text
     assert "\x07" not in text
+
+
+def invalid_record() -> Record:
+    record = make_record(
+        is_valid=False, invalid_reasons=("5 of 10 requests failed",), warnings=("warm-up did not converge",)
+    )
+    return dataclasses.replace(
+        record,
+        validity=dataclasses.replace(record.validity, warmup_converged=False, engine_reused=True),
+        window=dataclasses.replace(
+            record.window, load_s=None, window_repeats=1, null_reasons={"load_s": "the engine was reused"}
+        ),
+        throughput=make_record(output_tok_per_s=None).throughput,
+    )
+
+
+RECORDS = {
+    "detail_cpu": make_record(n_requests=25, ttft_p50_s=0.0123),
+    "detail_invalid": invalid_record(),
+    "detail_energy": make_record(energy_per_output_tok_j=0.5),
+    "detail_estimate": make_record(energy_per_output_tok_j=0.5, energy_source="tdp_estimate"),
+}
+
+
+def test_colour_changes_nothing_in_one_result_but_colour() -> None:
+    coloured = render_record(RECORDS["detail_invalid"], is_colour=True)
+    assert coloured != render_record(RECORDS["detail_invalid"])
+    assert re.sub(r"\x1b\[[0-9]*m", "", coloured) == render_record(RECORDS["detail_invalid"])
+
+
+@pytest.mark.parametrize(("repeats", "said"), [(0, "not every prompt once"), (1, "all prompts once"), (2, "2 times")])
+def test_the_window_says_how_often_the_prompts_were_run_and_that_it_was_not_steady(repeats: int, said: str) -> None:
+    record = make_record()
+    record = dataclasses.replace(
+        record,
+        window=dataclasses.replace(record.window, window_repeats=repeats),
+        validity=dataclasses.replace(record.validity, steady=False),
+    )
+    (line,) = (text for text in render_record(record).splitlines() if text.startswith("window"))
+    assert line.endswith(f"{said}, not steady")
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_one_result_fits_80_columns(name: str) -> None:
+    assert max(map(text_width, render_record(RECORDS[name]).splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("detail_cpu", ["valid       yes", "warm-up     1.5 s, 5 prompts, converged", "latency"]),
+        ("detail_invalid", ["valid       no: 5 of 10 requests failed", "warning: warm-up did not converge"]),
+        ("detail_invalid", ["load        none, engine reused: 20260714", "throughput  output not measured"]),
+        ("detail_energy", ["energy      500 J, 0.5 J per output token, by nvml_counter"]),
+        ("detail_estimate", ["energy      500 J (an estimate), 0.5 J per output token, by tdp_estimate"]),
+    ],
+)
+def test_one_result_has_these_lines(name: str, lines: list[str]) -> None:
+    found = render_record(RECORDS[name]).splitlines()
+    assert [line for line in lines if not any(text.startswith(line) for text in found)] == []
+
+
+def test_what_was_not_measured_says_why() -> None:
+    text = render_record(RECORDS["detail_cpu"])
+    assert "energy      not measured: no energy meter was used" in text
+    assert "itl, queue: not measured: the engine gave no time for each token" in text

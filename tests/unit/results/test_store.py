@@ -14,7 +14,7 @@ import pytest
 from lem.base.errors import InfrastructureError, UserError
 from lem.record import Record, write_record
 from lem.results.store import AttemptFolder, Repository, Scan, count_failed, list_campaigns
-from tests.faulty_disk import failing, watching
+from tests.faulty_disk import failing
 from tests.records import make_record
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -52,15 +52,6 @@ def test_every_attempt_takes_the_next_number_and_leaves_the_others_alone(reposit
     before = first.result_path.read_bytes()
     assert [repository.prepare_attempt(RUN, EXPERIMENT).number for _ in range(2)] == [2, 3]
     assert first.result_path.read_bytes() == before
-
-
-def test_a_number_that_was_taken_is_not_taken_again_after_a_gap(repository: Repository) -> None:
-    folder = repository.prepare_attempt(RUN, EXPERIMENT).path.parent
-    (folder / "attempt-7").mkdir()
-    (folder / "attempt-9").write_text("a file that somebody left")
-    (folder / "attempt-x").mkdir()
-    (folder / "attempt-012").mkdir()
-    assert repository.prepare_attempt(RUN, EXPERIMENT).number == 10
 
 
 def test_attempts_are_ordered_by_number_not_by_text(repository: Repository) -> None:
@@ -137,17 +128,6 @@ def test_a_failed_attempt_folder_is_not_taken_by_the_next(repository: Repository
     assert repository.prepare_attempt(RUN, EXPERIMENT).number == 3
 
 
-def test_every_new_folder_is_made_safe_in_its_parent(repository: Repository, tmp_path: Path) -> None:
-    synced: list[str] = []
-    with watching(lambda event, path: synced.append(path) if event == "lem.fsync_dir" else None):
-        attempt = repository.prepare_attempt(RUN, EXPERIMENT)
-    assert synced == [str(path) for path in reversed(attempt.path.parents) if path.is_relative_to(tmp_path)]
-    with watching(lambda event, path: synced.append(path)):
-        repository.prepare_attempt(RUN, EXPERIMENT)
-    assert synced[-1] == str(attempt.path.parent)
-    assert len(synced) == 6
-
-
 def test_a_disk_without_room_is_told_before_the_start(tmp_path: Path) -> None:
     """A real refusal by the kernel: the limit on the size of files stands for a disk that is nearly full."""
     code = """
@@ -173,13 +153,6 @@ def test_a_writable_folder_is_made_and_left_empty(repository: Repository) -> Non
     assert list(repository.folder.iterdir()) == []
 
 
-def test_nothing_is_made_before_it_is_needed(repository: Repository, tmp_path: Path) -> None:
-    assert repository.find_attempts(RUN, EXPERIMENT) == ()
-    assert repository.run_ids() == ()
-    assert repository.scan() == Scan()
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("where", ["results", "results/demo"])
 def test_a_file_in_place_of_the_results_folder_is_told_before_the_start(
     repository: Repository, tmp_path: Path, where: str
@@ -201,13 +174,6 @@ def test_a_folder_that_is_full_or_read_only_is_told_before_the_start(
         repository.check_writable()
     assert remedy in caught.value.hint
     assert list(repository.folder.iterdir()) == []
-
-
-def test_a_folder_where_nobody_may_write_is_told_before_the_start() -> None:
-    """In /sys even root makes no folder, so this is a real refusal whoever runs it."""
-    with pytest.raises(UserError, match=r"not permitted|permission denied|read-only") as caught:
-        Repository(Path("/sys"), "demo").check_writable()
-    assert "writable" in caught.value.hint
 
 
 def test_a_whole_result_is_found_for_adoption(repository: Repository) -> None:

@@ -1,0 +1,453 @@
+"""Where a campaign runs, and why: in containers, or in a Python of this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lem.base.clock import utc_now, utc_text
+from lem.base.errors import EngineError, InfrastructureError, Interrupted, LockedError, UserError
+from lem.base.reasons import Reason
+from lem.config.campaign_config import CampaignConfig, CampaignHealthCheckConfig
+from lem.meters.nvml import GpuFacts, GpuReading, find_gpus, named_gpus, visible_gpus
+from lem.orchestration.compose import ComposeProject, describe_files, find_compose_files, local_mounts
+from lem.orchestration.container import ContainerManager, gpu_loss
+from lem.orchestration.dispatch import Outcome, Timeouts, Worker, WorkerConnection, WorkerUnavailable
+from lem.orchestration.docker import ContainerError, Docker
+from lem.orchestration.locks import Holder, LockTarget, default_gpu_lock_folder, hold_locks
+from lem.orchestration.plan import Plan
+from lem.orchestration.schedule import StopRequest
+from lem.orchestration.services import Services
+from lem.orchestration.session import Executor, LocalExecutor
+from lem.orchestration.status import Observer
+from lem.record import RESULT_FILE, RecordError, read_record, write_record
+from lem.worker.channel import LOADING_PHASES, RunRequest
+from lem.worker.supervisor import missing_distributions, probe_environment
+
+_logger = logging.getLogger(__name__)
+
+TEARDOWN_S = 10.0
+_EVENT_DELAY_S = 1.0  # how long after the death of a process the Docker engine may report the reason
+_POLL_S = 0.2
+
+
+class ContainerLost(InfrastructureError):
+    """A container that cannot be recovered; the rest of the campaign stays pending."""
+
+
+class ContainerWorker(Worker):
+    """The worker in the container of one service; no other worker holds its device while it runs."""
+
+    def __init__(self, executor: DockerExecutor, service: str, command: Sequence[str], **options: Any) -> None:
+        super().__init__(command, **options)
+        self._executor = executor
+        self._service = service
+
+    def run(
+        self, request: RunRequest, on_event: Observer, timeouts: Timeouts, stop: StopRequest | None = None
+    ) -> Outcome:
+        self._executor.make_way(self._service, stop)
+        adapted = self._executor.adapt(self._service, request)
+        return self._executor.settle(self._service, adapted, super().run(adapted, on_event, timeouts, stop))
+
+    def _open(self, stop: StopRequest | None, timeout_s: float) -> WorkerConnection:
+        image = self._executor.make_ready(self._service)
+        try:
+            connection = super()._open(stop, timeout_s)
+        except WorkerUnavailable:
+            # The container runs, but no worker starts in it: recover it once.
+            self._executor.recover(self._service)
+            connection = super()._open(stop, timeout_s)
+        self.environment = {**self.environment, "image": image}
+        return connection
+
+
+@dataclass
+class DockerExecutor:
+    """Workers in the containers of one compose project, each backend in the service of its name."""
+
+    project: ComposeProject
+    backends: tuple[str, ...]  # all that will be needed
+    campaign_name: str
+    health: CampaignHealthCheckConfig = field(default_factory=CampaignHealthCheckConfig)
+    gpu_uuids: Mapping[str, str] = field(default_factory=dict)  # by the number of a GPU on this host
+    is_recreating: bool = False  # replace a container before it is used again after `stop`
+    free_timeout_s: float = 30.0  # for the GPU to become free after its engine has ended
+    name: str = field(default="docker", init=False)
+    _manager: ContainerManager | None = field(default=None, init=False)
+    _workers: dict[str, Worker] = field(default_factory=dict, init=False)
+    _stale: set[str] = field(default_factory=set, init=False)  # services to recreate before their next use
+    _suspect: set[str] = field(default_factory=set, init=False)  # services that lost their GPU
+    _begun_s: dict[str, float] = field(default_factory=dict, init=False)  # Unix time of the last attempt by service
+    _held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False)
+
+    @property
+    def manager(self) -> ContainerManager:
+        """The containers; the first access starts them all.
+
+        ContainerError if something is missing or does not start, LockedError if another campaign uses the project.
+        """
+        if self._manager is None:
+            self._manager = self._start()
+        return self._manager
+
+    @property
+    def services(self) -> Services:
+        return self.manager.services
+
+    def worker_for(self, backend: str) -> Worker:
+        if backend not in self._workers:
+            self.manager.prepare((backend,))
+            make = functools.partial(ContainerWorker, self, backend)
+            self._workers[backend] = self.manager.worker_in(backend, make)
+        return self._workers[backend]
+
+    def stop(self) -> None:
+        """End every worker with its engine; the containers stay."""
+        for worker in self._workers.values():
+            worker.stop()
+        if self.is_recreating:
+            self._stale.update(self._workers)
+
+    def kill(self) -> None:
+        for worker in self._workers.values():
+            worker.kill()
+
+    def close(self) -> None:
+        manager, self._manager = self._manager, None
+        self._workers.clear()
+        self._stale.clear()
+        self._suspect.clear()
+        try:
+            if manager is not None:
+                manager.teardown(TEARDOWN_S)
+        finally:
+            self._held.close()
+
+    def clear(self) -> None:
+        """Remove the containers of the project, unless another campaign uses it."""
+        with contextlib.suppress(LockedError), self._locked():
+            ContainerManager(project=self.project).teardown(TEARDOWN_S)
+
+    def look_after(self, tell: Callable[[str], None]) -> None:
+        """Recover every container that is not healthy, or raise ContainerLost; never call it while one measures."""
+        for service, worker in self._workers.items():
+            status = self.manager.check_health(service, self.health.gpu_memory_threshold_pct)
+            if status.healthy:
+                continue
+            if not self.health.restart_on_failure:
+                tell(f"{service} is unhealthy, and restart_on_failure is off: {status.reason}")
+                continue
+            tell(f"{service} is unhealthy and is restarted: {status.reason}")
+            worker.stop()
+            self.recover(service)
+            tell(f"{service} is healthy again")
+
+    # For `ContainerWorker`
+
+    def make_ready(self, service: str) -> str | None:
+        """The image id of a service, once its container runs and is not to be replaced."""
+        services = self.services
+        if service in self._stale:
+            services.recreate(service)
+            services.await_answer(service)
+            self._stale.discard(service)
+        state = services.state(service)
+        if state is None or not state.is_running or service in self._suspect:
+            self.recover(service)
+        return services.images.get(service)
+
+    def recover(self, service: str) -> None:
+        """Restart the container of a service until it is healthy; ContainerLost if restarts run out or are off."""
+        limit = self.health.max_restarts if self.health.restart_on_failure else 0
+        status = self.manager.check_and_recover(service, self.health.gpu_memory_threshold_pct, limit)
+        if status.healthy:
+            self._suspect.discard(service)
+            return
+        used = self.manager.restarts.get(service, 0)
+        tried = f"does not come back after {used} restart{'s' if used > 1 else ''}"
+        raise ContainerLost(
+            f"the container of {service} {tried if used else 'may not be restarted'}: {status.reason}",
+            "lem doctor shows what is missing; then go on with --resume",
+        )
+
+    def make_way(self, service: str, stop: StopRequest | None) -> None:
+        """Unload the engines of the other workers until none is on the GPU of a service; ContainerLost if one stays."""
+        others = [name for name, worker in self._workers.items() if name != service and worker.is_open]
+        for name in others:
+            self._workers[name].unload(stop)
+        if not others or not self.services.has_gpu(service) or self._becomes_free(service, others, stop):
+            return
+        for name in others:
+            self._workers[name].stop()
+            self.services.recreate(name)
+        if not self._becomes_free(service, others, stop):
+            raise ContainerLost(
+                f"the GPU of {service} is still held by the containers of {', '.join(others)}, which were replaced",
+                "a process that hangs in the driver goes with a reset of the GPU, or of the machine",
+            )
+
+    def adapt(self, service: str, request: RunRequest) -> RunRequest:
+        """The request as it is valid inside: GPUs have other numbers there, so they are named by UUID."""
+        has_gpu = self.services.has_gpu(service)
+        self._begun_s[service] = time.time()
+        config = dict(request.config)
+        if self.gpu_uuids and has_gpu:
+            named = ("0",) if config.get("gpus") is None else config["gpus"]
+            config["gpus"] = [self.gpu_uuids.get(str(name), str(name)) for name in named]
+        adapted = dataclasses.replace(request, config=config, image=self.services.images.get(service))
+        if request.is_sampler_due and not has_gpu:
+            # A container without a GPU has nothing to sample that this host does not have.
+            return dataclasses.replace(adapted, is_sampler_due=False, samples_path=None)
+        return adapted
+
+    def settle(self, service: str, request: RunRequest, outcome: Outcome) -> Outcome:
+        """The outcome with what happened to the container; a result is invalid if it lost its GPU meanwhile."""
+        if outcome.error is not None and outcome.error.kind == "died":
+            outcome = dataclasses.replace(outcome, error=self._explain_death(service, outcome.error, outcome.phase))
+        reading = self._read_gpus(service) if self.services.has_gpu(service) else None
+        lost = None if reading is None else gpu_loss(reading)
+        if lost is None:
+            return outcome
+        self._suspect.add(service)
+        self._workers[service].stop()
+        if outcome.error is not None:
+            error = EngineError(f"{outcome.error.message}; {lost}", outcome.error.hint, kind=outcome.error.kind)
+            return dataclasses.replace(outcome, error=error)
+        _mark_invalid(Path(request.result_dir) / RESULT_FILE, lost)
+        return outcome
+
+    def _explain_death(self, service: str, error: EngineError, phase: str | None) -> EngineError:
+        state = self.services.state(service)
+        begun_s, until_s = self._begun_s.get(service), time.time() + _EVENT_DELAY_S
+        docker = self.services.docker
+        if state is not None and begun_s is not None and docker.was_out_of_memory(state.container_id, begun_s, until_s):
+            return EngineError(
+                f"{error.message}; the container ran out of memory",
+                "raise its limit (LEM_MEMORY_LIMIT, mem_limit in the compose file), or ask the engine for less",
+                kind="out_of_memory",
+                is_permanent=phase in LOADING_PHASES,
+            )
+        state = self.services.state(service)
+        if state is not None and state.is_running:
+            return error
+        how = "it was removed" if state is None else state.describe()
+        return EngineError(
+            f"{error.message}; its container does not run any more: {how}",
+            "somebody ended the container, not lem: docker events --since 1h tells when",
+            kind=error.kind,
+        )
+
+    def _start(self) -> ContainerManager:
+        manager = ContainerManager(project=self.project)
+        with contextlib.ExitStack() as held:
+            held.enter_context(self._locked())
+            manager.prepare(self.backends)  # whatever is missing is reported before there is anything to take down
+            try:
+                # A container that an earlier run left may be in any state.
+                manager.start_services(self.backends, recreate=True)
+            except BaseException:
+                with contextlib.suppress(Interrupted):
+                    manager.teardown(TEARDOWN_S)
+                raise
+            self._held.enter_context(held.pop_all())
+        return manager
+
+    def _locked(self) -> contextlib.AbstractContextManager[object]:
+        path = default_gpu_lock_folder(self.project.environ) / f"compose-{self.project.name}.lock"
+        holder = Holder(os.getpid(), socket.gethostname(), self.campaign_name, utc_text(utc_now()))
+        return hold_locks([LockTarget(path, f"compose project {self.project.name}")], holder)
+
+    def _becomes_free(self, service: str, others: Sequence[str], stop: StopRequest | None) -> bool:
+        """Whether, within a while, no process of the other containers is left on the GPUs of a service."""
+        deadline = time.monotonic() + self.free_timeout_s
+        while True:
+            if stop is not None and stop.signum is not None:
+                raise Interrupted(stop.signum)
+            pids = frozenset().union(*(self.services.pids(name) for name in others))
+            reading = self._read_gpus(service)
+            if reading is None or pids.isdisjoint(item.pid for gpu in reading.gpus for item in gpu.processes):
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_POLL_S)
+
+    def _read_gpus(self, service: str) -> GpuReading | None:
+        """None if the container does not answer; it is recovered when its worker is opened."""
+        try:
+            return self.services.read_gpus(service)
+        except ContainerError as error:
+            _logger.warning("%s: %s", service, error.message)
+            return None
+
+
+def _mark_invalid(path: Path, reason: Reason) -> None:
+    """Make a result invalid; one that cannot be read is a failed attempt anyway."""
+    try:
+        record = read_record(path)
+        reasons = (*record.validity.invalid_reasons, reason)
+        validity = dataclasses.replace(record.validity, valid=False, invalid_reasons=reasons)
+        write_record(path, dataclasses.replace(record, validity=validity))
+    except (RecordError, OSError) as error:
+        _logger.warning("%s cannot be marked as not valid (%s): %s", path, reason, error)
+
+
+@dataclass(frozen=True)
+class ExecutorChoice:
+    """The chosen executor, which is made when it is needed."""
+
+    name: str  # docker, local
+    place: str
+    reason: str
+    make: Callable[[], Executor] = field(repr=False)
+    detail: Callable[[], str] = field(default=lambda: "", repr=False)  # more about the place; may call docker
+
+    def describe(self) -> str:
+        return ", ".join(filter(None, (self.name, self.place, self.detail()))) + f" ({self.reason})"
+
+
+def choose_executor(
+    wanted: str,
+    campaign: CampaignConfig,
+    plan: Plan,
+    *,
+    python: str | None = None,
+    folder: Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> ExecutorChoice:
+    """The executor for `--executor` and `--python`; UserError if they contradict each other or cannot be satisfied.
+
+    `auto` is docker if the campaign needs it, or if a backend is not installed here and an engine answers. `folder` is
+    where relative paths start.
+    """
+    if wanted == "docker" and python is not None:
+        raise UserError("--python is for the local executor", "leave out --python, or --executor docker")
+    docker = functools.partial(_docker, campaign, plan, folder or Path.cwd(), environ)
+    if wanted == "local" or python is not None:
+        _warn_of_container_options(campaign)
+        reason = "asked for"
+    elif wanted == "docker":
+        return docker("asked for")
+    elif campaign.cold_start.restart_container:
+        return docker("chosen: cold_start.restart_container needs it")
+    elif campaign.io.compose_file is not None or campaign.io.env_file is not None:
+        return docker("chosen: a file for compose is named")
+    elif absent := _not_installed(_backends(plan)):
+        try:
+            Docker(environ).info()
+            Docker(environ).compose_version()
+            return docker(f"chosen: {absent}")
+        except ContainerError as error:
+            reason = f"chosen though {absent}, for want of containers: {error.message}"
+    else:
+        reason = f"chosen: {', '.join(_backends(plan))} can be imported here"
+    executor = LocalExecutor(python)
+    return ExecutorChoice("local", executor.python, reason, lambda: executor)
+
+
+def _backends(plan: Plan) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(item.backend for item in plan.experiments))
+
+
+def _not_installed(backends: Sequence[str]) -> str:
+    """Which backends are not installed in this Python, in words; empty if all are."""
+    found = probe_environment()
+    missing = {name: missing_distributions(name, found) for name in backends}
+    listed = [f"{name} ({', '.join(items)})" for name, items in missing.items() if items]
+    return f"not installed here: {', '.join(listed)}" if listed else ""
+
+
+def _warn_of_container_options(campaign: CampaignConfig) -> None:
+    options = {
+        "io.compose_file": campaign.io.compose_file is not None,
+        "io.env_file": campaign.io.env_file is not None,
+        "health_check": campaign.health_check != CampaignHealthCheckConfig(),
+    }
+    for name, is_set in options.items():
+        if is_set:
+            _logger.warning("%s has no effect: it is about containers, and these experiments run in this Python", name)
+
+
+def _docker(
+    campaign: CampaignConfig, plan: Plan, folder: Path, environ: Mapping[str, str], reason: str
+) -> ExecutorChoice:
+    backends = _backends(plan)
+    files = find_compose_files(campaign.io.compose_file, folder, environ)
+    return ExecutorChoice(
+        "docker",
+        f"services {', '.join(backends)} of {describe_files(files)}",
+        reason,
+        make=lambda: docker_executor(campaign, plan, folder=folder, environ=environ),
+        detail=lambda: _images(campaign, backends, folder, environ),
+    )
+
+
+def _images(campaign: CampaignConfig, backends: Sequence[str], folder: Path, environ: Mapping[str, str]) -> str:
+    """The image of each service, or why it is unknown; nothing stays on disk."""
+    with tempfile.TemporaryDirectory(prefix="lem-plan-") as scratch:
+        try:
+            services = _project(campaign, folder, environ, Path(scratch)).described()
+        except ContainerError as error:
+            return f"images unknown: {error.message}"
+    named = {name: services[name].image for name in backends if name in services}
+    return "images " + ", ".join(f"{image or 'none'} ({name})" for name, image in named.items())
+
+
+def docker_executor(
+    campaign: CampaignConfig,
+    plan: Plan,
+    *,
+    folder: Path,
+    environ: Mapping[str, str] = os.environ,
+    gpus: Sequence[GpuFacts] | None = None,
+) -> DockerExecutor:
+    """The containers of a campaign, none of them started; `gpus` are those of this host, None asks NVML."""
+    backends = _backends(plan)
+    # A number has the same meaning as for a local engine.
+    visible = visible_gpus(find_gpus() if gpus is None else gpus, environ)
+    uuids = {str(number): gpu.uuid for number, gpu in enumerate(visible)} | {gpu.uuid: gpu.uuid for gpu in visible}
+    configs = {name: [item.config for item in plan.configurations if item.backend == name] for name in backends}
+    gpus_of = {name: _gpus_named([item.gpus for item in items], visible) for name, items in configs.items()}
+    return DockerExecutor(
+        dataclasses.replace(
+            _project(campaign, folder, environ, folder / campaign.io.state_dir / campaign.slug),
+            mounts_of={name: local_mounts(items) for name, items in configs.items()},
+            gpus_of={name: uuids for name, uuids in gpus_of.items() if uuids is not None},
+        ),
+        backends,
+        campaign.campaign_name,
+        health=campaign.health_check,
+        gpu_uuids=uuids,
+        is_recreating=campaign.cold_start.restart_container,
+    )
+
+
+def _project(campaign: CampaignConfig, folder: Path, environ: Mapping[str, str], state_folder: Path) -> ComposeProject:
+    env_file = campaign.io.env_file
+    return ComposeProject(
+        # Not the slug alone: the user may have a project of that name, which would be taken down with ours.
+        name=f"lem-{campaign.slug}",
+        files=find_compose_files(campaign.io.compose_file, folder, environ),
+        state_folder=state_folder.absolute(),
+        working_dir=folder.absolute(),
+        results_dir=(folder / campaign.io.results_dir).absolute(),
+        env_file=None if env_file is None else (folder / env_file).absolute(),
+        environ=environ,
+    )
+
+
+def _gpus_named(lists: Sequence[tuple[str, ...] | None], visible: Sequence[GpuFacts]) -> tuple[str, ...] | None:
+    """The UUIDs of the GPUs that experiments name; () if all of them name the CPU, None if they are unknown."""
+    if lists and all(names == () for names in lists):
+        return ()
+    return tuple(sorted({gpu.uuid for names in lists for gpu in named_gpus(names, visible)})) or None

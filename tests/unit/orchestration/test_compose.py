@@ -1,0 +1,294 @@
+"""Which compose files are used, and what lem adds to them, as the engine's client is told it."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lem.base.variables import COMPOSE_VARIABLES
+from lem.config.experiment import ExperimentConfig
+from lem.orchestration.compose import (
+    CONTAINER_HOME,
+    ComposeProject,
+    Mount,
+    find_compose_files,
+    local_mounts,
+    packaged_compose_file,
+    without_nested,
+)
+from lem.orchestration.docker import ContainerError
+from tests.doubles.fake_docker import FakeDocker
+
+ROOT = Path(__file__).resolve().parents[3]
+
+# What lem sets itself, whatever a person set.
+SET_BY_LEM = {"LEM_PYZ_DIR", "LEM_RESULTS_DIR", "LEM_UID", "LEM_GID", "LEM_GPU_IDS"}
+
+
+def write(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("services: {}\n")
+
+
+def found(folder: Path, named: str | None = None, **environ: str) -> list[str]:
+    return [str(path.relative_to(folder)) for path in find_compose_files(named, folder, environ)]
+
+
+def test_the_file_named_comes_first_then_the_environment_then_the_usual_places(tmp_path: Path) -> None:
+    assert found(tmp_path) == []
+    write(tmp_path, "docker/docker-compose.yml")
+    assert found(tmp_path) == ["docker/docker-compose.yml"]
+    write(tmp_path, "docker-compose.yml", "a.yml", "b.yml")
+    assert found(tmp_path) == ["docker-compose.yml"]
+    assert found(tmp_path, COMPOSE_FILE="a.yml:b.yml") == ["a.yml", "b.yml"]
+    assert found(tmp_path, COMPOSE_FILE="a.yml;b.yml", COMPOSE_PATH_SEPARATOR=";") == ["a.yml", "b.yml"]
+    assert found(tmp_path, "b.yml", COMPOSE_FILE="a.yml") == ["b.yml"]
+    assert found(tmp_path, "b.yml:a.yml") == ["b.yml", "a.yml"]
+
+
+def test_a_colon_in_a_name_is_no_separator_where_there_is_such_a_file(tmp_path: Path) -> None:
+    write(tmp_path, "a:b.yml")
+    assert found(tmp_path, "a:b.yml") == ["a:b.yml"]
+
+
+@pytest.mark.parametrize(("named", "environ"), [("no.yml", {}), (None, {"COMPOSE_FILE": "no.yml"})])
+def test_a_file_named_that_is_not_there_is_told(tmp_path: Path, named: str | None, environ: dict[str, str]) -> None:
+    with pytest.raises(ContainerError, match=r"no\.yml") as caught:
+        find_compose_files(named, tmp_path, environ)
+    assert caught.value.kind == "compose_file"
+
+
+def test_the_packaged_file_is_the_one_in_the_docker_folder() -> None:
+    assert packaged_compose_file() == (ROOT / "docker" / "docker-compose.yml").read_text()
+
+
+def test_every_variable_of_the_compose_files_is_known_to_the_command_line() -> None:
+    texts = [path.read_text() for path in (ROOT / "docker").glob("*.yml")]
+    used = {name for text in texts for name in re.findall(r"\$\{(LEM_\w+)", text)}
+    assert used == COMPOSE_VARIABLES | SET_BY_LEM
+
+
+# What the client is told
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> FakeDocker:
+    return FakeDocker.install(tmp_path / "docker")
+
+
+def project(fake: FakeDocker, folder: Path, environ: dict[str, str] | None = None, **more: Any) -> ComposeProject:
+    variables = fake.environ(**{"LEM_CACHE_DIR": str(folder / "cache"), **(environ or {})})
+    return ComposeProject(
+        name="lem-demo",
+        files=find_compose_files(None, folder, {}),
+        state_folder=folder / "state",
+        working_dir=folder,
+        results_dir=folder / "results",
+        environ=variables,
+        **more,
+    )
+
+
+def test_the_variables_of_the_compose_file_are_set(fake: FakeDocker, tmp_path: Path) -> None:
+    found = project(
+        fake, tmp_path, {"HF_HOME": str(tmp_path / "hf")}, gpus_of={"vllm": ("GPU-2",), "pytorch": ("GPU-1",)}
+    )
+    env = found.prepare(["vllm"]).docker.env
+    assert env["LEM_GPU_IDS"] == "GPU-1,GPU-2"
+    assert env["LEM_UID"] == str(os.getuid())
+    assert env["LEM_RESULTS_DIR"] == str(tmp_path / "results")
+    assert Path(env["LEM_PYZ_DIR"], "lem.pyz").is_file()
+    assert env["LEM_MODEL_CACHE"] == str(tmp_path / "hf")
+    assert (tmp_path / "hf").is_dir(), "the engine would not make it, or make it root's"
+    assert (
+        project(fake, tmp_path, {"LEM_MODEL_CACHE": "/m", "HF_HOME": "/h"})._variables(None)["LEM_MODEL_CACHE"] == "/m"
+    )
+
+
+def test_lems_own_file_is_written_into_the_state_folder_and_relative_to_where_the_person_is(
+    fake: FakeDocker, tmp_path: Path
+) -> None:
+    compose = project(fake, tmp_path).prepare(["vllm"])
+    assert [path.name for path in compose.files] == ["docker-compose.yml", "docker-compose.lem.yml"]
+    assert all(path.parent == tmp_path / "state" for path in compose.files)
+    assert compose.files[0].read_text() == packaged_compose_file()
+    assert compose.folder == tmp_path
+
+
+def test_project_name_and_env_file_are_told(fake: FakeDocker, tmp_path: Path) -> None:
+    write(tmp_path, "docker-compose.yml")
+    (tmp_path / "my.env").write_text("")
+    project(fake, tmp_path, env_file=tmp_path / "my.env").prepare(["vllm"])
+    words = next(call for call in fake.calls() if "config" in call)
+    assert words[:3] == ["compose", "--project-name", "lem-demo"]
+    assert words[words.index("--env-file") + 1] == str(tmp_path / "my.env")
+    assert "--project-directory" not in words
+
+
+def override(fake: FakeDocker, folder: Path, **more: Any) -> str:
+    return project(fake, folder, **more).prepare(["vllm"]).files[-1].read_text()
+
+
+def as_service(text: str) -> dict[str, Any]:
+    """The service in an override without its comment and its tag, which JSON does not have."""
+    document: dict[str, Any] = json.loads(text.partition("\n")[2].replace("!override ", ""))["services"]["vllm"]
+    return document
+
+
+def test_gpus_are_given_by_uuid_in_place_of_those_of_the_file(fake: FakeDocker, tmp_path: Path) -> None:
+    text = override(fake, tmp_path, gpus_of={"vllm": ("GPU-1", "GPU-2")})
+    assert '"devices": !override [' in text
+    (device,) = as_service(text)["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "device_ids": ["GPU-1", "GPU-2"], "capabilities": ["gpu"]}
+
+
+def test_experiments_on_the_cpu_alone_reserve_no_gpu(fake: FakeDocker, tmp_path: Path) -> None:
+    text = override(fake, tmp_path, gpus_of={"vllm": ()})
+    assert as_service(text)["deploy"]["resources"]["reservations"]["devices"] == []
+
+
+def test_without_known_gpus_those_of_the_file_are_kept(fake: FakeDocker, tmp_path: Path) -> None:
+    assert "deploy" not in as_service(override(fake, tmp_path))
+
+
+def test_a_dollar_sign_in_a_path_is_no_variable(fake: FakeDocker, tmp_path: Path) -> None:
+    text = override(fake, tmp_path, mounts=(Mount(Path("/a$b"), "/a$b"),))
+    assert '"/a$$b"' in text
+    assert not re.search(r"[^$]\$[^$]", text)
+
+
+@pytest.mark.parametrize(("version", "is_replaced"), [("2.24.3", False), ("2.24.4", True), ("5.0.0", True)])
+def test_lists_are_replaced_where_compose_can(
+    fake: FakeDocker, tmp_path: Path, version: str, is_replaced: bool
+) -> None:
+    fake.change(compose=version)
+    compose = project(fake, tmp_path, gpus_of={"vllm": ("GPU-1",)}).prepare(["vllm"])
+    assert ("!override" in compose.files[-1].read_text()) is is_replaced
+    assert compose.docker.env["LEM_GPU_IDS"] == "GPU-1"
+
+
+def test_the_container_knows_its_user_and_the_datasets(fake: FakeDocker, tmp_path: Path) -> None:
+    (tmp_path / "sets").mkdir()
+    found = project(fake, tmp_path, {"LEM_DATASETS_DIR": str(tmp_path / "sets")}).prepare(["vllm"])
+    service = as_service(found.files[-1].read_text())
+    assert service["user"] == f"{os.getuid()}:{os.getgid()}"
+    assert service["environment"]["USER"] == getpass.getuser()
+    assert service["environment"]["LEM_DATASETS_DIR"] == str(tmp_path / "sets")
+    assert str(tmp_path / "sets") in {item["target"] for item in service["volumes"]}
+    assert service["working_dir"] == str(tmp_path)
+
+
+# Mounts
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def experiment(**options: Any) -> ExperimentConfig:
+    return ExperimentConfig.from_dict({"model": "gpt2", **options})
+
+
+def targets(*configs: ExperimentConfig) -> dict[str, bool]:
+    """Targets, and whether each is read-only."""
+    return {mount.target: mount.is_read_only for mount in local_mounts(configs)}
+
+
+def test_a_model_of_a_hub_needs_no_mount(here: Path) -> None:
+    assert local_mounts([experiment()]) == ()
+
+
+def test_a_folder_is_seen_at_its_absolute_path_read_only(here: Path) -> None:
+    (here / "models" / "a b").mkdir(parents=True)
+    (mount,) = local_mounts([experiment(model="models/a b"), experiment(model=f"{here}/models/a b")])
+    assert mount == Mount(here / "models" / "a b", f"{here}/models/a b")
+    assert mount.to_compose() == {
+        "type": "bind",
+        "source": f"{here}/models/a b",
+        "target": f"{here}/models/a b",
+        "read_only": True,
+        "bind": {"create_host_path": False},
+    }
+
+
+def test_every_path_that_an_experiment_names_is_mounted(here: Path) -> None:
+    for name in ("model", "tokenizer", "adapter", "draft", "lists"):
+        (here / name).mkdir()
+    (here / "template.jinja").write_text("")
+    found = targets(
+        experiment(
+            model={"name": "model", "tokenizer": "tokenizer", "adapter": "adapter"},
+            backend="vllm",
+            vllm={
+                "speculative": {"model": "draft", "num_tokens": 2},
+                "extra": {"chat_template": str(here / "template.jinja"), "paths": [{"one": "lists"}]},
+            },
+        )
+    )
+    names = ("model", "tokenizer", "adapter", "draft", "lists", "template.jinja")
+    assert found == {str(here / name): True for name in names}
+
+
+def test_a_folder_that_is_written_to_is_made_and_writable(here: Path) -> None:
+    found = targets(experiment(backend="tensorrt", tensorrt={"engine_cache_dir": "engines"}))
+    assert found == {str(here / "engines"): False}
+    assert (here / "engines").is_dir()
+
+
+def test_a_path_in_the_home_folder_is_where_home_is_inside(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(here))
+    (here / "models" / "m").mkdir(parents=True)
+    assert local_mounts([experiment(model="~/models/m")]) == (Mount(here / "models" / "m", "/tmp/models/m"),)
+
+
+def test_a_snapshot_brings_the_files_that_its_links_lead_to(here: Path) -> None:
+    blobs, snapshot = here / "hub" / "blobs", here / "hub" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    (snapshot / "deep").mkdir(parents=True)
+    (blobs / "1").write_text("weights")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/1")
+    (snapshot / "deep" / "x").symlink_to("../../../blobs/1")
+    (snapshot / "gone").symlink_to("nowhere")
+    assert targets(experiment(model=str(snapshot))) == {str(snapshot): True, str(blobs): True}
+
+
+def test_the_root_is_never_mounted(here: Path) -> None:
+    assert local_mounts([experiment(model="/")]) == ()
+
+
+def test_what_another_mount_shows_already_is_left_out() -> None:
+    outer, inner = Mount(Path("/a"), "/a"), Mount(Path("/a/b"), "/a/b")
+    assert without_nested([inner, outer, inner]) == (outer,)
+
+
+def test_what_is_written_to_inside_what_is_read_stays() -> None:
+    outer, inner = Mount(Path("/a"), "/a"), Mount(Path("/a/b"), "/a/b", is_read_only=False)
+    assert without_nested([outer, inner]) == (outer, inner)
+
+
+def test_another_folder_at_a_place_below_stays() -> None:
+    outer, inner = Mount(Path("/a"), "/a"), Mount(Path("/c"), "/a/b")
+    assert without_nested([outer, inner]) == (outer, inner)
+
+
+def test_a_folder_both_read_and_written_is_written() -> None:
+    read, written = Mount(Path("/a"), "/a"), Mount(Path("/a"), "/a", is_read_only=False)
+    assert without_nested([read, written]) == (written,)
+    assert without_nested([written, read]) == (written,)
+
+
+def test_the_folder_of_an_external_meter_s_file_is_seen_at_its_place(here: Path) -> None:
+    found = targets(experiment(measurement={"external_csv": "meter/watts.csv"}))
+    assert found == {f"{here}/meter": True}
+    assert targets(experiment(measurement={"external_csv": "~/meter/watts.csv"})) == {f"{CONTAINER_HOME}/meter": True}

@@ -1,0 +1,384 @@
+"""Student t, Holm, effects, gates and trends, against SciPy and closed forms."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from scipy import stats
+
+from lem.base.errors import UserError
+from lem.base.reasons import Reason
+from lem.results.stats import (
+    Drift,
+    Effect,
+    Gate,
+    Verdict,
+    anchored_effect,
+    change_of,
+    cycles_to_settle,
+    holm,
+    judge,
+    paired_effect,
+    parse_gate,
+    regularized_incomplete_beta,
+    student_t_cdf,
+    student_t_quantile,
+    trend_of,
+    without_means,
+)
+
+
+def test_far_tails_keep_their_precision() -> None:
+    assert student_t_cdf(-1e6, 1) == pytest.approx(math.atan(1e-6) / math.pi, rel=1e-9)
+    assert (student_t_cdf(-math.inf, 3), student_t_cdf(math.inf, 3)) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("df", "probability"), [(0, 0.5), (-1, 0.5), (3, 0.0), (3, 1.0), (3, math.nan)])
+def test_quantiles_of_nothing_are_refused(df: float, probability: float) -> None:
+    with pytest.raises(ValueError, match=r"degrees of freedom|probability"):
+        if df > 0:
+            student_t_quantile(probability, df)
+        else:
+            student_t_cdf(1.0, df)
+
+
+@pytest.mark.parametrize(
+    ("p_values", "adjusted"),
+    [
+        ([0.01, 0.04, 0.03], (0.03, 0.06, 0.06)),
+        ([0.04, 0.01, 0.03], (0.06, 0.03, 0.06)),
+        ([0.9, 0.8, 0.001, 0.02], (1.0, 1.0, 0.004, 0.06)),
+        ([0.2], (0.2,)),
+        ([], ()),
+    ],
+)
+def test_holm_adjusts_step_by_step_in_the_order_given(p_values: list[float], adjusted: tuple[float, ...]) -> None:
+    assert holm(p_values) == pytest.approx(adjusted)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
+def test_what_is_no_p_value_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="p value"):
+        holm([0.5, value])
+
+
+def noisy(rng: random.Random, n: int, log_mean: float, sd: float) -> list[float]:
+    return [math.exp(rng.gauss(log_mean, sd)) for _ in range(n)]
+
+
+def test_a_ratio_is_taken_pair_by_pair() -> None:
+    """Cycles drift by 20 %, the ratio does not: paired it is sharp."""
+    slow = [100.0, 120.0, 80.0, 110.0]
+    fast = [slow[0] * 1.02, slow[1] * 1.021, slow[2] * 1.019, slow[3] * 1.02]
+    effect = paired_effect(fast, slow)
+    lower, upper = effect.interval() or (0, 9)
+    assert effect.ratio == pytest.approx(1.02, abs=1e-4)
+    assert 1.018 < lower < upper < 1.022
+    assert (effect.p_value or 1) < 1e-4
+    assert effect.n_cycles == (4,)
+
+
+def test_one_pair_has_a_ratio_and_nothing_else() -> None:
+    effect = paired_effect([2.0], [1.0])
+    assert effect.ratio == pytest.approx(2.0)
+    assert (effect.interval(), effect.p_value, effect.p_above(0), effect.p_below(0)) == (None, None, None, None)
+
+
+def test_pairs_that_never_differ_are_equal_for_sure() -> None:
+    effect = paired_effect([5.0, 6.0], [5.0, 6.0])
+    assert (effect.ratio, effect.p_value, effect.interval()) == (1.0, 1.0, (1.0, 1.0))
+    assert effect.p_below(0.01) == 0.0
+    assert effect.p_above(0.01) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("above", "below", "said"),
+    [([1.0], [1.0, 2.0], "no pairs"), ([], [], "no pairs"), ([0.0], [1.0], "positive"), ([math.inf], [1.0], "finite")],
+)
+def test_what_is_no_pair_is_refused(above: list[float], below: list[float], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        paired_effect(above, below)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10, 40])
+def test_paired_effects_are_those_of_scipy(n: int) -> None:
+    rng = random.Random(n)
+    for _ in range(20):
+        above, below = noisy(rng, n, 0.01, 0.02), noisy(rng, n, 0.0, 0.02)
+        logs = [list(map(math.log, side)) for side in (above, below)]
+        found = paired_effect(above, below)
+        expected = stats.ttest_rel(*logs)
+        bounds = expected.confidence_interval(0.95)
+        assert found.p_value == pytest.approx(expected.pvalue, rel=1e-9)
+        assert found.interval(0.95) == pytest.approx((math.exp(bounds.low), math.exp(bounds.high)), rel=1e-9)
+        shifted = [value - 0.03 for value in logs[0]]
+        above_bound = stats.ttest_rel(shifted, logs[1], alternative="greater")
+        assert found.p_above(0.03) == pytest.approx(above_bound.pvalue, rel=1e-9)
+
+
+@pytest.mark.parametrize(("n_now", "n_before"), [(2, 2), (3, 5), (10, 4)])
+def test_anchored_effects_are_those_of_scipys_welch_test(n_now: int, n_before: int) -> None:
+    rng = random.Random(n_now)
+    for _ in range(20):
+        now, before = noisy(rng, n_now, 0.03, 0.02), noisy(rng, n_before, 0.0, 0.01)
+        found = anchored_effect(paired_effect(now, [1.0] * n_now), paired_effect(before, [1.0] * n_before))
+        expected = stats.ttest_ind(list(map(math.log, now)), list(map(math.log, before)), equal_var=False)
+        bounds = expected.confidence_interval(0.95)
+        assert found.df == pytest.approx(expected.df, rel=1e-9)
+        assert found.p_value == pytest.approx(expected.pvalue, rel=1e-9)
+        assert found.interval(0.95) == pytest.approx((math.exp(bounds.low), math.exp(bounds.high)), rel=1e-9)
+
+
+def test_an_anchored_effect_without_an_error_on_one_side_has_none() -> None:
+    one, several = paired_effect([2.0], [1.0]), paired_effect([2.0, 2.1], [1.0, 1.0])
+    found = anchored_effect(several, one)
+    assert (found.std_error, found.n_cycles) == (None, (1, 2))
+
+
+def test_an_anchored_effect_of_constant_ratios_is_certain() -> None:
+    same = paired_effect([2.0, 2.0], [1.0, 1.0])
+    assert anchored_effect(same, same) == Effect(0.0, 0.0, 2, (2, 2))
+
+
+@pytest.mark.parametrize("df", [1, 2, 2.7, 4, 9, 30, 1000])
+def test_students_t_is_that_of_scipy(df: float) -> None:
+    for t in (-40.0, -3.1, -0.2, 0.0, 0.4, 2.2, 12.0):
+        assert student_t_cdf(t, df) == pytest.approx(stats.t.cdf(t, df), rel=1e-9)
+    for probability in (1e-9, 0.001, 0.025, 0.3, 0.9, 0.975, 0.9999):
+        assert student_t_quantile(probability, df) == pytest.approx(stats.t.ppf(probability, df), rel=1e-8)
+
+
+def test_the_incomplete_beta_function_is_that_of_scipy() -> None:
+    rng = random.Random(3)
+    for _ in range(200):
+        a, b, x = rng.uniform(0.1, 40), rng.uniform(0.1, 40), rng.random()
+        found = regularized_incomplete_beta(a, b, x, 1 - x)
+        assert found == pytest.approx(stats.beta.cdf(x, a, b), rel=1e-9, abs=1e-300)
+
+
+def test_holm_keeps_the_chance_of_one_false_finding_below_the_level() -> None:
+    """2,000 families of five true hypotheses, seeded: at most 5 %, within three standard errors."""
+    rng = random.Random(8)
+    found = sum(min(holm([rng.random() for _ in range(5)])) < 0.05 for _ in range(2000))
+    assert found / 2000 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 2000)
+    assert found / 2000 > 0.05 - 3 * math.sqrt(0.05 * 0.95 / 2000)
+
+
+ENERGY = parse_gate("energy=3%")
+
+
+THROUGHPUT = parse_gate("throughput=3%")
+
+
+BLOCKED = Reason.of("other_cards", before="one", after="another")
+
+
+def effect(percent: float, error_percent: float = 0.3, n: int = 5) -> Effect:
+    return Effect(math.log1p(percent / 100), error_percent / 100, n - 1, (n,))
+
+
+def verdict_of(gate: Gate, found: Effect) -> Verdict:
+    return judge([(gate, found, None)])[0].verdict
+
+
+@pytest.mark.parametrize(
+    ("percent", "error", "verdict"),
+    [
+        (10, 0.5, Verdict.WORSE),
+        (-10, 0.5, Verdict.BETTER),
+        (0.5, 0.5, Verdict.WITHIN),
+        (-1, 0.5, Verdict.WITHIN),
+        (3, 0.5, Verdict.INCONCLUSIVE),
+        (4, 0.5, Verdict.INCONCLUSIVE),
+        (0, 2.0, Verdict.INCONCLUSIVE),
+    ],
+)
+def test_more_energy_is_worse_beyond_the_threshold(percent: float, error: float, verdict: Verdict) -> None:
+    assert verdict_of(ENERGY, effect(percent, error)) is verdict
+
+
+def test_more_throughput_is_better() -> None:
+    assert verdict_of(THROUGHPUT, effect(10)) is Verdict.BETTER
+    assert verdict_of(THROUGHPUT, effect(-10)) is Verdict.WORSE
+
+
+def test_the_verdict_is_that_of_the_whole_t_interval() -> None:
+    """Random effects: SciPy's interval lies on one side, or it does not."""
+    rng = random.Random(5)
+    for _ in range(300):
+        above = [math.exp(rng.gauss(0.03, 0.02)) for _ in range(4)]
+        found = paired_effect(above, [1.0] * 4)
+        low, high = stats.ttest_1samp([math.log(value) for value in above], 0).confidence_interval(0.95)
+        bound = ENERGY.bound
+        expected = (
+            Verdict.WORSE
+            if low > bound
+            else Verdict.BETTER
+            if high < -bound
+            else Verdict.WITHIN
+            if -bound < low and high < bound
+            else Verdict.INCONCLUSIVE
+        )
+        assert verdict_of(ENERGY, found) is expected
+
+
+def test_among_many_the_same_effect_needs_more() -> None:
+    sure = effect(5, 0.6)
+    assert verdict_of(ENERGY, sure) is Verdict.WORSE
+    others = [(ENERGY, effect(3, 1.0), None)] * 9
+    assert judge([(ENERGY, sure, None), *others])[0].verdict is Verdict.INCONCLUSIVE
+
+
+def test_the_most_certain_verdict_makes_room_for_the_next() -> None:
+    """Holm: two of three tests stand at 0.05/3 and 0.05/2."""
+    first, second = effect(20, 0.3), effect(4.8, 0.5)
+    verdicts = [item.verdict for item in judge([(ENERGY, second, None), (ENERGY, first, None)])]
+    assert verdicts == [Verdict.WORSE, Verdict.WORSE]
+
+
+def test_what_stands_against_a_verdict_is_its_reason_and_takes_no_room_from_others() -> None:
+    sure = effect(5, 0.6)
+    blocked = [(ENERGY, effect(50, 0.1), BLOCKED)] * 9
+    judged = judge([(ENERGY, sure, None), *blocked])
+    assert judged[0].verdict is Verdict.WORSE
+    assert {(item.verdict, item.reason, item.further_cycles) for item in judged[1:]} == {
+        (Verdict.INCONCLUSIVE, BLOCKED, None)
+    }
+
+
+def test_without_an_error_there_is_no_verdict() -> None:
+    one = Effect(1.0, None, None, (1,))
+    (judged,) = judge([(ENERGY, one, None)])
+    assert (judged.verdict, judged.further_cycles) == (Verdict.INCONCLUSIVE, None)
+    assert judged.reason == Reason.of("one_cycle")
+    assert judge([(ENERGY, None, BLOCKED)])[0].reason == BLOCKED
+    assert judge([]) == ()
+
+
+def test_the_further_cycles_are_those_that_settle_it() -> None:
+    """With as many the interval lies on one side; with one fewer it does not."""
+    found = effect(1.5, 1.0, n=5)
+    more = cycles_to_settle(found, ENERGY.bound)
+    assert more is not None
+    spread = 0.01 * math.sqrt(5)
+    distance = ENERGY.bound - found.log_ratio
+
+    def half(n: int) -> float:
+        return float(stats.t.ppf(0.975, n - 1)) * spread / math.sqrt(n)
+
+    assert half(5 + more) < distance <= half(5 + more - 1)
+
+
+def test_an_effect_at_the_threshold_is_settled_by_no_number_of_cycles() -> None:
+    assert cycles_to_settle(effect(3), ENERGY.bound) is None
+    assert cycles_to_settle(Effect(0.0, None, None, (1,)), ENERGY.bound) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "threshold"),
+    [
+        ("energy=3%", "energy_per_output_tok_j", 0.03),
+        ("energy_per_output_tok_j=0.5%", "energy_per_output_tok_j", 0.005),
+        (" throughput=2.5 % ", "output_tok_per_s", 0.025),
+        ("ttft_p95_s=10%", "ttft_p95_s", 0.1),
+        ("ttft=10%", "ttft_p50_s", 0.1),
+    ],
+)
+def test_gates_are_read(text: str, name: str, threshold: float) -> None:
+    gate = parse_gate(text)
+    assert gate.metric.name == name
+    assert gate.threshold == pytest.approx(threshold)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("energy", "METRIC=PERCENT%"),
+        ("energy=3", "add the % sign"),
+        ("energy=0%", "more than 0%"),
+        ("energy=-3%", "expected a percentage"),
+        ("energy=101%", "at most 100%"),
+        ("=3%", "METRIC=PERCENT%"),
+        ("joules=3%", "no metric 'joules'"),
+        ("output_tok=3%", "neither better"),
+    ],
+)
+def test_what_is_no_gate_is_refused(text: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse_gate(text)
+
+
+Observation = tuple[str, int, float]
+
+
+LEVELS = {"a": 1.0, "b": 20.0, "c": 300.0}
+
+
+def drift_of(found: list[Observation]) -> Drift | None:
+    places = [place for _, place, _ in found]
+    length = max(places, default=0) - min(places, default=0)
+    return trend_of(places, [value for *_, value in found], [name for name, *_ in found], length=length)
+
+
+def observations(drift: float, noise_sd: float, seed: int, cycles: int = 5) -> list[Observation]:
+    """Interleaved cycles of three configurations; the log of the value rises by `drift` from first to last."""
+    noise = random.Random(seed)
+    places = [(cycle * len(LEVELS) + index, name) for cycle in range(cycles) for index, name in enumerate(LEVELS)]
+    last = len(places) - 1
+    return [
+        (name, order, LEVELS[name] * math.exp(drift * order / last + noise.gauss(0, noise_sd)))
+        for order, name in places
+    ]
+
+
+def test_a_drift_without_noise_is_found_to_the_digit() -> None:
+    drift = drift_of(observations(0.03, 0.0, seed=1))
+    assert drift is not None
+    assert drift.change == pytest.approx(math.expm1(0.03))
+    assert drift.is_flagged
+    assert drift.is_significant
+
+
+def test_levels_of_configurations_are_no_drift() -> None:
+    grouped = [(name, 5 * index + cycle, level) for index, (name, level) in enumerate(LEVELS.items())
+               for cycle in range(5)]  # fmt: skip
+    drift = drift_of(grouped)
+    assert drift is not None
+    assert drift.change == pytest.approx(0.0, abs=1e-12)
+    assert not drift.is_flagged
+
+
+def test_the_interval_covers_the_true_drift_as_often_as_it_says() -> None:
+    covered = 0
+    for seed in range(400):
+        drift = drift_of(observations(0.02, 0.01, seed))
+        assert drift is not None
+        assert drift.ci_lower is not None
+        assert drift.ci_upper is not None
+        covered += drift.ci_lower <= math.expm1(0.02) <= drift.ci_upper
+    assert 0.92 < covered / 400 < 0.98
+
+
+def test_a_configuration_with_one_value_says_nothing() -> None:
+    assert drift_of([("a", 0, 1.0), ("b", 1, 2.0)]) is None
+    assert drift_of([]) is None
+
+
+def test_two_values_give_a_change_without_an_interval() -> None:
+    drift = drift_of([("a", 0, 1.0), ("a", 1, 1.05)])
+    assert drift is not None
+    assert (drift.n, drift.ci_lower, drift.is_significant) == (2, None, False)
+    assert drift.change == pytest.approx(0.05)
+
+
+def test_each_value_is_set_against_its_own_configuration() -> None:
+    logs = without_means([math.log(value) for value in (1.0, 9.0, 4.0)], ["a", "b", "a"])
+    assert logs == pytest.approx([-math.log(2), 0.0, math.log(2)])
+
+
+def test_a_change_beyond_all_measure_is_no_overflow() -> None:
+    assert change_of(1e6) > 1e300
+    assert change_of(-1e6) == -1.0
+    assert change_of(0.0) == 0.0
