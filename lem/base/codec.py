@@ -92,10 +92,9 @@ def decode_hint(hint: Any, value: Any, where: str) -> Any:
     return _scalar(hint, value, where)
 
 
-def _decode_fields(kind: Any, document: Any, where: str) -> dict[str, Any]:
+def _decode_fields(kind: Any, document: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The decoded values of an object that has exactly the fields of `kind`, in their order."""
     hints, plain = hints_of(kind), _plain_types(kind)
-    _check_names(where or kind.__name__.lower(), _object(document, where), hints)
     values = {}
     for name, hint in hints.items():
         value = document[name]
@@ -238,6 +237,7 @@ def _keeps_reasons(kind: Any) -> bool:
 def _decode_object(kind: Any, value: Any, where: str) -> Any:
     if isinstance(value, kind):  # a reason, decoded before the rest of its section
         return value
+    _check_names(where or kind.__name__.lower(), _object(value, where), hints_of(kind))
     fields = _decode_fields(kind, value, where)
     try:
         return kind(**fields)
