@@ -33,6 +33,7 @@ from lem.results.report.plot import (
     no_plot,
     number_cell,
     number_text,
+    shade,
     spot,
     table,
     tag,
@@ -50,8 +51,6 @@ _FACETS = 6
 _HALF_PAGE = 600
 # How many requests an engine takes at once is one axis, though each backend has its own option.
 _WIDTHS = {f"{backend}.{option}": option for backend, option in WIDTH_OPTIONS.items()}
-# One hue from light to dark: the order is visible without a key and without colour.
-_RAMP = ((226, 238, 248), (90, 162, 207), (8, 48, 107))
 
 
 @dataclass(frozen=True)
@@ -232,23 +231,11 @@ def _square(square: _Square | None, x: float, y: float, hatch: str, scale: Scale
         hatched = tag("rect", x=x, y=y, width=width, height=height, class_="failed", fill=f"url(#{hatch})")
         plate = tag("rect", x=middle[0] - 28, y=middle[1] - 13, width=56, height=18, class_="plate")
         return tag("g", tooltip, hatched, plate, text(*middle, square.absence, anchor="middle"))
-    share = scale(square.best)
-    lower, upper = _RAMP[:2] if share < 0.5 else _RAMP[1:]
-    rest = 2 * share - (share >= 0.5)
-    rgb = [round(low + rest * (high - low)) for low, high in zip(lower, upper, strict=True)]
-    fill = "#" + "".join(f"{part:02x}" for part in rgb)
+    fill, ink = shade(scale(square.best))
     is_short = 1e-3 <= abs(square.best) < 1000
     shown = f"{square.best:#.3g}".rstrip(".") if is_short else format_quantity(square.best)
-    label = text(*middle, shown + ("†" if square.is_partial else ""), _ink(rgb), "middle")
+    label = text(*middle, shown + ("†" if square.is_partial else ""), ink, "middle")
     return tag("g", tooltip, tag("rect", x=x, y=y, width=width, height=height, fill=fill), label)
-
-
-def _ink(rgb: Sequence[int]) -> str:
-    """The class of text that is readable on a colour: by relative luminance as WCAG 2 defines it."""
-    parts = [value / 255 for value in rgb]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "on-light" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "on-dark"
 
 
 def _grid_table(grid: _Grid, squares: Mapping[tuple[str, str], _Square]) -> Markup:

@@ -13,16 +13,13 @@ from lem.base import units
 from lem.base.measurement import EnergySource, is_estimate
 from lem.base.reasons import alike
 from lem.base.units import (
-    SIGNIFICANT_DIGITS,
     format_duration,
     format_latency,
     format_power,
     plural,
     some_of,
-    with_decimals,
 )
 from lem.record import Environment, Gpu, Record
-from lem.results.aggregation import Estimate
 from lem.results.bootstrap import bootstrap_coverage_label
 from lem.results.report.content import Entry, Report, verdict_of
 from lem.results.report.figures import mean_of
@@ -32,7 +29,9 @@ from lem.results.report.plot import (
     Markup,
     Row,
     breakable,
+    decimals_of,
     details,
+    interval_cells,
     join,
     number_cell,
     paragraphs,
@@ -160,10 +159,10 @@ def results_section(report: Report) -> Markup:
 
 def _overview(report: Report, *, has_winner: bool) -> Markup:
     """Every configuration with both intervals, best first."""
-    decimals = {metric: _decimals(entry.centre(metric) for entry in report.entries) for metric in report.metrics}
+    decimals = {metric: decimals_of(entry.centre(metric) for entry in report.entries) for metric in report.metrics}
     latencies = [
         (label, name)
-        for label, name in (("TTFT p50", "ttft_p50_s"), ("End to end p50", "e2e_p50_s"))
+        for label, name in (("TTFT p50", "ttft_p50_s"), ("End-to-end p50", "e2e_p50_s"))
         if any(entry.configuration.estimate(name).values for entry in report.entries)
     ]
     head = ["No.", "Configuration"]
@@ -176,7 +175,7 @@ def _overview(report: Report, *, has_winner: bool) -> Markup:
         row: list[Cell | str | int] = [entry.number, Cell(_name(entry))]
         for metric, digits in decimals.items():
             is_estimated = entry.is_estimate and metric is ENERGY
-            row += _interval_cells(entry.configuration.estimate(metric), digits, is_estimate=is_estimated)
+            row += interval_cells(entry.configuration.estimate(metric), digits, is_estimate=is_estimated)
         for _, name in latencies:
             row.append(number_cell(entry.centre(name), entry.configuration.estimate(name).null_reason, format_latency))
         rows.append([*row, entry.configuration.n_cycles])
@@ -197,49 +196,6 @@ def _name(entry: Entry) -> Markup:
     shown = [tag("span", text, class_=f"tag {kind}") for is_there, text, kind in badges if is_there]
     swatch = tag("i", class_=f"dot g{entry.group}")
     return join([swatch, breakable(entry.name), tag("div", *shown) if shown else Markup()])
-
-
-def _decimals(values: Iterable[float | None]) -> int | None:
-    """How many decimals all numbers of a column get; None when they differ so much that each needs its own."""
-    known = [value for value in values if value is not None and value > 0]
-    if not known or max(known) > 30 * min(known):
-        return None
-    return max(0, SIGNIFICANT_DIGITS - 1 - math.floor(math.log10(min(known))))
-
-
-def _interval_cells(estimate: Estimate, decimals: int | None, *, is_estimate: bool) -> tuple[Cell, Cell]:
-    """The geometric mean; and below each other its t interval and the bootstrap interval."""
-    t_log, bootstrap, every = estimate.t_log, estimate.bootstrap, estimate.all_attempts
-    notes: list[Markup] = []
-    if every is not None and every.geometric_mean is not None:
-        notes.append(tag("small", f"all attempts {with_decimals(every.geometric_mean, decimals)}"))
-    if t_log is None or bootstrap is None or t_log.geometric_mean is None:
-        reason = estimate.null_reason or (t_log.warning if t_log else None)
-        shown = "no geometric mean" if estimate.values else NOT_MEASURED  # a zero was measured
-        absent = tag("span", shown, class_="absent", title=reason)
-        return Cell(join([absent, *notes]), is_number=True), Cell("", is_number=True)
-    if is_estimate:
-        notes.insert(0, tag("small", "estimate", class_="tag estimate"))
-    mean = Cell(join([with_decimals(t_log.geometric_mean, decimals), *notes]), t_log.geometric_mean, is_number=True)
-    if t_log.ci_lower is None and bootstrap.ci_lower is None:
-        why = None if t_log.n_samples == 1 else t_log.warning or bootstrap.warning
-        return mean, Cell(tag("span", "no interval", class_="absent", title=why), is_number=True)
-    both = [
-        tag("div", tag("span", kind, class_="kind"), Markup(" "), _interval(item.ci_lower, item.ci_upper, decimals))
-        for kind, item in (("t", t_log), ("bootstrap", bootstrap))
-    ]
-    width = None if t_log.ci_lower is None or t_log.ci_upper is None else t_log.ci_upper - t_log.ci_lower
-    return mean, Cell(join(both), width, is_number=True)
-
-
-def _interval(low: float | None, high: float | None, decimals: int | None) -> str:
-    """Both ends, with more decimals where they would look equal."""
-    if low is None or high is None:
-        return "none"
-    more = decimals
-    while more is not None and low < high and with_decimals(low, more) == with_decimals(high, more) and more < 9:
-        more += 1
-    return f"{with_decimals(low, more)} – {with_decimals(high, more)}"
 
 
 def _explanations(report: Report) -> Iterator[str]:
@@ -500,7 +456,7 @@ def _other_methods(used: Sequence[Record]) -> Iterator[Row]:
     modes = _listed(window.traffic_mode.replace("_", " ") for window in windows)
     repeats = _range((float(window.window_repeats) for window in windows), "{:.0f}".format)
     lengths = _range((window.window_s for window in windows), format_duration)
-    yield ["Window", f"{modes}, {lengths}", f"prompt set run {repeats} times"]
+    yield ["Window", f"{modes}, {lengths}", f"prompt set run {'once' if repeats == '1' else f'{repeats} times'}"]
     unsettled = sum(record.validity.warmup_converged is False for record in used)
     remark = f"did not converge in {plural(unsettled, 'result')}" if unsettled else ""
     yield ["Warm-up", _range((window.warmup_s for window in windows), format_duration), remark]
