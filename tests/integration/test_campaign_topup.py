@@ -45,7 +45,7 @@ def test_cycles_are_added_until_the_most_and_the_table_says_what_that_does_to_in
     assert ended.code == 0, ended.err
     assert len(rig.records()) == 6
     assert rig.manifest().is_complete
-    assert "Top-up: cycle 6 is added" in ended.err
+    assert "Top-up: adding cycle 6" in ended.err
     assert "Top-up: 6 cycles is the maximum" in ended.err
     assert "the intervals do not account for that" in " ".join(ended.out.split())
 
