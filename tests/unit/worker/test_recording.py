@@ -19,6 +19,8 @@ from lem.worker.recording import (
 )
 
 HOST = HostFacts("Debian 12", "6.1.0", "A CPU", 8, 16 << 30, "performance")
+
+
 REPORT = EngineReport("transformers", "5.0", {"torch": "2.0"}, "cuda", ("GPU-b", "GPU-a"))
 
 
