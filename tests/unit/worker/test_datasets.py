@@ -19,8 +19,6 @@ from lem.worker.prompts import ResolvedPrompts, fingerprint
 from tests.unit.worker import hub_double
 
 ROOT = Path(__file__).parents[3]
-
-
 ROWS = [{"prompt": f"prompt {number}", "other": number} for number in range(6)]
 
 

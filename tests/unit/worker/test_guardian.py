@@ -14,20 +14,10 @@ from tests.processes import Marker, children_of, wait_for, wait_until_ended
 from tests.worker_rig import RawWorker, Rig
 
 HANG = {"at": "generate", "do": "hang"}
-
-
 HOLD_GIL = {"at": "generate", "do": "hold_gil"}
-
-
 STUBBORN = {"at": "generate", "do": "ignore_term"}
-
-
 CHILD = {"at": "load", "do": "spawn"}
-
-
 FAR_CHILD = {"at": "load", "do": "spawn", "own_session": True}
-
-
 FUTEX = ("202", "98")  # its number on x86-64 and on aarch64
 
 

@@ -42,14 +42,8 @@ IDLE_W, BUSY_W = 90.0, 410.0
 
 
 ENGINE_PID = 4711
-
-
 QUICK = {"min_window_sec": 3.0}
-
-
 NEW_YEAR_S = 1767225600  # 2026-01-01T00:00:00Z, when simulated logs begin
-
-
 SHORT_IDLE = {"duration_sec": 5.0}
 
 

@@ -19,8 +19,6 @@ from lem.worker.recording import (
 )
 
 HOST = HostFacts("Debian 12", "6.1.0", "A CPU", 8, 16 << 30, "performance")
-
-
 REPORT = EngineReport("transformers", "5.0", {"torch": "2.0"}, "cuda", ("GPU-b", "GPU-a"))
 
 

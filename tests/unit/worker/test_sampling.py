@@ -21,17 +21,9 @@ from tests.processes import Marker, wait_for, wait_until_ended
 from tests.unit.meters.nvml_stand_in import FakeClock
 
 COMMAND = own_command(sys.executable)
-
-
 PATIENCE_S = 30.0
-
-
 NS_PER_S = 1_000_000_000
-
-
 GPU = "GPU-00000000-0000-4000-8000-000000000000"
-
-
 OWNER = """
 import pathlib, signal, sys
 from lem.worker.sampling import SamplerProcess

@@ -22,11 +22,7 @@ from tests.processes import wait_for
 from tests.unit.worker.piped_engine import PipedEngine
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
 RESULT = {"type": "result", "engine_reused": True}
-
-
 ERROR = {
     "type": "error",
     "kind": "engine",

@@ -18,11 +18,7 @@ from lem.worker.launch import own_command
 from tests.processes import Marker, wait_for, wait_until_ended
 
 WORKER = (*own_command(sys.executable), "worker")
-
-
 DOUBLES = Path(__file__).resolve().parents[2] / "doubles"
-
-
 SLEEP = "import signal; signal.pause()"
 
 
