@@ -332,6 +332,10 @@ def _cycles_marks(
     metric: Metric, rows: Sequence[tuple[Entry, float]], values: Scale, shares: Scale
 ) -> Iterator[Markup]:
     """Bars, ticks, dots and crosses, one path for each group: a thousand rows must take few bytes."""
+
+    def share_of(centre: float) -> Callable[[float], float]:
+        return lambda value: shares(100 * (value / centre - 1))
+
     bars: dict[int, list[str]] = {group: [] for group in _groups(entry for entry, _ in rows)}
     dots: dict[int, list[str]] = {group: [] for group in bars}
     ticks: list[str] = []
@@ -345,7 +349,7 @@ def _cycles_marks(
             remark = "no geometric mean" if counted else "not measured" if entry.used else "no valid result"
             remarks.append(text(shares.begin + 8, y + 4, remark, "absent"))
         else:
-            places.append(lambda value, centre=centre: shares(100 * (value / centre - 1)))  # type: ignore[misc]
+            places.append(share_of(centre))
         for place in places:
             dots[entry.group] += [spot(place(value), y, DOT) for value in counted]
             crosses += [spot(place(value), y, CROSS) for value in left_out]
