@@ -1,32 +1,15 @@
-"""The result record: what `result.json` holds, and how it is written and read.
-
-A section's `null_reasons` say why fields are None. In JSON, a field that is None has its reason beside it
-(`<field>_null_reason`), and a field of `Reason`s has their codes and data (`<field>_coded`) beside its sentences.
-"""
+"""The result record: what `result.json` holds, and how it is written and read."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
 from lem.base import durable
-from lem.base.codec import (
-    NOT_ENCODED,
-    DecodeError,
-    check_names,
-    decode,
-    decode_fields,
-    decode_hint,
-    encode,
-    hints_of,
-    shown,
-)
+from lem.base.codec import CODED, DecodeError, decode, encode, shown
 from lem.base.measurement import SLOWDOWN_MASK, EnergySource, is_estimate
 from lem.base.reasons import Reason, recognise
 
@@ -91,7 +74,7 @@ def parts_of_source(source: str) -> tuple[str, ...]:
 class Section:
     """A part of the record in which fields can be absent."""
 
-    null_reasons: Mapping[str, str] = field(default_factory=dict, kw_only=True, metadata=NOT_ENCODED)
+    null_reasons: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
     @classmethod
     def of(cls: type[_Section], **fields: Any) -> _Section:
@@ -375,9 +358,6 @@ class Record:
 
 SCHEMA_VERSION = 2
 
-_REASON = "_null_reason"
-_CODED = "_coded"
-
 
 class RecordError(ValueError):
     """A document that is not a whole record of this schema."""
@@ -390,16 +370,8 @@ def encode_record(record: Record) -> dict[str, Any]:
         RecordError: a value is None and its section gives no reason, a reason stands beside a value, or a value has
             another type than declared (NaN and infinity are no numbers here).
     """
-    document: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
     try:
-        for name in hints_of(Record):
-            value = getattr(record, name)
-            if name == "gpus":
-                document[name] = [_encode_section(gpu, f"gpus[{place}]") for place, gpu in enumerate(value)]
-            else:
-                document[name] = (
-                    _encode_section(value, name) if dataclasses.is_dataclass(value) else encode(value, name)
-                )
+        document = {"schema_version": SCHEMA_VERSION, **encode(record, "")}
     except DecodeError as error:
         raise RecordError(str(error)) from error
     decode_record(document)  # The writer knows best what to do about a wrong type, so it meets it, not the reader.
@@ -417,13 +389,12 @@ def decode_record(document: Any) -> Record:
         raise RecordError("a record is a JSON object")
     if document.get("schema_version") == 1:
         document = _from_version_1(document)
-    version, hints = document.get("schema_version"), hints_of(Record)
-    if version != SCHEMA_VERSION:
-        raise RecordError(f"schema_version is {shown(version)}, this lem reads 1 to {SCHEMA_VERSION}")
+    if document.get("schema_version") != SCHEMA_VERSION:
+        found = shown(document.get("schema_version"))
+        raise RecordError(f"schema_version is {found}, this lem reads 1 to {SCHEMA_VERSION}")
     values = {name: value for name, value in document.items() if name != "schema_version"}
     try:
-        check_names("record", values, hints)
-        return Record(**{name: decode_hint(hint, values[name], name, _decode_section) for name, hint in hints.items()})
+        return decode(Record, values, "")
     except DecodeError as error:
         raise RecordError(str(error)) from error
 
@@ -455,95 +426,13 @@ def read_record(path: Path) -> Record:
         raise RecordError("not a record: nested too deeply") from error
 
 
-def _encode_section(section: Any, where: str) -> dict[str, Any]:
-    kind: Any = type(section)
-    reasons, out = dict(section.null_reasons), {}
-    for name in hints_of(kind):
-        value, path = getattr(section, name), f"{where}.{name}"
-        if isinstance(value, Distribution):
-            out[name] = _encode_section(value, path)
-        elif value is not None and name in _reason_fields(kind):
-            out[name], out[name + _CODED] = _texts(value), _codes(value, path)
-        else:
-            out[name] = encode(value, path)
-        reason = reasons.pop(name, None)
-        if value is None:
-            out[name + _REASON] = reason
-        elif reason is not None:
-            raise DecodeError(f"{path} has a value and a reason for having none: {shown(reason)}")
-    if reasons:
-        raise DecodeError(f"{where}: reasons for unknown fields {', '.join(sorted(reasons))}")
-    return out
-
-
-def _decode_section(kind: Any, value: Any, where: str) -> Any:
-    if isinstance(value, Reason):  # decoded before the rest of its section
-        return value
-    if not isinstance(value, dict):
-        raise DecodeError(f"{where}: expected an object, got {shown(value)}")
-    reasons = {key.removesuffix(_REASON): text for key, text in value.items() if key.endswith(_REASON)}
-    coded = {key.removesuffix(_CODED): item for key, item in value.items() if key.endswith(_CODED)}
-    plain = {key: item for key, item in value.items() if not key.endswith((_REASON, _CODED))}
-    check_names(where, plain, hints_of(kind))
-    for name, item in plain.items():
-        if item is None and not (isinstance(reasons.get(name), str) and reasons[name]):
-            raise DecodeError(f"{where}.{name} is null without a reason")
-    for name in reasons:
-        if plain.get(name, name) is not None:
-            raise DecodeError(f"{where}: {shown(name + _REASON)} stands beside a value, or beside nothing")
-    for name, hint in _reason_fields(kind).items():
-        plain[name] = _decode_reasons(hint, plain[name], coded.pop(name, None), f"{where}.{name}")
-    if coded:
-        raise DecodeError(f"{where}: unexpected {shown(next(iter(coded)) + _CODED)}: the field holds no reasons")
-    fields = decode_fields(kind, plain, where, _decode_section)
-    return kind(**fields, null_reasons=reasons) if issubclass(kind, Section) else kind(**fields)
-
-
-@functools.cache
-def _reason_fields(kind: Any) -> Mapping[str, Any]:
-    return {name: hint for name, hint in hints_of(kind).items() if hint in (Reason | None, tuple[Reason, ...])}
-
-
-def _texts(value: Any) -> Any:
-    return value.text if isinstance(value, Reason) else [item.text for item in value]
-
-
-def _codes(value: Any, where: str) -> Any:
-    if not isinstance(value, Reason):
-        return [_codes(item, where) for item in value]
-    data = {name: item.text if isinstance(item, Reason) else item for name, item in value.data.items()}
-    return {"code": value.code, "data": encode(data, f"{where}.data")}
-
-
-def _decode_reasons(hint: Any, sentences: Any, coded: Any, where: str) -> Any:
-    """The reasons of a field, from its sentences and their codes."""
-    if typing.get_origin(hint) is not tuple:
-        sentence = decode_hint(str | None, sentences, where)
-        return None if sentence is None and coded is None else _decode_reason(sentence, coded, where)
-    sentences = decode_hint(tuple[str, ...], sentences, where)
-    if not isinstance(coded, list) or len(coded) != len(sentences):
-        raise DecodeError(f"{where}: expected codes of {len(sentences)} sentences, got {shown(coded)}")
-    return [_decode_reason(sentence, code, where) for sentence, code in zip(sentences, coded, strict=True)]
-
-
-def _decode_reason(sentence: str, coded: Any, where: str) -> Reason:
-    """The reason; one of a newer lem with the same schema is known by its sentence alone."""
-    if not isinstance(coded, dict) or coded.keys() != {"code", "data"} or not isinstance(coded["data"], dict):
-        raise DecodeError(f"{where}: expected code and data, got {shown(coded)}")
-    code, data = decode(str, coded["code"], where), encode(coded["data"], f"{where}.data")
-    try:
-        return Reason.of(code, **data)
-    except ValueError:
-        return Reason.of("said", text=sentence)
-
-
 def _from_version_1(document: Mapping[str, Any]) -> dict[str, Any]:
     """The document as version 2 has it; what is wrong with it stays for the reader to find."""
     document = {**document, "schema_version": 2}
     for section, name in (("validity", "invalid_reasons"), ("validity", "warnings"), ("window", "gap_end_reason")):
         values = document.get(section)
         if isinstance(values, dict) and values.get(name) is not None:
-            document[section] = {**values, name + _CODED: _recognised(values[name])}
+            document[section] = {**values, name + CODED: _recognised(values[name])}
     return document
 
 

@@ -1,6 +1,9 @@
 """One codec between JSON and dataclasses: the declared types are the schema.
 
 A file comes from a disk, another host or another version, and everything behind the codec relies on what it checked.
+
+A section is a dataclass whose `null_reasons` say why fields are None. In JSON, a field that is None has its reason
+beside it (`<field>_null_reason`), and a field of `Reason`s has their codes and data (`<field>_coded`) beside its texts.
 """
 
 from __future__ import annotations
@@ -11,17 +14,20 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from lem.base.reasons import Reason
 
 T = TypeVar("T")
-_ObjectDecoder = Callable[[Any, Any, str], Any]
 
-# The metadata of a field that has no place in JSON.
-NOT_ENCODED: Final = types.MappingProxyType({"is_encoded": False})
-
+# The field of a section that says why others are None, and what it adds to their names in JSON.
+_REASONS = "null_reasons"
 # No meter and no clock counts so far; beyond it, sums would leave the range of floating point.
 _MOST = 2.0**64
+
+_REASON = "_null_reason"
+CODED = "_coded"
 
 _UNIONS = (types.UnionType, typing.Union)
 _NAMES = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
@@ -35,7 +41,7 @@ class DecodeError(ValueError):
 
 
 def encode(value: Any, where: str) -> Any:
-    """`value` as JSON values: a dataclass as the object of its fields, a tuple as a list.
+    """`value` as JSON values: a dataclass as the object of its fields, a tuple as a list; `where` is its place, or ''.
 
     Raises:
         DecodeError: it has no form in JSON; NaN and infinity have none.
@@ -45,9 +51,11 @@ def encode(value: Any, where: str) -> Any:
     if isinstance(value, float):
         return _finite(value, where)
     if dataclasses.is_dataclass(value):
-        return {item.name: encode(getattr(value, item.name), f"{where}.{item.name}") for item in _fields(value)}
+        if _keeps_reasons(type(value)):
+            return _encode_section(value, where)
+        return {item.name: encode(getattr(value, item.name), _at(where, item.name)) for item in _fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): encode(item, f"{where}.{key}") for key, item in value.items()}
+        return {str(key): encode(item, _at(where, key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [encode(item, f"{where}[{place}]") for place, item in enumerate(value)]
     raise DecodeError(f"{where}: {type(value).__name__} has no form in JSON")
@@ -63,44 +71,35 @@ def decode(kind: type[T], value: Any, where: str) -> T:
     return decoded
 
 
-def decode_hint(hint: Any, value: Any, where: str, decode_object: _ObjectDecoder | None = None) -> Any:
-    """As `decode`, of any declared type: also Any, and tuples, lists and mappings, which may be optional.
-
-    Args:
-        decode_object: decodes dataclasses whose objects have other fields too.
-    """
+def decode_hint(hint: Any, value: Any, where: str) -> Any:
+    """As `decode`, of any declared type: also Any, and tuples, lists and mappings, which may be optional."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in _UNIONS:
         (other,) = (item for item in inner if item is not types.NoneType)
-        return None if value is None else decode_hint(other, value, where, decode_object)
+        return None if value is None else decode_hint(other, value, where)
     if dataclasses.is_dataclass(hint):
-        return (decode_object or _decode_object)(hint, value, where)
+        return (_decode_section if _keeps_reasons(hint) else _decode_object)(hint, value, where)
     if hint is Any:
         return encode(value, where)
     if origin in (tuple, list):
         if not isinstance(value, list):
             raise DecodeError(f"{where}: expected a list, got {shown(value)}")
-        items = (decode_hint(inner[0], item, f"{where}[{at}]", decode_object) for at, item in enumerate(value))
+        items = (decode_hint(inner[0], item, f"{where}[{at}]") for at, item in enumerate(value))
         return origin(items)
     if origin is not None:
         pairs = _object(value, where).items()
-        return {key: decode_hint(inner[1], item, f"{where}.{key}", decode_object) for key, item in pairs}
+        return {key: decode_hint(inner[1], item, _at(where, key)) for key, item in pairs}
     return _scalar(hint, value, where)
 
 
-def decode_fields(kind: Any, document: Any, where: str, decode_object: _ObjectDecoder | None = None) -> dict[str, Any]:
-    """The decoded values of an object that has exactly the fields of `kind`, in their order.
-
-    Raises:
-        DecodeError: as `decode`.
-    """
+def _decode_fields(kind: Any, document: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The decoded values of an object that has exactly the fields of `kind`, in their order."""
     hints, plain = hints_of(kind), _plain_types(kind)
-    check_names(where, _object(document, where), hints)
     values = {}
     for name, hint in hints.items():
         value = document[name]
         is_good = type(value) in plain[name] and (type(value) is not float or math.isfinite(value))
-        values[name] = value if is_good else decode_hint(hint, value, f"{where}.{name}", decode_object)
+        values[name] = value if is_good else decode_hint(hint, value, _at(where, name))
     return values
 
 
@@ -129,12 +128,84 @@ def decode_row(kind: type[T], values: Sequence[Any]) -> T:
     return kind(*values)
 
 
-def check_names(where: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Nothing where both have the same names.
+def _encode_section(section: Any, where: str) -> dict[str, Any]:
+    kind: Any = type(section)
+    reasons, out = dict(section.null_reasons), {}
+    for name in hints_of(kind):
+        value, path = getattr(section, name), _at(where, name)
+        if value is not None and name in _reason_fields(kind):
+            out[name], out[name + CODED] = _texts(value), _codes(value, path)
+        else:
+            out[name] = encode(value, path)
+        reason = reasons.pop(name, None)
+        if value is None:
+            out[name + _REASON] = reason
+        elif reason is not None:
+            raise DecodeError(f"{path} has a value and a reason for having none: {shown(reason)}")
+    if reasons:
+        raise DecodeError(f"{where}: reasons for unknown fields {', '.join(sorted(reasons))}")
+    return out
 
-    Raises:
-        DecodeError: names those that are missing or unknown.
-    """
+
+def _decode_section(kind: Any, value: Any, where: str) -> Any:
+    value = _object(value, where)
+    reasons = {key.removesuffix(_REASON): text for key, text in value.items() if key.endswith(_REASON)}
+    coded = {key.removesuffix(CODED): item for key, item in value.items() if key.endswith(CODED)}
+    plain = {key: item for key, item in value.items() if not key.endswith((_REASON, CODED))}
+    _check_names(where, plain, hints_of(kind))
+    for name, item in plain.items():
+        if item is None and not (isinstance(reasons.get(name), str) and reasons[name]):
+            raise DecodeError(f"{where}.{name} is null without a reason")
+    for name in reasons:
+        if plain.get(name, name) is not None:
+            raise DecodeError(f"{where}: {shown(name + _REASON)} stands beside a value, or beside nothing")
+    for name, hint in _reason_fields(kind).items():
+        plain[name] = _decode_reasons(hint, plain[name], coded.pop(name, None), _at(where, name))
+    if coded:
+        raise DecodeError(f"{where}: unexpected {shown(next(iter(coded)) + CODED)}: the field holds no reasons")
+    fields = _decode_fields(kind, plain, where)
+    return kind(**fields, null_reasons=reasons) if _REASONS in kind.__dataclass_fields__ else kind(**fields)
+
+
+@functools.cache
+def _reason_fields(kind: Any) -> Mapping[str, Any]:
+    return {name: hint for name, hint in hints_of(kind).items() if hint in (Reason | None, tuple[Reason, ...])}
+
+
+def _texts(value: Any) -> Any:
+    return value.text if isinstance(value, Reason) else [item.text for item in value]
+
+
+def _codes(value: Any, where: str) -> Any:
+    if not isinstance(value, Reason):
+        return [_codes(item, where) for item in value]
+    data = {name: item.text if isinstance(item, Reason) else item for name, item in value.data.items()}
+    return {"code": value.code, "data": encode(data, f"{where}.data")}
+
+
+def _decode_reasons(hint: Any, sentences: Any, coded: Any, where: str) -> Any:
+    """The reasons of a field, from its sentences and their codes."""
+    if typing.get_origin(hint) is not tuple:
+        sentence = decode_hint(str | None, sentences, where)
+        return None if sentence is None and coded is None else _decode_reason(sentence, coded, where)
+    sentences = decode_hint(tuple[str, ...], sentences, where)
+    if not isinstance(coded, list) or len(coded) != len(sentences):
+        raise DecodeError(f"{where}: expected codes of {len(sentences)} sentences, got {shown(coded)}")
+    return [_decode_reason(sentence, code, where) for sentence, code in zip(sentences, coded, strict=True)]
+
+
+def _decode_reason(sentence: str, coded: Any, where: str) -> Reason:
+    """The reason; one of a newer lem with the same schema is known by its sentence alone."""
+    if not isinstance(coded, dict) or coded.keys() != {"code", "data"} or not isinstance(coded["data"], dict):
+        raise DecodeError(f"{where}: expected code and data, got {shown(coded)}")
+    code, data = decode(str, coded["code"], where), encode(coded["data"], f"{where}.data")
+    try:
+        return Reason.of(code, **data)
+    except ValueError:
+        return Reason.of("said", text=sentence)
+
+
+def _check_names(where: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     if found.keys() != expected.keys():
         missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
         parts = [f"missing {', '.join(missing)}"] * bool(missing)
@@ -155,8 +226,19 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:79] + "…"
 
 
+def _at(where: str, name: Any) -> str:
+    return f"{where}.{name}" if where else str(name)
+
+
+def _keeps_reasons(kind: Any) -> bool:
+    return _REASONS in kind.__dataclass_fields__ or hasattr(kind, _REASONS)
+
+
 def _decode_object(kind: Any, value: Any, where: str) -> Any:
-    fields = decode_fields(kind, value, where)
+    if isinstance(value, kind):  # a reason, decoded before the rest of its section
+        return value
+    _check_names(where or kind.__name__.lower(), _object(value, where), hints_of(kind))
+    fields = _decode_fields(kind, value, where)
     try:
         return kind(**fields)
     except ValueError as error:  # a rule of the dataclass itself
@@ -164,7 +246,7 @@ def _decode_object(kind: Any, value: Any, where: str) -> Any:
 
 
 def _fields(kind: Any) -> list[dataclasses.Field[Any]]:
-    return [item for item in dataclasses.fields(kind) if item.metadata.get("is_encoded", True)]
+    return [item for item in dataclasses.fields(kind) if item.name != _REASONS]
 
 
 @functools.cache

@@ -35,7 +35,7 @@ from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.campaign import CampaignRunner
 from lem.orchestration.executor import ExecutorChoice
 from lem.orchestration.plan import Plan
-from lem.orchestration.resume import SAY_WHICH, RunOptions, make_rule
+from lem.orchestration.resume import CHOOSE_HINT, RunOptions, make_rule
 from lem.orchestration.schedule import CampaignOutcome, Scheduler, Stopped, StopRequest
 from lem.orchestration.status import Event
 from lem.orchestration.systemd import Notification, ServiceManager, notify
@@ -117,7 +117,7 @@ class CampaignCommand:
                 is_environment_change_allowed=args.allow_environment_change,
                 is_fail_fast=args.fail_fast,
                 until=self._rule(),
-                go_on=resume_command(sys.orig_argv),
+                resume_command=resume_command(sys.orig_argv),
                 run_id=self._part.run_id,
             ),
             host=self._part.host or socket.gethostname(),
@@ -214,7 +214,7 @@ class CampaignCommand:
             line = sys.stdin.readline()
             if not line:
                 self._console.line()
-                raise UserError("no answer", SAY_WHICH)
+                raise UserError("no answer", CHOOSE_HINT)
             answer = answers.get(line.strip().lower())
             if answer is not None:
                 return answer

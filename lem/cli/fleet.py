@@ -22,7 +22,7 @@ from lem.orchestration.fleet import (
     make_fleet_plan,
     parse_shard,
     part_of_plan,
-    plan_anew,
+    replan,
     take_part,
 )
 from lem.orchestration.names import make_run_id
@@ -91,7 +91,7 @@ def _plan_of_what_lacks(
     scan = Repository(Path(campaign.io.results_dir), campaign.slug).scan(stored.run_id)
     identities = [item.record.identity for item in scan.results]
     present = {(identity.host, identity.experiment_id) for identity in identities}
-    return plan_anew(stored, hosts, present, costs_of(plan.configurations, measured))
+    return replan(stored, hosts, present, costs_of(plan.configurations, measured))
 
 
 def _described(plan: FleetPlan) -> list[str]:

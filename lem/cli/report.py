@@ -8,7 +8,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from lem.base.doc import write_json
 from lem.base.errors import ExitCode, UserError
@@ -27,51 +27,58 @@ from lem.meters.samples import (
     SampleLogError,
     read_finished,
 )
-from lem.results.report.content import POWER, TEMPERATURE, Phase, Series, Spell, Trace, union
-
-if TYPE_CHECKING:
-    from lem.results.run import Run
-
+from lem.results.report import render_report
+from lem.results.report.content import (
+    POWER,
+    TEMPERATURE,
+    Phase,
+    Series,
+    Slowdown,
+    Trace,
+    compose,
+    select_traced,
+    union,
+)
+from lem.results.run import Run
 
 _FILENAME = "report.html"
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `lem report` takes."""
-    parser.description = "`lem report`: one campaign as one HTML file that needs nothing beside itself."
-    parser.add_argument("campaign", metavar="CAMPAIGN", help="a campaign (its last run), or a run")
+    """Add the arguments of `lem report`."""
+    parser.description = "`lem report`: one campaign as a self-contained HTML file."
+    parser.add_argument("campaign", metavar="CAMPAIGN", help="a campaign (its last run) or a run")
     parser.add_argument(
         "--output",
         "-o",
         metavar="FILE",
-        help=f"where to write it, - for stdout (default: {_FILENAME} in the campaign's folder)",
+        help=f"the file to write, - for stdout (default: {_FILENAME} in the campaign's folder)",
     )
     parser.add_argument("--results-dir", type=Path, default=Path("results"), metavar="DIR", help="default: results")
-    parser.add_argument("--json", action="store_true", help="what was written as one JSON document on stdout")
+    parser.add_argument("--json", action="store_true", help="print the path and size as a JSON document")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    """The exit code; 0 also where results are damaged, which the page and stderr tell."""
+    """The exit code; 0 also if results are damaged, which the page and stderr report."""
     if args.json and args.output == "-":
-        raise UserError("--json and --output - both want stdout", "name a file for the page")
+        raise UserError("--json and --output - both write to stdout", "Write the page to a file: --output FILE.")
     chosen = resolve_run(args.results_dir, args.campaign)
-    campaign, run_id = chosen.campaign, chosen.run_id
     results = chosen.read()
     text = make_report(results)
     damaged = [problem for problem in results.problems if problem.kind != "missing"]
-    tell_problems(err, damaged, lead="left out: ", rest="the page names them")
+    tell_problems(err, damaged, lead="left out: ", rest="the page lists them")
     if args.output == "-":
         out.write(text)
         return int(ExitCode.OK)
-    path = Path(args.output) if args.output else args.results_dir / campaign / _FILENAME
+    path = Path(args.output) if args.output else args.results_dir / chosen.campaign / _FILENAME
     write_file(path, text)
     if args.json:
         document = {
             "path": str(path),
             "bytes": len(text.encode("utf-8")),
-            "campaign": campaign,
-            "run_id": run_id,
+            "campaign": chosen.campaign,
+            "run_id": chosen.run_id,
             "problems": problem_documents(results.problems),
         }
         write_json(out, document)
@@ -82,12 +89,9 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
 
 def make_report(run: Run) -> str:
     """The page of a run; a sample log that cannot be used is named and left out."""
-    from lem.results.report import render_report
-    from lem.results.report.content import compose, select_traced
-
     report = compose(run)
     logs = {key: path.parent / FINISHED_FILENAME for key, path in run.paths.items()}
-    with_log = [record for record in run.records if logs[record.identity.key].is_file()]
+    with_log = [item for item in run.records if item.identity.key in logs and logs[item.identity.key].is_file()]
     traces, unread = [], []
     for record in select_traced(report.entries, with_log):
         path = logs[record.identity.key]
@@ -128,12 +132,12 @@ def trace_of(log: SampleLog, marks: Sequence[Mark]) -> Trace:
         by_gpu.setdefault(sample.gpu, []).append(sample)
     powers, packages = lines(lambda sample: sample.power_w), _package_powers(log, seconds)
     temperatures = lines(lambda sample: sample.temp_c)
-    spells = _spells(by_gpu.values(), seconds, interval_s)
+    slowdowns = _slowdowns(by_gpu.values(), seconds, interval_s)
     counted = [*(powers if any(powers.values()) else packages).values()]
     degrees = list(itertools.chain.from_iterable(temperatures.values()))
     return Trace(
         phases=tuple(
-            _phase(mark.name, seconds(mark.opened_ns), seconds(mark.closed_ns), counted, degrees, spells)
+            _phase(mark.name, seconds(mark.opened_ns), seconds(mark.closed_ns), counted, degrees, slowdowns)
             for mark in ordered
         ),
         series=(
@@ -141,7 +145,7 @@ def trace_of(log: SampleLog, marks: Sequence[Mark]) -> Trace:
             *_series(POWER, packages, SLOW_PERIOD_S),
             *_series(TEMPERATURE, temperatures, interval_s),
         ),
-        spells=spells,
+        slowdowns=slowdowns,
         interval_s=interval_s if by_gpu else SLOW_PERIOD_S,
     )
 
@@ -204,12 +208,12 @@ def _package_powers(log: SampleLog, seconds: Callable[[int], float]) -> dict[str
     return found
 
 
-def _spells(
+def _slowdowns(
     gpus: Iterable[Sequence[GpuSample]], seconds: Callable[[int], float], interval_s: float
-) -> tuple[Spell, ...]:
+) -> tuple[Slowdown, ...]:
     """The times in which a bit was set on any GPU, each until the next sample; holes in the samples are bridged."""
     hole_s = HOLE_PERIODS * interval_s
-    found: list[Spell] = []
+    found: list[Slowdown] = []
     for mask, reason in (*SLOWDOWN_BITS.items(), (POWER_CAP_BIT, _AT_POWER_LIMIT)):
         spans: list[tuple[float, float]] = []
         for samples in gpus:
@@ -220,17 +224,17 @@ def _spells(
                     end = seconds(following.at_ns) if following else at + interval_s
                     own.append((at, min(end, at + hole_s)))
             spans += union(own, hole_s)
-        found += [Spell(begin, end, mask in SLOWDOWN_BITS, reason) for begin, end in union(spans)]
+        found += [Slowdown(begin, end, mask in SLOWDOWN_BITS, reason) for begin, end in union(spans)]
     return tuple(sorted(found, key=lambda item: (item.begin_s, item.reason)))
 
 
 def _phase(
-    name: str, begin: float, end: float, powers: Sequence[_Points], temperatures: _Points, spells: Iterable[Spell]
+    name: str, begin: float, end: float, powers: Sequence[_Points], temperatures: _Points, slowdowns: Iterable[Slowdown]
 ) -> Phase:
     """One phase in numbers; power is the sum over the devices."""
     inside = [[value for at, value in points if begin <= at < end] for points in powers]
     degrees = [value for at, value in temperatures if begin <= at < end]
-    faults = union((spell.begin_s, spell.end_s) for spell in spells if spell.is_fault)
+    faults = union((slowdown.begin_s, slowdown.end_s) for slowdown in slowdowns if slowdown.is_fault)
     is_known = bool(inside) and all(inside)
     return Phase(
         name=name,

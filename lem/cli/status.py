@@ -19,7 +19,7 @@ from lem.orchestration.manifest import COMPLETED, FAILED, RUNNING, SKIPPED, TOP_
 from lem.orchestration.status import Activity, CampaignStatus, State, is_invalid, parse_utc
 
 if TYPE_CHECKING:
-    from lem.orchestration.status import CampaignStatus, Onlooker
+    from lem.orchestration.status import CampaignStatus, Viewpoint
 
 
 def add_status_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,18 +38,18 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     import socket
 
     from lem.base.clock import utc_now
-    from lem.orchestration.status import Onlooker, boot_time, find_folders, read_status
+    from lem.orchestration.status import Viewpoint, boot_time, find_folders, read_status
 
-    onlooker = Onlooker(utc_now(), socket.gethostname(), boot_time())
-    eyes = Eyes(onlooker.now, width=_width(out), is_colour=is_colour_wanted(out))
+    viewpoint = Viewpoint(utc_now(), socket.gethostname(), boot_time())
+    eyes = Eyes(viewpoint.now, width=_width(out), is_colour=is_colour_wanted(out))
     if args.campaign is not None:
-        status = _find(args.state_dir, args.campaign, onlooker)
+        status = _find(args.state_dir, args.campaign, viewpoint)
         if args.json:
             write_json(out, status_document(status))
         else:
             out.write(render_status(status, eyes))
         return int(ExitCode.OK)
-    statuses = [read_status(folder, onlooker) for folder in find_folders(args.state_dir)]
+    statuses = [read_status(folder, viewpoint) for folder in find_folders(args.state_dir)]
     if args.json:
         write_json(out, [status_document(item) for item in statuses])
     elif statuses:
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     return int(ExitCode.OK)
 
 
-def _find(state_dir: Path, wanted: str, onlooker: Onlooker) -> CampaignStatus:
+def _find(state_dir: Path, wanted: str, viewpoint: Viewpoint) -> CampaignStatus:
     """The status of the campaign that is meant.
 
     Raises:
@@ -71,9 +71,9 @@ def _find(state_dir: Path, wanted: str, onlooker: Onlooker) -> CampaignStatus:
 
     given = Path(wanted)
     if given.suffix in (".yaml", ".yml") and given.is_file():
-        return _of_file(given, onlooker)
+        return _of_file(given, viewpoint)
     if given.is_dir() and find_manifest(given) is not None:
-        return read_status(given, onlooker)
+        return read_status(given, viewpoint)
     folders = {folder.name: folder for folder in find_folders(state_dir)}
     try:
         slug = slug_of(wanted)
@@ -86,16 +86,16 @@ def _find(state_dir: Path, wanted: str, onlooker: Onlooker) -> CampaignStatus:
         raise UserError(
             f"no campaign {wanted!r} in {state_dir}{suggestion}", f"{there}; --state-dir names another folder"
         )
-    return read_status(folder, onlooker)
+    return read_status(folder, viewpoint)
 
 
-def _of_file(path: Path, onlooker: Onlooker) -> CampaignStatus:
+def _of_file(path: Path, viewpoint: Viewpoint) -> CampaignStatus:
     from lem.config.load import load_campaign
     from lem.orchestration.status import read_status
 
     campaign = load_campaign(str(path)).config
     folder = Path(campaign.io.state_dir) / campaign.slug
-    return read_status(folder, onlooker, folder / campaign.io.manifest_filename)
+    return read_status(folder, viewpoint, folder / campaign.io.manifest_filename)
 
 
 def _width(out: TextIO) -> int:

@@ -34,7 +34,7 @@ NAMESPACE = "lem-bundle"
 _SAVE_TIMEOUT_S = 3600.0
 _TOOL_TIMEOUT_S = 120.0
 _SHOWN = 5
-_AGAIN = "bring it over again"
+_AGAIN = "copy the bundle again"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
@@ -60,7 +60,7 @@ def make_bundle(folder: Path, contents: Contents, *, sign_key: Path | None = Non
     """Make a bundle in `folder`, completely or not at all."""
     target = folder / f"lem-airgap-{__version__}"
     if target.exists():
-        raise UserError(f"{target} is there already", "a bundle is never changed: choose another folder")
+        raise UserError(f"{target} already exists", "choose another folder; bundles are never changed")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=durable.TEMPORARY_PREFIX, dir=folder))
@@ -86,7 +86,7 @@ def _fill(scratch: Path, contents: Contents) -> None:
     images = [_save_image(name, scratch / "images") for name in contents.images]
     for model in contents.models:
         if not model.is_dir():
-            raise UserError(f"model {model}: no such folder", "a pinned snapshot is a folder of files")
+            raise UserError(f"model {model}: no such folder", "expected a folder of files, such as a pinned snapshot")
         # Snapshots of the hub are links into a folder of blobs: a bundle holds what they lead to.
         shutil.copytree(model, scratch / "models" / model.name, symlinks=False)
     for kind, files in (("debs", contents.debs), ("wheels", contents.wheels)):
@@ -122,7 +122,7 @@ def _image_ids(saved: Path) -> dict[str, str | None]:
         images, index = (_member(archive, name) for name in ("manifest.json", "index.json"))
     config = _first(images).get("Config")
     if not isinstance(config, str):
-        raise UserError("docker save wrote an image whose manifest.json names no configuration")
+        raise UserError("unexpected output of `docker save`: manifest.json names no configuration")
     digest = _first(index.get("manifests") if isinstance(index, dict) else None).get("digest")
     return {  # only newer engines save the manifest's digest
         "overlay2": f"sha256:{PurePosixPath(config).name.removesuffix('.json')}",
@@ -141,7 +141,7 @@ def _member(archive: tarfile.TarFile, name: str) -> Any:
     try:
         return json.loads(stream.read())
     except ValueError as error:
-        raise UserError(f"docker save wrote an image whose {name} is broken: {error}") from error
+        raise UserError(f"unexpected output of `docker save`: {name} is invalid: {error}") from error
 
 
 def _first(items: Any) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _sign(scratch: Path, key: Path) -> None:
     ended = _ssh_keygen("sign", "-f", str(key), str(scratch / SUMS))
     if ended.code != 0:
         raise UserError(
-            f"the bundle cannot be signed with {key}: {ended.stderr.strip()}", "ssh-keygen -t ed25519 makes a key"
+            f"the bundle cannot be signed with {key}: {ended.stderr.strip()}", "`ssh-keygen -t ed25519` creates a key"
         )
 
 
@@ -169,9 +169,9 @@ def verify_bundle(folder: Path, signer: Signer | None) -> dict[str, Any]:
         sums = _read_sums(folder)
         present = set(_files(folder)) - {SUMS, SIGNATURE}
         if lost := sorted(set(sums) - present):
-            raise UserError(f"bundle {folder}: lacks {some_of(lost, _SHOWN)}", _AGAIN)
+            raise UserError(f"bundle {folder}: missing {some_of(lost, _SHOWN)}", _AGAIN)
         if unlisted := sorted(present - set(sums)):
-            raise UserError(f"bundle {folder}: {some_of(unlisted, _SHOWN)} is in no list of its sums", _AGAIN)
+            raise UserError(f"bundle {folder}: {some_of(unlisted, _SHOWN)} is not listed in {SUMS}", _AGAIN)
         if changed := [name for name, digest in sums.items() if sha256_of(folder / name) != digest]:
             raise UserError(f"bundle {folder}: changed since it was made: {some_of(changed, _SHOWN)}", _AGAIN)
         manifest = durable.read_json(folder / MANIFEST)
@@ -180,22 +180,22 @@ def verify_bundle(folder: Path, signer: Signer | None) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"bundle {error.filename or folder}: {reason_of(error)}") from error
     except ValueError as error:
-        raise UserError(f"bundle {folder}: {MANIFEST} is broken: {error}") from error
+        raise UserError(f"bundle {folder}: invalid {MANIFEST}: {error}") from error
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
-            f"bundle {folder}: its schema is {manifest.get('schema_version')}, this lem reads {SCHEMA_VERSION}"
+            f"bundle {folder}: expected schema version {SCHEMA_VERSION}, got {manifest.get('schema_version')}"
         )
     return manifest
 
 
 def _verify_signature(folder: Path, signer: Signer) -> None:
     if not (folder / SIGNATURE).is_file():
-        raise UserError(f"bundle {folder}: it is not signed", "lem bundle make --sign-key KEY")
+        raise UserError(f"bundle {folder}: it is not signed", "`lem bundle make --sign-key KEY` signs it")
     words = ("verify", "-f", str(signer.allowed_signers), "-I", signer.identity, "-s", str(folder / SIGNATURE))
     ended = _ssh_keygen(*words, stdin=(folder / SUMS).read_bytes())
     if ended.code != 0:
         details = (ended.stderr or ended.stdout).strip()
-        raise UserError(f"bundle {folder}: no valid signature of {signer.identity}: {details}", "trust no byte of it")
+        raise UserError(f"bundle {folder}: no valid signature of {signer.identity}: {details}", "do not use the bundle")
 
 
 def _read_sums(folder: Path) -> dict[str, str]:
@@ -204,7 +204,7 @@ def _read_sums(folder: Path) -> dict[str, str]:
     for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines():
         found = _LINE.fullmatch(line)
         if found is None:
-            raise UserError(f"bundle {folder}: {SUMS} has a line that is no sum: {line[:80]!r}")
+            raise UserError(f"bundle {folder}: invalid line in {SUMS}: {line[:80]!r}")
         sums[found[2]] = found[1]
     return sums
 

@@ -154,7 +154,7 @@ class CampaignRunner:
         Raises:
             UserError: it cannot begin: folders, manifest, environment, no backend.
             LockedError: another campaign runs, under this name or on these GPUs.
-            Interrupted: a stop was requested before it had begun, or a second time.
+            Interrupted: a stop was requested before it began, or a second time.
         """
         plan, until = self._planned(), self.options.until
         check_supported(self.campaign, self.executor.name)
@@ -176,19 +176,19 @@ class CampaignRunner:
         with contextlib.ExitStack() as stack, self._session(manifest) as session:
             remaining = self.apply_resume_filter(manifest, plan.experiments)
             self._check_environment(session, manifest, remaining)
-            with manager.saving(UserError, "make room or make the folder writable"):
+            with manager.saving(UserError, "free some space or make the folder writable"):
                 write_configs(plan.configurations)
                 aside = manager.set_aside() if known is None else None
                 manager.save(manifest)
             if aside is not None:
-                notes = (*notes, f"The manifest of before is now {aside}")
-            go_on, run_id = self.options.go_on, str(manifest.run_id)
+                notes = (*notes, f"The earlier manifest is now {aside}")
+            go_on, run_id = self.options.resume_command, str(manifest.run_id)
             activity = ActivityWriter(
                 self._state_folder, run_id, self._holder(), self.observe, self.now, self.monotonic, go_on
             )
             stack.enter_context(activity.ending_on_error())
             loop = self._loop(manager, session, activity)
-            loop.tell(
+            loop.report(
                 "campaign_started",
                 campaign=manifest.campaign_name,
                 run_id=manifest.run_id,
@@ -198,7 +198,7 @@ class CampaignRunner:
                 results=str(self._repository.folder),
             )
             for text in notes:
-                loop.tell("note", text=text)
+                loop.report("note", text=text)
             if not remaining:
                 self.executor.clear()
             outcome = loop.run_to_end(remaining, deadline_s)
@@ -206,7 +206,7 @@ class CampaignRunner:
                 outcome = self._top_up(loop, plan, outcome, deadline_s, has_run=bool(remaining))
         stopped = outcome.stopped.value if outcome.stopped else None
         activity.end(stopped, outcome.error.message if outcome.error else outcome.remark)
-        loop.tell("campaign_finished", stopped=stopped, **({"remark": outcome.remark} if outcome.remark else {}))
+        loop.report("campaign_finished", stopped=stopped, **({"remark": outcome.remark} if outcome.remark else {}))
         return outcome
 
     def _begin(
@@ -246,7 +246,7 @@ class CampaignRunner:
                 outcome = replace(outcome, remark=reason)
                 if not is_needed:
                     return outcome
-                loop.tell("note", text=reason)
+                loop.report("note", text=reason)
                 stopped = loop.why_stop(deadline_s)
                 if stopped is not None:
                     return replace(outcome, stopped=stopped, signum=self.stop.signum)
@@ -294,7 +294,7 @@ class CampaignRunner:
 
     def _loop(self, manager: ManifestManager, session: Session, observe: Observer) -> ExperimentLoop:
         def save() -> None:
-            with manager.saving(InfrastructureError, "make room, then go on with --resume; what is measured is kept"):
+            with manager.saving(InfrastructureError, "free some space, then continue with --resume; results are kept"):
                 manager.save(session.manifest)
 
         return ExperimentLoop(

@@ -66,7 +66,7 @@ def find_compose_files(
             origin = "" if named is not None else f" ({_FILES_VARIABLE} names it)"
             raise ContainerError(
                 f"{path}: no such compose file{origin}",
-                "lem compose prints one that works: lem compose > docker-compose.yml",
+                "`lem compose > docker-compose.yml` writes one that works",
                 kind="compose_file",
             )
     return tuple(path.absolute() for path in paths)
@@ -74,7 +74,7 @@ def find_compose_files(
 
 def describe_files(paths: Sequence[Path]) -> str:
     """The paths, or that the packaged file is used."""
-    return ", ".join(map(str, paths)) or "the compose file that lem brings along"
+    return ", ".join(map(str, paths)) or "the compose file in lem's package"
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ class ComposeProject:
         path = self.state_folder / OVERRIDE_NAME
         try:
             durable.write_text(
-                path, f"# Written by lem at every start of a campaign; it goes on top of the compose file.\n{text}\n"
+                path, f"# Written by lem at every start of a campaign; it overrides the compose file.\n{text}\n"
             )
         except OSError as error:
             raise UserError(f"cannot write {path}: {reason_of(error)}") from error
@@ -289,13 +289,13 @@ class ComposeProject:
 def _image_id(docker: Docker, service: Service) -> str:
     if service.image is None:
         raise ContainerError(
-            f"service {service.name} names no image", "give it a name beside `build:`, and build it", kind="image"
+            f"service {service.name} has no `image`", "add one next to `build:`, and build it", kind="image"
         )
     found = docker.image_id(service.image)
     if found is None:
         raise ContainerError(
-            f"image {service.image} of service {service.name} is not there; nothing is pulled during a campaign",
-            f"docker pull {service.image}, or build or load it; lem doctor shows what is missing",
+            f"image {service.image} of service {service.name} is missing, and a campaign pulls no images",
+            f"run `docker pull {service.image}`, or build or load it; `lem doctor` shows what is missing",
             kind="image",
         )
     return found
@@ -305,7 +305,7 @@ def _make_folder(folder: Path) -> None:
     try:
         make_folder(folder)
     except OSError as error:
-        raise UserError(f"cannot make {folder}: {reason_of(error)}", "choose another folder") from error
+        raise UserError(f"cannot create {folder}: {reason_of(error)}", "choose another folder") from error
 
 
 def _user_name() -> str:

@@ -75,8 +75,8 @@ def judge(
     worst_pct = _foreign_pct(worst, own_pids)
     healthy = worst_pct < gpu_memory_threshold_pct
     others = [str(item.pid) for item in worst.processes if item.pid not in own_pids]
-    whose = "by others" if len(others) < len(worst.processes) else "in use"
-    reason = f"{worst_pct:.0f} % of the memory of GPU {worst.index} is held {whose}"
+    whose = "in use by others" if len(others) < len(worst.processes) else "in use"
+    reason = f"{worst_pct:.0f} % of the memory of GPU {worst.index} is {whose}"
     if not healthy:
         reason += f", the threshold is {gpu_memory_threshold_pct:g} %"
         reason += f"; processes {some_of(others, _MAX_SHOWN)}" if others else ""
@@ -217,7 +217,7 @@ class ContainerManager:
                 return ContainerHealthStatus(service, healthy=False, reason=describe(state))
             reading = self.services.read_gpus(service)
             if not self.services.has_gpu(service):
-                return ContainerHealthStatus(service, healthy=True, reason="it answers, and has no GPU")
+                return ContainerHealthStatus(service, healthy=True, reason="it answers; no GPU is reserved for it")
             is_in_use = any(worker.is_open for worker in self._workers.get(service, ()))
             own = self.services.pids(service) if is_in_use else frozenset()
         except UserError as error:
@@ -271,7 +271,7 @@ class ContainerManager:
             if finished.code != 0:
                 raise explain(finished, f"taking down project {self.project.name}")
         except UserError as error:
-            _logger.warning("containers may be left: %s", error.message)
+            _logger.warning("containers may still exist: %s", error.message)
 
     def __enter__(self) -> ContainerManager:
         return self

@@ -61,7 +61,7 @@ class Timeouts:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the worker says that one attempt ended. The measurement itself is in `result.json`."""
+    """How one attempt ended, by the worker's report. The measurement itself is in `result.json`."""
 
     error: EngineError | None = None  # None: there is a result
     phase: str | None = None  # in which it failed
@@ -102,19 +102,19 @@ class Watch:
         """The deadline that has passed, as the error that it means."""
         where = f"in phase {self.phase or 'start'}"
         if now >= self._phase_until:
-            what, limit, key = "the experiment was not done", self._timeouts.experiment_s, "experiment_timeout_seconds"
+            what, limit, key = "the experiment took", self._timeouts.experiment_s, "experiment_timeout_seconds"
             if self._is_loading:
-                what, limit, key = "the engine was not loaded", self._timeouts.load_s, "load_timeout_seconds"
+                what, limit, key = "loading the engine took", self._timeouts.load_s, "load_timeout_seconds"
                 limit += self._timeouts.rest_s if self.phase != LOAD_PHASE else 0.0
             return EngineError(
-                f"{what} after {format_duration(limit)} ({where})",
+                f"{what} longer than {format_duration(limit)} ({where})",
                 f"raise execution.{key} if it needs longer",
                 kind="timeout",
             )
         if now >= self._sign_until:
             return EngineError(
-                f"the engine gave no sign of progress for {format_duration(self._timeouts.silence_s)} ({where})",
-                "raise execution.silence_timeout_seconds if it needs longer; the log ends with where it was",
+                f"the engine reported no progress for {format_duration(self._timeouts.silence_s)} ({where})",
+                "raise execution.silence_timeout_seconds if it needs longer; the end of the log shows where it was",
                 kind="silent",
             )
         if now >= self._byte_until:
@@ -126,7 +126,7 @@ class Watch:
 def outcome_of(request: RunRequest, message: Mapping[str, Any]) -> Outcome:
     """The outcome in a worker's `result` or `error`; a ChannelError when it is about another experiment."""
     if message["exp_id"] != request.exp_id:
-        raise ChannelError(f"an answer to {message['exp_id']}: {message.get('message', message['type'])}")
+        raise ChannelError(f"expected an answer about {request.exp_id}, got one about {message['exp_id']}")
     if message["type"] == "result":
         return Outcome(engine_reused=message["engine_reused"])
     error = EngineError(message["message"], message["hint"], kind=message["kind"], is_permanent=message["permanent"])
@@ -284,14 +284,14 @@ class Worker:
             WorkerUnavailable, UserError: as `open`.
         """
         if self._connection is not None and self._connection.has_ended():
-            _logger.warning("the worker ended between two experiments; another one is started")
+            _logger.warning("the worker ended between two experiments; starting another one")
             self.kill()
         connection = self._connection or self._open(stop, OPEN_TIMEOUT_S)
         try:
             return self._converse(connection, request, on_event, Watch(timeouts, time.monotonic()), stop)
         except ChannelError as error:
             self.kill()
-            return Outcome(EngineError(f"the worker talks nonsense: {error}", kind="channel"))
+            return Outcome(EngineError(f"the worker sent an invalid message: {error}", kind="channel"))
         except EOFError:
             return Outcome(EngineError(self._death(connection), kind="died"))
         except Interrupted:
@@ -352,7 +352,7 @@ class Worker:
         try:
             hello = connection.receive(time.monotonic() + timeout_s, stop)
             if hello is None:
-                raise _did_not_start(self._command, f"it said nothing for {format_duration(timeout_s)}")
+                raise _did_not_start(self._command, f"no message within {format_duration(timeout_s)}")
             _check_hello(hello)
             self.environment = hello["environment"]
         except (ChannelError, EOFError) as error:
@@ -402,24 +402,24 @@ class Worker:
         how = "closed the channel" if code is None else process.describe_exit(code)
         printed = connection.stderr_tail()
         self.kill()
-        return f"the worker {how}" + (f", saying: {printed}" if printed else "")
+        return f"the worker {how}" + (f": {printed}" if printed else "")
 
 
 def _check_hello(hello: Mapping[str, Any]) -> None:
     """Refuse a worker that is not this lem."""
     if hello["type"] != "hello":
-        raise ChannelError(f"{hello['type']} came before hello")
+        raise ChannelError(f"expected hello, got {hello['type']}")
     found, expected = (hello["protocol"], hello["lem_version"]), (PROTOCOL_VERSION, __version__)
     if found != expected:
         raise WorkerUnavailable(
             f"the worker is lem {found[1]} (channel {found[0]}), this is lem {expected[1]} (channel {expected[0]})",
-            "run the same lem on both sides: one lem.pyz",
+            "use the same lem.pyz on both sides",
         )
 
 
 def _did_not_start(command: Sequence[str], reason: str) -> WorkerUnavailable:
     return WorkerUnavailable(
-        f"the worker did not start: {reason}", f"try by hand what it says: {process.copyable(command)}"
+        f"the worker did not start: {reason}", f"run it by hand to see why: {process.copyable(command)}"
     )
 
 

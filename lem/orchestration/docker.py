@@ -22,8 +22,8 @@ _INSTALL_COMPOSE = "install Docker Compose 2.17 or newer: apt-get install docker
 INSTALL_TOOLKIT = (
     "install the NVIDIA Container Toolkit, then: nvidia-ctk runtime configure --runtime=docker and restart"
 )
-CPU_OVERRIDE = "lay docker/docker-compose.cpu.yml over the compose file"
-ONE_SERVICE_EACH = "a backend runs in the service of its name; lem compose prints a file that has them all"
+CPU_OVERRIDE = "add docker/docker-compose.cpu.yml as the last compose file"
+ONE_SERVICE_EACH = "each backend runs in the service of its name; `lem compose` prints a file with all of them"
 
 # Kind, pattern in stderr, message, remedy; the first match counts. Texts of Docker 20.10 to 29 and Compose 2.17 to 5.
 _FAILURES = (
@@ -36,7 +36,7 @@ _FAILURES = (
     (
         "rights",
         r"permission denied while trying to connect to the (Docker daemon socket|docker API)",
-        "this user may not talk to the Docker engine",
+        "this user has no access to the Docker engine",
         "usermod -aG docker USER and log in again (that is as good as root), or use rootless Docker",
     ),
     (
@@ -46,7 +46,7 @@ _FAILURES = (
             r"|error during connect|connection reset by peer|unexpected EOF"
         ),
         "the Docker engine does not answer",
-        "start it: systemctl start docker; with DOCKER_HOST or a context set, see that it names the right one",
+        "start it: systemctl start docker; with DOCKER_HOST or a context set, check that it names the right one",
     ),
     (
         "gpu",
@@ -61,13 +61,13 @@ _FAILURES = (
         "image",
         r"No such image|pull access denied|manifest (unknown|for .* not found)|not found locally|image .* not found",
         "an image is missing",
-        "docker pull, build or load it beforehand; nothing is pulled while a campaign runs",
+        "pull, build or load it first; a campaign pulls no images",
     ),
     (
         "mount",
         r"bind source path does not exist|invalid mount config",
-        "a folder to mount is not there",
-        "make it, or set the variable of the compose file that names it",
+        "a folder to mount does not exist",
+        "create it, or change the variable of the compose file that names it",
     ),
     ("disk", r"no space left on device", "the disk of the Docker engine is full", "docker system prune"),
     ("service", r"no such service", "the compose file has no such service", ONE_SERVICE_EACH),
@@ -88,15 +88,15 @@ def explain(finished: Finished, doing: str, otherwise: str = "container") -> Con
     quoted = _essence(finished.stderr) or _essence(finished.stdout)
     if finished.has_timed_out:
         return ContainerError(
-            f"{doing}: `{process.copyable(finished.argv)}` did not end in time" + (f": {quoted}" if quoted else ""),
-            "try it by hand; is the machine or its disk overloaded?",
+            f"{doing}: `{process.copyable(finished.argv)}` timed out" + (f": {quoted}" if quoted else ""),
+            "run it by hand; the machine or its disk may be overloaded",
             kind="timeout",
         )
     for kind, pattern, message, hint in _FAILURES:
         if re.search(pattern, finished.stderr):
             return ContainerError(f"{doing}: {message}: {quoted}", hint, kind=kind)
     quoted = quoted or process.describe_exit(finished.code)
-    return ContainerError(f"{doing}: {quoted}", f"try by hand: {process.copyable(finished.argv)}", kind=otherwise)
+    return ContainerError(f"{doing}: {quoted}", f"run it by hand: {process.copyable(finished.argv)}", kind=otherwise)
 
 
 def _essence(text: str) -> str:
@@ -147,7 +147,9 @@ class Docker:
             raise ContainerError(error.message, _INSTALL_COMPOSE, kind="compose")
         if found < OLDEST_COMPOSE:
             raise ContainerError(
-                f"docker compose {'.'.join(map(str, found))} is too old: 2.17 is due", _INSTALL_COMPOSE, kind="compose"
+                f"docker compose {'.'.join(map(str, found))} is too old: expected at least 2.17",
+                _INSTALL_COMPOSE,
+                kind="compose",
             )
         return found
 

@@ -150,7 +150,7 @@ def examine(host: Host, checks: Sequence[Check]) -> Verdict:
         except UserError as error:
             found = Finding(FAILED, error.message, error.hint)
         if found in reported_by:
-            found = Finding(SKIPPED, f"not looked at, see {reported_by[found]}")
+            found = Finding(SKIPPED, f"not checked, see {reported_by[found]}")
         elif found.status == FAILED:
             reported_by[found] = check.name
         findings[check.name] = found
@@ -162,7 +162,7 @@ def examine(host: Host, checks: Sequence[Check]) -> Verdict:
 def check_gpu_energy(found: Capabilities) -> Finding:
     """Whether every GPU has an energy counter, and its resolution; at most a warning."""
     if not found.gpus:
-        return Finding(SKIPPED, found.gpu_error or "no GPU to look at")
+        return Finding(SKIPPED, found.gpu_error or "no GPU to check")
     worst_first = sorted(found.gpus, key=lambda gpu: (gpu.source is not None, gpu.source == EnergySource.COUNTER))
     lines = [f"{gpu.meter.label}: {'; '.join(gpu.describe())}" for gpu in worst_first]
     shown = some_of(lines, _MAX_SHOWN, " · ")
@@ -190,11 +190,11 @@ def _check_images(host: Host) -> Finding:
     missing = [item for item in host.needed if item.image is None or docker.image_id(item.image) is None]
     names = ", ".join(f"{item.image or 'unnamed'} ({item.name})" for item in missing)
     if not missing:
-        return Finding(OK, f"all there: {', '.join(sorted({str(item.image) for item in host.needed}))}")
+        return Finding(OK, f"all found: {', '.join(sorted({str(item.image) for item in host.needed}))}")
     # Without named backends, the campaign may use only those that have an image.
     is_enough = not host.backends and len(missing) < len(host.needed)
-    remedy = "pull, build or load it; only the images of the backends that a campaign uses are needed"
-    return Finding(WARNING if is_enough else FAILED, f"not there: {names}", remedy)
+    remedy = "pull, build or load it; a campaign needs only the images of its backends"
+    return Finding(WARNING if is_enough else FAILED, f"missing: {names}", remedy)
 
 
 def _check_driver(host: Host) -> Finding:
@@ -202,8 +202,8 @@ def _check_driver(host: Host) -> Finding:
         return Finding(SKIPPED, "no NVIDIA GPU on this machine")
     reading = host.gpus
     if reading.error is not None:
-        remedy = "nvidia-smi says more; after an update of the driver, reboot"
-        return Finding(FAILED, f"a GPU is here, but NVML says: {reading.error}", remedy)
+        remedy = "run nvidia-smi for details; reboot after a driver update"
+        return Finding(FAILED, f"this machine has a GPU, but NVML reports: {reading.error}", remedy)
     names = ", ".join(gpu.name for gpu in reading.gpus)
     return Finding(OK, f"driver {reading.driver}, {names}")
 
@@ -214,12 +214,12 @@ def _check_gpu_runtime(host: Host) -> Finding:
         return Finding(SKIPPED, "no service reserves a GPU")
     runtimes, devices = host.engine.get("Runtimes") or {}, host.engine.get("DiscoveredDevices") or ()
     if "nvidia" in runtimes:
-        found = "the nvidia runtime is there"
+        found = "the nvidia runtime is installed"
     elif any("nvidia.com/gpu" in str(device) for device in devices):
-        found = "GPUs are known by CDI"
+        found = "GPUs are available through CDI"
     else:
         remedy = f"{INSTALL_TOOLKIT} Docker" if host.has_gpu_device else f"without a GPU, {CPU_OVERRIDE}"
-        return Finding(FAILED, f"{', '.join(wanting)} want a GPU, which the Docker engine cannot give", remedy)
+        return Finding(FAILED, f"{', '.join(wanting)} need a GPU, which the Docker engine cannot provide", remedy)
     if not host.has_gpu_device:
         return Finding(FAILED, f"{found}, but no GPU", CPU_OVERRIDE)
     return Finding(OK, found)
@@ -227,12 +227,12 @@ def _check_gpu_runtime(host: Host) -> Finding:
 
 def _check_foreign_processes(host: Host) -> Finding:
     if not host.gpus.gpus:
-        return Finding(SKIPPED, "no GPU to look at")
+        return Finding(SKIPPED, "no GPU to check")
     found = [f"{item.pid} on GPU {gpu.index}" for gpu in host.gpus.gpus for item in gpu.processes]
     if not found:
-        return Finding(OK, "nobody computes on the GPUs")
+        return Finding(OK, "no processes on the GPUs")
     return Finding(
-        WARNING, f"processes compute on the GPUs: {some_of(found, _MAX_SHOWN)}", "end them, or measure on another GPU"
+        WARNING, f"processes on the GPUs: {some_of(found, _MAX_SHOWN)}", "end them, or measure on another GPU"
     )
 
 
@@ -240,10 +240,12 @@ def _check_rights(host: Host) -> Finding:
     for folder in (host.folder / host.results_dir, host.folder / host.state_dir):
         there = _existing(folder)
         if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir():
-            return Finding(FAILED, f"{there} cannot be written", "make it yours, or name another folder")
+            return Finding(FAILED, f"{there} cannot be written", "change its owner, or choose another folder")
     closed = [str(path) for path in sorted(host.device_folder.glob("nvidia[0-9]*")) if not os.access(path, os.R_OK)]
     if closed:
-        return Finding(FAILED, f"this user may not use {', '.join(closed)}", "join the group that owns them (video)")
+        return Finding(
+            FAILED, f"this user has no access to {', '.join(closed)}", "join the group that owns them (video)"
+        )
     return Finding(OK, f"results and state can be written as user {os.getuid()}")
 
 
@@ -257,7 +259,7 @@ def _check_disk(host: Host) -> Finding:
     text = ", ".join(f"{value / GIB:.1f} GiB for {name}" for name, value in free_b.items())
     if min(free_b.values()) < LEAST_DISK_B:
         return Finding(
-            FAILED, f"the disk is nearly full: {text}", "make room: docker system df shows what Docker holds"
+            FAILED, f"the disk is nearly full: {text}", "free some space; `docker system df` shows what Docker uses"
         )
     status = WARNING if min(free_b.values()) < ENOUGH_DISK_B else OK
     return Finding(status, f"free: {text}", "an image of an engine takes 10 to 30 GB" if status == WARNING else "")
@@ -267,9 +269,9 @@ def _check_clock(host: Host) -> Finding:  # noqa: ARG001 - as every check is cal
     libc = ctypes.CDLL(None, use_errno=True)
     state = libc.adjtimex(ctypes.create_string_buffer(_TIMEX_SIZE_B))
     if state < 0:
-        return Finding(SKIPPED, f"the kernel does not tell: {os.strerror(ctypes.get_errno())}")
+        return Finding(SKIPPED, f"the kernel does not report it: {os.strerror(ctypes.get_errno())}")
     if state == _CLOCK_UNSYNCHRONISED:
-        remedy = "timedatectl set-ntp true, or install chrony; durations are right all the same"
+        remedy = "timedatectl set-ntp true, or install chrony; durations are not affected"
         return Finding(WARNING, "the clock is not synchronised: times of several hosts cannot be compared", remedy)
     return Finding(OK, "the clock is synchronised")
 

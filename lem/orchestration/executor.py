@@ -27,7 +27,7 @@ from lem.orchestration.docker import ContainerError, Docker
 from lem.orchestration.locks import Holder, LockTarget, default_gpu_lock_folder, hold_locks
 from lem.orchestration.plan import Plan
 from lem.orchestration.schedule import StopRequest
-from lem.orchestration.services import Services
+from lem.orchestration.services import Services, describe
 from lem.orchestration.session import Executor, LocalExecutor
 from lem.orchestration.status import Observer
 from lem.record import RESULT_FILE, RecordError, read_record, write_record
@@ -148,7 +148,7 @@ class DockerExecutor:
             if not self.health.restart_on_failure:
                 tell(f"{service} is unhealthy, and restart_on_failure is off: {status.reason}")
                 continue
-            tell(f"{service} is unhealthy and is restarted: {status.reason}")
+            tell(f"{service} is unhealthy and will be restarted: {status.reason}")
             worker.stop()
             self.recover(service)
             tell(f"{service} is healthy again")
@@ -175,10 +175,10 @@ class DockerExecutor:
             self._suspect.discard(service)
             return
         used = self.manager.restarts.get(service, 0)
-        tried = f"does not come back after {used} restart{'s' if used > 1 else ''}"
+        tried = f"is still unhealthy after {used} restart{'s' if used > 1 else ''}"
         raise ContainerLost(
-            f"the container of {service} {tried if used else 'may not be restarted'}: {status.reason}",
-            "lem doctor shows what is missing; then go on with --resume",
+            f"the container of {service} {tried if used else 'is unhealthy and may not be restarted'}: {status.reason}",
+            "`lem doctor` shows what is missing; then continue with --resume",
         )
 
     def make_way(self, service: str, stop: StopRequest | None) -> None:
@@ -193,8 +193,8 @@ class DockerExecutor:
             self.services.recreate(name)
         if not self._becomes_free(service, others, stop):
             raise ContainerLost(
-                f"the GPU of {service} is still held by the containers of {', '.join(others)}, which were replaced",
-                "a process that hangs in the driver goes with a reset of the GPU, or of the machine",
+                f"the GPU of {service} is still in use by the containers of {', '.join(others)} after a restart",
+                "if a process hangs in the driver, reset the GPU or reboot",
             )
 
     def adapt(self, service: str, request: RunRequest) -> RunRequest:
@@ -234,17 +234,16 @@ class DockerExecutor:
         if state is not None and begun_s is not None and docker.was_out_of_memory(state.container_id, begun_s, until_s):
             return EngineError(
                 f"{error.message}; the container ran out of memory",
-                "raise its limit (LEM_MEMORY_LIMIT, mem_limit in the compose file), or ask the engine for less",
+                "raise its limit (LEM_MEMORY_LIMIT, mem_limit in the compose file), or let the engine use less",
                 kind="out_of_memory",
                 is_permanent=phase in LOADING_PHASES,
             )
         state = self.services.state(service)
         if state is not None and state.is_running:
             return error
-        how = "it was removed" if state is None else state.describe()
         return EngineError(
-            f"{error.message}; its container does not run any more: {how}",
-            "somebody ended the container, not lem: docker events --since 1h tells when",
+            f"{error.message}; {describe(state)}",
+            "lem did not end the container; `docker events --since 1h` shows when it ended",
             kind=error.kind,
         )
 
@@ -299,7 +298,7 @@ def _mark_invalid(path: Path, reason: Reason) -> None:
         validity = dataclasses.replace(record.validity, valid=False, invalid_reasons=reasons)
         write_record(path, dataclasses.replace(record, validity=validity))
     except (RecordError, OSError) as error:
-        _logger.warning("%s cannot be marked as not valid (%s): %s", path, reason, error)
+        _logger.warning("%s cannot be marked as invalid (%s): %s", path, reason, error)
 
 
 @dataclass(frozen=True)
@@ -331,24 +330,24 @@ def choose_executor(
     where relative paths start.
     """
     if wanted == "docker" and python is not None:
-        raise UserError("--python is for the local executor", "leave out --python, or --executor docker")
+        raise UserError("--python requires the local executor", "omit --python or --executor docker")
     docker = functools.partial(_docker, campaign, plan, folder or Path.cwd(), environ)
     if wanted == "local" or python is not None:
         _warn_of_container_options(campaign)
-        reason = "asked for"
+        reason = "requested"
     elif wanted == "docker":
-        return docker("asked for")
+        return docker("requested")
     elif campaign.cold_start.restart_container:
         return docker("chosen: cold_start.restart_container needs it")
     elif campaign.io.compose_file is not None or campaign.io.env_file is not None:
-        return docker("chosen: a file for compose is named")
+        return docker("chosen: io.compose_file or io.env_file is set")
     elif absent := _not_installed(_backends(plan)):
         try:
             Docker(environ).info()
             Docker(environ).compose_version()
             return docker(f"chosen: {absent}")
         except ContainerError as error:
-            reason = f"chosen though {absent}, for want of containers: {error.message}"
+            reason = f"chosen because containers are not available: {error.message}; {absent}"
     else:
         reason = f"chosen: {', '.join(_backends(plan))} can be imported here"
     executor = LocalExecutor(python)
@@ -375,7 +374,9 @@ def _warn_of_container_options(campaign: CampaignConfig) -> None:
     }
     for name, is_set in options.items():
         if is_set:
-            _logger.warning("%s has no effect: it is about containers, and these experiments run in this Python", name)
+            _logger.warning(
+                "%s has no effect: it applies to containers, and these experiments run in this Python", name
+            )
 
 
 def _docker(

@@ -22,7 +22,10 @@ def parse_shard(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", text)
     index, count = (int(found[1]), int(found[2])) if found else (0, 0)
     if not 1 <= index <= count:
-        raise UserError(f"--shard {text}: I/N is due, with I from 1 to N", "the second of three hosts: --shard 2/3")
+        raise UserError(
+            f"--shard {text}: expected I/N with I between 1 and N",
+            "for example, --shard 2/3 is the second of three hosts",
+        )
     return index, count
 
 
@@ -90,10 +93,10 @@ def make_fleet_plan(
 
 def _check_hosts(hosts: Sequence[str]) -> None:
     if not hosts or len(set(hosts)) != len(hosts):
-        raise UserError(f"hosts {', '.join(hosts) or '(none)'}: at least one is due, and each once")
+        raise UserError(f"hosts {', '.join(hosts) or '(none)'}: expected at least one, and each once")
 
 
-def plan_anew(
+def replan(
     stored: FleetPlan,
     hosts: Sequence[str],
     present: Collection[tuple[str, str]],
@@ -107,7 +110,9 @@ def plan_anew(
     """
     _check_hosts(hosts)
     if stored.mode == REPLICATE:
-        raise UserError("in a replicated campaign nobody can do another host's part", "call the playbook again instead")
+        raise UserError(
+            "in a replicated campaign no host can take over another's part", "run the playbook again instead"
+        )
     hash_of = {item.exp_id: item.config_hash for item in stored.experiments}
     cost = {digest: (costs or {}).get(digest, 1.0) for digest in hash_of.values()}
     parts = {host.name: {hash_of[exp_id] for exp_id in host.exp_ids} for host in stored.hosts}
@@ -155,8 +160,8 @@ def check_same(plan: Plan, stored: FleetPlan) -> None:
     """Raise UserError unless the stored plan is of this campaign."""
     if stored.config_hash != plan.config_hash:
         raise UserError(
-            f"the stored plan is of another state of the campaign ({stored.config_hash}, here {plan.config_hash})",
-            "the campaign file, the files that it names and the options must be those that the plan was made with",
+            f"the stored plan is of another version of the campaign ({stored.config_hash}, here {plan.config_hash})",
+            "use the campaign file, the files that it names and the options that the plan was made with",
         )
 
 

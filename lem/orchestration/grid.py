@@ -31,14 +31,14 @@ __all__ = [
 ]
 
 
-# Options that make no engine option by themselves, but do where the option beside them is not given
+# Options that determine an engine option (on the right) where that one is not given
 # (ExperimentConfig.engine_key).
 _DERIVED_RELOADS: Mapping[str, Mapping[str, str]] = {
     "vllm": {"max_input_tokens": "max_model_len", "max_output_tokens": "max_model_len"},
     "tensorrt": {"max_input_tokens": "max_input_len", "max_output_tokens": "max_output_len"},
 }
 
-# Reasons that name the backend, which says enough without the option.
+# Reasons that name the backend and are clear without the option.
 _NAMES_BACKEND = frozenset({"tensorrt_precision", "tensorrt_gpu", "pytorch_one_gpu"})
 
 Axis = tuple[str, Sequence[Any]]
@@ -209,7 +209,7 @@ def validate_named(named: Sequence[tuple[str, Mapping[str, Any]]], gpus: Sequenc
     """The configurations that are experiments, an error for each other one, and the warnings about the former.
 
     Args:
-        named: each with the name to tell it by.
+        named: each with its name.
         gpus: of the host that will run them, for warnings; None when unknown.
     """
     configs: list[ExperimentConfig | None] = []

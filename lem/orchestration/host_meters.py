@@ -46,7 +46,7 @@ class Reference:
 
 
 class _Place(NamedTuple):
-    """What rested, how, and by which meter: the power of a GPU says nothing about that of a CPU."""
+    """What was idle, in which state, and by which meter: GPU power says nothing about CPU power."""
 
     gpus: tuple[str, ...]
     state: str
@@ -95,13 +95,13 @@ class BaselineBook:
     def _put(self, place: _Place, power_w: float, temp_c: float | None, now_s: float) -> None:
         known_w, _ = self._entries.get(place, (None, None))
         if known_w == power_w:
-            return  # to the last bit what was handed on: not measured again, so as old as before
+            return  # exactly the value passed on: not measured again, so as old as before
         self._entries[place] = (power_w, now_s)
         if is_gpu_source(place.source):  # what a gap watches is the power of GPUs
             self._references.setdefault((place.gpus, place.state), Reference(power_w, temp_c))
 
 
-# Why a gap ended, as the record's `gap_end_reason` says it.
+# Why a gap ended, as in the record's `gap_end_reason`.
 RECOVERED = Reason.of("gap_recovered")
 CAP_REACHED = Reason.of("gap_cap_reached")
 NO_SENSORS = Reason.of("gap_no_sensors")
@@ -273,9 +273,9 @@ class HostMeters:
                 path = Path(folder, PART_FILENAME)
                 stack.enter_context(self._sampling(path, self._state[0], _GAP_INTERVAL_MS, None))
                 reader = PartReader(path)
-                probe = lambda: _ask(reader, reference)  # noqa: E731 - it closes over what was begun here
+                probe = lambda: _ask(reader, reference)  # noqa: E731 - it closes over local values
             except (OSError, UserError) as error:
-                _logger.warning("the whole gap is kept, since nothing can be sampled in it: %s", error)
+                _logger.warning("the gap lasts its full time, since nothing can be sampled: %s", error)
             yield probe
 
     def _gpus(self, config: ExperimentConfig) -> tuple[str, ...]:
@@ -307,7 +307,7 @@ def _ask(reader: PartReader, reference: Reference) -> bool | None:
     try:
         return has_recovered(reader.read(), reference)
     except (OSError, SampleLogError):
-        return None  # the sampler has not begun, or has ended
+        return None  # the sampler has not started, or has ended
 
 
 def has_recovered(log: SampleLog, reference: Reference) -> bool | None:

@@ -2,7 +2,7 @@
 
 The kernel lets go of a lock when its holder ends, however it ends, so there are no stale locks: the file stays and
 means nothing by itself. It names its last holder, for the one who is refused. It is never removed: another process
-may have it open, and would then hold a lock on a file that nobody else finds.
+may have it open, and would then hold a lock on a file that no other process finds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TMP = Path("/tmp")  # noqa: S108 - what is made in it is checked
 _HOLDER_MAX_B = 4096
 _CAMPAIGN_MAX = 500
 
-# `is_locked` holds a free lock for some microseconds; whoever meets it there tries again.
+# `is_locked` holds a free lock for some microseconds; a process that meets it there tries again.
 _TRIES = 3
 _TRY_AGAIN_S = 0.02
 
@@ -59,7 +59,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class LockTarget:
-    """A lock file and what it stands for, e.g. `GPU GPU-1b2c…`."""
+    """A lock file and what it locks, e.g. `GPU GPU-1b2c…`."""
 
     path: Path
     what: str
@@ -169,10 +169,10 @@ def _lock(descriptor: int, target: LockTarget) -> None:
     except BlockingIOError as error:
         # The holder may just have taken it and not yet have written who it is.
         holder = _decode_holder(os.pread(descriptor, _HOLDER_MAX_B, 0))
-        who = holder.describe() if holder else "a process that has not said yet who it is"
+        who = holder.describe() if holder else "another process, not yet identified"
         raise LockedError(
             f"{target.what} is locked by {who}",
-            f"wait until it ends, or stop it; the lock is {target.path} and goes with its holder",
+            f"wait until it ends, or stop it; the lock {target.path} is released when its holder ends",
         ) from error
     except OSError as error:
         raise UserError(
@@ -193,7 +193,7 @@ def _open(target: LockTarget) -> int:
 
 
 def _check_file(descriptor: int, target: LockTarget) -> None:
-    """In a folder that all may write, refuse what somebody put there for us to write through."""
+    """In a folder that all may write, refuse a link that another user put there for us to write through."""
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
         raise UserError(f"the lock of {target.what}, {target.path}, is not an ordinary file", "remove it")

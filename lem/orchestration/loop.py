@@ -16,7 +16,7 @@ from lem.orchestration.schedule import CampaignOutcome, Stopped
 from lem.orchestration.session import Measurement, Session
 from lem.orchestration.status import Event, Observer
 
-# An experiment that fails, or whose result is not valid, is tried once more inside its cycle.
+# An experiment that fails, or whose result is not valid, is tried once more in its cycle.
 MAX_TRIES = 2
 
 # How often a wait is reported, as often as a worker sends heartbeats.
@@ -62,7 +62,7 @@ class ExperimentLoop:
             return Stopped.SIGNAL
         return Stopped.DEADLINE if deadline_s is not None and self.session.monotonic() >= deadline_s else None
 
-    def tell(self, kind: str, **data: Any) -> None:
+    def report(self, kind: str, **data: Any) -> None:
         """Report something that happened, with how far the campaign is."""
         self._pass_on(Event(kind, data=data))
 
@@ -85,7 +85,7 @@ class ExperimentLoop:
             if stopped is not None:
                 return stopped
             if self.is_check_due(index, gaps[index]):
-                self.session.look_after(lambda text: self.tell("note", text=text))
+                self.session.look_after(lambda text: self.report("note", text=text))
             is_kept = index + 1 < len(experiments) and not loads[index + 1]
             has_result = self._run_experiment(experiment, keep_engine=is_kept, gap=gap)
             if self.is_cold:
@@ -103,7 +103,7 @@ class ExperimentLoop:
             cap_s = min(cap_s, deadline_s - monotonic())
         if cap_s <= 0:
             return keep_gap(cap_s, is_recovered=None, monotonic=monotonic, wait=self._wait)
-        self.tell("gap", gap=kind, cap_s=cap_s)
+        self.report("gap", gap=kind, cap_s=cap_s)
         with self.session.meters.watching() as is_recovered:
             return keep_gap(cap_s, is_recovered=is_recovered, monotonic=monotonic, wait=self._wait)
 
@@ -111,7 +111,7 @@ class ExperimentLoop:
         """Sleep, and report from time to time how long still; whether a stop was requested."""
         until_s = self.session.monotonic() + seconds
         while (left_s := until_s - self.session.monotonic()) > 0:
-            self.tell("tick", left_s=left_s)
+            self.report("tick", left_s=left_s)
             if self.session.stop.wait(min(left_s, _TICK_S)):
                 return True
         return self.session.stop.is_set()
@@ -120,7 +120,7 @@ class ExperimentLoop:
         """Whether there is a result."""
         who = self._who(experiment)
         entry = self.session.manifest.get_entry(experiment.exp_id)
-        self.tell("experiment_started", **who)
+        self.report("experiment_started", **who)
         started_s = self.session.monotonic()
         measurements: list[Measurement] = []
         while True:
@@ -131,11 +131,11 @@ class ExperimentLoop:
             if reason is None or len(measurements) == MAX_TRIES:
                 break
             self.save()
-            self.tell("experiment_retried", **who, reason=reason, **_why(measurement))
+            self.report("experiment_retried", **who, reason=reason, **_why(measurement))
             gap = self._keep_gap("configuration", None)
             if self.session.stop.signum is not None:
                 interrupt_entry(entry)
-                self.tell("experiment_interrupted", **who, reason=None)
+                self.report("experiment_interrupted", **who, reason=None)
                 self.save()
                 raise Interrupted(self.session.stop.signum)
         return self._settle(experiment, entry, measurements, self.session.monotonic() - started_s)
@@ -162,7 +162,7 @@ class ExperimentLoop:
             interrupt_entry(entry)
             if not isinstance(error, Interrupted):
                 entry.error = error.message
-            self.tell("experiment_interrupted", **self._who(experiment), reason=entry.error)
+            self.report("experiment_interrupted", **self._who(experiment), reason=entry.error)
             self.save()
             raise
 
@@ -186,16 +186,16 @@ class ExperimentLoop:
         if self._since_s is not None:
             self._durations.append(self.session.monotonic() - self._since_s)
         self._remaining, self._since_s = self._remaining - 1, None
-        self._tell_end(experiment, best or last, elapsed_s)
+        self._report_end(experiment, best or last, elapsed_s)
         return best is not None
 
-    def _tell_end(self, experiment: CampaignExperiment, measurement: Measurement, elapsed_s: float) -> None:
+    def _report_end(self, experiment: CampaignExperiment, measurement: Measurement, elapsed_s: float) -> None:
         who, record = self._who(experiment), measurement.record
         if record is None:
             error = measurement.attempt.error
-            self.tell("experiment_failed", **who, error=error, **_why(measurement), elapsed_s=elapsed_s)
+            self.report("experiment_failed", **who, error=error, **_why(measurement), elapsed_s=elapsed_s)
             return
-        self.tell(
+        self.report(
             "experiment_completed",
             **who,
             valid=record.validity.valid,

@@ -39,7 +39,7 @@ __all__ = [
 
 PENDING, RUNNING, COMPLETED, FAILED, SKIPPED = STATUSES = ("pending", "running", "completed", "failed", "skipped")
 
-# The kind of a note that tells of cycles added (`lem.orchestration.topup`).
+# The kind of a note about an added cycle (`--until`).
 TOP_UP_NOTE = "top_up"
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
@@ -113,7 +113,7 @@ class CampaignManifestEntry:
         self.attempts = tuple(sorted([*others, attempt], key=lambda item: item.number))
 
     def encode(self) -> bytes:
-        """The entry as one line of JSON, made anew only after a change."""
+        """The entry as one line of JSON, encoded again only after a change."""
         line: bytes | None = self.__dict__.get("_line")
         if line is None:
             values = {name: self.__dict__[name] for name in _ENTRY_NAMES}
@@ -130,7 +130,7 @@ def _checked(name: str, value: Any) -> Any:
     if name not in _ENTRY_NAMES:
         raise AttributeError(f"a manifest entry has no field {name!r}")
     if name == "status" and value not in STATUSES:
-        raise ValueError(f"status {value!r} is none of {', '.join(STATUSES)}")
+        raise ValueError(f"invalid status {value!r}: expected one of {', '.join(STATUSES)}")
     if name == "attempts":
         return tuple(value)
     if isinstance(value, datetime):
@@ -180,7 +180,7 @@ class CampaignManifest:
 
     @property
     def pending_count(self) -> int:
-        """Experiments not begun."""
+        """Experiments that have not started."""
         return len(self.get_by_status(PENDING))
 
     @property
@@ -252,14 +252,14 @@ def decode_manifest(document: Any) -> CampaignManifest:
     """
     version = document.get("schema_version") if isinstance(document, dict) else None
     if not isinstance(version, int):
-        raise ValueError("it is not a manifest: it has no schema_version")
+        raise ValueError("not a manifest: schema_version is missing")
     if version != SCHEMA_VERSION:
         by = "a newer lem" if version > SCHEMA_VERSION else "another lem"
-        raise ValueError(f"it was written by {by}: schema_version is {version}, this lem reads {SCHEMA_VERSION}")
+        raise ValueError(f"written by {by}: expected schema_version {SCHEMA_VERSION}, got {version}")
     values = {name: value for name, value in document.items() if name != "schema_version"}
     manifest = decode(CampaignManifest, values, "manifest")
     if len({entry.exp_id for entry in manifest.experiments}) != len(manifest.experiments):
-        raise ValueError("it names an experiment twice")
+        raise ValueError("an experiment is listed twice")
     return manifest
 
 
@@ -298,7 +298,7 @@ class ManifestManager:
         """Write the manifest, whole or not at all, and make its folder when there is none.
 
         Raises:
-            OSError: as `durable.write_bytes`; the manifest of before is still there.
+            OSError: as `durable.write_bytes`; the earlier manifest is still there.
         """
         statuses = {entry.exp_id: entry.status for entry in manifest.experiments}
         for exp_id, status in statuses.items():
@@ -380,5 +380,5 @@ class ManifestManager:
     def _unusable(self, what: str) -> UserError:
         return UserError(
             f"the manifest {self.manifest_path} {what}",
-            "--fresh sets it aside and starts anew; results are kept either way",
+            "use --fresh to set it aside and start over; results are kept",
         )

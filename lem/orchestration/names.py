@@ -28,7 +28,7 @@ Flat = dict[tuple[str, ...], Any]
 
 _BACKEND = ("backend",)
 _MODEL = ("model", "name")
-# Their values say what they are.
+# Their values are clear without the option's name.
 _SELF_EXPLAINING = {("fp_precision",), ("decoder", "preset")}
 _SHORT_FORMS: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("model",): _MODEL,
@@ -163,7 +163,7 @@ _UNFIT = re.compile(r"[^A-Za-z0-9._=+-]+")
 CONFIG_HASH_LENGTH = 16
 _ID_HASH_LENGTH = 12
 
-# The parts of an identity that say where prompts come from. The fingerprint of the prompts stands for them: a file of
+# The parts of an identity that name the source of prompts. The fingerprint of the prompts replaces them: a file of
 # prompts is known by its content, not by its path, and the bundled set by what it holds.
 _PROMPT_KEYS = ("dataset", "prompts")
 

@@ -61,7 +61,7 @@ def provide_pyz(environ: Mapping[str, str] = os.environ) -> Path:
             _logger.debug("%s cannot be written (%s); %s itself is mounted", path, error.strerror, own.parent)
             return own
         raise UserError(
-            f"cannot write {path}: {error.strerror}", f"choose a folder that can be written with {CACHE_VARIABLE}"
+            f"cannot write {path}: {error.strerror}", f"set {CACHE_VARIABLE} to a writable folder"
         ) from error
     return path
 

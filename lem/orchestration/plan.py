@@ -91,7 +91,7 @@ class CampaignExperiment:
 class ExpectedDurations:
     """What earlier experiments took, in seconds."""
 
-    measured_by_config: Mapping[str, float] = field(default_factory=dict)  # an experiment beside its load
+    measured_by_config: Mapping[str, float] = field(default_factory=dict)  # an experiment without its load
     load_by_engine: Mapping[str, float] = field(default_factory=dict)  # by engine_key
     gap_s: float | None = None  # a gap, which may end early; None where none was kept: then each takes its cap
 

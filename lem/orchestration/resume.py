@@ -35,9 +35,9 @@ _logger = logging.getLogger(__name__)
 INTERRUPTED = "interrupted"
 REMOVED = "removed from the campaign file"
 
-SAY_WHICH = "say --resume to go on with it, or --fresh to set it aside and start anew"
+CHOOSE_HINT = "use --resume to continue it, or --fresh to set it aside and start over"
 
-# A result that is not valid is measured once more, and then stands.
+# A result that is not valid is measured once more, and then counts.
 MAX_INVALID_RESULTS = 2
 
 # How many intervals a message names.
@@ -55,7 +55,7 @@ class RunOptions:
     is_fail_fast: bool = False  # stop after the first experiment that fails
     run_id: str | None = None  # of a run that was planned for several hosts; None for a run of its own
     until: StoppingRule | None = None  # add cycles by this rule; None runs as many as the campaign has
-    go_on: str = ""  # the command that resumes the campaign; empty when unknown
+    resume_command: str = ""  # the command that resumes the campaign; empty when unknown
 
 
 def choose_manifest(manager: ManifestManager, campaign_id: str, options: RunOptions) -> CampaignManifest | None:
@@ -74,7 +74,8 @@ def choose_manifest(manager: ManifestManager, campaign_id: str, options: RunOpti
     if options.run_id is not None and manifest.run_id != options.run_id:
         if options.resume:
             raise UserError(
-                f"{manager.manifest_path} is of run {manifest.run_id}, the plan of run {options.run_id}", SAY_WHICH
+                f"{manager.manifest_path} belongs to run {manifest.run_id}, but the plan to run {options.run_id}",
+                CHOOSE_HINT,
             )
         return None
     if options.resume or options.run_id is not None:
@@ -88,8 +89,8 @@ def choose_manifest(manager: ManifestManager, campaign_id: str, options: RunOpti
     counts = f"{manifest.completed_count} completed, {manifest.failed_count} failed"
     found = f"campaign {manifest.campaign_name} is not finished: {remaining} remaining ({counts})"
     if options.ask is None:
-        raise UserError(found, SAY_WHICH)
-    return manifest if options.ask(f"{found}\nGo on with it? (n sets it aside and starts anew)") else None
+        raise UserError(found, CHOOSE_HINT)
+    return manifest if options.ask(f"{found}\nContinue it? (n sets it aside and starts over)") else None
 
 
 def update_manifest(
@@ -116,7 +117,7 @@ def update_manifest(
     for exp_id in found["lost"]:
         _logger.warning("%s: %s; it runs again", exp_id, manifest.get_entry(exp_id).error)
     if found["adopted"]:
-        notes.append(f"Whole results that the manifest had missed: {len(found['adopted'])}, adopted")
+        notes.append(f"Results on disk that the manifest did not list: {len(found['adopted'])}, adopted")
     notes.append(resume_text(manifest))
     for entry in manifest.get_by_status(FAILED):
         entry.status = PENDING  # its turn comes again; until then it counts as neither
@@ -285,8 +286,8 @@ def adopt_environment(
     if changed and any(entry.result_path for entry in manifest.experiments):
         if not is_change_allowed:
             raise UserError(
-                "the environment is not the one this campaign was begun in: " + "; ".join(lines),
-                "restore it, start anew with --fresh, or mix the two with --allow-environment-change (recorded)",
+                "the environment has changed since this campaign began: " + "; ".join(lines),
+                "restore it, start over with --fresh, or record the change with --allow-environment-change",
             )
         manifest.notes.append({"at": utc_text(now), "kind": "environment_change", "changes": list(lines)})
     manifest.environment = {**known, **current}
@@ -304,8 +305,8 @@ def make_rule(target: Target, max_cycles: int | None) -> StoppingRule:
     most = MOST_CYCLES if max_cycles is None else max_cycles
     if not LEAST_CYCLES <= most <= MOST_CYCLES:
         raise UserError(
-            f"--max-cycles {most}: {LEAST_CYCLES} to {MOST_CYCLES} are due",
-            f"--until looks at intervals from {LEAST_CYCLES} cycles on",
+            f"--max-cycles: expected {LEAST_CYCLES} to {MOST_CYCLES}, got {most}",
+            f"--until needs intervals, which need at least {LEAST_CYCLES} cycles",
         )
     return StoppingRule(target, LEAST_CYCLES, most)
 
@@ -314,20 +315,20 @@ def check_rule(campaign: CampaignConfig, rule: StoppingRule) -> None:
     """Refuse, with a UserError, a campaign whose cycles cannot be added one after the other."""
     execution, daemon = campaign.execution, campaign.daemon
     if daemon is not None and daemon.enabled:
-        raise UserError("--until and a daemon exclude each other", "a daemon runs the campaign as it stands, again")
+        raise UserError("--until cannot be combined with a daemon", "a daemon repeats the campaign as it is")
     if execution.structure == GROUPED:
         raise UserError(
-            "--until adds whole cycles, and structure grouped has none: AAA BBB",
+            "--until adds whole cycles, but structure grouped runs AAA BBB",
             "use --structure interleaved or shuffled",
         )
     if execution.reuse == "campaign":
         raise UserError(
-            "--until needs intervals, and with execution.reuse campaign there are none",
-            "use --set execution.reuse=cycle: each cycle then loads its engines anew",
+            "--until needs intervals, but execution.reuse campaign gives none",
+            "use --set execution.reuse=cycle, which loads the engines again in each cycle",
         )
     if execution.cycles > rule.most_cycles:
         raise UserError(
-            f"{execution.cycles} cycles are planned, over --max-cycles {rule.most_cycles}",
+            f"{execution.cycles} cycles are planned, more than --max-cycles {rule.most_cycles}",
             "lower --cycles or raise --max-cycles",
         )
 
@@ -347,15 +348,15 @@ def needs_cycle(records: Iterable[Record], rule: StoppingRule, cycles: int) -> t
     found = measure_precision(records, rule.target, rule.least_cycles)
     what = f"{rule.target.describe()} ({found.metric}, 95 % t interval)"
     without = [f"{name} ({reason})" for name, reason in found.without]
-    left_out = f"; without an interval, and left out: {some_of(without, _SHOWN)}" if without else ""
+    left_out = f"; ignored, without an interval: {some_of(without, _SHOWN)}" if without else ""
     if not found.wide:
         text = f"every interval is within {what} after {cycles} cycles" if found.narrow else "no cycle is added"
-        text += "" if found.narrow or found.without else ", since there is no result to look at"
+        text += "" if found.narrow or found.without else ": there are no results"
         return False, f"Top-up: {text}{left_out}"
     wide = some_of([item.describe() for item in sorted(found.wide, key=_width, reverse=True)], _SHOWN)
     if cycles >= rule.most_cycles:
-        return False, f"Top-up: {cycles} cycles are the most, and wider than {what} is {wide}{left_out}"
-    return True, f"Top-up: cycle {cycles + 1} is added, wider than {what} is {wide}{left_out}"
+        return False, f"Top-up: {cycles} cycles is the maximum; wider than {what}: {wide}{left_out}"
+    return True, f"Top-up: adding cycle {cycles + 1}; wider than {what}: {wide}{left_out}"
 
 
 def added_cycles(manifest: CampaignManifest) -> int:

@@ -19,7 +19,7 @@ from lem.orchestration.manifest import CampaignManifest
 
 ANY_DAY = range(7)
 
-DAEMON_WINS = "Both daemon and schedule are set: daemon decides when to start, schedule is not used"
+DAEMON_WINS = "Both daemon and schedule are set; schedule is ignored"
 
 # The time of day may be set, or the machine sleep: check it again this often.
 _CHECK_EVERY_S = 30.0
@@ -128,7 +128,7 @@ def next_start(now: datetime, at: str, weekdays: Collection[int] = ANY_DAY, *, z
         start = datetime.fromtimestamp(datetime.combine(date, clock, tzinfo=zone).timestamp(), timezone.utc)
         if date.weekday() in weekdays and start >= now:
             return start
-    raise ValueError("a schedule needs a day")
+    raise ValueError("no weekday to start on")
 
 
 def waiting_text(start: datetime, now: datetime, *, is_daemon: bool, zone: tzinfo | None = None) -> str:
@@ -144,7 +144,7 @@ class Scheduler:
 
     campaign: CampaignConfig
     stop: StopRequest
-    tell: Callable[[str], None]  # shows a line to a person
+    show: Callable[[str], None]  # shows a line to a person
     now: Callable[[], datetime]  # the time of day, aware
     monotonic: Callable[[], float]  # in seconds
 
@@ -157,7 +157,7 @@ class Scheduler:
         """How the last run went; None when a signal came before the first. What `run_once` raises ends it."""
         daemon, schedule = self._daemon, self.campaign.schedule
         if daemon is not None and schedule is not None:
-            self.tell(DAEMON_WINS)
+            self.show(DAEMON_WINS)
         if self._first_at is not None:
             weekdays = ANY_DAY if daemon is not None or schedule is None else schedule.weekdays
             self._wait_until(next_start(self.now(), self._first_at, weekdays))
@@ -177,7 +177,7 @@ class Scheduler:
 
     def _wait_until(self, start: datetime) -> None:
         if start > self.now():
-            self.tell(waiting_text(start, self.now(), is_daemon=self._daemon is not None))
+            self.show(waiting_text(start, self.now(), is_daemon=self._daemon is not None))
         while not self.stop.is_set() and (left_s := (start - self.now()).total_seconds()) > 0:
             self.stop.wait(min(left_s, _CHECK_EVERY_S))
 
@@ -198,15 +198,15 @@ class Scheduler:
             if self.stop.is_set():
                 return outcome
             if deadline_s is not None and self.monotonic() >= deadline_s:
-                self.tell(f"Daemon: total duration {daemon.total_duration} reached, stopping after {runs_done} cycles")
+                self.show(f"Daemon: total duration {daemon.total_duration} reached, stopping after {runs_done} cycles")
                 return replace(outcome, stopped=Stopped.DURATION)
             if deadline_s is None and daemon.interval_seconds is None:
-                self.tell("Daemon: campaign done")
+                self.show("Daemon: campaign done")
                 return outcome
 
     def _wait_for_next(self, next_s: float, deadline_s: float | None) -> None:
         until_s = next_s if deadline_s is None else min(next_s, deadline_s)
         while not self.stop.is_set() and (left_s := until_s - self.monotonic()) > 0:
-            text = "no further run, total duration ends" if until_s == deadline_s else "next run of the campaign"
-            self.tell(f"Daemon: {text} in {format_duration(left_s)}")
+            text = "no further run; total duration ends" if until_s == deadline_s else "next run of the campaign"
+            self.show(f"Daemon: {text} in {format_duration(left_s)}")
             self.stop.wait(left_s)

@@ -50,13 +50,13 @@ class ContainerState:
     def is_running(self) -> bool:
         return self.state == "running"
 
-    def describe(self) -> str:
-        return f"exited with code {self.exit_code}" if self.state in ("exited", "dead") else self.state
-
 
 def describe(state: ContainerState | None) -> str:
-    """`its container is exited with code 137`."""
-    return "it has no container" if state is None else f"its container is {state.describe()}"
+    """`its container exited with code 137`."""
+    if state is None:
+        return "it has no container"
+    has_ended = state.state in ("exited", "dead")
+    return f"its container exited with code {state.exit_code}" if has_ended else f"its container is {state.state}"
 
 
 @dataclass(frozen=True)
@@ -109,13 +109,15 @@ class Services:
             error = explain(finished, doing, otherwise="compose_file")
             if error.kind != "compose_file":
                 raise error
-            raise ContainerError(error.message, "mend the file; lem compose prints one that works", kind="compose_file")
+            raise ContainerError(
+                error.message, "correct the file; `lem compose` prints one that works", kind="compose_file"
+            )
         try:
             return _decode_services(finished.stdout)
         except ValueError as error:
             raise ContainerError(
-                f"`docker compose config` answered something else than a project: {finished.stdout[:120]!r}",
-                "is docker compose 2.17 or newer?",
+                f"`docker compose config` printed no project: {finished.stdout[:120]!r}",
+                "expected the output of Docker Compose 2.17 to 5",
                 kind="compose",
             ) from error
 
@@ -127,7 +129,9 @@ class Services:
 
     def state(self, service: str) -> ContainerState | None:
         """The container of a service, running or not; None if there is none."""
-        printed = self.must("ps", "--all", "--format", "json", doing=f"looking at project {self.project}")
+        printed = self.must(
+            "ps", "--all", "--format", "json", doing=f"listing the containers of project {self.project}"
+        )
         return {item.service: item for item in decode_states(printed)}.get(service)
 
     def pids(self, service: str) -> frozenset[int]:
@@ -190,7 +194,7 @@ class Services:
             document = json.loads(finished.stdout.splitlines()[-1]) if finished.stdout else None
             return GpuReading.from_dict(_checked(dict, document))
         except ValueError as error:
-            raise ContainerError(f"{doing}: it answered {finished.stdout[:120]!r}") from error
+            raise ContainerError(f"{doing}: unexpected answer {finished.stdout[:120]!r}") from error
 
     def clear(self, service: str, mark: str) -> None:
         """End every process with a worker's mark, if need be by replacing the container."""
@@ -198,11 +202,11 @@ class Services:
             words = self.exec_words(service, "worker", "--end-marked", mark)
             if self.docker.call(*words, timeout_s=KILL_TIMEOUT_S).code == 0:
                 return
-            _logger.warning("%s: its processes cannot be ended from inside; the container is replaced", service)
+            _logger.warning("%s: its processes cannot be ended from inside; replacing the container", service)
             self.call("kill", service, timeout_s=KILL_TIMEOUT_S)
             self.recreate(service)
         except ContainerError as error:
-            _logger.warning("%s: processes of its worker may be left: %s", service, error.message)
+            _logger.warning("%s: processes of its worker may still run: %s", service, error.message)
 
     def run_tethered(self, service: str, arguments: Iterable[str], variables: Mapping[str, str]) -> tuple[str, int]:
         """The output and exit code of lem in a service; it ends with this process, however that ends.
@@ -225,7 +229,7 @@ class Services:
             except process.TimeoutExpired:
                 process.kill_group(child.pid)
                 self.clear(service, mark)
-                return f"it did not end within {EXPERIMENT_TIMEOUT_S:.0f} s", 1
+                return f"the experiment did not end within {EXPERIMENT_TIMEOUT_S:.0f} s", 1
             output.seek(0)
             return output.read().decode("utf-8", "replace"), code
 
@@ -236,8 +240,8 @@ def decode_states(text: str) -> tuple[ContainerState, ...]:
         return tuple(map(_decode_state, _objects(text)))
     except ValueError as error:
         raise ContainerError(
-            f"`docker compose ps` printed something that is not known: {text[:120]!r}",
-            "versions 2.17 to 5 are known",
+            f"`docker compose ps` printed no containers: {text[:120]!r}",
+            "expected the output of Docker Compose 2.17 to 5",
             kind="compose",
         ) from error
 

@@ -39,7 +39,7 @@ _logger = logging.getLogger(__name__)
 
 _FOLDER_VARIABLE = "CREDENTIALS_DIRECTORY"  # systemd.exec(5), LoadCredential=
 
-# What the meters need before a load beside power at rest: a sampler that starts, two looks at the GPUs, two guards.
+# What the meters need before a load besides power at rest: starting a sampler, reading the GPUs twice, two guards.
 METERS_S = 15.0
 
 
@@ -53,7 +53,7 @@ def find_secrets(environ: Mapping[str, str]) -> dict[str, str]:
         except FileNotFoundError:
             return {}
         except (OSError, UnicodeDecodeError) as error:
-            reason = reason_of(error) if isinstance(error, OSError) else "it is no text"
+            reason = reason_of(error) if isinstance(error, OSError) else "not UTF-8 text"
             raise UserError(f"credential {path}: {reason}") from error
     return {TOKEN_VARIABLE: value} if value else {}
 
@@ -72,7 +72,7 @@ class Executor(Protocol):
     def kill(self) -> None:
         """End every worker with its engine at once."""
 
-    def look_after(self, tell: Callable[[str], None]) -> None:
+    def look_after(self, report: Callable[[str], None]) -> None:
         """Check, between two experiments, that what the workers run in is healthy; repair it or raise a LemError."""
 
     def close(self) -> None:
@@ -104,7 +104,7 @@ class LocalExecutor:
     def kill(self) -> None:
         self._worker.kill()
 
-    def look_after(self, tell: Callable[[str], None]) -> None:
+    def look_after(self, report: Callable[[str], None]) -> None:
         """Nothing: a worker that is lost is replaced when it is needed."""
 
     def close(self) -> None:
@@ -187,10 +187,10 @@ class Session:
         )
         return Measurement(attempt, record, error, outcome.log_tail)
 
-    def look_after(self, tell: Callable[[str], None]) -> None:
+    def look_after(self, report: Callable[[str], None]) -> None:
         """As `Executor.look_after`; what cannot be repaired is an InfrastructureError, which stops the campaign."""
         try:
-            self.executor.look_after(tell)
+            self.executor.look_after(report)
         except UserError as error:  # what was there when the campaign began is gone
             raise InfrastructureError(error.message, error.hint) from error
 
@@ -215,16 +215,17 @@ class Session:
         return found
 
     def _without_engine(self, backend: str, missing: Sequence[str], environment: Mapping[str, Any]) -> UserError:
-        lacks = f"Python ({environment.get('python')}) has no {' and no '.join(missing)}"
+        python = f"Python ({environment.get('python')})"
+        names = " and ".join(missing) + (" is" if len(missing) == 1 else " are")
         if self.executor.name == "docker":
             return UserError(
-                f"backend {backend} cannot run in service {backend}: its {lacks}",
-                "name an image that has it in the compose file; lem compose prints one with images that do",
+                f"backend {backend} cannot run in service {backend}: {names} not installed in its {python}",
+                "name an image that has it in the compose file; lem compose prints one with such images",
             )
         install = f"pip install {' '.join(missing)}"
         return UserError(
-            f"backend {backend} cannot run here: this {lacks}",
-            f"{install}, name a Python that has them with --python, or use a container (lem doctor)",
+            f"backend {backend} cannot run here: {names} not installed in this {python}",
+            f"{install}, name another Python with --python, or use a container (lem doctor)",
         )
 
     def _run(
@@ -292,7 +293,7 @@ def _write_prompts(experiment: CampaignExperiment, folder: AttemptFolder) -> Non
     if config_hash(experiment.config, fingerprint) != experiment.config_hash:
         raise UserError(
             f"the prompts have changed since the campaign was planned: {resolved.source.get('path')}",
-            "leave them as they are while a campaign runs; --resume plans it again with the new ones",
+            "do not change prompts while a campaign runs; --resume plans it again with the new ones",
         )
     folder.write_prompts(
         {"prompt": item.prompt, "input_tokens": item.input_tokens, "output_tokens": item.output_tokens}
@@ -310,13 +311,13 @@ def _result_of(
     try:
         record = read_record(path)
     except FileNotFoundError:
-        return None, reported or EngineError("the worker reported a result and wrote none", kind="channel")
+        return None, reported or EngineError("the worker reported a result but did not write one", kind="channel")
     except (RecordError, OSError) as error:
         return None, EngineError(f"{path}: {error}", kind="channel")
     if record.identity.experiment_id != experiment.exp_id or record.identity.attempt != folder.number:
-        return None, EngineError(f"{path}: the result of another experiment", kind="channel")
+        return None, EngineError(f"{path}: the result belongs to another experiment", kind="channel")
     if reported is not None:
-        _logger.warning("%s was measured, and then: %s", experiment.exp_id, reported.message)
+        _logger.warning("%s was measured, but then: %s", experiment.exp_id, reported.message)
     return record, None
 
 
@@ -324,7 +325,7 @@ def check_supported(campaign: CampaignConfig, executor_name: str) -> None:
     """Refuse, with a UserError, what only containers can do where there are none."""
     if campaign.cold_start.restart_container and executor_name != "docker":
         raise UserError(
-            "cold_start.restart_container needs the docker executor, and these experiments run in this Python",
+            "cold_start.restart_container requires containers, but these experiments run in this Python",
             "use cold_start.force_cold_start, which starts a new worker for each experiment",
         )
 

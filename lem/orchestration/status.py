@@ -201,16 +201,16 @@ class State(str, enum.Enum):
 SILENCE_S = 60.0
 
 _ENDINGS = {
-    "signal": "a signal stopped it",
-    "deadline": "the time it was given was up",
+    "signal": "stopped by a signal",
+    "deadline": "its deadline passed",
     "fail_fast": "an experiment failed, and --fail-fast was given",
-    "infrastructure": "what experiments stand on is gone",
-    "error": "it could not go on",
+    "infrastructure": "the disk, the daemon or the worker failed",
+    "error": "stopped by an error",
 }
 
 
 @dataclass(frozen=True)
-class Onlooker:
+class Viewpoint:
     """From where and when a campaign is viewed."""
 
     now: datetime
@@ -296,7 +296,7 @@ def parse_utc(label: str | None) -> datetime | None:
     return moment if moment is not None and moment.tzinfo is not None else None
 
 
-def read_status(folder: Path, onlooker: Onlooker, manifest_path: Path | None = None) -> CampaignStatus:
+def read_status(folder: Path, viewpoint: Viewpoint, manifest_path: Path | None = None) -> CampaignStatus:
     """The status of the campaign in a state folder, whose manifest is found when not given. Nothing is written."""
     is_held = is_locked(folder / CAMPAIGN_LOCK_NAME)
     holder = read_holder(folder / CAMPAIGN_LOCK_NAME)
@@ -311,29 +311,29 @@ def read_status(folder: Path, onlooker: Onlooker, manifest_path: Path | None = N
         activity = None  # of an earlier run
     status = CampaignStatus(name, folder, State.NONE, manifest=manifest, activity=activity, holder=holder)
     if is_held:
-        return _of_held(status, onlooker)
+        return _of_held(status, viewpoint)
     if manifest is None:
-        return replace(status, reason=f"no manifest at {path}: it never began to measure", holder=None)
-    return replace(_of_free(status, manifest, onlooker), holder=None)
+        return replace(status, reason=f"no manifest at {path}: nothing was measured", holder=None)
+    return replace(_of_free(status, manifest, viewpoint), holder=None)
 
 
-def _of_held(status: CampaignStatus, onlooker: Onlooker) -> CampaignStatus:
+def _of_held(status: CampaignStatus, viewpoint: Viewpoint) -> CampaignStatus:
     manifest, activity, holder = status.manifest, status.activity, status.holder
     if activity is not None and holder is not None and activity.pid != holder.pid:
         activity = None  # of an earlier process
     status = replace(status, state=State.RUNNING, activity=activity)
     if activity is None and (manifest is None or not _has_begun(manifest, holder)):
-        waiting = "it has not begun to measure: it waits for its time, is starting, or asks something"
+        waiting = "not measuring yet: scheduled, starting, or waiting for an answer"
         return replace(status, state=State.WAITING, reason=waiting)
     if activity is None:
         return replace(status, left_s=None if manifest is None else estimate_left_s(manifest))
     if activity.doing == "ended":
-        return replace(status, state=State.WAITING, reason="its run ended; it waits for the next one, or is ending")
+        return replace(status, state=State.WAITING, reason="its run ended; waiting for the next one, or about to exit")
     updated_at = parse_utc(activity.updated_at)
-    silent_s = 0.0 if updated_at is None else (onlooker.now - updated_at).total_seconds()
+    silent_s = 0.0 if updated_at is None else (viewpoint.now - updated_at).total_seconds()
     if silent_s > SILENCE_S:
-        silence = f"nothing was heard of it since {_short(activity.updated_at)}: it hangs, or the machine slept"
-        hint = f"see whether process {activity.pid} on {activity.host} still works; it may be waiting for a disk"
+        silence = f"no sign of life since {_short(activity.updated_at)}: it hangs, or the machine was suspended"
+        hint = f"check whether process {activity.pid} on {activity.host} still works; it may be waiting for a disk"
         status = replace(status, reason=silence, hint=hint)
     if activity.eta_s is not None:
         return replace(status, left_s=max(0.0, activity.eta_s - silent_s))
@@ -350,10 +350,10 @@ def _has_begun(manifest: CampaignManifest, holder: Holder | None) -> bool:
     )
 
 
-def _of_free(status: CampaignStatus, manifest: CampaignManifest, onlooker: Onlooker) -> CampaignStatus:
+def _of_free(status: CampaignStatus, manifest: CampaignManifest, viewpoint: Viewpoint) -> CampaignStatus:
     activity, left_s = status.activity, estimate_left_s(manifest)
     if manifest.get_by_status(RUNNING) or (activity is not None and activity.doing != "ended"):
-        reason, hint = _why_crashed(manifest, activity, status.holder, onlooker)
+        reason, hint = _why_crashed(manifest, activity, status.holder, viewpoint)
         return replace(status, state=State.CRASHED, reason=reason, hint=hint, left_s=left_s)
     stopped, message = (activity.stopped, activity.message) if activity is not None else (None, "")
     if stopped is not None or manifest.get_by_status(PENDING):
@@ -364,23 +364,26 @@ def _of_free(status: CampaignStatus, manifest: CampaignManifest, onlooker: Onloo
 
 
 def _why_crashed(
-    manifest: CampaignManifest, activity: Activity | None, holder: Holder | None, onlooker: Onlooker
+    manifest: CampaignManifest, activity: Activity | None, holder: Holder | None, viewpoint: Viewpoint
 ) -> tuple[str, str]:
     """Why what should run does not, and what to do."""
     last_sign = max(manifest.updated_at, activity.updated_at if activity else "")
     last = activity or holder
     who = "its process" if last is None else f"process {last.pid}"
-    if last is not None and last.host != onlooker.host:
+    if last is not None and last.host != viewpoint.host:
         host = last.host
-        sign = f"nobody holds its lock here; its last sign was {_short(last_sign)}"
-        return f"it ran on {host}, and this is {onlooker.host}: {sign}", f"see on {host} whether {who} still runs"
+        sign = f"last sign of life {_short(last_sign)}"
+        return (
+            f"it ran on {host}, not on this host ({viewpoint.host}): {sign}",
+            f"check on {host} whether {who} still runs",
+        )
     moment = parse_utc(last_sign)
-    if moment is not None and onlooker.booted_at is not None and moment < onlooker.booted_at:
-        booted = f"{onlooker.booted_at:%Y-%m-%dT%H:%M:%SZ}"
-        return f"the host was restarted at {booted}; its last sign was {_short(last_sign)}", ""
+    if moment is not None and viewpoint.booted_at is not None and moment < viewpoint.booted_at:
+        booted = f"{viewpoint.booted_at:%Y-%m-%dT%H:%M:%SZ}"
+        return f"the host was restarted at {booted}; last sign of life {_short(last_sign)}", ""
     return (
-        f"{who} ended without a word after {_short(last_sign)}: killed, out of memory, or a bug",
-        "the kernel's log (dmesg, journalctl -k) names what it killed",
+        f"{who} ended unexpectedly after {_short(last_sign)}: killed, out of memory, or a bug",
+        "the kernel log (dmesg, journalctl -k) shows which processes it killed",
     )
 
 

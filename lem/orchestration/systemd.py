@@ -62,7 +62,7 @@ class ServiceManager:
             try:
                 channel.sendto(message.encode("utf-8", "backslashreplace"), self._address)
             except OSError as error:  # a campaign must not fail because of it
-                _logger.debug("the service manager was not told %s: %s", message, error)
+                _logger.debug("cannot send %s to the service manager: %s", message, error)
 
 
 class Notification:

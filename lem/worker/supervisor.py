@@ -100,7 +100,14 @@ def supervise(start_engine: Callable[[], EngineChild] = EngineChild) -> int:
 class Supervisor:
     """One worker, between the host and at most one engine process."""
 
-    def __init__(self, host_in: int, host_out: int, wakeup: int, start_engine: Callable[[], EngineChild]) -> None:
+    def __init__(
+        self,
+        host_in: int,
+        host_out: int,
+        wakeup: int,
+        start_engine: Callable[[], EngineChild],
+        heartbeat_s: float = HEARTBEAT_S,
+    ) -> None:
         self._host_in = host_in
         self._host_lines = LineBuffer()
         self._host = Outbox(host_out)
@@ -115,7 +122,8 @@ class Supervisor:
         self._phase: str | None = None
         self._is_unloading = False
         self._exit_code: int | None = None
-        self._heartbeat_at = time.monotonic() + HEARTBEAT_S
+        self._heartbeat_s = heartbeat_s
+        self._heartbeat_at = time.monotonic() + heartbeat_s
         self._printed_at = 0.0
         self._selector = selectors.PollSelector()  # a stdin that is a file, which epoll refuses, ends at once
 
@@ -144,7 +152,7 @@ class Supervisor:
     def _tick(self) -> None:
         now = time.monotonic()
         if now >= self._heartbeat_at:
-            self._heartbeat_at = now + HEARTBEAT_S
+            self._heartbeat_at = now + self._heartbeat_s
             self._send(channel.Heartbeat(), is_droppable=True)
         if (sampler := self._sampler) is not None and (death := sampler.death()) is not None:
             if not sampler.has_hung_up and self._log is not None:

@@ -46,7 +46,7 @@ INTENDED: tuple[Intended, ...] = (
         r"throttled in|not throttled",
         suite="recorded",
     ),
-    Intended("The size of those pages.", "report (interrupted|demo)", r"^\$\.bytes$", suite="recorded"),
+    Intended("The size of a page follows from its words.", "report .*--json", r"^\$\.bytes$", suite="recorded"),
     Intended(
         "Percentages are read in one place, and need their sign.",
         "--anchor-tolerance",

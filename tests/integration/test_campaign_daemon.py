@@ -81,5 +81,5 @@ def test_what_could_not_run_at_its_time_is_refused_before_the_wait(rig):
     wrapper.chmod(0o755)
     ended = rig.run("--yes", "--python", "./bare-python")
     assert ended.code == 2
-    assert "has no torch" in ended.err
+    assert "torch and transformers are not installed" in ended.err
     assert "waiting" not in ended.err

@@ -117,7 +117,7 @@ def test_parts_without_a_stored_plan_are_told_by_numbers_alone(hosts):
     [
         (["--plan", "none.json"], "--plan needs --shard"),
         (["--plan", "none.json", "--shard", "1/2"], "no such file"),
-        (["--shard", "3/2"], "I/N is due"),
+        (["--shard", "3/2"], "expected I/N"),
         (["--hosts", "a,b"], "are for --write-plan"),
         (["--write-plan", "p.json"], "none is named"),
         (["--write-plan", "p.json", "--hosts", "a,a"], "each once"),

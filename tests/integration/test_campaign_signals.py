@@ -137,7 +137,7 @@ def test_a_person_may_begin_anew_or_walk_away(rig):
     anew.type("n\n")
     assert anew.wait() == 0, anew.shown
     assert rig.manifest().run_id != run_id
-    assert "The manifest of before is now" in anew.shown
+    assert "The earlier manifest is now" in anew.shown
 
 
 def test_a_signal_while_waiting_for_the_schedule_measures_nothing(rig):

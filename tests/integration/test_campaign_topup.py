@@ -45,8 +45,8 @@ def test_cycles_are_added_until_the_most_and_the_table_says_what_that_does_to_in
     assert ended.code == 0, ended.err
     assert len(rig.records()) == 6
     assert rig.manifest().is_complete
-    assert "Top-up: cycle 6 is added" in ended.err
-    assert "Top-up: 6 cycles are the most" in ended.err
+    assert "Top-up: adding cycle 6" in ended.err
+    assert "Top-up: 6 cycles is the maximum" in ended.err
     assert "the intervals do not account for that" in " ".join(ended.out.split())
 
 
@@ -70,7 +70,7 @@ def test_a_budget_that_is_used_up_ends_with_its_own_code_and_says_how_to_go_on(r
     assert ended.code == ExitCode.BUDGET
     assert "the time is up; go on with: " in ended.err
     assert "--resume" in ended.err
-    assert "the time it was given was up" in _status(rig, "demo")
+    assert "its deadline passed" in _status(rig, "demo")
     resumed = rig.run("--resume")
     assert resumed.code == 0
     assert len(rig.records()) == 3
@@ -90,7 +90,7 @@ def test_status_follows_a_campaign_from_another_shell_and_after_its_death(rig):
     running.wait()
     shown = _status(rig, "demo")
     assert "demo · crashed" in shown
-    assert f"process {running.process.pid} ended without a word" in " ".join(shown.split())
+    assert f"process {running.process.pid} ended unexpectedly" in " ".join(shown.split())
     assert "measuring, since" in shown
     assert shown.rstrip().endswith("--resume")
     unchanged = {path: data for path, data in rig.tree().items() if path.startswith(".state")}
@@ -104,4 +104,4 @@ def test_status_says_that_a_signal_stopped_it(rig):
     assert running.wait().code == ExitCode.SIGINT
     shown = _status(rig, "demo")
     assert "demo · stopped" in shown
-    assert "a signal stopped it" in shown
+    assert "stopped by a signal" in shown

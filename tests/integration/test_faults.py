@@ -158,7 +158,7 @@ def test_program_that_writes_in_place_is_found_out(lab: Lab, tmp_path: Path) -> 
         'sys.audit("lem.fsync", str(path))',
         'path.write_bytes(data[:50]); sys.audit("lem.fsync", str(path))',
     )
-    _edit(tools.program / "lem" / "durable.py", atomic, in_place)
+    _edit(tools.program / "lem" / "base" / "durable.py", atomic, in_place)
     points = [point for point in lab.points(PLAIN) if (point.process, point.event) == ("engine", "lem.rename")]
     verdicts = try_all([partial(try_point, points[0], "kill", PLAIN)], tmp_path, tools, PLAIN, jobs=1)
     assert [verdict.partial > 0 for verdict in verdicts] == [True]

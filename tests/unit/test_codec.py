@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from lem.base.codec import NOT_ENCODED, DecodeError, decode, decode_row, encode
+from lem.base.codec import DecodeError, decode, decode_row, encode
+from lem.base.reasons import Reason
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,6 @@ class Log:
     rest: list[Reading]
     by_name: Mapping[str, Reading | None]
     anything: Any
-    known: int = field(default=7, metadata=NOT_ENCODED)
 
     def __post_init__(self) -> None:
         if len(self.rest) > 2:
@@ -73,7 +73,6 @@ def test_what_json_does_not_have_is_not_written(value: Any, where: str) -> None:
         ({"rest": [OBJECT] * 3}, "log: too many readings"),
         ({"by_name": {"x": {**OBJECT, "pids": [1, True]}}}, r"log\.by_name\.x\.pids\[1\]: expected an integer"),
         ({"anything": [float("inf")]}, r"log\.anything\[0\]: expected a finite number"),
-        ({"known": 7}, "log: unknown 'known'"),
         ({"x" * 500: 1}, "log: unknown '.{78}…$"),
     ],
 )
@@ -115,3 +114,27 @@ def test_another_type_or_size_is_refused_also_after_a_good_row(place: int, value
 def test_a_row_of_another_length_is_refused(values: list[Any]) -> None:
     with pytest.raises(DecodeError, match=f"Reading: expected 5 values, got {len(values)}"):
         decode_row(Reading, values)
+
+
+@dataclass(frozen=True)
+class Figures:
+    power_w: float | None
+    why: Reason | None
+    notes: tuple[Reason, ...]
+    null_reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+FIGURES = Figures(None, Reason.of("no_output"), (Reason.of("said", text="hot"),), {"power_w": "no meter"})
+FIGURES_DOCUMENT: dict[str, Any] = {
+    "power_w": None,
+    "power_w_null_reason": "no meter",
+    "why": "the engine made no output tokens",
+    "why_coded": {"code": "no_output", "data": {}},
+    "notes": ["hot"],
+    "notes_coded": [{"code": "said", "data": {"text": "hot"}}],
+}
+
+
+def test_a_section_has_reasons_beside_nulls_and_codes_beside_texts() -> None:
+    assert encode(FIGURES, "it") == FIGURES_DOCUMENT
+    assert decode(Figures, FIGURES_DOCUMENT, "it") == FIGURES

@@ -443,7 +443,7 @@ def test_recovery_in_vain_says_why(fake: FakeDocker, manager: ContainerManager) 
     manager.start_services(["vllm"])
     fake.change(silent=["vllm"], after_restart="exited", after_up="exited")
     status = manager.check_and_recover("vllm", max_restarts=2)
-    assert status == ContainerHealthStatus("vllm", False, "its container is exited with code 137")
+    assert status == ContainerHealthStatus("vllm", False, "its container exited with code 137")
     assert len(fake.compose_calls("restart")) == 2
 
 

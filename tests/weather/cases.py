@@ -270,7 +270,7 @@ CASES: tuple[Case, ...] = (
         "completed",
         execution={"config_gap_seconds": 2},
     ),
-    Case("container paused", _measuring(_pause_container), "no sign of progress", 0, "completed", execution=BRIEF),
+    Case("container paused", _measuring(_pause_container), "reported no progress", 0, "completed", execution=BRIEF),
     Case(
         "container out of memory",
         _engine(_at("generate", "allocate", bytes=600 * MIB), mem_limit="192m", memswap_limit="192m"),
@@ -298,7 +298,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "worker falls silent",
         _engine(_at("generate", "hold_gil"), once=True),
-        "no sign of progress",
+        "reported no progress",
         0,
         "completed",
         execution=BRIEF,
@@ -306,7 +306,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "worker prints garbage",
         _engine(_at("generate", "shell", command=f"python3 -c '{GARBAGE}'; sleep 10"), once=True),
-        "talks nonsense",
+        "sent an invalid message",
         0,
         "completed",
     ),

@@ -50,7 +50,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Spell:
+class Slowdown:
     """A time in which a GPU was slowed down."""
 
     begin_s: float
@@ -74,13 +74,13 @@ class Trace:
 
     phases: tuple[Phase, ...]
     series: tuple[Series, ...]
-    spells: tuple[Spell, ...]
+    slowdowns: tuple[Slowdown, ...]
     interval_s: float  # between two readings
 
     @property
     def slowed_s(self) -> Sequence[tuple[float, float]]:
         """When a GPU was slowed down for any reason but its power limit: (begin, end), in the order of time."""
-        return union((spell.begin_s, spell.end_s) for spell in self.spells if spell.is_fault)
+        return union((slowdown.begin_s, slowdown.end_s) for slowdown in self.slowdowns if slowdown.is_fault)
 
 
 def union(spans: Iterable[tuple[float, float]], hole_s: float = 0.0) -> list[tuple[float, float]]:
@@ -292,7 +292,7 @@ class Verdict:
 
     sentence: str
     remarks: tuple[str, ...] = ()  # how it was found, and what could not be decided and why
-    has_winner: bool = False  # the first configuration was told apart from the next
+    has_winner: bool = False  # the first configuration differs from the next
 
 
 def verdict_of(report: Report) -> Verdict:
@@ -305,7 +305,7 @@ def verdict_of(report: Report) -> Verdict:
         return Verdict("No configuration has a valid result, so there is nothing to compare.")
     first, *others = ranked
     missing = [entry for entry in report.entries if entry.centre(metric) is None]
-    remarks = [f"No value of {_names(missing)}."] if missing else []
+    remarks = [f"No value for {_names(missing)}."] if missing else []
     if not others:
         return Verdict(f"“{first.name}”: {_amount(first, metric)}.", tuple(remarks))
     rows = list(zip(others, _rows(report.run, first, others, metric), strict=True))
@@ -313,11 +313,13 @@ def verdict_of(report: Report) -> Verdict:
     refused = [(entry, row.reason) for entry, row in rows if row.p_adjusted is None and row.reason is not None]
     remarks = [*_separated(compared, len(others)), *_refusals(refused), *remarks]
     ratio = _against(*compared[0]) if compared else ""
-    verb = "uses the least energy per output token" if report.has_energy else "makes the most output tokens per second"
+    verb = (
+        "uses the least energy per output token" if report.has_energy else "produces the most output tokens per second"
+    )
     found = f"“{first.name}” {verb}: {_amount(first, metric)}."
     if compared and compared[0][0] is others[0]:
         return Verdict(f"{found} {ratio}", tuple(remarks), has_winner=compared[0][1].is_found)
-    sentence = f"{found} That is its estimate alone: no verdict on the next best."
+    sentence = f"{found} This ranks the estimates only: there is no verdict against the next best."
     return Verdict(sentence, (ratio, *remarks) if ratio else tuple(remarks))
 
 
@@ -335,7 +337,7 @@ def _against(entry: Entry, row: Row) -> str:
     relation = row.metric.relation.format(f"{1 / effect.ratio:#.3g} ×")
     interval = effect.interval()
     within = f" (95 % {1 / interval[1]:#.3g} – {1 / interval[0]:#.3g})" if interval else ""
-    chance = "" if row.is_found else ", which chance alone could make"
+    chance = "" if row.is_found else ", which may be chance"
     p_text = "< 0.001" if p < 0.001 else f"= {p:.3f}"
     cycles = plural(effect.n_cycles[0], "cycle")
     return f"It {relation} “{entry.name}”{within}, {cycles}, Holm-adjusted p {p_text}{chance}."
@@ -345,9 +347,9 @@ def _separated(compared: Sequence[tuple[Entry, Row]], n_others: int) -> list[str
     if not compared:
         return []
     close = [entry for entry, row in compared if not row.is_found]
-    found = f"Told apart from {len(compared) - len(close)} of {plural(n_others, 'other configuration')}"
-    lines = [f"{found}: pair by pair within cycles, Holm's correction over {plural(len(compared), 'comparison')}."]
-    return [*lines, f"Not told apart from {_names(close)}; more cycles would tell."] if close else lines
+    found = f"Differs from {len(compared) - len(close)} of {plural(n_others, 'other configuration')}"
+    lines = [f"{found}: paired within cycles, with Holm's correction over {plural(len(compared), 'comparison')}."]
+    return [*lines, f"No difference found from {_names(close)}; more cycles may show one."] if close else lines
 
 
 def _refusals(refused: Sequence[tuple[Entry, Reason]]) -> Iterable[str]:
@@ -361,7 +363,7 @@ def _refusals(refused: Sequence[tuple[Entry, Reason]]) -> Iterable[str]:
             yield f"No verdict against {_names(entries)}: {reason}."
         else:
             shown = ", ".join(str(entry.number) for entry in entries[:12]) + (" …" if len(entries) > 12 else "")
-            yield f"No verdict against {len(entries)} others ({shown}); against {first.number}, {reason}."
+            yield f"No verdict against {len(entries)} others ({shown}); against {first.number}: {reason}."
 
 
 def _names(entries: Sequence[Entry]) -> str:

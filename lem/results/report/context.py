@@ -33,6 +33,7 @@ from lem.results.report.plot import (
     no_plot,
     number_cell,
     number_text,
+    shade,
     spot,
     table,
     tag,
@@ -50,8 +51,6 @@ _FACETS = 6
 _HALF_PAGE = 600
 # How many requests an engine takes at once is one axis, though each backend has its own option.
 _WIDTHS = {f"{backend}.{option}": option for backend, option in WIDTH_OPTIONS.items()}
-# One hue from light to dark: the order is visible without a key and without colour.
-_RAMP = ((226, 238, 248), (90, 162, 207), (8, 48, 107))
 
 
 @dataclass(frozen=True)
@@ -99,9 +98,9 @@ def heatmap_section(report: Report) -> Markup:
     if axes is None:
         long = ", ".join(f"{key} has {len(values)} values" for key, values in values_of.items() if len(values) > _MOST)
         if not long:
-            reason = "Fewer than two settings vary over the configurations, so there is no grid to draw."
+            reason = "Fewer than two settings vary, so there is no grid to draw."
         else:
-            reason = f"No grid to draw: {long}, an axis has at most {_MOST}, and fewer than two other settings vary."
+            reason = f"No grid to draw: {long}; an axis has at most {_MOST}, and fewer than two other settings vary."
         return no_plot("grid", heading, reason)
     known = [value for entry in entries if (value := entry.centre(report.headline)) is not None]
     if not known:
@@ -185,16 +184,16 @@ def _heatmap(identifier: str, heading: str, grid: _Grid, members: Sequence[Entry
     left = 34 + 7.6 * max(min(len(value), 22) for value in (*grid.rows, _short(grid.up)))
     width = max(left + _CELL_WIDTH * len(grid.columns) + 16, 280)
     unit = "J per output token" + report.estimate_note if report.has_energy else "output tok/s"
-    caption = [f"Geometric means, {unit}; darker is more. Hatched: every attempt failed or was invalid."]
+    caption = [f"Geometric means, {unit}; darker means more. Hatched: every attempt failed or was invalid."]
     crowd = max(map(len, by_place.values()))
     if crowd > 1:
-        caption.append(f"Up to {plural(crowd, 'configuration')} share a cell: it shows the best of them.")
+        caption.append(f"Up to {plural(crowd, 'configuration')} share a cell, which shows the best of them.")
     if any(square.is_partial and square.best is not None for square in squares.values()):
-        caption.append("†: some attempts of this cell failed or were invalid.")
+        caption.append("†: some attempts in this cell failed or were invalid.")
     return Plot(
         identifier,
         heading,
-        f"{_short(grid.across)} across, {_short(grid.up)} down; darker is "
+        f"{_short(grid.across)} across, {_short(grid.up)} down; darker means "
         f"{'more energy' if report.has_energy else 'more throughput'}; hatched cells have no valid result.",
         (width, _GRID_TOP + _CELL_HEIGHT * len(grid.rows) + 12),
         _grid_marks(identifier, grid, squares, left),
@@ -232,23 +231,11 @@ def _square(square: _Square | None, x: float, y: float, hatch: str, scale: Scale
         hatched = tag("rect", x=x, y=y, width=width, height=height, class_="failed", fill=f"url(#{hatch})")
         plate = tag("rect", x=middle[0] - 28, y=middle[1] - 13, width=56, height=18, class_="plate")
         return tag("g", tooltip, hatched, plate, text(*middle, square.absence, anchor="middle"))
-    share = scale(square.best)
-    lower, upper = _RAMP[:2] if share < 0.5 else _RAMP[1:]
-    rest = 2 * share - (share >= 0.5)
-    rgb = [round(low + rest * (high - low)) for low, high in zip(lower, upper, strict=True)]
-    fill = "#" + "".join(f"{part:02x}" for part in rgb)
+    fill, ink = shade(scale(square.best))
     is_short = 1e-3 <= abs(square.best) < 1000
     shown = f"{square.best:#.3g}".rstrip(".") if is_short else format_quantity(square.best)
-    label = text(*middle, shown + ("†" if square.is_partial else ""), _ink(rgb), "middle")
+    label = text(*middle, shown + ("†" if square.is_partial else ""), ink, "middle")
     return tag("g", tooltip, tag("rect", x=x, y=y, width=width, height=height, fill=fill), label)
-
-
-def _ink(rgb: Sequence[int]) -> str:
-    """The class of text that is readable on a colour: by relative luminance as WCAG 2 defines it."""
-    parts = [value / 255 for value in rgb]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "on-light" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "on-dark"
 
 
 def _grid_table(grid: _Grid, squares: Mapping[tuple[str, str], _Square]) -> Markup:
@@ -321,11 +308,11 @@ def _order(metric: Metric, report: Report) -> Markup:
     return Plot(
         identifier,
         heading,
-        f"{plural(len(values), 'valid value')} as percent of their configuration's mean, with a fitted line. {finding}",
+        f"{plural(len(values), 'valid value')} in percent of their configuration's mean, with a fitted line. {finding}",
         (_WIDTH, _ORDER_HEIGHT),
         [
             tag("rect", x=_LEFT, y=top, width=_RIGHT - _LEFT, height=bottom - top, class_="band window"),
-            horizontal_axis(x_scale, _ORDER_BOTTOM, _ORDER_TOP, "Place in the order of execution", count=8),
+            horizontal_axis(x_scale, _ORDER_BOTTOM, _ORDER_TOP, "Position in the order of execution", count=8),
             vertical_axis(y_scale, _LEFT, _RIGHT, f"Difference from its configuration's mean, %{estimate}", count=5),
             *(marks(dots[group], f"dots g{group}") for group in sorted(dots)),
             marks([line_to(*fitted)], "front"),
@@ -334,7 +321,7 @@ def _order(metric: Metric, report: Report) -> Markup:
             tag("p", tag("span", "flagged", class_="tag bad") if drift.is_flagged else "", finding),
             f"Flagged when the line rises or falls by more than the height of the shaded band, {flagged:g} %.",
         ],
-        table(heading, ["Place", "No.", "Configuration", "Cycle", name, "Difference"], rows),
+        table(heading, ["Position", "No.", "Configuration", "Cycle", name, "Difference"], rows),
     ).render()
 
 
@@ -345,7 +332,7 @@ def _drift_text(drift: Drift) -> str:
     if drift.ci_lower is None or drift.ci_upper is None:
         return f"drifts by {percent(drift.change)} over the campaign (too few values for an interval)"
     interval = f"95 % {percent(drift.ci_lower)} to {percent(drift.ci_upper)}"
-    chance = "" if drift.is_significant else "; chance alone could make this"
+    chance = "" if drift.is_significant else "; this may be chance"
     return f"drifts by {percent(drift.change)} over the campaign ({interval}{chance})"
 
 
@@ -367,8 +354,8 @@ _SHADES = {
     f"band {measurement.GUARD_BEFORE}": "guard",
     f"band {measurement.WINDOW}": "window",
     f"band {_GAP}": "gap",
-    "spell fault": "throttled",
-    "spell cap": "at the power limit",
+    "slowdown fault": "throttled",
+    "slowdown cap": "at the power limit",
 }
 
 
@@ -413,7 +400,7 @@ def _trace(identifier: str, record: Record, trace: Trace) -> Markup:
     temperature = [series for series in trace.series if series.quantity == TEMPERATURE]
     panels, bottom = _panels(power, temperature, time)
     if not panels:
-        return no_plot(identifier, heading, "Its sample log holds no power and no temperature.")
+        return no_plot(identifier, heading, "Its sample log contains neither power nor temperature.")
     lines = [item.label for item in power or temperature]
     faults = trace.slowed_s
     return Plot(
@@ -421,12 +408,12 @@ def _trace(identifier: str, record: Record, trace: Trace) -> Markup:
         heading,
         f"Power{' and temperature' if temperature else ''} over {format_duration(end - begin)}: "
         + ", ".join(f"{_phase(phase)} {format_duration(phase.end_s - phase.begin_s)}" for phase in phases)
-        + (f"; throttled in {plural(len(faults), 'spell')}" if faults else "; not throttled"),
+        + (f"; throttled in {plural(len(faults), 'period')}" if faults else "; not throttled"),
         (_WIDTH, bottom + 44),
         [
             *_shades(phases, time, bottom),
             *panels,
-            *_spells(trace, time, bottom),
+            *_slowdowns(trace, time, bottom),
             horizontal_axis(time, bottom, bottom, "Time, s", count=8),
         ],
         [
@@ -480,28 +467,28 @@ def _shades(phases: Sequence[Phase], time: Scale, bottom: float) -> Iterator[Mar
             yield text(middle, _TRACE_TOP - 6, label, "hint", "middle")
 
 
-def _spells(trace: Trace, time: Scale, bottom: float) -> Iterator[Markup]:
+def _slowdowns(trace: Trace, time: Scale, bottom: float) -> Iterator[Markup]:
     """A bar at the top of the plot for each time the GPU was slowed down."""
-    for spell in trace.spells:
-        left, right = time(spell.begin_s), time(spell.end_s)
-        class_, y = ("spell fault", _TRACE_TOP - 2) if spell.is_fault else ("spell cap", _TRACE_TOP + 5)
+    for slowdown in trace.slowdowns:
+        left, right = time(slowdown.begin_s), time(slowdown.end_s)
+        class_, y = ("slowdown fault", _TRACE_TOP - 2) if slowdown.is_fault else ("slowdown cap", _TRACE_TOP + 5)
         bar = tag("rect", x=left, y=y, width=max(right - left, 1.5), height=5.0, class_=class_)
-        yield tag("g", tag("title", f"{spell.reason}, {format_duration(spell.end_s - spell.begin_s)}"), bar)
-        if spell.is_fault:
+        yield tag("g", tag("title", f"{slowdown.reason}, {format_duration(slowdown.end_s - slowdown.begin_s)}"), bar)
+        if slowdown.is_fault:
             yield marks([spot(left, _TRACE_TOP, f"V{number_text(bottom)}")], "fault-line")
 
 
 def _trace_caption(record: Record, trace: Trace) -> Iterator[str]:
     reasons: dict[str, float] = {}
-    for spell in trace.spells:
-        reasons[spell.reason] = reasons.get(spell.reason, 0.0) + spell.end_s - spell.begin_s
+    for slowdown in trace.slowdowns:
+        reasons[slowdown.reason] = reasons.get(slowdown.reason, 0.0) + slowdown.end_s - slowdown.begin_s
     for reason, length_s in sorted(reasons.items()):
         yield f"{reason.capitalize()}: {format_duration(length_s)}."
     window = record.window
     if window.gap_s and trace.phases:
         why = f": {window.gap_end_reason}" if window.gap_end_reason else ""
-        yield f"The gap before it ended after {format_duration(window.gap_s)}{why}."
-    yield f"Read every {format_duration(trace.interval_s)}; drawn thinned, peaks kept."
+        yield f"The gap before it lasted {format_duration(window.gap_s)}{why}."
+    yield f"Sampled every {format_duration(trace.interval_s)}; the lines are thinned, peaks are kept."
 
 
 def _trace_table(phases: Iterable[Phase]) -> Markup:
@@ -512,7 +499,7 @@ def _trace_table(phases: Iterable[Phase]) -> Markup:
         numbers = [phase.begin_s, phase.end_s - phase.begin_s, phase.power_mean_w, phase.power_max_w]
         temperature = Cell(span, low, is_number=True)
         rows.append([_phase(phase), *map(_decimal, numbers), temperature, _decimal(phase.throttled_s)])
-    head = ["Phase", "Begin, s", "Length, s", "Mean power, W", "Greatest power, W", "Temperature, °C", "Throttled, s"]
+    head = ["Phase", "Start, s", "Length, s", "Mean power, W", "Maximum power, W", "Temperature, °C", "Throttled, s"]
     return table("Power and temperature by phase", head, rows)
 
 

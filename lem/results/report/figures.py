@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from lem.base.units import format_latency, format_quantity, plural, some_of
 from lem.record import OBSERVATIONS_NEEDED, Distribution
-from lem.results.metrics import Metric
+from lem.results.metrics import LATENCIES, Metric
 from lem.results.report.content import Entry, Report
 from lem.results.report.plot import (
     CROSS,
@@ -102,7 +102,7 @@ def pareto_section(report: Report) -> Markup:
 def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, entries: Iterable[Entry]) -> Markup:
     points = _points(entries, across, up)
     if not points:
-        return no_plot(identifier, title, "No configuration has a valid result with both figures.")
+        return no_plot(identifier, title, "No configuration has a valid result with both values.")
     best = sorted((point for point in points if point.is_best), key=lambda p: p.x, reverse=not across.is_less_better)
     names = [point.name for point in best]
     x_scale = fitting_scale(_extent((point.x, point.x_span) for point in points), _LEFT, _PARETO_RIGHT)
@@ -124,7 +124,7 @@ def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, entries: Iter
         ],
         [
             f"On the frontier: {some_of(names, _NAMED)}.",
-            (f"Grey: {grey} that another beats in both by their means. " if grey else "")
+            (f"Grey: {grey} that another configuration beats in both means. " if grey else "")
             + "Crosses: 95 % t intervals; where they overlap, the order may be chance.",
         ],
         _pareto_table(points, across, up),
@@ -282,7 +282,7 @@ def _cycles(metric: Metric, report: Report) -> Markup:
     def draw(suffix: str, entries: Sequence[Entry]) -> Plot:
         bottom, rows = _rows(entries)
         caption = [
-            "Dot: a valid cycle. ×: an invalid attempt, left out; at the edge when further off.",
+            "Dot: a valid cycle. ×: an invalid attempt, excluded; drawn at the edge when it is farther off.",
             "Bar: 95 % t interval. Tick: geometric mean.",
         ]
         if any(entry.is_estimate for entry in entries) and metric is ENERGY:
@@ -290,8 +290,8 @@ def _cycles(metric: Metric, report: Report) -> Markup:
         return Plot(
             identifier + suffix,
             heading,
-            f"A row for each of {len(entries)} configurations, the values at the left and their difference from the "
-            "mean at the right: a dot for every valid cycle, a diagonal cross for every invalid attempt, a bar for the "
+            f"{plural(len(entries), 'configuration')} as rows, the values on the left and their difference from the "
+            "mean on the right: a dot for every valid cycle, a diagonal cross for every invalid attempt, a bar for the "
             "t interval with a tick at the geometric mean.",
             (_WIDTH, bottom + 46),
             [
@@ -332,6 +332,10 @@ def _cycles_marks(
     metric: Metric, rows: Sequence[tuple[Entry, float]], values: Scale, shares: Scale
 ) -> Iterator[Markup]:
     """Bars, ticks, dots and crosses, one path for each group: a thousand rows must take few bytes."""
+
+    def share_of(centre: float) -> Callable[[float], float]:
+        return lambda value: shares(100 * (value / centre - 1))
+
     bars: dict[int, list[str]] = {group: [] for group in _groups(entry for entry, _ in rows)}
     dots: dict[int, list[str]] = {group: [] for group in bars}
     ticks: list[str] = []
@@ -345,7 +349,7 @@ def _cycles_marks(
             remark = "no geometric mean" if counted else "not measured" if entry.used else "no valid result"
             remarks.append(text(shares.begin + 8, y + 4, remark, "absent"))
         else:
-            places.append(lambda value, centre=centre: shares(100 * (value / centre - 1)))  # type: ignore[misc]
+            places.append(share_of(centre))
         for place in places:
             dots[entry.group] += [spot(place(value), y, DOT) for value in counted]
             crosses += [spot(place(value), y, CROSS) for value in left_out]
@@ -376,13 +380,6 @@ def _cycles_table(metric: Metric, label: str, entries: Sequence[Entry]) -> Marku
 # --- latency: the percentiles of every configuration
 
 _DRAWN = 200  # of more configurations the others are in a table alone
-_KINDS = {
-    "ttft_s": "Time to first token",
-    "tpot_s": "Time per output token",
-    "itl_s": "Time between tokens",
-    "e2e_s": "End to end",
-    "queue_s": "Time in the queue",
-}
 _LEVELS = ("p50", "p90", "p95", "p99")
 _LATENCY_KEY = "Tick: median. Bars, thick to thin: to p90, p95, p99. Ring: mean. Small dots: the median of each cycle."
 
@@ -392,7 +389,8 @@ _Percentiles = Mapping[str, float]
 def latency_section(report: Report) -> Markup:
     """A plot for each kind that any configuration has, and why the others are missing."""
     parts, absences = [], []
-    for kind, name in _KINDS.items():
+    for short, name in LATENCIES.items():
+        kind = f"{short}_s"
         found = {entry.number: _percentiles(entry, kind) for entry in report.entries}
         if any(found.values()):
             parts.append(_latency(kind, name, report.entries, found))
@@ -434,8 +432,8 @@ def _latency(kind: str, name: str, entries: Sequence[Entry], found: Mapping[int,
         return Plot(
             f"latency-{kind.removesuffix('_s')}{suffix}",
             name,
-            f"A row for each of {len(page)} configurations: a tick at the median, bars that thin out to the 90th, 95th "
-            "and 99th percentile, a ring at the mean, a small dot for the median of each cycle.",
+            f"{plural(len(page), 'configuration')} as rows: a tick at the median, bars that get thinner at the 90th, "
+            "95th and 99th percentile, a ring at the mean, a small dot for the median of each cycle.",
             (_WIDTH, height + 46),
             [
                 horizontal_axis(scale, height, _ROWS_TOP, f"{name}, s", count=5),
@@ -452,7 +450,7 @@ def _latency(kind: str, name: str, entries: Sequence[Entry], found: Mapping[int,
 
     parts = _paged(name, entries[:_DRAWN], draw)
     if others := entries[_DRAWN:]:
-        label = f"{name}: configurations {others[0].number} to {others[-1].number}, as a table alone"
+        label = f"{name}: configurations {others[0].number} to {others[-1].number}, as a table only"
         parts.append(details(label, scroller(label, _latency_table(name, kind, others, found))))
     return tag("div", *parts)
 
@@ -487,7 +485,7 @@ def _latency_table(name: str, kind: str, entries: Sequence[Entry], found: Mappin
         cells = []
         for level in ("mean", *_LEVELS):
             needed = OBSERVATIONS_NEEDED.get(level, 1)
-            few = f"needs {needed} requests, there are {min(counts)}" if counts and min(counts) < needed else None
+            few = f"needs {needed} requests, got {min(counts)}" if counts and min(counts) < needed else None
             cells.append(number_cell(found[entry.number].get(level), few or reason, format_latency))
         requests = sum(counts) if counts else Cell("none", is_number=True)
         rows.append([entry.number, entry.label, *cells, requests])

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from lem.base import units
 from lem.base.doc import SEPARATORS, printable, text_width
+from lem.base.units import SIGNIFICANT_DIGITS, with_decimals
+from lem.results.aggregation import Estimate
 
 NOT_MEASURED = "not measured"
 _TOKEN = re.compile(rf"[^{SEPARATORS}@]+[{SEPARATORS}@]*|[{SEPARATORS}@]+")
@@ -106,6 +108,49 @@ def number_cell(
         return Cell(form(value), value, is_number=True)
     text = f"{NOT_MEASURED}: {reason}" if reason else NOT_MEASURED
     return Cell(tag("span", NOT_MEASURED, class_="absent", title=text), is_number=True)
+
+
+def decimals_of(values: Iterable[float | None]) -> int | None:
+    """How many decimals all numbers of a column get; None when they differ so much that each needs its own."""
+    known = [value for value in values if value is not None and value > 0]
+    if not known or max(known) > 30 * min(known):
+        return None
+    return max(0, SIGNIFICANT_DIGITS - 1 - math.floor(math.log10(min(known))))
+
+
+def interval_cells(estimate: Estimate, decimals: int | None, *, is_estimate: bool) -> tuple[Cell, Cell]:
+    """The geometric mean; and below each other its t interval and the bootstrap interval."""
+    t_log, bootstrap, every = estimate.t_log, estimate.bootstrap, estimate.all_attempts
+    notes: list[Markup] = []
+    if every is not None and every.geometric_mean is not None:
+        notes.append(tag("small", f"all attempts {with_decimals(every.geometric_mean, decimals)}"))
+    if t_log is None or bootstrap is None or t_log.geometric_mean is None:
+        reason = estimate.null_reason or (t_log.warning if t_log else None)
+        shown = "no geometric mean" if estimate.values else NOT_MEASURED  # a zero was measured
+        absent = tag("span", shown, class_="absent", title=reason)
+        return Cell(join([absent, *notes]), is_number=True), Cell("", is_number=True)
+    if is_estimate:
+        notes.insert(0, tag("small", "estimate", class_="tag estimate"))
+    mean = Cell(join([with_decimals(t_log.geometric_mean, decimals), *notes]), t_log.geometric_mean, is_number=True)
+    if t_log.ci_lower is None and bootstrap.ci_lower is None:
+        why = None if t_log.n_samples == 1 else t_log.warning or bootstrap.warning
+        return mean, Cell(tag("span", "no interval", class_="absent", title=why), is_number=True)
+    both = [
+        tag("div", tag("span", kind, class_="kind"), Markup(" "), _interval(item.ci_lower, item.ci_upper, decimals))
+        for kind, item in (("t", t_log), ("bootstrap", bootstrap))
+    ]
+    width = None if t_log.ci_lower is None or t_log.ci_upper is None else t_log.ci_upper - t_log.ci_lower
+    return mean, Cell(join(both), width, is_number=True)
+
+
+def _interval(low: float | None, high: float | None, decimals: int | None) -> str:
+    """Both ends, with more decimals where they would look equal."""
+    if low is None or high is None:
+        return "none"
+    more = decimals
+    while more is not None and low < high and with_decimals(low, more) == with_decimals(high, more) and more < 9:
+        more += 1
+    return f"{with_decimals(low, more)} – {with_decimals(high, more)}"
 
 
 def _as_cell(content: Cell | str | int) -> Cell:
@@ -262,6 +307,23 @@ def marks(parts: Iterable[str], class_: str) -> Markup:
 def text(x: float, y: float, content: str, class_: str | None = None, anchor: str | None = None) -> Markup:
     """A line of text."""
     return tag("text", content, x=x or None, y=y, class_=class_, text_anchor=anchor)
+
+
+# One hue from light to dark: the order is visible without a key and without colour.
+_RAMP = ((226, 238, 248), (90, 162, 207), (8, 48, 107))
+
+
+def shade(share: float) -> tuple[str, str]:
+    """A fill for a share between 0 (light) and 1 (dark), and the class of text that is readable on it."""
+    lower, upper = _RAMP[:2] if share < 0.5 else _RAMP[1:]
+    rest = 2 * share - (share >= 0.5)
+    rgb = [round(low + rest * (high - low)) for low, high in zip(lower, upper, strict=True)]
+    parts = [value / 255 for value in rgb]
+    # Relative luminance and contrast as WCAG 2 defines them.
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    is_light = (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05)
+    return "#" + "".join(f"{value:02x}" for value in rgb), "on-light" if is_light else "on-dark"
 
 
 def horizontal_axis(scale: Scale, y: float, top: float, label: str, *, count: int = 6) -> Markup:

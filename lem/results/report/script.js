@@ -3,10 +3,10 @@
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   const heads = [...table.tHead.rows[0].cells];
-  const said = document.createElement("p");
-  said.className = "unseen";
-  said.setAttribute("role", "status");
-  table.parentElement.after(said);
+  const status = document.createElement("p");
+  status.className = "unseen";
+  status.setAttribute("role", "status");
+  table.parentElement.after(status);
   const key = (row, column) => {
     const cell = row.cells[column];
     if (cell.dataset.v === undefined) return cell.textContent.trim();
@@ -24,7 +24,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     body.append(...rows.map((item) => item.row));
     for (const head of heads) head.removeAttribute("aria-sort");
     heads[column].setAttribute("aria-sort", order);
-    said.textContent = `Sorted by ${heads[column].textContent.trim()}, ${order}`;
+    status.textContent = `Sorted by ${heads[column].textContent.trim()}, ${order}`;
   };
   heads.forEach((head, column) => {
     const button = document.createElement("button");

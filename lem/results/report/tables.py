@@ -13,16 +13,13 @@ from lem.base import units
 from lem.base.measurement import EnergySource, is_estimate
 from lem.base.reasons import alike
 from lem.base.units import (
-    SIGNIFICANT_DIGITS,
     format_duration,
     format_latency,
     format_power,
     plural,
     some_of,
-    with_decimals,
 )
 from lem.record import Environment, Gpu, Record
-from lem.results.aggregation import Estimate
 from lem.results.bootstrap import bootstrap_coverage_label
 from lem.results.report.content import Entry, Report, verdict_of
 from lem.results.report.figures import mean_of
@@ -32,7 +29,9 @@ from lem.results.report.plot import (
     Markup,
     Row,
     breakable,
+    decimals_of,
     details,
+    interval_cells,
     join,
     number_cell,
     paragraphs,
@@ -65,7 +64,7 @@ def validity_section(report: Report) -> Markup:
         rest = tag("ul", *items[_SHOWN:], class_="findings")
         shown.append(details(f"{len(items) - _SHOWN} more", rest))
     if not items:
-        shown.append(tag("p", "Nothing weakens these numbers that lem looks for."))
+        shown.append(tag("p", "lem found nothing that weakens these numbers."))
     return join([_tiles(report), *shown, _problems(report)])
 
 
@@ -96,7 +95,7 @@ def _findings(report: Report) -> Iterator[Markup]:
         yield _finding("bad", "invalid", f"{text} ({count} of {plural(total, 'result')}: {_members(members, report)})")
     for item in report.findings:
         if item.kind == "damaged":
-            text = f"{plural(_n_damaged(report), 'result')} cannot be used, and left out: named below"
+            text = f"{plural(_n_damaged(report), 'result')} cannot be used and were left out; they are listed below"
             yield _finding("bad", "damaged", text, item.remedy)
     by_name = {entry.configuration.name: entry for entry in report.entries}
     for item in report.findings:
@@ -109,7 +108,7 @@ def _findings(report: Report) -> Iterator[Markup]:
     if not report.has_energy and report.entries:
         reasons = dict.fromkeys(entry.configuration.estimate(ENERGY).null_reason or "" for entry in report.entries)
         why = "; ".join(filter(None, reasons)) or "no reason given"
-        yield _finding("warn", "no energy", f"not measured: {why}. The page is about throughput instead.")
+        yield _finding("warn", "no energy", f"not measured: {why}. This page shows throughput instead.")
 
 
 def _finding(kind: str, label: str, text: str, remedy: str = "") -> Markup:
@@ -134,9 +133,9 @@ def _problems(report: Report) -> Markup:
         [problem.kind, "/".join(PurePath(problem.path).parts[-4:]), problem.message]
         for problem in problems[:_PROBLEMS_SHOWN]
     ]
-    content = table("Attempts that were left out", ["Kind", "File", "What was found"], rows, row_head=None)
+    content = table("Attempts that were left out", ["Kind", "File", "Problem"], rows, row_head=None)
     left = len(problems) - len(rows)
-    more = tag("p", f"And {left} more: lem results list --json names all.") if left else Markup()
+    more = tag("p", f"And {left} more: `lem results list --json` lists all of them.") if left else Markup()
     label = f"Left out: {plural(len(problems), 'attempt')} ({counts})"
     is_open = _n_damaged(report) > 0 and len(rows) <= _SHOWN
     return details(label, scroller("Attempts that were left out", content), more, is_open=is_open)
@@ -160,10 +159,10 @@ def results_section(report: Report) -> Markup:
 
 def _overview(report: Report, *, has_winner: bool) -> Markup:
     """Every configuration with both intervals, best first."""
-    decimals = {metric: _decimals(entry.centre(metric) for entry in report.entries) for metric in report.metrics}
+    decimals = {metric: decimals_of(entry.centre(metric) for entry in report.entries) for metric in report.metrics}
     latencies = [
         (label, name)
-        for label, name in (("TTFT p50", "ttft_p50_s"), ("End to end p50", "e2e_p50_s"))
+        for label, name in (("TTFT p50", "ttft_p50_s"), ("End-to-end p50", "e2e_p50_s"))
         if any(entry.configuration.estimate(name).values for entry in report.entries)
     ]
     head = ["No.", "Configuration"]
@@ -176,7 +175,7 @@ def _overview(report: Report, *, has_winner: bool) -> Markup:
         row: list[Cell | str | int] = [entry.number, Cell(_name(entry))]
         for metric, digits in decimals.items():
             is_estimated = entry.is_estimate and metric is ENERGY
-            row += _interval_cells(entry.configuration.estimate(metric), digits, is_estimate=is_estimated)
+            row += interval_cells(entry.configuration.estimate(metric), digits, is_estimate=is_estimated)
         for _, name in latencies:
             row.append(number_cell(entry.centre(name), entry.configuration.estimate(name).null_reason, format_latency))
         rows.append([*row, entry.configuration.n_cycles])
@@ -199,49 +198,6 @@ def _name(entry: Entry) -> Markup:
     return join([swatch, breakable(entry.name), tag("div", *shown) if shown else Markup()])
 
 
-def _decimals(values: Iterable[float | None]) -> int | None:
-    """How many decimals all numbers of a column get; None when they differ so much that each needs its own."""
-    known = [value for value in values if value is not None and value > 0]
-    if not known or max(known) > 30 * min(known):
-        return None
-    return max(0, SIGNIFICANT_DIGITS - 1 - math.floor(math.log10(min(known))))
-
-
-def _interval_cells(estimate: Estimate, decimals: int | None, *, is_estimate: bool) -> tuple[Cell, Cell]:
-    """The geometric mean; and below each other its t interval and the bootstrap interval."""
-    t_log, bootstrap, every = estimate.t_log, estimate.bootstrap, estimate.all_attempts
-    notes: list[Markup] = []
-    if every is not None and every.geometric_mean is not None:
-        notes.append(tag("small", f"all attempts {with_decimals(every.geometric_mean, decimals)}"))
-    if t_log is None or bootstrap is None or t_log.geometric_mean is None:
-        reason = estimate.null_reason or (t_log.warning if t_log else None)
-        shown = "no geometric mean" if estimate.values else NOT_MEASURED  # a zero was measured
-        absent = tag("span", shown, class_="absent", title=reason)
-        return Cell(join([absent, *notes]), is_number=True), Cell("", is_number=True)
-    if is_estimate:
-        notes.insert(0, tag("small", "estimate", class_="tag estimate"))
-    mean = Cell(join([with_decimals(t_log.geometric_mean, decimals), *notes]), t_log.geometric_mean, is_number=True)
-    if t_log.ci_lower is None and bootstrap.ci_lower is None:
-        why = None if t_log.n_samples == 1 else t_log.warning or bootstrap.warning
-        return mean, Cell(tag("span", "no interval", class_="absent", title=why), is_number=True)
-    both = [
-        tag("div", tag("span", kind, class_="kind"), Markup(" "), _interval(item.ci_lower, item.ci_upper, decimals))
-        for kind, item in (("t", t_log), ("bootstrap", bootstrap))
-    ]
-    width = None if t_log.ci_lower is None or t_log.ci_upper is None else t_log.ci_upper - t_log.ci_lower
-    return mean, Cell(join(both), width, is_number=True)
-
-
-def _interval(low: float | None, high: float | None, decimals: int | None) -> str:
-    """Both ends, with more decimals where they would look equal."""
-    if low is None or high is None:
-        return "none"
-    more = decimals
-    while more is not None and low < high and with_decimals(low, more) == with_decimals(high, more) and more < 9:
-        more += 1
-    return f"{with_decimals(low, more)} – {with_decimals(high, more)}"
-
-
 def _explanations(report: Report) -> Iterator[str]:
     if report.run.stopping is not None:
         yield f"Cycles were added {report.run.stopping.describe()}: {UNACCOUNTED}."
@@ -251,13 +207,13 @@ def _explanations(report: Report) -> Iterator[str]:
     labels = ((size, bootstrap_coverage_label(size)) for size in sizes)
     covers = ", ".join(f"{label} with {plural(size, 'cycle')}" for size, label in labels if label)
     yield (
-        "Means are geometric, over the cycles of a configuration. The t interval is Student's, on log values: it "
-        "covers 95 % at any number of cycles. The bootstrap interval is that of the arithmetic mean, 95 % in name"
-        + (f"; it truly covers {covers}." if covers else ".")
+        "Means are geometric means over the cycles of a configuration. The t interval is Student's t on log values and "
+        "covers 95 % at any number of cycles. The bootstrap interval is for the arithmetic mean, nominally 95 %"
+        + (f"; its actual coverage is {covers}." if covers else ".")
     )
     estimates = (entry.configuration.estimate(metric) for entry in report.entries for metric in report.metrics)
     if any(estimate.all_attempts for estimate in estimates):
-        yield "“All attempts” is the mean with invalid results counted in: shown where it differs, never used instead."
+        yield "“All attempts” is the mean including invalid results; it is shown where it differs and never used."
 
 
 @dataclass(frozen=True)
@@ -295,7 +251,7 @@ _FIGURES = (
     _Figure("Decode, J", lambda r: r.energy.decode_energy_j, is_energy=True),
     _Figure("CPU packages, J", lambda r: r.energy.cpu_package_energy_j, is_energy=True),
     _Figure("GPU power, mean, W", lambda r: _of_gpus(r, lambda gpu: gpu.power_mean_w, math.fsum)),
-    _Figure("GPU temperature, greatest, °C", lambda r: _of_gpus(r, lambda gpu: gpu.temp_max_c, max)),
+    _Figure("GPU temperature, maximum, °C", lambda r: _of_gpus(r, lambda gpu: gpu.temp_max_c, max)),
     _Figure("Engine load, s", lambda r: r.window.load_s, lambda r: r.window.null_reasons.get("load_s")),
     _Figure("CO₂e, g", lambda r: r.carbon.co2e_g, is_energy=True),
     _Figure("Cost", lambda r: r.carbon.cost, is_energy=True),
@@ -329,7 +285,7 @@ _VALUES_SHOWN = 6
 def environment_section(report: Report) -> Markup:
     """What all results share, and what differs between them."""
     if not report.records:
-        return tag("p", "No whole result, so nothing is known of the environment.", class_="absent")
+        return tag("p", "There is no complete result, so nothing is known about the environment.", class_="absent")
     shared, differing = [], []
     for label, read in _FACTS.items():
         found: dict[str, list[Record]] = {}
@@ -339,13 +295,13 @@ def environment_section(report: Report) -> Markup:
             shared += [[label, value] for value in found if value]
         else:
             differing += [[label, value, _results_of(members, report)] for value, members in _largest_first(found)]
-    same = table("What all results share", ["What", "Value"], shared)
-    parts = [tag("h3", "The same for every result"), scroller("Shared environment", same)]
+    same = table("What all results share", ["Property", "Value"], shared)
+    parts = [tag("h3", "Same for every result"), scroller("Shared environment", same)]
     if differing:
-        content = table("What differs between results", ["What", "Value", "Results"], differing)
+        content = table("What differs between results", ["Property", "Value", "Results"], differing)
         parts += [
-            tag("h3", "Different between results"),
-            tag("p", "Results are comparable only where these are what was meant to differ."),
+            tag("h3", "Differs between results"),
+            tag("p", "Results are comparable only if these are the differences you intended."),
             scroller("Differing environment", content),
         ]
     return join([*parts, _options_changed(report.records)])
@@ -421,7 +377,7 @@ def _results_of(members: Sequence[Record], report: Report) -> str:
 
 
 def _options_changed(records: Sequence[Record]) -> Markup:
-    """Options that the engine did not take as asked."""
+    """Options whose effective value is not the requested one."""
     found: dict[tuple[str, str, str], int] = {}
     for record in records:
         for option, pair in record.environment.engine_differs.items():
@@ -431,21 +387,21 @@ def _options_changed(records: Sequence[Record]) -> Markup:
             found[key] = found.get(key, 0) + 1
     if not found:
         return Markup()
-    name = "Options not taken as asked"
+    name = "Options changed by the engine"
     rows = [[*key, str(count)] for key, count in found.items()]
     content = table(name, ["Option", "Requested", "In effect", "Results"], rows)
-    return details(f"Options that the engine did not take as asked: {len(found)}", scroller(name, content))
+    return details(f"Options changed by the engine: {len(found)}", scroller(name, content))
 
 
 # --- how each number was measured, and how far it can be trusted
 
 _SOURCES: Mapping[str, str] = {
-    EnergySource.COUNTER: "the GPU's own energy counter (NVML), read at its changes inside the window",
+    EnergySource.COUNTER: "the GPU's energy counter (NVML), read when it changes inside the window",
     EnergySource.INSTANT_POWER: "instantaneous GPU power (NVML field 186), integrated over the window",
     EnergySource.AVERAGE_POWER: "averaged GPU power (NVML), integrated over the window",
     EnergySource.RAPL: "the CPU packages' energy counters (RAPL)",
     EnergySource.TDP_ESTIMATE: "an estimate: design power (TDP) of the CPU times its load, not a measurement",
-    EnergySource.EXTERNAL: "a meter of the user's own, aligned by its clock",
+    EnergySource.EXTERNAL: "an external meter, aligned by its clock",
 }
 _TOKEN_SOURCES = {"engine_ids": "counted from token ids", "retokenized": "counted by tokenizing the text again"}
 
@@ -470,15 +426,15 @@ def _energy_methods(used: Sequence[Record]) -> Iterator[Row]:
     net = [record for record in used if record.energy.gpu_energy_net_j is not None]
     if net:
         idle = _range((record.idle.idle_loaded_power_w for record in net), format_power)
-        how = "gross less the power at rest with the engine loaded, over the same time"
-        yield ["Net energy", how, f"at rest {idle}"]
+        how = "gross minus the idle power with the engine loaded, over the same time"
+        yield ["Net energy", how, f"idle power {idle}"]
     else:
         reasons = _listed(str(record.energy.null_reasons.get("gpu_energy_net_j", "")) for record in used)
         yield ["Net energy", NOT_MEASURED, reasons]
 
 
 def _energy_remarks(records: Sequence[Record]) -> Iterator[str]:
-    scope = _listed(record.energy.primary_j.scope or "not told" for record in records)
+    scope = _listed(record.energy.primary_j.scope or "unknown" for record in records)
     yield f"{plural(len(records), 'result')}, scope {scope}"
     periods = [record.energy.counter_update_period_s for record in records]
     ratios = [record.energy.energy_crosscheck_ratio for record in records]
@@ -486,26 +442,26 @@ def _energy_remarks(records: Sequence[Record]) -> Iterator[str]:
     if any(period is not None for period in periods):
         yield f"counter updated every {_range(periods, format_latency)}"
     if any(ratio is not None for ratio in ratios):
-        yield f"integrated power over it: {_range(ratios, '{:.3f}'.format)}"
+        yield f"integrated power divided by the counter: {_range(ratios, '{:.3f}'.format)}"
     if holes:
-        yield f"longest hole in the samples {format_latency(max(holes))}"
+        yield f"longest pause between samples {format_latency(max(holes))}"
 
 
 def _other_methods(used: Sequence[Record]) -> Iterator[Row]:
     tokens = _listed(_TOKEN_SOURCES.get(record.work.token_source, record.work.token_source) for record in used)
-    yield ["Throughput", "output tokens of the window over its length, from the engine's token ids", tokens]
-    tpot = "TPOT = (end to end less TTFT) / (output tokens less 1)"
-    yield ["Latency", f"stamped as the engine hands tokens out; {tpot}", ""]
+    yield ["Throughput", "output tokens of the window divided by its length, from the engine's token ids", tokens]
+    tpot = "TPOT = (end-to-end latency minus TTFT) / (output tokens minus 1)"
+    yield ["Latency", f"timestamped when the engine returns tokens; {tpot}", ""]
     windows = [record.window for record in used]
     modes = _listed(window.traffic_mode.replace("_", " ") for window in windows)
     repeats = _range((float(window.window_repeats) for window in windows), "{:.0f}".format)
     lengths = _range((window.window_s for window in windows), format_duration)
-    yield ["Window", f"{modes}, {lengths}", f"prompt set run {repeats} times"]
+    yield ["Window", f"{modes}, {lengths}", f"prompt set run {'once' if repeats == '1' else f'{repeats} times'}"]
     unsettled = sum(record.validity.warmup_converged is False for record in used)
-    remark = f"did not settle in {plural(unsettled, 'result')}" if unsettled else ""
+    remark = f"did not converge in {plural(unsettled, 'result')}" if unsettled else ""
     yield ["Warm-up", _range((window.warmup_s for window in windows), format_duration), remark]
     reused = sum(record.validity.engine_reused for record in used)
-    remark = f"{plural(reused, 'result')} with an engine that was loaded before" if reused else ""
+    remark = f"{plural(reused, 'result')} with an engine that was already loaded" if reused else ""
     yield ["Engine load", _range((window.load_s for window in windows), format_duration), remark]
 
 
@@ -520,14 +476,14 @@ def _range(values: Iterable[float | None], form: Callable[[float], str]) -> str:
 def _cautions(report: Report) -> Iterator[str]:
     if report.has_energy and any(entry.configuration.is_by_board_sensors for entry in report.entries):
         yield (
-            "What ±5 % between cards means: the power sensor of each board reads up to 5 % too high or low, always "
-            "the same way. Configurations measured on one card share its error, so their ratios are fair. Two cards "
-            "may differ by 10 % on the same work without any difference between them: absolute joules, and comparisons "
-            "between cards, carry that on top of the intervals shown here, which only say how much repeats vary."
+            "What ±5 % between cards means: the power sensor of each board reads up to 5 % too high or too low, always "
+            "in the same direction. Configurations measured on one card share its error, so their ratios are fair. Two "
+            "cards may differ by 10 % on the same work without a real difference: absolute joules and comparisons "
+            "between cards have this error in addition to the intervals, which only show how much repeats vary."
         )
     if any(entry.is_estimate for entry in report.entries):
-        yield "Estimated energy is no measurement: it follows the CPU's load and knows nothing of what it drew."
+        yield "Estimated energy is not a measurement: it follows the load of the CPU, not the power that it drew."
     yield (
-        "Energy is gross, the idle power included; net energy is beside it in the records. “Not measured” means that "
-        "no value is known, for the reason given; a zero stands only where zero was observed."
+        "Energy is gross: it includes the idle power; the records also contain the net energy. “Not measured” means "
+        "that the value is unknown for the reason given; zero is shown only if zero was observed."
     )

@@ -32,7 +32,7 @@ def _dry_run(*words):
         (["--until", "2%"], "write it like ci=2%"),
         (["--until", "ci=2%:watts"], "no metric watts"),
         (["--until", "ci=2%", "--max-cycles", "4"], "5 to 20"),
-        (["--until", "ci=2%", "--max-cycles", "7", "--cycles", "9"], "over --max-cycles 7"),
+        (["--until", "ci=2%", "--max-cycles", "7", "--cycles", "9"], "more than --max-cycles 7"),
         (["--until", "ci=2%", "--structure", "grouped"], "AAA BBB"),
         (["--until", "ci=2%", "--set", "execution.reuse=campaign"], "execution.reuse=cycle"),
         (["--until", "ci=2%", "--set", "daemon.enabled=true"], "daemon"),

@@ -19,7 +19,7 @@ def _issues(*reasons, severity="warning"):
     return tuple(GridValidationIssue(f"c{index}", reason, severity) for index, reason in enumerate(reasons))
 
 
-def _render(campaign, measured=None, loads=None, gap=None, place="local, python3 (asked for)"):
+def _render(campaign, measured=None, loads=None, gap=None, place="local, python3 (requested)"):
     plan = build_plan(campaign)
     prices = ExpectedDurations(
         dict.fromkeys((item.config_hash for item in plan.configurations), measured) if measured else {},

@@ -12,13 +12,13 @@ from lem.base.measurement import SLOWDOWN_BITS
 from lem.cli.report import thin, trace_of
 from lem.meters.samples import GpuHeader, GpuSample, Mark, RaplReading, RaplZone, SampleHeader, SampleLog
 from lem.results.report import render_report
-from lem.results.report.content import POWER, TEMPERATURE, compose
+from lem.results.report.content import POWER, TEMPERATURE, Phase, compose
 from lem.results.run import make_run
 from tests.command_rig import Said, run_lem
 from tests.doubles.nvml.traces import Events
 from tests.doubles.powercap import Zone
 from tests.records import make_record
-from tests.scripted_attempt import Attempt, at, cpu_attempt, gpu_attempt
+from tests.scripted_attempt import at, cpu_attempt, gpu_attempt
 from tests.synthetic_campaign import Campaign, Configuration, Written
 
 NS = 1_000_000_000
@@ -61,7 +61,7 @@ def test_a_run_is_named_in_full_or_by_its_beginning_and_of_a_campaign_the_last_i
         (written.run_id[:10], written.run_id),
     ):
         code, page, _ = report(wanted, "--results-dir", written.results_dir, "-o", "-")
-        assert (code, f"run {run_id}" in page, "slow" in page) == (0, True, run_id == written.run_id)
+        assert (code, f"run {run_id}" in page, "later" in page) == (0, True, run_id == later.run_id)
 
 
 def test_an_unknown_campaign_and_a_path_that_cannot_be_written_are_usage_errors(written: Written) -> None:
@@ -115,97 +115,66 @@ def test_of_many_sample_logs_the_faulty_are_drawn_first(tmp_path: Path) -> None:
     assert '<figure id="trace-1"><h3>c9, cycle 1 (invalid)' in page
 
 
-def make_log(power_w: float = 300.0, masks: tuple[int, ...] = ()) -> tuple[SampleLog, list[Mark]]:
+def make_log(masks: tuple[int, ...] = ()) -> tuple[SampleLog, list[Mark]]:
     """Ten seconds at ten readings a second, idle then window; masks from the first reading of the window on."""
-    samples = [
-        GpuSample(
-            gpu=0,
-            at_ns=NS + index * NS // 10,
-            power_w=power_w if index >= 50 else 60.0,
-            temp_c=40.0 + index / 10,
-            event_mask=masks[index - 50] if 50 <= index < 50 + len(masks) else 0,
-        )
-        for index in range(100)
-    ]
+    events = (0,) * 50 + masks + (0,) * (50 - len(masks))
+    samples = tuple(
+        GpuSample(0, NS + i * NS // 10, power_w=300.0 if i >= 50 else 60.0, temp_c=40.0 + i / 10, event_mask=mask)
+        for i, mask in enumerate(events)
+    )
     header = SampleHeader(NS, "2026-07-14T10:00:00.000Z", "lab1", 100, (GpuHeader(0, "GPU-1", "H200", "575"),))
-    marks = [Mark("window", 6 * NS, 11 * NS), Mark("idle_loaded", NS, 6 * NS)]
-    return SampleLog(header, samples=tuple(samples)), marks
+    return SampleLog(header, samples=samples), [Mark("window", 6 * NS, 11 * NS), Mark("idle_loaded", NS, 6 * NS)]
 
 
 def test_phases_come_in_order_with_their_power_and_temperature() -> None:
     trace = trace_of(*make_log())
-    assert [(phase.name, phase.begin_s, phase.end_s) for phase in trace.phases] == [
-        ("idle_loaded", 0.0, 5.0),
-        ("window", 5.0, 10.0),
-    ]
-    idle, window = trace.phases
-    assert (idle.power_mean_w, idle.power_max_w) == (60.0, 60.0)
-    assert (window.power_mean_w, window.power_max_w, window.throttled_s) == (300.0, 300.0, 0.0)
-    assert window.temp_min_c == pytest.approx(45, abs=0.1)
-    assert {series.quantity for series in trace.series} == {POWER, TEMPERATURE}
+    assert trace.phases == (
+        Phase("idle_loaded", 0.0, 5.0, 60.0, 60.0, 40.0, 44.9, 0.0),
+        Phase("window", 5.0, 10.0, 300.0, 300.0, 45.0, 49.9, 0.0),
+    )
+    assert [series.quantity for series in trace.series] == [POWER, TEMPERATURE]
 
 
 def test_a_phase_of_two_readings_has_its_own_power_and_temperature() -> None:
     log, _ = make_log()
     guard = Mark("guard_before", 6 * NS, 6 * NS + NS // 5)
-    (phase,) = trace_of(log, [guard]).phases
-    assert (phase.power_mean_w, phase.temp_min_c, phase.temp_max_c) == (300.0, 45.0, 45.1)
+    assert trace_of(log, [guard]).phases == (Phase("guard_before", 0.0, 0.2, 300.0, 300.0, 45.0, 45.1, 0.0),)
 
 
-def test_throttling_lasts_from_reading_to_reading_and_the_power_limit_is_no_fault() -> None:
-    trace = trace_of(*make_log(masks=(0x40,) * 10 + (0,) * 10 + (0x4,) * 5))
-    assert [(spell.reason, spell.is_fault) for spell in trace.spells] == [
-        ("hardware thermal slowdown", True),
-        ("at the power limit", False),
-    ]
-    assert trace.spells[0].end_s - trace.spells[0].begin_s == pytest.approx(1.0)
+def test_throttling_lasts_from_reading_to_reading() -> None:
+    trace = trace_of(*make_log((0x40,) * 10 + (0,) * 10 + (0x4,) * 5))
+    assert [slowdown.reason for slowdown in trace.slowdowns] == ["hardware thermal slowdown", "at the power limit"]
+    assert trace.slowdowns[0].end_s - trace.slowdowns[0].begin_s == pytest.approx(1.0)
     assert trace.phases[1].throttled_s == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(("bit", "reason"), SLOWDOWN_BITS.items())
 def test_a_slowdown_has_the_name_that_the_record_gives_it(bit: int, reason: str) -> None:
-    assert [(spell.reason, spell.is_fault) for spell in trace_of(*make_log(masks=(bit,) * 10)).spells] == [
+    assert [(slowdown.reason, slowdown.is_fault) for slowdown in trace_of(*make_log((bit,) * 10)).slowdowns] == [
         (reason, True)
     ]
 
 
-def test_slowdowns_at_the_same_time_are_counted_once() -> None:
-    # Two bits at once, and a third that begins later and outlasts them.
-    found = attempt_slowed(Events(15.0, 20.0, 0x40 | 0x8), Events(18.0, 22.0, 0x80))
+@pytest.mark.parametrize(
+    ("events", "throttled_s", "lengths_s"),
+    [
+        # Two bits at once, and a third that begins later and outlasts them.
+        ((Events(15.0, 20.0, 0x40 | 0x8), Events(18.0, 22.0, 0x80)), 7.0, [5.0, 5.0, 4.0]),
+        ((Events(15.0, 25.0, 0x40 | 0x20),), 10.0, [10.0, 10.0]),  # the whole window
+        ((Events(16.0, 24.0, 0x4),), 0.0, [8.0]),  # the power limit is no fault
+    ],
+)
+def test_slowdowns_at_the_same_time_are_counted_once(
+    events: tuple[Events, ...], throttled_s: float, lengths_s: list[float]
+) -> None:
+    found = gpu_attempt(events=events)
     trace = trace_of(found.log, found.marks)
     (window,) = (phase for phase in trace.phases if phase.name == "window")
-    assert window.throttled_s == pytest.approx(7.0, abs=0.2)
-    assert [round(end_s - begin_s) for begin_s, end_s in trace.slowed_s] == [7]
-    reasons = {spell.reason: spell.end_s - spell.begin_s for spell in trace.spells}
-    assert reasons == {
-        "hardware slowdown": pytest.approx(5.0, abs=0.2),
-        "hardware thermal slowdown": pytest.approx(5.0, abs=0.2),
-        "hardware power brake": pytest.approx(4.0, abs=0.2),
-    }
-
-
-def test_two_bits_for_the_whole_window_are_no_more_than_the_window() -> None:
-    found = attempt_slowed(Events(15.0, 25.0, 0x40 | 0x20))
-    (window,) = (phase for phase in trace_of(found.log, found.marks).phases if phase.name == "window")
-    assert window.end_s - window.begin_s == pytest.approx(10.0)
-    assert window.throttled_s == pytest.approx(10.0, abs=0.2)
-    assert window.throttled_s is not None
-    assert window.throttled_s <= window.end_s - window.begin_s
-    (gpu,) = found.measured().gpus
-    assert gpu.throttle_thermal_s == pytest.approx(10.0, abs=0.2)
-
-
-def test_the_power_limit_alone_is_no_throttling() -> None:
-    found = attempt_slowed(Events(16.0, 24.0, 0x4))
-    trace = trace_of(found.log, found.marks)
-    assert (len(trace.spells), trace.slowed_s) == (1, [])
+    assert window.throttled_s == pytest.approx(throttled_s, abs=0.2)
+    assert sum(end_s - begin_s for begin_s, end_s in trace.slowed_s) == pytest.approx(throttled_s, abs=0.2)
+    assert [item.end_s - item.begin_s for item in trace.slowdowns] == pytest.approx(lengths_s, abs=0.2)
     page = render_report(dataclasses.replace(compose(make_run([make_record()])), traces=((make_record(), trace),)))
-    assert "; not throttled" in page
-    assert "; throttled in" not in page
-
-
-def attempt_slowed(*events: Events) -> Attempt:
-    return gpu_attempt(events=events)
+    assert ("; not throttled" in page) == (throttled_s == 0)
 
 
 @pytest.mark.parametrize("indices", [(1, 0), (2, 3), (0, 1)])
@@ -253,7 +222,7 @@ def test_a_log_without_readings_is_an_empty_trace() -> None:
     trace = trace_of(SampleLog(header), [])
     assert (trace.series, trace.phases) == ((), ())
     page = render_report(dataclasses.replace(compose(make_run([make_record()])), traces=((make_record(), trace),)))
-    assert "Its sample log holds no power and no temperature." in page
+    assert "Its sample log contains neither power nor temperature." in page
 
 
 def test_thinning_keeps_peaks_and_holes() -> None:

@@ -128,7 +128,7 @@ def test_a_whole_result_that_the_manifest_missed_is_adopted(place):
     assert place.requests == []
     assert outcome.manifest.is_complete
     assert [data["text"] for data in place.told("note")] == [
-        "Whole results that the manifest had missed: 1, adopted",
+        "Results on disk that the manifest did not list: 1, adopted",
         "Resuming: 0 remaining (4 completed, 0 failed)",
     ]
 
@@ -186,7 +186,7 @@ def test_a_missing_engine_is_told_before_anything_is_written(place):
     without = {**ENVIRONMENT, "torch": None}
     with pytest.raises(UserError) as caught:
         place.runner(make_campaign(place.folder), environment=without).run()
-    assert "this Python (3.11.7) has no torch" in caught.value.message
+    assert "torch is not installed in this Python (3.11.7)" in caught.value.message
     assert "pip install torch" in caught.value.hint
     assert "--python" in caught.value.hint
     assert not (place.folder / "state" / "demo" / "campaign_manifest.json").exists()
@@ -339,7 +339,7 @@ def test_a_check_starts_and_ends_a_worker_and_keeps_nothing(place):
     runner.check()
     assert (place.executor.worker.opened, place.executor.ended) == (1, 1)
     assert not (place.folder / "state").exists()
-    with pytest.raises(UserError, match="has no transformers"):
+    with pytest.raises(UserError, match="transformers is not installed"):
         place.runner(make_campaign(place.folder), environment={**ENVIRONMENT, "transformers": None}).check()
 
 

@@ -67,9 +67,17 @@ def started(fake: FakeDocker, folder: Path, *services: str) -> ContainerManager:
         ({"daemon": "forbidden"}, "rights", "usermod"),
         ({"compose": None}, "compose", "install"),
         ({"compose": "2.16.0"}, "compose", "2.17"),
-        ({"invalid": "validating c.yml: services.a Additional property imag is not allowed"}, "compose_file", "mend"),
-        ({"invalid": "yaml: line 2: did not find expected node content"}, "compose_file", "mend"),
-        ({"invalid": "error while interpolating services.a.image: required variable NOPE"}, "compose_file", "mend"),
+        (
+            {"invalid": "validating c.yml: services.a Additional property imag is not allowed"},
+            "compose_file",
+            "correct the file",
+        ),
+        ({"invalid": "yaml: line 2: did not find expected node content"}, "compose_file", "correct the file"),
+        (
+            {"invalid": "error while interpolating services.a.image: required variable NOPE"},
+            "compose_file",
+            "correct the file",
+        ),
         ({"services": {"web": {"image": "img"}}}, "service", "lem compose"),
         ({"images": []}, "image", "docker pull img"),
         ({"services": {"pytorch": {"build": "."}}}, "image", "build"),
@@ -205,7 +213,7 @@ def test_an_answer_that_is_no_reading_is_unhealthy(fake: FakeDocker, folder: Pat
     fake.change(gpus={"vllm": answer})
     status = found.check_health("vllm")
     assert status.healthy is False
-    assert "it answered" in status.reason
+    assert "unexpected answer" in status.reason
 
 
 @pytest.mark.parametrize(

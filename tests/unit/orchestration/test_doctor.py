@@ -70,7 +70,7 @@ def test_a_machine_that_is_fit_is_told_so(fake: FakeDocker) -> None:
         ({"daemon": "forbidden"}, "engine", "usermod"),
         ({"compose": None}, "compose", "install"),
         ({"compose": "2.10.0"}, "compose", "2.17"),
-        ({"invalid": "yaml: line 2: did not find expected node content"}, "compose_file", "mend"),
+        ({"invalid": "yaml: line 2: did not find expected node content"}, "compose_file", "correct the file"),
         ({"images": []}, "images", "pull"),
         ({"services": {"pytorch": GPU}}, "gpu_runtime", "docker-compose.cpu.yml"),
     ],
@@ -105,7 +105,7 @@ def test_what_stands_in_the_way_of_several_checks_is_told_once(fake: FakeDocker,
         (without_compose, "compose", ("compose_file", "images", "gpu_runtime")),
     ):
         assert [name for name, item in findings.items() if item.status == "failed"] == [first]
-        assert {findings[name] for name in others} == {Finding("skipped", f"not looked at, see {first}")}
+        assert {findings[name] for name in others} == {Finding("skipped", f"not checked, see {first}")}
 
 
 def test_a_host_that_lacks_containers_alone_is_fit_for_the_local_executor(fake: FakeDocker) -> None:

@@ -173,7 +173,7 @@ def test_a_gpu_that_the_other_container_holds_is_waited_for_and_then_freed(place
     )
     executor = place.executor("pytorch", "vllm", free_timeout_s=0.5)
     assert run(executor, place.request("one")).error is None
-    with pytest.raises(ContainerLost, match=r"still held by the containers of pytorch"):
+    with pytest.raises(ContainerLost, match=r"still in use by the containers of pytorch"):
         run(executor, place.request("two", "vllm"), "vllm")
     assert place.fake.compose_calls("up")[-1][-1] == "pytorch", "its container was replaced"
     place.fake.change(gpus={"pytorch": reading(), "vllm": reading(99)})
@@ -223,8 +223,8 @@ def test_a_result_is_not_valid_when_the_gpu_was_lost_meanwhile(place: Place) -> 
 @pytest.mark.parametrize(
     ("containers", "text"),
     [
-        ({"pytorch": {"State": "exited", "ExitCode": 137}}, "does not run any more: exited with code 137"),
-        ({}, "does not run any more: it was removed"),
+        ({"pytorch": {"State": "exited", "ExitCode": 137}}, "its container exited with code 137"),
+        ({}, "it has no container"),
         ({"pytorch": {"State": "running", "ExitCode": 0}}, None),
     ],
 )
@@ -261,7 +261,9 @@ def test_a_container_that_may_not_be_restarted_stops_the_campaign(
     executor = place.executor(health=health)
     worker = executor.worker_for("pytorch")
     place.fake.change(containers={"pytorch": {"State": "exited", "ExitCode": 137}})
-    with pytest.raises(InfrastructureError, match=r"of pytorch may not be restarted: .*exited with code 137") as caught:
+    with pytest.raises(
+        InfrastructureError, match=r"of pytorch is unhealthy and may not be restarted: .*exited with code 137"
+    ) as caught:
         worker.open()
     assert "--resume" in caught.value.hint
     assert place.fake.compose_calls("restart") == []
@@ -278,7 +280,7 @@ def test_containers_are_replaced_before_they_are_used_again_where_that_is_wanted
     assert len(place.fake.compose_calls("up")) == before + 1
 
 
-def test_health_is_looked_at_and_mended(place: Place) -> None:
+def test_health_is_checked_and_recovered(place: Place) -> None:
     executor, told = place.executor(), list[str]()
     executor.worker_for("pytorch").open()
     executor.look_after(told.append)
@@ -301,7 +303,7 @@ def test_health_that_is_only_logged_restarts_nothing(place: Place) -> None:
     assert place.fake.compose_calls("restart") == []
 
 
-def test_health_that_cannot_be_mended_stops_the_campaign(place: Place) -> None:
+def test_health_that_cannot_be_recovered_stops_the_campaign(place: Place) -> None:
     executor = place.executor(health=CampaignHealthCheckConfig(max_restarts=1))
     executor.worker_for("pytorch")
     place.fake.change(silent=["pytorch"], after_restart="exited", after_up="exited")
@@ -396,13 +398,13 @@ def test_without_an_engine_it_is_here_and_says_why(fake: FakeDocker, state: dict
     fake.change(**state)
     choice = choose(fake, campaign("vllm"))
     assert choice.name == "local"
-    assert "want of containers" in choice.describe()
+    assert "containers are not available" in choice.describe()
 
 
 def test_what_is_asked_for_is_done(fake: FakeDocker) -> None:
     assert choose(fake, campaign("pytorch"), "docker").name == "docker"
     assert choose(fake, campaign("vllm"), "local").name == "local"
-    assert "python3 (asked for)" in choose(fake, campaign("vllm"), python="python3").describe()
+    assert "python3 (requested)" in choose(fake, campaign("vllm"), python="python3").describe()
 
 
 def test_a_python_is_for_the_local_executor(fake: FakeDocker) -> None:
@@ -480,7 +482,7 @@ def test_a_compose_file_that_is_named_is_used(fake: FakeDocker) -> None:
     Path(str(io.compose_file)).write_text("services: {}\n")
     choice = choose(fake, campaign("pytorch", io=io))
     assert choice.name == "docker"
-    assert "a file for compose is named" in choice.describe()
+    assert "io.compose_file or io.env_file is set" in choice.describe()
 
 
 def test_what_is_about_containers_is_told_to_do_nothing_here(

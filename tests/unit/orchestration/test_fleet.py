@@ -11,7 +11,7 @@ import pytest
 
 from lem.base.errors import UserError
 from lem.config.load import load_campaign
-from lem.orchestration.fleet import divide, make_fleet_plan, parse_shard, part_of_plan, plan_anew, take_part
+from lem.orchestration.fleet import divide, make_fleet_plan, parse_shard, part_of_plan, replan, take_part
 from lem.orchestration.plan import Plan, build_plan
 from lem.results.merge import FleetPlan, read_plan, write_plan
 
@@ -34,7 +34,7 @@ def fleet(found: Plan, *hosts: str, **options: Any) -> FleetPlan:
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/2/3", "-1/2", "1/0", ""])
 def test_a_shard_is_one_of_so_many(text: str) -> None:
     assert parse_shard("2/3") == (2, 3)
-    with pytest.raises(UserError, match="I/N is due"):
+    with pytest.raises(UserError, match="expected I/N"):
         parse_shard(text)
 
 
@@ -107,7 +107,7 @@ def test_a_part_keeps_the_order_of_the_campaign_and_its_hash() -> None:
 
 def test_a_plan_of_another_state_of_the_campaign_is_refused() -> None:
     stored = fleet(plan(4, 64), "gpu1", "gpu2")
-    with pytest.raises(UserError, match="another state"):
+    with pytest.raises(UserError, match="another version"):
         take_part(plan(4, 65), stored, 1, 2)
     with pytest.raises(UserError, match="for 2 hosts, not for 3"):
         take_part(plan(4, 64), stored, 1, 3)
@@ -148,7 +148,7 @@ def _done(stored: FleetPlan, *hosts: str) -> set[tuple[str, str]]:
 
 def test_what_a_lost_host_lacks_goes_to_the_others_and_what_was_measured_stays() -> None:
     stored = fleet(plan(4, 64, 128, 512), "gpu1", "gpu2", "gpu3")
-    anew = plan_anew(stored, ["gpu1", "gpu2"], _done(stored, "gpu1"))
+    anew = replan(stored, ["gpu1", "gpu2"], _done(stored, "gpu1"))
     assert (anew.run_id, anew.anchor, anew.experiments) == (stored.run_id, stored.anchor, stored.experiments)
     assert [host.name for host in anew.hosts] == ["gpu1", "gpu2"]
     ids = {host.name: set(host.exp_ids) for host in anew.hosts}
@@ -161,20 +161,20 @@ def test_what_a_lost_host_lacks_goes_to_the_others_and_what_was_measured_stays()
 
 def test_a_lost_host_that_was_done_keeps_its_place_in_the_plan() -> None:
     stored = fleet(plan(4, 64, 128), "gpu1", "gpu2")
-    anew = plan_anew(stored, ["gpu1"], _done(stored, "gpu2"))
+    anew = replan(stored, ["gpu1"], _done(stored, "gpu2"))
     assert {host.name: host.exp_ids for host in anew.hosts} == {host.name: host.exp_ids for host in stored.hosts}
 
 
 def test_a_configuration_half_measured_by_a_lost_host_is_measured_whole_by_another() -> None:
     stored = fleet(plan(4, 64, 128), "gpu1", "gpu2")
     lost = next(exp_id for exp_id in stored.hosts[1].exp_ids if exp_id not in stored.hosts[0].exp_ids)
-    anew = plan_anew(stored, ["gpu1", "gpu3"], _done(stored, "gpu1") | (_done(stored, "gpu2") - {("gpu2", lost)}))
+    anew = replan(stored, ["gpu1", "gpu3"], _done(stored, "gpu1") | (_done(stored, "gpu2") - {("gpu2", lost)}))
     cycles = {exp_id for exp_id in stored.hosts[1].exp_ids if exp_id.startswith(lost.rpartition("-")[0])}
     assert len(cycles) == 2
     assert [host.name for host in anew.hosts if cycles & set(host.exp_ids)] == ["gpu1"]  # gpu3 has the anchor to do
     assert cycles <= set(anew.part(1).exp_ids)
 
 
-def test_nobody_does_anothers_part_of_a_replicated_campaign() -> None:
-    with pytest.raises(UserError, match="nobody can do another host's part"):
-        plan_anew(fleet(plan(4, 64), "gpu1", "gpu2", is_replicated=True), ["gpu1"], set())
+def test_no_host_takes_over_a_part_of_a_replicated_campaign() -> None:
+    with pytest.raises(UserError, match="no host can take over another's part"):
+        replan(fleet(plan(4, 64), "gpu1", "gpu2", is_replicated=True), ["gpu1"], set())

@@ -226,6 +226,12 @@ def test_power_of_several_gpus_counts_together_and_the_hottest_for_all() -> None
     assert has_recovered(steadily(60.0, 40.0, gpus=2), REFERENCE) is False
 
 
+def test_the_hottest_of_several_gpus_has_to_recover() -> None:
+    header = SampleHeader(0, "", "", 100, tuple(GpuHeader(n, f"GPU-{n}", "", "") for n in range(2)))
+    rows = [GpuSample(gpu, half * S // 2, 50.0, 40.0 + 10 * gpu) for half in range(10) for gpu in range(2)]
+    assert has_recovered(SampleLog(header, samples=tuple(rows)), REFERENCE) is False
+
+
 def test_without_a_sensor_of_temperature_at_the_reference_power_decides() -> None:
     assert has_recovered(steadily(100.0, None), Reference(100.0, None)) is True
 

@@ -52,7 +52,7 @@ def test_the_refused_one_learns_who_holds_the_lock(tmp_path: Path) -> None:
 def test_a_holder_that_has_not_said_who_it_is_still_refuses(tmp_path: Path) -> None:
     with hold_locks([target(tmp_path)], ME):
         target(tmp_path).path.write_bytes(b"\xff{ half a")
-        with pytest.raises(LockedError, match="not said yet"), hold_locks([target(tmp_path)], OTHER):
+        with pytest.raises(LockedError, match="not yet identified"), hold_locks([target(tmp_path)], OTHER):
             pytest.fail("locked twice")
 
 

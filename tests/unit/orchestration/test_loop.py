@@ -170,7 +170,7 @@ def test_an_invalid_result_stands_when_the_second_try_fails(place):
 
 def test_a_result_that_was_told_and_not_written_is_a_failure(place):
     place.runner(make_campaign(place.folder, execution={"cycles": 1}), {FOUR: ["none"]}).run()
-    assert place.manifest().experiments[0].error == "the worker reported a result and wrote none"
+    assert place.manifest().experiments[0].error == "the worker reported a result but did not write one"
 
 
 def test_the_result_of_another_attempt_is_a_failure(place):
@@ -181,7 +181,7 @@ def test_the_result_of_another_attempt_is_a_failure(place):
     place.runner(make_campaign(place.folder, execution={"cycles": 1}), {FOUR: [confuse]}).run()
     entry = place.manifest().experiments[0]
     assert entry.status == "failed"
-    assert "the result of another experiment" in str(entry.error)
+    assert "the result belongs to another experiment" in str(entry.error)
 
 
 def test_a_result_on_disk_counts_whatever_became_of_the_worker_afterwards(place):

@@ -318,7 +318,7 @@ def test_a_planned_run_is_gone_on_with_and_another_one_set_aside(tmp_path):
     manager.save(manifest)
     assert _choose(manager, run_id="planned")
     assert not _choose(manager, run_id="another")
-    with pytest.raises(UserError, match="is of run planned"):
+    with pytest.raises(UserError, match="belongs to run planned"):
         _choose(manager, resume=True, run_id="another")
 
 
@@ -374,7 +374,7 @@ def test_the_most_cycles_end_it(place):
     outcome = _run(place, make_campaign(place.folder), answers, rule=_rule(max_cycles=7))
     assert max(_cycles(place)) == 7
     assert outcome.stopped is None
-    assert "7 cycles are the most" in outcome.remark
+    assert "7 cycles is the maximum" in outcome.remark
     assert FOUR in outcome.remark
 
 
@@ -442,7 +442,7 @@ def test_another_environment_is_found_out_before_a_finished_campaign_is_topped_u
 def test_a_configuration_that_never_gives_a_result_does_not_keep_it_going(place):
     outcome = _run(place, make_campaign(place.folder), {EIGHT: ["invalid"]})
     assert max(_cycles(place)) == 5
-    assert outcome.remark.endswith(f"; without an interval, and left out: {EIGHT} (no valid result)")
+    assert outcome.remark.endswith(f"; ignored, without an interval: {EIGHT} (no valid result)")
 
 
 def test_cycles_that_share_a_load_never_have_an_interval_and_end_it():
@@ -464,7 +464,7 @@ def test_the_rule_lies_beside_the_results(place):
     [
         ({"execution": {"structure": "grouped"}}, "grouped"),
         ({"execution": {"reuse": "campaign"}}, "intervals"),
-        ({"execution": {"cycles": 9}}, "over --max-cycles 8"),
+        ({"execution": {"cycles": 9}}, "more than --max-cycles 8"),
         ({"daemon": CampaignDaemonConfig(enabled=True)}, "daemon"),
     ],
 )
@@ -476,7 +476,7 @@ def test_what_cannot_be_topped_up_is_refused_before_anything_is_written(place, c
 
 @pytest.mark.parametrize("most", [0, 4, 21])
 def test_the_most_cycles_lie_between_five_and_twenty(most):
-    with pytest.raises(UserError, match="5 to 20"):
+    with pytest.raises(UserError, match="expected 5 to 20"):
         make_rule(parse_target("ci=2%"), most)
 
 

@@ -244,7 +244,7 @@ def test_a_daemon_waits_for_its_time_once_and_repeats_from_end_to_start(tmp_path
         "Daemon: waiting until 13:00 to start campaign",
         "Daemon: next run of the campaign in 6h 00m",
         "Daemon: next run of the campaign in 6h 00m",
-        "Daemon: no further run, total duration ends in 5h 00m",
+        "Daemon: no further run; total duration ends in 5h 00m",
         "Daemon: total duration 20h reached, stopping after 3 cycles",
     ]
 

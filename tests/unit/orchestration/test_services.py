@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lem.orchestration.container import ContainerError, ContainerManager
-from lem.orchestration.services import ContainerState, decode_states
+from lem.orchestration.services import ContainerState, decode_states, describe
 from tests.doubles.fake_docker import FakeDocker
 
 PS_2_17 = (
@@ -29,7 +29,7 @@ PS_2_26 = (
 def test_ps_is_understood_as_an_array_and_as_lines(printed: str) -> None:
     one, two = decode_states(printed)
     assert one == ContainerState("vllm", "running", "3e1")
-    assert (two.service, two.describe()) == ("pytorch", "exited with code 137")
+    assert (two.service, describe(two)) == ("pytorch", "its container exited with code 137")
 
 
 @pytest.mark.parametrize("printed", ["", "\n", "[]\n", "null\n"])
@@ -92,5 +92,5 @@ def test_every_version_is_driven_alike(fake: FakeDocker, compose: str) -> None:
 )
 def test_a_project_that_is_described_otherwise_is_refused(fake: FakeDocker, services: Any) -> None:
     fake.change(services=services)
-    with pytest.raises(ContainerError, match="answered something else than a project"):
+    with pytest.raises(ContainerError, match="printed no project"):
         manager(fake).start_services(["vllm"])

@@ -20,5 +20,5 @@ def test_what_is_not_there_is_no_secret(tmp_path):
 
 def test_a_credential_that_cannot_be_read_is_told_without_its_content(tmp_path):
     (tmp_path / "HF_TOKEN").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"credential .*HF_TOKEN: it is no text"):
+    with pytest.raises(UserError, match=r"credential .*HF_TOKEN: not UTF-8 text"):
         find_secrets({"CREDENTIALS_DIRECTORY": str(tmp_path)})

@@ -16,7 +16,7 @@ from lem.orchestration.status import (
     ACTIVITY_NAME,
     ActivityWriter,
     Event,
-    Onlooker,
+    Viewpoint,
     boot_time,
     estimate_left_s,
     find_folders,
@@ -29,7 +29,7 @@ from tests.campaign_doubles import FakeClock, Place, make_campaign
 NOON = FakeClock().now()
 
 
-HERE = Onlooker(NOON + timedelta(minutes=2), "here")
+HERE = Viewpoint(NOON + timedelta(minutes=2), "here")
 
 
 PID = 4711
@@ -82,14 +82,14 @@ def test_one_in_which_all_had_their_turn_and_some_failed_has_failed(place, folde
 def test_one_that_a_signal_ended_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("LEM_LOCK_DIR", str(tmp_path / "locks"))
     place = Place(tmp_path, signal_at_s=15)
-    place.runner(make_campaign(tmp_path), options=RunOptions(go_on="again")).run()
+    place.runner(make_campaign(tmp_path), options=RunOptions(resume_command="again")).run()
     status = read_status(tmp_path / "state" / "demo", HERE)
-    assert (status.state, status.reason, status.n_left) == ("stopped", "a signal stopped it", 3)
+    assert (status.state, status.reason, status.n_left) == ("stopped", "stopped by a signal", 3)
 
 
 def test_one_whose_time_was_up_says_so(place, folder):
     place.runner(make_campaign(place.folder)).run(deadline_s=place.clock.monotonic() + 15)
-    assert read_status(folder, HERE).reason == "the time it was given was up"
+    assert read_status(folder, HERE).reason == "its deadline passed"
 
 
 def test_one_that_is_begun_and_nobody_runs_has_crashed(place, folder):
@@ -97,7 +97,7 @@ def test_one_that_is_begun_and_nobody_runs_has_crashed(place, folder):
     _break_off(folder)
     status = read_status(folder, HERE)
     assert status.state == "crashed"
-    assert status.reason.startswith(f"process {PID} ended without a word after 2026-07-14T12:00:40Z")
+    assert status.reason.startswith(f"process {PID} ended unexpectedly after 2026-07-14T12:00:40Z")
 
 
 def test_one_that_was_killed_in_a_gap_has_crashed_too(place, folder):
@@ -111,14 +111,14 @@ def test_a_restart_of_the_host_is_named_as_the_reason(place, folder):
     place.runner(make_campaign(place.folder)).run()
     _break_off(folder)
     status = read_status(folder, dataclasses.replace(HERE, booted_at=NOON + timedelta(seconds=50)))
-    assert status.reason == "the host was restarted at 2026-07-14T12:00:50Z; its last sign was 2026-07-14T12:00:40Z"
+    assert status.reason == "the host was restarted at 2026-07-14T12:00:50Z; last sign of life 2026-07-14T12:00:40Z"
 
 
 def test_of_another_host_it_is_said_that_this_one_cannot_know(place, folder):
     place.runner(make_campaign(place.folder)).run()
     _break_off(folder)
-    status = read_status(folder, Onlooker(HERE.now, "elsewhere"))
-    assert status.reason.startswith("it ran on here, and this is elsewhere")
+    status = read_status(folder, Viewpoint(HERE.now, "elsewhere"))
+    assert status.reason.startswith("it ran on here, not on this host (elsewhere)")
 
 
 def test_a_crash_is_found_without_what_the_process_said(place, folder):
@@ -149,9 +149,9 @@ def test_one_that_has_said_nothing_for_long_is_suspected(place, folder):
     place.runner(make_campaign(place.folder)).run()
     _break_off(folder)
     with _held(folder):
-        status = read_status(folder, Onlooker(NOON + timedelta(minutes=30), "here"))
+        status = read_status(folder, Viewpoint(NOON + timedelta(minutes=30), "here"))
     assert status.state == "running"
-    assert status.reason.startswith("nothing was heard of it since")
+    assert status.reason.startswith("no sign of life since")
 
 
 def test_between_two_runs_it_waits(place, folder):
@@ -167,7 +167,7 @@ def test_a_new_process_over_what_a_crash_left_has_not_begun(place, folder):
     with _held(folder, pid=PID + 1, since="2026-07-14T12:01:00.000000Z"):
         status = read_status(folder, HERE)
     assert status.state == "waiting"
-    assert "not begun" in status.reason
+    assert "not measuring yet" in status.reason
 
 
 def test_without_a_manifest_it_waits_while_held_and_is_nothing_otherwise(folder):
@@ -393,7 +393,7 @@ def test_a_value_of_another_type_is_none(written, name, value):
 def test_a_campaign_that_ran_to_its_end_has_said_so(tmp_path, monkeypatch):
     monkeypatch.setenv("LEM_LOCK_DIR", str(tmp_path / "locks"))
     place = Place(tmp_path)
-    place.runner(make_campaign(tmp_path), options=RunOptions(go_on="again")).run()
+    place.runner(make_campaign(tmp_path), options=RunOptions(resume_command="again")).run()
     activity = read_activity(tmp_path / "state" / "demo")
     assert activity is not None
     assert (activity.doing, activity.stopped, activity.go_on) == ("ended", None, "again")

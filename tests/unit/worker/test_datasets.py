@@ -152,11 +152,6 @@ def test_shuffle_takes_others_by_its_seed(tmp_path: Path) -> None:
     assert set(draw(1)) <= {row["prompt"] for row in ROWS}
 
 
-def test_column_is_looked_for_by_its_usual_names(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "mine.jsonl", [{"id": "1", "question": "which?"}])
-    assert texts(resolve(tmp_path, {"dataset": "mine"})) == ["which?"]
-
-
 @pytest.mark.parametrize(
     ("rows", "column", "message"),
     [

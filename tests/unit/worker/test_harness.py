@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,16 @@ from lem import __version__
 from lem.base import durable
 from lem.base.errors import EngineError, OptionRefused
 from lem.base.reasons import Reason
-from lem.config.experiment import ExperimentConfig
+from lem.config.experiment import ExperimentConfig, WarmupConfig
+from lem.engines.protocol import Completion, EngineReport, TokenRequest
 from lem.record import Record, decode_record, encode_record
 from lem.worker.channel import RunRequest
-from lem.worker.harness import ResidentEngine, run_experiment
+from lem.worker.harness import ResidentEngine, has_settled, run_experiment, warm_up
 from lem.worker.prompts import Prompt, read_prompts, write_prompts
-from tests.unit.worker.timed_backend import SteppedClock, TimedBackend
+from lem.worker.recording import WarmupOutcome
+from lem.worker.requests import DisjointRequests
+from tests.doubles.trivial_engine import TrivialEngine
+from tests.unit.worker.timed_backend import SteppedClock, TimedBackend, make_requests
 from tests.worker_rig import PHASES
 
 IDENTITY = {
@@ -35,6 +40,8 @@ IDENTITY = {
     "attempt": 1,
     "shuffle_seed": None,
 }
+
+
 PROMPTS = [Prompt(f"prompt number {number} of eight") for number in range(8)]  # 6 tokens each
 
 
@@ -125,20 +132,15 @@ def test_closed_batch_figures(bench: Bench) -> None:
     assert record.validity.invalid_reasons == ()
 
 
-def test_window_holds_neither_load_nor_warmup(bench: Bench) -> None:
+def test_warmup_is_not_measured_and_shares_no_prompt_with_the_window(bench: Bench) -> None:
     record = bench.run(warmup={"enabled": True, "min_prompts": 5}, measurement={"min_window_sec": 0})
     assert record.window.window_s == pytest.approx(4 * 0.138)
     assert record.window.warmup_s is not None
     assert record.window.warmup_prompts >= 5
     assert record.validity.warmup_converged is True
-
-
-def test_warmup_prompts_are_never_measured(bench: Bench) -> None:
-    bench.run(warmup={"enabled": True}, measurement={"min_window_sec": 0})
     measured = [request.token_ids for batch in bench.backend.batches[-4:] for request in batch]
     before = [request.token_ids for batch in bench.backend.batches[:-4] for request in batch]
-    assert len(measured) == 8
-    assert before
+    assert (len(measured), len(before)) == (8, record.window.warmup_prompts)
     assert set(measured).isdisjoint(before)
     assert {len(ids) for ids in before} == {len(ids) for ids in measured}
 
@@ -211,51 +213,38 @@ def test_arrivals_follow_the_seed_of_the_experiment(tmp_path: Path) -> None:
     assert queue_times(1) != queue_times(2)
 
 
-def test_failed_requests_above_one_percent_are_invalid(bench: Bench) -> None:
-    bench.backend.fails = lambda request: request.index == 3
-    record = bench.run(measurement={"min_window_sec": 0})
-    assert not record.validity.valid
-    assert record.validity.invalid_reasons == (
-        Reason.of("requests_failed", failed=1, total=8, first="scripted failure"),
-    )
-    assert (record.work.requests_ok, record.work.requests_failed) == (7, 1)
-
-
-def test_failed_requests_up_to_one_percent_are_a_warning(bench: Bench) -> None:
-    write_prompts(bench.folder, [Prompt(f"prompt {number}") for number in range(100)])
+@pytest.mark.parametrize(("prompts", "is_valid"), [(99, False), (100, True)])
+def test_failed_requests_above_one_percent_are_invalid_and_others_a_warning(
+    bench: Bench, prompts: int, is_valid: bool
+) -> None:
+    write_prompts(bench.folder, [Prompt(f"prompt {number}") for number in range(prompts)])
     bench.backend.fails = lambda request: request.index == 3
     record = bench.run(max_output_tokens=4, measurement={"min_window_sec": 0})
-    assert record.validity.valid
-    assert Reason.of("requests_failed", failed=1, total=100, first="scripted failure") in record.validity.warnings
+    reason = Reason.of("requests_failed", failed=1, total=prompts, first="scripted failure")
+    assert record.validity.valid is is_valid
+    assert record.validity.invalid_reasons == (() if is_valid else (reason,))
+    assert (reason in record.validity.warnings) is is_valid
+    assert (record.work.requests_ok, record.work.requests_failed) == (prompts - 1, 1)
 
 
 def test_no_output_at_all_is_invalid(bench: Bench) -> None:
     bench.backend.output_of = lambda _: 0
-    record = bench.run(measurement={"min_window_sec": 0})
-    assert not record.validity.valid
-    assert record.validity.invalid_reasons == (Reason.of("no_output"),)
+    assert bench.run(measurement={"min_window_sec": 0}).validity.invalid_reasons == (Reason.of("no_output"),)
 
 
-def test_flops_leave_the_embeddings_out_and_say_how(bench: Bench) -> None:
-    record = bench.run(measurement={"min_window_sec": 0})
-    assert record.compute.flops_total == 2 * (1000 - 400) * (8 * 6 + 8 * 128)
-    assert record.compute.model_parameters == 1000
-    assert "non-embedding" in (record.compute.flops_method or "")
-    assert record.compute.flops_confidence == "medium"
-
-
-def test_flops_over_all_parameters_have_low_confidence(bench: Bench) -> None:
-    bench.backend.report = replace(bench.backend.report, embedding_parameters=None)
-    record = bench.run(measurement={"min_window_sec": 0})
-    assert record.compute.flops_total == 2 * 1000 * (8 * 6 + 8 * 128)
-    assert record.compute.flops_confidence == "low"
-
-
-def test_flops_of_an_unknown_model_are_null(bench: Bench) -> None:
-    bench.backend.report = replace(bench.backend.report, model_parameters=None, embedding_parameters=None)
-    compute = bench.run().compute
-    assert compute.flops_total is None
-    assert "parameters" in compute.null_reasons["flops_total"]
+@pytest.mark.parametrize(
+    ("parameters", "embeddings", "counted", "confidence"),
+    [(1000, 400, 600, "medium"), (1000, None, 1000, "low"), (None, None, None, None)],
+)
+def test_flops_leave_known_embeddings_out(
+    bench: Bench, parameters: int | None, embeddings: int | None, counted: int | None, confidence: str | None
+) -> None:
+    sizes = {"model_parameters": parameters, "embedding_parameters": embeddings}
+    bench.backend.report = replace(bench.backend.report, **sizes)  # type: ignore[arg-type]
+    compute = bench.run(measurement={"min_window_sec": 0}).compute
+    assert compute.flops_total == (None if counted is None else 2 * counted * (8 * 6 + 8 * 128))
+    assert (compute.model_parameters, compute.flops_confidence) == (parameters, confidence)
+    assert ("flops_total" in compute.null_reasons) == (counted is None)
 
 
 def test_peak_memory_is_that_of_the_window(bench: Bench) -> None:
@@ -365,15 +354,12 @@ def test_broken_prompts_are_refused_for_good_before_anything_is_loaded(bench: Be
 
 
 def test_outputs_are_saved_when_asked(bench: Bench) -> None:
+    bench.run(max_output_tokens=2)
+    assert not (bench.folder / "outputs.jsonl").exists()
     bench.run(save_outputs=True, max_output_tokens=2)
     lines = [json.loads(line) for line in (bench.folder / "outputs.jsonl").read_text().splitlines()]
     assert [line["index"] for line in lines] == list(range(8))
     assert lines[0] == {"index": 0, "input_tok": 6, "output_tok": 2, "output_ids": [100, 101], "text": "t100 t101"}
-
-
-def test_outputs_are_not_saved_otherwise(bench: Bench) -> None:
-    bench.run()
-    assert not (bench.folder / "outputs.jsonl").exists()
 
 
 def test_progress_is_told_at_most_once_a_second(bench: Bench) -> None:
@@ -396,3 +382,189 @@ def test_a_result_folder_without_its_configuration_is_refused(bench: Bench) -> N
     with pytest.raises(EngineError) as caught:
         run_experiment(request, bench.engine, bench.listener, bench.clock)
     assert caught.value.kind == "channel"
+
+
+# The resident engine
+
+ANY = ExperimentConfig.from_dict({"model": "none"})
+OTHER = ExperimentConfig.from_dict({"model": "none", "max_output_tokens": 8, "pytorch": {"batch_size": 4}})
+
+
+@dataclass
+class Device:
+    """Has room for one engine; a load takes two seconds of its clock."""
+
+    rules: list[dict[str, object]] = field(default_factory=list)
+    checks_s: float = 0.0
+    on_device: list[TrivialEngine] = field(default_factory=list)
+    clock: SteppedClock = field(default_factory=SteppedClock)
+
+    def __post_init__(self) -> None:
+        numbers = itertools.count(1)
+        self.engine = ResidentEngine(self.load, self.clock, lambda: f"load-{next(numbers)}")
+
+    def load(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> TrivialEngine:
+        assert self.on_device == []
+        self.clock.advance_ms(2000)
+        engine = TrackedEngine({"rules": self.rules}, config)
+        engine.device = self
+        self.on_device.append(engine)
+        return engine
+
+
+class TrackedEngine(TrivialEngine):
+    """A trivial engine that takes room on the device until it is closed."""
+
+    device: Device
+
+    @property
+    def report(self) -> EngineReport:
+        return replace(super().report, checks_s=self.device.checks_s)
+
+    def close(self) -> None:
+        super().close()
+        self.device.on_device.remove(self)
+
+
+@pytest.mark.parametrize(("checks_s", "load_s"), [(0.0, 2.0), (0.5, 1.5)])
+def test_the_first_experiment_loads_the_engine(checks_s: float, load_s: float) -> None:
+    engine = Device(checks_s=checks_s).engine
+    residence = engine.ensure(ANY, "key", {})
+    assert (residence.is_reused, residence.load_s, residence.load_id) == (False, load_s, "load-1")
+    assert engine.is_resident("key")
+
+
+def test_the_same_key_reuses_the_engine_and_configures_it() -> None:
+    engine = Device().engine
+    first = engine.ensure(ANY, "key", {})
+    second = engine.ensure(OTHER, "key", {})
+    assert second.engine is first.engine
+    assert (second.is_reused, second.load_s, second.load_id) == (True, None, "load-1")
+    assert second.report.effective["pytorch"] == {"batch_size": 4}
+
+
+def test_another_key_unloads_the_engine_before_it_loads_the_next() -> None:
+    device = Device()
+    device.engine.ensure(ANY, "key", {})
+    assert not device.engine.is_resident("other")
+    second = device.engine.ensure(ANY, "other", {})
+    assert (second.is_reused, second.load_id) == (False, "load-2")
+    assert device.on_device == [second.engine]
+
+
+@pytest.mark.parametrize("do", ["fail", "crash"])
+def test_nothing_is_resident_after_a_load_that_fails(do: str) -> None:
+    device = Device([{"at": "load", "do": do}])
+    with pytest.raises((EngineError, RuntimeError)):
+        device.engine.ensure(ANY, "key", {})
+    assert not device.engine.is_resident("key")
+    device.rules.clear()
+    assert device.engine.ensure(ANY, "key", {}).is_reused is False
+
+
+def test_an_engine_that_refuses_an_experiment_stays_for_the_next() -> None:
+    engine = Device([{"at": "configure", "do": "refuse", "when": {"max_output_tokens": 8}}]).engine
+    engine.ensure(ANY, "key", {})
+    with pytest.raises(OptionRefused):
+        engine.ensure(OTHER, "key", {})
+    assert engine.ensure(ANY, "key", {}).is_reused is True
+
+
+def test_nothing_counts_as_loaded_after_an_unload_that_fails() -> None:
+    engine = Device([{"at": "unload", "do": "crash"}]).engine
+    engine.ensure(ANY, "key", {})
+    with pytest.raises(RuntimeError):
+        engine.unload()
+    assert not engine.is_resident("key")
+    engine.unload()  # nothing to do
+
+
+# Warm-up
+
+
+def warm(backend: TimedBackend, width: int = 1, **settings: Any) -> WarmupOutcome:
+    def run_step(requests: Sequence[TokenRequest]) -> list[Completion]:
+        return backend.generate(requests, observe_tokens=False)
+
+    source = DisjointRequests(make_requests(6), seed=3)
+    done: list[int] = []
+    found = warm_up(source, width, WarmupConfig(**settings), run_step, backend.clock, done.append)
+    assert done == list(range(width, found.prompts + 1, width)), "the prompts run so far are reported after each step"
+    return found
+
+
+def erratic(batches: int) -> float:
+    return 1.0 + batches % 2
+
+
+@pytest.mark.parametrize(
+    ("backend", "settings", "prompts", "converged"),
+    [
+        ({}, {"min_prompts": 1, "window_size": 4}, 4, True),
+        ({}, {"min_prompts": 12, "window_size": 3}, 12, True),
+        ({"width": 4}, {"width": 4, "min_prompts": 0, "convergence_detection": False}, 8, None),
+        ({"width": 20}, {"width": 20, "max_prompts": 50, "window_size": 5}, 100, True),
+        ({"slow_down": lambda batches: 5.0 - min(batches, 4)}, {"min_prompts": 1, "window_size": 3}, 4 + 3, True),
+        ({"slow_down": erratic}, {"max_prompts": 20}, 20, False),
+        ({"slow_down": erratic, "width": 3}, {"width": 3, "max_prompts": 26}, 24, False),
+        ({"token_ms": 1000.0}, {"timeout_seconds": 5.0}, 2, False),
+        ({"token_ms": 60_000.0}, {"timeout_seconds": 0}, 5, True),
+        ({}, {"convergence_detection": False}, 5, None),
+        # 1 ms a token, however many: steps of unequal work are compared by the token.
+        ({"prefill_ms": 0.0, "output_of": lambda request: 1 + request.index % 4}, {"min_prompts": 1}, 5, True),
+    ],
+    ids=[
+        "steady", "least", "twice the width", "wide", "slow start", "cap", "cap within a batch", "timeout",
+        "no timeout", "no detection", "by the token",
+    ],
+)  # fmt: skip
+def test_warm_up_ends_when_the_speed_has_settled_or_at_a_cap(
+    backend: dict[str, Any], settings: dict[str, Any], prompts: int, converged: bool | None
+) -> None:
+    engine = TimedBackend(SteppedClock(), **backend)
+    found = warm(engine, **settings)
+    assert (found.prompts, found.converged) == (prompts, converged)
+    assert {len(batch) for batch in engine.batches} == {settings.get("width", 1)}
+    assert (found.null_reason is None) == (converged is not None)
+    assert (found.warnings == ()) == (converged is not False)
+
+
+def test_the_duration_of_warm_up_and_of_its_last_step_are_known() -> None:
+    found = warm(TimedBackend(SteppedClock()), min_prompts=1, window_size=4)
+    assert [found.elapsed_s, found.step_s] == pytest.approx([4 * 0.014, 0.014])
+
+
+def test_warnings_of_warm_up_say_what_was_not_reached() -> None:
+    slow = warm(TimedBackend(SteppedClock(), token_ms=1000.0), timeout_seconds=5.0)
+    assert Reason.of("warmup_too_few_steps", prompts=2) in slow.warnings
+    assert Reason.of("warmup_timed_out", prompts=2, floor=5) in slow.warnings
+    assert [item.code for item in warm(TimedBackend(SteppedClock(), slow_down=erratic)).warnings] == [
+        "warmup_unsettled"
+    ]
+    failing = warm(TimedBackend(SteppedClock(), fails=lambda request: request.index == 0))
+    (failed,) = [item.data for item in failing.warnings if item.code == "warmup_requests_failed"]
+    assert (failed["failed"], failed["first"]) == (1, "scripted failure")
+
+
+def test_prompts_of_unlike_lengths_are_compared_on_equal_steps() -> None:
+    clock = SteppedClock()
+    backend = TimedBackend(clock)
+    lengths = (3, 400, 20, 90, 7, 250)
+    unlike = [TokenRequest(index, tuple(range(length)), 4) for index, length in enumerate(lengths)]
+
+    def run_step(requests: Sequence[TokenRequest]) -> list[Completion]:
+        clock.advance_ms(sum(len(request.token_ids) for request in requests))  # prefill by length
+        return backend.generate(requests, observe_tokens=False)
+
+    found = warm_up(DisjointRequests(unlike, seed=1), 1, WarmupConfig(), run_step, clock, lambda _: None)
+    ran = [len(batch[0].token_ids) for batch in backend.batches]
+    assert found.converged is True
+    assert ran == [*lengths[:5], *[90] * (len(ran) - 5)], "the measured shapes, then the one in the middle"
+    assert ran.count(90) == 5
+
+
+def test_variation_is_sample_deviation_over_mean_of_the_last_values() -> None:
+    settings = WarmupConfig(window_size=3, cv_threshold=0.1)
+    assert not has_settled([1.0, 1.0], settings)
+    assert has_settled([99.0, 1.0, 1.0, 1.18], settings)  # 0.098
+    assert not has_settled([1.0, 1.0, 1.19], settings)  # 0.103; the population's deviation would give 0.084

@@ -83,7 +83,7 @@ def test_the_import_path_of_the_engine_is_left_alone(tmp_path: Path):
 
     import_path = ast.literal_eval(finished.stdout.splitlines()[-1])
     assert str(tmp_path) in import_path
-    assert not {str(ROOT), str(ROOT / "lem" / "experiment"), ""} & set(import_path)
+    assert not {str(ROOT), str(ROOT / "lem" / "worker"), ""} & set(import_path)
 
 
 def test_processes_that_multiprocessing_spawns_find_lem(tmp_path: Path):

@@ -1,182 +1,280 @@
-"""Whoever is killed, and whatever the engine holds meanwhile: nothing is left."""
+"""What the supervisor makes of things that happen at the same moment, which real processes do only now and then."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Mapping
+import sys
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.processes import Marker, children_of, wait_for, wait_until_ended
-from tests.worker_rig import RawWorker, Rig
+from lem.base import process
+from lem.config.experiment import ExperimentConfig
+from lem.meters.samples import ClockPair, read_tail
+from lem.worker.channel import LineBuffer, RunRequest, decode_report, encode_line
+from lem.worker.guardian import EndStep, EngineChild
+from lem.worker.supervisor import Supervisor
+from tests.processes import wait_for
+from tests.unit.worker.piped_engine import PipedEngine
 
-HANG = {"at": "generate", "do": "hang"}
-HOLD_GIL = {"at": "generate", "do": "hold_gil"}
-STUBBORN = {"at": "generate", "do": "ignore_term"}
-CHILD = {"at": "load", "do": "spawn"}
-FAR_CHILD = {"at": "load", "do": "spawn", "own_session": True}
+ROOT = Path(__file__).resolve().parents[3]
+RESULT = {"type": "result", "engine_reused": True}
+ERROR = {
+    "type": "error",
+    "kind": "engine",
+    "message": "",
+    "hint": "",
+    "permanent": False,
+    "phase": None,
+    "log_tail": "",
+}
 
-FUTEX = ("202", "98")  # its number on x86-64 and on aarch64
+
+def run_message(folder: Path, name: str, *, engine_key: str = "key", keep_engine: bool = True) -> dict[str, Any]:
+    (folder / name).mkdir()
+    return RunRequest({}, {"experiment_id": name}, str(folder / name), engine_key, keep_engine).to_message()
+
+
+class Host:
+    """Both ends that a host has, and a supervisor at work on a thread."""
+
+    def __init__(self, *engines: PipedEngine, **options: float) -> None:
+        waiting = list(engines)
+        host_in, self.orders = os.pipe()
+        self._reports, host_out = os.pipe()
+        wakeup, self.signals = os.pipe()
+        start: Callable[[], EngineChild] = lambda: waiting.pop(0)  # type: ignore[assignment,return-value] # noqa: E731
+        self.supervisor = Supervisor(host_in, host_out, wakeup, start, **options)
+        self._lines = LineBuffer()
+        self._messages: list[dict[str, Any]] = []
+        self.exit_codes: list[int] = []
+        self._thread = threading.Thread(target=lambda: self.exit_codes.append(self.supervisor.run()), daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def order(self, *messages: Mapping[str, Any]) -> None:
+        os.write(self.orders, b"".join(map(encode_line, messages)))
+
+    def until(self, kind: str, /, **fields: object) -> dict[str, Any]:
+        while True:
+            while self._messages:
+                message = self._messages.pop(0)
+                if message["type"] == kind and all(message.get(name) == value for name, value in fields.items()):
+                    return message
+            self._messages += map(decode_report, self._lines.feed(os.read(self._reports, 65536)))
+
+    def join(self) -> int:
+        self._thread.join()
+        return self.exit_codes[0]
 
 
 @pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    with Rig.leaving_nothing(tmp_path) as rig:
-        yield rig
+def engine() -> PipedEngine:
+    return PipedEngine()
 
 
-def start_hanging(rig: Rig, *rules: Mapping[str, Any]) -> tuple[RawWorker, int]:
-    """A worker whose engine hangs in the window by the last of the rules, and the pid of the engine's guardian."""
-    reached = rig.folder / "reached"
-    os.mkfifo(reached)
-    announce = {"at": "generate", "do": "shell", "command": f"echo > {reached}", "when": {"max_output_tokens": 4}}
-    rig.rules = [*rules[:-1], announce, rules[-1]]
-    worker = RawWorker(rig)
-    worker.send(rig.request("e").to_message())
-    guardian = worker.until("engine")["pgid"]
-    reached.read_text()
-    engine = engine_of(guardian)
-    wait_for(lambda: True if waits_for_a_lock(engine) else None)
-    return worker, guardian
+def test_what_was_printed_before_an_error_is_in_its_tail(tmp_path: Path, engine: PipedEngine):
+    host = Host(engine)
+
+    def fail(message: Mapping[str, Any]) -> None:
+        engine.say({**ERROR, "exp_id": "e", "engine_lost": False})
+        engine.print("line\n" * 10_000 + "last words\n")
+
+    engine.on_run = fail
+    host.start()
+    host.order(run_message(tmp_path, "e"))
+
+    assert host.until("error")["log_tail"].splitlines()[-1] == "last words"
 
 
-def waits_for_a_lock(pid: int) -> bool:
-    """Whether the main thread is in futex(2), which is how both kinds of hanging look from outside."""
-    return Path(f"/proc/{pid}/syscall").read_text().split()[0] in FUTEX
+def test_an_engine_that_ends_while_the_next_experiment_comes_has_its_say_first(tmp_path: Path, engine: PipedEngine):
+    second = PipedEngine()
+    host = Host(engine, second)
+    next_run = run_message(tmp_path, "e2")
+
+    def answer_and_end(message: Mapping[str, Any]) -> None:
+        engine.say({**RESULT, "exp_id": "e1"})
+        engine.exit_code, engine.looks_survived = 0, 1  # seen when the next order comes, not at the end of this turn
+        host.order(next_run)  # read in the same turn as the answer, and before it
+
+    engine.on_run = answer_and_end
+    second.on_run = lambda message: second.say({**RESULT, "exp_id": "e2", "engine_reused": False})
+    host.start()
+    host.order(run_message(tmp_path, "e1"))
+
+    assert host.until("result")["exp_id"] == "e1"
+    assert host.until("result")["engine_reused"] is False
 
 
-def engine_of(guardian: int) -> int:
-    """The engine process below a guardian: the oldest, since orphans come to the guardian later."""
-    return min(children_of(guardian))
+def test_a_late_answer_is_not_taken_for_the_next_experiment(tmp_path: Path, engine: PipedEngine):
+    host = Host(engine)
+    answers = {"e1": ("e1", "e0", "e1"), "e2": ("e1", "e2")}
+
+    def answer(message: Mapping[str, Any]) -> None:
+        for name in answers[message["identity"]["experiment_id"]]:
+            engine.say({**RESULT, "exp_id": name})
+
+    engine.on_run = answer
+    host.start()
+    host.order(run_message(tmp_path, "e1"))
+    assert host.until("result")["exp_id"] == "e1"
+    host.order(run_message(tmp_path, "e2"))
+
+    assert host.until("result")["exp_id"] == "e2"
 
 
-def others(marker: Marker, *pids: int) -> tuple[int, ...]:
-    return tuple(pid for pid in marker.pids() if pid not in pids)
+def test_an_engine_process_that_talks_nonsense_is_ended_and_its_experiment_answered(
+    tmp_path: Path, engine: PipedEngine
+):
+    host = Host(engine)
+    engine.on_run = lambda _message: engine.say_raw(b"CUDA initialised\n")
+    host.start()
+    host.order(run_message(tmp_path, "e"))
+
+    error = host.until("error")
+
+    assert (error["kind"], error["exp_id"], error["engine_lost"]) == ("channel", "e", True)
+    assert "CUDA initialised" in error["message"]
+    assert engine.steps == [EndStep.TERM]
 
 
-@pytest.mark.parametrize("rules", [(HANG,), (HOLD_GIL,), (STUBBORN, HANG), (CHILD, FAR_CHILD, HANG)])
-def test_end_of_file_ends_an_engine_that_hangs(rig: Rig, rules: tuple[Mapping[str, Any], ...]):
-    worker, guardian = start_hanging(rig, *rules)
+@pytest.mark.parametrize(
+    ("answer", "keep_engine", "steps"),
+    [
+        (RESULT, True, []),
+        (RESULT, False, [EndStep.QUIT]),
+        ({**ERROR, "engine_lost": False}, True, []),
+        ({**ERROR, "engine_lost": True}, True, [EndStep.TERM]),
+    ],
+)
+def test_the_engine_is_kept_asked_to_leave_or_ended(
+    tmp_path: Path, engine: PipedEngine, answer: Mapping[str, Any], keep_engine: bool, steps: list[EndStep]
+):
+    host = Host(engine)
+    engine.on_run = lambda _message: engine.say({**answer, "exp_id": "e"})
+    host.start()
+    host.order(run_message(tmp_path, "e", keep_engine=keep_engine))
 
-    worker.hang_up()
+    host.until(answer["type"], exp_id="e")
 
-    assert worker.child.wait() == 0
-    assert not Path(f"/proc/{guardian}").exists()
-    assert rig.marker.pids() == ()
-
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_worker_and_its_engine_and_the_host_hears_why(rig: Rig, signum: signal.Signals):
-    worker, _ = start_hanging(rig, CHILD, HANG)
-
-    worker.child.send_signal(signum)
-
-    error = worker.until("error", exp_id="e")
-    assert error["kind"] == "died"
-    assert signum.name in error["message"]
-    assert worker.child.wait() == 128 + signum
-    assert rig.marker.pids() == ()
+    assert engine.steps == steps
 
 
-def test_a_second_signal_does_not_wait_for_a_stubborn_engine(rig: Rig):
-    worker, guardian = start_hanging(rig, STUBBORN, HANG)
-    worker.child.send_signal(signal.SIGTERM)
-    worker.until("error")
+def test_an_experiment_for_another_engine_waits_until_the_first_is_gone(tmp_path: Path, engine: PipedEngine):
+    second = PipedEngine()
+    host = Host(engine, second)
+    engine.on_run = lambda _message: engine.say({**RESULT, "exp_id": "e1"})
+    second.on_run = lambda _message: second.say({**RESULT, "exp_id": "e2"})
+    host.start()
+    host.order(run_message(tmp_path, "e1"))
+    host.until("result")
 
-    worker.child.send_signal(signal.SIGTERM)
+    host.order(run_message(tmp_path, "e2", engine_key="other"), {"type": "unload"})
+    assert "e2 is running" in host.until("error", kind="channel")["message"]
+    assert engine.steps == [EndStep.QUIT]
+    assert second.engine_key is None
 
-    assert worker.child.wait() == 143
-    assert not Path(f"/proc/{guardian}").exists()
-
-
-def test_the_log_of_an_engine_that_hung_ends_with_where(rig: Rig):
-    worker, _ = start_hanging(rig, HOLD_GIL)
-
-    worker.hang_up()
-    worker.child.wait()
-
-    assert "trivial_engine.py" in rig.log_of("e")
-    assert "_hold_gil" in rig.log_of("e")
-
-
-@pytest.mark.parametrize("rules", [(HANG,), (HOLD_GIL,), (STUBBORN, CHILD, FAR_CHILD, HANG)])
-def test_when_the_supervisor_is_killed_nothing_is_left(rig: Rig, rules: tuple[Mapping[str, Any], ...]):
-    worker, guardian = start_hanging(rig, *rules)
-
-    worker.child.kill()
-
-    assert wait_until_ended(guardian)
-    assert rig.marker.survivors() == ()
+    engine.exit_code = 0
+    os.write(host.signals, bytes([signal.SIGCHLD]))
+    assert host.until("result", exp_id="e2")
+    assert second.engine_key == "other"
 
 
-@pytest.mark.parametrize("rules", [(HANG,), (HOLD_GIL,), (CHILD, HANG)])
-def test_when_the_guardian_is_killed_the_engine_is_ended_and_told_dead(rig: Rig, rules: tuple[Mapping[str, Any], ...]):
-    worker, guardian = start_hanging(rig, *rules)
+def test_a_second_signal_ends_the_engine_sooner(tmp_path: Path, engine: PipedEngine):
+    host = Host(engine)
+    host.start()
+    host.order(run_message(tmp_path, "e"))
+    host.until("engine")
 
-    os.kill(guardian, signal.SIGKILL)
+    os.write(host.signals, bytes([signal.SIGTERM]))
+    host.until("error", exp_id="e", kind="died")
+    os.write(host.signals, bytes([signal.SIGTERM]))
 
-    assert "SIGKILL" in worker.until("error", exp_id="e", kind="died")["message"]
-    wait_for(lambda: True if others(rig.marker, worker.child.pid) == () else None)
-    worker.close()
-
-
-def test_when_the_engine_process_is_killed_the_worker_goes_on(rig: Rig):
-    worker, guardian = start_hanging(rig, CHILD, {**HANG, "when": {"max_output_tokens": 4}})
-
-    os.kill(engine_of(guardian), signal.SIGKILL)
-
-    error = worker.until("error", exp_id="e")
-    assert (error["kind"], error["message"]) == ("died", "the engine process was killed by SIGKILL in phase window")
-    assert others(rig.marker, worker.child.pid) == ()
-    worker.send(rig.request("next", max_output_tokens=5).to_message())
-    worker.until("result", exp_id="next")
-    worker.close()
+    assert host.join() == 143
+    assert engine.steps == [EndStep.TERM, EndStep.HANG_UP]
 
 
-def test_when_supervisor_and_guardian_are_killed_at_once_the_engine_is_gone(rig: Rig):
-    worker, guardian = start_hanging(rig, HOLD_GIL)
-    engine = engine_of(guardian)
-    for pid in (worker.child.pid, guardian):
-        os.kill(pid, signal.SIGSTOP)  # neither can act on the other's end
+def test_an_engine_that_kill_does_not_end_is_told_and_given_up(tmp_path: Path, engine: PipedEngine):
+    host = Host(engine)
+    engine.on_run = lambda _message: setattr(engine, "is_stuck", True)
+    host.start()
+    host.order(run_message(tmp_path, "e"))
 
-    for pid in (worker.child.pid, guardian):
-        os.kill(pid, signal.SIGKILL)
+    error = host.until("error", exp_id="e")
 
-    assert wait_until_ended(engine)
-
-
-def test_an_engine_that_died_between_experiments_is_replaced(rig: Rig):
-    worker = RawWorker(rig)
-    worker.send(rig.request("e1").to_message())
-    guardian = worker.until("engine")["pgid"]
-    worker.until("result")
-
-    os.kill(engine_of(guardian), signal.SIGKILL)
-    assert worker.until("engine")["pgid"] is None
-
-    worker.send(rig.request("e2").to_message())
-    assert worker.until("result", exp_id="e2")["engine_reused"] is False
-    worker.close()
+    assert "does not end after SIGKILL" in error["message"]
+    assert host.join() == 1
 
 
-def test_an_idle_engine_leaves_with_its_worker(rig: Rig):
-    worker = RawWorker(rig)
-    worker.send(rig.request("e1").to_message())
-    worker.until("result")
+def test_a_host_that_reads_no_more_is_a_host_that_is_gone(tmp_path: Path, engine: PipedEngine):
+    host = Host(engine)
+    host.start()
+    host.until("hello")
+    engine.on_run = lambda _message: setattr(engine, "exit_code", 0)
+    os.close(host._reports)
 
-    assert worker.close() == 0
-    assert rig.marker.pids() == ()
+    host.order(run_message(tmp_path, "e"))
 
-
-def test_the_guardian_stays_small(rig: Rig):
-    worker, guardian = start_hanging(rig, HANG)
-
-    assert resident_b(guardian) < 32 * 1024 * 1024
-    worker.hang_up()
+    assert host.join() == 0
 
 
-def resident_b(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def test_heartbeats_come_while_nothing_else_does():
+    host = Host(heartbeat_s=0.02)
+    host.start()
+
+    assert [host.until("heartbeat") for _ in range(2)] == [{"type": "heartbeat"}] * 2
+
+    os.close(host.orders)
+    assert host.join() == 0
+
+
+@pytest.mark.parametrize("folder", [".", "missing"])
+def test_a_sampler_beside_the_experiment_ends_with_it_or_says_in_the_log_why_it_could_not(
+    tmp_path: Path, engine: PipedEngine, folder: str
+):
+    host = Host(engine, heartbeat_s=0.02)
+    path = tmp_path / folder / "samples.part"
+    config = ExperimentConfig.from_dict({"model": "any", "gpus": []}).to_dict()
+    request = {"config": config, "samples_path": str(path), "is_sampler_due": True}
+    host.start()
+
+    host.order({**run_message(tmp_path, "e"), **request})
+    host.until("engine")
+    log = tmp_path / "e" / "log.txt"
+    if folder == "missing":
+        wait_for(lambda: log.read_text() or None)
+        assert "cannot be written: No such file or directory" in log.read_text()
+    else:
+        wait_for(lambda: path.exists() or None)
+    engine.say({**RESULT, "exp_id": "e"})
+    host.until("result")
+    if folder == ".":
+        wait_for(lambda: any(isinstance(row, ClockPair) for row in read_tail(path)) or None)
+        assert log.read_text() == ""
+    engine.exit_code = 0
+    os.close(host.orders)
+    assert host.join() == 0
+
+
+def test_what_a_supervisor_prints_does_not_reach_the_channel(tmp_path: Path):
+    script = (
+        "from lem.base.errors import UserError\n"
+        "from lem.worker.supervisor import supervise\n"
+        "def start():\n"
+        "    print('stray', flush=True)\n"
+        "    raise UserError('no engine today')\n"
+        "supervise(start)\n"
+    )
+    order = encode_line(run_message(tmp_path, "e"))
+
+    finished = process.run((sys.executable, "-c", script), timeout_s=60, stdin=order, cwd=ROOT)
+
+    reports = [decode_report(line) for line in LineBuffer().feed(finished.stdout.encode())]
+    assert [item["type"] for item in reports] == ["hello", "error"]
+    assert "no engine today" in reports[1]["message"]
+    assert "stray" in finished.stderr

@@ -1,18 +1,26 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from lem.base.errors import EngineError
 from lem.engines.protocol import Completion, OnProgress, TokenRequest, say_nothing
-from lem.worker.window import MeasuredWindow, measure_batch
+from lem.worker.window import MeasuredWindow, RequestTimes, distribute, latency_of, measure_batch, percentile
 from tests.unit.worker.timed_backend import SteppedClock, TimedBackend, make_requests
+
+MS = 1_000_000
 
 
 def measure(
-    backend: TimedBackend, requests: Sequence[TokenRequest], min_window_s: float = 0.0, *, observe_tokens: bool = False
+    backend: TimedBackend,
+    requests: Sequence[TokenRequest],
+    min_window_s: float = 0.0,
+    *,
+    observe_tokens: bool = False,
+    report: Callable[[int], None] = say_nothing,
 ) -> MeasuredWindow:
     return measure_batch(
         backend,
@@ -20,58 +28,40 @@ def measure(
         min_window_s=min_window_s,
         observe_tokens=observe_tokens,
         clock=backend.clock,
-        report=lambda _: None,
+        report=report,
     )
 
 
-def test_window_spans_exactly_the_work() -> None:
-    clock = SteppedClock()
-    found = measure(TimedBackend(clock, width=2), make_requests(4))
+def test_window_spans_exactly_the_work_and_the_device_is_idle_at_both_edges() -> None:
+    backend = TimedBackend(SteppedClock(), width=2)
+    found = measure(backend, make_requests(4))
     # two batches of a 10 ms prefill and four steps of 1 ms
     assert found.window_s == pytest.approx(0.028)
-    assert (found.opened_ns, found.closed_ns) == (clock.start_ns, clock.now_ns)
+    assert (found.opened_ns, found.closed_ns) == (backend.clock.start_ns, backend.clock.now_ns)
     assert found.repeats == 1
-
-
-def test_device_is_idle_at_both_edges() -> None:
-    backend = TimedBackend(SteppedClock())
-    measure(backend, make_requests(2))
     assert backend.calls == ["synchronize", "generate", "synchronize"]
 
 
 def test_prompt_set_is_repeated_until_the_window_is_long_enough() -> None:
-    backend = TimedBackend(SteppedClock(), width=2)  # 28 ms a pass
-    found = measure(backend, make_requests(4), min_window_s=0.1)
+    found = measure(TimedBackend(SteppedClock(), width=2), make_requests(4), min_window_s=0.1)  # 28 ms a pass
     assert found.repeats == 4
     assert found.window_s == pytest.approx(0.112)
     assert len(found.requests) == 16
-    assert found.input_tok == 4 * 4 * 3
-    assert found.output_tok == 4 * 4 * 4
+    assert (found.input_tok, found.output_tok) == (4 * 4 * 3, 4 * 4 * 4)
+    assert [item.prompt_index for item in found.outputs] == [0, 1, 2, 3], "the answers of the first pass"
+    assert found.outputs[0].output_ids == (100, 101, 102, 103)
 
 
 def test_padding_is_neither_input_nor_output() -> None:
     requests = [TokenRequest(0, (1,), 2), TokenRequest(1, tuple(range(9)), 8)]
     found = measure(TimedBackend(SteppedClock(), width=2), requests)
-    assert found.input_tok == 10
-    assert found.output_tok == 10
-
-
-def test_without_observation_there_are_no_token_times() -> None:
-    found = measure(TimedBackend(SteppedClock()), make_requests(2))
-    assert [item.token_times_ns for item in found.requests] == [None, None]
-
-
-def test_observed_requests_run_alone_with_their_token_times() -> None:
-    backend = TimedBackend(SteppedClock(), width=8)
-    found = measure(backend, make_requests(3), observe_tokens=True)
-    assert [len(batch) for batch in backend.batches] == [1, 1, 1]
-    assert [len(item.token_times_ns or ()) for item in found.requests] == [4, 4, 4]
+    assert (found.input_tok, found.output_tok) == (10, 10)
 
 
 def test_single_pass_has_nothing_to_compare_with() -> None:
     found = measure(TimedBackend(SteppedClock()), make_requests(2))
     assert found.steady is None
-    assert "one pass" in (found.steady_null_reason or "")
+    assert found.steady_null_reason
 
 
 @pytest.mark.parametrize(("second", "is_steady"), [(1.0, True), (1.019, True), (1.021, False), (0.979, False)])
@@ -85,67 +75,111 @@ def test_failed_requests_are_counted_and_their_tokens_are_not() -> None:
     backend = TimedBackend(SteppedClock(), fails=lambda request: request.index == 1)
     found = measure(backend, make_requests(4))
     assert found.failures == ("scripted failure",)
-    assert len(found.requests) == 3
-    assert found.input_tok == 9
-    assert found.output_tok == 12
+    assert (len(found.requests), found.input_tok, found.output_tok) == (3, 9, 12)
 
 
 def test_a_set_that_fails_as_a_whole_is_not_repeated() -> None:
-    backend = TimedBackend(SteppedClock(), fails=lambda _: True)
-    found = measure(backend, make_requests(2), min_window_s=1000.0)
-    assert found.repeats == 1
-    assert len(found.failures) == 2
-
-
-def test_answers_of_the_first_pass_are_kept_in_order() -> None:
-    found = measure(TimedBackend(SteppedClock(), width=2), make_requests(3), min_window_s=0.1)
-    assert found.repeats > 1
-    assert [item.prompt_index for item in found.outputs] == [0, 1, 2]
-    assert found.outputs[0].output_ids == (100, 101, 102, 103)
+    found = measure(TimedBackend(SteppedClock(), fails=lambda _: True), make_requests(2), min_window_s=1000.0)
+    assert (found.repeats, len(found.failures)) == (1, 2)
 
 
 class TamperingBackend(TimedBackend):
-    """Changes what it hands in."""
+    """Changes what it returns."""
+
+    tamper: Callable[[list[Completion]], list[Completion]]
 
     def generate(
         self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
     ) -> list[Completion]:
         return self.tamper(super().generate(requests, observe_tokens=observe_tokens, on_progress=on_progress))
 
-    def tamper(self, completions: list[Completion]) -> list[Completion]:
-        raise NotImplementedError
 
-
-class LosesOne(TamperingBackend):
-    def tamper(self, completions: list[Completion]) -> list[Completion]:
-        return completions[1:]
-
-
-class AnswersTwice(TamperingBackend):
-    def tamper(self, completions: list[Completion]) -> list[Completion]:
-        return [completions[0], *completions[:-1]]
-
-
-class MiscountsTimes(TamperingBackend):
-    def tamper(self, completions: list[Completion]) -> list[Completion]:
-        return [replace(item, token_times_ns=(item.finished_ns,)) for item in completions]
-
-
-class EndsBeforeItStarts(TamperingBackend):
-    def tamper(self, completions: list[Completion]) -> list[Completion]:
-        return [replace(item, finished_ns=item.started_ns - 1) for item in completions]
-
-
-@pytest.mark.parametrize("kind", [LosesOne, AnswersTwice, MiscountsTimes, EndsBeforeItStarts])
-def test_an_engine_that_does_not_answer_each_request_once_is_refused(kind: type[TamperingBackend]) -> None:
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        lambda found: found[1:],
+        lambda found: [found[0], *found[:-1]],
+        lambda found: [replace(item, token_times_ns=(item.finished_ns,)) for item in found],
+        lambda found: [replace(item, finished_ns=item.started_ns - 1) for item in found],
+    ],
+    ids=["loses one", "answers twice", "miscounts times", "ends before it starts"],
+)
+def test_an_engine_that_does_not_answer_each_request_once_is_refused(tamper: Any) -> None:
+    backend = TamperingBackend(SteppedClock())
+    backend.tamper = tamper
     with pytest.raises(EngineError):
-        measure(kind(SteppedClock()), make_requests(3))
+        measure(backend, make_requests(3))
 
 
-def test_progress_tells_the_requests_done() -> None:
-    backend = TimedBackend(SteppedClock())
+def test_progress_is_the_number_of_requests_done() -> None:
     done: list[int] = []
-    measure_batch(
-        backend, make_requests(3), min_window_s=0.05, observe_tokens=True, clock=backend.clock, report=done.append
-    )
+    measure(TimedBackend(SteppedClock()), make_requests(3), 0.05, observe_tokens=True, report=done.append)
     assert done == [1, 2, 3, 4, 5, 6]
+
+
+# Latency
+
+
+def times(*, arrived: int | None, started: int, tokens: list[int], finished: int | None = None) -> RequestTimes:
+    """A request with times in milliseconds."""
+    return RequestTimes(
+        arrived_ns=None if arrived is None else arrived * MS,
+        started_ns=started * MS,
+        finished_ns=(tokens[-1] if finished is None else finished) * MS,
+        output_tok=len(tokens),
+        token_times_ns=tuple(token * MS for token in tokens),
+    )
+
+
+def untimed(output_tok: int, finished: int = 100, arrived: int | None = 0) -> RequestTimes:
+    return RequestTimes(arrived, 0, finished * MS, output_tok)
+
+
+def means(*requests: RequestTimes) -> dict[str, float | None]:
+    latency = latency_of(requests)
+    sections = {name: getattr(latency, name) for name in ("ttft_s", "tpot_s", "itl_s", "e2e_s", "queue_s")}
+    return {name: None if found is None else found.mean for name, found in sections.items()}
+
+
+@pytest.mark.parametrize(("fraction", "value"), [(0.0, 10.0), (0.5, 25.0), (0.9, 37.0), (1.0, 40.0)])
+def test_percentile_interpolates_between_closest_ranks(fraction: float, value: float) -> None:
+    assert percentile([10.0, 20.0, 30.0, 40.0], fraction) == pytest.approx(value)
+    assert percentile([7.0], fraction) == 7.0
+
+
+@pytest.mark.parametrize(("n", "known"), [(1, 0), (9, 0), (10, 1), (19, 1), (20, 2), (99, 2), (100, 3)])
+def test_a_percentile_needs_enough_values(n: int, known: int) -> None:
+    found = distribute([float(value) for value in reversed(range(n))])
+    assert found is not None
+    assert found.n == n
+    assert found.mean == found.p50 == pytest.approx((n - 1) / 2)
+    assert [item is not None for item in (found.p90, found.p95, found.p99)] == [place < known for place in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("requests", "expected"),
+    [
+        ([times(arrived=100, started=150, tokens=[160, 170, 190])], (0.060, 0.015, 0.015, 0.090, 0.050)),
+        ([times(arrived=None, started=100, tokens=[130, 140])], (0.030, 0.010, 0.010, 0.040, None)),
+        ([untimed(10)], (None, None, None, 0.100, 0.0)),
+        ([times(arrived=0, started=0, tokens=[10, 20]), untimed(2, 30)], (None, None, None, 0.025, 0.0)),
+        ([times(arrived=0, started=0, tokens=[10])], (0.010, None, None, 0.010, 0.0)),
+        ([times(arrived=0, started=0, tokens=[10, 20]), untimed(0, 5)], (0.010, 0.010, 0.010, 0.0125, 0.0)),
+        ([untimed(0)], (None, None, None, 0.100, 0.0)),
+        ([], (None, None, None, None, None)),
+    ],
+    ids=["open loop", "closed batch", "untimed", "one untimed", "one token", "one without output", "no output", "none"],
+)
+def test_latency_counts_from_the_arrival_and_holds_only_what_was_observed(
+    requests: list[RequestTimes], expected: tuple[float | None, ...]
+) -> None:
+    found = means(*requests)
+    assert list(found.values()) == [value if value is None else pytest.approx(value) for value in expected]
+    reasons = latency_of(requests).null_reasons
+    assert reasons.keys() == {name for name, value in found.items() if value is None}
+
+
+def test_reasons_tell_missing_times_from_missing_tokens_and_missing_requests() -> None:
+    found = [latency_of(item).null_reasons["ttft_s"] for item in ([untimed(10)], [untimed(0)], [])]
+    assert "streaming" in found[0]
+    assert len(set(found)) == 3

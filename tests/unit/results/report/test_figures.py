@@ -69,7 +69,7 @@ def test_cells_without_a_valid_result_are_hatched_whether_they_left_a_record_or_
 def test_more_than_200_configurations_have_their_latencies_in_a_table_alone() -> None:
     section = latency_section(compose(make_run(sweep(260, cycles=1).records())))
     assert "configurations 41 to 80</summary><figure" in section
-    assert "configurations 201 to 260, as a table alone</summary><div" in section
+    assert "configurations 201 to 260, as a table only</summary><div" in section
 
 
 def test_an_option_of_too_many_values_is_named_as_the_reason_for_no_grid() -> None:

@@ -180,7 +180,7 @@ def test_the_verdict_names_those_that_are_close_and_those_that_cannot_be_compare
     best = Configuration("best", energy_per_output_tok_j=0.295)
     verdict = verdict_of(compose(make_run(campaign(best, *close, *throttled))))
     assert not verdict.has_winner
-    assert sum("Not told apart from" in remark for remark in verdict.remarks) == 1
+    assert sum("No difference found from" in remark for remark in verdict.remarks) == 1
     assert sum("2 others" in remark for remark in verdict.remarks) == 1
 
 

@@ -4,18 +4,132 @@ import itertools
 import random
 import statistics
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
+from typing import Any
 
 import pytest
 
 from lem.base.clock import SystemClock
 from lem.base.errors import EngineError
+from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import Completion, RequestQueue, TokenRequest
-from lem.worker.requests import PreparedQueue, TrafficPlan, arrival_offsets_s, measure_traffic, serve_all
+from lem.worker.prompts import Prompt
+from lem.worker.requests import (
+    DisjointRequests,
+    EncodedPrompts,
+    PreparedQueue,
+    TrafficPlan,
+    arrival_offsets_s,
+    encode_prompts,
+    measure_traffic,
+    serve_all,
+)
 from lem.worker.window import MeasuredWindow
 from tests.records import codes
-from tests.unit.worker.timed_backend import NS_PER_MS, SteppedClock, TimedBackend, make_requests
+from tests.unit.worker.timed_backend import BEGIN_OF_TEXT, NS_PER_MS, SteppedClock, TimedBackend, make_requests
+
+
+def encode(*prompts: Prompt, tokenize: Callable[[str], list[int]] | None = None, **options: Any) -> EncodedPrompts:
+    limits = {"max_input_tokens": 8, "max_output_tokens": 16, "min_output_tokens": 0, **options}
+    config = ExperimentConfig.from_dict({"model": "any", **limits})
+    return encode_prompts(prompts, tokenize or TimedBackend(SteppedClock()).encode, config)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "shapes", "warnings"),
+    [
+        ([Prompt("a b"), Prompt("c")], {"min_output_tokens": 2}, [(3, 16, 2), (2, 16, 2)], []),
+        ([Prompt("a b c d"), Prompt("a")], {"max_input_tokens": 3}, [(3, 16, 0), (2, 16, 0)], [("prompts_cut", 3)]),
+        ([Prompt("a b", input_tokens=20)], {}, [(8, 16, 0)], [("prompts_cut", 8)]),
+        (
+            [Prompt("a", output_tokens=4), Prompt("b", output_tokens=99)],
+            {"min_output_tokens": 6},
+            [(2, 4, 4), (2, 16, 6)],
+            [("outputs_bounded", 16)],
+        ),
+        *(([Prompt("a b", input_tokens=length)], {}, [(length, 16, 0)], []) for length in (1, 2, 3, 5, 8)),
+    ],
+)
+def test_prompts_become_requests_within_their_bounds(
+    prompts: list[Prompt], options: dict[str, Any], shapes: list[tuple[int, int, int]], warnings: list[tuple[str, int]]
+) -> None:
+    found = encode(*prompts, **options)
+    assert [item.index for item in found.requests] == list(range(len(prompts)))
+    bounds = [(len(item.token_ids), item.max_output_tokens, item.min_output_tokens) for item in found.requests]
+    assert bounds == shapes
+    assert [(item.code, item.data["limit"]) for item in found.warnings] == warnings
+
+
+def test_extending_cycles_the_text_and_not_what_begins_every_text() -> None:
+    begin, first, second, *rest = encode(Prompt("a b", input_tokens=7)).requests[0].token_ids
+    assert begin == BEGIN_OF_TEXT
+    assert rest == [first, second, first, second]
+
+
+def test_a_tokenizer_without_a_beginning_cycles_the_whole_text() -> None:
+    found = encode(Prompt("abc", input_tokens=5), tokenize=lambda text: [ord(letter) for letter in text])
+    assert found.requests[0].token_ids == (97, 98, 99, 97, 98)
+
+
+def test_a_prompt_without_tokens_is_refused_with_its_number() -> None:
+    with pytest.raises(EngineError, match="prompt 2") as caught:
+        encode(Prompt("a"), Prompt("?"), tokenize=lambda text: [] if text == "?" else [1])
+    assert (caught.value.kind, caught.value.is_permanent) == ("prompts", True)
+
+
+def request(index: int, *ids: int, output: int = 5) -> TokenRequest:
+    return TokenRequest(index, ids, output, 1)
+
+
+def test_disjoint_requests_have_the_shapes_of_the_given_ones_over_and_over() -> None:
+    given = [request(0, 1, 5, 6, 7), request(1, 1, 8, output=9)]
+    made = DisjointRequests(given, seed=1).take(5)
+    assert [len(item.token_ids) for item in made] == [4, 2, 4, 2, 4]
+    assert [item.max_output_tokens for item in made] == [5, 9, 5, 9, 5]
+    assert [item.index for item in made] == [0, 1, 2, 3, 4]
+
+
+def test_typical_requests_are_spread_over_the_lengths_and_always_the_same() -> None:
+    given = [request(index, *range(1, length + 1)) for index, length in enumerate((90, 10, 50, 30, 70))]
+    source = DisjointRequests(given, seed=1)
+    assert [len(item.token_ids) for item in source.take_typical(1)] == [50]
+    assert [len(item.token_ids) for item in source.take_typical(2)] == [30, 70]
+    assert [len(item.token_ids) for item in source.take_typical(5)] == [10, 30, 50, 70, 90]
+    assert [len(item.token_ids) for item in source.take_typical(10)] == [10, 10, 30, 30, 50, 50, 70, 70, 90, 90]
+    assert source.is_typical(source.take_typical(2))
+    assert not source.is_typical(source.take(2))
+    assert source.take_typical(1) != source.take_typical(1), "other ids each time"
+    assert len(source.take(1)[0].token_ids) == 50, "which does not move the place in the order"
+
+
+def test_disjoint_requests_differ_from_every_given_one_and_from_each_other() -> None:
+    given = [request(index, 1, index + 2, index + 3, index + 4) for index in range(20)]
+    source = DisjointRequests(given, seed=1)
+    made = {item.token_ids for item in source.take(60)}
+    assert made.isdisjoint({item.token_ids for item in given})
+    assert len(made) == 60
+    assert source.is_disjoint
+
+
+def test_disjoint_requests_use_known_ids_and_keep_what_begins_every_text() -> None:
+    given = [request(index, 1, 10 + index, 20 + index) for index in range(9)]
+    known = {token for item in given for token in item.token_ids[1:]}
+    for item in DisjointRequests(given, seed=2).take(30):
+        assert item.token_ids[0] == 1
+        assert set(item.token_ids[1:]) <= known
+
+
+def test_a_single_prompt_of_one_repeated_token_still_gets_another_one() -> None:
+    source = DisjointRequests([request(0, 7, 7, 7)], seed=1)
+    assert source.take(1)[0].token_ids != (7, 7, 7)
+    assert source.is_disjoint
+
+
+def test_prompts_that_leave_no_other_are_told() -> None:
+    source = DisjointRequests([request(0, 0), request(1, 1)], seed=1)
+    source.take(2)
+    assert not source.is_disjoint
 
 
 def closed_loop(concurrency: int, min_window_s: float = 0.05) -> TrafficPlan:
@@ -46,11 +160,6 @@ def test_poisson_arrivals_have_the_rate_and_the_spread_of_exponential_gaps() -> 
     gaps = [later - earlier for earlier, later in itertools.pairwise(offsets)]
     assert statistics.fmean(gaps) == pytest.approx(0.2, rel=0.03)
     assert statistics.stdev(gaps) == pytest.approx(0.2, rel=0.05)
-
-
-def test_same_seed_gives_the_same_arrivals_and_another_seed_others() -> None:
-    assert take_offsets("poisson", 5.0, 7, 50) == take_offsets("poisson", 5.0, 7, 50)
-    assert take_offsets("poisson", 5.0, 7, 50) != take_offsets("poisson", 5.0, 8, 50)
 
 
 def test_closed_loop_keeps_its_requests_in_flight() -> None:
@@ -118,11 +227,6 @@ def test_an_idle_engine_waits_for_the_next_arrival() -> None:
     assert all(item.started_ns == item.arrived_ns for item in found.requests)
     assert found.window_s == pytest.approx(4.0)  # the time it takes to offer four prompts
     assert len(found.requests) == 4
-
-
-def test_open_loop_window_has_its_length_whatever_the_engine_does() -> None:
-    found = measure(TimedBackend(SteppedClock(), width=1), open_loop(20.0, min_window_s=0.33))
-    assert found.window_s == pytest.approx(0.33)
 
 
 def test_load_above_capacity_is_told() -> None:

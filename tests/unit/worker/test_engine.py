@@ -25,6 +25,7 @@ from tests.worker_rig import PHASES
 
 SECRET = "hf_a_token_of_somebody"
 
+
 Harness = Callable[[RunRequest, ResidentEngine, Reporter, Clock], Record]
 
 

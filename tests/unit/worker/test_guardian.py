@@ -1,0 +1,171 @@
+"""Whoever is killed, and whatever the engine holds meanwhile: nothing is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.processes import Marker, children_of, wait_for, wait_until_ended
+from tests.worker_rig import RawWorker, Rig
+
+HANG = {"at": "generate", "do": "hang"}
+HOLD_GIL = {"at": "generate", "do": "hold_gil"}
+STUBBORN = {"at": "generate", "do": "ignore_term"}
+CHILD = {"at": "load", "do": "spawn"}
+FAR_CHILD = {"at": "load", "do": "spawn", "own_session": True}
+FUTEX = ("202", "98")  # its number on x86-64 and on aarch64
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    with Rig.leaving_nothing(tmp_path) as rig:
+        yield rig
+
+
+def start_hanging(rig: Rig, *rules: Mapping[str, Any]) -> tuple[RawWorker, int]:
+    """A worker whose engine hangs in the window by the last of the rules, and the pid of the engine's guardian."""
+    reached = rig.folder / "reached"
+    os.mkfifo(reached)
+    announce = {"at": "generate", "do": "shell", "command": f"echo > {reached}", "when": {"max_output_tokens": 4}}
+    rig.rules = [*rules[:-1], announce, rules[-1]]
+    worker = RawWorker(rig)
+    worker.send(rig.request("e").to_message())
+    guardian = worker.until("engine")["pgid"]
+    reached.read_text()
+    engine = engine_of(guardian)
+    wait_for(lambda: True if waits_for_a_lock(engine) else None)
+    return worker, guardian
+
+
+def waits_for_a_lock(pid: int) -> bool:
+    """Whether the main thread is in futex(2), which is how both kinds of hanging look from outside."""
+    return Path(f"/proc/{pid}/syscall").read_text().split()[0] in FUTEX
+
+
+def engine_of(guardian: int) -> int:
+    """The engine process below a guardian: the oldest, since orphans come to the guardian later."""
+    return min(children_of(guardian))
+
+
+def others(marker: Marker, *pids: int) -> tuple[int, ...]:
+    return tuple(pid for pid in marker.pids() if pid not in pids)
+
+
+@pytest.mark.parametrize("rules", [(STUBBORN, HANG), (CHILD, FAR_CHILD, HANG)])
+def test_end_of_file_ends_an_engine_that_hangs(rig: Rig, rules: tuple[Mapping[str, Any], ...]):
+    worker, guardian = start_hanging(rig, *rules)
+
+    worker.hang_up()
+
+    assert worker.child.wait() == 0
+    assert not Path(f"/proc/{guardian}").exists()
+    assert rig.marker.pids() == ()
+
+
+def test_a_signal_ends_the_worker_and_its_engine_and_the_host_hears_why(rig: Rig):
+    worker, _ = start_hanging(rig, CHILD, HANG)
+
+    worker.child.send_signal(signal.SIGINT)
+
+    error = worker.until("error", exp_id="e")
+    assert error["kind"] == "died"
+    assert "SIGINT" in error["message"]
+    assert worker.child.wait() == 130
+    assert rig.marker.pids() == ()
+
+
+def test_a_second_signal_does_not_wait_for_a_stubborn_engine(rig: Rig):
+    worker, guardian = start_hanging(rig, STUBBORN, HANG)
+    worker.child.send_signal(signal.SIGTERM)
+    worker.until("error")
+
+    worker.child.send_signal(signal.SIGTERM)
+
+    assert worker.child.wait() == 143
+    assert not Path(f"/proc/{guardian}").exists()
+
+
+def test_the_log_of_an_engine_that_hung_ends_with_where(rig: Rig):
+    worker, guardian = start_hanging(rig, HOLD_GIL)
+
+    worker.hang_up()
+
+    assert worker.child.wait() == 0
+    assert not Path(f"/proc/{guardian}").exists()
+    assert "_hold_gil" in rig.log_of("e")
+
+
+@pytest.mark.parametrize("rules", [(HOLD_GIL,), (STUBBORN, CHILD, FAR_CHILD, HANG)])
+def test_when_the_supervisor_is_killed_nothing_is_left(rig: Rig, rules: tuple[Mapping[str, Any], ...]):
+    worker, guardian = start_hanging(rig, *rules)
+
+    worker.child.kill()
+
+    assert wait_until_ended(guardian)
+    assert rig.marker.survivors() == ()
+
+
+@pytest.mark.parametrize("rules", [(HOLD_GIL,), (CHILD, HANG)])
+def test_when_the_guardian_is_killed_the_engine_is_ended_and_told_dead(rig: Rig, rules: tuple[Mapping[str, Any], ...]):
+    worker, guardian = start_hanging(rig, *rules)
+
+    os.kill(guardian, signal.SIGKILL)
+
+    assert "SIGKILL" in worker.until("error", exp_id="e", kind="died")["message"]
+    wait_for(lambda: True if others(rig.marker, worker.child.pid) == () else None)
+    worker.close()
+
+
+def test_when_the_engine_process_is_killed_the_worker_goes_on(rig: Rig):
+    worker, guardian = start_hanging(rig, CHILD, FAR_CHILD, {**HANG, "when": {"max_output_tokens": 4}})
+
+    os.kill(engine_of(guardian), signal.SIGKILL)
+
+    error = worker.until("error", exp_id="e")
+    assert (error["kind"], error["message"]) == ("died", "the engine process was killed by SIGKILL in phase window")
+    assert others(rig.marker, worker.child.pid) == ()
+    worker.send(rig.request("next", max_output_tokens=5).to_message())
+    worker.until("result", exp_id="next")
+    worker.close()
+
+
+def test_when_supervisor_and_guardian_are_killed_at_once_the_engine_is_gone(rig: Rig):
+    worker, guardian = start_hanging(rig, HOLD_GIL)
+    engine = engine_of(guardian)
+    for pid in (worker.child.pid, guardian):
+        os.kill(pid, signal.SIGSTOP)  # neither can act on the other's end
+
+    for pid in (worker.child.pid, guardian):
+        os.kill(pid, signal.SIGKILL)
+
+    assert wait_until_ended(engine)
+
+
+def test_an_engine_that_died_between_experiments_is_replaced(rig: Rig):
+    worker = RawWorker(rig)
+    worker.send(rig.request("e1").to_message())
+    guardian = worker.until("engine")["pgid"]
+    worker.until("result")
+
+    os.kill(engine_of(guardian), signal.SIGKILL)
+    assert worker.until("engine")["pgid"] is None
+
+    worker.send(rig.request("e2").to_message())
+    assert worker.until("result", exp_id="e2")["engine_reused"] is False
+    worker.close()
+
+
+def test_the_guardian_stays_small(rig: Rig):
+    worker, guardian = start_hanging(rig, HANG)
+
+    assert resident_b(guardian) < 32 * 1024 * 1024
+    worker.hang_up()
+
+
+def resident_b(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
