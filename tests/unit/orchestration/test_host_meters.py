@@ -179,8 +179,6 @@ def test_no_gap_asks_nobody_and_waits_for_nothing() -> None:
 
 
 REFERENCE = Reference(power_w=100.0, temp_c=40.0)
-
-
 S = 1_000_000_000
 
 
