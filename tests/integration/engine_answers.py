@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import Completion, Engine, EngineReport, TokenRequest
 
-__all__ = ["GREEDY", "LENGTHS", "SAMPLING", "answers", "configured", "outputs"]
+__all__ = ["GREEDY", "LENGTHS", "SAMPLING", "Arrivals", "answers", "configured", "outputs"]
 
 GREEDY = {"preset": "deterministic"}
 SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -31,3 +32,25 @@ def configured(engine: Engine, config: ExperimentConfig) -> EngineReport:
     """The report once another experiment is set up."""
     engine.configure(config)
     return engine.report
+
+
+class Arrivals:
+    """A queue whose requests arrive in groups: the next group is there once the one before is answered."""
+
+    def __init__(self, *groups: Sequence[TokenRequest]) -> None:
+        self.completions: list[Completion] = []
+        self._groups = [list(group) for group in groups]
+        self._answered = threading.Condition()
+        self._taken = 0
+
+    def take(self, limit: int) -> tuple[TokenRequest, ...]:
+        with self._answered:
+            assert self._answered.wait_for(lambda: len(self.completions) == self._taken, timeout=60)
+            group = self._groups.pop(0) if self._groups else []
+            self._taken += len(group)
+            return tuple(group)
+
+    def complete(self, completion: Completion) -> None:
+        with self._answered:
+            self.completions.append(completion)
+            self._answered.notify()

@@ -17,8 +17,8 @@ import pytest
 from lem.base.errors import EngineError, OptionRefused
 from lem.engines.protocol import Completion, Engine, EngineReport, TokenRequest
 from lem.engines.vllm import load
-from tests.integration.engine_answers import LENGTHS, answers, configured, outputs
-from tests.integration.vllm_experiments import BLOCKS, Arrivals, experiment, loaded, prompts
+from tests.integration.engine_answers import LENGTHS, Arrivals, answers, configured, outputs
+from tests.integration.vllm_experiments import BLOCKS, experiment, loaded, prompts
 
 pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(600)]
 
