@@ -39,18 +39,21 @@ class Arrivals:
 
     def __init__(self, *groups: Sequence[TokenRequest]) -> None:
         self.completions: list[Completion] = []
+        self.taken: list[int] = []  # how many at a time
         self._groups = [list(group) for group in groups]
-        self._answered = threading.Condition()
-        self._taken = 0
+        self._arrived: list[TokenRequest] = []
+        self._changed = threading.Condition()
 
     def take(self, limit: int) -> tuple[TokenRequest, ...]:
-        with self._answered:
-            assert self._answered.wait_for(lambda: len(self.completions) == self._taken, timeout=60)
-            group = self._groups.pop(0) if self._groups else []
-            self._taken += len(group)
-            return tuple(group)
+        with self._changed:
+            if not self._arrived and self._groups:
+                assert self._changed.wait_for(lambda: len(self.completions) == sum(self.taken), timeout=60)
+                self._arrived = self._groups.pop(0)
+            found, self._arrived = self._arrived[:limit], self._arrived[limit:]
+            self.taken += [len(found)] if found else []
+            return tuple(found)
 
     def complete(self, completion: Completion) -> None:
-        with self._answered:
+        with self._changed:
             self.completions.append(completion)
-            self._answered.notify()
+            self._changed.notify()
