@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
 
         return supervise()
     if args.control_fd is None or args.message_fd is None:
-        raise UserError("worker --engine needs --control-fd and --message-fd", "start `lem worker`, which gives them")
+        raise UserError("worker --engine needs --control-fd and --message-fd", "run `lem worker`, which passes them")
     start_guarded(args.control_fd, args.message_fd)
     # Imported after the fork: the guardian stays small.
     from lem.worker.engine import serve_pipes
@@ -63,10 +63,12 @@ def _run_sampler(args: argparse.Namespace, err: TextIO) -> int:
     from lem.meters import sampler
 
     if args.output is None:
-        raise UserError("worker --sampler needs --output", "name the log that it is to write")
+        raise UserError("worker --sampler needs --output", "give the path of the log")
     if not sampler.is_interval(args.interval_ms):
         shortest, longest = sampler.SHORTEST_INTERVAL_MS, sampler.LONGEST_INTERVAL_MS
-        raise UserError(f"--interval-ms {args.interval_ms}: neither 0 nor from {shortest} to {longest}", "100 is usual")
+        raise UserError(
+            f"--interval-ms {args.interval_ms}: expected 0, or between {shortest} and {longest}", "the default is 100"
+        )
     options = sampler.SamplerOptions(args.output, tuple(args.gpu), args.interval_ms, args.tdp)
     return sampler.run_sampler_process(options, err)
 
@@ -101,14 +103,14 @@ def _read_variables() -> Mapping[str, str]:
         # One byte at a time: nothing that comes after the line is taken.
         byte = os.read(0, 1)
         if not byte or len(line) > _READ_B:
-            raise UserError("the first line of stdin is to be a JSON object of environment variables")
+            raise UserError("expected a JSON object of environment variables in the first line of stdin")
         line += byte
     try:
         found = json.loads(line)
     except ValueError as error:
-        raise UserError(f"the first line of stdin is no JSON object of environment variables: {error}") from error
+        raise UserError(f"the first line of stdin is not a JSON object of environment variables: {error}") from error
     if not isinstance(found, dict):
-        raise UserError("the first line of stdin is no JSON object of environment variables")
+        raise UserError("the first line of stdin is not a JSON object of environment variables")
     return {str(name): str(value) for name, value in found.items()}
 
 

@@ -206,9 +206,9 @@ class DockerExecutor:
             named = ("0",) if config.get("gpus") is None else config["gpus"]
             config["gpus"] = [self.gpu_uuids.get(str(name), str(name)) for name in named]
         adapted = dataclasses.replace(request, config=config, image=self.services.images.get(service))
-        if request.is_sampler_due and not has_gpu:
+        if request.is_worker_sampling and not has_gpu:
             # A container without a GPU has nothing to sample that this host does not have.
-            return dataclasses.replace(adapted, is_sampler_due=False, samples_path=None)
+            return dataclasses.replace(adapted, is_worker_sampling=False, samples_path=None)
         return adapted
 
     def settle(self, service: str, request: RunRequest, outcome: Outcome) -> Outcome:

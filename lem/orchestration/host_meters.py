@@ -243,7 +243,7 @@ class HostMeters:
         path_seen = str(path) if is_due else None
         try:
             yield Attendance(
-                dataclasses.replace(request, samples_path=path_seen, is_sampler_due=is_due, meter_errors=errors)
+                dataclasses.replace(request, samples_path=path_seen, is_worker_sampling=is_due, meter_errors=errors)
             )
         finally:
             path.unlink(missing_ok=True)  # the worker's, also where the attempt was interrupted

@@ -55,7 +55,7 @@ class RunRequest(Message):
     executor: str = "local"  # or `docker`
     image: str | None = None  # image id of the container
     samples_path: str | None = None  # the sampler's log as the worker sees it; None where nothing is sampled
-    is_sampler_due: bool = False  # the host cannot read the meters, so the worker starts the sampler
+    is_worker_sampling: bool = False  # the host cannot read the meters, so the worker starts the sampler
     sampled_gpus: tuple[str, ...] = ()  # UUIDs
     meter_errors: Mapping[str, str] = field(default_factory=dict)  # why the host cannot read the meter "gpu" or "rapl"
     baselines: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)  # `Baselines` by `energy_source`

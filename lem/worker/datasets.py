@@ -149,7 +149,7 @@ def _files_of(place: Path, choice: DatasetChoice) -> tuple[Path, ...]:
     """
     if place.is_file():
         if place.suffix.lower() not in _READERS:
-            raise _error(f"{place}: not a data file", f"known are {', '.join(_READERS)}")
+            raise _error(f"{place}: not a data file", f"supported: {', '.join(_READERS)}")
         return (place,)
     if not place.is_dir():
         return ()
@@ -166,10 +166,10 @@ def _files_of(place: Path, choice: DatasetChoice) -> tuple[Path, ...]:
         if found:
             names = ", ".join(file.name for file in found[:8])
             raise _error(
-                f"{folder}: none of its data files is the split {split!r}: {names}",
-                f"name one {split}.jsonl, or choose a split",
+                f"{folder}: no data file for the split {split!r}; found {names}",
+                f"rename one to {split}.jsonl, or choose another split",
             )
-    raise _error(f"{place}: no data file in it", f"put {split}.jsonl (or .json, .csv, .txt, .parquet) there")
+    raise _error(f"{place}: no data files", f"add {split}.jsonl (or .json, .csv, .txt, .parquet)")
 
 
 def read_rows(files: Sequence[Path]) -> Iterator[Row]:
@@ -183,7 +183,9 @@ def read_rows(files: Sequence[Path]) -> Iterator[Row]:
         except OSError as error:  # noqa: PERF203 (a few files, and each error names its own)
             raise _error(f"{file}: cannot be read: {error.strerror or error}") from error
         except (ValueError, csv.Error) as error:
-            raise _error(f"{file}: not what its name says: {error}", "mend the file or take it away") from error
+            raise _error(
+                f"{file}: not a valid {file.suffix.lstrip('.')} file: {error}", "repair or remove the file"
+            ) from error
 
 
 def _read_jsonl(file: Path) -> Iterator[Row]:
@@ -203,10 +205,10 @@ def _read_json(file: Path) -> Iterator[Row]:
     if isinstance(document, dict):
         lists = [value for value in document.values() if isinstance(value, list)]
         if len(lists) != 1:
-            raise ValueError("a list of objects is due, or an object with one such list")
+            raise ValueError("expected a list of objects, or an object with one such list")
         document = lists[0]
     if not isinstance(document, list):
-        raise ValueError("a list of objects is due")
+        raise ValueError("expected a list of objects")
     return map(_row, document)
 
 
@@ -228,7 +230,7 @@ def _read_parquet(file: Path) -> Iterator[Row]:
         import datasets
     except ImportError as error:
         raise _error(
-            f"{file}: parquet needs the `datasets` package, which this Python does not have",
+            f"{file}: Parquet files need the `datasets` package, which is not installed in this Python",
             "pip install datasets, or convert the file to .jsonl",
         ) from error
     yield from datasets.Dataset.from_parquet(str(file))
@@ -236,7 +238,7 @@ def _read_parquet(file: Path) -> Iterator[Row]:
 
 def _row(value: Any) -> Row:
     if not isinstance(value, (dict, str)):
-        raise ValueError(f"an object is due, got {type(value).__name__}")
+        raise ValueError(f"expected an object, got {type(value).__name__}")
     return value
 
 
@@ -268,7 +270,7 @@ def _load_from_hub(choice: DatasetChoice, token: str | None) -> tuple[Iterable[R
     except ImportError as error:
         raise _error(
             f"data set {choice.name}: the `datasets` package is not installed in the engine's Python",
-            f"pip install datasets there, or put a copy of {choice.hub_name} into the folder {DATASETS_VARIABLE} names",
+            f"pip install datasets there, or put a copy of {choice.hub_name} into the folder of {DATASETS_VARIABLE}",
         ) from error
     data_file = DATA_FILES.get(choice.hub_name)
     try:
@@ -285,7 +287,7 @@ def _load_from_hub(choice: DatasetChoice, token: str | None) -> tuple[Iterable[R
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise _error(
             f"data set {choice.name} ({choice.hub_name}, split {choice.split}): {first_line}",
-            f"check name, subset, split and network; or put a copy into the folder {DATASETS_VARIABLE} names",
+            f"check name, subset, split and network; or put a copy into the folder of {DATASETS_VARIABLE}",
             is_permanent=not may_pass,
         ) from error
     # `datasets` keeps the commit in the names of what it downloaded and of its cache.
@@ -308,7 +310,7 @@ def _draw(rows: Iterable[Row], choice: DatasetChoice) -> tuple[tuple[Prompt, ...
         else:
             texts.append(text)
     if not texts:
-        raise _error(f"data set {choice.name}: no prompts in it", "choose another column or split")
+        raise _error(f"data set {choice.name}: no prompts found", "choose another column or split")
     if choice.is_shuffled:
         texts = shuffled(texts, choice.seed)
     wanted = choice.sample_size
@@ -329,7 +331,7 @@ def _text_of(row: Row, choice: DatasetChoice) -> str | None:
     if column is None or column not in row:
         wanted = f"no column {column!r}" if column else "no column that usually holds text"
         raise _error(
-            f"data set {choice.name}: {wanted}; it has {', '.join(sorted(row))}", "name one of them as dataset.column"
+            f"data set {choice.name}: {wanted}; it has {', '.join(sorted(row))}", "set dataset.column to one of them"
         )
     value = row[column]
     if value is None or value == "":
@@ -337,7 +339,7 @@ def _text_of(row: Row, choice: DatasetChoice) -> str | None:
     key = column if column in ("messages", "conversations") else "prompt"
     if isinstance(value, list) and key == "prompt":
         raise _error(
-            f"data set {choice.name}: column {column!r} holds lists, not text", "name another as dataset.column"
+            f"data set {choice.name}: column {column!r} holds lists, not text", "set dataset.column to another column"
         )
     try:
         return text_of_record({key: value})

@@ -140,8 +140,8 @@ def describe_failure(error: Exception, exp_id: str, phase: str | None, secrets: 
         # An error in the user's configuration or files is there the next time too.
         kind, is_permanent, message, hint = "option", True, error.message, error.hint
     elif isinstance(error, OSError) and error.errno in DISK_FULL:
-        kind, message = "full", f"no space is left to write {error.filename or 'the result'}: {error.strerror}"
-        hint = "make room, then go on with --resume"
+        kind, message = "full", f"cannot write {error.filename or 'the result'}: {error.strerror}"
+        hint = "free some space, then continue with --resume"
     else:
         message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     message, hint = (redact(text, secrets.values()) for text in (message, hint))

@@ -119,7 +119,7 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
     reporter.phase("warmup")
     with metering.during(measurement.WARMUP) if config.warmup.enabled else contextlib.nullcontext():
         warmup = _warm_up(loaded, encoded.requests, config, clock, reporter)
-    engine.own_pids = metering.know_own_processes(engine.own_pids)
+    engine.own_pids = metering.find_own_processes(engine.own_pids)
     reporter.phase("window")
     loaded.reset_peak_memory()
     measured = _measure(loaded, encoded.requests, config, warmup, metering)

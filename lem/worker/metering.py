@@ -87,13 +87,13 @@ def open_metering(
         started_utc=clock.utc_now().isoformat(),
         host=str(request.identity.get("host", "")),
         interval_ms=0,
-        gpu_error=request.meter_errors.get("gpu", "the host started no sampler"),
-        rapl_error=request.meter_errors.get("rapl", "the host started no sampler"),
+        gpu_error=request.meter_errors.get("gpu", "the host did not start a sampler"),
+        rapl_error=request.meter_errors.get("rapl", "the host did not start a sampler"),
     )
     path = None if request.samples_path is None else Path(request.samples_path)
     deadline_ns = clock.monotonic_ns() + round(READY_TIMEOUT_S * NS_PER_S)
     if path is not None and not wait_until_ready(path, deadline_ns, lambda: True, clock):
-        raise EngineError(f"{path}: no sampler has written there for {READY_TIMEOUT_S:g} s", kind="meter")
+        raise EngineError(f"{path}: no sampler has written to it for {READY_TIMEOUT_S:g} s", kind="meter")
     known = request.baselines if config.baseline.enabled else {}
     baselines = {by: Baselines(**fields) for by, fields in known.items()}
     metering = Metering(path, nothing, config, baselines, clock, reporter)
@@ -283,7 +283,7 @@ class Metering:
 
     # Processes on the GPUs
 
-    def know_own_processes(self, known: frozenset[int] | None) -> frozenset[int] | None:
+    def find_own_processes(self, known: frozenset[int] | None) -> frozenset[int] | None:
         """The engine's processes: as known since its load, else those that came with it.
 
         To be asked when the engine has worked, before the window.
@@ -319,13 +319,13 @@ class Metering:
             return GpuSurroundings(null_reason=log.header.gpu_error or "the sampler does not see the GPUs in use")
         found = tuple(vbios[uuid] for uuid in gpu_uuids)
         if self.own_pids is None:
-            why = "which processes are the engine's is not known"
+            why = "the engine's own processes are unknown"
             return GpuSurroundings(found if all(found) else None, None, why)
         there, own = _processes_of(log), self.own_pids
         others = tuple(
             f"process {pid} on {uuid}" for uuid in gpu_uuids for pid in there.get(uuid, ()) if pid not in own
         )
-        return GpuSurroundings(found if all(found) else None, others, "the driver does not tell")
+        return GpuSurroundings(found if all(found) else None, others, "not reported by the driver")
 
     # The end
 

@@ -195,7 +195,7 @@ def read_prompt_file(path: Path) -> tuple[Prompt, ...]:
     if lines[-1] == "":
         del lines[-1]
     if not lines:
-        raise PromptError(f"{path}: no prompts in it, the file is empty", "put one prompt on each line")
+        raise PromptError(f"{path}: the file is empty", "write one prompt per line")
     is_json = path.suffix.lower() in (".jsonl", ".ndjson")
     prompts: list[Prompt] = []
     problems: list[str] = []
@@ -207,7 +207,7 @@ def read_prompt_file(path: Path) -> tuple[Prompt, ...]:
     if problems:
         if len(problems) > MAX_LISTED_PROBLEMS:
             problems[MAX_LISTED_PROBLEMS:] = [f"and {len(problems) - MAX_LISTED_PROBLEMS} more lines"]
-        raise PromptError("\n".join(problems), "each line must hold one prompt; delete or mend these lines")
+        raise PromptError("\n".join(problems), "each line must hold one prompt; fix or delete these lines")
     return tuple(prompts)
 
 
@@ -221,23 +221,23 @@ def text_of_record(record: Any) -> str:
     if isinstance(record, str):
         return _some_text(record, "prompt")
     if not isinstance(record, Mapping):
-        raise ValueError(f"an object is due, got {type(record).__name__}")
+        raise ValueError(f"expected an object, got {type(record).__name__}")
     if "prompt" in record:
         return _some_text(record["prompt"], "prompt")
     if "messages" in record:
         return _text_of_messages(record["messages"])
     if "conversations" in record:
         return _first_human_turn(record["conversations"])
-    raise ValueError("it has neither 'prompt' nor 'messages'")
+    raise ValueError("expected 'prompt' or 'messages'")
 
 
 def _read_text(path: Path) -> str:
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise PromptError(f"{path}: cannot be read: not a file", "check prompts.path")
+            raise PromptError(f"{path}: expected a regular file", "check prompts.path")
         if found.st_size > MAX_FILE_B:
-            raise PromptError(f"{path}: {found.st_size} bytes of prompts, at most {MAX_FILE_B} are read")
+            raise PromptError(f"{path}: {found.st_size} bytes; the limit for prompts is {MAX_FILE_B}")
         data = path.read_bytes()
     except OSError as error:
         raise PromptError(f"{path}: cannot be read: {error.strerror}", "check prompts.path") from error
@@ -265,26 +265,26 @@ def _bound(record: Mapping[str, Any], key: str) -> int | None:
     if value is None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{key}: a whole number from 1 on is due, got {value!r}")
+        raise ValueError(f"{key}: expected an integer of at least 1, got {value!r}")
     return value
 
 
 def _some_text(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{what}: text is due, got {type(value).__name__}")
+        raise ValueError(f"{what}: expected text, got {type(value).__name__}")
     if not value.strip():
         raise ValueError(f"the {what} is blank")
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"the {what} holds half of a surrogate pair, which is no character")
+        raise ValueError(f"the {what} contains half of a surrogate pair")
     return value
 
 
 def _text_of_messages(messages: Any) -> str:
     if not isinstance(messages, list) or not messages or not all(isinstance(item, Mapping) for item in messages):
-        raise ValueError("messages: a list of objects with role and content is due")
+        raise ValueError("messages: expected a list of objects with role and content")
     last_user = max((index for index, item in enumerate(messages) if item.get("role") == "user"), default=None)
     if last_user is None:
-        raise ValueError("messages: none has the role 'user'")
+        raise ValueError("messages: none with the role 'user'")
     return "\n\n".join(_some_text(item.get("content"), "content of a message") for item in messages[: last_user + 1])
 
 
@@ -293,7 +293,7 @@ def _first_human_turn(turns: Any) -> str:
         for turn in turns:
             if isinstance(turn, Mapping) and turn.get("from", turn.get("role")) in ("human", "user"):
                 return _some_text(turn.get("value", turn.get("content")), "first human turn")
-    raise ValueError("conversations: there is no human turn")
+    raise ValueError("conversations: no human turn")
 
 
 def _line(prompt: Prompt) -> bytes:

@@ -183,7 +183,7 @@ def _validity(found: Findings) -> Validity:
 
 def _window(found: Findings) -> Window:
     request, measured, residence, warmup = found.request, found.measured, found.residence, found.warmup
-    no_gap = "the host told of no gap before this experiment"
+    no_gap = "the host reported no gap before this experiment"
     return Window.of(
         traffic_mode=measured.traffic_mode,
         window_s=measured.window_s,
@@ -200,7 +200,7 @@ def _window(found: Findings) -> Window:
 
 def _work(found: Findings) -> Work:
     measured = found.measured
-    why = "the engine does not tell how much padding it computed on; input never holds any"
+    why = "the engine does not report its padding; the input never includes any"
     return Work.of(
         requests_ok=len(measured.requests),
         requests_failed=len(measured.failures),
@@ -215,7 +215,7 @@ def _work(found: Findings) -> Work:
 def _throughput(measured: MeasuredWindow) -> Throughput:
     def rate(amount: int) -> Measured[float]:
         value = amount / measured.window_s if measured.window_s > 0 else None
-        return known(value, "the window took no time that the clock could tell")
+        return known(value, "the window was too short for the clock")
 
     return Throughput.of(
         output_tok_per_s=rate(measured.output_tok),
@@ -236,13 +236,13 @@ def _compute(measured: MeasuredWindow, report: EngineReport, peak_memory_b: int 
         flops = 2.0 * (parameters - (embeddings or 0)) * (measured.input_tok + measured.output_tok)
         method = f"2 x {counted} x (input + output tokens)"
         confidence = "low" if embeddings is None else "medium"
-    why = "the engine does not tell the number of parameters"
+    why = "the engine does not report the number of parameters"
     return Compute.of(
         flops_total=known(flops, why),
         flops_method=known(method, why),
         flops_confidence=known(confidence, why),
         model_parameters=known(parameters, why),
-        peak_memory_b=known(peak_memory_b, f"the engine does not tell the peak of its memory on {report.device}"),
+        peak_memory_b=known(peak_memory_b, f"the engine does not report its peak memory on {report.device}"),
     )
 
 
@@ -296,8 +296,8 @@ def describe_environment(
         kernel=host.kernel,
         cpu=host.cpu,
         cpu_count=host.cpu_count,
-        memory_b=known(host.memory_b, "/proc/meminfo does not tell"),
-        governor=known(host.governor, "the kernel shows no frequency governor, as in most virtual machines"),
+        memory_b=known(host.memory_b, "not in /proc/meminfo"),
+        governor=known(host.governor, "the kernel exposes no frequency governor, as in most virtual machines"),
         image=known(image, "not run in a container"),
         engine_name=report.engine_name,
         engine_version=report.engine_version,
@@ -305,8 +305,8 @@ def describe_environment(
         device=report.device,
         gpu_uuids=report.gpu_uuids,
         vbios=known(gpus.vbios, gpus.null_reason),
-        model_revision=known(report.model_revision, "the model is a local folder, or the engine does not tell"),
-        weights_sha256=known(report.weights_sha256, "the engine does not tell which weight files it read"),
+        model_revision=known(report.model_revision, "the model is a local folder, or the engine does not report it"),
+        weights_sha256=known(report.weights_sha256, "the engine does not report which weight files it read"),
         other_gpu_processes=known(gpus.other_processes, gpus.null_reason),
         engine_effective=report.effective,
         engine_differs=differing_options(config, report.effective),

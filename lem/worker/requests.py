@@ -55,7 +55,7 @@ def encode_prompts(
         if not ids:
             raise EngineError(
                 f"prompt {index + 1} has no tokens: {prompt.prompt[:60]!r}",
-                "the model's tokenizer makes nothing of it; take it out",
+                "remove it: the model's tokenizer gives no tokens for it",
                 kind="prompts",
                 is_permanent=True,
             )
@@ -273,7 +273,7 @@ class TrafficQueue:
         with self._changed:
             arrival = self._in_flight.pop(completion.index, None)
             if arrival is None:
-                raise EngineError(f"the backend answered request {completion.index}, which it did not have (any more)")
+                raise EngineError(f"the backend answered request {completion.index}, which it did not have")
             self._answered.append((arrival, completion))
             self._answered_inside += self._opened_ns is not None and completion.finished_ns > self._opened_ns
             self._succeeded += completion.error is None
@@ -290,7 +290,7 @@ class TrafficQueue:
         with self._changed:
             now_ns = self._clock.monotonic_ns()
             if self._opened_ns is None or self._closed_ns is None or not self._is_over(now_ns):
-                raise EngineError("the backend stopped serving before the window had closed")
+                raise EngineError("the backend stopped serving before the window closed")
             window = SteadyWindow(
                 self._plan.mode, self._plan.is_open, self._opened_ns, self._closed_ns, len(self._prompts)
             )

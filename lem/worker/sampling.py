@@ -57,7 +57,7 @@ class SamplerProcess:
         try:
             self._stderr: IO[bytes] = tempfile.TemporaryFile(prefix="lem-sampler-")  # noqa: SIM115 - kept by the object
         except OSError as error:
-            raise UserError(f"{tempfile.gettempdir()}: no temporary file can be made: {error.strerror}") from error
+            raise UserError(f"{tempfile.gettempdir()}: cannot create a temporary file: {error.strerror}") from error
         try:
             self._child = process.spawn(words, stdout=process.DEVNULL, stderr=self._stderr.fileno(), new_session=True)
         except BaseException:
@@ -109,8 +109,8 @@ class SamplerProcess:
             process.kill_group(self._child.pid)
         self.hang_up()
 
-    def said(self) -> str:
-        """The last of what it wrote to stderr."""
+    def stderr_tail(self) -> str:
+        """The end of what it wrote to stderr."""
         size = os.fstat(self._stderr.fileno()).st_size
         data = os.pread(self._stderr.fileno(), _STDERR_MAX_B, max(0, size - _STDERR_MAX_B))
         return data.decode("utf-8", "replace").strip()
@@ -120,8 +120,8 @@ class SamplerProcess:
         code = self._child.poll()
         if code is None:
             return None
-        said = self.said()
-        return f"the sampler {process.describe_exit(code)}" + (f", saying: {said}" if said else "")
+        tail = self.stderr_tail()
+        return f"the sampler {process.describe_exit(code)}" + (f": {tail}" if tail else "")
 
 
 def wait_until_ready(path: Path, deadline_ns: int, is_alive: Callable[[], bool], clock: Clock) -> bool:

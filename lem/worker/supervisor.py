@@ -191,7 +191,7 @@ class Supervisor:
         if self._engine is not None:
             self._check(self._engine)  # one that died just now is not given anything
         if kind == "quit":
-            self._finish(0, "the host said so")
+            self._finish(0, "the host asked for it")
         elif kind not in ("run", "unload"):
             raise ChannelError(f"no message of the host: type {kind!r}")
         elif self._request is not None:
@@ -235,7 +235,7 @@ class Supervisor:
     def _read_signals(self) -> None:
         for signum in os.read(self._wakeup, 4096):
             if signum in _SIGNALS:
-                self._finish(128 + signum, f"it got {signal.Signals(signum).name}")
+                self._finish(128 + signum, f"received {signal.Signals(signum).name}")
         # SIGCHLD: `_tick` checks the engine process in any case.
 
     def _watch_writers(self) -> None:
@@ -259,7 +259,7 @@ class Supervisor:
     # The sampler, where the host cannot read the meters; nothing here waits for it
 
     def _start_sampler(self, request: RunRequest) -> None:
-        if not request.is_sampler_due or request.samples_path is None:
+        if not request.is_worker_sampling or request.samples_path is None:
             return
         gpus = named_gpus(request.config["gpus"], visible_gpus(find_gpus(), os.environ))
         self._sampler = SamplerProcess(
@@ -375,7 +375,7 @@ class Supervisor:
             self._answer_error(
                 "died",
                 f"the engine process (process group {engine.identity.pid}) does not end after SIGKILL",
-                "it hangs in a driver call; see the kernel's log, and restart the container or the machine",
+                "it hangs in a driver call: see the kernel log, and restart the container or the machine",
             )
             self._finish(1, "its engine process cannot be ended")
 
@@ -384,9 +384,9 @@ class Supervisor:
         _drain(self._read_output, engine)
         self._drop(engine)
         if self._is_handed_on:
-            hint = "the last lines of the log say where it was"
+            hint = "see the last lines of its log"
             if code == -signal.SIGKILL:
-                hint = "this is usually the kernel, out of memory (see dmesg): ask for less of it"
+                hint = "usually the kernel was out of memory (see dmesg): use less of it"
             how = describe_exit(code)
             self._answer_error("died", f"the engine process {how} in phase {self._phase or 'start'}", hint)
         if self._is_unloading:

@@ -15,11 +15,11 @@ from lem.engines.protocol import Completion, Engine, TokenRequest
 from lem.record import OBSERVATIONS_NEEDED, Distribution, Latency
 
 _NO_REQUEST = "no request was completed in the window"
-_NO_ARRIVALS = "the requests of a closed batch are all there at the start; none waits for its turn by arriving"
-_NOT_OBSERVED = "the engine gave no time for each token; streaming: true or traffic_simulation observes them"
+_NO_ARRIVALS = "all requests of a closed batch are there at the start; there are no arrivals to wait from"
+_NOT_OBSERVED = "the engine did not time each token; set `streaming: true` or use traffic_simulation"
 _ONE_TOKEN = "no request has more than one output token"  # noqa: S105
 _NO_TOKEN = "no request has an output token"  # noqa: S105
-_ONE_PASS = "one pass over the prompt set: there is no second to compare it with"  # noqa: S105
+_ONE_PASS = "one pass over the prompt set: nothing to compare it with"  # noqa: S105
 _NOTHING_TO_COMPARE = "no output tokens to compare"
 
 CLOSED_BATCH = "closed_batch"
@@ -81,9 +81,9 @@ def latency_of(requests: Sequence[RequestTimes]) -> Latency:
     A request without output counts towards end-to-end and queue times only. One request whose tokens were not timed
     voids TTFT, TPOT and ITL for all: the rest would be a sample chosen by the engine.
     """
-    talking = [item for item in requests if item.output_tok > 0]
-    is_timed = all(item.token_times_ns for item in talking)
-    timed = [item for item in talking if item.token_times_ns] if is_timed else []
+    with_output = [item for item in requests if item.output_tok > 0]
+    is_timed = all(item.token_times_ns for item in with_output)
+    timed = [item for item in with_output if item.token_times_ns] if is_timed else []
     why_not = _NO_TOKEN if is_timed else _NOT_OBSERVED
     why_not_between = _ONE_TOKEN if timed else why_not
     # TPOT = (e2e - TTFT) / (output tokens - 1)
@@ -147,7 +147,7 @@ def check_completion(completion: Completion) -> None:
             f"request {completion.index}: the backend gave {len(times)} times for {len(completion.output_ids)} tokens"
         )
     if completion.finished_ns < completion.started_ns:
-        raise EngineError(f"request {completion.index}: the backend says it ended before it started")
+        raise EngineError(f"request {completion.index}: the backend reports an end before the start")
 
 
 def _are_alike(first: float, second: float) -> bool:
@@ -244,7 +244,7 @@ def _check_pass(expected: Iterable[int], completions: Sequence[Completion]) -> N
     answered = sorted(completion.index for completion in completions)
     if answered != sorted(expected):
         raise EngineError(
-            f"the backend gave {len(answered)} completions for other requests than the {len(set(expected))} it had"
+            f"the backend gave {len(answered)} completions that do not match the {len(set(expected))} requests"
         )
     for completion in completions:
         check_completion(completion)

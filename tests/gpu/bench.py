@@ -94,7 +94,7 @@ class Bench:
         try:
             deadline_ns = self.clock.monotonic_ns() + round(_READY_S * 1e9)
             if not wait_until_ready(path, deadline_ns, sampler.is_running, self.clock):
-                raise RuntimeError(f"the sampler does not write {path}: {sampler.death() or sampler.said()}")
+                raise RuntimeError(f"the sampler does not write {path}: {sampler.death() or sampler.stderr_tail()}")
             yield Sampled(path)
             died = sampler.death()
             if died is not None:

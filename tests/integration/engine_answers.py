@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import Completion, Engine, EngineReport, TokenRequest
 
-__all__ = ["GREEDY", "LENGTHS", "SAMPLING", "answers", "configured", "outputs"]
+__all__ = ["GREEDY", "LENGTHS", "SAMPLING", "Arrivals", "answers", "configured", "outputs"]
 
 GREEDY = {"preset": "deterministic"}
 SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -31,3 +32,28 @@ def configured(engine: Engine, config: ExperimentConfig) -> EngineReport:
     """The report once another experiment is set up."""
     engine.configure(config)
     return engine.report
+
+
+class Arrivals:
+    """A queue whose requests arrive in groups: the next group is there once the one before is answered."""
+
+    def __init__(self, *groups: Sequence[TokenRequest]) -> None:
+        self.completions: list[Completion] = []
+        self.taken: list[int] = []  # how many at a time
+        self._groups = [list(group) for group in groups]
+        self._arrived: list[TokenRequest] = []
+        self._changed = threading.Condition()
+
+    def take(self, limit: int) -> tuple[TokenRequest, ...]:
+        with self._changed:
+            if not self._arrived and self._groups:
+                assert self._changed.wait_for(lambda: len(self.completions) == sum(self.taken), timeout=60)
+                self._arrived = self._groups.pop(0)
+            found, self._arrived = self._arrived[:limit], self._arrived[limit:]
+            self.taken += [len(found)] if found else []
+            return tuple(found)
+
+    def complete(self, completion: Completion) -> None:
+        with self._changed:
+            self.completions.append(completion)
+            self._changed.notify()

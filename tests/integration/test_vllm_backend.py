@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from lem.base.errors import EngineError, OptionRefused
-from lem.engines.protocol import Completion, Engine, EngineReport, TokenRequest
+from lem.engines.protocol import Engine, EngineReport, TokenRequest
 from lem.engines.vllm import load
-from tests.integration.engine_answers import LENGTHS, answers, configured, outputs
-from tests.integration.vllm_experiments import BLOCKS, Arrivals, experiment, loaded, prompts
+from tests.integration.engine_answers import Arrivals, answers, configured, outputs
+from tests.integration.vllm_experiments import BLOCKS, experiment, loaded, prompts
 
 pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(600)]
 
@@ -166,13 +166,6 @@ def test_traffic_is_timed_and_joins_what_runs(engine: Engine) -> None:
     assert max(item.started_ns for item in first) < min(item.finished_ns for item in first)
 
 
-def test_progress_is_told(engine: Engine) -> None:
-    told: list[int] = []
-    engine.generate(prompts(), observe_tokens=False, on_progress=told.append)
-    assert told == sorted(told)
-    assert told[-1] == len(LENGTHS)
-
-
 # Failures
 
 
@@ -231,10 +224,3 @@ def test_text_goes_to_tokens_and_back(engine: Engine) -> None:
     ids = engine.encode("The sea is wide")
     assert ids[0] == 1  # <s>
     assert engine.decode(ids).strip() == "The sea is wide"
-
-
-def test_completions_are_plain(engine: Engine) -> None:
-    (found,) = answers(engine, prompts()[:1])
-    assert isinstance(found, Completion)
-    assert all(type(token) is int for token in found.output_ids)
-    assert found.padding_tok == 0

@@ -12,8 +12,8 @@ import pytest
 from lem.base.errors import EngineError
 from lem.engines.protocol import Completion, Engine
 from lem.engines.vllm import load
-from tests.integration.engine_answers import answers, outputs
-from tests.integration.vllm_experiments import Arrivals, experiment, prompts
+from tests.integration.engine_answers import Arrivals, answers, outputs
+from tests.integration.vllm_experiments import experiment, prompts
 from tests.processes import wait_for
 
 pytestmark = [pytest.mark.needs("vllm"), pytest.mark.timeout(600)]

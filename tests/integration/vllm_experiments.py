@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lem.config.experiment import ExperimentConfig
-from lem.engines.protocol import Completion, Engine, TokenRequest
+from lem.engines.protocol import Engine, TokenRequest
 from lem.engines.vllm import load
 from tests.integration.engine_answers import GREEDY, LENGTHS
 
@@ -49,26 +48,3 @@ def loaded(config: ExperimentConfig) -> Iterator[Engine]:
         yield engine
     finally:
         engine.close()
-
-
-class Arrivals:
-    """A queue whose requests arrive in groups: the next group is there once the one before is answered."""
-
-    def __init__(self, *groups: Sequence[TokenRequest]) -> None:
-        self.completions: list[Completion] = []
-        self._groups = [list(group) for group in groups]
-        self._answered = threading.Condition()
-
-    def take(self, limit: int) -> tuple[TokenRequest, ...]:
-        with self._answered:
-            assert self._answered.wait_for(lambda: len(self.completions) == self._taken, timeout=60)
-            group = self._groups.pop(0) if self._groups else []
-            self._taken += len(group)
-            return tuple(group)
-
-    _taken = 0
-
-    def complete(self, completion: Completion) -> None:
-        with self._answered:
-            self.completions.append(completion)
-            self._answered.notify()

@@ -456,7 +456,7 @@ def _other_methods(used: Sequence[Record]) -> Iterator[Row]:
     modes = _listed(window.traffic_mode.replace("_", " ") for window in windows)
     repeats = _range((float(window.window_repeats) for window in windows), "{:.0f}".format)
     lengths = _range((window.window_s for window in windows), format_duration)
-    yield ["Window", f"{modes}, {lengths}", f"prompt set run {'once' if repeats == '1' else f'{repeats} times'}"]
+    yield ["Window", f"{modes}, {lengths}", f"prompt set run {repeats} {'time' if repeats == '1' else 'times'}"]
     unsettled = sum(record.validity.warmup_converged is False for record in used)
     remark = f"did not converge in {plural(unsettled, 'result')}" if unsettled else ""
     yield ["Warm-up", _range((window.warmup_s for window in windows), format_duration), remark]

@@ -1,14 +1,29 @@
-"""A checkpoint is told as far as it can be; what transformers cannot build, another engine may run."""
+"""Checkpoints are identified as far as possible; the hash of weights changes with each byte and with nothing else."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lem.base.errors import EngineError
+from lem.config.experiment import ExperimentConfig
+from lem.engines.checkpoints import (
+    WEIGHT_FAILURES,
+    commit_of,
+    count_embedding_parameters,
+    explained,
+    hash_files,
+    hash_weights,
+    identify,
+    locate,
+    weight_files,
+)
+from lem.engines.pytorch import load
 
 pytestmark = [pytest.mark.needs("torch"), pytest.mark.needs("transformers")]
 
@@ -23,16 +38,12 @@ LLAMA = {
 
 
 def checkpoint(folder: Path, text: str) -> Any:
-    from lem.engines.checkpoints import locate
-
     (folder / "config.json").write_text(text, encoding="utf-8")
     (folder / "model.safetensors").write_bytes(b"weights")
     return locate(str(folder), marker="config.json", revision=None, token=None, option="model")
 
 
 def test_parameters_are_counted_without_weights_in_memory(tmp_path: Path) -> None:
-    from lem.engines.checkpoints import identify
-
     found = identify(checkpoint(tmp_path, json.dumps(LLAMA)))
     assert (found.parameters, found.embedding_parameters) == (95_040, 12_800)
     assert found.weights_sha256 is not None
@@ -53,20 +64,11 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN.keys())
-def test_parameters_that_cannot_be_counted_are_unknown_and_no_error(tmp_path: Path, text: str) -> None:
-    from lem.engines.checkpoints import identify
-
-    found = identify(checkpoint(tmp_path, text))
+def test_a_broken_model_has_unknown_parameters_and_does_not_load(tmp_path: Path, text: str) -> None:
+    source = checkpoint(tmp_path, text)
+    found = identify(source)
     assert (found.parameters, found.embedding_parameters) == (None, None)
     assert found.weights_sha256 is not None
-
-
-@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN.keys())
-def test_what_cannot_be_loaded_is_an_error_of_the_model_that_would_come_again(tmp_path: Path, text: str) -> None:
-    from lem.config.experiment import ExperimentConfig
-    from lem.engines.pytorch import load
-
-    source = checkpoint(tmp_path, text)
     experiment = ExperimentConfig.from_dict({"model": source.name, "gpus": [], "fp_precision": "float32"})
     with pytest.raises(EngineError) as caught:
         load(experiment, {})
@@ -74,8 +76,6 @@ def test_what_cannot_be_loaded_is_an_error_of_the_model_that_would_come_again(tm
 
 
 def test_an_index_of_weights_that_is_broken_is_an_error_of_the_model(tmp_path: Path) -> None:
-    from lem.engines.checkpoints import identify
-
     source = checkpoint(tmp_path, json.dumps(LLAMA))
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": [1]}', encoding="utf-8")
@@ -85,9 +85,131 @@ def test_an_index_of_weights_that_is_broken_is_an_error_of_the_model(tmp_path: P
 
 
 def test_only_what_a_call_is_known_to_raise_is_explained() -> None:
-    from lem.engines.checkpoints import WEIGHT_FAILURES, explained
-
     with pytest.raises(EngineError, match="weights of m: a file"), explained("weights of m", WEIGHT_FAILURES):
         raise OSError("a file")
     with pytest.raises(TypeError), explained("weights of m", WEIGHT_FAILURES):
         raise TypeError("a bug of lem")
+
+
+# Weights
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def write(folder: Path, **files: bytes) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_bytes(content)
+    return folder
+
+
+def index_of(*parts: str) -> bytes:
+    return json.dumps({"weight_map": {f"layer{number}": part for number, part in enumerate(parts)}}).encode()
+
+
+def test_weights_are_searched_for_as_transformers_does(tmp_path: Path) -> None:
+    assert (weight_files(tmp_path), hash_weights(tmp_path)) == ((), None)
+    write(tmp_path, pytorch_model__bin=b"old", model__safetensors=b"new")
+    (tmp_path / "model.safetensors.index.json").write_bytes(index_of("part-1"))
+    assert weight_files(tmp_path) == (tmp_path / "model.safetensors",)
+
+
+def test_weights_in_parts_are_those_of_the_index_and_no_others(tmp_path: Path) -> None:
+    write(tmp_path, **{"part-2": b"2", "part-1": b"1", "stray.safetensors": b"x"})
+    (tmp_path / "model.safetensors.index.json").write_bytes(index_of("part-2", "part-1", "part-2"))
+    assert weight_files(tmp_path) == (tmp_path / "part-1", tmp_path / "part-2")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", "{}", '{"weight_map": ["part-1"]}', '{"weight_map": {"layer0": 1}}', "[" * 100_000]
+)
+def test_an_index_of_another_shape_is_a_value_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"weight_map|Expecting|nested"):
+        hash_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "count"),
+    [((2, 3), None, 6), ((2, 3), (4, 5), 26), ((2, 3), "the same", 6), (None, None, None), ((2, 3), "packed", None)],
+)
+def test_parameters_of_embeddings_are_counted_where_they_are_matrices(inputs: Any, outputs: Any, count: Any) -> None:
+    first = None if inputs is None else layer(*inputs)
+    second = first if outputs == "the same" else SimpleNamespace() if outputs == "packed" else None
+    if isinstance(outputs, tuple):
+        second = layer(*outputs)
+    assert count_embedding_parameters(first, second) == count
+
+
+def layer(rows: int, columns: int) -> Any:
+    return SimpleNamespace(weight=SimpleNamespace(numel=lambda: rows * columns))
+
+
+def test_the_hash_is_over_lines_of_hash_and_name(tmp_path: Path) -> None:
+    write(tmp_path, a=b"first", b=b"second")
+    lines = "".join(
+        f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in (("a", b"first"), ("b", b"second"))
+    )
+    # What `sha256sum a b | sha256sum` prints.
+    assert hash_files({tmp_path / name: name for name in "ba"}) == hashlib.sha256(lines.encode()).hexdigest()
+
+
+def test_one_changed_byte_changes_the_hash_and_the_folder_does_not(tmp_path: Path) -> None:
+    here = write(tmp_path / "here", weights=b"0" * 5_000_000)
+    there = write(tmp_path / "there", weights=b"0" * 5_000_000)
+    other = write(tmp_path / "other", weights=b"0" * 4_999_999 + b"1")
+    assert hash_files({here / "weights": "weights"}) == hash_files({there / "weights": "weights"})
+    assert hash_files({here / "weights": "weights"}) != hash_files({other / "weights": "weights"})
+
+
+def test_a_file_that_changed_since_it_was_hashed_is_read_again(tmp_path: Path) -> None:
+    path = write(tmp_path, weights=b"first") / "weights"
+    first = hash_files({path: "weights"})
+    replacement = write(tmp_path, other=b"other") / "other"
+    replacement.replace(path)
+    assert hash_files({path: "weights"}) != first
+
+
+def test_a_large_file_of_the_hubs_cache_is_taken_at_the_name_of_its_blob(tmp_path: Path) -> None:
+    content = b"weights"
+    digest = hashlib.sha256(content).hexdigest()
+    blobs = write(tmp_path / "blobs", **{digest: content})
+    snapshot = write(tmp_path / "snapshots" / COMMIT)
+    (snapshot / "model.safetensors").symlink_to(blobs / digest)
+    plain = write(tmp_path / "plain", model__safetensors=content)
+    expected = hash_weights(plain)
+    assert hash_weights(snapshot) == expected
+    (blobs / digest).write_bytes(b"not read")
+    assert hash_weights(snapshot) == expected
+
+
+def test_a_link_elsewhere_is_read(tmp_path: Path) -> None:
+    # A name like a hash outside a cache of the hub proves nothing.
+    name = "0" * 64
+    write(tmp_path / "elsewhere", **{name: b"content"})
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "elsewhere" / name)
+    plain = write(tmp_path / "plain", model__safetensors=b"content")
+    assert hash_weights(tmp_path) == hash_weights(plain)
+
+
+def test_an_adapter_is_part_of_the_weights(tmp_path: Path) -> None:
+    model = write(tmp_path / "model", model__safetensors=b"model")
+    adapter = write(tmp_path / "adapter", adapter_model__safetensors=b"adapter")
+    lines = "".join(
+        f"{hashlib.sha256(content).hexdigest()}  {name}\n"
+        for name, content in (("adapter/adapter_model.safetensors", b"adapter"), ("model.safetensors", b"model"))
+    )
+    assert hash_weights(model, adapter) == hashlib.sha256(lines.encode()).hexdigest()
+    assert hash_weights(model, adapter) != hash_weights(model)
+
+
+@pytest.mark.parametrize(
+    ("folder", "commit"),
+    [
+        (Path("/cache/models--a--b/snapshots") / COMMIT, COMMIT),
+        (Path("/home/me") / COMMIT, None),
+        (Path("/cache/models--a--b/snapshots/main"), None),
+    ],
+)
+def test_the_commit_is_the_name_of_a_snapshot(folder: Path, commit: str | None) -> None:
+    assert commit_of(folder) == commit

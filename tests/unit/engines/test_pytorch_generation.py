@@ -115,15 +115,3 @@ def test_settings_that_transformers_refuses_are_the_users() -> None:
         try_out(runner(Model(), early_stopping="perhaps"), PyTorchConfig(), facts)
     with pytest.raises(OptionRefused, match="IndexError"):
         try_out(runner(Model(IndexError("an index"))), PyTorchConfig(), facts)
-
-
-def test_a_bug_before_the_trial_is_not_the_engines() -> None:
-    from lem.config.backends import PyTorchConfig
-    from lem.engines.pytorch.generation import try_out
-    from lem.engines.pytorch.options import EngineFacts
-
-    broken = runner(Model())
-    broken.loaded.tokens = None
-    facts = EngineFacts({"transformers": "5.23.0", "torch": "2.13.0"}, "cpu", None, (), ())
-    with pytest.raises(AttributeError):
-        try_out(broken, PyTorchConfig(), facts)

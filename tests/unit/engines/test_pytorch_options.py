@@ -1,20 +1,28 @@
-"""What an experiment asks of `generate`: everything named, nothing left to what a model brings along."""
+"""What an experiment asks of `generate`, and how its requests form batches."""
 
 from __future__ import annotations
 
+import itertools
+import random
 from typing import Any
 
 import pytest
 
 from lem.config.experiment import ExperimentConfig
+from lem.engines.protocol import TokenRequest
 from lem.engines.pytorch.options import (
+    BATCHING_STRATEGIES,
+    BatchRules,
     EngineFacts,
     SpecialTokens,
     assistant_settings,
     batch_rules,
     compiles_steps,
+    cut_output,
     generation_settings,
     idle_options,
+    pad_left,
+    plan_batches,
     section_of,
 )
 
@@ -50,9 +58,6 @@ def test_greedy_decoding_leaves_sampling_values_out(decoder: dict[str, Any]) -> 
 def test_every_end_of_the_model_ends_a_sequence_unless_it_is_ignored() -> None:
     assert settings()["eos_token_id"] == [2, 7]
     assert "eos_token_id" not in settings(ignore_eos=True)
-
-
-def test_a_model_without_an_end_has_none() -> None:
     assert "eos_token_id" not in generation_settings(experiment(), SpecialTokens(0, ()), "cpu")
 
 
@@ -65,11 +70,7 @@ def test_beams_are_passed_while_they_are_enabled() -> None:
     found = settings(pytorch={"beam_search": beams})
     assert (found["num_beams"], found["length_penalty"], found["early_stopping"]) == (4, 0.5, "never")
     assert "num_beams" not in settings()
-
-
-def test_rows_of_a_beam_search_share_one_bound_and_others_need_not() -> None:
-    beams = {"beam_search": {"enabled": True, "num_beams": 2}}
-    assert batch_rules(experiment(pytorch=beams)).has_one_bound
+    assert batch_rules(experiment(pytorch={"beam_search": beams})).has_one_bound
     assert not batch_rules(experiment()).has_one_bound
 
 
@@ -86,10 +87,6 @@ def test_an_assistant_drafts_exactly_the_tokens_asked_for() -> None:
         "num_assistant_tokens_schedule": "constant",
         "assistant_confidence_threshold": 0.0,
     }
-
-
-def test_an_assistant_is_left_to_transformers_without_a_number() -> None:
-    assert assistant_settings(section_of(experiment(pytorch={"assisted_generation": {"model": "small"}}))) == {}
 
 
 def test_extra_arguments_go_to_whoever_reads_them() -> None:
@@ -121,15 +118,86 @@ def test_min_p_under_greedy_decoding_is_told() -> None:
     assert idle_options(experiment(decoder=GREEDY)) == ()
 
 
-def test_an_experiment_without_a_section_has_the_defaults() -> None:
-    assert section_of(experiment()).batch_size == 1
-
-
-def test_an_experiment_of_another_backend_is_a_mistake_of_the_program() -> None:
-    with pytest.raises(TypeError, match="vllm"):
-        section_of(experiment(backend="vllm"))
-
-
 @pytest.mark.parametrize(("version", "release"), [("5.23.0", (5, 23)), ("4.57.1", (4, 57)), ("5.24.0.dev0", (5, 24))])
 def test_the_release_of_transformers_is_read(version: str, release: tuple[int, int]) -> None:
     assert EngineFacts({"transformers": version, "torch": "2.13.0"}, "cpu").release == release
+
+
+# Batches
+
+END = frozenset({2})
+
+
+def request(index: int, length: int, maximum: int = 8, minimum: int = 0) -> TokenRequest:
+    return TokenRequest(index, tuple(range(10, 10 + length)), maximum, minimum)
+
+
+def indices(batches: tuple[tuple[TokenRequest, ...], ...]) -> list[list[int]]:
+    return [[item.index for item in batch] for batch in batches]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rules", "batches"),
+    [
+        ([5, 1, 9, 2, 7], BatchRules("static", 2), [[0, 1], [2, 3], [4]]),
+        ([5, 1, 9, 2, 7], BatchRules("sorted_static", 2), [[2, 4], [0, 3], [1]]),
+        ([4] * 5, BatchRules("sorted_static", 2), [[0, 1], [2, 3], [4]]),  # equal lengths keep their order
+        # Rows of up to 2 + 8 positions fit four times into 40; the prompt of 12 makes each row 20 wide: two fit.
+        ([2, 2, 2, 2, 2, 12, 2], BatchRules("dynamic", 9, 40), [[0, 1, 2, 3], [4, 5], [6]]),
+        ([1] * 5, BatchRules("dynamic", 2, 10_000), [[0, 1], [2, 3], [4]]),
+        ([2, 90, 2], BatchRules("dynamic", 4, 40), [[0], [1], [2]]),  # a request above the budget runs alone
+        ([90] * 4, BatchRules("static", 4, 40), [[0, 1, 2, 3]]),  # no budget
+        ([], BatchRules("static", 4), []),
+    ],
+)
+def test_batches_follow_strategy_size_and_budget(
+    lengths: list[int], rules: BatchRules, batches: list[list[int]]
+) -> None:
+    assert indices(plan_batches([request(index, length) for index, length in enumerate(lengths)], rules)) == batches
+
+
+def test_requests_with_one_bound_go_together_where_a_batch_has_one_bound() -> None:
+    requests = [request(index, 3, maximum=4 + 4 * (index % 2)) for index in range(6)]
+    batches = plan_batches(requests, BatchRules("static", 2, has_one_bound=True))
+    assert indices(batches) == [[0, 2], [4], [1, 3], [5]]
+    assert all(len({item.max_output_tokens for item in batch}) == 1 for batch in batches)
+
+
+@pytest.mark.parametrize(("strategy", "has_one_bound"), list(itertools.product(BATCHING_STRATEGIES, (False, True))))
+def test_every_request_is_in_one_batch_and_no_batch_is_too_large(strategy: str, has_one_bound: bool) -> None:
+    rng = random.Random(7)
+    for _ in range(50):
+        requests = [request(index, rng.randint(1, 20), rng.choice([4, 8])) for index in range(rng.randint(1, 30))]
+        rules = BatchRules(strategy, rng.randint(1, 6), 120 if strategy.endswith("dynamic") else None, has_one_bound)
+        batches = plan_batches(requests, rules)
+        assert sorted(itertools.chain.from_iterable(indices(batches))) == list(range(len(requests)))
+        for batch in batches:
+            width = max(len(item.token_ids) for item in batch) + max(item.max_output_tokens for item in batch)
+            assert len(batch) <= rules.batch_size
+            assert rules.max_tokens is None or len(batch) * width <= rules.max_tokens
+
+
+def test_padding_stands_in_front_and_is_masked() -> None:
+    ids, mask = pad_left([(5, 6, 7), (8,)], 0)
+    assert ids == [[5, 6, 7], [0, 0, 8]]
+    assert mask == [[1, 1, 1], [0, 0, 1]]
+    assert pad_left([(0, 0, 7), (8,)], 0)[1] == mask  # the padding id of a prompt is not masked
+
+
+@pytest.mark.parametrize(
+    ("generated", "maximum", "ends", "kept"),
+    [
+        ((5, 6, 2, 0, 0), 9, END, (5, 6, 2)),  # the end counts, what fills the row up does not
+        ((5, 6, 2, 2, 2), 9, END, (5, 6, 2)),  # also where the padding is the end itself
+        ((2, 0, 0), 9, END, (2,)),
+        ((5, 2, 6, 7), 9, frozenset(), (5, 2, 6, 7)),  # an end that is ignored is a token like any other
+        ((5, 6, 7, 8), 3, END, (5, 6, 7)),  # a row beyond its own bound, generated because others went on
+        ((5, 6, 7, 2), 3, END, (5, 6, 7)),  # an end beyond the bound
+        ((5, 6, 9, 0), 9, frozenset({9, 2}), (5, 6, 9)),
+        ((), 9, END, ()),
+    ],
+)
+def test_output_is_cut_after_its_end(
+    generated: tuple[int, ...], maximum: int, ends: frozenset[int], kept: tuple[int, ...]
+) -> None:
+    assert cut_output(generated, maximum, ends) == kept

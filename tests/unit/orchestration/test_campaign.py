@@ -18,8 +18,6 @@ from tests.campaign_doubles import ENVIRONMENT, FakeWorker, Place, make_campaign
 from tests.faulty_disk import watching
 
 FOUR, EIGHT = "pytorch-max_output_tokens=4", "pytorch-max_output_tokens=8"
-
-
 RESUME = RunOptions(resume=True)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from lem import __version__
 from lem.base import process
-from lem.base.errors import Interrupted, UserError
+from lem.base.errors import EngineError, Interrupted, UserError
 from lem.orchestration.dispatch import Outcome, Timeouts, Watch, Worker, WorkerUnavailable, event_of, outcome_of
 from lem.orchestration.schedule import StopRequest
 from lem.orchestration.session import LocalExecutor
@@ -28,14 +28,8 @@ from tests.pythons import Python, find_pythons
 from tests.worker_rig import COMMAND, Rig
 
 TIMEOUTS = Timeouts(load_s=100.0, experiment_s=50.0, silence_s=30.0, heartbeat_s=20.0)
-
-
 REQUEST = RunRequest({}, {"experiment_id": "e"}, "/results/e", "key", True)
-
-
 HEARTBEAT = {"type": "heartbeat"}
-
-
 RESULT = {
     "type": "result",
     "exp_id": "e",
@@ -44,8 +38,6 @@ RESULT = {
     "engine_reused": False,
     "summary": {"output_tok": 8},
 }
-
-
 ERROR = {
     "type": "error",
     "exp_id": "e",
@@ -83,16 +75,13 @@ def kind_at(watch: Watch, now: float) -> str | None:
 
 def test_nothing_is_late_before_its_time():
     watch = Watch(TIMEOUTS, 0.0)
-
     assert watch.next_deadline == 20.0
     assert watch.expired(19.9) is None
 
 
 def test_a_worker_that_says_nothing_at_all_is_lost_after_the_heartbeats_are_due():
     watch = Watch(TIMEOUTS, 0.0)
-
     error = watch.expired(20.0)
-
     assert error is not None
     assert error.kind == "channel"
     assert "20.0 s" in error.message
@@ -101,9 +90,7 @@ def test_a_worker_that_says_nothing_at_all_is_lost_after_the_heartbeats_are_due(
 def test_heartbeats_are_no_sign_of_progress():
     watch = Watch(TIMEOUTS, 0.0)
     kept_alive(watch, HEARTBEAT, until=30.0)
-
     error = watch.expired(30.0)
-
     assert error is not None
     assert error.kind == "silent"
     assert "silence_timeout_seconds" in error.hint
@@ -116,7 +103,6 @@ def test_phases_and_progress_are_signs_of_progress(sign: Mapping[str, object]):
     kept_alive(watch, HEARTBEAT, until=25.0)
     watch.heard(sign, 25.0)
     kept_alive(watch, HEARTBEAT, until=55.0, start=30.0)
-
     assert kind_at(watch, 54.9) is None
     assert kind_at(watch, 55.0) == "silent"
 
@@ -125,7 +111,6 @@ def test_loading_has_a_time_of_its_own():
     watch = Watch(TIMEOUTS, 0.0)
     watch.heard(phase("load"), 1.0)
     kept_alive(watch, progress(1), phase("load"), until=100.0)
-
     assert kind_at(watch, 100.9) is None
     error = watch.expired(101.0)
     assert error is not None
@@ -150,7 +135,6 @@ def test_the_rest_has_its_time_from_the_end_of_the_load_whatever_phases_follow()
     kept_alive(watch, progress(1), until=90.0)
     watch.heard(phase("idle"), 90.0)
     kept_alive(watch, phase("window"), until=140.0, start=90.0)
-
     assert kind_at(watch, 139.9) is None
     error = watch.expired(140.0)
     assert error is not None
@@ -165,7 +149,6 @@ def test_a_result_is_an_outcome():
 def test_an_error_is_an_outcome_with_all_that_the_worker_reported():
     outcome = outcome_of(REQUEST, ERROR)
     error = outcome.error
-
     assert error is not None
     assert (error.kind, error.message, error.hint) == ("out_of_memory", "does not fit", "ask for less")
     assert error.is_permanent is True
@@ -188,14 +171,8 @@ def test_events_are_those_of_this_experiment_alone():
 
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
 PATIENT = Timeouts(load_s=100.0, experiment_s=100.0, silence_s=100.0, heartbeat_s=100.0)
-
-
 HANG = {"at": "generate", "do": "hang"}
-
-
 HELLO = {"type": "hello", "protocol": PROTOCOL_VERSION, "lem_version": __version__, "pid": 1, "environment": {}}
 
 
@@ -226,6 +203,11 @@ class Events(list[Event]):
             self._then()
 
 
+def failure(outcome: Outcome) -> EngineError:
+    assert outcome.error is not None
+    return outcome.error
+
+
 def real_worker(rig: Rig, command: Sequence[str] = COMMAND) -> Worker:
     return Worker(command, env=rig.environ())
 
@@ -245,9 +227,7 @@ def scripted_worker(rig: Rig, *lines: object, then: str = "") -> Worker:
 
 def test_an_experiment_ends_with_a_result_and_tells_its_phases(rig: Rig):
     worker, events = real_worker(rig), Events()
-
     outcome = worker.run(rig.request("e"), events, PATIENT)
-
     assert outcome.error is None
     assert [event.data["phase"] for event in events if event.kind == "phase"][-1] == "write"
     assert (rig.folder / "e" / "result.json").exists()
@@ -263,13 +243,10 @@ def test_the_engine_is_reused_until_it_is_unloaded_or_another_is_due(rig: Rig):
         rig.request("e4", fp_precision="float32", keep_engine=False),
         rig.request("e5", fp_precision="float32"),
     )
-
     reused = [worker.run(request, Events(), PATIENT).engine_reused for request in (first, again, other)]
     assert reused == [False, True, False]
-
     worker.unload()
     assert len(rig.marker.pids()) == 1  # the supervisor alone
-
     assert worker.run(third, Events(), PATIENT).engine_reused is False
     assert worker.run(fourth, Events(), PATIENT).engine_reused is False
     worker.stop()
@@ -278,9 +255,7 @@ def test_the_engine_is_reused_until_it_is_unloaded_or_another_is_due(rig: Rig):
 def test_a_failed_experiment_leaves_a_worker_that_can_run_the_next(rig: Rig):
     rig.rules = [{"at": "load", "do": "fail", "kind": "out_of_memory", "permanent": True, "when": {"gpus": []}}]
     worker = real_worker(rig)
-
     outcome = worker.run(rig.request("e1", gpus=[]), Events(), PATIENT)
-
     assert outcome.error is not None
     assert (outcome.error.kind, outcome.error.is_permanent, outcome.phase) == ("out_of_memory", True, "load")
     assert worker.run(rig.request("e2"), Events(), PATIENT).error is None
@@ -290,11 +265,8 @@ def test_a_failed_experiment_leaves_a_worker_that_can_run_the_next(rig: Rig):
 def test_a_load_that_hangs_ends_at_its_timeout_and_leaves_nothing(rig: Rig):
     rig.rules = [{"at": "load", "do": "hang"}]
     worker = real_worker(rig)
-
-    outcome = worker.run(rig.request("e"), Events(), Timeouts(load_s=1.0))
-
-    assert outcome.error is not None
-    assert outcome.error.kind == "timeout"
+    error = failure(worker.run(rig.request("e"), Events(), Timeouts(load_s=1.0)))
+    assert error.kind == "timeout"
     assert not worker.is_open
     assert rig.marker.pids() == ()
 
@@ -302,22 +274,17 @@ def test_a_load_that_hangs_ends_at_its_timeout_and_leaves_nothing(rig: Rig):
 def test_an_experiment_that_takes_too_long_ends_at_its_timeout(rig: Rig):
     rig.token_s = 1000.0
     worker = real_worker(rig)
-
-    outcome = worker.run(rig.request("e"), Events(), Timeouts(experiment_s=0.5))
-
-    assert outcome.error is not None
-    assert outcome.error.kind == "timeout"
-    assert "experiment_timeout_seconds" in outcome.error.hint
+    error = failure(worker.run(rig.request("e"), Events(), Timeouts(experiment_s=0.5)))
+    assert error.kind == "timeout"
+    assert "experiment_timeout_seconds" in error.hint
     assert rig.marker.pids() == ()
 
 
 def test_an_engine_without_progress_is_silent_and_the_next_run_has_a_new_worker(rig: Rig):
     rig.rules = [{**HANG, "when": {"max_output_tokens": 8}}]
     worker = real_worker(rig)
-
     # Heartbeats come every 5 s and must not count.
     outcome = worker.run(rig.request("e1", max_output_tokens=8), Events(), Timeouts(silence_s=6.0))
-
     assert outcome.error is not None
     assert (outcome.error.kind, outcome.phase) == ("silent", "window")
     assert rig.marker.pids() == ()
@@ -328,11 +295,8 @@ def test_an_engine_without_progress_is_silent_and_the_next_run_has_a_new_worker(
 
 def test_a_worker_that_says_nothing_at_all_is_given_up(rig: Rig):
     worker = scripted_worker(rig)
-
-    outcome = worker.run(rig.request("e"), Events(), Timeouts(heartbeat_s=0.5))
-
-    assert outcome.error is not None
-    assert outcome.error.kind == "channel"
+    error = failure(worker.run(rig.request("e"), Events(), Timeouts(heartbeat_s=0.5)))
+    assert error.kind == "channel"
     assert rig.marker.pids() == ()
 
 
@@ -349,23 +313,17 @@ def test_a_worker_that_says_nothing_at_all_is_given_up(rig: Rig):
 )
 def test_garbage_on_the_channel_is_an_error_and_ends_the_worker(rig: Rig, line: object):
     worker = scripted_worker(rig, line)
-
-    outcome = worker.run(rig.request("e"), Events(), PATIENT)
-
-    assert outcome.error is not None
-    assert outcome.error.kind == "channel"
+    error = failure(worker.run(rig.request("e"), Events(), PATIENT))
+    assert error.kind == "channel"
     assert not worker.is_open
     assert rig.marker.pids() == ()
 
 
 def test_a_worker_that_dies_is_told_with_what_it_said(rig: Rig):
     worker = scripted_worker(rig, then="print('no space', file=sys.stderr); os.kill(os.getpid(), signal.SIGABRT)")
-
-    outcome = worker.run(rig.request("e"), Events(), PATIENT)
-
-    assert outcome.error is not None
-    assert outcome.error.kind == "died"
-    assert outcome.error.message == "the worker was killed by SIGABRT: no space"
+    error = failure(worker.run(rig.request("e"), Events(), PATIENT))
+    assert error.kind == "died"
+    assert error.message == "the worker was killed by SIGABRT: no space"
     assert not worker.is_open
 
 
@@ -373,10 +331,8 @@ def test_a_worker_that_died_between_two_experiments_costs_none_of_them(rig: Rig)
     worker = real_worker(rig)
     worker.run(rig.request("e1"), Events(), PATIENT)
     supervisor = rig.marker.pid_of("worker")
-
     os.kill(supervisor, signal.SIGKILL)
     assert wait_until_ended(supervisor)
-
     assert worker.run(rig.request("e2"), Events(), PATIENT).engine_reused is False
     worker.stop()
 
@@ -391,20 +347,16 @@ def test_a_stopped_guardian_does_not_save_an_engine_whose_supervisor_died(rig: R
         os.kill(guardian, signal.SIGSTOP)
         os.kill(supervisor, signal.SIGKILL)
 
-    outcome = worker.run(rig.request("e"), Events("window", stop_guardian_and_kill_supervisor), PATIENT)
-
-    assert outcome.error is not None
-    assert outcome.error.kind == "died"
+    error = failure(worker.run(rig.request("e"), Events("window", stop_guardian_and_kill_supervisor), PATIENT))
+    assert error.kind == "died"
     assert rig.marker.survivors() == ()
 
 
 def test_a_stop_ends_the_experiment_and_the_worker(rig: Rig, stop: StopRequest):
     rig.rules = [HANG]
     worker = real_worker(rig)
-
     with pytest.raises(Interrupted) as caught:
         worker.run(rig.request("e"), Events("window", lambda: stop.request(signal.SIGTERM)), PATIENT, stop)
-
     assert caught.value.signum == signal.SIGTERM
     assert not worker.is_open
     assert rig.marker.pids() == ()
@@ -434,10 +386,8 @@ def test_a_signal_wakes_a_host_that_waits(rig: Rig, stop: StopRequest):
     rig.rules = [HANG]
     worker = real_worker(rig)
     events = Events("window", lambda: signal.setitimer(signal.ITIMER_REAL, 0.5))
-
     with alarms_ask(stop), pytest.raises(Interrupted):
         worker.run(rig.request("e"), events, PATIENT, stop)
-
     assert rig.marker.pids() == ()
 
 
@@ -453,7 +403,6 @@ def test_a_second_signal_kills_at_once(rig: Rig, stop: StopRequest):
 
     with alarms_ask(stop, times=2), pytest.raises(Interrupted):
         worker.run(rig.request("e"), Events("window", ask_soon), PATIENT, stop)
-
     assert not worker.is_open
     assert rig.marker.survivors() == ()
 
@@ -466,7 +415,6 @@ def test_an_error_of_the_listener_leaves_no_worker(rig: Rig):
 
     with pytest.raises(OSError, match="terminal"):
         worker.run(rig.request("e"), Events("load", fail), PATIENT)
-
     assert not worker.is_open
     assert rig.marker.survivors() == ()
 
@@ -474,9 +422,7 @@ def test_an_error_of_the_listener_leaves_no_worker(rig: Rig):
 def test_kill_is_at_once_and_leaves_nothing(rig: Rig):
     worker = real_worker(rig)
     worker.run(rig.request("e"), Events(), PATIENT)
-
     worker.kill()
-
     assert not worker.is_open
     assert rig.marker.pids() == ()
     worker.kill()  # nothing to do
@@ -489,10 +435,8 @@ def test_kill_is_at_once_and_leaves_nothing(rig: Rig):
 def test_another_version_of_lem_is_refused(rig: Rig, hello: dict[str, object]):
     script = f"import sys; print({json.dumps(json.dumps(hello))}, flush=True); sys.stdin.read()"
     worker = Worker((sys.executable, "-c", script), env=rig.environ())
-
     with pytest.raises(WorkerUnavailable, match="the worker is lem") as caught:
         worker.open()
-
     assert "lem.pyz" in caught.value.hint
     assert not worker.is_open
 
@@ -508,10 +452,8 @@ def test_another_version_of_lem_is_refused(rig: Rig, hello: dict[str, object]):
 )
 def test_a_worker_that_does_not_start_is_told_with_why(rig: Rig, script: str, reason: str):
     worker = Worker((sys.executable, "-c", script), env=rig.environ())
-
     with pytest.raises(WorkerUnavailable) as caught:
         worker.open()
-
     assert reason in caught.value.message
     assert sys.executable in caught.value.hint
     assert not worker.is_open
@@ -519,7 +461,6 @@ def test_a_worker_that_does_not_start_is_told_with_why(rig: Rig, script: str, re
 
 def test_a_worker_that_never_says_hello_is_given_up(rig: Rig):
     worker = Worker((sys.executable, "-c", "import sys; sys.stdin.read()"), env=rig.environ())
-
     with pytest.raises(WorkerUnavailable, match="no message within"):
         worker.open(timeout_s=0.3)
 
@@ -527,11 +468,9 @@ def test_a_worker_that_never_says_hello_is_given_up(rig: Rig):
 def test_what_may_be_left_elsewhere_is_looked_after_only_when_the_worker_did_not_end_by_itself(rig: Rig):
     calls: list[str] = []
     worker = Worker(COMMAND, env=rig.environ(), shares_pids=False, backstop=lambda: calls.append("backstop"))
-
     worker.open()
     worker.stop()
     assert calls == []
-
     worker.open()
     worker.kill()
     assert calls == ["backstop"]
@@ -539,9 +478,7 @@ def test_what_may_be_left_elsewhere_is_looked_after_only_when_the_worker_did_not
 
 def test_a_request_larger_than_a_pipe_arrives_whole(rig: Rig):
     worker = real_worker(rig)
-
     outcome = worker.run(rig.request("e", extra_metadata={"note": "x" * 1_000_000}), Events(), PATIENT)
-
     assert outcome.error is None
     worker.stop()
 
@@ -564,9 +501,7 @@ def test_a_killed_host_leaves_nothing(rig: Rig):
     _, stdout = process.pipes(host)
     while stdout.readline() != b"window\n":
         assert host.poll() is None
-
     host.kill()
-
     host.communicate()
     assert rig.marker.survivors() == ()
 
@@ -574,7 +509,6 @@ def test_a_killed_host_leaves_nothing(rig: Rig):
 @pytest.mark.parametrize("python", [item for item in find_pythons() if item.is_supported], ids=str)
 def test_the_same_worker_runs_under_another_python(rig: Rig, python: Python):
     worker = real_worker(rig, (*own_command(str(python.path)), "worker"))
-
     assert worker.run(rig.request("e"), Events(), PATIENT).error is None
     assert worker.environment["python"] == str(python)
     worker.stop()
@@ -588,7 +522,6 @@ def test_the_local_executor_takes_the_python_it_is_told():
 
 def test_one_worker_serves_every_backend_of_the_local_executor():
     executor = LocalExecutor()
-
     assert executor.worker_for("pytorch") is executor.worker_for("vllm")
 
 

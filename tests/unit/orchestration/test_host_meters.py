@@ -179,8 +179,6 @@ def test_no_gap_asks_nobody_and_waits_for_nothing() -> None:
 
 
 REFERENCE = Reference(power_w=100.0, temp_c=40.0)
-
-
 S = 1_000_000_000
 
 
@@ -252,24 +250,24 @@ def attend(folder: Path, executor: str, **options: Any) -> Attendance:
 def test_where_nothing_can_be_read_no_sampler_runs_and_the_worker_is_told_why(tmp_path: Path) -> None:
     attendance = attend(tmp_path, "local")
     assert attendance.sampler is None
-    assert (attendance.request.samples_path, attendance.request.is_sampler_due) == (None, False)
+    assert (attendance.request.samples_path, attendance.request.is_worker_sampling) == (None, False)
     assert attendance.request.meter_errors == {"gpu": "no driver", "rapl": "no powercap"}
 
 
 def test_a_worker_in_a_container_samples_what_the_host_may_not_see(tmp_path: Path) -> None:
     asked = attend(tmp_path, "docker").request
-    assert asked.is_sampler_due
+    assert asked.is_worker_sampling
     assert asked.samples_path == str(tmp_path / "samples.part")
 
 
 def test_a_container_that_computes_on_the_cpu_has_nothing_more_to_see(tmp_path: Path) -> None:
-    assert not attend(tmp_path, "docker", gpus=[]).request.is_sampler_due
+    assert not attend(tmp_path, "docker", gpus=[]).request.is_worker_sampling
 
 
 def test_nothing_is_sampled_where_nothing_is_wanted(tmp_path: Path) -> None:
     options = {"measurement": {"energy": "none"}, "timeseries": {"enabled": False}}
     asked = attend(tmp_path, "docker", **options).request
-    assert not asked.is_sampler_due
+    assert not asked.is_worker_sampling
     assert set(asked.meter_errors) == {"gpu", "rapl"}
 
 

@@ -27,11 +27,7 @@ from lem.orchestration.status import (
 from tests.campaign_doubles import FakeClock, Place, make_campaign
 
 NOON = FakeClock().now()
-
-
 HERE = Viewpoint(NOON + timedelta(minutes=2), "here")
-
-
 PID = 4711
 
 
@@ -44,6 +40,13 @@ def place(tmp_path, monkeypatch):
 @pytest.fixture
 def folder(place):
     return place.folder / "state" / "demo"
+
+
+@pytest.fixture
+def done(place, folder):
+    """The state folder of a campaign that ran to its end."""
+    place.runner(make_campaign(place.folder)).run()
+    return folder
 
 
 def _change(folder, **changes):
@@ -66,9 +69,8 @@ def _held(folder, pid=PID, since="2026-07-14T11:59:00.000000Z"):
     return hold_locks(lock_targets(folder, "demo", (), folder)[:1], Holder(pid, "here", "demo", since))
 
 
-def test_a_campaign_that_ran_to_its_end_is_done(place, folder):
-    place.runner(make_campaign(place.folder)).run()
-    status = read_status(folder, HERE)
+def test_a_campaign_that_ran_to_its_end_is_done(done):
+    status = read_status(done, HERE)
     assert (status.state, status.reason, status.n_left) == ("done", "", 0)
 
 
@@ -92,80 +94,70 @@ def test_one_whose_time_was_up_says_so(place, folder):
     assert read_status(folder, HERE).reason == "its deadline passed"
 
 
-def test_one_that_is_begun_and_nobody_runs_has_crashed(place, folder):
-    place.runner(make_campaign(place.folder)).run()
-    _break_off(folder)
-    status = read_status(folder, HERE)
+def test_one_that_is_begun_and_nobody_runs_has_crashed(done):
+    _break_off(done)
+    status = read_status(done, HERE)
     assert status.state == "crashed"
     assert status.reason.startswith(f"process {PID} ended unexpectedly after 2026-07-14T12:00:40Z")
 
 
-def test_one_that_was_killed_in_a_gap_has_crashed_too(place, folder):
-    place.runner(make_campaign(place.folder)).run()
-    _break_off(folder, "pending")
-    _change(folder, doing="gap")
-    assert read_status(folder, HERE).state == "crashed"
+def test_one_that_was_killed_in_a_gap_has_crashed_too(done):
+    _break_off(done, "pending")
+    _change(done, doing="gap")
+    assert read_status(done, HERE).state == "crashed"
 
 
-def test_a_restart_of_the_host_is_named_as_the_reason(place, folder):
-    place.runner(make_campaign(place.folder)).run()
-    _break_off(folder)
-    status = read_status(folder, dataclasses.replace(HERE, booted_at=NOON + timedelta(seconds=50)))
+def test_a_restart_of_the_host_is_named_as_the_reason(done):
+    _break_off(done)
+    status = read_status(done, dataclasses.replace(HERE, booted_at=NOON + timedelta(seconds=50)))
     assert status.reason == "the host was restarted at 2026-07-14T12:00:50Z; last sign of life 2026-07-14T12:00:40Z"
 
 
-def test_of_another_host_it_is_said_that_this_one_cannot_know(place, folder):
-    place.runner(make_campaign(place.folder)).run()
-    _break_off(folder)
-    status = read_status(folder, Viewpoint(HERE.now, "elsewhere"))
+def test_of_another_host_it_is_said_that_this_one_cannot_know(done):
+    _break_off(done)
+    status = read_status(done, Viewpoint(HERE.now, "elsewhere"))
     assert status.reason.startswith("it ran on here, not on this host (elsewhere)")
 
 
-def test_a_crash_is_found_without_what_the_process_said(place, folder):
-    place.runner(make_campaign(place.folder)).run()
-    _break_off(folder)
-    (folder / ACTIVITY_NAME).unlink()
-    assert read_status(folder, HERE).state == "crashed"
+def test_a_crash_is_found_without_what_the_process_said(done):
+    _break_off(done)
+    (done / ACTIVITY_NAME).unlink()
+    assert read_status(done, HERE).state == "crashed"
 
 
-def test_what_an_earlier_run_said_is_not_taken_for_this_one(place, folder):
-    place.runner(make_campaign(place.folder)).run()
-    _change(folder, run_id="another", doing="experiment")
-    assert read_status(folder, HERE).state == "done"
+def test_what_an_earlier_run_said_is_not_taken_for_this_one(done):
+    _change(done, run_id="another", doing="experiment")
+    assert read_status(done, HERE).state == "done"
 
 
-def test_with_its_lock_held_it_is_running_and_says_where_it_is(place, folder):
-    place.runner(make_campaign(place.folder)).run()
-    _break_off(folder)
-    _change(folder, eta_s=100.0, updated_at="2026-07-14T12:01:50.000000Z")
-    with _held(folder):
-        status = read_status(folder, HERE)
+def test_with_its_lock_held_it_is_running_and_says_where_it_is(done):
+    _break_off(done)
+    _change(done, eta_s=100.0, updated_at="2026-07-14T12:01:50.000000Z")
+    with _held(done):
+        status = read_status(done, HERE)
     assert (status.state, status.reason) == ("running", "")
     assert status.holder == Holder(PID, "here", "demo", "2026-07-14T11:59:00.000000Z")
     assert status.left_s == 90.0  # ten of them have passed
 
 
-def test_one_that_has_said_nothing_for_long_is_suspected(place, folder):
-    place.runner(make_campaign(place.folder)).run()
-    _break_off(folder)
-    with _held(folder):
-        status = read_status(folder, Viewpoint(NOON + timedelta(minutes=30), "here"))
+def test_one_that_has_said_nothing_for_long_is_suspected(done):
+    _break_off(done)
+    with _held(done):
+        status = read_status(done, Viewpoint(NOON + timedelta(minutes=30), "here"))
     assert status.state == "running"
     assert status.reason.startswith("no sign of life since")
 
 
-def test_between_two_runs_it_waits(place, folder):
-    place.runner(make_campaign(place.folder)).run()
-    _change(folder, pid=PID)
-    with _held(folder):
-        assert read_status(folder, HERE).state == "waiting"
+def test_between_two_runs_it_waits(done):
+    _change(done, pid=PID)
+    with _held(done):
+        assert read_status(done, HERE).state == "waiting"
 
 
-def test_a_new_process_over_what_a_crash_left_has_not_begun(place, folder):
-    place.runner(make_campaign(place.folder)).run()
-    _break_off(folder)
-    with _held(folder, pid=PID + 1, since="2026-07-14T12:01:00.000000Z"):
-        status = read_status(folder, HERE)
+def test_a_new_process_over_what_a_crash_left_has_not_begun(done):
+    _break_off(done)
+    with _held(done, pid=PID + 1, since="2026-07-14T12:01:00.000000Z"):
+        status = read_status(done, HERE)
     assert status.state == "waiting"
     assert "not measuring yet" in status.reason
 
@@ -191,11 +183,10 @@ def test_invalid_results_are_counted_among_the_done(place, folder):
     assert (status.count("completed"), status.n_invalid) == (4, 2)
 
 
-def test_looking_changes_nothing(place, folder):
-    place.runner(make_campaign(place.folder)).run()
-    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
-    read_status(folder, HERE)
-    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
+def test_looking_changes_nothing(done):
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in done.iterdir()}
+    read_status(done, HERE)
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in done.iterdir()} == before
 
 
 def test_folders_of_campaigns_are_told_from_others(place, folder):
@@ -206,12 +197,11 @@ def test_folders_of_campaigns_are_told_from_others(place, folder):
     assert find_folders(place.folder / "nowhere") == ()
 
 
-def test_a_manifest_of_another_name_is_found_and_one_set_aside_is_not(place, folder):
-    place.runner(make_campaign(place.folder)).run()
-    (folder / "campaign_manifest.json").rename(folder / "mine.json")
-    assert read_status(folder, HERE).state == "done"
-    (folder / "mine.json").rename(folder / "mine.20260714T100000Z.json")
-    assert read_status(folder, HERE).state == "none"
+def test_a_manifest_of_another_name_is_found_and_one_set_aside_is_not(done):
+    (done / "campaign_manifest.json").rename(done / "mine.json")
+    assert read_status(done, HERE).state == "done"
+    (done / "mine.json").rename(done / "mine.20260714T100000Z.json")
+    assert read_status(done, HERE).state == "none"
 
 
 # --- the estimate
@@ -292,8 +282,6 @@ def test_what_is_no_utc_label_is_no_moment(label):
 
 
 HOLDER = Holder(4711, "here", "demo", "2026-07-14T12:00:00Z")
-
-
 STARTED = {"exp_id": "abc-c1", "config_name": "small"}
 
 

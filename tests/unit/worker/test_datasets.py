@@ -158,9 +158,9 @@ def test_shuffle_takes_others_by_its_seed(tmp_path: Path) -> None:
         ([{"a": "x", "b": "y"}], None, "it has a, b"),
         ([{"prompt": "x"}], "nope", "no column 'nope'"),
         ([{"prompt": ["x"]}], None, "holds lists"),
-        ([{"prompt": ""}], None, "no prompts in it"),
-        ([], None, "no prompts in it"),
-        ([["x"]], None, "line 1: an object is due"),
+        ([{"prompt": ""}], None, "no prompts found"),
+        ([], None, "no prompts found"),
+        ([["x"]], None, "line 1: expected an object"),
     ],
 )
 def test_rows_that_hold_no_prompts_are_refused(
@@ -177,11 +177,11 @@ def test_rows_that_hold_no_prompts_are_refused(
     ("name", "content", "message"),
     [
         ("mine.jsonl", b"{", "line 1"),
-        ("mine.json", b'{"a": 1}', "a list of objects is due"),
-        ("mine.json", b"3", "a list of objects is due"),
-        ("mine.csv", b'prompt\n"open', "not what its name says"),
-        ("mine.txt", b"\xff\xfe", "not what its name says"),
-        ("mine/train.parquet", b"not parquet", "not what its name says|cannot be read"),
+        ("mine.json", b'{"a": 1}', "expected a list of objects"),
+        ("mine.json", b"3", "expected a list of objects"),
+        ("mine.csv", b'prompt\n"open', "not a valid csv file"),
+        ("mine.txt", b"\xff\xfe", "not a valid txt file"),
+        ("mine/train.parquet", b"not parquet", "not a valid parquet file|cannot be read"),
     ],
 )
 def test_broken_files_are_refused_by_name(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -201,7 +201,7 @@ def test_a_folder_without_the_split_is_refused_with_what_is_there(tmp_path: Path
 
 def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    with pytest.raises(EngineError, match="no data file in it"):
+    with pytest.raises(EngineError, match="no data files"):
         resolve(tmp_path, {"dataset": "mine"})
 
 

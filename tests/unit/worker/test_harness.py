@@ -260,7 +260,7 @@ def test_energy_is_null_with_reasons_everywhere(bench: Bench) -> None:
     record = bench.run()
     assert record.energy.gpu_energy_j is None
     assert record.energy.null_reasons["gpu_energy_j"] == "the experiment runs on the CPU"
-    assert record.energy.null_reasons["cpu_package_energy_j"] == "the host started no sampler"
+    assert record.energy.null_reasons["cpu_package_energy_j"] == "the host did not start a sampler"
     assert record.idle.idle_loaded_power_w is None
     assert record.efficiency.energy_per_output_tok_j is None
     assert record.carbon.co2e_g is None
@@ -396,6 +396,7 @@ class Device:
 
     rules: list[dict[str, object]] = field(default_factory=list)
     checks_s: float = 0.0
+    compile_s: float | None = None
     on_device: list[TrivialEngine] = field(default_factory=list)
     clock: SteppedClock = field(default_factory=SteppedClock)
 
@@ -419,16 +420,16 @@ class TrackedEngine(TrivialEngine):
 
     @property
     def report(self) -> EngineReport:
-        return replace(super().report, checks_s=self.device.checks_s)
+        return replace(super().report, checks_s=self.device.checks_s, compile_s=self.device.compile_s)
 
     def close(self) -> None:
         super().close()
         self.device.on_device.remove(self)
 
 
-@pytest.mark.parametrize(("checks_s", "load_s"), [(0.0, 2.0), (0.5, 1.5)])
-def test_the_first_experiment_loads_the_engine(checks_s: float, load_s: float) -> None:
-    engine = Device(checks_s=checks_s).engine
+@pytest.mark.parametrize(("checks_s", "compile_s", "load_s"), [(0.0, None, 2.0), (0.5, None, 1.5), (0.25, 0.75, 1.0)])
+def test_the_first_experiment_loads_the_engine(checks_s: float, compile_s: float | None, load_s: float) -> None:
+    engine = Device(checks_s=checks_s, compile_s=compile_s).engine
     residence = engine.ensure(ANY, "key", {})
     assert (residence.is_reused, residence.load_s, residence.load_id) == (False, load_s, "load-1")
     assert engine.is_resident("key")

@@ -61,6 +61,13 @@ def test_prompts_become_requests_within_their_bounds(
     assert [(item.code, item.data["limit"]) for item in found.warnings] == warnings
 
 
+def test_a_prompt_that_is_cut_keeps_its_beginning() -> None:
+    assert (
+        encode(Prompt("a b c d"), max_input_tokens=3).requests[0].token_ids
+        == encode(Prompt("a b")).requests[0].token_ids
+    )
+
+
 def test_extending_cycles_the_text_and_not_what_begins_every_text() -> None:
     begin, first, second, *rest = encode(Prompt("a b", input_tokens=7)).requests[0].token_ids
     assert begin == BEGIN_OF_TEXT
@@ -345,7 +352,7 @@ def test_an_answer_given_twice_is_refused(plan: TrafficPlan) -> None:
 
 
 def test_an_engine_that_stops_serving_too_early_is_refused() -> None:
-    with pytest.raises(EngineError, match="before the window had closed"):
+    with pytest.raises(EngineError, match="before the window closed"):
         measure(Quitter(SteppedClock()), closed_loop(2))
 
 

@@ -116,7 +116,7 @@ def test_one_that_cannot_write_says_why(output: Path) -> None:
     assert not wait_until_ready(output / "samples", 2**62, sampler.is_running, SystemClock())
     assert sampler.stop(PATIENCE_S) == 1
     death = sampler.death() or ""
-    assert death.startswith("the sampler ended with exit code 1, saying: error:")
+    assert death.startswith("the sampler ended with exit code 1: error:")
     assert "File exists" in death
 
 
@@ -126,7 +126,7 @@ def test_a_log_that_is_removed_ends_it(output: Path) -> None:
     output.unlink()
     assert wait_until_ended(sampler.pid, PATIENCE_S)
     assert sampler.stop(0) == 1
-    assert "removed" in sampler.said()
+    assert "removed" in sampler.stderr_tail()
 
 
 def test_a_command_that_is_not_there_is_told(output: Path) -> None:
@@ -144,7 +144,7 @@ def test_it_prints_nothing_on_stdout(output: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--output", "x", "--interval-ms", "5"), "--interval-ms 5: neither 0 nor from 10 to 60000"),
+        (("--output", "x", "--interval-ms", "5"), "--interval-ms 5: expected 0, or between 10 and 60000"),
         ((), "worker --sampler needs --output"),
     ],
 )

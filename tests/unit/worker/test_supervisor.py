@@ -240,7 +240,7 @@ def test_a_sampler_beside_the_experiment_ends_with_it_or_says_in_the_log_why_it_
     host = Host(engine, heartbeat_s=0.02)
     path = tmp_path / folder / "samples.part"
     config = ExperimentConfig.from_dict({"model": "any", "gpus": []}).to_dict()
-    request = {"config": config, "samples_path": str(path), "is_sampler_due": True}
+    request = {"config": config, "samples_path": str(path), "is_worker_sampling": True}
     host.start()
 
     host.order({**run_message(tmp_path, "e"), **request})

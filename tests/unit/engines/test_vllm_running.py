@@ -1,21 +1,33 @@
-"""Requests through an engine by `add_request` and `step`: tokens counted and timed as they are seen, none lost."""
+"""A vLLM engine from outside: tokens counted and timed as they are seen, none lost; its output; its failures."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import queue
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from lem.base.errors import EngineError
+from lem.base.errors import EngineError, OptionRefused
+from lem.config.experiment import ExperimentConfig
 from lem.engines.common import EngineRaised
 from lem.engines.protocol import Completion, TokenRequest, say_nothing
-from lem.engines.vllm.running import RequestForms, StepLoop
+from lem.engines.vllm.options import EngineFacts
+from lem.engines.vllm.running import (
+    RequestForms,
+    StepLoop,
+    explain_load_failure,
+    explain_request_failure,
+    explain_run_failure,
+)
 
 S = 1_000_000_000
 
@@ -184,10 +196,10 @@ def test_a_closed_set_runs_together_and_is_timed_by_the_engine() -> None:
     assert second == Completion(1, (51, 52), 100 * S, 102 * S, None, padding_tok=0)
 
 
-def test_progress_is_told_after_every_step() -> None:
-    told: list[int] = []
-    loop(Engine()).run_closed([request(0, 10), request(1, 50, maximum=2)], told.append)
-    assert told == [0, 1, 1, 2]
+def test_tokens_of_one_step_share_its_time() -> None:
+    (found,) = loop(Engine(per_step=3)).run_alone([request(0, 10)], say_nothing)
+    assert found.output_ids == (11, 12, 13, 14)
+    assert found.token_times_ns == (101 * S, 101 * S, 101 * S, 102 * S)
 
 
 def test_alone_each_token_has_the_time_it_was_seen_at() -> None:
@@ -197,12 +209,6 @@ def test_alone_each_token_has_the_time_it_was_seen_at() -> None:
     assert first.token_times_ns == (101 * S, 102 * S, 103 * S, 104 * S)
     assert (first.started_ns, first.finished_ns) == (100 * S, 104 * S)
     assert (second.started_ns, second.token_times_ns) == (104 * S, (105 * S, 106 * S))
-
-
-def test_tokens_of_one_chunk_share_its_time() -> None:
-    (found,) = loop(Engine(per_step=3)).run_alone([request(0, 10)], say_nothing)
-    assert found.output_ids == (11, 12, 13, 14)
-    assert found.token_times_ns == (101 * S, 101 * S, 101 * S, 102 * S)
 
 
 def test_without_statistics_a_request_starts_when_it_is_handed_over() -> None:
@@ -217,32 +223,22 @@ def test_without_statistics_a_request_starts_when_it_is_handed_over() -> None:
 
 
 def test_a_request_that_is_too_long_or_not_taken_fails_alone() -> None:
-    requests = [request(0, 10), request(1, 50, length=17, maximum=4), request(2, -1)]
-    good, too_long, rejected = sorted(
-        loop(Engine()).run_closed(requests, say_nothing), key=lambda completion: completion.index
-    )
-    assert good.error is None
+    # 16 + 4 are the most tokens of a request.
+    requests = [request(0, 10, length=16), request(1, 50, length=17), request(2, -1)]
+    engine, done = Engine(), list[int]()
+    good, too_long, rejected = sorted(loop(engine).run_closed(requests, done.append), key=lambda item: item.index)
+    assert (good.error, engine.seen[0][1]) == (None, "an adapter")
+    assert done[-1] == 3
     assert too_long.error is not None
     assert "17 tokens of prompt and 4 of output" in too_long.error
     assert "20" in too_long.error
     assert rejected.error == "id -1 is no token"
 
 
-def test_the_longest_request_is_not_too_long() -> None:
-    (found,) = loop(Engine()).run_closed([request(0, 10, length=16, maximum=4)], say_nothing)
-    assert found.error is None
-
-
 @pytest.mark.parametrize(("reason", "is_good"), [("stop", True), ("length", True), ("abort", False), ("error", False)])
 def test_how_a_request_ended_decides_whether_it_failed(reason: str, is_good: bool) -> None:
     (found,) = loop(Engine(reason=reason)).run_closed([request(0, 10)], say_nothing)
     assert (found.error is None) == is_good
-
-
-def test_the_adapter_goes_with_every_request() -> None:
-    engine = Engine()
-    loop(engine).run_closed([request(0, 10), request(1, 50)], say_nothing)
-    assert [adapter for _prompt, adapter in engine.seen] == ["an adapter"] * 2
 
 
 def test_an_answer_to_a_stranger_is_a_fault() -> None:
@@ -405,15 +401,185 @@ def test_a_bug_in_making_a_request_is_not_the_engines() -> None:
         broken.run_closed([request(0, 10)], say_nothing)
 
 
-def test_a_bug_in_telling_progress_is_not_the_engines() -> None:
-    def tell(done: int) -> None:
-        raise RuntimeError(f"a bug of lem after {done}")
+# What failures mean
 
-    with pytest.raises(RuntimeError, match="a bug of lem"):
-        loop(Engine()).run_closed([request(0, 10)], tell)
+FACTS = EngineFacts("0.32.0", "cuda", frozenset())
+ELSEWHERE = RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
+
+# As a run of vLLM 0.32.0 printed them, shortened.
+WORKER_FAILED = """\
+(EngineCore pid=1) INFO 11-20 08:27:10 [core.py:402] init engine
+(Worker_TP0 pid=2) ERROR 11-20 08:27:11 [multiproc_executor.py:912] WorkerProc failed to start.
+(Worker_TP0 pid=2) ERROR 11-20 08:27:11 [multiproc_executor.py:912] Traceback (most recent call last):
+(Worker_TP0 pid=2) ERROR 11-20 08:27:11 [multiproc_executor.py:912]   File "x.py", line 1, in f
+(Worker_TP0 pid=2) ERROR 11-20 08:27:11 [multiproc_executor.py:912] {cause}
+(EngineCore pid=1) ERROR 11-20 08:27:12 [core.py:1511] Exception: WorkerProc initialization failed due to an \
+exception in a background process. See stack trace for root cause.
+"""
 
 
-def test_an_empty_queue_is_no_work() -> None:
-    engine = Apart()
-    loop(engine).serve(Arrivals())
-    assert engine.steps == []
+class EngineDeadError(Exception):
+    """As vLLM names it."""
+
+
+def experiment(section: dict[str, Any] | None = None) -> ExperimentConfig:
+    return ExperimentConfig.from_dict({"model": "m", "backend": "vllm", "vllm": section or {}})
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "No available memory for the cache blocks. Try increasing `gpu_memory_utilization`.",
+        "Free memory on device cuda:0 (3.0/79.0 GiB) on startup is less than desired GPU memory utilization (0.9)",
+        "2 GiB KV cache is needed for one request, which is larger than the available KV cache memory (1 GiB)",
+        "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_too_little_memory_is_not_tried_again(words: str) -> None:
+    for error, output in (
+        (RuntimeError(words), ""),
+        (ELSEWHERE, WORKER_FAILED.format(cause=f"torch.OutOfMemoryError: {words}")),
+    ):
+        explained = explain_load_failure(error, output, experiment(), FACTS)
+        assert (explained.kind, explained.is_permanent) == ("out_of_memory", True)
+        assert words[:20] in explained.message
+        assert "gpu_memory_utilization" in explained.hint
+
+
+def test_the_cause_is_the_first_failure_that_a_process_printed() -> None:
+    output = WORKER_FAILED.format(cause="ValueError: No common block size for 16.")
+    explained = explain_load_failure(ELSEWHERE, "nothing of use", experiment(), FACTS)
+    assert (explained.kind, explained.is_permanent) == ("engine", False)
+    explained = explain_load_failure(ELSEWHERE, output, experiment({"block_size": 16}), FACTS)
+    assert isinstance(explained, OptionRefused)
+    assert "vllm.block_size: 16" in explained.message
+    assert "ValueError: No common block size for 16." in explained.message
+    assert "WorkerProc" not in explained.message
+
+
+def test_a_process_that_the_kernel_ended_is_told_with_its_signal() -> None:
+    error = RuntimeError("Engine core initialization failed. Failed core proc(s): {'EngineCore_DP0': -9}")
+    explained = explain_load_failure(error, "", experiment(), FACTS)
+    assert "EngineCore_DP0 was ended by signal 9" in explained.message
+    assert "memory" in explained.hint
+    assert not explained.is_permanent
+
+
+def test_a_report_of_pydantic_is_reduced_to_its_words() -> None:
+    error = ValueError(
+        "1 validation error for ModelConfig\n  Value error, Unknown quantization method: nonsense. "
+        "[type=value_error, input_value=ArgsKwargs((), {}), input_type=ArgsKwargs]\n    For further information"
+    )
+    explained = explain_load_failure(error, "", experiment({"quantization": "nonsense"}), FACTS)
+    assert explained.message.endswith("ValueError: Unknown quantization method: nonsense.")
+
+
+def test_the_options_named_are_those_in_the_words_else_all_that_were_given() -> None:
+    section = {"block_size": 16, "load_format": "pt", "extra": {"stream_interval": 3}}
+    named = explain_load_failure(ValueError("bad Block-Size"), "", experiment(section), FACTS)
+    assert "with vllm.block_size: 16: " in named.message
+    every = explain_load_failure(ValueError("no"), "", experiment(section), FACTS)
+    assert "with vllm.block_size: 16, vllm.load_format: pt, vllm.extra.stream_interval: 3: " in every.message
+
+
+def test_a_model_that_vllm_does_not_know_is_not_tried_again() -> None:
+    error = ValueError("Model architectures ['Odd'] are not supported for now.")
+    explained = explain_load_failure(error, "", experiment({"block_size": 16}), FACTS)
+    assert (explained.kind, explained.is_permanent) == ("model", True)
+
+
+def test_a_refusal_without_options_is_permanent_and_a_fault_is_not() -> None:
+    assert explain_load_failure(ValueError("no"), "", experiment(), FACTS).is_permanent
+    fault = explain_load_failure(
+        AttributeError("'x' has no attribute 'get'"), "", experiment({"block_size": 16}), FACTS
+    )
+    assert (fault.kind, fault.is_permanent) == ("engine", False)
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("top_p must be in (0, 1], got 0.0. (parameter=top_p, value=0.0)", "decoder.top_p"),
+        ("token ids out of vocabulary (parameter=logit_bias, value=[5])", "vllm.logit_bias"),
+        ("LoRA rank 64 is greater than max_lora_rank 16", "model.adapter"),
+        ("something else", "vllm.block_size: 32"),
+    ],
+)
+def test_a_request_that_is_not_taken_names_the_option(words: str, options: str) -> None:
+    explained = explain_request_failure(words, experiment({"block_size": 32}), FACTS)
+    assert f"cannot honour {options}: {words}" in explained.message
+
+
+def test_an_engine_that_dies_while_it_generates_may_be_tried_again() -> None:
+    error = EngineDeadError("EngineCore encountered an issue. See stack trace (above) for the root cause.")
+    explained = explain_run_failure(
+        error, "(EngineCore pid=1) ERROR 1 [a.py:1] RuntimeError: device-side assert", FACTS
+    )
+    assert "RuntimeError: device-side assert" in explained.message
+    assert (explained.kind, explained.is_permanent) == ("engine", False)
+    explained = explain_run_failure(error, "INFO nothing of use", FACTS)
+    assert "ended without a word" in explained.message
+    explained = explain_run_failure(error, "torch.OutOfMemoryError: CUDA out of memory.", FACTS)
+    assert (explained.kind, explained.is_permanent) == ("out_of_memory", False)
+
+
+# What processes print
+
+ROOT = Path(__file__).parents[3]
+
+# In a process of its own: descriptors 1 and 2 are the whole process's.
+PROGRAM = """
+import os, subprocess, sys
+from lem.engines.vllm.running import ChildOutput
+output = ChildOutput()
+print("before")
+with output.inherited():
+    print("inside")
+    os.write(2, b"direct\\n")
+    subprocess.run([sys.executable, "-c", "import sys; print('child'); print('child error', file=sys.stderr)"])
+    late = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read(); print('late')"], stdin=subprocess.PIPE
+    )
+kept = output.text
+print("after")
+late.communicate(b"")
+while "late" not in output.text:
+    pass
+print(sorted(kept.split("\\n")), flush=True)
+"""
+
+
+def run(program: str) -> subprocess.CompletedProcess[str]:
+    """In a Python of its own, whose output nobody else writes to."""
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+
+
+def test_output_is_passed_on_to_where_errors_go_and_kept() -> None:
+    finished = run(PROGRAM)
+    before, after, kept = finished.stdout.splitlines()
+    assert (before, after) == ("before", "after")
+    assert kept == "['', 'child', 'child error', 'direct', 'inside']"
+    assert sorted(finished.stderr.split()) == sorted(["inside", "direct", "child", "child", "error", "late"])
+
+
+def test_all_that_was_printed_is_there_on_leaving() -> None:
+    program = """
+import subprocess, sys
+from lem.engines.vllm.running import ChildOutput
+output = ChildOutput()
+with output.inherited():
+    subprocess.run([sys.executable, "-c", "print('x' * 100 + chr(10), end='') or print('end', flush=True)"])
+    print("y" * 200_000)
+print(output.text.count("y"), output.text.splitlines()[1])
+"""
+    finished = run(program)
+    assert finished.stdout.split() == ["200000", "end"]

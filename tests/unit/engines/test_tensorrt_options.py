@@ -1,7 +1,8 @@
-"""A checkpoint is taken as it is: what an experiment asks of it otherwise is refused, with both named."""
+"""What an experiment asks for in TensorRT-LLM's words, and of a checkpoint, which is taken as it is."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,85 @@ from lem.engines.tensorrt.options import (
     EngineFacts,
     check_checkpoint,
     documents_of,
+    engine_arguments,
+    gpus_needed,
     quantization_of,
+    sampling_settings,
     vocabulary_of,
 )
 
+FACTS = EngineFacts("1.3.0", frozenset({"max_input_len", "return_perf_metrics"}), {}, frozenset(), has_penalties=True)
+
+GREEDY = {"decoder": {"preset": "deterministic"}}
+
+
+def experiment(section: dict[str, Any] | None = None, **options: Any) -> ExperimentConfig:
+    given = {"model": "m", "backend": "tensorrt", "tensorrt": section or {}, **GREEDY, **options}
+    return ExperimentConfig.from_dict(given)
+
+
+def test_options_become_documented_arguments() -> None:
+    section = {
+        "max_batch_size": 4,
+        "max_num_tokens": 64,
+        "tp_size": 2,
+        "pp_size": 2,
+        "enable_chunked_context": True,
+        "extra_runtime_args": {"attn_backend": "FLASHINFER"},
+    }
+    made = engine_arguments(experiment(section, max_input_tokens=10, max_output_tokens=5), FACTS, "/m")
+    assert made == {
+        "model": "/m",
+        "dtype": "float16",
+        "trust_remote_code": False,
+        "max_input_len": 10,
+        "max_seq_len": 15,
+        "return_perf_metrics": True,
+        "max_batch_size": 4,
+        "max_num_tokens": 64,
+        "tensor_parallel_size": 2,
+        "pipeline_parallel_size": 2,
+        "enable_chunked_prefill": True,
+        "attn_backend": "FLASHINFER",
+        "kv_cache_config": {"free_gpu_memory_fraction": 0.9, "enable_block_reuse": False},
+    }
+
+
+def test_what_lem_can_do_without_is_left_out_where_it_is_unknown() -> None:
+    facts = dataclasses.replace(FACTS, arguments=FACTS.arguments - {"max_input_len", "return_perf_metrics"})
+    made = engine_arguments(experiment(), facts, "/m")
+    assert set(made) == {"model", "dtype", "trust_remote_code", "max_seq_len", "max_batch_size", "kv_cache_config"}
+
+
+def test_every_kind_of_parallelism_takes_gpus() -> None:
+    assert gpus_needed(experiment()) == 1
+    assert gpus_needed(experiment({"tp_size": 2, "pp_size": 3})) == 6
+    assert gpus_needed(experiment({"tp_size": 2, "extra_runtime_args": {"context_parallel_size": 2}})) == 4
+
+
+def test_prompts_are_not_kept_unless_that_is_asked_for() -> None:
+    def cache(section: dict[str, Any]) -> Any:
+        return engine_arguments(experiment(section), FACTS, "/m")["kv_cache_config"]
+
+    assert cache({}) == {"free_gpu_memory_fraction": 0.9, "enable_block_reuse": False}
+    asked = cache({"enable_kv_cache_reuse": True, "kv_cache_type": "fp8"})
+    assert asked == {"free_gpu_memory_fraction": 0.9, "enable_block_reuse": True, "dtype": "fp8"}
+
+
+def test_greedy_decoding_takes_the_one_likeliest_token() -> None:
+    assert sampling_settings(experiment())["top_k"] == 1
+    assert "temperature" not in sampling_settings(experiment())
+    sampled = sampling_settings(experiment(decoder={"temperature": 0.7, "top_k": 0, "top_p": 0.9}, random_seed=None))
+    assert {name: sampled[name] for name in ("temperature", "top_k", "top_p")} == {
+        "temperature": 0.7,
+        "top_k": 0,
+        "top_p": 0.9,
+    }
+
+
+# Checkpoints
+
 NOTHING: frozenset[str] = frozenset()
-FACTS = EngineFacts("1.3.0", NOTHING, {}, NOTHING, has_penalties=True)
 
 
 def check(documents: dict[str, Any], section: dict[str, Any] | None = None, **options: Any) -> None:
