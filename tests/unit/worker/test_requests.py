@@ -185,7 +185,7 @@ def test_closed_loop_window_opens_after_one_turn_and_closes_under_load() -> None
     assert found.output_tok == 8 * 4
     assert found.input_tok == 8 * 3
     assert found.repeats == 2
-    assert found.steady is True
+    assert found.steady.value is True
     assert found.warnings == ()
 
 
@@ -266,7 +266,7 @@ def test_without_token_times_tokens_count_at_the_end_and_the_record_says_so() ->
 
 def test_a_slowing_engine_is_not_steady() -> None:
     slowing = TimedBackend(SteppedClock(), slow_down=lambda batches: 1 + batches / 20)
-    assert measure(slowing, closed_loop(2, min_window_s=0.2)).steady is False
+    assert measure(slowing, closed_loop(2, min_window_s=0.2)).steady.value is False
 
 
 def test_failed_requests_are_counted() -> None:
@@ -282,7 +282,7 @@ def test_a_load_that_fails_as_a_whole_is_not_kept_up(plan: TrafficPlan) -> None:
     assert 4 <= len(found.failures) <= 6
     assert found.requests == ()
     assert found.window_s < 10
-    assert found.steady is None
+    assert found.steady.value is None
 
 
 def test_prompts_are_offered_in_turn() -> None:
