@@ -169,7 +169,7 @@ class DockerExecutor:
         if status.healthy:
             self._suspect.discard(service)
             return
-        used = self.manager.restarts.get(service, 0)
+        used = self.manager.restarts[service]
         tried = f"is still unhealthy after {used} restart{'s' if used > 1 else ''}"
         raise ContainerLost(
             f"the container of {service} {tried if used else 'is unhealthy and may not be restarted'}: {status.reason}",
@@ -352,8 +352,7 @@ def _backends(plan: Plan) -> tuple[str, ...]:
 def _not_installed(backends: Sequence[str]) -> str:
     """Which backends are not installed in this Python, in words; empty if all are."""
     found = probe_environment()
-    missing = {name: missing_distributions(name, found) for name in backends}
-    listed = [f"{name} ({', '.join(items)})" for name, items in missing.items() if items]
+    listed = [f"{name} ({', '.join(items)})" for name in backends if (items := missing_distributions(name, found))]
     return f"not installed here: {', '.join(listed)}" if listed else ""
 
 
