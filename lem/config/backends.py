@@ -121,7 +121,7 @@ class PyTorchConfig(Section):
 
     def check(self) -> Iterator[Problem]:
         if self.load_in_4bit and self.load_in_8bit:
-            yield Problem(("load_in_8bit",), "conflicts with load_in_4bit")
+            yield Problem(("load_in_8bit",), "conflicts with load_in_4bit: a weight has 4 bits or 8")
         for name in ("parallelism_strategy", "parallelism_degree"):
             if getattr(self, name) not in (None, 1):
                 yield Problem((name,), "not supported: the pytorch backend was not tested on two GPUs")

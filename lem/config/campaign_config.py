@@ -300,7 +300,7 @@ class CampaignDaemonConfig(Section):
     enabled: bool = option(False, "Repeat the campaign.")
     at: str | None = option(None, "Time of day of the first run.", check=_check_time, form="a time HH:MM")
     interval: str | None = option(
-        None, "Time from the end of a run to the next, such as 90s or 6h.", check=_check_duration, form="a duration"
+        None, "Time from the end of a run to the next: 90s, 30m, 6h, 2d.", check=_check_duration, form="a duration"
     )
     total_duration: str | None = option(None, "Stop after this long.", check=_check_duration, form="a duration")
     quiet: bool = option(True, "Log to a file in the state folder, not to the screen.")

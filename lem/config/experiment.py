@@ -109,7 +109,7 @@ class SyntheticPrompts(Section):
     type: str = option("synthetic", "Where prompts come from.", choices=("synthetic",))
     input_tokens: int = option(BUNDLED_INPUT_TOKENS, "Length of a prompt.", min=1, unit="tokens")
     output_tokens: int | None = option(None, "Most tokens to generate; null: max_output_tokens.", min=1, unit="tokens")
-    sample_size: int = option(BUNDLED_SAMPLE_SIZE, "Prompts to make.", min=1, unit="prompts")
+    sample_size: int = option(BUNDLED_SAMPLE_SIZE, "Prompts to make; 32 if not set.", min=1, unit="prompts")
     seed: int = option(BUNDLED_SEED, "Seed of the text and the lengths.", min=0)
     distribution: str = option("fixed", "Distribution of the lengths.", choices=("fixed", "uniform", "lognormal"))
 
