@@ -1,4 +1,4 @@
-"""`lem config`: look at configuration files, and at the options there are."""
+"""`lem config`: check and show configuration files, and list all options."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `lem config`."""
     parser.description = __doc__
     actions = parser.add_subparsers(metavar="ACTION", required=True)
-    validate = actions.add_parser("validate", help="everything that is wrong with files, at once")
+    validate = actions.add_parser("validate", help="check files and list every problem")
     validate.add_argument("files", nargs="+", metavar="FILE", help="campaign or experiment files")
     validate.set_defaults(run=run, action=_validate)
-    show = actions.add_parser("show", help="a file with every default, and where each value comes from")
+    show = actions.add_parser("show", help="show a file with all defaults, and where each value comes from")
     show.add_argument("file", metavar="FILE", help="a campaign or experiment file")
     show.set_defaults(run=run, action=_show)
     for action in (validate, show):
-        action.add_argument("--preset", metavar="NAME", help="values that experiments start from (lem presets)")
+        action.add_argument("--preset", metavar="NAME", help="preset that experiments start from (see lem presets)")
         action.add_argument(
             "--set",
             action="append",
             default=[],
             metavar="KEY=VALUE",
-            help="any option, as execution.cycles=5; may be repeated",
+            help="set any option, such as execution.cycles=5; may be repeated",
         )
-    new = actions.add_parser("new", help="a commented file to start from, on stdout")
-    new.add_argument("--backend", default="pytorch", metavar="NAME", help="the backend to write it for")
+    new = actions.add_parser("new", help="write a commented template to stdout")
+    new.add_argument("--backend", default="pytorch", metavar="NAME", help="backend of the template")
     new.set_defaults(run=run, action=_new)
-    schema = actions.add_parser("schema", help="JSON Schema, for editors that check YAML while you type")
+    schema = actions.add_parser("schema", help="print the JSON Schema, for editors that check YAML")
     schema.set_defaults(run=run, action=_schema)
     for action in (new, schema):
         action.add_argument("kind", nargs="?", choices=KINDS, default="campaign", help="default: campaign")
-    fields = actions.add_parser("fields", help="every option: type, default, bounds, what it does")
+    fields = actions.add_parser("fields", help="list every option: type, default, bounds, description")
     fields.add_argument("kind", nargs="?", choices=KINDS, help="default: both")
-    fields.add_argument("--backend", metavar="NAME", help="only what this backend honours")
-    fields.add_argument("--markdown", action="store_true", help="the page docs/configuration.md")
+    fields.add_argument("--backend", metavar="NAME", help="only the options that this backend honours")
+    fields.add_argument("--markdown", action="store_true", help="print the page docs/configuration.md")
     fields.set_defaults(run=run, action=_fields)
     for action in (validate, show, fields):
-        action.add_argument("--json", action="store_true", help="one JSON document on stdout")
+        action.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 # Options of a configuration that have a flag of their own: the names of the flag, then its help.
@@ -251,6 +251,6 @@ def _check_backend(name: str) -> None:
 
     if name not in BACKENDS:
         raise ConfigurationError(
-            f"--backend {name}: there is no such backend{did_you_mean(name, BACKENDS)}",
+            f"--backend {name}: unknown backend{did_you_mean(name, BACKENDS)}",
             f"one of: {', '.join(BACKENDS)}",
         )

@@ -71,15 +71,8 @@ def store_plan(
 def _new_plan(
     args: argparse.Namespace, campaign: CampaignConfig, plan: Plan, hosts: list[str], measured: Mapping[str, float]
 ) -> FleetPlan:
-    return make_fleet_plan(
-        plan,
-        hosts,
-        campaign_id=campaign.campaign_id,
-        campaign_name=campaign.campaign_name,
-        run_id=make_run_id(utc_now(), random.SystemRandom()),
-        is_replicated=args.replicate,
-        measured_by_config=measured,
-    )
+    run_id = make_run_id(utc_now(), random.SystemRandom())
+    return make_fleet_plan(plan, hosts, campaign, run_id, is_replicated=args.replicate, measured_by_config=measured)
 
 
 def _plan_of_what_lacks(

@@ -17,7 +17,7 @@ _MEMORY_SIZE = re.compile(r"[0-9]+(\.[0-9]+)? ?([KMG]i?B)")
 
 
 def _check_memory_size(text: str) -> str | None:
-    return None if _MEMORY_SIZE.fullmatch(text) else f"must be a size like 10GiB or 800MB, got {text!r}"
+    return None if _MEMORY_SIZE.fullmatch(text) else f"expected a size such as 10GiB or 800MB, got {text!r}"
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,16 @@ class BeamSearchConfig(Section):
 
     enabled: bool = option(False, "Decode with beams.")
     num_beams: int | None = option(None, "Number of beams.", min=2, max=64)
-    length_penalty: float | None = option(None, "Above 0 favours long outputs, below 0 short ones.", min=-10, max=10)
+    length_penalty: float | None = option(None, "Above 0 favours long outputs, below 0 short.", min=-10, max=10)
     early_stopping: bool | str | None = option(
         None,
-        "Stop when as many candidates as beams are complete; never: only when no better one can come.",
+        "Stop at num_beams candidates; never: when none can improve.",
         choices=(False, True, "never"),
     )
 
     def check(self) -> Iterator[Problem]:
         if self.enabled and self.num_beams is None:
-            yield Problem(("num_beams",), "is required while beam search is enabled; 4 is usual", is_about_key=True)
+            yield Problem(("num_beams",), "is required when beam search is enabled; 4 is common", is_about_key=True)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class AssistedGenerationConfig(Section):
     model: str | None = option(None, "The drafting model: a name or a folder.", reload=True)
     num_tokens: int | None = option(
         None,
-        "Tokens to draft at a time; without a model they are looked up in the prompt (n-grams).",
+        "Tokens to draft per step; without a model, n-grams of the prompt.",
         min=1,
         max=64,
     )
@@ -58,28 +58,28 @@ class PyTorchConfig(Section):
     """Options of the pytorch backend (transformers)."""
 
     batch_size: int = option(
-        1, "Requests in a batch; with a dynamic strategy the most.", min=1, unit="requests", is_width=True
+        1, "Requests in a batch; the most with a dynamic strategy.", min=1, unit="requests", is_width=True
     )
     batching_strategy: str = option(
         "static",
-        "How requests are put together: as they come or by a budget of tokens; sorted by length first.",
+        "static: fixed size; dynamic: by tokens; sorted_: by length first.",
         choices=("static", "dynamic", "sorted_static", "sorted_dynamic"),
     )
     max_tokens_per_batch: int | None = option(
         None,
-        "Budget of a dynamic batch: its rows times its longest prompt and output, padding included.",
+        "Most tokens of a dynamic batch, padding included.",
         min=1,
         unit="tokens",
     )
     parallelism_strategy: str | None = option(
         None,
-        "How a model is spread over several GPUs. Refused: it was never run on two GPUs.",
+        "How to spread a model over GPUs. Refused: not tested.",
         choices=("device_map", "tensor_parallel"),
         reload=True,
     )
     parallelism_degree: int | None = option(
         None,
-        "GPUs to spread a model over. More than 1 is refused: it was never run on two GPUs.",
+        "GPUs to spread a model over. More than 1 is refused.",
         min=1,
         unit="GPUs",
         reload=True,
@@ -87,49 +87,44 @@ class PyTorchConfig(Section):
     load_in_4bit: bool | None = option(None, "Quantize weights to 4 bit while loading (bitsandbytes).", reload=True)
     load_in_8bit: bool | None = option(None, "Quantize weights to 8 bit while loading (bitsandbytes).", reload=True)
     bnb_4bit_compute_dtype: str | None = option(
-        None, "Type that 4-bit weights are computed in.", choices=("float16", "bfloat16", "float32"), reload=True
+        None, "Type for computing with 4-bit weights.", choices=("float16", "bfloat16", "float32"), reload=True
     )
     bnb_4bit_quant_type: str | None = option(None, "The 4-bit type.", choices=("nf4", "fp4"), reload=True)
-    bnb_4bit_use_double_quant: bool | None = option(
-        None, "Quantize the constants of 4-bit quantization too.", reload=True
-    )
+    bnb_4bit_use_double_quant: bool | None = option(None, "Quantize the 4-bit constants too.", reload=True)
     attn_implementation: str | None = option(
         None, "Implementation of attention.", choices=("sdpa", "flash_attention_2", "eager"), reload=True
     )
     torch_compile: bool | str = option(
         False,
-        "Compile the model, in this mode of torch.compile. On a GPU the last two record CUDA graphs and "
-        "need a static cache.",
+        "Mode of torch.compile; on a GPU the last two need a static cache.",
         choices=(False, "default", "reduce-overhead", "max-autotune"),
         reload=True,
     )
     torch_compile_backend: str | None = option(None, "Backend of torch.compile.", reload=True)
     use_cache: bool | None = option(None, "Keep keys and values of earlier tokens.")
-    cache_implementation: str | None = option(
-        None, "Kind of key-value cache, as transformers names it (dynamic, static, …)."
-    )
+    cache_implementation: str | None = option(None, "Key-value cache, as transformers names it (dynamic, …).")
     low_cpu_mem_usage: bool | None = option(None, "Load weights without a second copy in CPU memory.", reload=True)
     max_memory: Mapping[str, str] | None = option(
         None,
-        "Memory to use on each device while loading, e.g. {0: 20GiB, cpu: 60GiB}.",
+        "Memory to use per device, such as {0: 20GiB, cpu: 60GiB}.",
         check=_check_memory_size,
         form="a size like 10GiB",
         reload=True,
     )
-    min_p: float | None = option(None, "Drop tokens less likely than this share of the likeliest.", min=0, max=1)
+    min_p: float | None = option(None, "Drop tokens below this share of the likeliest.", min=0, max=1)
     no_repeat_ngram_size: int | None = option(
-        None, "No n-gram of this size occurs twice; 0 is off.", min=0, unit="tokens"
+        None, "Size of n-grams that must not repeat; 0 is off.", min=0, unit="tokens"
     )
     beam_search: BeamSearchConfig = option(BeamSearchConfig(), "Beam search.")
     assisted_generation: AssistedGenerationConfig = option(AssistedGenerationConfig(), "Speculative decoding.")
-    extra: Mapping[str, Any] = option({}, "Further options, passed to `generate` as they are.")
+    extra: Mapping[str, Any] = option({}, "Further options, passed to `generate` unchanged.")
 
     def check(self) -> Iterator[Problem]:
         if self.load_in_4bit and self.load_in_8bit:
-            yield Problem(("load_in_8bit",), "cannot stand with load_in_4bit: a weight has 4 bits or 8")
+            yield Problem(("load_in_8bit",), "conflicts with load_in_4bit: a weight has 4 bits or 8")
         for name in ("parallelism_strategy", "parallelism_degree"):
             if getattr(self, name) not in (None, 1):
-                yield Problem((name,), "is refused: the pytorch backend was not yet run on two GPUs")
+                yield Problem((name,), "not supported: the pytorch backend was not tested on two GPUs")
         for name in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
             if getattr(self, name) is not None and not self.load_in_4bit:
                 yield Problem((name,), "has no effect without load_in_4bit: true")
@@ -152,7 +147,7 @@ class VllmAttentionConfig(Section):
 
     backend: str | None = option(None, "Attention backend, as vLLM names it (FLASH_ATTN, FLASHINFER, …).")
     flash_version: int | None = option(None, "Version of flash attention.", min=2, max=4)
-    disable_sliding_window: bool | None = option(None, "Attend to the whole context even where the model has a window.")
+    disable_sliding_window: bool | None = option(None, "Ignore the window of the model.")
 
 
 @dataclass(frozen=True)
@@ -162,7 +157,7 @@ class VllmSpeculativeConfig(Section):
     reloads: ClassVar[bool] = True
 
     model: str | None = option(None, "The drafting model.")
-    num_tokens: int | None = option(None, "Tokens to draft at a time.", min=1, max=64, unit="tokens")
+    num_tokens: int | None = option(None, "Tokens to draft per step.", min=1, max=64, unit="tokens")
     method: str | None = option(None, "How to draft, as vLLM names it (ngram, eagle, …).")
     prompt_lookup_min: int | None = option(None, "Shortest n-gram to look up.", min=1, unit="tokens")
     prompt_lookup_max: int | None = option(None, "Longest n-gram to look up.", min=1, unit="tokens")
@@ -171,10 +166,10 @@ class VllmSpeculativeConfig(Section):
     def check(self) -> Iterator[Problem]:
         given = [name for name, value in self.to_dict().items() if value is not None]
         if given and self.model is None and self.method is None:
-            yield Problem((given[0],), "has no effect without method (such as ngram) or model beside it")
+            yield Problem((given[0],), "has no effect without method (such as ngram) or model")
         low, high = self.prompt_lookup_min, self.prompt_lookup_max
         if low is not None and high is not None and low > high:
-            yield Problem(("prompt_lookup_min",), f"{low} is above prompt_lookup_max, which is {high}")
+            yield Problem(("prompt_lookup_min",), f"{low} is above prompt_lookup_max, {high}")
 
 
 @dataclass(frozen=True)
@@ -195,41 +190,39 @@ class VllmConfig(Section):
 
     reloads: ClassVar[bool] = True
 
-    max_num_seqs: int = option(256, "Requests worked on at a time.", min=1, unit="requests", is_width=True)
+    max_num_seqs: int = option(256, "Requests computed together.", min=1, unit="requests", is_width=True)
     max_num_batched_tokens: int | None = option(None, "Tokens in one step.", min=1, unit="tokens")
     max_model_len: int | None = option(
-        None, "Longest sequence; max_input_tokens + max_output_tokens when not given.", min=1, unit="tokens"
+        None, "Longest sequence; null: the input and output limits together.", min=1, unit="tokens"
     )
-    gpu_memory_utilization: float = option(0.9, "Share of GPU memory to take.", min=0.5, max=0.99)
+    gpu_memory_utilization: float = option(0.9, "Share of GPU memory to use.", min=0.5, max=0.99)
     swap_space: float | None = option(None, "CPU swap space of older engines.", min=0, unit="GiB")
     cpu_offload_gb: float | None = option(None, "Weights to keep in CPU memory.", min=0, unit="GiB")
     tensor_parallel_size: int | None = option(None, "GPUs to spread each layer over.", min=1, unit="GPUs")
     pipeline_parallel_size: int | None = option(None, "GPUs to spread the layers over.", min=1, unit="GPUs")
-    distributed_backend: str | None = option(None, "What runs the processes of several GPUs.", choices=("mp", "ray"))
-    enable_prefix_caching: bool | None = option(None, "Keep what prompts have in common.")
+    distributed_backend: str | None = option(None, "Launcher of the processes of several GPUs.", choices=("mp", "ray"))
+    enable_prefix_caching: bool | None = option(None, "Cache common prefixes of prompts.")
     enable_chunked_prefill: bool | None = option(None, "Split long prefills over steps.")
-    enforce_eager: bool | None = option(None, "No CUDA graphs.")
+    enforce_eager: bool | None = option(None, "Do not use CUDA graphs.")
     disable_custom_all_reduce: bool | None = option(None, "All-reduce by NCCL instead of vLLM's own.")
     kv_cache_dtype: str | None = option(None, "Type of the key-value cache.", choices=("auto", "fp8"))
     block_size: int | None = option(None, "Block of the key-value cache.", min=1, unit="tokens")
     load_format: str | None = option(None, "Format of the weights, as vLLM names it.")
-    quantization: str | None = option(None, "Quantization the engine found accepts (awq, gptq, fp8, marlin, …).")
-    min_p: float | None = option(
-        None, "Drop tokens less likely than this share of the likeliest.", min=0, max=1, reload=False
-    )
-    logprobs: int | None = option(None, "Log probabilities to return for each token.", min=0, max=20, reload=False)
+    quantization: str | None = option(None, "Quantization, as vLLM names it (awq, gptq, fp8, …).")
+    min_p: float | None = option(None, "Drop tokens below this share of the likeliest.", min=0, max=1, reload=False)
+    logprobs: int | None = option(None, "Log probabilities per token.", min=0, max=20, reload=False)
     logit_bias: Mapping[str, float] | None = option(
         None, "Bias of tokens by their id.", min=-100, max=100, reload=False
     )
     attention: VllmAttentionConfig = option(VllmAttentionConfig(), "Attention.")
     speculative: VllmSpeculativeConfig = option(VllmSpeculativeConfig(), "Speculative decoding.")
     lora: VllmLoraConfig = option(VllmLoraConfig(), "LoRA adapters.")
-    extra: Mapping[str, Any] = option({}, "Further options, passed to the engine as they are.")
+    extra: Mapping[str, Any] = option({}, "Further options, passed to the engine unchanged.")
 
     def check(self) -> Iterator[Problem]:
         for key in self.logit_bias or {}:
             if not key.isdecimal():
-                yield Problem(("logit_bias", key), "the id of a token is due, a whole number")
+                yield Problem(("logit_bias", key), "expected a token id (an integer)")
 
 
 @dataclass(frozen=True)
@@ -239,54 +232,48 @@ class TensorRTCalibrationConfig(Section):
     reloads: ClassVar[bool] = True
 
     dataset: str | None = option(None, "Dataset to calibrate on. Refused: calibrate when the checkpoint is made.")
-    split: str | None = option(None, "Its split. Refused.")
+    split: str | None = option(None, "Split of that dataset. Refused.")
     num_samples: int | None = option(None, "Samples to take. Refused.", min=1, unit="prompts")
     max_length: int | None = option(None, "Longest sample. Refused.", min=1, unit="tokens")
 
 
 @dataclass(frozen=True)
 class TensorRTConfig(Section):
-    """Options of the tensorrt backend (`LLM` of TensorRT-LLM in its PyTorch flow); it awaits a run on hardware."""
+    """Options of the tensorrt backend (`LLM` of TensorRT-LLM in its PyTorch flow); not yet tested on hardware."""
 
     reloads: ClassVar[bool] = True
 
     engine_path: str | None = option(None, "A folder with a built engine. Refused: the PyTorch flow builds none.")
-    engine_cache_dir: str | None = option(None, "Where built engines are kept. Refused: the PyTorch flow builds none.")
-    force_rebuild: bool | None = option(
-        None, "Build even where the cache has the engine. Refused: the PyTorch flow builds none."
-    )
-    max_batch_size: int = option(8, "Requests worked on at a time.", min=1, unit="requests", is_width=True)
-    max_input_len: int | None = option(None, "Longest prompt; max_input_tokens when not given.", min=1, unit="tokens")
-    max_output_len: int | None = option(None, "Longest output; max_output_tokens when not given.", min=1, unit="tokens")
+    engine_cache_dir: str | None = option(None, "Cache of built engines. Refused: the PyTorch flow builds none.")
+    force_rebuild: bool | None = option(None, "Ignore that cache. Refused: the PyTorch flow builds none.")
+    max_batch_size: int = option(8, "Requests computed together.", min=1, unit="requests", is_width=True)
+    max_input_len: int | None = option(None, "Longest prompt; null: max_input_tokens.", min=1, unit="tokens")
+    max_output_len: int | None = option(None, "Longest output; null: max_output_tokens.", min=1, unit="tokens")
     max_num_tokens: int | None = option(None, "Tokens in one step.", min=1, unit="tokens")
     builder_opt_level: int | None = option(
-        None, "How hard the builder optimises. Refused: the PyTorch flow builds none.", min=0, max=5
+        None, "Optimisation level. Refused: the PyTorch flow builds none.", min=0, max=5
     )
     tp_size: int | None = option(None, "GPUs to spread each layer over.", min=1, unit="GPUs")
     pp_size: int | None = option(None, "GPUs to spread the layers over.", min=1, unit="GPUs")
     quantization: str | None = option(
         None,
-        "Quantization that the checkpoint must have; the PyTorch flow quantizes nothing.",
+        "Quantization that the checkpoint must have.",
         choices=("none", "fp8", "int8_sq", "int8_weight_only", "int4_awq", "int4_gptq"),
     )
     calibration: TensorRTCalibrationConfig = option(TensorRTCalibrationConfig(), "Calibration of the quantization.")
     kv_cache_type: str | None = option(None, "Type of the key-value cache, as the engine names it.")
     enable_chunked_context: bool | None = option(None, "Split long prefills over steps.")
-    enable_kv_cache_reuse: bool | None = option(None, "Keep what prompts have in common.")
-    gpu_memory_utilization: float = option(0.9, "Share of free GPU memory for the key-value cache.", min=0.5, max=0.99)
+    enable_kv_cache_reuse: bool | None = option(None, "Cache common prefixes of prompts.")
+    gpu_memory_utilization: float = option(0.9, "Share of free GPU memory for the cache.", min=0.5, max=0.99)
     draft_model: str | None = option(None, "The drafting model.")
-    num_draft_tokens: int | None = option(None, "Tokens to draft at a time.", min=1, unit="tokens")
-    extra_build_args: Mapping[str, Any] = option(
-        {}, "Further options of the build. Refused: the PyTorch flow builds none."
-    )
-    extra_runtime_args: Mapping[str, Any] = option(
-        {}, "Further options of the engine (arguments of its LLM), passed as they are."
-    )
+    num_draft_tokens: int | None = option(None, "Tokens to draft per step.", min=1, unit="tokens")
+    extra_build_args: Mapping[str, Any] = option({}, "Build options. Refused: the PyTorch flow builds none.")
+    extra_runtime_args: Mapping[str, Any] = option({}, "Further arguments of the engine's LLM, passed unchanged.")
 
     def check(self) -> Iterator[Problem]:
         if (self.draft_model is None) != (self.num_draft_tokens is None):
             name = "num_draft_tokens" if self.draft_model is None else "draft_model"
-            yield Problem((name,), "has no effect alone: draft_model and num_draft_tokens belong together")
+            yield Problem((name,), "draft_model and num_draft_tokens require each other")
         is_quantized = self.quantization not in (None, "none")
         if not is_quantized and self.calibration != TensorRTCalibrationConfig():
             yield Problem(("calibration",), "has no effect without quantization")

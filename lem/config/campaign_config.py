@@ -49,7 +49,7 @@ _DAY_GROUPS = {"weekdays": _WEEKDAYS[:5], "weekends": _WEEKDAYS[5:]}
 _TIME = re.compile(r"([01][0-9]|2[0-3]):[0-5][0-9]")
 _MAX_SLUG = 64
 
-# Twelve days of measuring at 10 s each. A plan of so many takes 0.4 GB; the product of a few long axes, all there is.
+# Twelve days of measuring at 10 s each. A plan of this size takes 0.4 GB of memory; a few long axes exceed any limit.
 MAX_EXPERIMENTS = 100_000
 
 
@@ -61,7 +61,7 @@ def generate_campaign_id(name: str) -> str:
 def slug_of(name: str) -> str:
     """The name in the letters `[a-z0-9][a-z0-9_-]*`, for files, units and projects.
 
-    A name of which nothing is left, or too much, is told by its campaign id.
+    A name that leaves nothing, or is too long, gets its campaign id.
     """
     slug = re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_")
     if not slug:
@@ -72,7 +72,7 @@ def slug_of(name: str) -> str:
 
 
 def _check_time(text: str) -> str | None:
-    return None if _TIME.fullmatch(text) else f"a time HH:MM from 00:00 to 23:59 is due, got {text!r}"
+    return None if _TIME.fullmatch(text) else f"expected a time from 00:00 to 23:59, got {text!r}"
 
 
 def _check_duration(text: str) -> str | None:
@@ -85,12 +85,12 @@ def _check_duration(text: str) -> str | None:
 
 def _check_file_name(text: str) -> str | None:
     is_name = Path(text).name == text and text not in (".", "..")
-    return None if is_name else f"a file name without a folder is due, got {text!r}"
+    return None if is_name else f"expected a file name without a folder, got {text!r}"
 
 
 def _check_url(text: str) -> str | None:
     # The URL is a secret, so the complaint does not repeat it.
-    return None if re.match(r"https?://[^/\s]+", text) else "a URL that begins with http:// or https:// is due"
+    return None if re.match(r"https?://[^/\s]+", text) else "expected a URL that begins with http:// or https://"
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ class CampaignGridConfig(Section):
     )
     shared: Mapping[str, Any] = option(
         {},
-        "Axes: an option of every experiment, its name dotted where nested, and the list of its values.",
+        "Axes of all backends: dotted option names, each with a list of values.",
         dotted_after=0,
     )
     backend_overrides: Mapping[str, Mapping[str, Any]] = option(
         {},
-        "For a backend, options of its section: a value, or a list of values as an axis of that backend.",
+        "Per backend, options of its section: a value, or a list of values as an axis.",
         dotted_after=1,
     )
 
@@ -133,8 +133,8 @@ class CampaignGridConfig(Section):
     def check(self) -> Iterator[Problem]:
         count = sum(map(self._count, self.backends))
         if count > MAX_EXPERIMENTS:
-            remedy = "take values out, or make several campaigns"
-            yield Problem((), f"makes {count:,} experiments, and at most {MAX_EXPERIMENTS:,} are planned; {remedy}")
+            remedy = "remove values or split the campaign"
+            yield Problem((), f"makes {count:,} experiments; the limit is {MAX_EXPERIMENTS:,}; {remedy}")
 
     def _count(self, backend: str) -> int:
         """The experiments of one backend."""
@@ -147,10 +147,10 @@ def _check_shared_axis(backends: Sequence[str], axis: str, values: tuple[Any, ..
     top = axis.partition(".")[0]
     if axis in ("backend", "model", "model_name", "model.name"):
         proper = "grid.backends" if axis == "backend" else "grid.models"
-        yield Problem(path, f"is not a shared axis; it is {proper}", is_about_key=True)
+        yield Problem(path, f"is not a shared axis; use {proper}", is_about_key=True)
     elif top in BACKENDS and set(backends) != {top}:
-        remedy = f"write it under grid.backend_overrides.{top}"
-        yield Problem(path, f"is an option of {top} alone; {remedy}", is_about_key=True)
+        remedy = f"move it to grid.backend_overrides.{top}"
+        yield Problem(path, f"is an option of {top} only; {remedy}", is_about_key=True)
     else:
         yield from _check_axis(ExperimentConfig, axis, values, path)
 
@@ -159,7 +159,7 @@ def _check_overrides(backends: Sequence[str], backend: str, overrides: Mapping[s
     path = ("backend_overrides", backend)
     if backend not in backends:
         near = None if backend in BACKENDS else nearest(backend, backends)
-        yield Problem(path, f"is not in grid.backends, which has {', '.join(backends)}", near, is_about_key=True)
+        yield Problem(path, f"is not in grid.backends ({', '.join(backends)})", near, is_about_key=True)
         return
     section = declared(ExperimentConfig)[backend].sections[0]
     for key, value in overrides.items():
@@ -171,11 +171,11 @@ def _check_axis(
 ) -> Iterator[Problem]:
     """What is wrong with an axis: its name, or each of its values."""
     if not values:
-        yield Problem(path, "has no values, so nothing would run; leave the axis out")
+        yield Problem(path, "has no values; add some or remove the axis")
     for index, value in enumerate(values):
         for problem in check_partial(section, nest(axis, value)):
             if problem.is_about_key and len(problem.path) <= axis.count(".") + 1:
-                yield Problem(path, "is not an option", problem.suggestion, is_about_key=True)
+                yield Problem(path, "unknown option", problem.suggestion, is_about_key=True)
                 return
             yield Problem((*path, index), problem.message, problem.suggestion)
 
@@ -185,12 +185,12 @@ class CampaignExplicitExperiment(Section):
     """One experiment: a file with overrides, or the experiment itself written in place."""
 
     alternative: ClassVar[type[Section] | None] = ExperimentConfig
-    alternative_remedy: ClassVar[str] = "options laid over the file go under overrides"
+    alternative_remedy: ClassVar[str] = "options that override the file belong under overrides"
 
     config: str | None = option(None, "Experiment file, relative to the campaign file.")
-    overrides: Mapping[str, Any] = option({}, "Options laid over the file, nested or with dotted names.")
+    overrides: Mapping[str, Any] = option({}, "Options that override the file, nested or with dotted names.")
     inline: Mapping[str, Any] | None = option(
-        None, "The experiment, when there is no file. Its options may also stand here without this key."
+        None, "The experiment, if it has no file. The key `inline` may be omitted."
     )
 
     @classmethod
@@ -215,7 +215,7 @@ class CampaignExplicitExperiment(Section):
 
     def check(self) -> Iterator[Problem]:
         if (self.config is None) == (self.inline is None):
-            yield Problem((), "a config file or an experiment written in place is due, and not both")
+            yield Problem((), "expected either a config file or the options of an experiment")
         if self.inline is not None and self.overrides:
             yield Problem(("overrides",), "has no effect without config", is_about_key=True)
 
@@ -224,7 +224,7 @@ class CampaignExplicitExperiment(Section):
 class CampaignExecutionConfig(Section):
     """How often, in which order, and how long to wait."""
 
-    cycles: int = option(3, "How often every experiment is run; intervals need 3 or more.", min=1, max=20)
+    cycles: int = option(3, "Runs of every experiment; intervals need at least 3.", min=1, max=20)
     structure: str = option(
         INTERLEAVED, "Order: interleaved ABC ABC; shuffled within each cycle; grouped AAA BBB.", choices=STRUCTURES
     )
@@ -232,21 +232,19 @@ class CampaignExecutionConfig(Section):
     warmup_timeout_seconds: float = option(30.0, "Default of an experiment's warmup.timeout_seconds.", min=0, unit="s")
     config_gap_seconds: float = option(
         60.0,
-        "Longest wait between experiments; ends once the device is back at idle temperature and power.",
+        "Longest wait between experiments; ends when the device is idle again.",
         min=0,
         max=units.LONGEST_S,
         unit="s",
     )
-    cycle_gap_seconds: float = option(
-        300.0, "Longest wait between cycles, in place of the other.", min=0, max=units.LONGEST_S, unit="s"
-    )
-    load_timeout_seconds: float = option(1800.0, "Time to load an engine.", above=0, unit="s")
-    experiment_timeout_seconds: float = option(3600.0, "Time for an experiment once loaded.", above=0, unit="s")
-    silence_timeout_seconds: float = option(600.0, "Time without any sign of progress.", above=0, unit="s")
+    cycle_gap_seconds: float = option(300.0, "Longest wait between cycles.", min=0, max=units.LONGEST_S, unit="s")
+    load_timeout_seconds: float = option(1800.0, "Time limit for loading an engine.", above=0, unit="s")
+    experiment_timeout_seconds: float = option(3600.0, "Time limit for an experiment after loading.", above=0, unit="s")
+    silence_timeout_seconds: float = option(600.0, "Time limit without any sign of progress.", above=0, unit="s")
     reuse: str = option(
         "cycle",
-        "How long an engine stays loaded. cycle: cycles are independent; campaign: faster, but no interval "
-        "over cycles; none: every experiment loads.",
+        "How long an engine stays loaded. cycle: cycles are independent; campaign: faster, but without intervals over "
+        "cycles; none: every experiment loads.",
         choices=("cycle", "campaign", "none"),
     )
     seed: int = option(42, "Seed of the shuffled order.", min=0)
@@ -256,7 +254,7 @@ class CampaignExecutionConfig(Section):
 class CampaignScheduleConfig(Section):
     """When to start."""
 
-    at: str | None = option(None, "Time of day, the host's.", check=_check_time, form="a time HH:MM")
+    at: str | None = option(None, "Time of day on the host.", check=_check_time, form="a time HH:MM")
     days: tuple[str, ...] | None = option(
         None, "Days; null is any.", choices=(*_WEEKDAYS, *_DAY_GROUPS), takes_scalar=True, min_items=1
     )
@@ -274,20 +272,20 @@ class CampaignScheduleConfig(Section):
 
 @dataclass(frozen=True)
 class CampaignHealthCheckConfig(Section):
-    """Looks at the containers between experiments."""
+    """Checks of the containers between experiments."""
 
-    enabled: bool = option(True, "Look.")
-    interval_experiments: int = option(0, "Experiments between looks; 0 looks once a cycle.", min=0, unit="experiments")
+    enabled: bool = option(True, "Check the containers.")
+    interval_experiments: int = option(0, "Experiments between checks; 0: once per cycle.", min=0, unit="experiments")
     gpu_memory_threshold_pct: float = option(
-        90.0, "GPU memory in use, by others, that is unhealthy.", min=50, max=100, unit="%"
+        90.0, "GPU memory used by others that is unhealthy.", min=50, max=100, unit="%"
     )
     restart_on_failure: bool = option(True, "Restart an unhealthy container; false only logs it.")
-    max_restarts: int = option(3, "Restarts of a container in a campaign.", min=0)
+    max_restarts: int = option(3, "Restarts of a container per campaign, at most.", min=0)
 
 
 @dataclass(frozen=True)
 class CampaignColdStartConfig(Section):
-    """Start cold every time."""
+    """A cold start for every experiment."""
 
     force_cold_start: bool = option(False, "End the worker after each experiment.")
     restart_container: bool = option(False, "Recreate the container too.")
@@ -295,17 +293,17 @@ class CampaignColdStartConfig(Section):
 
 @dataclass(frozen=True)
 class CampaignDaemonConfig(Section):
-    """Run again and again."""
+    """Repeated runs."""
 
     switch: ClassVar[str | None] = "enabled"
 
-    enabled: bool = option(False, "Stay and repeat.")
+    enabled: bool = option(False, "Repeat the campaign.")
     at: str | None = option(None, "Time of day of the first run.", check=_check_time, form="a time HH:MM")
     interval: str | None = option(
-        None, "From the end of a run to the next: 90s, 30m, 6h, 2d.", check=_check_duration, form="a duration"
+        None, "Time from the end of a run to the next: 90s, 30m, 6h, 2d.", check=_check_duration, form="a duration"
     )
     total_duration: str | None = option(None, "Stop after this long.", check=_check_duration, form="a duration")
-    quiet: bool = option(True, "Log to a file in the state folder instead of the screen.")
+    quiet: bool = option(True, "Log to a file in the state folder, not to the screen.")
 
     @property
     def interval_seconds(self) -> float | None:
@@ -341,7 +339,7 @@ class CampaignIOConfig(Section):
 
 @dataclass(frozen=True)
 class CampaignNotificationConfig(Section):
-    """A message when a campaign ends."""
+    """Messages when a campaign ends."""
 
     webhook_url: str | None = option(None, "Where to post JSON.", check=_check_url, form="a URL", secret=True)
     on: tuple[str, ...] = option(
@@ -355,26 +353,24 @@ class CampaignConfig(Section):
 
     aliases: ClassVar[Mapping[str, str]] = {"model_name": "model"}
 
-    campaign_name: str = option(REQUIRED, "Name of the campaign; made of it are names of files and units.")
-    model: ModelConfig | None = option(None, "Model of every experiment that names none.")
-    dataset: DatasetConfig | None = option(None, "Dataset of every experiment that has no prompts.")
-    num_samples: int | None = option(
-        None, "Prompts of every experiment that sets no sample_size.", min=1, unit="prompts"
-    )
+    campaign_name: str = option(REQUIRED, "Name of the campaign; file and unit names derive from it.")
+    model: ModelConfig | None = option(None, "Model of experiments without one.")
+    dataset: DatasetConfig | None = option(None, "Dataset of experiments without prompts.")
+    num_samples: int | None = option(None, "Prompts of experiments without a sample_size.", min=1, unit="prompts")
     configs: tuple[str, ...] = option((), "Experiment files, relative to the campaign file.", takes_scalar=True)
     grid: CampaignGridConfig | None = option(None, "Experiments as the product of axes.")
     experiments: tuple[CampaignExplicitExperiment, ...] = option((), "Experiments one by one.")
     execution: CampaignExecutionConfig = option(CampaignExecutionConfig(), "How often and in which order.")
     schedule: CampaignScheduleConfig | None = option(None, "When to start.")
-    health_check: CampaignHealthCheckConfig = option(CampaignHealthCheckConfig(), "Looks at containers.")
-    cold_start: CampaignColdStartConfig = option(CampaignColdStartConfig(), "Start cold every time.")
-    daemon: CampaignDaemonConfig | None = option(None, "Run again and again.")
+    health_check: CampaignHealthCheckConfig = option(CampaignHealthCheckConfig(), "Checks of containers.")
+    cold_start: CampaignColdStartConfig = option(CampaignColdStartConfig(), "Cold starts.")
+    daemon: CampaignDaemonConfig | None = option(None, "Repeated runs.")
     io: CampaignIOConfig = option(CampaignIOConfig(), "Files and folders.")
-    notification: CampaignNotificationConfig = option(CampaignNotificationConfig(), "A message at the end.")
+    notification: CampaignNotificationConfig = option(CampaignNotificationConfig(), "Messages at the end.")
 
     def check(self) -> Iterator[Problem]:
         if not self.configs and self.grid is None and not self.experiments:
-            yield Problem((), "nothing to run: at least one of configs, grid, experiments is due")
+            yield Problem((), "nothing to run: set at least one of configs, grid, experiments")
 
     generate_campaign_id = staticmethod(generate_campaign_id)
 
@@ -389,7 +385,7 @@ class CampaignConfig(Section):
         return slug_of(self.campaign_name)
 
     def get_config_paths(self) -> list[Path]:
-        """The experiment files named, those of `configs` first, as written."""
+        """The experiment files as written, those of `configs` first."""
         return [Path(name) for name in (*self.configs, *(entry.config for entry in self.experiments if entry.config))]
 
     def get_config_names(self) -> list[str]:

@@ -47,7 +47,7 @@ _DECODER_PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 def _check_gpu(text: str) -> str | None:
-    return None if _GPU.fullmatch(text) else f"an index like 0 or a UUID like GPU-8c7a… is due, got {text!r}"
+    return None if _GPU.fullmatch(text) else f"expected an index such as 0 or a UUID such as GPU-8c7a…, got {text!r}"
 
 
 def _above(name: str, value: int, limit_name: str, limit: int) -> Problem:
@@ -88,10 +88,10 @@ class FilePrompts(Section):
     # Not `identity`: an experiment is known by what the file holds, not by where it lies.
     path: str = option(
         REQUIRED,
-        "A .txt file with one prompt a line, or .jsonl with prompt or messages; relative to the working directory.",
+        "A .txt file with a prompt per line, or .jsonl with prompt or messages; relative to the working directory.",
         identity=False,
     )
-    sample_size: int | None = option(None, "Prompts to take, from the first on; null takes all.", min=1, unit="prompts")
+    sample_size: int | None = option(None, "Prompts to take from the start; null takes all.", min=1, unit="prompts")
 
 
 # The synthetic prompts that are measured when neither dataset nor prompts is given. Changing them changes what old
@@ -108,19 +108,15 @@ class SyntheticPrompts(Section):
 
     type: str = option("synthetic", "Where prompts come from.", choices=("synthetic",))
     input_tokens: int = option(BUNDLED_INPUT_TOKENS, "Length of a prompt.", min=1, unit="tokens")
-    output_tokens: int | None = option(
-        None, "Most tokens to generate; null takes max_output_tokens.", min=1, unit="tokens"
-    )
-    sample_size: int = option(BUNDLED_SAMPLE_SIZE, "Prompts to make; 32 when not given.", min=1, unit="prompts")
+    output_tokens: int | None = option(None, "Most tokens to generate; null: max_output_tokens.", min=1, unit="tokens")
+    sample_size: int = option(BUNDLED_SAMPLE_SIZE, "Prompts to make; 32 if not set.", min=1, unit="prompts")
     seed: int = option(BUNDLED_SEED, "Seed of the text and the lengths.", min=0)
-    distribution: str = option(
-        "fixed", "Of the lengths around the chosen ones.", choices=("fixed", "uniform", "lognormal")
-    )
+    distribution: str = option("fixed", "Distribution of the lengths.", choices=("fixed", "uniform", "lognormal"))
 
 
 @dataclass(frozen=True)
 class HuggingFacePrompts(Section):
-    """Prompts from a dataset of the hub, in full."""
+    """Prompts from a dataset on the hub, with all its options."""
 
     type: str = option("huggingface", "Where prompts come from.", choices=("huggingface",))
     dataset: str = option(REQUIRED, "Name on the hub, an alias, or a folder.")
@@ -138,16 +134,16 @@ class DecoderConfig(Section):
 
     preset: str | None = option(
         None,
-        "Values to start from; those given beside it win. deterministic: greedy; standard: temperature 1, "
-        "top_p 0.95; creative: temperature 0.8, top_p 0.9, repetition_penalty 1.1; factual: temperature 0.3.",
+        "Defaults of the other options. deterministic: greedy; standard: temperature 1, top_p 0.95; creative: "
+        "temperature 0.8, top_p 0.9, repetition_penalty 1.1; factual: temperature 0.3.",
         choices=tuple(_DECODER_PRESETS),
         identity=False,
     )
     temperature: float = option(1.0, "0 is greedy.", min=0, max=2)
-    do_sample: bool = option(True, "Sample; false is greedy. False by itself under temperature 0.")
+    do_sample: bool = option(True, "Sample; false is greedy. Defaults to false at temperature 0.")
     top_k: int = option(50, "Sample from the k likeliest tokens; 0 is off.", min=0, unit="tokens")
     top_p: float = option(1.0, "Sample from the likeliest tokens of this total probability.", min=0, max=1)
-    repetition_penalty: float = option(1.0, "Above 1 makes tokens seen less likely.", min=0.1, max=10)
+    repetition_penalty: float = option(1.0, "Above 1 makes repeated tokens less likely.", min=0.1, max=10)
 
     @property
     def is_greedy(self) -> bool:
@@ -164,7 +160,7 @@ class DecoderConfig(Section):
 
     def check(self) -> Iterator[Problem]:
         if self.do_sample and self.temperature == 0:
-            yield Problem(("do_sample",), "true contradicts temperature 0, which is greedy; leave one of them out")
+            yield Problem(("do_sample",), "conflicts with temperature 0, which is greedy; remove one of them")
 
 
 @dataclass(frozen=True)
@@ -176,8 +172,7 @@ class TrafficConfig(Section):
     enabled: bool = option(False, "Let requests arrive over time.")
     mode: str = option(
         "poisson",
-        "poisson and constant: at target_qps whatever the engine does, latency from the scheduled time; "
-        "closed: concurrency requests always in flight.",
+        "poisson, constant: arrivals at target_qps, latency from the scheduled time; closed: concurrency in flight.",
         choices=("poisson", "constant", "closed"),
     )
     target_qps: float = option(1.0, "Mean arrivals (poisson, constant).", above=0, unit="requests/s")
@@ -190,21 +185,19 @@ class WarmupConfig(Section):
     """What runs before the window, on prompts that are not measured."""
 
     enabled: bool = option(True, "Warm up.")
-    convergence_detection: bool = option(True, "Go on until latencies settle; false: exactly min_prompts.")
-    cv_threshold: float = option(
-        0.05, "Settled: standard deviation over mean of the last latencies is below.", above=0, max=1
-    )
+    convergence_detection: bool = option(True, "Continue until latencies settle; false: exactly min_prompts.")
+    cv_threshold: float = option(0.05, "Coefficient of variation below which latencies are settled.", above=0, max=1)
     min_prompts: int = option(
-        5, "Prompts at least, and never less than twice the concurrency.", min=0, max=200, unit="prompts"
+        5, "Prompts at least, and at least twice the concurrency.", min=0, max=200, unit="prompts"
     )
     max_prompts: int = option(
         50,
-        "Prompts at most, unless window_size steps of the measured concurrency take more.",
+        "Prompts at most, unless window_size steps need more.",
         min=1,
         max=200,
         unit="prompts",
     )
-    window_size: int = option(5, "Latencies looked at.", min=3, max=20, unit="prompts")
+    window_size: int = option(5, "Latencies to compare.", min=3, max=20, unit="prompts")
     timeout_seconds: float = option(30.0, "Time at most; 0 sets no limit.", min=0, unit="s")
 
 
@@ -213,9 +206,9 @@ class BaselineConfig(Section):
     """Power at rest."""
 
     enabled: bool = option(True, "Measure power at rest.")
-    required: bool = option(False, "Refuse to measure where it cannot be had.")
+    required: bool = option(False, "Refuse to measure without it.")
     duration_sec: float = option(30.0, "Length of the measurement.", min=0.5, max=120, unit="s")
-    cache_ttl_sec: float = option(3600.0, "How long a baseline stands for the next.", min=0, unit="s")
+    cache_ttl_sec: float = option(3600.0, "Time for which a baseline is reused.", min=0, unit="s")
     sample_interval_ms: int = option(100, "Time between samples.", min=20, max=1000, unit="ms")
 
 
@@ -233,22 +226,22 @@ class MeasurementConfig(Section):
     """The window and the meters."""
 
     min_window_sec: float = option(
-        SHORT_WINDOW_S, "The prompts are repeated until the window is this long.", min=0, max=3600, unit="s"
+        SHORT_WINDOW_S, "Length of the window; prompts repeat to fill it.", min=0, max=3600, unit="s"
     )
     energy: str = option(
         "auto",
-        "Where energy is read; auto takes what is there.",
+        "Meter of energy; auto takes the best available.",
         choices=("auto", "nvml", EnergySource.RAPL.value, EnergySource.TDP_ESTIMATE.value, "none"),
     )
-    phases: bool = option(False, "Energy of prefill and decode apart, by differenced runs.")
+    phases: bool = option(False, "Separate energy of prefill and decode, by differenced runs.")
     cpu_tdp_w: float | None = option(
         None,
-        "Design power of all CPU packages, for energy: tdp_estimate; null asks the kernel.",
+        "Design power of all CPU packages, for tdp_estimate; null asks the kernel.",
         min=1,
         max=10000,
         unit="W",
     )
-    external_csv: str | None = option(None, "Readings of an external meter: UTC time, watts.")
+    external_csv: str | None = option(None, "File with readings of an external meter: UTC time, watts.")
     grid_g_per_kwh: float | None = option(None, "Carbon intensity of the grid.", min=0, unit="g/kWh")
     pue: float | None = option(None, "Power usage effectiveness of the site.", min=1, max=10)
     price_per_kwh: float | None = option(None, "Price of energy, in any currency.", min=0, unit="1/kWh")
@@ -258,7 +251,7 @@ class MeasurementConfig(Section):
 class ExperimentIOConfig(Section):
     """Where results go."""
 
-    results_dir: str | None = option(None, "Folder of results; null takes the campaign's, else results.")
+    results_dir: str | None = option(None, "Folder of results; null: the campaign's, else results.")
 
 
 @dataclass(frozen=True)
@@ -269,18 +262,16 @@ class ExperimentConfig(Section):
 
     model: ModelConfig = option(REQUIRED, "The model, or just its name.", reload=True)
     backend: str = option("pytorch", "The engine.", choices=BACKENDS, reload=True)
-    config_name: str | None = option(None, "Name in tables; made of what varies when absent.", identity=False)
-    max_input_tokens: int = option(512, "Longer prompts are cut.", min=1, unit="tokens")
+    config_name: str | None = option(None, "Name in tables; null: made from the options that vary.", identity=False)
+    max_input_tokens: int = option(512, "Longer prompts are truncated.", min=1, unit="tokens")
     max_output_tokens: int = option(128, "Tokens to generate at most.", min=1, unit="tokens")
-    min_output_tokens: int = option(
-        0, "Tokens to generate at least; not above max_output_tokens.", min=0, unit="tokens"
-    )
+    min_output_tokens: int = option(0, "Tokens to generate at least.", min=0, unit="tokens")
     fp_precision: str = option(
         "float16", "Type of the weights.", choices=("float16", "float32", "bfloat16"), reload=True
     )
     gpus: tuple[str, ...] | None = option(
         None,
-        "GPUs by index or UUID; null is GPU 0 when there is one, else the CPU; [] is the CPU.",
+        "GPUs by index or UUID; null is GPU 0 if there is one, else the CPU; [] is the CPU.",
         check=_check_gpu,
         form="index or UUID",
         takes_scalar=True,
@@ -288,18 +279,14 @@ class ExperimentConfig(Section):
         is_unique=True,
         reload=True,
     )
-    ignore_eos: bool = option(
-        False, "Generate on past the end of a text; with min = max output tokens all do the same work."
-    )
+    ignore_eos: bool = option(False, "Continue past the end of a text, for equal output lengths.")
     random_seed: int | None = option(42, "Seed of sampling; null is unseeded.", min=0, max=2**32 - 1)
-    streaming: bool = option(
-        False, "Measure each request alone for TTFT and ITL where the backend cannot time tokens otherwise."
-    )
-    num_cycles: int = option(1, "Repeats within `lem experiment`.", min=1, max=10, identity=False)
+    streaming: bool = option(False, "Run requests one by one where token times need it (TTFT, ITL).")
+    num_cycles: int = option(1, "Repetitions of `lem experiment`.", min=1, max=10, identity=False)
     save_outputs: bool = option(False, "Keep the generated texts beside the result.", identity=False)
     dataset: DatasetConfig | None = option(None, "Prompts from a dataset: an alias or a mapping.")
     prompts: FilePrompts | SyntheticPrompts | HuggingFacePrompts | None = option(
-        None, "Prompts from elsewhere. With neither dataset nor prompts: the bundled synthetic set."
+        None, "Prompts from elsewhere; default: the bundled synthetic set."
     )
     decoder: DecoderConfig = option(DecoderConfig(), "How the next token is chosen.")
     traffic_simulation: TrafficConfig = option(TrafficConfig(), "Requests that arrive over time.")
@@ -308,7 +295,7 @@ class ExperimentConfig(Section):
     timeseries: TimeseriesConfig = option(TimeseriesConfig(), "Samples over time.")
     measurement: MeasurementConfig = option(MeasurementConfig(), "The window and the meters.")
     io: ExperimentIOConfig = option(ExperimentIOConfig(), "Where results go.", identity=False)
-    extra_metadata: Mapping[str, Any] = option({}, "Copied into the record.", identity=False)
+    extra_metadata: Mapping[str, Any] = option({}, "Copied to the record.", identity=False)
     pytorch: PyTorchConfig | None = option(None, "Options of pytorch.", backends=("pytorch",))
     vllm: VllmConfig | None = option(None, "Options of vllm.", backends=("vllm",))
     tensorrt: TensorRTConfig | None = option(None, "Options of tensorrt.", backends=("tensorrt",))

@@ -67,10 +67,10 @@ def get_experiment_params(backend: str | None = None) -> dict[str, dict[str, Any
         backend: leave out options that this backend does not honour; None keeps the options of all.
 
     Raises:
-        ConfigurationError: there is no such backend.
+        ConfigurationError: the backend is unknown.
     """
     if backend is not None and backend not in BACKENDS:
-        raise ConfigurationError(f"there is no backend {backend!r}", f"one of: {', '.join(BACKENDS)}")
+        raise ConfigurationError(f"unknown backend {backend!r}", f"one of: {', '.join(BACKENDS)}")
     found = _describe_all(ExperimentConfig)
     return {key: entry for key, entry in found.items() if not backend or backend in (entry["backends"] or BACKENDS)}
 
@@ -230,8 +230,8 @@ def render_page() -> str:
         "",
         "<!-- Written by `lem config fields --markdown`; edit the declarations in lem/config instead. -->",
         "",
-        "A campaign or an experiment is a YAML file. Command line wins over file, file over preset, preset over",
-        "default. A key that is not listed here, a value out of bounds and a key written twice are errors. `${VAR}`",
+        "A campaign or an experiment is a YAML file. The command line wins over the file, the file over the preset,",
+        "the preset over the default. Unknown keys, values out of bounds and duplicate keys are errors. `${VAR}`",
         "and `${VAR:-default}` expand in text; `_extends: base.yaml` inherits another file.",
         "",
         "## Campaign",

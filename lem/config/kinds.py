@@ -158,7 +158,7 @@ class Option:
 class Kind(ABC):
     """A kind of value."""
 
-    name = "value"  # in the message "… is due"
+    name = "value"  # in the message "expected …"
     label = "value"  # in a table
     sections: tuple[type[Any], ...] = ()  # the sections that a value of this kind is one of
 
@@ -176,14 +176,14 @@ class Kind(ABC):
         """The value as JSON has it, which `read` takes back; or the part of it that can change a measured number."""
         return value
 
-    def due(self, value: Any, path: Path, sink: Sink, remedy: str = "", suggestion: str | None = None) -> Any:
-        """INVALID, with the problem noted that a value of another kind was given."""
-        sink.add(path, f"{self.name} is due, got {describe(value)}{remedy}", suggestion)
+    def refuse(self, value: Any, path: Path, sink: Sink, remedy: str = "", suggestion: str | None = None) -> Any:
+        """INVALID, with the problem noted."""
+        sink.add(path, f"expected {self.name}, got {describe(value)}{remedy}", suggestion)
         return INVALID
 
 
 class BoolKind(Kind):
-    """True or false, and no other word for them."""
+    """True or false, without the other words for them of YAML 1.1."""
 
     name = "true or false"
     label = "boolean"
@@ -193,8 +193,8 @@ class BoolKind(Kind):
         if isinstance(value, bool):
             return value
         word = value.lower() if isinstance(value, str) else ""
-        remedy = "; leave the quotes out" if word in ("true", "false") else ""
-        return self.due(value, path, sink, remedy, _TRUTHS.get(word))
+        remedy = "; remove the quotes" if word in ("true", "false") else ""
+        return self.refuse(value, path, sink, remedy, _TRUTHS.get(word))
 
 
 class NumberKind(Kind):
@@ -207,12 +207,12 @@ class NumberKind(Kind):
         sink.add(path, complaint)
         return INVALID
 
-    def due(self, value: Any, path: Path, sink: Sink, remedy: str = "", suggestion: str | None = None) -> Any:
+    def refuse(self, value: Any, path: Path, sink: Sink, remedy: str = "", suggestion: str | None = None) -> Any:
         if isinstance(value, str):
             with contextlib.suppress(ValueError):
                 float(value.replace("_", "").replace(",", ""))
-                remedy = "; write the plain number, without quotes, leading zeros or separators"
-        return super().due(value, path, sink, remedy, suggestion)
+                remedy = "; write it without quotes, leading zeros or separators"
+        return super().refuse(value, path, sink, remedy, suggestion)
 
 
 class IntKind(NumberKind):
@@ -226,7 +226,7 @@ class IntKind(NumberKind):
         if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int):
-            return self.due(value, path, sink)
+            return self.refuse(value, path, sink)
         return self.check(value, path, sink)
 
 
@@ -239,13 +239,13 @@ class FloatKind(NumberKind):
     def read(self, value: Any, path: Path, sink: Sink) -> Any:
         value = simple(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return self.due(value, path, sink)
+            return self.refuse(value, path, sink)
         try:
             number = float(value)
         except OverflowError:
             number = math.inf
         if not math.isfinite(number):
-            sink.add(path, f"a finite number is due, got {describe(value)}")
+            sink.add(path, f"expected a finite number, got {describe(value)}")
             return INVALID
         return self.check(number, path, sink)
 
@@ -268,12 +268,12 @@ class TextKind(Kind):
             value = os.fspath(value)
         if not isinstance(value, str):
             shown = str(value).lower() if isinstance(value, bool) else value
-            remedy = f'; in quotes it is text: "{shown}"' if isinstance(value, (int, float)) else ""
-            return self.due(value, path, sink, remedy)
+            remedy = f'; quote it: "{shown}"' if isinstance(value, (int, float)) else ""
+            return self.refuse(value, path, sink, remedy)
         if not value.strip():
             complaint: str | None = "must not be empty"
         elif "\0" in value:
-            complaint = "must not hold a NUL character"
+            complaint = "must not contain a NUL character"
         else:
             complaint = self.item.check(value) if self.item.check is not None else None
         if complaint is not None:
@@ -299,10 +299,8 @@ class ChoiceKind(Kind):
         for choice in self.item.choices:
             if type(value) is type(choice) and value == choice:
                 return choice
-        if not isinstance(value, str):
-            return self.due(value, path, sink)
-        sink.add(path, f"{value!r} is not {self.name}", nearest(value, self._words, cutoff=0.5))
-        return INVALID
+        near = nearest(value, self._words, cutoff=0.5) if isinstance(value, str) else None
+        return self.refuse(value, path, sink, suggestion=near)
 
 
 def _plain(number: float) -> str:
@@ -356,7 +354,7 @@ class ListKind(Kind):
         if not isinstance(value, (list, tuple)):
             if not self.item.takes_scalar or value is None or isinstance(value, Mapping):
                 remedy = "; put it in brackets: [ ]" if isinstance(value, (str, int, float)) else ""
-                return self.due(value, path, sink, remedy)
+                return self.refuse(value, path, sink, remedy)
             read = self.inner.read(value, path, sink)
             return INVALID if read is INVALID else Items((read,))
         if len(value) < self.item.min_items:
@@ -370,7 +368,7 @@ class ListKind(Kind):
         if self.item.is_unique:
             for index, item in enumerate(items):
                 if item in items[:index]:
-                    sink.add((*path, index), f"{item!r} is in the list twice")
+                    sink.add((*path, index), f"duplicate item {item!r}")
                     return INVALID
         return Items(items)
 
@@ -389,13 +387,13 @@ class MapKind(Kind):
 
     def read(self, value: Any, path: Path, sink: Sink) -> Any:
         if not isinstance(value, Mapping):
-            return self.due(value, path, sink)
+            return self.refuse(value, path, sink)
         out: dict[str, Any] = {}
         for key, item in value.items():
             if isinstance(key, int) and not isinstance(key, bool):
                 key = str(key)
             if not isinstance(key, str):
-                sink.add(path, f"a key must be text, got {describe(key)}")
+                sink.add(path, f"expected a text key, got {describe(key)}")
                 continue
             out[str(key)] = self.inner.read(item, (*path, str(key)), sink)
         return INVALID if any(item is INVALID for item in out.values()) else out
@@ -407,7 +405,7 @@ class MapKind(Kind):
 class AnyKind(Kind):
     """Anything that JSON can hold; lists become `Items`, and text keeps its `${VAR}` for records."""
 
-    name = "a value that JSON can hold"
+    name = "a JSON value"
     label = "any value"
 
     def read(self, value: Any, path: Path, sink: Sink) -> Any:
@@ -419,7 +417,7 @@ class AnyKind(Kind):
             return _LIST_OF_ANY.read(value, path, sink)
         if isinstance(value, Mapping):
             return _MAPPING_OF_ANY.read(value, path, sink)
-        return self.due(value, path, sink)
+        return self.refuse(value, path, sink)
 
     def dump(self, value: Any, *, is_identity: bool = False) -> Any:  # noqa: ARG002
         if isinstance(value, Mapping):

@@ -284,7 +284,7 @@ class _Loader:
                 key, equals, text = item.partition("=")
                 key = key.strip()
                 if not equals or not all(key.split(".")):
-                    raise ConfigurationError(f"--set {item}: KEY=VALUE is due", "for example --set execution.cycles=5")
+                    raise ConfigurationError(f"--set {item}: expected KEY=VALUE", "such as --set execution.cycles=5")
             else:
                 key, text = item[0], str(item[1])
             shown = "(hidden)" if is_secret(source.section, tuple(key.split("."))) else text
@@ -363,19 +363,21 @@ def _items(value: Any) -> Sequence[Any]:
 
 def _not_a_mapping(tree: Any) -> str:
     if tree is None:
-        return "is empty; a configuration is due (`lem config new` writes one to start from)"
-    return f"a mapping (key: value) is due at the top, got {'a list' if isinstance(tree, list) else 'plain text'}"
+        return "the file is empty; `lem config new` writes one to start from"
+    return (
+        f"expected a mapping (key: value) at the top level, got {'a list' if isinstance(tree, list) else 'plain text'}"
+    )
 
 
 def _base_of(documents: Sequence[Document], found: Located) -> FilePath | None:
-    """The file that the last document inherits from; None when there is none, or none that can be read."""
+    """The file that the last document inherits from; None without one that can be read."""
     document = documents[-1]
     if EXTENDS not in document.tree:
         return None
     name = document.tree[EXTENDS]
     base = document.path.parent / str(name)
     if not isinstance(name, str) or not name:
-        complaint = "the name of one file is due"
+        complaint = "expected the name of one file"
     elif base.resolve() in [earlier.path.resolve() for earlier in documents]:
         complaint = f"{base} inherits from itself"
     elif not _is_file(base):
@@ -416,7 +418,7 @@ def _validate(section: type[S], source: Source) -> tuple[S | None, Located]:
 
 
 def _raise_if_any(found: Located, problems: Located, hint: str) -> None:
-    """Raise what was found, without what validation says about a value that could not even be read."""
+    """Raise all problems, without those of the validation about a value that could not be read."""
     unread = {place for place, _ in found if place.mark is not None}
     located = [*found, *(item for item in problems if item[0] not in unread)]
     if located:

@@ -93,8 +93,8 @@ class Section:
             value = {cls.shorthand: value}
         if not isinstance(value, Mapping):
             wanted = "a mapping" if cls.shorthand is None else f"a {cls.shorthand} or a mapping"
-            remedy = "; leave the line out to have the defaults" if value is None else ""
-            sink.add(path, f"{wanted} is due, got {describe(value)}{remedy}")
+            remedy = "; remove the line to use the defaults" if value is None else ""
+            sink.add(path, f"expected {wanted}, got {describe(value)}{remedy}")
             return INVALID
         before = len(sink.problems)
         given = _read_given(cls, cls.rewrite(value), path, sink)
@@ -102,9 +102,9 @@ class Section:
             return INVALID if len(sink.problems) > before else value
         switch = cls.switch
         if switch is not None and given and switch not in given:
-            remedy = f"add {switch}: true (or false)"
             where = dotted((*path, switch))
-            sink.add((*path, next(iter(given))), f"has no effect while {where} is not given; {remedy}")
+            remedy = f"add {switch}: true or {switch}: false"
+            sink.add((*path, next(iter(given))), f"has no effect unless {where} is set; {remedy}")
         section = object.__new__(cls)
         _complete(section, given, path, sink, before)
         return section if len(sink.problems) == before else INVALID
@@ -185,7 +185,7 @@ class VariantKind(SectionKind):
         if isinstance(value, self.sections):
             return value
         if not isinstance(value, Mapping):
-            return self.due(value, path, sink)
+            return self.refuse(value, path, sink)
         names = ", ".join(self.variants)
         if "type" not in value:
             if sink.is_partial:
@@ -194,9 +194,8 @@ class VariantKind(SectionKind):
             return INVALID
         kind = value["type"]
         if not isinstance(kind, str) or str(kind) not in self.variants:
-            got = repr(str(kind)) if isinstance(kind, str) else describe(kind)
             near = nearest(kind, list(self.variants)) if isinstance(kind, str) else None
-            sink.add((*path, "type"), f"one of {names} is due, got {got}", near)
+            sink.add((*path, "type"), f"expected one of {names}, got {describe(kind)}", near)
             return INVALID
         return self.variants[str(kind)].read(value, path, sink)
 
@@ -247,7 +246,7 @@ def _read_given(section: type[Section], mapping: Mapping[Any, Any], path: Path, 
         if name not in options:
             _note_unknown(section, key, path, sink)
         elif name in given:
-            sink.add((*path, key), f"is given twice, since {key} is another name of {name}", is_about_key=True)
+            sink.add((*path, key), f"duplicate option: {key} is another name of {name}", is_about_key=True)
         else:
             given[name] = options[name].kind.read(item, (*path, key), sink)
     return given
@@ -277,7 +276,7 @@ def _note(problems: Iterable[Problem], path: Path, sink: Sink) -> None:
 
 def _note_unknown(section: type[Section], key: Any, path: Path, sink: Sink) -> None:
     if not isinstance(key, str):
-        sink.add(path, f"a key must be text, got {describe(key)}")
+        sink.add(path, f"expected a text key, got {describe(key)}")
         return
     near = None
     if "." in key and find_option(section, key) is not None:

@@ -31,8 +31,8 @@ def _preset(name: str, description: str, tokens: tuple[int, int], **engine: Mapp
 
 
 _PRESETS = (
-    _preset("quick-test", "Short prompts and outputs, to see that everything works.", (64, 32)),
-    _preset("benchmark", "Long prompts and outputs, for numbers to compare.", (2048, 512)),
+    _preset("quick-test", "Short prompts and outputs, for a first test.", (64, 32)),
+    _preset("benchmark", "Long prompts and outputs, for results to compare.", (2048, 512)),
     _preset("throughput", "Medium lengths, for tokens per second.", (512, 256)),
     _preset(
         "vllm-throughput",
@@ -80,10 +80,10 @@ def find_preset(name: str) -> Preset:
     """The preset of that name.
 
     Raises:
-        ConfigurationError: there is none.
+        ConfigurationError: the preset is unknown.
     """
     found = PRESETS.get(name)
     if found is None:
         near = did_you_mean(name, list(PRESETS))
-        raise ConfigurationError(f"there is no preset {name!r}{near}", f"one of: {', '.join(PRESETS)}")
+        raise ConfigurationError(f"unknown preset {name!r}{near}", f"one of: {', '.join(PRESETS)}")
     return found

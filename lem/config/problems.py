@@ -88,15 +88,15 @@ def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def describe(value: Any) -> str:
-    """A value in words: `the text 'x'`, `the number 3`, `true`, `nothing (null)`, `a list`, `a mapping`."""
+    """A value in a message: `'x'`, `3`, `true`, `null`, `a list`, `a mapping`."""
     if value is None:
-        return "nothing (null)"
+        return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (int, float)):
-        return f"the number {_short(value)}"
+        return _short(value)
     if isinstance(value, str):
-        return f"the text {_short(str(value))}"
+        return _short(str(value))
     if isinstance(value, (list, tuple)):
         return "a list" if value else "an empty list"
     if isinstance(value, dict):
@@ -126,5 +126,5 @@ def _short(value: Any) -> str:
     try:
         text = repr(value)
     except ValueError:  # an integer of more digits than Python prints
-        return "of thousands of digits"
+        return "a number of thousands of digits"
     return text if len(text) <= MAX_SHOWN_VALUE else f"{text[: MAX_SHOWN_VALUE - 1]}…"

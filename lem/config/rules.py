@@ -50,7 +50,7 @@ def warnings(config: ExperimentConfig, gpus: Sequence[Gpu] | None = None) -> tup
 
 
 def parameters_by_name(name: str) -> float | None:
-    """The number of weights a model's name tells ("Llama-3.1-8B": 8e9); None when it tells none."""
+    """The number of weights in a model's name ("Llama-3.1-8B": 8e9); None without one."""
     found = _PARAMETERS_IN_NAME.findall(name.rpartition("/")[2])
     if not found:
         return None
@@ -133,7 +133,7 @@ def _gpu_warnings(config: ExperimentConfig, gpus: Sequence[Gpu]) -> Iterator[Pro
 
 
 def _names(name: str, gpu: Gpu) -> bool:
-    """Whether a GPU is meant: by its index, or its UUID, also shortened as CUDA takes it."""
+    """Whether a name means this GPU: its index, or its UUID, which may be shortened as for CUDA."""
     return name == str(gpu.index) or (not name.isdecimal() and gpu.uuid.lower().startswith(name.lower()))
 
 

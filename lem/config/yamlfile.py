@@ -58,7 +58,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a problem is shown: a file with a position in it, or a source that is no file."""
+    """Where a problem is shown: a position in a file, or another source."""
 
     label: str
     mark: Mark | None = None
@@ -201,7 +201,7 @@ def expand(text: str, environ: Mapping[str, str], *, is_plain: bool) -> str:
             return "${"
         name, default = match[1], match[2]
         if name is None:
-            raise ExpansionError("'${' without ${NAME} or ${NAME:-default}; write $${ for the characters themselves")
+            raise ExpansionError("incomplete '${': expected ${NAME} or ${NAME:-default}; write $${ for a literal ${")
         value = environ.get(name)
         if default is not None:
             return value or default
@@ -231,7 +231,7 @@ def parse_value(text: str, environ: Mapping[str, str], label: str) -> Any:
     """
     try:
         document = _read_text(text, label, FilePath(), environ)
-    except FileProblems as error:  # a position within a word of the command line tells nobody anything
+    except FileProblems as error:  # a position within a word of the command line is useless
         raise FileProblems((Place(label), problem) for _, problem in error.located) from error
     if document.problems:
         raise FileProblems((Place(label), problem) for _, problem in document.problems)
@@ -243,20 +243,18 @@ def _text_of(path: FilePath) -> str:
         with path.open("rb") as stream:
             data = stream.read(MAX_FILE_B + 1)
     except FileNotFoundError as error:
-        raise ConfigurationError(
-            f"{path}: no such file", "check the path, which is relative to where you are"
-        ) from error
+        raise ConfigurationError(f"{path}: no such file", "the path is relative to the current directory") from error
     except IsADirectoryError as error:
-        raise ConfigurationError(f"{path}: is a folder, a YAML file is due") from error
+        raise ConfigurationError(f"{path}: expected a YAML file, found a folder") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigurationError(f"{path}: cannot be read: {reason}") from error
     if len(data) > MAX_FILE_B:
-        raise _no_text(path, data, 0, f"more than {MAX_FILE_B // MIB} MiB, which is no configuration")
+        raise _no_text(path, data, 0, f"larger than {MAX_FILE_B // MIB} MiB")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise _no_text(path, data, 0, "is UTF-16", "save it as UTF-8")
     if b"\0" in data:
-        raise _no_text(path, data, data.index(b"\0"), "is binary, a YAML file is due")
+        raise _no_text(path, data, data.index(b"\0"), "expected a YAML file, found binary data")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -339,7 +337,7 @@ class _Builder:
                 self._note((), f"more than {MAX_VALUES} values; do aliases (*name) multiply?")
             return None
         if id(node) in self._open:
-            self._note(path, "an alias (*name) of what it is part of")
+            self._note(path, "an alias (*name) that contains itself")
             return None
         self._open.add(id(node))
         value = self._build(node, path)
@@ -353,14 +351,14 @@ class _Builder:
             return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
         if isinstance(node, yaml.ScalarNode) and node.tag in (_PLAIN, _TEXT):
             return self._build_scalar(node, path)
-        self._note(path, f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is not read; write the value plainly")
+        self._note(path, f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is not supported; remove it")
         return None
 
     def _build_mapping(self, node: Any, path: Path) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag not in (_PLAIN, _TEXT):
-                self._note(path, "a key must be plain text", _mark(key_node))
+                self._note(path, "expected plain text as the key", _mark(key_node))
                 continue
             key = str(key_node.value)
             where = (*path, key)
@@ -369,7 +367,7 @@ class _Builder:
                 continue
             self.keys[where] = _mark(key_node)
             if key == "<<" and key_node.tag == _PLAIN:
-                self._note(where, "merge keys are not read; use _extends, or write the values out", _mark(key_node))
+                self._note(where, "merge keys are not supported; use _extends or repeat the values", _mark(key_node))
                 continue
             out[key] = self.build(value_node, where)
         return out
@@ -380,10 +378,10 @@ class _Builder:
         if not isinstance(value, str):
             return value
         if any("\ud800" <= character <= "\udfff" for character in value):
-            self._note(path, "holds half of a surrogate pair, which is no character")
+            self._note(path, "contains half of a surrogate pair")
             return None
-        if "\0" in value:  # no name of a file or a model holds one, and no text is read for anything else
-            self._note(path, "holds the control character U+0000; take it out")
+        if "\0" in value:
+            self._note(path, "contains the control character U+0000; remove it")
             return None
         try:
             return expand(value, self._environ, is_plain=is_plain)
@@ -400,22 +398,22 @@ def _mark(node: Any) -> Mark:
 
 
 def _syntax_problem(error: Any, name: str, text: str) -> tuple[Place, Problem]:
-    """PyYAML's words, with the remedy of what people run into."""
+    """PyYAML's message, with the remedy for common mistakes."""
     if isinstance(error, yaml.reader.ReaderError):
         before = text[: error.position]
         mark = Mark(before.count("\n") + 1, error.position - before.rfind("\n"))
         return Place(name, mark), Problem(
-            (), f"holds the control character U+{ord(text[error.position]):04X}; take it out"
+            (), f"contains the control character U+{ord(text[error.position]):04X}; remove it"
         )
     mark = _mark_of(error)
     message = str(error.problem or error.context)
     remedies = {
         "'\\t'": "indent with spaces, never with tabs",
-        "mapping values are not allowed": "quote a text that holds ': ', and check the indentation",
+        "mapping values are not allowed": "quote a text that contains ': ', and check the indentation",
         "cannot start any token": "quote a text that begins with such a character",
-        "single document": "one file holds one configuration; take out the line ---",
+        "single document": "write one configuration per file; remove the line ---",
         "undefined alias": "quote a text that begins with *",
-        "but got '{'": "quote a text that holds a brace, such as ${NAME}, inside brackets",
+        "but got '{'": "inside brackets, quote a text with a brace such as ${NAME}",
         "block end": "check the indentation",
     }
     remedy = next((advice for words, advice in remedies.items() if words in f"{message} {error.context or ''}"), "")
@@ -426,7 +424,7 @@ def _syntax_problem(error: Any, name: str, text: str) -> tuple[Place, Problem]:
 
 
 def _mark_of(error: Any) -> Mark:
-    """Where an error is; where it began when it shows only at the end, as a quote that is not closed does."""
+    """Where an error is, or where it began if it shows only at the end, as an open quote does."""
     mark = error.problem_mark or error.context_mark
     if "unexpected end of stream" in str(error.problem) and error.context_mark is not None:
         mark = error.context_mark

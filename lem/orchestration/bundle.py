@@ -63,8 +63,11 @@ def make_bundle(folder: Path, contents: Contents, *, sign_key: Path | None = Non
         raise UserError(f"{target} already exists", "choose another folder; bundles are never changed")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=durable.TEMPORARY_PREFIX, dir=folder))
-        try:
+        # The folder is renamed at the end, so that there is nothing left to clean up.
+        with tempfile.TemporaryDirectory(
+            prefix=durable.TEMPORARY_PREFIX, dir=folder, ignore_cleanup_errors=True
+        ) as name:
+            scratch = Path(name)
             _fill(scratch, contents)
             sums = [f"{sha256_of(scratch / name)}  {name}\n" for name in _files(scratch)]
             durable.write_text(scratch / SUMS, "".join(sums))
@@ -72,8 +75,6 @@ def make_bundle(folder: Path, contents: Contents, *, sign_key: Path | None = Non
                 _sign(scratch, sign_key)
             scratch.chmod(0o755)
             durable.name_folder(scratch, target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{error.filename or target}: {reason_of(error)}", remedy_for(error)) from error
     return target

@@ -61,12 +61,7 @@ def gpu_loss(reading: GpuReading) -> Reason | None:
 def judge(
     service: str, reading: GpuReading, own_pids: Collection[int], gpu_memory_threshold_pct: float
 ) -> ContainerHealthStatus:
-    """The health of a container with a GPU that has answered.
-
-    Args:
-        own_pids: processes of lem's own worker as the host numbers them; their memory does not count.
-        gpu_memory_threshold_pct: memory in use on any one GPU at which it becomes unhealthy.
-    """
+    """The health of a container with a GPU; memory of lem's own processes, as the host numbers them, does not count."""
     if (lost := gpu_loss(reading)) is not None:
         return ContainerHealthStatus(service, healthy=False, reason=lost.text)
     used_gb = sum(gpu.memory_used_b for gpu in reading.gpus) / _GB
@@ -123,7 +118,7 @@ class ContainerManager:
         self._find_project = functools.partial(bare_project, compose_file, project_dir, environ)
         self._project = project
         self._services: Services | None = None
-        self._restarts: Counter[str] = Counter()
+        self.restarts: Counter[str] = Counter()  # of each service, to recover it
         self._workers: dict[str, list[Worker]] = {}
 
     @property
@@ -140,18 +135,8 @@ class ContainerManager:
             self._services = self.project.existing()
         return self._services
 
-    @property
-    def restarts(self) -> Mapping[str, int]:
-        """How often each service was restarted to recover it."""
-        return self._restarts
-
     def prepare(self, backends: Collection[str]) -> Services:
-        """The services, once everything that these backends need is found; they are not started.
-
-        Raises:
-            ContainerError: engine, plugin, file, service or image missing.
-            UserError: a file or folder cannot be written.
-        """
+        """The services, once everything that these backends need is found; they are not started."""
         known = {} if self._services is None else self._services.images
         if self._services is None or not known.keys() >= set(backends):
             self._services = self.project.prepare(tuple(dict.fromkeys((*known, *backends))))
@@ -252,9 +237,9 @@ class ContainerManager:
             max_restarts: per service, over the life of this manager, which is one campaign.
         """
         status = self.check_health(service, gpu_memory_threshold_pct)
-        while not status.healthy and self._restarts[service] < max_restarts:
-            self._restarts[service] += 1
-            count = f"{self._restarts[service]} of {max_restarts}"
+        while not status.healthy and self.restarts[service] < max_restarts:
+            self.restarts[service] += 1
+            count = f"{self.restarts[service]} of {max_restarts}"
             _logger.warning("%s is unhealthy: %s; restart %s", service, status.reason, count)
             status = self._restarted(service, gpu_memory_threshold_pct)
         return status

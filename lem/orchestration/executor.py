@@ -89,7 +89,7 @@ class DockerExecutor:
     _stale: set[str] = field(default_factory=set, init=False)  # services to recreate before their next use
     _suspect: set[str] = field(default_factory=set, init=False)  # services that lost their GPU
     _begun_s: dict[str, float] = field(default_factory=dict, init=False)  # Unix time of the last attempt by service
-    _held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False)
+    _held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False)  # lock and containers
 
     @property
     def manager(self) -> ContainerManager:
@@ -124,15 +124,10 @@ class DockerExecutor:
             worker.kill()
 
     def close(self) -> None:
-        manager, self._manager = self._manager, None
-        self._workers.clear()
-        self._stale.clear()
-        self._suspect.clear()
-        try:
-            if manager is not None:
-                manager.teardown(TEARDOWN_S)
-        finally:
-            self._held.close()
+        self._manager = None
+        for known in (self._workers, self._stale, self._suspect):
+            known.clear()
+        self._held.close()
 
     def clear(self) -> None:
         """Remove the containers of the project, unless another campaign uses it."""
@@ -174,7 +169,7 @@ class DockerExecutor:
         if status.healthy:
             self._suspect.discard(service)
             return
-        used = self.manager.restarts.get(service, 0)
+        used = self.manager.restarts[service]
         tried = f"is still unhealthy after {used} restart{'s' if used > 1 else ''}"
         raise ContainerLost(
             f"the container of {service} {tried if used else 'is unhealthy and may not be restarted'}: {status.reason}",
@@ -252,14 +247,10 @@ class DockerExecutor:
         with contextlib.ExitStack() as held:
             held.enter_context(self._locked())
             manager.prepare(self.backends)  # whatever is missing is reported before there is anything to take down
-            try:
-                # A container that an earlier run left may be in any state.
-                manager.start_services(self.backends, recreate=True)
-            except BaseException:
-                with contextlib.suppress(Interrupted):
-                    manager.teardown(TEARDOWN_S)
-                raise
-            self._held.enter_context(held.pop_all())
+            held.callback(manager.teardown, TEARDOWN_S)
+            # A container that an earlier run left may be in any state.
+            manager.start_services(self.backends, recreate=True)
+            self._held = held.pop_all()
         return manager
 
     def _locked(self) -> contextlib.AbstractContextManager[object]:
@@ -361,8 +352,7 @@ def _backends(plan: Plan) -> tuple[str, ...]:
 def _not_installed(backends: Sequence[str]) -> str:
     """Which backends are not installed in this Python, in words; empty if all are."""
     found = probe_environment()
-    missing = {name: missing_distributions(name, found) for name in backends}
-    listed = [f"{name} ({', '.join(items)})" for name, items in missing.items() if items]
+    listed = [f"{name} ({', '.join(items)})" for name in backends if (items := missing_distributions(name, found))]
     return f"not installed here: {', '.join(listed)}" if listed else ""
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 
 from lem.base.errors import UserError
+from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig
 from lem.orchestration.plan import CampaignExperiment, Plan
 from lem.results.merge import REPLICATE, SHARD, FleetPlan, HostPart, PlannedExperiment
@@ -53,10 +54,9 @@ def _deal(costs: Mapping[str, float], parts: Sequence[set[str]], loads: list[flo
 def make_fleet_plan(
     plan: Plan,
     hosts: Sequence[str],
-    *,
-    campaign_id: str,
-    campaign_name: str,
+    campaign: CampaignConfig,
     run_id: str,
+    *,
     is_replicated: bool = False,
     measured_by_config: Mapping[str, float] | None = None,
 ) -> FleetPlan:
@@ -70,8 +70,8 @@ def make_fleet_plan(
     cycles = plan.execution.cycles
     is_measured = bool(measured_by_config)
     return FleetPlan(
-        campaign_id=campaign_id,
-        campaign_name=campaign_name,
+        campaign_id=campaign.campaign_id,
+        campaign_name=campaign.campaign_name,
         config_hash=plan.config_hash,
         run_id=run_id,
         mode=REPLICATE if is_replicated else SHARD,

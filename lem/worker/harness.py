@@ -22,7 +22,7 @@ from lem.config.backends import WIDTH_OPTIONS
 from lem.config.experiment import ExperimentConfig, WarmupConfig
 from lem.engines.common import load_engine
 from lem.engines.protocol import Completion, Engine, TokenRequest
-from lem.record import CONFIG_FILE, OUTPUTS_FILE, Record
+from lem.record import CONFIG_FILE, OUTPUTS_FILE, Measured, Record, known
 from lem.worker.channel import RunRequest
 from lem.worker.datasets import resolve_dataset
 from lem.worker.metering import Metering, Reporter, open_metering
@@ -132,9 +132,9 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
     energy = metering.close(folder, measured, is_steady_mode=config.traffic_simulation.enabled)
     if config.save_outputs:
         _write_outputs(folder, measured.outputs, loaded.decode)
-    gpus = metering.surroundings(residence.report.gpu_uuids)
+    seen = metering.surroundings(residence.report.gpu_uuids)
     found = Findings(
-        request, config, requested, start_utc, residence, prompts, encoded, warmup, measured, peak_b, energy, gpus
+        request, config, requested, start_utc, residence, prompts, encoded, warmup, measured, peak_b, energy, seen
     )
     return compose_record(found, read_host())
 
@@ -259,7 +259,8 @@ def _warm_up(
     engine: Engine, requests: Sequence[TokenRequest], config: ExperimentConfig, clock: Clock, reporter: Reporter
 ) -> WarmupOutcome:
     if not config.warmup.enabled:
-        return WarmupOutcome(0, None, None, "warm-up is disabled (warmup.enabled: false)")
+        disabled: Measured[Any] = Measured(None, "warm-up is disabled (warmup.enabled: false)")
+        return WarmupOutcome(0, disabled, disabled)
 
     def run_step(requests: Sequence[TokenRequest]) -> Sequence[Completion]:
         completions = engine.generate(requests, observe_tokens=config.streaming)
@@ -335,9 +336,8 @@ def warm_up(
         warnings.append(Reason.of("warmup_overlaps"))
     return WarmupOutcome(
         prompts=prompts,
-        elapsed_s=seconds_between(begin_ns, now_ns),
-        converged=converged if settings.convergence_detection else None,
-        null_reason=None if settings.convergence_detection else "warmup.convergence_detection is off",
+        elapsed_s=Measured(seconds_between(begin_ns, now_ns)),
+        converged=known(converged if settings.convergence_detection else None, "warmup.convergence_detection is off"),
         step_s=step_s,
         warnings=tuple(warnings),
     )

@@ -34,8 +34,8 @@ from lem.meters.samples import (
 )
 from lem.meters.sources import Baselines, Sources, choose_sources
 from lem.meters.window import AttemptLog, span_of
+from lem.record import Measured, known
 from lem.worker.channel import RunRequest
-from lem.worker.recording import GpuSurroundings
 from lem.worker.sampling import READY_TIMEOUT_S, wait_until_ready
 from lem.worker.window import MeasuredWindow
 
@@ -309,23 +309,25 @@ class Metering:
             self._catch_up(self.clock.monotonic_ns(), is_loads=True)  # loads are written right after the processes
         return _processes_of(self.read())
 
-    def surroundings(self, gpu_uuids: Sequence[str]) -> GpuSurroundings:
-        """What the sampler saw of these GPUs beside their figures."""
-        if not gpu_uuids:
-            return GpuSurroundings()
+    def surroundings(self, gpu_uuids: Sequence[str]) -> dict[str, Measured[tuple[str, ...]]]:
+        """`vbios` of these GPUs, and `other_gpu_processes`: what else computes on them (`process 4711 on GPU-…`)."""
         log = self.read()
-        vbios = {gpu.uuid: gpu.vbios or "" for gpu in log.header.gpus}
-        if any(uuid not in vbios for uuid in gpu_uuids):
-            return GpuSurroundings(null_reason=log.header.gpu_error or "the sampler does not see the GPUs in use")
-        found = tuple(vbios[uuid] for uuid in gpu_uuids)
-        if self.own_pids is None:
-            why = "the engine's own processes are unknown"
-            return GpuSurroundings(found if all(found) else None, None, why)
-        there, own = _processes_of(log), self.own_pids
-        others = tuple(
-            f"process {pid} on {uuid}" for uuid in gpu_uuids for pid in there.get(uuid, ()) if pid not in own
-        )
-        return GpuSurroundings(found if all(found) else None, others, "not reported by the driver")
+        seen = {gpu.uuid: gpu.vbios or "" for gpu in log.header.gpus}
+        vbios = tuple(seen.get(uuid, "") for uuid in gpu_uuids)
+        there = _processes_of(log)
+        other = [(pid, uuid) for uuid in gpu_uuids for pid in there.get(uuid, ()) if pid not in (self.own_pids or ())]
+        why = "not reported by the driver" if self.own_pids is not None else "the engine's own processes are unknown"
+        is_known = self.own_pids is not None
+        if not gpu_uuids:
+            is_known, why = False, "no GPU in use"
+        elif any(uuid not in seen for uuid in gpu_uuids):
+            is_known, why = False, log.header.gpu_error or "the sampler does not see the GPUs in use"
+        return {
+            "vbios": known(vbios if vbios and all(vbios) else None, why),
+            "other_gpu_processes": known(
+                tuple(f"process {pid} on {uuid}" for pid, uuid in other) if is_known else None, why
+            ),
+        }
 
     # The end
 

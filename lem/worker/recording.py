@@ -58,9 +58,8 @@ class WarmupOutcome:
     """What warm-up did."""
 
     prompts: int
-    elapsed_s: float | None  # None when it is disabled
-    converged: bool | None  # None when that was not asked
-    null_reason: str | None  # why `elapsed_s` or `converged` is None
+    elapsed_s: Measured[float]
+    converged: Measured[bool]
     step_s: float | None = None  # duration of the last step
     warnings: tuple[Reason, ...] = ()
 
@@ -78,15 +77,6 @@ class HostFacts:
 
 
 @dataclass(frozen=True)
-class GpuSurroundings:
-    """What the sampler saw of the GPUs in use beside their figures."""
-
-    vbios: tuple[str, ...] | None = None  # of each GPU
-    other_processes: tuple[str, ...] | None = None  # `process 4711 on GPU-…` for what else computes there
-    null_reason: str = "no GPU in use"
-
-
-@dataclass(frozen=True)
 class Findings:
     """Everything that one attempt found."""
 
@@ -101,7 +91,7 @@ class Findings:
     measured: MeasuredWindow
     peak_memory_b: int | None
     energy: EnergyFindings
-    gpus: GpuSurroundings
+    surroundings: Mapping[str, Measured[tuple[str, ...]]]  # `vbios` and `other_gpu_processes`
 
 
 def compose_record(found: Findings, host: HostFacts) -> Record:
@@ -125,14 +115,7 @@ def compose_record(found: Findings, host: HostFacts) -> Record:
         compute=_compute(found.measured, found.residence.report, found.peak_memory_b),
         efficiency=efficiency_of(energy.energy.primary_j, work),
         carbon=carbon_of(energy.energy.primary_j, found.config.measurement),
-        environment=describe_environment(
-            host,
-            found.residence.report,
-            found.config,
-            executor=request.executor,
-            image=request.image,
-            gpus=found.gpus,
-        ),
+        environment=describe_environment(request, host, found.residence.report, found.config, found.surroundings),
         requested=found.requested,
         extra_metadata=metadata if isinstance(metadata, dict) else found.config.extra_metadata,
     )
@@ -158,7 +141,7 @@ def _validity(found: Findings) -> Validity:
     no_output = (Reason.of("no_output"),) if measured.output_tok == 0 else ()
     invalid = (*(failures if is_invalid else ()), *no_output, *energy.invalid_reasons)
     # The window was one state when throughput and, where it is known, power were.
-    states = (("throughput", measured.steady), ("power", energy.power_steady.value))
+    states = (("throughput", measured.steady.value), ("power", energy.power_steady.value))
     unsteady = [what for what, is_steady in states if is_steady is False]
     warnings = (
         *found.residence.report.warnings,
@@ -174,8 +157,8 @@ def _validity(found: Findings) -> Validity:
         valid=not invalid,
         invalid_reasons=invalid,
         warnings=tuple(dict.fromkeys(warnings)),
-        warmup_converged=known(warmup.converged, warmup.null_reason or ""),
-        steady=False if unsteady else known(measured.steady, measured.steady_null_reason or ""),
+        warmup_converged=warmup.converged,
+        steady=False if unsteady else measured.steady,
         engine_reused=found.residence.is_reused,
         engine_load_id=found.residence.load_id,
     )
@@ -188,7 +171,7 @@ def _window(found: Findings) -> Window:
         traffic_mode=measured.traffic_mode,
         window_s=measured.window_s,
         window_repeats=measured.repeats,
-        warmup_s=known(warmup.elapsed_s, warmup.null_reason or "warm-up did not run"),
+        warmup_s=warmup.elapsed_s,
         warmup_prompts=warmup.prompts,
         load_s=known(residence.load_s, f"the engine was loaded before (load {residence.load_id})"),
         # Of the load; for a reused engine, of this experiment alone.
@@ -276,13 +259,11 @@ def read_host(root: Path = Path("/")) -> HostFacts:
 
 
 def describe_environment(
+    request: RunRequest,
     host: HostFacts,
     report: EngineReport,
     config: ExperimentConfig,
-    *,
-    executor: str,
-    image: str | None,
-    gpus: GpuSurroundings,
+    surroundings: Mapping[str, Measured[tuple[str, ...]]],
 ) -> Environment:
     """The environment section of the record."""
     versions = {"python": platform.python_version(), **report.versions}
@@ -290,24 +271,23 @@ def describe_environment(
     if driver is not None:
         versions["driver"] = driver
     return Environment.of(
-        fingerprint=fingerprint_of(host, report, versions, image),
-        executor=executor,
+        fingerprint=fingerprint_of(host, report, versions, request.image),
+        executor=request.executor,
         os=host.os,
         kernel=host.kernel,
         cpu=host.cpu,
         cpu_count=host.cpu_count,
         memory_b=known(host.memory_b, "not in /proc/meminfo"),
         governor=known(host.governor, "the kernel exposes no frequency governor, as in most virtual machines"),
-        image=known(image, "not run in a container"),
+        image=known(request.image, "not run in a container"),
         engine_name=report.engine_name,
         engine_version=report.engine_version,
         versions=versions,
         device=report.device,
         gpu_uuids=report.gpu_uuids,
-        vbios=known(gpus.vbios, gpus.null_reason),
         model_revision=known(report.model_revision, "the model is a local folder, or the engine does not report it"),
         weights_sha256=known(report.weights_sha256, "the engine does not report which weight files it read"),
-        other_gpu_processes=known(gpus.other_processes, gpus.null_reason),
+        **surroundings,
         engine_effective=report.effective,
         engine_differs=differing_options(config, report.effective),
     )

@@ -12,7 +12,7 @@ from lem.base.errors import EngineError
 from lem.base.measurement import STEADY_TOLERANCE
 from lem.base.reasons import Reason
 from lem.engines.protocol import Completion, Engine, TokenRequest
-from lem.record import OBSERVATIONS_NEEDED, Distribution, Latency
+from lem.record import OBSERVATIONS_NEEDED, Distribution, Latency, Measured
 
 _NO_REQUEST = "no request was completed in the window"
 _NO_ARRIVALS = "all requests of a closed batch are there at the start; there are no arrivals to wait from"
@@ -124,8 +124,7 @@ class MeasuredWindow:
     input_tok: int  # of requests that did not fail, without padding
     output_tok: int
     padding_tok: int | None  # in front of the prompts behind `input_tok`; None where the engine does not report it
-    steady: bool | None  # whether its halves are alike; None where there is nothing to compare
-    steady_null_reason: str | None
+    steady: Measured[bool]  # whether its halves are alike
     outputs: tuple[Output, ...]  # of the first pass, or of the requests that count under traffic
     warnings: tuple[Reason, ...] = ()
     passes_ns: tuple[tuple[int, int], ...] = ()  # begin and end of each pass over the prompt set; () under traffic
@@ -150,9 +149,9 @@ def check_completion(completion: Completion) -> None:
         raise EngineError(f"request {completion.index}: the backend reports an end before the start")
 
 
-def _are_alike(first: float, second: float) -> bool:
+def _are_alike(first: float, second: float) -> Measured[bool]:
     """Whether two rates differ by less than the tolerance, relative to their mean."""
-    return abs(first - second) < STEADY_TOLERANCE * (first + second) / 2
+    return Measured(abs(first - second) < STEADY_TOLERANCE * (first + second) / 2)
 
 
 def _times_of(completion: Completion, arrived_ns: int | None) -> RequestTimes:
@@ -222,7 +221,6 @@ def _add_up(requests: Sequence[TokenRequest], passes: Sequence[_Pass]) -> Measur
     everything = [completion for item in passes for completion in item.completions]
     good = [completion for completion in everything if completion.error is None]
     first_pass = sorted((item for item in passes[0].completions if item.error is None), key=lambda item: item.index)
-    steady, reason = _compare_passes(passes)
     return MeasuredWindow(
         traffic_mode=CLOSED_BATCH,
         opened_ns=passes[0].begin_ns,
@@ -233,8 +231,7 @@ def _add_up(requests: Sequence[TokenRequest], passes: Sequence[_Pass]) -> Measur
         input_tok=sum(len(by_index[item.index].token_ids) for item in good),
         output_tok=sum(item.output_tok for item in passes),
         padding_tok=_padding_of(good),
-        steady=steady,
-        steady_null_reason=reason,
+        steady=_compare_passes(passes),
         outputs=tuple(Output(item.index, len(by_index[item.index].token_ids), item.output_ids) for item in first_pass),
         passes_ns=tuple((item.begin_ns, item.end_ns) for item in passes),
     )
@@ -250,17 +247,17 @@ def _check_pass(expected: Iterable[int], completions: Sequence[Completion]) -> N
         check_completion(completion)
 
 
-def _compare_passes(passes: Sequence[_Pass]) -> tuple[bool | None, str | None]:
-    """Whether the first half of the passes ran as fast as the last, and why that is not known.
+def _compare_passes(passes: Sequence[_Pass]) -> Measured[bool]:
+    """Whether the first half of the passes ran as fast as the last.
 
     Halves and not extremes: the slowest and the fastest of a hundred short passes always differ.
     """
     half = len(passes) // 2
     if half == 0:
-        return None, _ONE_PASS
+        return Measured(None, _ONE_PASS)
     if not any(item.output_tok for item in passes):
-        return None, _NOTHING_TO_COMPARE
-    return _are_alike(_rate(passes[:half]), _rate(passes[-half:])), None
+        return Measured(None, _NOTHING_TO_COMPARE)
+    return _are_alike(_rate(passes[:half]), _rate(passes[-half:]))
 
 
 def _rate(passes: Sequence[_Pass]) -> float:
@@ -313,7 +310,6 @@ class SteadyWindow:
         prefilled = [
             (arrival, item) for arrival, item in answers if self._holds(next(_token_times(item), item.finished_ns))
         ]
-        steady, reason = self._compare_halves(token_times)
         warnings = (*warnings, *self._backlog(arrived_ns, len(finished)))
         if any(item.token_times_ns is None and item.output_ids for _, item in answers):
             warnings = (*warnings, Reason.of("tokens_untimed"))
@@ -327,8 +323,7 @@ class SteadyWindow:
             input_tok=sum(len(arrival.request.token_ids) for arrival, _ in prefilled),
             output_tok=len(token_times),
             padding_tok=_padding_of([item for _, item in prefilled]),
-            steady=steady,
-            steady_null_reason=reason,
+            steady=self._compare_halves(token_times),
             outputs=tuple(
                 Output(arrival.prompt_index, len(arrival.request.token_ids), item.output_ids) for arrival, item in good
             ),
@@ -338,12 +333,12 @@ class SteadyWindow:
     def _holds(self, time_ns: int) -> bool:
         return self.opened_ns < time_ns <= self.closed_ns
 
-    def _compare_halves(self, token_times: Sequence[int]) -> tuple[bool | None, str | None]:
+    def _compare_halves(self, token_times: Sequence[int]) -> Measured[bool]:
         if not token_times:
-            return None, _NOTHING_TO_COMPARE
+            return Measured(None, _NOTHING_TO_COMPARE)
         middle_ns = (self.opened_ns + self.closed_ns) // 2
         first = sum(1 for time_ns in token_times if time_ns <= middle_ns)
-        return _are_alike(first, len(token_times) - first), None
+        return _are_alike(first, len(token_times) - first)
 
     def _backlog(self, arrived_ns: Sequence[int], finished: int) -> tuple[Reason, ...]:
         """Whether arrivals exceed completions by more than a tenth, and than two deviations of a Poisson count."""

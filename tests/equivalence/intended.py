@@ -65,4 +65,10 @@ INTENDED: tuple[Intended, ...] = (
         r"--yes|-l yes|an experiment never asks",
     ),
     Intended("Comments of the compose file are in plain English.", "lem compose", r"^ *#| #|^$"),
+    Intended("A message names the choices before the value.", "config validate", r"message$", part="stdout"),
+    Intended(
+        "The description of health_check.enabled is more than one word.",
+        "config (schema|fields)",
+        r"health_check.*enabled\.description$",
+    ),
 )

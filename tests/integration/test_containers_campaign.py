@@ -185,7 +185,7 @@ def test_restarts_that_are_used_up_stop_the_campaign_with_the_rest_pending(rig):
         docker("kill", rig.containers()["pytorch"])
     ended = running.wait()
     assert ended.code == 1
-    assert "does not come back after 1 restart: " in ended.err
+    assert "is still unhealthy after 1 restart: " in ended.err
     assert rig.statuses() == ["completed", "pending", "pending"]
     assert rig.run("--yes", "--resume").code == 0
     assert set(rig.statuses()) == {"completed"}

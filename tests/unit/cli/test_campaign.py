@@ -152,7 +152,7 @@ def test_usage_errors_are_told_in_two_lines(here, words, said):
     [
         (b"", "c.yaml"),
         (b"# nothing\n", "c.yaml"),
-        (b"\x00\x01\x02\xff", "is binary"),
+        (b"\x00\x01\x02\xff", "found binary data"),
         (b"\xff\xfec\x00", "is UTF-16"),
         (b"name: \xe4\xf6\n", "is not UTF-8"),
         (b"campaign_name: [1, 2\n", "not YAML"),
@@ -196,7 +196,7 @@ def test_every_problem_is_told_at_once_with_line_and_column(here):
     ]
 
 
-@pytest.mark.parametrize(("name", "complaint"), [("missing.yaml", "no such file"), (".", "is a folder")])
+@pytest.mark.parametrize(("name", "complaint"), [("missing.yaml", "no such file"), (".", "found a folder")])
 def test_a_campaign_file_that_is_not_there_is_told(here, name, complaint):
     ended = _run(name, "--yes")
     assert ended.code == 2

@@ -150,7 +150,7 @@ def test_fields_of_one_kind_of_both_and_of_a_backend():
     assert both.startswith("CAMPAIGN\n\ncampaign_name  text; required\n")
     assert "\nEXPERIMENT\n\n" in both
     of_vllm = run_lem("config", "fields", "--backend", "vllm")[1]
-    assert "vllm.max_num_seqs  integer; default 256; ≥ 1, requests\n    Requests worked on at a time." in of_vllm
+    assert "vllm.max_num_seqs  integer; default 256; ≥ 1, requests\n    Requests computed together." in of_vllm
     assert "pytorch.batch_size" not in of_vllm
     assert set(json.loads(run_lem("config", "fields", "campaign", "--json")[1])) == {"campaign"}
 

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def test_without_a_backend_the_options_of_all_are_listed():
     assert set(get_experiment_params()) == set().union(*(get_experiment_params(backend) for backend in BACKENDS))
-    with pytest.raises(ConfigurationError, match="there is no backend 'cuda'"):
+    with pytest.raises(ConfigurationError, match="unknown backend 'cuda'"):
         get_experiment_params("cuda")
 
 

@@ -135,9 +135,9 @@ def test_every_problem_is_found_at_once(options: dict[Any, Any], found: list[str
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("1", "write the plain number"),
+        ("1", "write it without quotes"),
         ("x", "an integer"),
-        (1.5, "the number 1.5"),
+        (1.5, "got 1.5"),
         (10**20, "more than 15 digits"),
         (-(10**5000), "more than 15 digits"),
     ],
@@ -149,7 +149,7 @@ def test_a_message_has_the_value_and_a_remedy(value: Any, words: str) -> None:
 
 
 def test_constructing_by_keyword_validates_too() -> None:
-    with pytest.raises(ValueError, match=r"colour: 'blue' is not one of red, green") as caught:
+    with pytest.raises(ValueError, match=r"colour: expected one of red, green, got .blue.") as caught:
         Machine(engine=Engine(name="e"), colour="blue", low=99)
     assert isinstance(caught.value, ConfigurationError)
     assert exit_code_of(caught.value) == ExitCode.USAGE

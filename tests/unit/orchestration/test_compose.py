@@ -142,20 +142,20 @@ def as_service(text: str) -> dict[str, Any]:
     return document
 
 
-def test_gpus_are_given_by_uuid_in_place_of_those_of_the_file(fake: FakeDocker, tmp_path: Path) -> None:
-    text = override(fake, tmp_path, gpus_of={"vllm": ("GPU-1", "GPU-2")})
-    assert '"devices": !override [' in text
-    (device,) = as_service(text)["deploy"]["resources"]["reservations"]["devices"]
-    assert device == {"driver": "nvidia", "device_ids": ["GPU-1", "GPU-2"], "capabilities": ["gpu"]}
+NVIDIA = {"driver": "nvidia", "capabilities": ["gpu"]}
 
 
-def test_experiments_on_the_cpu_alone_reserve_no_gpu(fake: FakeDocker, tmp_path: Path) -> None:
-    text = override(fake, tmp_path, gpus_of={"vllm": ()})
-    assert as_service(text)["deploy"]["resources"]["reservations"]["devices"] == []
-
-
-def test_without_known_gpus_those_of_the_file_are_kept(fake: FakeDocker, tmp_path: Path) -> None:
-    assert "deploy" not in as_service(override(fake, tmp_path))
+@pytest.mark.parametrize(
+    ("gpus_of", "devices"),
+    [({"vllm": ("GPU-1", "GPU-2")}, [{**NVIDIA, "device_ids": ["GPU-1", "GPU-2"]}]), ({"vllm": ()}, []), ({}, None)],
+)
+def test_known_gpus_replace_those_of_the_file(
+    fake: FakeDocker, tmp_path: Path, gpus_of: dict[str, tuple[str, ...]], devices: list[Any] | None
+) -> None:
+    text = override(fake, tmp_path, gpus_of=gpus_of)
+    assert ("!override" in text) is (devices is not None)
+    reserved = as_service(text).get("deploy", {}).get("resources", {}).get("reservations", {})
+    assert reserved.get("devices") == devices
 
 
 def test_a_dollar_sign_in_a_path_is_no_variable(fake: FakeDocker, tmp_path: Path) -> None:
@@ -203,10 +203,6 @@ def experiment(**options: Any) -> ExperimentConfig:
 def targets(*configs: ExperimentConfig) -> dict[str, bool]:
     """Targets, and whether each is read-only."""
     return {mount.target: mount.is_read_only for mount in local_mounts(configs)}
-
-
-def test_a_model_of_a_hub_needs_no_mount(here: Path) -> None:
-    assert local_mounts([experiment()]) == ()
 
 
 def test_a_folder_is_seen_at_its_absolute_path_read_only(here: Path) -> None:
@@ -263,32 +259,30 @@ def test_a_snapshot_brings_the_files_that_its_links_lead_to(here: Path) -> None:
     assert targets(experiment(model=str(snapshot))) == {str(snapshot): True, str(blobs): True}
 
 
-def test_the_root_is_never_mounted(here: Path) -> None:
-    assert local_mounts([experiment(model="/")]) == ()
-
-
-def test_what_another_mount_shows_already_is_left_out() -> None:
-    outer, inner = Mount(Path("/a"), "/a"), Mount(Path("/a/b"), "/a/b")
-    assert without_nested([inner, outer, inner]) == (outer,)
-
-
-def test_what_is_written_to_inside_what_is_read_stays() -> None:
-    outer, inner = Mount(Path("/a"), "/a"), Mount(Path("/a/b"), "/a/b", is_read_only=False)
-    assert without_nested([outer, inner]) == (outer, inner)
-
-
-def test_another_folder_at_a_place_below_stays() -> None:
-    outer, inner = Mount(Path("/a"), "/a"), Mount(Path("/c"), "/a/b")
-    assert without_nested([outer, inner]) == (outer, inner)
-
-
-def test_a_folder_both_read_and_written_is_written() -> None:
-    read, written = Mount(Path("/a"), "/a"), Mount(Path("/a"), "/a", is_read_only=False)
-    assert without_nested([read, written]) == (written,)
-    assert without_nested([written, read]) == (written,)
-
-
 def test_the_folder_of_an_external_meter_s_file_is_seen_at_its_place(here: Path) -> None:
     found = targets(experiment(measurement={"external_csv": "meter/watts.csv"}))
     assert found == {f"{here}/meter": True}
     assert targets(experiment(measurement={"external_csv": "~/meter/watts.csv"})) == {f"{CONTAINER_HOME}/meter": True}
+
+
+OUTER, WRITTEN = Mount(Path("/a"), "/a"), Mount(Path("/a"), "/a", is_read_only=False)
+INNER, WRITTEN_INNER, OTHER = Mount(Path("/a/b"), "/a/b"), Mount(Path("/a/b"), "/a/b", False), Mount(Path("/c"), "/a/b")
+
+
+@pytest.mark.parametrize(
+    ("mounts", "kept"),
+    [
+        ((INNER, OUTER, INNER), (OUTER,)),
+        ((OUTER, WRITTEN_INNER), (OUTER, WRITTEN_INNER)),
+        ((OUTER, OTHER), (OUTER, OTHER)),
+        ((OUTER, WRITTEN), (WRITTEN,)),
+        ((WRITTEN, OUTER), (WRITTEN,)),
+    ],
+)
+def test_a_mount_that_another_one_covers_is_left_out(mounts: tuple[Mount, ...], kept: tuple[Mount, ...]) -> None:
+    assert without_nested(mounts) == kept
+
+
+@pytest.mark.parametrize("model", ["gpt2", "/"])
+def test_a_model_of_a_hub_and_the_root_are_not_mounted(here: Path, model: str) -> None:
+    assert local_mounts([experiment(model=model)]) == ()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +66,7 @@ def test_a_machine_that_is_fit_is_told_so(fake: FakeDocker) -> None:
     ("state", "name", "remedy"),
     [
         ({"daemon": "down"}, "engine", "systemctl start docker"),
-        ({"daemon": "forbidden"}, "engine", "usermod"),
         ({"compose": None}, "compose", "install"),
-        ({"compose": "2.10.0"}, "compose", "2.17"),
         ({"invalid": "yaml: line 2: did not find expected node content"}, "compose_file", "correct the file"),
         ({"images": []}, "images", "pull"),
         ({"services": {"pytorch": GPU}}, "gpu_runtime", "docker-compose.cpu.yml"),
@@ -164,12 +161,6 @@ def test_counters_of_the_cpu_are_looked_for(fake: FakeDocker) -> None:
 
 def test_a_folder_that_is_a_file_is_told(fake: FakeDocker) -> None:
     (fake.folder / "results").write_text("")
-    assert look(host(fake))["rights"].status == "failed"
-
-
-@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere (run as another user)")
-def test_a_folder_that_cannot_be_written_is_told(fake: FakeDocker) -> None:
-    (fake.folder / "results").mkdir(mode=0o555)
     assert look(host(fake))["rights"].status == "failed"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lem.base.errors import InfrastructureError, LockedError, UserError
+from lem.base.errors import InfrastructureError, UserError
 from lem.base.reasons import Reason
 from lem.config.campaign_config import (
     CampaignColdStartConfig,
@@ -137,16 +137,6 @@ def test_the_record_says_docker_and_the_image(place: Place) -> None:
     assert record.environment.image == "sha256:img"
 
 
-def test_one_project_is_for_one_campaign_at_a_time(place: Place) -> None:
-    first, second = place.executor(), place.executor()
-    first.worker_for("pytorch")
-    with pytest.raises(LockedError, match=r"compose project lem-demo is locked by pid \d+ .*campaign demo"):
-        second.worker_for("pytorch")
-    assert place.fake.read()["containers"], "those of the first are left alone"
-    first.close()
-    second.worker_for("pytorch")
-
-
 def test_a_start_that_fails_leaves_nothing_and_no_lock(place: Place) -> None:
     place.fake.change(after_up="exited")
     with pytest.raises(ContainerError, match="does not answer"):
@@ -182,19 +172,22 @@ def test_a_gpu_that_the_other_container_holds_is_waited_for_and_then_freed(place
 
 
 @pytest.mark.parametrize(
-    ("gpus", "seen"), [(None, [UUID]), (["0"], [UUID]), ([UUID], [UUID]), (["GPU-9"], ["GPU-9"]), ([], [])]
+    ("service", "gpus", "seen"),
+    [
+        (GPU, None, [UUID]),
+        (GPU, [UUID], [UUID]),
+        (GPU, ["GPU-9"], ["GPU-9"]),
+        (GPU, [], []),
+        ({"image": "img"}, None, None),
+    ],
 )
-def test_gpus_are_named_by_uuid_inside(place: Place, gpus: list[str] | None, seen: list[str]) -> None:
-    place.fake.change(services={"pytorch": GPU}, gpus={"pytorch": reading()})
+def test_gpus_are_named_by_uuid_inside(
+    place: Place, service: dict[str, Any], gpus: list[str] | None, seen: list[str] | None
+) -> None:
+    place.fake.change(services={"pytorch": service}, gpus={"pytorch": reading()})
     executor = place.executor(gpu_uuids={"0": UUID, UUID: UUID})
     executor.worker_for("pytorch")
     assert executor.adapt("pytorch", place.request("one", gpus=gpus)).config["gpus"] == seen
-
-
-def test_a_service_without_a_gpu_is_told_of_none(place: Place) -> None:
-    executor = place.executor(gpu_uuids={"0": UUID, UUID: UUID})
-    executor.worker_for("pytorch")
-    assert executor.adapt("pytorch", place.request("one")).config["gpus"] is None
 
 
 def test_a_result_is_not_valid_when_the_gpu_was_lost_meanwhile(place: Place) -> None:
@@ -267,17 +260,6 @@ def test_a_container_that_may_not_be_restarted_stops_the_campaign(
         worker.open()
     assert "--resume" in caught.value.hint
     assert place.fake.compose_calls("restart") == []
-
-
-def test_containers_are_replaced_before_they_are_used_again_where_that_is_wanted(place: Place) -> None:
-    executor = place.executor(is_recreating=True)
-    executor.worker_for("pytorch").open()
-    executor.stop()
-    before = len(place.fake.compose_calls("up"))
-    executor.worker_for("pytorch").open()
-    assert [words for words in place.fake.compose_calls("up")[before:] if "--force-recreate" in words]
-    executor.worker_for("pytorch").open()
-    assert len(place.fake.compose_calls("up")) == before + 1
 
 
 def test_health_is_checked_and_recovered(place: Place) -> None:
@@ -371,19 +353,6 @@ def test_what_is_installed_here_runs_here(fake: FakeDocker) -> None:
     assert fake.calls() == []
 
 
-@needs_torch
-def test_what_is_not_installed_here_runs_in_containers(fake: FakeDocker) -> None:
-    choice = choose(fake, campaign("pytorch", "vllm"))
-    assert choice.name == "docker"
-    text = choice.describe()
-    assert "not installed here: vllm" in text
-    assert "img (pytorch), img (vllm)" in text
-    executor = choice.make()
-    assert isinstance(executor, DockerExecutor)
-    assert executor.backends == ("pytorch", "vllm")
-    assert executor.project.name == "lem-my-demo"
-
-
 def test_tensorrt_runs_in_its_container(fake: FakeDocker) -> None:
     found = campaign("tensorrt")
     fake.change(services={"tensorrt": {"image": "trt"}})
@@ -391,6 +360,24 @@ def test_tensorrt_runs_in_its_container(fake: FakeDocker) -> None:
     assert choice.name == "docker"
     assert "not installed here: tensorrt (tensorrt_llm)" in choice.describe()
     assert "trt (tensorrt)" in choice.describe()
+    executor = choice.make()
+    assert isinstance(executor, DockerExecutor)
+    assert (executor.backends, executor.project.name) == (("tensorrt",), "lem-my-demo")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cold_start": CampaignColdStartConfig(restart_container=True)},
+        {"io": CampaignIOConfig(compose_file="docker-compose.yml")},
+        {"io": CampaignIOConfig(env_file="gpu.env")},
+    ],
+)
+def test_options_for_containers_choose_containers(fake: FakeDocker, options: dict[str, Any]) -> None:
+    (fake.folder / "docker-compose.yml").write_text("services: {}\n")
+    executor = choose(fake, campaign("pytorch", **options)).make()
+    assert isinstance(executor, DockerExecutor)
+    assert executor.is_recreating is ("cold_start" in options)
 
 
 @pytest.mark.parametrize("state", [{"daemon": "down"}, {"compose": None}])
@@ -412,15 +399,6 @@ def test_a_python_is_for_the_local_executor(fake: FakeDocker) -> None:
         choose(fake, campaign(), "docker", python="python3")
 
 
-def test_containers_that_are_to_be_restarted_are_containers(fake: FakeDocker) -> None:
-    found = campaign("pytorch", cold_start=CampaignColdStartConfig(restart_container=True))
-    choice = choose(fake, found)
-    assert choice.name == "docker"
-    executor = choice.make()
-    assert isinstance(executor, DockerExecutor)
-    assert executor.is_recreating
-
-
 def test_images_that_cannot_be_told_are_no_error(fake: FakeDocker) -> None:
     fake.change(invalid="yaml: line 2: did not find expected node content")
     assert "images unknown" in choose(fake, campaign(), "docker").describe()
@@ -434,25 +412,23 @@ def made(found: CampaignConfig, folder: Path, gpus: tuple[GpuFacts, ...] = GPUS)
 
 
 @pytest.mark.parametrize(
-    ("gpus", "given"),
+    ("gpus", "known", "given"),
     [
-        ([None], ("GPU-0aaa",)),
-        ([["1"]], ("GPU-1aaa",)),
-        ([["1"], None], ("GPU-0aaa", "GPU-1aaa")),
-        ([["GPU-1a"]], ("GPU-1aaa",)),
-        ([[]], ()),
-        ([[], ["0"]], ("GPU-0aaa",)),
+        ([None], (), None),
+        ([["7"]], GPUS, None),
+        ([None], GPUS, ("GPU-0aaa",)),
+        ([["1"]], GPUS, ("GPU-1aaa",)),
+        ([["1"], None], GPUS, ("GPU-0aaa", "GPU-1aaa")),
+        ([["GPU-1a"]], GPUS, ("GPU-1aaa",)),
+        ([[]], GPUS, ()),
+        ([[], ["0"]], GPUS, ("GPU-0aaa",)),
     ],
 )
 def test_a_service_is_given_the_gpus_that_its_experiments_name(
-    tmp_path: Path, gpus: list[Any], given: tuple[str, ...]
+    tmp_path: Path, gpus: list[Any], known: tuple[GpuFacts, ...], given: tuple[str, ...] | None
 ) -> None:
-    assert made(campaign(shared={"gpus": gpus}), tmp_path).project.gpus_of == {"pytorch": given}
-
-
-@pytest.mark.parametrize("gpus", [[None], [["7"]]])
-def test_gpus_that_nobody_knows_are_those_of_the_file(tmp_path: Path, gpus: list[Any]) -> None:
-    assert made(campaign(shared={"gpus": gpus}), tmp_path, gpus=()).project.gpus_of == {}
+    found = made(campaign(shared={"gpus": gpus}), tmp_path, known).project.gpus_of
+    assert found == ({} if given is None else {"pytorch": given})
 
 
 def test_folders_are_those_of_the_campaign(tmp_path: Path) -> None:
@@ -475,14 +451,6 @@ def test_each_service_sees_its_own_models(tmp_path: Path) -> None:
     assert {name: [item.source for item in items] for name, items in mounts.items()} == {
         name: [path] for name, path in models.items()
     }
-
-
-def test_a_compose_file_that_is_named_is_used(fake: FakeDocker) -> None:
-    io = CampaignIOConfig(compose_file=str(fake.folder / "docker-compose.yml"))
-    Path(str(io.compose_file)).write_text("services: {}\n")
-    choice = choose(fake, campaign("pytorch", io=io))
-    assert choice.name == "docker"
-    assert "io.compose_file or io.env_file is set" in choice.describe()
 
 
 def test_what_is_about_containers_is_told_to_do_nothing_here(

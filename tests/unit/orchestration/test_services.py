@@ -79,14 +79,11 @@ def test_every_version_is_driven_alike(fake: FakeDocker, compose: str) -> None:
     "services",
     [
         None,
-        [],
         "text",
         {"vllm": None},
         {"vllm": {"image": 7}},
         {"vllm": {"devices": 1}},
-        {"vllm": {"deploy": "x"}},
         {"vllm": {"deploy": {"resources": {"reservations": [1]}}}},
-        {"vllm": {"deploy": {"resources": {"reservations": {"devices": "gpu"}}}}},
         {"vllm": {"deploy": {"resources": {"reservations": {"devices": [{"capabilities": 1}]}}}}},
     ],
 )

@@ -524,15 +524,15 @@ def test_warm_up_ends_when_the_speed_has_settled_or_at_a_cap(
 ) -> None:
     engine = TimedBackend(SteppedClock(), **backend)
     found = warm(engine, **settings)
-    assert (found.prompts, found.converged) == (prompts, converged)
+    assert (found.prompts, found.converged.value) == (prompts, converged)
     assert {len(batch) for batch in engine.batches} == {settings.get("width", 1)}
-    assert (found.null_reason is None) == (converged is not None)
+    assert (found.converged.null_reason is None) == (converged is not None)
     assert (found.warnings == ()) == (converged is not False)
 
 
 def test_the_duration_of_warm_up_and_of_its_last_step_are_known() -> None:
     found = warm(TimedBackend(SteppedClock()), min_prompts=1, window_size=4)
-    assert [found.elapsed_s, found.step_s] == pytest.approx([4 * 0.014, 0.014])
+    assert [found.elapsed_s.value, found.step_s] == pytest.approx([4 * 0.014, 0.014])
 
 
 def test_warnings_of_warm_up_say_what_was_not_reached() -> None:
@@ -559,7 +559,7 @@ def test_prompts_of_unlike_lengths_are_compared_on_equal_steps() -> None:
 
     found = warm_up(DisjointRequests(unlike, seed=1), 1, WarmupConfig(), run_step, clock, lambda _: None)
     ran = [len(batch[0].token_ids) for batch in backend.batches]
-    assert found.converged is True
+    assert found.converged.value is True
     assert ran == [*lengths[:5], *[90] * (len(ran) - 5)], "the measured shapes, then the one in the middle"
     assert ran.count(90) == 5
 

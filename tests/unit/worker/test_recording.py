@@ -9,8 +9,9 @@ import pytest
 
 from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import EngineReport
+from lem.record import Measured
+from lem.worker.channel import RunRequest
 from lem.worker.recording import (
-    GpuSurroundings,
     HostFacts,
     describe_environment,
     differing_options,
@@ -20,6 +21,14 @@ from lem.worker.recording import (
 
 HOST = HostFacts("Debian 12", "6.1.0", "A CPU", 8, 16 << 30, "performance")
 REPORT = EngineReport("transformers", "5.0", {"torch": "2.0"}, "cuda", ("GPU-b", "GPU-a"))
+
+NO_GPU: dict[str, Measured[tuple[str, ...]]] = dict.fromkeys(
+    ("vbios", "other_gpu_processes"), Measured(None, "no GPU in use")
+)
+
+
+def request(**options: Any) -> RunRequest:
+    return RunRequest({}, {"experiment_id": "e"}, "attempt", "key", True, **options)
 
 
 def config(**options: Any) -> ExperimentConfig:
@@ -67,7 +76,7 @@ def test_this_machine_can_be_read() -> None:
 
 def test_everything_unknown_has_a_reason() -> None:
     host = replace(HOST, memory_b=None, governor=None)
-    found = describe_environment(host, REPORT, config(), executor="local", image=None, gpus=GpuSurroundings())
+    found = describe_environment(request(), host, REPORT, config(), NO_GPU)
     nulls = {
         name
         for name in (
@@ -87,7 +96,7 @@ def test_everything_unknown_has_a_reason() -> None:
 
 def test_what_is_known_has_none() -> None:
     report = replace(REPORT, model_revision="abc", weights_sha256="def", device="cpu", gpu_uuids=())
-    found = describe_environment(HOST, report, config(), executor="docker", image="sha256:1", gpus=GpuSurroundings())
+    found = describe_environment(request(executor="docker", image="sha256:1"), HOST, report, config(), NO_GPU)
     assert set(found.null_reasons) == {"vbios", "other_gpu_processes"}
     assert found.null_reasons["vbios"] == "no GPU in use"
     assert found.versions["python"] == platform.python_version()

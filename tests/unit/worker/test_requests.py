@@ -185,7 +185,7 @@ def test_closed_loop_window_opens_after_one_turn_and_closes_under_load() -> None
     assert found.output_tok == 8 * 4
     assert found.input_tok == 8 * 3
     assert found.repeats == 2
-    assert found.steady is True
+    assert found.steady.value is True
     assert found.warnings == ()
 
 
@@ -266,7 +266,7 @@ def test_without_token_times_tokens_count_at_the_end_and_the_record_says_so() ->
 
 def test_a_slowing_engine_is_not_steady() -> None:
     slowing = TimedBackend(SteppedClock(), slow_down=lambda batches: 1 + batches / 20)
-    assert measure(slowing, closed_loop(2, min_window_s=0.2)).steady is False
+    assert measure(slowing, closed_loop(2, min_window_s=0.2)).steady.value is False
 
 
 def test_failed_requests_are_counted() -> None:
@@ -282,7 +282,7 @@ def test_a_load_that_fails_as_a_whole_is_not_kept_up(plan: TrafficPlan) -> None:
     assert 4 <= len(found.failures) <= 6
     assert found.requests == ()
     assert found.window_s < 10
-    assert found.steady is None
+    assert found.steady.value is None
 
 
 def test_prompts_are_offered_in_turn() -> None:
@@ -304,62 +304,43 @@ def test_progress_tells_the_requests_answered() -> None:
     assert done == list(range(1, len(done) + 1))
 
 
-class Forgetful(TimedBackend):
-    """Never answers its third request."""
+class ScriptedBackend(TimedBackend):
+    """Hands in each completion as often as its script says, and stops serving once the script has no number for it."""
+
+    times: Callable[[int], int | None]
 
     def serve(self, queue: RequestQueue) -> None:
         while requests := queue.take(self.width):
             for completion in self._run(requests, is_timed=True):
-                if completion.index != 2:
+                times = self.times(completion.index)
+                if times is None:
+                    return
+                for _ in range(times):
                     queue.complete(completion)
 
 
-class Stubborn(TimedBackend):
-    """Answers everything twice."""
-
-    def serve(self, queue: RequestQueue) -> None:
-        while requests := queue.take(self.width):
-            for completion in self._run(requests, is_timed=True):
-                queue.complete(completion)
-                queue.complete(completion)
-
-
-class Quitter(TimedBackend):
-    """Stops after one batch."""
-
-    def serve(self, queue: RequestQueue) -> None:
-        for completion in self._run(queue.take(self.width), is_timed=True):
-            queue.complete(completion)
-
-
-class Broken(TimedBackend):
-    """Fails as a whole."""
-
-    def serve(self, queue: RequestQueue) -> None:
-        queue.take(1)
-        raise EngineError("out of something", kind="out_of_memory")
+def scripted(times: Callable[[int], int | None]) -> ScriptedBackend:
+    backend = ScriptedBackend(SteppedClock())
+    backend.times = times
+    return backend
 
 
 def test_a_request_that_was_never_answered_counts_as_failed() -> None:
-    found = measure(Forgetful(SteppedClock(), width=2), open_loop(100.0))
+    found = measure(scripted(lambda index: int(index != 2)), open_loop(100.0))
     assert found.failures == ("request 2: the backend gave no answer",)
 
 
 @pytest.mark.parametrize("plan", [closed_loop(2), open_loop(100.0)])
-def test_an_answer_given_twice_is_refused(plan: TrafficPlan) -> None:
-    with pytest.raises(EngineError, match="did not have"):
-        measure(Stubborn(SteppedClock()), plan)
-
-
-def test_an_engine_that_stops_serving_too_early_is_refused() -> None:
-    with pytest.raises(EngineError, match="before the window closed"):
-        measure(Quitter(SteppedClock()), closed_loop(2))
-
-
-def test_a_failure_of_the_engine_surfaces_as_it_is() -> None:
-    with pytest.raises(EngineError, match="out of something") as caught:
-        measure(Broken(SteppedClock()), closed_loop(2))
-    assert caught.value.kind == "out_of_memory"
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [(lambda _: 2, "did not have"), (lambda index: 1 if index < 2 else None, "before the window closed")],
+    ids=["answers twice", "stops too early"],
+)
+def test_an_engine_that_does_not_serve_the_whole_window_once_is_refused(
+    plan: TrafficPlan, times: Callable[[int], int | None], message: str
+) -> None:
+    with pytest.raises(EngineError, match=message):
+        measure(scripted(times), plan)
 
 
 def test_a_prepared_queue_serves_everything_and_is_then_closed() -> None:

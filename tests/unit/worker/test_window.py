@@ -60,15 +60,15 @@ def test_padding_is_neither_input_nor_output() -> None:
 
 def test_single_pass_has_nothing_to_compare_with() -> None:
     found = measure(TimedBackend(SteppedClock()), make_requests(2))
-    assert found.steady is None
-    assert found.steady_null_reason
+    assert found.steady.value is None
+    assert found.steady.null_reason
 
 
 @pytest.mark.parametrize(("second", "is_steady"), [(1.0, True), (1.019, True), (1.021, False), (0.979, False)])
 def test_halves_that_differ_by_two_percent_are_not_steady(second: float, is_steady: bool) -> None:
     backend = TimedBackend(SteppedClock(), slow_down=lambda batches: 1.0 if batches < 4 else second)  # 14 ms a pass
     found = measure(backend, make_requests(2), min_window_s=0.1)
-    assert (found.repeats, found.steady) == (8, is_steady)
+    assert (found.repeats, found.steady.value) == (8, is_steady)
 
 
 def test_failed_requests_are_counted_and_their_tokens_are_not() -> None:
