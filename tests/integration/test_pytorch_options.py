@@ -212,7 +212,7 @@ def beams_find_other_sequences(bench: Bench) -> None:
     found = bench.outputs({**beams, "batch_size": 3})
     assert found != bench.outputs({})
     assert found == bench.outputs(beams)  # in a batch as alone
-    assert "cannot stand with streaming" in str(_problems(bench, beams, streaming=True))
+    assert "conflicts with streaming" in str(_problems(bench, beams, streaming=True))
 
 
 def beam_settings_change_which_beam_wins(bench: Bench) -> None:
