@@ -173,7 +173,7 @@ def test_a_request_that_is_too_long_fails_alone(engine: Engine) -> None:
     requests = [*prompts()[:2], TokenRequest(9, tuple(range(100, 140)), 16)]
     for observe in (False, True):
         found = {item.index: item for item in engine.generate(requests, observe_tokens=observe)}
-        assert "more than vllm.max_model_len, 48" in str(found[9].error)
+        assert "exceed vllm.max_model_len (48)" in str(found[9].error)
         assert found[0].error is found[1].error is None
 
 

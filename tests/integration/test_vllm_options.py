@@ -156,7 +156,7 @@ def flash_version_needs_a_gpu(bench: Bench) -> None:
 
 
 def sliding_window_must_be_there(bench: Bench) -> None:
-    assert "no such window" in bench.refusal({"attention": {"disable_sliding_window": True}}, is_early=False)
+    assert "no sliding window" in bench.refusal({"attention": {"disable_sliding_window": True}}, is_early=False)
 
 
 # One engine
