@@ -64,7 +64,6 @@ class Source:
     prefix: Path = ()  # the path of all this in the campaign, for naming options
 
     def over(self, layer: Layer) -> Source:
-        """The source with another layer on top."""
         mapping = merge(self.section, self.mapping, layer.mapping)
         given = {path for path, _ in leaves(canonical(self.section, layer.mapping))}
         number = len(self.layers)
@@ -124,7 +123,6 @@ class Source:
         return located
 
     def error(self, problems: Iterable[Problem]) -> FileProblems:
-        """The problems as an error to raise."""
         return FileProblems(self.locate(problems))
 
 
@@ -271,7 +269,6 @@ class _Loader:
         return source, found
 
     def _start(self, section: type[Section]) -> Source:
-        """The preset as the lowest layer of an experiment."""
         source = Source(section)
         if self._preset is None or section is not ExperimentConfig:
             return source

@@ -24,7 +24,6 @@ from lem.config.yamlfile import FileProblems
 from lem.orchestration.grid import GridValidationIssue, count_reasons, expand_campaign_grid, validate_named
 from lem.orchestration.manifest import CampaignManifestEntry
 from lem.orchestration.names import (
-    PromptResolver,
     campaign_config_hash,
     config_hash,
     distinct_names,
@@ -33,7 +32,6 @@ from lem.orchestration.names import (
     name_configurations,
     prompts_fingerprint,
 )
-from lem.worker.prompts import resolve_on_host
 
 GapKind = Literal["configuration", "cycle"]
 
@@ -207,7 +205,6 @@ def build_plan(
     preset: Mapping[str, Any] | None = None,
     forced: Collection[str] = (),
     source: Source | None = None,
-    resolve_prompts: PromptResolver = resolve_on_host,
     gpus: Sequence[Gpu] | None = None,
 ) -> Plan:
     """The plan of a campaign: the experiments it names and those of its grid, validated, in every cycle.
@@ -216,7 +213,6 @@ def build_plan(
         drafts, preset, forced: as `load.load_campaign` gives them: the experiments of `configs` and `experiments`,
             the values a grid starts from, and the campaign's options that win over the experiments' own.
         source: the campaign's, to locate problems with the prompts of its grid.
-        resolve_prompts: called once for each different source of prompts.
         gpus: of the host that will run it, for warnings; None when unknown.
 
     Raises:
@@ -224,7 +220,7 @@ def build_plan(
     """
     candidates = _collect(campaign, drafts, preset or {}, forced, source)
     configs, filtered, warnings = validate_named([(item.name, item.config_dict) for item in candidates], gpus)
-    given, repeated = _identify(candidates, configs, resolve_prompts)
+    given, repeated = _identify(candidates, configs)
     return Plan(
         experiments=order_experiments(given, campaign.execution),
         total_generated=len(candidates),
@@ -308,7 +304,7 @@ def _collect(
 
 
 def _identify(
-    candidates: Sequence[_Candidate], configs: Sequence[ExperimentConfig | None], resolve_prompts: PromptResolver
+    candidates: Sequence[_Candidate], configs: Sequence[ExperimentConfig | None]
 ) -> tuple[list[CampaignExperiment], list[GridValidationIssue]]:
     """The valid configurations, each once, and a warning for each repetition of one."""
     prompts: dict[Any, dict[str, Any]] = {}
@@ -320,7 +316,7 @@ def _identify(
         source = (config.dataset, config.prompts)
         if source not in prompts:
             try:
-                prompts[source] = prompts_fingerprint(config, resolve_prompts)
+                prompts[source] = prompts_fingerprint(config)
             except ConfigurationError as error:
                 raise candidate.located(error) from error
         digest = config_hash(config, prompts[source])
