@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
 import statistics
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 from lem.base.codec import shown
 from lem.base.measurement import is_estimate, is_gpu_source
@@ -46,8 +46,6 @@ __all__ = [
     "configuration_document",
     "estimate_note",
 ]
-
-_T = TypeVar("_T", bound=Hashable)
 
 # Simulated: with 1 % between loads and 0.5 % between runs, a 95 % t interval over cycles that share one load covers
 # 64, 43 and 27 % at 3, 5 and 10 cycles.
@@ -187,12 +185,12 @@ class Configuration:
     @cached_property
     def invalid_reasons(self) -> Mapping[Reason, int]:
         """In how many results each reason occurs."""
-        return _count(reason for record in self.records for reason in record.validity.invalid_reasons)
+        return Counter(reason for record in self.records for reason in record.validity.invalid_reasons)
 
     @cached_property
     def warnings(self) -> Mapping[Reason, int]:
         """In how many results each warning occurs."""
-        found = _count(reason for record in self.records for reason in record.validity.warnings)
+        found = Counter(reason for record in self.records for reason in record.validity.warnings)
         return {**found, **dict.fromkeys(self._mixtures(), len(self.records))}
 
     @cached_property
@@ -261,11 +259,8 @@ class Configuration:
         return AllAttempts(statistics.fmean(values), geometric, len(values), n_attempts)
 
     def _mixtures(self) -> Iterable[Reason]:
-        for part, code in (
-            ("config_hash", "mixed_configurations"),
-            ("host", "mixed_hosts"),
-            ("run_id", "mixed_runs"),
-        ):
+        parts = {"config_hash": "mixed_configurations", "host": "mixed_hosts", "run_id": "mixed_runs"}
+        for part, code in parts.items():
             count = len({getattr(record.identity, part) for record in self.records})
             if count > 1:
                 yield Reason.of(code, count=count)
@@ -332,25 +327,20 @@ def configuration_document(configuration: Configuration) -> dict[str, Any]:
 
 def _estimate_document(estimate: Estimate) -> dict[str, Any]:
     """The estimate as JSON values; an interval names its method and what it covers."""
-    bootstrap, t_log, document = estimate.bootstrap, estimate.t_log, {}
-    if bootstrap is not None:
-        coverage = bootstrap_coverage_label(bootstrap.n_samples, bootstrap.confidence)
-        document["bootstrap"] = {
-            "method": "percentile bootstrap of the arithmetic mean",
-            "true_coverage": coverage if bootstrap.ci_lower is not None else None,
-            **dataclasses.asdict(bootstrap),
-        }
-    if t_log is not None:
-        document["t_log"] = {
-            "method": "Student t on log values around the geometric mean",
-            **dataclasses.asdict(t_log),
-        }
+    bootstrap, t_log = estimate.bootstrap, estimate.t_log
     return {
         "unit": estimate.unit,
         "n": estimate.n,
         "values": list(estimate.values),
-        "bootstrap": document.get("bootstrap"),
-        "t_log": document.get("t_log"),
+        "bootstrap": bootstrap
+        and {
+            "method": "percentile bootstrap of the arithmetic mean",
+            "true_coverage": None
+            if bootstrap.ci_lower is None
+            else bootstrap_coverage_label(bootstrap.n_samples, bootstrap.confidence),
+            **dataclasses.asdict(bootstrap),
+        },
+        "t_log": t_log and {"method": "Student t on log values around the geometric mean", **dataclasses.asdict(t_log)},
         "all_attempts": dataclasses.asdict(estimate.all_attempts) if estimate.all_attempts else None,
         "null_reason": estimate.null_reason,
         "warning": estimate.warning,
@@ -366,7 +356,3 @@ def _as_record(config_name: str, index: int, item: Record | Mapping[str, Any]) -
         return decode_record(dict(item))
     except RecordError as error:
         raise RecordError(f"{config_name}: result {index + 1}: {error}") from error
-
-
-def _count(found: Iterable[_T]) -> dict[_T, int]:
-    return dict(collections.Counter(found))

@@ -229,23 +229,26 @@ def _metrics_to_show(
     return measured or usual[:1]
 
 
+_Found = tuple[Effect | None, Reason | None]
+
+
 def _pair_within(baseline: Configuration, other: Configuration, metrics: Sequence[Metric]) -> Pair:
     obstacles = find_obstacles(baseline.used, other.used)
     excluded = exclusion_reason(baseline, other)
     rows = []
     for metric in metrics:
-        effect, reason = find_effect(metric, baseline, other)
         blocking = blocking_reason(obstacles, metric.group) or excluded
-        rows.append(
-            Row(
-                metric=metric,
-                means=(baseline.estimate(metric).value, other.estimate(metric).value),
-                effect=effect,
-                all_attempts_ratio=_all_attempts_ratio(metric, baseline, other),
-                reason=(reason if effect is None else None) or blocking or reason,
-            )
-        )
+        row = _row(metric, (baseline, other), find_effect(metric, baseline, other), blocking)
+        rows.append(dataclasses.replace(row, all_attempts_ratio=_all_attempts_ratio(metric, baseline, other)))
     return Pair(baseline, other, obstacles, tuple(rows))
+
+
+def _row(
+    metric: Metric, pair: tuple[Configuration, Configuration], found: _Found, blocking: Reason | None = None
+) -> Row:
+    effect, reason = found
+    means = (pair[0].estimate(metric).value, pair[1].estimate(metric).value)
+    return Row(metric, means, effect, reason=(reason if effect is None else None) or blocking or reason)
 
 
 def _all_attempts_ratio(metric: Metric, baseline: Configuration, other: Configuration) -> float | None:
@@ -264,32 +267,24 @@ def _pair_across(
     pair: tuple[Configuration, Configuration], anchors: _Anchors, metrics: Sequence[Metric], tolerance: float
 ) -> Pair:
     before, after = pair
-    is_anchored = anchors is not None and anchors != pair
-    obstacles = find_obstacles(before.used, after.used, is_anchored=is_anchored)
+    others = anchors if anchors != pair else None
+    obstacles = find_obstacles(before.used, after.used, is_anchored=others is not None)
     rows = []
     for metric in metrics:
         raw = _raw(metric, before, after)
-        if anchors is not None and is_anchored:
-            effect, reason = _over_anchor(metric, pair, anchors, tolerance)
-            blocking = blocking_reason(obstacles, metric.group) or exclusion_reason(before, after, *anchors)
+        if others is not None:
+            blocking = blocking_reason(obstacles, metric.group) or exclusion_reason(before, after, *others)
+            row = _row(metric, pair, _over_anchor(metric, pair, others, tolerance), blocking)
         else:
             effect = None if raw is None else Effect(raw, None, None, (before.n_cycles, after.n_cycles))
-            reason, blocking = (_OWN_ANCHOR if anchors else _NO_ANCHOR), None
-        rows.append(
-            Row(
-                metric=metric,
-                means=(before.estimate(metric).value, after.estimate(metric).value),
-                effect=effect,
-                raw_ratio=None if raw is None else math.exp(raw),
-                reason=(reason if effect is None else None) or blocking or reason,
-            )
-        )
+            row = _row(metric, pair, (effect, _OWN_ANCHOR if anchors else _NO_ANCHOR))
+        rows.append(dataclasses.replace(row, raw_ratio=None if raw is None else math.exp(raw)))
     return Pair(before, after, obstacles, tuple(rows))
 
 
 def _over_anchor(
     metric: Metric, pair: tuple[Configuration, Configuration], anchors: tuple[Configuration, Configuration], most: float
-) -> tuple[Effect | None, Reason | None]:
+) -> _Found:
     ratios = []
     for configuration, anchor in zip(pair, anchors, strict=True):
         effect, reason = find_effect(metric, anchor, configuration)

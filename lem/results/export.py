@@ -76,18 +76,8 @@ def summary_columns(results: Iterable[StoredResult]) -> tuple[str, ...]:
         for name in parts_of_source(energy.primary_j.source or "")
         if getattr(energy, name) is not None
     }
-    return (
-        "config_name",
-        "cycle_index",
-        "attempt",
-        "valid",
-        "output_tok_per_s",
-        "energy_per_output_tok_j",
-        *(counted or ("gpu_energy_j",)),
-        "ttft_p50_s",
-        "e2e_p50_s",
-        "window_s",
-    )
+    first = ("config_name", "cycle_index", "attempt", "valid", "output_tok_per_s", "energy_per_output_tok_j")
+    return (*first, *(counted or ("gpu_energy_j",)), "ttft_p50_s", "e2e_p50_s", "window_s")
 
 
 def with_columns(table: Table, names: Sequence[str]) -> Table:
@@ -133,17 +123,9 @@ _Cell = tuple[str, tuple[Any, str]]
 
 
 def _place(item: StoredResult) -> tuple[Any, ...]:
-    identity = item.record.identity
-    return (
-        identity.campaign_name,
-        identity.run_id,
-        identity.host,
-        identity.order_index,
-        identity.cycle_index,
-        identity.experiment_id,
-        identity.attempt,
-        item.path.as_posix(),
-    )
+    found = item.record.identity
+    run = (found.campaign_name, found.run_id, found.host)
+    return (*run, found.order_index, found.cycle_index, found.experiment_id, found.attempt, item.path.as_posix())
 
 
 def _one_an_experiment(results: Sequence[StoredResult], used: set[ResultKey]) -> list[StoredResult]:
