@@ -43,7 +43,6 @@ __all__ = [
     "with_campaign_defaults",
 ]
 
-
 _WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _DAY_GROUPS = {"weekdays": _WEEKDAYS[:5], "weekends": _WEEKDAYS[5:]}
 _TIME = re.compile(r"([01][0-9]|2[0-3]):[0-5][0-9]")
@@ -115,10 +114,8 @@ class CampaignGridConfig(Section):
     )
 
     def derive(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        axes = given.get("shared", {})
-        return {
-            "shared": {axis: value if isinstance(value, tuple) else Items((value,)) for axis, value in axes.items()}
-        }
+        axes = given.get("shared", {}).items()
+        return {"shared": {axis: value if isinstance(value, tuple) else Items((value,)) for axis, value in axes}}
 
     @classmethod
     def check_given(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
@@ -137,7 +134,6 @@ class CampaignGridConfig(Section):
             yield Problem((), f"makes {count:,} experiments; the limit is {MAX_EXPERIMENTS:,}; {remedy}")
 
     def _count(self, backend: str) -> int:
-        """The experiments of one backend."""
         axes = [*self.shared.values(), *self.backend_overrides.get(backend, {}).values()]
         return math.prod(len(values) for values in (self.models or (None,), *axes) if isinstance(values, tuple))
 
@@ -169,7 +165,6 @@ def _check_overrides(backends: Sequence[str], backend: str, overrides: Mapping[s
 def _check_axis(
     section: type[Section], axis: str, values: tuple[Any, ...], path: tuple[str | int, ...]
 ) -> Iterator[Problem]:
-    """What is wrong with an axis: its name, or each of its values."""
     if not values:
         yield Problem(path, "has no values; add some or remove the axis")
     for index, value in enumerate(values):
@@ -376,7 +371,7 @@ class CampaignConfig(Section):
 
     @property
     def campaign_id(self) -> str:
-        """As `generate_campaign_id`."""
+        """See `generate_campaign_id`."""
         return generate_campaign_id(self.campaign_name)
 
     @property
@@ -393,8 +388,7 @@ class CampaignConfig(Section):
         return [path.stem for path in self.get_config_paths()]
 
 
-# Options of a campaign, and those of an experiment that they are defaults of.
-_DEFAULTS_OF = {
+_DEFAULTS_OF = {  # options of a campaign, and those of an experiment that they are defaults of
     "model": ("model",),
     "dataset": ("dataset", "prompts"),
     "num_samples": ("dataset.sample_size", "prompts.sample_size"),
@@ -415,10 +409,9 @@ def with_campaign_defaults(
     for key, options in _DEFAULTS_OF.items():
         if any(name == key or name.startswith(f"{key}.") for name in forced):
             for section, _, option in (name.partition(".") for name in options):
-                if not option:
-                    out.pop(section, None)
-                elif isinstance(out.get(section), dict):
-                    out[section].pop(option, None)
+                holder = out.get(section) if option else out
+                if isinstance(holder, dict):
+                    holder.pop(option or section, None)
     if campaign.model is not None:
         _fill_named(out, "model", campaign.model.changed())
     if campaign.dataset is not None and out.get("prompts") is None:
@@ -436,10 +429,9 @@ def with_campaign_defaults(
 
 
 def _fill_named(out: dict[str, Any], key: str, default: dict[str, Any]) -> None:
-    """Fill in a section that has a name; options that belong to another name are not mixed in."""
     if key not in out:
         out[key] = default
-    elif isinstance(out[key], dict) and "name" not in out[key]:
+    elif isinstance(out[key], dict) and "name" not in out[key]:  # options that belong to another name are not mixed in
         out[key] = {**default, **out[key]}
 
 

@@ -64,7 +64,6 @@ class Source:
     prefix: Path = ()  # the path of all this in the campaign, for naming options
 
     def over(self, layer: Layer) -> Source:
-        """The source with another layer on top."""
         mapping = merge(self.section, self.mapping, layer.mapping)
         given = {path for path, _ in leaves(canonical(self.section, layer.mapping))}
         number = len(self.layers)
@@ -124,7 +123,6 @@ class Source:
         return located
 
     def error(self, problems: Iterable[Problem]) -> FileProblems:
-        """The problems as an error to raise."""
         return FileProblems(self.locate(problems))
 
 
@@ -157,11 +155,6 @@ class Loaded(Generic[S]):
     source: Source
     listed: tuple[ListedExperiment, ...] = ()  # the experiments of `configs`, then those of `experiments`
     preset: Mapping[str, Any] = field(default_factory=dict)  # values that the experiments of a grid start from
-
-    @property
-    def forced(self) -> frozenset[str]:
-        """As `Source.forced`."""
-        return self.source.forced
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -271,7 +264,6 @@ class _Loader:
         return source, found
 
     def _start(self, section: type[Section]) -> Source:
-        """The preset as the lowest layer of an experiment."""
         source = Source(section)
         if self._preset is None or section is not ExperimentConfig:
             return source
@@ -380,19 +372,12 @@ def _base_of(documents: Sequence[Document], found: Located) -> FilePath | None:
         complaint = "expected the name of one file"
     elif base.resolve() in [earlier.path.resolve() for earlier in documents]:
         complaint = f"{base} inherits from itself"
-    elif not _is_file(base):
+    elif not os.path.isfile(base):  # noqa: PTH113 - False also for a name too long and a folder that is not readable
         complaint = f"{str(base)[:200]}: no such file"
     else:
         return base
     found.append((document.at(document.values.get((EXTENDS,))), Problem((EXTENDS,), complaint)))
     return None
-
-
-def _is_file(path: FilePath) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name too long, a folder that is not readable
-        return False
 
 
 def _keys_of(section: type[Section], key: str) -> list[str]:

@@ -37,12 +37,11 @@ def option(
     *,
     min: float | None = None,  # noqa: A002 - short, since it is in every second declaration
     max: float | None = None,  # noqa: A002
-    above: float | None = None,
-    below: float | None = None,
     **rest: Any,
 ) -> Any:
-    """A dataclass field that declares an option; the rest is as in `Option`."""
-    declaration = Option(default, description, Bounds(min, above, max, below), **rest)
+    """A dataclass field that declares an option; the rest is `above` and `below` of `Bounds`, and as in `Option`."""
+    bounds = Bounds(min, rest.pop("above", None), max, rest.pop("below", None))
+    declaration = Option(default, description, bounds, **rest)
     return dataclasses.field(default=UNSET, metadata={_METADATA: declaration})
 
 

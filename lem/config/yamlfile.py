@@ -125,7 +125,6 @@ class Document:
 
     @property
     def located(self) -> Located:
-        """The problems with their places."""
         return [(self.at(mark), problem) for mark, problem in self.problems]
 
     @property
@@ -134,7 +133,6 @@ class Document:
         return self.at(self.values.get((), Mark(1, 1)))
 
     def at(self, mark: Mark | None) -> Place:
-        """A position in this file as a place."""
         if mark is None:
             return Place(self.name)
         return Place(self.name, mark, self.lines[mark.line - 1] if mark.line <= len(self.lines) else "")

@@ -153,17 +153,17 @@ def locate(name: str, *, marker: str, revision: str | None, token: str | None, o
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / marker).is_file():
-            hint = "name the folder that `save_pretrained` wrote, or a model of a hub"
+            hint = "use a folder that `save_pretrained` wrote, or a model on the hub"
             raise _no_model(f"{option}: {folder} has no {marker}", hint)
         if revision is not None:
-            raise OptionRefused(f"model.revision: {revision}: {folder} is a folder, which has no revisions")
+            raise OptionRefused(f"model.revision: {revision}: not supported for a folder ({folder})")
         return Source(str(folder), folder, None)
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise _no_model(f"{option}: there is no folder {folder}", f"relative paths start at {Path.cwd()}")
+        raise _no_model(f"{option}: no such folder: {folder}", f"relative paths start at {Path.cwd()}")
     with explained(f"{option}: {name}"):
         path = cached_file(name, marker, revision=revision, token=token)
     if path is None:
-        raise _no_model(f"{option}: {name} has no {marker}", "name a model that transformers can load")
+        raise _no_model(f"{option}: {name} has no {marker}", "use a model that transformers can load")
     return Source(name, Path(path).parent, commit_of(Path(path).parent))
 
 
@@ -245,7 +245,7 @@ def explained(what: str, failures: tuple[type[Exception], ...] = MODEL_FAILURES)
     try:
         yield
     except ImportError as error:
-        raise _no_model(f"{what}: {shortened(error)}", "install the package that it names") from error
+        raise _no_model(f"{what}: {shortened(error)}", "install the missing package") from error
     except raised as error:
         if is_out_of_memory(error):
             raise EngineError(
@@ -272,23 +272,23 @@ def _explain(what: str, error: BaseException) -> EngineError:
 
     is_permanent = True
     if has(hub_errors.GatedRepoError):
-        hint = "set HF_TOKEN to a token of an account that was given access"
+        hint = "set HF_TOKEN to a token of an account with access"
     elif has(hub_errors.RevisionNotFoundError):
         hint = "check model.revision"
     elif has(hub_errors.RepositoryNotFoundError):
-        hint = f"check the spelling; relative folders start at {Path.cwd()}; a private model needs HF_TOKEN"
+        hint = f"check the spelling; relative paths start at {Path.cwd()}; a private model needs HF_TOKEN"
     elif has(*_UNREACHABLE) or "couldn't connect" in str(error):
-        # A network that is down may be up for the retry; an offline mode that is set stays set.
+        # A network that is down may be up for the retry; offline mode stays set.
         is_permanent = bool(hub_constants.HF_HUB_OFFLINE)
         where = "offline mode is set (HF_HUB_OFFLINE)" if is_permanent else "the hub cannot be reached"
         hint = (
-            f"it is no folder under {Path.cwd()} and not in the hub's cache, and {where}: "
-            "name a folder that has it, or fetch it beforehand"
+            f"it is neither a folder in {Path.cwd()} nor in the hub's cache, and {where}: "
+            "use a local folder, or download the model first"
         )
     elif "trust_remote_code" in str(error):
-        hint = "set model.trust_remote_code: true if you trust the code that the model brings along"
+        hint = "set model.trust_remote_code: true if you trust the code that comes with the model"
     else:
-        hint = "is it a causal language model, whole, of a kind that this version of transformers knows?"
+        hint = "check that it is a complete causal language model that this version of transformers supports"
     return EngineError(f"{what}: {shortened(error)}", hint, kind="model", is_permanent=is_permanent)
 
 

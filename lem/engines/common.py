@@ -110,15 +110,15 @@ def installed_versions(distributions: Iterable[str]) -> dict[str, str]:
 def check_same_engine(config: ExperimentConfig, engine_key: str) -> None:
     """Check that an experiment runs on the engine that was loaded for this key; callers compare them first."""
     if config.engine_key() != engine_key:
-        raise EngineError("this experiment needs another engine load than the one that is there")
+        raise EngineError("this experiment needs a different engine load")
 
 
 def check_ids(ids: list[int], known: int) -> list[int]:
     """The token ids of a prompt, which must be below `known`."""
     if ids and max(ids) >= known:
         raise EngineError(
-            f"the tokenizer makes id {max(ids)}, the model knows ids below {known}",
-            "set model.tokenizer to the one the model was trained with",
+            f"the tokenizer produced id {max(ids)}, but the model only has ids below {known}",
+            "set model.tokenizer to the tokenizer that the model was trained with",
             kind="model",
             is_permanent=True,
         )
@@ -147,9 +147,9 @@ def raised_as(explain: Callable[[BaseException], EngineError]) -> Iterator[None]
         raise explain(raised.error) from raised
 
 
-def shortened(said: BaseException | str) -> str:
+def shortened(message: BaseException | str) -> str:
     """The start of an engine's message on one line; the name of an error without a message."""
-    text = " ".join(str(said).split()) or type(said).__name__
+    text = " ".join(str(message).split()) or type(message).__name__
     return text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 1]}…"
 
 
@@ -165,12 +165,12 @@ class Refusal:
 
 
 def refuse(
-    refusals: Iterable[Refusal], facts: object, hint: str = "leave the option out, or change what it needs"
+    refusals: Iterable[Refusal], facts: object, hint: str = "leave the option out, or change what it requires"
 ) -> None:
     """Raise OptionRefused for all refusals at once, if there are any; `facts` names the engine and its version."""
     listed = "; ".join(f"{refusal.option}: {refusal.reason}" for refusal in refusals)
     if listed:
-        raise OptionRefused(f"{facts} cannot honour {listed}", hint)
+        raise OptionRefused(f"{facts} does not support {listed}", hint)
 
 
 def reason_against(name: str, refused: Mapping[str, str], known: Collection[str], unknown: str) -> str | None:
@@ -190,17 +190,20 @@ def refuse_changes(pairs: Mapping[str, tuple[Any, Any]], facts: object) -> None:
     """Refuse the load if a value was silently changed; `pairs` are {option: (requested, effective)}."""
     differing = {name: pair for name, pair in pairs.items() if not is_same(*pair)}
     if differing:
-        listed = "; ".join(f"{name}: {wanted} became {found}" for name, (wanted, found) in differing.items())
-        raise OptionRefused(f"{facts} changed what was asked for: {listed}", "ask for what it does, or leave it out")
+        listed = "; ".join(f"{name}: {requested} became {found}" for name, (requested, found) in differing.items())
+        raise OptionRefused(
+            f"{facts} changed requested values: {listed}",
+            "request the value that takes effect, or leave the option out",
+        )
 
 
-def is_same(wanted: Any, found: Any) -> bool:
+def is_same(requested: Any, found: Any) -> bool:
     """Whether a requested value took effect; `auto` may become anything."""
-    if wanted == "auto":
+    if requested == "auto":
         return True
-    if isinstance(wanted, str) and isinstance(found, str):
-        return wanted.lower() == found.lower()
-    return bool(wanted == found)
+    if isinstance(requested, str) and isinstance(found, str):
+        return requested.lower() == found.lower()
+    return bool(requested == found)
 
 
 # --- effective options
@@ -300,11 +303,11 @@ def _index_of(name: str, uuids: Sequence[str]) -> int:
         matches = [index for index, uuid in enumerate(uuids) if uuid.lower().startswith(name.lower())]
     if len(matches) == 1:
         return matches[0]
-    there = ", ".join(f"{index} ({uuid})" for index, uuid in enumerate(uuids)) or "none"
-    problem = "stands for several GPUs" if matches else "is not there"
+    visible = ", ".join(f"{index} ({uuid})" for index, uuid in enumerate(uuids)) or "none"
+    problem = "is ambiguous" if matches else "not found"
     raise EngineError(
-        f"gpus: {name} {problem}; PyTorch sees {there}",
-        "name one that is there, or [] for the CPU" if uuids else "is the driver loaded, and is this a CUDA build?",
+        f"gpus: {name} {problem}; PyTorch sees {visible}",
+        "use one of these, or [] for the CPU" if uuids else "check the driver, and that PyTorch is a CUDA build",
         kind="option",
         is_permanent=True,
     )

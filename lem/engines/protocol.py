@@ -78,7 +78,7 @@ class Engine(Protocol):
     """A loaded engine; a process has at most one.
 
     A backend is a module (`common.BACKEND_MODULES`) with a function that imports the engine and loads the model:
-    `load(config, secrets) -> Engine`. It raises OptionRefused for an option that the installed version cannot honour,
+    `load(config, secrets) -> Engine`. It raises OptionRefused for options that the installed version does not support,
     and EngineError of kind `model`, `out_of_memory` or `engine`; a load that fails leaves nothing behind.
     """
 

@@ -1,7 +1,7 @@
 """One campaign at a time: `flock` on a file per campaign and per GPU.
 
-The kernel lets go of a lock when its holder ends, however it ends, so there are no stale locks: the file stays and
-means nothing by itself. It names its last holder, for the one who is refused. It is never removed: another process
+The kernel releases a lock when its holder ends, however it ends, so there are no stale locks: the file stays and
+means nothing by itself. It names its last holder, for error messages. It is never removed: another process
 may have it open, and would then hold a lock on a file that no other process finds.
 """
 
@@ -28,7 +28,7 @@ from lem.base.variables import LOCK_FOLDER_VARIABLE
 CAMPAIGN_LOCK_NAME = "campaign.lock"
 
 RUN_LOCK = Path("/run/lock")
-# Not `tempfile.gettempdir()`: TMPDIR is another one for each user, or each job.
+# Not `tempfile.gettempdir()`: TMPDIR differs between users and jobs.
 TMP = Path("/tmp")  # noqa: S108 - what is made in it is checked
 
 # More than this is not what we wrote: a campaign's name is cut to stay below it.
@@ -68,9 +68,8 @@ class LockTarget:
 def default_gpu_lock_folder(environ: Mapping[str, str], run_lock: Path = RUN_LOCK) -> Path:
     """The folder of the GPU locks: `LEM_LOCK_DIR`, or one that is the same for every user of this host.
 
-    Args:
-        run_lock: where the FHS puts locks. It is not open to all everywhere, and then not even root takes it, who
-            would not meet the others there.
+    `run_lock`, where the FHS puts locks, is used only where every user may write to it: even root must use the folder
+    that the others use.
     """
     chosen = environ.get(LOCK_FOLDER_VARIABLE)
     if chosen:
@@ -87,11 +86,8 @@ def lock_targets(
 ) -> tuple[LockTarget, ...]:
     """What a campaign locks, in the order to lock it: itself, then its GPUs sorted by UUID.
 
-    One order for everybody is what keeps two campaigns from each holding what the other wants. The CPU is not
-    locked: a campaign without GPUs excludes only itself.
-
-    Args:
-        state_folder: `<state_dir>/<campaign>`, where the manifest is.
+    One order for all prevents two campaigns from each holding a lock that the other needs. The CPU is not locked: a
+    campaign without GPUs excludes only itself.
     """
     campaign = LockTarget(state_folder / CAMPAIGN_LOCK_NAME, f"campaign {campaign_name}")
     gpus = (LockTarget(gpu_lock_folder / f"{_file_name(uuid)}.lock", f"GPU {uuid}") for uuid in sorted(set(gpu_uuids)))
@@ -119,7 +115,7 @@ def hold_locks(targets: Sequence[LockTarget], holder: Holder) -> Iterator[None]:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """The holder that a lock file names, be it alive or not; None when it names none."""
+    """The holder that a lock file names, whether it still runs or not; None when it names none."""
     try:
         data = path.read_bytes()[:_HOLDER_MAX_B]
     except OSError:
@@ -128,9 +124,9 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def is_locked(path: Path) -> bool | None:
-    """Whether a process holds the lock; None where that cannot be found out. Nothing is written.
+    """Whether a process holds the lock; None when unknown. Nothing is written.
 
-    flock has no way to ask, so a free lock is shared for a moment; that others look does not matter to it.
+    flock cannot query a lock, so a free one is held shared for a moment, which allows other queries.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | _OPEN_FLAGS)
@@ -216,7 +212,7 @@ def _open_or_create(path: Path) -> int:
         return _open_existing(path)
     with contextlib.suppress(FileExistsError):
         return _create(path)
-    # Another process made it in between, and lock files are never removed.
+    # Another process has made it meanwhile, and lock files are never removed.
     return _open_existing(path)
 
 
@@ -226,7 +222,7 @@ def _open_existing(path: Path) -> int:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-    # flock needs no right to write; who holds it then stays untold.
+    # flock does not need write permission; the holder's name is then not written.
     return os.open(path, os.O_RDONLY | _OPEN_FLAGS)
 
 
@@ -241,7 +237,7 @@ def _write_holder(descriptor: int, holder: Holder) -> None:
     if len(holder.campaign) > _CAMPAIGN_MAX:
         holder = replace(holder, campaign=f"{holder.campaign[:_CAMPAIGN_MAX]}…")
     data = durable.utf8(json.dumps(asdict(holder), ensure_ascii=False) + "\n")
-    # Only a courtesy to others: a lock file open for reading alone, or a full disk, is no reason not to run.
+    # For error messages only: a read-only lock file or a full disk must not prevent a run.
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, data, 0)

@@ -9,7 +9,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -18,7 +18,7 @@ from lem.base.clock import utc_stamp
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig, SyntheticPrompts
 from lem.config.kinds import Expanded
-from lem.worker.prompts import BUNDLED, ResolvedPrompts, generate
+from lem.worker.prompts import BUNDLED, ResolvedPrompts, generate, resolve_on_host
 
 # Leaves room for `.yaml` and a temporary name in the 255 bytes of a file name, and for a column of a table.
 MAX_NAME_LENGTH = 96
@@ -167,21 +167,15 @@ _ID_HASH_LENGTH = 12
 # prompts is known by its content, not by its path, and the bundled set by what it holds.
 _PROMPT_KEYS = ("dataset", "prompts")
 
-PromptResolver = Callable[[ExperimentConfig], "ResolvedPrompts | None"]
-"""The prompts of an experiment; None where only the worker can have them (`lem.worker.prompts.resolve_on_host`)."""
 
-
-def canonical_json(value: Any) -> str:
-    """The one JSON text of a value: keys sorted, no spaces. 1 and 1.0 differ, as JSON writes them; no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def prompts_fingerprint(config: ExperimentConfig, resolve: PromptResolver) -> dict[str, Any]:
+def prompts_fingerprint(config: ExperimentConfig, resolved: ResolvedPrompts | None = None) -> dict[str, Any]:
     """What determines the prompts that an experiment runs, as JSON values.
 
     Prompts of a file by their content; synthetic ones by their parameters and a sample of the generator's output; a
-    dataset, whose content only the worker sees and records, by its name and what is taken of it. `resolve` may raise
-    ConfigurationError.
+    dataset, whose content only the worker sees and records, by its name and what is taken of it.
+
+    Raises:
+        ConfigurationError: prompts that cannot be used, where they are not given.
     """
     if config.dataset is not None:
         return {"dataset": config.dataset.identity()}
@@ -189,7 +183,7 @@ def prompts_fingerprint(config: ExperimentConfig, resolve: PromptResolver) -> di
         parameters = BUNDLED if config.prompts is None else config.prompts
         names = [item.name for item in dataclasses.fields(BUNDLED) if item.name != "type"]
         return {"synthetic": {name: getattr(parameters, name) for name in names}, "generator": generator_version()}
-    resolved = resolve(config)
+    resolved = resolved or resolve_on_host(config)
     return {"prompts": config.prompts.identity()} if resolved is None else {"sha256": resolved.source["sha256"]}
 
 
@@ -230,4 +224,6 @@ def campaign_config_hash(campaign: CampaignConfig, config_hashes: Sequence[str])
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(durable.utf8(canonical_json(value))).hexdigest()[:CONFIG_HASH_LENGTH]
+    # Keys sorted, no spaces: one text for equal values. 1 and 1.0 differ, as JSON writes them.
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(durable.utf8(text)).hexdigest()[:CONFIG_HASH_LENGTH]

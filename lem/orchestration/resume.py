@@ -27,7 +27,7 @@ from lem.orchestration.manifest import (
     ManifestManager,
 )
 from lem.record import Record
-from lem.results.run import LEAST_CYCLES, MOST_CYCLES, Precision, StoppingRule, Target, measure_precision
+from lem.results.run import LEAST_CYCLES, MOST_CYCLES, StoppingRule, Target, measure_precision
 from lem.results.store import Repository
 
 _logger = logging.getLogger(__name__)
@@ -347,13 +347,13 @@ def needs_cycle(records: Iterable[Record], rule: StoppingRule, cycles: int) -> t
     """
     found = measure_precision(records, rule.target, rule.least_cycles)
     what = f"{rule.target.describe()} ({found.metric}, 95 % t interval)"
-    without = [f"{name} ({reason})" for name, reason in found.without]
+    without = [f"{name} ({reason})" for name, reason in found.without.items()]
     left_out = f"; ignored, without an interval: {some_of(without, _SHOWN)}" if without else ""
     if not found.wide:
         text = f"every interval is within {what} after {cycles} cycles" if found.narrow else "no cycle is added"
         text += "" if found.narrow or found.without else ": there are no results"
         return False, f"Top-up: {text}{left_out}"
-    wide = some_of([item.describe() for item in sorted(found.wide, key=_width, reverse=True)], _SHOWN)
+    wide = some_of(found.widest, _SHOWN)
     if cycles >= rule.most_cycles:
         return False, f"Top-up: {cycles} cycles is the maximum; wider than {what}: {wide}{left_out}"
     return True, f"Top-up: adding cycle {cycles + 1}; wider than {what}: {wide}{left_out}"
@@ -363,7 +363,3 @@ def added_cycles(manifest: CampaignManifest) -> int:
     """The number of cycles that top-ups have brought a campaign to; 0 without any."""
     notes = (note for note in manifest.notes if note.get("kind") == TOP_UP_NOTE)
     return max((note["cycles"] for note in notes if isinstance(note.get("cycles"), int)), default=0)
-
-
-def _width(item: Precision) -> float:
-    return float("inf") if item.half_width is None else item.half_width

@@ -289,7 +289,7 @@ def _write_prompts(experiment: CampaignExperiment, folder: AttemptFolder) -> Non
     resolved = resolve_on_host(experiment.config)
     if resolved is None:
         return
-    fingerprint = prompts_fingerprint(experiment.config, lambda _config: resolved)
+    fingerprint = prompts_fingerprint(experiment.config, resolved)
     if config_hash(experiment.config, fingerprint) != experiment.config_hash:
         raise UserError(
             f"the prompts have changed since the campaign was planned: {resolved.source.get('path')}",
@@ -346,7 +346,6 @@ def plan_campaign(loaded: Loaded[CampaignConfig]) -> Plan:
         loaded.config,
         loaded.listed,
         preset=loaded.preset,
-        forced=loaded.forced,
         source=loaded.source,
         gpus=find_gpus() or None,
     )

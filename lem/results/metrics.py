@@ -183,16 +183,11 @@ def cycle_values(metric: Metric, cycles: Cycles) -> dict[Cycle, float]:
 
 
 def _last_valid(members: Sequence[Record]) -> tuple[Record, ...]:
-    last: dict[str, list[Record]] = {}
-    for record in members:
-        if not record.validity.valid:
-            continue
-        same = last.setdefault(record.identity.experiment_id, [])
-        if same and record.identity.attempt > same[0].identity.attempt:
-            same.clear()
-        if not same or record.identity.attempt == same[0].identity.attempt:
-            same.append(record)
-    return tuple(record for same in last.values() for record in same)
+    valid = [record for record in members if record.validity.valid]
+    last: dict[str, int] = {}
+    for identity in (record.identity for record in valid):
+        last[identity.experiment_id] = max(identity.attempt, last.get(identity.experiment_id, 0))
+    return tuple(record for record in valid if record.identity.attempt == last[record.identity.experiment_id])
 
 
 # Lengths are whole tokens; what differs by less comes from a rare early end.
@@ -221,17 +216,14 @@ def find_obstacles(
     """
     if not before or not after:
         return ()
-    found = (
-        _kinds(before, after, "other_gpus", lambda item: ", ".join(sorted({gpu.name for gpu in item.gpus}))),
-        _cards(before, after, is_blocking=not is_anchored),
-        _kinds(before, after, "other_driver", lambda item: item.environment.versions.get("driver"), not is_anchored),
-        _kinds(before, after, "other_cpu", _cpu, not is_anchored),
-        _kinds(before, after, "other_prompts", _prompts),
-        _lengths(before, after),
-        _kinds(before, after, "other_traffic", lambda item: item.window.traffic_mode.replace("_", " ")),
-        _kinds(before, after, "other_meter", lambda item: item.energy.energy_source, groups=("energy",)),
-    )
-    return tuple(obstacle for obstacle in found if obstacle is not None)
+    found = []
+    for code, find in _OBSTACLES.items():
+        data = find(before, after)
+        if data is not None:
+            is_blocking = not (is_anchored and code in _SHARED_WITH_ANCHOR)
+            groups = ("energy",) if code == "other_meter" else _ALL_GROUPS
+            found.append(Obstacle(Reason.of(code, before=data[0], after=data[1]), is_blocking, groups))
+    return tuple(found)
 
 
 def blocking_reason(obstacles: Iterable[Obstacle], group: str) -> Reason | None:
@@ -239,39 +231,31 @@ def blocking_reason(obstacles: Iterable[Obstacle], group: str) -> Reason | None:
     return next((item.reason for item in obstacles if item.is_blocking and group in item.groups), None)
 
 
-def _kinds(
-    before: Iterable[Record],
-    after: Iterable[Record],
-    code: str,
-    read: Callable[[Record], str | None],
-    is_blocking: bool = True,
-    groups: tuple[str, ...] = _ALL_GROUPS,
-) -> Obstacle | None:
-    """An obstacle where both sides have a value and the values differ."""
-    left, right = (sorted({text for item in side if (text := read(item))}) for side in (before, after))
-    if not left or not right or left == right:
-        return None
-    return Obstacle(Reason.of(code, before=", ".join(left), after=", ".join(right)), is_blocking, groups)
+def _values(read: Callable[[Record], str | None]) -> Callable[[Sequence[Record], Sequence[Record]], Any]:
+    """Finds the values of both sides, if both have some and they differ."""
+
+    def find(*sides: Sequence[Record]) -> tuple[str, str] | None:
+        left, right = (sorted({text for item in side if (text := read(item))}) for side in sides)
+        return None if not left or not right or left == right else (", ".join(left), ", ".join(right))
+
+    return find
 
 
-def _cards(before: Iterable[Record], after: Iterable[Record], *, is_blocking: bool) -> Obstacle | None:
+def _cards(*sides: Sequence[Record]) -> tuple[str, str] | None:
     """Different cards. If one side has all cards of the other and more, that is a setting, not an obstacle."""
-    left, right = ({uuid for item in side for uuid in item.environment.gpu_uuids} for side in (before, after))
+    left, right = ({uuid for item in side for uuid in item.environment.gpu_uuids} for side in sides)
     if not left or not right or left <= right or right <= left:
         return None
-    shown = [", ".join(sorted(uuid[:_ID_SHOWN] for uuid in side)) for side in (left, right)]
-    return Obstacle(Reason.of("other_cards", before=shown[0], after=shown[1]), is_blocking)
+    before, after = (", ".join(sorted(uuid[:_ID_SHOWN] for uuid in side)) for side in (left, right))
+    return before, after
 
 
-def _lengths(before: Sequence[Record], after: Sequence[Record]) -> Obstacle | None:
-    sides = [
-        [item.work.output_tok / item.work.requests_ok for item in side if item.work.requests_ok]
-        for side in (before, after)
-    ]
-    found = [statistics.fmean(lengths) for lengths in sides if lengths]
-    if len(found) < 2 or abs(found[0] - found[1]) <= LENGTH_TOLERANCE * max(found):
+def _lengths(*sides: Sequence[Record]) -> tuple[float, float] | None:
+    lengths = [[it.work.output_tok / it.work.requests_ok for it in side if it.work.requests_ok] for side in sides]
+    if not all(lengths):
         return None
-    return Obstacle(Reason.of("other_output_lengths", before=found[0], after=found[1]))
+    before, after = map(statistics.fmean, lengths)
+    return None if abs(before - after) <= LENGTH_TOLERANCE * max(before, after) else (before, after)
 
 
 def _cpu(record: Record) -> str:
@@ -286,6 +270,20 @@ def _prompts(record: Record) -> str:
     if isinstance(digest, str):
         return f"{source.get('name') or source.get('kind') or 'prompts'} {digest[:8]}"
     return str(source.get("name") or "")
+
+
+# By the code of the reason: finds what differs. In the order in which obstacles are shown.
+_OBSTACLES: Mapping[str, Callable[[Sequence[Record], Sequence[Record]], Any]] = {
+    "other_gpus": _values(lambda item: ", ".join(sorted({gpu.name for gpu in item.gpus}))),
+    "other_cards": _cards,
+    "other_driver": _values(lambda item: item.environment.versions.get("driver")),
+    "other_cpu": _values(_cpu),
+    "other_prompts": _values(_prompts),
+    "other_output_lengths": _lengths,
+    "other_traffic": _values(lambda item: item.window.traffic_mode.replace("_", " ")),
+    "other_meter": _values(lambda item: item.energy.energy_source),
+}
+_SHARED_WITH_ANCHOR = frozenset({"other_cards", "other_driver", "other_cpu"})
 
 
 def _short_model(model: str) -> str:
@@ -314,17 +312,9 @@ _MORE: Mapping[str, Callable[[Record], Any]] = {
 }
 
 # Options that are among the settings above, that are no settings, or that are better known from elsewhere.
-_LEFT_OUT = (
-    "backend",
-    "model",
-    "model_name",
-    "fp_precision",
-    "config_name",
-    "io",
-    "extra_metadata",
-    "gpus",
-    "num_cycles",
-)
+_LEFT_OUT = frozenset({
+    "backend", "model", "model_name", "fp_precision", "config_name", "io", "extra_metadata", "gpus", "num_cycles",
+})  # fmt: skip
 
 
 def headline_settings(record: Record) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ from datetime import timedelta
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lem.base import durable
 from lem.base.clock import parse_time
@@ -222,27 +223,19 @@ _STOPPING_SCHEMA_VERSION = 1
 _TARGET = re.compile(r"ci=(?P<half_width>[^:]+)(?::(?P<metric>[a-z0-9_]+))?")
 
 
-@dataclass(frozen=True)
-class Precision:
-    """The interval of one configuration."""
-
-    config_name: str
-    n_cycles: int
-    half_width: float | None  # over the mean; None where there is no interval
-
-    def describe(self) -> str:
-        """`pytorch-float16 ±3.1 %`."""
-        return f"{self.config_name} {'no interval' if self.half_width is None else _plus_minus(self.half_width)}"
-
-
-@dataclass(frozen=True)
-class PrecisionReport:
-    """How narrow the intervals are."""
+class Precision(NamedTuple):
+    """How narrow the intervals of a run are."""
 
     metric: str
-    narrow: tuple[Precision, ...]  # within the target, and of enough cycles
-    wide: tuple[Precision, ...]  # others; further cycles help
-    without: tuple[tuple[str, str], ...]  # configurations for which further cycles give no interval, and why
+    narrow: dict[str, float]  # half width over the mean, by name: within the target, and of enough cycles
+    wide: dict[str, float]  # others, inf without an interval; further cycles help
+    without: dict[str, str]  # why further cycles would not give an interval either, by name
+
+    @property
+    def widest(self) -> list[str]:
+        """The wide ones, the widest first: `pytorch-float16 ±3.1 %`."""
+        ordered = sorted(self.wide.items(), key=lambda item: item[1], reverse=True)
+        return [f"{name} {_plus_minus(width) if math.isfinite(width) else 'no interval'}" for name, width in ordered]
 
 
 def parse_target(text: str) -> Target:
@@ -266,22 +259,20 @@ def parse_target(text: str) -> Target:
     return Target(half_width, metric)
 
 
-def measure_precision(records: Iterable[Record], target: Target, least_cycles: int = LEAST_CYCLES) -> PrecisionReport:
+def measure_precision(records: Iterable[Record], target: Target, least_cycles: int = LEAST_CYCLES) -> Precision:
     """How narrow the t interval of each configuration is; fewer cycles than `least_cycles` are never narrow."""
     run = make_run(records)
     metric = run.primary_metric if target.metric is None else METRIC_BY_NAME[target.metric]
-    narrow: list[Precision] = []
-    wide: list[Precision] = []
-    without: list[tuple[str, str]] = []
+    found = Precision(metric.name, {}, {}, {})
     for item in run.configurations:
         estimate = item.estimate(metric)
         if estimate.value is None or item.is_load_shared:
-            without.append((item.name, _why_none(estimate)))
+            found.without[item.name] = _why_none(estimate)
             continue
-        found = Precision(item.name, estimate.n, estimate.half_width)
-        is_narrow = found.half_width is not None and found.half_width <= target.half_width
-        (narrow if is_narrow and found.n_cycles >= least_cycles else wide).append(found)
-    return PrecisionReport(metric.name, tuple(narrow), tuple(wide), tuple(without))
+        width = math.inf if estimate.half_width is None else estimate.half_width
+        is_narrow = width <= target.half_width and estimate.n >= least_cycles
+        (found.narrow if is_narrow else found.wide)[item.name] = width
+    return found
 
 
 def write_stopping_rule(run_folder: Path, rule: StoppingRule) -> None:
@@ -331,8 +322,7 @@ def _why_none(estimate: Estimate) -> str:
 _PAUSE_S = 3600.0
 
 
-@dataclass(frozen=True)
-class EarlierTimes:
+class EarlierTimes(NamedTuple):
     """Seconds that experiments took; medians."""
 
     measured: Mapping[str, float]  # an experiment without its load: baselines, warm-up, window, …; by config_hash
@@ -349,19 +339,17 @@ def earlier_times(records: Iterable[Record]) -> EarlierTimes:
     known = list(records)
     around = _around(known)
     usual_s = statistics.median(around.values()) if around else 0.0
-    measured: dict[str, list[float]] = {}
-    loads: dict[str, list[float]] = {}
-    for record in known:
-        digest = record.identity.config_hash
-        measured.setdefault(digest, []).append(_inner_s(record) + around.get(record.identity.key, usual_s))
-        if record.window.load_s is not None:
-            loads.setdefault(digest, []).append(record.window.load_s)
-    gaps = [gap for record in known if (gap := record.window.gap_s)]
-    return EarlierTimes(
-        {digest: statistics.median(values) for digest, values in measured.items()},
-        {digest: statistics.median(values) for digest, values in loads.items()},
-        statistics.median(gaps) if gaps else None,
-    )
+    measured = ((item, _inner_s(item) + around.get(item.identity.key, usual_s)) for item in known)
+    loads = ((item, item.window.load_s) for item in known if item.window.load_s is not None)
+    gaps = [gap for item in known if (gap := item.window.gap_s)]
+    return EarlierTimes(_medians(measured), _medians(loads), statistics.median(gaps) if gaps else None)
+
+
+def _medians(values: Iterable[tuple[Record, float]]) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for record, value in values:
+        found.setdefault(record.identity.config_hash, []).append(value)
+    return {digest: statistics.median(members) for digest, members in found.items()}
 
 
 def _around(records: Sequence[Record]) -> dict[ResultKey, float]:

@@ -32,11 +32,7 @@ _ROUNDS = 100
 
 
 def check_confidence(confidence: float) -> None:
-    """Refuse a confidence outside (0, 1); 95 for 0.95 is the usual slip.
-
-    Raises:
-        ValueError: it is outside.
-    """
+    """Raise ValueError for a confidence outside (0, 1); 95 for 0.95 is the usual slip."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, for example 0.95, got {confidence}")
 
@@ -46,9 +42,6 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
 
     The smallest is multiplied by their number, the next by one less, and none may fall below its predecessor: the
     chance of one false finding among all stays below the level used. [Holm 1979, Scand. J. Statistics 6:65]
-
-    Raises:
-        ValueError: a p value outside [0, 1].
     """
     for value in p_values:
         if not 0 <= value <= 1:
@@ -68,7 +61,6 @@ def student_t_cdf(t: float, df: float) -> float:
     Stegun 26.7.1]
 
     Raises:
-        ValueError: degrees of freedom that are not positive.
         ArithmeticError: with over 10^8 degrees of freedom the fraction does not converge.
     """
     if df <= 0:
@@ -86,11 +78,7 @@ def student_t_cdf(t: float, df: float) -> float:
 
 @functools.cache
 def student_t_quantile(probability: float, df: float) -> float:
-    """The t that a Student t variable with `df` degrees of freedom stays below with `probability`.
-
-    Raises:
-        ValueError: a probability outside (0, 1), degrees of freedom that are not positive.
-    """
+    """The t that a Student t variable with `df` degrees of freedom stays below with `probability`."""
     if not 0 < probability < 1:
         raise ValueError(f"expected a probability between 0 and 1, got {probability}")
     if probability == 0.5:
@@ -199,9 +187,6 @@ def paired_effect(numerators: Sequence[float], denominators: Sequence[float]) ->
 
     What a whole cycle shares (a warm room, another driver state) divides out of each pair; with 2 % drift between
     cycles and 0.5 % noise a true 1 % effect is found in 66 % of campaigns of 5 cycles so, unpaired in 2 %.
-
-    Raises:
-        ValueError: lists of different lengths, no pairs, a value that is not positive and finite.
     """
     if len(numerators) != len(denominators):
         raise ValueError(f"expected pairs, got {len(numerators)} numerators and {len(denominators)} denominators")
@@ -235,14 +220,9 @@ def anchored_effect(now: Effect, before: Effect) -> Effect:
 
 
 def cycles_to_settle(effect: Effect, bound: float, confidence: float = CONFIDENCE) -> int | None:
-    """How many more cycles would place the whole interval on one side of each of ±`bound`, if nothing else changes.
+    """How many more cycles would place the whole interval on one side of each of ±`bound` (on logs).
 
-    Args:
-        effect: of two campaigns, each needs the cycles.
-        bound: on logs.
-
-    Returns:
-        None without a standard error, and beyond `MOST_FURTHER_CYCLES`.
+    Of two campaigns, each needs the cycles. None without a standard error, and beyond `MOST_FURTHER_CYCLES`.
     """
     if effect.std_error is None or effect.df is None:
         return None
@@ -292,11 +272,8 @@ class Gate:
         better, not_worse = effect.p_below(-self.bound), effect.p_below(self.bound)
         if worse is None or better is None or not_better is None or not_worse is None:
             return None
-        claims = (
-            (worse, Verdict.WORSE),
-            (better, Verdict.BETTER),
-            (max(not_better, not_worse), Verdict.WITHIN),
-        )
+        within = max(not_better, not_worse)
+        claims = ((worse, Verdict.WORSE), (better, Verdict.BETTER), (within, Verdict.WITHIN))
         return min(claims, key=lambda claim: claim[0])
 
 

@@ -416,7 +416,7 @@ def test_a_cache_that_does_not_fit_is_out_of_memory_at_load(tiny_model: Path) ->
 
 
 def test_an_experiment_that_needs_another_load_is_not_configured(engine: Engine, tiny_model: Path) -> None:
-    with pytest.raises(EngineError, match="another engine load"):
+    with pytest.raises(EngineError, match="a different engine load"):
         engine.configure(experiment(tiny_model, fp_precision="bfloat16"))
 
 

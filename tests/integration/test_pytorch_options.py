@@ -169,9 +169,9 @@ def cache_implementation_is_the_cache_in_use(bench: Bench) -> None:
     assert bench.set_up({}).effective["pytorch"]["cache_implementation"] == "dynamic"
     assert bench.set_up({"cache_implementation": "static"}).effective["pytorch"]["cache_implementation"] == "static"
     assert bench.outputs({"cache_implementation": "static", "batch_size": 3}) == bench.outputs({})
-    assert "knows dynamic" in bench.refusal({"cache_implementation": "sliding_window"})
-    assert "does nothing" in bench.refusal({"cache_implementation": "static", "use_cache": False})
-    assert "where it is already" in bench.refusal({"cache_implementation": "offloaded"})
+    assert "expected one of dynamic" in bench.refusal({"cache_implementation": "sliding_window"})
+    assert "has no effect" in bench.refusal({"cache_implementation": "static", "use_cache": False})
+    assert "where it already is" in bench.refusal({"cache_implementation": "offloaded"})
 
 
 def low_cpu_mem_usage_is_how_weights_load(bench: Bench) -> None:
@@ -212,7 +212,7 @@ def beams_find_other_sequences(bench: Bench) -> None:
     found = bench.outputs({**beams, "batch_size": 3})
     assert found != bench.outputs({})
     assert found == bench.outputs(beams)  # in a batch as alone
-    assert "cannot stand with streaming" in str(_problems(bench, beams, streaming=True))
+    assert "conflicts with streaming" in str(_problems(bench, beams, streaming=True))
 
 
 def beam_settings_change_which_beam_wins(bench: Bench) -> None:
@@ -247,7 +247,7 @@ def an_assistant_drafts_the_tokens_asked_for(bench: Bench) -> None:
         # The model drafts for itself and is always right: three drafted tokens and one of its own a step.
         assert [times.count(moment) for moment in sorted(set(times))] == [4, 4, 4, 4]
     assert effective["assisted_generation"] == {"model": str(bench.model), "num_tokens": 3}
-    assert "one request at a time" in bench.refusal({**section, "batch_size": 2})
+    assert "requires batch_size 1" in bench.refusal({**section, "batch_size": 2})
 
 
 def tokens_are_looked_up_in_the_prompt_without_an_assistant(bench: Bench) -> None:

@@ -71,7 +71,7 @@ def broken_copy(tiny_model: Path, folder: Path, *, without: str = "", **contents
 
 def test_a_folder_without_a_model_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     for folder, message, hint in (
-        (tmp_path / "nowhere", "there is no folder", str(Path.cwd())),
+        (tmp_path / "nowhere", "no such folder", str(Path.cwd())),
         (tmp_path, "has no config.json", "save_pretrained"),
     ):
         error = failure(folder)
@@ -157,7 +157,7 @@ def test_a_tokenizer_of_another_model_is_told_by_its_ids(tiny_model: Path, tmp_p
     values["model"]["vocab"]["<far>"] = 5000
     other = broken_copy(tiny_model, tmp_path / "other", tokenizer__json=json.dumps(values))
     config = experiment(tiny_model, model={"name": str(tiny_model), "tokenizer": str(other)})
-    with loaded(config) as there, pytest.raises(EngineError, match="id 5000, the model knows ids below 1000"):
+    with loaded(config) as there, pytest.raises(EngineError, match="id 5000, but the model only has ids below 1000"):
         there.encode("<far>")
 
 

@@ -156,7 +156,7 @@ def flash_version_needs_a_gpu(bench: Bench) -> None:
 
 
 def sliding_window_must_be_there(bench: Bench) -> None:
-    assert "no such window" in bench.refusal({"attention": {"disable_sliding_window": True}}, is_early=False)
+    assert "no sliding window" in bench.refusal({"attention": {"disable_sliding_window": True}}, is_early=False)
 
 
 # One engine
@@ -281,7 +281,7 @@ def load_format_decides_on_the_weights(bench: Bench) -> None:
 
 def gpu_memory_utilization_is_what_the_engine_has(bench: Bench) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        assert "VLLM_CPU_KVCACHE_SPACE decides" in bench.refusal({"gpu_memory_utilization": 0.5})
+        assert "VLLM_CPU_KVCACHE_SPACE sets" in bench.refusal({"gpu_memory_utilization": 0.5})
         patch.delenv("VLLM_CPU_KVCACHE_SPACE")
         report = bench.reload({**BASE, "gpu_memory_utilization": 0.5})
         assert report.effective["vllm"]["gpu_memory_utilization"] == 0.5
@@ -510,5 +510,5 @@ def test_a_seed_draws_the_same_again_in_whatever_company(bench: Bench) -> None:
 
 def test_another_engine_key_needs_a_reload(bench: Bench) -> None:
     bench.set_up(BASE)
-    with pytest.raises(EngineError, match="another engine load"):
+    with pytest.raises(EngineError, match="a different engine load"):
         bench.engine.configure(experiment(bench.model, {**BASE, "max_num_seqs": 3}, **LENGTHS))

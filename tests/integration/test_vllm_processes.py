@@ -58,7 +58,7 @@ def assert_told_at_once_when_killed(engine: Engine, started: set[int]) -> None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
-    with pytest.raises(EngineError, match="ended without a word") as caught:
+    with pytest.raises(EngineError, match="ended without a message") as caught:
         engine.serve(Killing(prompts()[:1], prompts()[1:]))
     assert (caught.value.kind, caught.value.is_permanent) == ("engine", False)
     with pytest.raises(EngineError, match="process has ended"):

@@ -15,7 +15,7 @@ def load(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:
     try:
         from lem.engines.pytorch.session import Session, free_memory
     except (ImportError, OSError) as error:
-        hint = "do their versions fit each other, and are the libraries they need there?"
+        hint = "check that their versions are compatible and that the libraries they need are installed"
         raise explain_import("PyTorch or transformers", error, hint) from error
     try:
         return Session(config, secrets)

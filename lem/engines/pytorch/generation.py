@@ -60,7 +60,7 @@ class LoadedModel:
 
 
 class TokenClock(BaseStreamer):  # type: ignore[misc]  # transformers is not type-checked
-    """The times at which tokens were there. `generate` passes it the prompts first, then the tokens of each step.
+    """Records when tokens arrive. `generate` passes it the prompts first, then the tokens of each step.
 
     A step of a batch brings one token per row; a step of assisted generation several of its one row.
     """
@@ -148,7 +148,7 @@ class BatchRunner:
         else:
             times_ns = None if clock is None else clock.times_ns
             return failed + self._complete(fitting, generated, started_ns, times_ns)
-        # Outside the handler: the traceback there still holds the tensors of the batch.
+        # Outside the handler, whose traceback still holds the tensors of the batch.
         if self.loaded.device.type == "cuda":
             torch.cuda.empty_cache()
         now_ns = time.monotonic_ns()
@@ -228,12 +228,12 @@ class BatchRunner:
         return completions
 
     def _complaint(self, request: TokenRequest) -> str | None:
-        needed, there = len(request.token_ids) + request.max_output_tokens, self.loaded.positions
-        if there is None or needed <= there:
+        needed, positions = len(request.token_ids) + request.max_output_tokens, self.loaded.positions
+        if positions is None or needed <= positions:
             return None
         return (
-            f"{len(request.token_ids)} tokens of prompt and {request.max_output_tokens} of output are more than "
-            f"the {there} positions of the model; lower max_input_tokens or max_output_tokens"
+            f"{len(request.token_ids)} prompt tokens and {request.max_output_tokens} output tokens exceed "
+            f"the {positions} positions of the model; lower max_input_tokens or max_output_tokens"
         )
 
 
@@ -287,17 +287,17 @@ def try_out(runner: BatchRunner, section: PyTorchConfig, facts: EngineFacts) -> 
         EngineError: kind `out_of_memory`.
     """
     graphs_before = _compiled_graphs() if section.torch_compile else 0
-    with _transformers_warnings() as heard, raised_as(lambda error: _trial_failure(error, section, facts)):
+    with _transformers_warnings() as warnings, raised_as(lambda error: _trial_failure(error, section, facts)):
         output = runner.try_out(_requests(runner, section))
     cache = _cache_in(output)
-    wanted = section.cache_implementation
-    if wanted is not None and cache != wanted:
-        raise OptionRefused(f"pytorch.cache_implementation: {facts} made a cache of the kind {cache}, not {wanted}")
+    requested = section.cache_implementation
+    if requested is not None and cache != requested:
+        raise OptionRefused(f"pytorch.cache_implementation: {facts} used {cache} instead of {requested}")
     if section.use_cache is not None and section.use_cache != (cache is not None):
-        raise OptionRefused(f"pytorch.use_cache: {facts} worked with a cache of the kind {cache}")
+        raise OptionRefused(f"pytorch.use_cache: {facts} used a cache of kind {cache}")
     if section.torch_compile and _compiled_graphs() == graphs_before:
-        raise OptionRefused(f"pytorch.torch_compile: {facts} compiled nothing of this model")
-    return Trial(cache, tuple(Reason.of("said", text=text) for text in dict.fromkeys(heard)))
+        raise OptionRefused(f"pytorch.torch_compile: {facts} did not compile this model")
+    return Trial(cache, tuple(Reason.of("said", text=text) for text in dict.fromkeys(warnings)))
 
 
 def _requests(runner: BatchRunner, section: PyTorchConfig) -> tuple[TokenRequest, ...]:
@@ -329,7 +329,7 @@ def _compiled_graphs() -> int:
 def _trial_failure(error: BaseException, section: PyTorchConfig, facts: EngineFacts) -> EngineError:
     """Names the options that were set, any of which may be the cause."""
     if is_out_of_memory(error):
-        text = f"out of memory on {_TRIAL_TOKENS} tokens: {shortened(error)}"
+        text = f"out of memory while generating {_TRIAL_TOKENS} tokens: {shortened(error)}"
         hint = "use a smaller model or batch, or a lower fp_precision"
         return EngineError(text, hint, kind="out_of_memory", is_permanent=True)
     default = type(section)().to_dict()
@@ -343,16 +343,16 @@ def _trial_failure(error: BaseException, section: PyTorchConfig, facts: EngineFa
 @contextmanager
 def _transformers_warnings() -> Iterator[list[str]]:
     """The warnings that transformers logs meanwhile."""
-    heard: list[str] = []
+    warnings: list[str] = []
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            heard.append(" ".join(record.getMessage().split()))
+            warnings.append(" ".join(record.getMessage().split()))
 
     handler, logger = Listener(logging.WARNING), logging.getLogger("transformers")
     logger.addHandler(handler)
     try:
-        yield heard
+        yield warnings
     finally:
         logger.removeHandler(handler)
 
@@ -406,7 +406,7 @@ def _describe_section(
         "torch_compile_backend": (section.torch_compile_backend or "inductor") if section.torch_compile else None,
         "use_cache": trial.cache is not None,
         "cache_implementation": trial.cache,
-        # Since transformers 5 the only way there is.
+        # The only way since transformers 5.
         "low_cpu_mem_usage": True if section.low_cpu_mem_usage is None else section.low_cpu_mem_usage,
         "load_in_4bit": is_4bit,
         "load_in_8bit": bool(getattr(model, "is_loaded_in_8bit", False)),

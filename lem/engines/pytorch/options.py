@@ -116,8 +116,8 @@ def _set_by(section: str, *names: str) -> dict[str, str]:
     return {name: f"is set by {section}.{name}" for name in names}
 
 
-_MOVED = "transformers moved it out into code that is fetched from a hub"
-_OUTPUT = "lem reads the tokens alone"
+_MOVED = "transformers moved it to code that is downloaded from the hub"
+_OUTPUT = "lem only reads the tokens"
 # Why an argument of `generate` is not taken from `extra`.
 _REFUSED: Mapping[str, str] = MappingProxyType(
     {
@@ -130,9 +130,9 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
         "num_assistant_tokens": "is set by pytorch.assisted_generation.num_tokens",
         "prompt_lookup_num_tokens": "is set by pytorch.assisted_generation.num_tokens",
         "eos_token_id": "is set by ignore_eos",
-        "stop_strings": "a row that it ends cannot be told from padding, so its tokens could not be counted",
+        "stop_strings": "a row that ends with one looks padded, so its tokens cannot be counted",
         "token_healing": "it changes the prompts",
-        "num_return_sequences": "one answer a request is counted",
+        "num_return_sequences": "lem counts one answer per request",
         "bos_token_id": "the prompts are token ids already",
         "pad_token_id": "padding is masked, so its id changes nothing",
         "decoder_start_token_id": "the model has no encoder",
@@ -286,18 +286,18 @@ def check_options(config: ExperimentConfig, facts: EngineFacts) -> None:
 def _loading(section: PyTorchConfig, facts: EngineFacts) -> Iterator[Refusal]:
     name = "pytorch.low_cpu_mem_usage"
     if section.low_cpu_mem_usage is False and facts.release >= (5, 0):
-        yield Refusal(name, "false is gone, weights always load without a second copy")
+        yield Refusal(name, "false is no longer supported: weights always load without a second copy")
     if section.low_cpu_mem_usage and facts.release < (5, 0) and (missing := facts.missing("accelerate")):
         yield Refusal(name, missing)
     name = "pytorch.max_memory"
     if section.max_memory is not None and facts.device == "cpu":
-        yield Refusal(name, "it shares a model out between a GPU and the CPU, and no GPU is in use")
+        yield Refusal(name, "it splits a model between a GPU and the CPU, and no GPU is in use")
     elif section.max_memory is not None:
         if missing := facts.missing("accelerate"):
             yield Refusal(name, missing)
         others = sorted(str(key) for key in section.max_memory if str(key) not in {"cpu", str(facts.gpu_index)})
         if others:
-            yield Refusal(name, f"knows cpu and the GPU in use ({facts.gpu_index}), got {', '.join(others)}")
+            yield Refusal(name, f"expected cpu or the GPU in use ({facts.gpu_index}), got {', '.join(others)}")
     for name in ("load_in_4bit", "load_in_8bit"):
         if getattr(section, name) and facts.device != "cuda":
             yield Refusal(f"pytorch.{name}", "bitsandbytes needs a CUDA GPU")
@@ -308,43 +308,42 @@ def _loading(section: PyTorchConfig, facts: EngineFacts) -> Iterator[Refusal]:
 def _running(config: ExperimentConfig, section: PyTorchConfig, facts: EngineFacts) -> Iterator[Refusal]:
     budget, largest = section.max_tokens_per_batch, config.max_input_tokens + config.max_output_tokens
     if budget is not None and budget < largest:
-        reason = f"one request can take {largest} (max_input_tokens + max_output_tokens), got {budget}"
+        reason = f"must be at least {largest}, the largest request (max_input_tokens + max_output_tokens), got {budget}"
         yield Refusal("pytorch.max_tokens_per_batch", reason)
     yield from _compilation(section, facts)
     name, cache = "pytorch.cache_implementation", section.cache_implementation
     if cache is not None and cache not in _CACHES:
-        yield Refusal(name, f"knows {', '.join(_CACHES)}, got {cache}{did_you_mean(cache, _CACHES)}")
+        yield Refusal(name, f"expected one of {', '.join(_CACHES)}, got {cache}{did_you_mean(cache, _CACHES)}")
     if cache is not None and section.use_cache is False:
-        yield Refusal(name, "does nothing with use_cache: false")
+        yield Refusal(name, "has no effect with use_cache: false")
     if cache is not None and cache.startswith("offloaded") and facts.device == "cpu":
-        yield Refusal(name, f"{cache} moves the cache from GPU to CPU, where it is already")
+        yield Refusal(name, f"{cache} moves the cache from GPU to CPU, where it already is")
     name = "pytorch.assisted_generation"
     if is_assisted(section) and section.beam_search.enabled:
-        yield Refusal(name, "goes with greedy decoding and sampling, not with beam_search")
+        yield Refusal(name, "cannot be combined with beam_search")
     if is_assisted(section) and section.batch_size > 1:
-        yield Refusal(name, f"runs one request at a time, got batch_size {section.batch_size}")
+        yield Refusal(name, f"requires batch_size 1, got {section.batch_size}")
 
 
 def _compilation(section: PyTorchConfig, facts: EngineFacts) -> Iterator[Refusal]:
     name, mode, backend = "pytorch.torch_compile", section.torch_compile, section.torch_compile_backend
     if backend is not None and backend not in facts.compile_backends:
         known = ", ".join(facts.compile_backends)
-        reason = f"torch.compile knows {known}, got {backend}{did_you_mean(backend, facts.compile_backends)}"
+        reason = f"expected one of {known}, got {backend}{did_you_mean(backend, facts.compile_backends)}"
         yield Refusal("pytorch.torch_compile_backend", reason)
     if mode == "reduce-overhead" and facts.device == "cpu":
-        yield Refusal(name, "reduce-overhead means CUDA graphs, on the CPU it does nothing")
+        yield Refusal(name, "reduce-overhead uses CUDA graphs and has no effect on the CPU")
     if compiles_steps(section, facts.device) and section.cache_implementation != "static":
-        need = "cache_implementation: static"
-        yield Refusal(name, f"{mode} records CUDA graphs, which replay on a cache that stays in place: {need}")
+        yield Refusal(name, f"{mode} records CUDA graphs and requires cache_implementation: static")
     if mode not in {False, "default"} and backend not in {None, "inductor"}:
         yield Refusal(name, f"{mode} is a mode of the inductor backend, got {backend}")
 
 
 def _refused_extra(section: PyTorchConfig, facts: EngineFacts) -> Iterator[Refusal]:
     for name in section.extra:
-        reason = reason_against(name, _REFUSED, facts.generate_arguments, "generate has no such argument")
+        reason = reason_against(name, _REFUSED, facts.generate_arguments, "unknown argument of generate")
         if reason is None and (need := _need_of(name, section)) is not None:
-            reason = f"does nothing without {need}"
+            reason = f"has no effect without {need}"
         if reason is not None:
             yield Refusal(f"pytorch.extra.{name}", reason)
 
@@ -358,9 +357,9 @@ def _need_of(name: str, section: PyTorchConfig) -> str | None:
     if name == "cache_config" and cache != "quantized":
         return "cache_implementation: quantized"
     if name == "disable_compile" and ("static" not in cache or section.torch_compile):
-        return "cache_implementation: static, for which transformers compiles by itself on a GPU, alone"
+        return "cache_implementation: static and torch_compile: false, with which transformers compiles on a GPU"
     if name == "max_matching_ngram_size" and (has_model or not is_assisted(section)):
-        return "assisted_generation.num_tokens alone, which looks n-grams up in the prompt"
+        return "assisted_generation.num_tokens and no model, which looks up n-grams in the prompt"
     if name in {*_ASSISTANT_ARGUMENTS, "assistant_ensemble_weight", "speculation_type"} and not has_model:
         return "assisted_generation.model"
     return None

@@ -226,11 +226,11 @@ def _compile(model: Any, section: PyTorchConfig, device: str) -> None:
 
 def _load_model(config: ExperimentConfig, facts: EngineFacts, token: str | None) -> LoadedModel:
     device = torch.device("cpu" if facts.gpu_index is None else f"cuda:{facts.gpu_index}")
-    wanted = config.model
-    source = locate(wanted.name, marker="config.json", revision=wanted.revision, token=token, option="model")
-    access = {"token": token, "trust_remote_code": wanted.trust_remote_code}
-    name, revision = (source.name, source.commit) if wanted.tokenizer is None else (wanted.tokenizer, None)
-    with explained(f"model.tokenizer: {wanted.tokenizer}" if wanted.tokenizer else f"tokenizer of {source.name}"):
+    asked = config.model
+    source = locate(asked.name, marker="config.json", revision=asked.revision, token=token, option="model")
+    access = {"token": token, "trust_remote_code": asked.trust_remote_code}
+    name, revision = (source.name, source.commit) if asked.tokenizer is None else (asked.tokenizer, None)
+    with explained(f"model.tokenizer: {asked.tokenizer}" if asked.tokenizer else f"tokenizer of {source.name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **access)
     model, warnings = _load_weights(config, source, device, facts, access)
     loaded = LoadedModel(
@@ -239,8 +239,8 @@ def _load_model(config: ExperimentConfig, facts: EngineFacts, token: str | None)
     loaded.warnings = warnings
     # A model has its own settings for sampling and length; `generate` would fill every gap from them.
     model.generation_config = GenerationConfig()
-    if wanted.adapter is not None:
-        loaded.adapter = _add_adapter(loaded, wanted.adapter, token)
+    if asked.adapter is not None:
+        loaded.adapter = _add_adapter(loaded, asked.adapter, token)
     _check_dtype(model, config)
     _set_assistant(loaded, config, facts, token)
     return loaded
@@ -330,11 +330,12 @@ def _add_adapter(loaded: LoadedModel, name: str, token: str | None) -> Source:
     source = locate(name, marker="adapter_config.json", revision=None, token=token, option="model.adapter")
     with explained(f"model.adapter: {name}"):
         info = loaded.model.load_adapter(source.name, adapter_kwargs={"token": token, "revision": source.commit})
-    strays = sorted({*(getattr(info, "missing_keys", None) or ()), *(getattr(info, "unexpected_keys", None) or ())})
-    if strays:
+    mismatched = sorted({*(getattr(info, "missing_keys", None) or ()), *(getattr(info, "unexpected_keys", None) or ())})
+    if mismatched:
         raise EngineError(
-            f"model.adapter: {name} does not fit {loaded.source.name}: {len(strays)} weights, among them {strays[0]}",
-            "name the model that the adapter was trained on",
+            f"model.adapter: {name} does not match {loaded.source.name}: {len(mismatched)} weights differ, "
+            f"{mismatched[0]} first",
+            "use the model that the adapter was trained on",
             kind="model",
             is_permanent=True,
         )
@@ -351,7 +352,7 @@ def _check_dtype(model: Any, config: ExperimentConfig) -> None:
         counts[parameter.dtype] += parameter.numel()
     most = counts.most_common(1)[0][0]
     if most != getattr(torch, config.fp_precision):
-        raise OptionRefused(f"fp_precision: {config.fp_precision}: the weights came out as {most}")
+        raise OptionRefused(f"fp_precision: {config.fp_precision}: the weights were loaded as {most}")
 
 
 def _special_tokens(model: Any, tokenizer: Any) -> SpecialTokens:

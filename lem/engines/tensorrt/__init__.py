@@ -30,6 +30,6 @@ def load(
     try:
         from lem.engines.tensorrt.session import Session
     except (ImportError, OSError, RuntimeError) as error:
-        hint = f"it needs a GPU, its driver, and an image of its own: {_IMAGE}"
+        hint = f"it requires a GPU with its driver, and its own image: {_IMAGE}"
         raise explain_import("TensorRT-LLM", error, hint) from error
     return Session(config, secrets, find_gpus)

@@ -43,13 +43,13 @@ _DRAFT_MODEL = ("speculative_model", "speculative_model_dir")
 # Arguments that help if they exist: lem bounds requests itself, and can do without the engine's times.
 _HELPFUL = frozenset({"max_input_len", "return_perf_metrics"})
 
-_BUILDING = "belongs to the flow that builds engines; the PyTorch flow, which is TensorRT-LLM's default, builds none"
+_BUILDING = "not supported by the PyTorch flow, TensorRT-LLM's default, which builds no engines"
 _UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(
             ("engine_path", "engine_cache_dir", "force_rebuild", "builder_opt_level", "extra_build_args"), _BUILDING
         ),
-        "calibration": "the PyTorch flow quantizes nothing; calibrate when the checkpoint is made (NVIDIA ModelOpt)",
+        "calibration": "the PyTorch flow does not quantize; calibrate when you create the checkpoint (NVIDIA ModelOpt)",
     }
 )
 
@@ -69,10 +69,10 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
         "speculative_config": "is set by tensorrt.draft_model and num_draft_tokens",
         "backend": "lem uses the PyTorch flow",
         "build_config": _BUILDING,
-        "quant_config": "the PyTorch flow takes checkpoints that are quantized already",
-        "skip_tokenizer_init": "prompts are turned into tokens with the engine's tokenizer",
-        "return_perf_metrics": "the times of requests are among these metrics",
-        "max_beam_width": "one answer a request is counted",
+        "quant_config": "the PyTorch flow loads checkpoints that are already quantized",
+        "skip_tokenizer_init": "lem tokenizes prompts with the engine's tokenizer",
+        "return_perf_metrics": "lem needs these metrics for the times of requests",
+        "max_beam_width": "lem counts one answer per request",
     }
 )
 
@@ -195,7 +195,7 @@ def check_options(config: ExperimentConfig, facts: EngineFacts) -> None:
         if getattr(section, name) != getattr(default, name)
     ]
     if config.model.adapter is not None:
-        reason = "adapters were not yet run with this backend; merge it into the checkpoint"
+        reason = "lem was not yet tested with adapters on this backend; merge it into the checkpoint"
         refusals.append(Refusal("model.adapter", reason))
     refuse([*refusals, *_unknown(section, facts), *_sampling(config, facts), *_extra(config, facts)], facts)
 
@@ -217,17 +217,17 @@ def _sampling(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]
     if not decoder.is_greedy and config.random_seed is not None:
         yield Refusal(
             "random_seed",
-            "its sampler draws for all requests of a batch from one generator, so seeds of requests do nothing; "
-            "decode greedily, or set random_seed to null",
+            "the sampler has one generator for all requests of a batch, so their seeds have no effect; "
+            "use greedy decoding, or random_seed: null",
         )
     if decoder.repetition_penalty != 1.0 and not facts.has_penalties:
-        yield Refusal("decoder.repetition_penalty", "the sampler of this version knows no penalties")
+        yield Refusal("decoder.repetition_penalty", "the sampler of this version has no penalties")
 
 
 def _extra(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
     extra = runtime_extra(config)
     for name in extra:
-        reason = reason_against(name, _REFUSED, facts.arguments, "LLM has no such argument")
+        reason = reason_against(name, _REFUSED, facts.arguments, "unknown argument of LLM")
         if reason is not None:
             yield Refusal(f"tensorrt.extra_runtime_args.{name}", reason)
     overriding = extra.get("model_kwargs")
@@ -310,7 +310,7 @@ _ALGORITHMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 # The type of the weights has either name. TensorRT-LLM's ModelLoader ignores `dtype` and takes what config.json says,
 # or bfloat16 (ModelConfig.torch_dtype; TensorRT-LLM 1.0 to 1.3).
 _TYPE_KEYS = ("dtype", "torch_dtype")
-_TYPE_UNTOLD = "bfloat16"
+_DEFAULT_TYPE = "bfloat16"
 
 
 def documents_of(folder: Path) -> dict[str, Any]:
@@ -342,28 +342,28 @@ def _check_object(value: Any, where: str) -> None:
 
 def check_checkpoint(config: ExperimentConfig, documents: Mapping[str, Any], facts: EngineFacts) -> None:
     """Refuse a checkpoint of another type or quantization than requested, or with code that would run unasked."""
-    hint = "ask for what the checkpoint has, or name one that has what you ask for"
+    hint = "request what the checkpoint has, or use another checkpoint"
     refuse(_against_checkpoint(config, documents), facts, hint)
 
 
 def _against_checkpoint(config: ExperimentConfig, documents: Mapping[str, Any]) -> Iterator[Refusal]:
     name = config.model.name
-    wanted, found = section_of(config).quantization, quantization_of(documents)
-    if wanted is not None:
-        is_other = found is not None and not found.lower().startswith(_ALGORITHMS.get(wanted, ()))
-        if is_other or (found is None) != (wanted == "none"):
+    requested, found = section_of(config).quantization, quantization_of(documents)
+    if requested is not None:
+        is_other = found is not None and not found.lower().startswith(_ALGORITHMS.get(requested, ()))
+        if is_other or (found is None) != (requested == "none"):
             what = "not quantized" if found is None else f"quantized to {found}"
-            reason = f"{wanted}: {name} is {what}, and the PyTorch flow takes checkpoints as they are"
+            reason = f"{requested}: {name} is {what}, and the PyTorch flow loads checkpoints as they are"
             yield Refusal("tensorrt.quantization", reason)
-    told = next((place[key] for place in _descriptions(documents) for key in _TYPE_KEYS if place.get(key)), None)
-    precision = str(told or _TYPE_UNTOLD).removeprefix("torch.")
+    declared = next((place[key] for place in _descriptions(documents) for key in _TYPE_KEYS if place.get(key)), None)
+    precision = str(declared or _DEFAULT_TYPE).removeprefix("torch.")
     if precision != config.fp_precision:
-        what = f"is {precision}" if told else f"tells no type, so it is {precision}"
+        what = f"is {precision}" if declared else f"has no type, so it is {precision}"
         reason = f"{config.fp_precision}: {name} {what}, and the PyTorch flow loads a checkpoint in its own type"
         yield Refusal("fp_precision", reason)
     # Its ModelLoader runs any code that a checkpoint's configuration names (TensorRT-LLM 1.0 to 1.3).
     if not config.model.trust_remote_code and (documents.get("config.json") or {}).get("auto_map"):
-        reason = f"false: {name} comes with code of its own, which TensorRT-LLM runs unasked"
+        reason = f"false: {name} contains code, which TensorRT-LLM always runs"
         yield Refusal("model.trust_remote_code", reason)
 
 
@@ -386,5 +386,5 @@ def quantization_of(documents: Mapping[str, Any]) -> str | None:
 
 def vocabulary_of(documents: Mapping[str, Any]) -> int | None:
     """How many token ids a checkpoint knows; None if it does not say."""
-    told = next((place["vocab_size"] for place in _descriptions(documents) if place.get("vocab_size")), None)
-    return told if isinstance(told, int) else None
+    size = next((place["vocab_size"] for place in _descriptions(documents) if place.get("vocab_size")), None)
+    return size if isinstance(size, int) else None

@@ -150,7 +150,7 @@ class Session(ServedSession):
         return _load_failure(error, self._config, self._facts)
 
     def _rejection(self, text: str) -> EngineError:
-        return OptionRefused(f"{self._facts} takes no request of this experiment: {text}")
+        return OptionRefused(f"{self._facts} rejects the requests of this experiment: {text}")
 
 
 # --- loading
@@ -194,7 +194,7 @@ def _find_facts() -> EngineFacts:
     if int(version.split(".")[0]) < 1:
         raise EngineError(
             f"TensorRT-LLM {version} builds engines; lem uses the PyTorch flow, which is the default since 1.0",
-            "take a newer image",
+            "use a newer image",
             is_permanent=True,
         )
     try:
@@ -220,24 +220,24 @@ def _fields(kind: Any) -> frozenset[str]:
 def _visible_gpus(config: ExperimentConfig, find_gpus: FindGpus | None) -> Iterator[tuple[str, ...]]:
     """The UUIDs of the GPUs in use; the environment decides what the engine and its processes see."""
     before = os.environ.get(GPU_VARIABLE)
-    wanted = before
+    visible = before
     if config.gpus:
         seen = before.split(",") if before else []
         names = [seen[int(name)] if name.isdecimal() and int(name) < len(seen) else name for name in config.gpus]
-        wanted = ",".join(names)
-    if torch.cuda.is_initialized() and wanted != before:
-        raise EngineError(f"gpus: this process has started CUDA already, seeing others than {wanted}")
-    with environment(GPU_VARIABLE, wanted):
+        visible = ",".join(names)
+    if torch.cuda.is_initialized() and visible != before:
+        raise EngineError(f"gpus: CUDA was already initialized with other GPUs than {visible}")
+    with environment(GPU_VARIABLE, visible):
         found = visible_gpus(torch) if find_gpus is None else find_gpus()
         if not found:
-            raise EngineError("TensorRT-LLM needs a GPU, and none is to be seen", is_permanent=True, kind="option")
+            raise EngineError("TensorRT-LLM requires a GPU, and none is visible", is_permanent=True, kind="option")
         if config.gpus and len(found) < len(config.gpus):
             # CUDA hides the first name that does not exist, and all names after it.
             missing = config.gpus[len(found)]
-            raise EngineError(f"gpus: {missing} is not there", is_permanent=True, kind="option")
+            raise EngineError(f"gpus: {missing} not found", is_permanent=True, kind="option")
         needed = gpus_needed(config)
         if needed > len(found):
-            what = f"the model is to be spread over {needed} GPUs, and {len(found)} can be seen"
+            what = f"the model needs {needed} GPUs, but {len(found)} are visible"
             hint = "change tensorrt.tp_size, pp_size or gpus"
             raise EngineError(f"tensorrt.tp_size: {what}", hint, is_permanent=True, kind="option")
         yield found[:needed]
@@ -258,15 +258,15 @@ class Server:
 
     def run_closed(self, requests: Sequence[TokenRequest], on_progress: OnProgress) -> list[Completion]:
         """A completion for each request, all submitted at once: the two calls that `LLM.generate` makes for each."""
-        handed = [(request, self.clock(), self._hand_over(request, streaming=False)) for request in requests]
+        submitted = [(request, self.clock(), self._submit(request, streaming=False)) for request in requests]
         completions = []
-        for request, handed_ns, answer in handed:
+        for request, submitted_ns, answer in submitted:
             if not isinstance(answer, str):
                 try:
                     answer = answer.result()
                 except ENGINE_FAILURES as error:
-                    answer = _words_of(error)
-            completions.append(self._complete(request, handed_ns, answer, None))
+                    answer = _message_of(error)
+            completions.append(self._complete(request, submitted_ns, answer, None))
             on_progress(len(completions))
         return completions
 
@@ -274,8 +274,8 @@ class Server:
         """A completion for each request, one after another, with the times of its tokens."""
         completions = []
         for request in requests:
-            handed_ns, answer = self.clock(), self._hand_over(request, streaming=True)
-            completions.append(self._follow_alone(request, handed_ns, answer))
+            submitted_ns, answer = self.clock(), self._submit(request, streaming=True)
+            completions.append(self._follow_alone(request, submitted_ns, answer))
             on_progress(len(completions))
         return completions
 
@@ -294,7 +294,7 @@ class Server:
             else:
                 arrivals.put_nowait(error)
 
-        def take_in() -> None:
+        def collect_arrivals() -> None:
             """Take requests as they arrive, in a thread of its own."""
             found: Sequence[TokenRequest] | Exception | None = ()
             while isinstance(found, Sequence):
@@ -305,7 +305,7 @@ class Server:
                 with contextlib.suppress(RuntimeError):  # serving has failed, and its loop is closed
                     loop.call_soon_threadsafe(arrivals.put_nowait, found)
 
-        threading.Thread(target=take_in, name="requests", daemon=True).start()
+        threading.Thread(target=collect_arrivals, name="requests", daemon=True).start()
         while isinstance(arrived := await arrivals.get(), Sequence):
             for request in arrived:
                 task = asyncio.create_task(self._answer(queue, request))
@@ -316,7 +316,7 @@ class Server:
         await asyncio.gather(*tasks)
 
     async def _answer(self, queue: RequestQueue, request: TokenRequest) -> None:
-        handed_ns, answer = self.clock(), self._hand_over(request, streaming=True)
+        submitted_ns, answer = self.clock(), self._submit(request, streaming=True)
         times_ns: list[int] = []
         parts = None if isinstance(answer, str) else aiter(answer)
         while parts is not None:
@@ -325,12 +325,12 @@ class Server:
             except StopAsyncIteration:
                 break
             except ENGINE_FAILURES as error:
-                answer = _words_of(error)
+                answer = _message_of(error)
                 break
             self._note(part, times_ns)
-        queue.complete(self._complete(request, handed_ns, answer, times_ns))
+        queue.complete(self._complete(request, submitted_ns, answer, times_ns))
 
-    def _follow_alone(self, request: TokenRequest, handed_ns: int, answer: Any) -> Completion:
+    def _follow_alone(self, request: TokenRequest, submitted_ns: int, answer: Any) -> Completion:
         times_ns: list[int] = []
         parts = None if isinstance(answer, str) else iter(answer)
         while parts is not None:
@@ -339,40 +339,42 @@ class Server:
             except StopIteration:
                 break
             except ENGINE_FAILURES as error:
-                answer = _words_of(error)
+                answer = _message_of(error)
                 break
             self._note(part, times_ns)
-        return self._complete(request, handed_ns, answer, times_ns)
+        return self._complete(request, submitted_ns, answer, times_ns)
 
-    def _hand_over(self, request: TokenRequest, *, streaming: bool) -> Any:
+    def _submit(self, request: TokenRequest, *, streaming: bool) -> Any:
         """The answer to wait for; the words of an error if the request has failed already."""
         prompt_tok, output_tok = len(request.token_ids), request.max_output_tokens
         if prompt_tok > self.longest_input or prompt_tok + output_tok > self.longest:
             return (
-                f"{prompt_tok} tokens of prompt and {output_tok} of output are more than the engine is set up for "
-                f"(tensorrt.max_input_len {self.longest_input}, both together {self.longest})"
+                f"{prompt_tok} prompt tokens and {output_tok} output tokens exceed the limits of the engine "
+                f"(tensorrt.max_input_len {self.longest_input}, {self.longest} in total)"
             )
         inputs = {"prompt_token_ids": list(request.token_ids)}
         try:
             parameters = self.parameters(request)
         except EngineRaised as raised:
-            return _words_of(raised.error)
+            return _message_of(raised.error)
         try:
             return self.engine.generate_async(inputs, parameters, streaming=streaming)
         except ENGINE_FAILURES as error:
-            return _words_of(error)
+            return _message_of(error)
 
     def _note(self, part: Any, times_ns: list[int]) -> None:
         """Add the current time for each token that is new in a part of an answer: one, several, or none."""
         now_ns = self.clock()
         times_ns += [now_ns] * (len(part.outputs[0].token_ids) - len(times_ns))
 
-    def _complete(self, request: TokenRequest, handed_ns: int, answer: Any, times_ns: list[int] | None) -> Completion:
+    def _complete(
+        self, request: TokenRequest, submitted_ns: int, answer: Any, times_ns: list[int] | None
+    ) -> Completion:
         now_ns = self.clock()
         if isinstance(answer, str):
-            return Completion(request.index, (), handed_ns, now_ns, error=answer)
+            return Completion(request.index, (), submitted_ns, now_ns, error=answer)
         output = answer.outputs[0]
-        started_ns, last_ns = _span(output, handed_ns, now_ns)
+        started_ns, last_ns = _span(output, submitted_ns, now_ns)
         finished_ns = last_ns if times_ns is None else times_ns[-1] if times_ns else now_ns
         is_good = output.finish_reason in GOOD_ENDS
         return Completion(
@@ -386,14 +388,14 @@ class Server:
         )
 
 
-def _words_of(error: BaseException) -> str:
+def _message_of(error: BaseException) -> str:
     """What the engine says about one request; raises EngineRaised if it is about more than that."""
     if isinstance(error, _REJECTIONS):
         return shortened(error)
     raise EngineRaised(error) from error
 
 
-def _span(output: Any, handed_ns: int, now_ns: int) -> tuple[int, int]:
+def _span(output: Any, submitted_ns: int, now_ns: int) -> tuple[int, int]:
     """When the engine started a request and had its last token.
 
     The engine's metrics count from the start of std::chrono::steady_clock, which is CLOCK_MONOTONIC on Linux. Values
@@ -407,6 +409,6 @@ def _span(output: Any, handed_ns: int, now_ns: int) -> tuple[int, int]:
             return otherwise_ns
         found_ns = (value // timedelta(microseconds=1)) * NS_PER_US
         # They are truncated to microseconds.
-        return max(found_ns, handed_ns) if handed_ns - NS_PER_US <= found_ns <= now_ns else otherwise_ns
+        return max(found_ns, submitted_ns) if submitted_ns - NS_PER_US <= found_ns <= now_ns else otherwise_ns
 
-    return read("first_scheduled_time", handed_ns), read("last_token_time", now_ns)
+    return read("first_scheduled_time", submitted_ns), read("last_token_time", now_ns)

@@ -31,6 +31,6 @@ def load(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:
     try:
         from lem.engines.vllm.session import Session
     except (ImportError, OSError, RuntimeError) as error:
-        hint = "do the versions of vllm, torch and what stands beside them fit each other?"
+        hint = "check that the versions of vllm, torch and their dependencies are compatible"
         raise explain_import("vLLM", error, hint) from error
     return Session(config, secrets)

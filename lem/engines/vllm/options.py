@@ -68,8 +68,8 @@ OPTION_OF_PARAMETER: Mapping[str, str] = MappingProxyType(
     }
 )
 
-_NO_TEXT = "one language model that generates tokens is measured"
-_TURNED_AWAY = "requests that the engine turns away would be counted as failed"
+_NO_TEXT = "lem only measures text generation"
+_TURNED_AWAY = "rejected requests would count as failed"
 # Why an argument of the engine is not taken from `extra`.
 _REFUSED: Mapping[str, str] = MappingProxyType(
     {
@@ -89,9 +89,9 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
         "spec_method": "is set by vllm.speculative.method",
         "spec_model": "is set by vllm.speculative.model",
         "spec_tokens": "is set by vllm.speculative.num_tokens",
-        "disable_log_stats": "the times of requests are among these statistics",
-        "skip_tokenizer_init": "prompts are turned into tokens with the engine's tokenizer",
-        "override_generation_config": "lem gives every sampling value itself",
+        "disable_log_stats": "lem needs these statistics for the times of requests",
+        "skip_tokenizer_init": "lem tokenizes prompts with the engine's tokenizer",
+        "override_generation_config": "lem sets every sampling value itself",
         "max_num_queued_reqs": _TURNED_AWAY,
         "max_num_queued_tokens": _TURNED_AWAY,
         **dict.fromkeys(("runner", "convert", "task", "pooler_config"), _NO_TEXT),
@@ -206,12 +206,12 @@ def sampling_settings(config: ExperimentConfig) -> dict[str, Any]:
 
 def effective_sampling(made: Any, settings: Mapping[str, Any], facts: EngineFacts) -> dict[str, Any]:
     """The fields in effect of SamplingParams, `made` with these settings; raises OptionRefused if vLLM changed one."""
-    for name, wanted in settings.items():
+    for name, requested in settings.items():
         found = getattr(made, name)
-        is_all_tokens = name == "top_k" and {wanted, found} <= {-1, 0}
-        if found != wanted and not is_all_tokens:
+        is_all_tokens = name == "top_k" and {requested, found} <= {-1, 0}
+        if found != requested and not is_all_tokens:
             raise OptionRefused(
-                f"{facts} changed what was asked for: {OPTION_OF_PARAMETER.get(name, name)}: {wanted} became {found}"
+                f"{facts} changed requested values: {OPTION_OF_PARAMETER.get(name, name)}: {requested} became {found}"
             )
     names = (*settings, "top_k", "top_p", "min_p", "logit_bias", "presence_penalty", "frequency_penalty")
     return {name: getattr(made, name) for name in dict.fromkeys(names)}
@@ -226,12 +226,12 @@ def seed_of(config: ExperimentConfig, index: int) -> int | None:
 
 def idle_options(config: ExperimentConfig) -> tuple[Reason, ...]:
     """Warnings about options without effect or at a price."""
-    notes = []
+    warnings = []
     if section_of(config).min_p is not None and config.decoder.is_greedy:
-        notes.append(Reason.of("min_p_unused", backend="vllm"))
+        warnings.append(Reason.of("min_p_unused", backend="vllm"))
     if seed_of(config, 0) is not None:
-        notes.append(Reason.of("vllm_seeded"))
-    return tuple(notes)
+        warnings.append(Reason.of("vllm_seeded"))
+    return tuple(warnings)
 
 
 # --- before the load
@@ -244,9 +244,9 @@ def check_options(config: ExperimentConfig, facts: EngineFacts) -> None:
 
 def _refused_options(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
     if config.gpus and facts.device == "cpu":
-        yield Refusal("gpus", "this build runs on the CPU alone; name no GPU, or take a build for them")
+        yield Refusal("gpus", "this build only runs on the CPU; set gpus: [] or install a GPU build")
     if config.gpus == () and facts.device != "cpu":
-        yield Refusal("gpus", f"this build runs on {facts.device} and not on the CPU, which [] asks for")
+        yield Refusal("gpus", f"[] means the CPU, but this build runs on {facts.device}")
     for name in given_options(config):
         if name not in OPTIONS:
             continue
@@ -256,7 +256,7 @@ def _refused_options(config: ExperimentConfig, facts: EngineFacts) -> Iterator[R
             continue
         reason = f"EngineArgs has no {argument}"
         if name == "swap_space":
-            reason = "it has no swap space: a request that has to make room is computed again (the V1 engine)"
+            reason = "the V1 engine has no swap space: a preempted request is recomputed"
         yield Refusal(f"vllm.{name}", reason)
 
 
@@ -265,31 +265,31 @@ def _idle_options(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refu
     section, is_on_cpu = section_of(config), facts.device == "cpu"
     backend = section.attention.backend
     if is_on_cpu and section.cpu_offload_gb:
-        yield Refusal("vllm.cpu_offload_gb", "the weights are in CPU memory already")
+        yield Refusal("vllm.cpu_offload_gb", "the weights are already in CPU memory")
     if is_on_cpu and backend is not None and not backend.upper().startswith(("CPU_", "AMX_")):
-        yield Refusal("vllm.attention.backend", f"{backend} needs a GPU; vLLM would use its own for the CPU instead")
+        yield Refusal("vllm.attention.backend", f"{backend} requires a GPU; vLLM would silently use its CPU backend")
     if is_on_cpu and section.attention.flash_version is not None:
-        yield Refusal("vllm.attention.flash_version", "flash attention needs a GPU")
+        yield Refusal("vllm.attention.flash_version", "flash attention requires a GPU")
     if section.disable_custom_all_reduce is not None and (section.tensor_parallel_size or 1) == 1:
-        yield Refusal("vllm.disable_custom_all_reduce", "there is nothing to reduce with tensor_parallel_size 1")
+        yield Refusal("vllm.disable_custom_all_reduce", "has no effect with tensor_parallel_size 1")
     if section.gpu_memory_utilization == VllmConfig().gpu_memory_utilization:
         return
-    ruling = "extra.kv_cache_memory_bytes" if "kv_cache_memory_bytes" in section.extra else None
+    decisive = "extra.kv_cache_memory_bytes" if "kv_cache_memory_bytes" in section.extra else None
     if is_on_cpu and facts.environment.get("VLLM_CPU_KVCACHE_SPACE"):
-        ruling = "the variable VLLM_CPU_KVCACHE_SPACE"
-    if ruling is not None:
-        yield Refusal("vllm.gpu_memory_utilization", f"{ruling} decides on the size of the cache")
+        decisive = "the variable VLLM_CPU_KVCACHE_SPACE"
+    if decisive is not None:
+        yield Refusal("vllm.gpu_memory_utilization", f"has no effect: {decisive} sets the size of the cache")
 
 
 def _refused_extra(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
     given = {OPTIONS[name][0].partition(".")[0]: name for name in given_options(config) if name in OPTIONS}
     for name in extra_of(config):
         if name.startswith(_DATA_PARALLEL):
-            reason: str | None = "several copies of the engine were not yet run with lem"
+            reason: str | None = "lem was not yet tested with several copies of the engine"
         else:
-            reason = reason_against(name, _REFUSED, facts.arguments, "EngineArgs has no such field")
+            reason = reason_against(name, _REFUSED, facts.arguments, "unknown field of EngineArgs")
         if reason is None and name in given:
-            reason = f"stands beside vllm.{given[name]}, which is a part of it; give all of it here or there"
+            reason = f"conflicts with vllm.{given[name]}, which is part of it; set all of it in one place"
         if reason is not None:
             yield Refusal(f"vllm.extra.{name}", reason)
 
@@ -310,8 +310,8 @@ def effective_options(config: ExperimentConfig, vllm_config: Any) -> dict[str, A
 def refuse_differences(config: ExperimentConfig, vllm_config: Any, facts: EngineFacts) -> None:
     """Refuse the load if vLLM silently changed a value, see `refuse_changes`."""
     effective = effective_options(config, vllm_config)
-    wanted = {name: value for name, value in given_options(config).items() if name in OPTIONS}
-    pairs = {f"vllm.{name}": (value, effective[name]) for name, value in wanted.items()}
+    requested = {name: value for name, value in given_options(config).items() if name in OPTIONS}
+    pairs = {f"vllm.{name}": (value, effective[name]) for name, value in requested.items()}
     for name, value in extra_of(config).items():
         parts = (getattr(vllm_config, part, None) for part in _PARTS)
         found = [getattr(part, name) for part in parts if part is not None and hasattr(part, name)]
@@ -319,8 +319,8 @@ def refuse_differences(config: ExperimentConfig, vllm_config: Any, facts: Engine
             pairs[f"vllm.extra.{name}"] = (value, plain(found[0]))
     pairs["fp_precision"] = (config.fp_precision, plain(vllm_config.model_config.dtype))
     has_window = look_up(vllm_config, "model_config.hf_text_config.sliding_window") is not None
-    if "attention.disable_sliding_window" in wanted and not has_window:
-        pairs["vllm.attention.disable_sliding_window"] = (True, "nothing, since the model has no such window")
+    if "attention.disable_sliding_window" in requested and not has_window:
+        pairs["vllm.attention.disable_sliding_window"] = (True, "False: the model has no sliding window")
     refuse_changes(pairs, facts)
 
 
@@ -336,8 +336,8 @@ def refuse_seeds(config: ExperimentConfig, vllm_config: Any, facts: EngineFacts,
     is_split = scheduler.enable_chunked_prefill and not fits
     if seed_of(config, 0) is not None and is_split and not can_rewind:
         raise OptionRefused(
-            f"random_seed: {config.random_seed}: {facts} fails where it samples with a seed and splits a prompt",
-            "decode greedily, set random_seed to null, or vllm.enable_chunked_prefill to false",
+            f"random_seed: {config.random_seed}: {facts} fails when it samples with a seed and splits a prompt",
+            "use greedy decoding, random_seed: null, or vllm.enable_chunked_prefill: false",
         )
 
 

@@ -55,7 +55,7 @@ class _Stream:
     """A request that the engine is working on."""
 
     request: TokenRequest
-    handed_ns: int
+    submitted_ns: int
     is_observed: bool
     output_ids: list[int] = field(default_factory=list)
     times_ns: list[int] = field(default_factory=list)
@@ -81,7 +81,7 @@ class _Stream:
 
     def _span(self, metrics: Any, now_ns: int) -> tuple[int, int]:
         started_s, last_s = (getattr(metrics, name, 0.0) for name in ("scheduled_ts", "last_token_ts"))
-        started_ns = round(started_s * NS_PER_S) if started_s else self.handed_ns
+        started_ns = round(started_s * NS_PER_S) if started_s else self.submitted_ns
         if self.is_observed:
             return started_ns, self.times_ns[-1] if self.times_ns else now_ns
         return started_ns, max(started_ns, round(last_s * NS_PER_S) if last_s else now_ns)
@@ -120,7 +120,7 @@ class StepLoop:
         """Answer requests until the queue is closed and empty."""
         desk = _Desk(arrivals, self.answers)
         occurrences: Counter[tuple[int, ...]] = Counter()
-        thread = threading.Thread(target=desk.take_in, name="requests", daemon=True)
+        thread = threading.Thread(target=desk.receive, name="requests", daemon=True)
         thread.start()
         while (arrived := desk.collect(is_busy=bool(self._streams))) is not None:
             for request in arrived:
@@ -151,8 +151,8 @@ class StepLoop:
         forms, now_ns = self.forms, self.clock()
         if len(request.token_ids) + request.max_output_tokens > forms.longest:
             problem = (
-                f"{len(request.token_ids)} tokens of prompt and {request.max_output_tokens} of output are more than "
-                f"vllm.max_model_len, {forms.longest}"
+                f"{len(request.token_ids)} prompt tokens and {request.max_output_tokens} output tokens exceed "
+                f"vllm.max_model_len ({forms.longest})"
             )
             return Completion(request.index, (), now_ns, now_ns, error=problem)
         self._count += 1
@@ -181,7 +181,7 @@ class StepLoop:
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is None:
-                raise EngineError(f"vLLM answered request {output.request_id}, which it did not have")
+                raise EngineError(f"vLLM answered an unknown request: {output.request_id}")
             completion = stream.take(output, now_ns)
             if completion is not None:
                 del self._streams[output.request_id]
@@ -201,7 +201,7 @@ class _Desk:
         self._inbox: list[TokenRequest] = []
         self._is_closed = False
 
-    def take_in(self) -> None:
+    def receive(self) -> None:
         """Take requests as they arrive; runs in a thread of its own."""
         try:
             while arrived := self._arrivals.take(TAKE_LIMIT):
@@ -269,7 +269,7 @@ _REFUSALS = frozenset({"AssertionError", "NotImplementedError", "ValidationError
 _WRAPPING = re.compile(r"^\d+ validation errors? for \w+\s+(Value error, )?|\s*\[type=\w+, input_value=.*$")
 _MEMORY_HINT = (
     "use a smaller model, a lower fp_precision or quantization, a shorter vllm.max_model_len, fewer max_num_seqs, or "
-    "another vllm.gpu_memory_utilization; on the CPU VLLM_CPU_KVCACHE_SPACE (GiB) bounds the cache"
+    "another vllm.gpu_memory_utilization; on the CPU VLLM_CPU_KVCACHE_SPACE (GiB) limits the cache"
 )
 
 
@@ -283,11 +283,11 @@ def explain_load_failure(
         what = f"{facts}: out of memory while loading"
         return EngineError(f"{what}: {text}", _MEMORY_HINT, kind="out_of_memory", is_permanent=True)
     if killed := _KILLED.search(str(error)):
-        hint = "signal 9 is what the kernel sends when memory runs out" if killed["signal"] == "9" else ""
-        what = f"{facts}: its process {killed['name']} was ended by signal {killed['signal']} while loading"
+        hint = "signal 9 usually means that the host ran out of memory" if killed["signal"] == "9" else ""
+        what = f"{facts}: its process {killed['name']} was killed by signal {killed['signal']} while loading"
         return EngineError(what, hint)
     if _NO_SUCH_MODEL.search(text):
-        hint = "is it a causal language model, whole, of a kind that this build of vLLM knows?"
+        hint = "check that it is a complete causal language model that this build of vLLM supports"
         return EngineError(f"{what}: {text}", hint, kind="model", is_permanent=True)
     is_permanent = name in _REFUSALS
     if is_permanent and (changed := _options_behind(text, config)):
@@ -302,7 +302,7 @@ def explain_request_failure(words: str, config: ExperimentConfig, facts: EngineF
     text = parameter["name"] if parameter else words.lower()
     options = [option for word, option in OPTION_OF_PARAMETER.items() if word in text]
     listed = " or ".join(options) or _options_behind(words, config) or "these options"
-    return OptionRefused(f"{facts} cannot honour {listed}: {words}", "change the value, or leave the option out")
+    return OptionRefused(f"{facts} does not support {listed}: {words}", "change the value, or leave the option out")
 
 
 def explain_run_failure(error: BaseException, output: str, facts: EngineFacts) -> EngineError:
@@ -323,7 +323,7 @@ def _cause(error: BaseException, output: str) -> tuple[str, str]:
         if cause is not None:
             name, words = cause["name"].rpartition(".")[2], cause["words"] or ""
         elif name == "EngineDeadError":
-            words = "its process ended without a word, as one does that the kernel kills for its memory"
+            words = "its process ended without a message; the kernel may have killed it to free memory"
     words = shortened(_WRAPPING.sub("", " ".join(words.split())))
     return name, f"{name}: {words}" if words else name
 

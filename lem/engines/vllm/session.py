@@ -378,20 +378,20 @@ def _visible_devices(config: ExperimentConfig) -> Iterator[tuple[str, ...]]:
     if current_platform.device_type == "cpu":
         yield ()
         return
-    there = tuple(str(current_platform.get_device_uuid(index)) for index in range(current_platform.device_count()))
-    chosen = list(range(len(there)))
+    uuids = tuple(str(current_platform.get_device_uuid(index)) for index in range(current_platform.device_count()))
+    chosen = list(range(len(uuids)))
     if config.gpus is not None:
-        chosen = [index for name in config.gpus if (index := pick_gpu([name], there)) is not None]
+        chosen = [index for name in config.gpus if (index := pick_gpu([name], uuids)) is not None]
     if torch.cuda.is_initialized() and chosen != list(range(len(chosen))):
-        raise EngineError(f"gpus: this process has started CUDA already, with other GPUs first than {config.gpus}")
+        raise EngineError(f"gpus: CUDA was already initialized with other GPUs than {config.gpus}")
     variable = str(current_platform.device_control_env_var)
     before = os.environ.get(variable)
-    names = (before or ",".join(map(str, range(len(there))))).split(",")
+    names = (before or ",".join(map(str, range(len(uuids))))).split(",")
     section = section_of(config)
     degree = (section.tensor_parallel_size or 1) * (section.pipeline_parallel_size or 1)
-    wanted = before if config.gpus is None else ",".join(names[index] for index in chosen)
-    with environment(variable, wanted):
-        yield tuple(there[index] for index in chosen[:degree])
+    visible = before if config.gpus is None else ",".join(names[index] for index in chosen)
+    with environment(variable, visible):
+        yield tuple(uuids[index] for index in chosen[:degree])
 
 
 def _fetch_all(config: ExperimentConfig, token: str | None) -> tuple[Source, Source | None, Places]:

@@ -155,7 +155,7 @@ def test_a_checkpoint_tells_its_quantization(documents: dict[str, Any], found: s
         ({"torch_dtype": "bfloat16"}, "is bfloat16"),
         ({"torch_dtype": "torch.float32"}, "is float32"),
         ({"text_config": {"dtype": "bfloat16"}}, "is bfloat16"),
-        ({}, "tells no type, so it is bfloat16"),
+        ({}, "has no type, so it is bfloat16"),
     ],
 )
 def test_weights_are_of_the_type_of_the_checkpoint(described: dict[str, Any], found: str) -> None:
@@ -168,7 +168,7 @@ def test_weights_are_of_the_type_of_the_checkpoint(described: dict[str, Any], fo
 
 def test_code_of_a_checkpoint_is_not_run_unasked() -> None:
     own_code = checkpoint(auto_map={"AutoConfig": "own.Config"})
-    with pytest.raises(OptionRefused, match=r"model\.trust_remote_code: false: m comes with code of its own"):
+    with pytest.raises(OptionRefused, match=r"model\.trust_remote_code: false: m contains code"):
         check(own_code)
     check(own_code, model={"name": "m", "trust_remote_code": True})
 

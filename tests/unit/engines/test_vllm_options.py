@@ -231,7 +231,11 @@ def test_the_engines_own_choices_are_no_difference() -> None:
         ({"speculative": {"method": "ngram"}}, {}, "vllm.speculative.method: ngram became None"),
         ({"extra": {"async_scheduling": True}}, {}, "vllm.extra.async_scheduling: True became False"),
         ({}, {"model_config__dtype": Dtype("float32")}, "fp_precision: float16 became float32"),
-        ({"attention": {"disable_sliding_window": True}}, {"model_config__disable_sliding_window": True}, "no such"),
+        (
+            {"attention": {"disable_sliding_window": True}},
+            {"model_config__disable_sliding_window": True},
+            "no sliding window",
+        ),
     ],
 )
 def test_a_silent_change_is_refused(section: dict[str, Any], changes: dict[str, Any], told: str) -> None:

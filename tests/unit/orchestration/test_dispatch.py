@@ -283,8 +283,7 @@ def test_an_experiment_that_takes_too_long_ends_at_its_timeout(rig: Rig):
 def test_an_engine_without_progress_is_silent_and_the_next_run_has_a_new_worker(rig: Rig):
     rig.rules = [{**HANG, "when": {"max_output_tokens": 8}}]
     worker = real_worker(rig)
-    # Heartbeats come every 5 s and must not count.
-    outcome = worker.run(rig.request("e1", max_output_tokens=8), Events(), Timeouts(silence_s=6.0))
+    outcome = worker.run(rig.request("e1", max_output_tokens=8), Events(), Timeouts(silence_s=3.0))
     assert outcome.error is not None
     assert (outcome.error.kind, outcome.phase) == ("silent", "window")
     assert rig.marker.pids() == ()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -26,7 +27,6 @@ from lem.orchestration.plan import (
     order_experiments,
     write_configs,
 )
-from lem.worker.prompts import ResolvedPrompts, resolve_on_host
 
 
 def load(**options: Any) -> Loaded[CampaignConfig]:
@@ -208,20 +208,19 @@ def test_a_record_holds_the_name_that_an_experiment_was_given() -> None:
 # Prompts
 
 
+_opened: list[str] = []  # an audit hook cannot be removed, so there is one for all
+sys.addaudithook(lambda event, arguments: _opened.append(str(arguments[0])) if event == "open" else None)
+
+
 def test_each_source_of_prompts_is_read_once(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        (tmp_path / f"{name}.txt").write_text(f"{name}\n")
-    calls: list[str] = []
-
-    def resolve(config: ExperimentConfig) -> ResolvedPrompts | None:
-        calls.append(str(config.prompts))
-        return resolve_on_host(config)
-
-    sources = [{"type": "file", "path": str(tmp_path / f"{name}.txt")} for name in ("one", "two")]
+    paths = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for path in paths:
+        path.write_text(path.stem)
+    sources = [{"type": "file", "path": str(path)} for path in paths]
     loaded = load(grid={**grid(1, 2, 3), "shared": {"max_output_tokens": [1, 2, 3], "prompts": sources}})
-    found = build_plan(loaded.config, resolve_prompts=resolve)
-    assert len(found.configurations) == 6
-    assert len(calls) == 2
+    _opened.clear()
+    assert len(build_plan(loaded.config).configurations) == 6
+    assert sorted(name for name in _opened if name.endswith(".txt")) == [str(path) for path in paths]
 
 
 def test_prompts_that_cannot_be_used_are_an_error(tmp_path: Path) -> None:

@@ -371,8 +371,10 @@ def test_first_signal_alone_is_acknowledged(stop):
 
 
 def test_wait_ends_at_once_when_the_stop_comes_from_another_thread(stop):
-    threading.Thread(target=stop.request, args=(signal.SIGTERM,)).start()
+    thread = threading.Thread(target=stop.request, args=(signal.SIGTERM,))
+    thread.start()
     assert stop.wait(1000) is True
+    thread.join()
 
 
 def test_wait_without_a_stop_runs_its_time(stop):

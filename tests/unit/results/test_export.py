@@ -75,6 +75,13 @@ def test_a_csv_reads_back_to_the_very_numbers():
     assert (row["valid"], row["cycle_index"], row["gpu_energy_net_j"]) == ("true", "0", "")
 
 
+@pytest.mark.parametrize("name", ["=1+2", "+1", "-1", "@x", "\tx"])
+def test_a_text_that_a_spreadsheet_would_run_gets_an_apostrophe(name):
+    table = with_columns(make_table(_exported(make_record(config_name=name))), ["config_name", "output_tok_per_s"])
+    (row,) = csv.DictReader(io.StringIO(render(table, "csv")))
+    assert row == {"config_name": f"'{name}", "output_tok_per_s": "100.0"}
+
+
 def test_json_says_why_a_value_is_missing():
     (row,) = json.loads(render(make_table(_exported(make_record())), "json"))
     assert row["gpu_energy_j"] is None

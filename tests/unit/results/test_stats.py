@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -355,15 +356,22 @@ def test_levels_of_configurations_are_no_drift() -> None:
     assert not drift.is_flagged
 
 
-def test_the_interval_covers_the_true_drift_as_often_as_it_says() -> None:
-    covered = 0
-    for seed in range(400):
-        drift = drift_of(observations(0.02, 0.01, seed))
-        assert drift is not None
-        assert drift.ci_lower is not None
-        assert drift.ci_upper is not None
-        covered += drift.ci_lower <= math.expm1(0.02) <= drift.ci_upper
-    assert 0.92 < covered / 400 < 0.98
+@pytest.mark.parametrize("seed", range(3))
+def test_the_interval_of_a_drift_is_that_of_least_squares_with_a_level_for_each_configuration(seed: int) -> None:
+    found = observations(0.02, 0.01, seed)
+    names = sorted(LEVELS)
+    design = np.array([[float(place), *(float(name == own) for own in names)] for name, place, _ in found])
+    logs = np.log([value for *_, value in found])
+    slope = np.linalg.lstsq(design, logs, rcond=None)[0][0]
+    residuals = logs - design @ np.linalg.lstsq(design, logs, rcond=None)[0]
+    freedom = len(found) - len(names) - 1
+    error = math.sqrt(residuals @ residuals / freedom * np.linalg.inv(design.T @ design)[0, 0])
+    half = stats.t.ppf(0.975, freedom) * error
+    drift, length = drift_of(found), len(found) - 1
+    assert drift is not None
+    assert drift.change == pytest.approx(math.expm1(length * slope))
+    assert drift.ci_lower == pytest.approx(math.expm1(length * (slope - half)))
+    assert drift.ci_upper == pytest.approx(math.expm1(length * (slope + half)))
 
 
 def test_a_configuration_with_one_value_says_nothing() -> None:
