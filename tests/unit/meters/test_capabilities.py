@@ -36,10 +36,7 @@ def test_the_update_period_is_that_of_the_counter(period_s: float) -> None:
     clock = FakeClock()
     gpu = only(find(counting(clock, {"GPU-a": period_s}), clock, probe_s=2.5))
     assert gpu.counter_update_period_s == pytest.approx(period_s, rel=0.11)
-    assert (
-        gpu.describe()[0]
-        == f"energy counter, brought up to date every {(gpu.counter_update_period_s or 0) * 1e3:.0f} ms"
-    )
+    assert gpu.describe()[0] == f"energy counter, updated every {(gpu.counter_update_period_s or 0) * 1e3:.0f} ms"
 
 
 def test_looking_ends_when_enough_was_seen_of_every_counter() -> None:
@@ -64,7 +61,7 @@ def test_without_a_probe_nobody_waits() -> None:
     gpu = only(find(counting(clock, {"GPU-a": 0.1}), clock))
     assert clock.now_ns == before_ns
     assert (gpu.counter_update_period_s, gpu.probe_error, gpu.source) == (None, None, "nvml_counter")
-    assert gpu.describe() == ("energy counter", "power: of the moment, limit 700 W")
+    assert gpu.describe() == ("energy counter", "power: instantaneous, limit 700 W")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +100,8 @@ def test_a_gpu_that_does_not_answer_is_listed_in_its_place() -> None:
 
 
 @pytest.mark.parametrize(
-    ("nvml", "reason"), [("Driver Not Loaded", "NVML is not there: Driver Not Loaded"), (FakeNvml(uuids=()), "no GPU")]
+    ("nvml", "reason"),
+    [("Driver Not Loaded", "NVML is not available: Driver Not Loaded"), (FakeNvml(uuids=()), "no GPU")],
 )
 def test_why_there_is_no_gpu_is_told(nvml: FakeNvml | str, reason: str) -> None:
     found = find(nvml)

@@ -215,7 +215,7 @@ def test_what_a_driver_does_not_tell_is_null() -> None:
     assert gpu.energy_j is not None
     for field in ("power_limit_w", "mig_mode", "util_mean_ratio", "event_reasons_mask", "throttle_power_s"):
         assert getattr(gpu, field) is None
-        assert gpu.null_reasons[field] == "the driver does not tell"
+        assert gpu.null_reasons[field] == "not reported by the driver"
 
 
 # Clock events
@@ -286,7 +286,7 @@ def test_an_own_process_that_is_seen_again_in_the_window_is_not_foreign() -> Non
 def test_counter_reset_gives_null_energy() -> None:
     found = gpu_attempt(counter=Counter(phase_s=0.037, resets_s=(20.0,))).measured()
     assert found.energy.gpu_energy_j is None
-    assert "the driver was loaded anew" in found.energy.null_reasons["gpu_energy_j"]
+    assert "the driver was reloaded" in found.energy.null_reasons["gpu_energy_j"]
     assert found.energy.primary_j.value is None
     assert found.energy.energy_source is None
 
@@ -559,7 +559,7 @@ def test_phases_are_null_with_a_reason_where_they_cannot_be_told() -> None:
     assert "measurement.phases" in phases_null_reason(gpu_attempt())
     attempt = gpu_attempt(has_prefill=True)
     assert "traffic" in phases_null_reason(attempt, is_steady_mode=True)
-    assert "no part of the window's" in phases_null_reason(attempt, window_repeats=9)
+    assert "not part of the window's" in phases_null_reason(attempt, window_repeats=9)
 
 
 @pytest.mark.parametrize(("from_s", "what"), [(17.0, "window"), (27.0, "window of prefill alone")])
@@ -670,8 +670,8 @@ def test_a_zero_denominator_is_null() -> None:
 
 
 def test_without_energy_there_is_no_efficiency() -> None:
-    found = efficiency_of(Measured(None, "the driver was loaded anew"), work())
-    assert set(found.null_reasons.values()) == {"the driver was loaded anew"}
+    found = efficiency_of(Measured(None, "the driver was reloaded"), work())
+    assert set(found.null_reasons.values()) == {"the driver was reloaded"}
     assert len(found.null_reasons) == 4
 
 

@@ -230,7 +230,7 @@ def test_the_clocks_are_paired_from_time_to_time_and_at_the_end(rig: Rig) -> Non
 def test_without_a_gpu_to_sample_no_nvml_is_asked(rig: Rig) -> None:
     rig.gpus, rig.nvml = (), "no GPU is sampled"
     log = rig.run(1.0, tdp_w=95.0)
-    assert (log.header.gpus, log.header.gpu_error) == ((), "no GPU was to be sampled")
+    assert (log.header.gpus, log.header.gpu_error) == ((), "no GPU is to be sampled")
     assert (log.header.cpu_tdp_w, log.header.cpu_tdp_source) == (95.0, "measurement.cpu_tdp_w")
     assert "no RAPL package" in (log.header.rapl_error or "")
     assert (log.samples, log.counters) == ((), ())
@@ -239,7 +239,7 @@ def test_without_a_gpu_to_sample_no_nvml_is_asked(rig: Rig) -> None:
 def test_without_nvml_the_header_says_why(rig: Rig) -> None:
     rig.nvml = "Driver Not Loaded"
     log = rig.run(1.0)
-    assert (log.header.gpus, log.header.gpu_error) == ((), "NVML is not there: Driver Not Loaded")
+    assert (log.header.gpus, log.header.gpu_error) == ((), "NVML is not available: Driver Not Loaded")
     assert len(log.loads) == 2
 
 

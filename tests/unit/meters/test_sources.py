@@ -80,7 +80,7 @@ def test_a_mig_instance_has_no_energy_since_the_counter_is_the_boards() -> None:
 
 def test_a_mig_instance_that_cuda_calls_by_its_own_name_is_known_by_the_board_that_is_cut() -> None:
     sources = choose(header(gpu(mig_mode=True)), "GPU-77")
-    assert "GPU-77 is no whole GPU" in sources.reasons["gpu"]
+    assert "GPU-77 is not a GPU" in sources.reasons["gpu"]
     assert "MIG" in sources.reasons["gpu"]
 
 
@@ -149,7 +149,7 @@ DEAF = gpu(counter_error="No Permission", power_error="No Permission", power_sou
         (header(gpu(mig_mode=True)), ("GPU-0",), {"energy": "nvml"}, "MIG"),
         (header(gpu()), ("GPU-0",), {"energy": "rapl"}, NO_RIGHTS),
         (header(), (), {"energy": "rapl"}, NO_RIGHTS),
-        (header(), (), {"energy": "tdp_estimate"}, "design power of this CPU is not known"),
+        (header(), (), {"energy": "tdp_estimate"}, "design power of this CPU is unknown"),
         (header(), (), {"phases": True}, NO_RIGHTS),
         (header(), (), {"phases": True, "external_csv": "plug.csv"}, "only measurement.external_csv"),
     ],
