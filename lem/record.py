@@ -131,7 +131,7 @@ class Identity:
 
     @property
     def key(self) -> ResultKey:
-        """What tells this result from every other."""
+        """Unique among results."""
         return (self.run_id, self.host, self.experiment_id, self.cycle_index, self.attempt)
 
     @property
@@ -367,8 +367,8 @@ def encode_record(record: Record) -> dict[str, Any]:
     """The record as JSON values, `schema_version` first.
 
     Raises:
-        RecordError: a value is None and its section gives no reason, a reason stands beside a value, or a value has
-            another type than declared (NaN and infinity are no numbers here).
+        RecordError: a field is None without a reason, has a value and a reason, or has another type than declared
+            (NaN and infinity are not numbers here).
     """
     try:
         document = {"schema_version": SCHEMA_VERSION, **encode(record, "")}

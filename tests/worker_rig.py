@@ -14,7 +14,7 @@ from typing import Any
 
 from lem.base import durable, process
 from lem.config.experiment import ExperimentConfig
-from lem.worker.channel import LineBuffer, RunRequest, decode_report, encode_line
+from lem.worker.channel import LineBuffer, RunRequest, decode_line, encode_line, read_report
 from lem.worker.launch import own_command
 from tests.processes import Marker
 
@@ -32,6 +32,12 @@ SMALL: Mapping[str, Any] = {
     "measurement": {"min_window_sec": 0.0},
     "prompts": {"type": "synthetic", "input_tokens": 3, "sample_size": 2},
 }
+
+
+def decode_report(line: bytes) -> dict[str, Any]:
+    """A valid message of a worker, as the object that was sent."""
+    read_report(line)
+    return decode_line(line)
 
 
 @dataclass

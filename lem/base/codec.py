@@ -124,7 +124,7 @@ def decode_row(kind: type[T], values: Sequence[Any]) -> T:
             values = [decode_hint(hints[field], item, f"{name}.{field}") for field, item in pairs]
     for value in values:
         if (type(value) is int or type(value) is float) and not -_MOST < value < _MOST:
-            raise DecodeError(f"{name}: {shown(value)} is more than anything measures")
+            raise DecodeError(f"{name}: {shown(value)} is out of range")
     return kind(*values)
 
 
@@ -158,7 +158,7 @@ def _decode_section(kind: Any, value: Any, where: str) -> Any:
             raise DecodeError(f"{where}.{name} is null without a reason")
     for name in reasons:
         if plain.get(name, name) is not None:
-            raise DecodeError(f"{where}: {shown(name + _REASON)} stands beside a value, or beside nothing")
+            raise DecodeError(f"{where}: {shown(name + _REASON)} has no null beside it")
     for name, hint in _reason_fields(kind).items():
         plain[name] = _decode_reasons(hint, plain[name], coded.pop(name, None), _at(where, name))
     if coded:
@@ -202,7 +202,7 @@ def _decode_reason(sentence: str, coded: Any, where: str) -> Reason:
     try:
         return Reason.of(code, **data)
     except ValueError:
-        return Reason.of("said", text=sentence)
+        return Reason.of("verbatim", text=sentence)
 
 
 def _check_names(where: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

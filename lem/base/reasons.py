@@ -102,16 +102,49 @@ V1_TEXTS: Mapping[str, str] = {
     "gap_no_sensors": "whole gap: no sensor, or no power at rest from before, tells when the device is back",
     "gap_none": "no gap configured",
     "gap_interrupted": "interrupted",
-    # What another program said, and what no other entry knows.
-    "said": "{text}",
+    # Words of other programs, and sentences that no other entry has.
+    "verbatim": "{text}",
 }
 
 _NEW_TEXTS: Mapping[str, str] = {
+    # Sentences of version 1 in other words.
+    "clocks_unwatched": "clock throttling was not monitored (timeseries.enabled: false)",
+    "foreign_process": "{uuid}: used by another program (process {pids})",
+    "guard_short": (
+        "a guard of {guard_s:.2f} s is too short for the lag of the power sensor, which takes {least_s:.2f} s"
+    ),
+    "edge_doubtful": "{what}: the end of the window leaves {doubt_j:.3g} J uncertain; use a longer window",
+    "warmup_overlaps": "some warm-up prompts are also measured: no others have their lengths",
+    "warmup_unsettled": (
+        "warm-up did not settle in {prompts:d} prompts (variation {variation:.1%}, expected below {threshold:.1%}); "
+        "raise warmup.max_prompts or warmup.timeout_seconds"
+    ),
+    "load_too_high": (
+        "the offered load exceeds the engine's capacity: {arrived:d} requests arrived, {finished:d} were completed in"
+        " the window, so queue times grow with its length; lower traffic_simulation.target_qps"
+    ),
+    "tokens_untimed": "the engine gave no time for each token: tokens count when their request finished",
+    "ramp_cut_short": (
+        "the window opened after {ramp_s:.1f} s of ramp, before a full set of concurrent requests was completed: it "
+        "may include the start of the load"
+    ),
+    "outputs_bounded": (
+        "{bounded:d} of {total:d} prompts ask for more output than max_output_tokens ({limit:d}) allows; raise it to "
+        "run them whole"
+    ),
+    "dataset_too_small": "data set {name}: expected {wanted:d} prompts, found {found:d}",
+    "prompt_file_too_small": "{path}: expected {wanted:d} prompts, found {found:d}",
+    "weights_missing": "{count:d} weights are not in {model} and were initialised at random, among them {first}",
+    "gap_no_sensors": "whole gap: no sensor, or no earlier power at rest, shows when the device is back",
     # Results under one name.
     "mixed_configurations": "results of {count:d} configurations under one name: the estimate mixes them",
-    "mixed_hosts": ("results of {count:d} hosts under one name: cycles of one host are alike, intervals too narrow"),
-    "mixed_runs": "results of {count:d} runs under one name: cycles of one run are alike, intervals too narrow",
-    # What stands between two configurations.
+    "mixed_hosts": (
+        "results of {count:d} hosts under one name: cycles of one host are similar, so intervals are too narrow"
+    ),
+    "mixed_runs": (
+        "results of {count:d} runs under one name: cycles of one run are similar, so intervals are too narrow"
+    ),
+    # What separates two configurations.
     "other_gpus": "other GPUs: {before} against {after}",
     "other_cards": "other cards: {before} against {after}; their sensors differ by up to ±5 %",
     "other_driver": "other driver: {before} against {after}",
@@ -121,27 +154,27 @@ _NEW_TEXTS: Mapping[str, str] = {
     "other_traffic": "other traffic: {before} against {after}",
     "other_meter": "other energy meter: {before} against {after}",
     # Why there is no effect, no interval or no verdict.
-    "unequal_exclusions": "unequally much was excluded as invalid or failed: {causes}",
-    "shared_load": "cycles share an engine load (reuse: campaign), so they are no replicates",
+    "unequal_exclusions": "the configurations lost different numbers of cycles: {causes}",
+    "shared_load": "cycles share an engine load (reuse: campaign), so they are not independent",
     "no_interval": "{why}: no interval",
     "one_cycle": "one cycle has no interval: use --cycles 3+",
     "no_ratio": "a value is zero or negative, which has no ratio",
     "not_measured": "not measured for {name}: {why}",
     "no_common_cycle": "no cycle has a valid result of both",
     "nothing_to_compare": "there is nothing to compare",
-    "own_anchor": "it is the only configuration that both runs measured unchanged, and no anchor for itself",
+    "own_anchor": "it is the only configuration that both runs measured unchanged, and cannot be its own anchor",
     "no_anchor": (
-        "no configuration is common to both runs and unchanged, so what separates two days cannot be told from what "
-        "separates two configurations; measure one that did not change in both"
+        "no unchanged configuration is common to both runs, so a difference between days cannot be separated from one"
+        " between configurations; measure one that did not change in both"
     ),
     "anchor_moved": (
-        "the anchor {name} itself changed to {ratio:.3g} ×, more than {most_percent:g} %: "
-        "something else than the configurations is different"
+        "the anchor {name} itself changed to {ratio:.3g} ×, more than {most_percent:g} %: something other than the "
+        "configurations changed"
     ),
     # Findings of `lem check`.
-    "no_results": "there is no whole result",
-    "results_damaged": "results that cannot be used, and are left out: {named}",
-    "results_missing": "{experiments} without a whole result",
+    "no_results": "there is no complete result",
+    "results_damaged": "damaged results are left out: {named}",
+    "results_missing": "{experiments} without a complete result",
     "cycles_added": "cycles were added {rule}: {unaccounted}",
     "no_overall_verdict": "no verdict between all configurations: {why}",
     "results_invalid": "{count:d} of {total:d} results are invalid and left out: {why}",
@@ -153,44 +186,42 @@ _NEW_TEXTS: Mapping[str, str] = {
     "few_requests_failed": "requests failed (1 % or less of a window)",
     "throttled": "the GPU was slowed down by heat or hardware in {count:d} of {total:d} results",
     "throttled_for": (
-        "the GPU was slowed down by heat or hardware in {count:d} of {total:d} results, "
-        "for up to {longest_s:.3g} s of a window"
+        "the GPU was slowed down by heat or hardware in {count:d} of {total:d} results, for up to {longest_s:.3g} s "
+        "of a window"
     ),
     "power_capped": "the GPU ran at its power limit for up to {share} of a window",
     "gap_ended_at_cap": "the gap before it ended at its cap, before the device was back at rest",
     "others_on_gpu": "other programs were on the GPU",
     "meters_apart": "counter and integrated power are more than {tolerance} apart",
-    "rest_power_changed": (
-        "power at rest changed by over {tolerance} in the experiment, so its net energy is uncertain"
-    ),
+    "rest_power_changed": "power at rest changed by over {tolerance} in the experiment, so its net energy is uncertain",
     "estimate_only": "energy is an estimate from the CPU's design power, not a measurement",
     "power_integrated": "energy is integrated from power samples, since there is no energy counter",
     "baselines_apart": "power at rest with the engine loaded differs by up to {spread} between cycles",
     "shared_loads": "{why}, and there is no interval",
     "free_lengths_differ": "output lengths are free and differ: {low:.4g} to {high:.4g} tokens a request",
     "lengths_differ": "output lengths differ: {low:.4g} to {high:.4g} tokens a request",
-    "free_lengths": "output lengths are free, though they came out alike",
-    "not_comparable": "not all is comparable with {name}: {why}",
+    "free_lengths": "output lengths are free, though they came out equal",
+    "not_comparable": "not fully comparable with {name}: {why}",
     "environment_changed": "cycles of one configuration were measured with different engines, drivers, images or GPUs",
     "drift": "{metric} {moved} from the first experiment to the last{interval}",
-    "drift_or_chance": (
-        "{metric} {moved} from the first experiment to the last{interval}, which chance could make too"
+    "drift_or_chance": "{metric} {moved} from the first experiment to the last{interval}, which could be chance",
+    "blocks": "each configuration ran in its own block, so a drift would look like a difference",
+    "same_order": (
+        "the order is the same in every cycle: effects of one experiment, such as heat, always reach the same next one"
     ),
-    "blocks": "each configuration ran in a block of its own, so a drift would look like a difference",
-    "same_order": ("the order is the same in every cycle: what one leaves behind, heat say, always meets the same one"),
     "place_matters": "{metric} {moved} from the first place within a cycle to the last{interval}",
     "place_or_chance": (
-        "{metric} {moved} from the first place within a cycle to the last{interval}, which chance could make too"
+        "{metric} {moved} from the first place within a cycle to the last{interval}, which could be chance"
     ),
     "only_one_cycle": "one cycle has no interval",
     "only_two_cycles": "an interval of two cycles is 13 standard errors wide",
     "wide_interval": "the interval of {metric} is up to ±{width} wide",
-    "more_pairs": "{count:d} more pairs of neighbours cannot be told apart",
+    "more_pairs": "{count:d} more pairs of neighbours cannot be separated",
     "pair_open": (
-        "{more} has {difference} more {metric} than {less} (95 % {low} to {high} %), "
-        "which {cycles:d} cycles cannot tell from none"
+        "{more} has {difference} more {metric} than {less} (95 % {low} to {high} %), which {cycles:d} cycles cannot "
+        "separate from none"
     ),
-    # Rules across the options of an experiment; most stand behind the option (`at_option`).
+    # Rules across the options of an experiment; most follow the option (`at_option`).
     "at_option": "{option}: {what}",
     "above_limit": "{value:d} is above {limit_name}, {limit:d}",
     "other_backend": "has no effect: the backend is {backend}",
@@ -225,7 +256,7 @@ _NEW_TEXTS: Mapping[str, str] = {
     # Configurations of a campaign.
     "no_model": "no model: name one in the experiment, the grid or the campaign",
     "repeated_experiment": "is the same experiment as {name}, and runs once",
-    "campaign_decides": "{option} is for lem experiment; here {instead} decides",
+    "campaign_decides": "{option} is for lem experiment; in a campaign, {instead} decides",
 }
 
 TEXTS: Mapping[str, str] = {**V1_TEXTS, **_NEW_TEXTS}
@@ -287,14 +318,14 @@ def alike(found: Iterable[tuple[Reason, _Thing]]) -> list[list[tuple[Reason, _Th
 
 @functools.lru_cache(4096)
 def recognise(text: str) -> Reason:
-    """The reason for a sentence of a record of schema version 1; `said` for one that lem does not know."""
+    """The reason for a sentence of a record of schema version 1; `verbatim` for one that lem does not know."""
     for code, (template, formats) in _v1_patterns().items():
         match = template.fullmatch(text)
         if match is not None:
             reason = Reason.of(code, **{name: _parsed(match[name], formats[name]) for name in formats})
             if reason.worded(V1_TEXTS) == text:
                 return reason
-    return Reason.of("said", text=text)
+    return Reason.of("verbatim", text=text)
 
 
 @functools.cache

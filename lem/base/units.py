@@ -39,7 +39,7 @@ def parse_duration(text: str) -> float:
         raise ValueError(f"{text!r} is not a duration; write it like 90s, 30m, 6h, 2d or 1h30m")
     seconds = sum(float(number) * _SECONDS_PER[unit] for number, unit in _DURATION_PART.findall(stripped))
     if seconds <= 0:
-        raise ValueError(f"{text!r} is no time at all")
+        raise ValueError(f"{text!r}: the duration must be positive")
     if seconds > LONGEST_S:
         raise ValueError(f"{text!r} is over a hundred years")
     return seconds

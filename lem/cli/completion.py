@@ -139,32 +139,19 @@ _BASH_MIDDLE = """\
 
 
 def _bash(commands: Sequence[Command]) -> str:
-    below = [command for command in commands if command.path]
-    paths = [f"        {shlex.quote(item.key)}) path={shlex.quote(item.words)} ;;\n" for item in below]
-    values, words = [], []
+    paths, values, words = [], [], []
     for command in commands:
+        if command.path:
+            paths.append(f"            {shlex.quote(command.key)}) path={shlex.quote(command.words)} ;;\n")
         for flag in command.flags:
             if flag.value is not None:
                 keys = "|".join(shlex.quote(f"{command.words} {name}") for name in flag.names)
                 values.append(f"    {keys}) {_bash_reply(flag.value)}; return ;;\n")
-        names = [name for flag in command.flags for name in flag.names]
-        own = _bash_reply(Value(choices=tuple(name for name, _ in command.children)))
-        if command.values is not None:
-            own = _bash_reply(command.values)
-        options = _bash_reply(Value(choices=tuple(names)))
-        key = shlex.quote(command.words)
-        words.append(f"    {key}) if [[ $current == -* ]]; then {options}; else {own}; fi ;;\n")
-    return "".join(
-        [
-            _BASH_HEAD,
-            *("    " + line for line in paths),
-            _BASH_MIDDLE,
-            *values,
-            '    esac\n    case "$path" in\n',
-            *words,
-            f"    esac\n}}\ncomplete -F _lem {' '.join(_PROGRAMS)}\n",
-        ]
-    )
+        flags = _bash_reply(Value(choices=tuple(name for flag in command.flags for name in flag.names)))
+        own = _bash_reply(command.values or Value(choices=tuple(name for name, _ in command.children)))
+        words.append(f"    {shlex.quote(command.words)}) if [[ $current == -* ]]; then {flags}; else {own}; fi ;;\n")
+    tail = f"    esac\n}}\ncomplete -F _lem {' '.join(_PROGRAMS)}\n"
+    return "".join([_BASH_HEAD, *paths, _BASH_MIDDLE, *values, '    esac\n    case "$path" in\n', *words, tail])
 
 
 def _bash_reply(value: Value) -> str:
@@ -194,7 +181,8 @@ def _zsh_function(command: Command) -> str:
     elif command.values is not None and _zsh_value(command.values).strip():
         lines.append(shlex.quote(f"*:{_zsh_text(command.values.name)}:{_zsh_value(command.values)}"))
     arguments = "".join(f" \\\n    {line}" for line in lines)
-    begin = f"{_zsh_name(command.path)}() {{\n  local context state state_descr line\n  typeset -A opt_args\n"
+    function = "_".join(("_lem", *command.path))
+    begin = f"{function}() {{\n  local context state state_descr line\n  typeset -A opt_args\n"
     return f"{begin}  _arguments -C{arguments}\n{_zsh_children(command)}}}\n"
 
 
@@ -202,15 +190,11 @@ def _zsh_children(command: Command) -> str:
     if not command.children:
         return ""
     named = " ".join(shlex.quote(f"{name}:{text}") for name, text in command.children)
-    calls = "".join(f"      {name}) {_zsh_name((*command.path, name))} ;;\n" for name, _ in command.children)
+    calls = "".join(f"      {name}) {'_'.join(('_lem', *command.path, name))} ;;\n" for name, _ in command.children)
     return (
         f"  case $state in\n  command)\n    local -a commands=({named})\n    _describe command commands ;;\n"
         f"  rest)\n    case $line[1] in\n{calls}    esac ;;\n  esac\n"
     )
-
-
-def _zsh_name(path: Sequence[str]) -> str:
-    return "_".join(("_lem", *path))
 
 
 def _zsh_flag(flag: Flag) -> str:

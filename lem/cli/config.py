@@ -121,7 +121,7 @@ def _report(file: str, args: argparse.Namespace) -> dict[str, Any]:
         experiment = load.load_experiment(file, args.set, args.preset).config
         return {**report, "name": experiment.name, "warnings": [str(item) for item in rules.warnings(experiment)]}
     loaded = load.load_campaign(file, args.set, args.preset)
-    plan = build_plan(loaded.config, loaded.listed, preset=loaded.preset, forced=loaded.forced, source=loaded.source)
+    plan = build_plan(loaded.config, loaded.listed, preset=loaded.preset, source=loaded.source)
     filtered = [f"{reason} × {count}" for reason, count in plan.filtered_by_reason]
     if not plan.experiments:
         first = next((key for key in ("grid", "experiments", "configs") if getattr(loaded.config, key)), "configs")

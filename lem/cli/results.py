@@ -136,7 +136,7 @@ def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     without = {(it.run_id, it.exp_id) for it in problems.values()} - whole
     if without:
         err.write(
-            f"left out, since there is no whole result: {len(without)} of {len(without) + len(whole)} experiments\n"
+            f"left out, since there is no complete result: {len(without)} of {len(without) + len(whole)} experiments\n"
         )
 
 

@@ -43,7 +43,6 @@ __all__ = [
     "with_campaign_defaults",
 ]
 
-
 _WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _DAY_GROUPS = {"weekdays": _WEEKDAYS[:5], "weekends": _WEEKDAYS[5:]}
 _TIME = re.compile(r"([01][0-9]|2[0-3]):[0-5][0-9]")
@@ -372,7 +371,7 @@ class CampaignConfig(Section):
 
     @property
     def campaign_id(self) -> str:
-        """As `generate_campaign_id`."""
+        """See `generate_campaign_id`."""
         return generate_campaign_id(self.campaign_name)
 
     @property
@@ -389,8 +388,7 @@ class CampaignConfig(Section):
         return [path.stem for path in self.get_config_paths()]
 
 
-# Options of a campaign, and those of an experiment that they are defaults of.
-_DEFAULTS_OF = {
+_DEFAULTS_OF = {  # options of a campaign, and those of an experiment that they are defaults of
     "model": ("model",),
     "dataset": ("dataset", "prompts"),
     "num_samples": ("dataset.sample_size", "prompts.sample_size"),

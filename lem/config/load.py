@@ -157,11 +157,6 @@ class Loaded(Generic[S]):
     preset: Mapping[str, Any] = field(default_factory=dict)  # values that the experiments of a grid start from
 
     @property
-    def forced(self) -> frozenset[str]:
-        """As `Source.forced`."""
-        return self.source.forced
-
-    @property
     def provenance(self) -> dict[str, str]:
         """For every option by dotted name `command line`, `file`, `preset` or `default`."""
         out: dict[str, str] = {}
@@ -377,19 +372,12 @@ def _base_of(documents: Sequence[Document], found: Located) -> FilePath | None:
         complaint = "expected the name of one file"
     elif base.resolve() in [earlier.path.resolve() for earlier in documents]:
         complaint = f"{base} inherits from itself"
-    elif not _is_file(base):
+    elif not os.path.isfile(base):  # noqa: PTH113 - False also for a name too long and a folder that is not readable
         complaint = f"{str(base)[:200]}: no such file"
     else:
         return base
     found.append((document.at(document.values.get((EXTENDS,))), Problem((EXTENDS,), complaint)))
     return None
-
-
-def _is_file(path: FilePath) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name too long, a folder that is not readable
-        return False
 
 
 def _keys_of(section: type[Section], key: str) -> list[str]:

@@ -54,7 +54,7 @@ class ClosedWindow:
     window: Span
     before: Span
     after: Span
-    idle_power_w: float | None = None  # at rest with the engine loaded, for guards too short to tell their own
+    idle_power_w: float | None = None  # at rest with the engine loaded, for guards too short to show it
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Curve:
     latest_ns: tuple[int, ...]
     energy_j: tuple[float, ...]  # never falls
     holes: tuple[Hole, ...] = ()  # knots on both sides of a hole have no energy in common
-    lag_s: float = 0.0  # for so long after a window, the meter may still tell of the window
+    lag_s: float = 0.0  # for so long after a window, its readings may still belong to the window
     error: str = ""  # the meter's last error; empty when it could always be read
     period_s: float = 0.0  # how far apart knots may lie if the meter is read on a schedule; 0: as they usually do
 
@@ -126,7 +126,7 @@ class Curve:
     def mean_power_w(self, span: Span) -> float:
         """The mean power over the span; raises as `between_j`, also for a span of no length."""
         if span.closed_ns <= span.opened_ns:
-            raise NotMeasured(f"{self.what}: no time at all was marked")
+            raise NotMeasured(f"{self.what}: the marked span is empty")
         return self.between_j(span) / span.seconds
 
     def guard_power_w(self, guard: Span) -> float | None:
@@ -215,14 +215,14 @@ class Curve:
 
     def _place(self, at_ns: int) -> int:
         """The first knot at or after a moment that has one before it; `NotMeasured` beyond the first and last knot."""
-        told = f" ({self.error})" if self.error else ""
+        why = f" ({self.error})" if self.error else ""
         if len(self.at_ns) < 2:
-            raise NotMeasured(f"{self.what} was read {len(self.at_ns)} times, two are needed{told}")
+            raise NotMeasured(f"{self.what} was read {len(self.at_ns)} times, two are needed{why}")
         if at_ns < self.at_ns[0]:
-            raise NotMeasured(f"{self.what} was first read {(self.at_ns[0] - at_ns) / NS_PER_S:.3f} s too late{told}")
+            raise NotMeasured(f"{self.what} was first read {(self.at_ns[0] - at_ns) / NS_PER_S:.3f} s too late{why}")
         if at_ns > self.at_ns[-1]:
-            told = told or "; the sampler had ended, or hung"
-            raise NotMeasured(f"{self.what} was last read {(at_ns - self.at_ns[-1]) / NS_PER_S:.3f} s too early{told}")
+            why = why or "; the sampler had ended, or hung"
+            raise NotMeasured(f"{self.what} was last read {(at_ns - self.at_ns[-1]) / NS_PER_S:.3f} s too early{why}")
         return max(1, bisect_left(self.at_ns, at_ns))
 
     def _interpolate(self, place: int, at_ns: int) -> float:
@@ -266,7 +266,7 @@ def counter_curve(changes: Iterable[CounterChange], gpu: int, what: str) -> Curv
     for place, (before, after) in enumerate(pairwise(rows), start=1):
         step_mj = after.energy_mj - before.energy_mj
         if step_mj < 0:
-            fall = f"fell from {before.energy_mj} to {after.energy_mj} mJ: the driver was loaded anew"
+            fall = f"fell from {before.energy_mj} to {after.energy_mj} mJ: the driver was reloaded"
             holes.append(Hole(Span(before.at_ns, after.at_ns), f"{what} {fall}"))
         energy_j[place] = energy_j[place - 1] + max(step_mj, 0) / 1000
     at_ns = tuple((low + high) / 2 for low, high in bounds)
@@ -285,7 +285,7 @@ def _narrowed(seen: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     middles = [(low + high) / 2 for low, high in seen]
     usual_ns = statistics.median(after - before for before, after in pairwise(middles))
     if usual_ns < 2 * statistics.median(high - low for low, high in seen):
-        return list(seen)  # polls are too far apart to tell how many updates lie between two changes
+        return list(seen)  # polls are too far apart to count the updates between two changes
     counts = [0]
     for before, after in pairwise(middles):
         counts.append(counts[-1] + max(1, round((after - before) / usual_ns)))

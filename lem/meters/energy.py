@@ -42,7 +42,7 @@ _J_PER_KWH = 1000 * JOULES_PER_WATT_HOUR
 
 @dataclass(frozen=True)
 class EnergyFindings:
-    """Everything that the meters tell about one attempt."""
+    """All figures of one attempt."""
 
     energy: Energy
     gpus: tuple[Gpu, ...]
@@ -144,7 +144,7 @@ def _external_j(attempt: AttemptLog, external: ExternalReadings | None) -> float
     if not attempt.sources.is_external:
         raise NotMeasured(attempt.sources.reasons["external"])
     if external is None:
-        raise NotMeasured("the readings of measurement.external_csv were not to be had")
+        raise NotMeasured("measurement.external_csv has no readings")
     return external_energy_j(external, attempt.log, attempt.window)
 
 
@@ -195,7 +195,7 @@ def _phases(attempt: AttemptLog, primary: Measured[float], window_repeats: int) 
 def _prefill_j(attempt: AttemptLog, primary: Measured[float], window_repeats: int) -> float:
     prefill = attempt.span(names.PREFILL)
     if prefill is None:
-        raise NotMeasured("energy by phases was not asked for (measurement.phases)")
+        raise NotMeasured("energy by phases is off (measurement.phases)")
     if attempt.is_steady_mode:
         raise NotMeasured("under traffic prefill and decode of different requests run at once")
     whole_j = need(primary)
@@ -207,7 +207,7 @@ def _prefill_j(attempt: AttemptLog, primary: Measured[float], window_repeats: in
     alone_j = sum(attempt.energy_j(curve, prefill, guards, 1 / len(curves)) for curve in curves)
     found_j = alone_j * window_repeats / _passes(attempt)
     if not 0 < found_j < whole_j:
-        raise NotMeasured(f"prefill alone took {found_j:.4g} J, which is no part of the window's {whole_j:.4g} J")
+        raise NotMeasured(f"prefill alone took {found_j:.4g} J, which is not part of the window's {whole_j:.4g} J")
     return found_j
 
 
@@ -221,7 +221,7 @@ def _passes(attempt: AttemptLog) -> int:
 def _idle(attempt: AttemptLog) -> Idle:
     before = attempt.baselines
     loaded = _rest_w(attempt, names.IDLE_LOADED, before.loaded_power_w, "power at rest was not measured")
-    age_s: Measured[float] = known(before.age_s, "when it was measured is not known")
+    age_s: Measured[float] = known(before.age_s, "it is unknown when it was measured")
     if loaded.value is None:
         age_s = loaded
     elif attempt.span(names.IDLE_LOADED) is not None:
@@ -249,7 +249,7 @@ def _rest_c(attempt: AttemptLog, mark: str) -> float:
     """The mean temperature of the hottest GPU at rest."""
     span = attempt.span(mark)
     if span is None:
-        raise NotMeasured("it did not rest so in this experiment")
+        raise NotMeasured("it was not measured at rest in this experiment")
     if not attempt.sources.gpus:
         raise NotMeasured(attempt.sources.reasons.get("gpu", "no GPU is sampled"))
     means = []

@@ -17,7 +17,7 @@ from lem.base.units import NS_PER_S
 from lem.meters.curve import HOLE_PERIODS, Curve, Hole, NotMeasured, Span
 from lem.meters.samples import SampleLog
 
-_FORM = "two columns are due: UTC time (2026-07-14T10:00:00Z, or seconds since 1970) and watts"
+_FORM = "expected two columns: UTC time (2026-07-14T10:00:00Z, or seconds since 1970) and watts"
 
 # Seconds since 1970 of the years 2001 and 2286; numbers beyond are milliseconds, or no times at all.
 _EPOCH_S = (1e9, 1e10)
@@ -78,7 +78,7 @@ def external_energy_j(readings: ExternalReadings, log: SampleLog, span: Span) ->
 
 
 def is_short_of(readings: ExternalReadings, log: SampleLog, span: Span) -> bool:
-    """Whether the readings end before the span does: their meter may yet tell of it."""
+    """Whether the readings end before the span does: their meter may still report it."""
     try:
         known_ns, known_s = _nearest_pair(log, span)
     except NotMeasured:
@@ -132,9 +132,9 @@ def _reading(cells: list[str], where: str) -> tuple[float, float]:
         raise MeterRefused(f"{where}: {','.join(cells)!r:.80} has one column", _FORM)
     at_s, power_w = _time(cells[0]), _number(cells[1])
     if at_s is None:
-        raise MeterRefused(f"{where}: {cells[0].strip()!r:.80} is no UTC time", _FORM)
+        raise MeterRefused(f"{where}: {cells[0].strip()!r:.80} is not a UTC time", _FORM)
     if power_w is None or power_w < 0:
-        raise MeterRefused(f"{where}: {cells[1].strip()!r:.80} is no power in watts", _FORM)
+        raise MeterRefused(f"{where}: {cells[1].strip()!r:.80} is not a power in watts", _FORM)
     return at_s, power_w
 
 
@@ -170,6 +170,6 @@ def _coverage(at_ns: list[int], span: Span) -> str:
     if not at_ns:
         return "it has no reading"
     late_s, early_s = (at_ns[0] - span.opened_ns) / NS_PER_S, (span.closed_ns - at_ns[-1]) / NS_PER_S
-    told = [f"it begins {late_s:.1f} s after the window opened"] * (late_s > 0)
-    told += [f"it ends {early_s:.1f} s before the window closed"] * (early_s > 0)
-    return " and ".join(told) or "it has one reading"
+    parts = [f"it begins {late_s:.1f} s after the window opened"] * (late_s > 0)
+    parts += [f"it ends {early_s:.1f} s before the window closed"] * (early_s > 0)
+    return " and ".join(parts) or "it has one reading"

@@ -27,8 +27,8 @@ _MIG_TEXT = (
     "MIG is on, and NVML's {what} is that of the whole board, not of an instance; "
     "turn MIG off to measure (nvidia-smi -mig 0)"
 )
-_VIRTUAL_TEXT = "this is a virtual GPU, whose hypervisor keeps {what} back; measure on the physical machine"
-_MODULE_TEXT = "the driver gives {what} for the module of GPU and CPU alone, not for the GPU"
+_VIRTUAL_TEXT = "this is a virtual GPU, whose hypervisor hides {what}; measure on the physical machine"
+_MODULE_TEXT = "the driver reports {what} only for the module of GPU and CPU, not for the GPU"
 
 
 @dataclass(frozen=True)

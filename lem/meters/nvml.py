@@ -45,9 +45,9 @@ class MeterFailure(Exception):
 
 def failure_of(nvml: Any, code: int) -> MeterFailure:
     """The failure that an error code of NVML means."""
-    said, meaning = str(nvml.NVMLError(code)), _MEANINGS.get(code)
+    text, meaning = str(nvml.NVMLError(code)), _MEANINGS.get(code)
     return MeterFailure(
-        said if meaning is None else f"{said} ({meaning})",
+        text if meaning is None else f"{text} ({meaning})",
         is_lasting=code in _LASTING,
         is_absent=code in _ABSENT,
         is_lost=code in _LOST,
@@ -140,7 +140,7 @@ class GpuProcess:
     """A process with a context on a GPU."""
 
     pid: int  # as the host numbers it, also when read inside a container
-    memory_b: int | None  # None where the driver does not tell
+    memory_b: int | None  # None where not reported by the driver
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class GpuReading:
 
 
 def read_gpus() -> GpuReading:
-    """What NVML tells now of every GPU that can be seen from here."""
+    """The state of every visible GPU now."""
     with open_nvml() as nvml:
         if isinstance(nvml, str):
             return GpuReading((), error=nvml)

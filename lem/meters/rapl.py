@@ -156,7 +156,7 @@ class CpuLoadMeter:
         """The busy share of all CPU time since the last reading, 0 to 1; None at the first.
 
         Raises:
-            OSError, ValueError: the kernel does not tell.
+            OSError, ValueError: the kernel does not report it.
         """
         first_line = self._path.read_text(encoding="ascii").partition("\n")[0]
         label, *words = first_line.split()
@@ -176,7 +176,7 @@ def find_tdp(asked_w: float | None, root: Path = POWERCAP) -> tuple[float | None
     """The power in W that all CPU packages are designed for, and its source; None twice if unknown.
 
     `asked_w` (`measurement.cpu_tdp_w`) comes first. The kernel has it as the maximum of a package's long-term limit,
-    which is the `thermal spec power` of Intel's MSR_PKG_POWER_INFO and readable by all. AMD's processors do not tell.
+    which is the `thermal spec power` of Intel's MSR_PKG_POWER_INFO and readable by all. AMD's processors have none.
     """
     if asked_w is not None:
         return asked_w, "measurement.cpu_tdp_w"

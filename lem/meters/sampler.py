@@ -120,7 +120,9 @@ def _append(path: Path, descriptor: int, lines: Iterable[str]) -> None:
 
 
 def _cannot_write(path: Path, error: OSError) -> SampleFileError:
-    return SampleFileError(f"{path}: the sample log cannot be written: {error.strerror}", "make room, or write access")
+    return SampleFileError(
+        f"{path}: the sample log cannot be written: {error.strerror}", "free some space, or make it writable"
+    )
 
 
 class _Schedule:
@@ -159,9 +161,9 @@ class _Sampler:
         self._rapl = find_rapl(rapl_root)
         self._load = CpuLoadMeter(proc_stat)
         tdp_w, tdp_source = find_tdp(options.tdp_w, rapl_root)
-        gpu_error = f"NVML is not there: {nvml}" if isinstance(nvml, str) else None
+        gpu_error = f"NVML is not available: {nvml}" if isinstance(nvml, str) else None
         if not options.gpus:
-            gpu_error = "no GPU was to be sampled"
+            gpu_error = "no GPU is to be sampled"
         started_ns, started_utc = self._clocks()
         self.header = SampleHeader(
             started_ns=started_ns,

@@ -339,7 +339,7 @@ class _Rows:
     def _take_row(self, letter: Any, values: Sequence[Any]) -> None:
         row = _decode_row(letter, values)
         if letter in self._places and not 0 <= values[0] < self._places[letter]:
-            raise ValueError(f"a row of device {values[0]}, which the header does not have")
+            raise ValueError(f"a row of device {values[0]}, which is not in the header")
         self._found[letter].append(row)
 
 
@@ -357,7 +357,7 @@ def _decode_header(document: Any) -> SampleHeader:
 def _decode_marks(document: Any) -> tuple[Mark, ...]:
     marks = document.get("marks") if isinstance(document, dict) else None
     if not isinstance(marks, list) or not all(isinstance(item, list) for item in marks):
-        raise ValueError("it does not begin with marks")
+        raise ValueError("it does not start with marks")
     return tuple(decode_row(Mark, item) for item in marks)
 
 
@@ -370,5 +370,5 @@ def _split_row(value: Any) -> tuple[Any, Sequence[Any]]:
 def _decode_row(letter: Any, values: Sequence[Any]) -> Row:
     kind = _KINDS.get(letter) if isinstance(letter, str) else None
     if kind is None:
-        raise ValueError(f"no kind of row: {letter!r:.40}")
+        raise ValueError(f"unknown kind of row: {letter!r:.40}")
     return decode_row(kind, values)

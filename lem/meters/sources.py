@@ -123,25 +123,25 @@ def _why_no_gpu(
     missing: Sequence[str],
     foreign: Mapping[str, Sequence[int]],
 ) -> str | None:
-    """Why the energy of the GPUs is not to be measured; None if it is."""
+    """Why the energy of the GPUs is not measured; None if it is."""
     if wanted == "none":
         return _NOT_WANTED
     if is_cpu or not gpu_uuids:
         return _ON_CPU
     if is_cpu_source(wanted):
-        return f"another meter was asked for (measurement.energy: {wanted})"
+        return f"another meter is set (measurement.energy: {wanted})"
     cut = [gpu.uuid for gpu in header.gpus if gpu.mig_mode]
     if missing and cut:  # CUDA calls an instance by a name of its own
-        return f"{', '.join(missing)} is no whole GPU: {', '.join(cut)} is cut into MIG instances, which have no meters"
+        return f"{', '.join(missing)} is not a GPU: {', '.join(cut)} is split into MIG instances, which have no meters"
     if missing:
         return f"{', '.join(missing)} cannot be read: {header.gpu_error or 'the sampler does not see it'}"
     for gpu in header.gpus:
         if gpu.uuid in gpu_uuids and gpu.mig_mode:
-            return f"{gpu.uuid} is cut into MIG instances, and its meters are those of the whole board"
+            return f"{gpu.uuid} is split into MIG instances, and its meters are those of the whole board"
     for uuid in gpu_uuids:
         if foreign.get(uuid):
             pids = ", ".join(str(pid) for pid in foreign[uuid])
-            return f"{uuid} is also used by another program (process {pids}), whose energy cannot be told apart"
+            return f"{uuid} is also used by another program (process {pids}); its energy cannot be separated"
     return None
 
 
@@ -150,7 +150,7 @@ def choose_gpu_method(gpus: Sequence[GpuHeader], *, is_watched: bool) -> tuple[E
     if all(gpu.counter_error is None for gpu in gpus):
         return EnergySource.COUNTER, None
     if not is_watched:
-        return None, f"{_why_no_counter(gpus)}; power is not looked at (timeseries.enabled: false)"
+        return None, f"{_why_no_counter(gpus)}; power is not sampled (timeseries.enabled: false)"
     if all(gpu.power_error is None and gpu.power_source == "instant" for gpu in gpus):
         return EnergySource.INSTANT_POWER, None
     if all(gpu.power_error is None and gpu.power_source is not None for gpu in gpus):
@@ -159,13 +159,14 @@ def choose_gpu_method(gpus: Sequence[GpuHeader], *, is_watched: bool) -> tuple[E
 
 
 def _why_no_counter(gpus: Sequence[GpuHeader]) -> str:
-    told = [f"{gpu.uuid}: {gpu.counter_error}" for gpu in gpus if gpu.counter_error is not None]
-    return f"the energy counter cannot be read: {'; '.join(told)}"
+    errors = [f"{gpu.uuid}: {gpu.counter_error}" for gpu in gpus if gpu.counter_error is not None]
+    return f"the energy counter cannot be read: {'; '.join(errors)}"
 
 
 def _why_no_power(gpus: Sequence[GpuHeader]) -> str:
-    told = [f"{gpu.uuid}: {gpu.power_error or 'not told'}" for gpu in gpus if gpu.power_error or not gpu.power_source]
-    return f"nor can power: {'; '.join(told)}"
+    silent = [gpu for gpu in gpus if gpu.power_error or not gpu.power_source]
+    errors = [f"{gpu.uuid}: {gpu.power_error or 'not reported'}" for gpu in silent]
+    return f"nor can power be read: {'; '.join(errors)}"
 
 
 def _cpu_method(wanted: str, header: SampleHeader, user_tdp_w: float | None) -> tuple[EnergySource | None, str | None]:
@@ -174,8 +175,8 @@ def _cpu_method(wanted: str, header: SampleHeader, user_tdp_w: float | None) -> 
     if wanted == EnergySource.TDP_ESTIMATE:
         if user_tdp_w is None and header.cpu_tdp_w is None:
             raise MeterRefused(
-                "measurement.energy: tdp_estimate: the design power of this CPU is not known",
-                "give measurement.cpu_tdp_w, the sum over all packages in watts",
+                "measurement.energy: tdp_estimate: the design power of this CPU is unknown",
+                "set measurement.cpu_tdp_w to the sum over all packages in watts",
             )
         return EnergySource.TDP_ESTIMATE, None
     if any(zone.domain == PACKAGE for zone in header.zones):
@@ -188,7 +189,7 @@ def _cpu_method(wanted: str, header: SampleHeader, user_tdp_w: float | None) -> 
 
 def _why_no_dram(cpu_method: EnergySource | None, header: SampleHeader) -> str | None:
     if is_estimate(cpu_method):
-        return "the design power of a CPU says nothing of its memory"
+        return "the design power of a CPU does not include its memory"
     has_dram = any(zone.domain == DRAM for zone in header.zones)
     return None if has_dram else "the kernel shows no energy counter of the memory"
 
@@ -215,17 +216,17 @@ def _primary(
 
 
 def _refuse_demands(config: ExperimentConfig, sources: Sources) -> None:
-    """Refuse energy by phases, and a baseline, that no meter can tell."""
+    """Refuse energy by phases, and a baseline, that no meter can measure."""
     has_meter = sources.primary not in (None, EnergySource.EXTERNAL)
     why = sources.reasons.get("primary", "there is only measurement.external_csv")
     if config.measurement.phases and not has_meter:
         raise MeterRefused(
-            f"measurement.phases: true: nothing here can tell the energy of a phase: {why}",
-            "leave measurement.phases out",
+            f"measurement.phases: true: no meter here can measure the energy of a phase: {why}",
+            "remove measurement.phases",
         )
     if config.baseline.required and not has_meter:
         raise MeterRefused(
-            f"baseline.required: true: nothing here can tell power at rest: {why}", "leave baseline.required out"
+            f"baseline.required: true: no meter here can measure power at rest: {why}", "remove baseline.required"
         )
 
 
@@ -248,7 +249,7 @@ class GpuCapability:
 
     meter: GpuHeader  # an error in it holds its remedy
     counter_update_period_s: float | None = None  # of its energy counter; None when it was not probed, or in vain
-    probe_error: str | None = None  # why a probe did not tell
+    probe_error: str | None = None  # why probing failed
 
     @property
     def source(self) -> EnergySource | None:
@@ -263,13 +264,13 @@ class GpuCapability:
             lines.append(meter.power_error)
         else:
             is_instant = meter.power_source == "instant"
-            lines.append("power: " + ("of the moment" if is_instant else "an average, over 1 s on some GPUs"))
+            lines.append("power: " + ("instantaneous" if is_instant else "an average, over 1 s on some GPUs"))
         if meter.power_limit_w is not None:
             lines[-1] += f", limit {meter.power_limit_w:g} W"
         if meter.energy_scope == EnergyScope.MODULE:
             lines.append("energy and power are those of the whole module, CPU included")
         if meter.persistence_mode is False:
-            lines.append("persistence mode is off: idle power is higher while somebody looks; nvidia-smi -pm 1")
+            lines.append("persistence mode is off: idle power is higher while GPUs are sampled; nvidia-smi -pm 1")
         return tuple(lines)
 
     def _counter_text(self) -> str:
@@ -278,7 +279,7 @@ class GpuCapability:
             stead = " (power is integrated instead, and the record says so)" if meter.power_error is None else ""
             return f"{meter.counter_error}{stead}"
         if self.counter_update_period_s is not None:
-            return f"energy counter, brought up to date every {self.counter_update_period_s * 1e3:.0f} ms"
+            return f"energy counter, updated every {self.counter_update_period_s * 1e3:.0f} ms"
         return "energy counter" + ("" if self.probe_error is None else f"; {self.probe_error}")
 
 
@@ -342,7 +343,7 @@ def find_capabilities(
         tdp_source=design_source,
     )
     if isinstance(nvml, str):
-        return Capabilities(cpu, gpu_error=f"NVML is not there: {nvml}")
+        return Capabilities(cpu, gpu_error=f"NVML is not available: {nvml}")
     uuids = gpu_uuids(nvml)
     meters = [NvmlMeter(nvml, uuid) for uuid in uuids if uuid is not None]
     lost = [_lost(index) for index, uuid in enumerate(uuids) if uuid is None]

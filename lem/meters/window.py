@@ -111,7 +111,7 @@ class AttemptLog:
             return tuple(self.gpu_curve(number, at_rest=at_rest) for number in range(len(self.sources.gpus)))
         if is_cpu_source(self.sources.primary):
             return self.cpu_curves(PACKAGE) + (self.cpu_curves(DRAM) if self._has_dram else ())
-        raise NotMeasured(self.sources.reasons.get("primary", "a meter of the user's own tells only the window"))
+        raise NotMeasured(self.sources.reasons.get("primary", "an external meter covers only the window"))
 
     def rest_power_w(self, span: Span) -> float:
         """The mean power of the primary source over a span at rest; raises as `Curve.mean_power_w`."""
@@ -153,7 +153,7 @@ class AttemptLog:
         if is_estimate(self.sources.cpu_method):
             power_w = self.sources.cpu_tdp_w
             if power_w is None:
-                raise NotMeasured("the design power of this CPU is not known")
+                raise NotMeasured("the design power of this CPU is unknown")
             return (self._checked(load_curve(self.log.loads, power_w, "the load of the CPU"), "cpu.load"),)
         curves = []
         for place, zone in enumerate(self.log.header.zones):
@@ -200,10 +200,11 @@ class AttemptLog:
 
     def _checked(self, curve: Curve, meter: str) -> Curve:
         """The curve; `NotMeasured`, with the meter's last error, if it has fewer than two knots."""
-        said = [error.message for error in self.log.errors if error.meter == meter]
+        errors = [error.message for error in self.log.errors if error.meter == meter]
         if len(curve.at_ns) >= 2:
-            return replace(curve, error=said[-1]) if said else curve
-        raise NotMeasured(f"{curve.what} cannot be read: {said[-1]}" if said else f"{curve.what} was never read twice")
+            return replace(curve, error=errors[-1]) if errors else curve
+        why = f"cannot be read: {errors[-1]}" if errors else "was never read twice"
+        raise NotMeasured(f"{curve.what} {why}")
 
 
 def span_of(marks: Sequence[Mark], name: str) -> Span | None:
@@ -223,20 +224,21 @@ def _check_plausible(energy_j: float, window: Span, gpu: GpuHeader) -> None:
     A module draws more than its GPU's limit, so only the sign of its energy is checked.
     """
     if energy_j <= 0:
-        raise NotMeasured(f"{energy_j:.4g} J over {window.seconds:.3f} s cannot be: no GPU that is on draws nothing")
+        raise NotMeasured(f"{energy_j:.4g} J over {window.seconds:.3f} s is impossible: a GPU always draws power")
     if gpu.power_limit_w is None or gpu.energy_scope != EnergyScope.GPU:
         return
     most_j = _LIMIT_MARGIN * gpu.power_limit_w * window.seconds
     if energy_j > most_j:
         limit = f"{_LIMIT_MARGIN} x {gpu.power_limit_w:g} W x {window.seconds:.3f} s"
-        raise NotMeasured(f"{energy_j:.4g} J cannot be: the power limit allows {most_j:.4g} J ({limit})")
+        raise NotMeasured(f"{energy_j:.4g} J is impossible: the power limit allows {most_j:.4g} J ({limit})")
 
 
 def _check_sampled(curve: Curve, window: Span) -> None:
     """Raise `NotMeasured` for too few samples of integrated power: anything may have been drawn between two."""
     seen = curve.count_in(window)
     if seen < _LEAST_SAMPLES:
-        text = f"{curve.what} was read {seen} times in the window of {window.seconds:.2f} s, {_LEAST_SAMPLES} are due"
+        found = f"{curve.what} was read {seen} times in the window of {window.seconds:.2f} s"
+        text = f"{found}, expected at least {_LEAST_SAMPLES}"
         raise NotMeasured(f"{text}: lower timeseries.sample_interval_ms, or raise measurement.min_window_sec")
 
 
@@ -256,7 +258,7 @@ def crosscheck_ratio(attempt: AttemptLog) -> float:
         counted_j += attempt.gpu_curve(number).between_j(inner)
         integrated_j += attempt.gpu_power_curve(number).between_j(inner)
     if counted_j <= 0:
-        raise NotMeasured("the energy counter stood still")
+        raise NotMeasured("the energy counter did not change")
     return integrated_j / counted_j
 
 
@@ -365,7 +367,7 @@ def _longest_gap_s(times: list[int], window: Span) -> float:
 
 @dataclass(frozen=True)
 class _Weighted:
-    """A sample and how much of the window it stands for: half-way to both its neighbours."""
+    """A sample and the part of the window it represents: half-way to both its neighbours."""
 
     sample: GpuSample
     seconds: float
@@ -373,12 +375,12 @@ class _Weighted:
 
 def describe_gpu(attempt: AttemptLog, number: int) -> Gpu:
     """One GPU of the experiment, counted in its order."""
-    place, untold = attempt.sources.gpus[number], "the driver does not tell"
+    place, untold = attempt.sources.gpus[number], "not reported by the driver"
     header = attempt.log.header.gpus[place]
     rows = _weighted(attempt, place, attempt.span(names.WINDOW))
     nothing = header.power_error if header.power_error and not rows else "nothing was sampled in the window"
     if not attempt.sources.is_watched:
-        nothing = "GPUs were not looked at in the window (timeseries.enabled: false)"
+        nothing = "GPUs were not sampled in the window (timeseries.enabled: false)"
     silent = untold if rows else nothing
     energy_j = measured(lambda: _gpu_j(attempt, number))
     temps = [temp_c for temp_c, _ in _known(rows, "temp_c")]
@@ -416,7 +418,7 @@ def _gpu_j(attempt: AttemptLog, number: int) -> float:
 
 
 def _weighted(attempt: AttemptLog, place: int, span: Span | None) -> list[_Weighted]:
-    """Each sample of a GPU in the span with the time it stands for, which is never more than a hole."""
+    """Each sample of a GPU in the span with the time it represents, which is never more than a hole."""
     if span is None:
         return []
     rows = samples_in(attempt.log.samples, place, span)

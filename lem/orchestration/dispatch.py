@@ -18,17 +18,8 @@ from lem.base.errors import EngineError, InfrastructureError, Interrupted
 from lem.base.units import format_duration
 from lem.orchestration.schedule import StopRequest
 from lem.orchestration.status import Event, Observer
-from lem.worker.channel import (
-    LOAD_PHASE,
-    LOADING_PHASES,
-    PROTOCOL_VERSION,
-    READ_B,
-    ChannelError,
-    LineBuffer,
-    Outbox,
-    RunRequest,
-    decode_report,
-)
+from lem.worker import channel
+from lem.worker.channel import LOAD_PHASE, ChannelError, Failure, LineBuffer, Message, Outbox, Result, RunRequest
 
 _logger = logging.getLogger(__name__)
 
@@ -80,16 +71,16 @@ class Watch:
         self._sign_until = now + timeouts.silence_s
         self._byte_until = now + timeouts.heartbeat_s
 
-    def heard(self, message: Mapping[str, Any], now: float) -> None:
+    def heard(self, message: Message, now: float) -> None:
         """Take note of a message."""
         self._byte_until = now + self._timeouts.heartbeat_s
-        if message["type"] in ("phase", "progress"):
+        if isinstance(message, (channel.Phase, channel.Progress)):
             self._sign_until = now + self._timeouts.silence_s
-        if message["type"] == "phase":
-            before, self.phase = self.phase, message["phase"]
+        if isinstance(message, channel.Phase):
+            before, self.phase = self.phase, message.phase
             if self.phase == LOAD_PHASE != before:
                 self._phase_until = now + self._timeouts.load_s
-            elif self._is_loading and self.phase not in LOADING_PHASES:
+            elif self._is_loading and self.phase not in channel.LOADING_PHASES:
                 self._is_loading = False
                 self._phase_until = now + self._timeouts.experiment_s
 
@@ -123,29 +114,25 @@ class Watch:
         return None
 
 
-def outcome_of(request: RunRequest, message: Mapping[str, Any]) -> Outcome:
+def outcome_of(request: RunRequest, message: Result | Failure) -> Outcome:
     """The outcome in a worker's `result` or `error`; a ChannelError when it is about another experiment."""
-    if message["exp_id"] != request.exp_id:
-        raise ChannelError(f"expected an answer about {request.exp_id}, got one about {message['exp_id']}")
-    if message["type"] == "result":
-        return Outcome(engine_reused=message["engine_reused"])
-    error = EngineError(message["message"], message["hint"], kind=message["kind"], is_permanent=message["permanent"])
-    return Outcome(error, message["phase"], str(message.get("log_tail", "")))
+    if message.exp_id != request.exp_id:
+        raise ChannelError(f"expected an answer about {request.exp_id}, got one about {message.exp_id}")
+    if isinstance(message, Result):
+        return Outcome(engine_reused=message.engine_reused)
+    error = EngineError(message.message, message.hint, kind=message.kind, is_permanent=message.permanent)
+    return Outcome(error, message.phase, message.log_tail)
 
 
-def event_of(request: RunRequest, message: Mapping[str, Any]) -> Event | None:
+def event_of(request: RunRequest, message: Message) -> Event | None:
     """The event in a worker's message; None when it is not about this experiment."""
-    kind = message["type"]
-    if kind == "heartbeat":
+    if isinstance(message, channel.Heartbeat):
         return Event("tick")
-    if message.get("exp_id") != request.exp_id:
-        return None
-    if kind == "phase":
-        return Event(kind, data={"exp_id": request.exp_id, "phase": message["phase"]})
-    if kind == "progress":
-        done, total, text = message["done"], message["total"], message["text"]
-        how_far = {"phase_done": done, "phase_total": total, "text": text, "power_w": None}
-        return Event(kind, data={"exp_id": request.exp_id, **how_far})
+    if isinstance(message, channel.Phase) and message.exp_id == request.exp_id:
+        return Event(message.type, data={"exp_id": request.exp_id, "phase": message.phase})
+    if isinstance(message, channel.Progress) and message.exp_id == request.exp_id:
+        how_far = {"phase_done": message.done, "phase_total": message.total, "text": message.text, "power_w": None}
+        return Event(message.type, data={"exp_id": request.exp_id, **how_far})
     return None
 
 
@@ -161,14 +148,14 @@ class WorkerConnection:
         self._stdin, self._stdout = process.pipes(self._child)
         self._outbox = Outbox(self._stdin.fileno())
         self._lines = LineBuffer()
-        self._messages: deque[dict[str, Any]] = deque()
+        self._messages: deque[Message] = deque()
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send a message; `receive` finds out when the worker is gone."""
         with contextlib.suppress(BrokenPipeError):
             self._outbox.put(message)
 
-    def receive(self, deadline: float, stop: StopRequest | None = None) -> dict[str, Any] | None:
+    def receive(self, deadline: float, stop: StopRequest | None = None) -> Message | None:
         """The next message of the worker; None at the deadline (`time.monotonic`).
 
         Raises:
@@ -195,10 +182,10 @@ class WorkerConnection:
             except BrokenPipeError:
                 self._outbox.drop()
         if self._stdout.fileno() in readable:
-            data = os.read(self._stdout.fileno(), READ_B)
+            data = os.read(self._stdout.fileno(), channel.READ_B)
             if not data:
                 raise EOFError("the worker closed the channel")
-            self._messages += [decode_report(line) for line in self._lines.feed(data)]
+            self._messages += [channel.read_report(line) for line in self._lines.feed(data)]
 
     def has_ended(self) -> bool:
         """Whether the worker is gone already."""
@@ -310,7 +297,7 @@ class Worker:
         try:
             connection.send({"type": "unload"})
             while (message := self._next(connection, deadline, stop)) is not None:
-                if message["type"] == "unloaded":
+                if isinstance(message, channel.Unloaded):
                     return
         except (ChannelError, EOFError) as error:
             _logger.warning("the worker was lost while it unloaded its engine: %s", error)
@@ -328,7 +315,8 @@ class Worker:
         try:
             connection.hang_up()
             while (message := self._next(connection, deadline, None)) is not None:
-                log_tail = str(message.get("log_tail", log_tail))
+                if isinstance(message, Failure):
+                    log_tail = message.log_tail
         except (ChannelError, EOFError):
             connection.wait_until_gone(deadline)
         finally:
@@ -353,8 +341,7 @@ class Worker:
             hello = connection.receive(time.monotonic() + timeout_s, stop)
             if hello is None:
                 raise _did_not_start(self._command, f"no message within {format_duration(timeout_s)}")
-            _check_hello(hello)
-            self.environment = hello["environment"]
+            self.environment = _check_hello(hello).environment
         except (ChannelError, EOFError) as error:
             connection.wait_until_gone(time.monotonic() + 1)  # its message on stderr may come last
             unavailable = _did_not_start(self._command, connection.stderr_tail() or str(error))
@@ -365,11 +352,11 @@ class Worker:
             raise
         return connection
 
-    def _next(self, connection: WorkerConnection, deadline: float, stop: StopRequest | None) -> dict[str, Any] | None:
+    def _next(self, connection: WorkerConnection, deadline: float, stop: StopRequest | None) -> Message | None:
         """The next message; which process the engine is, is noted."""
         message = connection.receive(deadline, stop)
-        if message is not None and message["type"] == "engine":
-            pgid, ticks = message["pgid"], message["started_ticks"]
+        if isinstance(message, channel.EngineProcess):
+            pgid, ticks = message.pgid, message.started_ticks
             self._engine = None if pgid is None or ticks is None else process.ProcessId(pgid, ticks)
         return message
 
@@ -387,7 +374,7 @@ class Worker:
             now = time.monotonic()
             if message is not None:
                 watch.heard(message, now)
-                if message["type"] in ("result", "error"):
+                if isinstance(message, (Result, Failure)):
                     return outcome_of(request, message)
             late = watch.expired(now)
             if late is not None:
@@ -405,16 +392,17 @@ class Worker:
         return f"the worker {how}" + (f": {printed}" if printed else "")
 
 
-def _check_hello(hello: Mapping[str, Any]) -> None:
+def _check_hello(hello: Message) -> channel.Hello:
     """Refuse a worker that is not this lem."""
-    if hello["type"] != "hello":
-        raise ChannelError(f"expected hello, got {hello['type']}")
-    found, expected = (hello["protocol"], hello["lem_version"]), (PROTOCOL_VERSION, __version__)
+    if not isinstance(hello, channel.Hello):
+        raise ChannelError(f"expected hello, got {hello.type}")
+    found, expected = (hello.protocol, hello.lem_version), (channel.PROTOCOL_VERSION, __version__)
     if found != expected:
         raise WorkerUnavailable(
             f"the worker is lem {found[1]} (channel {found[0]}), this is lem {expected[1]} (channel {expected[0]})",
             "use the same lem.pyz on both sides",
         )
+    return hello
 
 
 def _did_not_start(command: Sequence[str], reason: str) -> WorkerUnavailable:

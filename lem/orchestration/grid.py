@@ -92,7 +92,7 @@ def count_reasons(issues: Iterable[GridValidationIssue]) -> list[tuple[str, int]
     counts: Counter[tuple[Reason, ...]] = Counter()
     texts: dict[tuple[Reason, ...], str] = {}
     for issue in issues:
-        why = issue.why or (Reason.of("said", text=issue.reason),)
+        why = issue.why or (Reason.of("verbatim", text=issue.reason),)
         counts[why] += 1
         texts.setdefault(why, issue.reason)
     return [(texts[why], count) for why, count in counts.most_common()]
@@ -238,7 +238,7 @@ def has_model(config_dict: Mapping[str, Any]) -> bool:
 
 def _coded(found: Problem) -> Reason:
     if found.reason is None:
-        return Reason.of("said", text=str(found))
+        return Reason.of("verbatim", text=str(found))
     if found.reason.code in _NAMES_BACKEND:
         return found.reason
     return Reason.of("at_option", option=dotted(found.path), what=found.reason)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -200,25 +200,24 @@ def _sum_known(names: Sequence[str], known: Mapping[str, float]) -> float | None
 
 def build_plan(
     campaign: CampaignConfig,
-    drafts: Sequence[ListedExperiment] = (),
+    listed: Sequence[ListedExperiment] = (),
     *,
     preset: Mapping[str, Any] | None = None,
-    forced: Collection[str] = (),
     source: Source | None = None,
     gpus: Sequence[Gpu] | None = None,
 ) -> Plan:
     """The plan of a campaign: the experiments it names and those of its grid, validated, in every cycle.
 
     Args:
-        drafts, preset, forced: as `load.load_campaign` gives them: the experiments of `configs` and `experiments`,
-            the values a grid starts from, and the campaign's options that win over the experiments' own.
-        source: the campaign's, to locate problems with the prompts of its grid.
+        listed, preset: as `load.load_campaign` gives them: the experiments of `configs` and `experiments`, and the
+            values that a grid starts from.
+        source: the campaign's, for its options that win over the experiments' own, and to locate problems.
         gpus: of the host that will run it, for warnings; None when unknown.
 
     Raises:
         ConfigurationError: prompts that cannot be used.
     """
-    candidates = _collect(campaign, drafts, preset or {}, forced, source)
+    candidates = _collect(campaign, listed, preset or {}, source)
     configs, filtered, warnings = validate_named([(item.name, item.config_dict) for item in candidates], gpus)
     given, repeated = _identify(candidates, configs)
     return Plan(
@@ -282,21 +281,21 @@ class _Candidate:
 
 def _collect(
     campaign: CampaignConfig,
-    drafts: Sequence[ListedExperiment],
+    listed: Sequence[ListedExperiment],
     preset: Mapping[str, Any],
-    forced: Collection[str],
     source: Source | None,
 ) -> list[_Candidate]:
     """The experiments named, then those of the grid, each with a name and a path of its own."""
     expanded = [] if campaign.grid is None else expand_campaign_grid(campaign.grid, preset)
-    unnamed = iter(name_configurations([draft.mapping for draft in drafts if draft.name is None]))
+    unnamed = iter(name_configurations([one.mapping for one in listed if one.name is None]))
+    forced = source.forced if source is not None else ()
     of_grid = [with_campaign_defaults(campaign, item, forced) for item in expanded]
-    names = [draft.name or next(unnamed) for draft in drafts] + name_configurations(of_grid)
-    config_dicts = [*(dict(draft.mapping) for draft in drafts), *of_grid]
+    names = [one.name or next(unnamed) for one in listed] + name_configurations(of_grid)
+    config_dicts = [*(dict(one.mapping) for one in listed), *of_grid]
     names = distinct_names(names, config_dicts)
     folder = Path(campaign.io.configs_dir) / campaign.slug
     stems = distinct_names([file_stem(name) for name in names], config_dicts)
-    origins = [*((draft.path, draft.source, False) for draft in drafts), *[(None, source, True)] * len(of_grid)]
+    origins = [*((one.path, one.source, False) for one in listed), *[(None, source, True)] * len(of_grid)]
     return [
         _Candidate(name, config_dict, str(file or folder / f"{stem}.yaml"), file is None, origin, is_of_grid)
         for name, config_dict, stem, (file, origin, is_of_grid) in zip(names, config_dicts, stems, origins, strict=True)

@@ -346,7 +346,6 @@ def plan_campaign(loaded: Loaded[CampaignConfig]) -> Plan:
         loaded.config,
         loaded.listed,
         preset=loaded.preset,
-        forced=loaded.forced,
         source=loaded.source,
         gpus=find_gpus() or None,
     )

@@ -194,12 +194,6 @@ def read_report(line: bytes) -> Message:
         raise ChannelError(f"{error}: {line[:120]!r}") from error
 
 
-def decode_report(line: bytes) -> dict[str, Any]:
-    """As `read_report`, as the object that was sent. Raises ChannelError: as `read_report`."""
-    read_report(line)
-    return decode_line(line)
-
-
 class LineBuffer:
     """Bytes in, whole lines out."""
 

@@ -2,7 +2,7 @@
 
     python -m tests.equivalence                  static commands and recorded results
     python -m tests.equivalence --live           live campaigns too (with the trivial engine of tests/doubles)
-    python -m tests.equivalence --ignore-text    after words were changed: exit codes, structure, numbers, YAML
+    python -m tests.equivalence --words          the words of messages and pages too, which were rewritten since
     python -m tests.equivalence --only compare   scenes whose name matches a regular expression
     python -m tests.equivalence --new-tree DIR   another tree instead of this one, such as the old one itself
 
@@ -70,7 +70,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.equivalence", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--suite", action="append", choices=tuple(SUITES), help="only this one")
     parser.add_argument("--live", action="store_true", help="run campaigns too")
-    parser.add_argument("--ignore-text", action="store_true", help="leave out words that are for people")
+    parser.add_argument("--words", action="store_true", help="compare the words of messages and pages, too")
     parser.add_argument("--only", default="", metavar="REGEX", help="only scenes whose name it matches")
     parser.add_argument("--new-tree", type=Path, default=ROOT, metavar="DIR", help="the tree to compare")
     return parser.parse_args(arguments)
@@ -94,8 +94,8 @@ def compare(args: argparse.Namespace) -> Verdict:
         steps = sum(len(scene.commands) for scene in scenes)
         print(f"{suite}: {len(scenes)} scenes, {steps} commands, {time.monotonic() - before:.0f} s", flush=True)
         cases += steps
-        differences += differences_of(suite, scenes, *sides, ignore_text=args.ignore_text)
-    verdict = judge(differences, INTENDED, [] if args.only else suites, args.ignore_text)
+        differences += differences_of(suite, scenes, *sides, ignore_text=not args.words)
+    verdict = judge(differences, INTENDED, [] if args.only else suites)
     verdict.cases = cases
     return verdict
 

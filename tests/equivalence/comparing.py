@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import re
@@ -40,9 +41,9 @@ class Intended:
     Attributes:
         why: for the reader of this list.
         case, part: regular expressions found in the difference's.
-        where: a regular expression that is found in the JSON path; of a text, in every line that differs.
+        where: a regular expression that is found in the JSON path; of a text, in every line that differs; of numbers in
+            a text, it matches all that differ, as in `-2 +1 -1`.
         suite: in which it occurs; it is stale when that suite ran and it matched nothing.
-        is_text: it is about words, and is not looked for with --ignore-text.
     """
 
     why: str
@@ -50,7 +51,6 @@ class Intended:
     where: str
     part: str = ""
     suite: str = "static"
-    is_text: bool = False
 
     def matches(self, difference: Difference) -> bool:
         """Whether a difference is one of these."""
@@ -58,6 +58,8 @@ class Intended:
             return False
         if not difference.case.startswith(f"{self.suite}/"):
             return False
+        if difference.where == "numbers":
+            return re.fullmatch(self.where, changed_numbers(difference)) is not None
         if not difference.where.startswith("line "):
             return bool(re.search(self.where, difference.where))
         lines = [*difference.old.splitlines(), *difference.new.splitlines()]
@@ -79,26 +81,35 @@ class Verdict:
         return not self.unexpected and not self.stale
 
 
-def judge(
-    differences: Iterable[Difference], intended: Sequence[Intended], suites: Iterable[str], ignore_text: bool
-) -> Verdict:
+def judge(differences: Iterable[Difference], intended: Sequence[Intended], suites: Iterable[str]) -> Verdict:
     """Sort differences into intended and unexpected ones.
 
     Args:
         suites: those that ran completely, whose entries must match something.
     """
-    entries = [entry for entry in intended if not (ignore_text and entry.is_text)]
     used: set[Intended] = set()
     verdict = Verdict()
     for difference in differences:
-        matching = [entry for entry in entries if entry.matches(difference)]
+        matching = [entry for entry in intended if entry.matches(difference)]
         used.update(matching)
         if matching:
             verdict.intended += 1
         else:
             verdict.unexpected.append(difference)
-    verdict.stale = [entry for entry in entries if entry.suite in set(suites) and entry not in used]
+    verdict.stale = [entry for entry in intended if entry.suite in set(suites) and entry not in used]
     return verdict
+
+
+def changed_numbers(difference: Difference) -> str:
+    """The numbers that went and came, in order: `-2 +1`."""
+    old, new = (ast.literal_eval(text) if text != ABSENT else [] for text in (difference.old, difference.new))
+    changes = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    found: list[str] = []
+    for tag, first, last, new_first, new_last in changes:
+        if tag != "equal":
+            found += [f"-{number}" for number in old[first:last]]
+            found += [f"+{number}" for number in new[new_first:new_last]]
+    return " ".join(found)
 
 
 def compare_outcomes(

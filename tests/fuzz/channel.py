@@ -15,7 +15,7 @@ from lem.meters.curve import NotMeasured, Span
 from lem.meters.external import external_energy_j, read_external
 from lem.meters.samples import SampleHeader, SampleLog
 from lem.orchestration.dispatch import Timeouts, Worker
-from lem.worker.channel import PROTOCOL_VERSION, ChannelError, LineBuffer, RunRequest, decode_report
+from lem.worker.channel import PROTOCOL_VERSION, ChannelError, Failure, LineBuffer, RunRequest, read_report
 from lem.worker.supervisor import Supervisor
 from tests.fuzz.mutation import bytes_near, json_lines_near, text_near
 from tests.fuzz.trial import Find, Outcome, Surface
@@ -63,7 +63,7 @@ def try_worker_lines(data: bytes, folder: Path, *, is_thorough: bool) -> Outcome
     lines: list[bytes] = []
     try:
         lines = LineBuffer(max_line_b=4000).feed(data)
-        good = sum(decode_report(line) is not None for line in lines)
+        good = sum(read_report(line) is not None for line in lines)
     except ChannelError as error:
         if not str(error):
             raise Find("place", "an error of the channel without words") from error
@@ -106,8 +106,8 @@ def try_host_lines(data: bytes, folder: Path, *, is_thorough: bool) -> Outcome:
         for descriptor in (host_in, answers, host_out, wakeup, wakeup_writer):
             if descriptor >= 0:
                 os.close(descriptor)
-    reports = [decode_report(line) for line in answered]  # the supervisor itself speaks the protocol
-    is_refused = any(item["type"] == "error" and item["kind"] == "channel" for item in reports)
+    reports = [read_report(line) for line in answered]  # the supervisor itself speaks the protocol
+    is_refused = any(isinstance(item, Failure) and item.kind == "channel" for item in reports)
     if any("hf_secret" in str(item) and "experiment could not" in str(item) for item in reports):
         raise Find("escape", "the supervisor told a secret")
     return Outcome.REFUSED if is_refused else Outcome.ACCEPTED

@@ -80,7 +80,7 @@ def _find_gpu() -> GpuHeader | str:
     gpus = visible_gpus(find_gpus(), os.environ)
     with open_nvml() as nvml:
         if isinstance(nvml, str):
-            return f"NVML is not there: {nvml}; --rehearse needs no GPU"
+            return f"NVML is not available: {nvml}; --rehearse needs no GPU"
         if not gpus:
             return "NVML sees no GPU, or CUDA_VISIBLE_DEVICES hides it; --rehearse needs none"
         return NvmlMeter(nvml, gpus[0].uuid).header

@@ -97,7 +97,7 @@ def test_a_row_has_the_values_in_their_order() -> None:
         (0, None, r"Reading\.name: expected text, got None"),
         (1, 3.0, r"Reading\.at_ns: expected an integer, got 3\.0"),
         (1, True, r"Reading\.at_ns: expected an integer, got True"),
-        (1, 10**400, "more than anything measures"),
+        (1, 10**400, "out of range"),
         (2, "1", r"Reading\.power_w: expected a number, got '1'"),
         (2, float("nan"), "nan"),
         (3, 1, r"Reading\.is_good: expected true or false, got 1"),
@@ -124,14 +124,14 @@ class Figures:
     null_reasons: Mapping[str, str] = field(default_factory=dict)
 
 
-FIGURES = Figures(None, Reason.of("no_output"), (Reason.of("said", text="hot"),), {"power_w": "no meter"})
+FIGURES = Figures(None, Reason.of("no_output"), (Reason.of("verbatim", text="hot"),), {"power_w": "no meter"})
 FIGURES_DOCUMENT: dict[str, Any] = {
     "power_w": None,
     "power_w_null_reason": "no meter",
     "why": "the engine made no output tokens",
     "why_coded": {"code": "no_output", "data": {}},
     "notes": ["hot"],
-    "notes_coded": [{"code": "said", "data": {"text": "hot"}}],
+    "notes_coded": [{"code": "verbatim", "data": {"text": "hot"}}],
 }
 
 

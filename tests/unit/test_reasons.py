@@ -124,7 +124,7 @@ WRITTEN = (
     ("gap_no_sensors", "whole gap: no sensor, or no power at rest from before, tells when the device is back"),
     ("gap_none", "no gap configured"),
     ("gap_interrupted", "interrupted"),
-    ("said", "a sentence of another program, about 3 things"),
+    ("verbatim", "a sentence of another program, about 3 things"),
 )
 
 
@@ -146,7 +146,10 @@ def as_version_1(record: Record) -> dict[str, Any]:
     document = json.loads(json.dumps(encode_record(record)))
     document["schema_version"] = 1
     for section, name in (("validity", "invalid_reasons"), ("validity", "warnings"), ("window", "gap_end_reason")):
-        del document[section][f"{name}_coded"]
+        coded = document[section].pop(f"{name}_coded")
+        reasons = [Reason.of(item["code"], **item["data"]) for item in (coded if isinstance(coded, list) else [coded])]
+        texts = [reason.worded(V1_TEXTS) for reason in reasons]
+        document[section][name] = texts if isinstance(coded, list) else texts[0]
     return dict(document)
 
 
@@ -161,7 +164,7 @@ def test_data_that_does_not_fit_the_sentence_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a number, got str"):
         Reason.of("requests_failed", failed="one", total=8, first="x")
     with pytest.raises(ValueError, match="expected text or a reason, got list"):
-        Reason.of("said", text=["one"])
+        Reason.of("verbatim", text=["one"])
     with pytest.raises(ValueError, match="unknown code"):
         Reason.of("no_such_code")
 
@@ -218,7 +221,7 @@ def test_a_code_of_a_newer_lem_is_known_by_its_sentence() -> None:
     for coded in ({"code": "from_the_future", "data": {"x": 1}}, {"code": "crosscheck", "data": {"ratio": "much"}}):
         damaged = copy.deepcopy(document)
         damaged["validity"]["warnings_coded"] = [coded]
-        assert decode_record(damaged).validity.warnings == (Reason.of("said", text=sample("no_output").text),)
+        assert decode_record(damaged).validity.warnings == (Reason.of("verbatim", text=sample("no_output").text),)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +263,7 @@ def test_a_record_of_version_1_is_the_one_of_today(code: str) -> None:
 
 def test_a_sentence_that_lem_never_wrote_is_kept_as_it_is() -> None:
     for sentence in ("", "one", "3 of many requests failed, the first with: x", "integrated power is 1.0800 of it"):
-        assert recognise(sentence) == Reason.of("said", text=sentence)
+        assert recognise(sentence) == Reason.of("verbatim", text=sentence)
 
 
 def test_the_recorded_attempt_of_version_1_is_read_with_its_codes() -> None:
@@ -269,7 +272,7 @@ def test_the_recorded_attempt_of_version_1_is_read_with_its_codes() -> None:
     assert record.validity.warnings[0].data == {"prompts": 112, "variation": 0.051, "threshold": 0.05}
     assert record.window.gap_end_reason == Reason.of("gap_recovered")
     written = json.loads(RECORDED.read_text(encoding="utf-8"))["validity"]["warnings"]
-    assert encode_record(record)["validity"]["warnings"] == written
+    assert [reason.worded(V1_TEXTS) for reason in record.validity.warnings] == written
 
 
 def test_a_damaged_record_of_version_1_is_refused_with_its_place() -> None:

@@ -297,7 +297,7 @@ def try_out(runner: BatchRunner, section: PyTorchConfig, facts: EngineFacts) -> 
         raise OptionRefused(f"pytorch.use_cache: {facts} used a cache of kind {cache}")
     if section.torch_compile and _compiled_graphs() == graphs_before:
         raise OptionRefused(f"pytorch.torch_compile: {facts} did not compile this model")
-    return Trial(cache, tuple(Reason.of("said", text=text) for text in dict.fromkeys(warnings)))
+    return Trial(cache, tuple(Reason.of("verbatim", text=text) for text in dict.fromkeys(warnings)))
 
 
 def _requests(runner: BatchRunner, section: PyTorchConfig) -> tuple[TokenRequest, ...]:

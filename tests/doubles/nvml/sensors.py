@@ -47,7 +47,7 @@ class Counter:
         resolution_mj: it is a multiple of that, rounded down.
         offset_mj: its value at time 0, from all the time before.
         gain: 1.03 counts 3 % too much.
-        resets_s: when the driver was loaded anew and it began at 0.
+        resets_s: when the driver was reloaded and it began at 0.
     """
 
     period_s: float = 0.1

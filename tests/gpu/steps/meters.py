@@ -34,7 +34,7 @@ class Meters:
         engine, probe_s = bench.engine(), bench.extent.probe_s
         with open_nvml() as nvml:
             if isinstance(nvml, str):
-                raise LeftOut(f"NVML is not there: {nvml}")
+                raise LeftOut(f"NVML is not available: {nvml}")
             meter = NvmlMeter(nvml, bench.uuid)
             yield from _described(_look(bench, meter, probe_s), "at rest")
             with bench.sampling("meters") as sampled:

@@ -83,7 +83,7 @@ def test_warnings_are_shown_and_counted_apart(here):
     ended = _run("c.yaml", "--validate-only")
     assert ended.code == 0
     assert "Generated 3 experiments (0 filtered, 1 warnings)" in ended.err
-    assert "warning: num_cycles is for lem experiment; here execution.cycles decides" in ended.err
+    assert "warning: num_cycles is for lem experiment; in a campaign, execution.cycles decides" in ended.err
 
 
 def test_quiet_validation_is_silent(here):

@@ -76,7 +76,7 @@ def test_list_of_a_folder_that_is_a_file_is_a_usage_error(tmp_path: Path) -> Non
     (tmp_path / "results").write_text("no folder")
     code, out, err = results("list", "-o", str(tmp_path / "results"))
     assert (code, out) == (2, "")
-    assert "a file stands where a folder is due" in err
+    assert "expected a folder, found a file" in err
 
 
 @pytest.mark.parametrize("wanted", [RUN, RUN[:10]])

@@ -59,8 +59,8 @@ def test_command_line_over_file_over_preset_over_default(folder: Path):
         "pytorch": "default",
     }
     assert {key: loaded.provenance[key] for key in expected} == expected
-    assert "max_input_tokens" in loaded.forced
-    assert "max_output_tokens" not in loaded.forced
+    assert "max_input_tokens" in loaded.source.forced
+    assert "max_output_tokens" not in loaded.source.forced
 
 
 def test_what_replaces_a_section_leaves_no_provenance_of_the_old_one(folder: Path):
@@ -157,8 +157,8 @@ def test_sets_of_every_shape(folder: Path):
     assert loaded.config.execution.cycles == 2
     assert loaded.config.model is not None
     assert loaded.config.io.results_dir == "no"
-    assert loaded.forced >= {"execution.cycles", "model.name", "io.results_dir"}
-    assert "execution.seed" not in loaded.forced
+    assert loaded.source.forced >= {"execution.cycles", "model.name", "io.results_dir"}
+    assert "execution.seed" not in loaded.source.forced
 
 
 @pytest.mark.parametrize(

@@ -60,14 +60,14 @@ def test_forms_of_the_same_readings(file: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "line", "said"),
     [
-        ("time,watts\n2026-07-14T10:00:00Z,100\nyesterday,100\n", 3, "'yesterday' is no UTC time"),
-        ("2026-07-14T10:00:00Z,100\n2026-07-14T10:00:01Z,lots\n", 2, "'lots' is no power in watts"),
-        ("2026-07-14T10:00:00Z,100\n2026-07-14T10:00:01Z,nan\n", 2, "'nan' is no power"),
-        ("2026-07-14T10:00:00Z,-1\n", 1, "'-1' is no power"),
+        ("time,watts\n2026-07-14T10:00:00Z,100\nyesterday,100\n", 3, "'yesterday' is not a UTC time"),
+        ("2026-07-14T10:00:00Z,100\n2026-07-14T10:00:01Z,lots\n", 2, "'lots' is not a power in watts"),
+        ("2026-07-14T10:00:00Z,100\n2026-07-14T10:00:01Z,nan\n", 2, "'nan' is not a power"),
+        ("2026-07-14T10:00:00Z,-1\n", 1, "'-1' is not a power"),
         ("2026-07-14T10:00:00Z,100\n2026-07-14T10:00:01Z\n", 2, "one column"),
         ("2026-07-14T10:00:01Z,100\n2026-07-14T10:00:01Z,100\n", 2, "not later than the line before"),
-        (f"{EPOCH_S * 1000},100\n", 1, "is no UTC time"),
-        ("time,watts\ntime,watts\n", 2, "'time' is no UTC time"),
+        (f"{EPOCH_S * 1000},100\n", 1, "is not a UTC time"),
+        ("time,watts\ntime,watts\n", 2, "'time' is not a UTC time"),
     ],
 )
 def test_a_line_that_is_no_reading_is_named(file: Path, text: str, line: int, said: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from lem.meters.sampler import SampleFileError, SamplerOptions, run_sampler
+from lem.meters.sampler import PipeOwner, SampleFileError, SamplerOptions, run_sampler
 from lem.meters.samples import MeterError, PartReader, SampleLog
 from tests.doubles.powercap import Powercap
 from tests.unit.meters.nvml_stand_in import FakeClock, FakeNvml
@@ -230,7 +231,7 @@ def test_the_clocks_are_paired_from_time_to_time_and_at_the_end(rig: Rig) -> Non
 def test_without_a_gpu_to_sample_no_nvml_is_asked(rig: Rig) -> None:
     rig.gpus, rig.nvml = (), "no GPU is sampled"
     log = rig.run(1.0, tdp_w=95.0)
-    assert (log.header.gpus, log.header.gpu_error) == ((), "no GPU was to be sampled")
+    assert (log.header.gpus, log.header.gpu_error) == ((), "no GPU is to be sampled")
     assert (log.header.cpu_tdp_w, log.header.cpu_tdp_source) == (95.0, "measurement.cpu_tdp_w")
     assert "no RAPL package" in (log.header.rapl_error or "")
     assert (log.samples, log.counters) == ((), ())
@@ -239,7 +240,7 @@ def test_without_a_gpu_to_sample_no_nvml_is_asked(rig: Rig) -> None:
 def test_without_nvml_the_header_says_why(rig: Rig) -> None:
     rig.nvml = "Driver Not Loaded"
     log = rig.run(1.0)
-    assert (log.header.gpus, log.header.gpu_error) == ((), "NVML is not there: Driver Not Loaded")
+    assert (log.header.gpus, log.header.gpu_error) == ((), "NVML is not available: Driver Not Loaded")
     assert len(log.loads) == 2
 
 
@@ -423,3 +424,66 @@ def test_an_error_of_a_gpu_bears_its_place_in_the_header(rig: Rig) -> None:
     log = rig.run(0.2)
     assert [row.meter for row in log.errors] == ["gpu1.memory"]
     assert isinstance(log.errors[0], MeterError)
+
+
+FOREVER_NS = 2**62
+
+
+@dataclass
+class Pipes:
+    """Both ends of an owner's pipes."""
+
+    orders: int
+    wakeup: int
+    owner: PipeOwner
+
+    def write(self, data: bytes) -> None:
+        os.write(self.orders, data)
+
+
+@pytest.fixture
+def pipes() -> Iterator[Pipes]:
+    orders, orders_writer = os.pipe()
+    wakeup, wakeup_writer = os.pipe()
+    yield Pipes(orders_writer, wakeup_writer, PipeOwner(orders, wakeup))
+    for descriptor in (orders, wakeup, orders_writer, wakeup_writer):
+        os.close(descriptor)
+
+
+def test_each_line_is_an_order(pipes: Pipes) -> None:
+    pipes.write(b"interval 50\ninterval 20\n")
+    assert pipes.owner.wait(FOREVER_NS) == ["interval 50", "interval 20"]
+
+
+def test_a_line_that_comes_in_pieces_is_one_order(pipes: Pipes) -> None:
+    pipes.write(b"interval 1")
+    assert pipes.owner.wait(FOREVER_NS) == []
+    pipes.write(b"00\ninter")
+    assert pipes.owner.wait(FOREVER_NS) == ["interval 100"]
+    pipes.write(b"val 7\n")
+    assert pipes.owner.wait(FOREVER_NS) == ["interval 7"]
+
+
+def test_without_an_order_the_wait_ends_at_its_time_and_not_before(pipes: Pipes) -> None:
+    until_ns = time.monotonic_ns() + 20_000_000
+    assert pipes.owner.wait(until_ns) == ()
+    assert time.monotonic_ns() >= until_ns - 1_000_000  # select(2) counts in whole microseconds
+    assert pipes.owner.wait(0) == ()  # long past
+
+
+def test_bytes_that_are_no_text_are_an_order_that_nobody_understands(pipes: Pipes) -> None:
+    pipes.write(b"\xff\n")
+    assert pipes.owner.wait(FOREVER_NS) == ["\ufffd"]
+
+
+def test_a_signal_ends_it_before_any_order(pipes: Pipes) -> None:
+    pipes.write(b"interval 50\n")
+    os.write(pipes.wakeup, b"\x0f")
+    assert pipes.owner.wait(FOREVER_NS) is None
+
+
+def test_the_end_of_the_pipe_ends_it(pipes: Pipes) -> None:
+    pipes.write(b"interval 50\n")
+    os.dup2(pipes.wakeup, pipes.orders)  # closes the only end that could write orders
+    assert pipes.owner.wait(FOREVER_NS) == ["interval 50"]
+    assert pipes.owner.wait(FOREVER_NS) is None

@@ -146,7 +146,7 @@ def test_the_gpus_are_listed_with_how_fine_their_counters_are(double: NvmlDouble
     assert none["counter_update_period_s"] is None
     text = " ".join(_gpus(double).split())
     assert "GPU-fine" in text
-    assert "energy counter power: of the moment" in text
+    assert "energy counter power: instantaneous" in text
     assert "power is integrated instead" in text
     assert "nvidia-smi -pm 1" in text
 

@@ -386,7 +386,11 @@ def test_options_of_lem_experiment_are_warned_about_in_a_campaign(place):
     ]
     plan = plan_campaign(complete_campaign(make_campaign(place.folder, grid=None, experiments=named)))
     assert [(issue.config_desc, issue.reason, issue.severity) for issue in plan.warnings] == [
-        ("one", "num_cycles is for lem experiment; here execution.cycles decides", "warning"),
-        ("two", "io.results_dir is for lem experiment; here the campaign's io.results_dir decides", "warning"),
+        ("one", "num_cycles is for lem experiment; in a campaign, execution.cycles decides", "warning"),
+        (
+            "two",
+            "io.results_dir is for lem experiment; in a campaign, the campaign's io.results_dir decides",
+            "warning",
+        ),
     ]
     assert "2 warnings" in plan.summary

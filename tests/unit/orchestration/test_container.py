@@ -318,4 +318,5 @@ def test_a_gpu_without_memory_of_its_own_is_judged_by_being_there() -> None:
 def test_a_gpu_is_lost_when_it_cannot_be_read(reading: GpuReading, is_lost: bool, is_explained: bool) -> None:
     lost = gpu_loss(reading)
     assert (lost is not None) is is_lost
+    assert judge("vllm", reading, (), 90.0).healthy is not is_lost
     assert ("daemon-reload" in str(lost)) is is_explained

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,18 @@ from lem.orchestration.dispatch import Outcome, Timeouts, Watch, Worker, WorkerU
 from lem.orchestration.schedule import StopRequest
 from lem.orchestration.session import LocalExecutor
 from lem.orchestration.status import Event
-from lem.worker.channel import PROTOCOL_VERSION, ChannelError, RunRequest
+from lem.worker.channel import (
+    PROTOCOL_VERSION,
+    ChannelError,
+    EngineProcess,
+    Failure,
+    Heartbeat,
+    Message,
+    Phase,
+    Progress,
+    Result,
+    RunRequest,
+)
 from lem.worker.launch import own_command
 from tests.processes import children_of, wait_for, wait_until_ended
 from tests.pythons import Python, find_pythons
@@ -29,37 +40,20 @@ from tests.worker_rig import COMMAND, Rig
 
 TIMEOUTS = Timeouts(load_s=100.0, experiment_s=50.0, silence_s=30.0, heartbeat_s=20.0)
 REQUEST = RunRequest({}, {"experiment_id": "e"}, "/results/e", "key", True)
-HEARTBEAT = {"type": "heartbeat"}
-RESULT = {
-    "type": "result",
-    "exp_id": "e",
-    "valid": True,
-    "engine_load_id": "load-1",
-    "engine_reused": False,
-    "summary": {"output_tok": 8},
-}
-ERROR = {
-    "type": "error",
-    "exp_id": "e",
-    "kind": "out_of_memory",
-    "message": "does not fit",
-    "hint": "ask for less",
-    "permanent": True,
-    "phase": "load",
-    "engine_lost": True,
-    "log_tail": "last words",
-}
+HEARTBEAT = Heartbeat()
+RESULT = Result("e", engine_reused=False)
+ERROR = Failure("e", "out_of_memory", "does not fit", "ask for less", True, "load", True, "last words")
 
 
-def phase(name: str) -> dict[str, str]:
-    return {"type": "phase", "exp_id": "e", "phase": name}
+def phase(name: str) -> Phase:
+    return Phase("e", name)
 
 
-def progress(done: int) -> dict[str, object]:
-    return {"type": "progress", "exp_id": "e", "done": done, "total": 9, "text": "requests"}
+def progress(done: int) -> Progress:
+    return Progress("e", done, 9, "requests")
 
 
-def kept_alive(watch: Watch, *messages: Mapping[str, object], until: float, start: float = 0.0) -> None:
+def kept_alive(watch: Watch, *messages: Message, until: float, start: float = 0.0) -> None:
     """Tell the watch something every 10 s from a start until a moment, all of the messages at once."""
     now = start
     while now < until:
@@ -98,7 +92,7 @@ def test_heartbeats_are_no_sign_of_progress():
 
 
 @pytest.mark.parametrize("sign", [phase("prepare"), progress(1)])
-def test_phases_and_progress_are_signs_of_progress(sign: Mapping[str, object]):
+def test_phases_and_progress_are_signs_of_progress(sign: Message):
     watch = Watch(TIMEOUTS, 0.0)
     kept_alive(watch, HEARTBEAT, until=25.0)
     watch.heard(sign, 25.0)
@@ -155,8 +149,8 @@ def test_an_error_is_an_outcome_with_all_that_the_worker_reported():
     assert (outcome.phase, outcome.log_tail) == ("load", "last words")
 
 
-@pytest.mark.parametrize("message", [{**RESULT, "exp_id": "other"}, {**ERROR, "exp_id": None}])
-def test_an_answer_to_something_else_is_an_error_of_the_channel(message: dict[str, object]):
+@pytest.mark.parametrize("message", [replace(RESULT, exp_id="other"), replace(ERROR, exp_id=None)])
+def test_an_answer_to_something_else_is_an_error_of_the_channel(message: Result | Failure):
     with pytest.raises(ChannelError, match="expected an answer about e, got one about"):
         outcome_of(REQUEST, message)
 
@@ -166,8 +160,8 @@ def test_events_are_those_of_this_experiment_alone():
     assert event_of(REQUEST, phase("load")) == Event("phase", data={"exp_id": "e", "phase": "load"})
     assert event_of(REQUEST, progress(3)) == Event("progress", data={"exp_id": "e", **how_far})
     assert event_of(REQUEST, HEARTBEAT) == Event("tick")
-    assert event_of(REQUEST, {**phase("load"), "exp_id": "other"}) is None
-    assert event_of(REQUEST, {"type": "engine", "pgid": 1, "started_ticks": 1}) is None
+    assert event_of(REQUEST, Phase("other", "load")) is None
+    assert event_of(REQUEST, EngineProcess(1, 1)) is None
 
 
 ROOT = Path(__file__).resolve().parents[3]

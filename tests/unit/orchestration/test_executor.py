@@ -262,6 +262,17 @@ def test_a_container_that_may_not_be_restarted_stops_the_campaign(
     assert place.fake.compose_calls("restart") == []
 
 
+def test_containers_are_replaced_before_they_are_used_again_where_that_is_wanted(place: Place) -> None:
+    executor = place.executor(is_recreating=True)
+    executor.worker_for("pytorch").open()
+    executor.stop()
+    before = len(place.fake.compose_calls("up"))
+    for _ in range(2):
+        executor.worker_for("pytorch").open()
+        assert len(place.fake.compose_calls("up")) == before + 1
+    assert "--force-recreate" in place.fake.compose_calls("up")[-1]
+
+
 def test_health_is_checked_and_recovered(place: Place) -> None:
     executor, told = place.executor(), list[str]()
     executor.worker_for("pytorch").open()

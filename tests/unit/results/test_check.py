@@ -125,7 +125,7 @@ def test_one_without_a_valid_result_is_named():
 
 
 def test_failed_experiments_are_counted():
-    assert _of(FINE, "failed", failed={"vllm": 2}).text == "2 experiments without a whole result"
+    assert _of(FINE, "failed", failed={"vllm": 2}).text == "2 experiments without a complete result"
 
 
 def test_damaged_results_are_named_and_missing_ones_are_none_of_them():

@@ -117,7 +117,7 @@ def test_a_disk_that_is_full_in_the_middle_stops_the_campaign_with_the_remedy(
 
 def test_a_folder_that_cannot_be_made_in_the_middle_stops_the_campaign(repository: Repository, tmp_path: Path) -> None:
     (tmp_path / "results").write_text("in the way")
-    with pytest.raises(InfrastructureError, match="a file stands where a folder is due"):
+    with pytest.raises(InfrastructureError, match="expected a folder, found a file"):
         repository.prepare_attempt(RUN, EXPERIMENT)
 
 
@@ -159,7 +159,7 @@ def test_a_file_in_place_of_the_results_folder_is_told_before_the_start(
 ) -> None:
     (tmp_path / where).parent.mkdir(exist_ok=True)
     (tmp_path / where).write_text("in the way")
-    with pytest.raises(UserError, match="a file stands where a folder is due") as caught:
+    with pytest.raises(UserError, match="expected a folder, found a file") as caught:
         repository.check_writable()
     assert "--results-dir" in caught.value.hint
 
@@ -242,7 +242,7 @@ def test_a_file_in_place_of_the_campaign_is_a_problem_of_the_scan(tmp_path: Path
     (tmp_path / "demo").write_text("no folder")
     assert kinds(Repository(tmp_path, "demo").scan()) == ["unreadable"]
     assert kinds(Repository(tmp_path, "demo").scan(RUN)) == ["unreadable"]
-    with pytest.raises(UserError, match="file stands where a folder is due"):
+    with pytest.raises(UserError, match="expected a folder, found a file"):
         Repository(tmp_path, "demo").run_ids()
 
 

@@ -18,10 +18,10 @@ from lem.worker.channel import (
     Outbox,
     RunRequest,
     decode_line,
-    decode_report,
     encode_line,
     redact,
 )
+from tests.worker_rig import decode_report
 
 REQUEST = RunRequest(
     config={"model": {"name": "m"}},

@@ -15,13 +15,13 @@ from lem.base.clock import Clock, SystemClock
 from lem.base.errors import ConfigurationError, EngineError, OptionRefused
 from lem.config.experiment import ExperimentConfig
 from lem.record import Record, read_record
-from lem.worker.channel import LineBuffer, Progress, RunRequest, decode_report, encode_line
+from lem.worker.channel import LineBuffer, Progress, RunRequest, encode_line
 from lem.worker.engine import MessageWriter, describe_failure, serve
 from lem.worker.harness import ResidentEngine
 from lem.worker.metering import Reporter
 from tests.doubles.trivial_engine import TrivialEngine
 from tests.records import make_record
-from tests.worker_rig import PHASES
+from tests.worker_rig import PHASES, decode_report
 
 SECRET = "hf_a_token_of_somebody"
 

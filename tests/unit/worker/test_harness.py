@@ -313,7 +313,7 @@ def test_no_secret_reaches_the_record(bench: Bench) -> None:
     bench.backend.report = replace(
         bench.backend.report,
         effective={"token": f"Bearer {secret}"},
-        warnings=(Reason.of("said", text=f"used {secret}"),),
+        warnings=(Reason.of("verbatim", text=f"used {secret}"),),
     )
     record = bench.run({"model": "any", "note": secret}, secrets={"HF_TOKEN": secret})
     text = json.dumps(encode_record(record), ensure_ascii=False)

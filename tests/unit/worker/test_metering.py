@@ -485,7 +485,7 @@ def test_readings_that_are_lost_cost_their_own_figure_alone(meter: Meter) -> Non
 
     meter.clock.write = write
     record = meter.run(**with_plug(path))
-    assert "'now' is no UTC time" in record.energy.null_reasons["external_energy_j"]
+    assert "'now' is not a UTC time" in record.energy.null_reasons["external_energy_j"]
     assert record.energy.gpu_energy_j is not None
 
 

@@ -58,7 +58,7 @@ def test_it_writes_from_its_start_to_its_end(output: Path) -> None:
     header = until_ready(sampler).header
     assert sampler.is_running()
     assert sampler.death() is None
-    assert (header.cpu_tdp_w, header.interval_ms, header.gpu_error) == (95.5, 100, "no GPU was to be sampled")
+    assert (header.cpu_tdp_w, header.interval_ms, header.gpu_error) == (95.5, 100, "no GPU is to be sampled")
     assert sampler.stop(PATIENCE_S) == 0
     assert sampler.death() == "the sampler ended with exit code 0"
     log = PartReader(output).read()

@@ -15,11 +15,12 @@ import pytest
 from lem.base import process
 from lem.config.experiment import ExperimentConfig
 from lem.meters.samples import ClockPair, read_tail
-from lem.worker.channel import LineBuffer, RunRequest, decode_report, encode_line
+from lem.worker.channel import LineBuffer, RunRequest, encode_line
 from lem.worker.guardian import EndStep, EngineChild
 from lem.worker.supervisor import Supervisor
 from tests.processes import wait_for
 from tests.unit.worker.piped_engine import PipedEngine
+from tests.worker_rig import decode_report
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULT = {"type": "result", "engine_reused": True}

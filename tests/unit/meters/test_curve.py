@@ -124,7 +124,7 @@ def test_a_meter_that_was_read_once_gives_nothing() -> None:
 def test_a_counter_reset_in_the_window_gives_no_energy() -> None:
     changes = counted(lambda at_s: 250 * at_s if at_s < 2 else 250 * (at_s - 2), every(0.1, 5, 0.01))
     curve = counter_curve(changes, 0, "the counter")
-    with pytest.raises(NotMeasured, match=r"the counter fell from \d+ to \d+ mJ: the driver was loaded anew"):
+    with pytest.raises(NotMeasured, match=r"the counter fell from \d+ to \d+ mJ: the driver was reloaded"):
         curve.between_j(between(1, 4))
 
 
@@ -202,7 +202,7 @@ def test_a_warmup_that_relaxes_in_the_guard_is_not_taken_for_rest() -> None:
 
 def test_a_reset_in_a_guard_voids_the_closed_window() -> None:
     changes = counted(lambda at_s: stepped_j(at_s) - (3600 if at_s > 20 else 0), every(0.1, 25, 0.03))
-    with pytest.raises(NotMeasured, match="loaded anew"):
+    with pytest.raises(NotMeasured, match="reloaded"):
         counter_curve(changes, 0, "c").closed_j(closed_window(0.25, 60.0))
 
 
