@@ -64,7 +64,7 @@ def render_text(comparison: Comparison, *, is_colour: bool = False, width: int =
     doc.block()
     for line in filter(None, content.title()):
         doc.text(line, "dim")
-    for table in [*_narrow(content.settings_table(), doc.width), *content.metric_tables()]:
+    for table in [*_narrow(content.settings_table(), doc.width), *map(content.metric_table, comparison.metrics)]:
         doc.block()
         doc.table(table)
     doc.block()
@@ -83,7 +83,10 @@ def render_markdown(comparison: Comparison) -> str:
             *(f"- {markdown_escaped(text)}" for text in content.reasons()),
         ],
         [f"{title}  ", shared],
-        *(markdown_table(table) for table in [*content.settings_table(), *content.metric_tables()]),
+        *(
+            markdown_table(table)
+            for table in [*content.settings_table(), *map(content.metric_table, comparison.metrics)]
+        ),
         [f"- {markdown_escaped(text)}" for text in content.notes()],
     ]
     return "\n".join("\n".join(block) + "\n" for block in blocks if block)
@@ -224,10 +227,6 @@ class _Content:
         names = tuple(name for name, _ in labelled)
         return [Table("Differing settings", names, tuple(table))] if table else []
 
-    def metric_tables(self) -> Iterable[Table]:
-        """A table for each metric."""
-        return (self._metric_table(metric) for metric in self.comparison.metrics)
-
     def notes(self) -> Iterable[str]:
         """What the numbers are."""
         comparison = self.comparison
@@ -274,8 +273,7 @@ class _Content:
         return {row.reason for _, row in self.comparison.rows(lead) if row.effect and row.p_adjusted is None}
 
     def _of_one(self, pair: Pair, row: Row) -> str:
-        anchor = self.comparison.anchor
-        baseline, other = self._labels(pair)
+        anchor, (baseline, other) = self.comparison.anchor, self._labels(pair)
         over = f", over the anchor {anchor.name}" if anchor and anchor.name else ""
         if row.p_adjusted is not None and not row.is_found:
             label = row.metric.lower_label
@@ -305,7 +303,8 @@ class _Content:
         answer = f"{other} {metric.relation.format(_times(row))} {baseline}{_within(row)}"
         return f"{answer}; of {len(rows)} configurations {counts}."
 
-    def _metric_table(self, metric: Metric) -> Table:
+    def metric_table(self, metric: Metric) -> Table:
+        """The numbers of one metric."""
         comparison = self.comparison
         rows = comparison.rows(metric)
         decimals = max((known for _, row in rows if (known := _decimals(row)) is not None), default=None)
@@ -412,8 +411,7 @@ def _effect_cells(row: Row, decimals: int | None) -> tuple[str, str, str, str]:
 def _p(value: float | None) -> str:
     if value is None:
         return ABSENT
-    text = "<0.001" if value < 0.001 else f"{value:.3f}"
-    return text if value < SIGNIFICANCE else f"~ {text}"
+    return "<0.001" if value < 0.001 else f"{'' if value < SIGNIFICANCE else '~ '}{value:.3f}"
 
 
 def _mean(metric: Metric, value: float | None) -> str:
@@ -433,9 +431,8 @@ def _decimals(row: Row) -> int | None:
     interval = row.effect.interval() if row.effect else None
     if interval is None:
         return None
-    width = interval[1] - interval[0]
-    needed = math.ceil(-math.log10(width)) if width > 0 else _DECIMALS[1]
-    return min(max(needed, _DECIMALS[0]), _DECIMALS[1])
+    width, (least, most) = interval[1] - interval[0], _DECIMALS
+    return min(max(math.ceil(-math.log10(width)), least), most) if width > 0 else most
 
 
 def _further(judgement: Judgement) -> str:
