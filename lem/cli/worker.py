@@ -25,16 +25,22 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "`lem worker`: the side of lem that runs next to the engine; started by `lem campaign`, not by people."
     )
-    parser.add_argument("--engine", action="store_true", help="be the engine process of a worker")
-    parser.add_argument("--control-fd", type=int, metavar="N", help="descriptor to read orders from")
-    parser.add_argument("--message-fd", type=int, metavar="N", help="descriptor to write messages to")
-    parser.add_argument("--end-marked", metavar="MARK", help="end what is left of the worker that bears this mark")
-    parser.add_argument("--sampler", action="store_true", help="be the process that samples the meters")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="of --sampler: the log, which must not be there")
-    parser.add_argument("--gpu", action="append", default=[], metavar="UUID", help="of --sampler; may be repeated")
-    parser.add_argument("--interval-ms", type=int, default=100, metavar="N", help="of --sampler: between two looks")
-    parser.add_argument("--tdp", type=float, metavar="W", help="of --sampler: design power of all CPU packages")
-    parser.add_argument("--tether", nargs=argparse.REMAINDER, metavar="WORD", help="run this command until stdin ends")
+    parser.add_argument("--engine", action="store_true", help="run as the engine process of a worker")
+    parser.add_argument("--control-fd", type=int, metavar="N", help="descriptor of the control pipe (--engine)")
+    parser.add_argument("--message-fd", type=int, metavar="N", help="descriptor of the message pipe (--engine)")
+    parser.add_argument("--end-marked", metavar="MARK", help="kill what is left of the worker with this mark")
+    parser.add_argument("--sampler", action="store_true", help="run as the process that samples the meters")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the log to create (--sampler)")
+    parser.add_argument(
+        "--gpu", action="append", default=[], metavar="UUID", help="a GPU to sample; repeatable (--sampler)"
+    )
+    parser.add_argument(
+        "--interval-ms", type=int, default=100, metavar="N", help="sampling interval; 0: none (--sampler)"
+    )
+    parser.add_argument("--tdp", type=float, metavar="W", help="design power of all CPU packages (--sampler)")
+    parser.add_argument(
+        "--tether", nargs=argparse.REMAINDER, metavar="WORD", help="run this lem command until stdin is closed"
+    )
     parser.set_defaults(run=run)
 
 

@@ -74,14 +74,16 @@ class SampledClock(SteppedClock):
         self.write()
 
 
+def gpu_trace(counter: Counter | None = Counter(period_s=0.1), **options: Any) -> GpuTrace:  # noqa: B008
+    return GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), counter=counter, **options)
+
+
 @dataclass
 class Meter:
     """One GPU, its engine, and the folder of an attempt."""
 
     folder: Path
-    gpu: GpuTrace = field(
-        default_factory=lambda: GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), counter=Counter(period_s=0.1))
-    )
+    gpu: GpuTrace = field(default_factory=gpu_trace)
     baselines: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     keep_engine: bool = True
     clock: SampledClock = field(default_factory=SampledClock)
@@ -150,6 +152,10 @@ class Meter:
             mark.name: (mark.opened_ns, mark.closed_ns) for mark in read_finished(self.folder / FINISHED_FILENAME)[1]
         }
 
+    def lasted_s(self, name: str) -> float:
+        opened_ns, closed_ns = self.marked()[name]
+        return (closed_ns - opened_ns) / 1e9
+
     def true_j(self, name: str = measurement.WINDOW) -> float:
         return self.trace.energy_j(*self.marked()[name])
 
@@ -186,7 +192,7 @@ def test_power_at_rest_is_measured_bare_loaded_and_afterwards(meter: Meter) -> N
     )
     assert spans[measurement.IDLE_LOADED][1] <= spans[measurement.GUARD_BEFORE][0]
     for name in (measurement.IDLE_BARE, measurement.IDLE_LOADED, measurement.IDLE_POST):
-        assert spans[name][1] - spans[name][0] == pytest.approx(5e9, rel=0.01), name
+        assert meter.lasted_s(name) == pytest.approx(5, rel=0.01), name
 
 
 def test_the_loaded_baseline_waits_until_power_has_settled(tmp_path: Path) -> None:
@@ -239,18 +245,15 @@ def test_an_engine_that_leaves_is_not_measured_at_rest_afterwards(tmp_path: Path
 
 
 def test_guards_hold_two_updates_of_the_counter_as_the_warm_up_found_it(tmp_path: Path) -> None:
-    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), counter=Counter(period_s=0.25))
-    meter = Meter(tmp_path, gpu)
+    meter = Meter(tmp_path, gpu_trace(counter=Counter(period_s=0.25)))
     record = meter.run(warmup={"enabled": True, "timeout_seconds": 5.0})
-    spans = meter.marked()
     for name in (measurement.GUARD_BEFORE, measurement.GUARD_AFTER):
-        assert (spans[name][1] - spans[name][0]) / 1e9 == pytest.approx(0.5, rel=0.1)
+        assert meter.lasted_s(name) == pytest.approx(0.5, rel=0.1)
     assert record.energy.counter_update_period_s == pytest.approx(0.25, rel=0.02)
 
 
 def test_a_window_holds_a_hundred_updates_of_the_counter(tmp_path: Path) -> None:
-    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), counter=Counter(period_s=0.1))
-    meter = Meter(tmp_path, gpu)
+    meter = Meter(tmp_path, gpu_trace(counter=Counter(period_s=0.1)))
     record = meter.run(warmup={"enabled": True, "timeout_seconds": 5.0})
     assert record.window.window_s >= 10.0 * 0.95
     assert record.window.window_repeats > 1
@@ -268,24 +271,21 @@ def test_energy_by_phases_comes_from_a_run_of_the_prefill_alone(tmp_path: Path) 
 
 
 def test_a_foreign_process_before_the_load_leaves_energy_null(tmp_path: Path) -> None:
-    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), processes=(GpuProcess(77),))
-    record = Meter(tmp_path, gpu).run()
+    record = Meter(tmp_path, gpu_trace(processes=(GpuProcess(77),))).run()
     assert record.energy.gpu_energy_j is None
     assert "process 77" in record.energy.null_reasons["gpu_energy_j"]
     assert record.environment.other_gpu_processes == (f"process 77 on {UUID}",)
 
 
 def test_a_foreign_process_is_refused_where_energy_is_demanded(tmp_path: Path) -> None:
-    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), processes=(GpuProcess(77),))
-    meter = Meter(tmp_path, gpu)
+    meter = Meter(tmp_path, gpu_trace(processes=(GpuProcess(77),)))
     with pytest.raises(MeterRefused, match="process 77"):
         meter.run(measurement={**QUICK, "energy": "nvml"})
     assert "load" not in meter.engine.calls
 
 
 def test_the_engine_s_own_process_is_none_of_others(tmp_path: Path) -> None:
-    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), processes=(GpuProcess(ENGINE_PID, from_s=9.0),))
-    meter = Meter(tmp_path, gpu)
+    meter = Meter(tmp_path, gpu_trace(processes=(GpuProcess(ENGINE_PID, from_s=9.0),)))
     first = meter.run()
     assert first.validity.valid, first.validity.invalid_reasons
     assert meter.resident.own_pids == frozenset({ENGINE_PID})
@@ -299,8 +299,7 @@ def test_the_engine_s_own_process_is_none_of_others(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_was_loaded_between_two_looks_at_the_gpu_is_none_of_others(tmp_path: Path) -> None:
-    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), processes=(GpuProcess(ENGINE_PID, from_s=4.005),))
-    meter = Meter(tmp_path, gpu)
+    meter = Meter(tmp_path, gpu_trace(processes=(GpuProcess(ENGINE_PID, from_s=4.005),)))
     meter.clock.advance_ms(310)  # the load ends at 4.01 s, just after the look at 4 s
     record = meter.run(baseline={"enabled": False})
     assert meter.resident.own_pids == frozenset({ENGINE_PID})
@@ -309,7 +308,7 @@ def test_an_engine_that_was_loaded_between_two_looks_at_the_gpu_is_none_of_other
 
 def test_a_process_that_ends_as_the_experiment_begins_is_no_foreign_one(tmp_path: Path) -> None:
     engine_before = GpuProcess(76, to_s=0.4)
-    meter = Meter(tmp_path, GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), processes=(engine_before,)))
+    meter = Meter(tmp_path, gpu_trace(processes=(engine_before,)))
     meter.clock.advance_ms(300)
     record = meter.run(measurement={**QUICK, "energy": "nvml"}, baseline={"enabled": False})
     assert record.energy.gpu_energy_j == pytest.approx(meter.true_j(), rel=0.002)
@@ -331,15 +330,13 @@ def test_a_process_that_comes_while_prompts_are_fetched_is_a_foreign_one(meter: 
 
 
 def test_power_at_rest_holds_nothing_of_the_work_that_follows_it(tmp_path: Path) -> None:
-    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), counter=Counter(period_s=0.5))
-    meter = Meter(tmp_path, gpu)
+    meter = Meter(tmp_path, gpu_trace(counter=Counter(period_s=0.5)))
     idle = meter.run(warmup={"enabled": True, "timeout_seconds": 5.0}, baseline={"duration_sec": 2.0}).idle
     assert idle.idle_loaded_power_w == pytest.approx(IDLE_W, rel=0.001)
 
 
 def test_an_engine_that_nobody_could_look_at_is_no_foreign_one_in_the_next_experiment(tmp_path: Path) -> None:
-    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), processes=(GpuProcess(ENGINE_PID, from_s=2.0),))
-    meter = Meter(tmp_path, gpu)
+    meter = Meter(tmp_path, gpu_trace(processes=(GpuProcess(ENGINE_PID, from_s=2.0),)))
     begin = meter.engine.load
 
     def load_without_sampler(config: ExperimentConfig, secrets: Mapping[str, str]) -> TimedBackend:
@@ -393,21 +390,17 @@ def test_without_a_time_series_there_is_the_counter_alone(meter: Meter) -> None:
 
 
 def test_guards_of_integrated_power_outlast_the_lag_of_its_sensor(tmp_path: Path) -> None:
-    gpu = GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), counter=None)
-    meter = Meter(tmp_path, gpu)
+    meter = Meter(tmp_path, gpu_trace(counter=None))
     record = meter.run()
     assert record.energy.energy_source == "power_instant_integral"
-    spans = meter.marked()
-    assert (spans[measurement.GUARD_BEFORE][1] - spans[measurement.GUARD_BEFORE][0]) / 1e9 == pytest.approx(
-        0.4, rel=0.05
-    )
+    assert meter.lasted_s(measurement.GUARD_BEFORE) == pytest.approx(0.4, rel=0.05)
     # A sensor that is brought up to date every 100 ms sees each edge of the window to that; so it lasts 10 s at least.
     assert record.window.window_s >= 10
     assert record.energy.gpu_energy_j == pytest.approx(meter.true_j(), rel=0.01)
 
 
 def test_a_window_holds_a_hundred_samples_of_integrated_power(tmp_path: Path) -> None:
-    meter = Meter(tmp_path, GpuTrace(uuid=UUID, load=Load("", IDLE_W, BUSY_W), counter=None))
+    meter = Meter(tmp_path, gpu_trace(counter=None))
     record = meter.run(timeseries={"sample_interval_ms": 200}, baseline={"enabled": False})
     assert record.window.window_s >= 20
 
