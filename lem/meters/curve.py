@@ -253,7 +253,7 @@ def counter_curve(changes: Iterable[CounterChange], gpu: int, what: str) -> Curv
     """The energy counter of one GPU of the log.
 
     `nvmlDeviceGetTotalEnergyConsumption` counts millijoules since the driver was loaded (NVML reference), so a value
-    that falls means that it was loaded anew. A change lies between two polls; where polling had stalled, it still
+    that falls means that the driver was reloaded. A change lies between two polls; where polling had stalled, it still
     came at most one update period before it was seen. Updates are regular (an H200 kept 100.000 ms to within 1 ms over
     a minute), so the changes around one narrow down when it came.
     """

@@ -72,11 +72,7 @@ def measured(figure: Callable[[], _Value]) -> Measured[_Value]:
 
 
 def need(found: Measured[_Value]) -> _Value:
-    """The value.
-
-    Raises:
-        NotMeasured: it is absent, for its reason.
-    """
+    """The value; if it is absent, its reason is raised as `NotMeasured`."""
     if found.value is None:
         raise NotMeasured(str(found.null_reason))
     return found.value
