@@ -184,7 +184,7 @@ class _Sampler:
 
     @property
     def next_ns(self) -> int:
-        """When something is due next."""
+        """The time of the next reading."""
         schedules = [self._seconds]
         schedules += [self._samples] if self._gpus and self._samples is not None else []
         schedules += [self._polls] if self._has_counter else []
@@ -200,7 +200,7 @@ class _Sampler:
         return self._complaints.of("orders", now_ns, f"not understood: {order.strip()}")
 
     def due(self) -> list[Row]:
-        """The rows due by now."""
+        """The rows of all readings whose time has come."""
         now_ns = self._clock.monotonic_ns()
         rows: list[Row] = []
         if self._polls.is_due(now_ns):
