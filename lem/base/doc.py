@@ -12,7 +12,7 @@ import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, TextIO, TypedDict
 
 from lem.base import log
 from lem.base.log import WIDTH
@@ -262,6 +262,18 @@ def terminal_width(out: TextIO) -> int:
     import shutil  # half of what `lem --help` would import
 
     return max(WIDTH, shutil.get_terminal_size().columns) if out.isatty() else WIDTH
+
+
+class Screen(TypedDict):
+    """The arguments of what renders for a stream: `render_x(x, **screen_of(out))`."""
+
+    is_colour: bool
+    width: int
+
+
+def screen_of(out: TextIO) -> Screen:
+    """Colour where the stream wants it, and the width of its terminal."""
+    return Screen(is_colour=log.is_colour_wanted(out), width=terminal_width(out))
 
 
 def _open_nothing(name: str) -> None:

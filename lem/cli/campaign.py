@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from lem.base import log
 from lem.base.doc import write_json
 from lem.base.errors import ExitCode, UserError
+from lem.base.units import parse_duration
 from lem.cli.config import add_flags, given_flags
+from lem.cli.selection import add_json, add_repeated, checked
 
 if TYPE_CHECKING:
     from lem.cli.fleet import FleetPart
     from lem.config.campaign_config import CampaignConfig
     from lem.config.load import Loaded
-    from lem.orchestration.executor import ExecutorChoice
     from lem.orchestration.plan import ExpectedDurations, Plan
     from lem.results.run import StoppingRule, Target
 
@@ -42,7 +44,6 @@ _COMPOSE = {
 
 
 def add_campaign_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `lem campaign` takes."""
     parser.description = "Run a campaign file, or several experiment files with --campaign-name."
     parser.allow_abbrev = False  # the resume command is made of the words as they were written
     parser.add_argument("files", nargs="+", metavar="FILE", help="a campaign file; or experiment files")
@@ -51,7 +52,7 @@ def add_campaign_arguments(parser: argparse.ArgumentParser) -> None:
     _add_place(parser.add_argument_group("where to run and to write"))
     _add_course(parser.add_argument_group("how to begin and to end"))
     _add_fleet(parser.add_argument_group("on several hosts"))
-    parser.add_argument("--json", action="store_true", help="one JSON object a line on stdout for each event")
+    add_json(parser, "one JSON object a line on stdout for each event")
     parser.set_defaults(run=run)
 
 
@@ -60,13 +61,7 @@ def _add_overrides(group: argparse._ArgumentGroup) -> None:
 
     add_flags(group, CampaignConfig, _WHAT)
     group.add_argument("--preset", metavar="NAME", help="values that experiments start from (lem presets)")
-    group.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="any option, as execution.cycles=5; may be repeated",
-    )
+    add_repeated(group, "--set", "KEY=VALUE", "any option, as execution.cycles=5")
 
 
 def _add_place(group: argparse._ArgumentGroup) -> None:
@@ -99,7 +94,7 @@ def _add_course(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max-cycles", type=int, metavar="N", help="with --until: this many cycles at most (20)")
     group.add_argument(
         "--budget",
-        type=_duration,
+        type=partial(checked, parse_duration),
         metavar="8h",
         help="begin nothing after this time; what runs finishes; exit code 124",
     )
@@ -123,64 +118,54 @@ def _add_fleet(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    """The exit code."""
-    from lem.cli.plan_view import expected_document, plan_document
+    from lem.cli.plan_view import expected_document, plan_document, render_findings, render_plan
     from lem.orchestration.executor import choose_executor
+    from lem.orchestration.plan import prolong_plan
+    from lem.orchestration.resume import with_cycles
     from lem.orchestration.session import check_supported, plan_campaign
 
     loaded = _load(args)
     campaign, rule = _with_rule(args, loaded.config)
     plan = plan_campaign(replace(loaded, config=campaign))
-    _announce(plan, args, err)
+    if not getattr(args, "quiet", False):
+        err.write(render_findings(plan, is_colour=log.is_colour_wanted(err)))
+        err.flush()
     if not plan.experiments:
         raise UserError("no valid experiment is left", "lem campaign --dry-run lists each reason; nothing was run")
     if args.write_plan is not None:
         from lem.cli.fleet import store_plan
 
         return store_plan(args, campaign, plan, _prices(plan, campaign).measured_by_config, out)
-    plan, part = _part(args, plan)
+    part: FleetPart | None = None
+    if args.shard is not None or args.plan is not None or args.hosts is not None or args.replicate:
+        from lem.cli.fleet import own_part
+
+        plan, part = own_part(args, plan)
     if args.validate_only:
         if args.json:
             write_json(out, plan_document(plan))
         return int(ExitCode.OK)
     choice = choose_executor(args.executor, campaign, plan, python=args.python)
     check_supported(campaign, choice.name)
-    if args.dry_run and args.json:
-        document = {**plan_document(plan), "expected_s": expected_document(plan, _prices(plan, campaign))}
-        write_json(out, {**document, "executor": choice.name, "place": choice.describe()})
-        return int(ExitCode.OK)
     if args.dry_run:
-        out.write(_describe_plan(plan, campaign, choice, rule, args.budget))
+        prices = _prices(plan, campaign)
+        if args.json:
+            document = {**plan_document(plan), "expected_s": expected_document(plan, prices)}
+            write_json(out, {**document, "executor": choice.name, "place": choice.describe()})
+        else:
+            longest = None if rule is None else prolong_plan(plan, with_cycles(campaign, rule.most_cycles))
+            place = choice.describe()
+            out.write(render_plan(plan, campaign, place, prices, rule=rule, longest=longest, budget_s=args.budget))
         return int(ExitCode.OK)
     from lem.cli.campaign_run import CampaignCommand
 
     return CampaignCommand(args, campaign, plan, choice, out, err, part).execute()
 
 
-def _part(args: argparse.Namespace, plan: Plan) -> tuple[Plan, FleetPart | None]:
-    if args.shard is None and args.plan is None and args.hosts is None and not args.replicate:
-        return plan, None
-    from lem.cli.fleet import own_part
-
-    return own_part(args, plan)
-
-
 def _target(text: str) -> Target:
     from lem.results.run import parse_target
 
-    try:
-        return parse_target(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _duration(text: str) -> float:
-    from lem.base.units import parse_duration
-
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return checked(parse_target, text)
 
 
 def _with_rule(args: argparse.Namespace, campaign: CampaignConfig) -> tuple[CampaignConfig, StoppingRule | None]:
@@ -210,34 +195,6 @@ def _load(args: argparse.Namespace) -> Loaded[CampaignConfig]:
     if len(args.files) > 1:
         raise UserError("several files make a campaign only with a name", "add --campaign-name NAME")
     return load_campaign(args.files[0], sets, args.preset)
-
-
-def _announce(plan: Plan, args: argparse.Namespace, err: TextIO) -> None:
-    if getattr(args, "quiet", False):
-        return
-    from lem.cli.plan_view import render_findings
-
-    err.write(render_findings(plan, is_colour=log.is_colour_wanted(err)))
-    err.flush()
-
-
-def _describe_plan(
-    plan: Plan, campaign: CampaignConfig, choice: ExecutorChoice, rule: StoppingRule | None, budget_s: float | None
-) -> str:
-    from lem.cli.plan_view import render_plan
-    from lem.orchestration.plan import prolong_plan
-    from lem.orchestration.resume import with_cycles
-
-    longest = None if rule is None else prolong_plan(plan, with_cycles(campaign, rule.most_cycles))
-    return render_plan(
-        plan,
-        campaign,
-        choice.describe(),
-        _prices(plan, campaign),
-        rule=rule,
-        longest=longest,
-        budget_s=budget_s,
-    )
 
 
 def _prices(plan: Plan, campaign: CampaignConfig) -> ExpectedDurations:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lem.base.doc import terminal_width, write_json
+from lem.base.doc import screen_of, write_json
 from lem.base.errors import ExitCode
-from lem.base.log import WIDEST, WIDTH, is_colour_wanted
+from lem.base.log import WIDEST, WIDTH
 from lem.base.units import plural, some_of
-from lem.cli.selection import resolve_run
+from lem.cli.selection import add_json, add_results_dir, resolve_run
 
 if TYPE_CHECKING:
     from lem.results.check import Check
@@ -23,7 +21,6 @@ _LEAD = 6
 
 
 def add_check_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `lem check` takes."""
     parser.description = (
         "What weakens the numbers of a campaign, each with what to do. WEAK: numbers or verdicts are "
         "not to be relied on for it; note: something to know about them."
@@ -32,10 +29,8 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
         "exit code: 0 with nothing weak, 4 (inconclusive) with something weak, 2 when there is no such campaign"
     )
     parser.add_argument("campaign", metavar="CAMPAIGN", help="a campaign (its last run), or a run")
-    parser.add_argument(
-        "--results-dir", "-o", type=Path, default=Path("results"), metavar="DIR", help="default: results"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    add_results_dir(parser, "-o")
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
@@ -47,12 +42,11 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
     if args.json:
         write_json(out, check_document(check))
     else:
-        out.write(render_check(check, is_colour=is_colour_wanted(out), width=terminal_width(out)))
+        out.write(render_check(check, **screen_of(out)))
     return int(ExitCode.INCONCLUSIVE if check.is_weak else ExitCode.OK)
 
 
 def check_document(check: Check) -> dict[str, Any]:
-    """What was found, as JSON values."""
     return {
         "schema_version": SCHEMA_VERSION,
         "campaign": check.run.campaign_name,
@@ -74,7 +68,7 @@ def check_document(check: Check) -> dict[str, Any]:
 
 def render_check(check: Check, *, is_colour: bool = False, width: int = WIDTH) -> str:
     """What was found as text that ends in a newline: weak findings first, and one sentence at the end."""
-    from lem.base.doc import NAME_WIDTH, Doc, NameShortener
+    from lem.base.doc import NAME_WIDTH, NAMES_SHOWN, Doc, NameShortener
 
     doc = Doc(min(width, WIDEST), is_colour=is_colour)
     configurations = check.run.with_results
@@ -87,23 +81,15 @@ def render_check(check: Check, *, is_colour: bool = False, width: int = WIDTH) -
     for item in check.findings:
         doc.block()
         label, style = ("WEAK", "red") if item.is_weak else ("note", "yellow")
-        is_told = set(item.configurations) <= set(item.reason.data.values())
-        whom = "" if is_told else _whom([shortener(name) for name in item.configurations], len(configurations))
+        names = item.configurations
+        is_named = not names or len(names) == len(configurations) or set(names) <= set(item.reason.data.values())
+        whom = "" if is_named else f" ({some_of([shortener(name) for name in names], NAMES_SHOWN)})"
         doc.labelled(f"{label:<{_LEAD}}", f"{item.kind.replace('_', ' ')}: {item.text}{whom}", style)
         if item.remedy:
             doc.text(item.remedy, lead=f"{'':<{_LEAD}}do: ")
     doc.block()
     doc.text(_conclusion(check))
     return doc.render()
-
-
-def _whom(names: Sequence[str], n_all: int) -> str:
-    """Which configurations it concerns; nothing where it is all of them or none in particular."""
-    from lem.base.doc import NAMES_SHOWN
-
-    if not names or len(names) == n_all:
-        return ""
-    return f" ({some_of(names, NAMES_SHOWN)})"
 
 
 def _conclusion(check: Check) -> str:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from lem.base.doc import terminal_width, write_json
+from lem.base.doc import screen_of, write_json
 from lem.base.errors import UserError
-from lem.base.log import is_colour_wanted
 from lem.base.units import parse_percentage
 from lem.cli.selection import (
     SelectedRun,
+    add_json,
+    add_results_dir,
     ambiguous,
     find_run,
     list_runs,
@@ -39,7 +40,6 @@ _DEFAULT_TOLERANCE = "5%"
 
 
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `lem compare` takes."""
     parser.description = __doc__
     parser.epilog = _EPILOG
     parser.add_argument("things", nargs="+", metavar="THING", help=_THING)
@@ -58,11 +58,9 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         "--gate", action="append", default=[], metavar="METRIC=PERCENT%", help="judge a change by more than that"
     )
     parser.add_argument("--strict", action="store_true", help="exit 4 when a gate is inconclusive")
-    parser.add_argument(
-        "--results-dir", "-o", type=Path, default=Path("results"), metavar="DIR", help="default: results"
-    )
+    add_results_dir(parser, "-o")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    add_json(form)
     form.add_argument("--markdown", action="store_true", help="for a comment on a pull request")
     parser.set_defaults(run=run)
 
@@ -91,7 +89,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     elif args.markdown:
         out.write(render_markdown(comparison))
     else:
-        out.write(render_text(comparison, is_colour=is_colour_wanted(out), width=terminal_width(out)))
+        out.write(render_text(comparison, **screen_of(out)))
     return int(code)
 
 
@@ -113,7 +111,8 @@ def _compare(
     found = [_read(item) for item in runs]
     problems += [problem for run in found for problem in run.problems]
     if len(runs) == 1:
-        _refuse_anchor(args)
+        if args.anchor or args.anchor_tolerance != _DEFAULT_TOLERANCE:
+            raise UserError("--anchor is for two runs", "within one run, cycles are the pairs: leave it out")
         baseline, others = _sides(found[0], [item.configuration for item in things], args.baseline)
         return compare_configurations(found[0], baseline, others, metrics=metrics, gates=gates)
     if args.baseline:
@@ -180,7 +179,11 @@ def _thing(runs: Sequence[SelectedRun], word: str) -> _Thing | None:
 def _run_with(runs: Sequence[SelectedRun], names: Sequence[str], results_dir: Path) -> SelectedRun:
     """The campaign whose last run has all these configurations."""
     last = {item.campaign: item for item in runs}
-    found = [item for item in last.values() if set(names) <= _names_in(item)]
+    found = [
+        item
+        for item in last.values()
+        if set(names) <= {result.record.identity.config_name for result in item.scan().results}
+    ]
     if len(found) == 1:
         return found[0]
     said = ", ".join(map(repr, names))
@@ -191,10 +194,6 @@ def _run_with(runs: Sequence[SelectedRun], names: Sequence[str], results_dir: Pa
         )
     campaigns = ", ".join(item.campaign for item in found[:5])
     raise UserError(f"{said} are configurations of {campaigns}", "put the campaign first: lem compare CAMPAIGN A B")
-
-
-def _names_in(where: SelectedRun) -> set[str]:
-    return {item.record.identity.config_name for item in where.scan().results}
 
 
 def _read(where: SelectedRun) -> Run:
@@ -243,11 +242,6 @@ def _subject(found: Run, wanted: str) -> Configuration:
     raise UserError(
         f"run {found.run_id} has no configuration {wanted!r}{did_you_mean(wanted, names)}", f"it has {', '.join(names)}"
     )
-
-
-def _refuse_anchor(args: argparse.Namespace) -> None:
-    if args.anchor or args.anchor_tolerance != _DEFAULT_TOLERANCE:
-        raise UserError("--anchor is for two runs", "within one run, cycles are the pairs: leave it out")
 
 
 def _tolerance(text: str) -> float:

@@ -70,7 +70,6 @@ class Command:
 
 
 def add_completion_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `lem completion`."""
     parser.description = "Print a script that lets a shell complete lem's commands, options, and values."
     parser.epilog = _HOW
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -78,7 +77,7 @@ def add_completion_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001 - as every command is called
+def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001
     """Print the script."""
     from lem.cli.main import make_parser
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from lem.base import log
 from lem.base.doc import write_json
 from lem.base.errors import ConfigurationError, ExitCode
+from lem.cli.selection import add_json, add_repeated
 
 if TYPE_CHECKING:
     from lem.config.load import Loaded
@@ -19,7 +20,6 @@ KINDS = ("campaign", "experiment")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `lem config`."""
     parser.description = __doc__
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     validate = actions.add_parser("validate", help="check files and list every problem")
@@ -30,13 +30,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     show.set_defaults(run=run, action=_show)
     for action in (validate, show):
         action.add_argument("--preset", metavar="NAME", help="preset that experiments start from (see lem presets)")
-        action.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="KEY=VALUE",
-            help="set any option, such as execution.cycles=5; may be repeated",
-        )
+        add_repeated(action, "--set", "KEY=VALUE", "set any option, such as execution.cycles=5")
     new = actions.add_parser("new", help="write a commented template to stdout")
     new.add_argument("--backend", default="pytorch", metavar="NAME", help="backend of the template")
     new.set_defaults(run=run, action=_new)
@@ -50,7 +44,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     fields.add_argument("--markdown", action="store_true", help="print the page docs/configuration.md")
     fields.set_defaults(run=run, action=_fields)
     for action in (validate, show, fields):
-        action.add_argument("--json", action="store_true", help="print one JSON document")
+        add_json(action, "print one JSON document")
 
 
 # Options of a configuration that have a flag of their own: the names of the flag, then its help.

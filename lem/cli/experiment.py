@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from lem.base import log
-from lem.base.doc import terminal_width, write_json
+from lem.base.doc import screen_of, write_json
 from lem.base.errors import ExitCode, UserError
 from lem.cli.config import add_flags, given_flags
+from lem.cli.selection import add_json, add_repeated
 
 if TYPE_CHECKING:
     from lem.config.campaign_config import CampaignConfig
@@ -30,7 +31,6 @@ _RESULTS = {"io.results_dir": ("--results-dir", "-o", "folder of the results")}
 
 
 def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `lem experiment` takes."""
     from lem.config.experiment import ExperimentConfig
 
     parser.add_argument("file", metavar="FILE", help="an experiment file")
@@ -38,13 +38,7 @@ def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, ExperimentConfig, _MODEL)
     parser.add_argument("--sample-size", "-n", type=int, metavar="N", help="prompts")
     add_flags(parser, ExperimentConfig, _COURSE)
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="any option, as pytorch.batch_size=8; may be repeated",
-    )
+    add_repeated(parser, "--set", "KEY=VALUE", "any option, as pytorch.batch_size=8")
     add_flags(parser, ExperimentConfig, _RESULTS)
     parser.add_argument("--python", metavar="PROGRAM", help="Python that has the engine")
     parser.add_argument("--dry-run", action="store_true", help="show what would run and end; nothing is written")
@@ -54,17 +48,18 @@ def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="accepted for scripts that pass it, as dispatch into containers does; an experiment never asks",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON document with the records on stdout")
+    add_json(parser, "one JSON document with the records on stdout")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    """The exit code."""
     import tempfile
 
     from lem.cli.plan_view import render_findings
+    from lem.config.load import load_experiment
 
-    loaded = _load(args)
+    sets = [*given_flags(args, {**_MODEL, **_COURSE, **_RESULTS}), *args.set]
+    loaded = load_experiment(args.file, sets, args.preset)
     with tempfile.TemporaryDirectory(prefix="lem-experiment-") as state_dir:
         campaign = _as_campaign(loaded, Path(args.file), state_dir)
         plan = _plan(campaign, loaded, Path(args.file), args)
@@ -80,13 +75,6 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     if outcome.signum is not None:
         return 128 + outcome.signum
     return int(ExitCode.EXPERIMENT_FAILED if outcome.error or outcome.manifest.failed_count else ExitCode.OK)
-
-
-def _load(args: argparse.Namespace) -> Loaded[ExperimentConfig]:
-    from lem.config.load import load_experiment
-
-    sets = [*given_flags(args, {**_MODEL, **_COURSE, **_RESULTS}), *args.set]
-    return load_experiment(args.file, sets, args.preset)
 
 
 def _as_campaign(loaded: Loaded[ExperimentConfig], file: Path, state_dir: str) -> CampaignConfig:
@@ -155,19 +143,14 @@ def _show(args: argparse.Namespace, campaign: CampaignConfig, outcome: CampaignO
         errors = [entry.error for entry in outcome.manifest.experiments if entry.error]
         if outcome.error is not None and outcome.error.message not in errors:
             errors.append(outcome.error.message)
-        document = {
-            "run_id": run_id,
-            "results": [{"path": str(item.path), "record": encode_record(item.record)} for item in results],
-            "errors": errors,
-        }
-        write_json(out, document)
+        documents = [{"path": str(item.path), "record": encode_record(item.record)} for item in results]
+        write_json(out, {"run_id": run_id, "results": documents, "errors": errors})
         return
-    width, is_colour = terminal_width(out), log.is_colour_wanted(out)
     if len(records) == 1:
-        out.write(render_record(records[0], is_colour=is_colour, width=width))
+        out.write(render_record(records[0], **screen_of(out)))
     elif records:
         found = make_run(records, campaign_name=campaign.campaign_name, run_id=run_id)
-        out.write(render_run(found, is_colour=is_colour, width=width))
+        out.write(render_run(found, **screen_of(out)))
     if results:
         out.write("\n" + "".join(f"{item.path}\n" for item in results))
 

@@ -7,14 +7,15 @@ import dataclasses
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from lem.base.clock import utc_now
-from lem.base.doc import terminal_width, write_json
+from lem.base.doc import Column, columns, printable, terminal_width, write_json
 from lem.base.errors import ExitCode, UserError
 from lem.base.units import format_duration, parse_percentage, plural, some_of
-from lem.cli.selection import problem_documents, tell_problems
+from lem.cli.selection import add_json, add_repeated, checked, problem_documents, tell_problems
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.fleet import (
     check_same,
@@ -27,11 +28,20 @@ from lem.orchestration.fleet import (
 )
 from lem.orchestration.names import make_run_id
 from lem.orchestration.plan import Plan
-from lem.results.merge import FleetPlan, read_plan, write_plan
+from lem.results.merge import (
+    SHARD,
+    AnchorCheck,
+    FleetPlan,
+    Gathered,
+    Matrix,
+    check_anchor,
+    completeness,
+    gather,
+    read_plan,
+    write_merged,
+    write_plan,
+)
 from lem.results.store import Repository
-
-if TYPE_CHECKING:
-    from lem.results.merge import AnchorCheck, FleetPlan, Gathered, Matrix
 
 
 @dataclass(frozen=True)
@@ -55,36 +65,24 @@ def store_plan(
     hosts = [name.strip() for name in (args.hosts or "").split(",") if name.strip()]
     if not hosts:
         raise UserError("--write-plan divides the campaign over hosts, and none is named", "add --hosts A,B,…")
-    fleet_plan = (
-        _new_plan(args, campaign, plan, hosts, measured_by_config)
-        if args.plan is None
-        else _plan_of_what_lacks(args, campaign, plan, hosts, measured_by_config)
-    )
+    if args.plan is None:
+        run_id = make_run_id(utc_now(), random.SystemRandom())
+        fleet_plan = make_fleet_plan(
+            plan, hosts, campaign, run_id, is_replicated=args.replicate, measured_by_config=measured_by_config
+        )
+    else:
+        stored = read_plan(args.plan)
+        check_same(plan, stored)
+        scan = Repository(Path(campaign.io.results_dir), campaign.slug).scan(stored.run_id)
+        identities = [item.record.identity for item in scan.results]
+        present = {(identity.host, identity.experiment_id) for identity in identities}
+        fleet_plan = replan(stored, hosts, present, costs_of(plan.configurations, measured_by_config))
     write_plan(args.write_plan, fleet_plan)
     if args.json:
         write_json(out, dataclasses.asdict(fleet_plan))
     else:
         out.write("\n".join(_described(fleet_plan)) + "\n")
     return int(ExitCode.OK)
-
-
-def _new_plan(
-    args: argparse.Namespace, campaign: CampaignConfig, plan: Plan, hosts: list[str], measured: Mapping[str, float]
-) -> FleetPlan:
-    run_id = make_run_id(utc_now(), random.SystemRandom())
-    return make_fleet_plan(plan, hosts, campaign, run_id, is_replicated=args.replicate, measured_by_config=measured)
-
-
-def _plan_of_what_lacks(
-    args: argparse.Namespace, campaign: CampaignConfig, plan: Plan, hosts: list[str], measured: Mapping[str, float]
-) -> FleetPlan:
-    """The plan of `--plan` with what lacks, by the merged results, divided over these hosts."""
-    stored = read_plan(args.plan)
-    check_same(plan, stored)
-    scan = Repository(Path(campaign.io.results_dir), campaign.slug).scan(stored.run_id)
-    identities = [item.record.identity for item in scan.results]
-    present = {(identity.host, identity.experiment_id) for identity in identities}
-    return replan(stored, hosts, present, costs_of(plan.configurations, measured))
 
 
 def _described(plan: FleetPlan) -> list[str]:
@@ -119,7 +117,6 @@ _SHOWN = 10
 
 
 def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `lem merge` takes."""
     parser.description = (
         "Copy the results of several hosts into one folder: identical ones once, conflicts refused. A host "
         "is a block, so nothing is pooled over hosts. Exit code 1 when planned results are lacking."
@@ -132,26 +129,17 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", type=Path, metavar="PLAN", help="the stored plan: its run alone, and what is lacking")
     parser.add_argument(
         "--anchor-tolerance",
-        type=_percentage,
+        type=partial(checked, parse_percentage),
         default=0.05,
         metavar="PERCENT%",
         help="how far apart hosts may be in the anchor of the plan (default: 5%%)",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    add_json(parser)
     parser.set_defaults(run=run)
-
-
-def _percentage(text: str) -> float:
-    try:
-        return parse_percentage(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """The exit code: 1 when planned results are lacking."""
-    from lem.results.merge import SHARD, check_anchor, completeness, gather, read_plan, write_merged
-
     plan = None if args.plan is None else read_plan(args.plan)
     # What was merged before is one more source: it is kept, and must not contradict what comes now.
     known = [args.output] if args.output.is_dir() else []
@@ -197,8 +185,6 @@ def _document(gathered: Gathered, matrix: Matrix, anchor: AnchorCheck, new: int)
 
 
 def _table(matrix: Matrix, width: int) -> list[str]:
-    from lem.base.doc import Column, columns, printable
-
     hosts = [
         Column(printable(host), tuple(cells[index].text for cells in matrix.rows.values()))
         for index, host in enumerate(matrix.hosts)
@@ -211,7 +197,12 @@ def _lines(
 ) -> list[str]:
     lines = []
     if plan is not None and plan.anchor is not None:
-        lines.append(_anchor_line(anchor))
+        values = ", ".join(f"{host} {value:.4g} {anchor.unit}" for host, value in anchor.by_host.items())
+        lines.append(
+            "anchor: fewer than two hosts have a valid result of it, so nobody knows whether the hosts are alike"
+            if anchor.spread is None
+            else f"anchor: hosts are within {100 * anchor.spread:.1f} % in {anchor.metric} ({values})"
+        )
     if gathered.foreign_runs:
         lines.append(f"left out, since they are of other runs than the plan: {', '.join(gathered.foreign_runs)}")
     if matrix.missing:
@@ -221,31 +212,15 @@ def _lines(
     return [*lines, f"{results} of {hosts} in {output}, {new} of them new"]
 
 
-def _anchor_line(anchor: AnchorCheck) -> str:
-    if anchor.spread is None:
-        return "anchor: fewer than two hosts have a valid result of it, so nobody knows whether the hosts are alike"
-    values = ", ".join(f"{host} {value:.4g} {anchor.unit}" for host, value in anchor.by_host.items())
-    return f"anchor: hosts are within {100 * anchor.spread:.1f} % in {anchor.metric} ({values})"
-
-
 def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `lem bundle` takes."""
     parser.description = "`lem bundle`: what a host without network needs, in one folder."
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     making = actions.add_parser("make", help="make a bundle: DIR/lem-airgap-VERSION")
     making.add_argument("folder", type=Path, metavar="DIR", help="where to make it")
-    making.add_argument(
-        "--image", action="append", default=[], metavar="NAME", help="image of the Docker engine here; may be repeated"
-    )
-    making.add_argument(
-        "--model", action="append", default=[], type=Path, metavar="DIR", help="folder of a model; may be repeated"
-    )
-    making.add_argument(
-        "--deb", action="append", default=[], type=Path, metavar="FILE", help="Debian package; may be repeated"
-    )
-    making.add_argument(
-        "--wheel", action="append", default=[], type=Path, metavar="FILE", help="Python package; may be repeated"
-    )
+    add_repeated(making, "--image", "NAME", "image of the Docker engine here")
+    add_repeated(making, "--model", "DIR", "folder of a model", Path)
+    add_repeated(making, "--deb", "FILE", "Debian package", Path)
+    add_repeated(making, "--wheel", "FILE", "Python package", Path)
     making.add_argument("--sign-key", type=Path, metavar="KEY", help="private SSH key to sign with")
     making.set_defaults(run=_make)
     verifying = actions.add_parser("verify", help="check every byte of a bundle, and who signed it")
@@ -254,10 +229,10 @@ def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
     verifying.add_argument("--identity", metavar="NAME", help="who must have signed it")
     verifying.set_defaults(run=_verify)
     for action in (making, verifying):
-        action.add_argument("--json", action="store_true", help="one JSON document on stdout")
+        add_json(action)
 
 
-def _make(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001 - as every command is called
+def _make(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001
     from lem.orchestration.bundle import Contents, make_bundle
 
     contents = Contents(tuple(args.image), tuple(args.model), tuple(args.deb), tuple(args.wheel))

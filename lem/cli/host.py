@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -17,6 +16,7 @@ from lem.base.doc import terminal_width, write_json
 from lem.base.errors import EngineError, ExitCode
 from lem.base.log import WIDTH
 from lem.base.units import GIB
+from lem.cli.selection import add_json, add_repeated, add_results_dir
 from lem.orchestration.doctor import FAILED, OK, SKIPPED, WARNING
 
 if TYPE_CHECKING:
@@ -32,24 +32,19 @@ _STYLES = {OK: "bold", WARNING: "yellow", FAILED: "red", SKIPPED: "dim"}
 
 
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `lem doctor` takes."""
     parser.description = (
         "Check that campaigns can run in containers here. Exit code 0 when they can, else 2; the last line"
         " says whether --executor local is left."
     )
-    parser.add_argument(
-        "--backend", action="append", default=[], metavar="NAME", help="a backend that has to be there; may be repeated"
-    )
+    add_repeated(parser, "--backend", "NAME", "a backend that has to be there")
     parser.add_argument("--compose-file", metavar="FILE", help="compose file; several with colons between them")
     parser.add_argument("--env-file", type=Path, metavar="FILE", help="environment file for compose")
-    parser.add_argument(
-        "--results-dir", "-o", type=Path, default=Path("results"), metavar="DIR", help="default: results"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    add_results_dir(parser, "-o")
+    add_json(parser)
     parser.set_defaults(run=run_doctor)
 
 
-def run_doctor(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001 - as every command is called
+def run_doctor(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001
     """The exit code: 2 when a campaign in containers cannot run here."""
     from lem.orchestration.doctor import CHECKS, Host, examine
 
@@ -62,16 +57,13 @@ def run_doctor(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # no
     )
     verdict = examine(host, CHECKS)
     if args.json:
-        write_json(out, _document(verdict))
+        checks = [{"name": name, **asdict(item)} for name, item in verdict.findings.items()]
+        executors = list(verdict.executors)
+        write_json(out, {"schema_version": 1, "ok": verdict.is_ok, "executors": executors, "checks": checks})
     else:
         width = min(terminal_width(out), _WIDEST_DOCTOR)
         out.write(_as_text(verdict, is_colour=log.is_colour_wanted(out), width=width))
     return int(ExitCode.OK if verdict.is_ok else ExitCode.USAGE)
-
-
-def _document(verdict: Verdict) -> dict[str, Any]:
-    checks = [{"name": name, **dataclasses.asdict(item)} for name, item in verdict.findings.items()]
-    return {"schema_version": 1, "ok": verdict.is_ok, "executors": list(verdict.executors), "checks": checks}
 
 
 def _as_text(verdict: Verdict, *, is_colour: bool, width: int) -> str:
@@ -106,17 +98,15 @@ _WIDEST_GPUS = 110
 
 
 def add_gpus_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `lem gpus` takes."""
     parser.description = "List the GPUs that NVML sees, and which meters of GPUs and CPUs can be read."
     parser.add_argument(
         "--probe", action="store_true", help=f"look for up to {PROBE_S:g} s how often the energy counters change"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    add_json(parser)
     parser.set_defaults(run=run_gpus)
 
 
-def run_gpus(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001 - as every command is called
-    """The exit code; 0 also where there is no GPU."""
+def run_gpus(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001
     from lem.base.clock import SystemClock
     from lem.meters.nvml import open_nvml, read_gpus
     from lem.meters.sources import find_capabilities
@@ -126,8 +116,7 @@ def run_gpus(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa
         reading = read_gpus()
         found = find_capabilities(nvml, SystemClock(), probe_s=probe_s, enough=PROBE_CHANGES)
     if args.json:
-        document = {"schema_version": 1, **dataclasses.asdict(reading), "energy": found.to_dict()}
-        out.write(json.dumps(document) + "\n")
+        out.write(json.dumps({"schema_version": 1, **asdict(reading), "energy": found.to_dict()}) + "\n")
         return int(ExitCode.OK)
     energy = {gpu.meter.uuid: gpu.describe() for gpu in found.gpus}
     width = min(terminal_width(out), _WIDEST_GPUS)
@@ -165,15 +154,13 @@ def _describe_cpu(cpu: CpuCapability) -> Iterator[str]:
 
 
 def add_compose_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `lem compose` takes."""
     parser.description = (
         "Print the compose file that campaigns use where there is none: lem compose > docker-compose.yml"
     )
     parser.set_defaults(run=run_compose)
 
 
-def run_compose(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001 - as every command is called
-    """The exit code."""
+def run_compose(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001
     from lem.orchestration.compose import packaged_compose_file
 
     out.write(packaged_compose_file())
@@ -187,55 +174,35 @@ EPILOG = (
 )
 
 
-@dataclass(frozen=True)
-class _Line:
-    """A data set with a short name. `place` is folder, cache, hub (not on this machine) or unusable."""
-
-    alias: str
-    name: str
-    subset: str | None
-    split: str
-    column: str
-    place: str
-    detail: str
-
-
 def add_datasets_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `lem datasets` takes."""
     parser.description = "`lem datasets`: the data sets that have a short name, and which of them are on this machine."
     parser.epilog = EPILOG
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    add_json(parser)
     parser.set_defaults(run=run_datasets)
 
 
 def run_datasets(args: argparse.Namespace, out: TextIO, err: TextIO, environ: Mapping[str, str] = os.environ) -> int:
     """The exit code; 0 also where nothing is found."""
-    lines = _find_all(environ)
-    if args.json:
-        write_json(out, [asdict(line) for line in lines])
-    else:
-        out.write(_table(lines))
-    if any(line.place == "hub" for line in lines) and not args.json:
-        err.write("hub: not on this machine; downloaded when first used\n")
-    return int(ExitCode.OK)
-
-
-def _find_all(environ: Mapping[str, str]) -> list[_Line]:
     # Not at the top: the other commands do not pay for this import.
     from lem.config.experiment import DATASET_ALIASES
     from lem.worker.datasets import choice_of_name
 
-    return [_find(choice_of_name(alias), environ) for alias in DATASET_ALIASES]
-
-
-def _find(choice: DatasetChoice, environ: Mapping[str, str]) -> _Line:
-    place, detail = _place_of(choice, environ)
-    return _Line(
-        choice.name, choice.hub_name, choice.subset, choice.split, choice.column or "", place=place, detail=detail
-    )
+    lines: list[dict[str, Any]] = []
+    for choice in map(choice_of_name, DATASET_ALIASES):
+        facts = {"alias": choice.name, "name": choice.hub_name, "subset": choice.subset, "split": choice.split}
+        place, detail = _place_of(choice, environ)
+        lines.append({**facts, "column": choice.column or "", "place": place, "detail": detail})
+    if args.json:
+        write_json(out, lines)
+    else:
+        out.write(_table(lines))
+    if any(line["place"] == "hub" for line in lines) and not args.json:
+        err.write("hub: not on this machine; downloaded when first used\n")
+    return int(ExitCode.OK)
 
 
 def _place_of(choice: DatasetChoice, environ: Mapping[str, str]) -> tuple[str, str]:
+    """Folder, cache, hub (not on this machine) or unusable, and the path or the reason."""
     from lem.worker.datasets import find_files, is_in_hub_cache
 
     try:
@@ -247,35 +214,26 @@ def _place_of(choice: DatasetChoice, environ: Mapping[str, str]) -> tuple[str, s
     return ("cache", "") if is_in_hub_cache(choice, environ) else ("hub", "")
 
 
-def _table(lines: list[_Line]) -> str:
+def _table(lines: list[dict[str, Any]]) -> str:
     rows = [("alias", "data set", "split", "prompts in", "found")]
-    rows += [
-        (
-            line.alias,
-            f"{line.name} ({line.subset})" if line.subset else line.name,
-            line.split,
-            line.column,
-            f"{line.place}: {line.detail}" if line.detail else line.place,
-        )
-        for line in lines
-    ]
+    for line in lines:
+        name = f"{line['name']} ({line['subset']})" if line["subset"] else line["name"]
+        found = f"{line['place']}: {line['detail']}" if line["detail"] else line["place"]
+        rows.append((line["alias"], name, line["split"], line["column"], found))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     padded = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
     return "".join(f"{row}\n" for row in padded)
 
 
 def add_presets_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `lem presets` takes."""
     parser.description = "List presets (--preset NAME), or show one."
     parser.add_argument("name", nargs="?", metavar="NAME", help="show this one's values")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    add_json(parser)
     parser.set_defaults(run=run_presets)
 
 
 def run_presets(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001
     """The exit code; 2 for a preset that there is not."""
-    import textwrap
-
     from lem.config.introspection import render_yaml
     from lem.config.presets import PRESETS, find_preset
 
@@ -290,8 +248,7 @@ def run_presets(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # n
         width = max(len(name) for name in PRESETS) + 2
         for preset in PRESETS.values():
             tokens = f"{preset.values['max_input_tokens']}/{preset.values['max_output_tokens']}"
-            text = f"{tokens:<10}{preset.description}"
-            indent = " " * (width + 10)
-            out.write(textwrap.fill(f"{preset.name:<{width}}{text}", WIDTH, subsequent_indent=indent) + "\n")
+            text = f"{preset.name:<{width}}{tokens:<10}{preset.description}"
+            out.write(textwrap.fill(text, WIDTH, subsequent_indent=" " * (width + 10)) + "\n")
         out.write("\nTokens: input/output at most. All decode greedily. lem presets NAME shows one.\n")
     return int(ExitCode.OK)

@@ -7,12 +7,13 @@ import logging
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from lem.base import log, units
-from lem.base.doc import terminal_width
+from lem.base.doc import screen_of
 from lem.base.errors import ExitCode, LemError
 from lem.base.process import copyable
 from lem.config.campaign_config import CampaignConfig
@@ -21,8 +22,7 @@ from lem.orchestration.manifest import FAILED, SKIPPED
 from lem.orchestration.schedule import CampaignOutcome, Stopped
 from lem.orchestration.status import Event, Observer
 from lem.orchestration.systemd import ServiceManager
-from lem.record import Record
-from lem.results.run import Run, make_run, read_stopping_rule, run_document
+from lem.results.run import make_run, read_stopping_rule, run_document
 from lem.results.store import Repository
 from lem.results.table import render_run
 
@@ -225,11 +225,8 @@ class _State:
     def _join(self, event: Event, now: float, name: str) -> str:
         parts = [f"[{event.done}/{event.total}]"]
         if self.experiment:
-            parts += [
-                name,
-                str(self.experiment["backend"]),
-                f"cycle {self.experiment['cycle']}/{self.experiment['cycles']}",
-            ]
+            cycle = f"cycle {self.experiment['cycle']}/{self.experiment['cycles']}"
+            parts += [name, str(self.experiment["backend"]), cycle]
         parts.append(self.activity)
         if self.watts is not None:
             parts.append(units.format_power(self.watts))
@@ -284,11 +281,7 @@ def _ending(event: Event, console: log.Console | None) -> list[str]:
     if event.kind == "experiment_interrupted":
         return [f"{head} {paint('interrupted', 'yellow')} {who}"]
     lines = [f"{head} {paint('failed', 'red')} {who}: {data['error']}"]
-    if data.get("hint"):
-        lines.append(f"    hint: {data['hint']}")
-    if data.get("log"):
-        lines.append(f"    log: {data['log']}")
-    return lines
+    return lines + [f"    {name}: {data[name]}" for name in ("hint", "log") if data.get(name)]
 
 
 def exit_code_of_outcome(outcome: CampaignOutcome) -> int:
@@ -304,11 +297,20 @@ def exit_code_of_outcome(outcome: CampaignOutcome) -> int:
 
 def show_results(campaign: CampaignConfig, outcome: CampaignOutcome, out: TextIO, *, is_json: bool) -> None:
     """Write the table, or the summary as one JSON object on a line; nothing where there is nothing to show."""
-    summary = _summarise(campaign, outcome)
+    run_id, manifest = str(outcome.manifest.run_id), outcome.manifest
+    planned = {entry.exp_id for entry in manifest.experiments if entry.status != SKIPPED}
+    scan = Repository(Path(campaign.io.results_dir), campaign.slug).scan(run_id)
+    summary = make_run(
+        [item.record for item in scan.results if item.record.identity.experiment_id in planned],
+        failed=Counter(entry.config_name for entry in manifest.get_by_status(FAILED)),
+        campaign_name=campaign.campaign_name,
+        run_id=run_id,
+        stopping=read_stopping_rule(Path(campaign.io.results_dir) / campaign.slug / run_id),
+    )
     if is_json:
         text = json.dumps({"event": "summary", **run_document(summary)}, ensure_ascii=False) + "\n"
     elif summary.configurations:
-        text = render_run(summary, is_colour=log.is_colour_wanted(out), width=terminal_width(out))
+        text = render_run(summary, **screen_of(out))
     else:
         return
     try:
@@ -383,27 +385,3 @@ def _message(campaign: CampaignConfig, event: str, **data: Any) -> dict[str, Any
     if event not in campaign.notification.on:
         return None
     return {"event": event, "campaign": campaign.campaign_name, "campaign_id": campaign.campaign_id, **data}
-
-
-def _summarise(campaign: CampaignConfig, outcome: CampaignOutcome) -> Run:
-    return make_run(
-        _records(campaign, outcome),
-        failed=_failed_by_name(outcome),
-        campaign_name=campaign.campaign_name,
-        run_id=str(outcome.manifest.run_id),
-        stopping=read_stopping_rule(Path(campaign.io.results_dir) / campaign.slug / str(outcome.manifest.run_id)),
-    )
-
-
-def _records(campaign: CampaignConfig, outcome: CampaignOutcome) -> list[Record]:
-    """The whole results of the experiments that are in the plan."""
-    planned = {entry.exp_id for entry in outcome.manifest.experiments if entry.status != SKIPPED}
-    scan = Repository(Path(campaign.io.results_dir), campaign.slug).scan(str(outcome.manifest.run_id))
-    return [item.record for item in scan.results if item.record.identity.experiment_id in planned]
-
-
-def _failed_by_name(outcome: CampaignOutcome) -> dict[str, int]:
-    failed: dict[str, int] = {}
-    for entry in outcome.manifest.get_by_status(FAILED):
-        failed[entry.config_name] = failed.get(entry.config_name, 0) + 1
-    return failed

@@ -14,7 +14,7 @@ from lem.base.doc import write_json
 from lem.base.errors import ExitCode, UserError
 from lem.base.measurement import POWER_CAP_BIT, SLOWDOWN_BITS
 from lem.base.units import NS_PER_S
-from lem.cli.selection import problem_documents, resolve_run, tell_problems, write_file
+from lem.cli.selection import add_json, add_results_dir, problem_documents, resolve_run, tell_problems, write_file
 from lem.meters.curve import HOLE_PERIODS, may_have_wrapped_twice
 from lem.meters.rapl import PACKAGE
 from lem.meters.samples import (
@@ -45,7 +45,6 @@ _FILENAME = "report.html"
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `lem report`."""
     parser.description = "`lem report`: one campaign as a self-contained HTML file."
     parser.add_argument("campaign", metavar="CAMPAIGN", help="a campaign (its last run) or a run")
     parser.add_argument(
@@ -54,8 +53,8 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"the file to write, - for stdout (default: {_FILENAME} in the campaign's folder)",
     )
-    parser.add_argument("--results-dir", type=Path, default=Path("results"), metavar="DIR", help="default: results")
-    parser.add_argument("--json", action="store_true", help="print the path and size as a JSON document")
+    add_results_dir(parser)
+    add_json(parser, "print the path and size as a JSON document")
     parser.set_defaults(run=run)
 
 

@@ -8,12 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lem.base.doc import terminal_width, write_json
+from lem.base.doc import screen_of, terminal_width, write_json
 from lem.base.durable import reason_of
 from lem.base.errors import ExitCode
-from lem.base.log import is_colour_wanted
 from lem.base.units import format_quantity
-from lem.cli.selection import SelectedRun, list_runs, problem_documents, resolve_experiment, tell_problems, write_file
+from lem.cli.selection import (
+    SelectedRun,
+    add_json,
+    add_results_dir,
+    list_runs,
+    problem_documents,
+    resolve_experiment,
+    tell_problems,
+    write_file,
+)
 
 if TYPE_CHECKING:
     from lem.config.experiment import ExperimentConfig
@@ -25,55 +33,7 @@ if TYPE_CHECKING:
 _FORMAT_OF_SUFFIX = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".md": "markdown"}
 
 
-def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `results export`."""
-    parser.add_argument(
-        "ids",
-        nargs="*",
-        metavar="ID",
-        help="a run, RUN/EXPERIMENT, an experiment, or a campaign (its last run); default: everything",
-    )
-    parser.add_argument(
-        "--format",
-        choices=("csv", "json", "jsonl", "markdown"),
-        help="default: as the name after --output ends, else csv; json and jsonl say why a value is missing",
-    )
-    parser.add_argument("--output", "-o", type=Path, metavar="FILE", help="default: stdout")
-    parser.add_argument(
-        "--attempts",
-        choices=("used", "all"),
-        default="used",
-        help="used: one row an experiment, its last valid attempt or else its last; all: one row an attempt",
-    )
-    parser.add_argument("--columns", metavar="A,B,…", help="these columns alone; markdown shows a few without it")
-    parser.add_argument("--results-dir", type=Path, default=Path("results"), metavar="DIR", help="default: results")
-
-
-def export(args: argparse.Namespace, results: Iterable[StoredResult], out: TextIO) -> None:
-    """Write the results as the arguments say.
-
-    Raises:
-        UserError: no such column, or the file cannot be written.
-    """
-    from lem.results.export import make_table, render, summary_columns, with_columns
-    from lem.results.store import StoredResult
-
-    form = args.format or (_FORMAT_OF_SUFFIX.get(args.output.suffix.lower()) if args.output else None) or "csv"
-    found = [StoredResult(item.path.relative_to(args.results_dir), item.record) for item in results]
-    table = make_table(found, is_every_attempt=args.attempts == "all")
-    if args.columns is not None:
-        table = with_columns(table, [name.strip() for name in args.columns.split(",") if name.strip()])
-    elif form == "markdown":
-        table = with_columns(table, summary_columns(found))
-    text = render(table, form)
-    if args.output is None:
-        out.write(text)
-    else:
-        write_file(args.output, text)
-
-
 def add_results_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `lem results` takes."""
     parser.description = "`lem results`: what was measured, read from the result files alone."
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     listing = actions.add_parser("list", help="every run in the results folder")
@@ -85,13 +45,30 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     again.add_argument("id", metavar="ID", help="as for show; 1 is the exit code when a figure does not agree")
     again.set_defaults(run=run, action=_recompute)
     exporting = actions.add_parser("export", help="the records as CSV, JSON or Markdown, one row an experiment")
-    add_export_arguments(exporting)
+    exporting.add_argument(
+        "ids",
+        nargs="*",
+        metavar="ID",
+        help="a run, RUN/EXPERIMENT, an experiment, or a campaign (its last run); default: everything",
+    )
+    exporting.add_argument(
+        "--format",
+        choices=("csv", "json", "jsonl", "markdown"),
+        help="default: as the name after --output ends, else csv; json and jsonl say why a value is missing",
+    )
+    exporting.add_argument("--output", "-o", type=Path, metavar="FILE", help="default: stdout")
+    exporting.add_argument(
+        "--attempts",
+        choices=("used", "all"),
+        default="used",
+        help="used: one row an experiment, its last valid attempt or else its last; all: one row an attempt",
+    )
+    exporting.add_argument("--columns", metavar="A,B,…", help="these columns alone; markdown shows a few without it")
+    add_results_dir(exporting)
     exporting.set_defaults(run=run, action=_export)
     for action in (listing, showing, again):
-        action.add_argument(
-            "--results-dir", "-o", type=Path, default=Path("results"), metavar="DIR", help="default: results"
-        )
-        action.add_argument("--json", action="store_true", help="one JSON document on stdout")
+        add_results_dir(action, "-o")
+        add_json(action)
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
@@ -120,7 +97,6 @@ def _show(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
 
 
 def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
-
     wanted = [resolve_experiment(args.results_dir, name) for name in args.ids]
     if not args.ids:
         wanted = [(item, None) for item in list_runs(args.results_dir)]
@@ -130,7 +106,11 @@ def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
         scan = item.scan()
         found |= {it.path: it for it in scan.results if exp_id in (None, it.record.identity.experiment_id)}
         problems |= {it.path: it for it in scan.problems if exp_id in (None, it.exp_id)}
-    export(args, found.values(), out)
+    text = _table_of(args, found.values())
+    if args.output is None:
+        out.write(text)
+    else:
+        write_file(args.output, text)
     tell_problems(err, [problem for problem in problems.values() if problem.kind != "missing"])
     whole = {(it.record.identity.run_id, it.record.identity.experiment_id) for it in found.values()}
     without = {(it.run_id, it.exp_id) for it in problems.values()} - whole
@@ -138,6 +118,20 @@ def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
         err.write(
             f"left out, since there is no complete result: {len(without)} of {len(without) + len(whole)} experiments\n"
         )
+
+
+def _table_of(args: argparse.Namespace, results: Iterable[StoredResult]) -> str:
+    from lem.results.export import make_table, render, summary_columns, with_columns
+    from lem.results.store import StoredResult
+
+    form = args.format or (_FORMAT_OF_SUFFIX.get(args.output.suffix.lower()) if args.output else None) or "csv"
+    found = [StoredResult(item.path.relative_to(args.results_dir), item.record) for item in results]
+    table = make_table(found, is_every_attempt=args.attempts == "all")
+    if args.columns is not None:
+        table = with_columns(table, [name.strip() for name in args.columns.split(",") if name.strip()])
+    elif form == "markdown":
+        table = with_columns(table, summary_columns(found))
+    return render(table, form)
 
 
 def _show_run(args: argparse.Namespace, item: SelectedRun, out: TextIO, err: TextIO) -> None:
@@ -148,7 +142,7 @@ def _show_run(args: argparse.Namespace, item: SelectedRun, out: TextIO, err: Tex
     if args.json:
         write_json(out, {**run_document(found), "problems": problem_documents(found.problems)})
         return
-    out.write(render_run(found, is_colour=is_colour_wanted(out), width=terminal_width(out)))
+    out.write(render_run(found, **screen_of(out)))
     tell_problems(err, found.problems)
 
 
@@ -162,16 +156,12 @@ def _show_experiment(args: argparse.Namespace, scan: Scan, exp_id: str, out: Tex
         attempts = [{"path": str(result.path), "record": encode_record(result.record)} for result in results]
         write_json(out, {"exp_id": exp_id, "attempts": attempts, "problems": problem_documents(problems)})
         return
-    texts = [
-        _with_path(render_record(item.record, is_colour=is_colour_wanted(out), width=terminal_width(out)), item)
-        for item in results
-    ]
+    texts = [f"{render_record(item.record, **screen_of(out))}\n{item.path}\n" for item in results]
     out.write("\n".join(texts) if texts else f"{exp_id}: no whole result\n")
     tell_problems(err, problems)
 
 
 def _recompute(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-
     item, exp_id = resolve_experiment(args.results_dir, args.id)
     scan = item.scan()
     results = [result for result in scan.results if exp_id in (None, result.record.identity.experiment_id)]
@@ -184,10 +174,6 @@ def _recompute(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         write_outcomes(out, outcomes)
         tell_problems(err, problems)
     return int(ExitCode.OK if all(outcome.is_good for outcome in outcomes) else ExitCode.EXPERIMENT_FAILED)
-
-
-def _with_path(text: str, result: StoredResult) -> str:
-    return f"{text}\n{result.path}\n"
 
 
 def _counts(scan: Scan) -> dict[str, int]:
@@ -214,32 +200,21 @@ def _run_table(found: Sequence[tuple[SelectedRun, Scan]], width: int) -> str:
 
 
 def _run_document(item: SelectedRun, scan: Scan) -> dict[str, Any]:
-    return {
-        "campaign": item.campaign,
-        "run_id": item.run_id,
-        **_counts(scan),
-        "problems": problem_documents(scan.problems),
-    }
+    identity = {"campaign": item.campaign, "run_id": item.run_id}
+    return {**identity, **_counts(scan), "problems": problem_documents(scan.problems)}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What recomputing one result came to.
-
-    Attributes:
-        status: `agrees`, `differs`, `unmeasured` (the record holds no energy and there are no samples) or
-            `impossible`.
-        message: why it is impossible, or what is to be known; empty when there is nothing to say.
-    """
+    """What recomputing one result came to."""
 
     result: StoredResult
-    status: str
-    message: str = ""
+    status: str  # agrees, differs, unmeasured (no energy in the record, and no samples) or impossible
+    message: str = ""  # why it is impossible, or what is to be known
     recomputed: Recomputed | None = None
 
     @property
     def is_good(self) -> bool:
-        """Whether nothing speaks against the record."""
         return self.status in ("agrees", "unmeasured")
 
 
@@ -271,7 +246,6 @@ def recompute_result(result: StoredResult) -> Outcome:
 
 
 def document_of(outcome: Outcome) -> dict[str, Any]:
-    """An outcome as JSON values."""
     identity, found = outcome.result.record.identity, outcome.recomputed
     differences = found.differences if found else ()
     return {

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import argparse
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from lem.base.errors import UserError
 
@@ -15,6 +16,30 @@ if TYPE_CHECKING:
 
 
 _PROBLEMS_SHOWN = 10
+
+T = TypeVar("T")
+
+
+def add_results_dir(parser: argparse.ArgumentParser, *names: str) -> None:
+    parser.add_argument(
+        "--results-dir", *names, type=Path, default=Path("results"), metavar="DIR", help="default: results"
+    )
+
+
+def add_json(parser: argparse._ActionsContainer, text: str = "one JSON document on stdout") -> None:
+    parser.add_argument("--json", action="store_true", help=text)
+
+
+def add_repeated(parser: argparse._ActionsContainer, name: str, metavar: str, text: str, kind: Any = str) -> None:
+    parser.add_argument(name, action="append", default=[], type=kind, metavar=metavar, help=f"{text}; may be repeated")
+
+
+def checked(parse: Callable[[str], T], text: str) -> T:
+    """What `parse` makes of an option's value; its ValueError becomes an error of the command line."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -26,13 +51,11 @@ class SelectedRun:
     run_id: str
 
     def scan(self) -> Scan:
-        """What lies in its folder."""
         from lem.results.store import Repository
 
         return Repository(self.results_dir, self.campaign).scan(self.run_id)
 
     def read(self) -> Run:
-        """Its results."""
         from lem.results.run import read_run
 
         return read_run(self.results_dir, self.campaign, self.run_id)

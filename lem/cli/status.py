@@ -8,28 +8,36 @@ import shutil
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from lem.base import units
 from lem.base.doc import NAME_WIDTH, Column, NameShortener, columns, paint, printable, wrapped, write_json
 from lem.base.errors import ExitCode, UserError
 from lem.base.log import WIDTH, bounded_width, is_colour_wanted
 from lem.base.process import copyable
+from lem.cli.selection import add_json
 from lem.orchestration.manifest import COMPLETED, FAILED, RUNNING, SKIPPED, TOP_UP_NOTE, CampaignManifestEntry
-from lem.orchestration.status import Activity, CampaignStatus, State, is_invalid, parse_utc
-
-if TYPE_CHECKING:
-    from lem.orchestration.status import CampaignStatus, Viewpoint
+from lem.orchestration.status import (
+    Activity,
+    CampaignStatus,
+    State,
+    Viewpoint,
+    boot_time,
+    find_folders,
+    find_manifest,
+    is_invalid,
+    parse_utc,
+    read_status,
+)
 
 
 def add_status_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `lem status` takes."""
     parser.description = "`lem status`: how campaigns are, from their files alone, while one runs and after it crashed."
     parser.add_argument(
         "campaign", nargs="?", metavar="CAMPAIGN", help="a campaign's name, its file, or its state folder; default: all"
     )
     parser.add_argument("--state-dir", type=Path, default=Path(".state"), metavar="DIR", help="default: .state")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout: a list without CAMPAIGN")
+    add_json(parser, "one JSON document on stdout: a list without CAMPAIGN")
     parser.set_defaults(run=run)
 
 
@@ -38,10 +46,10 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     import socket
 
     from lem.base.clock import utc_now
-    from lem.orchestration.status import Viewpoint, boot_time, find_folders, read_status
 
     viewpoint = Viewpoint(utc_now(), socket.gethostname(), boot_time())
-    eyes = Eyes(viewpoint.now, width=_width(out), is_colour=is_colour_wanted(out))
+    width = bounded_width(shutil.get_terminal_size().columns) if out.isatty() else WIDTH
+    eyes = Eyes(viewpoint.now, width=width, is_colour=is_colour_wanted(out))
     if args.campaign is not None:
         status = _find(args.state_dir, args.campaign, viewpoint)
         if args.json:
@@ -60,18 +68,16 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
 
 
 def _find(state_dir: Path, wanted: str, viewpoint: Viewpoint) -> CampaignStatus:
-    """The status of the campaign that is meant.
-
-    Raises:
-        UserError: there is none.
-    """
     from lem.config.campaign_config import slug_of
     from lem.config.problems import did_you_mean
-    from lem.orchestration.status import find_folders, find_manifest, read_status
 
     given = Path(wanted)
     if given.suffix in (".yaml", ".yml") and given.is_file():
-        return _of_file(given, viewpoint)
+        from lem.config.load import load_campaign
+
+        campaign = load_campaign(str(given)).config
+        folder = Path(campaign.io.state_dir) / campaign.slug
+        return read_status(folder, viewpoint, folder / campaign.io.manifest_filename)
     if given.is_dir() and find_manifest(given) is not None:
         return read_status(given, viewpoint)
     folders = {folder.name: folder for folder in find_folders(state_dir)}
@@ -79,29 +85,14 @@ def _find(state_dir: Path, wanted: str, viewpoint: Viewpoint) -> CampaignStatus:
         slug = slug_of(wanted)
     except ValueError:
         slug = wanted
-    folder = folders.get(wanted) or folders.get(slug)
-    if folder is None:
+    named = folders.get(wanted) or folders.get(slug)
+    if named is None:
         suggestion = did_you_mean(wanted, list(folders))
         there = f"there: {', '.join(folders)}" if folders else "nothing is there"
         raise UserError(
             f"no campaign {wanted!r} in {state_dir}{suggestion}", f"{there}; --state-dir names another folder"
         )
-    return read_status(folder, viewpoint)
-
-
-def _of_file(path: Path, viewpoint: Viewpoint) -> CampaignStatus:
-    from lem.config.load import load_campaign
-    from lem.orchestration.status import read_status
-
-    campaign = load_campaign(str(path)).config
-    folder = Path(campaign.io.state_dir) / campaign.slug
-    return read_status(folder, viewpoint, folder / campaign.io.manifest_filename)
-
-
-def _width(out: TextIO) -> int:
-    if not out.isatty():
-        return WIDTH
-    return bounded_width(shutil.get_terminal_size().columns)
+    return read_status(named, viewpoint)
 
 
 SCHEMA_VERSION = 1
@@ -143,7 +134,6 @@ class Eyes:
         return f"{local:%H:%M}" if local.date() == today else f"{local:%m-%d %H:%M}"
 
     def paint(self, text: str, style: str) -> str:
-        """The text in the style."""
         return paint(text, style, is_colour=self.is_colour)
 
 
@@ -176,14 +166,10 @@ def render_status(status: CampaignStatus, eyes: Eyes) -> str:
 
 def _go_on_command(status: CampaignStatus) -> str:
     """The command that goes on with the campaign, to be pasted into a shell; empty when unknown or not needed."""
-    if (
-        status.activity is None
-        or not status.activity.go_on
-        or status.state in (State.RUNNING, State.WAITING, State.DONE)
-    ):
+    activity = status.activity
+    if activity is None or not activity.go_on or status.state in (State.RUNNING, State.WAITING, State.DONE):
         return ""
-    folder = copyable(["cd", status.activity.cwd]) + " && " if status.activity.cwd else ""
-    return folder + status.activity.go_on
+    return (copyable(["cd", activity.cwd]) + " && " if activity.cwd else "") + activity.go_on
 
 
 def status_document(status: CampaignStatus) -> dict[str, Any]:
@@ -324,7 +310,6 @@ def _failed(status: CampaignStatus, eyes: Eyes) -> list[str]:
 
 
 def _configurations(status: CampaignStatus, eyes: Eyes) -> list[str]:
-    """How far each configuration is."""
     by_name: dict[str, list[CampaignManifestEntry]] = {}
     for entry in status.manifest.experiments if status.manifest is not None else []:
         if entry.status != SKIPPED:
@@ -342,11 +327,8 @@ def _configurations(status: CampaignStatus, eyes: Eyes) -> list[str]:
     ]
     shortener = NameShortener(list(by_name), NAME_WIDTH)
     lines = columns("configuration", [shortener(name) for name in by_name], table, eyes.width)
-    return [
-        eyes.paint(lines[0], "bold"),
-        *lines[1:],
-        *(wrapped(shortener.explanation, eyes.width) if shortener.explanation else []),
-    ]
+    explanation = wrapped(shortener.explanation, eyes.width) if shortener.explanation else []
+    return [eyes.paint(lines[0], "bold"), *lines[1:], *explanation]
 
 
 def _fact(name: str, text: str, eyes: Eyes, style: str = "dim") -> list[str]:

@@ -21,7 +21,6 @@ from lem.worker.launch import own_command
 
 
 def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `lem worker` takes."""
     parser.description = (
         "`lem worker`: the side of lem that runs next to the engine; started by `lem campaign`, not by people."
     )
@@ -44,7 +43,7 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001 - as every command is called
+def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001
     """The exit code of a worker, of its engine process or of a sampler."""
     if args.sampler:
         return _run_sampler(args, err)

@@ -55,4 +55,4 @@ def test_what_cannot_be_used_says_why(tmp_path: Path) -> None:
     (tmp_path / "gsm8k").mkdir()
     found = places(LEM_DATASETS_DIR=str(tmp_path), HF_HOME=str(tmp_path))["gsm8k"]
     assert found["place"] == "unusable"
-    assert "no data file in it" in found["detail"]
+    assert "no data files" in found["detail"]
