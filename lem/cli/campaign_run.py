@@ -1,4 +1,4 @@
-"""A `lem campaign` that measures: waiting, running, telling, and the exit code."""
+"""Running a campaign for `lem campaign`: schedule, progress, notification and exit code."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ _logger = logging.getLogger("lem.campaign")
 
 _WEBHOOK_PATIENCE_S = 3.0
 
-_WHY_STOPPED = {Stopped.DEADLINE: "the time is up"}
+_WHY_STOPPED = {Stopped.DEADLINE: "time budget reached"}
 
 
 class CampaignCommand:
-    """One command, which may run its campaign again and again."""
+    """One invocation; a daemon runs its campaign repeatedly."""
 
     def __init__(
         self,
@@ -69,8 +69,8 @@ class CampaignCommand:
         self._choice = choice
         self._out = out
         self._err = err
-        self._is_told_quiet = bool(getattr(args, "quiet", False))
-        self._is_quiet = self._is_told_quiet or (daemon is not None and daemon.enabled and daemon.quiet)
+        self._is_quiet_requested = bool(getattr(args, "quiet", False))
+        self._is_quiet = self._is_quiet_requested or (daemon is not None and daemon.enabled and daemon.quiet)
         self._console = log.Console(err)
         if getattr(args, "no_color", False):
             self._console.is_colour = False
@@ -83,10 +83,10 @@ class CampaignCommand:
         self._has_waited = False
 
     def execute(self) -> int:
-        """The exit code.
+        """Run the campaign and return the exit code.
 
         Raises:
-            LemError: the campaign, or the next run of it, cannot begin.
+            LemError: the campaign, or its next run, cannot start.
         """
         log.configure(self._console, verbosity=-1 if self._is_quiet else getattr(self._args, "verbose", 0))
         runner = self._runner()
@@ -108,12 +108,12 @@ class CampaignCommand:
             self._campaign,
             plan=self._plan,
             executor=self._choice.make(),
-            observe=self._tell_event,
+            observe=self._dispatch,
             stop=self._stop,
             options=RunOptions(
                 resume=False if args.fresh else args.resume,
                 is_yes=args.yes,
-                ask=self._ask if _is_somebody_there() else None,
+                ask=self._ask if _is_interactive() else None,
                 is_environment_change_allowed=args.allow_environment_change,
                 is_fail_fast=args.fail_fast,
                 until=self._rule(),
@@ -128,8 +128,8 @@ class CampaignCommand:
         return None if until is None else make_rule(until, self._args.max_cycles)
 
     def _run(self, runner: CampaignRunner) -> CampaignOutcome | None:
-        scheduler = Scheduler(self._campaign, self._stop, self._say, utc_now, time.monotonic)
-        # What a person has to answer or to mend is better known now than when it is time.
+        scheduler = Scheduler(self._campaign, self._stop, self._announce, utc_now, time.monotonic)
+        # Ask questions and report errors now, not at the scheduled time.
         runner.settle_opening()
         if scheduler.starts_later:
             runner.check()
@@ -137,16 +137,16 @@ class CampaignCommand:
             self._has_waited = True
         outcome = scheduler.run(lambda deadline_s: self._run_once(runner, deadline_s))
         if outcome is None:
-            self._console.line("stopped before the campaign began")
+            self._console.line("stopped before the campaign started")
         return outcome
 
     def _run_once(self, runner: CampaignRunner, deadline_s: float | None) -> CampaignOutcome:
-        if self._args.budget is not None:  # never with a daemon's own
+        if self._args.budget is not None:  # cannot be combined with a daemon's own
             deadline_s = time.monotonic() + self._args.budget
         try:
             outcome = runner.run(deadline_s=deadline_s)
         except LemError as error:
-            if self._is_quiet:  # else it is on the screen alone
+            if self._is_quiet:  # otherwise only the terminal shows it
                 _logger.info("error: %s", error.message)
             if self._has_waited and not isinstance(error, Interrupted):
                 self._notify(message_of_error(self._campaign, error))
@@ -154,21 +154,25 @@ class CampaignCommand:
         finally:
             self._console.close()
         self._conclude(outcome)
-        # A daemon's next run is a new one, whatever became of this one, and nobody need be there to be asked.
+        # A daemon's next run is always a new one, so there is nothing to ask.
         runner.options = replace(runner.options, resume=False, run_id=None)
         self._has_waited = True
         return outcome
 
     def _conclude(self, outcome: CampaignOutcome) -> None:
-        """Say how a run ended, to people and to the webhook."""
+        """Report how a run ended, on the terminal and to the webhook."""
         self._notify(message_of_outcome(self._campaign, outcome))
         if not self._is_quiet and not self._args.json:
             self._console.line()
         show_results(self._campaign, outcome, self._out, is_json=self._args.json)
         lines = [*closing_lines(self._campaign, outcome, self._console)]
         if outcome.stopped is not None or outcome.manifest.failed_count:
-            why = _WHY_STOPPED.get(outcome.stopped, "stopped") if outcome.stopped is not None else "some failed"
-            lines.append(f"{why}; go on with: {resume_command(sys.orig_argv)}")
+            why = (
+                _WHY_STOPPED.get(outcome.stopped, "stopped")
+                if outcome.stopped is not None
+                else "some experiments failed"
+            )
+            lines.append(f"{why}; resume with: {resume_command(sys.orig_argv)}")
         for line in lines:
             self._console.line(line)
             if self._is_quiet:
@@ -179,34 +183,34 @@ class CampaignCommand:
         if url is not None and message is not None:
             self._notification = notify(url, message)
 
-    def _tell_event(self, event: Event) -> None:
+    def _dispatch(self, event: Event) -> None:
         self._progress(event)
         self._status(event)
         if self._log_progress is not None:
             self._log_progress(event)
 
-    def _say(self, text: str) -> None:
-        """Say when a run begins, or why none does; on the screen also where a daemon is quiet by itself."""
-        self._tell_event(Event("note", 0, len(self._plan.experiments), data={"text": text}))
-        if self._is_quiet and not self._is_told_quiet and not self._args.json:
+    def _announce(self, text: str) -> None:
+        """Announce when a run starts, or why none does; on the terminal even if the daemon is set to quiet."""
+        self._dispatch(Event("note", 0, len(self._plan.experiments), data={"text": text}))
+        if self._is_quiet and not self._is_quiet_requested and not self._args.json:
             self._console.line(text)
 
     def _acknowledge(self) -> None:
-        """Say at once that a signal was heard: what runs may take some seconds to end."""
+        """Confirm a signal at once: the running experiment may take seconds to stop."""
         self._service.stopping()
-        if self._is_told_quiet:
+        if self._is_quiet_requested:
             return
         clear = "\r\x1b[2K" if self._console.is_live else ""
-        with contextlib.suppress(OSError):  # nobody reads any more, or the stream has no descriptor
-            os.write(self._err.fileno(), f"{clear}stopping; a second signal kills what runs at once\n".encode())
+        with contextlib.suppress(OSError):  # the reader is gone, or the stream has no descriptor
+            os.write(self._err.fileno(), f"{clear}stopping; a second signal kills the running experiment\n".encode())
 
     def _ask(self, question: str) -> bool:
-        """The answer of a person at the terminal."""
+        """The user's answer at the terminal."""
         answers = {"": True, "y": True, "yes": True, "n": False, "no": False}
         while True:
             self._err.write(f"{question} [Y/n] ")
             self._err.flush()
-            # A signal does not end a read by itself, so wait for either.
+            # A signal does not interrupt a read, so wait for both.
             select.select([sys.stdin, self._stop], [], [])
             if self._stop.signum is not None:
                 self._console.line()
@@ -221,7 +225,7 @@ class CampaignCommand:
 
     @contextlib.contextmanager
     def _log_file(self) -> Iterator[None]:
-        """In quiet mode everything goes to `<state_dir>/<campaign>/lem.log`."""
+        """In quiet mode, log everything to `<state_dir>/<campaign>/lem.log`."""
         if not self._is_quiet:
             yield
             return
@@ -229,9 +233,9 @@ class CampaignCommand:
         try:
             handler = log.log_to_file(path)
         except OSError as error:
-            raise UserError(f"{path}: {reason_of(error)}", "choose another io.state_dir") from error
-        if not self._is_told_quiet and not self._args.json:
-            self._console.line(f"quiet: what happens is written to {path}")
+            raise UserError(f"{path}: {reason_of(error)}", "set another io.state_dir") from error
+        if not self._is_quiet_requested and not self._args.json:
+            self._console.line(f"quiet: logging to {path}")
         self._log_progress = LogProgress(_logger)
         _logger.info("%s", self._plan.summary)
         try:
@@ -241,5 +245,5 @@ class CampaignCommand:
             handler.close()
 
 
-def _is_somebody_there() -> bool:
+def _is_interactive() -> bool:
     return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()

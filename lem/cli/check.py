@@ -1,4 +1,4 @@
-"""`lem check`: what weakens the numbers of a campaign, each with what to do."""
+"""`lem check`: what weakens the numbers of a campaign, each with a remedy."""
 
 from __future__ import annotations
 
@@ -22,20 +22,18 @@ _LEAD = 6
 
 def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "What weakens the numbers of a campaign, each with what to do. WEAK: numbers or verdicts are "
-        "not to be relied on for it; note: something to know about them."
+        "List what weakens the numbers of a campaign, each with a remedy. WEAK: do not rely on the numbers or "
+        "verdicts; note: something to know about them."
     )
-    parser.epilog = (
-        "exit code: 0 with nothing weak, 4 (inconclusive) with something weak, 2 when there is no such campaign"
-    )
-    parser.add_argument("campaign", metavar="CAMPAIGN", help="a campaign (its last run), or a run")
+    parser.epilog = "exit codes: 0 nothing is weak, 2 no such campaign, 4 something is weak (inconclusive)"
+    parser.add_argument("campaign", metavar="CAMPAIGN", help="a campaign (its last run) or a run")
     add_results_dir(parser, "-o")
     add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001 - all commands get both
-    """The exit code: 4 where something is weak, else 0."""
+    """Exit code 4 if something is weak."""
     from lem.results.check import check_run
 
     check = check_run(resolve_run(args.results_dir, args.campaign).read())
@@ -67,7 +65,7 @@ def check_document(check: Check) -> dict[str, Any]:
 
 
 def render_check(check: Check, *, is_colour: bool = False, width: int = WIDTH) -> str:
-    """What was found as text that ends in a newline: weak findings first, and one sentence at the end."""
+    """The findings as text: the weak ones first, and a conclusion at the end."""
     from lem.base.doc import NAME_WIDTH, NAMES_SHOWN, Doc, NameShortener
 
     doc = Doc(min(width, WIDEST), is_colour=is_colour)

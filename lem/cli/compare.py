@@ -14,13 +14,14 @@ from lem.base.units import parse_percentage
 from lem.cli.selection import (
     SelectedRun,
     add_json,
+    add_repeated,
     add_results_dir,
     ambiguous,
     find_run,
+    list_problems,
     list_runs,
-    nothing_called,
+    no_such_name,
     problem_documents,
-    tell_problems,
 )
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
     from lem.results.store import Problem
 
 
-_THING = """CAMPAIGN: all its configurations against the baseline; CAMPAIGN A B …: B and more against A; two campaigns
-or runs: the second against the first; a configuration alone is CAMPAIGN/CONFIGURATION"""
-_EPILOG = """A campaign means its last run; a run is named by its ID or the beginning of it. Exit codes: 0 fine,
+_TARGET = """CAMPAIGN: all its configurations against the baseline; CAMPAIGN A B …: B and the others against A; two
+campaigns or runs: the second against the first; CAMPAIGN/CONFIGURATION: one configuration"""
+_EPILOG = """A campaign means its last run; name a run by its ID or a prefix of it. Exit codes: 0 success,
 3 a gate found a regression, 4 a gate is inconclusive under --strict."""
 _DEFAULT_TOLERANCE = "5%"
 
@@ -42,31 +43,29 @@ _DEFAULT_TOLERANCE = "5%"
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.epilog = _EPILOG
-    parser.add_argument("things", nargs="+", metavar="THING", help=_THING)
+    parser.add_argument("targets", nargs="+", metavar="TARGET", help=_TARGET)
     parser.add_argument("--baseline", metavar="NAME", help="the configuration to compare with (default: the first)")
-    parser.add_argument("--anchor", default="", metavar="NAME", help="of two runs: what both measured unchanged")
+    parser.add_argument(
+        "--anchor", default="", metavar="NAME", help="for two runs: the configuration that is the same in both"
+    )
     parser.add_argument(
         "--anchor-tolerance",
         default=_DEFAULT_TOLERANCE,
         metavar="PERCENT%",
-        help="the largest change of the anchor itself that a verdict may stand on (default: 5%%)",
+        help="largest change of the anchor that still allows a verdict (default: 5%%)",
     )
-    parser.add_argument(
-        "--metric", action="append", default=[], metavar="NAME", help="compare this one; can be given several times"
-    )
-    parser.add_argument(
-        "--gate", action="append", default=[], metavar="METRIC=PERCENT%", help="judge a change by more than that"
-    )
-    parser.add_argument("--strict", action="store_true", help="exit 4 when a gate is inconclusive")
+    add_repeated(parser, "--metric", "NAME", "compare this metric")
+    add_repeated(parser, "--gate", "METRIC=PERCENT%", "judge whether the metric changed by more than this")
+    parser.add_argument("--strict", action="store_true", help="exit with 4 if a gate is inconclusive")
     add_results_dir(parser, "-o")
     form = parser.add_mutually_exclusive_group()
     add_json(form)
-    form.add_argument("--markdown", action="store_true", help="for a comment on a pull request")
+    form.add_argument("--markdown", action="store_true", help="print Markdown, for a comment on a pull request")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    """The exit code: of the gates, and 0 without one."""
+    """The exit code of the gates; 0 without gates."""
     from lem.results.compare import gate_code
     from lem.results.comparison import comparison_document, render_markdown, render_text
     from lem.results.metrics import parse_metric
@@ -74,14 +73,14 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
 
     gates = [parse_gate(text) for text in args.gate]
     if len({gate.metric for gate in gates}) < len(gates):
-        raise UserError("two gates watch the same metric", "give each metric one --gate")
+        raise UserError("two gates for the same metric", "give one --gate per metric")
     if args.strict and not gates:
-        raise UserError("--strict is about gates, and there is none", "add for example --gate energy=3%")
+        raise UserError("--strict requires --gate", "for example --gate energy=3%")
     metrics = [parse_metric(text) for text in args.metric]
     problems: list[Problem] = []
     comparison = _compare(args, problems, metrics, gates)
     # An attempt without a result is counted in the comparison.
-    tell_problems(err, [problem for problem in problems if problem.kind != "missing"])
+    list_problems(err, [problem for problem in problems if problem.kind != "missing"])
     code = gate_code(comparison, is_strict=args.strict)
     if args.json:
         document = {**comparison_document(comparison), "problems": problem_documents(problems)}
@@ -94,8 +93,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
 
 
 @dataclass(frozen=True)
-class _Thing:
-    """What a word means: a run, and a configuration in it; None for the whole run."""
+class _Target:
+    """A run, and a configuration in it; None for the whole run."""
 
     where: SelectedRun
     configuration: str | None = None
@@ -106,19 +105,19 @@ def _compare(
 ) -> Comparison:
     from lem.results.compare import compare_configurations, compare_runs
 
-    things = _things(args.results_dir, args.things)
-    runs = list(dict.fromkeys(thing.where for thing in things))
+    targets = _targets(args.results_dir, args.targets)
+    runs = list(dict.fromkeys(target.where for target in targets))
     found = [_read(item) for item in runs]
     problems += [problem for run in found for problem in run.problems]
     if len(runs) == 1:
         if args.anchor or args.anchor_tolerance != _DEFAULT_TOLERANCE:
-            raise UserError("--anchor is for two runs", "within one run, cycles are the pairs: leave it out")
-        baseline, others = _sides(found[0], [item.configuration for item in things], args.baseline)
+            raise UserError("--anchor requires two runs", "omit it: within one run, cycles are the pairs")
+        baseline, others = _sides(found[0], [item.configuration for item in targets], args.baseline)
         return compare_configurations(found[0], baseline, others, metrics=metrics, gates=gates)
     if args.baseline:
-        raise UserError("--baseline is for configurations of one run", "of two runs the first is the baseline")
+        raise UserError("--baseline requires a single run", "of two runs, the first is the baseline")
     named = [
-        _subject(result, item.configuration) for result, item in zip(found, things, strict=True) if item.configuration
+        _subject(result, item.configuration) for result, item in zip(found, targets, strict=True) if item.configuration
     ]
     return compare_runs(
         *found,
@@ -130,50 +129,50 @@ def _compare(
     )
 
 
-def _things(results_dir: Path, words: Sequence[str]) -> list[_Thing]:
-    """What the words mean.
+def _targets(results_dir: Path, words: Sequence[str]) -> list[_Target]:
+    """What the arguments name.
 
     Raises:
-        UserError: one of them means nothing, or together they are no comparison.
+        UserError: an argument names nothing, or they cannot be compared.
     """
     runs = list_runs(results_dir)
-    things = [_thing(runs, word) for word in words]
-    first, *others = things
+    targets = [_target(runs, word) for word in words]
+    first, *others = targets
     if first is None and others and all(item is None for item in others):
         where = _run_with(runs, words, results_dir)
-        return [_Thing(where, word) for word in words]
+        return [_Target(where, word) for word in words]
     if first is None:
-        raise nothing_called(words[0], runs, results_dir)
+        raise no_such_name(words[0], runs, results_dir)
     if first.configuration is None and others and others[0] is None:  # CAMPAIGN A B …
-        return [_Thing(first.where, word) for word in words[1:]]
+        return [_Target(first.where, word) for word in words[1:]]
     if any(item is None for item in others):
-        word = next(word for word, item in zip(words, things, strict=True) if item is None)
-        raise nothing_called(word, runs, results_dir)
-    found = [item for item in things if item is not None]
+        word = next(word for word, item in zip(words, targets, strict=True) if item is None)
+        raise no_such_name(word, runs, results_dir)
+    found = [item for item in targets if item is not None]
     return _checked(found)
 
 
-def _checked(things: list[_Thing]) -> list[_Thing]:
-    if len(things) == 1:
-        return things
-    are_runs = {item.configuration is None for item in things}
-    n_runs = len({item.where for item in things})
+def _checked(targets: list[_Target]) -> list[_Target]:
+    if len(targets) == 1:
+        return targets
+    are_runs = {item.configuration is None for item in targets}
+    n_runs = len({item.where for item in targets})
     if len(are_runs) > 1:
         raise UserError("a run cannot be compared with a configuration", "name two runs, or two RUN/CONFIGURATION")
-    if True in are_runs and n_runs < len(things):
-        raise UserError("both name the same run", "name another one by its ID; lem results list shows them")
-    if n_runs > 2 or (n_runs == 2 and len(things) > 2):
-        raise UserError(f"{len(things)} things of {n_runs} runs: at most two can be compared across runs")
-    return things
+    if True in are_runs and n_runs < len(targets):
+        raise UserError("both name the same run", "name the other one by its ID; see `lem results list`")
+    if n_runs > 2 or (n_runs == 2 and len(targets) > 2):
+        raise UserError(f"expected at most two configurations of different runs, got {len(targets)} of {n_runs} runs")
+    return targets
 
 
-def _thing(runs: Sequence[SelectedRun], word: str) -> _Thing | None:
+def _target(runs: Sequence[SelectedRun], word: str) -> _Target | None:
     where = find_run(runs, word)
     if where is not None:
-        return _Thing(where)
+        return _Target(where)
     place, slash, configuration = word.partition("/")
     where = find_run(runs, place) if slash and configuration else None
-    return _Thing(where, configuration) if where is not None else None
+    return _Target(where, configuration) if where is not None else None
 
 
 def _run_with(runs: Sequence[SelectedRun], names: Sequence[str], results_dir: Path) -> SelectedRun:
@@ -186,21 +185,21 @@ def _run_with(runs: Sequence[SelectedRun], names: Sequence[str], results_dir: Pa
     ]
     if len(found) == 1:
         return found[0]
-    said = ", ".join(map(repr, names))
+    listed = ", ".join(map(repr, names))
     if not found:
         raise UserError(
-            f"{said}: neither campaigns nor configurations of one in {results_dir}",
-            "lem results list shows what is there",
+            f"{listed}: no such campaigns, and no campaign with these configurations, in {results_dir}",
+            "see `lem results list`",
         )
     campaigns = ", ".join(item.campaign for item in found[:5])
-    raise UserError(f"{said} are configurations of {campaigns}", "put the campaign first: lem compare CAMPAIGN A B")
+    raise UserError(f"{listed} are configurations of {campaigns}", "name the campaign first: lem compare CAMPAIGN A B")
 
 
 def _read(where: SelectedRun) -> Run:
     found = where.read()
     if not found.records:
         raise UserError(
-            f"run {where.run_id} of {where.campaign} has no whole result", f"lem check {where.run_id} says why"
+            f"run {where.run_id} of {where.campaign} has no complete result", f"see `lem check {where.run_id}`"
         )
     return found
 
@@ -208,7 +207,7 @@ def _read(where: SelectedRun) -> Run:
 def _sides(
     found: Run, names: Sequence[str | None], baseline_name: str | None
 ) -> tuple[Configuration, tuple[Configuration, ...]]:
-    """Baseline and others: as named, first the baseline; else all against it."""
+    """The baseline and the others: the named ones, the baseline first, or else all."""
     named = [_subject(found, name) for name in names if name is not None]
     if baseline_name is not None:
         baseline = _subject(found, baseline_name)
@@ -216,15 +215,15 @@ def _sides(
         baseline = named.pop(0) if len(named) > 1 else found.with_results[0]
     others = tuple(item for item in named or found.with_results if item is not baseline)
     if not others:
-        raise UserError(f"{found.campaign_name}: {baseline.name} has nothing to be compared with but itself")
+        raise UserError(f"{found.campaign_name}: nothing to compare {baseline.name} with")
     return baseline, others
 
 
 def _subject(found: Run, wanted: str) -> Configuration:
-    """The configuration of that name, or the one whose name or hash begins so.
+    """The configuration of that name, or the only one whose name or hash starts with it.
 
     Raises:
-        UserError: there is none, or several.
+        UserError: there is none, or it is ambiguous.
     """
     from lem.config.problems import did_you_mean
 
@@ -240,7 +239,8 @@ def _subject(found: Run, wanted: str) -> Configuration:
             raise ambiguous(wanted, [item.name for item in matching])
     names = [item.name for item in found.with_results]
     raise UserError(
-        f"run {found.run_id} has no configuration {wanted!r}{did_you_mean(wanted, names)}", f"it has {', '.join(names)}"
+        f"run {found.run_id} has no configuration {wanted!r}{did_you_mean(wanted, names)}",
+        f"configurations: {', '.join(names)}",
     )
 
 

@@ -44,7 +44,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     fields.add_argument("--markdown", action="store_true", help="print the page docs/configuration.md")
     fields.set_defaults(run=run, action=_fields)
     for action in (validate, show, fields):
-        add_json(action, "print one JSON document")
+        add_json(action)
 
 
 # Options of a configuration that have a flag of their own: the names of the flag, then its help.

@@ -1,4 +1,4 @@
-"""`lem experiment`: one experiment, here and now."""
+"""`lem experiment`: run one experiment."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ if TYPE_CHECKING:
     from lem.record import Record
 
 
-_MODEL = {"model": ("--model", "-m", "another model"), "dataset": ("--dataset", "-d", "another dataset")}
-_COURSE = {
-    "num_cycles": ("--cycles", "-c", "how often (num_cycles)"),
-    "warmup.min_prompts": ("--warmup-prompts", "prompts of warm-up, at least"),
-    "warmup.timeout_seconds": ("--warmup-timeout", "seconds of warm-up, at most"),
+_MODEL = {"model": ("--model", "-m", "override the model"), "dataset": ("--dataset", "-d", "override the data set")}
+_CYCLES = {
+    "num_cycles": ("--cycles", "-c", "number of cycles (num_cycles)"),
+    "warmup.min_prompts": ("--warmup-prompts", "minimum number of warm-up prompts"),
+    "warmup.timeout_seconds": ("--warmup-timeout", "maximum warm-up time in seconds"),
 }
-_RESULTS = {"io.results_dir": ("--results-dir", "-o", "folder of the results")}
+_RESULTS = {"io.results_dir": ("--results-dir", "-o", "results folder")}
 
 
 def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
     from lem.config.experiment import ExperimentConfig
 
     parser.add_argument("file", metavar="FILE", help="an experiment file")
-    parser.add_argument("--preset", metavar="NAME", help="values to start from (lem presets)")
+    parser.add_argument("--preset", metavar="NAME", help="preset to start from (see lem presets)")
     add_flags(parser, ExperimentConfig, _MODEL)
-    parser.add_argument("--sample-size", "-n", type=int, metavar="N", help="prompts")
-    add_flags(parser, ExperimentConfig, _COURSE)
-    add_repeated(parser, "--set", "KEY=VALUE", "any option, as pytorch.batch_size=8")
+    parser.add_argument("--sample-size", "-n", type=int, metavar="N", help="number of prompts")
+    add_flags(parser, ExperimentConfig, _CYCLES)
+    add_repeated(parser, "--set", "KEY=VALUE", "set any option, such as pytorch.batch_size=8")
     add_flags(parser, ExperimentConfig, _RESULTS)
-    parser.add_argument("--python", metavar="PROGRAM", help="Python that has the engine")
-    parser.add_argument("--dry-run", action="store_true", help="show what would run and end; nothing is written")
+    parser.add_argument("--python", metavar="PROGRAM", help="Python interpreter with the engine")
+    parser.add_argument("--dry-run", action="store_true", help="show what would run and exit; write nothing")
     parser.add_argument(
         "--yes",
         "-y",
         action="store_true",
-        help="accepted for scripts that pass it, as dispatch into containers does; an experiment never asks",
+        help="accepted for scripts that pass it, such as dispatch into containers; an experiment never asks",
     )
-    add_json(parser, "one JSON document with the records on stdout")
+    add_json(parser, "print one JSON document with the records")
     parser.set_defaults(run=run)
 
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     from lem.cli.plan_view import render_findings
     from lem.config.load import load_experiment
 
-    sets = [*given_flags(args, {**_MODEL, **_COURSE, **_RESULTS}), *args.set]
+    sets = [*given_flags(args, {**_MODEL, **_CYCLES, **_RESULTS}), *args.set]
     loaded = load_experiment(args.file, sets, args.preset)
     with tempfile.TemporaryDirectory(prefix="lem-experiment-") as state_dir:
         campaign = _as_campaign(loaded, Path(args.file), state_dir)
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
             return int(ExitCode.OK)
         outcome = _measure(args, campaign, plan, err)
         _show(args, campaign, outcome, out)
-        if outcome.error is not None:  # its hint is about resuming, which an experiment does not
+        if outcome.error is not None:  # its hint is about resuming, which an experiment cannot do
             log.Console(err).error(outcome.error.message)
     if outcome.signum is not None:
         return 128 + outcome.signum
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
 
 
 def _as_campaign(loaded: Loaded[ExperimentConfig], file: Path, state_dir: str) -> CampaignConfig:
-    """The experiment as a campaign of one configuration without gaps, whose manifest nobody needs afterwards."""
+    """The experiment as a campaign of one configuration, without gaps and with a temporary manifest."""
     from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig, CampaignIOConfig
 
     config = loaded.config
@@ -102,7 +102,7 @@ def _plan(campaign: CampaignConfig, loaded: Loaded[ExperimentConfig], file: Path
         mapping = with_campaign_defaults(chosen, mapping, {"num_samples"})
     plan = build_plan(campaign, [ListedExperiment(mapping, loaded.source, file)], gpus=find_gpus() or None)
     if not plan.experiments:
-        raise UserError("; ".join(reason for reason, _ in plan.filtered_by_reason), "mend the experiment file")
+        raise UserError("; ".join(reason for reason, _ in plan.filtered_by_reason), "correct the experiment file")
     return plan
 
 

@@ -1,4 +1,4 @@
-"""Commands for many hosts: parts of a plan, merge, bundle."""
+"""Commands for several hosts: parts of a plan, merge, bundle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lem.base.clock import utc_now
 from lem.base.doc import Column, columns, printable, terminal_width, write_json
 from lem.base.errors import ExitCode, UserError
 from lem.base.units import format_duration, parse_percentage, plural, some_of
-from lem.cli.selection import add_json, add_repeated, checked, problem_documents, tell_problems
+from lem.cli.selection import add_json, add_repeated, checked, list_problems, problem_documents
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.fleet import (
     check_same,
@@ -46,7 +46,7 @@ from lem.results.store import Repository
 
 @dataclass(frozen=True)
 class FleetPart:
-    """What a host's results carry so that they belong to one run of all hosts; None where no plan is stored."""
+    """The run that all hosts share, and the name of this host in it; None without a stored plan."""
 
     run_id: str | None = None
     host: str | None = None
@@ -55,16 +55,18 @@ class FleetPart:
 def store_plan(
     args: argparse.Namespace, campaign: CampaignConfig, plan: Plan, measured_by_config: Mapping[str, float], out: TextIO
 ) -> int:
-    """Divide the campaign over the hosts, store the plan and show it; the exit code.
+    """Divide the campaign among the hosts, store the plan and show it.
 
     Raises:
-        UserError: the hosts are not named well, or the plan cannot be stored.
+        UserError: the host names are invalid, or the plan cannot be stored.
     """
     if args.shard is not None:
-        raise UserError("--write-plan makes a plan, --shard runs a part of one", "give one or the other")
+        raise UserError(
+            "--write-plan and --shard cannot be combined", "--write-plan makes a plan, --shard runs a part of one"
+        )
     hosts = [name.strip() for name in (args.hosts or "").split(",") if name.strip()]
     if not hosts:
-        raise UserError("--write-plan divides the campaign over hosts, and none is named", "add --hosts A,B,…")
+        raise UserError("--write-plan requires --hosts", "add --hosts A,B,…")
     if args.plan is None:
         run_id = make_run_id(utc_now(), random.SystemRandom())
         fleet_plan = make_fleet_plan(
@@ -100,12 +102,12 @@ def own_part(args: argparse.Namespace, plan: Plan) -> tuple[Plan, FleetPart]:
     """The part of the plan that this host runs.
 
     Raises:
-        UserError: the options contradict each other, or the stored plan is not of this campaign.
+        UserError: the options conflict, or the stored plan is for another campaign.
     """
     if args.hosts is not None or args.replicate:
-        raise UserError("--hosts and --replicate are for --write-plan", "add --write-plan PLAN, or leave them out")
+        raise UserError("--hosts and --replicate require --write-plan", "add --write-plan PLAN, or omit them")
     if args.plan is not None and args.shard is None:
-        raise UserError("--plan needs --shard I/N", "the plan names its hosts: the first of two is --shard 1/2")
+        raise UserError("--plan requires --shard I/N", "the first of two hosts is --shard 1/2")
     index, count = parse_shard(args.shard)
     if args.plan is None:
         return part_of_plan(plan, index, count), FleetPart()
@@ -118,36 +120,38 @@ _SHOWN = 10
 
 def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Copy the results of several hosts into one folder: identical ones once, conflicts refused. A host "
-        "is a block, so nothing is pooled over hosts. Exit code 1 when planned results are lacking."
+        "Merge the results of several hosts into one folder. Identical results are copied once; conflicts are "
+        "errors. Each host is a block: nothing is pooled across hosts. Exit code 1 if planned results are missing."
     )
     parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="DIR", help="results folder of a host, or a folder that holds it"
+        "folders", nargs="+", type=Path, metavar="DIR", help="results folder of a host, or a folder that contains it"
     )
     parser.add_argument("--output", "-o", type=Path, required=True, metavar="DIR", help="results folder to merge into")
-    parser.add_argument("--campaign", metavar="NAME", help="which campaign, where the folders hold several")
-    parser.add_argument("--plan", type=Path, metavar="PLAN", help="the stored plan: its run alone, and what is lacking")
+    parser.add_argument("--campaign", metavar="NAME", help="the campaign, if the folders hold several")
+    parser.add_argument(
+        "--plan", type=Path, metavar="PLAN", help="stored plan: merge only its run, and list what is missing"
+    )
     parser.add_argument(
         "--anchor-tolerance",
         type=partial(checked, parse_percentage),
         default=0.05,
         metavar="PERCENT%",
-        help="how far apart hosts may be in the anchor of the plan (default: 5%%)",
+        help="largest difference between hosts in the plan's anchor (default: 5%%)",
     )
     add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    """The exit code: 1 when planned results are lacking."""
+    """Exit code 1 if planned results are missing."""
     plan = None if args.plan is None else read_plan(args.plan)
-    # What was merged before is one more source: it is kept, and must not contradict what comes now.
+    # Earlier merged results are one more source: they are kept, and must not conflict with the new ones.
     known = [args.output] if args.output.is_dir() else []
     gathered = gather([*known, *args.folders], campaign=args.campaign, plan=plan)
     if not gathered.results:
         raise UserError(
-            f"no whole result of campaign {gathered.campaign} in these folders; nothing was merged",
-            "lem results list --results-dir DIR shows what a folder holds",
+            f"no complete result of campaign {gathered.campaign} in these folders; nothing was merged",
+            "see `lem results list --results-dir DIR`",
         )
     anchor_hash = plan.anchor if plan is not None and plan.mode == SHARD else None
     anchor = check_anchor(gathered.results, anchor_hash, args.anchor_tolerance)
@@ -158,7 +162,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     else:
         lines = [*_table(matrix, terminal_width(out)), "", *_lines(gathered, matrix, anchor, new, args.output, plan)]
         out.write("\n".join(lines) + "\n")
-        tell_problems(err, gathered.problems, lead="left out: ")
+        list_problems(err, gathered.problems, lead="left out: ")
     return int(ExitCode.EXPERIMENT_FAILED if matrix.missing else ExitCode.OK)
 
 
@@ -199,34 +203,36 @@ def _lines(
     if plan is not None and plan.anchor is not None:
         values = ", ".join(f"{host} {value:.4g} {anchor.unit}" for host, value in anchor.by_host.items())
         lines.append(
-            "anchor: fewer than two hosts have a valid result of it, so nobody knows whether the hosts are alike"
+            "anchor: fewer than two hosts have a valid result of it; hosts cannot be compared"
             if anchor.spread is None
             else f"anchor: hosts are within {100 * anchor.spread:.1f} % in {anchor.metric} ({values})"
         )
     if gathered.foreign_runs:
-        lines.append(f"left out, since they are of other runs than the plan: {', '.join(gathered.foreign_runs)}")
+        lines.append(f"left out, not in the run of the plan: {', '.join(gathered.foreign_runs)}")
     if matrix.missing:
-        lacking = [f"{exp_id} ({host})" for host, exp_id in matrix.missing]
-        lines.append(f"lacking: {some_of(lacking, _SHOWN)}")
+        missing = [f"{exp_id} ({host})" for host, exp_id in matrix.missing]
+        lines.append(f"missing: {some_of(missing, _SHOWN)}")
     results, hosts = plural(len(gathered.results), "result"), plural(len(matrix.hosts), "host")
     return [*lines, f"{results} of {hosts} in {output}, {new} of them new"]
 
 
 def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "`lem bundle`: what a host without network needs, in one folder."
+    parser.description = "`lem bundle`: everything that an offline host needs, in one folder."
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     making = actions.add_parser("make", help="make a bundle: DIR/lem-airgap-VERSION")
-    making.add_argument("folder", type=Path, metavar="DIR", help="where to make it")
-    add_repeated(making, "--image", "NAME", "image of the Docker engine here")
-    add_repeated(making, "--model", "DIR", "folder of a model", Path)
+    making.add_argument("folder", type=Path, metavar="DIR", help="folder to make it in")
+    add_repeated(making, "--image", "NAME", "image in the local Docker engine")
+    add_repeated(making, "--model", "DIR", "model folder", Path)
     add_repeated(making, "--deb", "FILE", "Debian package", Path)
-    add_repeated(making, "--wheel", "FILE", "Python package", Path)
-    making.add_argument("--sign-key", type=Path, metavar="KEY", help="private SSH key to sign with")
+    add_repeated(making, "--wheel", "FILE", "Python wheel", Path)
+    making.add_argument("--sign-key", type=Path, metavar="KEY", help="private SSH key that signs the bundle")
     making.set_defaults(run=_make)
-    verifying = actions.add_parser("verify", help="check every byte of a bundle, and who signed it")
+    verifying = actions.add_parser("verify", help="verify the checksums and the signature of a bundle")
     verifying.add_argument("folder", type=Path, metavar="DIR", help="the bundle")
-    verifying.add_argument("--allowed-signers", type=Path, metavar="FILE", help="keys to trust, as ssh-keygen has them")
-    verifying.add_argument("--identity", metavar="NAME", help="who must have signed it")
+    verifying.add_argument(
+        "--allowed-signers", type=Path, metavar="FILE", help="trusted keys, in the format of ssh-keygen"
+    )
+    verifying.add_argument("--identity", metavar="NAME", help="expected signer")
     verifying.set_defaults(run=_verify)
     for action in (making, verifying):
         add_json(action)
@@ -249,13 +255,13 @@ def _verify(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     from lem.orchestration.bundle import Signer, verify_bundle
 
     if (args.allowed_signers is None) != (args.identity is None):
-        raise UserError("--allowed-signers and --identity belong together", "give both, or neither")
+        raise UserError("--allowed-signers and --identity require each other", "give both or neither")
     signer = None if args.identity is None else Signer(args.allowed_signers, args.identity)
     manifest = verify_bundle(args.folder, signer)
     if args.json:
         write_json(out, manifest)
     elif signer is None:
-        err.write("nobody's signature was checked: --allowed-signers FILE --identity NAME\n")
+        err.write("the signature was not checked; check it with --allowed-signers FILE --identity NAME\n")
     if not args.json:
-        out.write(f"{args.folder}: every byte is as it was made\n")
+        out.write(f"{args.folder}: all checksums match\n")
     return int(ExitCode.OK)

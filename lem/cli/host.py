@@ -33,11 +33,11 @@ _STYLES = {OK: "bold", WARNING: "yellow", FAILED: "red", SKIPPED: "dim"}
 
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Check that campaigns can run in containers here. Exit code 0 when they can, else 2; the last line"
-        " says whether --executor local is left."
+        "Check that this host can run campaigns in containers. Exit code 0 if it can, else 2; the last line"
+        " says whether --executor local works."
     )
-    add_repeated(parser, "--backend", "NAME", "a backend that has to be there")
-    parser.add_argument("--compose-file", metavar="FILE", help="compose file; several with colons between them")
+    add_repeated(parser, "--backend", "NAME", "backend that must be available")
+    parser.add_argument("--compose-file", metavar="FILE", help="compose file; separate several by colons")
     parser.add_argument("--env-file", type=Path, metavar="FILE", help="environment file for compose")
     add_results_dir(parser, "-o")
     add_json(parser)
@@ -45,7 +45,7 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_doctor(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001
-    """The exit code: 2 when a campaign in containers cannot run here."""
+    """Exit code 2 if campaigns in containers cannot run on this host."""
     from lem.orchestration.doctor import CHECKS, Host, examine
 
     host = Host(
@@ -84,11 +84,11 @@ def _as_text(verdict: Verdict, *, is_colour: bool, width: int) -> str:
 
 def _conclusion(verdict: Verdict) -> str:
     if verdict.is_ok:
-        return "this host is fit for campaigns in containers"
+        return "this host can run campaigns in containers"
     failed = ", ".join(verdict.failed)
     if verdict.executors:
-        return f"not fit for campaigns in containers: {failed}; fit for --executor local"
-    return f"not fit: {failed}"
+        return f"cannot run campaigns in containers: {failed}; --executor local works"
+    return f"cannot run campaigns: {failed}"
 
 
 PROBE_S = 5.0
@@ -98,9 +98,9 @@ _WIDEST_GPUS = 110
 
 
 def add_gpus_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "List the GPUs that NVML sees, and which meters of GPUs and CPUs can be read."
+    parser.description = "List the GPUs that NVML sees, and the GPU and CPU meters that can be read."
     parser.add_argument(
-        "--probe", action="store_true", help=f"look for up to {PROBE_S:g} s how often the energy counters change"
+        "--probe", action="store_true", help=f"watch for up to {PROBE_S:g} s how often the energy counters change"
     )
     add_json(parser)
     parser.set_defaults(run=run_gpus)
@@ -144,19 +144,17 @@ def _describe(gpu: GpuState, energy: tuple[str, ...], width: int) -> str:
 
 def _describe_cpu(cpu: CpuCapability) -> Iterator[str]:
     if cpu.rapl_error is None:
-        yield f"CPU energy by RAPL: {', '.join(cpu.zones)}"
+        yield f"CPU energy from RAPL: {', '.join(cpu.zones)}"
         yield from (f"   cannot be read: {text}" for text in cpu.missing)
     else:
         yield f"no CPU energy: {cpu.rapl_error}"
         yield f"   → {cpu.rapl_remedy}"
     if cpu.tdp_w is not None:
-        yield f"CPU design power: {cpu.tdp_w:g} W, by the {cpu.tdp_source}"
+        yield f"CPU design power: {cpu.tdp_w:g} W, from the {cpu.tdp_source}"
 
 
 def add_compose_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Print the compose file that campaigns use where there is none: lem compose > docker-compose.yml"
-    )
+    parser.description = "Print the compose file that campaigns use by default: lem compose > docker-compose.yml"
     parser.set_defaults(run=run_compose)
 
 
@@ -168,22 +166,21 @@ def run_compose(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # n
 
 
 EPILOG = (
-    "LEM_DATASETS_DIR names a folder that is looked in first: ALIAS.jsonl (or .json, .csv, .txt, .parquet), or a "
-    "folder ALIAS with one file for each split. What is not there comes from the hub, through the Python package "
-    "`datasets`."
+    "LEM_DATASETS_DIR names a folder that is searched first: ALIAS.jsonl (or .json, .csv, .txt, .parquet), or a "
+    "folder ALIAS with one file per split. Other data sets come from the hub, through the Python package `datasets`."
 )
 
 
 def add_datasets_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "`lem datasets`: the data sets that have a short name, and which of them are on this machine."
+    parser.description = "`lem datasets`: list the data sets that have a short name, and where they are."
     parser.epilog = EPILOG
     add_json(parser)
     parser.set_defaults(run=run_datasets)
 
 
 def run_datasets(args: argparse.Namespace, out: TextIO, err: TextIO, environ: Mapping[str, str] = os.environ) -> int:
-    """The exit code; 0 also where nothing is found."""
-    # Not at the top: the other commands do not pay for this import.
+    """Exit code 0 even if nothing is found."""
+    # Imported here to keep the other commands fast.
     from lem.config.experiment import DATASET_ALIASES
     from lem.worker.datasets import choice_of_name
 
@@ -197,7 +194,7 @@ def run_datasets(args: argparse.Namespace, out: TextIO, err: TextIO, environ: Ma
     else:
         out.write(_table(lines))
     if any(line["place"] == "hub" for line in lines) and not args.json:
-        err.write("hub: not on this machine; downloaded when first used\n")
+        err.write("hub: not on this machine; downloaded on first use\n")
     return int(ExitCode.OK)
 
 
@@ -227,13 +224,12 @@ def _table(lines: list[dict[str, Any]]) -> str:
 
 def add_presets_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "List presets (--preset NAME), or show one."
-    parser.add_argument("name", nargs="?", metavar="NAME", help="show this one's values")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="show the values of this preset")
     add_json(parser)
     parser.set_defaults(run=run_presets)
 
 
 def run_presets(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001
-    """The exit code; 2 for a preset that there is not."""
     from lem.config.introspection import render_yaml
     from lem.config.presets import PRESETS, find_preset
 
@@ -250,5 +246,5 @@ def run_presets(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # n
             tokens = f"{preset.values['max_input_tokens']}/{preset.values['max_output_tokens']}"
             text = f"{preset.name:<{width}}{tokens:<10}{preset.description}"
             out.write(textwrap.fill(text, WIDTH, subsequent_indent=" " * (width + 10)) + "\n")
-        out.write("\nTokens: input/output at most. All decode greedily. lem presets NAME shows one.\n")
+        out.write("\nTokens: maximum input/output. All decode greedily. `lem presets NAME` shows one.\n")
     return int(ExitCode.OK)

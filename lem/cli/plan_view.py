@@ -1,4 +1,4 @@
-"""A plan as people read it before they start it."""
+"""A plan as text and as JSON, before it runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ORDER_SHOWN = 30
 
 
 def render_findings(plan: Plan, *, is_colour: bool = False) -> str:
-    """What was generated, and why experiments were filtered or warned about, grouped by reason."""
+    """The number of experiments, and the filtered ones and warnings grouped by reason."""
     lines = [plan.summary]
     lines += _reasons(paint("filtered:", "red", is_colour=is_colour), plan.filtered_by_reason)
     lines += _reasons(paint("warning:", "yellow", is_colour=is_colour), plan.warnings_by_reason)
@@ -31,7 +31,7 @@ def render_plan(
     plan: Plan,
     campaign: CampaignConfig,
     place: str,
-    prices: ExpectedDurations,
+    durations: ExpectedDurations,
     *,
     rule: StoppingRule | None = None,
     longest: Plan | None = None,
@@ -41,9 +41,9 @@ def render_plan(
 
     Args:
         place: the executor and why it was chosen.
-        prices: what earlier experiments took.
-        rule, longest: by which cycles are added, and the plan with all that can be.
-        budget_s: seconds after which nothing is begun.
+        durations: from earlier runs.
+        rule, longest: the stopping rule that adds cycles, and the plan with the maximum number of cycles.
+        budget_s: seconds after which no experiment starts.
     """
     execution = campaign.execution
     loads = plan.loads()
@@ -53,8 +53,8 @@ def render_plan(
         f"{units.plural(execution.cycles, 'cycle')} = {len(plan.experiments)}",
         "order": execution.structure + (f", seed {plan.shuffle_seed}" if plan.shuffle_seed is not None else ""),
         "engine loads": f"{sum(loads)} (reuse: {'none, cold start' if plan.is_cold else execution.reuse})",
-        "expected time": _expected(plan, prices),
-        **_bounds(plan, prices, rule, longest, budget_s),
+        "expected time": _expected(plan, durations),
+        **_bounds(plan, durations, rule, longest, budget_s),
         "runs on": place,
         "results in": f"{campaign.io.results_dir}/{campaign.slug}",
     }
@@ -88,15 +88,15 @@ def plan_document(plan: Plan) -> dict[str, Any]:
     }
 
 
-def expected_document(plan: Plan, prices: ExpectedDurations) -> dict[str, Any]:
-    """What the plan is expected to take, in seconds, as JSON values; None where no earlier result tells."""
-    expected = plan.expected_time(prices)
+def expected_document(plan: Plan, durations: ExpectedDurations) -> dict[str, Any]:
+    """The expected duration of the plan in seconds, as JSON values; None if there are no earlier results."""
+    expected = plan.expected_time(durations)
     return {
         "total": expected.total_s,
         "measuring": expected.measured_s,
         "loading": expected.loading_s,
         "gaps": expected.gaps_s,
-        "gaps_at_most": plan.expected_time(replace(prices, gap_s=None)).gaps_s,
+        "gaps_at_most": plan.expected_time(replace(durations, gap_s=None)).gaps_s,
         "is_complete": expected.is_complete,
     }
 
@@ -112,20 +112,20 @@ def _fact(name: str, text: str, width: int) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=f"{name + ':':<{width}}", subsequent_indent=" " * width)
 
 
-def _expected(plan: Plan, prices: ExpectedDurations, about: str = "about ") -> str:
-    expected, gaps = plan.expected_time(prices), _gaps(plan, prices)
+def _expected(plan: Plan, durations: ExpectedDurations, about: str = "about ") -> str:
+    expected, gaps = plan.expected_time(durations), _gaps(plan, durations)
     if expected.measured_s is None or expected.loading_s is None or expected.total_s is None:
         return f"unknown before the first run; {gaps}"
-    guess = "" if expected.is_complete else ", partly guessed from other configurations"
+    guess = "" if expected.is_complete else ", partly estimated from other configurations"
     return (
         f"{about}{units.format_duration(expected.total_s)} (measuring {units.format_duration(expected.measured_s)}, "
         f"loading {units.format_duration(expected.loading_s)}, {gaps}{guess})"
     )
 
 
-def _gaps(plan: Plan, prices: ExpectedDurations) -> str:
-    """`gaps 4m 00s, at most 20m 00s`: as long as before, and as long as they may be."""
-    usual_s, most_s = plan.expected_time(prices).gaps_s, plan.expected_time(replace(prices, gap_s=None)).gaps_s
+def _gaps(plan: Plan, durations: ExpectedDurations) -> str:
+    """`gaps 4m 00s, at most 20m 00s`: as in earlier runs, and their maximum."""
+    usual_s, most_s = plan.expected_time(durations).gaps_s, plan.expected_time(replace(durations, gap_s=None)).gaps_s
     if not most_s:
         return "no gaps"
     usual = f"gaps {units.format_duration(usual_s)}, at most" if usual_s < most_s else "gaps at most"
@@ -134,33 +134,33 @@ def _gaps(plan: Plan, prices: ExpectedDurations) -> str:
 
 def _bounds(
     plan: Plan,
-    prices: ExpectedDurations,
+    durations: ExpectedDurations,
     rule: StoppingRule | None,
     longest: Plan | None,
     budget_s: float | None,
 ) -> dict[str, str]:
-    """How a top-up or a budget lets it end later or earlier."""
+    """How a top-up prolongs the plan, or a budget shortens it."""
     facts = {}
     if rule is not None and longest is not None:
-        facts["top-up"] = f"{rule.describe()}; at most {_expected(longest, prices, about='')}"
+        facts["top-up"] = f"{rule.describe()}; at most {_expected(longest, durations, about='')}"
     if budget_s is not None:
-        facts["budget"] = f"{units.format_duration(budget_s)}, {_fitting(plan, prices, budget_s)}"
+        facts["budget"] = f"{units.format_duration(budget_s)}, {_fitting(plan, durations, budget_s)}"
     return facts
 
 
-def _fitting(plan: Plan, prices: ExpectedDurations, budget_s: float) -> str:
-    """How many of the first experiments are begun within the budget; the one then running finishes."""
-    total = plan.expected_time(prices).total_s
+def _fitting(plan: Plan, durations: ExpectedDurations, budget_s: float) -> str:
+    """How many experiments start within the budget; the last one of them finishes."""
+    total = plan.expected_time(durations).total_s
     if total is None:
-        return "and how much of the plan fits is not known before the first run"
+        return "how much of the plan fits is unknown before the first run"
     if total <= budget_s:
-        return "in which all of the plan fits"
+        return "enough for the whole plan"
 
     def time_before(place: int) -> float:
-        return plan.expected_time(prices, plan.experiments[:place]).total_s or 0.0
+        return plan.expected_time(durations, plan.experiments[:place]).total_s or 0.0
 
-    begun = bisect.bisect_left(range(len(plan.experiments)), budget_s, key=time_before)
-    return f"in which about {begun} of {len(plan.experiments)} experiments are begun; --resume goes on with the rest"
+    started = bisect.bisect_left(range(len(plan.experiments)), budget_s, key=time_before)
+    return f"enough to start about {started} of {len(plan.experiments)} experiments; --resume runs the rest"
 
 
 def _order(experiments: Sequence[CampaignExperiment], loads: Sequence[bool], plan: Plan) -> list[str]:

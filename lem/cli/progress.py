@@ -1,4 +1,4 @@
-"""Progress of a campaign, and what to say at its end."""
+"""Progress of a campaign, and the summary at its end."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from lem.results.table import render_run
 
 _logger = logging.getLogger(__name__)
 
-# Phases a person waits for; the others pass in a moment.
-_TOLD_PHASES = {"load": "loading", "warmup": "warming up", "window": "measuring"}
-_PHASE_WORDS = {**_TOLD_PHASES, "prepare": "preparing", "idle": "idle", "cooldown": "cooling down", "write": "writing"}
+# Phases that take long; the others take moments.
+_LONG_PHASES = {"load": "loading", "warmup": "warming up", "window": "measuring"}
+_PHASE_WORDS = {**_LONG_PHASES, "prepare": "preparing", "idle": "idle", "cooldown": "cooling down", "write": "writing"}
 _LINE_EVERY_S = 60.0
 _NAME_AT_LEAST = 12
 
@@ -44,16 +44,16 @@ def choose_progress(console: log.Console, out: TextIO, *, is_json: bool, is_quie
     return TerminalProgress(console) if console.is_live else LineProgress(console)
 
 
-def give_up_stream(stream: TextIO, error: OSError) -> None:
-    """Let what is still written to a stream go nowhere: its reader is gone or its disk full, the campaign goes on."""
-    _logger.warning("nothing more is written to stdout: %s", error.strerror or error)
+def discard_output(stream: TextIO, error: OSError) -> None:
+    """Discard further output: the reader is gone or the disk is full, but the campaign continues."""
+    _logger.warning("no more output on stdout: %s", error.strerror or error)
     descriptor = os.open(os.devnull, os.O_WRONLY)
     os.dup2(descriptor, stream.fileno())
     os.close(descriptor)
 
 
 class JsonProgress:
-    """One JSON object a line on stdout."""
+    """One JSON object per line on stdout."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -66,11 +66,11 @@ class JsonProgress:
             self._out.write(json.dumps(document, ensure_ascii=False) + "\n")
             self._out.flush()
         except OSError as error:
-            give_up_stream(self._out, error)
+            discard_output(self._out, error)
 
 
 class QuietProgress:
-    """Errors alone; the final summary comes from the command."""
+    """Only errors; the command writes the final summary."""
 
     def __init__(self, console: log.Console) -> None:
         self._console = console
@@ -82,7 +82,7 @@ class QuietProgress:
 
 
 class TerminalProgress:
-    """A line for each experiment that ended, above one live line for the one that runs."""
+    """A line for each finished experiment, above a live line for the running one."""
 
     def __init__(self, console: log.Console, now: Callable[[], float] = time.time) -> None:
         self._console = console
@@ -101,32 +101,32 @@ class TerminalProgress:
 
 
 class _Lines:
-    """What to say in lines: each change, and once a minute how it goes."""
+    """Progress in lines: one per change, and one per minute."""
 
     def __init__(self, console: log.Console | None, now: Callable[[], float], monotonic: Callable[[], float]) -> None:
         self._console = console
         self._now = now
         self._monotonic = monotonic
         self._state = _State()
-        self._told_at = monotonic()
+        self._printed_at = monotonic()
 
     def of(self, event: Event) -> list[str]:
         """The lines for an event; [] for none."""
         self._state.update(event)
         lines = _ending(event, self._console)
         is_change = event.kind in ("experiment_started", "gap") or (
-            event.kind == "phase" and event.data.get("phase") in _TOLD_PHASES
+            event.kind == "phase" and event.data.get("phase") in _LONG_PHASES
         )
-        is_due = event.kind in ("tick", "progress") and self._monotonic() - self._told_at >= _LINE_EVERY_S
-        if not lines and (is_change or is_due):
+        is_time = event.kind in ("tick", "progress") and self._monotonic() - self._printed_at >= _LINE_EVERY_S
+        if not lines and (is_change or is_time):
             lines = [self._state.describe(event, self._now())]
         if lines:
-            self._told_at = self._monotonic()
+            self._printed_at = self._monotonic()
         return lines
 
 
 class LineProgress:
-    """A line with the time of day for each change, and one a minute, for logs and pipes."""
+    """A line with the time of day per change, and one per minute, for logs and pipes."""
 
     def __init__(
         self,
@@ -140,13 +140,13 @@ class LineProgress:
 
     def __call__(self, event: Event) -> None:
         for line in self._lines.of(event):
-            # The journal has times of its own.
+            # The journal adds its own timestamps.
             clock = "" if self._console.is_journal else time.strftime("%H:%M:%S ", time.localtime(self._now()))
             self._console.line(f"{clock}{line}", _level_of(event))
 
 
 class LogProgress:
-    """The same lines for the log, which has times of its own."""
+    """The same lines for the log, which adds its own timestamps."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class LogProgress:
 
 
 class StatusProgress:
-    """The live line for systemd: what `systemctl status` shows; and readiness when the campaign has begun."""
+    """The live line for `systemctl status`, and readiness once the campaign has started."""
 
     def __init__(self, manager: ServiceManager, now: Callable[[], float] = time.time) -> None:
         self._manager = manager
@@ -191,7 +191,7 @@ def _level_of(event: Event) -> int:
 
 
 class _State:
-    """What the live line says, kept from event to event."""
+    """The state behind the live line."""
 
     def __init__(self) -> None:
         self.experiment: dict[str, Any] = {}
@@ -215,7 +215,7 @@ class _State:
             self.activity = f"gap, at most {units.format_duration(float(data['left_s']))} more"
 
     def describe(self, event: Event, now: float, width: int | None = None) -> str:
-        """The line; where it would be wider than `width`, the name of the experiment gives way."""
+        """The line; the name of the experiment is shortened to fit `width`."""
         name = str(self.experiment.get("config_name", ""))
         line = self._join(event, now, name)
         if width is not None and len(line) > width:
@@ -236,7 +236,7 @@ class _State:
 
 
 def _squeeze(name: str, width: int) -> str:
-    """The name with its middle left out; what tells names apart stands at their ends."""
+    """The name without its middle: names differ at their ends."""
     if len(name) <= width:
         return name
     head = (width - 1) // 3
@@ -254,7 +254,7 @@ def _unpainted(text: str, _colour: str) -> str:
 
 
 def _count(data: Mapping[str, Any]) -> str:
-    """How far a phase is: `5/32`, or in words where it has no known end."""
+    """Progress within a phase: `5/32`, or text if the total is unknown."""
     done, total, text = data.get("phase_done"), data.get("phase_total"), str(data.get("text", ""))
     if done is None or total:
         return f"{done}/{total}" if total else text
@@ -262,26 +262,26 @@ def _count(data: Mapping[str, Any]) -> str:
 
 
 def _ending(event: Event, console: log.Console | None) -> list[str]:
-    """The lines that say how an experiment or an attempt ended; [] for other events."""
+    """The lines about the end of an experiment or attempt; [] for other events."""
     data, paint = event.data, console.paint if console is not None else _unpainted
     if event.kind == "note":
         return [str(data["text"])]
     if event.kind not in ("experiment_completed", "experiment_failed", "experiment_retried", "experiment_interrupted"):
         return []
     head = f"[{event.done}/{event.total}]"
-    who = f"{data['config_name']} · cycle {data['cycle']}/{data['cycles']}"
+    name = f"{data['config_name']} · cycle {data['cycle']}/{data['cycles']}"
     if event.kind == "experiment_completed":
         valid = data.get("valid", True)
-        mark = paint("ok", "green") if valid else paint("not valid", "yellow")
+        mark = paint("ok", "green") if valid else paint("invalid", "yellow")
         figures = units.format_rate(data.get("output_tok_per_s"))
-        lines = [f"{head} {mark} {who} · {figures} · {units.format_duration(float(data['elapsed_s']))}"]
+        lines = [f"{head} {mark} {name} · {figures} · {units.format_duration(float(data['elapsed_s']))}"]
         return lines + [f"    {reason}" for reason in data.get("invalid_reasons", ())]
     if event.kind == "experiment_retried":
-        return [f"{head} {paint('again', 'yellow')} {who}: {data['reason']}"]
+        return [f"{head} {paint('retrying', 'yellow')} {name}: {data['reason']}"]
     if event.kind == "experiment_interrupted":
-        return [f"{head} {paint('interrupted', 'yellow')} {who}"]
-    lines = [f"{head} {paint('failed', 'red')} {who}: {data['error']}"]
-    return lines + [f"    {name}: {data[name]}" for name in ("hint", "log") if data.get(name)]
+        return [f"{head} {paint('interrupted', 'yellow')} {name}"]
+    lines = [f"{head} {paint('failed', 'red')} {name}: {data['error']}"]
+    return lines + [f"    {key}: {data[key]}" for key in ("hint", "log") if data.get(key)]
 
 
 def exit_code_of_outcome(outcome: CampaignOutcome) -> int:
@@ -296,7 +296,7 @@ def exit_code_of_outcome(outcome: CampaignOutcome) -> int:
 
 
 def show_results(campaign: CampaignConfig, outcome: CampaignOutcome, out: TextIO, *, is_json: bool) -> None:
-    """Write the table, or the summary as one JSON object on a line; nothing where there is nothing to show."""
+    """Write the table, or the summary as a line of JSON; nothing if there are no results."""
     run_id, manifest = str(outcome.manifest.run_id), outcome.manifest
     planned = {entry.exp_id for entry in manifest.experiments if entry.status != SKIPPED}
     scan = Repository(Path(campaign.io.results_dir), campaign.slug).scan(run_id)
@@ -317,11 +317,11 @@ def show_results(campaign: CampaignConfig, outcome: CampaignOutcome, out: TextIO
         out.write(text)
         out.flush()
     except OSError as error:
-        give_up_stream(out, error)
+        discard_output(out, error)
 
 
 def closing_lines(campaign: CampaignConfig, outcome: CampaignOutcome, console: log.Console) -> Iterator[str]:
-    """The last words for a person: counts, where results are, what stood in the way, and how to go on."""
+    """The closing lines: counts, results folder, error and hint."""
     manifest = outcome.manifest
     counted = [entry.status for entry in manifest.experiments if entry.status != SKIPPED]
     left = len(counted) - manifest.completed_count - manifest.failed_count
@@ -336,12 +336,12 @@ def closing_lines(campaign: CampaignConfig, outcome: CampaignOutcome, console: l
 
 
 def resume_command(words: Sequence[str]) -> str:
-    """The same command again, to be pasted into a shell, with --resume and without what contradicts it.
+    """The same command for a shell, with --resume instead of options that conflict with it.
 
     Args:
         words: the whole command line, the interpreter first (`sys.orig_argv`).
     """
-    # A script on PATH is called by its name, without the Python that its first line names.
+    # A script on PATH is named without the Python of its first line.
     script = Path(words[1]) if len(words) > 1 else Path()
     if script.name == "lem" and shutil.which("lem") == str(script):
         words = ["lem", *words[2:]]
@@ -351,7 +351,7 @@ def resume_command(words: Sequence[str]) -> str:
 
 
 def _without_secret(word: str) -> str:
-    """The word, with `(hidden)` for a secret that it sets; the person who typed it can put it back."""
+    """The argument, with `(hidden)` instead of a secret value."""
     start = "--set=" if word.startswith("--set=") else ""
     key, sign, _ = word[len(start) :].partition("=")
     secrets = [name for name, item, _ in walk(CampaignConfig) if item.secret]
@@ -360,7 +360,7 @@ def _without_secret(word: str) -> str:
 
 
 def message_of_outcome(campaign: CampaignConfig, outcome: CampaignOutcome) -> dict[str, Any] | None:
-    """What a webhook is told about a run; None when it is not to hear of it."""
+    """The webhook's message about a run; None if it is not subscribed to it."""
     manifest = outcome.manifest
     if outcome.stopped is Stopped.SIGNAL:
         return None
@@ -377,7 +377,7 @@ def message_of_outcome(campaign: CampaignConfig, outcome: CampaignOutcome) -> di
 
 
 def message_of_error(campaign: CampaignConfig, error: LemError) -> dict[str, Any] | None:
-    """What a webhook is told about a run that could not begin; None when it is not to hear of it."""
+    """The webhook's message about a run that could not start; None if it is not subscribed to it."""
     return _message(campaign, "failure", run_id=None, completed=0, failed=0, remaining=None, error=error.message)
 
 

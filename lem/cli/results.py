@@ -16,10 +16,10 @@ from lem.cli.selection import (
     SelectedRun,
     add_json,
     add_results_dir,
+    list_problems,
     list_runs,
     problem_documents,
     resolve_experiment,
-    tell_problems,
     write_file,
 )
 
@@ -34,17 +34,17 @@ _FORMAT_OF_SUFFIX = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".ndjson
 
 
 def add_results_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "`lem results`: what was measured, read from the result files alone."
+    parser.description = "`lem results`: list, show, export and recompute results, from the result files alone."
     actions = parser.add_subparsers(metavar="ACTION", required=True)
-    listing = actions.add_parser("list", help="every run in the results folder")
+    listing = actions.add_parser("list", help="list every run in the results folder")
     listing.set_defaults(run=run, action=_list)
-    showing = actions.add_parser("show", help="one run as a table, or one experiment in full")
+    showing = actions.add_parser("show", help="show a run as a table, or an experiment in full")
     showing.add_argument("id", metavar="ID", help="a run, RUN/EXPERIMENT, an experiment, or a campaign (its last run)")
     showing.set_defaults(run=run, action=_show)
-    again = actions.add_parser("recompute", help="work every energy figure out again from the samples")
-    again.add_argument("id", metavar="ID", help="as for show; 1 is the exit code when a figure does not agree")
+    again = actions.add_parser("recompute", help="recompute every energy figure from the samples")
+    again.add_argument("id", metavar="ID", help="as for show; exit code 1 if a figure differs")
     again.set_defaults(run=run, action=_recompute)
-    exporting = actions.add_parser("export", help="the records as CSV, JSON or Markdown, one row an experiment")
+    exporting = actions.add_parser("export", help="export records as CSV, JSON or Markdown, one row per experiment")
     exporting.add_argument(
         "ids",
         nargs="*",
@@ -54,16 +54,18 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     exporting.add_argument(
         "--format",
         choices=("csv", "json", "jsonl", "markdown"),
-        help="default: as the name after --output ends, else csv; json and jsonl say why a value is missing",
+        help="default: by the suffix of --output, else csv; json and jsonl give the reason for a missing value",
     )
     exporting.add_argument("--output", "-o", type=Path, metavar="FILE", help="default: stdout")
     exporting.add_argument(
         "--attempts",
         choices=("used", "all"),
         default="used",
-        help="used: one row an experiment, its last valid attempt or else its last; all: one row an attempt",
+        help="used: one row per experiment, its last valid attempt or else its last; all: one row per attempt",
     )
-    exporting.add_argument("--columns", metavar="A,B,…", help="these columns alone; markdown shows a few without it")
+    exporting.add_argument(
+        "--columns", metavar="A,B,…", help="only these columns; markdown shows a selection by default"
+    )
     add_results_dir(exporting)
     exporting.set_defaults(run=run, action=_export)
     for action in (listing, showing, again):
@@ -72,7 +74,7 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    """The exit code; 0 also where results are damaged, which is told."""
+    """Exit code 0 even if results are damaged, which stderr reports."""
     return int(args.action(args, out, err) or ExitCode.OK)
 
 
@@ -83,7 +85,7 @@ def _list(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     elif found:
         out.write(_run_table(found, terminal_width(out)))
         damaged = [problem for _, scan in found for problem in scan.problems if problem.kind != "missing"]
-        tell_problems(err, damaged)
+        list_problems(err, damaged)
     else:
         err.write(f"no results in {args.results_dir}\n")
 
@@ -111,13 +113,11 @@ def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
         out.write(text)
     else:
         write_file(args.output, text)
-    tell_problems(err, [problem for problem in problems.values() if problem.kind != "missing"])
+    list_problems(err, [problem for problem in problems.values() if problem.kind != "missing"])
     whole = {(it.record.identity.run_id, it.record.identity.experiment_id) for it in found.values()}
     without = {(it.run_id, it.exp_id) for it in problems.values()} - whole
     if without:
-        err.write(
-            f"left out, since there is no complete result: {len(without)} of {len(without) + len(whole)} experiments\n"
-        )
+        err.write(f"left out, no complete result: {len(without)} of {len(without) + len(whole)} experiments\n")
 
 
 def _table_of(args: argparse.Namespace, results: Iterable[StoredResult]) -> str:
@@ -143,7 +143,7 @@ def _show_run(args: argparse.Namespace, item: SelectedRun, out: TextIO, err: Tex
         write_json(out, {**run_document(found), "problems": problem_documents(found.problems)})
         return
     out.write(render_run(found, **screen_of(out)))
-    tell_problems(err, found.problems)
+    list_problems(err, found.problems)
 
 
 def _show_experiment(args: argparse.Namespace, scan: Scan, exp_id: str, out: TextIO, err: TextIO) -> None:
@@ -157,8 +157,8 @@ def _show_experiment(args: argparse.Namespace, scan: Scan, exp_id: str, out: Tex
         write_json(out, {"exp_id": exp_id, "attempts": attempts, "problems": problem_documents(problems)})
         return
     texts = [f"{render_record(item.record, **screen_of(out))}\n{item.path}\n" for item in results]
-    out.write("\n".join(texts) if texts else f"{exp_id}: no whole result\n")
-    tell_problems(err, problems)
+    out.write("\n".join(texts) if texts else f"{exp_id}: no complete result\n")
+    list_problems(err, problems)
 
 
 def _recompute(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
@@ -172,7 +172,7 @@ def _recompute(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         write_json(out, {"results": documents, "problems": problem_documents(problems)})
     else:
         write_outcomes(out, outcomes)
-        tell_problems(err, problems)
+        list_problems(err, problems)
     return int(ExitCode.OK if all(outcome.is_good for outcome in outcomes) else ExitCode.EXPERIMENT_FAILED)
 
 
@@ -206,11 +206,11 @@ def _run_document(item: SelectedRun, scan: Scan) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What recomputing one result came to."""
+    """The outcome of recomputing one result."""
 
     result: StoredResult
     status: str  # agrees, differs, unmeasured (no energy in the record, and no samples) or impossible
-    message: str = ""  # why it is impossible, or what is to be known
+    message: str = ""  # why it is impossible, or a note
     recomputed: Recomputed | None = None
 
     @property
@@ -219,7 +219,7 @@ class Outcome:
 
 
 def recompute_result(result: StoredResult) -> Outcome:
-    """The record of one attempt beside what its samples say."""
+    """Compare the record of one attempt with its samples."""
     from lem.base.errors import MeterRefused
     from lem.meters.recompute import has_energy, recompute
     from lem.meters.samples import FINISHED_FILENAME, read_finished
@@ -231,8 +231,8 @@ def recompute_result(result: StoredResult) -> Outcome:
     except FileNotFoundError as error:
         name = Path(error.filename).name
         if name == FINISHED_FILENAME and not has_energy(result.record):
-            return Outcome(result, "unmeasured", "no energy was measured, and nothing was sampled")
-        return Outcome(result, "impossible", f"there is no {name} (samples are kept unless timeseries.save is false)")
+            return Outcome(result, "unmeasured", "no energy was measured, and there are no samples")
+        return Outcome(result, "impossible", f"no such file: {name} (samples are kept unless timeseries.save is false)")
     except OSError as error:
         return Outcome(result, "impossible", f"{error.filename}: {reason_of(error)}")
     except ValueError as error:
@@ -263,18 +263,18 @@ def document_of(outcome: Outcome) -> dict[str, Any]:
 
 
 def write_outcomes(out: TextIO, outcomes: Sequence[Outcome]) -> None:
-    """A line for each result, its differences below it, and a sentence at the end."""
+    """Write a line per result, its differences below it, and a conclusion."""
     from lem.base.doc import printable
 
     for outcome in outcomes:
         identity, found = outcome.result.record.identity, outcome.recomputed
         name = f"{identity.experiment_id} attempt {identity.attempt} ({identity.config_name})"
-        said = f"{outcome.status}, {found.compared} figures" if found else outcome.status
-        told = f": {outcome.message}" if outcome.message else ""
-        out.write(printable(f"{name}: {said}{told}") + "\n")
+        text = f"{outcome.status}, {found.compared} figures" if found else outcome.status
+        message = f": {outcome.message}" if outcome.message else ""
+        out.write(printable(f"{name}: {text}{message}") + "\n")
         for item in found.differences if found else ():
             was, now = _shown(item.recorded), _shown(item.recomputed)
-            out.write(printable(f"  {item.field}: recorded {was}, the samples say {now}") + "\n")
+            out.write(printable(f"  {item.field}: recorded {was}, recomputed {now}") + "\n")
     good = sum(outcome.is_good for outcome in outcomes)
     out.write(f"{good} of {len(outcomes)} results agree with their samples\n")
 
@@ -284,7 +284,7 @@ def _read_config(folder: Path) -> ExperimentConfig:
 
     Raises:
         OSError: its file cannot be read.
-        ValueError: it holds something else.
+        ValueError: its file is invalid.
     """
     from lem.base import durable
     from lem.config.experiment import ExperimentConfig
@@ -293,12 +293,12 @@ def _read_config(folder: Path) -> ExperimentConfig:
     document = durable.read_json(folder / CONFIG_FILE)
     resolved = document.get("resolved") if isinstance(document, dict) else None
     if not isinstance(resolved, dict):
-        raise ValueError(f"{folder / CONFIG_FILE}: it does not hold the resolved configuration")
+        raise ValueError(f"{folder / CONFIG_FILE}: no resolved configuration in it")
     return ExperimentConfig.from_dict(resolved)
 
 
 def _read_external(path: str | None) -> ExternalReadings | None:
-    """The readings of the user's own meter; None where they cannot be read any more, which the outcome tells."""
+    """The readings of the user's own meter; None if they cannot be read, which the outcome reports."""
     from lem.base.errors import MeterRefused
     from lem.meters.external import read_external
 
@@ -309,4 +309,4 @@ def _read_external(path: str | None) -> ExternalReadings | None:
 
 
 def _shown(value: Any) -> str:
-    return format_quantity(value, digits=9) if isinstance(value, float) else "nothing" if value is None else str(value)
+    return format_quantity(value, digits=9) if isinstance(value, float) else "none" if value is None else str(value)

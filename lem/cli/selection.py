@@ -1,4 +1,4 @@
-"""Which run the words of a command line mean, and what commands that read results have in common."""
+"""Finding the run that an argument names, and options and output that commands share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_results_dir(parser: argparse.ArgumentParser, *names: str) -> None:
     )
 
 
-def add_json(parser: argparse._ActionsContainer, text: str = "one JSON document on stdout") -> None:
+def add_json(parser: argparse._ActionsContainer, text: str = "print one JSON document") -> None:
     parser.add_argument("--json", action="store_true", help=text)
 
 
@@ -35,7 +35,7 @@ def add_repeated(parser: argparse._ActionsContainer, name: str, metavar: str, te
 
 
 def checked(parse: Callable[[str], T], text: str) -> T:
-    """What `parse` makes of an option's value; its ValueError becomes an error of the command line."""
+    """What `parse` makes of an option's value; a ValueError becomes a usage error."""
     try:
         return parse(text)
     except ValueError as error:
@@ -61,7 +61,7 @@ class SelectedRun:
         return read_run(self.results_dir, self.campaign, self.run_id)
 
     def experiment_ids(self) -> tuple[str, ...]:
-        """The experiments that were begun, by name."""
+        """The experiments that were started, by name."""
         from lem.results.store import Repository
 
         return Repository(self.results_dir, self.campaign).experiment_ids(self.run_id)
@@ -83,10 +83,10 @@ def list_runs(results_dir: Path) -> tuple[SelectedRun, ...]:
 
 
 def find_run(runs: Sequence[SelectedRun], wanted: str) -> SelectedRun | None:
-    """The last run of the campaign of that name, or the one run whose ID begins so; None when there is none.
+    """The last run of the campaign of that name, or the only run whose ID starts with it; None if there is none.
 
     Raises:
-        UserError: several IDs begin so.
+        UserError: several IDs start with it.
     """
     of_campaign = [item for item in runs if item.campaign == wanted]
     if of_campaign:
@@ -99,38 +99,37 @@ def find_run(runs: Sequence[SelectedRun], wanted: str) -> SelectedRun | None:
 
 
 def resolve_run(results_dir: Path, wanted: str, run_id: str | None = None) -> SelectedRun:
-    """The run that a word means, as `find_run`; or the one run of that campaign whose ID begins with `run_id`.
+    """The run that `wanted` names, as in `find_run`; or the only run of that campaign whose ID starts with `run_id`.
 
     Raises:
-        UserError: nothing has that name, or several have.
+        UserError: there is no such name, or it is ambiguous.
     """
     runs = list_runs(results_dir)
     if run_id is not None:
         runs, wanted = tuple(item for item in runs if item.campaign == wanted), run_id
     found = find_run(runs, wanted)
     if found is None:
-        raise nothing_called(wanted, runs, results_dir)
+        raise no_such_name(wanted, runs, results_dir)
     return found
 
 
-def nothing_called(wanted: str, runs: Sequence[SelectedRun], results_dir: Path) -> UserError:
-    """What to say of a name that no campaign, run or experiment has."""
+def no_such_name(wanted: str, runs: Sequence[SelectedRun], results_dir: Path) -> UserError:
     from lem.config.problems import did_you_mean
 
     if not runs:
-        return UserError(f"{wanted!r}: there are no results in {results_dir}", "name their folder with --results-dir")
+        return UserError(f"{wanted!r}: no results in {results_dir}", "set the folder with --results-dir")
     campaigns = list(dict.fromkeys(item.campaign for item in runs))
     suggestion = did_you_mean(wanted, [*campaigns, *(item.run_id for item in runs)])
     return UserError(
-        f"nothing in {results_dir} is called {wanted!r}{suggestion}", "lem results list shows what is there"
+        f"no campaign, run or experiment {wanted!r} in {results_dir}{suggestion}", "see `lem results list`"
     )
 
 
 def resolve_experiment(results_dir: Path, wanted: str) -> tuple[SelectedRun, str | None]:
-    """The run that a word means, and the experiment in it; None for the whole run.
+    """The run that `wanted` names, and the experiment in it; None for the whole run.
 
     Raises:
-        UserError: nothing has that name, or several have.
+        UserError: there is no such name, or it is ambiguous.
     """
     runs = list_runs(results_dir)
     campaign_runs = [item for item in runs if item.campaign == wanted]
@@ -143,23 +142,23 @@ def resolve_experiment(results_dir: Path, wanted: str) -> tuple[SelectedRun, str
             candidates += [(exp_id, item, exp_id), (f"{item.run_id}/{exp_id}", item, exp_id)]
     found = [candidate for candidate in candidates if candidate[0] == wanted]
     found = found or [candidate for candidate in candidates if wanted and candidate[0].startswith(wanted)]
-    # `RUN/` begins the name of each of its experiments, as `RUN` does: the shorter meaning is meant.
+    # `RUN/` is a prefix of each of its experiments, as `RUN` is: the run wins.
     runs_found = [candidate for candidate in found if candidate[2] is None]
     distinct = {(item, exp_id) for _, item, exp_id in (runs_found or found)}
     if len(distinct) == 1:
         return distinct.pop()
     if not distinct:
-        raise nothing_called(wanted, runs, results_dir)
+        raise no_such_name(wanted, runs, results_dir)
     raise ambiguous(wanted, [run.run_id if exp_id is None else f"{run.run_id}/{exp_id}" for run, exp_id in distinct])
 
 
 def problem_documents(problems: Iterable[Problem]) -> list[dict[str, str]]:
-    """What could not be used, as JSON values."""
+    """The unusable files as JSON values."""
     return [{"path": str(item.path), "kind": item.kind, "message": item.message} for item in problems]
 
 
-def tell_problems(err: TextIO, problems: Sequence[Problem], *, lead: str = "", rest: str = "--json lists all") -> None:
-    """Name what could not be used, a line each after `lead`; `rest` says where those are that are not shown."""
+def list_problems(err: TextIO, problems: Sequence[Problem], *, lead: str = "", rest: str = "--json lists all") -> None:
+    """List unusable files, one per line after `lead`; `rest` says where to find those that are not shown."""
     from lem.base.doc import printable
 
     texts = (f"{lead}{problem.kind}: {problem.path}: {problem.message}" for problem in problems[:_PROBLEMS_SHOWN])
@@ -183,7 +182,6 @@ def write_file(path: Path, text: str) -> None:
 
 
 def ambiguous(wanted: str, names: Iterable[str]) -> UserError:
-    """What to say of a name that begins several."""
     found = sorted(names)
     more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-    return UserError(f"{wanted!r} can mean {', '.join(found[:5])}{more}", "name one of them in full")
+    return UserError(f"{wanted!r} is ambiguous: {', '.join(found[:5])}{more}", "use a full name")

@@ -32,36 +32,36 @@ from lem.orchestration.status import (
 
 
 def add_status_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "`lem status`: how campaigns are, from their files alone, while one runs and after it crashed."
+    parser.description = "`lem status`: show the state of campaigns from their files alone, running or crashed."
     parser.add_argument(
-        "campaign", nargs="?", metavar="CAMPAIGN", help="a campaign's name, its file, or its state folder; default: all"
+        "campaign", nargs="?", metavar="CAMPAIGN", help="a campaign's name, file or state folder (default: all)"
     )
     parser.add_argument("--state-dir", type=Path, default=Path(".state"), metavar="DIR", help="default: .state")
-    add_json(parser, "one JSON document on stdout: a list without CAMPAIGN")
+    add_json(parser, "print one JSON document; without CAMPAIGN, a list")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    """The exit code: 0 however the campaigns are, 2 where there is no such campaign."""
+    """Exit code 0 whatever the states are, 2 if there is no such campaign."""
     import socket
 
     from lem.base.clock import utc_now
 
     viewpoint = Viewpoint(utc_now(), socket.gethostname(), boot_time())
     width = bounded_width(shutil.get_terminal_size().columns) if out.isatty() else WIDTH
-    eyes = Eyes(viewpoint.now, width=width, is_colour=is_colour_wanted(out))
+    viewer = Viewer(viewpoint.now, width=width, is_colour=is_colour_wanted(out))
     if args.campaign is not None:
         status = _find(args.state_dir, args.campaign, viewpoint)
         if args.json:
             write_json(out, status_document(status))
         else:
-            out.write(render_status(status, eyes))
+            out.write(render_status(status, viewer))
         return int(ExitCode.OK)
     statuses = [read_status(folder, viewpoint) for folder in find_folders(args.state_dir)]
     if args.json:
         write_json(out, [status_document(item) for item in statuses])
     elif statuses:
-        out.write(render_statuses(statuses, eyes))
+        out.write(render_statuses(statuses, viewer))
     else:
         err.write(f"no campaigns in {args.state_dir}\n")
     return int(ExitCode.OK)
@@ -88,9 +88,9 @@ def _find(state_dir: Path, wanted: str, viewpoint: Viewpoint) -> CampaignStatus:
     named = folders.get(wanted) or folders.get(slug)
     if named is None:
         suggestion = did_you_mean(wanted, list(folders))
-        there = f"there: {', '.join(folders)}" if folders else "nothing is there"
+        known = f"campaigns: {', '.join(folders)}" if folders else "there are no campaigns"
         raise UserError(
-            f"no campaign {wanted!r} in {state_dir}{suggestion}", f"{there}; --state-dir names another folder"
+            f"no campaign {wanted!r} in {state_dir}{suggestion}", f"{known}; --state-dir sets another folder"
         )
     return read_status(named, viewpoint)
 
@@ -106,7 +106,7 @@ _STYLES = {
     State.FAILED: "red",
     State.STOPPED: "yellow",
 }
-_PHASES = {
+_PHASE_NAMES = {
     "prepare": "preparing",
     "load": "loading the engine",
     "idle": "measuring idle power",
@@ -118,8 +118,8 @@ _PHASES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Eyes:
-    """When and in which zone it is read, how wide the screen is, and whether it has colour."""
+class Viewer:
+    """The time, zone, width and colour of the output."""
 
     now: datetime
     zone: tzinfo | None = None
@@ -127,7 +127,7 @@ class Eyes:
     is_colour: bool = False
 
     def clock(self, moment: datetime | None) -> str:
-        """`14:32`, or `07-15 14:32` when it is not today."""
+        """`14:32`, or `07-15 14:32` on another day."""
         if moment is None:
             return "–"
         local, today = moment.astimezone(self.zone), self.now.astimezone(self.zone).date()
@@ -137,35 +137,40 @@ class Eyes:
         return paint(text, style, is_colour=self.is_colour)
 
 
-def render_statuses(statuses: Sequence[CampaignStatus], eyes: Eyes) -> str:
-    """One line a campaign, and below what is wrong with some."""
+def render_statuses(statuses: Sequence[CampaignStatus], viewer: Viewer) -> str:
+    """One line per campaign, and problems below."""
     table = [
         Column("state", tuple(item.state for item in statuses)),
         Column("done", tuple(str(item.count(COMPLETED)) for item in statuses)),
         Column("failed", tuple(str(item.count(FAILED)) for item in statuses)),
         Column("left", tuple(str(item.n_left) for item in statuses)),
-        Column("ETA", tuple(_eta(item, eyes) for item in statuses)),
-        Column("last sign", tuple(eyes.clock(_last_sign(item)) for item in statuses)),
+        Column("ETA", tuple(_eta(item, viewer) for item in statuses)),
+        Column("last update", tuple(viewer.clock(_last_update(item)) for item in statuses)),
     ]
-    lines = columns("campaign", [item.name for item in statuses], table, eyes.width)
-    lines[0] = eyes.paint(lines[0], "bold")
+    lines = columns("campaign", [item.name for item in statuses], table, viewer.width)
+    lines[0] = viewer.paint(lines[0], "bold")
     for item in statuses:
         if item.reason and item.state in (State.CRASHED, State.UNREADABLE, State.RUNNING):
-            lines += wrapped(item.reason, eyes.width, f"{printable(item.name)}: ")
+            lines += wrapped(item.reason, viewer.width, f"{printable(item.name)}: ")
     return "\n".join(lines) + "\n"
 
 
-def render_status(status: CampaignStatus, eyes: Eyes) -> str:
-    """One campaign: how it is, what runs, what failed and why, each configuration, and how to go on."""
-    blocks = [_heading(status, eyes), _facts(status, eyes), _failed(status, eyes), _configurations(status, eyes)]
-    command = _go_on_command(status)
+def render_status(status: CampaignStatus, viewer: Viewer) -> str:
+    """One campaign: state, activity, failures, configurations, and the command that resumes it."""
+    blocks = [
+        _heading(status, viewer),
+        _facts(status, viewer),
+        _failed(status, viewer),
+        _configurations(status, viewer),
+    ]
+    command = _resume_command(status)
     if command and status.state in (State.CRASHED, State.STOPPED, State.FAILED):
-        blocks.append(["go on with:", f"  {command}"])
+        blocks.append(["resume with:", f"  {command}"])
     return "\n".join("\n".join(block) + "\n" for block in blocks if block)
 
 
-def _go_on_command(status: CampaignStatus) -> str:
-    """The command that goes on with the campaign, to be pasted into a shell; empty when unknown or not needed."""
+def _resume_command(status: CampaignStatus) -> str:
+    """The shell command that resumes the campaign; empty if unknown or not needed."""
     activity = status.activity
     if activity is None or not activity.go_on or status.state in (State.RUNNING, State.WAITING, State.DONE):
         return ""
@@ -192,7 +197,7 @@ def status_document(status: CampaignStatus) -> dict[str, Any]:
         "left_s": status.left_s,
         "holder": None if holder is None else dataclasses.asdict(holder),
         "activity": None if activity is None else dataclasses.asdict(activity),
-        "go_on": _go_on_command(status) or None,
+        "go_on": _resume_command(status) or None,
         "experiments": [] if manifest is None else [_entry_document(entry) for entry in manifest.experiments],
         "notes": [] if manifest is None else manifest.notes,
     }
@@ -215,15 +220,15 @@ def _entry_document(entry: CampaignManifestEntry) -> dict[str, Any]:
     }
 
 
-def _heading(status: CampaignStatus, eyes: Eyes) -> list[str]:
-    since = f" since {eyes.clock(parse_utc(status.holder.since))}" if status.holder is not None else ""
+def _heading(status: CampaignStatus, viewer: Viewer) -> list[str]:
+    since = f" since {viewer.clock(parse_utc(status.holder.since))}" if status.holder is not None else ""
     title = f"{status.name} · {status.state}{since}"
-    lines = [eyes.paint(line, _STYLES.get(status.state, "bold")) for line in wrapped(title, eyes.width)]
+    lines = [viewer.paint(line, _STYLES.get(status.state, "bold")) for line in wrapped(title, viewer.width)]
     who = f"process {status.holder.pid} on {status.holder.host}" if status.holder is not None else ""
     run = f"run {status.manifest.run_id}" if status.manifest is not None else ""
     texts = [", ".join(filter(None, (run, who)))]
-    texts += [_counts(status), _time_left(status, eyes)] if status.manifest is not None else []
-    return [*lines, *(line for text in texts if text for line in wrapped(text, eyes.width))]
+    texts += [_counts(status), _time_left(status, viewer)] if status.manifest is not None else []
+    return [*lines, *(line for text in texts if text for line in wrapped(text, viewer.width))]
 
 
 def _counts(status: CampaignStatus) -> str:
@@ -234,74 +239,74 @@ def _counts(status: CampaignStatus) -> str:
     return ", ".join(parts)
 
 
-def _time_left(status: CampaignStatus, eyes: Eyes) -> str:
+def _time_left(status: CampaignStatus, viewer: Viewer) -> str:
     if not status.left_s or not status.n_left:
         return ""
     if status.state == State.RUNNING:
-        return f"ETA {_eta(status, eyes)}, in {units.format_duration(status.left_s)}"
-    return f"what is left takes about {units.format_duration(status.left_s)}"
+        return f"ETA {_eta(status, viewer)}, in {units.format_duration(status.left_s)}"
+    return f"about {units.format_duration(status.left_s)} left"
 
 
-def _facts(status: CampaignStatus, eyes: Eyes) -> list[str]:
-    facts = list(_doing(status, eyes))
+def _facts(status: CampaignStatus, viewer: Viewer) -> list[str]:
+    facts = list(_doing(status, viewer))
     facts += [("why", status.reason)] if status.reason else []
     facts += [("remedy", status.hint)] if status.hint else []
     for note in _notes(status):
         text = note.get("reason") or "; ".join(map(str, note.get("changes") or []))
         facts.append(("note", text if note.get("reason") else f"{str(note.get('kind')).replace('_', ' ')}: {text}"))
-    return [line for name, text in facts for line in _fact(name, text, eyes)]
+    return [line for name, text in facts for line in _fact(name, text, viewer)]
 
 
 def _notes(status: CampaignStatus) -> list[dict[str, Any]]:
-    """What a resume did that a reader must know, and of the cycles added the last."""
+    """The notes of resumes, and only the last one about added cycles."""
     notes = status.manifest.notes if status.manifest is not None else []
     added = [note for note in notes if note.get("kind") == TOP_UP_NOTE]
     return [note for note in notes if note not in added[:-1]]
 
 
-def _doing(status: CampaignStatus, eyes: Eyes) -> Iterable[tuple[str, str]]:
-    """What runs, or ran last."""
+def _doing(status: CampaignStatus, viewer: Viewer) -> Iterable[tuple[str, str]]:
+    """What is running, or ran last."""
     label = "now" if status.state == State.RUNNING else "last"
     activity = status.activity
     if activity is not None and activity.doing in ("starting", "gap"):
-        yield label, _gap_text(activity, status, eyes) if activity.doing == "gap" else "starting"
+        yield label, _gap_text(activity, status, viewer) if activity.doing == "gap" else "starting"
         return
     for entry in status.manifest.get_by_status(RUNNING) if status.manifest is not None else []:
-        yield label, f"{entry.config_name} · cycle {entry.cycle_index + 1} · {_phase_text(entry, status, eyes)}"
+        yield label, f"{entry.config_name} · cycle {entry.cycle_index + 1} · {_phase_text(entry, status, viewer)}"
 
 
-def _gap_text(activity: Activity, status: CampaignStatus, eyes: Eyes) -> str:
+def _gap_text(activity: Activity, status: CampaignStatus, viewer: Viewer) -> str:
     left = activity.gap_ends_in_s
     if status.state != State.RUNNING or left is None:
-        return f"a gap between experiments, since {eyes.clock(parse_utc(activity.since))}"
-    return f"a gap between experiments, at most {units.format_duration(left)} more"
+        return f"gap between experiments, since {viewer.clock(parse_utc(activity.since))}"
+    return f"gap between experiments, at most {units.format_duration(left)} more"
 
 
-def _phase_text(entry: CampaignManifestEntry, status: CampaignStatus, eyes: Eyes) -> str:
+def _phase_text(entry: CampaignManifestEntry, status: CampaignStatus, viewer: Viewer) -> str:
     activity = status.activity
     if activity is None or activity.exp_id != entry.exp_id or activity.phase is None:
         started = entry.attempts[-1].started_at if entry.attempts else entry.started_at
-        return f"phase unknown, {_since(started, status, eyes)}"
+        return f"phase unknown, {_since(started, status, viewer)}"
     total = "" if activity.phase_total is None else f" of {activity.phase_total}"
     progress = "" if activity.phase_done is None else f" {activity.phase_done}{total}"
-    return f"{_PHASES.get(activity.phase, activity.phase)}{progress}, {_since(activity.since, status, eyes)}"
+    return f"{_PHASE_NAMES.get(activity.phase, activity.phase)}{progress}, {_since(activity.since, status, viewer)}"
 
 
-def _since(label: str | None, status: CampaignStatus, eyes: Eyes) -> str:
+def _since(label: str | None, status: CampaignStatus, viewer: Viewer) -> str:
     moment = parse_utc(label)
     if moment is None:
-        return "since when is unknown"
-    lasts = f" ({units.format_duration((eyes.now - moment) / timedelta(seconds=1))})"
-    return f"since {eyes.clock(moment)}{lasts if status.state == State.RUNNING else ''}"
+        return "start time unknown"
+    lasts = f" ({units.format_duration((viewer.now - moment) / timedelta(seconds=1))})"
+    return f"since {viewer.clock(moment)}{lasts if status.state == State.RUNNING else ''}"
 
 
-def _failed(status: CampaignStatus, eyes: Eyes) -> list[str]:
-    """Each failed experiment with its reason and its log, one entry a reason and configuration."""
+def _failed(status: CampaignStatus, viewer: Viewer) -> list[str]:
+    """Each failed experiment with its reason and its log."""
     lines: list[str] = []
     entries = [] if status.manifest is None else status.manifest.get_by_status(FAILED)
     for entry in entries[:_SHOWN]:
-        where = f"{entry.config_name} · cycle {entry.cycle_index + 1}: {entry.error or 'no reason was kept'}"
-        lines += _fact("failed", where, eyes, "red")
+        where = f"{entry.config_name} · cycle {entry.cycle_index + 1}: {entry.error or 'reason not recorded'}"
+        lines += _fact("failed", where, viewer, "red")
         log = entry.attempts[-1].log_path if entry.attempts else None
         lines += [f"{'':<{_LEAD}}{printable(log)}"] if log else []
     if len(entries) > _SHOWN:
@@ -309,7 +314,7 @@ def _failed(status: CampaignStatus, eyes: Eyes) -> list[str]:
     return lines
 
 
-def _configurations(status: CampaignStatus, eyes: Eyes) -> list[str]:
+def _configurations(status: CampaignStatus, viewer: Viewer) -> list[str]:
     by_name: dict[str, list[CampaignManifestEntry]] = {}
     for entry in status.manifest.experiments if status.manifest is not None else []:
         if entry.status != SKIPPED:
@@ -326,22 +331,22 @@ def _configurations(status: CampaignStatus, eyes: Eyes) -> list[str]:
         Column("left", tuple(str(sum(entry.status not in (COMPLETED, FAILED) for entry in group)) for group in groups)),
     ]
     shortener = NameShortener(list(by_name), NAME_WIDTH)
-    lines = columns("configuration", [shortener(name) for name in by_name], table, eyes.width)
-    explanation = wrapped(shortener.explanation, eyes.width) if shortener.explanation else []
-    return [eyes.paint(lines[0], "bold"), *lines[1:], *explanation]
+    lines = columns("configuration", [shortener(name) for name in by_name], table, viewer.width)
+    explanation = wrapped(shortener.explanation, viewer.width) if shortener.explanation else []
+    return [viewer.paint(lines[0], "bold"), *lines[1:], *explanation]
 
 
-def _fact(name: str, text: str, eyes: Eyes, style: str = "dim") -> list[str]:
-    first, *rest = wrapped(text, eyes.width, f"{name:<{_LEAD}}")
-    return [eyes.paint(first[: len(name)], style) + first[len(name) :], *rest]
+def _fact(name: str, text: str, viewer: Viewer, style: str = "dim") -> list[str]:
+    first, *rest = wrapped(text, viewer.width, f"{name:<{_LEAD}}")
+    return [viewer.paint(first[: len(name)], style) + first[len(name) :], *rest]
 
 
-def _eta(status: CampaignStatus, eyes: Eyes) -> str:
+def _eta(status: CampaignStatus, viewer: Viewer) -> str:
     if status.state != State.RUNNING or status.left_s is None:
         return "–"
-    return eyes.clock(eyes.now + timedelta(seconds=status.left_s))
+    return viewer.clock(viewer.now + timedelta(seconds=status.left_s))
 
 
-def _last_sign(status: CampaignStatus) -> datetime | None:
+def _last_update(status: CampaignStatus) -> datetime | None:
     labels = [item.updated_at for item in (status.manifest, status.activity) if item is not None]
     return parse_utc(max(labels)) if labels else None

@@ -45,7 +45,7 @@ def test_a_daemon_repeats_under_new_run_ids_until_its_time_is_up_and_ends_well(r
     assert len(begun) - len(runs) in (0, 1)
     # A daemon is quiet unless told otherwise: what happens goes to the log, when it runs is on the screen.
     lines = ended.err.splitlines()
-    assert "quiet: what happens is written to .state/demo/lem.log" in lines
+    assert "quiet: logging to .state/demo/lem.log" in lines
     assert any(re.fullmatch(r"Daemon: next run of the campaign in (1\.0|0\.\d) s", line) for line in lines)
     assert f"Daemon: total duration {total_s}s reached, stopping after {len(runs)} cycles" in lines
     assert not any("starting" in line for line in lines)

@@ -59,7 +59,7 @@ def test_each_failure_has_its_own_end_and_the_rest_of_the_campaign_goes_on(rig):
     ]
     assert events[-1]["event"] == "summary"
     assert "4 completed, 3 failed, 0 left" in ended.err
-    assert "some failed; go on with: " in ended.err
+    assert "some experiments failed; resume with: " in ended.err
 
 
 def test_engines_that_hang_or_fall_silent_are_ended_and_tried_again(rig):
@@ -124,7 +124,7 @@ def test_a_full_disk_stops_with_the_rest_pending_and_the_resume_completes_it(rig
     rig.assert_no_process_left()
     assert "no space left on device" in ended.err.lower()
     assert "--resume" in ended.err
-    assert "stopped; go on with: " in ended.err
+    assert "stopped; resume with: " in ended.err
     assert "Traceback" not in ended.err
     kept = rig.results()
     assert 0 < len(kept) < 4
@@ -145,4 +145,4 @@ def test_fail_fast_ends_after_the_first_failure_and_the_webhook_hears_of_it(rig)
     assert (message["event"], message["failed"], message["remaining"]) == ("failure", 1, 4)
     assert rig.statuses() == ["failed", "pending", "pending", "pending"]
     assert "0 completed, 1 failed, 3 left" in ended.err
-    assert "stopped; go on with: " in ended.err
+    assert "stopped; resume with: " in ended.err

@@ -115,11 +115,11 @@ def test_parts_without_a_stored_plan_are_told_by_numbers_alone(hosts):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--plan", "none.json"], "--plan needs --shard"),
+        (["--plan", "none.json"], "--plan requires --shard"),
         (["--plan", "none.json", "--shard", "1/2"], "no such file"),
         (["--shard", "3/2"], "expected I/N"),
-        (["--hosts", "a,b"], "are for --write-plan"),
-        (["--write-plan", "p.json"], "none is named"),
+        (["--hosts", "a,b"], "require --write-plan"),
+        (["--write-plan", "p.json"], "--write-plan requires --hosts"),
         (["--write-plan", "p.json", "--hosts", "a,a"], "each once"),
         (["--write-plan", "p.json", "--hosts", "a", "--shard", "1/2"], "one or the other"),
         (["--write-plan", "p.json", "--hosts", "a", "--plan", "none.json"], "no such file"),

@@ -146,7 +146,7 @@ def test_results_that_cannot_be_shown_are_kept_and_that_is_said(rig, options):
         command = rig.command("--yes", *options)
         process = subprocess.run(command, cwd=rig.folder, env=rig.environ(), stdout=full, stderr=err, check=False)
     assert process.returncode == 0
-    assert "nothing more is written to stdout: No space left on device" in (rig.folder / "stderr").read_text()
+    assert "no more output on stdout: No space left on device" in (rig.folder / "stderr").read_text()
     assert rig.statuses() == ["completed"]
 
 

@@ -20,7 +20,7 @@ def rig(tmp_path):
 
 
 def _resume_command(text):
-    found = re.search(r"^stopped; go on with: (.*)$", text, re.MULTILINE)
+    found = re.search(r"^stopped; resume with: (.*)$", text, re.MULTILINE)
     assert found, text
     return found[1]
 
@@ -152,7 +152,7 @@ def test_a_signal_while_waiting_for_the_schedule_measures_nothing(rig):
     ended = running.wait()
     assert ended.code == 143
     rig.assert_no_process_left()
-    assert "stopped before the campaign began" in ended.err
+    assert "stopped before the campaign started" in ended.err
     assert rig.results() == {}
 
 

@@ -68,7 +68,7 @@ def test_a_budget_that_is_used_up_ends_with_its_own_code_and_says_how_to_go_on(r
     rig.write(campaign_text(outputs=(4,), cycles=3))
     ended = rig.run("--yes", "--budget", "0.001s")
     assert ended.code == ExitCode.BUDGET
-    assert "the time is up; go on with: " in ended.err
+    assert "time budget reached; resume with: " in ended.err
     assert "--resume" in ended.err
     assert "its deadline passed" in _status(rig, "demo")
     resumed = rig.run("--resume")

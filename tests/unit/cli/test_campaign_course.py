@@ -29,14 +29,14 @@ def _dry_run(*words):
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--until", "2%"], "write it like ci=2%"),
-        (["--until", "ci=2%:watts"], "no metric watts"),
+        (["--until", "2%"], "expected a target such as ci=2%"),
+        (["--until", "ci=2%:watts"], "unknown metric 'watts'"),
         (["--until", "ci=2%", "--max-cycles", "4"], "5 to 20"),
         (["--until", "ci=2%", "--max-cycles", "7", "--cycles", "9"], "more than --max-cycles 7"),
         (["--until", "ci=2%", "--structure", "grouped"], "AAA BBB"),
         (["--until", "ci=2%", "--set", "execution.reuse=campaign"], "execution.reuse=cycle"),
         (["--until", "ci=2%", "--set", "daemon.enabled=true"], "daemon"),
-        (["--until", "ci=2%", "--shard", "1/2"], "part of a plan"),
+        (["--until", "ci=2%", "--shard", "1/2"], "cannot be combined with --shard"),
         (["--max-cycles", "9"], "--until"),
         (["--budget", "8"], "write it like 90s"),
         (["--budget", "8h", "--set", "daemon.enabled=true"], "total_duration"),
@@ -77,7 +77,7 @@ def test_a_dry_run_prices_a_top_up_from_earlier_results(here):
 
 
 def test_a_dry_run_says_how_much_of_the_plan_a_budget_holds(here):
-    assert "not known before the first run" in _dry_run("--budget", "1h")
+    assert "unknown before the first run" in _dry_run("--budget", "1h")
     _measure_before(here)
-    assert "1h 00m, in which all of the plan fits" in _dry_run("--budget", "1h")
-    assert "20.0 s, in which about 2 of 4 experiments are begun" in _dry_run("--budget", "20s")
+    assert "1h 00m, enough for the whole plan" in _dry_run("--budget", "1h")
+    assert "20.0 s, enough to start about 2 of 4 experiments" in _dry_run("--budget", "20s")

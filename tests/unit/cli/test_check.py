@@ -97,7 +97,7 @@ def test_as_json_each_finding_is_an_object(tmp_path):
 def test_a_campaign_that_is_not_there_is_told(tmp_path):
     code, out, err = _check(tmp_path, "nothing")
     assert (code, out) == (2, "")
-    assert "'nothing': there are no results in" in err
+    assert "'nothing': no results in" in err
 
 
 def test_a_damaged_result_is_named_and_the_rest_looked_at(tmp_path):

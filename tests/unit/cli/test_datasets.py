@@ -32,7 +32,7 @@ def test_every_alias_is_listed_with_what_it_stands_for(tmp_path: Path) -> None:
     assert code == 0
     assert [row[0] for row in rows[1:]] == list(DATASET_ALIASES)
     assert rows[-1] == ["mmlu", "cais/mmlu", "(all)", "test", "question", "hub"]
-    assert "downloaded when first used" in err
+    assert "downloaded on first use" in err
 
 
 def test_a_data_set_in_the_folder_is_found_there(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`lem merge`: identical results once, conflicts refused, a host is a block, and what is lacking is told."""
+"""`lem merge`: identical results once, conflicts refused, a host is a block, and what is missing is reported."""
 
 from __future__ import annotations
 
@@ -144,7 +144,9 @@ def test_energy_is_compared_before_speed(tmp_path: Path, plan: Path) -> None:
     assert "20.0 % in energy_per_output_tok_j" in err
 
 
-def test_what_the_plan_has_and_nobody_measured_is_lacking(tmp_path: Path, hosts: tuple[Path, Path], plan: Path) -> None:
+def test_a_planned_result_that_was_not_measured_is_missing(
+    tmp_path: Path, hosts: tuple[Path, Path], plan: Path
+) -> None:
     code, out, _ = run_lem("merge", *hosts, "--output", tmp_path / "all", "--plan", plan, "--json")
     document = json.loads(out)
     assert code == 1
@@ -153,22 +155,20 @@ def test_what_the_plan_has_and_nobody_measured_is_lacking(tmp_path: Path, hosts:
     assert document["anchor"]["spread"] == pytest.approx(0.02)
     _, table, _ = run_lem("merge", *hosts, "--output", tmp_path / "all", "--plan", plan)
     assert ["long", "–", "1/2"] in [line.split() for line in table.splitlines()]
-    assert f"lacking: {OTHER[:12]}-c2 (gpu2)" in table
+    assert f"missing: {OTHER[:12]}-c2 (gpu2)" in table
 
 
-def test_a_host_that_brought_nothing_is_lacking_altogether(
-    tmp_path: Path, hosts: tuple[Path, Path], plan: Path
-) -> None:
+def test_a_host_without_results_is_missing_altogether(tmp_path: Path, hosts: tuple[Path, Path], plan: Path) -> None:
     code, out, _ = run_lem("merge", hosts[0], "--output", tmp_path / "all", "--plan", plan)
     assert code == 1
-    assert "nobody knows whether the hosts are alike" in out
+    assert "hosts cannot be compared" in out
     assert ["short", "2/2", "0/2"] in [line.split() for line in out.splitlines()]
 
 
 def test_another_run_is_left_out_and_told(tmp_path: Path, hosts: tuple[Path, Path], plan: Path) -> None:
     store(hosts[0], anchor("gpu1", run_id="20260101T000000Z-aaaa"))
     _, out, _ = run_lem("merge", *hosts, "--output", tmp_path / "all", "--plan", plan)
-    assert "of other runs than the plan: 20260101T000000Z-aaaa" in out
+    assert "not in the run of the plan: 20260101T000000Z-aaaa" in out
     assert len(results_below(tmp_path / "all")) == 5
 
 
@@ -186,7 +186,7 @@ def test_a_link_in_a_result_is_not_followed(tmp_path: Path, hosts: tuple[Path, P
         (["nowhere"], "no such folder"),
         (["empty"], "no campaign"),
         (["two"], "several campaigns: demo, other"),
-        (["two", "--campaign", "third"], "no whole result of campaign third"),
+        (["two", "--campaign", "third"], "no complete result of campaign third"),
         (["two", "--anchor-tolerance", "much"], "expected a percentage"),
         (["two", "--anchor-tolerance", "0.05"], "add the % sign"),
     ],

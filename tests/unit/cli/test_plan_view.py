@@ -107,7 +107,7 @@ def test_a_time_that_is_partly_guessed_says_so(campaign):
     plan = build_plan(campaign)
     first = plan.configurations[0]
     text = render_plan(plan, campaign, "local", ExpectedDurations({first.config_hash: 30.0}, {first.engine_key: 10.0}))
-    assert "partly guessed from other configurations" in " ".join(text.split())
+    assert "partly estimated from other configurations" in " ".join(text.split())
 
 
 def test_a_long_order_is_cut_short(tmp_path):

@@ -141,7 +141,7 @@ def test_an_invalid_result_says_why():
     stream = io.StringIO()
     data = {**WHO, "valid": False, "invalid_reasons": ["thermal slowdown"], "output_tok_per_s": None, "elapsed_s": 1}
     LineProgress(log.Console(stream), now=lambda: NOON)(Event("experiment_completed", 1, 2, None, data))
-    assert "not valid gpt2-b4" in stream.getvalue()
+    assert "invalid gpt2-b4" in stream.getvalue()
     assert "thermal slowdown" in stream.getvalue()
 
 

@@ -73,7 +73,7 @@ def test_a_result_that_differs_is_shown_and_is_the_exit_code(folder: Path) -> No
     store(folder, dataclasses.replace(record, energy=dataclasses.replace(record.energy, gpu_energy_j=1.5)))
     code, out, _ = recompute("demo", "-o", str(folder))
     assert code == 1
-    assert "energy.gpu_energy_j: recorded 1.5, the samples say " in out
+    assert "energy.gpu_energy_j: recorded 1.5, recomputed " in out
     assert out.splitlines()[-1] == "2 of 3 results agree with their samples"
     (bad,) = [item for item in documents(folder, "demo") if item["status"] == "differs"]
     assert [item["field"] for item in bad["differences"]] == ["energy.gpu_energy_j"]
@@ -83,7 +83,7 @@ def test_energy_without_samples_cannot_be_worked_out_again(folder: Path) -> None
     store(folder, measured_record(2), has_samples=False)
     code, out, _ = recompute("demo", "-o", str(folder))
     assert code == 1
-    assert f"impossible: there is no {FINISHED_FILENAME}" in out
+    assert f"impossible: no such file: {FINISHED_FILENAME}" in out
 
 
 def test_a_result_without_energy_or_samples_is_no_contradiction(folder: Path) -> None:
@@ -113,4 +113,4 @@ def test_a_result_that_is_not_whole_is_told_too(folder: Path) -> None:
 def test_what_is_not_there_is_a_usage_error(folder: Path) -> None:
     code, _, err = recompute("nothing", "-o", str(folder))
     assert code == 2
-    assert "is called 'nothing'" in err
+    assert "no campaign, run or experiment 'nothing'" in err

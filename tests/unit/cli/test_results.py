@@ -140,7 +140,7 @@ def test_an_experiment_as_json_holds_whole_records(folder: Path) -> None:
 def test_an_experiment_without_a_result_says_so(folder: Path) -> None:
     Repository(folder, "demo").prepare_attempt(RUN, "abcabcabcabc-c1")
     code, out, err = results("show", "abcabcabcabc-c1", "-o", str(folder))
-    assert (code, out) == (0, "abcabcabcabc-c1: no whole result\n")
+    assert (code, out) == (0, "abcabcabcabc-c1: no complete result\n")
     assert err.startswith("missing: ")
 
 
@@ -150,7 +150,12 @@ def test_an_experiment_known_to_one_run_needs_no_run(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "said"), [("0123456789ab-c1", "can mean"), ("2026", "can mean"), ("nix", "is called 'nix'\n")]
+    ("wanted", "said"),
+    [
+        ("0123456789ab-c1", "is ambiguous"),
+        ("2026", "is ambiguous"),
+        ("nix", "no campaign, run or experiment 'nix' in "),
+    ],
 )
 def test_a_name_of_several_or_none_is_a_usage_error_that_lists_them(folder: Path, wanted: str, said: str) -> None:
     code, out, err = results("show", wanted, "-o", str(folder))
@@ -160,7 +165,7 @@ def test_a_name_of_several_or_none_is_a_usage_error_that_lists_them(folder: Path
 
 
 def test_a_name_that_was_meant_is_suggested(folder: Path) -> None:
-    assert "is called 'dmo' (did you mean 'demo'?)" in results("show", "dmo", "-o", str(folder))[2]
+    assert "(did you mean 'demo'?)" in results("show", "dmo", "-o", str(folder))[2]
 
 
 @pytest.mark.parametrize("wanted", ["", "../demo", "/", "demo/../other"])

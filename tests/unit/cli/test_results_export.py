@@ -85,12 +85,12 @@ def test_damage_is_named_and_left_out(folder):
     assert (code, len(out.splitlines())) == (0, 3)
     assert f"corrupt: {broken}" in err
     assert f"foreign: {foreign}" in err
-    assert "left out, since there is no complete result: 2 of 4 experiments" in err
+    assert "left out, no complete result: 2 of 4 experiments" in err
 
 
 def test_an_experiment_without_a_result_is_counted(folder):
     Repository(folder / "results", "demo").prepare_attempt(RUN, "0123456789ab-c3")
-    assert _export(folder, RUN)[2] == "left out, since there is no complete result: 1 of 3 experiments\n"
+    assert _export(folder, RUN)[2] == "left out, no complete result: 1 of 3 experiments\n"
 
 
 def test_an_empty_folder_gives_an_empty_file(tmp_path):

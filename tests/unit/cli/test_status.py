@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lem.cli.status import Eyes, render_status, render_statuses
+from lem.cli.status import Viewer, render_status, render_statuses
 from lem.orchestration.locks import Holder
 from lem.orchestration.manifest import Attempt, CampaignManifest, CampaignManifestEntry
 from lem.orchestration.status import Activity, CampaignStatus
@@ -15,7 +15,7 @@ from tests.command_rig import run_lem
 from tests.goldens import assert_golden
 
 NOW = datetime(2026, 7, 14, 12, 30, tzinfo=timezone.utc)
-EYES = Eyes(NOW, timezone.utc)
+EYES = Viewer(NOW, timezone.utc)
 HOLDER = Holder(4711, "lab1", "demo", "2026-07-14T10:00:00.000000Z")
 NAMES = ("pytorch-float16-batch_size=8", "vllm-float16-max_num_seqs=256", "vllm-float16-max_num_seqs=512")
 LOG = "results/demo/20260714T100000Z-3fa1/29a3920c1781-c1/attempt-2/log.txt"
@@ -147,7 +147,7 @@ def test_nothing_is_wider_than_the_screen_but_a_command():
 
 def test_colour_only_where_it_is_wanted():
     status = _status("crashed", reason=CRASH)
-    assert "\x1b[31m" in render_status(status, Eyes(NOW, timezone.utc, is_colour=True))
+    assert "\x1b[31m" in render_status(status, Viewer(NOW, timezone.utc, is_colour=True))
     assert "\x1b" not in render_status(status, EYES)
 
 
@@ -183,7 +183,7 @@ def _run_status(*words):
 def test_every_campaign_of_the_folder_has_a_line(here):
     code, out, err = _run_status("--state-dir", "state")
     assert (code, err) == (0, "")
-    assert out.splitlines()[0].split() == ["campaign", "state", "done", "failed", "left", "ETA", "last", "sign"]
+    assert out.splitlines()[0].split() == ["campaign", "state", "done", "failed", "left", "ETA", "last", "update"]
     assert out.splitlines()[1].split()[:5] == ["demo", "done", "4", "0", "0"]
 
 
@@ -209,7 +209,7 @@ def test_a_campaign_may_be_named_by_its_file(here):
 def test_a_campaign_that_is_not_there_is_told_with_those_that_are(here):
     code, out, err = _run_status("dmeo", "--state-dir", "state")
     assert (code, out) == (2, "")
-    assert "no campaign 'dmeo' in state (did you mean 'demo'?)\nhint: there: demo;" in err
+    assert "no campaign 'dmeo' in state (did you mean 'demo'?)\nhint: campaigns: demo;" in err
 
 
 def test_as_json_every_experiment_is_there(here):

@@ -190,15 +190,15 @@ def test_the_document_says_ok_and_lists_the_checks(here: FakeDocker) -> None:
 def test_the_text_says_what_to_do(here: FakeDocker) -> None:
     code, out, _ = run_lem("doctor")
     assert code == 0
-    assert out.endswith("this host is fit for campaigns in containers\n")
+    assert out.endswith("this host can run campaigns in containers\n")
     here.change(images=[])
     code, out, _ = run_lem("doctor", "--backend", "pytorch")
     assert code == 2
     assert "→ pull, build or load it" in " ".join(out.split())
-    assert out.endswith("not fit for campaigns in containers: images; fit for --executor local\n")
+    assert out.endswith("cannot run campaigns in containers: images; --executor local works\n")
     assert max(map(len, out.splitlines())) <= 100
     (here.folder / "results").write_text("")
-    assert run_lem("doctor", "--backend", "pytorch")[1].endswith("not fit: images, rights\n")
+    assert run_lem("doctor", "--backend", "pytorch")[1].endswith("cannot run campaigns: images, rights\n")
 
 
 def test_nothing_is_left_behind(here: FakeDocker) -> None:
