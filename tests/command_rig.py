@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from lem.cli.main import main
 
-__all__ = ["Said", "run_lem"]
+__all__ = ["Output", "run_lem"]
 
 
-class Said(NamedTuple):
+class Output(NamedTuple):
     """How a command ended, and what it wrote to stdout and stderr."""
 
     code: int
@@ -19,8 +19,8 @@ class Said(NamedTuple):
     err: str
 
 
-def run_lem(*words: str | Path) -> Said:
+def run_lem(*words: str | Path) -> Output:
     """What came of a command line, without the name of the program."""
     out, err = io.StringIO(), io.StringIO()
     code = main([str(word) for word in words], out, err)
-    return Said(code, out.getvalue(), err.getvalue())
+    return Output(code, out.getvalue(), err.getvalue())

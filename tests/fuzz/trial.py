@@ -13,7 +13,7 @@ from typing import Protocol
 from hypothesis import strategies as st
 
 from tests import command_rig
-from tests.command_rig import Said
+from tests.command_rig import Output
 
 __all__ = ["Find", "Outcome", "Surface", "Trial", "replaced", "run_lem"]
 
@@ -69,7 +69,7 @@ class Surface:
     in_suite: int = 200
 
 
-def run_lem(*words: str, expected: Sequence[int] = (0, 2)) -> Said:
+def run_lem(*words: str, expected: Sequence[int] = (0, 2)) -> Output:
     """The command line in this process.
 
     Raises:
@@ -85,7 +85,7 @@ def run_lem(*words: str, expected: Sequence[int] = (0, 2)) -> Said:
         raise Find("traceback", f"lem {' '.join(words)}\n{said}")
     if code not in expected:
         raise Find("traceback", f"lem {' '.join(words)} ended with {code}\n{said}")
-    return Said(code, out, said)
+    return Output(code, out, said)
 
 
 @contextlib.contextmanager

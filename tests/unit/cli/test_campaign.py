@@ -126,7 +126,7 @@ def test_what_needs_containers_is_refused_without_them(here):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
         (["c.yaml", "--resume", "--fresh"], "--fresh"),
         (["c.yaml", "--no-resume", "--fresh"], "--fresh"),
@@ -135,12 +135,12 @@ def test_what_needs_containers_is_refused_without_them(here):
         ([], "FILE"),
     ],
 )
-def test_usage_errors_are_told_in_two_lines(here, words, said):
+def test_usage_errors_take_two_lines(here, words, expected):
     ended = _run(*words)
     assert ended.code == 2
     error, hint = ended.err.splitlines()
     assert error.startswith("error: lem campaign: ")
-    assert said in error
+    assert expected in error
     assert hint == "hint: see `lem campaign --help`"
 
 

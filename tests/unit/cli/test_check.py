@@ -1,4 +1,4 @@
-"""`lem check`: what people, programs and shells are told."""
+"""`lem check`: for people, programs and shells."""
 
 import dataclasses
 import json

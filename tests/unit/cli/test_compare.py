@@ -14,7 +14,7 @@ from lem.results.compare import compare_configurations
 from lem.results.comparison import render_text
 from lem.results.run import StoppingRule, make_run, parse_target, write_stopping_rule
 from lem.results.stats import parse_gate
-from tests.command_rig import Said, run_lem
+from tests.command_rig import Output, run_lem
 from tests.goldens import assert_golden
 from tests.synthetic_campaign import Campaign, Configuration
 
@@ -121,9 +121,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def compare(folder: Path, *words: str) -> Said:
-    said = run_lem("compare", *words, "--results-dir", folder)
-    return said._replace(err=said.err.replace(str(folder), "results"))
+def compare(folder: Path, *words: str) -> Output:
+    ended = run_lem("compare", *words, "--results-dir", folder)
+    return ended._replace(err=ended.err.replace(str(folder), "results"))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -197,13 +197,13 @@ def test_a_gate_given_twice_is_refused(places: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tolerance", "said"),
+    ("tolerance", "expected"),
     [("0.05", "add the % sign"), ("5", "add the % sign"), ("much", "expected a percentage"), ("0%", "more than 0%")],
 )
-def test_a_tolerance_that_is_no_percentage_is_refused(places: dict[str, Path], tolerance: str, said: str) -> None:
+def test_a_tolerance_that_is_no_percentage_is_refused(places: dict[str, Path], tolerance: str, expected: str) -> None:
     code, out, err = compare(places["days"], "before", "after", "--anchor-tolerance", tolerance)
     assert (code, out) == (2, "")
-    assert said in err
+    assert expected in err
 
 
 def test_cycles_that_were_added_are_told_of(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How a run ended, as it is told."""
+"""Reporting how a run ended."""
 
 import io
 import json

@@ -125,7 +125,7 @@ def test_a_bug_is_told_where_no_file_can_be_written(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
         (("campain", "c.yaml"), "unknown command 'campain' (did you mean 'campaign'?)"),
         (("campaign", "c.yaml", "--cycels=3"), "lem campaign: unknown option '--cycels' (did you mean '--cycles'?)"),
@@ -135,11 +135,13 @@ def test_a_bug_is_told_where_no_file_can_be_written(folder: Path) -> None:
         ((), "lem: the following arguments are required: COMMAND"),
     ],
 )
-def test_a_word_that_is_wrong_is_named_with_the_command_and_what_was_meant(words: tuple[str, ...], said: str) -> None:
+def test_a_word_that_is_wrong_is_named_with_the_command_and_what_was_meant(
+    words: tuple[str, ...], expected: str
+) -> None:
     ended = lem(*words)
     assert (ended.returncode, ended.stdout) == (2, b"")
     error, hint = ended.stderr.decode().splitlines()
-    assert error.startswith(f"error: {said}")
+    assert error.startswith(f"error: {expected}")
     assert hint.startswith("hint: see `lem ")
 
 

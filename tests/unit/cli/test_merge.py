@@ -144,9 +144,7 @@ def test_energy_is_compared_before_speed(tmp_path: Path, plan: Path) -> None:
     assert "20.0 % in energy_per_output_tok_j" in err
 
 
-def test_a_planned_result_that_was_not_measured_is_missing(
-    tmp_path: Path, hosts: tuple[Path, Path], plan: Path
-) -> None:
+def test_a_planned_result_without_measurement_is_missing(tmp_path: Path, hosts: tuple[Path, Path], plan: Path) -> None:
     code, out, _ = run_lem("merge", *hosts, "--output", tmp_path / "all", "--plan", plan, "--json")
     document = json.loads(out)
     assert code == 1
@@ -181,7 +179,7 @@ def test_a_link_in_a_result_is_not_followed(tmp_path: Path, hosts: tuple[Path, P
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
         (["nowhere"], "no such folder"),
         (["empty"], "no campaign"),
@@ -191,7 +189,7 @@ def test_a_link_in_a_result_is_not_followed(tmp_path: Path, hosts: tuple[Path, P
         (["two", "--anchor-tolerance", "0.05"], "add the % sign"),
     ],
 )
-def test_bad_input_is_refused(tmp_path: Path, words: list[str], said: str) -> None:
+def test_bad_input_is_refused(tmp_path: Path, words: list[str], expected: str) -> None:
     (tmp_path / "empty").mkdir()
     for campaign in ("demo", "other"):
         record = make_record()
@@ -200,5 +198,5 @@ def test_bad_input_is_refused(tmp_path: Path, words: list[str], said: str) -> No
     words = [str(tmp_path / words[0]), *words[1:]]
     code, _, err = run_lem("merge", *words, "--output", tmp_path / "all")
     assert code == 2
-    assert said in err
+    assert expected in err
     assert not (tmp_path / "all").exists()

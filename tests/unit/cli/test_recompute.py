@@ -13,7 +13,7 @@ from lem.base import durable
 from lem.meters.samples import FINISHED_FILENAME, write_finished
 from lem.record import Record, write_record
 from lem.results.store import Repository
-from tests.command_rig import Said, run_lem
+from tests.command_rig import Output, run_lem
 from tests.records import make_record, with_measured
 from tests.scripted_attempt import config, gpu_attempt
 
@@ -21,7 +21,7 @@ RUN = "20260714T100000Z-3fa1"
 ATTEMPT = gpu_attempt()
 
 
-def recompute(*words: str) -> Said:
+def recompute(*words: str) -> Output:
     return run_lem("results", "recompute", *words)
 
 

@@ -14,7 +14,7 @@ from lem.meters.samples import GpuHeader, GpuSample, Mark, RaplReading, RaplZone
 from lem.results.report import render_report
 from lem.results.report.content import POWER, TEMPERATURE, Phase, compose
 from lem.results.run import make_run
-from tests.command_rig import Said, run_lem
+from tests.command_rig import Output, run_lem
 from tests.doubles.nvml.traces import Events
 from tests.doubles.powercap import Zone
 from tests.records import make_record
@@ -24,7 +24,7 @@ from tests.synthetic_campaign import Campaign, Configuration, Written
 NS = 1_000_000_000
 
 
-def report(*words: str | Path) -> Said:
+def report(*words: str | Path) -> Output:
     return run_lem("report", *words)
 
 

@@ -10,14 +10,14 @@ import pytest
 from lem.record import Record, decode_record, write_record
 from lem.results.run import SINGLE_CYCLE
 from lem.results.store import Repository
-from tests.command_rig import Said, run_lem
+from tests.command_rig import Output, run_lem
 from tests.records import make_record
 
 RUN = "20260714T100000Z-3fa1"
 LATER = "20260715T100000Z-0b0b"
 
 
-def results(*words: str) -> Said:
+def results(*words: str) -> Output:
     return run_lem("results", *words)
 
 
@@ -150,17 +150,17 @@ def test_an_experiment_known_to_one_run_needs_no_run(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "said"),
+    ("wanted", "expected"),
     [
         ("0123456789ab-c1", "is ambiguous"),
         ("2026", "is ambiguous"),
         ("nix", "no campaign, run or experiment 'nix' in "),
     ],
 )
-def test_a_name_of_several_or_none_is_a_usage_error_that_lists_them(folder: Path, wanted: str, said: str) -> None:
+def test_a_name_of_several_or_none_is_a_usage_error_that_lists_them(folder: Path, wanted: str, expected: str) -> None:
     code, out, err = results("show", wanted, "-o", str(folder))
     assert (code, out) == (2, "")
-    assert said in err
+    assert expected in err
     assert "hint: " in err
 
 

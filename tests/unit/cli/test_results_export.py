@@ -1,4 +1,4 @@
-"""`lem results export`: which results, into which file, and what is told of those that are left out."""
+"""`lem results export`: which results, into which file, and what it reports about those left out."""
 
 import json
 
