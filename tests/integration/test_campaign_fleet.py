@@ -121,7 +121,7 @@ def test_parts_without_a_stored_plan_are_told_by_numbers_alone(hosts):
         (["--hosts", "a,b"], "require --write-plan"),
         (["--write-plan", "p.json"], "--write-plan requires --hosts"),
         (["--write-plan", "p.json", "--hosts", "a,a"], "each once"),
-        (["--write-plan", "p.json", "--hosts", "a", "--shard", "1/2"], "one or the other"),
+        (["--write-plan", "p.json", "--hosts", "a", "--shard", "1/2"], "cannot be combined"),
         (["--write-plan", "p.json", "--hosts", "a", "--plan", "none.json"], "no such file"),
     ],
 )
