@@ -114,7 +114,7 @@ def _add_fleet(group: argparse._ArgumentGroup) -> None:
         "--plan",
         type=Path,
         metavar="PLAN",
-        help="take the part from this stored plan; with --write-plan: divide its results missing in --results-dir",
+        help="take the part from this stored plan; with --write-plan: divide its experiments without a result",
     )
     group.add_argument("--write-plan", type=Path, metavar="PLAN", help="divide the campaign, store the plan and exit")
     group.add_argument("--hosts", metavar="A,B,…", help="host names, for --write-plan")

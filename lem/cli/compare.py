@@ -1,4 +1,4 @@
-"""`lem compare`: two configurations of one run, all of them against a baseline, or two runs over an anchor."""
+"""`lem compare`: compare two configurations of a run, all of them with a baseline, or two runs through an anchor."""
 
 from __future__ import annotations
 

@@ -22,7 +22,12 @@ T = TypeVar("T")
 
 def add_results_dir(parser: argparse.ArgumentParser, *names: str) -> None:
     parser.add_argument(
-        "--results-dir", *names, type=Path, default=Path("results"), metavar="DIR", help="default: results"
+        "--results-dir",
+        *names,
+        type=Path,
+        default=Path("results"),
+        metavar="DIR",
+        help="results folder (default: results)",
     )
 
 

@@ -36,7 +36,9 @@ def add_status_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "campaign", nargs="?", metavar="CAMPAIGN", help="a campaign's name, file or state folder (default: all)"
     )
-    parser.add_argument("--state-dir", type=Path, default=Path(".state"), metavar="DIR", help="default: .state")
+    parser.add_argument(
+        "--state-dir", type=Path, default=Path(".state"), metavar="DIR", help="state folder (default: .state)"
+    )
     add_json(parser, "print one JSON document; without CAMPAIGN, a list")
     parser.set_defaults(run=run)
 
