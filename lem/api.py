@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+from lem.base.errors import UserError
 from lem.cli.report import make_report
 from lem.cli.selection import resolve_run, write_file
 from lem.config.campaign_config import CampaignConfig, slug_of
 from lem.config.load import Loaded, load_campaign
 from lem.orchestration.campaign import CampaignRunner
-from lem.orchestration.executor import choose_executor
+from lem.orchestration.executor import EXECUTORS, choose_executor
 from lem.orchestration.plan import Plan
 from lem.orchestration.resume import RunOptions
 from lem.orchestration.schedule import StopRequest
@@ -67,8 +68,10 @@ class Campaign:
             python: the Python that has the engines, for the local executor.
 
         Raises:
-            LemError: the campaign cannot begin, or an error stopped it.
+            LemError: an unknown executor, the campaign cannot begin, or an error stopped it.
         """
+        if executor not in EXECUTORS:
+            raise UserError(f"executor: expected {', '.join(EXECUTORS)}, got {executor!r}")
         config, plan, stop = self.loaded.config, self.plan(), StopRequest()
         options = RunOptions(resume=resume, is_yes=True)
         make_executor = choose_executor(executor, config, plan, python=python).make

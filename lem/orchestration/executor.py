@@ -306,6 +306,9 @@ class ExecutorChoice:
         return ", ".join(filter(None, (self.name, self.place, self.detail()))) + f" ({self.reason})"
 
 
+EXECUTORS = ("auto", "docker", "local")
+
+
 def choose_executor(
     wanted: str,
     campaign: CampaignConfig,

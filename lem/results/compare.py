@@ -147,23 +147,26 @@ def compare_runs(
 
 
 def compare_any(a: Run | Configuration, b: Run | Configuration) -> Comparison:
-    """`b` against `a`, two runs or two configurations: within cycles if they are of one run, else over an anchor.
+    """`b` against `a`: two runs over an anchor, or two configurations of one run within cycles.
 
     Raises:
-        UserError: no results, or a run and a configuration.
+        UserError: no results, the same run twice, configurations of different runs, or a run and a configuration.
     """
     if isinstance(a, Run) and isinstance(b, Run):
         if not a.records or not b.records:
             raise UserError("a run without results cannot be compared")
+        if a.run_id == b.run_id:
+            raise UserError("both are the same run", "compare two of its configurations")
         return compare_runs(a, b)
     if isinstance(a, Run) or isinstance(b, Run):
         raise UserError("a run cannot be compared with a configuration", "compare two runs, or two configurations")
     if not a.records or not b.records:
         raise UserError("a configuration without results cannot be compared")
-    runs = [make_run(item.records, {item.name: item.n_failed}) for item in (a, b)]
-    if a.run_id == b.run_id:
-        return compare_configurations(runs[0], a, [b])
-    return compare_runs(*runs, chosen=(a, b))
+    if a.run_id != b.run_id:
+        raise UserError(
+            "configurations of different runs share no cycles", "compare the runs, which may share an anchor"
+        )
+    return compare_configurations(make_run(a.records, {a.name: a.n_failed}), a, [b])
 
 
 def find_effect(metric: Metric, baseline: Configuration, other: Configuration) -> tuple[Effect | None, Reason | None]:

@@ -90,13 +90,12 @@ class Run:
     @cached_property
     def configurations(self) -> tuple[Configuration, ...]:
         """In the order in which they ran first, those without any result last."""
-        # A configuration that several hosts ran has a name for each host.
-        groups: dict[tuple[str, str], list[Record]] = {}
+        # By name: a configuration that several hosts ran has a name for each host.
+        groups: dict[str, list[Record]] = {}
         for record in distinct(_in_order(self.records)):
-            groups.setdefault((record.identity.config_hash, record.identity.config_name), []).append(record)
-        found = [Configuration(name, tuple(members), self.failed.get(name, 0)) for (_, name), members in groups.items()]
-        names = {item.name for item in found}
-        return (*found, *(Configuration(name, (), n) for name, n in self.failed.items() if name not in names))
+            groups.setdefault(record.identity.config_name, []).append(record)
+        found = [Configuration(name, tuple(members), self.failed.get(name, 0)) for name, members in groups.items()]
+        return (*found, *(Configuration(name, (), n) for name, n in self.failed.items() if name not in groups))
 
     @property
     def with_results(self) -> tuple[Configuration, ...]:
