@@ -24,7 +24,7 @@ T = TypeVar("T")
 # The field of a section that says why others are None, and what it adds to their names in JSON.
 _REASONS = "null_reasons"
 # No meter and no clock counts so far; beyond it, sums would leave the range of floating point.
-_MOST = 2.0**64
+MOST = 2.0**64
 
 _REASON = "_null_reason"
 CODED = "_coded"
@@ -123,7 +123,7 @@ def decode_row(kind: type[T], values: Sequence[Any]) -> T:
             pairs = zip(hints, values, strict=True)
             values = [decode_hint(hints[field], item, f"{name}.{field}") for field, item in pairs]
     for value in values:
-        if (type(value) is int or type(value) is float) and not -_MOST < value < _MOST:
+        if (type(value) is int or type(value) is float) and not -MOST < value < MOST:
             raise DecodeError(f"{name}: {shown(value)} is out of range")
     return kind(*values)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.base import durable
-from lem.base.codec import decode, decode_row, shown
+from lem.base.codec import MOST, decode, decode_row, shown
 from lem.base.measurement import EnergyScope
 from lem.base.units import GIB
 
@@ -349,9 +349,20 @@ def _decode_header(document: Any) -> SampleHeader:
         raise ValueError(f"schema_version {version!r:.40}, this lem reads {SAMPLES_SCHEMA}")
     values = {name: value for name, value in document.items() if name != "schema_version"}
     header = decode(SampleHeader, values, "header")
+    if not all(-MOST < number < MOST for number in _numbers(values)):
+        raise ValueError("a number of the header is out of range")
     if header.interval_ms < 0:
         raise ValueError(f"interval_ms is {header.interval_ms}")
     return header
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers in a JSON value, at any depth."""
+    if isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item)
+    elif isinstance(value, (int, float)):
+        yield value
 
 
 def _decode_marks(document: Any) -> tuple[Mark, ...]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from lem.base import codec
 from lem.base.units import KIB, MIB
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 # The phases that `load_timeout_seconds` bounds; `experiment_timeout_seconds` bounds the others, which are
 # idle, warmup, window, cooldown, write.
@@ -74,7 +74,7 @@ class RunRequest(Message):
             raise ChannelError("run: secrets: expected texts by name")  # the codec would quote them
         try:
             request = codec.decode(cls, {key: value for key, value in message.items() if key != "type"}, cls.type)
-        except codec.DecodeError as error:
+        except (codec.DecodeError, RecursionError) as error:
             raise ChannelError(str(error)) from error
         if "experiment_id" not in request.identity:
             raise ChannelError("run: identity has no experiment_id")
@@ -190,7 +190,7 @@ def read_report(line: bytes) -> Message:
     known = codec.hints_of(kind)
     try:
         return codec.decode(kind, {name: value for name, value in message.items() if name in known}, kind.type)
-    except codec.DecodeError as error:
+    except (codec.DecodeError, RecursionError) as error:
         raise ChannelError(f"{error}: {line[:120]!r}") from error
 
 

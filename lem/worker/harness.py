@@ -77,7 +77,11 @@ class ResidentEngine:
         self.unload()
         started_ns = self._clock.monotonic_ns()
         engine = self._load(config, secrets)
-        report = engine.report
+        try:
+            report = engine.report
+        except BaseException:
+            engine.close()
+            raise
         load_s = seconds_between(started_ns, self._clock.monotonic_ns()) - report.checks_s - (report.compile_s or 0.0)
         self._engine, self._engine_key, self._load_id = engine, engine_key, self._new_load_id()
         return Residence(engine, report, load_s, False, self._load_id)
@@ -98,6 +102,7 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
     """
     start_utc = clock.utc_now()
     reporter.phase("prepare")
+    host = read_host()  # before the engine loads, whose runtime may pin this thread to a core
     folder = Path(request.result_dir)
     requested = _read_requested(folder)
     config = _read_config(request.config)
@@ -136,7 +141,7 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
     found = Findings(
         request, config, requested, start_utc, residence, prompts, encoded, warmup, measured, peak_b, energy, seen
     )
-    return compose_record(found, read_host())
+    return compose_record(found, host)
 
 
 def _read_requested(folder: Path) -> Mapping[str, Any]:

@@ -181,6 +181,8 @@ class BatchRunner:
         arguments |= {"input_ids": self._tensor(ids), "attention_mask": self._tensor(mask)}
         try:
             output = self.loaded.model.generate(generation_config=config, **arguments)
+        except OSError:  # a full disk, say: not a refusal of the engine
+            raise
         except ENGINE_FAILURES as error:
             if _is_of_callback(error):
                 raise

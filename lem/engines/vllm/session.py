@@ -210,14 +210,16 @@ def _forms(config: ExperimentConfig, loaded: LoadedEngine) -> RequestForms:
             made["cache_salt"] = salt
         return made
 
-    @functools.lru_cache(maxsize=64)  # requests share them, since vLLM copies them
     def make(maximum: int, minimum: int, seed: int | None, is_observed: bool) -> SamplingParams:
         kind = RequestOutputKind.DELTA if is_observed else RequestOutputKind.FINAL_ONLY
         return SamplingParams(**settings, max_tokens=maximum, min_tokens=minimum, seed=seed, output_kind=kind)
 
+    make_shared = functools.cache(make)  # requests without a seed share them, since vLLM copies them
+
     def parameters(request: TokenRequest, is_observed: bool) -> SamplingParams:
         seed = seed_of(config, request.index)
-        return make(request.max_output_tokens, request.min_output_tokens, seed, is_observed)
+        shared_or_own = make_shared if seed is None else make
+        return shared_or_own(request.max_output_tokens, request.min_output_tokens, seed, is_observed)
 
     return RequestForms(
         prompt,
