@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from lem.base.errors import UserError
+from lem.base.errors import Interrupted, UserError
 from lem.cli.report import make_report
 from lem.cli.selection import resolve_run, write_file
 from lem.config.campaign_config import CampaignConfig, slug_of
@@ -59,7 +59,8 @@ class Campaign:
     ) -> Run:
         """Measure the campaign and return its results; those of experiments that failed are missing.
 
-        On the main thread, the first SIGINT or SIGTERM stops the campaign after writing everything.
+        On the main thread, the first SIGINT or SIGTERM stops the campaign after writing everything, and raises
+        `Interrupted`, a LemError.
 
         Args:
             on_event: called with every event, in this thread.
@@ -81,6 +82,8 @@ class Campaign:
             outcome = runner.run()
         if outcome.error is not None:
             raise outcome.error
+        if outcome.signum is not None:
+            raise Interrupted(outcome.signum)
         return read_run(Path(config.io.results_dir), config.slug, str(outcome.manifest.run_id))
 
 

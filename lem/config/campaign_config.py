@@ -421,9 +421,10 @@ def with_campaign_defaults(
     warmup = out.setdefault("warmup", {})
     if isinstance(warmup, dict):  # else for validation to refuse
         prompts = campaign.execution.warmup_prompts
-        if "min_prompts" not in warmup and prompts > declared(WarmupConfig)["max_prompts"].default:
-            warmup.setdefault("max_prompts", prompts)
+        is_own = "min_prompts" in warmup
         warmup.setdefault("min_prompts", prompts)
+        if not is_own and prompts > declared(WarmupConfig)["max_prompts"].default:
+            warmup.setdefault("max_prompts", prompts)
         warmup.setdefault("timeout_seconds", campaign.execution.warmup_timeout_seconds)
     return out
 

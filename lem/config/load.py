@@ -13,7 +13,7 @@ from lem.base.errors import ConfigurationError
 from lem.config.campaign_config import CampaignConfig, CampaignExplicitExperiment, with_campaign_defaults
 from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import MapKind, Option, as_written
-from lem.config.option import Section, canonical, declared, find_option, merge
+from lem.config.option import Section, canonical, declared, merge, walk
 from lem.config.presets import find_preset
 from lem.config.problems import ConfigProblems, Path, Problem, dotted, leaves, nest
 from lem.config.yamlfile import Document, FileProblems, Located, Place, parse_value, read_document
@@ -127,9 +127,10 @@ class Source:
 
 
 def is_secret(section: type[Section], path: Path) -> bool:
-    """Whether a path leads to an option that is never shown."""
-    found = find_option(section, ".".join(part for part in path if isinstance(part, str)))
-    return found is not None and found.secret
+    """Whether an option that is never shown is at a path, or below it."""
+    key = ".".join(part for part in path if isinstance(part, str))
+    secrets = [name for name, item, _ in walk(section) if item.secret]
+    return any(name == key or name.startswith(f"{key}.") for name in secrets)
 
 
 @dataclass(frozen=True)

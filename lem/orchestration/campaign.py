@@ -56,7 +56,7 @@ class CampaignRunner:
 
     campaign: CampaignConfig
     plan: Plan | None = None
-    executor: Executor = field(default_factory=LocalExecutor)
+    executor: Executor | None = None
     observe: Observer = lambda _event: None
     stop: StopRequest = field(default_factory=StopRequest)
     options: RunOptions = field(default_factory=RunOptions)
@@ -140,7 +140,7 @@ class CampaignRunner:
             Interrupted: a stop was requested.
         """
         plan = self._planned()
-        check_supported(self.campaign, self.executor.name)
+        check_supported(self.campaign, self._place().name)
         self._repository.check_writable()
         with self._session(self.create_manifest(())) as session:
             session.find_environment(plan.experiments)
@@ -157,7 +157,7 @@ class CampaignRunner:
             Interrupted: a stop was requested before it began, or a second time.
         """
         plan, until = self._planned(), self.options.until
-        check_supported(self.campaign, self.executor.name)
+        check_supported(self.campaign, self._place().name)
         if until is not None:
             resume.check_rule(self.campaign, until)
             plan = self._prolonged(plan, until.least_cycles)
@@ -200,7 +200,7 @@ class CampaignRunner:
             for text in notes:
                 loop.report("note", text=text)
             if not remaining:
-                self.executor.clear()
+                self._place().clear()
             outcome = loop.run_to_end(remaining, deadline_s)
             if self.options.until is not None:
                 outcome = self._top_up(loop, plan, outcome, deadline_s, has_run=bool(remaining))
@@ -245,7 +245,7 @@ class CampaignRunner:
                 is_needed, reason = resume.needs_cycle(self._records_of(manifest), rule, cycles)
                 outcome = replace(outcome, remark=reason)
                 if not is_needed:
-                    return outcome
+                    return replace(outcome, signum=self.stop.signum)
                 loop.report("note", text=reason)
                 stopped = loop.why_stop(deadline_s)
                 if stopped is not None:
@@ -306,13 +306,19 @@ class CampaignRunner:
             is_check_due=self.is_check_due,
         )
 
+    def _place(self) -> Executor:
+        """The executor, this Python by default."""
+        if self.executor is None:
+            self.executor = LocalExecutor()
+        return self.executor
+
     def _session(self, manifest: CampaignManifest) -> Session:
         if self.meters is None:  # kept, since what they learn of the devices holds for every run
             self.meters = HostMeters.found()
         return Session(
             self.campaign,
             manifest,
-            self.executor,
+            self._place(),
             self._repository,
             self.meters,
             self.host,
@@ -360,5 +366,5 @@ class CampaignRunner:
         entries = [item.new_entry() for item in order]
         for entry in entries:
             entry.host = self.host
-            entry.container = entry.backend if self.executor.name == "docker" else None
+            entry.container = entry.backend if self._place().name == "docker" else None
         return entries

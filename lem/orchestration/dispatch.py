@@ -116,6 +116,8 @@ class Watch:
 
 def outcome_of(request: RunRequest, message: Result | Failure) -> Outcome:
     """The outcome in a worker's `result` or `error`; a ChannelError when it is about another experiment."""
+    if message.exp_id is None and isinstance(message, Failure):  # the worker could not read the request
+        raise ChannelError(message.message)
     if message.exp_id != request.exp_id:
         raise ChannelError(f"expected an answer about {request.exp_id}, got one about {message.exp_id}")
     if isinstance(message, Result):

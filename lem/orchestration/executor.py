@@ -247,9 +247,13 @@ class DockerExecutor:
         with contextlib.ExitStack() as held:
             held.enter_context(self._locked())
             manager.prepare(self.backends)  # whatever is missing is reported before there is anything to take down
+            try:  # recreated, since a container that an earlier run left may be in any state
+                manager.start_services(self.backends, recreate=True)
+            except BaseException:
+                with contextlib.suppress(Interrupted):  # a second signal does not replace the error
+                    manager.teardown(TEARDOWN_S)
+                raise
             held.callback(manager.teardown, TEARDOWN_S)
-            # A container that an earlier run left may be in any state.
-            manager.start_services(self.backends, recreate=True)
             self._held = held.pop_all()
         return manager
 

@@ -428,3 +428,12 @@ def test_hundreds_of_problems_are_counted_not_all_shown(folder: Path) -> None:
     lines = refusal(load_experiment, "e.yaml").message.splitlines()
     assert lines[0].startswith("250 problems")
     assert lines[-1] == "and 150 more"
+
+
+def test_a_secret_inside_a_mapping_on_the_command_line_is_hidden(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("campaign_name: x\nmodel: gpt2\ngrid: {backends: [pytorch]}\n", encoding="utf-8")
+    loaded = load_campaign(str(file), ['notification={webhook_url: "https://example.org/topsecret"}'])
+    place = loaded.source.place(("notification", "webhook_url"))
+    assert "topsecret" not in place.label
+    assert loaded.config.notification.webhook_url == "https://example.org/topsecret"

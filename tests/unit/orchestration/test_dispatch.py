@@ -149,10 +149,15 @@ def test_an_error_is_an_outcome_with_all_that_the_worker_reported():
     assert (outcome.phase, outcome.log_tail) == ("load", "last words")
 
 
-@pytest.mark.parametrize("message", [replace(RESULT, exp_id="other"), replace(ERROR, exp_id=None)])
+@pytest.mark.parametrize("message", [replace(RESULT, exp_id="other"), replace(ERROR, exp_id="other")])
 def test_an_answer_to_something_else_is_an_error_of_the_channel(message: Result | Failure):
     with pytest.raises(ChannelError, match="expected an answer about e, got one about"):
         outcome_of(REQUEST, message)
+
+
+def test_a_worker_that_cannot_read_the_request_says_why():
+    with pytest.raises(ChannelError, match="does not fit"):
+        outcome_of(REQUEST, replace(ERROR, exp_id=None))
 
 
 def test_events_are_those_of_this_experiment_alone():
