@@ -42,5 +42,7 @@ INTENDED: tuple[Intended, ...] = (
         r"corpus/(30|267): lem config validate",
         r"^\$\[0\]\.problems\[(0|17)\]\.message$",
     ),
+    Intended("As in recorded scenes: schema version 2.", "", r"schema_version$", suite="live"),
+    Intended("As in recorded scenes: codes beside sentences.", "", r"_coded\b", suite="live"),
     Intended("The example in a hint is 5%, not 2%.", "--until ci=2", r"-2 \+5"),
 )

@@ -254,14 +254,14 @@ CASES: tuple[Case, ...] = (
     Case(
         "image missing",
         _with(LEM_PYTORCH_IMAGE="lem-no-such-image:1"),
-        "^error: image lem-no-such-image:1 .* not there",
+        "^error: image lem-no-such-image:1 .* is missing",
         2,
         None,
     ),
     Case("compose file missing", _no_file, "^error: .*weather.yml: no such compose file", 2, None),
     Case("compose file invalid", _bad_file, "^error: .*enviroment", 2, None),
-    Case("container killed", _measuring(_kill_container), "any more: exited with code 137", 0, "completed"),
-    Case("container removed", _measuring(_remove_container), "any more: it was removed", 0, "completed"),
+    Case("container killed", _measuring(_kill_container), "its container exited with code 137", 0, "completed"),
+    Case("container removed", _measuring(_remove_container), "it has no container", 0, "completed"),
     Case(
         "container killed in a gap",
         _kill_in_gap,
@@ -359,7 +359,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "GPU memory held by others",
         _gpu(_once_inside("generate", "memory_used 79000000000", 4)),
-        "unhealthy and is restarted: 99 % of the memory of GPU 0",
+        "unhealthy and will be restarted: 99 % of the memory of GPU 0",
         0,
         "completed",
         top=CHECKED_OFTEN,
@@ -367,7 +367,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "GPU lost for good",
         _for_good("lost 0"),
-        "does not come back after 1 restart: the GPU is lost: NVML says GPU is lost",
+        "still unhealthy after 1 restart: the GPU is lost: NVML says GPU is lost",
         1,
         "pending",
         stops=True,
@@ -377,7 +377,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "GPU memory held by others for good",
         _for_good("memory_used 79000000000"),
-        "does not come back after 1 restart: 99 % of the memory",
+        "still unhealthy after 1 restart: 99 % of the memory",
         1,
         "completed",
         stops=True,
