@@ -17,10 +17,10 @@ from lem.base.reasons import Reason
 from lem.base.units import some_of
 from lem.config.campaign_config import slug_of
 from lem.meters.nvml import GpuReading, GpuState
+from lem.orchestration.bundle import cache_folder
 from lem.orchestration.compose import ComposeProject, Mount, find_compose_files
 from lem.orchestration.dispatch import Worker
 from lem.orchestration.docker import ContainerError, explain
-from lem.orchestration.packing import cache_folder
 from lem.orchestration.services import UP_TIMEOUT_S, Services, describe
 from lem.worker.guardian import new_mark
 

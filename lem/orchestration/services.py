@@ -18,8 +18,8 @@ from lem.base.codec import shown
 from lem.base.process import Finished
 from lem.base.variables import MARK_VARIABLE
 from lem.meters.nvml import GpuReading
+from lem.orchestration.bundle import PYZ_NAME
 from lem.orchestration.docker import CALL_TIMEOUT_S, ContainerError, Docker, explain
-from lem.orchestration.packing import PYZ_NAME
 from lem.worker.guardian import new_mark
 
 T = TypeVar("T")

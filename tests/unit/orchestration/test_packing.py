@@ -14,7 +14,7 @@ import pytest
 
 from lem import __version__
 from lem.base.errors import UserError
-from lem.orchestration.packing import cache_folder, provide_pyz
+from lem.orchestration.bundle import cache_folder, provide_pyz
 from tests.pythons import find_pythons
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -72,7 +72,7 @@ def test_a_zip_that_runs_is_copied_as_it_is(pyz: Path, tmp_path: Path) -> None:
     shutil.copy(pyz, own)
     program = (
         f"import sys; sys.path.insert(0, {str(own)!r})\n"
-        "from lem.orchestration.packing import provide_pyz\n"
+        "from lem.orchestration.bundle import provide_pyz\n"
         f"print(provide_pyz({{'LEM_CACHE_DIR': {str(tmp_path / 'cache')!r}}}))\n"
     )
     command = [sys.executable, "-I", "-S", "-c", program]
