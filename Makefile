@@ -7,16 +7,18 @@ AUDIT_ENV := build/audit-env
 DEMO_ENV := build/demo-env
 DEMO_PYTHON ?= $(DEMO_ENV)/bin/python
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 EQUIVALENCE_ARGS ?=
 CAMPAIGN_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-containers test equivalence lint audit format bench clean distclean test-env demo-env FORCE
+.PHONY: help demo demo-containers test test-long equivalence lint audit format bench clean distclean test-env demo-env FORCE
 
 help:
 	@echo 'make demo       run a small campaign with a real transformer on this machine, and show the table'
 	@echo 'make demo-containers  run PyTorch and vLLM in containers, on the lab (Debian 12, root; tests/lab/README.md)'
 	@echo 'make test       run every test that this machine can run, and list the others'
+	@echo 'make test-long  run the tests that take minutes each, which make test leaves out'
 	@echo 'make equivalence  compare this tree with the first build (EQUIVALENCE_ARGS=--live: run campaigns too)'
 	@echo 'make lem.pyz    build the program as one file'
 	@echo 'make lint       ruff and mypy; yamllint, ansible-lint and systemd-analyze for the fleet'
@@ -27,7 +29,8 @@ help:
 	@echo
 	@echo 'PYTHON=python3.12         the Python that creates the environments (3.10 or newer)'
 	@echo 'DEMO_PYTHON=…/bin/python  use your own environment with PyTorch and transformers for the demo'
-	@echo 'PYTEST_ARGS="-k manifest" passed to pytest by make test'
+	@echo 'PYTEST_ARGS="-k manifest" passed to pytest by make test and make test-long'
+	@echo 'TEST_PROCESSES=2          how many processes run the tests (0: one, whose output you see at once)'
 
 # Always rebuilt, so that deleted files disappear from the zip, too. This takes less than a second.
 lem.pyz: FORCE
@@ -53,8 +56,12 @@ endif
 test-env:
 	@$(PYTHON) lem.pyz-build/environment.py $(TEST_ENV) tests/requirements.txt
 
+# One process runs what uses Docker, the others the rest (tests/conftest.py).
 test: test-env
-	$(TEST_PYTHON) -m pytest $(PYTEST_ARGS)
+	$(TEST_PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadgroup $(PYTEST_ARGS)
+
+test-long: test-env
+	$(TEST_PYTHON) -m pytest -m long $(PYTEST_ARGS)
 
 equivalence: test-env
 	$(TEST_PYTHON) -m tests.equivalence $(EQUIVALENCE_ARGS)

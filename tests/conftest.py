@@ -9,9 +9,9 @@ import pytest
 from tests.needs import NEEDS, RAN_ELSEWHERE, is_ci, lacking, missing
 
 
-def pytest_sessionstart() -> None:
+def pytest_sessionstart(session: pytest.Session) -> None:
     """Refuse to start in CI without what CI must have: a skip there would look like a success."""
-    if is_ci() and (lines := lacking(NEEDS)):
+    if is_ci() and not hasattr(session.config, "workerinput") and (lines := lacking(NEEDS)):
         raise pytest.UsageError("CI=true, and this is missing:\n  " + "\n  ".join(lines))
 
 
@@ -19,10 +19,17 @@ def pytest_sessionstart() -> None:
 # keeps the lab's engine from telling of memory that ran out: they come when nobody asks it any more.
 _LAST = ("tests/fleet/", "tests/integration/test_gpu_reservation.py")
 
+# Tests that share one Docker Engine, which `make test` runs in one process beside all others.
+_ONE_AT_A_TIME = {"docker", "lab", "fleet"}
 
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put what changes the machine behind everything else."""
+    """Put what changes the machine behind everything else; give processes whole files, and the lab to one of them."""
     items.sort(key=lambda item: item.nodeid.startswith(_LAST))
+    for item in items:
+        needs = {name for marker in item.iter_markers("needs") for name in marker.args}
+        item.add_marker(pytest.mark.xdist_group("lab" if needs & _ONE_AT_A_TIME else item.nodeid.partition("::")[0]))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
