@@ -17,9 +17,8 @@ if TYPE_CHECKING:  # a type checker takes it for true
     from lem.base.errors import LemError, UserError
     from lem.orchestration.plan import Plan
     from lem.orchestration.status import Event
-    from lem.results.aggregation import Configuration, Estimate
     from lem.results.compare import Comparison
-    from lem.results.run import Run
+    from lem.results.run import Configuration, Estimate, Run
 
 __all__ = [
     "Campaign",
@@ -41,8 +40,8 @@ __all__ = [
 _HOMES = {
     "Campaign": "lem.api",
     "Comparison": "lem.results.compare",
-    "Configuration": "lem.results.aggregation",
-    "Estimate": "lem.results.aggregation",
+    "Configuration": "lem.results.run",
+    "Estimate": "lem.results.run",
     "Event": "lem.orchestration.status",
     "LemError": "lem.base.errors",
     "Plan": "lem.orchestration.plan",

@@ -21,9 +21,8 @@ from lem.orchestration.resume import RunOptions
 from lem.orchestration.schedule import StopRequest
 from lem.orchestration.session import plan_campaign
 from lem.orchestration.status import Event
-from lem.results.aggregation import Configuration
 from lem.results.compare import Comparison, compare_any
-from lem.results.run import Run, read_run
+from lem.results.run import Configuration, Run, read_run
 
 
 @dataclass(frozen=True)

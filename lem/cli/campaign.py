@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lem.config.campaign_config import CampaignConfig
     from lem.config.load import Loaded
     from lem.orchestration.plan import ExpectedDurations, Plan
-    from lem.results.run import StoppingRule, Target
+    from lem.results.store import StoppingRule, Target
 
 
 _WHAT = {
@@ -167,7 +167,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
 
 
 def _target(text: str) -> Target:
-    from lem.results.run import parse_target
+    from lem.results.aggregation import parse_target
 
     return checked(parse_target, text)
 
@@ -204,7 +204,7 @@ def _load(args: argparse.Namespace) -> Loaded[CampaignConfig]:
 def _expected_durations(plan: Plan, campaign: CampaignConfig) -> ExpectedDurations:
     """How long this plan's experiments, engine loads and gaps took in earlier runs."""
     from lem.orchestration.plan import ExpectedDurations
-    from lem.results.run import earlier_times
+    from lem.results.aggregation import earlier_times
     from lem.results.store import Repository
 
     engines = {item.config_hash: item.engine_key for item in plan.configurations}

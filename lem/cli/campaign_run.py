@@ -39,7 +39,7 @@ from lem.orchestration.resume import CHOOSE_HINT, RunOptions, make_rule
 from lem.orchestration.schedule import CampaignOutcome, Scheduler, Stopped, StopRequest
 from lem.orchestration.status import Event
 from lem.orchestration.systemd import Notification, ServiceManager, notify
-from lem.results.run import StoppingRule, Target
+from lem.results.store import StoppingRule, Target
 
 _logger = logging.getLogger("lem.campaign")
 

@@ -25,10 +25,9 @@ from lem.cli.selection import (
 )
 
 if TYPE_CHECKING:
-    from lem.results.aggregation import Configuration
     from lem.results.compare import Comparison
     from lem.results.metrics import Metric
-    from lem.results.run import Run
+    from lem.results.run import Configuration, Run
     from lem.results.stats import Gate
     from lem.results.store import Problem
 

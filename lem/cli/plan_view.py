@@ -13,7 +13,7 @@ from lem.base.doc import Column, columns, paint
 from lem.base.log import WIDTH
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.plan import CampaignExperiment, ExpectedDurations, Plan
-from lem.results.run import StoppingRule
+from lem.results.store import StoppingRule
 
 _REASONS_SHOWN = 10
 _ORDER_SHOWN = 30

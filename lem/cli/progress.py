@@ -22,8 +22,9 @@ from lem.orchestration.manifest import FAILED, SKIPPED
 from lem.orchestration.schedule import CampaignOutcome, Stopped
 from lem.orchestration.status import Event, Observer
 from lem.orchestration.systemd import ServiceManager
-from lem.results.run import make_run, read_stopping_rule, run_document
-from lem.results.store import Repository
+from lem.results.aggregation import run_document
+from lem.results.run import make_run
+from lem.results.store import Repository, read_stopping_rule
 from lem.results.table import render_run
 
 _logger = logging.getLogger(__name__)

@@ -135,7 +135,7 @@ def _table_of(args: argparse.Namespace, results: Iterable[StoredResult]) -> str:
 
 
 def _show_run(args: argparse.Namespace, item: SelectedRun, out: TextIO, err: TextIO) -> None:
-    from lem.results.run import run_document
+    from lem.results.aggregation import run_document
     from lem.results.table import render_run
 
     found = item.read()

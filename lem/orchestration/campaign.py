@@ -29,8 +29,7 @@ from lem.orchestration.schedule import CampaignOutcome, Stopped, StopRequest
 from lem.orchestration.session import Executor, LocalExecutor, Session, check_supported, gpus_of
 from lem.orchestration.status import ActivityWriter, Observer
 from lem.record import Record
-from lem.results.run import write_stopping_rule
-from lem.results.store import Repository
+from lem.results.store import Repository, write_stopping_rule
 
 __all__ = ["CampaignExperiment", "CampaignOutcome", "CampaignRunner", "RunOptions"]
 

@@ -27,8 +27,8 @@ from lem.orchestration.manifest import (
     ManifestManager,
 )
 from lem.record import Record
-from lem.results.run import LEAST_CYCLES, MOST_CYCLES, StoppingRule, Target, measure_precision
-from lem.results.store import Repository
+from lem.results.aggregation import measure_precision
+from lem.results.store import LEAST_CYCLES, MOST_CYCLES, Repository, StoppingRule, Target
 
 _logger = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from lem.base.measurement import (
 from lem.base.reasons import Reason, alike
 from lem.base.units import percent, plural, some_of
 from lem.record import Record
-from lem.results.aggregation import SHARED_LOAD, Configuration
 from lem.results.compare import exclusion_reason, find_effect
 from lem.results.metrics import LENGTH_TOLERANCE, Metric, find_obstacles
-from lem.results.run import ENERGY, MOST_CYCLES, THROUGHPUT, UNACCOUNTED, Run
+from lem.results.run import ENERGY, SHARED_LOAD, THROUGHPUT, Configuration, Run
 from lem.results.stats import Drift, cycles_to_settle, trend_of
+from lem.results.store import MOST_CYCLES, UNACCOUNTED
 
 # An interval wider than this cannot show a difference of a few percent.
 _WIDE = 0.05

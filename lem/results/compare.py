@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from lem.base.errors import ExitCode, UserError
 from lem.base.reasons import Reason, alike
 from lem.record import Record
-from lem.results.aggregation import NO_INTERVAL, Configuration
 from lem.results.metrics import METRICS, Metric, Obstacle, blocking_reason, cycle_values, find_obstacles
-from lem.results.run import Run, make_run
+from lem.results.run import NO_INTERVAL, Configuration, Run, make_run
 from lem.results.stats import Effect, Gate, Judgement, Verdict, anchored_effect, holm, judge, paired_effect
 
 # A difference is found when its p value is below this, after Holm.

@@ -13,11 +13,11 @@ from lem.base.doc import NAMES_SHOWN, Column, Doc, Table, markdown_escaped, mark
 from lem.base.log import WIDTH, bounded_width
 from lem.base.reasons import Reason
 from lem.base.units import ABSENT, plural, some_of
-from lem.results.aggregation import Configuration, estimate_note
 from lem.results.compare import SIGNIFICANCE, Comparison, Pair, Row
 from lem.results.metrics import Metric, differing_settings, shared_settings
-from lem.results.run import UNACCOUNTED, Run
+from lem.results.run import Configuration, Run, estimate_note
 from lem.results.stats import CONFIDENCE, MOST_FURTHER_CYCLES, Gate, Judgement, Verdict
+from lem.results.store import UNACCOUNTED
 
 SCHEMA_VERSION = 1
 

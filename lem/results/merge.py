@@ -18,8 +18,17 @@ from lem.base.errors import UserError
 from lem.base.units import plural
 from lem.record import Record, ResultKey
 from lem.results.metrics import Metric
-from lem.results.run import ENERGY, THROUGHPUT, read_stopping_rule, write_stopping_rule
-from lem.results.store import Problem, Repository, StoredResult, experiment_folder_name, is_name, list_campaigns
+from lem.results.run import ENERGY, THROUGHPUT
+from lem.results.store import (
+    Problem,
+    Repository,
+    StoredResult,
+    experiment_folder_name,
+    is_name,
+    list_campaigns,
+    read_stopping_rule,
+    write_stopping_rule,
+)
 
 SCHEMA_VERSION = 1
 

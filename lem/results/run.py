@@ -1,67 +1,241 @@
-"""The results of a run: its configurations with their estimates, how precise they are, and how long they took."""
+"""The results of a run: its configurations over their cycles, and each metric's estimate with both intervals."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
-import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from lem.base import durable
-from lem.base.clock import parse_time
-from lem.base.codec import decode
-from lem.base.durable import make_folder, reason_of
-from lem.base.units import parse_percentage, percent
+from lem.base.measurement import is_estimate, is_gpu_source
+from lem.base.reasons import Reason
 from lem.record import Record, ResultKey
-from lem.results.aggregation import SHARED_LOAD, Configuration, Estimate, configuration_document
+from lem.results.bootstrap import BootstrapResult, LogTInterval, bootstrap_ci, log_t_interval
 from lem.results.export import cell_text, make_table
-from lem.results.metrics import METRIC_BY_NAME, Metric, distinct, headline_settings, shared_settings
+from lem.results.metrics import (
+    METRIC_BY_NAME,
+    Cycles,
+    Metric,
+    by_cycle,
+    cycle_values,
+    distinct,
+    headline_settings,
+    parse_metric,
+    settings_of,
+    share_a_load,
+    shared_settings,
+    used_cycles,
+)
 from lem.results.stats import CONFIDENCE
-from lem.results.store import Problem, Repository, StoredResult, count_failed, stopping_campaign
-
-_logger = logging.getLogger(__name__)
-
-SCHEMA_VERSION = 1
-SINGLE_CYCLE = "Single cycle: use --cycles 3+ for confidence intervals"
+from lem.results.store import Problem, Repository, StoppingRule, StoredResult, count_failed, read_stopping_rule
 
 ENERGY, THROUGHPUT = METRIC_BY_NAME["energy_per_output_tok_j"], METRIC_BY_NAME["output_tok_per_s"]
 
+# Simulated: with 1 % between loads and 0.5 % between runs, a 95 % t interval over cycles that share one load covers
+# 64, 43 and 27 % at 3, 5 and 10 cycles.
+SHARED_LOAD = Reason.of("shared_load")
+NO_INTERVAL = Reason.of("no_interval", why=SHARED_LOAD)
 
-@dataclass(frozen=True)
-class Target:
-    """How narrow the interval of every configuration should become."""
+SINGLE_CYCLE = "Single cycle: use --cycles 3+ for confidence intervals"
 
-    half_width: float  # of the 95 % interval over the mean: 0.02 is ±2 %
-    metric: str | None = None  # None: energy per output token where it is measured, else the output throughput
-
-    def describe(self) -> str:
-        """`±2 %`."""
-        return _plus_minus(self.half_width)
+# By the part of the identity that results under one name should have in common.
+_MIXTURES = {"config_hash": "mixed_configurations", "host": "mixed_hosts", "run_id": "mixed_runs"}
 
 
 @dataclass(frozen=True)
-class StoppingRule:
-    """The rule by which cycles were added to a run; it is kept with its results."""
+class AllAttempts:
+    """An estimate over every attempt, invalid ones too: shown beside the valid one, never instead of it."""
 
-    target: Target
-    least_cycles: int
-    most_cycles: int
+    mean: float
+    geometric_mean: float | None
+    n_cycles: int
+    n_attempts: int
 
-    def describe(self) -> str:
-        """`until every interval of output_tok_per_s is within ±2 % (5 cycles at least, 20 at most)`."""
-        metric = "" if self.target.metric is None else f" of {self.target.metric}"
-        return (
-            f"until every interval{metric} is within {self.target.describe()} "
-            f"({self.least_cycles} cycles at least, {self.most_cycles} at most)"
-        )
+
+@dataclass(frozen=True)
+class Estimate:
+    """One metric over the cycles of a configuration."""
+
+    metric: Metric
+    values: tuple[float, ...] = ()  # one per cycle that measured the metric, in the order of the cycles
+    bootstrap: BootstrapResult | None = None  # arithmetic mean and its interval; None when no cycle measured the metric
+    t_log: LogTInterval | None = None  # geometric mean and its t interval; None when no cycle measured the metric
+    all_attempts: AllAttempts | None = None  # where it differs from the estimate over valid attempts
+    null_reason: str | None = None  # why no cycle measured the metric
+    warning: str | None = None  # what is missing or unreliable
+
+    @property
+    def value(self) -> float | None:
+        """The geometric mean over the cycles, in `unit`; None with `null_reason`, or where a value is not positive."""
+        return self.t_log.geometric_mean if self.t_log else None
+
+    @property
+    def low(self) -> float | None:
+        """The lower end of the 95 % Student t interval; None without one."""
+        return self.t_log.ci_lower if self.t_log else None
+
+    @property
+    def high(self) -> float | None:
+        """The upper end of the 95 % Student t interval; None without one."""
+        return self.t_log.ci_upper if self.t_log else None
+
+    @property
+    def n(self) -> int:
+        """The number of cycles that measured the metric."""
+        return len(self.values)
+
+    @property
+    def unit(self) -> str:
+        """The unit of value, low and high."""
+        return self.metric.unit
+
+    @property
+    def half_width(self) -> float | None:
+        """How far the upper end lies above the mean, over the mean: 0.02 is ±2 %; None without an interval."""
+        return None if self.value is None or self.high is None else self.high / self.value - 1
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One configuration of a run over its cycles. Estimates are worked out when they are asked for."""
+
+    name: str
+    records: tuple[Record, ...] = ()  # every whole result, valid or not, of all attempts, in the order of execution
+    n_failed: int = 0  # experiments without a result
+    confidence: float = CONFIDENCE  # of every interval
+
+    @property
+    def config_hash(self) -> str:
+        """Identifies the configuration in every run; empty when there is no result."""
+        return self.records[0].identity.config_hash if self.records else ""
+
+    @property
+    def run_id(self) -> str:
+        """The run of its first result; empty when there is none."""
+        return self.records[0].identity.run_id if self.records else ""
+
+    @cached_property
+    def attempts(self) -> Cycles:
+        """Every attempt, by cycle."""
+        return by_cycle(self.records)
+
+    @cached_property
+    def cycles(self) -> Cycles:
+        """The records that the estimates rest on: of each cycle the last valid attempt."""
+        return used_cycles(self.attempts)
+
+    @cached_property
+    def used(self) -> tuple[Record, ...]:
+        """The records that the estimates rest on, cycle by cycle."""
+        return tuple(record for members in self.cycles.values() for record in members)
+
+    @cached_property
+    def settings(self) -> Mapping[str, str]:
+        """What was configured, by label."""
+        return settings_of(self.records[0]) if self.records else {}
+
+    @property
+    def n_cycles(self) -> int:
+        """Cycles with a valid result."""
+        return len(self.cycles)
+
+    @cached_property
+    def n_invalid(self) -> int:
+        """Whole results that are invalid."""
+        return sum(not record.validity.valid for record in self.records)
+
+    @property
+    def n_excluded(self) -> int:
+        """Invalid results and experiments without a result."""
+        return self.n_invalid + self.n_failed
+
+    @cached_property
+    def invalid_reasons(self) -> Mapping[Reason, int]:
+        """In how many results each reason occurs."""
+        return Counter(reason for record in self.records for reason in record.validity.invalid_reasons)
+
+    @cached_property
+    def warnings(self) -> Mapping[Reason, int]:
+        """In how many results each warning occurs."""
+        found = Counter(reason for record in self.records for reason in record.validity.warnings)
+        for part, code in _MIXTURES.items():
+            count = len({getattr(record.identity, part) for record in self.records})
+            if count > 1:
+                found[Reason.of(code, count=count)] = len(self.records)
+        return found
+
+    @cached_property
+    def energy_sources(self) -> tuple[str, ...]:
+        """The meters of the energy that counts."""
+        return tuple(sorted({record.energy.primary_j.source or "" for record in self.records} - {""}))
+
+    @cached_property
+    def is_load_shared(self) -> bool:
+        """Cycles share an engine load, so there is no interval."""
+        return share_a_load(self.cycles)
+
+    @property
+    def is_estimate(self) -> bool:
+        """Whether some of its energy is an estimate, which must be labelled as one."""
+        return any(map(is_estimate, self.energy_sources))
+
+    @property
+    def is_by_board_sensors(self) -> bool:
+        """Whether some of its energy comes from the sensors on GPU boards, which are off by up to 5 % per card."""
+        return any(map(is_gpu_source, self.energy_sources))
+
+    def estimate(self, metric: str | Metric) -> Estimate:
+        """The estimate of a metric, or of its name: `energy_per_output_tok_j`, or short `energy`.
+
+        One cycle is one value, since attempts within it share everything that varies between cycles.
+
+        Raises:
+            UserError: there is no such metric.
+        """
+        chosen = metric if isinstance(metric, Metric) else parse_metric(metric)
+        if chosen.name not in self._estimates:
+            self._estimates[chosen.name] = self._estimated(chosen)
+        return self._estimates[chosen.name]
+
+    @cached_property
+    def _estimates(self) -> dict[str, Estimate]:
+        return {}
+
+    def _estimated(self, metric: Metric) -> Estimate:
+        values = tuple(cycle_values(metric, self.cycles).values())
+        all_attempts = self._all_attempts(metric, values)
+        reasons = "; ".join(dict.fromkeys(reason for record in self.used if (reason := metric.read(record)[1])))
+        if not values:
+            return Estimate(metric, all_attempts=all_attempts, null_reason=reasons or "no valid result")
+        bootstrap = bootstrap_ci(values, confidence=self.confidence)
+        t_log = log_t_interval(values, self.confidence)
+        if self.is_load_shared and len(values) > 1:
+            bootstrap = dataclasses.replace(bootstrap, ci_lower=None, ci_upper=None, warning=NO_INTERVAL.text)
+            t_log = dataclasses.replace(t_log, ci_lower=None, ci_upper=None, warning=t_log.warning or NO_INTERVAL.text)
+        is_partial = len(values) < self.n_cycles
+        warning = f"measured in {len(values)} of {self.n_cycles} cycles: {reasons}" if is_partial else None
+        return Estimate(metric, values, bootstrap, t_log, all_attempts, None, warning)
+
+    def _all_attempts(self, metric: Metric, valid_values: tuple[float, ...]) -> AllAttempts | None:
+        values = tuple(cycle_values(metric, self.attempts).values())
+        if not values or values == valid_values:
+            return None
+        n_attempts = sum(metric.read(record)[0] is not None for record in self.records)
+        geometric = math.exp(statistics.fmean(map(math.log, values))) if min(values) > 0 else None
+        return AllAttempts(statistics.fmean(values), geometric, len(values), n_attempts)
+
+
+def estimate_note(configurations: Iterable[Configuration]) -> str:
+    """The label of an energy of these configurations that is, or is partly, an estimate; empty when it was measured."""
+    sources = [source for item in configurations for source in item.energy_sources]
+    if not any(map(is_estimate, sources)):
+        return ""
+    return f"({'' if all(map(is_estimate, sources)) else 'partly '}an estimate from TDP)"
 
 
 @dataclass(frozen=True)
@@ -182,21 +356,6 @@ def read_run(results_dir: Path, campaign: str, run_id: str) -> Run:
     )
 
 
-def run_document(run: Run) -> dict[str, Any]:
-    """The run as JSON values."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "campaign_name": run.campaign_name,
-        "run_ids": list(run.run_ids),
-        "hosts": list(run.hosts),
-        "confidence": CONFIDENCE,
-        "shared": dict(run.shared),
-        "configurations": [configuration_document(item) for item in run.configurations],
-        "stopping": None if run.stopping is None else dataclasses.asdict(run.stopping),
-        "note": SINGLE_CYCLE if run.is_single_cycle else None,
-    }
-
-
 def _in_order(records: Iterable[Record]) -> list[Record]:
     """The records in the order of execution."""
     return sorted(
@@ -206,168 +365,3 @@ def _in_order(records: Iterable[Record]) -> list[Record]:
 
 def _distinct(values: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(values))
-
-
-# With fewer cycles a rule never stops: three that happen to lie together say nothing about the next one.
-LEAST_CYCLES = 5
-MOST_CYCLES = 20
-
-# Stopping once an interval is narrow favours the cycles that happen to lie together. Simulated by
-# tests/bench/stopping.py (log-normal cycles, 5 to 20 of them): 92 % where the standard deviation between cycles is
-# twice the half width asked for, 95 % where it is a quarter or five times it.
-UNACCOUNTED = "the intervals do not account for that; in simulations they covered 92 to 95 % instead of 95 %"
-
-STOPPING_FILE = "stopping.json"
-_STOPPING_SCHEMA_VERSION = 1
-_TARGET = re.compile(r"ci=(?P<half_width>[^:]+)(?::(?P<metric>[a-z0-9_]+))?")
-
-
-class Precision(NamedTuple):
-    """How narrow the intervals of a run are."""
-
-    metric: str
-    narrow: dict[str, float]  # half width over the mean, by name: within the target, and of enough cycles
-    wide: dict[str, float]  # others, inf without an interval; further cycles help
-    without: dict[str, str]  # why further cycles would not give an interval either, by name
-
-    @property
-    def widest(self) -> list[str]:
-        """The wide ones, the widest first: `pytorch-float16 ±3.1 %`."""
-        ordered = sorted(self.wide.items(), key=lambda item: item[1], reverse=True)
-        return [f"{name} {_plus_minus(width) if math.isfinite(width) else 'no interval'}" for name, width in ordered]
-
-
-def parse_target(text: str) -> Target:
-    """The target in `ci=2%` or `ci=2%:METRIC`.
-
-    Raises:
-        ValueError: anything else.
-    """
-    match = _TARGET.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(f"expected a target such as ci=2% or ci=2%:output_tok_per_s, got {text!r}")
-    metric = match["metric"]
-    try:
-        half_width = parse_percentage(match["half_width"])
-    except ValueError as error:
-        raise ValueError(f"{text!r}: {error}") from error
-    if not 0 < half_width < 1:
-        raise ValueError(f"{text!r}: the width must be more than 0% and less than 100%")
-    if metric is not None and metric not in METRIC_BY_NAME:
-        raise ValueError(f"{text!r}: unknown metric {metric!r}; known: {', '.join(METRIC_BY_NAME)}")
-    return Target(half_width, metric)
-
-
-def measure_precision(records: Iterable[Record], target: Target, least_cycles: int = LEAST_CYCLES) -> Precision:
-    """How narrow the t interval of each configuration is; fewer cycles than `least_cycles` are never narrow."""
-    run = make_run(records)
-    metric = run.primary_metric if target.metric is None else METRIC_BY_NAME[target.metric]
-    found = Precision(metric.name, {}, {}, {})
-    for item in run.configurations:
-        estimate = item.estimate(metric)
-        if estimate.value is None or item.is_load_shared:
-            found.without[item.name] = _why_none(estimate)
-            continue
-        width = math.inf if estimate.half_width is None else estimate.half_width
-        is_narrow = width <= target.half_width and estimate.n >= least_cycles
-        (found.narrow if is_narrow else found.wide)[item.name] = width
-    return found
-
-
-def write_stopping_rule(run_folder: Path, rule: StoppingRule) -> None:
-    """Keep the rule with the results of the run.
-
-    Raises:
-        InfrastructureError: it cannot be written.
-    """
-    path = run_folder / STOPPING_FILE
-    with stopping_campaign(path):
-        make_folder(run_folder)
-        durable.write_json(path, {"schema_version": _STOPPING_SCHEMA_VERSION, **dataclasses.asdict(rule)})
-
-
-def read_stopping_rule(run_folder: Path) -> StoppingRule | None:
-    """The rule by which a run ended; None where its number of cycles was fixed. A broken file is logged."""
-    path = run_folder / STOPPING_FILE
-    try:
-        document = durable.read_json(path)
-        if not isinstance(document, dict):
-            raise ValueError("not a stopping rule")
-        found = {name: document.get(name) for name in ("target", "least_cycles", "most_cycles")}
-        return decode(StoppingRule, found, "rule")
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        _logger.warning("%s: %s: unknown whether the number of cycles was fixed", path, reason_of(error))
-    except ValueError:
-        _logger.warning("%s is corrupt: unknown whether the number of cycles was fixed", path)
-    return None
-
-
-def _plus_minus(half_width: float) -> str:
-    return f"±{percent(half_width)}"
-
-
-def _why_none(estimate: Estimate) -> str:
-    """Why further cycles would not give an interval either."""
-    if estimate.t_log is None:
-        return estimate.null_reason or ""
-    if estimate.value is None:
-        return estimate.t_log.warning or ""
-    return "1 sample" if estimate.n == 1 else SHARED_LOAD.text
-
-
-# If the unexplained time between two starts is longer than this, the campaign was interrupted.
-_PAUSE_S = 3600.0
-
-
-class EarlierTimes(NamedTuple):
-    """Seconds that experiments took; medians."""
-
-    measured: Mapping[str, float]  # an experiment without its load: baselines, warm-up, window, …; by config_hash
-    load: Mapping[str, float]  # a load of a configuration's engine, by config_hash
-    gap: float | None  # the gap before an experiment; None where there was none
-
-
-def earlier_times(records: Iterable[Record]) -> EarlierTimes:
-    """How long the experiments of a campaign took.
-
-    A record knows its load, warm-up and window. The time around them (baselines, guards, prompts) follows from the
-    start of the next experiment; where there is none, the median of the others is taken.
-    """
-    known = list(records)
-    around = _around(known)
-    usual_s = statistics.median(around.values()) if around else 0.0
-    measured = ((item, _inner_s(item) + around.get(item.identity.key, usual_s)) for item in known)
-    loads = ((item, item.window.load_s) for item in known if item.window.load_s is not None)
-    gaps = [gap for item in known if (gap := item.window.gap_s)]
-    return EarlierTimes(_medians(measured), _medians(loads), statistics.median(gaps) if gaps else None)
-
-
-def _medians(values: Iterable[tuple[Record, float]]) -> dict[str, float]:
-    found: dict[str, list[float]] = {}
-    for record, value in values:
-        found.setdefault(record.identity.config_hash, []).append(value)
-    return {digest: statistics.median(members) for digest, members in found.items()}
-
-
-def _around(records: Sequence[Record]) -> dict[ResultKey, float]:
-    """What each experiment took besides load, warm-up and window, where another followed it at once."""
-    runs: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        runs.setdefault((record.identity.run_id, record.identity.host), []).append(record)
-    found = {}
-    for members in runs.values():
-        for record, following in pairwise(sorted(members, key=lambda item: item.identity.start_utc)):
-            start, end = (parse_time(item.identity.start_utc) for item in (record, following))
-            if start is None or end is None or (start.tzinfo is None) != (end.tzinfo is None):
-                continue
-            whole_s = (end - start) / timedelta(seconds=1)
-            around_s = whole_s - (following.window.gap_s or 0.0) - (record.window.load_s or 0.0) - _inner_s(record)
-            if 0 <= around_s <= _PAUSE_S:
-                found[record.identity.key] = around_s
-    return found
-
-
-def _inner_s(record: Record) -> float:
-    return (record.window.warmup_s or 0.0) + record.window.window_s

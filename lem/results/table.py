@@ -12,11 +12,11 @@ from lem.base.log import WIDTH, bounded_width
 from lem.base.reasons import Reason, alike
 from lem.base.units import ABSENT, SIGNIFICANT_DIGITS, plural, some_of, with_decimals
 from lem.record import Distribution, Record
-from lem.results.aggregation import SHARED_LOAD, Configuration, Estimate, estimate_note
 from lem.results.bootstrap import bootstrap_coverage_label
 from lem.results.metrics import LATENCIES
-from lem.results.run import SINGLE_CYCLE, UNACCOUNTED, Run
+from lem.results.run import SHARED_LOAD, SINGLE_CYCLE, Configuration, Estimate, Run, estimate_note
 from lem.results.stats import CONFIDENCE
+from lem.results.store import UNACCOUNTED
 
 _LATENCIES = (("TTFT", "ttft_p50_s"), ("e2e", "e2e_p50_s"))
 _INTERVALS = (("Output throughput", "output_tok_per_s"), ("Energy per output token", "energy_per_output_tok_j"))
@@ -106,7 +106,7 @@ class _RunTable:
         ]
         heading = "Latency, results" if table else "Results"
         counts: tuple[tuple[str, Callable[[Configuration], int]], ...] = (
-            ("valid", lambda item: item.n_results - item.n_invalid),
+            ("valid", lambda item: len(item.records) - item.n_invalid),
             ("invalid", lambda item: item.n_invalid),
             ("failed", lambda item: item.n_failed),
         )
@@ -165,7 +165,7 @@ class _RunTable:
             # Reasons that differ only in their numbers are one line, with the text of the first.
             for found in alike((why, (item, n)) for item in self._configurations for why, n in read(item)):
                 members = list({item.name: item for _, (item, _) in found}.values())
-                total = plural(sum(item.n_results for item in members), "result")
+                total = plural(sum(len(item.records) for item in members), "result")
                 where = f"{sum(n for _, (_, n) in found)} of {total}{self._of(members, 'of')}"
                 varied = "; numbers differ" if len({why for why, _ in found}) > 1 else ""
                 self._doc.labelled(lead, f"{found[0][0]} ({where}{varied})", style)

@@ -11,8 +11,8 @@ import random
 import sys
 from collections.abc import Sequence
 
-from lem.results.run import LEAST_CYCLES, MOST_CYCLES
 from lem.results.stats import student_t_quantile
+from lem.results.store import LEAST_CYCLES, MOST_CYCLES
 
 __all__ = ["coverage", "main"]
 

@@ -37,9 +37,9 @@ from lem.orchestration.manifest import CampaignManifest, CampaignManifestEntry, 
 from lem.orchestration.plan import build_plan
 from lem.orchestration.resume import resume_text
 from lem.orchestration.schedule import CampaignOutcome, Scheduler, waiting_text
-from lem.results.aggregation import aggregate_campaign_results
+from lem.results.aggregation import aggregate_campaign_results, run_document
 from lem.results.bootstrap import BootstrapResult, bootstrap_ci, compute_metric_ci
-from lem.results.run import make_run, run_document
+from lem.results.run import make_run
 from tests.campaign_doubles import FakeClock, FakeStop, Place, make_campaign
 from tests.campaign_rig import campaign_text
 from tests.command_rig import run_lem

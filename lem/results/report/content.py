@@ -12,12 +12,11 @@ from lem.base.doc import SEPARATORS, name_tokens, printable, text_width
 from lem.base.reasons import Reason
 from lem.base.units import format_quantity, plural, some_of
 from lem.record import Record
-from lem.results.aggregation import Configuration, estimate_note
 from lem.results.check import Finding, check_run
 from lem.results.compare import Row, compare_configurations
 from lem.results.metrics import Metric
 from lem.results.report.plot import GROUPS_MAX
-from lem.results.run import ENERGY, THROUGHPUT, Run
+from lem.results.run import ENERGY, THROUGHPUT, Configuration, Run, estimate_note
 from lem.results.store import config_of_problem, configuration_of, configured_name
 
 NOT_GIVEN = "not given"

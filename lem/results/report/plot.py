@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lem.base import units
 from lem.base.doc import SEPARATORS, printable, text_width
 from lem.base.units import SIGNIFICANT_DIGITS, with_decimals
-from lem.results.aggregation import Estimate
+from lem.results.run import Estimate
 
 NOT_MEASURED = "not measured"
 _TOKEN = re.compile(rf"[^{SEPARATORS}@]+[{SEPARATORS}@]*|[{SEPARATORS}@]+")

@@ -39,7 +39,8 @@ from lem.results.report.plot import (
     table,
     tag,
 )
-from lem.results.run import ENERGY, UNACCOUNTED
+from lem.results.run import ENERGY
+from lem.results.store import UNACCOUNTED
 
 # --- how many results can be used, and what weakens them
 
@@ -74,7 +75,7 @@ def _n_damaged(report: Report) -> int:
 
 def _tiles(report: Report) -> Markup:
     configurations = [entry.configuration for entry in report.entries]
-    results, invalid = sum(item.n_results for item in configurations), sum(item.n_invalid for item in configurations)
+    results, invalid = sum(len(item.records) for item in configurations), sum(item.n_invalid for item in configurations)
     tiles = (
         (f"{results - invalid} of {results}", "results valid", invalid),
         (str(invalid), "invalid", invalid),
@@ -91,7 +92,7 @@ def _findings(report: Report) -> Iterator[Markup]:
     for same in alike(found):
         text = same[0][0].text + ("; numbers differ" if len({reason for reason, _ in same}) > 1 else "")
         members = list({entry.number: entry for _, (entry, _) in same}.values())
-        count, total = sum(n for _, (_, n) in same), sum(entry.configuration.n_results for entry in members)
+        count, total = sum(n for _, (_, n) in same), sum(len(entry.configuration.records) for entry in members)
         yield _finding("bad", "invalid", f"{text} ({count} of {plural(total, 'result')}: {_members(members, report)})")
     for item in report.findings:
         if item.kind == "damaged":

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from lem.base.doc import text_width
+from lem.results.aggregation import parse_target
 from lem.results.compare import compare_configurations
 from lem.results.comparison import render_text
-from lem.results.run import StoppingRule, make_run, parse_target, write_stopping_rule
+from lem.results.run import make_run
 from lem.results.stats import parse_gate
+from lem.results.store import StoppingRule, write_stopping_rule
 from tests.command_rig import Output, run_lem
 from tests.goldens import assert_golden
 from tests.synthetic_campaign import Campaign, Configuration

@@ -9,8 +9,7 @@ import pytest
 
 from lem.record import Record, write_record
 from lem.results.merge import FleetPlan, HostPart, PlannedExperiment, write_plan
-from lem.results.run import StoppingRule, Target, read_stopping_rule, write_stopping_rule
-from lem.results.store import Repository
+from lem.results.store import Repository, StoppingRule, Target, read_stopping_rule, write_stopping_rule
 from tests.command_rig import run_lem
 from tests.records import make_record
 

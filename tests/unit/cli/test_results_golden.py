@@ -3,8 +3,7 @@
 import pytest
 
 from lem.record import write_record
-from lem.results.run import StoppingRule, Target, write_stopping_rule
-from lem.results.store import Repository
+from lem.results.store import Repository, StoppingRule, Target, write_stopping_rule
 from tests.command_rig import run_lem
 from tests.goldens import assert_golden
 from tests.records import make_record

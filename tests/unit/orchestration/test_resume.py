@@ -25,7 +25,8 @@ from lem.orchestration.resume import (
     reconcile,
 )
 from lem.orchestration.schedule import Stopped
-from lem.results.run import parse_target, read_stopping_rule
+from lem.results.aggregation import parse_target
+from lem.results.store import read_stopping_rule
 from tests.campaign_doubles import ENVIRONMENT, Place, make_campaign
 from tests.records import make_record
 

@@ -10,8 +10,9 @@ import pytest
 
 from lem.base.reasons import Reason
 from lem.record import Record, RecordError
-from lem.results.aggregation import NO_INTERVAL, Configuration, aggregate_campaign_results, configuration_document
+from lem.results.aggregation import aggregate_campaign_results, configuration_document
 from lem.results.metrics import distinct
+from lem.results.run import NO_INTERVAL, Configuration
 from tests.records import NO_METER, NO_TOKEN_TIMES, make_record, told
 
 
@@ -111,7 +112,7 @@ def test_invalid_results_are_left_out_and_counted() -> None:
     throttled = make_record(cycle=2, output_tok_per_s=60, is_valid=False, invalid_reasons=("thermal slowdown",))
     aggregate = configured([*cycles(100, 102), throttled])
     assert rates_of(aggregate) == (100, 102)
-    assert (aggregate.n_cycles, aggregate.n_results, aggregate.n_invalid) == (2, 3, 1)
+    assert (aggregate.n_cycles, len(aggregate.records), aggregate.n_invalid) == (2, 3, 1)
     assert aggregate.invalid_reasons == dict.fromkeys(told("thermal slowdown"), 1)
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from lem.base.reasons import Reason
 from lem.results.check import check_run, position_effect
-from lem.results.run import StoppingRule, Target, make_run
-from lem.results.store import Problem
+from lem.results.run import make_run
+from lem.results.store import Problem, StoppingRule, Target
 from tests.records import make_record, told
 from tests.synthetic_campaign import Campaign, Configuration
 

@@ -11,10 +11,9 @@ from scipy import stats
 
 from lem.base.errors import ExitCode, UserError
 from lem.base.reasons import Reason
-from lem.results.aggregation import NO_INTERVAL
 from lem.results.compare import Comparison, Row, compare_configurations, compare_runs, gate_code
 from lem.results.metrics import parse_metric
-from lem.results.run import Run, make_run
+from lem.results.run import NO_INTERVAL, Run, make_run
 from lem.results.stats import Verdict, holm, parse_gate
 from tests.synthetic_campaign import Campaign, Configuration
 

@@ -8,18 +8,9 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from lem.results.run import (
-    STOPPING_FILE,
-    UNACCOUNTED,
-    StoppingRule,
-    Target,
-    earlier_times,
-    make_run,
-    measure_precision,
-    read_stopping_rule,
-    run_document,
-    write_stopping_rule,
-)
+from lem.results.aggregation import earlier_times, measure_precision, run_document
+from lem.results.run import make_run
+from lem.results.store import STOPPING_FILE, UNACCOUNTED, StoppingRule, Target, read_stopping_rule, write_stopping_rule
 from lem.results.table import render_run
 from tests.bench.stopping import coverage
 from tests.records import make_record

@@ -12,7 +12,8 @@ import pytest
 
 from lem.base.doc import text_width
 from lem.record import Record
-from lem.results.run import SINGLE_CYCLE, Run, make_run, run_document
+from lem.results.aggregation import run_document
+from lem.results.run import SINGLE_CYCLE, Run, make_run
 from lem.results.table import render_record, render_run
 from tests.goldens import assert_golden
 from tests.records import make_record

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from lem.record import Record
+from lem.results.aggregation import parse_target
 from lem.results.report import render_report
 from lem.results.report.content import compose, verdict_of
-from lem.results.run import StoppingRule, make_run, parse_target
-from lem.results.store import Problem
+from lem.results.run import make_run
+from lem.results.store import Problem, StoppingRule
 from tests.goldens import assert_golden
 from tests.records import make_record
 from tests.synthetic_campaign import Campaign, Configuration
