@@ -29,7 +29,7 @@ from lem.orchestration.status import Event
 from lem.record import Record
 from lem.worker.channel import RunRequest
 from lem.worker.launch import own_command
-from lem.worker.sampling import SamplerProcess, interval_ms
+from lem.worker.children import SamplerProcess, interval_ms
 
 _logger = logging.getLogger(__name__)
 

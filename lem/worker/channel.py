@@ -35,16 +35,17 @@ class Message:
 
     type: ClassVar[str]
 
+    def __init_subclass__(cls, kind: str) -> None:
+        cls.type = kind
+
     def to_message(self) -> dict[str, Any]:
-        """The JSON object that is sent."""
         return {"type": self.type, **codec.encode(self, self.type)}
 
 
 @dataclass(frozen=True)
-class RunRequest(Message):
+class RunRequest(Message, kind="run"):
     """What the worker needs to run one attempt. The result folder exists and holds `config.json`."""
 
-    type: ClassVar[str] = "run"
     config: Mapping[str, Any]  # the resolved experiment (`ExperimentConfig.to_dict`)
     identity: Mapping[str, Any]  # fields of `record.Identity` that the host knows: all but start_utc and lem_version
     result_dir: str  # absolute path as the worker sees it
@@ -63,7 +64,6 @@ class RunRequest(Message):
 
     @property
     def exp_id(self) -> str:
-        """The experiment's id, which every message about it carries."""
         return str(self.identity["experiment_id"])
 
     @classmethod
@@ -82,10 +82,9 @@ class RunRequest(Message):
 
 
 @dataclass(frozen=True)
-class Hello(Message):
+class Hello(Message, kind="hello"):
     """The first message of a worker."""
 
-    type: ClassVar[str] = "hello"
     protocol: int
     lem_version: str
     pid: int
@@ -93,28 +92,25 @@ class Hello(Message):
 
 
 @dataclass(frozen=True)
-class EngineProcess(Message):
+class EngineProcess(Message, kind="engine"):
     """The process group of the engine; None when it is gone."""
 
-    type: ClassVar[str] = "engine"
     pgid: int | None = None
     started_ticks: int | None = None
 
 
 @dataclass(frozen=True)
-class Phase(Message):
+class Phase(Message, kind="phase"):
     """A phase of the experiment begins."""
 
-    type: ClassVar[str] = "phase"
     exp_id: str
     phase: str
 
 
 @dataclass(frozen=True)
-class Progress(Message):
+class Progress(Message, kind="progress"):
     """How much of the phase is done."""
 
-    type: ClassVar[str] = "progress"
     exp_id: str
     done: int
     total: int | None  # None without a known end
@@ -122,26 +118,22 @@ class Progress(Message):
 
 
 @dataclass(frozen=True)
-class Heartbeat(Message):
+class Heartbeat(Message, kind="heartbeat"):
     """The worker is alive."""
-
-    type: ClassVar[str] = "heartbeat"
 
 
 @dataclass(frozen=True)
-class Result(Message):
+class Result(Message, kind="result"):
     """The experiment is done and its record is written."""
 
-    type: ClassVar[str] = "result"
     exp_id: str
     engine_reused: bool
 
 
 @dataclass(frozen=True)
-class Failure(Message):
+class Failure(Message, kind="error"):
     """The experiment failed, or (without `exp_id`) a message of the host was refused."""
 
-    type: ClassVar[str] = "error"
     exp_id: str | None
     kind: str  # as of `EngineError`
     message: str
@@ -153,10 +145,8 @@ class Failure(Message):
 
 
 @dataclass(frozen=True)
-class Unloaded(Message):
+class Unloaded(Message, kind="unloaded"):
     """The engine process is gone."""
-
-    type: ClassVar[str] = "unloaded"
 
 
 _REPORTS = {kind.type: kind for kind in (Hello, EngineProcess, Phase, Progress, Heartbeat, Result, Failure, Unloaded)}
@@ -226,7 +216,6 @@ class Outbox:
 
     @property
     def is_pending(self) -> bool:
-        """Whether something waits until the descriptor can be written."""
         return bool(self._buffer)
 
     def put(self, message: Mapping[str, Any], *, is_droppable: bool = False) -> None:
@@ -237,7 +226,6 @@ class Outbox:
         self.flush()
 
     def flush(self) -> None:
-        """Write what the descriptor takes now."""
         while self._buffer:
             try:
                 written = os.write(self.descriptor, self._buffer)
@@ -246,7 +234,6 @@ class Outbox:
             del self._buffer[:written]
 
     def drop(self) -> None:
-        """Forget what was not written."""
         self._buffer.clear()
 
 
@@ -267,12 +254,6 @@ def redact(text: str, secrets: Iterable[str]) -> str:
     return text
 
 
-def _overlap(data: bytes, secret: bytes) -> int:
-    """How many bytes at the end of `data` are the beginning of `secret`."""
-    longest = min(len(secret) - 1, len(data))
-    return next((length for length in range(longest, 0, -1) if data.endswith(secret[:length])), 0)
-
-
 class EngineLog:
     """The log of one experiment, appended to; OSError when it cannot be opened.
 
@@ -290,7 +271,9 @@ class EngineLog:
         data = self._held + data
         for secret in self._secrets:
             data = data.replace(secret, REDACTED)
-        cut = len(data) - max((_overlap(data, secret) for secret in self._secrets), default=0)
+        # How many bytes at the end are the beginning of a secret.
+        overlaps = (n for secret in self._secrets for n in range(1, len(secret)) if data.endswith(secret[:n]))
+        cut = len(data) - max(overlaps, default=0)
         self._held = data[cut:]
         self._append(data[:cut])
 
@@ -309,18 +292,9 @@ class EngineLog:
             while view and self._descriptor is not None:
                 view = view[os.write(self._descriptor, view) :]
 
-    @property
-    def last_line(self) -> str:
-        """The last line that is not blank."""
-        return self._lines()[-1] if self._lines() else ""
-
-    @property
-    def tail(self) -> str:
-        """The last lines."""
-        return "\n".join(self._lines()[-TAIL_LINES:])
-
-    def _lines(self) -> list[str]:
+    def tail(self, lines: int = TAIL_LINES) -> str:
+        """The last lines that are not blank."""
         text = self._tail.decode("utf-8", "replace")
         # A progress bar goes back to the start of its line with \r; only its last state is worth showing.
-        lines = (line.rstrip().rsplit("\r", 1)[-1] for line in text.split("\n"))
-        return [line for line in lines if line.strip()]
+        found = (line.rstrip().rsplit("\r", 1)[-1] for line in text.split("\n"))
+        return "\n".join([line for line in found if line.strip()][-lines:])

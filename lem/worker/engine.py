@@ -44,37 +44,31 @@ Harness = Callable[[RunRequest, ResidentEngine, Reporter, Clock], Record]
 _HARMLESS_KINDS = frozenset({"channel", "option", "prompts", "meter", "model", "full"})
 
 
-class MessageWriter:
-    """Messages to the supervisor, each written whole; any thread may send."""
+class PipeReporter:
+    """Reports to the supervisor, each message written whole; any thread may send."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._lock = threading.Lock()
+        self.begin("")
+
+    def begin(self, exp_id: str) -> None:
+        """Report on this experiment from now on."""
+        self._exp_id = exp_id
+        self.current: str | None = None  # the phase that began last
 
     def send(self, message: Message) -> None:
-        """Send a message."""
         view = memoryview(encode_line(message.to_message()))
         with self._lock:
             while view:
                 view = view[os.write(self._descriptor, view) :]
 
-
-class PhaseReporter:
-    """Reports how far one experiment is."""
-
-    def __init__(self, writer: MessageWriter, exp_id: str) -> None:
-        self._writer = writer
-        self._exp_id = exp_id
-        self.current: str | None = None  # the phase that began last
-
     def phase(self, name: str) -> None:
-        """A phase begins."""
         self.current = name
-        self._writer.send(Phase(self._exp_id, name))
+        self.send(Phase(self._exp_id, name))
 
     def progress(self, done: int, total: int | None, text: str = "") -> None:
-        """How far the phase is."""
-        self._writer.send(Progress(self._exp_id, done, total, text))
+        self.send(Progress(self._exp_id, done, total, text))
 
 
 def serve_pipes(control_fd: int, message_fd: int) -> int:
@@ -87,7 +81,7 @@ def serve_pipes(control_fd: int, message_fd: int) -> int:
     faulthandler.enable()
     # CUDA counts the fastest GPU first by default, NVML by PCI bus: an index must mean the same GPU to both.
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    return serve(control_fd, MessageWriter(message_fd), ResidentEngine(), _run_traced, SystemClock())
+    return serve(control_fd, PipeReporter(message_fd), ResidentEngine(), _run_traced, SystemClock())
 
 
 def _run_traced(request: RunRequest, engine: ResidentEngine, reporter: Reporter, clock: Clock) -> Record:
@@ -99,7 +93,7 @@ def _run_traced(request: RunRequest, engine: ResidentEngine, reporter: Reporter,
         faulthandler.unregister(signal.SIGTERM)
 
 
-def serve(control_fd: int, writer: MessageWriter, engine: ResidentEngine, run_experiment: Harness, clock: Clock) -> int:
+def serve(control_fd: int, reporter: PipeReporter, engine: ResidentEngine, run: Harness, clock: Clock) -> int:
     """The exit code, once the supervisor has sent `quit` or is gone."""
     lines = LineBuffer()
     while data := os.read(control_fd, READ_B):
@@ -109,16 +103,15 @@ def serve(control_fd: int, writer: MessageWriter, engine: ResidentEngine, run_ex
                 engine.unload()
                 return 0
             request = RunRequest.from_message(message)
-            writer.send(_answer(request, PhaseReporter(writer, request.exp_id), engine, run_experiment, clock))
+            reporter.begin(request.exp_id)
+            reporter.send(_answer(request, reporter, engine, run, clock))
     return 0
 
 
-def _answer(
-    request: RunRequest, reporter: PhaseReporter, engine: ResidentEngine, run_experiment: Harness, clock: Clock
-) -> Message:
+def _answer(request: RunRequest, reporter: PipeReporter, engine: ResidentEngine, run: Harness, clock: Clock) -> Message:
     """Run one experiment; its answer, once all that it printed is out."""
     try:
-        record = run_experiment(request, engine, reporter, clock)
+        record = run(request, engine, reporter, clock)
         if reporter.current != "write":
             reporter.phase("write")
         write_record(Path(request.result_dir) / RESULT_FILE, record)

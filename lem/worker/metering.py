@@ -36,7 +36,7 @@ from lem.meters.sources import Baselines, Sources, choose_sources
 from lem.meters.window import AttemptLog, span_of
 from lem.record import Measured, known
 from lem.worker.channel import RunRequest
-from lem.worker.sampling import READY_TIMEOUT_S, wait_until_ready
+from lem.worker.children import READY_TIMEOUT_S, wait_until_ready
 from lem.worker.window import MeasuredWindow
 
 _logger = logging.getLogger(__name__)

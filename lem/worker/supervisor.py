@@ -29,9 +29,8 @@ from lem.meters.nvml import find_driver, find_gpus, named_gpus, visible_gpus
 from lem.record import LOG_FILE
 from lem.worker import channel
 from lem.worker.channel import READ_B, ChannelError, EngineLog, LineBuffer, Message, Outbox, RunRequest
-from lem.worker.guardian import EndStep, EngineChild
+from lem.worker.children import EndStep, EngineChild, SamplerProcess, interval_ms
 from lem.worker.launch import own_command
-from lem.worker.sampling import SamplerProcess, interval_ms
 
 
 def probe_environment() -> dict[str, Any]:
@@ -58,14 +57,6 @@ def _version(distribution: str) -> str | None:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
     return None
-
-
-def _read_available(descriptor: int) -> bytes | None:
-    """What can be read now; b"" at the end of file, None when there is nothing yet."""
-    try:
-        return os.read(descriptor, READ_B)
-    except BlockingIOError:
-        return None
 
 
 HEARTBEAT_S = 5.0
@@ -208,7 +199,7 @@ class Supervisor:
     def _fail(
         self, exp_id: str | None, kind: str, message: str, hint: str = "", *, is_engine_lost: bool = False
     ) -> None:
-        tail = self._log.tail if self._log else ""
+        tail = self._log.tail() if self._log else ""
         self._send(channel.Failure(exp_id, kind, message, hint, False, self._phase, is_engine_lost, tail))
 
     def _answer_error(self, kind: str, message: str, hint: str = "", *, is_engine_lost: bool = True) -> None:
@@ -302,7 +293,7 @@ class Supervisor:
             _drain(self._read_output, self._engine)
         if self._log is not None:
             self._log.close()
-            self._log = None
+        self._log = None
         self._log = EngineLog(str(Path(request.result_dir) / LOG_FILE), request.secrets.values())
 
     def _new_engine(self) -> EngineChild:
@@ -315,9 +306,7 @@ class Supervisor:
 
     def _read_output(self, engine: EngineChild) -> bool:
         """Take what was printed; whether there may be more."""
-        data = _read_available(engine.output_fd)
-        if data == b"":
-            self._forget(engine.output_fd)
+        data = self._take(engine.output_fd)
         if not data or self._log is None:
             return bool(data)
         self._log.write(data)
@@ -325,24 +314,30 @@ class Supervisor:
         is_loading = self._phase is None or self._phase in channel.LOADING_PHASES
         if request is not None and is_loading and now >= self._printed_at + PRINTED_PROGRESS_S:
             self._printed_at = now
-            text = self._log.last_line[:_PRINTED_WIDTH]
+            text = self._log.tail(1)[:_PRINTED_WIDTH]
             self._send(channel.Progress(request.exp_id, 0, None, text), is_droppable=True)
         return True
 
     def _read_messages(self, engine: EngineChild) -> bool:
         """Take what was reported; whether there may be more."""
-        data = _read_available(engine.message_fd)
-        if data == b"":
-            self._forget(engine.message_fd)
-        if not data:
-            return False
+        data = self._take(engine.message_fd)
         try:
             for line in self._engine_lines.feed(data):
                 self._pass_on(engine, channel.read_report(line))
         except ChannelError as error:
             engine.end(EndStep.TERM, time.monotonic())
             self._answer_error("channel", f"the engine process reported {error}")
-        return True
+        return bool(data)
+
+    def _take(self, descriptor: int) -> bytes:
+        """What can be read now; at the end of the file, nothing more is waited for."""
+        try:
+            data = os.read(descriptor, READ_B)
+        except BlockingIOError:
+            return b""
+        if not data:
+            self._forget(descriptor)
+        return data
 
     def _pass_on(self, engine: EngineChild, message: Message) -> None:
         request = self._request
@@ -358,7 +353,7 @@ class Supervisor:
         _drain(self._read_output, engine)  # the log is whole before the host gets the answer
         self._end_sampler()
         if isinstance(message, channel.Failure):
-            message = dataclasses.replace(message, log_tail=self._log.tail if self._log else "")
+            message = dataclasses.replace(message, log_tail=self._log.tail() if self._log else "")
         self._request = None
         if isinstance(message, channel.Failure) and message.engine_lost:
             engine.end(EndStep.TERM, time.monotonic())

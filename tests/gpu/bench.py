@@ -11,8 +11,8 @@ from pathlib import Path
 
 from lem.base.clock import SystemClock
 from lem.meters.samples import PartReader, SampleLog
+from lem.worker.children import SamplerProcess, wait_until_ready
 from lem.worker.launch import own_command
-from lem.worker.sampling import SamplerProcess, wait_until_ready
 from tests.gpu.engine_client import Engine
 from tests.gpu.extent import Extent
 from tests.gpu.finding import LeftOut
@@ -93,8 +93,8 @@ class Bench:
         sampler = SamplerProcess(own_command(sys.executable), path, (self.uuid,), interval_ms)
         try:
             deadline_ns = self.clock.monotonic_ns() + round(_READY_S * 1e9)
-            if not wait_until_ready(path, deadline_ns, sampler.is_running, self.clock):
-                raise RuntimeError(f"the sampler does not write {path}: {sampler.death() or sampler.stderr_tail()}")
+            if not wait_until_ready(path, deadline_ns, lambda: sampler.death() is None, self.clock):
+                raise RuntimeError(f"the sampler does not write {path}: {sampler.death() or 'no header'}")
             yield Sampled(path)
             died = sampler.death()
             if died is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lem.base.process import ProcessId
 from lem.worker.channel import Outbox, encode_line
-from lem.worker.guardian import EndStep
+from lem.worker.children import EndStep
 
 __all__ = ["PipedEngine"]
 

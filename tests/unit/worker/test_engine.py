@@ -16,7 +16,7 @@ from lem.base.errors import ConfigurationError, EngineError, OptionRefused
 from lem.config.experiment import ExperimentConfig
 from lem.record import Record, read_record
 from lem.worker.channel import LineBuffer, Progress, RunRequest, encode_line
-from lem.worker.engine import MessageWriter, describe_failure, serve
+from lem.worker.engine import PipeReporter, describe_failure, serve
 from lem.worker.harness import ResidentEngine
 from lem.worker.metering import Reporter
 from tests.doubles.trivial_engine import TrivialEngine
@@ -36,7 +36,7 @@ class Pipes:
         self.control, self._orders = os.pipe()
         self._reports, messages = os.pipe()
         self.messages = messages
-        self.writer = MessageWriter(messages)
+        self.reporter = PipeReporter(messages)
 
     def order(self, *messages: dict[str, Any]) -> None:
         for message in messages:
@@ -95,7 +95,7 @@ def test_a_record_is_on_disk_before_the_result_is_told(pipes: Pipes, tmp_path: P
     record = make_record()
     pipes.order(request_for(tmp_path).to_message())
 
-    assert serve(pipes.control, pipes.writer, engine(), measuring(record, *PHASES[:-1]), SystemClock()) == 0
+    assert serve(pipes.control, pipes.reporter, engine(), measuring(record, *PHASES[:-1]), SystemClock()) == 0
 
     *before, result = pipes.said()
     assert [item["phase"] for item in before if item["type"] == "phase"] == list(PHASES)
@@ -106,7 +106,7 @@ def test_a_record_is_on_disk_before_the_result_is_told(pipes: Pipes, tmp_path: P
 def test_a_phase_that_the_harness_told_is_not_told_again(pipes: Pipes, tmp_path: Path):
     pipes.order(request_for(tmp_path).to_message())
 
-    serve(pipes.control, pipes.writer, engine(), measuring(make_record(), "write"), SystemClock())
+    serve(pipes.control, pipes.reporter, engine(), measuring(make_record(), "write"), SystemClock())
 
     assert [item["phase"] for item in pipes.said() if item["type"] == "phase"] == ["write"]
 
@@ -114,7 +114,7 @@ def test_a_phase_that_the_harness_told_is_not_told_again(pipes: Pipes, tmp_path:
 def test_a_failure_is_answered_and_the_next_experiment_runs(pipes: Pipes, tmp_path: Path):
     pipes.order(request_for(tmp_path, "e1").to_message(), request_for(tmp_path, "e2").to_message())
 
-    serve(pipes.control, pipes.writer, engine(), failing(RuntimeError("CUDA error")), SystemClock())
+    serve(pipes.control, pipes.reporter, engine(), failing(RuntimeError("CUDA error")), SystemClock())
 
     errors = [item for item in pipes.said() if item["type"] == "error"]
     assert [(item["exp_id"], item["phase"], item["message"]) for item in errors] == [
@@ -127,7 +127,7 @@ def test_a_failure_is_answered_and_the_next_experiment_runs(pipes: Pipes, tmp_pa
 def test_a_result_that_cannot_be_written_is_an_error(pipes: Pipes, tmp_path: Path):
     pipes.order(request_for(tmp_path / "missing").to_message())
 
-    serve(pipes.control, pipes.writer, engine(), measuring(make_record()), SystemClock())
+    serve(pipes.control, pipes.reporter, engine(), measuring(make_record()), SystemClock())
 
     error = pipes.said()[-1]
     assert (error["type"], error["phase"]) == ("error", "write")
@@ -139,7 +139,7 @@ def test_quit_unloads_the_engine_and_what_comes_after_is_not_done(pipes: Pipes, 
     resident.ensure(ExperimentConfig.from_dict({"model": "m"}), "key", {})
     pipes.order({"type": "quit"}, request_for(tmp_path).to_message())
 
-    assert serve(pipes.control, pipes.writer, resident, measuring(make_record()), SystemClock()) == 0
+    assert serve(pipes.control, pipes.reporter, resident, measuring(make_record()), SystemClock()) == 0
 
     assert pipes.said() == []
     assert not resident.is_resident("key")
@@ -183,7 +183,7 @@ def test_secrets_are_taken_out_of_what_is_told():
 def test_messages_of_several_threads_do_not_mix(pipes: Pipes):
     def talk(number: int) -> None:
         for done in range(50):
-            pipes.writer.send(Progress(str(number), done, None, "x" * 200))
+            pipes.reporter.send(Progress(str(number), done, None, "x" * 200))
 
     threads = [threading.Thread(target=talk, args=(number,)) for number in range(4)]
     received: list[dict[str, Any]] = []

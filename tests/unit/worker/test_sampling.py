@@ -14,8 +14,8 @@ import pytest
 from lem.base.clock import SystemClock
 from lem.base.errors import UserError
 from lem.meters.samples import PartReader, SampleLog
+from lem.worker.children import SamplerProcess, wait_until_ready
 from lem.worker.launch import own_command
-from lem.worker.sampling import SamplerProcess, wait_until_ready
 from tests.doubles.nvml.library import NvmlDouble
 from tests.processes import Marker, wait_for, wait_until_ended
 from tests.unit.meters.nvml_stand_in import FakeClock
@@ -26,9 +26,9 @@ NS_PER_S = 1_000_000_000
 GPU = "GPU-00000000-0000-4000-8000-000000000000"
 OWNER = """
 import pathlib, signal, sys
-from lem.worker.sampling import SamplerProcess
+from lem.worker.children import SamplerProcess
 sampler = SamplerProcess(sys.argv[2:], pathlib.Path(sys.argv[1]))
-print(sampler.pid, flush=True)
+print(sampler.child.pid, flush=True)
 signal.pause()
 """
 
@@ -49,14 +49,13 @@ def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def until_ready(sampler: SamplerProcess) -> SampleLog:
     clock = SystemClock()
     deadline_ns = clock.monotonic_ns() + round(PATIENCE_S * NS_PER_S)
-    assert wait_until_ready(sampler.output, deadline_ns, sampler.is_running, clock), sampler.death()
+    assert wait_until_ready(sampler.output, deadline_ns, lambda: sampler.death() is None, clock), sampler.death()
     return PartReader(sampler.output).read()
 
 
 def test_it_writes_from_its_start_to_its_end(output: Path) -> None:
     sampler = SamplerProcess(COMMAND, output, tdp_w=95.5)
     header = until_ready(sampler).header
-    assert sampler.is_running()
     assert sampler.death() is None
     assert (header.cpu_tdp_w, header.interval_ms, header.gpu_error) == (95.5, 100, "no GPU is to be sampled")
     assert sampler.stop(PATIENCE_S) == 0
@@ -96,8 +95,8 @@ def test_a_signal_has_it_write_its_last_rows(output: Path) -> None:
     sampler = SamplerProcess(COMMAND, output)
     until_ready(sampler)
     wait_for(lambda: PartReader(output).read().loads or None)
-    os.kill(sampler.pid, signal.SIGTERM)
-    assert wait_until_ended(sampler.pid, PATIENCE_S)
+    os.kill(sampler.child.pid, signal.SIGTERM)
+    assert wait_until_ended(sampler.child.pid, PATIENCE_S)
     assert sampler.stop(0) == 0
     assert len(PartReader(output).read().clocks) == 1
 
@@ -105,7 +104,7 @@ def test_a_signal_has_it_write_its_last_rows(output: Path) -> None:
 def test_one_that_hangs_is_killed(output: Path) -> None:
     sampler = SamplerProcess(COMMAND, output)
     until_ready(sampler)
-    os.kill(sampler.pid, signal.SIGSTOP)
+    os.kill(sampler.child.pid, signal.SIGSTOP)
     assert sampler.stop(0.05) == -signal.SIGKILL
     assert sampler.death() == "the sampler was killed by SIGKILL"
 
@@ -113,7 +112,7 @@ def test_one_that_hangs_is_killed(output: Path) -> None:
 def test_one_that_cannot_write_says_why(output: Path) -> None:
     output.mkdir()
     sampler = SamplerProcess(COMMAND, output)
-    assert not wait_until_ready(output / "samples", 2**62, sampler.is_running, SystemClock())
+    assert not wait_until_ready(output / "samples", 2**62, lambda: sampler.death() is None, SystemClock())
     assert sampler.stop(PATIENCE_S) == 1
     death = sampler.death() or ""
     assert death.startswith("the sampler ended with exit code 1: error:")
@@ -124,9 +123,9 @@ def test_a_log_that_is_removed_ends_it(output: Path) -> None:
     sampler = SamplerProcess(COMMAND, output)
     until_ready(sampler)
     output.unlink()
-    assert wait_until_ended(sampler.pid, PATIENCE_S)
+    assert wait_until_ended(sampler.child.pid, PATIENCE_S)
     assert sampler.stop(0) == 1
-    assert "removed" in sampler.stderr_tail()
+    assert "removed" in (sampler.death() or "")
 
 
 def test_a_command_that_is_not_there_is_told(output: Path) -> None:

@@ -16,7 +16,7 @@ from lem.base import process
 from lem.config.experiment import ExperimentConfig
 from lem.meters.samples import ClockPair, read_tail
 from lem.worker.channel import LineBuffer, RunRequest, encode_line
-from lem.worker.guardian import EndStep, EngineChild
+from lem.worker.children import EndStep, EngineChild
 from lem.worker.supervisor import Supervisor
 from tests.processes import wait_for
 from tests.unit.worker.piped_engine import PipedEngine
