@@ -36,7 +36,7 @@ from lem.worker.prompts import (
 )
 from lem.worker.recording import Findings, Residence, WarmupOutcome, compose_record, read_host
 from lem.worker.requests import DisjointRequests, TrafficPlan, encode_prompts, measure_traffic, serve_all
-from lem.worker.window import MeasuredWindow, Output, measure_batch
+from lem.worker.window import Answer, MeasuredWindow, measure_batch
 
 # A ramp must hold a few turns of requests; one turn takes about as long as a step of the warm-up.
 RAMP_STEPS = 3
@@ -119,15 +119,15 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
     metering.choose(residence.report.gpu_uuids)
 
     reporter.phase("idle")
-    encoded = encode_prompts(prompts.prompts, loaded.encode, config)
+    requests, warnings = encode_prompts(prompts.prompts, loaded.encode, config)
     metering.rest_loaded()
     reporter.phase("warmup")
     with metering.during(measurement.WARMUP) if config.warmup.enabled else contextlib.nullcontext():
-        warmup = _warm_up(loaded, encoded.requests, config, clock, reporter)
+        warmup = _warm_up(loaded, requests, config, clock, reporter)
     engine.own_pids = metering.find_own_processes(engine.own_pids)
     reporter.phase("window")
     loaded.reset_peak_memory()
-    measured = _measure(loaded, encoded.requests, config, warmup, metering)
+    measured = _measure(loaded, requests, config, warmup, metering)
     peak_b = loaded.peak_memory_b()
     reporter.phase("cooldown")
     if request.keep_engine:
@@ -139,7 +139,7 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
         _write_outputs(folder, measured.outputs, loaded.decode)
     seen = metering.surroundings(residence.report.gpu_uuids)
     found = Findings(
-        request, config, requested, start_utc, residence, prompts, encoded, warmup, measured, peak_b, energy, seen
+        request, config, requested, start_utc, residence, prompts, warnings, warmup, measured, peak_b, energy, seen
     )
     return compose_record(found, host)
 
@@ -243,14 +243,14 @@ def _at_intervals(
     return report
 
 
-def _write_outputs(folder: Path, outputs: Sequence[Output], decode: Callable[[Sequence[int]], str]) -> None:
+def _write_outputs(folder: Path, outputs: Sequence[Answer], decode: Callable[[Sequence[int]], str]) -> None:
     rows = [
         {
             "index": output.prompt_index,
             "input_tok": output.input_tok,
-            "output_tok": len(output.output_ids),
-            "output_ids": list(output.output_ids),
-            "text": decode(output.output_ids),
+            "output_tok": output.output_tok,
+            "output_ids": list(output.completion.output_ids),
+            "text": decode(output.completion.output_ids),
         }
         for output in outputs
     ]

@@ -39,7 +39,6 @@ from lem.record import (
 )
 from lem.worker.channel import RunRequest, redact
 from lem.worker.prompts import ResolvedPrompts
-from lem.worker.requests import EncodedPrompts
 from lem.worker.window import MeasuredWindow, latency_of
 
 
@@ -86,7 +85,7 @@ class Findings:
     start_utc: datetime
     residence: Residence
     prompts: ResolvedPrompts
-    encoded: EncodedPrompts
+    encoding_warnings: tuple[Reason, ...]
     warmup: WarmupOutcome
     measured: MeasuredWindow
     peak_memory_b: int | None
@@ -146,7 +145,7 @@ def _validity(found: Findings) -> Validity:
     warnings = (
         *found.residence.report.warnings,
         *found.prompts.warnings,
-        *found.encoded.warnings,
+        *found.encoding_warnings,
         *warmup.warnings,
         *measured.warnings,
         *(() if is_invalid else failures),

@@ -25,22 +25,15 @@ from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import Completion, Engine, TokenRequest
+from lem.record import Measured
 from lem.worker.prompts import Prompt
-from lem.worker.window import Arrival, MeasuredWindow, SteadyWindow, check_completion
-
-
-@dataclass(frozen=True)
-class EncodedPrompts:
-    """The measured requests, in the order of their prompts."""
-
-    requests: tuple[TokenRequest, ...]
-    warnings: tuple[Reason, ...] = ()
+from lem.worker.window import NOTHING_TO_COMPARE, Answer, MeasuredWindow, are_alike, check_completion, padding_of
 
 
 def encode_prompts(
     prompts: Sequence[Prompt], encode: Callable[[str], Sequence[int]], config: ExperimentConfig
-) -> EncodedPrompts:
-    """The requests of an experiment.
+) -> tuple[tuple[TokenRequest, ...], tuple[Reason, ...]]:
+    """The requests of an experiment in the order of its prompts, and warnings.
 
     A prompt with `input_tokens` gets exactly that many ids: cut, or extended by cycling its own (a leading id that all
     texts share, such as a begin-of-sequence token, is not cycled). None gets more than `max_input_tokens`. Raises
@@ -74,7 +67,7 @@ def encode_prompts(
         warnings.append(Reason.of("prompts_cut", cut=cut, total=total, limit=config.max_input_tokens))
     if bounded:
         warnings.append(Reason.of("outputs_bounded", bounded=bounded, total=total, limit=config.max_output_tokens))
-    return EncodedPrompts(tuple(requests), tuple(warnings))
+    return tuple(requests), tuple(warnings)
 
 
 MAX_DRAWS = 8
@@ -233,10 +226,10 @@ class TrafficQueue:
         self._clock = clock
         self._report = report
         self._changed = threading.Condition()
-        self._waiting: deque[Arrival] = deque()
-        self._in_flight: dict[int, Arrival] = {}
-        self._answered: list[tuple[Arrival, Completion]] = []
-        self._arrived_ns: list[int] = []
+        self._arrived_ns: list[int] = []  # by the index of the request
+        self._waiting: deque[TokenRequest] = deque()
+        self._in_flight: dict[int, TokenRequest] = {}
+        self._answered: list[Answer] = []  # also before the opening and after the closing
         self._peak = 0
         self._begin_ns = clock.monotonic_ns()
         self._opened_ns: int | None = None
@@ -260,8 +253,8 @@ class TrafficQueue:
                     return ()
                 if self._waiting:
                     taken = [self._waiting.popleft() for _ in range(min(limit, len(self._waiting)))]
-                    self._in_flight.update((arrival.request.index, arrival) for arrival in taken)
-                    return tuple(arrival.request for arrival in taken)
+                    self._in_flight.update((request.index, request) for request in taken)
+                    return tuple(taken)
                 self._wait(now_ns)
 
     def complete(self, completion: Completion) -> None:
@@ -271,10 +264,13 @@ class TrafficQueue:
         """
         check_completion(completion)
         with self._changed:
-            arrival = self._in_flight.pop(completion.index, None)
-            if arrival is None:
-                raise EngineError(f"the backend answered request {completion.index}, which it did not have")
-            self._answered.append((arrival, completion))
+            index = completion.index
+            request = self._in_flight.pop(index, None)
+            if request is None:
+                raise EngineError(f"the backend answered request {index}, which it did not have")
+            self._answered.append(
+                Answer(index % len(self._prompts), len(request.token_ids), self._arrived_ns[index], completion)
+            )
             self._answered_inside += self._opened_ns is not None and completion.finished_ns > self._opened_ns
             self._succeeded += completion.error is None
             answered = len(self._answered)
@@ -288,15 +284,51 @@ class TrafficQueue:
     def close(self) -> MeasuredWindow:
         """The window, once the engine has stopped serving. Raises EngineError: it stopped while the window was open."""
         with self._changed:
-            now_ns = self._clock.monotonic_ns()
-            if self._opened_ns is None or self._closed_ns is None or not self._is_over(now_ns):
+            opened_ns, closed_ns = self._opened_ns, self._closed_ns
+            if opened_ns is None or closed_ns is None or not self._is_over(self._clock.monotonic_ns()):
                 raise EngineError("the backend stopped serving before the window closed")
-            window = SteadyWindow(
-                self._plan.mode, self._plan.is_open, self._opened_ns, self._closed_ns, len(self._prompts)
-            )
-            lost = [f"request {index}: the backend gave no answer" for index in sorted(self._in_flight)]
-            cut_short = () if self._has_turned_over else (Reason.of("ramp_cut_short", ramp_s=self._plan.ramp_limit_s),)
-            return window.add_up(self._answered, self._arrived_ns, lost, cut_short)
+            return self._add_up(opened_ns, closed_ns)
+
+    def _add_up(self, opened_ns: int, closed_ns: int) -> MeasuredWindow:
+        def is_inside(time_ns: int) -> bool:
+            return opened_ns < time_ns <= closed_ns
+
+        finished = [item for item in self._answered if is_inside(item.completion.finished_ns)]
+        good = tuple(item for item in finished if item.completion.error is None)
+        answers = [item for item in self._answered if item.completion.error is None]
+        # The input of a request counts when its first output token, the end of prefill, was in the window.
+        prefilled = [item for item in answers if is_inside(next(_token_times(item), item.completion.finished_ns))]
+        token_times = [time_ns for item in answers for time_ns in _token_times(item) if is_inside(time_ns)]
+        steady: Measured[bool] = Measured(None, NOTHING_TO_COMPARE)
+        if token_times:
+            first_half = sum(time_ns <= (opened_ns + closed_ns) // 2 for time_ns in token_times)
+            steady = are_alike(first_half, len(token_times) - first_half)
+        failures = [item.completion.error for item in finished if item.completion.error is not None]
+        failures += [f"request {index}: the backend gave no answer" for index in sorted(self._in_flight)]
+        return MeasuredWindow(
+            traffic_mode=self._plan.mode,
+            opened_ns=opened_ns,
+            closed_ns=closed_ns,
+            repeats=len(finished) // len(self._prompts),
+            requests=good,
+            failures=tuple(failures),
+            input_tok=sum(item.input_tok for item in prefilled),
+            output_tok=len(token_times),
+            padding_tok=padding_of(prefilled),
+            steady=steady,
+            outputs=good,
+            warnings=tuple(self._warnings(sum(map(is_inside, self._arrived_ns)), len(finished))),
+        )
+
+    def _warnings(self, arrived: int, finished: int) -> Iterator[Reason]:
+        if not self._has_turned_over:
+            yield Reason.of("ramp_cut_short", ramp_s=self._plan.ramp_limit_s)
+        # More than a tenth, and than two deviations of a Poisson count.
+        if self._plan.is_open and arrived - finished > max(0.1 * arrived, 2 * math.sqrt(arrived)):
+            yield Reason.of("load_too_high", arrived=arrived, finished=finished)
+        done = (item.completion for item in self._answered if item.completion.error is None)
+        if any(completion.token_times_ns is None and completion.output_ids for completion in done):
+            yield Reason.of("tokens_untimed")
 
     def _advance(self, now_ns: int) -> None:
         """Let happen what happens by now: arrivals, the opening of the window and, in the closed loop, its closing."""
@@ -330,9 +362,8 @@ class TrafficQueue:
 
     def _arrive(self, arrived_ns: int) -> None:
         index = len(self._arrived_ns)
-        prompt_index = index % len(self._prompts)
         self._arrived_ns.append(arrived_ns)
-        self._waiting.append(Arrival(replace(self._prompts[prompt_index], index=index), prompt_index, arrived_ns))
+        self._waiting.append(replace(self._prompts[index % len(self._prompts)], index=index))
         self._peak = max(self._peak, len(self._waiting) + len(self._in_flight))
 
     def _wait(self, now_ns: int) -> None:
@@ -348,3 +379,9 @@ class TrafficQueue:
 
     def _draw_next(self) -> int:
         return self._begin_ns + math.ceil(next(self._offsets_s) * NS_PER_S)
+
+
+def _token_times(answer: Answer) -> Iterator[int]:
+    """When each output token was there; untimed tokens when the request was finished."""
+    times = answer.completion.token_times_ns
+    return itertools.repeat(answer.completion.finished_ns, answer.output_tok) if times is None else iter(times)

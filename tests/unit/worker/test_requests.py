@@ -12,12 +12,12 @@ import pytest
 
 from lem.base.clock import SystemClock
 from lem.base.errors import EngineError
+from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import Completion, RequestQueue, TokenRequest
 from lem.worker.prompts import Prompt
 from lem.worker.requests import (
     DisjointRequests,
-    EncodedPrompts,
     PreparedQueue,
     TrafficPlan,
     arrival_offsets_s,
@@ -29,8 +29,10 @@ from lem.worker.window import MeasuredWindow
 from tests.records import codes
 from tests.unit.worker.timed_backend import BEGIN_OF_TEXT, NS_PER_MS, SteppedClock, TimedBackend, make_requests
 
+Encoded = tuple[tuple[TokenRequest, ...], tuple[Reason, ...]]
 
-def encode(*prompts: Prompt, tokenize: Callable[[str], list[int]] | None = None, **options: Any) -> EncodedPrompts:
+
+def encode(*prompts: Prompt, tokenize: Callable[[str], list[int]] | None = None, **options: Any) -> Encoded:
     limits = {"max_input_tokens": 8, "max_output_tokens": 16, "min_output_tokens": 0, **options}
     config = ExperimentConfig.from_dict({"model": "any", **limits})
     return encode_prompts(prompts, tokenize or TimedBackend(SteppedClock()).encode, config)
@@ -54,29 +56,27 @@ def encode(*prompts: Prompt, tokenize: Callable[[str], list[int]] | None = None,
 def test_prompts_become_requests_within_their_bounds(
     prompts: list[Prompt], options: dict[str, Any], shapes: list[tuple[int, int, int]], warnings: list[tuple[str, int]]
 ) -> None:
-    found = encode(*prompts, **options)
-    assert [item.index for item in found.requests] == list(range(len(prompts)))
-    bounds = [(len(item.token_ids), item.max_output_tokens, item.min_output_tokens) for item in found.requests]
+    requests, told = encode(*prompts, **options)
+    assert [item.index for item in requests] == list(range(len(prompts)))
+    bounds = [(len(item.token_ids), item.max_output_tokens, item.min_output_tokens) for item in requests]
     assert bounds == shapes
-    assert [(item.code, item.data["limit"]) for item in found.warnings] == warnings
+    assert [(item.code, item.data["limit"]) for item in told] == warnings
 
 
 def test_a_prompt_that_is_cut_keeps_its_beginning() -> None:
-    assert (
-        encode(Prompt("a b c d"), max_input_tokens=3).requests[0].token_ids
-        == encode(Prompt("a b")).requests[0].token_ids
-    )
+    (cut,), (whole,) = encode(Prompt("a b c d"), max_input_tokens=3)[0], encode(Prompt("a b"))[0]
+    assert cut.token_ids == whole.token_ids
 
 
 def test_extending_cycles_the_text_and_not_what_begins_every_text() -> None:
-    begin, first, second, *rest = encode(Prompt("a b", input_tokens=7)).requests[0].token_ids
+    begin, first, second, *rest = encode(Prompt("a b", input_tokens=7))[0][0].token_ids
     assert begin == BEGIN_OF_TEXT
     assert rest == [first, second, first, second]
 
 
 def test_a_tokenizer_without_a_beginning_cycles_the_whole_text() -> None:
-    found = encode(Prompt("abc", input_tokens=5), tokenize=lambda text: [ord(letter) for letter in text])
-    assert found.requests[0].token_ids == (97, 98, 99, 97, 98)
+    (found,), _ = encode(Prompt("abc", input_tokens=5), tokenize=lambda text: [ord(letter) for letter in text])
+    assert found.token_ids == (97, 98, 99, 97, 98)
 
 
 def test_a_prompt_without_tokens_is_refused_with_its_number() -> None:
@@ -197,8 +197,8 @@ def test_closed_loop_answers_as_many_requests_as_there_are_prompts() -> None:
 def test_closed_loop_latency_counts_from_the_hand_in_before_it() -> None:
     found = measure(TimedBackend(SteppedClock(), width=1), closed_loop(2))
     # of two in flight, one waits for the other's turn of 14 ms
-    assert {item.started_ns - (item.arrived_ns or 0) for item in found.requests} == {14 * NS_PER_MS}
-    assert {item.finished_ns - (item.arrived_ns or 0) for item in found.requests} == {28 * NS_PER_MS}
+    assert {item.completion.started_ns - (item.arrived_ns or 0) for item in found.requests} == {14 * NS_PER_MS}
+    assert {item.completion.finished_ns - (item.arrived_ns or 0) for item in found.requests} == {28 * NS_PER_MS}
 
 
 def test_open_loop_requests_arrive_while_a_batch_is_in_progress() -> None:
@@ -208,7 +208,7 @@ def test_open_loop_requests_arrive_while_a_batch_is_in_progress() -> None:
     assert all(arrived % (10 * NS_PER_MS) == 0 for arrived in arrivals), "the schedule holds whatever the engine does"
     # a turn takes 14 ms, so that only each seventh request arrives between two turns
     assert all(
-        (item.started_ns > (item.arrived_ns or 0)) == (arrived % (70 * NS_PER_MS) != 0)
+        (item.completion.started_ns > (item.arrived_ns or 0)) == (arrived % (70 * NS_PER_MS) != 0)
         for item, arrived in zip(found.requests, arrivals, strict=True)
     )
 
@@ -216,7 +216,7 @@ def test_open_loop_requests_arrive_while_a_batch_is_in_progress() -> None:
 def test_open_loop_latency_counts_from_the_scheduled_time() -> None:
     clock = SteppedClock()
     found = measure(TimedBackend(clock, width=1), open_loop(100.0, ramp_limit_s=0.0, min_window_s=0.05))
-    times = [(item.arrived_ns, item.started_ns, item.finished_ns) for item in found.requests]
+    times = [(item.arrived_ns, item.completion.started_ns, item.completion.finished_ns) for item in found.requests]
     # arrivals at 0, 10, 20 ms; a turn takes 14 ms, so each waits 4 ms more than the one before
     assert [
         tuple((stamp - clock.start_ns) // NS_PER_MS for stamp in stamps if stamp is not None) for stamps in times
@@ -231,7 +231,7 @@ def test_a_prompt_set_that_was_not_gone_through_is_not_said_to_have_been() -> No
 
 def test_an_idle_engine_waits_for_the_next_arrival() -> None:
     found = measure(TimedBackend(SteppedClock()), open_loop(1.0, min_window_s=3.0))
-    assert all(item.started_ns == item.arrived_ns for item in found.requests)
+    assert all(item.completion.started_ns == item.arrived_ns for item in found.requests)
     assert found.window_s == pytest.approx(4.0)  # the time it takes to offer four prompts
     assert len(found.requests) == 4
 
@@ -393,7 +393,7 @@ def test_real_threads_in_a_closed_loop_answer_every_request_once() -> None:
     found = measure_traffic(backend, make_requests(5), plan, SystemClock(), lambda _: None)
     assert found.failures == ()
     assert len(found.requests) >= 5
-    assert all(item.started_ns >= (item.arrived_ns or 0) for item in found.requests)
+    assert all(item.completion.started_ns >= (item.arrived_ns or 0) for item in found.requests)
 
 
 def test_real_threads_in_an_open_loop_get_requests_while_they_work() -> None:
@@ -403,4 +403,4 @@ def test_real_threads_in_an_open_loop_get_requests_while_they_work() -> None:
     found = measure_traffic(backend, make_requests(5), plan, SystemClock(), lambda _: None)
     assert backend.has_taken_meanwhile.is_set(), "no request arrived as long as the first was worked on"
     assert found.failures == ()
-    assert all(item.started_ns >= (item.arrived_ns or 0) for item in found.requests)
+    assert all(item.completion.started_ns >= (item.arrived_ns or 0) for item in found.requests)

@@ -8,7 +8,7 @@ import pytest
 
 from lem.base.errors import EngineError
 from lem.engines.protocol import Completion, OnProgress, TokenRequest, say_nothing
-from lem.worker.window import MeasuredWindow, RequestTimes, distribute, latency_of, measure_batch, percentile
+from lem.worker.window import Answer, MeasuredWindow, distribute, latency_of, measure_batch, percentile
 from tests.unit.worker.timed_backend import SteppedClock, TimedBackend, make_requests
 
 MS = 1_000_000
@@ -49,7 +49,7 @@ def test_prompt_set_is_repeated_until_the_window_is_long_enough() -> None:
     assert len(found.requests) == 16
     assert (found.input_tok, found.output_tok) == (4 * 4 * 3, 4 * 4 * 4)
     assert [item.prompt_index for item in found.outputs] == [0, 1, 2, 3], "the answers of the first pass"
-    assert found.outputs[0].output_ids == (100, 101, 102, 103)
+    assert found.outputs[0].completion.output_ids == (100, 101, 102, 103)
 
 
 def test_padding_is_neither_input_nor_output() -> None:
@@ -120,22 +120,18 @@ def test_progress_is_the_number_of_requests_done() -> None:
 # Latency
 
 
-def times(*, arrived: int | None, started: int, tokens: list[int], finished: int | None = None) -> RequestTimes:
+def times(*, arrived: int | None, started: int, tokens: list[int]) -> Answer:
     """A request with times in milliseconds."""
-    return RequestTimes(
-        arrived_ns=None if arrived is None else arrived * MS,
-        started_ns=started * MS,
-        finished_ns=(tokens[-1] if finished is None else finished) * MS,
-        output_tok=len(tokens),
-        token_times_ns=tuple(token * MS for token in tokens),
-    )
+    ids, stamps = tuple(range(len(tokens))), tuple(token * MS for token in tokens)
+    completion = Completion(0, ids, started * MS, stamps[-1], stamps)
+    return Answer(0, 3, None if arrived is None else arrived * MS, completion)
 
 
-def untimed(output_tok: int, finished: int = 100, arrived: int | None = 0) -> RequestTimes:
-    return RequestTimes(arrived, 0, finished * MS, output_tok)
+def untimed(output_tok: int, finished: int = 100) -> Answer:
+    return Answer(0, 3, 0, Completion(0, tuple(range(output_tok)), 0, finished * MS))
 
 
-def means(*requests: RequestTimes) -> dict[str, float | None]:
+def means(*requests: Answer) -> dict[str, float | None]:
     latency = latency_of(requests)
     sections = {name: getattr(latency, name) for name in ("ttft_s", "tpot_s", "itl_s", "e2e_s", "queue_s")}
     return {name: None if found is None else found.mean for name, found in sections.items()}
@@ -171,7 +167,7 @@ def test_a_percentile_needs_enough_values(n: int, known: int) -> None:
     ids=["open loop", "closed batch", "untimed", "one untimed", "one token", "one without output", "no output", "none"],
 )
 def test_latency_counts_from_the_arrival_and_holds_only_what_was_observed(
-    requests: list[RequestTimes], expected: tuple[float | None, ...]
+    requests: list[Answer], expected: tuple[float | None, ...]
 ) -> None:
     found = means(*requests)
     assert list(found.values()) == [value if value is None else pytest.approx(value) for value in expected]
