@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import random
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +18,7 @@ from lem.base.errors import EngineError
 from lem.base.reasons import Reason
 from lem.base.variables import DATASETS_VARIABLE, HUB_FOLDER_VARIABLE, TOKEN_VARIABLE
 from lem.config.experiment import DATASET_ALIASES, DatasetConfig, ExperimentConfig, HuggingFacePrompts
-from lem.worker.prompts import Prompt, ResolvedPrompts, fingerprint, shuffled, text_of_record
+from lem.worker.prompts import Prompt, ResolvedPrompts, fingerprint, text_of_record
 
 _logger = logging.getLogger(__name__)
 
@@ -44,19 +45,15 @@ class DatasetChoice:
     split: str
     column: str | None  # None looks for one of the usual names
     sample_size: int | None = None  # None takes every row
-    is_shuffled: bool = False
-    seed: int | None = None  # of the shuffle; None shuffles differently each time
+    shuffle_seed: int | None = None  # None takes the first rows
 
 
 def choice_of(config: ExperimentConfig) -> DatasetChoice:
-    """The data set an experiment asks for, aliases resolved; what it gives explicitly wins over the alias.
-
-    Raises ValueError: it asks for none.
-    """
+    """The data set an experiment asks for. Raises ValueError: it asks for none."""
     chosen = config.dataset if config.dataset is not None else config.prompts
     if isinstance(chosen, HuggingFacePrompts):
         choice = choice_of_name(chosen.dataset, chosen.subset, chosen.split, chosen.column)
-        return replace(choice, sample_size=chosen.sample_size, is_shuffled=chosen.shuffle, seed=chosen.seed)
+        return replace(choice, sample_size=chosen.sample_size, shuffle_seed=chosen.seed if chosen.shuffle else None)
     if isinstance(chosen, DatasetConfig):
         choice = choice_of_name(chosen.name, None, chosen.split, chosen.column)
         return replace(choice, sample_size=chosen.sample_size)
@@ -78,31 +75,24 @@ def resolve_dataset(
 ) -> ResolvedPrompts:
     """The prompts of an experiment's data set, with its source, revision and hash.
 
-    Without `shuffle` the first rows are taken. Rows without text are skipped and counted. Where there are fewer than
-    `sample_size`, all of them are taken and a warning says so: a repeated prompt would meet a warm prefix cache.
+    Rows without text are skipped and counted. Where there are fewer than `sample_size`, all of them are taken and a
+    warning says so: a repeated prompt would meet a warm prefix cache.
     LEM_DATASETS_DIR is read from `environ`; the hub's own variables (HF_HOME, HF_HUB_OFFLINE) by its package. Raises
     EngineError: kind `prompts`; permanent unless it may be the network's fault.
     """
     choice = choice_of(config)
-    files = find_files(choice, environ)
-    if files:
-        rows: Iterable[Row] = read_rows(files)
-        source: dict[str, Any] = {"kind": "local", "path": ", ".join(str(file) for file in files), "revision": None}
+    rows: Iterable[Row]
+    source: dict[str, Any]
+    if files := find_files(choice, environ):
+        rows = read_rows(files)
+        source = {"kind": "local", "path": ", ".join(str(file) for file in files), "revision": None}
     else:
         rows, revision = _load_from_hub(choice, secrets.get(TOKEN_VARIABLE))
         source = {"kind": "hub", "revision": revision}
     prompts, warnings = _draw(rows, choice)
-    source.update(
-        name=choice.name,
-        hub_name=choice.hub_name,
-        subset=choice.subset,
-        split=choice.split,
-        column=choice.column,
-        shuffle_seed=choice.seed if choice.is_shuffled else None,
-        sha256=fingerprint(prompts),
-        count=len(prompts),
-    )
-    return ResolvedPrompts(prompts, source, warnings)
+    chosen = {item.name: getattr(choice, item.name) for item in fields(choice) if item.name != "sample_size"}
+    contents = {"sha256": fingerprint(prompts), "count": len(prompts)}
+    return ResolvedPrompts(prompts, {**source, **chosen, **contents}, warnings)
 
 
 def _error(message: str, hint: str = "", *, is_permanent: bool = True) -> EngineError:
@@ -131,11 +121,9 @@ def find_files(choice: DatasetChoice, environ: Mapping[str, str]) -> tuple[Path,
     for name in dict.fromkeys((choice.name, choice.hub_name)):
         forms = (name, name.replace("/", "__"), name.replace("/", "--"), name.rpartition("/")[2])
         for form in dict.fromkeys(forms):
-            files = _files_of(folder / form, choice)
-            if files:
+            if files := _files_of(folder / form, choice):
                 return files
-            for suffix in _READERS:
-                file = folder / f"{form}{suffix}"
+            for file in (folder / f"{form}{suffix}" for suffix in _READERS):
                 if file.is_file():
                     return (file,)
     return ()
@@ -183,9 +171,8 @@ def read_rows(files: Sequence[Path]) -> Iterator[Row]:
         except OSError as error:  # noqa: PERF203 (a few files, and each error names its own)
             raise _error(f"{file}: cannot be read: {error.strerror or error}") from error
         except (ValueError, csv.Error) as error:
-            raise _error(
-                f"{file}: not a valid {file.suffix.lstrip('.')} file: {error}", "repair or remove the file"
-            ) from error
+            message = f"{file}: not a valid {file.suffix.lstrip('.')} file: {error}"
+            raise _error(message, "repair or remove the file") from error
 
 
 def _read_jsonl(file: Path) -> Iterator[Row]:
@@ -302,7 +289,7 @@ def _draw(rows: Iterable[Row], choice: DatasetChoice) -> tuple[tuple[Prompt, ...
     texts: list[str] = []
     skipped = 0
     for row in rows:
-        if not choice.is_shuffled and len(texts) == choice.sample_size:
+        if choice.shuffle_seed is None and len(texts) == choice.sample_size:
             break
         text = _text_of(row, choice)
         if text is None:
@@ -311,8 +298,8 @@ def _draw(rows: Iterable[Row], choice: DatasetChoice) -> tuple[tuple[Prompt, ...
             texts.append(text)
     if not texts:
         raise _error(f"data set {choice.name}: no prompts found", "choose another column or split")
-    if choice.is_shuffled:
-        texts = shuffled(texts, choice.seed)
+    if choice.shuffle_seed is not None:
+        shuffle(texts, choice.shuffle_seed)
     wanted = choice.sample_size
     chosen = tuple(Prompt(text) for text in texts[:wanted])
     warnings = []
@@ -321,6 +308,14 @@ def _draw(rows: Iterable[Row], choice: DatasetChoice) -> tuple[tuple[Prompt, ...
     if wanted is not None and len(chosen) < wanted:
         warnings.append(Reason.of("dataset_too_small", name=choice.name, wanted=wanted, found=len(chosen)))
     return chosen, tuple(warnings)
+
+
+def shuffle(items: list[str], seed: int) -> None:
+    """Bring the items into another order (Fisher and Yates), the same for the same seed in every Python."""
+    rng = random.Random(seed)
+    for last in range(len(items) - 1, 0, -1):
+        other = int(rng.random() * (last + 1))
+        items[last], items[other] = items[other], items[last]
 
 
 def _text_of(row: Row, choice: DatasetChoice) -> str | None:
@@ -336,13 +331,12 @@ def _text_of(row: Row, choice: DatasetChoice) -> str | None:
     value = row[column]
     if value is None or value == "":
         return None
-    key = column if column in ("messages", "conversations") else "prompt"
-    if isinstance(value, list) and key == "prompt":
-        raise _error(
-            f"data set {choice.name}: column {column!r} holds lists, not text", "set dataset.column to another column"
-        )
+    is_chat = column in ("messages", "conversations")
+    if isinstance(value, list) and not is_chat:
+        message = f"data set {choice.name}: column {column!r} holds lists, not text"
+        raise _error(message, "set dataset.column to another column")
     try:
-        return text_of_record({key: value})
+        return text_of_record({column if is_chat else "prompt": value})
     except ValueError as error:
         _logger.debug("data set %s: a row was skipped: %s", choice.name, error)
         return None

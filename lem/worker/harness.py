@@ -22,18 +22,11 @@ from lem.config.backends import WIDTH_OPTIONS
 from lem.config.experiment import ExperimentConfig, WarmupConfig
 from lem.engines.common import load_engine
 from lem.engines.protocol import Completion, Engine, TokenRequest
-from lem.record import CONFIG_FILE, OUTPUTS_FILE, Measured, Record, known
+from lem.record import CONFIG_FILE, OUTPUTS_FILE, PROMPTS_FILE, Measured, Record, known
 from lem.worker.channel import RunRequest
 from lem.worker.datasets import resolve_dataset
 from lem.worker.metering import Metering, Reporter, open_metering
-from lem.worker.prompts import (
-    ResolvedPrompts,
-    describe,
-    is_resolved_on_host,
-    read_prompts,
-    resolve_on_host,
-    write_prompts,
-)
+from lem.worker.prompts import ResolvedPrompts, resolve_on_host, write_prompts
 from lem.worker.recording import Findings, Residence, WarmupOutcome, compose_record, read_host
 from lem.worker.requests import DisjointRequests, TrafficPlan, encode_prompts, measure_traffic, serve_all
 from lem.worker.window import Answer, MeasuredWindow, measure_batch
@@ -167,16 +160,13 @@ def _read_config(resolved: Mapping[str, Any]) -> ExperimentConfig:
 def _resolve_prompts(config: ExperimentConfig, folder: Path, secrets: Mapping[str, str]) -> ResolvedPrompts:
     """The prompts the host left in the result folder, else those of the data set, which are then left there."""
     try:
-        is_given = is_resolved_on_host(config)
-        found = read_prompts(folder) if is_given else None
-        if found is not None:
-            return describe(config, found)
-        resolved = resolve_on_host(config)
+        resolved = resolve_on_host(config, folder)
     except ConfigurationError as error:
         raise EngineError(error.message, error.hint, kind="prompts", is_permanent=True) from error
     if resolved is None:
         resolved = resolve_dataset(config, os.environ, secrets)
-    write_prompts(folder, resolved.prompts)
+    if not (folder / PROMPTS_FILE).is_file():
+        write_prompts(folder, resolved.prompts)
     return resolved
 
 

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lem.base import durable
 from lem.base.errors import ConfigurationError
@@ -24,8 +24,6 @@ from lem.config.experiment import (
     SyntheticPrompts,
 )
 from lem.record import PROMPTS_FILE
-
-_T = TypeVar("_T")
 
 # Half the chosen length to one and a half times it.
 UNIFORM_SPREAD = 0.5
@@ -74,16 +72,6 @@ def generate(plan: SyntheticPrompts) -> tuple[Prompt, ...]:
     return tuple(made)
 
 
-def shuffled(items: Sequence[_T], seed: int | None) -> list[_T]:
-    """The items in another order (Fisher and Yates), the same for the same seed; without one any order."""
-    rng = random.Random(seed)
-    out = list(items)
-    for last in range(len(out) - 1, 0, -1):
-        other = int(rng.random() * (last + 1))
-        out[last], out[other] = out[other], out[last]
-    return out
-
-
 def _draw_length(length: int, distribution: str, rng: random.Random) -> int:
     if distribution == "uniform":
         low, high = max(1, math.ceil(length * (1 - UNIFORM_SPREAD))), math.floor(length * (1 + UNIFORM_SPREAD))
@@ -126,33 +114,25 @@ class ResolvedPrompts:
     warnings: tuple[Reason, ...] = ()
 
 
-def is_resolved_on_host(config: ExperimentConfig) -> bool:
-    """Whether the prompts need neither a hub nor the `datasets` package."""
-    return config.dataset is None and not isinstance(config.prompts, HuggingFacePrompts)
+def resolve_on_host(config: ExperimentConfig, folder: Path | None = None) -> ResolvedPrompts | None:
+    """The prompts of an experiment; None for a data set, which needs a hub or the `datasets` package.
 
-
-def resolve_on_host(config: ExperimentConfig) -> ResolvedPrompts | None:
-    """The prompts of an experiment; None for a dataset, which the worker resolves.
-
-    Without `dataset` and `prompts` it is the bundled synthetic set, and the source says so. Raises PromptError: a file
-    that cannot be read or holds no usable prompts.
-    """
-    if not is_resolved_on_host(config):
-        return None
-    if isinstance(config.prompts, FilePrompts):
-        prompts = read_prompt_file(Path(config.prompts.path))[: config.prompts.sample_size]
-    else:
-        prompts = generate(config.prompts if isinstance(config.prompts, SyntheticPrompts) else BUNDLED)
-    return describe(config, prompts)
-
-
-def describe(config: ExperimentConfig, prompts: tuple[Prompt, ...]) -> ResolvedPrompts:
-    """Prompts that were resolved on the host, with their source for the record.
-
-    Where a file holds fewer than `sample_size`, all of them are taken and a warning says so: a repeated prompt would
-    meet a warm prefix cache.
+    Those in the `prompts.jsonl` of `folder`, a result folder, are taken as they are. Without `dataset` and `prompts` it
+    is the bundled synthetic set, and the source says so. Where a file holds fewer than `sample_size`, all of them are
+    taken and a warning says so: a repeated prompt would meet a warm prefix cache. Raises PromptError: a file that
+    cannot be read or holds no usable prompts.
     """
     chosen = config.prompts
+    if config.dataset is not None or isinstance(chosen, HuggingFacePrompts):
+        return None
+    given = None if folder is None else folder / PROMPTS_FILE
+    kind, plan = ("synthetic", chosen) if isinstance(chosen, SyntheticPrompts) else ("bundled", BUNDLED)
+    if given is not None and given.is_file():
+        prompts = read_prompt_file(given)
+    elif isinstance(chosen, FilePrompts):
+        prompts = read_prompt_file(Path(chosen.path))[: chosen.sample_size]
+    else:
+        prompts = generate(plan)
     contents = {"revision": None, "sha256": fingerprint(prompts), "count": len(prompts)}
     if isinstance(chosen, FilePrompts):
         path, wanted = str(chosen.path), chosen.sample_size or 0
@@ -160,7 +140,6 @@ def describe(config: ExperimentConfig, prompts: tuple[Prompt, ...]) -> ResolvedP
         if len(prompts) < wanted:
             warnings = (Reason.of("prompt_file_too_small", path=path, wanted=wanted, found=len(prompts)),)
         return ResolvedPrompts(prompts, {"kind": "file", "path": path, **contents}, warnings)
-    kind, plan = ("synthetic", chosen) if isinstance(chosen, SyntheticPrompts) else ("bundled", BUNDLED)
     parameters = {name: getattr(plan, name) for name in ("input_tokens", "output_tokens", "distribution", "seed")}
     return ResolvedPrompts(prompts, {"kind": kind, "name": kind, **contents, **parameters})
 
@@ -173,15 +152,6 @@ def fingerprint(prompts: Iterable[Prompt]) -> str:
 def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
     """Write `prompts.jsonl` into a result folder, whole or not at all. Raises OSError: as `durable.write_bytes`."""
     durable.write_bytes(folder / PROMPTS_FILE, b"".join(map(_line, prompts)))
-
-
-def read_prompts(folder: Path) -> tuple[Prompt, ...] | None:
-    """The prompts in the `prompts.jsonl` of a result folder; None where there is none.
-
-    Raises PromptError: the file is there and is not one that `write_prompts` wrote.
-    """
-    path = folder / PROMPTS_FILE
-    return read_prompt_file(path) if path.is_file() else None
 
 
 def read_prompt_file(path: Path) -> tuple[Prompt, ...]:

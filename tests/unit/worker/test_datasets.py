@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lem.base.errors import EngineError
 from lem.base.reasons import Reason
 from lem.base.variables import DATASETS_VARIABLE
 from lem.config.experiment import DATASET_ALIASES, ExperimentConfig
-from lem.worker.datasets import choice_of, resolve_dataset
+from lem.worker.datasets import choice_of, resolve_dataset, shuffle
 from lem.worker.prompts import ResolvedPrompts, fingerprint
 from tests.unit.worker import hub_double
 
@@ -150,6 +151,17 @@ def test_shuffle_takes_others_by_its_seed(tmp_path: Path) -> None:
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
     assert set(draw(1)) <= {row["prompt"] for row in ROWS}
+
+
+def test_every_permutation_is_as_likely() -> None:
+    def order(seed: int) -> str:
+        items = list("abc")
+        shuffle(items, seed)
+        return "".join(items)
+
+    orders = Counter(map(order, range(6000)))
+    assert len(orders) == 6
+    assert all(count == pytest.approx(1000, abs=130) for count in orders.values())
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from lem.engines.protocol import Completion, EngineReport, TokenRequest
 from lem.record import Record, decode_record, encode_record
 from lem.worker.channel import RunRequest
 from lem.worker.harness import ResidentEngine, has_settled, run_experiment, warm_up
-from lem.worker.prompts import Prompt, read_prompts, write_prompts
+from lem.worker.prompts import Prompt, read_prompt_file, write_prompts
 from lem.worker.recording import WarmupOutcome
 from lem.worker.requests import DisjointRequests
 from tests.doubles.trivial_engine import TrivialEngine
@@ -340,7 +340,7 @@ def test_prompts_are_resolved_and_left_where_the_host_left_none(bench: Bench) ->
     (bench.folder / "prompts.jsonl").unlink()
     record = bench.run(prompts={"type": "synthetic", "input_tokens": 9, "sample_size": 3, "output_tokens": 5})
     assert record.work.prompt_source["kind"] == "synthetic"
-    assert len(read_prompts(bench.folder) or ()) == 3
+    assert len(read_prompt_file(bench.folder / "prompts.jsonl")) == 3
     assert record.work.input_tok == 9 * record.work.requests_ok
     assert record.work.output_tok == 5 * record.work.requests_ok
 
