@@ -28,8 +28,8 @@ from lem.meters.sources import Baselines
 from lem.orchestration.status import Event
 from lem.record import Record
 from lem.worker.channel import RunRequest
-from lem.worker.launch import own_command
 from lem.worker.children import SamplerProcess, interval_ms
+from lem.worker.launch import own_command
 
 _logger = logging.getLogger(__name__)
 
