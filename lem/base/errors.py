@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import errno
+from collections.abc import Sequence
 
 # The numbers of an OSError for a full disk or quota.
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -107,3 +108,22 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return int(ExitCode.SIGINT)
     return int(ExitCode.BUG)
+
+
+def nearest(word: str, candidates: Sequence[str], cutoff: float = 0.6) -> str | None:
+    """The candidate most like `word`, ignoring case; None when none is near."""
+    import difflib  # only mistakes need it
+
+    by_lower = {candidate.lower(): candidate for candidate in candidates}
+    found = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=cutoff)
+    return by_lower[found[0]] if found else None
+
+
+def did_you_mean(word: str, candidates: Sequence[str]) -> str:
+    """The end of a message about a wrong word: ` (did you mean 'vllm'?)`; empty when nothing is near."""
+    return in_brackets(nearest(word, candidates))
+
+
+def in_brackets(suggestion: str | None) -> str:
+    """As `did_you_mean`, of a suggestion."""
+    return "" if suggestion is None else f" (did you mean '{suggestion}'?)"

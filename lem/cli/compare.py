@@ -224,7 +224,7 @@ def _subject(found: Run, wanted: str) -> Configuration:
     Raises:
         UserError: there is none, or it is ambiguous.
     """
-    from lem.config.problems import did_you_mean
+    from lem.base.errors import did_you_mean
 
     tests: tuple[Callable[[Configuration], bool], ...] = (
         lambda item: item.name == wanted,

@@ -53,7 +53,7 @@ Flags = Mapping[str, tuple[str, ...]]
 
 def add_flags(parser: argparse._ActionsContainer, section: type[Section], flags: Flags) -> None:
     """Add flags for options; type, choices and metavar come from the declarations. They win over the file."""
-    from lem.config.kinds import BoolKind, ChoiceKind, FloatKind, IntKind
+    from lem.config.kinds import BoolKind, ChoiceKind, NumberKind
     from lem.config.option import find_option
 
     for key, (*names, text) in flags.items():
@@ -63,10 +63,8 @@ def add_flags(parser: argparse._ActionsContainer, section: type[Section], flags:
         how: dict[str, Any] = {
             "metavar": "DIR" if key.endswith("_dir") else "FILE" if key.endswith("_file") else "NAME"
         }
-        if isinstance(kind, IntKind):
-            how = {"type": int, "metavar": "N"}
-        elif isinstance(kind, FloatKind):
-            how = {"type": float, "metavar": "S"}
+        if isinstance(kind, NumberKind):
+            how = {"type": kind.type, "metavar": "N" if kind.type is int else "S"}
         elif isinstance(kind, ChoiceKind):
             how = {"choices": item.choices}
         elif isinstance(kind, BoolKind):
@@ -107,7 +105,7 @@ def _validate(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
 def _report(file: str, args: argparse.Namespace) -> dict[str, Any]:
     """The facts about a valid file."""
     from lem.config import load, rules
-    from lem.config.problems import Problem
+    from lem.config.kinds import Problem
     from lem.orchestration.plan import build_plan
 
     report: dict[str, Any] = {"file": file, "kind": load.kind_of(file), "valid": True}
@@ -140,7 +138,7 @@ def _as_text(report: dict[str, Any]) -> str:
 
 
 def _problem_documents(error: ConfigurationError) -> list[dict[str, Any]]:
-    from lem.config.problems import dotted
+    from lem.config.kinds import dotted
     from lem.config.yamlfile import FileProblems
 
     if not isinstance(error, FileProblems):
@@ -161,7 +159,8 @@ def _problem_documents(error: ConfigurationError) -> list[dict[str, Any]]:
 def _show(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
     from lem.config import load
     from lem.config.introspection import render_yaml
-    from lem.config.problems import dotted, leaves
+    from lem.config.kinds import dotted
+    from lem.config.option import leaves
 
     kind = load.kind_of(args.file)
     read: Any = load.load_campaign if kind == "campaign" else load.load_experiment
@@ -186,9 +185,7 @@ def _show(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
 
 def _without_secrets(loaded: Loaded[Any]) -> dict[str, Any]:
     """The configuration with secrets as they were written, when that was `${VAR}`, else hidden."""
-    from lem.config.load import is_secret
-    from lem.config.option import merge
-    from lem.config.problems import leaves, nest
+    from lem.config.option import is_secret, leaves, merge, nest
 
     section = type(loaded.config)
     tree: dict[str, Any] = loaded.config.to_dict()
@@ -240,8 +237,8 @@ def _fields(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
 
 
 def _check_backend(name: str) -> None:
+    from lem.base.errors import did_you_mean
     from lem.config.backends import BACKENDS
-    from lem.config.problems import did_you_mean
 
     if name not in BACKENDS:
         raise ConfigurationError(

@@ -114,7 +114,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     """
     named = next((word for word in arguments if not word.startswith("-")), None)
     if named is not None and named not in COMMANDS:
-        from lem.config.problems import did_you_mean
+        from lem.base.errors import did_you_mean
 
         raise UserError(f"unknown command {named!r}{did_you_mean(named, list(COMMANDS))}", "see `lem --help`")
     args, unknown = make_parser([] if named is None else [named]).parse_known_args(arguments)
@@ -124,7 +124,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _unexpected(parser: argparse.ArgumentParser, word: str) -> UserError:
-    from lem.config.problems import did_you_mean
+    from lem.base.errors import did_you_mean
 
     if not word.startswith("-"):
         return UserError(f"{parser.prog}: unexpected argument {word!r}", _help_of(parser))

@@ -17,7 +17,7 @@ from lem.base.doc import screen_of
 from lem.base.errors import ExitCode, LemError
 from lem.base.process import copyable
 from lem.config.campaign_config import CampaignConfig
-from lem.config.option import walk
+from lem.config.option import is_secret
 from lem.orchestration.manifest import FAILED, SKIPPED
 from lem.orchestration.schedule import CampaignOutcome, Stopped
 from lem.orchestration.status import Event, Observer
@@ -355,9 +355,7 @@ def _without_secret(word: str) -> str:
     """The argument, with `(hidden)` instead of a secret value."""
     start = "--set=" if word.startswith("--set=") else ""
     key, sign, _ = word[len(start) :].partition("=")
-    secrets = [name for name, item, _ in walk(CampaignConfig) if item.secret]
-    is_secret = any(name == key or name.startswith(f"{key}.") for name in secrets)
-    return f"{start}{key}=(hidden)" if sign and is_secret else word
+    return f"{start}{key}=(hidden)" if sign and is_secret(CampaignConfig, tuple(key.split("."))) else word
 
 
 def message_of_outcome(campaign: CampaignConfig, outcome: CampaignOutcome) -> dict[str, Any] | None:

@@ -119,7 +119,7 @@ def resolve_run(results_dir: Path, wanted: str, run_id: str | None = None) -> Se
 
 
 def no_such_name(wanted: str, runs: Sequence[SelectedRun], results_dir: Path) -> UserError:
-    from lem.config.problems import did_you_mean
+    from lem.base.errors import did_you_mean
 
     if not runs:
         return UserError(f"{wanted!r}: no results in {results_dir}", "set the folder with --results-dir")

@@ -70,8 +70,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
 
 
 def _find(state_dir: Path, wanted: str, viewpoint: Viewpoint) -> CampaignStatus:
+    from lem.base.errors import did_you_mean
     from lem.config.campaign_config import slug_of
-    from lem.config.problems import did_you_mean
 
     given = Path(wanted)
     if given.suffix in (".yaml", ".yml") and given.is_file():

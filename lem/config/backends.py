@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from lem.config.kinds import Problem
 from lem.config.option import Section, declared, option
-from lem.config.problems import Problem
 
 BACKENDS = ("pytorch", "vllm", "tensorrt")
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from lem.base import durable, units
 from lem.base.durable import INTERLEAVED, MANIFEST_FILENAME, STRUCTURES
+from lem.base.errors import nearest
 from lem.config.backends import BACKENDS
 from lem.config.experiment import (
     BUNDLED_DISTRIBUTION,
@@ -23,9 +24,8 @@ from lem.config.experiment import (
     ModelConfig,
     WarmupConfig,
 )
-from lem.config.kinds import REQUIRED, Items
-from lem.config.option import Section, canonical, check_partial, declared, option, put
-from lem.config.problems import Problem, nearest, nest
+from lem.config.kinds import REQUIRED, Items, Problem
+from lem.config.option import Section, canonical, check_partial, declared, nest, option, put
 
 __all__ = [
     "CampaignColdStartConfig",

@@ -12,9 +12,8 @@ from typing import Any, ClassVar
 
 from lem.base.measurement import SHORT_WINDOW_S, EnergySource, is_estimate
 from lem.config.backends import BACKENDS, PyTorchConfig, TensorRTConfig, VllmConfig
-from lem.config.kinds import REQUIRED
+from lem.config.kinds import REQUIRED, Path, Problem
 from lem.config.option import Section, declared, option
-from lem.config.problems import Path, Problem
 
 _GPU = re.compile(r"[0-9]+|(GPU|MIG)-[0-9A-Za-z/-]+")
 _ENGINE_KEY_LENGTH = 12

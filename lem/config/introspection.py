@@ -14,10 +14,9 @@ from lem.config.backends import BACKENDS, WIDTH_OPTIONS, PyTorchConfig, TensorRT
 from lem.config.campaign_config import CampaignConfig, CampaignGridConfig, CampaignHealthCheckConfig
 from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import (
-    BOUND_WORDS,
+    LIMITS,
     REQUIRED,
     BoolKind,
-    Bounds,
     ChoiceKind,
     Kind,
     ListKind,
@@ -26,6 +25,7 @@ from lem.config.kinds import (
     NumberKind,
     Option,
     TextKind,
+    bounds_text,
 )
 from lem.config.option import Section, SectionKind, VariantKind, declared, walk
 from lem.config.presets import PRESETS
@@ -90,7 +90,7 @@ def _describe(item: Option) -> dict[str, Any]:
         "type": item.kind.label,
         "default": None if is_required else item.kind.dump(item.default),
         "required": is_required,
-        "bounds": item.bounds.json_schema() or None,
+        "bounds": dict(item.bounds) or None,
         "choices": list(item.choices) or None,
         "unit": item.unit,
         "description": item.description,
@@ -159,14 +159,14 @@ def _kind_schema(kind: Kind) -> dict[str, Any]:
         case BoolKind():
             return {"type": "boolean"}
         case NumberKind():
-            return {"type": kind.label, **kind.item.bounds.json_schema()}
+            return {"type": kind.label, **kind.item.bounds}
         case TextKind():
             return {"type": ["string", "integer"] if kind.item.takes_integer else "string", "minLength": 1}
         case ChoiceKind():
             return {"enum": list(kind.item.choices)}
         case NullableKind():
             inner = _kind_schema(kind.inner)
-            is_simple = isinstance(inner.get("type"), str) and set(inner) <= {"type", "minLength", *BOUND_WORDS}
+            is_simple = isinstance(inner.get("type"), str) and set(inner) <= {"type", "minLength", *LIMITS}
             return {**inner, "type": [inner["type"], "null"]} if is_simple else {"anyOf": [inner, {"type": "null"}]}
         case ListKind():
             items = _kind_schema(kind.inner)
@@ -188,7 +188,7 @@ def _kind_schema(kind: Kind) -> dict[str, Any]:
 def _constraint(entry: Entry) -> str:
     parts = []
     if entry["bounds"]:
-        parts.append(str(Bounds(*(entry["bounds"].get(word) for word in BOUND_WORDS))))
+        parts.append(bounds_text(entry["bounds"]))
     if entry["choices"]:
         parts.append(" | ".join(_plain_word(choice) for choice in entry["choices"]))
     if entry["unit"]:

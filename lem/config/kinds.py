@@ -1,23 +1,109 @@
-"""Kinds of values: how a value is read, checked, written, and described by JSON Schema."""
+"""Kinds of values: how a value is read, checked and written; and every problem that is found with it, with its path."""
 
 from __future__ import annotations
 
 import contextlib
 import enum
+import json
 import math
 import operator
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from lem.config.problems import Path, Sink, describe, nearest
+from lem.base.errors import ConfigurationError, in_brackets, nearest
+from lem.base.log import shorten
+from lem.base.reasons import Reason
+from lem.base.units import plural
+
+T = TypeVar("T")
+Path = tuple["str | int", ...]
+
+MAX_SHOWN_VALUE = 60
+# Longer numbers are unreadable, and one above 10**308 cannot be formatted at all.
+MAX_SHOWN_DIGITS = 15
 
 # What YAML 1.1 took for a truth value.
 _TRUTHS = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
-# Longer numbers are unreadable, and one above 10**308 cannot be formatted at all.
-MAX_SHOWN_DIGITS = 15
+
+
+# Values that no configuration contains.
+Marker = enum.Enum("Marker", ("INVALID", "REQUIRED", "UNSET"))
+INVALID: Any = Marker.INVALID
+REQUIRED: Any = Marker.REQUIRED
+# The default of every field, which distinguishes a value that was given from one that was left out.
+UNSET: Any = Marker.UNSET
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, or that a person should know about."""
+
+    path: Path  # keys and list indices from the top: ("execution", "cycles") or ("configs", 0); () is the whole
+    message: str
+    suggestion: str | None = None  # the nearest valid key or value
+    is_about_key: bool = False  # the key itself is wrong, not its value
+    reason: Reason | None = None  # where a rule found it
+
+    @classmethod
+    def of(cls, option: str, code: str, /, *, is_about_key: bool = False, **data: Any) -> Problem:
+        """A problem of the option with a dotted name, for a coded reason."""
+        reason = Reason.of(code, **data)
+        return cls(tuple(option.split(".")), reason.text, is_about_key=is_about_key, reason=reason)
+
+    def __str__(self) -> str:
+        where = f"{dotted(self.path)}: " if self.path else ""
+        return f"{where}{self.message}{in_brackets(self.suggestion)}"
+
+
+class ConfigProblems(ConfigurationError):
+    """A configuration with problems; the message has one line for each."""
+
+    def __init__(self, problems: Iterable[Problem], text: str | None = None, hint: str = "") -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(map(str, self.problems)) if text is None else text, hint)
+
+
+class Sink:
+    """Collects problems while a configuration is read.
+
+    A partial sink is for a part of a section (overrides, an axis of a grid): nothing is required of it, and its options
+    are not checked against each other.
+    """
+
+    def __init__(self, *, is_partial: bool = False) -> None:
+        self.problems: list[Problem] = []
+        self.is_partial = is_partial
+
+    def add(self, path: Path, message: str, suggestion: str | None = None, *, is_about_key: bool = False) -> Any:
+        """Note a problem; INVALID, for the value."""
+        self.problems.append(Problem(path, message, suggestion, is_about_key))
+        return INVALID
+
+    def raise_if_any(self) -> None:
+        if self.problems:
+            raise ConfigProblems(self.problems)
+
+
+def dotted(path: Path) -> str:
+    """The path as people write it: `execution.cycles`, `experiments[0].config`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def describe(value: Any) -> str:
+    """A value in a message: `'x'`, `3`, `true`, `null`, `a list`, `an empty mapping`."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, (int, float, str)):
+        try:
+            return shorten(repr(str(value) if isinstance(value, str) else value), MAX_SHOWN_VALUE)
+        except ValueError:  # an integer of more digits than Python prints
+            return "a number of thousands of digits"
+    if isinstance(value, (list, tuple, dict)):
+        return f"{'a' if value else 'an empty'} {'mapping' if isinstance(value, dict) else 'list'}"
+    return f"a {type(value).__name__}"
 
 
 class Expanded(str):
@@ -42,82 +128,55 @@ def simple(value: Any) -> Any:
     return value.value if isinstance(value, Expanded) else value
 
 
-def restore_references(resolved: Any, tree: Any) -> Any:
-    """A copy of `resolved` in which text from a `${VAR}` in `tree` is as written; records store this."""
-    if isinstance(tree, Expanded):
-        return tree.written
-    if isinstance(resolved, Expanded):
-        return resolved.written
+def as_written(resolved: Any, tree: Any = None) -> Any:
+    """A copy of plain data in which text that is expanded, or is in `tree` at its place, is as it was written."""
+    expanded = next((item for item in (tree, resolved) if isinstance(item, Expanded)), None)
+    if expanded is not None:
+        return expanded.written
     if isinstance(resolved, Mapping):
         trees = tree if isinstance(tree, Mapping) else {}
-        return {key: restore_references(value, trees.get(key)) for key, value in resolved.items()}
+        return {key: as_written(value, trees.get(key)) for key, value in resolved.items()}
     if isinstance(resolved, (list, tuple)):
         is_alike = isinstance(tree, (list, tuple)) and len(tree) == len(resolved)
-        return [restore_references(value, tree[index] if is_alike else None) for index, value in enumerate(resolved)]
+        return [as_written(value, tree[index] if is_alike else None) for index, value in enumerate(resolved)]
     return resolved
 
 
-def as_written(tree: Any) -> Any:
-    """A copy of plain data with every expanded text as it was written."""
-    return restore_references(tree, None)
+class Items(tuple[T, ...], Generic[T]):
+    """A tuple that also equals a list of the same items, since scripts compare with lists."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return tuple.__eq__(self, tuple(other) if isinstance(other, list) else other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = tuple.__hash__
 
 
-class Marker(enum.Enum):
-    """Values that no configuration contains."""
-
-    INVALID = "INVALID"
-    REQUIRED = "REQUIRED"
-    UNSET = "UNSET"
-
-
-INVALID: Any = Marker.INVALID
-REQUIRED: Any = Marker.REQUIRED
-# The default of every field, which distinguishes a value that was given from one that was left out.
-UNSET: Any = Marker.UNSET
+# Limits of a number, by their keywords in JSON Schema: what must hold, in words, and as a sign.
+LIMITS: Mapping[str, tuple[Callable[[float, float], bool], str, str]] = {
+    "minimum": (operator.ge, "at least", "≥"),
+    "exclusiveMinimum": (operator.gt, "above", ">"),
+    "maximum": (operator.le, "at most", "≤"),
+    "exclusiveMaximum": (operator.lt, "below", "<"),
+}
 
 
-# The keywords of JSON Schema for the limits, in the order of `Bounds`.
-BOUND_WORDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
+def bounds_text(bounds: Mapping[str, float]) -> str:
+    """Limits as people write them: `1–64`, `≥ 0`."""
+    if "minimum" in bounds and "maximum" in bounds:
+        return f"{_plain(bounds['minimum'])}–{_plain(bounds['maximum'])}"
+    return ", ".join(f"{LIMITS[word][2]} {_plain(limit)}" for word, limit in bounds.items())
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """Limits of a number; `above` and `below` are exclusive."""
-
-    minimum: float | None = None
-    above: float | None = None
-    maximum: float | None = None
-    below: float | None = None
-
-    @property
-    def _limits(self) -> tuple[float | None, ...]:
-        return self.minimum, self.above, self.maximum, self.below
-
-    def complaint(self, value: float) -> str | None:
-        """What is wrong with a value; None when it is within the limits."""
-        for limit, (is_within, words, _) in zip(self._limits, _BOUND_CHECKS, strict=True):
-            if limit is not None and not is_within(value, limit):
-                return f"must be {words} {_plain(limit)}, got {_plain(value)}"
-        return None
-
-    def __str__(self) -> str:
-        if self.minimum is not None and self.maximum is not None:
-            return f"{_plain(self.minimum)}–{_plain(self.maximum)}"
-        checks = zip(self._limits, _BOUND_CHECKS, strict=True)
-        return ", ".join(f"{sign} {_plain(limit)}" for limit, (_, _, sign) in checks if limit is not None)
-
-    def json_schema(self) -> dict[str, float]:
-        """The limits in the words of JSON Schema."""
-        limits = zip(BOUND_WORDS, self._limits, strict=True)
-        return {word: limit for word, limit in limits if limit is not None}
-
-
-_BOUND_CHECKS: Sequence[tuple[Callable[[float, float], bool], str, str]] = (
-    (operator.ge, "at least", "≥"),
-    (operator.gt, "above", ">"),
-    (operator.le, "at most", "≤"),
-    (operator.lt, "below", "<"),
-)
+def _plain(number: float) -> str:
+    """A number without exponent or needless decimals."""
+    if abs(number) >= 10**MAX_SHOWN_DIGITS:
+        return f"a number of more than {MAX_SHOWN_DIGITS} digits"
+    return f"{number:.0f}" if number == number // 1 else str(number)
 
 
 @dataclass(frozen=True)
@@ -126,7 +185,7 @@ class Option:
 
     default: Any  # REQUIRED, a value, or a `Section`
     description: str  # one or two sentences for people
-    bounds: Bounds = Bounds()
+    bounds: Mapping[str, float]  # of a number, by the keywords of `LIMITS`
     choices: tuple[Any, ...] = ()  # the only values there are; () when open
     unit: str | None = None
     backends: tuple[str, ...] | None = None  # those that honour it; None for all
@@ -177,9 +236,9 @@ class Kind(ABC):
         return value
 
     def refuse(self, value: Any, path: Path, sink: Sink, remedy: str = "", suggestion: str | None = None) -> Any:
-        """INVALID, with the problem noted."""
-        sink.add(path, f"expected {self.name}, got {describe(value)}{remedy}", suggestion)
-        return INVALID
+        """INVALID, with the problem noted; the value of a secret option is not repeated."""
+        got = "" if self.item.secret else f", got {describe(value)}{remedy}"
+        return sink.add(path, f"expected {self.name}{got}", suggestion)
 
 
 class BoolKind(Kind):
@@ -198,63 +257,42 @@ class BoolKind(Kind):
 
 
 class NumberKind(Kind):
-    """A number within bounds."""
+    """A finite number within bounds; a whole float such as 1e3 is an integer."""
 
-    def check(self, value: float, path: Path, sink: Sink) -> Any:
-        complaint = self.item.bounds.complaint(value)
-        if complaint is None:
-            return value
-        sink.add(path, complaint)
-        return INVALID
-
-    def refuse(self, value: Any, path: Path, sink: Sink, remedy: str = "", suggestion: str | None = None) -> Any:
-        if isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                float(value.replace("_", "").replace(",", ""))
-                remedy = "; write it without quotes, leading zeros or separators"
-        return super().refuse(value, path, sink, remedy, suggestion)
-
-
-class IntKind(NumberKind):
-    """An integer; a whole float such as 1e3 is one."""
-
-    name = "an integer"
-    label = "integer"
+    def __init__(self, item: Option, kind: type[int] | type[float]) -> None:
+        super().__init__(item)
+        self.type = kind
+        self.name, self.label = ("an integer", "integer") if kind is int else ("a number", "number")
 
     def read(self, value: Any, path: Path, sink: Sink) -> Any:
-        value = simple(value)
-        if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int):
-            return self.refuse(value, path, sink)
-        return self.check(value, path, sink)
-
-
-class FloatKind(NumberKind):
-    """A finite number; an integer is one."""
-
-    name = "a number"
-    label = "number"
-
-    def read(self, value: Any, path: Path, sink: Sink) -> Any:
-        value = simple(value)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return self.refuse(value, path, sink)
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if not math.isfinite(number):
-            sink.add(path, f"expected a finite number, got {describe(value)}")
-            return INVALID
-        return self.check(number, path, sink)
+        value = number = simple(value)
+        if self.type is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+            number = int(value)
+        if isinstance(number, bool) or not isinstance(number, (int, self.type)):
+            remedy = ""
+            if isinstance(value, str):
+                with contextlib.suppress(ValueError):
+                    float(value.replace("_", "").replace(",", ""))
+                    remedy = "; write it without quotes, leading zeros or separators"
+            return self.refuse(value, path, sink, remedy)
+        if self.type is float:
+            try:
+                number = float(value)
+            except OverflowError:
+                number = math.inf
+            if not math.isfinite(number):
+                return sink.add(path, f"expected a finite number, got {describe(value)}")
+        for word, limit in self.item.bounds.items():
+            is_within, words, _ = LIMITS[word]
+            if not is_within(number, limit):
+                return sink.add(path, f"must be {words} {_plain(limit)}, got {_plain(number)}")
+        return number
 
 
 class TextKind(Kind):
     """Text that is not blank."""
 
-    name = "text"
-    label = "text"
+    name = label = "text"
 
     def __init__(self, item: Option) -> None:
         super().__init__(item)
@@ -271,15 +309,11 @@ class TextKind(Kind):
             remedy = f'; quote it: "{shown}"' if isinstance(value, (int, float)) else ""
             return self.refuse(value, path, sink, remedy)
         if not value.strip():
-            complaint: str | None = "must not be empty"
-        elif "\0" in value:
-            complaint = "must not contain a NUL character"
-        else:
-            complaint = self.item.check(value) if self.item.check is not None else None
-        if complaint is not None:
-            sink.add(path, complaint)
-            return INVALID
-        return str(value)
+            return sink.add(path, "must not be empty")
+        if "\0" in value:
+            return sink.add(path, "must not contain a NUL character")
+        complaint = self.item.check(value) if self.item.check is not None else None
+        return str(value) if complaint is None else sink.add(path, complaint)
 
 
 class ChoiceKind(Kind):
@@ -301,30 +335,6 @@ class ChoiceKind(Kind):
                 return choice
         near = nearest(value, self._words, cutoff=0.5) if isinstance(value, str) else None
         return self.refuse(value, path, sink, suggestion=near)
-
-
-def _plain(number: float) -> str:
-    """A number without exponent or needless decimals."""
-    if abs(number) >= 10**MAX_SHOWN_DIGITS:
-        return f"a number of more than {MAX_SHOWN_DIGITS} digits"
-    return f"{number:.0f}" if number == number // 1 else str(number)
-
-
-T = TypeVar("T")
-
-
-class Items(tuple[T, ...], Generic[T]):
-    """A tuple that also equals a list of the same items, since scripts compare with lists."""
-
-    __slots__ = ()
-
-    def __eq__(self, other: object) -> bool:
-        return tuple.__eq__(self, tuple(other) if isinstance(other, list) else other)
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    __hash__ = tuple.__hash__
 
 
 class NullableKind(Kind):
@@ -358,18 +368,14 @@ class ListKind(Kind):
             read = self.inner.read(value, path, sink)
             return INVALID if read is INVALID else Items((read,))
         if len(value) < self.item.min_items:
-            sink.add(
-                path, f"must have at least {self.item.min_items} {'item' if self.item.min_items == 1 else 'items'}"
-            )
-            return INVALID
+            return sink.add(path, f"must have at least {plural(self.item.min_items, 'item')}")
         items = [self.inner.read(item, (*path, index), sink) for index, item in enumerate(value)]
         if any(item is INVALID for item in items):
             return INVALID
         if self.item.is_unique:
             for index, item in enumerate(items):
                 if item in items[:index]:
-                    sink.add((*path, index), f"duplicate item {item!r}")
-                    return INVALID
+                    return sink.add((*path, index), f"duplicate item {item!r}")
         return Items(items)
 
     def dump(self, value: Any, *, is_identity: bool = False) -> Any:
@@ -411,25 +417,22 @@ class AnyKind(Kind):
     def read(self, value: Any, path: Path, sink: Sink) -> Any:
         if value is None or isinstance(value, (bool, int, str)):
             return value
-        if isinstance(value, float):
-            return _FINITE.read(value, path, sink)
-        if isinstance(value, (list, tuple)):
-            return _LIST_OF_ANY.read(value, path, sink)
-        if isinstance(value, Mapping):
-            return _MAPPING_OF_ANY.read(value, path, sink)
-        return self.refuse(value, path, sink)
+        kind = _kind_of_json(value)
+        return self.refuse(value, path, sink) if kind is None else kind.read(value, path, sink)
 
     def dump(self, value: Any, *, is_identity: bool = False) -> Any:  # noqa: ARG002
-        if isinstance(value, Mapping):
-            return _MAPPING_OF_ANY.dump(value)
-        if isinstance(value, (list, tuple)):
-            return _LIST_OF_ANY.dump(value)
-        return str(value) if isinstance(value, str) else value
+        kind = _kind_of_json(value)
+        return kind.dump(value) if kind is not None else str(value) if isinstance(value, str) else value
 
 
-_FREE = Option(None, "")
-_FINITE, _LIST_OF_ANY, _MAPPING_OF_ANY = (
-    FloatKind(_FREE),
-    ListKind(_FREE, AnyKind(_FREE)),
-    MapKind(_FREE, AnyKind(_FREE)),
-)
+_FREE = Option(None, "", {})
+_ANY = AnyKind(_FREE)
+_JSON_KINDS: Mapping[Any, Kind] = {
+    float: NumberKind(_FREE, float),
+    (list, tuple): ListKind(_FREE, _ANY),
+    Mapping: MapKind(_FREE, _ANY),
+}
+
+
+def _kind_of_json(value: Any) -> Kind | None:
+    return next((kind for types, kind in _JSON_KINDS.items() if isinstance(value, types)), None)

@@ -12,10 +12,9 @@ from typing import Any, Generic, TypeVar
 from lem.base.errors import ConfigurationError
 from lem.config.campaign_config import CampaignConfig, CampaignExplicitExperiment, with_campaign_defaults
 from lem.config.experiment import ExperimentConfig
-from lem.config.kinds import MapKind, Option, as_written
-from lem.config.option import Section, canonical, declared, merge, walk
+from lem.config.kinds import ConfigProblems, MapKind, Option, Path, Problem, as_written, dotted
+from lem.config.option import Section, canonical, declared, is_secret, leaves, merge, nest
 from lem.config.presets import find_preset
-from lem.config.problems import ConfigProblems, Path, Problem, dotted, leaves, nest
 from lem.config.yamlfile import Document, FileProblems, Located, Place, parse_value, read_document
 
 S = TypeVar("S", bound=Section)
@@ -113,24 +112,21 @@ class Source:
         return layer.document.path.parent if layer is not None and layer.document is not None else FilePath()
 
     def locate(self, problems: Iterable[Problem]) -> Located:
-        """The problems with their places; no place shows the line of a secret."""
-        located: Located = []
-        for item in problems:
-            place = self.place(item.path, is_about_key=item.is_about_key)
-            if is_secret(self.section, item.path):
-                place = dataclasses.replace(place, line="")
-            located.append((place, dataclasses.replace(item, path=(*self.prefix, *item.path))))
-        return located
+        """The problems with their places."""
+        placed = [(self.place(item.path, is_about_key=item.is_about_key), item) for item in problems]
+        without = _without_secrets(self.section, placed)
+        return [(place, dataclasses.replace(item, path=(*self.prefix, *item.path))) for place, item in without]
 
     def error(self, problems: Iterable[Problem]) -> FileProblems:
         return FileProblems(self.locate(problems))
 
 
-def is_secret(section: type[Section], path: Path) -> bool:
-    """Whether an option that is never shown is at a path, or below it."""
-    key = ".".join(part for part in path if isinstance(part, str))
-    secrets = [name for name, item, _ in walk(section) if item.secret]
-    return any(name == key or name.startswith(f"{key}.") for name in secrets)
+def _without_secrets(section: type[Section], located: Located) -> Located:
+    """The problems, none of which shows the line of a secret."""
+    return [
+        (dataclasses.replace(place, line="") if is_secret(section, item.path) else place, item)
+        for place, item in located
+    ]
 
 
 @dataclass(frozen=True)
@@ -256,7 +252,7 @@ class _Loader:
             if not isinstance(document.tree, Mapping):
                 raise FileProblems([(document.top, Problem((), _not_a_mapping(document.tree)))])
             documents.append(document)
-            found.extend(document.located)
+            found += _without_secrets(section, document.located)
             following = _base_of(documents, found)
         source = dataclasses.replace(self._start(section), main=documents[0])
         for document in reversed(documents):

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
+from lem.base.errors import nearest
 from lem.config.kinds import (
     INVALID,
+    LIMITS,
     REQUIRED,
     UNSET,
     AnyKind,
     BoolKind,
-    Bounds,
     ChoiceKind,
-    FloatKind,
-    IntKind,
     Items,
     Kind,
     ListKind,
     MapKind,
     NullableKind,
+    NumberKind,
     Option,
+    Path,
+    Problem,
+    Sink,
     TextKind,
+    describe,
+    dotted,
 )
-from lem.config.problems import Path, Problem, Sink, describe, dotted, nearest, nest
 
 _METADATA = "lem.option"
 
@@ -39,9 +44,9 @@ def option(
     max: float | None = None,  # noqa: A002
     **rest: Any,
 ) -> Any:
-    """A dataclass field that declares an option; the rest is `above` and `below` of `Bounds`, and as in `Option`."""
-    bounds = Bounds(min, rest.pop("above", None), max, rest.pop("below", None))
-    declaration = Option(default, description, bounds, **rest)
+    """A dataclass field that declares an option; `above` and `below` are exclusive limits, the rest as in `Option`."""
+    limits = zip(LIMITS, (min, rest.pop("above", None), max, rest.pop("below", None)), strict=True)
+    declaration = Option(default, description, {word: limit for word, limit in limits if limit is not None}, **rest)
     return dataclasses.field(default=UNSET, metadata={_METADATA: declaration})
 
 
@@ -93,8 +98,8 @@ class Section:
         if not isinstance(value, Mapping):
             wanted = "a mapping" if cls.shorthand is None else f"a {cls.shorthand} or a mapping"
             remedy = "; remove the line to use the defaults" if value is None else ""
-            sink.add(path, f"expected {wanted}, got {describe(value)}{remedy}")
-            return INVALID
+            got = "" if value is not None and secrets_of(cls) else f", got {describe(value)}{remedy}"
+            return sink.add(path, f"expected {wanted}{got}")
         before = len(sink.problems)
         given = _read_given(cls, cls.rewrite(value), path, sink)
         if sink.is_partial:
@@ -123,9 +128,9 @@ class Section:
 
         Computed once: thousands of experiments of a grid share the sections that are not among its axes.
         """
-        known: Mapping[str, Any] | None = self.__dict__.get(_IDENTITY)
-        if known is None:
-            known = self.__dict__[_IDENTITY] = self.make_identity()
+        if _IDENTITY not in self.__dict__:
+            self.__dict__[_IDENTITY] = self.make_identity()
+        known: Mapping[str, Any] = self.__dict__[_IDENTITY]
         return known
 
     def make_identity(self) -> dict[str, Any]:
@@ -189,13 +194,11 @@ class VariantKind(SectionKind):
         if "type" not in value:
             if sink.is_partial:
                 return self._read_untyped(value, path, sink)
-            sink.add((*path, "type"), f"is required: one of {names}", is_about_key=True)
-            return INVALID
+            return sink.add((*path, "type"), f"is required: one of {names}", is_about_key=True)
         kind = value["type"]
         if not isinstance(kind, str) or str(kind) not in self.variants:
             near = nearest(kind, list(self.variants)) if isinstance(kind, str) else None
-            sink.add((*path, "type"), f"expected one of {names}, got {describe(kind)}", near)
-            return INVALID
+            return sink.add((*path, "type"), f"expected one of {names}, got {describe(kind)}", near)
         return self.variants[str(kind)].read(value, path, sink)
 
     def _read_untyped(self, value: Mapping[str, Any], path: Path, sink: Sink) -> Any:
@@ -209,23 +212,17 @@ class VariantKind(SectionKind):
         return INVALID if best.problems else dict(value)
 
 
-# The options of each section and their defaults, computed once per class since a grid makes thousands of instances
-# (not by functools.cache, since mypy takes the hash of a class for that of its instances).
-_DECLARED: dict[Any, tuple[Mapping[str, Option], Mapping[str, Any]]] = {}
-
-
-def declared(section: type[Section]) -> Mapping[str, Option]:
+def declared(section: Any) -> Mapping[str, Option]:
     """The options of a section by name, in order."""
     return _declared(section)[0]
 
 
-def _declared(section: type[Section]) -> tuple[Mapping[str, Option], Mapping[str, Any]]:
-    known = _DECLARED.get(section)
-    if known is not None:
-        return known
+@functools.cache  # of Any, since mypy takes the hash of a class for that of its instances
+def _declared(section: Any) -> tuple[Mapping[str, Option], Mapping[str, Any]]:
+    """The options of a section and their defaults, once per class since a grid makes thousands of instances."""
     hints = typing.get_type_hints(section)
     options: dict[str, Option] = {}
-    for field in dataclasses.fields(typing.cast(Any, section)):
+    for field in dataclasses.fields(section):
         item: Option = field.metadata[_METADATA]
         reload = section.reloads if item.reload is UNSET else item.reload
         kind = _kind_of(hints[field.name], item)
@@ -233,7 +230,7 @@ def _declared(section: type[Section]) -> tuple[Mapping[str, Option], Mapping[str
     defaults = {
         name: Items(item.default) if isinstance(item.default, tuple) else item.default for name, item in options.items()
     }
-    return _DECLARED.setdefault(section, (types.MappingProxyType(options), types.MappingProxyType(defaults)))
+    return options, defaults
 
 
 def _read_given(section: type[Section], mapping: Mapping[Any, Any], path: Path, sink: Sink) -> dict[str, Any]:
@@ -253,7 +250,7 @@ def _read_given(section: type[Section], mapping: Mapping[Any, Any], path: Path, 
 
 def _complete(instance: Section, given: Mapping[str, Any], path: Path, sink: Sink, before: int = 0) -> None:
     """Fill an instance under construction, and check its options against each other unless one of them is invalid."""
-    section = type(instance)
+    section: Any = type(instance)
     _, defaults = _declared(section)
     for name, default in defaults.items():
         if default is REQUIRED and name not in given:
@@ -301,6 +298,22 @@ def check_partial(section: type[Section], mapping: Any, path: Path = ()) -> tupl
     return tuple(sink.problems)
 
 
+def secrets_of(section: type[Section]) -> list[str]:
+    """The dotted names of the options that are never shown."""
+    return [name for name, item, _ in walk(section) if item.secret]
+
+
+def is_secret(section: type[Section], path: Path) -> bool:
+    """Whether a secret option is at a path or below it, or is meant by an unknown name beside it or like it."""
+    key = ".".join(part for part in path if isinstance(part, str))
+    secrets = secrets_of(section)
+    if find_option(section, key) is None:
+        key, _, name = key.rpartition(".")
+        if nearest(name, [secret.rpartition(".")[2] for secret in secrets]) is not None:
+            return True
+    return any(name == key or name.startswith(f"{key}.") for name in secrets)
+
+
 def find_option(section: type[Section], key: str) -> Option | None:
     """The option with a dotted name, aliases included; None when there is none."""
     candidates: tuple[type[Section], ...] = (section,)
@@ -333,6 +346,23 @@ def walk(
 # Layers of configuration: plain mappings in, plain mappings out, before they are validated.
 
 
+def nest(path: str | Sequence[str], value: Any) -> dict[str, Any]:
+    """`{"decoder": {"preset": value}}` for "decoder.preset" or ("decoder", "preset")."""
+    for part in reversed(path.split(".") if isinstance(path, str) else path):
+        value = {part: value}
+    nested: dict[str, Any] = value
+    return nested
+
+
+def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every value that is not a mapping with something in it, with its path."""
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from leaves(value, (*path, key))
+    elif path:
+        yield path, tree
+
+
 def canonical(section: type[Section] | None, mapping: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of the mapping with aliases and short forms written out; what is not declared is unchanged."""
     aliases = section.aliases if section is not None else {}
@@ -360,12 +390,10 @@ def merge(section: type[Section] | None, base: Mapping[str, Any], over: Mapping[
     names = {value: key for key, value in section.aliases.items()} if section is not None else {}
     for key, value in canonical(section, over).items():
         below, written = out.get(key), over.get(key, over.get(names.get(key, key)))
-        if (
-            isinstance(written, Mapping)
-            and isinstance(below, Mapping)
-            and not _is_other_variant(section, key, below, value)
-        ):
-            value = merge(_section_at(section, key, value), below, value)
+        if isinstance(written, Mapping) and isinstance(below, Mapping):
+            nested = _section_at(section, key, value)
+            if nested in (None, _section_at(section, key, below)):  # else another variant, which replaces it
+                value = merge(nested, below, value)
         out[key] = value
     return out
 
@@ -385,14 +413,6 @@ def _section_at(section: type[Section] | None, name: str, value: Any) -> type[Se
     return item.sections[0]
 
 
-def _is_other_variant(
-    section: type[Section] | None, key: str, below: Mapping[str, Any], value: Mapping[str, Any]
-) -> bool:
-    item = declared(section).get(key) if section is not None else None
-    is_variant = item is not None and len(item.sections) > 1
-    return is_variant and "type" in value and value["type"] != below.get("type")
-
-
 def _kind_of(hint: Any, item: Option) -> Kind:
     """The kind that an annotation and its declaration make."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -410,5 +430,7 @@ def _kind_of(hint: Any, item: Option) -> Kind:
         return ChoiceKind(item)
     if isinstance(hint, type) and issubclass(hint, Section):
         return SectionKind(item, hint)
-    plain: Mapping[Any, type[Kind]] = {bool: BoolKind, int: IntKind, float: FloatKind, str: TextKind, Any: AnyKind}
+    if hint in (int, float):
+        return NumberKind(item, hint)
+    plain: Mapping[Any, type[Kind]] = {bool: BoolKind, str: TextKind, Any: AnyKind}
     return plain[hint](item)

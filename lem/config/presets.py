@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lem.base.errors import ConfigurationError
-from lem.config.problems import did_you_mean
+from lem.base.errors import ConfigurationError, did_you_mean
 
 
 @dataclass(frozen=True)

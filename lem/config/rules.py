@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+from lem.base.errors import nearest
 from lem.config.backends import PyTorchConfig, TensorRTConfig, VllmConfig
 from lem.config.experiment import DATASET_ALIASES, DecoderConfig, ExperimentConfig, TrafficConfig
-from lem.config.problems import Problem, nearest
+from lem.config.kinds import Problem
 
 # FP8 tensor cores came with Ada (8.9); flash attention 2 and TensorRT-LLM need Ampere (8.0).
 # https://developer.nvidia.com/cuda-gpus, the READMEs of flash-attention and TensorRT-LLM.

@@ -18,9 +18,8 @@ from lem.base.errors import ConfigurationError
 from lem.base.units import MIB
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig
-from lem.config.kinds import Expanded
-from lem.config.option import walk
-from lem.config.problems import ConfigProblems, Path, Problem
+from lem.config.kinds import ConfigProblems, Expanded, Path, Problem
+from lem.config.option import secrets_of
 
 try:
     from lem._vendor import yaml
@@ -97,7 +96,7 @@ class FileProblems(ConfigProblems):
 def render(place: Place, problem: Problem) -> str:
     """The problem with its place, then the line with a caret under the column."""
     text = f"{place}: {problem}"
-    if place.mark is None or not place.line.strip() or any(name in place.line for name in _secret_names()):
+    if place.mark is None or not place.line.strip() or _may_have_secret(place.line):
         return text
     begin = max(0, place.mark.column - MAX_SHOWN_LINE // 2) if len(place.line) > MAX_SHOWN_LINE else 0
     shown = place.line[begin : begin + MAX_SHOWN_LINE].replace("\t", " ").rstrip()
@@ -106,9 +105,8 @@ def render(place: Place, problem: Problem) -> str:
 
 
 @functools.cache
-def _secret_names() -> tuple[str, ...]:
-    """Names of secret options; a line that contains one may contain its value."""
-    return tuple(key.rpartition(".")[2] for key, item, _ in walk(CampaignConfig) if item.secret)
+def _may_have_secret(line: str) -> bool:
+    return any(name.rpartition(".")[2] in line for name in secrets_of(CampaignConfig))
 
 
 @dataclass(frozen=True)

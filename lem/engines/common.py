@@ -16,11 +16,10 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-from lem.base.errors import EngineError, OptionRefused
+from lem.base.errors import EngineError, OptionRefused, did_you_mean
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.experiment import DecoderConfig, ExperimentConfig
-from lem.config.problems import did_you_mean
 from lem.engines.protocol import Completion, Engine, OnProgress, RequestQueue, TokenRequest, say_nothing
 
 # Each module has `load`, see `protocol.Engine`. It imports the engine when it is called, never before.

@@ -11,9 +11,8 @@ from lem.base.reasons import Reason
 from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignGridConfig
 from lem.config.experiment import ExperimentConfig
-from lem.config.kinds import Items
+from lem.config.kinds import ConfigProblems, Items, Problem, dotted
 from lem.config.option import Section, canonical, declared, find_option, put
-from lem.config.problems import ConfigProblems, Problem, dotted
 from lem.config.rules import Gpu
 from lem.config.rules import warnings as warnings_about
 from lem.orchestration.names import name_configurations

@@ -15,10 +15,9 @@ from lem.base.errors import ConfigurationError, UserError
 from lem.base.reasons import Reason
 from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig, with_campaign_defaults
 from lem.config.experiment import ExperimentConfig
-from lem.config.kinds import Expanded, as_written, restore_references, simple
+from lem.config.kinds import Expanded, Problem, as_written, simple
 from lem.config.load import ListedExperiment, Source
 from lem.config.option import canonical
-from lem.config.problems import Problem
 from lem.config.rules import Gpu
 from lem.config.yamlfile import FileProblems
 from lem.orchestration.grid import GridValidationIssue, count_reasons, expand_campaign_grid, validate_named
@@ -68,7 +67,7 @@ class CampaignExperiment:
     def resolved(self) -> dict[str, Any]:
         """The configuration with every default and its name in this campaign, `${VAR}` unexpanded, for records."""
         given = canonical(ExperimentConfig, self.config_dict)
-        resolved: dict[str, Any] = restore_references(self.config.to_dict(), given)
+        resolved: dict[str, Any] = as_written(self.config.to_dict(), given)
         return resolved if resolved["config_name"] else {**resolved, "config_name": self.config_name}
 
     def new_entry(self) -> CampaignManifestEntry:

@@ -17,9 +17,8 @@ from typing import Any
 
 from lem.base.doc import printable
 from lem.base.durable import json_text
-from lem.base.errors import UserError
+from lem.base.errors import UserError, did_you_mean
 from lem.base.reasons import Reason
-from lem.config.problems import did_you_mean
 from lem.record import Distribution, Gpu, Record, ResultKey, parts_of_source
 from lem.results.metrics import LATENCIES, used_records
 from lem.results.store import StoredResult

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from lem.base.errors import UserError
+from lem.base.errors import UserError, did_you_mean
 from lem.base.reasons import Reason
-from lem.config.problems import did_you_mean
 from lem.record import Record, ResultKey
 
 

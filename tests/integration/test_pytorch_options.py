@@ -14,8 +14,8 @@ import pytest
 
 from lem.base.errors import OptionRefused
 from lem.config.backends import PyTorchConfig
+from lem.config.kinds import ConfigProblems
 from lem.config.option import walk
-from lem.config.problems import ConfigProblems
 from lem.engines.protocol import Engine, EngineReport, TokenRequest
 from lem.engines.pytorch import load
 from lem.engines.pytorch.generation import BatchRunner, describe_effective

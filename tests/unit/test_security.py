@@ -17,7 +17,7 @@ import yaml
 from lem.base.errors import ConfigurationError, UserError
 from lem.config import load
 from lem.config.campaign_config import CampaignConfig
-from lem.config.problems import ConfigProblems
+from lem.config.kinds import ConfigProblems
 from lem.orchestration.names import file_stem
 from lem.results.store import Repository, experiment_folder_name
 from tests.command_rig import run_lem

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from lem.base.errors import did_you_mean
 from lem.base.reasons import Reason
 from lem.config.backends import PyTorchConfig
 from lem.config.experiment import ExperimentConfig
-from lem.config.problems import did_you_mean
 from lem.engines.common import Refusal, reason_against, refuse
 from lem.engines.protocol import TokenRequest
 

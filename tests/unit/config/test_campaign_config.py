@@ -24,7 +24,7 @@ from lem.config.campaign_config import (
     with_campaign_defaults,
 )
 from lem.config.experiment import ExperimentConfig
-from lem.config.problems import ConfigProblems, dotted
+from lem.config.kinds import ConfigProblems, dotted
 
 GRID = CampaignGridConfig(backends=("pytorch",))
 

@@ -22,8 +22,9 @@ from lem.config.experiment import (
     TrafficConfig,
     WarmupConfig,
 )
+from lem.config.kinds import ConfigProblems, dotted
+from lem.config.option import nest
 from lem.config.presets import PRESETS, find_preset
-from lem.config.problems import ConfigProblems, dotted, nest
 
 
 def experiment(**options: Any) -> ExperimentConfig:

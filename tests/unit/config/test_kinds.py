@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 
-from lem.config.kinds import Expanded, as_written, restore_references, simple
+from lem.config.kinds import Expanded, as_written, simple
 from lem.config.yamlfile import expand
 
 
@@ -25,7 +25,7 @@ def test_records_get_the_text_as_written():
 def test_references_are_put_back_into_what_was_resolved():
     secret = expand("${TOKEN}", {"TOKEN": "hunter2"}, is_plain=True)
     resolved = {"a": "hunter2", "list": ["hunter2", "x"], "default": 3}
-    assert restore_references(resolved, {"a": secret, "list": [secret, "x"]}) == {
+    assert as_written(resolved, {"a": secret, "list": [secret, "x"]}) == {
         "a": "${TOKEN}",
         "list": ["${TOKEN}", "x"],
         "default": 3,

@@ -10,8 +10,8 @@ import pytest
 from lem.base.errors import ConfigurationError
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig
+from lem.config.kinds import ConfigProblems, dotted
 from lem.config.load import complete_campaign, kind_of, load_campaign, load_campaign_of_files, load_experiment
-from lem.config.problems import ConfigProblems, dotted
 from lem.config.yamlfile import FileProblems
 
 
@@ -189,7 +189,16 @@ def test_sets_that_are_not_key_and_value_are_refused(folder: Path, item: str) ->
         ("campaign_name: x\ngrid: {backends: [pytorch]}\nnotification: {webhook_url: hunter2}\n", []),
         ("campaign_name: x\ngrid: 3\nnotification: {on: x, webhook_url: https://hunter2}\n", []),
         ("notification: {webhook_url: https://hunter2}}\n", []),
+        ("campaign_name: x\nnotification: {webhook_url: 6666}\n", []),
+        ("campaign_name: x\nnotification: {webhook_url: 6666.5}\n", []),
+        ("campaign_name: x\nnotification: {webhook_url: [https://hunter2]}\n", []),
+        ("campaign_name: x\nnotification: https://hunter2\n", []),
+        ("campaign_name: x\nnotification: {webhook: https://hunter2}\n", []),
+        ("campaign_name: x\nwebook_url: https://hunter2\n", []),
+        ("campaign_name: x\nnotification:\n  webhook_url:\n    https://hunter2/${LEM_TEST_UNSET}\n", []),
         ("campaign_name: x\ngrid: {backends: [pytorch]}\n", ["notification.webhook_url=hunter2"]),
+        ("campaign_name: x\ngrid: {backends: [pytorch]}\n", ["notification=hunter2"]),
+        ("campaign_name: x\ngrid: {backends: [pytorch]}\n", ["notification.webhook_url=6666"]),
     ],
 )
 def test_a_secret_is_shown_neither_from_a_file_nor_from_the_command_line(
@@ -198,7 +207,9 @@ def test_a_secret_is_shown_neither_from_a_file_nor_from_the_command_line(
     write(folder, c=text)
     error = refusal(load_campaign, "c.yaml", sets)
     assert error.located
-    assert "hunter" not in f"{error.message} {error.hint}"
+    shown = f"{error.message} {error.hint} {[problem.message for _, problem in error.located]}"
+    assert "hunter" not in shown
+    assert "6666" not in shown
 
 
 # Variables

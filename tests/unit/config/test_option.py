@@ -14,9 +14,8 @@ import pytest
 
 from lem.base.errors import ConfigurationError, ExitCode, exit_code_of
 from lem.config.experiment import ExperimentConfig
-from lem.config.kinds import REQUIRED
-from lem.config.option import Section, check_partial, find_option, merge, option, put, walk
-from lem.config.problems import ConfigProblems, Problem, dotted, leaves, nest
+from lem.config.kinds import REQUIRED, ConfigProblems, Problem, dotted
+from lem.config.option import Section, check_partial, find_option, leaves, merge, nest, option, put, walk
 
 
 @dataclass(frozen=True)

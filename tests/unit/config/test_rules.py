@@ -9,7 +9,7 @@ import pytest
 
 from lem.config import rules
 from lem.config.experiment import ExperimentConfig
-from lem.config.problems import dotted
+from lem.config.kinds import dotted
 
 
 @dataclass(frozen=True)
