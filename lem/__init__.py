@@ -13,11 +13,11 @@ from lem.base import __version__
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # a type checker takes it for true
-    from lem.api import Campaign, compare, load, read, report
+    from lem.api import Campaign, load, read, report
     from lem.base.errors import LemError, UserError
     from lem.orchestration.plan import Plan
     from lem.orchestration.status import Event
-    from lem.results.compare import Comparison
+    from lem.results.compare import Comparison, compare
     from lem.results.run import Configuration, Estimate, Run
 
 __all__ = [
@@ -47,7 +47,7 @@ _HOMES = {
     "Plan": "lem.orchestration.plan",
     "Run": "lem.results.run",
     "UserError": "lem.base.errors",
-    "compare": "lem.api",
+    "compare": "lem.results.compare",
     "load": "lem.api",
     "read": "lem.api",
     "report": "lem.api",

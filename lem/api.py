@@ -21,8 +21,7 @@ from lem.orchestration.resume import RunOptions
 from lem.orchestration.schedule import StopRequest
 from lem.orchestration.session import plan_campaign
 from lem.orchestration.status import Event
-from lem.results.compare import Comparison, compare_any
-from lem.results.run import Configuration, Run, read_run
+from lem.results.run import Run, read_run
 
 
 @dataclass(frozen=True)
@@ -106,15 +105,6 @@ def read(results_dir: str | PathLike[str], campaign: str, run: str | None = None
         LemError: no such campaign or run, or more than one.
     """
     return resolve_run(Path(results_dir), slug_of(campaign), run).read()
-
-
-def compare(a: Run | Configuration, b: Run | Configuration) -> Comparison:
-    """`b` against `a`: two configurations, paired within cycles if they are of one run; or two runs over an anchor.
-
-    Raises:
-        LemError: there is nothing to compare.
-    """
-    return compare_any(a, b)
 
 
 def report(run: Run, path: str | PathLike[str]) -> Path:

@@ -102,7 +102,7 @@ class _Target:
 def _compare(
     args: argparse.Namespace, problems: list[Problem], metrics: Sequence[Metric], gates: Sequence[Gate]
 ) -> Comparison:
-    from lem.results.compare import compare_configurations, compare_runs
+    from lem.results.compare import Anchor, compare_configurations, compare_runs
 
     targets = _targets(args.results_dir, args.targets)
     runs = list(dict.fromkeys(target.where for target in targets))
@@ -121,8 +121,7 @@ def _compare(
     return compare_runs(
         *found,
         chosen=(named[0], named[1]) if named else None,
-        anchor=args.anchor,
-        tolerance=_tolerance(args.anchor_tolerance),
+        anchor=Anchor(args.anchor, _tolerance(args.anchor_tolerance)),
         metrics=metrics,
         gates=gates,
     )

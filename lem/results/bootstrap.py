@@ -38,14 +38,12 @@ BOOTSTRAP_COVERAGE = types.MappingProxyType({2: 0.50, 3: 0.75, 5: 0.84, 10: 0.90
 
 @dataclass(frozen=True)
 class BootstrapResult:
-    """A mean with its percentile bootstrap interval, in the unit of the samples.
+    """An arithmetic mean with its percentile bootstrap interval, in the unit of the samples.
 
     Attributes:
-        mean: arithmetic mean.
         std: sample standard deviation (n - 1); None for one sample.
         ci_lower, ci_upper: the interval of the mean; None for one sample.
-        n_samples: the number of samples.
-        confidence: nominal confidence, for example 0.95.
+        confidence: nominal, for example 0.95.
         warning: why the interval is missing or unreliable.
     """
 
@@ -65,8 +63,6 @@ class LogTInterval:
     Attributes:
         geometric_mean: None when a sample is zero or negative.
         ci_lower, ci_upper: None for one sample, and without a geometric mean.
-        n_samples: the number of samples.
-        confidence: for example 0.95.
         warning: why something is missing.
     """
 
@@ -157,24 +153,21 @@ def bootstrap_coverage_label(n_samples: int, confidence: float = CONFIDENCE) -> 
 
     None where it is unknown; the simulation was of a nominal 95 %.
     """
-    sizes = sorted(BOOTSTRAP_COVERAGE)
-    if confidence != CONFIDENCE or n_samples < sizes[0]:
+    percent = {size: round(100 * coverage) for size, coverage in BOOTSTRAP_COVERAGE.items()}
+    below = max((size for size in percent if size <= n_samples), default=None)
+    above = min((size for size in percent if size >= n_samples), default=None)
+    if confidence != CONFIDENCE or below is None:
         return None
-    percent = {size: round(100 * BOOTSTRAP_COVERAGE[size]) for size in sizes}
-    if n_samples in percent:
-        return f"{percent[n_samples]} %"
-    below = max(size for size in sizes if size < n_samples)
-    above = min((size for size in sizes if size > n_samples), default=None)
-    return f"over {percent[below]} %" if above is None else f"{percent[below]} to {percent[above]} %"
+    if above is None:
+        return f"over {percent[below]} %"
+    return f"{percent[below]} %" if below == above else f"{percent[below]} to {percent[above]} %"
 
 
 def _sorted_means(values: list[float], n_iterations: int, seed: int) -> list[float]:
     """The means of all resamples. A mean does not depend on the order (`fmean` rounds once), so each is taken once."""
-    counted = [
-        (statistics.fmean([values[index] for index in row]), count)
-        for row, count in _resamples(len(values), n_iterations, seed)
-    ]
-    return [mean for mean, count in sorted(counted) for _ in range(count)]
+    resamples = _resamples(len(values), n_iterations, seed)
+    counted = sorted((statistics.fmean([values[index] for index in row]), count) for row, count in resamples)
+    return [mean for mean, count in counted for _ in range(count)]
 
 
 @functools.lru_cache(maxsize=8)
@@ -189,7 +182,7 @@ def _resamples(n: int, n_iterations: int, seed: int) -> tuple[tuple[tuple[int, .
 
 
 def _checked(samples: Iterable[float]) -> list[float]:
-    values = [float(value) for value in samples]
+    values = list(map(float, samples))
     if not values:
         raise ValueError("no samples")
     for index, value in enumerate(values):

@@ -37,14 +37,8 @@ _COVERED = frozenset({
 
 _SAME_WORK = "set ignore_eos: true and min_output_tokens = max_output_tokens, so that all do the same work"
 
-# Findings that are something to know; the others make numbers or verdicts unreliable.
-_NOTES = frozenset({
-    "invalid", "short_window", "failed_requests", "power_capped", "gap_too_short", "baseline_drift",
-    "baselines_apart", "integrated_power", "warning", "same_order", "indistinguishable", "stopping",
-})  # fmt: skip
-
-# What to do about a finding, by its kind.
-_REMEDIES: Mapping[str, str] = {
+# What to do about a finding, by its kind. Findings that make numbers or verdicts unreliable:
+_WEAK: Mapping[str, str] = {
     "damaged": (
         "restore them from a backup, or measure again: lem campaign --resume runs every experiment without a result"
     ),
@@ -53,39 +47,42 @@ _REMEDIES: Mapping[str, str] = {
     "unequal_exclusions": (
         "find the cause and measure again: what always throttles or fails is a finding, not an outlier"
     ),
-    "invalid": "remove the cause; lem results show RUN/EXPERIMENT shows what was measured",
     "no_valid_result": "remove the cause, then --resume",
     "unsteady": "raise measurement.min_window_sec, warm up longer, and check what else runs on the machine",
     "warmup": "raise warmup.max_prompts or warmup.timeout_seconds",
-    "short_window": f"set measurement.min_window_sec to {SHORT_WINDOW_S:g} or more, or use more prompts",
-    "failed_requests": "the log.txt of the experiment shows why; failed requests cost energy and give no tokens",
     "throttled": "improve cooling, lower the power limit, or raise execution.config_gap_seconds",
-    "power_capped": "normal under load; compare only at the same limit (power_limit_w in the record)",
-    "gap_too_short": "raise execution.config_gap_seconds and execution.cycle_gap_seconds",
     "foreign_processes": "stop them (lem doctor lists them), or reserve the machine while it measures",
     "crosscheck": (
         "the sensors of A100 and H100 sample only part of the time: trust the counter; elsewhere see sample_gap_max_s"
     ),
-    "baseline_drift": "lengthen the gaps, and check what else draws power; gross energy is unaffected",
-    "baselines_apart": "net energies are not comparable; compare gross energy, and check what else draws power",
     "estimate": (
         "make RAPL readable (lem doctor shows how), or provide readings of an external meter (measurement.external_csv)"
-    ),
-    "integrated_power": (
-        "a sensor that samples only part of the time is wrong under a periodic load: raise measurement.min_window_sec"
     ),
     "shared_loads": "set execution.reuse: cycle, which reloads engines in every cycle",
     "output_lengths": _SAME_WORK,
     "not_comparable": "measure them the same way, or compare only those measured the same way",
     "environment_changed": "measure again in one environment (--fresh)",
-    "warning": "",
     "drift": "lengthen the gaps, use structure: shuffled, and check what warms up; ratios within cycles suffer least",
     "grouped": "use structure: interleaved or shuffled",
-    "same_order": "use structure: shuffled, so that lem check can measure the effect of the order",
     "order_effect": "raise execution.config_gap_seconds, so that the previous experiment has no effect",
     "few_cycles": "use --cycles 5, or --until ci=2%",
     "wide_interval": "add cycles: lem campaign … --resume --until ci=2%; or find out why cycles differ",
     "too_few_cycles": "",
+}
+# Findings that are something to know about the numbers:
+_NOTES: Mapping[str, str] = {
+    "invalid": "remove the cause; lem results show RUN/EXPERIMENT shows what was measured",
+    "short_window": f"set measurement.min_window_sec to {SHORT_WINDOW_S:g} or more, or use more prompts",
+    "failed_requests": "the log.txt of the experiment shows why; failed requests cost energy and give no tokens",
+    "power_capped": "normal under load; compare only at the same limit (power_limit_w in the record)",
+    "gap_too_short": "raise execution.config_gap_seconds and execution.cycle_gap_seconds",
+    "baseline_drift": "lengthen the gaps, and check what else draws power; gross energy is unaffected",
+    "baselines_apart": "net energies are not comparable; compare gross energy, and check what else draws power",
+    "integrated_power": (
+        "a sensor that samples only part of the time is wrong under a periodic load: raise measurement.min_window_sec"
+    ),
+    "warning": "",
+    "same_order": "use structure: shuffled, so that lem check can measure the effect of the order",
     "indistinguishable": f"{MOST_CYCLES} cycles would not separate them: treat them as equal",
     "stopping": "for a verdict that depends on the third digit, measure again with a fixed number of cycles",
 }
@@ -107,9 +104,6 @@ class Finding:
         return self.reason.text.rstrip(".") if self.kind == "warning" else self.reason.text
 
 
-Found = Iterable[Finding]
-
-
 @dataclass(frozen=True)
 class Check:
     """What was found about a run, the weak findings first."""
@@ -123,63 +117,55 @@ class Check:
         return any(item.is_weak for item in self.findings)
 
 
+Found = Iterable[Finding]
+_OneCheck = Callable[[Run], Found]
+
+
 def check_run(run: Run) -> Check:
     """Everything that weakens the numbers of a run."""
     found = (finding for check in _CHECKS for finding in check(run))
     return Check(run, tuple(sorted(found, key=lambda item: not item.is_weak)))
 
 
-@dataclass(frozen=True)
-class _OfResults:
-    """A check of every used result: how many of them does it concern?"""
+def _of_results(kind: str, what: Reason, concerns: Callable[[Record], object]) -> _OneCheck:
 
-    kind: str
-    what: Reason
-    concerns: Callable[[Record], bool]
-
-    def __call__(self, run: Run) -> Found:
+    def check(run: Run) -> Found:
         used = {item.name: item.used for item in run.with_results}
-        counts = {name: count for name, records in used.items() if (count := sum(map(self.concerns, records)))}
-        if counts:
-            total = sum(len(used[name]) for name in counts)
-            reason = Reason.of("some_results", what=self.what, count=sum(counts.values()), total=total)
-            yield _finding(self.kind, reason, counts)
+        counts = {name: sum(map(bool, map(concerns, records))) for name, records in used.items()}
+        named = [name for name, count in counts.items() if count]
+        if named:
+            total = sum(len(used[name]) for name in named)
+            yield _finding(kind, Reason.of("some_results", what=what, count=sum(counts.values()), total=total), named)
+
+    return check
 
 
-@dataclass(frozen=True)
-class _OfConfigurations:
+def _of_configurations(
+    kind: str, amount: Callable[[Configuration], float], what: Callable[[float], Reason]
+) -> _OneCheck:
     """A check of every configuration: it concerns those with an amount, and the text may name the largest."""
 
-    kind: str
-    amount: Callable[[Configuration], float]
-    what: Callable[[float], Reason]
-
-    def __call__(self, run: Run) -> Found:
-        amounts = {item.name: amount for item in run.with_results if (amount := self.amount(item))}
+    def check(run: Run) -> Found:
+        amounts = {item.name: found for item in run.with_results if (found := amount(item))}
         if amounts:
-            yield _finding(self.kind, self.what(max(amounts.values())), amounts)
+            yield _finding(kind, what(max(amounts.values())), amounts)
+
+    return check
 
 
 def _finding(
     kind: str, reason: Reason, whom: Iterable[str] = (), *, is_weak: bool | None = None, remedy: str | None = None
 ) -> Finding:
-    weak = kind not in _NOTES if is_weak is None else is_weak
-    return Finding(kind, weak, reason, _REMEDIES[kind] if remedy is None else remedy, tuple(whom))
+    weak = kind in _WEAK if is_weak is None else is_weak
+    return Finding(kind, weak, reason, {**_WEAK, **_NOTES}[kind] if remedy is None else remedy, tuple(whom))
 
 
-def _damage(run: Run) -> Found:
+def _missing(run: Run) -> Found:
     damaged = [f"{item.path} ({item.kind})" for item in run.problems if item.kind != "missing"]
     if damaged:
         yield _finding("damaged", Reason.of("results_damaged", named=some_of(damaged, _DAMAGE_SHOWN)))
-
-
-def _failures(run: Run) -> Found:
-    count = sum(run.failed.values())
-    if count:
+    if count := sum(run.failed.values()):
         yield _finding("failed", Reason.of("results_missing", experiments=plural(count, "experiment")), run.failed)
-
-
-def _no_results(run: Run) -> Found:
     if not run.records:
         yield _finding("no_results", Reason.of("no_results"))
 
@@ -217,14 +203,13 @@ def _work(run: Run) -> Found:
         if high <= (1 + LENGTH_TOLERANCE) * low:
             continue
         is_alike = False
-        is_free = any(name in free for name in lengths)
-        what = Reason.of("free_lengths_differ" if is_free else "lengths_differ", low=low, high=high)
-        remedy = (
-            _SAME_WORK
-            if is_free
-            else "ignore_eos was set but had no effect: the log.txt of the experiment may show why"
+        code, remedy = (
+            "lengths_differ",
+            "ignore_eos was set but had no effect: the log.txt of the experiment may show why",
         )
-        yield _finding("output_lengths", what, lengths, remedy=remedy)
+        if any(name in free for name in lengths):
+            code, remedy = "free_lengths_differ", _SAME_WORK
+        yield _finding("output_lengths", Reason.of(code, low=low, high=high), lengths, remedy=remedy)
     if free and is_alike:
         yield _finding("output_lengths", Reason.of("free_lengths"), free, is_weak=False)
 
@@ -261,7 +246,7 @@ def _drift(run: Run) -> Found:
 
 def _order(run: Run) -> Found:
     used = [record for item in run.with_results for record in item.used]
-    names = [item.identity.config_name for item in sorted(used, key=_order_index)]
+    names = [item.identity.config_name for item in _in_order(used)]
     if len(set(names)) < 2:
         return
     n_blocks = sum(1 for _ in itertools.groupby(names))
@@ -282,10 +267,7 @@ def _order(run: Run) -> Found:
 
 
 def position_effect(run: Run, metric: Metric) -> Drift | None:
-    """How a metric moves from the first place within a cycle to the last, whichever configuration is there.
-
-    None where places and configurations cannot be separated: the order is the same in every cycle.
-    """
+    """How a metric moves from the first place within a cycle to the last; None where every cycle has the same order."""
     rows = _values(run, metric)
     cycles = _by_cycle(record for _, record, _ in rows)
     place_of = {item.identity.key: place for members in cycles.values() for place, item in enumerate(members)}
@@ -305,7 +287,6 @@ def _wide_intervals(run: Run) -> Found:
 
 
 def _pairs(run: Run) -> Found:
-    """Neighbours in rank that the cycles cannot separate."""
     metric = run.primary_metric
     known = [(value, item) for item in run.with_results if (value := item.estimate(metric).value)]
     ranked = [item for _, item in sorted(known, key=lambda entry: entry[0])]
@@ -364,7 +345,7 @@ def _meters_differ(record: Record) -> bool:
 
 def _rest_changed(record: Record) -> bool:
     before_w, after_w = record.idle.idle_loaded_power_w, record.idle.idle_loaded_post_power_w
-    return bool(before_w) and after_w is not None and abs(after_w / (before_w or 1) - 1) > REST_TOLERANCE
+    return bool(before_w and after_w is not None and abs(after_w / before_w - 1) > REST_TOLERANCE)
 
 
 def _baseline_spread(configuration: Configuration) -> float:
@@ -375,7 +356,6 @@ def _baseline_spread(configuration: Configuration) -> float:
 
 
 def _length(records: Sequence[Record]) -> float:
-    """Output tokens per request, over all of them."""
     requests = sum(item.work.requests_ok for item in records)
     return sum(item.work.output_tok for item in records) / requests if requests else 0.0
 
@@ -385,7 +365,6 @@ def _names(records: Iterable[Record]) -> tuple[str, ...]:
 
 
 def _values(run: Run, metric: Metric) -> list[tuple[str, Record, float]]:
-    """The positive values of the used results, with their configuration."""
     return [
         (item.name, record, value)
         for item in run.with_results
@@ -394,16 +373,15 @@ def _values(run: Run, metric: Metric) -> list[tuple[str, Record, float]]:
     ]
 
 
+def _in_order(records: Iterable[Record]) -> list[Record]:
+    return sorted(records, key=lambda item: item.identity.order_index)
+
+
 def _by_cycle(records: Iterable[Record]) -> Mapping[int, Sequence[Record]]:
-    """The results of each cycle in the order in which they ran."""
     found: dict[int, list[Record]] = {}
-    for record in sorted(records, key=_order_index):
+    for record in _in_order(records):
         found.setdefault(record.identity.cycle_index, []).append(record)
     return found
-
-
-def _order_index(record: Record) -> int:
-    return record.identity.order_index
 
 
 def _change(code: str, metric: Metric, drift: Drift) -> Reason:
@@ -415,43 +393,39 @@ def _change(code: str, metric: Metric, drift: Drift) -> Reason:
 
 
 # In the order in which findings of the same weight are shown.
-_CHECKS: tuple[Callable[[Run], Found], ...] = (
-    _damage,
-    _failures,
-    _no_results,
+_CHECKS: tuple[_OneCheck, ...] = (
+    _missing,
     _exclusions,
-    _OfConfigurations("no_valid_result", lambda item: not item.cycles, lambda _: Reason.of("no_valid_result")),
-    _OfResults("unsteady", Reason.of("window_moved"), lambda item: item.validity.steady is False),
-    _OfResults("warmup", Reason.of("warmup_did_not_settle"), lambda item: item.validity.warmup_converged is False),
-    _OfResults("short_window", Reason.of("window_short", least_s=SHORT_WINDOW_S, updates=WINDOW_UPDATES), _is_short),
-    _OfResults("failed_requests", Reason.of("few_requests_failed"), lambda item: item.work.requests_failed > 0),
+    _of_configurations("no_valid_result", lambda item: not item.cycles, lambda _: Reason.of("no_valid_result")),
+    _of_results("unsteady", Reason.of("window_moved"), lambda item: item.validity.steady is False),
+    _of_results("warmup", Reason.of("warmup_did_not_settle"), lambda item: item.validity.warmup_converged is False),
+    _of_results("short_window", Reason.of("window_short", least_s=SHORT_WINDOW_S, updates=WINDOW_UPDATES), _is_short),
+    _of_results("failed_requests", Reason.of("few_requests_failed"), lambda item: item.work.requests_failed),
     _throttling,
-    _OfConfigurations("power_capped", _capped_share, lambda most: Reason.of("power_capped", share=percent(most))),
-    _OfResults(
+    _of_configurations("power_capped", _capped_share, lambda most: Reason.of("power_capped", share=percent(most))),
+    _of_results(
         "gap_too_short",
         Reason.of("gap_ended_at_cap"),
         lambda item: item.window.gap_end_reason == Reason.of("gap_cap_reached"),
     ),
-    _OfResults(
-        "foreign_processes", Reason.of("others_on_gpu"), lambda item: bool(item.environment.other_gpu_processes)
-    ),
-    _OfResults("crosscheck", Reason.of("meters_apart", tolerance=percent(CROSSCHECK_TOLERANCE)), _meters_differ),
-    _OfResults("baseline_drift", Reason.of("rest_power_changed", tolerance=percent(REST_TOLERANCE)), _rest_changed),
-    _OfConfigurations(
+    _of_results("foreign_processes", Reason.of("others_on_gpu"), lambda item: item.environment.other_gpu_processes),
+    _of_results("crosscheck", Reason.of("meters_apart", tolerance=percent(CROSSCHECK_TOLERANCE)), _meters_differ),
+    _of_results("baseline_drift", Reason.of("rest_power_changed", tolerance=percent(REST_TOLERANCE)), _rest_changed),
+    _of_configurations(
         "baselines_apart", _baseline_spread, lambda most: Reason.of("baselines_apart", spread=percent(most))
     ),
-    _OfResults("estimate", Reason.of("estimate_only"), lambda item: item.energy.primary_j.is_estimate),
-    _OfResults(
+    _of_results("estimate", Reason.of("estimate_only"), lambda item: item.energy.primary_j.is_estimate),
+    _of_results(
         "integrated_power",
         Reason.of("power_integrated"),
         lambda item: is_integrated_power(item.energy.primary_j.source),
     ),
-    _OfConfigurations(
+    _of_configurations(
         "shared_loads", lambda item: item.is_load_shared, lambda _: Reason.of("shared_loads", why=SHARED_LOAD)
     ),
     _work,
     _obstacles,
-    _OfConfigurations(
+    _of_configurations(
         "environment_changed",
         lambda item: len({record.environment.fingerprint for record in item.used}) > 1,
         lambda _: Reason.of("environment_changed"),
@@ -459,7 +433,7 @@ _CHECKS: tuple[Callable[[Run], Found], ...] = (
     _warnings,
     _drift,
     _order,
-    _OfConfigurations(
+    _of_configurations(
         "few_cycles",
         lambda item: item.n_cycles if item.n_cycles < _LEAST_CYCLES else 0,
         lambda most: Reason.of("only_one_cycle" if most == 1 else "only_two_cycles"),

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lem.base.errors import ExitCode, UserError
 from lem.base.reasons import Reason, alike
@@ -26,11 +26,11 @@ SIGNIFICANCE = 0.05
 _DEFAULT_METRICS = ("energy_per_output_tok_j", "output_tok_per_s", "ttft_p50_s", "e2e_p50_s")
 _SHOWN_CAUSES = 2
 
-# Between days an unchanged configuration moves by about 1 %; a larger change has another cause.
-_TOLERANCE = 0.05
-
 _OWN_ANCHOR = Reason.of("own_anchor")
-_NO_ANCHOR = Reason.of("no_anchor")
+NO_ANCHOR = Reason.of("no_anchor")
+
+_Sides = tuple[Configuration, Configuration]
+_Found = tuple[Effect | None, Reason | None]
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class Row:
     judgement: Judgement | None = None
 
     @property
-    def is_found(self) -> bool:
-        """A difference was found."""
+    def is_found(self) -> bool:  # a difference
         return self.p_adjusted is not None and self.p_adjusted < SIGNIFICANCE
 
 
@@ -66,10 +65,14 @@ class Pair:
 class Anchor:
     """The configuration that two runs have in common, and how it changed from one to the other."""
 
-    name: str  # empty where there is none
-    ratios: Mapping[str, float]  # by metric name, later over earlier
-    tolerance: float  # the largest change that is taken for one between days
-    reason: Reason | None = None  # why there is none
+    name: str = ""  # as a wish: empty for the first unchanged one; as what was found: empty where there is none
+    # The largest change of the anchor itself that allows a verdict. Between days an unchanged configuration moves by
+    # about 1 %; a larger change has another cause.
+    tolerance: float = 0.05
+    ratios: Mapping[str, float] = field(default_factory=dict)  # found, by metric name: later over earlier
+
+
+_DEFAULT_ANCHOR = Anchor()
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,10 @@ class Comparison:
 
 def gate_code(comparison: Comparison, *, is_strict: bool) -> ExitCode:
     """The exit code of the gates: a confirmed regression, or undecided where that counts, or fine."""
-    verdicts = [row.judgement.verdict for pair in comparison.pairs for row in pair.rows if row.judgement]
+    verdicts = {row.judgement.verdict for pair in comparison.pairs for row in pair.rows if row.judgement}
     if Verdict.WORSE in verdicts:
         return ExitCode.REGRESSION
-    is_open = Verdict.INCONCLUSIVE in verdicts or not verdicts or bool(comparison.missing)
+    is_open = Verdict.INCONCLUSIVE in verdicts or not verdicts or comparison.missing
     return ExitCode.INCONCLUSIVE if comparison.gates and is_strict and is_open else ExitCode.OK
 
 
@@ -106,50 +109,47 @@ def compare_configurations(
     metrics: Sequence[Metric] = (),
     gates: Sequence[Gate] = (),
 ) -> Comparison:
-    """Each of `others` against `baseline`, paired within cycles.
-
-    Args:
-        metrics: what to compare; by default the metrics of the gates, and without gates what people look at first.
-    """
+    """Each of `others` against `baseline`, within cycles, in `metrics` and those of the gates, else the usual ones."""
     chosen = _metrics_to_show(metrics, gates, [baseline, *others])
     pairs = tuple(_pair_within(baseline, other, chosen) for other in others)
-    return _finished(Comparison((run,), pairs, chosen, tuple(gates), missing=_without_result(run)))
+    return _finished(Comparison((run,), pairs, chosen, tuple(gates), missing=tuple(_without_result(run))))
 
 
 def compare_runs(
     before: Run,
     after: Run,
     *,
-    chosen: tuple[Configuration, Configuration] | None = None,
-    anchor: str = "",
-    tolerance: float = _TOLERANCE,
+    chosen: _Sides | None = None,
+    anchor: Anchor = _DEFAULT_ANCHOR,
     metrics: Sequence[Metric] = (),
     gates: Sequence[Gate] = (),
 ) -> Comparison:
-    """The configurations of `after` against their counterparts in `before`.
+    """The configurations of `after` against their counterparts in `before`, over an anchor.
 
     Args:
         chosen: the one pair to compare; by default every configuration that has a counterpart.
-        anchor: the name of the common configuration that both are compared with; by default the first unchanged one.
-        tolerance: the largest change of the anchor itself that allows a verdict.
 
     Raises:
         UserError: no such anchor, or it is not the same configuration in both.
     """
-    anchors = _find_anchor(before, after, anchor, chosen)
-    matched, notes = ([chosen], []) if chosen else _match(before, after, anchors)
+    anchors = _find_anchor(before, after, anchor.name, chosen)
+    matched, missing = ([chosen], []) if chosen else _match(before, after, anchors)
     shown = _metrics_to_show(metrics, gates, [item for pair in matched for item in pair])
-    pairs = tuple(_pair_across(pair, anchors, shown, tolerance) for pair in matched)
-    missing = (*notes, *(() if chosen else _without_result(before, after)))
-    found = _describe_anchor(anchors, shown, tolerance)
-    return _finished(Comparison((before, after), pairs, shown, tuple(gates), found, missing=missing))
+    pairs = tuple(_pair_across(pair, anchors, shown, anchor.tolerance) for pair in matched)
+    found = dataclasses.replace(anchor, name="")
+    if anchors is not None:
+        logs = {metric.name: _raw(metric, *anchors) for metric in shown}
+        ratios = {name: math.exp(value) for name, value in logs.items() if value is not None}
+        found = Anchor(anchors[0].name, anchor.tolerance, ratios)
+    missing += [] if chosen else _without_result(before, after)
+    return _finished(Comparison((before, after), pairs, shown, tuple(gates), found, missing=tuple(missing)))
 
 
-def compare_any(a: Run | Configuration, b: Run | Configuration) -> Comparison:
-    """`b` against `a`: two runs over an anchor, or two configurations of one run within cycles.
+def compare(a: Run | Configuration, b: Run | Configuration) -> Comparison:
+    """`b` against `a`: two configurations, paired within cycles if they are of one run; or two runs over an anchor.
 
     Raises:
-        UserError: no results, the same run twice, configurations of different runs, or a run and a configuration.
+        LemError: there is nothing to compare.
     """
     if isinstance(a, Run) and isinstance(b, Run):
         if not a.records or not b.records:
@@ -168,7 +168,7 @@ def compare_any(a: Run | Configuration, b: Run | Configuration) -> Comparison:
     return compare_configurations(make_run(a.records, {a.name: a.n_failed}), a, [b])
 
 
-def find_effect(metric: Metric, baseline: Configuration, other: Configuration) -> tuple[Effect | None, Reason | None]:
+def find_effect(metric: Metric, baseline: Configuration, other: Configuration) -> _Found:
     """The ratio of two configurations of one run, and why it or its error is missing; None when neither is."""
     below, above = (cycle_values(metric, item.cycles) for item in (baseline, other))
     shared = [cycle for cycle in below if cycle in above]
@@ -182,7 +182,7 @@ def find_effect(metric: Metric, baseline: Configuration, other: Configuration) -
         return None, Reason.of("no_ratio")
     effect = paired_effect([above[cycle] for cycle in shared], [below[cycle] for cycle in shared])
     if len(shared) > 1 and (baseline.is_load_shared or other.is_load_shared):
-        return effect.without_error(), NO_INTERVAL
+        return dataclasses.replace(effect, std_error=None, df=None), NO_INTERVAL
     return effect, Reason.of("one_cycle") if len(shared) == 1 else None
 
 
@@ -193,114 +193,88 @@ def exclusion_reason(*configurations: Configuration) -> Reason | None:
     """
     if len({item.n_excluded for item in configurations}) < 2:
         return None
-    causes = "; ".join(f"{item.n_excluded} of {item.name}{_causes(item)}" for item in configurations)
-    return Reason.of("unequal_exclusions", causes=causes)
+    lost = []
+    for item in configurations:
+        groups = alike(item.invalid_reasons.items())
+        causes = [f"{found[0][0]} × {sum(count for _, count in found)}" for found in groups]
+        causes += [f"no result × {item.n_failed}"] if item.n_failed else []
+        more = len(causes) - _SHOWN_CAUSES
+        text = "; ".join(causes[:_SHOWN_CAUSES]) + (f" and {more} more" if more > 0 else "")
+        lost.append(f"{item.n_excluded} of {item.name}" + (f" ({text})" if text else ""))
+    return Reason.of("unequal_exclusions", causes="; ".join(lost))
 
 
-def _causes(configuration: Configuration) -> str:
-    groups = alike(configuration.invalid_reasons.items())
-    causes = [f"{found[0][0]} × {sum(count for _, count in found)}" for found in groups]
-    if configuration.n_failed:
-        causes.append(f"no result × {configuration.n_failed}")
-    more = len(causes) - _SHOWN_CAUSES
-    text = "; ".join(causes[:_SHOWN_CAUSES]) + (f" and {more} more" if more > 0 else "")
-    return f" ({text})" if text else ""
-
-
-def _without_result(*runs: Run) -> tuple[str, ...]:
-    """A line for each configuration without any result."""
-    return tuple(
+def _without_result(*runs: Run) -> list[str]:
+    return [
         f"no results: {item.name} in {run.run_id} ({item.n_failed} failed)"
         for run in runs
         for item in run.configurations
         if not item.records
-    )
+    ]
 
 
 def _metrics_to_show(
     metrics: Sequence[Metric], gates: Sequence[Gate], configurations: Sequence[Configuration]
 ) -> tuple[Metric, ...]:
-    """The metrics of the gates and those asked for; without either the usual ones, as far as they were measured."""
     asked = tuple(dict.fromkeys((*(gate.metric for gate in gates), *metrics)))
-    if asked:
-        return asked
     usual = tuple(metric for metric in METRICS if metric.name in _DEFAULT_METRICS)
-    measured = tuple(
-        metric for metric in usual if sum(item.estimate(metric).value is not None for item in configurations) > 1
-    )
-    return measured or usual[:1]
-
-
-_Found = tuple[Effect | None, Reason | None]
+    measured = (it for it in usual if sum(item.estimate(it).value is not None for item in configurations) > 1)
+    return asked or tuple(measured) or usual[:1]
 
 
 def _pair_within(baseline: Configuration, other: Configuration, metrics: Sequence[Metric]) -> Pair:
-    obstacles = find_obstacles(baseline.used, other.used)
+    obstacles, sides = find_obstacles(baseline.used, other.used), (baseline, other)
     excluded = exclusion_reason(baseline, other)
     rows = []
     for metric in metrics:
         blocking = blocking_reason(obstacles, metric.group) or excluded
-        row = _row(metric, (baseline, other), find_effect(metric, baseline, other), blocking)
-        rows.append(dataclasses.replace(row, all_attempts_ratio=_all_attempts_ratio(metric, baseline, other)))
+        row = _row(metric, sides, find_effect(metric, baseline, other), blocking)
+        rows.append(dataclasses.replace(row, all_attempts_ratio=_all_attempts_ratio(metric, sides)))
     return Pair(baseline, other, obstacles, tuple(rows))
 
 
-def _row(
-    metric: Metric, pair: tuple[Configuration, Configuration], found: _Found, blocking: Reason | None = None
-) -> Row:
+def _row(metric: Metric, sides: _Sides, found: _Found, blocking: Reason | None = None) -> Row:
     effect, reason = found
-    means = (pair[0].estimate(metric).value, pair[1].estimate(metric).value)
+    means = (sides[0].estimate(metric).value, sides[1].estimate(metric).value)
     return Row(metric, means, effect, reason=(reason if effect is None else None) or blocking or reason)
 
 
-def _all_attempts_ratio(metric: Metric, baseline: Configuration, other: Configuration) -> float | None:
-    """The ratio of the means over all attempts; None where all attempts are those that count."""
-    estimates = [item.estimate(metric) for item in (baseline, other)]
-    if not any(estimate.all_attempts for estimate in estimates):
-        return None
+def _all_attempts_ratio(metric: Metric, sides: _Sides) -> float | None:
+    estimates = [item.estimate(metric) for item in sides]
     below, above = (item.all_attempts.geometric_mean if item.all_attempts else item.value for item in estimates)
-    return above / below if below and above else None
+    return above / below if below and above and any(item.all_attempts for item in estimates) else None
 
 
-_Anchors = tuple[Configuration, Configuration] | None
-
-
-def _pair_across(
-    pair: tuple[Configuration, Configuration], anchors: _Anchors, metrics: Sequence[Metric], tolerance: float
-) -> Pair:
-    before, after = pair
-    others = anchors if anchors != pair else None
+def _pair_across(sides: _Sides, anchors: _Sides | None, metrics: Sequence[Metric], tolerance: float) -> Pair:
+    before, after = sides
+    others = anchors if anchors != sides else None
     obstacles = find_obstacles(before.used, after.used, is_anchored=others is not None)
     rows = []
     for metric in metrics:
         raw = _raw(metric, before, after)
         if others is not None:
             blocking = blocking_reason(obstacles, metric.group) or exclusion_reason(before, after, *others)
-            row = _row(metric, pair, _over_anchor(metric, pair, others, tolerance), blocking)
+            row = _row(metric, sides, _over_anchor(metric, sides, others, tolerance), blocking)
         else:
             effect = None if raw is None else Effect(raw, None, None, (before.n_cycles, after.n_cycles))
-            row = _row(metric, pair, (effect, _OWN_ANCHOR if anchors else _NO_ANCHOR))
+            row = _row(metric, sides, (effect, _OWN_ANCHOR if anchors else NO_ANCHOR))
         rows.append(dataclasses.replace(row, raw_ratio=None if raw is None else math.exp(raw)))
     return Pair(before, after, obstacles, tuple(rows))
 
 
-def _over_anchor(
-    metric: Metric, pair: tuple[Configuration, Configuration], anchors: tuple[Configuration, Configuration], most: float
-) -> _Found:
-    ratios = []
-    for configuration, anchor in zip(pair, anchors, strict=True):
-        effect, reason = find_effect(metric, anchor, configuration)
-        if effect is None:
-            return None, reason
-        ratios.append((effect, reason))
-    (earlier, why_earlier), (later, why_later) = ratios
+def _over_anchor(metric: Metric, sides: _Sides, anchors: _Sides, tolerance: float) -> _Found:
+    (earlier, why_earlier), (later, why_later) = (
+        find_effect(metric, anchor, item) for item, anchor in zip(sides, anchors, strict=True)
+    )
+    if earlier is None or later is None:
+        return None, why_earlier if earlier is None else why_later
     raw, moved = _raw(metric, *anchors), None
-    if raw is not None and abs(raw) > math.log1p(most):
-        moved = Reason.of("anchor_moved", name=anchors[0].name, ratio=math.exp(raw), most_percent=100 * most)
+    if raw is not None and abs(raw) > math.log1p(tolerance):
+        moved = Reason.of("anchor_moved", name=anchors[0].name, ratio=math.exp(raw), most_percent=100 * tolerance)
     return anchored_effect(later, earlier), why_earlier or why_later or moved
 
 
-def _find_anchor(before: Run, after: Run, name: str, chosen: _Anchors) -> _Anchors:
+def _find_anchor(before: Run, after: Run, name: str, chosen: _Sides | None) -> _Sides | None:
     by_hash = {item.config_hash: item for item in after.with_results}
     common = [(item, by_hash[item.config_hash]) for item in before.with_results if item.config_hash in by_hash]
     if name:
@@ -327,11 +301,11 @@ def _software(records: Iterable[Record]) -> set[tuple[object, ...]]:
     }
 
 
-def _match(before: Run, after: Run, anchors: _Anchors) -> tuple[list[tuple[Configuration, Configuration]], list[str]]:
+def _match(before: Run, after: Run, anchors: _Sides | None) -> tuple[list[_Sides], list[str]]:
     """The pairs to compare, and who has no counterpart: same configuration, else same name, else the only ones left."""
     left = [item for item in before.with_results if not anchors or item is not anchors[0]]
     right = [item for item in after.with_results if not anchors or item is not anchors[1]]
-    matched: list[tuple[Configuration, Configuration]] = []
+    matched: list[_Sides] = []
     keys: tuple[Callable[[Configuration], str], ...] = (lambda item: item.config_hash, lambda item: item.name)
     for key in keys:
         for one in list(left):
@@ -344,23 +318,12 @@ def _match(before: Run, after: Run, anchors: _Anchors) -> tuple[list[tuple[Confi
         matched.append((left.pop(), right.pop()))
     if not matched and anchors:
         matched.append(anchors)
-    return matched, [
-        f"only in {run.run_id}: {', '.join(item.name for item in rest)}"
-        for run, rest in ((before, left), (after, right))
-        if rest
-    ]
-
-
-def _describe_anchor(anchors: _Anchors, metrics: Sequence[Metric], tolerance: float) -> Anchor:
-    if anchors is None:
-        return Anchor("", {}, tolerance, _NO_ANCHOR)
-    logs = {metric.name: _raw(metric, *anchors) for metric in metrics}
-    ratios = {name: math.exp(value) for name, value in logs.items() if value is not None}
-    return Anchor(anchors[0].name, ratios, tolerance)
+    rests = ((before, left), (after, right))
+    return matched, [f"only in {run.run_id}: {', '.join(it.name for it in rest)}" for run, rest in rests if rest]
 
 
 def _raw(metric: Metric, before: Configuration, after: Configuration) -> float | None:
-    """The log of the ratio of the two geometric means; None where one is missing."""
+    """The log of the ratio of the two geometric means."""
     below, above = before.estimate(metric).value, after.estimate(metric).value
     return math.log(above / below) if below and above else None
 
@@ -369,19 +332,17 @@ def _finished(comparison: Comparison) -> Comparison:
     """The comparison with p values adjusted over all of its rows, and the judgements of its gates."""
     rows = [row for pair in comparison.pairs for row in pair.rows]
     gates = {gate.metric: gate for gate in comparison.gates}
-    p_values = [None if row.reason or row.effect is None else row.effect.p_value for row in rows]
-    known = [p_value for p_value in p_values if p_value is not None]
-    adjusted = iter(holm(known))
+    found = ((index, row.effect.p_value) for index, row in enumerate(rows) if row.effect and not row.reason)
+    p_values = {index: p_value for index, p_value in found if p_value is not None}
+    adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
     judged = iter(judge([(gates[row.metric], row.effect, row.reason) for row in rows if row.metric in gates]))
     done = iter(
         dataclasses.replace(
-            row,
-            p_adjusted=None if p_value is None else next(adjusted),
-            judgement=next(judged) if row.metric in gates else None,
+            row, p_adjusted=adjusted.get(index), judgement=next(judged) if row.metric in gates else None
         )
-        for row, p_value in zip(rows, p_values, strict=True)
+        for index, row in enumerate(rows)
     )
     pairs = tuple(
         dataclasses.replace(pair, rows=tuple(itertools.islice(done, len(pair.rows)))) for pair in comparison.pairs
     )
-    return dataclasses.replace(comparison, pairs=pairs, n_compared=len(known))
+    return dataclasses.replace(comparison, pairs=pairs, n_compared=len(p_values))

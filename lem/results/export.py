@@ -80,11 +80,7 @@ def summary_columns(results: Iterable[StoredResult]) -> tuple[str, ...]:
 
 
 def with_columns(table: Table, names: Sequence[str]) -> Table:
-    """The table with only these columns, in this order.
-
-    Raises:
-        UserError: there is no such column.
-    """
+    """The table with only these columns, in this order; UserError where there is no such column."""
     known = set(table.columns)
     for name in names:
         if name not in known and table.rows:
@@ -100,11 +96,7 @@ def with_columns(table: Table, names: Sequence[str]) -> Table:
 
 
 def render(table: Table, form: str) -> str:
-    """The table as text that ends in a newline.
-
-    Raises:
-        ValueError: no such format.
-    """
+    """The table as text that ends in a newline; ValueError where there is no such format."""
     if form == "csv":
         return _as_csv(table)
     if form == "markdown":

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lem.base import durable
 from lem.base.codec import decode
@@ -31,6 +30,8 @@ from lem.results.store import (
 )
 
 SCHEMA_VERSION = 1
+
+_SHOWN = 5
 
 SHARD, REPLICATE = MODES = ("shard", "replicate")
 
@@ -68,22 +69,14 @@ class FleetPlan:
     hosts: tuple[HostPart, ...]
 
     def part(self, index: int) -> HostPart:
-        """What the host with that number, from 1, runs.
-
-        Raises:
-            UserError: there is no such host.
-        """
+        """What the host with that number, from 1, runs; UserError where there is none."""
         if not 1 <= index <= len(self.hosts):
             raise UserError(f"no part {index}: the plan has {len(self.hosts)} parts")
         return self.hosts[index - 1]
 
 
 def write_plan(path: Path, plan: FleetPlan) -> None:
-    """Write the plan; a stored plan is never changed.
-
-    Raises:
-        UserError: there is one, or it cannot be written.
-    """
+    """Write the plan; UserError where the file exists, since a stored plan is never changed, or cannot be written."""
     if path.exists():
         raise UserError(
             f"{path} exists, and a stored plan is never overwritten", "name another file, or remove this one"
@@ -95,26 +88,19 @@ def write_plan(path: Path, plan: FleetPlan) -> None:
 
 
 def read_plan(path: Path) -> FleetPlan:
-    """The plan in a file.
-
-    Raises:
-        UserError: it cannot be read, or is not a valid plan.
-    """
+    """The plan in a file; UserError where it cannot be read, or is not a valid plan."""
     try:
-        return _decode(durable.read_json(path))
+        document = durable.read_json(path)
+        if not isinstance(document, dict) or document.pop("schema_version", None) != SCHEMA_VERSION:
+            raise ValueError(f"not a plan of schema {SCHEMA_VERSION}")
+        plan = decode(FleetPlan, document, "plan")
+        _check(plan)
     except OSError as error:
         raise UserError(f"plan {path}: {reason_of(error)}", "give the file that --write-plan stored") from error
     except ValueError as error:
         raise UserError(
             f"plan {path}: {error}", "create it again: lem campaign FILE --write-plan PLAN --hosts …"
         ) from error
-
-
-def _decode(document: Any) -> FleetPlan:
-    if not isinstance(document, dict) or document.pop("schema_version", None) != SCHEMA_VERSION:
-        raise ValueError(f"not a plan of schema {SCHEMA_VERSION}")
-    plan = decode(FleetPlan, document, "plan")
-    _check(plan)
     return plan
 
 
@@ -133,9 +119,6 @@ def _check(plan: FleetPlan) -> None:
             raise ValueError(f"host {host.name}: unknown experiment {strange[0]!r}")
     if not known <= {exp_id for host in plan.hosts for exp_id in host.exp_ids}:
         raise ValueError("an experiment is assigned to no host")
-
-
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -175,11 +158,9 @@ def gather(folders: Sequence[Path], *, campaign: str | None = None, plan: FleetP
                 foreign.add(identity.run_id)
                 continue
             digest = sha256_of(item.path)
-            known = digests.setdefault(identity.key, digest)
-            if known != digest:
-                conflicts.append(f"{found[identity.key].path} and {item.path}")
-            else:
-                found.setdefault(identity.key, item)
+            known = found.setdefault(identity.key, item)
+            if digests.setdefault(identity.key, digest) != digest:
+                conflicts.append(f"{known.path} and {item.path}")
     if conflicts:
         n_pairs = plural(len(conflicts), "pair")
         raise UserError(
@@ -191,7 +172,6 @@ def gather(folders: Sequence[Path], *, campaign: str | None = None, plan: FleetP
 
 
 def _results_dirs(folders: Iterable[Path]) -> list[Path]:
-    """The results folders, each once even if it has several names."""
     found: dict[Path, Path] = {}
     for folder in folders:
         if not folder.is_dir():
@@ -234,8 +214,8 @@ def check_anchor(results: Sequence[StoredResult], anchor: str | None, tolerance:
     Raises:
         UserError: the hosts differ by more.
     """
-    records = [item.record for item in results if item.record.identity.config_hash == anchor]
-    records = [record for record in records if record.validity.valid]
+    anchors = (item.record for item in results if item.record.identity.config_hash == anchor)
+    records = [record for record in anchors if record.validity.valid]
     for metric in (ENERGY, THROUGHPUT):
         by_host = _geometric_means(records, metric)
         if by_host is None:
@@ -292,7 +272,7 @@ class Matrix:
 def completeness(gathered: Gathered, plan: FleetPlan | None) -> Matrix:
     """Which results are there, of those planned; without a plan, of those that any host has."""
     present: dict[tuple[str, str], bool] = {}
-    planned: dict[tuple[str, str], str] = {}
+    planned: dict[tuple[str, str], str] = {}  # the name of the configuration, by host and exp_id
     for item in gathered.results:
         identity = item.record.identity
         key = (identity.host, identity.experiment_id)
@@ -302,26 +282,17 @@ def completeness(gathered: Gathered, plan: FleetPlan | None) -> Matrix:
         names = {item.exp_id: item.config_name for item in plan.experiments}
         planned = {(host.name, exp_id): names[exp_id] for host in plan.hosts for exp_id in host.exp_ids}
     hosts = tuple(dict.fromkeys(host for host, _ in planned))
-    rows = {
-        name: tuple(
-            _cell([key for key, of in planned.items() if of == name and key[0] == host], present) for host in hosts
-        )
-        for name in dict.fromkeys(planned.values())
-    }
+    rows = {}
+    for name in dict.fromkeys(planned.values()):
+        own = [key for key, of in planned.items() if of == name]
+        by_host = ([key for key in own if key[0] == host] for host in hosts)
+        found = [(keys, [present[key] for key in keys if key in present]) for keys in by_host]
+        rows[name] = tuple(Cell(len(keys), len(valid), sum(valid)) for keys, valid in found)
     return Matrix(hosts, rows, tuple(key for key in planned if key not in present))
 
 
-def _cell(planned: Sequence[tuple[str, str]], present: Mapping[tuple[str, str], bool]) -> Cell:
-    found = [present[key] for key in planned if key in present]
-    return Cell(len(planned), len(found), sum(found))
-
-
 def write_merged(gathered: Gathered, output: Path) -> int:
-    """Copy what the output does not have, each attempt whole or not at all; the number of copied attempts.
-
-    Raises:
-        UserError: the output cannot be written, or a file cannot be read.
-    """
+    """Copy what the output does not have, each attempt whole or not at all; returns how many, or raises UserError."""
     new = 0
     folder = output / gathered.campaign
     try:
@@ -346,7 +317,6 @@ def write_merged(gathered: Gathered, output: Path) -> int:
 
 
 def _copy_folder(source: Path, target: Path) -> None:
-    """Copy the files of an attempt into a folder that gets its name when all of them are there."""
     scratch = Path(tempfile.mkdtemp(prefix=durable.TEMPORARY_PREFIX, dir=target.parent))
     try:
         for path in sorted(source.iterdir()):

@@ -45,20 +45,6 @@ class Metric:
         return quantile, "" if quantile is not None else str(value.null_reasons[self.percentile])
 
 
-def _energy(name: str, section: str, label: str) -> Metric:
-    unit = "J/tok" if name.endswith("_tok_j") else "J"
-    return Metric(name, "energy", unit, section, name, label=label, relation=f"uses {{}} the {_lowered(label)} of")
-
-
-def _rate(name: str, unit: str, label: str, what: str) -> Metric:
-    relation = f"makes {{}} the {what} per second of"
-    return Metric(name, "throughput", unit, "throughput", name, None, True, label, relation)
-
-
-def _tokens(name: str, label: str) -> Metric:
-    return Metric(name, "tokens", "tok", "work", name, None, None, label, f"has {{}} the {_lowered(label)} of")
-
-
 def _lowered(label: str) -> str:
     """An abbreviation keeps its capitals."""
     return label if label[:2].isupper() else label[0].lower() + label[1:]
@@ -73,30 +59,39 @@ LATENCIES = {
 }
 
 
-def _latency_metrics() -> Iterable[Metric]:
-    for kind, words in LATENCIES.items():
-        for percentile, called in (("p50", "median"), ("p95", "p95")):
-            relation = f"has {{}} the {called} {words.lower()} of"
-            label = f"{words}, {called}"
-            yield Metric(
-                f"{kind}_{percentile}_s", "latency", "s", "latency", f"{kind}_s", percentile, False, label, relation
-            )
-
-
 METRICS: tuple[Metric, ...] = (
-    _energy("gpu_energy_j", "energy", "GPU energy"),
-    _energy("gpu_energy_net_j", "energy", "GPU energy, net of idle"),
-    _energy("cpu_package_energy_j", "energy", "CPU package energy"),
-    _energy("energy_per_output_tok_j", "efficiency", "Energy per output token"),
-    _energy("energy_per_total_tok_j", "efficiency", "Energy per token"),
-    _energy("energy_per_request_j", "efficiency", "Energy per request"),
-    _rate("output_tok_per_s", "tok/s", "Output throughput", "output tokens"),
-    _rate("total_tok_per_s", "tok/s", "Total throughput", "tokens"),
-    _rate("requests_per_s", "1/s", "Requests", "requests"),
-    _tokens("input_tok", "Input tokens"),
-    _tokens("output_tok", "Output tokens"),
-    *_latency_metrics(),
-)
+    *(
+        Metric(name, "energy", unit, section, name, None, False, label, f"uses {{}} the {_lowered(label)} of")
+        for name, section, unit, label in (
+            ("gpu_energy_j", "energy", "J", "GPU energy"),
+            ("gpu_energy_net_j", "energy", "J", "GPU energy, net of idle"),
+            ("cpu_package_energy_j", "energy", "J", "CPU package energy"),
+            ("energy_per_output_tok_j", "efficiency", "J/tok", "Energy per output token"),
+            ("energy_per_total_tok_j", "efficiency", "J/tok", "Energy per token"),
+            ("energy_per_request_j", "efficiency", "J", "Energy per request"),
+        )
+    ),
+    *(
+        Metric(name, "throughput", unit, "throughput", name, None, True, label, f"makes {{}} the {what} per second of")
+        for name, unit, label, what in (
+            ("output_tok_per_s", "tok/s", "Output throughput", "output tokens"),
+            ("total_tok_per_s", "tok/s", "Total throughput", "tokens"),
+            ("requests_per_s", "1/s", "Requests", "requests"),
+        )
+    ),
+    *(
+        Metric(name, "tokens", "tok", "work", name, None, None, label, f"has {{}} the {_lowered(label)} of")
+        for name, label in (("input_tok", "Input tokens"), ("output_tok", "Output tokens"))
+    ),
+    *(
+        Metric(
+            f"{kind}_{percentile}_s", "latency", "s", "latency", f"{kind}_s", percentile, False,
+            f"{words}, {called}", f"has {{}} the {called} {words.lower()} of",
+        )
+        for kind, words in LATENCIES.items()
+        for percentile, called in (("p50", "median"), ("p95", "p95"))
+    ),
+)  # fmt: skip
 
 METRIC_BY_NAME = types.MappingProxyType({metric.name: metric for metric in METRICS})
 
@@ -112,11 +107,7 @@ _ALIASES = {
 
 
 def parse_metric(text: str, *, is_for_gate: bool = False) -> Metric:
-    """The metric of that name, or of a short one: energy, throughput, ttft, tpot, itl, e2e.
-
-    Raises:
-        UserError: it is unknown, or has no better direction and is for a gate.
-    """
+    """The metric of that name or alias; UserError where it is unknown, or has no better direction and is for a gate."""
     known = {metric.name: metric for metric in METRICS if not is_for_gate or metric.is_higher_better is not None}
     name = text.strip()
     metric = known.get(_ALIASES.get(name, name))
@@ -231,7 +222,6 @@ def blocking_reason(obstacles: Iterable[Obstacle], group: str) -> Reason | None:
 
 
 def _values(read: Callable[[Record], str | None]) -> Callable[[Sequence[Record], Sequence[Record]], Any]:
-    """Finds the values of both sides, if both have some and they differ."""
 
     def find(*sides: Sequence[Record]) -> tuple[str, str] | None:
         left, right = (sorted({text for item in side if (text := read(item))}) for side in sides)
@@ -258,7 +248,6 @@ def _lengths(*sides: Sequence[Record]) -> tuple[float, float] | None:
 
 
 def _cpu(record: Record) -> str:
-    """The CPU, if it does the work."""
     found = record.environment
     return "" if found.gpu_uuids else f"{found.cpu} × {found.cpu_count}"
 

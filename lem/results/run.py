@@ -319,12 +319,7 @@ def make_run(
     run_id: str = "",
     **others: Any,
 ) -> Run:
-    """The run with these results.
-
-    Args:
-        campaign_name, run_id: used when there is no result that names them.
-        others: further fields of `Run`.
-    """
+    """The run with these results; `campaign_name` and `run_id` where none names them, `others` are fields of `Run`."""
     given = tuple(records)
     ordered = _in_order(given)
     return Run(
@@ -337,11 +332,7 @@ def make_run(
 
 
 def read_run(results_dir: Path, campaign: str, run_id: str) -> Run:
-    """The results of a run; what cannot be used is in `problems`.
-
-    Raises:
-        UserError: a name that cannot name a folder.
-    """
+    """The results of a run; what cannot be used is in `problems`. UserError for a name that cannot name a folder."""
     repository = Repository(results_dir, campaign)
     scan = repository.scan(run_id)
     return make_run(
@@ -357,7 +348,6 @@ def read_run(results_dir: Path, campaign: str, run_id: str) -> Run:
 
 
 def _in_order(records: Iterable[Record]) -> list[Record]:
-    """The records in the order of execution."""
     return sorted(
         records, key=lambda item: (item.identity.order_index, item.identity.cycle_index, item.identity.attempt)
     )

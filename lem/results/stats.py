@@ -28,7 +28,6 @@ MOST_FURTHER_CYCLES = 1000
 _MAX_TERMS = 10_000
 _TINY = 1e-300
 _LARGEST_LOG = 700.0
-_ROUNDS = 100
 
 
 def check_confidence(confidence: float) -> None:
@@ -145,7 +144,6 @@ class Effect:
 
     @property
     def ratio(self) -> float:
-        """The geometric mean of the ratios of the pairs."""
         return math.exp(self.log_ratio)
 
     @property
@@ -163,18 +161,12 @@ class Effect:
         return self._tail(self.log_ratio - bound)
 
     def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-        """The Student t interval of the ratio."""
         if self.std_error is None or self.df is None:
             return None
         half = student_t_quantile((1 + confidence) / 2, self.df) * self.std_error
         return math.exp(self.log_ratio - half), math.exp(self.log_ratio + half)
 
-    def without_error(self) -> Effect:
-        """The same ratio where its error cannot be estimated from the cycles."""
-        return dataclasses.replace(self, std_error=None, df=None)
-
     def _tail(self, distance: float) -> float | None:
-        """P(T ≤ distance / error)."""
         if self.std_error is None or self.df is None:
             return None
         if self.std_error == 0:
@@ -198,9 +190,8 @@ def paired_effect(numerators: Sequence[float], denominators: Sequence[float]) ->
     logs = [math.log(above / below) for above, below in zip(numerators, denominators, strict=True)]
     n = len(logs)
     centre = statistics.fmean(logs)
-    if n == 1:
-        return Effect(centre, None, None, (1,))
-    return Effect(centre, statistics.stdev(logs) / math.sqrt(n), n - 1, (n,))
+    std_error = statistics.stdev(logs) / math.sqrt(n) if n > 1 else None
+    return Effect(centre, std_error, n - 1 if n > 1 else None, (n,))
 
 
 def anchored_effect(now: Effect, before: Effect) -> Effect:
@@ -261,8 +252,7 @@ class Gate:
 
     @property
     def bound(self) -> float:
-        """The threshold on logs, the same to both sides."""
-        return math.log1p(self.threshold)
+        return math.log1p(self.threshold)  # the same to both sides
 
     def claim(self, effect: Effect) -> tuple[float, Verdict] | None:
         """The most certain of the three verdicts and its one-sided p value; None where the error is unknown."""
@@ -288,14 +278,10 @@ class Judgement:
 
 
 def parse_gate(text: str) -> Gate:
-    """The gate in `METRIC=3%`.
-
-    Raises:
-        UserError: anything else, an unknown metric, a threshold outside 0 to 100 %.
-    """
-    metric, is_written, percentage = text.strip().partition("=")
+    """The gate in `METRIC=3%`; UserError for anything else."""
+    metric, sign, percentage = text.strip().partition("=")
     hint = "for example --gate energy_per_output_tok_j=3%"
-    if not is_written or not metric:
+    if not sign or not metric:
         raise UserError(f"--gate: expected METRIC=PERCENT%, got {text!r}", hint)
     try:
         threshold = parse_percentage(percentage)
@@ -337,11 +323,12 @@ def judge(
 
 
 def _unsettled(gate: Gate, effect: Effect | None, reason: Reason | None, confidence: float) -> Judgement:
-    if reason or effect is None:
-        return Judgement(gate, Verdict.INCONCLUSIVE, reason or Reason.of("nothing_to_compare"))
-    if effect.std_error is None:
-        return Judgement(gate, Verdict.INCONCLUSIVE, Reason.of("one_cycle"))
-    return Judgement(gate, Verdict.INCONCLUSIVE, None, cycles_to_settle(effect, gate.bound, confidence))
+    if effect is None:
+        reason = reason or Reason.of("nothing_to_compare")
+    elif effect.std_error is None:
+        reason = reason or Reason.of("one_cycle")
+    further = None if reason or effect is None else cycles_to_settle(effect, gate.bound, confidence)
+    return Judgement(gate, Verdict.INCONCLUSIVE, reason, further)
 
 
 @dataclass(frozen=True)
@@ -355,12 +342,10 @@ class Drift:
 
     @property
     def is_flagged(self) -> bool:
-        """Whether it is more than `DRIFT_FLAGGED`."""
         return abs(self.change) > DRIFT_FLAGGED
 
     @property
     def is_significant(self) -> bool:
-        """Whether the interval excludes no change."""
         return self.ci_lower is not None and self.ci_upper is not None and not self.ci_lower <= 0 <= self.ci_upper
 
 
@@ -397,7 +382,7 @@ def trend_of(
 def without_means(values: Sequence[float], *groupings: Sequence[Hashable]) -> list[float]:
     """The values less the means of each grouping, subtracted in turn until nothing is left of them."""
     left = list(values)
-    for _ in range(_ROUNDS if len(groupings) > 1 else 1):
+    for _ in range(100 if len(groupings) > 1 else 1):
         before = left
         for labels in groupings:
             members: dict[Hashable, list[float]] = {}

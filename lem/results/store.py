@@ -21,7 +21,7 @@ from lem.base.codec import decode
 from lem.base.durable import make_folder, reason_of, remedy_for
 from lem.base.errors import InfrastructureError, UserError
 from lem.base.units import MIB, percent
-from lem.record import CONFIG_FILE, LOG_FILE, PROMPTS_FILE, RESULT_FILE, Identity, Record, RecordError, read_record
+from lem.record import CONFIG_FILE, LOG_FILE, PROMPTS_FILE, RESULT_FILE, Record, RecordError, read_record
 
 _logger = logging.getLogger(__name__)
 
@@ -50,15 +50,9 @@ class AttemptFolder:
         return self.path / LOG_FILE
 
     def write_config(self, requested: Mapping[str, Any], resolved: Mapping[str, Any]) -> Path:
-        """Write the configuration as given, `${VAR}` unexpanded, and with every default.
-
-        Raises:
-            InfrastructureError: it cannot be written.
-            ValueError: a value that JSON does not have.
-        """
-        path = self.path / CONFIG_FILE
+        """Write the configuration as given, `${VAR}` unexpanded, and with every default."""
         document = {"schema_version": CONFIG_SCHEMA_VERSION, "requested": requested, "resolved": resolved}
-        with stopping_campaign(path):
+        with stopping_campaign(self.path / CONFIG_FILE) as path:
             durable.write_json(path, document)
         return path
 
@@ -71,9 +65,8 @@ class AttemptFolder:
             InfrastructureError: they cannot be written.
             UserError: a prompt that is not Unicode text.
         """
-        path = self.path / PROMPTS_FILE
         data = b"".join(_prompt_line(number, prompt) for number, prompt in enumerate(prompts, 1))
-        with stopping_campaign(path):
+        with stopping_campaign(self.path / PROMPTS_FILE) as path:
             durable.write_bytes(path, data)
         return path
 
@@ -90,11 +83,7 @@ def is_name(text: str) -> bool:
 
 
 def check_name(text: str, what: str) -> str:
-    """`text`, if it can name a folder.
-
-    Raises:
-        UserError: it cannot.
-    """
+    """`text`, if it can name a folder; else UserError."""
     if not is_name(text):
         raise UserError(
             f"{what} {text[:80]!r} cannot be used as a folder name",
@@ -104,10 +93,10 @@ def check_name(text: str, what: str) -> str:
 
 
 @contextlib.contextmanager
-def stopping_campaign(path: Path) -> Iterator[None]:
+def stopping_campaign(path: Path) -> Iterator[Path]:
     """Turn a failed write at `path` into the error that stops the campaign and leaves the rest pending."""
     try:
-        yield
+        yield path
     except OSError as error:
         hint = remedy_for(error, "--results-dir") + "; then continue with --resume"
         raise InfrastructureError(f"results: {path}: {reason_of(error)}", hint) from error
@@ -124,9 +113,7 @@ def _prompt_line(number: int, prompt: Mapping[str, Any]) -> bytes:
 
 
 _HOST_MARK = "+"  # in no exp_id, which is hex digits and a cycle
-
-# Room for the files of a few attempts.
-_PROBE_B = MIB
+_PROBE_B = MIB  # room for the files of a few attempts
 
 
 @dataclass(frozen=True)
@@ -156,27 +143,19 @@ class Problem:
 class Scan:
     """What a folder holds: usable results, and everything that is in the place of one."""
 
-    results: tuple[StoredResult, ...] = ()
-    problems: tuple[Problem, ...] = ()
+    results: tuple[StoredResult, ...]
+    problems: tuple[Problem, ...]
 
 
 class Repository:
     """The results of one campaign, in `folder`: `<results_dir>/<campaign>/<run>/<experiment>/attempt-<n>`."""
 
     def __init__(self, results_dir: Path, campaign: str) -> None:
-        """Nothing is read or written yet.
-
-        Raises:
-            UserError: `campaign`, the slug of its name, cannot name a folder.
-        """
+        """Nothing is read or written yet; UserError where `campaign`, the slug of its name, cannot name a folder."""
         self.folder = results_dir / check_name(campaign, "campaign")
 
     def check_writable(self) -> None:
-        """Make the campaign's folder and check that there is room in it, before anything is measured.
-
-        Raises:
-            UserError: it cannot be made or written, or the disk is full.
-        """
+        """Make the campaign's folder and check that there is room in it; UserError where it cannot be written."""
         try:
             make_folder(self.folder)
             with tempfile.TemporaryFile(dir=self.folder) as probe:  # without a name: no crash leaves it behind
@@ -190,13 +169,8 @@ class Repository:
             ) from error
 
     def prepare_attempt(self, run_id: str, exp_id: str) -> AttemptFolder:
-        """Make a folder for the next attempt at an experiment.
-
-        Raises:
-            InfrastructureError: it cannot be made.
-        """
-        folder = self._experiment_folder(run_id, exp_id)
-        with stopping_campaign(folder):
+        """Make a folder for the next attempt at an experiment; InfrastructureError where it cannot be made."""
+        with stopping_campaign(self._experiment_folder(run_id, exp_id)) as folder:
             make_folder(folder)
             number = max(_attempt_numbers(folder), default=0)
             while True:
@@ -213,27 +187,19 @@ class Repository:
         return tuple(item for item in found if isinstance(item, StoredResult))
 
     def run_ids(self) -> tuple[str, ...]:
-        """The runs, oldest first.
-
-        Raises:
-            UserError: the folder cannot be read.
-        """
+        """The runs, oldest first; UserError where the folder cannot be read."""
         return _listed(self.folder)
 
     def experiment_ids(self, run_id: str) -> tuple[str, ...]:
-        """The experiments of a run that were begun, by name.
-
-        Raises:
-            UserError: the folder cannot be read.
-        """
+        """The experiments of a run that were begun, by name; UserError where the folder cannot be read."""
         return _listed(self.folder / check_name(run_id, "run"))
 
     def scan(self, run_id: str | None = None) -> Scan:
         """Everything in the campaign's folder, or in one run of it; damage is a value and never raised."""
         if run_id is None:
-            found = tuple(_nested(self.folder, lambda run: _nested(run, _experiment_items)))
+            found = list(_nested(self.folder, lambda run: _nested(run, _experiment_items)))
         else:
-            found = tuple(_nested(self.folder / check_name(run_id, "run"), _experiment_items))
+            found = list(_nested(self.folder / check_name(run_id, "run"), _experiment_items))
         return Scan(
             _apart_by_host([item for item in found if isinstance(item, StoredResult)]),
             tuple(item for item in found if isinstance(item, Problem)),
@@ -244,11 +210,7 @@ class Repository:
 
 
 def list_campaigns(results_dir: Path) -> tuple[str, ...]:
-    """The campaigns with a results folder, by name.
-
-    Raises:
-        UserError: the folder cannot be read.
-    """
+    """The campaigns with a results folder, by name; UserError where it cannot be read."""
     return _listed(results_dir)
 
 
@@ -257,20 +219,14 @@ def experiment_folder_name(exp_id: str, host: str) -> str:
     return check_name(f"{exp_id}{_HOST_MARK}{host}", "host")
 
 
-def _exp_id_of(folder_name: str) -> str:
-    return folder_name.partition(_HOST_MARK)[0]
-
-
 def _apart_by_host(results: Sequence[StoredResult]) -> tuple[StoredResult, ...]:
     """The results; a configuration that several hosts ran gets a name for each host."""
-    hosts: dict[tuple[str, str], set[str]] = {}
-    for item in results:
-        identity = item.record.identity
-        hosts.setdefault((identity.run_id, identity.config_hash), set()).add(identity.host)
+    identities = [item.record.identity for item in results]
+    placed = {(identity.run_id, identity.config_hash, identity.host) for identity in identities}
+    n_hosts = collections.Counter(place[:2] for place in placed)
     found = []
-    for item in results:
-        identity = item.record.identity
-        if len(hosts[identity.run_id, identity.config_hash]) > 1:
+    for item, identity in zip(results, identities, strict=True):
+        if n_hosts[identity.run_id, identity.config_hash] > 1:
             named = dataclasses.replace(identity, config_name=f"{identity.config_name} @ {identity.host}")
             item = StoredResult(item.path, dataclasses.replace(item.record, identity=named))
         found.append(item)
@@ -316,7 +272,6 @@ def configured_name(config: Mapping[str, Any]) -> str | None:
 def _nested(
     folder: Path, items_of: Callable[[Path], Iterator[StoredResult | Problem]]
 ) -> Iterator[StoredResult | Problem]:
-    """The items of each folder inside, by name; a problem where they cannot be listed."""
     try:
         names = _folder_names(folder)
     except OSError as error:
@@ -349,8 +304,15 @@ def _read_attempt(folder: Path, number: int) -> StoredResult | Problem:
         return _problem(folder, path, "unreadable", reason_of(error))
     except RecordError as error:
         return _problem(folder, path, "corrupt", str(error))
-    strange = _differences(record.identity, folder, number)
-    return _problem(folder, path, "foreign", strange) if strange else StoredResult(path, record)
+    identity, exp_id = record.identity, folder.name.partition(_HOST_MARK)[0]
+    found = (("run", identity.run_id), ("experiment", identity.experiment_id), ("attempt", identity.attempt))
+    places = (folder.parent.name, exp_id, number)
+    strange = [
+        f"expected {what} {place}, got {str(value)!r:.80}"
+        for (what, value), place in zip(found, places, strict=True)
+        if value != place
+    ]
+    return _problem(folder, path, "foreign", ", ".join(strange)) if strange else StoredResult(path, record)
 
 
 def _describe_missing(folder: Path, attempt: Path) -> Problem:
@@ -358,26 +320,14 @@ def _describe_missing(folder: Path, attempt: Path) -> Problem:
         is_cut_off = any(item.name.startswith(durable.TEMPORARY_PREFIX) for item in attempt.iterdir())
     except OSError as error:
         return _problem(folder, attempt, "unreadable", reason_of(error))
+    kind, why = "missing", "the attempt failed, was interrupted, or is still running"
     if is_cut_off:
-        return _problem(folder, attempt, "half-written", f"no {RESULT_FILE}: writing was cut off")
-    why = "the attempt failed, was interrupted, or is still running"
-    return _problem(folder, attempt, "missing", f"no {RESULT_FILE}: {why}")
+        kind, why = "half-written", "writing was cut off"
+    return _problem(folder, attempt, kind, f"no {RESULT_FILE}: {why}")
 
 
 def _problem(experiment: Path, path: Path, kind: str, message: str) -> Problem:
-    return Problem(path, kind, message, experiment.parent.name, _exp_id_of(experiment.name))
-
-
-def _differences(identity: Identity, folder: Path, number: int) -> str:
-    """How a record contradicts the folder it is in; empty if it does not."""
-    pairs = (
-        ("run", identity.run_id, folder.parent.name),
-        ("experiment", identity.experiment_id, _exp_id_of(folder.name)),
-        ("attempt", identity.attempt, number),
-    )
-    return ", ".join(
-        f"expected {what} {place}, got {str(found)!r:.80}" for what, found, place in pairs if found != place
-    )
+    return Problem(path, kind, message, experiment.parent.name, experiment.name.partition(_HOST_MARK)[0])
 
 
 def _attempt_numbers(folder: Path) -> list[int]:
@@ -443,13 +393,8 @@ class StoppingRule:
 
 
 def write_stopping_rule(run_folder: Path, rule: StoppingRule) -> None:
-    """Keep the rule with the results of the run.
-
-    Raises:
-        InfrastructureError: it cannot be written.
-    """
-    path = run_folder / STOPPING_FILE
-    with stopping_campaign(path):
+    """Keep the rule with the results of the run; InfrastructureError where it cannot be written."""
+    with stopping_campaign(run_folder / STOPPING_FILE) as path:
         make_folder(run_folder)
         durable.write_json(path, {"schema_version": _STOPPING_SCHEMA_VERSION, **dataclasses.asdict(rule)})
 

@@ -9,7 +9,7 @@ from typing import Any
 from lem.base import units
 from lem.base.doc import NAME_WIDTH, NAMES_SHOWN, Column, Doc, NameShortener, Table, columns, printable
 from lem.base.log import WIDTH, bounded_width
-from lem.base.reasons import Reason, alike
+from lem.base.reasons import alike
 from lem.base.units import ABSENT, SIGNIFICANT_DIGITS, plural, some_of, with_decimals
 from lem.record import Distribution, Record
 from lem.results.bootstrap import bootstrap_coverage_label
@@ -21,15 +21,12 @@ from lem.results.store import UNACCOUNTED
 _LATENCIES = (("TTFT", "ttft_p50_s"), ("e2e", "e2e_p50_s"))
 _INTERVALS = (("Output throughput", "output_tok_per_s"), ("Energy per output token", "energy_per_output_tok_j"))
 _CONFIDENCE = f"{100 * CONFIDENCE:g} %"
+_LABEL_WIDTH = 12
+_PERCENTILES = ("mean", "p50", "p90", "p95", "p99")
 
 
 def render_run(run: Run, *, is_colour: bool = False, width: int = WIDTH) -> str:
-    """The table as text that ends in a newline.
-
-    For each configuration the output throughput and, where it was measured, the energy per output token: geometric mean
-    with its t interval and the bootstrap interval, each with what it covers; then latency and the number of valid
-    results; then everything that weakens the numbers.
-    """
+    """The table as text that ends in a newline: throughput, energy, latency, counts, and what weakens the numbers."""
     if not run.configurations:
         return "No results.\n"
     return _RunTable(run, Doc(bounded_width(width), is_colour=is_colour)).render()
@@ -43,24 +40,21 @@ class _RunTable:
         self._shortener = NameShortener([item.name for item in run.configurations], NAME_WIDTH)
 
     def render(self) -> str:
+        self._heading()
+        self._estimates("output_tok_per_s", "Output throughput, tok/s")
         note = estimate_note(self._configurations)
-        for add in (
-            self._heading,
-            lambda: self._estimates("output_tok_per_s", "Output throughput, tok/s"),
-            lambda: self._estimates("energy_per_output_tok_j", f"Energy per output token, J\n{note}".rstrip()),
-            self._outcomes,
-            self._notes,
-            self._warnings,
-        ):
-            add()
-            self._doc.block()
+        self._estimates("energy_per_output_tok_j", f"Energy per output token, J\n{note}".rstrip())
+        self._outcomes()
+        self._notes()
+        self._warnings()
+        self._doc.block()
         if self._run.is_single_cycle:
             self._doc.lines([SINGLE_CYCLE])
         return self._doc.render()
 
     def _heading(self) -> None:
         run = self._run
-        runs = f"run {run.run_ids[0]}" if len(run.run_ids) == 1 else f"{len(run.run_ids)} runs"
+        runs = f"run {run.run_id}" if len(run.run_ids) == 1 else f"{len(run.run_ids)} runs"
         cycles = {item.n_cycles for item in self._configurations}
         most = plural(max(cycles), "cycle") if max(cycles) else "no valid result"
         title = [
@@ -75,46 +69,42 @@ class _RunTable:
             self._doc.text(text, "dim")
 
     def _estimates(self, metric: str, heading: str) -> None:
-        """One metric of every configuration with both intervals; nothing when none measured it."""
         estimates = [item.estimate(metric) for item in self._configurations]
         if not any(estimate.values or estimate.all_attempts for estimate in estimates):
             return
         decimals = _common_decimals(estimates)
-        names: list[str] = []
-        cells: list[tuple[str, ...]] = []
+        rows: list[tuple[str, ...]] = []
         for item, estimate in zip(self._configurations, estimates, strict=True):
-            names.append(self._shortener(item.name))
-            cells.append(_estimate_cells(estimate, decimals))
-            every = estimate.all_attempts
+            name, bootstrap, every = self._shortener(item.name), estimate.bootstrap, estimate.all_attempts
+            low, high = (bootstrap.ci_lower, bootstrap.ci_upper) if bootstrap else (None, None)
+            intervals = (_interval(estimate.low, estimate.high, decimals), _interval(low, high, decimals))
+            rows.append((name, str(estimate.n), _number(estimate.value, decimals), *intervals))
             if every is not None:
-                names.append("· over all attempts")
-                cells.append((str(every.n_cycles), _number(every.geometric_mean, decimals), "", ""))
+                number = _number(every.geometric_mean, decimals)
+                rows.append(("· over all attempts", str(every.n_cycles), number, "", ""))
         headings = ("n", "geom.\nmean", f"{_CONFIDENCE}\nt interval", "bootstrap\ninterval")
-        table = [Column(text, tuple(column)) for text, column in zip(headings, zip(*cells, strict=True), strict=True)]
+        names, *cells = zip(*rows, strict=True)
+        table = [Column(text, tuple(column)) for text, column in zip(headings, cells, strict=True)]
+        self._doc.block()
         self._doc.table(Table(heading, tuple(names), tuple(table)))
 
     def _outcomes(self) -> None:
-        """Latency, and how many results there are of which kind."""
-        names = tuple(self._shortener(item.name) for item in self._configurations)
-        table = [
-            Column(
-                f"{label}\np50",
-                tuple(units.format_latency(item.estimate(metric).value) for item in self._configurations),
-            )
+        configurations = self._configurations
+        latencies = [
+            Column(f"{label}\np50", tuple(units.format_latency(item.estimate(metric).value) for item in configurations))
             for label, metric in _LATENCIES
-            if any(item.estimate(metric).values for item in self._configurations)
+            if any(item.estimate(metric).values for item in configurations)
         ]
-        heading = "Latency, results" if table else "Results"
-        counts: tuple[tuple[str, Callable[[Configuration], int]], ...] = (
-            ("valid", lambda item: len(item.records) - item.n_invalid),
-            ("invalid", lambda item: item.n_invalid),
-            ("failed", lambda item: item.n_failed),
-        )
-        table += [Column(label, tuple(str(count(item)) for item in self._configurations)) for label, count in counts]
-        self._doc.table(Table(heading, names, tuple(table)))
+        counts = [
+            Column("valid", tuple(str(len(item.records) - item.n_invalid) for item in configurations)),
+            Column("invalid", tuple(str(item.n_invalid) for item in configurations)),
+            Column("failed", tuple(str(item.n_failed) for item in configurations)),
+        ]
+        names = tuple(self._shortener(item.name) for item in configurations)
+        self._doc.block()
+        self._doc.table(Table("Latency, results" if latencies else "Results", names, (*latencies, *counts)))
 
     def _notes(self) -> None:
-        """What the numbers are, and why some are missing."""
         notes = [*self._interval_notes()]
         if any(item.estimate(metric).values for item in self._configurations for _, metric in _LATENCIES):
             notes.append("Latency: median over the requests of a cycle, geometric mean over the cycles.")
@@ -124,6 +114,7 @@ class _RunTable:
             )
         for label, metric in (*_LATENCIES, *_INTERVALS):
             notes += self._gaps(label, metric)
+        self._doc.block()
         for note in notes:
             self._doc.text(note, "dim", lead="  ")
 
@@ -138,9 +129,10 @@ class _RunTable:
                 f"t interval: Student t on the logs of n cycles, around their geometric mean; it covers {_CONFIDENCE} "
                 "at any n."
             )
+            coverage = ", ".join(f"{bootstrap_coverage_label(size)} with {plural(size, 'cycle')}" for size in sizes)
             yield (
                 "Bootstrap interval: percentiles of the resampled arithmetic mean; nominal coverage "
-                f"{_CONFIDENCE}, true coverage {', '.join(map(_coverage, sizes))}."
+                f"{_CONFIDENCE}, true coverage {coverage}."
             )
         if self._run.stopping is not None:
             yield f"Cycles were added {self._run.stopping.describe()}: {UNACCOUNTED}."
@@ -150,20 +142,22 @@ class _RunTable:
         measurable = [item for item in self._configurations if item.n_cycles]
         by_reason: dict[str, list[Configuration]] = {}
         for item in measurable:
-            for reason in _gaps_of(item.estimate(metric)):
+            estimate = item.estimate(metric)
+            not_measured = "" if estimate.null_reason is None else f"not measured: {estimate.null_reason}"
+            no_mean = estimate.t_log.warning if estimate.t_log is not None and estimate.value is None else None
+            for reason in filter(None, (not_measured, estimate.warning, no_mean)):
                 by_reason.setdefault(reason, []).append(item)
         for reason, members in by_reason.items():
             of = "" if len(members) == len(measurable) else self._of(members, "for")
             yield f"{label}{of}: {reason.rstrip('.')}."
 
     def _warnings(self) -> None:
-        lists: tuple[tuple[str, str, Callable[[Configuration], Iterable[tuple[Reason, int]]]], ...] = (
-            ("invalid: ", "red", lambda item: item.invalid_reasons.items()),
-            ("warning: ", "yellow", lambda item: item.warnings.items()),
-        )
-        for lead, style, read in lists:
+        self._doc.block()
+        invalid = [(why, (item, n)) for item in self._configurations for why, n in item.invalid_reasons.items()]
+        warnings = [(why, (item, n)) for item in self._configurations for why, n in item.warnings.items()]
+        for lead, style, reasons in (("invalid: ", "red", invalid), ("warning: ", "yellow", warnings)):
             # Reasons that differ only in their numbers are one line, with the text of the first.
-            for found in alike((why, (item, n)) for item in self._configurations for why, n in read(item)):
+            for found in alike(reasons):
                 members = list({item.name: item for _, (item, _) in found}.values())
                 total = plural(sum(len(item.records) for item in members), "result")
                 where = f"{sum(n for _, (_, n) in found)} of {total}{self._of(members, 'of')}"
@@ -174,34 +168,10 @@ class _RunTable:
             self._doc.labelled("no valid result: ", self._names(empty), "red")
 
     def _of(self, members: Sequence[Configuration], preposition: str) -> str:
-        """Which configurations a line concerns; empty when it is all."""
-        if len(members) == len(self._configurations):
-            return ""
-        return f" {preposition} {self._names(members)}"
+        return "" if len(members) == len(self._configurations) else f" {preposition} {self._names(members)}"
 
     def _names(self, members: Sequence[Configuration]) -> str:
         return some_of([self._shortener(item.name) for item in members], NAMES_SHOWN, "; ")
-
-
-def _gaps_of(estimate: Estimate) -> Iterable[str]:
-    if estimate.null_reason is not None:
-        yield f"not measured: {estimate.null_reason}"
-    if estimate.warning is not None:
-        yield estimate.warning
-    if estimate.t_log is not None and estimate.value is None and estimate.t_log.warning is not None:
-        yield estimate.t_log.warning
-
-
-def _estimate_cells(estimate: Estimate, decimals: int | None) -> tuple[str, str, str, str]:
-    bootstrap = estimate.bootstrap
-    if bootstrap is None:
-        return ("0", ABSENT, ABSENT, ABSENT)
-    return (
-        str(estimate.n),
-        _number(estimate.value, decimals),
-        _interval(estimate.low, estimate.high, decimals),
-        _interval(bootstrap.ci_lower, bootstrap.ci_upper, decimals),
-    )
 
 
 def _common_decimals(estimates: Sequence[Estimate]) -> int | None:
@@ -231,16 +201,8 @@ def _interval(lower: float | None, upper: float | None, decimals: int | None) ->
     return f"{_number(lower, decimals)} – {_number(upper, decimals)}"
 
 
-def _coverage(n_cycles: int) -> str:
-    return f"{bootstrap_coverage_label(n_cycles)} with {plural(n_cycles, 'cycle')}"
-
-
 def _listed(parts: Iterable[str]) -> str:
     return " · ".join(printable(part) for part in parts if part)
-
-
-_LABEL_WIDTH = 12
-_PERCENTILES = ("mean", "p50", "p90", "p95", "p99")
 
 
 def render_record(record: Record, *, is_colour: bool = False, width: int = WIDTH) -> str:
@@ -309,11 +271,9 @@ def _add_latency(doc: Doc, record: Record) -> None:
     kinds = {name: getattr(latency, f"{name}_s") for name in LATENCIES}
     seen: dict[str, Distribution] = {name: value for name, value in kinds.items() if value is not None}
     if seen:
-        table = [
-            Column(name, tuple(units.format_latency(getattr(value, name)) for value in seen.values()))
-            for name in _PERCENTILES
-        ]
-        table.append(Column("n", tuple(str(value.n) for value in seen.values())))
+        found = seen.values()
+        table = [Column(name, tuple(units.format_latency(getattr(it, name)) for it in found)) for name in _PERCENTILES]
+        table.append(Column("n", tuple(str(value.n) for value in found)))
         doc.lines(columns("latency", list(seen), table, doc.width))
     by_reason: dict[str, list[str]] = {}
     for name, value in kinds.items():

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lem.results.bootstrap import BOOTSTRAP_COVERAGE
-from lem.results.compare import SIGNIFICANCE, Comparison, Row, compare_configurations, compare_runs
+from lem.results.compare import SIGNIFICANCE, Anchor, Comparison, Row, compare_configurations, compare_runs
 from lem.results.metrics import parse_metric
 from lem.results.run import Run, make_run
 from lem.results.stats import Verdict, anchored_effect, paired_effect, parse_gate
@@ -169,7 +169,7 @@ def false_differences_between_days(cycles: int, n_campaigns: int = N_CAMPAIGNS) 
     for one, other in zip(before, after, strict=True):
         naive.append(_naive_p(one, other) < SIGNIFICANCE)
         anchored.append(
-            any(row.is_found for row in _rows(compare_runs(one, other, anchor="batch-0", metrics=(ENERGY,))))
+            any(row.is_found for row in _rows(compare_runs(one, other, anchor=Anchor("batch-0"), metrics=(ENERGY,))))
         )
     return _share(naive), _share(anchored)
 

@@ -11,7 +11,7 @@ from scipy import stats
 
 from lem.base.errors import ExitCode, UserError
 from lem.base.reasons import Reason
-from lem.results.compare import Comparison, Row, compare_configurations, compare_runs, gate_code
+from lem.results.compare import Anchor, Comparison, Row, compare_configurations, compare_runs, gate_code
 from lem.results.metrics import parse_metric
 from lem.results.run import NO_INTERVAL, Run, make_run
 from lem.results.stats import Verdict, holm, parse_gate
@@ -236,7 +236,7 @@ def test_an_anchor_that_moved_by_more_than_the_tolerance_allows_no_verdict() -> 
     reason = row_of(compare_runs(before, after, metrics=(ENERGY,))).reason
     assert reason is not None
     assert (reason.code, reason.data["name"]) == ("anchor_moved", "pytorch")
-    assert row_of(compare_runs(before, after, metrics=(ENERGY,), tolerance=0.2)).reason is None
+    assert row_of(compare_runs(before, after, metrics=(ENERGY,), anchor=Anchor(tolerance=0.2))).reason is None
 
 
 def test_an_anchor_whose_engine_changed_is_none_unless_it_is_named() -> None:
@@ -256,11 +256,11 @@ def test_an_anchor_whose_engine_changed_is_none_unless_it_is_named() -> None:
     unanchored = compare_runs(before, after)
     assert unanchored.anchor is not None
     assert unanchored.anchor.name == ""
-    named = compare_runs(before, after, anchor="pytorch")
+    named = compare_runs(before, after, anchor=Anchor("pytorch"))
     assert named.anchor is not None
     assert named.anchor.name == "pytorch"
     with pytest.raises(UserError, match="no configuration 'none' is the same in both runs"):
-        compare_runs(before, after, anchor="none")
+        compare_runs(before, after, anchor=Anchor("none"))
 
 
 def test_unequal_exclusions_of_the_anchor_allow_no_verdict() -> None:
