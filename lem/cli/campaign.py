@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import bisect
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import Any, TextIO
 
 from lem.base import log
-from lem.base.doc import write_json
-from lem.base.errors import ExitCode, UserError
-from lem.base.units import parse_duration
+from lem.base.doc import Column, columns, paint, write_json
+from lem.base.errors import UserError
+from lem.base.log import WIDTH
+from lem.base.units import format_duration, parse_duration, plural
+from lem.cli.campaign_run import CampaignCommand, Job
 from lem.cli.config import add_flags, given_flags
+from lem.cli.fleet import FleetPart, own_part, store_plan
 from lem.cli.selection import add_json, add_repeated, checked
-
-if TYPE_CHECKING:
-    from lem.cli.fleet import FleetPart
-    from lem.config.campaign_config import CampaignConfig
-    from lem.config.load import Loaded
-    from lem.orchestration.plan import ExpectedDurations, Plan
-    from lem.results.store import StoppingRule, Target
-
+from lem.config.campaign_config import CampaignConfig
+from lem.config.load import Loaded, load_campaign, load_campaign_of_files
+from lem.orchestration.executor import EXECUTORS, choose_executor
+from lem.orchestration.plan import ExpectedDurations, Plan, prolong_plan
+from lem.orchestration.resume import check_rule, make_rule, with_cycles
+from lem.orchestration.session import check_supported, plan_campaign
+from lem.results.aggregation import earlier_times, parse_target
+from lem.results.store import Repository, StoppingRule
 
 _WHAT = {
     "model": ("--model", "-m", "model for experiments that do not set one"),
@@ -42,140 +48,103 @@ _COMPOSE = {
     "io.env_file": ("--env-file", "environment file for compose"),
 }
 
+_REASONS_SHOWN = 10
+_ORDER_SHOWN = 30
+
 
 def add_campaign_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Run a campaign file, or several experiment files with --campaign-name."
     parser.allow_abbrev = False  # the resume command repeats the arguments as they were typed
     parser.add_argument("files", nargs="+", metavar="FILE", help="a campaign file, or experiment files")
     parser.add_argument("--campaign-name", metavar="NAME", help="run the experiment files as a campaign of this name")
-    _add_overrides(parser.add_argument_group("what to run (overrides the file)"))
-    _add_placement(parser.add_argument_group("where to run and write"))
+    what = parser.add_argument_group("what to run (overrides the file)")
+    add_flags(what, CampaignConfig, _WHAT)
+    what.add_argument("--preset", metavar="NAME", help="preset that experiments start from (see lem presets)")
+    add_repeated(what, "--set", "KEY=VALUE", "set any option, such as execution.cycles=5")
+    where = parser.add_argument_group("where to run and write")
+    add_flags(where, CampaignConfig, _RESULTS)
+    where.add_argument("--executor", choices=EXECUTORS, default="auto", help="where experiments run")
+    text = "Python interpreter with the engines, for the local executor"
+    where.add_argument("--python", metavar="PROGRAM", help=text)
+    add_flags(where, CampaignConfig, _COMPOSE)
     _add_control(parser.add_argument_group("starting and stopping"))
     _add_fleet(parser.add_argument_group("several hosts"))
     add_json(parser, "print one JSON object per event, one per line")
     parser.set_defaults(run=run)
 
 
-def _add_overrides(group: argparse._ArgumentGroup) -> None:
-    from lem.config.campaign_config import CampaignConfig
-
-    add_flags(group, CampaignConfig, _WHAT)
-    group.add_argument("--preset", metavar="NAME", help="preset that experiments start from (see lem presets)")
-    add_repeated(group, "--set", "KEY=VALUE", "set any option, such as execution.cycles=5")
-
-
-def _add_placement(group: argparse._ArgumentGroup) -> None:
-    from lem.config.campaign_config import CampaignConfig
-
-    add_flags(group, CampaignConfig, _RESULTS)
-    group.add_argument("--executor", choices=("auto", "docker", "local"), default="auto", help="where experiments run")
-    group.add_argument(
-        "--python", metavar="PROGRAM", help="Python interpreter with the engines, for the local executor"
-    )
-    add_flags(group, CampaignConfig, _COMPOSE)
-
-
 def _add_control(group: argparse._ArgumentGroup) -> None:
-    beginning = group.add_mutually_exclusive_group()
-    beginning.add_argument(
-        "--resume",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="resume an unfinished campaign; --no-resume is the same as --fresh",
-    )
+    add, beginning = group.add_argument, group.add_mutually_exclusive_group()
+    text = "resume an unfinished campaign; --no-resume is the same as --fresh"
+    beginning.add_argument("--resume", action=argparse.BooleanOptionalAction, default=None, help=text)
     beginning.add_argument("--fresh", action="store_true", help="set the previous manifest aside and start over")
-    group.add_argument(
-        "--allow-environment-change", action="store_true", help="resume even if the engine, driver or GPU changed"
-    )
-    group.add_argument(
-        "--until",
-        type=_target,
-        metavar="ci=2%[:METRIC]",
-        help="add cycles, at least 5, until every configuration's interval is this narrow",
-    )
-    group.add_argument(
-        "--max-cycles", type=int, metavar="N", help="with --until: maximum number of cycles (default: 20)"
-    )
-    group.add_argument(
-        "--budget",
-        type=partial(checked, parse_duration),
-        metavar="8h",
-        help="start no experiment after this time; the running one finishes; exit code 124",
-    )
-    group.add_argument("--dry-run", action="store_true", help="show the plan and exit; write nothing")
-    group.add_argument("--validate-only", action="store_true", help="validate and exit; write nothing")
-    group.add_argument("--yes", "-y", action="store_true", help="do not ask; resume an unfinished campaign")
-    group.add_argument("--fail-fast", action="store_true", help="stop after the first failed experiment")
+    text = "resume even if the engine, driver or GPU changed"
+    add("--allow-environment-change", action="store_true", help=text)
+    text = "add cycles, at least 5, until every configuration's interval is this narrow"
+    add("--until", type=partial(checked, parse_target), metavar="ci=2%[:METRIC]", help=text)
+    add("--max-cycles", type=int, metavar="N", help="with --until: maximum number of cycles (default: 20)")
+    text = "start no experiment after this time; the running one finishes; exit code 124"
+    add("--budget", type=partial(checked, parse_duration), metavar="8h", help=text)
+    add("--dry-run", action="store_true", help="show the plan and exit; write nothing")
+    add("--validate-only", action="store_true", help="validate and exit; write nothing")
+    add("--yes", "-y", action="store_true", help="do not ask; resume an unfinished campaign")
+    add("--fail-fast", action="store_true", help="stop after the first failed experiment")
 
 
 def _add_fleet(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--shard", metavar="I/N", help="run only the part of host I of N")
-    group.add_argument(
-        "--plan",
-        type=Path,
-        metavar="PLAN",
-        help="take the part from this stored plan; with --write-plan: divide its experiments without a result",
-    )
-    group.add_argument("--write-plan", type=Path, metavar="PLAN", help="divide the campaign, store the plan and exit")
-    group.add_argument("--hosts", metavar="A,B,…", help="host names, for --write-plan")
-    group.add_argument("--replicate", action="store_true", help="with --write-plan: every host runs the whole campaign")
+    add = group.add_argument
+    add("--shard", metavar="I/N", help="run only the part of host I of N")
+    text = "take the part from this stored plan; with --write-plan: divide its experiments without a result"
+    add("--plan", type=Path, metavar="PLAN", help=text)
+    add("--write-plan", type=Path, metavar="PLAN", help="divide the campaign, store the plan and exit")
+    add("--hosts", metavar="A,B,…", help="host names, for --write-plan")
+    add("--replicate", action="store_true", help="with --write-plan: every host runs the whole campaign")
 
 
-def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    from lem.cli.plan_view import expected_document, plan_document, render_findings, render_plan
-    from lem.orchestration.executor import choose_executor
-    from lem.orchestration.plan import prolong_plan
-    from lem.orchestration.resume import with_cycles
-    from lem.orchestration.session import check_supported, plan_campaign
-
+def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int | None:
     loaded = _load(args)
     campaign, rule = _with_rule(args, loaded.config)
     plan = plan_campaign(replace(loaded, config=campaign))
-    if not getattr(args, "quiet", False):
+    if not args.quiet:
         err.write(render_findings(plan, is_colour=log.is_colour_wanted(err)))
         err.flush()
     if not plan.experiments:
         raise UserError("no valid experiment is left", "`lem campaign --dry-run` lists each reason; nothing was run")
     if args.write_plan is not None:
-        from lem.cli.fleet import store_plan
-
-        return store_plan(args, campaign, plan, _expected_durations(plan, campaign).measured_by_config, out)
-    part: FleetPart | None = None
+        store_plan(args, campaign, plan, _expected_durations(plan, campaign).measured_by_config, out)
+        return None
+    part = FleetPart()
     if args.shard is not None or args.plan is not None or args.hosts is not None or args.replicate:
-        from lem.cli.fleet import own_part
-
         plan, part = own_part(args, plan)
     if args.validate_only:
         if args.json:
             write_json(out, plan_document(plan))
-        return int(ExitCode.OK)
-    choice = choose_executor(args.executor, campaign, plan, python=args.python)
-    check_supported(campaign, choice.name)
-    if args.dry_run:
-        durations = _expected_durations(plan, campaign)
-        if args.json:
-            document = {**plan_document(plan), "expected_s": expected_document(plan, durations)}
-            write_json(out, {**document, "executor": choice.name, "place": choice.describe()})
-        else:
-            longest = None if rule is None else prolong_plan(plan, with_cycles(campaign, rule.most_cycles))
-            place = choice.describe()
-            out.write(render_plan(plan, campaign, place, durations, rule=rule, longest=longest, budget_s=args.budget))
-        return int(ExitCode.OK)
-    from lem.cli.campaign_run import CampaignCommand
-
-    return CampaignCommand(args, campaign, plan, choice, out, err, part).execute()
+        return None
+    job = Job(campaign, plan, choose_executor(args.executor, campaign, plan, python=args.python), rule, part)
+    check_supported(campaign, job.choice.name)
+    if not args.dry_run:
+        return CampaignCommand(args, job, out, err).execute()
+    durations = _expected_durations(plan, campaign)
+    if args.json:
+        document = {**plan_document(plan), "expected_s": expected_document(plan, durations)}
+        write_json(out, {**document, "executor": job.choice.name, "place": job.choice.describe()})
+    else:
+        out.write(render_plan(job, durations, args.budget))
+    return None
 
 
-def _target(text: str) -> Target:
-    from lem.results.aggregation import parse_target
-
-    return checked(parse_target, text)
+def _load(args: argparse.Namespace) -> Loaded[CampaignConfig]:
+    # --set is the most specific, so it comes last and wins.
+    sets = [*given_flags(args, {**_WHAT, **_RESULTS, **_COMPOSE}), *args.set]
+    if args.campaign_name is not None:
+        return load_campaign_of_files(args.campaign_name, args.files, sets, args.preset)
+    if len(args.files) > 1:
+        raise UserError("several files require a campaign name", "add --campaign-name NAME")
+    return load_campaign(args.files[0], sets, args.preset)
 
 
 def _with_rule(args: argparse.Namespace, campaign: CampaignConfig) -> tuple[CampaignConfig, StoppingRule | None]:
     """The campaign with at least the first cycles of a top-up, and the stopping rule."""
-    from lem.orchestration.resume import check_rule, make_rule, with_cycles
-
     if campaign.daemon is not None and campaign.daemon.enabled and args.budget is not None:
         raise UserError("--budget cannot be combined with a daemon", "set the total_duration of the daemon")
     if args.until is None:
@@ -189,26 +158,139 @@ def _with_rule(args: argparse.Namespace, campaign: CampaignConfig) -> tuple[Camp
     return with_cycles(campaign, rule.least_cycles), rule
 
 
-def _load(args: argparse.Namespace) -> Loaded[CampaignConfig]:
-    from lem.config.load import load_campaign, load_campaign_of_files
-
-    # --set is the most specific, so it comes last and wins.
-    sets = [*given_flags(args, {**_WHAT, **_RESULTS, **_COMPOSE}), *args.set]
-    if args.campaign_name is not None:
-        return load_campaign_of_files(args.campaign_name, args.files, sets, args.preset)
-    if len(args.files) > 1:
-        raise UserError("several files require a campaign name", "add --campaign-name NAME")
-    return load_campaign(args.files[0], sets, args.preset)
-
-
 def _expected_durations(plan: Plan, campaign: CampaignConfig) -> ExpectedDurations:
     """How long this plan's experiments, engine loads and gaps took in earlier runs."""
-    from lem.orchestration.plan import ExpectedDurations
-    from lem.results.aggregation import earlier_times
-    from lem.results.store import Repository
-
     engines = {item.config_hash: item.engine_key for item in plan.configurations}
     scan = Repository(Path(campaign.io.results_dir), campaign.slug).scan()
     found = earlier_times(item.record for item in scan.results if item.record.identity.config_hash in engines)
     loads = {engines[digest]: load_s for digest, load_s in found.load.items()}
     return ExpectedDurations(found.measured, loads, found.gap)
+
+
+# --- the plan before it runs
+
+
+def render_findings(plan: Plan, *, is_colour: bool = False) -> str:
+    """The number of experiments, and the filtered ones and warnings grouped by reason."""
+    lines = [plan.summary]
+    lines += _reasons(paint("filtered:", "red", is_colour=is_colour), plan.filtered_by_reason)
+    lines += _reasons(paint("warning:", "yellow", is_colour=is_colour), plan.warnings_by_reason)
+    return "\n".join(lines) + "\n"
+
+
+def _reasons(label: str, reasons: Sequence[tuple[str, int]]) -> Iterator[str]:
+    for reason, count in reasons[:_REASONS_SHOWN]:
+        yield f"{label} {reason}" + (f" × {count}" if count > 1 else "")
+    if len(reasons) > _REASONS_SHOWN:
+        yield f"{label} and {len(reasons) - _REASONS_SHOWN} more reasons"
+
+
+def render_plan(job: Job, durations: ExpectedDurations, budget_s: float | None = None) -> str:
+    """The plan: configurations, order, engine loads, expected time (from earlier runs), and where it runs."""
+    campaign, plan, rule = job.campaign, job.plan, job.rule
+    cycles, configurations = (
+        plural(campaign.execution.cycles, "cycle"),
+        plural(len(plan.configurations), "configuration"),
+    )
+    order = campaign.execution.structure
+    reuse = "none, cold start" if plan.is_cold else campaign.execution.reuse
+    facts = {
+        "campaign": f"{campaign.campaign_name} ({campaign.campaign_id})",
+        "experiments": f"{configurations} × {cycles} = {len(plan.experiments)}",
+        "order": order if plan.shuffle_seed is None else f"{order}, seed {plan.shuffle_seed}",
+        "engine loads": f"{sum(plan.loads())} (reuse: {reuse})",
+        "expected time": _expected(plan, durations),
+    }
+    if rule is not None:
+        longest = prolong_plan(plan, with_cycles(campaign, rule.most_cycles))
+        facts["top-up"] = f"{rule.describe()}; at most {_expected(longest, durations, about='')}"
+    if budget_s is not None:
+        facts["budget"] = f"{format_duration(budget_s)}, {_fitting(plan, durations, budget_s)}"
+    facts["runs on"] = job.choice.describe()
+    facts["results in"] = f"{campaign.io.results_dir}/{campaign.slug}"
+    width = max(map(len, facts)) + 2
+    lines: list[str] = []
+    for name, text in facts.items():
+        lead = f"{name + ':':<{width}}"
+        lines += textwrap.wrap(text, WIDTH, initial_indent=lead, subsequent_indent=" " * width)
+    return "\n".join([*lines, "", *_order(plan)]) + "\n"
+
+
+def plan_document(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON values."""
+    gaps = [plan.gap_cap_s(kind) for kind in plan.gap_kinds()]
+    return {
+        "generated": plan.total_generated,
+        "filtered": [{"reason": reason, "count": count} for reason, count in plan.filtered_by_reason],
+        "warnings": [{"reason": reason, "count": count} for reason, count in plan.warnings_by_reason],
+        "engine_loads": sum(plan.loads()),
+        "shuffle_seed": plan.shuffle_seed,
+        "experiments": [
+            {
+                "exp_id": item.exp_id,
+                "config_name": item.config_name,
+                "backend": item.backend,
+                "cycle_index": item.cycle_index,
+                "order_index": item.order_index,
+                "loads_engine": is_load,
+                "gap_cap_s": gap_s,
+            }
+            for item, is_load, gap_s in zip(plan.experiments, plan.loads(), gaps, strict=True)
+        ],
+    }
+
+
+def expected_document(plan: Plan, durations: ExpectedDurations) -> dict[str, Any]:
+    """The expected duration of the plan in seconds, as JSON values; None if there are no earlier results."""
+    expected = plan.expected_time(durations)
+    return {
+        "total": expected.total_s,
+        "measuring": expected.measured_s,
+        "loading": expected.loading_s,
+        "gaps": expected.gaps_s,
+        "gaps_at_most": plan.expected_time(replace(durations, gap_s=None)).gaps_s,
+        "is_complete": expected.is_complete,
+    }
+
+
+def _expected(plan: Plan, durations: ExpectedDurations, about: str = "about ") -> str:
+    expected = plan.expected_time(durations)
+    most_s = plan.expected_time(replace(durations, gap_s=None)).gaps_s
+    usual = f"gaps {format_duration(expected.gaps_s)}, at most" if expected.gaps_s < most_s else "gaps at most"
+    gaps = f"{usual} {format_duration(most_s)}" if most_s else "no gaps"
+    if expected.measured_s is None or expected.loading_s is None or expected.total_s is None:
+        return f"unknown before the first run; {gaps}"
+    guess = "" if expected.is_complete else ", partly estimated from other configurations"
+    return (
+        f"{about}{format_duration(expected.total_s)} (measuring {format_duration(expected.measured_s)}, "
+        f"loading {format_duration(expected.loading_s)}, {gaps}{guess})"
+    )
+
+
+def _fitting(plan: Plan, durations: ExpectedDurations, budget_s: float) -> str:
+    """How many experiments start within the budget; the last one of them finishes."""
+    total = plan.expected_time(durations).total_s
+    if total is None:
+        return "how much of the plan fits is unknown before the first run"
+    if total <= budget_s:
+        return "enough for the whole plan"
+
+    def time_before(place: int) -> float:
+        return plan.expected_time(durations, plan.experiments[:place]).total_s or 0.0
+
+    started = bisect.bisect_left(range(len(plan.experiments)), budget_s, key=time_before)
+    return f"enough to start about {started} of {len(plan.experiments)} experiments; --resume runs the rest"
+
+
+def _order(plan: Plan) -> Iterable[str]:
+    shown = plan.experiments[:_ORDER_SHOWN]
+    gaps = [plan.gap_cap_s(kind) for kind in plan.gap_kinds()[:_ORDER_SHOWN]]
+    table = [
+        Column("cycle", tuple(str(item.cycle_index + 1) for item in shown)),
+        Column("backend", tuple(item.backend for item in shown)),
+        Column("engine", tuple("load" if is_load else "reuse" for is_load in plan.loads()[:_ORDER_SHOWN])),
+        Column("gap before", tuple(format_duration(gap) if gap else "–" for gap in gaps)),
+    ]
+    yield from columns("experiment", [item.config_name for item in shown], table, WIDTH)
+    if len(plan.experiments) > len(shown):
+        yield f"and {len(plan.experiments) - len(shown)} more"

@@ -1,84 +1,78 @@
-"""Running a campaign for `lem campaign`: schedule, progress, notification and exit code."""
+"""Running a campaign for `lem campaign`: schedule, progress, conclusion, notification and exit code."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import select
+import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from lem.base import log
 from lem.base.clock import utc_now
+from lem.base.doc import screen_of
 from lem.base.durable import reason_of
 from lem.base.errors import ExitCode, Interrupted, LemError, UserError
+from lem.base.process import copyable
 from lem.cli.fleet import FleetPart
-from lem.cli.progress import (
-    LogProgress,
-    StatusProgress,
-    choose_progress,
-    closing_lines,
-    exit_code_of_outcome,
-    message_of_error,
-    message_of_outcome,
-    resume_command,
-    show_results,
-)
+from lem.cli.progress import LineProgress, StatusProgress, campaign_logger, choose_progress, write_output
 from lem.config.campaign_config import CampaignConfig
+from lem.config.option import is_secret
 from lem.orchestration.campaign import CampaignRunner
 from lem.orchestration.executor import ExecutorChoice
+from lem.orchestration.manifest import FAILED, SKIPPED
 from lem.orchestration.plan import Plan
-from lem.orchestration.resume import CHOOSE_HINT, RunOptions, make_rule
+from lem.orchestration.resume import CHOOSE_HINT, RunOptions
 from lem.orchestration.schedule import CampaignOutcome, Scheduler, Stopped, StopRequest
-from lem.orchestration.status import Event
+from lem.orchestration.status import Event, Observer
 from lem.orchestration.systemd import Notification, ServiceManager, notify
-from lem.results.store import StoppingRule, Target
-
-_logger = logging.getLogger("lem.campaign")
+from lem.results.aggregation import run_document
+from lem.results.run import make_run
+from lem.results.store import Repository, StoppingRule, read_stopping_rule
+from lem.results.table import render_run
 
 _WEBHOOK_PATIENCE_S = 3.0
 
-_WHY_STOPPED = {Stopped.DEADLINE: "time budget reached"}
+
+@dataclass(frozen=True)
+class Job:
+    """What is to run, and where."""
+
+    campaign: CampaignConfig
+    plan: Plan
+    choice: ExecutorChoice
+    rule: StoppingRule | None = None  # adds cycles
+    part: FleetPart = field(default_factory=FleetPart)
 
 
 class CampaignCommand:
     """One invocation; a daemon runs its campaign repeatedly."""
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        campaign: CampaignConfig,
-        plan: Plan,
-        choice: ExecutorChoice,
-        out: TextIO,
-        err: TextIO,
-        part: FleetPart | None = None,
-    ) -> None:
-        daemon = campaign.daemon
-        self._part = part or FleetPart()
+    def __init__(self, args: argparse.Namespace, job: Job, out: TextIO, err: TextIO) -> None:
+        daemon = job.campaign.daemon
         self._args = args
-        self._campaign = campaign
-        self._plan = plan
-        self._choice = choice
+        self._job = job
+        self._campaign = job.campaign
         self._out = out
         self._err = err
-        self._is_quiet_requested = bool(getattr(args, "quiet", False))
-        self._is_quiet = self._is_quiet_requested or (daemon is not None and daemon.enabled and daemon.quiet)
+        self._is_quiet = args.quiet or (daemon is not None and daemon.enabled and daemon.quiet)
         self._console = log.Console(err)
-        if getattr(args, "no_color", False):
-            self._console.is_colour = False
         self._stop = StopRequest()
-        self._progress = choose_progress(self._console, out, is_json=args.json, is_quiet=self._is_quiet)
-        self._log_progress: LogProgress | None = None
         self._service = ServiceManager.of()
-        self._status = StatusProgress(self._service)
+        self._observers: list[Observer] = [
+            choose_progress(self._console, out, is_json=args.json, is_quiet=self._is_quiet),
+            StatusProgress(self._service),
+        ]
         self._notification: Notification | None = None
         self._has_waited = False
 
@@ -88,8 +82,27 @@ class CampaignCommand:
         Raises:
             LemError: the campaign, or its next run, cannot start.
         """
-        log.configure(self._console, verbosity=-1 if self._is_quiet else getattr(self._args, "verbose", 0))
-        runner = self._runner()
+        log.configure(self._console, verbosity=-1 if self._is_quiet else self._args.verbose)
+        args, part = self._args, self._job.part
+        options = RunOptions(
+            resume=False if args.fresh else args.resume,
+            is_yes=args.yes,
+            ask=self._ask if _is_interactive() else None,
+            is_environment_change_allowed=args.allow_environment_change,
+            is_fail_fast=args.fail_fast,
+            until=self._job.rule,
+            resume_command=resume_command(sys.orig_argv),
+            run_id=part.run_id,
+        )
+        runner = CampaignRunner(
+            self._campaign,
+            plan=self._job.plan,
+            executor=self._job.choice.make(),
+            observe=self._dispatch,
+            stop=self._stop,
+            options=options,
+            host=part.host or socket.gethostname(),
+        )
         try:
             with self._stop.installed(self._acknowledge), runner.reserved(), self._log_file():
                 outcome = self._run(runner)
@@ -100,32 +113,7 @@ class CampaignCommand:
             self._stop.close()
         if self._stop.signum is not None:
             return 128 + self._stop.signum
-        return int(ExitCode.OK) if outcome is None else exit_code_of_outcome(outcome)
-
-    def _runner(self) -> CampaignRunner:
-        args = self._args
-        return CampaignRunner(
-            self._campaign,
-            plan=self._plan,
-            executor=self._choice.make(),
-            observe=self._dispatch,
-            stop=self._stop,
-            options=RunOptions(
-                resume=False if args.fresh else args.resume,
-                is_yes=args.yes,
-                ask=self._ask if _is_interactive() else None,
-                is_environment_change_allowed=args.allow_environment_change,
-                is_fail_fast=args.fail_fast,
-                until=self._rule(),
-                resume_command=resume_command(sys.orig_argv),
-                run_id=self._part.run_id,
-            ),
-            host=self._part.host or socket.gethostname(),
-        )
-
-    def _rule(self) -> StoppingRule | None:
-        until: Target | None = self._args.until
-        return None if until is None else make_rule(until, self._args.max_cycles)
+        return ExitCode.OK if outcome is None else exit_code_of_outcome(outcome)
 
     def _run(self, runner: CampaignRunner) -> CampaignOutcome | None:
         scheduler = Scheduler(self._campaign, self._stop, self._announce, utc_now, time.monotonic)
@@ -147,7 +135,7 @@ class CampaignCommand:
             outcome = runner.run(deadline_s=deadline_s)
         except LemError as error:
             if self._is_quiet:  # otherwise only the terminal shows it
-                _logger.info("error: %s", error.message)
+                campaign_logger.info("error: %s", error.message)
             if self._has_waited and not isinstance(error, Interrupted):
                 self._notify(message_of_error(self._campaign, error))
             raise
@@ -165,18 +153,10 @@ class CampaignCommand:
         if not self._is_quiet and not self._args.json:
             self._console.line()
         show_results(self._campaign, outcome, self._out, is_json=self._args.json)
-        lines = [*closing_lines(self._campaign, outcome, self._console)]
-        if outcome.stopped is not None or outcome.manifest.failed_count:
-            why = (
-                _WHY_STOPPED.get(outcome.stopped, "stopped")
-                if outcome.stopped is not None
-                else "some experiments failed"
-            )
-            lines.append(f"{why}; resume with: {resume_command(sys.orig_argv)}")
-        for line in lines:
+        for line in closing_lines(self._campaign, outcome, self._console):
             self._console.line(line)
             if self._is_quiet:
-                _logger.info("%s", line)
+                campaign_logger.info("%s", line)
 
     def _notify(self, message: dict[str, Any] | None) -> None:
         url = self._campaign.notification.webhook_url
@@ -184,21 +164,19 @@ class CampaignCommand:
             self._notification = notify(url, message)
 
     def _dispatch(self, event: Event) -> None:
-        self._progress(event)
-        self._status(event)
-        if self._log_progress is not None:
-            self._log_progress(event)
+        for observe in self._observers:
+            observe(event)
 
     def _announce(self, text: str) -> None:
         """Announce when a run starts, or why none does; on the terminal even if the daemon is set to quiet."""
-        self._dispatch(Event("note", 0, len(self._plan.experiments), data={"text": text}))
-        if self._is_quiet and not self._is_quiet_requested and not self._args.json:
+        self._dispatch(Event("note", 0, len(self._job.plan.experiments), data={"text": text}))
+        if self._is_quiet and not self._args.quiet and not self._args.json:
             self._console.line(text)
 
     def _acknowledge(self) -> None:
         """Confirm a signal at once: the running experiment may take seconds to stop."""
         self._service.stopping()
-        if self._is_quiet_requested:
+        if self._args.quiet:
             return
         clear = "\r\x1b[2K" if self._console.is_live else ""
         with contextlib.suppress(OSError):  # the reader is gone, or the stream has no descriptor
@@ -234,10 +212,10 @@ class CampaignCommand:
             handler = log.log_to_file(path)
         except OSError as error:
             raise UserError(f"{path}: {reason_of(error)}", "set another io.state_dir") from error
-        if not self._is_quiet_requested and not self._args.json:
+        if not self._args.quiet and not self._args.json:
             self._console.line(f"quiet: logging to {path}")
-        self._log_progress = LogProgress(_logger)
-        _logger.info("%s", self._plan.summary)
+        self._observers.append(LineProgress(None))
+        campaign_logger.info("%s", self._job.plan.summary)
         try:
             yield
         finally:
@@ -247,3 +225,101 @@ class CampaignCommand:
 
 def _is_interactive() -> bool:
     return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def exit_code_of_outcome(outcome: CampaignOutcome) -> ExitCode:
+    """The exit code of a run that no signal ended."""
+    if outcome.stopped is Stopped.DURATION:
+        return ExitCode.OK
+    if outcome.error is not None:
+        return outcome.error.exit_code
+    if outcome.stopped is Stopped.DEADLINE:
+        return ExitCode.BUDGET
+    return ExitCode.EXPERIMENT_FAILED if outcome.manifest.failed_count else ExitCode.OK
+
+
+def show_results(campaign: CampaignConfig, outcome: CampaignOutcome, out: TextIO, *, is_json: bool) -> None:
+    """Write the table, or the summary as a line of JSON; nothing if there are no results."""
+    run_id, manifest, results_dir = str(outcome.manifest.run_id), outcome.manifest, Path(campaign.io.results_dir)
+    planned = {entry.exp_id for entry in manifest.experiments if entry.status != SKIPPED}
+    scan = Repository(results_dir, campaign.slug).scan(run_id)
+    summary = make_run(
+        [item.record for item in scan.results if item.record.identity.experiment_id in planned],
+        failed=Counter(entry.config_name for entry in manifest.get_by_status(FAILED)),
+        campaign_name=campaign.campaign_name,
+        run_id=run_id,
+        stopping=read_stopping_rule(results_dir / campaign.slug / run_id),
+    )
+    if is_json:
+        write_output(out, json.dumps({"event": "summary", **run_document(summary)}, ensure_ascii=False) + "\n")
+    elif summary.configurations:
+        write_output(out, render_run(summary, **screen_of(out)))
+
+
+def closing_lines(campaign: CampaignConfig, outcome: CampaignOutcome, console: log.Console) -> Iterator[str]:
+    """The closing lines: counts, results folder, error and hint, and how to resume."""
+    manifest = outcome.manifest
+    completed, failed = manifest.completed_count, manifest.failed_count
+    left = sum(entry.status != SKIPPED for entry in manifest.experiments) - completed - failed
+    folder = Path(campaign.io.results_dir) / campaign.slug / str(manifest.run_id)
+    if outcome.remark:
+        yield outcome.remark
+    yield f"{completed} completed, {failed} failed, {left} left; results in {folder}"
+    if outcome.error is not None:
+        yield f"{console.paint('error:', 'red')} {outcome.error.message}"
+        if outcome.error.hint:
+            yield f"{console.paint('hint:', 'cyan')} {outcome.error.hint}"
+    if outcome.stopped is not None or failed:
+        why = "some experiments failed" if outcome.stopped is None else "stopped"
+        why = "time budget reached" if outcome.stopped is Stopped.DEADLINE else why
+        yield f"{why}; resume with: {resume_command(sys.orig_argv)}"
+
+
+def resume_command(words: Sequence[str]) -> str:
+    """The same command for a shell, with --resume instead of options that conflict with it.
+
+    Args:
+        words: the whole command line, the interpreter first (`sys.orig_argv`).
+    """
+    # A script on PATH is named without the Python of its first line.
+    script = Path(words[1]) if len(words) > 1 else Path()
+    if script.name == "lem" and shutil.which("lem") == str(script):
+        words = ["lem", *words[2:]]
+    kept = [_without_secret(word) for word in words if word not in ("--fresh", "--resume", "--no-resume")]
+    kept.insert(kept.index("--") if "--" in kept else len(kept), "--resume")
+    return copyable(kept)
+
+
+def _without_secret(word: str) -> str:
+    """The argument, with `(hidden)` instead of a secret value."""
+    start = "--set=" if word.startswith("--set=") else ""
+    key, sign, _ = word[len(start) :].partition("=")
+    return f"{start}{key}=(hidden)" if sign and is_secret(CampaignConfig, tuple(key.split("."))) else word
+
+
+def message_of_outcome(campaign: CampaignConfig, outcome: CampaignOutcome) -> dict[str, Any] | None:
+    """The webhook's message about a run; None if it is not subscribed to it."""
+    manifest = outcome.manifest
+    if outcome.stopped is Stopped.SIGNAL:
+        return None
+    is_failure = outcome.error is not None or manifest.failed_count > 0
+    return _message(
+        campaign,
+        "failure" if is_failure else "complete",
+        run_id=manifest.run_id,
+        completed=manifest.completed_count,
+        failed=manifest.failed_count,
+        remaining=len(manifest.get_remaining()),
+        error=None if outcome.error is None else outcome.error.message,
+    )
+
+
+def message_of_error(campaign: CampaignConfig, error: LemError) -> dict[str, Any] | None:
+    """The webhook's message about a run that could not start; None if it is not subscribed to it."""
+    return _message(campaign, "failure", run_id=None, completed=0, failed=0, remaining=None, error=error.message)
+
+
+def _message(campaign: CampaignConfig, event: str, **data: Any) -> dict[str, Any] | None:
+    if event not in campaign.notification.on:
+        return None
+    return {"event": event, "campaign": campaign.campaign_name, "campaign_id": campaign.campaign_id, **data}

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from lem.base import log
 from lem.base.doc import write_json
-from lem.base.errors import ConfigurationError, ExitCode
+from lem.base.errors import ConfigurationError, ExitCode, did_you_mean
 from lem.cli.selection import add_json, add_repeated
-
-if TYPE_CHECKING:
-    from lem.config.load import Loaded
-    from lem.config.option import Section
-
+from lem.config import introspection, rules
+from lem.config.backends import BACKENDS
+from lem.config.campaign_config import CampaignConfig
+from lem.config.experiment import ExperimentConfig
+from lem.config.kinds import BoolKind, ChoiceKind, NumberKind, Problem, dotted
+from lem.config.load import Loaded, kind_of, load_campaign, load_experiment
+from lem.config.option import Section, find_option, is_secret, leaves, merge, nest
+from lem.config.yamlfile import FileProblems
+from lem.orchestration.plan import build_plan
 
 KINDS = ("campaign", "experiment")
 
@@ -24,25 +28,25 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     validate = actions.add_parser("validate", help="check files and list every problem")
     validate.add_argument("files", nargs="+", metavar="FILE", help="campaign or experiment files")
-    validate.set_defaults(run=run, action=_validate)
+    validate.set_defaults(run=_validate)
     show = actions.add_parser("show", help="show a file with all defaults, and where each value comes from")
     show.add_argument("file", metavar="FILE", help="a campaign or experiment file")
-    show.set_defaults(run=run, action=_show)
+    show.set_defaults(run=_show)
     for action in (validate, show):
         action.add_argument("--preset", metavar="NAME", help="preset that experiments start from (see lem presets)")
         add_repeated(action, "--set", "KEY=VALUE", "set any option, such as execution.cycles=5")
     new = actions.add_parser("new", help="write a commented template to stdout")
     new.add_argument("--backend", default="pytorch", metavar="NAME", help="backend of the template")
-    new.set_defaults(run=run, action=_new)
+    new.set_defaults(run=_new)
     schema = actions.add_parser("schema", help="print the JSON Schema, for editors that check YAML")
-    schema.set_defaults(run=run, action=_schema)
+    schema.set_defaults(run=_schema)
     for action in (new, schema):
         action.add_argument("kind", nargs="?", choices=KINDS, default="campaign", help="default: campaign")
     fields = actions.add_parser("fields", help="list every option: type, default, bounds, description")
     fields.add_argument("kind", nargs="?", choices=KINDS, help="default: both")
     fields.add_argument("--backend", metavar="NAME", help="only the options that this backend honours")
     fields.add_argument("--markdown", action="store_true", help="print the page docs/configuration.md")
-    fields.set_defaults(run=run, action=_fields)
+    fields.set_defaults(run=_fields)
     for action in (validate, show, fields):
         add_json(action)
 
@@ -53,9 +57,6 @@ Flags = Mapping[str, tuple[str, ...]]
 
 def add_flags(parser: argparse._ActionsContainer, section: type[Section], flags: Flags) -> None:
     """Add flags for options; type, choices and metavar come from the declarations. They win over the file."""
-    from lem.config.kinds import BoolKind, ChoiceKind, NumberKind
-    from lem.config.option import find_option
-
     for key, (*names, text) in flags.items():
         item = find_option(section, key)
         assert item is not None, key  # noqa: S101 - a typing error in a table
@@ -78,13 +79,8 @@ def given_flags(args: argparse.Namespace, flags: Flags) -> list[tuple[str, Any]]
     return [(key, value) for key, value in given if value is not None]
 
 
-def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    """Run the chosen action; the exit code is 2 where a file is not valid."""
-    code: int = args.action(args, out, err)
-    return code
-
-
 def _validate(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
+    """Exit code 2 if a file is not valid."""
     reports = []
     for file in args.files:
         try:
@@ -99,20 +95,16 @@ def _validate(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         reports.append(report)
     if args.json:
         write_json(out, reports)
-    return int(ExitCode.OK if all(report["valid"] for report in reports) else ExitCode.USAGE)
+    return ExitCode.OK if all(report["valid"] for report in reports) else ExitCode.USAGE
 
 
 def _report(file: str, args: argparse.Namespace) -> dict[str, Any]:
     """The facts about a valid file."""
-    from lem.config import load, rules
-    from lem.config.kinds import Problem
-    from lem.orchestration.plan import build_plan
-
-    report: dict[str, Any] = {"file": file, "kind": load.kind_of(file), "valid": True}
+    report: dict[str, Any] = {"file": file, "kind": kind_of(file), "valid": True}
     if report["kind"] == "experiment":
-        experiment = load.load_experiment(file, args.set, args.preset).config
+        experiment = load_experiment(file, args.set, args.preset).config
         return {**report, "name": experiment.name, "warnings": [str(item) for item in rules.warnings(experiment)]}
-    loaded = load.load_campaign(file, args.set, args.preset)
+    loaded = load_campaign(file, args.set, args.preset)
     plan = build_plan(loaded.config, loaded.listed, preset=loaded.preset, source=loaded.source)
     filtered = [f"{reason} × {count}" for reason, count in plan.filtered_by_reason]
     if not plan.experiments:
@@ -138,9 +130,6 @@ def _as_text(report: dict[str, Any]) -> str:
 
 
 def _problem_documents(error: ConfigurationError) -> list[dict[str, Any]]:
-    from lem.config.kinds import dotted
-    from lem.config.yamlfile import FileProblems
-
     if not isinstance(error, FileProblems):
         return [{"message": error.message, "hint": error.hint}]
     return [
@@ -156,14 +145,9 @@ def _problem_documents(error: ConfigurationError) -> list[dict[str, Any]]:
     ]
 
 
-def _show(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
-    from lem.config import load
-    from lem.config.introspection import render_yaml
-    from lem.config.kinds import dotted
-    from lem.config.option import leaves
-
-    kind = load.kind_of(args.file)
-    read: Any = load.load_campaign if kind == "campaign" else load.load_experiment
+def _show(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
+    kind = kind_of(args.file)
+    read: Any = load_campaign if kind == "campaign" else load_experiment
     loaded: Loaded[Any] = read(args.file, args.set, args.preset)
     tree, provenance = _without_secrets(loaded), loaded.provenance
     origins, comments = {}, {}
@@ -179,14 +163,11 @@ def _show(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
     if args.json:
         write_json(out, {"kind": kind, "config": tree, "provenance": origins})
     else:
-        out.write(render_yaml(tree, comments))
-    return int(ExitCode.OK)
+        out.write(introspection.render_yaml(tree, comments))
 
 
 def _without_secrets(loaded: Loaded[Any]) -> dict[str, Any]:
     """The configuration with secrets as they were written, when that was `${VAR}`, else hidden."""
-    from lem.config.option import is_secret, leaves, merge, nest
-
     section = type(loaded.config)
     tree: dict[str, Any] = loaded.config.to_dict()
     written = dict(leaves(loaded.source.unexpanded))
@@ -198,50 +179,37 @@ def _without_secrets(loaded: Loaded[Any]) -> dict[str, Any]:
     return tree
 
 
-def _new(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
-    from lem.config.introspection import campaign_template, experiment_template
-
+def _new(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
     _check_backend(args.backend)
-    out.write(campaign_template(args.backend) if args.kind == "campaign" else experiment_template(args.backend))
-    return int(ExitCode.OK)
+    template = introspection.campaign_template if args.kind == "campaign" else introspection.experiment_template
+    out.write(template(args.backend))
 
 
-def _schema(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
-    from lem.config.campaign_config import CampaignConfig
-    from lem.config.experiment import ExperimentConfig
-    from lem.config.introspection import document_schema
-
+def _schema(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
     section = CampaignConfig if args.kind == "campaign" else ExperimentConfig
-    write_json(out, document_schema(section, f"lem {args.kind}"))
-    return int(ExitCode.OK)
+    write_json(out, introspection.document_schema(section, f"lem {args.kind}"))
 
 
-def _fields(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
-    from lem.config.introspection import get_campaign_params, get_experiment_params, render_page, render_text
-
-    if args.backend is not None and not args.markdown:
+def _fields(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
+    if args.markdown:
+        out.write(introspection.render_page())
+        return
+    if args.backend is not None:
         _check_backend(args.backend)
     kinds = (args.kind,) if args.kind else KINDS if args.backend is None else ("experiment",)
-    if args.markdown:
-        out.write(render_page())
-        return int(ExitCode.OK)
-    params = {"campaign": get_campaign_params(), "experiment": get_experiment_params(args.backend)}
-    found = {kind: params[kind] for kind in kinds}
+    params = {
+        "campaign": introspection.get_campaign_params(),
+        "experiment": introspection.get_experiment_params(args.backend),
+    }
     if args.json:
-        write_json(out, found)
-        return int(ExitCode.OK)
-    for kind, entries in found.items():
-        heading = f"{kind.upper()}\n\n" if len(found) > 1 else ""
-        out.write(f"{heading}{render_text(entries)}\n")
-    return int(ExitCode.OK)
+        write_json(out, {kind: params[kind] for kind in kinds})
+        return
+    for kind in kinds:
+        heading = f"{kind.upper()}\n\n" if len(kinds) > 1 else ""
+        out.write(f"{heading}{introspection.render_text(params[kind])}\n")
 
 
 def _check_backend(name: str) -> None:
-    from lem.base.errors import did_you_mean
-    from lem.config.backends import BACKENDS
-
     if name not in BACKENDS:
-        raise ConfigurationError(
-            f"--backend {name}: unknown backend{did_you_mean(name, BACKENDS)}",
-            f"one of: {', '.join(BACKENDS)}",
-        )
+        message = f"--backend {name}: unknown backend{did_you_mean(name, BACKENDS)}"
+        raise ConfigurationError(message, f"one of: {', '.join(BACKENDS)}")

@@ -17,15 +17,8 @@ from lem.base.errors import ExitCode, UserError
 from lem.base.units import format_duration, parse_percentage, plural, some_of
 from lem.cli.selection import add_json, add_repeated, checked, list_problems, problem_documents
 from lem.config.campaign_config import CampaignConfig
-from lem.orchestration.fleet import (
-    check_same,
-    costs_of,
-    make_fleet_plan,
-    parse_shard,
-    part_of_plan,
-    replan,
-    take_part,
-)
+from lem.orchestration.bundle import Contents, Signer, make_bundle, verify_bundle
+from lem.orchestration.fleet import check_same, costs_of, make_fleet_plan, parse_shard, part_of_plan, replan, take_part
 from lem.orchestration.names import make_run_id
 from lem.orchestration.plan import Plan
 from lem.results.merge import (
@@ -54,16 +47,15 @@ class FleetPart:
 
 def store_plan(
     args: argparse.Namespace, campaign: CampaignConfig, plan: Plan, measured_by_config: Mapping[str, float], out: TextIO
-) -> int:
+) -> None:
     """Divide the campaign among the hosts, store the plan and show it.
 
     Raises:
         UserError: the host names are invalid, or the plan cannot be stored.
     """
     if args.shard is not None:
-        raise UserError(
-            "--write-plan and --shard cannot be combined", "--write-plan makes a plan, --shard runs a part of one"
-        )
+        hint = "--write-plan makes a plan, --shard runs a part of one"
+        raise UserError("--write-plan and --shard cannot be combined", hint)
     hosts = [name.strip() for name in (args.hosts or "").split(",") if name.strip()]
     if not hosts:
         raise UserError("--write-plan requires --hosts", "add --hosts A,B,…")
@@ -84,7 +76,6 @@ def store_plan(
         write_json(out, dataclasses.asdict(fleet_plan))
     else:
         out.write("\n".join(_described(fleet_plan)) + "\n")
-    return int(ExitCode.OK)
 
 
 def _described(plan: FleetPlan) -> list[str]:
@@ -123,21 +114,16 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
         "Merge the results of several hosts into one folder. Identical results are copied once; conflicts are "
         "errors. Each host is a block: nothing is pooled across hosts. Exit code 1 if planned results are missing."
     )
-    parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="DIR", help="results folder of a host, or a folder that contains it"
+    add = parser.add_argument
+    add("folders", nargs="+", type=Path, metavar="DIR", help="results folder of a host, or a folder that contains it")
+    add("--output", "-o", type=Path, required=True, metavar="DIR", help="results folder to merge into")
+    add("--campaign", metavar="NAME", help="the campaign, if the folders hold several")
+    add("--plan", type=Path, metavar="PLAN", help="stored plan: merge only its run, and list what is missing")
+    kind, text = (
+        partial(checked, parse_percentage),
+        "largest difference between hosts in the plan's anchor (default: 5%%)",
     )
-    parser.add_argument("--output", "-o", type=Path, required=True, metavar="DIR", help="results folder to merge into")
-    parser.add_argument("--campaign", metavar="NAME", help="the campaign, if the folders hold several")
-    parser.add_argument(
-        "--plan", type=Path, metavar="PLAN", help="stored plan: merge only its run, and list what is missing"
-    )
-    parser.add_argument(
-        "--anchor-tolerance",
-        type=partial(checked, parse_percentage),
-        default=0.05,
-        metavar="PERCENT%",
-        help="largest difference between hosts in the plan's anchor (default: 5%%)",
-    )
+    add("--anchor-tolerance", type=kind, default=0.05, metavar="PERCENT%", help=text)
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -160,10 +146,22 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     if args.json:
         write_json(out, _document(gathered, matrix, anchor, new))
     else:
-        lines = [*_table(matrix, terminal_width(out)), "", *_lines(gathered, matrix, anchor, new, args.output, plan)]
-        out.write("\n".join(lines) + "\n")
+        hosts = [
+            Column(printable(host), tuple(cells[index].text for cells in matrix.rows.values()))
+            for index, host in enumerate(matrix.hosts)
+        ]
+        lines = [*columns("configuration", list(matrix.rows), hosts, terminal_width(out)), ""]
+        if plan is not None and plan.anchor is not None:
+            lines.append(_described_anchor(anchor))
+        if gathered.foreign_runs:
+            lines.append(f"left out, not in the run of the plan: {', '.join(gathered.foreign_runs)}")
+        if matrix.missing:
+            missing = [f"{exp_id} ({host})" for host, exp_id in matrix.missing]
+            lines.append(f"missing: {some_of(missing, _SHOWN)}")
+        counts = f"{plural(len(gathered.results), 'result')} of {plural(len(matrix.hosts), 'host')}"
+        out.write("\n".join([*lines, f"{counts} in {args.output}, {new} of them new"]) + "\n")
         list_problems(err, gathered.problems, lead="left out: ")
-    return int(ExitCode.EXPERIMENT_FAILED if matrix.missing else ExitCode.OK)
+    return ExitCode.EXPERIMENT_FAILED if matrix.missing else ExitCode.OK
 
 
 def _document(gathered: Gathered, matrix: Matrix, anchor: AnchorCheck, new: int) -> dict[str, Any]:
@@ -188,32 +186,11 @@ def _document(gathered: Gathered, matrix: Matrix, anchor: AnchorCheck, new: int)
     }
 
 
-def _table(matrix: Matrix, width: int) -> list[str]:
-    hosts = [
-        Column(printable(host), tuple(cells[index].text for cells in matrix.rows.values()))
-        for index, host in enumerate(matrix.hosts)
-    ]
-    return columns("configuration", list(matrix.rows), hosts, width)
-
-
-def _lines(
-    gathered: Gathered, matrix: Matrix, anchor: AnchorCheck, new: int, output: Path, plan: FleetPlan | None
-) -> list[str]:
-    lines = []
-    if plan is not None and plan.anchor is not None:
-        values = ", ".join(f"{host} {value:.4g} {anchor.unit}" for host, value in anchor.by_host.items())
-        lines.append(
-            "anchor: fewer than two hosts have a valid result of it; hosts cannot be compared"
-            if anchor.spread is None
-            else f"anchor: hosts are within {100 * anchor.spread:.1f} % in {anchor.metric} ({values})"
-        )
-    if gathered.foreign_runs:
-        lines.append(f"left out, not in the run of the plan: {', '.join(gathered.foreign_runs)}")
-    if matrix.missing:
-        missing = [f"{exp_id} ({host})" for host, exp_id in matrix.missing]
-        lines.append(f"missing: {some_of(missing, _SHOWN)}")
-    results, hosts = plural(len(gathered.results), "result"), plural(len(matrix.hosts), "host")
-    return [*lines, f"{results} of {hosts} in {output}, {new} of them new"]
+def _described_anchor(anchor: AnchorCheck) -> str:
+    if anchor.spread is None:
+        return "anchor: fewer than two hosts have a valid result of it; hosts cannot be compared"
+    values = ", ".join(f"{host} {value:.4g} {anchor.unit}" for host, value in anchor.by_host.items())
+    return f"anchor: hosts are within {100 * anchor.spread:.1f} % in {anchor.metric} ({values})"
 
 
 def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
@@ -229,39 +206,31 @@ def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
     making.set_defaults(run=_make)
     verifying = actions.add_parser("verify", help="verify the checksums and the signature of a bundle")
     verifying.add_argument("folder", type=Path, metavar="DIR", help="the bundle")
-    verifying.add_argument(
-        "--allowed-signers", type=Path, metavar="FILE", help="trusted keys, in the format of ssh-keygen"
-    )
+    text = "trusted keys, in the format of ssh-keygen"
+    verifying.add_argument("--allowed-signers", type=Path, metavar="FILE", help=text)
     verifying.add_argument("--identity", metavar="NAME", help="expected signer")
     verifying.set_defaults(run=_verify)
     for action in (making, verifying):
         add_json(action)
 
 
-def _make(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001
-    from lem.orchestration.bundle import Contents, make_bundle
-
+def _make(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
     contents = Contents(tuple(args.image), tuple(args.model), tuple(args.deb), tuple(args.wheel))
     path = make_bundle(args.folder, contents, sign_key=args.sign_key)
-    signed = "signed" if args.sign_key is not None else "not signed"
     if args.json:
         write_json(out, {"path": str(path)})
     else:
-        out.write(f"{path}, {signed}\n")
-    return int(ExitCode.OK)
+        out.write(f"{path}, {'signed' if args.sign_key is not None else 'not signed'}\n")
 
 
-def _verify(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    from lem.orchestration.bundle import Signer, verify_bundle
-
+def _verify(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     if (args.allowed_signers is None) != (args.identity is None):
         raise UserError("--allowed-signers and --identity require each other", "give both or neither")
     signer = None if args.identity is None else Signer(args.allowed_signers, args.identity)
     manifest = verify_bundle(args.folder, signer)
     if args.json:
         write_json(out, manifest)
-    elif signer is None:
+        return
+    if signer is None:
         err.write("the signature was not checked; check it with --allowed-signers FILE --identity NAME\n")
-    if not args.json:
-        out.write(f"{args.folder}: all checksums match\n")
-    return int(ExitCode.OK)
+    out.write(f"{args.folder}: all checksums match\n")

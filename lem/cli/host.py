@@ -9,22 +9,23 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from lem.base import log
-from lem.base.doc import terminal_width, write_json
+from lem.base.clock import SystemClock
+from lem.base.doc import paint, terminal_width, wrapped, write_json
 from lem.base.errors import EngineError, ExitCode
 from lem.base.log import WIDTH
 from lem.base.units import GIB
 from lem.cli.selection import add_json, add_repeated, add_results_dir
-from lem.orchestration.doctor import FAILED, OK, SKIPPED, WARNING
-
-if TYPE_CHECKING:
-    from lem.meters.nvml import GpuState
-    from lem.meters.sources import CpuCapability
-    from lem.orchestration.doctor import Verdict
-    from lem.worker.datasets import DatasetChoice
-
+from lem.config.experiment import DATASET_ALIASES
+from lem.config.introspection import render_yaml
+from lem.config.presets import PRESETS, find_preset
+from lem.meters.nvml import GpuState, open_nvml, read_gpus
+from lem.meters.sources import CpuCapability, find_capabilities
+from lem.orchestration.compose import packaged_compose_file
+from lem.orchestration.doctor import CHECKS, FAILED, OK, SKIPPED, WARNING, Host, Verdict, examine
+from lem.worker.datasets import DatasetChoice, choice_of_name, find_files, is_in_hub_cache
 
 _WIDEST_DOCTOR = 100
 _STATUS_WIDTH = 9
@@ -44,17 +45,9 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_doctor)
 
 
-def run_doctor(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001
+def run_doctor(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
     """Exit code 2 if campaigns in containers cannot run on this host."""
-    from lem.orchestration.doctor import CHECKS, Host, examine
-
-    host = Host(
-        folder=Path.cwd(),
-        compose_file=args.compose_file,
-        env_file=args.env_file,
-        backends=tuple(args.backend),
-        results_dir=args.results_dir,
-    )
+    host = Host(Path.cwd(), args.compose_file, args.env_file, tuple(args.backend), args.results_dir)
     verdict = examine(host, CHECKS)
     if args.json:
         checks = [{"name": name, **asdict(item)} for name, item in verdict.findings.items()]
@@ -63,12 +56,10 @@ def run_doctor(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # no
     else:
         width = min(terminal_width(out), _WIDEST_DOCTOR)
         out.write(_as_text(verdict, is_colour=log.is_colour_wanted(out), width=width))
-    return int(ExitCode.OK if verdict.is_ok else ExitCode.USAGE)
+    return ExitCode.OK if verdict.is_ok else ExitCode.USAGE
 
 
 def _as_text(verdict: Verdict, *, is_colour: bool, width: int) -> str:
-    from lem.base.doc import paint, wrapped
-
     name_width = max(map(len, verdict.findings)) + 2
     indent = " " * (name_width + _STATUS_WIDTH)
     lines = []
@@ -99,25 +90,20 @@ _WIDEST_GPUS = 110
 
 def add_gpus_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "List the GPUs that NVML sees, and the GPU and CPU meters that can be read."
-    parser.add_argument(
-        "--probe", action="store_true", help=f"watch for up to {PROBE_S:g} s how often the energy counters change"
-    )
+    text = f"watch for up to {PROBE_S:g} s how often the energy counters change"
+    parser.add_argument("--probe", action="store_true", help=text)
     add_json(parser)
     parser.set_defaults(run=run_gpus)
 
 
-def run_gpus(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001
-    from lem.base.clock import SystemClock
-    from lem.meters.nvml import open_nvml, read_gpus
-    from lem.meters.sources import find_capabilities
-
+def run_gpus(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
     probe_s = PROBE_S if args.probe else 0.0
     with open_nvml() as nvml:
         reading = read_gpus()
         found = find_capabilities(nvml, SystemClock(), probe_s=probe_s, enough=PROBE_CHANGES)
     if args.json:
         out.write(json.dumps({"schema_version": 1, **asdict(reading), "energy": found.to_dict()}) + "\n")
-        return int(ExitCode.OK)
+        return
     energy = {gpu.meter.uuid: gpu.describe() for gpu in found.gpus}
     width = min(terminal_width(out), _WIDEST_GPUS)
     out.writelines(_describe(gpu, energy.get(gpu.uuid, ()), width) for gpu in reading.gpus)
@@ -128,7 +114,6 @@ def run_gpus(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa
     elif reading.driver:
         out.write(f"driver {reading.driver}\n")
     out.writelines(f"{line}\n" for line in _describe_cpu(found.cpu))
-    return int(ExitCode.OK)
 
 
 def _describe(gpu: GpuState, energy: tuple[str, ...], width: int) -> str:
@@ -158,32 +143,22 @@ def add_compose_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_compose)
 
 
-def run_compose(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001
-    from lem.orchestration.compose import packaged_compose_file
-
+def run_compose(_args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
     out.write(packaged_compose_file())
-    return int(ExitCode.OK)
-
-
-EPILOG = (
-    "LEM_DATASETS_DIR names a folder that is searched first: ALIAS.jsonl (or .json, .csv, .txt, .parquet), or a "
-    "folder ALIAS with one file per split. Other data sets come from the hub, through the Python package `datasets`."
-)
 
 
 def add_datasets_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "`lem datasets`: list the data sets that have a short name, and where they are."
-    parser.epilog = EPILOG
+    parser.epilog = (
+        "LEM_DATASETS_DIR names a folder that is searched first: ALIAS.jsonl (or .json, .csv, .txt, .parquet), or "
+        "a folder ALIAS with one file per split. Other data sets come from the hub, through the Python package "
+        "`datasets`."
+    )
     add_json(parser)
     parser.set_defaults(run=run_datasets)
 
 
-def run_datasets(args: argparse.Namespace, out: TextIO, err: TextIO, environ: Mapping[str, str] = os.environ) -> int:
-    """Exit code 0 even if nothing is found."""
-    # Imported here to keep the other commands fast.
-    from lem.config.experiment import DATASET_ALIASES
-    from lem.worker.datasets import choice_of_name
-
+def run_datasets(args: argparse.Namespace, out: TextIO, err: TextIO, environ: Mapping[str, str] = os.environ) -> None:
     lines: list[dict[str, Any]] = []
     for choice in map(choice_of_name, DATASET_ALIASES):
         facts = {"alias": choice.name, "name": choice.hub_name, "subset": choice.subset, "split": choice.split}
@@ -191,17 +166,21 @@ def run_datasets(args: argparse.Namespace, out: TextIO, err: TextIO, environ: Ma
         lines.append({**facts, "column": choice.column or "", "place": place, "detail": detail})
     if args.json:
         write_json(out, lines)
-    else:
-        out.write(_table(lines))
-    if any(line["place"] == "hub" for line in lines) and not args.json:
+        return
+    rows = [("alias", "data set", "split", "prompts in", "found")]
+    for line in lines:
+        name = f"{line['name']} ({line['subset']})" if line["subset"] else line["name"]
+        found = f"{line['place']}: {line['detail']}" if line["detail"] else line["place"]
+        rows.append((line["alias"], name, line["split"], line["column"], found))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
+    out.writelines(f"{line.rstrip()}\n" for line in padded)
+    if any(line["place"] == "hub" for line in lines):
         err.write("hub: not on this machine; downloaded on first use\n")
-    return int(ExitCode.OK)
 
 
 def _place_of(choice: DatasetChoice, environ: Mapping[str, str]) -> tuple[str, str]:
     """Folder, cache, hub (not on this machine) or unusable, and the path or the reason."""
-    from lem.worker.datasets import find_files, is_in_hub_cache
-
     try:
         files = find_files(choice, environ)
     except EngineError as error:
@@ -211,17 +190,6 @@ def _place_of(choice: DatasetChoice, environ: Mapping[str, str]) -> tuple[str, s
     return ("cache", "") if is_in_hub_cache(choice, environ) else ("hub", "")
 
 
-def _table(lines: list[dict[str, Any]]) -> str:
-    rows = [("alias", "data set", "split", "prompts in", "found")]
-    for line in lines:
-        name = f"{line['name']} ({line['subset']})" if line["subset"] else line["name"]
-        found = f"{line['place']}: {line['detail']}" if line["detail"] else line["place"]
-        rows.append((line["alias"], name, line["split"], line["column"], found))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    padded = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-    return "".join(f"{row}\n" for row in padded)
-
-
 def add_presets_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "List presets (--preset NAME), or show one."
     parser.add_argument("name", nargs="?", metavar="NAME", help="show the values of this preset")
@@ -229,22 +197,18 @@ def add_presets_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_presets)
 
 
-def run_presets(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001
-    from lem.config.introspection import render_yaml
-    from lem.config.presets import PRESETS, find_preset
-
-    chosen = PRESETS.values() if args.name is None else (find_preset(args.name),)
+def run_presets(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
+    chosen = [*PRESETS.values()] if args.name is None else [find_preset(args.name)]
     if args.json:
         found = {item.name: {"description": item.description, "values": dict(item.values)} for item in chosen}
         write_json(out, found)
     elif args.name is not None:
-        preset = find_preset(args.name)
+        (preset,) = chosen
         out.write(f"# {preset.name}: {preset.description}\n{render_yaml(preset.values, {})}")
     else:
         width = max(len(name) for name in PRESETS) + 2
-        for preset in PRESETS.values():
+        for preset in chosen:
             tokens = f"{preset.values['max_input_tokens']}/{preset.values['max_output_tokens']}"
             text = f"{preset.name:<{width}}{tokens:<10}{preset.description}"
             out.write(textwrap.fill(text, WIDTH, subsequent_indent=" " * (width + 10)) + "\n")
         out.write("\nTokens: maximum input/output. All decode greedily. `lem presets NAME` shows one.\n")
-    return int(ExitCode.OK)

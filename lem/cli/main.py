@@ -16,11 +16,12 @@ from typing import NoReturn, TextIO
 
 from lem.base import __version__, log
 from lem.base.doc import prepare_streams
-from lem.base.errors import DISK_FULL, ExitCode, LemError, UserError, exit_code_of
+from lem.base.errors import DISK_FULL, ExitCode, LemError, UserError, did_you_mean, exit_code_of
 from lem.base.variables import COMPOSE_VARIABLES, VARIABLES
 
-# Each has a function `add_NAME_arguments(parser)`, which sets `run(args, out, err) -> int`. Only the module of
-# the given command is imported, since imports are most of the start-up time. A command without help is internal.
+# Each has a function `add_NAME_arguments(parser)`, which sets `run(args, out, err)`: it returns an exit code, or None
+# for 0. Only the module of the given command is imported, since imports are most of the start-up time. A command
+# without help is internal.
 COMMANDS: Mapping[str, str] = types.MappingProxyType(
     {
         "campaign": "run a campaign file, or several experiment files as one campaign",
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None, out: TextIO | None = None, err: Text
         out.flush()
         return code
     except BrokenPipeError:  # the reader of stdout is gone: `lem … | head`
-        _give_up(out)
+        discard_output(out)
         return int(ExitCode.OK)
     except LemError as error:
         console.error(error.message, error.hint)
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None, out: TextIO | None = None, err: Text
     except Exception as error:  # noqa: BLE001 - the top of the program
         if isinstance(error, OSError) and error.filename is None and error.errno in _STREAM_ERRORS:
             console.error(f"cannot write the output: {os.strerror(error.errno).lower()}")
-            _give_up(out)
+            discard_output(out)
             return int(ExitCode.USAGE)
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # Python tested whether the file exists
             console.error(f"{log.shorten(str(error.filename), 80)}: file name too long")
@@ -96,13 +97,12 @@ def _execute(arguments: list[str], console: log.Console, out: TextIO, err: TextI
             args = _parse(arguments)
     except SystemExit as stop:  # argparse: --help, --version, usage errors
         return stop.code if isinstance(stop.code, int) else int(ExitCode.USAGE)
-    if getattr(args, "no_color", False):
+    if args.no_color:
         console.is_colour = False
         os.environ["NO_COLOR"] = "1"  # for streams that are opened later
-    log.configure(console, verbosity=-1 if getattr(args, "quiet", False) else getattr(args, "verbose", 0))
+    log.configure(console, verbosity=-1 if args.quiet else args.verbose)
     _warn_of_unknown_variables(console)
-    code: int = args.run(args, out, err)
-    return code
+    return int(args.run(args, out, err) or ExitCode.OK)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -114,41 +114,31 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     """
     named = next((word for word in arguments if not word.startswith("-")), None)
     if named is not None and named not in COMMANDS:
-        from lem.base.errors import did_you_mean
-
         raise UserError(f"unknown command {named!r}{did_you_mean(named, list(COMMANDS))}", "see `lem --help`")
-    args, unknown = make_parser([] if named is None else [named]).parse_known_args(arguments)
+    parser = make_parser([] if named is None else [named])
+    common = argparse.Namespace(quiet=False, verbose=0, no_color=False)
+    args, unknown = parser.parse_known_args(arguments, common)
     if unknown:
-        raise _unexpected(args.parser, unknown[0])
+        name, chosen = unknown[0].partition("=")[0], args.parser
+        if not name.startswith("-"):
+            chosen.error(f"unexpected argument {unknown[0]!r}")
+        options = list(chosen._option_string_actions)  # noqa: SLF001 - as in _add_common
+        chosen.error(f"unknown option {name!r}{did_you_mean(name, options)}")
     return args
-
-
-def _unexpected(parser: argparse.ArgumentParser, word: str) -> UserError:
-    from lem.base.errors import did_you_mean
-
-    if not word.startswith("-"):
-        return UserError(f"{parser.prog}: unexpected argument {word!r}", _help_of(parser))
-    name = word.partition("=")[0]
-    options = list(parser._option_string_actions)  # noqa: SLF001 - as in _add_common
-    return UserError(f"{parser.prog}: unknown option {name!r}{did_you_mean(name, options)}", _help_of(parser))
-
-
-def _help_of(parser: argparse.ArgumentParser) -> str:
-    return f"see `{parser.prog} --help`"
 
 
 class _Parser(argparse.ArgumentParser):
     """Reports errors as the rest of lem does; argparse would print the whole usage first."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}", _help_of(self))
+        raise UserError(f"{self.prog}: {message}", f"see `{self.prog} --help`")
 
 
-def _give_up(out: TextIO) -> None:
-    """Discard what is still buffered for stdout; otherwise Python reports the error again when it flushes at exit."""
+def discard_output(stream: TextIO) -> None:
+    """Discard what is buffered and what follows; otherwise Python reports the error again when it flushes at exit."""
     with contextlib.suppress(OSError, ValueError):
         nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, out.fileno())
+        os.dup2(nothing, stream.fileno())
         os.close(nothing)
 
 
@@ -190,13 +180,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         if isinstance(item, argparse._SubParsersAction):  # noqa: SLF001
             helps = {choice.dest: choice.help for choice in item._choices_actions}  # noqa: SLF001
             for name, child in item.choices.items():
-                child.description = child.description or _sentence(helps.get(name) or "")
+                text = helps.get(name) or ""
+                child.description = child.description or (f"{text[:1].upper()}{text[1:]}." if text else "")
                 child.set_defaults(parser=child)
                 _add_common(child)
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
 def _warn_of_unknown_variables(console: log.Console) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
-from lem.base.doc import screen_of, terminal_width, write_json
-from lem.base.durable import reason_of
-from lem.base.errors import ExitCode
+from lem.base import durable
+from lem.base.doc import Column, columns, printable, screen_of, terminal_width, write_json
+from lem.base.errors import ExitCode, MeterRefused
 from lem.base.units import format_quantity
 from lem.cli.selection import (
     SelectedRun,
@@ -22,13 +23,15 @@ from lem.cli.selection import (
     resolve_experiment,
     write_file,
 )
-
-if TYPE_CHECKING:
-    from lem.config.experiment import ExperimentConfig
-    from lem.meters.external import ExternalReadings
-    from lem.meters.recompute import Recomputed
-    from lem.results.store import Problem, Scan, StoredResult
-
+from lem.config.experiment import ExperimentConfig
+from lem.meters.external import ExternalReadings, read_external
+from lem.meters.recompute import Recomputed, has_energy, recompute
+from lem.meters.samples import FINISHED_FILENAME, read_finished
+from lem.record import CONFIG_FILE, encode_record
+from lem.results.aggregation import run_document
+from lem.results.export import make_table, render, summary_columns, with_columns
+from lem.results.store import Problem, Scan, StoredResult, count_failed
+from lem.results.table import render_record, render_run
 
 _FORMAT_OF_SUFFIX = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".md": "markdown"}
 
@@ -37,45 +40,28 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "`lem results`: list, show, export and recompute results, from the result files alone."
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     listing = actions.add_parser("list", help="list every run in the results folder")
-    listing.set_defaults(run=run, action=_list)
+    listing.set_defaults(run=_list)
     showing = actions.add_parser("show", help="show a run as a table, or an experiment in full")
-    showing.add_argument("id", metavar="ID", help="a run, RUN/EXPERIMENT, an experiment, or a campaign (its last run)")
-    showing.set_defaults(run=run, action=_show)
+    named = "a run, RUN/EXPERIMENT, an experiment, or a campaign (its last run)"
+    showing.add_argument("id", metavar="ID", help=named)
+    showing.set_defaults(run=_show)
     again = actions.add_parser("recompute", help="recompute every energy figure from the samples")
     again.add_argument("id", metavar="ID", help="as for show; exit code 1 if a figure differs")
-    again.set_defaults(run=run, action=_recompute)
+    again.set_defaults(run=_recompute)
     exporting = actions.add_parser("export", help="export records as CSV, JSON or Markdown, one row per experiment")
-    exporting.add_argument(
-        "ids",
-        nargs="*",
-        metavar="ID",
-        help="a run, RUN/EXPERIMENT, an experiment, or a campaign (its last run); default: everything",
-    )
-    exporting.add_argument(
-        "--format",
-        choices=("csv", "json", "jsonl", "markdown"),
-        help="default: by the suffix of --output, else csv; json and jsonl give the reason for a missing value",
-    )
+    exporting.add_argument("ids", nargs="*", metavar="ID", help=f"{named}; default: everything")
+    text = "default: by the suffix of --output, else csv; json and jsonl give the reason for a missing value"
+    exporting.add_argument("--format", choices=("csv", "json", "jsonl", "markdown"), help=text)
     exporting.add_argument("--output", "-o", type=Path, metavar="FILE", help="default: stdout")
-    exporting.add_argument(
-        "--attempts",
-        choices=("used", "all"),
-        default="used",
-        help="used: one row per experiment, its last valid attempt or else its last; all: one row per attempt",
-    )
-    exporting.add_argument(
-        "--columns", metavar="A,B,…", help="only these columns; markdown shows a selection by default"
-    )
+    text = "used: one row per experiment, its last valid attempt or else its last; all: one row per attempt"
+    exporting.add_argument("--attempts", choices=("used", "all"), default="used", help=text)
+    text = "only these columns; markdown shows a selection by default"
+    exporting.add_argument("--columns", metavar="A,B,…", help=text)
     add_results_dir(exporting)
-    exporting.set_defaults(run=run, action=_export)
+    exporting.set_defaults(run=_export)
     for action in (listing, showing, again):
         add_results_dir(action, "-o")
         add_json(action)
-
-
-def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    """Exit code 0 even if results are damaged, which stderr reports."""
-    return int(args.action(args, out, err) or ExitCode.OK)
 
 
 def _list(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
@@ -84,18 +70,26 @@ def _list(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
         write_json(out, [_run_document(item, scan) for item, scan in found])
     elif found:
         out.write(_run_table(found, terminal_width(out)))
-        damaged = [problem for _, scan in found for problem in scan.problems if problem.kind != "missing"]
-        list_problems(err, damaged)
+        list_problems(err, _damaged(problem for _, scan in found for problem in scan.problems))
     else:
         err.write(f"no results in {args.results_dir}\n")
 
 
+def _damaged(problems: Iterable[Problem]) -> list[Problem]:
+    return [problem for problem in problems if problem.kind != "missing"]
+
+
 def _show(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     item, exp_id = resolve_experiment(args.results_dir, args.id)
-    if exp_id is None:
-        _show_run(args, item, out, err)
-    else:
+    if exp_id is not None:
         _show_experiment(args, item.scan(), exp_id, out, err)
+        return
+    found = item.read()
+    if args.json:
+        write_json(out, {**run_document(found), "problems": problem_documents(found.problems)})
+    else:
+        out.write(render_run(found, **screen_of(out)))
+        list_problems(err, found.problems)
 
 
 def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
@@ -113,7 +107,7 @@ def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
         out.write(text)
     else:
         write_file(args.output, text)
-    list_problems(err, [problem for problem in problems.values() if problem.kind != "missing"])
+    list_problems(err, _damaged(problems.values()))
     whole = {(it.record.identity.run_id, it.record.identity.experiment_id) for it in found.values()}
     without = {(it.run_id, it.exp_id) for it in problems.values()} - whole
     if without:
@@ -121,9 +115,6 @@ def _export(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
 
 
 def _table_of(args: argparse.Namespace, results: Iterable[StoredResult]) -> str:
-    from lem.results.export import make_table, render, summary_columns, with_columns
-    from lem.results.store import StoredResult
-
     form = args.format or (_FORMAT_OF_SUFFIX.get(args.output.suffix.lower()) if args.output else None) or "csv"
     found = [StoredResult(item.path.relative_to(args.results_dir), item.record) for item in results]
     table = make_table(found, is_every_attempt=args.attempts == "all")
@@ -134,22 +125,7 @@ def _table_of(args: argparse.Namespace, results: Iterable[StoredResult]) -> str:
     return render(table, form)
 
 
-def _show_run(args: argparse.Namespace, item: SelectedRun, out: TextIO, err: TextIO) -> None:
-    from lem.results.aggregation import run_document
-    from lem.results.table import render_run
-
-    found = item.read()
-    if args.json:
-        write_json(out, {**run_document(found), "problems": problem_documents(found.problems)})
-        return
-    out.write(render_run(found, **screen_of(out)))
-    list_problems(err, found.problems)
-
-
 def _show_experiment(args: argparse.Namespace, scan: Scan, exp_id: str, out: TextIO, err: TextIO) -> None:
-    from lem.record import encode_record
-    from lem.results.table import render_record
-
     results = [result for result in scan.results if result.record.identity.experiment_id == exp_id]
     problems = [problem for problem in scan.problems if problem.exp_id == exp_id]
     if args.json:
@@ -168,17 +144,15 @@ def _recompute(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     problems = [problem for problem in scan.problems if exp_id in (None, problem.exp_id)]
     outcomes = [recompute_result(result) for result in results]
     if args.json:
-        documents = [document_of(outcome) for outcome in outcomes]
+        documents = [_document_of(outcome) for outcome in outcomes]
         write_json(out, {"results": documents, "problems": problem_documents(problems)})
     else:
-        write_outcomes(out, outcomes)
+        _write_outcomes(out, outcomes)
         list_problems(err, problems)
-    return int(ExitCode.OK if all(outcome.is_good for outcome in outcomes) else ExitCode.EXPERIMENT_FAILED)
+    return ExitCode.OK if all(outcome.is_good for outcome in outcomes) else ExitCode.EXPERIMENT_FAILED
 
 
 def _counts(scan: Scan) -> dict[str, int]:
-    from lem.results.store import count_failed
-
     valid = sum(result.record.validity.valid for result in scan.results)
     names = {result.record.identity.config_name for result in scan.results}
     failed = count_failed(scan)
@@ -191,8 +165,6 @@ def _counts(scan: Scan) -> dict[str, int]:
 
 
 def _run_table(found: Sequence[tuple[SelectedRun, Scan]], width: int) -> str:
-    from lem.base.doc import Column, columns
-
     counts = [_counts(scan) for _, scan in found]
     table = [Column("run", tuple(item.run_id for item, _ in found))]
     table += [Column(label, tuple(str(count[label]) for count in counts)) for label in counts[0]]
@@ -220,10 +192,6 @@ class Outcome:
 
 def recompute_result(result: StoredResult) -> Outcome:
     """Compare the record of one attempt with its samples."""
-    from lem.base.errors import MeterRefused
-    from lem.meters.recompute import has_energy, recompute
-    from lem.meters.samples import FINISHED_FILENAME, read_finished
-
     folder = result.path.parent
     try:
         log, marks = read_finished(folder / FINISHED_FILENAME)
@@ -234,10 +202,13 @@ def recompute_result(result: StoredResult) -> Outcome:
             return Outcome(result, "unmeasured", "no energy was measured, and there are no samples")
         return Outcome(result, "impossible", f"no such file: {name} (samples are kept unless timeseries.save is false)")
     except OSError as error:
-        return Outcome(result, "impossible", f"{error.filename}: {reason_of(error)}")
+        return Outcome(result, "impossible", f"{error.filename}: {durable.reason_of(error)}")
     except ValueError as error:
         return Outcome(result, "impossible", str(error))
-    external = _read_external(config.measurement.external_csv)
+    external: ExternalReadings | None = None
+    if config.measurement.external_csv is not None:
+        with contextlib.suppress(MeterRefused):  # which the outcome reports
+            external = read_external(Path(config.measurement.external_csv))
     try:
         found = recompute(result.record, config, log, marks, external)
     except MeterRefused as error:
@@ -245,9 +216,8 @@ def recompute_result(result: StoredResult) -> Outcome:
     return Outcome(result, "agrees" if found.agrees else "differs", "; ".join(found.notes), found)
 
 
-def document_of(outcome: Outcome) -> dict[str, Any]:
+def _document_of(outcome: Outcome) -> dict[str, Any]:
     identity, found = outcome.result.record.identity, outcome.recomputed
-    differences = found.differences if found else ()
     return {
         "experiment_id": identity.experiment_id,
         "config_name": identity.config_name,
@@ -256,16 +226,12 @@ def document_of(outcome: Outcome) -> dict[str, Any]:
         "status": outcome.status,
         "message": outcome.message,
         "compared": found.compared if found else 0,
-        "differences": [
-            {"field": item.field, "recorded": item.recorded, "recomputed": item.recomputed} for item in differences
-        ],
+        "differences": [asdict(item) for item in found.differences] if found else [],
     }
 
 
-def write_outcomes(out: TextIO, outcomes: Sequence[Outcome]) -> None:
+def _write_outcomes(out: TextIO, outcomes: Sequence[Outcome]) -> None:
     """Write a line per result, its differences below it, and a conclusion."""
-    from lem.base.doc import printable
-
     for outcome in outcomes:
         identity, found = outcome.result.record.identity, outcome.recomputed
         name = f"{identity.experiment_id} attempt {identity.attempt} ({identity.config_name})"
@@ -286,26 +252,11 @@ def _read_config(folder: Path) -> ExperimentConfig:
         OSError: its file cannot be read.
         ValueError: its file is invalid.
     """
-    from lem.base import durable
-    from lem.config.experiment import ExperimentConfig
-    from lem.record import CONFIG_FILE
-
     document = durable.read_json(folder / CONFIG_FILE)
     resolved = document.get("resolved") if isinstance(document, dict) else None
     if not isinstance(resolved, dict):
         raise ValueError(f"{folder / CONFIG_FILE}: no resolved configuration in it")
     return ExperimentConfig.from_dict(resolved)
-
-
-def _read_external(path: str | None) -> ExternalReadings | None:
-    """The readings of the user's own meter; None if they cannot be read, which the outcome reports."""
-    from lem.base.errors import MeterRefused
-    from lem.meters.external import read_external
-
-    try:
-        return None if path is None else read_external(Path(path))
-    except MeterRefused:
-        return None
 
 
 def _shown(value: Any) -> str:

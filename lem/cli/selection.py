@@ -6,14 +6,14 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
-from lem.base.errors import UserError
-
-if TYPE_CHECKING:
-    from lem.results.run import Run
-    from lem.results.store import Problem, Scan
-
+from lem.base import durable
+from lem.base.doc import printable
+from lem.base.errors import UserError, did_you_mean
+from lem.base.units import some_of
+from lem.results.run import Run, read_run
+from lem.results.store import Problem, Repository, Scan, list_campaigns
 
 _PROBLEMS_SHOWN = 10
 
@@ -21,14 +21,8 @@ T = TypeVar("T")
 
 
 def add_results_dir(parser: argparse.ArgumentParser, *names: str) -> None:
-    parser.add_argument(
-        "--results-dir",
-        *names,
-        type=Path,
-        default=Path("results"),
-        metavar="DIR",
-        help="results folder (default: results)",
-    )
+    text = "results folder (default: results)"
+    parser.add_argument("--results-dir", *names, type=Path, default=Path("results"), metavar="DIR", help=text)
 
 
 def add_json(parser: argparse._ActionsContainer, text: str = "print one JSON document") -> None:
@@ -56,20 +50,10 @@ class SelectedRun:
     run_id: str
 
     def scan(self) -> Scan:
-        from lem.results.store import Repository
-
         return Repository(self.results_dir, self.campaign).scan(self.run_id)
 
     def read(self) -> Run:
-        from lem.results.run import read_run
-
         return read_run(self.results_dir, self.campaign, self.run_id)
-
-    def experiment_ids(self) -> tuple[str, ...]:
-        """The experiments that were started, by name."""
-        from lem.results.store import Repository
-
-        return Repository(self.results_dir, self.campaign).experiment_ids(self.run_id)
 
 
 def list_runs(results_dir: Path) -> tuple[SelectedRun, ...]:
@@ -78,8 +62,6 @@ def list_runs(results_dir: Path) -> tuple[SelectedRun, ...]:
     Raises:
         UserError: the folder cannot be read.
     """
-    from lem.results.store import Repository, list_campaigns
-
     return tuple(
         SelectedRun(results_dir, campaign, run_id)
         for campaign in list_campaigns(results_dir)
@@ -118,18 +100,6 @@ def resolve_run(results_dir: Path, wanted: str, run_id: str | None = None) -> Se
     return found
 
 
-def no_such_name(wanted: str, runs: Sequence[SelectedRun], results_dir: Path) -> UserError:
-    from lem.base.errors import did_you_mean
-
-    if not runs:
-        return UserError(f"{wanted!r}: no results in {results_dir}", "set the folder with --results-dir")
-    campaigns = list(dict.fromkeys(item.campaign for item in runs))
-    suggestion = did_you_mean(wanted, [*campaigns, *(item.run_id for item in runs)])
-    return UserError(
-        f"no campaign, run or experiment {wanted!r} in {results_dir}{suggestion}", "see `lem results list`"
-    )
-
-
 def resolve_experiment(results_dir: Path, wanted: str) -> tuple[SelectedRun, str | None]:
     """The run that `wanted` names, and the experiment in it; None for the whole run.
 
@@ -143,18 +113,31 @@ def resolve_experiment(results_dir: Path, wanted: str) -> tuple[SelectedRun, str
     candidates: list[tuple[str, SelectedRun, str | None]] = []
     for item in runs:
         candidates.append((item.run_id, item, None))
-        for exp_id in item.experiment_ids():
+        for exp_id in Repository(results_dir, item.campaign).experiment_ids(item.run_id):
             candidates += [(exp_id, item, exp_id), (f"{item.run_id}/{exp_id}", item, exp_id)]
     found = [candidate for candidate in candidates if candidate[0] == wanted]
     found = found or [candidate for candidate in candidates if wanted and candidate[0].startswith(wanted)]
     # `RUN/` is a prefix of each of its experiments, as `RUN` is: the run wins.
     runs_found = [candidate for candidate in found if candidate[2] is None]
     distinct = {(item, exp_id) for _, item, exp_id in (runs_found or found)}
-    if len(distinct) == 1:
-        return distinct.pop()
+    if len(distinct) > 1:
+        names = (item.run_id if exp_id is None else f"{item.run_id}/{exp_id}" for item, exp_id in distinct)
+        raise ambiguous(wanted, names)
     if not distinct:
         raise no_such_name(wanted, runs, results_dir)
-    raise ambiguous(wanted, [run.run_id if exp_id is None else f"{run.run_id}/{exp_id}" for run, exp_id in distinct])
+    return distinct.pop()
+
+
+def no_such_name(wanted: str, runs: Sequence[SelectedRun], results_dir: Path) -> UserError:
+    if not runs:
+        return UserError(f"{wanted!r}: no results in {results_dir}", "set the folder with --results-dir")
+    campaigns = list(dict.fromkeys(item.campaign for item in runs))
+    meant = did_you_mean(wanted, [*campaigns, *(item.run_id for item in runs)])
+    return UserError(f"no campaign, run or experiment {wanted!r} in {results_dir}{meant}", "see `lem results list`")
+
+
+def ambiguous(wanted: str, names: Iterable[str]) -> UserError:
+    return UserError(f"{wanted!r} is ambiguous: {some_of(sorted(names), 5)}", "use a full name")
 
 
 def problem_documents(problems: Iterable[Problem]) -> list[dict[str, str]]:
@@ -164,8 +147,6 @@ def problem_documents(problems: Iterable[Problem]) -> list[dict[str, str]]:
 
 def list_problems(err: TextIO, problems: Sequence[Problem], *, lead: str = "", rest: str = "--json lists all") -> None:
     """List unusable files, one per line after `lead`; `rest` says where to find those that are not shown."""
-    from lem.base.doc import printable
-
     texts = (f"{lead}{problem.kind}: {problem.path}: {problem.message}" for problem in problems[:_PROBLEMS_SHOWN])
     err.writelines(printable(text) + "\n" for text in texts)
     if len(problems) > _PROBLEMS_SHOWN:
@@ -178,15 +159,7 @@ def write_file(path: Path, text: str) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    from lem.base import durable
-
     try:
         durable.write_text(path, text)
     except OSError as error:
         raise UserError(f"{path}: {durable.reason_of(error)}", "name another file with --output") from error
-
-
-def ambiguous(wanted: str, names: Iterable[str]) -> UserError:
-    found = sorted(names)
-    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-    return UserError(f"{wanted!r} is ambiguous: {', '.join(found[:5])}{more}", "use a full name")

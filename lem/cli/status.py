@@ -5,17 +5,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shutil
-from collections.abc import Iterable, Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any, TextIO
 
-from lem.base import units
-from lem.base.doc import NAME_WIDTH, Column, NameShortener, columns, paint, printable, wrapped, write_json
-from lem.base.errors import ExitCode, UserError
+from lem.base.clock import utc_now
+from lem.base.doc import NAME_WIDTH, Column, Doc, NameShortener, Table, printable, write_json
+from lem.base.errors import UserError, did_you_mean
 from lem.base.log import WIDTH, bounded_width, is_colour_wanted
 from lem.base.process import copyable
+from lem.base.units import format_duration
 from lem.cli.selection import add_json
+from lem.config.campaign_config import slug_of
+from lem.config.load import load_campaign
 from lem.orchestration.manifest import COMPLETED, FAILED, RUNNING, SKIPPED, TOP_UP_NOTE, CampaignManifestEntry
 from lem.orchestration.status import (
     Activity,
@@ -33,22 +37,16 @@ from lem.orchestration.status import (
 
 def add_status_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "`lem status`: show the state of campaigns from their files alone, running or crashed."
-    parser.add_argument(
-        "campaign", nargs="?", metavar="CAMPAIGN", help="a campaign's name, file or state folder (default: all)"
-    )
-    parser.add_argument(
-        "--state-dir", type=Path, default=Path(".state"), metavar="DIR", help="state folder (default: .state)"
-    )
+    text = "a campaign's name, file or state folder (default: all)"
+    parser.add_argument("campaign", nargs="?", metavar="CAMPAIGN", help=text)
+    text = "state folder (default: .state)"
+    parser.add_argument("--state-dir", type=Path, default=Path(".state"), metavar="DIR", help=text)
     add_json(parser, "print one JSON document; without CAMPAIGN, a list")
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
+def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     """Exit code 0 whatever the states are, 2 if there is no such campaign."""
-    import socket
-
-    from lem.base.clock import utc_now
-
     viewpoint = Viewpoint(utc_now(), socket.gethostname(), boot_time())
     width = bounded_width(shutil.get_terminal_size().columns) if out.isatty() else WIDTH
     viewer = Viewer(viewpoint.now, width=width, is_colour=is_colour_wanted(out))
@@ -58,7 +56,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
             write_json(out, status_document(status))
         else:
             out.write(render_status(status, viewer))
-        return int(ExitCode.OK)
+        return
     statuses = [read_status(folder, viewpoint) for folder in find_folders(args.state_dir)]
     if args.json:
         write_json(out, [status_document(item) for item in statuses])
@@ -66,17 +64,11 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         out.write(render_statuses(statuses, viewer))
     else:
         err.write(f"no campaigns in {args.state_dir}\n")
-    return int(ExitCode.OK)
 
 
 def _find(state_dir: Path, wanted: str, viewpoint: Viewpoint) -> CampaignStatus:
-    from lem.base.errors import did_you_mean
-    from lem.config.campaign_config import slug_of
-
     given = Path(wanted)
     if given.suffix in (".yaml", ".yml") and given.is_file():
-        from lem.config.load import load_campaign
-
         campaign = load_campaign(str(given)).config
         folder = Path(campaign.io.state_dir) / campaign.slug
         return read_status(folder, viewpoint, folder / campaign.io.manifest_filename)
@@ -89,11 +81,9 @@ def _find(state_dir: Path, wanted: str, viewpoint: Viewpoint) -> CampaignStatus:
         slug = wanted
     named = folders.get(wanted) or folders.get(slug)
     if named is None:
-        suggestion = did_you_mean(wanted, list(folders))
+        message = f"no campaign {wanted!r} in {state_dir}{did_you_mean(wanted, list(folders))}"
         known = f"campaigns: {', '.join(folders)}" if folders else "there are no campaigns"
-        raise UserError(
-            f"no campaign {wanted!r} in {state_dir}{suggestion}", f"{known}; --state-dir sets another folder"
-        )
+        raise UserError(message, f"{known}; --state-dir sets another folder")
     return read_status(named, viewpoint)
 
 
@@ -135,40 +125,49 @@ class Viewer:
         local, today = moment.astimezone(self.zone), self.now.astimezone(self.zone).date()
         return f"{local:%H:%M}" if local.date() == today else f"{local:%m-%d %H:%M}"
 
-    def paint(self, text: str, style: str) -> str:
-        return paint(text, style, is_colour=self.is_colour)
-
 
 def render_statuses(statuses: Sequence[CampaignStatus], viewer: Viewer) -> str:
     """One line per campaign, and problems below."""
-    table = [
-        Column("state", tuple(item.state for item in statuses)),
-        Column("done", tuple(str(item.count(COMPLETED)) for item in statuses)),
-        Column("failed", tuple(str(item.count(FAILED)) for item in statuses)),
-        Column("left", tuple(str(item.n_left) for item in statuses)),
-        Column("ETA", tuple(_eta(item, viewer) for item in statuses)),
-        Column("last update", tuple(viewer.clock(_last_update(item)) for item in statuses)),
-    ]
-    lines = columns("campaign", [item.name for item in statuses], table, viewer.width)
-    lines[0] = viewer.paint(lines[0], "bold")
+    doc = Doc(viewer.width, is_colour=viewer.is_colour)
+    cells: dict[str, list[str]] = {
+        "state": [item.state for item in statuses],
+        "done": [str(item.count(COMPLETED)) for item in statuses],
+        "failed": [str(item.count(FAILED)) for item in statuses],
+        "left": [str(item.n_left) for item in statuses],
+        "ETA": [_eta(item, viewer) for item in statuses],
+        "last update": [viewer.clock(_last_update(item)) for item in statuses],
+    }
+    table = tuple(Column(heading, tuple(texts)) for heading, texts in cells.items())
+    doc.table(Table("campaign", tuple(item.name for item in statuses), table))
     for item in statuses:
         if item.reason and item.state in (State.CRASHED, State.UNREADABLE, State.RUNNING):
-            lines += wrapped(item.reason, viewer.width, f"{printable(item.name)}: ")
-    return "\n".join(lines) + "\n"
+            doc.text(item.reason, lead=f"{printable(item.name)}: ")
+    return doc.render()
 
 
 def render_status(status: CampaignStatus, viewer: Viewer) -> str:
     """One campaign: state, activity, failures, configurations, and the command that resumes it."""
-    blocks = [
-        _heading(status, viewer),
-        _facts(status, viewer),
-        _failed(status, viewer),
-        _configurations(status, viewer),
-    ]
+    doc = Doc(viewer.width, is_colour=viewer.is_colour)
+    holder, manifest = status.holder, status.manifest
+    since = f" since {viewer.clock(parse_utc(holder.since))}" if holder is not None else ""
+    doc.text(f"{status.name} · {status.state}{since}", _STYLES.get(status.state, "bold"))
+    where = [f"run {manifest.run_id}"] if manifest is not None else []
+    where += [f"process {holder.pid} on {holder.host}"] if holder is not None else []
+    for text in (", ".join(where), *(_counts(status, viewer) if manifest is not None else ())):
+        if text:
+            doc.text(text)
+    doc.block()
+    for name, text in _facts(status, viewer):
+        doc.labelled(f"{name:<{_LEAD}}", text, "dim")
+    doc.block()
+    _add_failed(doc, status)
+    doc.block()
+    _add_configurations(doc, status)
     command = _resume_command(status)
     if command and status.state in (State.CRASHED, State.STOPPED, State.FAILED):
-        blocks.append(["resume with:", f"  {command}"])
-    return "\n".join("\n".join(block) + "\n" for block in blocks if block)
+        doc.block()
+        doc.lines(["resume with:", f"  {command}"])
+    return doc.render()
 
 
 def _resume_command(status: CampaignStatus) -> str:
@@ -222,41 +221,34 @@ def _entry_document(entry: CampaignManifestEntry) -> dict[str, Any]:
     }
 
 
-def _heading(status: CampaignStatus, viewer: Viewer) -> list[str]:
-    since = f" since {viewer.clock(parse_utc(status.holder.since))}" if status.holder is not None else ""
-    title = f"{status.name} · {status.state}{since}"
-    lines = [viewer.paint(line, _STYLES.get(status.state, "bold")) for line in wrapped(title, viewer.width)]
-    who = f"process {status.holder.pid} on {status.holder.host}" if status.holder is not None else ""
-    run = f"run {status.manifest.run_id}" if status.manifest is not None else ""
-    texts = [", ".join(filter(None, (run, who)))]
-    texts += [_counts(status), _time_left(status, viewer)] if status.manifest is not None else []
-    return [*lines, *(line for text in texts if text for line in wrapped(text, viewer.width))]
-
-
-def _counts(status: CampaignStatus) -> str:
+def _counts(status: CampaignStatus, viewer: Viewer) -> Iterator[str]:
+    """How many experiments are in each state, and the time that is left."""
     parts = [f"{status.count(COMPLETED)} of {status.n_planned} done"]
     parts += [f"{status.n_invalid} of them invalid"] if status.n_invalid else []
     parts += [f"{status.count(FAILED)} failed", f"{status.n_left} left"]
     parts += [f"{status.count(SKIPPED)} skipped"] if status.count(SKIPPED) else []
-    return ", ".join(parts)
+    yield ", ".join(parts)
+    if status.left_s and status.n_left:
+        left = format_duration(status.left_s)
+        yield f"ETA {_eta(status, viewer)}, in {left}" if status.state == State.RUNNING else f"about {left} left"
 
 
-def _time_left(status: CampaignStatus, viewer: Viewer) -> str:
-    if not status.left_s or not status.n_left:
-        return ""
-    if status.state == State.RUNNING:
-        return f"ETA {_eta(status, viewer)}, in {units.format_duration(status.left_s)}"
-    return f"about {units.format_duration(status.left_s)} left"
-
-
-def _facts(status: CampaignStatus, viewer: Viewer) -> list[str]:
-    facts = list(_doing(status, viewer))
-    facts += [("why", status.reason)] if status.reason else []
-    facts += [("remedy", status.hint)] if status.hint else []
+def _facts(status: CampaignStatus, viewer: Viewer) -> Iterator[tuple[str, str]]:
+    """What is running or ran last, why it ended, and notes."""
+    label = "now" if status.state == State.RUNNING else "last"
+    activity, manifest = status.activity, status.manifest
+    if activity is not None and activity.doing in ("starting", "gap"):
+        yield label, _gap_text(activity, status, viewer) if activity.doing == "gap" else "starting"
+    else:
+        for entry in manifest.get_by_status(RUNNING) if manifest is not None else []:
+            yield label, f"{_named(entry)} · {_phase_text(entry, status, viewer)}"
+    if status.reason:
+        yield "why", status.reason
+    if status.hint:
+        yield "remedy", status.hint
     for note in _notes(status):
         text = note.get("reason") or "; ".join(map(str, note.get("changes") or []))
-        facts.append(("note", text if note.get("reason") else f"{str(note.get('kind')).replace('_', ' ')}: {text}"))
-    return [line for name, text in facts for line in _fact(name, text, viewer)]
+        yield "note", text if note.get("reason") else f"{str(note.get('kind')).replace('_', ' ')}: {text}"
 
 
 def _notes(status: CampaignStatus) -> list[dict[str, Any]]:
@@ -266,22 +258,15 @@ def _notes(status: CampaignStatus) -> list[dict[str, Any]]:
     return [note for note in notes if note not in added[:-1]]
 
 
-def _doing(status: CampaignStatus, viewer: Viewer) -> Iterable[tuple[str, str]]:
-    """What is running, or ran last."""
-    label = "now" if status.state == State.RUNNING else "last"
-    activity = status.activity
-    if activity is not None and activity.doing in ("starting", "gap"):
-        yield label, _gap_text(activity, status, viewer) if activity.doing == "gap" else "starting"
-        return
-    for entry in status.manifest.get_by_status(RUNNING) if status.manifest is not None else []:
-        yield label, f"{entry.config_name} · cycle {entry.cycle_index + 1} · {_phase_text(entry, status, viewer)}"
+def _named(entry: CampaignManifestEntry) -> str:
+    return f"{entry.config_name} · cycle {entry.cycle_index + 1}"
 
 
 def _gap_text(activity: Activity, status: CampaignStatus, viewer: Viewer) -> str:
     left = activity.gap_ends_in_s
     if status.state != State.RUNNING or left is None:
         return f"gap between experiments, since {viewer.clock(parse_utc(activity.since))}"
-    return f"gap between experiments, at most {units.format_duration(left)} more"
+    return f"gap between experiments, at most {format_duration(left)} more"
 
 
 def _phase_text(entry: CampaignManifestEntry, status: CampaignStatus, viewer: Viewer) -> str:
@@ -298,49 +283,43 @@ def _since(label: str | None, status: CampaignStatus, viewer: Viewer) -> str:
     moment = parse_utc(label)
     if moment is None:
         return "start time unknown"
-    lasts = f" ({units.format_duration((viewer.now - moment) / timedelta(seconds=1))})"
+    lasts = f" ({format_duration((viewer.now - moment) / timedelta(seconds=1))})"
     return f"since {viewer.clock(moment)}{lasts if status.state == State.RUNNING else ''}"
 
 
-def _failed(status: CampaignStatus, viewer: Viewer) -> list[str]:
+def _add_failed(doc: Doc, status: CampaignStatus) -> None:
     """Each failed experiment with its reason and its log."""
-    lines: list[str] = []
     entries = [] if status.manifest is None else status.manifest.get_by_status(FAILED)
     for entry in entries[:_SHOWN]:
-        where = f"{entry.config_name} · cycle {entry.cycle_index + 1}: {entry.error or 'reason not recorded'}"
-        lines += _fact("failed", where, viewer, "red")
+        doc.labelled(f"{'failed':<{_LEAD}}", f"{_named(entry)}: {entry.error or 'reason not recorded'}", "red")
         log = entry.attempts[-1].log_path if entry.attempts else None
-        lines += [f"{'':<{_LEAD}}{printable(log)}"] if log else []
+        doc.lines([f"{'':<{_LEAD}}{printable(log)}"] if log else [])
     if len(entries) > _SHOWN:
-        lines.append(f"and {len(entries) - _SHOWN} more failed: --json lists all")
-    return lines
+        doc.lines([f"and {len(entries) - _SHOWN} more failed: --json lists all"])
 
 
-def _configurations(status: CampaignStatus, viewer: Viewer) -> list[str]:
+def _add_configurations(doc: Doc, status: CampaignStatus) -> None:
     by_name: dict[str, list[CampaignManifestEntry]] = {}
     for entry in status.manifest.experiments if status.manifest is not None else []:
         if entry.status != SKIPPED:
             by_name.setdefault(entry.config_name, []).append(entry)
     if not by_name:
-        return []
-    groups = list(by_name.values())
-    done = [[entry for entry in group if entry.status == COMPLETED] for group in groups]
-    table = [
-        Column("cycles", tuple(str(len(group)) for group in groups)),
-        Column("done", tuple(str(len(group)) for group in done)),
-        Column("invalid", tuple(str(sum(map(is_invalid, group))) for group in done)),
-        Column("failed", tuple(str(sum(entry.status == FAILED for entry in group)) for group in groups)),
-        Column("left", tuple(str(sum(entry.status not in (COMPLETED, FAILED) for entry in group)) for group in groups)),
-    ]
+        return
+    counted: dict[str, Callable[[CampaignManifestEntry], bool]] = {
+        "cycles": lambda _: True,
+        "done": lambda entry: entry.status == COMPLETED,
+        "invalid": lambda entry: entry.status == COMPLETED and is_invalid(entry),
+        "failed": lambda entry: entry.status == FAILED,
+        "left": lambda entry: entry.status not in (COMPLETED, FAILED),
+    }
+    table = tuple(
+        Column(heading, tuple(str(sum(map(is_counted, group))) for group in by_name.values()))
+        for heading, is_counted in counted.items()
+    )
     shortener = NameShortener(list(by_name), NAME_WIDTH)
-    lines = columns("configuration", [shortener(name) for name in by_name], table, viewer.width)
-    explanation = wrapped(shortener.explanation, viewer.width) if shortener.explanation else []
-    return [viewer.paint(lines[0], "bold"), *lines[1:], *explanation]
-
-
-def _fact(name: str, text: str, viewer: Viewer, style: str = "dim") -> list[str]:
-    first, *rest = wrapped(text, viewer.width, f"{name:<{_LEAD}}")
-    return [viewer.paint(first[: len(name)], style) + first[len(name) :], *rest]
+    doc.table(Table("configuration", tuple(map(shortener, by_name)), table))
+    if shortener.explanation:
+        doc.text(shortener.explanation)
 
 
 def _eta(status: CampaignStatus, viewer: Viewer) -> str:

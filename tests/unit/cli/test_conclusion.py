@@ -8,7 +8,7 @@ import pytest
 
 from lem.base import log
 from lem.base.errors import EngineError, InfrastructureError, OptionRefused, UserError
-from lem.cli.progress import (
+from lem.cli.campaign_run import (
     closing_lines,
     exit_code_of_outcome,
     message_of_error,
@@ -88,7 +88,8 @@ def test_a_script_on_the_path_is_called_by_its_name(tmp_path, monkeypatch):
 def test_what_was_interrupted_or_is_running_is_left(tmp_path):
     campaign = make_campaign(tmp_path)
     outcome = _outcome("completed", "failed", "pending", "running", "skipped")
-    (line,) = closing_lines(campaign, outcome, log.Console(io.StringIO()))
+    line, how_to_resume = closing_lines(campaign, outcome, log.Console(io.StringIO()))
+    assert how_to_resume.startswith("some experiments failed; resume with: ")
     assert line == f"1 completed, 1 failed, 2 left; results in {tmp_path}/results/demo/20260714T100000Z-3fa1"
 
 

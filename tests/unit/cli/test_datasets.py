@@ -17,7 +17,7 @@ def datasets(*argv: str, **environ: str) -> tuple[int, str, str]:
     add_datasets_arguments(parser)
     args = parser.parse_args(argv)
     out, err = io.StringIO(), io.StringIO()
-    return args.run(args, out, err, environ), out.getvalue(), err.getvalue()
+    return args.run(args, out, err, environ) or 0, out.getvalue(), err.getvalue()
 
 
 def places(**environ: str) -> dict[str, dict[str, Any]]:

@@ -4,9 +4,12 @@ import dataclasses
 
 import pytest
 
-from lem.cli.plan_view import expected_document, render_findings, render_plan
+from lem.cli.campaign import expected_document, render_findings, render_plan
+from lem.cli.campaign_run import Job
+from lem.orchestration.executor import ExecutorChoice
 from lem.orchestration.grid import GridValidationIssue
 from lem.orchestration.plan import ExpectedDurations, build_plan
+from lem.orchestration.session import LocalExecutor
 from tests.campaign_doubles import make_campaign
 
 
@@ -19,14 +22,19 @@ def _issues(*reasons, severity="warning"):
     return tuple(GridValidationIssue(f"c{index}", reason, severity) for index, reason in enumerate(reasons))
 
 
-def _render(campaign, measured=None, loads=None, gap=None, place="local, python3 (requested)"):
-    plan = build_plan(campaign)
+def _job(campaign, place="python3"):
+    return Job(campaign, build_plan(campaign), ExecutorChoice("local", place, "requested", LocalExecutor))
+
+
+def _render(campaign, measured=None, loads=None, gap=None, place="python3"):
+    job = _job(campaign, place)
+    plan = job.plan
     prices = ExpectedDurations(
         dict.fromkeys((item.config_hash for item in plan.configurations), measured) if measured else {},
         dict.fromkeys((item.engine_key for item in plan.configurations), loads) if loads else {},
         gap,
     )
-    return render_plan(plan, campaign, place, prices)
+    return render_plan(job, prices)
 
 
 def test_findings_are_the_counts_and_each_reason_once(campaign):
@@ -106,7 +114,7 @@ def test_the_expected_time_is_a_document_too(campaign):
 def test_a_time_that_is_partly_guessed_says_so(campaign):
     plan = build_plan(campaign)
     first = plan.configurations[0]
-    text = render_plan(plan, campaign, "local", ExpectedDurations({first.config_hash: 30.0}, {first.engine_key: 10.0}))
+    text = render_plan(_job(campaign), ExpectedDurations({first.config_hash: 30.0}, {first.engine_key: 10.0}))
     assert "partly estimated from other configurations" in " ".join(text.split())
 
 
@@ -117,9 +125,7 @@ def test_a_long_order_is_cut_short(tmp_path):
 
 
 def test_long_places_are_wrapped_and_every_line_fits(campaign):
-    lines = _render(
-        campaign, place="local, " + "/a/rather/long/path" * 3 + " and a reason that is long, too"
-    ).splitlines()
+    lines = _render(campaign, place="/a/rather/long/path" * 3 + " and a reason that is long, too").splitlines()
     wrapped = lines.index(next(line for line in lines if line.startswith("runs on:")))
     assert lines[wrapped + 1].startswith(" " * 15)
     assert max(len(line) for line in lines if not line.startswith("results in:")) <= 80
