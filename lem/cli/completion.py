@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from lem.base.errors import ExitCode
+from lem.cli.main import make_parser
 
-SHELLS = ("bash", "zsh", "fish")
-
-_FOLDERS = ("DIR",)
+_PROGRAMS = ("lem", "lem.pyz")
 _FILES = ("FILE", "PLAN", "PROGRAM")
 
 _HOW = """\
@@ -37,7 +35,7 @@ class Value:
 
     @property
     def is_folder(self) -> bool:
-        return not self.choices and self.name in _FOLDERS
+        return not self.choices and self.name == "DIR"
 
 
 @dataclass(frozen=True)
@@ -73,16 +71,12 @@ def add_completion_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Print a script that lets a shell complete lem's commands, options, and values."
     parser.epilog = _HOW
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
+    parser.add_argument("shell", choices=tuple(_SHELLS), metavar="SHELL", help=", ".join(_SHELLS))
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001
-    """Print the script."""
-    from lem.cli.main import make_parser
-
-    out.write(render(args.shell, tuple(commands_of(make_parser()))))
-    return int(ExitCode.OK)
+def run(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
+    out.write(_SHELLS[args.shell](tuple(commands_of(make_parser()))))
 
 
 def commands_of(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[Command]:
@@ -92,7 +86,7 @@ def commands_of(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> 
     below = [action for action in actions if isinstance(action, argparse._SubParsersAction)]  # noqa: SLF001
     children = tuple((item.dest, item.help or "") for action in below for item in action._choices_actions)  # noqa: SLF001
     positional = [action for action in actions if not action.option_strings and action not in below]
-    flags = tuple(_flag(action) for action in actions if action.option_strings)
+    flags = tuple(map(_flag, (action for action in actions if action.option_strings)))
     yield Command(path, flags, children, _value(positional[0]) if positional else None)
     for action in below:
         for name, _ in children:
@@ -108,14 +102,6 @@ def _flag(action: argparse.Action) -> Flag:
 def _value(action: argparse.Action) -> Value:
     name = action.metavar if isinstance(action.metavar, str) else action.dest.rpartition(".")[2]
     return Value(name, tuple(map(str, action.choices or ())))
-
-
-_PROGRAMS = ("lem", "lem.pyz")
-
-
-def render(shell: str, commands: Sequence[Command]) -> str:
-    """The script for a shell: `bash`, `zsh` or `fish`."""
-    return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](commands)
 
 
 # bash
@@ -166,11 +152,11 @@ def _bash_reply(value: Value) -> str:
 
 
 def _zsh(commands: Sequence[Command]) -> str:
-    functions = "".join(map(_zsh_function, commands))
-    head = f"#compdef {' '.join(_PROGRAMS)}\n# zsh completion for lem, made by `lem completion zsh`\n"
+    programs, functions = " ".join(_PROGRAMS), "".join(map(_zsh_function, commands))
+    head = f"#compdef {programs}\n# zsh completion for lem, made by `lem completion zsh`\n"
     # Autoloaded from a folder of $fpath the file is the function; sourced, it only tells zsh about it.
-    tail = 'if [[ "$funcstack[1]" == _lem ]]; then\n  _lem "$@"\nelse\n  compdef _lem {}\nfi\n'
-    return f"{head}{functions}{tail.format(' '.join(_PROGRAMS))}"
+    tail = f'if [[ "$funcstack[1]" == _lem ]]; then\n  _lem "$@"\nelse\n  compdef _lem {programs}\nfi\n'
+    return head + functions + tail
 
 
 def _zsh_function(command: Command) -> str:
@@ -180,20 +166,16 @@ def _zsh_function(command: Command) -> str:
     elif command.values is not None and _zsh_value(command.values).strip():
         lines.append(shlex.quote(f"*:{_zsh_text(command.values.name)}:{_zsh_value(command.values)}"))
     arguments = "".join(f" \\\n    {line}" for line in lines)
-    function = "_".join(("_lem", *command.path))
+    function, children = "_".join(("_lem", *command.path)), ""
+    if command.children:
+        named = " ".join(shlex.quote(f"{name}:{text}") for name, text in command.children)
+        calls = "".join(f"      {name}) {function}_{name} ;;\n" for name, _ in command.children)
+        children = (
+            f"  case $state in\n  command)\n    local -a commands=({named})\n    _describe command commands ;;\n"
+            f"  rest)\n    case $line[1] in\n{calls}    esac ;;\n  esac\n"
+        )
     begin = f"{function}() {{\n  local context state state_descr line\n  typeset -A opt_args\n"
-    return f"{begin}  _arguments -C{arguments}\n{_zsh_children(command)}}}\n"
-
-
-def _zsh_children(command: Command) -> str:
-    if not command.children:
-        return ""
-    named = " ".join(shlex.quote(f"{name}:{text}") for name, text in command.children)
-    calls = "".join(f"      {name}) {'_'.join(('_lem', *command.path, name))} ;;\n" for name, _ in command.children)
-    return (
-        f"  case $state in\n  command)\n    local -a commands=({named})\n    _describe command commands ;;\n"
-        f"  rest)\n    case $line[1] in\n{calls}    esac ;;\n  esac\n"
-    )
+    return f"{begin}  _arguments -C{arguments}\n{children}}}\n"
 
 
 def _zsh_flag(flag: Flag) -> str:
@@ -263,3 +245,6 @@ def _fish_value(value: Value) -> list[str]:
 def _fish_word(text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
+
+
+_SHELLS: Mapping[str, Callable[[Sequence[Command]], str]] = {"bash": _bash, "zsh": _zsh, "fish": _fish}

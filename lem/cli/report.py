@@ -6,12 +6,12 @@ import argparse
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
 from lem.base.doc import write_json
-from lem.base.errors import ExitCode, UserError
+from lem.base.errors import UserError
 from lem.base.measurement import POWER_CAP_BIT, SLOWDOWN_BITS
 from lem.base.units import NS_PER_S
 from lem.cli.selection import add_json, add_results_dir, list_problems, problem_documents, resolve_run, write_file
@@ -28,17 +28,7 @@ from lem.meters.samples import (
     read_finished,
 )
 from lem.results.report import render_report
-from lem.results.report.content import (
-    POWER,
-    TEMPERATURE,
-    Phase,
-    Series,
-    Slowdown,
-    Trace,
-    compose,
-    select_traced,
-    union,
-)
+from lem.results.report.content import Phase, Series, Slowdown, Trace, compose, select_traced, union
 from lem.results.run import Run
 
 _FILENAME = "report.html"
@@ -47,19 +37,15 @@ _FILENAME = "report.html"
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "`lem report`: one campaign as a self-contained HTML file."
     parser.add_argument("campaign", metavar="CAMPAIGN", help="a campaign (its last run) or a run")
-    parser.add_argument(
-        "--output",
-        "-o",
-        metavar="FILE",
-        help=f"the file to write, - for stdout (default: {_FILENAME} in the campaign's folder)",
-    )
+    text = f"the file to write, - for stdout (default: {_FILENAME} in the campaign's folder)"
+    parser.add_argument("--output", "-o", metavar="FILE", help=text)
     add_results_dir(parser)
     add_json(parser, "print the path and size as a JSON document")
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    """The exit code; 0 also if results are damaged, which the page and stderr report."""
+def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
+    """Exit code 0 even if results are damaged, which the page and stderr report."""
     if args.json and args.output == "-":
         raise UserError("--json and --output - both write to stdout", "Write the page to a file: --output FILE.")
     chosen = resolve_run(args.results_dir, args.campaign)
@@ -69,7 +55,7 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     list_problems(err, damaged, lead="left out: ", rest="the page lists them")
     if args.output == "-":
         out.write(text)
-        return int(ExitCode.OK)
+        return
     path = Path(args.output) if args.output else args.results_dir / chosen.campaign / _FILENAME
     write_file(path, text)
     if args.json:
@@ -83,7 +69,6 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         write_json(out, document)
     else:
         out.write(f"{path}\n")
-    return int(ExitCode.OK)
 
 
 def make_report(run: Run) -> str:
@@ -139,21 +124,17 @@ def trace_of(log: SampleLog, marks: Sequence[Mark]) -> Trace:
             _phase(mark.name, seconds(mark.opened_ns), seconds(mark.closed_ns), counted, degrees, slowdowns)
             for mark in ordered
         ),
-        series=(
-            *_series(POWER, powers, interval_s),
-            *_series(POWER, packages, SLOW_PERIOD_S),
-            *_series(TEMPERATURE, temperatures, interval_s),
-        ),
+        power=(*_series(powers, interval_s), *_series(packages, SLOW_PERIOD_S)),
+        temperature=_series(temperatures, interval_s),
         slowdowns=slowdowns,
         interval_s=interval_s if by_gpu else SLOW_PERIOD_S,
     )
 
 
-def _series(quantity: str, lines: Mapping[str, _Points], interval_s: float) -> Iterator[Series]:
+def _series(lines: Mapping[str, _Points], interval_s: float) -> tuple[Series, ...]:
     buckets = max(_BUCKETS // max(len(lines), 1), _LEAST_BUCKETS)
-    for label, points in lines.items():
-        if points:
-            yield Series(label, quantity, thin(points, buckets, HOLE_PERIODS * interval_s))
+    hole_s = HOLE_PERIODS * interval_s
+    return tuple(Series(label, thin(points, buckets, hole_s)) for label, points in lines.items() if points)
 
 
 def thin(points: _Points, n_buckets: int, hole_s: float) -> tuple[tuple[float, float] | None, ...]:

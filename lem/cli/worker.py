@@ -24,31 +24,26 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "`lem worker`: the side of lem that runs next to the engine; started by `lem campaign`, not by people."
     )
-    parser.add_argument("--engine", action="store_true", help="run as the engine process of a worker")
-    parser.add_argument("--control-fd", type=int, metavar="N", help="descriptor of the control pipe (--engine)")
-    parser.add_argument("--message-fd", type=int, metavar="N", help="descriptor of the message pipe (--engine)")
-    parser.add_argument("--end-marked", metavar="MARK", help="kill what is left of the worker with this mark")
-    parser.add_argument("--sampler", action="store_true", help="run as the process that samples the meters")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the log to create (--sampler)")
-    parser.add_argument(
-        "--gpu", action="append", default=[], metavar="UUID", help="a GPU to sample; repeatable (--sampler)"
-    )
-    parser.add_argument(
-        "--interval-ms", type=int, default=100, metavar="N", help="sampling interval; 0: none (--sampler)"
-    )
-    parser.add_argument("--tdp", type=float, metavar="W", help="design power of all CPU packages (--sampler)")
-    parser.add_argument(
-        "--tether", nargs=argparse.REMAINDER, metavar="WORD", help="run this lem command until stdin is closed"
-    )
+    add = parser.add_argument
+    add("--engine", action="store_true", help="run as the engine process of a worker")
+    add("--control-fd", type=int, metavar="N", help="descriptor of the control pipe (--engine)")
+    add("--message-fd", type=int, metavar="N", help="descriptor of the message pipe (--engine)")
+    add("--end-marked", metavar="MARK", help="kill what is left of the worker with this mark")
+    add("--sampler", action="store_true", help="run as the process that samples the meters")
+    add("--output", type=Path, metavar="FILE", help="the log to create (--sampler)")
+    add("--gpu", action="append", default=[], metavar="UUID", help="a GPU to sample; repeatable (--sampler)")
+    add("--interval-ms", type=int, default=100, metavar="N", help="sampling interval; 0: none (--sampler)")
+    add("--tdp", type=float, metavar="W", help="design power of all CPU packages (--sampler)")
+    add("--tether", nargs=argparse.REMAINDER, metavar="WORD", help="run this lem command until stdin is closed")
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001
+def run(args: argparse.Namespace, _out: TextIO, err: TextIO) -> int:
     """The exit code of a worker, of its engine process or of a sampler."""
     if args.sampler:
         return _run_sampler(args, err)
     if args.end_marked is not None:
-        return int(ExitCode.EXPERIMENT_FAILED if end_marked(args.end_marked) else ExitCode.OK)
+        return ExitCode.EXPERIMENT_FAILED if end_marked(args.end_marked) else ExitCode.OK
     if args.tether is not None:
         return run_tethered(args.tether)
     if not args.engine:
@@ -71,9 +66,8 @@ def _run_sampler(args: argparse.Namespace, err: TextIO) -> int:
         raise UserError("worker --sampler needs --output", "give the path of the log")
     if not sampler.is_interval(args.interval_ms):
         shortest, longest = sampler.SHORTEST_INTERVAL_MS, sampler.LONGEST_INTERVAL_MS
-        raise UserError(
-            f"--interval-ms {args.interval_ms}: expected 0, or between {shortest} and {longest}", "the default is 100"
-        )
+        expected = f"expected 0, or between {shortest} and {longest}"
+        raise UserError(f"--interval-ms {args.interval_ms}: {expected}", "the default is 100")
     options = sampler.SamplerOptions(args.output, tuple(args.gpu), args.interval_ms, args.tdp)
     return sampler.run_sampler_process(options, err)
 
@@ -89,8 +83,8 @@ def run_tethered(arguments: Sequence[str]) -> int:
     The first line of stdin is a JSON object of variables for its environment, since argv is public. Raises UserError:
     that line is something else, or the command cannot be started.
     """
-    env = {**os.environ, **_read_variables()}
     command = (*own_command(sys.executable), *arguments)
+    env = {**os.environ, **_read_variables()}
     child = process.spawn(command, env=env, stdin=process.DEVNULL, stdout=1, stderr=2, new_session=True)
     try:
         while child.poll() is None:

@@ -31,8 +31,6 @@ _GROUPINGS = ("backend", "model.name", "fp_precision")
 _TRACES_SHOWN, _FAULTY_FIRST = 12, 4
 _NAMED = 3  # configurations that a sentence of the verdict names
 
-POWER, TEMPERATURE = "power", "temperature"
-
 
 @dataclass(frozen=True)
 class Phase:
@@ -63,7 +61,6 @@ class Series:
     """A line over time."""
 
     label: str  # of the device
-    quantity: str  # POWER in watts or TEMPERATURE in °C
     points: tuple[tuple[float, float] | None, ...]  # (seconds, value) in order; None where readings are missing
 
 
@@ -72,7 +69,8 @@ class Trace:
     """One experiment over time."""
 
     phases: tuple[Phase, ...]
-    series: tuple[Series, ...]
+    power: tuple[Series, ...]  # in watts
+    temperature: tuple[Series, ...]  # in °C
     slowdowns: tuple[Slowdown, ...]
     interval_s: float  # between two readings
 

@@ -13,7 +13,7 @@ from lem.base.units import format_duration, format_quantity, plural
 from lem.config.backends import WIDTH_OPTIONS
 from lem.record import Record
 from lem.results.metrics import Metric
-from lem.results.report.content import NOT_GIVEN, POWER, TEMPERATURE, Entry, Phase, Report, Series, Trace
+from lem.results.report.content import NOT_GIVEN, Entry, Phase, Report, Series, Trace
 from lem.results.report.plot import (
     DOT,
     GROUPS_MAX,
@@ -393,20 +393,21 @@ def _trace(identifier: str, record: Record, trace: Trace) -> Markup:
     if gap_s and phases:  # it was before the log began
         phases = (Phase(_GAP, phases[0].begin_s - gap_s, phases[0].begin_s), *phases)
     ends = [phase.end_s for phase in phases]
-    end = max([*ends, *(point[0] for series in trace.series for point in series.points if point)], default=0.0)
+    end = max(
+        [*ends, *(point[0] for series in (*trace.power, *trace.temperature) for point in series.points if point)],
+        default=0.0,
+    )
     begin = min((phase.begin_s for phase in phases), default=0.0)
     time = Scale(begin, max(end, begin + 1), _LEFT, _RIGHT)
-    power = [series for series in trace.series if series.quantity == POWER]
-    temperature = [series for series in trace.series if series.quantity == TEMPERATURE]
-    panels, bottom = _panels(power, temperature, time)
+    panels, bottom = _panels(trace.power, trace.temperature, time)
     if not panels:
         return no_plot(identifier, heading, "Its sample log contains neither power nor temperature.")
-    lines = [item.label for item in power or temperature]
+    lines = [item.label for item in trace.power or trace.temperature]
     faults = trace.slowed_s
     return Plot(
         identifier,
         heading,
-        f"Power{' and temperature' if temperature else ''} over {format_duration(end - begin)}: "
+        f"Power{' and temperature' if trace.temperature else ''} over {format_duration(end - begin)}: "
         + ", ".join(f"{_phase(phase)} {format_duration(phase.end_s - phase.begin_s)}" for phase in phases)
         + (f"; throttled in {plural(len(faults), 'period')}" if faults else "; not throttled"),
         (_WIDTH, bottom + 44),

@@ -12,7 +12,7 @@ from lem.base.measurement import SLOWDOWN_BITS
 from lem.cli.report import thin, trace_of
 from lem.meters.samples import GpuHeader, GpuSample, Mark, RaplReading, RaplZone, SampleHeader, SampleLog
 from lem.results.report import render_report
-from lem.results.report.content import POWER, TEMPERATURE, Phase, compose
+from lem.results.report.content import Phase, compose
 from lem.results.run import make_run
 from tests.command_rig import Output, run_lem
 from tests.doubles.nvml.traces import Events
@@ -132,7 +132,7 @@ def test_phases_come_in_order_with_their_power_and_temperature() -> None:
         Phase("idle_loaded", 0.0, 5.0, 60.0, 60.0, 40.0, 44.9, 0.0),
         Phase("window", 5.0, 10.0, 300.0, 300.0, 45.0, 49.9, 0.0),
     )
-    assert [series.quantity for series in trace.series] == [POWER, TEMPERATURE]
+    assert (len(trace.power), len(trace.temperature)) == (1, 1)
 
 
 def test_a_phase_of_two_readings_has_its_own_power_and_temperature() -> None:
@@ -182,13 +182,14 @@ def test_a_curve_is_labelled_with_the_index_that_nvml_gives_its_gpu(indices: tup
     attempt = gpu_attempt(2)
     for place, index in enumerate(indices):
         attempt = attempt.with_gpu_header(place, index=index, name=f"Card {index}")
-    labels = [(series.quantity, series.label) for series in trace_of(attempt.log, attempt.marks).series]
-    assert labels == [(kind, f"GPU {index} Card {index}") for kind in (POWER, TEMPERATURE) for index in indices]
+    trace = trace_of(attempt.log, attempt.marks)
+    for lines in (trace.power, trace.temperature):
+        assert [series.label for series in lines] == [f"GPU {index} Card {index}" for index in indices]
 
 
 def test_a_gpu_that_nvml_does_not_see_is_labelled_with_its_uuid() -> None:
     attempt = gpu_attempt().with_gpu_header(index=None, name="unknown")
-    (power, *_) = trace_of(attempt.log, attempt.marks).series
+    (power,) = trace_of(attempt.log, attempt.marks).power
     assert power.label == f"{attempt.uuids[0]} unknown"
 
 
@@ -199,7 +200,7 @@ def test_a_package_counter_that_wraps_still_gives_its_power() -> None:
     rapl = tuple(RaplReading(0, (index + 1) * NS, count) for index, count in enumerate(counts))
     header = SampleHeader(NS, "2026-07-14T10:00:00.000Z", "lab1", 100, zones=zones)
     trace = trace_of(SampleLog(header, rapl=rapl), [Mark("window", NS, 4 * NS)])
-    assert [(series.label, series.points) for series in trace.series] == [("CPU package-0", ((1.0, 5.0), (2.0, 5.0)))]
+    assert [(series.label, series.points) for series in trace.power] == [("CPU package-0", ((1.0, 5.0), (2.0, 5.0)))]
     assert trace.phases[0].power_mean_w == 5.0
     assert trace.phases[0].temp_max_c is None
 
@@ -211,7 +212,7 @@ def test_a_package_that_may_have_wrapped_twice_has_no_power_as_it_has_no_energy(
     assert holed.measured().energy.cpu_package_energy_j is None
     after_gap_s = (at(21) - min(mark.opened_ns for mark in attempt.marks)) / NS
     for found, has_power in ((attempt, True), (holed, False)):
-        (series,) = trace_of(found.log, found.marks).series
+        (series,) = trace_of(found.log, found.marks).power
         points = [point for point in series.points if point]
         assert [power_w for _, power_w in points] == pytest.approx([90] * len(points), rel=0.01)
         assert any(abs(time_s - after_gap_s) < 0.6 for time_s, _ in points) == has_power
@@ -220,7 +221,7 @@ def test_a_package_that_may_have_wrapped_twice_has_no_power_as_it_has_no_energy(
 def test_a_log_without_readings_is_an_empty_trace() -> None:
     header = SampleHeader(NS, "2026-07-14T10:00:00.000Z", "lab1", 100, gpu_error="no GPU")
     trace = trace_of(SampleLog(header), [])
-    assert (trace.series, trace.phases) == ((), ())
+    assert (trace.power, trace.temperature, trace.phases) == ((), (), ())
     page = render_report(dataclasses.replace(compose(make_run([make_record()])), traces=((make_record(), trace),)))
     assert "Its sample log contains neither power nor temperature." in page
 

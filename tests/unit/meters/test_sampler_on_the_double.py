@@ -15,7 +15,6 @@ import pytest
 
 from lem.cli.report import trace_of
 from lem.meters.samples import PartReader, SampleLog
-from lem.results.report.content import TEMPERATURE
 from lem.worker.launch import own_command
 from tests.doubles.nvml.library import NvmlDouble
 from tests.doubles.nvml.traces import Counter, Events, GpuProcess, GpuTrace, Level, PowerSignal, Ripple, Trace
@@ -67,7 +66,7 @@ def test_gpus_keep_their_own_label_in_whatever_order_they_are_sampled(
     gpus = tuple(GpuTrace(uuid=f"GPU-{index}", temp_c=40 + index) for index in range(4))
     log = sample(double, Trace(time.monotonic_ns(), gpus), places=places)
     assert [gpu.label for gpu in log.header.gpus] == [f"GPU {index}" for index in places]
-    curves = [series for series in trace_of(log, ()).series if series.quantity == TEMPERATURE]
+    curves = trace_of(log, ()).temperature
     assert [series.label.partition(f" {log.header.gpus[0].name}")[0] for series in curves] == [
         f"GPU {index}" for index in places
     ]
