@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,111 +37,81 @@ def document(**changes: Any) -> str:
     return json.dumps(record, indent=2)
 
 
-# Masks
+def one(old: Any, new: Any, **more: Any) -> str:
+    """Where the only difference is."""
+    (found,) = differences(old, new, **more)
+    return found.where
 
 
-def test_live_values_are_masked_by_the_name_of_their_field() -> None:
-    masked = mask_values(dict(flatten(RECORD)), is_live=True)
+def test_live_values_are_masked_by_the_name_of_their_field_and_options_are_not() -> None:
+    flat = dict(flatten(RECORD))
+    masked = mask_values(flat, is_live=True)
     assert masked["$.identity.lem_version"] == "<str>"
     assert masked["$.energy.gpu_energy_j"] == "<float>"
-    assert masked["$.identity.cycle_index"] == 1
-    assert masked["$.validity.valid"] is True
-
-
-def test_what_was_configured_is_never_masked() -> None:
-    masked = mask_values(dict(flatten(RECORD)), is_live=True)
-    assert masked["$.requested.measurement.cpu_tdp_w"] == 65
-    assert masked["$.requested.measurement.min_window_s"] == 2.5
-
-
-def test_recorded_values_are_not_masked() -> None:
-    assert mask_values(dict(flatten(RECORD)), is_live=False) == dict(flatten(RECORD))
+    unmasked = "identity.cycle_index validity.valid requested.measurement.cpu_tdp_w requested.measurement.min_window_s"
+    assert all(masked[f"$.{name}"] == flat[f"$.{name}"] for name in unmasked.split())
+    assert mask_values(flat, is_live=False) == flat
     assert mask_text(TABLE, is_live=False) == TABLE
 
 
+@pytest.mark.parametrize(
+    ("is_live", "text", "same", "other"),
+    [
+        (True, "14:02:58 [1/2] ok b=4 · 24.2 tok/s in run1\n", "09:11:03 [1/2] ok b=4 · 7.0 tok/s in run1\n", "b=8"),
+        (False, "14:20:37 warning: b=4\n", "14:25:48 warning: b=4\n", "b=8"),
+        (False, "lem 0.1.0 b=4\n", "lem 0.2.0 b=4\n", "b=8"),
+        (False, "from 22:00:00, vllm 0.1.0 b=4\n", "from 22:00:00, vllm 0.1.0 b=4\n", "b=8"),
+    ],
+)
+def test_texts_are_masked_for_times_and_versions_of_lem_alone(is_live: bool, text: str, same: str, other: str) -> None:
+    assert mask_text(text, is_live=is_live) == mask_text(same, is_live=is_live)
+    assert mask_text(text, is_live=is_live) != mask_text(same.replace("b=4", other), is_live=is_live)
+    assert mask_text("vllm 0.1.0 at 22:00:00", is_live=False) == "vllm 0.1.0 at 22:00:00"
+
+
 def test_a_measured_value_that_is_gone_shows_through_the_mask() -> None:
-    found = differences(document(), document(energy__gpu_energy_j=None), "file r.json", is_live=True)
-    assert [item.where for item in found] == ["$.energy.gpu_energy_j"]
+    gone = document(energy__gpu_energy_j=None)
+    assert one(document(), gone, part="file r.json", is_live=True) == "$.energy.gpu_energy_j"
     assert differences(document(), document(energy__gpu_energy_j=3.5), "file r.json", is_live=True) == []
 
 
-def test_times_and_runs_in_live_texts_are_masked_and_names_are_not() -> None:
-    old = "14:02:58 [1/2] ok a-batch=4 · 24.20 tok/s · 5.3 s in run1\n"
-    new = "09:11:03 [1/2] ok a-batch=4 · 7.01 tok/s · 25.8 s in run1\n"
-    assert mask_text(old, is_live=True) == mask_text(new, is_live=True)
-    assert mask_text(old, is_live=True) != mask_text(new.replace("batch=4", "batch=8"), is_live=True)
-
-
-def test_the_time_at_which_a_warning_was_told_is_masked_and_other_times_are_not() -> None:
-    assert mask_text("14:20:37 warning: x\n", is_live=False) == mask_text("14:25:48 warning: x\n", is_live=False)
-    assert mask_text("begins at 22:00:00\n", is_live=False) == "begins at 22:00:00\n"
-
-
-def test_versions_are_masked_wherever_lem_names_its_own() -> None:
-    assert mask_text("lem 0.1.0\n", is_live=False) == mask_text("lem 0.2.0\n", is_live=False)
-    assert mask_text("vllm 0.1.0", is_live=False) == "vllm 0.1.0"
-
-
-# What is found
-
-
 @pytest.mark.parametrize("ignore_text", [False, True])
-def test_one_changed_digit_of_a_table_is_found(ignore_text: bool) -> None:
-    assert len(differences(TABLE, TABLE.replace("0.2051", "0.2052"), ignore_text=ignore_text)) == 1
-    assert len(differences(TABLE, TABLE.replace("±0.3", "±0.4"), ignore_text=ignore_text)) == 1
-
-
-@pytest.mark.parametrize("ignore_text", [False, True])
-def test_one_changed_number_of_a_document_is_found_at_its_path(ignore_text: bool) -> None:
+def test_every_changed_number_is_found(ignore_text: bool) -> None:
+    place = "numbers" if ignore_text else "line 2"
+    assert one(TABLE, TABLE.replace("0.2051", "0.2052"), ignore_text=ignore_text) == place
     (found,) = differences(document(), document(energy__gpu_energy_j=1674.3), ignore_text=ignore_text)
     assert (found.where, found.old, found.new) == ("$.energy.gpu_energy_j", "1674.2", "1674.3")
     (found,) = differences(document(), document(energy__more=1), ignore_text=ignore_text)
     assert (found.where, found.old) == ("$.energy.more", ABSENT)
+    assert one(document(), document(validity__valid=1), ignore_text=ignore_text) == "$.validity.valid"
+    assert one(document(), document(identity__host="elsewhere"), ignore_text=ignore_text) == "$.identity.host"
+    place = "is empty" if ignore_text else "line 1"
+    assert one("", "warning: take care\n", part="stderr", ignore_text=ignore_text) == place
 
 
-def test_true_is_not_one() -> None:
-    assert len(differences(document(), document(validity__valid=1))) == 1
+PAGE = "<!DOCTYPE html><p>Energy 0.25 J</p><svg><path d='M 1 2'/></svg>"
+HELP = "usage: lem x [--json]\n\n  --json  one document\n"
 
 
-def test_words_differ_unless_they_are_ignored() -> None:
-    old, new = "error: an integer is due, got 'x' (1 to 20)\n", "error: expected an integer, got 'x' (1 to 20)\n"
-    assert len(differences(old, new, "stderr")) == 1
-    assert differences(old, new, "stderr", ignore_text=True) == []
-    assert len(differences(old, new.replace("20", "21"), "stderr", ignore_text=True)) == 1
-    reworded = document(energy__load_energy_j_null_reason="no engine was loaded here")
-    assert len(differences(document(), reworded)) == 1
-    assert differences(document(), reworded, ignore_text=True) == []
-
-
-def test_a_warning_that_is_a_key_is_words_too() -> None:
-    old, new = ({"warnings": {text: 2}} for text in ("the load is 3 % in doubt", "load uncertain by 3 %"))
-    assert len(differences(json.dumps(old), json.dumps(new))) == 2
-    assert differences(json.dumps(old), json.dumps(new), ignore_text=True) == []
-    new["warnings"] = {"load uncertain by 3 %": 1}
-    assert len(differences(json.dumps(old), json.dumps(new), ignore_text=True)) == 1
-
-
-def test_a_code_of_one_word_counts_where_words_are_ignored() -> None:
-    assert len(differences(document(), document(identity__host="elsewhere"), ignore_text=True)) == 1
-
-
-def test_yaml_is_compared_by_its_meaning_where_words_are_ignored() -> None:
-    old, new = "model: gpt2  # default\ncycles: [1, 2]\n", "model: gpt2          # e.yaml:1\ncycles:\n- 1\n- 2\n"
-    assert differences(old, new, ignore_text=True) == []
-    assert [item.where for item in differences(old, new.replace("- 2", "- 3"), ignore_text=True)] == ["$.cycles[1]"]
-
-
-def test_figures_of_a_page_count_where_words_are_ignored() -> None:
-    page = "<!DOCTYPE html><p>Energy 0.25 J</p><svg><path d='M 1 2'/></svg>"
-    assert differences(page, page.replace("Energy", "It took"), ignore_text=True) == []
-    assert len(differences(page, page.replace("0.25", "0.26"), ignore_text=True)) == 1
-    assert len(differences(page, page.replace("1 2", "1 3"), ignore_text=True)) == 1
-
-
-def test_another_layout_of_the_same_document_is_a_difference_of_its_own() -> None:
-    compact = json.dumps(RECORD)
-    assert [item.where for item in differences(document(), compact)] == ["formatting"]
-    assert differences(document(), compact, ignore_text=True) == []
+@pytest.mark.parametrize(
+    ("old", "reworded", "changed"),
+    [
+        ("an integer is due (1 to 20)\n", "expected an integer (1 to 20)\n", ("20", "21")),
+        (document(), document(energy__load_energy_j_null_reason="no engine was loaded here"), ("1674.2", "1674.3")),
+        ('{"warnings": {"the load is 3 % in doubt": 2}}', '{"warnings": {"load uncertain by 3 %": 2}}', (": 2", ": 1")),
+        (PAGE, PAGE.replace("Energy", "It took"), ("0.25", "0.26")),
+        (PAGE, PAGE.replace("Energy", "It took"), ("1 2", "1 3")),
+        (HELP, HELP.replace("one document", "a single document"), ("--json", "--jsn")),
+        ("n: [1, 2]  # default\n", "n:      # e.yaml:1\n- 1\n- 2\n", ("- 2", "- 3")),
+        (document(), json.dumps(RECORD), ("1674.2", "1674.3")),
+    ],
+)
+def test_words_and_layout_can_be_ignored_and_what_they_hold_is_not(
+    old: str, reworded: str, changed: tuple[str, str]
+) -> None:
+    assert differences(old, reworded)
+    assert differences(old, reworded, ignore_text=True) == []
+    assert len(differences(old, reworded.replace(*changed), ignore_text=True)) == 1
 
 
 def test_exit_codes_and_files_count() -> None:
@@ -151,41 +122,24 @@ def test_exit_codes_and_files_count() -> None:
     assert [item.part for item in found[1:]] == ["file report.html"]
 
 
-def test_a_message_where_there_was_none_counts_whatever_it_says() -> None:
-    assert len(differences("", "warning: take care\n", "stderr", ignore_text=True)) == 1
-
-
-def test_options_of_a_help_text_count_and_its_words_do_not() -> None:
-    old = "usage: lem x [--json]\n\n  --json  one document\n"
-    assert differences(old, old.replace("one document", "a single document"), ignore_text=True) == []
-    assert len(differences(old, old.replace("--json", "--jsn"), ignore_text=True)) == 1
-
-
-# Intended differences
-
 WORDS = Difference("static/x: lem status", "stderr", "line 3", "hint: is due\n", "hint: expected\n")
-VALUE = Difference("recorded/x: lem compare a", "stdout", "$.rows[0].n", "3", "4")
 ENTRY = Intended("plain English", case="lem status", part="stderr", where="^hint:")
 
 
-def test_an_intended_difference_is_counted_and_any_other_is_unexpected() -> None:
-    verdict = judge([WORDS, VALUE], [ENTRY], ["static"])
-    assert (verdict.intended, verdict.unexpected, verdict.stale) == (1, [VALUE], [])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"new": f"{WORDS.new}0.26 J\n"},  # every line that differs must be meant
+        {"case": "live/x: lem status"},
+        {"case": "static/x: lem check"},
+        {"part": "stdout"},
+    ],
+)
+def test_an_intended_difference_is_counted_and_any_other_is_unexpected(change: dict[str, str]) -> None:
+    other = replace(WORDS, **change)
+    verdict = judge([WORDS, other], [ENTRY], ["static"])
+    assert (verdict.intended, verdict.unexpected, verdict.stale) == (1, [other], [])
     assert not verdict.is_equivalent
-
-
-def test_every_line_that_differs_must_be_meant() -> None:
-    more = Difference(WORDS.case, WORDS.part, WORDS.where, WORDS.old, f"{WORDS.new}0.26 J\n")
-    assert judge([more], [ENTRY], []).unexpected == [more]
-
-
-def test_an_entry_is_for_its_suite_command_and_part() -> None:
-    others = [
-        Difference(WORDS.case.replace("static", "live"), "stderr", WORDS.where, WORDS.old, WORDS.new),
-        Difference(WORDS.case.replace("status", "check"), "stderr", WORDS.where, WORDS.old, WORDS.new),
-        Difference(WORDS.case, "stdout", WORDS.where, WORDS.old, WORDS.new),
-    ]
-    assert judge(others, [ENTRY], []).unexpected == others
 
 
 def test_an_entry_that_matches_nothing_is_stale_once_its_suite_ran() -> None:
@@ -193,7 +147,11 @@ def test_an_entry_that_matches_nothing_is_stale_once_its_suite_ran() -> None:
     assert judge([], [ENTRY], ["recorded"]).is_equivalent
 
 
-# The driver
+def test_intended_numbers_match_all_that_differ_and_no_others() -> None:
+    entry = Intended("merged", "lem x", r"-2 \+1 -1")
+    old = "2 spells of 7 in 1 run\n"
+    assert [entry.matches(item) for item in differences(old, "1 spell of 7 in a run\n", ignore_text=True)] == [True]
+    assert [entry.matches(item) for item in differences(old, "1 spell of 8 in a run\n", ignore_text=True)] == [False]
 
 
 def test_a_step_is_what_it_wrote_and_what_it_changed(tmp_path: Path) -> None:
@@ -222,11 +180,3 @@ def test_a_step_is_what_it_wrote_and_what_it_changed(tmp_path: Path) -> None:
         "files": {"out.txt": "new"},
     }
     assert (second["out"], second["files"]) == (f"['b'] {driver.PLACEHOLDER}/scene\n", {})
-
-
-def test_intended_numbers_match_all_that_differ_and_no_others() -> None:
-    (found,) = differences("2 spells of 7 in 1 run\n", "1 spell of 7 in a run\n", ignore_text=True)
-    entry = Intended("merged", "lem x", r"-2 \+1 -1")
-    assert entry.matches(found)
-    (other,) = differences("2 spells of 7 in 1 run\n", "1 spell of 8 in a run\n", ignore_text=True)
-    assert not entry.matches(other)
