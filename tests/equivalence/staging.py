@@ -217,8 +217,7 @@ _LEFT_OUT = (".lock",)
 
 def comparable(outcome: dict[str, Any]) -> dict[str, Any]:
     """An outcome without what is different each time in number or order, not only in value."""
-    lines = outcome["out"].splitlines(keepends=True)
-    out = "".join(line for line in lines if not _is_repeated(line))
+    out = "".join(map(_event, outcome["out"].splitlines(keepends=True)))
     files = {}
     for name, content in outcome["files"].items():
         if name.endswith(_LEFT_OUT):
@@ -226,15 +225,23 @@ def comparable(outcome: dict[str, Any]) -> dict[str, Any]:
         if isinstance(content, str) and "/samples." in name:
             content = _shape_of_log(content)
         elif isinstance(content, str) and name.endswith("/log.txt"):
-            content = "".join(line for line in content.splitlines(keepends=True) if not _STACK.match(line))
+            content = _without_stacks(content)
         files[name] = content
     return {**outcome, "out": out, "files": files}
 
 
-def _is_repeated(line: str) -> bool:
+def _event(line: str) -> str:
+    """A line of output; empty where it is an event whose number depends on time."""
     if not line.startswith('{"event"'):
-        return False
-    return json.loads(line)["event"] in _REPEATED_EVENTS
+        return line
+    event = json.loads(line)
+    if "log_tail" in event:
+        event["log_tail"] = _without_stacks(event["log_tail"])
+    return "" if event["event"] in _REPEATED_EVENTS else f"{json.dumps(event, ensure_ascii=False)}\n"
+
+
+def _without_stacks(text: str) -> str:
+    return "".join(line for line in text.splitlines(keepends=True) if not _STACK.match(line))
 
 
 def _shape_of_log(content: str) -> str:
