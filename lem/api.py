@@ -16,10 +16,9 @@ from lem.config.campaign_config import CampaignConfig, slug_of
 from lem.config.load import Loaded, load_campaign
 from lem.orchestration.campaign import CampaignRunner
 from lem.orchestration.executor import EXECUTORS, choose_executor
-from lem.orchestration.plan import Plan
+from lem.orchestration.plan import Plan, plan_campaign
 from lem.orchestration.resume import RunOptions
 from lem.orchestration.schedule import StopRequest
-from lem.orchestration.session import plan_campaign
 from lem.orchestration.status import Event
 from lem.results.run import Run, read_run
 
@@ -74,7 +73,7 @@ class Campaign:
         config, plan, stop = self.loaded.config, self.plan(), StopRequest()
         options = RunOptions(resume=resume, is_yes=True)
         make_executor = choose_executor(executor, config, plan, python=python).make
-        runner = CampaignRunner(config, plan, make_executor(), on_event, stop, options)
+        runner = CampaignRunner(config, make_executor(), on_event, stop, options, plan=plan)
         is_main = threading.current_thread() is threading.main_thread()
         with contextlib.closing(stop), stop.installed() if is_main else contextlib.nullcontext():
             outcome = runner.run()

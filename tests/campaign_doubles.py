@@ -132,7 +132,7 @@ class FakeWorker(Worker):
         is_valid = answer == "ok" or isinstance(answer, float)
         if answer != "none":
             write_result(request, is_valid=is_valid, rate=answer if isinstance(answer, float) else 100.0)
-        return Outcome(engine_reused=False)
+        return Outcome()
 
 
 def write_result(request: RunRequest, *, is_valid: bool = True, rate: float = 100.0, **identity: Any) -> None:

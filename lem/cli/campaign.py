@@ -22,10 +22,10 @@ from lem.cli.fleet import FleetPart, own_part, store_plan
 from lem.cli.selection import add_json, add_repeated, checked
 from lem.config.campaign_config import CampaignConfig
 from lem.config.load import Loaded, load_campaign, load_campaign_of_files
+from lem.orchestration.campaign import check_supported
 from lem.orchestration.executor import EXECUTORS, choose_executor
-from lem.orchestration.plan import ExpectedDurations, Plan, prolong_plan
-from lem.orchestration.resume import check_rule, make_rule, with_cycles
-from lem.orchestration.session import check_supported, plan_campaign
+from lem.orchestration.plan import ExpectedDurations, Plan, plan_campaign
+from lem.orchestration.resume import check_rule, make_rule
 from lem.results.aggregation import earlier_times, parse_target
 from lem.results.store import Repository, StoppingRule
 
@@ -103,8 +103,9 @@ def _add_fleet(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int | None:
     loaded = _load(args)
-    campaign, rule = _with_rule(args, loaded.config)
-    plan = plan_campaign(replace(loaded, config=campaign))
+    rule = _rule(args, loaded.config)
+    plan = plan_campaign(loaded).with_cycles(0 if rule is None else rule.least_cycles)
+    campaign = plan.campaign
     if not args.quiet:
         err.write(render_findings(plan, is_colour=log.is_colour_wanted(err)))
         err.flush()
@@ -143,19 +144,19 @@ def _load(args: argparse.Namespace) -> Loaded[CampaignConfig]:
     return load_campaign(args.files[0], sets, args.preset)
 
 
-def _with_rule(args: argparse.Namespace, campaign: CampaignConfig) -> tuple[CampaignConfig, StoppingRule | None]:
-    """The campaign with at least the first cycles of a top-up, and the stopping rule."""
+def _rule(args: argparse.Namespace, campaign: CampaignConfig) -> StoppingRule | None:
+    """The stopping rule of a top-up."""
     if campaign.daemon is not None and campaign.daemon.enabled and args.budget is not None:
         raise UserError("--budget cannot be combined with a daemon", "set the total_duration of the daemon")
     if args.until is None:
         if args.max_cycles is not None:
             raise UserError("--max-cycles requires --until", "use --cycles for a fixed number")
-        return campaign, None
+        return None
     if args.shard is not None or args.plan is not None:
         raise UserError("--until needs all results of the campaign and cannot be combined with --shard or --plan")
     rule = make_rule(args.until, args.max_cycles)
     check_rule(campaign, rule)
-    return with_cycles(campaign, rule.least_cycles), rule
+    return rule
 
 
 def _expected_durations(plan: Plan, campaign: CampaignConfig) -> ExpectedDurations:
@@ -202,8 +203,8 @@ def render_plan(job: Job, durations: ExpectedDurations, budget_s: float | None =
         "expected time": _expected(plan, durations),
     }
     if rule is not None:
-        longest = prolong_plan(plan, with_cycles(campaign, rule.most_cycles))
-        facts["top-up"] = f"{rule.describe()}; at most {_expected(longest, durations, about='')}"
+        longest = _expected(plan.with_cycles(rule.most_cycles), durations, about="")
+        facts["top-up"] = f"{rule.describe()}; at most {longest}"
     if budget_s is not None:
         facts["budget"] = f"{format_duration(budget_s)}, {_fitting(plan, durations, budget_s)}"
     facts["runs on"] = job.choice.describe()

@@ -24,9 +24,9 @@ from lem.config.experiment import ExperimentConfig
 from lem.config.load import ListedExperiment, Loaded, load_experiment
 from lem.meters.nvml import find_gpus
 from lem.orchestration.campaign import CampaignRunner
+from lem.orchestration.dispatch import LocalExecutor
 from lem.orchestration.plan import Plan, build_plan, encode_config
 from lem.orchestration.schedule import CampaignOutcome, StopRequest
-from lem.orchestration.session import LocalExecutor
 from lem.record import encode_record
 from lem.results.run import make_run
 from lem.results.store import Repository

@@ -6,20 +6,23 @@ import contextlib
 import logging
 import os
 import select
+import shutil
+import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from lem.base import __version__, process
-from lem.base.errors import EngineError, InfrastructureError, Interrupted
+from lem.base.errors import EngineError, InfrastructureError, Interrupted, UserError
 from lem.base.units import format_duration
 from lem.orchestration.schedule import StopRequest
 from lem.orchestration.status import Event, Observer
 from lem.worker import channel
 from lem.worker.channel import LOAD_PHASE, ChannelError, Failure, LineBuffer, Message, Outbox, Result, RunRequest
+from lem.worker.launch import own_command
 
 _logger = logging.getLogger(__name__)
 
@@ -57,7 +60,6 @@ class Outcome:
     error: EngineError | None = None  # None: there is a result
     phase: str | None = None  # in which it failed
     log_tail: str = ""  # the last lines that the engine printed, for an error
-    engine_reused: bool | None = None  # of a result
 
 
 class Watch:
@@ -91,25 +93,22 @@ class Watch:
 
     def expired(self, now: float) -> EngineError | None:
         """The deadline that has passed, as the error that it means."""
-        where = f"in phase {self.phase or 'start'}"
+        limits, where = self._timeouts, f"in phase {self.phase or 'start'}"
         if now >= self._phase_until:
-            what, limit, key = "the experiment took", self._timeouts.experiment_s, "experiment_timeout_seconds"
+            what, limit, key = "the experiment took", limits.experiment_s, "experiment_timeout_seconds"
             if self._is_loading:
-                what, limit, key = "loading the engine took", self._timeouts.load_s, "load_timeout_seconds"
-                limit += self._timeouts.rest_s if self.phase != LOAD_PHASE else 0.0
-            return EngineError(
-                f"{what} longer than {format_duration(limit)} ({where})",
-                f"raise execution.{key} if it needs longer",
-                kind="timeout",
-            )
+                what, limit, key = "loading the engine took", limits.load_s, "load_timeout_seconds"
+                limit += limits.rest_s if self.phase != LOAD_PHASE else 0.0
+            message = f"{what} longer than {format_duration(limit)} ({where})"
+            return EngineError(message, f"raise execution.{key} if it needs longer", kind="timeout")
         if now >= self._sign_until:
             return EngineError(
-                f"the engine reported no progress for {format_duration(self._timeouts.silence_s)} ({where})",
+                f"the engine reported no progress for {format_duration(limits.silence_s)} ({where})",
                 "raise execution.silence_timeout_seconds if it needs longer; the end of the log shows where it was",
                 kind="silent",
             )
         if now >= self._byte_until:
-            silence = format_duration(self._timeouts.heartbeat_s)
+            silence = format_duration(limits.heartbeat_s)
             return EngineError(f"the worker sent no heartbeat for {silence} ({where})", kind="channel")
         return None
 
@@ -121,7 +120,7 @@ def outcome_of(request: RunRequest, message: Result | Failure) -> Outcome:
     if message.exp_id != request.exp_id:
         raise ChannelError(f"expected an answer about {request.exp_id}, got one about {message.exp_id}")
     if isinstance(message, Result):
-        return Outcome(engine_reused=message.engine_reused)
+        return Outcome()
     error = EngineError(message.message, message.hint, kind=message.kind, is_permanent=message.permanent)
     return Outcome(error, message.phase, message.log_tail)
 
@@ -189,8 +188,8 @@ class WorkerConnection:
                 raise EOFError("the worker closed the channel")
             self._messages += [channel.read_report(line) for line in self._lines.feed(data)]
 
+    @property
     def has_ended(self) -> bool:
-        """Whether the worker is gone already."""
         return self._child.poll() is not None
 
     def hang_up(self) -> None:
@@ -213,7 +212,7 @@ class WorkerConnection:
 
     def end(self) -> bool:
         """Kill the worker if it still runs, and close everything; whether it had ended by itself."""
-        has_ended = self.has_ended()
+        has_ended = self.has_ended
         if not has_ended:
             process.kill_group(self._child.pid)
             self._child.wait()
@@ -226,9 +225,8 @@ class WorkerConnection:
 class Worker:
     """One worker process and the channel to it; opened when it is needed, and again after it was lost.
 
-    Everything but the command is the same wherever the worker runs. A worker in a container is opened by an argv that
-    runs it there; since its process numbers mean nothing here, `shares_pids` is False, and `backstop` is called when
-    it may have outlived the loss of the channel.
+    The process numbers of one in a container mean nothing here: its `shares_pids` is False, and `backstop` is called
+    when it may have outlived the loss of the channel.
     """
 
     def __init__(
@@ -272,7 +270,7 @@ class Worker:
             Interrupted: a stop was requested; the worker was ended.
             WorkerUnavailable, UserError: as `open`.
         """
-        if self._connection is not None and self._connection.has_ended():
+        if self._connection is not None and self._connection.has_ended:
             _logger.warning("the worker ended between two experiments; starting another one")
             self.kill()
         connection = self._connection or self._open(stop, OPEN_TIMEOUT_S)
@@ -312,7 +310,7 @@ class Worker:
         """End the worker and its engine: end of file, TERM, and KILL for what is left; returns the log's last lines."""
         connection, log_tail = self._connection, ""
         if connection is None:
-            return ""
+            return log_tail
         deadline = time.monotonic() + STOP_TIMEOUT_S
         try:
             connection.hang_up()
@@ -339,19 +337,30 @@ class Worker:
 
     def _open(self, stop: StopRequest | None, timeout_s: float) -> WorkerConnection:
         connection = self._connection = WorkerConnection(self._command, self._env)
+        by_hand = f"run it by hand to see why: {process.copyable(self._command)}"
         try:
             hello = connection.receive(time.monotonic() + timeout_s, stop)
             if hello is None:
-                raise _did_not_start(self._command, f"no message within {format_duration(timeout_s)}")
-            self.environment = _check_hello(hello).environment
+                silence = f"no message within {format_duration(timeout_s)}"
+                raise WorkerUnavailable(f"the worker did not start: {silence}", by_hand)
+            if not isinstance(hello, channel.Hello):
+                raise ChannelError(f"expected hello, got {hello.type}")
         except (ChannelError, EOFError) as error:
             connection.wait_until_gone(time.monotonic() + 1)  # its message on stderr may come last
-            unavailable = _did_not_start(self._command, connection.stderr_tail() or str(error))
+            reason = connection.stderr_tail() or error
             self.kill()
-            raise unavailable from error
+            raise WorkerUnavailable(f"the worker did not start: {reason}", by_hand) from error
         except BaseException:
             self.kill()
             raise
+        if (hello.protocol, hello.lem_version) != (channel.PROTOCOL_VERSION, __version__):
+            self.kill()
+            raise WorkerUnavailable(
+                f"the worker is lem {hello.lem_version} (channel {hello.protocol}), "
+                f"this is lem {__version__} (channel {channel.PROTOCOL_VERSION})",
+                "use the same lem.pyz on both sides",
+            )
+        self.environment = hello.environment
         return connection
 
     def _next(self, connection: WorkerConnection, deadline: float, stop: StopRequest | None) -> Message | None:
@@ -394,23 +403,59 @@ class Worker:
         return f"the worker {how}" + (f": {printed}" if printed else "")
 
 
-def _check_hello(hello: Message) -> channel.Hello:
-    """Refuse a worker that is not this lem."""
-    if not isinstance(hello, channel.Hello):
-        raise ChannelError(f"expected hello, got {hello.type}")
-    found, expected = (hello.protocol, hello.lem_version), (channel.PROTOCOL_VERSION, __version__)
-    if found != expected:
-        raise WorkerUnavailable(
-            f"the worker is lem {found[1]} (channel {found[0]}), this is lem {expected[1]} (channel {expected[0]})",
-            "use the same lem.pyz on both sides",
-        )
-    return hello
+class Executor(Protocol):
+    """Where experiments run."""
+
+    name: str  # `local` or `docker`, as in the record
+
+    def worker_for(self, backend: str) -> Worker:
+        """The worker that runs this backend's experiments; the same one as long as this executor is used."""
+
+    def stop(self) -> None:
+        """End every worker with its engine."""
+
+    def kill(self) -> None:
+        """End every worker with its engine at once."""
+
+    def look_after(self, report: Callable[[str], None]) -> None:
+        """Check, between two experiments, that what the workers run in is healthy; repair it or raise a LemError."""
+
+    def close(self) -> None:
+        """Take down what the workers ran in, once they were stopped or killed."""
+
+    def clear(self) -> None:
+        """Take down what a killed run left, where this run has nothing to do."""
 
 
-def _did_not_start(command: Sequence[str], reason: str) -> WorkerUnavailable:
-    return WorkerUnavailable(
-        f"the worker did not start: {reason}", f"run it by hand to see why: {process.copyable(command)}"
-    )
+class LocalExecutor:
+    """One worker on this machine, under this Python or another, for every backend; it runs in nothing of its own."""
+
+    name = "local"
+
+    def __init__(self, python: str | None = None) -> None:
+        """Find the Python: a program or a path, as `--python` gives it; None is this one."""
+        found = shutil.which(python) if python is not None else sys.executable
+        if not found:
+            raise UserError(f"--python {python}: no such program", "give the path of a Python that has the engine")
+        self.python = found
+        self._worker = Worker((*own_command(found), "worker"))
+
+    def worker_for(self, backend: str) -> Worker:  # noqa: ARG002 - one worker for all
+        return self._worker
+
+    def stop(self) -> None:
+        self._worker.stop()
+
+    def kill(self) -> None:
+        self._worker.kill()
+
+    def look_after(self, report: Callable[[str], None]) -> None:
+        """Nothing: a worker that is lost is replaced when it is needed."""
+
+    def close(self) -> None:
+        """Nothing: a worker ends with its host, however that ends."""
+
+    clear = close
 
 
 def _outlast(engine: process.ProcessId) -> None:

@@ -22,13 +22,20 @@ from lem.config.campaign_config import CampaignConfig, CampaignHealthCheckConfig
 from lem.meters.nvml import GpuFacts, GpuReading, find_gpus, named_gpus, visible_gpus
 from lem.orchestration.compose import ComposeProject, describe_files, find_compose_files, local_mounts
 from lem.orchestration.container import ContainerManager, gpu_loss
-from lem.orchestration.dispatch import Outcome, Timeouts, Worker, WorkerConnection, WorkerUnavailable
+from lem.orchestration.dispatch import (
+    Executor,
+    LocalExecutor,
+    Outcome,
+    Timeouts,
+    Worker,
+    WorkerConnection,
+    WorkerUnavailable,
+)
 from lem.orchestration.docker import ContainerError, Docker
 from lem.orchestration.locks import Holder, LockTarget, default_gpu_lock_folder, hold_locks
 from lem.orchestration.plan import Plan
 from lem.orchestration.schedule import StopRequest
 from lem.orchestration.services import Services, describe
-from lem.orchestration.session import Executor, LocalExecutor
 from lem.orchestration.status import Observer
 from lem.record import RESULT_FILE, RecordError, read_record, write_record
 from lem.worker.channel import LOADING_PHASES, RunRequest

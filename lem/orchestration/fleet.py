@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from lem.base.errors import UserError
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig
-from lem.orchestration.plan import CampaignExperiment, Plan
+from lem.orchestration.plan import Experiment, Plan
 from lem.results.merge import REPLICATE, SHARD, FleetPlan, HostPart, PlannedExperiment
 
 
@@ -165,7 +165,7 @@ def check_same(plan: Plan, stored: FleetPlan) -> None:
         )
 
 
-def costs_of(configurations: Sequence[CampaignExperiment], measured: Mapping[str, float]) -> dict[str, float]:
+def costs_of(configurations: Sequence[Experiment], measured: Mapping[str, float]) -> dict[str, float]:
     """The cost of each configuration by config_hash: in seconds if earlier results measured some, else in tokens."""
     work = {item.config_hash: _work(item.config) for item in configurations}
     known = [measured[digest] / work[digest] for digest in work if digest in measured]

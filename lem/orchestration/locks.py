@@ -81,17 +81,18 @@ def default_gpu_lock_folder(environ: Mapping[str, str], run_lock: Path = RUN_LOC
     return (run_lock if is_open_to_all else TMP) / "lem"
 
 
-def lock_targets(
-    state_folder: Path, campaign_name: str, gpu_uuids: Iterable[str], gpu_lock_folder: Path
-) -> tuple[LockTarget, ...]:
-    """What a campaign locks, in the order to lock it: itself, then its GPUs sorted by UUID.
+def campaign_lock(state_folder: Path, campaign_name: str) -> LockTarget:
+    """What a campaign locks first: itself. The CPU is not locked: one without GPUs excludes only itself."""
+    return LockTarget(state_folder / CAMPAIGN_LOCK_NAME, f"campaign {campaign_name}")
 
-    One order for all prevents two campaigns from each holding a lock that the other needs. The CPU is not locked: a
-    campaign without GPUs excludes only itself.
+
+def gpu_locks(uuids: Iterable[str], environ: Mapping[str, str]) -> list[LockTarget]:
+    """The locks of GPUs, in the order to take them.
+
+    One order for all prevents two campaigns from each holding a lock that the other needs.
     """
-    campaign = LockTarget(state_folder / CAMPAIGN_LOCK_NAME, f"campaign {campaign_name}")
-    gpus = (LockTarget(gpu_lock_folder / f"{_file_name(uuid)}.lock", f"GPU {uuid}") for uuid in sorted(set(gpu_uuids)))
-    return (campaign, *gpus)
+    folder = default_gpu_lock_folder(environ)
+    return [LockTarget(folder / f"{_file_name(uuid)}.lock", f"GPU {uuid}") for uuid in sorted(set(uuids))]
 
 
 @contextlib.contextmanager

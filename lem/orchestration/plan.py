@@ -16,12 +16,12 @@ from lem.base.reasons import Reason
 from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig, with_campaign_defaults
 from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import Expanded, Problem, as_written, simple
-from lem.config.load import ListedExperiment, Source
+from lem.config.load import ListedExperiment, Loaded, Source
 from lem.config.option import canonical
 from lem.config.rules import Gpu
 from lem.config.yamlfile import FileProblems
+from lem.meters.nvml import find_gpus
 from lem.orchestration.grid import GridValidationIssue, count_reasons, expand_campaign_grid, validate_named
-from lem.orchestration.manifest import CampaignManifestEntry
 from lem.orchestration.names import (
     campaign_config_hash,
     config_hash,
@@ -36,7 +36,7 @@ GapKind = Literal["configuration", "cycle"]
 
 
 @dataclass(frozen=True)
-class CampaignExperiment:
+class Experiment:
     """One configuration in one cycle."""
 
     exp_id: str  # unique in the plan
@@ -49,12 +49,9 @@ class CampaignExperiment:
     cycle_index: int  # from 0
     order_index: int  # its place in the plan, from 0
     is_generated: bool = False  # from a grid or written in the campaign, so without a file of its own
-    container: str | None = None  # the service it runs in; None outside containers
-    manifest_entry: CampaignManifestEntry | None = None
 
     @property
     def backend(self) -> str:
-        """The engine."""
         return self.config.backend
 
     @property
@@ -69,19 +66,6 @@ class CampaignExperiment:
         given = canonical(ExperimentConfig, self.config_dict)
         resolved: dict[str, Any] = as_written(self.config.to_dict(), given)
         return resolved if resolved["config_name"] else {**resolved, "config_name": self.config_name}
-
-    def new_entry(self) -> CampaignManifestEntry:
-        """A pending entry of a manifest."""
-        return CampaignManifestEntry(
-            exp_id=self.exp_id,
-            config_name=self.config_name,
-            config_path=self.config_path,
-            config_hash=self.config_hash,
-            backend=self.backend,
-            container=self.container,
-            cycle_index=self.cycle_index,
-            order_index=self.order_index,
-        )
 
 
 @dataclass(frozen=True)
@@ -117,14 +101,26 @@ class Plan:
     Questions about time and loads take a part of the plan, such as what a resume leaves; all of it when not given.
     """
 
-    experiments: tuple[CampaignExperiment, ...]
+    campaign: CampaignConfig
+    experiments: tuple[Experiment, ...]
+    given: tuple[Experiment, ...]  # one for each configuration, in the order given
     total_generated: int  # configurations before validation; cycles do not count
     filtered: tuple[GridValidationIssue, ...]  # an error for each configuration left out
     warnings: tuple[GridValidationIssue, ...]  # about those that are in; several may be about one
-    execution: CampaignExecutionConfig
-    is_cold: bool
-    config_hash: str  # of the campaign (`names.campaign_config_hash`)
-    given: tuple[CampaignExperiment, ...] = ()  # one for each configuration, in the order given
+
+    @property
+    def execution(self) -> CampaignExecutionConfig:
+        return self.campaign.execution
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether every experiment gets a worker of its own."""
+        return self.campaign.cold_start.force_cold_start or self.campaign.cold_start.restart_container
+
+    @property
+    def config_hash(self) -> str:
+        """The hash of what is measured and how, whichever part of it the experiments are."""
+        return campaign_config_hash(self.campaign, [item.config_hash for item in self.given])
 
     @property
     def shuffle_seed(self) -> int | None:
@@ -132,7 +128,7 @@ class Plan:
         return self.execution.seed if self.execution.structure == SHUFFLED else None
 
     @property
-    def configurations(self) -> tuple[CampaignExperiment, ...]:
+    def configurations(self) -> tuple[Experiment, ...]:
         """One experiment for each configuration, in the order they first run."""
         return tuple({item.config_hash: item for item in reversed(self.experiments)}.values())[::-1]
 
@@ -154,13 +150,41 @@ class Plan:
         """How many configurations each warning is about, the most frequent first."""
         return count_reasons(self.warnings)
 
-    def loads(self, part: Sequence[CampaignExperiment] | None = None) -> list[bool]:
-        """Whether each experiment loads an engine."""
-        return loads_engine(self._part(part), reuse=self.execution.reuse, is_cold=self.is_cold)
+    def with_cycles(self, cycles: int) -> Plan:
+        """The plan with at least that many cycles, of an interleaved or shuffled campaign.
 
-    def gap_kinds(self, part: Sequence[CampaignExperiment] | None = None) -> list[GapKind | None]:
-        """The gap before each experiment; None before the first."""
-        return gaps_before(self._part(part), self.execution.structure)
+        The experiments of the plan keep their places: cycles are added at the end.
+        """
+        if cycles <= self.execution.cycles:
+            return self
+        campaign = replace(self.campaign, execution=replace(self.execution, cycles=cycles))
+        return replace(self, campaign=campaign, experiments=order_experiments(self.given, campaign.execution))
+
+    def loads(self, part: Sequence[Experiment] | None = None) -> list[bool]:
+        """Whether each experiment loads an engine rather than reuse that of the one before.
+
+        One engine is resident at a time. With `reuse: cycle` it is kept for the next experiment of the same cycle and
+        engine key, with `campaign` also across cycles, with `none` and under a cold start never.
+        """
+        items, reuse = self._part(part), self.execution.reuse
+        if reuse == "none" or self.is_cold:
+            return [True] * len(items)
+        engines = [(item.engine_key, item.cycle_index if reuse == "cycle" else 0) for item in items]
+        return [True, *(one != two for one, two in itertools.pairwise(engines))] if items else []
+
+    def gap_kinds(self, part: Sequence[Experiment] | None = None) -> list[GapKind | None]:
+        """The gap before each experiment; None before the first.
+
+        A cycle, or in a grouped campaign the block of one configuration, ends when its last experiment in `part`
+        ends, so a resumed part of a plan has its gaps in the right places too. The cycle gap then replaces the
+        configuration gap.
+        """
+        items, is_grouped = self._part(part), self.execution.structure == GROUPED
+        blocks = [item.config_hash if is_grouped else item.cycle_index for item in items]
+        kinds: list[GapKind | None] = [
+            "configuration" if one == two else "cycle" for one, two in itertools.pairwise(blocks)
+        ]
+        return [None, *kinds] if items else []
 
     def gap_cap_s(self, kind: GapKind | None) -> float:
         """The most seconds a gap takes."""
@@ -168,7 +192,7 @@ class Plan:
             return 0.0
         return self.execution.cycle_gap_seconds if kind == "cycle" else self.execution.config_gap_seconds
 
-    def expected_time(self, known: ExpectedDurations, part: Sequence[CampaignExperiment] | None = None) -> ExpectedTime:
+    def expected_time(self, known: ExpectedDurations, part: Sequence[Experiment] | None = None) -> ExpectedTime:
         """The time it will take, from earlier experiments.
 
         For a configuration or an engine that was never run, the mean of those that were is assumed.
@@ -184,7 +208,7 @@ class Plan:
             and all(item.engine_key in known.load_by_engine for item in loading),
         )
 
-    def _part(self, part: Sequence[CampaignExperiment] | None) -> Sequence[CampaignExperiment]:
+    def _part(self, part: Sequence[Experiment] | None) -> Sequence[Experiment]:
         return self.experiments if part is None else part
 
 
@@ -195,6 +219,27 @@ def _sum_known(names: Sequence[str], known: Mapping[str, float]) -> float | None
         return None
     mean = sum(known.values()) / len(known)
     return sum(known.get(name, mean) for name in names)
+
+
+def plan_campaign(loaded: Loaded[CampaignConfig]) -> Plan:
+    """The plan of a loaded campaign on this host, with a warning for each option that does nothing in a campaign.
+
+    Raises:
+        ConfigurationError: prompts that cannot be used.
+    """
+    plan = build_plan(
+        loaded.config, loaded.listed, preset=loaded.preset, source=loaded.source, gpus=find_gpus() or None
+    )
+    unused = []
+    for item in plan.configurations:
+        for name, is_set, instead in (
+            ("num_cycles", item.config.num_cycles != 1, "execution.cycles"),
+            ("io.results_dir", item.config.io.results_dir is not None, "the campaign's io.results_dir"),
+        ):
+            if is_set:
+                reason = Reason.of("campaign_decides", option=name, instead=instead)
+                unused.append(GridValidationIssue.of(item.config_name, reason, severity="warning"))
+    return replace(plan, warnings=(*plan.warnings, *unused))
 
 
 def build_plan(
@@ -220,27 +265,12 @@ def build_plan(
     configs, filtered, warnings = validate_named([(item.name, item.config_dict) for item in candidates], gpus)
     given, repeated = _identify(candidates, configs)
     return Plan(
+        campaign=campaign,
         experiments=order_experiments(given, campaign.execution),
+        given=given,
         total_generated=len(candidates),
         filtered=filtered,
         warnings=(*warnings, *repeated),
-        execution=campaign.execution,
-        is_cold=campaign.cold_start.force_cold_start or campaign.cold_start.restart_container,
-        config_hash=campaign_config_hash(campaign, [item.config_hash for item in given]),
-        given=tuple(given),
-    )
-
-
-def prolong_plan(plan: Plan, campaign: CampaignConfig) -> Plan:
-    """The plan of the same configurations in the campaign's cycles, which are others than the plan's.
-
-    An interleaved or shuffled plan keeps the experiments it has, each at its place: cycles are added at the end.
-    """
-    return replace(
-        plan,
-        experiments=order_experiments(plan.given, campaign.execution),
-        execution=campaign.execution,
-        config_hash=campaign_config_hash(campaign, [item.config_hash for item in plan.given]),
     )
 
 
@@ -254,28 +284,6 @@ class _Candidate:
     is_generated: bool
     source: Source | None
     is_of_grid: bool
-
-    def located(self, error: ConfigurationError) -> ConfigurationError:
-        """An error of the prompts with the place where they are named, as far as it is known."""
-        if self.source is None:
-            return error
-        where = ("grid", "shared", "prompts", "path") if self.is_of_grid else ("prompts", "path")
-        return FileProblems(self.source.locate([Problem(where, error.message)]), error.hint)
-
-    def identified(self, config: ExperimentConfig, digest: str) -> CampaignExperiment:
-        """Its experiment in the first cycle."""
-        return CampaignExperiment(
-            exp_id=experiment_id(digest, 0),
-            config_name=self.name,
-            config=config,
-            config_dict=self.config_dict,
-            config_path=self.path,
-            config_hash=digest,
-            engine_key=config.engine_key(),
-            cycle_index=0,
-            order_index=0,
-            is_generated=self.is_generated,
-        )
 
 
 def _collect(
@@ -303,32 +311,39 @@ def _collect(
 
 def _identify(
     candidates: Sequence[_Candidate], configs: Sequence[ExperimentConfig | None]
-) -> tuple[list[CampaignExperiment], list[GridValidationIssue]]:
-    """The valid configurations, each once, and a warning for each repetition of one."""
+) -> tuple[tuple[Experiment, ...], list[GridValidationIssue]]:
+    """The valid configurations, each once and in the first cycle, and a warning for each repetition of one."""
     prompts: dict[Any, dict[str, Any]] = {}
-    found: dict[str, CampaignExperiment] = {}
+    found: dict[str, Experiment] = {}
     repeated = []
-    for candidate, config in zip(candidates, configs, strict=True):
+    for item, config in zip(candidates, configs, strict=True):
         if config is None:
             continue
-        source = (config.dataset, config.prompts)
-        if source not in prompts:
+        key = (config.dataset, config.prompts)
+        if key not in prompts:
             try:
-                prompts[source] = prompts_fingerprint(config)
+                prompts[key] = prompts_fingerprint(config)
             except ConfigurationError as error:
-                raise candidate.located(error) from error
-        digest = config_hash(config, prompts[source])
+                raise error if item.source is None else _located(error, item, item.source) from error
+        digest = config_hash(config, prompts[key])
         if digest in found:
             same = Reason.of("repeated_experiment", name=found[digest].config_name)
-            repeated.append(GridValidationIssue.of(candidate.name, same, severity="warning"))
-        else:
-            found[digest] = candidate.identified(config, digest)
-    return list(found.values()), repeated
+            repeated.append(GridValidationIssue.of(item.name, same, severity="warning"))
+            continue
+        exp_id, engine_key = experiment_id(digest, 0), config.engine_key()
+        found[digest] = Experiment(
+            exp_id, item.name, config, item.config_dict, item.path, digest, engine_key, 0, 0, item.is_generated
+        )
+    return tuple(found.values()), repeated
 
 
-def order_experiments(
-    given: Sequence[CampaignExperiment], execution: CampaignExecutionConfig
-) -> tuple[CampaignExperiment, ...]:
+def _located(error: ConfigurationError, item: _Candidate, source: Source) -> ConfigurationError:
+    """An error of the prompts with the place where they are named."""
+    where = ("grid", "shared", "prompts", "path") if item.is_of_grid else ("prompts", "path")
+    return FileProblems(source.locate([Problem(where, error.message)]), error.hint)
+
+
+def order_experiments(given: Sequence[Experiment], execution: CampaignExecutionConfig) -> tuple[Experiment, ...]:
     """Every configuration in every cycle, in the order to run.
 
     `interleaved` is ABC ABC, `grouped` AAA BBB, `shuffled` another order in every cycle. Within a cycle equal engine
@@ -336,7 +351,7 @@ def order_experiments(
     depends on the seed and the cycle alone, so a campaign prolonged by a cycle keeps the order of the others.
     """
     cycles = range(execution.cycles)
-    groups: dict[str, list[CampaignExperiment]] = {}
+    groups: dict[str, list[Experiment]] = {}
     for item in given:
         groups.setdefault(item.engine_key, []).append(item)
     if execution.structure == GROUPED:
@@ -351,7 +366,7 @@ def order_experiments(
     )
 
 
-def _shuffle(groups: Sequence[Sequence[CampaignExperiment]], seed: int, cycle: int) -> list[CampaignExperiment]:
+def _shuffle(groups: Sequence[Sequence[Experiment]], seed: int, cycle: int) -> list[Experiment]:
     """Engines in another order, and the configurations of each; one engine's stay together."""
     # Seeding with text hashes it with SHA-512, the same on every Python and machine.
     rng = random.Random(f"{seed}/{cycle}")
@@ -360,66 +375,41 @@ def _shuffle(groups: Sequence[Sequence[CampaignExperiment]], seed: int, cycle: i
     return [item for group in shuffled for item in group]
 
 
-def gaps_before(experiments: Sequence[CampaignExperiment], structure: str) -> list[GapKind | None]:
-    """The gap before each experiment; None before the first.
-
-    A cycle, or in a grouped campaign the block of one configuration, ends when its last experiment in `experiments`
-    ends, so a resumed part of a plan has its gaps in the right places too. The cycle gap then replaces the
-    configuration gap.
-    """
-    blocks = [item.config_hash if structure == GROUPED else item.cycle_index for item in experiments]
-    kinds: list[GapKind | None] = [
-        "configuration" if one == two else "cycle" for one, two in itertools.pairwise(blocks)
-    ]
-    return [None, *kinds] if experiments else []
-
-
-def loads_engine(experiments: Sequence[CampaignExperiment], *, reuse: str, is_cold: bool = False) -> list[bool]:
-    """Whether each experiment loads an engine rather than reuse that of the one before.
-
-    One engine is resident at a time. With `reuse: cycle` it is kept for the next experiment of the same cycle and
-    engine key, with `campaign` also across cycles, with `none` and under a forced cold start never.
-    """
-    if reuse == "none" or is_cold:
-        return [True] * len(experiments)
-    engines = [(item.engine_key, item.cycle_index if reuse == "cycle" else 0) for item in experiments]
-    return [True, *(one != two for one, two in itertools.pairwise(engines))] if experiments else []
-
-
-def write_configs(configurations: Iterable[CampaignExperiment]) -> int:
-    """Write the generated configurations of `Plan.configurations`; the number of files that were new or changed.
+def write_configs(configurations: Iterable[Experiment]) -> None:
+    """Write the generated configurations of `Plan.configurations`, those that are new or changed.
 
     Raises:
         UserError: the folder is not writable or full.
     """
-    written = 0
     for item in configurations:
-        if item.is_generated:
-            path = Path(item.config_path)
-            content = encode_config({**item.config_dict, "config_name": item.config_name})
-            try:
-                written += _write(path, durable.utf8(content))
-            except OSError as error:
-                raise UserError(
-                    f"cannot write {path}: {error.strerror}", "make the folder writable, or set io.configs_dir"
-                ) from error
-    return written
+        if not item.is_generated:
+            continue
+        path, data = (
+            Path(item.config_path),
+            durable.utf8(encode_config({**item.config_dict, "config_name": item.config_name})),
+        )
+        try:
+            if _holds(path, data):
+                continue
+            durable.make_folder(path.parent)
+            # A file that a power cut spoils differs the next time and is written again; syncing 10,000 took 12 s.
+            durable.write_bytes(path, data, is_synced=False)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path}: {error.strerror}", "make the folder writable, or set io.configs_dir"
+            ) from error
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        return path.read_bytes() == data
+    except FileNotFoundError:
+        return False
 
 
 def encode_config(config_dict: Mapping[str, Any]) -> str:
     """The configuration as JSON, which is YAML too; `${VAR}` as it was written, so that no secret lands in a file."""
     return durable.json_text(_as_yaml(config_dict))
-
-
-def _write(path: Path, data: bytes) -> bool:
-    try:
-        if path.read_bytes() == data:
-            return False
-    except FileNotFoundError:
-        durable.make_folder(path.parent)
-    # A file that a power cut spoils differs the next time and is written again; syncing 10,000 took 12 s.
-    durable.write_bytes(path, data, is_synced=False)
-    return True
 
 
 def _as_yaml(value: Any) -> Any:

@@ -26,6 +26,7 @@ from lem.orchestration.manifest import (
     CampaignManifestEntry,
     ManifestManager,
 )
+from lem.orchestration.plan import Plan
 from lem.record import Record
 from lem.results.aggregation import measure_precision
 from lem.results.store import LEAST_CYCLES, MOST_CYCLES, Repository, StoppingRule, Target
@@ -94,25 +95,19 @@ def choose_manifest(manager: ManifestManager, campaign_id: str, options: RunOpti
 
 
 def update_manifest(
-    manifest: CampaignManifest,
-    planned: Sequence[CampaignManifestEntry],
-    repository: Repository,
-    *,
-    config_hash: str,
-    shuffle_seed: int | None,
-) -> tuple[str, ...]:
+    manifest: CampaignManifest, plan: Plan, planned: Sequence[CampaignManifestEntry], repository: Repository
+) -> list[str]:
     """Bring a manifest up to date with the plan and with the results on disk; returns notes for a person.
 
     Args:
         planned: an entry for each planned experiment, as for a new manifest.
-        config_hash, shuffle_seed: of the plan.
     """
     notes = []
-    is_changed = manifest.config_hash != config_hash
-    change = apply_plan(manifest, planned, config_hash)
-    manifest.shuffle_seed = shuffle_seed
+    is_changed = manifest.config_hash != plan.config_hash
+    change = apply_plan(manifest, planned, plan.config_hash)
+    manifest.shuffle_seed = plan.shuffle_seed
     if is_changed:
-        notes.append(change.describe())
+        notes.append(change)
     found = reconcile(manifest, lambda entry: _results_of(repository, manifest, entry))
     for exp_id in found["lost"]:
         _logger.warning("%s: %s; it runs again", exp_id, manifest.get_entry(exp_id).error)
@@ -121,7 +116,7 @@ def update_manifest(
     notes.append(resume_text(manifest))
     for entry in manifest.get_by_status(FAILED):
         entry.status = PENDING  # its turn comes again; until then it counts as neither
-    return tuple(notes)
+    return notes
 
 
 def resume_text(manifest: CampaignManifest) -> str:
@@ -216,26 +211,11 @@ def _settle(entry: CampaignManifestEntry) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class PlanChange:
-    """How a plan differs from the manifest: numbers of experiments."""
-
-    kept: int
-    queued: int
-    removed: int
-
-    def describe(self) -> str:
-        """One line for a person."""
-        return (
-            f"Campaign changed since the manifest was written: {self.kept} experiments unchanged, "
-            f"{self.queued} new, {self.removed} removed (marked skipped)"
-        )
-
-
-def apply_plan(manifest: CampaignManifest, planned: Iterable[CampaignManifestEntry], config_hash: str) -> PlanChange:
+def apply_plan(manifest: CampaignManifest, planned: Iterable[CampaignManifestEntry], config_hash: str) -> str:
     """Give the manifest the experiments of the plan, in its order; results are kept, what is not in it is skipped.
 
-    To be followed by `reconcile`, since an experiment that comes back to the plan brings its old result.
+    To be followed by `reconcile`, since an experiment that comes back to the plan brings its old result. Returns how
+    the plan differs from the manifest, for a person.
 
     Args:
         planned: an entry for each planned experiment, as for a new manifest.
@@ -264,7 +244,10 @@ def apply_plan(manifest: CampaignManifest, planned: Iterable[CampaignManifestEnt
     manifest.total_experiments = len(entries)
     manifest.experiments = [*entries, *before.values()]
     manifest.config_hash = config_hash
-    return PlanChange(kept, queued, len(removed))
+    return (
+        f"Campaign changed since the manifest was written: {kept} experiments unchanged, "
+        f"{queued} new, {len(removed)} removed (marked skipped)"
+    )
 
 
 def adopt_environment(
@@ -331,12 +314,6 @@ def check_rule(campaign: CampaignConfig, rule: StoppingRule) -> None:
             f"{execution.cycles} cycles are planned, more than --max-cycles {rule.most_cycles}",
             "lower --cycles or raise --max-cycles",
         )
-
-
-def with_cycles(campaign: CampaignConfig, cycles: int) -> CampaignConfig:
-    """The campaign with at least that many cycles."""
-    execution = campaign.execution
-    return dataclasses.replace(campaign, execution=dataclasses.replace(execution, cycles=max(execution.cycles, cycles)))
 
 
 def needs_cycle(records: Iterable[Record], rule: StoppingRule, cycles: int) -> tuple[bool, str]:

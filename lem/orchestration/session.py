@@ -1,39 +1,44 @@
-"""A session: the workers, meters and attempts of one run, and what is checked before it."""
+"""The session of one run: its experiments one after another, each with its gap, its attempts and its manifest entry."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 import os
-import shutil
-import sys
+import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from lem.base.clock import utc_text
+from lem.base.clock import utc_now, utc_text
 from lem.base.durable import reason_of
 from lem.base.errors import EngineError, InfrastructureError, Interrupted, UserError
-from lem.base.reasons import Reason
 from lem.base.variables import TOKEN_VARIABLE
 from lem.config.campaign_config import CampaignConfig
-from lem.config.load import Loaded
-from lem.meters.nvml import find_gpus, named_gpus, visible_gpus
-from lem.orchestration.dispatch import Outcome, Timeouts, Worker, WorkerUnavailable
-from lem.orchestration.grid import GridValidationIssue
-from lem.orchestration.host_meters import GapOutcome, HostMeters
-from lem.orchestration.manifest import Attempt, CampaignManifest
+from lem.orchestration.dispatch import Executor, LocalExecutor, Outcome, Timeouts
+from lem.orchestration.host_meters import GapOutcome, HostMeters, keep_gap
+from lem.orchestration.manifest import (
+    COMPLETED,
+    FAILED,
+    RUNNING,
+    Attempt,
+    CampaignManifest,
+    CampaignManifestEntry,
+    ManifestManager,
+)
 from lem.orchestration.names import config_hash, prompts_fingerprint
-from lem.orchestration.plan import CampaignExperiment, Plan, build_plan
-from lem.orchestration.schedule import StopRequest
+from lem.orchestration.plan import Experiment, GapKind, Plan
+from lem.orchestration.resume import RunOptions, interrupt_entry
+from lem.orchestration.schedule import CampaignOutcome, Stopped, StopRequest
 from lem.orchestration.status import Event, Observer
 from lem.record import Record, RecordError, read_record
 from lem.results.store import AttemptFolder, Repository
 from lem.worker.channel import RunRequest
-from lem.worker.launch import own_command
 from lem.worker.prompts import resolve_on_host
-from lem.worker.supervisor import missing_distributions
 
 _logger = logging.getLogger(__name__)
 
@@ -41,6 +46,12 @@ _FOLDER_VARIABLE = "CREDENTIALS_DIRECTORY"  # systemd.exec(5), LoadCredential=
 
 # What the meters need before a load besides power at rest: starting a sampler, reading the GPUs twice, two guards.
 METERS_S = 15.0
+
+# An experiment that fails, or whose result is not valid, is tried once more in its cycle.
+MAX_TRIES = 2
+
+# How often a wait is reported, as often as a worker sends heartbeats.
+_TICK_S = 5.0
 
 
 def find_secrets(environ: Mapping[str, str]) -> dict[str, str]:
@@ -58,60 +69,45 @@ def find_secrets(environ: Mapping[str, str]) -> dict[str, str]:
     return {TOKEN_VARIABLE: value} if value else {}
 
 
-class Executor(Protocol):
-    """Where experiments run."""
+@dataclass
+class Context:
+    """What a campaign runs with.
 
-    name: str  # `local` or `docker`, as in the record
+    Attributes:
+        campaign: what to run.
+        executor: where experiments run; this Python when not given.
+        observe: receives every event.
+        stop: ends the run early.
+        options: for the next run.
+        now: the time of day, aware.
+        monotonic: seconds that never go back.
+        host: the name of this host in records.
+    """
 
-    def worker_for(self, backend: str) -> Worker:
-        """The worker that runs this backend's experiments; the same one as long as this executor is used."""
+    campaign: CampaignConfig
+    executor: Executor = field(default_factory=LocalExecutor)
+    observe: Observer = lambda _event: None
+    stop: StopRequest = field(default_factory=StopRequest)
+    options: RunOptions = field(default_factory=RunOptions)
+    now: Callable[[], datetime] = utc_now
+    monotonic: Callable[[], float] = time.monotonic
+    host: str = field(default_factory=socket.gethostname)
 
-    def stop(self) -> object:
-        """End every worker with its engine."""
+    @functools.cached_property  # what they learn of the devices holds for every run
+    def meters(self) -> HostMeters:
+        """The meters of this host."""
+        return HostMeters.found()
 
-    def kill(self) -> None:
-        """End every worker with its engine at once."""
+    @property
+    def repository(self) -> Repository:
+        """The results of the campaign."""
+        return Repository(Path(self.campaign.io.results_dir), self.campaign.slug)
 
-    def look_after(self, report: Callable[[str], None]) -> None:
-        """Check, between two experiments, that what the workers run in is healthy; repair it or raise a LemError."""
-
-    def close(self) -> None:
-        """Take down what the workers ran in, once they were stopped or killed."""
-
-    def clear(self) -> None:
-        """Take down what a killed run left, where this run has nothing to do."""
-
-
-class LocalExecutor:
-    """One worker on this machine, under this Python or another, for every backend."""
-
-    name = "local"
-
-    def __init__(self, python: str | None = None) -> None:
-        """Find the Python: a program or a path, as `--python` gives it; None is this one."""
-        found = shutil.which(python) if python is not None else sys.executable
-        if not found:
-            raise UserError(f"--python {python}: no such program", "give the path of a Python that has the engine")
-        self.python = found
-        self._worker = Worker((*own_command(found), "worker"))
-
-    def worker_for(self, backend: str) -> Worker:  # noqa: ARG002 - one worker for all
-        return self._worker
-
-    def stop(self) -> None:
-        self._worker.stop()
-
-    def kill(self) -> None:
-        self._worker.kill()
-
-    def look_after(self, report: Callable[[str], None]) -> None:
-        """Nothing: a worker that is lost is replaced when it is needed."""
-
-    def close(self) -> None:
-        """Nothing: the worker ran in nothing of its own."""
-
-    def clear(self) -> None:
-        """Nothing: a worker ends with its host, however that ends."""
+    def should_health_check(self, experiment_index: int) -> bool:
+        """Whether `interval_experiments` asks for a check before the experiment at this place of the order (from 0)."""
+        check = self.campaign.health_check
+        every = check.interval_experiments
+        return check.enabled and every > 0 and experiment_index > 0 and experiment_index % every == 0
 
 
 @dataclass(frozen=True)
@@ -123,119 +119,223 @@ class Measurement:
     error: EngineError | None = None  # why there is none
     log_tail: str = ""  # the last lines that the engine printed, for an error
 
+    @property
+    def reason_to_try_again(self) -> str | None:
+        """Why another attempt may end differently; None when it would not, or there is a valid result."""
+        if self.error is not None:
+            return None if self.error.is_permanent else self.error.message
+        if self.record is not None and not self.record.validity.valid:
+            return "; ".join(reason.text for reason in self.record.validity.invalid_reasons)
+        return None
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What a person needs to look into the attempt."""
+        kind, hint = (self.error.kind, self.error.hint) if self.error else (None, "")
+        return {"error_kind": kind, "hint": hint, "log": self.attempt.log_path, "log_tail": self.log_tail}
+
 
 @dataclass
 class Session:
-    """The workers of a run, ended with the block it is entered for, and the attempts made in them."""
+    """Runs experiments and writes every step into the manifest."""
 
-    campaign: CampaignConfig
+    context: Context
+    plan: Plan  # of the cycles known so far
+    manager: ManifestManager
     manifest: CampaignManifest
-    executor: Executor
-    repository: Repository
-    meters: HostMeters
-    host: str
-    stop: StopRequest
-    now: Callable[[], datetime]
-    monotonic: Callable[[], float]  # in seconds
+    observe: Observer
+    _durations: list[float] = field(default_factory=list)
+    _remaining: int = 0
+    _since_s: float | None = None
     _secrets: Mapping[str, str] = field(default_factory=lambda: find_secrets(os.environ), repr=False)
 
-    def __enter__(self) -> Session:
-        return self
+    def run(
+        self, experiments: Sequence[Experiment], deadline_s: float | None, first_gap: GapKind | None = None
+    ) -> CampaignOutcome:
+        """How it ended, also when a signal or an error stopped it.
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """End the workers, politely, or at once when an error leaves the block or a second signal comes."""
+        Args:
+            deadline_s: no experiment begins after it, on the clock of `monotonic`.
+            first_gap: the gap before the first of them, where others ran before in the same session.
+        """
+        stopped, error = None, None
         try:
-            if kind is not None:
-                self.executor.kill()
-                return
-            try:
-                self.executor.stop()
-            except Interrupted:
-                self.executor.kill()
-        finally:
-            self.executor.close()
+            stopped = self._run(experiments, deadline_s, first_gap)
+        except Interrupted:
+            stopped = Stopped.SIGNAL
+        except InfrastructureError as infrastructure:
+            stopped, error = Stopped.INFRASTRUCTURE, infrastructure
+        return CampaignOutcome(self.manifest, stopped, error, self.context.stop.signum)
 
-    def measure(
-        self,
-        experiment: CampaignExperiment,
-        folder: AttemptFolder,
-        *,
-        keep_engine: bool,
-        gap: GapOutcome | None,
-        on_event: Observer,
+    def why_stop(self, deadline_s: float | None) -> Stopped | None:
+        """Why no further experiment may begin now; None when it may."""
+        if self.context.stop.is_set():
+            return Stopped.SIGNAL
+        return Stopped.DEADLINE if deadline_s is not None and self.context.monotonic() >= deadline_s else None
+
+    def report(self, kind: str, **data: Any) -> None:
+        """Report something that happened, with how far the campaign is."""
+        self._pass_on(Event(kind, data=data))
+
+    def save(self) -> None:
+        """Write the manifest; an InfrastructureError when it cannot be written."""
+        with self.manager.saving(InfrastructureError, "free some space, then continue with --resume; results are kept"):
+            self.manager.save(self.manifest)
+
+    def _pass_on(self, event: Event) -> None:
+        done = sum(entry.status in (COMPLETED, FAILED) for entry in self.manifest.experiments)
+        total = self.manifest.total_experiments
+        self.observe(dataclasses.replace(event, done=done, total=total, eta_s=self._eta_s()))
+
+    def _run(
+        self, experiments: Sequence[Experiment], deadline_s: float | None, first_gap: GapKind | None
+    ) -> Stopped | None:
+        gaps = [first_gap, *self.plan.gap_kinds(experiments)[1:]]
+        loads = self.plan.loads(experiments)
+        for index, experiment in enumerate(experiments):
+            self._remaining, self._since_s = len(experiments) - index, self.context.monotonic()
+            gap = self._keep_gap(gaps[index], deadline_s) if self.why_stop(deadline_s) is None else None
+            stopped = self.why_stop(deadline_s)
+            if stopped is not None:
+                return stopped
+            self._check_health(index, gaps[index])
+            is_kept = index + 1 < len(experiments) and not loads[index + 1]
+            has_result = self._run_experiment(experiment, keep_engine=is_kept, gap=gap)
+            if self.plan.is_cold:
+                self.context.executor.stop()
+            if self.context.options.is_fail_fast and not has_result:
+                return Stopped.FAIL_FAST
+        return None
+
+    def _keep_gap(self, kind: GapKind | None, deadline_s: float | None) -> GapOutcome | None:
+        if kind is None:
+            return None
+        cap_s, monotonic = self.plan.gap_cap_s(kind), self.context.monotonic
+        if deadline_s is not None:
+            cap_s = min(cap_s, deadline_s - monotonic())
+        if cap_s <= 0:
+            return keep_gap(cap_s, is_recovered=None, monotonic=monotonic, wait=self._wait)
+        self.report("gap", gap=kind, cap_s=cap_s)
+        with self.context.meters.watching() as is_recovered:
+            return keep_gap(cap_s, is_recovered=is_recovered, monotonic=monotonic, wait=self._wait)
+
+    def _wait(self, seconds: float) -> bool:
+        """Sleep, and report from time to time how long still; whether a stop was requested."""
+        until_s = self.context.monotonic() + seconds
+        while (left_s := until_s - self.context.monotonic()) > 0:
+            self.report("tick", left_s=left_s)
+            if self.context.stop.wait(min(left_s, _TICK_S)):
+                return True
+        return self.context.stop.is_set()
+
+    def _check_health(self, index: int, gap: GapKind | None) -> None:
+        """Check containers when a cycle or block begins, and at the interval."""
+        is_due = self.context.campaign.health_check.enabled and gap != "configuration"
+        if not is_due and not self.context.should_health_check(index):
+            return
+        try:
+            self.context.executor.look_after(lambda text: self.report("note", text=text))
+        except UserError as error:  # what was there when the campaign began is gone
+            raise InfrastructureError(error.message, error.hint) from error
+
+    def _run_experiment(self, experiment: Experiment, *, keep_engine: bool, gap: GapOutcome | None) -> bool:
+        """Whether there is a result."""
+        who = {
+            "exp_id": experiment.exp_id,
+            "config_name": experiment.config_name,
+            "backend": experiment.backend,
+            "cycle": experiment.cycle_index + 1,
+            "cycles": self.plan.execution.cycles,
+        }
+        entry = self.manifest.get_entry(experiment.exp_id)
+        self.report("experiment_started", **who)
+        started_s = self.context.monotonic()
+        try:
+            tries = [self._attempt(experiment, entry, keep_engine=keep_engine, gap=gap)]
+            while (reason := tries[-1].reason_to_try_again) is not None and len(tries) < MAX_TRIES:
+                self.save()
+                self.report("experiment_retried", **who, reason=reason, **tries[-1].details)
+                gap = self._keep_gap("configuration", None)
+                if self.context.stop.signum is not None:
+                    raise Interrupted(self.context.stop.signum)
+                tries.append(self._attempt(experiment, entry, keep_engine=keep_engine, gap=gap))
+        except (Interrupted, InfrastructureError) as error:
+            interrupt_entry(entry)
+            if not isinstance(error, Interrupted):
+                entry.error = error.message
+            self.report("experiment_interrupted", **who, reason=entry.error)
+            self.save()
+            raise
+        return self._settle(who, entry, tries, self.context.monotonic() - started_s)
+
+    def _settle(
+        self, who: Mapping[str, Any], entry: CampaignManifestEntry, tries: Sequence[Measurement], elapsed_s: float
+    ) -> bool:
+        """Write down what the attempts came to; whether there is a result."""
+        last = tries[-1]
+        results = [item for item in tries if item.record is not None]
+        best = next((item for item in results if item.attempt.valid), results[-1] if results else last)
+        entry.completed_at = last.attempt.completed_at
+        if best.record is not None:
+            entry.status, entry.error, entry.result_path = COMPLETED, None, best.attempt.result_path
+        else:
+            entry.status, entry.error = FAILED, last.attempt.error
+        self.save()
+        if self._since_s is not None:
+            self._durations.append(self.context.monotonic() - self._since_s)
+        self._remaining, self._since_s = self._remaining - 1, None
+        if best.record is None:
+            self.report("experiment_failed", **who, error=entry.error, **best.details, elapsed_s=elapsed_s)
+            return False
+        self.report(
+            "experiment_completed",
+            **who,
+            valid=best.record.validity.valid,
+            invalid_reasons=[reason.text for reason in best.record.validity.invalid_reasons],
+            output_tok_per_s=best.record.throughput.output_tok_per_s,
+            elapsed_s=elapsed_s,
+            result=best.attempt.result_path,
+        )
+        return True
+
+    def _attempt(
+        self, experiment: Experiment, entry: CampaignManifestEntry, *, keep_engine: bool, gap: GapOutcome | None
     ) -> Measurement:
-        """What became of the attempt; a failed one is a value, not an error.
+        """What became of an attempt; a failed one is a value, not an error.
 
         Raises:
             Interrupted: a stop was requested, and the worker was ended.
-            InfrastructureError: a worker cannot be started, or the results folder is full.
+            InfrastructureError: a worker cannot be started, or the disk is full.
         """
-        started_at = utc_text(self.now())
+        context = self.context
+        folder = context.repository.prepare_attempt(str(self.manifest.run_id), experiment.exp_id)
+        folder.write_config(experiment.requested, experiment.resolved)
+        begun = Attempt(folder.number, started_at=utc_text(context.now()), host=context.host)
+        entry.put_attempt(begun)
+        entry.status, entry.error, entry.started_at = RUNNING, None, entry.started_at or begun.started_at
+        entry.retry_count = len(entry.attempts) - 1
+        self.save()
         request = self._request(experiment, folder, keep_engine=keep_engine, gap=gap)
-        outcome = self._run(experiment, folder, request, on_event)
+        outcome = self._dispatch(experiment, folder, request)
         record, error = _result_of(outcome, folder, experiment)
-        self.meters.note(record, request)
-        attempt = Attempt(
-            number=folder.number,
+        context.meters.note(record, request)
+        attempt = dataclasses.replace(
+            begun,
             result_path=str(folder.result_path) if record is not None else None,
             valid=None if record is None else record.validity.valid,
             error=None if error is None else error.message,
             log_path=str(folder.log_path) if folder.log_path.exists() else None,
-            started_at=started_at,
-            completed_at=utc_text(self.now()),
-            host=self.host,
+            completed_at=utc_text(context.now()),
         )
+        entry.put_attempt(attempt)
         return Measurement(attempt, record, error, outcome.log_tail)
 
-    def look_after(self, report: Callable[[str], None]) -> None:
-        """As `Executor.look_after`; what cannot be repaired is an InfrastructureError, which stops the campaign."""
-        try:
-            self.executor.look_after(report)
-        except UserError as error:  # what was there when the campaign began is gone
-            raise InfrastructureError(error.message, error.hint) from error
-
-    def find_environment(self, experiments: Sequence[CampaignExperiment]) -> dict[str, Any]:
-        """Versions, driver and GPUs of these experiments' workers, by name; the workers are started for it.
-
-        Raises:
-            UserError: a worker cannot be started, or its engine is missing.
-            Interrupted: a stop was requested.
-        """
-        found: dict[str, Any] = {}
-        for backend in dict.fromkeys(item.backend for item in experiments):
-            try:
-                worker = self.executor.worker_for(backend)
-                worker.open(self.stop)
-            except WorkerUnavailable as error:  # nothing has run yet: the host is unfit, no experiment has failed
-                raise UserError(error.message, error.hint) from error
-            missing = missing_distributions(backend, worker.environment)
-            if missing:
-                raise self._without_engine(backend, missing, worker.environment)
-            found.update({f"{backend}.{name}": value for name, value in worker.environment.items()})
-        return found
-
-    def _without_engine(self, backend: str, missing: Sequence[str], environment: Mapping[str, Any]) -> UserError:
-        python = f"Python ({environment.get('python')})"
-        names = " and ".join(missing) + (" is" if len(missing) == 1 else " are")
-        if self.executor.name == "docker":
-            return UserError(
-                f"backend {backend} cannot run in service {backend}: {names} not installed in its {python}",
-                "name an image that has it in the compose file; lem compose prints one with such images",
-            )
-        install = f"pip install {' '.join(missing)}"
-        return UserError(
-            f"backend {backend} cannot run here: {names} not installed in this {python}",
-            f"{install}, name another Python with --python, or use a container (lem doctor)",
-        )
-
-    def _run(
-        self, experiment: CampaignExperiment, folder: AttemptFolder, request: RunRequest, on_event: Observer
-    ) -> Outcome:
+    def _dispatch(self, experiment: Experiment, folder: AttemptFolder, request: RunRequest) -> Outcome:
         try:
             _write_prompts(experiment, folder)
         except UserError as error:
             return Outcome(EngineError(error.message, error.hint, kind="prompts", is_permanent=True))
-        execution, baseline = self.campaign.execution, experiment.config.baseline
+        execution, baseline = self.plan.execution, experiment.config.baseline
         timeouts = Timeouts(
             load_s=execution.load_timeout_seconds,
             rest_s=METERS_S + (baseline.duration_sec if baseline.enabled else 0.0),
@@ -243,18 +343,18 @@ class Session:
             silence_s=execution.silence_timeout_seconds,
         )
         try:
-            worker = self.executor.worker_for(experiment.backend)
-            with self.meters.attending(experiment.config, request) as attendance:
+            worker = self.context.executor.worker_for(experiment.backend)
+            with self.context.meters.attending(experiment.config, request) as attendance:
 
                 def pass_on(event: Event) -> None:
-                    on_event(attendance.follow(event))
+                    self._pass_on(attendance.follow(event))
 
-                return worker.run(attendance.request, pass_on, timeouts, self.stop)
+                return worker.run(attendance.request, pass_on, timeouts, self.context.stop)
         except UserError as error:  # the program that ran before is gone
             raise InfrastructureError(error.message, error.hint) from error
 
     def _request(
-        self, experiment: CampaignExperiment, folder: AttemptFolder, *, keep_engine: bool, gap: GapOutcome | None
+        self, experiment: Experiment, folder: AttemptFolder, *, keep_engine: bool, gap: GapOutcome | None
     ) -> RunRequest:
         manifest = self.manifest
         return RunRequest(
@@ -266,7 +366,7 @@ class Session:
                 "campaign_id": manifest.campaign_id,
                 "campaign_name": manifest.campaign_name,
                 "run_id": str(manifest.run_id),
-                "host": self.host,
+                "host": self.context.host,
                 "backend": experiment.backend,
                 "model": experiment.resolved["model"]["name"],
                 "cycle_index": experiment.cycle_index,
@@ -279,12 +379,20 @@ class Session:
             keep_engine=keep_engine,
             gap_s=None if gap is None else gap.gap_s,
             gap_end_code=None if gap is None else gap.reason.code,
-            executor=self.executor.name,
+            executor=self.context.executor.name,
             secrets=self._secrets,
         )
 
+    def _eta_s(self) -> float | None:
+        """The time left at the mean of the experiments before, less what the current one has already used of it."""
+        if not self._durations:
+            return None
+        mean_s = sum(self._durations) / len(self._durations)
+        elapsed_s = 0.0 if self._since_s is None else self.context.monotonic() - self._since_s
+        return self._remaining * mean_s - min(elapsed_s, mean_s)
 
-def _write_prompts(experiment: CampaignExperiment, folder: AttemptFolder) -> None:
+
+def _write_prompts(experiment: Experiment, folder: AttemptFolder) -> None:
     """Write the prompts where the host resolves them; a UserError when they are not those of the plan."""
     resolved = resolve_on_host(experiment.config)
     if resolved is None:
@@ -302,7 +410,7 @@ def _write_prompts(experiment: CampaignExperiment, folder: AttemptFolder) -> Non
 
 
 def _result_of(
-    outcome: Outcome, folder: AttemptFolder, experiment: CampaignExperiment
+    outcome: Outcome, folder: AttemptFolder, experiment: Experiment
 ) -> tuple[Record | None, EngineError | None]:
     """The record on disk, which counts, whatever the worker reported."""
     path, reported = folder.result_path, outcome.error
@@ -319,44 +427,3 @@ def _result_of(
     if reported is not None:
         _logger.warning("%s was measured, but then: %s", experiment.exp_id, reported.message)
     return record, None
-
-
-def check_supported(campaign: CampaignConfig, executor_name: str) -> None:
-    """Refuse, with a UserError, what only containers can do where there are none."""
-    if campaign.cold_start.restart_container and executor_name != "docker":
-        raise UserError(
-            "cold_start.restart_container requires containers, but these experiments run in this Python",
-            "use cold_start.force_cold_start, which starts a new worker for each experiment",
-        )
-
-
-def gpus_of(plan: Plan) -> tuple[str, ...]:
-    """The UUIDs of the GPUs that a plan uses; a name that is not found here is the worker's to refuse."""
-    visible = visible_gpus(find_gpus(), os.environ)
-    return tuple(sorted({gpu.uuid for item in plan.configurations for gpu in named_gpus(item.config.gpus, visible)}))
-
-
-def plan_campaign(loaded: Loaded[CampaignConfig]) -> Plan:
-    """The plan of a loaded campaign on this host, with a warning for each option that does nothing in a campaign.
-
-    Raises:
-        ConfigurationError: prompts that cannot be used.
-    """
-    plan = build_plan(
-        loaded.config,
-        loaded.listed,
-        preset=loaded.preset,
-        source=loaded.source,
-        gpus=find_gpus() or None,
-    )
-    unused = []
-    for item in plan.configurations:
-        options = {
-            "num_cycles": (item.config.num_cycles != 1, "execution.cycles"),
-            "io.results_dir": (item.config.io.results_dir is not None, "the campaign's io.results_dir"),
-        }
-        for name, (is_set, instead) in options.items():
-            if is_set:
-                reason = Reason.of("campaign_decides", option=name, instead=instead)
-                unused.append(GridValidationIssue.of(item.config_name, reason, severity="warning"))
-    return replace(plan, warnings=(*plan.warnings, *unused))

@@ -6,10 +6,10 @@ import pytest
 
 from lem.cli.campaign import expected_document, render_findings, render_plan
 from lem.cli.campaign_run import Job
+from lem.orchestration.dispatch import LocalExecutor
 from lem.orchestration.executor import ExecutorChoice
 from lem.orchestration.grid import GridValidationIssue
 from lem.orchestration.plan import ExpectedDurations, build_plan
-from lem.orchestration.session import LocalExecutor
 from tests.campaign_doubles import make_campaign
 
 

@@ -12,8 +12,8 @@ from lem.config.campaign_config import (
 )
 from lem.config.load import complete_campaign
 from lem.orchestration.dispatch import WorkerUnavailable
+from lem.orchestration.plan import plan_campaign
 from lem.orchestration.resume import RunOptions
-from lem.orchestration.session import plan_campaign
 from tests.campaign_doubles import ENVIRONMENT, FakeWorker, Place, make_campaign
 from tests.faulty_disk import watching
 

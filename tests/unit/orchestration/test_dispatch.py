@@ -17,10 +17,19 @@ import pytest
 from lem import __version__
 from lem.base import process
 from lem.base.errors import EngineError, Interrupted, UserError
-from lem.orchestration.dispatch import Outcome, Timeouts, Watch, Worker, WorkerUnavailable, event_of, outcome_of
+from lem.orchestration.dispatch import (
+    LocalExecutor,
+    Outcome,
+    Timeouts,
+    Watch,
+    Worker,
+    WorkerUnavailable,
+    event_of,
+    outcome_of,
+)
 from lem.orchestration.schedule import StopRequest
-from lem.orchestration.session import LocalExecutor
 from lem.orchestration.status import Event
+from lem.record import read_record
 from lem.worker.channel import (
     PROTOCOL_VERSION,
     ChannelError,
@@ -137,7 +146,7 @@ def test_the_rest_has_its_time_from_the_end_of_the_load_whatever_phases_follow()
 
 
 def test_a_result_is_an_outcome():
-    assert outcome_of(REQUEST, RESULT) == Outcome(engine_reused=False)
+    assert outcome_of(REQUEST, RESULT) == Outcome()
 
 
 def test_an_error_is_an_outcome_with_all_that_the_worker_reported():
@@ -233,6 +242,11 @@ def test_an_experiment_ends_with_a_result_and_tells_its_phases(rig: Rig):
     worker.stop()
 
 
+def is_reused(worker: Worker, request: RunRequest) -> bool | None:
+    assert worker.run(request, Events(), PATIENT).error is None
+    return read_record(Path(request.result_dir, "result.json")).validity.engine_reused
+
+
 def test_the_engine_is_reused_until_it_is_unloaded_or_another_is_due(rig: Rig):
     worker = real_worker(rig)
     first, again, other, third, fourth = (
@@ -242,12 +256,11 @@ def test_the_engine_is_reused_until_it_is_unloaded_or_another_is_due(rig: Rig):
         rig.request("e4", fp_precision="float32", keep_engine=False),
         rig.request("e5", fp_precision="float32"),
     )
-    reused = [worker.run(request, Events(), PATIENT).engine_reused for request in (first, again, other)]
-    assert reused == [False, True, False]
+    assert [is_reused(worker, request) for request in (first, again, other)] == [False, True, False]
     worker.unload()
     assert len(rig.marker.pids()) == 1  # the supervisor alone
-    assert worker.run(third, Events(), PATIENT).engine_reused is False
-    assert worker.run(fourth, Events(), PATIENT).engine_reused is False
+    assert is_reused(worker, third) is False
+    assert is_reused(worker, fourth) is False
     worker.stop()
 
 
@@ -331,7 +344,7 @@ def test_a_worker_that_died_between_two_experiments_costs_none_of_them(rig: Rig)
     supervisor = rig.marker.pid_of("worker")
     os.kill(supervisor, signal.SIGKILL)
     assert wait_until_ended(supervisor)
-    assert worker.run(rig.request("e2"), Events(), PATIENT).engine_reused is False
+    assert is_reused(worker, rig.request("e2")) is False
     worker.stop()
 
 
@@ -487,8 +500,7 @@ def test_a_killed_host_leaves_nothing(rig: Rig):
     script = (
         "import json\n"
         "from lem.worker.channel import RunRequest\n"
-        "from lem.orchestration.dispatch import Timeouts\n"
-        "from lem.orchestration.session import LocalExecutor\n"
+        "from lem.orchestration.dispatch import LocalExecutor, Timeouts\n"
         f"request = RunRequest.from_message(json.loads({request!r}))\n"
         "worker = LocalExecutor().worker_for('pytorch')\n"
         "worker.run(request, lambda event: print(event.data.get('phase'), flush=True), Timeouts())\n"

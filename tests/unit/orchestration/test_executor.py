@@ -22,11 +22,10 @@ from lem.config.campaign_config import (
 from lem.config.load import complete_campaign
 from lem.meters.nvml import GpuFacts
 from lem.orchestration.compose import ComposeProject, find_compose_files
-from lem.orchestration.dispatch import Outcome, Timeouts
+from lem.orchestration.dispatch import LocalExecutor, Outcome, Timeouts
 from lem.orchestration.docker import ContainerError
 from lem.orchestration.executor import ContainerLost, DockerExecutor, ExecutorChoice, choose_executor, docker_executor
 from lem.orchestration.plan import build_plan
-from lem.orchestration.session import LocalExecutor
 from lem.record import read_record
 from lem.worker.channel import RunRequest
 from tests.doubles.fake_docker import FakeDocker

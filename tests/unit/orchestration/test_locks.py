@@ -12,7 +12,7 @@ import pytest
 
 from lem.base.errors import ExitCode, LockedError, UserError
 from lem.orchestration import locks
-from lem.orchestration.locks import Holder, LockTarget, hold_locks, lock_targets, read_holder
+from lem.orchestration.locks import Holder, LockTarget, gpu_locks, hold_locks, read_holder
 
 ME = Holder(pid=os.getpid(), host="node3", campaign="demo", since="2026-07-14T10:00:00Z")
 OTHER = Holder(pid=1, host="node3", campaign="other", since="2026-07-14T11:00:00Z")
@@ -22,20 +22,10 @@ def target(folder: Path, name: str = "a") -> LockTarget:
     return LockTarget(folder / f"{name}.lock", f"GPU {name}")
 
 
-def test_a_campaign_locks_itself_and_then_its_gpus_in_one_order_for_everybody(tmp_path: Path) -> None:
-    targets = lock_targets(tmp_path / "state", "demo", ["GPU-2", "GPU-1", "GPU-2"], tmp_path / "gpus")
-    assert [item.what for item in targets] == ["campaign demo", "GPU GPU-1", "GPU GPU-2"]
-    assert targets[0].path.parent == tmp_path / "state"
-    assert {item.path.parent for item in targets[1:]} == {tmp_path / "gpus"}
-
-
-def test_a_campaign_without_gpus_locks_only_itself(tmp_path: Path) -> None:
-    assert len(lock_targets(tmp_path, "demo", [], tmp_path / "gpus")) == 1
-
-
-def test_a_uuid_with_slashes_stays_inside_the_folder(tmp_path: Path) -> None:
-    _, gpu = lock_targets(tmp_path, "demo", ["../../etc/passwd"], tmp_path / "gpus")
-    assert gpu.path.parent == tmp_path / "gpus"
+def test_gpus_are_locked_once_each_in_one_order_for_everybody_and_inside_their_folder(tmp_path: Path) -> None:
+    targets = gpu_locks(["GPU-2", "GPU-1", "GPU-2", "../../etc/passwd"], {"LEM_LOCK_DIR": str(tmp_path)})
+    assert [item.what for item in targets] == ["GPU ../../etc/passwd", "GPU GPU-1", "GPU GPU-2"]
+    assert {item.path.parent for item in targets} == {tmp_path}
 
 
 def test_the_refused_one_learns_who_holds_the_lock(tmp_path: Path) -> None:

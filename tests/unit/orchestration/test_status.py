@@ -9,7 +9,7 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from lem.base.errors import EngineError
-from lem.orchestration.locks import CAMPAIGN_LOCK_NAME, Holder, hold_locks, is_locked, lock_targets, take
+from lem.orchestration.locks import CAMPAIGN_LOCK_NAME, Holder, campaign_lock, hold_locks, is_locked, take
 from lem.orchestration.manifest import ManifestManager
 from lem.orchestration.resume import RunOptions
 from lem.orchestration.status import (
@@ -66,7 +66,7 @@ def _break_off(folder, status="running"):
 
 
 def _held(folder, pid=PID, since="2026-07-14T11:59:00.000000Z"):
-    return hold_locks(lock_targets(folder, "demo", (), folder)[:1], Holder(pid, "here", "demo", since))
+    return hold_locks([campaign_lock(folder, "demo")], Holder(pid, "here", "demo", since))
 
 
 def test_a_campaign_that_ran_to_its_end_is_done(done):
