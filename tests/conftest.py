@@ -33,7 +33,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a test that needs what is not here."""
     for marker in item.iter_markers("needs"):
         for name in marker.args:
             if name not in NEEDS:

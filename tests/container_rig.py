@@ -15,8 +15,6 @@ from tests.campaign_rig import CampaignRig
 from tests.lab.places import BASE_IMAGE
 from tests.processes import wait_for
 
-__all__ = ["ContainerRig", "compose_text", "container_campaign"]
-
 ROOT = Path(__file__).resolve().parents[1]
 DOCKER_TIMEOUT_S = 120
 VARIABLE = "LEMTEST_CONTAINER_RIG"
@@ -89,7 +87,6 @@ class ContainerRig(CampaignRig):
         return {**{key: value for key, value in found.items() if not key.startswith("COMPOSE_")}, **more}
 
     def command(self, *options: str, file: str = "c.yaml") -> list[str]:
-        """`lem campaign` in containers."""
         return super().command("--executor", "docker", *options, file=file)
 
     def containers(self, *, is_all: bool = False) -> dict[str, str]:
@@ -112,18 +109,15 @@ class ContainerRig(CampaignRig):
         return found
 
     def workers_left_inside(self, patience_s: float) -> list[str]:
-        """What `workers_inside` finds and still does after everybody had time to go."""
         with contextlib.suppress(TimeoutError):
             wait_for(lambda: None if self.workers_inside() else True, patience_s)
         return self.workers_inside()
 
     def assert_nothing_inside(self, patience_s: float = 10.0) -> None:
-        """Fail when something that lem started in a container is still there after a while."""
         assert self.workers_left_inside(patience_s) == []
 
     @contextlib.contextmanager
     def cleaned(self) -> Iterator[ContainerRig]:
-        """Leave no process, container or network behind."""
         try:
             yield self
         finally:
@@ -139,7 +133,6 @@ class ContainerRig(CampaignRig):
 
 
 def docker(*words: str, environ: Mapping[str, str] | None = None) -> str:
-    """What a docker command printed."""
     finished = subprocess.run(
         ["docker", *words],
         env=dict(environ or os.environ),

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-__all__ = ["NEEDS", "RAN_ELSEWHERE", "Need", "is_ci", "lacking", "missing"]
-
 PROBE_TIMEOUT_S = 60
 
 # A test that runs others in another environment records them by this property: the environment, and their node ids.
@@ -27,29 +25,19 @@ RAN_ELSEWHERE = "ran_elsewhere"
 
 @dataclass(frozen=True)
 class Need:
-    """Something a test cannot run without.
+    """Something a test cannot run without."""
 
-    Attributes:
-        probe: what is missing and how to get it, in words; None when it is there.
-        is_mandatory: CI has it, so a run there that lacks it is a failure.
-    """
-
-    probe: Callable[[], str | None]
-    is_mandatory: bool
+    probe: Callable[[], str | None]  # what is missing and how to get it, in words; None when it is there
+    is_mandatory: bool  # CI has it, so a run there that lacks it is a failure
 
 
 def is_ci(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is a run of the project's CI."""
     return environ.get("CI", "").lower() in {"1", "true"}
 
 
 @functools.cache
 def missing(name: str) -> str | None:
-    """What is missing of the need `name`; None when it is there.
-
-    Raises:
-        KeyError: there is no such need.
-    """
+    """What is missing of the need `name`; None when it is there."""
     return NEEDS[name].probe()
 
 

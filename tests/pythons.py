@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Python", "find_pythons"]
-
 OLDEST_SUPPORTED = (3, 10)
 NAMES = ("python3", "python2.7", *(f"python3.{minor}" for minor in range(6, 21)))
 # Readable by every Python there is.
@@ -31,7 +29,6 @@ class Python:
 
     @property
     def is_supported(self) -> bool:
-        """Whether lem runs on it."""
         return self.version >= OLDEST_SUPPORTED
 
     def __str__(self) -> str:

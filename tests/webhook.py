@@ -12,8 +12,6 @@ from typing import Any
 
 from tests.processes import PATIENCE_S
 
-__all__ = ["SECRET", "Webhook", "serving_webhook"]
-
 SECRET = "canary-webhook-4711"
 
 
@@ -40,20 +38,14 @@ class Webhook:
         self._thread.start()
 
     def next(self) -> tuple[str, str, dict[str, Any]]:
-        """Path, content type and content of the next message, once it is there.
-
-        Raises:
-            queue.Empty: none came in time.
-        """
+        """Path, content type and content of the next message, once it is there."""
         return self._received.get(timeout=PATIENCE_S)
 
     @property
     def has_more(self) -> bool:
-        """Whether there is a message that was not taken yet."""
         return not self._received.empty()
 
     def close(self) -> None:
-        """End the server."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -61,7 +53,6 @@ class Webhook:
 
 @contextmanager
 def serving_webhook(status: int = 204) -> Iterator[Webhook]:
-    """A webhook that answers with a status."""
     hook = Webhook(status)
     try:
         yield hook

@@ -35,7 +35,7 @@ from lem.orchestration.plan import Plan
 from lem.orchestration.resume import CHOOSE_HINT, RunOptions
 from lem.orchestration.schedule import CampaignOutcome, Scheduler, Stopped, StopRequest
 from lem.orchestration.status import Event, Observer
-from lem.orchestration.systemd import Notification, ServiceManager, notify
+from lem.orchestration.systemd import Notification, ServiceManager
 from lem.results.aggregation import run_document
 from lem.results.run import make_run
 from lem.results.store import Repository, StoppingRule, read_stopping_rule
@@ -161,7 +161,7 @@ class CampaignCommand:
     def _notify(self, message: dict[str, Any] | None) -> None:
         url = self._campaign.notification.webhook_url
         if url is not None and message is not None:
-            self._notification = notify(url, message)
+            self._notification = Notification(url, message)
 
     def _dispatch(self, event: Event) -> None:
         for observe in self._observers:

@@ -24,7 +24,7 @@ from lem.config.presets import PRESETS, find_preset
 from lem.meters.nvml import GpuState, open_nvml, read_gpus
 from lem.meters.sources import CpuCapability, find_capabilities
 from lem.orchestration.compose import packaged_compose_file
-from lem.orchestration.doctor import CHECKS, FAILED, OK, SKIPPED, WARNING, Host, Verdict, examine
+from lem.orchestration.doctor import FAILED, OK, SKIPPED, WARNING, Host, Verdict, examine
 from lem.worker.datasets import DatasetChoice, choice_of_name, find_files, is_in_hub_cache
 
 _WIDEST_DOCTOR = 100
@@ -48,15 +48,15 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
 def run_doctor(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
     """Exit code 2 if campaigns in containers cannot run on this host."""
     host = Host(Path.cwd(), args.compose_file, args.env_file, tuple(args.backend), args.results_dir)
-    verdict = examine(host, CHECKS)
+    verdict = examine(host)
     if args.json:
         checks = [{"name": name, **asdict(item)} for name, item in verdict.findings.items()]
         executors = list(verdict.executors)
-        write_json(out, {"schema_version": 1, "ok": verdict.is_ok, "executors": executors, "checks": checks})
+        write_json(out, {"schema_version": 1, "ok": not verdict.failed, "executors": executors, "checks": checks})
     else:
         width = min(terminal_width(out), _WIDEST_DOCTOR)
         out.write(_as_text(verdict, is_colour=log.is_colour_wanted(out), width=width))
-    return ExitCode.OK if verdict.is_ok else ExitCode.USAGE
+    return ExitCode.USAGE if verdict.failed else ExitCode.OK
 
 
 def _as_text(verdict: Verdict, *, is_colour: bool, width: int) -> str:
@@ -74,7 +74,7 @@ def _as_text(verdict: Verdict, *, is_colour: bool, width: int) -> str:
 
 
 def _conclusion(verdict: Verdict) -> str:
-    if verdict.is_ok:
+    if not verdict.failed:
         return "this host can run campaigns in containers"
     failed = ", ".join(verdict.failed)
     if verdict.executors:

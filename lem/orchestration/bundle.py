@@ -59,8 +59,7 @@ _VENDORED = ("yaml", "pynvml")
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
     """The folder for reproducible files: `LEM_CACHE_DIR`, or `lem` in the user's cache folder."""
-    chosen = environ.get(CACHE_VARIABLE)
-    if chosen:
+    if chosen := environ.get(CACHE_VARIABLE):
         return Path(chosen).absolute()
     return Path(environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()).absolute() / "lem"
 
@@ -168,7 +167,12 @@ def make_bundle(folder: Path, contents: Contents, *, sign_key: Path | None = Non
             sums = [f"{sha256_of(scratch / name)}  {name}\n" for name in _files(scratch)]
             durable.write_text(scratch / SUMS, "".join(sums))
             if sign_key is not None:
-                _sign(scratch, sign_key)
+                signed = _ssh_keygen("sign", "-f", str(sign_key), str(scratch / SUMS))
+                if signed.code != 0:
+                    raise UserError(
+                        f"the bundle cannot be signed with {sign_key}: {signed.stderr.strip()}",
+                        "`ssh-keygen -t ed25519` creates a key",
+                    )
             scratch.chmod(0o755)
             durable.name_folder(scratch, target)
     except OSError as error:
@@ -217,41 +221,29 @@ def _image_ids(saved: Path) -> dict[str, str | None]:
     """The image's id once it is loaded, by store: the digest of its configuration, or (containerd) of its manifest."""
     with tarfile.open(saved) as archive:
         images, index = (_member(archive, name) for name in ("manifest.json", "index.json"))
-    config = _first(images).get("Config")
-    if not isinstance(config, str):
+    config = _of_first(images, "Config")
+    if config is None:
         raise UserError("unexpected output of `docker save`: manifest.json names no configuration")
-    digest = _first(index.get("manifests") if isinstance(index, dict) else None).get("digest")
     return {  # only newer engines save the manifest's digest
         "overlay2": f"sha256:{PurePosixPath(config).name.removesuffix('.json')}",
-        "containerd": digest if isinstance(digest, str) else None,
+        "containerd": _of_first(index.get("manifests") if isinstance(index, dict) else None, "digest"),
     }
 
 
 def _member(archive: tarfile.TarFile, name: str) -> Any:
     """The JSON document of that name; None if it does not exist."""
+    stream = archive.extractfile(name) if name in archive.getnames() else None
     try:
-        stream = archive.extractfile(name)
-    except KeyError:
-        return None
-    if stream is None:
-        return None
-    try:
-        return json.loads(stream.read())
+        return None if stream is None else json.load(stream)
     except ValueError as error:
         raise UserError(f"unexpected output of `docker save`: {name} is invalid: {error}") from error
 
 
-def _first(items: Any) -> dict[str, Any]:
-    """The first object of a list; {} if there is none."""
-    return items[0] if isinstance(items, list) and items and isinstance(items[0], dict) else {}
-
-
-def _sign(scratch: Path, key: Path) -> None:
-    ended = _ssh_keygen("sign", "-f", str(key), str(scratch / SUMS))
-    if ended.code != 0:
-        raise UserError(
-            f"the bundle cannot be signed with {key}: {ended.stderr.strip()}", "`ssh-keygen -t ed25519` creates a key"
-        )
+def _of_first(items: Any, key: str) -> str | None:
+    """A text of the first object of a list; None if there is none."""
+    first = items[0] if isinstance(items, list) and items else None
+    value = first.get(key) if isinstance(first, dict) else None
+    return value if isinstance(value, str) else None
 
 
 def _ssh_keygen(action: str, *words: str, stdin: bytes = b"") -> Finished:

@@ -8,6 +8,7 @@ import importlib.resources
 import itertools
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -19,8 +20,7 @@ from lem.base.errors import UserError
 from lem.base.variables import DATASETS_VARIABLE, HUB_FOLDER_VARIABLE, MODEL_CACHE_VARIABLE
 from lem.config.experiment import ExperimentConfig
 from lem.orchestration.bundle import provide_pyz
-from lem.orchestration.docker import ONE_SERVICE_EACH, ContainerError, Docker
-from lem.orchestration.services import PYZ_FOLDER, Service, Services
+from lem.orchestration.docker import ONE_SERVICE_EACH, PYZ_FOLDER, Compose, ContainerError, Docker, Service
 
 # Every image lets every user write here; the user's own home folder does not exist inside.
 CONTAINER_HOME = "/tmp"  # noqa: S108 - inside a container
@@ -121,19 +121,18 @@ def local_mounts(configs: Iterable[ExperimentConfig]) -> tuple[Mount, ...]:
     For the file of an external meter it is the folder: a mounted file would not change when the file is replaced.
     A snapshot of a model hub is a folder of links to files beside it, so the folders that links lead to are mounted.
     """
-    configs = tuple(configs)
-    found: dict[Mount, None] = {}
-    for name, is_written in sorted({item for config in configs for item in _named_paths(config)}):
+    configs, found = tuple(configs), list[Mount]()
+    documents = [(config.backend, config.to_dict()) for config in configs]
+    texts = {text for backend, item in documents for text in _texts([item.get("model"), item.get(backend)])}
+    for name, is_written in sorted(texts):
         path = Path(name).expanduser()
         if is_written:
             path.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.absolute() != Path("/"):
-            found[Mount(path.absolute(), _target_of(name), is_read_only=not is_written)] = None
-            found.update(dict.fromkeys(_linked(path)))
-    for meter_file in (config.measurement.external_csv for config in configs):
-        if meter_file is not None:
-            folder = Path(meter_file).expanduser().absolute().parent
-            found[Mount(folder, str(PurePosixPath(_target_of(meter_file)).parent))] = None
+            found += [Mount(path.absolute(), _target_of(name), is_read_only=not is_written), *_linked(path)]
+    for meter_file in filter(None, (config.measurement.external_csv for config in configs)):
+        folder = Path(meter_file).expanduser().absolute().parent
+        found.append(Mount(folder, str(PurePosixPath(_target_of(meter_file)).parent)))
     return without_nested(found)
 
 
@@ -141,18 +140,16 @@ def _target_of(name: str) -> str:
     return f"{CONTAINER_HOME}/{name[2:]}" if name.startswith("~/") else str(Path(name).expanduser().absolute())
 
 
-def _named_paths(config: ExperimentConfig) -> Iterator[tuple[str, bool]]:
-    """Every text that may be a path, and whether it is written to."""
-    document = config.to_dict()
-    pending = [(document.get("model"), False), (document.get(config.backend), False)]
-    while pending:
-        value, is_written = pending.pop()
-        if isinstance(value, Mapping):
-            pending += [(item, key in _WRITTEN) for key, item in value.items()]
-        elif isinstance(value, (list, tuple)):
-            pending += [(item, is_written) for item in value]
-        elif isinstance(value, str) and value.strip():
-            yield value, is_written
+def _texts(value: Any, is_written: bool = False) -> Iterator[tuple[str, bool]]:
+    """Every text in a document that may be a path, and whether it is written to."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _texts(item, key in _WRITTEN)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item, is_written)
+    elif isinstance(value, str) and value.strip():
+        yield value, is_written
 
 
 def _linked(folder: Path) -> Iterator[Mount]:
@@ -184,57 +181,65 @@ class ComposeProject:
     gpus_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
 
-    def prepare(self, names: Sequence[str]) -> Services:
-        """The services, once everything that the named ones need is found or made; nothing is started.
+    def prepare(self, names: Sequence[str]) -> Compose:
+        """Find or make everything that the named services need; nothing is started.
 
         ContainerError: engine, plugin, compose file, service or image missing. UserError: a folder cannot be written.
         """
         Docker(self.environ).info()
         pyz = provide_pyz(self.environ)
-        variables = self._variables(pyz)
-        docker = Docker(variables)
         for folder in (self.state_folder, self.results_dir):
             _make_folder(folder)  # as the user's own: the engine would make it root's
-        base = self._base(docker)
-        version = docker.compose_version()
-        if missing := [name for name in names if name not in base.described]:
+        base = self.as_written(pyz)
+        version, services = base.compose_version(), base.services
+        if missing := [name for name in names if name not in services]:
             raise ContainerError(
                 f"{describe_files(self.files)} has no service {', '.join(missing)};"
-                f" it has {', '.join(base.described) or 'none'}",
+                f" it has {', '.join(services) or 'none'}",
                 ONE_SERVICE_EACH,
                 kind="service",
             )
         # The folder of models that the packaged file mounts; if it cannot be made, Compose reports that where needed.
         with contextlib.suppress(OSError):
-            cache = Path(variables.get(MODEL_CACHE_VARIABLE) or "~/.cache/huggingface")
+            cache = Path(base.env.get(MODEL_CACHE_VARIABLE) or "~/.cache/huggingface")
             cache.expanduser().mkdir(parents=True, exist_ok=True)
-        override = self._write_override({name: self._service_override(name, pyz, version) for name in names})
-        services = replace(base, files=(*base.files, override), pyz=PYZ_FOLDER / pyz.name, images={})
-        services.images.update({name: _image_id(docker, services.described[name]) for name in names})
-        return services
+        override = self._write(
+            OVERRIDE_NAME, _override_text({name: self._service_override(name, pyz, version) for name in names})
+        )
+        images = {name: _image_id(base, services[name]) for name in names}
+        return replace(base, files=(*base.files, override), pyz=PYZ_FOLDER / pyz.name, images=images)
+
+    def as_written(self, pyz: Path | None) -> Compose:
+        if self.files:
+            return self._compose(self.files, self.directory, pyz)
+        # In the packaged file, relative paths and a file called .env belong to the user's folder.
+        return self._compose((self._write(PACKAGED_NAME, packaged_compose_file()),), self.working_dir, pyz)
 
     def described(self) -> Mapping[str, Service]:
-        """The services of the compose files, whatever else is missing; ContainerError if the files are not valid."""
-        return self._base(Docker(self._variables(None))).described
+        """The services of the compose files, whatever else is missing; nothing stays on disk.
 
-    def existing(self) -> Services:
-        """The services as an earlier start left them, to check them and take them down."""
+        ContainerError: the files are not valid, or there is no docker command.
+        """
+        with tempfile.TemporaryDirectory(prefix="lem-compose-") as scratch:
+            return replace(self, state_folder=Path(scratch)).as_written(None).services
+
+    def existing(self) -> Compose:
+        """The project as an earlier start left it, to check it and take it down."""
         files = self.files or (self.state_folder / PACKAGED_NAME,)
         # Without any file Compose finds the containers by the name of the project.
         found = tuple(path for path in (*files, self.state_folder / OVERRIDE_NAME) if path.is_file())
-        docker = Docker(self._variables(None))
-        return Services(docker, self.name, found, self.directory, self.env_file)
+        return self._compose(found, self.directory, None)
 
-    def _base(self, docker: Docker) -> Services:
-        if self.files:
-            return Services(docker, self.name, self.files, self.directory, self.env_file)
-        path = self.state_folder / PACKAGED_NAME
+    def _compose(self, files: tuple[Path, ...], folder: Path | None, pyz: Path | None) -> Compose:
+        return Compose(self._variables(pyz), self.name, files, folder, self.env_file)
+
+    def _write(self, name: str, text: str) -> Path:
+        path = self.state_folder / name
         try:
-            durable.write_text(path, packaged_compose_file())
+            durable.write_text(path, text)
         except OSError as error:
-            raise UserError(f"cannot write into {self.state_folder}: {reason_of(error)}") from error
-        # In the packaged file, relative paths and a file called .env belong to the user's folder.
-        return Services(docker, self.name, (path,), self.working_dir, self.env_file)
+            raise UserError(f"cannot write {path}: {reason_of(error)}") from error
+        return path
 
     def _variables(self, pyz: Path | None) -> dict[str, str]:
         """The environment of `docker`: this one, and the variables of docker/docker-compose.yml."""
@@ -246,20 +251,6 @@ class ComposeProject:
         if cache := found.get(MODEL_CACHE_VARIABLE) or found.get(HUB_FOLDER_VARIABLE):
             found[MODEL_CACHE_VARIABLE] = str(Path(cache).expanduser().absolute())
         return found
-
-    def _write_override(self, services: Mapping[str, Any]) -> Path:
-        """Write the override file. It contains no secret: those go through the channel of the worker."""
-        text = json.dumps({"services": services}, indent=2, ensure_ascii=False)
-        # JSON is YAML, except that a dollar sign would begin a variable.
-        text = text.replace("$", "$$").replace(f'"{_REPLACED}": ', '"devices": !override ')
-        path = self.state_folder / OVERRIDE_NAME
-        try:
-            durable.write_text(
-                path, f"# Written by lem at every start of a campaign; it overrides the compose file.\n{text}\n"
-            )
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {reason_of(error)}") from error
-        return path
 
     def _service_override(self, name: str, pyz: Path, version: tuple[int, ...]) -> dict[str, Any]:
         """What lem adds to a service of the compose files."""
@@ -284,6 +275,14 @@ class ComposeProject:
             device = {"driver": "nvidia", "device_ids": list(gpus), "capabilities": ["gpu"]}
             found["deploy"] = {"resources": {"reservations": {_REPLACED: [device] if gpus else []}}}
         return found
+
+
+def _override_text(services: Mapping[str, Any]) -> str:
+    """The override file. It contains no secret: those go through the channel of the worker."""
+    text = json.dumps({"services": services}, indent=2, ensure_ascii=False)
+    # JSON is YAML, except that a dollar sign would begin a variable.
+    text = text.replace("$", "$$").replace(f'"{_REPLACED}": ', '"devices": !override ')
+    return f"# Written by lem at every start of a campaign; it overrides the compose file.\n{text}\n"
 
 
 def _image_id(docker: Docker, service: Service) -> str:

@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import json
 import logging
 import os
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TypeVar
 
+from lem.base import process
+from lem.base.codec import decode_hint
 from lem.base.errors import UserError
 from lem.base.reasons import Reason
 from lem.base.units import some_of
+from lem.base.variables import MARK_VARIABLE
 from lem.config.campaign_config import slug_of
 from lem.meters.nvml import GpuReading, GpuState
 from lem.orchestration.bundle import cache_folder
 from lem.orchestration.compose import ComposeProject, Mount, find_compose_files
 from lem.orchestration.dispatch import Worker
-from lem.orchestration.docker import ContainerError, explain
-from lem.orchestration.services import UP_TIMEOUT_S, Services, describe
+from lem.orchestration.docker import Compose, ContainerError, ContainerState, describe, explain
 from lem.worker.guardian import new_mark
 
-__all__ = ["ContainerError", "ContainerHealthStatus", "ContainerManager", "bare_project"]
+__all__ = ["ContainerError", "ContainerHealthStatus", "ContainerManager"]
 
 _logger = logging.getLogger(__name__)
+W = TypeVar("W", bound=Worker)
+
+# Containers start in a second or two; a GPU that has to wake up, or an engine under load, takes longer.
+UP_TIMEOUT_S = 180.0
+ANSWER_TIMEOUT_S = 60.0
+PROBE_TIMEOUT_S = 30.0
+KILL_TIMEOUT_S = 15.0
+STOP_GRACE_S = "5"
+EXPERIMENT_TIMEOUT_S = 2 * 3600.0
+_POLL_S = 0.2
+_LOG_LINES = "5"
 
 _GB = 1e9
 _MAX_SHOWN = 4
@@ -115,32 +133,47 @@ class ContainerManager:
             project_dir: where relative paths start; None is the working directory.
             project: replaces all of these, if more than a file has to be described.
         """
-        self._find_project = functools.partial(bare_project, compose_file, project_dir, environ)
-        self._project = project
-        self._services: Services | None = None
+        self._given = (compose_file, project_dir, environ)
+        if project is not None:
+            self.project = project
+        self._compose: Compose | None = None
         self.restarts: Counter[str] = Counter()  # of each service, to recover it
         self._workers: dict[str, list[Worker]] = {}
 
-    @property
+    @functools.cached_property
     def project(self) -> ComposeProject:
-        """The compose project; ContainerError if its file does not exist."""
-        if self._project is None:
-            self._project = self._find_project()
-        return self._project
+        """The compose project, with its folder readable inside and `results` in it writable.
+
+        Raises:
+            ContainerError: its file does not exist.
+        """
+        compose_file, project_dir, environ = self._given
+        folder = Path(project_dir or ".").absolute()
+        # Two folders of the same name are two projects.
+        name = f"lem-{slug_of(folder.name)}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
+        return ComposeProject(
+            name=name,
+            files=find_compose_files(compose_file, folder, environ),
+            state_folder=cache_folder(environ) / "compose" / name,
+            working_dir=folder,
+            results_dir=folder / "results",
+            directory=None if project_dir is None else folder,
+            mounts=(Mount.in_place(folder),),
+            environ=environ,
+        )
 
     @property
-    def services(self) -> Services:
-        """The services as they were prepared, or as an earlier manager left them."""
-        if self._services is None:
-            self._services = self.project.existing()
-        return self._services
+    def compose(self) -> Compose:
+        """`docker compose` for the project as it was prepared, or as an earlier manager left it."""
+        if self._compose is None:
+            self._compose = self.project.existing()
+        return self._compose
 
-    def prepare(self, backends: Collection[str]) -> Services:
-        """The services, once everything that these backends need is found; they are not started."""
-        known = {} if self._services is None else self._services.images
-        if self._services is None or not known.keys() >= set(backends):
-            self._services = self.project.prepare(tuple(dict.fromkeys((*known, *backends))))
-        return self._services
+    def prepare(self, backends: Collection[str]) -> None:
+        """Find or make everything that these backends need; nothing is started."""
+        known = {} if self._compose is None else self._compose.images
+        if not known.keys() >= set(backends):
+            self._compose = self.project.prepare(tuple(dict.fromkeys((*known, *backends))))
 
     def start_services(self, backends: Iterable[str], wait: bool = True, *, recreate: bool = False) -> None:
         """Start the services of these backends, and no others.
@@ -154,16 +187,55 @@ class ContainerManager:
             UserError: a file or folder cannot be written.
         """
         names = tuple(dict.fromkeys(backends))
-        services = self.prepare(names)
-        services.start(names, recreate=recreate)
+        if not names:  # `docker compose up` without names would start all services
+            return
+        self.prepare(names)
+        words = ("up", "--detach", "--no-build", *(("--force-recreate",) if recreate else ()))
+        self.compose.must(*words, *names, doing=f"starting {', '.join(names)}", timeout_s=UP_TIMEOUT_S)
         if wait:
             for name in names:
-                services.await_answer(name)
+                self.await_answer(name)
+
+    def await_answer(self, service: str) -> None:
+        """Return when lem answers in a service, within a minute; ContainerError if it does not."""
+        deadline = time.monotonic() + ANSWER_TIMEOUT_S
+        while True:
+            try:
+                self.read_gpus(service)
+            except ContainerError as error:
+                state = self.state(service)
+                is_starting = state is not None and state.state in ("running", "restarting", "created")
+                if not is_starting or time.monotonic() >= deadline:
+                    raise self._no_answer(service, state, error) from error
+            else:
+                return
+            time.sleep(_POLL_S)
+
+    def _no_answer(self, service: str, state: ContainerState | None, error: ContainerError) -> ContainerError:
+        words = self.compose.arguments("logs", "--no-log-prefix", "--no-color", "--tail", _LOG_LINES, service)
+        printed = " / ".join(line.strip() for line in self.compose.call(*words).stdout.splitlines() if line.strip())
+        message = f"{service} does not answer: {describe(state)}; {error.message}"
+        return ContainerError(message + (f"; it printed: {printed}" if printed else ""), error.hint, kind=error.kind)
+
+    def state(self, service: str) -> ContainerState | None:
+        """The container of a service, running or not; None if there is none."""
+        return self.compose.states().get(service)
+
+    def pids(self, service: str) -> frozenset[int]:
+        """The processes in a service's container as the host numbers them."""
+        state = self.state(service)
+        return frozenset() if state is None else self.compose.pids(state.container_id)
+
+    def has_gpu(self, service: str) -> bool:
+        """Whether a GPU is reserved for a service."""
+        if service not in self.compose.services:
+            raise ContainerError(f"no such service: {service}", kind="service")
+        return self.compose.services[service].has_gpu
 
     def is_service_running(self, service: str) -> bool:
         """Whether the container of a service runs; False also if Docker does not answer."""
         try:
-            state = self.services.state(service)
+            state = self.state(service)
         except UserError as error:
             _logger.warning("%s: %s", service, error.message)
             return False
@@ -187,9 +259,63 @@ class ContainerManager:
             return f"service {service} is not running", 1
         arguments = ("experiment", os.fspath(config_path), "--yes", *(extra_args or ()))
         try:
-            return self.services.run_tethered(service, arguments, env_vars or {})
+            return self._run_tethered(service, arguments, env_vars or {})
         except UserError as error:
             return error.message, 1
+
+    def _run_tethered(self, service: str, arguments: Sequence[str], variables: Mapping[str, str]) -> tuple[str, int]:
+        """The output and exit code of lem in a service. The variables, which may be secret, go through stdin."""
+        mark = new_mark()
+        command = ("docker", *self._exec_words(service, "worker", "--tether", *arguments, mark=mark))
+        with contextlib.ExitStack() as stack:
+            output = stack.enter_context(tempfile.TemporaryFile())
+            descriptor = output.fileno()
+            child = process.spawn(command, env=self.compose.env, stdout=descriptor, stderr=descriptor, new_session=True)
+            stack.callback(process.kill_group, child.pid)
+            if child.stdin is not None:
+                stack.enter_context(child.stdin)  # held open: the command inside ends when it closes
+                with contextlib.suppress(BrokenPipeError):
+                    child.stdin.write(json.dumps(dict(variables)).encode() + b"\n")
+            try:
+                code = child.wait(EXPERIMENT_TIMEOUT_S)
+            except process.TimeoutExpired:
+                process.kill_group(child.pid)
+                self._clear(service, mark)
+                return f"the experiment did not end within {EXPERIMENT_TIMEOUT_S:.0f} s", 1
+            output.seek(0)
+            return output.read().decode("utf-8", "replace"), code
+
+    def _exec_words(self, service: str, *arguments: str, mark: str | None = None) -> tuple[str, ...]:
+        """The words after `docker` that run lem in a service, all of its processes with a mark in their environment."""
+        options = () if mark is None else ("--env", f"{MARK_VARIABLE}={mark}")
+        # -T: no terminal, so that stdin is the pipe that it is given.
+        lem = ("python3", "-u", str(self.compose.pyz))
+        return self.compose.arguments("exec", "-T", *options, service, *lem, *arguments)
+
+    def _clear(self, service: str, mark: str) -> None:
+        """End every process with a worker's mark, if need be by replacing the container."""
+        try:
+            words = self._exec_words(service, "worker", "--end-marked", mark)
+            if self.compose.call(*words, timeout_s=KILL_TIMEOUT_S).code == 0:
+                return
+            _logger.warning("%s: its processes cannot be ended from inside; replacing the container", service)
+            self.compose.call(*self.compose.arguments("kill", service), timeout_s=KILL_TIMEOUT_S)
+            self.recreate(service)
+        except ContainerError as error:
+            _logger.warning("%s: processes of its worker may still run: %s", service, error.message)
+
+    def read_gpus(self, service: str) -> GpuReading:
+        """What NVML reports inside a running service; ContainerError if the service does not answer."""
+        doing = f"asking {service}"
+        finished = self.compose.call(*self._exec_words(service, "gpus", "--json"), timeout_s=PROBE_TIMEOUT_S)
+        if finished.code != 0:
+            raise explain(finished, doing)
+        try:
+            # An image may print lines of its own first.
+            document = json.loads(finished.stdout.splitlines()[-1]) if finished.stdout else None
+            return GpuReading.from_dict(decode_hint(Mapping[str, Any], document, "answer"))
+        except ValueError as error:
+            raise ContainerError(f"{doing}: unexpected answer {finished.stdout[:120]!r}") from error
 
     def check_health(self, service: str, gpu_memory_threshold_pct: float = 90.0) -> ContainerHealthStatus:
         """The health of a service: it runs, it answers, and its GPUs are there with room for an engine.
@@ -197,14 +323,14 @@ class ContainerManager:
         Memory of lem's own worker does not count. Without a reserved GPU a service is healthy if it answers.
         """
         try:
-            state = self.services.state(service)
+            state = self.state(service)
             if state is None or not state.is_running:
                 return ContainerHealthStatus(service, healthy=False, reason=describe(state))
-            reading = self.services.read_gpus(service)
-            if not self.services.has_gpu(service):
+            reading = self.read_gpus(service)
+            if not self.has_gpu(service):
                 return ContainerHealthStatus(service, healthy=True, reason="it answers; no GPU is reserved for it")
             is_in_use = any(worker.is_open for worker in self._workers.get(service, ()))
-            own = self.services.pids(service) if is_in_use else frozenset()
+            own = self.pids(service) if is_in_use else frozenset()
         except UserError as error:
             return ContainerHealthStatus(service, healthy=False, reason=error.message)
         return judge(service, reading, own, gpu_memory_threshold_pct)
@@ -215,10 +341,10 @@ class ContainerManager:
 
     def _restarted(self, service: str, gpu_memory_threshold_pct: float) -> ContainerHealthStatus:
         """A restart keeps the container, its GPUs included; if that does not help, the container is replaced."""
-        for step in (Services.restart, Services.recreate):
+        for step in (self._restart, self.recreate):
             try:
-                step(self.services, service)
-                self.services.await_answer(service)
+                step(service)
+                self.await_answer(service)
             except UserError as error:
                 _logger.warning("%s: %s", service, error.message)
                 continue
@@ -227,6 +353,15 @@ class ContainerManager:
                 return status
             _logger.warning("%s is still unhealthy: %s", service, status.reason)
         return self.check_health(service, gpu_memory_threshold_pct)
+
+    def _restart(self, service: str) -> None:
+        words = ("restart", "--timeout", STOP_GRACE_S, service)
+        self.compose.must(*words, doing=f"restarting {service}", timeout_s=UP_TIMEOUT_S)
+
+    def recreate(self, service: str) -> None:
+        """Replace a container, whatever state it is in."""
+        words = ("up", "--detach", "--no-build", "--no-deps", "--force-recreate", "--timeout", STOP_GRACE_S, service)
+        self.compose.must(*words, doing=f"replacing the container of {service}", timeout_s=UP_TIMEOUT_S)
 
     def check_and_recover(
         self, service: str, gpu_memory_threshold_pct: float = 90.0, max_restarts: int = 3
@@ -252,9 +387,8 @@ class ContainerManager:
         """
         words = ("down", "--remove-orphans", "--timeout", str(max(0, round(timeout))))
         try:
-            finished = self.services.call(*words, timeout_s=timeout + UP_TIMEOUT_S)
-            if finished.code != 0:
-                raise explain(finished, f"taking down project {self.project.name}")
+            doing = f"taking down project {self.project.name}"
+            self.compose.must(*words, doing=doing, timeout_s=timeout + UP_TIMEOUT_S)
         except UserError as error:
             _logger.warning("containers may still exist: %s", error.message)
 
@@ -266,43 +400,18 @@ class ContainerManager:
     ) -> None:
         self.teardown()
 
-    def worker_in(self, service: str, make: Callable[..., Worker] = Worker) -> Worker:
+    def worker_in(self, service: str, make: Callable[..., W]) -> W:
         """A worker in a running service, not started yet; its memory counts as lem's own while it is open.
 
         Args:
             make: called as `Worker` is.
         """
-        services, mark = self.services, new_mark()
+        mark = new_mark()
         worker = make(
-            ("docker", *services.exec_words(service, "worker", mark=mark)),
-            env=services.docker.env,
+            ("docker", *self._exec_words(service, "worker", mark=mark)),
+            env=self.compose.env,
             shares_pids=False,
-            backstop=lambda: services.clear(service, mark),
+            backstop=lambda: self._clear(service, mark),
         )
         self._workers.setdefault(service, []).append(worker)
         return worker
-
-
-def bare_project(
-    compose_file: str | os.PathLike[str] | None,
-    project_dir: str | os.PathLike[str] | None,
-    environ: Mapping[str, str] = os.environ,
-) -> ComposeProject:
-    """The project of a compose file: its folder is readable inside, and `results` in it writable.
-
-    Raises:
-        ContainerError: kind `compose_file`, the file does not exist.
-    """
-    folder = Path(project_dir or ".").absolute()
-    # Two folders of the same name are two projects.
-    name = f"lem-{slug_of(folder.name)}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
-    return ComposeProject(
-        name=name,
-        files=find_compose_files(compose_file, folder, environ),
-        state_folder=cache_folder(environ) / "compose" / name,
-        working_dir=folder,
-        results_dir=folder / "results",
-        directory=None if project_dir is None else folder,
-        mounts=(Mount.in_place(folder),),
-        environ=environ,
-    )

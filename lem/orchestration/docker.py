@@ -1,20 +1,25 @@
-"""The docker command, and what its failures mean."""
+"""The docker command: what it prints, and what its failures mean."""
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lem.base import process
+from lem.base.codec import decode, decode_hint
 from lem.base.errors import UserError
 from lem.base.process import Finished
+from lem.orchestration.bundle import PYZ_NAME
 
 CALL_TIMEOUT_S = 30.0
 OLDEST_COMPOSE = (2, 17)
+PYZ_FOLDER = PurePosixPath("/opt/lem")  # in every container
 _QUOTED_WIDTH = 400  # characters of the client's output in a message
 
 _INSTALL_COMPOSE = "install Docker Compose 2.17 or newer: apt-get install docker-compose-plugin, or docker-compose-v2"
@@ -141,17 +146,14 @@ class Docker:
         """The version of the Compose plugin; ContainerError of kind `compose` if it is missing or too old."""
         finished = self.call("compose", "version", "--short")
         found = parse_version(finished.stdout) if finished.code == 0 else None
-        if found is None:
+        if found is not None and found >= OLDEST_COMPOSE:
+            return found
+        if found is not None:
+            message = f"docker compose {'.'.join(map(str, found))} is too old: expected at least 2.17"
+        else:
             # Without the plugin `docker` parses the arguments as its own, and each version complains differently.
-            error = explain(finished, "looking for docker compose")
-            raise ContainerError(error.message, _INSTALL_COMPOSE, kind="compose")
-        if found < OLDEST_COMPOSE:
-            raise ContainerError(
-                f"docker compose {'.'.join(map(str, found))} is too old: expected at least 2.17",
-                _INSTALL_COMPOSE,
-                kind="compose",
-            )
-        return found
+            message = explain(finished, "looking for docker compose").message
+        raise ContainerError(message, _INSTALL_COMPOSE, kind="compose")
 
     def image_id(self, image: str) -> str | None:
         """The id of an image; None if the engine does not have it."""
@@ -191,6 +193,135 @@ class Docker:
         """The processes of a container as the host numbers them; empty if it does not run."""
         finished = self.call("top", container, "-o", "pid")
         return frozenset(int(line) for line in finished.stdout.split() if line.isdecimal())
+
+
+@dataclass(frozen=True)
+class ContainerState:
+    """A container of a project, as `ps` describes it."""
+
+    service: str
+    state: str  # running, exited, paused, restarting, created, dead
+    container_id: str = ""
+    exit_code: int = 0
+
+    @property
+    def is_running(self) -> bool:
+        return self.state == "running"
+
+
+def describe(state: ContainerState | None) -> str:
+    """`its container exited with code 137`."""
+    if state is None:
+        return "it has no container"
+    has_ended = state.state in ("exited", "dead")
+    return f"its container exited with code {state.exit_code}" if has_ended else f"its container is {state.state}"
+
+
+@dataclass(frozen=True)
+class Service:
+    """A service as the compose files describe it."""
+
+    name: str
+    image: str | None  # None: it is built, without a name
+    has_gpu: bool  # a GPU is reserved for it
+
+
+@dataclass(frozen=True)
+class Compose(Docker):
+    """`docker compose` for one project."""
+
+    project: str
+    files: tuple[Path, ...]  # later ones override earlier ones
+    folder: Path | None = None  # project directory, if it is not the folder of the first file
+    env_file: Path | None = None
+    pyz: PurePosixPath = PYZ_FOLDER / PYZ_NAME  # in every container
+    images: Mapping[str, str] = field(default_factory=dict)  # ids by service, of those that were prepared
+
+    def arguments(self, *words: str) -> tuple[str, ...]:
+        """The words after `docker`."""
+        options = [word for file in self.files for word in ("--file", str(file))]
+        if self.folder is not None:
+            options += ["--project-directory", str(self.folder)]
+        if self.env_file is not None:
+            options += ["--env-file", str(self.env_file)]
+        return ("compose", "--project-name", self.project, *options, *words)
+
+    def must(self, *words: str, doing: str, timeout_s: float = CALL_TIMEOUT_S) -> str:
+        """The output of a call that has to succeed; ContainerError if it does not."""
+        finished = self.call(*self.arguments(*words), timeout_s=timeout_s)
+        if finished.code != 0:
+            raise explain(finished, doing)
+        return finished.stdout
+
+    @functools.cached_property
+    def services(self) -> Mapping[str, Service]:
+        """The services of the compose files; ContainerError of kind `compose_file` if those are not valid."""
+        finished = self.call(*self.arguments("config", "--format", "json"))
+        if finished.code != 0:
+            error = explain(finished, f"reading {', '.join(map(str, self.files))}", otherwise="compose_file")
+            if error.kind == "compose_file":
+                error.hint = "correct the file; `lem compose` prints one that works"
+            raise error
+        try:
+            project = decode_hint(Mapping[str, Any], json.loads(finished.stdout), "project")
+            services = decode_hint(Mapping[str, Mapping[str, Any]], project.get("services"), "services")
+            images = {name: decode_hint(str | None, item.get("image"), "image") for name, item in services.items()}
+            return {name: Service(name, images[name], _has_gpu(item)) for name, item in services.items()}
+        except ValueError as error:
+            raise _unexpected("config", "project", finished.stdout) from error
+
+    def states(self) -> dict[str, ContainerState]:
+        """The containers, running or not, by service."""
+        doing = f"listing the containers of project {self.project}"
+        printed = self.must("ps", "--all", "--format", "json", doing=doing)
+        return {item.service: item for item in decode_states(printed)}
+
+
+def decode_states(text: str) -> tuple[ContainerState, ...]:
+    """The output of `ps --format json`: one array before Compose 2.21, one object per line since."""
+    lines = [text] if text.lstrip().startswith("[") else filter(str.strip, text.splitlines())
+    try:
+        return tuple(_decode_state(item) for line in lines for item in _listed(json.loads(line)))
+    except ValueError as error:
+        raise _unexpected("ps", "containers", text) from error
+
+
+def _listed(found: Any) -> Iterable[Any]:
+    return found if isinstance(found, list) else () if found is None else (found,)
+
+
+def _decode_state(item: Any) -> ContainerState:
+    found = decode_hint(Mapping[str, Any], item, "container")
+    fields = {
+        "service": found.get("Service"),
+        "state": found.get("State"),
+        "container_id": found.get("ID", ""),
+        "exit_code": found.get("ExitCode") or 0,
+    }
+    return decode(ContainerState, fields, "container")
+
+
+def _has_gpu(service: Mapping[str, Any]) -> bool:
+    """Whether a resolved service asks for a GPU, in any of Compose's ways; ValueError if it is no service."""
+    found = service
+    for key in ("deploy", "resources", "reservations"):
+        found = decode_hint(Mapping[str, Any] | None, found.get(key), key) or {}
+    for device in decode_hint(list[Mapping[str, Any]] | None, found.get("devices"), "devices") or ():
+        capabilities = decode_hint(list[Any] | None, device.get("capabilities"), "capabilities") or ()
+        if "gpu" in capabilities or device.get("driver") in ("nvidia", "cdi"):
+            return True
+    devices = decode_hint(list[Any] | None, service.get("devices"), "devices") or ()
+    names = (str(item.get("source", "")) if isinstance(item, Mapping) else str(item) for item in devices)
+    is_passed_on = any(name.startswith(("nvidia.com/gpu", "/dev/nvidia")) for name in names)
+    return is_passed_on or service.get("runtime") == "nvidia" or bool(service.get("gpus"))
+
+
+def _unexpected(word: str, expected: str, printed: str) -> ContainerError:
+    return ContainerError(
+        f"`docker compose {word}` printed no {expected}: {printed[:120]!r}",
+        "expected the output of Docker Compose 2.17 to 5",
+        kind="compose",
+    )
 
 
 def parse_version(text: str) -> tuple[int, ...] | None:

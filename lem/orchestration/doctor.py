@@ -7,11 +7,10 @@ import ctypes
 import functools
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lem.base.clock import SystemClock
 from lem.base.errors import UserError
@@ -21,8 +20,7 @@ from lem.meters.nvml import GpuReading, open_nvml, read_gpus
 from lem.meters.rapl import POWERCAP
 from lem.meters.sources import Capabilities, CpuCapability, find_capabilities
 from lem.orchestration.compose import ComposeProject, describe_files, find_compose_files
-from lem.orchestration.docker import CPU_OVERRIDE, INSTALL_TOOLKIT, ContainerError, Docker
-from lem.orchestration.services import Service
+from lem.orchestration.docker import CPU_OVERRIDE, INSTALL_TOOLKIT, ContainerError, Docker, Service
 
 OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
 
@@ -52,16 +50,15 @@ class Verdict:
     """The outcome of all checks."""
 
     findings: Mapping[str, Finding]  # by the name of the check, in order
-    executors: tuple[str, ...]  # that can work here; which engines the local Python has is not checked
 
     @property
     def failed(self) -> tuple[str, ...]:
         return tuple(name for name, item in self.findings.items() if item.status == FAILED)
 
     @property
-    def is_ok(self) -> bool:
-        """Whether a campaign can run in containers here."""
-        return not self.failed
+    def executors(self) -> tuple[str, ...]:
+        """Those that can work here; which engines the local Python has is not checked."""
+        return ("docker",) * (not self.failed) + ("local",) * (_FOR_CONTAINERS.issuperset(self.failed))
 
 
 @dataclass(frozen=True)
@@ -88,29 +85,22 @@ class Host:
         return ".".join(map(str, Docker(self.environ).compose_version()))
 
     @functools.cached_property
-    def services(self) -> Mapping[str, Service]:
-        """The services of the compose files; ContainerError if there are no valid ones."""
-        _ = self.compose_version
-        with tempfile.TemporaryDirectory(prefix="lem-doctor-") as scratch:
-            project = ComposeProject(
-                name="lem-doctor",
-                files=self.files,
-                state_folder=Path(scratch),
-                working_dir=self.folder,
-                results_dir=self.folder / self.results_dir,
-                env_file=self.env_file,
-                environ=self.environ,
-            )
-            return project.described()
-
-    @functools.cached_property
     def needed(self) -> tuple[Service, ...]:
-        """The services of the named backends, else all; ContainerError if one is missing."""
-        if missing := [name for name in self.backends if name not in self.services]:
-            raise ContainerError(
-                f"{describe_files(self.files)} has no service {', '.join(missing)}", "see lem compose", kind="service"
-            )
-        return tuple(self.services[name] for name in self.backends or self.services)
+        """The services of the named backends, else all; ContainerError if one is missing or the files are not valid."""
+        _ = self.compose_version
+        services = ComposeProject(
+            name="lem-doctor",
+            files=self.files,
+            state_folder=self.folder / self.state_dir,
+            working_dir=self.folder,
+            results_dir=self.folder / self.results_dir,
+            env_file=self.env_file,
+            environ=self.environ,
+        ).described()
+        if missing := [name for name in self.backends if name not in services]:
+            message = f"{describe_files(self.files)} has no service {', '.join(missing)}"
+            raise ContainerError(message, "see lem compose", kind="service")
+        return tuple(services[name] for name in self.backends or services)
 
     @functools.cached_property
     def gpus(self) -> GpuReading:
@@ -132,31 +122,21 @@ class Host:
         return find_compose_files(self.compose_file, self.folder, self.environ)
 
 
-class Check(NamedTuple):
-    """One check; a UserError that `look` raises is a finding, too."""
-
-    name: str
-    look: Callable[[Host], Finding]
-    is_for_containers: bool = False  # the local executor does not need it
-
-
-def examine(host: Host, checks: Sequence[Check]) -> Verdict:
+def examine(host: Host) -> Verdict:
     """The outcome of the checks; a problem that fails several of them is reported by the first."""
     findings: dict[str, Finding] = {}
     reported_by: dict[Finding, str] = {}
-    for check in checks:
+    for name, look in CHECKS.items():
         try:
-            found = check.look(host)
+            found = look(host)
         except UserError as error:
             found = Finding(FAILED, error.message, error.hint)
         if found in reported_by:
             found = Finding(SKIPPED, f"not checked, see {reported_by[found]}")
         elif found.status == FAILED:
-            reported_by[found] = check.name
-        findings[check.name] = found
-    failed = [check for check in checks if findings[check.name].status == FAILED]
-    is_local_ok = all(check.is_for_containers for check in failed)
-    return Verdict(findings, ("docker",) * (not failed) + ("local",) * is_local_ok)
+            reported_by[found] = name
+        findings[name] = found
+    return Verdict(findings)
 
 
 def check_gpu_energy(found: Capabilities) -> Finding:
@@ -265,7 +245,7 @@ def _check_disk(host: Host) -> Finding:
     return Finding(status, f"free: {text}", "an image of an engine takes 10 to 30 GB" if status == WARNING else "")
 
 
-def _check_clock(host: Host) -> Finding:  # noqa: ARG001 - as every check is called
+def _check_clock() -> Finding:
     libc = ctypes.CDLL(None, use_errno=True)
     state = libc.adjtimex(ctypes.create_string_buffer(_TIMEX_SIZE_B))
     if state < 0:
@@ -281,21 +261,22 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
-CHECKS: Sequence[Check] = (
-    Check("engine", lambda host: Finding(OK, f"Docker {host.engine['ServerVersion']} answers"), is_for_containers=True),
-    Check("compose", lambda host: Finding(OK, f"docker compose {host.compose_version}"), is_for_containers=True),
-    Check(
-        "compose_file",
-        lambda host: Finding(OK, f"{describe_files(host.files)}: {', '.join(item.name for item in host.needed)}"),
-        is_for_containers=True,
+# A UserError that one raises is a finding, too.
+CHECKS: Mapping[str, Callable[[Host], Finding]] = {
+    "engine": lambda host: Finding(OK, f"Docker {host.engine['ServerVersion']} answers"),
+    "compose": lambda host: Finding(OK, f"docker compose {host.compose_version}"),
+    "compose_file": lambda host: Finding(
+        OK, f"{describe_files(host.files)}: {', '.join(item.name for item in host.needed)}"
     ),
-    Check("images", _check_images, is_for_containers=True),
-    Check("driver", _check_driver),
-    Check("gpu_runtime", _check_gpu_runtime, is_for_containers=True),
-    Check("gpu_processes", _check_foreign_processes),
-    Check("gpu_energy", lambda host: check_gpu_energy(host.capabilities)),
-    Check("cpu_energy", lambda host: check_cpu_energy(host.capabilities.cpu)),
-    Check("rights", _check_rights),
-    Check("disk", _check_disk),
-    Check("clock", _check_clock),
-)
+    "images": _check_images,
+    "driver": _check_driver,
+    "gpu_runtime": _check_gpu_runtime,
+    "gpu_processes": _check_foreign_processes,
+    "gpu_energy": lambda host: check_gpu_energy(host.capabilities),
+    "cpu_energy": lambda host: check_cpu_energy(host.capabilities.cpu),
+    "rights": _check_rights,
+    "disk": _check_disk,
+    "clock": lambda _host: _check_clock(),
+}
+# What the local executor does not need.
+_FOR_CONTAINERS = frozenset({"engine", "compose", "compose_file", "images", "gpu_runtime"})

@@ -8,7 +8,6 @@ import functools
 import logging
 import os
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,11 +30,10 @@ from lem.orchestration.dispatch import (
     WorkerConnection,
     WorkerUnavailable,
 )
-from lem.orchestration.docker import ContainerError, Docker
+from lem.orchestration.docker import ContainerError, Docker, describe
 from lem.orchestration.locks import Holder, LockTarget, default_gpu_lock_folder, hold_locks
 from lem.orchestration.plan import Plan
 from lem.orchestration.schedule import StopRequest
-from lem.orchestration.services import Services, describe
 from lem.orchestration.status import Observer
 from lem.record import RESULT_FILE, RecordError, read_record, write_record
 from lem.worker.channel import LOADING_PHASES, RunRequest
@@ -48,10 +46,6 @@ _EVENT_DELAY_S = 1.0  # how long after the death of a process the Docker engine 
 _POLL_S = 0.2
 
 
-class ContainerLost(InfrastructureError):
-    """A container that cannot be recovered; the rest of the campaign stays pending."""
-
-
 class ContainerWorker(Worker):
     """The worker in the container of one service; no other worker holds its device while it runs."""
 
@@ -59,24 +53,86 @@ class ContainerWorker(Worker):
         super().__init__(command, **options)
         self._executor = executor
         self._service = service
+        self._begun_s = 0.0  # Unix time of the last attempt
+        self.is_stale = False  # its container is to be replaced before its next use
+        self.has_lost_gpu = False
 
     def run(
         self, request: RunRequest, on_event: Observer, timeouts: Timeouts, stop: StopRequest | None = None
     ) -> Outcome:
         self._executor.make_way(self._service, stop)
-        adapted = self._executor.adapt(self._service, request)
-        return self._executor.settle(self._service, adapted, super().run(adapted, on_event, timeouts, stop))
+        adapted = self.adapt(request)
+        self._begun_s = time.time()
+        return self._settle(adapted, super().run(adapted, on_event, timeouts, stop))
 
     def _open(self, stop: StopRequest | None, timeout_s: float) -> WorkerConnection:
-        image = self._executor.make_ready(self._service)
+        manager, service = self._executor.manager, self._service
+        if self.is_stale:
+            manager.recreate(service)
+            manager.await_answer(service)
+            self.is_stale = False
+        state = manager.state(service)
+        if state is None or not state.is_running or self.has_lost_gpu:
+            self._executor.recover(service)
+            self.has_lost_gpu = False
         try:
             connection = super()._open(stop, timeout_s)
         except WorkerUnavailable:
             # The container runs, but no worker starts in it: recover it once.
-            self._executor.recover(self._service)
+            self._executor.recover(service)
             connection = super()._open(stop, timeout_s)
-        self.environment = {**self.environment, "image": image}
+        self.environment = {**self.environment, "image": manager.compose.images.get(service)}
         return connection
+
+    def adapt(self, request: RunRequest) -> RunRequest:
+        """The request as it is valid inside: GPUs have other numbers there, so they are named by UUID."""
+        manager, uuids = self._executor.manager, self._executor.gpu_uuids
+        has_gpu = manager.has_gpu(self._service)
+        config = dict(request.config)
+        if uuids and has_gpu:
+            named = ("0",) if config.get("gpus") is None else config["gpus"]
+            config["gpus"] = [uuids.get(str(name), str(name)) for name in named]
+        adapted = dataclasses.replace(request, config=config, image=manager.compose.images.get(self._service))
+        if request.is_worker_sampling and not has_gpu:
+            # A container without a GPU has nothing to sample that this host does not have.
+            return dataclasses.replace(adapted, is_worker_sampling=False, samples_path=None)
+        return adapted
+
+    def _settle(self, request: RunRequest, outcome: Outcome) -> Outcome:
+        """The outcome with what happened to the container; a result is invalid if it lost its GPU meanwhile."""
+        if outcome.error is not None and outcome.error.kind == "died":
+            outcome = dataclasses.replace(outcome, error=self._explain_death(outcome.error, outcome.phase))
+        has_gpu = self._executor.manager.has_gpu(self._service)
+        reading = self._executor.read_gpus(self._service) if has_gpu else None
+        lost = None if reading is None else gpu_loss(reading)
+        if lost is None:
+            return outcome
+        self.has_lost_gpu = True
+        self.stop()
+        if outcome.error is not None:
+            error = EngineError(f"{outcome.error.message}; {lost}", outcome.error.hint, kind=outcome.error.kind)
+            return dataclasses.replace(outcome, error=error)
+        _mark_invalid(Path(request.result_dir) / RESULT_FILE, lost)
+        return outcome
+
+    def _explain_death(self, error: EngineError, phase: str | None) -> EngineError:
+        manager, until_s = self._executor.manager, time.time() + _EVENT_DELAY_S
+        state = manager.state(self._service)
+        if state is not None and manager.compose.was_out_of_memory(state.container_id, self._begun_s, until_s):
+            return EngineError(
+                f"{error.message}; the container ran out of memory",
+                "raise its limit (LEM_MEMORY_LIMIT, mem_limit in the compose file), or let the engine use less",
+                kind="out_of_memory",
+                is_permanent=phase in LOADING_PHASES,
+            )
+        state = manager.state(self._service)
+        if state is not None and state.is_running:
+            return error
+        return EngineError(
+            f"{error.message}; {describe(state)}",
+            "lem did not end the container; `docker events --since 1h` shows when it ended",
+            kind=error.kind,
+        )
 
 
 @dataclass
@@ -92,10 +148,7 @@ class DockerExecutor:
     free_timeout_s: float = 30.0  # for the GPU to become free after its engine has ended
     name: str = field(default="docker", init=False)
     _manager: ContainerManager | None = field(default=None, init=False)
-    _workers: dict[str, Worker] = field(default_factory=dict, init=False)
-    _stale: set[str] = field(default_factory=set, init=False)  # services to recreate before their next use
-    _suspect: set[str] = field(default_factory=set, init=False)  # services that lost their GPU
-    _begun_s: dict[str, float] = field(default_factory=dict, init=False)  # Unix time of the last attempt by service
+    _workers: dict[str, ContainerWorker] = field(default_factory=dict, init=False)
     _held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False)  # lock and containers
 
     @property
@@ -108,13 +161,8 @@ class DockerExecutor:
             self._manager = self._start()
         return self._manager
 
-    @property
-    def services(self) -> Services:
-        return self.manager.services
-
-    def worker_for(self, backend: str) -> Worker:
+    def worker_for(self, backend: str) -> ContainerWorker:
         if backend not in self._workers:
-            self.manager.prepare((backend,))
             make = functools.partial(ContainerWorker, self, backend)
             self._workers[backend] = self.manager.worker_in(backend, make)
         return self._workers[backend]
@@ -123,8 +171,7 @@ class DockerExecutor:
         """End every worker with its engine; the containers stay."""
         for worker in self._workers.values():
             worker.stop()
-        if self.is_recreating:
-            self._stale.update(self._workers)
+            worker.is_stale = self.is_recreating
 
     def kill(self) -> None:
         for worker in self._workers.values():
@@ -132,8 +179,7 @@ class DockerExecutor:
 
     def close(self) -> None:
         self._manager = None
-        for known in (self._workers, self._stale, self._suspect):
-            known.clear()
+        self._workers.clear()
         self._held.close()
 
     def clear(self) -> None:
@@ -142,7 +188,7 @@ class DockerExecutor:
             ContainerManager(project=self.project).teardown(TEARDOWN_S)
 
     def look_after(self, tell: Callable[[str], None]) -> None:
-        """Recover every container that is not healthy, or raise ContainerLost; never call it while one measures."""
+        """Recover every container that is not healthy, or raise an error; never call it while one measures."""
         for service, worker in self._workers.items():
             status = self.manager.check_health(service, self.health.gpu_memory_threshold_pct)
             if status.healthy:
@@ -153,101 +199,47 @@ class DockerExecutor:
             tell(f"{service} is unhealthy and will be restarted: {status.reason}")
             worker.stop()
             self.recover(service)
+            worker.has_lost_gpu = False
             tell(f"{service} is healthy again")
 
     # For `ContainerWorker`
 
-    def make_ready(self, service: str) -> str | None:
-        """The image id of a service, once its container runs and is not to be replaced."""
-        services = self.services
-        if service in self._stale:
-            services.recreate(service)
-            services.await_answer(service)
-            self._stale.discard(service)
-        state = services.state(service)
-        if state is None or not state.is_running or service in self._suspect:
-            self.recover(service)
-        return services.images.get(service)
-
     def recover(self, service: str) -> None:
-        """Restart the container of a service until it is healthy; ContainerLost if restarts run out or are off."""
+        """Restart the container of a service until it is healthy; an error if restarts run out or are off."""
         limit = self.health.max_restarts if self.health.restart_on_failure else 0
         status = self.manager.check_and_recover(service, self.health.gpu_memory_threshold_pct, limit)
         if status.healthy:
-            self._suspect.discard(service)
             return
         used = self.manager.restarts[service]
         tried = f"is still unhealthy after {used} restart{'s' if used > 1 else ''}"
-        raise ContainerLost(
+        raise InfrastructureError(
             f"the container of {service} {tried if used else 'is unhealthy and may not be restarted'}: {status.reason}",
             "`lem doctor` shows what is missing; then continue with --resume",
         )
 
     def make_way(self, service: str, stop: StopRequest | None) -> None:
-        """Unload the engines of the other workers until none is on the GPU of a service; ContainerLost if one stays."""
+        """Unload the engines of the other workers until none is on the GPU of a service; an error if one stays."""
         others = [name for name, worker in self._workers.items() if name != service and worker.is_open]
         for name in others:
             self._workers[name].unload(stop)
-        if not others or not self.services.has_gpu(service) or self._becomes_free(service, others, stop):
+        if not others or not self.manager.has_gpu(service) or self._becomes_free(service, others, stop):
             return
         for name in others:
             self._workers[name].stop()
-            self.services.recreate(name)
+            self.manager.recreate(name)
         if not self._becomes_free(service, others, stop):
-            raise ContainerLost(
+            raise InfrastructureError(
                 f"the GPU of {service} is still in use by the containers of {', '.join(others)} after a restart",
                 "if a process hangs in the driver, reset the GPU or reboot",
             )
 
-    def adapt(self, service: str, request: RunRequest) -> RunRequest:
-        """The request as it is valid inside: GPUs have other numbers there, so they are named by UUID."""
-        has_gpu = self.services.has_gpu(service)
-        self._begun_s[service] = time.time()
-        config = dict(request.config)
-        if self.gpu_uuids and has_gpu:
-            named = ("0",) if config.get("gpus") is None else config["gpus"]
-            config["gpus"] = [self.gpu_uuids.get(str(name), str(name)) for name in named]
-        adapted = dataclasses.replace(request, config=config, image=self.services.images.get(service))
-        if request.is_worker_sampling and not has_gpu:
-            # A container without a GPU has nothing to sample that this host does not have.
-            return dataclasses.replace(adapted, is_worker_sampling=False, samples_path=None)
-        return adapted
-
-    def settle(self, service: str, request: RunRequest, outcome: Outcome) -> Outcome:
-        """The outcome with what happened to the container; a result is invalid if it lost its GPU meanwhile."""
-        if outcome.error is not None and outcome.error.kind == "died":
-            outcome = dataclasses.replace(outcome, error=self._explain_death(service, outcome.error, outcome.phase))
-        reading = self._read_gpus(service) if self.services.has_gpu(service) else None
-        lost = None if reading is None else gpu_loss(reading)
-        if lost is None:
-            return outcome
-        self._suspect.add(service)
-        self._workers[service].stop()
-        if outcome.error is not None:
-            error = EngineError(f"{outcome.error.message}; {lost}", outcome.error.hint, kind=outcome.error.kind)
-            return dataclasses.replace(outcome, error=error)
-        _mark_invalid(Path(request.result_dir) / RESULT_FILE, lost)
-        return outcome
-
-    def _explain_death(self, service: str, error: EngineError, phase: str | None) -> EngineError:
-        state = self.services.state(service)
-        begun_s, until_s = self._begun_s.get(service), time.time() + _EVENT_DELAY_S
-        docker = self.services.docker
-        if state is not None and begun_s is not None and docker.was_out_of_memory(state.container_id, begun_s, until_s):
-            return EngineError(
-                f"{error.message}; the container ran out of memory",
-                "raise its limit (LEM_MEMORY_LIMIT, mem_limit in the compose file), or let the engine use less",
-                kind="out_of_memory",
-                is_permanent=phase in LOADING_PHASES,
-            )
-        state = self.services.state(service)
-        if state is not None and state.is_running:
-            return error
-        return EngineError(
-            f"{error.message}; {describe(state)}",
-            "lem did not end the container; `docker events --since 1h` shows when it ended",
-            kind=error.kind,
-        )
+    def read_gpus(self, service: str) -> GpuReading | None:
+        """None if the container does not answer; it is recovered when its worker is opened."""
+        try:
+            return self.manager.read_gpus(service)
+        except ContainerError as error:
+            _logger.warning("%s: %s", service, error.message)
+            return None
 
     def _start(self) -> ContainerManager:
         manager = ContainerManager(project=self.project)
@@ -275,21 +267,13 @@ class DockerExecutor:
         while True:
             if stop is not None and stop.signum is not None:
                 raise Interrupted(stop.signum)
-            pids = frozenset().union(*(self.services.pids(name) for name in others))
-            reading = self._read_gpus(service)
+            pids = frozenset().union(*(self.manager.pids(name) for name in others))
+            reading = self.read_gpus(service)
             if reading is None or pids.isdisjoint(item.pid for gpu in reading.gpus for item in gpu.processes):
                 return True
             if time.monotonic() >= deadline:
                 return False
             time.sleep(_POLL_S)
-
-    def _read_gpus(self, service: str) -> GpuReading | None:
-        """None if the container does not answer; it is recovered when its worker is opened."""
-        try:
-            return self.services.read_gpus(service)
-        except ContainerError as error:
-            _logger.warning("%s: %s", service, error.message)
-            return None
 
 
 def _mark_invalid(path: Path, reason: Reason) -> None:
@@ -308,13 +292,8 @@ class ExecutorChoice:
     """The chosen executor, which is made when it is needed."""
 
     name: str  # docker, local
-    place: str
-    reason: str
     make: Callable[[], Executor] = field(repr=False)
-    detail: Callable[[], str] = field(default=lambda: "", repr=False)  # more about the place; may call docker
-
-    def describe(self) -> str:
-        return ", ".join(filter(None, (self.name, self.place, self.detail()))) + f" ({self.reason})"
+    describe: Callable[[], str] = field(repr=False)  # where, and why; may call docker
 
 
 EXECUTORS = ("auto", "docker", "local")
@@ -336,38 +315,48 @@ def choose_executor(
     """
     if wanted == "docker" and python is not None:
         raise UserError("--python requires the local executor", "omit --python or --executor docker")
-    docker = functools.partial(_docker, campaign, plan, folder or Path.cwd(), environ)
-    if wanted == "local" or python is not None:
+    backends, is_local = _backends(plan), wanted == "local" or python is not None
+    if is_local:
         _warn_of_container_options(campaign)
         reason = "requested"
     elif wanted == "docker":
-        return docker("requested")
+        reason = "requested"
     elif campaign.cold_start.restart_container:
-        return docker("chosen: cold_start.restart_container needs it")
+        reason = "chosen: cold_start.restart_container needs it"
     elif campaign.io.compose_file is not None or campaign.io.env_file is not None:
-        return docker("chosen: io.compose_file or io.env_file is set")
-    elif absent := _not_installed(_backends(plan)):
-        try:
-            Docker(environ).info()
-            Docker(environ).compose_version()
-            return docker(f"chosen: {absent}")
-        except ContainerError as error:
-            reason = f"chosen because containers are not available: {error.message}; {absent}"
+        reason = "chosen: io.compose_file or io.env_file is set"
     else:
-        reason = f"chosen: {', '.join(_backends(plan))} can be imported here"
-    executor = LocalExecutor(python)
-    return ExecutorChoice("local", executor.python, reason, lambda: executor)
+        is_local, reason = _what_is_installed(backends, environ)
+    if is_local:
+        executor = LocalExecutor(python)
+        return ExecutorChoice("local", lambda: executor, lambda: f"local, {executor.python} ({reason})")
+    folder = folder or Path.cwd()
+    project = _project(campaign, folder, environ)
+    place = f"services {', '.join(backends)} of {describe_files(project.files)}"
+    return ExecutorChoice(
+        "docker",
+        lambda: docker_executor(campaign, plan, folder=folder, environ=environ),
+        lambda: f"docker, {place}, {_images(project, backends)} ({reason})",
+    )
 
 
 def _backends(plan: Plan) -> tuple[str, ...]:
     return tuple(dict.fromkeys(item.backend for item in plan.experiments))
 
 
-def _not_installed(backends: Sequence[str]) -> str:
-    """Which backends are not installed in this Python, in words; empty if all are."""
+def _what_is_installed(backends: Sequence[str], environ: Mapping[str, str]) -> tuple[bool, str]:
+    """Whether to run in this Python, since it has all backends or there are no containers; and why."""
     found = probe_environment()
     listed = [f"{name} ({', '.join(items)})" for name in backends if (items := missing_distributions(name, found))]
-    return f"not installed here: {', '.join(listed)}" if listed else ""
+    if not listed:
+        return True, f"chosen: {', '.join(backends)} can be imported here"
+    absent = f"not installed here: {', '.join(listed)}"
+    try:
+        Docker(environ).info()
+        Docker(environ).compose_version()
+    except ContainerError as error:
+        return True, f"chosen because containers are not available: {error.message}; {absent}"
+    return False, f"chosen: {absent}"
 
 
 def _warn_of_container_options(campaign: CampaignConfig) -> None:
@@ -376,36 +365,17 @@ def _warn_of_container_options(campaign: CampaignConfig) -> None:
         "io.env_file": campaign.io.env_file is not None,
         "health_check": campaign.health_check != CampaignHealthCheckConfig(),
     }
-    for name, is_set in options.items():
-        if is_set:
-            _logger.warning(
-                "%s has no effect: it applies to containers, and these experiments run in this Python", name
-            )
+    for name in (name for name, is_set in options.items() if is_set):
+        _logger.warning("%s has no effect: it applies to containers, and these experiments run in this Python", name)
 
 
-def _docker(
-    campaign: CampaignConfig, plan: Plan, folder: Path, environ: Mapping[str, str], reason: str
-) -> ExecutorChoice:
-    backends = _backends(plan)
-    files = find_compose_files(campaign.io.compose_file, folder, environ)
-    return ExecutorChoice(
-        "docker",
-        f"services {', '.join(backends)} of {describe_files(files)}",
-        reason,
-        make=lambda: docker_executor(campaign, plan, folder=folder, environ=environ),
-        detail=lambda: _images(campaign, backends, folder, environ),
-    )
-
-
-def _images(campaign: CampaignConfig, backends: Sequence[str], folder: Path, environ: Mapping[str, str]) -> str:
-    """The image of each service, or why it is unknown; nothing stays on disk."""
-    with tempfile.TemporaryDirectory(prefix="lem-plan-") as scratch:
-        try:
-            services = _project(campaign, folder, environ, Path(scratch)).described()
-        except ContainerError as error:
-            return f"images unknown: {error.message}"
-    named = {name: services[name].image for name in backends if name in services}
-    return "images " + ", ".join(f"{image or 'none'} ({name})" for name, image in named.items())
+def _images(project: ComposeProject, backends: Sequence[str]) -> str:
+    """The image of each service, or why it is unknown."""
+    try:
+        services = project.described()
+    except ContainerError as error:
+        return f"images unknown: {error.message}"
+    return "images " + ", ".join(f"{services[name].image or 'none'} ({name})" for name in backends if name in services)
 
 
 def docker_executor(
@@ -420,12 +390,12 @@ def docker_executor(
     backends = _backends(plan)
     # A number has the same meaning as for a local engine.
     visible = visible_gpus(find_gpus() if gpus is None else gpus, environ)
-    uuids = {str(number): gpu.uuid for number, gpu in enumerate(visible)} | {gpu.uuid: gpu.uuid for gpu in visible}
+    uuids = {str(number): gpu.uuid for number, gpu in enumerate(visible)}
     configs = {name: [item.config for item in plan.configurations if item.backend == name] for name in backends}
     gpus_of = {name: _gpus_named([item.gpus for item in items], visible) for name, items in configs.items()}
     return DockerExecutor(
         dataclasses.replace(
-            _project(campaign, folder, environ, folder / campaign.io.state_dir / campaign.slug),
+            _project(campaign, folder, environ),
             mounts_of={name: local_mounts(items) for name, items in configs.items()},
             gpus_of={name: uuids for name, uuids in gpus_of.items() if uuids is not None},
         ),
@@ -437,16 +407,16 @@ def docker_executor(
     )
 
 
-def _project(campaign: CampaignConfig, folder: Path, environ: Mapping[str, str], state_folder: Path) -> ComposeProject:
-    env_file = campaign.io.env_file
+def _project(campaign: CampaignConfig, folder: Path, environ: Mapping[str, str]) -> ComposeProject:
+    io = campaign.io
     return ComposeProject(
         # Not the slug alone: the user may have a project of that name, which would be taken down with ours.
         name=f"lem-{campaign.slug}",
-        files=find_compose_files(campaign.io.compose_file, folder, environ),
-        state_folder=state_folder.absolute(),
+        files=find_compose_files(io.compose_file, folder, environ),
+        state_folder=(folder / io.state_dir / campaign.slug).absolute(),
         working_dir=folder.absolute(),
-        results_dir=(folder / campaign.io.results_dir).absolute(),
-        env_file=None if env_file is None else (folder / env_file).absolute(),
+        results_dir=(folder / io.results_dir).absolute(),
+        env_file=None if io.env_file is None else (folder / io.env_file).absolute(),
         environ=environ,
     )
 

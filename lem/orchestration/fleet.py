@@ -67,8 +67,6 @@ def make_fleet_plan(
     _check_hosts(hosts)
     costs = costs_of(plan.configurations, measured_by_config or {})
     anchor, parts = (None, (frozenset(costs),) * len(hosts)) if is_replicated else divide(costs, len(hosts))
-    cycles = plan.execution.cycles
-    is_measured = bool(measured_by_config)
     return FleetPlan(
         campaign_id=campaign.campaign_id,
         campaign_name=campaign.campaign_name,
@@ -84,7 +82,7 @@ def make_fleet_plan(
             HostPart(
                 name,
                 tuple(item.exp_id for item in plan.experiments if item.config_hash in part),
-                sum(costs[digest] for digest in part) * cycles if is_measured else None,
+                sum(costs[digest] for digest in part) * plan.execution.cycles if measured_by_config else None,
             )
             for name, part in zip(hosts, parts, strict=True)
         ),
@@ -147,10 +145,10 @@ def part_of_plan(plan: Plan, index: int, count: int) -> Plan:
     return dataclasses.replace(plan, experiments=tuple(item for item in plan.experiments if item.config_hash in part))
 
 
-def take_part(plan: Plan, fleet_plan: FleetPlan, index: int, count: int | None) -> Plan:
+def take_part(plan: Plan, fleet_plan: FleetPlan, index: int, count: int) -> Plan:
     """The part of a plan that a stored one gives to the host of an index, from 1."""
     check_same(plan, fleet_plan)
-    if count is not None and count != len(fleet_plan.hosts):
+    if count != len(fleet_plan.hosts):
         raise UserError(f"the stored plan is for {len(fleet_plan.hosts)} hosts, not for {count}")
     chosen = set(fleet_plan.part(index).exp_ids)
     return dataclasses.replace(plan, experiments=tuple(item for item in plan.experiments if item.exp_id in chosen))

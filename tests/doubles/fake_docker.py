@@ -28,6 +28,20 @@ NO_PLUGIN = "docker: 'compose' is not a docker command.\nSee 'docker --help'"
 NO_GPU = 'Error response from daemon: could not select device driver "nvidia" with capabilities: [[gpu]]'
 
 
+DEVICE = {"driver": "nvidia", "count": -1, "capabilities": ["gpu"]}
+WITH_GPU = {"image": "img", "deploy": {"resources": {"reservations": {"devices": [DEVICE]}}}}
+UUID = "GPU-11111111-2222"
+GIB = 1024**3
+
+
+def reading(*processes: tuple[int, int | None], used_b: int = GIB, error: str | None = None) -> dict[str, Any]:
+    """What lem's NVML inside a container tells of one GPU of 10 GiB; processes have a pid and their memory."""
+    listed = [{"pid": pid, "memory_b": memory_b} for pid, memory_b in processes]
+    memory = {"memory_total_b": 10 * GIB, "memory_used_b": used_b}
+    gpu = {"index": 0, "uuid": UUID, "name": "Test GPU", "processes": listed, **memory}
+    return {"gpus": [] if error else [gpu], "driver": "1", "error": error}
+
+
 @dataclass(frozen=True)
 class FakeDocker:
     """The test's side: how the engine is, and what was asked of it."""

@@ -16,8 +16,6 @@ from tests.faults.scenarios import Scenario, Tools
 from tests.faults.trials import try_each
 from tests.faults.verdict import Verdict
 
-__all__ = ["CampaignFailed", "Case", "enumerate_points", "try_all", "try_moment", "try_point"]
-
 
 class CampaignFailed(RuntimeError):
     """What is to be disturbed fails by itself."""
@@ -27,11 +25,7 @@ Case = Callable[[Sandbox], Verdict]
 
 
 def enumerate_points(folder: Path, tools: Tools, scenario: Scenario) -> tuple[tuple[Point, ...], float]:
-    """The points of an undisturbed campaign in their order, and the seconds it took.
-
-    Raises:
-        CampaignFailed: the undisturbed campaign fails.
-    """
+    """The points of an undisturbed campaign in their order, and the seconds it took."""
     scenario.build()
     sandbox = Sandbox(folder, tools, scenario)
     begin = time.monotonic()
@@ -45,7 +39,6 @@ def enumerate_points(folder: Path, tools: Tools, scenario: Scenario) -> tuple[tu
 
 
 def try_point(point: Point, action: str, scenario: Scenario, sandbox: Sandbox) -> Verdict:
-    """What the fault cost at that point."""
     begin = time.monotonic()
     code = sandbox.run("--fresh", fault=sandbox.fault(point.process, point.event, point.nth, action))
     has_happened = any(entry.action for entry in read_journal(sandbox.journal))

@@ -23,8 +23,6 @@ from tests.faults.scenarios import PLAIN, Tools
 from tests.faults.verdict import Verdict
 from tests.synthetic_campaign import Campaign, Configuration
 
-__all__ = ["COMMANDS", "Command", "command_points", "try_command"]
-
 Pieces = Mapping[str, str]
 """What a command wrote, by name, with a digest; a piece is there whole or not at all."""
 
@@ -33,15 +31,11 @@ _HOSTS = ("one", "two")
 
 @dataclass(frozen=True)
 class Command:
-    """A command of lem that writes files.
-
-    Attributes:
-        look: the pieces that lie in a folder.
-    """
+    """A command of lem that writes files."""
 
     name: str
     words: tuple[str, ...]
-    look: Callable[[Path], Pieces]
+    look: Callable[[Path], Pieces]  # the pieces that lie in a folder
     options: tuple[str, ...] = ()
 
     def prepare(self, work: Path, rig: Path, tools: Tools) -> dict[str, str]:
@@ -109,11 +103,7 @@ COMMANDS = (
 
 
 def command_points(folder: Path, tools: Tools, command: Command) -> tuple[tuple[Point, ...], Pieces]:
-    """The points of the undisturbed command, and what it writes.
-
-    Raises:
-        CampaignFailed: it fails.
-    """
+    """The points of the undisturbed command, and what it writes."""
     sandbox = Sandbox(folder, tools, command)
     code = sandbox.start_lem(*command.words, fault=sandbox.fault()).wait()
     pieces = command.look(sandbox.folder)

@@ -37,8 +37,6 @@ from tests.faults.trials import Trial
 from tests.faults.verdict import Verdict
 from tests.processes import PATIENCE_S
 
-__all__ = ["container_moments", "container_points", "kill_in_containers", "try_in_containers"]
-
 OUTPUTS, CYCLES = (4, 8), 2
 EXPERIMENTS = len(OUTPUTS) * CYCLES
 _PROCESSES = ("host", "supervisor", "engine")
@@ -46,8 +44,6 @@ _PROCESSES = ("host", "supervisor", "engine")
 
 @dataclass(frozen=True)
 class _Left:
-    """What a campaign left on disk."""
-
     results: dict[str, bytes]
     partial: int
     duplicates: int
@@ -85,11 +81,9 @@ class _FaultRig(ContainerRig):
         return [*self._prefix, *super().command(*options, file=file)]
 
     def environ(self, rules: Sequence[Mapping[str, Any]] = (), **more: str) -> dict[str, str]:
-        """As for any campaign in containers, with the copied program and a clock of its own."""
         return {**super().environ(rules), **self._variables, **more}
 
     def manifest(self, campaign: str = "") -> CampaignManifest:
-        """The manifest as it is on disk."""
         return super().manifest(campaign or self.campaign)
 
     def begin(self, point: Point | None = None, action: str = "") -> Running:
@@ -101,17 +95,12 @@ class _FaultRig(ContainerRig):
         return self.start("--yes", "--fresh", LEMTEST_FAULT=fault.to_json())
 
     def resume(self) -> Ended:
-        """The campaign, gone on with."""
         self._prefix = ()
         return self.run("--resume")
 
 
 def container_points(folder: Path, tools: Tools) -> tuple[tuple[Point, ...], float]:
-    """The points of an undisturbed campaign in containers, and the seconds it took.
-
-    Raises:
-        CampaignFailed: it fails.
-    """
+    """The points of an undisturbed campaign in containers, and the seconds it took."""
     with _rig(folder, tools) as rig:
         begin = time.monotonic()
         ended = rig.begin().wait()
@@ -128,7 +117,6 @@ def container_moments(count: int, elapsed_s: float, rng: random.Random, tools: T
 
 
 def try_in_containers(point: Point, action: str, folder: Path, *, tools: Tools) -> Verdict:
-    """What the fault at that point cost."""
     case = f"{action} at {point.process} {point.event} {point.nth} ({point.detail})"
     with _rig(folder, tools) as rig:
         ended = rig.begin(point, action).wait()
@@ -137,7 +125,6 @@ def try_in_containers(point: Point, action: str, folder: Path, *, tools: Tools) 
 
 
 def kill_in_containers(moment: Moment, folder: Path, *, tools: Tools) -> Verdict:
-    """What SIGKILL at that moment cost."""
     case = f"SIGKILL to {moment.process} after {moment.after_s:.3f} s"
     with _rig(folder, tools) as rig:
         has_happened = _kill_after(rig, moment)
@@ -205,7 +192,6 @@ def _inside(rig: _FaultRig) -> dict[str, int]:
 
 
 def _processes_left(rig: _FaultRig) -> int:
-    """How many processes of lem are alive, here and inside, once they had the time to end by themselves."""
     return len(rig.marker.survivors()) + len(rig.workers_left_inside(PATIENCE_S))
 
 

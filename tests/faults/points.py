@@ -12,8 +12,6 @@ from pathlib import Path
 
 from tests.doubles.fault_injector import DURABLE_EVENTS, SIGNALS, Entry
 
-__all__ = ["Moment", "Point", "after_completed", "points_of", "random_moments", "spread", "thin"]
-
 # What is a signal, or happens to the machine, needs no call that could fail.
 WITHOUT_CALL = (*SIGNALS, "clock")
 

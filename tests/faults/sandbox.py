@@ -26,8 +26,6 @@ from tests.doubles import wall_clock
 from tests.doubles.fault_injector import VARIABLE, Fault, process_of
 from tests.faults.scenarios import Tools
 
-__all__ = ["AS_OTHERS", "Outcome", "Sandbox", "Setting", "Started", "copy_program"]
-
 ROOT = Path(__file__).resolve().parents[2]
 
 # A mark in the environment is inherited by everything a run starts, whatever session or group it moves to.
@@ -44,21 +42,13 @@ AS_OTHERS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a folder holds after a run.
+    """What a folder holds after a run."""
 
-    Attributes:
-        statuses: of the manifest's entries; () without a whole manifest.
-        results: whole results by their path in the folder, with their bytes.
-        partial: results, and the manifest, where they are there and not whole.
-        duplicates: experiments with more than one whole result.
-        durations_s: every duration that the results tell.
-    """
-
-    statuses: tuple[str, ...]
-    results: Mapping[str, bytes]
-    partial: tuple[str, ...]
-    duplicates: tuple[str, ...]
-    durations_s: tuple[float, ...]
+    statuses: tuple[str, ...]  # of the manifest's entries; () without a whole manifest
+    results: Mapping[str, bytes]  # whole results by their path in the folder, with their bytes
+    partial: tuple[str, ...]  # results, and the manifest, where they are there and not whole
+    duplicates: tuple[str, ...]  # experiments with more than one whole result
+    durations_s: tuple[float, ...]  # every duration that the results tell
 
 
 def copy_program(folder: Path) -> Tools:
@@ -85,11 +75,7 @@ class Setting(Protocol):
 
 
 class Sandbox:
-    """One campaign.
-
-    Attributes:
-        folder: in which it runs; nothing but what lem writes is changed there.
-    """
+    """One campaign in `folder`, where nothing but what lem writes is changed."""
 
     def __init__(self, folder: Path, tools: Tools, setting: Setting) -> None:
         """Write the campaign; `tools` is what `copy_program` made."""
@@ -102,12 +88,10 @@ class Sandbox:
 
     @property
     def journal(self) -> Path:
-        """The journal of the faulted run."""
         return self._rig / _JOURNAL
 
     @property
     def output(self) -> Path:
-        """What every command of this sandbox printed."""
         return self._rig / "output"
 
     def fault(self, process: str = "", event: str = "", nth: int = 0, action: str = "") -> Fault:
@@ -149,11 +133,9 @@ class Sandbox:
             Path(folder).chmod(0o755)
 
     def run(self, *options: str, fault: Fault | None = None) -> int:
-        """The exit code of the campaign, negative for a signal."""
         return self.start(*options, fault=fault).wait()
 
     def processes(self) -> dict[str, int]:
-        """Pids of living processes: host, supervisor, guardian (the engine's parent), engine, sampler."""
         found: dict[str, int] = {}
         engines: set[int] = set()
         for pid, argv in sorted(self._living()):
@@ -176,7 +158,6 @@ class Sandbox:
         return len(left)
 
     def look(self) -> Outcome:
-        """What the folder holds, read by the program's own codecs."""
         results: dict[str, bytes] = {}
         partial: list[str] = []
         experiments: Counter[str] = Counter()
@@ -201,7 +182,6 @@ class Sandbox:
         return Outcome(statuses, results, tuple(partial), duplicates, tuple(durations_s))
 
     def _broken_samples(self) -> Iterator[Path]:
-        """Sample logs that are there and not whole."""
         return (path for path in (self.folder / "results").rglob(FINISHED_FILENAME) if not _is_whole_log(path))
 
     def _living(self) -> Iterator[tuple[int, list[str]]]:
@@ -220,17 +200,11 @@ class Sandbox:
 
 @dataclass(frozen=True)
 class Started:
-    """A running campaign."""
-
     process: subprocess.Popen[bytes]
     sandbox: Sandbox
 
     def wait(self, timeout_s: float = RUN_TIMEOUT_S) -> int:
-        """The exit code; a run that does not end is killed and counts as one that hangs.
-
-        Raises:
-            TimeoutError: it did not end.
-        """
+        """The exit code; a run that does not end is killed and counts as one that hangs."""
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired as error:
@@ -240,7 +214,6 @@ class Started:
             raise TimeoutError(f"{self.sandbox.folder}: the campaign hangs") from error
 
     def has_ended_within(self, seconds: float) -> bool:
-        """Whether it ended by itself in that time."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
         return self.process.returncode is not None

@@ -13,8 +13,6 @@ from tests.doubles.fault_injector import WALL_CLOCK_OFFSET
 from tests.doubles.nvml.library import NvmlDouble, build_library
 from tests.doubles.nvml.traces import Counter, GpuTrace, Load, Thermal, Trace
 
-__all__ = ["METERED", "PLAIN", "SCENARIOS", "STEPPING", "TOPPED_UP", "Scenario", "Tools"]
-
 UUID = "GPU-11111111-2222-3333-4444-555555555555"
 _NVML_SCRIPT, _LOAD_LOG, _CLOCK = "nvml", "load", "clock"
 _HOUR_BACK = "".join(f"\\{byte:03o}" for byte in WALL_CLOCK_OFFSET.pack(-3600))
@@ -22,43 +20,29 @@ _HOUR_BACK = "".join(f"\\{byte:03o}" for byte in WALL_CLOCK_OFFSET.pack(-3600))
 
 @dataclass(frozen=True)
 class Tools:
-    """What is built once for all campaigns.
+    """What is built once for all campaigns."""
 
-    Attributes:
-        program: a copy of lem and of the doubles.
-        clock: the library of the wall clock.
-    """
-
-    program: Path
-    clock: Path
+    program: Path  # a copy of lem and of the doubles
+    clock: Path  # the library of the wall clock
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A small campaign, the same each time it is run undisturbed.
-
-    Attributes:
-        experiments: how many it ends with.
-        experiment: what all its experiments have in common.
-        options: of `lem campaign`.
-        is_metered: it runs beside a GPU, which is NVML's double, so samplers run.
-        is_stepping: the wall clock goes back by an hour within each window.
-        like_plain: so many experiments at its start write what those of PLAIN do; one fault is tried at a point there.
-    """
+    """A small campaign, the same each time it is run undisturbed."""
 
     name: str
-    experiments: int
+    experiments: int  # how many it ends with
     cycles: int
     outputs: tuple[int, ...]
-    experiment: Mapping[str, Any] = field(default_factory=dict)
-    options: tuple[str, ...] = ()
-    is_metered: bool = False
-    is_stepping: bool = False
+    experiment: Mapping[str, Any] = field(default_factory=dict)  # what all its experiments have in common
+    options: tuple[str, ...] = ()  # of `lem campaign`
+    is_metered: bool = False  # it runs beside a GPU, which is NVML's double, so samplers run
+    is_stepping: bool = False  # the wall clock goes back by an hour within each window
+    # so many experiments at its start write what those of PLAIN do; one fault is tried at a point there
     like_plain: int = 0
 
     @property
     def processes(self) -> tuple[str, ...]:
-        """The kinds of process that run it."""
         return ("host", "supervisor", "guardian", "engine", *(["sampler"] if self.is_metered else []))
 
     @property

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from tests.faults.verdict import Verdict
 
-__all__ = ["Trial", "try_each"]
-
 Trial = Callable[[Path], Verdict]
 """What a fault cost that was tried in that folder."""
 

@@ -5,47 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["Verdict", "format_table"]
-
 _COLUMNS = ("tried", "struck", "results lost", "partial", "duplicates", "incomplete", "wrong times", "processes left")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one fault cost.
+    """What one fault cost."""
 
-    Attributes:
-        what: the fault, for the table.
-        case: the fault, exactly.
-        has_happened: it struck before the run was over.
-        lost: results that were whole after the fault and are not there, or not the same, after the resume.
-        partial: results, sample logs or manifest that are there and not whole, after the fault or after the resume.
-        duplicates: experiments with more than one result at the end.
-        incomplete: experiments without a result, or not marked completed, at the end.
-        wrong_times: durations in the results that are negative, or longer than everything took.
-        processes_left: processes alive after the fault or after the resume.
-        notes: exit codes, and what else a person needs who looks into it.
-    """
-
-    what: str
-    case: str
-    has_happened: bool
-    lost: int = 0
+    what: str  # the fault, for the table
+    case: str  # the fault, exactly
+    has_happened: bool  # it struck before the run was over
+    lost: int = 0  # results that were whole after the fault and are not there, or not the same, after the resume
+    # results, sample logs or manifest that are there and not whole, after the fault or after the resume
     partial: int = 0
-    duplicates: int = 0
-    incomplete: int = 0
-    wrong_times: int = 0
-    processes_left: int = 0
-    notes: str = ""
+    duplicates: int = 0  # experiments with more than one result at the end
+    incomplete: int = 0  # experiments without a result, or not marked completed, at the end
+    wrong_times: int = 0  # durations in the results that are negative, or longer than everything took
+    processes_left: int = 0  # processes alive after the fault or after the resume
+    notes: str = ""  # exit codes, and what else a person needs who looks into it
 
     @property
     def costs(self) -> tuple[int, ...]:
-        """Everything that must be 0."""
         return (self.lost, self.partial, self.duplicates, self.incomplete, self.wrong_times, self.processes_left)
 
     @property
     def is_good(self) -> bool:
-        """Nothing was lost, doubled, cut off or left behind."""
         return not any(self.costs)
 
 

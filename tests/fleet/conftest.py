@@ -31,7 +31,6 @@ class Fleet:
 
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """The fleet."""
     reason = missing("fleet")
     if reason is not None:
         pytest.skip(reason)

@@ -14,8 +14,6 @@ from typing import Any
 
 from tests.fleet.hosts import Host, inventory
 
-__all__ = ["Controller", "Ended"]
-
 ROOT = Path(__file__).resolve().parents[2]
 PLAYBOOK_TIMEOUT_S = 600
 _RECAP = re.compile(r"^(\S+)\s+: (ok=\d+.*)$", re.MULTILINE)
@@ -23,8 +21,6 @@ _RECAP = re.compile(r"^(\S+)\s+: (ok=\d+.*)$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Ended:
-    """A playbook that ended."""
-
     code: int
     text: str
 
@@ -35,7 +31,6 @@ class Ended:
         return {name: int(number) for name, number in (word.split("=") for word in found[host].split())}
 
     def changed(self, *hosts: str) -> int:
-        """How many tasks changed something on these hosts."""
         return sum(self.counts(host)["changed"] for host in hosts)
 
 
@@ -74,13 +69,11 @@ class Controller:
         return Ended(ended.returncode, ended.stdout.decode(errors="replace"))
 
     def must(self, name: str, *words: str, **variables: Any) -> Ended:
-        """A playbook that ended well."""
         ended = self.play(name, *words, **variables)
         assert ended.code == 0, ended.text[-6000:]
         return ended
 
     def lem(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
-        """`lem` on the controller."""
         command = [sys.executable, "-I", str(self.pyz), *map(str, words)]
         return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=120, check=False)
 
@@ -116,6 +109,5 @@ class Controller:
         return str(path)
 
     def merged(self, name: str) -> dict[str, bytes]:
-        """Every merged `result.json` by its path."""
         folder = self.fleet_dir / name / "merged"
         return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("result.json"))}

@@ -15,8 +15,6 @@ from pathlib import Path
 from tests import processes
 from tests.lab.places import BASE_IMAGE, PACKAGES_TARGET, Places
 
-__all__ = ["DOUBLES", "MODEL", "NETWORK", "PATIENCE_S", "Host", "docker", "host_image", "start_host", "wait_for"]
-
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 COMPOSE_PLUGIN = Path("/usr/local/lib/docker/cli-plugins/docker-compose")
@@ -35,18 +33,13 @@ CAPABILITIES = ("SYS_ADMIN", "NET_ADMIN", "SYS_NICE", "SYS_PTRACE", "MKNOD")
 
 
 def docker(*words: str, stdin: bytes = b"", timeout_s: float = 600) -> str:
-    """What `docker` wrote to stdout."""
     ended = subprocess.run(["docker", *words], input=stdin, capture_output=True, timeout=timeout_s, check=False)
     assert ended.returncode == 0, f"docker {' '.join(words)}: {ended.stderr.decode(errors='replace')}"
     return ended.stdout.decode(errors="replace")
 
 
 def wait_for(what: str, look: Callable[[], bool]) -> None:
-    """Return once it is so.
-
-    Raises:
-        AssertionError: it did not become so in a time that means it never will.
-    """
+    """Return once it is so."""
     try:
         processes.wait_for(lambda: look() or None, PATIENCE_S)
     except TimeoutError as error:
@@ -69,33 +62,23 @@ def host_image() -> str:
 
 @dataclass(frozen=True)
 class Host:
-    """A host of the fleet.
+    """A host of the fleet."""
 
-    Attributes:
-        name: in the inventory.
-        container: its name in the engine of the lab.
-        has_network: whether anything but `docker exec` reaches it.
-    """
-
-    name: str
-    container: str
-    has_network: bool
+    name: str  # in the inventory
+    container: str  # its name in the engine of the lab
+    has_network: bool  # whether anything but `docker exec` reaches it
 
     def run(self, *words: str, stdin: bytes = b"") -> str:
-        """What a command on the host, as root, wrote to stdout."""
         return docker("exec", "--interactive", self.container, *words, stdin=stdin)
 
     def answers(self, *words: str) -> bool:
-        """Whether a command on the host ends well."""
         command = ["docker", "exec", self.container, *words]
         return subprocess.run(command, capture_output=True, timeout=120, check=False).returncode == 0
 
     def read(self, path: str) -> str:
-        """A file on the host."""
         return self.run("cat", path)
 
     def show(self, unit: str, prop: str) -> str:
-        """A property of a unit."""
         return self.run("systemctl", "show", "--value", f"--property={prop}", unit).strip()
 
     def results(self, campaign: str) -> dict[str, str]:
@@ -129,20 +112,16 @@ class Host:
         return int(docker("port", self.container, "22/tcp").split(":")[1])
 
     def kill(self) -> None:
-        """Pull the plug."""
         docker("kill", self.container)
 
     def start(self) -> None:
-        """Switch it on."""
         docker("start", self.container)
         self.wait_until_up()
 
     def wait_until_up(self) -> None:
-        """Return when systemd has started everything."""
         wait_for(f"{self.name} is up", lambda: self.answers("systemctl", "is-system-running", "--wait"))
 
     def remove(self) -> None:
-        """Take it away with all that it has."""
         docker("rm", "--force", "--volumes", self.container)
 
 
@@ -171,6 +150,5 @@ def start_host(name: str, key: Path, *, has_network: bool = True, more: Sequence
 
 
 def inventory(hosts: Sequence[Host], key: Path, folder: Path) -> str:
-    """An inventory of the hosts, which is JSON and so YAML."""
     named = {host.name: host.variables(key, folder / "known_hosts") for host in hosts}
     return json.dumps({"lem": {"hosts": named}}, indent=2)

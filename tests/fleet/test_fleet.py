@@ -38,7 +38,6 @@ def environment(*rules: dict[str, Any]) -> dict[str, str]:
 
 
 def trivial(*rules: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """The variables of a campaign on the trivial engine."""
     return {
         "lem_campaign_executor": "local",
         "lem_campaign_environment": environment(*rules),

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from lem.orchestration.dispatch import Worker
 from tests.doubles.nvml.library import NvmlDouble
 from tests.weather.rig import LOCAL_NVML, SERVICE, WeatherRig
 
@@ -59,7 +60,7 @@ def test_memory_of_others_is_held_against_the_threshold(rig, manager, threshold_
 
 
 def test_memory_of_a_worker_of_our_own_does_not_count(rig, manager):
-    worker = manager.worker_in(SERVICE)
+    worker = manager.worker_in(SERVICE, Worker)
     try:
         worker.open()
         pid = rig.pids_inside()[0]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lem.orchestration.container import ContainerManager
+from lem.orchestration.dispatch import Worker
 from tests.campaign_rig import Running
 from tests.container_rig import ContainerRig, docker
 from tests.processes import wait_for
@@ -98,7 +99,7 @@ def test_a_restarted_service_is_the_same_container_and_a_broken_one_is_not(
 
 
 def test_a_worker_is_opened_and_nothing_of_it_stays(rig: ContainerRig, manager: ContainerManager) -> None:
-    worker = manager.worker_in("pytorch")
+    worker = manager.worker_in("pytorch", Worker)
     worker.open()
     assert worker.environment["torch"] == "1.0"
     assert len(rig.workers_inside()) == 1

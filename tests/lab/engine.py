@@ -18,8 +18,6 @@ from tests.lab.places import LABEL, SOCKET, Places
 from tests.lab.steps import answer, must, step
 from tests.processes import wait_until_ended
 
-__all__ = ["Engine", "engine_version", "own_engine", "remove_containers", "remove_data", "start_engine", "stop_engine"]
-
 START_TIMEOUT_S = 90
 STOP_TIMEOUT_S = 60
 DOCKER_TIMEOUT_S = 120
@@ -54,11 +52,7 @@ def own_engine(places: Places) -> Engine | None:
 
 
 def start_engine(places: Places) -> None:
-    """Have an engine that `docker` reaches.
-
-    Raises:
-        UserError: dockerd did not come up; the message holds the end of its log.
-    """
+    """Have an engine that `docker` reaches."""
     with step("Docker Engine") as current:
         if version := engine_version():
             return current.skip(f"version {version} answers")

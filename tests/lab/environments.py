@@ -10,8 +10,6 @@ from lem.base.errors import UserError
 from tests.lab.places import RECIPES, ROOT, Places
 from tests.lab.steps import answer, must, step
 
-__all__ = ["VLLM_VERSION", "adapt_vllm", "is_filled", "provide_environment", "provide_model", "remove_folder"]
-
 INSTALL_TIMEOUT_S = 3600
 MODEL_TIMEOUT_S = 300
 PYTHON_VERSION = "3.11"  # of Debian 12, and so of the base image

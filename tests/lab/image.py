@@ -12,8 +12,6 @@ from tests.lab.packages import debian_mirror
 from tests.lab.places import BASE_IMAGE, LABEL, Places, digest
 from tests.lab.steps import answer, must, step
 
-__all__ = ["RECIPE", "image_recipe", "provide_image", "remove_image"]
-
 BUILD_TIMEOUT_S = 900
 SUITE = "bookworm"
 # libnuma1 is what the CPU build of vLLM links to; torch.compile, which vLLM uses unless told otherwise, writes C++ that

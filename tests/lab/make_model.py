@@ -12,8 +12,6 @@ from pathlib import Path
 
 from examples import make_demo_model
 
-__all__ = ["main"]
-
 NARROWEST_HEAD = 32
 
 

@@ -11,8 +11,6 @@ from lem.base.errors import UserError
 from tests.lab.places import Places
 from tests.lab.steps import answer, must, step
 
-__all__ = ["compose_version", "debian_mirror", "install_packages", "provide_compose", "remove_compose"]
-
 APT_TIMEOUT_S = 900
 COMPOSE_SUITE = "trixie"
 COMPOSE_PACKAGE = "docker-compose"
@@ -33,7 +31,6 @@ POLICY = Path("/usr/sbin/policy-rc.d")
 
 
 def install_packages(names: tuple[str, ...]) -> None:
-    """Install those of the named packages that are missing."""
     with step(f"packages {', '.join(names)}") as current:
         missing = [name for name in names if not PACKAGES[name].exists()]
         if not missing:
@@ -63,11 +60,7 @@ class _no_service_started:  # noqa: N801 - reads as the context that it is
 
 
 def debian_mirror() -> tuple[str, str]:
-    """The address this machine takes the Debian archive itself from, and the codename of its release.
-
-    Raises:
-        UserError: apt knows no such source.
-    """
+    """The address this machine takes the Debian archive itself from, and the codename of its release."""
     wanted = "$(CODENAME) $(COMPONENT) $(REPO_URI)"
     for line in (answer(["apt-get", "indextargets", "--format", wanted, "Created-By: Packages"]) or "").splitlines():
         codename, component, address = line.split(maxsplit=2)
@@ -77,7 +70,6 @@ def debian_mirror() -> tuple[str, str]:
 
 
 def provide_compose(places: Places) -> None:
-    """Make `docker compose` answer with a version that lem understands."""
     with step("Compose v2") as current:
         version = compose_version()
         if version is not None:

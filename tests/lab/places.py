@@ -8,21 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = [
-    "BACKENDS",
-    "BASE_IMAGE",
-    "COMPOSE_FILES",
-    "FOLDER_VARIABLE",
-    "LABEL",
-    "MODELS",
-    "PACKAGES_TARGET",
-    "RECIPES",
-    "ROOT",
-    "SOCKET",
-    "Places",
-    "digest",
-]
-
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = Path(__file__).resolve().parent
 
@@ -62,15 +47,12 @@ class Places:
         return self.folder / "models"
 
     def tarball(self, recipe: str) -> Path:
-        """The base image as it was made by a recipe."""
         return self.folder / "base" / f"{recipe}.tar"
 
     def environment(self, backend: str) -> Path:
-        """The virtual environment of a backend."""
         return self.folder / "environments" / backend
 
     def packages(self, backend: str) -> Path:
-        """The folder of a backend's packages, which its container sees."""
         return self.environment(backend) / "lib/python3.11/site-packages"
 
     def variables(self) -> dict[str, str]:

@@ -10,8 +10,6 @@ from tests.lab.image import RECIPE, image_recipe
 from tests.lab.packages import compose_version
 from tests.lab.places import BACKENDS, BASE_IMAGE, COMPOSE_FILES, MODELS, Places
 
-__all__ = ["lacking", "report"]
-
 
 def lacking(places: Places) -> tuple[str, ...]:
     """A line for each thing that is missing; empty when the lab is up."""
@@ -34,7 +32,6 @@ def _missing(places: Places) -> Iterator[str]:
 
 
 def report(places: Places) -> tuple[str, ...]:
-    """Where everything is, a line each."""
     engine = own_engine(places)
     whose = f"the lab's own, process {engine.process.pid}, log {engine.log}" if engine else "not the lab's"
     version = engine_version()

@@ -10,8 +10,6 @@ from pathlib import Path
 from lem.base.errors import UserError
 from lem.base.process import copyable, describe_exit, run
 
-__all__ = ["Step", "answer", "must", "step"]
-
 ANSWER_TIMEOUT_S = 60
 LINES_SHOWN = 15
 
@@ -23,7 +21,6 @@ class Step:
         self.outcome = "done"
 
     def skip(self, why: str) -> None:
-        """Say why there was nothing to do."""
         self.outcome = f"nothing to do, {why}"
 
 
@@ -40,11 +37,7 @@ def step(name: str) -> Iterator[Step]:
 def must(
     argv: Sequence[str], *, timeout_s: float, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> str:
-    """What a program wrote to stdout.
-
-    Raises:
-        UserError: it failed, is not there or took too long; the message holds the last lines it wrote.
-    """
+    """What a program wrote to stdout."""
     finished = run(argv, timeout_s=timeout_s, env=env, cwd=cwd)
     if finished.code == 0:
         return finished.stdout

@@ -16,8 +16,6 @@ from tests.weather.proxy import EngineProxy
 from tests.weather.rig import LOCAL_NVML, SERVICE, WeatherRig
 from tests.weather.verdict import VICTIM, Case
 
-__all__ = ["CASES"]
-
 MIB = 1024 * 1024
 
 # The supervisor is the worker that is not the engine. Its own stdout leads elsewhere, since libraries print; the
@@ -45,8 +43,6 @@ def _at(at: str, do: str, **more: Any) -> dict[str, Any]:
 
 
 def _engine(*rules: Mapping[str, Any], once: bool = False, **options: Any) -> Callable[[WeatherRig], Ended]:
-    """An engine that does that."""
-
     def strike(rig: WeatherRig) -> Ended:
         rig.options.update(options)
         rig.be(
@@ -92,8 +88,6 @@ def _stubborn(at: str, act: Callable[[WeatherRig, Running], None]) -> Callable[[
 
 
 def _with(**variables: str) -> Callable[[WeatherRig], Ended]:
-    """A machine whose environment is that."""
-
     def strike(rig: WeatherRig) -> Ended:
         rig.variables.update(variables)
         return rig.run("--yes", "--json")

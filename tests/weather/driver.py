@@ -11,8 +11,6 @@ from pathlib import Path
 
 from tests.weather.verdict import Case, Verdict, judge
 
-__all__ = ["judge_all"]
-
 UMOUNT_TIMEOUT_S = 30
 
 

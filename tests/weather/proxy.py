@@ -9,8 +9,6 @@ from pathlib import Path
 
 from tests.lab.places import SOCKET
 
-__all__ = ["EngineProxy"]
-
 _CHUNK_B = 65536
 
 
@@ -29,11 +27,9 @@ class EngineProxy:
 
     @property
     def host(self) -> str:
-        """The value for DOCKER_HOST."""
         return f"unix://{self.path}"
 
     def lose(self) -> None:
-        """Break every connection off and take no more."""
         with self._lock:
             self._is_lost = True
             self.path.unlink(missing_ok=True)

@@ -15,14 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lem.orchestration.container import ContainerManager, bare_project
+from lem.orchestration.container import ContainerManager
 from lem.orchestration.manifest import CampaignManifest, ManifestManager
 from tests.campaign_rig import CampaignRig, campaign_text
 from tests.doubles.nvml.library import NvmlDouble, build_library
 from tests.lab.places import COMPOSE_FILES, Places
 from tests.processes import Marker, wait_until_ended
-
-__all__ = ["LOCAL_NVML", "SERVICE", "WeatherRig"]
 
 ROOT = Path(__file__).resolve().parents[2]
 DOUBLES = ROOT / "tests" / "doubles"
@@ -40,18 +38,13 @@ GPU_DEVICE = Path("/dev/nvidia-lemtest")
 
 
 class WeatherRig(CampaignRig):
-    """One folder with a campaign that runs in containers of its own.
-
-    Attributes:
-        shared: a folder that is at the same path inside, and can be written to on both sides.
-        inside: the mark of every process in the containers.
-    """
+    """One folder with a campaign that runs in containers of its own."""
 
     def __init__(self, folder: Path, *, name: str | None = None, outputs: Sequence[int] = (4, 8, 16), **more: Any):
         self.name = name or f"weather-{secrets.token_hex(4)}"
         self.project = f"lem-{self.name}"
-        self.shared = folder / "shared"
-        self.inside = Marker()
+        self.shared = folder / "shared"  # at the same path inside, and writable on both sides
+        self.inside = Marker()  # of every process in the containers
         self.variables: dict[str, str] = {}
         self.options: dict[str, Any] = {}
         self.has_gpu = False
@@ -68,7 +61,6 @@ class WeatherRig(CampaignRig):
 
     @property
     def override(self) -> Path:
-        """The compose file that puts the doubles into the service."""
         return self.shared.parent / "weather.yml"
 
     @property
@@ -132,26 +124,23 @@ class WeatherRig(CampaignRig):
 
     def manager(self) -> ContainerManager:
         """The containers as a script of a person's own would use them, in a project of this rig."""
-        project = bare_project(self.compose_files, self.folder, self.environ())
-        return ContainerManager(project=dataclasses.replace(project, name=self.project))
+        manager = ContainerManager(self.compose_files, self.folder, environ=self.environ())
+        manager.project = dataclasses.replace(manager.project, name=self.project)
+        return manager
 
     def command(self, *options: str, file: str = "c.yaml") -> list[str]:
-        """`lem campaign` with these options, in containers."""
         return [sys.executable, "-m", "lem", "campaign", file, "--executor", "docker", *options]
 
     def manifest(self, campaign: str = "") -> CampaignManifest:
-        """The manifest as it is on disk."""
         path = self.folder / ".state" / (campaign or self.name) / "campaign_manifest.json"
         manifest = ManifestManager(path).load_strict()
         assert manifest is not None
         return manifest
 
     def has_manifest(self) -> bool:
-        """Whether a campaign was begun."""
         return (self.folder / ".state" / self.name / "campaign_manifest.json").exists()
 
     def docker(self, *words: str) -> str:
-        """What docker printed."""
         finished = subprocess.run(
             ["docker", *words], capture_output=True, text=True, timeout=CALL_TIMEOUT_S, check=False
         )
@@ -159,11 +148,9 @@ class WeatherRig(CampaignRig):
         return finished.stdout.strip()
 
     def containers(self) -> list[str]:
-        """The containers of the project that are there, running or not."""
         return self.docker("ps", "-aq", "--filter", f"label=com.docker.compose.project={self.project}").split()
 
     def container(self) -> str:
-        """The one container, once it runs."""
         (found,) = self.docker("ps", "-q", "--filter", f"label=com.docker.compose.project={self.project}").split()
         return found
 
@@ -180,7 +167,6 @@ class WeatherRig(CampaignRig):
 
     @contextlib.contextmanager
     def cleaned(self) -> Iterator[WeatherRig]:
-        """Leave no process and no container behind, however the block ends."""
         try:
             yield self
         finally:

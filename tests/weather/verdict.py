@@ -13,8 +13,6 @@ from typing import Any
 from tests.campaign_rig import Ended
 from tests.weather.rig import WeatherRig
 
-__all__ = ["VICTIM", "Case", "Verdict", "find_wrongs", "format_table", "judge", "what_it_said"]
-
 # The output tokens by which the experiment in the middle is known, which the weather strikes.
 VICTIM = 8
 COMPLETED = "completed"
@@ -22,54 +20,34 @@ COMPLETED = "completed"
 
 @dataclass(frozen=True)
 class Verdict:
-    """One row.
-
-    Attributes:
-        said: what lem said of the weather.
-        code: exit code of the campaign that the weather struck.
-        others: of the experiments that it did not strike, how many were completed then, and of how many.
-        resumed: how many experiments are completed after the resume, and of how many.
-        left: processes of lem that were there ten seconds after it ended, and again after the resume.
-        problems: what is not as it should be; () for a good one.
-    """
+    """One row."""
 
     weather: str
-    said: str
-    code: int
-    others: tuple[int, int]
-    resumed: tuple[int, int]
-    left: int
-    problems: tuple[str, ...] = ()
+    said: str  # what lem said of the weather
+    code: int  # exit code of the campaign that the weather struck
+    others: tuple[int, int]  # of the experiments that it did not strike, how many were completed then, and of how many
+    resumed: tuple[int, int]  # how many experiments are completed after the resume, and of how many
+    left: int  # processes of lem that were there ten seconds after it ended, and again after the resume
+    problems: tuple[str, ...] = ()  # what is not as it should be; () for a good one
 
 
 @dataclass(frozen=True)
 class Case:
-    """A weather.
-
-    Attributes:
-        strike: runs the campaign in it, and gives how that ended.
-        says: what lem has to say of it, then or at the resume, a regular expression.
-        code: the exit code that it has to have.
-        victim: how the experiment in the middle has to end: `completed` (by a retry), `failed`, `pending`, or None
-            when no campaign can begin.
-        stops: the experiments behind the one struck stay pending.
-        clear: ends the weather; it is a new day for the containers in any case.
-        outputs, top, execution: of the campaign.
-    """
+    """A weather."""
 
     name: str
-    strike: Callable[[WeatherRig], Ended]
-    says: str
-    code: int
+    strike: Callable[[WeatherRig], Ended]  # runs the campaign in it, and gives how that ended
+    says: str  # a regular expression of what lem has to say of it, then or at the resume
+    code: int  # the exit code that it has to have
+    # How the experiment in the middle has to end: `completed` (by a retry), `failed`, `pending`; None: none can begin.
     victim: str | None
-    stops: bool = False
-    clear: Callable[[WeatherRig], None] = lambda _rig: None
-    top: str = ""
+    stops: bool = False  # the experiments behind the one struck stay pending
+    clear: Callable[[WeatherRig], None] = lambda _rig: None  # ends the weather; for containers it is a new day anyway
+    top: str = ""  # of the campaign, as `execution`
     execution: Mapping[str, Any] = field(default_factory=dict)
 
 
 def judge(case: Case, folder: Path) -> Verdict:
-    """What the weather cost, in containers of its own."""
     rig = WeatherRig(folder, top=case.top, **case.execution)
     with rig.cleaned():
         ended = case.strike(rig)
@@ -157,7 +135,6 @@ def _told(ended: Ended) -> Iterator[str]:
 
 
 def format_table(verdicts: Iterable[Verdict], width: int = 70) -> str:
-    """One row a weather."""
     rows = [("weather", "lem said", "exit", "others", "resumed", "left")]
     for item in verdicts:
         others = "-" if item.others[1] == 0 else f"{item.others[0]}/{item.others[1]}"

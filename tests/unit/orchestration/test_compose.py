@@ -100,7 +100,7 @@ def test_the_variables_of_the_compose_file_are_set(fake: FakeDocker, tmp_path: P
     found = project(
         fake, tmp_path, {"HF_HOME": str(tmp_path / "hf")}, gpus_of={"vllm": ("GPU-2",), "pytorch": ("GPU-1",)}
     )
-    env = found.prepare(["vllm"]).docker.env
+    env = found.prepare(["vllm"]).env
     assert env["LEM_GPU_IDS"] == "GPU-1,GPU-2"
     assert env["LEM_UID"] == str(os.getuid())
     assert env["LEM_RESULTS_DIR"] == str(tmp_path / "results")
@@ -171,7 +171,7 @@ def test_lists_are_replaced_where_compose_can(
     fake.change(compose=version)
     compose = project(fake, tmp_path, gpus_of={"vllm": ("GPU-1",)}).prepare(["vllm"])
     assert ("!override" in compose.files[-1].read_text()) is is_replaced
-    assert compose.docker.env["LEM_GPU_IDS"] == "GPU-1"
+    assert compose.env["LEM_GPU_IDS"] == "GPU-1"
 
 
 def test_the_container_knows_its_user_and_the_datasets(fake: FakeDocker, tmp_path: Path) -> None:

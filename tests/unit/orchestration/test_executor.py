@@ -24,7 +24,7 @@ from lem.meters.nvml import GpuFacts
 from lem.orchestration.compose import ComposeProject, find_compose_files
 from lem.orchestration.dispatch import LocalExecutor, Outcome, Timeouts
 from lem.orchestration.docker import ContainerError
-from lem.orchestration.executor import ContainerLost, DockerExecutor, ExecutorChoice, choose_executor, docker_executor
+from lem.orchestration.executor import DockerExecutor, ExecutorChoice, choose_executor, docker_executor
 from lem.orchestration.plan import build_plan
 from lem.record import read_record
 from lem.worker.channel import RunRequest
@@ -162,7 +162,7 @@ def test_a_gpu_that_the_other_container_holds_is_waited_for_and_then_freed(place
     )
     executor = place.executor("pytorch", "vllm", free_timeout_s=0.5)
     assert run(executor, place.request("one")).error is None
-    with pytest.raises(ContainerLost, match=r"still in use by the containers of pytorch"):
+    with pytest.raises(InfrastructureError, match=r"still in use by the containers of pytorch"):
         run(executor, place.request("two", "vllm"), "vllm")
     assert place.fake.compose_calls("up")[-1][-1] == "pytorch", "its container was replaced"
     place.fake.change(gpus={"pytorch": reading(), "vllm": reading(99)})
@@ -186,7 +186,7 @@ def test_gpus_are_named_by_uuid_inside(
     place.fake.change(services={"pytorch": service}, gpus={"pytorch": reading()})
     executor = place.executor(gpu_uuids={"0": UUID, UUID: UUID})
     executor.worker_for("pytorch")
-    assert executor.adapt("pytorch", place.request("one", gpus=gpus)).config["gpus"] == seen
+    assert executor.worker_for("pytorch").adapt(place.request("one", gpus=gpus)).config["gpus"] == seen
 
 
 def test_a_result_is_not_valid_when_the_gpu_was_lost_meanwhile(place: Place) -> None:
@@ -299,7 +299,7 @@ def test_health_that_cannot_be_recovered_stops_the_campaign(place: Place) -> Non
     executor = place.executor(health=CampaignHealthCheckConfig(max_restarts=1))
     executor.worker_for("pytorch")
     place.fake.change(silent=["pytorch"], after_restart="exited", after_up="exited")
-    with pytest.raises(ContainerLost):
+    with pytest.raises(InfrastructureError):
         executor.look_after(lambda _text: None)
 
 
