@@ -23,7 +23,9 @@ def _issues(*reasons, severity="warning"):
 
 
 def _job(campaign, place="python3"):
-    return Job(campaign, build_plan(campaign), ExecutorChoice("local", place, "requested", LocalExecutor))
+    return Job(
+        campaign, build_plan(campaign), ExecutorChoice("local", LocalExecutor, lambda: f"local, {place} (requested)")
+    )
 
 
 def _render(campaign, measured=None, loads=None, gap=None, place="python3"):
