@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import statistics
 import uuid
@@ -43,11 +44,9 @@ class ResidentEngine:
         self,
         load: Callable[[ExperimentConfig, Mapping[str, str]], Engine] = load_engine,
         clock: Clock | None = None,
-        load_id: Callable[[], str] = lambda: uuid.uuid4().hex[:16],
     ) -> None:
         self._load = load
         self._clock = clock or SystemClock()
-        self._new_load_id = load_id
         self._engine: Engine | None = None
         self._engine_key: str | None = None
         self._load_id = ""
@@ -76,7 +75,7 @@ class ResidentEngine:
             engine.close()
             raise
         load_s = seconds_between(started_ns, self._clock.monotonic_ns()) - report.checks_s - (report.compile_s or 0.0)
-        self._engine, self._engine_key, self._load_id = engine, engine_key, self._new_load_id()
+        self._engine, self._engine_key, self._load_id = engine, engine_key, uuid.uuid4().hex[:16]
         return Residence(engine, report, load_s, False, self._load_id)
 
     def unload(self) -> None:
@@ -189,38 +188,33 @@ def _measure(
             min_window_s=min_window_s,
             ramp_limit_s=max(min_window_s, RAMP_STEPS * (warmup.step_s or 0.0)),
         )
-        report = _at_intervals(metering.reporter, clock, lambda done: (done, None, f"{done} requests"))
+        report = _at_intervals(metering.reporter, clock, "{} requests")
         return metering.measure_steady(lambda: measure_traffic(engine, requests, plan, clock, report))
 
     def run(requests: Sequence[TokenRequest], what: str) -> MeasuredWindow:
-        # How often the set will be repeated is known when the window is long enough: only the first pass has an end.
-        def describe_pass(done: int) -> tuple[int, int | None, str]:
-            return done, len(requests) if done <= len(requests) else None, f"{done} {what}"
-
         return measure_batch(
             engine,
             requests,
             min_window_s=min_window_s,
             observe_tokens=config.streaming,
             clock=clock,
-            report=_at_intervals(metering.reporter, clock, describe_pass),
+            # How often the set will be repeated is not known before its end: only the first pass has a total.
+            report=_at_intervals(metering.reporter, clock, what, len(requests)),
         )
 
-    measured = metering.measure_closed(lambda: run(requests, "requests"))
+    measured = metering.measure_closed(lambda: run(requests, "{} requests"))
     if config.measurement.phases:
         # A prefill ends with the first output token.
         prefills = [
             dataclasses.replace(item, max_output_tokens=1, min_output_tokens=min(1, item.min_output_tokens))
             for item in requests
         ]
-        metering.measure_prefill(lambda: run(prefills, "prefills"))
+        metering.measure_prefill(lambda: run(prefills, "{} prefills"))
     return measured
 
 
-def _at_intervals(
-    reporter: Reporter, clock: Clock, describe_done: Callable[[int], tuple[int, int | None, str]]
-) -> Callable[[int], None]:
-    """Reports at most once a second, since reporting is not part of what is measured."""
+def _at_intervals(reporter: Reporter, clock: Clock, text: str, total: int = 0) -> Callable[[int], None]:
+    """Reports at most once a second, since reporting is not part of what is measured; without a total beyond it."""
     next_ns = clock.monotonic_ns()
 
     def report(done: int) -> None:
@@ -228,7 +222,7 @@ def _at_intervals(
         now_ns = clock.monotonic_ns()
         if now_ns >= next_ns:
             next_ns = now_ns + round(REPORT_EVERY_S * NS_PER_S)
-            reporter.progress(*describe_done(done))
+            reporter.progress(done, total if done <= total else None, text.format(done))
 
     return report
 
@@ -263,7 +257,7 @@ def _warm_up(
         return completions
 
     source = DisjointRequests(requests, seed=config.random_seed or 0)
-    report = _at_intervals(reporter, clock, lambda done: (done, None, "warm-up prompts"))
+    report = _at_intervals(reporter, clock, "warm-up prompts")
     step = functools.partial(serve_all, engine) if config.traffic_simulation.enabled else run_step
     return warm_up(source, _width(config, len(requests)), config.warmup, step, clock, report)
 
@@ -314,15 +308,18 @@ def warm_up(
         if source.is_typical(requests):
             costs.append(step_s / max(1, sum(len(item.output_ids) for item in completions)))
         report(prompts)
+        variation = variation_of(costs, settings.window_size)
         if prompts >= floor:
-            converged = settings.convergence_detection and has_settled(costs, settings)
+            converged = settings.convergence_detection and variation < settings.cv_threshold
             if converged or prompts + width > cap:
                 break
         if settings.timeout_seconds and seconds_between(begin_ns, now_ns) >= settings.timeout_seconds:
             break
     warnings = []
     if settings.convergence_detection and not converged:
-        warnings.append(_unsettled(prompts, costs, settings))
+        unsettled = {"variation": variation, "threshold": settings.cv_threshold}
+        code, data = ("warmup_too_few_steps", {}) if variation == math.inf else ("warmup_unsettled", unsettled)
+        warnings.append(Reason.of(code, prompts=prompts, **data))
     if failures:
         warnings.append(Reason.of("warmup_requests_failed", failed=len(failures), total=prompts, first=failures[0]))
     if prompts < floor:
@@ -338,22 +335,8 @@ def warm_up(
     )
 
 
-def has_settled(costs: Sequence[float], settings: WarmupConfig) -> bool:
-    """Whether the last `window_size` values vary by less than `cv_threshold` (standard deviation / mean)."""
-    variation = _variation(costs, settings)
-    return variation is not None and variation < settings.cv_threshold
-
-
-def _variation(costs: Sequence[float], settings: WarmupConfig) -> float | None:
-    last = costs[-settings.window_size :]
+def variation_of(costs: Sequence[float], window_size: int) -> float:
+    """Standard deviation / mean of the last `window_size` values; infinite for fewer."""
+    last = costs[-window_size:]
     mean = statistics.fmean(last) if last else 0.0
-    if len(last) < settings.window_size or mean == 0:
-        return None
-    return statistics.stdev(last) / mean
-
-
-def _unsettled(prompts: int, costs: Sequence[float], settings: WarmupConfig) -> Reason:
-    variation = _variation(costs, settings)
-    if variation is None:
-        return Reason.of("warmup_too_few_steps", prompts=prompts)
-    return Reason.of("warmup_unsettled", prompts=prompts, variation=variation, threshold=settings.cv_threshold)
+    return statistics.stdev(last) / mean if len(last) == window_size and mean > 0 else math.inf

@@ -83,21 +83,19 @@ class DisjointRequests:
 
     def __init__(self, requests: Sequence[TokenRequest], seed: int) -> None:
         self.is_disjoint = True  # every request made so far differs from every given one
-        self._shapes = tuple(requests)
+        self._shapes = sorted(requests, key=_shape_of)
+        self._in_turn = itertools.cycle(requests)
         self._rng = random.Random(seed)
         self._measured = frozenset(request.token_ids for request in requests)
         self._made: set[tuple[int, ...]] = set()
-        self._count = 0
-        self._place = 0
+        self._indices = itertools.count()
         has_leader = len({request.token_ids[0] for request in requests}) == 1 and len(requests) > 1
         self._leader = 1 if has_leader and all(len(request.token_ids) > 1 for request in requests) else 0
         self._pool = [token for request in requests for token in request.token_ids[self._leader :]]
 
     def take(self, count: int) -> list[TokenRequest]:
         """Requests of the given shapes in their order, going on where the last call stopped, over and over."""
-        shapes = [self._shapes[(self._place + step) % len(self._shapes)] for step in range(count)]
-        self._place += count
-        return [self._make(shape) for shape in shapes]
+        return [self._make(shape) for shape in itertools.islice(self._in_turn, count)]
 
     def take_typical(self, count: int) -> list[TokenRequest]:
         """Requests whose shapes are spread evenly over the given ones by length: the same shapes at every call."""
@@ -108,15 +106,13 @@ class DisjointRequests:
         return sorted(map(_shape_of, requests)) == [_shape_of(shape) for shape in self._typical(len(requests))]
 
     def _typical(self, count: int) -> list[TokenRequest]:
-        ordered = sorted(self._shapes, key=_shape_of)
-        return [ordered[(2 * step + 1) * len(ordered) // (2 * count)] for step in range(count)]
+        return [self._shapes[(2 * step + 1) * len(self._shapes) // (2 * count)] for step in range(count)]
 
     def _make(self, shape: TokenRequest) -> TokenRequest:
         ids = self._other_ids(shape.token_ids)
         self.is_disjoint = self.is_disjoint and ids not in self._measured
         self._made.add(ids)
-        self._count += 1
-        return replace(shape, index=self._count - 1, token_ids=ids)
+        return replace(shape, index=next(self._indices), token_ids=ids)
 
     def _other_ids(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         drawn = ids
@@ -205,12 +201,10 @@ class PreparedQueue:
         self._waiting = deque(requests)
 
     def take(self, limit: int) -> tuple[TokenRequest, ...]:
-        """Up to `limit` of the requests left."""
         with self._lock:
             return tuple(self._waiting.popleft() for _ in range(min(limit, len(self._waiting))))
 
     def complete(self, completion: Completion) -> None:
-        """Keep a completion."""
         with self._lock:
             self.completions.append(completion)
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from lem.config.experiment import ExperimentConfig, WarmupConfig
 from lem.engines.protocol import Completion, EngineReport, TokenRequest
 from lem.record import Record, decode_record, encode_record
 from lem.worker.channel import RunRequest
-from lem.worker.harness import ResidentEngine, has_settled, run_experiment, warm_up
+from lem.worker.harness import ResidentEngine, run_experiment, variation_of, warm_up
 from lem.worker.prompts import Prompt, read_prompt_file, write_prompts
 from lem.worker.recording import WarmupOutcome
 from lem.worker.requests import DisjointRequests
@@ -97,7 +97,7 @@ class Bench:
 def bench(tmp_path: Path) -> Bench:
     backend = TimedBackend(SteppedClock())
     write_prompts(tmp_path, PROMPTS)
-    engine = ResidentEngine(backend.load, backend.clock, lambda: "load-1")
+    engine = ResidentEngine(backend.load, backend.clock)
     return Bench(tmp_path, backend, engine, Listener())
 
 
@@ -114,7 +114,7 @@ def test_reused_engine_skips_the_load_phase_and_says_so(bench: Bench) -> None:
     assert (first.validity.engine_reused, second.validity.engine_reused) == (False, True)
     assert first.window.load_s == pytest.approx(3.0)
     assert second.window.load_s is None
-    assert "load-1" in second.window.null_reasons["load_s"]
+    assert first.validity.engine_load_id in second.window.null_reasons["load_s"]
 
 
 def test_closed_batch_figures(bench: Bench) -> None:
@@ -401,8 +401,7 @@ class Device:
     clock: SteppedClock = field(default_factory=SteppedClock)
 
     def __post_init__(self) -> None:
-        numbers = itertools.count(1)
-        self.engine = ResidentEngine(self.load, self.clock, lambda: f"load-{next(numbers)}")
+        self.engine = ResidentEngine(self.load, self.clock)
 
     def load(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> TrivialEngine:
         assert self.on_device == []
@@ -431,7 +430,7 @@ class TrackedEngine(TrivialEngine):
 def test_the_first_experiment_loads_the_engine(checks_s: float, compile_s: float | None, load_s: float) -> None:
     engine = Device(checks_s=checks_s, compile_s=compile_s).engine
     residence = engine.ensure(ANY, "key", {})
-    assert (residence.is_reused, residence.load_s, residence.load_id) == (False, load_s, "load-1")
+    assert (residence.is_reused, residence.load_s) == (False, load_s)
     assert engine.is_resident("key")
 
 
@@ -440,16 +439,17 @@ def test_the_same_key_reuses_the_engine_and_configures_it() -> None:
     first = engine.ensure(ANY, "key", {})
     second = engine.ensure(OTHER, "key", {})
     assert second.engine is first.engine
-    assert (second.is_reused, second.load_s, second.load_id) == (True, None, "load-1")
+    assert (second.is_reused, second.load_s, second.load_id) == (True, None, first.load_id)
     assert second.report.effective["pytorch"] == {"batch_size": 4}
 
 
 def test_another_key_unloads_the_engine_before_it_loads_the_next() -> None:
     device = Device()
-    device.engine.ensure(ANY, "key", {})
+    first = device.engine.ensure(ANY, "key", {})
     assert not device.engine.is_resident("other")
     second = device.engine.ensure(ANY, "other", {})
-    assert (second.is_reused, second.load_id) == (False, "load-2")
+    assert not second.is_reused
+    assert second.load_id != first.load_id
     assert device.on_device == [second.engine]
 
 
@@ -565,7 +565,5 @@ def test_prompts_of_unlike_lengths_are_compared_on_equal_steps() -> None:
 
 
 def test_variation_is_sample_deviation_over_mean_of_the_last_values() -> None:
-    settings = WarmupConfig(window_size=3, cv_threshold=0.1)
-    assert not has_settled([1.0, 1.0], settings)
-    assert has_settled([99.0, 1.0, 1.0, 1.18], settings)  # 0.098
-    assert not has_settled([1.0, 1.0, 1.19], settings)  # 0.103; the population's deviation would give 0.084
+    assert variation_of([1.0, 1.0], 3) == math.inf
+    assert variation_of([99.0, 1.0, 1.0, 1.18], 3) == pytest.approx(0.098, abs=0.001)  # of the population: 0.080

@@ -94,7 +94,7 @@ class Meter:
     def __post_init__(self) -> None:
         report = EngineReport("timed", "1", {}, "cuda", (UUID,), model_parameters=10, embedding_parameters=1)
         self.engine = Engine(self.clock, report=report)
-        self.resident = ResidentEngine(self.load, self.clock, lambda: "load-1")
+        self.resident = ResidentEngine(self.load, self.clock)
         self.begun_ns = self.clock.monotonic_ns()
         self.clock.write = self.write
         write_prompts(self.folder, PROMPTS)
