@@ -27,6 +27,7 @@ from lem.meters.samples import (
     SLOW_PERIOD_S,
     Mark,
     PartReader,
+    Row,
     SampleHeader,
     SampleLog,
     SampleLogError,
@@ -94,8 +95,7 @@ def open_metering(
     deadline_ns = clock.monotonic_ns() + round(READY_TIMEOUT_S * NS_PER_S)
     if path is not None and not wait_until_ready(path, deadline_ns, lambda: True, clock):
         raise EngineError(f"{path}: no sampler has written to it for {READY_TIMEOUT_S:g} s", kind="meter")
-    known = request.baselines if config.baseline.enabled else {}
-    baselines = {by: Baselines(**fields) for by, fields in known.items()}
+    baselines = {by: Baselines(**fields) for by, fields in request.baselines.items() if config.baseline.enabled}
     metering = Metering(path, nothing, config, baselines, clock, reporter)
     if not is_resident:
         metering.foreign = metering.find_processes()
@@ -116,7 +116,7 @@ class Metering:
     foreign: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # {uuid: pids} of before the engine's load
     marks: list[Mark] = field(default_factory=list)
     own_pids: frozenset[int] | None = None  # the engine's as the sampler numbers them; None while unknown
-    _sources: Sources | None = None
+    sources: Sources = field(init=False)  # what gives the energy; chosen again when the engine reports its GPUs
 
     def __post_init__(self) -> None:
         self._reader = None if self.path is None else PartReader(self.path)
@@ -129,13 +129,6 @@ class Metering:
             raise EngineError(f"{self.path}: the samples cannot be read: {error}", kind="meter") from error
 
     @property
-    def sources(self) -> Sources:
-        """What gives the energy; chosen again when the engine reports which GPUs it runs on."""
-        if self._sources is None:
-            raise RuntimeError("sources were not chosen")
-        return self._sources
-
-    @property
     def baselines(self) -> Baselines:
         """What the host knows of power at rest by the meter that counts."""
         return self.known_baselines.get(self.sources.primary or "", Baselines())
@@ -146,7 +139,7 @@ class Metering:
         Raises MeterRefused: the configuration demands energy that cannot be measured here.
         """
         header = self.read().header
-        self._sources = choose_sources(self.config, header, gpu_uuids, is_cpu=not gpu_uuids, foreign=self.foreign)
+        self.sources = choose_sources(self.config, header, gpu_uuids, is_cpu=not gpu_uuids, foreign=self.foreign)
 
     @contextlib.contextmanager
     def during(self, name: str) -> Iterator[None]:
@@ -154,8 +147,6 @@ class Metering:
         opened_ns = self.clock.monotonic_ns()
         yield
         self.marks.append(Mark(name, opened_ns, self.clock.monotonic_ns()))
-
-    # Power at rest
 
     def rest_bare(self) -> None:
         """Measure power without an engine, unless it is known; what is on the GPUs when it ends is not the engine's.
@@ -220,8 +211,6 @@ class Metering:
             return False
         return abs(last_w - before_w) < SETTLE_TOLERANCE * before_w
 
-    # The window
-
     def window_floor_s(self) -> float:
         """The minimum length of the window: as configured, and long enough for the meter of the GPUs."""
         period_s = 0.0
@@ -281,8 +270,6 @@ class Metering:
         except NotMeasured:
             return UNKNOWN_PERIOD_S
 
-    # Processes on the GPUs
-
     def find_own_processes(self, known: frozenset[int] | None) -> frozenset[int] | None:
         """The engine's processes: as known since its load, else those that came with it.
 
@@ -314,8 +301,8 @@ class Metering:
         log = self.read()
         seen = {gpu.uuid: gpu.vbios or "" for gpu in log.header.gpus}
         vbios = tuple(seen.get(uuid, "") for uuid in gpu_uuids)
-        there = _processes_of(log)
-        other = [(pid, uuid) for uuid in gpu_uuids for pid in there.get(uuid, ()) if pid not in (self.own_pids or ())]
+        there, own = _processes_of(log), self.own_pids or ()
+        other = tuple(f"process {pid} on {uuid}" for uuid in gpu_uuids for pid in there.get(uuid, ()) if pid not in own)
         why = "not reported by the driver" if self.own_pids is not None else "the engine's own processes are unknown"
         is_known = self.own_pids is not None
         if not gpu_uuids:
@@ -324,12 +311,8 @@ class Metering:
             is_known, why = False, log.header.gpu_error or "the sampler does not see the GPUs in use"
         return {
             "vbios": known(vbios if vbios and all(vbios) else None, why),
-            "other_gpu_processes": known(
-                tuple(f"process {pid} on {uuid}" for pid, uuid in other) if is_known else None, why
-            ),
+            "other_gpu_processes": known(other if is_known else None, why),
         }
-
-    # The end
 
     def close(self, folder: Path, measured: MeasuredWindow, *, is_steady_mode: bool) -> EnergyFindings:
         """The figures of the attempt; the log they come from is kept in its folder where that is wanted.
@@ -385,6 +368,5 @@ def _processes_of(log: SampleLog) -> dict[str, tuple[int, ...]]:
 
 def _latest_ns(log: SampleLog, *, is_loads: bool) -> int:
     """When the last row, or the last one of loads, was read."""
-    groups: Sequence[Sequence[object]] = (log.counters, log.samples, log.rapl, log.loads)
-    last = [rows[-1] for rows in (groups[-1:] if is_loads else groups) if rows]
-    return max((getattr(row, "at_ns", 0) for row in last), default=log.header.started_ns)
+    groups: Sequence[Sequence[Row]] = (log.loads,) if is_loads else (log.counters, log.samples, log.rapl, log.loads)
+    return max((rows[-1].at_ns for rows in groups if rows), default=log.header.started_ns)
