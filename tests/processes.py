@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-__all__ = ["Marker", "children_of", "wait_for", "wait_until_ended"]
-
 T = TypeVar("T")
 
 VARIABLE = "LEMTEST_MARKER"

@@ -21,15 +21,11 @@ from lem.config.campaign_config import CampaignGridConfig
 from lem.orchestration.grid import expand_campaign_grid, validate_campaign_grid
 from lem.orchestration.manifest import CampaignManifestEntry, ManifestManager
 from tests.bench.containers import containers, dispatch
-from tests.bench.figure import HEADER, Figure
-from tests.bench.host import run_host
-from tests.bench.report import report
-from tests.bench.scale import scale
+from tests.bench.host import HEADER, PYZ, Figure, run_host
+from tests.bench.scale import report, scale
 from tests.lab.places import Places
 from tests.needs import missing
 
-ROOT = Path(__file__).resolve().parents[2]
-PYZ = ROOT / "lem.pyz"
 STARTS = 21
 SAVES = 25
 WARM_EXPERIMENTS = (2, 22)

@@ -20,14 +20,10 @@ from datetime import datetime
 from pathlib import Path
 
 from lem.record import Record, read_record
-from tests.bench.figure import Figure
+from tests.bench.host import PYZ, Figure
 from tests.container_rig import ContainerRig, container_campaign
 from tests.lab.places import COMPOSE_FILES, Places
 
-__all__ = ["containers", "dispatch"]
-
-ROOT = Path(__file__).resolve().parents[2]
-PYZ = ROOT / "lem.pyz"
 CYCLES, OUTPUTS = 2, (8, 16, 24)
 DISPATCHED = 24
 TIMEOUT_S = 600

@@ -21,17 +21,6 @@ from lem.results.run import Run, make_run
 from lem.results.stats import Verdict, anchored_effect, paired_effect, parse_gate
 from tests.synthetic_campaign import Campaign, Configuration
 
-__all__ = [
-    "NOISY",
-    "Coverage",
-    "Figure",
-    "false_differences",
-    "gate_verdicts",
-    "interval_coverage",
-    "main",
-    "ratio_coverage",
-]
-
 N_CAMPAIGNS = 1000
 ENERGY = parse_metric("energy")
 TRUE_ENERGY_J = 0.3

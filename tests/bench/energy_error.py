@@ -27,8 +27,6 @@ from lem.meters.window import AttemptLog
 from tests.doubles.nvml.traces import NS_PER_S, Trace, random_trace, simulate_log
 from tests.doubles.powercap import Zone
 
-__all__ = ["CASES", "TRACES", "Case", "Spread", "errors_of", "spread_of"]
-
 TRACES = 200
 WINDOW_S, UP_TO_S = 10.0, 10.5
 BEFORE_S, AFTER_S = 6.0, 4.0

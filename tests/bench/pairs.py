@@ -7,8 +7,6 @@ from typing import TypeVar
 
 from lem.results.bootstrap import log_t_interval
 
-__all__ = ["TARGET", "in_turn", "told"]
-
 T = TypeVar("T")
 
 TARGET = 0.97

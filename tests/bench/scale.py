@@ -1,18 +1,20 @@
-"""A campaign of 10,000 experiments: what the host takes while it runs, and what every command takes afterwards."""
+"""Large campaigns: what the host takes while one runs, what every command takes afterwards, and its report."""
 
 from __future__ import annotations
 
+import io
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.bench.figure import Figure
-from tests.bench.host import command_cost, run_host
+from lem.cli.main import main
+from tests.bench.host import Figure, command_cost, run_host
+from tests.browser import browser, opened
 from tests.synthetic_campaign import sweep
 
-__all__ = ["scale"]
-
 _EXPERIMENTS = 10_000
+_IN_REPORT = 1000
 _FEW, _MORE = 5, 50
 
 # Those that read every result, each with what it may take: CPU seconds and MiB.
@@ -53,3 +55,31 @@ def _commands(folder: Path) -> Iterator[Figure]:
         cost = command_cost(folder, *words)
         yield Figure(f"{_EXPERIMENTS:,} results: {name}, CPU time", cost.cpu_s, "s", most_s)
         yield Figure(f"{_EXPERIMENTS:,} results: {name}, memory", cost.memory_kib / 1024, "MiB", most_mib)
+
+
+# From the start of the navigation to the first frame after the page was loaded and laid out.
+_DRAWN = """() => new Promise(resolve => {
+    document.body.getBoundingClientRect();
+    requestAnimationFrame(() => requestAnimationFrame(() => resolve(performance.now())));
+})"""
+
+
+def report() -> Iterator[Figure]:
+    """With one cycle, which gives the most configurations, and with five."""
+    for cycles in (1, 5):
+        with tempfile.TemporaryDirectory() as folder:
+            yield from _report_of(cycles, Path(folder))
+
+
+def _report_of(cycles: int, folder: Path) -> Iterator[Figure]:
+    written = sweep(_IN_REPORT, cycles=cycles).write(folder)
+    page = folder / "report.html"
+    name = f"report of {_IN_REPORT:,} experiments, {cycles} {'cycle' if cycles == 1 else 'cycles'}"
+    command = ["report", written.campaign, "--results-dir", str(written.results_dir), "--output", str(page)]
+    begin_s = time.process_time()
+    if main(command, io.StringIO(), io.StringIO()) != 0:
+        raise RuntimeError("lem report fails")
+    yield Figure(f"{name}: to make, CPU time", time.process_time() - begin_s, "s")
+    yield Figure(f"{name}: size", page.stat().st_size / 1e6, "MB", 2)
+    with browser() as started, opened(started, page) as found:
+        yield Figure(f"{name}: drawn in", found.evaluate(_DRAWN) / 1000, "s", 2)

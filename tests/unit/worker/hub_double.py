@@ -8,8 +8,6 @@ import json
 import threading
 from collections.abc import Iterator
 
-__all__ = ["COMMIT", "NAME", "serving"]
-
 NAME = "owner/name"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILE = "train.jsonl"

@@ -10,8 +10,6 @@ from lem.base.process import ProcessId
 from lem.worker.channel import Outbox, encode_line
 from lem.worker.children import EndStep
 
-__all__ = ["PipedEngine"]
-
 
 class PipedEngine:
     """Keeps what it is told, and does what a test gave it to do when an experiment comes.
