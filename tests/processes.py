@@ -81,11 +81,7 @@ def wait_until_ended(pid: int, patience_s: float = PATIENCE_S) -> bool:
 
 
 def wait_for(look: Callable[[], T | None], patience_s: float = PATIENCE_S) -> T:
-    """What `look` finds, as soon as it finds something.
-
-    Raises:
-        TimeoutError: it found nothing in time.
-    """
+    """What `look` finds, as soon as it finds something."""
     deadline = time.monotonic() + patience_s
     while (found := look()) is None:
         if time.monotonic() > deadline:

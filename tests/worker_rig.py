@@ -34,6 +34,23 @@ SMALL: Mapping[str, Any] = {
 }
 
 
+IDENTITY: Mapping[str, Any] = {
+    "experiment_id": "abc-c1",
+    "config_name": "small",
+    "config_hash": "0123456789abcdef",
+    "campaign_id": "01234567",
+    "campaign_name": "test",
+    "run_id": "20260101T000000Z-0000",
+    "host": "here",
+    "backend": "pytorch",
+    "model": "none",
+    "cycle_index": 0,
+    "order_index": 3,
+    "attempt": 1,
+    "shuffle_seed": None,
+}
+
+
 def decode_report(line: bytes) -> dict[str, Any]:
     """A valid message of a worker, as the object that was sent."""
     read_report(line)
@@ -82,33 +99,21 @@ class Rig:
         result_dir.mkdir()
         document = {"schema_version": 1, "requested": {**SMALL, **options}, "resolved": config.to_dict()}
         durable.write_json(result_dir / "config.json", document)
-        identity = {
-            "experiment_id": name,
-            "config_name": "small",
-            "config_hash": "0123456789abcdef",
-            "campaign_id": "01234567",
-            "campaign_name": "test",
-            "run_id": "20260101T000000Z-0000",
-            "host": "here",
-            "backend": "pytorch",
-            "model": "none",
-            "cycle_index": 0,
-            "order_index": 0,
-            "attempt": 1,
-            "shuffle_seed": None,
-        }
         return RunRequest(
-            config.to_dict(), identity, str(result_dir), config.engine_key(), keep_engine, secrets=secrets or {}
+            config.to_dict(),
+            {**IDENTITY, "experiment_id": name},
+            str(result_dir),
+            config.engine_key(),
+            keep_engine,
+            secrets=secrets or {},
         )
 
     def start(self, command: Sequence[str] = COMMAND, stdin: int = process.PIPE) -> process.Child[bytes]:
-        """A worker process."""
         child = process.spawn(command, env=self.environ(), stdin=stdin, stderr=2, new_session=True)
         self.started.append(child)
         return child
 
     def log_of(self, name: str) -> str:
-        """The log of an experiment."""
         return (self.folder / name / "log.txt").read_text()
 
 
@@ -123,19 +128,21 @@ class RawWorker:
         self.hello = self.receive()
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Send a message."""
         self.send_raw(encode_line(message))
 
     def send_raw(self, data: bytes) -> None:
-        """Send bytes."""
         self._stdin.write(data)
 
-    def receive(self) -> dict[str, Any]:
-        """The next message.
+    def run(self, request: RunRequest) -> list[dict[str, Any]]:
+        """The messages about an experiment, its result or error last."""
+        self.send(request.to_message())
+        messages = [self.receive()]
+        while messages[-1]["type"] not in ("result", "error"):
+            messages.append(self.receive())
+        return [message for message in messages if message["type"] != "heartbeat"]
 
-        Raises:
-            EOFError: the worker closed the channel.
-        """
+    def receive(self) -> dict[str, Any]:
+        """The next message. Raises EOFError: the worker closed the channel."""
         while not self._messages:
             data = os.read(self._stdout.fileno(), 65536)
             if not data:
@@ -144,18 +151,13 @@ class RawWorker:
         return self._messages.popleft()
 
     def until(self, kind: str, /, **fields: Any) -> dict[str, Any]:
-        """The next message of a type with these fields; those before it are dropped.
-
-        Raises:
-            EOFError: the worker ended without it.
-        """
+        """The next message of a type with these fields; those before it are dropped."""
         while True:
             message = self.receive()
             if message["type"] == kind and all(message.get(name) == value for name, value in fields.items()):
                 return message
 
     def hang_up(self) -> None:
-        """Close the worker's stdin."""
         self._stdin.close()
 
     def close(self) -> int:

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lem.base import process
 from tests.processes import Marker, children_of, wait_for, wait_until_ended
 from tests.worker_rig import RawWorker, Rig
 
+ROOT = Path(__file__).resolve().parents[3]
 HANG = {"at": "generate", "do": "hang"}
 HOLD_GIL = {"at": "generate", "do": "hold_gil"}
 STUBBORN = {"at": "generate", "do": "ignore_term"}
 CHILD = {"at": "load", "do": "spawn"}
 FAR_CHILD = {"at": "load", "do": "spawn", "own_session": True}
 FUTEX = ("202", "98")  # its number on x86-64 and on aarch64
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    with Rig.leaving_nothing(tmp_path) as rig:
-        yield rig
 
 
 def start_hanging(rig: Rig, *rules: Mapping[str, Any]) -> tuple[RawWorker, int]:
@@ -56,7 +53,7 @@ def others(marker: Marker, *pids: int) -> tuple[int, ...]:
     return tuple(pid for pid in marker.pids() if pid not in pids)
 
 
-@pytest.mark.parametrize("rules", [(STUBBORN, HANG), (CHILD, FAR_CHILD, HANG)])
+@pytest.mark.parametrize("rules", [(STUBBORN, HANG), (CHILD, FAR_CHILD, HANG), (HOLD_GIL,)])
 def test_end_of_file_ends_an_engine_that_hangs(rig: Rig, rules: tuple[Mapping[str, Any], ...]):
     worker, guardian = start_hanging(rig, *rules)
 
@@ -65,6 +62,8 @@ def test_end_of_file_ends_an_engine_that_hangs(rig: Rig, rules: tuple[Mapping[st
     assert worker.child.wait() == 0
     assert not Path(f"/proc/{guardian}").exists()
     assert rig.marker.pids() == ()
+    if rules == (HOLD_GIL,):
+        assert "_hold_gil" in rig.log_of("e"), "the log ends with where it hung"
 
 
 def test_a_signal_ends_the_worker_and_its_engine_and_the_host_hears_why(rig: Rig):
@@ -88,16 +87,6 @@ def test_a_second_signal_does_not_wait_for_a_stubborn_engine(rig: Rig):
 
     assert worker.child.wait() == 143
     assert not Path(f"/proc/{guardian}").exists()
-
-
-def test_the_log_of_an_engine_that_hung_ends_with_where(rig: Rig):
-    worker, guardian = start_hanging(rig, HOLD_GIL)
-
-    worker.hang_up()
-
-    assert worker.child.wait() == 0
-    assert not Path(f"/proc/{guardian}").exists()
-    assert "_hold_gil" in rig.log_of("e")
 
 
 @pytest.mark.parametrize("rules", [(HOLD_GIL,), (STUBBORN, CHILD, FAR_CHILD, HANG)])
@@ -129,8 +118,7 @@ def test_when_the_engine_process_is_killed_the_worker_goes_on(rig: Rig):
     error = worker.until("error", exp_id="e")
     assert (error["kind"], error["message"]) == ("died", "the engine process was killed by SIGKILL in phase window")
     assert others(rig.marker, worker.child.pid) == ()
-    worker.send(rig.request("next", max_output_tokens=5).to_message())
-    worker.until("result", exp_id="next")
+    assert worker.run(rig.request("next", max_output_tokens=5))[-1]["engine_reused"] is False
     worker.close()
 
 
@@ -148,24 +136,32 @@ def test_when_supervisor_and_guardian_are_killed_at_once_the_engine_is_gone(rig:
 
 def test_an_engine_that_died_between_experiments_is_replaced(rig: Rig):
     worker = RawWorker(rig)
-    worker.send(rig.request("e1").to_message())
-    guardian = worker.until("engine")["pgid"]
-    worker.until("result")
+    guardian = worker.run(rig.request("e1"))[0]["pgid"]
 
     os.kill(engine_of(guardian), signal.SIGKILL)
     assert worker.until("engine")["pgid"] is None
 
-    worker.send(rig.request("e2").to_message())
-    assert worker.until("result", exp_id="e2")["engine_reused"] is False
+    assert worker.run(rig.request("e2"))[-1]["engine_reused"] is False
     worker.close()
 
 
-def test_the_guardian_stays_small(rig: Rig):
-    worker, guardian = start_hanging(rig, HANG)
+# What is imported when the engine process forks is in the guardian for as long as the engine runs.
+GUARDIAN = """
+import os, runpy, sys
+def report(event, _):
+    if event == "os.fork":
+        print(*sorted(name for name in sys.modules if name.partition(".")[0] == "lem"))
+        sys.stdout.flush()
+        os._exit(0)
+sys.addaudithook(report)
+runpy.run_module("lem", run_name="__main__")
+"""
 
-    assert resident_b(guardian) < 32 * 1024 * 1024
-    worker.hang_up()
 
+def test_the_guardian_imports_only_what_it_needs():
+    command = (sys.executable, "-c", GUARDIAN, "worker", "--engine", "--control-fd", "0", "--message-fd", "1")
+    found = process.run(command, timeout_s=60, cwd=ROOT)
 
-def resident_b(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    modules = {"base": "doc errors log process units variables", "cli": "main worker", "worker": "guardian launch"}
+    expected = [f"lem.{package}.{name}" for package, names in modules.items() for name in names.split()]
+    assert found.stdout.split() == sorted(["lem", *(f"lem.{package}" for package in modules), *expected])

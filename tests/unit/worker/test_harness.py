@@ -23,24 +23,7 @@ from lem.worker.recording import WarmupOutcome
 from lem.worker.requests import DisjointRequests
 from tests.doubles.trivial_engine import TrivialEngine
 from tests.unit.worker.timed_backend import SteppedClock, TimedBackend, make_requests
-from tests.worker_rig import PHASES
-
-IDENTITY = {
-    "experiment_id": "abc-c1",
-    "config_name": "any",
-    "config_hash": "abc",
-    "campaign_id": "c",
-    "campaign_name": "campaign",
-    "run_id": "r",
-    "host": "here",
-    "backend": "pytorch",
-    "model": "any",
-    "cycle_index": 0,
-    "order_index": 3,
-    "attempt": 1,
-    "shuffle_seed": None,
-}
-
+from tests.worker_rig import IDENTITY, PHASES
 
 PROMPTS = [Prompt(f"prompt number {number} of eight") for number in range(8)]  # 6 tokens each
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,6 @@ from tests.worker_rig import RawWorker, Rig
 
 ROOT = Path(__file__).resolve().parents[3]
 ENTRY = "import sys\nfrom lem.__main__ import run\nsys.exit(run())\n"
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    with Rig.leaving_nothing(tmp_path) as rig:
-        yield rig
 
 
 @pytest.fixture
@@ -39,9 +32,7 @@ def archive(tmp_path: Path) -> Path:
 def test_a_worker_from_a_zip_starts_its_engine_process_from_the_same_zip(rig: Rig, archive: Path):
     worker = RawWorker(rig, (sys.executable, "-u", str(archive), "worker"))
 
-    worker.send(rig.request("e").to_message())
-    guardian = worker.until("engine")["pgid"]
-    worker.until("result")
+    guardian = worker.run(rig.request("e"))[0]["pgid"]
 
     for pid in (guardian, *children_of(guardian)):
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")

@@ -32,8 +32,9 @@ from lem.worker.metering import Metering
 from lem.worker.prompts import write_prompts
 from tests.doubles.nvml.traces import Counter, GpuProcess, GpuTrace, Load, Trace, simulate_log
 from tests.records import codes
-from tests.unit.worker.test_harness import IDENTITY, PROMPTS, Listener
+from tests.unit.worker.test_harness import PROMPTS, Listener
 from tests.unit.worker.timed_backend import SteppedClock, TimedBackend
+from tests.worker_rig import IDENTITY
 
 UUID = "GPU-11111111-2222-3333-4444-555555555555"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,72 +16,37 @@ from tests.processes import children_of
 from tests.worker_rig import PHASES, RawWorker, Rig
 
 TOKEN = "hf_a_token_of_somebody"
+IN_THE_WINDOW = {"at": "generate", "when": {"max_output_tokens": 8}}
 
 
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    with Rig.leaving_nothing(tmp_path) as rig:
-        yield rig
-
-
-def test_hello_comes_first_and_says_who_speaks(rig: Rig):
+def test_experiments_go_through_their_phases_to_results_on_disk_and_reuse_the_engine(rig: Rig):
     worker = RawWorker(rig)
-
-    assert worker.hello["protocol"] == PROTOCOL_VERSION
-    assert worker.hello["lem_version"] == __version__
+    assert (worker.hello["protocol"], worker.hello["lem_version"]) == (PROTOCOL_VERSION, __version__)
     assert worker.hello["pid"] == worker.child.pid
     assert worker.hello["environment"]["python"] == platform.python_version()
+
+    found = [worker.run(rig.request("e1")), worker.run(rig.request("e2", max_output_tokens=5))]
+    records = [read_record(rig.folder / name / "result.json") for name in ("e1", "e2")]
+
+    phases = [[item["phase"] for item in messages if item["type"] == "phase"] for messages in found]
+    assert phases == [list(PHASES), [phase for phase in PHASES if phase != "load"]]
+    for name, messages, record, is_reused in zip(("e1", "e2"), found, records, (False, True), strict=True):
+        assert messages[-1] == {"type": "result", "exp_id": name, "engine_reused": is_reused}
+        assert (record.identity.experiment_id, record.validity.engine_reused) == (name, is_reused)
+    assert [record.work.output_tok for record in records] == [8, 10]
+    assert records[0].validity.engine_load_id == records[1].validity.engine_load_id
     assert worker.close() == 0
-
-
-def test_an_experiment_goes_through_its_phases_to_a_result_on_disk(rig: Rig):
-    worker = RawWorker(rig)
-
-    worker.send(rig.request("e").to_message())
-    messages = [worker.receive()]
-    while messages[-1]["type"] != "result":
-        messages.append(worker.receive())
-
-    assert [item["phase"] for item in messages if item["type"] == "phase"] == list(PHASES)
-    record = read_record(rig.folder / "e" / "result.json")
-    assert messages[-1]["exp_id"] == record.identity.experiment_id == "e"
-    assert messages[-1]["engine_reused"] is record.validity.engine_reused is False
-    assert record.work.output_tok == 8
-    worker.close()
-
-
-def test_the_next_experiment_with_the_same_engine_reuses_it(rig: Rig):
-    worker = RawWorker(rig)
-    worker.send(rig.request("e1").to_message())
-    first = worker.until("result")
-
-    worker.send(rig.request("e2", max_output_tokens=5).to_message())
-    messages = [worker.receive()]
-    while messages[-1]["type"] != "result":
-        messages.append(worker.receive())
-
-    assert first["engine_reused"] is False
-    assert messages[-1]["engine_reused"] is True
-    loads = [read_record(rig.folder / name / "result.json").validity.engine_load_id for name in ("e1", "e2")]
-    assert loads[0] == loads[1]
-    assert [item["phase"] for item in messages if item["type"] == "phase"] == [
-        phase for phase in PHASES if phase != "load"
-    ]
-    worker.close()
 
 
 def test_another_engine_is_loaded_in_a_process_of_its_own_after_the_first_has_left(rig: Rig):
     worker = RawWorker(rig)
-    worker.send(rig.request("e1").to_message())
-    first = worker.until("engine")
-    worker.until("result")
+    first = worker.run(rig.request("e1"))[0]
 
-    worker.send(rig.request("e2", fp_precision="float32").to_message())
+    gone, second, *_, result = worker.run(rig.request("e2", fp_precision="float32"))
 
-    assert worker.until("engine")["pgid"] is None
-    second = worker.until("engine")
+    assert (first["type"], gone["type"], gone["pgid"], second["type"]) == ("engine", "engine", None, "engine")
     assert second["pgid"] not in (None, first["pgid"])
-    assert worker.until("result")["engine_reused"] is False
+    assert result["engine_reused"] is False
     worker.close()
 
 
@@ -91,9 +55,7 @@ def test_unload_is_answered_when_the_engine_process_is_gone(rig: Rig):
     worker.send({"type": "unload"})
     worker.until("unloaded")  # nothing was loaded
 
-    worker.send(rig.request("e").to_message())
-    pgid = worker.until("engine")["pgid"]
-    worker.until("result")
+    pgid = worker.run(rig.request("e"))[0]["pgid"]
     worker.send({"type": "unload"})
     worker.until("unloaded")
 
@@ -111,30 +73,16 @@ def test_quit_ends_the_worker_and_what_comes_after_is_not_done(rig: Rig):
     worker.close()
 
 
-@pytest.mark.parametrize("where", ["load", "generate"])
-def test_what_an_engine_prints_goes_to_the_log_and_never_to_the_channel(rig: Rig, where: str):
-    rig.rules = [{"at": where, "do": "print", "text": "from the engine"}]
-    worker = RawWorker(rig)
-
-    worker.send(rig.request("e").to_message())
-    worker.until("result")  # every line before it was a message, or reading would have failed
-
-    assert rig.log_of("e").splitlines() == [f"{way}: from the engine" for way in ("print", "write", "child")]
-    worker.close()
-
-
-def test_each_experiment_has_the_output_of_its_own(rig: Rig):
-    rig.rules = [{"at": "generate", "do": "print", "text": "now"}, {"at": "configure", "do": "print", "text": "again"}]
+def test_what_an_engine_prints_goes_to_the_log_of_its_experiment_and_never_to_the_channel(rig: Rig):
+    rig.rules = [{"at": at, "do": "print", "text": at} for at in ("load", "configure", "generate")]
     worker = RawWorker(rig)
 
     for name in ("e1", "e2"):
-        worker.send(rig.request(name).to_message())
-        worker.until("result")
+        worker.run(rig.request(name))  # every line was a message, or reading would have failed
 
-    assert rig.log_of("e1").count("again") == 0
-    assert rig.log_of("e1").count("now") == 3
-    assert rig.log_of("e2").count("again") == 3
-    assert rig.log_of("e2").count("now") == 3
+    for name, places in (("e1", ("load", "generate")), ("e2", ("configure", "generate"))):
+        lines = [f"{way}: {at}" for at in places for way in ("print", "write", "child")]
+        assert rig.log_of(name).splitlines() == lines
     worker.close()
 
 
@@ -149,46 +97,35 @@ def test_a_child_started_for_one_experiment_prints_into_the_log_of_the_one_that_
     worker = RawWorker(rig)
 
     for name in ("e1", "e2"):
-        worker.send(rig.request(name).to_message())
-        worker.until("result")
+        worker.run(rig.request(name))
 
-    assert rig.log_of("e1") == ""
-    assert rig.log_of("e2") == "child says hello\n"
+    assert (rig.log_of("e1"), rig.log_of("e2")) == ("", "child says hello\n")
     worker.close()
 
 
-def test_an_engine_that_fails_is_an_error_with_its_kind_and_the_worker_goes_on(rig: Rig):
-    rig.rules = [{"at": "generate", "do": "refuse", "text": "no such option", "when": {"max_output_tokens": 8}}]
+def test_an_engine_that_refuses_is_kept_and_one_that_crashes_is_replaced(rig: Rig):
+    rig.rules = [
+        {"at": "generate", "do": "refuse", "text": "no such option", "when": {"max_output_tokens": 7}},
+        {**IN_THE_WINDOW, "do": "crash", "text": "device-side assert"},
+    ]
     worker = RawWorker(rig)
-    worker.send(rig.request("e1").to_message())
-    worker.until("result")
+    worker.run(rig.request("e1"))
 
-    worker.send(rig.request("e2", max_output_tokens=8).to_message())
-    error = worker.until("error")
-    worker.send(rig.request("e3").to_message())
+    refused = worker.run(rig.request("e2", max_output_tokens=7))[-1]
+    again = worker.run(rig.request("e3"))[-1]
+    crashed = worker.run(rig.request("e4", max_output_tokens=8))[-1]
+    after = worker.until("engine")["pgid"], worker.run(rig.request("e5"))[-1]
 
-    assert (error["exp_id"], error["kind"], error["permanent"]) == ("e2", "option", True)
-    assert error["message"] == "no such option"
-    assert error["phase"] == "window"
-    assert error["engine_lost"] is False
-    assert worker.until("result", exp_id="e3")["engine_reused"] is True
-    worker.close()
-
-
-def test_after_an_unexpected_failure_the_engine_process_is_replaced(rig: Rig):
-    rig.rules = [{"at": "generate", "do": "crash", "text": "device-side assert", "when": {"max_output_tokens": 8}}]
-    worker = RawWorker(rig)
-
-    worker.send(rig.request("e1", max_output_tokens=8).to_message())
-    error = worker.until("error")
-    worker.send(rig.request("e2").to_message())
-
-    assert (error["kind"], error["permanent"], error["engine_lost"]) == ("engine", False, True)
-    assert error["message"] == "RuntimeError: device-side assert"
-    assert error["log_tail"].splitlines()[-1] == "RuntimeError: device-side assert"
-    assert "Traceback" in rig.log_of("e1")
-    assert not (rig.folder / "e1" / "result.json").exists()
-    assert worker.until("result", exp_id="e2")["engine_reused"] is False
+    assert [refused[name] for name in ("type", "exp_id", "kind", "permanent", "phase", "engine_lost")] == [
+        "error", "e2", "option", True, "window", False
+    ]  # fmt: skip
+    assert refused["message"] == "no such option"
+    assert again["engine_reused"] is True
+    assert [crashed[name] for name in ("exp_id", "kind", "permanent", "engine_lost")] == ["e4", "engine", False, True]
+    assert crashed["message"] == crashed["log_tail"].splitlines()[-1] == "RuntimeError: device-side assert"
+    assert "Traceback" in rig.log_of("e4")
+    assert not (rig.folder / "e4" / "result.json").exists()
+    assert (after[0], after[1]["engine_reused"]) == (None, False)
     worker.close()
 
 
@@ -200,21 +137,17 @@ def test_after_an_unexpected_failure_the_engine_process_is_replaced(rig: Rig):
     ],
 )
 def test_an_engine_that_dies_is_told_with_how_and_its_last_lines(rig: Rig, rule: dict[str, object], how: str):
-    rig.rules = [
-        {"at": "generate", "do": "print", "text": "last words", "when": {"max_output_tokens": 8}},
-        {"at": "generate", **rule, "when": {"max_output_tokens": 8}},
-    ]
+    rig.rules = [{**IN_THE_WINDOW, "do": "print", "text": "last words"}, {**IN_THE_WINDOW, **rule}]
     worker = RawWorker(rig)
 
     worker.send(rig.request("e1", max_output_tokens=8).to_message())
     error = worker.until("error")
-    worker.send(rig.request("e2").to_message())
 
     assert (error["exp_id"], error["kind"], error["permanent"], error["engine_lost"]) == ("e1", "died", False, True)
     assert error["message"] == f"the engine process {how} in phase window"
     assert "child: last words" in rig.log_of("e1")
     assert rig.log_of("e1").splitlines()[-1] == error["log_tail"].splitlines()[-1]
-    assert worker.until("result", exp_id="e2")["engine_reused"] is False
+    assert worker.run(rig.request("e2"))[-1]["engine_reused"] is False
     worker.close()
 
 
@@ -227,24 +160,10 @@ def test_garbage_and_impossible_orders_are_refused_and_the_worker_goes_on(rig: R
     assert "dance" in worker.until("error", kind="channel")["message"]
     worker.send({"type": "run", "config": {}})
     assert "missing" in worker.until("error", kind="channel")["message"]
+    worker.send({**rig.request("e1").to_message(), "result_dir": str(rig.folder / "missing")})
+    assert "No such file" in worker.until("error", exp_id="e1", kind="engine")["message"]
 
-    worker.send(rig.request("e").to_message())
-    worker.until("result")
-    worker.close()
-
-
-def test_a_result_folder_that_is_not_there_is_an_error_and_the_worker_goes_on(rig: Rig):
-    worker = RawWorker(rig)
-    request = rig.request("e1")
-    message = {**request.to_message(), "result_dir": str(rig.folder / "missing")}
-
-    worker.send(message)
-
-    error = worker.until("error", exp_id="e1")
-    assert error["kind"] == "engine"
-    assert "No such file" in error["message"]
-    worker.send(rig.request("e2").to_message())
-    worker.until("result", exp_id="e2")
+    assert worker.run(rig.request("e2"))[-1]["type"] == "result"
     worker.close()
 
 
@@ -255,8 +174,7 @@ def test_secrets_reach_the_engine_and_no_file_and_no_command_line(rig: Rig):
     ]
     worker = RawWorker(rig)
 
-    worker.send(rig.request("e", secrets={"HF_TOKEN": TOKEN}).to_message())
-    error = worker.until("error")
+    error = worker.run(rig.request("e", secrets={"HF_TOKEN": TOKEN}))[-1]
 
     assert "login with [redacted]" in rig.log_of("e")
     assert TOKEN not in json.dumps(error)
