@@ -60,7 +60,7 @@ def add_flags(parser: argparse._ActionsContainer, section: type[Section], flags:
     for key, (*names, text) in flags.items():
         item = find_option(section, key)
         assert item is not None, key  # noqa: S101 - a typing error in a table
-        kind = item.value_kind
+        kind = item.kind
         how: dict[str, Any] = {
             "metavar": "DIR" if key.endswith("_dir") else "FILE" if key.endswith("_file") else "NAME"
         }
@@ -181,8 +181,7 @@ def _without_secrets(loaded: Loaded[Any]) -> dict[str, Any]:
 
 def _new(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
     _check_backend(args.backend)
-    template = introspection.campaign_template if args.kind == "campaign" else introspection.experiment_template
-    out.write(template(args.backend))
+    out.write(introspection.template(args.kind, args.backend))
 
 
 def _schema(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:

@@ -18,9 +18,9 @@ from lem.base.errors import EngineError, ExitCode
 from lem.base.log import WIDTH
 from lem.base.units import GIB
 from lem.cli.selection import add_json, add_repeated, add_results_dir
+from lem.config.backends import PRESETS, find_preset
 from lem.config.experiment import DATASET_ALIASES
 from lem.config.introspection import render_yaml
-from lem.config.presets import PRESETS, find_preset
 from lem.meters.nvml import GpuState, open_nvml, read_gpus
 from lem.meters.sources import CpuCapability, find_capabilities
 from lem.orchestration.compose import packaged_compose_file

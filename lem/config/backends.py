@@ -1,4 +1,7 @@
-"""The options of each backend. Those without a default are left to the engine, whose own default is recorded."""
+"""The options of each backend, and presets of them.
+
+Options without a default are left to the engine, whose own default is recorded.
+"""
 # ruff: noqa: RUF009 - `option` makes a dataclass field, as `dataclasses.field` does
 
 from __future__ import annotations
@@ -8,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from lem.base.errors import ConfigurationError, did_you_mean
 from lem.config.kinds import Problem
 from lem.config.option import Section, declared, option
 
@@ -30,9 +34,7 @@ class BeamSearchConfig(Section):
     num_beams: int | None = option(None, "Number of beams.", min=2, max=64)
     length_penalty: float | None = option(None, "Above 0 favours long outputs, below 0 short.", min=-10, max=10)
     early_stopping: bool | str | None = option(
-        None,
-        "Stop at num_beams candidates; never: when none can improve.",
-        choices=(False, True, "never"),
+        None, "Stop at num_beams candidates; never: when none can improve.", choices=(False, True, "never")
     )
 
     def check(self) -> Iterator[Problem]:
@@ -46,10 +48,7 @@ class AssistedGenerationConfig(Section):
 
     model: str | None = option(None, "The drafting model: a name or a folder.", reload=True)
     num_tokens: int | None = option(
-        None,
-        "Tokens to draft per step; without a model, n-grams of the prompt.",
-        min=1,
-        max=64,
+        None, "Tokens to draft per step; without a model, n-grams of the prompt.", min=1, max=64
     )
 
 
@@ -66,10 +65,7 @@ class PyTorchConfig(Section):
         choices=("static", "dynamic", "sorted_static", "sorted_dynamic"),
     )
     max_tokens_per_batch: int | None = option(
-        None,
-        "Most tokens of a dynamic batch, padding included.",
-        min=1,
-        unit="tokens",
+        None, "Most tokens of a dynamic batch, padding included.", min=1, unit="tokens"
     )
     parallelism_strategy: str | None = option(
         None,
@@ -78,11 +74,7 @@ class PyTorchConfig(Section):
         reload=True,
     )
     parallelism_degree: int | None = option(
-        None,
-        "GPUs to spread a model over. More than 1 is refused.",
-        min=1,
-        unit="GPUs",
-        reload=True,
+        None, "GPUs to spread a model over. More than 1 is refused.", min=1, unit="GPUs", reload=True
     )
     load_in_4bit: bool | None = option(None, "Quantize weights to 4 bit while loading (bitsandbytes).", reload=True)
     load_in_8bit: bool | None = option(None, "Quantize weights to 8 bit while loading (bitsandbytes).", reload=True)
@@ -284,3 +276,82 @@ WIDTH_OPTIONS: Mapping[str, str] = {
     backend: next(name for name, item in declared(section).items() if item.is_width)
     for backend, section in zip(BACKENDS, (PyTorchConfig, VllmConfig, TensorRTConfig), strict=True)
 }
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Values that an experiment starts from, under a name."""
+
+    name: str
+    description: str
+    values: Mapping[str, Any]  # as an experiment file would have them
+
+
+def _preset(name: str, description: str, tokens: tuple[int, int], **engine: Mapping[str, Any]) -> Preset:
+    values: dict[str, Any] = {
+        "max_input_tokens": tokens[0],
+        "max_output_tokens": tokens[1],
+        "decoder": {"preset": "deterministic"},  # all are greedy, so that two runs do the same work
+    }
+    for backend, options in engine.items():
+        values.update({"backend": backend, backend: options})
+    return Preset(name, description, values)
+
+
+_PRESETS = (
+    _preset("quick-test", "Short prompts and outputs, for a first test.", (64, 32)),
+    _preset("benchmark", "Long prompts and outputs, for results to compare.", (2048, 512)),
+    _preset("throughput", "Medium lengths, for tokens per second.", (512, 256)),
+    _preset(
+        "vllm-throughput",
+        "vLLM with many requests at a time, chunked prefill and prefix caching.",
+        (2048, 512),
+        vllm={"max_num_seqs": 256, "enable_chunked_prefill": True, "enable_prefix_caching": True},
+    ),
+    _preset(
+        "vllm-speculative",
+        "vLLM drafting 5 tokens at a time from n-grams of the prompt.",
+        (2048, 256),
+        vllm={"speculative": {"method": "ngram", "num_tokens": 5, "prompt_lookup_max": 4}},
+    ),
+    _preset("vllm-memory-efficient", "vLLM with an fp8 key-value cache.", (4096, 512), vllm={"kv_cache_dtype": "fp8"}),
+    _preset(
+        "vllm-low-latency",
+        "vLLM with few requests at a time and no CUDA graphs.",
+        (512, 128),
+        vllm={"max_num_seqs": 32, "enforce_eager": True},
+    ),
+    _preset(
+        "pytorch-optimized",
+        "transformers with flash attention 2, compiled.",
+        (2048, 512),
+        pytorch={"attn_implementation": "flash_attention_2", "torch_compile": "default"},
+    ),
+    _preset(
+        "pytorch-speculative",
+        "transformers drafting 5 tokens at a time from n-grams of the prompt.",
+        (2048, 256),
+        pytorch={"assisted_generation": {"num_tokens": 5}},
+    ),
+    _preset(
+        "pytorch-compatible",
+        "transformers with eager attention, which runs every model.",
+        (512, 128),
+        pytorch={"attn_implementation": "eager"},
+    ),
+)
+
+PRESETS: Mapping[str, Preset] = {preset.name: preset for preset in _PRESETS}
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        ConfigurationError: the preset is unknown.
+    """
+    found = PRESETS.get(name)
+    if found is None:
+        near = did_you_mean(name, list(PRESETS))
+        raise ConfigurationError(f"unknown preset {name!r}{near}", f"one of: {', '.join(PRESETS)}")
+    return found

@@ -103,14 +103,10 @@ class CampaignGridConfig(Section):
         None, "The models to run; null takes the campaign's.", min_items=1, takes_scalar=True
     )
     shared: Mapping[str, Any] = option(
-        {},
-        "Axes of all backends: dotted option names, each with a list of values.",
-        dotted_after=0,
+        {}, "Axes of all backends: dotted option names, each with a list of values.", dotted_after=0
     )
     backend_overrides: Mapping[str, Mapping[str, Any]] = option(
-        {},
-        "Per backend, options of its section: a value, or a list of values as an axis.",
-        dotted_after=1,
+        {}, "Per backend, options of its section: a value, or a list of values as an axis.", dotted_after=1
     )
 
     def derive(self, given: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from lem.base.measurement import SHORT_WINDOW_S, EnergySource, is_estimate
 from lem.config.backends import BACKENDS, PyTorchConfig, TensorRTConfig, VllmConfig
 from lem.config.kinds import REQUIRED, Path, Problem
-from lem.config.option import Section, declared, option
+from lem.config.option import Section, declared, option, plain
 
 _GPU = re.compile(r"[0-9]+|(GPU|MIG)-[0-9A-Za-z/-]+")
 _ENGINE_KEY_LENGTH = 12
@@ -190,11 +190,7 @@ class WarmupConfig(Section):
         5, "Prompts at least, and at least twice the concurrency.", min=0, max=200, unit="prompts"
     )
     max_prompts: int = option(
-        50,
-        "Prompts at most, unless window_size steps need more.",
-        min=1,
-        max=200,
-        unit="prompts",
+        50, "Prompts at most, unless window_size steps need more.", min=1, max=200, unit="prompts"
     )
     window_size: int = option(5, "Latencies to compare.", min=3, max=20, unit="prompts")
     timeout_seconds: float = option(30.0, "Time at most; 0 sets no limit.", min=0, unit="s")
@@ -234,11 +230,7 @@ class MeasurementConfig(Section):
     )
     phases: bool = option(False, "Separate energy of prefill and decode, by differenced runs.")
     cpu_tdp_w: float | None = option(
-        None,
-        "Design power of all CPU packages, for tdp_estimate; null asks the kernel.",
-        min=1,
-        max=10000,
-        unit="W",
+        None, "Design power of all CPU packages, for tdp_estimate; null asks the kernel.", min=1, max=10000, unit="W"
     )
     external_csv: str | None = option(None, "File with readings of an external meter: UTC time, watts.")
     grid_g_per_kwh: float | None = option(None, "Carbon intensity of the grid.", min=0, unit="g/kWh")
@@ -418,7 +410,7 @@ def _reload_options(section: Section) -> dict[str, Any]:
     for name, item in declared(type(section)).items():
         value = getattr(section, name)
         if item.reload:
-            out[name] = item.kind.dump(value)
+            out[name] = plain(value)
         elif isinstance(value, Section):
             out[name] = _reload_options(value)
     return out

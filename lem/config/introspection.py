@@ -10,7 +10,7 @@ from typing import Any
 
 from lem.base.errors import ConfigurationError
 from lem.base.log import WIDTH
-from lem.config.backends import BACKENDS, WIDTH_OPTIONS, PyTorchConfig, TensorRTConfig, VllmConfig
+from lem.config.backends import BACKENDS, PRESETS, WIDTH_OPTIONS, PyTorchConfig, TensorRTConfig, VllmConfig
 from lem.config.campaign_config import CampaignConfig, CampaignGridConfig, CampaignHealthCheckConfig
 from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import (
@@ -21,14 +21,12 @@ from lem.config.kinds import (
     Kind,
     ListKind,
     MapKind,
-    NullableKind,
     NumberKind,
     Option,
     TextKind,
     bounds_text,
 )
-from lem.config.option import Section, SectionKind, VariantKind, declared, walk
-from lem.config.presets import PRESETS
+from lem.config.option import Section, SectionKind, VariantKind, declared, plain, walk
 from lem.config.yamlfile import resolve_plain
 
 __all__ = [
@@ -44,8 +42,8 @@ Entry = Mapping[str, Any]
 def get_campaign_params() -> dict[str, dict[str, Any]]:
     """Every option of a campaign by dotted name (`execution.cycles`).
 
-    Each is a dict of `type`, `default`, `required`, `bounds`, `choices`, `unit`, `description`, `backends`, `reload`,
-    `variants`. Bounds are a dict in the words of JSON Schema, None where there are none.
+    Each is a dict of `type`, `default`, `required`, `bounds` (in the words of JSON Schema, None without any),
+    `choices`, `unit`, `description`, `backends`, `reload`, `variants`.
     """
     return _describe_all(CampaignConfig)
 
@@ -88,7 +86,7 @@ def _describe(item: Option) -> dict[str, Any]:
     is_required = item.default is REQUIRED
     return {
         "type": item.kind.label,
-        "default": None if is_required else item.kind.dump(item.default),
+        "default": None if is_required else plain(item.default),
         "required": is_required,
         "bounds": dict(item.bounds) or None,
         "choices": list(item.choices) or None,
@@ -147,10 +145,14 @@ def _option_schema(item: Option) -> dict[str, Any]:
         notes.append(f"Unit: {item.unit}.")
     if item.backends is not None:
         notes.append(f"Honoured by {', '.join(item.backends)}.")
-    schema = {"description": " ".join(notes), **_kind_schema(item.kind)}
-    is_empty_list = item.default == () and isinstance(item.value_kind, ListKind)
+    kind = _kind_schema(item.kind)
+    if item.is_nullable:
+        is_simple = isinstance(kind.get("type"), str) and set(kind) <= {"type", "minLength", *LIMITS}
+        kind = {**kind, "type": [kind["type"], "null"]} if is_simple else {"anyOf": [kind, {"type": "null"}]}
+    schema = {"description": " ".join(notes), **kind}
+    is_empty_list = item.default == () and isinstance(item.kind, ListKind)
     if item.default is not REQUIRED and not isinstance(item.default, Section) and not is_empty_list:
-        schema["default"] = item.kind.dump(item.default)
+        schema["default"] = plain(item.default)
     return schema
 
 
@@ -164,10 +166,6 @@ def _kind_schema(kind: Kind) -> dict[str, Any]:
             return {"type": ["string", "integer"] if kind.item.takes_integer else "string", "minLength": 1}
         case ChoiceKind():
             return {"enum": list(kind.item.choices)}
-        case NullableKind():
-            inner = _kind_schema(kind.inner)
-            is_simple = isinstance(inner.get("type"), str) and set(inner) <= {"type", "minLength", *LIMITS}
-            return {**inner, "type": [inner["type"], "null"]} if is_simple else {"anyOf": [inner, {"type": "null"}]}
         case ListKind():
             items = _kind_schema(kind.inner)
             limits = {"minItems": kind.item.min_items, "uniqueItems": kind.item.is_unique}
@@ -186,14 +184,8 @@ def _kind_schema(kind: Kind) -> dict[str, Any]:
 
 
 def _constraint(entry: Entry) -> str:
-    parts = []
-    if entry["bounds"]:
-        parts.append(bounds_text(entry["bounds"]))
-    if entry["choices"]:
-        parts.append(" | ".join(_plain_word(choice) for choice in entry["choices"]))
-    if entry["unit"]:
-        parts.append(entry["unit"])
-    return ", ".join(parts)
+    choices = " | ".join(map(_plain_word, entry["choices"] or ()))
+    return ", ".join(filter(None, (bounds_text(entry["bounds"] or {}), choices, entry["unit"])))
 
 
 def _plain_word(value: Any) -> str:
@@ -222,26 +214,26 @@ def render_text(params: Mapping[str, Entry]) -> str:
     return "\n".join(blocks)
 
 
+_PAGE_START = """\
+# Configuration reference
+
+<!-- Written by `lem config fields --markdown`; edit the declarations in lem/config instead. -->
+
+A campaign or an experiment is a YAML file. The command line wins over the file, the file over the preset,
+the preset over the default. Unknown keys, values out of bounds and duplicate keys are errors. `${VAR}`
+and `${VAR:-default}` expand in text; `_extends: base.yaml` inherits another file.
+
+## Campaign
+"""
+
+
 def render_page() -> str:
     """docs/configuration.md."""
     params = get_experiment_params()
     lines = [
-        "# Configuration reference",
-        "",
-        "<!-- Written by `lem config fields --markdown`; edit the declarations in lem/config instead. -->",
-        "",
-        "A campaign or an experiment is a YAML file. The command line wins over the file, the file over the preset,",
-        "the preset over the default. Unknown keys, values out of bounds and duplicate keys are errors. `${VAR}`",
-        "and `${VAR:-default}` expand in text; `_extends: base.yaml` inherits another file.",
-        "",
-        "## Campaign",
-        "",
+        _PAGE_START,
         *_table(get_campaign_params()),
-        "",
-        "## Experiment",
-        "",
-        "`model: gpt2`, `model: {name: gpt2}` and `model_name: gpt2` mean the same.",
-        "",
+        "\n## Experiment\n\n`model: gpt2`, `model: {name: gpt2}` and `model_name: gpt2` mean the same.\n",
         *_table({key: entry for key, entry in params.items() if key.partition(".")[0] not in BACKENDS}),
     ]
     for backend, section in zip(BACKENDS, (PyTorchConfig, VllmConfig, TensorRTConfig), strict=True):
@@ -280,23 +272,26 @@ _PLAIN_TEXT = re.compile(r"[A-Za-z./_][A-Za-z0-9 ./_+@=-]*")
 _OLD_WORDS = frozenset({"y", "n", "yes", "no", "on", "off"})
 
 
-def campaign_template(backend: str = "pytorch") -> str:
-    """A campaign to start from: a small grid, everything else as a comment with its default."""
-    width = {"pytorch": [1, 8], "vllm": [64, 256], "tensorrt": [8, 32]}[backend]
-    grid = {
-        "backends": [backend],
-        "shared": {"max_output_tokens": [64, 128]},
-        "backend_overrides": {backend: {WIDTH_OPTIONS[backend]: width}},
-    }
-    example = {"campaign_name": "my-campaign", "model": "gpt2", "grid": grid, "execution": {"cycles": 3}}
-    return _template(CampaignConfig, example, "A campaign for lem. What is commented out shows the default.")
-
-
-def experiment_template(backend: str = "pytorch") -> str:
-    """An experiment to start from."""
-    example = {"model": "gpt2", "backend": backend, "max_output_tokens": 128}
-    head = "An experiment for lem. What is commented out shows the default."
-    return _template(ExperimentConfig, example, head, frozenset(BACKENDS) - {backend})
+def template(kind: str, backend: str = "pytorch") -> str:
+    """A campaign (a small grid) or an experiment to start from, everything else as a comment with its default."""
+    section: type[Section]
+    if kind == "campaign":
+        width = {"pytorch": [1, 8], "vllm": [64, 256], "tensorrt": [8, 32]}[backend]
+        overrides = {backend: {WIDTH_OPTIONS[backend]: width}}
+        grid = {"backends": [backend], "shared": {"max_output_tokens": [64, 128]}, "backend_overrides": overrides}
+        example: dict[str, Any] = {"campaign_name": "my-campaign", "model": "gpt2", "grid": grid}
+        example["execution"] = {"cycles": 3}
+        section, left_out, head = CampaignConfig, set(), "A campaign"
+    else:
+        example = {"model": "gpt2", "backend": backend, "max_output_tokens": 128}
+        section, left_out, head = ExperimentConfig, {*BACKENDS} - {backend}, "An experiment"
+    lines = [
+        f"# {head} for lem. What is commented out shows the default.\n# Check it with: lem config validate FILE\n",
+    ]
+    for name, item in declared(section).items():
+        if name not in left_out:
+            lines += [*_option_lines(name, item, example.get(name), 0), ""]
+    return "\n".join(lines)
 
 
 def render_yaml(tree: Mapping[str, Any], comments: Mapping[tuple[str, ...], str]) -> str:
@@ -337,16 +332,6 @@ def _lines(
             yield f"{indent}{yaml_scalar(key)}: {yaml_scalar(value)}", comments.get(where, "")
 
 
-def _template(
-    section: type[Section], example: Mapping[str, Any], head: str, left_out: frozenset[str] = frozenset()
-) -> str:
-    lines = [f"# {head}", "# Check it with: lem config validate FILE", ""]
-    for name, item in declared(section).items():
-        if name not in left_out:
-            lines += [*_option_lines(name, item, example.get(name), 0), ""]
-    return "\n".join(lines)
-
-
 def _option_lines(name: str, item: Option, example: Any, depth: int, *, is_out: bool = False) -> Iterator[str]:
     """An option with what it does above it; commented out, `#name: value`, unless the example has a value for it."""
     is_out = is_out or example is None
@@ -354,7 +339,7 @@ def _option_lines(name: str, item: Option, example: Any, depth: int, *, is_out: 
     head = f"{indent}{'#' if is_out else ''}{name}:"
     limits = "" if item.sections else _constraint(_describe(item))
     yield from wrap(f"{item.description} [{limits}]" if limits else item.description, f"{indent}# ")
-    is_list = isinstance(item.value_kind, ListKind)
+    is_list = isinstance(item.kind, ListKind)
     section = item.sections[0] if len(item.sections) == 1 and not is_list else None
     if section is not None and section.shorthand is None:
         yield head

@@ -201,12 +201,8 @@ class Option:
     is_unique: bool = False  # of a list
     dotted_after: int | None = None  # below this many keys of a mapping, keys are dotted names of options
     name: str = ""
-    kind: Kind = UNSET
-
-    @property
-    def value_kind(self) -> Kind:
-        """The kind of a value that is not null."""
-        return self.kind.inner if isinstance(self.kind, NullableKind) else self.kind
+    kind: Kind = UNSET  # of a value that is not null
+    is_nullable: bool = False
 
     @property
     def sections(self) -> tuple[type[Any], ...]:
@@ -230,10 +226,6 @@ class Kind(ABC):
     @abstractmethod
     def read(self, value: Any, path: Path, sink: Sink) -> Any:
         """The normalised value, or INVALID with the problems noted."""
-
-    def dump(self, value: Any, *, is_identity: bool = False) -> Any:  # noqa: ARG002
-        """The value as JSON has it, which `read` takes back; or the part of it that can change a measured number."""
-        return value
 
     def refuse(self, value: Any, path: Path, sink: Sink, remedy: str = "", suggestion: str | None = None) -> Any:
         """INVALID, with the problem noted; the value of a secret option is not repeated."""
@@ -337,20 +329,6 @@ class ChoiceKind(Kind):
         return self.refuse(value, path, sink, suggestion=near)
 
 
-class NullableKind(Kind):
-    """A value or null."""
-
-    def __init__(self, item: Option, inner: Kind) -> None:
-        super().__init__(item, inner)
-        self.name, self.label = inner.name, inner.label
-
-    def read(self, value: Any, path: Path, sink: Sink) -> Any:
-        return None if simple(value) is None else self.inner.read(value, path, sink)
-
-    def dump(self, value: Any, *, is_identity: bool = False) -> Any:
-        return None if value is None else self.inner.dump(value, is_identity=is_identity)
-
-
 class ListKind(Kind):
     """A list of one kind."""
 
@@ -378,9 +356,6 @@ class ListKind(Kind):
                     return sink.add((*path, index), f"duplicate item {item!r}")
         return Items(items)
 
-    def dump(self, value: Any, *, is_identity: bool = False) -> Any:
-        return [self.inner.dump(item, is_identity=is_identity) for item in value]
-
 
 class MapKind(Kind):
     """A mapping from text to one kind; an integer key is taken as its digits."""
@@ -404,9 +379,6 @@ class MapKind(Kind):
             out[str(key)] = self.inner.read(item, (*path, str(key)), sink)
         return INVALID if any(item is INVALID for item in out.values()) else out
 
-    def dump(self, value: Any, *, is_identity: bool = False) -> Any:
-        return {key: self.inner.dump(item, is_identity=is_identity) for key, item in value.items()}
-
 
 class AnyKind(Kind):
     """Anything that JSON can hold; lists become `Items`, and text keeps its `${VAR}` for records."""
@@ -417,12 +389,9 @@ class AnyKind(Kind):
     def read(self, value: Any, path: Path, sink: Sink) -> Any:
         if value is None or isinstance(value, (bool, int, str)):
             return value
-        kind = _kind_of_json(value)
+        kinds = (kind for types, kind in _JSON_KINDS.items() if isinstance(value, types))
+        kind = next(kinds, None)
         return self.refuse(value, path, sink) if kind is None else kind.read(value, path, sink)
-
-    def dump(self, value: Any, *, is_identity: bool = False) -> Any:  # noqa: ARG002
-        kind = _kind_of_json(value)
-        return kind.dump(value) if kind is not None else str(value) if isinstance(value, str) else value
 
 
 _FREE = Option(None, "", {})
@@ -432,7 +401,3 @@ _JSON_KINDS: Mapping[Any, Kind] = {
     (list, tuple): ListKind(_FREE, _ANY),
     Mapping: MapKind(_FREE, _ANY),
 }
-
-
-def _kind_of_json(value: Any) -> Kind | None:
-    return next((kind for types, kind in _JSON_KINDS.items() if isinstance(value, types)), None)

@@ -10,11 +10,11 @@ from pathlib import Path as FilePath
 from typing import Any, Generic, TypeVar
 
 from lem.base.errors import ConfigurationError
+from lem.config.backends import find_preset
 from lem.config.campaign_config import CampaignConfig, CampaignExplicitExperiment, with_campaign_defaults
 from lem.config.experiment import ExperimentConfig
-from lem.config.kinds import ConfigProblems, MapKind, Option, Path, Problem, as_written, dotted
-from lem.config.option import Section, canonical, declared, is_secret, leaves, merge, nest
-from lem.config.presets import find_preset
+from lem.config.kinds import ConfigProblems, MapKind, Path, Problem, as_written, dotted
+from lem.config.option import Section, canonical, declared, find_option, is_secret, leaves, merge, nest
 from lem.config.yamlfile import Document, FileProblems, Located, Place, parse_value, read_document
 
 S = TypeVar("S", bound=Section)
@@ -58,16 +58,15 @@ class Source:
     section: type[Section]  # what the values are for
     layers: tuple[Layer, ...] = ()
     mapping: Mapping[str, Any] = field(default_factory=dict)  # the layers merged, not yet validated
-    origins: Mapping[Path, int] = field(default_factory=dict)  # for each value, the number of the layer it comes from
+    origins: Mapping[Path, Layer] = field(default_factory=dict)  # for each value, the layer it comes from
     main: Document | None = None  # for problems without a place of their own
     prefix: Path = ()  # the path of all this in the campaign, for naming options
 
     def over(self, layer: Layer) -> Source:
         mapping = merge(self.section, self.mapping, layer.mapping)
         given = {path for path, _ in leaves(canonical(self.section, layer.mapping))}
-        number = len(self.layers)
         origins = {
-            path: number if path in given else self.origins[path]
+            path: layer if path in given else self.origins[path]
             for path, _ in leaves(mapping)
             if path in given or path in self.origins
         }
@@ -82,28 +81,21 @@ class Source:
     @property
     def forced(self) -> frozenset[str]:
         """The options given on the command line, which win over the experiments' own (`with_campaign_defaults`)."""
-        given = (path for path, number in self.origins.items() if self.layers[number].kind == "command line")
-        return frozenset(map(dotted, given))
+        return frozenset(dotted(path) for path, layer in self.origins.items() if layer.kind == "command line")
 
     def layer_of(self, path: Path) -> Layer | None:
         """The layer that gave the value at a path, or the value that contains it; None for a default."""
-        for length in range(len(path), 0, -1):
-            number = self.origins.get(path[:length])
-            if number is not None:
-                return self.layers[number]
-        return None
+        above = (path[:length] for length in range(len(path), 0, -1))
+        return next((self.origins[part] for part in above if part in self.origins), None)
 
     def place(self, path: Path, *, is_about_key: bool = False) -> Place:
         """Where a path was written; the nearest place above it when it was not."""
         owner = self.layer_of(path)
-        if owner is not None:
-            found, place = owner.find(path, is_about_key=is_about_key)
+        for layers in ((owner,) if owner is not None else (), self.layers[::-1]):
+            places = [layer.find(path, is_about_key=is_about_key) for layer in layers]
+            found, place = max(places, key=lambda item: item[0], default=(0, Place("")))
             if found:
                 return place
-        places = [layer.find(path, is_about_key=is_about_key) for layer in reversed(self.layers)]
-        found, place = max(places, key=lambda item: item[0], default=(0, Place("")))
-        if found:
-            return place
         return Place(dotted(path)) if self.main is None else self.main.top
 
     def folder_of(self, path: Path) -> FilePath:
@@ -156,13 +148,14 @@ class Loaded(Generic[S]):
     @property
     def provenance(self) -> dict[str, str]:
         """For every option by dotted name `command line`, `file`, `preset` or `default`."""
-        out: dict[str, str] = {}
-        for path, _ in leaves(self.config.to_dict()):
-            layer = self.source.layer_of(path)
-            config = self.config
-            is_preset = layer is None and isinstance(config, ExperimentConfig) and config.is_from_decoder_preset(path)
-            out[dotted(path)] = "preset" if is_preset else "default" if layer is None else layer.kind
-        return out
+        return {dotted(path): self._kind_of_source(path) for path, _ in leaves(self.config.to_dict())}
+
+    def _kind_of_source(self, path: Path) -> str:
+        layer = self.source.layer_of(path)
+        if layer is not None:
+            return layer.kind
+        is_derived = isinstance(self.config, ExperimentConfig) and self.config.is_from_decoder_preset(path)
+        return "preset" if is_derived else "default"
 
 
 def load_campaign(
@@ -250,7 +243,11 @@ class _Loader:
         while following is not None:
             document = read_document(following, self._environ)
             if not isinstance(document.tree, Mapping):
-                raise FileProblems([(document.top, Problem((), _not_a_mapping(document.tree)))])
+                found_type = "a list" if isinstance(document.tree, list) else "plain text"
+                complaint = f"expected a mapping (key: value) at the top level, got {found_type}"
+                if document.tree is None:
+                    complaint = "the file is empty; `lem config new` writes one to start from"
+                raise FileProblems([(document.top, Problem((), complaint))])
             documents.append(document)
             found += _without_secrets(section, document.located)
             following = _base_of(documents, found)
@@ -269,18 +266,14 @@ class _Loader:
     def with_sets(self, source: Source) -> Source:
         """The source with the overrides of the command line on top."""
         for item in self._sets:
-            if isinstance(item, str):
-                key, equals, text = item.partition("=")
-                key = key.strip()
-                if not equals or not all(key.split(".")):
-                    raise ConfigurationError(f"--set {item}: expected KEY=VALUE", "such as --set execution.cycles=5")
-            else:
-                key, text = item[0], str(item[1])
-            shown = "(hidden)" if is_secret(source.section, tuple(key.split("."))) else text
-            label = f"--set {key}={shown}"
+            key, equals, text = item.partition("=") if isinstance(item, str) else (item[0], "=", str(item[1]))
+            key = key.strip()
+            shown = "(hidden)" if equals and is_secret(source.section, tuple(key.split("."))) else text
+            label = f"--set {key}{equals}{shown}"
+            if not equals or not all(key.split(".")):
+                raise ConfigurationError(f"{label}: expected KEY=VALUE", "such as --set execution.cycles=5")
             value = parse_value(text, self._environ, label) if isinstance(item, str) else item[1]
-            values = nest(_keys_of(source.section, key), value)
-            source = source.over(Layer("command line", label, values))
+            source = source.over(Layer("command line", label, nest(_keys_of(source.section, key), value)))
         return source
 
     def campaign(self, source: Source, found: Located | None = None, hint: str = "") -> Loaded[CampaignConfig]:
@@ -311,9 +304,8 @@ class _Loader:
             if isinstance(entry, Mapping) and entry.get("config") is not None:
                 yield from self._of_file(campaign, (*path, "config"), entry["config"], entry.get("overrides"), problems)
             elif isinstance(entry, Mapping):
-                source = dataclasses.replace(self._start(ExperimentConfig), main=campaign.main, prefix=path)
-                inline = entry.get("inline", entry)
-                source = _over(source, campaign, inline, path)
+                start = dataclasses.replace(self._start(ExperimentConfig), main=campaign.main, prefix=path)
+                source = _over(start, campaign, entry.get("inline", entry), path)
                 yield ListedExperiment(source.mapping, source, None)
 
     def _of_file(
@@ -339,23 +331,12 @@ class _Loader:
 def _over(source: Source, campaign: Source, values: Any, path: Path) -> Source:
     """The source of an experiment with values on top that are at this path of the campaign."""
     layer = campaign.layer_of(path[:1])
-    if layer is None:
-        return source
-    return source.over(
-        Layer(layer.kind, layer.label, values if isinstance(values, Mapping) else {}, layer.document, path)
-    )
+    mapping = values if isinstance(values, Mapping) else {}
+    return source if layer is None else source.over(dataclasses.replace(layer, mapping=mapping, prefix=path))
 
 
 def _items(value: Any) -> Sequence[Any]:
     return value if isinstance(value, (list, tuple)) else () if value is None else (value,)
-
-
-def _not_a_mapping(tree: Any) -> str:
-    if tree is None:
-        return "the file is empty; `lem config new` writes one to start from"
-    return (
-        f"expected a mapping (key: value) at the top level, got {'a list' if isinstance(tree, list) else 'plain text'}"
-    )
 
 
 def _base_of(documents: Sequence[Document], found: Located) -> FilePath | None:
@@ -380,15 +361,11 @@ def _base_of(documents: Sequence[Document], found: Located) -> FilePath | None:
 def _keys_of(section: type[Section], key: str) -> list[str]:
     """The parts of a dotted name; where a mapping has dotted names for keys, the rest is one part."""
     parts = key.split(".")
-    options: Mapping[str, Option] = declared(section)
-    for index, part in enumerate(parts):
-        item = options.get(part)
-        if item is None:
-            break
-        if isinstance(item.value_kind, MapKind) and item.dotted_after is not None:
-            split = index + 1 + item.dotted_after
+    for length in range(1, len(parts)):
+        item = find_option(section, ".".join(parts[:length]))
+        if item is not None and isinstance(item.kind, MapKind) and item.dotted_after is not None:
+            split = length + item.dotted_after
             return [*parts[:split], ".".join(parts[split:])] if parts[split:] else parts
-        options = declared(item.sections[0]) if len(item.sections) == 1 else {}
     return parts
 
 

@@ -22,7 +22,6 @@ from lem.config.kinds import (
     Kind,
     ListKind,
     MapKind,
-    NullableKind,
     NumberKind,
     Option,
     Path,
@@ -31,6 +30,7 @@ from lem.config.kinds import (
     TextKind,
     describe,
     dotted,
+    simple,
 )
 
 _METADATA = "lem.option"
@@ -115,8 +115,7 @@ class Section:
 
     def to_dict(self) -> dict[str, Any]:
         """All options as plain JSON values, defaults included; `from_dict` gives an equal section back."""
-        values = self.__dict__
-        return {name: item.kind.dump(values[name]) for name, item in declared(type(self)).items()}
+        return {name: plain(self.__dict__[name]) for name in declared(type(self))}
 
     def changed(self) -> dict[str, Any]:
         """The options that differ from their defaults, as plain JSON values."""
@@ -135,12 +134,8 @@ class Section:
 
     def make_identity(self) -> dict[str, Any]:
         """As `identity`, computed every time."""
-        values = self.__dict__
-        return {
-            name: item.kind.dump(values[name], is_identity=True)
-            for name, item in declared(type(self)).items()
-            if item.identity
-        }
+        options = declared(type(self))
+        return {name: plain(self.__dict__[name], is_identity=True) for name in options if options[name].identity}
 
     @classmethod
     def rewrite(cls, mapping: Mapping[Any, Any]) -> Mapping[Any, Any]:
@@ -161,6 +156,17 @@ class Section:
         yield from ()
 
 
+def plain(value: Any, *, is_identity: bool = False) -> Any:
+    """The value of an option as JSON has it, or the part of it that can change a measured number."""
+    if isinstance(value, Section):
+        return value.identity() if is_identity else value.to_dict()
+    if isinstance(value, dict):
+        return {key: plain(item, is_identity=is_identity) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, is_identity=is_identity) for item in value]
+    return str(value) if isinstance(value, str) else value
+
+
 class SectionKind(Kind):
     """A nested section."""
 
@@ -173,9 +179,6 @@ class SectionKind(Kind):
 
     def read(self, value: Any, path: Path, sink: Sink) -> Any:
         return value if isinstance(value, self.sections) else self.sections[0].read(value, path, sink)
-
-    def dump(self, value: Any, *, is_identity: bool = False) -> Any:
-        return value.identity() if is_identity else value.to_dict()
 
 
 class VariantKind(SectionKind):
@@ -225,8 +228,13 @@ def _declared(section: Any) -> tuple[Mapping[str, Option], Mapping[str, Any]]:
     for field in dataclasses.fields(section):
         item: Option = field.metadata[_METADATA]
         reload = section.reloads if item.reload is UNSET else item.reload
-        kind = _kind_of(hints[field.name], item)
-        options[field.name] = dataclasses.replace(item, name=field.name, kind=kind, reload=reload)
+        members = typing.get_args(hints[field.name])
+        is_nullable = types.NoneType in members
+        others = tuple(member for member in members if member is not types.NoneType)
+        kind = _kind_of(typing.Union[others] if is_nullable else hints[field.name], item)  # noqa: UP007
+        options[field.name] = dataclasses.replace(
+            item, name=field.name, kind=kind, is_nullable=is_nullable, reload=reload
+        )
     defaults = {
         name: Items(item.default) if isinstance(item.default, tuple) else item.default for name, item in options.items()
     }
@@ -244,7 +252,9 @@ def _read_given(section: type[Section], mapping: Mapping[Any, Any], path: Path, 
         elif name in given:
             sink.add((*path, key), f"duplicate option: {key} is another name of {name}", is_about_key=True)
         else:
-            given[name] = options[name].kind.read(item, (*path, key), sink)
+            option = options[name]
+            is_null = option.is_nullable and simple(item) is None
+            given[name] = None if is_null else option.kind.read(item, (*path, key), sink)
     return given
 
 
@@ -340,7 +350,7 @@ def walk(
         if not item.sections:
             yield key, dataclasses.replace(item, backends=honouring), section
         for nested in item.sections:
-            yield from walk(nested, f"{key}[]" if isinstance(item.value_kind, ListKind) else key, honouring)
+            yield from walk(nested, f"{key}[]" if isinstance(item.kind, ListKind) else key, honouring)
 
 
 # Layers of configuration: plain mappings in, plain mappings out, before they are validated.
@@ -407,9 +417,9 @@ def _section_at(section: type[Section] | None, name: str, value: Any) -> type[Se
     item = declared(section).get(name) if section is not None else None
     if item is None or not item.sections:
         return None
-    if isinstance(item.value_kind, VariantKind) and isinstance(value, Mapping):
+    if isinstance(item.kind, VariantKind) and isinstance(value, Mapping):
         kind = value.get("type")
-        return item.value_kind.variants.get(kind) if isinstance(kind, str) else None
+        return item.kind.variants.get(kind) if isinstance(kind, str) else None
     return item.sections[0]
 
 
@@ -417,9 +427,6 @@ def _kind_of(hint: Any, item: Option) -> Kind:
     """The kind that an annotation and its declaration make."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     members = arguments if origin in (typing.Union, types.UnionType) else ()
-    if type(None) in members:
-        rest = tuple(member for member in members if member is not type(None))
-        return NullableKind(item, _kind_of(typing.Union[rest], item))  # noqa: UP007
     if members and all(isinstance(member, type) and issubclass(member, Section) for member in members):
         return VariantKind(item, {str(declared(member)["type"].default): member for member in members})
     if origin is tuple:
@@ -432,5 +439,5 @@ def _kind_of(hint: Any, item: Option) -> Kind:
         return SectionKind(item, hint)
     if hint in (int, float):
         return NumberKind(item, hint)
-    plain: Mapping[Any, type[Kind]] = {bool: BoolKind, str: TextKind, Any: AnyKind}
-    return plain[hint](item)
+    kinds: Mapping[Any, type[Kind]] = {bool: BoolKind, str: TextKind, Any: AnyKind}
+    return kinds[hint](item)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, NamedTuple
 
 from lem.base.errors import ConfigurationError
 from lem.base.units import MIB
@@ -47,8 +47,7 @@ _LIST = "tag:yaml.org,2002:seq"
 _MAPPING = "tag:yaml.org,2002:map"
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """A position in a file, from 1."""
 
     line: int
@@ -63,12 +62,8 @@ class Place:
     mark: Mark | None = None
     line: str = ""
 
-    @property
-    def position(self) -> tuple[int, int]:
-        return (self.mark.line, self.mark.column) if self.mark is not None else (0, 0)
-
     def __str__(self) -> str:
-        return self.label if self.mark is None else f"{self.label}:{self.mark.line}:{self.mark.column}"
+        return ":".join((self.label, *map(str, self.mark or ())))
 
 
 Located = list[tuple[Place, Problem]]
@@ -83,7 +78,9 @@ class FileProblems(ConfigProblems):
             unique.setdefault((place, problem.message if place.mark else str(problem)), (place, problem))
         files = list(dict.fromkeys(place.label for place, _ in unique))
         # Problems without a position come before those of their file, which are in the order of its lines.
-        self.located = tuple(sorted(unique.values(), key=lambda item: (files.index(item[0].label), *item[0].position)))
+        self.located = tuple(
+            sorted(unique.values(), key=lambda item: (files.index(item[0].label), item[0].mark or (0, 0)))
+        )
         count = len(self.located)
         shown = [render(place, problem) for place, problem in self.located[:MAX_SHOWN_PROBLEMS]]
         if count > len(shown):
@@ -216,25 +213,6 @@ def read_document(path: FilePath, environ: Mapping[str, str]) -> Document:
         ConfigurationError: it cannot be read, or is not text.
         FileProblems: it is not YAML.
     """
-    return _read_text(_text_of(path), str(path), path, environ)
-
-
-def parse_value(text: str, environ: Mapping[str, str], label: str) -> Any:
-    """A value as it would be in a file.
-
-    Raises:
-        ConfigurationError: it is not one; `label` names it.
-    """
-    try:
-        document = _read_text(text, label, FilePath(), environ)
-    except FileProblems as error:  # a position within a word of the command line is useless
-        raise FileProblems((Place(label), problem) for _, problem in error.located) from error
-    if document.problems:
-        raise FileProblems((Place(label), problem) for _, problem in document.problems)
-    return document.tree
-
-
-def _text_of(path: FilePath) -> str:
     try:
         with path.open("rb") as stream:
             data = stream.read(MAX_FILE_B + 1)
@@ -252,11 +230,27 @@ def _text_of(path: FilePath) -> str:
     if b"\0" in data:
         raise _no_text(path, data, data.index(b"\0"), "expected a YAML file, found binary data")
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         # The mark of UTF-8 at the beginning is left out of what the error counts in.
         begin = error.start + len(data) - len(error.object)
         raise _no_text(path, data, begin, f"is not UTF-8 (byte 0x{data[begin]:02x})", "save it as UTF-8") from error
+    return _read_text(text, str(path), path, environ)
+
+
+def parse_value(text: str, environ: Mapping[str, str], label: str) -> Any:
+    """A value as it would be in a file.
+
+    Raises:
+        ConfigurationError: it is not one; `label` names it.
+    """
+    try:
+        document = _read_text(text, label, FilePath(), environ)
+        if document.problems:
+            raise FileProblems(document.located)
+    except FileProblems as error:  # a position within a word of the command line is useless
+        raise FileProblems((Place(label), problem) for _, problem in error.located) from error
+    return document.tree
 
 
 def _no_text(path: FilePath, data: bytes, offset: int, message: str, hint: str = "") -> FileProblems:
@@ -305,7 +299,7 @@ class _Loader(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, yaml
         """Nothing: PyYAML's resolver is not used."""
 
     def ascend_resolver(self) -> None:
-        """Nothing, as above."""
+        """Nothing."""
 
     def resolve(self, kind: Any, _value: Any, implicit: Any) -> str:
         """The tag of a node that has none of its own."""
@@ -398,10 +392,12 @@ def _syntax_problem(error: Any, name: str, text: str) -> tuple[Place, Problem]:
     if isinstance(error, yaml.reader.ReaderError):
         before = text[: error.position]
         mark = Mark(before.count("\n") + 1, error.position - before.rfind("\n"))
-        return Place(name, mark), Problem(
-            (), f"contains the control character U+{ord(text[error.position]):04X}; remove it"
-        )
-    mark = _mark_of(error)
+        complaint = f"contains the control character U+{ord(text[error.position]):04X}; remove it"
+        return Place(name, mark), Problem((), complaint)
+    found = error.problem_mark or error.context_mark
+    if "unexpected end of stream" in str(error.problem) and error.context_mark is not None:
+        found = error.context_mark  # where an open quote begins
+    mark = Mark(found.line + 1, found.column + 1)
     message = str(error.problem or error.context)
     remedies = {
         "'\\t'": "indent with spaces, never with tabs",
@@ -414,14 +410,5 @@ def _syntax_problem(error: Any, name: str, text: str) -> tuple[Place, Problem]:
     }
     remedy = next((advice for words, advice in remedies.items() if words in f"{message} {error.context or ''}"), "")
     complaint = message if isinstance(error, _TooMuch) else f"not YAML: {message}"
-    lines = text.splitlines()
-    line = lines[mark.line - 1] if mark.line <= len(lines) else ""
-    return Place(name, mark, line), Problem((), f"{complaint}; {remedy}" if remedy else complaint)
-
-
-def _mark_of(error: Any) -> Mark:
-    """Where an error is, or where it began if it shows only at the end, as an open quote does."""
-    mark = error.problem_mark or error.context_mark
-    if "unexpected end of stream" in str(error.problem) and error.context_mark is not None:
-        mark = error.context_mark
-    return Mark(mark.line + 1, mark.column + 1)
+    place = Document(name, FilePath(), tuple(text.splitlines())).at(mark)
+    return place, Problem((), f"{complaint}; {remedy}" if remedy else complaint)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lem.base.errors import ConfigurationError
-from lem.config.backends import BACKENDS, PyTorchConfig, TensorRTConfig, VllmConfig
+from lem.config.backends import BACKENDS, PRESETS, PyTorchConfig, TensorRTConfig, VllmConfig, find_preset
 from lem.config.experiment import (
     DATASET_ALIASES,
     BaselineConfig,
@@ -24,7 +24,6 @@ from lem.config.experiment import (
 )
 from lem.config.kinds import ConfigProblems, dotted
 from lem.config.option import nest
-from lem.config.presets import PRESETS, find_preset
 
 
 def experiment(**options: Any) -> ExperimentConfig:

@@ -15,14 +15,13 @@ from lem.config.backends import BACKENDS
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig
 from lem.config.introspection import (
-    campaign_template,
     document_schema,
-    experiment_template,
     get_campaign_params,
     get_experiment_params,
     render_page,
     render_text,
     render_yaml,
+    template,
     yaml_scalar,
 )
 from lem.config.load import load_campaign, load_experiment
@@ -110,15 +109,15 @@ def test_the_schema_of_some_options():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_templates_are_valid_as_they_are(tmp_path: Path, backend: str):
     campaign, experiment = tmp_path / "c.yaml", tmp_path / "e.yaml"
-    campaign.write_text(campaign_template(backend), encoding="utf-8")
-    experiment.write_text(experiment_template(backend), encoding="utf-8")
+    campaign.write_text(template("campaign", backend), encoding="utf-8")
+    experiment.write_text(template("experiment", backend), encoding="utf-8")
     config = load_campaign(campaign).config
     assert config.to_dict()["grid"]["backends"] == [backend]
     assert load_experiment(experiment).config.backend == backend
 
 
 def test_every_option_of_a_template_is_valid_when_it_is_uncommented(tmp_path: Path):
-    text = re.sub(r"(?m)^( *)#(?=\S)", r"\1", experiment_template("pytorch"))
+    text = re.sub(r"(?m)^( *)#(?=\S)", r"\1", template("experiment", "pytorch"))
     file = tmp_path / "e.yaml"
     file.write_text(text, encoding="utf-8")
     loaded = load_experiment(file)
@@ -127,7 +126,7 @@ def test_every_option_of_a_template_is_valid_when_it_is_uncommented(tmp_path: Pa
 
 
 def test_templates_show_every_option():
-    shown = set(re.findall(r"(?m)^ *#?([a-z_0-9]+):", campaign_template() + experiment_template("vllm")))
+    shown = set(re.findall(r"(?m)^ *#?([a-z_0-9]+):", template("campaign") + template("experiment", "vllm")))
     wanted = {*get_campaign_params(), *get_experiment_params("vllm")}
     missing = {
         name.rpartition(".")[2] for name in wanted if not name.startswith(("prompts.", "experiments", "dataset"))
@@ -136,7 +135,7 @@ def test_templates_show_every_option():
 
 
 def test_templates_fit_a_terminal():
-    for text in (campaign_template(), *map(experiment_template, BACKENDS)):
+    for text in (template("campaign"), *(template("experiment", backend) for backend in BACKENDS)):
         assert max(len(line) for line in text.splitlines()) <= 80
 
 

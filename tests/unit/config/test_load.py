@@ -413,7 +413,7 @@ SUGGESTED = {
 def test_all_problems_are_found_at_once_in_their_places(folder: Path) -> None:
     write(folder, c=BROKEN, good="model: gpt2\n", bad="model_name: 5\nfp_precision: fp16\ngpus: [0, first]\n")
     error = refusal(load_campaign, "c.yaml", ["execution.sed=1"], environ={})
-    found = [f"{place.label}:{place.position[0]} {dotted(problem.path)}" for place, problem in error.located]
+    found = [f"{place.label}:{(place.mark or (0,))[0]} {dotted(problem.path)}" for place, problem in error.located]
     assert found == EXPECTED
     suggested = {dotted(problem.path): problem.suggestion for _, problem in error.located if problem.suggestion}
     assert suggested == SUGGESTED
