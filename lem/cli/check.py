@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lem.base.doc import screen_of, write_json
+from lem.base.doc import NAME_WIDTH, NAMES_SHOWN, Doc, NameShortener, screen_of, write_json
 from lem.base.errors import ExitCode
 from lem.base.log import WIDEST, WIDTH
 from lem.base.units import plural, some_of
@@ -66,8 +66,6 @@ def check_document(check: Check) -> dict[str, Any]:
 
 def render_check(check: Check, *, is_colour: bool = False, width: int = WIDTH) -> str:
     """The findings as text: the weak ones first, and a conclusion at the end."""
-    from lem.base.doc import NAME_WIDTH, NAMES_SHOWN, Doc, NameShortener
-
     doc = Doc(min(width, WIDEST), is_colour=is_colour)
     configurations = check.run.with_results
     shortener = NameShortener([item.name for item in configurations], NAME_WIDTH)
@@ -85,14 +83,10 @@ def render_check(check: Check, *, is_colour: bool = False, width: int = WIDTH) -
         doc.labelled(f"{label:<{_LEAD}}", f"{item.kind.replace('_', ' ')}: {item.text}{whom}", style)
         if item.remedy:
             doc.text(item.remedy, lead=f"{'':<{_LEAD}}do: ")
-    doc.block()
-    doc.text(_conclusion(check))
-    return doc.render()
-
-
-def _conclusion(check: Check) -> str:
     weak = sum(item.is_weak for item in check.findings)
     notes = len(check.findings) - weak
-    noted = f"; {plural(notes, 'note')}" if notes else ""
     what = f"{plural(weak, 'thing')} {'weakens' if weak == 1 else 'weaken'} the numbers"
-    return f"{what if weak else 'Nothing was found that weakens the numbers'}{noted}."
+    what = what if weak else "Nothing was found that weakens the numbers"
+    doc.block()
+    doc.text(f"{what}; {plural(notes, 'note')}." if notes else f"{what}.")
+    return doc.render()

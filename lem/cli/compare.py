@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from lem.base.doc import screen_of, write_json
 from lem.base.errors import UserError
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from lem.results.metrics import Metric
     from lem.results.run import Configuration, Run
     from lem.results.stats import Gate
-    from lem.results.store import Problem
 
 
 _TARGET = """CAMPAIGN: all its configurations against the baseline; CAMPAIGN A B …: B and the others against A; two
@@ -76,8 +74,8 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     if args.strict and not gates:
         raise UserError("--strict requires --gate", "for example --gate energy=3%")
     metrics = [parse_metric(text) for text in args.metric]
-    problems: list[Problem] = []
-    comparison = _compare(args, problems, metrics, gates)
+    comparison = _compare(args, metrics, gates)
+    problems = [problem for read in comparison.runs for problem in read.problems]
     # An attempt without a result is counted in the comparison.
     list_problems(err, [problem for problem in problems if problem.kind != "missing"])
     code = gate_code(comparison, is_strict=args.strict)
@@ -91,23 +89,17 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     return int(code)
 
 
-@dataclass(frozen=True)
-class _Target:
-    """A run, and a configuration in it; None for the whole run."""
-
+class _Target(NamedTuple):
     where: SelectedRun
-    configuration: str | None = None
+    configuration: str | None = None  # None for the whole run
 
 
-def _compare(
-    args: argparse.Namespace, problems: list[Problem], metrics: Sequence[Metric], gates: Sequence[Gate]
-) -> Comparison:
+def _compare(args: argparse.Namespace, metrics: Sequence[Metric], gates: Sequence[Gate]) -> Comparison:
     from lem.results.compare import Anchor, compare_configurations, compare_runs
 
     targets = _targets(args.results_dir, args.targets)
     runs = list(dict.fromkeys(target.where for target in targets))
     found = [_read(item) for item in runs]
-    problems += [problem for run in found for problem in run.problems]
     if len(runs) == 1:
         if args.anchor or args.anchor_tolerance != _DEFAULT_TOLERANCE:
             raise UserError("--anchor requires two runs", "omit it: within one run, cycles are the pairs")
@@ -115,53 +107,36 @@ def _compare(
         return compare_configurations(found[0], baseline, others, metrics=metrics, gates=gates)
     if args.baseline:
         raise UserError("--baseline requires a single run", "of two runs, the first is the baseline")
-    named = [
-        _subject(result, item.configuration) for result, item in zip(found, targets, strict=True) if item.configuration
-    ]
-    return compare_runs(
-        *found,
-        chosen=(named[0], named[1]) if named else None,
-        anchor=Anchor(args.anchor, _tolerance(args.anchor_tolerance)),
-        metrics=metrics,
-        gates=gates,
-    )
+    before, after = found
+    names = [item.configuration for item in targets]
+    chosen = (_subject(before, names[0]), _subject(after, names[1])) if names[0] and names[1] else None
+    anchor = Anchor(args.anchor, _tolerance(args.anchor_tolerance))
+    return compare_runs(before, after, chosen=chosen, anchor=anchor, metrics=metrics, gates=gates)
 
 
 def _targets(results_dir: Path, words: Sequence[str]) -> list[_Target]:
-    """What the arguments name.
-
-    Raises:
-        UserError: an argument names nothing, or they cannot be compared.
-    """
+    """What the arguments name; UserError where one names nothing, or they cannot be compared."""
     runs = list_runs(results_dir)
-    targets = [_target(runs, word) for word in words]
-    first, *others = targets
+    first, *others = targets = [_target(runs, word) for word in words]
     if first is None and others and all(item is None for item in others):
         where = _run_with(runs, words, results_dir)
         return [_Target(where, word) for word in words]
-    if first is None:
-        raise no_such_name(words[0], runs, results_dir)
-    if first.configuration is None and others and others[0] is None:  # CAMPAIGN A B …
+    if first is not None and first.configuration is None and others and others[0] is None:  # CAMPAIGN A B …
         return [_Target(first.where, word) for word in words[1:]]
-    if any(item is None for item in others):
-        word = next(word for word, item in zip(words, targets, strict=True) if item is None)
-        raise no_such_name(word, runs, results_dir)
     found = [item for item in targets if item is not None]
-    return _checked(found)
-
-
-def _checked(targets: list[_Target]) -> list[_Target]:
-    if len(targets) == 1:
-        return targets
-    are_runs = {item.configuration is None for item in targets}
-    n_runs = len({item.where for item in targets})
+    if len(found) < len(targets):
+        raise no_such_name(words[targets.index(None)], runs, results_dir)
+    if len(found) == 1:
+        return found
+    are_runs = {item.configuration is None for item in found}
+    n_runs = len({item.where for item in found})
     if len(are_runs) > 1:
         raise UserError("a run cannot be compared with a configuration", "name two runs, or two RUN/CONFIGURATION")
-    if True in are_runs and n_runs < len(targets):
+    if True in are_runs and n_runs < len(found):
         raise UserError("both name the same run", "name the other one by its ID; see `lem results list`")
-    if n_runs > 2 or (n_runs == 2 and len(targets) > 2):
-        raise UserError(f"expected at most two configurations of different runs, got {len(targets)} of {n_runs} runs")
-    return targets
+    if n_runs > 2 or (n_runs == 2 and len(found) > 2):
+        raise UserError(f"expected at most two configurations of different runs, got {len(found)} of {n_runs} runs")
+    return found
 
 
 def _target(runs: Sequence[SelectedRun], word: str) -> _Target | None:
@@ -176,11 +151,8 @@ def _target(runs: Sequence[SelectedRun], word: str) -> _Target | None:
 def _run_with(runs: Sequence[SelectedRun], names: Sequence[str], results_dir: Path) -> SelectedRun:
     """The campaign whose last run has all these configurations."""
     last = {item.campaign: item for item in runs}
-    found = [
-        item
-        for item in last.values()
-        if set(names) <= {result.record.identity.config_name for result in item.scan().results}
-    ]
+    measured = ((run, {it.record.identity.config_name for it in run.scan().results}) for run in last.values())
+    found = [item for item, known in measured if set(names) <= known]
     if len(found) == 1:
         return found[0]
     listed = ", ".join(map(repr, names))
@@ -204,38 +176,31 @@ def _read(where: SelectedRun) -> Run:
 
 def _sides(
     found: Run, names: Sequence[str | None], baseline_name: str | None
-) -> tuple[Configuration, tuple[Configuration, ...]]:
+) -> tuple[Configuration, list[Configuration]]:
     """The baseline and the others: the named ones, the baseline first, or else all."""
     named = [_subject(found, name) for name in names if name is not None]
     if baseline_name is not None:
         baseline = _subject(found, baseline_name)
     else:
         baseline = named.pop(0) if len(named) > 1 else found.with_results[0]
-    others = tuple(item for item in named or found.with_results if item is not baseline)
+    others = [item for item in named or found.with_results if item is not baseline]
     if not others:
         raise UserError(f"{found.campaign_name}: nothing to compare {baseline.name} with")
     return baseline, others
 
 
 def _subject(found: Run, wanted: str) -> Configuration:
-    """The configuration of that name, or the only one whose name or hash starts with it.
-
-    Raises:
-        UserError: there is none, or it is ambiguous.
-    """
+    """The configuration of that name, or the only one whose name or hash starts with it."""
     from lem.base.errors import did_you_mean
 
-    tests: tuple[Callable[[Configuration], bool], ...] = (
-        lambda item: item.name == wanted,
-        lambda item: item.name.startswith(wanted) or item.config_hash.startswith(wanted),
-    )
-    for is_meant in tests:
-        matching = [item for item in found.with_results if is_meant(item)]
-        if len(matching) == 1:
-            return matching[0]
-        if matching:
-            raise ambiguous(wanted, [item.name for item in matching])
-    names = [item.name for item in found.with_results]
+    known = found.with_results
+    same = [item for item in known if item.name == wanted]
+    matching = same or [item for item in known if item.name.startswith(wanted) or item.config_hash.startswith(wanted)]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        raise ambiguous(wanted, [item.name for item in matching])
+    names = [item.name for item in known]
     raise UserError(
         f"run {found.run_id} has no configuration {wanted!r}{did_you_mean(wanted, names)}",
         f"configurations: {', '.join(names)}",

@@ -13,7 +13,7 @@ from lem.base.doc import printable
 from lem.base.errors import UserError, did_you_mean
 from lem.base.units import some_of
 from lem.results.run import Run, read_run
-from lem.results.store import Problem, Repository, Scan, list_campaigns
+from lem.results.store import Problem, Repository, Scan, folder_names
 
 _PROBLEMS_SHOWN = 10
 
@@ -64,8 +64,8 @@ def list_runs(results_dir: Path) -> tuple[SelectedRun, ...]:
     """
     return tuple(
         SelectedRun(results_dir, campaign, run_id)
-        for campaign in list_campaigns(results_dir)
-        for run_id in Repository(results_dir, campaign).run_ids()
+        for campaign in folder_names(results_dir)
+        for run_id in folder_names(results_dir / campaign)
     )
 
 
@@ -113,7 +113,7 @@ def resolve_experiment(results_dir: Path, wanted: str) -> tuple[SelectedRun, str
     candidates: list[tuple[str, SelectedRun, str | None]] = []
     for item in runs:
         candidates.append((item.run_id, item, None))
-        for exp_id in Repository(results_dir, item.campaign).experiment_ids(item.run_id):
+        for exp_id in folder_names(results_dir / item.campaign / item.run_id):
             candidates += [(exp_id, item, exp_id), (f"{item.run_id}/{exp_id}", item, exp_id)]
     found = [candidate for candidate in candidates if candidate[0] == wanted]
     found = found or [candidate for candidate in candidates if wanted and candidate[0].startswith(wanted)]

@@ -23,8 +23,8 @@ from lem.results.store import (
     Repository,
     StoredResult,
     experiment_folder_name,
+    folder_names,
     is_name,
-    list_campaigns,
     read_stopping_rule,
     write_stopping_rule,
 )
@@ -182,7 +182,7 @@ def _results_dirs(folders: Iterable[Path]) -> list[Path]:
 
 
 def _only_campaign(results_dirs: Iterable[Path]) -> str:
-    names = sorted({name for folder in results_dirs for name in list_campaigns(folder)})
+    names = sorted({name for folder in results_dirs for name in folder_names(folder)})
     if not names:
         raise UserError(
             "no campaign in these folders", "expected results/<campaign>/<run>/… or <campaign>/<run>/… in each"

@@ -121,12 +121,10 @@ class Configuration:
 
     @cached_property
     def attempts(self) -> Cycles:
-        """Every attempt, by cycle."""
         return by_cycle(self.records)
 
     @cached_property
-    def cycles(self) -> Cycles:
-        """The records that the estimates rest on: of each cycle the last valid attempt."""
+    def cycles(self) -> Cycles:  # with the records that the estimates rest on
         return used_cycles(self.attempts)
 
     @cached_property
@@ -151,7 +149,6 @@ class Configuration:
 
     @property
     def n_excluded(self) -> int:
-        """Invalid results and experiments without a result."""
         return self.n_invalid + self.n_failed
 
     @cached_property
@@ -171,12 +168,10 @@ class Configuration:
 
     @cached_property
     def energy_sources(self) -> tuple[str, ...]:
-        """The meters of the energy that counts."""
         return tuple(sorted({record.energy.primary_j.source or "" for record in self.records} - {""}))
 
     @cached_property
-    def is_load_shared(self) -> bool:
-        """Cycles share an engine load, so there is no interval."""
+    def is_load_shared(self) -> bool:  # then there is no interval
         return share_a_load(self.cycles)
 
     @property
@@ -190,12 +185,9 @@ class Configuration:
         return any(map(is_gpu_source, self.energy_sources))
 
     def estimate(self, metric: str | Metric) -> Estimate:
-        """The estimate of a metric, or of its name: `energy_per_output_tok_j`, or short `energy`.
+        """The estimate of a metric, or of its name or alias; UserError where there is no such metric.
 
         One cycle is one value, since attempts within it share everything that varies between cycles.
-
-        Raises:
-            UserError: there is no such metric.
         """
         chosen = metric if isinstance(metric, Metric) else parse_metric(metric)
         if chosen.name not in self._estimates:
@@ -253,12 +245,10 @@ class Run:
 
     @property
     def run_id(self) -> str:
-        """Identifies the run."""
         return self.run_ids[0] if self.run_ids else ""
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """The hosts that measured."""
         return _distinct(record.identity.host for record in _in_order(self.records))
 
     @cached_property
@@ -283,7 +273,6 @@ class Run:
 
     @property
     def is_single_cycle(self) -> bool:
-        """There are results, and no configuration has more than one cycle."""
         return max((item.n_cycles for item in self.configurations), default=0) == 1
 
     @property
@@ -307,7 +296,6 @@ class Run:
 
     @property
     def results(self) -> tuple[StoredResult, ...]:
-        """Every record with its path."""
         return tuple(StoredResult(self.paths.get(item.identity.key, Path()), item) for item in self.records)
 
 
@@ -321,14 +309,10 @@ def make_run(
 ) -> Run:
     """The run with these results; `campaign_name` and `run_id` where none names them, `others` are fields of `Run`."""
     given = tuple(records)
-    ordered = _in_order(given)
-    return Run(
-        campaign_name=", ".join(_distinct(item.identity.campaign_name for item in ordered)) or campaign_name,
-        run_ids=_distinct(item.identity.run_id for item in ordered) or ((run_id,) if run_id else ()),
-        records=given,
-        failed=failed or {},
-        **others,
-    )
+    identities = [item.identity for item in _in_order(given)]
+    names = _distinct(item.campaign_name for item in identities)
+    run_ids = _distinct(item.run_id for item in identities) or ((run_id,) if run_id else ())
+    return Run(", ".join(names) or campaign_name, run_ids, given, failed or {}, **others)
 
 
 def read_run(results_dir: Path, campaign: str, run_id: str) -> Run:

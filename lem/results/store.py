@@ -40,13 +40,11 @@ class AttemptFolder:
     number: int  # from 1
 
     @property
-    def result_path(self) -> Path:
-        """Where the worker writes the result, last."""
+    def result_path(self) -> Path:  # the worker writes it last
         return self.path / RESULT_FILE
 
     @property
-    def log_path(self) -> Path:
-        """Where the engine's own output goes."""
+    def log_path(self) -> Path:  # the engine's own output
         return self.path / LOG_FILE
 
     def write_config(self, requested: Mapping[str, Any], resolved: Mapping[str, Any]) -> Path:
@@ -186,14 +184,6 @@ class Repository:
         found = _experiment_items(self._experiment_folder(run_id, exp_id))
         return tuple(item for item in found if isinstance(item, StoredResult))
 
-    def run_ids(self) -> tuple[str, ...]:
-        """The runs, oldest first; UserError where the folder cannot be read."""
-        return _listed(self.folder)
-
-    def experiment_ids(self, run_id: str) -> tuple[str, ...]:
-        """The experiments of a run that were begun, by name; UserError where the folder cannot be read."""
-        return _listed(self.folder / check_name(run_id, "run"))
-
     def scan(self, run_id: str | None = None) -> Scan:
         """Everything in the campaign's folder, or in one run of it; damage is a value and never raised."""
         if run_id is None:
@@ -207,11 +197,6 @@ class Repository:
 
     def _experiment_folder(self, run_id: str, exp_id: str) -> Path:
         return self.folder / check_name(run_id, "run") / check_name(exp_id, "experiment")
-
-
-def list_campaigns(results_dir: Path) -> tuple[str, ...]:
-    """The campaigns with a results folder, by name; UserError where it cannot be read."""
-    return _listed(results_dir)
 
 
 def experiment_folder_name(exp_id: str, host: str) -> str:
@@ -242,7 +227,7 @@ def count_failed(scan: Scan) -> dict[str, int]:
         key = (problem.run_id, problem.exp_id)
         if problem.exp_id and key not in whole and key not in failed:
             known = names.get(configuration_of(problem.exp_id))
-            named = known.config_name if known else configured_name(config_of_problem(problem))
+            named = known.config_name if known else config_of_problem(problem)[0]
             failed[key] = named or configuration_of(problem.exp_id)
     return dict(collections.Counter(failed.values()))
 
@@ -252,21 +237,17 @@ def configuration_of(exp_id: str) -> str:
     return exp_id.rpartition("-c")[0] or exp_id
 
 
-def config_of_problem(problem: Problem) -> Mapping[str, Any]:
-    """What `config.json` beside a missing result holds; empty if it cannot be read."""
+def config_of_problem(problem: Problem) -> tuple[str | None, Mapping[str, Any] | None]:
+    """The name of the configuration and its options as given, in `config.json` beside a missing result."""
     folder = problem.path if problem.path.is_dir() else problem.path.parent
     try:
         document = durable.read_json(folder / CONFIG_FILE)
     except (OSError, ValueError):
-        return {}
-    return document if isinstance(document, dict) else {}
-
-
-def configured_name(config: Mapping[str, Any]) -> str | None:
-    """The name of the configuration in a `config.json`; None where it has none."""
-    resolved = config.get("resolved")
+        return None, None
+    found = document if isinstance(document, dict) else {}
+    resolved, requested = found.get("resolved"), found.get("requested")
     name = resolved.get("config_name") if isinstance(resolved, dict) else None
-    return name if isinstance(name, str) else None
+    return name if isinstance(name, str) else None, requested if isinstance(requested, dict) else None
 
 
 def _nested(
@@ -335,19 +316,20 @@ def _attempt_numbers(folder: Path) -> list[int]:
     return [number for item in folder.iterdir() if (number := attempt_number(item.name)) is not None]
 
 
+def folder_names(folder: Path) -> tuple[str, ...]:
+    """The campaigns, runs or experiments in a folder, by name; UserError where it cannot be read."""
+    try:
+        return _folder_names(folder)
+    except OSError as error:
+        raise UserError(f"results folder {folder}: {reason_of(error)}", remedy_for(error, "--results-dir")) from error
+
+
 def _folder_names(folder: Path) -> tuple[str, ...]:
     try:
         with os.scandir(folder) as items:
             return tuple(sorted(item.name for item in items if is_name(item.name) and item.is_dir()))
     except FileNotFoundError:
         return ()
-
-
-def _listed(folder: Path) -> tuple[str, ...]:
-    try:
-        return _folder_names(folder)
-    except OSError as error:
-        raise UserError(f"results folder {folder}: {reason_of(error)}", remedy_for(error, "--results-dir")) from error
 
 
 # With fewer cycles a rule never stops: three that happen to lie together say nothing about the next one.

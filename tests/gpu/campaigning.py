@@ -13,7 +13,7 @@ from typing import Any
 from lem.base import process
 from lem.orchestration.manifest import CampaignManifestEntry, ManifestManager
 from lem.record import Record
-from lem.results.store import Repository
+from lem.results.store import Repository, folder_names
 from tests.gpu.bench import Bench
 
 __all__ = ["INTERRUPTED", "lem", "read_entries", "read_records", "run_campaign"]
@@ -68,7 +68,7 @@ def read_entries(out: Path, name: str) -> tuple[CampaignManifestEntry, ...]:
 def read_records(out: Path, name: str) -> list[Record]:
     """The records of the latest run, as it was planned."""
     repository = Repository(out / "results", name)
-    runs = repository.run_ids()
+    runs = folder_names(repository.folder)
     found = repository.scan(runs[-1]).results if runs else ()
     records = [item.record for item in found]
     return sorted(records, key=lambda record: (record.identity.order_index, record.identity.attempt))

@@ -189,7 +189,6 @@ def test_a_run_an_experiment_and_a_host_are_folders_in_their_place_or_refused(tm
         lambda: repository.prepare_attempt("r", name),
         lambda: repository.find_attempts("r", name),
         lambda: repository.scan(name),
-        lambda: repository.experiment_ids(name),
     ):
         with pytest.raises(UserError, match="cannot be used as a folder name"):
             attempt()

@@ -17,7 +17,7 @@ from lem.results.compare import Row, compare_configurations
 from lem.results.metrics import Metric
 from lem.results.report.plot import GROUPS_MAX
 from lem.results.run import ENERGY, THROUGHPUT, Configuration, Run, estimate_note
-from lem.results.store import config_of_problem, configuration_of, configured_name
+from lem.results.store import config_of_problem, configuration_of
 
 NOT_GIVEN = "not given"
 
@@ -258,10 +258,9 @@ def _lost_settings(run: Run) -> Mapping[str, Mapping[str, str]]:
     for problem in run.problems:
         key = configuration_of(problem.exp_id)
         if problem.exp_id and key not in known:
-            config = config_of_problem(problem)
-            requested = config.get("requested")
-            if isinstance(requested, dict):
-                found.setdefault(configured_name(config) or key, flat_settings(requested))
+            name, requested = config_of_problem(problem)
+            if requested is not None:
+                found.setdefault(name or key, flat_settings(requested))
                 known.add(key)
     return found
 

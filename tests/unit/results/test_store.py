@@ -13,7 +13,7 @@ import pytest
 
 from lem.base.errors import InfrastructureError, UserError
 from lem.record import Record, write_record
-from lem.results.store import AttemptFolder, Repository, Scan, count_failed, list_campaigns
+from lem.results.store import AttemptFolder, Repository, Scan, count_failed, folder_names
 from tests.faulty_disk import failing
 from tests.records import make_record
 
@@ -72,7 +72,6 @@ def test_a_name_cannot_leave_the_results_folder(tmp_path: Path, name: str) -> No
         lambda: repository.prepare_attempt(RUN, name),
         lambda: repository.find_attempts(RUN, name),
         lambda: repository.scan(name),
-        lambda: repository.experiment_ids(name),
     ):
         with pytest.raises(UserError, match="cannot be used as a folder name"):
             act()
@@ -243,15 +242,15 @@ def test_a_file_in_place_of_the_campaign_is_a_problem_of_the_scan(tmp_path: Path
     assert kinds(Repository(tmp_path, "demo").scan()) == ["unreadable"]
     assert kinds(Repository(tmp_path, "demo").scan(RUN)) == ["unreadable"]
     with pytest.raises(UserError, match="expected a folder, found a file"):
-        Repository(tmp_path, "demo").run_ids()
+        folder_names(tmp_path / "demo")
 
 
 def test_a_scan_sees_every_run_and_a_scan_of_a_run_only_that(repository: Repository) -> None:
     for run_id in ("run-a", "run-b"):
         for cycle in (0, 1):
             store(repository, make_record(run_id=run_id, cycle=cycle))
-    assert repository.run_ids() == ("run-a", "run-b")
-    assert repository.experiment_ids("run-a") == ("0123456789ab-c1", "0123456789ab-c2")
+    assert folder_names(repository.folder) == ("run-a", "run-b")
+    assert folder_names(repository.folder / "run-a") == ("0123456789ab-c1", "0123456789ab-c2")
     assert len(repository.scan().results) == 4
     assert {result.record.identity.run_id for result in repository.scan("run-b").results} == {"run-b"}
 
@@ -268,8 +267,8 @@ def test_what_is_no_folder_of_results_is_passed_over(repository: Repository) -> 
 def test_campaigns_are_listed_by_name(tmp_path: Path) -> None:
     for name in ("b", "a"):
         Repository(tmp_path, name).check_writable()
-    assert list_campaigns(tmp_path) == ("a", "b")
-    assert list_campaigns(tmp_path / "nowhere") == ()
+    assert folder_names(tmp_path) == ("a", "b")
+    assert folder_names(tmp_path / "nowhere") == ()
 
 
 def test_experiments_without_a_whole_result_are_counted_by_configuration(repository: Repository) -> None:
