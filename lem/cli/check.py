@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lem.base.doc import NAME_WIDTH, NAMES_SHOWN, Doc, NameShortener, screen_of, write_json
@@ -12,7 +13,8 @@ from lem.base.units import plural, some_of
 from lem.cli.selection import add_json, add_results_dir, resolve_run
 
 if TYPE_CHECKING:
-    from lem.results.check import Check
+    from lem.results.check import Finding
+    from lem.results.run import Run
 
 
 SCHEMA_VERSION = 1
@@ -36,21 +38,22 @@ def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG
     """Exit code 4 if something is weak."""
     from lem.results.check import check_run
 
-    check = check_run(resolve_run(args.results_dir, args.campaign).read())
+    checked = resolve_run(args.results_dir, args.campaign).read()
+    findings = check_run(checked)
     if args.json:
-        write_json(out, check_document(check))
+        write_json(out, check_document(checked, findings))
     else:
-        out.write(render_check(check, **screen_of(out)))
-    return int(ExitCode.INCONCLUSIVE if check.is_weak else ExitCode.OK)
+        out.write(render_check(checked, findings, **screen_of(out)))
+    return int(ExitCode.INCONCLUSIVE if any(item.is_weak for item in findings) else ExitCode.OK)
 
 
-def check_document(check: Check) -> dict[str, Any]:
+def check_document(checked: Run, findings: Sequence[Finding]) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
-        "campaign": check.run.campaign_name,
-        "run_id": check.run.run_id,
-        "results": len(check.run.records),
-        "weak": check.is_weak,
+        "campaign": checked.campaign_name,
+        "run_id": checked.run_id,
+        "results": len(checked.records),
+        "weak": any(item.is_weak for item in findings),
         "findings": [
             {
                 "kind": item.kind,
@@ -59,22 +62,22 @@ def check_document(check: Check) -> dict[str, Any]:
                 "remedy": item.remedy,
                 "configurations": list(item.configurations),
             }
-            for item in check.findings
+            for item in findings
         ],
     }
 
 
-def render_check(check: Check, *, is_colour: bool = False, width: int = WIDTH) -> str:
+def render_check(checked: Run, findings: Sequence[Finding], *, is_colour: bool = False, width: int = WIDTH) -> str:
     """The findings as text: the weak ones first, and a conclusion at the end."""
     doc = Doc(min(width, WIDEST), is_colour=is_colour)
-    configurations = check.run.with_results
+    configurations = checked.with_results
     shortener = NameShortener([item.name for item in configurations], NAME_WIDTH)
     cycles = max((item.n_cycles for item in configurations), default=0)
     counts = f"{plural(len(configurations), 'configuration')} · {plural(cycles, 'cycle')}"
-    doc.text(f"{check.run.campaign_name} · run {check.run.run_id} · {counts}", "bold")
+    doc.text(f"{checked.campaign_name} · run {checked.run_id} · {counts}", "bold")
     if shortener.explanation:
         doc.text(shortener.explanation)
-    for item in check.findings:
+    for item in findings:
         doc.block()
         label, style = ("WEAK", "red") if item.is_weak else ("note", "yellow")
         names = item.configurations
@@ -83,8 +86,8 @@ def render_check(check: Check, *, is_colour: bool = False, width: int = WIDTH) -
         doc.labelled(f"{label:<{_LEAD}}", f"{item.kind.replace('_', ' ')}: {item.text}{whom}", style)
         if item.remedy:
             doc.text(item.remedy, lead=f"{'':<{_LEAD}}do: ")
-    weak = sum(item.is_weak for item in check.findings)
-    notes = len(check.findings) - weak
+    weak = sum(item.is_weak for item in findings)
+    notes = len(findings) - weak
     what = f"{plural(weak, 'thing')} {'weakens' if weak == 1 else 'weaken'} the numbers"
     what = what if weak else "Nothing was found that weakens the numbers"
     doc.block()

@@ -153,11 +153,7 @@ class Precision(NamedTuple):
 
 
 def parse_target(text: str) -> Target:
-    """The target in `ci=2%` or `ci=2%:METRIC`.
-
-    Raises:
-        ValueError: anything else.
-    """
+    """The target in `ci=2%` or `ci=2%:METRIC`; ValueError for anything else."""
     match = _TARGET.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"expected a target such as ci=2% or ci=2%:output_tok_per_s, got {text!r}")
@@ -214,17 +210,18 @@ def earlier_times(records: Iterable[Record]) -> EarlierTimes:
     known = list(records)
     around = _around(known)
     usual_s = statistics.median(around.values()) if around else 0.0
-    measured = ((item, _inner_s(item) + around.get(item.identity.key, usual_s)) for item in known)
-    loads = ((item, item.window.load_s) for item in known if item.window.load_s is not None)
     gaps = [gap for item in known if (gap := item.window.gap_s)]
-    return EarlierTimes(_medians(measured), _medians(loads), statistics.median(gaps) if gaps else None)
-
-
-def _medians(values: Iterable[tuple[Record, float]]) -> dict[str, float]:
-    found: dict[str, list[float]] = {}
-    for record, value in values:
-        found.setdefault(record.identity.config_hash, []).append(value)
-    return {digest: statistics.median(members) for digest, members in found.items()}
+    measured: dict[str, list[float]] = {}
+    loads: dict[str, list[float]] = {}
+    for item in known:
+        whole_s = _inner_s(item) + around.get(item.identity.key, usual_s)
+        measured.setdefault(item.identity.config_hash, []).append(whole_s)
+        if item.window.load_s is not None:
+            loads.setdefault(item.identity.config_hash, []).append(item.window.load_s)
+    median_measured, median_loads = (
+        {digest: statistics.median(times) for digest, times in found.items()} for found in (measured, loads)
+    )
+    return EarlierTimes(median_measured, median_loads, statistics.median(gaps) if gaps else None)
 
 
 def _around(records: Sequence[Record]) -> dict[ResultKey, float]:

@@ -104,27 +104,14 @@ class Finding:
         return self.reason.text.rstrip(".") if self.kind == "warning" else self.reason.text
 
 
-@dataclass(frozen=True)
-class Check:
-    """What was found about a run, the weak findings first."""
-
-    run: Run
-    findings: tuple[Finding, ...]
-
-    @property
-    def is_weak(self) -> bool:
-        """Whether a finding is weak."""
-        return any(item.is_weak for item in self.findings)
-
-
 Found = Iterable[Finding]
 _OneCheck = Callable[[Run], Found]
 
 
-def check_run(run: Run) -> Check:
-    """Everything that weakens the numbers of a run."""
+def check_run(run: Run) -> tuple[Finding, ...]:
+    """Everything that weakens the numbers of a run, the weak findings first."""
     found = (finding for check in _CHECKS for finding in check(run))
-    return Check(run, tuple(sorted(found, key=lambda item: not item.is_weak)))
+    return tuple(sorted(found, key=lambda item: not item.is_weak))
 
 
 def _of_results(kind: str, what: Reason, concerns: Callable[[Record], object]) -> _OneCheck:
@@ -171,8 +158,7 @@ def _missing(run: Run) -> Found:
 
 
 def _exclusions(run: Run) -> Found:
-    reason = exclusion_reason(*run.with_results)
-    if reason:
+    if reason := exclusion_reason(*run.with_results):
         yield _finding("unequal_exclusions", Reason.of("no_overall_verdict", why=reason))
     invalid = [record for record in run.records if not record.validity.valid and not _is_slowed(record)]
     for found in alike((why, record) for record in invalid for why in record.validity.invalid_reasons):
@@ -185,8 +171,8 @@ def _throttling(run: Run) -> Found:
     slowed = [record for record in run.records if _is_slowed(record)]
     if slowed:
         longest_s = max((gpu.throttle_thermal_s or 0.0 for item in slowed for gpu in item.gpus), default=0.0)
-        code, lasted = ("throttled_for", {"longest_s": longest_s}) if longest_s else ("throttled", {})
-        what = Reason.of(code, count=len(slowed), total=len(run.records), **lasted)
+        data = {"count": len(slowed), "total": len(run.records)}
+        what = Reason.of("throttled_for", **data, longest_s=longest_s) if longest_s else Reason.of("throttled", **data)
         yield _finding("throttled", what, _names(slowed))
 
 
@@ -239,14 +225,24 @@ def _drift(run: Run) -> Found:
         places = [record.identity.order_index for _, record, _ in values]
         length = max(places, default=0) - min(places, default=0)
         drift = trend_of(places, [value for *_, value in values], [name for name, *_ in values], length=length)
-        if drift is not None and drift.is_flagged:
-            code = "drift" if drift.is_significant else "drift_or_chance"
-            yield _finding("drift", _change(code, metric, drift), is_weak=drift.is_significant)
+        yield from _moves("drift", ("drift", "drift_or_chance"), metric, drift)
+
+
+def _moves(kind: str, codes: tuple[str, str], metric: Metric, drift: Drift | None) -> Found:
+    if drift is None or not drift.is_flagged:
+        return
+    moved = f"{'rises' if drift.change > 0 else 'falls'} by {percent(abs(drift.change))}"
+    interval = ""
+    if drift.ci_lower is not None and drift.ci_upper is not None:
+        interval = f" (95 % {100 * drift.ci_lower:+.2g} to {100 * drift.ci_upper:+.2g} %)"
+    code = codes[0] if drift.is_significant else codes[1]
+    reason = Reason.of(code, metric=metric.label, moved=moved, interval=interval)
+    yield _finding(kind, reason, is_weak=drift.is_significant)
 
 
 def _order(run: Run) -> Found:
-    used = [record for item in run.with_results for record in item.used]
-    names = [item.identity.config_name for item in _in_order(used)]
+    used = _in_order(record for item in run.with_results for record in item.used)
+    names = [item.identity.config_name for item in used]
     if len(set(names)) < 2:
         return
     n_blocks = sum(1 for _ in itertools.groupby(names))
@@ -260,10 +256,7 @@ def _order(run: Run) -> Found:
         yield _finding("same_order", Reason.of("same_order"))
         return
     metric = run.primary_metric
-    effect = position_effect(run, metric)
-    if effect is not None and effect.is_flagged:
-        code = "place_matters" if effect.is_significant else "place_or_chance"
-        yield _finding("order_effect", _change(code, metric, effect), is_weak=effect.is_significant)
+    yield from _moves("order_effect", ("place_matters", "place_or_chance"), metric, position_effect(run, metric))
 
 
 def position_effect(run: Run, metric: Metric) -> Drift | None:
@@ -282,8 +275,8 @@ def _wide_intervals(run: Run) -> Found:
     enough = [item for item in run.with_results if item.n_cycles >= _LEAST_CYCLES]
     wide = {item.name: width for item in enough if (width := item.estimate(metric).half_width or 0.0) > _WIDE}
     if wide:
-        what = Reason.of("wide_interval", metric=metric.lower_label, width=percent(max(wide.values())))
-        yield _finding("wide_interval", what, wide)
+        widest = percent(max(wide.values()))
+        yield _finding("wide_interval", Reason.of("wide_interval", metric=metric.lower_label, width=widest), wide)
 
 
 def _pairs(run: Run) -> Found:
@@ -292,9 +285,9 @@ def _pairs(run: Run) -> Found:
     ranked = [item for _, item in sorted(known, key=lambda entry: entry[0])]
     open_pairs = [found for pair in itertools.pairwise(ranked) if (found := _open_pair(metric, *pair)) is not None]
     yield from open_pairs[:_PAIRS_SHOWN]
-    if len(open_pairs) > _PAIRS_SHOWN:
-        more = Reason.of("more_pairs", count=len(open_pairs) - _PAIRS_SHOWN)
-        yield _finding("indistinguishable", more, remedy="lem compare lists them")
+    more = len(open_pairs) - _PAIRS_SHOWN
+    if more > 0:
+        yield _finding("indistinguishable", Reason.of("more_pairs", count=more), remedy="lem compare lists them")
 
 
 def _open_pair(metric: Metric, lower: Configuration, upper: Configuration) -> Finding | None:
@@ -302,15 +295,15 @@ def _open_pair(metric: Metric, lower: Configuration, upper: Configuration) -> Fi
     interval = effect.interval() if effect is not None and not reason else None
     if effect is None or interval is None or not interval[0] <= 1 <= interval[1]:
         return None
-    further, n_cycles = cycles_to_settle(effect, 0.0), min(effect.n_cycles)
+    further, n_cycles, names = cycles_to_settle(effect, 0.0), min(effect.n_cycles), (lower.name, upper.name)
     low, high = (f"{100 * (bound - 1):+.2g}" for bound in interval)
     data = {"more": upper.name, "less": lower.name, "metric": metric.lower_label, "low": low, "high": high}
     found = Reason.of("pair_open", **data, difference=percent(effect.ratio - 1), cycles=n_cycles)
-    if further is not None and n_cycles + further <= MOST_CYCLES:
-        command = f"lem campaign … --resume --cycles {n_cycles + further}"
-        remedy = f"{further} more cycles would separate them, if the difference stays the same: {command}"
-        return _finding("too_few_cycles", found, (lower.name, upper.name), remedy=remedy)
-    return _finding("indistinguishable", found, (lower.name, upper.name))
+    if further is None or n_cycles + further > MOST_CYCLES:
+        return _finding("indistinguishable", found, names)
+    command = f"lem campaign … --resume --cycles {n_cycles + further}"
+    remedy = f"{further} more cycles would separate them, if the difference stays the same: {command}"
+    return _finding("too_few_cycles", found, names, remedy=remedy)
 
 
 def _stopping(run: Run) -> Found:
@@ -382,14 +375,6 @@ def _by_cycle(records: Iterable[Record]) -> Mapping[int, Sequence[Record]]:
     for record in _in_order(records):
         found.setdefault(record.identity.cycle_index, []).append(record)
     return found
-
-
-def _change(code: str, metric: Metric, drift: Drift) -> Reason:
-    moved = f"{'rises' if drift.change > 0 else 'falls'} by {percent(abs(drift.change))}"
-    interval = ""
-    if drift.ci_lower is not None and drift.ci_upper is not None:
-        interval = f" (95 % {100 * drift.ci_lower:+.2g} to {100 * drift.ci_upper:+.2g} %)"
-    return Reason.of(code, metric=metric.label, moved=moved, interval=interval)
 
 
 # In the order in which findings of the same weight are shown.

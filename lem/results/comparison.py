@@ -264,18 +264,17 @@ class _Content:
         if row.p_adjusted is not None and not row.is_found:
             baseline, other = self._labels(pair)
             names = f"{row.metric.lower_label} between {other} and {baseline}"
-            return f"No difference in {names} was found: {_times(row)}{_within(row)}{over}."
-        text = f"{self._answer(pair, row)}{over}"
-        return f"{text}; no verdict: {row.reason}." if row.p_adjusted is None else f"{text}."
+            return f"No difference in {names} was found: {''.join(_in_words(row))}{over}."
+        answer = f"{self._answer(pair, row)}{over}"
+        return f"{answer}; no verdict: {row.reason}." if row.p_adjusted is None else f"{answer}."
 
     def _answer(self, pair: Pair, row: Row) -> str:
         baseline, other = self._labels(pair)
-        return f"{other} {row.metric.relation.format(_times(row))} {baseline}{_within(row)}"
+        times, within = _in_words(row)
+        return f"{other} {row.metric.relation.format(times)} {baseline}{within}"
 
     def _of_many(self, metric: Metric, rows: Sequence[tuple[Pair, Row]]) -> str:
-        sides: dict[str, list[tuple[Pair, Row]]] = {side: [] for side in _SIDES}
-        for pair, row in rows:
-            sides[_side(row)].append((pair, row))
+        sides = {side: [(pair, row) for pair, row in rows if _side(row) == side] for side in _SIDES}
         against = "the earlier run" if self._anchor else self._pairs[0].baseline.name
         n_open = len(sides["without a verdict"])
         judged = len(rows) - n_open
@@ -299,35 +298,29 @@ class _Content:
         if note and metric.group == "energy":
             heading += f"\n{note}"
         interval = f"{_CONFIDENCE}\nt interval"
+        lines: list[tuple[str, ...]] = []
         if self._anchor is None:
             heads = ["n", "geom.\nmean", "ratio", interval, "p", "verdict"]
-            lines = list(self._lines_within(rows, metric, decimals))
+            baseline = self._pairs[0].baseline
+            estimate = baseline.estimate(metric)
+            reference = ("1", "baseline") if estimate.value is not None else (ABSENT, "")
+            lines.append((baseline.name, str(estimate.n), _mean(metric, estimate.value), *reference, "", ""))
+            for pair, row in rows:
+                counted = (str(pair.other.estimate(metric).n), _mean(metric, row.means[1]))
+                lines.append((pair.other.name, *counted, *_effect_cells(row, decimals)))
+                if row.all_attempts_ratio is not None:
+                    ratio = _ratio(row.all_attempts_ratio, decimals)
+                    lines.append(("· over all attempts", "", "", ratio, "", "", ""))
         else:
-            heads = [
-                "before",
-                "after",
-                "ratio over\nanchor" if self._anchor.name else "ratio",
-                interval,
-                "p",
-                "verdict",
-            ]
-            lines = [_line_across(pair, row, decimals) for pair, row in rows]
-        names, *cells = zip(*lines, strict=True)
+            ratio = "ratio over\nanchor" if self._anchor.name else "ratio"
+            heads = ["before", "after", ratio, interval, "p", "verdict"]
+            for pair, row in rows:
+                names = dict.fromkeys((pair.baseline.name, pair.other.name))
+                means = (_mean(metric, mean) for mean in row.means)
+                lines.append((" → ".join(names), *means, *_effect_cells(row, decimals)))
+        labels, *cells = zip(*lines, strict=True)
         table = [Column(head, tuple(column)) for head, column in zip(heads, cells, strict=True)]
-        return Table(heading, tuple(names), tuple(table if self._comparison.gates else table[:-1]))
-
-    def _lines_within(
-        self, rows: Sequence[tuple[Pair, Row]], metric: Metric, decimals: int | None
-    ) -> Iterable[tuple[str, ...]]:
-        baseline = self._pairs[0].baseline
-        estimate = baseline.estimate(metric)
-        reference = ("1", "baseline") if estimate.value is not None else (ABSENT, "")
-        yield baseline.name, str(estimate.n), _mean(metric, estimate.value), *reference, "", ""
-        for pair, row in rows:
-            n = pair.other.estimate(metric).n
-            yield pair.other.name, str(n), _mean(metric, row.means[1]), *_effect_cells(row, decimals)
-            if row.all_attempts_ratio is not None:
-                yield "· over all attempts", "", "", _ratio(row.all_attempts_ratio, decimals), "", "", ""
+        return Table(heading, tuple(labels), tuple(table if self._comparison.gates else table[:-1]))
 
     def _labels(self, pair: Pair) -> tuple[str, str]:
         if self._anchor is None:
@@ -357,22 +350,15 @@ def _goodness(row: Row) -> float:
     return log_ratio if row.metric.is_higher_better else -log_ratio
 
 
-def _times(row: Row) -> str:
-    return ABSENT if row.effect is None else f"{_ratio(row.effect.ratio, _decimals(row))} ×"
-
-
-def _within(row: Row) -> str:
+def _in_words(row: Row) -> tuple[str, str]:
+    """`0.41 ×` and `, 95 % 0.39–0.43, 5 cycles`."""
     if row.effect is None:
-        return ""
+        return ABSENT, ""
+    decimals, interval = _decimals(row), row.effect.interval()
+    within = "" if interval is None else f", {_CONFIDENCE} {_bounds(interval, decimals)}"
     counts = " and ".join(map(str, row.effect.n_cycles))
-    cycles = f", {counts} {'cycle' if row.effect.n_cycles == (1,) else 'cycles'}"
-    interval = row.effect.interval()
-    return cycles if interval is None else f", {_CONFIDENCE} {_bounds(interval, _decimals(row))}{cycles}"
-
-
-def _line_across(pair: Pair, row: Row, decimals: int | None) -> tuple[str, ...]:
-    name = pair.other.name if pair.other.name == pair.baseline.name else f"{pair.baseline.name} → {pair.other.name}"
-    return name, _mean(row.metric, row.means[0]), _mean(row.metric, row.means[1]), *_effect_cells(row, decimals)
+    cycles = "cycle" if row.effect.n_cycles == (1,) else "cycles"
+    return f"{_ratio(row.effect.ratio, decimals)} ×", f"{within}, {counts} {cycles}"
 
 
 def _effect_cells(row: Row, decimals: int | None) -> tuple[str, str, str, str]:

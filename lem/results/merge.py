@@ -132,15 +132,9 @@ class Gathered:
 
 
 def gather(folders: Sequence[Path], *, campaign: str | None = None, plan: FleetPlan | None = None) -> Gathered:
-    """The results in the folders, each once.
+    """The results in the folders of the hosts, each once; with a plan only those of its run.
 
-    Args:
-        folders: one per host: a results folder, or a folder with `results` in it.
-        campaign: which, where they hold several.
-        plan: only its run counts.
-
-    Raises:
-        UserError: no folder, no campaign, several, or two results of one key that differ.
+    A UserError where there is no folder, not exactly one campaign, or two results of one key that differ.
     """
     results_dirs = _results_dirs(folders)
     slug = campaign or _only_campaign(results_dirs)
@@ -205,14 +199,9 @@ class AnchorCheck:
 
 
 def check_anchor(results: Sequence[StoredResult], anchor: str | None, tolerance: float) -> AnchorCheck:
-    """How alike the hosts are.
+    """How alike the hosts are in the configuration with the hash `anchor`; nothing is compared where that is None.
 
-    Args:
-        anchor: the config_hash; None where there is none, and then nothing is compared.
-        tolerance: the largest spread, as a ratio, with which results of these hosts may be in one table.
-
-    Raises:
-        UserError: the hosts differ by more.
+    A spread of more than `tolerance`, as a ratio, is a UserError: results of such hosts may not be in one table.
     """
     anchors = (item.record for item in results if item.record.identity.config_hash == anchor)
     records = [record for record in anchors if record.validity.valid]

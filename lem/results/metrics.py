@@ -132,7 +132,15 @@ def used_records(records: Iterable[Record]) -> tuple[Record, ...]:
 
 def used_cycles(attempts: Cycles) -> Cycles:
     """The cycles with a valid attempt, and of each experiment in them the last one."""
-    return {cycle: chosen for cycle, members in attempts.items() if (chosen := _last_valid(members))}
+    found: dict[Cycle, tuple[Record, ...]] = {}
+    for cycle, members in attempts.items():
+        valid = [record for record in members if record.validity.valid]
+        last: dict[str, int] = {}
+        for identity in (record.identity for record in valid):
+            last[identity.experiment_id] = max(identity.attempt, last.get(identity.experiment_id, 0))
+        if valid:
+            found[cycle] = tuple(it for it in valid if it.identity.attempt == last[it.identity.experiment_id])
+    return found
 
 
 def distinct(records: Iterable[Record]) -> tuple[Record, ...]:
@@ -172,14 +180,6 @@ def cycle_values(metric: Metric, cycles: Cycles) -> dict[Cycle, float]:
     return {cycle: statistics.fmean(values) for cycle, values in measured.items() if values}
 
 
-def _last_valid(members: Sequence[Record]) -> tuple[Record, ...]:
-    valid = [record for record in members if record.validity.valid]
-    last: dict[str, int] = {}
-    for identity in (record.identity for record in valid):
-        last[identity.experiment_id] = max(identity.attempt, last.get(identity.experiment_id, 0))
-    return tuple(record for record in valid if record.identity.attempt == last[record.identity.experiment_id])
-
-
 # Lengths are whole tokens; what differs by less comes from a rare early end.
 LENGTH_TOLERANCE = 0.01
 _ID_SHOWN = 12
@@ -200,9 +200,8 @@ def find_obstacles(
 ) -> tuple[Obstacle, ...]:
     """What differs between the used records of two configurations.
 
-    Args:
-        is_anchored: each side is compared with an anchor of its own run. What both share (the sensor of a card, a
-            driver) divides out, so it is reported and blocks nothing.
+    Where each side is compared with an anchor of its own run, what both share (the sensor of a card, a driver) divides
+    out, so it is reported and blocks nothing.
     """
     if not before or not after:
         return ()
@@ -274,9 +273,9 @@ _OBSTACLES: Mapping[str, Callable[[Sequence[Record], Sequence[Record]], Any]] = 
 _SHARED_WITH_ANCHOR = frozenset({"other_cards", "other_driver", "other_cpu"})
 
 
-def _short_model(model: str) -> str:
-    """The model's name; of a local folder only the last part."""
-    return PurePath(model).name if model.startswith((".", "/", "~")) else model
+def _model(record: Record) -> str:
+    name = record.identity.model
+    return PurePath(name).name if name.startswith((".", "/", "~")) else name
 
 
 def _gpus(record: Record) -> str:
@@ -288,7 +287,7 @@ def _gpus(record: Record) -> str:
 # Settings in the heading of a table.
 _HEADLINES: Mapping[str, Callable[[Record], Any]] = {
     "backend": lambda record: record.identity.backend,
-    "model": lambda record: _short_model(record.identity.model),
+    "model": _model,
     "precision": lambda record: record.requested.get("fp_precision"),
     "device": lambda record: record.environment.device,
     "traffic": lambda record: record.window.traffic_mode.replace("_", " "),

@@ -54,13 +54,10 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
 
 
 def student_t_cdf(t: float, df: float) -> float:
-    """The probability that a Student t variable with `df` degrees of freedom is at most `t`.
+    """The probability that a Student t variable with `df` degrees of freedom, at most 10^8, is at most `t`.
 
     From the incomplete beta function: P(|T| > t) = I_x(df/2, 1/2) at x = df / (df + t²). [DLMF 8.17; Abramowitz and
     Stegun 26.7.1]
-
-    Raises:
-        ArithmeticError: with over 10^8 degrees of freedom the fraction does not converge.
     """
     if df <= 0:
         raise ValueError(f"degrees of freedom must be positive, got {df}")
@@ -298,10 +295,8 @@ def judge(
     """What the gates say, each of one comparison, so that all verdicts hold together with `confidence`.
 
     Each claims the one of three regions (worse than the threshold, within it, better than it) that holds its whole t
-    interval; the intervals are widened step by step as Holm does, most certain claim first.
-
-    Args:
-        questions: gate, effect (None where there is none) and what forbids any verdict, None for nothing.
+    interval; the intervals are widened step by step as Holm does, most certain claim first. The third part of a
+    question is what forbids any verdict.
     """
     alpha = 1 - confidence
     claims = [

@@ -57,11 +57,8 @@ class AttemptFolder:
     def write_prompts(self, prompts: Iterable[Mapping[str, Any]]) -> Path:
         """Write the prompts, each `{"prompt": str, "input_tokens": int | None, "output_tokens": int | None}`.
 
-        `input_tokens` is the exact length to cut or extend it to, `output_tokens` a bound on its own output.
-
-        Raises:
-            InfrastructureError: they cannot be written.
-            UserError: a prompt that is not Unicode text.
+        `input_tokens` is the exact length to cut or extend it to, `output_tokens` a bound on its own output. A prompt
+        that is not Unicode text is a UserError.
         """
         data = b"".join(_prompt_line(number, prompt) for number, prompt in enumerate(prompts, 1))
         with stopping_campaign(self.path / PROMPTS_FILE) as path:

@@ -186,7 +186,7 @@ def compose(run: Run) -> Report:
     )
     return Report(
         run=run,
-        findings=check_run(run).findings,
+        findings=check_run(run),
         headline=headline,
         entries=entries,
         records=tuple(sorted(run.records, key=_moment)),

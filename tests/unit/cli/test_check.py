@@ -30,7 +30,11 @@ def _check(folder, *words):
     return run_lem("check", "--results-dir", folder / "results", *words)
 
 
-def _trouble():
+def _shown(run, **look):
+    return render_check(run, check_run(run), **look)
+
+
+def _trouble(**look):
     """Two configurations with most of what there is to find, on plain numbers."""
     names = (
         "pytorch-bfloat16-batch_size=8-max_output_tokens=128",
@@ -49,26 +53,26 @@ def _trouble():
             )
             validity = dataclasses.replace(record.validity, steady=place == 0, warmup_converged=cycle > 0)
             records.append(dataclasses.replace(record, validity=validity))
-    return check_run(make_run(records, failed={names[1]: 1}))
+    return _shown(make_run(records, failed={names[1]: 1}), **look)
 
 
 def test_findings_as_they_are_shown():
-    assert_golden("check/trouble.txt", render_check(_trouble()))
+    assert_golden("check/trouble.txt", _trouble())
 
 
 def test_nothing_found_as_it_is_shown():
     records = [make_record(cycle=cycle, requested={"ignore_eos": True}, output_tok_per_s=100.0) for cycle in range(5)]
-    assert_golden("check/nothing.txt", render_check(check_run(make_run(records))))
+    assert_golden("check/nothing.txt", _shown(make_run(records)))
 
 
 def test_no_line_is_wider_than_the_screen():
-    assert max(map(len, render_check(_trouble()).splitlines())) <= 80
-    assert max(map(len, render_check(_trouble(), width=100).splitlines())) > 80
+    assert max(map(len, _trouble().splitlines())) <= 80
+    assert max(map(len, _trouble(width=100).splitlines())) > 80
 
 
 def test_colour_only_where_it_is_wanted():
-    assert "\x1b[31mWEAK\x1b[0m" in render_check(_trouble(), is_colour=True)
-    assert "\x1b" not in render_check(_trouble())
+    assert "\x1b[31mWEAK\x1b[0m" in _trouble(is_colour=True)
+    assert "\x1b" not in _trouble()
 
 
 @pytest.mark.parametrize(("campaign", "code"), [(FINE, 0), (WEAK, 4)])
