@@ -30,7 +30,11 @@ _LATER_SECTIONS = ("compute", "efficiency", "carbon", "environment")
 _LATENCIES = tuple(f"{name}_s" for name in LATENCIES)
 _DISTRIBUTION = tuple(item.name for item in dataclasses.fields(Distribution))
 _GPU = tuple(item.name for item in dataclasses.fields(Gpu) if item.name != "null_reasons")
-_NOT_FOR_THIS_ONE = "not given for this experiment"
+_NOT_GIVEN = (None, "not given for this experiment")
+
+
+# A value and, where it is None, why.
+_Cell = tuple[Any, str]
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,7 @@ class Table:
     """Rows of the same columns."""
 
     columns: tuple[str, ...]
-    rows: tuple[Mapping[str, Any], ...]  # JSON values by column
-    reasons: tuple[Mapping[str, str], ...]  # for each row, why a value is None, by column
+    rows: tuple[Mapping[str, _Cell], ...]  # JSON values with their null reasons, by column
 
 
 def make_table(results: Iterable[StoredResult], *, is_every_attempt: bool = False) -> Table:
@@ -55,12 +58,7 @@ def make_table(results: Iterable[StoredResult], *, is_every_attempt: bool = Fals
     chosen = known if is_every_attempt else _one_an_experiment(known, used)
     cells = [dict(_cells(item, is_used=item.record.identity.key in used)) for item in chosen]
     columns = _ordered_columns(cells)
-    rows, reasons = [], []
-    for row in cells:
-        rows.append({name: row[name][0] if name in row else None for name in columns})
-        found = {name: row[name][1] if name in row else _NOT_FOR_THIS_ONE for name in columns}
-        reasons.append({name: reason for name, reason in found.items() if rows[-1][name] is None})
-    return Table(columns, tuple(rows), tuple(reasons))
+    return Table(columns, tuple({name: row.get(name, _NOT_GIVEN) for name in columns} for row in cells))
 
 
 def summary_columns(results: Iterable[StoredResult]) -> tuple[str, ...]:
@@ -81,18 +79,13 @@ def summary_columns(results: Iterable[StoredResult]) -> tuple[str, ...]:
 
 def with_columns(table: Table, names: Sequence[str]) -> Table:
     """The table with only these columns, in this order; UserError where there is no such column."""
-    known = set(table.columns)
-    for name in names:
-        if name not in known and table.rows:
-            raise UserError(
-                f"unknown column {name!r}{did_you_mean(name, table.columns)}",
-                "the first line of the CSV lists all columns",
-            )
-    return Table(
-        tuple(names),
-        tuple({name: row.get(name) for name in names} for row in table.rows),
-        tuple({name: why for name, why in reasons.items() if name in names} for reasons in table.reasons),
-    )
+    unknown = [name for name in names if name not in table.columns]
+    if unknown and table.rows:
+        raise UserError(
+            f"unknown column {unknown[0]!r}{did_you_mean(unknown[0], table.columns)}",
+            "the first line of the CSV lists all columns",
+        )
+    return Table(tuple(names), tuple({name: row[name] for name in names} for row in table.rows))
 
 
 def render(table: Table, form: str) -> str:
@@ -101,16 +94,18 @@ def render(table: Table, form: str) -> str:
         return _as_csv(table)
     if form == "markdown":
         return _as_markdown(table)
-    documents = [{**row, "null_reasons": dict(why)} for row, why in zip(table.rows, table.reasons, strict=True)]
+    documents = [
+        {
+            **{name: value for name, (value, _) in row.items()},
+            "null_reasons": {name: why for name, (value, why) in row.items() if value is None},
+        }
+        for row in table.rows
+    ]
     if form == "json":
         return json_text(documents)
     if form == "jsonl":
         return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in documents)
     raise ValueError(f"unknown format {form!r}; known: {', '.join(FORMATS)}")
-
-
-# A column with its value and why that is None.
-_Cell = tuple[str, tuple[Any, str]]
 
 
 def _place(item: StoredResult) -> tuple[Any, ...]:
@@ -129,7 +124,7 @@ def _one_an_experiment(results: Sequence[StoredResult], used: set[ResultKey]) ->
     return list(chosen.values())
 
 
-def _cells(item: StoredResult, *, is_used: bool) -> Iterator[_Cell]:
+def _cells(item: StoredResult, *, is_used: bool) -> Iterator[tuple[str, _Cell]]:
     record = item.record
     yield "result", (item.path.as_posix(), "")
     yield from _section(record.identity)
@@ -147,14 +142,14 @@ def _cells(item: StoredResult, *, is_used: bool) -> Iterator[_Cell]:
     yield from _dotted("extra_metadata", record.extra_metadata)
 
 
-def _section(section: Any) -> Iterator[_Cell]:
+def _section(section: Any) -> Iterator[tuple[str, _Cell]]:
     for item in dataclasses.fields(section):
         if item.name != "null_reasons":
             value = getattr(section, item.name)
             yield item.name, (_plain(value), section.null_reasons.get(item.name, "") if value is None else "")
 
 
-def _distribution(name: str, record: Record) -> Iterator[_Cell]:
+def _distribution(name: str, record: Record) -> Iterator[tuple[str, _Cell]]:
     """`ttft_s` as `ttft_mean_s`, `ttft_p50_s` and so on, and `ttft_n`."""
     distribution: Distribution | None = getattr(record.latency, name)
     stem = name.removesuffix("_s")
@@ -166,7 +161,7 @@ def _distribution(name: str, record: Record) -> Iterator[_Cell]:
             yield column, (getattr(distribution, part), distribution.null_reasons.get(part, ""))
 
 
-def _dotted(prefix: str, mapping: Mapping[str, Any]) -> Iterator[_Cell]:
+def _dotted(prefix: str, mapping: Mapping[str, Any]) -> Iterator[tuple[str, _Cell]]:
     for name, value in sorted(mapping.items()):
         path = f"{prefix}.{name}"
         if isinstance(value, Mapping) and value:
@@ -201,12 +196,10 @@ def _as_csv(table: Table) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(map(_not_a_formula, table.columns))
-    writer.writerows([_csv_cell(row[name]) for name in table.columns] for row in table.rows)
+    for row in table.rows:
+        texts = [(value, cell_text(value)) for value, _ in row.values()]
+        writer.writerow([text if isinstance(value, (int, float)) else _not_a_formula(text) for value, text in texts])
     return out.getvalue()
-
-
-def _csv_cell(value: Any) -> str:
-    return cell_text(value) if isinstance(value, (int, float)) else _not_a_formula(cell_text(value))
 
 
 def _not_a_formula(text: str) -> str:
@@ -217,18 +210,11 @@ def _not_a_formula(text: str) -> str:
 def _as_markdown(table: Table) -> str:
     if not table.columns:
         return ""
-    is_number = [
-        any(isinstance(row[name], (int, float)) for row in table.rows)
-        and all(row[name] is None or isinstance(row[name], (int, float)) for row in table.rows)
-        for name in table.columns
-    ]
-    lines = [_markdown_row(table.columns), _markdown_row(["---:" if right else "---" for right in is_number])]
-    lines += [_markdown_row([_markdown_cell(row[name]) for name in table.columns]) for row in table.rows]
-    return "\n".join(lines) + "\n"
-
-
-def _markdown_row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    columns = [[row[name][0] for row in table.rows if row[name][0] is not None] for name in table.columns]
+    is_number = [bool(values) and all(isinstance(value, (int, float)) for value in values) for values in columns]
+    lines: list[Sequence[str]] = [table.columns, ["---:" if right else "---" for right in is_number]]
+    lines += [[_markdown_cell(value) for value, _ in row.values()] for row in table.rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def _markdown_cell(value: Any) -> str:

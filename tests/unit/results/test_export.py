@@ -129,13 +129,13 @@ def test_an_experiment_is_one_row_its_last_valid_attempt():
         make_record(attempt=3, is_valid=False),
     ]
     (row,) = make_table(_exported(*records)).rows
-    assert (row["attempt"], row["used"]) == (2, True)
+    assert (row["attempt"][0], row["used"][0]) == (2, True)
 
 
 def test_without_a_valid_attempt_the_last_one_stands_and_is_not_used():
     records = [make_record(attempt=number, is_valid=False) for number in (1, 2)]
     (row,) = make_table(_exported(*records)).rows
-    assert (row["attempt"], row["valid"], row["used"]) == (2, False, False)
+    assert (row["attempt"][0], row["valid"][0], row["used"][0]) == (2, False, False)
 
 
 def test_a_wider_result_adds_columns_at_the_end_alone():
@@ -154,9 +154,8 @@ def test_a_wider_result_adds_columns_at_the_end_alone():
 def test_what_one_result_has_and_another_has_not_is_empty_and_says_so():
     other = make_record(cycle=1, requested={"fp_precision": "float16", "vllm": {"max_num_seqs": 8}})
     table = make_table(_exported(make_record(), other))
-    assert table.rows[0]["requested.vllm.max_num_seqs"] is None
-    assert table.reasons[0]["requested.vllm.max_num_seqs"] == "not given for this experiment"
-    assert table.rows[1]["requested.vllm.max_num_seqs"] == 8
+    assert table.rows[0]["requested.vllm.max_num_seqs"] == (None, "not given for this experiment")
+    assert table.rows[1]["requested.vllm.max_num_seqs"][0] == 8
 
 
 def test_no_results_are_an_empty_table():

@@ -146,7 +146,7 @@ def test_a_markdown_table_shows_the_energy_that_counts(find: Finder, columns: Se
     names = summary_columns(results)
     assert [name for name in names if name.endswith("energy_j")] == columns
     (row,) = with_columns(make_table(results), names).rows
-    values = [row[name] for name in columns]
+    values = [row[name][0] for name in columns]
     if record.energy.primary_j.value is None:
         assert values == [None]
     else:
