@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from lem.base.doc import NAME_WIDTH, NAMES_SHOWN, Doc, NameShortener, screen_of, write_json
 from lem.base.errors import ExitCode
 from lem.base.log import WIDEST, WIDTH
 from lem.base.units import plural, some_of
 from lem.cli.selection import add_json, add_results_dir, resolve_run
-
-if TYPE_CHECKING:
-    from lem.results.check import Finding
-    from lem.results.run import Run
-
+from lem.results.check import Finding, check_run
+from lem.results.run import Run
 
 SCHEMA_VERSION = 1
 
@@ -36,8 +33,6 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:  # noqa: ARG001 - all commands get both
     """Exit code 4 if something is weak."""
-    from lem.results.check import check_run
-
     checked = resolve_run(args.results_dir, args.campaign).read()
     findings = check_run(checked)
     if args.json:

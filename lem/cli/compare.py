@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 from lem.base.doc import screen_of, write_json
-from lem.base.errors import UserError
+from lem.base.errors import UserError, did_you_mean
 from lem.base.units import parse_percentage
 from lem.cli.selection import (
     SelectedRun,
@@ -22,13 +22,11 @@ from lem.cli.selection import (
     no_such_name,
     problem_documents,
 )
-
-if TYPE_CHECKING:
-    from lem.results.compare import Comparison
-    from lem.results.metrics import Metric
-    from lem.results.run import Configuration, Run
-    from lem.results.stats import Gate
-
+from lem.results.compare import Anchor, Comparison, compare_configurations, compare_runs, gate_code
+from lem.results.comparison import comparison_document, render_markdown, render_text
+from lem.results.metrics import Metric, parse_metric
+from lem.results.run import Configuration, Run
+from lem.results.stats import Gate, parse_gate
 
 _TARGET = """CAMPAIGN: all its configurations against the baseline; CAMPAIGN A B …: B and the others against A; two
 campaigns or runs: the second against the first; CAMPAIGN/CONFIGURATION: one configuration"""
@@ -63,11 +61,6 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     """The exit code of the gates; 0 without gates."""
-    from lem.results.compare import gate_code
-    from lem.results.comparison import comparison_document, render_markdown, render_text
-    from lem.results.metrics import parse_metric
-    from lem.results.stats import parse_gate
-
     gates = [parse_gate(text) for text in args.gate]
     if len({gate.metric for gate in gates}) < len(gates):
         raise UserError("two gates for the same metric", "give one --gate per metric")
@@ -95,8 +88,6 @@ class _Target(NamedTuple):
 
 
 def _compare(args: argparse.Namespace, metrics: Sequence[Metric], gates: Sequence[Gate]) -> Comparison:
-    from lem.results.compare import Anchor, compare_configurations, compare_runs
-
     targets = _targets(args.results_dir, args.targets)
     runs = list(dict.fromkeys(target.where for target in targets))
     found = [_read(item) for item in runs]
@@ -191,8 +182,6 @@ def _sides(
 
 def _subject(found: Run, wanted: str) -> Configuration:
     """The configuration of that name, or the only one whose name or hash starts with it."""
-    from lem.base.errors import did_you_mean
-
     known = found.with_results
     same = [item for item in known if item.name == wanted]
     matching = same or [item for item in known if item.name.startswith(wanted) or item.config_hash.startswith(wanted)]
