@@ -10,7 +10,7 @@ import math
 import os
 import statistics
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,6 @@ class ResidentEngine:
         self.own_pids: frozenset[int] | None = None
 
     def is_resident(self, engine_key: str) -> bool:
-        """Whether `ensure` would reuse what is loaded."""
         return self._engine is not None and self._engine_key == engine_key
 
     def ensure(self, config: ExperimentConfig, engine_key: str, secrets: Mapping[str, str]) -> Residence:
@@ -63,9 +62,9 @@ class ResidentEngine:
         A load that fails leaves nothing loaded; a reused engine that refuses the experiment stays loaded. Raises
         EngineError, see `Engine`.
         """
-        if self._engine is not None and self._engine_key == engine_key:
+        if self._engine is not None and self.is_resident(engine_key):
             self._engine.configure(config)
-            return Residence(self._engine, self._engine.report, None, True, self._load_id)
+            return Residence(self._engine, self._engine.report, None, self._load_id)
         self.unload()
         started_ns = self._clock.monotonic_ns()
         engine = self._load(config, secrets)
@@ -76,7 +75,7 @@ class ResidentEngine:
             raise
         load_s = seconds_between(started_ns, self._clock.monotonic_ns()) - report.checks_s - (report.compile_s or 0.0)
         self._engine, self._engine_key, self._load_id = engine, engine_key, uuid.uuid4().hex[:16]
-        return Residence(engine, report, load_s, False, self._load_id)
+        return Residence(engine, report, load_s, self._load_id)
 
     def unload(self) -> None:
         """Unload the engine; nothing counts as loaded afterwards, also when the engine fails at it."""
@@ -97,7 +96,8 @@ def run_experiment(request: RunRequest, engine: ResidentEngine, reporter: Report
     host = read_host()  # before the engine loads, whose runtime may pin this thread to a core
     folder = Path(request.result_dir)
     requested = _read_requested(folder)
-    config = _read_config(request.config)
+    with _refusing("option"):
+        config = ExperimentConfig.from_dict(request.config)
     is_resident = engine.is_resident(request.engine_key)
     metering = open_metering(request, config, is_resident=is_resident, clock=clock, reporter=reporter)
     prompts = _resolve_prompts(config, folder, request.secrets)
@@ -149,21 +149,19 @@ def _read_requested(folder: Path) -> Mapping[str, Any]:
     return requested
 
 
-def _read_config(resolved: Mapping[str, Any]) -> ExperimentConfig:
+@contextlib.contextmanager
+def _refusing(kind: str) -> Iterator[None]:
+    """What is wrong with the user's configuration or files is there the next time too."""
     try:
-        return ExperimentConfig.from_dict(resolved)
+        yield
     except ConfigurationError as error:
-        raise EngineError(error.message, error.hint, kind="option", is_permanent=True) from error
+        raise EngineError(error.message, error.hint, kind=kind, is_permanent=True) from error
 
 
 def _resolve_prompts(config: ExperimentConfig, folder: Path, secrets: Mapping[str, str]) -> ResolvedPrompts:
     """The prompts the host left in the result folder, else those of the data set, which are then left there."""
-    try:
-        resolved = resolve_on_host(config, folder)
-    except ConfigurationError as error:
-        raise EngineError(error.message, error.hint, kind="prompts", is_permanent=True) from error
-    if resolved is None:
-        resolved = resolve_dataset(config, os.environ, secrets)
+    with _refusing("prompts"):
+        resolved = resolve_on_host(config, folder) or resolve_dataset(config, os.environ, secrets)
     if not (folder / PROMPTS_FILE).is_file():
         write_prompts(folder, resolved.prompts)
     return resolved

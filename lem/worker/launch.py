@@ -13,14 +13,9 @@ _SCRIPT = Path(__file__).absolute()
 
 def own_command(python: str) -> "tuple[str, ...]":
     """The command that runs this copy of lem under `python`; arguments follow it."""
+    archive = getattr(getattr(__spec__, "loader", None), "archive", None)  # lem.pyz; None when lem runs from a folder
     # -u: what an engine printed before it was killed is in the log.
-    return (python, "-u", _archive() or str(_SCRIPT))
-
-
-def _archive() -> "str | None":
-    """The zip that lem runs from (lem.pyz); None when it runs from a folder."""
-    archive = getattr(getattr(__spec__, "loader", None), "archive", None)
-    return None if archive is None else str(Path(archive).absolute())
+    return (python, "-u", str(_SCRIPT) if archive is None else str(Path(archive).absolute()))
 
 
 def _import_own_package() -> None:

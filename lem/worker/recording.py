@@ -48,8 +48,11 @@ class Residence(NamedTuple):
     engine: Engine
     report: EngineReport  # what was loaded, with the options in effect for this experiment
     load_s: float | None  # of the load less `checks_s` and `compile_s` of the report; None when it was reused
-    is_reused: bool
     load_id: str
+
+    @property
+    def is_reused(self) -> bool:
+        return self.load_s is None
 
 
 @dataclass(frozen=True)
