@@ -20,6 +20,8 @@ from lem.base.measurement import MAX_FAILED_RATIO
 from lem.base.reasons import Reason
 from lem.base.units import KIB
 from lem.config.experiment import ExperimentConfig
+from lem.config.kinds import dotted
+from lem.config.option import leaves
 from lem.engines.protocol import Engine, EngineReport
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of
 from lem.meters.nvml import find_driver
@@ -67,18 +69,6 @@ class WarmupOutcome:
 
 
 @dataclass(frozen=True)
-class HostFacts:
-    """The machine, as Linux describes it."""
-
-    os: str  # name and version of the distribution
-    kernel: str
-    cpu: str  # model name
-    cpu_count: int  # logical CPUs that this process may run on
-    memory_b: int | None
-    governor: str | None  # frequency governors in use, usually one; None where the kernel shows none
-
-
-@dataclass(frozen=True)
 class Findings:
     """Everything that one attempt found."""
 
@@ -96,8 +86,8 @@ class Findings:
     surroundings: Mapping[str, Measured[tuple[str, ...]]]  # `vbios` and `other_gpu_processes`
 
 
-def compose_record(found: Findings, host: HostFacts) -> Record:
-    """The record, with every secret of the request redacted.
+def compose_record(found: Findings, host: Mapping[str, Any]) -> Record:
+    """The record, with every secret of the request redacted; `host` is from `read_host`.
 
     Raises EngineError: kind `channel`, the host left out part of the identity.
     """
@@ -244,25 +234,27 @@ def _redact(value: Any, words: Sequence[str]) -> Any:
 # Host, engine and model
 
 
-def read_host(root: Path = Path("/")) -> HostFacts:
-    """The machine this runs on; `root` is where `etc`, `proc` and `sys` are."""
+def read_host(root: Path = Path("/")) -> dict[str, Any]:
+    """The fields of `Environment` about the machine; `root` is where `etc`, `proc` and `sys` are."""
     distribution = _find(root / "etc/os-release", ("PRETTY_NAME",), "=")
     cpu = _find(root / "proc/cpuinfo", ("model name", "Model", "cpu model"), ":")  # x86; Raspberry and others; MIPS
     memory = _find(root / "proc/meminfo", ("MemTotal",), ":")
     governors = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor")
-    return HostFacts(
-        os=platform.system() if distribution is None else distribution.strip("\"'"),
-        kernel=platform.release(),
-        cpu=cpu or platform.processor() or platform.machine(),
-        cpu_count=len(os.sched_getaffinity(0)),
-        memory_b=None if memory is None else int(memory.split()[0]) * KIB,  # "kB" there means KiB
-        governor=", ".join(sorted({line.strip() for file in governors for line in _lines(file)})) or None,
-    )
+    governor = ", ".join(sorted({line.strip() for file in governors for line in _lines(file)}))
+    return {
+        "os": platform.system() if distribution is None else distribution.strip("\"'"),
+        "kernel": platform.release(),
+        "cpu": cpu or platform.processor() or platform.machine(),
+        "cpu_count": len(os.sched_getaffinity(0)),  # that this process may run on
+        # "kB" there means KiB.
+        "memory_b": known(None if memory is None else int(memory.split()[0]) * KIB, "not in /proc/meminfo"),
+        "governor": known(governor or None, "the kernel exposes no frequency governor, as in most virtual machines"),
+    }
 
 
 def describe_environment(
     request: RunRequest,
-    host: HostFacts,
+    host: Mapping[str, Any],
     report: EngineReport,
     config: ExperimentConfig,
     surroundings: Mapping[str, Measured[tuple[str, ...]]],
@@ -275,12 +267,7 @@ def describe_environment(
     return Environment.of(
         fingerprint=fingerprint_of(host, report, versions, request.image),
         executor=request.executor,
-        os=host.os,
-        kernel=host.kernel,
-        cpu=host.cpu,
-        cpu_count=host.cpu_count,
-        memory_b=known(host.memory_b, "not in /proc/meminfo"),
-        governor=known(host.governor, "the kernel exposes no frequency governor, as in most virtual machines"),
+        **host,
         image=known(request.image, "not run in a container"),
         engine_name=report.engine_name,
         engine_version=report.engine_version,
@@ -295,7 +282,9 @@ def describe_environment(
     )
 
 
-def fingerprint_of(host: HostFacts, report: EngineReport, versions: Mapping[str, str], image: str | None) -> str:
+def fingerprint_of(
+    host: Mapping[str, Any], report: EngineReport, versions: Mapping[str, str], image: str | None
+) -> str:
     """16 hex over what makes two runs incomparable: image, engine and its libraries, driver, GPUs, and the CPU.
 
     Left out is what an experiment chooses (its options) and what changes without mattering (kernel, free memory).
@@ -306,7 +295,7 @@ def fingerprint_of(host: HostFacts, report: EngineReport, versions: Mapping[str,
         "versions": dict(versions),
         "device": report.device,
         "gpu_uuids": sorted(report.gpu_uuids),
-        "cpu": [host.cpu, host.cpu_count],
+        "cpu": [host["cpu"], host["cpu_count"]],
     }
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
@@ -336,14 +325,8 @@ def _options_of(config: ExperimentConfig) -> dict[str, Any]:
     return _flatten({**config.to_dict(), config.backend: config.section.to_dict()})
 
 
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            out.update(_flatten(item, f"{prefix}{key}."))
-        else:
-            out[f"{prefix}{key}"] = list(item) if isinstance(item, tuple) else item
-    return out
+def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {dotted(path): list(item) if isinstance(item, tuple) else item for path, item in leaves(tree)}
 
 
 def _find(file: Path, names: Collection[str], separator: str) -> str | None:
