@@ -109,7 +109,7 @@ class Rig:
         )
 
     def start(self, command: Sequence[str] = COMMAND, stdin: int = process.PIPE) -> process.Child[bytes]:
-        child = process.spawn(command, env=self.environ(), stdin=stdin, stderr=2, new_session=True)
+        child = process.spawn(command, env=self.environ(), streams=(stdin, process.PIPE, 2))
         self.started.append(child)
         return child
 

@@ -62,7 +62,7 @@ def run(
     Raises:
         UserError: there is no such program, or it cannot be started.
     """
-    starting = _Starting(lambda: spawn(argv, env=env, cwd=cwd, new_session=True))
+    starting = _Starting(lambda: spawn(argv, env=env, cwd=cwd))
     has_timed_out = False
     try:
         child = starting.begin()
@@ -75,9 +75,8 @@ def run(
         starting.undo()
         raise
     code = TIMEOUT_CODE if has_timed_out else child.returncode
-    return Finished(
-        tuple(argv), code, stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace"), has_timed_out
-    )
+    out, err = (output.decode("utf-8", "replace") for output in (stdout, stderr))
+    return Finished(tuple(argv), code, out, err, has_timed_out)
 
 
 class _Starting:
@@ -87,14 +86,14 @@ class _Starting:
     here none can. Wherever else one raises, `undo` leaves no child.
     """
 
-    def __init__(self, start: Callable[[], subprocess.Popen[bytes]]) -> None:
+    def __init__(self, start: Callable[[], Child[bytes]]) -> None:
         self._start = start
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: Child[bytes] | None = None
         self._error: Exception | None = None
         self._is_undone = False
         self._is_at_it = threading.Lock()
 
-    def begin(self) -> subprocess.Popen[bytes]:
+    def begin(self) -> Child[bytes]:
         """The started child; raises as `spawn`."""
         thread = threading.Thread(target=self._run, name="start of a program")
         thread.start()
@@ -120,7 +119,7 @@ class _Starting:
             _kill_and_collect(self._child)
 
 
-def _kill_and_collect(child: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
+def _kill_and_collect(child: Child[bytes]) -> tuple[bytes, bytes]:
     """The output of a child and its group until they were killed."""
     kill_group(child.pid)
     try:
@@ -139,18 +138,14 @@ def spawn(
     *,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
-    stdin: int = PIPE,
-    stdout: int = PIPE,
-    stderr: int = PIPE,
-    new_session: bool = False,
+    streams: tuple[int, int, int] = (PIPE, PIPE, PIPE),
     pass_fds: Sequence[int] = (),
-) -> subprocess.Popen[bytes]:
-    """Start a program with unbuffered binary pipes.
+) -> Child[bytes]:
+    """Start a program in a session of its own: no Ctrl-C on the terminal reaches it, and its group ends as one.
 
     Args:
         env: its whole environment; None for a copy of this one's.
-        new_session: give it its own session and process group, so that a terminal's Ctrl-C does not reach it and it
-            can be ended with all its children.
+        streams: its stdin, stdout and stderr; pipes are binary and unbuffered.
 
     Raises:
         UserError: there is no such program, or it cannot be started.
@@ -162,10 +157,10 @@ def spawn(
             bufsize=0,
             env=None if env is None else dict(env),
             cwd=cwd,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            start_new_session=new_session,
+            stdin=streams[0],
+            stdout=streams[1],
+            stderr=streams[2],
+            start_new_session=True,
             pass_fds=tuple(pass_fds),
         )
     except FileNotFoundError as error:
@@ -176,7 +171,7 @@ def spawn(
         raise UserError(f"{argv[0]}: cannot be started: {error.strerror}") from error
 
 
-def pipes(child: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+def pipes(child: Child[bytes]) -> tuple[IO[bytes], IO[bytes]]:
     """The pipes to stdin and from stdout of a child that was started with both."""
     if child.stdin is None or child.stdout is None:
         raise ValueError("the child was started without pipes")

@@ -85,7 +85,7 @@ def run_tethered(arguments: Sequence[str]) -> int:
     """
     command = (*own_command(sys.executable), *arguments)
     env = {**os.environ, **_read_variables()}
-    child = process.spawn(command, env=env, stdin=process.DEVNULL, stdout=1, stderr=2, new_session=True)
+    child = process.spawn(command, env=env, streams=(process.DEVNULL, 1, 2))
     try:
         while child.poll() is None:
             readable, _, _ = select.select([0], [], [], _POLL_S)

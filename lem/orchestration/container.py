@@ -270,7 +270,7 @@ class ContainerManager:
         with contextlib.ExitStack() as stack:
             output = stack.enter_context(tempfile.TemporaryFile())
             descriptor = output.fileno()
-            child = process.spawn(command, env=self.compose.env, stdout=descriptor, stderr=descriptor, new_session=True)
+            child = process.spawn(command, env=self.compose.env, streams=(process.PIPE, descriptor, descriptor))
             stack.callback(process.kill_group, child.pid)
             if child.stdin is not None:
                 stack.enter_context(child.stdin)  # held open: the command inside ends when it closes

@@ -144,8 +144,8 @@ class WorkerConnection:
         """Start the worker; a UserError when the program does not exist or cannot be started."""
         # A file, not a pipe: it is not read between experiments, and a worker must never have to wait for a reader.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`
-        # A session of its own: Ctrl-C on the terminal is for the host, which then stops the worker.
-        self._child = process.spawn(command, env=env, stderr=self._stderr.fileno(), new_session=True)
+        # Ctrl-C on the terminal is for the host, which then stops the worker.
+        self._child = process.spawn(command, env=env, streams=(process.PIPE, process.PIPE, self._stderr.fileno()))
         self._stdin, self._stdout = process.pipes(self._child)
         self._outbox = Outbox(self._stdin.fileno())
         self._lines = LineBuffer()

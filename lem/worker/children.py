@@ -47,10 +47,7 @@ class EngineChild:
             fds = ("--control-fd", str(control_end), "--message-fd", str(message_end))
             self._child = process.spawn(
                 (*own_command(sys.executable), "worker", "--engine", *fds),
-                stdin=process.DEVNULL,
-                stdout=output_end,
-                stderr=output_end,
-                new_session=True,
+                streams=(process.DEVNULL, output_end, output_end),
                 pass_fds=(control_end, message_end),
             )
             ours.pop_all()
@@ -168,7 +165,7 @@ class SamplerProcess:
         except OSError as error:
             raise UserError(f"{tempfile.gettempdir()}: cannot create a temporary file: {error.strerror}") from error
         try:
-            self.child = process.spawn(words, stdout=process.DEVNULL, stderr=self._stderr.fileno(), new_session=True)
+            self.child = process.spawn(words, streams=(process.PIPE, process.DEVNULL, self._stderr.fileno()))
         except BaseException:
             self._stderr.close()
             raise

@@ -41,10 +41,7 @@ def run_campaign(bench: Bench, name: str, document: Mapping[str, Any]) -> int:
             [*command, *(["--resume"] if has_begun else [])],
             env={**bench.environ, "LEM_LOCK_DIR": str(bench.out / "locks"), "HF_HUB_OFFLINE": "1"},
             cwd=bench.out,
-            stdin=process.DEVNULL,
-            stdout=log.fileno(),
-            stderr=log.fileno(),
-            new_session=True,
+            streams=(process.DEVNULL, log.fileno(), log.fileno()),
         )
         try:
             return child.wait(max(1.0, bench.left_s()))

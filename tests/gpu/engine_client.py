@@ -49,7 +49,7 @@ class Engine:
         words = [sys.executable, "-m", "tests.gpu.engine", "--parent", str(os.getpid())]
         words += [] if rehearsed is None else ["--rehearse", rehearsed[0], str(rehearsed[1])]
         with log.open("ab") as said:
-            self._child = process.spawn(words, cwd=ROOT, stderr=said.fileno(), new_session=True)
+            self._child = process.spawn(words, cwd=ROOT, streams=(process.PIPE, process.PIPE, said.fileno()))
         self._log = log
         self._begun = b""
         hello = self._ask({"do": "hello"}, START_TIMEOUT_S)

@@ -141,7 +141,7 @@ def test_a_start_that_was_undone_starts_nothing_any_more():
 
 
 def test_killing_a_group_leaves_the_exit_status_to_the_caller():
-    child = process.spawn(["sleep", "1000"], new_session=True)
+    child = process.spawn(["sleep", "1000"])
 
     process.kill_group(child.pid)
 
@@ -158,7 +158,7 @@ def test_exits_are_told_in_words(code: int, words: str):
 
 
 def test_a_process_is_known_by_more_than_its_number():
-    child = process.spawn(["sleep", "1000"], new_session=True)
+    child = process.spawn(["sleep", "1000"])
     identity = process.identify(child.pid)
 
     assert identity is not None
@@ -175,7 +175,7 @@ def test_a_process_is_known_by_more_than_its_number():
 
 def test_descendants_are_found_across_sessions():
     script = "setsid sleep 1000 & echo started; wait"
-    child = process.spawn(["sh", "-c", script], new_session=True)
+    child = process.spawn(["sh", "-c", script])
     _, stdout = process.pipes(child)
     assert stdout.readline() == b"started\n"
 
