@@ -176,16 +176,14 @@ def measure_precision(records: Iterable[Record], target: Target, least_cycles: i
     found = Precision(metric.name, {}, {}, {})
     for item in run.configurations:
         estimate = item.estimate(metric)
-        if estimate.value is None or item.is_load_shared:
-            # Why further cycles would not give an interval either.
-            reason = "1 sample" if estimate.n == 1 else SHARED_LOAD.text
-            if estimate.value is None:
-                reason = estimate.t_log.warning or "" if estimate.t_log else estimate.null_reason or ""
-            found.without[item.name] = reason
-            continue
-        width = math.inf if estimate.half_width is None else estimate.half_width
-        is_narrow = width <= target.half_width and estimate.n >= least_cycles
-        (found.narrow if is_narrow else found.wide)[item.name] = width
+        if estimate.value is None:
+            found.without[item.name] = (estimate.t_log.warning if estimate.t_log else estimate.null_reason) or ""
+        elif item.is_load_shared:
+            found.without[item.name] = "1 sample" if estimate.n == 1 else SHARED_LOAD.text
+        else:
+            width = math.inf if estimate.half_width is None else estimate.half_width
+            is_narrow = width <= target.half_width and estimate.n >= least_cycles
+            (found.narrow if is_narrow else found.wide)[item.name] = width
     return found
 
 

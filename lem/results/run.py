@@ -200,7 +200,11 @@ class Configuration:
 
     def _estimated(self, metric: Metric) -> Estimate:
         values = tuple(cycle_values(metric, self.cycles).values())
-        all_attempts = self._all_attempts(metric, values)
+        attempts, all_attempts = tuple(cycle_values(metric, self.attempts).values()), None
+        if attempts and attempts != values:
+            n_attempts = sum(metric.read(record)[0] is not None for record in self.records)
+            geometric = math.exp(statistics.fmean(map(math.log, attempts))) if min(attempts) > 0 else None
+            all_attempts = AllAttempts(statistics.fmean(attempts), geometric, len(attempts), n_attempts)
         reasons = "; ".join(dict.fromkeys(reason for record in self.used if (reason := metric.read(record)[1])))
         if not values:
             return Estimate(metric, all_attempts=all_attempts, null_reason=reasons or "no valid result")
@@ -212,14 +216,6 @@ class Configuration:
         is_partial = len(values) < self.n_cycles
         warning = f"measured in {len(values)} of {self.n_cycles} cycles: {reasons}" if is_partial else None
         return Estimate(metric, values, bootstrap, t_log, all_attempts, None, warning)
-
-    def _all_attempts(self, metric: Metric, valid_values: tuple[float, ...]) -> AllAttempts | None:
-        values = tuple(cycle_values(metric, self.attempts).values())
-        if not values or values == valid_values:
-            return None
-        n_attempts = sum(metric.read(record)[0] is not None for record in self.records)
-        geometric = math.exp(statistics.fmean(map(math.log, values))) if min(values) > 0 else None
-        return AllAttempts(statistics.fmean(values), geometric, len(values), n_attempts)
 
 
 def estimate_note(configurations: Iterable[Configuration]) -> str:

@@ -66,12 +66,6 @@ class AttemptFolder:
         return path
 
 
-def attempt_number(name: str) -> int | None:
-    """The number in the name of an attempt's folder; None for another name."""
-    match = _ATTEMPT.fullmatch(name)
-    return int(match[1]) if match else None
-
-
 def is_name(text: str) -> bool:
     """Whether `text` can name a folder of a campaign, run or experiment; it then leads nowhere else."""
     return _NAME.fullmatch(text) is not None
@@ -310,7 +304,7 @@ def _problem(experiment: Path, path: Path, kind: str, message: str) -> Problem:
 
 def _attempt_numbers(folder: Path) -> list[int]:
     """The numbers taken, unordered; a file in place of a folder takes its number too."""
-    return [number for item in folder.iterdir() if (number := attempt_number(item.name)) is not None]
+    return [int(match[1]) for item in folder.iterdir() if (match := _ATTEMPT.fullmatch(item.name))]
 
 
 def folder_names(folder: Path) -> tuple[str, ...]:
@@ -350,7 +344,6 @@ class Target:
     metric: str | None = None  # None: energy per output token where it is measured, else the output throughput
 
     def describe(self) -> str:
-        """`±2 %`."""
         return f"±{percent(self.half_width)}"
 
 
@@ -365,10 +358,8 @@ class StoppingRule:
     def describe(self) -> str:
         """`until every interval of output_tok_per_s is within ±2 % (5 cycles at least, 20 at most)`."""
         metric = "" if self.target.metric is None else f" of {self.target.metric}"
-        return (
-            f"until every interval{metric} is within {self.target.describe()} "
-            f"({self.least_cycles} cycles at least, {self.most_cycles} at most)"
-        )
+        bounds = f"({self.least_cycles} cycles at least, {self.most_cycles} at most)"
+        return f"until every interval{metric} is within {self.target.describe()} {bounds}"
 
 
 def write_stopping_rule(run_folder: Path, rule: StoppingRule) -> None:
@@ -383,10 +374,9 @@ def read_stopping_rule(run_folder: Path) -> StoppingRule | None:
     path = run_folder / STOPPING_FILE
     try:
         document = durable.read_json(path)
-        if not isinstance(document, dict):
-            raise ValueError("not a stopping rule")
-        found = {name: document.get(name) for name in ("target", "least_cycles", "most_cycles")}
-        return decode(StoppingRule, found, "rule")
+        if isinstance(document, dict):
+            document = {name: document.get(name) for name in ("target", "least_cycles", "most_cycles")}
+        return decode(StoppingRule, document, "rule")
     except FileNotFoundError:
         return None
     except OSError as error:
