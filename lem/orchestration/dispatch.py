@@ -26,10 +26,8 @@ from lem.worker.launch import own_command
 
 _logger = logging.getLogger(__name__)
 
-OPEN_TIMEOUT_S = 60.0
-UNLOAD_TIMEOUT_S = 60.0
+OPEN_TIMEOUT_S = UNLOAD_TIMEOUT_S = 60.0
 DEATH_TIMEOUT_S = 5.0
-
 # The supervisor gives its engine 5 s after TERM and 12 s after hanging up; see `guardian.PATIENCE_S`.
 STOP_TIMEOUT_S = 25.0
 # The guardian kills everything as soon as the supervisor is gone; after this it is taken to be stopped or stuck.
@@ -74,7 +72,6 @@ class Watch:
         self._byte_until = now + timeouts.heartbeat_s
 
     def heard(self, message: Message, now: float) -> None:
-        """Take note of a message."""
         self._byte_until = now + self._timeouts.heartbeat_s
         if isinstance(message, (channel.Phase, channel.Progress)):
             self._sign_until = now + self._timeouts.silence_s
@@ -88,7 +85,6 @@ class Watch:
 
     @property
     def next_deadline(self) -> float:
-        """The earliest of the deadlines."""
         return min(self._phase_until, self._sign_until, self._byte_until)
 
     def expired(self, now: float) -> EngineError | None:
@@ -159,34 +155,29 @@ class WorkerConnection:
     def receive(self, deadline: float, stop: StopRequest | None = None) -> Message | None:
         """The next message of the worker; None at the deadline (`time.monotonic`).
 
-        Raises:
-            Interrupted: a stop was requested.
-            ChannelError: an invalid message.
-            EOFError: the worker is gone.
+        Interrupted when a stop was requested, ChannelError for an invalid message, EOFError when the worker is gone.
         """
+        stdout = self._stdout.fileno()
+        readers = [stdout] if stop is None else [stdout, stop.fileno()]
         while not self._messages:
             if stop is not None and stop.signum is not None:
                 raise Interrupted(stop.signum)
             remaining_s = deadline - time.monotonic()
             if remaining_s <= 0:
                 return None
-            self._wait(remaining_s, stop)
+            writers = [self._outbox.descriptor] if self._outbox.is_pending else []
+            readable, writable, _ = select.select(readers, writers, [], remaining_s)
+            if writable:
+                try:
+                    self._outbox.flush()
+                except BrokenPipeError:
+                    self._outbox.drop()
+            if stdout in readable:
+                data = os.read(stdout, channel.READ_B)
+                if not data:
+                    raise EOFError("the worker closed the channel")
+                self._messages += [channel.read_report(line) for line in self._lines.feed(data)]
         return self._messages.popleft()
-
-    def _wait(self, timeout_s: float, stop: StopRequest | None) -> None:
-        readers = [self._stdout.fileno()] if stop is None else [self._stdout.fileno(), stop.fileno()]
-        writers = [self._outbox.descriptor] if self._outbox.is_pending else []
-        readable, writable, _ = select.select(readers, writers, [], timeout_s)
-        if writable:
-            try:
-                self._outbox.flush()
-            except BrokenPipeError:
-                self._outbox.drop()
-        if self._stdout.fileno() in readable:
-            data = os.read(self._stdout.fileno(), channel.READ_B)
-            if not data:
-                raise EOFError("the worker closed the channel")
-            self._messages += [channel.read_report(line) for line in self._lines.feed(data)]
 
     @property
     def has_ended(self) -> bool:
@@ -251,13 +242,7 @@ class Worker:
         return self._connection is not None
 
     def open(self, stop: StopRequest | None = None, timeout_s: float = OPEN_TIMEOUT_S) -> None:
-        """Start the worker, unless it runs.
-
-        Raises:
-            WorkerUnavailable: it did not start, or is another version of lem.
-            UserError: the command does not exist.
-            Interrupted: a stop was requested.
-        """
+        """Start the worker, unless it runs; WorkerUnavailable or UserError when it cannot be started."""
         if not self.is_open:
             self._open(stop, timeout_s)
 
@@ -266,21 +251,23 @@ class Worker:
     ) -> Outcome:
         """How the attempt ended; a worker that hangs, dies or sends invalid messages is ended: an outcome too.
 
-        Raises:
-            Interrupted: a stop was requested; the worker was ended.
-            WorkerUnavailable, UserError: as `open`.
+        Interrupted when a stop was requested, and the worker was ended.
         """
         if self._connection is not None and self._connection.has_ended:
             _logger.warning("the worker ended between two experiments; starting another one")
             self.kill()
         connection = self._connection or self._open(stop, OPEN_TIMEOUT_S)
         try:
-            return self._converse(connection, request, on_event, Watch(timeouts, time.monotonic()), stop)
+            return self._converse(connection, request, on_event, timeouts, stop)
         except ChannelError as error:
             self.kill()
             return Outcome(EngineError(f"the worker sent an invalid message: {error}", kind="channel"))
         except EOFError:
-            return Outcome(EngineError(self._death(connection), kind="died"))
+            code = connection.wait_until_gone(time.monotonic() + DEATH_TIMEOUT_S)
+            how = "closed the channel" if code is None else process.describe_exit(code)
+            printed = connection.stderr_tail()
+            self.kill()
+            return Outcome(EngineError(f"the worker {how}" + (f": {printed}" if printed else ""), kind="died"))
         except Interrupted:
             self.stop()
             raise
@@ -376,9 +363,10 @@ class Worker:
         connection: WorkerConnection,
         request: RunRequest,
         on_event: Observer,
-        watch: Watch,
+        timeouts: Timeouts,
         stop: StopRequest | None,
     ) -> Outcome:
+        watch = Watch(timeouts, time.monotonic())
         connection.send(request.to_message())
         while True:
             message = self._next(connection, watch.next_deadline, stop)
@@ -394,14 +382,6 @@ class Worker:
             if event is not None:
                 on_event(event)
 
-    def _death(self, connection: WorkerConnection) -> str:
-        """How a worker ended that nothing asked to end; nothing is left of it afterwards."""
-        code = connection.wait_until_gone(time.monotonic() + DEATH_TIMEOUT_S)
-        how = "closed the channel" if code is None else process.describe_exit(code)
-        printed = connection.stderr_tail()
-        self.kill()
-        return f"the worker {how}" + (f": {printed}" if printed else "")
-
 
 class Executor(Protocol):
     """Where experiments run."""
@@ -409,7 +389,7 @@ class Executor(Protocol):
     name: str  # `local` or `docker`, as in the record
 
     def worker_for(self, backend: str) -> Worker:
-        """The worker that runs this backend's experiments; the same one as long as this executor is used."""
+        """The worker that runs this backend's experiments, always the same one."""
 
     def stop(self) -> None:
         """End every worker with its engine."""

@@ -17,18 +17,7 @@ from lem.config.rules import Gpu
 from lem.config.rules import warnings as warnings_about
 from lem.orchestration.names import name_configurations
 
-__all__ = [
-    "NO_MODEL",
-    "GridExpansionResult",
-    "GridValidationIssue",
-    "Validation",
-    "count_reasons",
-    "expand_campaign_grid",
-    "has_model",
-    "validate_campaign_grid",
-    "validate_named",
-]
-
+__all__ = ["GridExpansionResult", "GridValidationIssue", "expand_campaign_grid", "validate_campaign_grid"]
 
 # Options that determine an engine option (on the right) where that one is not given
 # (ExperimentConfig.engine_key).
@@ -198,14 +187,10 @@ def validate_campaign_grid(config_dicts: Sequence[dict[str, Any]]) -> GridExpans
     return GridExpansionResult(Items(valid), filtered, warnings, len(config_dicts))
 
 
-Validation = tuple[
-    tuple[ExperimentConfig | None, ...], tuple[GridValidationIssue, ...], tuple[GridValidationIssue, ...]
-]
-"""Configurations in the order given, None for one that was filtered; an error for each of these; warnings."""
-
-
-def validate_named(named: Sequence[tuple[str, Mapping[str, Any]]], gpus: Sequence[Gpu] | None = None) -> Validation:
-    """The configurations that are experiments, an error for each other one, and the warnings about the former.
+def validate_named(
+    named: Sequence[tuple[str, Mapping[str, Any]]], gpus: Sequence[Gpu] | None = None
+) -> tuple[Sequence[ExperimentConfig | None], tuple[GridValidationIssue, ...], tuple[GridValidationIssue, ...]]:
+    """The configurations in the order given, None for one that was filtered; an error for each of these; warnings.
 
     Args:
         named: each with its name.
@@ -226,7 +211,7 @@ def validate_named(named: Sequence[tuple[str, Mapping[str, Any]]], gpus: Sequenc
         warnings += [
             GridValidationIssue.of(name, _coded(item), severity="warning") for item in warnings_about(config, gpus)
         ]
-    return tuple(configs), Items(filtered), Items(warnings)
+    return configs, Items(filtered), Items(warnings)
 
 
 def has_model(config_dict: Mapping[str, Any]) -> bool:

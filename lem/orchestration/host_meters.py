@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import shutil
@@ -18,7 +19,6 @@ from typing import NamedTuple
 
 from lem.base.errors import UserError
 from lem.base.measurement import is_estimate, is_gpu_source
-from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.experiment import ExperimentConfig
 from lem.meters.nvml import find_gpus, named_gpus, open_nvml, visible_gpus
@@ -55,10 +55,7 @@ class _Place(NamedTuple):
 
 @dataclass
 class BaselineBook:
-    """What is known of power at rest, by the devices, the engine that is loaded on them, and the meter.
-
-    Times are seconds of one monotonic clock.
-    """
+    """What is known of power at rest, by the devices, the engine that is loaded on them, and the meter."""
 
     _entries: dict[_Place, tuple[float, float]] = field(default_factory=dict)  # power in watts, and when
     _references: dict[tuple[tuple[str, ...], str], Reference] = field(default_factory=dict)
@@ -101,24 +98,17 @@ class BaselineBook:
             self._references.setdefault((place.gpus, place.state), Reference(power_w, temp_c))
 
 
-# Why a gap ended, as in the record's `gap_end_reason`.
-RECOVERED = Reason.of("gap_recovered")
-CAP_REACHED = Reason.of("gap_cap_reached")
-NO_SENSORS = Reason.of("gap_no_sensors")
-NO_GAP = Reason.of("gap_none")
-INTERRUPTED = Reason.of("gap_interrupted")
-
 POLL_S = 1.0
 
+# Whether temperature and power are back at the reference of this state; None while the sensors do not answer.
 RecoveryProbe = Callable[[], "bool | None"]
-"""Whether temperature and power are back at the reference of this state; None while the sensors do not answer."""
 
 
 class GapOutcome(NamedTuple):
-    """How long a gap took, and why it ended."""
+    """How long a gap took, and why it ended, as a code of the record's `gap_end_reason`."""
 
     gap_s: float
-    reason: Reason
+    code: str
 
 
 def keep_gap(
@@ -129,9 +119,7 @@ def keep_gap(
     wait: Callable[[float], bool],
     poll_s: float = POLL_S,
 ) -> GapOutcome:
-    """Wait until the device has recovered, at most `cap_s` seconds.
-
-    Without a probe, or with one that never answers, it is the whole gap.
+    """Wait until the device has recovered, at most `cap_s` seconds; all of them when no probe answers.
 
     Args:
         is_recovered: called at once and then every `poll_s` seconds; None on a host without sensors.
@@ -140,19 +128,19 @@ def keep_gap(
     """
     started_s = monotonic()
     if cap_s <= 0:
-        return GapOutcome(0.0, NO_GAP)
+        return GapOutcome(0.0, "gap_none")
     has_answered = False
     while True:
         answer = is_recovered() if is_recovered is not None else None
         has_answered = has_answered or answer is not None
         elapsed_s = monotonic() - started_s
         if answer:
-            return GapOutcome(elapsed_s, RECOVERED)
+            return GapOutcome(elapsed_s, "gap_recovered")
         left_s = cap_s - elapsed_s
         if left_s <= 0:
-            return GapOutcome(elapsed_s, CAP_REACHED if has_answered else NO_SENSORS)
+            return GapOutcome(elapsed_s, "gap_cap_reached" if has_answered else "gap_no_sensors")
         if wait(left_s if is_recovered is None else min(poll_s, left_s)):
-            return GapOutcome(monotonic() - started_s, INTERRUPTED)
+            return GapOutcome(monotonic() - started_s, "gap_interrupted")
 
 
 # docs/measurement.md, step 7: within these of the reference, for as long as the sensors need to follow.
@@ -217,12 +205,9 @@ class HostMeters:
 
     @contextlib.contextmanager
     def attending(self, config: ExperimentConfig, request: RunRequest) -> Iterator[Attendance]:
-        """An attempt with a sampler beside it within the block.
+        """An attempt with a sampler beside it within the block; a UserError when that cannot be started.
 
         A worker in a container samples by itself what this host may not be able to see.
-
-        Raises:
-            UserError: the sampler cannot be started.
         """
         gpus = self._gpus(config)
         ttl_s = config.baseline.cache_ttl_sec
@@ -272,8 +257,7 @@ class HostMeters:
                 stack.callback(shutil.rmtree, folder, ignore_errors=True)
                 path = Path(folder, PART_FILENAME)
                 stack.enter_context(self._sampling(path, self._state[0], _GAP_INTERVAL_MS, None))
-                reader = PartReader(path)
-                probe = lambda: _ask(reader, reference)  # noqa: E731 - it closes over local values
+                probe = functools.partial(_ask, PartReader(path), reference)
             except (OSError, UserError) as error:
                 _logger.warning("the gap lasts its full time, since nothing can be sampled: %s", error)
             yield probe

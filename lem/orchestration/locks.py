@@ -16,7 +16,7 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lem.base import durable
@@ -87,29 +87,26 @@ def campaign_lock(state_folder: Path, campaign_name: str) -> LockTarget:
 
 
 def gpu_locks(uuids: Iterable[str], environ: Mapping[str, str]) -> list[LockTarget]:
-    """The locks of GPUs, in the order to take them.
-
-    One order for all prevents two campaigns from each holding a lock that the other needs.
-    """
+    """The locks of GPUs, in one order for all: no two campaigns each hold a lock that the other needs."""
     folder = default_gpu_lock_folder(environ)
-    return [LockTarget(folder / f"{_file_name(uuid)}.lock", f"GPU {uuid}") for uuid in sorted(set(uuids))]
+    # A UUID comes from the driver, or from a person.
+    return [
+        LockTarget(folder / f"{re.sub('[^A-Za-z0-9._-]', '_', uuid)}.lock", f"GPU {uuid}")
+        for uuid in sorted(set(uuids))
+    ]
 
 
 @contextlib.contextmanager
 def hold_locks(targets: Sequence[LockTarget], holder: Holder) -> Iterator[None]:
     """Hold all the locks within the block, or none.
 
-    The descriptors are closed on exec, so no child process inherits a lock and keeps it beyond this process.
-
-    Raises:
-        LockedError: another process holds one of them; names its pid, host and campaign.
-        UserError: a lock file cannot be opened or made.
+    LockedError, which names pid, host and campaign, when another process holds one of them; UserError when a lock file
+    cannot be opened or made.
     """
     with contextlib.ExitStack() as stack:
         for target in targets:
             descriptor = _open(target)
             stack.callback(os.close, descriptor)
-            _check_file(descriptor, target)
             _lock(descriptor, target)
             _write_holder(descriptor, holder)
         yield
@@ -118,10 +115,9 @@ def hold_locks(targets: Sequence[LockTarget], holder: Holder) -> Iterator[None]:
 def read_holder(path: Path) -> Holder | None:
     """The holder that a lock file names, whether it still runs or not; None when it names none."""
     try:
-        data = path.read_bytes()[:_HOLDER_MAX_B]
+        return _decode_holder(path.read_bytes()[:_HOLDER_MAX_B])
     except OSError:
         return None
-    return _decode_holder(data)
 
 
 def is_locked(path: Path) -> bool | None:
@@ -147,11 +143,7 @@ def is_locked(path: Path) -> bool | None:
 
 
 def take(descriptor: int, wait: Callable[[float], None] = time.sleep) -> None:
-    """Take the lock of an open file, in more than one try: `is_locked` may have it for a moment.
-
-    Raises:
-        BlockingIOError: another process holds it.
-    """
+    """Take the lock of an open file, or BlockingIOError; in more than one try: `is_locked` may have it for a moment."""
     for _ in range(_TRIES - 1):
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -181,19 +173,18 @@ def _lock(descriptor: int, target: LockTarget) -> None:
 def _open(target: LockTarget) -> int:
     try:
         _make_folder(target.path.parent)
-        return _open_or_create(target.path)
+        descriptor = _open_or_create(target.path)
     except OSError as error:
         raise UserError(
             f"cannot open the lock of {target.what}, {target.path}: {error.strerror}",
             "make the folder writable, or choose another: io.state_dir for the campaign, LEM_LOCK_DIR for the GPUs",
         ) from error
-
-
-def _check_file(descriptor: int, target: LockTarget) -> None:
-    """In a folder that all may write, refuse a link that another user put there for us to write through."""
+    # In a folder that all may write, another user may have put a link there for us to write through.
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+        os.close(descriptor)
         raise UserError(f"the lock of {target.what}, {target.path}, is not an ordinary file", "remove it")
+    return descriptor
 
 
 def _make_folder(folder: Path) -> None:
@@ -237,7 +228,7 @@ def _create(path: Path) -> int:
 def _write_holder(descriptor: int, holder: Holder) -> None:
     if len(holder.campaign) > _CAMPAIGN_MAX:
         holder = replace(holder, campaign=f"{holder.campaign[:_CAMPAIGN_MAX]}…")
-    data = durable.utf8(json.dumps(asdict(holder), ensure_ascii=False) + "\n")
+    data = durable.utf8(json.dumps(vars(holder), ensure_ascii=False) + "\n")
     # For error messages only: a read-only lock file or a full disk must not prevent a run.
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
@@ -249,8 +240,3 @@ def _decode_holder(data: bytes) -> Holder | None:
         return decode(Holder, json.loads(data), "holder")
     except (RecursionError, ValueError):
         return None
-
-
-def _file_name(uuid: str) -> str:
-    """A GPU's UUID as a file name; it comes from the driver, or from a person."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", uuid)

@@ -17,27 +17,13 @@ from typing import Any
 from lem.base import durable
 from lem.base.clock import utc_now, utc_stamp, utc_text
 from lem.base.codec import decode
-from lem.base.durable import make_folder
 from lem.base.errors import LemError, UserError
 
-__all__ = [
-    "COMPLETED",
-    "FAILED",
-    "PENDING",
-    "RUNNING",
-    "SCHEMA_VERSION",
-    "SKIPPED",
-    "STATUSES",
-    "Attempt",
-    "CampaignManifest",
-    "CampaignManifestEntry",
-    "ManifestManager",
-    "decode_manifest",
-    "encode_manifest",
-]
-
+__all__ = ["CampaignManifest", "CampaignManifestEntry", "ManifestManager"]
 
 PENDING, RUNNING, COMPLETED, FAILED, SKIPPED = STATUSES = ("pending", "running", "completed", "failed", "skipped")
+
+_logger = logging.getLogger(__name__)
 
 # The kind of a note about an added cycle (`--until`).
 TOP_UP_NOTE = "top_up"
@@ -51,25 +37,16 @@ def _encode(value: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try at an experiment: its folder, and what became of it.
+    """One try at an experiment: its folder, and what became of it."""
 
-    Attributes:
-        number: from 1; names the folder `attempt-N`.
-        result_path: its `result.json`; None without a whole one.
-        valid: as in the record; None without one.
-        error: why there is no record.
-        log_path: the engine's own output.
-        host: where it ran.
-    """
-
-    number: int
-    result_path: str | None = None
-    valid: bool | None = None
-    error: str | None = None
-    log_path: str | None = None
+    number: int  # from 1; names the folder `attempt-N`
+    result_path: str | None = None  # its `result.json`; None without a whole one
+    valid: bool | None = None  # as in the record; None without one
+    error: str | None = None  # why there is no record
+    log_path: str | None = None  # the engine's own output
     started_at: str | None = None
     completed_at: str | None = None
-    host: str | None = None
+    host: str | None = None  # where it ran
 
 
 @dataclass
@@ -263,9 +240,6 @@ def decode_manifest(document: Any) -> CampaignManifest:
     return manifest
 
 
-logger = logging.getLogger(__name__)
-
-
 class ManifestManager:
     """The manifest's file.
 
@@ -306,7 +280,7 @@ class ManifestManager:
             if status != before:
                 sys.audit("lem.transition", exp_id, before, status)
         manifest.updated_at = utc_text(self._now())
-        make_folder(self.manifest_path.parent)
+        durable.make_folder(self.manifest_path.parent)
         durable.write_bytes(self.manifest_path, encode_manifest(manifest))
         self._saved_statuses = statuses
 
@@ -328,7 +302,7 @@ class ManifestManager:
         try:
             return self.load_strict(campaign_id)
         except UserError as error:
-            logger.warning("%s", error.message)
+            _logger.warning("%s", error.message)
             return None
 
     def load_strict(self, campaign_id: str | None = None) -> CampaignManifest | None:

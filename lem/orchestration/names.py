@@ -79,7 +79,6 @@ def _flatten(config: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Flat:
 
 
 def _varying(flat: Sequence[Flat]) -> list[tuple[str, ...]]:
-    """The options that do not have the same value everywhere, in order of appearance."""
     seen: dict[tuple[str, ...], set[str]] = {}
     counts: Counter[tuple[str, ...]] = Counter()
     for options in flat:
@@ -101,7 +100,6 @@ def _labels(keys: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
 
 
 def _short_models(models: set[str]) -> dict[str, str]:
-    """Each model by the last part of its name where that is unique."""
     short = {model: model.rstrip("/").rpartition("/")[2] for model in models}
     counts = Counter(short.values())
     return {model: _clean(name if counts[name] == 1 else model) for model, name in short.items()}
@@ -169,13 +167,10 @@ _PROMPT_KEYS = ("dataset", "prompts")
 
 
 def prompts_fingerprint(config: ExperimentConfig, resolved: ResolvedPrompts | None = None) -> dict[str, Any]:
-    """What determines the prompts that an experiment runs, as JSON values.
+    """What determines the prompts of an experiment, as JSON values; ConfigurationError where they cannot be used.
 
     Prompts of a file by their content; synthetic ones by their parameters and a sample of the generator's output; a
     dataset, whose content only the worker sees and records, by its name and what is taken of it.
-
-    Raises:
-        ConfigurationError: prompts that cannot be used, where they are not given.
     """
     if config.dataset is not None:
         return {"dataset": config.dataset.identity()}

@@ -88,7 +88,6 @@ class ExpectedTime:
 
     @property
     def total_s(self) -> float | None:
-        """All of it; None when a part is not known."""
         if self.measured_s is None or self.loading_s is None:
             return None
         return self.measured_s + self.loading_s + self.gaps_s
@@ -187,7 +186,6 @@ class Plan:
         return [None, *kinds] if items else []
 
     def gap_cap_s(self, kind: GapKind | None) -> float:
-        """The most seconds a gap takes."""
         if kind is None:
             return 0.0
         return self.execution.cycle_gap_seconds if kind == "cycle" else self.execution.config_gap_seconds
@@ -222,11 +220,7 @@ def _sum_known(names: Sequence[str], known: Mapping[str, float]) -> float | None
 
 
 def plan_campaign(loaded: Loaded[CampaignConfig]) -> Plan:
-    """The plan of a loaded campaign on this host, with a warning for each option that does nothing in a campaign.
-
-    Raises:
-        ConfigurationError: prompts that cannot be used.
-    """
+    """The plan of a loaded campaign on this host, with a warning for each option that does nothing in a campaign."""
     plan = build_plan(
         loaded.config, loaded.listed, preset=loaded.preset, source=loaded.source, gpus=find_gpus() or None
     )
@@ -252,14 +246,13 @@ def build_plan(
 ) -> Plan:
     """The plan of a campaign: the experiments it names and those of its grid, validated, in every cycle.
 
+    Prompts that cannot be used are a ConfigurationError.
+
     Args:
         listed, preset: as `load.load_campaign` gives them: the experiments of `configs` and `experiments`, and the
             values that a grid starts from.
         source: the campaign's, for its options that win over the experiments' own, and to locate problems.
         gpus: of the host that will run it, for warnings; None when unknown.
-
-    Raises:
-        ConfigurationError: prompts that cannot be used.
     """
     candidates = _collect(campaign, listed, preset or {}, source)
     configs, filtered, warnings = validate_named([(item.name, item.config_dict) for item in candidates], gpus)
@@ -276,8 +269,6 @@ def build_plan(
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A configuration before validation."""
-
     name: str
     config_dict: dict[str, Any]
     path: str
@@ -338,7 +329,6 @@ def _identify(
 
 
 def _located(error: ConfigurationError, item: _Candidate, source: Source) -> ConfigurationError:
-    """An error of the prompts with the place where they are named."""
     where = ("grid", "shared", "prompts", "path") if item.is_of_grid else ("prompts", "path")
     return FileProblems(source.locate([Problem(where, error.message)]), error.hint)
 
@@ -376,11 +366,7 @@ def _shuffle(groups: Sequence[Sequence[Experiment]], seed: int, cycle: int) -> l
 
 
 def write_configs(configurations: Iterable[Experiment]) -> None:
-    """Write the generated configurations of `Plan.configurations`, those that are new or changed.
-
-    Raises:
-        UserError: the folder is not writable or full.
-    """
+    """Write the generated ones of `Plan.configurations` that are new or changed; a UserError when that fails."""
     for item in configurations:
         if not item.is_generated:
             continue

@@ -62,10 +62,8 @@ class RunOptions:
 def choose_manifest(manager: ManifestManager, campaign_id: str, options: RunOptions) -> CampaignManifest | None:
     """The manifest to go on with; None starts afresh.
 
-    A campaign that is complete starts afresh; an unfinished one is never set aside without asking.
-
-    Raises:
-        UserError: the manifest cannot be used, or there is no terminal to ask what to do with an unfinished one.
+    A campaign that is complete starts afresh; an unfinished one is never set aside without asking: a UserError where
+    there is no terminal.
     """
     if options.resume is False:
         return None
@@ -97,11 +95,7 @@ def choose_manifest(manager: ManifestManager, campaign_id: str, options: RunOpti
 def update_manifest(
     manifest: CampaignManifest, plan: Plan, planned: Sequence[CampaignManifestEntry], repository: Repository
 ) -> list[str]:
-    """Bring a manifest up to date with the plan and with the results on disk; returns notes for a person.
-
-    Args:
-        planned: an entry for each planned experiment, as for a new manifest.
-    """
+    """Bring a manifest up to date with the plan (`planned` has its new entries) and the results; notes for a person."""
     notes = []
     is_changed = manifest.config_hash != plan.config_hash
     change = apply_plan(manifest, planned, plan.config_hash)
@@ -126,7 +120,6 @@ def resume_text(manifest: CampaignManifest) -> str:
 
 
 def _results_of(repository: Repository, manifest: CampaignManifest, entry: CampaignManifestEntry) -> list[Attempt]:
-    """The whole results of an experiment on disk."""
     return [
         Attempt(
             stored.record.identity.attempt,
@@ -215,11 +208,7 @@ def apply_plan(manifest: CampaignManifest, planned: Iterable[CampaignManifestEnt
     """Give the manifest the experiments of the plan, in its order; results are kept, what is not in it is skipped.
 
     To be followed by `reconcile`, since an experiment that comes back to the plan brings its old result. Returns how
-    the plan differs from the manifest, for a person.
-
-    Args:
-        planned: an entry for each planned experiment, as for a new manifest.
-        config_hash: of the campaign as it is now.
+    the plan, of which `planned` has new entries, differs from the manifest, for a person.
     """
     before = {entry.exp_id: entry for entry in manifest.experiments}
     entries = []
@@ -255,13 +244,9 @@ def adopt_environment(
 ) -> tuple[str, ...]:
     """How the environment differs from the one that the manifest's results were measured in; () when it does not.
 
-    Values new to the manifest are added to it. A change that is allowed is taken over and noted.
-
-    Args:
-        current: JSON values by name (image, engine, driver, GPU UUIDs); a name that is missing is not compared.
-
-    Raises:
-        UserError: it differs and that is not allowed; the manifest is as before.
+    Values new to the manifest are added to it. A change that is allowed is taken over and noted; another is a
+    UserError, and the manifest stays as it was. `current` has JSON values by name, such as driver and GPU UUIDs; a
+    name that is missing is not compared.
     """
     known = manifest.environment
     changed = [name for name, value in current.items() if name in known and known[name] != value]
@@ -317,11 +302,7 @@ def check_rule(campaign: CampaignConfig, rule: StoppingRule) -> None:
 
 
 def needs_cycle(records: Iterable[Record], rule: StoppingRule, cycles: int) -> tuple[bool, str]:
-    """Whether another cycle is needed after that many, and why, for a person.
-
-    Args:
-        records: all whole results of the run.
-    """
+    """Whether another cycle is needed after that many, by all whole results of the run, and why, for a person."""
     found = measure_precision(records, rule.target, rule.least_cycles)
     what = f"{rule.target.describe()} ({found.metric}, 95 % t interval)"
     without = [f"{name} ({reason})" for name, reason in found.without.items()]

@@ -39,7 +39,6 @@ class StopRequest:
         self._reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def is_set(self) -> bool:
-        """Whether a stop was requested."""
         return self.signum is not None
 
     def fileno(self) -> int:
@@ -63,8 +62,7 @@ class StopRequest:
     def installed(self, acknowledge: Callable[[], None] | None = None) -> Iterator[StopRequest]:
         """Handle SIGINT and SIGTERM within the block; to be entered on the main thread.
 
-        Args:
-            acknowledge: called at the first signal, wherever the program is; it must not touch buffered streams.
+        The first one calls `acknowledge` wherever the program is, so that must not touch buffered streams.
         """
 
         def handle(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a handler gets both
@@ -80,7 +78,6 @@ class StopRequest:
                 signal.signal(item, handler)
 
     def close(self) -> None:
-        """Close the descriptors."""
         os.close(self._reader)
         os.close(self._writer)
 
@@ -106,8 +103,8 @@ class CampaignOutcome:
     remark: str = ""  # what became of a top-up; empty without one
 
 
+# Runs the campaign once, given the deadline of the daemon on the monotonic clock.
 RunOnce = Callable[["float | None"], CampaignOutcome]
-"""Runs the campaign once, given the deadline of the daemon on the monotonic clock."""
 
 
 def next_start(now: datetime, at: str, weekdays: Collection[int] = ANY_DAY, *, zone: tzinfo | None = None) -> datetime:

@@ -46,10 +46,8 @@ _FOLDER_VARIABLE = "CREDENTIALS_DIRECTORY"  # systemd.exec(5), LoadCredential=
 
 # What the meters need before a load besides power at rest: starting a sampler, reading the GPUs twice, two guards.
 METERS_S = 15.0
-
 # An experiment that fails, or whose result is not valid, is tried once more in its cycle.
 MAX_TRIES = 2
-
 # How often a wait is reported, as often as a worker sends heartbeats.
 _TICK_S = 5.0
 
@@ -71,36 +69,23 @@ def find_secrets(environ: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass
 class Context:
-    """What a campaign runs with.
-
-    Attributes:
-        campaign: what to run.
-        executor: where experiments run; this Python when not given.
-        observe: receives every event.
-        stop: ends the run early.
-        options: for the next run.
-        now: the time of day, aware.
-        monotonic: seconds that never go back.
-        host: the name of this host in records.
-    """
+    """What a campaign runs with."""
 
     campaign: CampaignConfig
     executor: Executor = field(default_factory=LocalExecutor)
-    observe: Observer = lambda _event: None
+    observe: Observer = lambda _event: None  # receives every event
     stop: StopRequest = field(default_factory=StopRequest)
-    options: RunOptions = field(default_factory=RunOptions)
+    options: RunOptions = field(default_factory=RunOptions)  # for the next run
     now: Callable[[], datetime] = utc_now
-    monotonic: Callable[[], float] = time.monotonic
-    host: str = field(default_factory=socket.gethostname)
+    monotonic: Callable[[], float] = time.monotonic  # in seconds
+    host: str = field(default_factory=socket.gethostname)  # its name in records
 
     @functools.cached_property  # what they learn of the devices holds for every run
     def meters(self) -> HostMeters:
-        """The meters of this host."""
         return HostMeters.found()
 
     @property
     def repository(self) -> Repository:
-        """The results of the campaign."""
         return Repository(Path(self.campaign.io.results_dir), self.campaign.slug)
 
     def should_health_check(self, experiment_index: int) -> bool:
@@ -152,11 +137,9 @@ class Session:
     def run(
         self, experiments: Sequence[Experiment], deadline_s: float | None, first_gap: GapKind | None = None
     ) -> CampaignOutcome:
-        """How it ended, also when a signal or an error stopped it.
+        """How it ended, also when a signal or an error stopped it; no experiment begins after the deadline.
 
-        Args:
-            deadline_s: no experiment begins after it, on the clock of `monotonic`.
-            first_gap: the gap before the first of them, where others ran before in the same session.
+        There is a gap before the first experiment where others ran before in the same session.
         """
         stopped, error = None, None
         try:
@@ -301,12 +284,7 @@ class Session:
     def _attempt(
         self, experiment: Experiment, entry: CampaignManifestEntry, *, keep_engine: bool, gap: GapOutcome | None
     ) -> Measurement:
-        """What became of an attempt; a failed one is a value, not an error.
-
-        Raises:
-            Interrupted: a stop was requested, and the worker was ended.
-            InfrastructureError: a worker cannot be started, or the disk is full.
-        """
+        """What became of an attempt; InfrastructureError when a worker cannot be started, or the disk is full."""
         context = self.context
         folder = context.repository.prepare_attempt(str(self.manifest.run_id), experiment.exp_id)
         folder.write_config(experiment.requested, experiment.resolved)
@@ -378,7 +356,7 @@ class Session:
             engine_key=experiment.engine_key,
             keep_engine=keep_engine,
             gap_s=None if gap is None else gap.gap_s,
-            gap_end_code=None if gap is None else gap.reason.code,
+            gap_end_code=None if gap is None else gap.code,
             executor=self.context.executor.name,
             secrets=self._secrets,
         )

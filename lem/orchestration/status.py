@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import enum
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,6 @@ class Event:
 
 Observer = Callable[[Event], None]
 
-
 ACTIVITY_NAME = "campaign.activity"
 SCHEMA_VERSION = 1
 
@@ -82,7 +80,6 @@ class Activity:
     message: str = ""  # why, where there is more to say
 
     def after(self, event: Event, at: str) -> Activity:
-        """The activity after an event."""
         now, data = replace(self, updated_at=at, eta_s=event.eta_s), event.data
         if event.kind == "gap":
             return replace(now.idle(), doing="gap", since=at, gap_ends_in_s=data["cap_s"])
@@ -151,7 +148,7 @@ class ActivityWriter:
             raise
 
     def _write(self) -> None:
-        document = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self._activity)}
+        document = {"schema_version": SCHEMA_VERSION, **asdict(self._activity)}
         # The process holds the campaign's lock: no other writes under this name.
         temporary = self.folder / (durable.TEMPORARY_PREFIX + ACTIVITY_NAME)
         with contextlib.suppress(OSError):
@@ -164,13 +161,10 @@ def read_activity(folder: Path) -> Activity | None:
     """What the last process in a campaign's state folder did; None without a readable file."""
     try:
         document = durable.read_json(folder / ACTIVITY_NAME)
-    except (OSError, ValueError):
-        return None
-    if not isinstance(document, dict) or document.pop("schema_version", None) != SCHEMA_VERSION:
-        return None
-    try:
+        if not isinstance(document, dict) or document.pop("schema_version", None) != SCHEMA_VERSION:
+            return None
         return decode(Activity, document, "activity")
-    except ValueError:
+    except (OSError, ValueError):
         return None
 
 
@@ -232,24 +226,25 @@ class CampaignStatus:
     holder: Holder | None = None  # of the lock
     left_s: float | None = None  # seconds to the end, or that a resume would take; None while unknown
 
-    def count(self, status: str) -> int:
-        """How many experiments have that status."""
-        return 0 if self.manifest is None else len(self.manifest.get_by_status(status))
+    @property
+    def entries(self) -> Sequence[CampaignManifestEntry]:
+        return [] if self.manifest is None else self.manifest.experiments
+
+    def count(self, *statuses: str) -> int:
+        return sum(entry.status in statuses for entry in self.entries)
 
     @property
     def n_planned(self) -> int:
-        """Experiments in the plan."""
-        return 0 if self.manifest is None else len(self.manifest.experiments) - self.count(SKIPPED)
+        return len(self.entries) - self.count(SKIPPED)
 
     @property
     def n_left(self) -> int:
         """Experiments that have not had their turn, including the running one."""
-        return self.count(PENDING) + self.count(RUNNING)
+        return self.count(PENDING, RUNNING)
 
     @property
     def n_invalid(self) -> int:
-        """Completed experiments whose result is not valid."""
-        return 0 if self.manifest is None else sum(map(is_invalid, self.manifest.experiments))
+        return sum(map(is_invalid, self.entries))
 
 
 def is_invalid(entry: CampaignManifestEntry) -> bool:
@@ -321,14 +316,16 @@ def _of_held(status: CampaignStatus, viewpoint: Viewpoint) -> CampaignStatus:
     manifest, activity, holder = status.manifest, status.activity, status.holder
     if activity is not None and holder is not None and activity.pid != holder.pid:
         activity = None  # of an earlier process
-    status = replace(status, state=State.RUNNING, activity=activity)
-    if activity is None and (manifest is None or not _has_begun(manifest, holder)):
-        waiting = "not measuring yet: scheduled, starting, or waiting for an answer"
-        return replace(status, state=State.WAITING, reason=waiting)
+    left_s = None if manifest is None else estimate_left_s(manifest)
+    status = replace(status, state=State.RUNNING, activity=activity, left_s=left_s)
     if activity is None:
-        return replace(status, left_s=None if manifest is None else estimate_left_s(manifest))
+        if manifest is not None and _has_begun(manifest, holder):
+            return status
+        waiting = "not measuring yet: scheduled, starting, or waiting for an answer"
+        return replace(status, state=State.WAITING, reason=waiting, left_s=None)
     if activity.doing == "ended":
-        return replace(status, state=State.WAITING, reason="its run ended; waiting for the next one, or about to exit")
+        waiting = "its run ended; waiting for the next one, or about to exit"
+        return replace(status, state=State.WAITING, reason=waiting, left_s=None)
     updated_at = parse_utc(activity.updated_at)
     silent_s = 0.0 if updated_at is None else (viewpoint.now - updated_at).total_seconds()
     if silent_s > SILENCE_S:
@@ -336,8 +333,8 @@ def _of_held(status: CampaignStatus, viewpoint: Viewpoint) -> CampaignStatus:
         hint = f"check whether process {activity.pid} on {activity.host} still works; it may be waiting for a disk"
         status = replace(status, reason=silence, hint=hint)
     if activity.eta_s is not None:
-        return replace(status, left_s=max(0.0, activity.eta_s - silent_s))
-    return replace(status, left_s=None if manifest is None else estimate_left_s(manifest))
+        status = replace(status, left_s=max(0.0, activity.eta_s - silent_s))
+    return status
 
 
 def _has_begun(manifest: CampaignManifest, holder: Holder | None) -> bool:
@@ -366,29 +363,19 @@ def _of_free(status: CampaignStatus, manifest: CampaignManifest, viewpoint: View
 def _why_crashed(
     manifest: CampaignManifest, activity: Activity | None, holder: Holder | None, viewpoint: Viewpoint
 ) -> tuple[str, str]:
-    """Why what should run does not, and what to do."""
     last_sign = max(manifest.updated_at, activity.updated_at if activity else "")
-    last = activity or holder
+    last, sign, moment = activity or holder, _short(last_sign), parse_utc(last_sign)
     who = "its process" if last is None else f"process {last.pid}"
     if last is not None and last.host != viewpoint.host:
-        host = last.host
-        sign = f"last sign of life {_short(last_sign)}"
-        return (
-            f"it ran on {host}, not on this host ({viewpoint.host}): {sign}",
-            f"check on {host} whether {who} still runs",
-        )
-    moment = parse_utc(last_sign)
+        reason = f"it ran on {last.host}, not on this host ({viewpoint.host}): last sign of life {sign}"
+        return reason, f"check on {last.host} whether {who} still runs"
     if moment is not None and viewpoint.booted_at is not None and moment < viewpoint.booted_at:
-        booted = f"{viewpoint.booted_at:%Y-%m-%dT%H:%M:%SZ}"
-        return f"the host was restarted at {booted}; last sign of life {_short(last_sign)}", ""
-    return (
-        f"{who} ended unexpectedly after {_short(last_sign)}: killed, out of memory, or a bug",
-        "the kernel log (dmesg, journalctl -k) shows which processes it killed",
-    )
+        return f"the host was restarted at {viewpoint.booted_at:%Y-%m-%dT%H:%M:%SZ}; last sign of life {sign}", ""
+    reason = f"{who} ended unexpectedly after {sign}: killed, out of memory, or a bug"
+    return reason, "the kernel log (dmesg, journalctl -k) shows which processes it killed"
 
 
 def _short(label: str) -> str:
-    """A UTC label to the second."""
     return f"{label[:19]}Z"
 
 
@@ -398,11 +385,11 @@ def estimate_left_s(manifest: CampaignManifest) -> float | None:
     The median time from one end to the next, which a night between two sessions does not move.
     """
     entries = manifest.experiments
-    moments = (parse_utc(entry.completed_at) for entry in entries if entry.status in (COMPLETED, FAILED))
-    ends = sorted(moment for moment in moments if moment is not None)
     n_left = sum(entry.status in (PENDING, RUNNING) for entry in entries)
     if not n_left:
         return 0.0
+    moments = (parse_utc(entry.completed_at) for entry in entries if entry.status in (COMPLETED, FAILED))
+    ends = sorted(moment for moment in moments if moment is not None)
     if len(ends) < 2:
         return None
     return n_left * statistics.median((later - earlier).total_seconds() for earlier, later in itertools.pairwise(ends))
