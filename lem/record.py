@@ -38,6 +38,8 @@ _PARTS: Final[Mapping[str, tuple[str, ...]]] = types.MappingProxyType(
 ResultKey = tuple[str, str, str, int, int]
 """What no two results share: run, host, experiment, cycle, attempt."""
 
+_NO_REASON = Reason.of("no_reason")
+
 _Value = TypeVar("_Value")
 _Section = TypeVar("_Section", bound="Section")
 
@@ -47,7 +49,7 @@ class Measured(Generic[_Value]):
     """A value, or None with the reason why it is absent."""
 
     value: _Value | None
-    null_reason: str | None = None
+    null_reason: Reason | None = None
     source: str | None = None  # of an energy: the meter it comes from (`Energy.energy_source`)
     scope: str | None = None  # of an energy: what that meter covers
 
@@ -57,9 +59,11 @@ class Measured(Generic[_Value]):
         return is_estimate(self.source)
 
 
-def known(value: _Value | None, reason: str) -> Measured[_Value]:
-    """The value; where it is None, absent for that reason."""
-    return Measured(value, reason if value is None else None)
+def known(value: _Value | None, reason: Reason | str, /, **data: Any) -> Measured[_Value]:
+    """The value; where it is None, absent for that reason, which may be a code with its data."""
+    if value is not None:
+        return Measured(value)
+    return Measured(None, Reason.of(reason, **data) if isinstance(reason, str) else reason)
 
 
 def parts_of_source(source: str) -> tuple[str, ...]:
@@ -74,7 +78,7 @@ def parts_of_source(source: str) -> tuple[str, ...]:
 class Section:
     """A part of the record in which fields can be absent."""
 
-    null_reasons: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    null_reasons: Mapping[str, Reason] = field(default_factory=dict, kw_only=True)
 
     @classmethod
     def of(cls: type[_Section], **fields: Any) -> _Section:
@@ -85,7 +89,11 @@ class Section:
 
     def measured(self, name: str) -> Measured[Any]:
         """A field with its reason."""
-        return known(getattr(self, name), self.null_reasons.get(name, "no reason given"))
+        return known(getattr(self, name), self.why_none(name))
+
+    def why_none(self, name: str) -> Reason:
+        """Why a field has no value."""
+        return self.null_reasons.get(name, _NO_REASON)
 
 
 @dataclass(frozen=True)
@@ -100,10 +108,10 @@ class Distribution:
     n: int
 
     @property
-    def null_reasons(self) -> Mapping[str, str]:
+    def null_reasons(self) -> Mapping[str, Reason]:
         """Why percentiles are None: always too few observations."""
         return {
-            name: f"needs {needed} observations, there are {self.n}"
+            name: Reason.of("too_few_observations", needed=needed, n=self.n)
             for name, needed in OBSERVATIONS_NEEDED.items()
             if getattr(self, name) is None
         }
@@ -135,9 +143,9 @@ class Identity:
         return (self.run_id, self.host, self.experiment_id, self.cycle_index, self.attempt)
 
     @property
-    def null_reasons(self) -> Mapping[str, str]:
+    def null_reasons(self) -> Mapping[str, Reason]:
         """Why there is no shuffle seed."""
-        return {} if self.shuffle_seed is not None else {"shuffle_seed": "the order was not shuffled"}
+        return {} if self.shuffle_seed is not None else {"shuffle_seed": Reason.of("not_shuffled")}
 
 
 @dataclass(frozen=True)
@@ -192,13 +200,13 @@ class Energy(Section):
     def primary_j(self) -> Measured[float]:
         """The energy that counts, in joules: efficiency, carbon and everything shown to people use this one."""
         if self.energy_source is None:
-            return Measured(None, self.null_reasons.get("energy_source", "no reason given"))
+            return known(None, self.why_none("energy_source"))
         parts = parts_of_source(self.energy_source)
         if not parts:
-            return Measured(None, f"energy_source is {self.energy_source}, which this lem does not know")
+            return known(None, "unknown_source", source=self.energy_source)
         values = [getattr(self, name) for name in parts]
         if values[0] is None:
-            return Measured(None, self.null_reasons.get(parts[0], "no reason given"))
+            return known(None, self.why_none(parts[0]))
         total_j = sum(value for value in values if value is not None)
         return Measured(total_j, None, self.energy_source, self.energy_scope)
 

@@ -44,7 +44,7 @@ _Section = TypeVar("_Section", bound="DataclassInstance")
 def reasons(section: _Section, reason: str) -> _Section:
     """The section with the same reason for every value that is None."""
     names = [item.name for item in dataclasses.fields(section) if getattr(section, item.name) is None]
-    return dataclasses.replace(section, null_reasons=dict.fromkeys(names, reason))
+    return dataclasses.replace(section, null_reasons=dict.fromkeys(names, recognise(reason)))
 
 
 def told(*sentences: str) -> tuple[Reason, ...]:
@@ -193,11 +193,11 @@ def make_environment() -> Environment:
         engine_effective={"attn_implementation": "sdpa", "batch_size": 1},
         engine_differs={},
         null_reasons={
-            "governor": "not told by this kernel",
-            "image": "no container",
-            "vbios": NO_GPU,
-            "model_revision": "a local folder",
-            "other_gpu_processes": NO_GPU,
+            "governor": recognise("not told by this kernel"),
+            "image": recognise("no container"),
+            "vbios": recognise(NO_GPU),
+            "model_revision": recognise("a local folder"),
+            "other_gpu_processes": recognise(NO_GPU),
         },
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lem.base.reasons import Reason
 from lem.meters.samples import GpuHeader
 from lem.record import (
     Carbon,
@@ -167,8 +168,8 @@ class _Maker:
         return dataclasses.replace(
             section,
             null_reasons={
-                "compile_s": "nothing was compiled for this experiment",
-                **({} if load_s is not None else {"load_s": f"the engine was loaded before (load {self.run.load_id})"}),
+                "compile_s": Reason.of("nothing_compiled"),
+                **({} if load_s is not None else {"load_s": Reason.of("engine_was_loaded", load_id=self.run.load_id)}),
             },
         )
 

@@ -3,7 +3,7 @@
 A file comes from a disk, another host or another version, and everything behind the codec relies on what it checked.
 
 A section is a dataclass whose `null_reasons` say why fields are None. In JSON, a field that is None has its reason
-beside it (`<field>_null_reason`), and a field of `Reason`s has their codes and data (`<field>_coded`) beside its texts.
+beside it (`<field>_null_reason`), and reasons have their codes and data (`<name>_coded`) beside their texts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from lem.base.reasons import Reason
+from lem.base.reasons import Reason, recognise
 
 T = TypeVar("T")
 
@@ -138,10 +138,12 @@ def _encode_section(section: Any, where: str) -> dict[str, Any]:
         else:
             out[name] = encode(value, path)
         reason = reasons.pop(name, None)
-        if value is None:
-            out[name + _REASON] = reason
-        elif reason is not None:
-            raise DecodeError(f"{path} has a value and a reason for having none: {shown(reason)}")
+        if value is not None and reason is not None:
+            raise DecodeError(f"{path} has a value and a reason for having none: {shown(reason.text)}")
+        if value is None and reason is None:
+            raise DecodeError(f"{path} is null without a reason")
+        if reason is not None:
+            out[name + _REASON], out[name + _REASON + CODED] = reason.text, _codes(reason, path)
     if reasons:
         raise DecodeError(f"{where}: reasons for unknown fields {', '.join(sorted(reasons))}")
     return out
@@ -149,18 +151,19 @@ def _encode_section(section: Any, where: str) -> dict[str, Any]:
 
 def _decode_section(kind: Any, value: Any, where: str) -> Any:
     value = _object(value, where)
-    reasons = {key.removesuffix(_REASON): text for key, text in value.items() if key.endswith(_REASON)}
+    texts = {key.removesuffix(_REASON): text for key, text in value.items() if key.endswith(_REASON)}
     coded = {key.removesuffix(CODED): item for key, item in value.items() if key.endswith(CODED)}
     plain = {key: item for key, item in value.items() if not key.endswith((_REASON, CODED))}
     _check_names(where, plain, hints_of(kind))
     for name, item in plain.items():
-        if item is None and not (isinstance(reasons.get(name), str) and reasons[name]):
+        if item is None and not (isinstance(texts.get(name), str) and texts[name]):
             raise DecodeError(f"{where}.{name} is null without a reason")
-    for name in reasons:
+    for name in texts:
         if plain.get(name, name) is not None:
             raise DecodeError(f"{where}: {shown(name + _REASON)} has no null beside it")
     for name, hint in _reason_fields(kind).items():
         plain[name] = _decode_reasons(hint, plain[name], coded.pop(name, None), _at(where, name))
+    reasons = {name: _null_reason(text, coded.pop(name + _REASON, None), where) for name, text in texts.items()}
     if coded:
         raise DecodeError(f"{where}: unexpected {shown(next(iter(coded)) + CODED)}: the field holds no reasons")
     fields = _decode_fields(kind, plain, where)
@@ -192,6 +195,11 @@ def _decode_reasons(hint: Any, sentences: Any, coded: Any, where: str) -> Any:
     if not isinstance(coded, list) or len(coded) != len(sentences):
         raise DecodeError(f"{where}: expected codes of {len(sentences)} sentences, got {shown(coded)}")
     return [_decode_reason(sentence, code, where) for sentence, code in zip(sentences, coded, strict=True)]
+
+
+def _null_reason(sentence: str, coded: Any, where: str) -> Reason:
+    """Why a field is None; older records have the sentence alone."""
+    return recognise(sentence) if coded is None else _decode_reason(sentence, coded, where)
 
 
 def _decode_reason(sentence: str, coded: Any, where: str) -> Reason:

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
+from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.meters.samples import CounterChange, CpuLoad, GpuSample, RaplReading
 
@@ -27,7 +29,11 @@ _RELAXES_S = 0.05
 
 
 class NotMeasured(Exception):
-    """A figure that cannot be had; the text says why."""
+    """A figure that cannot be had, with its reason, which may be given as a code with its data."""
+
+    def __init__(self, reason: Reason | str, /, **data: Any) -> None:
+        self.reason = Reason.of(reason, **data) if isinstance(reason, str) else reason
+        super().__init__(self.reason.text)
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Hole:
     """A stretch over which a curve says nothing, and why."""
 
     span: Span
-    reason: str
+    reason: Reason
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ class Curve:
     def mean_power_w(self, span: Span) -> float:
         """The mean power over the span; raises as `between_j`, also for a span of no length."""
         if span.closed_ns <= span.opened_ns:
-            raise NotMeasured(f"{self.what}: the marked span is empty")
+            raise NotMeasured("span_empty", what=self.what)
         return self.between_j(span) / span.seconds
 
     def guard_power_w(self, guard: Span) -> float | None:
@@ -215,14 +221,16 @@ class Curve:
 
     def _place(self, at_ns: int) -> int:
         """The first knot at or after a moment that has one before it; `NotMeasured` beyond the first and last knot."""
-        why = f" ({self.error})" if self.error else ""
+        detail = f" ({self.error})" if self.error else ""
         if len(self.at_ns) < 2:
-            raise NotMeasured(f"{self.what} was read {len(self.at_ns)} times, two are needed{why}")
+            raise NotMeasured("read_once", what=self.what, times=len(self.at_ns), detail=detail)
         if at_ns < self.at_ns[0]:
-            raise NotMeasured(f"{self.what} was first read {(self.at_ns[0] - at_ns) / NS_PER_S:.3f} s too late{why}")
+            late_s = (self.at_ns[0] - at_ns) / NS_PER_S
+            raise NotMeasured("read_late", what=self.what, late_s=late_s, detail=detail)
         if at_ns > self.at_ns[-1]:
-            why = why or "; the sampler had ended, or hung"
-            raise NotMeasured(f"{self.what} was last read {(at_ns - self.at_ns[-1]) / NS_PER_S:.3f} s too early{why}")
+            detail = detail or "; the sampler had ended, or hung"
+            early_s = (at_ns - self.at_ns[-1]) / NS_PER_S
+            raise NotMeasured("read_early", what=self.what, early_s=early_s, detail=detail)
         return max(1, bisect_left(self.at_ns, at_ns))
 
     def _interpolate(self, place: int, at_ns: int) -> float:
@@ -233,7 +241,7 @@ class Curve:
     def _check_edges(self, span: Span, *edges_ns: int) -> None:
         gap_s = max(self.spacing_s(at_ns) for at_ns in edges_ns)
         if gap_s > HOLE_PERIODS * max(self.period_s, self.usual_spacing_s) and gap_s > _MOST_OF_SPAN * span.seconds:
-            raise NotMeasured(f"{self.what} was not read for {gap_s:.2f} s around an edge of {span.seconds:.2f} s")
+            raise NotMeasured("edge_not_read", what=self.what, gap_s=gap_s, span_s=span.seconds)
 
     def _check_whole(self, span: Span) -> None:
         for hole in self.holes:
@@ -266,8 +274,8 @@ def counter_curve(changes: Iterable[CounterChange], gpu: int, what: str) -> Curv
     for place, (before, after) in enumerate(pairwise(rows), start=1):
         step_mj = after.energy_mj - before.energy_mj
         if step_mj < 0:
-            fall = f"fell from {before.energy_mj} to {after.energy_mj} mJ: the driver was reloaded"
-            holes.append(Hole(Span(before.at_ns, after.at_ns), f"{what} {fall}"))
+            fall = Reason.of("counter_reset", what=what, before_mj=before.energy_mj, after_mj=after.energy_mj)
+            holes.append(Hole(Span(before.at_ns, after.at_ns), fall))
         energy_j[place] = energy_j[place - 1] + max(step_mj, 0) / 1000
     at_ns = tuple((low + high) / 2 for low, high in bounds)
     earliest, latest = tuple(low for low, _ in bounds), tuple(high for _, high in bounds)
@@ -313,8 +321,8 @@ def power_curve(samples: Iterable[GpuSample], gpu: int, period_s: float, what: s
     for place, ((before_ns, before_w), (after_ns, after_w)) in enumerate(pairwise(rows), start=1):
         length_s = (after_ns - before_ns) / NS_PER_S
         if length_s > HOLE_PERIODS * period_s:
-            text = f"{what} was not read for {length_s:.2f} s, more than {HOLE_PERIODS} periods of {period_s:g} s"
-            holes.append(Hole(Span(before_ns, after_ns), text))
+            why = Reason.of("power_hole", what=what, gap_s=length_s, periods=HOLE_PERIODS, period_s=period_s)
+            holes.append(Hole(Span(before_ns, after_ns), why))
         energy_j[place] = energy_j[place - 1] + (before_w + after_w) / 2 * length_s
     curve = _exact(what, [at_ns for at_ns, _ in rows], energy_j, holes)
     return replace(curve, lag_s=lag_s, period_s=period_s)
@@ -330,8 +338,7 @@ def rapl_curve(readings: Iterable[RaplReading], zone: int, max_uj: int, what: st
     for place, (before, after) in enumerate(pairwise(rows), start=1):
         length_s = (after.at_ns - before.at_ns) / NS_PER_S
         if may_have_wrapped_twice(length_s, max_uj):
-            text = f"{what} was not read for {length_s:.0f} s, in which it may have wrapped more than once"
-            holes.append(Hole(Span(before.at_ns, after.at_ns), text))
+            holes.append(Hole(Span(before.at_ns, after.at_ns), Reason.of("zone_hole", what=what, gap_s=length_s)))
         step_uj = after.energy_uj - before.energy_uj
         energy_j[place] = energy_j[place - 1] + (step_uj if step_uj >= 0 else step_uj + max_uj) / 1e6
     return _exact(what, [row.at_ns for row in rows], energy_j, holes)
@@ -362,7 +369,7 @@ def update_period_s(changes: Iterable[CounterChange], gpu: int, span: Span) -> f
     rows = [row for row in rows if span.opened_ns <= row.at_ns <= span.closed_ns]
     spacings = [after.at_ns - before.at_ns for before, after in pairwise(rows)]
     if len(spacings) < 2:
-        raise NotMeasured("the counter changed fewer than three times in the window")
+        raise NotMeasured("counter_slow")
     longest_ns = 1.5 * statistics.median(spacings) + statistics.median(row.at_ns - row.before_ns for row in rows)
     return statistics.fmean(item for item in spacings if item <= longest_ns) / NS_PER_S
 

@@ -47,7 +47,7 @@ class EnergyFindings:
     energy: Energy
     gpus: tuple[Gpu, ...]
     idle: Idle
-    power_steady: Measured[bool]  # whether the halves of the window drew the same power
+    power_steady: bool | None  # whether the halves of the window drew the same power; None where unknown
     invalid_reasons: tuple[Reason, ...]  # why the window does not measure what it should
     warnings: tuple[Reason, ...]
 
@@ -77,14 +77,14 @@ def measure(
         energy=energy,
         gpus=gpus,
         idle=idle,
-        power_steady=measured(lambda: is_power_steady(attempt, window_repeats)),
+        power_steady=measured(lambda: is_power_steady(attempt, window_repeats)).value,
         invalid_reasons=_invalid_reasons(attempt, own_pids),
         warnings=_warnings(attempt, energy, idle),
     )
 
 
 def _unseen_gpu(uuid: str, sources: Sources) -> Gpu:
-    absent = Measured[Any](None, sources.reasons.get("gpu", "the sampler does not see it"))
+    absent: Measured[Any] = known(None, sources.reasons.get("gpu", "gpu_unseen"))
     left = [item.name for item in fields(Gpu) if item.name not in ("uuid", "name", "null_reasons")]
     return Gpu.of(uuid=uuid, name="unknown", **dict.fromkeys(left, absent))
 
@@ -105,9 +105,8 @@ def _energy(
         "external_energy_j": measured(lambda: _external_j(attempt, external)),
     }
     primary = measured(lambda: _primary_j(parts, sources))
-    crosscheck = period = Measured[float](
-        None, sources.reasons.get("gpu", "the energy counter cannot be read; energy is integrated power")
-    )
+    crosscheck: Measured[float] = known(None, sources.reasons.get("gpu", "counter_absent"))
+    period = crosscheck
     if sources.gpu_method == EnergySource.COUNTER:
         crosscheck = measured(lambda: crosscheck_ratio(attempt))
         period = measured(lambda: _update_period_s(attempt))
@@ -115,8 +114,8 @@ def _energy(
         **parts,
         gpu_energy_net_j=measured(lambda: need(gpu_j) - need(rest_w) * attempt.window.seconds),
         # Power is sampled during the load as it is at rest.
-        load_energy_j=_span_j(attempt, names.LOAD, "nothing was loaded for this experiment", at_rest=True),
-        warmup_energy_j=_span_j(attempt, names.WARMUP, "there was no warm-up"),
+        load_energy_j=_span_j(attempt, names.LOAD, "nothing_loaded", at_rest=True),
+        warmup_energy_j=_span_j(attempt, names.WARMUP, "no_warmup"),
         **_phases(attempt, primary, window_repeats),
         energy_source=primary if primary.value is None else sources.primary,
         energy_scope=primary if primary.value is None else sources.scope,
@@ -144,7 +143,7 @@ def _external_j(attempt: AttemptLog, external: ExternalReadings | None) -> float
     if not attempt.sources.is_external:
         raise NotMeasured(attempt.sources.reasons["external"])
     if external is None:
-        raise NotMeasured("measurement.external_csv has no readings")
+        raise NotMeasured("external_empty")
     return external_energy_j(external, attempt.log, attempt.window)
 
 
@@ -161,7 +160,7 @@ def _primary_j(parts: dict[str, Measured[float]], sources: Sources) -> float:
 def _span_j(attempt: AttemptLog, mark: str, missing: str, *, at_rest: bool = False) -> Measured[float]:
     span = attempt.span(mark)
     if span is None:
-        return Measured(None, missing)
+        return known(None, missing)
     return measured(lambda: sum(curve.between_j(span) for curve in attempt.primary_curves(at_rest=at_rest)))
 
 
@@ -195,19 +194,19 @@ def _phases(attempt: AttemptLog, primary: Measured[float], window_repeats: int) 
 def _prefill_j(attempt: AttemptLog, primary: Measured[float], window_repeats: int) -> float:
     prefill = attempt.span(names.PREFILL)
     if prefill is None:
-        raise NotMeasured("energy by phases is off (measurement.phases)")
+        raise NotMeasured("phases_off")
     if attempt.is_steady_mode:
-        raise NotMeasured("under traffic prefill and decode of different requests run at once")
+        raise NotMeasured("phases_overlap")
     whole_j = need(primary)
     for span, what in ((attempt.window, "window"), (prefill, "window of prefill alone")):
         slowed = next(slowdowns(attempt, span, what), None)
         if slowed is not None:
-            raise NotMeasured(slowed.text)
+            raise NotMeasured(slowed)
     curves, guards = attempt.primary_curves(), (names.PREFILL_GUARD_BEFORE, names.PREFILL_GUARD_AFTER)
     alone_j = sum(attempt.energy_j(curve, prefill, guards, 1 / len(curves)) for curve in curves)
     found_j = alone_j * window_repeats / _passes(attempt)
     if not 0 < found_j < whole_j:
-        raise NotMeasured(f"prefill alone took {found_j:.4g} J, which is not part of the window's {whole_j:.4g} J")
+        raise NotMeasured("prefill_not_part", alone_j=found_j, whole_j=whole_j)
     return found_j
 
 
@@ -220,20 +219,16 @@ def _passes(attempt: AttemptLog) -> int:
 
 def _idle(attempt: AttemptLog) -> Idle:
     before = attempt.baselines
-    loaded = _rest_w(attempt, names.IDLE_LOADED, before.loaded_power_w, "power at rest was not measured")
-    age_s: Measured[float] = known(before.age_s, "it is unknown when it was measured")
+    loaded = _rest_w(attempt, names.IDLE_LOADED, before.loaded_power_w, "rest_not_measured")
+    age_s: Measured[float] = known(before.age_s, "rest_age_unknown")
     if loaded.value is None:
         age_s = loaded
     elif attempt.span(names.IDLE_LOADED) is not None:
         age_s = Measured(0.0)
     return Idle.of(
-        idle_bare_power_w=_rest_w(
-            attempt, names.IDLE_BARE, before.bare_power_w, "power at rest without an engine was not measured"
-        ),
+        idle_bare_power_w=_rest_w(attempt, names.IDLE_BARE, before.bare_power_w, "bare_not_measured"),
         idle_loaded_power_w=loaded,
-        idle_loaded_post_power_w=_rest_w(
-            attempt, names.IDLE_POST, None, "power at rest was not measured after the window"
-        ),
+        idle_loaded_post_power_w=_rest_w(attempt, names.IDLE_POST, None, "post_not_measured"),
         idle_bare_temp_c=measured(lambda: _rest_c(attempt, names.IDLE_BARE)),
         idle_loaded_temp_c=measured(lambda: _rest_c(attempt, names.IDLE_LOADED)),
         baseline_age_s=age_s,
@@ -249,14 +244,14 @@ def _rest_c(attempt: AttemptLog, mark: str) -> float:
     """The mean temperature of the hottest GPU at rest."""
     span = attempt.span(mark)
     if span is None:
-        raise NotMeasured("it was not measured at rest in this experiment")
+        raise NotMeasured("rest_temp_not_measured")
     if not attempt.sources.gpus:
-        raise NotMeasured(attempt.sources.reasons.get("gpu", "no GPU is sampled"))
+        raise NotMeasured(attempt.sources.reasons.get("gpu", "gpus_not_sampled"))
     means = []
     for place in attempt.sources.gpus:
         temps = [row.temp_c for row in samples_in(attempt.log.samples, place, span) if row.temp_c is not None]
         if not temps:
-            raise NotMeasured("the temperature could not be read at rest")
+            raise NotMeasured("rest_temp_not_read")
         means.append(fmean(temps))
     return max(means)
 
@@ -308,7 +303,7 @@ def efficiency_of(energy_j: Measured[float], work: Work) -> Efficiency:
     def per(count: int, what: str) -> Measured[float]:
         if total_j is None:
             return energy_j
-        return known(total_j / count if count else None, f"the window holds no {what}")
+        return known(total_j / count if count else None, "no_work", what=what)
 
     return Efficiency.of(
         energy_per_output_tok_j=per(work.output_tok, "output tokens"),
@@ -316,7 +311,7 @@ def efficiency_of(energy_j: Measured[float], work: Work) -> Efficiency:
         energy_per_request_j=per(work.requests_ok, "completed requests"),
         output_tok_per_j=energy_j
         if total_j is None
-        else known(work.output_tok / total_j if total_j else None, "the energy is zero"),
+        else known(work.output_tok / total_j if total_j else None, "zero_energy"),
     )
 
 
@@ -327,7 +322,7 @@ def carbon_of(energy_j: Measured[float], measurement: MeasurementConfig) -> Carb
     user's site.
     """
     given = {
-        name: known(getattr(measurement, name), f"measurement.{name} is not given")
+        name: known(getattr(measurement, name), "option_not_given", option=f"measurement.{name}")
         for name in ("grid_g_per_kwh", "pue", "price_per_kwh")
     }
     return Carbon.of(
@@ -341,5 +336,5 @@ def _site_kwh(pue: Measured[float], energy_j: Measured[float]) -> float:
     """What the site drew for it, in kWh."""
     total_j = need(energy_j)
     if pue.value is None:
-        raise NotMeasured("measurement.pue is not given; 1 counts what was measured and nothing around it")
+        raise NotMeasured("pue_not_given")
     return total_j / _J_PER_KWH * float(pue.value)

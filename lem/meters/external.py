@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lem.base.clock import parse_time
 from lem.base.errors import MeterRefused
+from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.meters.curve import HOLE_PERIODS, Curve, Hole, NotMeasured, Span
 from lem.meters.samples import SampleLog
@@ -59,11 +60,11 @@ def external_energy_j(readings: ExternalReadings, log: SampleLog, span: Span) ->
         NotMeasured: the readings do not cover the span, have a hole in it, or could not be read.
     """
     if readings.error:
-        raise NotMeasured(readings.error)
+        raise NotMeasured("external_unreadable", error=readings.error)
     known_ns, known_s = _nearest_pair(log, span)
     at_ns = [known_ns + round((at_s - known_s) * NS_PER_S) for at_s in readings.at_utc_s]
     if len(at_ns) < 2 or at_ns[0] > span.opened_ns or at_ns[-1] < span.closed_ns:
-        raise NotMeasured(f"{readings.source} does not cover the window: {_coverage(at_ns, span)}")
+        raise NotMeasured("external_short", source=readings.source, how=_coverage(at_ns, span))
     usual_ns = statistics.median(after - before for before, after in pairwise(at_ns))
     energy_j, holes = [0.0] * len(at_ns), []
     for place, (before, after) in enumerate(pairwise(range(len(at_ns))), start=1):
@@ -71,8 +72,8 @@ def external_energy_j(readings: ExternalReadings, log: SampleLog, span: Span) ->
         mean_w = (readings.power_w[before] + readings.power_w[after]) / 2
         energy_j[place] = energy_j[place - 1] + mean_w * length_ns / NS_PER_S
         if length_ns > HOLE_PERIODS * usual_ns:
-            text = f"{readings.source} has a hole of {length_ns / NS_PER_S:.1f} s in the window"
-            holes.append(Hole(Span(at_ns[before], at_ns[after]), text))
+            why = Reason.of("external_hole", source=readings.source, gap_s=length_ns / NS_PER_S)
+            holes.append(Hole(Span(at_ns[before], at_ns[after]), why))
     times = tuple(at_ns)
     return Curve(readings.source, times, times, times, tuple(energy_j), tuple(holes)).between_j(span)
 
@@ -162,7 +163,7 @@ def _nearest_pair(log: SampleLog, span: Span) -> tuple[int, float]:
     at_ns, utc = min(pairs, key=lambda pair: abs(pair[0] - span.opened_ns))
     known_s = _time(utc)
     if known_s is None:
-        raise NotMeasured(f"the sample log has no UTC time to align with: {utc!r}")
+        raise NotMeasured("no_utc", utc=utc)
     return at_ns, known_s
 
 

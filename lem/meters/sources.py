@@ -12,6 +12,7 @@ from typing import Any, Final
 from lem.base.clock import Clock
 from lem.base.errors import MeterRefused
 from lem.base.measurement import EnergyScope, EnergySource, is_cpu_source, is_estimate
+from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.experiment import ExperimentConfig
 from lem.meters.curve import NotMeasured, Span, update_period_s
@@ -27,8 +28,7 @@ POWER_METHODS: Final = MappingProxyType({"instant": EnergySource.INSTANT_POWER, 
 # before; `nvmlDeviceGetPowerUsage` is a mean over 1 s on GA10x, Ada and Hopper (Yang et al., SC24; NVML reference).
 SENSOR_LAG_S: Final = MappingProxyType({"instant": 0.2, "average": 1.1})
 
-_NOT_WANTED = "energy is not measured (measurement.energy: none)"
-_ON_CPU = "the experiment runs on the CPU"
+_NOT_WANTED = Reason.of("energy_off")
 _LEAVE_AT_AUTO = "leave measurement.energy at auto; energy is then null in the record, with this reason"
 
 
@@ -44,7 +44,9 @@ class Sources:
     scope: EnergyScope | None  # what the primary covers
     sample_period_s: float  # between samples of power in the window
     idle_period_s: float  # and at rest
-    reasons: Mapping[str, str] = field(default_factory=dict)  # no meter: by `gpu`, `cpu`, `dram`, `external`, `primary`
+    reasons: Mapping[str, Reason] = field(
+        default_factory=dict
+    )  # no meter: by `gpu`, `cpu`, `dram`, `external`, `primary`
     missing_uuids: tuple[str, ...] = ()  # GPUs of the experiment that the sampler does not see
     is_watched: bool = True  # GPUs are sampled in the window; else only their counters are read
     cpu_tdp_w: float | None = None  # the design power of all packages, by the user, else by the kernel
@@ -84,7 +86,8 @@ def choose_sources(
     if why_no_gpu is None:
         gpu_method, why_no_gpu = choose_gpu_method(chosen, is_watched=config.timeseries.enabled)
     if wanted == "nvml" and gpu_method != EnergySource.COUNTER:
-        raise MeterRefused(f"measurement.energy: nvml: {why_no_gpu or _why_no_counter(chosen)}", _LEAVE_AT_AUTO)
+        why_no_counter = f"the energy counter cannot be read: {_counter_errors(chosen)}"
+        raise MeterRefused(f"measurement.energy: nvml: {why_no_gpu or why_no_counter}", _LEAVE_AT_AUTO)
     cpu_method, why_no_cpu = _cpu_method(wanted, header, config.measurement.cpu_tdp_w)
     is_external = config.measurement.external_csv is not None
     is_of_module = any(gpu.energy_scope == EnergyScope.MODULE for gpu in chosen)
@@ -94,7 +97,7 @@ def choose_sources(
         "gpu": why_no_gpu,
         "cpu": why_no_cpu,
         "dram": why_no_cpu or _why_no_dram(cpu_method, header),
-        "external": None if is_external else "measurement.external_csv is not given",
+        "external": None if is_external else Reason.of("option_not_given", option="measurement.external_csv"),
         "primary": None if primary else why_no_cpu if is_cpu else why_no_gpu,
     }
     sources = Sources(
@@ -122,54 +125,55 @@ def _why_no_gpu(
     is_cpu: bool,
     missing: Sequence[str],
     foreign: Mapping[str, Sequence[int]],
-) -> str | None:
+) -> Reason | None:
     """Why the energy of the GPUs is not measured; None if it is."""
     if wanted == "none":
         return _NOT_WANTED
     if is_cpu or not gpu_uuids:
-        return _ON_CPU
+        return Reason.of("on_cpu")
     if is_cpu_source(wanted):
-        return f"another meter is set (measurement.energy: {wanted})"
+        return Reason.of("other_meter_set", energy=wanted)
     cut = [gpu.uuid for gpu in header.gpus if gpu.mig_mode]
     if missing and cut:  # CUDA calls an instance by a name of its own
-        return f"{', '.join(missing)} is not a GPU: {', '.join(cut)} is split into MIG instances, which have no meters"
+        return Reason.of("mig_instance", missing=", ".join(missing), cut=", ".join(cut))
     if missing:
-        return f"{', '.join(missing)} cannot be read: {header.gpu_error or 'the sampler does not see it'}"
+        error = header.gpu_error or Reason.of("gpu_unseen")
+        return Reason.of("meter_unreadable", what=", ".join(missing), error=error)
     for gpu in header.gpus:
         if gpu.uuid in gpu_uuids and gpu.mig_mode:
-            return f"{gpu.uuid} is split into MIG instances, and its meters are those of the whole board"
+            return Reason.of("mig_board", uuid=gpu.uuid)
     for uuid in gpu_uuids:
         if foreign.get(uuid):
             pids = ", ".join(str(pid) for pid in foreign[uuid])
-            return f"{uuid} is also used by another program (process {pids}); its energy cannot be separated"
+            return Reason.of("gpu_shared", uuid=uuid, pids=pids)
     return None
 
 
-def choose_gpu_method(gpus: Sequence[GpuHeader], *, is_watched: bool) -> tuple[EnergySource | None, str | None]:
+def choose_gpu_method(gpus: Sequence[GpuHeader], *, is_watched: bool) -> tuple[EnergySource | None, Reason | None]:
     """The best method that every GPU has, since only energies read in one way are summed; or why there is none."""
     if all(gpu.counter_error is None for gpu in gpus):
         return EnergySource.COUNTER, None
     if not is_watched:
-        return None, f"{_why_no_counter(gpus)}; power is not sampled (timeseries.enabled: false)"
+        return None, Reason.of("power_not_sampled", errors=_counter_errors(gpus))
     if all(gpu.power_error is None and gpu.power_source == "instant" for gpu in gpus):
         return EnergySource.INSTANT_POWER, None
     if all(gpu.power_error is None and gpu.power_source is not None for gpu in gpus):
         return EnergySource.AVERAGE_POWER, None
-    return None, f"{_why_no_counter(gpus)}; {_why_no_power(gpus)}"
+    return None, Reason.of("gpu_unreadable", counter_errors=_counter_errors(gpus), power_errors=_power_errors(gpus))
 
 
-def _why_no_counter(gpus: Sequence[GpuHeader]) -> str:
-    errors = [f"{gpu.uuid}: {gpu.counter_error}" for gpu in gpus if gpu.counter_error is not None]
-    return f"the energy counter cannot be read: {'; '.join(errors)}"
+def _counter_errors(gpus: Sequence[GpuHeader]) -> str:
+    return "; ".join(f"{gpu.uuid}: {gpu.counter_error}" for gpu in gpus if gpu.counter_error is not None)
 
 
-def _why_no_power(gpus: Sequence[GpuHeader]) -> str:
+def _power_errors(gpus: Sequence[GpuHeader]) -> str:
     silent = [gpu for gpu in gpus if gpu.power_error or not gpu.power_source]
-    errors = [f"{gpu.uuid}: {gpu.power_error or 'not reported'}" for gpu in silent]
-    return f"nor can power be read: {'; '.join(errors)}"
+    return "; ".join(f"{gpu.uuid}: {gpu.power_error or 'not reported'}" for gpu in silent)
 
 
-def _cpu_method(wanted: str, header: SampleHeader, user_tdp_w: float | None) -> tuple[EnergySource | None, str | None]:
+def _cpu_method(
+    wanted: str, header: SampleHeader, user_tdp_w: float | None
+) -> tuple[EnergySource | None, Reason | None]:
     if wanted == "none":
         return None, _NOT_WANTED
     if wanted == EnergySource.TDP_ESTIMATE:
@@ -181,17 +185,18 @@ def _cpu_method(wanted: str, header: SampleHeader, user_tdp_w: float | None) -> 
         return EnergySource.TDP_ESTIMATE, None
     if any(zone.domain == PACKAGE for zone in header.zones):
         return EnergySource.RAPL, None
-    why = header.rapl_error or "the kernel shows no package in /sys/class/powercap"
+    error = header.rapl_error
+    why = Reason.of("sampler_reports", error=error) if error else Reason.of("no_package")
     if wanted == EnergySource.RAPL:
         raise MeterRefused(f"measurement.energy: rapl: {why}", _LEAVE_AT_AUTO)
     return None, why
 
 
-def _why_no_dram(cpu_method: EnergySource | None, header: SampleHeader) -> str | None:
+def _why_no_dram(cpu_method: EnergySource | None, header: SampleHeader) -> Reason | None:
     if is_estimate(cpu_method):
-        return "the design power of a CPU does not include its memory"
+        return Reason.of("dram_not_estimated")
     has_dram = any(zone.domain == DRAM for zone in header.zones)
-    return None if has_dram else "the kernel shows no energy counter of the memory"
+    return None if has_dram else Reason.of("no_dram")
 
 
 def _primary(
@@ -218,7 +223,7 @@ def _primary(
 def _refuse_demands(config: ExperimentConfig, sources: Sources) -> None:
     """Refuse energy by phases, and a baseline, that no meter can measure."""
     has_meter = sources.primary not in (None, EnergySource.EXTERNAL)
-    why = sources.reasons.get("primary", "there is only measurement.external_csv")
+    why = sources.reasons.get("primary") or "there is only measurement.external_csv"
     if config.measurement.phases and not has_meter:
         raise MeterRefused(
             f"measurement.phases: true: no meter here can measure the energy of a phase: {why}",
@@ -353,9 +358,7 @@ def find_capabilities(
     return Capabilities(cpu, tuple(gpus), None if gpus else "NVML sees no GPU")
 
 
-def _probe_periods(
-    meters: Sequence[NvmlMeter], clock: Clock, probe_s: float, enough: int
-) -> list[float | NotMeasured | None]:
+def _probe_periods(meters: Sequence[NvmlMeter], clock: Clock, probe_s: float, enough: int) -> list[float | str | None]:
     """The update period of each energy counter in seconds, or why it was not seen; None where there is no counter."""
     watches = [GpuWatch(meter, place, clock, Complaints()) for place, meter in enumerate(meters)]
     changes: list[CounterChange] = []
@@ -372,16 +375,16 @@ def _probe_periods(
     return [_period(changes, place, span) if meter.has_counter else None for place, meter in enumerate(meters)]
 
 
-def _period(changes: Sequence[CounterChange], place: int, span: Span) -> float | NotMeasured:
+def _period(changes: Sequence[CounterChange], place: int, span: Span) -> float | str:
     try:
         return update_period_s(changes, place, span)
     except NotMeasured:
-        return NotMeasured(f"it changed fewer than three times in {span.seconds:.1f} s")
+        return f"it changed fewer than three times in {span.seconds:.1f} s"
 
 
-def _capability(meter: NvmlMeter, period: float | NotMeasured | None) -> GpuCapability:
-    if isinstance(period, NotMeasured):
-        return GpuCapability(meter.header, probe_error=str(period))
+def _capability(meter: NvmlMeter, period: float | str | None) -> GpuCapability:
+    if isinstance(period, str):
+        return GpuCapability(meter.header, probe_error=period)
     return GpuCapability(meter.header, period)
 
 

@@ -68,13 +68,13 @@ def measured(figure: Callable[[], _Value]) -> Measured[_Value]:
     try:
         return Measured(figure())
     except NotMeasured as error:
-        return Measured(None, str(error))
+        return known(None, error.reason)
 
 
 def need(found: Measured[_Value]) -> _Value:
     """The value; if it is absent, its reason is raised as `NotMeasured`."""
     if found.value is None:
-        raise NotMeasured(str(found.null_reason))
+        raise NotMeasured(found.null_reason or "no_reason")
     return found.value
 
 
@@ -94,7 +94,7 @@ class AttemptLog:
         """The window; `NotMeasured` without its mark."""
         window = self.span(names.WINDOW)
         if window is None:
-            raise NotMeasured("the sample log has no mark of the window")
+            raise NotMeasured("no_window_mark")
         return window
 
     def span(self, name: str) -> Span | None:
@@ -107,7 +107,7 @@ class AttemptLog:
             return tuple(self.gpu_curve(number, at_rest=at_rest) for number in range(len(self.sources.gpus)))
         if is_cpu_source(self.sources.primary):
             return self.cpu_curves(PACKAGE) + (self.cpu_curves(DRAM) if self._has_dram else ())
-        raise NotMeasured(self.sources.reasons.get("primary", "an external meter covers only the window"))
+        raise NotMeasured(self.sources.reasons.get("primary", "external_window_only"))
 
     def rest_power_w(self, span: Span) -> float:
         """The mean power of the primary source over a span at rest; raises as `Curve.mean_power_w`."""
@@ -131,7 +131,7 @@ class AttemptLog:
         place = self.sources.gpus[number]
         gpu = self.log.header.gpus[place]
         if gpu.power_error is not None:
-            raise NotMeasured(f"power of {gpu.uuid} cannot be read: {gpu.power_error}")
+            raise NotMeasured("meter_unreadable", what=f"power of {gpu.uuid}", error=gpu.power_error)
         key = ("power", number, at_rest)
         if key not in self._known:
             period_s = max(self.sources.sample_period_s, self.sources.idle_period_s if at_rest else 0.0)
@@ -143,13 +143,13 @@ class AttemptLog:
     def cpu_curves(self, domain: str) -> tuple[Curve, ...]:
         """The energy of every zone of a domain, `package` or `dram`; raises as `primary_curves`."""
         if domain == DRAM and not self._has_dram:
-            raise NotMeasured(self.sources.reasons.get("dram", "no energy counter of the memory was read"))
+            raise NotMeasured(self.sources.reasons.get("dram", "dram_unread"))
         if self.sources.cpu_method is None:
             raise NotMeasured(self.sources.reasons["cpu"])
         if is_estimate(self.sources.cpu_method):
             power_w = self.sources.cpu_tdp_w
             if power_w is None:
-                raise NotMeasured("the design power of this CPU is unknown")
+                raise NotMeasured("tdp_unknown")
             return (self._checked(load_curve(self.log.loads, power_w, "the load of the CPU"), "cpu.load"),)
         curves = []
         for place, zone in enumerate(self.log.header.zones):
@@ -199,8 +199,9 @@ class AttemptLog:
         errors = [error.message for error in self.log.errors if error.meter == meter]
         if len(curve.at_ns) >= 2:
             return replace(curve, error=errors[-1]) if errors else curve
-        why = f"cannot be read: {errors[-1]}" if errors else "was never read twice"
-        raise NotMeasured(f"{curve.what} {why}")
+        if errors:
+            raise NotMeasured("meter_unreadable", what=curve.what, error=errors[-1])
+        raise NotMeasured("never_read_twice", what=curve.what)
 
 
 def span_of(marks: Sequence[Mark], name: str) -> Span | None:
@@ -220,22 +221,21 @@ def _check_plausible(energy_j: float, window: Span, gpu: GpuHeader) -> None:
     A module draws more than its GPU's limit, so only the sign of its energy is checked.
     """
     if energy_j <= 0:
-        raise NotMeasured(f"{energy_j:.4g} J over {window.seconds:.3f} s is impossible: a GPU always draws power")
+        raise NotMeasured("no_energy_drawn", energy_j=energy_j, window_s=window.seconds)
     if gpu.power_limit_w is None or gpu.energy_scope != EnergyScope.GPU:
         return
     most_j = _LIMIT_MARGIN * gpu.power_limit_w * window.seconds
     if energy_j > most_j:
-        limit = f"{_LIMIT_MARGIN} x {gpu.power_limit_w:g} W x {window.seconds:.3f} s"
-        raise NotMeasured(f"{energy_j:.4g} J is impossible: the power limit allows {most_j:.4g} J ({limit})")
+        allowed = {"most_j": most_j, "margin": _LIMIT_MARGIN, "limit_w": gpu.power_limit_w}
+        raise NotMeasured("above_power_limit", energy_j=energy_j, window_s=window.seconds, **allowed)
 
 
 def _check_sampled(curve: Curve, window: Span) -> None:
     """Raise `NotMeasured` for too few samples of integrated power: anything may have been drawn between two."""
     seen = curve.count_in(window)
     if seen < _LEAST_SAMPLES:
-        found = f"{curve.what} was read {seen} times in the window of {window.seconds:.2f} s"
-        text = f"{found}, expected at least {_LEAST_SAMPLES}"
-        raise NotMeasured(f"{text}: lower timeseries.sample_interval_ms, or raise measurement.min_window_sec")
+        window_s = window.seconds
+        raise NotMeasured("read_too_rarely", what=curve.what, seen=seen, window_s=window_s, least=_LEAST_SAMPLES)
 
 
 def crosscheck_ratio(attempt: AttemptLog) -> float:
@@ -250,16 +250,16 @@ def crosscheck_ratio(attempt: AttemptLog) -> float:
         lag_s = SENSOR_LAG_S.get(attempt.log.header.gpus[place].power_source or "", max(SENSOR_LAG_S.values()))
         inner = Span(window.opened_ns + round(lag_s * NS_PER_S), window.closed_ns)
         if inner.seconds < _LEAST_CHECKED_S:
-            raise NotMeasured(f"a window of {window.seconds:.2f} s is too short to compare counter and power")
+            raise NotMeasured("too_short_to_crosscheck", window_s=window.seconds)
         counted_j += attempt.gpu_curve(number).between_j(inner)
         integrated_j += attempt.gpu_power_curve(number).between_j(inner)
     if counted_j <= 0:
-        raise NotMeasured("the energy counter did not change")
+        raise NotMeasured("counter_still")
     return integrated_j / counted_j
 
 
-def is_power_steady(attempt: AttemptLog, window_repeats: int) -> bool:
-    """Whether both halves of the window drew the same power, to 2 %; `NotMeasured` if they cannot be compared.
+def is_power_steady(attempt: AttemptLog, window_repeats: int) -> bool | None:
+    """Whether both halves of the window drew the same power, to 2 %; None if there is too little to compare.
 
     In a closed window the halves are whole passes over the prompts, without an odd middle one, so that both have the
     same share of prefill and decode.
@@ -269,7 +269,7 @@ def is_power_steady(attempt: AttemptLog, window_repeats: int) -> bool:
     half_ns = length_ns // 2
     if not attempt.is_steady_mode:
         if window_repeats < 2:
-            raise NotMeasured("one pass over the prompt set: there is no second to compare it with")
+            return None
         half_ns = length_ns * (window_repeats // 2) // window_repeats
     halves = (
         Span(window.opened_ns, window.opened_ns + half_ns),
@@ -277,7 +277,7 @@ def is_power_steady(attempt: AttemptLog, window_repeats: int) -> bool:
     )
     needed = _UPDATES_A_HALF if attempt.sources.primary == EnergySource.COUNTER else _READINGS_A_HALF
     if any(curve.count_in(half) < needed for curve in curves for half in halves):
-        raise NotMeasured(f"fewer than {needed} readings of the meter in each half")
+        return None
     first_w, second_w = (sum(curve.mean_power_w(half) for curve in curves) for half in halves)
     return abs(first_w - second_w) < STEADY_TOLERANCE * (first_w + second_w) / 2
 
@@ -356,7 +356,7 @@ def _edge_warnings(attempt: AttemptLog, curve: Curve, window: Span) -> Iterator[
 def _longest_gap_s(times: list[int], window: Span) -> float:
     inside = [at_ns for at_ns in times if window.opened_ns < at_ns < window.closed_ns]
     if not inside:
-        raise NotMeasured("nothing was sampled in the window")
+        raise NotMeasured("window_not_sampled")
     edges = [window.opened_ns, *inside, window.closed_ns]
     return max(after - before for before, after in pairwise(edges)) / NS_PER_S
 
@@ -371,12 +371,14 @@ class _Weighted:
 
 def describe_gpu(attempt: AttemptLog, number: int) -> Gpu:
     """One GPU of the experiment, counted in its order."""
-    place, untold = attempt.sources.gpus[number], "not reported by the driver"
+    place, untold = attempt.sources.gpus[number], Reason.of("not_reported")
     header = attempt.log.header.gpus[place]
     rows = _weighted(attempt, place, attempt.span(names.WINDOW))
-    nothing = header.power_error if header.power_error and not rows else "nothing was sampled in the window"
+    nothing = Reason.of("window_not_sampled")
     if not attempt.sources.is_watched:
-        nothing = "GPUs were not sampled in the window (timeseries.enabled: false)"
+        nothing = Reason.of("gpus_unwatched")
+    elif header.power_error and not rows:
+        nothing = Reason.of("sampler_reports", error=header.power_error)
     silent = untold if rows else nothing
     energy_j = measured(lambda: _gpu_j(attempt, number))
     temps = [temp_c for temp_c, _ in _known(rows, "temp_c")]
@@ -388,7 +390,7 @@ def describe_gpu(attempt: AttemptLog, number: int) -> Gpu:
         power_mean_w=_mean(rows, "power_w", nothing)
         if energy_j.value is None
         else energy_j.value / attempt.window.seconds,
-        power_max_w=_max(rows, "power_w", "power cannot be read" if rows else nothing),
+        power_max_w=_max(rows, "power_w", Reason.of("power_not_read") if rows else nothing),
         power_limit_w=known(header.power_limit_w, untold),
         temp_start_c=known(temps[0] if temps else None, silent),
         temp_end_c=known(temps[-1] if temps else None, silent),
@@ -432,11 +434,11 @@ def _known(rows: Iterable[_Weighted], name: str) -> list[tuple[Any, float]]:
     return [(value, row.seconds) for row in rows if (value := getattr(row.sample, name)) is not None]
 
 
-def _max(rows: Iterable[_Weighted], name: str, nothing: str) -> Measured[float]:
+def _max(rows: Iterable[_Weighted], name: str, nothing: Reason) -> Measured[float]:
     return known(max((value for value, _ in _known(rows, name)), default=None), nothing)
 
 
-def _mean(rows: Iterable[_Weighted], name: str, nothing: str) -> Measured[float]:
+def _mean(rows: Iterable[_Weighted], name: str, nothing: Reason) -> Measured[float]:
     """The mean over time."""
     values = _known(rows, name)
     total_s = sum(seconds for _, seconds in values)

@@ -146,7 +146,13 @@ def _section(section: Any) -> Iterator[tuple[str, _Cell]]:
     for item in dataclasses.fields(section):
         if item.name != "null_reasons":
             value = getattr(section, item.name)
-            yield item.name, (_plain(value), section.null_reasons.get(item.name, "") if value is None else "")
+            yield item.name, (_plain(value), _why(section, item.name))
+
+
+def _why(section: Any, name: str) -> str:
+    """Why a field is None; empty where it is not."""
+    reason: Reason | None = section.null_reasons.get(name)
+    return "" if reason is None else reason.text
 
 
 def _distribution(name: str, record: Record) -> Iterator[tuple[str, _Cell]]:
@@ -156,9 +162,9 @@ def _distribution(name: str, record: Record) -> Iterator[tuple[str, _Cell]]:
     for part in _DISTRIBUTION:
         column = f"{stem}_n" if part == "n" else f"{stem}_{part}_s"
         if distribution is None:
-            yield column, (None, record.latency.null_reasons.get(name, ""))
+            yield column, (None, _why(record.latency, name))
         else:
-            yield column, (getattr(distribution, part), distribution.null_reasons.get(part, ""))
+            yield column, (getattr(distribution, part), _why(distribution, part))
 
 
 def _dotted(prefix: str, mapping: Mapping[str, Any]) -> Iterator[tuple[str, _Cell]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lem.base.errors import UserError, did_you_mean
 from lem.base.reasons import Reason
-from lem.record import Record, ResultKey
+from lem.record import Record, ResultKey, Section
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,15 @@ class Metric:
         """The label within a sentence."""
         return _lowered(self.label)
 
-    def read(self, record: Record) -> tuple[float | None, str]:
+    def read(self, record: Record) -> tuple[float | None, Reason | None]:
         """The value in a record, and the reason where it is None."""
-        holder = getattr(record, self.section)
-        value = getattr(holder, self.field)
+        section: Section = getattr(record, self.section)
+        value = getattr(section, self.field)
         if value is None:
-            return None, str(holder.null_reasons.get(self.field, "no reason given"))
+            return None, section.why_none(self.field)
         if self.percentile is None:
-            return float(value), ""
-        quantile = getattr(value, self.percentile)
-        return quantile, "" if quantile is not None else str(value.null_reasons[self.percentile])
+            return float(value), None
+        return getattr(value, self.percentile), value.null_reasons.get(self.percentile)
 
 
 def _lowered(label: str) -> str:

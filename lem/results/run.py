@@ -205,7 +205,7 @@ class Configuration:
             n_attempts = sum(metric.read(record)[0] is not None for record in self.records)
             geometric = math.exp(statistics.fmean(map(math.log, attempts))) if min(attempts) > 0 else None
             all_attempts = AllAttempts(statistics.fmean(attempts), geometric, len(attempts), n_attempts)
-        reasons = "; ".join(dict.fromkeys(reason for record in self.used if (reason := metric.read(record)[1])))
+        reasons = "; ".join(dict.fromkeys(reason.text for record in self.used if (reason := metric.read(record)[1])))
         if not values:
             return Estimate(metric, all_attempts=all_attempts, null_reason=reasons or "no valid result")
         bootstrap = bootstrap_ci(values, confidence=self.confidence)

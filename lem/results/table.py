@@ -278,7 +278,7 @@ def _add_latency(doc: Doc, record: Record) -> None:
     by_reason: dict[str, list[str]] = {}
     for name, value in kinds.items():
         if value is None:
-            by_reason.setdefault(latency.null_reasons.get(f"{name}_s", ""), []).append(name)
+            by_reason.setdefault(latency.why_none(f"{name}_s").text, []).append(name)
     for reason, names in by_reason.items():
         doc.text(f"{', '.join(names)}: not measured: {reason}")
 

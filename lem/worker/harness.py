@@ -246,7 +246,7 @@ def _warm_up(
     engine: Engine, requests: Sequence[TokenRequest], config: ExperimentConfig, clock: Clock, reporter: Reporter
 ) -> WarmupOutcome:
     if not config.warmup.enabled:
-        disabled: Measured[Any] = Measured(None, "warm-up is disabled (warmup.enabled: false)")
+        disabled: Measured[Any] = known(None, "warmup_off")
         return WarmupOutcome(0, disabled, disabled)
 
     def run_step(requests: Sequence[TokenRequest]) -> Sequence[Completion]:
@@ -327,7 +327,7 @@ def warm_up(
     return WarmupOutcome(
         prompts=prompts,
         elapsed_s=Measured(seconds_between(begin_ns, now_ns)),
-        converged=known(converged if settings.convergence_detection else None, "warmup.convergence_detection is off"),
+        converged=known(converged if settings.convergence_detection else None, "convergence_off"),
         step_s=step_s,
         warnings=tuple(warnings),
     )

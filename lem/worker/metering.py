@@ -17,6 +17,7 @@ from lem.base import measurement
 from lem.base.clock import Clock, seconds_between
 from lem.base.errors import EngineError, MeterRefused
 from lem.base.measurement import WINDOW_UPDATES, EnergySource, is_cpu_source, is_gpu_source
+from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.experiment import ExperimentConfig
 from lem.meters.curve import NotMeasured, Span, update_period_s
@@ -303,12 +304,13 @@ class Metering:
         vbios = tuple(seen.get(uuid, "") for uuid in gpu_uuids)
         there, own = _processes_of(log), self.own_pids or ()
         other = tuple(f"process {pid} on {uuid}" for uuid in gpu_uuids for pid in there.get(uuid, ()) if pid not in own)
-        why = "not reported by the driver" if self.own_pids is not None else "the engine's own processes are unknown"
         is_known = self.own_pids is not None
+        why = Reason.of("not_reported" if is_known else "own_processes_unknown")
         if not gpu_uuids:
-            is_known, why = False, "no GPU in use"
+            is_known, why = False, Reason.of("no_gpu_in_use")
         elif any(uuid not in seen for uuid in gpu_uuids):
-            is_known, why = False, log.header.gpu_error or "the sampler does not see the GPUs in use"
+            error = log.header.gpu_error
+            is_known, why = False, Reason.of("sampler_reports", error=error) if error else Reason.of("gpus_unseen")
         return {
             "vbios": known(vbios if vbios and all(vbios) else None, why),
             "other_gpu_processes": known(other if is_known else None, why),

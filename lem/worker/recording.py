@@ -133,7 +133,7 @@ def _validity(found: Findings) -> Validity:
     no_output = (Reason.of("no_output"),) if measured.output_tok == 0 else ()
     invalid = (*(failures if is_invalid else ()), *no_output, *energy.invalid_reasons)
     # The window was one state when throughput and, where it is known, power were.
-    states = (("throughput", measured.steady.value), ("power", energy.power_steady.value))
+    states = (("throughput", measured.steady.value), ("power", energy.power_steady))
     unsteady = [what for what, is_steady in states if is_steady is False]
     warnings = (
         *found.residence.report.warnings,
@@ -158,16 +158,16 @@ def _validity(found: Findings) -> Validity:
 
 def _window(found: Findings) -> Window:
     request, measured, residence, warmup = found.request, found.measured, found.residence, found.warmup
-    no_gap = "the host reported no gap before this experiment"
+    no_gap = Reason.of("gap_not_reported")
     return Window.of(
         traffic_mode=measured.traffic_mode,
         window_s=measured.window_s,
         window_repeats=measured.repeats,
         warmup_s=warmup.elapsed_s,
         warmup_prompts=warmup.prompts,
-        load_s=known(residence.load_s, f"the engine was loaded before (load {residence.load_id})"),
+        load_s=known(residence.load_s, "engine_was_loaded", load_id=residence.load_id),
         # Of the load; for a reused engine, of this experiment alone.
-        compile_s=known(residence.report.compile_s, "nothing was compiled for this experiment"),
+        compile_s=known(residence.report.compile_s, "nothing_compiled"),
         gap_s=known(request.gap_s, no_gap),
         gap_end_reason=known(None if request.gap_end_code is None else Reason.of(request.gap_end_code), no_gap),
     )
@@ -175,13 +175,12 @@ def _window(found: Findings) -> Window:
 
 def _work(found: Findings) -> Work:
     measured = found.measured
-    why = "the engine does not report its padding; the input never includes any"
     return Work.of(
         requests_ok=len(measured.requests),
         requests_failed=len(measured.failures),
         input_tok=measured.input_tok,
         output_tok=measured.output_tok,
-        padding_tok=known(measured.padding_tok, why),
+        padding_tok=known(measured.padding_tok, "padding_not_reported"),
         token_source="engine_ids",  # noqa: S106 (no password)
         prompt_source=found.prompts.source,
     )
@@ -190,7 +189,7 @@ def _work(found: Findings) -> Work:
 def _throughput(measured: MeasuredWindow) -> Throughput:
     def rate(amount: int) -> Measured[float]:
         value = amount / measured.window_s if measured.window_s > 0 else None
-        return known(value, "the window was too short for the clock")
+        return known(value, "window_too_short")
 
     return Throughput.of(
         output_tok_per_s=rate(measured.output_tok),
@@ -211,13 +210,13 @@ def _compute(measured: MeasuredWindow, report: EngineReport, peak_memory_b: int 
         flops = 2.0 * (parameters - (embeddings or 0)) * (measured.input_tok + measured.output_tok)
         method = f"2 x {counted} x (input + output tokens)"
         confidence = "low" if embeddings is None else "medium"
-    why = "the engine does not report the number of parameters"
+    why = Reason.of("parameters_not_reported")
     return Compute.of(
         flops_total=known(flops, why),
         flops_method=known(method, why),
         flops_confidence=known(confidence, why),
         model_parameters=known(parameters, why),
-        peak_memory_b=known(peak_memory_b, f"the engine does not report its peak memory on {report.device}"),
+        peak_memory_b=known(peak_memory_b, "peak_memory_not_reported", device=report.device),
     )
 
 
@@ -247,8 +246,8 @@ def read_host(root: Path = Path("/")) -> dict[str, Any]:
         "cpu": cpu or platform.processor() or platform.machine(),
         "cpu_count": len(os.sched_getaffinity(0)),  # that this process may run on
         # "kB" there means KiB.
-        "memory_b": known(None if memory is None else int(memory.split()[0]) * KIB, "not in /proc/meminfo"),
-        "governor": known(governor or None, "the kernel exposes no frequency governor, as in most virtual machines"),
+        "memory_b": known(None if memory is None else int(memory.split()[0]) * KIB, "no_meminfo"),
+        "governor": known(governor or None, "no_governor"),
     }
 
 
@@ -268,14 +267,14 @@ def describe_environment(
         fingerprint=fingerprint_of(host, report, versions, request.image),
         executor=request.executor,
         **host,
-        image=known(request.image, "not run in a container"),
+        image=known(request.image, "no_container"),
         engine_name=report.engine_name,
         engine_version=report.engine_version,
         versions=versions,
         device=report.device,
         gpu_uuids=report.gpu_uuids,
-        model_revision=known(report.model_revision, "the model is a local folder, or the engine does not report it"),
-        weights_sha256=known(report.weights_sha256, "the engine does not report which weight files it read"),
+        model_revision=known(report.model_revision, "revision_not_reported"),
+        weights_sha256=known(report.weights_sha256, "weight_files_not_reported"),
         **surroundings,
         engine_effective=report.effective,
         engine_differs=differing_options(config, report.effective),

@@ -12,15 +12,14 @@ from lem.base.errors import EngineError
 from lem.base.measurement import STEADY_TOLERANCE
 from lem.base.reasons import Reason
 from lem.engines.protocol import Completion, Engine, TokenRequest
-from lem.record import OBSERVATIONS_NEEDED, Distribution, Latency, Measured
+from lem.record import OBSERVATIONS_NEEDED, Distribution, Latency, Measured, known
 
-_NO_REQUEST = "no request was completed in the window"
-_NO_ARRIVALS = "all requests of a closed batch are there at the start; there are no arrivals to wait from"
-_NOT_OBSERVED = "the engine did not time each token; set `streaming: true` or use traffic_simulation"
-_ONE_TOKEN = "no request has more than one output token"  # noqa: S105
-_NO_TOKEN = "no request has an output token"  # noqa: S105
-_ONE_PASS = "one pass over the prompt set: nothing to compare it with"  # noqa: S105
-NOTHING_TO_COMPARE = "no output tokens to compare"
+_NO_REQUEST = Reason.of("no_request")
+_NO_ARRIVALS = Reason.of("no_arrivals")
+_NOT_OBSERVED = Reason.of("tokens_not_observed")
+_ONE_TOKEN = Reason.of("no_second_token")
+_NO_TOKEN = Reason.of("no_token")
+NOTHING_TO_COMPARE = Reason.of("no_tokens_to_compare")
 
 CLOSED_BATCH = "closed_batch"
 
@@ -94,7 +93,7 @@ def latency_of(requests: Sequence[Answer]) -> Latency:
     queue_s = [
         seconds_between(item.arrived_ns, item.completion.started_ns) for item in requests if item.arrived_ns is not None
     ]
-    values: dict[str, tuple[Sequence[float], str]] = {
+    values: dict[str, tuple[Sequence[float], Reason]] = {
         "ttft_s": ([item.ttft_s for item in timed], why_not),
         "tpot_s": (tpot_s, why_not_between),
         "itl_s": ([seconds_between(earlier, later) for earlier, later in gaps], why_not_between),
@@ -243,7 +242,7 @@ def _compare_passes(passes: Sequence[_Pass]) -> Measured[bool]:
     """
     half = len(passes) // 2
     if half == 0:
-        return Measured(None, _ONE_PASS)
+        return known(None, "one_pass")
     if not any(item.output_tok for item in passes):
         return Measured(None, NOTHING_TO_COMPARE)
     return are_alike(_rate(passes[:half]), _rate(passes[-half:]))

@@ -121,13 +121,14 @@ class Figures:
     power_w: float | None
     why: Reason | None
     notes: tuple[Reason, ...]
-    null_reasons: Mapping[str, str] = field(default_factory=dict)
+    null_reasons: Mapping[str, Reason] = field(default_factory=dict)
 
 
-FIGURES = Figures(None, Reason.of("no_output"), (Reason.of("verbatim", text="hot"),), {"power_w": "no meter"})
+FIGURES = Figures(None, Reason.of("no_output"), (Reason.of("verbatim", text="hot"),), {"power_w": Reason.of("no_dram")})
 FIGURES_DOCUMENT: dict[str, Any] = {
     "power_w": None,
-    "power_w_null_reason": "no meter",
+    "power_w_null_reason": "the kernel shows no energy counter of the memory",
+    "power_w_null_reason_coded": {"code": "no_dram", "data": {}},
     "why": "the engine made no output tokens",
     "why_coded": {"code": "no_output", "data": {}},
     "notes": ["hot"],

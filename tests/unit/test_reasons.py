@@ -1,7 +1,8 @@
-"""Reasons: codes with data, their sentences, and the sentences of records of schema version 1."""
+"""Reasons: codes with data, their sentences, and the sentences of records without codes."""
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
 import json
@@ -11,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from lem.base.reasons import TEXTS, V1_TEXTS, Reason, alike, recognise
+from lem.base.reasons import NULL_TEXTS, TEXTS, V1_TEXTS, Reason, alike, recognise
 from lem.record import Record, RecordError, decode_record, encode_record, read_record
 from lem.results.check import check_run
 from lem.results.run import make_run
 from tests.records import codes, make_record
 
-RECORDED = Path(__file__).parents[1] / "recorded" / "h200" / "attempt" / "result.json"
+TESTS = Path(__file__).parents[1]
+RECORDED = TESTS / "recorded" / "h200" / "attempt" / "result.json"
 UUID = "GPU-8f2a0c11-0000-4000-8000-00000000000b"
 
 # Sentences as commit 524ec81 wrote them into records, and the codes that they stand for.
@@ -139,18 +141,35 @@ def with_reasons(*reasons: Reason) -> Record:
     record = make_record(is_valid=False)
     validity = dataclasses.replace(record.validity, warnings=reasons, invalid_reasons=reasons[:1])
     window = dataclasses.replace(record.window, gap_end_reason=reasons[-1])
-    return dataclasses.replace(record, validity=validity, window=window)
+    absent = {**record.idle.null_reasons, "idle_bare_power_w": reasons[0]}
+    idle = dataclasses.replace(record.idle, idle_bare_power_w=None, null_reasons=absent)
+    return dataclasses.replace(record, validity=validity, window=window, idle=idle)
+
+
+def without_null_codes(value: Any) -> Any:
+    """A document as it was written before reasons of absent values had codes."""
+    if isinstance(value, dict):
+        return {
+            name: without_null_codes(item) for name, item in value.items() if not name.endswith("_null_reason_coded")
+        }
+    return [without_null_codes(item) for item in value] if isinstance(value, list) else value
 
 
 def as_version_1(record: Record) -> dict[str, Any]:
     document = json.loads(json.dumps(encode_record(record)))
     document["schema_version"] = 1
-    for section, name in (("validity", "invalid_reasons"), ("validity", "warnings"), ("window", "gap_end_reason")):
+    fields = (
+        ("validity", "invalid_reasons"),
+        ("validity", "warnings"),
+        ("window", "gap_end_reason"),
+        ("idle", "idle_bare_power_w_null_reason"),
+    )
+    for section, name in fields:
         coded = document[section].pop(f"{name}_coded")
         reasons = [Reason.of(item["code"], **item["data"]) for item in (coded if isinstance(coded, list) else [coded])]
         texts = [reason.worded(V1_TEXTS) for reason in reasons]
         document[section][name] = texts if isinstance(coded, list) else texts[0]
-    return dict(document)
+    return dict(without_null_codes(document))
 
 
 # Codes and sentences
@@ -198,6 +217,8 @@ def test_a_record_with_any_code_reads_back_equal(code: str) -> None:
     assert decode_record(document) == record
     assert document["validity"]["warnings"] == [sample(code).text]
     assert document["window"]["gap_end_reason_coded"]["code"] == code
+    assert document["idle"]["idle_bare_power_w_null_reason"] == sample(code).text
+    assert document["idle"]["idle_bare_power_w_null_reason_coded"]["code"] == code
 
 
 def test_rewording_every_sentence_changes_nothing_but_sentences() -> None:
@@ -209,6 +230,7 @@ def test_rewording_every_sentence_changes_nothing_but_sentences() -> None:
     for name, known in (("warnings", reasons), ("invalid_reasons", reasons[:1])):
         document["validity"][name] = [reason.worded(altered) for reason in known]
     document["window"]["gap_end_reason"] = reasons[-1].worded(altered)
+    document["idle"]["idle_bare_power_w_null_reason"] = reasons[0].worded(altered)
     read = decode_record(document)
     assert read == record
     assert [reason.kind for reason in read.validity.warnings] == [reason.kind for reason in reasons]
@@ -241,7 +263,45 @@ def test_damaged_codes_are_refused_with_their_place(name: str, coded: Any, said:
         decode_record(document)
 
 
-# Schema version 1
+# Every code has a sentence and a use
+
+# The argument that is a code, if it is a literal.
+PLACES_OF_CODES = {"Reason.of": 0, "NotMeasured": 0, "known": 1}
+
+
+def test_every_code_of_the_program_has_a_sentence_and_every_sentence_a_use() -> None:
+    literals = set()
+    for path in (TESTS.parent / "lem").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and path.name != "reasons.py":
+                literals.add(node.value)
+            if isinstance(node, ast.Call) and (place := PLACES_OF_CODES.get(ast.unparse(node.func))) is not None:
+                code = node.args[place]
+                assert not isinstance(code, ast.Constant) or code.value in TEXTS, f"{path}:{node.lineno}"
+    assert sorted(TEXTS.keys() - literals - {"verbatim"}) == []
+
+
+# Records without codes
+
+
+@pytest.mark.parametrize("code", NULL_TEXTS)
+def test_a_reason_without_its_code_is_read_with_the_same_sentence(code: str) -> None:
+    document = without_null_codes(json.loads(json.dumps(encode_record(with_reasons(sample(code))))))
+    read = decode_record(document).idle.null_reasons["idle_bare_power_w"]
+    assert read.text == sample(code).text
+    no_sentence_of_its_own = {"sampler_reports": "verbatim", "external_unreadable": "verbatim", "no_utc": "verbatim"}
+    assert read.code == no_sentence_of_its_own.get(code, code)
+
+
+@pytest.mark.parametrize("path", sorted((TESTS / "recorded").rglob("result.json")), ids=lambda path: path.parent.name)
+def test_recorded_reasons_of_absent_values_keep_their_sentences(path: Path) -> None:
+    written, read = json.loads(path.read_text(encoding="utf-8")), encode_record(read_record(path))
+    for name, section in written.items():
+        pairs = zip(section, read[name], strict=True) if isinstance(section, list) else [(section, read[name])]
+        for before, after in pairs:
+            if name not in ("requested", "extra_metadata", "schema_version"):
+                reasons = {key: text for key, text in before.items() if key.endswith("_null_reason")}
+                assert reasons == {key: text for key, text in after.items() if key.endswith("_null_reason")}
 
 
 @pytest.mark.parametrize(("code", "sentence"), WRITTEN, ids=[code for code, _ in WRITTEN])
@@ -273,6 +333,8 @@ def test_the_recorded_attempt_of_version_1_is_read_with_its_codes() -> None:
     assert record.window.gap_end_reason == Reason.of("gap_recovered")
     written = json.loads(RECORDED.read_text(encoding="utf-8"))["validity"]["warnings"]
     assert [reason.worded(V1_TEXTS) for reason in record.validity.warnings] == written
+    assert record.carbon.null_reasons["co2e_g"].code == "pue_not_given"
+    assert record.environment.null_reasons["governor"].code == "verbatim"  # reworded since
 
 
 def test_a_damaged_record_of_version_1_is_refused_with_its_place() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lem.base.reasons import recognise
 from lem.record import (
     SCHEMA_VERSION,
     Energy,
@@ -79,20 +80,20 @@ def test_a_null_without_a_reason_is_not_written(tmp_path: Path) -> None:
 
 def test_an_empty_reason_is_none(tmp_path: Path) -> None:
     energy = dataclasses.replace(
-        make_record().energy, null_reasons={**make_record().energy.null_reasons, "gpu_energy_j": ""}
+        make_record().energy, null_reasons={**make_record().energy.null_reasons, "gpu_energy_j": recognise("")}
     )
     with pytest.raises(RecordError, match="gpu_energy_j"):
         encode_record(dataclasses.replace(make_record(), energy=energy))
 
 
 def test_a_reason_beside_a_value_is_not_written() -> None:
-    work = dataclasses.replace(make_record().work, null_reasons={"input_tok": "not counted"})
+    work = dataclasses.replace(make_record().work, null_reasons={"input_tok": recognise("not counted")})
     with pytest.raises(RecordError, match=r"work\.input_tok has a value"):
         encode_record(dataclasses.replace(make_record(), work=work))
 
 
 def test_a_reason_for_an_unknown_field_is_not_written() -> None:
-    work = dataclasses.replace(make_record().work, null_reasons={"watts": "not counted"})
+    work = dataclasses.replace(make_record().work, null_reasons={"watts": recognise("not counted")})
     with pytest.raises(RecordError, match=r"work: .*watts"):
         encode_record(dataclasses.replace(make_record(), work=work))
 

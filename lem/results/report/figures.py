@@ -396,7 +396,7 @@ def latency_section(report: Report) -> Markup:
             parts.append(_latency(kind, name, report.entries, found))
             continue
         reasons = (record.latency.null_reasons.get(kind) for record in report.records)
-        reason = "; ".join(dict.fromkeys(reason for reason in reasons if reason)) or "no valid result"
+        reason = "; ".join(dict.fromkeys(reason.text for reason in reasons if reason)) or "no valid result"
         absences.append(tag("p", f"{name}: not measured: {reason}"))
     if not parts:
         parts.append(no_plot("latency", "Latency percentiles", "No latency was measured."))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from lem.base import units
 from lem.base.doc import SEPARATORS, printable, text_width
+from lem.base.reasons import Reason
 from lem.base.units import SIGNIFICANT_DIGITS, with_decimals
 from lem.results.run import Estimate
 
@@ -101,7 +102,7 @@ Row = Sequence[Cell | str | int]
 
 
 def number_cell(
-    value: float | None, reason: str | None = None, form: Callable[[float], str] = units.format_quantity
+    value: float | None, reason: Reason | str | None = None, form: Callable[[float], str] = units.format_quantity
 ) -> Cell:
     """A number, or that it was not measured, with the reason as its tooltip."""
     if value is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lem.base import units
 from lem.base.measurement import EnergySource, is_estimate
-from lem.base.reasons import alike
+from lem.base.reasons import Reason, alike
 from lem.base.units import (
     format_duration,
     format_latency,
@@ -223,7 +223,7 @@ class _Figure:
 
     heading: str
     read: Callable[[Record], float | None]
-    why: Callable[[Record], str | None] = lambda _: None  # it is absent
+    why: Callable[[Record], Reason | None] = lambda _: None  # it is absent
     is_energy: bool = False  # or follows from it
 
 

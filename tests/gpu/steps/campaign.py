@@ -120,7 +120,7 @@ def _estimate(name: str, unit: str, records: Sequence[Record], pick: Callable[[R
 
 def _why(records: Sequence[Record], field: str) -> str:
     """The reason for a field that no record has."""
-    reasons = {record.energy.null_reasons.get(field, "not told") for record in records}
+    reasons = {record.energy.why_none(field).text for record in records}
     return "; ".join(sorted(reasons)) or "no valid attempt"
 
 
@@ -143,7 +143,7 @@ def _at_rest(records: Sequence[Record]) -> Iterator[Finding]:
 
 
 def _no_rest(text: str, field: str, records: Sequence[Record]) -> Finding:
-    reasons = {record.idle.null_reasons.get(field, "not told") for record in records}
+    reasons = {record.idle.why_none(field).text for record in records}
     return Finding(text, None, "W", "; ".join(sorted(reasons)))
 
 

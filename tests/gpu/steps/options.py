@@ -131,5 +131,5 @@ def _finding(entry: CampaignManifestEntry, records: Sequence[Record]) -> Finding
         notes.append(f"{record.compute.peak_memory_b / 2**30:.1f} GiB at most")
     value = record.efficiency.energy_per_output_tok_j
     if value is None:
-        notes.append(record.efficiency.null_reasons.get("energy_per_output_tok_j", "not told"))
+        notes.append(record.efficiency.why_none("energy_per_output_tok_j").text)
     return Finding(entry.config_name, value, "J/tok", ", ".join([*notes, *map(str, record.validity.warnings)]))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lem.base import measurement as names
+from lem.base.reasons import Reason
 from lem.meters.external import ExternalReadings
 from lem.meters.recompute import has_energy, recompute
 from lem.meters.samples import FINISHED_FILENAME, read_finished, write_finished
@@ -81,7 +82,7 @@ def test_a_figure_that_was_changed_is_named_with_both_values() -> None:
 def test_a_gpu_figure_and_a_null_that_do_not_agree_are_named() -> None:
     attempt = gpu_attempt()
     record = recorded(attempt)
-    gpu = dataclasses.replace(record.gpus[0], temp_max_c=None, null_reasons={"temp_max_c": "x"})
+    gpu = dataclasses.replace(record.gpus[0], temp_max_c=None, null_reasons={"temp_max_c": Reason.of("not_reported")})
     found = recompute(dataclasses.replace(record, gpus=(gpu,)), config(**OPTIONS), attempt.log, attempt.marks)
     (difference,) = found.differences
     assert (difference.field, difference.recorded, difference.recomputed) == ("gpus[0].temp_max_c", None, 40.0)

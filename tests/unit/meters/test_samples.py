@@ -99,7 +99,14 @@ def test_a_header_that_is_none_is_refused(tmp_path: Path, change: dict[str, obje
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"no gzip", gzip.compress(b"[]\n"), gzip.compress(b'{"marks":[["a",1]]}\n'), gzip.compress(b"x")[:-9]]
+    "data",
+    [
+        b"",
+        b"no gzip",
+        *(gzip.compress(text, mtime=0) for text in (b"[]\n", b'{"marks":[["a",1]]}\n')),
+        gzip.compress(b"x")[:-9],
+    ],
+    ids=["empty", "no gzip", "no marks", "half a mark", "cut off"],
 )
 def test_a_finished_log_that_is_none_is_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "samples.jsonl.gz"

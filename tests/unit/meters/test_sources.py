@@ -8,6 +8,7 @@ import pytest
 
 from lem.base.errors import MeterRefused
 from lem.base.measurement import EnergySource
+from lem.base.reasons import Reason
 from lem.meters.samples import GpuHeader, RaplZone, SampleHeader
 from lem.meters.sources import Capabilities, GpuCapability, choose_sources, find_capabilities
 from tests.doubles.powercap import Powercap
@@ -38,7 +39,7 @@ def test_the_counter_comes_first() -> None:
     assert (sources.gpu_method, sources.primary, sources.scope) == (COUNTER, COUNTER, "gpu")
     assert (sources.cpu_method, sources.reasons) == (
         RAPL,
-        {"external": "measurement.external_csv is not given"},
+        {"external": Reason.of("option_not_given", option="measurement.external_csv")},
     )
 
 
@@ -62,7 +63,7 @@ def test_one_gpu_that_cannot_be_read_leaves_all_without_energy() -> None:
     sources = choose(header(gpu(0), deaf), "GPU-0", "GPU-1")
     assert sources.gpu_method is None
     assert sources.reasons["gpu"] == sources.reasons["primary"]
-    assert "GPU-1: Unknown Error" in sources.reasons["gpu"]
+    assert "GPU-1: Unknown Error" in sources.reasons["gpu"].text
 
 
 def test_another_gpu_of_the_host_that_cannot_be_read_does_not_matter() -> None:
@@ -72,25 +73,24 @@ def test_another_gpu_of_the_host_that_cannot_be_read_does_not_matter() -> None:
 def test_a_gpu_that_the_sampler_does_not_see_is_named() -> None:
     sources = choose(header(gpu(0), gpu_error="nvml: no permission"), "GPU-9")
     assert sources.missing_uuids == ("GPU-9",)
-    assert sources.reasons["gpu"] == "GPU-9 cannot be read: nvml: no permission"
+    assert sources.reasons["gpu"] == Reason.of("meter_unreadable", what="GPU-9", error="nvml: no permission")
 
 
 def test_a_mig_instance_has_no_energy_since_the_counter_is_the_boards() -> None:
     sources = choose(header(gpu(mig_mode=True)), "GPU-0")
     assert sources.gpu_method is None
-    assert "MIG" in sources.reasons["gpu"]
+    assert sources.reasons["gpu"].code == "mig_board"
 
 
 def test_a_mig_instance_that_cuda_calls_by_its_own_name_is_known_by_the_board_that_is_cut() -> None:
     sources = choose(header(gpu(mig_mode=True)), "GPU-77")
-    assert "GPU-77 is not a GPU" in sources.reasons["gpu"]
-    assert "MIG" in sources.reasons["gpu"]
+    assert (sources.reasons["gpu"].code, sources.reasons["gpu"].data["missing"]) == ("mig_instance", "GPU-77")
 
 
 def test_a_foreign_process_leaves_no_energy() -> None:
     sources = choose(header(gpu()), "GPU-0", foreign={"GPU-0": (4711,), "GPU-1": (1,)})
     assert sources.primary is None
-    assert "process 4711" in sources.reasons["gpu"]
+    assert sources.reasons["gpu"].data["pids"] == "4711"
     assert choose(header(gpu()), "GPU-0", foreign={"GPU-1": (1,)}).primary == COUNTER
 
 
@@ -101,14 +101,15 @@ def test_the_scope_of_a_module_is_told() -> None:
 def test_on_a_cpu_rapl_counts() -> None:
     sources = choose(header(zones=(PACKAGE, CORE)))
     assert (sources.primary, sources.scope) == (RAPL, "cpu_package")
-    assert sources.reasons["gpu"] == "the experiment runs on the CPU"
-    assert "memory" in sources.reasons["dram"]
+    assert (sources.reasons["gpu"].code, sources.reasons["dram"].code) == ("on_cpu", "no_dram")
 
 
 def test_a_cpu_without_rapl_has_no_energy_and_the_remedy_is_the_reason() -> None:
     sources = choose(header())
     assert sources.primary is None
-    assert {sources.reasons[name] for name in ("cpu", "dram", "primary")} == {NO_RIGHTS}
+    assert {sources.reasons[name] for name in ("cpu", "dram", "primary")} == {
+        Reason.of("sampler_reports", error=NO_RIGHTS)
+    }
 
 
 def test_rapl_never_stands_for_a_gpu_that_cannot_be_read() -> None:
@@ -137,7 +138,7 @@ def test_the_users_own_meter_counts_only_where_nothing_else_does() -> None:
 def test_energy_that_is_not_wanted_is_not_measured() -> None:
     sources = choose(header(gpu(), zones=(PACKAGE,)), "GPU-0", measurement={"energy": "none"})
     assert (sources.gpu_method, sources.cpu_method, sources.primary) == (None, None, None)
-    assert all("measurement.energy: none" in sources.reasons[name] for name in ("gpu", "cpu", "dram", "primary"))
+    assert {sources.reasons[name].code for name in ("gpu", "cpu", "dram", "primary")} == {"energy_off"}
 
 
 DEAF = gpu(counter_error="No Permission", power_error="No Permission", power_source=None)

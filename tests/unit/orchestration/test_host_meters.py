@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lem.base.measurement import EnergySource
+from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig
 from lem.meters.samples import GpuHeader, GpuSample, SampleHeader, SampleLog
 from lem.meters.sources import Baselines
@@ -21,13 +22,14 @@ from lem.worker.channel import RunRequest
 from tests.records import make_record
 
 KEY, GPUS = "key-1", ("GPU-a",)
+NO_POST = {"idle_loaded_post_power_w": Reason.of("post_not_measured")}
 
 
 def record(*, reused: bool = False, source: str | None = "nvml_counter", **idle: Any) -> Record:
     """A record of that power at rest; what is not given was not measured."""
     base = make_record()
     fields = [item.name for item in dataclasses.fields(Idle) if item.name != "null_reasons"]
-    reasons = {name: "not measured" for name in fields if idle.get(name) is None}
+    reasons = {name: Reason.of("post_not_measured") for name in fields if idle.get(name) is None}
     return dataclasses.replace(
         base,
         idle=Idle(**idle, null_reasons=reasons),
@@ -277,7 +279,7 @@ def test_what_the_host_learned_is_told_to_the_worker(tmp_path: Path) -> None:
     config = ExperimentConfig.from_dict({"model": "any"})
     asked = request(tmp_path, config, "local")
     base = make_record()
-    idle = Idle(70.0, 95.0, None, 35.0, 41.0, 0.0, null_reasons={"idle_loaded_post_power_w": "the engine left"})
+    idle = Idle(70.0, 95.0, None, 35.0, 41.0, 0.0, null_reasons=NO_POST)
     energy = dataclasses.replace(base.energy, energy_source="rapl")
     environment = dataclasses.replace(base.environment, gpu_uuids=())
     meters.note(dataclasses.replace(base, idle=idle, energy=energy, environment=environment), asked)
@@ -308,7 +310,7 @@ def test_a_gap_that_cannot_be_watched_is_kept_whole(
 ) -> None:
     meters = HostMeters(gpu_error=None, rapl_error=None, command=("/nowhere/lem",))
     base = make_record()
-    idle = Idle(70.0, 95.0, None, 35.0, 41.0, 0.0, null_reasons={"idle_loaded_post_power_w": "the engine left"})
+    idle = Idle(70.0, 95.0, None, 35.0, 41.0, 0.0, null_reasons=NO_POST)
     energy = dataclasses.replace(base.energy, energy_source="nvml_counter")
     environment = dataclasses.replace(base.environment, gpu_uuids=("GPU-1",))
     asked = request(tmp_path, ExperimentConfig.from_dict({"model": "any"}), "local")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lem.base import units
+from lem.base.reasons import Reason
 from lem.meters.energy import EnergyFindings
 from lem.meters.external import ExternalReadings
 from lem.meters.samples import CpuLoad
@@ -24,6 +25,7 @@ from tests.doubles.powercap import Zone
 from tests.records import make_record, with_measured
 from tests.scripted_attempt import Attempt, at, config, cpu_attempt, gpu_attempt
 
+LOST = Reason.of("verbatim", text="lost")
 BOARD_NOTE = "board sensors"
 BOARD_CAUTION = "the power sensor of each board"
 
@@ -103,8 +105,8 @@ def test_the_record_has_the_energy_that_counts_with_its_source_and_scope(case: s
 
 
 def test_a_package_that_was_not_read_is_not_made_up_for_by_the_memory() -> None:
-    energy = Energy(dram_energy_j=5.0, energy_source="rapl", null_reasons={"cpu_package_energy_j": "lost"})
-    assert (energy.primary_j.value, energy.primary_j.null_reason) == (None, "lost")
+    energy = Energy(dram_energy_j=5.0, energy_source="rapl", null_reasons={"cpu_package_energy_j": LOST})
+    assert (energy.primary_j.value, energy.primary_j.null_reason) == (None, LOST)
 
 
 def test_a_source_that_only_a_newer_lem_knows_has_no_parts_here() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lem.base.doc import text_width
+from lem.base.reasons import recognise
 from lem.record import Record
 from lem.results.aggregation import run_document
 from lem.results.run import SINGLE_CYCLE, Run, make_run
@@ -221,7 +222,7 @@ def invalid_record() -> Record:
         record,
         validity=dataclasses.replace(record.validity, warmup_converged=False, engine_reused=True),
         window=dataclasses.replace(
-            record.window, load_s=None, window_repeats=1, null_reasons={"load_s": "the engine was reused"}
+            record.window, load_s=None, window_repeats=1, null_reasons={"load_s": recognise("the engine was reused")}
         ),
         throughput=make_record(output_tok_per_s=None).throughput,
     )

@@ -236,7 +236,7 @@ def test_no_baseline_is_measured_where_none_is_wanted(meter: Meter) -> None:
     assert not {measurement.IDLE_BARE, measurement.IDLE_LOADED, measurement.IDLE_POST} & set(meter.marked())
     assert record.energy.gpu_energy_j == pytest.approx(meter.true_j(), rel=0.002)
     assert record.energy.gpu_energy_net_j is None
-    assert "at rest" in record.energy.null_reasons["gpu_energy_net_j"]
+    assert record.energy.null_reasons["gpu_energy_net_j"].code == "rest_not_measured"
 
 
 def test_an_engine_that_leaves_is_not_measured_at_rest_afterwards(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_energy_by_phases_comes_from_a_run_of_the_prefill_alone(tmp_path: Path) 
 def test_a_foreign_process_before_the_load_leaves_energy_null(tmp_path: Path) -> None:
     record = Meter(tmp_path, gpu_trace(processes=(GpuProcess(77),))).run()
     assert record.energy.gpu_energy_j is None
-    assert "process 77" in record.energy.null_reasons["gpu_energy_j"]
+    assert record.energy.null_reasons["gpu_energy_j"].data["pids"] == "77"
     assert record.environment.other_gpu_processes == (f"process 77 on {UUID}",)
 
 
@@ -327,7 +327,7 @@ def test_a_process_that_comes_while_prompts_are_fetched_is_a_foreign_one(meter: 
     meter.clock.advance_ms(60_000)
     metering.rest_bare()
     assert metering.foreign == {UUID: (77,)}
-    assert "process 77" in metering.sources.reasons["gpu"]
+    assert metering.sources.reasons["gpu"].data["pids"] == "77"
 
 
 def test_power_at_rest_holds_nothing_of_the_work_that_follows_it(tmp_path: Path) -> None:
@@ -466,7 +466,7 @@ def test_a_meter_at_the_plug_that_writes_late_is_waited_for(meter: Meter) -> Non
 def test_a_meter_at_the_plug_that_stopped_costs_its_own_figure_alone(meter: Meter) -> None:
     record = meter.run(**with_plug(plug(meter.folder, 4)))
     assert record.energy.external_energy_j is None
-    assert "before the window closed" in record.energy.null_reasons["external_energy_j"]
+    assert "before the window closed" in record.energy.null_reasons["external_energy_j"].data["how"]
     assert record.energy.gpu_energy_j is not None
 
 
@@ -479,7 +479,7 @@ def test_readings_that_are_lost_cost_their_own_figure_alone(meter: Meter) -> Non
 
     meter.clock.write = write
     record = meter.run(**with_plug(path))
-    assert "'now' is not a UTC time" in record.energy.null_reasons["external_energy_j"]
+    assert "'now' is not a UTC time" in record.energy.null_reasons["external_energy_j"].data["error"]
     assert record.energy.gpu_energy_j is not None
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import EngineReport
-from lem.record import Measured
+from lem.record import Measured, known
 from lem.worker.channel import RunRequest
 from lem.worker.recording import (
     describe_environment,
@@ -29,7 +29,7 @@ HOST: dict[str, Any] = {
 REPORT = EngineReport("transformers", "5.0", {"torch": "2.0"}, "cuda", ("GPU-b", "GPU-a"))
 
 NO_GPU: dict[str, Measured[tuple[str, ...]]] = dict.fromkeys(
-    ("vbios", "other_gpu_processes"), Measured(None, "no GPU in use")
+    ("vbios", "other_gpu_processes"), known(None, "no_gpu_in_use")
 )
 
 
@@ -80,7 +80,7 @@ def test_what_is_known_has_none() -> None:
     report = replace(REPORT, model_revision="abc", weights_sha256="def", device="cpu", gpu_uuids=())
     found = describe_environment(request(executor="docker", image="sha256:1"), HOST, report, config(), NO_GPU)
     assert set(found.null_reasons) == {"vbios", "other_gpu_processes"}
-    assert found.null_reasons["vbios"] == "no GPU in use"
+    assert found.null_reasons["vbios"].code == "no_gpu_in_use"
     assert found.versions["python"] == platform.python_version()
     assert found.versions["torch"] == "2.0"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lem.base.reasons import Reason
 from lem.record import Record
 from lem.results.aggregation import parse_target
 from lem.results.report import render_report
@@ -212,7 +213,7 @@ def strange(record: Record, noise: random.Random) -> Record:
                 choices = [0.0, 1e-12, 1e15, -1.0 if "net" in item.name else 0.5, *([None] if is_optional else [])]
                 changes[item.name] = noise.choice(choices)
                 if changes[item.name] is None:
-                    lost[item.name] = "lost"
+                    lost[item.name] = Reason.of("verbatim", text="lost")
         sections[name] = dataclasses.replace(section, **changes, null_reasons=lost)
     return dataclasses.replace(record, **sections)
 
