@@ -51,11 +51,8 @@ def test_the_file_named_comes_first_then_the_environment_then_the_usual_places(t
     assert found(tmp_path, COMPOSE_FILE="a.yml;b.yml", COMPOSE_PATH_SEPARATOR=";") == ["a.yml", "b.yml"]
     assert found(tmp_path, "b.yml", COMPOSE_FILE="a.yml") == ["b.yml"]
     assert found(tmp_path, "b.yml:a.yml") == ["b.yml", "a.yml"]
-
-
-def test_a_colon_in_a_name_is_no_separator_where_there_is_such_a_file(tmp_path: Path) -> None:
     write(tmp_path, "a:b.yml")
-    assert found(tmp_path, "a:b.yml") == ["a:b.yml"]
+    assert found(tmp_path, "a:b.yml") == ["a:b.yml"], "a file of that name comes first"
 
 
 @pytest.mark.parametrize(("named", "environ"), [("no.yml", {}), (None, {"COMPOSE_FILE": "no.yml"})])
@@ -75,12 +72,7 @@ def test_every_variable_of_the_compose_files_is_known_to_the_command_line() -> N
     assert used == COMPOSE_VARIABLES | SET_BY_LEM
 
 
-# What the client is told
-
-
-@pytest.fixture
-def fake(tmp_path: Path) -> FakeDocker:
-    return FakeDocker.install(tmp_path / "docker")
+# What lem adds
 
 
 def project(fake: FakeDocker, folder: Path, environ: dict[str, str] | None = None, **more: Any) -> ComposeProject:
@@ -97,32 +89,26 @@ def project(fake: FakeDocker, folder: Path, environ: dict[str, str] | None = Non
 
 
 def test_the_variables_of_the_compose_file_are_set(fake: FakeDocker, tmp_path: Path) -> None:
-    found = project(
-        fake, tmp_path, {"HF_HOME": str(tmp_path / "hf")}, gpus_of={"vllm": ("GPU-2",), "pytorch": ("GPU-1",)}
-    )
-    env = found.prepare(["vllm"]).env
+    gpus_of = {"vllm": ("GPU-2",), "pytorch": ("GPU-1",)}
+    env = project(fake, tmp_path, {"HF_HOME": str(tmp_path / "hf")}, gpus_of=gpus_of).prepare(["vllm"]).env
     assert env["LEM_GPU_IDS"] == "GPU-1,GPU-2"
     assert env["LEM_UID"] == str(os.getuid())
     assert env["LEM_RESULTS_DIR"] == str(tmp_path / "results")
     assert Path(env["LEM_PYZ_DIR"], "lem.pyz").is_file()
     assert env["LEM_MODEL_CACHE"] == str(tmp_path / "hf")
     assert (tmp_path / "hf").is_dir(), "the engine would not make it, or make it root's"
-    assert (
-        project(fake, tmp_path, {"LEM_MODEL_CACHE": "/m", "HF_HOME": "/h"})._variables(None)["LEM_MODEL_CACHE"] == "/m"
-    )
+    found = project(fake, tmp_path, {"LEM_MODEL_CACHE": "/m", "HF_HOME": "/h"}).existing()
+    assert found.env["LEM_MODEL_CACHE"] == "/m"
 
 
-def test_lems_own_file_is_written_into_the_state_folder_and_relative_to_where_the_person_is(
-    fake: FakeDocker, tmp_path: Path
-) -> None:
+def test_the_packaged_file_is_used_from_the_state_folder(fake: FakeDocker, tmp_path: Path) -> None:
     compose = project(fake, tmp_path).prepare(["vllm"])
-    assert [path.name for path in compose.files] == ["docker-compose.yml", "docker-compose.lem.yml"]
-    assert all(path.parent == tmp_path / "state" for path in compose.files)
+    assert compose.files == (tmp_path / "state" / "docker-compose.yml", tmp_path / "state" / "docker-compose.lem.yml")
     assert compose.files[0].read_text() == packaged_compose_file()
-    assert compose.folder == tmp_path
+    assert compose.folder == tmp_path, "relative paths are relative to the user's folder"
 
 
-def test_project_name_and_env_file_are_told(fake: FakeDocker, tmp_path: Path) -> None:
+def test_project_name_and_env_file_are_passed_on(fake: FakeDocker, tmp_path: Path) -> None:
     write(tmp_path, "docker-compose.yml")
     (tmp_path / "my.env").write_text("")
     project(fake, tmp_path, env_file=tmp_path / "my.env").prepare(["vllm"])
@@ -132,8 +118,8 @@ def test_project_name_and_env_file_are_told(fake: FakeDocker, tmp_path: Path) ->
     assert "--project-directory" not in words
 
 
-def override(fake: FakeDocker, folder: Path, **more: Any) -> str:
-    return project(fake, folder, **more).prepare(["vllm"]).files[-1].read_text()
+def override(fake: FakeDocker, folder: Path, environ: dict[str, str] | None = None, **more: Any) -> str:
+    return project(fake, folder, environ, **more).prepare(["vllm"]).files[-1].read_text()
 
 
 def as_service(text: str) -> dict[str, Any]:
@@ -143,15 +129,24 @@ def as_service(text: str) -> dict[str, Any]:
 
 
 NVIDIA = {"driver": "nvidia", "capabilities": ["gpu"]}
+ONE, TWO = {"vllm": ("GPU-1",)}, {"vllm": ("GPU-1", "GPU-2")}
 
 
 @pytest.mark.parametrize(
-    ("gpus_of", "devices"),
-    [({"vllm": ("GPU-1", "GPU-2")}, [{**NVIDIA, "device_ids": ["GPU-1", "GPU-2"]}]), ({"vllm": ()}, []), ({}, None)],
+    ("version", "gpus_of", "devices"),
+    [
+        ("2.24.4", TWO, [{**NVIDIA, "device_ids": ["GPU-1", "GPU-2"]}]),
+        ("5.0.0", ONE, [{**NVIDIA, "device_ids": ["GPU-1"]}]),
+        ("5.0.0", {"vllm": ()}, []),
+        ("5.0.0", {}, None),
+        # An older version cannot replace a list; there only LEM_GPU_IDS counts.
+        ("2.24.3", ONE, None),
+    ],
 )
 def test_known_gpus_replace_those_of_the_file(
-    fake: FakeDocker, tmp_path: Path, gpus_of: dict[str, tuple[str, ...]], devices: list[Any] | None
+    fake: FakeDocker, tmp_path: Path, version: str, gpus_of: dict[str, tuple[str, ...]], devices: list[Any] | None
 ) -> None:
+    fake.change(compose=version)
     text = override(fake, tmp_path, gpus_of=gpus_of)
     assert ("!override" in text) is (devices is not None)
     reserved = as_service(text).get("deploy", {}).get("resources", {}).get("reservations", {})
@@ -164,25 +159,27 @@ def test_a_dollar_sign_in_a_path_is_no_variable(fake: FakeDocker, tmp_path: Path
     assert not re.search(r"[^$]\$[^$]", text)
 
 
-@pytest.mark.parametrize(("version", "is_replaced"), [("2.24.3", False), ("2.24.4", True), ("5.0.0", True)])
-def test_lists_are_replaced_where_compose_can(
-    fake: FakeDocker, tmp_path: Path, version: str, is_replaced: bool
-) -> None:
-    fake.change(compose=version)
-    compose = project(fake, tmp_path, gpus_of={"vllm": ("GPU-1",)}).prepare(["vllm"])
-    assert ("!override" in compose.files[-1].read_text()) is is_replaced
-    assert compose.env["LEM_GPU_IDS"] == "GPU-1"
-
-
-def test_the_container_knows_its_user_and_the_datasets(fake: FakeDocker, tmp_path: Path) -> None:
+def test_the_override_adds_folders_user_and_environment(fake: FakeDocker, tmp_path: Path) -> None:
     (tmp_path / "sets").mkdir()
-    found = project(fake, tmp_path, {"LEM_DATASETS_DIR": str(tmp_path / "sets")}).prepare(["vllm"])
-    service = as_service(found.files[-1].read_text())
+    environ = {"LEM_DATASETS_DIR": str(tmp_path / "sets"), "HF_TOKEN": "hf_planted"}
+    text = override(fake, tmp_path, environ, mounts=(Mount.in_place(tmp_path),))
+    assert "planted" not in text
+    service = as_service(text)
     assert service["user"] == f"{os.getuid()}:{os.getgid()}"
-    assert service["environment"]["USER"] == getpass.getuser()
-    assert service["environment"]["LEM_DATASETS_DIR"] == str(tmp_path / "sets")
-    assert str(tmp_path / "sets") in {item["target"] for item in service["volumes"]}
+    assert service["environment"] == {
+        "HOME": CONTAINER_HOME,
+        "USER": getpass.getuser(),
+        "LOGNAME": getpass.getuser(),
+        "LEM_DATASETS_DIR": str(tmp_path / "sets"),
+    }
     assert service["working_dir"] == str(tmp_path)
+    assert service["pull_policy"] == "never"
+    assert {item["target"]: item["read_only"] for item in service["volumes"]} == {
+        "/opt/lem": True,
+        str(tmp_path): True,
+        str(tmp_path / "results"): False,
+    }
+    assert (tmp_path / "results").is_dir()
 
 
 # Mounts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,11 @@ from lem.orchestration.dispatch import LocalExecutor, Outcome, Timeouts
 from lem.orchestration.docker import ContainerError
 from lem.orchestration.executor import DockerExecutor, ExecutorChoice, choose_executor, docker_executor
 from lem.orchestration.plan import build_plan
-from lem.record import read_record
-from lem.worker.channel import RunRequest
-from tests.doubles.fake_docker import FakeDocker
+from lem.record import Record, read_record
+from tests.doubles.fake_docker import UUID, WITH_GPU, FakeDocker, reading
 from tests.worker_rig import Rig
 
 PATIENT = Timeouts(load_s=100.0, experiment_s=100.0, silence_s=100.0, heartbeat_s=100.0)
-UUID = "GPU-11111111-2222"
-GPU = {"image": "img", "deploy": {"resources": {"reservations": {"devices": [{"capabilities": ["gpu"]}]}}}}
-
-
-def reading(*pids: int, error: str | None = None) -> dict[str, Any]:
-    processes = [{"pid": pid, "memory_b": None} for pid in pids]
-    memory = {"memory_total_b": 100, "memory_used_b": 1}
-    gpu = {"index": 0, "uuid": UUID, "name": "Test GPU", "processes": processes, **memory}
-    return {"gpus": [] if error else [gpu], "driver": "1", "error": error}
 
 
 @pytest.fixture
@@ -53,10 +43,10 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
 class Place:
     """One test's scripted docker, and executors of one project."""
 
-    def __init__(self, rig: Rig) -> None:
+    def __init__(self, rig: Rig, fake: FakeDocker) -> None:
         self.rig = rig
         self.root = rig.folder.parent
-        self.fake = FakeDocker.install(self.root / "docker")
+        self.fake = fake
         (self.root / "docker-compose.yml").write_text("services: {}\n")
         self.executors: list[DockerExecutor] = []
 
@@ -72,68 +62,50 @@ class Place:
             results_dir=self.root / "results",
             environ=environ,
         )
-        executor = DockerExecutor(project, backends or ("pytorch",), "demo", **more)
-        self.executors.append(executor)
-        return executor
+        self.executors.append(DockerExecutor(project, backends or ("pytorch",), "demo", **more))
+        return self.executors[-1]
 
-    def request(self, name: str, backend: str = "pytorch", **options: Any) -> RunRequest:
-        return self.rig.request(name, backend=backend, **options)
+    def run(self, executor: DockerExecutor, name: str = "one", backend: str = "pytorch") -> Outcome:
+        request = self.rig.request(name, backend=backend)
+        return executor.worker_for(backend).run(request, lambda _event: None, PATIENT)
+
+    def record(self, name: str = "one") -> Record:
+        return read_record(self.rig.folder / name / "result.json")
+
+    def change_in_window(self, **traits: Any) -> dict[str, Any]:
+        """A rule by which the engine of docker changes while lem's generates."""
+        running = {"pytorch": {"State": "running", "ExitCode": 0}}
+        then = self.root / "then.json"
+        then.write_text(json.dumps({**self.fake.read(), "containers": running, **traits}))
+        return {"at": "generate", "do": "shell", "command": f"cp '{then}' '{self.fake.folder / 'state.json'}'"}
 
 
 @pytest.fixture
-def place(rig: Rig) -> Iterator[Place]:
-    place = Place(rig)
+def place(rig: Rig, fake: FakeDocker) -> Iterator[Place]:
+    place = Place(rig, fake)
     yield place
     for executor in place.executors:
         executor.kill()
         executor.close()
 
 
-def run(executor: DockerExecutor, request: RunRequest, backend: str = "pytorch") -> Outcome:
-    return executor.worker_for(backend).run(request, lambda _event: None, PATIENT)
-
-
-def rule(at: str, command: str) -> Mapping[str, Any]:
-    return {"at": at, "do": "shell", "command": command}
-
-
-def test_all_backends_are_started_once_in_new_containers_and_taken_down_at_the_end(place: Place) -> None:
+def test_all_backends_are_started_in_new_containers_and_taken_down_at_the_end(place: Place) -> None:
     executor = place.executor("pytorch", "vllm")
-    assert place.fake.calls() == [], "nothing before it is needed"
-    worker = executor.worker_for("pytorch")
-    worker.open()
-    executor.worker_for("vllm").open()
-    (words,) = place.fake.compose_calls("up")
-    assert words == ["up", "--detach", "--no-build", "--force-recreate", "pytorch", "vllm"]
-    assert executor.worker_for("pytorch") is worker
-    assert worker.environment["image"] == "sha256:img"
-    executor.stop()
-    executor.close()
-    assert place.fake.read()["containers"] == {}
-
-
-def test_an_executor_that_was_closed_begins_anew(place: Place) -> None:
-    executor = place.executor()
-    for _ in range(2):
-        executor.worker_for("pytorch").open()
-        executor.stop()
-        executor.close()
-    assert len(place.fake.compose_calls("up")) == 2
-
-
-def test_closing_what_was_never_started_asks_nothing(place: Place) -> None:
-    executor = place.executor()
     executor.stop()
     executor.kill()
     executor.close()
-    assert place.fake.calls() == []
-
-
-def test_the_record_says_docker_and_the_image(place: Place) -> None:
-    request = place.request("one", keep_engine=False)
-    assert run(place.executor(), request).error is None
-    record = read_record(Path(request.result_dir) / "result.json")
-    assert record.environment.image == "sha256:img"
+    assert place.fake.calls() == [], "nothing before it is needed"
+    for count in (1, 2):
+        worker = executor.worker_for("pytorch")
+        worker.open()
+        executor.worker_for("vllm").open()
+        ups = place.fake.compose_calls("up")
+        assert ups == [["up", "--detach", "--no-build", "--force-recreate", "pytorch", "vllm"]] * count
+        assert executor.worker_for("pytorch") is worker
+        assert worker.environment["image"] == "sha256:img"
+        executor.stop()
+        executor.close()
+        assert place.fake.read()["containers"] == {}
 
 
 def test_a_start_that_fails_leaves_nothing_and_no_lock(place: Place) -> None:
@@ -145,38 +117,38 @@ def test_a_start_that_fails_leaves_nothing_and_no_lock(place: Place) -> None:
     place.executor().worker_for("pytorch").open()
 
 
-def test_one_engine_is_loaded_at_a_time(place: Place) -> None:
+def test_one_engine_is_loaded_at_a_time_and_the_record_has_the_image(place: Place) -> None:
     log = place.root / "log"
-    place.rig.rules = [rule(at, f"echo {at} >> '{log}'") for at in ("load", "unload")]
+    place.rig.rules = [{"at": at, "do": "shell", "command": f"echo {at} >> '{log}'"} for at in ("load", "unload")]
     executor = place.executor("pytorch", "vllm")
-    assert run(executor, place.request("one")).error is None
-    assert run(executor, place.request("two", "vllm"), "vllm").error is None
+    assert place.run(executor).error is None
+    assert place.run(executor, "two", "vllm").error is None
     assert log.read_text().split() == ["load", "unload", "load"]
+    assert place.record().environment.image == "sha256:img"
 
 
 def test_a_gpu_that_the_other_container_holds_is_waited_for_and_then_freed(place: Place) -> None:
     place.fake.change(
-        services={"pytorch": GPU, "vllm": GPU},
-        gpus={"pytorch": reading(), "vllm": reading(4711)},
+        services={"pytorch": WITH_GPU, "vllm": WITH_GPU},
+        gpus={"pytorch": reading(), "vllm": reading((4711, None))},
         pids={"id-pytorch": [4711], "id-vllm": [4712]},
     )
     executor = place.executor("pytorch", "vllm", free_timeout_s=0.5)
-    assert run(executor, place.request("one")).error is None
+    assert place.run(executor).error is None
     with pytest.raises(InfrastructureError, match=r"still in use by the containers of pytorch"):
-        run(executor, place.request("two", "vllm"), "vllm")
+        place.run(executor, "two", "vllm")
     assert place.fake.compose_calls("up")[-1][-1] == "pytorch", "its container was replaced"
-    place.fake.change(gpus={"pytorch": reading(), "vllm": reading(99)})
+    place.fake.change(gpus={"pytorch": reading(), "vllm": reading((99, None))})
     executor.worker_for("pytorch").open()
-    assert run(executor, place.request("three", "vllm"), "vllm").error is None, "99 is nobody of ours"
+    assert place.run(executor, "three", "vllm").error is None, "99 is not one of ours"
 
 
 @pytest.mark.parametrize(
     ("service", "gpus", "seen"),
     [
-        (GPU, None, [UUID]),
-        (GPU, [UUID], [UUID]),
-        (GPU, ["GPU-9"], ["GPU-9"]),
-        (GPU, [], []),
+        (WITH_GPU, None, [UUID]),
+        (WITH_GPU, ["GPU-9"], ["GPU-9"]),
+        (WITH_GPU, [], []),
         ({"image": "img"}, None, None),
     ],
 )
@@ -184,84 +156,76 @@ def test_gpus_are_named_by_uuid_inside(
     place: Place, service: dict[str, Any], gpus: list[str] | None, seen: list[str] | None
 ) -> None:
     place.fake.change(services={"pytorch": service}, gpus={"pytorch": reading()})
-    executor = place.executor(gpu_uuids={"0": UUID, UUID: UUID})
-    executor.worker_for("pytorch")
-    assert executor.worker_for("pytorch").adapt(place.request("one", gpus=gpus)).config["gpus"] == seen
+    worker = place.executor(gpu_uuids={"0": UUID}).worker_for("pytorch")
+    assert worker.adapt(place.rig.request("one", backend="pytorch", gpus=gpus)).config["gpus"] == seen
 
 
-def test_a_result_is_not_valid_when_the_gpu_was_lost_meanwhile(place: Place) -> None:
-    lost = json.dumps({**place.fake.read(), "gpus": {"pytorch": reading(error="Unknown Error")}})
-    state = place.root / "docker" / "state.json"
-    (place.root / "lost.json").write_text(lost)
-    place.fake.change(services={"pytorch": GPU}, gpus={"pytorch": reading()})
-    services, containers = place.fake.read()["services"], {"pytorch": {"State": "running", "ExitCode": 0}}
-    (place.root / "lost.json").write_text(
-        json.dumps({**json.loads(lost), "services": services, "containers": containers})
-    )
-    place.rig.rules = [rule("generate", f"cp '{place.root}/lost.json' '{state}'")]
-    executor = place.executor()
-    request = place.request("one")
-    outcome = run(executor, request)
-    assert outcome.error is None
-    record = read_record(Path(request.result_dir) / "result.json")
-    assert not record.validity.valid
-    assert Reason.of("gpu_unplugged", error="Unknown Error") in record.validity.invalid_reasons
-    # The container is made well before it is used again.
+def test_a_result_is_invalid_if_the_gpu_was_lost_meanwhile(place: Place) -> None:
+    place.fake.change(services={"pytorch": WITH_GPU}, gpus={"pytorch": reading()})
+    place.rig.rules = [place.change_in_window(gpus={"pytorch": reading(error="Unknown Error")})]
+    executor = place.executor(health=CampaignHealthCheckConfig(max_restarts=1))
+    assert place.run(executor).error is None
+    validity = place.record().validity
+    assert not validity.valid
+    assert Reason.of("gpu_unplugged", error="Unknown Error") in validity.invalid_reasons
+    worker = executor.worker_for("pytorch")
+    assert worker.is_open is False
     place.rig.rules = []
+    with pytest.raises(InfrastructureError, match="still unhealthy after 1 restart: the GPU is lost"):
+        worker.open()
     place.fake.change(gpus={"pytorch": reading()})
-    assert executor.worker_for("pytorch").is_open is False
+    worker.open()
 
 
 @pytest.mark.parametrize(
     ("containers", "text"),
     [
         ({"pytorch": {"State": "exited", "ExitCode": 137}}, "its container exited with code 137"),
-        ({}, "it has no container"),
-        ({"pytorch": {"State": "running", "ExitCode": 0}}, None),
+        ({"pytorch": {"State": "running", "ExitCode": 0}}, "SIGKILL"),
     ],
 )
-def test_a_death_is_put_down_to_a_container_that_ended(
-    place: Place, containers: Mapping[str, Any], text: str | None
-) -> None:
-    then = place.root / "then.json"
-    then.write_text(json.dumps({**place.fake.read(), "containers": containers}))
-    state = place.root / "docker" / "state.json"
-    place.rig.rules = [rule("generate", f"cp '{then}' '{state}'"), {"at": "generate", "do": "signal", "number": 9}]
-    error = run(place.executor(), place.request("one")).error
+def test_a_death_is_put_down_to_a_container_that_ended(place: Place, containers: dict[str, Any], text: str) -> None:
+    place.rig.rules = [place.change_in_window(containers=containers), {"at": "generate", "do": "signal", "number": 9}]
+    error = place.run(place.executor()).error
     assert error is not None
     assert error.kind == "died"
-    assert ("container" in error.message) is (text is not None)
-    assert (text or "SIGKILL") in error.message
+    assert text in error.message
+    assert ("container" in error.message) is ("container" in text)
+
+
+@pytest.mark.parametrize(("at", "is_permanent"), [("load", True), ("generate", False)])
+def test_an_engine_killed_for_lack_of_memory_has_that_error(place: Place, at: str, is_permanent: bool) -> None:
+    place.rig.rules = [{"at": at, "do": "signal", "number": 9}]
+    place.fake.change(out_of_memory=[("id-pytorch", None)])
+    error = place.run(place.executor()).error
+    assert error is not None
+    assert (error.kind, error.is_permanent) == ("out_of_memory", is_permanent)
+    assert "LEM_MEMORY_LIMIT" in error.hint
+
+
+ENDED = {"pytorch": {"State": "exited", "ExitCode": 137}}
 
 
 def test_a_container_that_ended_between_two_experiments_is_restarted(place: Place) -> None:
     executor = place.executor()
     worker = executor.worker_for("pytorch")
-    worker.open()
+    place.fake.change(containers=ENDED)
+    assert place.run(executor).error is None
     worker.stop()
-    place.fake.change(containers={"pytorch": {"State": "exited", "ExitCode": 137}})
-    assert run(executor, place.request("one")).error is None
     assert len(place.fake.compose_calls("restart")) == 1
 
 
-@pytest.mark.parametrize(
-    "health", [CampaignHealthCheckConfig(max_restarts=0), CampaignHealthCheckConfig(restart_on_failure=False)]
-)
-def test_a_container_that_may_not_be_restarted_stops_the_campaign(
-    place: Place, health: CampaignHealthCheckConfig
-) -> None:
-    executor = place.executor(health=health)
-    worker = executor.worker_for("pytorch")
-    place.fake.change(containers={"pytorch": {"State": "exited", "ExitCode": 137}})
-    with pytest.raises(
-        InfrastructureError, match=r"of pytorch is unhealthy and may not be restarted: .*exited with code 137"
-    ) as caught:
+@pytest.mark.parametrize("options", [{"max_restarts": 0}, {"restart_on_failure": False}])
+def test_a_container_that_may_not_be_restarted_stops_the_campaign(place: Place, options: dict[str, Any]) -> None:
+    worker = place.executor(health=CampaignHealthCheckConfig(**options)).worker_for("pytorch")
+    place.fake.change(containers=ENDED)
+    with pytest.raises(InfrastructureError, match=r"may not be restarted: .*exited with code 137") as caught:
         worker.open()
     assert "--resume" in caught.value.hint
     assert place.fake.compose_calls("restart") == []
 
 
-def test_containers_are_replaced_before_they_are_used_again_where_that_is_wanted(place: Place) -> None:
+def test_containers_are_replaced_before_their_next_use_if_asked_for(place: Place) -> None:
     executor = place.executor(is_recreating=True)
     executor.worker_for("pytorch").open()
     executor.stop()
@@ -273,7 +237,7 @@ def test_containers_are_replaced_before_they_are_used_again_where_that_is_wanted
 
 
 def test_health_is_checked_and_recovered(place: Place) -> None:
-    executor, told = place.executor(), list[str]()
+    executor, told = place.executor(health=CampaignHealthCheckConfig(max_restarts=1)), list[str]()
     executor.worker_for("pytorch").open()
     executor.look_after(told.append)
     assert told == []
@@ -282,12 +246,14 @@ def test_health_is_checked_and_recovered(place: Place) -> None:
     assert len(told) == 2
     assert "exec failed" in told[0]
     assert told[1] == "pytorch is healthy again"
-    assert run(executor, place.request("one")).error is None
+    assert place.run(executor).error is None
+    place.fake.change(silent=["pytorch"])
+    with pytest.raises(InfrastructureError, match="still unhealthy after 1 restart:"):
+        executor.look_after(told.append)
 
 
 def test_health_that_is_only_logged_restarts_nothing(place: Place) -> None:
-    executor = place.executor(health=CampaignHealthCheckConfig(restart_on_failure=False))
-    told = list[str]()
+    executor, told = place.executor(health=CampaignHealthCheckConfig(restart_on_failure=False)), list[str]()
     executor.worker_for("pytorch")
     place.fake.change(silent=["pytorch"])
     executor.look_after(told.append)
@@ -295,25 +261,7 @@ def test_health_that_is_only_logged_restarts_nothing(place: Place) -> None:
     assert place.fake.compose_calls("restart") == []
 
 
-def test_health_that_cannot_be_recovered_stops_the_campaign(place: Place) -> None:
-    executor = place.executor(health=CampaignHealthCheckConfig(max_restarts=1))
-    executor.worker_for("pytorch")
-    place.fake.change(silent=["pytorch"], after_restart="exited", after_up="exited")
-    with pytest.raises(InfrastructureError):
-        executor.look_after(lambda _text: None)
-
-
-@pytest.mark.parametrize(("at", "is_permanent"), [("load", True), ("generate", False)])
-def test_an_engine_killed_for_want_of_memory_is_told_as_that(place: Place, at: str, is_permanent: bool) -> None:
-    place.rig.rules = [{"at": at, "do": "signal", "number": 9}]
-    place.fake.change(out_of_memory=[("id-pytorch", None)])
-    error = run(place.executor(), place.request("one")).error
-    assert error is not None
-    assert (error.kind, error.is_permanent) == ("out_of_memory", is_permanent)
-    assert "LEM_MEMORY_LIMIT" in error.hint
-
-
-def test_a_worker_that_is_killed_is_looked_for_inside(place: Place) -> None:
+def test_a_killed_worker_is_ended_inside_or_with_its_container(place: Place) -> None:
     executor = place.executor()
     executor.worker_for("pytorch").open()
     executor.kill()
@@ -322,10 +270,6 @@ def test_a_worker_that_is_killed_is_looked_for_inside(place: Place) -> None:
     (opened,) = [call for call in place.fake.compose_calls("exec") if call[-1] == "worker"]
     assert f"LEM_WORKER_MARK={words[-1]}" in opened
     assert place.rig.marker.survivors() == ()
-
-
-def test_what_cannot_be_ended_inside_ends_with_its_container(place: Place) -> None:
-    executor = place.executor()
     executor.worker_for("pytorch").open()
     place.fake.change(silent=["pytorch"])
     executor.kill()
@@ -337,11 +281,6 @@ def test_what_cannot_be_ended_inside_ends_with_its_container(place: Place) -> No
 
 needs_torch = pytest.mark.needs("torch", "transformers")
 GPUS = tuple(GpuFacts(index, f"GPU-{index}aaa", "Test", 1, (9, 0)) for index in (0, 1))
-
-
-@pytest.fixture
-def fake(tmp_path: Path) -> FakeDocker:
-    return FakeDocker.install(tmp_path / "docker")
 
 
 def campaign(*backends: str, shared: dict[str, Any] | None = None, **more: Any) -> CampaignConfig:
@@ -398,13 +337,10 @@ def test_without_an_engine_it_is_here_and_says_why(fake: FakeDocker, state: dict
     assert "containers are not available" in choice.describe()
 
 
-def test_what_is_asked_for_is_done(fake: FakeDocker) -> None:
+def test_an_executor_that_is_asked_for_is_used(fake: FakeDocker) -> None:
     assert choose(fake, campaign("pytorch"), "docker").name == "docker"
     assert choose(fake, campaign("vllm"), "local").name == "local"
     assert "python3 (requested)" in choose(fake, campaign("vllm"), python="python3").describe()
-
-
-def test_a_python_is_for_the_local_executor(fake: FakeDocker) -> None:
     with pytest.raises(UserError, match="--python"):
         choose(fake, campaign(), "docker", python="python3")
 
@@ -417,8 +353,9 @@ def test_images_that_cannot_be_told_are_no_error(fake: FakeDocker) -> None:
 # What the executor is made of
 
 
-def made(found: CampaignConfig, folder: Path, gpus: tuple[GpuFacts, ...] = GPUS) -> DockerExecutor:
-    return docker_executor(found, build_plan(found), folder=folder, environ={}, gpus=gpus)
+def project_of(found: CampaignConfig, folder: Path, gpus: tuple[GpuFacts, ...] = GPUS) -> ComposeProject:
+    plan = build_plan(found, complete_campaign(found).listed)
+    return docker_executor(found, plan, folder=folder, environ={}, gpus=gpus).project
 
 
 @pytest.mark.parametrize(
@@ -437,13 +374,13 @@ def made(found: CampaignConfig, folder: Path, gpus: tuple[GpuFacts, ...] = GPUS)
 def test_a_service_is_given_the_gpus_that_its_experiments_name(
     tmp_path: Path, gpus: list[Any], known: tuple[GpuFacts, ...], given: tuple[str, ...] | None
 ) -> None:
-    found = made(campaign(shared={"gpus": gpus}), tmp_path, known).project.gpus_of
+    found = project_of(campaign(shared={"gpus": gpus}), tmp_path, known).gpus_of
     assert found == ({} if given is None else {"pytorch": given})
 
 
 def test_folders_are_those_of_the_campaign(tmp_path: Path) -> None:
     io = CampaignIOConfig(results_dir="r", state_dir="/s", env_file="my.env")
-    project = made(campaign(io=io), tmp_path).project
+    project = project_of(campaign(io=io), tmp_path)
     assert project.results_dir == tmp_path / "r"
     assert project.state_folder == Path("/s/my-demo")
     assert project.env_file == tmp_path / "my.env"
@@ -456,11 +393,9 @@ def test_each_service_sees_its_own_models(tmp_path: Path) -> None:
         path.mkdir()
     entries = [{"model": str(path), "backend": backend} for backend, path in models.items()]
     found = CampaignConfig.from_dict({"campaign_name": "demo", "experiments": entries})
-    plan = build_plan(found, complete_campaign(found).listed)
-    mounts = docker_executor(found, plan, folder=tmp_path, environ={}, gpus=()).project.mounts_of
-    assert {name: [item.source for item in items] for name, items in mounts.items()} == {
-        name: [path] for name, path in models.items()
-    }
+    mounts = project_of(found, tmp_path, ()).mounts_of
+    sources = {name: [item.source for item in items] for name, items in mounts.items()}
+    assert sources == {name: [path] for name, path in models.items()}
 
 
 def test_what_is_about_containers_is_told_to_do_nothing_here(
