@@ -15,27 +15,21 @@ from lem.meters.sources import Capabilities, CpuCapability, GpuCapability
 from lem.orchestration.compose import packaged_compose_file
 from lem.orchestration.doctor import CHECKS, Finding, Host, check_cpu_energy, check_gpu_energy, examine
 from tests.command_rig import run_lem
-from tests.doubles.fake_docker import FakeDocker
+from tests.doubles.fake_docker import WITH_GPU, FakeDocker
 from tests.doubles.powercap import Powercap
-
-GPU = {"image": "img", "deploy": {"resources": {"reservations": {"devices": [{"capabilities": ["gpu"]}]}}}}
 
 
 @pytest.fixture
-def fake(tmp_path: Path) -> FakeDocker:
-    return FakeDocker.install(tmp_path / "docker", services={"pytorch": {"image": "img"}})
+def fake(fake: FakeDocker) -> FakeDocker:
+    fake.change(services={"pytorch": {"image": "img"}})
+    return fake
 
 
 def host(fake: FakeDocker, **more: Any) -> Host:
     (fake.folder / "dev").mkdir(exist_ok=True)
     environ = fake.environ(LEM_CACHE_DIR=str(fake.folder / "cache"))
-    return Host(
-        folder=fake.folder,
-        environ=environ,
-        device_folder=fake.folder / "dev",
-        rapl_root=fake.folder / "powercap",
-        **more,
-    )
+    places = {"device_folder": fake.folder / "dev", "rapl_root": fake.folder / "powercap"}
+    return Host(folder=fake.folder, environ=environ, **places, **more)
 
 
 def look(found: Host) -> dict[str, Finding]:
@@ -52,14 +46,16 @@ def with_gpu(fake: FakeDocker, *pids: int, error: str | None = None) -> Host:
     return found
 
 
-def test_a_machine_that_is_fit_is_told_so(fake: FakeDocker) -> None:
+def test_a_machine_is_fit_if_no_check_fails(fake: FakeDocker) -> None:
     findings = look(host(fake))
     assert list(findings) == list(CHECKS)
     assert {item.status for item in findings.values()} <= {"ok", "skipped", "warning"}
     assert "20.10.24" in findings["engine"].message
     assert "2.26.1" in findings["compose"].message
     assert "pytorch" in findings["compose_file"].message
-    assert not examine(host(fake)).failed
+    assert "no RAPL package" in findings["cpu_energy"].message
+    Powercap.server(fake.folder / "powercap").make(0)
+    assert "package-1/dram" in look(host(fake))["cpu_energy"].message
 
 
 @pytest.mark.parametrize(
@@ -69,7 +65,7 @@ def test_a_machine_that_is_fit_is_told_so(fake: FakeDocker) -> None:
         ({"compose": None}, "compose", "install"),
         ({"invalid": "yaml: line 2: did not find expected node content"}, "compose_file", "correct the file"),
         ({"images": []}, "images", "pull"),
-        ({"services": {"pytorch": GPU}}, "gpu_runtime", "docker-compose.cpu.yml"),
+        ({"services": {"pytorch": WITH_GPU}}, "gpu_runtime", "docker-compose.cpu.yml"),
     ],
 )
 def test_what_is_missing_is_told_with_its_remedy(
@@ -82,16 +78,10 @@ def test_what_is_missing_is_told_with_its_remedy(
     assert examine(host(fake)).failed
 
 
-def test_without_a_docker_command_the_rest_is_looked_at_all_the_same(tmp_path: Path) -> None:
-    found = Host(folder=tmp_path, environ={"PATH": str(tmp_path)})
-    findings = look(found)
-    assert findings["engine"].status == "failed"
-    assert "install Docker" in findings["engine"].remedy
-    assert findings["disk"].status in ("ok", "warning")
-
-
-def test_what_stands_in_the_way_of_several_checks_is_told_once(fake: FakeDocker, tmp_path: Path) -> None:
+def test_a_problem_of_several_checks_is_reported_by_the_first(fake: FakeDocker, tmp_path: Path) -> None:
     without_docker = look(Host(folder=tmp_path, environ={"PATH": str(tmp_path)}))
+    assert "install Docker" in without_docker["engine"].remedy
+    assert without_docker["disk"].status in ("ok", "warning")
     fake.change(daemon="down")
     without_engine = look(host(fake))
     fake.change(daemon="up", compose=None)
@@ -105,63 +95,39 @@ def test_what_stands_in_the_way_of_several_checks_is_told_once(fake: FakeDocker,
         assert {findings[name] for name in others} == {Finding("skipped", f"not checked, see {first}")}
 
 
-def test_a_host_that_lacks_containers_alone_is_fit_for_the_local_executor(fake: FakeDocker) -> None:
+def test_the_local_executor_works_without_containers(fake: FakeDocker) -> None:
     assert examine(host(fake)).executors == ("docker", "local")
     fake.change(daemon="down")
     assert examine(host(fake)).executors == ("local",)
     (fake.folder / "results").write_text("")
     assert examine(host(fake)).executors == ()
+    assert look(host(fake))["rights"].status == "failed"
 
 
-def test_an_image_that_nobody_named_is_a_warning_while_another_is_there(fake: FakeDocker) -> None:
+def test_an_image_of_an_unnamed_backend_is_a_warning_while_another_is_there(fake: FakeDocker) -> None:
     fake.change(services={"pytorch": {"image": "img"}, "vllm": {"image": "huge"}})
     assert look(host(fake))["images"].status == "warning"
     assert look(host(fake, backends=("pytorch",)))["images"].status == "ok"
     finding = look(host(fake, backends=("vllm",)))["images"]
     assert (finding.status, "huge (vllm)" in finding.message) == ("failed", True)
-
-
-def test_a_backend_without_a_service_is_told(fake: FakeDocker) -> None:
     assert "no service tensorrt" in look(host(fake, backends=("tensorrt",)))["compose_file"].message
 
 
-@pytest.mark.parametrize(
-    ("engine", "status"),
-    [({}, "failed"), ({"runtimes": {"nvidia": {}}}, "ok")],
-)
+@pytest.mark.parametrize(("engine", "status"), [({}, "failed"), ({"runtimes": {"nvidia": {}}}, "ok")])
 def test_a_gpu_needs_a_runtime(fake: FakeDocker, engine: dict[str, Any], status: str) -> None:
-    fake.change(services={"pytorch": GPU}, **engine)
+    fake.change(services={"pytorch": WITH_GPU}, **engine)
     finding = look(with_gpu(fake))["gpu_runtime"]
     assert finding.status == status
     assert ("NVIDIA Container Toolkit" in finding.remedy) is (status == "failed")
 
 
-def test_a_driver_that_does_not_answer_is_told(fake: FakeDocker) -> None:
+def test_the_driver_and_the_processes_on_its_gpus_are_checked(fake: FakeDocker) -> None:
+    idle, busy = look(with_gpu(fake)), look(with_gpu(fake, 4711))["gpu_processes"]
+    assert "580.1" in idle["driver"].message
+    assert idle["gpu_processes"].status == "ok"
+    assert (busy.status, "4711 on GPU 0" in busy.message) == ("warning", True)
     finding = look(with_gpu(fake, error="Driver/library version mismatch"))["driver"]
-    assert finding.status == "failed"
-    assert "mismatch" in finding.message
-    assert "reboot" in finding.remedy
-    assert "580.1" in look(with_gpu(fake))["driver"].message
-
-
-def test_who_computes_on_the_gpus_is_told(fake: FakeDocker) -> None:
-    finding = look(with_gpu(fake, 4711))["gpu_processes"]
-    assert (finding.status, "4711 on GPU 0" in finding.message) == ("warning", True)
-    assert look(with_gpu(fake))["gpu_processes"].status == "ok"
-
-
-def test_counters_of_the_cpu_are_looked_for(fake: FakeDocker) -> None:
-    finding = look(host(fake))["cpu_energy"]
-    assert (finding.status, "no RAPL package" in finding.message) == ("warning", True)
-    assert finding.remedy
-    Powercap.server(fake.folder / "powercap").make(0)
-    finding = look(host(fake))["cpu_energy"]
-    assert (finding.status, "package-1/dram" in finding.message) == ("ok", True)
-
-
-def test_a_folder_that_is_a_file_is_told(fake: FakeDocker) -> None:
-    (fake.folder / "results").write_text("")
-    assert look(host(fake))["rights"].status == "failed"
+    assert (finding.status, "mismatch" in finding.message, "reboot" in finding.remedy) == ("failed", True, True)
 
 
 # The commands
@@ -187,9 +153,11 @@ def test_the_document_says_ok_and_lists_the_checks(here: FakeDocker) -> None:
     assert (code, json.loads(out)["ok"]) == (2, False)
 
 
-def test_the_text_says_what_to_do(here: FakeDocker) -> None:
+def test_the_text_says_what_to_do_and_nothing_is_left_behind(here: FakeDocker) -> None:
+    before = sorted(here.folder.rglob("*"))
     code, out, _ = run_lem("doctor")
     assert code == 0
+    assert [path for path in sorted(here.folder.rglob("*")) if path not in before] == [here.folder / "calls.jsonl"]
     assert out.endswith("this host can run campaigns in containers\n")
     here.change(images=[])
     code, out, _ = run_lem("doctor", "--backend", "pytorch")
@@ -199,12 +167,6 @@ def test_the_text_says_what_to_do(here: FakeDocker) -> None:
     assert max(map(len, out.splitlines())) <= 100
     (here.folder / "results").write_text("")
     assert run_lem("doctor", "--backend", "pytorch")[1].endswith("cannot run campaigns: images, rights\n")
-
-
-def test_nothing_is_left_behind(here: FakeDocker) -> None:
-    before = sorted(here.folder.rglob("*"))
-    run_lem("doctor")
-    assert [path for path in sorted(here.folder.rglob("*")) if path not in before] == [here.folder / "calls.jsonl"]
 
 
 def test_the_compose_file_is_printed_as_it_is() -> None:
@@ -246,10 +208,7 @@ def test_what_the_gpus_can_tell(gpus: tuple[GpuCapability, ...], status: str, me
 
 
 def test_of_many_gpus_those_that_cannot_be_measured_are_shown() -> None:
-    many = tuple(
-        dataclasses.replace(COUNTED, meter=dataclasses.replace(COUNTED.meter, index=index)) for index in range(8)
-    )
-    finding = check_gpu_energy(Capabilities(CpuCapability(), (*many, DARK)))
+    finding = check_gpu_energy(Capabilities(CpuCapability(), (*[COUNTED] * 8, DARK)))
     assert finding.message.startswith("GPU 2: MIG is on")
     assert finding.message.endswith(" and 5 more")
 
@@ -260,12 +219,7 @@ def test_of_many_gpus_those_that_cannot_be_measured_are_shown() -> None:
         (CpuCapability(("package-0", "package-0/dram")), "ok", "package-0/dram", ""),
         (CpuCapability(("package-0",), missing=("psys: gone",)), "warning", "not psys: gone", ""),
         (CpuCapability(rapl_error="may not be read", rapl_remedy="chmod"), "warning", "may not be read", "chmod"),
-        (
-            CpuCapability(rapl_error="none", rapl_remedy="x", tdp_w=205.0),
-            "warning",
-            "tdp_estimate would use 205 W",
-            "x",
-        ),
+        (CpuCapability(rapl_error="none", rapl_remedy="x", tdp_w=205.0), "warning", "would use 205 W", "x"),
     ],
 )
 def test_what_the_cpus_can_tell(cpu: CpuCapability, status: str, message: str, remedy: str) -> None:

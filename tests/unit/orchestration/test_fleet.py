@@ -40,19 +40,18 @@ def test_a_shard_is_one_of_so_many(text: str) -> None:
         parse_shard(text)
 
 
-def test_longest_first_on_the_host_with_least_to_do() -> None:
-    anchor, parts = divide({"a": 1, "b": 8, "c": 5, "d": 4, "e": 3}, 2)
-    assert anchor == "a"
-    assert [sorted(part) for part in parts] == [["a", "b", "e"], ["a", "c", "d"]]
-
-
-def test_a_single_host_has_everything_and_no_anchor() -> None:
-    assert divide({"a": 1, "b": 2}, 1) == (None, (frozenset({"a", "b"}),))
-
-
-def test_more_hosts_than_configurations_leaves_some_with_the_anchor_alone() -> None:
-    _, parts = divide({"a": 1, "b": 2}, 3)
-    assert [sorted(part) for part in parts] == [["a", "b"], ["a"], ["a"]]
+@pytest.mark.parametrize(
+    ("costs", "count", "anchor", "parts"),
+    [
+        ({"a": 1, "b": 8, "c": 5, "d": 4, "e": 3}, 2, "a", ["abe", "acd"]),
+        ({"a": 1, "b": 2}, 1, None, ["ab"]),
+        ({"a": 1, "b": 2}, 3, "a", ["ab", "a", "a"]),
+    ],
+)
+def test_the_longest_goes_first_to_the_host_with_the_least_to_do(
+    costs: dict[str, float], count: int, anchor: str | None, parts: list[str]
+) -> None:
+    assert divide(costs, count) == (anchor, tuple(map(frozenset, parts)))
 
 
 def test_cycles_of_a_configuration_stay_on_one_host_and_the_cheapest_runs_everywhere() -> None:

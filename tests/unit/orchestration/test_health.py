@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,12 @@ def test_containers_are_looked_at_once_a_cycle_or_block_and_every_so_many_experi
     assert place.executor.looked_after == looks
 
 
-def test_what_the_workers_ran_in_is_taken_down_once_at_the_end(place: Place) -> None:
-    place.runner(make_campaign(place.folder)).run()
-    assert (place.executor.ended, place.executor.closed) == (1, 1)
-
-
-def test_what_the_workers_ran_in_is_taken_down_after_an_error_too(place: Place) -> None:
-    runner = place.runner(make_campaign(place.folder), environment={"torch": None})
-    with pytest.raises(UserError):
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_the_workers_ran_in_is_taken_down_once_at_the_end(place: Place, fails: bool) -> None:
+    runner = place.runner(make_campaign(place.folder), **({"environment": {"torch": None}} if fails else {}))
+    with pytest.raises(UserError) if fails else contextlib.nullcontext():
         runner.run()
-    assert (place.executor.killed, place.executor.closed) == (1, 1)
+    assert (place.executor.ended, place.executor.killed, place.executor.closed) == (not fails, fails, 1)
 
 
 @pytest.mark.parametrize("error", [InfrastructureError("lost"), UserError("lost")])

@@ -34,37 +34,25 @@ def ask(python: str, pyz: Path, *arguments: str) -> str:
     return finished.stdout
 
 
-def test_it_runs_with_nothing_installed(pyz: Path) -> None:
+def test_it_runs_with_nothing_installed(pyz: Path, tmp_path: Path) -> None:
     for python in [item for item in find_pythons() if item.is_supported]:
         assert ask(str(python.path), pyz, "--version") == f"lem {__version__}\n"
-
-
-def test_it_reads_yaml_and_asks_nvml_on_its_own(pyz: Path, tmp_path: Path) -> None:
     (tmp_path / "e.yaml").write_text("model: gpt2\n")
     ask(sys.executable, pyz, "config", "validate", str(tmp_path / "e.yaml"))
-    reading = json.loads(ask(sys.executable, pyz, "gpus", "--json"))
-    assert reading["error"] != "pynvml is not installed"
+    assert json.loads(ask(sys.executable, pyz, "gpus", "--json"))["error"] != "pynvml is not installed"
+    assert ask(sys.executable, pyz, "compose") == (ROOT / "docker" / "docker-compose.yml").read_text()
 
 
-def test_it_holds_the_compose_file_and_nothing_compiled(pyz: Path) -> None:
-    text = ask(sys.executable, pyz, "compose")
-    assert text == (ROOT / "docker" / "docker-compose.yml").read_text()
-    names = zipfile.ZipFile(pyz).namelist()
-    assert not [name for name in names if name.endswith((".pyc", ".so")) or "__pycache__" in name]
-
-
-def test_it_lies_alone_in_a_folder_that_everybody_can_read(pyz: Path) -> None:
-    assert [path.name for path in pyz.parent.iterdir()] == ["lem.pyz"]
-    assert stat.S_IMODE(pyz.parent.stat().st_mode) & 0o555 == 0o555
-    assert stat.S_IMODE(pyz.stat().st_mode) & 0o444 == 0o444
-
-
-def test_the_same_program_is_packed_once_into_the_same_bytes(pyz: Path, tmp_path: Path) -> None:
-    again = provide_pyz({"LEM_CACHE_DIR": str(pyz.parents[2])})
-    assert again == pyz
+def test_the_same_program_is_packed_once_alone_into_the_same_bytes(pyz: Path, tmp_path: Path) -> None:
+    assert provide_pyz({"LEM_CACHE_DIR": str(pyz.parents[2])}) == pyz
     elsewhere = provide_pyz({"LEM_CACHE_DIR": str(tmp_path)})
     assert elsewhere.parent.name == pyz.parent.name
     assert elsewhere.read_bytes() == pyz.read_bytes()
+    assert [path.name for path in pyz.parent.iterdir()] == ["lem.pyz"]
+    assert stat.S_IMODE(pyz.parent.stat().st_mode) & 0o555 == 0o555
+    assert stat.S_IMODE(pyz.stat().st_mode) & 0o444 == 0o444
+    names = zipfile.ZipFile(pyz).namelist()
+    assert not [name for name in names if name.endswith((".pyc", ".so")) or "__pycache__" in name]
 
 
 def test_a_zip_that_runs_is_copied_as_it_is(pyz: Path, tmp_path: Path) -> None:
