@@ -64,9 +64,17 @@ def entries(host: Host, campaign: str) -> dict[str, str]:
     return {} if not text else {item["exp_id"]: item["status"] for item in json.loads(text)["experiments"]}
 
 
+@pytest.fixture(scope="session")
+def provisioned(fleet):
+    """Hosts on which everything is installed, also if the tests that install it were left out."""
+    fleet.controller.must("site")
+    return fleet
+
+
 # From bare
 
 
+@pytest.mark.long
 def test_check_mode_on_bare_hosts_is_clean_and_changes_nothing(fleet):
     ended = fleet.controller.must("site", "--check", "--diff")
     assert ended.changed("gpu1", "gpu2") > 0
@@ -83,8 +91,9 @@ def test_bare_hosts_are_provisioned_and_a_second_run_changes_nothing(fleet):
         assert host.run("python3", "-I", f"/opt/lem/releases/{release}/lem.pyz", "--version").startswith("lem ")
 
 
-def test_check_mode_on_provisioned_hosts_finds_nothing_to_do(fleet):
-    assert fleet.controller.must("site", "--check", "--diff").changed("gpu1", "gpu2") == 0
+@pytest.mark.long
+def test_check_mode_on_provisioned_hosts_finds_nothing_to_do(provisioned):
+    assert provisioned.controller.must("site", "--check", "--diff").changed("gpu1", "gpu2") == 0
 
 
 # Bad input
@@ -93,17 +102,18 @@ def test_check_mode_on_provisioned_hosts_finds_nothing_to_do(fleet):
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"lem_preflight_state_mib": "much"}, "much"),
-        ({"lem_preflight_state_mib": 10**9}, "MiB are required"),
-        ({"lem_preflight_gpu_runtime": True}, "containers cannot use a GPU here"),
         (
             {"lem_python": "/opt/old-python"},
             r"lem needs Python 3\.10 or newer; lem_python is /opt/old-python,\s+which\s+is 3\.9\.18",
         ),
-        ({"lem_python": "/opt/no-python"}, "does not run here"),
+        pytest.param({"lem_preflight_state_mib": "much"}, "much", marks=pytest.mark.long),
+        pytest.param({"lem_preflight_state_mib": 10**9}, "MiB are required", marks=pytest.mark.long),
+        pytest.param({"lem_preflight_gpu_runtime": True}, "containers cannot use a GPU here", marks=pytest.mark.long),
+        pytest.param({"lem_python": "/opt/no-python"}, "does not run here", marks=pytest.mark.long),
     ],
 )
-def test_a_host_that_is_not_fit_is_refused_before_anything_changes(fleet, variables, said):
+def test_a_host_that_is_not_fit_is_refused_before_anything_changes(provisioned, variables, said):
+    fleet = provisioned
     script = "printf '#!/bin/sh\\necho 3.9.18\\n' > /opt/old-python && chmod 755 /opt/old-python"
     fleet.gpu1.run("sh", "-c", script)
     before = fleet.gpu1.files()
@@ -164,7 +174,9 @@ def test_a_campaign_is_split_over_hosts_and_merged(fleet):
     assert b"<svg" in (controller.fleet_dir / "split" / "report.html").read_bytes()
 
 
-def test_results_that_arrived_are_kept_and_a_second_call_runs_only_what_is_missing(fleet):
+@pytest.mark.long
+def test_results_that_arrived_are_kept_and_a_second_call_runs_only_what_is_missing(provisioned):
+    fleet = provisioned
     """Replicated; one host fails at one configuration, the other is killed in the middle."""
     controller = fleet.controller
     campaign = controller.write_campaign("twice")
@@ -212,7 +224,9 @@ def test_results_that_arrived_are_kept_and_a_second_call_runs_only_what_is_missi
     assert "@ gpu2" in shown.stdout
 
 
-def test_missing_work_of_a_lost_host_is_divided_among_the_others(fleet):
+@pytest.mark.long
+def test_missing_work_of_a_lost_host_is_divided_among_the_others(provisioned):
+    fleet = provisioned
     controller = fleet.controller
     given = trivial(lem_campaign_file=controller.write_campaign("lost", outputs=(4, 8, 16)))
     fleet.gpu2.kill()
@@ -236,7 +250,9 @@ def test_missing_work_of_a_lost_host_is_divided_among_the_others(fleet):
     controller.know(fleet.gpu1, fleet.gpu2)
 
 
-def test_a_timer_starts_a_campaign_and_stopping_keeps_what_is_measured(fleet):
+@pytest.mark.long
+def test_a_timer_starts_a_campaign_and_stopping_keeps_what_is_measured(provisioned):
+    fleet = provisioned
     controller, host = fleet.controller, fleet.gpu1
     campaign = controller.write_campaign("nightly", cycles=1)
     host.run("touch", HOLD)
@@ -310,6 +326,7 @@ def bundle(fleet, tmp_path_factory):
     return folder, {**variables, "lem_bundle_dir": str(made)}
 
 
+@pytest.mark.long
 def test_a_bundle_with_one_changed_byte_touches_no_host(fleet, bundle):
     folder, variables = bundle
     fleet.controller.know(fleet.island)
@@ -323,6 +340,7 @@ def test_a_bundle_with_one_changed_byte_touches_no_host(fleet, bundle):
     assert "island" not in ended.text
 
 
+@pytest.mark.long
 def test_an_image_with_another_id_is_refused(fleet, bundle):
     folder, variables = bundle
     fleet.controller.know(fleet.island)
@@ -336,6 +354,7 @@ def test_an_image_with_another_id_is_refused(fleet, bundle):
     assert not fleet.island.answers("test", "-e", "/opt/lem")
 
 
+@pytest.mark.long
 def test_a_host_without_network_installs_from_a_bundle_and_runs_a_campaign(fleet, bundle):
     _, variables = bundle
     controller, host = fleet.controller, fleet.island
@@ -382,12 +401,14 @@ _LEFT = re.compile(
 )
 
 
-def test_uninstalling_leaves_what_it_names_and_nothing_else(fleet):
+@pytest.mark.long
+def test_uninstalling_leaves_what_it_names_and_nothing_else(provisioned):
+    fleet = provisioned
     controller = fleet.controller
     controller.know(fleet.gpu1, fleet.gpu2)
-    results = fleet.gpu1.results("split")
+    results = fleet.gpu1.results("twice")
     controller.must("uninstall", "--limit", "gpu1")
-    assert fleet.gpu1.results("split") == results
+    assert fleet.gpu1.results("twice") == results
     assert not fleet.gpu1.answers("test", "-e", "/opt/lem")
 
     controller.must("uninstall", "--limit", "gpu2", lem_uninstall_results=True)

@@ -17,6 +17,20 @@ pytestmark = [pytest.mark.needs("lab", "gcc"), pytest.mark.timeout(1200)]  # the
 
 JOBS = 4
 
+# One for each thing that lem does about weather; `make test-long` runs the others.
+IN_EVERY_RUN = {
+    "daemon lost in the middle",
+    "image missing",
+    "container killed",
+    "container out of memory",
+    "worker falls silent",
+    "worker prints garbage",
+    "host killed while it generates",
+    "Ctrl-C",
+    "disk full in the results",
+    "GPU lost in a running container",
+}
+
 
 @pytest.fixture(scope="module")
 def verdicts(request, tmp_path_factory):
@@ -28,7 +42,10 @@ def verdicts(request, tmp_path_factory):
     return {verdict.weather: verdict for verdict in found}
 
 
-@pytest.mark.parametrize("name", [case.name for case in CASES])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(case.name, marks=() if case.name in IN_EVERY_RUN else pytest.mark.long) for case in CASES],
+)
 def test_weather_costs_no_more_than_what_it_struck(verdicts, name):
     verdict = verdicts[name]
     assert verdict.problems == ()

@@ -28,8 +28,8 @@ def fake(fake: FakeDocker) -> FakeDocker:
 def host(fake: FakeDocker, **more: Any) -> Host:
     (fake.folder / "dev").mkdir(exist_ok=True)
     environ = fake.environ(LEM_CACHE_DIR=str(fake.folder / "cache"))
-    places = {"device_folder": fake.folder / "dev", "rapl_root": fake.folder / "powercap"}
-    return Host(folder=fake.folder, environ=environ, **places, **more)
+    dev, powercap = fake.folder / "dev", fake.folder / "powercap"
+    return Host(folder=fake.folder, environ=environ, device_folder=dev, rapl_root=powercap, **more)
 
 
 def look(found: Host) -> dict[str, Finding]:

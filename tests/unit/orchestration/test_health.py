@@ -41,7 +41,8 @@ def test_containers_are_looked_at_once_a_cycle_or_block_and_every_so_many_experi
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_what_the_workers_ran_in_is_taken_down_once_at_the_end(place: Place, fails: bool) -> None:
-    runner = place.runner(make_campaign(place.folder), **({"environment": {"torch": None}} if fails else {}))
+    campaign = make_campaign(place.folder)
+    runner = place.runner(campaign, environment={"torch": None}) if fails else place.runner(campaign)
     with pytest.raises(UserError) if fails else contextlib.nullcontext():
         runner.run()
     assert (place.executor.ended, place.executor.killed, place.executor.closed) == (not fails, fails, 1)
