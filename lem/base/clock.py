@@ -5,39 +5,25 @@ from __future__ import annotations
 import re
 import time
 from datetime import datetime, timezone
-from typing import Protocol
 
 from lem.base.units import NS_PER_S
 
 _FRACTION = re.compile(r"\.(\d+)")
 
 
-class Clock(Protocol):
-    """The clock of one machine."""
+class Clock:
+    """The clock of this machine; a test passes one of its own."""
 
     def monotonic_ns(self) -> int:
-        """CLOCK_MONOTONIC in nanoseconds, for durations."""
-
-    def utc_now(self) -> datetime:
-        """The time of day with its zone, for labels only."""
-
-    def sleep(self, duration_s: float) -> None:
-        """Wait; not at all for a negative duration."""
-
-
-class SystemClock:
-    """The real clock."""
-
-    def monotonic_ns(self) -> int:
-        """`time.monotonic_ns`, which is CLOCK_MONOTONIC on Linux; engines stamp their tokens with it."""
+        """CLOCK_MONOTONIC in nanoseconds, for durations; engines stamp their tokens with it."""
         return time.monotonic_ns()
 
     def utc_now(self) -> datetime:
-        """As `utc_now`."""
+        """The time of day, for labels only."""
         return utc_now()
 
     def sleep(self, duration_s: float) -> None:
-        """As `Clock.sleep`."""
+        """Wait; not at all for a negative duration."""
         time.sleep(max(0.0, duration_s))
 
 

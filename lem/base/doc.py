@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import codecs
 import io
+import itertools
 import json
 import os
 import re
+import shutil
 import sys
 import textwrap
 import unicodedata
@@ -14,8 +16,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO, TypedDict
 
-from lem.base import log
-from lem.base.log import WIDTH
+from lem.base.durable import json_text
+from lem.base.log import WIDTH, is_colour_wanted, paint
 
 # The columns that a name gets in a table, and how many names a sentence lists.
 NAME_WIDTH = 36
@@ -28,11 +30,6 @@ _NAME_MIN = 16
 SEPARATORS = "-,/;:|·"
 _MARKDOWN_SPECIAL = "\\`*_{}[]<>|~#"
 _TOKEN = re.compile(rf"[^{SEPARATORS} ]*[{SEPARATORS} ]*")
-
-
-def paint(text: str, style: str, *, is_colour: bool) -> str:
-    """`text` in a style of `lem.base.log` where colour is wanted."""
-    return log.paint(text, style) if is_colour and text else text
 
 
 def printable(text: str) -> str:
@@ -168,31 +165,23 @@ def columns(heading: str, names: Sequence[str], others: Sequence[Column], width:
 
     Columns are right-aligned. A table that cannot fit is wider than `width`, never cut.
     """
-    heads = [column.heading.split("\n") for column in others]
-    widths = [max(map(text_width, (*head, *column.cells))) for head, column in zip(heads, others, strict=True)]
+    heads = [text.split("\n") for text in (heading, *(column.heading for column in others))]
+    widths = [max(map(text_width, (*head, *column.cells))) for head, column in zip(heads[1:], others, strict=True)]
     room = max(width - sum(widths) - _GAP * len(widths), _NAME_MIN)
     wrapped_names = [_wrap_name(printable(name), room) for name in names]
-    name_width = max(text_width(line) for lines in (*wrapped_names, heading.split("\n")) for line in lines)
-    height = max(len(head) for head in (*heads, heading.split("\n")))
-    lines = []
-    for index in range(height):
-        cells = [_line_of(head, index, height) for head in heads]
-        lines.append(_row(_line_of(heading.split("\n"), index, height), cells, name_width, widths))
+    widths.insert(0, max(text_width(line) for lines in (heads[0], *wrapped_names) for line in lines))
+    height = max(map(len, heads))
+    bottomed = [[""] * (height - len(head)) + head for head in heads]
+    lines = [_row(cells, widths) for cells in zip(*bottomed, strict=True)]
     for row, (first, *rest) in enumerate(wrapped_names):
-        lines.append(_row(first, [column.cells[row] for column in others], name_width, widths))
-        lines.extend(rest)
+        lines += [_row([first, *(column.cells[row] for column in others)], widths), *rest]
     return lines
 
 
-def _line_of(lines: Sequence[str], index: int, height: int) -> str:
-    """Headings are at the bottom of their rows."""
-    place = index - (height - len(lines))
-    return lines[place] if place >= 0 else ""
-
-
-def _row(name: str, cells: Sequence[str], name_width: int, widths: Sequence[int]) -> str:
-    padded = [" " * (width - text_width(cell)) + cell for cell, width in zip(cells, widths, strict=True)]
-    return (" " * _GAP).join([name + " " * (name_width - text_width(name)), *padded]).rstrip()
+def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    spaces = [" " * (width - text_width(cell)) for cell, width in zip(cells, widths, strict=True)]
+    others = (space + cell for space, cell in zip(spaces[1:], cells[1:], strict=True))
+    return (" " * _GAP).join([cells[0] + spaces[0], *others]).rstrip()
 
 
 def _wrap_name(name: str, width: int) -> list[str]:
@@ -211,25 +200,20 @@ def _wrap_name(name: str, width: int) -> list[str]:
 
 def _fitting(text: str, width: int) -> int:
     """How many characters of `text` fit in `width` columns."""
-    used = 0
-    for index, character in enumerate(text):
-        used += text_width(character)
-        if used > width:
-            return index
-    return len(text)
+    return sum(used <= width for used in itertools.accumulate(map(text_width, text)))
 
 
-def _shared_ends(names: Sequence[Sequence[str]]) -> tuple[str, str]:
+def _shared_ends(names: Sequence[list[str]]) -> tuple[str, str]:
     """The text with which all names begin and end, in whole tokens; every name keeps something of its own."""
-    shortest = min(map(len, names)) - 1
-    begin = 0
-    while begin < shortest and len({name[begin] for name in names}) == 1:
-        begin += 1
-    end = 0
-    while begin + end < shortest and len({name[-1 - end] for name in names}) == 1:
-        end += 1
-    suffix = "".join(names[0][len(names[0]) - end :])
-    return "".join(names[0][:begin]), suffix
+    most = min(map(len, names)) - 1
+    begin = _shared_start(names, most)
+    end = _shared_start([name[::-1] for name in names], most - len(begin))
+    return "".join(begin), "".join(reversed(end))
+
+
+def _shared_start(names: Sequence[Sequence[str]], most: int) -> list[str]:
+    shared = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*names, strict=False))
+    return [tokens[0] for tokens in itertools.islice(shared, most)]
 
 
 _ESCAPES = "lem.escapes"
@@ -252,15 +236,11 @@ def prepare_streams() -> None:
 
 def write_json(out: TextIO, document: Any) -> None:
     """One JSON document on a stream."""
-    from lem.base.durable import json_text  # which `lem --help` does not need
-
     out.write(json_text(document))
 
 
 def terminal_width(out: TextIO) -> int:
     """The columns of a terminal, 80 for anything else."""
-    import shutil  # half of what `lem --help` would import
-
     return max(WIDTH, shutil.get_terminal_size().columns) if out.isatty() else WIDTH
 
 
@@ -273,7 +253,7 @@ class Screen(TypedDict):
 
 def screen_of(out: TextIO) -> Screen:
     """Colour where the stream wants it, and the width of its terminal."""
-    return Screen(is_colour=log.is_colour_wanted(out), width=terminal_width(out))
+    return Screen(is_colour=is_colour_wanted(out), width=terminal_width(out))
 
 
 def _open_nothing(name: str) -> None:

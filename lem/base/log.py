@@ -42,9 +42,9 @@ def is_journal(stream: TextIO) -> bool:
     return named == f"{found.st_dev}:{found.st_ino}"
 
 
-def paint(text: str, style: str) -> str:
-    """`text` in a colour, bold or dim, for a terminal."""
-    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
+def paint(text: str, style: str, *, is_colour: bool) -> str:
+    """`text` in a colour, bold or dim where colour is wanted."""
+    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if is_colour and text else text
 
 
 def bounded_width(width: int) -> int:
@@ -76,7 +76,7 @@ class Console:
 
     def paint(self, text: str, colour: str) -> str:
         """`text` in a colour if the stream has colours."""
-        return paint(text, colour) if self.is_colour and text else text
+        return paint(text, colour, is_colour=self.is_colour)
 
     def line(self, text: str = "", level: int = logging.INFO) -> None:
         """Write a whole line above the live line; the journal needs its `level`."""

@@ -51,16 +51,14 @@ def parse_percentage(text: str) -> float:
     Raises:
         ValueError: another text, a negative number or infinity.
     """
-    match = _PERCENTAGE.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(f"expected a percentage such as 5%, got {text!r}")
-    number, exponent, sign = match.groups(default="")
-    if not sign:
-        raise ValueError(f"expected a percentage such as 5%, got {text!r}; add the % sign")
-    value = float(number + exponent) / 100
-    if math.isinf(value):
-        raise ValueError(f"expected a percentage such as 5%, got {text!r}")
-    return value
+    match, remedy = _PERCENTAGE.fullmatch(text.strip()), ""
+    if match is not None:
+        number, exponent, sign = match.groups(default="")
+        value = float(number + exponent) / 100
+        if sign and math.isfinite(value):
+            return value
+        remedy = "" if sign else "; add the % sign"
+    raise ValueError(f"expected a percentage such as 5%, got {text!r}{remedy}")
 
 
 def format_duration(seconds: float) -> str:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lem.base import log
-from lem.base.doc import Column, columns, paint, write_json
+from lem.base.doc import Column, columns, write_json
 from lem.base.errors import UserError
-from lem.base.log import WIDTH
+from lem.base.log import WIDTH, paint
 from lem.base.units import format_duration, parse_duration, plural
 from lem.cli.campaign_run import CampaignCommand, Job
 from lem.cli.config import add_flags, given_flags

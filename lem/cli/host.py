@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lem.base import log
-from lem.base.clock import SystemClock
-from lem.base.doc import paint, terminal_width, wrapped, write_json
+from lem.base.clock import Clock
+from lem.base.doc import terminal_width, wrapped, write_json
 from lem.base.errors import EngineError, ExitCode
-from lem.base.log import WIDTH
+from lem.base.log import WIDTH, paint
 from lem.base.units import GIB
 from lem.cli.selection import add_json, add_repeated, add_results_dir
 from lem.config.backends import PRESETS, find_preset
@@ -100,7 +100,7 @@ def run_gpus(args: argparse.Namespace, out: TextIO, _err: TextIO) -> None:
     probe_s = PROBE_S if args.probe else 0.0
     with open_nvml() as nvml:
         reading = read_gpus()
-        found = find_capabilities(nvml, SystemClock(), probe_s=probe_s, enough=PROBE_CHANGES)
+        found = find_capabilities(nvml, Clock(), probe_s=probe_s, enough=PROBE_CHANGES)
     if args.json:
         out.write(json.dumps({"schema_version": 1, **asdict(reading), "energy": found.to_dict()}) + "\n")
         return

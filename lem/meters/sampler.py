@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from lem.base.clock import Clock, SystemClock
+from lem.base.clock import Clock
 from lem.base.errors import ExitCode, LemError
 from lem.base.units import NS_PER_MS, NS_PER_S
 from lem.meters.gpu_meter import Complaints, GpuWatch, NvmlMeter
@@ -286,7 +286,7 @@ def run_sampler_process(options: SamplerOptions, err: TextIO) -> int:
     """The exit code: 0 when the owner ended it, 1 when the log could not be written, with the reason on `err`."""
     with _end_signals() as wakeup_fd, _open_nvml_for(options) as nvml:
         try:
-            run_sampler(options, nvml, SystemClock(), PipeOwner(_STDIN, wakeup_fd))
+            run_sampler(options, nvml, Clock(), PipeOwner(_STDIN, wakeup_fd))
         except SampleFileError as error:
             err.write(f"error: {error.message}\n")
             return int(ExitCode.EXPERIMENT_FAILED)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lem.base.clock import SystemClock
+from lem.base.clock import Clock
 from lem.base.errors import UserError
 from lem.base.measurement import EnergySource
 from lem.base.units import GIB, some_of
@@ -110,7 +110,7 @@ class Host:
     def capabilities(self) -> Capabilities:
         """The energy meters; each counter is watched for a moment."""
         with open_nvml() as nvml:
-            return find_capabilities(nvml, SystemClock(), probe_s=PROBE_S, rapl_root=self.rapl_root)
+            return find_capabilities(nvml, Clock(), probe_s=PROBE_S, rapl_root=self.rapl_root)
 
     @property
     def has_gpu_device(self) -> bool:

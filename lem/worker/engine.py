@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from lem.base.clock import Clock, SystemClock
+from lem.base.clock import Clock
 from lem.base.errors import DISK_FULL, EngineError, LemError
 from lem.record import RESULT_FILE, Record, write_record
 from lem.worker.channel import (
@@ -81,7 +81,7 @@ def serve_pipes(control_fd: int, message_fd: int) -> int:
     faulthandler.enable()
     # CUDA counts the fastest GPU first by default, NVML by PCI bus: an index must mean the same GPU to both.
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    return serve(control_fd, PipeReporter(message_fd), ResidentEngine(), _run_traced, SystemClock())
+    return serve(control_fd, PipeReporter(message_fd), ResidentEngine(), _run_traced, Clock())
 
 
 def _run_traced(request: RunRequest, engine: ResidentEngine, reporter: Reporter, clock: Clock) -> Record:

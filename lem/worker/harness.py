@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lem.base import durable, measurement
-from lem.base.clock import Clock, SystemClock, seconds_between
+from lem.base.clock import Clock, seconds_between
 from lem.base.errors import ConfigurationError, EngineError
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
@@ -46,7 +46,7 @@ class ResidentEngine:
         clock: Clock | None = None,
     ) -> None:
         self._load = load
-        self._clock = clock or SystemClock()
+        self._clock = clock or Clock()
         self._engine: Engine | None = None
         self._engine_key: str | None = None
         self._load_id = ""

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lem.base.clock import SystemClock
+from lem.base.clock import Clock
 from lem.config.experiment import ExperimentConfig
 from lem.engines.common import load_engine
 from lem.engines.protocol import Engine, TokenRequest
@@ -70,7 +70,7 @@ def harness_side(model: Path) -> tuple[list[TokenRequest], Side]:
 
     def measure() -> tuple[float, list[list[int]]]:
         measured = measure_batch(
-            engine, requests, min_window_s=0.0, observe_tokens=False, clock=SystemClock(), report=lambda _done: None
+            engine, requests, min_window_s=0.0, observe_tokens=False, clock=Clock(), report=lambda _done: None
         )
         return measured.output_tok / measured.window_s, [list(item.completion.output_ids) for item in measured.outputs]
 

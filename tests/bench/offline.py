@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-from lem.base.clock import SystemClock
+from lem.base.clock import Clock
 from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import Engine, TokenRequest
 from lem.engines.vllm import load
@@ -56,7 +56,7 @@ def lem_side(engine: Engine) -> Measure:
 
     def measure() -> float:
         measured = measure_batch(
-            engine, requests, min_window_s=0.0, observe_tokens=False, clock=SystemClock(), report=lambda _done: None
+            engine, requests, min_window_s=0.0, observe_tokens=False, clock=Clock(), report=lambda _done: None
         )
         assert not measured.failures
         assert measured.output_tok == PROMPTS * OUTPUT_TOK

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lem.base.clock import SystemClock
+from lem.base.clock import Clock
 from lem.meters.samples import PartReader, SampleLog
 from lem.worker.children import SamplerProcess, wait_until_ready
 from lem.worker.launch import own_command
@@ -62,7 +62,7 @@ class Bench:
     uuid: str
     environ: Mapping[str, str]
     rehearsal: Rehearsal | None = None
-    clock: SystemClock = field(default_factory=SystemClock)
+    clock: Clock = field(default_factory=Clock)
     begun_s: float = field(default_factory=time.monotonic)
     versions: dict[str, str] = field(default_factory=dict)
     _engine: Engine | None = None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lem.base import process
-from lem.base.clock import SystemClock
+from lem.base.clock import Clock
 from lem.config.experiment import ExperimentConfig
 from lem.engines.common import load_engine
 from lem.engines.protocol import Engine, TokenRequest
@@ -113,7 +113,7 @@ class _Worker:
             self._requests,
             min_window_s=duration_s,
             observe_tokens=False,
-            clock=SystemClock(),
+            clock=Clock(),
             report=lambda _done: None,
         )
         if measured.failures:

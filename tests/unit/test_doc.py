@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lem.base.doc import Column, NameShortener, columns, paint, printable, text_width, wrapped
+from lem.base.doc import Column, NameShortener, columns, printable, text_width, wrapped
+from lem.base.log import paint
 
 LONG = [f"pytorch-tiny-llama-batch_size={size}-max_output_tokens=128-cpu" for size in (1, 16)]
 

@@ -8,6 +8,8 @@ from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 from typing import Any
 
+from lem.base.clock import Clock
+
 __all__ = ["NOT_SUPPORTED", "FakeClock", "FakeNvml"]
 
 NOT_SUPPORTED = 3
@@ -111,7 +113,7 @@ class FakeNvml:
 
 
 @dataclass
-class FakeClock:
+class FakeClock(Clock):
     """A clock that stands still until it is set; every stamp takes `step_ns`."""
 
     now_ns: int = 100 * NS_PER_S

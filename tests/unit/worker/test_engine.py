@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lem.base.clock import Clock, SystemClock
+from lem.base.clock import Clock
 from lem.base.errors import ConfigurationError, EngineError, OptionRefused
 from lem.config.experiment import ExperimentConfig
 from lem.record import Record, read_record
@@ -97,7 +97,7 @@ def test_a_record_is_on_disk_before_the_result_is_told(pipes: Pipes, tmp_path: P
     record = make_record()
     pipes.order(request_for(tmp_path).to_message())
 
-    assert serve(pipes.control, pipes.reporter, engine(), measuring(record, *phases), SystemClock()) == 0
+    assert serve(pipes.control, pipes.reporter, engine(), measuring(record, *phases), Clock()) == 0
 
     *before, result = pipes.said()
     assert [item["phase"] for item in before if item["type"] == "phase"] == list(PHASES)
@@ -108,7 +108,7 @@ def test_a_record_is_on_disk_before_the_result_is_told(pipes: Pipes, tmp_path: P
 def test_a_failure_is_answered_and_the_next_experiment_runs(pipes: Pipes, tmp_path: Path):
     pipes.order(request_for(tmp_path, "e1").to_message(), request_for(tmp_path, "e2").to_message())
 
-    serve(pipes.control, pipes.reporter, engine(), failing(RuntimeError("CUDA error")), SystemClock())
+    serve(pipes.control, pipes.reporter, engine(), failing(RuntimeError("CUDA error")), Clock())
 
     errors = [item for item in pipes.said() if item["type"] == "error"]
     assert [(item["exp_id"], item["phase"], item["message"]) for item in errors] == [
@@ -121,7 +121,7 @@ def test_a_failure_is_answered_and_the_next_experiment_runs(pipes: Pipes, tmp_pa
 def test_a_result_that_cannot_be_written_is_an_error(pipes: Pipes, tmp_path: Path):
     pipes.order(request_for(tmp_path / "missing").to_message())
 
-    serve(pipes.control, pipes.reporter, engine(), measuring(make_record()), SystemClock())
+    serve(pipes.control, pipes.reporter, engine(), measuring(make_record()), Clock())
 
     error = pipes.said()[-1]
     assert (error["type"], error["phase"]) == ("error", "write")
@@ -133,7 +133,7 @@ def test_quit_unloads_the_engine_and_what_comes_after_is_not_done(pipes: Pipes, 
     resident.ensure(ExperimentConfig.from_dict({"model": "m"}), "key", {})
     pipes.order({"type": "quit"}, request_for(tmp_path).to_message())
 
-    assert serve(pipes.control, pipes.reporter, resident, measuring(make_record()), SystemClock()) == 0
+    assert serve(pipes.control, pipes.reporter, resident, measuring(make_record()), Clock()) == 0
 
     assert pipes.said() == []
     assert not resident.is_resident("key")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lem.base.clock import SystemClock
+from lem.base.clock import Clock
 from lem.base.errors import EngineError
 from lem.base.reasons import Reason
 from lem.config.experiment import ExperimentConfig
@@ -376,7 +376,7 @@ class ThreadedBackend(TimedBackend):
         worker.join()
 
     def _work(self, queue: RequestQueue, taken: Handover) -> None:
-        real = SystemClock()
+        real = Clock()
         while requests := taken.get():
             for request in requests:
                 begin_ns = real.monotonic_ns()
@@ -390,7 +390,7 @@ class ThreadedBackend(TimedBackend):
 def test_real_threads_in_a_closed_loop_answer_every_request_once() -> None:
     backend = ThreadedBackend(SteppedClock())
     plan = closed_loop(2, min_window_s=0.02)
-    found = measure_traffic(backend, make_requests(5), plan, SystemClock(), lambda _: None)
+    found = measure_traffic(backend, make_requests(5), plan, Clock(), lambda _: None)
     assert found.failures == ()
     assert len(found.requests) >= 5
     assert all(item.completion.started_ns >= (item.arrived_ns or 0) for item in found.requests)
@@ -400,7 +400,7 @@ def test_real_threads_in_an_open_loop_get_requests_while_they_work() -> None:
     backend = ThreadedBackend(SteppedClock())
     backend.is_holding = True
     plan = open_loop(500.0, min_window_s=0.05, mode="poisson", ramp_limit_s=0.01)
-    found = measure_traffic(backend, make_requests(5), plan, SystemClock(), lambda _: None)
+    found = measure_traffic(backend, make_requests(5), plan, Clock(), lambda _: None)
     assert backend.has_taken_meanwhile.is_set(), "no request arrived as long as the first was worked on"
     assert found.failures == ()
     assert all(item.completion.started_ns >= (item.arrived_ns or 0) for item in found.requests)

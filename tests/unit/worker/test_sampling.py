@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lem.base.clock import SystemClock
+from lem.base.clock import Clock
 from lem.base.errors import UserError
 from lem.meters.samples import PartReader, SampleLog
 from lem.worker.children import SamplerProcess, wait_until_ready
@@ -47,7 +47,7 @@ def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def until_ready(sampler: SamplerProcess) -> SampleLog:
-    clock = SystemClock()
+    clock = Clock()
     deadline_ns = clock.monotonic_ns() + round(PATIENCE_S * NS_PER_S)
     assert wait_until_ready(sampler.output, deadline_ns, lambda: sampler.death() is None, clock), sampler.death()
     return PartReader(sampler.output).read()
@@ -112,7 +112,7 @@ def test_one_that_hangs_is_killed(output: Path) -> None:
 def test_one_that_cannot_write_says_why(output: Path) -> None:
     output.mkdir()
     sampler = SamplerProcess(COMMAND, output)
-    assert not wait_until_ready(output / "samples", 2**62, lambda: sampler.death() is None, SystemClock())
+    assert not wait_until_ready(output / "samples", 2**62, lambda: sampler.death() is None, Clock())
     assert sampler.stop(PATIENCE_S) == 1
     death = sampler.death() or ""
     assert death.startswith("the sampler ended with exit code 1: error:")

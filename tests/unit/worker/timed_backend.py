@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 
+from lem.base.clock import Clock
 from lem.config.experiment import ExperimentConfig
 from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
 
@@ -14,7 +15,7 @@ BEGIN_OF_TEXT = 1
 NS_PER_MS = 1_000_000
 
 
-class SteppedClock:
+class SteppedClock(Clock):
     """Stands still between `sleep` and `advance`."""
 
     def __init__(self, start_ns: int = 1_000_000_000) -> None:
