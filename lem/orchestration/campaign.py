@@ -25,7 +25,6 @@ from lem.orchestration.plan import Experiment, Plan, build_plan, write_configs
 from lem.orchestration.schedule import CampaignOutcome, Stopped
 from lem.orchestration.session import Context, Session
 from lem.orchestration.status import ActivityWriter
-from lem.record import Record
 from lem.results.store import StoppingRule, write_stopping_rule
 from lem.worker.supervisor import missing_distributions
 
@@ -147,7 +146,10 @@ class CampaignRunner(Context):
         with contextlib.ExitStack() as stack:
             if not self._is_reserved:
                 stack.enter_context(self.reserved())
-            stack.enter_context(hold_locks(gpu_locks(_gpus_of(plan), os.environ), self._holder()))
+            # A GPU that is not found here is the worker's to refuse.
+            visible = visible_gpus(find_gpus(), os.environ)
+            gpus = [gpu.uuid for item in plan.configurations for gpu in named_gpus(item.config.gpus, visible)]
+            stack.enter_context(hold_locks(gpu_locks(gpus, os.environ), self._holder()))
             return self._run_locked(plan, deadline_s)
 
     def _run_locked(self, plan: Plan, deadline_s: float | None) -> CampaignOutcome:
@@ -211,12 +213,15 @@ class CampaignRunner(Context):
             outcome: of the cycles planned.
             has_run: experiments ran in this session, so that a gap comes before the next.
         """
-        manifest = session.manifest
+        manifest, run_id = session.manifest, str(session.manifest.run_id)
         try:
-            write_stopping_rule(self.repository.folder / str(manifest.run_id), rule)
+            write_stopping_rule(self.repository.folder / run_id, rule)
             while outcome.stopped is None:
                 cycles = session.plan.execution.cycles
-                is_needed, reason = resume.needs_cycle(self._records_of(manifest), rule, cycles)
+                planned = {entry.exp_id for entry in manifest.experiments if entry.status != SKIPPED}
+                records = [item.record for item in self.repository.scan(run_id).results]
+                records = [record for record in records if record.identity.experiment_id in planned]
+                is_needed, reason = resume.needs_cycle(records, rule, cycles)
                 outcome = replace(outcome, remark=reason)
                 if not is_needed:
                     return replace(outcome, signum=self.stop.signum)
@@ -224,8 +229,13 @@ class CampaignRunner(Context):
                 stopped = session.why_stop(deadline_s)
                 if stopped is not None:
                     return replace(outcome, stopped=stopped, signum=self.stop.signum)
-                session.plan = session.plan.with_cycles(cycles + 1)
-                added = self._add_cycle(manifest, session.plan, reason)
+                plan = session.plan = session.plan.with_cycles(cycles + 1)
+                resume.apply_plan(manifest, self._new_entries(plan.experiments), plan.config_hash)
+                note = {"at": utc_text(self.now()), "kind": TOP_UP_NOTE, "cycles": cycles + 1, "reason": reason}
+                manifest.notes.append(note)
+                added = self.apply_resume_filter(
+                    manifest, [item for item in plan.experiments if item.cycle_index == cycles]
+                )
                 if not has_run:
                     self._check_environment(manifest, added)
                 session.save()
@@ -234,19 +244,6 @@ class CampaignRunner(Context):
         except InfrastructureError as error:
             return replace(outcome, stopped=Stopped.INFRASTRUCTURE, error=error)
         return outcome
-
-    def _add_cycle(self, manifest: CampaignManifest, plan: Plan, reason: str) -> list[CampaignExperiment]:
-        """Add the experiments of the plan's last cycle to the manifest, with a note that a resume reads."""
-        resume.apply_plan(manifest, self._new_entries(plan.experiments), plan.config_hash)
-        cycles = plan.execution.cycles
-        manifest.notes.append({"at": utc_text(self.now()), "kind": TOP_UP_NOTE, "cycles": cycles, "reason": reason})
-        return self.apply_resume_filter(manifest, [item for item in plan.experiments if item.cycle_index == cycles - 1])
-
-    def _records_of(self, manifest: CampaignManifest) -> list[Record]:
-        """The whole results of the run that are in its plan."""
-        planned = {entry.exp_id for entry in manifest.experiments if entry.status != SKIPPED}
-        scan = self.repository.scan(str(manifest.run_id))
-        return [item.record for item in scan.results if item.record.identity.experiment_id in planned]
 
     @contextlib.contextmanager
     def _workers(self) -> Iterator[None]:
@@ -342,12 +339,6 @@ def _without_engine(executor: str, backend: str, missing: Sequence[str], version
         f"backend {backend} cannot run here: {names} not installed in this Python ({version})",
         f"pip install {' '.join(missing)}, name another Python with --python, or use a container (lem doctor)",
     )
-
-
-def _gpus_of(plan: Plan) -> set[str]:
-    """The UUIDs of the GPUs that a plan uses; a name that is not found here is the worker's to refuse."""
-    visible = visible_gpus(find_gpus(), os.environ)
-    return {gpu.uuid for item in plan.configurations for gpu in named_gpus(item.config.gpus, visible)}
 
 
 def check_supported(campaign: CampaignConfig, executor_name: str) -> None:

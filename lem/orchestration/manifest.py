@@ -103,7 +103,6 @@ _ENTRY_NAMES = tuple(item.name for item in dataclasses.fields(CampaignManifestEn
 
 
 def _checked(name: str, value: Any) -> Any:
-    """The value as an entry keeps it."""
     if name not in _ENTRY_NAMES:
         raise AttributeError(f"a manifest entry has no field {name!r}")
     if name == "status" and value not in STATUSES:
@@ -138,9 +137,6 @@ class CampaignManifest:
     shuffle_seed: int | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     notes: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._positions: dict[str, int] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.__dict__[name] = utc_text(value) if isinstance(value, datetime) else value
@@ -184,13 +180,10 @@ class CampaignManifest:
         Raises:
             KeyError: there is none.
         """
-        position = self._positions.get(exp_id, -1)
-        if not (0 <= position < len(self.experiments) and self.experiments[position].exp_id == exp_id):
-            self._positions = {entry.exp_id: index for index, entry in enumerate(self.experiments)}
-            if exp_id not in self._positions:
-                raise KeyError(f"campaign {self.campaign_name} has no experiment {exp_id}")
-            position = self._positions[exp_id]
-        return self.experiments[position]
+        for entry in self.experiments:
+            if entry.exp_id == exp_id:
+                return entry
+        raise KeyError(f"campaign {self.campaign_name} has no experiment {exp_id}")
 
     def update_entry(self, exp_id: str, **fields: Any) -> CampaignManifestEntry:
         """The entry of that name, with those fields changed; in memory, `ManifestManager.save` writes it.
@@ -329,9 +322,6 @@ class ManifestManager:
 
         Nothing is overwritten: the new name contains the time, and a number when that name is taken. To be called
         under the campaign's lock.
-
-        Raises:
-            OSError: the folder is not writable.
         """
         if not self.exists():
             return None

@@ -141,12 +141,10 @@ class Plan:
 
     @property
     def filtered_by_reason(self) -> list[tuple[str, int]]:
-        """How many configurations were left out for each reason, the most frequent first."""
         return count_reasons(self.filtered)
 
     @property
     def warnings_by_reason(self) -> list[tuple[str, int]]:
-        """How many configurations each warning is about, the most frequent first."""
         return count_reasons(self.warnings)
 
     def with_cycles(self, cycles: int) -> Plan:

@@ -102,7 +102,13 @@ def update_manifest(
     manifest.shuffle_seed = plan.shuffle_seed
     if is_changed:
         notes.append(change)
-    found = reconcile(manifest, lambda entry: _results_of(repository, manifest, entry))
+
+    def results_of(entry: CampaignManifestEntry) -> list[Attempt]:
+        found = repository.find_attempts(str(manifest.run_id), entry.exp_id)
+        items = [(item.record.identity, item.record.validity.valid, str(item.path)) for item in found]
+        return [Attempt(who.attempt, path, is_valid, host=who.host) for who, is_valid, path in items]
+
+    found = reconcile(manifest, results_of)
     for exp_id in found["lost"]:
         _logger.warning("%s: %s; it runs again", exp_id, manifest.get_entry(exp_id).error)
     if found["adopted"]:
@@ -117,18 +123,6 @@ def resume_text(manifest: CampaignManifest) -> str:
     """`Resuming: N remaining (M completed, F failed)`; the failed ones are among the remaining."""
     remaining = len(manifest.get_remaining())
     return f"Resuming: {remaining} remaining ({manifest.completed_count} completed, {manifest.failed_count} failed)"
-
-
-def _results_of(repository: Repository, manifest: CampaignManifest, entry: CampaignManifestEntry) -> list[Attempt]:
-    return [
-        Attempt(
-            stored.record.identity.attempt,
-            str(stored.path),
-            stored.record.validity.valid,
-            host=stored.record.identity.host,
-        )
-        for stored in repository.find_attempts(str(manifest.run_id), entry.exp_id)
-    ]
 
 
 def reconcile(
