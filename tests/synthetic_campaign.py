@@ -34,6 +34,7 @@ from lem.base.clock import utc_text
 from lem.config.campaign_config import generate_campaign_id, slug_of
 from lem.config.experiment import ExperimentConfig
 from lem.meters.samples import FINISHED_FILENAME, GpuHeader, write_finished
+from lem.orchestration.grid import experiment_id
 from lem.orchestration.manifest import (
     COMPLETED,
     FAILED,
@@ -44,7 +45,6 @@ from lem.orchestration.manifest import (
     CampaignManifestEntry,
     encode_manifest,
 )
-from lem.orchestration.names import experiment_id
 from lem.record import Identity, Record, encode_record
 from tests.synthetic_log import LogPlan, make_log
 from tests.synthetic_record import Run, make_run_record

@@ -19,7 +19,7 @@ from lem.cli.selection import add_json, add_repeated, checked, list_problems, pr
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.bundle import Contents, Signer, make_bundle, verify_bundle
 from lem.orchestration.fleet import check_same, costs_of, make_fleet_plan, parse_shard, part_of_plan, replan, take_part
-from lem.orchestration.names import make_run_id
+from lem.orchestration.grid import make_run_id
 from lem.orchestration.plan import Plan
 from lem.results.merge import (
     SHARD,

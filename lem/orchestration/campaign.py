@@ -18,9 +18,9 @@ from lem.config.load import complete_campaign
 from lem.meters.nvml import find_gpus, named_gpus, visible_gpus
 from lem.orchestration import resume
 from lem.orchestration.dispatch import WorkerUnavailable
+from lem.orchestration.grid import make_run_id
 from lem.orchestration.locks import Holder, campaign_lock, gpu_locks, hold_locks
 from lem.orchestration.manifest import SKIPPED, TOP_UP_NOTE, CampaignManifest, CampaignManifestEntry, ManifestManager
-from lem.orchestration.names import make_run_id
 from lem.orchestration.plan import Experiment, Plan, build_plan, write_configs
 from lem.orchestration.schedule import CampaignOutcome, Stopped
 from lem.orchestration.session import Context, Session

@@ -21,15 +21,18 @@ from lem.config.option import canonical
 from lem.config.rules import Gpu
 from lem.config.yamlfile import FileProblems
 from lem.meters.nvml import find_gpus
-from lem.orchestration.grid import GridValidationIssue, count_reasons, expand_campaign_grid, validate_named
-from lem.orchestration.names import (
+from lem.orchestration.grid import (
+    GridValidationIssue,
     campaign_config_hash,
     config_hash,
+    count_reasons,
     distinct_names,
+    expand_campaign_grid,
     experiment_id,
     file_stem,
     name_configurations,
     prompts_fingerprint,
+    validate_named,
 )
 
 GapKind = Literal["configuration", "cycle"]

@@ -20,6 +20,7 @@ from lem.base.errors import EngineError, InfrastructureError, Interrupted, UserE
 from lem.base.variables import TOKEN_VARIABLE
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.dispatch import Executor, LocalExecutor, Outcome, Timeouts
+from lem.orchestration.grid import config_hash, prompts_fingerprint
 from lem.orchestration.host_meters import GapOutcome, HostMeters, keep_gap
 from lem.orchestration.manifest import (
     COMPLETED,
@@ -30,7 +31,6 @@ from lem.orchestration.manifest import (
     CampaignManifestEntry,
     ManifestManager,
 )
-from lem.orchestration.names import config_hash, prompts_fingerprint
 from lem.orchestration.plan import Experiment, GapKind, Plan
 from lem.orchestration.resume import RunOptions, interrupt_entry
 from lem.orchestration.schedule import CampaignOutcome, Stopped, StopRequest

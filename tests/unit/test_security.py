@@ -18,7 +18,7 @@ from lem.base.errors import ConfigurationError, UserError
 from lem.config import load
 from lem.config.campaign_config import CampaignConfig
 from lem.config.kinds import ConfigProblems
-from lem.orchestration.names import file_stem
+from lem.orchestration.grid import file_stem
 from lem.results.store import Repository, experiment_folder_name
 from tests.command_rig import run_lem
 from tests.synthetic_campaign import Campaign, Configuration, Written

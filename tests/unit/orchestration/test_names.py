@@ -13,7 +13,7 @@ from lem.base.errors import ConfigurationError
 from lem.config.campaign_config import CampaignConfig
 from lem.config.experiment import ExperimentConfig
 from lem.config.kinds import Expanded
-from lem.orchestration.names import (
+from lem.orchestration.grid import (
     campaign_config_hash,
     config_hash,
     experiment_id,
