@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from lem.base import measurement
 from lem.base.units import format_duration, format_quantity, plural
@@ -62,26 +63,21 @@ class _Square:
 
     @property
     def is_partial(self) -> bool:
-        return any(entry.configuration.n_excluded for entry in self.members)
+        return self.best is not None and any(entry.configuration.n_excluded for entry in self.members)
 
     @property
     def absence(self) -> str:
         return "no value" if any(entry.used for entry in self.members) else "failed"
 
-    @property
-    def tooltip(self) -> str:
-        return ", ".join(f"{entry.number} {entry.name}" for entry in self.members[:4])
-
 
 @dataclass(frozen=True)
 class _Grid:
-    """Two settings as axes with their values in order, the others that vary, and the range of the metric."""
+    """Two settings as axes with their values in order, and the range of the metric."""
 
     across: str
     up: str
     columns: tuple[str, ...]
     rows: tuple[str, ...]
-    others: tuple[str, ...]
     scale: Scale
 
 
@@ -89,25 +85,23 @@ def heatmap_section(report: Report) -> Markup:
     """A map for each value of what else varies, where these are few; else one with the best in each cell."""
     entries = _with_one_width(report.entries)
     settings = [entry.settings for entry in entries]
-    heading = "Energy per output token over the grid" if report.has_energy else "Output throughput over the grid"
+    heading = f"{'Energy per output token' if report.has_energy else 'Output throughput'} over the grid"
     values_of = {
-        key: _ordered({item.get(key, NOT_GIVEN) for item in settings})
+        key: tuple(sorted({item.get(key, NOT_GIVEN) for item in settings}, key=_numbers_first))
         for key in sorted({key for item in settings for key in item})
     }
     axes = _axes(values_of, settings)
     if axes is None:
-        long = ", ".join(f"{key} has {len(values)} values" for key, values in values_of.items() if len(values) > _MOST)
-        if not long:
-            reason = "Fewer than two settings vary, so there is no grid to draw."
-        else:
-            reason = f"No grid to draw: {long}; an axis has at most {_MOST}, and fewer than two other settings vary."
+        reason = "Fewer than two settings vary, so there is no grid to draw."
+        if long := [f"{key} has {len(found)} values" for key, found in values_of.items() if len(found) > _MOST]:
+            why = f"an axis has at most {_MOST}, and fewer than two other settings vary"
+            reason = f"No grid to draw: {', '.join(long)}; {why}."
         return no_plot("grid", heading, reason)
     known = [value for entry in entries if (value := entry.centre(report.headline)) is not None]
     if not known:
         return no_plot("grid", heading, "No configuration has a valid result.")
     across, up, *others = axes
-    scale = fitting_scale((min(known), max(known)), 0.0, 1.0)
-    grid = _Grid(across, up, values_of[across], values_of[up], tuple(others), scale)
+    grid = _Grid(across, up, values_of[across], values_of[up], fitting_scale((min(known), max(known)), 0.0, 1.0))
     facets: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
         facets.setdefault(tuple(entry.settings.get(key, NOT_GIVEN) for key in others), []).append(entry)
@@ -162,14 +156,10 @@ def _without_doubles(varied: Mapping[str, tuple[str, ...]], settings: Sequence[M
     return list(kept.values())
 
 
-def _ordered(values: Iterable[str]) -> tuple[str, ...]:
-    """Numbers by size, then texts by name."""
-
-    def place(value: str) -> tuple[int, float, str]:
-        is_number = re.fullmatch(r"-?[0-9]+([.][0-9]+)?([eE]-?[0-9]+)?", value) is not None
-        return (0, float(value), value) if is_number else (1, 0.0, value)
-
-    return tuple(sorted(values, key=place))
+def _numbers_first(value: str) -> tuple[int, float, str]:
+    """Sorts numbers by size, then texts by name."""
+    is_number = re.fullmatch(r"-?[0-9]+([.][0-9]+)?([eE]-?[0-9]+)?", value) is not None
+    return (0, float(value), value) if is_number else (1, 0.0, value)
 
 
 def _heatmap(identifier: str, heading: str, grid: _Grid, members: Sequence[Entry], report: Report) -> Markup:
@@ -181,24 +171,30 @@ def _heatmap(identifier: str, heading: str, grid: _Grid, members: Sequence[Entry
     for key, found in by_place.items():
         values = [value for entry in found if (value := entry.centre(report.headline)) is not None]
         squares[key] = _Square(found, (min if report.has_energy else max)(values, default=None))
-    left = 34 + 7.6 * max(min(len(value), 22) for value in (*grid.rows, _short(grid.up)))
+    across, up = _short(grid.across), _short(grid.up)
+    left = 34 + 7.6 * max(min(len(value), 22) for value in (*grid.rows, up))
     width = max(left + _CELL_WIDTH * len(grid.columns) + 16, 280)
-    unit = "J per output token" + report.estimate_note if report.has_energy else "output tok/s"
+    unit, what = (
+        ("J per output token" + report.estimate_note, "energy") if report.has_energy else ("output tok/s", "throughput")
+    )
     caption = [f"Geometric means, {unit}; darker means more. Hatched: every attempt failed or was invalid."]
     crowd = max(map(len, by_place.values()))
     if crowd > 1:
         caption.append(f"Up to {plural(crowd, 'configuration')} share a cell, which shows the best of them.")
-    if any(square.is_partial and square.best is not None for square in squares.values()):
+    if any(square.is_partial for square in squares.values()):
         caption.append("†: some attempts in this cell failed or were invalid.")
+    rows: list[Row] = []
+    for row in grid.rows:
+        cells = (Cell(_shown(squares.get((column, row))), is_number=True) for column in grid.columns)
+        rows.append([row, *cells])
     return Plot(
         identifier,
         heading,
-        f"{_short(grid.across)} across, {_short(grid.up)} down; darker means "
-        f"{'more energy' if report.has_energy else 'more throughput'}; hatched cells have no valid result.",
+        f"{across} across, {up} down; darker means more {what}; hatched cells have no valid result.",
         (width, _GRID_TOP + _CELL_HEIGHT * len(grid.rows) + 12),
         _grid_marks(identifier, grid, squares, left),
         caption,
-        _grid_table(grid, squares),
+        table(f"{up} down, {across} across", [f"{up} \\ {across}", *grid.columns], rows),
         class_="plot small",
         is_wide=width > _HALF_PAGE,
     ).render()
@@ -222,33 +218,26 @@ def _grid_marks(
 
 
 def _square(square: _Square | None, x: float, y: float, hatch: str, scale: Scale) -> Markup:
-    width, height = _CELL_WIDTH - 2, _CELL_HEIGHT - 2
+    def box(class_: str | None = None, fill: str | None = None) -> Markup:
+        return tag("rect", x=x, y=y, width=_CELL_WIDTH - 2, height=_CELL_HEIGHT - 2, class_=class_, fill=fill)
+
     if square is None:
-        return tag("rect", x=x, y=y, width=width, height=height, class_="empty")
-    middle = (x + width / 2, y + height / 2 + 4)
-    tooltip = tag("title", square.tooltip)
+        return box("empty")
+    middle = (x + (_CELL_WIDTH - 2) / 2, y + (_CELL_HEIGHT - 2) / 2 + 4)
+    tooltip = tag("title", ", ".join(f"{entry.number} {entry.name}" for entry in square.members[:4]))
     if square.best is None:
-        hatched = tag("rect", x=x, y=y, width=width, height=height, class_="failed", fill=f"url(#{hatch})")
         plate = tag("rect", x=middle[0] - 28, y=middle[1] - 13, width=56, height=18, class_="plate")
-        return tag("g", tooltip, hatched, plate, text(*middle, square.absence, anchor="middle"))
+        return tag("g", tooltip, box("failed", f"url(#{hatch})"), plate, text(*middle, square.absence, anchor="middle"))
     fill, ink = shade(scale(square.best))
     is_short = 1e-3 <= abs(square.best) < 1000
     shown = f"{square.best:#.3g}".rstrip(".") if is_short else format_quantity(square.best)
-    label = text(*middle, shown + ("†" if square.is_partial else ""), ink, "middle")
-    return tag("g", tooltip, tag("rect", x=x, y=y, width=width, height=height, fill=fill), label)
+    return tag("g", tooltip, box(fill=fill), text(*middle, shown + "†" * square.is_partial, ink, "middle"))
 
 
-def _grid_table(grid: _Grid, squares: Mapping[tuple[str, str], _Square]) -> Markup:
-    def shown(square: _Square | None) -> str:
-        if square is None:
-            return "not in the grid"
-        return square.absence if square.best is None else format_quantity(square.best)
-
-    rows: list[Row] = [
-        [up, *(Cell(shown(squares.get((across, up))), is_number=True) for across in grid.columns)] for up in grid.rows
-    ]
-    head = [f"{_short(grid.up)} \\ {_short(grid.across)}", *grid.columns]
-    return table(f"{_short(grid.up)} down, {_short(grid.across)} across", head, rows)
+def _shown(square: _Square | None) -> str:
+    if square is None:
+        return "not in the grid"
+    return square.absence if square.best is None else format_quantity(square.best)
 
 
 def _short(key: str) -> str:
@@ -295,8 +284,7 @@ def _order(metric: Metric, report: Report) -> Markup:
     x_scale = Scale(0, places[-1] + 1, _LEFT, _RIGHT)
     y_scale = Scale(-reach, reach, _ORDER_BOTTOM, _ORDER_TOP)
     estimate = report.estimate_note if metric is ENERGY else ""
-    top, bottom = y_scale(flagged / 2), y_scale(-flagged / 2)
-    half = 100 * drift.change / 2
+    top, bottom, half = y_scale(flagged / 2), y_scale(-flagged / 2), 100 * drift.change / 2
     fitted = [(x_scale(places[0]), y_scale(-half)), (x_scale(places[-1]), y_scale(half))]
     dots: dict[int, list[str]] = {}
     rows: list[Row] = []
@@ -329,11 +317,11 @@ def _drift_text(drift: Drift) -> str:
     def percent(ratio: float) -> str:
         return f"{100 * ratio:+.2f} %".replace("-", "\N{MINUS SIGN}")
 
-    if drift.ci_lower is None or drift.ci_upper is None:
-        return f"drifts by {percent(drift.change)} over the campaign (too few values for an interval)"
-    interval = f"95 % {percent(drift.ci_lower)} to {percent(drift.ci_upper)}"
-    chance = "" if drift.is_significant else "; this may be chance"
-    return f"drifts by {percent(drift.change)} over the campaign ({interval}{chance})"
+    interval = "too few values for an interval"
+    if drift.ci_lower is not None and drift.ci_upper is not None:
+        chance = "" if drift.is_significant else "; this may be chance"
+        interval = f"95 % {percent(drift.ci_lower)} to {percent(drift.ci_upper)}{chance}"
+    return f"drifts by {percent(drift.change)} over the campaign ({interval})"
 
 
 # --- power and temperature over time of some experiments
@@ -370,15 +358,11 @@ def traces_section(report: Report) -> Markup:
     figures = [_trace(f"trace-{number}", record, trace) for number, (record, trace) in enumerate(report.traces, 1)]
     parts: list[Markup] = []
     if len(figures) < report.n_logs:
-        chosen = (
-            f"{len(figures)} of {report.n_logs} experiments with a sample log: the invalid and throttled ones first, "
-            "then one cycle of each configuration in the order of the table."
-        )
-        parts.append(tag("p", chosen))
-    shades = (
-        (tag("rect", x=1.0, y=1.0, width=12.0, height=12.0, class_=class_), name) for class_, name in _SHADES.items()
-    )
-    parts += [legend(shades), tag("div", *figures[:_UNFOLDED], class_="pair")]
+        order = "the invalid and throttled ones first, then one cycle of each configuration in the order of the table"
+        parts.append(tag("p", f"{len(figures)} of {report.n_logs} experiments with a sample log: {order}."))
+    swatch = partial(tag, "rect", x=1.0, y=1.0, width=12.0, height=12.0)
+    parts.append(legend((swatch(class_=class_), name) for class_, name in _SHADES.items()))
+    parts.append(tag("div", *figures[:_UNFOLDED], class_="pair"))
     if more := figures[_UNFOLDED:]:
         parts.append(details(plural(len(more), "more experiment"), tag("div", *more, class_="pair")))
     return join([*parts, *notes])
@@ -392,18 +376,15 @@ def _trace(identifier: str, record: Record, trace: Trace) -> Markup:
     phases = trace.phases
     if gap_s and phases:  # it was before the log began
         phases = (Phase(_GAP, phases[0].begin_s - gap_s, phases[0].begin_s), *phases)
-    ends = [phase.end_s for phase in phases]
-    end = max(
-        [*ends, *(point[0] for series in (*trace.power, *trace.temperature) for point in series.points if point)],
-        default=0.0,
-    )
+    moments = [point[0] for series in (*trace.power, *trace.temperature) for point in series.points if point]
+    end = max([*(phase.end_s for phase in phases), *moments], default=0.0)
     begin = min((phase.begin_s for phase in phases), default=0.0)
     time = Scale(begin, max(end, begin + 1), _LEFT, _RIGHT)
-    panels, bottom = _panels(trace.power, trace.temperature, time)
+    panels, bottom = _panels(trace, time)
     if not panels:
         return no_plot(identifier, heading, "Its sample log contains neither power nor temperature.")
-    lines = [item.label for item in trace.power or trace.temperature]
     faults = trace.slowed_s
+    lines = [item.label for item in trace.power or trace.temperature]
     return Plot(
         identifier,
         heading,
@@ -429,19 +410,21 @@ def _phase(phase: Phase) -> str:
     return "guard" if "guard" in phase.name else _PHASES.get(phase.name, phase.name)
 
 
-def _panels(power: Sequence[Series], temperature: Sequence[Series], time: Scale) -> tuple[list[Markup], float]:
+def _panels(trace: Trace, time: Scale) -> tuple[list[Markup], float]:
     """Power above temperature, each where there is any, and the lower end of the drawing."""
     panels: list[Markup] = []
     bottom = _TRACE_TOP
-    for lines, label, height, count in ((power, "Power, W", 170.0, 4), (temperature, "Temperature, °C", 90.0, 3)):
+    for lines, label, height, count in (
+        (trace.power, "Power, W", 170.0, 4),
+        (trace.temperature, "Temperature, °C", 90.0, 3),
+    ):
         values = [point[1] for item in lines for point in item.points if point]
         if not values:
             continue
         top = bottom + (_PANEL_GAP if panels else 0.0)
         rise = 16.0 if panels else 24.0  # above the first panel are the names of the phases
         bottom = top + height
-        fitting = fitting_scale(values, bottom, top, is_from_zero=lines is power)
-        scale = replace(fitting, is_log=False)
+        scale = replace(fitting_scale(values, bottom, top, is_from_zero=lines is trace.power), is_log=False)
         axis = vertical_axis(scale, _LEFT, _RIGHT, label, count=count, label_rise=rise)
         paths = (marks([_line(item, time, scale)], f"line g{index % GROUPS_MAX}") for index, item in enumerate(lines))
         panels.append(join([axis, *paths]))
@@ -497,7 +480,7 @@ def _trace_table(phases: Iterable[Phase]) -> Markup:
     for phase in phases:
         low, high = phase.temp_min_c, phase.temp_max_c
         span = NOT_MEASURED if low is None or high is None else f"{low:.0f} – {high:.0f}"
-        numbers = [phase.begin_s, phase.end_s - phase.begin_s, phase.power_mean_w, phase.power_max_w]
+        numbers = (phase.begin_s, phase.end_s - phase.begin_s, phase.power_mean_w, phase.power_max_w)
         temperature = Cell(span, low, is_number=True)
         rows.append([_phase(phase), *map(_decimal, numbers), temperature, _decimal(phase.throttled_s)])
     head = ["Phase", "Start, s", "Length, s", "Mean power, W", "Maximum power, W", "Temperature, °C", "Throttled, s"]
