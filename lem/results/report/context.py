@@ -257,7 +257,6 @@ _ORDER_HEIGHT, _ORDER_TOP, _ORDER_BOTTOM = 300.0, 34.0, 252.0
 
 
 def order_section(report: Report) -> Markup:
-    """A plot of each metric of the page, in percent of its configuration's own mean."""
     return tag("div", *(_order(metric, report) for metric in report.metrics), class_="pair")
 
 
@@ -348,7 +347,6 @@ _SHADES = {
 
 
 def traces_section(report: Report) -> Markup:
-    """A plot for each experiment chosen, the first of them unfolded."""
     notes = [tag("p", f"Not shown: {note}", class_="absent") for note in report.unread]
     if not report.traces:
         reason = "No experiment has a sample log: no meter ran, or timeseries.save is off."

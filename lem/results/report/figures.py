@@ -73,26 +73,20 @@ class _Point:
     y_span: tuple[float, float] | None
     is_best: bool = False  # on the frontier
 
-    @property
-    def name(self) -> str:
-        return f"{self.entry.number} {self.entry.label}"
-
 
 def pareto_section(report: Report) -> Markup:
-    """Energy against throughput and latency; without energy throughput against latency."""
+    entries = report.entries
     energy = _Axis(ENERGY, "Energy per output token, J", note=report.estimate_note)
     throughput = _Axis(THROUGHPUT, "Output throughput, tok/s", is_less_better=False)
     latency = _Axis("e2e_p50_s", "End-to-end latency, median, s")
-    measured = [entry for entry in report.entries if entry.used]
-    if measured and all(entry.centre("ttft_p50_s") is not None for entry in measured):
+    if all(entry.centre("ttft_p50_s") is not None for entry in entries if entry.used):
         latency = _Axis("ttft_p50_s", "Time to first token, median, s")
+    parts = [_pareto("pareto-latency", "Throughput against latency", latency, throughput, entries)]
     if report.has_energy:
         parts = [
-            _pareto("pareto-throughput", "Energy against throughput", throughput, energy, report.entries),
-            _pareto("pareto-latency", "Energy against latency", latency, energy, report.entries),
+            _pareto("pareto-throughput", "Energy against throughput", throughput, energy, entries),
+            _pareto("pareto-latency", "Energy against latency", latency, energy, entries),
         ]
-    else:
-        parts = [_pareto("pareto-latency", "Throughput against latency", latency, throughput, report.entries)]
     is_explained = report.groups and report.grouped_by != "configuration"
     note = tag("p", f"Colour and shape: {report.grouped_by}.") if is_explained else Markup()
     key = legend((marks([spot(7, 7, shape(group))], f"m g{group}"), name) for group, name in enumerate(report.groups))
@@ -104,12 +98,12 @@ def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, entries: Iter
     if not points:
         return no_plot(identifier, title, "No configuration has a valid result with both values.")
     best = sorted((point for point in points if point.is_best), key=lambda p: p.x, reverse=not across.is_less_better)
-    names = [point.name for point in best]
+    names = [f"{point.entry.number} {point.entry.label}" for point in best]
     x_scale = fitting_scale(_extent((point.x, point.x_span) for point in points), _LEFT, _PARETO_RIGHT)
     y_scale = fitting_scale(_extent((point.y, point.y_span) for point in points), _BOTTOM, _TOP)
     grey = len(points) - len(names)
-    vertical, horizontal = "lower" if up.is_less_better else "upper", "left" if across.is_less_better else "right"
-    arrow = {"lower left": "↙", "lower right": "↘", "upper left": "↖", "upper right": "↗"}[f"{vertical} {horizontal}"]
+    corner = f"{'lower' if up.is_less_better else 'upper'} {'left' if across.is_less_better else 'right'}"
+    arrow = {"lower left": "↙", "lower right": "↘", "upper left": "↖", "upper right": "↗"}[corner]
     return Plot(
         identifier,
         title,
@@ -119,7 +113,7 @@ def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, entries: Iter
         [
             horizontal_axis(x_scale, _BOTTOM, _TOP, across.label),
             vertical_axis(y_scale, _LEFT, _PARETO_RIGHT, up.label + up.note),
-            text(_PARETO_RIGHT, _TOP - 10, f"better: {arrow} {vertical} {horizontal}", "hint", "end"),
+            text(_PARETO_RIGHT, _TOP - 10, f"better: {arrow} {corner}", "hint", "end"),
             *_pareto_marks(points, x_scale, y_scale),
         ],
         [
@@ -132,7 +126,6 @@ def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, entries: Iter
 
 
 def _points(entries: Iterable[Entry], across: _Axis, up: _Axis) -> list[_Point]:
-    """The configurations that have both values."""
     points = [
         _Point(entry, x, y, entry.span(across.metric), entry.span(up.metric))
         for entry in entries
@@ -174,18 +167,16 @@ def _pareto_marks(points: Sequence[_Point], x_scale: Scale, y_scale: Scale) -> I
 
     def cross(point: _Point) -> str:
         x, y = place(point)
-        across = [x_scale(value) for value in point.x_span or ()]
-        up = [y_scale(value) for value in point.y_span or ()]
-        return (_bar(across[0], y, across[1]) if across else "") + (
-            spot(x, up[0], f"V{number_text(up[1])}") if up else ""
-        )
+        lines = [_bar(x_scale(point.x_span[0]), y, x_scale(point.x_span[1]))] if point.x_span else []
+        if point.y_span:
+            lines.append(spot(x, y_scale(point.y_span[0]), f"V{number_text(y_scale(point.y_span[1]))}"))
+        return "".join(lines)
 
     grey = [point for point in points if not point.is_best]
     best = sorted((point for point in points if point.is_best), key=lambda point: point.x)
     yield marks(map(cross, grey), "span grey")
     for group in _groups(point.entry for point in grey):
-        drawn = shape(group)
-        yield marks((spot(*place(point), drawn) for point in grey if point.entry.group == group), "m grey")
+        yield marks((spot(*place(point), shape(group)) for point in grey if point.entry.group == group), "m grey")
     if len(best) > 1:
         yield marks([line_to(*map(place, best))], "front")
     for point in best:
@@ -264,7 +255,6 @@ _BETWEEN, _VALUES_SHARE, _REACH_MAX = 26.0, 0.38, 50.0
 
 
 def cycles_section(report: Report) -> Markup:
-    """A strip of dots for each configuration, of each metric of the page."""
     return tag("div", *(_cycles(metric, report) for metric in report.metrics), class_="pair")
 
 

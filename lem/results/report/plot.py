@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from lem.base import units
 from lem.base.doc import SEPARATORS, printable, text_width
@@ -72,7 +73,6 @@ def scroller(label: str, content: Markup, class_: str = "scroll") -> Markup:
 
 
 def details(summary: str, *content: Markup, is_open: bool = False) -> Markup:
-    """Content folded away behind a line of text."""
     return tag("details", tag("summary", summary), *content, open="" if is_open else None)
 
 
@@ -86,7 +86,6 @@ class Cell:
 
     @property
     def content(self) -> Markup:
-        """The text as markup."""
         return self.text if isinstance(self.text, Markup) else escape(self.text)
 
     def render(self, *, is_sortable: bool) -> Markup:
@@ -296,7 +295,6 @@ def spot(x: float, y: float, drawn: str = "") -> str:
 
 
 def line_to(*places: Place) -> str:
-    """A line through all places."""
     return "M" + "L".join(f"{number_text(x)} {number_text(y)}" for x, y in places)
 
 
@@ -306,7 +304,6 @@ def marks(parts: Iterable[str], class_: str) -> Markup:
 
 
 def text(x: float, y: float, content: str, class_: str | None = None, anchor: str | None = None) -> Markup:
-    """A line of text."""
     return tag("text", content, x=x or None, y=y, class_=class_, text_anchor=anchor)
 
 
@@ -354,14 +351,10 @@ def vertical_axis(
 
 def row_labels(rows: Sequence[tuple[int, str, float]], right: float) -> Markup:
     """Number and name at the left of each row (number, name, y), whose drawing begins at `right`."""
-    numbers = [text(0, y + 4, str(number)) for number, _, y in rows]
-    names = [text(0, y + 4, label) for _, label, y in rows]
-    return join(
-        [
-            tag("g", *numbers, class_="keys", transform="translate(22)"),
-            tag("g", *names, class_="names", transform=f"translate({number_text(right - 10)})"),
-        ]
-    )
+    numbers = (text(0, y + 4, str(number)) for number, _, y in rows)
+    names = (text(0, y + 4, label) for _, label, y in rows)
+    keys = tag("g", *numbers, class_="keys", transform="translate(22)")
+    return join([keys, tag("g", *names, class_="names", transform=f"translate({number_text(right - 10)})")])
 
 
 def label_room(labels: Iterable[str]) -> float:
@@ -385,7 +378,6 @@ class Plot:
     is_wide: bool = False
 
     def render(self) -> Markup:
-        """The figure."""
         heading, name = self.heading or self.title, self.identifier
         width, height = map(number_text, self.size)
         drawing = tag(
@@ -413,15 +405,11 @@ class Plot:
 
 
 def no_plot(identifier: str, heading: str, reason: str) -> Markup:
-    """The figure where nothing can be drawn."""
     return tag("figure", tag("h3", heading), tag("p", reason, class_="absent"), id=identifier)
 
 
 def legend(items: Iterable[tuple[Markup, str]], width: int = 14) -> Markup:
     """Marks and what each of them means; nothing where there is but one."""
-    found = [
-        tag("li", tag("svg", mark, viewBox=f"0 0 {width} 14", width=str(width), height="14", aria_hidden="true",
-                      class_="swatch"), name)
-        for mark, name in items
-    ]  # fmt: skip
+    swatch = partial(tag, "svg", viewBox=f"0 0 {width} 14", width=str(width), height="14", aria_hidden="true")
+    found = [tag("li", swatch(mark, class_="swatch"), name) for mark, name in items]
     return tag("ul", *found, class_="legend") if len(found) > 1 else Markup()
