@@ -14,33 +14,9 @@ from lem.base.units import format_duration, format_quantity, plural
 from lem.config.backends import WIDTH_OPTIONS
 from lem.record import Record
 from lem.results.metrics import Metric
+from lem.results.report import plot
 from lem.results.report.content import NOT_GIVEN, Entry, Phase, Report, Series, Trace
-from lem.results.report.plot import (
-    DOT,
-    GROUPS_MAX,
-    NOT_MEASURED,
-    Cell,
-    Markup,
-    Plot,
-    Row,
-    Scale,
-    details,
-    fitting_scale,
-    horizontal_axis,
-    join,
-    legend,
-    line_to,
-    marks,
-    no_plot,
-    number_cell,
-    number_text,
-    shade,
-    spot,
-    table,
-    tag,
-    text,
-    vertical_axis,
-)
+from lem.results.report.plot import Cell, Markup, Plot, Row, Scale, join, marks, spot, table, tag, text
 from lem.results.run import ENERGY
 from lem.results.stats import DRIFT_FLAGGED, Drift, change_of, trend_of, without_means
 
@@ -96,12 +72,12 @@ def heatmap_section(report: Report) -> Markup:
         if long := [f"{key} has {len(found)} values" for key, found in values_of.items() if len(found) > _MOST]:
             why = f"an axis has at most {_MOST}, and fewer than two other settings vary"
             reason = f"No grid to draw: {', '.join(long)}; {why}."
-        return no_plot("grid", heading, reason)
+        return plot.no_plot("grid", heading, reason)
     known = [value for entry in entries if (value := entry.centre(report.headline)) is not None]
     if not known:
-        return no_plot("grid", heading, "No configuration has a valid result.")
+        return plot.no_plot("grid", heading, "No configuration has a valid result.")
     across, up, *others = axes
-    grid = _Grid(across, up, values_of[across], values_of[up], fitting_scale((min(known), max(known)), 0.0, 1.0))
+    grid = _Grid(across, up, values_of[across], values_of[up], plot.fitting_scale((min(known), max(known)), 0.0, 1.0))
     facets: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
         facets.setdefault(tuple(entry.settings.get(key, NOT_GIVEN) for key in others), []).append(entry)
@@ -228,7 +204,7 @@ def _square(square: _Square | None, x: float, y: float, hatch: str, scale: Scale
     if square.best is None:
         plate = tag("rect", x=middle[0] - 28, y=middle[1] - 13, width=56, height=18, class_="plate")
         return tag("g", tooltip, box("failed", f"url(#{hatch})"), plate, text(*middle, square.absence, anchor="middle"))
-    fill, ink = shade(scale(square.best))
+    fill, ink = plot.shade(scale(square.best))
     is_short = 1e-3 <= abs(square.best) < 1000
     shown = f"{square.best:#.3g}".rstrip(".") if is_short else format_quantity(square.best)
     return tag("g", tooltip, box(fill=fill), text(*middle, shown + "†" * square.is_partial, ink, "middle"))
@@ -276,7 +252,7 @@ def _order(metric: Metric, report: Report) -> Markup:
     drift = trend_of(places, [value for *_, value in values], numbers, length=length)
     if drift is None:
         reason = "No configuration has two valid cycles, so nothing can be compared over time."
-        return no_plot(identifier, heading, reason)
+        return plot.no_plot(identifier, heading, reason)
     shares = [100 * change_of(log) for log in without_means([math.log(value) for *_, value in values], numbers)]
     flagged = 100 * DRIFT_FLAGGED
     reach = max(flagged, *map(abs, shares)) * 1.1
@@ -288,9 +264,9 @@ def _order(metric: Metric, report: Report) -> Markup:
     dots: dict[int, list[str]] = {}
     rows: list[Row] = []
     for (place, entry, record, value), share in zip(values, shares, strict=True):
-        dots.setdefault(entry.group, []).append(spot(x_scale(place), y_scale(share), DOT))
+        dots.setdefault(entry.group, []).append(spot(x_scale(place), y_scale(share), plot.DOT))
         cycle, difference = record.identity.cycle_index + 1, Cell(f"{share:+.2f} %", share, is_number=True)
-        rows.append([place, entry.number, entry.label, cycle, number_cell(value), difference])
+        rows.append([place, entry.number, entry.label, cycle, plot.number_cell(value), difference])
     finding = f"{name} {_drift_text(drift)}."
     return Plot(
         identifier,
@@ -299,10 +275,12 @@ def _order(metric: Metric, report: Report) -> Markup:
         (_WIDTH, _ORDER_HEIGHT),
         [
             tag("rect", x=_LEFT, y=top, width=_RIGHT - _LEFT, height=bottom - top, class_="band window"),
-            horizontal_axis(x_scale, _ORDER_BOTTOM, _ORDER_TOP, "Position in the order of execution", count=8),
-            vertical_axis(y_scale, _LEFT, _RIGHT, f"Difference from its configuration's mean, %{estimate}", count=5),
+            plot.horizontal_axis(x_scale, _ORDER_BOTTOM, _ORDER_TOP, "Position in the order of execution", count=8),
+            plot.vertical_axis(
+                y_scale, _LEFT, _RIGHT, f"Difference from its configuration's mean, %{estimate}", count=5
+            ),
             *(marks(dots[group], f"dots g{group}") for group in sorted(dots)),
-            marks([line_to(*fitted)], "front"),
+            marks([plot.line_to(*fitted)], "front"),
         ],
         [
             tag("p", tag("span", "flagged", class_="tag bad") if drift.is_flagged else "", finding),
@@ -352,17 +330,17 @@ def traces_section(report: Report) -> Markup:
         reason = "No experiment has a sample log: no meter ran, or timeseries.save is off."
         if report.n_logs:
             reason = "None of the sample logs can be read."
-        return join([no_plot("trace", "Power and temperature over time", reason), *notes])
+        return join([plot.no_plot("trace", "Power and temperature over time", reason), *notes])
     figures = [_trace(f"trace-{number}", record, trace) for number, (record, trace) in enumerate(report.traces, 1)]
     parts: list[Markup] = []
     if len(figures) < report.n_logs:
         order = "the invalid and throttled ones first, then one cycle of each configuration in the order of the table"
         parts.append(tag("p", f"{len(figures)} of {report.n_logs} experiments with a sample log: {order}."))
     swatch = partial(tag, "rect", x=1.0, y=1.0, width=12.0, height=12.0)
-    parts.append(legend((swatch(class_=class_), name) for class_, name in _SHADES.items()))
+    parts.append(plot.legend((swatch(class_=class_), name) for class_, name in _SHADES.items()))
     parts.append(tag("div", *figures[:_UNFOLDED], class_="pair"))
     if more := figures[_UNFOLDED:]:
-        parts.append(details(plural(len(more), "more experiment"), tag("div", *more, class_="pair")))
+        parts.append(plot.details(plural(len(more), "more experiment"), tag("div", *more, class_="pair")))
     return join([*parts, *notes])
 
 
@@ -380,7 +358,7 @@ def _trace(identifier: str, record: Record, trace: Trace) -> Markup:
     time = Scale(begin, max(end, begin + 1), _LEFT, _RIGHT)
     panels, bottom = _panels(trace, time)
     if not panels:
-        return no_plot(identifier, heading, "Its sample log contains neither power nor temperature.")
+        return plot.no_plot(identifier, heading, "Its sample log contains neither power nor temperature.")
     faults = trace.slowed_s
     lines = [item.label for item in trace.power or trace.temperature]
     return Plot(
@@ -394,10 +372,12 @@ def _trace(identifier: str, record: Record, trace: Trace) -> Markup:
             *_shades(phases, time, bottom),
             *panels,
             *_slowdowns(trace, time, bottom),
-            horizontal_axis(time, bottom, bottom, "Time, s", count=8),
+            plot.horizontal_axis(time, bottom, bottom, "Time, s", count=8),
         ],
         [
-            legend(((marks(["M0 7h28"], f"line g{index % GROUPS_MAX}"), name) for index, name in enumerate(lines)), 28),
+            plot.legend(
+                ((marks(["M0 7h28"], f"line g{index % plot.GROUPS_MAX}"), name) for index, name in enumerate(lines)), 28
+            ),
             *_trace_caption(record, trace),
         ],
         _trace_table(phases),
@@ -422,9 +402,11 @@ def _panels(trace: Trace, time: Scale) -> tuple[list[Markup], float]:
         top = bottom + (_PANEL_GAP if panels else 0.0)
         rise = 16.0 if panels else 24.0  # above the first panel are the names of the phases
         bottom = top + height
-        scale = replace(fitting_scale(values, bottom, top, is_from_zero=lines is trace.power), is_log=False)
-        axis = vertical_axis(scale, _LEFT, _RIGHT, label, count=count, label_rise=rise)
-        paths = (marks([_line(item, time, scale)], f"line g{index % GROUPS_MAX}") for index, item in enumerate(lines))
+        scale = replace(plot.fitting_scale(values, bottom, top, is_from_zero=lines is trace.power), is_log=False)
+        axis = plot.vertical_axis(scale, _LEFT, _RIGHT, label, count=count, label_rise=rise)
+        paths = (
+            marks([_line(item, time, scale)], f"line g{index % plot.GROUPS_MAX}") for index, item in enumerate(lines)
+        )
         panels.append(join([axis, *paths]))
     return panels, bottom
 
@@ -432,7 +414,9 @@ def _panels(trace: Trace, time: Scale) -> tuple[list[Markup], float]:
 def _line(series: Series, time: Scale, scale: Scale) -> str:
     """A line that is interrupted where readings are missing."""
     strokes = (list(points) for is_there, points in itertools.groupby(series.points, bool) if is_there)
-    return "".join(line_to(*((time(point[0]), scale(point[1])) for point in points if point)) for points in strokes)
+    return "".join(
+        plot.line_to(*((time(point[0]), scale(point[1])) for point in points if point)) for points in strokes
+    )
 
 
 def _shades(phases: Sequence[Phase], time: Scale, bottom: float) -> Iterator[Markup]:
@@ -457,7 +441,7 @@ def _slowdowns(trace: Trace, time: Scale, bottom: float) -> Iterator[Markup]:
         bar = tag("rect", x=left, y=y, width=max(right - left, 1.5), height=5.0, class_=class_)
         yield tag("g", tag("title", f"{slowdown.reason}, {format_duration(slowdown.end_s - slowdown.begin_s)}"), bar)
         if slowdown.is_fault:
-            yield marks([spot(left, _TRACE_TOP, f"V{number_text(bottom)}")], "fault-line")
+            yield marks([spot(left, _TRACE_TOP, f"V{plot.number_text(bottom)}")], "fault-line")
 
 
 def _trace_caption(record: Record, trace: Trace) -> Iterator[str]:
@@ -477,7 +461,7 @@ def _trace_table(phases: Iterable[Phase]) -> Markup:
     rows: list[Row] = []
     for phase in phases:
         low, high = phase.temp_min_c, phase.temp_max_c
-        span = NOT_MEASURED if low is None or high is None else f"{low:.0f} – {high:.0f}"
+        span = plot.NOT_MEASURED if low is None or high is None else f"{low:.0f} – {high:.0f}"
         numbers = (phase.begin_s, phase.end_s - phase.begin_s, phase.power_mean_w, phase.power_max_w)
         temperature = Cell(span, low, is_number=True)
         rows.append([_phase(phase), *map(_decimal, numbers), temperature, _decimal(phase.throttled_s)])
@@ -486,4 +470,4 @@ def _trace_table(phases: Iterable[Phase]) -> Markup:
 
 
 def _decimal(value: float | None) -> Cell:
-    return Cell(NOT_MEASURED if value is None else f"{value:.1f}", value, is_number=True)
+    return Cell(plot.NOT_MEASURED if value is None else f"{value:.1f}", value, is_number=True)

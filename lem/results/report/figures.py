@@ -11,38 +11,9 @@ from dataclasses import dataclass, replace
 from lem.base.units import format_latency, format_quantity, plural, some_of
 from lem.record import OBSERVATIONS_NEEDED, Distribution
 from lem.results.metrics import LATENCIES, Metric
+from lem.results.report import plot
 from lem.results.report.content import Entry, Report
-from lem.results.report.plot import (
-    CROSS,
-    DOT,
-    RING,
-    TICK,
-    Cell,
-    Markup,
-    Place,
-    Plot,
-    Row,
-    Scale,
-    details,
-    fitting_scale,
-    horizontal_axis,
-    join,
-    label_room,
-    legend,
-    line_to,
-    marks,
-    no_plot,
-    number_cell,
-    number_text,
-    row_labels,
-    scroller,
-    shape,
-    spot,
-    table,
-    tag,
-    text,
-    vertical_axis,
-)
+from lem.results.report.plot import Cell, Markup, Plot, Row, Scale, join, marks, number_cell, spot, table, tag, text
 from lem.results.run import ENERGY, THROUGHPUT
 
 # --- energy against speed: which configurations no other beats in both
@@ -89,18 +60,20 @@ def pareto_section(report: Report) -> Markup:
         ]
     is_explained = report.groups and report.grouped_by != "configuration"
     note = tag("p", f"Colour and shape: {report.grouped_by}.") if is_explained else Markup()
-    key = legend((marks([spot(7, 7, shape(group))], f"m g{group}"), name) for group, name in enumerate(report.groups))
+    key = plot.legend(
+        (marks([spot(7, 7, plot.shape(group))], f"m g{group}"), name) for group, name in enumerate(report.groups)
+    )
     return join([note, key, tag("div", *parts, class_="pair")])
 
 
 def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, entries: Iterable[Entry]) -> Markup:
     points = _points(entries, across, up)
     if not points:
-        return no_plot(identifier, title, "No configuration has a valid result with both values.")
+        return plot.no_plot(identifier, title, "No configuration has a valid result with both values.")
     best = sorted((point for point in points if point.is_best), key=lambda p: p.x, reverse=not across.is_less_better)
     names = [f"{point.entry.number} {point.entry.label}" for point in best]
-    x_scale = fitting_scale(_extent((point.x, point.x_span) for point in points), _LEFT, _PARETO_RIGHT)
-    y_scale = fitting_scale(_extent((point.y, point.y_span) for point in points), _BOTTOM, _TOP)
+    x_scale = plot.fitting_scale(_extent((point.x, point.x_span) for point in points), _LEFT, _PARETO_RIGHT)
+    y_scale = plot.fitting_scale(_extent((point.y, point.y_span) for point in points), _BOTTOM, _TOP)
     grey = len(points) - len(names)
     corner = f"{'lower' if up.is_less_better else 'upper'} {'left' if across.is_less_better else 'right'}"
     arrow = {"lower left": "↙", "lower right": "↘", "upper left": "↖", "upper right": "↗"}[corner]
@@ -111,8 +84,8 @@ def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, entries: Iter
         + ", ".join(names[:_NAMED]),
         _SIZE,
         [
-            horizontal_axis(x_scale, _BOTTOM, _TOP, across.label),
-            vertical_axis(y_scale, _LEFT, _PARETO_RIGHT, up.label + up.note),
+            plot.horizontal_axis(x_scale, _BOTTOM, _TOP, across.label),
+            plot.vertical_axis(y_scale, _LEFT, _PARETO_RIGHT, up.label + up.note),
             text(_PARETO_RIGHT, _TOP - 10, f"better: {arrow} {corner}", "hint", "end"),
             *_pareto_marks(points, x_scale, y_scale),
         ],
@@ -162,35 +135,35 @@ def _extent(points: Iterable[tuple[float, tuple[float, float] | None]]) -> Itera
 def _pareto_marks(points: Sequence[_Point], x_scale: Scale, y_scale: Scale) -> Iterator[Markup]:
     """Dominated points first, in few paths, so that a thousand stay small; the frontier above them."""
 
-    def place(point: _Point) -> Place:
+    def place(point: _Point) -> plot.Place:
         return x_scale(point.x), y_scale(point.y)
 
     def cross(point: _Point) -> str:
         x, y = place(point)
         lines = [_bar(x_scale(point.x_span[0]), y, x_scale(point.x_span[1]))] if point.x_span else []
         if point.y_span:
-            lines.append(spot(x, y_scale(point.y_span[0]), f"V{number_text(y_scale(point.y_span[1]))}"))
+            lines.append(spot(x, y_scale(point.y_span[0]), f"V{plot.number_text(y_scale(point.y_span[1]))}"))
         return "".join(lines)
 
     grey = [point for point in points if not point.is_best]
     best = sorted((point for point in points if point.is_best), key=lambda point: point.x)
     yield marks(map(cross, grey), "span grey")
     for group in _groups(point.entry for point in grey):
-        yield marks((spot(*place(point), shape(group)) for point in grey if point.entry.group == group), "m grey")
+        yield marks((spot(*place(point), plot.shape(group)) for point in grey if point.entry.group == group), "m grey")
     if len(best) > 1:
-        yield marks([line_to(*map(place, best))], "front")
+        yield marks([plot.line_to(*map(place, best))], "front")
     for point in best:
         group = point.entry.group
         tooltip = tag("title", f"{point.entry.number} {point.entry.name}")
-        marker = marks([spot(*place(point), shape(group))], "m")
+        marker = marks([spot(*place(point), plot.shape(group))], "m")
         yield tag("g", tooltip, marks([cross(point)], "span"), marker, class_=f"g{group}")
     named = points if len(points) <= _NUMBERED else best[:_NUMBERED]
     yield from _numbers([(*place(point), str(point.entry.number)) for point in named], [*map(place, points)])
 
 
-def _numbers(points: Iterable[tuple[float, float, str]], markers: Sequence[Place]) -> Iterator[Markup]:
+def _numbers(points: Iterable[tuple[float, float, str]], markers: Sequence[plot.Place]) -> Iterator[Markup]:
     """Numbers beside their points, each nearer to its own than to others; left out where there is no room."""
-    taken: list[Place] = []
+    taken: list[plot.Place] = []
     for x, y, number in points:
         half = 3.6 * len(number)
         for dx, dy in _SIDES:
@@ -227,7 +200,7 @@ def _groups(entries: Iterable[Entry]) -> list[int]:
 
 
 def _bar(begin: float, y: float, end: float) -> str:
-    return spot(begin, y, f"H{number_text(end)}")
+    return spot(begin, y, f"H{plot.number_text(end)}")
 
 
 def _paged(heading: str, entries: Sequence[Entry], draw: Callable[[str, Sequence[Entry]], Plot]) -> list[Markup]:
@@ -237,7 +210,7 @@ def _paged(heading: str, entries: Sequence[Entry], draw: Callable[[str, Sequence
         page = entries[at : at + _PER_PLOT]
         drawn = draw(f"-{at // _PER_PLOT + 1}" if at else "", page).render()
         label = f"{heading}: configurations {page[0].number} to {page[-1].number}"
-        parts.append(details(label, drawn) if at else drawn)
+        parts.append(plot.details(label, drawn) if at else drawn)
     return parts
 
 
@@ -263,11 +236,11 @@ def _cycles(metric: Metric, report: Report) -> Markup:
     label = f"{metric.label}, {'J' if metric is ENERGY else metric.unit}"
     values = [value for record in report.records if (value := metric.read(record)[0]) is not None]
     if not values:
-        return no_plot(identifier, heading, "No result has a value.")
-    begin = label_room(_cycles_label(entry, metric) for entry in report.entries)
+        return plot.no_plot(identifier, heading, "No result has a value.")
+    begin = plot.label_room(_cycles_label(entry, metric) for entry in report.entries)
     middle = begin + _VALUES_SHARE * (_RIGHT - begin)
     reach = _reach(metric, report.entries)
-    scales = (fitting_scale(values, begin, middle), Scale(-reach, reach, middle + _BETWEEN, _RIGHT))
+    scales = (plot.fitting_scale(values, begin, middle), Scale(-reach, reach, middle + _BETWEEN, _RIGHT))
 
     def draw(suffix: str, entries: Sequence[Entry]) -> Plot:
         bottom, rows = _rows(entries)
@@ -285,9 +258,9 @@ def _cycles(metric: Metric, report: Report) -> Markup:
             "t interval with a tick at the geometric mean.",
             (_WIDTH, bottom + 46),
             [
-                horizontal_axis(scales[0], bottom, _ROWS_TOP, label, count=3),
-                horizontal_axis(scales[1], bottom, _ROWS_TOP, "Difference from its mean, %", count=5),
-                row_labels([(entry.number, _cycles_label(entry, metric), y) for entry, y in rows], begin),
+                plot.horizontal_axis(scales[0], bottom, _ROWS_TOP, label, count=3),
+                plot.horizontal_axis(scales[1], bottom, _ROWS_TOP, "Difference from its mean, %", count=5),
+                plot.row_labels([(entry.number, _cycles_label(entry, metric), y) for entry, y in rows], begin),
                 *_cycles_marks(metric, rows, *scales),
             ],
             caption,
@@ -341,10 +314,10 @@ def _cycles_marks(
         else:
             places.append(share_of(centre))
         for place in places:
-            dots[entry.group] += [spot(place(value), y, DOT) for value in counted]
-            crosses += [spot(place(value), y, CROSS) for value in left_out]
+            dots[entry.group] += [spot(place(value), y, plot.DOT) for value in counted]
+            crosses += [spot(place(value), y, plot.CROSS) for value in left_out]
             if centre is not None:
-                ticks.append(spot(place(centre), y - 8, TICK))
+                ticks.append(spot(place(centre), y - 8, plot.TICK))
                 bars[entry.group] += [_bar(place(span[0]), y, place(span[1]))] if span else []
     for group, own in bars.items():
         yield marks(own, f"bar g{group}")
@@ -389,7 +362,7 @@ def latency_section(report: Report) -> Markup:
         reason = "; ".join(dict.fromkeys(reason.text for reason in reasons if reason)) or "no valid result"
         absences.append(tag("p", f"{name}: not measured: {reason}"))
     if not parts:
-        parts.append(no_plot("latency", "Latency percentiles", "No latency was measured."))
+        parts.append(plot.no_plot("latency", "Latency percentiles", "No latency was measured."))
     left_out = tag("div", *absences, class_="absent") if absences else Markup()
     return join([tag("div", *parts, class_="pair"), left_out])
 
@@ -415,7 +388,7 @@ def _percentiles(entry: Entry, kind: str) -> _Percentiles:
 
 def _latency(kind: str, name: str, entries: Sequence[Entry], found: Mapping[int, _Percentiles]) -> Markup:
     values = [value for item in found.values() for value in item.values()]
-    scale = fitting_scale(values, label_room(entry.label for entry in entries), _RIGHT)
+    scale = plot.fitting_scale(values, plot.label_room(entry.label for entry in entries), _RIGHT)
 
     def draw(suffix: str, page: Sequence[Entry]) -> Plot:
         height, rows = _rows(page)
@@ -426,8 +399,8 @@ def _latency(kind: str, name: str, entries: Sequence[Entry], found: Mapping[int,
             "95th and 99th percentile, a ring at the mean, a small dot for the median of each cycle.",
             (_WIDTH, height + 46),
             [
-                horizontal_axis(scale, height, _ROWS_TOP, f"{name}, s", count=5),
-                row_labels([(entry.number, entry.label, y) for entry, y in rows], scale.begin),
+                plot.horizontal_axis(scale, height, _ROWS_TOP, f"{name}, s", count=5),
+                plot.row_labels([(entry.number, entry.label, y) for entry, y in rows], scale.begin),
                 *_latency_marks([(entry, found[entry.number], y) for entry, y in rows], kind, scale),
             ],
             [
@@ -441,7 +414,7 @@ def _latency(kind: str, name: str, entries: Sequence[Entry], found: Mapping[int,
     parts = _paged(name, entries[:_DRAWN], draw)
     if others := entries[_DRAWN:]:
         label = f"{name}: configurations {others[0].number} to {others[-1].number}, as a table only"
-        parts.append(details(label, scroller(label, _latency_table(name, kind, others, found))))
+        parts.append(plot.details(label, plot.scroller(label, _latency_table(name, kind, others, found))))
     return tag("div", *parts)
 
 
@@ -457,10 +430,10 @@ def _latency_marks(rows: Sequence[tuple[Entry, _Percentiles, float]], kind: str,
             if parts:
                 yield marks(parts, f"g{group} to-{high}")
     known = [row for row in rows if "p50" in row[1]]
-    yield marks((spot(scale(found["p50"]), y - 8, TICK) for _, found, y in known), "mean")
+    yield marks((spot(scale(found["p50"]), y - 8, plot.TICK) for _, found, y in known), "mean")
     medians = ((scale(item.p50), y) for entry, _, y in known for item in _distributions(entry, kind))
-    yield marks((spot(x, y, DOT) for x, y in medians), "dots small")
-    yield marks((spot(scale(found["mean"]) - 3.4, y, RING) for _, found, y in known if "mean" in found), "ring")
+    yield marks((spot(x, y, plot.DOT) for x, y in medians), "dots small")
+    yield marks((spot(scale(found["mean"]) - 3.4, y, plot.RING) for _, found, y in known if "mean" in found), "ring")
     for entry, found, y in rows:
         if "p50" not in found:
             yield text(scale.begin + 8, y + 4, "not measured" if entry.used else "no valid result", "absent")

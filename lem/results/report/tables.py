@@ -21,24 +21,10 @@ from lem.base.units import (
 )
 from lem.record import Environment, Gpu, Record
 from lem.results.bootstrap import bootstrap_coverage_label
+from lem.results.report import plot
 from lem.results.report.content import Entry, Report, verdict_of
 from lem.results.report.figures import mean_of
-from lem.results.report.plot import (
-    NOT_MEASURED,
-    Cell,
-    Markup,
-    Row,
-    breakable,
-    decimals_of,
-    details,
-    interval_cells,
-    join,
-    number_cell,
-    paragraphs,
-    scroller,
-    table,
-    tag,
-)
+from lem.results.report.plot import Cell, Markup, Row, details, join, paragraphs, scroller, table, tag
 from lem.results.run import ENERGY
 from lem.results.store import UNACCOUNTED
 
@@ -160,7 +146,7 @@ def results_section(report: Report) -> Markup:
 
 def _overview(report: Report, *, has_winner: bool) -> Markup:
     """Every configuration with both intervals, best first."""
-    decimals = {metric: decimals_of(entry.centre(metric) for entry in report.entries) for metric in report.metrics}
+    decimals = {metric: plot.decimals_of(entry.centre(metric) for entry in report.entries) for metric in report.metrics}
     latencies = [
         (label, name)
         for label, name in (("TTFT p50", "ttft_p50_s"), ("End-to-end p50", "e2e_p50_s"))
@@ -176,9 +162,11 @@ def _overview(report: Report, *, has_winner: bool) -> Markup:
         row: list[Cell | str | int] = [entry.number, Cell(_name(entry))]
         for metric, digits in decimals.items():
             is_estimated = entry.is_estimate and metric is ENERGY
-            row += interval_cells(entry.configuration.estimate(metric), digits, is_estimate=is_estimated)
+            row += plot.interval_cells(entry.configuration.estimate(metric), digits, is_estimate=is_estimated)
         for _, name in latencies:
-            row.append(number_cell(entry.centre(name), entry.configuration.estimate(name).null_reason, format_latency))
+            row.append(
+                plot.number_cell(entry.centre(name), entry.configuration.estimate(name).null_reason, format_latency)
+            )
         rows.append([*row, entry.configuration.n_cycles])
     caption = f"Every configuration of {report.run.campaign_name}, sortable by each column"
     sorted_by = (2, "ascending" if report.has_energy else "descending")
@@ -196,7 +184,7 @@ def _name(entry: Entry) -> Markup:
     ]
     shown = [tag("span", text, class_=f"tag {kind}") for is_there, text, kind in badges if is_there]
     swatch = tag("i", class_=f"dot g{entry.group}")
-    return join([swatch, breakable(entry.name), tag("div", *shown) if shown else Markup()])
+    return join([swatch, plot.breakable(entry.name), tag("div", *shown) if shown else Markup()])
 
 
 def _explanations(report: Report) -> Iterator[str]:
@@ -271,7 +259,7 @@ def _more_figures(report: Report) -> Markup:
         for figure in figures:
             values = [value for record in entry.used if (value := figure.read(record)) is not None]
             reason = next(filter(None, map(figure.why, entry.used)), None)
-            row.append(number_cell(mean_of(values) if values else None, reason))
+            row.append(plot.number_cell(mean_of(values) if values else None, reason))
         rows.append(row)
     heads = (item.heading + (report.estimate_note if item.is_energy else "") for item in figures)
     label = "More figures of every configuration"
@@ -420,7 +408,7 @@ def _energy_methods(used: Sequence[Record]) -> Iterator[Row]:
         own = [record for record in used if record.energy.primary_j.source == source]
         if source is None:
             reasons = _listed(str(record.energy.primary_j.null_reason) for record in own)
-            yield ["Energy", NOT_MEASURED, f"{reasons} ({plural(len(own), 'result')})"]
+            yield ["Energy", plot.NOT_MEASURED, f"{reasons} ({plural(len(own), 'result')})"]
         else:
             kind = "Energy, estimated" if is_estimate(source) else "Energy"
             yield [kind, _SOURCES.get(source, source), "; ".join(_energy_remarks(own))]
@@ -431,7 +419,7 @@ def _energy_methods(used: Sequence[Record]) -> Iterator[Row]:
         yield ["Net energy", how, f"idle power {idle}"]
     else:
         reasons = _listed(str(record.energy.null_reasons.get("gpu_energy_net_j", "")) for record in used)
-        yield ["Net energy", NOT_MEASURED, reasons]
+        yield ["Net energy", plot.NOT_MEASURED, reasons]
 
 
 def _energy_remarks(records: Sequence[Record]) -> Iterator[str]:
@@ -469,7 +457,7 @@ def _other_methods(used: Sequence[Record]) -> Iterator[Row]:
 def _range(values: Iterable[float | None], form: Callable[[float], str]) -> str:
     known = [value for value in values if value is not None]
     if not known:
-        return NOT_MEASURED
+        return plot.NOT_MEASURED
     low, high = form(min(known)), form(max(known))
     return low if low == high else f"{low} to {high}"
 
