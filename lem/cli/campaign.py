@@ -218,7 +218,6 @@ def render_plan(job: Job, durations: ExpectedDurations, budget_s: float | None =
 
 
 def plan_document(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON values."""
     gaps = [plan.gap_cap_s(kind) for kind in plan.gap_kinds()]
     return {
         "generated": plan.total_generated,

@@ -141,7 +141,6 @@ def ambiguous(wanted: str, names: Iterable[str]) -> UserError:
 
 
 def problem_documents(problems: Iterable[Problem]) -> list[dict[str, str]]:
-    """The unusable files as JSON values."""
     return [{"path": str(item.path), "kind": item.kind, "message": item.message} for item in problems]
 
 

@@ -288,7 +288,6 @@ def _since(label: str | None, status: CampaignStatus, viewer: Viewer) -> str:
 
 
 def _add_failed(doc: Doc, status: CampaignStatus) -> None:
-    """Each failed experiment with its reason and its log."""
     entries = [] if status.manifest is None else status.manifest.get_by_status(FAILED)
     for entry in entries[:_SHOWN]:
         doc.labelled(f"{'failed':<{_LEAD}}", f"{_named(entry)}: {entry.error or 'reason not recorded'}", "red")

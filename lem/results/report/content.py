@@ -104,12 +104,10 @@ class Entry:
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """All its results."""
         return self.configuration.records
 
     @property
     def used(self) -> tuple[Record, ...]:
-        """The results that its estimates are made of."""
         return self.configuration.used
 
     @property
@@ -118,7 +116,6 @@ class Entry:
         return self.configuration.is_estimate
 
     def centre(self, metric: str | Metric) -> float | None:
-        """The geometric mean over the cycles."""
         return self.configuration.estimate(metric).value
 
     def span(self, metric: str | Metric) -> tuple[float, float] | None:
@@ -144,12 +141,10 @@ class Report:
 
     @property
     def has_energy(self) -> bool:
-        """Whether the page is about energy."""
         return self.headline is ENERGY
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """The metrics of the page."""
         return (ENERGY, THROUGHPUT) if self.has_energy else (THROUGHPUT,)
 
     @property

@@ -9,17 +9,10 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from lem.base import units
 from lem.base.measurement import EnergySource, is_estimate
 from lem.base.reasons import Reason, alike
-from lem.base.units import (
-    format_duration,
-    format_latency,
-    format_power,
-    plural,
-    some_of,
-)
-from lem.record import Environment, Gpu, Record
+from lem.base.units import format_bytes, format_duration, format_latency, format_power, plural, some_of
+from lem.record import Gpu, Record
 from lem.results.bootstrap import bootstrap_coverage_label
 from lem.results.report import plot
 from lem.results.report.content import Entry, Report, verdict_of
@@ -34,24 +27,16 @@ _SHOWN = 8
 _PROBLEMS_SHOWN = 200
 # Findings that the verdict, the invalid results and the plots show as well.
 _SHOWN_ELSEWHERE = frozenset({"damaged", "indistinguishable", "unequal_exclusions", "invalid"})
-_KINDS = {
-    "missing": "without a result",
-    "half-written": "half-written",
-    "corrupt": "corrupt",
-    "foreign": "foreign",
-    "unreadable": "unreadable",
-}
+_KINDS = ("missing", "half-written", "corrupt", "foreign", "unreadable")
 
 
 def validity_section(report: Report) -> Markup:
-    """How many results can be used, and everything that weakens them."""
     items = [*_findings(report)]
-    shown = [tag("ul", *items[:_SHOWN], class_="findings")] if items else []
-    if len(items) > _SHOWN:
-        rest = tag("ul", *items[_SHOWN:], class_="findings")
-        shown.append(details(f"{len(items) - _SHOWN} more", rest))
-    if not items:
-        shown.append(tag("p", "lem found nothing that weakens these numbers."))
+    shown = [tag("p", "lem found nothing that weakens these numbers.")]
+    if items:
+        shown = [tag("ul", *items[:_SHOWN], class_="findings")]
+    if more := items[_SHOWN:]:
+        shown.append(details(f"{len(more)} more", tag("ul", *more, class_="findings")))
     return join([_tiles(report), *shown, _problems(report)])
 
 
@@ -115,7 +100,8 @@ def _problems(report: Report) -> Markup:
     if not problems:
         return Markup()
     kinds = [problem.kind for problem in problems]
-    counts = ", ".join(f"{count} {label}" for kind, label in _KINDS.items() if (count := kinds.count(kind)))
+    counts = ", ".join(f"{count} {kind}" for kind in _KINDS if (count := kinds.count(kind)))
+    counts = counts.replace(" missing", " without a result")
     rows = [
         [problem.kind, "/".join(PurePath(problem.path).parts[-4:]), problem.message]
         for problem in problems[:_PROBLEMS_SHOWN]
@@ -207,8 +193,6 @@ def _explanations(report: Report) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Figure:
-    """A column of further figures."""
-
     heading: str
     read: Callable[[Record], float | None]
     why: Callable[[Record], Reason | None] = lambda _: None  # it is absent
@@ -272,14 +256,13 @@ _VALUES_SHOWN = 6
 
 
 def environment_section(report: Report) -> Markup:
-    """What all results share, and what differs between them."""
     if not report.records:
         return tag("p", "There is no complete result, so nothing is known about the environment.", class_="absent")
     shared, differing = [], []
     for label, read in _FACTS.items():
         found: dict[str, list[Record]] = {}
         for record in report.records:
-            found.setdefault(read(record.environment, record), []).append(record)
+            found.setdefault(read(record), []).append(record)
         if len(found) == 1:
             shared += [[label, value] for value in found if value]
         else:
@@ -300,14 +283,13 @@ def _listed(values: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(values))
 
 
-def _fact(name: str) -> Callable[[Environment, Record], str]:
+def _fact(name: str) -> Callable[[Record], str]:
     """A field of the environment, or why it is not known."""
 
-    def read(environment: Environment, _: Record) -> str:
-        value: Any = getattr(environment, name)
-        reason = environment.null_reasons.get(name)
+    def read(record: Record) -> str:
+        value: Any = getattr(record.environment, name)
         if value is None:
-            return f"not known: {reason or 'no reason given'}"
+            return f"not known: {record.environment.null_reasons.get(name) or 'no reason given'}"
         if value == ():
             return "none seen"
         return _listed(value) if isinstance(value, tuple) else str(value)
@@ -320,33 +302,38 @@ def _prompts(record: Record) -> str:
     return ", ".join(f"{key} {value}" for key, value in parts if value is not None)
 
 
-_FACTS: Mapping[str, Callable[[Environment, Record], str]] = {
-    "Host": lambda _, record: record.identity.host,
-    "Run": lambda _, record: record.identity.run_id,
-    "GPU": lambda _, record: _listed(gpu.name for gpu in record.gpus),
-    "GPU UUID": lambda environment, _: _listed(environment.gpu_uuids),
-    "GPU power limit": lambda _, record: _listed(
-        format_power(gpu.power_limit_w) for gpu in record.gpus if gpu.power_limit_w is not None
-    ),
-    "Persistence mode": lambda _, record: _listed(
-        "on" if gpu.persistence_mode else "off" for gpu in record.gpus if gpu.persistence_mode is not None
-    ),
+def _power_limits(record: Record) -> str:
+    return _listed(format_power(gpu.power_limit_w) for gpu in record.gpus if gpu.power_limit_w is not None)
+
+
+def _persistence(record: Record) -> str:
+    modes = (gpu.persistence_mode for gpu in record.gpus if gpu.persistence_mode is not None)
+    return _listed("on" if mode else "off" for mode in modes)
+
+
+_FACTS: Mapping[str, Callable[[Record], str]] = {
+    "Host": lambda record: record.identity.host,
+    "Run": lambda record: record.identity.run_id,
+    "GPU": lambda record: _listed(gpu.name for gpu in record.gpus),
+    "GPU UUID": lambda record: _listed(record.environment.gpu_uuids),
+    "GPU power limit": _power_limits,
+    "Persistence mode": _persistence,
     "VBIOS": _fact("vbios"),
     "Other processes on the GPU": _fact("other_gpu_processes"),
-    "Device": lambda environment, _: environment.device,
-    "CPU": lambda environment, _: f"{environment.cpu}, {plural(environment.cpu_count, 'logical processor')}",
-    "Memory": lambda environment, _: units.format_bytes(environment.memory_b),
+    "Device": _fact("device"),
+    "CPU": lambda record: f"{record.environment.cpu}, {plural(record.environment.cpu_count, 'logical processor')}",
+    "Memory": lambda record: format_bytes(record.environment.memory_b),
     "Governor": _fact("governor"),
-    "Operating system": lambda environment, _: f"{environment.os}, kernel {environment.kernel}",
-    "Executor": lambda environment, _: environment.executor,
+    "Operating system": lambda record: f"{record.environment.os}, kernel {record.environment.kernel}",
+    "Executor": _fact("executor"),
     "Image": _fact("image"),
-    "Engine": lambda environment, _: f"{environment.engine_name} {environment.engine_version}",
-    "Versions": lambda environment, _: _listed(f"{name} {version}" for name, version in environment.versions.items()),
-    "lem": lambda _, record: record.identity.lem_version,
-    "Model": lambda _, record: record.identity.model,
+    "Engine": lambda record: f"{record.environment.engine_name} {record.environment.engine_version}",
+    "Versions": lambda record: _listed(f"{name} {version}" for name, version in record.environment.versions.items()),
+    "lem": lambda record: record.identity.lem_version,
+    "Model": lambda record: record.identity.model,
     "Model revision": _fact("model_revision"),
     "Weights SHA-256": _fact("weights_sha256"),
-    "Prompts": lambda _, record: _prompts(record),
+    "Prompts": _prompts,
 }
 
 
@@ -396,7 +383,6 @@ _TOKEN_SOURCES = {"engine_ids": "counted from token ids", "retokenized": "counte
 
 
 def methods_section(report: Report) -> Markup:
-    """How each number was measured, and what the numbers do not say."""
     used = [record for entry in report.entries for record in entry.used]
     name = "How each number was measured"
     content = table(name, ["Number", "How", "Remarks"], [*_energy_methods(used), *_other_methods(used)])
