@@ -1,4 +1,4 @@
-"""`lem results`: lists and shows from the files alone, damaged ones included."""
+"""`lem results list`, `show` and `export`: from the files alone, damaged ones included."""
 
 from __future__ import annotations
 
@@ -9,173 +9,230 @@ import pytest
 
 from lem.record import Record, decode_record, write_record
 from lem.results.run import SINGLE_CYCLE
-from lem.results.store import Repository
+from lem.results.store import Repository, StoppingRule, Target, write_stopping_rule
 from tests.command_rig import Output, run_lem
 from tests.records import make_record
 
 RUN = "20260714T100000Z-3fa1"
 LATER = "20260715T100000Z-0b0b"
+OTHER = "20260101T000000Z-aaaa"
+EXPERIMENT = "0123456789ab"
 
 
-def results(*words: str) -> Output:
-    return run_lem("results", *words)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Two runs of one campaign and one of another."""
-    for run_id in (RUN, LATER):
-        for cycle in range(3):
-            store(tmp_path, "demo", make_record(run_id=run_id, cycle=cycle, output_tok_per_s=100 + cycle))
-    store(tmp_path, "other", make_record(run_id="20260101T000000Z-aaaa", config_hash="f" * 16, is_valid=False))
-    return tmp_path
-
-
-def store(results_dir: Path, campaign: str, record: Record) -> Path:
+def store(results_dir: Path, record: Record, campaign: str = "demo") -> Path:
     attempt = Repository(results_dir, campaign).prepare_attempt(record.identity.run_id, record.identity.experiment_id)
     write_record(attempt.result_path, record)
     return attempt.result_path
 
 
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two runs of one campaign and one of another."""
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / "results"
+    for run_id in (RUN, LATER):
+        for cycle in range(3):
+            store(results, make_record(run_id=run_id, cycle=cycle, output_tok_per_s=100 + cycle))
+    store(results, make_record(run_id=OTHER, config_hash="f" * 16, is_valid=False), "other")
+    return results
+
+
+@pytest.fixture
+def damaged(folder: Path) -> Path:
+    """The folder with one experiment of each kind of damage in the first run."""
+    store(folder, make_record(run_id=RUN, cycle=3)).write_bytes(b"\x00")
+    store(folder, make_record(run_id=RUN, cycle=4)).write_bytes(b'{"schema_version": 99}')
+    write_record(store(folder, make_record(run_id=RUN, cycle=5)), make_record(cycle=5, run_id=LATER))
+    half = Repository(folder, "demo").prepare_attempt(RUN, f"{EXPERIMENT}-c7")
+    (half.path / ".lem-tmp-abc").write_bytes(b"{")
+    Repository(folder, "demo").prepare_attempt(RUN, f"{EXPERIMENT}-c8")
+    (folder / "demo" / RUN / "notes.txt").write_text("a person's own file")
+    return folder
+
+
+def run(*words: str) -> Output:
+    return run_lem("results", *words)
+
+
+def rows_of(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines()]
+
+
+def kinds_of(err: str) -> list[str]:
+    return [line.partition(": ")[0] for line in err.splitlines()]
+
+
 def test_list_shows_every_run_with_its_counts(folder: Path) -> None:
-    code, out, err = results("list", "--results-dir", str(folder))
+    code, out, err = run("list")
     assert (code, err) == (0, "")
-    assert [line.split() for line in out.splitlines()] == [
+    assert rows_of(out) == [
         ["campaign", "run", "configurations", "valid", "invalid", "failed"],
         ["demo", RUN, "1", "3", "0", "0"],
         ["demo", LATER, "1", "3", "0", "0"],
-        ["other", "20260101T000000Z-aaaa", "1", "0", "1", "0"],
+        ["other", OTHER, "1", "0", "1", "0"],
     ]
-
-
-def test_list_as_json_has_the_same_counts(folder: Path) -> None:
-    code, out, _ = results("list", "-o", str(folder), "--json")
-    runs = json.loads(out)
-    assert code == 0
-    assert [(item["campaign"], item["run_id"], item["valid"]) for item in runs] == [
-        ("demo", RUN, 3),
-        ("demo", LATER, 3),
-        ("other", "20260101T000000Z-aaaa", 0),
-    ]
+    documents = json.loads(run("list", "-o", str(folder), "--json").out)
+    found = [[item[key] for key in ("campaign", "run_id", "valid", "invalid")] for item in documents]
+    assert found == [["demo", RUN, 3, 0], ["demo", LATER, 3, 0], ["other", OTHER, 0, 1]]
 
 
 def test_list_of_an_empty_or_missing_folder_says_so(tmp_path: Path) -> None:
-    assert results("list", "-o", str(tmp_path / "nowhere")) == (0, "", f"no results in {tmp_path / 'nowhere'}\n")
-    assert results("list", "-o", str(tmp_path), "--json") == (0, "[]\n", "")
-
-
-def test_list_names_damage_and_goes_on(folder: Path) -> None:
-    store(folder, "demo", make_record(run_id=RUN, cycle=3)).write_bytes(b"\x00")
-    code, out, err = results("list", "-o", str(folder))
-    assert code == 0
-    assert err.startswith("corrupt: ")
-    assert ["demo", RUN, "1", "3", "0", "1"] in [line.split() for line in out.splitlines()]
-
-
-def test_list_of_a_folder_that_is_a_file_is_a_usage_error(tmp_path: Path) -> None:
+    assert run("list", "-o", str(tmp_path / "nowhere")) == (0, "", f"no results in {tmp_path / 'nowhere'}\n")
+    assert run("list", "-o", str(tmp_path), "--json") == (0, "[]\n", "")
     (tmp_path / "results").write_text("no folder")
-    code, out, err = results("list", "-o", str(tmp_path / "results"))
-    assert (code, out) == (2, "")
-    assert "expected a folder, found a file" in err
+    code, out, err = run("list", "-o", str(tmp_path / "results"))
+    assert (code, out, "expected a folder, found a file" in err) == (2, "", True)
 
 
-@pytest.mark.parametrize("wanted", [RUN, RUN[:10]])
-def test_a_run_is_shown_as_a_table_by_name_or_by_its_beginning(folder: Path, wanted: str) -> None:
-    code, out, err = results("show", wanted, "-o", str(folder))
+@pytest.mark.parametrize(
+    ("words", "row"),
+    [
+        (("list",), ["demo", RUN, "1", "3", "0", "5"]),
+        (("show", RUN), ["small", "250.0", "ms", "3", "0", "5"]),
+        (("export", RUN, LATER, "--columns", "run_id,cycle_index"), [f"{LATER},2"]),
+    ],
+)
+def test_what_is_whole_is_shown_and_the_rest_named(damaged: Path, words: tuple[str, ...], row: list[str]) -> None:
+    code, out, err = run(*words)
+    assert code == 0
+    assert row in rows_of(out)
+    assert kinds_of(err)[:4] == ["corrupt", "corrupt", "foreign", "half-written"]
+    assert f"demo/{RUN}/{EXPERIMENT}-c4/attempt-1/result.json: not JSON" in err
+    assert ("\nmissing: " in err) == (words[0] == "show")
+    assert ("left out, no complete result: 5 of 11 experiments" in err) == (words[0] == "export")
+
+
+@pytest.mark.parametrize(("wanted", "run_id"), [(RUN, RUN), (RUN[:10], RUN), ("demo", LATER)])
+def test_a_run_is_shown_as_a_table_by_name_or_beginning_and_of_a_campaign_the_last(
+    folder: Path, wanted: str, run_id: str
+) -> None:
+    write_stopping_rule(folder / "demo" / LATER, StoppingRule(Target(0.02), 5, 20))
+    code, out, err = run("show", wanted)
     assert (code, err) == (0, "")
-    assert out.startswith(f"demo · run {RUN} · 1 configuration · 3 cycles")
-    assert "t interval" in out
+    assert out.startswith(f"demo · run {run_id} · 1 configuration · 3 cycles")
+    assert ["small", "3", "101.0", "98.5", "–", "103.5", "100.0", "–", "102.0"] in rows_of(out)
+    assert ("Cycles were added until every interval is within ±2 %" in out) == (run_id == LATER)
 
 
-def test_a_campaign_shows_its_last_run(folder: Path) -> None:
-    assert results("show", "demo", "-o", str(folder))[1].startswith(f"demo · run {LATER}")
-
-
-def test_a_single_cycle_is_told(tmp_path: Path) -> None:
-    store(tmp_path, "demo", make_record())
-    assert SINGLE_CYCLE in results("show", "demo", "-o", str(tmp_path))[1].splitlines()
-
-
-def test_a_run_as_json_holds_aggregates_and_problems(folder: Path) -> None:
-    Repository(folder, "demo").prepare_attempt(RUN, "0123456789ab-c4")
-    document = json.loads(results("show", RUN, "-o", str(folder), "--json")[1])
-    assert document["configurations"][0]["n_cycles"] == 3
-    assert document["configurations"][0]["n_failed"] == 1
-    assert [problem["kind"] for problem in document["problems"]] == ["missing"]
+def test_a_run_as_json_holds_aggregates_and_problems(damaged: Path) -> None:
+    document = json.loads(run("show", RUN, "--json").out)
+    (found,) = document["configurations"]
+    assert (found["n_cycles"], found["n_failed"]) == (3, 5)
+    assert sorted(item["kind"] for item in document["problems"]) == kinds_of(run("show", RUN).err)
 
 
 def test_a_run_without_a_whole_result_is_shown_as_failed(tmp_path: Path) -> None:
-    Repository(tmp_path, "demo").prepare_attempt(RUN, "0123456789ab-c1").write_config({}, {"config_name": "small"})
-    code, out, err = results("show", RUN, "-o", str(tmp_path))
-    assert code == 0
+    Repository(tmp_path, "demo").prepare_attempt(RUN, f"{EXPERIMENT}-c1").write_config({}, {"config_name": "small"})
+    code, out, err = run("show", RUN, "-o", str(tmp_path))
+    assert (code, kinds_of(err)) == (0, ["missing"])
     assert out.startswith(f"demo · run {RUN}")
     assert "no valid result: small" in out
-    assert err.startswith("missing: ")
 
 
 def test_an_experiment_is_shown_in_full_with_its_path(folder: Path) -> None:
-    code, out, err = results("show", f"{RUN}/0123456789ab-c2", "-o", str(folder))
+    code, out, err = run("show", f"{RUN}/{EXPERIMENT}-c2")
+    path = f"results/demo/{RUN}/{EXPERIMENT}-c2/attempt-1/result.json"
     assert (code, err) == (0, "")
-    assert "cycle 2 · attempt 1" in out
+    assert out.startswith("small · cycle 2 · attempt 1\n")
     assert "output 101 tok/s" in out
-    assert out.rstrip().endswith(f"demo/{RUN}/0123456789ab-c2/attempt-1/result.json")
+    assert out.endswith(f"\n{path}\n")
+    (attempt,) = json.loads(run("show", f"{RUN}/{EXPERIMENT}-c2", "--json").out)["attempts"]
+    assert (attempt["path"], decode_record(attempt["record"]).identity.cycle_index) == (path, 1)
 
 
 def test_every_attempt_of_an_experiment_is_shown(folder: Path) -> None:
-    store(folder, "demo", make_record(run_id=RUN, attempt=2, is_valid=False, invalid_reasons=("too hot",)))
-    Repository(folder, "demo").prepare_attempt(RUN, "0123456789ab-c1")
-    _, out, err = results("show", f"{RUN}/0123456789ab-c1", "-o", str(folder))
-    assert "attempt 1\n" in out
-    assert "attempt 2\n" in out
-    assert "no: too hot" in out
-    assert err.startswith("missing: ")
+    store(folder, make_record(run_id=RUN, attempt=2, is_valid=False, invalid_reasons=("too hot",)))
+    Repository(folder, "demo").prepare_attempt(RUN, f"{EXPERIMENT}-c1")
+    _, out, err = run("show", f"{RUN}/{EXPERIMENT}-c1")
+    assert [text in out for text in ("attempt 1\n", "attempt 2\n", "no: too hot")] == [True] * 3
+    assert kinds_of(err) == ["missing"]
 
 
-def test_an_experiment_as_json_holds_whole_records(folder: Path) -> None:
-    document = json.loads(results("show", f"{RUN}/0123456789ab-c2", "-o", str(folder), "--json")[1])
-    assert decode_record(document["attempts"][0]["record"]).identity.cycle_index == 1
-    assert Path(document["attempts"][0]["path"]).is_file()
-
-
-def test_an_experiment_without_a_result_says_so(folder: Path) -> None:
-    Repository(folder, "demo").prepare_attempt(RUN, "abcabcabcabc-c1")
-    code, out, err = results("show", "abcabcabcabc-c1", "-o", str(folder))
-    assert (code, out) == (0, "abcabcabcabc-c1: no complete result\n")
-    assert err.startswith("missing: ")
+def test_an_experiment_without_a_result_says_so(damaged: Path) -> None:
+    code, out, err = run("show", f"{RUN}/{EXPERIMENT}-c4")
+    assert (code, out, kinds_of(err)) == (0, f"{EXPERIMENT}-c4: no complete result\n", ["corrupt"])
 
 
 def test_an_experiment_known_to_one_run_needs_no_run(folder: Path) -> None:
-    assert "other" not in results("show", "ffffffffffff-c1", "-o", str(folder))[2]
-    assert results("show", "ffff", "-o", str(folder))[0] == 0
+    assert run("show", "ffffffffffff-c1").err == ""
+    assert run("show", "ffff").code == 0
 
 
 @pytest.mark.parametrize(
     ("wanted", "expected"),
     [
-        ("0123456789ab-c1", "is ambiguous"),
+        (f"{EXPERIMENT}-c1", "is ambiguous"),
         ("2026", "is ambiguous"),
         ("nix", "no campaign, run or experiment 'nix' in "),
+        ("dmo", "(did you mean 'demo'?)"),
+        ("", "no campaign, run or experiment ''"),
+        ("../demo", "no campaign"),
+        ("/", "no campaign"),
+        ("demo/../other", "no campaign"),
     ],
 )
-def test_a_name_of_several_or_none_is_a_usage_error_that_lists_them(folder: Path, wanted: str, expected: str) -> None:
-    code, out, err = results("show", wanted, "-o", str(folder))
+def test_a_name_of_several_or_none_is_a_usage_error(folder: Path, wanted: str, expected: str) -> None:
+    code, out, err = run("show", wanted)
     assert (code, out) == (2, "")
     assert expected in err
     assert "hint: " in err
 
 
-def test_a_name_that_was_meant_is_suggested(folder: Path) -> None:
-    assert "(did you mean 'demo'?)" in results("show", "dmo", "-o", str(folder))[2]
-
-
-@pytest.mark.parametrize("wanted", ["", "../demo", "/", "demo/../other"])
-def test_a_name_that_leads_elsewhere_is_unknown(folder: Path, wanted: str) -> None:
-    assert results("show", wanted, "-o", str(folder))[0] == 2
-
-
-def test_many_problems_are_cut_short(folder: Path) -> None:
+def test_a_single_cycle_is_told_and_many_problems_are_cut_short(tmp_path: Path) -> None:
+    store(tmp_path, make_record())
     for number in range(15):
-        Repository(folder, "demo").prepare_attempt(RUN, f"{number:012x}-c1")
-    err = results("show", RUN, "-o", str(folder))[2]
-    assert len(err.splitlines()) == 11
-    assert "and 5 more" in err
+        Repository(tmp_path, "demo").prepare_attempt(RUN, f"{number:012x}-c1")
+    _, out, err = run("show", "demo", "-o", str(tmp_path))
+    assert SINGLE_CYCLE in out.splitlines()
+    assert (len(err.splitlines()), "and 5 more" in err) == (11, True)
+
+
+# --- export
+
+
+@pytest.mark.parametrize(
+    ("words", "rows"),
+    [
+        ((), [(OTHER, 0), (RUN, 0), (RUN, 1), (RUN, 2), (LATER, 0), (LATER, 1), (LATER, 2)]),
+        (("demo",), [(LATER, 0), (LATER, 1), (LATER, 2)]),
+        ((f"{RUN}/{EXPERIMENT}-c2",), [(RUN, 1)]),
+        ((RUN, f"{RUN}/{EXPERIMENT}-c2"), [(RUN, 0), (RUN, 1), (RUN, 2)]),
+    ],
+)
+def test_what_is_named_is_exported_once_and_by_default_everything(
+    folder: Path, words: tuple[str, ...], rows: list[tuple[str, int]]
+) -> None:
+    code, out, err = run("export", "--format", "jsonl", *words)
+    assert (code, err) == (0, "")
+    found = [(row["run_id"], row["cycle_index"]) for row in map(json.loads, out.splitlines())]
+    assert sorted(found) == rows
+
+
+def test_columns_are_chosen_and_paths_are_relative_to_the_results(folder: Path) -> None:
+    lines = run("export", RUN, "--columns", "result, cycle_index,output_tok_per_s").out.splitlines()
+    assert lines[:2] == [
+        "result,cycle_index,output_tok_per_s",
+        f"demo/{RUN}/{EXPERIMENT}-c1/attempt-1/result.json,0,100.0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "start"), [("x.csv", "result,"), ("x.json", "["), ("x.jsonl", "{"), ("x.md", "| config"), ("x", "result,")]
+)
+def test_a_file_gets_the_format_of_its_name(folder: Path, name: str, start: str) -> None:
+    assert run("export", "-o", name) == (0, "", "")
+    assert Path(name).read_text(encoding="utf-8").startswith(start)
+
+
+def test_a_format_that_is_asked_for_wins_over_the_name(folder: Path) -> None:
+    run("export", "-o", "x.csv", "--format", "json")
+    assert len(json.loads(Path("x.csv").read_text(encoding="utf-8"))) == 7
+
+
+def test_a_file_that_cannot_be_written_is_told(folder: Path) -> None:
+    code, _, err = run("export", "-o", "nowhere/x.csv")
+    assert (code, "name another file with --output" in err) == (2, True)
+
+
+def test_an_empty_folder_gives_an_empty_file(tmp_path: Path) -> None:
+    assert run("export", "--results-dir", str(tmp_path), "--format", "json") == (0, "[]\n", "")
