@@ -1,6 +1,7 @@
 """`lem status`: what people and programs see of campaigns that run, ended, or crashed."""
 
 import json
+import re
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from tests.command_rig import run_lem
 from tests.goldens import assert_golden
 
 NOW = datetime(2026, 7, 14, 12, 30, tzinfo=timezone.utc)
-EYES = Viewer(NOW, timezone.utc)
+VIEWER = Viewer(NOW, timezone.utc)
 HOLDER = Holder(4711, "lab1", "demo", "2026-07-14T10:00:00.000000Z")
 NAMES = ("pytorch-float16-batch_size=8", "vllm-float16-max_num_seqs=256", "vllm-float16-max_num_seqs=512")
+RESUME = "lem campaign c.yaml --resume"
 LOG = "results/demo/20260714T100000Z-3fa1/29a3920c1781-c1/attempt-2/log.txt"
 
 
@@ -70,7 +72,7 @@ def _activity(**changes):
         "host": "lab1",
         "started_at": "2026-07-14T10:00:00.000000Z",
         "updated_at": "2026-07-14T12:29:58.000000Z",
-        "go_on": "lem campaign c.yaml --resume",
+        "go_on": RESUME,
         "cwd": "/home/ada/my bench",
         "doing": "experiment",
         "since": "2026-07-14T12:26:55.000000Z",
@@ -92,22 +94,42 @@ CRASH = "process 4711 ended without a word after 2026-07-14T12:29:58Z: killed, o
 BROKEN = "the manifest .state/demo/campaign_manifest.json is broken: Expecting value: line 1 column 1 (char 0)"
 
 
+RUNNING = _status("running", holder=HOLDER, left_s=2100.0)
+CRASHED = _status("crashed", reason=CRASH, hint="the kernel's log names what it killed", left_s=2100.0)
+UNREADABLE = _status("unreadable", manifest=None, activity=None, reason=BROKEN, hint="--fresh sets it aside")
+
+
+def _shown(status):
+    """The lines as paragraphs: wrapped ones in one piece."""
+    return re.sub(r"\n +", " ", render_status(status, VIEWER)).splitlines()
+
+
+def test_a_crashed_campaign_as_it_is_shown():
+    assert_golden("status/crashed.txt", render_status(CRASHED, VIEWER))
+
+
 @pytest.mark.parametrize(
-    ("name", "status"),
+    ("status", "shown"),
     [
-        ("running", _status("running", holder=HOLDER, left_s=2100.0)),
-        ("crashed", _status("crashed", reason=CRASH, hint="the kernel's log names what it killed", left_s=2100.0)),
         (
-            "gap",
+            RUNNING,
+            {
+                "Demo of backends · running since 10:00",
+                "run 20260714T100000Z-3fa1, process 4711 on lab1",
+                "ETA 13:05, in 35m 00s",
+                f"now        {NAMES[1]} · cycle 2 · measuring 12 of 100, since 12:26 (3m 05s)",
+            },
+        ),
+        (
             _status(
                 "running",
                 manifest=_manifest("pending"),
                 activity=_activity(doing="gap", exp_id=None, phase=None, gap_ends_in_s=290.0),
                 holder=HOLDER,
             ),
+            {"now        gap between experiments, at most 4m 50s more"},
         ),
         (
-            "stopped",
             _status(
                 "stopped",
                 manifest=_manifest("pending"),
@@ -115,53 +137,71 @@ BROKEN = "the manifest .state/demo/campaign_manifest.json is broken: Expecting v
                 reason="a signal stopped it",
                 left_s=100_000.0,
             ),
+            {
+                "about 1d 04h left",
+                "why        a signal stopped it",
+                "resume with: cd '/home/ada/my bench' && " + RESUME,
+            },
         ),
-        ("unknown_phase", _status("running", activity=None, holder=HOLDER, left_s=None)),
         (
-            "unreadable",
-            _status("unreadable", manifest=None, activity=None, reason=BROKEN, hint="--fresh sets it aside"),
+            _status("stopped", activity=_activity(doing="gap", exp_id=None, phase=None)),
+            {"last       gap between experiments, since 12:26"},
         ),
+        (
+            _status("running", activity=None, holder=HOLDER, left_s=None),
+            {f"now        {NAMES[1]} · cycle 2 · phase unknown, since 11:01 (1h 29m)"},
+        ),
+        (UNREADABLE, {"Demo of backends · unreadable", f"why        {BROKEN}", "remedy     --fresh sets it aside"}),
     ],
 )
-def test_a_campaign_as_it_is_shown(name, status):
-    assert_golden(f"status/{name}.txt", render_status(status, EYES))
+def test_a_campaign_shows_what_it_does_and_what_can_be_done(status, shown):
+    lines = _shown(status)
+    assert shown <= set(lines)
+    assert any("resume with" in line for line in lines) == (status.state == "stopped")
 
 
-def test_all_campaigns_as_they_are_shown():
-    statuses = [
-        _status("running", holder=HOLDER, left_s=2100.0),
-        _status("crashed", reason=CRASH, left_s=10.0),
-        _status("unreadable", manifest=None, activity=None, reason=BROKEN),
-        _status(
-            "running", holder=HOLDER, left_s=100_000.0, reason="nothing was heard of it since 2026-07-14T10:00:00Z"
-        ),
+def test_all_campaigns_have_a_line_and_troubles_are_below():
+    late = _status("running", holder=HOLDER, left_s=100_000.0, reason="nothing was heard of it")
+    text = render_statuses([RUNNING, CRASHED, UNREADABLE, late], VIEWER)
+    first = "Demo of backends"
+    assert [line.removeprefix(first).split() for line in text.splitlines()[1:5]] == [
+        ["running", "3", "1", "4", "13:05", "12:29"],
+        ["crashed", "3", "1", "4", "–", "12:29"],
+        ["unreadable", "0", "0", "0", "–", "–"],
+        ["running", "3", "1", "4", "07-15", "16:16", "12:29"],
     ]
-    assert_golden("status/all.txt", render_statuses(statuses, EYES))
+    below = re.sub(r"\n +", " ", text).splitlines()[5:]
+    assert below == [f"{first}: {CRASH}", f"{first}: {BROKEN}", f"{first}: nothing was heard of it"]
+
+
+def test_many_failures_are_cut_short():
+    manifest = _manifest()
+    manifest.experiments += [_entry(0, cycle % 10, "failed", error="no") for cycle in range(12)]
+    lines = _shown(_status("running", manifest=manifest))
+    assert sum(line.startswith("failed ") for line in lines) == 10
+    assert "and 3 more failed: --json lists all" in lines
 
 
 def test_nothing_is_wider_than_the_screen_but_a_command():
-    for state in ("running", "crashed"):
-        lines = render_status(_status(state, reason=CRASH, holder=HOLDER), EYES).splitlines()
+    for status in (RUNNING, CRASHED):
+        lines = render_status(status, VIEWER).splitlines()
         assert max(len(line) for line in lines if "lem campaign" not in line) <= 80
 
 
 def test_colour_only_where_it_is_wanted():
-    status = _status("crashed", reason=CRASH)
-    assert "\x1b[31m" in render_status(status, Viewer(NOW, timezone.utc, is_colour=True))
-    assert "\x1b" not in render_status(status, EYES)
+    assert "\x1b[31m" in render_status(CRASHED, Viewer(NOW, timezone.utc, is_colour=True))
+    assert "\x1b" not in render_status(CRASHED, VIEWER)
 
 
 def test_of_the_cycles_added_the_last_is_told():
     manifest = _manifest()
     manifest.notes += [{"kind": "top_up", "cycles": number, "reason": f"cycle {number} is added"} for number in (6, 7)]
-    shown = render_status(_status("running", manifest=manifest), EYES)
-    assert "cycle 7 is added" in shown
-    assert "cycle 6 is added" not in shown
-    assert "driver: 570.1 before" in shown
+    notes = [line.split(maxsplit=1)[1] for line in _shown(_status("running", manifest=manifest)) if "note " in line]
+    assert notes == ["environment change: driver: 570.1 before, 580.2 now", "cycle 7 is added"]
 
 
 def test_a_day_that_is_not_today_is_named():
-    assert EYES.clock(NOW - timedelta(days=1)) == "07-13 12:30"
+    assert VIEWER.clock(NOW - timedelta(days=1)) == "07-13 12:30"
 
 
 # --- the command
@@ -192,17 +232,12 @@ def test_a_folder_without_campaigns_says_so(here):
     assert _run_status("--json") == (0, "[]\n", "")
 
 
-@pytest.mark.parametrize("name", ["demo", "Demo", "state/demo"])
-def test_a_campaign_may_be_named_or_its_folder(here, name):
-    code, out, _ = _run_status(name, "--state-dir", "state")
-    assert (code, out.splitlines()[0].split(" · ")[:2]) == (0, ["demo", "done"])
-
-
-def test_a_campaign_may_be_named_by_its_file(here):
+@pytest.mark.parametrize("name", ["demo", "Demo", "state/demo", "c.yaml"])
+def test_a_campaign_is_named_by_its_name_folder_or_file(here, name):
     (here.folder / "c.yaml").write_text(
         "campaign_name: demo\nmodel: none\ngrid: {backends: [pytorch]}\nio: {state_dir: state}\n"
     )
-    code, out, _ = _run_status("c.yaml")
+    code, out, _ = _run_status(name, "--state-dir", "state")
     assert (code, out.splitlines()[0].split(" · ")[:2]) == (0, ["demo", "done"])
 
 
