@@ -5,8 +5,13 @@ import re
 
 import pytest
 
+from lem.config.load import load_campaign
+from lem.orchestration.plan import build_plan
+from lem.record import write_record
+from lem.results.store import Repository
 from tests.campaign_rig import EIGHT, FOUR, campaign_text
 from tests.command_rig import run_lem
+from tests.records import make_record
 
 
 @pytest.fixture
@@ -14,8 +19,20 @@ def here(tmp_path, monkeypatch):
     """A folder with a campaign, in which commands run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LEM_LOCK_DIR", str(tmp_path / "locks"))
-    (tmp_path / "c.yaml").write_text(campaign_text())
+    _write(campaign_text())
     return tmp_path
+
+
+@pytest.fixture
+def unchanged(here):
+    """Fails if anything was written in the folder since the test called it."""
+    before = {}
+
+    def begin():
+        before.update(_tree(here))
+
+    yield begin
+    assert _tree(here) == before
 
 
 def _run(*words):
@@ -35,94 +52,80 @@ def _write(text, name="c.yaml"):
 # --- plans
 
 
-def test_a_dry_run_shows_the_plan_and_writes_nothing(here):
-    before = _tree(here)
+def test_a_dry_run_shows_the_plan_and_writes_nothing(unchanged):
+    unchanged()
     ended = _run("c.yaml", "--dry-run", "--executor", "local")
-    assert ended.code == 0
-    assert _tree(here) == before
-    assert ended.err == "Generated 2 experiments (0 filtered, 0 warnings)\n"
+    assert (ended.code, ended.err) == (0, "Generated 2 experiments (0 filtered, 0 warnings)\n")
     assert "experiments:   2 configurations × 2 cycles = 4" in ended.out
     assert "engine loads:  2 (reuse: cycle)" in ended.out
-    assert "unknown before the first run" in ended.out
     assert [line.split()[0] for line in ended.out.splitlines() if line.startswith("pytorch-")] == [FOUR, EIGHT] * 2
 
 
-def test_validation_alone_says_nothing_more_and_writes_nothing(here):
-    before = _tree(here)
-    ended = _run("c.yaml", "--validate-only")
-    assert (ended.code, ended.out) == (0, "")
-    assert _tree(here) == before
+def test_validation_alone_shows_the_count_or_when_quiet_nothing_and_writes_nothing(unchanged):
+    unchanged()
+    counts = "Generated 2 experiments (0 filtered, 0 warnings)\n"
+    assert _run("c.yaml", "--validate-only") == (0, "", counts)
+    assert _run("c.yaml", "--validate-only", "-q") == (0, "", "")
+
+
+@pytest.mark.parametrize("how", ["--dry-run", "--validate-only"])
+def test_a_plan_is_one_json_document_when_asked(here, how):
+    ended = _run("c.yaml", how, "--executor", "local", "--json")
+    document = json.loads(ended.out)
+    assert ended.code == 0
+    assert (document["generated"], document["filtered"], document["warnings"]) == (2, [], [])
+    assert [item["order_index"] for item in document["experiments"]] == list(range(len(document["experiments"])))
+    assert document["experiments"][0]["loads_engine"] is True
+    assert ("place" in document) == (how == "--dry-run")
 
 
 @pytest.mark.parametrize("how", ["--dry-run", "--validate-only", "--yes"])
-def test_with_nothing_valid_left_each_reason_is_told_and_nothing_is_written(here, how):
+def test_with_nothing_valid_left_each_reason_is_told_and_nothing_is_written(unchanged, how):
     text = campaign_text().replace("[pytorch]", "[tensorrt]").replace("[4, 8]", "[4, 8]\n    fp_precision: [float32]")
     _write(text)
-    before = _tree(here)
+    unchanged()
     ended = _run("c.yaml", how)
     assert ended.code == 2
     assert "Generated 2 experiments (2 filtered, 0 warnings)" in ended.err
-    assert "filtered: " in ended.err
-    assert "× 2" in ended.err
+    assert re.search(r"filtered: .* × 2\n", ended.err)
     assert "no valid experiment is left" in ended.err
-    assert _tree(here) == before
 
 
-def test_an_experiment_without_a_model_is_filtered_with_that_reason_and_the_rest_is_planned(here):
-    more = "experiments: [{config_name: named, model: other, max_output_tokens: 4}]\n"
+def test_an_experiment_without_a_model_is_filtered_with_that_reason_and_warnings_are_shown(here):
+    more = "experiments: [{config_name: named, model: other, num_cycles: 4, max_output_tokens: 4}]\n"
     _write(campaign_text(more=more).replace("model: none\n", ""))
     ended = _run("c.yaml", "--dry-run")
     assert ended.code == 0
-    assert "Generated 3 experiments (2 filtered, 0 warnings)" in ended.err
+    assert "Generated 3 experiments (2 filtered, 1 warnings)" in ended.err
     assert "no model" in ended.err
-    assert "1 configuration × 2 cycles = 2" in ended.out
-
-
-def test_warnings_are_shown_and_counted_apart(here):
-    _write(campaign_text(more="experiments: [{config_name: named, num_cycles: 4, max_output_tokens: 2}]\n"))
-    ended = _run("c.yaml", "--validate-only")
-    assert ended.code == 0
-    assert "Generated 3 experiments (0 filtered, 1 warnings)" in ended.err
     assert "warning: num_cycles is for lem experiment; in a campaign, execution.cycles decides" in ended.err
-
-
-def test_quiet_validation_is_silent(here):
-    ended = _run("c.yaml", "--validate-only", "-q")
-    assert (ended.code, ended.out, ended.err) == (0, "", "")
+    assert "1 configuration × 2 cycles = 2" in ended.out
 
 
 def test_options_win_over_the_file_and_set_over_both(here):
     words = ["--cycles", "5", "--structure", "shuffled", "--seed", "7", "--config-gap", "3", "-o", "elsewhere"]
-    ended = _run("c.yaml", "--dry-run", *words, "--set", "execution.cycles=4", "--force-cold-start")
-    assert "2 configurations × 4 cycles = 8" in ended.out
-    assert "order:         shuffled, seed 7" in ended.out
-    assert "engine loads:  8 (reuse: none, cold start)" in ended.out
-    assert "results in:    elsewhere/demo" in ended.out
-    assert "3.0 s" in ended.out
-
-
-def test_one_axis_can_be_set(here):
-    ended = _run("c.yaml", "--dry-run", "--set", "grid.shared.max_output_tokens=[16]")
-    assert "1 configuration × 2 cycles = 2" in ended.out
+    words += ["--set", "execution.cycles=4", "--set", "grid.shared.max_output_tokens=[16, 32]", "--force-cold-start"]
+    ended = _run("c.yaml", "--dry-run", *words)
+    for shown in (
+        "2 configurations × 4 cycles = 8",
+        "order:         shuffled, seed 7",
+        "engine loads:  8 (reuse: none, cold start)",
+        "results in:    elsewhere/demo",
+        "pytorch-max_output_tokens=16",
+        "3.0 s",
+    ):
+        assert shown in ended.out
 
 
 def test_experiment_files_make_a_campaign_with_a_name(here):
-    _write("model: none\nmax_output_tokens: 4\n", "one.yaml")
-    _write("model: none\nmax_output_tokens: 8\n", "two.yaml")
+    for name, tokens in (("one.yaml", 4), ("two.yaml", 8)):
+        _write(f"model: none\nmax_output_tokens: {tokens}\n", name)
     ended = _run("one.yaml", "two.yaml", "--campaign-name", "Pair", "--dry-run", "-c", "1")
     assert ended.code == 0
     assert "campaign:      Pair" in ended.out
     assert [line.split()[0] for line in ended.out.splitlines()[-2:]] == ["one", "two"]
     nameless = _run("one.yaml", "two.yaml", "--dry-run")
-    assert nameless.code == 2
-    assert "--campaign-name" in nameless.err
-
-
-def test_what_needs_containers_is_refused_without_them(here):
-    _write(campaign_text(more="cold_start: {restart_container: true}\n"))
-    ended = _run("c.yaml", "--executor", "local", "--dry-run")
-    assert ended.code == 2
-    assert "cold_start.force_cold_start" in ended.err
+    assert (nameless.code, "--campaign-name" in nameless.err) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +147,57 @@ def test_usage_errors_take_two_lines(here, words, expected):
     assert hint == "hint: see `lem campaign --help`"
 
 
+# --- top-ups and budgets
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--until", "2%"], "expected a target such as ci=2%"),
+        (["--until", "ci=2%:watts"], "unknown metric 'watts'"),
+        (["--until", "ci=2%", "--max-cycles", "4"], "5 to 20"),
+        (["--until", "ci=2%", "--max-cycles", "7", "--cycles", "9"], "more than --max-cycles 7"),
+        (["--until", "ci=2%", "--structure", "grouped"], "AAA BBB"),
+        (["--until", "ci=2%", "--set", "execution.reuse=campaign"], "execution.reuse=cycle"),
+        (["--until", "ci=2%", "--set", "daemon.enabled=true"], "daemon"),
+        (["--until", "ci=2%", "--shard", "1/2"], "cannot be combined with --shard"),
+        (["--max-cycles", "9"], "--until"),
+        (["--budget", "8"], "write it like 90s"),
+        (["--budget", "8h", "--set", "daemon.enabled=true"], "total_duration"),
+        (["--set", "cold_start.restart_container=true"], "cold_start.force_cold_start"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_and_nothing_is_written(unchanged, here, words, complaint):
+    unchanged()
+    ended = _run("c.yaml", "--executor", "local", *words)
+    assert (ended.code, ended.out) == (2, "")
+    assert complaint in " ".join(ended.err.split())
+
+
+def _dry_run(*words):
+    code, out, _ = _run("c.yaml", "--executor", "local", "--dry-run", *words)
+    assert code == 0
+    return " ".join(out.split())
+
+
+def test_a_dry_run_shows_what_top_up_and_budget_would_take_by_earlier_results(here):
+    shown = _dry_run("--until", "ci=2%:e2e_p50_s", "--max-cycles", "8", "--cycles", "2", "--budget", "1h")
+    assert "2 configurations × 5 cycles = 10" in shown
+    assert "until every interval of e2e_p50_s is within ±2 % (5 cycles at least, 8 at most)" in shown
+    assert "how much of the plan fits is unknown before the first run" in shown
+    loaded = load_campaign("c.yaml")
+    for item in build_plan(loaded.config, loaded.listed).configurations:
+        record = make_record(config_name=item.config_name, config_hash=item.config_hash)
+        attempt = Repository(here / "results", "demo").prepare_attempt(record.identity.run_id, item.exp_id)
+        write_record(attempt.result_path, record)
+    # 1.5 s of warm-up and 10 s of window each, 0.8 s a load: five cycles of two, then ten.
+    shown = _dry_run("--until", "ci=2%", "--max-cycles", "10")
+    assert "expected time: about 1m 59s (measuring 1m 55s, loading 4.0 s" in shown
+    assert "at most 3m 58s" in shown
+    assert "1h 00m, enough for the whole plan" in _dry_run("--budget", "1h")
+    assert "20.0 s, enough to start about 2 of 4 experiments" in _dry_run("--budget", "20s")
+
+
 # --- bad input
 
 
@@ -158,31 +212,30 @@ def test_usage_errors_take_two_lines(here, words, expected):
         (b"campaign_name: [1, 2\n", "not YAML"),
         (b"campaign_name: a\n\tmodel: b\n", "indent with spaces"),
         (b"- a\n- b\n", "c.yaml"),
-        (
-            campaign_text().replace("cycles", "cycels").encode(),
-            "execution.cycels: unknown key (did you mean 'cycles'?)",
-        ),
-        (campaign_text(more="model: again\n").encode(), "duplicate key"),
-        (campaign_text(cycles="many").encode(), "execution.cycles"),
-        (campaign_text(cycles=21).encode(), "execution.cycles"),
-        (campaign_text(structure="mixed").encode(), "execution.structure"),
-        (campaign_text(more="configs: [missing.yaml]\n").encode(), "missing.yaml"),
-        (campaign_text().replace("campaign_name: demo", "campaign_name: ''").encode(), "campaign_name"),
+        (campaign_text().replace("cycles", "cycels"), "execution.cycels: unknown key (did you mean 'cycles'?)"),
+        (campaign_text(more="model: again\n"), "duplicate key"),
+        (campaign_text(cycles="many"), "execution.cycles"),
+        (campaign_text(more="configs: [missing.yaml]\n"), "missing.yaml"),
+        (campaign_text().replace("campaign_name: demo", "campaign_name: ''"), "campaign_name"),
         (b"campaign_name: demo\nmodel: none\n", "nothing to run"),
-        (campaign_text(more="daemon: {enabled: true, interval: 6 hours}\n").encode(), "daemon.interval"),
-        (campaign_text(more="schedule: {at: '25:00'}\n").encode(), "schedule.at"),
-        (campaign_text(more="notification: {webhook_url: not-a-url}\n").encode(), "notification.webhook_url"),
+        (campaign_text(more="daemon: {enabled: true, interval: 6 hours}\n"), "daemon.interval"),
+        (campaign_text(more="schedule: {at: '25:00'}\n"), "schedule.at"),
+        (campaign_text(more="notification: {webhook_url: not-a-url}\n"), "notification.webhook_url"),
+        (
+            campaign_text().replace("synthetic, input_tokens: 3, sample_size: 2", "file, path: prompts.txt"),
+            "prompts.txt",
+        ),
     ],
 )
-def test_a_bad_campaign_file_is_told_by_place_and_writes_nothing(here, content, complaint):
+def test_a_bad_campaign_file_is_told_by_place_and_writes_nothing(unchanged, content, complaint):
+    _write(b"\n\n", "prompts.txt")
     _write(content)
-    before = _tree(here)
+    unchanged()
     ended = _run("c.yaml", "--yes")
     assert ended.code == 2
     assert complaint in ended.err
     assert ended.err.startswith("error: c.yaml")
     assert "Traceback" not in ended.err
-    assert _tree(here) == before
 
 
 def test_every_problem_is_told_at_once_with_line_and_column(here):
@@ -199,21 +252,7 @@ def test_every_problem_is_told_at_once_with_line_and_column(here):
 @pytest.mark.parametrize(("name", "complaint"), [("missing.yaml", "no such file"), (".", "found a folder")])
 def test_a_campaign_file_that_is_not_there_is_told(here, name, complaint):
     ended = _run(name, "--yes")
-    assert ended.code == 2
-    assert complaint in ended.err
-
-
-@pytest.mark.parametrize("content", [b"", b"\n\n"])
-def test_prompts_without_any_are_told_before_anything_starts(here, content):
-    _write(content, "prompts.txt")
-    _write(
-        campaign_text().replace("{type: synthetic, input_tokens: 3, sample_size: 2}", "{type: file, path: prompts.txt}")
-    )
-    before = _tree(here)
-    ended = _run("c.yaml", "--yes")
-    assert ended.code == 2
-    assert "prompts.txt" in ended.err
-    assert _tree(here) == before
+    assert (ended.code, complaint in ended.err) == (2, True)
 
 
 # --- folders and manifests in the way; refused before a worker is started
@@ -223,9 +262,7 @@ def test_prompts_without_any_are_told_before_anything_starts(here, content):
 def test_a_file_where_a_folder_is_due_is_told(here, folder):
     (here / folder).write_text("in the way")
     ended = _run("c.yaml", "--yes")
-    assert ended.code == 2
-    assert folder in ended.err
-    assert "Traceback" not in ended.err
+    assert (ended.code, folder in ended.err, "Traceback" in ended.err) == (2, True, False)
     assert (here / folder).read_text() == "in the way"
 
 
@@ -251,11 +288,10 @@ def test_a_broken_manifest_is_never_started_over(here, content, words):
 
 
 def test_the_manifest_of_another_campaign_is_refused(here):
-    # Both names have the same folder.
     document = {
         "schema_version": 1,
         "campaign_id": "12345678",
-        "campaign_name": "DEMO",
+        "campaign_name": "DEMO",  # the folder of both names is the same
         "created_at": "2026-07-14T10:00:00.000000Z",
         "updated_at": "2026-07-14T10:00:00.000000Z",
         "config_hash": "0123456789abcdef",
@@ -269,17 +305,5 @@ def test_the_manifest_of_another_campaign_is_refused(here):
     path = _manifest(here, json.dumps(document).encode())
     before = path.read_bytes()
     ended = _run("c.yaml", "--yes")
-    assert ended.code == 2
+    assert (ended.code, path.read_bytes()) == (2, before)
     assert "belongs to another campaign, 'DEMO'" in ended.err
-    assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize("how", ["--dry-run", "--validate-only"])
-def test_a_plan_is_one_json_document_when_asked(here, how):
-    ended = _run("c.yaml", how, "--executor", "local", "--json")
-    document = json.loads(ended.out)
-    assert ended.code == 0
-    assert (document["generated"], document["filtered"], document["warnings"]) == (2, [], [])
-    assert [item["order_index"] for item in document["experiments"]] == list(range(len(document["experiments"])))
-    assert document["experiments"][0]["loads_engine"] is True
-    assert ("place" in document) == (how == "--dry-run")
