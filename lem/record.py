@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
 from lem.base import durable
-from lem.base.codec import CODED, DecodeError, decode, encode, shown
+from lem.base.codec import DecodeError, decode, encode, shown
 from lem.base.measurement import SLOWDOWN_MASK, EnergySource, is_estimate
-from lem.base.reasons import Reason, recognise
+from lem.base.reasons import Reason
 
 # The files of an attempt, beside its sample log (lem/meters/samples.py).
 RESULT_FILE = "result.json"
@@ -21,19 +20,17 @@ OUTPUTS_FILE = "outputs.jsonl"
 LOG_FILE = "log.txt"
 
 # Fewer observations than this leave a percentile to one or two values, so it is None.
-OBSERVATIONS_NEEDED = types.MappingProxyType({"p90": 10, "p95": 20, "p99": 100})
+OBSERVATIONS_NEEDED: Final[Mapping[str, int]] = {"p90": 10, "p95": 20, "p99": 100}
 
 # The fields of `Energy` that add up to the energy that counts, by the meter it comes from.
-_PARTS: Final[Mapping[str, tuple[str, ...]]] = types.MappingProxyType(
-    {
-        EnergySource.COUNTER: ("gpu_energy_j",),
-        EnergySource.INSTANT_POWER: ("gpu_energy_j",),
-        EnergySource.AVERAGE_POWER: ("gpu_energy_j",),
-        EnergySource.RAPL: ("cpu_package_energy_j", "dram_energy_j"),
-        EnergySource.TDP_ESTIMATE: ("cpu_package_energy_j",),
-        EnergySource.EXTERNAL: ("external_energy_j",),
-    }
-)
+_PARTS: Final[Mapping[str, tuple[str, ...]]] = {
+    EnergySource.COUNTER: ("gpu_energy_j",),
+    EnergySource.INSTANT_POWER: ("gpu_energy_j",),
+    EnergySource.AVERAGE_POWER: ("gpu_energy_j",),
+    EnergySource.RAPL: ("cpu_package_energy_j", "dram_energy_j"),
+    EnergySource.TDP_ESTIMATE: ("cpu_package_energy_j",),
+    EnergySource.EXTERNAL: ("external_energy_j",),
+}
 
 ResultKey = tuple[str, str, str, int, int]
 """What no two results share: run, host, experiment, cycle, attempt."""
@@ -395,9 +392,7 @@ def decode_record(document: Any) -> Record:
     """
     if not isinstance(document, dict):
         raise RecordError("a record is a JSON object")
-    if document.get("schema_version") == 1:
-        document = _from_version_1(document)
-    if document.get("schema_version") != SCHEMA_VERSION:
+    if document.get("schema_version") not in (1, SCHEMA_VERSION):  # version 1 has sentences without their codes
         found = shown(document.get("schema_version"))
         raise RecordError(f"schema_version is {found}, this lem reads 1 to {SCHEMA_VERSION}")
     values = {name: value for name, value in document.items() if name != "schema_version"}
@@ -432,20 +427,3 @@ def read_record(path: Path) -> Record:
         return decode_record(document)
     except RecursionError as error:
         raise RecordError("not a record: nested too deeply") from error
-
-
-def _from_version_1(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document as version 2 has it; what is wrong with it stays for the reader to find."""
-    document = {**document, "schema_version": 2}
-    for section, name in (("validity", "invalid_reasons"), ("validity", "warnings"), ("window", "gap_end_reason")):
-        values = document.get(section)
-        if isinstance(values, dict) and values.get(name) is not None:
-            document[section] = {**values, name + CODED: _recognised(values[name])}
-    return document
-
-
-def _recognised(sentences: Any) -> Any:
-    if isinstance(sentences, list):
-        return [_recognised(item) for item in sentences]
-    reason = recognise(sentences if isinstance(sentences, str) else "")
-    return {"code": reason.code, "data": dict(reason.data)}

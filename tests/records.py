@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lem.base.codec import recognise
 from lem.base.measurement import EnergySource, is_gpu_source
-from lem.base.reasons import Reason, recognise
+from lem.base.reasons import Reason
 from lem.config.experiment import MeasurementConfig
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of
 from lem.record import (

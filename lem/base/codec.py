@@ -12,12 +12,15 @@ import contextlib
 import dataclasses
 import functools
 import math
+import re
+import string
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from lem.base.reasons import Reason, recognise
+from lem.base.log import shorten
+from lem.base.reasons import NULL_TEXTS, V1_TEXTS, Reason, formats_of, parsed
 
 T = TypeVar("T")
 
@@ -158,12 +161,15 @@ def _decode_section(kind: Any, value: Any, where: str) -> Any:
     for name, item in plain.items():
         if item is None and not (isinstance(texts.get(name), str) and texts[name]):
             raise DecodeError(f"{where}.{name} is null without a reason")
-    for name in texts:
+    reasons = {}
+    for name, text in texts.items():
         if plain.get(name, name) is not None:
             raise DecodeError(f"{where}: {shown(name + _REASON)} has no null beside it")
+        reasons[name] = _decode_reason(text, coded.pop(name + _REASON, None), where)
     for name, hint in _reason_fields(kind).items():
-        plain[name] = _decode_reasons(hint, plain[name], coded.pop(name, None), _at(where, name))
-    reasons = {name: _null_reason(text, coded.pop(name + _REASON, None), where) for name, text in texts.items()}
+        if plain[name] is not None:
+            sentences = decode_hint(hint, plain[name], _at(where, name))
+            plain[name] = _decode_reasons(sentences, coded.pop(name, None), _at(where, name))
     if coded:
         raise DecodeError(f"{where}: unexpected {shown(next(iter(coded)) + CODED)}: the field holds no reasons")
     fields = _decode_fields(kind, plain, where)
@@ -172,7 +178,9 @@ def _decode_section(kind: Any, value: Any, where: str) -> Any:
 
 @functools.cache
 def _reason_fields(kind: Any) -> Mapping[str, Any]:
-    return {name: hint for name, hint in hints_of(kind).items() if hint in (Reason | None, tuple[Reason, ...])}
+    """The fields of reasons, with the types of their texts."""
+    texts = {Reason | None: str, tuple[Reason, ...]: tuple[str, ...]}
+    return {name: texts[hint] for name, hint in hints_of(kind).items() if hint in texts}
 
 
 def _texts(value: Any) -> Any:
@@ -186,24 +194,20 @@ def _codes(value: Any, where: str) -> Any:
     return {"code": value.code, "data": encode(data, f"{where}.data")}
 
 
-def _decode_reasons(hint: Any, sentences: Any, coded: Any, where: str) -> Any:
+def _decode_reasons(sentences: str | tuple[str, ...], coded: Any, where: str) -> Reason | list[Reason]:
     """The reasons of a field, from its sentences and their codes."""
-    if typing.get_origin(hint) is not tuple:
-        sentence = decode_hint(str | None, sentences, where)
-        return None if sentence is None and coded is None else _decode_reason(sentence, coded, where)
-    sentences = decode_hint(tuple[str, ...], sentences, where)
-    if not isinstance(coded, list) or len(coded) != len(sentences):
+    if isinstance(sentences, str):
+        return _decode_reason(sentences, coded, where)
+    codes = [None] * len(sentences) if coded is None else coded
+    if not isinstance(codes, list) or len(codes) != len(sentences):
         raise DecodeError(f"{where}: expected codes of {len(sentences)} sentences, got {shown(coded)}")
-    return [_decode_reason(sentence, code, where) for sentence, code in zip(sentences, coded, strict=True)]
-
-
-def _null_reason(sentence: str, coded: Any, where: str) -> Reason:
-    """Why a field is None; older records have the sentence alone."""
-    return recognise(sentence) if coded is None else _decode_reason(sentence, coded, where)
+    return [_decode_reason(sentence, code, where) for sentence, code in zip(sentences, codes, strict=True)]
 
 
 def _decode_reason(sentence: str, coded: Any, where: str) -> Reason:
-    """The reason; one of a newer lem with the same schema is known by its sentence alone."""
+    """The reason; without a code (in older records), or with one of a newer lem, its sentence is all there is."""
+    if coded is None:
+        return recognise(sentence)
     if not isinstance(coded, dict) or coded.keys() != {"code", "data"} or not isinstance(coded["data"], dict):
         raise DecodeError(f"{where}: expected code and data, got {shown(coded)}")
     code, data = decode(str, coded["code"], where), encode(coded["data"], f"{where}.data")
@@ -211,6 +215,44 @@ def _decode_reason(sentence: str, coded: Any, where: str) -> Reason:
         return Reason.of(code, **data)
     except ValueError:
         return Reason.of("verbatim", text=sentence)
+
+
+# What sentences without a code are read by.
+_RECOGNISED: Mapping[str, str] = {
+    **{code: text for code, text in V1_TEXTS.items() if code != "verbatim"},
+    # A sentence of nothing but other words would match any.
+    **{code: text for code, text in NULL_TEXTS.items() if not text.startswith("{error}")},
+}
+
+
+@functools.lru_cache(4096)
+def recognise(text: str) -> Reason:
+    """The reason for a sentence that was recorded without a code; `verbatim` for one that lem does not know."""
+    for code, (template, formats) in _patterns().items():
+        match = template.fullmatch(text)
+        if match is not None:
+            reason = Reason.of(code, **{name: parsed(match[name], formats[name]) for name in formats})
+            if reason.worded(_RECOGNISED) == text:
+                return reason
+    return Reason.of("verbatim", text=text)
+
+
+@functools.cache
+def _patterns() -> Mapping[str, tuple[re.Pattern[str], Mapping[str, str]]]:
+    patterns = {}
+    for code, template in _RECOGNISED.items():
+        parts = [
+            re.escape(literal) + (f"(?P<{name}>{_pattern(spec or '')})" if name else "")
+            for literal, name, spec, _ in string.Formatter().parse(template)
+        ]
+        patterns[code] = (re.compile("".join(parts), re.DOTALL), formats_of(template))
+    return patterns
+
+
+def _pattern(spec: str) -> str:
+    if not spec:
+        return ".*?"
+    return {"d": "-?[0-9]+", "#x": "0x[0-9a-f]+"}.get(spec, "-?[0-9]+(?:[.][0-9]+)?(?:e[-+]?[0-9]+)?%?")
 
 
 def _check_names(where: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -230,8 +272,7 @@ def hints_of(kind: Any) -> Mapping[str, Any]:
 
 def shown(value: Any) -> str:
     """`value` in a message: a damaged file can hold anything, of any length, that does anything to a terminal."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"
+    return shorten(repr(value), 80)
 
 
 def _at(where: str, name: Any) -> str:

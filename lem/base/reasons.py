@@ -367,13 +367,6 @@ NULL_TEXTS: Mapping[str, str] = {
 
 TEXTS: Mapping[str, str] = {**V1_TEXTS, **_NEW_TEXTS, **NULL_TEXTS}
 
-# What sentences without a code are read by; the last resort comes last.
-_RECOGNISED: Mapping[str, str] = {
-    **{code: text for code, text in V1_TEXTS.items() if code != "verbatim"},
-    # A sentence of nothing but other words would match any.
-    **{code: text for code, text in NULL_TEXTS.items() if not text.startswith("{error}")},
-}
-
 _NUMBER = re.compile(r"[0-9]+(?:[.][0-9]+)?")
 
 
@@ -394,7 +387,7 @@ class Reason:
         """
         if code not in TEXTS:
             raise ValueError(f"unknown code {code!r}")
-        formats = _formats(TEXTS[code])
+        formats = formats_of(TEXTS[code])
         if formats.keys() != data.keys():
             raise ValueError(f"{code} takes {', '.join(formats) or 'no data'}, got {', '.join(data) or 'none'}")
         return cls(code, {name: _as_shown(value, formats[name]) for name, value in data.items()})
@@ -429,20 +422,8 @@ def alike(found: Iterable[tuple[Reason, _Thing]]) -> list[list[tuple[Reason, _Th
     return list(groups.values())
 
 
-@functools.lru_cache(4096)
-def recognise(text: str) -> Reason:
-    """The reason for a sentence that was recorded without a code; `verbatim` for one that lem does not know."""
-    for code, (template, formats) in _patterns().items():
-        match = template.fullmatch(text)
-        if match is not None:
-            reason = Reason.of(code, **{name: _parsed(match[name], formats[name]) for name in formats})
-            if reason.worded(_RECOGNISED) == text:
-                return reason
-    return Reason.of("verbatim", text=text)
-
-
 @functools.cache
-def _formats(template: str) -> Mapping[str, str]:
+def formats_of(template: str) -> Mapping[str, str]:
     """{name: format} of a template's fields; an empty format is that of text."""
     return {name: spec or "" for _, name, spec, _ in string.Formatter().parse(template) if name}
 
@@ -456,10 +437,10 @@ def _as_shown(value: Any, spec: str) -> Any:
         shown = format(value, spec)
     except OverflowError as error:  # an integer too large for a float
         raise ValueError(str(error)) from error
-    return _parsed(shown, spec) if isinstance(value, float) and spec else value
+    return parsed(shown, spec) if isinstance(value, float) and spec else value
 
 
-def _parsed(shown: str, spec: str) -> Any:
+def parsed(shown: str, spec: str) -> Any:
     """A value from its text; the inverse of `format`."""
     if not spec:
         return shown
@@ -468,21 +449,3 @@ def _parsed(shown: str, spec: str) -> Any:
     if spec == "#x":
         return int(shown, 16)
     return float(shown.removesuffix("%")) / 100 if spec.endswith("%") else float(shown)
-
-
-@functools.cache
-def _patterns() -> Mapping[str, tuple[re.Pattern[str], Mapping[str, str]]]:
-    patterns = {}
-    for code, template in _RECOGNISED.items():
-        parts = [
-            re.escape(literal) + (f"(?P<{name}>{_pattern(spec or '')})" if name else "")
-            for literal, name, spec, _ in string.Formatter().parse(template)
-        ]
-        patterns[code] = (re.compile("".join(parts), re.DOTALL), _formats(template))
-    return patterns
-
-
-def _pattern(spec: str) -> str:
-    if not spec:
-        return ".*?"
-    return {"d": "-?[0-9]+", "#x": "0x[0-9a-f]+"}.get(spec, "-?[0-9]+(?:[.][0-9]+)?(?:e[-+]?[0-9]+)?%?")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lem.base.reasons import recognise
+from lem.base.codec import recognise
 from lem.record import (
     SCHEMA_VERSION,
     Energy,

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from lem.base.codec import recognise
 from lem.base.doc import text_width
-from lem.base.reasons import recognise
 from lem.record import Record
 from lem.results.aggregation import run_document
 from lem.results.run import SINGLE_CYCLE, Run, make_run
