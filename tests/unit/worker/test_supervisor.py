@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from lem.base import process
+from lem.base.process import ProcessId
 from lem.config.experiment import ExperimentConfig
 from lem.meters.samples import ClockPair, read_tail
-from lem.worker.channel import LineBuffer, RunRequest, encode_line
+from lem.worker.channel import LineBuffer, Outbox, RunRequest, encode_line
 from lem.worker.children import EndStep, EngineChild
 from lem.worker.supervisor import Supervisor
 from tests.processes import wait_for
-from tests.unit.worker.piped_engine import PipedEngine
 from tests.worker_rig import decode_report
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -40,6 +40,58 @@ def run_message(folder: Path, name: str, *, engine_key: str = "key", keep_engine
     return RunRequest({}, {"experiment_id": name}, str(folder / name), engine_key, keep_engine).to_message()
 
 
+class PipedEngine:
+    """An engine process that is none, in place of `EngineChild`: pipes whose other ends a test holds."""
+
+    def __init__(self) -> None:
+        self.message_fd, self._messages = os.pipe()
+        self.output_fd, self._output = os.pipe()
+        for descriptor in (self.message_fd, self.output_fd):
+            os.set_blocking(descriptor, False)
+        self._control, control = os.pipe()
+        self.control = Outbox(control)
+        self.identity = ProcessId(1, 1)
+        self.engine_key: str | None = None
+        self.is_stuck = False
+        self.next_step_at: float | None = None
+        self.steps: list[EndStep] = []  # by which it was to be ended; the second one ends it
+        self.exit_code: int | None = None  # what `reap` finds; None while it lives
+        self.looks_survived = 0  # how often `reap` is answered with None though it has ended
+        self.on_run: Callable[[Mapping[str, Any]], None] = lambda _message: None
+
+    @property
+    def step(self) -> EndStep | None:
+        return self.steps[-1] if self.steps else None
+
+    def say(self, message: Mapping[str, Any] | bytes) -> None:
+        os.write(self._messages, message if isinstance(message, bytes) else encode_line(message))
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        if message["type"] == "run":
+            self.on_run(message)
+
+    def end(self, step: EndStep, now: float) -> None:
+        del now
+        self.steps.append(step)
+        if len(self.steps) > 1:
+            self.exit_code = -9
+
+    def tick(self, now: float) -> None:
+        """Nothing comes by itself here."""
+
+    def reap(self) -> int | None:
+        if self.exit_code is not None and self.looks_survived > 0:
+            self.looks_survived -= 1
+            return None
+        return self.exit_code
+
+    def close(self) -> None:
+        for descriptor in (self.message_fd, self.output_fd, self.control.descriptor):
+            os.close(descriptor)
+        for descriptor in (self._messages, self._output, self._control):
+            os.close(descriptor)
+
+
 class Host:
     """Both ends that a host has, and a supervisor at work on a thread."""
 
@@ -54,8 +106,6 @@ class Host:
         self._messages: list[dict[str, Any]] = []
         self.exit_codes: list[int] = []
         self._thread = threading.Thread(target=lambda: self.exit_codes.append(self.supervisor.run()), daemon=True)
-
-    def start(self) -> None:
         self._thread.start()
 
     def order(self, *messages: Mapping[str, Any]) -> None:
@@ -80,14 +130,12 @@ def engine() -> PipedEngine:
 
 
 def test_what_was_printed_before_an_error_is_in_its_tail(tmp_path: Path, engine: PipedEngine):
-    host = Host(engine)
-
     def fail(message: Mapping[str, Any]) -> None:
         engine.say({**ERROR, "exp_id": "e", "engine_lost": False})
-        engine.print("line\n" * 10_000 + "last words\n")
+        os.write(engine._output, b"line\n" * 10_000 + b"last words\n")
 
     engine.on_run = fail
-    host.start()
+    host = Host(engine)
     host.order(run_message(tmp_path, "e"))
 
     assert host.until("error")["log_tail"].splitlines()[-1] == "last words"
@@ -95,7 +143,6 @@ def test_what_was_printed_before_an_error_is_in_its_tail(tmp_path: Path, engine:
 
 def test_an_engine_that_ends_while_the_next_experiment_comes_has_its_say_first(tmp_path: Path, engine: PipedEngine):
     second = PipedEngine()
-    host = Host(engine, second)
     next_run = run_message(tmp_path, "e2")
 
     def answer_and_end(message: Mapping[str, Any]) -> None:
@@ -105,7 +152,7 @@ def test_an_engine_that_ends_while_the_next_experiment_comes_has_its_say_first(t
 
     engine.on_run = answer_and_end
     second.on_run = lambda message: second.say({**RESULT, "exp_id": "e2", "engine_reused": False})
-    host.start()
+    host = Host(engine, second)
     host.order(run_message(tmp_path, "e1"))
 
     assert host.until("result")["exp_id"] == "e1"
@@ -121,7 +168,6 @@ def test_a_late_answer_is_not_taken_for_the_next_experiment(tmp_path: Path, engi
             engine.say({**RESULT, "exp_id": name})
 
     engine.on_run = answer
-    host.start()
     host.order(run_message(tmp_path, "e1"))
     assert host.until("result")["exp_id"] == "e1"
     host.order(run_message(tmp_path, "e2"))
@@ -133,8 +179,7 @@ def test_an_engine_process_that_talks_nonsense_is_ended_and_its_experiment_answe
     tmp_path: Path, engine: PipedEngine
 ):
     host = Host(engine)
-    engine.on_run = lambda _message: engine.say_raw(b"CUDA initialised\n")
-    host.start()
+    engine.on_run = lambda _message: engine.say(b"CUDA initialised\n")
     host.order(run_message(tmp_path, "e"))
 
     error = host.until("error")
@@ -158,7 +203,6 @@ def test_the_engine_is_kept_asked_to_leave_or_ended(
 ):
     host = Host(engine)
     engine.on_run = lambda _message: engine.say({**answer, "exp_id": "e"})
-    host.start()
     host.order(run_message(tmp_path, "e", keep_engine=keep_engine))
 
     host.until(answer["type"], exp_id="e")
@@ -171,7 +215,6 @@ def test_an_experiment_for_another_engine_waits_until_the_first_is_gone(tmp_path
     host = Host(engine, second)
     engine.on_run = lambda _message: engine.say({**RESULT, "exp_id": "e1"})
     second.on_run = lambda _message: second.say({**RESULT, "exp_id": "e2"})
-    host.start()
     host.order(run_message(tmp_path, "e1"))
     host.until("result")
 
@@ -188,7 +231,6 @@ def test_an_experiment_for_another_engine_waits_until_the_first_is_gone(tmp_path
 
 def test_a_second_signal_ends_the_engine_sooner(tmp_path: Path, engine: PipedEngine):
     host = Host(engine)
-    host.start()
     host.order(run_message(tmp_path, "e"))
     host.until("engine")
 
@@ -203,7 +245,6 @@ def test_a_second_signal_ends_the_engine_sooner(tmp_path: Path, engine: PipedEng
 def test_an_engine_that_kill_does_not_end_is_told_and_given_up(tmp_path: Path, engine: PipedEngine):
     host = Host(engine)
     engine.on_run = lambda _message: setattr(engine, "is_stuck", True)
-    host.start()
     host.order(run_message(tmp_path, "e"))
 
     error = host.until("error", exp_id="e")
@@ -214,7 +255,6 @@ def test_an_engine_that_kill_does_not_end_is_told_and_given_up(tmp_path: Path, e
 
 def test_a_host_that_reads_no_more_is_a_host_that_is_gone(tmp_path: Path, engine: PipedEngine):
     host = Host(engine)
-    host.start()
     host.until("hello")
     engine.on_run = lambda _message: setattr(engine, "exit_code", 0)
     os.close(host._reports)
@@ -226,7 +266,6 @@ def test_a_host_that_reads_no_more_is_a_host_that_is_gone(tmp_path: Path, engine
 
 def test_heartbeats_come_while_nothing_else_does():
     host = Host(heartbeat_s=0.02)
-    host.start()
 
     assert [host.until("heartbeat") for _ in range(2)] == [{"type": "heartbeat"}] * 2
 
@@ -242,7 +281,6 @@ def test_a_sampler_beside_the_experiment_ends_with_it_or_says_in_the_log_why_it_
     path = tmp_path / folder / "samples.part"
     config = ExperimentConfig.from_dict({"model": "any", "gpus": []}).to_dict()
     request = {"config": config, "samples_path": str(path), "is_worker_sampling": True}
-    host.start()
 
     host.order({**run_message(tmp_path, "e"), **request})
     host.until("engine")
