@@ -40,20 +40,14 @@ def texts(found: ResolvedPrompts) -> list[str]:
     return [item.prompt for item in found.prompts]
 
 
-@pytest.mark.parametrize("alias", sorted(DATASET_ALIASES))
-def test_every_alias_names_where_it_is(alias: str) -> None:
-    choice = choice_of(config(dataset=alias))
-    assert choice.hub_name == DATASET_ALIASES[alias].path
-    assert choice.column
-    assert choice.split in ("train", "test")
-
-
-def test_what_is_given_wins_over_the_alias() -> None:
+def test_an_alias_names_where_it_is_and_what_is_given_wins_over_it() -> None:
+    for alias in DATASET_ALIASES:
+        choice = choice_of(config(dataset=alias))
+        assert choice.hub_name == DATASET_ALIASES[alias].path
+        assert choice.column
+        assert choice.split in ("train", "test")
     choice = choice_of(config(dataset={"name": "mmlu", "split": "validation", "column": "answer"}))
     assert (choice.split, choice.column, choice.subset) == ("validation", "answer", "all")
-
-
-def test_an_experiment_without_a_data_set_has_no_choice() -> None:
     with pytest.raises(ValueError, match="no prompts from a data set"):
         choice_of(config())
 
@@ -62,11 +56,9 @@ def test_data_set_in_the_folder_is_taken_with_source_and_hash(tmp_path: Path) ->
     write_jsonl(tmp_path / "mine.jsonl", ROWS)
     found = resolve(tmp_path, {"dataset": {"name": "mine", "sample_size": 3}})
     assert texts(found) == ["prompt 0", "prompt 1", "prompt 2"]
-    assert found.source["kind"] == "local"
-    assert found.source["path"] == str(tmp_path / "mine.jsonl")
-    assert found.source["revision"] is None
-    assert found.source["sha256"] == fingerprint(found.prompts)
-    assert found.source["count"] == 3
+    place = {"kind": "local", "path": str(tmp_path / "mine.jsonl"), "name": "mine", "split": "train"}
+    expected = {**place, "revision": None, "sha256": fingerprint(found.prompts), "count": 3, "shuffle_seed": None}
+    assert found.source == {**dict.fromkeys(found.source), "hub_name": "mine", **expected}
     assert found.warnings == ()
 
 
@@ -94,18 +86,15 @@ def test_an_alias_is_found_by_any_form_of_its_name(tmp_path: Path, form: str) ->
     assert texts(resolve(tmp_path, {"dataset": "alpaca"})) == ["do it"]
 
 
-def test_parts_of_a_split_are_read_in_order(tmp_path: Path) -> None:
+def test_a_split_may_have_parts_and_a_subset_is_a_folder_of_its_own(tmp_path: Path) -> None:
     for part in (1, 0):
         write_jsonl(tmp_path / "mine" / f"train-{part}.jsonl", [{"prompt": f"part {part}"}])
     write_jsonl(tmp_path / "mine" / "test.jsonl", [{"prompt": "another split"}])
+    for subset in ("main", "socratic"):
+        write_jsonl(tmp_path / "gsm8k" / subset / "train.jsonl", [{"question": subset}])
     assert texts(resolve(tmp_path, {"dataset": "mine"})) == ["part 0", "part 1"]
     assert texts(resolve(tmp_path, {"dataset": {"name": "mine", "split": "test"}})) == ["another split"]
-
-
-def test_subset_is_a_folder_of_its_own(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "gsm8k" / "main" / "train.jsonl", [{"question": "2 + 2?"}])
-    write_jsonl(tmp_path / "gsm8k" / "socratic" / "train.jsonl", [{"question": "no"}])
-    assert texts(resolve(tmp_path, {"dataset": "gsm8k"})) == ["2 + 2?"]
+    assert texts(resolve(tmp_path, {"dataset": "gsm8k"})) == ["main"]
 
 
 def test_a_data_set_may_be_a_folder_or_file_itself(tmp_path: Path) -> None:
@@ -126,19 +115,14 @@ def test_sharegpt_gives_first_human_turns_and_skips_what_has_none(tmp_path: Path
     assert found.warnings == (Reason.of("rows_skipped", name="sharegpt", skipped=1),)
 
 
-def test_blank_rows_are_skipped_and_do_not_count(tmp_path: Path) -> None:
+def test_blank_rows_are_skipped_and_too_few_are_told(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "mine.jsonl", [{"prompt": ""}, {"prompt": " "}, {"prompt": None}, *ROWS])
-    found = resolve(tmp_path, {"dataset": {"name": "mine", "sample_size": 2}})
-    assert texts(found) == ["prompt 0", "prompt 1"]
-    assert (found.warnings[0].code, found.warnings[0].data["skipped"]) == ("rows_skipped", 3)
-
-
-def test_fewer_than_asked_for_are_used_and_told(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "mine.jsonl", ROWS)
-    found = resolve(tmp_path, {"dataset": {"name": "mine", "sample_size": 50}})
-    assert len(found.prompts) == 6
-    assert found.warnings[0].code == "dataset_too_small"
-    assert (found.warnings[0].data["wanted"], found.warnings[0].data["found"]) == (50, 6)
+    found = [resolve(tmp_path, {"dataset": {"name": "mine", "sample_size": size}}) for size in (2, 50)]
+    skipped = Reason.of("rows_skipped", name="mine", skipped=3)
+    assert texts(found[0]) == ["prompt 0", "prompt 1"]
+    assert len(found[1].prompts) == 6
+    assert found[0].warnings == (skipped,)
+    assert found[1].warnings == (skipped, Reason.of("dataset_too_small", name="mine", wanted=50, found=6))
 
 
 def test_shuffle_takes_others_by_its_seed(tmp_path: Path) -> None:
@@ -204,22 +188,20 @@ def test_broken_files_are_refused_by_name(tmp_path: Path, name: str, content: by
     assert str(tmp_path / name) in caught.value.message
 
 
-def test_a_folder_without_the_split_is_refused_with_what_is_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("folder", "dataset", "message"),
+    [
+        (".", {"name": "mine", "split": "validation"}, r"test\.jsonl, train\.jsonl"),
+        (".", "empty", "no data files"),
+        ("missing", "mine", DATASETS_VARIABLE),
+    ],
+)
+def test_a_folder_without_the_data_is_refused(tmp_path: Path, folder: str, dataset: Any, message: str) -> None:
     for split in ("train", "test"):
         write_jsonl(tmp_path / "mine" / f"{split}.jsonl", ROWS)
-    with pytest.raises(EngineError, match=r"test\.jsonl, train\.jsonl"):
-        resolve(tmp_path, {"dataset": {"name": "mine", "split": "validation"}})
-
-
-def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    with pytest.raises(EngineError, match="no data files"):
-        resolve(tmp_path, {"dataset": "mine"})
-
-
-def test_a_variable_that_names_no_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=DATASETS_VARIABLE):
-        resolve(tmp_path / "missing", {"dataset": "mine"})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EngineError, match=message):
+        resolve(tmp_path / folder, {"dataset": dataset})
 
 
 @pytest.mark.needs("datasets")

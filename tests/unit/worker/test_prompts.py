@@ -53,15 +53,20 @@ def test_jsonl_lines_are_objects_or_texts_with_their_own_bounds(tmp_path: Path) 
     assert read_prompt_file(write(tmp_path, "p.jsonl", content)) == (Prompt("a", None, 7), Prompt("b", 5), Prompt("c"))
 
 
-def test_messages_are_joined_up_to_the_last_turn_of_the_user() -> None:
-    turns = (("system", "Be brief."), ("user", "Why?"), ("assistant", "Because."))
-    messages = [{"role": role, "content": content} for role, content in turns]
-    assert text_of_record({"messages": messages}) == "Be brief.\n\nWhy?"
+MESSAGES = [
+    {"role": role, "content": content}
+    for role, content in (("system", "Be brief."), ("user", "Why?"), ("assistant", "Because."))
+]
+TURNS = [{"from": who, "value": text} for who, text in (("gpt", "Hi"), ("human", "Go"), ("human", "On"))]
 
 
-def test_conversations_give_their_first_human_turn() -> None:
-    turns = [{"from": "gpt", "value": "Hi"}, {"from": "human", "value": "Go"}, {"from": "human", "value": "On"}]
-    assert text_of_record({"conversations": turns}) == "Go"
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [({"messages": MESSAGES}, "Be brief.\n\nWhy?"), ({"conversations": TURNS}, "Go")],
+    ids=["up to the last turn of the user", "the first human turn"],
+)
+def test_the_prompt_of_a_conversation(record: Any, text: str) -> None:
+    assert text_of_record(record) == text
 
 
 @pytest.mark.parametrize(
@@ -88,7 +93,7 @@ def test_a_record_without_text_is_refused(record: Any) -> None:
         text_of_record(record)
 
 
-def test_every_bad_line_is_named_with_its_number(tmp_path: Path) -> None:
+def test_every_bad_line_is_named_with_its_number_and_many_are_counted(tmp_path: Path) -> None:
     content = b'{"prompt": "a"}\n\n{"prompt": ""}\nnot json\n{"prompt": "b", "output_tokens": 0}\n'
     path = write(tmp_path, "p.jsonl", content)
     with pytest.raises(PromptError) as caught:
@@ -96,9 +101,6 @@ def test_every_bad_line_is_named_with_its_number(tmp_path: Path) -> None:
     lines = str(caught.value).splitlines()
     assert [line.split(": ")[0] for line in lines] == [f"{path}:{number}" for number in (2, 3, 4, 5)]
     assert "output_tokens" in lines[3]
-
-
-def test_many_bad_lines_are_counted_not_all_listed(tmp_path: Path) -> None:
     with pytest.raises(PromptError) as caught:
         read_prompt_file(write(tmp_path, "p.txt", b"\n" * 500))
     assert len(str(caught.value).splitlines()) == 11
@@ -115,6 +117,7 @@ def test_many_bad_lines_are_counted_not_all_listed(tmp_path: Path) -> None:
         ("missing.txt", None, "missing.txt: cannot be read"),
         (".", None, ": expected a regular file"),
         ("/dev/null", None, "/dev/null: expected a regular file"),
+        ("large.txt", None, "large.txt: 1099511627776 bytes; the limit for prompts is 268435456"),
         ("pipe", None, "pipe: expected a regular file"),  # prompts are read again for every attempt
     ],
 )
@@ -122,18 +125,12 @@ def test_a_file_without_prompts_is_refused_with_the_place(
     tmp_path: Path, name: str, content: bytes | None, place: str
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
+    os.truncate(write(tmp_path, "large.txt", b""), 2**40)
     if content is not None:
         write(tmp_path, name, content)
     with pytest.raises(PromptError) as caught:
         read_prompt_file(tmp_path / name)
     assert place in caught.value.message
-
-
-def test_a_file_too_large_for_prompts_is_refused_unread(tmp_path: Path) -> None:
-    path = write(tmp_path, "p.txt", b"")
-    os.truncate(path, 2**40)
-    with pytest.raises(PromptError, match=r"p\.txt: 1099511627776 bytes.* 268435456"):
-        read_prompt_file(path)
 
 
 def test_written_prompts_are_read_back_as_they_were(tmp_path: Path) -> None:
@@ -172,18 +169,14 @@ def test_file_prompts_are_resolved_with_their_source(
     assert [(item.code, item.data["wanted"], item.data["found"]) for item in found.warnings] == warnings
 
 
-def test_synthetic_prompts_are_resolved_with_their_plan() -> None:
+def test_synthetic_prompts_are_resolved_with_their_plan_and_without_one_it_is_the_bundled_set() -> None:
     chosen = {"type": "synthetic", "input_tokens": 20, "output_tokens": 6, "sample_size": 3, "seed": 9}
-    found = resolve(prompts=chosen)
+    found, bundled = resolve(prompts=chosen), resolve()
     assert found is not None
+    assert bundled is not None
     assert [(item.input_tokens, item.output_tokens) for item in found.prompts] == [(20, 6)] * 3
     assert (found.source["kind"], found.source["seed"], found.source["count"]) == ("synthetic", 9, 3)
-
-
-def test_with_neither_dataset_nor_prompts_it_is_the_bundled_set_and_says_so() -> None:
-    found = resolve()
-    assert found is not None
-    assert (found.source["kind"], len(found.prompts)) == ("bundled", BUNDLED.sample_size)
+    assert (bundled.source["kind"], len(bundled.prompts)) == ("bundled", BUNDLED.sample_size)
 
 
 @pytest.mark.parametrize("options", [{"dataset": "alpaca"}, {"prompts": {"type": "huggingface", "dataset": "a/b"}}])
@@ -213,18 +206,15 @@ def test_lengths_are_spread_around_the_chosen_one(distribution: str, least: int,
     assert min(lengths(distribution, length=1, size=200)) >= 1
 
 
-def test_texts_have_more_words_than_the_length_in_tokens() -> None:
+def test_texts_have_enough_words_and_no_two_begin_alike() -> None:
     assert all(len(item.prompt.split()) > (item.input_tokens or 0) for item in generate(BUNDLED))
-
-
-def test_no_two_prompts_begin_alike() -> None:
     assert len({item.prompt.split()[0] for item in generate(plan(4, 300, 1))}) == 300
 
 
 def test_same_seed_same_prompts_another_seed_others() -> None:
-    chosen = plan(16, 8, 1, "lognormal")
-    assert generate(chosen) == generate(chosen)
-    assert generate(chosen) != generate(plan(16, 8, 2, "lognormal"))
+    first, again, other = (generate(plan(16, 8, seed, "lognormal")) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
 
 
 def test_bundled_set_never_changes() -> None:

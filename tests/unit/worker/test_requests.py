@@ -63,18 +63,13 @@ def test_prompts_become_requests_within_their_bounds(
     assert [(item.code, item.data["limit"]) for item in told] == warnings
 
 
-def test_a_prompt_that_is_cut_keeps_its_beginning() -> None:
+def test_a_prompt_is_cut_at_its_end_and_extended_by_its_text_alone() -> None:
     (cut,), (whole,) = encode(Prompt("a b c d"), max_input_tokens=3)[0], encode(Prompt("a b"))[0]
     assert cut.token_ids == whole.token_ids
-
-
-def test_extending_cycles_the_text_and_not_what_begins_every_text() -> None:
     begin, first, second, *rest = encode(Prompt("a b", input_tokens=7))[0][0].token_ids
     assert begin == BEGIN_OF_TEXT
     assert rest == [first, second, first, second]
-
-
-def test_a_tokenizer_without_a_beginning_cycles_the_whole_text() -> None:
+    # A tokenizer without a beginning of texts: the whole text is cycled.
     (found,), _ = encode(Prompt("abc", input_tokens=5), tokenize=lambda text: [ord(letter) for letter in text])
     assert found.token_ids == (97, 98, 99, 97, 98)
 
@@ -110,33 +105,23 @@ def test_typical_requests_are_spread_over_the_lengths_and_always_the_same() -> N
     assert len(source.take(1)[0].token_ids) == 50, "which does not move the place in the order"
 
 
-def test_disjoint_requests_differ_from_every_given_one_and_from_each_other() -> None:
+def test_disjoint_requests_differ_from_every_given_one_and_each_other_by_known_ids() -> None:
     given = [request(index, 1, index + 2, index + 3, index + 4) for index in range(20)]
+    known = {token for item in given for token in item.token_ids[1:]}
     source = DisjointRequests(given, seed=1)
     made = {item.token_ids for item in source.take(60)}
     assert made.isdisjoint({item.token_ids for item in given})
     assert len(made) == 60
+    assert {ids[0] for ids in made} == {1}, "what begins every text is kept"
+    assert all(known.issuperset(ids[1:]) for ids in made)
     assert source.is_disjoint
 
 
-def test_disjoint_requests_use_known_ids_and_keep_what_begins_every_text() -> None:
-    given = [request(index, 1, 10 + index, 20 + index) for index in range(9)]
-    known = {token for item in given for token in item.token_ids[1:]}
-    for item in DisjointRequests(given, seed=2).take(30):
-        assert item.token_ids[0] == 1
-        assert set(item.token_ids[1:]) <= known
-
-
-def test_a_single_prompt_of_one_repeated_token_still_gets_another_one() -> None:
-    source = DisjointRequests([request(0, 7, 7, 7)], seed=1)
-    assert source.take(1)[0].token_ids != (7, 7, 7)
-    assert source.is_disjoint
-
-
-def test_prompts_that_leave_no_other_are_told() -> None:
-    source = DisjointRequests([request(0, 0), request(1, 1)], seed=1)
-    source.take(2)
-    assert not source.is_disjoint
+@pytest.mark.parametrize(("given", "is_disjoint"), [([(7, 7, 7)], True), ([(0,), (1,)], False)])
+def test_prompts_that_leave_no_other_are_told(given: list[tuple[int, ...]], is_disjoint: bool) -> None:
+    source = DisjointRequests([request(index, *ids) for index, ids in enumerate(given)], seed=1)
+    assert {item.token_ids for item in source.take(2)}.isdisjoint(given) is is_disjoint
+    assert source.is_disjoint is is_disjoint
 
 
 def closed_loop(concurrency: int, min_window_s: float = 0.05) -> TrafficPlan:
@@ -169,24 +154,17 @@ def test_poisson_arrivals_have_the_rate_and_the_spread_of_exponential_gaps() -> 
     assert statistics.stdev(gaps) == pytest.approx(0.2, rel=0.05)
 
 
-def test_closed_loop_keeps_its_requests_in_flight() -> None:
-    backend = TimedBackend(SteppedClock(), width=8)
-    measure(backend, closed_loop(3))
-    assert {len(batch) for batch in backend.batches} == {3}
-
-
 def test_closed_loop_window_opens_after_one_turn_and_closes_under_load() -> None:
     clock = SteppedClock()
-    backend = TimedBackend(clock, width=2)  # a turn is a 10 ms prefill and four steps of 1 ms
+    backend = TimedBackend(clock, width=8)  # a turn is a 10 ms prefill and four steps of 1 ms
     found = measure(backend, closed_loop(2, min_window_s=0.05))
-    assert found.opened_ns - clock.start_ns == 14 * NS_PER_MS
-    assert found.closed_ns - clock.start_ns == 70 * NS_PER_MS
-    assert len(found.requests) == 8
-    assert found.output_tok == 8 * 4
-    assert found.input_tok == 8 * 3
-    assert found.repeats == 2
-    assert found.steady.value is True
-    assert found.warnings == ()
+    assert {len(batch) for batch in backend.batches} == {2}, "as many in flight as configured"
+    assert [time_ns - clock.start_ns for time_ns in (found.opened_ns, found.closed_ns)] == [
+        14 * NS_PER_MS,
+        70 * NS_PER_MS,
+    ]
+    assert (len(found.requests), found.output_tok, found.input_tok, found.repeats) == (8, 8 * 4, 8 * 3, 2)
+    assert (found.steady.value, found.warnings) == (True, ())
 
 
 def test_closed_loop_answers_as_many_requests_as_there_are_prompts() -> None:
@@ -221,12 +199,7 @@ def test_open_loop_latency_counts_from_the_scheduled_time() -> None:
     assert [
         tuple((stamp - clock.start_ns) // NS_PER_MS for stamp in stamps if stamp is not None) for stamps in times
     ] == [(0, 0, 14), (10, 14, 28), (20, 28, 42)]
-
-
-def test_a_prompt_set_that_was_not_gone_through_is_not_said_to_have_been() -> None:
-    overloaded = open_loop(100.0, ramp_limit_s=0.0, min_window_s=0.05)
-    found = measure(TimedBackend(SteppedClock(), width=1), overloaded, make_requests(4))
-    assert (len(found.requests), found.repeats) == (3, 0)
+    assert found.repeats == 0, "four prompts were not gone through"
 
 
 def test_an_idle_engine_waits_for_the_next_arrival() -> None:
@@ -236,15 +209,12 @@ def test_an_idle_engine_waits_for_the_next_arrival() -> None:
     assert len(found.requests) == 4
 
 
-def test_load_above_capacity_is_told() -> None:
+def test_load_above_capacity_is_told_and_load_below_is_not() -> None:
     found = measure(TimedBackend(SteppedClock(), width=1), open_loop(1000.0, min_window_s=1.0, ramp_limit_s=0.5))
     assert {"load_too_high", "ramp_cut_short"} <= set(codes(found.warnings))
     assert found.window_s == pytest.approx(1.0)
-
-
-def test_load_below_capacity_is_not_warned_of() -> None:
-    found = measure(TimedBackend(SteppedClock(), width=4), open_loop(50.0, min_window_s=2.0, mode="poisson"))
-    assert found.warnings == ()
+    below = measure(TimedBackend(SteppedClock(), width=4), open_loop(50.0, min_window_s=2.0, mode="poisson"))
+    assert below.warnings == ()
 
 
 def test_tokens_count_by_their_own_time_and_requests_by_their_end() -> None:
@@ -285,22 +255,13 @@ def test_a_load_that_fails_as_a_whole_is_not_kept_up(plan: TrafficPlan) -> None:
     assert found.steady.value is None
 
 
-def test_prompts_are_offered_in_turn() -> None:
-    found = measure(TimedBackend(SteppedClock(), width=2), closed_loop(2), make_requests(3))
+def test_prompts_are_offered_in_turn_by_requests_of_their_own_and_each_answer_is_told() -> None:
+    backend = TimedBackend(SteppedClock(), width=8)
+    done: list[int] = []
+    found = measure_traffic(backend, make_requests(3), closed_loop(6), backend.clock, done.append)
     indices = [item.prompt_index for item in found.outputs]
     assert indices == [(indices[0] + offset) % 3 for offset in range(len(indices))]
-
-
-def test_requests_in_flight_have_indices_of_their_own() -> None:
-    backend = TimedBackend(SteppedClock(), width=8)
-    measure(backend, closed_loop(6), make_requests(2))
     assert all(len({request.index for request in batch}) == len(batch) for batch in backend.batches)
-
-
-def test_progress_tells_the_requests_answered() -> None:
-    backend = TimedBackend(SteppedClock())
-    done: list[int] = []
-    measure_traffic(backend, make_requests(4), closed_loop(2), backend.clock, done.append)
     assert done == list(range(1, len(done) + 1))
 
 
@@ -387,20 +348,15 @@ class ThreadedBackend(TimedBackend):
                 queue.complete(Completion(request.index, (7,), begin_ns, end_ns, (end_ns,)))
 
 
-def test_real_threads_in_a_closed_loop_answer_every_request_once() -> None:
+@pytest.mark.parametrize("is_open", [False, True])
+def test_real_threads_answer_every_request_once_and_take_requests_while_they_work(is_open: bool) -> None:
     backend = ThreadedBackend(SteppedClock())
+    backend.is_holding = is_open
     plan = closed_loop(2, min_window_s=0.02)
+    if is_open:
+        plan = open_loop(500.0, min_window_s=0.05, mode="poisson", ramp_limit_s=0.01)
     found = measure_traffic(backend, make_requests(5), plan, Clock(), lambda _: None)
+    assert backend.has_taken_meanwhile.is_set() or not is_open, "no request arrived while the first was worked on"
     assert found.failures == ()
     assert len(found.requests) >= 5
-    assert all(item.completion.started_ns >= (item.arrived_ns or 0) for item in found.requests)
-
-
-def test_real_threads_in_an_open_loop_get_requests_while_they_work() -> None:
-    backend = ThreadedBackend(SteppedClock())
-    backend.is_holding = True
-    plan = open_loop(500.0, min_window_s=0.05, mode="poisson", ramp_limit_s=0.01)
-    found = measure_traffic(backend, make_requests(5), plan, Clock(), lambda _: None)
-    assert backend.has_taken_meanwhile.is_set(), "no request arrived as long as the first was worked on"
-    assert found.failures == ()
     assert all(item.completion.started_ns >= (item.arrived_ns or 0) for item in found.requests)
