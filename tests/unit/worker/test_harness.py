@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,36 +84,45 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path, backend, engine, Listener())
 
 
-def test_phases_are_told_in_order(bench: Bench) -> None:
-    bench.run()
-    assert tuple(bench.listener.phases) == PHASES
-
-
-def test_reused_engine_skips_the_load_phase_and_says_so(bench: Bench) -> None:
+def test_phases_are_told_in_order_and_a_reused_engine_skips_the_load(bench: Bench) -> None:
     first = bench.run()
-    bench.listener.phases.clear()
+    assert tuple(bench.listener.phases) == PHASES
     second = bench.run()
-    assert "load" not in bench.listener.phases
+    assert tuple(bench.listener.phases[len(PHASES) :]) == tuple(phase for phase in PHASES if phase != "load")
     assert (first.validity.engine_reused, second.validity.engine_reused) == (False, True)
     assert first.window.load_s == pytest.approx(3.0)
-    assert second.window.load_s is None
-    reused = Reason.of("engine_was_loaded", load_id=first.validity.engine_load_id)
-    assert second.window.null_reasons["load_s"] == reused
+    loaded = Reason.of("engine_was_loaded", load_id=first.validity.engine_load_id)
+    assert (second.window.load_s, second.window.null_reasons["load_s"]) == (None, loaded)
 
 
 def test_closed_batch_figures(bench: Bench) -> None:
     # eight prompts in pairs: four turns of a 10 ms prefill and 128 steps of 1 ms
     record = bench.run(measurement={"min_window_sec": 0})
-    assert record.window.traffic_mode == "closed_batch"
-    assert record.window.window_s == pytest.approx(4 * 0.138)
-    assert record.window.window_repeats == 1
-    assert (record.work.requests_ok, record.work.requests_failed) == (8, 0)
-    assert (record.work.input_tok, record.work.output_tok) == (8 * 6, 8 * 128)
-    assert record.throughput.output_tok_per_s == pytest.approx(8 * 128 / 0.552)
-    assert record.throughput.total_tok_per_s == pytest.approx(8 * 134 / 0.552)
-    assert record.throughput.requests_per_s == pytest.approx(8 / 0.552)
-    assert record.validity.valid
-    assert record.validity.invalid_reasons == ()
+    window, work, rates = record.window, record.work, record.throughput
+    assert (window.traffic_mode, window.window_repeats) == ("closed_batch", 1)
+    assert window.window_s == pytest.approx(4 * 0.138)
+    assert (work.requests_ok, work.requests_failed, work.input_tok, work.output_tok) == (8, 0, 8 * 6, 8 * 128)
+    found = (rates.output_tok_per_s, rates.total_tok_per_s, rates.requests_per_s)
+    assert found == pytest.approx((8 * 128 / 0.552, 8 * 134 / 0.552, 8 / 0.552))
+    assert (record.validity.valid, record.validity.invalid_reasons) == (True, ())
+    assert {total for _, total, _ in bench.listener.told if total is not None} == {8}, "the first pass has an end"
+
+
+def test_what_was_not_measured_is_null_with_its_reason(bench: Bench) -> None:
+    record = bench.run(measurement={"grid_g_per_kwh": 300, "pue": 1.2})
+    for section, name, code in (
+        (record.window, "warmup_s", "warmup_off"),
+        (record.validity, "warmup_converged", "warmup_off"),
+        (record.latency, "ttft_s", "tokens_not_observed"),
+        (record.energy, "gpu_energy_j", "on_cpu"),
+        (record.energy, "cpu_package_energy_j", "sampler_reports"),
+        (record.carbon, "price_per_kwh", "not_given"),
+    ):
+        assert (getattr(section, name), section.null_reasons[name].code) == (None, code), name
+    assert record.idle.idle_loaded_power_w is None
+    assert record.efficiency.energy_per_output_tok_j is None
+    carbon = record.carbon
+    assert (carbon.grid_g_per_kwh, carbon.pue, carbon.co2e_g) == (300.0, 1.2, None)
 
 
 def test_warmup_is_not_measured_and_shares_no_prompt_with_the_window(bench: Bench) -> None:
@@ -135,13 +144,6 @@ def test_warmup_runs_at_the_width_of_the_measurement(bench: Bench) -> None:
     assert {len(batch) for batch in bench.backend.batches} == {4}
 
 
-def test_disabled_warmup_is_null_with_its_reason(bench: Bench) -> None:
-    record = bench.run()
-    assert record.window.warmup_s is None
-    assert record.validity.warmup_converged is None
-    assert record.validity.null_reasons["warmup_converged"].code == "warmup_off"
-
-
 def test_prompt_set_is_repeated_for_the_chosen_window(bench: Bench) -> None:
     record = bench.run(measurement={"min_window_sec": 1.0})
     assert record.window.window_repeats == 2
@@ -152,17 +154,10 @@ def test_prompt_set_is_repeated_for_the_chosen_window(bench: Bench) -> None:
 def test_streaming_measures_each_request_alone(bench: Bench) -> None:
     record = bench.run(streaming=True, measurement={"min_window_sec": 0})
     assert {len(batch) for batch in bench.backend.batches} == {1}
-    assert record.latency.ttft_s is not None
-    assert record.latency.itl_s is not None
-    assert record.latency.ttft_s.mean == pytest.approx(0.011)
-    assert record.latency.itl_s.mean == pytest.approx(0.001)
-    assert record.latency.ttft_s.n == 8
-
-
-def test_without_streaming_token_times_are_null_with_the_remedy(bench: Bench) -> None:
-    record = bench.run()
-    assert record.latency.ttft_s is None
-    assert record.latency.null_reasons["ttft_s"].code == "tokens_not_observed"
+    ttft_s, itl_s = record.latency.ttft_s, record.latency.itl_s
+    assert ttft_s is not None
+    assert itl_s is not None
+    assert (ttft_s.mean, itl_s.mean, ttft_s.n) == pytest.approx((0.011, 0.001, 8))
 
 
 @pytest.mark.parametrize(
@@ -183,18 +178,13 @@ def test_traffic_is_served_and_measured(bench: Bench, traffic: dict[str, Any]) -
     assert record.validity.valid
 
 
-def test_arrivals_follow_the_seed_of_the_experiment(tmp_path: Path) -> None:
+def test_arrivals_follow_the_seed_of_the_experiment(bench: Bench) -> None:
     def queue_times(seed: int) -> Any:
-        backend = TimedBackend(SteppedClock())
-        engine = ResidentEngine(backend.load, backend.clock)
-        traffic = {"enabled": True, "target_qps": 50.0}
-        folder = tmp_path / str(seed)
-        folder.mkdir(exist_ok=True)
-        write_prompts(folder, PROMPTS)
-        return Bench(folder, backend, engine, Listener()).run(traffic_simulation=traffic, random_seed=seed).latency
+        return bench.run(traffic_simulation={"enabled": True, "target_qps": 50.0}, random_seed=seed).latency
 
-    assert queue_times(1) == queue_times(1)
-    assert queue_times(1) != queue_times(2)
+    first = queue_times(1)
+    assert queue_times(1) == first
+    assert queue_times(2) != first
 
 
 @pytest.mark.parametrize(("prompts", "is_valid"), [(99, False), (100, True)])
@@ -240,50 +230,30 @@ def test_peak_memory_is_that_of_the_window(bench: Bench) -> None:
     assert "generate" in bench.backend.calls[reset:]
 
 
-def test_energy_is_null_with_reasons_everywhere(bench: Bench) -> None:
-    record = bench.run()
-    assert record.energy.gpu_energy_j is None
-    assert record.energy.null_reasons["gpu_energy_j"].code == "on_cpu"
-    assert record.energy.null_reasons["cpu_package_energy_j"] == Reason.of(
-        "sampler_reports", error="the host did not start a sampler"
-    )
-    assert record.idle.idle_loaded_power_w is None
-    assert record.efficiency.energy_per_output_tok_j is None
-    assert record.carbon.co2e_g is None
-
-
-def test_figures_of_the_user_are_recorded_but_no_carbon_without_energy(bench: Bench) -> None:
-    carbon = bench.run(measurement={"grid_g_per_kwh": 300, "pue": 1.2}).carbon
-    assert (carbon.grid_g_per_kwh, carbon.pue, carbon.price_per_kwh) == (300.0, 1.2, None)
-    assert carbon.null_reasons["price_per_kwh"].data == {"option": "measurement.price_per_kwh"}
-    assert carbon.co2e_g is None
-
-
 def test_an_experiment_that_demands_energy_is_refused_before_anything_is_loaded(bench: Bench) -> None:
     with pytest.raises(OptionRefused):
         bench.run(measurement={"energy": "rapl"})
     assert "load" not in bench.backend.calls
 
 
-def test_gpus_are_listed_by_uuid(bench: Bench) -> None:
+def test_identity_gap_and_gpus_are_recorded(bench: Bench) -> None:
     bench.backend.report = replace(bench.backend.report, device="cuda", gpu_uuids=("GPU-1",))
-    record = bench.run()
-    assert [gpu.uuid for gpu in record.gpus] == ["GPU-1"]
-    assert record.environment.gpu_uuids == ("GPU-1",)
-
-
-def test_identity_and_gap_are_those_of_the_host(bench: Bench) -> None:
     record = bench.run(gap_s=12.5, gap_end_code="gap_recovered")
-    assert record.identity.experiment_id == "abc-c1"
-    assert record.identity.host == "here"
-    assert record.identity.start_utc == "2026-01-02T03:04:05.678Z"
-    assert record.identity.lem_version == __version__
+    added = {"start_utc": "2026-01-02T03:04:05.678Z", "lem_version": __version__}
+    assert asdict(record.identity) == {**IDENTITY, **added}
     assert (record.window.gap_s, record.window.gap_end_reason) == (12.5, Reason.of("gap_recovered"))
+    assert ([gpu.uuid for gpu in record.gpus], record.environment.gpu_uuids) == (["GPU-1"], ("GPU-1",))
 
 
-def test_an_identity_with_a_hole_is_refused(bench: Bench) -> None:
-    with pytest.raises(EngineError) as caught:
+def test_what_the_host_left_out_is_refused(bench: Bench) -> None:
+    with pytest.raises(EngineError, match="identity") as caught:
         bench.run(identity={"experiment_id": "x"})
+    assert caught.value.kind == "channel"
+    (bench.folder / "config.json").unlink()
+    config = ExperimentConfig.from_dict({"model": "any"})
+    request = RunRequest(config.to_dict(), IDENTITY, str(bench.folder), config.engine_key(), keep_engine=False)
+    with pytest.raises(EngineError, match="cannot be read") as caught:
+        run_experiment(request, bench.engine, bench.listener, bench.clock)
     assert caught.value.kind == "channel"
 
 
@@ -316,13 +286,9 @@ def test_warnings_of_engine_and_prompts_are_kept(bench: Bench) -> None:
     assert record.work.input_tok % (8 * 3) == 0
 
 
-def test_prompts_that_the_host_left_are_used(bench: Bench) -> None:
+def test_prompts_that_the_host_left_are_used_else_resolved_and_left(bench: Bench) -> None:
     record = bench.run()
-    assert record.work.prompt_source["kind"] == "bundled"
-    assert record.work.prompt_source["count"] == 8
-
-
-def test_prompts_are_resolved_and_left_where_the_host_left_none(bench: Bench) -> None:
+    assert (record.work.prompt_source["kind"], record.work.prompt_source["count"]) == ("bundled", 8)
     (bench.folder / "prompts.jsonl").unlink()
     record = bench.run(prompts={"type": "synthetic", "input_tokens": 9, "sample_size": 3, "output_tokens": 5})
     assert record.work.prompt_source["kind"] == "synthetic"
@@ -353,21 +319,7 @@ def test_progress_is_told_at_most_once_a_second(bench: Bench) -> None:
     assert 10 <= len(bench.listener.told) <= 21
     done, total, text = bench.listener.told[-1]
     assert done > 8
-    assert total is None
-    assert text == f"{done} requests"
-
-
-def test_the_first_pass_has_an_end_that_a_person_can_wait_for(bench: Bench) -> None:
-    bench.run(measurement={"min_window_sec": 0})
-    assert {total for _, total, _ in bench.listener.told if total is not None} == {8}
-
-
-def test_a_result_folder_without_its_configuration_is_refused(bench: Bench) -> None:
-    config = ExperimentConfig.from_dict({"model": "any"})
-    request = RunRequest(config.to_dict(), IDENTITY, str(bench.folder), config.engine_key(), keep_engine=False)
-    with pytest.raises(EngineError) as caught:
-        run_experiment(request, bench.engine, bench.listener, bench.clock)
-    assert caught.value.kind == "channel"
+    assert (total, text) == (None, f"{done} requests")
 
 
 # The resident engine
@@ -413,30 +365,21 @@ class TrackedEngine(TrivialEngine):
 
 
 @pytest.mark.parametrize(("checks_s", "compile_s", "load_s"), [(0.0, None, 2.0), (0.5, None, 1.5), (0.25, 0.75, 1.0)])
-def test_the_first_experiment_loads_the_engine(checks_s: float, compile_s: float | None, load_s: float) -> None:
-    engine = Device(checks_s=checks_s, compile_s=compile_s).engine
-    residence = engine.ensure(ANY, "key", {})
-    assert (residence.is_reused, residence.load_s) == (False, load_s)
-    assert engine.is_resident("key")
-
-
-def test_the_same_key_reuses_the_engine_and_configures_it() -> None:
-    engine = Device().engine
-    first = engine.ensure(ANY, "key", {})
-    second = engine.ensure(OTHER, "key", {})
+def test_an_engine_is_reused_for_its_key_and_replaced_for_another(
+    checks_s: float, compile_s: float | None, load_s: float
+) -> None:
+    device = Device(checks_s=checks_s, compile_s=compile_s)
+    first = device.engine.ensure(ANY, "key", {})
+    assert (first.is_reused, first.load_s) == (False, load_s)
+    second = device.engine.ensure(OTHER, "key", {})
     assert second.engine is first.engine
     assert (second.is_reused, second.load_s, second.load_id) == (True, None, first.load_id)
     assert second.report.effective["pytorch"] == {"batch_size": 4}
-
-
-def test_another_key_unloads_the_engine_before_it_loads_the_next() -> None:
-    device = Device()
-    first = device.engine.ensure(ANY, "key", {})
-    assert not device.engine.is_resident("other")
-    second = device.engine.ensure(ANY, "other", {})
-    assert not second.is_reused
-    assert second.load_id != first.load_id
-    assert device.on_device == [second.engine]
+    assert [device.engine.is_resident(key) for key in ("key", "other")] == [True, False]
+    third = device.engine.ensure(ANY, "other", {})
+    assert not third.is_reused
+    assert third.load_id != first.load_id
+    assert device.on_device == [third.engine]
 
 
 @pytest.mark.parametrize("do", ["fail", "crash"])
@@ -449,17 +392,13 @@ def test_nothing_is_resident_after_a_load_that_fails(do: str) -> None:
     assert device.engine.ensure(ANY, "key", {}).is_reused is False
 
 
-def test_an_engine_that_refuses_an_experiment_stays_for_the_next() -> None:
-    engine = Device([{"at": "configure", "do": "refuse", "when": {"max_output_tokens": 8}}]).engine
+def test_an_engine_that_refuses_an_experiment_stays_and_one_that_fails_to_unload_is_gone() -> None:
+    refuse: dict[str, object] = {"at": "configure", "do": "refuse", "when": {"max_output_tokens": 8}}
+    engine = Device([refuse, {"at": "unload", "do": "crash"}]).engine
     engine.ensure(ANY, "key", {})
     with pytest.raises(OptionRefused):
         engine.ensure(OTHER, "key", {})
     assert engine.ensure(ANY, "key", {}).is_reused is True
-
-
-def test_nothing_counts_as_loaded_after_an_unload_that_fails() -> None:
-    engine = Device([{"at": "unload", "do": "crash"}]).engine
-    engine.ensure(ANY, "key", {})
     with pytest.raises(RuntimeError):
         engine.unload()
     assert not engine.is_resident("key")
@@ -511,18 +450,15 @@ def test_warm_up_ends_when_the_speed_has_settled_or_at_a_cap(
     engine = TimedBackend(SteppedClock(), **backend)
     found = warm(engine, **settings)
     assert (found.prompts, found.converged.value) == (prompts, converged)
+    assert found.elapsed_s.value == pytest.approx((engine.clock.now_ns - engine.clock.start_ns) / 1e9)
     assert {len(batch) for batch in engine.batches} == {settings.get("width", 1)}
     assert (found.converged.null_reason is None) == (converged is not None)
     assert (found.warnings == ()) == (converged is not False)
 
 
-def test_the_duration_of_warm_up_and_of_its_last_step_are_known() -> None:
-    found = warm(TimedBackend(SteppedClock()), min_prompts=1, window_size=4)
-    assert [found.elapsed_s.value, found.step_s] == pytest.approx([4 * 0.014, 0.014])
-
-
 def test_warnings_of_warm_up_say_what_was_not_reached() -> None:
     slow = warm(TimedBackend(SteppedClock(), token_ms=1000.0), timeout_seconds=5.0)
+    assert slow.step_s == pytest.approx(4.01)
     assert Reason.of("warmup_too_few_steps", prompts=2) in slow.warnings
     assert Reason.of("warmup_timed_out", prompts=2, floor=5) in slow.warnings
     assert [item.code for item in warm(TimedBackend(SteppedClock(), slow_down=erratic)).warnings] == [

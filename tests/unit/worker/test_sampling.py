@@ -91,7 +91,7 @@ def test_it_ends_as_soon_as_its_owner_is_gone(output: Path) -> None:
     assert wait_until_ended(pid, PATIENCE_S)
 
 
-def test_a_signal_has_it_write_its_last_rows(output: Path) -> None:
+def test_a_signal_has_it_write_its_last_rows_and_one_that_hangs_is_killed(output: Path) -> None:
     sampler = SamplerProcess(COMMAND, output)
     until_ready(sampler)
     wait_for(lambda: PartReader(output).read().loads or None)
@@ -100,8 +100,7 @@ def test_a_signal_has_it_write_its_last_rows(output: Path) -> None:
     assert sampler.stop(0) == 0
     assert len(PartReader(output).read().clocks) == 1
 
-
-def test_one_that_hangs_is_killed(output: Path) -> None:
+    output.unlink()
     sampler = SamplerProcess(COMMAND, output)
     until_ready(sampler)
     os.kill(sampler.child.pid, signal.SIGSTOP)
@@ -117,6 +116,8 @@ def test_one_that_cannot_write_says_why(output: Path) -> None:
     death = sampler.death() or ""
     assert death.startswith("the sampler ended with exit code 1: error:")
     assert "File exists" in death
+    with pytest.raises(UserError, match="no such program"):
+        SamplerProcess([str(output / "missing")], output)
 
 
 def test_a_log_that_is_removed_ends_it(output: Path) -> None:
@@ -126,11 +127,6 @@ def test_a_log_that_is_removed_ends_it(output: Path) -> None:
     assert wait_until_ended(sampler.child.pid, PATIENCE_S)
     assert sampler.stop(0) == 1
     assert "removed" in (sampler.death() or "")
-
-
-def test_a_command_that_is_not_there_is_told(output: Path) -> None:
-    with pytest.raises(UserError, match="no such program"):
-        SamplerProcess([str(output)], output)
 
 
 def test_it_prints_nothing_on_stdout(output: Path) -> None:
@@ -170,14 +166,11 @@ def test_a_log_is_ready_with_its_header(output: Path) -> None:
     assert wait_until_ready(output, 0, lambda: False, clock)
 
 
-def test_nobody_waits_for_a_sampler_that_is_gone(output: Path) -> None:
-    clock = FakeClock(now_ns=0)
+def test_nobody_waits_for_a_sampler_that_is_gone_but_its_last_header_counts(output: Path) -> None:
     alive = [True, True, False]
-    assert not wait_until_ready(output, 2**62, lambda: alive.pop(0), clock)
+    assert not wait_until_ready(output, 2**62, lambda: alive.pop(0), FakeClock(now_ns=0))
     assert alive == []
 
-
-def test_a_header_that_was_written_at_the_last_moment_counts(output: Path) -> None:
     def write_and_die() -> bool:
         output.write_text("header\n")
         return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from lem.base import process
 from lem.base.variables import MARK_VARIABLE
 from lem.worker.guardian import end_marked, find_marked
 from lem.worker.launch import own_command
-from tests.processes import Marker, wait_for, wait_until_ended
+from tests.processes import Marker, wait_for
 
 WORKER = (*own_command(sys.executable), "worker")
 DOUBLES = Path(__file__).resolve().parents[2] / "doubles"
@@ -49,14 +49,13 @@ def test_a_tethered_command_has_its_environment_its_output_and_its_exit_code(
     marker: Marker, line: bytes, argument: str, output: bytes
 ) -> None:
     child = tether(marker, argument)
-    assert child.stdin is not None
-    assert child.stdout is not None
-    child.stdin.write(line)
-    child.stdin.flush()
-    assert output in child.stdout.read()
+    stdin, stdout = process.pipes(child)
+    stdin.write(line)
+    stdin.flush()
+    assert output in stdout.read()
     assert child.wait() == 0
-    child.stdin.close()
-    child.stdout.close()
+    stdin.close()
+    stdout.close()
 
 
 @pytest.mark.parametrize("line", [b"", b"[1]\n", b"nonsense\n"])
@@ -73,15 +72,14 @@ def test_the_end_of_stdin_ends_the_command_and_all_that_it_started(marker: Marke
     )
     script = {"rules": [{"at": "load", "do": "ignore_term"}, {"at": "load", "do": "hang"}]}
     child = tether(marker, "experiment", str(tmp_path / "e.yaml"), "--yes", "--results-dir", str(tmp_path / "results"))
-    assert child.stdin is not None
-    assert child.stdout is not None
+    stdin, stdout = process.pipes(child)
     environ = {"PYTHONPATH": str(DOUBLES), "LEMTEST_ENGINE_SCRIPT": json.dumps(script)}
-    child.stdin.write(json.dumps(environ).encode() + b"\n")
-    child.stdin.flush()
+    stdin.write(json.dumps(environ).encode() + b"\n")
+    stdin.flush()
     marker.pid_of("--engine")
-    child.stdin.close()
+    stdin.close()
     assert child.wait() in (143, 137)
-    child.stdout.close()
+    stdout.close()
     assert marker.survivors() == ()
 
 
@@ -107,22 +105,13 @@ def test_what_bears_the_mark_is_ended_whatever_it_holds(marker: Marker) -> None:
     other.wait()
 
 
-def test_this_process_is_left_alone(marker: Marker) -> None:
-    program = "import os\nfrom lem.worker.guardian import end_marked\nprint(end_marked('me'), flush=True)\n"
-    environ = marker.environ(**{MARK_VARIABLE: "me"})
-    finished = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=False)
-    assert finished.stdout == "()\n"
-
-
-def test_the_command_says_whether_something_is_left(marker: Marker) -> None:
+def test_the_command_ends_all_but_itself_and_says_whether_something_is_left(marker: Marker) -> None:
     child = marked(marker, "three")
-    finished = subprocess.run([*WORKER, "--end-marked", "three"], env=dict(os.environ), check=False)
+    environ = marker.environ(**{MARK_VARIABLE: "three"})
+    finished = subprocess.run([*WORKER, "--end-marked", "three"], env=environ, check=False)
     assert finished.returncode == 0
-    assert wait_until_ended(child.pid)
-    child.wait()
+    assert child.wait() == -signal.SIGKILL
 
-
-def test_what_is_not_ended_in_time_is_told(marker: Marker) -> None:
     child = marked(marker, "four")
     assert end_marked("four", patience_s=0.0) == (child.pid,)
     child.kill()
