@@ -116,7 +116,7 @@ def test_what_was_not_measured_is_null_with_its_reason(bench: Bench) -> None:
         (record.latency, "ttft_s", "tokens_not_observed"),
         (record.energy, "gpu_energy_j", "on_cpu"),
         (record.energy, "cpu_package_energy_j", "sampler_reports"),
-        (record.carbon, "price_per_kwh", "not_given"),
+        (record.carbon, "price_per_kwh", "option_not_given"),
     ):
         assert (getattr(section, name), section.null_reasons[name].code) == (None, code), name
     assert record.idle.idle_loaded_power_w is None
