@@ -64,6 +64,7 @@ def test_findings_are_shown_with_what_to_do_the_weak_ones_first():
     assert "WEAK unsteady: throughput or power moved by 2 % or more within the window in 3 of 3 results (vllm" in shown
     assert "do: raise warmup.max_prompts or warmup.timeout_seconds" in shown
     assert "note warning: 1 of 128 prompts were cut to 512 tokens (vllm" in shown
+    assert "\x1b[31mWEAK\x1b[0m" in _trouble(is_colour=True)
     assert max(map(len, lines)) <= 80
     assert max(map(len, _trouble(width=100).splitlines())) > 80
 

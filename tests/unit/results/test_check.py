@@ -43,10 +43,8 @@ def _section(name, **changes):
     return lambda record: dataclasses.replace(record, **{name: dataclasses.replace(getattr(record, name), **changes)})
 
 
-def test_in_a_campaign_without_a_fault_nothing_is_found():
-    check = _check(FINE)
-    assert check == ()
-    assert not any(item.is_weak for item in check)
+def _with(*configurations, **changes):
+    return dataclasses.replace(FINE, configurations=configurations, **changes)
 
 
 @pytest.mark.parametrize(
@@ -80,15 +78,81 @@ def test_each_fault_of_all_results_is_found_alone_with_what_to_do(kind, change, 
 @pytest.mark.parametrize(
     "change",
     [
+        lambda record: record,
         _section("energy", energy_crosscheck_ratio=1.04),
         _section("idle", idle_loaded_power_w=90.0, idle_loaded_post_power_w=93.0),
         lambda record: _gpu(record, event_reasons_mask=0x4),
         lambda record: _gpu(record, throttle_power_s=0.01),
         _section("window", window_s=10.0),
+        _section("validity", warnings=(Reason.of("crosscheck", ratio=1.08),)),  # a check says it already
     ],
 )
 def test_what_is_within_its_bounds_is_not_found(change):
     assert _changed(change) == ()
+
+
+SHORT = dataclasses.replace(VLLM, output_tok_ratio=0.7)
+NEAR = dataclasses.replace(VLLM, name="vllm64", batch_size=64, energy_per_output_tok_j=0.203)
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_weak", "campaign", "text", "configurations"),
+    [
+        (
+            "invalid", True, _with(PYTORCH, dataclasses.replace(VLLM, invalid_attempts={0: 1, 3: 2})),
+            "3 of 12 results are invalid", ("vllm",),
+        ),
+        (
+            "no_valid_result", True,
+            _with(PYTORCH, dataclasses.replace(VLLM, invalid_attempts=dict.fromkeys(range(5), 2))),
+            "no valid result at all", ("vllm",),
+        ),
+        ("output_lengths", True, _with(PYTORCH, SHORT, ignore_eos=False), "free and differ: 89.", ("pytorch", "vllm")),
+        ("output_lengths", True, _with(PYTORCH, SHORT), "output lengths differ", ("pytorch", "vllm")),
+        ("output_lengths", False, dataclasses.replace(FINE, ignore_eos=False), "came out equal", ("pytorch", "vllm")),
+        (
+            "not_comparable", True, _with(PYTORCH, dataclasses.replace(VLLM, prompts="b" * 64)),
+            "not fully comparable with vllm: other prompts", ("pytorch",),
+        ),
+        ("drift", True, dataclasses.replace(FINE, drift=0.03), "Energy per output token rises by 3", ()),
+        ("drift", False, _with(PYTORCH, cycles=3, load_sd=0.02, seed=3), "which could be chance", ()),
+        ("same_order", False, dataclasses.replace(FINE, structure="interleaved"), "the same in every cycle", ()),
+        ("grouped", True, dataclasses.replace(FINE, structure="grouped"), "ran in its own block", ()),
+        ("few_cycles", True, dataclasses.replace(FINE, cycles=1), "one cycle has no interval", ("pytorch", "vllm")),
+        ("few_cycles", True, dataclasses.replace(FINE, cycles=2), "13 standard errors", ("pytorch", "vllm")),
+        ("wide_interval", True, dataclasses.replace(FINE, load_sd=0.08), "is up to ±", ("pytorch", "vllm")),
+        ("too_few_cycles", True, _with(VLLM, NEAR, load_sd=0.01, seed=4), "cycles cannot separate", ("vllm", "vllm64")),
+        (
+            "indistinguishable", False,
+            _with(VLLM, dataclasses.replace(NEAR, energy_per_output_tok_j=0.2), load_sd=0.01),
+            "cycles cannot separate", None,
+        ),
+    ],
+)  # fmt: skip
+def test_what_weakens_a_campaign_is_found(kind, is_weak, campaign, text, configurations):
+    finding = _of(campaign, kind)
+    assert finding.is_weak == is_weak
+    assert text in finding.text
+    assert finding.remedy
+    assert configurations is None or set(finding.configurations) == set(configurations)
+
+
+@pytest.mark.parametrize(
+    ("kind", "campaign"),
+    [
+        ("output_lengths", _with(PYTORCH, dataclasses.replace(VLLM, options={"max_output_tokens": 256}))),
+        ("drift", dataclasses.replace(FINE, drift=0.005)),
+        ("too_few_cycles", _with(VLLM, dataclasses.replace(NEAR, energy_per_output_tok_j=0.2), load_sd=0.01)),
+    ],
+)
+def test_what_weakens_nothing_is_not_found(kind, campaign):
+    assert kind not in _found(_check(campaign))
+
+
+def test_remedies_name_what_to_change():
+    assert "ignore_eos: true" in _of(_with(PYTORCH, SHORT, ignore_eos=False), "output_lengths").remedy
+    assert "log.txt" in _of(_with(PYTORCH, SHORT), "output_lengths").remedy
+    assert "--resume --cycles" in _of(_with(VLLM, NEAR, load_sd=0.01, seed=4), "too_few_cycles").remedy
 
 
 def test_a_finding_says_how_many_results_it_concerns_and_of_whom():
@@ -111,19 +175,6 @@ def test_heat_that_made_results_invalid_is_found_and_told_once():
     assert "invalid" not in kinds
 
 
-def test_invalid_results_are_told_by_their_reason():
-    invalid = dataclasses.replace(VLLM, invalid_attempts={0: 1, 3: 2})
-    kinds = _found(_check(dataclasses.replace(FINE, configurations=(PYTORCH, invalid))))
-    assert kinds["invalid"].configurations == ("vllm",)
-    assert kinds["unequal_exclusions"].is_weak
-
-
-def test_one_without_a_valid_result_is_named():
-    nothing = dataclasses.replace(VLLM, invalid_attempts=dict.fromkeys(range(5), 2))
-    finding = _of(dataclasses.replace(FINE, configurations=(PYTORCH, nothing)), "no_valid_result")
-    assert finding.configurations == ("vllm",)
-
-
 def test_failed_experiments_are_counted():
     assert _of(FINE, "failed", failed={"vllm": 2}).text == "2 experiments without a complete result"
 
@@ -137,44 +188,8 @@ def test_damaged_results_are_named_and_missing_ones_are_none_of_them():
 
 
 def test_no_result_at_all_is_weak():
-    check = check_run(make_run([], campaign_name="demo", run_id="run"))
-    assert [item.kind for item in check] == ["no_results"]
-    assert check[0].is_weak
-
-
-# --- work
-
-
-def test_free_lengths_that_differ_are_weak():
-    short = dataclasses.replace(VLLM, output_tok_ratio=0.7)
-    free = dataclasses.replace(FINE, configurations=(PYTORCH, short), ignore_eos=False)
-    finding = _of(free, "output_lengths")
-    assert finding.is_weak
-    assert "free and differ: 89." in finding.text
-    assert "ignore_eos: true" in finding.remedy
-
-
-def test_free_lengths_that_came_out_alike_are_a_note():
-    assert not _of(dataclasses.replace(FINE, ignore_eos=False), "output_lengths").is_weak
-
-
-def test_bound_lengths_that_differ_are_weak_too():
-    short = dataclasses.replace(VLLM, output_tok_ratio=0.7)
-    finding = _of(dataclasses.replace(FINE, configurations=(PYTORCH, short)), "output_lengths")
-    assert finding.is_weak
-    assert "log.txt" in finding.remedy
-
-
-def test_lengths_that_are_an_axis_of_the_grid_may_differ():
-    longer = dataclasses.replace(VLLM, options={"max_output_tokens": 256})
-    assert "output_lengths" not in _found(_check(dataclasses.replace(FINE, configurations=(PYTORCH, longer))))
-
-
-def test_other_prompts_are_not_comparable():
-    other = dataclasses.replace(VLLM, prompts="b" * 64)
-    finding = _of(dataclasses.replace(FINE, configurations=(PYTORCH, other)), "not_comparable")
-    assert finding.is_weak
-    assert "other prompts" in finding.text
+    (finding,) = check_run(make_run([], campaign_name="demo", run_id="run"))
+    assert (finding.kind, finding.is_weak) == ("no_results", True)
 
 
 def test_an_environment_that_changed_under_way_is_weak():
@@ -208,38 +223,6 @@ def test_warnings_of_results_are_passed_on_once_however_their_numbers_differ():
     assert not findings[0].is_weak
 
 
-def test_a_warning_that_a_check_tells_already_is_not_told_again():
-    records = [
-        _section("validity", warnings=(Reason.of("crosscheck", ratio=1.08),))(record) for record in FINE.records()
-    ]
-    assert check_run(make_run(records)) == ()
-
-
-# --- the campaign as a whole
-
-
-def test_a_drift_is_found_with_its_size():
-    finding = _of(dataclasses.replace(FINE, drift=0.03), "drift")
-    assert finding.is_weak
-    assert "Energy per output token rises by 3" in finding.text
-
-
-def test_a_drift_that_chance_could_make_is_a_note():
-    noisy = dataclasses.replace(FINE, configurations=(PYTORCH,), cycles=3, load_sd=0.02, seed=3)
-    finding = _of(noisy, "drift")
-    assert not finding.is_weak
-    assert "chance" in finding.text
-
-
-def test_less_than_one_percent_of_drift_is_not_found():
-    assert "drift" not in _found(_check(dataclasses.replace(FINE, drift=0.005)))
-
-
-def test_the_same_order_in_every_cycle_is_a_note_and_blocks_are_weak():
-    assert not _of(dataclasses.replace(FINE, structure="interleaved"), "same_order").is_weak
-    assert _of(dataclasses.replace(FINE, structure="grouped"), "grouped").is_weak
-
-
 def _warmer_places(campaign, a_place):
     """The records of a campaign in which each place of a cycle costs more energy than the one before it."""
     n = len(campaign.configurations)
@@ -262,42 +245,10 @@ def test_what_the_place_within_a_cycle_costs_is_found_in_a_shuffled_campaign():
     assert effect.ci_lower is not None
     assert effect.ci_upper is not None
     assert effect.ci_lower < 1.01**3 - 1 < effect.ci_upper
-    assert effect.is_significant
-    assert _found(check_run(make_run(_warmer_places(campaign, 0.01))))["order_effect"].is_weak
-
-
-def test_in_the_same_order_places_cannot_be_told_from_configurations():
-    run = make_run(dataclasses.replace(FINE, structure="interleaved").records())
-    assert position_effect(run, run.primary_metric) is None
-
-
-@pytest.mark.parametrize(("cycles", "words"), [(1, "one cycle has no interval"), (2, "13 standard errors")])
-def test_fewer_than_three_cycles_are_weak(cycles, words):
-    finding = _of(dataclasses.replace(FINE, cycles=cycles), "few_cycles")
-    assert finding.is_weak
-    assert words in finding.text
-
-
-def test_a_wide_interval_is_weak():
-    wide = dataclasses.replace(FINE, load_sd=0.08)
-    assert _of(wide, "wide_interval").is_weak
-
-
-def test_a_difference_that_some_more_cycles_would_tell_is_weak_and_says_how_many():
-    close = dataclasses.replace(VLLM, name="vllm64", batch_size=64, energy_per_output_tok_j=0.203)
-    campaign = dataclasses.replace(FINE, configurations=(VLLM, close), load_sd=0.01, seed=4)
-    finding = _of(campaign, "too_few_cycles")
-    assert finding.is_weak
-    assert finding.configurations == ("vllm", "vllm64")
-    assert "--resume --cycles" in finding.remedy
-
-
-def test_a_difference_that_no_campaign_would_tell_is_a_note():
-    same = dataclasses.replace(VLLM, name="vllm64", batch_size=64)
-    campaign = dataclasses.replace(FINE, configurations=(VLLM, same), load_sd=0.01)
-    kinds = _found(_check(campaign))
-    assert not kinds["indistinguishable"].is_weak
-    assert "too_few_cycles" not in kinds
+    assert _found(check_run(run))["order_effect"].is_weak
+    # In the same order places cannot be separated from configurations.
+    same = make_run(dataclasses.replace(FINE, structure="interleaved").records())
+    assert position_effect(same, same.primary_metric) is None
 
 
 def test_without_energy_the_throughput_is_looked_at():

@@ -46,11 +46,6 @@ def test_fixed_results_as_json():
     assert_golden("export/all_attempts.json", render(make_table(_exported(*_fixed()), is_every_attempt=True), "json"))
 
 
-def test_json_lines_are_the_same_documents():
-    table = make_table(_exported(*_fixed()), is_every_attempt=True)
-    assert [json.loads(line) for line in render(table, "jsonl").splitlines()] == json.loads(render(table, "json"))
-
-
 def test_markdown_has_a_few_columns_numbers_at_the_right():
     results = _exported(*_fixed())
     table = with_columns(make_table(results), summary_columns(results))
@@ -64,7 +59,9 @@ def test_markdown_has_a_few_columns_numbers_at_the_right():
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_order_in_which_results_are_found_does_not_matter(form):
     results = _exported(*_fixed())
-    assert render(make_table(results), form) == render(make_table(results[::-1]), form)
+    table = make_table(results)
+    assert render(table, form) == render(make_table(results[::-1]), form)
+    assert [json.loads(line) for line in render(table, "jsonl").splitlines()] == json.loads(render(table, "json"))
 
 
 def test_a_csv_reads_back_to_the_very_numbers():
@@ -122,20 +119,13 @@ def test_no_two_fields_of_a_record_have_one_column():
     assert len(names) == len(set(names))
 
 
-def test_an_experiment_is_one_row_its_last_valid_attempt():
-    records = [
-        make_record(attempt=1, is_valid=False),
-        make_record(attempt=2),
-        make_record(attempt=3, is_valid=False),
-    ]
+@pytest.mark.parametrize(
+    ("are_valid", "attempt", "is_used"), [((False, True, False), 2, True), ((False, False), 2, False)]
+)
+def test_an_experiment_is_one_row_its_last_valid_attempt_or_else_its_last(are_valid, attempt, is_used):
+    records = [make_record(attempt=number, is_valid=is_valid) for number, is_valid in enumerate(are_valid, 1)]
     (row,) = make_table(_exported(*records)).rows
-    assert (row["attempt"][0], row["used"][0]) == (2, True)
-
-
-def test_without_a_valid_attempt_the_last_one_stands_and_is_not_used():
-    records = [make_record(attempt=number, is_valid=False) for number in (1, 2)]
-    (row,) = make_table(_exported(*records)).rows
-    assert (row["attempt"][0], row["valid"][0], row["used"][0]) == (2, False, False)
+    assert (row["attempt"][0], row["valid"][0], row["used"][0]) == (attempt, is_used, is_used)
 
 
 def test_a_wider_result_adds_columns_at_the_end_alone():
@@ -164,13 +154,10 @@ def test_no_results_are_an_empty_table():
 
 
 def test_columns_are_those_named_in_that_order():
-    table = with_columns(make_table(_exported(make_record())), ["valid", "config_name"])
-    assert render(table, "csv") == "valid,config_name\ntrue,small\n"
-
-
-def test_a_column_that_is_not_there_is_told_with_the_nearest():
+    table = make_table(_exported(make_record()))
+    assert render(with_columns(table, ["valid", "config_name"]), "csv") == "valid,config_name\ntrue,small\n"
     with pytest.raises(UserError) as caught:
-        with_columns(make_table(_exported(make_record())), ["output_tok_pers"])
+        with_columns(table, ["output_tok_pers"])
     assert str(caught.value) == "unknown column 'output_tok_pers' (did you mean 'output_tok_per_s'?)"
 
 
