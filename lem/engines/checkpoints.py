@@ -1,7 +1,4 @@
-"""Models in folders and on the hub: revisions, weights and their hashes, and what keeps one from loading.
-
-Imports torch and transformers.
-"""
+"""Models in folders and on the hub: their weights, and what keeps one from loading. Imports torch and transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import hashlib
 import logging
 import pickle
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +25,8 @@ from transformers.utils import cached_file
 from lem.base import durable
 from lem.base.durable import sha256_of
 from lem.base.errors import EngineError, OptionRefused
-from lem.engines.common import shortened
+from lem.config.experiment import ExperimentConfig
+from lem.engines.common import Folders, shortened
 
 _logger = logging.getLogger(__name__)
 
@@ -39,11 +37,8 @@ _SEARCH_ORDER = (
 )
 
 # Weights in other formats, which need not be fetched.
-OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "onnx/*")
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", *OTHER_WEIGHTS)
-
-# What `hash_weights` raises for files that cannot be read.
-WEIGHT_FAILURES = (OSError, ValueError)
+_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "onnx/*")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", *_OTHER_WEIGHTS)
 
 # A field of the wrong type; older versions of the hub's client check none.
 _StrictError: type[Exception] = getattr(hub_errors, "StrictDataclassError", ValueError)
@@ -65,7 +60,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The files transformers reads the weights from, by name; () without known ones; raises WEIGHT_FAILURES."""
+    """The files transformers reads the weights from, by name; () without known ones; raises OSError, ValueError."""
     path = next((folder / name for name in _SEARCH_ORDER if (folder / name).is_file()), None)
     if path is None:
         return ()
@@ -78,26 +73,25 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     return tuple(folder / part for part in sorted(set(places.values())))
 
 
-def hash_weights(folder: Path, adapter: Path | None = None) -> str | None:
-    """The hash of a model's weights and those of its adapter; None without known ones; raises WEIGHT_FAILURES."""
-    names = {path: path.name for path in weight_files(folder)}
-    if adapter is not None:
-        names |= {path: f"adapter/{path.name}" for path in weight_files(adapter)}
-    return hash_files(names)
-
-
-def hash_files(names: Mapping[Path, str]) -> str | None:
-    """SHA-256 over a line `<sha256 of the file>  <name>` for each file in name order; None for no files.
+def hash_weights(source: Source, adapter: Source | None = None) -> str | None:
+    """SHA-256 over a line `<sha256 of the file>  <name>` per file of the weights in name order; None for no files.
 
     Each file is read once per process, about a second per GB after a load, which leaves it in the page cache. Large
     files in the hub's cache are not read: they are links to blobs named by their SHA-256.
+
+    Raises:
+        EngineError: kind `model`, a file cannot be read.
     """
-    if not names:
-        return None
-    digest = hashlib.sha256()
-    for path, name in sorted(names.items(), key=lambda item: item[1]):
-        digest.update(f"{_hash_file(path)}  {name}\n".encode())
-    return digest.hexdigest()
+    with explained(f"weights of {source.name}", (OSError, ValueError)):
+        return _hash_weights(source, adapter)
+
+
+def _hash_weights(source: Source, adapter: Source | None) -> str | None:
+    files = [(path.name, path) for path in weight_files(source.folder)]
+    if adapter is not None:
+        files += [(f"adapter/{path.name}", path) for path in weight_files(adapter.folder)]
+    lines = "".join(f"{_hash_file(path)}  {name}\n" for name, path in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest() if files else None
 
 
 def _hash_file(path: Path) -> str:
@@ -113,9 +107,10 @@ def _read_hash(path: Path, size: int, mtime_ns: int, inode: int) -> str:  # noqa
     return sha256_of(path)
 
 
-def count_embedding_parameters(inputs: Any, outputs: Any) -> int | None:
+def count_embedding_parameters(model: Any) -> int | None:
     """Parameters of the input and output embedding layers, which may share a matrix; None without plain matrices."""
-    matrices: list[Any] = [getattr(layer, "weight", None) for layer in (inputs, outputs) if layer is not None]
+    layers = model.get_input_embeddings(), model.get_output_embeddings()
+    matrices: list[Any] = [getattr(layer, "weight", None) for layer in layers if layer is not None]
     if not matrices or any(matrix is None for matrix in matrices):
         return None
     return sum(int(matrix.numel()) for matrix in {id(matrix): matrix for matrix in matrices}.values())
@@ -139,12 +134,14 @@ def commit_of(folder: Path) -> str | None:
     return folder.name if is_snapshot else None
 
 
-def locate(name: str, *, marker: str, revision: str | None, token: str | None, option: str) -> Source:
+def locate(
+    name: str, token: str | None, option: str, *, marker: str = "config.json", revision: str | None = None
+) -> Source:
     """Where the model `name` is; of a model on the hub only the `marker` file is fetched.
 
     Args:
-        marker: the file that makes a folder a model: `config.json`, `adapter_config.json`.
         option: the option that named it, for messages.
+        marker: the file that makes a folder a model.
 
     Raises:
         EngineError: kind `model`, no such folder, no such model, or a folder without a model.
@@ -167,29 +164,40 @@ def locate(name: str, *, marker: str, revision: str | None, token: str | None, o
     return Source(name, Path(path).parent, commit_of(Path(path).parent))
 
 
-def fetch(
-    name: str,
-    *,
-    marker: str,
-    option: str,
-    revision: str | None = None,
-    token: str | None,
-    ignored: Sequence[str] = OTHER_WEIGHTS,
-) -> Source:
-    """Like `locate`, with all files fetched but the `ignored` ones; OTHER_WEIGHTS only count if there are safetensors.
+def fetch_all(
+    config: ExperimentConfig, token: str | None, drafter: tuple[str, str | None], *, all_formats: bool = False
+) -> tuple[Source, Source | None, Folders]:
+    """The model, its adapter, and the folders of all that an engine is to read, with their files fetched.
 
     An engine that downloads for itself would take the token from the environment, where all its processes would have
     it; with a folder it needs none, and the folder shows the commit.
+
+    Args:
+        drafter: the option that names the drafting model, and its value.
+        all_formats: fetch weights of all formats, also beside safetensors.
     """
-    source = locate(name, marker=marker, revision=revision, token=token, option=option)
+    model, ignored = config.model, ("original/*",) if all_formats else _OTHER_WEIGHTS
+    source = _fetch(locate(model.name, token, "model", revision=model.revision), token, "model", ignored)
+
+    def fetch(option: str, name: str | None, marker: str, skipped: Sequence[str] = ignored) -> Source | None:
+        return None if name is None else _fetch(locate(name, token, option, marker=marker), token, option, skipped)
+
+    adapter = fetch("model.adapter", model.adapter, "adapter_config.json")
+    tokenizer = fetch("model.tokenizer", model.tokenizer, "tokenizer_config.json", _WEIGHTS)
+    folders = [None if found is None else str(found.folder) for found in (tokenizer, fetch(*drafter, "config.json"))]
+    return source, adapter, Folders(str(source.folder), *folders)
+
+
+def _fetch(source: Source, token: str | None, option: str, ignored: Sequence[str]) -> Source:
+    """The source with all its files fetched but the ignored ones; _OTHER_WEIGHTS only count beside safetensors."""
     if source.commit is None:
         return source
-    if ignored == OTHER_WEIGHTS and not hub_constants.HF_HUB_OFFLINE:
-        with explained(f"{option}: {name}"):
-            files = HfApi(token=token).list_repo_files(name, revision=source.commit)
-        ignored = OTHER_WEIGHTS if any(file.endswith(".safetensors") for file in files) else ("original/*",)
-    with explained(f"{option}: {name}"):
-        folder = snapshot_download(name, revision=source.commit, token=token, ignore_patterns=list(ignored))
+    if ignored == _OTHER_WEIGHTS and not hub_constants.HF_HUB_OFFLINE:
+        with explained(f"{option}: {source.name}"):
+            files = HfApi(token=token).list_repo_files(source.name, revision=source.commit)
+        ignored = _OTHER_WEIGHTS if any(file.endswith(".safetensors") for file in files) else ("original/*",)
+    with explained(f"{option}: {source.name}"):
+        folder = snapshot_download(source.name, revision=source.commit, token=token, ignore_patterns=list(ignored))
     return dataclasses.replace(source, folder=Path(folder))
 
 
@@ -197,9 +205,10 @@ def fetch(
 class Identity:
     """Which weights these are, see `EngineReport`; None for what is unknown."""
 
+    model_revision: str | None
     weights_sha256: str | None
-    parameters: int | None
-    embedding_parameters: int | None
+    model_parameters: int | None = None
+    embedding_parameters: int | None = None
 
 
 def identify(source: Source, adapter: Source | None = None) -> Identity:
@@ -212,18 +221,15 @@ def identify(source: Source, adapter: Source | None = None) -> Identity:
     Raises:
         EngineError: a file of the weights cannot be read.
     """
-    with explained(f"weights of {source.name}", WEIGHT_FAILURES):
-        digest = hash_weights(source.folder, None if adapter is None else adapter.folder)
+    digest = hash_weights(source, adapter)
     try:
         shape = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
-        parameters = int(model.num_parameters())
-        embeddings = model.get_input_embeddings(), model.get_output_embeddings()
+        return Identity(source.commit, digest, int(model.num_parameters()), count_embedding_parameters(model))
     except (*MODEL_FAILURES, ImportError) as error:
         _logger.info("transformers cannot count the parameters of %s: %s", source.folder, shortened(error))
-        return Identity(digest, None, None)
-    return Identity(digest, parameters, count_embedding_parameters(*embeddings))
+        return Identity(source.commit, digest)
 
 
 # --- failures

@@ -1,8 +1,9 @@
-"""What the engines share: the registry, refusals, effective options, GPUs, and engines in processes of their own."""
+"""What the engines share: the registry, options and their refusal, GPUs, and engines in processes of their own."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import enum
 import importlib
 import importlib.metadata
@@ -11,33 +12,23 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from lem.base.errors import EngineError, OptionRefused, did_you_mean
 from lem.base.reasons import Reason
 from lem.base.units import NS_PER_S
 from lem.config.experiment import DecoderConfig, ExperimentConfig
+from lem.config.option import Section
 from lem.engines.protocol import Completion, Engine, OnProgress, RequestQueue, TokenRequest, say_nothing
 
 # Each module has `load`, see `protocol.Engine`. It imports the engine when it is called, never before.
-BACKEND_MODULES = MappingProxyType(
-    {
-        "pytorch": "lem.engines.pytorch",
-        "vllm": "lem.engines.vllm",
-        "tensorrt": "lem.engines.tensorrt",
-    }
-)
+BACKEND_MODULES = MappingProxyType({name: f"lem.engines.{name}" for name in ("pytorch", "vllm", "tensorrt")})
 
 # The packages each needs, so that a host can be checked before anything is measured.
 BACKEND_DISTRIBUTIONS = MappingProxyType(
-    {
-        "pytorch": ("torch", "transformers"),
-        "vllm": ("vllm",),
-        "tensorrt": ("tensorrt_llm",),
-    }
+    {"pytorch": ("torch", "transformers"), "vllm": ("vllm",), "tensorrt": ("tensorrt_llm",)}
 )
 
 # Other names under which the same engine is distributed: builds for a device have their own.
@@ -56,6 +47,7 @@ ENGINE_FAILURES: tuple[type[Exception], ...] = (
 
 _MAX_TEXT = 400
 _ABSENT = object()
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 def load_engine(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:
@@ -76,33 +68,39 @@ def load_engine(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:
     return engine
 
 
-def require_packages(backend: str, hint: str) -> None:
-    """Check that the packages of a backend are installed; `{missing}` and `{python}` are filled into the hint."""
+@contextlib.contextmanager
+def importing(backend: str, engine: str, hint: str, how_to_get: str | None = None) -> Iterator[None]:
+    """Meanwhile the engine is imported.
+
+    Raises:
+        EngineError: a package of the backend is missing (`how_to_get` helps), or cannot be imported (`hint` helps).
+    """
     missing = [name for name in BACKEND_DISTRIBUTIONS[backend] if importlib.util.find_spec(name) is None]
     if missing:
+        remedy = how_to_get or f"{sys.executable} -m pip install {' '.join(missing)}"
         raise EngineError(
             f"the {backend} backend needs {' and '.join(missing)}, which {sys.executable} does not have",
-            hint.format(missing=" ".join(missing), python=sys.executable),
-            kind="engine",
+            f"{remedy}, or name another Python with --python",
             is_permanent=True,
         )
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError) as error:
+        if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "lem":
+            raise  # a module of lem is missing: the engine is not to blame
+        text = f"{engine} cannot be imported by {sys.executable}: {error}"
+        raise EngineError(text, hint, is_permanent=True) from error
 
 
-def explain_import(what: str, error: Exception, hint: str) -> EngineError:
-    """The error for an engine that is installed but cannot be imported."""
-    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "lem":
-        raise error  # a module of lem is missing: the engine is not to blame
-    return EngineError(
-        f"{what} cannot be imported by {sys.executable}: {error}", hint, kind="engine", is_permanent=True
-    )
-
-
-def installed_versions(distributions: Iterable[str]) -> dict[str, str]:
-    """{distribution: version} of those that are installed."""
+def installed_versions(torch: ModuleType, distributions: Iterable[str], *, has_gpu: bool) -> dict[str, str]:
+    """{distribution: version} of those that are installed, and of PyTorch and its libraries."""
     found = {}
     for name in distributions:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
+    found["torch"] = str(torch.__version__)
+    if has_gpu:
+        found |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
     return found
 
 
@@ -152,42 +150,109 @@ def shortened(message: BaseException | str) -> str:
     return text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 1]}…"
 
 
-# --- options that an engine does not support
+# --- options and the engine's arguments behind them
+
+# {option: (argument, place, …)}: the engine's argument behind an option (`outer.inner` is a field of a configuration
+# among the arguments), and where the loaded engine has its value, the newest version's place first; the argument
+# itself is the place if there is no other.
+Arguments = Mapping[str, tuple[str, ...]]
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """An option, and why it is not supported."""
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """The arguments that the installed version of an engine takes."""
 
-    option: str
-    reason: str
+    version: str
+    arguments: frozenset[str]
+    nested: Mapping[str, frozenset[str]]  # the fields of the configurations among them
+
+    def has(self, argument: str) -> bool:
+        outer, _, inner = argument.rpartition(".")
+        return argument in self.arguments if not outer else outer in self.arguments and inner in self.nested[outer]
 
 
-def refuse(
-    refusals: Iterable[Refusal], facts: object, hint: str = "leave the option out, or change what it requires"
-) -> None:
-    """Raise OptionRefused for all refusals at once, if there are any; `facts` names the engine and its version."""
-    listed = "; ".join(f"{refusal.option}: {refusal.reason}" for refusal in refusals)
-    if listed:
-        raise OptionRefused(f"{facts} does not support {listed}", hint)
+@dataclasses.dataclass(frozen=True)
+class Folders:
+    """The folders of what an engine is to read; None for what the experiment does not name."""
+
+    model: str
+    tokenizer: str | None = None
+    drafter: str | None = None
+
+
+def section_of(config: ExperimentConfig, kind: type[SectionT]) -> SectionT:
+    """The options of the experiment's backend, defaults included."""
+    if not isinstance(config.section, kind):
+        raise TypeError(f"an experiment of the backend {config.backend} has no {kind.__name__}")
+    return config.section
+
+
+def given_options(section: Section, options: Iterable[str]) -> dict[str, Any]:
+    """{dotted option: value} of those that are not left to the engine."""
+    values = {name: look_up(section, name) for name in options}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def engine_keywords(given: Mapping[str, Any], arguments: Arguments) -> dict[str, Any]:
+    """The engine's arguments for these options, with keywords in place of its configurations."""
+    keywords: dict[str, Any] = {}
+    for name, value in given.items():
+        outer, _, inner = arguments[name][0].rpartition(".")
+        (keywords.setdefault(outer, {}) if outer else keywords)[inner] = value
+    return keywords
+
+
+def effective_values(configuration: Any, arguments: Arguments) -> dict[str, Any]:
+    """{option: value} as the loaded engine has it, as JSON."""
+    return {name: plain(look_up(configuration, *(places[1:] or places))) for name, places in arguments.items()}
+
+
+# Arguments that every engine has, by the same names.
+SET_BY_MODEL: Mapping[str, str] = MappingProxyType(
+    {
+        "model": "is set by model.name",
+        "revision": "is set by model.revision",
+        "tokenizer": "is set by model.tokenizer",
+        "tokenizer_revision": "is set by model.tokenizer",
+        "trust_remote_code": "is set by model.trust_remote_code",
+        "dtype": "is set by fp_precision",
+    }
+)
+
+
+def set_by(prefix: str, names: Iterable[str]) -> dict[str, str]:
+    """The reason why arguments with the names of options are not taken from the extra arguments."""
+    return {name: f"is set by {prefix}.{name}" for name in names}
+
+
+def set_by_options(section: str, arguments: Arguments) -> dict[str, str]:
+    """As `set_by`, for the arguments behind the options of a backend's section."""
+    return {places[0]: f"is set by {section}.{name}" for name, places in arguments.items() if "." not in places[0]}
 
 
 def reason_against(name: str, refused: Mapping[str, str], known: Collection[str], unknown: str) -> str | None:
-    """Why an argument cannot be passed to the engine as it is; None if it can.
+    """Why an extra argument cannot be passed to the engine as it is; None if it can.
 
     `refused` maps arguments to reasons, `known` are the arguments of the installed version, and `unknown` is the reason
     against any other.
     """
-    if name in refused:
-        return refused[name]
-    if name in known:
+    if name in known and name not in refused:
         return None
-    return f"{unknown}{did_you_mean(name, sorted({*known} - refused.keys()))}"
+    return refused.get(name) or f"{unknown}{did_you_mean(name, sorted({*known} - refused.keys()))}"
+
+
+def refuse(
+    refusals: Iterable[tuple[str, str]], facts: object, hint: str = "leave the option out, or change what it requires"
+) -> None:
+    """Raise OptionRefused for all options and reasons at once, if there are any; `facts` names engine and version."""
+    listed = "; ".join(f"{option}: {reason}" for option, reason in refusals)
+    if listed:
+        raise OptionRefused(f"{facts} does not support {listed}", hint)
 
 
 def refuse_changes(pairs: Mapping[str, tuple[Any, Any]], facts: object) -> None:
     """Refuse the load if a value was silently changed; `pairs` are {option: (requested, effective)}."""
-    differing = {name: pair for name, pair in pairs.items() if not is_same(*pair)}
+    differing = {name: pair for name, pair in pairs.items() if not _is_same(*pair)}
     if differing:
         listed = "; ".join(f"{name}: {requested} became {found}" for name, (requested, found) in differing.items())
         raise OptionRefused(
@@ -196,27 +261,28 @@ def refuse_changes(pairs: Mapping[str, tuple[Any, Any]], facts: object) -> None:
         )
 
 
-def is_same(requested: Any, found: Any) -> bool:
+def _is_same(requested: Any, found: Any) -> bool:
     """Whether a requested value took effect; `auto` may become anything."""
-    if requested == "auto":
-        return True
     if isinstance(requested, str) and isinstance(found, str):
-        return requested.lower() == found.lower()
-    return bool(requested == found)
+        requested, found = requested.lower(), found.lower()
+    return bool(requested == "auto" or requested == found)
 
 
-# --- effective options
-
-
-def look_up(arguments: Any, *places: str, default: Any = None) -> Any:
-    """The value at the first of these dotted places that exists."""
+def look_up(arguments: Any, *places: str) -> Any:
+    """The value at the first of these dotted places that exists; None if there is none."""
     for place in places:
         value = arguments
         for name in place.split("."):
             value = getattr(value, name, _ABSENT)
         if value is not _ABSENT:
             return value
-    return default
+    return None
+
+
+def field_names(kind: Any) -> frozenset[str]:
+    """The fields of a pydantic model or of a dataclass."""
+    names = getattr(kind, "model_fields", None)
+    return frozenset(names if names is not None else (item.name for item in dataclasses.fields(kind)))
 
 
 def plain(value: Any) -> Any:
@@ -264,18 +330,28 @@ def idle_gpu(gpus: Sequence[str] | None, uuids: Sequence[str], devices: Path = P
     return ()
 
 
-def pick_gpu(gpus: Sequence[str] | None, uuids: Sequence[str]) -> int | None:
-    """CUDA index of the first GPU named; None for the CPU. Every named GPU must exist.
+def pick_gpus(gpus: Sequence[str] | None, uuids: Sequence[str]) -> list[int]:
+    """CUDA indices of the GPUs named, each of which must exist; [] for the CPU, and all there are for None.
 
     Args:
-        gpus: indices in CUDA's order, or UUIDs, which may be abbreviated as for CUDA; () is the CPU, None is GPU 0 if
-            there is one.
+        gpus: indices in CUDA's order, or UUIDs, which may be abbreviated as for CUDA.
         uuids: the GPUs that exist, in CUDA's order.
     """
     if gpus is None:
-        return 0 if uuids else None
-    indices = [_index_of(name, uuids) for name in gpus]
-    return indices[0] if indices else None
+        return list(range(len(uuids)))
+    picked = []
+    hint = "use one of these, or [] for the CPU" if uuids else "check the driver, and that PyTorch is a CUDA build"
+    for name in gpus:
+        if name.isdecimal():
+            matches = [int(name)] if int(name) < len(uuids) else []
+        else:
+            matches = [index for index, uuid in enumerate(uuids) if uuid.lower().startswith(name.lower())]
+        if len(matches) != 1:
+            visible = ", ".join(f"{index} ({uuid})" for index, uuid in enumerate(uuids)) or "none"
+            text = f"gpus: {name} {'is ambiguous' if matches else 'not found'}; PyTorch sees {visible}"
+            raise EngineError(text, hint, kind="option", is_permanent=True)
+        picked += matches
+    return picked
 
 
 @contextlib.contextmanager
@@ -295,21 +371,7 @@ def environment(name: str, value: str | None) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _index_of(name: str, uuids: Sequence[str]) -> int:
-    if name.isdecimal():
-        matches = [int(name)] if int(name) < len(uuids) else []
-    else:
-        matches = [index for index, uuid in enumerate(uuids) if uuid.lower().startswith(name.lower())]
-    if len(matches) == 1:
-        return matches[0]
-    visible = ", ".join(f"{index} ({uuid})" for index, uuid in enumerate(uuids)) or "none"
-    problem = "is ambiguous" if matches else "not found"
-    raise EngineError(
-        f"gpus: {name} {problem}; PyTorch sees {visible}",
-        "use one of these, or [] for the CPU" if uuids else "check the driver, and that PyTorch is a CUDA build",
-        kind="option",
-        is_permanent=True,
-    )
+# --- engines in processes of their own
 
 
 class ServedSession:

@@ -73,7 +73,7 @@ def vllm_side(loaded: Any, model: str) -> Measure:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    engine: Any = loaded._loaded.engine
+    engine: Any = loaded._engine
     # `LLM` takes no engine, it makes its own by this one call, and there is no option to give it another. A subclass
     # would have to repeat all that its constructor does with the engine afterwards.
     with mock.patch.object(LLMEngine, "from_engine_args", return_value=engine):

@@ -179,18 +179,18 @@ def logprobs_are_asked_of_the_engine(bench: Bench) -> None:
     seen: list[Any] = []
     report = bench.set_up({**BASE, "logprobs": 3})
     session = bench.engine
-    step = session._loaded.engine.step
+    step = session._engine.step
 
     def watched() -> Any:
         outputs = step()
         seen.extend(outputs)
         return outputs
 
-    session._loaded.engine.step = watched
+    session._engine.step = watched
     try:
         answers(bench.engine, prompts())
     finally:
-        session._loaded.engine.step = step
+        session._engine.step = step
     assert {len(place) >= 3 for output in seen for place in output.outputs[0].logprobs} == {True}
     assert report.effective["vllm"]["logprobs"] == 3
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from lem.base.errors import EngineError, OptionRefused
@@ -20,17 +20,10 @@ from lem.base.reasons import Reason
 from lem.config.backends import PyTorchConfig
 from lem.config.experiment import ExperimentConfig
 from lem.engines.checkpoints import Source, is_out_of_memory
-from lem.engines.common import ENGINE_FAILURES, EngineRaised, describe_decoder, plain, raised_as, shortened
+from lem.engines.common import ENGINE_FAILURES, EngineRaised, describe_decoder, plain, raised_as, section_of, shortened
 from lem.engines.protocol import Completion, TokenRequest
-from lem.engines.pytorch.options import (
-    FOUR_BIT_OPTIONS,
-    EngineFacts,
-    SpecialTokens,
-    cut_output,
-    is_assisted,
-    pad_left,
-    section_of,
-)
+from lem.engines.pytorch import options
+from lem.engines.pytorch.options import EngineFacts, SpecialTokens
 
 # Fields of GenerationConfig that say nothing about how tokens are generated.
 GENERATION_META = ("transformers_version", "_from_model_config")
@@ -81,29 +74,28 @@ class TokenClock(BaseStreamer):  # type: ignore[misc]  # transformers is not typ
         """The batch is done."""
 
 
-class RowLimits(StoppingCriteria):  # type: ignore[misc]  # transformers is not type-checked
-    """Ends each row of a batch of this prompt width at its own bound."""
+@dataclass(eq=False)
+class RowLimits:
+    """A stopping criterion that ends each row of a batch at its own bound."""
 
-    def __init__(self, width: int, limits: torch.Tensor) -> None:
-        self._width = width
-        self._limits = limits
+    width: int  # of the prompts
+    limits: torch.Tensor
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_rest: Any) -> torch.Tensor:  # noqa: ARG002
-        return self._limits <= input_ids.shape[1] - self._width
+        return self.limits <= input_ids.shape[1] - self.width
 
 
+@dataclass(eq=False)
 class RowMinimums:
-    """Keeps each row from ending before its own minimum."""
+    """A logits processor that keeps each row from ending before its own minimum."""
 
-    def __init__(self, width: int, minimums: torch.Tensor, end_ids: torch.Tensor) -> None:
-        self._width = width
-        self._minimums = minimums
-        self._end_ids = end_ids
+    width: int  # of the prompts
+    minimums: torch.Tensor
+    end_ids: torch.Tensor
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        is_early = self._minimums > input_ids.shape[1] - self._width
-        ends = scores[:, self._end_ids]
-        scores[:, self._end_ids] = ends.masked_fill(is_early[:, None], -torch.inf)
+        is_early = self.minimums > input_ids.shape[1] - self.width
+        scores[:, self.end_ids] = scores[:, self.end_ids].masked_fill(is_early[:, None], -torch.inf)
         return scores
 
 
@@ -122,17 +114,14 @@ class BatchRunner:
                 self._partners |= {"tokenizer": loaded.tokenizer, "assistant_tokenizer": loaded.assistant_tokenizer}
 
     def run(self, batch: Sequence[TokenRequest], *, observe: bool) -> list[Completion]:
-        """A completion for each request of the batch; running out of memory only fails its requests.
-
-        Raises:
-            EngineError: the engine failed.
-        """
-        now_ns = time.monotonic_ns()
-        fitting = [request for request in batch if self._complaint(request) is None]
+        """A completion for each request of the batch; running out of memory only fails its requests."""
+        started_ns = time.monotonic_ns()
+        problems = [self._problem_of(request) for request in batch]
+        fitting = [request for request, problem in zip(batch, problems, strict=True) if problem is None]
         failed = [
-            Completion(request.index, (), now_ns, now_ns, error=problem)
-            for request in batch
-            if (problem := self._complaint(request)) is not None
+            Completion(request.index, (), started_ns, started_ns, error=problem)
+            for request, problem in zip(batch, problems, strict=True)
+            if problem is not None
         ]
         if not fitting:
             return failed
@@ -140,14 +129,12 @@ class BatchRunner:
         clock = TokenClock(len(fitting), time.monotonic_ns) if observe else None
         try:
             generated = self._generate(fitting, clock)
+            return failed + self._complete(fitting, generated, started_ns, clock)
         except EngineRaised as raised:
             text = shortened(raised.error)
             if not is_out_of_memory(raised.error):
                 raise EngineError(f"generate failed: {type(raised.error).__name__}: {text}") from raised
             problem = f"out of memory in a batch of {len(fitting)}: {text}"
-        else:
-            times_ns = None if clock is None else clock.times_ns
-            return failed + self._complete(fitting, generated, started_ns, times_ns)
         # Outside the handler, whose traceback still holds the tensors of the batch.
         if self.loaded.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -174,11 +161,9 @@ class BatchRunner:
     def _call(
         self, batch: Sequence[TokenRequest], config: GenerationConfig, clock: TokenClock | None
     ) -> tuple[Any, int]:
-        ids, mask = pad_left([request.token_ids for request in batch], self.loaded.tokens.pad_id)
+        ids, mask = options.pad_left([request.token_ids for request in batch], self.loaded.tokens.pad_id)
         arguments: dict[str, Any] = {**self._partners, **self._row_bounds(batch, len(ids[0]))}
-        if clock is not None:
-            arguments["streamer"] = clock
-        arguments |= {"input_ids": self._tensor(ids), "attention_mask": self._tensor(mask)}
+        arguments |= {"input_ids": self._tensor(ids), "attention_mask": self._tensor(mask), "streamer": clock}
         try:
             output = self.loaded.model.generate(generation_config=config, **arguments)
         except OSError:  # a full disk, say: not a refusal of the engine
@@ -202,34 +187,29 @@ class BatchRunner:
         limits = [request.max_output_tokens for request in batch]
         minimums = [request.min_output_tokens for request in batch]
         if len(set(limits)) > 1:
-            criterion = RowLimits(width, self._tensor(limits))
-            arguments["stopping_criteria"] = StoppingCriteriaList([criterion])
+            arguments["stopping_criteria"] = StoppingCriteriaList([RowLimits(width, self._tensor(limits))])
         if len(set(minimums)) > 1 and self._end_ids:
             processor = RowMinimums(width, self._tensor(minimums), self._tensor(sorted(self._end_ids)))
             arguments["logits_processor"] = LogitsProcessorList([processor])
         return arguments
 
     def _complete(
-        self,
-        batch: Sequence[TokenRequest],
-        generated: Sequence[Sequence[int]],
-        started_ns: int,
-        step_times_ns: Sequence[int] | None,
+        self, batch: Sequence[TokenRequest], generated: list[list[int]], started_ns: int, clock: TokenClock | None
     ) -> list[Completion]:
-        finished_ns = time.monotonic_ns()
+        now_ns = time.monotonic_ns()
         width = max(len(request.token_ids) for request in batch)
         completions = []
         for request, row in zip(batch, generated, strict=True):
-            output_ids = cut_output(row, request.max_output_tokens, self._end_ids)
-            times_ns = None if step_times_ns is None else tuple(step_times_ns[: len(output_ids)])
-            ended_ns = times_ns[-1] if times_ns else finished_ns
+            output_ids = options.cut_output(row, request.max_output_tokens, self._end_ids)
+            times_ns = None if clock is None else tuple(clock.times_ns[: len(output_ids)])
+            finished_ns = times_ns[-1] if times_ns else now_ns
             padding_tok = width - len(request.token_ids)
             completions.append(
-                Completion(request.index, output_ids, started_ns, ended_ns, times_ns, padding_tok=padding_tok)
+                Completion(request.index, output_ids, started_ns, finished_ns, times_ns, padding_tok=padding_tok)
             )
         return completions
 
-    def _complaint(self, request: TokenRequest) -> str | None:
+    def _problem_of(self, request: TokenRequest) -> str | None:
         needed, positions = len(request.token_ids) + request.max_output_tokens, self.loaded.positions
         if positions is None or needed <= positions:
             return None
@@ -246,11 +226,7 @@ def _bounds(batch: Sequence[TokenRequest]) -> tuple[int, int]:
 
 
 def engine_settings(settings: Mapping[str, Any], maximum: int, minimum: int) -> GenerationConfig:
-    """The GenerationConfig of these settings.
-
-    Raises:
-        EngineRaised: a setting is wrong, or has no effect with the others.
-    """
+    """The GenerationConfig; EngineRaised if a setting is wrong, or has no effect with the others."""
     bounds = {"max_new_tokens": maximum}
     if minimum > 0 and settings.get("eos_token_id"):
         bounds["min_new_tokens"] = minimum
@@ -286,7 +262,6 @@ def try_out(runner: BatchRunner, section: PyTorchConfig, facts: EngineFacts) -> 
 
     Raises:
         OptionRefused: the engine rejects the options, or does something else.
-        EngineError: kind `out_of_memory`.
     """
     graphs_before = _compiled_graphs() if section.torch_compile else 0
     with _transformers_warnings() as warnings, raised_as(lambda error: _trial_failure(error, section, facts)):
@@ -307,7 +282,7 @@ def _requests(runner: BatchRunner, section: PyTorchConfig) -> tuple[TokenRequest
     ends = frozenset(runner.loaded.tokens.end_ids)
     ids = tuple(itertools.islice((token for token in itertools.count() if token not in ends), 4))
     # Transformers 4 takes no minimum with a draft.
-    minimum = 0 if is_assisted(section) else _TRIAL_TOKENS
+    minimum = 0 if options.is_assisted(section) else _TRIAL_TOKENS
     return tuple(TokenRequest(row, ids[row:], _TRIAL_TOKENS, minimum) for row in range(min(section.batch_size, 2)))
 
 
@@ -374,7 +349,7 @@ def describe_effective(
     generation = {name: value for name, value in sorted(effective.items()) if value is not None and name not in skipped}
     model = loaded.model
     return {
-        "pytorch": _describe_section(section_of(config), loaded, generation, trial),
+        "pytorch": _describe_section(section_of(config, PyTorchConfig), loaded, generation, trial),
         "decoder": describe_decoder(config.decoder, generation, is_sampling=bool(generation["do_sample"])),
         "fp_precision": str(model.dtype).removeprefix("torch."),
         "ignore_eos": config.ignore_eos or not loaded.tokens.end_ids,
@@ -412,7 +387,7 @@ def _describe_section(
         "low_cpu_mem_usage": True if section.low_cpu_mem_usage is None else section.low_cpu_mem_usage,
         "load_in_4bit": is_4bit,
         "load_in_8bit": bool(getattr(model, "is_loaded_in_8bit", False)),
-        **{name: plain(getattr(quantization, name, None)) for name in FOUR_BIT_OPTIONS},
+        **{name: plain(getattr(quantization, name, None)) for name in options.FOUR_BIT_OPTIONS},
         "min_p": generation.get("min_p"),
         "no_repeat_ngram_size": generation["no_repeat_ngram_size"],
         "beam_search": {

@@ -14,88 +14,8 @@ from lem.base.errors import did_you_mean
 from lem.base.reasons import Reason
 from lem.config.backends import PyTorchConfig
 from lem.config.experiment import ExperimentConfig
-from lem.engines.common import Refusal, reason_against, refuse
+from lem.engines.common import reason_against, refuse, section_of, set_by
 from lem.engines.protocol import TokenRequest
-
-BATCHING_STRATEGIES = ("static", "dynamic", "sorted_static", "sorted_dynamic")
-
-Batch = tuple[TokenRequest, ...]
-
-
-@dataclass(frozen=True)
-class BatchRules:
-    """How requests form batches.
-
-    `static` takes requests as they come, `dynamic` as many as the token budget holds; `sorted_…` takes the longest
-    prompts first, so that the lengths in a batch differ little.
-    """
-
-    strategy: str  # one of BATCHING_STRATEGIES
-    batch_size: int  # the most requests in a batch, under every strategy
-    max_tokens: int | None = None  # of a dynamic batch: rows × (longest prompt + longest output), padding included
-    has_one_bound: bool = False  # all requests of a batch must have the same output bounds
-
-    @property
-    def budget(self) -> int | None:
-        """`max_tokens` under a dynamic strategy."""
-        return self.max_tokens if self.strategy.endswith("dynamic") else None
-
-
-def plan_batches(requests: Sequence[TokenRequest], rules: BatchRules) -> tuple[Batch, ...]:
-    """The requests in batches, each in exactly one; a request larger than the budget runs alone."""
-    # Python's sort is stable: equal prompts keep their order, so a plan depends on the requests alone.
-    is_sorted = rules.strategy.startswith("sorted_")
-    ordered = sorted(requests, key=lambda request: -len(request.token_ids)) if is_sorted else list(requests)
-    groups: dict[Any, list[TokenRequest]] = {}
-    for request in ordered:
-        bounds = (request.max_output_tokens, request.min_output_tokens)
-        groups.setdefault(bounds if rules.has_one_bound else None, []).append(request)
-    return tuple(batch for group in groups.values() for batch in _fill(group, rules))
-
-
-def _fill(requests: Iterable[TokenRequest], rules: BatchRules) -> Iterable[Batch]:
-    batch: list[TokenRequest] = []
-    for request in requests:
-        grown = [*batch, request]
-        is_too_large = rules.budget is not None and positions(grown) > rules.budget
-        if batch and (len(grown) > rules.batch_size or is_too_large):
-            yield tuple(batch)
-            batch = [request]
-        else:
-            batch = grown
-    if batch:
-        yield tuple(batch)
-
-
-def positions(batch: Sequence[TokenRequest]) -> int:
-    """The most positions a batch can take: its rows times its longest prompt and longest output."""
-    return len(batch) * (
-        max(len(request.token_ids) for request in batch) + max(request.max_output_tokens for request in batch)
-    )
-
-
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[list[list[int]], list[list[int]]]:
-    """The rows padded on the left to the longest, and the mask: 1 for a token, 0 for padding.
-
-    A decoder continues from the last position, so padding comes first.
-    """
-    width = max(len(row) for row in rows)
-    ids = [[pad_id] * (width - len(row)) + list(row) for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return ids, mask
-
-
-def cut_output(generated: Sequence[int], max_tokens: int, end_ids: Set[int]) -> tuple[int, ...]:
-    """A row of a batch up to and including its end, and never beyond its bound.
-
-    A row that ended before the batch is padded; one without an end was generated further. No ids end it if ends are
-    ignored.
-    """
-    for index, token in enumerate(generated[:max_tokens]):
-        if token in end_ids:
-            return tuple(generated[: index + 1])
-    return tuple(generated[:max_tokens])
-
 
 FOUR_BIT_OPTIONS = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
@@ -111,24 +31,19 @@ _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 # Caches that `generate` makes by name; the others it knows are old names, which it turns into one of these.
 _CACHES = ("dynamic", "static", "offloaded", "offloaded_static", "quantized")
 
-
-def _set_by(section: str, *names: str) -> dict[str, str]:
-    return {name: f"is set by {section}.{name}" for name in names}
-
-
 _MOVED = "transformers moved it to code that is downloaded from the hub"
 _OUTPUT = "lem only reads the tokens"
+_DRAFT_LENGTH = "is set by pytorch.assisted_generation.num_tokens"
 # Why an argument of `generate` is not taken from `extra`.
 _REFUSED: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(("max_length", "max_new_tokens"), "is set by max_output_tokens"),
         **dict.fromkeys(("min_length", "min_new_tokens"), "is set by min_output_tokens"),
-        **_set_by("decoder", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty"),
-        **_set_by("pytorch", "min_p", "no_repeat_ngram_size", "use_cache", "cache_implementation"),
-        **_set_by("pytorch.beam_search", "num_beams", "length_penalty", "early_stopping"),
+        **set_by("decoder", ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")),
+        **set_by("pytorch", ("min_p", "no_repeat_ngram_size", "use_cache", "cache_implementation")),
+        **set_by("pytorch.beam_search", ("num_beams", "length_penalty", "early_stopping")),
+        **dict.fromkeys(("num_assistant_tokens", "prompt_lookup_num_tokens"), _DRAFT_LENGTH),
         "compile_config": "is set by pytorch.torch_compile",
-        "num_assistant_tokens": "is set by pytorch.assisted_generation.num_tokens",
-        "prompt_lookup_num_tokens": "is set by pytorch.assisted_generation.num_tokens",
         "eos_token_id": "is set by ignore_eos",
         "stop_strings": "a row that ends with one looks padded, so its tokens cannot be counted",
         "token_healing": "it changes the prompts",
@@ -180,12 +95,66 @@ class SpecialTokens:
     end_ids: tuple[int, ...]  # each ends a sequence
 
 
-def section_of(config: ExperimentConfig) -> PyTorchConfig:
-    """The options of this backend, with defaults."""
-    section = config.section
-    if not isinstance(section, PyTorchConfig):
-        raise TypeError(f"an experiment of the backend {config.backend} came to pytorch")
-    return section
+# --- batches
+
+
+def plan_batches(requests: Sequence[TokenRequest], section: PyTorchConfig) -> tuple[tuple[TokenRequest, ...], ...]:
+    """The requests in batches, each in exactly one, by `batching_strategy`.
+
+    `static` takes requests as they come, `dynamic` as many as the token budget holds (a request that is larger runs
+    alone); `sorted_…` takes the longest prompts first, so that the lengths in a batch differ little.
+    """
+    # Python's sort is stable: equal prompts keep their order, so a plan depends on the requests alone.
+    is_sorted = section.batching_strategy.startswith("sorted_")
+    ordered = sorted(requests, key=lambda request: -len(request.token_ids)) if is_sorted else list(requests)
+    groups: dict[Any, list[TokenRequest]] = {}
+    for request in ordered:
+        # A beam search has one bound for all its rows; otherwise each row can end at its own.
+        bounds = (request.max_output_tokens, request.min_output_tokens) if section.beam_search.enabled else None
+        groups.setdefault(bounds, []).append(request)
+    return tuple(batch for group in groups.values() for batch in _fill(group, section))
+
+
+def _fill(requests: Iterable[TokenRequest], section: PyTorchConfig) -> Iterator[tuple[TokenRequest, ...]]:
+    budget = section.max_tokens_per_batch  # only given with a dynamic strategy
+    batch: list[TokenRequest] = []
+    for request in requests:
+        grown = [*batch, request]
+        longest_output = max(item.max_output_tokens for item in grown)
+        positions = len(grown) * (max(len(item.token_ids) for item in grown) + longest_output)
+        is_too_large = budget is not None and positions > budget
+        if batch and (len(grown) > section.batch_size or is_too_large):
+            yield tuple(batch)
+            batch = [request]
+        else:
+            batch = grown
+    if batch:
+        yield tuple(batch)
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[list[list[int]], list[list[int]]]:
+    """The rows padded on the left to the longest, and the mask: 1 for a token, 0 for padding.
+
+    A decoder continues from the last position, so padding comes first.
+    """
+    width = max(len(row) for row in rows)
+    ids = [[pad_id] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return ids, mask
+
+
+def cut_output(generated: Sequence[int], max_tokens: int, end_ids: Set[int]) -> tuple[int, ...]:
+    """A row of a batch up to and including its end (one of `end_ids`), and never beyond its bound.
+
+    A row that ended before the batch is padded; one without an end was generated further.
+    """
+    for index, token in enumerate(generated[:max_tokens]):
+        if token in end_ids:
+            return tuple(generated[: index + 1])
+    return tuple(generated[:max_tokens])
+
+
+# --- arguments
 
 
 def is_assisted(section: PyTorchConfig) -> bool:
@@ -195,21 +164,9 @@ def is_assisted(section: PyTorchConfig) -> bool:
 
 def idle_options(config: ExperimentConfig) -> tuple[Reason, ...]:
     """Warnings about options without effect."""
-    if section_of(config).min_p is not None and config.decoder.is_greedy:
+    if section_of(config, PyTorchConfig).min_p is not None and config.decoder.is_greedy:
         return (Reason.of("min_p_unused", backend="pytorch"),)
     return ()
-
-
-def batch_rules(config: ExperimentConfig) -> BatchRules:
-    """How the requests of this experiment form batches."""
-    section = section_of(config)
-    return BatchRules(
-        section.batching_strategy,
-        section.batch_size,
-        section.max_tokens_per_batch,
-        # A beam search has one bound for all its rows; otherwise each row can end at its own.
-        has_one_bound=section.beam_search.enabled,
-    )
 
 
 def compiles_steps(section: PyTorchConfig, device: str) -> bool:
@@ -226,9 +183,9 @@ def generation_settings(config: ExperimentConfig, tokens: SpecialTokens, device:
 
     The model's own generation config is not used: everything that is not set here has transformers' default.
     """
-    section, decoder = section_of(config), config.decoder
+    section, decoder = section_of(config, PyTorchConfig), config.decoder
     settings: dict[str, Any] = {
-        "do_sample": not config.decoder.is_greedy,
+        "do_sample": not decoder.is_greedy,
         "repetition_penalty": decoder.repetition_penalty,
         "pad_token_id": tokens.pad_id,
         "eos_token_id": None if config.ignore_eos or not tokens.end_ids else list(tokens.end_ids),
@@ -236,7 +193,7 @@ def generation_settings(config: ExperimentConfig, tokens: SpecialTokens, device:
         "cache_implementation": section.cache_implementation,
         "no_repeat_ngram_size": section.no_repeat_ngram_size,
     }
-    if settings["do_sample"]:
+    if not decoder.is_greedy:
         settings |= {name: getattr(decoder, name) for name in ("temperature", "top_k", "top_p")}
         settings["min_p"] = section.min_p
     if section.beam_search.enabled:
@@ -248,7 +205,7 @@ def generation_settings(config: ExperimentConfig, tokens: SpecialTokens, device:
         settings["disable_compile"] = True
     if section.assisted_generation.model is None:
         settings["prompt_lookup_num_tokens"] = section.assisted_generation.num_tokens
-    settings |= {name: value for name, value in _extra(section).items() if name not in _ASSISTANT_ARGUMENTS}
+    settings |= _extra(section, is_of_assistant=False)
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -265,87 +222,90 @@ def assistant_settings(section: PyTorchConfig) -> dict[str, Any]:
             "num_assistant_tokens_schedule": "constant",
             "assistant_confidence_threshold": 0.0,
         }
-    return settings | {name: value for name, value in _extra(section).items() if name in _ASSISTANT_ARGUMENTS}
+    return settings | _extra(section, is_of_assistant=True)
 
 
-def _extra(section: PyTorchConfig) -> dict[str, Any]:
+def _extra(section: PyTorchConfig, *, is_of_assistant: bool) -> dict[str, Any]:
     """The extra arguments as JSON: a section freezes lists into tuples, which transformers does not take."""
-    extra: dict[str, Any] = section.to_dict()["extra"]
-    return extra
+    extra = section.to_dict()["extra"]
+    return {name: value for name, value in extra.items() if (name in _ASSISTANT_ARGUMENTS) == is_of_assistant}
 
 
-def check_options(config: ExperimentConfig, facts: EngineFacts) -> None:
+# --- before the load
+
+
+def check(config: ExperimentConfig, facts: EngineFacts) -> None:
     """Refuse everything that is not supported here, at once; what only a run can show is tried after the load."""
-    section = section_of(config)
+    section = section_of(config, PyTorchConfig)
     refusals = [*_loading(section, facts), *_running(config, section, facts), *_refused_extra(section, facts)]
     if config.model.adapter is not None and (missing := facts.missing("peft")):
-        refusals.insert(0, Refusal("model.adapter", missing))
+        refusals.insert(0, ("model.adapter", missing))
     refuse(refusals, facts)
 
 
-def _loading(section: PyTorchConfig, facts: EngineFacts) -> Iterator[Refusal]:
+def _loading(section: PyTorchConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
     name = "pytorch.low_cpu_mem_usage"
     if section.low_cpu_mem_usage is False and facts.release >= (5, 0):
-        yield Refusal(name, "false is no longer supported: weights always load without a second copy")
+        yield name, "false is no longer supported: weights always load without a second copy"
     if section.low_cpu_mem_usage and facts.release < (5, 0) and (missing := facts.missing("accelerate")):
-        yield Refusal(name, missing)
+        yield name, missing
     name = "pytorch.max_memory"
     if section.max_memory is not None and facts.device == "cpu":
-        yield Refusal(name, "it splits a model between a GPU and the CPU, and no GPU is in use")
+        yield name, "it splits a model between a GPU and the CPU, and no GPU is in use"
     elif section.max_memory is not None:
         if missing := facts.missing("accelerate"):
-            yield Refusal(name, missing)
+            yield name, missing
         others = sorted(str(key) for key in section.max_memory if str(key) not in {"cpu", str(facts.gpu_index)})
         if others:
-            yield Refusal(name, f"expected cpu or the GPU in use ({facts.gpu_index}), got {', '.join(others)}")
+            yield name, f"expected cpu or the GPU in use ({facts.gpu_index}), got {', '.join(others)}"
     for name in ("load_in_4bit", "load_in_8bit"):
         if getattr(section, name) and facts.device != "cuda":
-            yield Refusal(f"pytorch.{name}", "bitsandbytes needs a CUDA GPU")
+            yield f"pytorch.{name}", "bitsandbytes needs a CUDA GPU"
         elif getattr(section, name) and (missing := facts.missing("bitsandbytes", "accelerate")):
-            yield Refusal(f"pytorch.{name}", missing)
+            yield f"pytorch.{name}", missing
 
 
-def _running(config: ExperimentConfig, section: PyTorchConfig, facts: EngineFacts) -> Iterator[Refusal]:
+def _running(config: ExperimentConfig, section: PyTorchConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
     budget, largest = section.max_tokens_per_batch, config.max_input_tokens + config.max_output_tokens
     if budget is not None and budget < largest:
         reason = f"must be at least {largest}, the largest request (max_input_tokens + max_output_tokens), got {budget}"
-        yield Refusal("pytorch.max_tokens_per_batch", reason)
+        yield "pytorch.max_tokens_per_batch", reason
     yield from _compilation(section, facts)
     name, cache = "pytorch.cache_implementation", section.cache_implementation
     if cache is not None and cache not in _CACHES:
-        yield Refusal(name, f"expected one of {', '.join(_CACHES)}, got {cache}{did_you_mean(cache, _CACHES)}")
+        yield name, f"expected one of {', '.join(_CACHES)}, got {cache}{did_you_mean(cache, _CACHES)}"
     if cache is not None and section.use_cache is False:
-        yield Refusal(name, "has no effect with use_cache: false")
+        yield name, "has no effect with use_cache: false"
     if cache is not None and cache.startswith("offloaded") and facts.device == "cpu":
-        yield Refusal(name, f"{cache} moves the cache from GPU to CPU, where it already is")
+        yield name, f"{cache} moves the cache from GPU to CPU, where it already is"
     name = "pytorch.assisted_generation"
     if is_assisted(section) and section.beam_search.enabled:
-        yield Refusal(name, "cannot be combined with beam_search")
+        yield name, "cannot be combined with beam_search"
     if is_assisted(section) and section.batch_size > 1:
-        yield Refusal(name, f"requires batch_size 1, got {section.batch_size}")
+        yield name, f"requires batch_size 1, got {section.batch_size}"
 
 
-def _compilation(section: PyTorchConfig, facts: EngineFacts) -> Iterator[Refusal]:
+def _compilation(section: PyTorchConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
     name, mode, backend = "pytorch.torch_compile", section.torch_compile, section.torch_compile_backend
     if backend is not None and backend not in facts.compile_backends:
         known = ", ".join(facts.compile_backends)
         reason = f"expected one of {known}, got {backend}{did_you_mean(backend, facts.compile_backends)}"
-        yield Refusal("pytorch.torch_compile_backend", reason)
+        yield "pytorch.torch_compile_backend", reason
     if mode == "reduce-overhead" and facts.device == "cpu":
-        yield Refusal(name, "reduce-overhead uses CUDA graphs and has no effect on the CPU")
+        yield name, "reduce-overhead uses CUDA graphs and has no effect on the CPU"
     if compiles_steps(section, facts.device) and section.cache_implementation != "static":
-        yield Refusal(name, f"{mode} records CUDA graphs and requires cache_implementation: static")
+        yield name, f"{mode} records CUDA graphs and requires cache_implementation: static"
     if mode not in {False, "default"} and backend not in {None, "inductor"}:
-        yield Refusal(name, f"{mode} is a mode of the inductor backend, got {backend}")
+        yield name, f"{mode} is a mode of the inductor backend, got {backend}"
 
 
-def _refused_extra(section: PyTorchConfig, facts: EngineFacts) -> Iterator[Refusal]:
+def _refused_extra(section: PyTorchConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
     for name in section.extra:
         reason = reason_against(name, _REFUSED, facts.generate_arguments, "unknown argument of generate")
         if reason is None and (need := _need_of(name, section)) is not None:
             reason = f"has no effect without {need}"
         if reason is not None:
-            yield Refusal(f"pytorch.extra.{name}", reason)
+            yield f"pytorch.extra.{name}", reason
 
 
 def _need_of(name: str, section: PyTorchConfig) -> str | None:

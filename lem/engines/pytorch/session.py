@@ -19,32 +19,13 @@ from lem.base.reasons import Reason
 from lem.base.variables import TOKEN_VARIABLE
 from lem.config.backends import PyTorchConfig
 from lem.config.experiment import ExperimentConfig
-from lem.engines.checkpoints import WEIGHT_FAILURES, Source, count_embedding_parameters, explained, hash_weights, locate
-from lem.engines.common import (
-    check_ids,
-    check_same_engine,
-    idle_gpu,
-    installed_versions,
-    pick_gpu,
-    seconds_since,
-    shortened,
-    visible_gpus,
-)
+from lem.engines import common
+from lem.engines.checkpoints import Identity, Source, count_embedding_parameters, explained, hash_weights, locate
+from lem.engines.common import section_of
 from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest, say_nothing
-from lem.engines.pytorch.generation import GENERATION_META, BatchRunner, LoadedModel, Trial, describe_effective, try_out
-from lem.engines.pytorch.options import (
-    FOUR_BIT_OPTIONS,
-    EngineFacts,
-    SpecialTokens,
-    assistant_settings,
-    batch_rules,
-    check_options,
-    compiles_steps,
-    generation_settings,
-    idle_options,
-    plan_batches,
-    section_of,
-)
+from lem.engines.pytorch import options
+from lem.engines.pytorch.generation import GENERATION_META, BatchRunner, LoadedModel, describe_effective, try_out
+from lem.engines.pytorch.options import EngineFacts, SpecialTokens
 
 # Distributions that can change the numbers, or that an option needs.
 _PACKAGES = (
@@ -58,28 +39,30 @@ class Session:
     """A loaded model with the experiment that is set up on it."""
 
     def __init__(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> None:
-        """See `Engine`."""
         transformers.utils.logging.disable_progress_bar()
         self._token = secrets.get(TOKEN_VARIABLE) or None
-        self._uuids = visible_gpus(torch)
-        self._facts = _find_facts(config, pick_gpu(config.gpus, self._uuids))
-        check_options(config, self._facts)
+        self._uuids = common.visible_gpus(torch)
+        self._facts = _find_facts(config, next(iter(common.pick_gpus(config.gpus, self._uuids)), None))
+        options.check(config, self._facts)
         if self._facts.gpu_index is not None:
             torch.cuda.set_device(self._facts.gpu_index)
         self._engine_key = config.engine_key()
-        self._loaded = _load_model(config, self._facts, self._token)
-        _compile(self._loaded.model, section_of(config), self._facts.device)
+        loaded = self._loaded = _load_model(config, self._facts, self._token)
+        _compile(loaded.model, section_of(config, PyTorchConfig), self._facts.device)
         trial_s = self._set_up(config)
         began_ns = time.monotonic_ns()
-        folder, adapter = self._loaded.source.folder, self._loaded.adapter
-        with explained(f"weights of {config.model.name}", WEIGHT_FAILURES):
-            self._weights_sha256 = hash_weights(folder, None if adapter is None else adapter.folder)
-        hashing_s = seconds_since(began_ns)
+        self._identity = Identity(
+            loaded.source.commit,
+            hash_weights(loaded.source, loaded.adapter),
+            int(loaded.model.num_parameters()),
+            count_embedding_parameters(loaded.model),
+        )
+        hashing_s = common.seconds_since(began_ns)
         self._checks_s = hashing_s if self._compile_s is not None else hashing_s + trial_s
 
     def configure(self, config: ExperimentConfig) -> None:
-        check_same_engine(config, self._engine_key)
-        check_options(config, self._facts)
+        common.check_same_engine(config, self._engine_key)
+        options.check(config, self._facts)
         # An experiment must not depend on the one before: neither on the shapes it compiled for, nor on the memory it
         # fragmented, nor on the length of its static cache, which transformers would keep.
         vars(self._loaded.model).pop("_previous_max_cache_length", None)
@@ -90,30 +73,23 @@ class Session:
     @property
     def report(self) -> EngineReport:
         loaded, gpu_index = self._loaded, self._facts.gpu_index
-        versions = dict(self._facts.versions)
-        if gpu_index is not None:
-            versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
-        embeddings = loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings()
-        warnings = (*loaded.warnings, *self._trial.warnings, *idle_options(self._config))
+        idle = (*self._trial.warnings, *options.idle_options(self._config))
         return EngineReport(
             engine_name="transformers",
-            engine_version=versions["transformers"],
-            versions=versions,
+            engine_version=self._facts.versions["transformers"],
+            versions=self._facts.versions,
             device=self._facts.device,
             gpu_uuids=() if gpu_index is None else (self._uuids[gpu_index],),
             effective=describe_effective(self._config, loaded, self._runner.settings, self._trial),
-            model_revision=loaded.source.commit,
-            weights_sha256=self._weights_sha256,
-            model_parameters=int(loaded.model.num_parameters()),
-            embedding_parameters=count_embedding_parameters(*embeddings),
-            warnings=(*idle_gpu(self._config.gpus, self._uuids), *warnings),
+            **vars(self._identity),
+            warnings=(*common.idle_gpu(self._config.gpus, self._uuids), *loaded.warnings, *idle),
             compile_s=self._compile_s,
             checks_s=self._checks_s,
         )
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._loaded.tokenizer.encode(text, verbose=False)
-        return check_ids(ids, _rows(self._loaded.model))
+        return common.check_ids(ids, _rows(self._loaded.model))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         decode = self._loaded.tokenizer.decode
@@ -123,7 +99,7 @@ class Session:
         self, requests: Sequence[TokenRequest], *, observe_tokens: bool, on_progress: OnProgress = say_nothing
     ) -> list[Completion]:
         self._seed(requests)
-        batches = [(request,) for request in requests] if observe_tokens else plan_batches(requests, self._rules)
+        batches = [(request,) for request in requests] if observe_tokens else self._plan(requests)
         completions: list[Completion] = []
         for batch in batches:
             completions += self._runner.run(batch, observe=observe_tokens)
@@ -133,8 +109,8 @@ class Session:
     def serve(self, queue: RequestQueue) -> None:
         """See `Engine`; a batch takes the requests that have arrived when it starts."""
         self._seed(())
-        while waiting := queue.take(self._rules.batch_size):
-            for batch in plan_batches(waiting, self._rules):
+        while waiting := queue.take(section_of(self._config, PyTorchConfig).batch_size):
+            for batch in self._plan(waiting):
                 for completion in self._runner.run(batch, observe=True):
                     queue.complete(completion)
 
@@ -156,21 +132,23 @@ class Session:
         vars(self).clear()  # nothing else holds the weights
         free_memory()
 
+    def _plan(self, requests: Sequence[TokenRequest]) -> tuple[tuple[TokenRequest, ...], ...]:
+        return options.plan_batches(requests, section_of(self._config, PyTorchConfig))
+
     def _set_up(self, config: ExperimentConfig) -> float:
         """Seconds the trial took."""
-        section = section_of(config)
+        section = section_of(config, PyTorchConfig)
         self._config = config
-        self._rules = batch_rules(config)
-        settings = generation_settings(config, self._loaded.tokens, self._facts.device)
-        if compiles_steps(section, self._facts.device):
+        settings = options.generation_settings(config, self._loaded.tokens, self._facts.device)
+        if options.compiles_steps(section, self._facts.device):
             settings["compile_config"] = transformers.CompileConfig(mode=str(section.torch_compile))
         self._runner = BatchRunner(self._loaded, settings)
         began_ns = time.monotonic_ns()
-        self._trial: Trial = try_out(self._runner, section, self._facts)
+        self._trial = try_out(self._runner, section, self._facts)
         if config.random_seed is None:
             # PyTorch starts every process with the same seed.
             torch.seed()
-        trial_s = seconds_since(began_ns)
+        trial_s = common.seconds_since(began_ns)
         self._compile_s = trial_s if section.torch_compile else None
         return trial_s
 
@@ -198,11 +176,11 @@ def free_memory(failure: BaseException | None = None) -> None:
 
 def _find_facts(config: ExperimentConfig, gpu_index: int | None) -> EngineFacts:
     return EngineFacts(
-        {**installed_versions(_PACKAGES), "torch": str(torch.__version__)},
+        common.installed_versions(torch, _PACKAGES, has_gpu=gpu_index is not None),
         "cpu" if gpu_index is None else "cuda",
         gpu_index,
         # Asking for them imports the compiler, which takes a second.
-        tuple(torch.compiler.list_backends(exclude_tags=())) if section_of(config).torch_compile else (),
+        tuple(torch.compiler.list_backends(exclude_tags=())) if section_of(config, PyTorchConfig).torch_compile else (),
         tuple(name for name in vars(GenerationConfig()) if name not in GENERATION_META),
     )
 
@@ -216,7 +194,7 @@ def _compile(model: Any, section: PyTorchConfig, device: str) -> None:
     # padding, prefill and decode are 8 already; beyond a higher limit an experiment fails instead.
     dynamo_config.recompile_limit = _RECOMPILE_LIMIT
     dynamo_config.fail_on_recompile_limit_hit = True
-    if not compiles_steps(section, device):
+    if not options.compiles_steps(section, device):
         backend = section.torch_compile_backend or "inductor"
         model.forward = torch.compile(model.forward, mode=section.torch_compile, backend=backend)
 
@@ -227,7 +205,7 @@ def _compile(model: Any, section: PyTorchConfig, device: str) -> None:
 def _load_model(config: ExperimentConfig, facts: EngineFacts, token: str | None) -> LoadedModel:
     device = torch.device("cpu" if facts.gpu_index is None else f"cuda:{facts.gpu_index}")
     asked = config.model
-    source = locate(asked.name, marker="config.json", revision=asked.revision, token=token, option="model")
+    source = locate(asked.name, token, "model", revision=asked.revision)
     access = {"token": token, "trust_remote_code": asked.trust_remote_code}
     name, revision = (source.name, source.commit) if asked.tokenizer is None else (asked.tokenizer, None)
     with explained(f"model.tokenizer: {asked.tokenizer}" if asked.tokenizer else f"tokenizer of {source.name}"):
@@ -248,33 +226,34 @@ def _load_model(config: ExperimentConfig, facts: EngineFacts, token: str | None)
 
 def _set_assistant(loaded: LoadedModel, config: ExperimentConfig, facts: EngineFacts, token: str | None) -> None:
     """Load the assistant that the experiment names, or drop the current one."""
-    section = section_of(config)
+    section = section_of(config, PyTorchConfig)
     name = section.assisted_generation.model
     if name is None:
         loaded.assistant = loaded.assistant_tokenizer = loaded.assistant_name = None
         return
-    if loaded.assistant is None or loaded.assistant_name != name:
-        source = locate(name, marker="config.json", revision=None, token=token, option="assisted_generation.model")
+    if loaded.assistant_name != name:
+        source = locate(name, token, "assisted_generation.model")
         is_trusted = config.model.trust_remote_code
         access = {"token": token, "trust_remote_code": is_trusted, "revision": source.commit}
-        options = {**access, **_dtype_option(config, facts)}
         with explained(f"assisted_generation.model: {name}"):
-            loaded.assistant = AutoModelForCausalLM.from_pretrained(source.name, **options).to(loaded.device)
+            loaded.assistant = AutoModelForCausalLM.from_pretrained(
+                source.name, **access, **_dtype_option(config, facts)
+            ).to(loaded.device)
         loaded.assistant_name, loaded.assistant_tokenizer = None, None
         if _rows(loaded.assistant) != _rows(loaded.model):
             with explained(f"assisted_generation.model: {name}"):
                 loaded.assistant_tokenizer = AutoTokenizer.from_pretrained(source.name, **access)
         loaded.assistant_name = name
-    loaded.assistant.generation_config = GenerationConfig(**assistant_settings(section))
+    loaded.assistant.generation_config = GenerationConfig(**options.assistant_settings(section))
 
 
 def _load_weights(
     config: ExperimentConfig, source: Source, device: torch.device, facts: EngineFacts, access: Mapping[str, Any]
 ) -> tuple[Any, tuple[Reason, ...]]:
-    section = section_of(config)
-    options = {**access, **_dtype_option(config, facts), **_placement_options(section, device, facts)}
-    model, info = _from_pretrained(section, source, facts, options)
-    if "device_map" not in options:
+    section = section_of(config, PyTorchConfig)
+    arguments = {**access, **_dtype_option(config, facts), **_placement(section, device, facts)}
+    model, info = _from_pretrained(section, source, facts, arguments)
+    if "device_map" not in arguments:
         with explained(f"model: {source.name}"):
             model = model.to(device)
     model.eval()
@@ -287,18 +266,18 @@ def _load_weights(
     return model, (Reason.of("weights_missing", count=len(missing), model=source.name, first=missing[0]),)
 
 
-def _from_pretrained(section: PyTorchConfig, source: Source, facts: EngineFacts, options: Mapping[str, Any]) -> Any:
+def _from_pretrained(section: PyTorchConfig, source: Source, facts: EngineFacts, arguments: Mapping[str, Any]) -> Any:
     """The model, and what transformers reports about its load."""
     with explained(f"model: {source.name}"):
         try:
             return AutoModelForCausalLM.from_pretrained(
-                source.name, revision=source.commit, output_loading_info=True, **options
+                source.name, revision=source.commit, output_loading_info=True, **arguments
             )
         except (ImportError, ValueError) as error:
             if section.attn_implementation is None or "attention" not in str(error).lower():
                 raise
             refusal = error
-    raise OptionRefused(f"pytorch.attn_implementation: {facts}: {shortened(refusal)}") from refusal
+    raise OptionRefused(f"pytorch.attn_implementation: {facts}: {common.shortened(refusal)}") from refusal
 
 
 def _dtype_option(config: ExperimentConfig, facts: EngineFacts) -> dict[str, Any]:
@@ -306,28 +285,25 @@ def _dtype_option(config: ExperimentConfig, facts: EngineFacts) -> dict[str, Any
     return {"dtype" if facts.release >= (4, 56) else "torch_dtype": getattr(torch, config.fp_precision)}
 
 
-def _placement_options(section: PyTorchConfig, device: torch.device, facts: EngineFacts) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    if section.attn_implementation is not None:
-        options["attn_implementation"] = section.attn_implementation
-    if section.low_cpu_mem_usage is not None and facts.release < (5, 0):
-        options["low_cpu_mem_usage"] = section.low_cpu_mem_usage
+def _placement(section: PyTorchConfig, device: torch.device, facts: EngineFacts) -> dict[str, Any]:
+    arguments = common.given_options(section, ("attn_implementation", "low_cpu_mem_usage"))
+    if facts.release >= (5, 0):
+        arguments.pop("low_cpu_mem_usage", None)
     if section.load_in_4bit or section.load_in_8bit:
         quantization: dict[str, Any] = {"load_in_8bit": True}
         if section.load_in_4bit:
-            quantization = {name: value for name in FOUR_BIT_OPTIONS if (value := getattr(section, name)) is not None}
-            quantization["load_in_4bit"] = True
-        options["quantization_config"] = transformers.BitsAndBytesConfig(**quantization)
-        options["device_map"] = {"": device}
+            quantization = {"load_in_4bit": True, **common.given_options(section, options.FOUR_BIT_OPTIONS)}
+        arguments["quantization_config"] = transformers.BitsAndBytesConfig(**quantization)
+        arguments["device_map"] = {"": device}
     if section.max_memory is not None:
         limits = {("cpu" if key == "cpu" else int(key)): value for key, value in section.max_memory.items()}
         limits.setdefault(device.index, torch.cuda.mem_get_info(device)[1])
-        options |= {"max_memory": limits, "device_map": "auto"}
-    return options
+        arguments |= {"max_memory": limits, "device_map": "auto"}
+    return arguments
 
 
 def _add_adapter(loaded: LoadedModel, name: str, token: str | None) -> Source:
-    source = locate(name, marker="adapter_config.json", revision=None, token=token, option="model.adapter")
+    source = locate(name, token, "model.adapter", marker="adapter_config.json")
     with explained(f"model.adapter: {name}"):
         info = loaded.model.load_adapter(source.name, adapter_kwargs={"token": token, "revision": source.commit})
     mismatched = sorted({*(getattr(info, "missing_keys", None) or ()), *(getattr(info, "unexpected_keys", None) or ())})
@@ -383,6 +359,7 @@ def _own_settings(model: Any) -> dict[str, Any]:
     try:
         values: dict[str, Any] = model.generation_config.to_diff_dict()
     except (AttributeError, ValueError) as error:
-        raise EngineError(f"the model's generation config cannot be read: {shortened(error)}", kind="model") from error
+        text = f"the model's generation config cannot be read: {common.shortened(error)}"
+        raise EngineError(text, kind="model") from error
     known = {"bos_token_id", "eos_token_id", "pad_token_id", *GENERATION_META}
     return {name: value for name, value in values.items() if name not in known}

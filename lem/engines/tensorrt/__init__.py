@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 
 from lem.config.experiment import ExperimentConfig
-from lem.engines.common import explain_import, require_packages
+from lem.engines.common import importing
 from lem.engines.protocol import Engine
 
 _IMAGE = "nvcr.io/nvidia/tensorrt-llm/release"
@@ -25,11 +25,8 @@ def load(
     Args:
         find_gpus: the UUIDs of the GPUs that CUDA sees, in its order; PyTorch is asked by default.
     """
-    require_packages("tensorrt", f"run it in NVIDIA's image ({_IMAGE}), or name another Python with --python")
     os.environ.setdefault("TRTLLM_NO_USAGE_STATS", "1")
-    try:
+    hint = f"it requires a GPU with its driver, and its own image: {_IMAGE}"
+    with importing("tensorrt", "TensorRT-LLM", hint, f"run it in NVIDIA's image ({_IMAGE})"):
         from lem.engines.tensorrt.session import Session
-    except (ImportError, OSError, RuntimeError) as error:
-        hint = f"it requires a GPU with its driver, and its own image: {_IMAGE}"
-        raise explain_import("TensorRT-LLM", error, hint) from error
     return Session(config, secrets, find_gpus)

@@ -18,21 +18,21 @@ from lem.base.errors import EngineError
 from lem.base.reasons import Reason
 from lem.config.backends import TensorRTConfig
 from lem.config.experiment import ExperimentConfig
-from lem.engines.common import Refusal, describe_decoder, look_up, plain, reason_against, refuse, refuse_changes
+from lem.engines import common
+from lem.engines.common import Arguments, Folders, Signature, look_up, plain, section_of
 
-# The argument of LLM behind each option of the section, and the place of its value in a loaded engine's arguments;
-# `outer.inner` is a field of a configuration inside them.
-OPTIONS: Mapping[str, str] = MappingProxyType(
+# The options of the section that are arguments of LLM, and have the same places in a loaded engine's arguments.
+OPTIONS: Arguments = MappingProxyType(
     {
-        "max_batch_size": "max_batch_size",
-        "max_num_tokens": "max_num_tokens",
-        "tp_size": "tensor_parallel_size",
-        "pp_size": "pipeline_parallel_size",
-        "enable_chunked_context": "enable_chunked_prefill",
-        "gpu_memory_utilization": "kv_cache_config.free_gpu_memory_fraction",
-        "enable_kv_cache_reuse": "kv_cache_config.enable_block_reuse",
-        "kv_cache_type": "kv_cache_config.dtype",
-        "num_draft_tokens": "speculative_config.max_draft_len",
+        "max_batch_size": ("max_batch_size",),
+        "max_num_tokens": ("max_num_tokens",),
+        "tp_size": ("tensor_parallel_size",),
+        "pp_size": ("pipeline_parallel_size",),
+        "enable_chunked_context": ("enable_chunked_prefill",),
+        "gpu_memory_utilization": ("kv_cache_config.free_gpu_memory_fraction",),
+        "enable_kv_cache_reuse": ("kv_cache_config.enable_block_reuse",),
+        "kv_cache_type": ("kv_cache_config.dtype",),
+        "num_draft_tokens": ("speculative_config.max_draft_len",),
     }
 )
 _CLASSES = {"": "LLM", "kv_cache_config": "KvCacheConfig", "speculative_config": "DraftTargetDecodingConfig"}
@@ -56,13 +56,8 @@ _UNSUPPORTED: Mapping[str, str] = MappingProxyType(
 # Why an argument of LLM is not taken from `extra_runtime_args`.
 _REFUSED: Mapping[str, str] = MappingProxyType(
     {
-        **{argument: f"is set by tensorrt.{option}" for option, argument in OPTIONS.items() if "." not in argument},
-        "model": "is set by model.name",
-        "tokenizer": "is set by model.tokenizer",
-        "revision": "is set by model.revision",
-        "tokenizer_revision": "is set by model.tokenizer",
-        "trust_remote_code": "is set by model.trust_remote_code",
-        "dtype": "is set by fp_precision",
+        **common.set_by_options("tensorrt", OPTIONS),
+        **common.SET_BY_MODEL,
         "max_input_len": "is set by tensorrt.max_input_len",
         "max_seq_len": "is set by tensorrt.max_output_len",
         "kv_cache_config": "is set by tensorrt.gpu_memory_utilization, enable_kv_cache_reuse and kv_cache_type",
@@ -80,12 +75,9 @@ _SECRETS = ("token", "key", "secret")
 
 
 @dataclass(frozen=True)
-class EngineFacts:
-    """The installed TensorRT-LLM."""
+class EngineFacts(Signature):
+    """The installed TensorRT-LLM; the arguments of LLM are the fields of its LlmArgs."""
 
-    version: str
-    arguments: frozenset[str]  # of LLM: the fields of its LlmArgs
-    nested: Mapping[str, frozenset[str]]  # the fields of the configurations among them
     sampling_arguments: frozenset[str]  # the fields of SamplingParams
     has_penalties: bool  # its sampler has repetition penalties
 
@@ -93,55 +85,37 @@ class EngineFacts:
         return f"TensorRT-LLM {self.version}"
 
 
-def section_of(config: ExperimentConfig) -> TensorRTConfig:
-    """The options of this backend, with defaults."""
-    section = config.section
-    if not isinstance(section, TensorRTConfig):
-        raise TypeError(f"an experiment of the backend {config.backend} came to tensorrt")
-    return section
-
-
 def lengths_of(config: ExperimentConfig) -> tuple[int, int]:
     """The longest prompt and the longest output in tokens."""
-    section = section_of(config)
+    section = section_of(config, TensorRTConfig)
     return section.max_input_len or config.max_input_tokens, section.max_output_len or config.max_output_tokens
 
 
 def gpus_needed(config: ExperimentConfig) -> int:
     """The GPUs that one copy of the model is spread over."""
-    section = section_of(config)
-    along_context = runtime_extra(config).get("context_parallel_size") or 1
-    return (section.tp_size or 1) * (section.pp_size or 1) * int(along_context)
+    return config.parallel_degree * int(runtime_extra(config).get("context_parallel_size") or 1)
 
 
 def runtime_extra(config: ExperimentConfig) -> dict[str, Any]:
     """The further arguments as JSON: a section freezes lists into tuples."""
-    extra: dict[str, Any] = section_of(config).to_dict()["extra_runtime_args"]
+    extra: dict[str, Any] = section_of(config, TensorRTConfig).to_dict()["extra_runtime_args"]
     return extra
 
 
 def _given(config: ExperimentConfig) -> dict[str, Any]:
-    """{option: value} of the options that reach the engine.
+    """{option: value} of OPTIONS, without what is left to the engine.
 
     The set of prompts is repeated until a window is long enough, and TensorRT-LLM has no call that empties its cache
     of prompts: so it keeps none unless the experiment asks for just that.
     """
-    section = section_of(config)
-    given = {name: getattr(section, name) for name in OPTIONS}
-    given["enable_kv_cache_reuse"] = bool(section.enable_kv_cache_reuse)
-    return {name: value for name, value in given.items() if value is not None}
+    return {"enable_kv_cache_reuse": False, **common.given_options(section_of(config, TensorRTConfig), OPTIONS)}
 
 
-def engine_arguments(
-    config: ExperimentConfig, facts: EngineFacts, model: str, tokenizer: str | None = None, drafter: str | None = None
-) -> dict[str, Any]:
-    """Keywords of LLM, with keywords in place of its KvCacheConfig and DraftTargetDecodingConfig.
-
-    Model, tokenizer and drafter are folders; None for the model's own tokenizer, and without a drafting model.
-    """
+def engine_arguments(config: ExperimentConfig, facts: EngineFacts, folders: Folders) -> dict[str, Any]:
+    """Keywords of LLM, with keywords in place of its KvCacheConfig and DraftTargetDecodingConfig."""
     longest_input, longest_output = lengths_of(config)
     arguments: dict[str, Any] = {
-        "model": model,
+        "model": folders.model,
         "dtype": config.fp_precision,
         "trust_remote_code": config.model.trust_remote_code,
         "max_input_len": longest_input,
@@ -149,14 +123,12 @@ def engine_arguments(
         # Among these metrics are the times at which a request left the queue and was done.
         "return_perf_metrics": True,
     }
-    if tokenizer is not None:
-        arguments["tokenizer"] = tokenizer
-    for name, value in _given(config).items():
-        outer, _, inner = OPTIONS[name].rpartition(".")
-        (arguments.setdefault(outer, {}) if outer else arguments)[inner] = value
-    if drafter is not None:
+    if folders.tokenizer is not None:
+        arguments["tokenizer"] = folders.tokenizer
+    arguments |= common.engine_keywords(_given(config), OPTIONS)
+    if folders.drafter is not None:
         name = next(name for name in _DRAFT_MODEL if name in facts.nested["speculative_config"])
-        arguments["speculative_config"][name] = drafter
+        arguments["speculative_config"][name] = folders.drafter
     unknown = _HELPFUL - facts.arguments
     return {name: value for name, value in arguments.items() if name not in unknown} | runtime_extra(config)
 
@@ -180,60 +152,55 @@ def sampling_settings(config: ExperimentConfig) -> dict[str, Any]:
 
 def idle_options(config: ExperimentConfig) -> tuple[Reason, ...]:
     """Warnings about the options."""
-    return (Reason.of("tensorrt_no_reuse"),) if section_of(config).enable_kv_cache_reuse is None else ()
+    is_chosen = section_of(config, TensorRTConfig).enable_kv_cache_reuse is not None
+    return () if is_chosen else (Reason.of("tensorrt_no_reuse"),)
 
 
 # --- before the load
 
 
-def check_options(config: ExperimentConfig, facts: EngineFacts) -> None:
+def check(config: ExperimentConfig, facts: EngineFacts) -> None:
     """Refuse everything that is not supported here, at once; raises OptionRefused."""
-    section, default = section_of(config), TensorRTConfig()
-    refusals = [
-        Refusal(f"tensorrt.{name}", reason)
-        for name, reason in _UNSUPPORTED.items()
-        if getattr(section, name) != getattr(default, name)
-    ]
+    section, default = section_of(config, TensorRTConfig), TensorRTConfig()
+    changed = (name for name in _UNSUPPORTED if getattr(section, name) != getattr(default, name))
+    refusals = [(f"tensorrt.{name}", _UNSUPPORTED[name]) for name in changed]
     if config.model.adapter is not None:
         reason = "lem was not yet tested with adapters on this backend; merge it into the checkpoint"
-        refusals.append(Refusal("model.adapter", reason))
-    refuse([*refusals, *_unknown(section, facts), *_sampling(config, facts), *_extra(config, facts)], facts)
+        refusals.append(("model.adapter", reason))
+    common.refuse([*refusals, *_unknown(section, facts), *_sampling(config, facts), *_extra(config, facts)], facts)
 
 
-def _unknown(section: TensorRTConfig, facts: EngineFacts) -> Iterator[Refusal]:
+def _unknown(section: TensorRTConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
     """Options whose argument this version does not have."""
-    for name, argument in OPTIONS.items():
-        outer, _, inner = argument.rpartition(".")
-        if getattr(section, name) is not None and inner not in (facts.nested[outer] if outer else facts.arguments):
-            yield Refusal(f"tensorrt.{name}", f"{_CLASSES[outer]} has no {inner}")
+    for name in common.given_options(section, OPTIONS):
+        outer, _, inner = OPTIONS[name][0].rpartition(".")
+        if not facts.has(OPTIONS[name][0]):
+            yield f"tensorrt.{name}", f"{_CLASSES[outer]} has no {inner}"
     if section.draft_model is not None and not facts.nested["speculative_config"] & {*_DRAFT_MODEL}:
-        yield Refusal("tensorrt.draft_model", "DraftTargetDecodingConfig has no argument for a model")
+        yield "tensorrt.draft_model", "DraftTargetDecodingConfig has no argument for a model"
 
 
-def _sampling(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
+def _sampling(config: ExperimentConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
     decoder = config.decoder
     for name in sorted(sampling_settings(config).keys() - facts.sampling_arguments):
-        yield Refusal(f"decoder.{name}", f"SamplingParams has no {name}")
+        yield f"decoder.{name}", f"SamplingParams has no {name}"
     if not decoder.is_greedy and config.random_seed is not None:
-        yield Refusal(
-            "random_seed",
-            "the sampler has one generator for all requests of a batch, so their seeds have no effect; "
-            "use greedy decoding, or random_seed: null",
-        )
+        one_generator = "the sampler has one generator for all requests of a batch, so their seeds have no effect"
+        yield "random_seed", f"{one_generator}; use greedy decoding, or random_seed: null"
     if decoder.repetition_penalty != 1.0 and not facts.has_penalties:
-        yield Refusal("decoder.repetition_penalty", "the sampler of this version has no penalties")
+        yield "decoder.repetition_penalty", "the sampler of this version has no penalties"
 
 
-def _extra(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
+def _extra(config: ExperimentConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
     extra = runtime_extra(config)
     for name in extra:
-        reason = reason_against(name, _REFUSED, facts.arguments, "unknown argument of LLM")
+        reason = common.reason_against(name, _REFUSED, facts.arguments, "unknown argument of LLM")
         if reason is not None:
-            yield Refusal(f"tensorrt.extra_runtime_args.{name}", reason)
+            yield f"tensorrt.extra_runtime_args.{name}", reason
     overriding = extra.get("model_kwargs")
     for key in _TYPE_KEYS:
         if isinstance(overriding, Mapping) and key in overriding:
-            yield Refusal(f"tensorrt.extra_runtime_args.model_kwargs.{key}", "is set by fp_precision")
+            yield f"tensorrt.extra_runtime_args.model_kwargs.{key}", "is set by fp_precision"
 
 
 # --- after the load
@@ -245,25 +212,25 @@ def refuse_differences(config: ExperimentConfig, arguments: Any, facts: EngineFa
         "fp_precision": (config.fp_precision, look_up(arguments, "dtype")),
         "tensorrt.max_output_len": (sum(lengths_of(config)), look_up(arguments, "max_seq_len")),
     }
+    effective = common.effective_values(arguments, OPTIONS)
     for name, value in _given(config).items():
-        pairs[f"tensorrt.{name}"] = (value, look_up(arguments, OPTIONS[name]))
+        pairs[f"tensorrt.{name}"] = (value, effective[name])
     for name, value in runtime_extra(config).items():
         if isinstance(value, (bool, int, float, str)):
             pairs[f"tensorrt.extra_runtime_args.{name}"] = (value, plain(getattr(arguments, name, None)))
-    refuse_changes(pairs, facts)
+    common.refuse_changes(pairs, facts)
 
 
 def describe_effective(config: ExperimentConfig, arguments: Any) -> dict[str, Any]:
     """The effective configuration, see `EngineReport`; `arguments` are the engine's own."""
-    section: dict[str, Any] = section_of(config).to_dict()
-    section |= {name: plain(look_up(arguments, place)) for name, place in OPTIONS.items()}
+    section = section_of(config, TensorRTConfig).to_dict() | common.effective_values(arguments, OPTIONS)
     section["max_input_len"], section["max_output_len"] = lengths_of(config)
     has_drafter = any(look_up(arguments, f"speculative_config.{name}") is not None for name in _DRAFT_MODEL)
     section["draft_model"] = section["draft_model"] if has_drafter else None
     sampling = sampling_settings(config)
     return {
         "tensorrt": section,
-        "decoder": describe_decoder(config.decoder, sampling, is_sampling=not config.decoder.is_greedy),
+        "decoder": common.describe_decoder(config.decoder, sampling, is_sampling=not config.decoder.is_greedy),
         "fp_precision": getattr(arguments, "dtype", None),
         "ignore_eos": config.ignore_eos,
         "random_seed": config.random_seed,
@@ -279,11 +246,8 @@ def _describe(arguments: Any) -> dict[str, Any]:
         if name.startswith("_") or any(word in name.split("_") for word in _SECRETS) or name in {"model", "tokenizer"}:
             continue
         value = getattr(arguments, name, None)
-        fields = getattr(type(value), "model_fields", None)
-        if fields is None:
-            out[name] = plain(value)
-        else:
-            out[name] = {inner: plain(getattr(value, inner, None)) for inner in sorted(fields)}
+        inner = getattr(type(value), "model_fields", None)
+        out[name] = plain(value if inner is None else {key: getattr(value, key, None) for key in sorted(inner)})
     return out
 
 
@@ -343,28 +307,27 @@ def _check_object(value: Any, where: str) -> None:
 def check_checkpoint(config: ExperimentConfig, documents: Mapping[str, Any], facts: EngineFacts) -> None:
     """Refuse a checkpoint of another type or quantization than requested, or with code that would run unasked."""
     hint = "request what the checkpoint has, or use another checkpoint"
-    refuse(_against_checkpoint(config, documents), facts, hint)
+    common.refuse(_against_checkpoint(config, documents), facts, hint)
 
 
-def _against_checkpoint(config: ExperimentConfig, documents: Mapping[str, Any]) -> Iterator[Refusal]:
+def _against_checkpoint(config: ExperimentConfig, documents: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     name = config.model.name
-    requested, found = section_of(config).quantization, quantization_of(documents)
+    requested, found = section_of(config, TensorRTConfig).quantization, quantization_of(documents)
     if requested is not None:
         is_other = found is not None and not found.lower().startswith(_ALGORITHMS.get(requested, ()))
         if is_other or (found is None) != (requested == "none"):
             what = "not quantized" if found is None else f"quantized to {found}"
             reason = f"{requested}: {name} is {what}, and the PyTorch flow loads checkpoints as they are"
-            yield Refusal("tensorrt.quantization", reason)
+            yield "tensorrt.quantization", reason
     declared = next((place[key] for place in _descriptions(documents) for key in _TYPE_KEYS if place.get(key)), None)
     precision = str(declared or _DEFAULT_TYPE).removeprefix("torch.")
     if precision != config.fp_precision:
         what = f"is {precision}" if declared else f"has no type, so it is {precision}"
         reason = f"{config.fp_precision}: {name} {what}, and the PyTorch flow loads a checkpoint in its own type"
-        yield Refusal("fp_precision", reason)
+        yield "fp_precision", reason
     # Its ModelLoader runs any code that a checkpoint's configuration names (TensorRT-LLM 1.0 to 1.3).
     if not config.model.trust_remote_code and (documents.get("config.json") or {}).get("auto_map"):
-        reason = f"false: {name} contains code, which TensorRT-LLM always runs"
-        yield Refusal("model.trust_remote_code", reason)
+        yield "model.trust_remote_code", f"false: {name} contains code, which TensorRT-LLM always runs"
 
 
 def _descriptions(documents: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:

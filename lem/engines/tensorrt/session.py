@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import gc
 import importlib.util
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -22,37 +22,14 @@ from tensorrt_llm.llmapi import DraftTargetDecodingConfig, KvCacheConfig, TorchL
 from lem.base.errors import EngineError, OptionRefused
 from lem.base.units import NS_PER_US
 from lem.base.variables import GPU_VARIABLE, TOKEN_VARIABLE
+from lem.config.backends import TensorRTConfig
 from lem.config.experiment import ExperimentConfig
-from lem.engines.checkpoints import WEIGHTS, Source, fetch, identify
-from lem.engines.common import (
-    ENGINE_FAILURES,
-    GOOD_ENDS,
-    TAKE_LIMIT,
-    EngineRaised,
-    ServedSession,
-    check_same_engine,
-    environment,
-    installed_versions,
-    seconds_since,
-    shortened,
-    visible_gpus,
-)
+from lem.engines import common
+from lem.engines.checkpoints import fetch_all, identify
+from lem.engines.common import ENGINE_FAILURES, GOOD_ENDS, TAKE_LIMIT, EngineRaised, section_of, shortened
 from lem.engines.protocol import Completion, EngineReport, OnProgress, RequestQueue, TokenRequest
-from lem.engines.tensorrt.options import (
-    EngineFacts,
-    check_checkpoint,
-    check_options,
-    describe_effective,
-    documents_of,
-    engine_arguments,
-    gpus_needed,
-    idle_options,
-    lengths_of,
-    refuse_differences,
-    sampling_settings,
-    section_of,
-    vocabulary_of,
-)
+from lem.engines.tensorrt import options
+from lem.engines.tensorrt.options import EngineFacts
 
 _PENALTIES = "tensorrt_llm._torch.pyexecutor.sampler.penalties"
 _PACKAGES = ("flashinfer-python", "huggingface-hub", "nvidia-modelopt", "tensorrt", "tensorrt-llm", "transformers")
@@ -60,39 +37,43 @@ _OUT_OF_MEMORY = ("out of memory", "outofmemory", "cudaerrormemoryallocation")
 # What `generate_async` and its results raise about one request: RequestError is a RuntimeError.
 _REJECTIONS = (RuntimeError, TypeError, ValueError)
 
+# The configurations among the arguments of LLM.
+_CONFIGURATIONS: Mapping[str, Any] = {"kv_cache_config": KvCacheConfig, "speculative_config": DraftTargetDecodingConfig}
+
 FindGpus = Callable[[], tuple[str, ...]]
 
 
-class Session(ServedSession):
+class Session(common.ServedSession):
     """A loaded engine with the experiment that is set up on it."""
 
     def __init__(self, config: ExperimentConfig, secrets: Mapping[str, str], find_gpus: FindGpus | None = None) -> None:
-        """See `load`."""
-        self._facts = _find_facts()
-        check_options(config, self._facts)
+        self._facts, self._config = _find_facts(), config
+        options.check(config, self._facts)
         self._engine_key = config.engine_key()
+        self._engine: Any = None  # LLM
         self._restore_gpus = contextlib.ExitStack()
         self._uuids = self._restore_gpus.enter_context(_visible_gpus(config, find_gpus))
         try:
-            self._source, self._engine = _load(config, self._facts, secrets.get(TOKEN_VARIABLE) or None)
-        except BaseException:
-            self._restore_gpus.close()
-            raise
-        began_ns = time.monotonic_ns()
-        try:
-            refuse_differences(config, self._engine.args, self._facts)
+            drafter = "tensorrt.draft_model", section_of(config, TensorRTConfig).draft_model
+            source, _no_adapter, folders = fetch_all(config, secrets.get(TOKEN_VARIABLE) or None, drafter)
+            documents = options.documents_of(source.folder)
+            options.check_checkpoint(config, documents, self._facts)
+            with common.raised_as(self._load_failure):
+                self._engine = _make_engine(options.engine_arguments(config, self._facts, folders))
+            began_ns = time.monotonic_ns()
+            options.refuse_differences(config, self._engine.args, self._facts)
             self._set_up(config)
-            self._identity = identify(self._source)
+            self._identity = identify(source)
             self._tokenizer = self._engine.tokenizer
-            self._known_ids = vocabulary_of(documents_of(self._source.folder))
+            self._known_ids = options.vocabulary_of(documents)
         except BaseException:
             self.close()
             raise
-        self._checks_s = seconds_since(began_ns)
+        self._checks_s = common.seconds_since(began_ns)
 
     def configure(self, config: ExperimentConfig) -> None:
-        check_same_engine(config, self._engine_key)
-        check_options(config, self._facts)
+        common.check_same_engine(config, self._engine_key)
+        options.check(config, self._facts)
         self._set_up(config)
 
     @property
@@ -100,38 +81,28 @@ class Session(ServedSession):
         return EngineReport(
             engine_name="tensorrt_llm",
             engine_version=self._facts.version,
-            versions={
-                "torch": str(torch.__version__),
-                "cuda": str(torch.version.cuda),
-                **installed_versions(_PACKAGES),
-            },
+            versions=common.installed_versions(torch, _PACKAGES, has_gpu=True),
             device="cuda",
             gpu_uuids=self._uuids,
-            effective=describe_effective(self._config, self._engine.args),
-            model_revision=self._source.commit,
-            weights_sha256=self._identity.weights_sha256,
-            model_parameters=self._identity.parameters,
-            embedding_parameters=self._identity.embedding_parameters,
-            warnings=idle_options(self._config),
+            effective=options.describe_effective(self._config, self._engine.args),
+            **vars(self._identity),
+            warnings=options.idle_options(self._config),
             checks_s=self._checks_s,
         )
 
     def close(self) -> None:
         engine, self._engine = self._engine, None
         try:
-            engine.shutdown()
+            if engine is not None:
+                engine.shutdown()
         finally:
             self._restore_gpus.close()
         del engine
         gc.collect()
 
-    def _run_failure(self, error: BaseException) -> EngineError:
-        text = f"{type(error).__name__}: {shortened(error)}"
-        return EngineError(f"{self._facts} failed while generating: {text}", "see the log")
-
     def _set_up(self, config: ExperimentConfig) -> None:
         self._config = config
-        settings = sampling_settings(config)
+        settings = options.sampling_settings(config)
 
         def parameters(request: TokenRequest) -> Any:
             bounds = {"max_tokens": request.max_output_tokens}
@@ -142,51 +113,35 @@ class Session(ServedSession):
             except ENGINE_FAILURES as error:
                 raise EngineRaised(error) from error
 
-        longest_input, longest_output = lengths_of(config)
+        longest_input, longest_output = options.lengths_of(config)
         self._runner = Server(self._engine, parameters, longest_input, longest_input + longest_output)
         self._try_out(longest_output)
 
     def _load_failure(self, error: BaseException) -> EngineError:
-        return _load_failure(error, self._config, self._facts)
+        text = f"{type(error).__name__}: {shortened(error)}"
+        if isinstance(error, MemoryError) or any(mark in text.lower().replace("_", "") for mark in _OUT_OF_MEMORY):
+            hint = "use a smaller model, a quantized checkpoint, shorter lengths, or a lower tensorrt.max_batch_size"
+            what = f"{self._facts}: out of memory while loading"
+            return EngineError(f"{what}: {text}", hint, kind="out_of_memory", is_permanent=True)
+        what = f"{self._facts} cannot load {self._config.model.name}"
+        if isinstance(error, (TypeError, ValueError)):
+            return OptionRefused(f"{what} with these options: {text}")
+        return EngineError(f"{what}: {text}", "see the log")
+
+    def _run_failure(self, error: BaseException) -> EngineError:
+        text = f"{type(error).__name__}: {shortened(error)}"
+        return EngineError(f"{self._facts} failed while generating: {text}", "see the log")
 
     def _rejection(self, text: str) -> EngineError:
         return OptionRefused(f"{self._facts} rejects the requests of this experiment: {text}")
 
 
-# --- loading
-
-
-def _load(config: ExperimentConfig, facts: EngineFacts, token: str | None) -> tuple[Source, Any]:
-    """Where the model is, and the engine."""
-    model, section = config.model, section_of(config)
-    source = fetch(model.name, marker="config.json", option="model", revision=model.revision, token=token)
-    check_checkpoint(config, documents_of(source.folder), facts)
-    tokenizer, drafter = model.tokenizer, section.draft_model
-    if tokenizer is not None:
-        marker, option = "tokenizer_config.json", "model.tokenizer"
-        tokenizer = str(fetch(tokenizer, marker=marker, option=option, token=token, ignored=WEIGHTS).folder)
-    if drafter is not None:
-        drafter = str(fetch(drafter, marker="config.json", option="tensorrt.draft_model", token=token).folder)
-    arguments = engine_arguments(config, facts, str(source.folder), tokenizer, drafter)
+def _make_engine(arguments: Mapping[str, Any]) -> LLM:
     try:
-        arguments["kv_cache_config"] = KvCacheConfig(**arguments["kv_cache_config"])
-        if drafter is not None:
-            arguments["speculative_config"] = DraftTargetDecodingConfig(**arguments["speculative_config"])
-        engine = LLM(**arguments)
+        made = {name: kind(**arguments[name]) for name, kind in _CONFIGURATIONS.items() if name in arguments}
+        return LLM(**{**arguments, **made})
     except ENGINE_FAILURES as error:
-        raise _load_failure(error, config, facts) from error
-    return source, engine
-
-
-def _load_failure(error: BaseException, config: ExperimentConfig, facts: EngineFacts) -> EngineError:
-    text = f"{type(error).__name__}: {shortened(error)}"
-    if isinstance(error, MemoryError) or any(mark in text.lower().replace("_", "") for mark in _OUT_OF_MEMORY):
-        hint = "use a smaller model, a quantized checkpoint, shorter lengths, or a lower tensorrt.max_batch_size"
-        what = f"{facts}: out of memory while loading"
-        return EngineError(f"{what}: {text}", hint, kind="out_of_memory", is_permanent=True)
-    if isinstance(error, (TypeError, ValueError)):
-        return OptionRefused(f"{facts} cannot load {config.model.name} with these options: {text}")
-    return EngineError(f"{facts} cannot load {config.model.name}: {text}", "see the log")
+        raise EngineRaised(error) from error
 
 
 def _find_facts() -> EngineFacts:
@@ -203,17 +158,11 @@ def _find_facts() -> EngineFacts:
         has_penalties = False
     return EngineFacts(
         version=version,
-        arguments=_fields(TorchLlmArgs),
-        nested={"kv_cache_config": _fields(KvCacheConfig), "speculative_config": _fields(DraftTargetDecodingConfig)},
-        sampling_arguments=_fields(SamplingParams),
+        arguments=common.field_names(TorchLlmArgs),
+        nested={name: common.field_names(kind) for name, kind in _CONFIGURATIONS.items()},
+        sampling_arguments=common.field_names(SamplingParams),
         has_penalties=has_penalties,
     )
-
-
-def _fields(kind: Any) -> frozenset[str]:
-    """Of a pydantic model or a dataclass."""
-    names = getattr(kind, "model_fields", None)
-    return frozenset(names if names is not None else (item.name for item in dataclasses.fields(kind)))
 
 
 @contextlib.contextmanager
@@ -227,15 +176,15 @@ def _visible_gpus(config: ExperimentConfig, find_gpus: FindGpus | None) -> Itera
         visible = ",".join(names)
     if torch.cuda.is_initialized() and visible != before:
         raise EngineError(f"gpus: CUDA was already initialized with other GPUs than {visible}")
-    with environment(GPU_VARIABLE, visible):
-        found = visible_gpus(torch) if find_gpus is None else find_gpus()
+    with common.environment(GPU_VARIABLE, visible):
+        found = common.visible_gpus(torch) if find_gpus is None else find_gpus()
         if not found:
             raise EngineError("TensorRT-LLM requires a GPU, and none is visible", is_permanent=True, kind="option")
         if config.gpus and len(found) < len(config.gpus):
             # CUDA hides the first name that does not exist, and all names after it.
             missing = config.gpus[len(found)]
             raise EngineError(f"gpus: {missing} not found", is_permanent=True, kind="option")
-        needed = gpus_needed(config)
+        needed = options.gpus_needed(config)
         if needed > len(found):
             what = f"the model needs {needed} GPUs, but {len(found)} are visible"
             hint = "change tensorrt.tp_size, pp_size or gpus"
@@ -246,7 +195,7 @@ def _visible_gpus(config: ExperimentConfig, find_gpus: FindGpus | None) -> Itera
 # --- requests
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Server:
     """Runs requests through an engine; EngineRaised when it fails as a whole."""
 

@@ -17,12 +17,11 @@ from lem.base.errors import OptionRefused
 from lem.base.reasons import Reason
 from lem.config.backends import VllmConfig
 from lem.config.experiment import ExperimentConfig
-from lem.engines.common import Refusal, describe_decoder, look_up, plain, reason_against, refuse, refuse_changes
+from lem.engines import common
+from lem.engines.common import Arguments, Folders, Signature, look_up, plain, section_of
 
-# The options of the section that belong to the engine. Each has its field of EngineArgs, then the places of its value
-# in the VllmConfig of a loaded engine, the newest version's first. A field of a configuration inside EngineArgs
-# (`outer.inner`) has the same place there.
-OPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+# The options of the section that belong to the engine: fields of EngineArgs, and places in a loaded VllmConfig.
+OPTIONS: Arguments = MappingProxyType(
     {
         "max_num_seqs": ("max_num_seqs", "scheduler_config.max_num_seqs"),
         "max_num_batched_tokens": ("max_num_batched_tokens", "scheduler_config.max_num_batched_tokens"),
@@ -73,15 +72,10 @@ _TURNED_AWAY = "rejected requests would count as failed"
 # Why an argument of the engine is not taken from `extra`.
 _REFUSED: Mapping[str, str] = MappingProxyType(
     {
-        **{places[0]: f"is set by vllm.{option}" for option, places in OPTIONS.items() if "." not in places[0]},
-        **{option: f"is set by vllm.{option}" for option in SAMPLING_OPTIONS},
-        "model": "is set by model.name",
-        "revision": "is set by model.revision",
+        **common.set_by_options("vllm", OPTIONS),
+        **common.set_by("vllm", SAMPLING_OPTIONS),
+        **common.SET_BY_MODEL,
         "code_revision": "is set by model.revision",
-        "tokenizer": "is set by model.tokenizer",
-        "tokenizer_revision": "is set by model.tokenizer",
-        "trust_remote_code": "is set by model.trust_remote_code",
-        "dtype": "is set by fp_precision",
         "seed": "is set by random_seed",
         "device_ids": "is set by gpus",
         "hf_token": "is set by the secret HF_TOKEN",
@@ -112,60 +106,39 @@ _LEVELS = 3
 
 
 @dataclass(frozen=True)
-class EngineFacts:
-    """The installed vLLM."""
+class EngineFacts(Signature):
+    """The installed vLLM: the fields of its EngineArgs, and where it runs."""
 
-    version: str
     device: str  # what this build runs on: cpu, cuda, …
-    arguments: frozenset[str]  # the fields of EngineArgs
-    nested: Mapping[str, frozenset[str]] = field(default_factory=dict)  # of the configurations inside EngineArgs
     environment: Mapping[str, str] = field(default_factory=dict)  # variables that vLLM reads and that are set
 
     def __str__(self) -> str:
         return f"vLLM {self.version} on {self.device}"
 
 
-@dataclass(frozen=True)
-class Places:
-    """The folders of what the experiment names; None for what it does not name."""
-
-    model: str
-    tokenizer: str | None = None
-    drafter: str | None = None
-
-
-def section_of(config: ExperimentConfig) -> VllmConfig:
-    """The options of this backend, with defaults."""
-    section = config.section
-    if not isinstance(section, VllmConfig):
-        raise TypeError(f"an experiment of the backend {config.backend} came to vllm")
-    return section
-
-
 def given_options(config: ExperimentConfig) -> dict[str, Any]:
-    """{dotted option: value} of the section, without `extra` and without what is left to the engine."""
-    given: dict[str, Any] = {}
-    for name, value in section_of(config).to_dict().items():
-        if name in {"attention", "speculative", "lora"}:
-            given.update({f"{name}.{key}": item for key, item in value.items()})
-        elif name != "extra":
-            given[name] = value
-    if given["lora.enabled"] is False:
-        # An adapter can only be used if there is room for it.
-        given["lora.enabled"] = True if config.model.adapter is not None else None
-    return {name: value for name, value in given.items() if value is not None}
+    """{option: value} of OPTIONS, without what is left to the engine."""
+    given = common.given_options(section_of(config, VllmConfig), OPTIONS)
+    if config.model.adapter is not None:
+        given["lora.enabled"] = True  # an adapter can only be used if there is room for it
+    elif not given["lora.enabled"]:
+        del given["lora.enabled"]
+    return given
 
 
 def extra_of(config: ExperimentConfig) -> dict[str, Any]:
     """The extra arguments as JSON: a section freezes lists into tuples, which vLLM does not take."""
-    extra: dict[str, Any] = section_of(config).to_dict()["extra"]
+    extra: dict[str, Any] = section_of(config, VllmConfig).to_dict()["extra"]
     return extra
 
 
-def engine_arguments(config: ExperimentConfig, places: Places, engine_seed: int) -> dict[str, Any]:
+def engine_arguments(config: ExperimentConfig, folders: Folders, engine_seed: int) -> dict[str, Any]:
     """Keywords of EngineArgs; only requests without a seed use the generator that `engine_seed` is for."""
+    given = given_options(config)
+    if "speculative.model" in given:
+        given["speculative.model"] = folders.drafter
     arguments: dict[str, Any] = {
-        "model": places.model,
+        "model": folders.model,
         "dtype": config.fp_precision,
         "seed": engine_seed,
         "trust_remote_code": config.model.trust_remote_code,
@@ -173,14 +146,9 @@ def engine_arguments(config: ExperimentConfig, places: Places, engine_seed: int)
         "disable_log_stats": False,
         "max_model_len": config.max_input_tokens + config.max_output_tokens,
     }
-    if places.tokenizer is not None:
-        arguments["tokenizer"] = places.tokenizer
-    for name, value in given_options(config).items():
-        if name in OPTIONS:
-            outer, _, inner = OPTIONS[name][0].rpartition(".")
-            target = arguments.setdefault(outer, {}) if outer else arguments
-            target[inner] = places.drafter if name == "speculative.model" else value
-    return arguments | extra_of(config)
+    if folders.tokenizer is not None:
+        arguments["tokenizer"] = folders.tokenizer
+    return {**arguments, **common.engine_keywords(given, OPTIONS), **extra_of(config)}
 
 
 def sampling_settings(config: ExperimentConfig) -> dict[str, Any]:
@@ -188,7 +156,7 @@ def sampling_settings(config: ExperimentConfig) -> dict[str, Any]:
 
     The engine makes no text: no backend detokenizes inside a window.
     """
-    section, decoder = section_of(config), config.decoder
+    section, decoder = section_of(config, VllmConfig), config.decoder
     settings: dict[str, Any] = {
         "temperature": 0.0 if decoder.is_greedy else decoder.temperature,
         "repetition_penalty": decoder.repetition_penalty,
@@ -226,72 +194,64 @@ def seed_of(config: ExperimentConfig, index: int) -> int | None:
 
 def idle_options(config: ExperimentConfig) -> tuple[Reason, ...]:
     """Warnings about options without effect or at a price."""
-    warnings = []
-    if section_of(config).min_p is not None and config.decoder.is_greedy:
-        warnings.append(Reason.of("min_p_unused", backend="vllm"))
-    if seed_of(config, 0) is not None:
-        warnings.append(Reason.of("vllm_seeded"))
-    return tuple(warnings)
+    if not config.decoder.is_greedy:
+        return () if config.random_seed is None else (Reason.of("vllm_seeded"),)
+    is_unused = section_of(config, VllmConfig).min_p is not None
+    return (Reason.of("min_p_unused", backend="vllm"),) if is_unused else ()
 
 
 # --- before the load
 
 
-def check_options(config: ExperimentConfig, facts: EngineFacts) -> None:
+def check(config: ExperimentConfig, facts: EngineFacts) -> None:
     """Refuse everything that is not supported here, at once; raises OptionRefused."""
-    refuse([*_refused_options(config, facts), *_idle_options(config, facts), *_refused_extra(config, facts)], facts)
+    unsupported, ignored = _unsupported_options(config, facts), _ignored_options(config, facts)
+    common.refuse([*unsupported, *ignored, *_refused_extra(config, facts)], facts)
 
 
-def _refused_options(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
+def _unsupported_options(config: ExperimentConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
     if config.gpus and facts.device == "cpu":
-        yield Refusal("gpus", "this build only runs on the CPU; set gpus: [] or install a GPU build")
+        yield "gpus", "this build only runs on the CPU; set gpus: [] or install a GPU build"
     if config.gpus == () and facts.device != "cpu":
-        yield Refusal("gpus", f"[] means the CPU, but this build runs on {facts.device}")
+        yield "gpus", f"[] means the CPU, but this build runs on {facts.device}"
     for name in given_options(config):
-        if name not in OPTIONS:
-            continue
         argument = OPTIONS[name][0]
-        outer, _, inner = argument.partition(".")
-        if outer in facts.arguments and (not inner or inner in facts.nested.get(outer, ())):
-            continue
-        reason = f"EngineArgs has no {argument}"
-        if name == "swap_space":
-            reason = "the V1 engine has no swap space: a preempted request is recomputed"
-        yield Refusal(f"vllm.{name}", reason)
+        if not facts.has(argument):
+            no_swap = "the V1 engine has no swap space: a preempted request is recomputed"
+            yield f"vllm.{name}", no_swap if name == "swap_space" else f"EngineArgs has no {argument}"
 
 
-def _idle_options(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
+def _ignored_options(config: ExperimentConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
     """Options that vLLM accepts and then ignores."""
-    section, is_on_cpu = section_of(config), facts.device == "cpu"
+    section, is_on_cpu = section_of(config, VllmConfig), facts.device == "cpu"
     backend = section.attention.backend
     if is_on_cpu and section.cpu_offload_gb:
-        yield Refusal("vllm.cpu_offload_gb", "the weights are already in CPU memory")
+        yield "vllm.cpu_offload_gb", "the weights are already in CPU memory"
     if is_on_cpu and backend is not None and not backend.upper().startswith(("CPU_", "AMX_")):
-        yield Refusal("vllm.attention.backend", f"{backend} requires a GPU; vLLM would silently use its CPU backend")
+        yield "vllm.attention.backend", f"{backend} requires a GPU; vLLM would silently use its CPU backend"
     if is_on_cpu and section.attention.flash_version is not None:
-        yield Refusal("vllm.attention.flash_version", "flash attention requires a GPU")
+        yield "vllm.attention.flash_version", "flash attention requires a GPU"
     if section.disable_custom_all_reduce is not None and (section.tensor_parallel_size or 1) == 1:
-        yield Refusal("vllm.disable_custom_all_reduce", "has no effect with tensor_parallel_size 1")
+        yield "vllm.disable_custom_all_reduce", "has no effect with tensor_parallel_size 1"
     if section.gpu_memory_utilization == VllmConfig().gpu_memory_utilization:
         return
     decisive = "extra.kv_cache_memory_bytes" if "kv_cache_memory_bytes" in section.extra else None
     if is_on_cpu and facts.environment.get("VLLM_CPU_KVCACHE_SPACE"):
         decisive = "the variable VLLM_CPU_KVCACHE_SPACE"
     if decisive is not None:
-        yield Refusal("vllm.gpu_memory_utilization", f"has no effect: {decisive} sets the size of the cache")
+        yield "vllm.gpu_memory_utilization", f"has no effect: {decisive} sets the size of the cache"
 
 
-def _refused_extra(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Refusal]:
-    given = {OPTIONS[name][0].partition(".")[0]: name for name in given_options(config) if name in OPTIONS}
+def _refused_extra(config: ExperimentConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
+    given = {OPTIONS[name][0].partition(".")[0]: name for name in given_options(config)}
     for name in extra_of(config):
+        reason = common.reason_against(name, _REFUSED, facts.arguments, "unknown field of EngineArgs")
         if name.startswith(_DATA_PARALLEL):
-            reason: str | None = "lem was not yet tested with several copies of the engine"
-        else:
-            reason = reason_against(name, _REFUSED, facts.arguments, "unknown field of EngineArgs")
-        if reason is None and name in given:
+            reason = "lem was not yet tested with several copies of the engine"
+        elif reason is None and name in given:
             reason = f"conflicts with vllm.{given[name]}, which is part of it; set all of it in one place"
         if reason is not None:
-            yield Refusal(f"vllm.extra.{name}", reason)
+            yield f"vllm.extra.{name}", reason
 
 
 # --- after the load
@@ -299,9 +259,9 @@ def _refused_extra(config: ExperimentConfig, facts: EngineFacts) -> Iterator[Ref
 
 def effective_options(config: ExperimentConfig, vllm_config: Any) -> dict[str, Any]:
     """{dotted option: value} of the section as vLLM has it; without the options of requests."""
-    found = {name: plain(look_up(vllm_config, *(places[1:] or places))) for name, places in OPTIONS.items()}
+    found = common.effective_values(vllm_config, OPTIONS)
     found["lora.enabled"] = getattr(vllm_config, "lora_config", None) is not None
-    drafter = section_of(config).speculative.model
+    drafter = section_of(config, VllmConfig).speculative.model
     if drafter is not None and found["speculative.model"] is not None:
         found["speculative.model"] = drafter  # vLLM has the folder of this name
     return found
@@ -309,8 +269,7 @@ def effective_options(config: ExperimentConfig, vllm_config: Any) -> dict[str, A
 
 def refuse_differences(config: ExperimentConfig, vllm_config: Any, facts: EngineFacts) -> None:
     """Refuse the load if vLLM silently changed a value, see `refuse_changes`."""
-    effective = effective_options(config, vllm_config)
-    requested = {name: value for name, value in given_options(config).items() if name in OPTIONS}
+    effective, requested = effective_options(config, vllm_config), given_options(config)
     pairs = {f"vllm.{name}": (value, effective[name]) for name, value in requested.items()}
     for name, value in extra_of(config).items():
         parts = (getattr(vllm_config, part, None) for part in _PARTS)
@@ -321,7 +280,7 @@ def refuse_differences(config: ExperimentConfig, vllm_config: Any, facts: Engine
     has_window = look_up(vllm_config, "model_config.hf_text_config.sliding_window") is not None
     if "attention.disable_sliding_window" in requested and not has_window:
         pairs["vllm.attention.disable_sliding_window"] = (True, "False: the model has no sliding window")
-    refuse_changes(pairs, facts)
+    common.refuse_changes(pairs, facts)
 
 
 def refuse_seeds(config: ExperimentConfig, vllm_config: Any, facts: EngineFacts, *, can_rewind: bool) -> None:
@@ -345,7 +304,7 @@ def describe_effective(
     config: ExperimentConfig, vllm_config: Any, sampling: Mapping[str, Any], facts: EngineFacts
 ) -> dict[str, Any]:
     """The effective configuration, see `EngineReport`; `sampling` as of `effective_sampling`."""
-    section: dict[str, Any] = section_of(config).to_dict()
+    section: dict[str, Any] = section_of(config, VllmConfig).to_dict()
     for name, value in effective_options(config, vllm_config).items():
         outer, _, inner = name.rpartition(".")
         (section[outer] if outer else section)[inner] = value
@@ -357,7 +316,7 @@ def describe_effective(
     values = {**sampling, "top_k": max(sampling["top_k"], 0)}
     return {
         "vllm": section,
-        "decoder": describe_decoder(config.decoder, values, is_sampling=not is_greedy),
+        "decoder": common.describe_decoder(config.decoder, values, is_sampling=not is_greedy),
         "fp_precision": plain(vllm_config.model_config.dtype),
         "ignore_eos": bool(sampling["ignore_eos"]),
         "random_seed": config.random_seed,

@@ -23,9 +23,11 @@ from typing import Any, Protocol
 from lem.base.errors import EngineError, OptionRefused
 from lem.base.units import KIB, NS_PER_S
 from lem.config.experiment import ExperimentConfig
-from lem.engines.common import GOOD_ENDS, TAKE_LIMIT, EngineRaised, shortened
+from lem.engines import common
+from lem.engines.common import GOOD_ENDS, TAKE_LIMIT, EngineRaised, plain, shortened
 from lem.engines.protocol import Completion, OnProgress, RequestQueue, TokenRequest
-from lem.engines.vllm.options import OPTION_OF_PARAMETER, OPTIONS, EngineFacts, extra_of, given_options
+from lem.engines.vllm import options
+from lem.engines.vllm.options import EngineFacts
 
 
 class LLMEngine(Protocol):
@@ -300,8 +302,8 @@ def explain_request_failure(words: str, config: ExperimentConfig, facts: EngineF
     words = shortened(words)
     parameter = _PARAMETER.search(words)
     text = parameter["name"] if parameter else words.lower()
-    options = [option for word, option in OPTION_OF_PARAMETER.items() if word in text]
-    listed = " or ".join(options) or _options_behind(words, config) or "these options"
+    behind = [option for word, option in options.OPTION_OF_PARAMETER.items() if word in text]
+    listed = " or ".join(behind) or _options_behind(words, config) or "these options"
     return OptionRefused(f"{facts} does not support {listed}: {words}", "change the value, or leave the option out")
 
 
@@ -330,13 +332,15 @@ def _cause(error: BaseException, output: str) -> tuple[str, str]:
 
 def _options_behind(words: str, config: ExperimentConfig) -> str:
     """The options whose names are in the words of an error; else all options that were set."""
-    plain = given_options(ExperimentConfig.from_dict({"model": config.model.name, "backend": "vllm"}))
-    given = {**given_options(config), **{f"extra.{name}": value for name, value in extra_of(config).items()}}
-    changed = {name: value for name, value in given.items() if plain.get(name) != value}
+    usual = options.given_options(ExperimentConfig.from_dict({"model": config.model.name, "backend": "vllm"}))
+    sampling = common.given_options(config.section, options.SAMPLING_OPTIONS)
+    extra = {f"extra.{name}": value for name, value in options.extra_of(config).items()}
+    given = {**options.given_options(config), **sampling, **extra}
+    changed = {name: plain(value) for name, value in given.items() if usual.get(name) != value}
     spaced = _spaced(words)
 
     def is_named(option: str) -> bool:
-        names = (option, OPTIONS.get(option, (option,))[0])
+        names = (option, options.OPTIONS.get(option, (option,))[0])
         return any(_spaced(name.rpartition(".")[2]) in spaced for name in names)
 
     return ", ".join(f"vllm.{name}: {changed[name]}" for name in [*filter(is_named, changed)] or changed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import gc
 import multiprocessing
@@ -15,7 +14,6 @@ import secrets as random_source
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,42 +31,15 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from lem.base.errors import EngineError, OptionRefused
 from lem.base.variables import GPU_VARIABLE, TOKEN_VARIABLE
+from lem.config.backends import VllmConfig
 from lem.config.experiment import ExperimentConfig
-from lem.engines.checkpoints import OTHER_WEIGHTS, WEIGHTS, Source, fetch, identify
-from lem.engines.common import (
-    ENGINE_FAILURES,
-    EngineRaised,
-    ServedSession,
-    check_same_engine,
-    environment,
-    installed_versions,
-    pick_gpu,
-    raised_as,
-    seconds_since,
-)
+from lem.engines import common
+from lem.engines.checkpoints import Source, fetch_all, identify
+from lem.engines.common import ENGINE_FAILURES, EngineRaised, section_of
 from lem.engines.protocol import EngineReport, TokenRequest
-from lem.engines.vllm.options import (
-    EngineFacts,
-    Places,
-    check_options,
-    describe_effective,
-    effective_sampling,
-    engine_arguments,
-    idle_options,
-    refuse_differences,
-    refuse_seeds,
-    sampling_settings,
-    section_of,
-    seed_of,
-)
-from lem.engines.vllm.running import (
-    ChildOutput,
-    RequestForms,
-    StepLoop,
-    explain_load_failure,
-    explain_request_failure,
-    explain_run_failure,
-)
+from lem.engines.vllm import options, running
+from lem.engines.vllm.options import EngineFacts
+from lem.engines.vllm.running import RequestForms
 
 try:
     from vllm.inputs import tokens_input
@@ -97,60 +68,77 @@ _SEED_BITS = 31
 _COMPILATION = re.compile(r"\(compilation: ([0-9.]+) s")
 
 
-class Session(ServedSession):
+class Session(common.ServedSession):
     """A loaded engine with the experiment that is set up on it."""
 
     def __init__(self, config: ExperimentConfig, secrets: Mapping[str, str]) -> None:
-        self._facts = _find_facts()
-        check_options(config, self._facts)
+        self._facts, self._config = _find_facts(), config
+        options.check(config, self._facts)
         _check_sampling(config, self._facts)
         self._engine_key = config.engine_key()
-        with _visible_devices(config) as uuids:
-            self._loaded = _load_engine(config, self._facts, secrets.get(TOKEN_VARIABLE) or None)
-        self._loaded.uuids = uuids
+        self._is_concurrent = bool(envs.VLLM_ENABLE_V1_MULTIPROCESSING)  # the engine runs in processes of its own
+        self._output = running.ChildOutput()  # of these processes
+        self._ending = threading.Event()  # set before they are ended on purpose
+        self._gone = threading.Event()  # set once one of them has ended
+        with _visible_devices(config) as self._uuids:
+            drafter = "vllm.speculative.model", section_of(config, VllmConfig).speculative.model
+            is_other_format = section_of(config, VllmConfig).load_format not in {None, "auto", "safetensors"}
+            source, self._adapter, folders = fetch_all(
+                config, secrets.get(TOKEN_VARIABLE) or None, drafter, all_formats=is_other_format
+            )
+            arguments = options.engine_arguments(config, folders, random_source.randbits(_SEED_BITS))
+            with common.raised_as(self._load_failure), self._output.inherited():
+                self._engine: Any = _make_engine(arguments)
         began_ns = time.monotonic_ns()
         try:
-            self._tokenizer = self._loaded.engine.get_tokenizer()
-            self._known_ids = int(self._loaded.config.model_config.get_vocab_size())
+            self._watch()
+            options.refuse_differences(config, self._engine.vllm_config, self._facts)
+            self._tokenizer = self._engine.get_tokenizer()
+            self._known_ids = int(self._engine.vllm_config.model_config.get_vocab_size())
             self._set_up(config)
-            self._identity = identify(self._loaded.source, self._loaded.adapter)
+            self._identity = identify(source, self._adapter)
         except BaseException:
             self.close()
             raise
-        self._checks_s = seconds_since(began_ns)
-        self._compile_s = self._loaded.compile_s
+        self._checks_s = common.seconds_since(began_ns)
+        self._compile_s = self._compilation_s()
 
     def configure(self, config: ExperimentConfig) -> None:
-        check_same_engine(config, self._engine_key)
-        check_options(config, self._facts)
+        common.check_same_engine(config, self._engine_key)
+        options.check(config, self._facts)
         self._set_up(config)
         self._compile_s = None  # compiled with the load, for an earlier experiment
 
     @property
     def report(self) -> EngineReport:
-        loaded, identity, device = self._loaded, self._identity, self._facts.device
-        versions = {**installed_versions(_PACKAGES), "torch": str(torch.__version__)}
-        if device == "cuda":
-            versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
-        effective = describe_effective(self._config, loaded.config, self._sampling, self._facts)
+        device = self._facts.device
+        effective = options.describe_effective(self._config, self._engine.vllm_config, self._sampling, self._facts)
         return EngineReport(
             engine_name="vllm",
             engine_version=self._facts.version,
-            versions=versions,
+            versions=common.installed_versions(torch, _PACKAGES, has_gpu=device == "cuda"),
             device=device,
-            gpu_uuids=loaded.uuids,
-            effective={**effective, "multiprocessing": loaded.is_concurrent},
-            model_revision=loaded.source.commit,
-            weights_sha256=identity.weights_sha256,
-            model_parameters=identity.parameters,
-            embedding_parameters=identity.embedding_parameters,
-            warnings=idle_options(self._config),
+            gpu_uuids=self._uuids,
+            effective={**effective, "multiprocessing": self._is_concurrent},
+            **vars(self._identity),
+            warnings=options.idle_options(self._config),
             compile_s=self._compile_s,
             checks_s=self._checks_s,
         )
 
     def close(self) -> None:
-        _close_engine(self._loaded)
+        self._ending.set()
+        engine, self._engine = self._engine, None
+        engine.engine_core.shutdown()
+        renderer = getattr(engine, "renderer", None)
+        if renderer is not None and hasattr(renderer, "shutdown"):
+            renderer.shutdown()
+        del engine
+        gc.collect()
+        if not self._is_concurrent:
+            from vllm.distributed import cleanup_dist_env_and_memory
+
+            cleanup_dist_env_and_memory()
 
     @property
     def _is_forgetful(self) -> bool:
@@ -159,17 +147,17 @@ class Session(ServedSession):
         The set of prompts is repeated until a window is long enough. Served from the prefix cache, the repeats would
         measure something else, unless the experiment asks for just that.
         """
-        is_caching = bool(self._loaded.config.cache_config.enable_prefix_caching)
-        return is_caching and section_of(self._config).enable_prefix_caching is not True
+        is_caching = bool(self._engine.vllm_config.cache_config.enable_prefix_caching)
+        return is_caching and section_of(self._config, VllmConfig).enable_prefix_caching is not True
 
     def _begin(self) -> None:
         """Empty the prefix cache, if repeated prompts must be computed again."""
-        if self._loaded.gone.is_set():
+        if self._gone.is_set():
             raise EngineError(f"{self._facts}: the engine's process has ended, see the log")
         if not self._is_forgetful:
             return
         try:
-            is_reset = self._loaded.engine.reset_prefix_cache()
+            is_reset = self._engine.reset_prefix_cache()
         except ENGINE_ERRORS as error:
             raise self._run_failure(error) from error
         if is_reset is False:
@@ -177,30 +165,90 @@ class Session(ServedSession):
 
     def _set_up(self, config: ExperimentConfig) -> None:
         self._config = config
-        forms = _forms(config, self._loaded)
-        self._sampling = _check_sampling(config, self._facts)
-        refuse_seeds(config, self._loaded.config, self._facts, can_rewind=_can_rewind(self._facts.device))
-        self._runner = StepLoop(self._loaded.engine, forms, answers=self._loaded.answers, is_salted=self._is_forgetful)
-        if self._loaded.config.cache_config.enable_prefix_caching:
+        found, facts = self._engine.vllm_config, self._facts
+        self._sampling = _check_sampling(config, facts)
+        options.refuse_seeds(config, found, facts, can_rewind=_can_rewind(facts.device))
+        forms = _forms(config, int(found.model_config.max_model_len), self._adapter)
+        self._runner = running.StepLoop(self._engine, forms, answers=self._answers, is_salted=self._is_forgetful)
+        if found.cache_config.enable_prefix_caching:
             # Even an experiment that measures the cache does not start with that of another one.
-            self._loaded.engine.reset_prefix_cache()
+            self._engine.reset_prefix_cache()
         if forms.longest < 2:
             raise OptionRefused(f"vllm.max_model_len: {forms.longest} leaves no room for prompt and output")
         self._try_out(forms.longest - 1)
 
+    @property
+    def _answers(self) -> queue.Queue[Any] | None:
+        """Where an engine in a process of its own puts the result of each step (vLLM 0.32.0); else None."""
+        found = getattr(self._engine.engine_core, "outputs_queue", None)
+        return found if isinstance(found, queue.Queue) else None
+
+    def _compilation_s(self) -> float | None:
+        """Seconds spent on compiling; None if vLLM reports none."""
+        counted = float(getattr(self._engine.vllm_config.compilation_config, "compilation_time", 0.0) or 0.0)
+        # An engine in a process of its own only writes it to its log.
+        logged = [float(seconds) for seconds in _COMPILATION.findall(self._output.text)]
+        return counted or (logged[-1] if logged else None)
+
+    def _watch(self) -> None:
+        """Wake a caller that waits for the engine when its process is killed, as the kernel does when memory runs out.
+
+        vLLM 0.32.0 reports an engine that fails, but a killed one only to later calls: a step or a call that is already
+        waiting for it would wait forever.
+        """
+        client, answers, children = self._engine.engine_core, self._answers, multiprocessing.active_children()
+        if not self._is_concurrent or not children:
+            return
+
+        def wait_for_the_end() -> None:
+            multiprocessing.connection.wait([child.sentinel for child in children])
+            self._gone.set()
+            if self._ending.is_set():
+                return
+            for answer in list(getattr(client, "utility_results", {}).values()):
+                if not answer.done():
+                    answer.set_exception(EngineDeadError())
+            if answers is not None:
+                answers.put_nowait(EngineDeadError())
+
+        threading.Thread(target=wait_for_the_end, name="engine watch", daemon=True).start()
+
     def _load_failure(self, error: BaseException) -> EngineError:
-        return explain_load_failure(error, self._loaded.output.text, self._config, self._facts)
+        return running.explain_load_failure(error, self._output.text, self._config, self._facts)
 
     def _run_failure(self, error: BaseException) -> EngineError:
-        return explain_run_failure(error, self._loaded.output.text, self._facts)
+        return running.explain_run_failure(error, self._output.text, self._facts)
 
     def _rejection(self, text: str) -> EngineError:
-        return explain_request_failure(text, self._config, self._facts)
+        return running.explain_request_failure(text, self._config, self._facts)
 
 
-def _forms(config: ExperimentConfig, loaded: LoadedEngine) -> RequestForms:
+def _find_facts() -> EngineFacts:
+    variables = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_VARIABLES) and not any(word in name for word in _UNRECORDED)
+    }
+    configurations = {"attention_config": AttentionConfig, "speculative_config": SpeculativeConfig}
+    return EngineFacts(
+        version=str(vllm.__version__),
+        arguments=common.field_names(EngineArgs),
+        nested={name: common.field_names(kind) for name, kind in configurations.items()},
+        device=str(current_platform.device_type),
+        environment=variables,
+    )
+
+
+def _make_engine(arguments: Mapping[str, Any]) -> LLMEngine:
+    try:
+        return LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
+    except Exception as error:  # vLLM raises Exception itself if one of its workers has failed
+        raise EngineRaised(error) from error
+
+
+def _forms(config: ExperimentConfig, longest: int, adapter: Source | None) -> RequestForms:
     """Requests of this experiment in vLLM's types."""
-    settings, adapter = sampling_settings(config), loaded.adapter
+    settings = options.sampling_settings(config)
 
     def prompt(token_ids: Sequence[int], salt: str | None) -> Any:
         if tokens_input is not None:
@@ -217,28 +265,22 @@ def _forms(config: ExperimentConfig, loaded: LoadedEngine) -> RequestForms:
     make_shared = functools.cache(make)  # requests without a seed share them, since vLLM copies them
 
     def parameters(request: TokenRequest, is_observed: bool) -> SamplingParams:
-        seed = seed_of(config, request.index)
+        seed = options.seed_of(config, request.index)
         shared_or_own = make_shared if seed is None else make
         return shared_or_own(request.max_output_tokens, request.min_output_tokens, seed, is_observed)
 
-    return RequestForms(
-        prompt,
-        parameters,
-        longest=int(loaded.config.model_config.max_model_len),
-        rejections=REQUEST_ERRORS,
-        failures=ENGINE_ERRORS,
-        adapter=None if adapter is None else LoRARequest("adapter", 1, str(adapter.folder)),
-    )
+    lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter.folder))
+    return RequestForms(prompt, parameters, longest, rejections=REQUEST_ERRORS, failures=ENGINE_ERRORS, adapter=lora)
 
 
 def _check_sampling(config: ExperimentConfig, facts: EngineFacts) -> dict[str, Any]:
     """The fields of SamplingParams in effect; vLLM must neither reject nor change one."""
-    settings = sampling_settings(config)
+    settings = options.sampling_settings(config)
     try:
         made = SamplingParams(**settings)
     except REQUEST_ERRORS as error:
-        raise explain_request_failure(str(error), config, facts) from error
-    return effective_sampling(made, settings, facts)
+        raise running.explain_request_failure(str(error), config, facts) from error
+    return options.effective_sampling(made, settings, facts)
 
 
 def _can_rewind(device: str) -> bool:
@@ -252,125 +294,6 @@ def _can_rewind(device: str) -> bool:
     return True
 
 
-# --- loading
-
-
-@dataclass
-class LoadedEngine:
-    """What is in memory, here and in the engine's processes."""
-
-    engine: Any  # vLLM's LLMEngine
-    source: Source
-    adapter: Source | None
-    output: ChildOutput  # of the engine's processes
-    is_concurrent: bool  # the engine runs in processes of its own
-    ending: threading.Event = field(default_factory=threading.Event)  # set before they are ended on purpose
-    gone: threading.Event = field(default_factory=threading.Event)  # set once one of them has ended
-    uuids: tuple[str, ...] = ()  # of the GPUs in use
-
-    @property
-    def config(self) -> Any:
-        """The VllmConfig after the load."""
-        return self.engine.vllm_config
-
-    @property
-    def answers(self) -> queue.Queue[Any] | None:
-        """Where an engine in a process of its own puts the result of each step (vLLM 0.32.0); else None."""
-        found = getattr(self.engine.engine_core, "outputs_queue", None)
-        return found if isinstance(found, queue.Queue) else None
-
-    @property
-    def compile_s(self) -> float | None:
-        """Seconds spent on compiling; None if vLLM reports none."""
-        counted = float(getattr(self.config.compilation_config, "compilation_time", 0.0) or 0.0)
-        # An engine in a process of its own only writes it to its log.
-        logged = [float(seconds) for seconds in _COMPILATION.findall(self.output.text)]
-        return counted or (logged[-1] if logged else None)
-
-
-def _find_facts() -> EngineFacts:
-    variables = {
-        name: value
-        for name, value in sorted(os.environ.items())
-        if name.startswith(_VARIABLES) and not any(word in name for word in _UNRECORDED)
-    }
-
-    def fields_of(kind: Any) -> frozenset[str]:
-        return frozenset(item.name for item in dataclasses.fields(kind))
-
-    return EngineFacts(
-        version=str(vllm.__version__),
-        device=str(current_platform.device_type),
-        arguments=fields_of(EngineArgs),
-        nested={"attention_config": fields_of(AttentionConfig), "speculative_config": fields_of(SpeculativeConfig)},
-        environment=variables,
-    )
-
-
-def _load_engine(config: ExperimentConfig, facts: EngineFacts, token: str | None) -> LoadedEngine:
-    """The engine; it must neither reject nor change an option."""
-    source, adapter, places = _fetch_all(config, token)
-    arguments = engine_arguments(config, places, random_source.randbits(_SEED_BITS))
-    is_concurrent = bool(envs.VLLM_ENABLE_V1_MULTIPROCESSING)
-    output = ChildOutput()
-    with raised_as(lambda error: explain_load_failure(error, output.text, config, facts)), output.inherited():
-        engine = _make_engine(arguments)
-    loaded = LoadedEngine(engine, source, adapter, output, is_concurrent)
-    _watch(loaded)
-    try:
-        refuse_differences(config, loaded.config, facts)
-    except BaseException:
-        _close_engine(loaded)
-        raise
-    return loaded
-
-
-def _make_engine(arguments: Mapping[str, Any]) -> LLMEngine:
-    try:
-        return LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
-    except Exception as error:  # vLLM raises Exception itself if one of its workers has failed
-        raise EngineRaised(error) from error
-
-
-def _close_engine(loaded: LoadedEngine) -> None:
-    loaded.ending.set()
-    engine, loaded.engine = loaded.engine, None
-    engine.engine_core.shutdown()
-    renderer = getattr(engine, "renderer", None)
-    if renderer is not None and hasattr(renderer, "shutdown"):
-        renderer.shutdown()
-    del engine
-    gc.collect()
-    if not loaded.is_concurrent:
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        cleanup_dist_env_and_memory()
-
-
-def _watch(loaded: LoadedEngine) -> None:
-    """Wake a caller that waits for the engine when its process is killed, as the kernel does when memory runs out.
-
-    vLLM 0.32.0 reports an engine that fails, but a killed one only to later calls: a step or a call that is already
-    waiting for it would wait forever.
-    """
-    client, answers, children = loaded.engine.engine_core, loaded.answers, multiprocessing.active_children()
-    if not loaded.is_concurrent or not children:
-        return
-
-    def wait_for_the_end() -> None:
-        multiprocessing.connection.wait([child.sentinel for child in children])
-        loaded.gone.set()
-        if loaded.ending.is_set():
-            return
-        for answer in list(getattr(client, "utility_results", {}).values()):
-            if not answer.done():
-                answer.set_exception(EngineDeadError())
-        if answers is not None:
-            answers.put_nowait(EngineDeadError())
-
-    threading.Thread(target=wait_for_the_end, name="engine watch", daemon=True).start()
-
-
 @contextlib.contextmanager
 def _visible_devices(config: ExperimentConfig) -> Iterator[tuple[str, ...]]:
     """The UUIDs of the GPUs that an engine made meanwhile uses; () on the CPU.
@@ -381,35 +304,12 @@ def _visible_devices(config: ExperimentConfig) -> Iterator[tuple[str, ...]]:
         yield ()
         return
     uuids = tuple(str(current_platform.get_device_uuid(index)) for index in range(current_platform.device_count()))
-    chosen = list(range(len(uuids)))
-    if config.gpus is not None:
-        chosen = [index for name in config.gpus if (index := pick_gpu([name], uuids)) is not None]
+    chosen = common.pick_gpus(config.gpus, uuids)
     if torch.cuda.is_initialized() and chosen != list(range(len(chosen))):
         raise EngineError(f"gpus: CUDA was already initialized with other GPUs than {config.gpus}")
     variable = str(current_platform.device_control_env_var)
     before = os.environ.get(variable)
     names = (before or ",".join(map(str, range(len(uuids))))).split(",")
-    section = section_of(config)
-    degree = (section.tensor_parallel_size or 1) * (section.pipeline_parallel_size or 1)
     visible = before if config.gpus is None else ",".join(names[index] for index in chosen)
-    with environment(variable, visible):
-        yield tuple(uuids[index] for index in chosen[:degree])
-
-
-def _fetch_all(config: ExperimentConfig, token: str | None) -> tuple[Source, Source | None, Places]:
-    """Model, adapter, and the folders of everything that vLLM is to read."""
-    model, section = config.model, section_of(config)
-    is_other_format = section.load_format not in {None, "auto", "safetensors"}
-    ignored = ("original/*",) if is_other_format else OTHER_WEIGHTS
-
-    def fetch_named(name: str | None, marker: str, option: str, skipped: Sequence[str] = ignored) -> Source | None:
-        return None if name is None else fetch(name, marker=marker, option=option, token=token, ignored=skipped)
-
-    source = fetch(
-        model.name, marker="config.json", option="model", revision=model.revision, token=token, ignored=ignored
-    )
-    adapter = fetch_named(model.adapter, "adapter_config.json", "model.adapter")
-    tokenizer = fetch_named(model.tokenizer, "tokenizer_config.json", "model.tokenizer", WEIGHTS)
-    drafter = fetch_named(section.speculative.model, "config.json", "vllm.speculative.model")
-    folders = [None if found is None else str(found.folder) for found in (tokenizer, drafter)]
-    return source, adapter, Places(str(source.folder), *folders)
+    with common.environment(variable, visible):
+        yield tuple(uuids[index] for index in chosen[: config.parallel_degree])

@@ -3,61 +3,63 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from lem.base.errors import EngineError, OptionRefused
 from lem.base.reasons import Reason
+from lem.config.backends import VllmConfig
 from lem.config.experiment import ExperimentConfig
 from lem.engines.common import (
     environment,
-    explain_import,
     idle_gpu,
+    importing,
     load_engine,
-    pick_gpu,
+    pick_gpus,
     plain,
     refuse_changes,
+    section_of,
 )
 
 UUIDS = ("GPU-8d2f1c00-0000-0000-0000-000000000001", "GPU-8d2f77aa-0000-0000-0000-000000000002")
 
 
 @pytest.mark.parametrize(
-    ("named", "uuids", "index"),
+    ("named", "uuids", "indices"),
     [
-        (None, (), None),
-        (None, UUIDS, 0),
-        ((), UUIDS, None),  # [] is the CPU, also beside a GPU
-        (("0",), UUIDS, 0),
-        (("1",), UUIDS, 1),
-        ((UUIDS[1],), UUIDS, 1),
-        ((UUIDS[1].upper(),), UUIDS, 1),
-        (("GPU-8d2f77",), UUIDS, 1),
+        (None, (), []),
+        (None, UUIDS, [0, 1]),
+        ((), UUIDS, []),  # [] is the CPU, also beside a GPU
+        (("1", "0"), UUIDS, [1, 0]),
+        ((UUIDS[1],), UUIDS, [1]),
+        ((UUIDS[1].upper(),), UUIDS, [1]),
+        (("GPU-8d2f77",), UUIDS, [1]),
     ],
 )
-def test_the_named_gpu_is_picked(named: tuple[str, ...] | None, uuids: tuple[str, ...], index: int | None) -> None:
-    assert pick_gpu(named, uuids) == index
+def test_the_named_gpus_are_picked(named: tuple[str, ...] | None, uuids: tuple[str, ...], indices: list[int]) -> None:
+    assert pick_gpus(named, uuids) == indices
 
 
-@pytest.mark.parametrize("named", [("2",), ("GPU-ffff",), ("0", "7")])
-def test_a_gpu_that_is_not_there_is_an_error_that_says_which_are(named: tuple[str, ...]) -> None:
-    with pytest.raises(EngineError, match="not found") as caught:
-        pick_gpu(named, UUIDS)
-    assert UUIDS[0] in caught.value.message
-    assert caught.value.is_permanent
-    assert caught.value.kind == "option"
-
-
-def test_a_gpu_named_on_a_machine_without_one_is_an_error_that_names_driver_and_build() -> None:
-    with pytest.raises(EngineError, match="PyTorch sees none") as caught:
-        pick_gpu(("0",), ())
-    assert "driver" in caught.value.hint
-
-
-def test_a_shortened_uuid_of_two_gpus_is_refused() -> None:
-    with pytest.raises(EngineError, match="is ambiguous"):
-        pick_gpu(("GPU-8d2f",), UUIDS)
+@pytest.mark.parametrize(
+    ("named", "uuids", "reason", "hint"),
+    [
+        (("2",), UUIDS, f"2 not found; PyTorch sees 0 ({UUIDS[0]}), 1", "[] for the CPU"),
+        (("GPU-ffff",), UUIDS, "GPU-ffff not found", "use one of these"),
+        (("0", "7"), UUIDS, "7 not found", "use one of these"),
+        (("GPU-8d2f",), UUIDS, "GPU-8d2f is ambiguous", "use one of these"),
+        (("0",), (), "PyTorch sees none", "driver"),
+    ],
+)
+def test_a_gpu_that_is_not_one_of_those_there_is_an_error(
+    named: tuple[str, ...], uuids: tuple[str, ...], reason: str, hint: str
+) -> None:
+    with pytest.raises(EngineError) as caught:
+        pick_gpus(named, uuids)
+    assert reason in caught.value.message
+    assert hint in caught.value.hint
+    assert (caught.value.kind, caught.value.is_permanent) == ("option", True)
 
 
 def test_a_gpu_that_pytorch_cannot_use_is_told(tmp_path: Path) -> None:
@@ -77,11 +79,25 @@ def test_a_backend_without_its_package_says_how_to_get_it() -> None:
     assert caught.value.is_permanent
 
 
-def test_an_engine_that_cannot_be_imported_is_not_blamed_for_a_module_of_lem() -> None:
-    explained = explain_import("vLLM", ImportError("no libcuda", name="vllm"), "a hint")
-    assert "vLLM cannot be imported by" in explained.message
-    with pytest.raises(ImportError):
-        explain_import("vLLM", ImportError("gone", name="lem.engines"), "a hint")
+@pytest.mark.parametrize("error", [ImportError("no libcuda", name="vllm"), OSError("no libcuda")])
+def test_an_engine_that_cannot_be_imported_is_an_error_with_a_hint(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", __import__("json"))
+    with pytest.raises(EngineError, match=r"vLLM cannot .*: no libcuda") as caught, importing("vllm", "vLLM", "a hint"):
+        raise error
+    assert (caught.value.hint, caught.value.is_permanent) == ("a hint", True)
+
+
+def test_an_engine_is_not_blamed_for_a_missing_module_of_lem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", __import__("json"))
+    with pytest.raises(ImportError, match="gone"), importing("vllm", "vLLM", "a hint"):
+        raise ImportError("gone", name="lem.engines")
+
+
+def test_an_experiment_of_another_backend_is_a_mistake_of_the_program() -> None:
+    with pytest.raises(TypeError, match="backend pytorch has no VllmConfig"):
+        section_of(ExperimentConfig.from_dict({"model": "m"}), VllmConfig)
 
 
 def test_changed_values_are_refused_by_name_and_others_are_not() -> None:

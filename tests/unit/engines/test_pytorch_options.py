@@ -8,22 +8,20 @@ from typing import Any
 
 import pytest
 
+from lem.config.backends import BeamSearchConfig, PyTorchConfig
 from lem.config.experiment import ExperimentConfig
+from lem.engines.common import section_of
 from lem.engines.protocol import TokenRequest
 from lem.engines.pytorch.options import (
-    BATCHING_STRATEGIES,
-    BatchRules,
     EngineFacts,
     SpecialTokens,
     assistant_settings,
-    batch_rules,
     compiles_steps,
     cut_output,
     generation_settings,
     idle_options,
     pad_left,
     plan_batches,
-    section_of,
 )
 
 TOKENS = SpecialTokens(pad_id=0, end_ids=(2, 7))
@@ -70,8 +68,6 @@ def test_beams_are_passed_while_they_are_enabled() -> None:
     found = settings(pytorch={"beam_search": beams})
     assert (found["num_beams"], found["length_penalty"], found["early_stopping"]) == (4, 0.5, "never")
     assert "num_beams" not in settings()
-    assert batch_rules(experiment(pytorch={"beam_search": beams})).has_one_bound
-    assert not batch_rules(experiment()).has_one_bound
 
 
 def test_tokens_are_looked_up_in_the_prompt_without_an_assistant() -> None:
@@ -81,7 +77,9 @@ def test_tokens_are_looked_up_in_the_prompt_without_an_assistant() -> None:
 
 
 def test_an_assistant_drafts_exactly_the_tokens_asked_for() -> None:
-    section = section_of(experiment(pytorch={"assisted_generation": {"num_tokens": 5, "model": "small"}}))
+    section = section_of(
+        experiment(pytorch={"assisted_generation": {"num_tokens": 5, "model": "small"}}), PyTorchConfig
+    )
     assert assistant_settings(section) == {
         "num_assistant_tokens": 5,
         "num_assistant_tokens_schedule": "constant",
@@ -95,7 +93,9 @@ def test_extra_arguments_go_to_whoever_reads_them() -> None:
     options = {"assisted_generation": {"model": "small"}, "extra": extra}
     assert settings(pytorch=options)["suppress_tokens"] == [5]
     assert "assistant_confidence_threshold" not in settings(pytorch=options)
-    assert assistant_settings(section_of(experiment(pytorch=options))) == {"assistant_confidence_threshold": 0.2}
+    assert assistant_settings(section_of(experiment(pytorch=options), PyTorchConfig)) == {
+        "assistant_confidence_threshold": 0.2
+    }
 
 
 def test_transformers_does_not_compile_beside_torch_compile() -> None:
@@ -107,9 +107,9 @@ def test_transformers_does_not_compile_beside_torch_compile() -> None:
 def test_transformers_compiles_what_is_recorded_as_cuda_graphs(mode: str) -> None:
     options = {"torch_compile": mode, "cache_implementation": "static"}
     assert "disable_compile" not in settings("cuda", pytorch=options)
-    assert compiles_steps(section_of(experiment(pytorch=options)), "cuda")
-    assert not compiles_steps(section_of(experiment(pytorch=options)), "cpu")
-    assert not compiles_steps(section_of(experiment(pytorch={"torch_compile": "default"})), "cuda")
+    assert compiles_steps(section_of(experiment(pytorch=options), PyTorchConfig), "cuda")
+    assert not compiles_steps(section_of(experiment(pytorch=options), PyTorchConfig), "cpu")
+    assert not compiles_steps(section_of(experiment(pytorch={"torch_compile": "default"}), PyTorchConfig), "cuda")
 
 
 def test_min_p_under_greedy_decoding_is_told() -> None:
@@ -126,55 +126,57 @@ def test_the_release_of_transformers_is_read(version: str, release: tuple[int, i
 # Batches
 
 END = frozenset({2})
+STRATEGIES = ("static", "dynamic", "sorted_static", "sorted_dynamic")
+BEAMS = BeamSearchConfig(enabled=True, num_beams=2)
 
 
 def request(index: int, length: int, maximum: int = 8, minimum: int = 0) -> TokenRequest:
     return TokenRequest(index, tuple(range(10, 10 + length)), maximum, minimum)
 
 
-def indices(batches: tuple[tuple[TokenRequest, ...], ...]) -> list[list[int]]:
+def plan(requests: list[TokenRequest], strategy: str, size: int, budget: int | None = None, **more: Any) -> Any:
+    section = PyTorchConfig(batching_strategy=strategy, batch_size=size, max_tokens_per_batch=budget, **more)
+    return plan_batches(requests, section)
+
+
+def indices(batches: Any) -> list[list[int]]:
     return [[item.index for item in batch] for batch in batches]
 
 
 @pytest.mark.parametrize(
     ("lengths", "rules", "batches"),
     [
-        ([5, 1, 9, 2, 7], BatchRules("static", 2), [[0, 1], [2, 3], [4]]),
-        ([5, 1, 9, 2, 7], BatchRules("sorted_static", 2), [[2, 4], [0, 3], [1]]),
-        ([4] * 5, BatchRules("sorted_static", 2), [[0, 1], [2, 3], [4]]),  # equal lengths keep their order
+        ([5, 1, 9, 2, 7], ("static", 2), [[0, 1], [2, 3], [4]]),
+        ([5, 1, 9, 2, 7], ("sorted_static", 2), [[2, 4], [0, 3], [1]]),
+        ([4] * 5, ("sorted_static", 2), [[0, 1], [2, 3], [4]]),  # equal lengths keep their order
         # Rows of up to 2 + 8 positions fit four times into 40; the prompt of 12 makes each row 20 wide: two fit.
-        ([2, 2, 2, 2, 2, 12, 2], BatchRules("dynamic", 9, 40), [[0, 1, 2, 3], [4, 5], [6]]),
-        ([1] * 5, BatchRules("dynamic", 2, 10_000), [[0, 1], [2, 3], [4]]),
-        ([2, 90, 2], BatchRules("dynamic", 4, 40), [[0], [1], [2]]),  # a request above the budget runs alone
-        ([90] * 4, BatchRules("static", 4, 40), [[0, 1, 2, 3]]),  # no budget
-        ([], BatchRules("static", 4), []),
+        ([2, 2, 2, 2, 2, 12, 2], ("dynamic", 9, 40), [[0, 1, 2, 3], [4, 5], [6]]),
+        ([1] * 5, ("dynamic", 2, 10_000), [[0, 1], [2, 3], [4]]),
+        ([2, 90, 2], ("dynamic", 4, 40), [[0], [1], [2]]),  # a request above the budget runs alone
+        ([], ("static", 4), []),
     ],
 )
-def test_batches_follow_strategy_size_and_budget(
-    lengths: list[int], rules: BatchRules, batches: list[list[int]]
-) -> None:
-    assert indices(plan_batches([request(index, length) for index, length in enumerate(lengths)], rules)) == batches
+def test_batches_follow_strategy_size_and_budget(lengths: list[int], rules: Any, batches: list[list[int]]) -> None:
+    assert indices(plan([request(index, length) for index, length in enumerate(lengths)], *rules)) == batches
 
 
-def test_requests_with_one_bound_go_together_where_a_batch_has_one_bound() -> None:
+def test_requests_with_one_bound_go_together_in_a_beam_search() -> None:
     requests = [request(index, 3, maximum=4 + 4 * (index % 2)) for index in range(6)]
-    batches = plan_batches(requests, BatchRules("static", 2, has_one_bound=True))
-    assert indices(batches) == [[0, 2], [4], [1, 3], [5]]
-    assert all(len({item.max_output_tokens for item in batch}) == 1 for batch in batches)
+    assert indices(plan(requests, "static", 2, beam_search=BEAMS)) == [[0, 2], [4], [1, 3], [5]]
 
 
-@pytest.mark.parametrize(("strategy", "has_one_bound"), list(itertools.product(BATCHING_STRATEGIES, (False, True))))
-def test_every_request_is_in_one_batch_and_no_batch_is_too_large(strategy: str, has_one_bound: bool) -> None:
+@pytest.mark.parametrize(("strategy", "more"), list(itertools.product(STRATEGIES, ({}, {"beam_search": BEAMS}))))
+def test_every_request_is_in_one_batch_and_no_batch_is_too_large(strategy: str, more: dict[str, Any]) -> None:
     rng = random.Random(7)
     for _ in range(50):
         requests = [request(index, rng.randint(1, 20), rng.choice([4, 8])) for index in range(rng.randint(1, 30))]
-        rules = BatchRules(strategy, rng.randint(1, 6), 120 if strategy.endswith("dynamic") else None, has_one_bound)
-        batches = plan_batches(requests, rules)
+        size, budget = rng.randint(1, 6), 120 if strategy.endswith("dynamic") else None
+        batches = plan(requests, strategy, size, budget, **more)
         assert sorted(itertools.chain.from_iterable(indices(batches))) == list(range(len(requests)))
         for batch in batches:
             width = max(len(item.token_ids) for item in batch) + max(item.max_output_tokens for item in batch)
-            assert len(batch) <= rules.batch_size
-            assert rules.max_tokens is None or len(batch) * width <= rules.max_tokens
+            assert len(batch) <= size
+            assert budget is None or len(batch) * width <= budget
 
 
 def test_padding_stands_in_front_and_is_masked() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from lem.base.errors import EngineError, OptionRefused
 from lem.config.experiment import ExperimentConfig
+from lem.engines.common import Folders
 from lem.engines.tensorrt.options import (
     EngineFacts,
     check_checkpoint,
@@ -41,7 +42,7 @@ def test_options_become_documented_arguments() -> None:
         "enable_chunked_context": True,
         "extra_runtime_args": {"attn_backend": "FLASHINFER"},
     }
-    made = engine_arguments(experiment(section, max_input_tokens=10, max_output_tokens=5), FACTS, "/m")
+    made = engine_arguments(experiment(section, max_input_tokens=10, max_output_tokens=5), FACTS, Folders("/m"))
     assert made == {
         "model": "/m",
         "dtype": "float16",
@@ -61,7 +62,7 @@ def test_options_become_documented_arguments() -> None:
 
 def test_what_lem_can_do_without_is_left_out_where_it_is_unknown() -> None:
     facts = dataclasses.replace(FACTS, arguments=FACTS.arguments - {"max_input_len", "return_perf_metrics"})
-    made = engine_arguments(experiment(), facts, "/m")
+    made = engine_arguments(experiment(), facts, Folders("/m"))
     assert set(made) == {"model", "dtype", "trust_remote_code", "max_seq_len", "max_batch_size", "kv_cache_config"}
 
 
@@ -73,7 +74,7 @@ def test_every_kind_of_parallelism_takes_gpus() -> None:
 
 def test_prompts_are_not_kept_unless_that_is_asked_for() -> None:
     def cache(section: dict[str, Any]) -> Any:
-        return engine_arguments(experiment(section), FACTS, "/m")["kv_cache_config"]
+        return engine_arguments(experiment(section), FACTS, Folders("/m"))["kv_cache_config"]
 
     assert cache({}) == {"free_gpu_memory_fraction": 0.9, "enable_block_reuse": False}
     asked = cache({"enable_kv_cache_reuse": True, "kv_cache_type": "fp8"})

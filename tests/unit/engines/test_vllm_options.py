@@ -15,11 +15,11 @@ from lem.base.reasons import Reason
 from lem.config.backends import VllmConfig
 from lem.config.experiment import ExperimentConfig
 from lem.config.option import walk
+from lem.engines.common import Folders
 from lem.engines.vllm.options import (
     OPTIONS,
     SAMPLING_OPTIONS,
     EngineFacts,
-    Places,
     describe_effective,
     effective_options,
     engine_arguments,
@@ -37,7 +37,7 @@ def experiment(section: dict[str, Any] | None = None, **options: Any) -> Experim
 
 
 def arguments(section: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
-    return engine_arguments(experiment(section, **options), Places("/models/m"), 7)
+    return engine_arguments(experiment(section, **options), Folders("/models/m"), 7)
 
 
 def test_every_option_of_the_section_has_a_place() -> None:
@@ -90,7 +90,7 @@ def test_lengths_and_room_for_an_adapter_follow_from_the_experiment() -> None:
 
 def test_a_drafting_model_and_a_tokenizer_are_given_as_folders() -> None:
     config = experiment({"speculative": {"model": "small", "num_tokens": 3}}, model={"name": "m", "tokenizer": "t"})
-    made = engine_arguments(config, Places("/models/m", "/models/t", "/models/small"), 7)
+    made = engine_arguments(config, Folders("/models/m", "/models/t", "/models/small"), 7)
     assert made["speculative_config"] == {"model": "/models/small", "num_speculative_tokens": 3}
     assert made["tokenizer"] == "/models/t"
 
@@ -129,7 +129,7 @@ def test_what_does_nothing_or_costs_something_is_told() -> None:
 
 # After the load
 
-FACTS = EngineFacts("0.32.0", "cuda", frozenset(), environment={"VLLM_USE_X": "1"})
+FACTS = EngineFacts("0.32.0", frozenset(), {}, "cuda", {"VLLM_USE_X": "1"})
 EFFECTIVE = {
     "temperature": 0.7,
     "top_k": -1,

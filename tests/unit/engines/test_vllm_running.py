@@ -403,7 +403,7 @@ def test_a_bug_in_making_a_request_is_not_the_engines() -> None:
 
 # What failures mean
 
-FACTS = EngineFacts("0.32.0", "cuda", frozenset())
+FACTS = EngineFacts("0.32.0", frozenset(), {}, "cuda")
 ELSEWHERE = RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
 
 # As a run of vLLM 0.32.0 printed them, shortened.
