@@ -78,9 +78,6 @@ def hash_weights(source: Source, adapter: Source | None = None) -> str | None:
 
     Each file is read once per process, about a second per GB after a load, which leaves it in the page cache. Large
     files in the hub's cache are not read: they are links to blobs named by their SHA-256.
-
-    Raises:
-        EngineError: kind `model`, a file cannot be read.
     """
     with explained(f"weights of {source.name}", (OSError, ValueError)):
         return _hash_weights(source, adapter)
@@ -137,11 +134,7 @@ def commit_of(folder: Path) -> str | None:
 def locate(
     name: str, token: str | None, option: str, *, marker: str = "config.json", revision: str | None = None
 ) -> Source:
-    """Where the model `name` is; of a model on the hub only the `marker` file is fetched.
-
-    Args:
-        option: the option that named it, for messages.
-        marker: the file that makes a folder a model.
+    """Where the model `name` of this option is; of a model on the hub only the `marker` file is fetched.
 
     Raises:
         EngineError: kind `model`, no such folder, no such model, or a folder without a model.
@@ -170,11 +163,8 @@ def fetch_all(
     """The model, its adapter, and the folders of all that an engine is to read, with their files fetched.
 
     An engine that downloads for itself would take the token from the environment, where all its processes would have
-    it; with a folder it needs none, and the folder shows the commit.
-
-    Args:
-        drafter: the option that names the drafting model, and its value.
-        all_formats: fetch weights of all formats, also beside safetensors.
+    it; with a folder it needs none. `drafter` is the option that names the drafting model, and its value. With
+    `all_formats` weights are fetched in all formats, also beside safetensors.
     """
     model, ignored = config.model, ("original/*",) if all_formats else _OTHER_WEIGHTS
     source = _fetch(locate(model.name, token, "model", revision=model.revision), token, "model", ignored)
@@ -217,9 +207,6 @@ def identify(source: Source, adapter: Source | None = None) -> Identity:
     Engines do not report the number of parameters, and their own layers differ: fused, padded, quantized. So they are
     counted in the model as transformers builds it, without memory for the weights; another engine may run a model that
     this version of transformers cannot build.
-
-    Raises:
-        EngineError: a file of the weights cannot be read.
     """
     digest = hash_weights(source, adapter)
     try:
@@ -239,13 +226,8 @@ def identify(source: Source, adapter: Source | None = None) -> Identity:
 def explained(what: str, failures: tuple[type[Exception], ...] = MODEL_FAILURES) -> Iterator[None]:
     """Raises the explanation of what transformers raises, and whether it would happen again.
 
-    The block must hold a single call, and no other code of lem: a bug there would be blamed on the model.
-
-    Args:
-        failures: what the call raises, besides ImportError and MemoryError.
-
-    Raises:
-        EngineError: kind `model` or `out_of_memory`.
+    The block must hold a single call, and no other code of lem: a bug there would be blamed on the model. The call
+    raises `failures`, ImportError and MemoryError.
     """
     raised: tuple[type[Exception], ...] = (*failures, MemoryError)
     try:

@@ -51,11 +51,7 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 def load_engine(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:
-    """The engine of this experiment, loaded.
-
-    Raises:
-        OptionRefused, EngineError: see `Engine`; kind `option` for a backend that this version of lem does not have.
-    """
+    """The engine of this experiment, loaded; raises OptionRefused and EngineError, see `Engine`."""
     module_name = BACKEND_MODULES.get(config.backend)
     if module_name is None:
         raise EngineError(
@@ -70,11 +66,7 @@ def load_engine(config: ExperimentConfig, secrets: Mapping[str, str]) -> Engine:
 
 @contextlib.contextmanager
 def importing(backend: str, engine: str, hint: str, how_to_get: str | None = None) -> Iterator[None]:
-    """Meanwhile the engine is imported.
-
-    Raises:
-        EngineError: a package of the backend is missing (`how_to_get` helps), or cannot be imported (`hint` helps).
-    """
+    """Meanwhile the engine is imported; EngineError if a package is missing (see `how_to_get`) or broken (`hint`)."""
     missing = [name for name in BACKEND_DISTRIBUTIONS[backend] if importlib.util.find_spec(name) is None]
     if missing:
         remedy = how_to_get or f"{sys.executable} -m pip install {' '.join(missing)}"
@@ -185,6 +177,12 @@ def section_of(config: ExperimentConfig, kind: type[SectionT]) -> SectionT:
     if not isinstance(config.section, kind):
         raise TypeError(f"an experiment of the backend {config.backend} has no {kind.__name__}")
     return config.section
+
+
+def extra_of(config: ExperimentConfig, name: str = "extra") -> dict[str, Any]:
+    """The extra arguments as JSON: a section freezes lists into tuples, which engines do not take."""
+    extra: dict[str, Any] = config.section.to_dict()[name]
+    return extra
 
 
 def given_options(section: Section, options: Iterable[str]) -> dict[str, Any]:
@@ -380,6 +378,10 @@ class ServedSession:
     _runner: Any  # run_closed, run_alone and serve raise EngineRaised when the engine fails as a whole
     _tokenizer: Any
     _known_ids: int | None  # the number of token ids of the model
+    _engine_key: str
+
+    def _set_up(self, config: ExperimentConfig) -> None:
+        raise NotImplementedError
 
     def _run_failure(self, error: BaseException) -> EngineError:
         raise NotImplementedError
@@ -392,6 +394,10 @@ class ServedSession:
 
     def _begin(self) -> None:
         """Called before requests are run."""
+
+    def configure(self, config: ExperimentConfig) -> None:
+        check_same_engine(config, self._engine_key)
+        self._set_up(config)
 
     def encode(self, text: str) -> list[int]:
         ids = list(self._tokenizer.encode(text))

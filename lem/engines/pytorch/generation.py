@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,7 @@ GENERATION_META = ("transformers_version", "_from_model_config")
 _TRIAL_TOKENS = 8
 
 _CACHE_NAMES = {"DynamicCache": "dynamic", "StaticCache": "static", "QuantizedCache": "quantized"}
+_OFFLOADED_NAMES = {**_CACHE_NAMES, "DynamicCache": "offloaded", "StaticCache": "offloaded_static"}
 
 
 @dataclass
@@ -58,14 +59,13 @@ class TokenClock(BaseStreamer):  # type: ignore[misc]  # transformers is not typ
     A step of a batch brings one token per row; a step of assisted generation several of its one row.
     """
 
-    def __init__(self, rows: int, clock: Callable[[], int]) -> None:
+    def __init__(self, rows: int) -> None:
         self.times_ns: list[int] = []
         self._rows = rows
-        self._clock = clock
         self._has_prompts = False
 
     def put(self, value: Any) -> None:
-        now_ns = self._clock()
+        now_ns = time.monotonic_ns()
         if self._has_prompts:
             self.times_ns.extend([now_ns] * (value.numel() // self._rows))
         self._has_prompts = True
@@ -115,18 +115,17 @@ class BatchRunner:
 
     def run(self, batch: Sequence[TokenRequest], *, observe: bool) -> list[Completion]:
         """A completion for each request of the batch; running out of memory only fails its requests."""
-        started_ns = time.monotonic_ns()
-        problems = [self._problem_of(request) for request in batch]
-        fitting = [request for request, problem in zip(batch, problems, strict=True) if problem is None]
-        failed = [
-            Completion(request.index, (), started_ns, started_ns, error=problem)
-            for request, problem in zip(batch, problems, strict=True)
-            if problem is not None
-        ]
+        failed, fitting, started_ns = [], [], time.monotonic_ns()
+        for request in batch:
+            problem = self._problem_of(request)
+            if problem is None:
+                fitting.append(request)
+            else:
+                failed.append(Completion(request.index, (), started_ns, started_ns, error=problem))
         if not fitting:
             return failed
         started_ns = time.monotonic_ns()
-        clock = TokenClock(len(fitting), time.monotonic_ns) if observe else None
+        clock = TokenClock(len(fitting)) if observe else None
         try:
             generated = self._generate(fitting, clock)
             return failed + self._complete(fitting, generated, started_ns, clock)
@@ -258,14 +257,16 @@ class Trial:
 
 
 def try_out(runner: BatchRunner, section: PyTorchConfig, facts: EngineFacts) -> Trial:
-    """Generate a few tokens for one request, or for two of different lengths if batches are formed.
-
-    Raises:
-        OptionRefused: the engine rejects the options, or does something else.
-    """
+    """Generate a few tokens; OptionRefused if the engine rejects the options, or does something else."""
+    ends = frozenset(runner.loaded.tokens.end_ids)
+    # Ids that every model has. Two requests of different lengths try padding too.
+    ids = tuple(itertools.islice((token for token in itertools.count() if token not in ends), 4))
+    # Transformers 4 takes no minimum with a draft.
+    minimum = 0 if options.is_assisted(section) else _TRIAL_TOKENS
+    rows = range(min(section.batch_size, 2))
     graphs_before = _compiled_graphs() if section.torch_compile else 0
     with _transformers_warnings() as warnings, raised_as(lambda error: _trial_failure(error, section, facts)):
-        output = runner.try_out(_requests(runner, section))
+        output = runner.try_out([TokenRequest(row, ids[row:], _TRIAL_TOKENS, minimum) for row in rows])
     cache = _cache_in(output)
     requested = section.cache_implementation
     if requested is not None and cache != requested:
@@ -277,24 +278,13 @@ def try_out(runner: BatchRunner, section: PyTorchConfig, facts: EngineFacts) -> 
     return Trial(cache, tuple(Reason.of("verbatim", text=text) for text in dict.fromkeys(warnings)))
 
 
-def _requests(runner: BatchRunner, section: PyTorchConfig) -> tuple[TokenRequest, ...]:
-    """Requests of ids that every model has, of different lengths to try padding too."""
-    ends = frozenset(runner.loaded.tokens.end_ids)
-    ids = tuple(itertools.islice((token for token in itertools.count() if token not in ends), 4))
-    # Transformers 4 takes no minimum with a draft.
-    minimum = 0 if options.is_assisted(section) else _TRIAL_TOKENS
-    return tuple(TokenRequest(row, ids[row:], _TRIAL_TOKENS, minimum) for row in range(min(section.batch_size, 2)))
-
-
 def _cache_in(output: Any) -> str | None:
     cache = getattr(output, "past_key_values", None)
     if cache is None:
         return None
     kind = type(cache).__name__
-    name = _CACHE_NAMES.get(kind, kind)
-    if getattr(cache, "offloading", False):
-        return {"dynamic": "offloaded", "static": "offloaded_static"}.get(name, name)
-    return name
+    names = _OFFLOADED_NAMES if getattr(cache, "offloading", False) else _CACHE_NAMES
+    return names.get(kind, kind)
 
 
 def _compiled_graphs() -> int:
@@ -312,9 +302,8 @@ def _trial_failure(error: BaseException, section: PyTorchConfig, facts: EngineFa
     default = type(section)().to_dict()
     changed = ", ".join(f"{name}: {value}" for name, value in section.to_dict().items() if value != default[name])
     text = f"{facts} cannot generate with {changed or 'this model'}: {type(error).__name__}: {shortened(error)}"
-    return OptionRefused(
-        text, "torch.compile needs a C++ compiler on the CPU, Triton on a GPU" if section.torch_compile else ""
-    )
+    hint = "torch.compile needs a C++ compiler on the CPU, Triton on a GPU" if section.torch_compile else ""
+    return OptionRefused(text, hint)
 
 
 @contextmanager

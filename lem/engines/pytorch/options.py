@@ -14,7 +14,8 @@ from lem.base.errors import did_you_mean
 from lem.base.reasons import Reason
 from lem.config.backends import PyTorchConfig
 from lem.config.experiment import ExperimentConfig
-from lem.engines.common import reason_against, refuse, section_of, set_by
+from lem.engines import common
+from lem.engines.common import section_of, set_by
 from lem.engines.protocol import TokenRequest
 
 FOUR_BIT_OPTIONS = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
@@ -205,30 +206,25 @@ def generation_settings(config: ExperimentConfig, tokens: SpecialTokens, device:
         settings["disable_compile"] = True
     if section.assisted_generation.model is None:
         settings["prompt_lookup_num_tokens"] = section.assisted_generation.num_tokens
-    settings |= _extra(section, is_of_assistant=False)
+    settings |= {name: value for name, value in common.extra_of(config).items() if name not in _ASSISTANT_ARGUMENTS}
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def assistant_settings(section: PyTorchConfig) -> dict[str, Any]:
+def assistant_settings(config: ExperimentConfig) -> dict[str, Any]:
     """Arguments of the GenerationConfig of an assistant.
 
     With `num_tokens` the assistant drafts exactly that many tokens at each step: no schedule changes their number, and
     it does not stop early when it is unsure of itself (transformers' own threshold is 0.4).
     """
     settings: dict[str, Any] = {}
-    if section.assisted_generation.num_tokens is not None:
+    drafted_tok = section_of(config, PyTorchConfig).assisted_generation.num_tokens
+    if drafted_tok is not None:
         settings = {
-            "num_assistant_tokens": section.assisted_generation.num_tokens,
+            "num_assistant_tokens": drafted_tok,
             "num_assistant_tokens_schedule": "constant",
             "assistant_confidence_threshold": 0.0,
         }
-    return settings | _extra(section, is_of_assistant=True)
-
-
-def _extra(section: PyTorchConfig, *, is_of_assistant: bool) -> dict[str, Any]:
-    """The extra arguments as JSON: a section freezes lists into tuples, which transformers does not take."""
-    extra = section.to_dict()["extra"]
-    return {name: value for name, value in extra.items() if (name in _ASSISTANT_ARGUMENTS) == is_of_assistant}
+    return settings | {name: value for name, value in common.extra_of(config).items() if name in _ASSISTANT_ARGUMENTS}
 
 
 # --- before the load
@@ -240,7 +236,7 @@ def check(config: ExperimentConfig, facts: EngineFacts) -> None:
     refusals = [*_loading(section, facts), *_running(config, section, facts), *_refused_extra(section, facts)]
     if config.model.adapter is not None and (missing := facts.missing("peft")):
         refusals.insert(0, ("model.adapter", missing))
-    refuse(refusals, facts)
+    common.refuse(refusals, facts)
 
 
 def _loading(section: PyTorchConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
@@ -301,7 +297,7 @@ def _compilation(section: PyTorchConfig, facts: EngineFacts) -> Iterator[tuple[s
 
 def _refused_extra(section: PyTorchConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
     for name in section.extra:
-        reason = reason_against(name, _REFUSED, facts.generate_arguments, "unknown argument of generate")
+        reason = common.reason_against(name, _REFUSED, facts.generate_arguments, "unknown argument of generate")
         if reason is None and (need := _need_of(name, section)) is not None:
             reason = f"has no effect without {need}"
         if reason is not None:

@@ -226,8 +226,7 @@ def _load_model(config: ExperimentConfig, facts: EngineFacts, token: str | None)
 
 def _set_assistant(loaded: LoadedModel, config: ExperimentConfig, facts: EngineFacts, token: str | None) -> None:
     """Load the assistant that the experiment names, or drop the current one."""
-    section = section_of(config, PyTorchConfig)
-    name = section.assisted_generation.model
+    name = section_of(config, PyTorchConfig).assisted_generation.model
     if name is None:
         loaded.assistant = loaded.assistant_tokenizer = loaded.assistant_name = None
         return
@@ -244,7 +243,7 @@ def _set_assistant(loaded: LoadedModel, config: ExperimentConfig, facts: EngineF
             with explained(f"assisted_generation.model: {name}"):
                 loaded.assistant_tokenizer = AutoTokenizer.from_pretrained(source.name, **access)
         loaded.assistant_name = name
-    loaded.assistant.generation_config = GenerationConfig(**options.assistant_settings(section))
+    loaded.assistant.generation_config = GenerationConfig(**options.assistant_settings(config))
 
 
 def _load_weights(

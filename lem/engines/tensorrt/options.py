@@ -71,6 +71,7 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
     }
 )
 
+_EXTRA = "extra_runtime_args"
 _SECRETS = ("token", "key", "secret")
 
 
@@ -93,13 +94,7 @@ def lengths_of(config: ExperimentConfig) -> tuple[int, int]:
 
 def gpus_needed(config: ExperimentConfig) -> int:
     """The GPUs that one copy of the model is spread over."""
-    return config.parallel_degree * int(runtime_extra(config).get("context_parallel_size") or 1)
-
-
-def runtime_extra(config: ExperimentConfig) -> dict[str, Any]:
-    """The further arguments as JSON: a section freezes lists into tuples."""
-    extra: dict[str, Any] = section_of(config, TensorRTConfig).to_dict()["extra_runtime_args"]
-    return extra
+    return config.parallel_degree * int(common.extra_of(config, _EXTRA).get("context_parallel_size") or 1)
 
 
 def _given(config: ExperimentConfig) -> dict[str, Any]:
@@ -130,7 +125,7 @@ def engine_arguments(config: ExperimentConfig, facts: EngineFacts, folders: Fold
         name = next(name for name in _DRAFT_MODEL if name in facts.nested["speculative_config"])
         arguments["speculative_config"][name] = folders.drafter
     unknown = _HELPFUL - facts.arguments
-    return {name: value for name, value in arguments.items() if name not in unknown} | runtime_extra(config)
+    return {name: value for name, value in arguments.items() if name not in unknown} | common.extra_of(config, _EXTRA)
 
 
 def sampling_settings(config: ExperimentConfig) -> dict[str, Any]:
@@ -192,7 +187,7 @@ def _sampling(config: ExperimentConfig, facts: EngineFacts) -> Iterator[tuple[st
 
 
 def _extra(config: ExperimentConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
-    extra = runtime_extra(config)
+    extra = common.extra_of(config, _EXTRA)
     for name in extra:
         reason = common.reason_against(name, _REFUSED, facts.arguments, "unknown argument of LLM")
         if reason is not None:
@@ -215,7 +210,7 @@ def refuse_differences(config: ExperimentConfig, arguments: Any, facts: EngineFa
     effective = common.effective_values(arguments, OPTIONS)
     for name, value in _given(config).items():
         pairs[f"tensorrt.{name}"] = (value, effective[name])
-    for name, value in runtime_extra(config).items():
+    for name, value in common.extra_of(config, _EXTRA).items():
         if isinstance(value, (bool, int, float, str)):
             pairs[f"tensorrt.extra_runtime_args.{name}"] = (value, plain(getattr(arguments, name, None)))
     common.refuse_changes(pairs, facts)
@@ -278,11 +273,7 @@ _DEFAULT_TYPE = "bfloat16"
 
 
 def documents_of(folder: Path) -> dict[str, Any]:
-    """The JSON files that describe a checkpoint, by name; without those that are missing or not JSON.
-
-    Raises:
-        EngineError: kind `model`, one cannot be read, or has another structure.
-    """
+    """The JSON files that describe a checkpoint, by name; without those that are missing or not JSON."""
     found = {}
     for name, sections in _FILES.items():
         path = folder / name

@@ -71,11 +71,6 @@ class Session(common.ServedSession):
             raise
         self._checks_s = common.seconds_since(began_ns)
 
-    def configure(self, config: ExperimentConfig) -> None:
-        common.check_same_engine(config, self._engine_key)
-        options.check(config, self._facts)
-        self._set_up(config)
-
     @property
     def report(self) -> EngineReport:
         return EngineReport(
@@ -101,6 +96,7 @@ class Session(common.ServedSession):
         gc.collect()
 
     def _set_up(self, config: ExperimentConfig) -> None:
+        options.check(config, self._facts)
         self._config = config
         settings = options.sampling_settings(config)
 
@@ -221,12 +217,15 @@ class Server:
 
     def run_alone(self, requests: Sequence[TokenRequest], on_progress: OnProgress) -> list[Completion]:
         """A completion for each request, one after another, with the times of its tokens."""
-        completions = []
-        for request in requests:
-            submitted_ns, answer = self.clock(), self._submit(request, streaming=True)
-            completions.append(self._follow_alone(request, submitted_ns, answer))
-            on_progress(len(completions))
-        return completions
+
+        async def run() -> list[Completion]:
+            completions = []
+            for request in requests:
+                completions.append(await self._answer(request))
+                on_progress(len(completions))
+            return completions
+
+        return asyncio.run(run())
 
     def serve(self, queue: RequestQueue) -> None:
         """Answer requests until the queue is closed and empty; they join while others run."""
@@ -236,6 +235,9 @@ class Server:
         loop = asyncio.get_running_loop()
         arrivals: asyncio.Queue[Sequence[TokenRequest] | BaseException | None] = asyncio.Queue()
         tasks: set[asyncio.Task[None]] = set()
+
+        async def answer(request: TokenRequest) -> None:
+            queue.complete(await self._answer(request))
 
         def settle(task: asyncio.Task[None]) -> None:
             if task.cancelled() or (error := task.exception()) is None:
@@ -257,14 +259,14 @@ class Server:
         threading.Thread(target=collect_arrivals, name="requests", daemon=True).start()
         while isinstance(arrived := await arrivals.get(), Sequence):
             for request in arrived:
-                task = asyncio.create_task(self._answer(queue, request))
+                task = asyncio.create_task(answer(request))
                 tasks.add(task)
                 task.add_done_callback(settle)
         if arrived is not None:
             raise arrived
         await asyncio.gather(*tasks)
 
-    async def _answer(self, queue: RequestQueue, request: TokenRequest) -> None:
+    async def _answer(self, request: TokenRequest) -> Completion:
         submitted_ns, answer = self.clock(), self._submit(request, streaming=True)
         times_ns: list[int] = []
         parts = None if isinstance(answer, str) else aiter(answer)
@@ -276,21 +278,9 @@ class Server:
             except ENGINE_FAILURES as error:
                 answer = _message_of(error)
                 break
-            self._note(part, times_ns)
-        queue.complete(self._complete(request, submitted_ns, answer, times_ns))
-
-    def _follow_alone(self, request: TokenRequest, submitted_ns: int, answer: Any) -> Completion:
-        times_ns: list[int] = []
-        parts = None if isinstance(answer, str) else iter(answer)
-        while parts is not None:
-            try:
-                part = next(parts)
-            except StopIteration:
-                break
-            except ENGINE_FAILURES as error:
-                answer = _message_of(error)
-                break
-            self._note(part, times_ns)
+            now_ns = self.clock()
+            # A part may bring one new token, several, or none.
+            times_ns += [now_ns] * (len(part.outputs[0].token_ids) - len(times_ns))
         return self._complete(request, submitted_ns, answer, times_ns)
 
     def _submit(self, request: TokenRequest, *, streaming: bool) -> Any:
@@ -310,11 +300,6 @@ class Server:
             return self.engine.generate_async(inputs, parameters, streaming=streaming)
         except ENGINE_FAILURES as error:
             return _message_of(error)
-
-    def _note(self, part: Any, times_ns: list[int]) -> None:
-        """Add the current time for each token that is new in a part of an answer: one, several, or none."""
-        now_ns = self.clock()
-        times_ns += [now_ns] * (len(part.outputs[0].token_ids) - len(times_ns))
 
     def _complete(
         self, request: TokenRequest, submitted_ns: int, answer: Any, times_ns: list[int] | None

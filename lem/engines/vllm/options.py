@@ -126,12 +126,6 @@ def given_options(config: ExperimentConfig) -> dict[str, Any]:
     return given
 
 
-def extra_of(config: ExperimentConfig) -> dict[str, Any]:
-    """The extra arguments as JSON: a section freezes lists into tuples, which vLLM does not take."""
-    extra: dict[str, Any] = section_of(config, VllmConfig).to_dict()["extra"]
-    return extra
-
-
 def engine_arguments(config: ExperimentConfig, folders: Folders, engine_seed: int) -> dict[str, Any]:
     """Keywords of EngineArgs; only requests without a seed use the generator that `engine_seed` is for."""
     given = given_options(config)
@@ -148,7 +142,7 @@ def engine_arguments(config: ExperimentConfig, folders: Folders, engine_seed: in
     }
     if folders.tokenizer is not None:
         arguments["tokenizer"] = folders.tokenizer
-    return {**arguments, **common.engine_keywords(given, OPTIONS), **extra_of(config)}
+    return {**arguments, **common.engine_keywords(given, OPTIONS), **common.extra_of(config)}
 
 
 def sampling_settings(config: ExperimentConfig) -> dict[str, Any]:
@@ -244,7 +238,7 @@ def _ignored_options(config: ExperimentConfig, facts: EngineFacts) -> Iterator[t
 
 def _refused_extra(config: ExperimentConfig, facts: EngineFacts) -> Iterator[tuple[str, str]]:
     given = {OPTIONS[name][0].partition(".")[0]: name for name in given_options(config)}
-    for name in extra_of(config):
+    for name in common.extra_of(config):
         reason = common.reason_against(name, _REFUSED, facts.arguments, "unknown field of EngineArgs")
         if name.startswith(_DATA_PARALLEL):
             reason = "lem was not yet tested with several copies of the engine"
@@ -271,7 +265,7 @@ def refuse_differences(config: ExperimentConfig, vllm_config: Any, facts: Engine
     """Refuse the load if vLLM silently changed a value, see `refuse_changes`."""
     effective, requested = effective_options(config, vllm_config), given_options(config)
     pairs = {f"vllm.{name}": (value, effective[name]) for name, value in requested.items()}
-    for name, value in extra_of(config).items():
+    for name, value in common.extra_of(config).items():
         parts = (getattr(vllm_config, part, None) for part in _PARTS)
         found = [getattr(part, name) for part in parts if part is not None and hasattr(part, name)]
         if len(found) == 1 and isinstance(value, (bool, int, float, str)):

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from lem.base.errors import EngineError, OptionRefused
 from lem.base.units import KIB, NS_PER_S
@@ -28,28 +28,6 @@ from lem.engines.common import GOOD_ENDS, TAKE_LIMIT, EngineRaised, plain, short
 from lem.engines.protocol import Completion, OnProgress, RequestQueue, TokenRequest
 from lem.engines.vllm import options
 from lem.engines.vllm.options import EngineFacts
-
-
-class LLMEngine(Protocol):
-    """The part of vLLM's LLMEngine that is used."""
-
-    def add_request(self, request_id: str, prompt: Any, params: Any, *, lora_request: Any = None) -> Any:
-        """Submit a request."""
-
-    def step(self) -> list[Any]:
-        """The outputs since the last call; waits until the engine has made a step."""
-
-
-@dataclass(frozen=True)
-class RequestForms:
-    """Requests in the engine's own types."""
-
-    prompt: Callable[[Sequence[int], str | None], Any]  # equal prompts with different salts share no cache
-    parameters: Callable[[TokenRequest, bool], Any]  # with True, tokens are returned as they come, else at the end
-    longest: int  # the most tokens of prompt and output together
-    rejections: tuple[type[Exception], ...]  # what the engine raises for a request that it does not accept
-    failures: tuple[type[Exception], ...]  # what else its calls raise
-    adapter: Any = None  # the LoRA adapter of every request
 
 
 @dataclass
@@ -93,13 +71,18 @@ class _Stream:
 class StepLoop:
     """Runs requests through an engine. The thread that runs it is the only one that calls the engine.
 
-    `answers` is where an engine in a process of its own puts the result of each step, which `step` then takes. Requests
-    go to it as they arrive, while it computes; without such a queue they wait for the end of the step.
+    Requests go to an engine in a process of its own as they arrive, while it computes; otherwise they wait for the end
+    of the step.
     """
 
-    engine: LLMEngine
-    forms: RequestForms
-    answers: queue.Queue[Any] | None = None
+    engine: Any  # vLLM's LLMEngine; only `add_request` and `step` are used
+    prompt: Callable[[Sequence[int], str | None], Any]  # equal prompts with different salts share no cache
+    parameters: Callable[[TokenRequest, bool], Any]  # with True, tokens are returned as they come, else at the end
+    longest: int  # the most tokens of prompt and output together
+    rejections: tuple[type[Exception], ...]  # what the engine raises for a request that it does not accept
+    failures: tuple[type[Exception], ...]  # what else its calls raise
+    adapter: Any = None  # the LoRA adapter of every request
+    answers: queue.Queue[Any] | None = None  # where an engine in a process of its own puts what `step` takes
     is_salted: bool = False  # in traffic, a repeated prompt is not found in the prefix cache
     clock: Callable[[], int] = time.monotonic_ns
     _streams: dict[str, _Stream] = field(default_factory=dict, init=False)
@@ -150,25 +133,22 @@ class StepLoop:
 
     def _add(self, request: TokenRequest, *, is_observed: bool, salt: str | None = None) -> Completion | None:
         """Submit a request; its completion if it has failed already."""
-        forms, now_ns = self.forms, self.clock()
-        if len(request.token_ids) + request.max_output_tokens > forms.longest:
-            problem = (
-                f"{len(request.token_ids)} prompt tokens and {request.max_output_tokens} output tokens exceed "
-                f"vllm.max_model_len ({forms.longest})"
-            )
+        now_ns, prompt_tok, output_tok = self.clock(), len(request.token_ids), request.max_output_tokens
+        if prompt_tok + output_tok > self.longest:
+            wanted = f"{prompt_tok} prompt tokens and {output_tok} output tokens"
+            problem = f"{wanted} exceed vllm.max_model_len ({self.longest})"
             return Completion(request.index, (), now_ns, now_ns, error=problem)
         self._count += 1
         name = f"lem-{self._count}"
         try:
-            prompt = forms.prompt(request.token_ids, salt)
-            parameters = forms.parameters(request, is_observed)
-        except forms.rejections as error:
+            prompt, parameters = self.prompt(request.token_ids, salt), self.parameters(request, is_observed)
+        except self.rejections as error:
             return Completion(request.index, (), now_ns, self.clock(), error=shortened(error))
         try:
-            self.engine.add_request(name, prompt, parameters, lora_request=forms.adapter)
-        except forms.rejections as error:
+            self.engine.add_request(name, prompt, parameters, lora_request=self.adapter)
+        except self.rejections as error:
             return Completion(request.index, (), now_ns, self.clock(), error=shortened(error))
-        except forms.failures as error:
+        except self.failures as error:
             raise EngineRaised(error) from error
         self._streams[name] = _Stream(request, now_ns, is_observed)
         return None
@@ -176,7 +156,7 @@ class StepLoop:
     def _step(self) -> list[Completion]:
         try:
             outputs = self.engine.step()
-        except self.forms.failures as error:
+        except self.failures as error:
             raise EngineRaised(error) from error
         now_ns = self.clock()
         completions = []
@@ -334,7 +314,7 @@ def _options_behind(words: str, config: ExperimentConfig) -> str:
     """The options whose names are in the words of an error; else all options that were set."""
     usual = options.given_options(ExperimentConfig.from_dict({"model": config.model.name, "backend": "vllm"}))
     sampling = common.given_options(config.section, options.SAMPLING_OPTIONS)
-    extra = {f"extra.{name}": value for name, value in options.extra_of(config).items()}
+    extra = {f"extra.{name}": value for name, value in common.extra_of(config).items()}
     given = {**options.given_options(config), **sampling, **extra}
     changed = {name: plain(value) for name, value in given.items() if usual.get(name) != value}
     spaced = _spaced(words)

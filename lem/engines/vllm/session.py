@@ -34,12 +34,11 @@ from lem.base.variables import GPU_VARIABLE, TOKEN_VARIABLE
 from lem.config.backends import VllmConfig
 from lem.config.experiment import ExperimentConfig
 from lem.engines import common
-from lem.engines.checkpoints import Source, fetch_all, identify
+from lem.engines.checkpoints import fetch_all, identify
 from lem.engines.common import ENGINE_FAILURES, EngineRaised, section_of
 from lem.engines.protocol import EngineReport, TokenRequest
 from lem.engines.vllm import options, running
 from lem.engines.vllm.options import EngineFacts
-from lem.engines.vllm.running import RequestForms
 
 try:
     from vllm.inputs import tokens_input
@@ -103,12 +102,6 @@ class Session(common.ServedSession):
         self._checks_s = common.seconds_since(began_ns)
         self._compile_s = self._compilation_s()
 
-    def configure(self, config: ExperimentConfig) -> None:
-        common.check_same_engine(config, self._engine_key)
-        options.check(config, self._facts)
-        self._set_up(config)
-        self._compile_s = None  # compiled with the load, for an earlier experiment
-
     @property
     def report(self) -> EngineReport:
         device = self._facts.device
@@ -164,18 +157,55 @@ class Session(common.ServedSession):
             raise EngineError("vLLM could not empty its prefix cache, though it has no requests")
 
     def _set_up(self, config: ExperimentConfig) -> None:
-        self._config = config
         found, facts = self._engine.vllm_config, self._facts
+        options.check(config, facts)
+        self._config = config
+        self._compile_s = None  # compiled with the load, for an earlier experiment
         self._sampling = _check_sampling(config, facts)
         options.refuse_seeds(config, found, facts, can_rewind=_can_rewind(facts.device))
-        forms = _forms(config, int(found.model_config.max_model_len), self._adapter)
-        self._runner = running.StepLoop(self._engine, forms, answers=self._answers, is_salted=self._is_forgetful)
+        longest = int(found.model_config.max_model_len)
+        self._runner = self._make_runner(config, longest)
         if found.cache_config.enable_prefix_caching:
             # Even an experiment that measures the cache does not start with that of another one.
             self._engine.reset_prefix_cache()
-        if forms.longest < 2:
-            raise OptionRefused(f"vllm.max_model_len: {forms.longest} leaves no room for prompt and output")
-        self._try_out(forms.longest - 1)
+        if longest < 2:
+            raise OptionRefused(f"vllm.max_model_len: {longest} leaves no room for prompt and output")
+        self._try_out(longest - 1)
+
+    def _make_runner(self, config: ExperimentConfig, longest: int) -> running.StepLoop:
+        settings = options.sampling_settings(config)
+
+        def prompt(token_ids: Sequence[int], salt: str | None) -> Any:
+            if tokens_input is not None:
+                return tokens_input(list(token_ids), cache_salt=salt)
+            made = TokensPrompt(prompt_token_ids=list(token_ids))
+            if salt is not None:
+                made["cache_salt"] = salt
+            return made
+
+        def make(maximum: int, minimum: int, seed: int | None, is_observed: bool) -> SamplingParams:
+            kind = RequestOutputKind.DELTA if is_observed else RequestOutputKind.FINAL_ONLY
+            return SamplingParams(**settings, max_tokens=maximum, min_tokens=minimum, seed=seed, output_kind=kind)
+
+        make_shared = functools.cache(make)  # requests without a seed share them, since vLLM copies them
+
+        def parameters(request: TokenRequest, is_observed: bool) -> SamplingParams:
+            seed = options.seed_of(config, request.index)
+            shared_or_own = make_shared if seed is None else make
+            return shared_or_own(request.max_output_tokens, request.min_output_tokens, seed, is_observed)
+
+        adapter = None if self._adapter is None else LoRARequest("adapter", 1, str(self._adapter.folder))
+        return running.StepLoop(
+            self._engine,
+            prompt,
+            parameters,
+            longest,
+            rejections=REQUEST_ERRORS,
+            failures=ENGINE_ERRORS,
+            adapter=adapter,
+            answers=self._answers,
+            is_salted=self._is_forgetful,
+        )
 
     @property
     def _answers(self) -> queue.Queue[Any] | None:
@@ -244,33 +274,6 @@ def _make_engine(arguments: Mapping[str, Any]) -> LLMEngine:
         return LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
     except Exception as error:  # vLLM raises Exception itself if one of its workers has failed
         raise EngineRaised(error) from error
-
-
-def _forms(config: ExperimentConfig, longest: int, adapter: Source | None) -> RequestForms:
-    """Requests of this experiment in vLLM's types."""
-    settings = options.sampling_settings(config)
-
-    def prompt(token_ids: Sequence[int], salt: str | None) -> Any:
-        if tokens_input is not None:
-            return tokens_input(list(token_ids), cache_salt=salt)
-        made = TokensPrompt(prompt_token_ids=list(token_ids))
-        if salt is not None:
-            made["cache_salt"] = salt
-        return made
-
-    def make(maximum: int, minimum: int, seed: int | None, is_observed: bool) -> SamplingParams:
-        kind = RequestOutputKind.DELTA if is_observed else RequestOutputKind.FINAL_ONLY
-        return SamplingParams(**settings, max_tokens=maximum, min_tokens=minimum, seed=seed, output_kind=kind)
-
-    make_shared = functools.cache(make)  # requests without a seed share them, since vLLM copies them
-
-    def parameters(request: TokenRequest, is_observed: bool) -> SamplingParams:
-        seed = options.seed_of(config, request.index)
-        shared_or_own = make_shared if seed is None else make
-        return shared_or_own(request.max_output_tokens, request.min_output_tokens, seed, is_observed)
-
-    lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter.folder))
-    return RequestForms(prompt, parameters, longest, rejections=REQUEST_ERRORS, failures=ENGINE_ERRORS, adapter=lora)
 
 
 def _check_sampling(config: ExperimentConfig, facts: EngineFacts) -> dict[str, Any]:

@@ -77,10 +77,8 @@ def test_tokens_are_looked_up_in_the_prompt_without_an_assistant() -> None:
 
 
 def test_an_assistant_drafts_exactly_the_tokens_asked_for() -> None:
-    section = section_of(
-        experiment(pytorch={"assisted_generation": {"num_tokens": 5, "model": "small"}}), PyTorchConfig
-    )
-    assert assistant_settings(section) == {
+    config = experiment(pytorch={"assisted_generation": {"num_tokens": 5, "model": "small"}})
+    assert assistant_settings(config) == {
         "num_assistant_tokens": 5,
         "num_assistant_tokens_schedule": "constant",
         "assistant_confidence_threshold": 0.0,
@@ -93,9 +91,7 @@ def test_extra_arguments_go_to_whoever_reads_them() -> None:
     options = {"assisted_generation": {"model": "small"}, "extra": extra}
     assert settings(pytorch=options)["suppress_tokens"] == [5]
     assert "assistant_confidence_threshold" not in settings(pytorch=options)
-    assert assistant_settings(section_of(experiment(pytorch=options), PyTorchConfig)) == {
-        "assistant_confidence_threshold": 0.2
-    }
+    assert assistant_settings(experiment(pytorch=options)) == {"assistant_confidence_threshold": 0.2}
 
 
 def test_transformers_does_not_compile_beside_torch_compile() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import queue
 import subprocess
@@ -22,7 +21,6 @@ from lem.engines.common import EngineRaised
 from lem.engines.protocol import Completion, TokenRequest, say_nothing
 from lem.engines.vllm.options import EngineFacts
 from lem.engines.vllm.running import (
-    RequestForms,
     StepLoop,
     explain_load_failure,
     explain_request_failure,
@@ -40,16 +38,6 @@ class Rejected(Exception):
 class Parameters:
     maximum: int
     is_observed: bool
-
-
-FORMS = RequestForms(
-    prompt=lambda token_ids, salt: (tuple(token_ids), salt),
-    parameters=lambda request, is_observed: Parameters(request.max_output_tokens, is_observed),
-    longest=20,
-    rejections=(Rejected,),
-    failures=(RuntimeError,),
-    adapter="an adapter",
-)
 
 
 @dataclass
@@ -184,8 +172,18 @@ def request(index: int, first_id: int, length: int = 3, maximum: int = 4) -> Tok
     return TokenRequest(index, (first_id, *range(length - 1)), maximum)
 
 
-def loop(engine: Engine, *, is_salted: bool = False) -> StepLoop:
-    return StepLoop(engine, FORMS, answers=engine.answers, is_salted=is_salted, clock=engine.clock)
+def loop(engine: Engine, **changed: Any) -> StepLoop:
+    usual: dict[str, Any] = {
+        "prompt": lambda token_ids, salt: (tuple(token_ids), salt),
+        "parameters": lambda request, is_observed: Parameters(request.max_output_tokens, is_observed),
+        "longest": 20,
+        "rejections": (Rejected,),
+        "failures": (RuntimeError,),
+        "adapter": "an adapter",
+        "answers": engine.answers,
+        "clock": engine.clock,
+    }
+    return StepLoop(engine, **{**usual, **changed})
 
 
 def test_a_closed_set_runs_together_and_is_timed_by_the_engine() -> None:
@@ -395,8 +393,7 @@ def test_a_bug_in_making_a_request_is_not_the_engines() -> None:
     def parameters(request: TokenRequest, is_observed: bool) -> Any:
         raise TypeError("a bug of lem")
 
-    forms = dataclasses.replace(FORMS, parameters=parameters, failures=(TypeError,))
-    broken = StepLoop(Engine(), forms)
+    broken = loop(Engine(), parameters=parameters, failures=(TypeError,))
     with pytest.raises(TypeError, match="a bug of lem"):
         broken.run_closed([request(0, 10)], say_nothing)
 
