@@ -171,41 +171,19 @@ def test_the_option_takes_effect_or_is_refused(check: Callable[[Bench], None], b
     check(bench)
 
 
-def by_index(found: list[Completion]) -> dict[int, Completion]:
-    return {item.index: item for item in found}
-
-
 def test_requests_are_answered_alone_in_a_batch_and_in_traffic(bench: Bench) -> None:
     bench.load()
     requests = [TokenRequest(0, (10, 5), 4, 2), TokenRequest(1, (903,), 3), TokenRequest(2, (901,), 3)]
-
-    class Queue:
-        def __init__(self) -> None:
-            self.completions: list[Completion] = []
-            self._waiting = [tuple(requests[:1]), tuple(requests[1:]), ()]
-
-        def take(self, limit: int) -> tuple[TokenRequest, ...]:
-            return self._waiting.pop(0)
-
-        def complete(self, completion: Completion) -> None:
-            self.completions.append(completion)
-
-    queue = Queue()
-    bench.engine.serve(queue)
+    arrivals = Arrivals(requests[:1], requests[1:])
+    bench.engine.serve(arrivals)
     for found in (
-        by_index(bench.engine.generate(requests, observe_tokens=False)),
-        by_index(bench.engine.generate(requests, observe_tokens=True)),
-        by_index(queue.completions),
+        bench.engine.generate(requests, observe_tokens=False),
+        bench.engine.generate(requests, observe_tokens=True),
+        sorted(arrivals.completions, key=lambda item: item.index),
     ):
-        assert found[0].output_ids == (11, 12, 13, 14)
-        assert found[1].output_ids == (904, 905, 906)
+        assert [item.output_ids for item in found] == [(11, 12, 13, 14), (904, 905, 906), ()]
         assert found[2].error == "no memory for this request"
-        assert all(item.started_ns <= item.finished_ns for item in found.values())
-    assert [len(item.token_times_ns or ()) for item in sorted(queue.completions, key=lambda item: item.index)] == [
-        4,
-        3,
-        0,
-    ]
+        assert all(item.started_ns <= item.finished_ns for item in found)
 
 
 def test_a_request_asks_for_what_the_experiment_asks_for(bench: Bench) -> None:
@@ -242,19 +220,6 @@ def test_a_tokenizer_of_another_model_is_told(bench: Bench) -> None:
     assert (caught.value.kind, caught.value.is_permanent) == ("model", True)
 
 
-def test_a_silent_change_is_refused_and_the_engine_ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tensorrt_llm.llmapi import KvCacheConfig
-
-    init = KvCacheConfig.__init__
-
-    def keep_blocks(self: Any, **given: Any) -> None:
-        init(self, **{**given, "enable_block_reuse": True})
-
-    monkeypatch.setattr(KvCacheConfig, "__init__", keep_blocks)
-    assert "tensorrt.enable_kv_cache_reuse: False became True" in bench.refusal({})
-    assert bench.engines[-1].is_shut_down
-
-
 def test_another_experiment_is_set_up_without_a_reload(bench: Bench) -> None:
     bench.load()
     loads = len(bench.engines)
@@ -283,30 +248,34 @@ def test_unload_ends_the_engine_and_gives_the_environment_back(bench: Bench, mon
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-aaaa,GPU-bbbb"
 
 
-def test_a_gpu_that_is_not_there_is_told(bench: Bench) -> None:
-    with pytest.raises(EngineError, match="gpus: GPU-cccc not found") as caught:
-        load(bench.experiment(gpus=["GPU-aaaa", "GPU-cccc"]), {}, lambda: ("GPU-aaaa",))
+@pytest.mark.parametrize(
+    ("gpus", "found", "section", "reason"),
+    [
+        (["GPU-aaaa", "GPU-cccc"], ("GPU-aaaa",), {}, "gpus: GPU-cccc not found"),
+        (None, (), {}, "requires a GPU"),
+        (None, GPUS, {"tp_size": 2, "extra_runtime_args": {"context_parallel_size": 2}}, "needs 4 GPUs, but 2 are"),
+    ],
+)
+def test_gpus_that_are_not_there_are_an_error(bench: Bench, gpus: Any, found: Any, section: Any, reason: str) -> None:
+    with pytest.raises(EngineError, match=reason) as caught:
+        load(bench.experiment(section, gpus=gpus), {}, lambda: found)
     assert (caught.value.kind, caught.value.is_permanent) == ("option", True)
-    with pytest.raises(EngineError, match="requires a GPU"):
-        load(bench.experiment(), {}, tuple)
 
 
-def test_more_gpus_than_can_be_seen_are_refused_by_name(bench: Bench) -> None:
-    with pytest.raises(EngineError, match="needs 4 GPUs, but 2 are visible") as caught:
-        bench.load({"tp_size": 2, "extra_runtime_args": {"context_parallel_size": 2}})
-    assert (caught.value.kind, caught.value.is_permanent) == ("option", True)
+def test_a_copy_of_the_model_can_be_spread_over_all_gpus(bench: Bench) -> None:
     assert bench.load({"extra_runtime_args": {"context_parallel_size": 2}}).gpu_uuids == GPUS
 
 
-def test_what_is_left_to_the_engine_may_become_anything(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_change_is_refused_except_of_what_is_left_to_the_engine(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tensorrt_llm.llmapi import KvCacheConfig
 
     init = KvCacheConfig.__init__
-    monkeypatch.setattr(
-        KvCacheConfig, "__init__", lambda self, **given: init(self, **{**given, "dtype": "fp8"}), raising=True
-    )
+    monkeypatch.setattr(KvCacheConfig, "__init__", lambda self, **given: init(self, **{**given, "dtype": "fp8"}))
     assert bench.load({"kv_cache_type": "auto"}).effective["tensorrt"]["kv_cache_type"] == "fp8"
     assert "tensorrt.kv_cache_type: nvfp4 became fp8" in bench.refusal({"kv_cache_type": "nvfp4"})
+    assert bench.engines[-1].is_shut_down
 
 
 def test_too_little_memory_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,9 +329,6 @@ class Answer:
             pass
         return self
 
-    def __iter__(self) -> Iterator[Answer]:
-        return self._parts()
-
     async def __aiter__(self) -> AsyncIterator[Answer]:
         for part in self._parts():
             await asyncio.sleep(0)
@@ -398,6 +364,15 @@ def server(
     return Server(engine, parameters, longest_input=10, longest=16, clock=clock or Clock())
 
 
+def run(name: str, tried: Any, requests: list[TokenRequest]) -> list[Completion]:
+    """Has a server answer requests in one of its three ways."""
+    if name != "serve":
+        return list(getattr(tried, name)(requests, say_nothing))
+    arrivals = Arrivals(requests[:2], requests[2:])
+    tried.serve(arrivals)
+    return sorted(arrivals.completions, key=lambda item: item.index)
+
+
 def timing(scheduled_s: float, last_s: float) -> SimpleNamespace:
     return SimpleNamespace(
         first_scheduled_time=timedelta(seconds=scheduled_s), last_token_time=timedelta(seconds=last_s)
@@ -418,18 +393,17 @@ def test_a_closed_set_is_handed_over_at_once_as_ids() -> None:
 
 
 def test_in_a_closed_set_requests_are_timed_by_the_engine() -> None:
-    # Handed over at 101 s and 102 s; looked at from 103 s on.
-    engine = ScriptedEngine(at_1={"timing": timing(101.5, 102.5)}, at_2={"timing": timing(500.0, 501.0)})
-    first, second = server(engine).run_closed([request(0), request(1, 2)], say_nothing)
+    # Handed over at 101 s, 102 s and 103 s; looked at from 104 s on.
+    just_before = SimpleNamespace(
+        first_scheduled_time=timedelta(seconds=102, microseconds=999_999), last_token_time=None
+    )
+    engine = ScriptedEngine(
+        at_1={"timing": timing(101.5, 102.5)}, at_2={"timing": timing(500.0, 501.0)}, at_3={"timing": just_before}
+    )
+    first, second, third = server(engine).run_closed([request(0), request(1, 2), request(2, 3)], say_nothing)
     assert (first.started_ns, first.finished_ns) == (101.5 * S, 102.5 * S)
-    assert (second.started_ns, second.finished_ns) == (102 * S, 104 * S)  # of another clock: not used
-
-
-def test_times_that_were_cut_to_microseconds_are_not_before_the_request() -> None:
-    just_before = timedelta(seconds=100, microseconds=999_999)
-    engine = ScriptedEngine(at_1={"timing": SimpleNamespace(first_scheduled_time=just_before, last_token_time=None)})
-    (found,) = server(engine).run_closed([request(0)], say_nothing)
-    assert found.started_ns == 101 * S
+    assert (second.started_ns, second.finished_ns) == (102 * S, 105 * S)  # of another clock: not used
+    assert third.started_ns == 103 * S  # cut to microseconds, it seems to be before the request
 
 
 def test_alone_each_token_has_the_time_it_was_seen_at() -> None:
@@ -443,36 +417,27 @@ def test_alone_each_token_has_the_time_it_was_seen_at() -> None:
     assert {streaming for _inputs, _parameters, streaming in engine.handed} == {True}
 
 
-@pytest.mark.parametrize("name", ["run_closed", "run_alone"])
+@pytest.mark.parametrize("name", ["run_closed", "run_alone", "serve"])
 def test_a_request_that_fails_fails_alone(name: str) -> None:
     engine = ScriptedEngine(
         at_2={"refused": True}, at_3={"error": RuntimeError("on the way")}, at_4={"reason": "cancelled"}
     )
     requests = [request(0), request(1, 2), request(2, 3), request(3, 4), request(4, 5, length=11), request(5, 6, 9, 8)]
-    done: list[int] = []
-    found = getattr(server(engine), name)(requests, done.append)
-    assert done == [1, 2, 3, 4, 5, 6]
-    assert [item.error for item in found[:4]] == [
-        None,
-        "not this one",
-        "on the way",
-        "TensorRT-LLM ended the request with 'cancelled'",
-    ]
+    found = run(name, server(engine), requests)
+    cancelled = "TensorRT-LLM ended the request with 'cancelled'"
+    assert [item.error for item in found[:4]] == [None, "not this one", "on the way", cancelled]
     assert all("max_input_len 10, 16 in total" in str(item.error) for item in found[4:])
     assert len(engine.handed) == 4
+    times = found[0].token_times_ns
+    assert (times is None) == (name == "run_closed")
+    assert times is None or (len(times) == 3 and found[0].started_ns <= times[0] < times[1] < times[2])
 
 
-def test_traffic_is_streamed_and_timed() -> None:
-    engine = ScriptedEngine(at_2={"refused": True}, at_3={"error": RuntimeError("on the way")})
-    arrivals = Arrivals([request(0), request(1, 2)], [request(2, 3), request(3, 4)])
-    server(engine).serve(arrivals)
-    found = {item.index: item for item in arrivals.completions}
-    assert [found[index].error for index in range(4)] == [None, "not this one", "on the way", None]
-    times = found[3].token_times_ns
-    assert times is not None
-    assert len(times) == 3
-    assert list(times) == sorted(times)
-    assert found[3].started_ns <= times[0]
+def test_progress_is_told_after_each_request() -> None:
+    done: list[int] = []
+    server(ScriptedEngine()).run_alone([request(0), request(1)], done.append)
+    server(ScriptedEngine()).run_closed([request(0), request(1)], done.append)
+    assert done == [1, 2, 1, 2]
 
 
 def test_requests_join_while_others_run() -> None:
@@ -505,31 +470,28 @@ def test_requests_join_while_others_run() -> None:
     assert sorted(item.output_ids for item in arrivals.completions) == [(10, 11), (20, 21)]
 
 
-def test_a_queue_that_fails_fails_serving() -> None:
-    class Broken(Arrivals):
-        def take(self, limit: int) -> tuple[TokenRequest, ...]:
-            raise EngineError("the queue is broken")
-
-    with pytest.raises(EngineError, match="the queue is broken"):
-        server(ScriptedEngine()).serve(Broken())
+class Broken(Arrivals):
+    def take(self, limit: int) -> tuple[TokenRequest, ...]:
+        raise EngineError("the queue is broken")
 
 
-def test_a_queue_that_refuses_an_answer_fails_serving() -> None:
-    class Refusing(Arrivals):
-        def complete(self, completion: Completion) -> None:
-            super().complete(completion)
-            raise EngineError("it did not have this request")
+class Refusing(Arrivals):
+    def complete(self, completion: Completion) -> None:
+        super().complete(completion)
+        raise EngineError("it did not have this request")
 
-    with pytest.raises(EngineError, match="did not have"):
-        server(ScriptedEngine()).serve(Refusing([request(0)], [request(1)]))
+
+@pytest.mark.parametrize(("kind", "reason"), [(Broken, "is broken"), (Refusing, "did not have")])
+def test_a_queue_that_fails_or_refuses_an_answer_fails_serving(kind: type[Arrivals], reason: str) -> None:
+    with pytest.raises(EngineError, match=reason):
+        server(ScriptedEngine()).serve(kind([request(0)], [request(1)]))
 
 
 @pytest.mark.parametrize("name", ["run_closed", "run_alone", "serve"])
 def test_an_engine_that_fails_is_no_failure_of_a_request(name: str) -> None:
     engine = ScriptedEngine(at_2={"error": AssertionError("a check of its own")})
-    requests = [request(0), request(1, 2)]
     with pytest.raises(EngineRaised) as caught:
-        getattr(server(engine), name)(*([Arrivals(requests)] if name == "serve" else [requests, say_nothing]))
+        run(name, server(engine), [request(0), request(1, 2)])
     assert isinstance(caught.value.error, AssertionError)
 
 
@@ -545,17 +507,13 @@ class WhatLemRaises(TypeError):
     """A bug of lem that looks like something an engine raises."""
 
 
-@pytest.mark.parametrize("is_served", [False, True])
-def test_a_bug_in_timing_tokens_is_not_the_engines(is_served: bool) -> None:
-    class Broken(Clock):
+@pytest.mark.parametrize("name", ["run_alone", "serve"])
+def test_a_bug_in_timing_tokens_is_not_the_engines(name: str) -> None:
+    class Stuck(Clock):
         def __call__(self) -> int:
             if self.now_s > 101:
                 raise WhatLemRaises
             return super().__call__()
 
-    tried = server(ScriptedEngine(), Broken())
     with pytest.raises(WhatLemRaises):
-        if is_served:
-            tried.serve(Arrivals([request(0)]))
-        else:
-            tried.run_alone([request(0)], say_nothing)
+        run(name, server(ScriptedEngine(), Stuck()), [request(0)])
