@@ -64,10 +64,7 @@ def known(value: _Value | None, reason: Reason | str, /, **data: Any) -> Measure
 
 
 def parts_of_source(source: str) -> tuple[str, ...]:
-    """The fields of `Energy` that add up to the energy that counts when it comes from this meter.
-
-    The memory's part (`dram_energy_j`) is optional: not every machine has a counter for it.
-    """
+    """The fields of `Energy` that add up to the energy that counts; not every machine can read `dram_energy_j`."""
     return _PARTS.get(source, ())
 
 
@@ -369,12 +366,7 @@ class RecordError(ValueError):
 
 
 def encode_record(record: Record) -> dict[str, Any]:
-    """The record as JSON values, `schema_version` first.
-
-    Raises:
-        RecordError: a field is None without a reason, has a value and a reason, or has another type than declared
-            (NaN and infinity are not numbers here).
-    """
+    """The record as JSON; RecordError where it breaks the schema, as by a None without a reason, or NaN."""
     try:
         document = {"schema_version": SCHEMA_VERSION, **encode(record, "")}
     except DecodeError as error:
@@ -384,12 +376,7 @@ def encode_record(record: Record) -> dict[str, Any]:
 
 
 def decode_record(document: Any) -> Record:
-    """The record in a JSON document.
-
-    Raises:
-        RecordError: another schema version, a missing or unknown field, a null without a reason, or a value of the
-            wrong type.
-    """
+    """The record in a JSON document; RecordError where it breaks the schema, or has one of a newer lem."""
     if not isinstance(document, dict):
         raise RecordError("a record is a JSON object")
     if document.get("schema_version") not in (1, SCHEMA_VERSION):  # version 1 has sentences without their codes
@@ -403,22 +390,12 @@ def decode_record(document: Any) -> Record:
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Write `result.json`, whole or not at all.
-
-    Raises:
-        RecordError: as `encode_record`.
-        OSError: as `durable.write_bytes`.
-    """
+    """Write `result.json`, whole or not at all; raises as `encode_record` and `durable.write_bytes`."""
     durable.write_json(path, encode_record(record))
 
 
 def read_record(path: Path) -> Record:
-    """The record in a file.
-
-    Raises:
-        RecordError: the file is not a whole record.
-        OSError: the file cannot be read.
-    """
+    """The record in a file; RecordError where it is not a whole one, OSError where it cannot be read."""
     try:
         document = durable.read_json(path)
     except ValueError as error:

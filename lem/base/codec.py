@@ -44,10 +44,9 @@ class DecodeError(ValueError):
 
 
 def encode(value: Any, where: str) -> Any:
-    """`value` as JSON values: a dataclass as the object of its fields, a tuple as a list; `where` is its place, or ''.
+    """`value` as JSON values: a dataclass as an object, a tuple as a list. `where` is its place, or ''.
 
-    Raises:
-        DecodeError: it has no form in JSON; NaN and infinity have none.
+    Raises DecodeError for what has no form in JSON, as NaN and infinity.
     """
     if value is None or isinstance(value, (str, bool, int)):
         return value
@@ -65,11 +64,7 @@ def encode(value: Any, where: str) -> Any:
 
 
 def decode(kind: type[T], value: Any, where: str) -> T:
-    """`value` as a scalar or dataclass; an object has exactly the fields of its dataclass, each of its declared type.
-
-    Raises:
-        DecodeError: it is of another type, or a number that is not finite.
-    """
+    """`value` as a scalar, or a dataclass with exactly these fields; DecodeError for another type or NaN."""
     decoded: T = decode_hint(kind, value, where)
     return decoded
 
@@ -107,11 +102,7 @@ def _decode_fields(kind: Any, document: Mapping[str, Any], where: str) -> dict[s
 
 
 def decode_row(kind: type[T], values: Sequence[Any]) -> T:
-    """The dataclass with these values in the order of its fields; numbers are at most 2^64, in which any meter fits.
-
-    Raises:
-        DecodeError: too few or too many values, or one of another type or size.
-    """
+    """The dataclass of these values, in the order of its fields; DecodeError for a wrong number, type or size."""
     found, good = tuple(map(type, values)), _GOOD_ROWS.setdefault(kind, set())
     name = kind.__name__
     if found not in good:

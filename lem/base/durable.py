@@ -60,10 +60,7 @@ def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
 
 
 def utf8(text: str) -> bytes:
-    """The text in UTF-8, with lone surrogates escaped as in JSON and YAML, so that they read it back.
-
-    Python makes lone surrogates of the bytes of a file name that is not UTF-8.
-    """
+    """The text in UTF-8; the lone surrogates that Python makes of other bytes in file names are escaped as in JSON."""
     return text.encode("utf-8", "backslashreplace")
 
 
@@ -83,12 +80,7 @@ def json_text(document: Any) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The document in a JSON file.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not JSON in UTF-8, or nested deeper than the parser goes.
-    """
+    """The document in a JSON file; OSError if it cannot be read, ValueError if it is not JSON in UTF-8."""
     try:
         return json.loads(path.read_bytes().decode("utf-8"))
     except RecursionError as error:
@@ -109,11 +101,7 @@ def make_folder(folder: Path) -> None:
 
 
 def name_folder(folder: Path, target: Path) -> None:
-    """Rename a finished folder to `target` beside it; after a crash the target is complete or missing.
-
-    Raises:
-        OSError: the name is taken, or the disk refuses; the folder is as before.
-    """
+    """Rename a finished folder to `target` beside it, which is complete or missing after a crash; OSError if taken."""
     for parent, _, names in os.walk(folder):
         for name in names:
             _sync_file(Path(parent, name))

@@ -54,13 +54,9 @@ def run(
     cwd: Path | None = None,
     stdin: bytes = b"",
 ) -> Finished:
-    """Run a program to its end; a failing exit code is not an error here.
+    """Run a program to its end; a failing exit code is not an error here. Raises as `spawn`.
 
-    It runs in its own process group, which is killed with all its children at the timeout, or if an exception (a
-    signal's) interrupts the run.
-
-    Raises:
-        UserError: there is no such program, or it cannot be started.
+    Its process group is killed at the timeout, or if an exception (a signal's) interrupts the run.
     """
     starting = _Starting(lambda: spawn(argv, env=env, cwd=cwd))
     has_timed_out = False
@@ -143,12 +139,8 @@ def spawn(
 ) -> Child[bytes]:
     """Start a program in a session of its own: no Ctrl-C on the terminal reaches it, and its group ends as one.
 
-    Args:
-        env: its whole environment; None for a copy of this one's.
-        streams: its stdin, stdout and stderr; pipes are binary and unbuffered.
-
-    Raises:
-        UserError: there is no such program, or it cannot be started.
+    `env` is its whole environment, `streams` are its stdin, stdout and stderr; pipes are binary and unbuffered.
+    A UserError if there is no such program or it cannot be started.
     """
     _logger.info("$ %s", copyable(argv))
     try:

@@ -380,11 +380,7 @@ class Reason:
 
     @classmethod
     def of(cls, code: str, /, **data: Any) -> Reason:
-        """The reason.
-
-        Raises:
-            ValueError: no such code, or data that does not fit its sentence.
-        """
+        """The reason; ValueError for an unknown code, or data that does not fit its sentence."""
         if code not in TEXTS:
             raise ValueError(f"unknown code {code!r}")
         formats = formats_of(TEXTS[code])

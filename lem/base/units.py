@@ -29,11 +29,7 @@ LONGEST_S = 36_500 * 86_400.0
 
 
 def parse_duration(text: str) -> float:
-    """The seconds in `90s`, `30m`, `6h`, `2d` or a sequence of them (`1h30m`).
-
-    Raises:
-        ValueError: another text, zero, or a duration over `LONGEST_S`.
-    """
+    """The seconds in `90s`, `30m`, `6h`, `2d` or `1h30m`; ValueError for another text, zero, or over `LONGEST_S`."""
     stripped = text.strip().lower()
     if not _DURATION.fullmatch(stripped):
         raise ValueError(f"{text!r} is not a duration; write it like 90s, 30m, 6h, 2d or 1h30m")
@@ -46,11 +42,7 @@ def parse_duration(text: str) -> float:
 
 
 def parse_percentage(text: str) -> float:
-    """The fraction in `5%`: 0.05. The sign is required, since 0.05 could mean 5 % or 0.05 %.
-
-    Raises:
-        ValueError: another text, a negative number or infinity.
-    """
+    """The fraction in `5%`: 0.05. ValueError without the sign, since 0.05 could mean 5 % or 0.05 %."""
     match, remedy = _PERCENTAGE.fullmatch(text.strip()), ""
     if match is not None:
         number, exponent, sign = match.groups(default="")

@@ -345,11 +345,7 @@ PRESETS: Mapping[str, Preset] = {preset.name: preset for preset in _PRESETS}
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of that name.
-
-    Raises:
-        ConfigurationError: the preset is unknown.
-    """
+    """The preset of that name; ConfigurationError where there is none."""
     found = PRESETS.get(name)
     if found is None:
         near = did_you_mean(name, list(PRESETS))

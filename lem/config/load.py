@@ -194,11 +194,7 @@ def load_campaign_of_files(
 
 
 def complete_campaign(campaign: CampaignConfig, environ: Mapping[str, str] = os.environ) -> Loaded[CampaignConfig]:
-    """A campaign made in Python, with the experiment files it names relative to the working directory.
-
-    Raises:
-        FileProblems, ConfigurationError: as `load_campaign`.
-    """
+    """As `load_campaign`, of a campaign made in Python; it names files relative to the working directory."""
     source = Source(CampaignConfig).over(Layer("file", campaign.campaign_name, campaign.changed()))
     return _Loader((), None, environ).campaign(source)
 
@@ -218,11 +214,7 @@ def load_experiment(
 
 
 def kind_of(path: FilePath | str, environ: Mapping[str, str] = os.environ) -> str:
-    """`campaign` or `experiment`, by whether a file has options that only a campaign has.
-
-    Raises:
-        ConfigurationError: a file that cannot be read, or is not YAML.
-    """
+    """`campaign` for a file with options that only a campaign has, else `experiment`; raises as `load_campaign`."""
     source, _ = _Loader((), None, environ).read(FilePath(path), ExperimentConfig)
     return "campaign" if _CAMPAIGN_ONLY & set(source.mapping) else "experiment"
 

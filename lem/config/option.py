@@ -80,11 +80,7 @@ class Section:
 
     @classmethod
     def from_dict(cls: type[S], mapping: Mapping[str, Any]) -> S:
-        """The section in a mapping of plain values.
-
-        Raises:
-            ConfigProblems: everything that is wrong with it.
-        """
+        """The section in a mapping of plain values; ConfigProblems with everything that is wrong with it."""
         sink = Sink()
         section: S = cls.read(mapping, (), sink)
         sink.raise_if_any()

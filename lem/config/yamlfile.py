@@ -178,13 +178,9 @@ def resolve_plain(text: str) -> Any:
 
 
 def expand(text: str, environ: Mapping[str, str], *, is_plain: bool) -> str:
-    """The text with `${VAR}` and `${VAR:-default}` replaced; `$${` stands for `${` itself.
+    """The text with `${VAR}` and `${VAR:-default}` replaced, and `$${` by `${`; values are not expanded again.
 
-    As in a shell, the default applies when the variable is unset or empty. The value of a variable is not expanded
-    again.
-
-    Raises:
-        ExpansionError: a variable that is not set and has no default, or a `${` that does not end.
+    As in a shell, the default applies when the variable is unset or empty. An ExpansionError says what is missing.
     """
     if "${" not in text:
         return text
@@ -207,12 +203,7 @@ def expand(text: str, environ: Mapping[str, str], *, is_plain: bool) -> str:
 
 
 def read_document(path: FilePath, environ: Mapping[str, str]) -> Document:
-    """A file as plain data with positions.
-
-    Raises:
-        ConfigurationError: it cannot be read, or is not text.
-        FileProblems: it is not YAML.
-    """
+    """A file as plain data; ConfigurationError if it cannot be read, FileProblems if it is not YAML."""
     try:
         with path.open("rb") as stream:
             data = stream.read(MAX_FILE_B + 1)
@@ -239,11 +230,7 @@ def read_document(path: FilePath, environ: Mapping[str, str]) -> Document:
 
 
 def parse_value(text: str, environ: Mapping[str, str], label: str) -> Any:
-    """A value as it would be in a file.
-
-    Raises:
-        ConfigurationError: it is not one; `label` names it.
-    """
+    """A value as it would be in a file; a ConfigurationError names it by `label`."""
     try:
         document = _read_text(text, label, FilePath(), environ)
         if document.problems:
