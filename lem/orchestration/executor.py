@@ -66,33 +66,33 @@ class ContainerWorker(Worker):
         return self._settle(adapted, super().run(adapted, on_event, timeouts, stop))
 
     def _open(self, stop: StopRequest | None, timeout_s: float) -> WorkerConnection:
-        manager, service = self._executor.manager, self._service
+        executor, service = self._executor, self._service
         if self.is_stale:
-            manager.recreate(service)
-            manager.await_answer(service)
+            executor.recreate(service)
+            executor.await_answer(service)
             self.is_stale = False
-        state = manager.state(service)
+        state = executor.state(service)
         if state is None or not state.is_running or self.has_lost_gpu:
-            self._executor.recover(service)
+            executor.recover(service)
             self.has_lost_gpu = False
         try:
             connection = super()._open(stop, timeout_s)
         except WorkerUnavailable:
             # The container runs, but no worker starts in it: recover it once.
-            self._executor.recover(service)
+            executor.recover(service)
             connection = super()._open(stop, timeout_s)
-        self.environment = {**self.environment, "image": manager.compose.images.get(service)}
+        self.environment = {**self.environment, "image": executor.compose.images.get(service)}
         return connection
 
     def adapt(self, request: RunRequest) -> RunRequest:
         """The request as it is valid inside: GPUs have other numbers there, so they are named by UUID."""
-        manager, uuids = self._executor.manager, self._executor.gpu_uuids
-        has_gpu = manager.has_gpu(self._service)
+        executor, uuids = self._executor, self._executor.gpu_uuids
+        has_gpu = executor.has_gpu(self._service)
         config = dict(request.config)
         if uuids and has_gpu:
             named = ("0",) if config.get("gpus") is None else config["gpus"]
             config["gpus"] = [uuids.get(str(name), str(name)) for name in named]
-        adapted = dataclasses.replace(request, config=config, image=manager.compose.images.get(self._service))
+        adapted = dataclasses.replace(request, config=config, image=executor.compose.images.get(self._service))
         if request.is_worker_sampling and not has_gpu:
             # A container without a GPU has nothing to sample that this host does not have.
             return dataclasses.replace(adapted, is_worker_sampling=False, samples_path=None)
@@ -102,8 +102,8 @@ class ContainerWorker(Worker):
         """The outcome with what happened to the container; a result is invalid if it lost its GPU meanwhile."""
         if outcome.error is not None and outcome.error.kind == "died":
             outcome = dataclasses.replace(outcome, error=self._explain_death(outcome.error, outcome.phase))
-        has_gpu = self._executor.manager.has_gpu(self._service)
-        reading = self._executor.read_gpus(self._service) if has_gpu else None
+        has_gpu = self._executor.has_gpu(self._service)
+        reading = self._executor.try_to_read_gpus(self._service) if has_gpu else None
         lost = None if reading is None else gpu_loss(reading)
         if lost is None:
             return outcome
@@ -116,16 +116,16 @@ class ContainerWorker(Worker):
         return outcome
 
     def _explain_death(self, error: EngineError, phase: str | None) -> EngineError:
-        manager, until_s = self._executor.manager, time.time() + _EVENT_DELAY_S
-        state = manager.state(self._service)
-        if state is not None and manager.compose.was_out_of_memory(state.container_id, self._begun_s, until_s):
+        executor, until_s = self._executor, time.time() + _EVENT_DELAY_S
+        state = executor.state(self._service)
+        if state is not None and executor.compose.was_out_of_memory(state.container_id, self._begun_s, until_s):
             return EngineError(
                 f"{error.message}; the container ran out of memory",
                 "raise its limit (LEM_MEMORY_LIMIT, mem_limit in the compose file), or let the engine use less",
                 kind="out_of_memory",
                 is_permanent=phase in LOADING_PHASES,
             )
-        state = manager.state(self._service)
+        state = executor.state(self._service)
         if state is not None and state.is_running:
             return error
         return EngineError(
@@ -135,65 +135,90 @@ class ContainerWorker(Worker):
         )
 
 
-@dataclass
-class DockerExecutor:
-    """Workers in the containers of one compose project, each backend in the service of its name."""
+class DockerExecutor(ContainerManager):
+    """Workers in the containers of one compose project, each backend in the service of its name.
 
-    project: ComposeProject
-    backends: tuple[str, ...]  # all that will be needed
-    campaign_name: str
-    health: CampaignHealthCheckConfig = field(default_factory=CampaignHealthCheckConfig)
-    gpu_uuids: Mapping[str, str] = field(default_factory=dict)  # by the number of a GPU on this host
-    is_recreating: bool = False  # replace a container before it is used again after `stop`
-    free_timeout_s: float = 30.0  # for the GPU to become free after its engine has ended
-    name: str = field(default="docker", init=False)
-    _manager: ContainerManager | None = field(default=None, init=False)
-    _workers: dict[str, ContainerWorker] = field(default_factory=dict, init=False)
-    _held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False)  # lock and containers
+    The first worker starts the containers of all backends.
+    """
 
-    @property
-    def manager(self) -> ContainerManager:
-        """The containers; the first access starts them all.
+    name = "docker"
+
+    def __init__(
+        self,
+        project: ComposeProject,
+        backends: Sequence[str],  # all that will be needed
+        campaign: CampaignConfig,
+        gpu_uuids: Mapping[str, str],  # by the number of a GPU on this host
+        free_timeout_s: float = 30.0,  # for the GPU to become free after its engine has ended
+    ) -> None:
+        super().__init__(project=project)
+        self.backends = backends
+        self.gpu_uuids = gpu_uuids
+        self._campaign = campaign
+        self._free_timeout_s = free_timeout_s
+        self._made: dict[str, ContainerWorker] = {}
+        self._held: contextlib.ExitStack | None = None  # lock and containers, once they are started
+
+    def worker_for(self, backend: str) -> ContainerWorker:
+        """The worker that runs this backend's experiments, always the same one.
 
         ContainerError if something is missing or does not start, LockedError if another campaign uses the project.
         """
-        if self._manager is None:
-            self._manager = self._start()
-        return self._manager
+        if self._held is None:
+            self._held = self._start()
+        if backend not in self._made:
+            self._made[backend] = self.worker_in(backend, functools.partial(ContainerWorker, self, backend))
+        return self._made[backend]
 
-    def worker_for(self, backend: str) -> ContainerWorker:
-        if backend not in self._workers:
-            make = functools.partial(ContainerWorker, self, backend)
-            self._workers[backend] = self.manager.worker_in(backend, make)
-        return self._workers[backend]
+    def _start(self) -> contextlib.ExitStack:
+        with contextlib.ExitStack() as held:
+            held.enter_context(self._locked())
+            self.prepare(self.backends)  # whatever is missing is reported before there is anything to take down
+            try:  # recreated, since a container that an earlier run left may be in any state
+                self.start_services(self.backends, recreate=True)
+            except BaseException:
+                with contextlib.suppress(Interrupted):  # a second signal does not replace the error
+                    self.teardown(TEARDOWN_S)
+                raise
+            held.callback(self.teardown, TEARDOWN_S)
+            return held.pop_all()
+
+    def _locked(self) -> contextlib.AbstractContextManager[object]:
+        path = default_gpu_lock_folder(self.project.environ) / f"compose-{self.project.name}.lock"
+        holder = Holder(os.getpid(), socket.gethostname(), self._campaign.campaign_name, utc_text(utc_now()))
+        return hold_locks([LockTarget(path, f"compose project {self.project.name}")], holder)
 
     def stop(self) -> None:
         """End every worker with its engine; the containers stay."""
-        for worker in self._workers.values():
+        for worker in self._made.values():
             worker.stop()
-            worker.is_stale = self.is_recreating
+            worker.is_stale = self._campaign.cold_start.restart_container
 
     def kill(self) -> None:
-        for worker in self._workers.values():
+        for worker in self._made.values():
             worker.kill()
 
     def close(self) -> None:
-        self._manager = None
-        self._workers.clear()
-        self._held.close()
+        held, self._held = self._held, None
+        for known in (self._made, self._workers, self.restarts):
+            known.clear()
+        if held is not None:
+            held.close()
+            self._compose = None
 
     def clear(self) -> None:
         """Remove the containers of the project, unless another campaign uses it."""
         with contextlib.suppress(LockedError), self._locked():
-            ContainerManager(project=self.project).teardown(TEARDOWN_S)
+            self.teardown(TEARDOWN_S)
 
     def look_after(self, tell: Callable[[str], None]) -> None:
         """Recover every container that is not healthy, or raise an error; never call it while one measures."""
-        for service, worker in self._workers.items():
-            status = self.manager.check_health(service, self.health.gpu_memory_threshold_pct)
+        health = self._campaign.health_check
+        for service, worker in self._made.items():
+            status = self.check_health(service, health.gpu_memory_threshold_pct)
             if status.healthy:
                 continue
-            if not self.health.restart_on_failure:
+            if not health.restart_on_failure:
                 tell(f"{service} is unhealthy, and restart_on_failure is off: {status.reason}")
                 continue
             tell(f"{service} is unhealthy and will be restarted: {status.reason}")
@@ -202,15 +227,14 @@ class DockerExecutor:
             worker.has_lost_gpu = False
             tell(f"{service} is healthy again")
 
-    # For `ContainerWorker`
-
     def recover(self, service: str) -> None:
         """Restart the container of a service until it is healthy; an error if restarts run out or are off."""
-        limit = self.health.max_restarts if self.health.restart_on_failure else 0
-        status = self.manager.check_and_recover(service, self.health.gpu_memory_threshold_pct, limit)
+        health = self._campaign.health_check
+        limit = health.max_restarts if health.restart_on_failure else 0
+        status = self.check_and_recover(service, health.gpu_memory_threshold_pct, limit)
         if status.healthy:
             return
-        used = self.manager.restarts[service]
+        used = self.restarts[service]
         tried = f"is still unhealthy after {used} restart{'s' if used > 1 else ''}"
         raise InfrastructureError(
             f"the container of {service} {tried if used else 'is unhealthy and may not be restarted'}: {status.reason}",
@@ -219,56 +243,36 @@ class DockerExecutor:
 
     def make_way(self, service: str, stop: StopRequest | None) -> None:
         """Unload the engines of the other workers until none is on the GPU of a service; an error if one stays."""
-        others = [name for name, worker in self._workers.items() if name != service and worker.is_open]
+        others = [name for name, worker in self._made.items() if name != service and worker.is_open]
         for name in others:
-            self._workers[name].unload(stop)
-        if not others or not self.manager.has_gpu(service) or self._becomes_free(service, others, stop):
+            self._made[name].unload(stop)
+        if not others or not self.has_gpu(service) or self._becomes_free(service, others, stop):
             return
         for name in others:
-            self._workers[name].stop()
-            self.manager.recreate(name)
+            self._made[name].stop()
+            self.recreate(name)
         if not self._becomes_free(service, others, stop):
             raise InfrastructureError(
                 f"the GPU of {service} is still in use by the containers of {', '.join(others)} after a restart",
                 "if a process hangs in the driver, reset the GPU or reboot",
             )
 
-    def read_gpus(self, service: str) -> GpuReading | None:
+    def try_to_read_gpus(self, service: str) -> GpuReading | None:
         """None if the container does not answer; it is recovered when its worker is opened."""
         try:
-            return self.manager.read_gpus(service)
+            return self.read_gpus(service)
         except ContainerError as error:
             _logger.warning("%s: %s", service, error.message)
             return None
 
-    def _start(self) -> ContainerManager:
-        manager = ContainerManager(project=self.project)
-        with contextlib.ExitStack() as held:
-            held.enter_context(self._locked())
-            manager.prepare(self.backends)  # whatever is missing is reported before there is anything to take down
-            try:  # recreated, since a container that an earlier run left may be in any state
-                manager.start_services(self.backends, recreate=True)
-            except BaseException:
-                with contextlib.suppress(Interrupted):  # a second signal does not replace the error
-                    manager.teardown(TEARDOWN_S)
-                raise
-            held.callback(manager.teardown, TEARDOWN_S)
-            self._held = held.pop_all()
-        return manager
-
-    def _locked(self) -> contextlib.AbstractContextManager[object]:
-        path = default_gpu_lock_folder(self.project.environ) / f"compose-{self.project.name}.lock"
-        holder = Holder(os.getpid(), socket.gethostname(), self.campaign_name, utc_text(utc_now()))
-        return hold_locks([LockTarget(path, f"compose project {self.project.name}")], holder)
-
     def _becomes_free(self, service: str, others: Sequence[str], stop: StopRequest | None) -> bool:
         """Whether, within a while, no process of the other containers is left on the GPUs of a service."""
-        deadline = time.monotonic() + self.free_timeout_s
+        deadline = time.monotonic() + self._free_timeout_s
         while True:
             if stop is not None and stop.signum is not None:
                 raise Interrupted(stop.signum)
-            pids = frozenset().union(*(self.manager.pids(name) for name in others))
-            reading = self.read_gpus(service)
+            pids = frozenset().union(*(self.pids(name) for name in others))
+            reading = self.try_to_read_gpus(service)
             if reading is None or pids.isdisjoint(item.pid for gpu in reading.gpus for item in gpu.processes):
                 return True
             if time.monotonic() >= deadline:
@@ -393,18 +397,12 @@ def docker_executor(
     uuids = {str(number): gpu.uuid for number, gpu in enumerate(visible)}
     configs = {name: [item.config for item in plan.configurations if item.backend == name] for name in backends}
     gpus_of = {name: _gpus_named([item.gpus for item in items], visible) for name, items in configs.items()}
-    return DockerExecutor(
-        dataclasses.replace(
-            _project(campaign, folder, environ),
-            mounts_of={name: local_mounts(items) for name, items in configs.items()},
-            gpus_of={name: uuids for name, uuids in gpus_of.items() if uuids is not None},
-        ),
-        backends,
-        campaign.campaign_name,
-        health=campaign.health_check,
-        gpu_uuids=uuids,
-        is_recreating=campaign.cold_start.restart_container,
+    project = dataclasses.replace(
+        _project(campaign, folder, environ),
+        mounts_of={name: local_mounts(items) for name, items in configs.items()},
+        gpus_of={name: uuids for name, uuids in gpus_of.items() if uuids is not None},
     )
+    return DockerExecutor(project, backends, campaign, uuids)
 
 
 def _project(campaign: CampaignConfig, folder: Path, environ: Mapping[str, str]) -> ComposeProject:

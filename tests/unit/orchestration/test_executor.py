@@ -50,7 +50,7 @@ class Place:
         (self.root / "docker-compose.yml").write_text("services: {}\n")
         self.executors: list[DockerExecutor] = []
 
-    def executor(self, *backends: str, **more: Any) -> DockerExecutor:
+    def executor(self, *backends: str, free_timeout_s: float = 30.0, **sections: Any) -> DockerExecutor:
         cache = {"LEM_CACHE_DIR": str(self.root / "cache"), "LEM_LOCK_DIR": str(self.root / "locks")}
         environ = {**self.rig.environ(), **self.fake.environ(**cache)}
         environ |= {key: value for key, value in self.rig.environ().items() if key.startswith("LEMTEST")}
@@ -62,7 +62,8 @@ class Place:
             results_dir=self.root / "results",
             environ=environ,
         )
-        self.executors.append(DockerExecutor(project, backends or ("pytorch",), "demo", **more))
+        backends, uuids = backends or ("pytorch",), {"0": UUID}
+        self.executors.append(DockerExecutor(project, backends, campaign(**sections), uuids, free_timeout_s))
         return self.executors[-1]
 
     def run(self, executor: DockerExecutor, name: str = "one", backend: str = "pytorch") -> Outcome:
@@ -156,14 +157,14 @@ def test_gpus_are_named_by_uuid_inside(
     place: Place, service: dict[str, Any], gpus: list[str] | None, seen: list[str] | None
 ) -> None:
     place.fake.change(services={"pytorch": service}, gpus={"pytorch": reading()})
-    worker = place.executor(gpu_uuids={"0": UUID}).worker_for("pytorch")
+    worker = place.executor().worker_for("pytorch")
     assert worker.adapt(place.rig.request("one", backend="pytorch", gpus=gpus)).config["gpus"] == seen
 
 
 def test_a_result_is_invalid_if_the_gpu_was_lost_meanwhile(place: Place) -> None:
     place.fake.change(services={"pytorch": WITH_GPU}, gpus={"pytorch": reading()})
     place.rig.rules = [place.change_in_window(gpus={"pytorch": reading(error="Unknown Error")})]
-    executor = place.executor(health=CampaignHealthCheckConfig(max_restarts=1))
+    executor = place.executor(health_check=CampaignHealthCheckConfig(max_restarts=1))
     assert place.run(executor).error is None
     validity = place.record().validity
     assert not validity.valid
@@ -217,7 +218,7 @@ def test_a_container_that_ended_between_two_experiments_is_restarted(place: Plac
 
 @pytest.mark.parametrize("options", [{"max_restarts": 0}, {"restart_on_failure": False}])
 def test_a_container_that_may_not_be_restarted_stops_the_campaign(place: Place, options: dict[str, Any]) -> None:
-    worker = place.executor(health=CampaignHealthCheckConfig(**options)).worker_for("pytorch")
+    worker = place.executor(health_check=CampaignHealthCheckConfig(**options)).worker_for("pytorch")
     place.fake.change(containers=ENDED)
     with pytest.raises(InfrastructureError, match=r"may not be restarted: .*exited with code 137") as caught:
         worker.open()
@@ -226,7 +227,7 @@ def test_a_container_that_may_not_be_restarted_stops_the_campaign(place: Place, 
 
 
 def test_containers_are_replaced_before_their_next_use_if_asked_for(place: Place) -> None:
-    executor = place.executor(is_recreating=True)
+    executor = place.executor(cold_start=CampaignColdStartConfig(restart_container=True))
     executor.worker_for("pytorch").open()
     executor.stop()
     before = len(place.fake.compose_calls("up"))
@@ -237,7 +238,7 @@ def test_containers_are_replaced_before_their_next_use_if_asked_for(place: Place
 
 
 def test_health_is_checked_and_recovered(place: Place) -> None:
-    executor, told = place.executor(health=CampaignHealthCheckConfig(max_restarts=1)), list[str]()
+    executor, told = place.executor(health_check=CampaignHealthCheckConfig(max_restarts=1)), list[str]()
     executor.worker_for("pytorch").open()
     executor.look_after(told.append)
     assert told == []
@@ -253,7 +254,7 @@ def test_health_is_checked_and_recovered(place: Place) -> None:
 
 
 def test_health_that_is_only_logged_restarts_nothing(place: Place) -> None:
-    executor, told = place.executor(health=CampaignHealthCheckConfig(restart_on_failure=False)), list[str]()
+    executor, told = place.executor(health_check=CampaignHealthCheckConfig(restart_on_failure=False)), list[str]()
     executor.worker_for("pytorch")
     place.fake.change(silent=["pytorch"])
     executor.look_after(told.append)
@@ -326,7 +327,6 @@ def test_options_for_containers_choose_containers(fake: FakeDocker, options: dic
     (fake.folder / "docker-compose.yml").write_text("services: {}\n")
     executor = choose(fake, campaign("pytorch", **options)).make()
     assert isinstance(executor, DockerExecutor)
-    assert executor.is_recreating is ("cold_start" in options)
 
 
 @pytest.mark.parametrize("state", [{"daemon": "down"}, {"compose": None}])
