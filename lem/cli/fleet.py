@@ -18,7 +18,7 @@ from lem.base.units import format_duration, parse_percentage, plural, some_of
 from lem.cli.selection import add_json, add_repeated, checked, list_problems, problem_documents
 from lem.config.campaign_config import CampaignConfig
 from lem.orchestration.bundle import Contents, Signer, make_bundle, verify_bundle
-from lem.orchestration.fleet import check_same, costs_of, make_fleet_plan, parse_shard, part_of_plan, replan, take_part
+from lem.orchestration.fleet import check_same, costs_of, make_fleet_plan, parse_shard, part_of_plan, replan
 from lem.orchestration.grid import make_run_id
 from lem.orchestration.plan import Plan
 from lem.results.merge import (
@@ -100,10 +100,9 @@ def own_part(args: argparse.Namespace, plan: Plan) -> tuple[Plan, FleetPart]:
     if args.plan is not None and args.shard is None:
         raise UserError("--plan requires --shard I/N", "the first of two hosts is --shard 1/2")
     index, count = parse_shard(args.shard)
-    if args.plan is None:
-        return part_of_plan(plan, index, count), FleetPart()
-    stored = read_plan(args.plan)
-    return take_part(plan, stored, index, count), FleetPart(stored.run_id, stored.part(index).name)
+    stored = None if args.plan is None else read_plan(args.plan)
+    part = part_of_plan(plan, index, count, stored)
+    return part, FleetPart() if stored is None else FleetPart(stored.run_id, stored.part(index).name)
 
 
 _SHOWN = 10

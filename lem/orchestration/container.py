@@ -55,16 +55,11 @@ _LOST = frozenset({"Unknown Error", "Not Found", "Insufficient Permissions"})
 
 @dataclass(frozen=True)
 class ContainerHealthStatus:
-    """The health of a service.
-
-    Attributes:
-        reason: why, also if it is healthy.
-        gpu_memory_used_gb, gpu_memory_total_gb: over its GPUs, in 10⁹ bytes; None without a GPU or an answer.
-    """
+    """The health of a service; memory is that of all its GPUs in 10⁹ bytes, None without a GPU or an answer."""
 
     service: str
     healthy: bool
-    reason: str
+    reason: str  # also if it is healthy
     gpu_memory_used_gb: float | None = None
     gpu_memory_total_gb: float | None = None
 

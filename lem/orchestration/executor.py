@@ -10,9 +10,8 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lem.base.clock import utc_now, utc_text
 from lem.base.errors import EngineError, InfrastructureError, Interrupted, LockedError, UserError
@@ -291,13 +290,12 @@ def _mark_invalid(path: Path, reason: Reason) -> None:
         _logger.warning("%s cannot be marked as invalid (%s): %s", path, reason, error)
 
 
-@dataclass(frozen=True)
-class ExecutorChoice:
+class ExecutorChoice(NamedTuple):
     """The chosen executor, which is made when it is needed."""
 
     name: str  # docker, local
-    make: Callable[[], Executor] = field(repr=False)
-    describe: Callable[[], str] = field(repr=False)  # where, and why; may call docker
+    make: Callable[[], Executor]
+    describe: Callable[[], str]  # where, and why; may call docker
 
 
 EXECUTORS = ("auto", "docker", "local")
@@ -334,12 +332,11 @@ def choose_executor(
     if is_local:
         executor = LocalExecutor(python)
         return ExecutorChoice("local", lambda: executor, lambda: f"local, {executor.python} ({reason})")
-    folder = folder or Path.cwd()
-    project = _project(campaign, folder, environ)
+    project = campaign_project(campaign, folder or Path.cwd(), environ)
     place = f"services {', '.join(backends)} of {describe_files(project.files)}"
     return ExecutorChoice(
         "docker",
-        lambda: docker_executor(campaign, plan, folder=folder, environ=environ),
+        lambda: docker_executor(campaign, plan, project),
         lambda: f"docker, {place}, {_images(project, backends)} ({reason})",
     )
 
@@ -383,29 +380,25 @@ def _images(project: ComposeProject, backends: Sequence[str]) -> str:
 
 
 def docker_executor(
-    campaign: CampaignConfig,
-    plan: Plan,
-    *,
-    folder: Path,
-    environ: Mapping[str, str] = os.environ,
-    gpus: Sequence[GpuFacts] | None = None,
+    campaign: CampaignConfig, plan: Plan, project: ComposeProject, gpus: Sequence[GpuFacts] | None = None
 ) -> DockerExecutor:
     """The containers of a campaign, none of them started; `gpus` are those of this host, None asks NVML."""
     backends = _backends(plan)
     # A number has the same meaning as for a local engine.
-    visible = visible_gpus(find_gpus() if gpus is None else gpus, environ)
+    visible = visible_gpus(find_gpus() if gpus is None else gpus, project.environ)
     uuids = {str(number): gpu.uuid for number, gpu in enumerate(visible)}
     configs = {name: [item.config for item in plan.configurations if item.backend == name] for name in backends}
     gpus_of = {name: _gpus_named([item.gpus for item in items], visible) for name, items in configs.items()}
     project = dataclasses.replace(
-        _project(campaign, folder, environ),
+        project,
         mounts_of={name: local_mounts(items) for name, items in configs.items()},
         gpus_of={name: uuids for name, uuids in gpus_of.items() if uuids is not None},
     )
     return DockerExecutor(project, backends, campaign, uuids)
 
 
-def _project(campaign: CampaignConfig, folder: Path, environ: Mapping[str, str]) -> ComposeProject:
+def campaign_project(campaign: CampaignConfig, folder: Path, environ: Mapping[str, str]) -> ComposeProject:
+    """The compose project of a campaign; `folder` is where relative paths start."""
     io = campaign.io
     return ComposeProject(
         # Not the slug alone: the user may have a project of that name, which would be taken down with ours.

@@ -139,18 +139,16 @@ def replan(
     )
 
 
-def part_of_plan(plan: Plan, index: int, count: int) -> Plan:
-    """The part of a plan without a stored one: every host that has the campaign file divides it the same way."""
-    part = divide(costs_of(plan.configurations, {}), count)[1][index - 1]
-    return dataclasses.replace(plan, experiments=tuple(item for item in plan.experiments if item.config_hash in part))
-
-
-def take_part(plan: Plan, fleet_plan: FleetPlan, index: int, count: int) -> Plan:
-    """The part of a plan that a stored one gives to the host of an index, from 1."""
-    check_same(plan, fleet_plan)
-    if count != len(fleet_plan.hosts):
-        raise UserError(f"the stored plan is for {len(fleet_plan.hosts)} hosts, not for {count}")
-    chosen = set(fleet_plan.part(index).exp_ids)
+def part_of_plan(plan: Plan, index: int, count: int, stored: FleetPlan | None = None) -> Plan:
+    """The part of the host with an index from 1; without a stored plan every host divides the campaign the same way."""
+    if stored is None:
+        part = divide(costs_of(plan.configurations, {}), count)[1][index - 1]
+        chosen = {item.exp_id for item in plan.experiments if item.config_hash in part}
+    else:
+        check_same(plan, stored)
+        if count != len(stored.hosts):
+            raise UserError(f"the stored plan is for {len(stored.hosts)} hosts, not for {count}")
+        chosen = set(stored.part(index).exp_ids)
     return dataclasses.replace(plan, experiments=tuple(item for item in plan.experiments if item.exp_id in chosen))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.doubles.fault_injector import ACTIONS, Entry
-from tests.faults.points import Point, after_completed, points_of, spread, thin
+from tests.faults.points import Point, points_of, spread, thin
 
 WRITES = tuple(Point("host", "lem.write", nth, f"run/{nth}/result.json") for nth in range(1, 6))
 CHANGES = ("e-c1 pending running", "e-c1 running completed", "e-c2 pending running", "e-c2 running completed")
@@ -17,21 +17,6 @@ def test_as_many_passes_as_actions_try_each_once_at_every_point() -> None:
     expected |= {(point, action) for point in TRANSITIONS for action in ("kill", "term", "clock")}
     assert len(pairs) == len(expected)
     assert set(pairs) == expected
-
-
-def test_every_point_comes_before_any_comes_again() -> None:
-    pairs = spread(POINTS, ("kill", "enospc"), 2)
-    assert [point for point, _ in pairs[: len(POINTS)]] == list(POINTS)
-    assert [action for _, action in spread(WRITES, ("kill", "enospc"))] == ["kill", "enospc", "kill", "enospc", "kill"]
-
-
-def test_a_transition_is_not_tried_where_every_action_needs_a_call() -> None:
-    assert spread(POINTS, ("enospc", "eio"), 2) == spread(WRITES, ("enospc", "eio"), 2)
-
-
-def test_points_after_an_experiment_begin_with_its_completion() -> None:
-    assert after_completed(POINTS, 2) == (TRANSITIONS[3], *WRITES[2:])
-    assert after_completed(POINTS, 0) == POINTS
 
 
 def test_of_each_kind_the_first_and_the_last_are_kept() -> None:

@@ -12,15 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from examples.make_demo_model import SHAPES
 from lem.base.durable import write_json
-from lem.base.errors import UserError
 from lem.base.process import identify
 from tests.lab.engine import RECORD, own_engine
-from tests.lab.environments import adapt_vllm, is_filled
-from tests.lab.make_model import widen
-from tests.lab.places import BACKENDS, COMPOSE_FILES, MODELS, Places, digest
-from tests.lab.steps import must, step
+from tests.lab.places import BACKENDS, COMPOSE_FILES, Places
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 120
@@ -46,17 +41,6 @@ def lab(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_lab_belongs_to_the_machine_unless_a_folder_is_named(tmp_path: Path) -> None:
-    assert Places.of({"HOME": "/home/ann"}).folder == Path("/home/ann/.cache/lem-lab")
-    assert Places.of({"HOME": "/home/ann", "XDG_CACHE_HOME": "/home/ann/c"}).folder == Path("/home/ann/c/lem-lab")
-    assert Places.of({"LEMTEST_LAB_DIR": str(tmp_path)}).folder == tmp_path
-
-
-def test_recipe_changes_with_every_part() -> None:
-    assert len({digest("a", "bc"), digest("ab", "c"), digest("a", "b", "c")}) == 3
-    assert digest("a", "bc") == digest("a", "bc")
-
-
 def test_status_of_an_empty_folder_names_what_is_missing(tmp_path: Path) -> None:
     finished = lab(tmp_path, "status")
     assert finished.returncode == 1
@@ -64,12 +48,6 @@ def test_status_of_an_empty_folder_names_what_is_missing(tmp_path: Path) -> None
         assert any(line.startswith("missing:") and name in line for line in finished.stdout.splitlines()), name
     assert finished.stdout.endswith("lab: down\n")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_part_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    finished = lab(tmp_path, "up", "warp")
-    assert finished.returncode == 2
-    assert "no such part: warp" in finished.stderr
 
 
 def test_variables_are_those_of_the_compose_files(tmp_path: Path) -> None:
@@ -95,43 +73,6 @@ def test_engine_whose_number_was_given_to_another_process_is_not_ours(tmp_path: 
     assert own_engine(places) is None
     (places.engine / RECORD).write_text("{", encoding="ascii")
     assert own_engine(places) is None
-
-
-def test_vllm_becomes_known_by_its_usual_name_once(tmp_path: Path) -> None:
-    places = Places(tmp_path)
-    places.packages("vllm").mkdir(parents=True)
-    assert adapt_vllm(places) == ["known as vllm 0.32.0+cpu"]
-    assert adapt_vllm(places) == []
-    program = "import importlib.metadata as m; print(m.version('vllm'))"
-    environ = {"PYTHONPATH": str(places.packages("vllm"))}
-    assert subprocess.check_output([sys.executable, "-c", program], env=environ, text=True) == "0.32.0+cpu\n"
-
-
-def test_environment_without_its_stamp_is_not_filled(tmp_path: Path) -> None:
-    places = Places(tmp_path)
-    assert not is_filled(places, "pytorch")
-    places.environment("pytorch").mkdir(parents=True)
-    (places.environment("pytorch") / "requirements.sha256").write_text("of other requirements\n", encoding="ascii")
-    assert not is_filled(places, "pytorch")
-
-
-@pytest.mark.parametrize("size", MODELS)
-def test_heads_are_wide_enough_for_vllm_and_weights_as_many(size: str) -> None:
-    before, after = SHAPES[size], widen(SHAPES[size])
-    assert after.hidden // after.heads >= 32
-    assert after.hidden // after.heads * after.key_value_heads == before.hidden // before.heads * before.key_value_heads
-    assert after.heads % after.key_value_heads == 0
-
-
-def test_failing_program_is_told_with_its_last_lines() -> None:
-    with pytest.raises(UserError, match=r"ended with exit code 3\n    what went wrong$"):
-        must([sys.executable, "-c", "print('what went wrong'); raise SystemExit(3)"], timeout_s=TIMEOUT_S)
-
-
-def test_step_tells_its_outcome_and_duration(capsys: pytest.CaptureFixture[str]) -> None:
-    with step("engine") as current:
-        current.skip("it answers")
-    assert re.fullmatch(r"  engine …\n  engine: nothing to do, it answers \(\d+\.\d s\)\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("name", ["pytorch", "vllm", "tensorrt"])

@@ -24,7 +24,13 @@ from lem.meters.nvml import GpuFacts
 from lem.orchestration.compose import ComposeProject, find_compose_files
 from lem.orchestration.dispatch import LocalExecutor, Outcome, Timeouts
 from lem.orchestration.docker import ContainerError
-from lem.orchestration.executor import DockerExecutor, ExecutorChoice, choose_executor, docker_executor
+from lem.orchestration.executor import (
+    DockerExecutor,
+    ExecutorChoice,
+    campaign_project,
+    choose_executor,
+    docker_executor,
+)
 from lem.orchestration.plan import build_plan
 from lem.record import Record, read_record
 from tests.doubles.fake_docker import UUID, WITH_GPU, FakeDocker, reading
@@ -355,7 +361,7 @@ def test_images_that_cannot_be_told_are_no_error(fake: FakeDocker) -> None:
 
 def project_of(found: CampaignConfig, folder: Path, gpus: tuple[GpuFacts, ...] = GPUS) -> ComposeProject:
     plan = build_plan(found, complete_campaign(found).listed)
-    return docker_executor(found, plan, folder=folder, environ={}, gpus=gpus).project
+    return docker_executor(found, plan, campaign_project(found, folder, {}), gpus).project
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from lem.base.errors import UserError
 from lem.config.campaign_config import CampaignConfig, CampaignGridConfig
 from lem.config.load import load_campaign
-from lem.orchestration.fleet import divide, make_fleet_plan, parse_shard, part_of_plan, replan, take_part
+from lem.orchestration.fleet import divide, make_fleet_plan, parse_shard, part_of_plan, replan
 from lem.orchestration.plan import Plan, build_plan
 from lem.results.merge import FleetPlan, read_plan, write_plan
 
@@ -100,7 +100,7 @@ def test_parts_without_a_stored_plan_cover_the_campaign() -> None:
 
 def test_a_part_keeps_the_order_of_the_campaign_and_its_hash() -> None:
     found = plan(4, 64, 128)
-    part = take_part(found, fleet(found, "gpu1", "gpu2"), 1, 2)
+    part = part_of_plan(found, 1, 2, fleet(found, "gpu1", "gpu2"))
     assert part.config_hash == found.config_hash
     assert [item.order_index for item in part.experiments] == sorted(item.order_index for item in part.experiments)
     assert 0 < len(part.experiments) < len(found.experiments)
@@ -109,9 +109,9 @@ def test_a_part_keeps_the_order_of_the_campaign_and_its_hash() -> None:
 def test_a_plan_of_another_state_of_the_campaign_is_refused() -> None:
     stored = fleet(plan(4, 64), "gpu1", "gpu2")
     with pytest.raises(UserError, match="another version"):
-        take_part(plan(4, 65), stored, 1, 2)
+        part_of_plan(plan(4, 65), 1, 2, stored)
     with pytest.raises(UserError, match="for 2 hosts, not for 3"):
-        take_part(plan(4, 64), stored, 1, 3)
+        part_of_plan(plan(4, 64), 1, 3, stored)
 
 
 def test_a_stored_plan_is_read_back_and_never_overwritten(tmp_path: Path) -> None:
