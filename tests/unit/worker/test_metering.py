@@ -166,34 +166,38 @@ def meter(tmp_path: Path) -> Meter:
     return Meter(tmp_path)
 
 
-def test_the_energy_of_the_window_is_that_which_was_drawn(meter: Meter) -> None:
-    record = meter.run()
-    assert record.energy.gpu_energy_j == pytest.approx(meter.true_j(), rel=0.002)
-    assert record.energy.energy_source == "nvml_counter"
-    assert record.energy.gpu_energy_net_j == pytest.approx(meter.true_j() - IDLE_W * record.window.window_s, rel=0.005)
-    assert record.efficiency.energy_per_output_tok_j == pytest.approx(
-        meter.true_j() / record.work.output_tok, rel=0.002
-    )
-    assert record.energy.load_energy_j == pytest.approx(meter.true_j(measurement.LOAD), rel=0.01)
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Meter, Record]:
+    """An experiment as it usually is."""
+    meter = Meter(tmp_path_factory.mktemp("measured"))
+    return meter, meter.run()
+
+
+def test_the_energy_of_the_window_is_that_which_was_drawn(measured: tuple[Meter, Record]) -> None:
+    meter, record = measured
+    energy, drawn_j, rest_j = record.energy, meter.true_j(), IDLE_W * record.window.window_s
+    assert energy.energy_source == "nvml_counter"
+    assert energy.gpu_energy_j == pytest.approx(drawn_j, rel=0.002)
+    assert energy.gpu_energy_net_j == pytest.approx(drawn_j - rest_j, rel=0.005)
+    assert energy.load_energy_j == pytest.approx(meter.true_j(measurement.LOAD), rel=0.01)
+    assert record.efficiency.energy_per_output_tok_j == pytest.approx(drawn_j / record.work.output_tok, rel=0.002)
     assert record.validity.valid, record.validity.invalid_reasons
 
 
-def test_power_at_rest_is_measured_bare_loaded_and_afterwards(meter: Meter) -> None:
-    idle = meter.run().idle
+def test_power_at_rest_is_measured_bare_loaded_and_afterwards(measured: tuple[Meter, Record]) -> None:
+    meter, record = measured
+    idle, spans = record.idle, meter.marked()
     for power_w in (idle.idle_bare_power_w, idle.idle_loaded_power_w, idle.idle_loaded_post_power_w):
         assert power_w == pytest.approx(IDLE_W, rel=0.01)
-    assert (idle.idle_bare_temp_c, idle.idle_loaded_temp_c) == (40, 40)
-    assert idle.baseline_age_s == 0
-    spans = meter.marked()
-    assert (
-        spans[measurement.IDLE_BARE][1]
-        <= spans[measurement.LOAD][0]
-        < spans[measurement.LOAD][1]
-        <= spans[measurement.IDLE_LOADED][0]
-    )
-    assert spans[measurement.IDLE_LOADED][1] <= spans[measurement.GUARD_BEFORE][0]
+    assert (idle.idle_bare_temp_c, idle.idle_loaded_temp_c, idle.baseline_age_s) == (40, 40, 0)
+    in_order = (measurement.IDLE_BARE, measurement.LOAD, measurement.IDLE_LOADED, measurement.GUARD_BEFORE)
+    edges = [edge for name in in_order for edge in spans[name]]
+    assert edges == sorted(edges)
     for name in (measurement.IDLE_BARE, measurement.IDLE_LOADED, measurement.IDLE_POST):
         assert meter.lasted_s(name) == pytest.approx(5, rel=0.01), name
+    told = [text for _, _, text in meter.listener.told]
+    rests = ("s idle without an engine", "s settling", "s idle after the window")
+    assert sorted(rests, key=told.index) == list(rests), "each second of rest is told"
 
 
 def test_the_loaded_baseline_waits_until_power_has_settled(tmp_path: Path) -> None:
@@ -216,33 +220,34 @@ def test_a_power_that_never_settles_is_waited_for_a_minute(meter: Meter) -> None
     assert waited_s == pytest.approx(60, abs=2)
 
 
-def test_baselines_that_the_host_knows_are_not_measured_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("source", "is_known"), [("nvml_counter", True), ("rapl", False)])
+def test_baselines_of_the_same_meter_that_the_host_knows_are_not_measured_again(
+    tmp_path: Path, source: str, is_known: bool
+) -> None:
     known = {"bare_power_w": 70.0, "loaded_power_w": 91.0, "age_s": 120.0}
-    meter = Meter(tmp_path, baselines={"nvml_counter": known})
+    meter = Meter(tmp_path, baselines={source: known})
     idle = meter.run().idle
-    assert (idle.idle_bare_power_w, idle.idle_loaded_power_w, idle.baseline_age_s) == (70.0, 91.0, 120.0)
-    assert not {measurement.IDLE_BARE, measurement.IDLE_LOADED} & set(meter.marked())
-
-
-def test_a_baseline_of_another_meter_stands_for_nothing(tmp_path: Path) -> None:
-    known = {"bare_power_w": 20.0, "loaded_power_w": 21.0, "age_s": 120.0}
-    idle = Meter(tmp_path, baselines={"rapl": known}).run().idle
-    assert idle.idle_loaded_power_w == pytest.approx(IDLE_W, rel=0.01)
-    assert idle.baseline_age_s == 0
+    found = (idle.idle_bare_power_w, idle.idle_loaded_power_w, idle.baseline_age_s)
+    assert found == pytest.approx((70, 91, 120) if is_known else (IDLE_W, IDLE_W, 0), rel=0.01)
+    assert {measurement.IDLE_BARE, measurement.IDLE_LOADED}.isdisjoint(meter.marked()) is is_known
 
 
 def test_no_baseline_is_measured_where_none_is_wanted(meter: Meter) -> None:
-    record = meter.run(baseline={"enabled": False})
+    record = meter.run(baseline={"enabled": False}, timeseries={"enabled": False})
     assert not {measurement.IDLE_BARE, measurement.IDLE_LOADED, measurement.IDLE_POST} & set(meter.marked())
+    assert record.energy.energy_source == "nvml_counter"
+    assert "clocks_unwatched" in codes(record.validity.warnings), "there is no time series"
     assert record.energy.gpu_energy_j == pytest.approx(meter.true_j(), rel=0.002)
     assert record.energy.gpu_energy_net_j is None
     assert record.energy.null_reasons["gpu_energy_net_j"].code == "rest_not_measured"
 
 
-def test_an_engine_that_leaves_is_not_measured_at_rest_afterwards(tmp_path: Path) -> None:
+def test_an_engine_that_leaves_is_not_measured_at_rest_afterwards_nor_are_samples_kept(tmp_path: Path) -> None:
     meter = Meter(tmp_path, keep_engine=False)
-    assert meter.run().idle.idle_loaded_post_power_w is None
-    assert measurement.IDLE_POST not in meter.marked()
+    record = meter.run(timeseries={"save": False})
+    assert record.idle.idle_loaded_post_power_w is None
+    assert record.energy.gpu_energy_j is not None
+    assert not (meter.folder / FINISHED_FILENAME).exists()
 
 
 def test_guards_hold_two_updates_of_the_counter_as_the_warm_up_found_it(tmp_path: Path) -> None:
@@ -251,13 +256,9 @@ def test_guards_hold_two_updates_of_the_counter_as_the_warm_up_found_it(tmp_path
     for name in (measurement.GUARD_BEFORE, measurement.GUARD_AFTER):
         assert meter.lasted_s(name) == pytest.approx(0.5, rel=0.1)
     assert record.energy.counter_update_period_s == pytest.approx(0.25, rel=0.02)
-
-
-def test_a_window_holds_a_hundred_updates_of_the_counter(tmp_path: Path) -> None:
-    meter = Meter(tmp_path, gpu_trace(counter=Counter(period_s=0.1)))
-    record = meter.run(warmup={"enabled": True, "timeout_seconds": 5.0})
-    assert record.window.window_s >= 10.0 * 0.95
+    assert record.window.window_s >= 25 * 0.95, "a hundred updates"
     assert record.window.window_repeats > 1
+    assert record.idle.idle_loaded_power_w == pytest.approx(IDLE_W, rel=0.001), "nothing of the work that follows"
 
 
 def test_energy_by_phases_comes_from_a_run_of_the_prefill_alone(tmp_path: Path) -> None:
@@ -271,18 +272,15 @@ def test_energy_by_phases_comes_from_a_run_of_the_prefill_alone(tmp_path: Path) 
     assert all(request.max_output_tokens == 1 for request in meter.engine.batches[-1])
 
 
-def test_a_foreign_process_before_the_load_leaves_energy_null(tmp_path: Path) -> None:
-    record = Meter(tmp_path, gpu_trace(processes=(GpuProcess(77),))).run()
-    assert record.energy.gpu_energy_j is None
-    assert record.energy.null_reasons["gpu_energy_j"].data["pids"] == "77"
-    assert record.environment.other_gpu_processes == (f"process 77 on {UUID}",)
-
-
-def test_a_foreign_process_is_refused_where_energy_is_demanded(tmp_path: Path) -> None:
+def test_a_foreign_process_before_the_load_leaves_energy_null_or_refuses_what_demands_it(tmp_path: Path) -> None:
     meter = Meter(tmp_path, gpu_trace(processes=(GpuProcess(77),)))
     with pytest.raises(MeterRefused, match="process 77"):
         meter.run(measurement={**QUICK, "energy": "nvml"})
     assert "load" not in meter.engine.calls
+    record = meter.run(baseline={"enabled": False})
+    assert record.energy.gpu_energy_j is None
+    assert record.energy.null_reasons["gpu_energy_j"].data["pids"] == "77"
+    assert record.environment.other_gpu_processes == (f"process 77 on {UUID}",)
 
 
 def test_the_engine_s_own_process_is_none_of_others(tmp_path: Path) -> None:
@@ -290,8 +288,6 @@ def test_the_engine_s_own_process_is_none_of_others(tmp_path: Path) -> None:
     first = meter.run()
     assert first.validity.valid, first.validity.invalid_reasons
     assert meter.resident.own_pids == frozenset({ENGINE_PID})
-    (meter.folder / "prompts.jsonl").unlink()
-    write_prompts(meter.folder, PROMPTS)
     second = meter.run()
     assert second.validity.engine_reused
     assert second.validity.valid, second.validity.invalid_reasons
@@ -328,12 +324,6 @@ def test_a_process_that_comes_while_prompts_are_fetched_is_a_foreign_one(meter: 
     metering.rest_bare()
     assert metering.foreign == {UUID: (77,)}
     assert metering.sources.reasons["gpu"].data["pids"] == "77"
-
-
-def test_power_at_rest_holds_nothing_of_the_work_that_follows_it(tmp_path: Path) -> None:
-    meter = Meter(tmp_path, gpu_trace(counter=Counter(period_s=0.5)))
-    idle = meter.run(warmup={"enabled": True, "timeout_seconds": 5.0}, baseline={"duration_sec": 2.0}).idle
-    assert idle.idle_loaded_power_w == pytest.approx(IDLE_W, rel=0.001)
 
 
 def test_an_engine_that_nobody_could_look_at_is_no_foreign_one_in_the_next_experiment(tmp_path: Path) -> None:
@@ -375,35 +365,17 @@ def meter_window(folder: Path) -> tuple[int, int]:
     return opened_ns - meter.begun_ns, closed_ns - meter.begun_ns
 
 
-def test_samples_are_kept_only_where_that_is_wanted(meter: Meter) -> None:
-    record = meter.run(timeseries={"save": False})
-    assert not (meter.folder / FINISHED_FILENAME).exists()
-    assert record.energy.gpu_energy_j is not None
-
-
-def test_without_a_time_series_there_is_the_counter_alone(meter: Meter) -> None:
-    record = meter.run(timeseries={"enabled": False})
-    assert record.energy.energy_source == "nvml_counter"
-    assert "clocks_unwatched" in codes(record.validity.warnings)
-    meter.gpu = dataclasses.replace(meter.gpu, counter=None)
-    with pytest.raises(MeterRefused, match=r"timeseries\.enabled: false"):
-        meter.run(timeseries={"enabled": False}, measurement={**QUICK, "energy": "nvml"})
-
-
-def test_guards_of_integrated_power_outlast_the_lag_of_its_sensor(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("interval_ms", "guard_s", "window_s"), [(100, 0.4, 10), (200, 0.6, 20)])
+def test_guards_and_window_of_integrated_power_outlast_its_sensor(
+    tmp_path: Path, interval_ms: int, guard_s: float, window_s: float
+) -> None:
     meter = Meter(tmp_path, gpu_trace(counter=None))
-    record = meter.run()
+    record = meter.run(timeseries={"sample_interval_ms": interval_ms}, baseline={"enabled": False})
     assert record.energy.energy_source == "power_instant_integral"
-    assert meter.lasted_s(measurement.GUARD_BEFORE) == pytest.approx(0.4, rel=0.05)
+    assert meter.lasted_s(measurement.GUARD_BEFORE) == pytest.approx(guard_s, rel=0.05)
     # A sensor that is brought up to date every 100 ms sees each edge of the window to that; so it lasts 10 s at least.
-    assert record.window.window_s >= 10
+    assert record.window.window_s >= window_s
     assert record.energy.gpu_energy_j == pytest.approx(meter.true_j(), rel=0.01)
-
-
-def test_a_window_holds_a_hundred_samples_of_integrated_power(tmp_path: Path) -> None:
-    meter = Meter(tmp_path, gpu_trace(counter=None))
-    record = meter.run(timeseries={"sample_interval_ms": 200}, baseline={"enabled": False})
-    assert record.window.window_s >= 20
 
 
 def test_a_sampler_that_never_writes_is_an_error_with_its_file(meter: Meter) -> None:
@@ -420,21 +392,17 @@ def test_a_sampler_that_never_writes_is_an_error_with_its_file(meter: Meter) -> 
         ({"energy": "rapl"}, "rapl"),
         ({"energy": "tdp_estimate"}, "design power"),
         ({"phases": True}, "phases"),
+        ({"external_csv": "nowhere.csv"}, "external_csv"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_the_load(meter: Meter, options: dict[str, Any], words: str) -> None:
     meter.gpu = dataclasses.replace(meter.gpu, counter=None, instant=None, average=None)
     with pytest.raises(MeterRefused, match=words):
         meter.run(measurement={**QUICK, **options})
+    meter.gpu = dataclasses.replace(gpu_trace(counter=None))
+    with pytest.raises(MeterRefused, match=r"timeseries\.enabled: false"):
+        meter.run(timeseries={"enabled": False}, measurement={**QUICK, "energy": "nvml"})
     assert "load" not in meter.engine.calls
-
-
-def test_one_second_of_rest_after_another_is_told(meter: Meter) -> None:
-    meter.run()
-    told = [text for _, _, text in meter.listener.told]
-    assert "s idle without an engine" in told
-    assert "s settling" in told
-    assert told.index("s settling") < told.index("s idle after the window")
 
 
 PLUG_W = 500.0
@@ -481,9 +449,3 @@ def test_readings_that_are_lost_cost_their_own_figure_alone(meter: Meter) -> Non
     record = meter.run(**with_plug(path))
     assert "'now' is not a UTC time" in record.energy.null_reasons["external_energy_j"].data["error"]
     assert record.energy.gpu_energy_j is not None
-
-
-def test_readings_that_are_not_there_are_refused_before_the_load(meter: Meter) -> None:
-    with pytest.raises(MeterRefused, match="external_csv"):
-        meter.run(**with_plug(meter.folder / "nowhere.csv"))
-    assert "load" not in meter.engine.calls
