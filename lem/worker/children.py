@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, cast
@@ -38,7 +38,7 @@ PATIENCE_S: Mapping[EndStep, float] = MappingProxyType(
 class EngineChild:
     """A running engine process with its guardian, which leads its process group."""
 
-    def __init__(self, patience_s: Mapping[EndStep, float] = PATIENCE_S) -> None:
+    def __init__(self) -> None:
         """Start one. Raises UserError: it cannot be started; OSError: there are too many open files."""
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
             control_end, control_fd = _pipe(theirs, ours)
@@ -60,7 +60,6 @@ class EngineChild:
         self.is_stuck = False  # it is there in spite of KILL
         self.step: EndStep | None = None  # the step that is under way; None while it is not ending
         self.next_step_at: float | None = None
-        self._patience_s = patience_s
         self._has_hung_up = False
 
     def send(self, message: Mapping[str, Any]) -> None:
@@ -82,7 +81,7 @@ class EngineChild:
             self._hang_up()
         else:
             process.kill_group(self._child.pid)
-        self.step, self.next_step_at = step, now + self._patience_s[step]
+        self.step, self.next_step_at = step, now + PATIENCE_S[step]
 
     def tick(self, now: float) -> None:
         """Take the next step when its time has come."""
@@ -217,13 +216,12 @@ class SamplerProcess:
         return f"the sampler {process.describe_exit(code)}" + (f": {tail}" if tail else "")
 
 
-def wait_until_ready(path: Path, deadline_ns: int, is_alive: Callable[[], bool], clock: Clock) -> bool:
-    """Whether the log has its header by then (CLOCK_MONOTONIC); waiting ends when the sampler is not alive."""
+def wait_until_ready(path: Path, deadline_ns: int, clock: Clock) -> bool:
+    """Whether the log has its header by then (CLOCK_MONOTONIC)."""
     while True:
-        was_alive = is_alive()  # asked first: it may write the header and end in between
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
             if file.readline().endswith(b"\n"):
                 return True
-        if not was_alive or clock.monotonic_ns() >= deadline_ns:
+        if clock.monotonic_ns() >= deadline_ns:
             return False
         clock.sleep(_POLL_S)

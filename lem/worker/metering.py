@@ -94,7 +94,7 @@ def open_metering(
     )
     path = None if request.samples_path is None else Path(request.samples_path)
     deadline_ns = clock.monotonic_ns() + round(READY_TIMEOUT_S * NS_PER_S)
-    if path is not None and not wait_until_ready(path, deadline_ns, lambda: True, clock):
+    if path is not None and not wait_until_ready(path, deadline_ns, clock):
         raise EngineError(f"{path}: no sampler has written to it for {READY_TIMEOUT_S:g} s", kind="meter")
     baselines = {by: Baselines(**fields) for by, fields in request.baselines.items() if config.baseline.enabled}
     metering = Metering(path, nothing, config, baselines, clock, reporter)

@@ -93,7 +93,7 @@ class Bench:
         sampler = SamplerProcess(own_command(sys.executable), path, (self.uuid,), interval_ms)
         try:
             deadline_ns = self.clock.monotonic_ns() + round(_READY_S * 1e9)
-            if not wait_until_ready(path, deadline_ns, lambda: sampler.death() is None, self.clock):
+            if not wait_until_ready(path, deadline_ns, self.clock):
                 raise RuntimeError(f"the sampler does not write {path}: {sampler.death() or 'no header'}")
             yield Sampled(path)
             died = sampler.death()

@@ -230,12 +230,6 @@ def test_peak_memory_is_that_of_the_window(bench: Bench) -> None:
     assert "generate" in bench.backend.calls[reset:]
 
 
-def test_an_experiment_that_demands_energy_is_refused_before_anything_is_loaded(bench: Bench) -> None:
-    with pytest.raises(OptionRefused):
-        bench.run(measurement={"energy": "rapl"})
-    assert "load" not in bench.backend.calls
-
-
 def test_identity_gap_and_gpus_are_recorded(bench: Bench) -> None:
     bench.backend.report = replace(bench.backend.report, device="cuda", gpu_uuids=("GPU-1",))
     record = bench.run(gap_s=12.5, gap_end_code="gap_recovered")

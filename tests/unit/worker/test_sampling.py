@@ -49,7 +49,7 @@ def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def until_ready(sampler: SamplerProcess) -> SampleLog:
     clock = Clock()
     deadline_ns = clock.monotonic_ns() + round(PATIENCE_S * NS_PER_S)
-    assert wait_until_ready(sampler.output, deadline_ns, lambda: sampler.death() is None, clock), sampler.death()
+    assert wait_until_ready(sampler.output, deadline_ns, clock), sampler.death()
     return PartReader(sampler.output).read()
 
 
@@ -111,7 +111,6 @@ def test_a_signal_has_it_write_its_last_rows_and_one_that_hangs_is_killed(output
 def test_one_that_cannot_write_says_why(output: Path) -> None:
     output.mkdir()
     sampler = SamplerProcess(COMMAND, output)
-    assert not wait_until_ready(output / "samples", 2**62, lambda: sampler.death() is None, Clock())
     assert sampler.stop(PATIENCE_S) == 1
     death = sampler.death() or ""
     assert death.startswith("the sampler ended with exit code 1: error:")
@@ -158,21 +157,9 @@ def test_options_that_cannot_be_are_refused(tmp_path: Path, words: tuple[str, ..
 
 def test_a_log_is_ready_with_its_header(output: Path) -> None:
     clock = FakeClock(now_ns=0)
-    assert not wait_until_ready(output, NS_PER_S, lambda: True, clock)
+    assert not wait_until_ready(output, NS_PER_S, clock)
     assert clock.now_ns >= NS_PER_S
     output.write_text('{"schema_version":1,')
-    assert not wait_until_ready(output, 2 * NS_PER_S, lambda: True, clock)
+    assert not wait_until_ready(output, 2 * NS_PER_S, clock)
     output.write_text('{"schema_version":1}\n')
-    assert wait_until_ready(output, 0, lambda: False, clock)
-
-
-def test_nobody_waits_for_a_sampler_that_is_gone_but_its_last_header_counts(output: Path) -> None:
-    alive = [True, True, False]
-    assert not wait_until_ready(output, 2**62, lambda: alive.pop(0), FakeClock(now_ns=0))
-    assert alive == []
-
-    def write_and_die() -> bool:
-        output.write_text("header\n")
-        return False
-
-    assert wait_until_ready(output, 2**62, write_and_die, FakeClock())
+    assert wait_until_ready(output, 0, clock)

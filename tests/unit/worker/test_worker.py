@@ -38,31 +38,6 @@ def test_experiments_go_through_their_phases_to_results_on_disk_and_reuse_the_en
     assert worker.close() == 0
 
 
-def test_another_engine_is_loaded_in_a_process_of_its_own_after_the_first_has_left(rig: Rig):
-    worker = RawWorker(rig)
-    first = worker.run(rig.request("e1"))[0]
-
-    gone, second, *_, result = worker.run(rig.request("e2", fp_precision="float32"))
-
-    assert (first["type"], gone["type"], gone["pgid"], second["type"]) == ("engine", "engine", None, "engine")
-    assert second["pgid"] not in (None, first["pgid"])
-    assert result["engine_reused"] is False
-    worker.close()
-
-
-def test_unload_is_answered_when_the_engine_process_is_gone(rig: Rig):
-    worker = RawWorker(rig)
-    worker.send({"type": "unload"})
-    worker.until("unloaded")  # nothing was loaded
-
-    pgid = worker.run(rig.request("e"))[0]["pgid"]
-    worker.send({"type": "unload"})
-    worker.until("unloaded")
-
-    assert not Path(f"/proc/{pgid}").exists()
-    worker.close()
-
-
 def test_quit_ends_the_worker_and_what_comes_after_is_not_done(rig: Rig):
     worker = RawWorker(rig)
 
@@ -154,6 +129,8 @@ def test_an_engine_that_dies_is_told_with_how_and_its_last_lines(rig: Rig, rule:
 def test_garbage_and_impossible_orders_are_refused_and_the_worker_goes_on(rig: Rig):
     worker = RawWorker(rig)
 
+    worker.send({"type": "unload"})
+    worker.until("unloaded")  # nothing was loaded
     worker.send_raw(b"no message\n")
     assert worker.until("error", kind="channel")["exp_id"] is None
     worker.send({"type": "dance"})
