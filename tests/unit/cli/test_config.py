@@ -99,50 +99,37 @@ def test_a_resolved_campaign_hides_its_secret(folder: Path):
 
 
 def test_what_is_shown_can_be_read_again(folder: Path):
-    _, out, _ = run_lem("config", "show", "e.yaml")
-    (folder / "again.yaml").write_text(out, encoding="utf-8")
-    code, again, _ = run_lem("config", "show", "again.yaml", "--json")
-    assert code == 0
-    assert json.loads(again)["config"] == json.loads(run_lem("config", "show", "e.yaml", "--json")[1])["config"]
+    (folder / "again.yaml").write_text(run_lem("config", "show", "e.yaml").out, encoding="utf-8")
+    first, again = (json.loads(run_lem("config", "show", name, "--json").out) for name in ("e.yaml", "again.yaml"))
+    assert again["config"] == first["config"]
 
 
-def test_show_as_json():
-    document = json.loads(run_lem("config", "show", "c.yaml", "--json")[1])
-    assert document["kind"] == "campaign"
-    assert document["config"]["execution"]["cycles"] == 2
+def test_show_as_json_and_a_secret_from_a_variable_as_written(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    document = json.loads(run_lem("config", "show", "c.yaml", "--json").out)
+    assert (document["kind"], document["config"]["execution"]["cycles"]) == ("campaign", 2)
     assert document["provenance"]["execution.cycles"] == {"from": "file", "at": "c.yaml:7"}
     assert document["provenance"]["execution.seed"] == {"from": "default", "at": None}
     assert document["config"]["notification"]["webhook_url"] == "(hidden)"
-
-
-def test_a_secret_from_a_variable_is_shown_as_written(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOOK_OF_TEST", "https://host/hunter2")
-    text = CAMPAIGN.replace("https://host/hunter2", "${HOOK_OF_TEST}")
-    (folder / "c.yaml").write_text(text, encoding="utf-8")
-    out = run_lem("config", "show", "c.yaml")[1]
-    assert "hunter2" not in out
-    assert '"${HOOK_OF_TEST}"' in out
+    (folder / "c.yaml").write_text(CAMPAIGN.replace("https://host/hunter2", "${HOOK_OF_TEST}"), encoding="utf-8")
+    out = run_lem("config", "show", "c.yaml").out
+    assert ("hunter2" in out, '"${HOOK_OF_TEST}"' in out) == (False, True)
 
 
 @pytest.mark.parametrize("backend", ["pytorch", "vllm", "tensorrt"])
 @pytest.mark.parametrize("kind", ["campaign", "experiment"])
-def test_a_new_file_is_valid(folder: Path, kind: str, backend: str):
+def test_a_new_file_is_valid_and_has_a_schema(folder: Path, kind: str, backend: str):
     code, out, _ = run_lem("config", "new", kind, "--backend", backend)
     assert code == 0
     (folder / "new.yaml").write_text(out, encoding="utf-8")
-    assert run_lem("config", "validate", "new.yaml")[0] == 0
+    assert run_lem("config", "validate", "new.yaml").code == 0
+    assert json.loads(run_lem("config", "schema", kind).out)["title"] == f"lem {kind}"
 
 
-def test_an_unknown_backend_is_refused_with_the_nearest():
-    for command in (("new",), ("fields",)):
-        code, _, err = run_lem("config", *command, "--backend", "vlm")
-        assert code == 2
-        assert "did you mean 'vllm'?" in err
-
-
-def test_schema_is_json():
-    assert json.loads(run_lem("config", "schema")[1])["title"] == "lem campaign"
-    assert json.loads(run_lem("config", "schema", "experiment")[1])["title"] == "lem experiment"
+@pytest.mark.parametrize("command", ["new", "fields"])
+def test_an_unknown_backend_is_refused_with_the_nearest(command: str):
+    code, _, err = run_lem("config", command, "--backend", "vlm")
+    assert (code, "did you mean 'vllm'?" in err) == (2, True)
 
 
 def test_fields_of_one_kind_of_both_and_of_a_backend():
@@ -155,21 +142,17 @@ def test_fields_of_one_kind_of_both_and_of_a_backend():
     assert set(json.loads(run_lem("config", "fields", "campaign", "--json")[1])) == {"campaign"}
 
 
-def test_presets_fit_a_terminal():
+def test_presets_are_listed_in_80_columns_and_one_is_shown_as_a_file_has_it():
     code, out, _ = run_lem("presets")
-    assert code == 0
-    assert max(len(line) for line in out.splitlines()) <= 80
+    assert (code, max(map(len, out.splitlines())) <= 80) == (0, True)
     assert "vllm-low-latency       512/128   vLLM with few requests" in out
-
-
-def test_one_preset_as_a_file_has_it():
-    assert run_lem("presets", "vllm-low-latency")[1] == (
+    assert run_lem("presets", "vllm-low-latency").out == (
         "# vllm-low-latency: vLLM with few requests at a time and no CUDA graphs.\n"
         "max_input_tokens: 512\nmax_output_tokens: 128\ndecoder:\n  preset: deterministic\n"
         "backend: vllm\nvllm:\n  max_num_seqs: 32\n  enforce_eager: true\n"
     )
-    assert list(json.loads(run_lem("presets", "quick-test", "--json")[1])) == ["quick-test"]
-    assert run_lem("presets", "nothing")[0] == 2
+    assert list(json.loads(run_lem("presets", "quick-test", "--json").out)) == ["quick-test"]
+    assert run_lem("presets", "nothing").code == 2
 
 
 @pytest.mark.parametrize(
