@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from lem.record import Record, write_record
 from lem.results.merge import FleetPlan, HostPart, PlannedExperiment, write_plan
 from lem.results.store import Repository, StoppingRule, Target, read_stopping_rule, write_stopping_rule
-from tests.command_rig import run_lem
+from tests.command_rig import Output, run_lem
 from tests.records import make_record
 
 RUN = "20260714T100000Z-3fa1"
@@ -51,15 +52,31 @@ def plan(tmp_path: Path) -> Path:
     return tmp_path / "plan.json"
 
 
+@pytest.fixture
+def merge(tmp_path: Path, hosts: tuple[Path, Path]) -> Callable[..., Output]:
+    """Merges what the hosts have into one folder."""
+    return lambda *words: run_lem("merge", *hosts, "--output", tmp_path / "all", *words)
+
+
 def results_below(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("result.json"))
 
 
-def test_results_keep_their_bytes_and_their_host(tmp_path: Path, hosts: tuple[Path, Path]) -> None:
-    code, out, _ = run_lem("merge", *hosts, "--output", tmp_path / "all")
-    assert code == 0
-    assert "5 results of 2 hosts" in out
+def files_below(folder: Path) -> dict[str, tuple[bytes, int]]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def test_results_keep_their_bytes_and_a_host_is_a_block_for_every_reader(
+    tmp_path: Path, hosts: tuple[Path, Path], merge: Callable[..., Output]
+) -> None:
+    rule = StoppingRule(Target(0.02, None), 5, 20)
+    write_stopping_rule(hosts[1] / "results" / "demo" / RUN, rule)
+    (hosts[0] / "results" / "demo" / RUN / f"{ANCHOR[:12]}-c1" / "attempt-1" / "link").symlink_to("/etc/hostname")
+    code, out, _ = merge()
+    assert (code, "5 results of 2 hosts" in out) == (0, True)
     folder = tmp_path / "all" / "demo" / RUN
+    assert read_stopping_rule(folder) == rule
     assert results_below(folder) == [
         f"{ANCHOR[:12]}-c1+gpu1/attempt-1/result.json",
         f"{ANCHOR[:12]}-c1+gpu2/attempt-1/result.json",
@@ -67,114 +84,93 @@ def test_results_keep_their_bytes_and_their_host(tmp_path: Path, hosts: tuple[Pa
         f"{ANCHOR[:12]}-c2+gpu2/attempt-1/result.json",
         f"{OTHER[:12]}-c1+gpu2/attempt-1/result.json",
     ]
-    source = hosts[1] / "results" / "demo" / RUN / f"{OTHER[:12]}-c1" / "attempt-1"
-    target = folder / f"{OTHER[:12]}-c1+gpu2" / "attempt-1"
-    assert {path.name: path.read_bytes() for path in source.iterdir()} == {
-        path.name: path.read_bytes() for path in target.iterdir()
-    }
-
-
-def test_a_host_is_a_block_for_every_reader(tmp_path: Path, hosts: tuple[Path, Path]) -> None:
-    run_lem("merge", *hosts, "--output", tmp_path / "all")
-    code, out, _ = run_lem("results", "show", "demo", "-o", tmp_path / "all", "--json")
-    assert code == 0
-    found = {item["config_name"]: item["n_cycles"] for item in json.loads(out)["configurations"]}
+    source = files_below(hosts[1] / "results" / "demo" / RUN / f"{OTHER[:12]}-c1" / "attempt-1")
+    target = files_below(folder / f"{OTHER[:12]}-c1+gpu2" / "attempt-1")
+    assert {name: content for name, (content, _) in target.items()} == {name: it for name, (it, _) in source.items()}
+    assert {path.name for path in folder.rglob("*") if path.parent.name == "attempt-1"} == {"result.json", "log.txt"}
+    document = json.loads(run_lem("results", "show", "demo", "-o", tmp_path / "all", "--json").out)
+    found = {item["config_name"]: item["n_cycles"] for item in document["configurations"]}
     assert found == {"short @ gpu1": 2, "short @ gpu2": 2, "long": 1}
 
 
-def test_the_rule_by_which_cycles_were_added_comes_along(tmp_path: Path, hosts: tuple[Path, Path]) -> None:
-    rule = StoppingRule(Target(0.02, None), 5, 20)
-    write_stopping_rule(hosts[1] / "results" / "demo" / RUN, rule)
-    run_lem("merge", *hosts, "--output", tmp_path / "all")
-    assert read_stopping_rule(tmp_path / "all" / "demo" / RUN) == rule
-
-
 def test_merging_again_changes_nothing_and_identical_results_count_once(
-    tmp_path: Path, hosts: tuple[Path, Path]
+    tmp_path: Path, hosts: tuple[Path, Path], merge: Callable[..., Output]
 ) -> None:
-    run_lem("merge", *hosts, "--output", tmp_path / "all")
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "all").rglob("*")}
+    merge()
+    before = files_below(tmp_path / "all")
     code, out, _ = run_lem("merge", *hosts, hosts[0], "--output", tmp_path / "all")
-    assert (code, "0 of them new" in out) == (0, True)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "all").rglob("*")} == before
+    assert (code, "0 of them new" in out, files_below(tmp_path / "all") == before) == (0, True, True)
 
 
-def test_results_of_another_host_join_those_of_this_one(tmp_path: Path, hosts: tuple[Path, Path]) -> None:
+def test_results_of_another_host_join_those_of_this_one(hosts: tuple[Path, Path]) -> None:
     own = hosts[0] / "results"
     before = results_below(own)
     code, out, err = run_lem("merge", own, hosts[1], "--output", own)
-    assert (code, err) == (0, "")
-    assert "5 results of 2 hosts" in out
-    assert "3 of them new" in out
+    assert (code, err, "5 results of 2 hosts" in out, "3 of them new" in out) == (0, "", True, True)
     assert set(before) < set(results_below(own))
     assert len(results_below(own)) == 5
 
 
-def test_two_results_of_one_key_that_differ_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
-    for name, rate in (("one", 100.0), ("two", 101.0)):
-        store(tmp_path / name, anchor("localhost", output_tok_per_s=rate))
-    code, _, err = run_lem("merge", tmp_path / "one", tmp_path / "two", "--output", tmp_path / "all")
-    assert code == 2
-    assert "same key but different content" in err
-    assert not (tmp_path / "all").exists()
+@pytest.mark.parametrize(
+    ("one", "two", "words", "complaint"),
+    [
+        (
+            anchor("localhost", output_tok_per_s=100.0),
+            anchor("localhost", output_tok_per_s=101.0),
+            (),
+            "same key but different content",
+        ),
+        (
+            anchor("gpu1", output_tok_per_s=100.0),
+            anchor("gpu2", output_tok_per_s=102.0),
+            ("--anchor-tolerance", "1.5%"),
+            "differ by 2.0 % in output_tok_per_s",
+        ),
+        (  # energy is compared before speed
+            anchor("gpu1", energy_per_output_tok_j=1.0),
+            anchor("gpu2", energy_per_output_tok_j=1.2),
+            (),
+            "20.0 % in energy_per_output_tok_j",
+        ),
+    ],
+)
+def test_results_that_contradict_each_other_are_refused_and_nothing_is_written(
+    tmp_path: Path, plan: Path, one: Record, two: Record, words: tuple[str, ...], complaint: str
+) -> None:
+    store(tmp_path / "one", one)
+    store(tmp_path / "two", two)
+    words = ("--output", str(tmp_path / "all"), "--plan", str(plan), *words)
+    code, _, err = run_lem("merge", tmp_path / "one", tmp_path / "two", *words)
+    assert (code, complaint in err, (tmp_path / "all").exists()) == (2, True, False)
 
 
-def test_a_damaged_result_is_named_and_left_out(tmp_path: Path, hosts: tuple[Path, Path]) -> None:
+def test_damaged_results_and_other_runs_are_named_and_left_out(
+    tmp_path: Path, hosts: tuple[Path, Path], plan: Path, merge: Callable[..., Output]
+) -> None:
     broken = hosts[0] / "results" / "demo" / RUN / f"{ANCHOR[:12]}-c1" / "attempt-1" / "result.json"
     broken.write_bytes(broken.read_bytes()[:-40])
-    code, out, err = run_lem("merge", *hosts, "--output", tmp_path / "all")
-    assert (code, "4 results" in out) == (0, True)
+    store(hosts[0], anchor("gpu1", run_id="20260101T000000Z-aaaa"))
+    _, out, err = merge("--plan", plan)
+    assert "4 results" in out
     assert f"left out: corrupt: {broken}" in err
+    assert "not in the run of the plan: 20260101T000000Z-aaaa" in out
     assert len(results_below(tmp_path / "all")) == 4
 
 
-def test_hosts_that_differ_in_the_anchor_are_refused(tmp_path: Path, hosts: tuple[Path, Path], plan: Path) -> None:
-    code, _, err = run_lem("merge", *hosts, "--output", tmp_path / "all", "--plan", plan, "--anchor-tolerance", "1.5%")
-    assert code == 2
-    assert "differ by 2.0 % in output_tok_per_s" in err
-    assert not (tmp_path / "all").exists()
-
-
-def test_energy_is_compared_before_speed(tmp_path: Path, plan: Path) -> None:
-    for host, energy in (("gpu1", 1.0), ("gpu2", 1.2)):
-        store(tmp_path / host, anchor(host, energy_per_output_tok_j=energy))
-    code, _, err = run_lem("merge", tmp_path / "gpu1", tmp_path / "gpu2", "--output", tmp_path / "all", "--plan", plan)
-    assert code == 2
-    assert "20.0 % in energy_per_output_tok_j" in err
-
-
-def test_a_planned_result_without_measurement_is_missing(tmp_path: Path, hosts: tuple[Path, Path], plan: Path) -> None:
-    code, out, _ = run_lem("merge", *hosts, "--output", tmp_path / "all", "--plan", plan, "--json")
+def test_planned_results_without_measurement_are_missing(
+    tmp_path: Path, hosts: tuple[Path, Path], plan: Path, merge: Callable[..., Output]
+) -> None:
+    code, out, _ = merge("--plan", plan, "--json")
     document = json.loads(out)
-    assert code == 1
-    assert document["lacking"] == [{"host": "gpu2", "exp_id": f"{OTHER[:12]}-c2"}]
+    assert (code, document["lacking"]) == (1, [{"host": "gpu2", "exp_id": f"{OTHER[:12]}-c2"}])
     assert document["configurations"]["long"] == {"gpu2": {"planned": 2, "present": 1, "valid": 1}}
     assert document["anchor"]["spread"] == pytest.approx(0.02)
-    _, table, _ = run_lem("merge", *hosts, "--output", tmp_path / "all", "--plan", plan)
+    table = merge("--plan", plan).out
     assert ["long", "–", "1/2"] in [line.split() for line in table.splitlines()]
     assert f"missing: {OTHER[:12]}-c2 (gpu2)" in table
-
-
-def test_a_host_without_results_is_missing_altogether(tmp_path: Path, hosts: tuple[Path, Path], plan: Path) -> None:
-    code, out, _ = run_lem("merge", hosts[0], "--output", tmp_path / "all", "--plan", plan)
-    assert code == 1
-    assert "hosts cannot be compared" in out
+    code, out, _ = run_lem("merge", hosts[0], "--output", tmp_path / "half", "--plan", plan)
+    assert (code, "hosts cannot be compared" in out) == (1, True)
     assert ["short", "2/2", "0/2"] in [line.split() for line in out.splitlines()]
-
-
-def test_another_run_is_left_out_and_told(tmp_path: Path, hosts: tuple[Path, Path], plan: Path) -> None:
-    store(hosts[0], anchor("gpu1", run_id="20260101T000000Z-aaaa"))
-    _, out, _ = run_lem("merge", *hosts, "--output", tmp_path / "all", "--plan", plan)
-    assert "not in the run of the plan: 20260101T000000Z-aaaa" in out
-    assert len(results_below(tmp_path / "all")) == 5
-
-
-def test_a_link_in_a_result_is_not_followed(tmp_path: Path, hosts: tuple[Path, Path]) -> None:
-    folder = hosts[0] / "results" / "demo" / RUN / f"{ANCHOR[:12]}-c1" / "attempt-1"
-    (folder / "samples.jsonl.gz").symlink_to("/etc/hostname")
-    run_lem("merge", *hosts, "--output", tmp_path / "all")
-    names = {path.name for path in (tmp_path / "all").rglob("*") if path.is_file()}
-    assert names == {"result.json", "log.txt"}
 
 
 @pytest.mark.parametrize(
@@ -196,6 +192,4 @@ def test_bad_input_is_refused(tmp_path: Path, words: list[str], expected: str) -
         write_record(attempt.result_path, record)
     words = [str(tmp_path / words[0]), *words[1:]]
     code, _, err = run_lem("merge", *words, "--output", tmp_path / "all")
-    assert code == 2
-    assert expected in err
-    assert not (tmp_path / "all").exists()
+    assert (code, expected in err, (tmp_path / "all").exists()) == (2, True, False)

@@ -2,22 +2,13 @@
 
 import io
 import json
-import socket
 import time
 
 import pytest
 
 from lem.base import log
-from lem.cli.progress import (
-    JsonProgress,
-    LineProgress,
-    QuietProgress,
-    StatusProgress,
-    TerminalProgress,
-    choose_progress,
-)
+from lem.cli.progress import JsonProgress, LineProgress, QuietProgress, TerminalProgress
 from lem.orchestration.status import Event
-from lem.orchestration.systemd import ServiceManager
 
 NOON = time.mktime((2026, 11, 20, 12, 0, 0, 0, 0, -1))
 WHO = {"config_name": "gpt2-b4", "backend": "pytorch", "cycle": 2, "cycles": 3}
@@ -146,27 +137,3 @@ def test_json_is_one_object_a_line():
     show(_event("tick"))
     (line,) = out.getvalue().splitlines()
     assert json.loads(line) == {"event": "experiment_started", "done": 3, "total": 12, "eta_s": 12.5, **WHO}
-
-
-def test_systemd_sees_the_live_line(tmp_path):
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(str(tmp_path / "notify"))
-        manager.setblocking(False)
-        show = StatusProgress(ServiceManager(str(tmp_path / "notify")))
-        for event in (_event("campaign_started"), STARTED, _event("note", text="waiting"), _event("campaign_finished")):
-            show(event)
-        received = [manager.recv(4096).decode() for _ in range(4)]
-    assert received == [
-        "READY=1",
-        "STATUS=[3/12] gpt2-b4 · pytorch · cycle 2/3 · starting",
-        "STATUS=waiting",
-        "STATUS=[3/12] finished",
-    ]
-
-
-def test_the_stream_decides_the_kind(stream):
-    terminal, pipe, out = log.Console(stream), log.Console(io.StringIO()), io.StringIO()
-    assert isinstance(choose_progress(terminal, out, is_json=False, is_quiet=False), TerminalProgress)
-    assert isinstance(choose_progress(pipe, out, is_json=False, is_quiet=False), LineProgress)
-    assert isinstance(choose_progress(terminal, out, is_json=True, is_quiet=True), JsonProgress)
-    assert isinstance(choose_progress(terminal, out, is_json=False, is_quiet=True), QuietProgress)
