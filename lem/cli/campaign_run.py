@@ -137,7 +137,7 @@ class CampaignCommand:
             if self._is_quiet:  # otherwise only the terminal shows it
                 campaign_logger.info("error: %s", error.message)
             if self._has_waited and not isinstance(error, Interrupted):
-                self._notify(message_of_error(self._campaign, error))
+                self._notify(error)
             raise
         finally:
             self._console.close()
@@ -149,7 +149,7 @@ class CampaignCommand:
 
     def _conclude(self, outcome: CampaignOutcome) -> None:
         """Report how a run ended, on the terminal and to the webhook."""
-        self._notify(message_of_outcome(self._campaign, outcome))
+        self._notify(outcome)
         if not self._is_quiet and not self._args.json:
             self._console.line()
         show_results(self._campaign, outcome, self._out, is_json=self._args.json)
@@ -158,8 +158,8 @@ class CampaignCommand:
             if self._is_quiet:
                 campaign_logger.info("%s", line)
 
-    def _notify(self, message: dict[str, Any] | None) -> None:
-        url = self._campaign.notification.webhook_url
+    def _notify(self, ended: CampaignOutcome | LemError) -> None:
+        url, message = self._campaign.notification.webhook_url, webhook_message(self._campaign, ended)
         if url is not None and message is not None:
             self._notification = Notification(url, message)
 
@@ -297,29 +297,21 @@ def _without_secret(word: str) -> str:
     return f"{start}{key}=(hidden)" if sign and is_secret(CampaignConfig, tuple(key.split("."))) else word
 
 
-def message_of_outcome(campaign: CampaignConfig, outcome: CampaignOutcome) -> dict[str, Any] | None:
-    """The webhook's message about a run; None if it is not subscribed to it."""
-    manifest = outcome.manifest
-    if outcome.stopped is Stopped.SIGNAL:
+def webhook_message(campaign: CampaignConfig, ended: CampaignOutcome | LemError) -> dict[str, Any] | None:
+    """What the webhook is told of a run, or of the error with which none started; None if it is not to be told."""
+    manifest, error = (None, ended) if isinstance(ended, LemError) else (ended.manifest, ended.error)
+    if isinstance(ended, CampaignOutcome) and ended.stopped is Stopped.SIGNAL:
         return None
-    is_failure = outcome.error is not None or manifest.failed_count > 0
-    return _message(
-        campaign,
-        "failure" if is_failure else "complete",
-        run_id=manifest.run_id,
-        completed=manifest.completed_count,
-        failed=manifest.failed_count,
-        remaining=len(manifest.get_remaining()),
-        error=None if outcome.error is None else outcome.error.message,
-    )
-
-
-def message_of_error(campaign: CampaignConfig, error: LemError) -> dict[str, Any] | None:
-    """The webhook's message about a run that could not start; None if it is not subscribed to it."""
-    return _message(campaign, "failure", run_id=None, completed=0, failed=0, remaining=None, error=error.message)
-
-
-def _message(campaign: CampaignConfig, event: str, **data: Any) -> dict[str, Any] | None:
+    event = "complete" if manifest is not None and error is None and not manifest.failed_count else "failure"
     if event not in campaign.notification.on:
         return None
-    return {"event": event, "campaign": campaign.campaign_name, "campaign_id": campaign.campaign_id, **data}
+    return {
+        "event": event,
+        "campaign": campaign.campaign_name,
+        "campaign_id": campaign.campaign_id,
+        "run_id": None if manifest is None else manifest.run_id,
+        "completed": 0 if manifest is None else manifest.completed_count,
+        "failed": 0 if manifest is None else manifest.failed_count,
+        "remaining": None if manifest is None else len(manifest.get_remaining()),
+        "error": None if error is None else error.message,
+    }

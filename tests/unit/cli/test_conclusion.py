@@ -11,10 +11,9 @@ from lem.base.errors import EngineError, InfrastructureError, OptionRefused, Use
 from lem.cli.campaign_run import (
     closing_lines,
     exit_code_of_outcome,
-    message_of_error,
-    message_of_outcome,
     resume_command,
     show_results,
+    webhook_message,
 )
 from lem.config.campaign_config import CampaignNotificationConfig
 from lem.orchestration.manifest import CampaignManifest, CampaignManifestEntry
@@ -130,17 +129,17 @@ def _hooked(tmp_path, on):
     ],
 )
 def test_a_webhook_hears_what_it_asked_for_and_nothing_of_a_person_who_stops_it(tmp_path, outcome, on, heard):
-    message = message_of_outcome(_hooked(tmp_path, on), outcome)
+    message = webhook_message(_hooked(tmp_path, on), outcome)
     assert HOOK not in json.dumps(message)
     keys = ("event", "completed", "remaining", "error")
     assert (None if message is None else tuple(message[key] for key in keys)) == heard
 
 
 def test_a_run_that_cannot_begin_is_a_failure(tmp_path):
-    message = message_of_error(_hooked(tmp_path, ("failure",)), UserError("not writable"))
+    message = webhook_message(_hooked(tmp_path, ("failure",)), UserError("not writable"))
     assert message is not None
     assert (message["event"], message["error"], message["run_id"]) == ("failure", "not writable", None)
-    assert message_of_error(_hooked(tmp_path, ("complete",)), UserError("not writable")) is None
+    assert webhook_message(_hooked(tmp_path, ("complete",)), UserError("not writable")) is None
 
 
 def _shown(campaign, outcome, *, is_json=False):
