@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lem.base.codec import recognise
@@ -11,7 +12,9 @@ from lem.base.measurement import EnergySource, is_gpu_source
 from lem.base.reasons import Reason
 from lem.config.experiment import MeasurementConfig
 from lem.meters.energy import EnergyFindings, carbon_of, efficiency_of
+from lem.orchestration.grid import experiment_id
 from lem.record import (
+    OBSERVATIONS_NEEDED,
     Carbon,
     Compute,
     Distribution,
@@ -48,9 +51,9 @@ def reasons(section: _Section, reason: str) -> _Section:
     return dataclasses.replace(section, null_reasons=dict.fromkeys(names, recognise(reason)))
 
 
-def told(*sentences: str) -> tuple[Reason, ...]:
+def sentences(*texts: str) -> tuple[Reason, ...]:
     """The reasons behind sentences, as those of a record of schema version 1 are read."""
-    return tuple(map(recognise, sentences))
+    return tuple(map(recognise, texts))
 
 
 def codes(found: Iterable[Reason]) -> list[str]:
@@ -58,116 +61,121 @@ def codes(found: Iterable[Reason]) -> list[str]:
     return [item.code for item in found]
 
 
-def make_record(
-    *,
-    config_name: str = "small",
-    config_hash: str = CONFIG_HASH,
-    cycle: int = 0,
-    order: int | None = None,
-    attempt: int = 1,
-    run_id: str = "20260714T100000Z-3fa1",
-    host: str = "lab1",
-    is_valid: bool = True,
-    invalid_reasons: tuple[str, ...] = (),
-    warnings: tuple[str, ...] = (),
-    load_id: str | None = None,
-    output_tok_per_s: float | None = 100.0,
-    energy_per_output_tok_j: float | None = None,
-    energy_source: str = EnergySource.COUNTER.value,
-    e2e_p50_s: float = 0.25,
-    ttft_p50_s: float | None = None,
-    n_requests: int = 8,
-    requested: Mapping[str, Any] | None = None,
-    model: str = "/srv/models/tiny-llama",
-) -> Record:
-    """A record of one attempt on a CPU without an energy meter; `cycle` is from 0."""
-    return Record(
-        identity=Identity(
-            experiment_id=f"{config_hash[:12]}-c{cycle + 1}",
-            config_name=config_name,
-            config_hash=config_hash,
-            campaign_id="fe01ce2a",
-            campaign_name="demo",
-            run_id=run_id,
-            host=host,
-            backend="pytorch",
-            model=model,
-            cycle_index=cycle,
-            order_index=cycle if order is None else order,
-            attempt=attempt,
-            shuffle_seed=None,
-            start_utc="2026-07-14T10:00:00.000000Z",
-            lem_version="0.1.0",
-        ),
+@dataclass(frozen=True)
+class Described:
+    """What a fixture record says of its attempt; everything else in it follows, or is the same in all."""
+
+    config_name: str = "small"
+    config_hash: str = CONFIG_HASH
+    model: str = "/srv/models/tiny-llama"
+    cycle: int = 0  # from 0
+    order: int | None = None  # by default the cycle
+    attempt: int = 1
+    run_id: str = "20260714T100000Z-3fa1"
+    host: str = "lab1"
+    is_valid: bool = True
+    invalid_reasons: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    load_id: str | None = None  # by default a load of its own
+    n_requests: int = 8
+    output_tok_per_s: float | None = 100.0
+    energy_per_output_tok_j: float | None = None
+    energy_source: str = EnergySource.COUNTER.value
+    e2e_p50_s: float = 0.25
+    ttft_p50_s: float | None = None
+    requested: Mapping[str, Any] = field(default_factory=lambda: {"fp_precision": "float32", "max_output_tokens": 32})
+
+
+def make_record(**fields: Any) -> Record:
+    """A record of one attempt on a CPU, by default without an energy meter; `fields` are those of `Described`."""
+    given = Described(**fields)
+    load_id = f"{given.run_id}-{given.config_hash}-{given.cycle}-{given.attempt}"
+    rate = given.output_tok_per_s
+    record = Record(
+        identity=_identity(given),
         validity=Validity(
-            valid=is_valid,
-            invalid_reasons=told(*invalid_reasons),
-            warnings=told(*warnings),
+            valid=given.is_valid,
+            invalid_reasons=sentences(*given.invalid_reasons),
+            warnings=sentences(*given.warnings),
             warmup_converged=True,
             steady=True,
             engine_reused=False,
-            engine_load_id=f"{run_id}-{config_hash}-{cycle}-{attempt}" if load_id is None else load_id,
+            engine_load_id=load_id if given.load_id is None else given.load_id,
         ),
         window=reasons(
             Window("closed_batch", 10.0, 3, 1.5, 5, 0.8, None, 0.4, recognise("temperature and power are back")),
             "nothing was compiled for this experiment",
         ),
-        energy=_energy(energy_per_output_tok_j, energy_source),
+        energy=_energy(given.energy_per_output_tok_j, given.energy_source),
         gpus=(),
         idle=reasons(Idle(), NO_METER),
-        work=Work(n_requests, 0, 512, 1000, 12, "engine_ids", {"kind": "synthetic", "count": n_requests}),
-        throughput=reasons(
-            Throughput(output_tok_per_s, None if output_tok_per_s is None else 1.5 * output_tok_per_s, 0.8),
-            "the window holds no output",
-        ),
-        latency=reasons(
-            Latency(
-                ttft_s=None if ttft_p50_s is None else make_distribution(ttft_p50_s, n_requests),
-                tpot_s=None,
-                itl_s=None,
-                e2e_s=make_distribution(e2e_p50_s, n_requests),
-                queue_s=None,
-            ),
-            NO_TOKEN_TIMES,
-        ),
+        work=Work(given.n_requests, 0, 512, 1000, 12, "engine_ids", {"kind": "synthetic", "count": given.n_requests}),
+        throughput=reasons(Throughput(rate, None if rate is None else 1.5 * rate, 0.8), "the window holds no output"),
+        latency=make_latency(given.n_requests, given.n_requests, given.ttft_p50_s, None, given.e2e_p50_s),
         compute=reasons(Compute(2e12, "2 x parameters x tokens", "estimate", 25_000_000, None), NO_GPU),
-        efficiency=_efficiency(energy_per_output_tok_j),
-        carbon=reasons(Carbon(), "no grid intensity was given"),
+        efficiency=Efficiency(),
+        carbon=Carbon(),
         environment=make_environment(),
-        requested={"fp_precision": "float32", "max_output_tokens": 32} if requested is None else requested,
+        requested=given.requested,
         extra_metadata={"note": "Grüße"},
+    )
+    return completed(record)
+
+
+def completed(record: Record, measurement: MeasurementConfig | None = None) -> Record:
+    """The record with what follows from its energy and its work."""
+    energy_j = record.energy.primary_j
+    carbon = carbon_of(energy_j, measurement or MeasurementConfig())
+    return dataclasses.replace(record, efficiency=efficiency_of(energy_j, record.work), carbon=carbon)
+
+
+def _identity(given: Described) -> Identity:
+    return Identity(
+        experiment_id=experiment_id(given.config_hash, given.cycle),
+        config_name=given.config_name,
+        config_hash=given.config_hash,
+        campaign_id="fe01ce2a",
+        campaign_name="demo",
+        run_id=given.run_id,
+        host=given.host,
+        backend="pytorch",
+        model=given.model,
+        cycle_index=given.cycle,
+        order_index=given.cycle if given.order is None else given.order,
+        attempt=given.attempt,
+        shuffle_seed=None,
+        start_utc="2026-07-14T10:00:00.000000Z",
+        lem_version="0.1.0",
     )
 
 
 def with_measured(record: Record, found: EnergyFindings, measurement: MeasurementConfig | None = None) -> Record:
     """The record with the sections that the meters fill, as `compose_record` fills them."""
-    return dataclasses.replace(
-        record,
-        energy=found.energy,
-        gpus=found.gpus,
-        idle=found.idle,
-        validity=dataclasses.replace(
-            record.validity,
-            valid=not found.invalid_reasons,
-            invalid_reasons=found.invalid_reasons,
-            warnings=found.warnings,
-        ),
-        efficiency=efficiency_of(found.energy.primary_j, record.work),
-        carbon=carbon_of(found.energy.primary_j, measurement or MeasurementConfig()),
-        environment=dataclasses.replace(record.environment, gpu_uuids=tuple(gpu.uuid for gpu in found.gpus)),
+    validity = dataclasses.replace(
+        record.validity,
+        valid=not found.invalid_reasons,
+        invalid_reasons=found.invalid_reasons,
+        warnings=found.warnings,
     )
+    environment = dataclasses.replace(record.environment, gpu_uuids=tuple(gpu.uuid for gpu in found.gpus))
+    sections = {"energy": found.energy, "gpus": found.gpus, "idle": found.idle}
+    replaced: dict[str, Any] = {**sections, "validity": validity, "environment": environment}
+    return completed(dataclasses.replace(record, **replaced), measurement)
 
 
-def make_distribution(p50: float, n: int) -> Distribution:
-    """A distribution around a median, with the percentiles that `n` observations allow."""
-    return Distribution(
-        mean=1.1 * p50,
-        p50=p50,
-        p90=1.5 * p50 if n >= 10 else None,
-        p95=1.7 * p50 if n >= 20 else None,
-        p99=2.0 * p50 if n >= 100 else None,
-        n=n,
+def make_latency(n: int, n_tok: int, ttft_s: float | None, tpot_s: float | None, e2e_s: float) -> Latency:
+    """Latencies around their medians, of `n` requests and `n_tok` tokens; None where token times were not observed."""
+    ttft, tpot, itl = (
+        None if p50 is None else _distribution(p50, count) for p50, count in ((ttft_s, n), (tpot_s, n), (tpot_s, n_tok))
     )
+    return reasons(Latency(ttft, tpot, itl, _distribution(e2e_s, n), None), NO_TOKEN_TIMES)
+
+
+def _distribution(p50: float, n: int) -> Distribution:
+    """With the percentiles that `n` observations allow."""
+    factors = {"p90": 1.5, "p95": 1.7, "p99": 2.0}
+    allowed = {name: p50 * factor for name, factor in factors.items() if n >= OBSERVATIONS_NEEDED[name]}
+    return Distribution(mean=1.1 * p50, p50=p50, n=n, **{**dict.fromkeys(factors), **allowed})
 
 
 def make_environment() -> Environment:
@@ -219,8 +227,3 @@ def _energy(energy_per_output_tok_j: float | None, source: str) -> Energy:
         energy_scope="gpu" if is_gpu else "cpu_package",
     )
     return reasons(measured, "not measured")
-
-
-def _efficiency(energy_per_output_tok_j: float | None) -> Efficiency:
-    per_j = None if energy_per_output_tok_j is None else 1 / energy_per_output_tok_j
-    return reasons(Efficiency(energy_per_output_tok_j, None, None, per_j), NO_METER)

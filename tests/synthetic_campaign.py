@@ -24,8 +24,8 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -47,56 +47,12 @@ from lem.orchestration.manifest import (
 )
 from lem.record import Identity, Record, encode_record
 from tests.synthetic_log import LogPlan, make_log
-from tests.synthetic_record import Run, make_run_record
+from tests.synthetic_record import Configuration, Run
 
 __all__ = ["Campaign", "Configuration", "Experiment", "Written", "sweep"]
 
 _START = datetime(2026, 7, 14, 10, tzinfo=timezone.utc)
 _BATCH_OPTION = {"pytorch": "batch_size", "vllm": "max_num_seqs", "tensorrt": "max_batch_size"}
-_OUT_OF_MEMORY = "CUDA out of memory: tried to allocate 24.0 GiB"
-_LOAD_S = {"pytorch": 18.0, "vllm": 42.0, "tensorrt": 60.0}
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """One configuration and what is true of it.
-
-    Attributes:
-        energy_per_output_tok_j: gross, of all GPUs; None when no meter could be used.
-        energy_source: as in the record; `tdp_estimate` is an estimate.
-        batch_size: the backend's own option for it.
-        options: more options of the experiment, as a file would have them.
-        ttft_s: median; None when token times were not observed.
-        invalid_attempts: cycle to how many attempts were invalid before the one that counts; 2 leaves none that does.
-        throttled_cycles: cycles whose first attempt was slowed by heat: invalid, with the seconds in its GPU section.
-        failed_cycles: cycles that gave no result, with the error `error`.
-        capped_ratio: share of the window at the power limit, which is no fault.
-        is_steady: False for windows whose halves differ.
-        output_tok_ratio: what comes of `max_output_tokens`: under 1 the engine ended some answers itself.
-        prompts: SHA-256 of its own prompts; None for those of the campaign.
-        warnings: carried by each of its results.
-    """
-
-    name: str
-    backend: str = "vllm"
-    model: str = "meta-llama/Llama-3.1-8B-Instruct"
-    precision: str = "bfloat16"
-    batch_size: int = 32
-    options: Mapping[str, Any] = field(default_factory=dict)
-    energy_per_output_tok_j: float | None = 0.3
-    energy_source: str = "nvml_counter"
-    output_tok_per_s: float = 1800.0
-    e2e_s: float = 2.5
-    ttft_s: float | None = None
-    invalid_attempts: Mapping[int, int] = field(default_factory=dict)
-    throttled_cycles: tuple[int, ...] = ()
-    failed_cycles: tuple[int, ...] = ()
-    error: str = _OUT_OF_MEMORY
-    capped_ratio: float = 0.0
-    is_steady: bool = True
-    output_tok_ratio: float = 1.0
-    prompts: str | None = None
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -185,10 +141,9 @@ class Campaign:
             cells.sort(key=lambda cell: (cell[1], cell[0]))
         elif self.structure == "shuffled":
             cells.sort(key=lambda cell: (cell[0], self._random("order", cell).random()))
+        hashes = [self.hash_of(item) for item in self.configurations]
         return tuple(
-            Experiment(
-                chosen := self.configurations[number], cycle, order, self._exp_id(chosen, cycle), self.hash_of(chosen)
-            )
+            Experiment(self.configurations[number], cycle, order, experiment_id(hashes[number], cycle), hashes[number])
             for order, (cycle, number) in enumerate(cells)
         )
 
@@ -214,9 +169,6 @@ class Campaign:
 
     def _done(self) -> tuple[Experiment, ...]:
         return self.experiments()[: self.stop_after]
-
-    def _exp_id(self, configuration: Configuration, cycle: int) -> str:
-        return experiment_id(self.hash_of(configuration), cycle)
 
     def _config_text(self, configuration: Configuration) -> str:
         """The experiment's options as a file would have them, and what its prompts are known by."""
@@ -273,31 +225,26 @@ class Campaign:
 
     def _run(self, experiment: Experiment, attempt: int, *, is_valid: bool) -> Run:
         configuration = experiment.configuration
-        requested = _requested(self._config_text(configuration))
         joules = configuration.energy_per_output_tok_j
         is_throttled = attempt == 1 and experiment.cycle in configuration.throttled_cycles
         slowed = 0.7 if is_throttled else 1.0
         shift = 1.0 if is_valid else math.exp(self.invalid_shift)
-        return make_run_record(
-            Run(
-                identity=self._identity(experiment, attempt),
-                configuration=configuration,
-                requested=requested,
-                energy_per_output_tok_j=None
-                if joules is None
-                else joules * self._factor("energy", experiment, attempt) / math.sqrt(slowed) * shift,
-                output_tok_per_s=configuration.output_tok_per_s * slowed * self._factor("speed", experiment, attempt),
-                is_valid=is_valid,
-                is_throttled=is_throttled,
-                load_id=self._load_id(experiment),
-                is_engine_reused=attempt > 1 or (self.is_reused and experiment.cycle > 0),
-                load_s=_LOAD_S[configuration.backend],
-                gpus=self._gpus(),
-                prompts=configuration.prompts or self.prompts,
-                requests=self.requests,
-                output_tok_per_request=requested["max_output_tokens"],
-                window_s=self.window_s,
-            )
+        return Run(
+            identity=self._identity(experiment, attempt),
+            configuration=configuration,
+            requested=_requested(self._config_text(configuration)),
+            energy_per_output_tok_j=None
+            if joules is None
+            else joules * self._factor("energy", experiment, attempt) / math.sqrt(slowed) * shift,
+            output_tok_per_s=configuration.output_tok_per_s * slowed * self._factor("speed", experiment, attempt),
+            is_valid=is_valid,
+            is_throttled=is_throttled,
+            load_id=self._load_id(experiment),
+            is_engine_reused=attempt > 1 or (self.is_reused and experiment.cycle > 0),
+            gpus=self._gpus(),
+            prompts=configuration.prompts or self.prompts,
+            requests=self.requests,
+            least_window_s=self.window_s,
         )
 
     def _identity(self, experiment: Experiment, attempt: int) -> Identity:
@@ -363,25 +310,27 @@ class Campaign:
         ]
         if not attempts:  # what went wrong goes wrong again
             attempts = [self._write_failure(experiment, place / f"attempt-{number}", number) for number in (1, 2)]
-        entry = self._entry(experiment, attempts[0].started_at)
-        entry.attempts = tuple(attempts)
-        entry.retry_count = len(attempts) - 1
-        entry.completed_at = attempts[-1].completed_at
-        entry.status = COMPLETED if attempts[-1].result_path else FAILED
-        entry.result_path = attempts[-1].result_path
-        entry.error = attempts[-1].error
-        return entry
+        last = attempts[-1]
+        return self._entry(
+            experiment,
+            started_at=attempts[0].started_at,
+            attempts=tuple(attempts),
+            retry_count=len(attempts) - 1,
+            completed_at=last.completed_at,
+            status=COMPLETED if last.result_path else FAILED,
+            result_path=last.result_path,
+            error=last.error,
+        )
 
     def _write_undone(self, experiment: Experiment, place: Path, *, is_running: bool) -> CampaignManifestEntry:
-        entry = self._entry(experiment, None)
-        if is_running:
-            self._write_config(experiment, place / "attempt-1")
-            entry.status = RUNNING
-            entry.started_at = self._identity(experiment, 1).start_utc
-            entry.attempts = (Attempt(1, started_at=entry.started_at, host=self.host),)
-        return entry
+        if not is_running:
+            return self._entry(experiment, status=PENDING)
+        self._write_config(experiment.configuration, place / "attempt-1")
+        started_at = self._identity(experiment, 1).start_utc
+        attempts = (Attempt(1, started_at=started_at, host=self.host),)
+        return self._entry(experiment, status=RUNNING, started_at=started_at, attempts=attempts)
 
-    def _entry(self, experiment: Experiment, started_at: str | None) -> CampaignManifestEntry:
+    def _entry(self, experiment: Experiment, **course: Any) -> CampaignManifestEntry:
         return CampaignManifestEntry(
             exp_id=experiment.exp_id,
             config_name=experiment.configuration.name,
@@ -390,50 +339,39 @@ class Campaign:
             backend=experiment.configuration.backend,
             container=None,
             cycle_index=experiment.cycle,
-            status=PENDING,
-            started_at=started_at,
             order_index=experiment.order,
             host=self.host,
+            **course,
         )
 
     def _write_run(self, run: Run, folder: Path) -> Attempt:
-        self._write_config_text(run.configuration, folder)
+        self._write_config(run.configuration, folder)
         path = folder / "result.json"
         path.write_text(json.dumps(encode_record(run.record), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if self.has_samples and run.energy_per_output_tok_j is not None:
             log, marks = make_log(self._log_plan(run), self._random("samples", run.identity.key))
             write_finished(folder / FINISHED_FILENAME, log, marks)
-        started = run.identity.start_utc
-        return Attempt(
-            run.identity.attempt,
-            result_path=str(path),
-            valid=run.is_valid,
-            log_path=str(folder / "log.txt"),
-            started_at=started,
-            completed_at=_later(started, 50),
-            host=self.host,
-        )
+        return self._ended(run.identity, folder, 50, result_path=str(path), valid=run.is_valid)
 
     def _write_failure(self, experiment: Experiment, folder: Path, number: int) -> Attempt:
-        self._write_config(experiment, folder)
-        started = self._identity(experiment, number).start_utc
+        self._write_config(experiment.configuration, folder)
+        return self._ended(self._identity(experiment, number), folder, 20, error=experiment.configuration.error)
+
+    def _ended(self, identity: Identity, folder: Path, after_s: float, **outcome: Any) -> Attempt:
+        started = datetime.fromisoformat(identity.start_utc.replace("Z", "+00:00"))
         return Attempt(
-            number,
-            error=experiment.configuration.error,
+            identity.attempt,
             log_path=str(folder / "log.txt"),
-            started_at=started,
-            completed_at=_later(started, 20),
+            started_at=identity.start_utc,
+            completed_at=utc_text(started + timedelta(seconds=after_s)),
             host=self.host,
+            **outcome,
         )
 
-    def _write_config(self, experiment: Experiment, folder: Path) -> None:
-        self._write_config_text(experiment.configuration, folder)
-
-    def _write_config_text(self, configuration: Configuration, folder: Path) -> None:
+    def _write_config(self, configuration: Configuration, folder: Path) -> None:
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text(
-            _config_document(self._config_text(configuration), configuration.name), encoding="utf-8"
-        )
+        document = _config_document(self._config_text(configuration), configuration.name)
+        (folder / "config.json").write_text(document, encoding="utf-8")
         (folder / "log.txt").write_text("what the engine printed\n", encoding="utf-8")
 
     def _log_plan(self, run: Run) -> LogPlan:
@@ -474,25 +412,16 @@ def sweep(n_experiments: int, *, cycles: int = 5, **changes: Any) -> Campaign:
     return Campaign(**{"configurations": tuple(configurations), "cycles": cycles, "has_samples": False, **changes})
 
 
-def _later(utc: str, seconds: float) -> str:
-    return utc_text(datetime.fromisoformat(utc.replace("Z", "+00:00")) + timedelta(seconds=seconds))
-
-
 def _requested(text: str) -> dict[str, Any]:
     requested: dict[str, Any] = json.loads(text)[0]
     return requested
 
 
 @functools.lru_cache(maxsize=20_000)
-def _resolved(text: str) -> ExperimentConfig:
-    return ExperimentConfig.from_dict(_requested(text))
-
-
-@functools.lru_cache(maxsize=20_000)
 def _config_document(text: str, name: str) -> str:
-    resolved = {**_resolved(text).to_dict(), "config_name": name}
-    document = {"schema_version": 1, "requested": _requested(text), "resolved": resolved}
-    return json.dumps(document, indent=2) + "\n"
+    requested = _requested(text)
+    resolved = {**ExperimentConfig.from_dict(requested).to_dict(), "config_name": name}
+    return json.dumps({"schema_version": 1, "requested": requested, "resolved": resolved}, indent=2) + "\n"
 
 
 @functools.lru_cache(maxsize=20_000)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
-from lem.base.reasons import Reason
 from lem.meters.samples import GpuHeader
 from lem.record import (
     Carbon,
@@ -19,31 +19,69 @@ from lem.record import (
     Gpu,
     Identity,
     Idle,
-    Latency,
     Record,
     Throughput,
     Validity,
     Window,
     Work,
 )
-from tests.records import make_distribution, make_environment, reasons, told
+from tests.records import completed, make_environment, make_latency, reasons, sentences
 from tests.synthetic_log import EVENT_POWER_CAP, EVENT_THERMAL
-
-if TYPE_CHECKING:
-    from tests.synthetic_campaign import Configuration
-
-__all__ = ["Run", "make_run_record"]
 
 _IDLE_BARE_W = 70.0
 _IDLE_LOADED_W = 90.0
 _INPUT_TOK = 256
 _ENGINE = {"pytorch": ("transformers", "5.23.0"), "vllm": ("vllm", "0.32.0"), "tensorrt": ("tensorrt_llm", "1.2.0")}
+_LOAD_S = {"pytorch": 18.0, "vllm": 42.0, "tensorrt": 60.0}
 _NO_METER = "no energy meter could be used"
+_OUT_OF_MEMORY = "CUDA out of memory: tried to allocate 24.0 GiB"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One configuration and what is true of it.
+
+    Attributes:
+        energy_per_output_tok_j: gross, of all GPUs; None when no meter could be used.
+        energy_source: as in the record; `tdp_estimate` is an estimate.
+        batch_size: the backend's own option for it.
+        options: more options of the experiment, as a file would have them.
+        ttft_s: median; None when token times were not observed.
+        invalid_attempts: cycle to how many attempts were invalid before the one that counts; 2 leaves none that does.
+        throttled_cycles: cycles whose first attempt was slowed by heat: invalid, with the seconds in its GPU section.
+        failed_cycles: cycles that gave no result, with the error `error`.
+        capped_ratio: share of the window at the power limit, which is no fault.
+        is_steady: False for windows whose halves differ.
+        output_tok_ratio: what comes of `max_output_tokens`: under 1 the engine ended some answers itself.
+        prompts: SHA-256 of its own prompts; None for those of the campaign.
+        warnings: carried by each of its results.
+    """
+
+    name: str
+    backend: str = "vllm"
+    model: str = "meta-llama/Llama-3.1-8B-Instruct"
+    precision: str = "bfloat16"
+    batch_size: int = 32
+    options: Mapping[str, Any] = field(default_factory=dict)
+    energy_per_output_tok_j: float | None = 0.3
+    energy_source: str = "nvml_counter"
+    output_tok_per_s: float = 1800.0
+    e2e_s: float = 2.5
+    ttft_s: float | None = None
+    invalid_attempts: Mapping[int, int] = field(default_factory=dict)
+    throttled_cycles: tuple[int, ...] = ()
+    failed_cycles: tuple[int, ...] = ()
+    error: str = _OUT_OF_MEMORY
+    capped_ratio: float = 0.0
+    is_steady: bool = True
+    output_tok_ratio: float = 1.0
+    prompts: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Run:
-    """One attempt: what it saw, and its record once `make_run_record` has made it."""
+    """One attempt: what it saw, and the record that follows from it."""
 
     identity: Identity
     configuration: Configuration
@@ -54,127 +92,76 @@ class Run:
     is_throttled: bool
     load_id: str
     is_engine_reused: bool
-    load_s: float
     gpus: Sequence[GpuHeader]
-    prompts: str
+    prompts: str  # their SHA-256
     requests: int
-    output_tok_per_request: int
-    window_s: float
-    made: Record | None = None
+    least_window_s: float
 
-    @property
+    @cached_property
     def record(self) -> Record:
-        """What was made."""
-        assert self.made is not None
-        return self.made
-
-
-def make_run_record(run: Run) -> Run:
-    """The run with its record."""
-    output_tok, repeats = _work_of(run)
-    window_s = output_tok / run.output_tok_per_s
-    return dataclasses.replace(run, made=_Maker(run, output_tok, repeats, window_s).record())
-
-
-def _work_of(run: Run) -> tuple[int, int]:
-    """Tokens of whole repeats of the prompt set that fill the window at the configuration's true speed."""
-    each = max(round(run.requests * run.output_tok_per_request * run.configuration.output_tok_ratio), 1)
-    repeats = math.ceil(run.window_s * run.configuration.output_tok_per_s / each)
-    return each * repeats, repeats
-
-
-@dataclass(frozen=True)
-class _Maker:
-    run: Run
-    output_tok: int
-    repeats: int
-    window_s: float
-
-    def record(self) -> Record:
-        run = self.run
-        return Record(
-            identity=run.identity,
-            validity=self._validity(),
-            window=self._window(),
-            energy=self._energy(),
-            gpus=self._gpus(),
-            idle=self._idle(),
-            work=Work(
-                self._requests,
-                0,
-                self._input_tok,
-                self.output_tok,
-                0,
-                "engine_ids",
-                {"kind": "synthetic", "name": "synthetic", "sha256": run.prompts, "count": run.requests},
-            ),
-            throughput=Throughput(
-                run.output_tok_per_s,
-                (self.output_tok + self._input_tok) / self.window_s,
-                self._requests / self.window_s,
-            ),
-            latency=self._latency(),
-            compute=Compute(
-                2 * 7.5e9 * (self.output_tok + self._input_tok),
-                "2 x parameters x tokens",
-                "medium",
-                8_030_261_248,
-                60 << 30,
-            ),
-            efficiency=self._efficiency(),
-            carbon=reasons(Carbon(), "no grid intensity was given"),
-            environment=self._environment(),
-            requested=run.requested,
+        """Whole repeats of the prompt set that fill the window at the configuration's true speed."""
+        requested, configuration = self.requested, self.configuration
+        limit = requested["max_output_tokens"]
+        each = max(round(self.requests * limit * configuration.output_tok_ratio), 1)
+        repeats = math.ceil(self.least_window_s * configuration.output_tok_per_s / each)
+        requests, output_tok = self.requests * repeats, each * repeats
+        input_tok, window_s = _INPUT_TOK * requests, output_tok / self.output_tok_per_s
+        total_tok = input_tok + output_tok
+        energy_j = None if self.energy_per_output_tok_j is None else self.energy_per_output_tok_j * output_tok
+        source = {"kind": "synthetic", "name": "synthetic", "sha256": self.prompts, "count": self.requests}
+        slower, ttft_s = configuration.output_tok_per_s / self.output_tok_per_s, configuration.ttft_s
+        tpot_s = None if ttft_s is None else slower * (configuration.e2e_s - ttft_s) / max(limit - 1, 1)
+        ttft_s = None if ttft_s is None else slower * ttft_s
+        idle = Idle(None if self.is_engine_reused else _IDLE_BARE_W, _IDLE_LOADED_W, _IDLE_LOADED_W + 1, 0.0)
+        return completed(
+            Record(
+                identity=self.identity,
+                validity=self._validity(window_s),
+                window=self._window(window_s, repeats),
+                energy=self._energy(energy_j, window_s),
+                gpus=tuple(self._gpu(gpu, energy_j, window_s) for gpu in self.gpus),
+                idle=reasons(Idle(), _NO_METER) if energy_j is None else reasons(idle, "the engine was loaded already"),
+                work=Work(requests, 0, input_tok, output_tok, 0, "engine_ids", source),
+                throughput=Throughput(self.output_tok_per_s, total_tok / window_s, requests / window_s),
+                latency=make_latency(requests, output_tok, ttft_s, tpot_s, configuration.e2e_s * slower),
+                compute=Compute(2 * 7.5e9 * total_tok, "2 x parameters x tokens", "medium", 8_030_261_248, 60 << 30),
+                efficiency=Efficiency(),
+                carbon=Carbon(),
+                environment=self._environment(),
+                requested=requested,
+            )
         )
 
-    @property
-    def _requests(self) -> int:
-        return self.run.requests * self.repeats
+    def _throttled_s(self, window_s: float) -> float:
+        return 0.3 * window_s if self.is_throttled else 0.0
 
-    @property
-    def _input_tok(self) -> int:
-        return _INPUT_TOK * self._requests
-
-    @property
-    def _energy_j(self) -> float | None:
-        each = self.run.energy_per_output_tok_j
-        return None if each is None else each * self.output_tok
-
-    @property
-    def _throttled_s(self) -> float:
-        return 0.3 * self.window_s if self.run.is_throttled else 0.0
-
-    def _validity(self) -> Validity:
-        run = self.run
-        invalid: tuple[str, ...] = ()
-        if run.is_throttled and not run.is_valid:
-            invalid = (f"{run.gpus[0].uuid}: thermal slowdown for {self._throttled_s:.1f} s of the window",)
-        elif not run.is_valid:
-            invalid = ("another process used the GPU during the window",)
+    def _validity(self, window_s: float) -> Validity:
+        why = "another process used the GPU during the window"
+        if self.is_throttled:
+            slowed_s = self._throttled_s(window_s)
+            why = f"{self.gpus[0].uuid}: thermal slowdown for {slowed_s:.1f} s of the window"
         return Validity(
-            valid=run.is_valid,
-            invalid_reasons=told(*invalid),
-            warnings=told(*run.configuration.warnings),
+            valid=self.is_valid,
+            invalid_reasons=() if self.is_valid else sentences(why),
+            warnings=sentences(*self.configuration.warnings),
             warmup_converged=True,
-            steady=run.configuration.is_steady,
-            engine_reused=run.is_engine_reused,
-            engine_load_id=run.load_id,
+            steady=self.configuration.is_steady,
+            engine_reused=self.is_engine_reused,
+            engine_load_id=self.load_id,
         )
 
-    def _window(self) -> Window:
-        load_s = None if self.run.is_engine_reused else self.run.load_s
-        (gap_end_reason,) = told("temperature and power are back")
-        section = Window("closed_batch", self.window_s, self.repeats, 5.0, 8, load_s, None, 12.0, gap_end_reason)
-        return dataclasses.replace(
-            section,
-            null_reasons={
-                "compile_s": Reason.of("nothing_compiled"),
-                **({} if load_s is not None else {"load_s": Reason.of("engine_was_loaded", load_id=self.run.load_id)}),
-            },
+    def _window(self, window_s: float, repeats: int) -> Window:
+        load_s = None if self.is_engine_reused else _LOAD_S[self.configuration.backend]
+        (gap_end_reason,) = sentences("temperature and power are back")
+        section = Window("closed_batch", window_s, repeats, 5.0, 8, load_s, None, 12.0, gap_end_reason)
+        nothing, loaded = sentences(
+            "nothing was compiled for this experiment", f"the engine was loaded before (load {self.load_id})"
         )
+        null_reasons = {"compile_s": nothing, **({} if load_s is not None else {"load_s": loaded})}
+        return dataclasses.replace(section, null_reasons=null_reasons)
 
-    def _energy(self) -> Energy:
-        source, energy_j = self.run.configuration.energy_source, self._energy_j
+    def _energy(self, energy_j: float | None, window_s: float) -> Energy:
+        source = self.configuration.energy_source
         if energy_j is None:
             return reasons(Energy(), _NO_METER)
         if source in ("rapl", "tdp_estimate"):
@@ -182,7 +169,7 @@ class _Maker:
             return reasons(measured, "no GPU was used")
         measured = Energy(
             gpu_energy_j=energy_j,
-            gpu_energy_net_j=energy_j - _IDLE_LOADED_W * len(self.run.gpus) * self.window_s,
+            gpu_energy_net_j=energy_j - _IDLE_LOADED_W * len(self.gpus) * window_s,
             energy_source=source,
             energy_scope="gpu",
             energy_crosscheck_ratio=1.004,
@@ -191,80 +178,45 @@ class _Maker:
         )
         return reasons(measured, "not measured")
 
-    def _gpus(self) -> tuple[Gpu, ...]:
-        energy_j = self._energy_j
+    def _gpu(self, gpu: GpuHeader, energy_j: float | None, window_s: float) -> Gpu:
         if energy_j is None:
-            return tuple(reasons(Gpu(gpu.uuid, gpu.name), _NO_METER) for gpu in self.run.gpus)
-        each_j = energy_j / len(self.run.gpus)
-        capped_s = self.run.configuration.capped_ratio * self.window_s
-        warmer_c = 12.0 if self.run.is_throttled else 0.0
-        return tuple(
-            Gpu(
-                uuid=gpu.uuid,
-                name=gpu.name,
-                energy_j=each_j,
-                power_mean_w=each_j / self.window_s,
-                power_max_w=1.03 * each_j / self.window_s,
-                power_limit_w=gpu.power_limit_w,
-                temp_start_c=41.0,
-                temp_end_c=66.0 + warmer_c,
-                temp_max_c=68.0 + warmer_c,
-                sm_clock_mean_hz=1.7e9 if self.run.is_throttled else 1.98e9,
-                throttle_power_s=capped_s,
-                throttle_thermal_s=self._throttled_s,
-                event_reasons_mask=EVENT_POWER_CAP * bool(capped_s) | EVENT_THERMAL * bool(self._throttled_s),
-                util_mean_ratio=0.98,
-                mem_peak_b=60 << 30,
-                persistence_mode=gpu.persistence_mode,
-                mig_mode=gpu.mig_mode,
-            )
-            for gpu in self.run.gpus
+            return reasons(Gpu(gpu.uuid, gpu.name), _NO_METER)
+        each_j = energy_j / len(self.gpus)
+        capped_s, throttled_s = self.configuration.capped_ratio * window_s, self._throttled_s(window_s)
+        warmer_c = 12.0 if self.is_throttled else 0.0
+        return Gpu(
+            uuid=gpu.uuid,
+            name=gpu.name,
+            energy_j=each_j,
+            power_mean_w=each_j / window_s,
+            power_max_w=1.03 * each_j / window_s,
+            power_limit_w=gpu.power_limit_w,
+            temp_start_c=41.0,
+            temp_end_c=66.0 + warmer_c,
+            temp_max_c=68.0 + warmer_c,
+            sm_clock_mean_hz=1.7e9 if self.is_throttled else 1.98e9,
+            throttle_power_s=capped_s,
+            throttle_thermal_s=throttled_s,
+            event_reasons_mask=EVENT_POWER_CAP * bool(capped_s) | EVENT_THERMAL * bool(throttled_s),
+            util_mean_ratio=0.98,
+            mem_peak_b=60 << 30,
+            persistence_mode=gpu.persistence_mode,
+            mig_mode=gpu.mig_mode,
         )
-
-    def _idle(self) -> Idle:
-        if self._energy_j is None:
-            return reasons(Idle(), _NO_METER)
-        bare_w = None if self.run.is_engine_reused else _IDLE_BARE_W
-        section = Idle(bare_w, _IDLE_LOADED_W, _IDLE_LOADED_W + 1, 0.0)
-        return reasons(section, "the engine was loaded already")
-
-    def _latency(self) -> Latency:
-        configuration = self.run.configuration
-        slower = configuration.output_tok_per_s / self.run.output_tok_per_s
-        ttft_s = configuration.ttft_s
-        tpot_s = (configuration.e2e_s - (ttft_s or 0)) / max(self.run.output_tok_per_request - 1, 1)
-        is_observed = ttft_s is not None
-        section = Latency(
-            ttft_s=make_distribution(ttft_s * slower, self._requests) if ttft_s is not None else None,
-            tpot_s=make_distribution(tpot_s * slower, self._requests) if is_observed else None,
-            itl_s=make_distribution(tpot_s * slower, self.output_tok) if is_observed else None,
-            e2e_s=make_distribution(configuration.e2e_s * slower, self._requests),
-            queue_s=None,
-        )
-        return reasons(section, "the engine gave no time for each token")
-
-    def _efficiency(self) -> Efficiency:
-        each, energy_j = self.run.energy_per_output_tok_j, self._energy_j
-        if each is None or energy_j is None:
-            return reasons(Efficiency(), "no energy was measured")
-        return Efficiency(each, energy_j / (self.output_tok + self._input_tok), energy_j / self._requests, 1 / each)
 
     def _environment(self) -> Environment:
-        run = self.run
-        engine, version = _ENGINE[run.configuration.backend]
-        driver = run.gpus[0].driver
+        engine, version = _ENGINE[self.configuration.backend]
         section = dataclasses.replace(
             make_environment(),
-            fingerprint="5f0c",
             engine_name=engine,
             engine_version=version,
-            versions={"python": "3.11.7", "torch": "2.13.0", engine: version, "driver": driver},
+            versions={"python": "3.11.7", "torch": "2.13.0", engine: version, "driver": self.gpus[0].driver},
             device="cuda:0",
-            gpu_uuids=tuple(gpu.uuid for gpu in run.gpus),
-            vbios=tuple(gpu.vbios or "" for gpu in run.gpus),
+            gpu_uuids=tuple(gpu.uuid for gpu in self.gpus),
+            vbios=tuple(gpu.vbios or "" for gpu in self.gpus),
             model_revision="5206a32e0bd3067aef1ce90f5528ade7d866253f",
             other_gpu_processes=(),
-            engine_effective={"fp_precision": run.configuration.precision},
+            engine_effective={"fp_precision": self.configuration.precision},
             governor="performance",
             null_reasons={},
         )

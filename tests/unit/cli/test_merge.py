@@ -28,7 +28,7 @@ def store(folder: Path, record: Record) -> Path:
 
 
 def anchor(host: str, cycle: int = 0, **more: object) -> Record:
-    return make_record(config_name="short", config_hash=ANCHOR, host=host, cycle=cycle, **more)  # type: ignore[arg-type]
+    return make_record(config_name="short", config_hash=ANCHOR, host=host, cycle=cycle, **more)
 
 
 @pytest.fixture

@@ -14,14 +14,11 @@ from lem.record import Record, RecordError
 from lem.results.aggregation import aggregate_campaign_results, configuration_document
 from lem.results.metrics import distinct
 from lem.results.run import NO_INTERVAL, Configuration
-from tests.records import NO_METER, NO_TOKEN_TIMES, make_record, told
+from tests.records import NO_METER, NO_TOKEN_TIMES, make_record, sentences
 
 
 def cycles(*rates: float, **fields: object) -> list[Record]:
-    return [
-        make_record(cycle=cycle, output_tok_per_s=rate, **fields)  # type: ignore[arg-type]
-        for cycle, rate in enumerate(rates)
-    ]
+    return [make_record(cycle=cycle, output_tok_per_s=rate, **fields) for cycle, rate in enumerate(rates)]
 
 
 def configured(records: Iterable[Record], confidence: float = 0.95) -> Configuration:
@@ -113,7 +110,7 @@ def test_invalid_results_are_left_out_and_counted_and_estimated_beside_the_valid
     aggregate = configured([*cycles(100, 102), hot])
     assert rates_of(aggregate) == (100, 102)
     assert (aggregate.n_cycles, len(aggregate.records), aggregate.n_invalid) == (2, 3, 1)
-    assert aggregate.invalid_reasons == dict.fromkeys(told("thermal slowdown"), 1)
+    assert aggregate.invalid_reasons == dict.fromkeys(sentences("thermal slowdown"), 1)
     every = aggregate.estimate("output_tok_per_s").all_attempts
     assert every is not None
     assert (round(3 * every.mean, 9), every.n_cycles, every.n_attempts) == (100 + 102 + 60, 3, 3)
@@ -202,4 +199,4 @@ def test_results_of_several_hosts_or_runs_under_one_name_are_warned_about() -> N
 
 def test_warnings_of_the_records_are_counted() -> None:
     records = [make_record(cycle=0, warnings=("slow",)), make_record(cycle=1, warnings=("slow", "hot"))]
-    assert configured(records).warnings == dict(zip(told("slow", "hot"), (2, 1), strict=True))
+    assert configured(records).warnings == dict(zip(sentences("slow", "hot"), (2, 1), strict=True))

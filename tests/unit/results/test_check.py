@@ -9,7 +9,7 @@ from lem.base.reasons import Reason
 from lem.results.check import check_run, position_effect
 from lem.results.run import make_run
 from lem.results.store import Problem, StoppingRule, Target
-from tests.records import make_record, told
+from tests.records import make_record, sentences
 from tests.synthetic_campaign import Campaign, Configuration
 
 PYTORCH = Configuration("pytorch", backend="pytorch", energy_per_output_tok_j=0.5, output_tok_per_s=900)
@@ -200,7 +200,7 @@ def test_an_environment_that_changed_under_way_is_weak():
     assert _found(check_run(make_run(records)))["environment_changed"].is_weak
 
 
-def test_baselines_that_differ_between_cycles_are_told():
+def test_baselines_that_differ_between_cycles_are_sentences():
     records = [
         _section("idle", idle_loaded_power_w=90.0 + 3 * record.identity.cycle_index, idle_loaded_post_power_w=None)(
             record
@@ -217,7 +217,7 @@ def test_baselines_that_differ_between_cycles_are_told():
 def test_warnings_of_results_are_passed_on_once_however_their_numbers_differ():
     warned = dataclasses.replace(VLLM, warnings=("3 of 128 prompts were cut",))
     records = dataclasses.replace(FINE, configurations=(PYTORCH, warned)).records()
-    records[0] = _section("validity", warnings=told("7 of 128 prompts were cut"))(records[0])
+    records[0] = _section("validity", warnings=sentences("7 of 128 prompts were cut"))(records[0])
     findings = [item for item in check_run(make_run(records)) if item.kind == "warning"]
     assert len(findings) == 1
     assert not findings[0].is_weak
@@ -256,7 +256,7 @@ def test_without_energy_the_throughput_is_looked_at():
     assert make_run(records).primary_metric.name == "output_tok_per_s"
 
 
-def test_added_cycles_are_told():
+def test_added_cycles_are_sentences():
     finding = _of(FINE, "stopping", stopping=StoppingRule(Target(0.02), 5, 20))
     assert not finding.is_weak
     assert "do not account" in finding.text

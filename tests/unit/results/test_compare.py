@@ -84,7 +84,7 @@ def test_p_values_are_adjusted_over_all_comparisons() -> None:
 def test_what_was_not_measured_has_its_reason_and_the_rest_is_compared() -> None:
     comparison = compared(run_of(configurations=(SLOW, dataclasses.replace(FAST, energy_per_output_tok_j=None))))
     assert row_of(comparison).effect is None
-    assert row_of(comparison).reason == Reason.of("not_measured", name="vllm", why="no energy was measured")
+    assert row_of(comparison).reason == Reason.of("not_measured", name="vllm", why="no energy meter could be used")
     assert row_of(comparison, metric=THROUGHPUT).is_found
     run = run_of(configurations=(SLOW, FAST))
     shown = compare_configurations(run, run.with_results[0], run.with_results[1:]).metrics
