@@ -79,52 +79,35 @@ class Written:
 
 @dataclass(frozen=True)
 class Campaign:
-    """A campaign as described; noises are standard deviations of logs, each drawn anew for energy and for speed.
-
-    Attributes:
-        cycle_sd: what all experiments of a cycle share (a warm room).
-        load_sd: what all attempts with one engine load share; under `is_reused` that is all cycles.
-        run_sd: of each attempt alone.
-        drift: log of energy per token gained from the first experiment to the last; what is told as true is in the
-            middle.
-        day_sd: what the whole run shares, drawn from `seed` and `run_id`.
-        invalid_probability: chance of each attempt to be invalid by a foreign process; such a one is rerun once.
-        invalid_shift: log of energy per token that an invalid attempt has too much.
-        is_reused: `execution.reuse: campaign`.
-        structure: `interleaved`, `shuffled` or `grouped`.
-        gpu_count, gpu_serial: how many cards and from which on; other serials are other cards of the kind.
-        output_tok_per_request: `max_output_tokens`, unless a configuration's options say another.
-        stop_after: how many experiments are done; the next one was running. None: all.
-        has_samples: whether a sample log is written with each result.
-    """
+    """A campaign as described; noises are standard deviations of logs, each drawn anew for energy and for speed."""
 
     configurations: tuple[Configuration, ...]
     name: str = "demo"
     cycles: int = 5
     seed: int = 1
-    cycle_sd: float = 0.0
-    load_sd: float = 0.01
-    run_sd: float = 0.005
-    drift: float = 0.0
-    day_sd: float = 0.0
-    invalid_probability: float = 0.0
-    invalid_shift: float = 0.0
-    is_reused: bool = False
-    structure: str = "interleaved"
+    cycle_sd: float = 0.0  # what all experiments of a cycle share (a warm room)
+    load_sd: float = 0.01  # what all attempts with one engine load share; under `is_reused` that is all cycles
+    run_sd: float = 0.005  # of each attempt alone
+    drift: float = 0.0  # log of energy per token gained from the first experiment to the last; true in the middle
+    day_sd: float = 0.0  # what the whole run shares, drawn from `seed` and `run_id`
+    invalid_probability: float = 0.0  # of each attempt, by another process on the GPU; it is rerun once
+    invalid_shift: float = 0.0  # log of energy per token that an invalid attempt has too much
+    is_reused: bool = False  # `execution.reuse: campaign`
+    structure: str = "interleaved"  # or `shuffled` or `grouped`
     run_id: str = "20260714T100000Z-3fa1"
     host: str = "lab1"
     gpu_name: str = "NVIDIA H200"
     gpu_count: int = 1
-    gpu_serial: int = 1
+    gpu_serial: int = 1  # other serials are other cards of the kind
     power_limit_w: float = 700.0
     driver: str = "575.51.03"
     prompts: str = "a" * 64
     requests: int = 128
-    output_tok_per_request: int = 128
+    output_tok_per_request: int = 128  # `max_output_tokens`, unless a configuration's options say another
     ignore_eos: bool = True
     window_s: float = 30.0
-    has_samples: bool = True
-    stop_after: int | None = None
+    has_samples: bool = True  # whether a sample log is written with each result
+    stop_after: int | None = None  # how many experiments are done; the next one was running. None: all
 
     def __post_init__(self) -> None:
         if len({self.hash_of(item) for item in self.configurations}) < len(self.configurations):

@@ -34,49 +34,33 @@ _INPUT_TOK = 256
 _ENGINE = {"pytorch": ("transformers", "5.23.0"), "vllm": ("vllm", "0.32.0"), "tensorrt": ("tensorrt_llm", "1.2.0")}
 _LOAD_S = {"pytorch": 18.0, "vllm": 42.0, "tensorrt": 60.0}
 _NO_METER = "no energy meter could be used"
-_OUT_OF_MEMORY = "CUDA out of memory: tried to allocate 24.0 GiB"
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One configuration and what is true of it.
-
-    Attributes:
-        energy_per_output_tok_j: gross, of all GPUs; None when no meter could be used.
-        energy_source: as in the record; `tdp_estimate` is an estimate.
-        batch_size: the backend's own option for it.
-        options: more options of the experiment, as a file would have them.
-        ttft_s: median; None when token times were not observed.
-        invalid_attempts: cycle to how many attempts were invalid before the one that counts; 2 leaves none that does.
-        throttled_cycles: cycles whose first attempt was slowed by heat: invalid, with the seconds in its GPU section.
-        failed_cycles: cycles that gave no result, with the error `error`.
-        capped_ratio: share of the window at the power limit, which is no fault.
-        is_steady: False for windows whose halves differ.
-        output_tok_ratio: what comes of `max_output_tokens`: under 1 the engine ended some answers itself.
-        prompts: SHA-256 of its own prompts; None for those of the campaign.
-        warnings: carried by each of its results.
-    """
+    """One configuration and what is true of it."""
 
     name: str
     backend: str = "vllm"
     model: str = "meta-llama/Llama-3.1-8B-Instruct"
     precision: str = "bfloat16"
-    batch_size: int = 32
-    options: Mapping[str, Any] = field(default_factory=dict)
-    energy_per_output_tok_j: float | None = 0.3
-    energy_source: str = "nvml_counter"
+    batch_size: int = 32  # the backend's own option for it
+    options: Mapping[str, Any] = field(default_factory=dict)  # more options, as a file would have them
+    energy_per_output_tok_j: float | None = 0.3  # gross, of all GPUs; None when no meter could be used
+    energy_source: str = "nvml_counter"  # as in the record; `tdp_estimate` is an estimate
     output_tok_per_s: float = 1800.0
     e2e_s: float = 2.5
-    ttft_s: float | None = None
+    ttft_s: float | None = None  # median; None when token times were not observed
+    # By cycle, how many attempts were invalid before the one that counts; 2 leaves none that does.
     invalid_attempts: Mapping[int, int] = field(default_factory=dict)
-    throttled_cycles: tuple[int, ...] = ()
-    failed_cycles: tuple[int, ...] = ()
-    error: str = _OUT_OF_MEMORY
-    capped_ratio: float = 0.0
-    is_steady: bool = True
-    output_tok_ratio: float = 1.0
-    prompts: str | None = None
-    warnings: tuple[str, ...] = ()
+    throttled_cycles: tuple[int, ...] = ()  # whose first attempt was slowed by heat, and is invalid
+    failed_cycles: tuple[int, ...] = ()  # without a result, with the error `error`
+    error: str = "CUDA out of memory: tried to allocate 24.0 GiB"
+    capped_ratio: float = 0.0  # share of the window at the power limit, which is no fault
+    is_steady: bool = True  # False for windows whose halves differ
+    output_tok_ratio: float = 1.0  # of `max_output_tokens`; under 1 the engine ended some answers itself
+    prompts: str | None = None  # SHA-256 of its own prompts; None for those of the campaign
+    warnings: tuple[str, ...] = ()  # of each of its results
 
 
 @dataclass(frozen=True)
