@@ -107,13 +107,6 @@ def test_a_container_that_a_restart_does_not_help_is_replaced_and_healthy_again(
     assert manager.check_health(SERVICE).healthy
 
 
-def test_a_gpu_that_stays_lost_is_given_up_after_the_restarts_allowed(rig, manager):
-    rig.nvml.say("lost 0 999")
-    used = manager.restarts.get(SERVICE, 0)
-    assert manager.check_and_recover(SERVICE, max_restarts=used + 1).healthy is False
-    assert manager.restarts[SERVICE] == used + 1
-
-
 def test_a_container_that_is_paused_or_killed_is_unhealthy_and_recovers(rig, manager):
     for word, text in (("pause", "paused"), ("kill", "exited with code 137")):
         rig.docker(word, rig.container())

@@ -95,23 +95,19 @@ def test_a_model_that_is_a_folder_is_seen_by_the_path_it_has_here(rig, tmp_path)
     assert seen.read_text() == "{}{}"
 
 
-def test_the_containers_of_a_cold_start_are_new_ones(rig):
-    rig.write(container_campaign(cycles=2, more="cold_start: {restart_container: true}\n"))
+@pytest.mark.parametrize(
+    ("more", "options", "containers"),
+    [("cold_start: {restart_container: true}\n", (), 2), ("", ("--force-cold-start",), 1)],
+)
+def test_each_experiment_of_a_cold_start_loads_anew(rig, more, options, containers):
+    rig.write(container_campaign(more=more))
     hosts = rig.folder / "results" / "hosts"
     rules = [{"at": "load", "do": "shell", "command": f"cat /etc/hostname >> '{hosts}'"}]
-    ended = rig.run("--yes", rules=rules)
+    ended = rig.run("--yes", *options, rules=rules)
     assert ended.code == 0, ended.err
-    assert len(set(hosts.read_text().split())) == 4
+    loaded_in = hosts.read_text().split()
+    assert (len(loaded_in), len(set(loaded_in))) == (2, containers)
     assert not any(record.validity.engine_reused for record in rig.records())
-
-
-def test_a_forced_cold_start_keeps_the_container_and_loads_each_time(rig):
-    hosts = rig.folder / "results" / "hosts"
-    rules = [{"at": "load", "do": "shell", "command": f"cat /etc/hostname >> '{hosts}'"}]
-    ended = rig.run("--yes", "--force-cold-start", rules=rules)
-    assert ended.code == 0, ended.err
-    assert len(hosts.read_text().split()) == 2
-    assert len(set(hosts.read_text().split())) == 1
 
 
 def test_two_campaigns_on_one_project_exclude_each_other(rig, tmp_path):
@@ -137,21 +133,6 @@ def test_the_plan_says_where_it_would_run_and_writes_nothing(rig):
     assert "lem-lab-base (pytorch)" in text
     assert rig.tree() == before
     assert rig.containers(is_all=True) == {}
-
-
-def test_a_resume_goes_on_in_new_containers(rig):
-    stuck = {"at": "generate", "do": "hang", "when": {"max_output_tokens": 8}}
-    running = rig.start("--yes", "--json", rules=[stuck])
-    running.wait_for_event("phase", phase="window", done=1)
-    running.send(2)
-    assert running.wait().code == 130
-    assert rig.statuses() == ["completed", "pending"]
-    assert rig.containers(is_all=True) == {}
-    ended = rig.run("--yes", "--resume", "--json")
-    assert ended.code == 0, ended.err
-    assert rig.statuses() == ["completed", "completed"]
-    summary = json.loads(ended.out.splitlines()[-1])
-    assert {FOUR, EIGHT} <= set(json.dumps(summary).split('"'))
 
 
 def once(rig, rule, name):
@@ -189,14 +170,3 @@ def test_restarts_that_are_used_up_stop_the_campaign_with_the_rest_pending(rig):
     assert rig.statuses() == ["completed", "pending", "pending"]
     assert rig.run("--yes", "--resume").code == 0
     assert set(rig.statuses()) == {"completed"}
-
-
-def test_a_failure_that_would_come_again_is_not_tried_again(rig):
-    refuse = {"at": "load", "do": "fail", "text": "no such model", "kind": "model", "permanent": True}
-    rig.write(container_campaign(outputs=(4, 8, 12), reuse="none"))
-    ended = rig.run("--yes", rules=[{**refuse, "when": {"max_output_tokens": 8}}])
-    assert ended.code == 1, ended.err
-    assert rig.statuses() == ["completed", "failed", "completed"]
-    (attempt,) = rig.manifest().experiments[1].attempts
-    assert "no such model" in str(attempt.error)
-    assert (rig.folder / str(attempt.log_path)).is_file()

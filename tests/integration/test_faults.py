@@ -1,7 +1,7 @@
 """Faults where something is written: after a resume each experiment is completed exactly once, nothing is left behind.
 
-Every kind of point is tried here, with one or two of the faults; `python -m tests.faults` tries every point with all of
-them.
+Every run kills at one point of each kind; `make test-long` tries the first and the last point of each kind with one or
+two of the faults, and `python -m tests.faults` every point with all of them.
 """
 
 from __future__ import annotations
@@ -36,25 +36,20 @@ OTHERS = ("enospc", "term", "eacces", "clock", "readonly", "eio")
 
 @dataclass
 class Lab:
-    """The program to try, where to try it, and what undisturbed campaigns pass through."""
+    """The program to try, where to try it, and what undisturbed campaigns pass through in how many seconds."""
 
     folder: Path
     tools: Tools
-    _points: dict[str, tuple[tuple[Point, ...], float]] = field(default_factory=dict)
+    known: dict[str, tuple[tuple[Point, ...], float]] = field(default_factory=dict)
+
+    def enumerated(self, scenario: Scenario) -> tuple[tuple[Point, ...], float]:
+        if scenario.name not in self.known:
+            folder = self.folder / f"{scenario.name}-undisturbed"
+            self.known[scenario.name] = enumerate_points(folder, self.tools, scenario)
+        return self.known[scenario.name]
 
     def points(self, scenario: Scenario) -> tuple[Point, ...]:
-        """What a scenario passes through."""
-        return self._enumerated(scenario)[0]
-
-    def elapsed_s(self, scenario: Scenario) -> float:
-        """How long it takes."""
-        return self._enumerated(scenario)[1]
-
-    def _enumerated(self, scenario: Scenario) -> tuple[tuple[Point, ...], float]:
-        if scenario.name not in self._points:
-            folder = self.folder / f"{scenario.name}-undisturbed"
-            self._points[scenario.name] = enumerate_points(folder, self.tools, scenario)
-        return self._points[scenario.name]
+        return self.enumerated(scenario)[0]
 
 
 @pytest.fixture(scope="module")
@@ -112,17 +107,20 @@ def test_between_them_the_campaigns_write_every_file_there_is(lab: Lab) -> None:
 
 
 def test_kill_at_every_kind_of_event_costs_nothing(lab: Lab, tried: Trial) -> None:
-    points = thin(lab.points(PLAIN))
+    points = {point.kind: point for point in reversed(lab.points(PLAIN))}.values()
     tried.run([partial(try_point, point, "kill", PLAIN) for point in points], PLAIN)
     tried.assert_good(len(points))
 
 
-def test_failing_call_or_stop_at_every_kind_of_event_costs_nothing(lab: Lab, tried: Trial) -> None:
+@pytest.mark.long
+@pytest.mark.parametrize("actions", [("kill",), OTHERS], ids=["kill", "others"])
+def test_a_fault_at_every_kind_of_event_costs_nothing(lab: Lab, tried: Trial, actions: tuple[str, ...]) -> None:
     points = thin(lab.points(PLAIN))
-    tried.run([partial(try_point, *pair, PLAIN) for pair in spread(points, OTHERS)], PLAIN)
+    tried.run([partial(try_point, *pair, PLAIN) for pair in spread(points, actions)], PLAIN)
     tried.assert_good(len(points))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scenario", [TOPPED_UP, METERED], ids=lambda scenario: scenario.name)
 def test_faults_where_only_other_campaigns_write_cost_nothing(lab: Lab, tried: Trial, scenario: Scenario) -> None:
     known = {point.kind[1:] for point in lab.points(PLAIN)}
@@ -131,7 +129,14 @@ def test_faults_where_only_other_campaigns_write_cost_nothing(lab: Lab, tried: T
     tried.assert_good(len(points))
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+@pytest.mark.parametrize(
+    "command",
+    [
+        # One writes a folder, the other a file.
+        pytest.param(item, id=item.name, marks=() if item.name in ("merge", "export") else pytest.mark.long)
+        for item in COMMANDS
+    ],
+)
 def test_faults_in_a_command_that_writes_files_leave_them_whole_or_not_there(
     lab: Lab, tried: Trial, command: Command
 ) -> None:
@@ -142,9 +147,10 @@ def test_faults_in_a_command_that_writes_files_leave_them_whole_or_not_there(
     tried.assert_good(len(points))
 
 
+@pytest.mark.long
 def test_kill_of_any_process_at_random_moments_costs_nothing(lab: Lab, tried: Trial) -> None:
     for scenario in (PLAIN, METERED):
-        elapsed_s = lab.elapsed_s(scenario)
+        elapsed_s = lab.enumerated(scenario)[1]
         moments = random_moments(scenario.processes, MOMENTS // 2, elapsed_s, random.Random(SEED))
         tried.run([partial(try_moment, moment, scenario) for moment in moments], scenario)
     assert [verdict for verdict in tried.verdicts if not verdict.is_good] == []

@@ -95,11 +95,6 @@ def _with(**variables: str) -> Callable[[WeatherRig], Ended]:
     return strike
 
 
-def _no_file(rig: WeatherRig) -> Ended:
-    rig.override.unlink()
-    return rig.run("--yes", "--json")
-
-
 def _bad_file(rig: WeatherRig) -> Ended:
     rig.override.write_text(f"services:\n  {SERVICE}:\n    enviroment: {{}}\n", encoding="utf-8")
     return rig.run("--yes", "--json")
@@ -185,20 +180,6 @@ def _empty(rig: WeatherRig) -> None:
     (rig.folder / "results" / "filling").unlink()
 
 
-def _two(rig: WeatherRig) -> Ended:
-    """The one that came second, from another folder; the first is left in peace."""
-    other = WeatherRig(rig.folder / "other", name=rig.name)
-    other.variables["LEM_LOCK_DIR"] = str(rig.folder / "locks")
-    gate = rig.shared / "gate"
-    rig.be(_at("generate", "shell", command=f"until [ -e {gate} ]; do sleep 0.1; done"))
-    first = rig.start("--yes", "--json")
-    first.wait_for_event("phase", phase="window", done=1)
-    ended = other.run("--yes", "--json")
-    gate.touch()
-    assert first.wait().code == 0
-    return ended
-
-
 def _gpu(rule: Mapping[str, Any]) -> Callable[[WeatherRig], Ended]:
     """A container with a GPU, to which something happens that a new container cures."""
 
@@ -252,7 +233,6 @@ CASES: tuple[Case, ...] = (
         2,
         None,
     ),
-    Case("compose file missing", _no_file, "^error: .*weather.yml: no such compose file", 2, None),
     Case("compose file invalid", _bad_file, "^error: .*enviroment", 2, None),
     Case("container killed", _measuring(_kill_container), "its container exited with code 137", 0, "completed"),
     Case("container removed", _measuring(_remove_container), "it has no container", 0, "completed"),
@@ -276,14 +256,6 @@ CASES: tuple[Case, ...] = (
         "container out of memory at load",
         _engine(_at("load", "allocate", bytes=600 * MIB), mem_limit="192m", memswap_limit="192m"),
         "ran out of memory",
-        1,
-        "failed",
-        execution={"reuse": "none"},
-    ),
-    Case(
-        "engine raises at load",
-        _engine(_at("load", "crash", text="no such kernel")),
-        "no such kernel",
         1,
         "failed",
         execution={"reuse": "none"},
@@ -341,7 +313,6 @@ CASES: tuple[Case, ...] = (
         stops=True,
     ),
     Case("disk full in the results", _fill, "(?i)no space left on device", 1, "pending", stops=True, clear=_empty),
-    Case("two campaigns on one project", _two, "^error: compose project .* locked", 5, "completed"),
     Case(
         "GPU lost in a running container",
         _gpu(_once_inside("generate", "lost 0 999", VICTIM)),
