@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -47,20 +48,17 @@ def lacking(needs: Mapping[str, Need]) -> tuple[str, ...]:
     return tuple(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None)
 
 
-def _package(name: str) -> Callable[[], str | None]:
-    def probe() -> str | None:
-        if importlib.util.find_spec(name) is not None:
-            return None
-        return f"the package {name} is not installed in this environment (make test installs it)"
-
-    return probe
+def _package(name: str) -> str | None:
+    if importlib.util.find_spec(name) is not None:
+        return None
+    return f"the package {name} is not installed in this environment (make test installs it)"
 
 
 def _cuda() -> str | None:
     # The device files say it without importing torch, which takes seconds.
     if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists():
         return "no NVIDIA GPU on this machine (run these tests on one that has it)"
-    if (no_torch := _package("torch")()) is not None:
+    if (no_torch := _package("torch")) is not None:
         return no_torch
     import torch
 
@@ -95,14 +93,11 @@ def _chromium() -> str | None:
 
     if find_chromium() is None:
         return "no Chromium on this machine (Debian: apt-get install chromium)"
-    return _package("playwright")()
+    return _package("playwright")
 
 
-def _program(name: str) -> Callable[[], str | None]:
-    def probe() -> str | None:
-        return None if shutil.which(name) else f"no {name} on this machine (apt-get install {name})"
-
-    return probe
+def _program(name: str) -> str | None:
+    return None if shutil.which(name) else f"no {name} on this machine (apt-get install {name})"
 
 
 def _gcc() -> str | None:
@@ -147,17 +142,16 @@ def _other_pythons() -> str | None:
 def _old_python() -> str | None:
     from tests.pythons import find_pythons
 
-    if any(not python.is_supported for python in find_pythons()):
-        return None
-    return "no CPython before 3.10 is on PATH (install one, with pyenv say)"
+    is_there = any(not python.is_supported for python in find_pythons())
+    return None if is_there else "no CPython before 3.10 is on PATH (install one, with pyenv say)"
 
 
 NEEDS: Mapping[str, Need] = MappingProxyType(
     {
-        "torch": Need(_package("torch"), is_mandatory=True),
-        "transformers": Need(_package("transformers"), is_mandatory=True),
-        "datasets": Need(_package("datasets"), is_mandatory=True),
-        "coverage": Need(_package("coverage"), is_mandatory=True),
+        "torch": Need(partial(_package, "torch"), is_mandatory=True),
+        "transformers": Need(partial(_package, "transformers"), is_mandatory=True),
+        "datasets": Need(partial(_package, "datasets"), is_mandatory=True),
+        "coverage": Need(partial(_package, "coverage"), is_mandatory=True),
         "checkout": Need(_checkout, is_mandatory=True),
         "other_pythons": Need(_other_pythons, is_mandatory=False),
         "old_python": Need(_old_python, is_mandatory=False),
@@ -167,8 +161,8 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "docker": Need(_docker, is_mandatory=False),
         "chromium": Need(_chromium, is_mandatory=True),
         "gcc": Need(_gcc, is_mandatory=True),
-        "zsh": Need(_program("zsh"), is_mandatory=False),
-        "fish": Need(_program("fish"), is_mandatory=False),
+        "zsh": Need(partial(_program, "zsh"), is_mandatory=False),
+        "fish": Need(partial(_program, "fish"), is_mandatory=False),
         "lab": Need(_lab, is_mandatory=True),
         # Hosts that are containers of the lab, and Ansible to reach them.
         "fleet": Need(_fleet, is_mandatory=True),

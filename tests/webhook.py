@@ -16,9 +16,9 @@ SECRET = "canary-webhook-4711"
 
 
 class Webhook:
-    """The server; its URL holds the secret."""
+    """A server that answers with a status; its URL holds the secret."""
 
-    def __init__(self, status: int = 204) -> None:
+    def __init__(self, status: int) -> None:
         self._received: queue.Queue[tuple[str, str, dict[str, Any]]] = queue.Queue()
         received = self._received
 
@@ -32,10 +32,8 @@ class Webhook:
             def log_message(self, *args: Any) -> None:
                 """Keep the test's output clean."""
 
-        self._server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/hook/{SECRET}"
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
+        self.server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/hook/{SECRET}"
 
     def next(self) -> tuple[str, str, dict[str, Any]]:
         """Path, content type and content of the next message, once it is there."""
@@ -45,16 +43,15 @@ class Webhook:
     def has_more(self) -> bool:
         return not self._received.empty()
 
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
 
 @contextmanager
 def serving_webhook(status: int = 204) -> Iterator[Webhook]:
     hook = Webhook(status)
+    thread = threading.Thread(target=hook.server.serve_forever, daemon=True)
+    thread.start()
     try:
         yield hook
     finally:
-        hook.close()
+        hook.server.shutdown()
+        hook.server.server_close()
+        thread.join()

@@ -6,10 +6,11 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from tests.integration.test_vllm_in_the_lab import SUITE
-from tests.needs import NEEDS
+from tests.needs import NEEDS, _package
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 120
@@ -75,8 +76,8 @@ def test_engine(): pytest.skip("no engine here")
 def test_every_package_that_make_test_is_said_to_install_is_in_its_requirements() -> None:
     requirements = (ROOT / "tests/requirements.txt").read_text(encoding="utf-8")
     pinned = set(re.findall(r"^([\w-]+)(?:\[\w+\])?==", requirements, re.MULTILINE))
-    answers = {name: need.probe.__closure__ for name, need in NEEDS.items() if need.probe.__closure__}
-    packages = {name for name in answers if "_package" in NEEDS[name].probe.__qualname__}
+    probes = [need.probe for need in NEEDS.values()]
+    packages = {item.args[0] for item in probes if isinstance(item, partial) and item.func is _package}
     assert packages == {"coverage", "datasets", "torch", "transformers"}
     assert packages <= pinned
 

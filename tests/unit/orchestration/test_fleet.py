@@ -78,10 +78,12 @@ def test_earlier_results_decide_what_is_long() -> None:
     assert [host.expected_s for host in stored.hosts] == [200.0, 60.0]
 
 
-def test_replicated_every_host_has_everything() -> None:
+def test_replicated_every_host_has_everything_and_takes_over_nothing() -> None:
     stored = fleet(plan(4, 64), "gpu1", "gpu2", is_replicated=True)
     assert stored.anchor is None
     assert [len(host.exp_ids) for host in stored.hosts] == [4, 4]
+    with pytest.raises(UserError, match="no host can take over another's part"):
+        replan(stored, ["gpu1"], set())
 
 
 @pytest.mark.parametrize("hosts", [(), ("gpu1", "gpu1")])
@@ -98,20 +100,17 @@ def test_parts_without_a_stored_plan_cover_the_campaign() -> None:
     assert {item.rpartition("-")[0] for item in ids[0] & ids[1]} == {found.configurations[0].config_hash[:12]}
 
 
-def test_a_part_keeps_the_order_of_the_campaign_and_its_hash() -> None:
+def test_a_part_of_a_stored_plan_keeps_order_and_hash_and_is_of_the_same_campaign() -> None:
     found = plan(4, 64, 128)
-    part = part_of_plan(found, 1, 2, fleet(found, "gpu1", "gpu2"))
+    stored = fleet(found, "gpu1", "gpu2")
+    part = part_of_plan(found, 1, 2, stored)
     assert part.config_hash == found.config_hash
     assert [item.order_index for item in part.experiments] == sorted(item.order_index for item in part.experiments)
     assert 0 < len(part.experiments) < len(found.experiments)
-
-
-def test_a_plan_of_another_state_of_the_campaign_is_refused() -> None:
-    stored = fleet(plan(4, 64), "gpu1", "gpu2")
     with pytest.raises(UserError, match="another version"):
-        part_of_plan(plan(4, 65), 1, 2, stored)
+        part_of_plan(plan(4, 64, 129), 1, 2, stored)
     with pytest.raises(UserError, match="for 2 hosts, not for 3"):
-        part_of_plan(plan(4, 64), 1, 3, stored)
+        part_of_plan(found, 1, 3, stored)
 
 
 def test_a_stored_plan_is_read_back_and_never_overwritten(tmp_path: Path) -> None:
@@ -174,8 +173,3 @@ def test_a_configuration_half_measured_by_a_lost_host_is_measured_whole_by_anoth
     assert len(cycles) == 2
     assert [host.name for host in anew.hosts if cycles & set(host.exp_ids)] == ["gpu1"]  # gpu3 has the anchor to do
     assert cycles <= set(anew.part(1).exp_ids)
-
-
-def test_no_host_takes_over_a_part_of_a_replicated_campaign() -> None:
-    with pytest.raises(UserError, match="no host can take over another's part"):
-        replan(fleet(plan(4, 64), "gpu1", "gpu2", is_replicated=True), ["gpu1"], set())
