@@ -45,15 +45,6 @@ def test_everything_public_is_there() -> None:
         lem.measure  # noqa: B018
 
 
-def test_a_campaign_is_loaded_and_planned(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text(campaign_text(outputs=(4, 8)), encoding="utf-8")
-    campaign = lem.load(tmp_path / "c.yaml")
-    plan = campaign.plan()
-    assert campaign.name == "demo"
-    assert len(plan.experiments) == 4
-    assert plan.summary == "Generated 2 experiments (0 filtered, 0 warnings)"
-
-
 def test_a_file_with_an_unknown_option_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(campaign_text(more="cycels: 3\n"), encoding="utf-8")
     with pytest.raises(lem.LemError, match="cycels"):
@@ -117,14 +108,6 @@ def test_a_run_and_a_configuration_cannot_be_compared(written: Written) -> None:
     run = lem.read(written.results_dir, "Batch sizes")
     with pytest.raises(lem.UserError, match="cannot be compared"):
         lem.compare(run, run.configurations[0])
-
-
-def test_the_report_is_written(written: Written, tmp_path: Path) -> None:
-    run = lem.read(written.results_dir, "Batch sizes")
-    path = lem.report(run, tmp_path / "report.html")
-    page = path.read_text(encoding="utf-8")
-    assert page.startswith("<!DOCTYPE html>")
-    assert LATER in page
 
 
 def test_the_example_runs_from_load_to_report(tmp_path: Path) -> None:

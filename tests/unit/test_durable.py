@@ -32,22 +32,17 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_written_file_holds_the_bytes(tmp_path: Path) -> None:
-    durable.write_bytes(tmp_path / "a", b"\x00one")
-    assert (tmp_path / "a").read_bytes() == b"\x00one"
-
-
 def test_a_file_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "a"
     durable.write_text(path, "longer than the new one")
-    durable.write_text(path, "neu: ü")
-    assert path.read_text(encoding="utf-8") == "neu: ü"
+    durable.write_text(path, "neu: \0ü")
+    assert path.read_text(encoding="utf-8") == "neu: \0ü"
 
 
 def test_json_round_trips(tmp_path: Path) -> None:
     document = {"b": [1, 2.5, None, True, "ü"], "a": {}}
     durable.write_json(tmp_path / "a.json", document)
-    assert durable.read_json(tmp_path / "a.json") == document
+    assert list(durable.read_json(tmp_path / "a.json").items()) == list(document.items())
 
 
 def test_a_file_name_that_is_no_utf8_survives_in_json(tmp_path: Path) -> None:
@@ -70,11 +65,6 @@ def sync_by_itself(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def test_json_keeps_the_order_of_its_keys(tmp_path: Path) -> None:
-    durable.write_json(tmp_path / "a.json", {"schema_version": 1, "a": 2})
-    assert (tmp_path / "a.json").read_text(encoding="utf-8").startswith('{\n  "schema_version": 1')
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -104,21 +94,17 @@ def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("event", EVENTS_BEFORE_THE_NAME_CHANGES)
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
-def test_a_failure_leaves_the_old_file_and_no_temporary_one(tmp_path: Path, event: str, code: int) -> None:
+@pytest.mark.parametrize("old", [b"old", None])
+def test_a_failure_leaves_the_old_file_and_no_temporary_one(
+    tmp_path: Path, event: str, code: int, old: bytes | None
+) -> None:
     path = tmp_path / "a"
-    path.write_bytes(b"old")
+    if old is not None:
+        path.write_bytes(old)
     with failing(event, code), pytest.raises(OSError) as caught:  # noqa: PT011 - the errno is looked at
         durable.write_bytes(path, b"new")
     assert caught.value.errno == code
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("event", EVENTS_BEFORE_THE_NAME_CHANGES)
-def test_a_failure_of_a_first_write_leaves_nothing(tmp_path: Path, event: str) -> None:
-    with failing(event), pytest.raises(OSError, match="space"):
-        durable.write_bytes(tmp_path / "a", b"new")
-    assert list(tmp_path.iterdir()) == []
+    assert {item.name: item.read_bytes() for item in tmp_path.iterdir()} == ({} if old is None else {"a": old})
 
 
 def test_a_failing_folder_sync_leaves_the_new_file_whole(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ def until_timeouts_are_long_enough(
     run: Callable[[float], process.Finished], has_come: Callable[[process.Finished], object]
 ) -> process.Finished:
     """The first run, with longer and longer timeouts, whose program came as far as the test is about.
-
     How far it comes within a time is up to the machine; only a slow one has to wait for longer than the first.
     """
     for timeout_s in (1.0, 8.0):
@@ -31,35 +30,26 @@ def until_timeouts_are_long_enough(
 
 def test_a_failing_exit_code_is_a_value():
     finished = process.run([sys.executable, "-c", "print('out'); exit(3)"], timeout_s=60)
-
     assert (finished.code, finished.stdout, finished.stderr) == (3, "out\n", "")
     assert not finished.has_timed_out
 
 
-def test_stdin_reaches_the_program_and_bytes_that_are_no_text_are_replaced():
-    finished = process.run(["cat"], timeout_s=60, stdin=b"caf\xe9")
-
-    assert finished.stdout == "caf�"
-
-
-def test_environment_is_the_one_given():
-    finished = process.run(["env"], timeout_s=60, env={"ONLY": "this"})
-
-    assert finished.stdout == "ONLY=this\n"
+def test_stdin_and_environment_reach_the_program():
+    assert process.run(["cat"], timeout_s=60, stdin=b"caf\xe9").stdout == "caf�"
+    assert process.run(["env"], timeout_s=60, env={"ONLY": "this"}).stdout == "ONLY=this\n"
 
 
-def test_a_signal_is_a_negative_code():
+def test_a_signal_is_a_negative_code_and_told_by_name():
     finished = process.run(["sh", "-c", "kill -KILL $$"], timeout_s=60)
-
     assert finished.code == -signal.SIGKILL
+    assert process.describe_exit(finished.code) == "was killed by SIGKILL"
+    assert process.describe_exit(3) == "ended with exit code 3"
 
 
 def test_at_the_timeout_the_program_and_what_it_started_are_killed():
     marker = Marker()
     script = "sleep 1000 & echo started; wait"
-
     finished = process.run(["sh", "-c", script], timeout_s=0.3, env=marker.environ())
-
     assert finished.has_timed_out
     assert finished.code == 124
     assert marker.survivors() == ()
@@ -70,7 +60,6 @@ def test_output_before_the_timeout_is_kept():
         lambda timeout_s: process.run(["sh", "-c", "echo before; exec sleep 1000"], timeout_s=timeout_s),
         lambda finished: finished.stdout,
     )
-
     assert finished.has_timed_out
     assert finished.stdout == "before\n"
 
@@ -78,14 +67,12 @@ def test_output_before_the_timeout_is_kept():
 def test_a_process_that_left_the_group_is_not_waited_for():
     marker = Marker()
     escaped = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {STAY!r}], start_new_session=True)"
-
     finished = until_timeouts_are_long_enough(
         lambda timeout_s: process.run(
             [sys.executable, "-c", f"{escaped}; {STAY}"], timeout_s=timeout_s, env=marker.environ()
         ),
         lambda _finished: marker.pids(),
     )
-
     assert finished.has_timed_out
     assert len(marker.pids()) == 1
     marker.kill()
@@ -104,7 +91,6 @@ def test_a_folder_that_is_not_there_is_not_blamed_on_the_program(tmp_path: Path)
 
 def test_a_file_that_is_no_program_is_an_error_for_people(tmp_path: Path):
     (tmp_path / "text").write_text("no program")
-
     with pytest.raises(UserError, match="cannot be started: Permission denied"):
         process.run([str(tmp_path / "text")], timeout_s=1)
 
@@ -121,7 +107,6 @@ def test_an_exception_in_between_leaves_nothing_behind():
             process.run(["sh", "-c", "kill -USR1 $PPID; sleep 1000"], timeout_s=60, env=marker.environ())
     finally:
         signal.signal(signal.SIGUSR1, before)
-
     assert marker.survivors() == ()
 
 
@@ -134,7 +119,6 @@ def test_a_start_that_was_undone_starts_nothing_any_more():
 
     starting = process._Starting(start)
     starting.undo()  # as when a signal strikes before the thread has begun
-
     with pytest.raises(UserError, match="was not started"):
         starting.begin()
     assert started == []
@@ -142,29 +126,17 @@ def test_a_start_that_was_undone_starts_nothing_any_more():
 
 def test_killing_a_group_leaves_the_exit_status_to_the_caller():
     child = process.spawn(["sleep", "1000"])
-
     process.kill_group(child.pid)
-
     assert child.wait() == -signal.SIGKILL
     process.kill_group(child.pid)  # gone already: nothing to do, and no error
-
-
-@pytest.mark.parametrize(
-    ("code", "words"),
-    [(0, "ended with exit code 0"), (3, "ended with exit code 3"), (-9, "was killed by SIGKILL")],
-)
-def test_exits_are_told_in_words(code: int, words: str):
-    assert process.describe_exit(code) == words
 
 
 def test_a_process_is_known_by_more_than_its_number():
     child = process.spawn(["sleep", "1000"])
     identity = process.identify(child.pid)
-
     assert identity is not None
     assert identity.is_running()
     assert not process.ProcessId(child.pid, identity.started_ticks + 1).is_running()
-
     child.kill()
     assert wait_until_ended(child.pid)
     assert not identity.is_running()  # a zombie runs no more
@@ -178,9 +150,7 @@ def test_descendants_are_found_across_sessions():
     child = process.spawn(["sh", "-c", script])
     _, stdout = process.pipes(child)
     assert stdout.readline() == b"started\n"
-
     below = process.descendants(child.pid)
-
     assert len(below) == 1
     assert child.pid in process.descendants(os.getpid())
     for pid in (child.pid, *below):

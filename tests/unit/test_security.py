@@ -75,10 +75,6 @@ def test_a_danger_is_seen(source: str) -> None:
     assert list(dangers_in(source))
 
 
-def test_what_only_looks_like_one_is_none() -> None:
-    assert not list(dangers_in("model.eval()\nrun(argv, shell=False)\nre.compile(x)\nSHELLS = ('bash', 'zsh')"))
-
-
 def test_nothing_runs_a_shell_or_makes_code_of_data() -> None:
     found = {str(path.relative_to(ROOT)): list(dangers_in(path.read_text(encoding="utf-8"))) for path in SOURCES}
     assert {name: lines for name, lines in found.items() if lines} == {}
@@ -149,14 +145,6 @@ def test_a_tag_in_yaml_is_refused_where_it_stands(tmp_path: Path, monkeypatch: p
     with pytest.raises(ConfigurationError, match=r"c\.yaml:2:8: .*tag"):
         load.load_campaign("c.yaml")
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
-
-
-def test_aliases_that_multiply_are_refused(tmp_path: Path) -> None:
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{number}: &a{number} [{', '.join([f'*a{number - 1}'] * 10)}]" for number in range(1, 10)]
-    (tmp_path / "c.yaml").write_text("\n".join(lines), encoding="utf-8")
-    with pytest.raises(ConfigurationError, match="do aliases"):
-        load.load_campaign(tmp_path / "c.yaml")
 
 
 # Names
