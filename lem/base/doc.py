@@ -16,7 +16,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO, TypedDict
 
-from lem.base.durable import json_text
 from lem.base.log import WIDTH, is_colour_wanted, paint
 
 # The columns that a name gets in a table, and how many names a sentence lists.
@@ -232,6 +231,11 @@ def prepare_streams() -> None:
     for stream, own in ((sys.stdout, sys.__stdout__), (sys.stderr, sys.__stderr__)):
         if stream is own and isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=_ESCAPES)
+
+
+def json_text(document: Any) -> str:
+    """The document as indented JSON with a newline at its end; ValueError for NaN and infinity."""
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_json(out: TextIO, document: Any) -> None:

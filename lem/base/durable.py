@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lem.base.doc import json_text
 from lem.base.errors import DISK_FULL
 from lem.base.units import MIB
 
@@ -72,11 +73,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, document: Any) -> None:
     """Replace `path` by `document` as indented JSON; raises as `json_text` and `write_bytes`."""
     write_text(path, json_text(document))
-
-
-def json_text(document: Any) -> str:
-    """The document as indented JSON with a newline at its end; ValueError for NaN and infinity."""
-    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> Any:

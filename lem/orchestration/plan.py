@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lem.base import durable
+from lem.base.doc import json_text
 from lem.base.durable import GROUPED, INTERLEAVED, SHUFFLED
 from lem.base.errors import ConfigurationError, UserError
 from lem.base.reasons import Reason
@@ -396,7 +397,7 @@ def _holds(path: Path, data: bytes) -> bool:
 
 def encode_config(config_dict: Mapping[str, Any]) -> str:
     """The configuration as JSON, which is YAML too; `${VAR}` as it was written, so that no secret lands in a file."""
-    return durable.json_text(_as_yaml(config_dict))
+    return json_text(_as_yaml(config_dict))
 
 
 def _as_yaml(value: Any) -> Any:

@@ -15,8 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lem.base.doc import printable
-from lem.base.durable import json_text
+from lem.base.doc import json_text, printable
 from lem.base.errors import UserError, did_you_mean
 from lem.base.reasons import Reason
 from lem.record import Distribution, Gpu, Record, ResultKey, parts_of_source
