@@ -14,16 +14,16 @@ from typing import Any
 from lem.base.errors import EngineError, Interrupted
 from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig, CampaignGridConfig, CampaignIOConfig
 from lem.orchestration.campaign import CampaignRunner
-from lem.orchestration.dispatch import Outcome, Timeouts, Worker
+from lem.orchestration.dispatch import Executor, Outcome, Timeouts, Worker
 from lem.orchestration.manifest import CampaignManifest, ManifestManager
-from lem.orchestration.schedule import StopRequest
+from lem.orchestration.resume import RunOptions
+from lem.orchestration.schedule import CampaignOutcome, StopRequest
 from lem.orchestration.status import Event, Observer
 from lem.record import write_record
 from lem.worker.channel import RunRequest
 from tests.records import make_record
 
-__all__ = ["ENVIRONMENT", "FakeClock", "FakeExecutor", "FakeStop", "FakeWorker", "Place", "make_campaign"]
-
+FOUR, EIGHT = "pytorch-max_output_tokens=4", "pytorch-max_output_tokens=8"
 ENVIRONMENT: Mapping[str, Any] = {
     "python": "3.11.7",
     "torch": "2.13.0",
@@ -50,12 +50,11 @@ class FakeClock:
 class FakeStop(StopRequest):
     """A stop whose waits move the clock, and for which a signal may come at a second of it."""
 
-    def __init__(self, clock: FakeClock, signal_at_s: float = float("inf"), signum: int = 2) -> None:
+    def __init__(self, clock: FakeClock, signal_at_s: float = float("inf")) -> None:
         super().__init__()
         self.waits: list[float] = []
         self._clock = clock
         self._signal_at_s = signal_at_s
-        self._signum = signum
 
     def wait(self, seconds: float) -> bool:
         self.waits.append(seconds)
@@ -69,12 +68,12 @@ class FakeStop(StopRequest):
         if end_s >= self._signal_at_s:
             end_s = max(self._signal_at_s, self._clock.elapsed_s)
             self._signal_at_s = float("inf")
-            self.request(self._signum)
+            self.request(2)
         self._clock.elapsed_s = end_s
 
 
 class FakeWorker(Worker):
-    """Answers the attempts at each configuration one after the other, the last answer for ever.
+    """Answers the attempts at each configuration one after the other, the last answer for ever; each takes 10 s.
 
     An answer is `ok`, `invalid` (a result that is not valid), `none` (says there is a result, and there is none), an
     `EngineError` to report, another exception to raise, a number (a result with that throughput), or a function of the
@@ -82,11 +81,7 @@ class FakeWorker(Worker):
     """
 
     def __init__(
-        self,
-        clock: FakeClock,
-        answers: Mapping[str, Sequence[Any]],
-        environment: Mapping[str, Any] = ENVIRONMENT,
-        run_s: float = 10.0,
+        self, clock: FakeClock, answers: Mapping[str, Sequence[Any]], environment: Mapping[str, Any] = ENVIRONMENT
     ) -> None:
         super().__init__(())
         self.requests: list[RunRequest] = []
@@ -95,7 +90,6 @@ class FakeWorker(Worker):
         self._clock = clock
         self._answers = {name: list(items) for name, items in answers.items()}
         self._found = environment
-        self._run_s = run_s
 
     def open(self, stop: Any = None, timeout_s: float = 0.0) -> None:
         self.opened += not self._is_there
@@ -107,10 +101,11 @@ class FakeWorker(Worker):
         self.requests.append(request)
         on_event(Event("phase", data={"exp_id": request.exp_id, "phase": "window"}))
         if isinstance(stop, FakeStop):
-            stop.pass_time(self._run_s)
+            stop.pass_time(10.0)
             if stop.signum is not None:
                 raise Interrupted(stop.signum)
-        answer = self._next_answer(str(request.identity["config_name"]))
+        answers = self._answers.get(str(request.identity["config_name"]), ["ok"])
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
         return self._obey(answer(request) if callable(answer) else answer, request)
 
     def stop(self) -> str:
@@ -120,18 +115,13 @@ class FakeWorker(Worker):
     def kill(self) -> None:
         self._is_there = False
 
-    def _next_answer(self, name: str) -> Any:
-        answers = self._answers.get(name, ["ok"])
-        return answers.pop(0) if len(answers) > 1 else answers[0]
-
     def _obey(self, answer: Any, request: RunRequest) -> Outcome:
         if isinstance(answer, EngineError):
             return Outcome(answer, log_tail="last words")
         if isinstance(answer, BaseException):
             raise answer
-        is_valid = answer == "ok" or isinstance(answer, float)
         if answer != "none":
-            write_result(request, is_valid=is_valid, rate=answer if isinstance(answer, float) else 100.0)
+            write_result(request, is_valid=answer != "invalid", rate=answer if isinstance(answer, float) else 100.0)
         return Outcome()
 
 
@@ -140,66 +130,57 @@ def write_result(request: RunRequest, *, is_valid: bool = True, rate: float = 10
     reasons = () if is_valid else ("it was too hot",)
     load_id = f"load {request.exp_id} {request.identity['attempt']}"
     record = make_record(is_valid=is_valid, invalid_reasons=reasons, output_tok_per_s=rate, load_id=load_id)
-    known = {
-        item.name: request.identity[item.name]
-        for item in dataclasses.fields(record.identity)
-        if item.name in request.identity
-    }
+    names = {item.name for item in dataclasses.fields(record.identity)} & request.identity.keys()
+    known = {name: request.identity[name] for name in names}
     identified = dataclasses.replace(record, identity=dataclasses.replace(record.identity, **{**known, **identity}))
     write_record(Path(request.result_dir) / "result.json", identified)
 
 
 class FakeExecutor:
-    """One worker for every backend."""
+    """One worker for every backend, and the names of what was asked of it."""
 
     name = "local"
 
     def __init__(self, worker: FakeWorker) -> None:
         self.worker = worker
-        self.ended = 0
-        self.killed = 0
-        self.looked_after = 0
+        self.calls: list[str] = []
         self.look_error: Exception | None = None
-        self.closed = 0
 
     def worker_for(self, backend: str) -> Worker:
         return self.worker
 
     def stop(self) -> None:
-        self.ended += 1
+        self.calls.append("stop")
         self.worker.stop()
 
     def kill(self) -> None:
-        self.killed += 1
+        self.calls.append("kill")
         self.worker.kill()
 
     def clear(self) -> None:
-        """Nothing is left of anything."""
+        self.calls.append("clear")
 
-    def look_after(self, tell: Callable[[str], None]) -> None:
-        self.looked_after += 1
+    def look_after(self, report: Callable[[str], None]) -> None:
+        self.calls.append("look_after")
         if self.look_error is not None:
             raise self.look_error
 
     def close(self) -> None:
-        self.closed += 1
+        self.calls.append("close")
 
 
 def make_campaign(folder: Path, *, outputs: Sequence[int] = (4, 8), **changes: Any) -> CampaignConfig:
     """A campaign with a configuration for each bound on the output; `execution` are keywords of its section."""
     execution = {"cycles": 2, "config_gap_seconds": 0, "cycle_gap_seconds": 0, **changes.pop("execution", {})}
     shared = {"max_output_tokens": list(outputs), "gpus": [[]], **changes.pop("shared", {})}
+    folders = {name: str(folder / name.partition("_")[0]) for name in ("results_dir", "configs_dir", "state_dir")}
     return CampaignConfig(
         **{
             "campaign_name": "demo",
             "model": "none",
             "grid": CampaignGridConfig(backends=("pytorch",), shared=shared),
             "execution": CampaignExecutionConfig(**execution),
-            "io": CampaignIOConfig(
-                results_dir=str(folder / "results"),
-                configs_dir=str(folder / "configs"),
-                state_dir=str(folder / "state"),
-            ),
+            "io": CampaignIOConfig(**folders),
             **changes,
         }
     )
@@ -225,9 +206,10 @@ class Place:
     ) -> CampaignRunner:
         """A runner with a new worker that answers like that."""
         self.executor = FakeExecutor(FakeWorker(self.clock, answers or {}, environment))
+        executor: Executor = self.executor
         return CampaignRunner(
             campaign,
-            executor=self.executor,
+            executor=executor,
             observe=self.events.append,
             stop=self.stop,
             now=self.clock.now,
@@ -236,6 +218,21 @@ class Place:
             **more,
         )
 
+    def run(
+        self,
+        answers: Mapping[str, Sequence[Any]] | None = None,
+        *,
+        deadline_s: float | None = None,
+        environment: Mapping[str, Any] = ENVIRONMENT,
+        options: RunOptions | None = None,
+        **campaign: Any,
+    ) -> CampaignOutcome:
+        """How a campaign with these changes went; no experiment begins after that many seconds from now."""
+        runner = self.runner(
+            make_campaign(self.folder, **campaign), answers, environment=environment, options=options or RunOptions()
+        )
+        return runner.run(deadline_s=None if deadline_s is None else self.clock.monotonic() + deadline_s)
+
     @property
     def requests(self) -> list[RunRequest]:
         """What the last worker was asked."""
@@ -243,16 +240,17 @@ class Place:
 
     def asked(self) -> list[tuple[str, int, int]]:
         """Name, cycle (from 1) and attempt of each request."""
-        return [
-            (str(item.identity["config_name"]), item.identity["cycle_index"] + 1, item.identity["attempt"])
-            for item in self.requests
-        ]
+        found = [item.identity for item in self.requests]
+        return [(str(item["config_name"]), item["cycle_index"] + 1, item["attempt"]) for item in found]
 
     def manifest(self) -> CampaignManifest:
         """As it is on disk."""
         manifest = ManifestManager(self.folder / "state" / "demo" / "campaign_manifest.json").load_strict()
         assert manifest is not None
         return manifest
+
+    def statuses(self) -> list[str]:
+        return [entry.status for entry in self.manifest().experiments]
 
     def kinds(self) -> list[str]:
         """The events, without those of the progress inside an experiment."""

@@ -9,7 +9,7 @@ import select
 import signal
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
-from datetime import datetime, time, timedelta, timezone, tzinfo
+from datetime import datetime, time, timedelta, timezone
 from types import FrameType
 
 from lem.base.errors import Interrupted, LemError
@@ -107,30 +107,29 @@ class CampaignOutcome:
 RunOnce = Callable[["float | None"], CampaignOutcome]
 
 
-def next_start(now: datetime, at: str, weekdays: Collection[int] = ANY_DAY, *, zone: tzinfo | None = None) -> datetime:
-    """The first moment (UTC), from `now` on, that is `at` o'clock local time on one of the days.
+def next_start(now: datetime, at: str, weekdays: Collection[int] = ANY_DAY) -> datetime:
+    """The first moment (UTC), from `now` on, that is `at` o'clock in the host's time zone on one of the days.
 
     A time that the clock skips when summer time begins is as many hours after midnight as on another day: 02:30
     is then 03:30. Of a time that comes twice when it ends, the first counts.
-    Weekdays count from 0 for Monday; without a zone it is the host's. A ValueError when `at` is not `HH:MM`.
+    Weekdays count from 0 for Monday. A ValueError when `at` is not `HH:MM`.
     """
     clock = time.fromisoformat(at)
-    today = now.astimezone(zone).date()
+    today = now.astimezone().date()
     # A week and a day: today's time may be over, and today be the only day allowed.
     for ahead in range(8):
         date = today + timedelta(days=ahead)
         # PEP 495: a local time that does not exist is read with the offset before the change, and of two the first
-        # is taken. timestamp() keeps to that for a naive time, the host's own, too; astimezone() does not
-        # (seen on CPython 3.11: 02:30 became 01:30).
-        start = datetime.fromtimestamp(datetime.combine(date, clock, tzinfo=zone).timestamp(), timezone.utc)
+        # is taken. timestamp() keeps to that; astimezone() does not (seen on CPython 3.11: 02:30 became 01:30).
+        start = datetime.fromtimestamp(datetime.combine(date, clock).timestamp(), timezone.utc)
         if date.weekday() in weekdays and start >= now:
             return start
     raise ValueError("no weekday to start on")
 
 
-def waiting_text(start: datetime, now: datetime, *, is_daemon: bool, zone: tzinfo | None = None) -> str:
+def waiting_text(start: datetime, now: datetime, *, is_daemon: bool) -> str:
     """`Daemon: waiting until HH:MM to start campaign`, with the day when it is not today."""
-    local, today = start.astimezone(zone), now.astimezone(zone).date()
+    local, today = start.astimezone(), now.astimezone().date()
     day = "" if local.date() == today else f" ({local:%a %Y-%m-%d})"
     return f"{'Daemon' if is_daemon else 'Schedule'}: waiting until {local:%H:%M} to start campaign{day}"
 

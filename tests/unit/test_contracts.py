@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import json
 import logging
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -445,8 +445,8 @@ def test_texts_people_grep_for(tmp_path: Path) -> None:
     assert resume_text(manifest) == "Resuming: 3 remaining (2 completed, 1 failed)"
     summary = make_run([make_record()], campaign_name="demo", run_id="20260714T100000Z-3fa1")
     assert run_document(summary)["note"] == "Single cycle: use --cycles 3+ for confidence intervals"
-    noon, at = datetime(2026, 7, 14, 12, tzinfo=timezone.utc), datetime(2026, 7, 14, 22, 5, tzinfo=timezone.utc)
-    waiting = waiting_text(at, noon, is_daemon=True, zone=timezone.utc)
+    noon, at = datetime(2026, 7, 14, 12).astimezone(), datetime(2026, 7, 14, 22, 5).astimezone()
+    waiting = waiting_text(at, noon, is_daemon=True)
     assert waiting == "Daemon: waiting until 22:05 to start campaign"
     daemon = CampaignDaemonConfig(enabled=True, interval="6h", total_duration="48h")
     clock, texts = FakeClock(), list[str]()

@@ -2,18 +2,30 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
+import random
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lem.base.errors import ConfigurationError
-from lem.config.campaign_config import CampaignGridConfig
+from lem.config.campaign_config import CampaignConfig, CampaignGridConfig
 from lem.config.experiment import ExperimentConfig
+from lem.config.kinds import Expanded
 from lem.orchestration.grid import (
     NO_MODEL,
     GridExpansionResult,
     GridValidationIssue,
+    campaign_config_hash,
+    config_hash,
     expand_campaign_grid,
+    experiment_id,
+    file_stem,
+    make_run_id,
+    name_configurations,
+    prompts_fingerprint,
     validate_campaign_grid,
 )
 
@@ -22,62 +34,71 @@ def expand(base_config: dict[str, Any] | None = None, /, **grid: Any) -> list[di
     return expand_campaign_grid(CampaignGridConfig(**{"backends": ["pytorch"], **grid}), base_config)
 
 
-def test_a_model_of_the_grid_is_not_mixed_with_another() -> None:
-    base = {"model": {"name": "one", "revision": "abc"}}
-    assert expand(base, models=["two"]) == [{"backend": "pytorch", "model": "two"}]
-    models = [{"name": "three", "revision": "def"}]
-    assert expand(base, models=models)[0]["model"] == {"name": "three", "revision": "def"}
+PRECISE = {"name": "three", "revision": "def"}
+PYTORCH = {"backend": "pytorch"}
 
 
-def test_dotted_keys_nest() -> None:
-    configs = expand(shared={"decoder.preset": ["factual"], "decoder.top_k": [1, 2]})
-    assert [item["decoder"] for item in configs] == [
-        {"preset": "factual", "top_k": 1},
-        {"preset": "factual", "top_k": 2},
-    ]
-
-
-def test_an_override_is_a_field_of_its_backends_section() -> None:
-    configs = expand(
-        backends=["pytorch", "vllm"],
-        backend_overrides={"pytorch": {"batch_size": [1, 4], "use_cache": True}},
-    )
-    assert configs == [
-        {"backend": "pytorch", "pytorch": {"batch_size": 1, "use_cache": True}},
-        {"backend": "pytorch", "pytorch": {"batch_size": 4, "use_cache": True}},
-        {"backend": "vllm"},
-    ]
-
-
-def test_a_list_typed_option_takes_a_list_of_lists() -> None:
-    configs = expand(shared={"gpus": [[], ["0"], ["0", "1"]]})
-    assert [item["gpus"] for item in configs] == [[], ["0"], ["0", "1"]]
-
-
-def test_a_mapping_is_one_value() -> None:
-    (config,) = expand(backend_overrides={"pytorch": {"beam_search": {"enabled": True, "num_beams": 4}}})
-    assert config["pytorch"] == {"beam_search": {"enabled": True, "num_beams": 4}}
-
-
-def test_null_and_false_are_values() -> None:
-    configs = expand(backend_overrides={"pytorch": {"use_cache": [None, False]}})
-    assert [item["pytorch"]["use_cache"] for item in configs] == [None, False]
-
-
-def test_axes_win_over_the_base_and_the_rest_of_it_stays() -> None:
-    base = {"model": "gpt2", "max_output_tokens": 8, "decoder": {"top_k": 5, "top_p": 0.5}}
-    configs = expand(base, shared={"max_output_tokens": [16], "decoder.top_k": [7]})
-    assert configs == [
-        {"backend": "pytorch", "model": "gpt2", "max_output_tokens": 16, "decoder": {"top_k": 7, "top_p": 0.5}}
-    ]
-
-
-def test_each_backend_gets_its_own_section_of_the_base() -> None:
-    base = {"pytorch": {"batch_size": 2}, "vllm": {"max_num_seqs": 8}, "backend": "tensorrt"}
-    assert expand(base, backends=["pytorch", "vllm"]) == [
-        {"backend": "pytorch", "pytorch": {"batch_size": 2}},
-        {"backend": "vllm", "vllm": {"max_num_seqs": 8}},
-    ]
+@pytest.mark.parametrize(
+    ("base", "grid", "configs"),
+    [
+        # A model of the grid is not mixed with another.
+        ({"model": {"name": "one", "revision": "abc"}}, {"models": ["two"]}, [{**PYTORCH, "model": "two"}]),
+        ({"model": {"name": "one", "revision": "abc"}}, {"models": [PRECISE]}, [{**PYTORCH, "model": PRECISE}]),
+        # Dotted keys nest.
+        (
+            {},
+            {"shared": {"decoder.preset": ["factual"], "decoder.top_k": [1, 2]}},
+            [{**PYTORCH, "decoder": {"preset": "factual", "top_k": top_k}} for top_k in (1, 2)],
+        ),
+        # An override is a field of its backend's section.
+        (
+            {},
+            {
+                "backends": ["pytorch", "vllm"],
+                "backend_overrides": {"pytorch": {"batch_size": [1, 4], "use_cache": True}},
+            },
+            [
+                *({**PYTORCH, "pytorch": {"batch_size": size, "use_cache": True}} for size in (1, 4)),
+                {"backend": "vllm"},
+            ],
+        ),
+        # An option that is itself a list takes a list of lists; a mapping is one value; null and false are values.
+        (
+            {},
+            {"shared": {"gpus": [[], ["0"], ["0", "1"]]}},
+            [{**PYTORCH, "gpus": gpus} for gpus in ([], ["0"], ["0", "1"])],
+        ),
+        (
+            {},
+            {"backend_overrides": {"pytorch": {"beam_search": {"enabled": True, "num_beams": 4}}}},
+            [{**PYTORCH, "pytorch": {"beam_search": {"enabled": True, "num_beams": 4}}}],
+        ),
+        (
+            {},
+            {"backend_overrides": {"pytorch": {"use_cache": [None, False]}}},
+            [{**PYTORCH, "pytorch": {"use_cache": value}} for value in (None, False)],
+        ),
+        # Axes win over the base, and the rest of it stays; each backend gets its own section of it.
+        (
+            {"model": "gpt2", "max_output_tokens": 8, "decoder": {"top_k": 5, "top_p": 0.5}},
+            {"shared": {"max_output_tokens": [16], "decoder.top_k": [7]}},
+            [{**PYTORCH, "model": "gpt2", "max_output_tokens": 16, "decoder": {"top_k": 7, "top_p": 0.5}}],
+        ),
+        (
+            {"pytorch": {"batch_size": 2}, "vllm": {"max_num_seqs": 8}, "backend": "tensorrt"},
+            {"backends": ["pytorch", "vllm"]},
+            [{**PYTORCH, "pytorch": {"batch_size": 2}}, {"backend": "vllm", "vllm": {"max_num_seqs": 8}}],
+        ),
+        # Among axes that need no reload the first varies slowest.
+        (
+            {},
+            {"shared": {"random_seed": [1, 2], "max_output_tokens": [16, 32]}},
+            [{**PYTORCH, "random_seed": seed, "max_output_tokens": most} for seed in (1, 2) for most in (16, 32)],
+        ),
+    ],
+)
+def test_the_combinations_of_a_grid(base: dict[str, Any], grid: dict[str, Any], configs: list[dict[str, Any]]) -> None:
+    assert expand(base, **grid) == configs
 
 
 def test_the_base_is_left_alone_and_nothing_is_shared() -> None:
@@ -129,16 +150,6 @@ def test_equal_engines_lie_together(axes: dict[str, Any]) -> None:
     assert changes == engines
 
 
-def test_among_axes_that_need_no_reload_the_first_varies_slowest() -> None:
-    configs = expand(shared={"random_seed": [1, 2], "max_output_tokens": [16, 32]})
-    assert [(item["random_seed"], item["max_output_tokens"]) for item in configs] == [
-        (1, 16),
-        (1, 32),
-        (2, 16),
-        (2, 32),
-    ]
-
-
 # What the declaration of a grid refuses, instead of a hundred filtered experiments
 
 
@@ -175,20 +186,15 @@ def test_nothing_generated() -> None:
 
 
 def test_an_invalid_one_is_left_out_with_its_reason_and_the_others_stay() -> None:
-    good, bad = {"model": "gpt2", "max_output_tokens": 8}, {"model": "gpt2", "max_output_tokens": 0}
-    result = validate_campaign_grid([bad, good])
+    good = {"model": "gpt2", "max_output_tokens": 8}
+    result = validate_campaign_grid([{**good, "max_output_tokens": 0, "random_seed": "x"}, good])
     assert result.total_generated == 2
     assert list(result.valid_configs) == [good]
     (issue,) = result.filtered_configs
     assert issue.severity == "error"
-    assert issue.reason == "max_output_tokens: must be at least 1, got 0"
-    assert issue.config_desc == "pytorch-max_output_tokens=0"
-
-
-def test_every_reason_of_one_configuration_is_told() -> None:
-    (issue,) = validate_campaign_grid([{"model": "m", "max_output_tokens": 0, "fp_precision": "x"}]).filtered_configs
-    assert "max_output_tokens" in issue.reason
-    assert "fp_precision" in issue.reason
+    assert "max_output_tokens: must be at least 1, got 0" in issue.reason
+    assert "; random_seed: " in issue.reason  # every reason is told
+    assert issue.config_desc == "pytorch-max_output_tokens=0-random_seed=x"
 
 
 @pytest.mark.parametrize("config", [{}, {"model": None}, {"model": {"revision": "main"}}, {"backend": "vllm"}])
@@ -210,3 +216,204 @@ def test_a_configuration_with_two_warnings_is_counted_once() -> None:
     result = validate_campaign_grid([config])
     assert len(result.warnings) == 2
     assert result.summary == "Generated 1 experiments (0 filtered). 1 has warnings."
+
+
+# Names and identities
+
+
+SECRET = Expanded("secret", "${TOKEN}", "secret")
+
+
+@pytest.mark.parametrize(
+    ("configs", "names"),
+    [
+        # A name is made of what varies; one alone is named by backend and model.
+        (
+            [{"model": "gpt2", "max_output_tokens": most, "random_seed": 1} for most in (16, 32)],
+            ["pytorch-max_output_tokens=16", "pytorch-max_output_tokens=32"],
+        ),
+        ([{"model": "org/gpt2-xl", "backend": "vllm"}], ["vllm-gpt2-xl"]),
+        # Values that explain themselves stand alone.
+        (
+            [
+                {"fp_precision": "float16", "decoder": {"preset": "factual"}},
+                {"fp_precision": "float32", "decoder": {"preset": None}},
+            ],
+            ["pytorch-float16-factual", "pytorch-float32-preset=null"],
+        ),
+        # The model is named where it varies, by as much as tells it apart.
+        ([{"model": "a/x"}, {"model": {"name": "b/y"}}], ["pytorch-x", "pytorch-y"]),
+        ([{"model": "a/x"}, {"model_name": "b/x"}], ["pytorch-a_x", "pytorch-b_x"]),
+        # An option that only some have is named for those.
+        (
+            [{"backend": "vllm"}, {"backend": "pytorch", "pytorch": {"use_cache": False}}],
+            ["vllm", "pytorch-use_cache=false"],
+        ),
+        # Options of the same last name are told apart.
+        (
+            [{"warmup": {"enabled": value}, "baseline": {"enabled": value}} for value in (True, False)],
+            [f"pytorch-warmup.enabled={value}-baseline.enabled={value}" for value in ("true", "false")],
+        ),
+        # A path is named by its last part, and a list by its items.
+        (
+            [
+                {"prompts": {"type": "file", "path": "/data/a b.txt"}, "gpus": ["0", "1"]},
+                {"prompts": {"type": "file", "path": "/data/c.txt"}, "gpus": []},
+            ],
+            ["pytorch-path=a_b.txt-gpus=0+1", "pytorch-path=c.txt-gpus=none"],
+        ),
+        # What a variable holds is in no name.
+        ([{"pytorch": {"extra": {"key": SECRET}}}, {}], ["pytorch-key=_TOKEN_", "pytorch"]),
+    ],
+)
+def test_a_name_says_what_varies(configs: list[dict[str, Any]], names: list[str]) -> None:
+    assert name_configurations(configs) == names
+
+
+def test_names_that_come_out_alike_are_told_apart_by_content_whatever_the_order() -> None:
+    one, two = {"prompts": {"path": "/a/x"}}, {"prompts": {"path": "/b/x"}}
+    first, second = name_configurations([one, two])
+    assert first == "pytorch-path=x"
+    assert second.startswith("pytorch-path=x-")
+    assert len({first, second, *name_configurations([two, one])}) == 3
+    assert name_configurations([one, two]) == [first, second]
+    assert len(set(name_configurations([{"model": "gpt2"}] * 4))) == 4
+
+
+def test_a_long_name_is_cut_and_stays_its_own() -> None:
+    found = name_configurations([{"dataset": {"name": "y" * 300 + str(number)}} for number in range(3)])
+    assert len(set(found)) == 3
+    assert max(map(len, found)) <= 110
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("pytorch-float16-batch_size=4", "pytorch-float16-batch_size=4"),
+        ("../../etc/passwd", "_.._etc_passwd"),
+        (".hidden", "hidden"),
+        ("größe 1", "gr_e_1"),
+        ("..", "experiment"),
+    ],
+)
+def test_a_file_name_is_harmless(name: str, stem: str) -> None:
+    assert file_stem(name) == stem
+
+
+def config(**options: Any) -> ExperimentConfig:
+    return ExperimentConfig.from_dict({"model": "gpt2", **options})
+
+
+def identity(**options: Any) -> str:
+    experiment = config(**options)
+    return config_hash(experiment, prompts_fingerprint(experiment))
+
+
+def test_a_model_in_a_folder_that_is_no_utf8_has_an_identity_of_its_own() -> None:
+    names = [os.fsdecode(name) for name in (b"m-\xff", b"m-\xfe", b"m")]
+    assert len({identity(model=name) for name in names}) == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_output_tokens": 64},
+        {"model": {"name": "gpt2", "revision": "main"}},
+        {"backend": "vllm"},
+        {"gpus": []},
+        {"decoder": {"top_k": 7}},
+        {"pytorch": {"batch_size": 2}},
+        {"measurement": {"min_window_sec": 1}},
+        {"warmup": {"min_prompts": 7}},
+        {"traffic_simulation": {"enabled": True}},
+        {"prompts": {"type": "synthetic", "seed": 1}},
+        {"dataset": "alpaca"},
+    ],
+)
+def test_whatever_can_change_the_numbers_changes_the_hash(options: dict[str, Any]) -> None:
+    assert identity(**options) != identity()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"config_name": "other"},
+        {"io": {"results_dir": "elsewhere"}},
+        {"extra_metadata": {"who": "me"}},
+        {"num_cycles": 3},
+        {"save_outputs": True},
+        {"pytorch": {}},
+        {"fp_precision": "float16"},
+        {"model": {"name": "gpt2"}},
+        {"prompts": {"type": "synthetic", "input_tokens": 128, "sample_size": 32, "distribution": "lognormal"}},
+    ],
+)
+def test_names_places_metadata_and_defaults_written_out_do_not(options: dict[str, Any]) -> None:
+    assert identity(**options) == identity()
+    assert identity(decoder={"preset": "factual"}) == identity(decoder={"temperature": 0.3})
+
+
+def test_a_file_of_prompts_is_known_by_its_content(tmp_path: Path) -> None:
+    def known(name: str, text: str, **options: Any) -> str:
+        (tmp_path / name).write_text(text)
+        return identity(prompts={"type": "file", "path": str(tmp_path / name), **options})
+
+    one = known("one.txt", "a\nb\n")
+    assert known("two.txt", "a\nb\n") == one
+    assert known("one.txt", "a\nc\n") != one
+    assert known("two.txt", "a\nb\n", sample_size=1) != one
+    with pytest.raises(ConfigurationError, match=r"missing\.txt"):
+        identity(prompts={"type": "file", "path": str(tmp_path / "missing.txt")})
+
+
+def test_synthetic_prompts_are_not_made_to_be_known() -> None:
+    # A million prompts, which would take minutes to make.
+    many = config(prompts={"type": "synthetic", "sample_size": 1_000_000, "input_tokens": 512})
+    assert prompts_fingerprint(many)["synthetic"]["sample_size"] == 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ({"dataset": "alpaca"}, {"dataset": "gsm8k"}),
+        ({"dataset": {"name": "alpaca", "sample_size": 4}}, {"dataset": {"name": "alpaca", "sample_size": 5}}),
+        ({"dataset": {"name": "x", "split": "a"}}, {"dataset": {"name": "x", "split": "b"}}),
+        (
+            {"prompts": {"type": "huggingface", "dataset": "x", "seed": 1}},
+            {"prompts": {"type": "huggingface", "dataset": "x", "seed": 2}},
+        ),
+    ],
+)
+def test_a_dataset_is_known_by_its_name_and_what_is_taken_of_it(one: dict[str, Any], two: dict[str, Any]) -> None:
+    assert identity(**one) == identity(**one)
+    assert identity(**one) != identity(**two)
+
+
+def test_an_experiment_has_a_name_in_each_cycle() -> None:
+    assert [experiment_id("0123456789abcdef", cycle) for cycle in (0, 19)] == ["0123456789ab-c1", "0123456789ab-c20"]
+
+
+def test_a_run_is_named_by_its_start_in_utc_and_by_chance() -> None:
+    at = datetime(2026, 7, 14, 12, 0, 5, tzinfo=timezone(timedelta(hours=2)))
+    first = make_run_id(at, random.Random(1))
+    assert first.startswith("20260714T100005Z-")
+    assert len(first) == len("20260714T100005Z-") + 4
+    assert make_run_id(at, random.Random(1)) == first != make_run_id(at, random.Random(2))
+
+
+def campaign(**options: Any) -> CampaignConfig:
+    return CampaignConfig.from_dict({"campaign_name": "demo", "configs": ["a.yaml"], **options})
+
+
+def test_a_campaign_is_known_by_its_configurations_and_how_it_runs_them_not_by_names_and_places() -> None:
+    known = campaign_config_hash(campaign(), ["a", "b"])
+    assert campaign_config_hash(campaign(), ["b", "a"]) != known
+    assert campaign_config_hash(campaign(execution={"cycles": 4}), ["a", "b"]) != known
+    assert campaign_config_hash(campaign(cold_start={"force_cold_start": True}), ["a", "b"]) != known
+    changed = campaign(
+        campaign_name="other",
+        io={"results_dir": "elsewhere"},
+        notification={"webhook_url": "http://localhost"},
+        daemon={"enabled": True},
+    )
+    assert campaign_config_hash(changed, ["a", "b"]) == known

@@ -1,6 +1,9 @@
+"""Locks exclude, name their holder, end with their process, and follow nobody's links."""
+
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import subprocess
 import sys
@@ -12,14 +15,36 @@ import pytest
 
 from lem.base.errors import ExitCode, LockedError, UserError
 from lem.orchestration import locks
-from lem.orchestration.locks import Holder, LockTarget, gpu_locks, hold_locks, read_holder
+from lem.orchestration.locks import (
+    CAMPAIGN_LOCK_NAME,
+    Holder,
+    LockTarget,
+    campaign_lock,
+    gpu_locks,
+    hold_locks,
+    is_locked,
+    read_holder,
+    take,
+)
 
 ME = Holder(pid=os.getpid(), host="node3", campaign="demo", since="2026-07-14T10:00:00Z")
 OTHER = Holder(pid=1, host="node3", campaign="other", since="2026-07-14T11:00:00Z")
 
 
-def target(folder: Path, name: str = "a") -> LockTarget:
-    return LockTarget(folder / f"{name}.lock", f"GPU {name}")
+@pytest.fixture
+def target(tmp_path: Path) -> LockTarget:
+    return LockTarget(tmp_path / "a.lock", "GPU a")
+
+
+def refused(*targets: LockTarget) -> UserError:
+    with pytest.raises(UserError) as caught, hold_locks(targets, OTHER):
+        pytest.fail("locked")
+    return caught.value
+
+
+def assert_free(*targets: LockTarget) -> None:
+    with hold_locks(targets, OTHER):
+        assert read_holder(targets[0].path) == OTHER
 
 
 def test_gpus_are_locked_once_each_in_one_order_for_everybody_and_inside_their_folder(tmp_path: Path) -> None:
@@ -28,115 +53,72 @@ def test_gpus_are_locked_once_each_in_one_order_for_everybody_and_inside_their_f
     assert {item.path.parent for item in targets} == {tmp_path}
 
 
-def test_the_refused_one_learns_who_holds_the_lock(tmp_path: Path) -> None:
-    with (
-        hold_locks([target(tmp_path)], ME),
-        pytest.raises(LockedError) as refusal,
-        hold_locks([target(tmp_path)], OTHER),
-    ):
-        pytest.fail("locked twice")
-    assert f"GPU a is locked by pid {os.getpid()} on node3, campaign demo" in refusal.value.message
-    assert refusal.value.exit_code == ExitCode.LOCKED
+def test_the_refused_one_learns_who_holds_the_lock_even_if_that_is_not_yet_written(target: LockTarget) -> None:
+    with hold_locks([target], ME):
+        error = refused(target)
+        target.path.write_bytes(b"\xff{ half a")
+        unknown = refused(target)
+    assert f"GPU a is locked by pid {os.getpid()} on node3, campaign demo" in error.message
+    assert error.exit_code == ExitCode.LOCKED
+    assert isinstance(unknown, LockedError)
+    assert "not yet identified" in unknown.message
 
 
-def test_a_holder_that_has_not_said_who_it_is_still_refuses(tmp_path: Path) -> None:
-    with hold_locks([target(tmp_path)], ME):
-        target(tmp_path).path.write_bytes(b"\xff{ half a")
-        with pytest.raises(LockedError, match="not yet identified"), hold_locks([target(tmp_path)], OTHER):
-            pytest.fail("locked twice")
-
-
-def test_a_holder_is_named_whatever_its_campaign_is_called(tmp_path: Path) -> None:
-    odd = Holder(pid=1, host="node3", campaign=os.fsdecode(b"d\xe9mo ") + "ü", since="2026-07-14T11:00:00Z")
-    with (
-        hold_locks([target(tmp_path)], odd),
-        pytest.raises(LockedError, match=odd.campaign),
-        hold_locks([target(tmp_path)], ME),
-    ):
-        pytest.fail("locked twice")
-
-
-def test_a_lock_is_free_after_the_block_and_its_file_means_nothing(tmp_path: Path) -> None:
-    with hold_locks([target(tmp_path)], ME):
-        pass
-    assert target(tmp_path).path.exists()
-    with hold_locks([target(tmp_path)], OTHER):
-        assert read_holder(target(tmp_path).path) == OTHER
-
-
-def test_a_shorter_holder_leaves_nothing_of_a_longer_one(tmp_path: Path) -> None:
-    long = Holder(pid=4_000_000, host="a-very-long-host-name.example.org", campaign="c" * 300, since="then")
-    for holder in (long, ME):
-        with hold_locks([target(tmp_path)], holder):
-            assert read_holder(target(tmp_path).path) == holder
-
-
-def test_a_holder_with_a_very_long_name_is_still_named(tmp_path: Path) -> None:
-    long = Holder(pid=4711, host="node3", campaign="ü" * 5000, since="2026-07-14T11:00:00Z")
-    with hold_locks([target(tmp_path)], long):
-        found = read_holder(target(tmp_path).path)
-        with pytest.raises(LockedError, match="pid 4711 on node3"), hold_locks([target(tmp_path)], ME):
-            pytest.fail("locked twice")
+@pytest.mark.parametrize("campaign", ["demo", os.fsdecode(b"d\xe9mo ") + "ü", "c" * 300, "ü" * 5000])
+def test_a_holder_is_named_whatever_its_campaign_is_called(target: LockTarget, campaign: str) -> None:
+    holder = Holder(pid=4711, host="node3", campaign=campaign, since="2026-07-14T11:00:00Z")
+    with hold_locks([target], holder):
+        found = read_holder(target.path)
+        assert "pid 4711 on node3" in refused(target).message
     assert found is not None
-    assert (found.pid, found.host, found.since) == (long.pid, long.host, long.since)
-    assert found.campaign.endswith("…")
-    assert long.campaign.startswith(found.campaign[:-1])
+    assert (found.pid, found.host, found.since) == (holder.pid, holder.host, holder.since)
+    assert campaign.startswith(found.campaign.rstrip("…"))
+    assert found.campaign.endswith("…") is (len(campaign) > 500)
+    assert_free(target)  # whose shorter text leaves nothing of the longer one
+
+
+def test_a_lock_is_free_after_the_block_or_an_error_in_it_and_its_file_means_nothing(target: LockTarget) -> None:
+    with pytest.raises(RuntimeError, match="inside"), hold_locks([target], ME):
+        raise RuntimeError("inside")
+    assert target.path.exists()
+    assert_free(target)
 
 
 def test_all_or_nothing(tmp_path: Path) -> None:
-    first, second = target(tmp_path, "a"), target(tmp_path, "b")
-    with hold_locks([second], OTHER):
-        with pytest.raises(LockedError), hold_locks([first, second], ME):
-            pytest.fail("locked twice")
-        with hold_locks([first], OTHER):
-            pass
+    first, second = (LockTarget(tmp_path / name, name) for name in "ab")
+    with hold_locks([second], ME):
+        refused(first, second)
+        assert_free(first)
 
 
-def test_an_error_inside_the_block_frees_the_lock(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="inside"), hold_locks([target(tmp_path)], ME):
-        raise RuntimeError("inside")
-    with hold_locks([target(tmp_path)], OTHER):
-        pass
-
-
-def test_a_lock_ends_with_its_process_however_it_ends(tmp_path: Path) -> None:
-    held = target(tmp_path)
+def test_a_lock_ends_with_its_process_however_it_ends(target: LockTarget) -> None:
     program = (
         "import fcntl, os, signal\n"
-        f"fd = os.open({str(held.path)!r}, os.O_RDWR | os.O_CREAT, 0o666)\n"
+        f"fd = os.open({str(target.path)!r}, os.O_RDWR | os.O_CREAT, 0o666)\n"
         "fcntl.flock(fd, fcntl.LOCK_EX)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=False)
-    with hold_locks([held], ME):
-        pass
+    assert_free(target)
 
 
-def test_a_child_process_does_not_inherit_the_lock(tmp_path: Path) -> None:
-    held = target(tmp_path)
+def test_a_child_process_does_not_inherit_the_lock(target: LockTarget) -> None:
     program = [sys.executable, "-c", "print('here', flush=True); input()"]
-    with hold_locks([held], ME):
+    with hold_locks([target], ME):
         child = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=False)
         assert child.stdout is not None
         assert child.stdout.readline() == b"here\n"
     try:
-        with hold_locks([held], OTHER):
-            pass
+        assert_free(target)
     finally:
         child.communicate(b"\n")
 
 
+# --- folders and files
+
+
 def test_a_missing_folder_is_made(tmp_path: Path) -> None:
-    with hold_locks([target(tmp_path / "new" / "deep")], ME):
-        pass
-
-
-def test_a_folder_that_is_a_file_is_an_error_with_its_remedy(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError) as error, hold_locks([target(tmp_path / "file")], ME):
-        pytest.fail("locked inside a file")
-    assert str(tmp_path / "file") in error.value.message
-    assert "LEM_LOCK_DIR" in error.value.hint
+    assert_free(LockTarget(tmp_path / "new" / "deep" / "a.lock", "a"))
 
 
 @contextlib.contextmanager
@@ -150,23 +132,16 @@ def ordinary_user() -> Iterator[None]:
         os.seteuid(before)
 
 
-def test_a_folder_that_is_read_only_is_an_error_with_its_remedy(tmp_path: Path) -> None:
+def test_a_folder_that_is_a_file_or_read_only_is_an_error_with_its_remedy(tmp_path: Path, target: LockTarget) -> None:
+    (tmp_path / "file").write_text("")
+    error = refused(LockTarget(tmp_path / "file" / "a.lock", "a"))
+    assert str(tmp_path / "file") in error.message
+    assert "LEM_LOCK_DIR" in error.hint
     tmp_path.chmod(0o555)
-    with (
-        ordinary_user(),
-        pytest.raises(UserError, match="Permission denied") as error,
-        hold_locks([target(tmp_path)], ME),
-    ):
-        pytest.fail("locked without a file")
-    assert "LEM_LOCK_DIR" in error.value.hint
-
-
-def test_a_lock_file_that_may_only_be_read_still_excludes(open_folder: Path) -> None:
-    held = target(open_folder)
-    held.path.write_text("")
-    held.path.chmod(0o444)
-    with ordinary_user(), hold_locks([held], ME), pytest.raises(LockedError), hold_locks([held], OTHER):
-        pytest.fail("locked twice")
+    with ordinary_user():
+        error = refused(target)
+    assert "Permission denied" in error.message
+    assert "LEM_LOCK_DIR" in error.hint
 
 
 @pytest.fixture
@@ -177,21 +152,20 @@ def open_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_a_link_is_not_followed(tmp_path: Path) -> None:
-    victim = tmp_path / "victim"
-    victim.write_text("precious")
-    target(tmp_path).path.symlink_to(victim)
-    with pytest.raises(UserError), hold_locks([target(tmp_path)], ME):
-        pytest.fail("followed a link")
-    assert victim.read_text() == "precious"
+def test_a_lock_file_that_may_only_be_read_still_excludes(open_folder: Path) -> None:
+    held = LockTarget(open_folder / "a.lock", "a")
+    held.path.write_text("")
+    held.path.chmod(0o444)
+    with ordinary_user(), hold_locks([held], ME):
+        assert isinstance(refused(held), LockedError)
 
 
-def test_a_second_name_of_a_file_is_not_written_through(tmp_path: Path) -> None:
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+def test_a_link_is_not_written_through(tmp_path: Path, target: LockTarget, link: str) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
-    target(tmp_path).path.hardlink_to(victim)
-    with pytest.raises(UserError, match="not an ordinary file"), hold_locks([target(tmp_path)], ME):
-        pytest.fail("wrote through a second name")
+    getattr(target.path, link)(victim)
+    assert ("not an ordinary file" in refused(target).message) is (link == "hardlink_to")
     assert victim.read_text() == "precious"
 
 
@@ -202,16 +176,45 @@ def test_nobody_is_named_by_a_missing_or_foreign_file(tmp_path: Path) -> None:
         assert read_holder(tmp_path / "file") is None
 
 
-def test_the_environment_chooses_the_folder_of_the_gpu_locks(tmp_path: Path) -> None:
-    assert locks.default_gpu_lock_folder({"LEM_LOCK_DIR": str(tmp_path)}) == tmp_path
-    assert locks.default_gpu_lock_folder({}).name == "lem"
-
-
-def test_every_user_of_a_host_finds_the_same_gpu_locks(open_folder: Path) -> None:
+def test_every_user_of_a_host_finds_the_same_gpu_locks_unless_the_environment_names_a_folder(open_folder: Path) -> None:
+    assert locks.default_gpu_lock_folder({"LEM_LOCK_DIR": str(open_folder)}) == open_folder
     # The folder of temporary files is another one for each user, or each job, that has a TMPDIR.
-    for mode, due in ((0o1777, open_folder / "lem"), (0o755, Path("/tmp/lem"))):
+    for mode, expected in ((0o1777, open_folder / "lem"), (0o755, Path("/tmp/lem"))):
         open_folder.chmod(mode)
-        assert locks.default_gpu_lock_folder({"TMPDIR": "/var/tmp"}, open_folder) == due
+        assert locks.default_gpu_lock_folder({"TMPDIR": "/var/tmp"}, open_folder) == expected
         with ordinary_user():
-            assert locks.default_gpu_lock_folder({}, open_folder) == due
+            assert locks.default_gpu_lock_folder({}, open_folder) == expected
     assert locks.default_gpu_lock_folder({}, open_folder / "missing") == Path("/tmp/lem")
+
+
+# --- a look at a lock
+
+
+def test_a_lock_is_seen_while_it_is_held_and_no_longer_and_two_may_look_at_once(tmp_path: Path) -> None:
+    path = tmp_path / CAMPAIGN_LOCK_NAME
+    assert is_locked(path) is False
+    with hold_locks([campaign_lock(tmp_path, "demo")], ME):
+        assert is_locked(path) is True
+    with path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        assert is_locked(path) is False
+
+
+@pytest.mark.parametrize("tries_before", [0, 1, 2])
+def test_a_look_that_meets_the_taking_of_a_lock_does_not_refuse_it(target: LockTarget, tries_before: int) -> None:
+    assert_free(target)
+    waits: list[float] = []
+    with target.path.open("r+") as looker, target.path.open("r+") as taker:
+        fcntl.flock(looker, fcntl.LOCK_SH)
+
+        def look_away(seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == tries_before:
+                fcntl.flock(looker, fcntl.LOCK_UN)
+
+        if tries_before:
+            take(taker.fileno(), look_away)
+            assert is_locked(target.path) is True
+        else:
+            with pytest.raises(BlockingIOError):
+                take(taker.fileno(), look_away)

@@ -89,19 +89,11 @@ def test_an_invalid_combination_is_filtered_and_grouped_by_reason() -> None:
     assert len(found.experiments) == 6
 
 
-def test_an_experiment_without_a_model_is_filtered_with_that_reason(file_a: str) -> None:
-    found = plan(model=None, configs=[file_a], grid={**grid(1), "models": ["gpt2"]}, experiments=[{"backend": "vllm"}])
-    assert found.filtered_by_reason == [(NO_MODEL.text, 2)]
-    assert [issue.config_desc for issue in found.filtered][:1] == ["a"]
-    assert len(found.configurations) == 1
-
-
 def test_nothing_valid_is_an_empty_plan() -> None:
     found = plan(model=None, grid=grid(1, 2))
-    assert found.experiments == ()
+    assert (found.experiments, found.loads(), found.gap_kinds()) == ((), [], [])
     assert found.summary == "Generated 2 experiments (2 filtered, 0 warnings)"
-    assert found.loads() == []
-    assert found.gap_kinds() == []
+    assert found.filtered_by_reason == [(NO_MODEL.text, 2)]
 
 
 def test_an_experiment_that_is_wrong_in_its_file_is_an_error_and_not_filtered(tmp_path: Path) -> None:
@@ -167,22 +159,16 @@ def test_experiments_are_named_after_their_file_or_by_themselves_or_by_what_vari
         grid=grid(1, 2),
         experiments=[{"max_output_tokens": 5}, {"max_output_tokens": 6, "config_name": "sixth"}],
         execution={"cycles": 1},
+        io={"configs_dir": "made"},
     )
-    assert [item.config_name for item in found.experiments] == [
-        "a",
-        "mine",
-        "pytorch-gpt2",
-        "sixth",
-        "pytorch-max_output_tokens=1",
-        "pytorch-max_output_tokens=2",
+    assert [(item.config_name, item.config_path, item.is_generated) for item in found.experiments] == [
+        ("a", file_a, False),
+        ("mine", str(tmp_path / "b.yaml"), False),
+        *(
+            (name, f"made/demo/{name}.yaml", True)
+            for name in ("pytorch-gpt2", "sixth", "pytorch-max_output_tokens=1", "pytorch-max_output_tokens=2")
+        ),
     ]
-
-
-def test_a_generated_experiment_has_a_file_to_be_written(file_a: str) -> None:
-    found = plan(campaign_name="My Demo", configs=[file_a], grid=grid(1), io={"configs_dir": "made"})
-    own, generated = found.configurations
-    assert (own.config_path, own.is_generated) == (file_a, False)
-    assert (generated.config_path, generated.is_generated) == ("made/my-demo/pytorch-gpt2.yaml", True)
 
 
 def test_a_record_holds_what_was_written_and_not_what_a_variable_held(
@@ -195,12 +181,7 @@ def test_a_record_holds_what_was_written_and_not_what_a_variable_held(
     assert item.requested["model"] == {"name": "org/${WHICH}"}
     assert item.resolved["model"] == {**item.config.to_dict()["model"], "name": "org/${WHICH}"}
     assert item.resolved["max_output_tokens"] == item.config.max_output_tokens
-
-
-def test_a_record_holds_the_name_that_an_experiment_was_given() -> None:
-    items = plan(grid=grid(1, 2)).configurations
-    assert [item.resolved["config_name"] for item in items] == [item.config_name for item in items]
-    assert all("config_name" not in item.requested for item in items)
+    assert ("config_name" in item.requested, item.resolved["config_name"]) == (False, item.config_name)
 
 
 # Prompts
@@ -257,19 +238,12 @@ def test_the_mean_of_the_known_is_assumed_for_what_never_ran() -> None:
     assert found.expected_time(known, found.experiments[:2]) == ExpectedTime(30.0, 1.0, 0.0, is_complete=True)
 
 
-def test_without_earlier_results_only_the_gaps_are_known() -> None:
-    found = plan(grid=grid(1), execution={"cycles": 2, "cycle_gap_seconds": 5}).expected_time(ExpectedDurations())
-    assert found == ExpectedTime(None, None, 5.0, is_complete=False)
-    assert found.total_s is None
-
-
-def test_an_empty_part_takes_no_time() -> None:
-    assert plan(grid=grid(1)).expected_time(ExpectedDurations(), ()).total_s == 0.0
-
-
-def test_a_gap_is_expected_to_take_what_it_took_before_and_never_more_than_its_cap() -> None:
+def test_without_earlier_results_only_the_gaps_are_known_and_take_at_most_their_cap() -> None:
     found = plan(grid=grid(1, 2), execution={"cycles": 2, "config_gap_seconds": 10, "cycle_gap_seconds": 100})
-    assert found.expected_time(ExpectedDurations(gap_s=40.0)).gaps_s == 10 + 40 + 10
+    expected = found.expected_time(ExpectedDurations(gap_s=40.0))
+    assert expected == ExpectedTime(None, None, 10 + 40 + 10, is_complete=False)
+    assert expected.total_s is None
+    assert found.expected_time(ExpectedDurations(), ()).total_s == 0.0
 
 
 # Resume
@@ -310,15 +284,10 @@ def ordered(
     return " ".join(f"{item.config_hash}{item.cycle_index + 1}" for item in found)
 
 
-def test_interleaved_runs_every_configuration_in_each_cycle() -> None:
+def test_interleaved_and_grouped_orders() -> None:
     assert ordered("ABC", "interleaved") == "A1 B1 C1 A2 B2 C2"
-
-
-def test_interleaved_lays_equal_engines_together() -> None:
+    # Equal engines lie together.
     assert ordered("ABCD", "interleaved", cycles=1, engines={"A": "x", "C": "x", "D": "x"}) == "A1 C1 D1 B1"
-
-
-def test_grouped_runs_all_cycles_of_a_configuration() -> None:
     assert ordered("AB", "grouped", cycles=3) == "A1 A2 A3 B1 B2 B3"
 
 
@@ -342,13 +311,10 @@ def test_shuffled_keeps_equal_engines_together_and_shuffles_both_engines_and_the
     assert len({names for _, names in seen}) == 6
 
 
-def test_shuffle_is_the_same_for_a_seed_everywhere() -> None:
+def test_shuffle_is_the_same_for_a_seed_everywhere_and_another_cycle_leaves_the_order_of_the_others() -> None:
     # Written down from CPython 3.11; every version and machine must agree, since the seed stands for the order.
     assert ordered("ABCDEF", "shuffled", cycles=1, seed=42) == "D1 A1 F1 C1 B1 E1"
     assert ordered("ABCDEF", "shuffled", seed=1) != ordered("ABCDEF", "shuffled", seed=2)
-
-
-def test_another_cycle_leaves_the_order_of_the_others() -> None:
     assert ordered("ABCD", "shuffled", cycles=3).startswith(ordered("ABCD", "shuffled", cycles=2))
 
 
@@ -437,11 +403,10 @@ def test_only_a_file_that_is_missing_or_broken_is_written_again(tmp_path: Path) 
     assert [path.stat().st_ino for path in paths[1:]] == before[1:]
 
 
-def test_a_file_of_the_user_is_never_written(tmp_path: Path) -> None:
-    mine = tmp_path / "mine.yaml"
-    mine.write_text("# mine\nmax_output_tokens: 3\n")
-    write_configs(generated_plan(tmp_path, grid=None, configs=[str(mine)]).configurations)
-    assert mine.read_text().startswith("# mine")
+def test_a_file_of_the_user_is_never_written(file_a: str, tmp_path: Path) -> None:
+    write_configs(generated_plan(tmp_path, grid=None, configs=[file_a]).configurations)
+    assert Path(file_a).read_text() == "max_output_tokens: 3\n"
+    assert not (tmp_path / "configs").exists()
 
 
 def test_a_variable_stays_a_variable_and_its_value_stays_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -473,17 +438,10 @@ def test_a_variable_stays_a_variable_and_its_value_stays_out(tmp_path: Path, mon
 
 
 def test_a_value_that_is_no_utf8_is_written(tmp_path: Path) -> None:
-    campaign = CampaignConfig.from_dict(
-        {
-            "campaign_name": "demo",
-            "model": os.fsdecode(b"m-\xff"),
-            "grid": {"backends": ["pytorch"]},
-            "io": {"configs_dir": str(tmp_path)},
-        }
-    )
-    configurations = build_plan(campaign).configurations
-    write_configs(configurations)
-    assert '"m-\\udcff"' in Path(configurations[0].config_path).read_text(encoding="utf-8")
+    found = generated_plan(tmp_path, model=os.fsdecode(b"m-\xff"), grid={"backends": ["pytorch"]})
+    write_configs(found.configurations)
+    (path,) = (tmp_path / "configs" / "demo").iterdir()
+    assert '"m-\\udcff"' in path.read_text(encoding="utf-8")
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_with_its_remedy(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from lem.orchestration.resume import (
 from lem.orchestration.schedule import Stopped
 from lem.results.aggregation import parse_target
 from lem.results.store import read_stopping_rule
-from tests.campaign_doubles import ENVIRONMENT, Place, make_campaign
+from tests.campaign_doubles import EIGHT, ENVIRONMENT, FOUR, make_campaign
 from tests.records import make_record
 
 NOW = datetime(2026, 7, 14, 10, tzinfo=timezone.utc)
@@ -122,23 +122,24 @@ def test_a_missed_result_that_is_not_valid_is_kept_and_measured_again() -> None:
     assert found.attempts[0].valid is False
 
 
-def test_a_second_result_that_is_not_valid_stands() -> None:
-    first = Attempt(1, result_path=result(1).result_path, valid=False)
-    manifest = manifest_of(entry(status="running", attempts=[first, Attempt(2)]))
-    assert reconcile(manifest, on_disk(result(1, valid=False), result(2, valid=False))) == changed(adopted=["a"])
-    assert manifest.experiments[0].result_path == "attempt-2/result.json"
-
-
-def test_of_valid_results_the_last_is_chosen_as_the_tables_do() -> None:
-    manifest = manifest_of(entry(status="running"))
-    reconcile(manifest, on_disk(result(2), result(1), result(3, valid=False)))
-    assert manifest.experiments[0].result_path == "attempt-2/result.json"
-
-
-def test_a_valid_result_is_chosen_before_a_later_one_that_is_not() -> None:
-    manifest = manifest_of(entry(status="running"))
-    reconcile(manifest, on_disk(result(2, valid=False), result(1)))
-    assert manifest.experiments[0].result_path == "attempt-1/result.json"
+@pytest.mark.parametrize(
+    ("attempts", "results", "chosen"),
+    [
+        # A second result that is not valid stands.
+        (
+            [Attempt(1, result(1).result_path, valid=False), Attempt(2)],
+            [result(1, valid=False), result(2, valid=False)],
+            2,
+        ),
+        # Of valid results the last is chosen, as the tables do, also before a later one that is not.
+        ([], [result(2), result(1), result(3, valid=False)], 2),
+        ([], [result(2, valid=False), result(1)], 1),
+    ],
+)
+def test_of_several_results_one_is_chosen(attempts: list[Attempt], results: list[Attempt], chosen: int) -> None:
+    manifest = manifest_of(entry(status="running", attempts=attempts))
+    assert reconcile(manifest, on_disk(*results)) == changed(adopted=["a"])
+    assert manifest.experiments[0].result_path == f"attempt-{chosen}/result.json"
 
 
 def test_a_failed_experiment_whose_results_are_known_stays_failed() -> None:
@@ -163,12 +164,6 @@ def change(kept: int, queued: int, removed: int) -> str:
     return f"Campaign changed since the manifest was written: {counts}"
 
 
-def test_an_unchanged_campaign_keeps_everything() -> None:
-    manifest = manifest_of(completed("a"), entry("b"))
-    assert apply_plan(manifest, [entry("a"), entry("b")], "f00d") == change(2, 0, 0)
-    assert manifest.experiments == [completed("a"), entry("b")]
-
-
 def test_an_edit_keeps_results_queues_the_new_and_skips_the_removed() -> None:
     manifest = manifest_of(completed("a"), completed("b"), entry("c", status="failed"))
     assert apply_plan(manifest, [entry("d"), entry("a")], "beef") == change(1, 1, 2)
@@ -182,36 +177,27 @@ def test_an_edit_keeps_results_queues_the_new_and_skips_the_removed() -> None:
     assert manifest.config_hash == "beef"
 
 
-def test_an_experiment_that_comes_back_brings_its_result() -> None:
+def test_an_experiment_that_comes_back_brings_its_result_and_one_removed_before_is_not_counted_again() -> None:
     manifest = manifest_of(completed("a"), entry("b"))
-    apply_plan(manifest, [entry("b")], "1")
-    assert apply_plan(manifest, [entry("a"), entry("b")], "2") == change(1, 1, 0)
-    assert manifest.experiments == [completed("a"), entry("b")]
-
-
-def test_an_experiment_removed_before_is_not_counted_again() -> None:
-    manifest = manifest_of(entry("a"), entry("b"))
-    apply_plan(manifest, [entry("b")], "1")
-    assert apply_plan(manifest, [entry("b")], "2") == change(1, 0, 0)
+    planned = [entry("a"), entry("b")]
+    assert apply_plan(manifest, planned, "f00d") == change(2, 0, 0)
+    assert apply_plan(manifest, planned[1:], "1") == change(1, 0, 1)
+    assert apply_plan(manifest, planned[1:], "2") == change(1, 0, 0)
     assert manifest.experiments[1].status == "skipped"
+    assert apply_plan(manifest, planned, "3") == change(1, 1, 0)
+    assert manifest.experiments == [completed("a"), entry("b")]
 
 
 def test_a_new_name_and_place_are_taken_from_the_plan() -> None:
     manifest = manifest_of(completed("a"))
-    apply_plan(manifest, [entry("a", config_name="better", config_path="p", order_index=5, container="c")], "1")
+    named = {"config_name": "better", "config_path": "p", "order_index": 5, "container": "c"}
+    apply_plan(manifest, [entry("a", **named)], "1")
     (found,) = manifest.experiments
-    assert (found.config_name, found.config_path, found.order_index, found.container) == ("better", "p", 5, "c")
+    assert {name: getattr(found, name) for name in named} == named
     assert found.status == "completed"
 
 
 # The environment
-
-
-def test_the_first_environment_is_taken_over() -> None:
-    manifest = manifest_of(entry())
-    assert adopt_environment(manifest, {"driver": "580"}, is_change_allowed=False, now=NOW) == ()
-    assert manifest.environment == {"driver": "580"}
-    assert manifest.notes == []
 
 
 def measured_under(environment: dict[str, Any]) -> CampaignManifest:
@@ -220,41 +206,44 @@ def measured_under(environment: dict[str, Any]) -> CampaignManifest:
     return manifest
 
 
-def test_the_same_environment_and_more_of_it_is_no_change() -> None:
-    manifest = measured_under({"driver": "580", "gpu_uuids": ["GPU-1"]})
-    assert adopt_environment(manifest, {"driver": "580", "vllm": "0.32"}, is_change_allowed=False, now=NOW) == ()
-    assert manifest.environment == {"driver": "580", "gpu_uuids": ["GPU-1"], "vllm": "0.32"}
+@pytest.mark.parametrize(
+    ("known", "current"),
+    [
+        ({}, {"driver": "580"}),
+        ({"driver": "580", "gpu_uuids": ["GPU-1"]}, {"driver": "580", "vllm": "0.32"}),
+    ],
+    ids=["the first", "the same, and more of it"],
+)
+def test_an_environment_that_does_not_differ_is_taken_over(known: dict[str, Any], current: dict[str, Any]) -> None:
+    manifest = measured_under(known)
+    assert adopt_environment(manifest, current, is_change_allowed=False, now=NOW) == ()
+    assert manifest.environment == {**known, **current}
+    assert manifest.notes == []
 
 
-def test_another_environment_is_refused_with_both_values() -> None:
-    manifest = measured_under({"driver": "580", "gpu_uuids": ["GPU-1"]})
+def test_another_environment_is_refused_with_both_values_and_recorded_where_it_is_allowed() -> None:
+    known = {"driver": "580", "gpu_uuids": ["GPU-1"], "image": "a"}
+    current: dict[str, Any] = {"driver": "581", "gpu_uuids": [], "image": None}
+    manifest = measured_under(known)
+    changes = ["driver: 580 before, 581 now", "gpu_uuids: GPU-1 before, none now", "image: a before, unknown now"]
     with pytest.raises(UserError) as error:
-        adopt_environment(manifest, {"driver": "581", "gpu_uuids": []}, is_change_allowed=False, now=NOW)
-    assert "driver: 580 before, 581 now; gpu_uuids: GPU-1 before, none now" in error.value.message
+        adopt_environment(manifest, current, is_change_allowed=False, now=NOW)
+    assert "; ".join(changes) in error.value.message
     assert "--allow-environment-change" in error.value.hint
-    assert manifest.environment == {"driver": "580", "gpu_uuids": ["GPU-1"]}
+    assert manifest.environment == known
+    adopt_environment(manifest, current, is_change_allowed=True, now=NOW)
+    assert manifest.environment == current
+    at = "2026-07-14T10:00:00.000000Z"
+    assert manifest.notes == [{"at": at, "kind": "environment_change", "changes": changes}]
 
 
-def test_an_allowed_change_is_recorded() -> None:
-    manifest = measured_under({"driver": "580"})
-    adopt_environment(manifest, {"driver": None}, is_change_allowed=True, now=NOW)
-    assert manifest.environment == {"driver": None}
-    assert manifest.notes == [
-        {
-            "at": "2026-07-14T10:00:00.000000Z",
-            "kind": "environment_change",
-            "changes": ["driver: 580 before, unknown now"],
-        }
-    ]
+# How a run begins
 
 
 def _manager(tmp_path, *statuses):
     manager = ManifestManager(tmp_path / "campaign_manifest.json")
     if statuses:
-        entries = [
-            CampaignManifestEntry(f"e{index}", "n", "p", "h", "pytorch", None, 0, status)
-            for index, status in enumerate(statuses)
-        ]
+        entries = [entry(f"e{index}", status=status) for index, status in enumerate(statuses)]
         manager.save(manager.create_manifest("id", "demo", "hash", entries))
     return manager
 
@@ -264,9 +253,8 @@ def _choose(manager, **options):
     return choose_manifest(manager, "id", RunOptions(**options)) is not None
 
 
-@pytest.mark.parametrize("resume", [True, False, None])
-def test_without_a_manifest_every_start_is_fresh(tmp_path, resume):
-    assert not _choose(_manager(tmp_path), resume=resume)
+def test_without_a_manifest_every_start_is_fresh(tmp_path):
+    assert not any(_choose(_manager(tmp_path), resume=resume) for resume in (True, False, None))
 
 
 def test_a_complete_campaign_starts_afresh_without_resume(tmp_path):
@@ -301,16 +289,16 @@ def test_an_unreadable_manifest_stops_everything_but_a_fresh_start(tmp_path):
     manager = _manager(tmp_path)
     manager.manifest_path.write_text('{"schema_version": 1, "campaign')
     for resume in (None, True):
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError, match=r"campaign_manifest\.json") as caught:
             _choose(manager, resume=resume, is_yes=True)
-        assert "campaign_manifest.json" in caught.value.message
         assert "--fresh" in caught.value.hint
     assert not _choose(manager, resume=False)
 
 
 def test_another_campaigns_manifest_is_refused(tmp_path):
     manager = _manager(tmp_path, "completed")
-    with pytest.raises(UserError, match="belongs to another campaign"):
+    assert manager.load("other") is None
+    with pytest.raises(UserError, match="belongs to another campaign, 'demo'"):
         choose_manifest(manager, "other", RunOptions(resume=True))
 
 
@@ -325,71 +313,55 @@ def test_a_planned_run_is_gone_on_with_and_another_one_set_aside(tmp_path):
         _choose(manager, resume=True, run_id="another")
 
 
-FOUR, EIGHT = "pytorch-max_output_tokens=4", "pytorch-max_output_tokens=8"
+# The cycles that --until adds
 
 
 # ±2.1 % with five of them, ±1.6 % with six (t 2.78 and 2.57, over the root of n).
-
-NOISY = [98.3, 101.7, 98.3, 101.7, 100.0, 100.0, 100.0, 100.0]
+NOISY = {FOUR: [98.3, 101.7, 98.3, 101.7, 100.0, 100.0, 100.0, 100.0]}
+FIVE = {"cycles": 5}
 
 
 def _rule(text="ci=2%", max_cycles=None):
     return make_rule(parse_target(text), max_cycles)
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.setenv("LEM_LOCK_DIR", str(tmp_path / "locks"))
-    return Place(tmp_path)
-
-
-def _run(place, campaign, answers=None, *, rule=None, deadline_s=None, resume=None):
-    options = RunOptions(until=rule or _rule(), resume=resume)
-    return place.runner(campaign, answers, options=options).run(deadline_s=deadline_s)
-
-
-def _cycles(place):
-    return [cycle for _, cycle, _ in place.asked()]
+def _run(place, answers=None, *, rule=None, resume=None, **more):
+    return place.run(answers, options=RunOptions(until=rule or _rule(), resume=resume), **more)
 
 
 def test_five_cycles_are_run_at_least_and_no_more_where_they_are_enough(place):
-    outcome = _run(place, make_campaign(place.folder, execution={"cycles": 2}))
-    assert sorted(set(_cycles(place))) == [1, 2, 3, 4, 5]
+    rule = _rule("ci=3%", 9)
+    outcome = _run(place, rule=rule)
+    assert sorted({cycle for _, cycle, _ in place.asked()}) == [1, 2, 3, 4, 5]
     assert outcome.stopped is None
-    assert outcome.remark == (
-        "Top-up: every interval is within ±2 % (output_tok_per_s, 95 % t interval) after 5 cycles"
-    )
+    within = "every interval is within ±3 % (output_tok_per_s, 95 % t interval) after 5 cycles"
+    assert outcome.remark == f"Top-up: {within}"
     assert place.manifest().total_experiments == 10
+    assert read_stopping_rule(place.folder / "results" / "demo" / str(place.manifest().run_id)) == rule
 
 
 def test_whole_cycles_are_added_until_every_configuration_is_narrow(place):
-    outcome = _run(place, make_campaign(place.folder), {FOUR: list(NOISY)})
+    outcome = _run(place, NOISY, execution={"cycles": 5, "cycle_gap_seconds": 30})
     assert place.asked()[10:] == [(FOUR, 6, 1), (EIGHT, 6, 1)]
     manifest = place.manifest()
     assert (manifest.total_experiments, manifest.is_complete) == (12, True)
     assert [entry.order_index for entry in manifest.experiments] == list(range(12))
     assert outcome.remark.endswith("after 6 cycles")
     assert [note["cycles"] for note in manifest.notes] == [6]
+    assert [gap["gap"] for gap in place.told("gap")] == ["cycle"] * 5
 
 
 def test_the_most_cycles_end_it(place):
-    answers = {FOUR: [90.0, 110.0] * 10}
-    outcome = _run(place, make_campaign(place.folder), answers, rule=_rule(max_cycles=7))
-    assert max(_cycles(place)) == 7
+    outcome = _run(place, {FOUR: [90.0, 110.0] * 10}, rule=_rule(max_cycles=7))
+    assert max(cycle for _, cycle, _ in place.asked()) == 7
     assert outcome.stopped is None
     assert "7 cycles is the maximum" in outcome.remark
     assert FOUR in outcome.remark
 
 
-def test_an_added_cycle_has_the_cycle_gap_before_it(place):
-    campaign = make_campaign(place.folder, execution={"cycles": 5, "cycle_gap_seconds": 30})
-    _run(place, campaign, {FOUR: list(NOISY)})
-    assert [gap["gap"] for gap in place.told("gap")] == ["cycle"] * 5
-
-
 def test_a_shuffled_campaign_goes_on_in_the_order_a_longer_one_has(place):
     shuffled = {"structure": "shuffled", "cycles": 5}
-    _run(place, make_campaign(place.folder, outputs=(4, 8, 16), execution=shuffled), {FOUR: list(NOISY)})
+    _run(place, NOISY, outputs=(4, 8, 16), execution=shuffled)
     longer = make_campaign(place.folder, outputs=(4, 8, 16), execution={**shuffled, "cycles": 6})
     order = place.runner(longer).generate_execution_order()
     assert [entry.exp_id for entry in place.manifest().experiments] == [item.exp_id for item in order]
@@ -397,69 +369,37 @@ def test_a_shuffled_campaign_goes_on_in_the_order_a_longer_one_has(place):
 
 def test_after_the_time_is_up_no_cycle_is_added(place):
     # Ten experiments of ten seconds each: it passes while the last of them runs.
-    deadline_s = place.clock.monotonic() + 95
-    outcome = _run(place, make_campaign(place.folder), {FOUR: list(NOISY)}, deadline_s=deadline_s)
-    assert outcome.stopped is Stopped.DEADLINE
+    assert _run(place, NOISY, deadline_s=95).stopped is Stopped.DEADLINE
     assert place.manifest().total_experiments == 10
 
 
-def test_a_resume_keeps_the_cycles_that_were_added_and_ends_as_if_never_interrupted(place):
-    campaign = make_campaign(place.folder)
-    deadline_s = place.clock.monotonic() + 105  # in the first experiment of the sixth cycle
-    first = _run(place, campaign, {FOUR: list(NOISY)}, deadline_s=deadline_s)
-    assert first.stopped is Stopped.DEADLINE
+@pytest.mark.parametrize("is_topped_up", [True, False])
+def test_a_resume_keeps_the_cycles_that_were_added_and_ends_as_if_never_interrupted(place, is_topped_up):
+    # In the first experiment of the sixth cycle the time is up.
+    assert _run(place, NOISY, deadline_s=105, execution=FIVE).stopped is Stopped.DEADLINE
     assert place.manifest().total_experiments == 12
-    second = _run(place, campaign, {FOUR: [100.0]}, resume=True)
+    options = RunOptions(until=_rule() if is_topped_up else None, resume=True)
+    second = place.run({FOUR: [100.0]}, options=options, execution=FIVE)
     assert place.asked() == [(EIGHT, 6, 1)]
-    assert second.remark.endswith("after 6 cycles")
+    assert place.manifest().is_complete
+    assert second.remark.endswith("after 6 cycles" if is_topped_up else "")
     assert not any("changed since" in note["text"] for note in place.told("note"))
 
 
-def test_a_resume_without_the_target_runs_what_was_added_and_adds_nothing(place):
-    campaign = make_campaign(place.folder, execution={"cycles": 5})
-    _run(place, campaign, {FOUR: list(NOISY)}, deadline_s=place.clock.monotonic() + 105)
-    place.runner(campaign, options=RunOptions(resume=True)).run()
-    assert place.asked() == [(EIGHT, 6, 1)]
-    assert place.manifest().is_complete
-
-
-def test_a_finished_campaign_is_topped_up_when_it_is_resumed_with_a_target(place):
-    campaign = make_campaign(place.folder, execution={"cycles": 5})
-    place.runner(campaign, {FOUR: list(NOISY)}).run()
-    outcome = _run(place, campaign, {FOUR: [100.0]}, resume=True)
+def test_a_finished_campaign_is_topped_up_when_it_is_resumed_with_a_target_in_the_same_environment(place):
+    place.run(NOISY, execution=FIVE)
+    with pytest.raises(UserError, match="environment"):
+        _run(place, resume=True, environment={**ENVIRONMENT, "torch": "9.9.9"}, execution=FIVE)
+    assert place.manifest().total_experiments == 10
+    outcome = _run(place, {FOUR: [100.0]}, resume=True, execution=FIVE)
     assert place.asked() == [(FOUR, 6, 1), (EIGHT, 6, 1)]
     assert outcome.remark.endswith("after 6 cycles")
 
 
-def test_another_environment_is_found_out_before_a_finished_campaign_is_topped_up(place):
-    campaign = make_campaign(place.folder, execution={"cycles": 5})
-    place.runner(campaign, {FOUR: list(NOISY)}).run()
-    before = place.manifest()
-    options = RunOptions(until=_rule(), resume=True)
-    other = {**ENVIRONMENT, "torch": "9.9.9"}
-    with pytest.raises(UserError, match="environment"):
-        place.runner(campaign, options=options, environment=other).run()
-    assert place.manifest().total_experiments == before.total_experiments
-
-
 def test_a_configuration_that_never_gives_a_result_does_not_keep_it_going(place):
-    outcome = _run(place, make_campaign(place.folder), {EIGHT: ["invalid"]})
-    assert max(_cycles(place)) == 5
+    outcome = _run(place, {EIGHT: ["invalid"]})
+    assert max(cycle for _, cycle, _ in place.asked()) == 5
     assert outcome.remark.endswith(f"; ignored, without an interval: {EIGHT} (no valid result)")
-
-
-def test_cycles_that_share_a_load_never_have_an_interval_and_end_it():
-    records = [make_record(cycle=cycle, load_id="one") for cycle in range(5)]
-    is_needed, reason = needs_cycle(records, _rule(), 5)
-    assert not is_needed
-    assert "no cycle is added" in reason
-    assert "share an engine load" in reason
-
-
-def test_the_rule_lies_beside_the_results(place):
-    _run(place, make_campaign(place.folder), rule=_rule("ci=3%:e2e_p50_s", 9))
-    folder = place.folder / "results" / "demo" / str(place.manifest().run_id)
-    assert read_stopping_rule(folder) == _rule("ci=3%:e2e_p50_s", 9)
 
 
 @pytest.mark.parametrize(
@@ -473,7 +413,7 @@ def test_the_rule_lies_beside_the_results(place):
 )
 def test_what_cannot_be_topped_up_is_refused_before_anything_is_written(place, changes, words):
     with pytest.raises(UserError, match=words):
-        _run(place, make_campaign(place.folder, **changes), rule=_rule(max_cycles=8))
+        _run(place, rule=_rule(max_cycles=8), **changes)
     assert not (place.folder / "state").exists()
 
 
@@ -501,9 +441,12 @@ def test_energy_is_looked_at_where_every_configuration_has_it():
     assert "output_tok_per_s" in needs_cycle(without, _rule(), 5)[1]
 
 
-def test_too_few_valid_cycles_are_wide_even_where_they_agree():
-    records = [make_record(cycle=cycle, is_valid=cycle < 4) for cycle in range(5)]
-    assert needs_cycle(records, _rule(), 5)[0]
+def test_cycles_that_share_a_load_never_have_an_interval_and_too_few_valid_ones_are_wide():
+    is_needed, reason = needs_cycle([make_record(cycle=cycle, load_id="one") for cycle in range(5)], _rule(), 5)
+    assert not is_needed
+    assert "no cycle is added" in reason
+    assert "share an engine load" in reason
+    assert needs_cycle([make_record(cycle=cycle, is_valid=cycle < 4) for cycle in range(5)], _rule(), 5)[0]
 
 
 @pytest.mark.parametrize("text", ["2%", "ci=2", "ci=0%", "ci=100%", "ci=2%:nothing", "ci=-1%", ""])

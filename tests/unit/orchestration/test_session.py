@@ -1,24 +1,337 @@
-"""Secrets come from the environment or from systemd's credentials, and from nowhere else."""
+"""What a session does with experiments that fail, with gaps, deadlines, disks and health, and what it writes down."""
+
+import errno
+import signal
 
 import pytest
 
-from lem.base.errors import UserError
+from lem.base.errors import EngineError, InfrastructureError, OptionRefused, UserError
+from lem.config.campaign_config import CampaignColdStartConfig, CampaignHealthCheckConfig
+from lem.orchestration.resume import RunOptions
+from lem.orchestration.schedule import Stopped
 from lem.orchestration.session import find_secrets
+from tests.campaign_doubles import EIGHT, FOUR, Place, make_campaign, write_result
+from tests.faulty_disk import watching
+
+ONCE = {"cycles": 1}
+DIED = EngineError("the engine died", "look at the log", kind="died")
 
 
-def test_a_credential_is_read_and_the_environment_wins(tmp_path):
-    (tmp_path / "HF_TOKEN").write_text("from-systemd\n")
+def test_every_experiment_runs_once_in_the_order_of_the_plan_in_one_worker(place):
+    outcome = place.run()
+    assert place.asked() == [(FOUR, 1, 1), (EIGHT, 1, 1), (FOUR, 2, 1), (EIGHT, 2, 1)]
+    assert place.statuses() == ["completed"] * 4
+    assert (outcome.stopped, outcome.error, outcome.signum) == (None, None, None)
+    pairs = ["experiment_started", "experiment_completed"] * 4
+    assert place.kinds() == ["campaign_started", *pairs, "campaign_finished"]
+    assert place.executor.worker.opened == 1
+    assert place.executor.calls[-2:] == ["stop", "close"]
+
+
+@pytest.mark.parametrize(
+    ("reuse", "kept"),
+    [
+        ("cycle", [True, False, True, False]),
+        ("campaign", [True, True, True, False]),
+        ("none", [False, False, False, False]),
+    ],
+)
+def test_the_engine_is_kept_for_as_long_as_the_campaign_says(place, reuse, kept):
+    place.run(execution={"reuse": reuse})
+    assert [request.keep_engine for request in place.requests] == kept
+
+
+def test_a_cold_start_ends_the_worker_after_each_experiment(place):
+    place.run(cold_start=CampaignColdStartConfig(force_cold_start=True))
+    assert place.executor.worker.opened == 4
+    assert not any(request.keep_engine for request in place.requests)
+
+
+# --- gaps and time
+
+
+def test_the_cycle_gap_takes_the_place_of_the_configuration_gap(place):
+    place.run(execution={"config_gap_seconds": 5, "cycle_gap_seconds": 30})
+    assert sum(place.stop.waits) == 40.0
+    assert [request.gap_s for request in place.requests] == [None, 5.0, 30.0, 5.0]
+    gaps = [(data["gap"], data["cap_s"]) for data in place.told("gap")]
+    assert gaps == [("configuration", 5.0), ("cycle", 30.0), ("configuration", 5.0)]
+
+
+def test_a_gap_is_told_while_it_lasts(place):
+    place.run(execution={"cycles": 1, "config_gap_seconds": 12})
+    assert [data["left_s"] for data in place.told("tick")] == [12.0, 7.0, 2.0]
+
+
+def test_the_gap_before_another_try_is_its_own_and_recorded_as_such(place):
+    execution = {"cycles": 1, "config_gap_seconds": 7}
+    place.run({EIGHT: ["invalid", "ok"]}, execution=execution)
+    assert [(item.identity["attempt"], item.gap_s) for item in place.requests] == [(1, None), (1, 7.0), (2, 7.0)]
+    place.run({FOUR: ["invalid", "ok"]}, execution=execution)
+    assert [item.gap_s for item in place.requests] == [None, 7.0, 7.0]
+
+
+@pytest.mark.parametrize(
+    ("signal_at_s", "execution", "answers", "statuses"),
+    [
+        (12.0, {"config_gap_seconds": 5}, {}, ["completed", "pending", "pending", "pending"]),
+        (15.0, {}, {}, ["completed", "pending", "pending", "pending"]),
+        (30.0, {"cycles": 1, "config_gap_seconds": 1000}, {FOUR: ["invalid"]}, ["pending", "pending"]),
+    ],
+    ids=["in a gap", "in an experiment", "in the gap before another try"],
+)
+def test_a_signal_starts_nothing_more_and_leaves_the_rest_pending(
+    place, signal_at_s, execution, answers, statuses, tmp_path
+):
+    place = Place(tmp_path, signal_at_s=signal_at_s)
+    outcome = place.run(answers, execution=execution)
+    assert (outcome.stopped, outcome.signum) == (Stopped.SIGNAL, signal.SIGINT)
+    assert place.statuses() == statuses
+    assert place.clock.elapsed_s == signal_at_s
+    is_interrupted = signal_at_s > 12
+    assert ("experiment_interrupted" in place.kinds()) is is_interrupted
+    assert ("interrupted" in [entry.error for entry in place.manifest().experiments]) is is_interrupted
+
+
+@pytest.mark.parametrize(
+    ("gap_s", "elapsed_s", "statuses"),
+    [
+        (0, 20.0, ["completed", "completed", "pending", "pending"]),  # the running one finishes
+        (60, 15.0, ["completed", "pending", "pending", "pending"]),  # a gap does not outlast the deadline
+    ],
+)
+def test_no_experiment_begins_after_the_deadline(place, gap_s, elapsed_s, statuses):
+    outcome = place.run(deadline_s=15, execution={"config_gap_seconds": gap_s})
+    assert outcome.stopped is Stopped.DEADLINE
+    assert (place.clock.elapsed_s, place.statuses()) == (elapsed_s, statuses)
+
+
+def test_the_time_left_is_told_from_the_experiments_before(place):
+    place.run(execution={"config_gap_seconds": 10})
+    started = [event.eta_s for event in place.events if event.kind == "experiment_started"]
+    completed = [event.eta_s for event in place.events if event.kind == "experiment_completed"]
+    # 10 s each, with the configuration gap 20 s: the means are 10, 15 and 13.3 s.
+    assert started == [None, pytest.approx(30 - 10), pytest.approx(30), pytest.approx(40 / 3 - 10)]
+    assert completed == [pytest.approx(30), pytest.approx(30), pytest.approx(40 / 3), 0.0]
+    assert place.events[-1].eta_s == 0.0
+
+
+# --- failures
+
+
+@pytest.mark.parametrize(
+    ("answers", "status", "error", "chosen", "attempts"),
+    [
+        ([DIED, "ok"], "completed", None, 2, [("the engine died", None), (None, True)]),
+        ([DIED], "failed", "the engine died", None, [("the engine died", None), ("the engine died", None)]),
+        (["invalid", "ok"], "completed", None, 2, [(None, False), (None, True)]),
+        (["invalid"], "completed", None, 2, [(None, False), (None, False)]),
+        (["invalid", DIED], "completed", None, 1, [(None, False), ("the engine died", None)]),
+    ],
+)
+def test_what_may_work_the_second_time_is_tried_twice_inside_its_cycle(place, answers, status, error, chosen, attempts):
+    outcome = place.run({FOUR: answers}, execution=ONCE)
+    assert place.asked() == [(FOUR, 1, 1), (FOUR, 1, 2), (EIGHT, 1, 1)]
+    assert outcome.stopped is None
+    entry = place.manifest().experiments[0]
+    assert (entry.status, entry.retry_count, entry.error) == (status, 1, error)
+    assert entry.result_path == (None if chosen is None else entry.attempts[chosen - 1].result_path)
+    assert [(item.error, item.valid) for item in entry.attempts] == attempts
+    assert all((place.folder / str(item.result_path)).is_file() for item in entry.attempts if item.result_path)
+
+
+def test_a_failure_is_told_with_what_helps_to_look_into_it(place):
+    place.run({FOUR: [DIED]}, execution=ONCE)
+    assert place.told("experiment_retried")[0]["reason"] == "the engine died"
+    told = place.told("experiment_failed")[0]
+    assert (told["error"], told["hint"], told["error_kind"]) == ("the engine died", "look at the log", "died")
+    assert told["log_tail"] == "last words"
+
+
+def test_a_result_that_is_never_valid_is_told_with_its_reason(place):
+    place.run({FOUR: ["invalid"]}, execution=ONCE)
+    told = place.told("experiment_completed")[0]
+    assert (told["valid"], told["invalid_reasons"]) == (False, ["it was too hot"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OptionRefused("torch_compile is not for this engine"),
+        EngineError("out of memory at load", kind="out_of_memory", is_permanent=True),
+    ],
+)
+def test_what_would_fail_the_same_way_again_is_not_tried_again(place, error):
+    place.run({FOUR: [error]}, execution=ONCE)
+    assert place.asked() == [(FOUR, 1, 1), (EIGHT, 1, 1)]
+    entry = place.manifest().experiments[0]
+    assert (entry.status, entry.error, entry.retry_count) == ("failed", error.message, 0)
+
+
+def write_another(request):
+    write_result(request, attempt=7)
+    return "none"
+
+
+def die_late(request):
+    write_result(request)
+    return EngineError("the worker was killed by SIGKILL", kind="died")
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "error"),
+    [
+        ("none", "failed", "the worker reported a result but did not write one"),
+        (write_another, "failed", "the result belongs to another experiment"),
+        (die_late, "completed", ""),
+    ],
+)
+def test_the_result_on_disk_counts_whatever_the_worker_says(place, answer, status, error):
+    place.run({FOUR: [answer]}, execution=ONCE)
+    entry = place.manifest().experiments[0]
+    assert (entry.status, str(entry.error or "").endswith(error)) == (status, True)
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (EngineError("cannot write result.json: no space left on device", "make room", kind="full"), "make room"),
+        (UserError("python: no such program", "install it"), "install it"),
+    ],
+    ids=["a full results disk", "a worker that cannot be started any more"],
+)
+def test_what_every_experiment_would_meet_stops_the_campaign_with_the_rest_pending(place, error, hint):
+    outcome = place.run({EIGHT: [error]})
+    assert outcome.stopped is Stopped.INFRASTRUCTURE
+    assert isinstance(outcome.error, InfrastructureError)
+    assert (outcome.error.message, outcome.error.hint) == (error.message, hint)
+    assert place.statuses() == ["completed", "pending", "pending", "pending"]
+    assert place.manifest().experiments[1].error == error.message
+
+
+@pytest.mark.parametrize("allowed_writes", [1, 2, 3, 4])
+def test_a_manifest_that_cannot_be_written_stops_the_campaign_and_a_resume_completes_it(place, allowed_writes):
+    writes = []
+
+    def fail_after(event, path):
+        if event == "lem.write" and "campaign_manifest" in path:
+            writes.append(path)
+            if len(writes) > allowed_writes:
+                raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    with watching(fail_after):
+        outcome = place.run()
+    assert outcome.stopped is Stopped.INFRASTRUCTURE
+    assert outcome.error is not None
+    assert "no space left on device" in outcome.error.message
+    assert "--resume" in outcome.error.hint
+    assert all(entry.status != "running" for entry in outcome.manifest.experiments)
+    done = len(list((place.folder / "results").rglob("result.json")))
+    assert place.run(options=RunOptions(resume=True)).manifest.is_complete
+    assert len(place.requests) == 4 - done
+    assert len(list((place.folder / "results").rglob("result.json"))) == 4
+
+
+def test_fail_fast_ends_after_the_first_failure_with_the_rest_pending(place):
+    outcome = place.run({EIGHT: [OptionRefused("no")]}, options=RunOptions(is_fail_fast=True))
+    assert outcome.stopped is Stopped.FAIL_FAST
+    assert place.statuses() == ["completed", "failed", "pending", "pending"]
+
+
+def test_each_transition_is_on_disk_before_the_next_thing_happens(place):
+    seen = []
+
+    def answer(request):
+        seen.append(place.statuses())
+        return "ok"
+
+    place.run({FOUR: [answer], EIGHT: [answer]}, execution=ONCE)
+    assert seen == [["running", "pending"], ["completed", "running"]]
+
+
+# --- prompts, identity, secrets
+
+
+@pytest.mark.parametrize(
+    ("text", "error"), [(None, "prompts.txt"), ("three\nfour\n", "changed since the campaign was planned")]
+)
+def test_prompts_that_are_gone_or_changed_fail_their_experiment_alone_and_at_once(place, text, error):
+    prompts = place.folder / "prompts.txt"
+    prompts.write_text("one\ntwo\n")
+
+    def edit(request):
+        prompts.unlink() if text is None else prompts.write_text(text)
+        return "ok"
+
+    shared = {"prompts": [{"type": "file", "path": str(prompts)}]}
+    assert place.run({FOUR: [edit]}, shared=shared, execution=ONCE).stopped is None
+    assert place.statuses() == ["completed", "failed"]
+    assert place.asked() == [(FOUR, 1, 1)]
+    told = place.told("experiment_failed")[0]
+    assert told["error_kind"] == "prompts"
+    assert error in told["error"]
+
+
+def test_the_worker_is_told_all_that_the_record_will_say(place):
+    place.run(execution={"structure": "shuffled", "seed": 7})
+    first, manifest = place.requests[0], place.manifest()
+    entry = manifest.experiments[0]
+    assert first.identity == {
+        "experiment_id": entry.exp_id,
+        "config_name": entry.config_name,
+        "config_hash": entry.config_hash,
+        "campaign_id": manifest.campaign_id,
+        "campaign_name": "demo",
+        "run_id": manifest.run_id,
+        "host": "here",
+        "backend": "pytorch",
+        "model": "none",
+        "cycle_index": 0,
+        "order_index": 0,
+        "attempt": 1,
+        "shuffle_seed": 7,
+    }
+    assert (first.executor, entry.host) == ("local", "here")
+    files = sorted(path.name for path in (place.folder / first.result_dir).iterdir())
+    assert files == ["config.json", "prompts.jsonl", "result.json"]
+
+
+def test_secrets_come_from_the_environment_or_a_credential_and_from_nowhere_else(tmp_path):
     folder = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+    assert find_secrets({}) == find_secrets({**folder, "HF_TOKEN": ""}) == {}
+    (tmp_path / "HF_TOKEN").write_text("from-systemd\n")
     assert find_secrets(folder) == {"HF_TOKEN": "from-systemd"}
     assert find_secrets({**folder, "HF_TOKEN": "from-here"}) == {"HF_TOKEN": "from-here"}
-
-
-def test_what_is_not_there_is_no_secret(tmp_path):
-    assert find_secrets({}) == {}
-    assert find_secrets({"CREDENTIALS_DIRECTORY": str(tmp_path), "HF_TOKEN": ""}) == {}
-
-
-def test_a_credential_that_cannot_be_read_is_told_without_its_content(tmp_path):
     (tmp_path / "HF_TOKEN").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"credential .*HF_TOKEN: not UTF-8 text"):
-        find_secrets({"CREDENTIALS_DIRECTORY": str(tmp_path)})
+        find_secrets(folder)
+
+
+# --- the health of containers
+
+
+@pytest.mark.parametrize(
+    ("structure", "health", "checks"),
+    [
+        ("interleaved", {}, 3),
+        ("grouped", {}, 2),
+        ("interleaved", {"interval_experiments": 1}, 6),
+        ("interleaved", {"interval_experiments": 3}, 4),
+        ("interleaved", {"enabled": False, "interval_experiments": 1}, 0),
+    ],
+)
+def test_containers_are_checked_once_a_cycle_or_block_and_every_so_many_experiments(place, structure, health, checks):
+    execution = {"cycles": 3, "structure": structure}
+    place.run(execution=execution, health_check=CampaignHealthCheckConfig(**health))
+    assert place.executor.calls.count("look_after") == checks
+
+
+@pytest.mark.parametrize("error", [InfrastructureError("lost"), UserError("lost")])
+def test_what_cannot_be_made_well_stops_the_campaign_with_the_rest_pending(place, error):
+    runner = place.runner(make_campaign(place.folder))
+    place.executor.look_error = error
+    outcome = runner.run()
+    assert outcome.stopped is Stopped.INFRASTRUCTURE
+    assert outcome.error is not None
+    assert outcome.error.message == "lost"
+    assert outcome.manifest.pending_count == 4
