@@ -42,11 +42,12 @@ def try_point(point: Point, action: str, scenario: Scenario, sandbox: Sandbox) -
     begin = time.monotonic()
     code = sandbox.run("--fresh", fault=sandbox.fault(point.process, point.event, point.nth, action))
     has_happened = any(entry.action for entry in read_journal(sandbox.journal))
-    case = f"{action} at {point.process} {point.event} {point.nth} ({point.detail})"
     what = f"{scenario.name}, {point.process}: {action}"
     # A clock that steps back is no reason not to go on.
     is_over = action == "clock"
-    return _resume_and_judge(sandbox, scenario, what, case, code, begin, has_happened=has_happened, is_over=is_over)
+    return _resume_and_judge(
+        sandbox, scenario, what, point.case(action), code, begin, has_happened=has_happened, is_over=is_over
+    )
 
 
 def try_moment(moment: Moment, scenario: Scenario, sandbox: Sandbox) -> Verdict:
@@ -98,9 +99,7 @@ def _resume_and_judge(
         what,
         case,
         has_happened,
-        lost=sum(after.results.get(name) != data for name, data in before.results.items()),
-        partial=len(before.partial) + len(after.partial),
-        duplicates=len(after.duplicates),
+        **after.costs_since(before),
         incomplete=_incomplete(after, scenario) + (_incomplete(before, scenario) if is_over else 0) + (status != 0),
         wrong_times=sum(not 0 <= seconds <= elapsed_s for seconds in after.durations_s),
         processes_left=left,

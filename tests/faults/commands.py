@@ -126,7 +126,7 @@ def try_command(point: Point, action: str, command: Command, due: Pieces, sandbo
     after = command.look(sandbox.folder)
     return Verdict(
         f"lem {command.name}: {action}",
-        f"{action} at {point.process} {point.event} {point.nth} ({point.detail})",
+        point.case(action),
         any(entry.action for entry in read_journal(sandbox.journal)),
         lost=_inputs(sandbox) != inputs,
         partial=partial + _unlike(after, due),

@@ -15,15 +15,13 @@ import secrets
 import signal
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lem.orchestration.manifest import CampaignManifest
-from lem.record import RecordError, read_record
 from tests.campaign_rig import Ended, Running
 from tests.container_rig import VARIABLE as RIG_VARIABLE
 from tests.container_rig import ContainerRig, container_campaign
@@ -31,7 +29,7 @@ from tests.doubles import wall_clock
 from tests.doubles.fault_injector import VARIABLE, Fault, process_of, read_journal
 from tests.faults.campaigns import CampaignFailed
 from tests.faults.points import Moment, Point, points_of, random_moments
-from tests.faults.sandbox import AS_OTHERS
+from tests.faults.sandbox import AS_OTHERS, look_at
 from tests.faults.scenarios import Tools
 from tests.faults.trials import Trial
 from tests.faults.verdict import Verdict
@@ -40,13 +38,6 @@ from tests.processes import PATIENCE_S
 OUTPUTS, CYCLES = (4, 8), 2
 EXPERIMENTS = len(OUTPUTS) * CYCLES
 _PROCESSES = ("host", "supervisor", "engine")
-
-
-@dataclass(frozen=True)
-class _Left:
-    results: dict[str, bytes]
-    partial: int
-    duplicates: int
 
 
 class _FaultRig(ContainerRig):
@@ -117,11 +108,12 @@ def container_moments(count: int, elapsed_s: float, rng: random.Random, tools: T
 
 
 def try_in_containers(point: Point, action: str, folder: Path, *, tools: Tools) -> Verdict:
-    case = f"{action} at {point.process} {point.event} {point.nth} ({point.detail})"
     with _rig(folder, tools) as rig:
         ended = rig.begin(point, action).wait()
         has_happened = any(entry.action for entry in read_journal(rig.journal))
-        return _resume_and_judge(rig, f"containers, {point.process}: {action}", case, has_happened, str(ended.code))
+        return _resume_and_judge(
+            rig, f"containers, {point.process}: {action}", point.case(action), has_happened, str(ended.code)
+        )
 
 
 def kill_in_containers(moment: Moment, folder: Path, *, tools: Tools) -> Verdict:
@@ -135,17 +127,15 @@ def _resume_and_judge(rig: _FaultRig, what: str, case: str, has_happened: bool, 
     left = _processes_left(rig)
     for folder, _, _ in os.walk(rig.folder):
         Path(folder).chmod(0o755)
-    before = _look(rig)
+    before = look_at(rig.folder, rig.campaign)
     resumed = rig.resume()
-    after = _look(rig)
+    after = look_at(rig.folder, rig.campaign)
     return Verdict(
         what,
         case,
         has_happened,
-        lost=sum(after.results.get(name) != data for name, data in before.results.items()),
-        partial=before.partial + after.partial,
-        duplicates=after.duplicates,
-        incomplete=EXPERIMENTS - rig.statuses().count("completed"),
+        **after.costs_since(before),
+        incomplete=EXPERIMENTS - after.statuses.count("completed"),
         processes_left=left + _processes_left(rig) + len(rig.containers(is_all=True)),
         notes=f"exit codes {code}, {resumed.code} in {rig.folder} {resumed.err[-300:] if resumed.code else ''}",
     )
@@ -193,18 +183,3 @@ def _inside(rig: _FaultRig) -> dict[str, int]:
 
 def _processes_left(rig: _FaultRig) -> int:
     return len(rig.marker.survivors()) + len(rig.workers_left_inside(PATIENCE_S))
-
-
-def _look(rig: _FaultRig) -> _Left:
-    paths = sorted((rig.folder / "results").rglob("result.json"))
-    names = [name for name in map(_experiment_of, paths) if name is not None]
-    results = {str(path): path.read_bytes() for path in paths}
-    return _Left(results, len(paths) - len(names), sum(count > 1 for count in Counter(names).values()))
-
-
-def _experiment_of(path: Path) -> str | None:
-    """The experiment of a result; None where it is not whole."""
-    try:
-        return read_record(path).identity.experiment_id
-    except RecordError:
-        return None

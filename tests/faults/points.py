@@ -33,6 +33,9 @@ class Point:
     nth: int
     detail: str
 
+    def case(self, action: str) -> str:
+        return f"{action} at {self.process} {self.event} {self.nth} ({self.detail})"
+
     @property
     def kind(self) -> tuple[str, str, str]:
         """What it is, whatever the experiment: process, event, and the file or the transition."""

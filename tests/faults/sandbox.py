@@ -33,7 +33,6 @@ MARK = "LEMTEST_SANDBOX"
 RUN_TIMEOUT_S = 120
 # A supervisor whose host was killed ends its engine: TERM, grace, KILL.
 END_TIMEOUT_S = 30
-MANIFEST = ".state/faults/campaign_manifest.json"
 _JOURNAL = "journal"
 
 # Root may write to what is read-only, which nobody else may; without that right it is an owner like others.
@@ -49,6 +48,40 @@ class Outcome:
     partial: tuple[str, ...]  # results, and the manifest, where they are there and not whole
     duplicates: tuple[str, ...]  # experiments with more than one whole result
     durations_s: tuple[float, ...]  # every duration that the results tell
+
+    def costs_since(self, before: Outcome) -> dict[str, int]:
+        """What a fault has cost between two outcomes, as far as files tell it."""
+        return {
+            "lost": sum(self.results.get(name) != data for name, data in before.results.items()),
+            "partial": len(before.partial) + len(self.partial),
+            "duplicates": len(self.duplicates),
+        }
+
+
+def look_at(folder: Path, campaign: str) -> Outcome:
+    results: dict[str, bytes] = {}
+    partial: list[str] = []
+    experiments: Counter[str] = Counter()
+    durations_s: list[float] = []
+    for path in sorted((folder / "results").rglob("result.json")):
+        name = str(path.relative_to(folder))
+        try:
+            record = read_record(path)
+            experiments[record.identity.experiment_id] += 1
+            durations_s += _durations_s(dataclasses.asdict(record))
+            results[name] = path.read_bytes()
+        except RecordError:
+            partial.append(name)
+    statuses: tuple[str, ...] = ()
+    manifest_path = folder / ".state" / campaign / "campaign_manifest.json"
+    try:
+        manifest = ManifestManager(manifest_path).load_strict()
+        statuses = tuple(entry.status for entry in manifest.experiments) if manifest else ()
+    except UserError:
+        partial.append(str(manifest_path))
+    duplicates = tuple(sorted(name for name, count in experiments.items() if count > 1))
+    partial += [str(path) for path in (folder / "results").rglob(FINISHED_FILENAME) if not _is_whole_log(path)]
+    return Outcome(statuses, results, tuple(partial), duplicates, tuple(durations_s))
 
 
 def copy_program(folder: Path) -> Tools:
@@ -158,31 +191,7 @@ class Sandbox:
         return len(left)
 
     def look(self) -> Outcome:
-        results: dict[str, bytes] = {}
-        partial: list[str] = []
-        experiments: Counter[str] = Counter()
-        durations_s: list[float] = []
-        for path in sorted((self.folder / "results").rglob("result.json")):
-            name = str(path.relative_to(self.folder))
-            try:
-                record = read_record(path)
-                experiments[record.identity.experiment_id] += 1
-                durations_s += _durations_s(dataclasses.asdict(record))
-                results[name] = path.read_bytes()
-            except RecordError:
-                partial.append(name)
-        statuses: tuple[str, ...] = ()
-        try:
-            manifest = ManifestManager(self.folder / MANIFEST).load_strict()
-            statuses = tuple(entry.status for entry in manifest.experiments) if manifest else ()
-        except UserError:
-            partial.append(MANIFEST)
-        duplicates = tuple(sorted(name for name, count in experiments.items() if count > 1))
-        partial += [str(path.relative_to(self.folder)) for path in self._broken_samples()]
-        return Outcome(statuses, results, tuple(partial), duplicates, tuple(durations_s))
-
-    def _broken_samples(self) -> Iterator[Path]:
-        return (path for path in (self.folder / "results").rglob(FINISHED_FILENAME) if not _is_whole_log(path))
+        return look_at(self.folder, "faults")
 
     def _living(self) -> Iterator[tuple[int, list[str]]]:
         """Pid and command line (without the interpreter) of every process that carries the mark, zombies left out."""

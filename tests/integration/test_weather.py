@@ -9,9 +9,8 @@ import pytest
 
 from tests.processes import wait_for
 from tests.weather.cases import CASES
-from tests.weather.driver import judge_all
 from tests.weather.rig import WeatherRig
-from tests.weather.verdict import format_table
+from tests.weather.verdict import format_table, judge_all
 
 pytestmark = [pytest.mark.needs("lab", "gcc"), pytest.mark.timeout(1200)]  # the first waits for all
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from tests.weather.rig import WeatherRig
 # The output tokens by which the experiment in the middle is known, which the weather strikes.
 VICTIM = 8
 COMPLETED = "completed"
+UMOUNT_TIMEOUT_S = 30
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,24 @@ class Case:
     clear: Callable[[WeatherRig], None] = lambda _rig: None  # ends the weather; for containers it is a new day anyway
     top: str = ""  # of the campaign, as `execution`
     execution: Mapping[str, Any] = field(default_factory=dict)
+
+
+def judge_all(cases: Sequence[Case], folder: Path, *, jobs: int) -> list[Verdict]:
+    """The verdict of each case, each in a folder of its own; one that breaks off is a bad one."""
+
+    def work(case: Case) -> Verdict:
+        place = folder / re.sub(r"\W+", "-", case.name)
+        try:
+            return judge(case, place)
+        except (AssertionError, OSError, TimeoutError, ValueError, subprocess.SubprocessError) as error:
+            return Verdict(case.name, "-", -1, (0, 0), (0, 0), 0, (f"{type(error).__name__}: {error}",))
+        finally:
+            results = place / "results"
+            if os.path.ismount(results):
+                subprocess.run(["umount", "--lazy", str(results)], timeout=UMOUNT_TIMEOUT_S, check=False)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(work, cases))
 
 
 def judge(case: Case, folder: Path) -> Verdict:
