@@ -47,15 +47,11 @@ def test_dominated_configurations_are_grey_and_the_table_says_so() -> None:
     assert "On the frontier: 1 good." in throughput
 
 
-def test_the_grid_is_drawn_over_the_two_axes_that_cross() -> None:
+def test_the_grid_is_drawn_over_the_axes_that_cross_and_without_a_valid_result_it_is_hatched(tmp_path: Path) -> None:
     section = heatmap_section(report_of(*grid()))
-    assert "batch_size / max_num_seqs →" in section
-    assert "backend ↓" in section
+    assert ("batch_size / max_num_seqs →" in section, "backend ↓" in section) == (True, True)
     assert (section.count("<rect"), section.count("url(#grid-hatch)")) == (6, 0)
-
-
-def test_cells_without_a_valid_result_are_hatched_whether_they_left_a_record_or_not(tmp_path: Path) -> None:
-    lost, *others, invalid = grid()
+    lost, *others, invalid = grid()  # one without a record, one with invalid records alone
     configurations = (
         replace(lost, failed_cycles=(0, 1, 2)),
         *others,
