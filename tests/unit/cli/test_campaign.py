@@ -198,55 +198,28 @@ def test_a_dry_run_shows_what_top_up_and_budget_would_take_by_earlier_results(he
     assert "20.0 s, enough to start about 2 of 4 experiments" in _dry_run("--budget", "20s")
 
 
-# --- bad input
+# --- bad input, and manifests in the way; refused before a worker is started
 
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
         (b"", "c.yaml"),
-        (b"# nothing\n", "c.yaml"),
         (b"\x00\x01\x02\xff", "found binary data"),
-        (b"\xff\xfec\x00", "is UTF-16"),
-        (b"name: \xe4\xf6\n", "is not UTF-8"),
-        (b"campaign_name: [1, 2\n", "not YAML"),
-        (b"campaign_name: a\n\tmodel: b\n", "indent with spaces"),
-        (b"- a\n- b\n", "c.yaml"),
         (campaign_text().replace("cycles", "cycels"), "execution.cycels: unknown key (did you mean 'cycles'?)"),
-        (campaign_text(more="model: again\n"), "duplicate key"),
-        (campaign_text(cycles="many"), "execution.cycles"),
         (campaign_text(more="configs: [missing.yaml]\n"), "missing.yaml"),
-        (campaign_text().replace("campaign_name: demo", "campaign_name: ''"), "campaign_name"),
-        (b"campaign_name: demo\nmodel: none\n", "nothing to run"),
-        (campaign_text(more="daemon: {enabled: true, interval: 6 hours}\n"), "daemon.interval"),
         (campaign_text(more="schedule: {at: '25:00'}\n"), "schedule.at"),
-        (campaign_text(more="notification: {webhook_url: not-a-url}\n"), "notification.webhook_url"),
-        (
-            campaign_text().replace("synthetic, input_tokens: 3, sample_size: 2", "file, path: prompts.txt"),
-            "prompts.txt",
-        ),
+        (b"campaign_name: demo\nmodel: none\n", "nothing to run"),
+        (campaign_text().replace("synthetic, input_tokens: 3, sample_size: 2", "file, path: no.txt"), "no.txt"),
     ],
 )
 def test_a_bad_campaign_file_is_told_by_place_and_writes_nothing(unchanged, content, complaint):
-    _write(b"\n\n", "prompts.txt")
+    _write(b"\n\n", "no.txt")
     _write(content)
     unchanged()
     ended = _run("c.yaml", "--yes")
-    assert ended.code == 2
-    assert complaint in ended.err
+    assert (ended.code, complaint in ended.err, "Traceback" in ended.err) == (2, True, False)
     assert ended.err.startswith("error: c.yaml")
-    assert "Traceback" not in ended.err
-
-
-def test_every_problem_is_told_at_once_with_line_and_column(here):
-    _write(campaign_text(cycles=0, structure="mixed", more="health_check: {max_restarts: -1}\n"))
-    ended = _run("c.yaml", "--yes")
-    assert ended.code == 2
-    assert re.findall(r"^(?:error: )?(c\.yaml:\d+):\d+: ([\w.]+)", ended.err, re.MULTILINE) == [
-        ("c.yaml:11", "execution.cycles"),
-        ("c.yaml:11", "execution.structure"),
-        ("c.yaml:12", "health_check.max_restarts"),
-    ]
 
 
 @pytest.mark.parametrize(("name", "complaint"), [("missing.yaml", "no such file"), (".", "found a folder")])
@@ -255,55 +228,12 @@ def test_a_campaign_file_that_is_not_there_is_told(here, name, complaint):
     assert (ended.code, complaint in ended.err) == (2, True)
 
 
-# --- folders and manifests in the way; refused before a worker is started
-
-
-@pytest.mark.parametrize("folder", ["results", ".state"])
-def test_a_file_where_a_folder_is_due_is_told(here, folder):
-    (here / folder).write_text("in the way")
-    ended = _run("c.yaml", "--yes")
-    assert (ended.code, folder in ended.err, "Traceback" in ended.err) == (2, True, False)
-    assert (here / folder).read_text() == "in the way"
-
-
-def _manifest(here, content):
+@pytest.mark.parametrize("words", [["--yes"], ["--resume"], []])
+def test_a_broken_manifest_is_never_started_over(here, words):
     path = here / ".state" / "demo" / "campaign_manifest.json"
     path.parent.mkdir(parents=True)
-    path.write_bytes(content)
-    return path
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b'{"schema_version": 1, "campaign', b"[]", b"\xff\xfe", b'{"schema_version": 99}', b"[" * 100_000],
-)
-@pytest.mark.parametrize("words", [["--yes"], ["--resume"], []])
-def test_a_broken_manifest_is_never_started_over(here, content, words):
-    path = _manifest(here, content)
+    path.write_bytes(b"[" * 100_000)
     ended = _run("c.yaml", *words)
-    assert ended.code == 2
+    assert (ended.code, path.read_bytes()) == (2, b"[" * 100_000)
     assert ".state/demo/campaign_manifest.json" in ended.err
     assert "--fresh" in ended.err
-    assert path.read_bytes() == content
-
-
-def test_the_manifest_of_another_campaign_is_refused(here):
-    document = {
-        "schema_version": 1,
-        "campaign_id": "12345678",
-        "campaign_name": "DEMO",  # the folder of both names is the same
-        "created_at": "2026-07-14T10:00:00.000000Z",
-        "updated_at": "2026-07-14T10:00:00.000000Z",
-        "config_hash": "0123456789abcdef",
-        "total_experiments": 0,
-        "run_id": "20260714T100000Z-0000",
-        "shuffle_seed": None,
-        "environment": {},
-        "notes": [],
-        "experiments": [],
-    }
-    path = _manifest(here, json.dumps(document).encode())
-    before = path.read_bytes()
-    ended = _run("c.yaml", "--yes")
-    assert (ended.code, path.read_bytes()) == (2, before)
-    assert "belongs to another campaign, 'DEMO'" in ended.err
