@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from lem.record import Record, decode_record, write_record
-from lem.results.run import SINGLE_CYCLE
 from lem.results.store import Repository, StoppingRule, Target, write_stopping_rule
 from tests.command_rig import Output, run_lem
 from tests.records import make_record
@@ -121,14 +120,6 @@ def test_a_run_as_json_holds_aggregates_and_problems(damaged: Path) -> None:
     assert sorted(item["kind"] for item in document["problems"]) == kinds_of(run("show", RUN).err)
 
 
-def test_a_run_without_a_whole_result_is_shown_as_failed(tmp_path: Path) -> None:
-    Repository(tmp_path, "demo").prepare_attempt(RUN, f"{EXPERIMENT}-c1").write_config({}, {"config_name": "small"})
-    code, out, err = run("show", RUN, "-o", str(tmp_path))
-    assert (code, kinds_of(err)) == (0, ["missing"])
-    assert out.startswith(f"demo · run {RUN}")
-    assert "no valid result: small" in out
-
-
 def test_an_experiment_is_shown_in_full_with_its_path(folder: Path) -> None:
     code, out, err = run("show", f"{RUN}/{EXPERIMENT}-c2")
     path = f"results/demo/{RUN}/{EXPERIMENT}-c2/attempt-1/result.json"
@@ -153,11 +144,6 @@ def test_an_experiment_without_a_result_says_so(damaged: Path) -> None:
     assert (code, out, kinds_of(err)) == (0, f"{EXPERIMENT}-c4: no complete result\n", ["corrupt"])
 
 
-def test_an_experiment_known_to_one_run_needs_no_run(folder: Path) -> None:
-    assert run("show", "ffffffffffff-c1").err == ""
-    assert run("show", "ffff").code == 0
-
-
 @pytest.mark.parametrize(
     ("wanted", "expected"),
     [
@@ -178,13 +164,12 @@ def test_a_name_of_several_or_none_is_a_usage_error(folder: Path, wanted: str, e
     assert "hint: " in err
 
 
-def test_a_single_cycle_is_told_and_many_problems_are_cut_short(tmp_path: Path) -> None:
-    store(tmp_path, make_record())
+def test_many_problems_are_cut_short_and_an_experiment_of_one_run_needs_no_run(folder: Path) -> None:
     for number in range(15):
-        Repository(tmp_path, "demo").prepare_attempt(RUN, f"{number:012x}-c1")
-    _, out, err = run("show", "demo", "-o", str(tmp_path))
-    assert SINGLE_CYCLE in out.splitlines()
+        Repository(folder, "demo").prepare_attempt(RUN, f"{number:012x}-c1")
+    err = run("show", RUN).err
     assert (len(err.splitlines()), "and 5 more" in err) == (11, True)
+    assert [run("show", wanted).err for wanted in ("ffffffffffff-c1", "ffff")] == ["", ""]
 
 
 # --- export
@@ -217,22 +202,23 @@ def test_columns_are_chosen_and_paths_are_relative_to_the_results(folder: Path) 
 
 
 @pytest.mark.parametrize(
-    ("name", "start"), [("x.csv", "result,"), ("x.json", "["), ("x.jsonl", "{"), ("x.md", "| config"), ("x", "result,")]
+    ("name", "words", "start"),
+    [
+        ("x.csv", (), "result,"),
+        ("x.json", (), "["),
+        ("x.jsonl", (), "{"),
+        ("x.md", (), "| config"),
+        ("x", (), "result,"),
+        ("x.csv", ("--format", "json"), "["),
+    ],
 )
-def test_a_file_gets_the_format_of_its_name(folder: Path, name: str, start: str) -> None:
-    assert run("export", "-o", name) == (0, "", "")
+def test_a_file_gets_the_format_that_is_asked_for_or_that_of_its_name(
+    folder: Path, name: str, words: tuple[str, ...], start: str
+) -> None:
+    assert run("export", "-o", name, *words) == (0, "", "")
     assert Path(name).read_text(encoding="utf-8").startswith(start)
-
-
-def test_a_format_that_is_asked_for_wins_over_the_name(folder: Path) -> None:
-    run("export", "-o", "x.csv", "--format", "json")
-    assert len(json.loads(Path("x.csv").read_text(encoding="utf-8"))) == 7
 
 
 def test_a_file_that_cannot_be_written_is_told(folder: Path) -> None:
     code, _, err = run("export", "-o", "nowhere/x.csv")
     assert (code, "name another file with --output" in err) == (2, True)
-
-
-def test_an_empty_folder_gives_an_empty_file(tmp_path: Path) -> None:
-    assert run("export", "--results-dir", str(tmp_path), "--format", "json") == (0, "[]\n", "")

@@ -25,44 +25,29 @@ LOG = "results/demo/20260714T100000Z-3fa1/29a3920c1781-c1/attempt-2/log.txt"
 
 def _entry(config, cycle, status, **more):
     at = f"2026-07-14T1{cycle}:0{config}:00.000000Z"
-    attempts = more.pop("attempts", None) or (Attempt(1, result_path="r", valid=True, started_at=at, log_path=LOG),)
-    return CampaignManifestEntry(
-        exp_id=f"{config}-c{cycle + 1}",
-        config_name=NAMES[config],
-        config_path="",
-        config_hash="",
-        backend="vllm",
-        container=None,
-        cycle_index=cycle,
-        status=status,
-        attempts=() if status == "pending" else attempts,
-        result_path="r" if status == "completed" else None,
-        **more,
-    )
+    attempts = (Attempt(1, result_path="r", valid=True, started_at=at, log_path=LOG),) if status != "pending" else ()
+    result = "r" if status == "completed" else None
+    more = {"attempts": attempts, "result_path": result, **more}
+    exp_id = f"{config}-c{cycle + 1}"
+    return CampaignManifestEntry(exp_id, NAMES[config], "", "", "vllm", None, cycle, status, **more)
 
 
 def _manifest(running="running"):
     out_of_memory = "out of memory while the engine was loaded: 139 GiB of 141 GiB are in use by another process"
-    invalid = (Attempt(1, result_path="r", valid=False),)
-    return CampaignManifest(
-        campaign_id="fe01ce2a",
-        campaign_name="Demo of backends",
-        created_at="2026-07-14T10:00:00.000000Z",
-        updated_at="2026-07-14T12:29:00.000000Z",
-        config_hash="",
-        total_experiments=9,
-        run_id="20260714T100000Z-3fa1",
-        experiments=[
-            _entry(0, 0, "completed"),
-            _entry(1, 0, "completed", attempts=invalid),
-            _entry(2, 0, "failed", error=out_of_memory),
-            _entry(0, 1, "completed"),
-            _entry(1, 1, running),
-            *(_entry(config, 2, "pending") for config in range(3)),
-            _entry(2, 1, "skipped"),
-        ],
-        notes=[{"kind": "environment_change", "at": "", "changes": ["driver: 570.1 before, 580.2 now"]}],
-    )
+    experiments = [
+        _entry(0, 0, "completed"),
+        _entry(1, 0, "completed", attempts=(Attempt(1, result_path="r", valid=False),)),
+        _entry(2, 0, "failed", error=out_of_memory),
+        _entry(0, 1, "completed"),
+        _entry(1, 1, running),
+        *(_entry(config, 2, "pending") for config in range(3)),
+        _entry(2, 1, "skipped"),
+    ]
+    created, updated = "2026-07-14T10:00:00.000000Z", "2026-07-14T12:29:00.000000Z"
+    notes = [{"kind": "environment_change", "at": "", "changes": ["driver: 570.1 before, 580.2 now"]}]
+    manifest = CampaignManifest("fe01ce2a", "Demo of backends", created, updated, "", 9, experiments, notes=notes)
+    manifest.run_id = "20260714T100000Z-3fa1"
+    return manifest
 
 
 def _activity(**changes):
