@@ -173,12 +173,7 @@ def test_a_daemon_that_is_not_switched_on_is_refused_in_a_file() -> None:
 
 @pytest.mark.parametrize(
     ("days", "weekdays"),
-    [
-        (None, range(7)),
-        (["mon", "sun"], [0, 6]),
-        ("weekdays", range(5)),
-        (["weekends", "sat"], [5, 6]),
-    ],
+    [(None, range(7)), (["mon", "sun"], [0, 6]), ("weekdays", range(5)), (["weekends", "sat"], [5, 6])],
 )
 def test_days_of_a_schedule(days: Any, weekdays: Any) -> None:
     assert CampaignScheduleConfig(at="08:00", days=days).weekdays == set(weekdays)
