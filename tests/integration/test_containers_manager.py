@@ -51,15 +51,14 @@ def test_only_the_service_that_is_needed_runs_until_the_context_ends(rig: Contai
     assert rig.containers(is_all=True) == {}
 
 
-def test_an_experiment_runs_inside_and_its_result_lies_here(rig: ContainerRig, manager: ContainerManager) -> None:
+def test_an_experiment_runs_inside_with_its_result_and_exit_code_here(
+    rig: ContainerRig, manager: ContainerManager
+) -> None:
     output, code = manager.execute_experiment("pytorch", "e.yaml", ["--cycles", "2"], {"HF_TOKEN": "hf_planted"})
     assert code == 0, output
     assert len(rig.results()) == 2
     assert "hf_planted" not in output
     rig.assert_nothing_inside(0)
-
-
-def test_an_experiment_that_fails_has_its_exit_code(rig: ContainerRig, manager: ContainerManager) -> None:
     assert manager.execute_experiment("pytorch", "nope.yaml")[1] == 2
     rules = '{"rules": [{"at": "load", "do": "fail", "text": "as scripted", "permanent": true}]}'
     output, code = manager.execute_experiment("pytorch", "e.yaml", env_vars={"LEMTEST_ENGINE_SCRIPT": rules})

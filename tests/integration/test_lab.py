@@ -109,16 +109,12 @@ def test_pytorch_runs_as_the_caller_with_the_pinned_versions(running: Project) -
     assert f"transformers=={found['transformers']}\n" in pins
 
 
-def test_vllm_generates(running: Project) -> None:
+def test_vllm_generates_and_leaves_no_process_behind(running: Project) -> None:
     found = running.python("vllm", GENERATE_WITH_VLLM, "/opt/huggingface/tiny")
     assert found == {"tokens": 5, "version": "0.32.0+cpu"}
-
-
-def test_engines_leave_no_process_behind(running: Project) -> None:
     finished = running.compose("top", "vllm")
-    commands = [line for line in finished.stdout.splitlines() if "python" in line]
     assert finished.returncode == 0, finished.stderr
-    assert commands == []
+    assert [line for line in finished.stdout.splitlines() if "python" in line] == []
 
 
 def test_results_belong_to_the_caller_and_have_the_same_path_on_both_sides(running: Project) -> None:
@@ -135,22 +131,22 @@ def test_lem_pyz_and_packages_cannot_be_written(running: Project) -> None:
         assert "Read-only file system" in finished.stderr
 
 
-def test_folder_that_is_missing_is_refused_and_not_made(tmp_path: Path) -> None:
-    started = project(tmp_path, LEM_PYZ_DIR=str(tmp_path / "nowhere"))
+@pytest.mark.parametrize(
+    ("variables", "text"),
+    [
+        ({"LEM_PYZ_DIR": "nowhere"}, "nowhere"),
+        ({"LEM_PYTORCH_IMAGE": "lem-no-such-image:1"}, "No such image: lem-no-such-image:1"),
+    ],
+)
+def test_missing_folder_or_image_is_refused_and_not_made_or_pulled(
+    tmp_path: Path, variables: dict[str, str], text: str
+) -> None:
+    given = {name: value.replace("nowhere", f"{tmp_path}/nowhere") for name, value in variables.items()}
+    started = project(tmp_path, **given)
     try:
         finished = started.compose("up", "-d", "pytorch")
         assert finished.returncode != 0
-        assert "nowhere" in finished.stderr
+        assert text in finished.stderr
         assert not (tmp_path / "nowhere").exists()
-    finally:
-        started.compose("down")
-
-
-def test_image_that_is_missing_is_not_pulled(tmp_path: Path) -> None:
-    started = project(tmp_path, LEM_PYTORCH_IMAGE="lem-no-such-image:1")
-    try:
-        finished = started.compose("up", "-d", "pytorch")
-        assert finished.returncode != 0
-        assert "No such image: lem-no-such-image:1" in finished.stderr
     finally:
         started.compose("down")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.doubles import wall_clock
-from tests.doubles.fault_injector import VARIABLE, Fault, process_of, read_journal
+from tests.doubles.fault_injector import VARIABLE, Fault, read_journal
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 60
@@ -103,20 +103,6 @@ def test_fault_happens_once_over_all_processes_of_a_run(tmp_path: Path) -> None:
     fault = Fault(str(tmp_path / "journal"), "engine", "lem.write", 3, "enospc")
     outputs = [run(tmp_path, fault, "worker", "--engine").stdout for _ in range(3)]
     assert outputs == ["", f"a {errno.ENOSPC}\n", ""]
-
-
-@pytest.mark.parametrize(
-    ("argv", "process"),
-    [
-        (["lem", "campaign", "worker.yaml"], "host"),
-        (["lem"], "host"),
-        (["lem", "worker"], "supervisor"),
-        (["lem", "worker", "--engine", "3"], "engine"),
-        (["lem", "worker", "--sampler", "--output", "x"], "sampler"),
-    ],
-)
-def test_process_is_told_by_its_command_line(argv: list[str], process: str) -> None:
-    assert process_of(argv) == process
 
 
 def test_writes_that_no_durable_step_announces_count_below_the_root(tmp_path: Path) -> None:
