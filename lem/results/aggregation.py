@@ -103,6 +103,7 @@ def run_document(run: Run) -> dict[str, Any]:
 
 def _estimate_document(estimate: Estimate) -> dict[str, Any]:
     bootstrap, t_log = estimate.bootstrap, estimate.t_log
+    coverage = bootstrap_coverage_label(bootstrap.n_samples, bootstrap.confidence) if bootstrap else None
     return {
         "unit": estimate.unit,
         "n": estimate.n,
@@ -110,9 +111,7 @@ def _estimate_document(estimate: Estimate) -> dict[str, Any]:
         "bootstrap": bootstrap
         and {
             "method": "percentile bootstrap of the arithmetic mean",
-            "true_coverage": None
-            if bootstrap.ci_lower is None
-            else bootstrap_coverage_label(bootstrap.n_samples, bootstrap.confidence),
+            "true_coverage": coverage if bootstrap.ci_lower is not None else None,
             **dataclasses.asdict(bootstrap),
         },
         "t_log": t_log and {"method": "Student t on log values around the geometric mean", **dataclasses.asdict(t_log)},

@@ -84,8 +84,11 @@ class Comparison:
     metrics: tuple[Metric, ...]  # in the order in which they are shown
     gates: tuple[Gate, ...]
     anchor: Anchor | None = None  # of two runs; None for one
-    n_compared: int = 0  # how many p values Holm adjusted together
     missing: tuple[str, ...] = ()  # what could not be compared: configurations without a result or a counterpart
+
+    @property
+    def n_compared(self) -> int:  # how many p values Holm adjusted together
+        return sum(row.p_adjusted is not None for pair in self.pairs for row in pair.rows)
 
     def rows(self, metric: Metric) -> list[tuple[Pair, Row]]:
         """Every pair in one metric."""
@@ -224,12 +227,14 @@ def _metrics_to_show(
 
 def _pair_within(baseline: Configuration, other: Configuration, metrics: Sequence[Metric]) -> Pair:
     obstacles, sides = find_obstacles(baseline.used, other.used), (baseline, other)
-    excluded = exclusion_reason(baseline, other)
+    excluded = exclusion_reason(*sides)
     rows = []
     for metric in metrics:
-        blocking = blocking_reason(obstacles, metric.group) or excluded
-        row = _row(metric, sides, find_effect(metric, baseline, other), blocking)
-        rows.append(dataclasses.replace(row, all_attempts_ratio=_all_attempts_ratio(metric, sides)))
+        estimates = [item.estimate(metric) for item in sides]
+        below, above = (item.all_attempts.geometric_mean if item.all_attempts else item.value for item in estimates)
+        ratio = above / below if below and above and any(item.all_attempts for item in estimates) else None
+        row = _row(metric, sides, find_effect(metric, *sides), blocking_reason(obstacles, metric.group) or excluded)
+        rows.append(dataclasses.replace(row, all_attempts_ratio=ratio))
     return Pair(baseline, other, obstacles, tuple(rows))
 
 
@@ -237,12 +242,6 @@ def _row(metric: Metric, sides: _Sides, found: _Found, blocking: Reason | None =
     effect, reason = found
     means = (sides[0].estimate(metric).value, sides[1].estimate(metric).value)
     return Row(metric, means, effect, reason=(reason if effect is None else None) or blocking or reason)
-
-
-def _all_attempts_ratio(metric: Metric, sides: _Sides) -> float | None:
-    estimates = [item.estimate(metric) for item in sides]
-    below, above = (item.all_attempts.geometric_mean if item.all_attempts else item.value for item in estimates)
-    return above / below if below and above and any(item.all_attempts for item in estimates) else None
 
 
 def _pair_across(sides: _Sides, anchors: _Sides | None, metrics: Sequence[Metric], tolerance: float) -> Pair:
@@ -345,4 +344,4 @@ def _finished(comparison: Comparison) -> Comparison:
     pairs = tuple(
         dataclasses.replace(pair, rows=tuple(itertools.islice(done, len(pair.rows)))) for pair in comparison.pairs
     )
-    return dataclasses.replace(comparison, pairs=pairs, n_compared=len(p_values))
+    return dataclasses.replace(comparison, pairs=pairs)

@@ -12,7 +12,7 @@ from lem.base.doc import NAMES_SHOWN, Column, Doc, Table, markdown_escaped, mark
 from lem.base.log import WIDTH, bounded_width
 from lem.base.reasons import Reason
 from lem.base.units import ABSENT, plural, some_of
-from lem.results.compare import NO_ANCHOR, SIGNIFICANCE, Comparison, Pair, Row
+from lem.results.compare import NO_ANCHOR, Comparison, Pair, Row
 from lem.results.metrics import Metric, differing_settings, shared_settings
 from lem.results.run import Configuration, Run, estimate_note
 from lem.results.stats import CONFIDENCE, MOST_FURTHER_CYCLES, Gate, Judgement, Verdict
@@ -365,15 +365,11 @@ def _effect_cells(row: Row, decimals: int | None) -> tuple[str, str, str, str]:
     verdict = "" if row.judgement is None else _verdict(row.judgement.gate, row.judgement.verdict)
     if row.effect is None:
         return ABSENT, ABSENT, ABSENT, verdict
-    interval = row.effect.interval()
+    interval, p_value = row.effect.interval(), row.p_adjusted
     shown = ABSENT if interval is None else _bounds(interval, decimals)
-    return _ratio(row.effect.ratio, decimals), shown, _p(row.p_adjusted), verdict
-
-
-def _p(value: float | None) -> str:
-    if value is None:
-        return ABSENT
-    return "<0.001" if value < 0.001 else f"{'' if value < SIGNIFICANCE else '~ '}{value:.3f}"
+    p_text = ABSENT if p_value is None else f"{'' if row.is_found else '~ '}{p_value:.3f}"
+    p_text = "<0.001" if p_value is not None and p_value < 0.001 else p_text
+    return _ratio(row.effect.ratio, decimals), shown, p_text, verdict
 
 
 def _mean(metric: Metric, value: float | None) -> str:

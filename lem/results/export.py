@@ -66,12 +66,8 @@ def summary_columns(results: Iterable[StoredResult]) -> tuple[str, ...]:
     Of the energies, those that add up to the one that counts; that of the GPUs where no result has any.
     """
     energies = [item.record.energy for item in results]
-    counted = {
-        name: None
-        for energy in energies
-        for name in parts_of_source(energy.primary_j.source or "")
-        if getattr(energy, name) is not None
-    }
+    parts = ((energy, name) for energy in energies for name in parts_of_source(energy.primary_j.source or ""))
+    counted = dict.fromkeys(name for energy, name in parts if getattr(energy, name) is not None)
     first = ("config_name", "cycle_index", "attempt", "valid", "output_tok_per_s", "energy_per_output_tok_j")
     return (*first, *(counted or ("gpu_energy_j",)), "ttft_p50_s", "e2e_p50_s", "window_s")
 

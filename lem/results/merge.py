@@ -14,7 +14,7 @@ from lem.base import durable
 from lem.base.codec import decode
 from lem.base.durable import make_folder, reason_of, remedy_for, sha256_of
 from lem.base.errors import UserError
-from lem.base.units import plural
+from lem.base.units import ABSENT, plural
 from lem.record import Record, ResultKey
 from lem.results.metrics import Metric
 from lem.results.run import ENERGY, THROUGHPUT
@@ -243,10 +243,8 @@ class Cell:
     @property
     def text(self) -> str:
         """`3/3`, with what is not valid; `–` where nothing was planned."""
-        if not self.planned:
-            return "–"
-        odd = self.present - self.valid
-        return f"{self.present}/{self.planned}" + (f" ({odd} not valid)" if odd else "")
+        odd = f" ({self.present - self.valid} not valid)" if self.present > self.valid else ""
+        return f"{self.present}/{self.planned}{odd}" if self.planned else ABSENT
 
 
 @dataclass(frozen=True)

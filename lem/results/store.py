@@ -60,9 +60,17 @@ class AttemptFolder:
         `input_tokens` is the exact length to cut or extend it to, `output_tokens` a bound on its own output. A prompt
         that is not Unicode text is a UserError.
         """
-        data = b"".join(_prompt_line(number, prompt) for number, prompt in enumerate(prompts, 1))
+        lines: list[bytes] = []
+        try:
+            for prompt in prompts:
+                lines.append(json.dumps(dict(prompt), ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"prompt {len(lines) + 1} is not Unicode text: it contains half of a surrogate pair",
+                "write the whole character instead of a lone \\ud800 to \\udfff",
+            ) from error
         with stopping_campaign(self.path / PROMPTS_FILE) as path:
-            durable.write_bytes(path, data)
+            durable.write_bytes(path, b"".join(lines))
         return path
 
 
@@ -89,16 +97,6 @@ def stopping_campaign(path: Path) -> Iterator[Path]:
     except OSError as error:
         hint = remedy_for(error, "--results-dir") + "; then continue with --resume"
         raise InfrastructureError(f"results: {path}: {reason_of(error)}", hint) from error
-
-
-def _prompt_line(number: int, prompt: Mapping[str, Any]) -> bytes:
-    try:
-        return json.dumps(dict(prompt), ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"prompt {number} is not Unicode text: it contains half of a surrogate pair",
-            "write the whole character instead of a lone \\ud800 to \\udfff",
-        ) from error
 
 
 _HOST_MARK = "+"  # in no exp_id, which is hex digits and a cycle
@@ -211,15 +209,14 @@ def _apart_by_host(results: Sequence[StoredResult]) -> tuple[StoredResult, ...]:
 
 def count_failed(scan: Scan) -> dict[str, int]:
     """Per configuration name, how many experiments have attempts but no whole result."""
-    whole = {(item.record.identity.run_id, item.record.identity.experiment_id) for item in scan.results}
-    names = {configuration_of(item.record.identity.experiment_id): item.record.identity for item in scan.results}
+    identities = [item.record.identity for item in scan.results]
+    whole = {(identity.run_id, identity.experiment_id) for identity in identities}
+    names = {configuration_of(identity.experiment_id): identity.config_name for identity in identities}
     failed: dict[tuple[str, str], str] = {}
     for problem in scan.problems:
-        key = (problem.run_id, problem.exp_id)
+        key, configuration = (problem.run_id, problem.exp_id), configuration_of(problem.exp_id)
         if problem.exp_id and key not in whole and key not in failed:
-            known = names.get(configuration_of(problem.exp_id))
-            named = known.config_name if known else config_of_problem(problem)[0]
-            failed[key] = named or configuration_of(problem.exp_id)
+            failed[key] = names.get(configuration) or config_of_problem(problem)[0] or configuration
     return dict(collections.Counter(failed.values()))
 
 
@@ -261,8 +258,7 @@ def _experiment_items(folder: Path) -> Iterator[StoredResult | Problem]:
     except OSError as error:
         yield _problem(folder, folder, "unreadable", reason_of(error))
         return
-    for number in numbers:
-        yield _read_attempt(folder, number)
+    yield from (_read_attempt(folder, number) for number in numbers)
 
 
 def _read_attempt(folder: Path, number: int) -> StoredResult | Problem:
@@ -277,13 +273,12 @@ def _read_attempt(folder: Path, number: int) -> StoredResult | Problem:
     except RecordError as error:
         return _problem(folder, path, "corrupt", str(error))
     identity, exp_id = record.identity, folder.name.partition(_HOST_MARK)[0]
-    found = (("run", identity.run_id), ("experiment", identity.experiment_id), ("attempt", identity.attempt))
-    places = (folder.parent.name, exp_id, number)
-    strange = [
-        f"expected {what} {place}, got {str(value)!r:.80}"
-        for (what, value), place in zip(found, places, strict=True)
-        if value != place
-    ]
+    facts: tuple[tuple[str, object, object], ...] = (
+        ("run", folder.parent.name, identity.run_id),
+        ("experiment", exp_id, identity.experiment_id),
+        ("attempt", number, identity.attempt),
+    )
+    strange = [f"expected {what} {place}, got {str(found)!r:.80}" for what, place, found in facts if found != place]
     return _problem(folder, path, "foreign", ", ".join(strange)) if strange else StoredResult(path, record)
 
 

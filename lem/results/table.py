@@ -250,11 +250,11 @@ def _facts(record: Record) -> Iterable[tuple[str, str]]:
 
 def _throughput(record: Record) -> str:
     throughput = record.throughput
-    output = _measured(throughput, "output_tok_per_s", units.format_rate)
+    output = f"output {_measured(throughput, 'output_tok_per_s', units.format_rate)}"
     if throughput.total_tok_per_s is None or throughput.requests_per_s is None:
-        return f"output {output}"
+        return output
     requests = units.format_quantity(throughput.requests_per_s, "requests/s")
-    return f"output {output}, with input {units.format_rate(throughput.total_tok_per_s)}, {requests}"
+    return f"{output}, with input {units.format_rate(throughput.total_tok_per_s)}, {requests}"
 
 
 def _energy(record: Record) -> str:
