@@ -60,17 +60,17 @@ class AttemptFolder:
         `input_tokens` is the exact length to cut or extend it to, `output_tokens` a bound on its own output. A prompt
         that is not Unicode text is a UserError.
         """
-        lines: list[bytes] = []
+        text = "".join(json.dumps(dict(prompt), ensure_ascii=False, allow_nan=False) + "\n" for prompt in prompts)
         try:
-            for prompt in prompts:
-                lines.append(json.dumps(dict(prompt), ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
+            data = text.encode("utf-8")
         except UnicodeEncodeError as error:
+            number = text.count("\n", 0, error.start) + 1
             raise UserError(
-                f"prompt {len(lines) + 1} is not Unicode text: it contains half of a surrogate pair",
+                f"prompt {number} is not Unicode text: it contains half of a surrogate pair",
                 "write the whole character instead of a lone \\ud800 to \\udfff",
             ) from error
         with stopping_campaign(self.path / PROMPTS_FILE) as path:
-            durable.write_bytes(path, b"".join(lines))
+            durable.write_bytes(path, data)
         return path
 
 
