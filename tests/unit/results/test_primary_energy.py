@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,26 +42,6 @@ def busy() -> Attempt:
     return cpu_attempt().with_log(loads=tuple(loads))
 
 
-def by_counter() -> EnergyFindings:
-    return gpu_attempt(2).measured()
-
-
-def by_power() -> EnergyFindings:
-    return gpu_attempt(counter=None).measured()
-
-
-def by_rapl() -> EnergyFindings:
-    return cpu_attempt(zone(0, "package-0"), zone(1, "dram")).measured()
-
-
-def by_rapl_without_memory() -> EnergyFindings:
-    return cpu_attempt(zone(0, "package-0")).measured(options={"measurement": {"energy": "rapl"}})
-
-
-def by_estimate() -> EnergyFindings:
-    return busy().measured(options={"measurement": {"energy": "tdp_estimate", "cpu_tdp_w": 200}})
-
-
 def by_plug() -> EnergyFindings:
     begin_utc_s = 1767225600.0 + 1.0  # 2026-01-01, a second before which the double's log begins
     times = [begin_utc_s + second for second in range(35)]
@@ -68,17 +49,28 @@ def by_plug() -> EnergyFindings:
     return cpu_attempt().measured(options={"measurement": {"external_csv": "plug.csv"}}, external=readings)
 
 
+def by(energy: str, attempt: Attempt, **more: object) -> EnergyFindings:
+    return attempt.measured(options={"measurement": {"energy": energy, **more}})
+
+
 Finder = Callable[[], EnergyFindings]
-MEASURED: dict[str, tuple[Finder, float, str, str]] = {
-    "counter": (by_counter, 6000, "nvml_counter", "gpu"),
-    "power": (by_power, 3000, "power_instant_integral", "gpu"),
-    "RAPL": (by_rapl, 2800, "rapl", "cpu_package"),
-    "RAPL without memory": (by_rapl_without_memory, 1400, "rapl", "cpu_package"),
-    "estimate": (by_estimate, 1800, "tdp_estimate", "cpu_package"),
-    "the user's meter": (by_plug, 5000, "external_csv", "machine"),
-}
-ON_THE_CPU = [by_rapl, by_rapl_without_memory, by_estimate, by_plug]
-ON_GPUS = [by_counter, by_power]
+# How it is measured, joules, source, scope, and the columns of a Markdown table that add up to it.
+MEASURED: dict[str, tuple[Finder, float, str, str, list[str]]] = {
+    "counter": (lambda: gpu_attempt(2).measured(), 6000, "nvml_counter", "gpu", ["gpu_energy_j"]),
+    "power": (lambda: gpu_attempt(counter=None).measured(), 3000, "power_instant_integral", "gpu", ["gpu_energy_j"]),
+    "RAPL": (
+        lambda: cpu_attempt(zone(0, "package-0"), zone(1, "dram")).measured(),
+        2800, "rapl", "cpu_package", ["cpu_package_energy_j", "dram_energy_j"],
+    ),
+    "RAPL without memory": (
+        lambda: by("rapl", cpu_attempt(zone(0, "package-0"))), 1400, "rapl", "cpu_package", ["cpu_package_energy_j"]
+    ),
+    "estimate": (
+        lambda: by("tdp_estimate", busy(), cpu_tdp_w=200), 1800, "tdp_estimate", "cpu_package", ["cpu_package_energy_j"]
+    ),
+    "the user's meter": (by_plug, 5000, "external_csv", "machine", ["external_energy_j"]),
+}  # fmt: skip
+FINDERS = {name: case[0] for name, case in MEASURED.items()}
 
 
 def record_of(find: Finder, config_name: str = "small", cycle: int = 0) -> Record:
@@ -93,8 +85,8 @@ def campaign(find: Finder) -> list[Record]:
 
 
 @pytest.mark.parametrize("case", MEASURED)
-def test_the_record_has_the_energy_that_counts_with_its_source_and_scope(case: str) -> None:
-    find, expected_j, source, scope = MEASURED[case]
+def test_record_and_result_have_the_energy_that_counts_with_its_source_and_scope(case: str) -> None:
+    find, expected_j, source, scope, columns = MEASURED[case]
     record = record_of(find)
     found = record.energy.primary_j
     assert found.value == pytest.approx(expected_j, rel=0.01)
@@ -102,6 +94,28 @@ def test_the_record_has_the_energy_that_counts_with_its_source_and_scope(case: s
     assert found.is_estimate == (source == "tdp_estimate")
     assert found.value is not None
     assert record.efficiency.energy_per_request_j == found.value / record.work.requests_ok
+    (line,) = (text for text in render_record(record, width=200).splitlines() if text.startswith("energy"))
+    assert units.format_energy(found.value) in line
+    assert line.endswith(f"by {source}")
+    assert ("(an estimate)" in line) == found.is_estimate
+    row = summary_of(record)
+    assert [name for name in row if name.endswith("energy_j")] == columns
+    assert sum(row[name] for name in columns) == found.value
+
+
+def summary_of(record: Record) -> dict[str, Any]:
+    """The row of a Markdown table that no columns were named for."""
+    results = [StoredResult(Path("a"), record)]
+    table = with_columns(make_table(results), summary_columns(results))
+    cells = {name: value for name, (value, _) in table.rows[0].items()}
+    shown = render(table, "markdown")
+    assert [value for value in cells.values() if isinstance(value, float) and f"{value:.6g}" not in shown] == []
+    return cells
+
+
+def test_without_a_meter_the_column_of_the_gpus_is_empty() -> None:
+    row = summary_of(record_of(lambda: cpu_attempt().measured()))
+    assert {name: value for name, value in row.items() if name.endswith("energy_j")} == {"gpu_energy_j": None}
 
 
 def test_a_package_that_was_not_read_is_not_made_up_for_by_the_memory() -> None:
@@ -116,69 +130,29 @@ def test_a_source_that_only_a_newer_lem_knows_has_no_parts_here() -> None:
     assert "wattmeter_2030" in str(energy.primary_j.null_reason)
 
 
-def energy_line(record: Record) -> str:
-    (line,) = (text for text in render_record(record, width=200).splitlines() if text.startswith("energy"))
-    return line
-
-
 @pytest.mark.parametrize("case", MEASURED)
-def test_one_result_shows_the_energy_that_counts(case: str) -> None:
-    find, _, source, _ = MEASURED[case]
-    record = record_of(find)
-    line = energy_line(record)
-    assert units.format_energy(record.energy.primary_j.value) in line
-    assert line.endswith(f"by {source}")
-    assert ("(an estimate)" in line) == (source == "tdp_estimate")
-
-
-@pytest.mark.parametrize(
-    ("find", "columns"),
-    [
-        (by_counter, ["gpu_energy_j"]),
-        (by_rapl, ["cpu_package_energy_j", "dram_energy_j"]),
-        (by_rapl_without_memory, ["cpu_package_energy_j"]),
-        (by_estimate, ["cpu_package_energy_j"]),
-        (by_plug, ["external_energy_j"]),
-        (lambda: cpu_attempt().measured(), ["gpu_energy_j"]),
-    ],
-)
-def test_a_markdown_table_shows_the_energy_that_counts(find: Finder, columns: Sequence[str]) -> None:
-    record = record_of(find)
-    results = [StoredResult(Path("a"), record)]
-    names = summary_columns(results)
-    assert [name for name in names if name.endswith("energy_j")] == columns
-    (row,) = with_columns(make_table(results), names).rows
-    values = [row[name][0] for name in columns]
-    if record.energy.primary_j.value is None:
-        assert values == [None]
-    else:
-        assert sum(values) == record.energy.primary_j.value
-        assert all(f"{value:.6g}" in render(with_columns(make_table(results), names), "markdown") for value in values)
-
-
-@pytest.mark.parametrize("find", [*ON_THE_CPU, *ON_GPUS])
-def test_only_energy_of_board_sensors_is_said_to_come_from_board_sensors(find: Finder) -> None:
-    records = campaign(find)
-    run = make_run(records)
+def test_only_energy_of_board_sensors_is_said_to_come_from_board_sensors(case: str) -> None:
+    run = make_run(campaign(FINDERS[case]))
     comparison = render_text(compare_configurations(run, run.with_results[0], run.with_results[1:]))
-    page = render_report(compose(run))
-    is_on_gpus = find in ON_GPUS
-    assert (BOARD_NOTE in render_run(make_run(records))) == is_on_gpus
+    is_on_gpus = MEASURED[case][3] == "gpu"
+    assert (BOARD_NOTE in render_run(run)) == is_on_gpus
     assert (BOARD_NOTE in comparison) == is_on_gpus
-    assert (BOARD_CAUTION in page) == is_on_gpus
+    assert (BOARD_CAUTION in render_report(compose(run))) == is_on_gpus
 
 
 @pytest.mark.parametrize(
     ("finders", "said"),
     [
-        ((by_estimate, by_estimate), "(an estimate from TDP)"),
-        ((by_estimate, by_rapl), "(partly an estimate from TDP)"),
-        ((by_rapl, by_rapl), ""),
+        (("estimate", "estimate"), "(an estimate from TDP)"),
+        (("estimate", "RAPL"), "(partly an estimate from TDP)"),
+        (("RAPL", "RAPL"), ""),
     ],
 )
-def test_table_and_comparison_agree_on_how_much_is_an_estimate(finders: Sequence[Finder], said: str) -> None:
+def test_table_and_comparison_agree_on_how_much_is_an_estimate(finders: Sequence[str], said: str) -> None:
     records = [
-        record_of(find, name, cycle) for name, find in zip(("one", "two"), finders, strict=True) for cycle in range(2)
+        record_of(FINDERS[case], name, cycle)
+        for name, case in zip(("one", "two"), finders, strict=True)
+        for cycle in range(2)
     ]
     run = make_run(records)
     comparison = render_text(compare_configurations(run, run.with_results[0], run.with_results[1:]))
@@ -192,8 +166,8 @@ def test_an_estimate_is_called_one_wherever_the_report_shows_it() -> None:
     given = {"energy": "tdp_estimate", "cpu_tdp_w": 200, "grid_g_per_kwh": 300, "pue": 1.2, "price_per_kwh": 0.2}
     measurement = config(measurement=given).measurement
     found = busy().measured(options={"measurement": given})
-    records = [with_measured(record, found, measurement) for record in campaign(by_estimate)]
+    records = [with_measured(record, found, measurement) for record in campaign(FINDERS["estimate"])]
     page = render_report(compose(make_run(records)))
     for name in energies:
         assert f"{name} (an estimate from TDP)" in page
-    assert "estimate from TDP)" not in render_report(compose(make_run(campaign(by_rapl))))
+    assert "estimate from TDP)" not in render_report(compose(make_run(campaign(FINDERS["RAPL"]))))
