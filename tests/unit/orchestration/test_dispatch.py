@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -58,121 +59,80 @@ def phase(name: str) -> Phase:
     return Phase("e", name)
 
 
-def progress(done: int) -> Progress:
-    return Progress("e", done, 9, "requests")
+PROGRESS = Progress("e", 3, 9, "requests")
+LOAD = phase("load")
+
+# Messages, and between which seconds they come, one every 10 s.
+Said = tuple[Message, float, float]
 
 
-def kept_alive(watch: Watch, *messages: Message, until: float, start: float = 0.0) -> None:
-    """Tell the watch something every 10 s from a start until a moment, all of the messages at once."""
-    now = start
-    while now < until:
-        for message in messages:
-            watch.heard(message, now)
-        now += 10.0
-
-
-def kind_at(watch: Watch, now: float) -> str | None:
-    error = watch.expired(now)
-    return None if error is None else error.kind
-
-
-def test_nothing_is_late_before_its_time():
-    watch = Watch(TIMEOUTS, 0.0)
-    assert watch.next_deadline == 20.0
-    assert watch.expired(19.9) is None
-
-
-def test_a_worker_that_says_nothing_at_all_is_lost_after_the_heartbeats_are_due():
-    watch = Watch(TIMEOUTS, 0.0)
-    error = watch.expired(20.0)
+@pytest.mark.parametrize(
+    ("said", "rest_s", "late_s", "kind", "words"),
+    [
+        ([], 0.0, 20.0, "channel", "20.0 s"),
+        ([(HEARTBEAT, 0, 30)], 0.0, 30.0, "silent", "silence_timeout_seconds"),
+        # Phases and progress are signs of progress.
+        ([(HEARTBEAT, 0, 25), (phase("prepare"), 25, 26), (HEARTBEAT, 30, 55)], 0.0, 55.0, "silent", "phase prepare"),
+        ([(HEARTBEAT, 0, 25), (PROGRESS, 25, 26), (HEARTBEAT, 30, 55)], 0.0, 55.0, "silent", "phase start"),
+        # Loading has a time of its own, of which power at rest before it is no part.
+        ([(LOAD, 1, 2), (PROGRESS, 0, 100), (LOAD, 0, 100)], 0.0, 101.0, "timeout", "load_timeout_seconds"),
+        ([(phase("prepare"), 0, 140)], 45.0, 145.0, "timeout", "2m 25s (in phase prepare)"),
+        (
+            [(phase("prepare"), 0, 140), (LOAD, 144, 145), (PROGRESS, 144, 240)],
+            45.0,
+            244.0,
+            "timeout",
+            "1m 40s (in phase load)",
+        ),
+        # The rest has its time from the end of the load, whatever phases follow.
+        (
+            [(PROGRESS, 0, 90), (phase("idle"), 90, 91), (phase("window"), 90, 140)],
+            0.0,
+            140.0,
+            "timeout",
+            "experiment_timeout_seconds",
+        ),
+    ],
+)
+def test_what_a_worker_says_moves_its_deadlines(said: list[Said], rest_s: float, late_s: float, kind: str, words: str):
+    watch = Watch(replace(TIMEOUTS, rest_s=rest_s), 0.0)
+    for message, start_s, end_s in said:
+        for ten in range(math.ceil((end_s - start_s) / 10)):
+            watch.heard(message, start_s + 10 * ten)
+    assert watch.expired(late_s - 0.1) is None
+    assert watch.next_deadline == pytest.approx(late_s)
+    error = watch.expired(late_s)
     assert error is not None
-    assert error.kind == "channel"
-    assert "20.0 s" in error.message
+    assert (error.kind, error.is_permanent) == (kind, False)
+    assert words in f"{error.message} {error.hint}"
 
 
-def test_heartbeats_are_no_sign_of_progress():
-    watch = Watch(TIMEOUTS, 0.0)
-    kept_alive(watch, HEARTBEAT, until=30.0)
-    error = watch.expired(30.0)
-    assert error is not None
-    assert error.kind == "silent"
-    assert "silence_timeout_seconds" in error.hint
-    assert error.is_permanent is False
-
-
-@pytest.mark.parametrize("sign", [phase("prepare"), progress(1)])
-def test_phases_and_progress_are_signs_of_progress(sign: Message):
-    watch = Watch(TIMEOUTS, 0.0)
-    kept_alive(watch, HEARTBEAT, until=25.0)
-    watch.heard(sign, 25.0)
-    kept_alive(watch, HEARTBEAT, until=55.0, start=30.0)
-    assert kind_at(watch, 54.9) is None
-    assert kind_at(watch, 55.0) == "silent"
-
-
-def test_loading_has_a_time_of_its_own():
-    watch = Watch(TIMEOUTS, 0.0)
-    watch.heard(phase("load"), 1.0)
-    kept_alive(watch, progress(1), phase("load"), until=100.0)
-    assert kind_at(watch, 100.9) is None
-    error = watch.expired(101.0)
-    assert error is not None
-    assert error.kind == "timeout"
-    assert "load_timeout_seconds" in error.hint
-    assert "phase load" in error.message
-
-
-def test_power_at_rest_before_the_load_is_no_part_of_it():
-    watch = Watch(replace(TIMEOUTS, rest_s=45.0), 0.0)
-    kept_alive(watch, phase("prepare"), until=140.0)
-    assert kind_at(watch, 144.0) is None
-    assert "2m 25s (in phase prepare)" in str(watch.expired(145.0))
-    watch.heard(phase("load"), 144.0)
-    kept_alive(watch, progress(1), start=144.0, until=240.0)
-    assert kind_at(watch, 243.0) is None
-    assert "1m 40s (in phase load)" in str(watch.expired(244.0))
-
-
-def test_the_rest_has_its_time_from_the_end_of_the_load_whatever_phases_follow():
-    watch = Watch(TIMEOUTS, 0.0)
-    kept_alive(watch, progress(1), until=90.0)
-    watch.heard(phase("idle"), 90.0)
-    kept_alive(watch, phase("window"), until=140.0, start=90.0)
-    assert kind_at(watch, 139.9) is None
-    error = watch.expired(140.0)
-    assert error is not None
-    assert error.kind == "timeout"
-    assert "experiment_timeout_seconds" in error.hint
-
-
-def test_a_result_is_an_outcome():
+def test_a_result_or_an_error_is_an_outcome_with_all_that_the_worker_reported():
     assert outcome_of(REQUEST, RESULT) == Outcome()
-
-
-def test_an_error_is_an_outcome_with_all_that_the_worker_reported():
     outcome = outcome_of(REQUEST, ERROR)
-    error = outcome.error
-    assert error is not None
+    error = failure(outcome)
     assert (error.kind, error.message, error.hint) == ("out_of_memory", "does not fit", "ask for less")
     assert error.is_permanent is True
     assert (outcome.phase, outcome.log_tail) == ("load", "last words")
 
 
-@pytest.mark.parametrize("message", [replace(RESULT, exp_id="other"), replace(ERROR, exp_id="other")])
-def test_an_answer_to_something_else_is_an_error_of_the_channel(message: Result | Failure):
-    with pytest.raises(ChannelError, match="expected an answer about e, got one about"):
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (replace(RESULT, exp_id="other"), "expected an answer about e, got one about"),
+        (replace(ERROR, exp_id="other"), "expected an answer about e, got one about"),
+        (replace(ERROR, exp_id=None), "does not fit"),  # it could not read the request
+    ],
+)
+def test_an_answer_to_something_else_is_an_error_of_the_channel(message: Result | Failure, words: str):
+    with pytest.raises(ChannelError, match=words):
         outcome_of(REQUEST, message)
-
-
-def test_a_worker_that_cannot_read_the_request_says_why():
-    with pytest.raises(ChannelError, match="does not fit"):
-        outcome_of(REQUEST, replace(ERROR, exp_id=None))
 
 
 def test_events_are_those_of_this_experiment_alone():
     how_far = {"phase_done": 3, "phase_total": 9, "text": "requests", "power_w": None}
-    assert event_of(REQUEST, phase("load")) == Event("phase", data={"exp_id": "e", "phase": "load"})
-    assert event_of(REQUEST, progress(3)) == Event("progress", data={"exp_id": "e", **how_far})
+    assert event_of(REQUEST, LOAD) == Event("phase", data={"exp_id": "e", "phase": "load"})
+    assert event_of(REQUEST, PROGRESS) == Event("progress", data={"exp_id": "e", **how_far})
     assert event_of(REQUEST, HEARTBEAT) == Event("tick")
     assert event_of(REQUEST, Phase("other", "load")) is None
     assert event_of(REQUEST, EngineProcess(1, 1)) is None
@@ -220,6 +180,10 @@ def real_worker(rig: Rig, command: Sequence[str] = COMMAND) -> Worker:
     return Worker(command, env=rig.environ())
 
 
+def say(message: dict[str, object]) -> str:
+    return f"import sys; print({json.dumps(json.dumps(message))}, flush=True); sys.stdin.read()"
+
+
 def scripted_worker(rig: Rig, *lines: object, then: str = "") -> Worker:
     """A worker that says hello, and lines after it got an order, and then does something."""
     said = [line if isinstance(line, str) else json.dumps(line) for line in lines]
@@ -233,12 +197,16 @@ def scripted_worker(rig: Rig, *lines: object, then: str = "") -> Worker:
     return Worker((sys.executable, "-c", script), env=rig.environ())
 
 
-def test_an_experiment_ends_with_a_result_and_tells_its_phases(rig: Rig):
+def test_an_experiment_ends_with_a_result_and_tells_its_phases_however_large_the_request(rig: Rig):
     worker, events = real_worker(rig), Events()
-    outcome = worker.run(rig.request("e"), events, PATIENT)
-    assert outcome.error is None
+    large = rig.request("e", extra_metadata={"note": "x" * 1_000_000})  # more than a pipe holds
+    assert worker.run(large, events, PATIENT).error is None
     assert [event.data["phase"] for event in events if event.kind == "phase"][-1] == "write"
     assert (rig.folder / "e" / "result.json").exists()
+    worker.kill()
+    assert not worker.is_open
+    assert rig.marker.pids() == ()
+    worker.kill()  # nothing to do
     worker.stop()
 
 
@@ -274,21 +242,21 @@ def test_a_failed_experiment_leaves_a_worker_that_can_run_the_next(rig: Rig):
     worker.stop()
 
 
-def test_a_load_that_hangs_ends_at_its_timeout_and_leaves_nothing(rig: Rig):
-    rig.rules = [{"at": "load", "do": "hang"}]
+@pytest.mark.parametrize(
+    ("rules", "token_s", "timeouts", "key"),
+    [
+        ([{"at": "load", "do": "hang"}], 0.0, Timeouts(load_s=1.0), "load_timeout_seconds"),
+        ([], 1000.0, Timeouts(experiment_s=0.5), "experiment_timeout_seconds"),
+    ],
+)
+def test_a_load_or_an_experiment_that_takes_too_long_ends_and_leaves_nothing(
+    rig: Rig, rules: list[dict[str, str]], token_s: float, timeouts: Timeouts, key: str
+):
+    rig.rules, rig.token_s = rules, token_s
     worker = real_worker(rig)
-    error = failure(worker.run(rig.request("e"), Events(), Timeouts(load_s=1.0)))
-    assert error.kind == "timeout"
+    error = failure(worker.run(rig.request("e"), Events(), timeouts))
+    assert (error.kind, key in error.hint) == ("timeout", True)
     assert not worker.is_open
-    assert rig.marker.pids() == ()
-
-
-def test_an_experiment_that_takes_too_long_ends_at_its_timeout(rig: Rig):
-    rig.token_s = 1000.0
-    worker = real_worker(rig)
-    error = failure(worker.run(rig.request("e"), Events(), Timeouts(experiment_s=0.5)))
-    assert error.kind == "timeout"
-    assert "experiment_timeout_seconds" in error.hint
     assert rig.marker.pids() == ()
 
 
@@ -304,27 +272,21 @@ def test_an_engine_without_progress_is_silent_and_the_next_run_has_a_new_worker(
     worker.stop()
 
 
-def test_a_worker_that_says_nothing_at_all_is_given_up(rig: Rig):
-    worker = scripted_worker(rig)
-    error = failure(worker.run(rig.request("e"), Events(), Timeouts(heartbeat_s=0.5)))
-    assert error.kind == "channel"
-    assert rig.marker.pids() == ()
-
-
 @pytest.mark.parametrize(
     "line",
     [
+        None,
         "Loading weights: 100%",
         {"type": "unheard"},
         {"type": "result", "exp_id": "e"},
         {"type": "error", "exp_id": "other", "kind": "", "message": "", "hint": "", "permanent": False, "phase": None}
         | {"engine_lost": False},
     ],
-    ids=["text", "unknown", "incomplete", "of another"],
+    ids=["silence", "text", "unknown", "incomplete", "of another"],
 )
-def test_garbage_on_the_channel_is_an_error_and_ends_the_worker(rig: Rig, line: object):
-    worker = scripted_worker(rig, line)
-    error = failure(worker.run(rig.request("e"), Events(), PATIENT))
+def test_silence_or_garbage_on_the_channel_is_an_error_and_ends_the_worker(rig: Rig, line: object):
+    worker = scripted_worker(rig) if line is None else scripted_worker(rig, line)
+    error = failure(worker.run(rig.request("e"), Events(), Timeouts(heartbeat_s=0.5) if line is None else PATIENT))
     assert error.kind == "channel"
     assert not worker.is_open
     assert rig.marker.pids() == ()
@@ -363,16 +325,6 @@ def test_a_stopped_guardian_does_not_save_an_engine_whose_supervisor_died(rig: R
     assert rig.marker.survivors() == ()
 
 
-def test_a_stop_ends_the_experiment_and_the_worker(rig: Rig, stop: StopRequest):
-    rig.rules = [HANG]
-    worker = real_worker(rig)
-    with pytest.raises(Interrupted) as caught:
-        worker.run(rig.request("e"), Events("window", lambda: stop.request(signal.SIGTERM)), PATIENT, stop)
-    assert caught.value.signum == signal.SIGTERM
-    assert not worker.is_open
-    assert rig.marker.pids() == ()
-
-
 @contextlib.contextmanager
 def alarms_ask(stop: StopRequest, times: int = 1) -> Iterator[None]:
     """Let SIGALRM do what a Ctrl-C does; the first one sets the timer for the next, and so on."""
@@ -393,12 +345,14 @@ def alarms_ask(stop: StopRequest, times: int = 1) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def test_a_signal_wakes_a_host_that_waits(rig: Rig, stop: StopRequest):
+def test_a_signal_wakes_a_host_that_waits_and_ends_the_experiment_and_the_worker(rig: Rig, stop: StopRequest):
     rig.rules = [HANG]
     worker = real_worker(rig)
     events = Events("window", lambda: signal.setitimer(signal.ITIMER_REAL, 0.5))
-    with alarms_ask(stop), pytest.raises(Interrupted):
+    with alarms_ask(stop), pytest.raises(Interrupted) as caught:
         worker.run(rig.request("e"), events, PATIENT, stop)
+    assert caught.value.signum == signal.SIGINT
+    assert not worker.is_open
     assert rig.marker.pids() == ()
 
 
@@ -430,50 +384,25 @@ def test_an_error_of_the_listener_leaves_no_worker(rig: Rig):
     assert rig.marker.survivors() == ()
 
 
-def test_kill_is_at_once_and_leaves_nothing(rig: Rig):
-    worker = real_worker(rig)
-    worker.run(rig.request("e"), Events(), PATIENT)
-    worker.kill()
-    assert not worker.is_open
-    assert rig.marker.pids() == ()
-    worker.kill()  # nothing to do
-    worker.stop()
-
-
 @pytest.mark.parametrize(
-    "hello", [{**HELLO, "protocol": PROTOCOL_VERSION + 1}, {**HELLO, "lem_version": "0.0.0"}], ids=["protocol", "lem"]
-)
-def test_another_version_of_lem_is_refused(rig: Rig, hello: dict[str, object]):
-    script = f"import sys; print({json.dumps(json.dumps(hello))}, flush=True); sys.stdin.read()"
-    worker = Worker((sys.executable, "-c", script), env=rig.environ())
-    with pytest.raises(WorkerUnavailable, match="the worker is lem") as caught:
-        worker.open()
-    assert "lem.pyz" in caught.value.hint
-    assert not worker.is_open
-
-
-@pytest.mark.parametrize(
-    ("script", "reason"),
+    ("script", "reason", "hint"),
     [
-        ("import sys; sys.exit('lem needs Python 3.10 or newer')", "lem needs Python 3.10 or newer"),
-        ("print('Welcome to this container!')", "not a message: b'Welcome"),
-        ("pass", "closed the channel"),
-        ("""print('{"type":"heartbeat"}')""", "expected hello, got heartbeat"),
+        (say({**HELLO, "protocol": PROTOCOL_VERSION + 1}), "the worker is lem", "lem.pyz"),
+        (say({**HELLO, "lem_version": "0.0.0"}), "the worker is lem", "lem.pyz"),
+        (say({"type": "heartbeat"}), "expected hello, got heartbeat", sys.executable),
+        ("import sys; sys.exit('lem needs Python 3.10 or newer')", "lem needs Python 3.10 or newer", sys.executable),
+        ("print('Welcome to this container!')", "not a message: b'Welcome", sys.executable),
+        ("pass", "closed the channel", sys.executable),
+        ("import sys; sys.stdin.read()", "no message within", sys.executable),
     ],
 )
-def test_a_worker_that_does_not_start_is_told_with_why(rig: Rig, script: str, reason: str):
+def test_a_worker_that_does_not_start_or_is_another_lem_is_told_with_why(rig: Rig, script: str, reason: str, hint: str):
     worker = Worker((sys.executable, "-c", script), env=rig.environ())
     with pytest.raises(WorkerUnavailable) as caught:
-        worker.open()
+        worker.open(timeout_s=0.3 if reason == "no message within" else 60.0)
     assert reason in caught.value.message
-    assert sys.executable in caught.value.hint
+    assert hint in caught.value.hint
     assert not worker.is_open
-
-
-def test_a_worker_that_never_says_hello_is_given_up(rig: Rig):
-    worker = Worker((sys.executable, "-c", "import sys; sys.stdin.read()"), env=rig.environ())
-    with pytest.raises(WorkerUnavailable, match="no message within"):
-        worker.open(timeout_s=0.3)
 
 
 def test_what_may_be_left_elsewhere_is_looked_after_only_when_the_worker_did_not_end_by_itself(rig: Rig):
@@ -485,13 +414,6 @@ def test_what_may_be_left_elsewhere_is_looked_after_only_when_the_worker_did_not
     worker.open()
     worker.kill()
     assert calls == ["backstop"]
-
-
-def test_a_request_larger_than_a_pipe_arrives_whole(rig: Rig):
-    worker = real_worker(rig)
-    outcome = worker.run(rig.request("e", extra_metadata={"note": "x" * 1_000_000}), Events(), PATIENT)
-    assert outcome.error is None
-    worker.stop()
 
 
 def test_a_killed_host_leaves_nothing(rig: Rig):
@@ -525,16 +447,10 @@ def test_the_same_worker_runs_under_another_python(rig: Rig, python: Python):
     assert rig.log_of("e") == ""  # nothing to warn of, and an idle engine leaves without a word
 
 
-def test_the_local_executor_takes_the_python_it_is_told():
-    assert LocalExecutor("python3").python == shutil.which("python3")
-    assert LocalExecutor().python == sys.executable
-
-
-def test_one_worker_serves_every_backend_of_the_local_executor():
+def test_the_local_executor_has_one_worker_under_the_python_it_is_told():
     executor = LocalExecutor()
+    assert executor.python == sys.executable
     assert executor.worker_for("pytorch") is executor.worker_for("vllm")
-
-
-def test_a_python_that_is_not_there_is_an_error_for_people():
+    assert LocalExecutor("python3").python == shutil.which("python3")
     with pytest.raises(UserError, match="--python /no/such/python"):
         LocalExecutor("/no/such/python")
