@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from lem.base.doc import SEPARATORS, name_tokens, printable, text_width
@@ -29,6 +30,8 @@ _NO_SETTINGS = frozenset({"config_name", "extra_metadata", "io"})
 # What colour and shape mean, when there are too many configurations for one each.
 _GROUPINGS = ("backend", "model.name", "fp_precision")
 _TRACES_SHOWN, _FAULTY_FIRST = 12, 4
+_PLACE = ("run_id", "host", "order_index", "cycle_index", "attempt")
+_IN_ORDER = attrgetter(*(f"identity.{name}" for name in _PLACE))  # of execution
 _NAMED = 3  # configurations that a sentence of the verdict names
 
 
@@ -184,7 +187,7 @@ def compose(run: Run) -> Report:
         findings=check_run(run),
         headline=headline,
         entries=entries,
-        records=tuple(sorted(run.records, key=_moment)),
+        records=tuple(sorted(run.records, key=_IN_ORDER)),
         grouped_by=grouped_by,
         groups=meanings if groups else tuple(entry.label for entry in entries),
     )
@@ -202,11 +205,6 @@ def flat_settings(requested: Mapping[str, Any], prefix: str = "") -> dict[str, s
             shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
             found[f"{prefix}{key}"] = printable(shown)
     return found
-
-
-def _moment(record: Record) -> tuple[str, str, int, int, int]:
-    identity = record.identity
-    return (identity.run_id, identity.host, identity.order_index, identity.cycle_index, identity.attempt)
 
 
 def _merit(item: Configuration, metric: Metric) -> tuple[bool, float]:
@@ -299,7 +297,9 @@ def verdict_of(report: Report) -> Verdict:
     remarks = [f"No value for {_names(missing)}."] if missing else []
     if not others:
         return Verdict(f"“{first.name}”: {_amount(first, metric)}.", tuple(remarks))
-    rows = list(zip(others, _rows(report.run, first, others, metric), strict=True))
+    best, *rest = (replace(entry.configuration, name=entry.label) for entry in ranked)
+    pairs = compare_configurations(report.run, best, rest, metrics=(metric,)).pairs
+    rows = [(entry, pair.rows[0]) for entry, pair in zip(others, pairs, strict=True)]
     compared = [(entry, row) for entry, row in rows if row.p_adjusted is not None and row.effect is not None]
     refused = [(entry, row.reason) for entry, row in rows if row.p_adjusted is None and row.reason is not None]
     remarks = [*_separated(compared, len(others)), *_refusals(refused), *remarks]
@@ -312,12 +312,6 @@ def verdict_of(report: Report) -> Verdict:
         return Verdict(f"{found} {ratio}", tuple(remarks), has_winner=compared[0][1].is_found)
     sentence = f"{found} This ranks the estimates only: there is no verdict against the next best."
     return Verdict(sentence, (ratio, *remarks) if ratio else tuple(remarks))
-
-
-def _rows(run: Run, first: Entry, others: Sequence[Entry], metric: Metric) -> list[Row]:
-    """The comparison of each of the others with the first, in their order."""
-    best, *rest = (replace(entry.configuration, name=entry.label) for entry in (first, *others))
-    return [pair.rows[0] for pair in compare_configurations(run, best, rest, metrics=(metric,)).pairs]
 
 
 def _against(entry: Entry, row: Row) -> str:

@@ -194,6 +194,8 @@ def _pareto_table(points: Sequence[_Point], across: _Axis, up: _Axis) -> Markup:
 _WIDTH, _RIGHT, _ROWS_TOP, _ROW = 640.0, 626.0, 14.0, 22.0
 _PER_PLOT = 40
 
+_Rows = Sequence[tuple[Entry, float]]
+
 
 def _groups(entries: Iterable[Entry]) -> list[int]:
     return sorted({entry.group for entry in entries})
@@ -203,21 +205,19 @@ def _bar(begin: float, y: float, end: float) -> str:
     return spot(begin, y, f"H{plot.number_text(end)}")
 
 
-def _paged(heading: str, entries: Sequence[Entry], draw: Callable[[str, Sequence[Entry]], Plot]) -> list[Markup]:
-    """The plot of the first configurations, and those of the others folded away behind it."""
+def _paged(heading: str, entries: Sequence[Entry], draw: Callable[[str, _Rows, float], Plot]) -> list[Markup]:
+    """The plot of the first configurations, and those of the others folded away behind it.
+
+    `draw` gets the suffix of the figure's name, each configuration with its height, and the lower end of the drawing.
+    """
     parts = []
     for at in range(0, len(entries), _PER_PLOT):
         page = entries[at : at + _PER_PLOT]
-        drawn = draw(f"-{at // _PER_PLOT + 1}" if at else "", page).render()
+        rows = [(entry, _ROWS_TOP + _ROW * (index + 0.5)) for index, entry in enumerate(page)]
+        drawn = draw(f"-{at // _PER_PLOT + 1}" if at else "", rows, _ROWS_TOP + _ROW * len(page)).render()
         label = f"{heading}: configurations {page[0].number} to {page[-1].number}"
         parts.append(plot.details(label, drawn) if at else drawn)
     return parts
-
-
-def _rows(entries: Sequence[Entry]) -> tuple[float, list[tuple[Entry, float]]]:
-    """The lower end of the drawing, and the height of each configuration."""
-    rows = [(entry, _ROWS_TOP + _ROW * (index + 0.5)) for index, entry in enumerate(entries)]
-    return _ROWS_TOP + _ROW * len(entries), rows
 
 
 # --- every cycle as a dot, and the interval over them
@@ -242,8 +242,8 @@ def _cycles(metric: Metric, report: Report) -> Markup:
     reach = _reach(metric, report.entries)
     scales = (plot.fitting_scale(values, begin, middle), Scale(-reach, reach, middle + _BETWEEN, _RIGHT))
 
-    def draw(suffix: str, entries: Sequence[Entry]) -> Plot:
-        bottom, rows = _rows(entries)
+    def draw(suffix: str, rows: _Rows, bottom: float) -> Plot:
+        entries = [entry for entry, _ in rows]
         caption = [
             "Dot: a valid cycle. ×: an invalid attempt, excluded; drawn at the edge when it is farther off.",
             "Bar: 95 % t interval. Tick: geometric mean.",
@@ -291,9 +291,7 @@ def _values(metric: Metric, entry: Entry, *, is_used: bool) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def _cycles_marks(
-    metric: Metric, rows: Sequence[tuple[Entry, float]], values: Scale, shares: Scale
-) -> Iterator[Markup]:
+def _cycles_marks(metric: Metric, rows: _Rows, values: Scale, shares: Scale) -> Iterator[Markup]:
     """Bars, ticks, dots and crosses, one path for each group: a thousand rows must take few bytes."""
 
     def share_of(centre: float) -> Callable[[float], float]:
@@ -390,16 +388,16 @@ def _latency(kind: str, name: str, entries: Sequence[Entry], found: Mapping[int,
     values = [value for item in found.values() for value in item.values()]
     scale = plot.fitting_scale(values, plot.label_room(entry.label for entry in entries), _RIGHT)
 
-    def draw(suffix: str, page: Sequence[Entry]) -> Plot:
-        height, rows = _rows(page)
+    def draw(suffix: str, rows: _Rows, bottom: float) -> Plot:
+        page = [entry for entry, _ in rows]
         return Plot(
             f"latency-{kind.removesuffix('_s')}{suffix}",
             name,
             f"{plural(len(page), 'configuration')} as rows: a tick at the median, bars that get thinner at the 90th, "
             "95th and 99th percentile, a ring at the mean, a small dot for the median of each cycle.",
-            (_WIDTH, height + 46),
+            (_WIDTH, bottom + 46),
             [
-                plot.horizontal_axis(scale, height, _ROWS_TOP, f"{name}, s", count=5),
+                plot.horizontal_axis(scale, bottom, _ROWS_TOP, f"{name}, s", count=5),
                 plot.row_labels([(entry.number, entry.label, y) for entry, y in rows], scale.begin),
                 *_latency_marks([(entry, found[entry.number], y) for entry, y in rows], kind, scale),
             ],
