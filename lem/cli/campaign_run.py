@@ -84,10 +84,11 @@ class CampaignCommand:
         """
         log.configure(self._console, verbosity=-1 if self._is_quiet else self._args.verbose)
         args, part = self._args, self._job.part
+        is_interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
         options = RunOptions(
             resume=False if args.fresh else args.resume,
             is_yes=args.yes,
-            ask=self._ask if _is_interactive() else None,
+            ask=self._ask if is_interactive else None,
             is_environment_change_allowed=args.allow_environment_change,
             is_fail_fast=args.fail_fast,
             until=self._job.rule,
@@ -221,10 +222,6 @@ class CampaignCommand:
         finally:
             logging.getLogger("lem").removeHandler(handler)
             handler.close()
-
-
-def _is_interactive() -> bool:
-    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def exit_code_of_outcome(outcome: CampaignOutcome) -> ExitCode:

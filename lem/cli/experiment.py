@@ -14,12 +14,7 @@ from lem.cli.campaign import render_findings
 from lem.cli.config import add_flags, given_flags
 from lem.cli.progress import choose_progress
 from lem.cli.selection import add_json, add_repeated
-from lem.config.campaign_config import (
-    CampaignConfig,
-    CampaignExecutionConfig,
-    CampaignIOConfig,
-    with_campaign_defaults,
-)
+from lem.config.campaign_config import CampaignConfig, CampaignExecutionConfig, CampaignIOConfig, with_campaign_defaults
 from lem.config.experiment import ExperimentConfig
 from lem.config.load import ListedExperiment, Loaded, load_experiment
 from lem.meters.nvml import find_gpus

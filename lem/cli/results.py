@@ -14,7 +14,6 @@ from lem.base.doc import Column, columns, printable, screen_of, terminal_width, 
 from lem.base.errors import ExitCode, MeterRefused
 from lem.base.units import format_quantity
 from lem.cli.selection import (
-    SelectedRun,
     add_json,
     add_results_dir,
     list_problems,
@@ -66,10 +65,18 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _list(args: argparse.Namespace, out: TextIO, err: TextIO) -> None:
     found = [(item, item.scan()) for item in list_runs(args.results_dir)]
+    counts = [_counts(scan) for _, scan in found]
     if args.json:
-        write_json(out, [_run_document(item, scan) for item, scan in found])
+        documents = [
+            {"campaign": item.campaign, "run_id": item.run_id, **count, "problems": problem_documents(scan.problems)}
+            for (item, scan), count in zip(found, counts, strict=True)
+        ]
+        write_json(out, documents)
     elif found:
-        out.write(_run_table(found, terminal_width(out)))
+        table = [Column("run", tuple(item.run_id for item, _ in found))]
+        table += [Column(label, tuple(str(count[label]) for count in counts)) for label in counts[0]]
+        lines = columns("campaign", [item.campaign for item, _ in found], table, terminal_width(out))
+        out.writelines(f"{line}\n" for line in lines)
         list_problems(err, _damaged(problem for _, scan in found for problem in scan.problems))
     else:
         err.write(f"no results in {args.results_dir}\n")
@@ -162,18 +169,6 @@ def _counts(scan: Scan) -> dict[str, int]:
         "invalid": len(scan.results) - valid,
         "failed": sum(failed.values()),
     }
-
-
-def _run_table(found: Sequence[tuple[SelectedRun, Scan]], width: int) -> str:
-    counts = [_counts(scan) for _, scan in found]
-    table = [Column("run", tuple(item.run_id for item, _ in found))]
-    table += [Column(label, tuple(str(count[label]) for count in counts)) for label in counts[0]]
-    return "\n".join(columns("campaign", [item.campaign for item, _ in found], table, width)) + "\n"
-
-
-def _run_document(item: SelectedRun, scan: Scan) -> dict[str, Any]:
-    identity = {"campaign": item.campaign, "run_id": item.run_id}
-    return {**identity, **_counts(scan), "problems": problem_documents(scan.problems)}
 
 
 @dataclass(frozen=True)

@@ -246,16 +246,11 @@ def _facts(status: CampaignStatus, viewer: Viewer) -> Iterator[tuple[str, str]]:
         yield "why", status.reason
     if status.hint:
         yield "remedy", status.hint
-    for note in _notes(status):
+    notes = manifest.notes if manifest is not None else []
+    added = [note for note in notes if note.get("kind") == TOP_UP_NOTE]
+    for note in (note for note in notes if note not in added[:-1]):  # of notes on added cycles only the last
         text = note.get("reason") or "; ".join(map(str, note.get("changes") or []))
         yield "note", text if note.get("reason") else f"{str(note.get('kind')).replace('_', ' ')}: {text}"
-
-
-def _notes(status: CampaignStatus) -> list[dict[str, Any]]:
-    """The notes of resumes, and only the last one about added cycles."""
-    notes = status.manifest.notes if status.manifest is not None else []
-    added = [note for note in notes if note.get("kind") == TOP_UP_NOTE]
-    return [note for note in notes if note not in added[:-1]]
 
 
 def _named(entry: CampaignManifestEntry) -> str:

@@ -170,7 +170,12 @@ def compose(run: Run) -> Report:
     ]
     grouped_by, groups, meanings = _grouping(settings)
     labels = _labels([item.name for item in run.configurations])
-    ranked = sorted(enumerate(run.configurations), key=lambda pair: _merit(pair[1], headline))
+
+    def merit(pair: tuple[int, Configuration]) -> tuple[bool, float]:
+        value = pair[1].estimate(headline).value
+        return value is None, (1 if headline is ENERGY else -1) * (value or 0.0)
+
+    ranked = sorted(enumerate(run.configurations), key=merit)
     entries = tuple(
         Entry(
             number=number,
@@ -205,11 +210,6 @@ def flat_settings(requested: Mapping[str, Any], prefix: str = "") -> dict[str, s
             shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
             found[f"{prefix}{key}"] = printable(shown)
     return found
-
-
-def _merit(item: Configuration, metric: Metric) -> tuple[bool, float]:
-    value = item.estimate(metric).value
-    return value is None, (1 if metric is ENERGY else -1) * (value or 0.0)
 
 
 def _grouping(settings: Sequence[Mapping[str, str]]) -> tuple[str, Sequence[int], tuple[str, ...]]:

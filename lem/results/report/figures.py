@@ -67,9 +67,16 @@ def pareto_section(report: Report) -> Markup:
 
 
 def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, entries: Iterable[Entry]) -> Markup:
-    points = _points(entries, across, up)
+    points = [
+        _Point(entry, x, y, entry.span(across.metric), entry.span(up.metric))
+        for entry in entries
+        if (x := entry.centre(across.metric)) is not None and (y := entry.centre(up.metric)) is not None
+    ]
     if not points:
         return plot.no_plot(identifier, title, "No configuration has a valid result with both values.")
+    signs = [1 if axis.is_less_better else -1 for axis in (across, up)]
+    on_frontier = frontier([(signs[0] * point.x, signs[1] * point.y) for point in points])
+    points = [replace(point, is_best=index in on_frontier) for index, point in enumerate(points)]
     best = sorted((point for point in points if point.is_best), key=lambda p: p.x, reverse=not across.is_less_better)
     names = [f"{point.entry.number} {point.entry.label}" for point in best]
     x_scale = plot.fitting_scale(_extent((point.x, point.x_span) for point in points), _LEFT, _PARETO_RIGHT)
@@ -96,17 +103,6 @@ def _pareto(identifier: str, title: str, across: _Axis, up: _Axis, entries: Iter
         ],
         _pareto_table(points, across, up),
     ).render()
-
-
-def _points(entries: Iterable[Entry], across: _Axis, up: _Axis) -> list[_Point]:
-    points = [
-        _Point(entry, x, y, entry.span(across.metric), entry.span(up.metric))
-        for entry in entries
-        if (x := entry.centre(across.metric)) is not None and (y := entry.centre(up.metric)) is not None
-    ]
-    signs = [1 if axis.is_less_better else -1 for axis in (across, up)]
-    best = frontier([(signs[0] * point.x, signs[1] * point.y) for point in points])
-    return [replace(point, is_best=index in best) for index, point in enumerate(points)]
 
 
 def frontier(costs: Sequence[tuple[float, float]]) -> tuple[int, ...]:

@@ -153,12 +153,6 @@ def _interval(low: float | None, high: float | None, decimals: int | None) -> st
     return f"{with_decimals(low, more)} – {with_decimals(high, more)}"
 
 
-def _as_cell(content: Cell | str | int) -> Cell:
-    if isinstance(content, int):
-        return Cell(str(content), content, is_number=True)
-    return content if isinstance(content, Cell) else Cell(content)
-
-
 def table(
     caption: str,
     head: Sequence[str],
@@ -173,7 +167,10 @@ def table(
     `row_head` is the column that names the row, `best` the row that stands out. With `sorted_by` (column, `ascending`
     or `descending`) the reader can sort it.
     """
-    kept = [list(map(_as_cell, row)) for row in rows]
+    kept = [
+        [it if isinstance(it, Cell) else Cell(str(it), it, True) if isinstance(it, int) else Cell(it) for it in row]
+        for row in rows
+    ]
     numbers = {index for index, cell in enumerate(kept[0]) if cell.is_number} if kept else set()
     order = dict([sorted_by]) if sorted_by else {}
     heads = [

@@ -302,22 +302,17 @@ def _prompts(record: Record) -> str:
     return ", ".join(f"{key} {value}" for key, value in parts if value is not None)
 
 
-def _power_limits(record: Record) -> str:
-    return _listed(format_power(gpu.power_limit_w) for gpu in record.gpus if gpu.power_limit_w is not None)
-
-
-def _persistence(record: Record) -> str:
-    modes = (gpu.persistence_mode for gpu in record.gpus if gpu.persistence_mode is not None)
-    return _listed("on" if mode else "off" for mode in modes)
-
-
 _FACTS: Mapping[str, Callable[[Record], str]] = {
     "Host": lambda record: record.identity.host,
     "Run": lambda record: record.identity.run_id,
     "GPU": lambda record: _listed(gpu.name for gpu in record.gpus),
     "GPU UUID": lambda record: _listed(record.environment.gpu_uuids),
-    "GPU power limit": _power_limits,
-    "Persistence mode": _persistence,
+    "GPU power limit": lambda record: _listed(
+        format_power(gpu.power_limit_w) for gpu in record.gpus if gpu.power_limit_w is not None
+    ),
+    "Persistence mode": lambda record: _listed(
+        "on" if gpu.persistence_mode else "off" for gpu in record.gpus if gpu.persistence_mode is not None
+    ),
     "VBIOS": _fact("vbios"),
     "Other processes on the GPU": _fact("other_gpu_processes"),
     "Device": _fact("device"),
