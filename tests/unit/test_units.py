@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from lem.base import units
@@ -45,78 +48,34 @@ def test_what_is_no_percentage_is_refused_by_name(text: str) -> None:
         units.parse_percentage(text)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0.0 s"),
-        (0.44, "0.4 s"),
-        (59.94, "59.9 s"),
-        (59.96, "1m 00s"),
-        (245, "4m 05s"),
-        (3599.4, "59m 59s"),
-        (3599.6, "1h 00m"),
-        (7380, "2h 03m"),
-        (86399, "1d 00h"),
-        (100800, "1d 04h"),
-        (-5, "-5.0 s"),
-    ],
+SHOWN = (
+    # carried over at every boundary
+    *((units.format_duration, *pair) for pair in ((0, "0.0 s"), (0.44, "0.4 s"), (59.94, "59.9 s"), (-5, "-5.0 s"))),
+    *((units.format_duration, *pair) for pair in ((59.96, "1m 00s"), (245, "4m 05s"), (3599.4, "59m 59s"))),
+    *((units.format_duration, *pair) for pair in ((3599.6, "1h 00m"), (7380, "2h 03m"))),
+    *((units.format_duration, *pair) for pair in ((86399, "1d 00h"), (100800, "1d 04h"))),
+    # four digits, and plain thousands
+    *((units.format_quantity, *pair) for pair in ((0.0, "0"), (1234.5678, "1235"), (123456.0, "123456"))),
+    *((units.format_quantity, *pair) for pair in ((0.00012346, "0.0001235"), (-2.5, "-2.5"))),
+    *((units.format_energy, *pair) for pair in ((9999, "9999 J"), (36_000, "10 Wh"))),
+    *((units.format_latency, *pair) for pair in ((1.2, "1.200 s"), (12345.0, "12345 s"), (1.0, "1.000 s"))),
+    *((units.format_latency, *pair) for pair in ((0.0123, "12.30 ms"), (0.00035, "350.0 µs"), (0.0, "0 µs"))),
+    *((units.format_bytes, *pair) for pair in ((0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"))),
+    (units.format_bytes, 1 << 50, "1024.0 TiB"),
+    (units.format_rate, 12.346, "12.35 tok/s"),
+    (units.format_power, 250, "250 W"),
+    # below a tenth, a share has two digits
+    *((units.percent, *pair) for pair in ((0.12, "12 %"), (0.0124, "1.2 %"), (0.00034, "0.034 %"))),
+    *((units.percent, *pair) for pair in ((-0.05, "-5 %"), (0.0, "0 %"))),
+    # what was not measured is never zero
+    *((units.format_quantity, None, "–"), (units.format_energy, None, "–"), (units.format_power, None, "–")),
+    *((units.format_rate, None, "–"), (units.format_latency, None, "–"), (units.format_bytes, None, "–")),
 )
-def test_durations_carry_over_at_every_boundary(seconds: float, text: str) -> None:
-    assert units.format_duration(seconds) == text
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.0, "0"), (1234.5678, "1235"), (123456.0, "123456"), (0.00012346, "0.0001235"), (-2.5, "-2.5")],
-)
-def test_quantities_have_four_digits_and_plain_thousands(value: float, text: str) -> None:
-    assert units.format_quantity(value) == text
-
-
-def test_what_was_not_measured_is_a_dash_and_never_zero() -> None:
-    assert units.format_quantity(None, "J") == "–"
-    assert units.format_energy(None) == "–"
-    assert units.format_power(None) == "–"
-    assert units.format_rate(None) == "–"
-    assert units.format_latency(None) == "–"
-    assert units.format_bytes(None) == "–"
-
-
-def test_energy_turns_to_watt_hours_at_ten_kilojoules() -> None:
-    assert units.format_energy(9999) == "9999 J"
-    assert units.format_energy(36_000) == "10 Wh"
-
-
-@pytest.mark.parametrize(
-    ("latency_s", "text"),
-    [
-        (1.2, "1.200 s"),
-        (12345.0, "12345 s"),
-        (0.0123, "12.30 ms"),
-        (0.00035, "350.0 µs"),
-        (0.0, "0 µs"),
-        (1.0, "1.000 s"),
-    ],
-)
-def test_latencies_have_the_unit_that_fits(latency_s: float, text: str) -> None:
-    assert units.format_latency(latency_s) == text
-
-
-@pytest.mark.parametrize(("size_b", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (1 << 50, "1024.0 TiB")])
-def test_bytes_have_binary_prefixes(size_b: float, text: str) -> None:
-    assert units.format_bytes(size_b) == text
-
-
-def test_rates_and_power_carry_their_unit() -> None:
-    assert units.format_rate(12.346) == "12.35 tok/s"
-    assert units.format_power(250) == "250 W"
-
-
-@pytest.mark.parametrize(
-    ("share", "text"), [(0.12, "12 %"), (0.0124, "1.2 %"), (0.00034, "0.034 %"), (-0.05, "-5 %"), (0.0, "0 %")]
-)
-def test_a_share_below_a_tenth_has_two_digits(share: float, text: str) -> None:
-    assert units.percent(share) == text
+@pytest.mark.parametrize(("show", "value", "text"), SHOWN)
+def test_a_number_is_shown_with_digits_and_a_unit_that_fit(show: Callable[[Any], str], value: Any, text: str) -> None:
+    assert show(value) == text
 
 
 @pytest.mark.parametrize(
