@@ -12,7 +12,7 @@ import pytest
 import lem
 from lem.orchestration.plan import Plan
 from lem.results.run import Run
-from tests.campaign_rig import CampaignRig, campaign_text
+from tests.campaign_rig import CampaignRig
 from tests.synthetic_campaign import Campaign, Configuration, Written
 
 ROOT = Path(__file__).parents[2]
@@ -43,12 +43,6 @@ def test_everything_public_is_there() -> None:
     assert (lem.Plan, lem.Run) == (Plan, Run)
     with pytest.raises(AttributeError, match="no attribute 'measure'"):
         lem.measure  # noqa: B018
-
-
-def test_a_file_with_an_unknown_option_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text(campaign_text(more="cycels: 3\n"), encoding="utf-8")
-    with pytest.raises(lem.LemError, match="cycels"):
-        lem.load(tmp_path / "c.yaml")
 
 
 def test_the_last_run_is_read_and_one_by_the_beginning_of_its_id(written: Written) -> None:

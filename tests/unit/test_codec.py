@@ -108,12 +108,9 @@ def test_another_type_or_size_is_refused_also_after_a_good_row(place: int, value
     decode_row(Reading, GOOD)
     with pytest.raises(DecodeError, match=problem):
         decode_row(Reading, [*GOOD[:place], value, *GOOD[place + 1 :]])
-
-
-@pytest.mark.parametrize("values", [[], GOOD[:4], [*GOOD, 1]])
-def test_a_row_of_another_length_is_refused(values: list[Any]) -> None:
-    with pytest.raises(DecodeError, match=f"Reading: expected 5 values, got {len(values)}"):
-        decode_row(Reading, values)
+    for values in ([], GOOD[:4], [*GOOD, 1]):
+        with pytest.raises(DecodeError, match=f"Reading: expected 5 values, got {len(values)}"):
+            decode_row(Reading, values)
 
 
 @dataclass(frozen=True)

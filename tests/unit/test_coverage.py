@@ -47,13 +47,7 @@ def test_a_true_effect_is_found_as_often_as_is_said_and_none_where_there_is_none
 def test_a_gate_is_seldom_wrong_also_among_several() -> None:
     """No effect, 1 % worse, on the threshold, 4 % better, 6 % worse: no verdict may say another thing."""
     said = gate_verdicts((1.0, 1.01, 1.03, 0.96, 1.06), 5, 200)
-    truths = (
-        {Verdict.WITHIN},
-        {Verdict.WITHIN},
-        set[Verdict](),
-        {Verdict.BETTER},
-        {Verdict.WORSE},
-    )
+    truths = ({Verdict.WITHIN}, {Verdict.WITHIN}, set[Verdict](), {Verdict.BETTER}, {Verdict.WORSE})
     wrong = sum(
         any(verdict not in {*truth, Verdict.INCONCLUSIVE} for verdict, truth in zip(verdicts, truths, strict=True))
         for verdicts in said

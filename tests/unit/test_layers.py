@@ -36,14 +36,8 @@ BELOW["__main__"] = BELOW["api"] = BELOW["cli"] | {"cli"}
 # Third-party packages, and the modules that may import each (a pattern of names).
 ENGINES = {
     r"lem\.engines\.pytorch(\.\w+)?": {
-        "accelerate",
-        "bitsandbytes",
-        "huggingface_hub",
-        "peft",
-        "safetensors",
-        "tokenizers",
-        "torch",
-        "transformers",
+        *("accelerate", "bitsandbytes", "huggingface_hub", "peft"),
+        *("safetensors", "tokenizers", "torch", "transformers"),
     },
     r"lem\.engines\.checkpoints": {"huggingface_hub", "safetensors", "torch", "transformers"},
     r"lem\.engines\.vllm(\.\w+)?": {"torch", "vllm"},

@@ -72,11 +72,6 @@ def test_a_log_file_takes_everything(tmp_path):
     assert "Z DEBUG lem.test: a detail" in (tmp_path / "deep" / "lem.log").read_text()
 
 
-def test_shorten_marks_what_it_cut():
-    assert log.shorten("abcdef", 6) == "abcdef"
-    assert log.shorten("abcdef", 4) == "abc…"
-
-
 def test_a_log_file_holds_names_that_are_no_utf_8_and_survives_a_full_disk(tmp_path, capsys):
     handler = log.log_to_file(tmp_path / "lem.log")
     assert isinstance(handler, logging.FileHandler)
@@ -100,12 +95,6 @@ def test_the_journal_gets_a_priority_a_line_and_no_clock(tmp_path, monkeypatch):
         logging.getLogger("lem.test").error("broken")
         stream.seek(0)
         assert stream.read() == "<6>one\n<6>two\n<4>warning: careful\n<3>error: broken\n"
-
-
-def test_a_stream_that_left_the_journal_has_no_priorities(tmp_path, monkeypatch):
-    monkeypatch.setenv("JOURNAL_STREAM", "1:2")
-    with (tmp_path / "file").open("w+") as stream:
-        log.Console(stream).line("one")
-        stream.seek(0)
-        assert stream.read() == "one\n"
+        monkeypatch.setenv("JOURNAL_STREAM", "1:2")
+        assert not log.is_journal(stream)
     assert not log.is_journal(io.StringIO())

@@ -179,9 +179,6 @@ def test_identity_and_engine_key(options: dict[str, Any], can_change_numbers: bo
         needs_load,
     )
     assert int(config.engine_key(), 16) < 16**12
-
-
-def test_where_a_prompt_file_is_does_not_change_the_identity() -> None:
     one, two = ({"type": "file", "path": path} for path in ("a/p.txt", "b/p.txt"))
     assert experiment(prompts=one).identity() == experiment(prompts=two).identity()
 
@@ -258,11 +255,8 @@ def test_what_cannot_run_as_written_is_refused(options: dict[str, Any], problem:
 # Presets
 
 
-def test_presets_are_greedy_experiments() -> None:
+def test_presets_are_greedy_and_an_unknown_one_is_refused_with_the_nearest() -> None:
     assert all(experiment(**preset.values).decoder.is_greedy for preset in PRESETS.values())
-
-
-def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigurationError, match="quick-test") as caught:
         find_preset("quicktest")
     assert "vllm-throughput" in caught.value.hint

@@ -68,7 +68,9 @@ def test_every_duplicate_key_is_found_with_its_line(tmp_path: Path):
     [
         ("a: !!python/object:os.system x\n", "a: the tag !!python/object:os.system"),
         ("a: !thing x\n", "a: the tag !thing"),
+        ("a: !!python/object/apply:os.system ['x']\n", "a: the tag !!python/object/apply:os.system"),
         ("a: !!int '3'\n", "a: the tag !!int"),
+        ("a: !!timestamp 2026-01-01\n", "a: the tag !!timestamp"),
         ("b: &x {c: 1}\na:\n  <<: *x\n", "a.<<: merge keys"),
         ("? [a]\n: b\n", "plain text"),
         ("a: &x [*x]\n", "a[0]: an alias (*name)"),
